@@ -1,0 +1,361 @@
+"""Build models, walk the weight matrices of their decoder blocks, and load their weights."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import psutil
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as transformers_logging
+
+from lsq_core.config import LADDER, divides, format_bytes
+from lsq_core.errors import InputError, LsqError
+from lsq_core.model import (
+    Matrix,
+    ModelInfo,
+    ModelSource,
+    find_config,
+    find_model,
+    fingerprint,
+    read_config,
+    remote_file_bytes,
+    weight_files,
+)
+
+transformers_logging.disable_progress_bar()
+transformers_logging.set_verbosity_error()
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+#: Order of the computation where a block defines its modules in another one.
+_QKV_RANK = {"q_proj": 0, "k_proj": 1, "v_proj": 2}
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A model with its weights, its tokenizer, and what is known of it."""
+
+    model: nn.Module
+    tokenizer: object
+    info: ModelInfo
+    folder: Path
+    device: str
+    dtype: str
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The decoder blocks, in order."""
+        return find_blocks(self.model)[1]
+
+
+# --- devices and dtypes -------------------------------------------------------------------
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """``auto`` is the GPU when there is one, else the CPU.
+
+    Raises
+    ------
+    InputError
+        When the device does not exist on this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(
+            f"There is no device '{name}' on this machine; use cpu or auto."
+        ) from error
+    return device
+
+
+def pick_dtype(name: str, device: torch.device, config: object) -> torch.dtype:
+    """The dtype a model computes in: float32 on a CPU; on a GPU the checkpoint's own.
+
+    Raises
+    ------
+    InputError
+        When ``name`` is neither ``auto`` nor float32, bfloat16 or float16.
+    """
+    if name != "auto":
+        if name not in _DTYPES:
+            raise InputError(f"'{name}' is not a dtype; use auto, float32, bfloat16 or float16.")
+        return _DTYPES[name]
+    if device.type == "cpu":
+        return torch.float32
+    stored = getattr(config, "dtype", None)
+    return stored if stored in (torch.bfloat16, torch.float16) else torch.float16
+
+
+# --- the skeleton of a model, without weights ---------------------------------------------
+
+
+def inspect_model(source: ModelSource) -> ModelInfo:
+    """Layers, parameters, bytes and matrices from the config alone; no weights are loaded.
+
+    The fingerprint is filled in for a local model and empty for a remote one not yet fetched.
+
+    Raises
+    ------
+    InputError
+        When there is no such model, or it has no linear decoder blocks.
+    """
+    folder = find_config(source)
+    info = describe(skeleton(source, folder), source)
+    if source.is_local:
+        files = weight_files(find_model(source))
+        return replace(
+            info,
+            fingerprint=fingerprint(folder),
+            file_bytes=sum(path.stat().st_size for path in files),
+            config=read_config(folder),
+        )
+    return replace(info, file_bytes=remote_file_bytes(source), config=read_config(folder))
+
+
+def skeleton(source: ModelSource, folder: Path) -> nn.Module:
+    """The model's modules on the meta device: shapes without memory.
+
+    Raises
+    ------
+    InputError
+        When transformers cannot build a causal language model from the config.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                config, trust_remote_code=source.trust_remote_code
+            )
+    except (ValueError, KeyError, TypeError, AttributeError, ImportError, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(
+            f"'{source.name}' is not a decoder-only language model that transformers can build: "
+            f"{reason}"
+        ) from error
+
+
+def describe(model: nn.Module, source: ModelSource) -> ModelInfo:
+    """What the modules say: parameters (tied ones once), blocks and matrices."""
+    prefix, blocks = find_blocks(model)
+    found = list(walk_matrices(prefix, blocks))
+    usable = [m for m in found if any(divides(m.numel, c.group_size) for c in LADDER)]
+    return ModelInfo(
+        source=source.name,
+        revision=source.revision,
+        architecture=type(model).__name__,
+        layers=len(blocks),
+        context=context_of(model.config),
+        parameters=sum(p.numel() for p in model.parameters()),
+        file_bytes=0,
+        matrices=tuple(usable),
+        left_out=tuple(m.name for m in found if m not in usable),
+        tied_embeddings=bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False)),
+        other_bytes=_other_bytes(model, usable),
+    )
+
+
+def context_of(config: object) -> int:
+    """Tokens that a model can read at once; 2048 where its config does not say."""
+    text = config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        if getattr(text, name, None):
+            return int(getattr(text, name))
+    return 2048
+
+
+def _other_bytes(model: nn.Module, matrices: list[Matrix]) -> int:
+    """Bytes of what plans don't touch, in the checkpoint's dtype (16 bits where it names none)."""
+    stored = getattr(model.config, "dtype", None)
+    itemsize = stored.itemsize if isinstance(stored, torch.dtype) else 2
+    total = sum(p.numel() for p in model.parameters())
+    return itemsize * (total - sum(m.numel for m in matrices))
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The decoder blocks and their name in the model.
+
+    They are the outermost ``ModuleList`` of which every member holds weight matrices, and of
+    several such lists (a vision tower beside the decoder, say) the one with most parameters.
+
+    Raises
+    ------
+    InputError
+        When the model has no such list.
+    """
+    best: tuple[int, str, nn.ModuleList] | None = None
+    outermost: list[str] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or len(module) == 0:
+            continue
+        if any(name.startswith(f"{outer}.") for outer in outermost):
+            continue
+        if all(any(True for _ in _matrix_holders(block)) for block in module):
+            outermost.append(name)
+            size = sum(p.numel() for p in module.parameters())
+            if best is None or size > best[0]:
+                best = (size, name, module)
+    if best is None:
+        raise InputError(
+            f"{type(model).__name__} has no decoder blocks with linear modules, so there is "
+            "nothing to plan."
+        )
+    return best[1], best[2]
+
+
+def _matrix_holders(block: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """(module name, module, parameter name) of every linear weight and stack of expert weights."""
+    for name, module in block.named_modules():
+        if isinstance(module, (nn.Linear, Conv1D)):
+            yield name, module, "weight"
+        elif not isinstance(module, nn.modules.conv._ConvNd):
+            for parameter_name, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() == 3 and min(parameter.shape[1:]) > 1:
+                    yield name, module, parameter_name
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a module keeps its weight as (in, out): Conv1D, and experts that say so."""
+    return isinstance(module, Conv1D) or bool(getattr(module, "is_transposed", False))
+
+
+def walk_matrices(prefix: str, blocks: nn.ModuleList) -> Iterator[Matrix]:
+    """Every weight matrix of the decoder blocks, in the order of the computation as far as known.
+
+    A stack of expert weights gives one matrix for each expert; its index is no part of the type.
+    """
+    for layer, block in enumerate(blocks):
+        for name, module, parameter in sorted(_matrix_holders(block), key=_computation_order):
+            weight = getattr(module, parameter)
+            out_features, in_features = weight.shape[-2:]
+            if is_transposed(module):
+                out_features, in_features = in_features, out_features
+            local = name if parameter == "weight" else f"{name}.{parameter}".lstrip(".")
+            full = f"{prefix}.{layer}.{local}"
+            kind = re.sub(r"\.\d+(?=\.|$)", "", local)
+            if weight.dim() == 2:
+                yield Matrix(full, layer, kind, out_features, in_features)
+                continue
+            for expert in range(weight.shape[0]):
+                yield Matrix(f"{full}.{expert}", layer, kind, out_features, in_features, expert)
+
+
+def _computation_order(holder: tuple[str, nn.Module, str]) -> tuple[str, int] | tuple[int, int]:
+    """Sort key that moves q, k, v to the front of their block and keeps all else in its place."""
+    leaf = holder[0].rpartition(".")[2]
+    return (0, _QKV_RANK[leaf]) if leaf in _QKV_RANK else (1, 0)
+
+
+# --- weights --------------------------------------------------------------------------------
+
+
+def load_model(source: ModelSource, device: str = "auto", dtype: str = "auto") -> LoadedModel:
+    """The model with its weights on a device, and its tokenizer.
+
+    Experts run one by one (``eager``), so that each one's inputs can be seen.
+
+    Raises
+    ------
+    InputError
+        When the source, device or dtype is wrong.
+    LsqError
+        When the model does not fit into the device's memory.
+    """
+    target = pick_device(device)
+    folder = find_model(source)
+    info = describe(skeleton(source, folder), source)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
+    compute_dtype = pick_dtype(dtype, target, config)
+    _check_memory(info, target, compute_dtype)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=compute_dtype,
+            use_safetensors=None if source.allow_pickle else True,
+            trust_remote_code=source.trust_remote_code,
+            experts_implementation="eager",
+        )
+        model = model.to(target).eval().requires_grad_(False)
+    except torch.OutOfMemoryError as error:
+        raise LsqError(_too_large(info, target, compute_dtype)) from error
+    except (ValueError, RuntimeError, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"The weights in {folder} cannot be loaded: {reason}") from error
+    files = weight_files(folder)
+    info = replace(
+        info,
+        fingerprint=fingerprint(folder),
+        file_bytes=sum(path.stat().st_size for path in files),
+        config=read_config(folder),
+    )
+    tokenizer = load_tokenizer(source, folder)
+    return LoadedModel(model, tokenizer, info, folder, str(target), str(compute_dtype)[6:])
+
+
+def load_tokenizer(source: ModelSource, folder: Path) -> object:
+    """The model's tokenizer.
+
+    Raises
+    ------
+    InputError
+        When the folder has none that can be loaded.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
+    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"{folder} has no tokenizer that can be loaded: {reason}") from error
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def _check_memory(info: ModelInfo, device: torch.device, dtype: torch.dtype) -> None:
+    if info.parameters * dtype.itemsize > _free_bytes(device):
+        raise LsqError(_too_large(info, device, dtype))
+
+
+def _too_large(info: ModelInfo, device: torch.device, dtype: torch.dtype) -> str:
+    need = format_bytes(info.parameters * dtype.itemsize)
+    return (
+        f"'{info.source}' needs {need} in {str(dtype)[6:]} and {device} has "
+        f"{format_bytes(_free_bytes(device))} free: choose another device or a smaller model."
+    )
+
+
+def get_weight(model: nn.Module, matrix: Matrix) -> torch.Tensor:
+    """A matrix's weight as a view of shape (out_features, in_features), in the model's dtype."""
+    holder, parameter = locate(model, matrix)
+    weight = getattr(holder, parameter)
+    if matrix.expert is not None:
+        weight = weight[matrix.expert]
+    return weight.T if is_transposed(holder) else weight
+
+
+def locate(model: nn.Module, matrix: Matrix) -> tuple[nn.Module, str]:
+    """The module that holds a matrix, and the name of its parameter."""
+    if matrix.expert is None:
+        return model.get_submodule(matrix.name), "weight"
+    path, parameter, _ = matrix.name.rsplit(".", 2)
+    return model.get_submodule(path), parameter
+
+
+def last_logits(model: nn.Module, ids: torch.Tensor, keep: int) -> torch.Tensor:
+    """Logits (sequences, keep, vocabulary) of the last tokens of ``ids`` (sequences, tokens).
+
+    The head runs on those tokens alone where the model can do that.
+    """
+    accepted = inspect.signature(model.forward).parameters
+    extra = {"logits_to_keep": keep} if "logits_to_keep" in accepted else {}
+    return model(ids, use_cache=False, **extra).logits[:, -keep:]

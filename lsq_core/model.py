@@ -1,0 +1,301 @@
+"""Find a model, know it by its content, and describe it; none of this imports torch.
+
+Loading weights and walking the modules is in :mod:`lsq_core.load`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import struct
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+from lsq_core.errors import InputError, LsqError
+
+#: The model that ships with the project.
+DEMO_FOLDER = Path(__file__).resolve().parents[1] / "data" / "demo_model"
+
+#: What a repository is asked for: weights as safetensors, and the small text files beside them.
+_WANTED_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+#: The file that marks a folder as a quantized model saved by this project.
+MANIFEST = "lsq.json"
+#: Keys of config.json that say nothing about what the model computes.
+_VOLATILE_CONFIG_KEYS = ("_name_or_path", "transformers_version")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from, as the person typed it.
+
+    ``name`` is ``demo``, a local folder, or a Hugging Face id; ``revision`` a branch, tag or
+    commit of the latter. Remote code and pickled weights are off unless turned on knowingly.
+    """
+
+    name: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it names the embedded model or a folder rather than a Hugging Face id."""
+        return self.local_folder is not None
+
+    @property
+    def local_folder(self) -> Path | None:
+        """The folder it names, resolved, or None for a Hugging Face id."""
+        if self.name == "demo":
+            return DEMO_FOLDER
+        path = Path(self.name).expanduser()
+        looks_like_a_path = self.name.startswith((".", "/", "~")) or self.name.count("/") > 1
+        return path.resolve() if looks_like_a_path or path.is_dir() else None
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One weight matrix inside a decoder block: a linear module, or one expert of a stack.
+
+    ``name`` is the full module name, with the expert's index as its last part for a stack;
+    ``type`` is the name inside the block without any index, by which Algorithm 1 groups.
+    """
+
+    name: str
+    layer: int
+    type: str
+    out_features: int
+    in_features: int
+    expert: int | None = None
+
+    @property
+    def numel(self) -> int:
+        """Number of weights."""
+        return self.out_features * self.in_features
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What is known of a model from its config and file headers, before any weight is read."""
+
+    source: str
+    revision: str | None
+    architecture: str
+    layers: int
+    context: int
+    parameters: int
+    file_bytes: int
+    matrices: tuple[Matrix, ...]
+    #: Matrices inside the blocks that no group size of the ladder divides, by name.
+    left_out: tuple[str, ...] = ()
+    tied_embeddings: bool = False
+    #: Bytes of embeddings, norms, head and whatever else plans don't touch.
+    other_bytes: int = 0
+    fingerprint: str = ""
+    config: dict = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def linear_parameters(self) -> int:
+        """Weights that plans decide about."""
+        return sum(m.numel for m in self.matrices)
+
+    @property
+    def covered(self) -> float:
+        """Share of the model's parameters that plans decide about, 0 to 1."""
+        return self.linear_parameters / self.parameters
+
+
+def find_model(source: ModelSource) -> Path:
+    """The local folder with the model's files; a Hugging Face id is downloaded or found cached.
+
+    Raises
+    ------
+    InputError
+        When there is no such model, it is gated, or its folder holds no usable weights.
+    LsqError
+        When the network cannot be reached and the model is not in the local cache.
+    """
+    folder = source.local_folder
+    if folder is None:
+        patterns = _WANTED_FILES + (["*.bin"] if source.allow_pickle else [])
+        if source.trust_remote_code:
+            patterns.append("*.py")
+        folder = Path(_ask_hub(source, "snapshot_download", allow_patterns=patterns))
+    check_model_folder(folder, source)
+    return folder
+
+
+def find_config(source: ModelSource) -> Path:
+    """The folder with the model's ``config.json``; nothing else of a remote model is fetched.
+
+    Raises as :func:`find_model`.
+    """
+    folder = source.local_folder
+    if folder is None:
+        return Path(_ask_hub(source, "hf_hub_download", filename="config.json")).parent
+    check_config(folder)
+    return folder
+
+
+def remote_file_bytes(source: ModelSource) -> int:
+    """Bytes of a Hugging Face model's weight files, from the hub's listing, or 0 if unknown."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        info = HfApi().model_info(source.name, revision=source.revision, files_metadata=True)
+    except (HfHubHTTPError, OSError):
+        return 0
+    names = [s for s in info.siblings or [] if s.rfilename.endswith(".safetensors")]
+    return sum(s.size or 0 for s in names)
+
+
+def _ask_hub(source: ModelSource, function: str, **kwargs: object) -> str:
+    """Call a download function of ``huggingface_hub`` and say in a sentence what went wrong."""
+    import huggingface_hub as hub
+    from huggingface_hub import errors
+
+    where = f"'{source.name}'" + (f" at revision '{source.revision}'" if source.revision else "")
+    try:
+        return getattr(hub, function)(source.name, revision=source.revision, **kwargs)
+    except errors.HFValidationError as error:
+        raise InputError(
+            f"{where} is neither a folder here nor a Hugging Face id such as org/name."
+        ) from error
+    except errors.GatedRepoError as error:
+        raise InputError(
+            f"{where} is gated: accept its terms on its Hugging Face page, then set HF_TOKEN."
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise InputError(f"{where} does not exist: the model has no such revision.") from error
+    except errors.RepositoryNotFoundError as error:
+        raise InputError(
+            f"{where} does not exist on Hugging Face, or is private: check the spelling, or set "
+            "HF_TOKEN if it is yours."
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        raise LsqError(
+            f"{where} is not in the local cache and Hugging Face cannot be reached: check the "
+            "network, or give a local folder or 'demo'."
+        ) from error
+    except errors.EntryNotFoundError as error:
+        raise InputError(f"{where} has no config.json, so it is not a model to load.") from error
+    except (errors.HfHubHTTPError, OSError) as error:
+        raise LsqError(f"{where} could not be downloaded: {error}") from error
+
+
+def read_config(folder: Path) -> dict:
+    """The folder's ``config.json``.
+
+    Raises
+    ------
+    InputError
+        When it cannot be read as a JSON object.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text("utf8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{folder / 'config.json'} cannot be read as JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{folder / 'config.json'} holds no JSON object.")
+    return config
+
+
+def check_config(folder: Path) -> None:
+    """Raise :class:`InputError` unless the folder is there and describes a model we can plan."""
+    if not folder.is_dir():
+        raise InputError(f"There is no folder {folder}; give a model folder or a Hugging Face id.")
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder} is not a model folder: it has no config.json.")
+    quantization = read_config(folder).get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method", "some method")
+        raise InputError(
+            f"{folder} is already quantized ({method}); give the full-precision model instead."
+        )
+
+
+def check_model_folder(folder: Path, source: ModelSource) -> None:
+    """Raise :class:`InputError` unless the folder holds a config and whole weight files."""
+    check_config(folder)
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        pickles = [p.name for p in folder.iterdir() if p.suffix in _PICKLE_SUFFIXES]
+        if pickles and not source.allow_pickle:
+            raise InputError(
+                f"{folder} holds only pickled weights ({pickles[0]}), which can run code when "
+                "opened; convert them to safetensors, or allow pickle if you trust them."
+            )
+        if not pickles:
+            raise InputError(f"{folder} has no weights: no .safetensors file is in it.")
+    for path in weights:
+        safetensors_header(path)
+
+
+def safetensors_header(path: Path) -> dict[str, dict]:
+    """Names, dtypes, shapes and offsets of a safetensors file, without reading its weights.
+
+    Raises
+    ------
+    InputError
+        When the file is truncated or is no safetensors file.
+    """
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > size - 8:
+                raise ValueError("its header is longer than the file")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{path} is not a whole safetensors file ({error}); fetch or save it again."
+        ) from error
+    if 8 + length + end != size:
+        raise InputError(
+            f"{path} is truncated or damaged: {size} bytes where its header promises "
+            f"{8 + length + end}; fetch or save it again."
+        )
+    return header
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files under a folder, what links point to not counted twice."""
+    return sum(p.lstat().st_size for p in folder.rglob("*") if p.is_file())
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The folder's weight files in name order."""
+    found = sorted(folder.glob("*.safetensors"))
+    return found or sorted(p for p in folder.iterdir() if p.suffix in _PICKLE_SUFFIXES)
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 over what the model computes: its config and the content of its weight files.
+
+    The same weights have the same fingerprint wherever they lie. 64 hexadecimal digits.
+    """
+    config = {k: v for k, v in read_config(folder).items() if k not in _VOLATILE_CONFIG_KEYS}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for path in weight_files(folder):
+        digest.update(f"{path.name}:{_file_sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def _file_sha256(path: Path) -> str:
+    """Content hash of a file; a Hugging Face cache already names its blobs by theirs."""
+    target = path.resolve()
+    if target.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", target.name):
+        return target.name
+    stat = target.stat()
+    return _hash_file(target, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _hash_file(path: Path, size: int, modified_ns: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,237 @@
+"""Save a quantized model as safetensors with its plan and provenance inside, and load it again.
+
+A folder holds ``model.safetensors`` (packed matrices, and everything else in the dtype of the
+original checkpoint), ``config.json``, the tokenizer, and ``lsq.json``: the plan, what it was made
+from, and the format's version. No pickle.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lsq_core.config import QuantConfig, format_bytes
+from lsq_core.errors import InputError, LsqError
+from lsq_core.load import describe, load_tokenizer, pick_device, pick_dtype
+from lsq_core.model import MANIFEST, Matrix, ModelSource, folder_bytes, safetensors_header
+from lsq_core.quantize.apply import PackedLinear, install
+from lsq_core.quantize.packed import PackedMatrix
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedModel:
+    """A quantized model as loaded from its folder."""
+
+    model: nn.Module
+    tokenizer: object
+    manifest: dict
+    folder: Path
+    device: str
+    dtype: str
+
+
+def is_quantized_folder(folder: Path) -> bool:
+    """Whether :func:`save_quantized` made this folder."""
+    return (folder / MANIFEST).is_file()
+
+
+def save_quantized(
+    model: nn.Module, tokenizer: object, manifest: dict, folder: Path, source_folder: Path
+) -> int:
+    """Write a quantized model into a new folder, all of it or nothing.
+
+    Returns the bytes it takes on disk.
+
+    Parameters
+    ----------
+    manifest
+        ``modules`` maps full module names to ``bits``, ``group_size``; ``axis`` and ``metadata``
+        say how to read them; whatever else it holds is kept as provenance.
+    source_folder
+        The original model's folder, whose ``config.json`` goes with the copy.
+
+    Raises
+    ------
+    InputError
+        When the folder exists and is not empty.
+    LsqError
+        When the disk is full or cannot be written.
+    """
+    check_target(folder)
+    state = _stored_state(model, source_folder)
+    need = sum(t.nbytes for t in state.values())
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _whole_or_nothing(folder, need) as unfinished:
+        save_file(state, unfinished / "model.safetensors", metadata={"format": "pt"})
+        config = json.loads((source_folder / "config.json").read_text("utf8"))
+        # Loaded by transformers alone, this would otherwise become a model with random weights.
+        config["quantization_config"] = {"quant_method": "lsq-explorer"}
+        (unfinished / "config.json").write_text(json.dumps(config, indent=2), "utf8")
+        text = json.dumps({"format": FORMAT} | manifest, indent=1)
+        (unfinished / MANIFEST).write_text(text, "utf8")
+        tokenizer.save_pretrained(unfinished)
+    return folder_bytes(folder)
+
+
+def check_target(folder: Path) -> None:
+    """Raise :class:`InputError` unless a model can be saved under this name without loss."""
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise InputError(f"{folder} exists and is not empty; choose another folder to save to.")
+
+
+@contextmanager
+def _whole_or_nothing(folder: Path, need: int) -> Iterator[Path]:
+    """A temporary folder beside the target that becomes the target when all went well."""
+    full = LsqError(
+        f"The disk at {folder.parent} has {format_bytes(shutil.disk_usage(folder.parent).free)} "
+        f"free and {format_bytes(need)} are needed to save {folder.name}; make room and try again."
+    )
+    if shutil.disk_usage(folder.parent).free < need:
+        raise full
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield unfinished
+        unfinished.chmod(0o755)
+        if folder.is_dir():
+            folder.rmdir()
+        unfinished.rename(folder)
+    except Exception as error:
+        no_space = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        if no_space:
+            raise full from error
+        raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _stored_state(model: nn.Module, source_folder: Path) -> dict[str, torch.Tensor]:
+    """Every stored tensor once, in the checkpoint's dtype where that loses nothing."""
+    dtype = getattr(AutoConfig.from_pretrained(source_folder), "dtype", None)
+    state, seen = {}, set()
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() in seen:
+            continue
+        seen.add(tensor.data_ptr())
+        if isinstance(dtype, torch.dtype) and tensor.dtype == torch.float32:
+            smaller = tensor.to(dtype)
+            tensor = smaller if torch.equal(smaller.float(), tensor) else tensor
+        state[name] = tensor.detach().cpu().contiguous()
+    return state
+
+
+def load_quantized(
+    folder: str | Path,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> QuantizedModel:
+    """Load a folder that :func:`save_quantized` wrote.
+
+    Example
+    -------
+    >>> quantized = load_quantized("data/models/demo-sensiboost")      # doctest: +SKIP
+    >>> ids = quantized.tokenizer("Return the", return_tensors="pt")   # doctest: +SKIP
+    >>> quantized.model(**ids).logits.shape                            # doctest: +SKIP
+
+    Raises
+    ------
+    InputError
+        When it is no such folder, or a file in it is missing or damaged.
+    """
+    folder = Path(folder).expanduser().resolve()
+    manifest = read_manifest(folder)
+    safetensors_header(folder / "model.safetensors")
+    target = pick_device(device)
+    source = ModelSource(str(folder), trust_remote_code=trust_remote_code)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    del config.quantization_config
+    compute_dtype = pick_dtype(dtype, target, config)
+    # Buffers that no file holds (rotary frequencies) are computed; parameters stay empty.
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(
+            config, trust_remote_code=trust_remote_code, experts_implementation="eager"
+        )
+    install(model, _empty_matrices(model, source, manifest))
+    _fill(model, load_file(folder / "model.safetensors"), compute_dtype)
+    model = model.to(target).eval().requires_grad_(False)
+    tokenizer = load_tokenizer(source, folder)
+    return QuantizedModel(model, tokenizer, manifest, folder, str(target), str(compute_dtype)[6:])
+
+
+def read_manifest(folder: Path) -> dict:
+    """The plan and provenance inside a saved model.
+
+    Raises
+    ------
+    InputError
+        When the folder holds none, or one of a newer format.
+    """
+    if not is_quantized_folder(folder):
+        raise InputError(f"{folder} is not a model that LSQ Explorer saved: it has no {MANIFEST}.")
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text("utf8"))
+        newer = manifest["format"] > FORMAT
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise InputError(f"{folder / MANIFEST} is damaged; save the model again.") from error
+    if newer:
+        raise InputError(f"{folder} was saved by a newer LSQ Explorer; update to load it.")
+    return manifest
+
+
+def _empty_matrices(
+    model: nn.Module, source: ModelSource, manifest: dict
+) -> dict[Matrix, PackedMatrix]:
+    """Packed matrices without content for every module the manifest names."""
+    known = {m.name: m for m in describe(model, source).matrices}
+    missing = sorted(set(manifest["modules"]) - set(known))
+    if missing:
+        raise InputError(f"{source.name} plans {missing[0]}, which its config.json doesn't have.")
+    empty = {}
+    for name, entry in manifest["modules"].items():
+        matrix = known[name]
+        config = QuantConfig(entry["bits"], entry["group_size"])
+        shape = (matrix.out_features, matrix.in_features)
+        empty[matrix] = PackedMatrix.empty(shape, config, manifest["axis"], manifest["metadata"])
+    return empty
+
+
+def _fill(model: nn.Module, state: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+    """Assign the stored tensors; packed ones as they are, all else in the compute dtype."""
+    packed = {
+        f"{name}.{buffer}"
+        for name, module in model.named_modules()
+        if isinstance(module, PackedLinear)
+        for buffer in module.names
+    }
+    cast = {
+        n: t if n in packed or not t.is_floating_point() else t.to(dtype) for n, t in state.items()
+    }
+    result = model.load_state_dict(cast, strict=False, assign=True)
+    model.tie_weights()
+    empty = [n for n, t in model.state_dict().items() if t.is_meta]
+    if empty or result.unexpected_keys:
+        name = (empty or result.unexpected_keys)[0]
+        raise InputError(f"model.safetensors does not fit its plan at {name}; save it again.")
+
+
+__all__ = [
+    "QuantizedModel",
+    "is_quantized_folder",
+    "load_quantized",
+    "read_manifest",
+    "save_quantized",
+]

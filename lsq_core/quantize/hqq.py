@@ -1,0 +1,34 @@
+"""Half-quadratic quantization [D], by the ``hqq`` package's own solver."""
+
+from __future__ import annotations
+
+from hqq.core.quantize import Quantizer as HqqPackage
+from torch import Tensor
+
+from lsq_core.config import QuantConfig
+from lsq_core.quantize.base import Grid
+
+
+def solve_with_hqq(weight: Tensor, config: QuantConfig, axis: int, optimize: bool) -> Grid:
+    """Scale and zero as ``hqq`` finds them, with its solver or from the min-max grid alone."""
+    _, meta = HqqPackage.quantize(
+        weight,
+        nbits=config.bits,
+        group_size=config.group_size,
+        axis=axis,
+        optimize=optimize,
+        bitpack=False,
+        device=str(weight.device),
+    )
+    return Grid(meta["scale"].float().flatten(), meta["zero"].float().flatten())
+
+
+class Hqq:
+    """Min-max grid whose zero point the half-quadratic solver then moves."""
+
+    name = "hqq"
+    title = "HQQ"
+
+    def solve(self, weight: Tensor, config: QuantConfig, axis: int) -> Grid:
+        """See :class:`lsq_core.quantize.base.Quantizer`."""
+        return solve_with_hqq(weight, config, axis, optimize=True)

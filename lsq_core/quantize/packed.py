@@ -1,0 +1,238 @@
+"""What is stored: codes packed to the bit, and scale and zero in 8 bits or fp16.
+
+``planned_bytes`` in :mod:`lsq_core.config` says beforehand what these tensors occupy, and
+:attr:`PackedMatrix.nbytes` counts what they do; the two are equal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+from torch import Tensor
+
+from lsq_core.config import QuantConfig, divides
+from lsq_core.errors import InputError, LsqError
+from lsq_core.quantize.base import Grid, Quantizer, from_groups, round_to_grid, to_groups
+
+#: A zero point further out than this says that the group is almost constant.
+_FAR_ZERO = 1024.0
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """Pack uint8 codes (n,) of ``bits`` each into uint8 (ceil(n·bits/8),), lowest bits first.
+
+    Eight codes share ``bits`` bytes, so 3-bit codes take 3 bits and not 3.2.
+    """
+    if bits == 8:
+        return codes.clone()
+    count = codes.numel()
+    eights = torch.nn.functional.pad(codes, (0, -count % 8)).view(-1, 8).long()
+    words = sum(eights[:, i] << (bits * i) for i in range(8))
+    packed = torch.stack([(words >> (8 * j)) & 255 for j in range(bits)], dim=1)
+    return packed.to(torch.uint8).flatten()[: ceil(count * bits / 8)].contiguous()
+
+
+def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
+    """The ``count`` uint8 codes that :func:`pack_bits` packed."""
+    if bits == 8:
+        return packed[:count]
+    padded = torch.nn.functional.pad(packed, (0, -packed.numel() % bits)).view(-1, bits).long()
+    words = sum(padded[:, j] << (8 * j) for j in range(bits))
+    codes = torch.stack([(words >> (bits * i)) & (2**bits - 1) for i in range(8)], dim=1)
+    return codes.to(torch.uint8).flatten()[:count]
+
+
+@dataclass(frozen=True, eq=False)
+class Metadata:
+    """Scale or zero of every group, as stored.
+
+    Either fp16 values (groups,), or uint8 codes (groups,) with the fp16 lowest and highest value
+    (metadata groups, 2) between which the codes run evenly.
+    """
+
+    values: Tensor
+    ranges: Tensor | None
+    group_size: int = 128
+
+    @classmethod
+    def store(cls, values: Tensor, metadata: str, group_size: int = 128) -> Metadata:
+        """Store float32 values (groups,) as ``fp16`` or ``8bit``."""
+        if metadata == "fp16":
+            return cls(values.half(), None, group_size)
+        padded = _pad_with_last(values, group_size)
+        lowest, highest = padded.amin(1), padded.amax(1)
+        ranges = torch.stack([_half_below(lowest), -_half_below(-highest)], dim=1)
+        low, step = _range_steps(ranges)
+        codes = ((padded - low) / step).round_().clamp_(0, 255).to(torch.uint8)
+        return cls(codes.flatten()[: values.numel()].contiguous(), ranges, group_size)
+
+    def decode(self) -> Tensor:
+        """The values as float32 (groups,)."""
+        if self.ranges is None:
+            return self.values.float()
+        low, step = _range_steps(self.ranges)
+        padded = _pad_with_last(self.values, self.group_size)
+        return (padded.float() * step + low).flatten()[: self.values.numel()]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The stored tensors by name."""
+        return {"values": self.values} | ({} if self.ranges is None else {"ranges": self.ranges})
+
+
+def _pad_with_last(values: Tensor, group_size: int) -> Tensor:
+    """(n,) as (ceil(n / group_size), group_size), the last value filling the last row."""
+    missing = -values.numel() % group_size
+    if missing:
+        values = torch.cat([values, values[-1:].expand(missing)])
+    return values.view(-1, group_size)
+
+
+def _range_steps(ranges: Tensor) -> tuple[Tensor, Tensor]:
+    low, high = ranges.float().unbind(1)
+    step = (high - low) / 255
+    return low[:, None], torch.where(step > 0, step, torch.ones_like(step))[:, None]
+
+
+def _half_below(values: Tensor) -> Tensor:
+    """The largest fp16 number that is no greater, so that a range holds all its values."""
+    half = values.half()
+    below = torch.nextafter(half, torch.full_like(half, -torch.inf))
+    return torch.where(half.float() > values, below, half)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedMatrix:
+    """One matrix as stored: packed codes, scale, zero, and how to read them."""
+
+    codes: Tensor
+    scale: Metadata
+    zero: Metadata
+    shape: tuple[int, int]
+    config: QuantConfig
+    axis: int
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Every stored tensor by name."""
+        named = {"codes": self.codes}
+        for part, metadata in (("scale", self.scale), ("zero", self.zero)):
+            named |= {f"{part}_{name}": tensor for name, tensor in metadata.tensors.items()}
+        return named
+
+    @property
+    def nbytes(self) -> int:
+        """Measured bytes: of the tensors themselves."""
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weights (out, in), computed in float32 and then cast."""
+        numel = self.shape[0] * self.shape[1]
+        codes = unpack_bits(self.codes, self.config.bits, numel).view(-1, self.config.group_size)
+        groups = codes.float().sub_(self.zero.decode()[:, None]).mul_(self.scale.decode()[:, None])
+        return from_groups(groups, self.shape, self.axis).to(dtype)
+
+    @classmethod
+    def empty(
+        cls, shape: tuple[int, int], config: QuantConfig, axis: int, metadata: str
+    ) -> PackedMatrix:
+        """Tensors of the right shapes and dtypes on the meta device, to be filled from a file."""
+        numel = shape[0] * shape[1]
+        groups = ceil(numel / config.group_size)
+        with torch.device("meta"):
+            codes = torch.empty(ceil(numel * config.bits / 8), dtype=torch.uint8)
+            if metadata == "fp16":
+                stored = Metadata(torch.empty(groups, dtype=torch.float16), None)
+            else:
+                ranges = torch.empty(ceil(groups / config.meta_group_size), 2, dtype=torch.float16)
+                values = torch.empty(groups, dtype=torch.uint8)
+                stored = Metadata(values, ranges, config.meta_group_size)
+        return cls(codes, stored, stored, shape, config, axis)
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: dict[str, Tensor], shape: tuple[int, int], config: QuantConfig, axis: int
+    ) -> PackedMatrix:
+        """The inverse of :attr:`tensors`."""
+        scale, zero = (
+            Metadata(
+                tensors[f"{part}_values"], tensors.get(f"{part}_ranges"), config.meta_group_size
+            )
+            for part in ("scale", "zero")
+        )
+        return cls(tensors["codes"], scale, zero, shape, config, axis)
+
+
+def quantize_matrix(
+    weight: Tensor,
+    config: QuantConfig,
+    quantizer: Quantizer,
+    *,
+    axis: int = 1,
+    metadata: str = "8bit",
+    name: str = "the matrix",
+) -> PackedMatrix:
+    """Quantize a (out, in) matrix of any float dtype and pack it.
+
+    The codes are rounded on the grid *as stored*, so that rounding scale and zero costs as
+    little as it can.
+
+    Raises
+    ------
+    InputError
+        When groups of ``config.group_size`` do not fill the matrix.
+    LsqError
+        When a weight is NaN or infinite.
+    """
+    if not divides(weight.numel(), config.group_size):
+        raise InputError(
+            f"{name} ({weight.shape[0]}×{weight.shape[1]}) cannot be cut into groups of "
+            f"{config.group_size}; choose a configuration with a smaller group size for it."
+        )
+    weight = weight.float()
+    check_finite(weight, name)
+    groups = to_groups(weight, config.group_size, axis)
+    grid = _steady_constant_groups(groups, quantizer.solve(weight, config, axis), config.bits)
+    scale = Metadata.store(grid.scale, metadata, config.meta_group_size)
+    zero = Metadata.store(grid.zero, metadata, config.meta_group_size)
+    codes = round_to_grid(groups, Grid(_divisor(scale.decode()), zero.decode()), config.bits)
+    packed = pack_bits(codes.flatten(), config.bits)
+    return PackedMatrix(packed, scale, zero, tuple(weight.shape), config, axis)
+
+
+def check_finite(weight: Tensor, name: str) -> None:
+    """Raise :class:`LsqError` naming the matrix when a weight is NaN or infinite."""
+    bad = int((~torch.isfinite(weight)).sum())
+    if bad:
+        raise LsqError(
+            f"{name} holds {bad} NaN or infinite weights, so it cannot be quantized; "
+            "check how the checkpoint was saved."
+        )
+
+
+def _divisor(scale: Tensor) -> Tensor:
+    """A scale that fp16 or 8 bits rounded to zero gives zero weights, not infinite codes."""
+    return torch.where(scale == 0, torch.ones_like(scale), scale)
+
+
+def _steady_constant_groups(groups: Tensor, grid: Grid, bits: int) -> Grid:
+    """Give groups that are (almost) constant a scale like their neighbours'.
+
+    ``hqq`` gives a constant group the scale 1 and one far from zero a zero point of thousands.
+    Either would take the range of the 8-bit metadata that 127 other groups share, or overflow
+    fp16; the value alone matters, so it is put into a zero point of ordinary size.
+    """
+    spread = groups.amax(1) - groups.amin(1)
+    constant = (spread <= 1e-4) | (grid.zero.abs() > _FAR_ZERO)
+    if not bool(constant.any()):
+        return grid
+    value = groups.mean(1)
+    rest = grid.scale[~constant]
+    typical = rest.median() if rest.numel() else value.abs().amax().clamp(min=1e-4)
+    scale = torch.maximum(typical.expand_as(value), value.abs() / (2**bits - 1))
+    return Grid(
+        torch.where(constant, scale, grid.scale),
+        torch.where(constant, -value / scale, grid.zero),
+    )

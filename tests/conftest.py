@@ -1,0 +1,156 @@
+"""What the tests share: the demo model, small random models of many kinds, a store of their own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# Nothing here may reach the network, whatever a machine has cached or is logged in to.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+ROOT = Path(__file__).resolve().parents[1]
+REFERENCE = ROOT.parent / "shared" / "reference" / "lm-quant-toolkit"
+WIKITEXT = ROOT.parent / "shared" / "corpus" / "wikitext-2"
+
+
+@pytest.fixture(autouse=True)
+def _own_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test touches the person's own database."""
+    monkeypatch.setenv("LSQ_DB", str(tmp_path / "lsq.duckdb"))
+
+
+def _sizes(**more: object) -> dict:
+    return {
+        "hidden_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 4096,
+        "max_position_embeddings": 256,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+    } | more
+
+
+def _architectures() -> dict[str, Callable]:
+    import transformers as t
+
+    return {
+        # grouped queries, tied embeddings
+        "llama-gqa": lambda: t.LlamaConfig(
+            **_sizes(num_key_value_heads=2, intermediate_size=256, tie_word_embeddings=True)
+        ),
+        # biases on q, k, v
+        "qwen2-bias": lambda: t.Qwen2Config(**_sizes(num_key_value_heads=2, intermediate_size=256)),
+        # fused QKV, LayerNorm, parallel blocks, biases
+        "gpt-neox-fused": lambda: t.GPTNeoXConfig(**_sizes(intermediate_size=512)),
+        # fused QKV and fused gate/up
+        "phi3-fused": lambda: t.Phi3Config(**_sizes(num_key_value_heads=4, intermediate_size=256)),
+        # linear modules directly in the block, learned positions
+        "opt": lambda: t.OPTConfig(**_sizes(ffn_dim=512, word_embed_proj_dim=128)),
+        # transposed Conv1D weights, tied embeddings
+        "gpt2-conv1d": lambda: t.GPT2Config(
+            n_embd=128,
+            n_layer=2,
+            n_head=4,
+            vocab_size=4096,
+            n_positions=256,
+            bos_token_id=0,
+            eos_token_id=0,
+        ),
+        # sliding and full attention in turn, four norms, soft-capped logits
+        "gemma2": lambda: t.Gemma2Config(
+            **_sizes(num_key_value_heads=2, intermediate_size=256, head_dim=32, sliding_window=64)
+        ),
+        # a mixture of experts, stacked weights
+        "mixtral-moe": lambda: t.MixtralConfig(
+            **_sizes(num_key_value_heads=2, intermediate_size=128, num_local_experts=4)
+        ),
+        # experts beside a shared one, and a block without experts before them
+        "qwen2-moe": lambda: t.Qwen2MoeConfig(
+            **_sizes(
+                num_key_value_heads=2,
+                intermediate_size=256,
+                moe_intermediate_size=128,
+                shared_expert_intermediate_size=128,
+                num_experts=4,
+                num_experts_per_tok=2,
+                mlp_only_layers=[0],
+            )
+        ),
+        # experts with (in, out) weights and biases of their own
+        "gpt-oss-moe": lambda: t.GptOssConfig(
+            **_sizes(
+                num_key_value_heads=2,
+                intermediate_size=128,
+                head_dim=32,
+                num_local_experts=4,
+                num_experts_per_tok=2,
+                sliding_window=64,
+                layer_types=["sliding_attention", "full_attention"],
+            )
+        ),
+    }
+
+
+ARCHITECTURES = (
+    "llama-gqa",
+    "qwen2-bias",
+    "gpt-neox-fused",
+    "phi3-fused",
+    "opt",
+    "gpt2-conv1d",
+    "gemma2",
+    "mixtral-moe",
+    "qwen2-moe",
+    "gpt-oss-moe",
+)
+
+
+def save_random_model(folder: Path, architecture: str, seed: int = 0, **changes: object) -> Path:
+    """A small random model with the demo model's tokenizer, saved as a person would have it."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.manual_seed(seed)
+    config = _architectures()[architecture]()
+    for name, value in changes.items():
+        setattr(config, name, value)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.05)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(ROOT / "data" / "demo_model").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def random_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a small random model of an architecture, made once."""
+    made: dict[str, Path] = {}
+
+    def make(architecture: str) -> Path:
+        if architecture not in made:
+            folder = tmp_path_factory.mktemp("models") / architecture
+            made[architecture] = save_random_model(folder, architecture)
+        return made[architecture]
+
+    return make
+
+
+@pytest.fixture
+def small_text(tmp_path: Path) -> Path:
+    """A text file of a few thousand tokens, different on every line."""
+    path = tmp_path / "text.txt"
+    lines = [
+        f"Return the {i}-th item of the list, or raise IndexError when fewer than {i} are there."
+        for i in range(400)
+    ]
+    path.write_text("\n".join(lines), "utf8")
+    return path

@@ -1,0 +1,203 @@
+"""Packing to the bit, stored metadata, and what they cost against ``hqq`` itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hqq.core.quantize import Quantizer as HqqPackage
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lsq_core.config import LADDER, QuantConfig, planned_bytes
+from lsq_core.errors import InputError, LsqError
+from lsq_core.load import load_model
+from lsq_core.model import DEMO_FOLDER, ModelSource
+from lsq_core.quantize import QUANTIZERS, get_quantizer
+from lsq_core.quantize.base import from_groups, to_groups
+from lsq_core.quantize.packed import (
+    Metadata,
+    PackedMatrix,
+    pack_bits,
+    quantize_matrix,
+    unpack_bits,
+)
+
+
+@given(
+    bits=st.sampled_from([1, 2, 3, 4, 5, 6, 7, 8]),
+    count=st.integers(1, 300),
+    seed=st.integers(0, 2**31),
+)
+def test_packing_is_undone_and_wastes_nothing(bits, count, seed):
+    random = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 2**bits, (count,), generator=random, dtype=torch.uint8)
+    packed = pack_bits(codes, bits)
+    assert packed.numel() == -(-count * bits // 8)
+    assert torch.equal(unpack_bits(packed, bits, count), codes)
+
+
+def test_packed_layout_is_lowest_bits_first():
+    """The layout is part of the file format, so it is written down by value."""
+    assert pack_bits(torch.tensor([1, 2, 3], dtype=torch.uint8), 4).tolist() == [0x21, 0x03]
+    eight = torch.tensor([1, 0, 0, 0, 0, 0, 0, 7], dtype=torch.uint8)
+    assert pack_bits(eight, 3).tolist() == [1, 0, 0xE0]
+
+
+@given(axis=st.sampled_from([0, 1]), rows=st.integers(1, 9), columns=st.integers(1, 9))
+def test_grouping_is_undone(axis, rows, columns):
+    weight = torch.arange(rows * columns * 32.0).view(rows * 32, columns)
+    groups = to_groups(weight, 32, axis)
+    assert groups.shape == (rows * columns, 32)
+    assert torch.equal(from_groups(groups, tuple(weight.shape), axis), weight)
+
+
+@given(
+    count=st.integers(1, 400),
+    seed=st.integers(0, 2**31),
+    size=st.sampled_from([1e-4, 1.0, 100.0]),
+)
+def test_metadata_in_8_bits_are_within_half_a_step(count, seed, size):
+    random = torch.Generator().manual_seed(seed)
+    values = torch.randn(count, generator=random) * size
+    stored = Metadata.store(values, "8bit")
+    assert stored.values.dtype == torch.uint8
+    assert stored.values.numel() == count
+    decoded = stored.decode()
+    for begin in range(0, count, 128):
+        part = values[begin : begin + 128]
+        spread = part.max() - part.min()
+        # half a step of the range, which is a little wider for being kept in fp16
+        allowed = spread / 510 + part.abs().max() * 2**-9 / 255 + 1e-7
+        assert (decoded[begin : begin + 128] - part).abs().max() <= allowed
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    config=st.sampled_from(LADDER),
+    metadata=st.sampled_from(["8bit", "fp16"]),
+    axis=st.sampled_from([0, 1]),
+    rows=st.integers(1, 12),
+    columns=st.sampled_from([32, 96, 128, 172, 384]),
+)
+def test_measured_bytes_are_the_planned_ones(config, metadata, axis, rows, columns):
+    shape = (rows * 32, columns)
+    weight = torch.randn(*shape, generator=torch.Generator().manual_seed(rows))
+    numel = weight.numel()
+    if numel % config.group_size:
+        with pytest.raises(InputError, match=f"groups of {config.group_size}"):
+            quantize_matrix(weight, config, get_quantizer("rtn"), axis=axis, metadata=metadata)
+        return
+    packed = quantize_matrix(weight, config, get_quantizer("rtn"), axis=axis, metadata=metadata)
+    assert packed.nbytes == planned_bytes(numel, config, metadata)
+    empty = PackedMatrix.empty(shape, config, axis, metadata)
+    kinds = {n: (t.shape, t.dtype) for n, t in packed.tensors.items()}
+    assert kinds == {n: (t.shape, t.dtype) for n, t in empty.tensors.items()}
+    again = PackedMatrix.from_tensors(packed.tensors, shape, config, axis)
+    assert torch.equal(again.dequantize(), packed.dequantize())
+
+
+@pytest.fixture(scope="module")
+def demo_weights():
+    from lsq_core.load import get_weight
+
+    loaded = load_model(ModelSource("demo"), "cpu")
+    return [get_weight(loaded.model, m) for m in loaded.info.matrices[::17]]
+
+
+def relative_error(weights, config, axis, metadata, name="hqq"):
+    """Frobenius error of our storage over several matrices."""
+    quantizer = get_quantizer(name)
+    return sum(
+        (
+            quantize_matrix(w, config, quantizer, axis=axis, metadata=metadata).dequantize() - w
+        ).norm()
+        for w in weights
+    )
+
+
+def error_of_hqq(weights, config, axis, optimize=True):
+    """The same, by the package's own quantize and dequantize."""
+    total = 0.0
+    for weight in weights:
+        codes, meta = HqqPackage.quantize(
+            weight,
+            nbits=config.bits,
+            group_size=config.group_size,
+            axis=axis,
+            optimize=optimize,
+            device="cpu",
+        )
+        meta["compute_dtype"] = torch.float32
+        total += (HqqPackage.dequantize(codes, meta) - weight).norm()
+    return total
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("config", LADDER, ids=lambda c: c.name)
+def test_with_fp16_metadata_the_error_is_that_of_hqq(demo_weights, config, axis):
+    ours = relative_error(demo_weights, config, axis, "fp16")
+    assert ours / error_of_hqq(demo_weights, config, axis) == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize("config", LADDER[::4], ids=lambda c: c.name)
+def test_rtn_is_the_grid_of_hqq_without_its_solver(demo_weights, config):
+    ours = relative_error(demo_weights, config, 1, "fp16", "rtn")
+    assert ours / error_of_hqq(demo_weights, config, 1, False) == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize("config", LADDER, ids=lambda c: c.name)
+def test_8_bit_metadata_add_little_error(demo_weights, config):
+    """Rounding codes on the grid as stored keeps it far below the quantization error itself."""
+    fp16 = relative_error(demo_weights, config, 1, "fp16")
+    added = relative_error(demo_weights, config, 1, "8bit") / fp16 - 1
+    assert added < (0.06 if config.bits == 8 else 0.001)
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.parametrize("metadata", ["8bit", "fp16"])
+@pytest.mark.parametrize(
+    "weight",
+    [
+        torch.zeros(64, 128),
+        torch.full((64, 128), 0.25),
+        torch.full((64, 128), -300.0),
+        torch.randn(64, 128) * 1e-7,
+        5 + torch.randn(64, 128) * 1e-6,
+        1e4 + torch.randn(64, 128),
+    ],
+    ids=["zeros", "constant", "large constant", "tiny", "offset", "far offset"],
+)
+def test_degenerate_matrices(weight, metadata, name):
+    packed = quantize_matrix(weight, QuantConfig(3, 64), get_quantizer(name), metadata=metadata)
+    error = (packed.dequantize() - weight).abs().max()
+    assert error <= 5e-3 * weight.abs().max() + 1e-6
+
+
+def test_a_dead_row_does_not_spoil_its_neighbours(demo_weights):
+    """Without care a constant group's scale of 1 takes the 8-bit range of 127 others."""
+    weight = demo_weights[0].clone()
+    config, quantizer = QuantConfig(4, 128), get_quantizer("hqq")
+    alive = (quantize_matrix(weight, config, quantizer).dequantize() - weight)[1:].norm()
+    weight[0] = 0
+    dead = (quantize_matrix(weight, config, quantizer).dequantize() - weight)[1:].norm()
+    assert dead / alive == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_no_numbers_are_named(bad):
+    weight = torch.randn(32, 128)
+    weight[3, 4] = bad
+    with pytest.raises(LsqError, match=r"layers\.3\.up_proj holds 1 NaN or infinite"):
+        quantize_matrix(weight, QuantConfig(4, 64), get_quantizer("hqq"), name="layers.3.up_proj")
+
+
+def test_unknown_quantizer():
+    with pytest.raises(InputError, match="choose one of hqq, rtn"):
+        get_quantizer("gptq2")
+
+
+def test_demo_model_has_the_shape_the_mission_asks_for():
+    loaded = load_model(ModelSource("demo"), "cpu")
+    assert loaded.info.layers >= 24
+    assert all(m.in_features % 128 == 0 for m in loaded.info.matrices)
+    assert sum(p.stat().st_size for p in DEMO_FOLDER.iterdir() if p.is_file()) < 40e6
