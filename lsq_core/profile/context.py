@@ -1,0 +1,312 @@
+"""One decoder block and its calibration inputs, as the metrics see it.
+
+Blocks are visited in order. What a block is called with besides the hidden states (masks,
+positions) is recorded once; the hidden states flow from the full-precision block before it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lsq_core.load import LoadedModel, get_weight, last_logits, locate
+from lsq_core.model import Matrix
+
+#: Token sequences that run through a block at once.
+BATCH = 8
+
+
+@dataclass(frozen=True, eq=False)
+class BlockCall:
+    """What a block is called with for one batch, besides the hidden states."""
+
+    args: tuple
+    kwargs: dict
+
+
+@dataclass(frozen=True)
+class Part:
+    """Matrices that the authors quantize together, and where the output is compared.
+
+    ``container`` and ``output`` are module names inside the block ('' is the block itself).
+    """
+
+    name: str
+    matrices: tuple[Matrix, ...]
+    container: str
+    output: str
+
+
+@dataclass(eq=False)
+class BlockContext:
+    """A decoder block with its matrices and the calibration inputs that reach it."""
+
+    loaded: LoadedModel
+    prefix: str
+    block: nn.Module
+    matrices: tuple[Matrix, ...]
+    hidden: list[Tensor] = field(default_factory=list)
+    calls: list[BlockCall] = field(default_factory=list)
+
+    def weight(self, matrix: Matrix) -> Tensor:
+        """The full-precision weight (out, in), a view."""
+        return get_weight(self.loaded.model, matrix)
+
+    def local(self, matrix: Matrix) -> str:
+        """The name, inside the block, of the module that holds a matrix."""
+        name = matrix.name.removeprefix(f"{self.prefix}.")
+        return name if matrix.expert is None else name.rsplit(".", 2)[0]
+
+    def run(self) -> Iterator[Tensor]:
+        """The block's output for each calibration batch."""
+        for hidden, call in zip(self.hidden, self.calls, strict=True):
+            output = self.block(hidden, *call.args, **call.kwargs)
+            yield output[0] if isinstance(output, tuple) else output
+
+    @cached_property
+    def grams(self) -> dict[Matrix, tuple[Tensor, int]]:
+        """``H = XᵀX`` (in, in) in float64 on a CPU, and the number of tokens, for each matrix.
+
+        One pass of the block. Modules that read the same input share one matrix. An expert that
+        no token reached has 0 tokens.
+        """
+        collector = _GramCollector(self)
+        with collector.watching():
+            for _ in self.run():
+                collector.end_batch()
+        return collector.result()
+
+    @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        """The authors' parts of this block, found from its structure (see :func:`find_parts`)."""
+        return find_parts(self)
+
+    @contextmanager
+    def replaced(self, weights: dict[Matrix, Tensor]) -> Iterator[None]:
+        """Put other weights in for a while; the original ones are put back, never read again."""
+        kept = {m: self.weight(m).clone() for m in weights}
+        try:
+            for matrix, weight in weights.items():
+                self.weight(matrix).copy_(weight)
+            yield
+        finally:
+            for matrix, weight in kept.items():
+                self.weight(matrix).copy_(weight)
+
+
+# --- Gram matrices ---------------------------------------------------------------------------
+
+
+class _GramCollector:
+    """Adds up XᵀX over everything that linear modules and experts of a block are given."""
+
+    def __init__(self, context: BlockContext) -> None:
+        self.context = context
+        self.sums: dict[object, tuple[Tensor, int]] = {}
+        #: Which sum belongs to a matrix; matrices that are fed the same tensor share one.
+        self.key_of: dict[Matrix, object] = {}
+        self.key_by_input: dict[int, object] = {}
+        self.alive: list[Tensor] = []
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        stacked = [m for m in self.context.matrices if m.expert is not None]
+        with ExitStack() as stack:
+            for matrix in self.context.matrices:
+                if matrix.expert is None:
+                    holder, _ = locate(self.context.loaded.model, matrix)
+                    handle = holder.register_forward_pre_hook(self._hook(matrix))
+                    stack.callback(handle.remove)
+            if stacked:
+                stack.enter_context(_ExpertWatcher(self, stacked))
+            yield
+
+    def _hook(self, matrix: Matrix) -> Callable:
+        return lambda module, args: self.add(matrix, args[0])
+
+    def add(self, matrix: Matrix, inputs: Tensor) -> None:
+        """Count the inputs of one call, once however many matrices share them."""
+        shared = self.key_by_input.get(id(inputs)) if matrix.expert is None else None
+        if shared is not None:
+            self.key_of[matrix] = shared
+            return
+        self.key_of[matrix] = matrix
+        self.key_by_input[id(inputs)] = matrix
+        self.alive.append(inputs)  # an id is only an identity while its object lives
+        rows = inputs.reshape(-1, inputs.shape[-1]).to(_gram_dtype(inputs.device))
+        before, tokens = self.sums.get(matrix, (0.0, 0))
+        self.sums[matrix] = (before + rows.T @ rows, tokens + rows.shape[0])
+
+    def end_batch(self) -> None:
+        self.key_by_input.clear()
+        self.alive.clear()
+
+    def result(self) -> dict[Matrix, tuple[Tensor, int]]:
+        none = {}
+        for matrix in self.context.matrices:
+            if matrix not in self.key_of:
+                device = self.context.weight(matrix).device
+                size = matrix.in_features
+                none[matrix] = (torch.zeros(size, size, device=device), 0)
+        return none | {m: self.sums[key] for m, key in self.key_of.items()}
+
+
+def _gram_dtype(device: torch.device) -> torch.dtype:
+    return torch.float64 if device.type == "cpu" else torch.float32
+
+
+class _ExpertWatcher(TorchFunctionMode):
+    """Sees what each expert of a stack is multiplied by.
+
+    Experts are no modules: their module calls ``linear`` or a matrix product with a slice of the
+    stacked parameter, which is known by where it lies in memory.
+    """
+
+    def __init__(self, collector: _GramCollector, matrices: list[Matrix]) -> None:
+        super().__init__()
+        self.collector = collector
+        model = collector.context.loaded.model
+        self.by_address = {get_weight(model, m).data_ptr(): m for m in matrices}
+
+    def __torch_function__(
+        self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        if func in _PRODUCTS and len(args) >= 2 and torch.is_tensor(args[1]):
+            matrix = self.by_address.get(args[1].data_ptr())
+            if matrix is not None and args[0].shape[-1] == matrix.in_features:
+                self.collector.add(matrix, args[0])
+        return func(*args, **(kwargs or {}))
+
+
+_PRODUCTS = {
+    torch.nn.functional.linear,
+    torch.matmul,
+    torch.Tensor.matmul,
+    torch.Tensor.__matmul__,
+    torch.mm,
+    torch.Tensor.mm,
+}
+
+
+# --- parts -----------------------------------------------------------------------------------
+
+
+def find_parts(context: BlockContext) -> tuple[Part, ...]:
+    """The parts of a block: in each container the last linear module is one, the others another.
+
+    This gives the authors' four parts on a Llama - q, k, v against the attention's output, o,
+    gate and up against the MLP's output, down - and their counterparts elsewhere, without a list
+    of names: a container is what directly holds linear modules (a self-attention, an MLP, the
+    block itself). Where several modules are last (experts), the output of the block's child
+    around them is compared.
+    """
+    order = _execution_order(context)
+    containers: dict[str, list[Matrix]] = {}
+    for matrix in context.matrices:
+        containers.setdefault(_container(context, matrix), []).append(matrix)
+    names = _container_names(context, containers)
+    parts = []
+    for container, matrices in containers.items():
+        last_type = max(matrices, key=lambda m: order.get(m.name, -1)).type
+        last = tuple(m for m in matrices if m.type == last_type)
+        before = tuple(m for m in matrices if m.type != last_type)
+        single = len(last) == 1 and last[0].expert is None
+        around = container if single or container == "" else container.split(".")[0]
+        output = context.local(last[0]) if single else around
+        first_name, last_name = names[container]
+        if before:
+            parts.append(Part(first_name, before, around, output))
+        parts.append(Part(last_name, last, around, output))
+    return tuple(parts)
+
+
+def _container(context: BlockContext, matrix: Matrix) -> str:
+    """The module that directly holds a matrix's module, or the stack itself; without indices."""
+    local = context.local(matrix)
+    holder = local if matrix.expert is not None else local.rpartition(".")[0]
+    return re.sub(r"\.\d+(?=\.|$)", "", holder)
+
+
+def _container_names(context: BlockContext, containers: dict) -> dict[str, tuple[str, str]]:
+    """The authors' part names for the first attention and the first MLP, paths for the rest."""
+    names, taken = {}, set()
+    for container in containers:
+        kind = "attn" if "attn" in container or "attention" in container else "mlp"
+        if kind in taken:
+            names[container] = (f"{container or 'block'}_in", f"{container or 'block'}_out")
+        else:
+            standard = {"attn": ("attn_in", "attn_out"), "mlp": ("mlp_gate", "mlp_down")}
+            names[container] = standard[kind]
+        taken.add(kind)
+    return names
+
+
+def _execution_order(context: BlockContext) -> dict[str, int]:
+    """When each matrix was first used, seen by running the first sequence through the block."""
+    seen: dict[str, int] = {}
+
+    class Order(_GramCollector):
+        def add(self, matrix: Matrix, inputs: Tensor) -> None:
+            seen.setdefault(matrix.name, len(seen))
+
+    with Order(context).watching():
+        call = context.calls[0]
+        context.block(context.hidden[0], *call.args, **call.kwargs)
+    return seen
+
+
+# --- the walk ----------------------------------------------------------------------------------
+
+
+def record_calls(loaded: LoadedModel, ids: Tensor) -> tuple[list[list[BlockCall]], list[Tensor]]:
+    """How each block is called for each batch, and the hidden states that enter the first one.
+
+    ``ids`` is int64 (sequences, tokens). Blocks are passed through without computing, so this
+    costs the embedding alone; each keeps its own masks and positions, which differ between the
+    layers of some models.
+    """
+    blocks = loaded.blocks
+    calls: list[list[BlockCall]] = [[] for _ in blocks]
+    hidden: list[Tensor] = []
+    returns_tuple = _return_kinds(loaded, ids[:1, :8])
+
+    def pass_through(layer: int) -> Callable:
+        def forward(states: Tensor, *args: object, **kwargs: object) -> object:
+            if layer == 0:
+                hidden.append(states)
+            calls[layer].append(BlockCall(args, kwargs))
+            return (states,) if returns_tuple[layer] else states
+
+        return forward
+
+    try:
+        for layer, block in enumerate(blocks):
+            block.forward = pass_through(layer)
+        for batch in ids.split(BATCH):
+            last_logits(loaded.model, batch, 1)
+    finally:
+        for block in blocks:
+            block.__dict__.pop("forward", None)
+    return calls, hidden
+
+
+def _return_kinds(loaded: LoadedModel, ids: Tensor) -> list[bool]:
+    """Whether each block returns a tuple, seen by running a few tokens."""
+    kinds: list[bool] = []
+    handles = [
+        block.register_forward_hook(lambda m, a, output: kinds.append(isinstance(output, tuple)))
+        for block in loaded.blocks
+    ]
+    try:
+        last_logits(loaded.model, ids, 1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return kinds
