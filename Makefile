@@ -1,0 +1,37 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.requirements-installed
+
+.PHONY: help run test test-fast lint format clean
+.DEFAULT_GOAL := help
+
+help:  ## Say what each target does
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+run: $(READY)  ## Serve the app on http://127.0.0.1:8501
+	$(BIN)/python -m lsq_core app
+
+test: $(READY)  ## Run every test; browser tests need Chromium and are skipped by name without it
+	$(BIN)/python -m pytest
+
+test-fast: $(READY)  ## Run the tests that take seconds
+	$(BIN)/python -m pytest -m "not browser and not slow"
+
+lint: $(READY)  ## Check style and format without changing anything
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)  ## Mend style and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## Remove the virtual environment and caches; data stays
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+
+$(READY): requirements.txt tests/requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "LSQ Explorer needs Python 3.11 or newer; set PYTHON=/path/to/python3."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r tests/requirements.txt
+	@touch $(READY)

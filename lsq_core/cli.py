@@ -1,0 +1,479 @@
+"""The command line: ``python -m lsq_core VERB``.
+
+With ``--json`` exactly one JSON document goes to standard output; progress and messages always go
+to standard error. Exit status 0, 2 for bad input, 1 for a failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from lsq_core import disk, jobs
+from lsq_core.config import METADATA_FORMATS, format_bytes
+from lsq_core.corpus import BUILT_IN
+from lsq_core.errors import InputError, LsqError
+from lsq_core.jsontext import json_text, write_json
+from lsq_core.model import MANIFEST, ModelSource
+from lsq_core.pipeline import EvaluationRequest, Report, Workbench, evaluate_saved
+from lsq_core.plan import PLANNERS, Plan, PlanRequest
+from lsq_core.profile import METRICS, ProfileSettings
+from lsq_core.quantize import QUANTIZERS
+from lsq_core.store import Store
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    options = build_parser().parse_args(arguments)
+    console = _Console()
+    try:
+        if options.verb == "job":
+            return jobs.work(Path(options.folder), execute)
+        try:
+            result = options.call(options, console.report)
+        finally:
+            console.close()
+    except LsqError as error:
+        print(f"lsq: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("lsq: stopped", file=sys.stderr)
+        return 1
+    if options.json:
+        print(json_text(result))
+    else:
+        options.show(result)
+    return 0
+
+
+def execute(arguments: list[str], report: Report) -> dict:
+    """Run one command and give its result, reporting to ``report``; for jobs.
+
+    Raises
+    ------
+    LsqError
+        As the command does.
+    """
+    options = build_parser(exit_on_error=False).parse_args(arguments)
+    return options.call(options, report)
+
+
+class _Console:
+    """Progress on standard error: a line that rewrites itself in a terminal, else a few lines."""
+
+    def __init__(self) -> None:
+        self.shown = ("", -1)
+        self.terminal = sys.stderr.isatty()
+
+    def report(self, stage: str, done: int, total: int, message: str) -> None:
+        tenth = 10 * done // total if total else 0
+        if not self.terminal and (stage, tenth) == self.shown:
+            return
+        share = f"{100 * done // total:3d} %" if total > 1 else "     "
+        line = f"{stage:>9} {share}  {message}"
+        if self.terminal:
+            new_stage = stage != self.shown[0] and self.shown[0]
+            print(("\n" if new_stage else "\r\033[K") + line, end="", file=sys.stderr, flush=True)
+        else:
+            print(line, file=sys.stderr, flush=True)
+        self.shown = (stage, tenth)
+
+    def close(self) -> None:
+        if self.terminal and self.shown[0]:
+            print(file=sys.stderr)
+
+
+# --- options --------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """Bad options end as every other bad input does."""
+
+    def error(self, message: str) -> None:
+        if self.exit_on_error:
+            super().error(message)
+        raise InputError(message)
+
+
+def build_parser(exit_on_error: bool = True) -> argparse.ArgumentParser:
+    """The parser of every verb and option."""
+    parser = _Parser(
+        prog="python -m lsq_core",
+        description="Explore where the bits should go, without writing code.",
+        exit_on_error=exit_on_error,
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, call: Callable, show: Callable, text: str) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=text, description=text, exit_on_error=exit_on_error)
+        sub.add_argument("--json", action="store_true", help="print one JSON document")
+        sub.add_argument("--db", help="database file (default: LSQ_DB, or data/lsq.duckdb)")
+        sub.set_defaults(call=call, show=show)
+        return sub
+
+    _add_model(verb("inspect", inspect, show_model, "what a model is, before any weight is read"))
+
+    sub = verb("profile", profile, show_profile, "measure how hard each module is to quantize")
+    _add_model(sub)
+    _add_device(sub)
+    sub.add_argument("--corpus", default="stdlib", help=f"calibration text: {_corpora()}")
+    sub.add_argument("--quantizer", default="hqq", help=f"one of {', '.join(QUANTIZERS)}")
+    _add_profile(sub)
+
+    sub = verb("plan", plan, show_plan, "choose a configuration for each module")
+    _add_model(sub)
+    _add_device(sub)
+    _add_plan(sub)
+    sub.add_argument("--out", type=Path, help="write the plan into a file, for run --plan")
+
+    sub = verb("run", run, show_run, "plan, quantize, evaluate, keep the result")
+    _add_model(sub)
+    _add_device(sub)
+    _add_plan(sub)
+    sub.add_argument("--plan", type=Path, help="apply a plan that plan --out wrote")
+    sub.add_argument("--quantizer", default="hqq", help=f"one of {', '.join(QUANTIZERS)}")
+    _add_evaluation(sub)
+    sub.add_argument("--save", type=Path, help="keep the quantized model in this new folder")
+
+    sub = verb("eval", evaluate, show_figures, "perplexity of a saved or a full-precision model")
+    _add_model(sub)
+    _add_device(sub)
+    _add_evaluation(sub)
+
+    sub = verb("results", results, show_results, "every run in the database")
+    sub.add_argument("--model", help="only runs of this model")
+
+    sub = verb("disk", on_disk, show_disk, "what is kept on disk, and pruning it")
+    sub.add_argument("--prune", metavar="NAME", help="delete one of what disk lists")
+
+    sub = verb("app", app, lambda result: None, "serve the app on this machine")
+    sub.add_argument("--port", type=int, default=8501)
+
+    worker = verbs.add_parser("job", help=argparse.SUPPRESS)
+    worker.add_argument("folder")
+    return parser
+
+
+def _corpora() -> str:
+    return f"{', '.join(BUILT_IN)}, hf:org/name, or a text file"
+
+
+def _add_model(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--model", required=True, help="demo, a Hugging Face id, or a local folder")
+    sub.add_argument("--revision", help="branch, tag or commit of a Hugging Face id")
+    sub.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python code that comes with the model; only for models you trust",
+    )
+    sub.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        help="open pickled weights, which can run code; only for models you trust",
+    )
+
+
+def _add_device(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, … (auto)")
+    sub.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (auto)")
+
+
+def _add_profile(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--axis", type=int, default=1, help="grouping axis, 0 or 1 (1)")
+    sub.add_argument(
+        "--metadata",
+        default="8bit",
+        help=f"how scale and zero are stored: {' or '.join(METADATA_FORMATS)} (8bit)",
+    )
+    sub.add_argument("--samples", type=int, default=128, help="calibration texts (128)")
+    sub.add_argument(
+        "--block-tokens", type=int, default=512, help="tokens of a calibration block (512)"
+    )
+
+
+def _add_plan(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--method", help=f"one of {', '.join(PLANNERS)}")
+    sub.add_argument("--base", help="a ladder stop, such as 3.13 or b3g128")
+    sub.add_argument("--budget", help="3.2bpp, or bytes of the linear weights: 9MiB, 1.5GiB")
+    sub.add_argument("--boost-stop", type=int, default=2, help="stops a flagged layer gains (2)")
+    sub.add_argument("--top-m", type=int, default=0, help="outliers to keep, 0 for all (0)")
+    sub.add_argument("--calibration", default="stdlib", help=f"calibration text: {_corpora()}")
+    sub.add_argument(
+        "--metric",
+        default="sensitivity",
+        help="what SensiBoost reads: sensitivity (by part) or sensitivity_module",
+    )
+    sub.add_argument("--profile-quantizer", default="hqq", help="quantizer of the profile (hqq)")
+    sub.add_argument("--seed", type=int, default=0, help="seed of the ablations (0)")
+    _add_profile(sub)
+
+
+def _add_evaluation(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--corpus", default="stdlib", help=f"evaluation text: {_corpora()}")
+    sub.add_argument("--protocol", default="strided", help="strided or blocks (strided)")
+    sub.add_argument("--max-tokens", type=int, help="evaluate on at most so many tokens")
+
+
+def _workbench(options: argparse.Namespace, report: Report) -> Workbench:
+    return Workbench(_source(options), Store(options.db), options.device, options.dtype, report)
+
+
+def _source(options: argparse.Namespace) -> ModelSource:
+    return ModelSource(
+        options.model, options.revision, options.trust_remote_code, options.allow_pickle
+    )
+
+
+def _settings(options: argparse.Namespace, quantizer: str, calibration: str) -> ProfileSettings:
+    return ProfileSettings(
+        quantizer=quantizer,
+        axis=options.axis,
+        metadata=options.metadata,
+        calibration=calibration,
+        samples=options.samples,
+        block_tokens=options.block_tokens,
+    )
+
+
+def _plan_request(options: argparse.Namespace) -> PlanRequest:
+    if not options.method:
+        raise InputError(f"Give a method with --method: {', '.join(PLANNERS)}.")
+    if options.metric not in METRICS or not options.metric.startswith("sensitivity"):
+        raise InputError(
+            f"'{options.metric}' is not a metric SensiBoost can read; choose sensitivity or "
+            "sensitivity_module."
+        )
+    return PlanRequest(
+        method=options.method,
+        base=options.base,
+        budget=options.budget,
+        boost_stop=options.boost_stop,
+        top_m=options.top_m,
+        metric=options.metric,
+        seed=options.seed,
+    )
+
+
+def _evaluation(options: argparse.Namespace) -> EvaluationRequest:
+    return EvaluationRequest(options.corpus, options.protocol, options.max_tokens)
+
+
+# --- verbs ----------------------------------------------------------------------------------
+
+
+def inspect(options: argparse.Namespace, report: Report) -> dict:
+    """Layers, parameters, bytes and modules, from the config alone for a remote model."""
+    from lsq_core.load import inspect_model
+
+    info = inspect_model(_source(options))
+    if info.fingerprint:
+        Store(options.db).save_model(info)
+    return _described(info) | {
+        "modules": {m.name: [m.out_features, m.in_features] for m in info.matrices}
+    }
+
+
+def _described(info: object) -> dict:
+    return {
+        "model": info.source,
+        "fingerprint": info.fingerprint or None,
+        "architecture": info.architecture,
+        "layers": info.layers,
+        "context": info.context,
+        "parameters": info.parameters,
+        "linear_parameters": info.linear_parameters,
+        "covered": info.covered,
+        "left_out": list(info.left_out),
+        "file_bytes": info.file_bytes,
+        "tied_embeddings": info.tied_embeddings,
+    }
+
+
+def profile(options: argparse.Namespace, report: Report) -> dict:
+    """Measure or find a profile."""
+    bench = _workbench(options, report)
+    found = bench.profile(_settings(options, options.quantizer, options.corpus))
+    return {
+        "profile": found.id,
+        "model": _described(bench.info),
+        "settings": asdict(found.settings),
+        "provenance": found.provenance,
+        "scores": found.values.to_dict("records"),
+    }
+
+
+def plan(options: argparse.Namespace, report: Report) -> dict:
+    """Make a plan, measuring what it needs first."""
+    bench = _workbench(options, report)
+    settings = _settings(options, options.profile_quantizer, options.calibration)
+    made, used = bench.plan(_plan_request(options), settings)
+    content = made.to_json() | {
+        "model": bench.source.name,
+        "fingerprint": bench.info.fingerprint,
+        "profile": used.id if used else None,
+        "covered": bench.info.covered,
+    }
+    if options.out:
+        _write_new(options.out, content)
+    return content
+
+
+def _write_new(path: Path, content: dict) -> None:
+    try:
+        write_json(path, content)
+    except OSError as error:
+        raise LsqError(f"{path} cannot be written: {error.strerror}.") from error
+
+
+def run(options: argparse.Namespace, report: Report) -> dict:
+    """Plan or take a saved plan, quantize, evaluate, keep."""
+    evaluation = _evaluation(options)
+    bench = _workbench(options, report)
+    if options.plan:
+        if options.method or options.base or options.budget:
+            raise InputError("Give a saved plan, or a method with base or budget, but not both.")
+        made, used = _saved_plan(options.plan, bench), None
+    else:
+        settings = _settings(options, options.profile_quantizer, options.calibration)
+        made, used = bench.plan(_plan_request(options), settings)
+    save = options.save.expanduser().resolve() if options.save else None
+    outcome = bench.run(made, used, options.quantizer, evaluation, save)
+    return {"model": bench.source.name, "fingerprint": bench.info.fingerprint} | outcome
+
+
+def _saved_plan(path: Path, bench: Workbench) -> Plan:
+    try:
+        content = json.loads(path.read_text("utf8"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not a plan: it holds no JSON ({error}).") from error
+    return Plan.from_json(content, bench.info.matrices, bench.info.other_bytes)
+
+
+def evaluate(options: argparse.Namespace, report: Report) -> dict:
+    """Evaluate a folder that ``run --save`` wrote, or a model in full precision."""
+    request = _evaluation(options)
+    source = _source(options)
+    folder = source.local_folder
+    if folder is not None and (folder / MANIFEST).is_file():
+        return evaluate_saved(
+            folder, request, Store(options.db), options.device, options.dtype, report
+        )
+    return _workbench(options, report).evaluate_full(request)
+
+
+def results(options: argparse.Namespace, report: Report) -> dict:
+    """Every run, newest first."""
+    frame = Store(options.db).results()
+    if options.model:
+        frame = frame[frame["model"] == options.model]
+    frame = frame.assign(created=frame["created"].astype(str))
+    return {"results": frame.astype(object).where(frame.notna(), None).to_dict("records")}
+
+
+def on_disk(options: argparse.Namespace, report: Report) -> dict:
+    """What is kept on disk; ``--prune`` deletes one of it."""
+    store = Store(options.db)
+    pruned = disk.prune(store, options.prune) if options.prune else None
+    return {
+        "pruned": asdict(pruned) if pruned else None,
+        "kept": [asdict(item) for item in disk.kept_on_disk(store)],
+    }
+
+
+def app(options: argparse.Namespace, report: Report) -> dict:
+    """Serve the app until stopped."""
+    import os
+    import subprocess
+
+    root = Path(__file__).resolve().parents[1]
+    environment = os.environ | ({"LSQ_DB": str(Store(options.db).path)} if options.db else {})
+    command = [sys.executable, "-m", "streamlit", "run", "app.py"]
+    command += ["--server.port", str(options.port)]
+    status = subprocess.call(command, cwd=root, env=environment)
+    if status:
+        raise LsqError(f"The app ended with status {status}; its own message is above.")
+    return {}
+
+
+# --- for people -----------------------------------------------------------------------------
+
+
+def show_model(result: dict) -> None:
+    """Print what a model is."""
+    print(
+        f"{result['model']}: {result['architecture']}, {result['layers']} layers, "
+        f"{result['parameters']:,} parameters, {format_bytes(result['file_bytes'])}; "
+        f"{100 * result['covered']:.1f} % of them in {len(result['modules'])} planned modules"
+    )
+    for name in result["left_out"]:
+        print(f"left at full precision, since no group size divides it: {name}")
+
+
+def show_profile(result: dict) -> None:
+    """Print which profile was measured."""
+    provenance = result["provenance"]
+    print(
+        f"profile {result['profile']} of {result['model']['model']}: {len(result['scores']):,} "
+        f"scores on {provenance['tokens']:,} tokens of {provenance['corpus']}"
+    )
+
+
+def show_plan(result: dict) -> None:
+    """Print a plan's size, its boosted modules and its configurations by count."""
+    print(
+        f"{result['method']}: {result['bits_per_param']:.4f} bits per parameter, "
+        f"{format_bytes(result['planned_bytes'])} planned for the linear weights, "
+        f"{format_bytes(result['model_bytes'])} for the model"
+    )
+    for name, worth in result["flagged"].items():
+        print(f"  {result['modules'][name]['config']:>7}  {name}  ({worth:.2f})")
+    counts: dict[str, int] = {}
+    for entry in result["modules"].values():
+        counts[entry["config"]] = counts.get(entry["config"], 0) + 1
+    print("  " + ", ".join(f"{n} × {config}" for config, n in sorted(counts.items())))
+    for note in result["notes"]:
+        print(note)
+
+
+def show_run(result: dict) -> None:
+    """Print a plan and what came of it."""
+    show_plan(result)
+    show_figures(result)
+    change = result["increase"]
+    print(
+        f"full precision {result['perplexity_full']:.4f}: {100 * change['relative']:+.2f} % "
+        f"(95 % interval {100 * change['low']:+.2f} to {100 * change['high']:+.2f} %), "
+        f"KL {result['kl']:.4f} nats, same top token {100 * result['top1']:.1f} %"
+    )
+
+
+def show_figures(result: dict) -> None:
+    """Print a perplexity with what it was measured on."""
+    cut = ", cut by max-tokens" if result["truncated"] else ""
+    print(
+        f"perplexity {result['perplexity']:.4f} on {result['tokens']:,} tokens of "
+        f"{result['corpus']} ({result['protocol']}{cut})"
+    )
+
+
+def show_results(result: dict) -> None:
+    """Print the runs as a table."""
+    print(f"{'model':<24} {'method':<20} {'bits':>7} {'MiB':>9} {'perplexity':>11}  corpus")
+    for row in result["results"]:
+        print(
+            f"{str(row['model'])[-24:]:<24} {row['method']:<20} {row['bits_per_param']:>7.4f} "
+            f"{row['measured_bytes'] / 2**20:>9.2f} {row['perplexity']:>11.4f}  {row['corpus']} "
+            f"({row['protocol']})"
+        )
+
+
+def show_disk(result: dict) -> None:
+    """Print what is kept."""
+    for item in result["kept"]:
+        print(f"{format_bytes(item['bytes']):>12}  {item['kind']:<14} {item['name']}")

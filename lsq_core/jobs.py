@@ -1,0 +1,282 @@
+"""Background jobs: a command line run by a process of its own, with a folder of its own.
+
+The folder holds ``job.json`` (what was asked), ``process.json`` (which process does it),
+``progress.json`` (how far it is, replaced atomically), ``result.json`` and ``log.txt``. So a job
+outlives the page, the browser and the server, and is found again by looking into the folder.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import psutil
+
+from lsq_core.errors import InputError, LsqError
+from lsq_core.jsontext import write_json
+
+#: Seconds a process has to end by itself before it is killed.
+GRACE = 1.5
+#: Seconds between two writes of the progress file.
+_PROGRESS_EVERY = 0.2
+ACTIVE = ("queued", "running")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job as its folder says it is now.
+
+    ``state`` is queued, running, done, failed, cancelled or interrupted; the last means that its
+    process is gone without having said how it ended.
+    """
+
+    id: str
+    folder: Path
+    arguments: tuple[str, ...]
+    created: float
+    state: str
+    stage: str = ""
+    done: int = 0
+    total: int = 0
+    message: str = ""
+    eta: float | None = None
+    memory: int | None = None
+    seconds: float = 0.0
+
+    @property
+    def active(self) -> bool:
+        """Whether it is still going to do something."""
+        return self.state in ACTIVE
+
+    @property
+    def fraction(self) -> float:
+        """How much of the present stage is done, 0 to 1."""
+        return self.done / self.total if self.total else 0.0
+
+    @property
+    def command(self) -> str:
+        """The command line that does the same in a terminal."""
+        return "python -m lsq_core " + shlex.join(self.arguments)
+
+    @property
+    def title(self) -> str:
+        """Verb, method and model in a few words."""
+        words = dict(itertools.pairwise(self.arguments))
+        parts = [self.arguments[0], words.get("--method", ""), words.get("--model", "")]
+        return " ".join(part for part in parts if part)
+
+    def log_tail(self, lines: int = 12) -> str:
+        """The last lines that the process wrote."""
+        path = self.folder / "log.txt"
+        if not path.is_file():
+            return ""
+        return "\n".join(path.read_text("utf8", "replace").splitlines()[-lines:])
+
+    def result(self) -> dict | None:
+        """What the command printed as JSON, once it is done."""
+        return _read(self.folder / "result.json")
+
+
+def start(folder: Path, arguments: list[str]) -> Job:
+    """Start a job for a command line of this project, such as ``["run", "--model", "demo"]``.
+
+    It runs on when the caller ends. Jobs on the same device wait for one another.
+    """
+    id = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
+    home = folder / id
+    home.mkdir(parents=True)
+    write_json(home / "job.json", {"id": id, "arguments": arguments, "created": time.time()})
+    with (home / "log.txt").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "lsq_core", "job", str(home)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            cwd=Path(__file__).resolve().parents[1],
+        )
+    write_json(home / "process.json", _identity(process.pid))
+    return read(home)
+
+
+def read(home: Path) -> Job:
+    """The job in a folder.
+
+    Raises
+    ------
+    InputError
+        When the folder holds no job.
+    """
+    asked = _read(home / "job.json")
+    if asked is None:
+        raise InputError(f"There is no job in {home}.")
+    progress = _read(home / "progress.json") or {"state": "queued"}
+    job = Job(
+        id=asked["id"],
+        folder=home,
+        arguments=tuple(asked["arguments"]),
+        created=asked["created"],
+        **{k: v for k, v in progress.items() if k in Job.__dataclass_fields__},
+    )
+    if job.active and not _alive(home):
+        # It may have ended between the two looks.
+        progress = _read(home / "progress.json") or progress
+        if progress["state"] in ACTIVE:
+            reason = f"Its process ended without a word during '{job.stage or 'start'}'."
+            return replace(job, state="interrupted", message=reason)
+        return read(home)
+    return job
+
+
+def list_jobs(folder: Path) -> list[Job]:
+    """Every job, newest first."""
+    homes = sorted((p.parent for p in folder.glob("*/job.json")), reverse=True)
+    return [read(home) for home in homes]
+
+
+def cancel(job: Job) -> Job:
+    """End a job: ask, wait, then kill. Returns it as it is then."""
+    identity = _read(job.folder / "process.json")
+    if job.active and identity and _alive(job.folder):
+        process = psutil.Process(identity["pid"])
+        _signal(identity["pid"], signal.SIGTERM)
+        try:
+            process.wait(GRACE)
+        except psutil.TimeoutExpired:
+            _signal(identity["pid"], signal.SIGKILL)
+            process.wait(GRACE)
+    after = read(job.folder)
+    if after.state in (*ACTIVE, "interrupted"):
+        progress = _read(job.folder / "progress.json") or {}
+        progress |= {"state": "cancelled", "message": "Cancelled.", "eta": None}
+        write_json(job.folder / "progress.json", progress)
+    return read(job.folder)
+
+
+def _signal(pid: int, number: int) -> None:
+    try:
+        os.killpg(pid, number)
+    except ProcessLookupError:
+        return  # it ended meanwhile
+
+
+def _identity(pid: int) -> dict:
+    """A process by number and start, since numbers are used again."""
+    try:
+        return {"pid": pid, "started": psutil.Process(pid).create_time()}
+    except psutil.NoSuchProcess:
+        return {"pid": pid, "started": 0.0}
+
+
+def _alive(home: Path) -> bool:
+    identity = _read(home / "process.json")
+    if identity is None:
+        return time.time() - _read(home / "job.json")["created"] < 10  # just being started
+    try:
+        process = psutil.Process(identity["pid"])
+        same = abs(process.create_time() - identity["started"]) < 1.0
+        return same and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _read(path: Path) -> dict | None:
+    try:
+        return json.loads(path.read_text("utf8"))
+    except FileNotFoundError:
+        return None
+
+
+# --- inside the job's own process ------------------------------------------------------------
+
+
+def work(home: Path, execute: Callable[[list[str], Callable], dict]) -> int:
+    """Run the job of a folder in this process; returns the exit status.
+
+    ``execute`` takes the arguments and a report function and gives the command's result.
+    """
+    signal.signal(signal.SIGTERM, _stop)
+    asked = _read(home / "job.json")
+    progress = _ProgressFile(home)
+    try:
+        with _device_turn(home.parent, asked["arguments"], progress):
+            result = execute(asked["arguments"], progress.report)
+        write_json(home / "result.json", result)
+        progress.end("done", "Done.")
+        return 0
+    except _Stopped:
+        progress.end("cancelled", "Cancelled.")
+        return 1
+    except LsqError as error:
+        progress.end("failed", str(error))
+        return error.exit_code
+    except BaseException as error:
+        progress.end("failed", f"{type(error).__name__}: {error} (see the log)")
+        raise
+
+
+class _Stopped(BaseException):
+    """Raised where the process is when it is asked to end."""
+
+
+def _stop(number: int, frame: object) -> None:
+    raise _Stopped
+
+
+@contextmanager
+def _device_turn(folder: Path, arguments: list[str], progress: _ProgressFile) -> Iterator[None]:
+    """Wait until no other job uses the device; the lock goes with the process, however it ends."""
+    words = dict(itertools.pairwise(arguments))
+    device = re.sub(r"\W", "-", words.get("--device", "auto"))
+    with (folder / f"device-{device}.lock").open("w") as lock:
+        progress.write({"state": "queued", "message": "Waiting for the device."})
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        progress.begin()
+        yield
+
+
+class _ProgressFile:
+    """Writes how far a job is: often enough to watch, seldom enough not to slow it."""
+
+    def __init__(self, home: Path) -> None:
+        self.path = home / "progress.json"
+        self.state: dict = {}
+        self.began = self.stage_began = time.monotonic()
+        self.written = 0.0
+
+    def write(self, state: dict) -> None:
+        self.state |= state | {
+            "seconds": time.monotonic() - self.began,
+            "memory": psutil.Process().memory_info().rss,
+        }
+        write_json(self.path, self.state)
+        self.written = time.monotonic()
+
+    def begin(self) -> None:
+        self.began = time.monotonic()
+        self.write({"state": "running", "stage": "start", "message": "Starting."})
+
+    def report(self, stage: str, done: int, total: int, message: str) -> None:
+        if stage != self.state.get("stage"):
+            self.stage_began = time.monotonic()
+        elif done < total and time.monotonic() - self.written < _PROGRESS_EVERY:
+            return
+        elapsed = time.monotonic() - self.stage_began
+        eta = elapsed * (total - done) / done if done else None
+        self.write({"stage": stage, "done": done, "total": total, "message": message, "eta": eta})
+
+    def end(self, state: str, message: str) -> None:
+        self.write({"state": state, "message": message, "eta": None})

@@ -1,0 +1,456 @@
+"""The way through, step by step: model, profile, plan, quantized model, run; each one kept.
+
+The app's jobs, the command line and the tests all call :class:`Workbench`.
+"""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lsq_core.config import DETECTION_CONFIG, format_bytes
+from lsq_core.corpus import corpus_identity, load_corpus, token_stream
+from lsq_core.errors import InputError, LsqError
+from lsq_core.jsontext import json_text
+from lsq_core.model import ModelInfo, ModelSource, find_model, fingerprint
+from lsq_core.plan import Plan, PlanRequest, Problem, get_planner, make_plan
+from lsq_core.profile import Profile, ProfileSettings
+from lsq_core.provenance import machine, versions
+from lsq_core.quantize import QUANTIZERS
+from lsq_core.store import Store, new_id
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lsq_core.evaluate import Evaluation
+    from lsq_core.load import LoadedModel
+
+#: Called with a stage, how much of it is done, of how much, and what is being done.
+Report = Callable[[str, int, int, str], None]
+
+
+def silent(stage: str, done: int, total: int, message: str) -> None:
+    """Report nothing."""
+
+
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """What to evaluate on: a corpus, a protocol, and at most so many tokens (None: all)."""
+
+    corpus: str = "stdlib"
+    protocol: str = "strided"
+    max_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        from lsq_core.evaluate import PROTOCOLS
+
+        if self.protocol not in PROTOCOLS:
+            raise InputError(f"'{self.protocol}' is not a protocol; choose strided or blocks.")
+        if self.max_tokens is not None and self.max_tokens < 2:
+            raise InputError("max-tokens has to be at least 2: one to read and one to predict.")
+
+
+@dataclass(eq=False)
+class Workbench:
+    """One model with what is known of it, loaded when something first needs its weights."""
+
+    source: ModelSource
+    store: Store
+    device: str = "auto"
+    dtype: str = "auto"
+    report: Report = silent
+
+    # --- the model --------------------------------------------------------------------------
+
+    @cached_property
+    def folder(self) -> Path:
+        """The model's local folder; a remote one is fetched."""
+        if not self.source.is_local:
+            self.report("load", 0, 1, f"fetching {self.source.name}")
+        return find_model(self.source)
+
+    @cached_property
+    def info(self) -> ModelInfo:
+        """What is known of the model, from the store or from its config."""
+        known = self.store.model(fingerprint(self.folder))
+        if known is not None:
+            return replace(known, source=self.source.name, revision=self.source.revision)
+        from lsq_core.load import inspect_model
+
+        info = inspect_model(self.source)
+        if not info.fingerprint:
+            info = replace(info, fingerprint=fingerprint(self.folder))
+        self.store.save_model(info)
+        return info
+
+    @cached_property
+    def loaded(self) -> LoadedModel:
+        """The model with its weights."""
+        from lsq_core.load import load_model
+
+        self.report("load", 0, 1, f"loading {self.source.name}")
+        with in_a_sentence(self.device):
+            loaded = load_model(self.source, self.device, self.dtype)
+        self.store.save_model(loaded.info)
+        self.report("load", 1, 1, f"loaded on {loaded.device} in {loaded.dtype}")
+        return loaded
+
+    # --- profile ----------------------------------------------------------------------------
+
+    def profile_key(self, settings: ProfileSettings) -> str:
+        """The identity of this model's profile under these settings."""
+        return settings.key(fingerprint(self.folder), corpus_identity(settings.calibration))
+
+    def find_profile(self, settings: ProfileSettings) -> Profile | None:
+        """The profile if it was measured before."""
+        return self.store.profile(self.profile_key(settings))
+
+    def profile(self, settings: ProfileSettings) -> Profile:
+        """The profile: found, or measured and kept.
+
+        Raises
+        ------
+        InputError, LsqError
+            When the model or the calibration corpus cannot be had, or a weight is not finite.
+        """
+        found = self.find_profile(settings)
+        if found is not None:
+            self.report("profile", 1, 1, "found in the store")
+            return found
+        from lsq_core.profile.measure import measure_profile
+
+        loaded = self.loaded
+        with in_a_sentence(loaded.device):
+            profile = measure_profile(
+                loaded,
+                settings,
+                self.profile_key(settings),
+                lambda done, total, message: self.report("profile", done, total, message),
+            )
+        self.store.save_profile(profile)
+        return profile
+
+    # --- plan -------------------------------------------------------------------------------
+
+    def plan(self, request: PlanRequest, settings: ProfileSettings) -> tuple[Plan, Profile | None]:
+        """A plan, and the profile it was made from where the method needs one.
+
+        Raises
+        ------
+        InputError
+            When the request cannot be met; see :func:`lsq_core.plan.make_plan`.
+        """
+        planner = get_planner(request.method)
+        # A budget out of reach is told before anything is measured.
+        request.budget_for(Problem(self.info.matrices))
+        profile = self.profile(settings) if planner.metrics else None
+        self.report("plan", 0, 1, planner.title)
+        plan = make_plan(
+            problem_of(self.info, profile),
+            request,
+            metadata=settings.metadata,
+            axis=settings.axis,
+            other_bytes=self.info.other_bytes,
+        )
+        self.report("plan", 1, 1, f"{plan.bits_per_param:.3f} bits per parameter")
+        return plan, profile
+
+    # --- run --------------------------------------------------------------------------------
+
+    def run(
+        self,
+        plan: Plan,
+        profile: Profile | None,
+        quantizer: str,
+        request: EvaluationRequest,
+        save: Path | None = None,
+        plan_name: str = "",
+    ) -> dict:
+        """Quantize by a plan, evaluate beside full precision, keep everything.
+
+        Returns the plan's JSON with ``perplexity``, ``perplexity_full``, ``measured_bytes``,
+        ``kl``, ``top1`` and times added.
+
+        Raises
+        ------
+        InputError, LsqError
+            When an input is wrong, the device has too little memory, or the disk is full.
+        """
+        if quantizer not in QUANTIZERS:
+            raise InputError(
+                f"'{quantizer}' is not a quantizer; choose one of {', '.join(QUANTIZERS)}."
+            )
+        if save is not None:
+            from lsq_core.quantize.artifact import check_target
+
+            check_target(save)
+        run_id = new_id()
+        quantized, seconds = self._quantize(plan, quantizer)
+        if save is not None:
+            self._save(quantized, plan, quantizer, run_id, save)
+        own, full = self.evaluate(quantized, request, reference=self.loaded.model)
+        plan_id = self.store.save_plan(
+            plan, self.info.fingerprint, profile.id if profile else None, plan_name
+        )
+        row = self._run_row(plan, plan_id, quantizer, quantized, seconds, save)
+        self.store.save_full_precision(self.info.fingerprint, full)
+        self.store.save_run(run_id, row, [own])
+        self.report("store", 1, 1, f"kept as run {run_id}")
+        return plan.to_json() | _outcome(run_id, row, own, full)
+
+    def _quantize(self, plan: Plan, quantizer: str) -> tuple[nn.Module, float]:
+        """The quantized model and the seconds it took."""
+        from lsq_core.quantize import get_quantizer
+        from lsq_core.quantize.apply import measured_bytes, quantize_model
+
+        loaded = self.loaded
+        began = time.perf_counter()
+        with in_a_sentence(loaded.device):
+            quantized = quantize_model(
+                loaded.model,
+                plan.choice,
+                get_quantizer(quantizer),
+                axis=plan.axis,
+                metadata=plan.metadata,
+                progress=lambda done, total, name: self.report("quantize", done, total, name),
+            )
+        measured = measured_bytes(quantized)
+        if measured != plan.planned_bytes:
+            raise LsqError(
+                f"The quantized model takes {measured} bytes and the plan promised "
+                f"{plan.planned_bytes}; this is a defect of LSQ Explorer, please report it."
+            )
+        return quantized, time.perf_counter() - began
+
+    def _save(
+        self, quantized: nn.Module, plan: Plan, quantizer: str, run_id: str, folder: Path
+    ) -> None:
+        from lsq_core.quantize.artifact import save_quantized
+
+        self.report("save", 0, 1, f"saving to {folder}")
+        manifest = plan.to_json() | {
+            "run": run_id,
+            "quantizer": quantizer,
+            "source": self.source.name,
+            "revision": self.source.revision,
+            "fingerprint": self.info.fingerprint,
+            "device": self.loaded.device,
+            "dtype": self.loaded.dtype,
+            "versions": versions(),
+        }
+        size = save_quantized(
+            quantized, self.loaded.tokenizer, manifest, folder, self.loaded.folder
+        )
+        self.report("save", 1, 1, f"{format_bytes(size)} on disk")
+
+    def _run_row(
+        self,
+        plan: Plan,
+        plan_id: str,
+        quantizer: str,
+        quantized: nn.Module,
+        seconds: float,
+        save: Path | None,
+    ) -> dict:
+        from lsq_core.quantize.apply import measured_bytes
+
+        measured = measured_bytes(quantized)
+        return {
+            "plan": plan_id,
+            "fingerprint": self.info.fingerprint,
+            "method": plan.method,
+            "quantizer": quantizer,
+            "measured_bytes": measured,
+            "model_bytes": measured + plan.other_bytes,
+            "quantize_seconds": seconds,
+            "saved_to": str(save) if save else None,
+            "device": self.loaded.device,
+            "machine": machine(self.loaded.device),
+            "dtype": self.loaded.dtype,
+            "seed": plan.request.seed,
+            "versions": json_text(versions()),
+        }
+
+    def evaluate(
+        self,
+        model: nn.Module,
+        request: EvaluationRequest,
+        reference: nn.Module | None = None,
+    ) -> tuple[Evaluation, Evaluation | None]:
+        """Evaluate a model with this one's tokenizer, beside a reference where there is one."""
+        loaded = self.loaded
+        return evaluate_on(
+            model,
+            loaded.tokenizer,
+            loaded.info.context,
+            request,
+            reference=reference,
+            where={"device": loaded.device, "dtype": loaded.dtype},
+            report=self.report,
+        )
+
+    def evaluate_full(self, request: EvaluationRequest) -> dict:
+        """Evaluate the model as it is, and keep the result."""
+        evaluation, _ = self.evaluate(self.loaded.model, request)
+        self.store.save_full_precision(self.info.fingerprint, evaluation)
+        return {"model": self.source.name, "fingerprint": self.info.fingerprint} | _figures(
+            evaluation
+        )
+
+
+def evaluate_on(
+    model: nn.Module,
+    tokenizer: object,
+    context: int,
+    request: EvaluationRequest,
+    *,
+    reference: nn.Module | None = None,
+    where: dict[str, str],
+    report: Report = silent,
+) -> tuple[Evaluation, Evaluation | None]:
+    """Evaluate any causal model on a corpus, with the provenance of the figure filled in."""
+    from lsq_core.evaluate import Protocol, evaluate
+
+    report("evaluate", 0, 1, f"reading {request.corpus}")
+    stream = token_stream(load_corpus(request.corpus, "evaluation"), tokenizer, request.max_tokens)
+    with in_a_sentence(where["device"]):
+        own, full = evaluate(
+            model,
+            stream.ids,
+            Protocol.named(request.protocol, context),
+            bos=tokenizer.bos_token_id,
+            reference=reference,
+            progress=lambda done, total, message: report("evaluate", done, total, message),
+        )
+    known = {
+        "corpus": stream.corpus,
+        "corpus_sha256": stream.sha256,
+        "corpus_source": stream.source,
+        "truncated": stream.truncated,
+        "provenance": where
+        | {
+            "machine": machine(where["device"]),
+            "max_tokens": request.max_tokens,
+            "bos": tokenizer.bos_token_id,
+            "versions": versions(),
+        },
+    }
+    return replace(own, **known), replace(full, **known) if full else None
+
+
+def evaluate_saved(
+    folder: Path,
+    request: EvaluationRequest,
+    store: Store,
+    device: str = "auto",
+    dtype: str = "auto",
+    report: Report = silent,
+) -> dict:
+    """Load a saved quantized model, evaluate it, and keep the result with the run it came from.
+
+    A run that this store doesn't know (the folder came from elsewhere) is added to it.
+    """
+    from lsq_core.load import context_of
+    from lsq_core.quantize.apply import measured_bytes
+    from lsq_core.quantize.artifact import load_quantized
+
+    report("load", 0, 1, f"loading {folder}")
+    with in_a_sentence(device):
+        quantized = load_quantized(folder, device, dtype)
+    manifest = quantized.manifest
+    evaluation, _ = evaluate_on(
+        quantized.model,
+        quantized.tokenizer,
+        context_of(quantized.model.config),
+        request,
+        where={"device": quantized.device, "dtype": quantized.dtype},
+        report=report,
+    )
+    measured = measured_bytes(quantized.model)
+    store.add_evaluation(manifest, measured, str(folder), evaluation)
+    return {
+        "model": str(folder),
+        "run": manifest["run"],
+        "method": manifest["method"],
+        "bits_per_param": manifest["bits_per_param"],
+        "measured_bytes": measured,
+    } | _figures(evaluation)
+
+
+def problem_of(info: ModelInfo, profile: Profile | None) -> Problem:
+    """What planners see: matrices, and a profile's scores where there is one."""
+    if profile is None:
+        return Problem(info.matrices)
+    detection = {
+        metric: profile.scores(metric, DETECTION_CONFIG)
+        for metric in ("sensitivity", "sensitivity_module")
+    }
+    return Problem(
+        info.matrices,
+        scores={"kurtosis": profile.scores("kurtosis")} | detection,
+        by_config={"weight_error": profile.by_config("weight_error")},
+    )
+
+
+def _figures(evaluation: Evaluation) -> dict:
+    """What an evaluation says, by the names the command line prints."""
+    return {
+        "perplexity": evaluation.perplexity,
+        "corpus": evaluation.corpus,
+        "corpus_sha256": evaluation.corpus_sha256,
+        "corpus_source": evaluation.corpus_source,
+        "truncated": evaluation.truncated,
+        "protocol": evaluation.protocol,
+        "tokens": evaluation.tokens,
+        "tokens_per_second": evaluation.tokens_per_second,
+        "peak_bytes": evaluation.peak_bytes,
+        "evaluate_seconds": evaluation.seconds,
+        "device": evaluation.provenance["device"],
+        "dtype": evaluation.provenance["dtype"],
+        "versions": evaluation.provenance["versions"],
+    }
+
+
+def _outcome(run_id: str, row: dict, own: Evaluation, full: Evaluation) -> dict:
+    from lsq_core.evaluate import compare_windows
+
+    difference = compare_windows(own.nll, full.nll, own.counts)
+    return _figures(own) | {
+        "run": run_id,
+        "quantizer": row["quantizer"],
+        "measured_bytes": row["measured_bytes"],
+        "measured_model_bytes": row["model_bytes"],
+        "perplexity_full": full.perplexity,
+        "increase": asdict(difference),
+        "kl": own.kl,
+        "top1": own.top1,
+        "quantize_seconds": row["quantize_seconds"],
+        "saved_to": row["saved_to"],
+    }
+
+
+@contextmanager
+def in_a_sentence(device: str) -> Iterator[None]:
+    """Turn running out of memory or disk into a sentence that says what to do."""
+    try:
+        yield
+    except LsqError:
+        raise
+    except MemoryError as error:
+        raise LsqError(f"There is not enough memory on {device}; use a smaller model.") from error
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise LsqError(f"The disk is full ({error.filename}); make room and try again.") from error
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError" and "not enough memory" not in str(error):
+            raise
+        raise LsqError(
+            f"{device} ran out of memory; free some, use --device cpu, or choose a smaller model."
+        ) from error

@@ -1,0 +1,509 @@
+"""Everything kept, in one DuckDB file: models, profiles, plans, runs, evaluations.
+
+Connections are short, so that the app, jobs and the command line can share the file: DuckDB
+allows one process at a time to write, and another waits its turn here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import duckdb
+import numpy as np
+
+from lsq_core.errors import InputError, LsqError
+from lsq_core.jsontext import json_text
+from lsq_core.model import Matrix, ModelInfo
+from lsq_core.profile import Profile, ProfileSettings
+from lsq_core.provenance import now
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from lsq_core.evaluate import Evaluation
+    from lsq_core.plan import Plan
+
+DEFAULT_PATH = Path(__file__).resolve().parents[1] / "data" / "lsq.duckdb"
+#: Seconds to wait for another process to let go of the file.
+WAIT = 20.0
+
+#: Forward migrations: the n-th brings schema version n to n + 1. Never edit one that has shipped.
+MIGRATIONS = [
+    """
+    CREATE TABLE models (
+        fingerprint VARCHAR PRIMARY KEY, source VARCHAR, revision VARCHAR, architecture VARCHAR,
+        layers INTEGER, context INTEGER, parameters BIGINT, linear_parameters BIGINT,
+        file_bytes BIGINT, other_bytes BIGINT, tied_embeddings BOOLEAN, left_out VARCHAR[],
+        config JSON, created TIMESTAMP
+    );
+    CREATE TABLE matrices (
+        fingerprint VARCHAR, position INTEGER, name VARCHAR, layer INTEGER, type VARCHAR,
+        out_features INTEGER, in_features INTEGER, expert INTEGER
+    );
+    CREATE TABLE profiles (
+        id VARCHAR PRIMARY KEY, fingerprint VARCHAR, settings JSON, provenance JSON,
+        created TIMESTAMP
+    );
+    CREATE TABLE scores (
+        profile VARCHAR, module VARCHAR, layer INTEGER, type VARCHAR, metric VARCHAR,
+        config VARCHAR, part VARCHAR, value DOUBLE
+    );
+    CREATE TABLE plans (
+        id VARCHAR PRIMARY KEY, name VARCHAR, fingerprint VARCHAR, profile VARCHAR,
+        method VARCHAR, bits_per_param DOUBLE, nominal_bytes DOUBLE, planned_bytes BIGINT,
+        model_bytes BIGINT, content JSON, created TIMESTAMP
+    );
+    CREATE TABLE runs (
+        id VARCHAR PRIMARY KEY, plan VARCHAR, fingerprint VARCHAR, method VARCHAR,
+        quantizer VARCHAR, measured_bytes BIGINT, model_bytes BIGINT, quantize_seconds DOUBLE,
+        saved_to VARCHAR, device VARCHAR, machine VARCHAR, dtype VARCHAR, seed INTEGER,
+        versions JSON, created TIMESTAMP
+    );
+    CREATE TABLE evaluations (
+        id VARCHAR PRIMARY KEY, run VARCHAR, fingerprint VARCHAR, corpus VARCHAR,
+        corpus_sha256 VARCHAR, corpus_source VARCHAR, truncated BOOLEAN, protocol VARCHAR,
+        tokens BIGINT, perplexity DOUBLE, kl DOUBLE, top1 DOUBLE, tokens_per_second DOUBLE,
+        peak_bytes BIGINT, nll DOUBLE[], counts BIGINT[], provenance JSON, created TIMESTAMP
+    );
+    """,
+]
+
+
+class Store:
+    """One DuckDB file. Every method opens it, does its work and closes it again.
+
+    Raises
+    ------
+    InputError
+        When the file is not one of ours, or was written by a newer version.
+    LsqError
+        When another process keeps it for longer than ``WAIT`` seconds, or the disk is full.
+    """
+
+    def __init__(self, path: str | Path | None = None) -> None:
+        chosen = path or os.environ.get("LSQ_DB") or DEFAULT_PATH
+        self.path = Path(chosen).expanduser().resolve()
+        if self.path.is_dir():
+            raise InputError(f"{self.path} is a folder; give the path of a database file.")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{self.path.parent} cannot be made: {error.strerror}.") from error
+        with self.connect() as connection:
+            self._migrate(connection)
+
+    # --- the file ---------------------------------------------------------------------------
+
+    @contextmanager
+    def connect(self) -> Iterator[duckdb.DuckDBPyConnection]:
+        """A connection for the length of a ``with``; waits while another process has the file."""
+        connection = self._open()
+        try:
+            yield connection
+        except duckdb.IOException as error:
+            raise LsqError(f"{self.path} could not be written: {_first_line(error)}") from error
+        finally:
+            connection.close()
+
+    @contextmanager
+    def transaction(self) -> Iterator[duckdb.DuckDBPyConnection]:
+        """A connection of which all or nothing is kept."""
+        with self.connect() as connection:
+            connection.begin()
+            try:
+                yield connection
+                connection.commit()
+            except BaseException:
+                connection.rollback()
+                raise
+
+    def _open(self) -> duckdb.DuckDBPyConnection:
+        deadline = time.monotonic() + WAIT
+        while True:
+            try:
+                return duckdb.connect(str(self.path))
+            except duckdb.IOException as error:
+                text = str(error)
+                if "lock" not in text:
+                    raise InputError(
+                        f"{self.path} cannot be opened as a DuckDB database "
+                        f"({_first_line(error)}); give another path with --db or LSQ_DB."
+                    ) from error
+                if time.monotonic() > deadline:
+                    holder = re.search(r"PID (\d+)", text)
+                    who = f" (process {holder[1]})" if holder else ""
+                    raise LsqError(
+                        f"{self.path} has been in use by another process{who} for {WAIT:.0f} s; "
+                        "close that one or give another path with --db or LSQ_DB."
+                    ) from error
+                time.sleep(random.uniform(0.01, 0.06))
+
+    def _migrate(self, connection: duckdb.DuckDBPyConnection) -> None:
+        tables = {row[0] for row in connection.execute("SHOW TABLES").fetchall()}
+        if tables and "schema_version" not in tables:
+            raise InputError(
+                f"{self.path} is a database of another program; give another path with --db or "
+                "LSQ_DB."
+            )
+        connection.begin()
+        try:
+            connection.execute("CREATE TABLE IF NOT EXISTS schema_version (version INTEGER)")
+            row = connection.execute("SELECT max(version) FROM schema_version").fetchone()
+            version = row[0] or 0
+            if version > len(MIGRATIONS):
+                raise InputError(
+                    f"{self.path} was written by a newer LSQ Explorer (schema {version}, this one "
+                    f"knows {len(MIGRATIONS)}); update, or give another path with --db."
+                )
+            for number, script in enumerate(MIGRATIONS[version:], start=version + 1):
+                connection.execute(script)
+                connection.execute("INSERT INTO schema_version VALUES (?)", [number])
+            connection.commit()
+        except BaseException:
+            connection.rollback()
+            raise
+
+    def query(self, sql: str, parameters: list | None = None) -> pd.DataFrame:
+        """Rows of a SELECT as a data frame."""
+        with self.connect() as connection:
+            return connection.execute(sql, parameters or []).df()
+
+    def _row(self, sql: str, parameters: list) -> dict[str, Any] | None:
+        with self.connect() as connection:
+            cursor = connection.execute(sql, parameters)
+            names = [column[0] for column in cursor.description]
+            row = cursor.fetchone()
+        return None if row is None else dict(zip(names, row, strict=True))
+
+    # --- models -----------------------------------------------------------------------------
+
+    def save_model(self, info: ModelInfo) -> None:
+        """Keep what is known of a model; a model already there stays as it is."""
+        import pandas as pd
+
+        frame = pd.DataFrame([asdict(m) for m in info.matrices])
+        frame["fingerprint"], frame["position"] = info.fingerprint, range(len(frame))
+        frame["expert"] = frame["expert"].astype("Int64")
+        with self.transaction() as connection:
+            if connection.execute(
+                "SELECT 1 FROM models WHERE fingerprint = ?", [info.fingerprint]
+            ).fetchone():
+                return
+            _insert(
+                connection,
+                "models",
+                fingerprint=info.fingerprint,
+                source=info.source,
+                revision=info.revision,
+                architecture=info.architecture,
+                layers=info.layers,
+                context=info.context,
+                parameters=info.parameters,
+                linear_parameters=info.linear_parameters,
+                file_bytes=info.file_bytes,
+                other_bytes=info.other_bytes,
+                tied_embeddings=info.tied_embeddings,
+                left_out=list(info.left_out),
+                config=json_text(info.config),
+                created=now(),
+            )
+            connection.execute(
+                "INSERT INTO matrices SELECT fingerprint, position, name, layer, type, "
+                "out_features, in_features, expert FROM frame"
+            )
+
+    def model(self, fingerprint: str) -> ModelInfo | None:
+        """What is known of a model, or None."""
+        row = self._row("SELECT * FROM models WHERE fingerprint = ?", [fingerprint])
+        if row is None:
+            return None
+        with self.connect() as connection:
+            matrices = connection.execute(
+                "SELECT name, layer, type, out_features, in_features, expert FROM matrices "
+                "WHERE fingerprint = ? ORDER BY position",
+                [fingerprint],
+            ).fetchall()
+        return ModelInfo(
+            source=row["source"],
+            revision=row["revision"],
+            architecture=row["architecture"],
+            layers=row["layers"],
+            context=row["context"],
+            parameters=row["parameters"],
+            file_bytes=row["file_bytes"],
+            matrices=tuple(Matrix(*m) for m in matrices),
+            left_out=tuple(row["left_out"]),
+            tied_embeddings=row["tied_embeddings"],
+            other_bytes=row["other_bytes"],
+            fingerprint=fingerprint,
+            config=json.loads(row["config"]),
+        )
+
+    def models(self) -> pd.DataFrame:
+        """One row a model, newest first."""
+        return self.query("SELECT * EXCLUDE (config) FROM models ORDER BY created DESC")
+
+    # --- profiles ---------------------------------------------------------------------------
+
+    def save_profile(self, profile: Profile) -> None:
+        """Keep a profile with all its scores; one of the same identity is replaced."""
+        frame = profile.values.assign(profile=profile.id)
+        with self.transaction() as connection:
+            connection.execute("DELETE FROM scores WHERE profile = ?", [profile.id])
+            _insert(
+                connection,
+                "profiles",
+                replace=True,
+                id=profile.id,
+                fingerprint=profile.fingerprint,
+                settings=json_text(asdict(profile.settings)),
+                provenance=json_text(profile.provenance),
+                created=now(),
+            )
+            connection.register("frame", frame)
+            connection.execute(
+                "INSERT INTO scores SELECT profile, module, layer, type, metric, config, part, "
+                "value FROM frame"
+            )
+
+    def profile(self, id: str) -> Profile | None:
+        """A profile by its identity, or None."""
+        row = self._row("SELECT * FROM profiles WHERE id = ?", [id])
+        if row is None:
+            return None
+        info = self.model(row["fingerprint"])
+        values = self.query("SELECT * EXCLUDE (profile) FROM scores WHERE profile = ?", [id])
+        return Profile(
+            id=id,
+            fingerprint=row["fingerprint"],
+            settings=ProfileSettings(**json.loads(row["settings"])),
+            matrices=info.matrices,
+            values=values,
+            provenance=json.loads(row["provenance"]),
+        )
+
+    def profiles(self, fingerprint: str) -> pd.DataFrame:
+        """A model's profiles, newest first: ``id, settings, provenance, created``."""
+        return self.query(
+            "SELECT id, settings, provenance, created FROM profiles WHERE fingerprint = ? "
+            "ORDER BY created DESC",
+            [fingerprint],
+        )
+
+    # --- plans, runs, evaluations -------------------------------------------------------------
+
+    def save_plan(self, plan: Plan, fingerprint: str, profile: str | None, name: str = "") -> str:
+        """Keep a plan; returns its id."""
+        id = new_id()
+        with self.transaction() as connection:
+            _insert(
+                connection,
+                "plans",
+                id=id,
+                name=name,
+                fingerprint=fingerprint,
+                profile=profile,
+                method=plan.method,
+                bits_per_param=plan.bits_per_param,
+                nominal_bytes=plan.nominal_bytes,
+                planned_bytes=plan.planned_bytes,
+                model_bytes=plan.model_bytes,
+                content=json_text(plan.to_json()),
+                created=now(),
+            )
+        return id
+
+    def plan_content(self, id: str) -> dict | None:
+        """What :meth:`lsq_core.plan.Plan.to_json` gave for a kept plan, or None."""
+        row = self._row("SELECT content FROM plans WHERE id = ?", [id])
+        return json.loads(row["content"]) if row else None
+
+    def save_run(self, id: str, run: dict, evaluations: list[Evaluation]) -> None:
+        """Keep a run and its evaluations, together or not at all.
+
+        ``run`` holds the columns of the table ``runs`` but its id and time.
+        """
+        with self.transaction() as connection:
+            _insert(connection, "runs", id=id, created=now(), **run)
+            for evaluation in evaluations:
+                _insert_evaluation(connection, evaluation, id, run["fingerprint"])
+
+    def add_evaluation(
+        self, manifest: dict, measured_bytes: int, folder: str, evaluation: Evaluation
+    ) -> None:
+        """Keep an evaluation of a saved model with its run; an unknown run is added first.
+
+        ``manifest`` is what :func:`lsq_core.quantize.artifact.read_manifest` gives.
+        """
+        run, fingerprint = manifest["run"], manifest["fingerprint"]
+        with self.transaction() as connection:
+            known = connection.execute("SELECT 1 FROM runs WHERE id = ?", [run]).fetchone()
+            if not known:
+                plan = new_id()
+                _insert(
+                    connection,
+                    "plans",
+                    id=plan,
+                    fingerprint=fingerprint,
+                    content=json_text(manifest),
+                    created=now(),
+                    **{k: manifest[k] for k in _PLAN_COLUMNS},
+                )
+                _insert(
+                    connection,
+                    "runs",
+                    id=run,
+                    plan=plan,
+                    fingerprint=fingerprint,
+                    measured_bytes=measured_bytes,
+                    saved_to=folder,
+                    versions=json_text(manifest["versions"]),
+                    created=now(),
+                    **{k: manifest[k] for k in _RUN_COLUMNS},
+                )
+            _insert_evaluation(connection, evaluation, run, fingerprint)
+
+    def save_full_precision(self, fingerprint: str, evaluation: Evaluation) -> None:
+        """Keep a model's own evaluation, one for each corpus, protocol and device."""
+        with self.transaction() as connection:
+            same = connection.execute(
+                "SELECT 1 FROM evaluations WHERE run IS NULL AND fingerprint = ? "
+                "AND corpus_sha256 = ? AND protocol = ? AND tokens = ? AND provenance = ?",
+                [
+                    fingerprint,
+                    evaluation.corpus_sha256,
+                    evaluation.protocol,
+                    evaluation.tokens,
+                    json_text(evaluation.provenance),
+                ],
+            ).fetchone()
+            if not same:
+                _insert_evaluation(connection, evaluation, None, fingerprint)
+
+    def results(self, fingerprint: str | None = None) -> pd.DataFrame:
+        """One row an evaluation of a quantized run, newest first, with full precision beside it.
+
+        ``perplexity_full`` is that of the same model, corpus, protocol, token count and dtype.
+        """
+        where = "WHERE e.fingerprint = ?" if fingerprint else ""
+        return self.query(
+            f"""
+            SELECT e.id AS evaluation, r.id AS run, r.plan, m.source AS model, r.fingerprint,
+                   r.method, p.content ->> '$.base' AS base,
+                   p.bits_per_param, p.planned_bytes, r.measured_bytes, r.model_bytes,
+                   r.quantizer, e.corpus, e.corpus_sha256, e.truncated, e.protocol, e.tokens,
+                   e.perplexity, f.perplexity AS perplexity_full,
+                   e.perplexity / f.perplexity - 1 AS increase,
+                   e.kl, e.top1, e.tokens_per_second, e.peak_bytes, r.quantize_seconds,
+                   r.device, r.machine, r.dtype, r.saved_to,
+                   CAST(p.content -> '$.request' AS VARCHAR) AS request, p.profile,
+                   p.content ->> '$.metadata' AS metadata,
+                   CAST(p.content ->> '$.axis' AS INTEGER) AS axis, r.created
+            FROM evaluations e
+            JOIN runs r ON e.run = r.id
+            LEFT JOIN plans p ON r.plan = p.id
+            LEFT JOIN models m ON r.fingerprint = m.fingerprint
+            LEFT JOIN (
+                SELECT DISTINCT ON (fingerprint, corpus_sha256, protocol, tokens, dtype)
+                    fingerprint, corpus_sha256, protocol, tokens, perplexity,
+                    provenance ->> '$.dtype' AS dtype
+                FROM evaluations WHERE run IS NULL
+            ) f ON f.fingerprint = e.fingerprint AND f.corpus_sha256 = e.corpus_sha256
+               AND f.protocol = e.protocol AND f.tokens = e.tokens
+               AND f.dtype = e.provenance ->> '$.dtype'
+            {where}
+            ORDER BY r.created DESC
+            """,
+            [fingerprint] if fingerprint else [],
+        )
+
+    def full_precision(self, fingerprint: str) -> pd.DataFrame:
+        """A model's own evaluations: ``corpus, corpus_sha256, protocol, tokens, perplexity``."""
+        return self.query(
+            "SELECT corpus, corpus_sha256, protocol, tokens, perplexity, created "
+            "FROM evaluations WHERE run IS NULL AND fingerprint = ? ORDER BY created DESC",
+            [fingerprint],
+        )
+
+    def saved_folders(self) -> list[str]:
+        """Folders that runs were saved to, whether or not they are still there."""
+        frame = self.query("SELECT DISTINCT saved_to FROM runs WHERE saved_to IS NOT NULL")
+        return frame["saved_to"].tolist()
+
+    def windows(self, evaluation: str) -> tuple[np.ndarray, np.ndarray]:
+        """Negative log-likelihood and token count of each window of an evaluation.
+
+        Raises
+        ------
+        InputError
+            When there is no such evaluation.
+        """
+        row = self._row("SELECT nll, counts FROM evaluations WHERE id = ?", [evaluation])
+        if row is None:
+            raise InputError(f"There is no evaluation '{evaluation}' in {self.path}.")
+        return np.array(row["nll"]), np.array(row["counts"])
+
+
+#: What a saved model's manifest knows of its plan and run, by the columns' own names.
+_PLAN_COLUMNS = ("method", "bits_per_param", "nominal_bytes", "planned_bytes", "model_bytes")
+_RUN_COLUMNS = ("method", "quantizer", "model_bytes", "device", "dtype")
+
+
+def _insert(
+    connection: duckdb.DuckDBPyConnection, table: str, replace: bool = False, **values: object
+) -> None:
+    """One row; table and column names come from this file, values go in as parameters."""
+    marks = ", ".join("?" for _ in values)
+    verb = "INSERT OR REPLACE" if replace else "INSERT"
+    connection.execute(
+        f"{verb} INTO {table} ({', '.join(values)}) VALUES ({marks})", list(values.values())
+    )
+
+
+def _insert_evaluation(
+    connection: duckdb.DuckDBPyConnection,
+    evaluation: Evaluation,
+    run: str | None,
+    fingerprint: str,
+) -> None:
+    _insert(
+        connection,
+        "evaluations",
+        id=new_id(),
+        run=run,
+        fingerprint=fingerprint,
+        corpus=evaluation.corpus,
+        corpus_sha256=evaluation.corpus_sha256,
+        corpus_source=evaluation.corpus_source,
+        truncated=evaluation.truncated,
+        protocol=evaluation.protocol,
+        tokens=evaluation.tokens,
+        perplexity=evaluation.perplexity,
+        kl=evaluation.kl,
+        top1=evaluation.top1,
+        tokens_per_second=evaluation.tokens_per_second,
+        peak_bytes=evaluation.peak_bytes,
+        nll=evaluation.nll.tolist(),
+        counts=evaluation.counts.tolist(),
+        provenance=json_text(evaluation.provenance),
+        created=now(),
+    )
+
+
+def new_id() -> str:
+    """A fresh identity for a plan, a run or an evaluation: 12 hexadecimal digits."""
+    return uuid.uuid4().hex[:12]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

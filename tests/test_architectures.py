@@ -1,0 +1,160 @@
+"""Every kind of decoder goes the whole way: profile, plan, quantize, save, reload, evaluate."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+from hqq.core.quantize import Quantizer as HqqPackage
+from torch import nn
+
+from lsq_core.config import LADDER, QuantConfig
+from lsq_core.load import find_blocks, get_weight, load_model
+from lsq_core.model import ModelSource
+from lsq_core.pipeline import EvaluationRequest, Workbench
+from lsq_core.plan import PlanRequest
+from lsq_core.profile import ProfileSettings
+from lsq_core.quantize import get_quantizer
+from lsq_core.quantize.apply import packed_modules, quantize_model
+from lsq_core.quantize.artifact import load_quantized
+from lsq_core.store import Store
+from tests.conftest import ARCHITECTURES
+
+#: Share of parameters inside planned matrices: what is in the blocks, without norms and biases.
+MODULES_PER_MODEL = {
+    "llama-gqa": 14,
+    "qwen2-bias": 14,
+    "gpt-neox-fused": 8,
+    "phi3-fused": 8,
+    "opt": 12,
+    "gpt2-conv1d": 8,
+    "gemma2": 14,
+    "mixtral-moe": 2 * (4 + 4 * 2),
+    "qwen2-moe": 7 + 4 + 4 * 2 + 3 + 1,
+    "gpt-oss-moe": 2 * (4 + 4 * 2),
+}
+
+
+def weights_in_blocks(model: nn.Module) -> int:
+    """Independent count: every parameter of two or more dimensions in the decoder blocks."""
+    kept = ("router", "mlp.gate.weight", "bias", "sinks")
+    return sum(
+        p.numel()
+        for name, p in find_blocks(model)[1].named_parameters()
+        if p.dim() > 1 and not any(word in name for word in kept)
+    )
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_whole_way(architecture, random_model, small_text, tmp_path):
+    folder = random_model(architecture)
+    bench = Workbench(ModelSource(str(folder)), Store(), "cpu")
+    settings = ProfileSettings(calibration=str(small_text), samples=16, block_tokens=64)
+
+    assert len(bench.info.matrices) == MODULES_PER_MODEL[architecture]
+    assert bench.info.linear_parameters == weights_in_blocks(bench.loaded.model)
+    assert bench.info.covered == pytest.approx(
+        weights_in_blocks(bench.loaded.model)
+        / sum(p.numel() for p in bench.loaded.model.parameters())
+    )
+
+    profile = bench.profile(settings)
+    kurtosis = profile.scores("kurtosis")
+    assert kurtosis.shape == (MODULES_PER_MODEL[architecture],)
+    assert (abs(kurtosis - 3) < 0.3).all(), "the weights are normal"
+    for metric in ("sensitivity", "sensitivity_module", "weight_error"):
+        scores = profile.by_config(metric)
+        assert scores.shape == (len(kurtosis), len(LADDER))
+        assert (scores > 0).all(), "every module was reached"
+        assert (scores[:, 2] > scores[:, 11]).all(), "2 bits hurt more than 8"
+
+    plan, used = bench.plan(PlanRequest("mxq", budget="3.6bpp"), settings)
+    assert used.id == profile.id
+    assert plan.bits_per_param <= 3.6
+    saved = tmp_path / "saved"
+    request = EvaluationRequest(str(small_text), max_tokens=600)
+    outcome = bench.run(plan, used, "hqq", request, save=saved)
+    assert outcome["measured_bytes"] == outcome["planned_bytes"] == plan.planned_bytes
+    assert outcome["perplexity"] > 0
+    assert outcome["kl"] > 0
+
+    reloaded = load_quantized(saved, "cpu")
+    ids = torch.arange(1, 65)[None]
+    again = quantize_model(bench.loaded.model, plan.choice, get_quantizer("hqq"))
+    with torch.inference_mode():
+        assert torch.equal(reloaded.model(ids).logits, again(ids).logits)
+        assert not torch.equal(again(ids).logits, bench.loaded.model(ids).logits)
+    assert set(packed_modules(reloaded.model)) == set(plan.modules)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_error_is_that_of_hqq(architecture, random_model):
+    loaded = load_model(ModelSource(str(random_model(architecture))), "cpu")
+    config = QuantConfig(4, 64)
+    choice = dict.fromkeys(loaded.info.matrices, config)
+    quantized = quantize_model(loaded.model, choice, get_quantizer("hqq"), metadata="fp16")
+    packed = packed_modules(quantized)
+    for matrix in loaded.info.matrices:
+        weight = get_weight(loaded.model, matrix)
+        codes, meta = HqqPackage.quantize(
+            weight, nbits=4, group_size=64, axis=1, device="cpu", bitpack=True
+        )
+        theirs = (
+            HqqPackage.dequantize(codes, meta | {"compute_dtype": torch.float32}) - weight
+        ).norm()
+        ours = (packed[matrix.name].packed.dequantize() - weight).norm()
+        assert ours / theirs == pytest.approx(1, abs=0.01), matrix.name
+
+
+def test_forward_is_as_close_as_that_of_hqq_linear(random_model):
+    """The packed module and ``hqq``'s own, with a bias: equally far from full precision."""
+    loaded = load_model(ModelSource(str(random_model("qwen2-bias"))), "cpu")
+    matrix = next(m for m in loaded.info.matrices if m.type == "mlp.gate_proj")
+    linear = nn.Linear(128, 256).requires_grad_(False)
+    linear.weight.copy_(get_weight(loaded.model, matrix))
+    loaded.model.set_submodule(matrix.name, linear)
+    inputs = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+    for bits in (2, 3, 4, 8):
+        quantized = quantize_model(
+            loaded.model, {matrix: QuantConfig(bits, 64)}, get_quantizer("hqq"), metadata="fp16"
+        )
+        theirs = HQQLinear(
+            copy.deepcopy(linear),
+            BaseQuantizeConfig(nbits=bits, group_size=64, axis=1),
+            compute_dtype=torch.float32,
+            device="cpu",
+        )
+        with torch.inference_mode():
+            ours = (quantized.get_submodule(matrix.name)(inputs) - linear(inputs)).norm()
+            assert ours / (theirs(inputs) - linear(inputs)).norm() == pytest.approx(1, abs=0.02)
+
+
+def test_the_original_model_is_left_alone(random_model):
+    loaded = load_model(ModelSource(str(random_model("mixtral-moe"))), "cpu")
+    before = {n: t.clone() for n, t in loaded.model.state_dict().items()}
+    quantize_model(
+        loaded.model,
+        dict.fromkeys(loaded.info.matrices, QuantConfig(2, 128)),
+        get_quantizer("rtn"),
+    )
+    after = loaded.model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[n], after[n]) for n in before)
+
+
+def test_part_names_on_a_llama_are_the_authors(random_model, small_text):
+    bench = Workbench(ModelSource(str(random_model("llama-gqa"))), Store(), "cpu")
+    settings = ProfileSettings(calibration=str(small_text), samples=16, block_tokens=64)
+    values = bench.profile(settings).values
+    parts = values[(values["metric"] == "sensitivity") & (values["config"] == "b4g64")]
+    by_part = parts[parts["layer"] == 0].groupby("part")["type"].apply(set).to_dict()
+    assert by_part == {
+        "attn_in": {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"},
+        "attn_out": {"self_attn.o_proj"},
+        "mlp_gate": {"mlp.gate_proj", "mlp.up_proj"},
+        "mlp_down": {"mlp.down_proj"},
+    }
+    assert Path(bench.folder).is_dir()
