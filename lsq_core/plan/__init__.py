@@ -24,7 +24,7 @@ from lsq_core.config import (
 from lsq_core.errors import InputError
 from lsq_core.model import Matrix
 from lsq_core.plan.boost import KurtBoost, KurtBoostAblation, SensiBoost, SensiBoostAblation
-from lsq_core.plan.frontier import Frontier
+from lsq_core.plan.frontier import Frontier, Segment
 from lsq_core.plan.mxq import Mxq
 from lsq_core.plan.outliers import shallowness
 from lsq_core.plan.problem import TOLERANCE, PlanRequest, Problem
@@ -238,31 +238,40 @@ def make_plan(
     budget = request.budget_for(problem)
     if budget is None and request.base is None:
         raise InputError("Give a base stop (such as 3.13), a budget (such as 3.2bpp), or both.")
-    reasons: dict[str, float] = {}
     if planner.has_base:
-        choice, base, reasons = _along_frontier(planner, problem, request, budget)
-    elif budget is None:
+        chosen = _along_frontier(planner, problem, request, budget)
+    elif request.base is not None:
         raise InputError(f"{planner.title} takes a budget (such as 3.2bpp), not a base.")
     else:
-        choice, base = planner.choose(problem, request, budget.nominal_bytes), None
-    problem.check_allowed(choice)
+        chosen = _Chosen(planner.choose(problem, request, budget.nominal_bytes))
+    problem.check_allowed(chosen.stops)
     return Plan(
         request=request,
         matrices=problem.matrices,
-        configs=tuple(LADDER[stop] for stop in choice),
+        configs=tuple(LADDER[stop] for stop in chosen.stops),
         metadata=metadata,
         axis=axis,
-        base=base,
-        reasons=reasons,
-        notes=_notes(planner, problem, reasons),
+        base=chosen.base,
+        reasons=chosen.reasons,
+        notes=chosen.notes,
         other_bytes=other_bytes,
     )
 
 
+@dataclass(frozen=True, eq=False)
+class _Chosen:
+    """Stops (n,), the base they start from, what ranked each moved matrix, and plain words."""
+
+    stops: np.ndarray
+    base: str | None = None
+    reasons: dict[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
 def _along_frontier(
     planner: Planner, problem: Problem, request: PlanRequest, budget: Budget | None
-) -> tuple[np.ndarray, str, dict[str, float]]:
-    """The choice, its base stop's name, and what ranked each moved matrix."""
+) -> _Chosen:
+    """Look a budget, or all of a fixed base's moves, up on the planner's frontier."""
     bases = [stop_index(request.base)] if request.base else usable_bases(problem)
     if not bases:
         raise InputError(
@@ -273,30 +282,42 @@ def _along_frontier(
         problem.check_allowed(np.full(len(problem.matrices), base))
     frontier = planner.frontier(problem, request, bases)
     if budget is None:
-        choice, taken = frontier.everything()
+        segment = frontier.segments[-1]
+        stops, taken = segment.at(np.inf)
     else:
-        limit = budget.nominal_bytes
-        if limit * (1 + TOLERANCE) < frontier.smallest:
-            # A rounded figure (3.13 for 3.127) reaches its stop; this one doesn't.
+        if budget.nominal_bytes * (1 + TOLERANCE) < frontier.smallest:
             raise InputError(
                 f"A budget of {budget.text} does not reach the base: uniform "
                 f"{LADDER[bases[0]].stop_name} takes {problem.in_words(frontier.smallest)}."
             )
-        choice, taken = frontier.at(limit)
-    moved = {move.matrix for move in taken}
-    unmoved = [stop for i, stop in enumerate(choice) if i not in moved]
-    base = LADDER[unmoved[0]].stop_name if unmoved else request.base
-    return choice, base, {problem.matrices[m.matrix].name: m.worth for m in taken}
+        segment = frontier.segment_for(budget.nominal_bytes)
+        stops, taken = segment.at(budget.nominal_bytes)
+    return _Chosen(
+        stops,
+        LADDER[segment.start[0]].stop_name,
+        {problem.matrices[move.matrix].name: move.worth for move in taken},
+        _notes(planner, problem, segment, len(taken), budget),
+    )
 
 
-def _notes(planner: Planner, problem: Problem, reasons: dict[str, float]) -> tuple[str, ...]:
-    """Plain words about what a boost could not do on this model."""
-    if not planner.has_base or not planner.metrics:
+def _notes(
+    planner: Planner, problem: Problem, segment: Segment, taken: int, budget: Budget | None
+) -> tuple[str, ...]:
+    """Plain words about what a boost could not do, and what of the budget it leaves."""
+    if not planner.metrics:
         return ()
-    layers = 1 + max(m.layer for m in problem.matrices)
-    notes = [shallowness(layers)] if shallowness(layers) else []
-    if not reasons:
+    shallow = shallowness(1 + max(m.layer for m in problem.matrices))
+    notes = [shallow] if shallow else []
+    if not segment.moves:
         notes.append(f"{planner.title} boosts no layer here, so this is the uniform plan.")
+    elif not taken:
+        notes.append("The budget leaves no room for a boost: this is the uniform plan.")
+    elif budget is not None and taken == len(segment.moves):
+        left = budget.nominal_bytes - segment.moves[-1].bytes_after
+        notes.append(
+            f"{8 * left / problem.total:.3f} bpp of the budget stay unspent: "
+            f"{planner.title} has nothing more to raise from this base."
+        )
     return tuple(notes)
 
 

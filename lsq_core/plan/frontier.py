@@ -54,8 +54,8 @@ class Frontier:
         """Nominal bytes of the smallest plan."""
         return self.segments[0].start_bytes
 
-    def at(self, budget: float) -> tuple[np.ndarray, tuple[Move, ...]]:
-        """The choice of stops (n,) within a budget in nominal bytes, and the moves taken.
+    def segment_for(self, budget: float) -> Segment:
+        """The dearest segment whose start is within a budget in nominal bytes.
 
         Raises
         ------
@@ -66,11 +66,11 @@ class Frontier:
         index = bisect_right(starts, budget * (1 + TOLERANCE)) - 1
         if index < 0:
             raise ValueError("the budget is below the smallest plan")
-        return self.segments[index].at(budget)
+        return self.segments[index]
 
-    def everything(self) -> tuple[np.ndarray, tuple[Move, ...]]:
-        """The dearest segment with all its moves."""
-        return self.segments[-1].at(np.inf)
+    def at(self, budget: float) -> np.ndarray:
+        """The choice of stops (n,) within a budget in nominal bytes."""
+        return self.segment_for(budget).at(budget)[0]
 
 
 def moves_from(

@@ -1,0 +1,152 @@
+"""Perplexity against a plain loop over Hugging Face's own loss, and the paired bootstrap."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lsq_core.config import LADDER
+from lsq_core.errors import InputError
+from lsq_core.evaluate import Protocol, compare_windows, evaluate, lay_windows
+from lsq_core.load import load_model
+from lsq_core.model import ModelSource
+from lsq_core.quantize import get_quantizer
+from lsq_core.quantize.apply import quantize_model
+
+
+def plain_perplexity(model, ids, context, step, bos, drop_tail):
+    """Window after window through the model's own ``loss``, as its documentation does it."""
+    stream = ([] if bos is None else [bos]) + list(ids)
+    total, count = 0.0, 0
+    for begin in range(0, len(stream), step):
+        end = min(begin + step, len(stream))
+        if drop_tail and end - begin < step:
+            break
+        start = max(begin + step - context, 0)
+        window = torch.tensor([stream[start:end]])
+        if bos is not None:
+            window[0, 0] = bos
+        labels = window.clone()
+        labels[:, : begin - start] = -100
+        predicted = int((labels[:, 1:] != -100).sum())
+        if predicted == 0:
+            continue
+        with torch.no_grad():
+            total += float(model(window, labels=labels).loss) * predicted
+        count += predicted
+    return math.exp(total / count), count
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return load_model(ModelSource("demo"), "cpu")
+
+
+@pytest.fixture(scope="module")
+def ids():
+    return np.random.default_rng(0).integers(1, 4096, 1900)
+
+
+@pytest.mark.parametrize("bos", [0, None])
+@pytest.mark.parametrize(
+    ("name", "step", "full_name"),
+    [("strided", 256, "strided-512/256"), ("blocks", 512, "blocks-512")],
+)
+def test_perplexity_is_that_of_a_plain_loop(demo, ids, name, step, full_name, bos):
+    protocol = Protocol.named(name, demo.info.context)
+    assert protocol.name == full_name
+    ours, _ = evaluate(demo.model, ids, protocol, bos=bos)
+    theirs, count = plain_perplexity(demo.model, ids, 512, step, bos, name == "blocks")
+    assert ours.tokens == count
+    assert ours.perplexity == pytest.approx(theirs, rel=1e-4)
+    assert ours.perplexity > 100, "random tokens can't be predicted"
+
+
+@pytest.mark.parametrize("architecture", ["opt", "gemma2", "mixtral-moe", "gpt2-conv1d"])
+def test_other_architectures_too(random_model, ids, architecture):
+    loaded = load_model(ModelSource(str(random_model(architecture))), "cpu")
+    protocol = Protocol.named("strided", loaded.info.context)
+    ours, _ = evaluate(loaded.model, ids[:700], protocol, bos=0)
+    theirs, _ = plain_perplexity(loaded.model, ids[:700], 256, 128, 0, False)
+    assert ours.perplexity == pytest.approx(theirs, rel=1e-4)
+
+
+def test_kl_and_agreement_are_those_of_the_logits(demo, ids):
+    choice = dict.fromkeys(demo.info.matrices, LADDER[0])
+    quantized = quantize_model(demo.model, choice, get_quantizer("rtn"))
+    protocol = Protocol("blocks-100", 100, 100)
+    own, full = evaluate(quantized, ids[:300], protocol, bos=None, reference=demo.model)
+    with torch.inference_mode():
+        p, q = (
+            m(torch.tensor(ids[:300]).view(3, 100)).logits[:, :-1].log_softmax(-1)
+            for m in (demo.model, quantized)
+        )
+    kl = torch.nn.functional.kl_div(q, p, log_target=True, reduction="sum") / 297
+    assert own.kl == pytest.approx(float(kl), rel=1e-4)
+    same = (p.argmax(-1) == q.argmax(-1)).double().mean()
+    assert own.top1 == pytest.approx(float(same))
+    assert full.perplexity == pytest.approx(
+        evaluate(demo.model, ids[:300], protocol, bos=None)[0].perplexity, rel=1e-6
+    )
+    assert full.kl is None
+
+
+def test_a_model_is_no_distance_from_itself(demo, ids):
+    protocol = Protocol.named("blocks", 512)
+    own, _ = evaluate(demo.model, ids[:600], protocol, bos=0, reference=demo.model)
+    assert own.kl == pytest.approx(0, abs=1e-9)
+    assert own.top1 == 1
+
+
+@given(
+    tokens=st.integers(2, 5000),
+    half=st.integers(1, 300),
+    name=st.sampled_from(["strided", "blocks"]),
+)
+def test_windows_score_each_token_once(tokens, half, name):
+    context = 2 * half
+    step = half if name == "strided" else context
+    protocol = Protocol("x", context, step)
+    if name == "blocks" and tokens < context:
+        with pytest.raises(InputError, match="needs at least"):
+            lay_windows(tokens, protocol)
+        return
+    if tokens < 2 or (name == "strided" and half == 1 and tokens == 1):
+        return
+    windows = lay_windows(tokens, protocol)
+    scored = [t for w in windows for t in range(w.stop - w.scored, w.stop)]
+    assert len(scored) == len(set(scored))
+    assert all(w.stop - w.start <= context and w.start >= 0 for w in windows)
+    if name == "strided":
+        assert scored == list(range(1, tokens))
+    else:
+        assert scored == [t for t in range(tokens // context * context) if t % context]
+
+
+def test_names_of_protocols():
+    assert Protocol.named("strided", 4096) == Protocol("strided", 1024, 512)
+    assert Protocol.named("blocks", 4096) == Protocol("blocks", 2048, 2048)
+    assert Protocol.named("blocks", 512).name == "blocks-512"
+    with pytest.raises(InputError, match="choose strided or blocks"):
+        Protocol.named("sliding", 512)
+
+
+def test_bootstrap_ties_what_noise_explains_and_separates_what_it_does_not():
+    random = np.random.default_rng(0)
+    counts = np.full(100, 256)
+    base = random.normal(1000, 100, 100)
+    noise = compare_windows(base + random.normal(0, 5, 100), base, counts)
+    assert noise.tie
+    worse = compare_windows(base + 5 + random.normal(0, 5, 100), base, counts)
+    assert not worse.tie
+    assert worse.low < worse.relative < worse.high
+    assert worse.relative == pytest.approx(math.expm1(5 / 256), rel=0.3)
+    same = compare_windows(base, base, counts)
+    assert (same.relative, same.low, same.high) == (0, 0, 0)
+    with pytest.raises(ValueError, match="same windows"):
+        compare_windows(base, base[:50], counts)

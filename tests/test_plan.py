@@ -1,0 +1,328 @@
+"""Planners: Algorithm 1 by hand, the published plans, budgets kept, MXQ against brute force."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from lsq_core.config import LADDER
+from lsq_core.errors import InputError, LsqError
+from lsq_core.model import Matrix
+from lsq_core.plan import PLANNERS, Plan, PlanRequest, Problem, make_plan
+from lsq_core.plan.boost import flagged_layers, layer_series
+from lsq_core.plan.mxq import solve_knapsack
+from lsq_core.plan.outliers import detect_outliers, largest_possible_z, shallowness
+from tests.conftest import REFERENCE
+
+TYPES = ("self_attn.q_proj", "mlp.down_proj")
+
+
+def problem(layers: int = 32, seed: int = 0, spikes: dict[int, float] | None = None) -> Problem:
+    """Two modules a layer with smooth scores, and spikes where asked."""
+    random = np.random.default_rng(seed)
+    matrices = tuple(
+        Matrix(f"model.layers.{i}.{kind}", i, kind, 128, 128 * (1 + j))
+        for i in range(layers)
+        for j, kind in enumerate(TYPES)
+    )
+    base = 1 + 0.01 * random.standard_normal(len(matrices))
+    for layer, factor in (spikes or {}).items():
+        base[2 * layer] *= factor
+    error = base[:, None] * 2.0 ** -np.array([c.nominal_bits for c in LADDER])
+    scores = {"sensitivity": base, "sensitivity_module": base, "kurtosis": 3 * base}
+    return Problem(matrices, scores, {"weight_error": error})
+
+
+# --- Algorithm 1 --------------------------------------------------------------------------------
+
+
+def by_hand(series: list[float], ratios: bool, limit: float = 3.0) -> list[int]:
+    """Algorithm 1 in plain Python: sort, cut 5 % at each end, mean and ddof-1 deviation."""
+    pairs = list(itertools.pairwise(series))
+    differences = [b / a if ratios else b - a for a, b in pairs]
+    cut = int(0.05 * len(differences))
+    kept = sorted(differences)[cut : len(differences) - cut]
+    mean = sum(kept) / len(kept)
+    deviation = (sum((d - mean) ** 2 for d in kept) / (len(kept) - 1)) ** 0.5
+    assume(deviation > 1e-9 * max(map(abs, differences)))
+    z = {i + 1: abs(d - mean) / deviation for i, d in enumerate(differences)}
+    near = sorted([*z.values(), limit])
+    assume(all(b - a > 1e-9 * b for a, b in itertools.pairwise(near)))  # rounding decides no case
+    return sorted((i for i in z if z[i] > limit), key=lambda i: -z[i])
+
+
+@given(st.lists(st.floats(0.01, 100), min_size=24, max_size=80, unique=True), st.booleans())
+def test_outliers_are_those_of_the_definition(series, ratios):
+    assert list(detect_outliers(np.array(series), ratios=ratios).flagged) == by_hand(series, ratios)
+
+
+def test_top_m_keeps_the_strongest():
+    series = np.ones(40)
+    series[10], series[20], series[30] = 4, 9, 6
+    everything = detect_outliers(series, ratios=False).flagged
+    assert set(everything[:2]) == {20, 21}
+    assert detect_outliers(series, ratios=False, top_m=1).flagged == everything[:1]
+
+
+def test_a_flat_series_flags_nothing():
+    assert detect_outliers(np.ones(32), ratios=True).flagged == ()
+
+
+def test_shallow_models_are_told():
+    """With n differences the largest possible z-score is (n - 1)/√n."""
+    one_spike = np.r_[np.zeros(10), 1.0]
+    found = detect_outliers(one_spike, ratios=False)
+    assert found.z.max() == pytest.approx(largest_possible_z(11))
+    assert "no score can pass" in shallowness(11)
+    assert "hardly ever" in shallowness(15)
+    assert shallowness(24) == ""
+    plan = make_plan(problem(layers=8, spikes={4: 50}), PlanRequest("sensiboost", base="3.13"))
+    assert not plan.reasons
+    assert any("no score can pass" in note for note in plan.notes)
+
+
+def test_experts_of_a_layer_count_as_one():
+    matrices = tuple(
+        Matrix(f"m.{i}.mlp.experts.up.{e}", i, "mlp.experts.up", 128, 128, e)
+        for i in range(4)
+        for e in range(2)
+    )
+    scores = np.array([1, 3, 2, 4, np.nan, 5, 6, 8.0])
+    layers, series = layer_series(Problem(matrices, {"s": scores}), "s")["mlp.experts.up"]
+    assert layers == [0, 1, 2, 3]
+    assert series.tolist() == [2, 3, 5, 7]
+
+
+# --- boosts and ablations -------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not REFERENCE.is_dir(), reason=f"the published plans are not at {REFERENCE}")
+def test_published_plans_are_reproduced():
+    """Every SensiBoost and KurtBoost plan the authors published, but the one known to be flawed."""
+    compared, different = 0, []
+    for model in ("Llama-2-7b-hf", "Meta-Llama-3-8B"):
+        table = pd.read_csv(REFERENCE / f"src/data/fnorm-{model}.csv")
+        table = table.drop_duplicates(["layer", "module"])
+        published = Problem(
+            tuple(
+                Matrix(
+                    f"model.layers.{r.layer}.{r.module}", r.layer, r.module, r.params // 128, 128
+                )
+                for r in table.itertuples()
+            ),
+            {m: table[m].to_numpy() for m in ("kurtosis", "sensitivity")},
+        )
+        for kind, stop, top in itertools.product(("sensi", "kurt"), (2, 3), range(4)):
+            name = f"{kind}-boost-{stop}-{top}"
+            path = REFERENCE / "data-vis/endeavors/boost/data/allot/mxq" / name
+            plans = pd.read_csv(path / f"quant-allot-{name}.csv")
+            for base, rows in plans[plans["model"] == model].groupby("bit_budget"):
+                request = PlanRequest(
+                    f"{kind}boost", base=f"{base:.2f}", boost_stop=stop, top_m=top
+                )
+                ours = make_plan(published, request).modules
+                theirs = {
+                    f"model.layers.{r.layer}.{r.module}": (r.b1, r.g1) for r in rows.itertuples()
+                }
+                compared += 1
+                if {n: (e["bits"], e["group_size"]) for n, e in ours.items()} != theirs:
+                    different.append((model, name, base))
+    assert compared == 192
+    assert different == [("Llama-2-7b-hf", "sensi-boost-3-3", 3.13)]
+
+
+def test_a_boost_raises_the_flagged_layers_and_no_other():
+    spiky = problem(spikes={7: 9.0})
+    plan = make_plan(spiky, PlanRequest("sensiboost", base="3.13", boost_stop=3))
+    flagged = flagged_layers(spiky, "sensitivity", 0)["self_attn.q_proj"]
+    assert 7 in flagged
+    for name, entry in plan.modules.items():
+        boosted = entry["type"] == "self_attn.q_proj" and entry["layer"] in flagged
+        assert entry["config"] == ("b4g128" if boosted else "b3g128"), name
+    assert set(plan.reasons) == {n for n, e in plan.modules.items() if e["config"] == "b4g128"}
+
+
+def test_a_boost_is_capped_at_the_last_stop():
+    plan = make_plan(problem(spikes={7: 9.0}), PlanRequest("kurtboost", base="8.25", boost_stop=3))
+    assert {e["config"] for e in plan.modules.values()} == {"b8g64", "b8g32"}
+
+
+@pytest.mark.parametrize("method", ["sensiboost-ablation", "kurtboost-ablation"])
+def test_ablations_draw_as_many_layers_from_the_others(method):
+    spiky = problem(spikes={7: 9.0, 20: 5.0})
+    picked = {
+        (kind, layer)
+        for metric in ("sensitivity", "kurtosis")
+        for kind, layers in flagged_layers(spiky, metric, 0).items()
+        for layer in layers
+    }
+    counts = {}
+    for seed in range(5):
+        plan = make_plan(spiky, PlanRequest(method, base="3.13", seed=seed))
+        drawn = {(plan.modules[n]["type"], plan.modules[n]["layer"]) for n in plan.reasons}
+        boosted = make_plan(spiky, PlanRequest(method.removesuffix("-ablation"), base="3.13"))
+        assert len(drawn) == len(boosted.reasons)
+        assert not drawn & picked
+        counts[seed] = drawn
+        again = make_plan(spiky, PlanRequest(method, base="3.13", seed=seed))
+        assert again.modules == plan.modules
+    assert len(set(map(frozenset, counts.values()))) > 1, "another seed draws other layers"
+
+
+def test_an_ablation_without_enough_layers_says_so():
+    # every second layer stands out, so the rest has too few
+    spiky = problem(layers=24, spikes=dict.fromkeys(range(1, 24, 2), 1.0))
+    spiky.scores["kurtosis"][:] = 3.0
+    spiky.scores["kurtosis"][1::2] = 3.0
+    series = np.ones(24)
+    series[22:] = [50, 200]
+    spiky.scores["sensitivity"][::2] = series
+    flagged = flagged_layers(spiky, "sensitivity", 0)["self_attn.q_proj"]
+    few = Problem(
+        tuple(m for m in spiky.matrices if m.layer >= 21),
+        {k: v[-6:] for k, v in spiky.scores.items()},
+    )
+    assert flagged
+    assert not flagged_layers(few, "sensitivity", 0)["self_attn.q_proj"]
+    with pytest.raises(LsqError, match="are left; lower top-m"):
+        _ablation_of_everything(few)
+
+
+def _ablation_of_everything(small: Problem) -> None:
+    """An ablation of a method that picked every layer."""
+    from lsq_core.plan.boost import SensiBoost, SensiBoostAblation
+
+    class Greedy(SensiBoost):
+        def boosted(self, problem, request):
+            return {kind: dict.fromkeys(range(24), 9.0) for kind in TYPES}
+
+    class Control(SensiBoostAblation):
+        method = Greedy
+
+    Control().boosted(small, PlanRequest("sensiboost-ablation", base="3.13"))
+
+
+# --- budgets ----------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    method=st.sampled_from([n for n, p in PLANNERS.items() if p.has_base]),
+    bits=st.floats(2.2, 8.5),
+    boost_stop=st.integers(0, 4),
+)
+def test_a_budget_is_never_exceeded(method, bits, boost_stop):
+    spiky = problem(spikes={7: 9.0, 20: 5.0})
+    request = PlanRequest(method, budget=f"{bits:.6f}bpp", boost_stop=boost_stop)
+    plan = make_plan(spiky, request)
+    assert plan.bits_per_param <= bits + 1e-6
+    # and the base is the highest stop that fits
+    best = max(c.nominal_bits for c in LADDER if c.nominal_bits <= bits + 1e-6)
+    assert plan.base == next(c.stop_name for c in LADDER if c.nominal_bits == best)
+
+
+def test_a_budget_caps_a_fixed_base():
+    spiky = problem(layers=60, spikes={7: 9.0, 20: 5.0, 33: 4.0, 47: 7.0})
+    free = make_plan(spiky, PlanRequest("kurtboost", base="3.13"))
+    tight = f"{(free.bits_per_param + LADDER[3].nominal_bits) / 2:.6f}bpp"
+    capped = make_plan(spiky, PlanRequest("kurtboost", base="3.13", budget=tight))
+    assert 0 < len(capped.reasons) < len(free.reasons)
+    strongest = sorted(free.reasons, key=lambda n: -free.reasons[n])
+    assert list(capped.reasons) == strongest[: len(capped.reasons)]
+    assert not capped.notes
+    nothing = make_plan(spiky, PlanRequest("kurtboost", base="3.13", budget="3.127bpp"))
+    assert nothing.notes == ("The budget leaves no room for a boost: this is the uniform plan.",)
+    loose = make_plan(spiky, PlanRequest("kurtboost", base="3.13", budget="4bpp"))
+    assert loose.modules == free.modules
+    assert "of the budget stay unspent" in loose.notes[0]
+    with pytest.raises(InputError, match="does not reach the base"):
+        make_plan(spiky, PlanRequest("sensiboost", base="4.13", budget="3.2bpp"))
+
+
+@pytest.mark.parametrize("budget", ["2.1bpp", "9bpp", "1KiB", "1GiB"])
+@pytest.mark.parametrize("method", PLANNERS)
+def test_a_budget_out_of_reach_says_the_range(method, budget):
+    with pytest.raises(InputError, match=r"from 2\.127 bpp .* to 8\.508 bpp"):
+        make_plan(problem(), PlanRequest(method, budget=budget))
+
+
+def test_requests_that_say_too_little_or_too_much():
+    with pytest.raises(InputError, match="Give a base stop"):
+        make_plan(problem(), PlanRequest("uniform"))
+    with pytest.raises(InputError, match="takes a budget"):
+        make_plan(problem(), PlanRequest("mxq", base="3.13"))
+    with pytest.raises(InputError, match="not a method; choose one of uniform"):
+        make_plan(problem(), PlanRequest("magic", base="3.13"))
+    with pytest.raises(InputError, match="cannot be negative"):
+        PlanRequest("sensiboost", boost_stop=-1)
+
+
+def test_a_group_that_does_not_fill_is_refused_by_name():
+    odd = Problem((Matrix("model.layers.0.odd", 0, "odd", 32, 33),))
+    with pytest.raises(InputError, match=r"layers\.0\.odd \(32×33\) .* groups of 128"):
+        make_plan(odd, PlanRequest("uniform", base="3.13"))
+    plan = make_plan(odd, PlanRequest("uniform", base="3.51"))
+    assert plan.modules["model.layers.0.odd"]["group_size"] == 32
+
+
+# --- MXQ --------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=25)
+@given(seed=st.integers(0, 10**6), share=st.floats(0.02, 0.98))
+def test_mxq_is_the_optimum_of_brute_force(seed, share):
+    random = np.random.default_rng(seed)
+    matrices = tuple(
+        Matrix(f"m.{i}", i, "x", 128, 128 * int(random.integers(1, 4))) for i in range(3)
+    )
+    small = Problem(matrices)
+    cost = np.sort(random.random((3, 12)), axis=1)[:, ::-1]
+    low, high = small.feasible
+    budget = low + share * (high - low)
+    choice = solve_knapsack(cost, small, budget)
+    assert small.nominal(choice) <= budget * (1 + 1e-9)
+    best = min(
+        cost[range(3), list(c)].sum()
+        for c in itertools.product(range(12), repeat=3)
+        if small.nominal(np.array(c)) <= budget
+    )
+    assert cost[range(3), choice].sum() <= best * (1 + 2e-4)
+
+
+def test_mxq_gives_each_matrix_a_configuration_that_fills():
+    matrices = (Matrix("a", 0, "x", 32, 33), Matrix("b", 0, "y", 128, 128))
+    odd = Problem(matrices, {}, {"weight_error": np.tile(np.arange(12.0)[::-1], (2, 1))})
+    plan = make_plan(odd, PlanRequest("mxq", budget="4bpp"))
+    assert plan.modules["a"]["group_size"] == 32
+
+
+def test_mxq_at_its_smallest_budget_is_the_smallest_plan():
+    flat = problem()
+    plan = make_plan(flat, PlanRequest("mxq", budget=f"{flat.feasible[0]:.0f}B"))
+    assert {e["config"] for e in plan.modules.values()} == {"b2g128"}
+
+
+# --- plans as files ---------------------------------------------------------------------------
+
+
+def test_a_plan_is_read_back_as_it_was():
+    spiky = problem(spikes={7: 9.0})
+    plan = make_plan(spiky, PlanRequest("sensiboost", base="3.13"), metadata="fp16", other_bytes=5)
+    again = Plan.from_json(json.loads(json.dumps(plan.to_json())), spiky.matrices, 5)
+    assert again.to_json() == plan.to_json()
+    assert again.choice == plan.choice
+    assert plan.model_bytes == plan.planned_bytes + 5
+
+
+def test_a_plan_for_another_model_is_refused():
+    content = make_plan(problem(24), PlanRequest("uniform", base="3.13")).to_json()
+    with pytest.raises(InputError, match="another model"):
+        Plan.from_json(content, problem(32).matrices, 0)
+    with pytest.raises(InputError, match="not a plan"):
+        Plan.from_json({"modules": {}}, problem(32).matrices, 0)
