@@ -1,0 +1,566 @@
+"""Corpora: which texts they are, which tokens they become, and what bad names are told."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lsq_core.corpus import (
+    BUILT_IN,
+    Corpus,
+    calibration_blocks,
+    corpus_identity,
+    docstrings_under,
+    is_held_out,
+    load_corpus,
+    stdlib_docstrings,
+    token_stream,
+)
+from lsq_core.errors import InputError, LsqError
+
+ROOT = Path(__file__).resolve().parents[1]
+WIKITEXT = ROOT.parent / "shared" / "corpus" / "wikitext-2" / "test.txt"
+LONG = "A sentence that is long enough to count as text. " * 5
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(ROOT / "data" / "demo_model")
+
+
+def corpus_of(*texts: str) -> Corpus:
+    return Corpus("mine", "calibration", texts, "made up")
+
+
+def encode(tokenizer, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+# --- Docstrings ----------------------------------------------------------------------------
+
+
+def test_the_standard_library_is_divided_by_hash():
+    held_out, kept = stdlib_docstrings(True), stdlib_docstrings(False)
+    for text in held_out:
+        assert hashlib.sha256(text.encode()).digest()[0] < 32
+    for text in kept:
+        assert hashlib.sha256(text.encode()).digest()[0] >= 32
+    assert len(set(held_out + kept)) == len(held_out) + len(kept) > 1000
+    assert min(map(len, held_out + kept)) > 200
+    assert 0.08 < len(held_out) / len(held_out + kept) < 0.18
+
+
+@pytest.mark.skipif(
+    platform.python_version() != "3.11.7", reason="the figures are those of Python 3.11.7"
+)
+def test_the_held_out_docstrings_are_those_the_demo_model_never_saw(tokenizer):
+    texts = stdlib_docstrings(True)
+    assert len(texts) == 319
+    assert sum(len(text.encode()) for text in texts) == 163_491
+    stream = token_stream(load_corpus("stdlib", "evaluation"), tokenizer)
+    assert stream.ids.shape == (51_770,)
+    assert stream.sha256.startswith("c2ec56598232")
+
+
+def test_stdlib_corpus_names_its_source():
+    corpus = load_corpus("stdlib", "evaluation")
+    assert corpus.texts == tuple(stdlib_docstrings(True))
+    assert corpus.source == (
+        f"standard library docstrings of Python {platform.python_version()}, held out"
+    )
+    assert load_corpus("stdlib", "calibration").texts == tuple(stdlib_docstrings(False))
+
+
+def docstring(text: str) -> str:
+    return f'"""{text}"""\n'
+
+
+def test_docstrings_come_by_file_then_by_line(tmp_path):
+    (tmp_path / "b.py").write_text(docstring(LONG + "b module"))
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "z.py").write_text(
+        docstring(LONG + "module")
+        + "class A:\n"
+        + f"    {docstring(LONG + 'class')}"
+        + "    def method(self):\n"
+        + f"        {docstring(LONG + 'method')}"
+        + "try:\n    if True:\n        async def f():\n"
+        + f"            {docstring(LONG + 'nested')}"
+        + "finally:\n    pass\n"
+        + f"def last():\n    {docstring(LONG + 'last')}"
+    )
+    ends = [text.removeprefix(LONG) for text in docstrings_under(tmp_path)]
+    assert ends == ["module", "class", "method", "nested", "last", "b module"]
+
+
+def test_docstrings_are_cleaned_before_they_are_measured(tmp_path):
+    (tmp_path / "just_enough.py").write_text(docstring("x" * 201))
+    (tmp_path / "too_short.py").write_text(docstring("x" * 200))
+    (tmp_path / "indented.py").write_text(
+        f"def f():\n    {docstring('First.' + chr(10) + '    second ' + LONG)}"
+    )
+    assert list(docstrings_under(tmp_path)) == ["First.\nsecond " + LONG, "x" * 201]
+
+
+def test_tests_installed_packages_and_broken_files_give_no_docstrings(tmp_path):
+    for name in ("test", "tests", "site-packages", "dist-packages"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "module.py").write_text(docstring(LONG + name))
+    (tmp_path / "test_it.py").write_text(docstring(LONG + "test file"))
+    (tmp_path / "broken.py").write_text(docstring(LONG) + "def (:\n")
+    (tmp_path / "null.py").write_bytes(b"\0")
+    (tmp_path / "undecodable.py").write_bytes(b'"""' + b"\xff" * 300 + b'"""\n')
+    (tmp_path / "surrogate.py").write_text(docstring(LONG + "\\ud800"))
+    (tmp_path / "latin.py").write_bytes(
+        b'# -*- coding: latin-1 -*-\n"""' + LONG.encode() + b'\xe9"""\n'
+    )
+    assert list(docstrings_under(tmp_path)) == [LONG + "é"]
+    everything = list(docstrings_under(tmp_path, skip=()))
+    assert {LONG + name for name in ("test", "tests", "site-packages", "test file")} < set(
+        everything
+    )
+
+
+def test_one_text_in_eight_is_held_out():
+    assert sum(is_held_out(f"text {i}") for i in range(8000)) == pytest.approx(1000, rel=0.1)
+    assert is_held_out("same") == is_held_out("same")
+
+
+# --- Local files ---------------------------------------------------------------------------
+
+
+def test_a_file_is_read_whole_to_evaluate_and_by_line_to_calibrate(tmp_path):
+    path = tmp_path / "mine.txt"
+    path.write_bytes("\ufeffone\r\n\r\n  two é\r\n".encode())
+    evaluation = load_corpus(str(path), "evaluation")
+    assert evaluation.texts == ("one\n\n  two é\n",)
+    assert evaluation.name == str(path)
+    assert evaluation.source == (
+        f"text file mine.txt, SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
+    )
+    assert load_corpus(str(path), "calibration").texts == ("one", "  two é")
+
+
+def test_an_identity_changes_with_the_text(tmp_path):
+    path = tmp_path / "mine.txt"
+    path.write_text("one")
+    first = corpus_identity(str(path))
+    path.write_text("two")
+    assert first != corpus_identity(str(path)) == f"sha256:{hashlib.sha256(b'two').hexdigest()}"
+    assert corpus_identity("stdlib") == f"stdlib:{platform.python_version()}"
+    assert corpus_identity("wikitext2") == "wikitext2@main"
+
+
+def test_a_built_in_name_wins_over_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("stdlib").write_text("a file")
+    assert len(load_corpus("stdlib", "evaluation").texts) > 100
+    assert load_corpus("./stdlib", "evaluation").texts == ("a file",)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"", "is empty"),
+        (b" \n\t\n", "is empty"),
+        (b"\xff\xfe\x80", "not UTF-8"),
+        (b"a\0b", "binary"),
+    ],
+)
+def test_a_file_without_text_is_refused(tmp_path, content, told):
+    path = tmp_path / "mine.txt"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=told) as error:
+        load_corpus(str(path), "evaluation")
+    assert str(path) in str(error.value)
+
+
+def test_a_folder_is_refused(tmp_path):
+    with pytest.raises(InputError, match="is a folder"):
+        load_corpus(str(tmp_path), "calibration")
+
+
+@pytest.mark.parametrize("name", ["wikitex2", "", "no/such/file.txt", "x" * 5000, "a\0b"])
+def test_an_unknown_name_lists_the_known_ones(name):
+    for ask in (corpus_identity, lambda name: load_corpus(name, "evaluation")):
+        with pytest.raises(InputError) as error:
+            ask(name)
+        assert all(known in str(error.value) for known in BUILT_IN)
+
+
+@pytest.mark.parametrize("name", ["hf:", "hf:one", "hf:a/b/c", "hf:a/b:", "hf:a/b@", "hf:a/b#"])
+def test_a_broken_dataset_name_shows_the_form(name):
+    with pytest.raises(InputError, match=r"hf:org/name\[:config\]"):
+        load_corpus(name, "evaluation")
+
+
+def test_a_part_and_a_count_that_cannot_be(tmp_path):
+    with pytest.raises(InputError, match="calibration or evaluation"):
+        load_corpus("stdlib", "test")
+    with pytest.raises(InputError, match="1 or more"):
+        load_corpus("stdlib", "evaluation", max_texts=0)
+
+
+def test_max_texts_counts_those_with_text(tmp_path):
+    first = load_corpus("stdlib", "evaluation", max_texts=3)
+    assert first.texts == tuple(stdlib_docstrings(True)[:3])
+
+
+# --- The hub, without a network ------------------------------------------------------------
+
+SHA = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Stands in for what crosses the network; the datasets themselves are real ones.
+
+    ``hub.splits`` are the rows of each split, ``hub.asked`` what was asked for.
+    """
+    import datasets
+    import huggingface_hub
+
+    state = SimpleNamespace(splits={}, asked=[])
+
+    def load_dataset(path, config=None, *, split, revision=None, data_files=None):
+        state.asked.append((path, config, revision, split))
+        return datasets.Dataset.from_dict(state.splits[split])
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(
+        huggingface_hub.HfApi, "dataset_info", lambda *_, **__: SimpleNamespace(sha=SHA)
+    )
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: "a file")
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *_, **__: list(state.splits))
+    return state
+
+
+def test_wikitext_calibrates_on_validation_and_evaluates_on_test(hub):
+    hub.splits = {"validation": {"text": ["", "v"]}, "test": {"text": ["", " = T = \n", "t"]}}
+    assert load_corpus("wikitext2", "calibration").texts == ("", "v")
+    corpus = load_corpus("wikitext2", "evaluation")
+    assert corpus.texts == ("", " = T = \n", "t")
+    assert corpus.source == "Salesforce/wikitext@0123456789ab wikitext-2-raw-v1 test"
+    url = "hf://datasets/Salesforce/wikitext"
+    assert hub.asked[-1] == (url, "wikitext-2-raw-v1", SHA, "test")
+
+
+def test_c4_evaluates_on_the_first_1100_texts_and_calibrates_on_the_others(hub):
+    texts = [f"text {i}" for i in range(1500)]
+    hub.splits = {"validation": {"text": texts}}
+    assert load_corpus("c4", "evaluation").texts == tuple(texts[:1100])
+    calibration = load_corpus("c4", "calibration")
+    assert calibration.texts == ("",) * 1100 + tuple(texts[1100:])
+    assert "(calibration part)" in calibration.source
+    assert load_corpus("c4", "calibration", max_texts=2).texts[-3:] == ("", *texts[1100:1102])
+
+
+@pytest.mark.parametrize(("name", "split"), [("pileval", "validation"), ("bos", "train")])
+def test_a_single_split_is_divided_by_hash_and_keeps_its_rows(hub, name, split):
+    texts = [f"text {i}" for i in range(200)]
+    hub.splits = {split: {"meta": ["m"] * 200, "text": texts}}
+    evaluation = load_corpus(name, "evaluation").texts
+    calibration = load_corpus(name, "calibration").texts
+    assert evaluation == tuple(text for text in texts if is_held_out(text))
+    assert 0 < len(evaluation) < 100
+    assert [kept or text for kept, text in zip(calibration, texts, strict=True)] == texts
+    assert set(calibration) == {"", *texts} - set(evaluation)
+
+
+@pytest.mark.parametrize(
+    ("splits", "calibration", "evaluation"),
+    [
+        (["train", "validation", "test"], "validation", "test"),
+        (["train", "test"], "train", "test"),
+        (["train", "validation"], "train", "validation"),
+    ],
+)
+def test_any_dataset_is_calibrated_and_evaluated_on_different_splits(
+    hub, splits, calibration, evaluation
+):
+    hub.splits = {split: {"text": [split]} for split in splits}
+    assert load_corpus("hf:org/name", "calibration").texts == (calibration,)
+    assert load_corpus("hf:org/name", "evaluation").texts == (evaluation,)
+
+
+def test_configuration_revision_and_split_are_passed_on(hub):
+    hub.splits = {"dev": {"content": [f"text {i}" for i in range(50)]}}
+    corpus = load_corpus("hf:org/na.me:con-fig@v1#dev", "evaluation")
+    assert hub.asked == [("hf://datasets/org/na.me", "con-fig", SHA, "dev")]
+    assert corpus.source == "org/na.me@0123456789ab con-fig dev (evaluation part)"
+
+
+def test_the_text_column_is_found_or_the_columns_are_named(hub):
+    hub.splits = {"train": {"id": [1]}, "test": {"id": [1, 2], "line": ["a", None]}}
+    assert load_corpus("hf:org/name", "evaluation").texts == ("a", "")
+    hub.splits = {"test": {"question": ["q"], "answer": ["a"]}}
+    with pytest.raises(InputError, match="its columns are question, answer"):
+        load_corpus("hf:org/name#test", "evaluation")
+
+
+@pytest.mark.parametrize(
+    ("cause", "told"),
+    [
+        (ValueError("Compression type zstd not supported"), "zstandard"),
+        (ValueError('Unknown split "x".\nMore.'), r'no such part \(Unknown split "x"\)'),
+        (RuntimeError("boom"), r"could not be downloaded \(RuntimeError: boom\)"),
+    ],
+)
+def test_what_goes_wrong_while_reading_is_one_sentence(hub, monkeypatch, cause, told):
+    import datasets
+
+    def load_dataset(*_, **__):
+        raise cause
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(LsqError, match=told) as error:
+        load_corpus("pileval", "calibration")
+    assert str(error.value).startswith("The dataset 'mit-han-lab/pile-val-backup' ")
+    assert "\n" not in str(error.value)
+    assert error.value.__cause__ is cause
+
+
+class HubReplies(BaseHTTPRequestHandler):
+    """Says of ``org/gone`` that it does not exist, and of the others that the revision does not."""
+
+    def do_GET(self):
+        missing = "RepoNotFound" if "gone" in self.path else "RevisionNotFound"
+        self.send_response(404)
+        self.send_header("X-Error-Code", missing)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub_server(monkeypatch):
+    from huggingface_hub import constants
+
+    server = HTTPServer(("127.0.0.1", 0), HubReplies)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    yield
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("hf:org/gone", "does not exist, or is private or gated"), ("hf:org/name@v9", "'v9'")],
+)
+def test_what_the_hub_has_not_is_an_input_error(hub_server, name, told):
+    with pytest.raises(InputError, match=told) as error:
+        load_corpus(name, "evaluation")
+    assert "stdlib" in str(error.value)
+    assert error.value.__cause__ is not None
+
+
+SCRIPT = """
+from lsq_core.corpus import load_corpus
+from lsq_core.errors import LsqError
+for name in ("wikitext2", "c4", "hf:org/name"):
+    try:
+        load_corpus(name, "evaluation")
+    except LsqError as error:
+        print(error.exit_code, type(error.__cause__).__name__, error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "told"),
+    [
+        ("HF_HUB_OFFLINE", "1", "HF_HUB_OFFLINE forbids downloading it"),
+        ("HF_ENDPOINT", "http://127.0.0.1:1", "check the network, set HF_HUB_OFFLINE=1"),
+    ],
+)
+def test_without_a_network_the_dataset_and_the_way_out_are_named(tmp_path, variable, value, told):
+    """In a process of its own, as these variables are read when the libraries are imported."""
+    home = {"HF_HOME": str(tmp_path), "HF_DATASETS_CACHE": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    clean = {key: text for key, text in os.environ.items() if "OFFLINE" not in key}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        env=clean | home | {variable: value},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3, done.stderr
+    for line, name in zip(lines, ("Salesforce/wikitext", "allenai/c4", "org/name"), strict=True):
+        assert line.startswith("1 ")
+        assert name in line
+        assert told in line
+        assert "'stdlib', which needs no network." in line
+    assert "NoneType" not in done.stdout  # the cause is chained
+
+
+def test_the_module_imports_neither_torch_nor_datasets():
+    script = "import sys, lsq_core.corpus; print({'torch', 'datasets'} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "set()\n"
+
+
+# --- Calibration blocks --------------------------------------------------------------------
+
+
+def reference_blocks(texts, tokenizer, samples, max_line_tokens, block_tokens, seed) -> np.ndarray:
+    """The drawing of the SensiBoost authors' script, step by step, with ``datasets``."""
+    from datasets import Dataset
+
+    drawn, kept = [], 0
+    for row in Dataset.from_dict({"text": texts}).shuffle(seed=seed):
+        ids = encode(tokenizer, row["text"].strip())
+        if len(ids) > max_line_tokens or not ids:
+            continue
+        drawn += ids
+        kept += 1
+        if kept == samples:
+            break
+    blocks = len(drawn) // block_tokens
+    return np.array(drawn[: blocks * block_tokens]).reshape(blocks, block_tokens)
+
+
+@pytest.mark.parametrize(
+    ("samples", "max_line_tokens", "block_tokens", "seed"),
+    [(128, 512, 512, 42), (40, 100, 64, 42), (10_000, 512, 512, 7)],
+)
+def test_blocks_are_those_the_authors_draw(tokenizer, samples, max_line_tokens, block_tokens, seed):
+    corpus = load_corpus("stdlib", "calibration", max_texts=700)
+    texts = [" \n" if i % 7 == 0 else f"  {text}\n" for i, text in enumerate(corpus.texts)]
+    blocks = calibration_blocks(
+        corpus_of(*texts),
+        tokenizer,
+        samples=samples,
+        max_line_tokens=max_line_tokens,
+        block_tokens=block_tokens,
+        seed=seed,
+    )
+    wanted = reference_blocks(texts, tokenizer, samples, max_line_tokens, block_tokens, seed)
+    assert blocks.ids.dtype == np.int64
+    assert len(blocks.ids) > 1
+    np.testing.assert_array_equal(blocks.ids, wanted)
+
+
+def test_blocks_carry_what_was_fed_to_the_model(tokenizer):
+    corpus = load_corpus("stdlib", "calibration", max_texts=20)
+    wide = calibration_blocks(corpus, tokenizer, block_tokens=64)
+    again = calibration_blocks(corpus, tokenizer, block_tokens=64)
+    narrow = calibration_blocks(corpus, tokenizer, block_tokens=32)
+    shape = np.array(wide.ids.shape, dtype="<i8").tobytes()
+    assert wide.sha256 == again.sha256
+    assert wide.sha256 == hashlib.sha256(shape + wide.ids.astype("<i8").tobytes()).hexdigest()
+    assert wide.sha256 != narrow.sha256
+    assert (wide.corpus, wide.source) == ("stdlib", corpus.source)
+    assert 0 not in wide.ids  # no end-of-text token between the samples
+
+
+def test_a_line_of_just_the_limit_is_kept(tokenizer):
+    text = "one two three four five six seven eight"
+    count = len(encode(tokenizer, text))
+    sizes = {"block_tokens": count}
+    kept = calibration_blocks(corpus_of(text), tokenizer, max_line_tokens=count, **sizes)
+    assert kept.ids.tolist() == [encode(tokenizer, text)]
+    with pytest.raises(InputError, match="gives 0 calibration tokens"):
+        calibration_blocks(corpus_of(text), tokenizer, max_line_tokens=count - 1, **sizes)
+
+
+def test_too_little_for_a_block_says_how_little(tokenizer):
+    text = "one two three"
+    count = len(encode(tokenizer, text))
+    with pytest.raises(InputError, match=rf"'mine' gives {count} calibration tokens .* 512"):
+        calibration_blocks(corpus_of(text), tokenizer)
+
+
+@pytest.mark.parametrize("size", ["samples", "max_line_tokens", "block_tokens"])
+def test_sizes_below_one_are_refused(tokenizer, size):
+    with pytest.raises(InputError, match="1 or more"):
+        calibration_blocks(corpus_of(LONG), tokenizer, **{size: 0})
+
+
+# --- Evaluation streams --------------------------------------------------------------------
+
+
+def test_texts_are_joined_by_a_blank_line(tokenizer):
+    stream = token_stream(corpus_of("one two", "", "three"), tokenizer)
+    assert stream.ids.tolist() == encode(tokenizer, "one two\n\n\n\nthree")
+    assert stream.ids.dtype == np.int64
+    assert not stream.truncated
+    assert stream.corpus == "mine"
+
+
+@given(
+    unit=st.text(min_size=1, max_size=40).filter(str.strip),
+    repeats=st.integers(1, 300),
+    max_tokens=st.integers(2, 300),
+)
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_a_truncated_stream_is_the_beginning_of_the_whole(tokenizer, unit, repeats, max_tokens):
+    corpus = corpus_of("ab " + unit * repeats)
+    whole = token_stream(corpus, tokenizer)
+    part = token_stream(corpus, tokenizer, max_tokens)
+    np.testing.assert_array_equal(part.ids, whole.ids[:max_tokens])
+    assert part.truncated == (len(whole.ids) > max_tokens)
+
+
+def test_a_long_text_is_not_tokenized_beyond_what_is_needed(tokenizer):
+    class Counting:
+        longest = 0
+
+        def __call__(self, text, **options):
+            self.longest = max(self.longest, len(text))
+            return tokenizer(text, **options)
+
+    counting = Counting()
+    token_stream(corpus_of(LONG * 10_000), counting, max_tokens=100)
+    assert counting.longest < 10_000
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1, -5])
+def test_a_stream_of_one_token_predicts_nothing(tokenizer, max_tokens):
+    with pytest.raises(InputError, match="2 or more"):
+        token_stream(corpus_of(LONG), tokenizer, max_tokens)
+
+
+def test_a_text_of_one_token_predicts_nothing(tokenizer):
+    with pytest.raises(InputError, match="gives 1 tokens"):
+        token_stream(corpus_of("a"), tokenizer)
+
+
+def test_long_texts_raise_no_warning(capfd):
+    from transformers import AutoTokenizer
+
+    fresh = AutoTokenizer.from_pretrained(ROOT / "data" / "demo_model")  # it warns only once
+    assert len(token_stream(corpus_of(LONG * 100), fresh).ids) > fresh.model_max_length
+    assert "longer than" not in capfd.readouterr().err
+
+
+@pytest.mark.skipif(not WIKITEXT.is_file(), reason="../shared/corpus/wikitext-2 is not here")
+def test_wikitext_from_a_local_file(tokenizer):
+    stream = token_stream(load_corpus(str(WIKITEXT), "evaluation"), tokenizer)
+    assert stream.ids.shape == (460_970,)
+    part = token_stream(load_corpus(str(WIKITEXT), "evaluation"), tokenizer, max_tokens=20_000)
+    np.testing.assert_array_equal(part.ids, stream.ids[:20_000])
+    assert part.truncated
+    blocks = calibration_blocks(load_corpus(str(WIKITEXT), "calibration"), tokenizer)
+    assert blocks.ids.shape[1] == 512

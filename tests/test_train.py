@@ -1,0 +1,212 @@
+"""The script that trains the demo model: a tiny run learns, and a stopped one ends the same."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import pickle
+import random
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from lsq_core.errors import InputError
+
+DEMO = Path(__file__).resolve().parents[1] / "data" / "demo_model"
+STEPS = 16
+
+
+@pytest.fixture(scope="module")
+def train() -> ModuleType:
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location("demo_train", DEMO / "train.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["demo_train"] = module  # dataclasses look their module up by name
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Tiny tensors on several threads are slower, much so beside other tests."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def text_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with forty Python files, each with three docstrings to learn from."""
+    root = tmp_path_factory.mktemp("text")
+    words = ["the", "value", "array", "returned", "shape", "model", "layer", "of", "a", "is not"]
+    draw = random.Random(0)
+    for number in range(40):
+        sentences = [" ".join(draw.choices(words, k=60)) for _ in range(3)]
+        body = "".join(f'def f{i}():\n    """{text}"""\n' for i, text in enumerate(sentences))
+        (root / f"m{number:02}.py").write_text(body)
+    return root
+
+
+@pytest.fixture(scope="module")
+def recipe(train: ModuleType):
+    return train.Recipe(steps=STEPS, batch=4, layers=2)
+
+
+@pytest.fixture(scope="module")
+def whole(train, recipe, text_root, tmp_path_factory):
+    """An uninterrupted run: its model, its folder, and what it reported."""
+    out, lines = tmp_path_factory.mktemp("whole") / "model", []
+    run = train.Run(out=out, checkpoint_every=4)
+    return train.train(recipe, run, text_root, lines.append), out, lines
+
+
+def held_out_losses(lines: list[str]) -> list[float]:
+    return [float(line.split("held out ")[1].split()[0]) for line in lines if "loss" in line]
+
+
+def test_held_out_loss_falls(whole):
+    losses = held_out_losses(whole[2])
+    assert len(losses) == STEPS // 4
+    assert losses[-1] < losses[0] - 1.0
+
+
+def test_the_saved_folder_is_a_bf16_model_with_its_tokenizer(whole):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, out, _ = whole
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    assert loaded.dtype is torch.bfloat16
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    for name, weight in model.named_parameters():
+        assert torch.equal(loaded.get_parameter(name), weight.to(torch.bfloat16)), name
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert tokenizer.decode(tokenizer("the value of é")["input_ids"]) == "the value of é"
+    assert tokenizer.eos_token_id == 0
+    assert not (out / "checkpoint.pt").exists()
+
+
+def test_a_stopped_run_goes_on_to_the_identical_weights(
+    train, recipe, text_root, whole, tmp_path, monkeypatch
+):
+    advance = train.Trainer.advance
+
+    def stop_at_six(trainer):
+        if trainer.step == 6:  # two steps after the last checkpoint: they are lost
+            raise KeyboardInterrupt
+        return advance(trainer)
+
+    monkeypatch.setattr(train.Trainer, "advance", stop_at_six)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(recipe, train.Run(tmp_path, checkpoint_every=4), text_root, lambda _: None)
+    assert not (tmp_path / "model.safetensors").exists()
+    monkeypatch.undo()
+
+    lines = []
+    again = train.Run(tmp_path, checkpoint_every=4, resume=True)
+    model = train.train(recipe, again, text_root, lines.append)
+
+    assert "going on after step 4" in lines
+    assert held_out_losses(lines) == held_out_losses(whole[2])[1:]
+    for name, weight in whole[0].named_parameters():
+        assert torch.equal(model.get_parameter(name), weight), name
+    assert (tmp_path / "model.safetensors").read_bytes() == (
+        whole[1] / "model.safetensors"
+    ).read_bytes()
+
+
+def test_a_model_is_not_overwritten(train, whole, text_root, capsys):
+    before = (whole[1] / "model.safetensors").read_bytes()
+    assert train.main(["--out", str(whole[1]), "--text-root", str(text_root)]) == 2
+    assert "has a model in it" in capsys.readouterr().err
+    assert (whole[1] / "model.safetensors").read_bytes() == before
+
+
+def test_a_checkpoint_is_not_overwritten_unasked(train, tmp_path):
+    (tmp_path / "checkpoint.pt").touch()
+    with pytest.raises(InputError, match="--resume to go on"):
+        train.check_out(train.Run(tmp_path))
+    train.check_out(train.Run(tmp_path, resume=True))
+    train.check_out(train.Run(tmp_path, force=True))
+
+
+def test_resume_needs_a_checkpoint_of_the_same_run(train, tmp_path):
+    run = train.Run(tmp_path, resume=True)
+    with pytest.raises(InputError, match="no checkpoint in"):
+        train.load_checkpoint(run, "mine")
+    train.save_checkpoint(run.checkpoint, {"identity": "other", "step": 3})
+    with pytest.raises(InputError, match="another recipe or text"):
+        train.load_checkpoint(run, "mine")
+    assert train.load_checkpoint(run, "other")["step"] == 3
+    assert list(tmp_path.iterdir()) == [run.checkpoint]
+
+
+class Payload:
+    """A pickle that would make a file when it is loaded carelessly."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_checkpoint_is_never_executed(train, tmp_path):
+    run, made = train.Run(tmp_path, resume=True), tmp_path / "made"
+    torch.save({"identity": "mine", "step": Payload(made)}, run.checkpoint)
+    with pytest.raises(InputError, match="damaged") as error:
+        train.load_checkpoint(run, "mine")
+    assert isinstance(error.value.__cause__, pickle.UnpicklingError)
+    assert not made.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"nonsense", b"PK\x03\x04"])
+def test_a_damaged_checkpoint_is_named(train, tmp_path, content):
+    (tmp_path / "checkpoint.pt").write_bytes(content)
+    with pytest.raises(InputError, match="damaged"):
+        train.load_checkpoint(train.Run(tmp_path, resume=True), "mine")
+
+
+def test_too_little_text_is_named(train, recipe, tmp_path):
+    with pytest.raises(InputError, match="Too few docstrings"):
+        train.train(recipe, train.Run(tmp_path / "out"), tmp_path, lambda _: None)
+
+
+def test_the_default_recipe_is_the_shipped_model(train):
+    config = json.loads((DEMO / "config.json").read_text())
+    model = train.make_model(train.Recipe())
+    made = model.config.to_dict()
+    volatile = {"architectures", "dtype", "transformers_version"}
+    assert {key: made[key] for key in config.keys() - volatile} == {
+        key: config[key] for key in config.keys() - volatile
+    }
+    assert sum(p.numel() for p in model.parameters()) == 5_642_368
+    scaled = model.model.layers[3].mlp.down_proj.weight.std().item()
+    assert scaled == pytest.approx(config["initializer_range"] / 48**0.5, rel=0.05)
+
+
+def test_batches_depend_on_seed_and_step_alone(train, recipe):
+    import numpy as np
+
+    tokens = np.arange(1000)
+    batch = train.batch_at(tokens, 7, recipe)
+    assert batch.shape == (4, 257)
+    assert torch.equal(batch, train.batch_at(tokens, 7, recipe))
+    assert not torch.equal(batch, train.batch_at(tokens, 8, recipe))
+    assert (batch.diff(dim=1) == 1).all()
+
+
+def test_the_rate_warms_up_and_comes_down_to_three_percent(train):
+    rates = [train.learning_rate(step, 1810) for step in range(1810)]
+    assert rates[0] == pytest.approx(4e-3 / 150)
+    assert max(rates) == rates[149] == pytest.approx(4e-3)
+    assert rates[-1] == pytest.approx(0.03 * 4e-3, rel=1e-3)
+    assert rates[150:] == sorted(rates[150:], reverse=True)
+
+
+def test_a_width_of_broken_heads_is_refused(train):
+    with pytest.raises(InputError, match="multiple of 32"):
+        train.make_model(train.Recipe(width=100))
