@@ -1,0 +1,256 @@
+"""The database: found again, shared between processes, foreign and newer files refused."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+
+import duckdb
+import numpy as np
+import pytest
+
+from lsq_core import store as store_module
+from lsq_core.errors import InputError, LsqError
+from lsq_core.evaluate import Evaluation
+from lsq_core.load import inspect_model
+from lsq_core.model import ModelSource
+from lsq_core.plan import PlanRequest, Problem, make_plan
+from lsq_core.store import MIGRATIONS, Store
+
+
+@pytest.fixture
+def info():
+    return inspect_model(ModelSource("demo"))
+
+
+def evaluation(perplexity: float, corpus: str = "c", protocol: str = "strided") -> Evaluation:
+    return Evaluation(
+        protocol=protocol,
+        nll=np.full(4, 10 * np.log(perplexity)),
+        counts=np.full(4, 10),
+        seconds=2.0,
+        peak_bytes=5,
+        kl=0.5,
+        top1=0.25,
+        corpus=corpus,
+        corpus_sha256=f"hash of {corpus}",
+        corpus_source="somewhere",
+        provenance={"device": "cpu", "dtype": "float32"},
+    )
+
+
+def keep_run(store: Store, info, perplexity: float = 20.0, **more) -> str:
+    plan = make_plan(Problem(info.matrices), PlanRequest("uniform", base="3.13"))
+    run = store_module.new_id()
+    row = {
+        "plan": store.save_plan(plan, info.fingerprint, None),
+        "fingerprint": info.fingerprint,
+        "method": "uniform",
+        "quantizer": "hqq",
+        "measured_bytes": plan.planned_bytes,
+        "model_bytes": plan.model_bytes,
+        "quantize_seconds": 1.0,
+        "saved_to": None,
+        "device": "cpu",
+        "machine": "m",
+        "dtype": "float32",
+        "seed": 0,
+        "versions": "{}",
+    }
+    store.save_run(run, row, [evaluation(perplexity, **more)])
+    return run
+
+
+def test_a_model_is_read_back(info):
+    store = Store()
+    store.save_model(info)
+    store.save_model(info)
+    assert store.model(info.fingerprint) == info
+    assert len(store.models()) == 1
+    assert store.model("unknown") is None
+
+
+def test_results_stand_beside_full_precision_of_the_same_protocol_and_corpus(info):
+    store = Store()
+    store.save_model(info)
+    store.save_full_precision(info.fingerprint, evaluation(10))
+    store.save_full_precision(info.fingerprint, evaluation(10))
+    store.save_full_precision(info.fingerprint, evaluation(15, protocol="blocks"))
+    run = keep_run(store, info)
+    keep_run(store, info, corpus="other")
+    rows = Store().results().set_index("corpus")
+    assert rows.loc["c", "run"] == run
+    assert rows.loc["c", "perplexity"] == pytest.approx(20)
+    assert rows.loc["c", "perplexity_full"] == pytest.approx(10)
+    assert rows.loc["c", "increase"] == pytest.approx(1)
+    assert rows.loc["c", "base"] == "3.13"
+    assert np.isnan(rows.loc["other", "perplexity_full"]), "never of another corpus"
+    assert len(store.full_precision(info.fingerprint)) == 2
+    nll, counts = store.windows(rows.loc["c", "evaluation"])
+    assert nll == pytest.approx(np.full(4, 10 * np.log(20)))
+    assert counts.tolist() == [10] * 4
+    with pytest.raises(InputError, match="no evaluation 'x'"):
+        store.windows("x")
+
+
+def test_a_failed_run_leaves_nothing_behind(info):
+    store = Store()
+    store.save_model(info)
+    with pytest.raises(duckdb.Error):
+        store.save_run("r", {"no_such_column": 1, "fingerprint": "f"}, [])
+    broken = evaluation(10)
+    object.__setattr__(broken, "corpus", object())
+    with pytest.raises(duckdb.Error):
+        store.save_run("r", {"fingerprint": info.fingerprint}, [broken])
+    assert store.query("SELECT count(*) n FROM runs")["n"][0] == 0
+
+
+def test_another_programs_database_is_left_alone(tmp_path):
+    path = tmp_path / "other.duckdb"
+    with duckdb.connect(str(path)) as connection:
+        connection.execute("CREATE TABLE theirs (x INTEGER)")
+    with pytest.raises(InputError, match="database of another program"):
+        Store(path)
+    with duckdb.connect(str(path)) as connection:
+        assert connection.execute("SHOW TABLES").fetchall() == [("theirs",)]
+
+
+def test_what_is_no_database_is_refused(tmp_path):
+    path = tmp_path / "text.duckdb"
+    path.write_text("not a database, and long enough to be looked at " * 200)
+    with pytest.raises(InputError, match="cannot be opened as a DuckDB database"):
+        Store(path)
+    with pytest.raises(InputError, match="is a folder"):
+        Store(tmp_path)
+
+
+def test_a_newer_schema_is_refused(tmp_path):
+    path = tmp_path / "new.duckdb"
+    Store(path)
+    with duckdb.connect(str(path)) as connection:
+        connection.execute("INSERT INTO schema_version VALUES (999)")
+    with pytest.raises(InputError, match="newer LSQ Explorer"):
+        Store(path)
+
+
+def test_an_older_schema_is_migrated_and_keeps_its_rows(tmp_path, monkeypatch, info):
+    path = tmp_path / "old.duckdb"
+    Store(path).save_model(info)
+    added = [*MIGRATIONS, "ALTER TABLE models ADD COLUMN starred BOOLEAN DEFAULT false"]
+    monkeypatch.setattr(store_module, "MIGRATIONS", added)
+    models = Store(path).models()
+    assert models["starred"].tolist() == [False]
+    assert models["source"].tolist() == ["demo"]
+
+
+def test_a_failed_migration_changes_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "old.duckdb"
+    Store(path)
+    bad = [*MIGRATIONS, "CREATE TABLE half (x INTEGER); SELECT no_such_function()"]
+    monkeypatch.setattr(store_module, "MIGRATIONS", bad)
+    with pytest.raises(duckdb.Error):
+        Store(path)
+    monkeypatch.undo()
+    tables = Store(path).query("SHOW TABLES")["name"].tolist()
+    assert "half" not in tables
+
+
+HOLD = """
+import duckdb, sys
+connection = duckdb.connect(sys.argv[1])
+print("held", flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_a_locked_file_is_waited_for(tmp_path, monkeypatch):
+    path = tmp_path / "shared.duckdb"
+    Store(path)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        monkeypatch.setattr(store_module, "WAIT", 0.2)
+        with pytest.raises(LsqError, match=rf"in use by another process \(process {holder.pid}\)"):
+            Store(path)
+        monkeypatch.setattr(store_module, "WAIT", 30)
+        opened = threading.Thread(target=Store, args=[path])
+        opened.start()
+        holder.communicate(b"\n")
+        opened.join(30)
+        assert not opened.is_alive()
+    finally:
+        holder.kill()
+
+
+WRITE = """
+import sys
+from lsq_core.store import Store, new_id
+store = Store(sys.argv[1])
+for i in range(20):
+    with store.transaction() as connection:
+        connection.execute("INSERT INTO runs (id, method) VALUES (?, ?)", [new_id(), sys.argv[2]])
+"""
+
+
+def test_two_processes_write_at_once(tmp_path):
+    path = tmp_path / "shared.duckdb"
+    Store(path)
+    writers = [subprocess.Popen([sys.executable, "-c", WRITE, str(path), n]) for n in "ab"]
+    counts = []
+    while any(w.poll() is None for w in writers):
+        counts.append(Store(path).query("SELECT count(*) n FROM runs")["n"][0])
+    assert [w.returncode for w in writers] == [0, 0]
+    assert counts == sorted(counts)
+    rows = Store(path).query("SELECT method, count(*) n FROM runs GROUP BY ALL ORDER BY method")
+    assert rows["n"].tolist() == [20, 20]
+
+
+KILL = """
+import os, signal, sys
+from lsq_core.store import Store, new_id
+store = Store(sys.argv[1])
+with store.transaction() as connection:
+    connection.execute("INSERT INTO runs (id, method) VALUES (?, 'kept')", [new_id()])
+with store.transaction() as connection:
+    connection.execute("INSERT INTO runs (id, method) VALUES (?, 'torn')", [new_id()])
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_writer_leaves_a_readable_database(tmp_path):
+    path = tmp_path / "shared.duckdb"
+    for round in range(3):
+        killed = subprocess.run([sys.executable, "-c", KILL, str(path)], check=False)
+        assert killed.returncode == -9
+        rows = Store(path).query("SELECT method FROM runs")
+        assert rows["method"].tolist() == ["kept"] * (round + 1)
+
+
+def test_threads_share_a_store(info):
+    store = Store()
+    store.save_model(info)
+    wrong = []
+
+    def look():
+        for _ in range(10):
+            if store.model(info.fingerprint) != info:
+                wrong.append(1)
+
+    threads = [threading.Thread(target=look) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_values_never_become_sql(info):
+    store = Store()
+    store.save_model(info)
+    nasty = "'; DROP TABLE runs; --"
+    assert store.results(nasty).empty
+    assert store.model(nasty) is None
+    assert store.query("SELECT count(*) n FROM runs")["n"][0] == 0
