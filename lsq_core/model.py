@@ -209,6 +209,11 @@ def check_config(folder: Path) -> None:
         raise InputError(f"There is no folder {folder}; give a model folder or a Hugging Face id.")
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} is not a model folder: it has no config.json.")
+    if (folder / MANIFEST).is_file():
+        raise InputError(
+            f"{folder} is a quantized model that LSQ Explorer saved; evaluate it with eval, or "
+            "give the full-precision model it was made from."
+        )
     quantization = read_config(folder).get("quantization_config")
     if quantization:
         method = quantization.get("quant_method", "some method")

@@ -11,8 +11,12 @@ Load a saved quantized model in a script of your own with::
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from lsq_core.errors import InputError
-from lsq_core.quantize.base import Quantizer
+
+if TYPE_CHECKING:
+    from lsq_core.quantize.base import Quantizer
 
 #: Names on the command line and in the app; the classes are imported when asked for.
 QUANTIZERS = {"hqq": "lsq_core.quantize.hqq:Hqq", "rtn": "lsq_core.quantize.rtn:Rtn"}

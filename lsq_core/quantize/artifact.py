@@ -1,6 +1,6 @@
 """Save a quantized model as safetensors with its plan and provenance inside, and load it again.
 
-A folder holds ``model.safetensors`` (packed matrices, and everything else in the dtype of the
+A folder holds ``packed.safetensors`` (packed matrices, and everything else in the dtype of the
 original checkpoint), ``config.json``, the tokenizer, and ``lsq.json``: the plan, what it was made
 from, and the format's version. No pickle.
 """
@@ -30,6 +30,8 @@ from lsq_core.quantize.apply import PackedLinear, install
 from lsq_core.quantize.packed import PackedMatrix
 
 FORMAT = 1
+#: Not ``model.safetensors``: transformers alone would load that with random packed modules.
+WEIGHTS = "packed.safetensors"
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,11 +78,8 @@ def save_quantized(
     need = sum(t.nbytes for t in state.values())
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _whole_or_nothing(folder, need) as unfinished:
-        save_file(state, unfinished / "model.safetensors", metadata={"format": "pt"})
-        config = json.loads((source_folder / "config.json").read_text("utf8"))
-        # Loaded by transformers alone, this would otherwise become a model with random weights.
-        config["quantization_config"] = {"quant_method": "lsq-explorer"}
-        (unfinished / "config.json").write_text(json.dumps(config, indent=2), "utf8")
+        save_file(state, unfinished / WEIGHTS, metadata={"format": "pt"})
+        shutil.copy(source_folder / "config.json", unfinished / "config.json")
         text = json.dumps({"format": FORMAT} | manifest, indent=1)
         (unfinished / MANIFEST).write_text(text, "utf8")
         tokenizer.save_pretrained(unfinished)
@@ -154,11 +153,10 @@ def load_quantized(
     """
     folder = Path(folder).expanduser().resolve()
     manifest = read_manifest(folder)
-    safetensors_header(folder / "model.safetensors")
+    safetensors_header(folder / WEIGHTS)
     target = pick_device(device)
     source = ModelSource(str(folder), trust_remote_code=trust_remote_code)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    del config.quantization_config
     compute_dtype = pick_dtype(dtype, target, config)
     # Buffers that no file holds (rotary frequencies) are computed; parameters stay empty.
     with init_empty_weights(include_buffers=False):
@@ -166,7 +164,7 @@ def load_quantized(
             config, trust_remote_code=trust_remote_code, experts_implementation="eager"
         )
     install(model, _empty_matrices(model, source, manifest))
-    _fill(model, load_file(folder / "model.safetensors"), compute_dtype)
+    _fill(model, load_file(folder / WEIGHTS), compute_dtype)
     model = model.to(target).eval().requires_grad_(False)
     tokenizer = load_tokenizer(source, folder)
     return QuantizedModel(model, tokenizer, manifest, folder, str(target), str(compute_dtype)[6:])
@@ -225,7 +223,7 @@ def _fill(model: nn.Module, state: dict[str, torch.Tensor], dtype: torch.dtype) 
     empty = [n for n, t in model.state_dict().items() if t.is_meta]
     if empty or result.unexpected_keys:
         name = (empty or result.unexpected_keys)[0]
-        raise InputError(f"model.safetensors does not fit its plan at {name}; save it again.")
+        raise InputError(f"{WEIGHTS} does not fit its plan at {name}; save it again.")
 
 
 __all__ = [

@@ -1,0 +1,174 @@
+"""Saved models: identical after reloading, whole or not there, refused when damaged."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+from lsq_core.config import LADDER, QuantConfig, planned_bytes
+from lsq_core.errors import InputError, LsqError
+from lsq_core.load import load_model
+from lsq_core.model import MANIFEST, ModelSource
+from lsq_core.quantize import get_quantizer
+from lsq_core.quantize.apply import quantize_model
+from lsq_core.quantize.artifact import load_quantized, save_quantized
+from tests.conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return load_model(ModelSource("demo"), "cpu")
+
+
+@pytest.fixture(scope="module")
+def mixed(demo):
+    """A plan that uses every stop of the ladder in turn."""
+    return {m: LADDER[i % 12] for i, m in enumerate(demo.info.matrices)}
+
+
+def manifest(choice, metadata="8bit", axis=1):
+    modules = {m.name: {"bits": c.bits, "group_size": c.group_size} for m, c in choice.items()}
+    return {"modules": modules, "metadata": metadata, "axis": axis}
+
+
+@pytest.mark.parametrize("metadata", ["8bit", "fp16"])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_reloaded_logits_are_identical(demo, mixed, tmp_path, metadata, axis):
+    quantized = quantize_model(
+        demo.model, mixed, get_quantizer("rtn"), axis=axis, metadata=metadata
+    )
+    folder = tmp_path / "saved"
+    size = save_quantized(
+        quantized, demo.tokenizer, manifest(mixed, metadata, axis), folder, demo.folder
+    )
+    assert size == sum(p.stat().st_size for p in folder.rglob("*"))
+    again = load_quantized(folder, "cpu")
+    ids = torch.arange(1, 200)[None]
+    with torch.inference_mode():
+        assert torch.equal(again.model(ids).logits, quantized(ids).logits)
+    with safe_open(folder / "packed.safetensors", "pt") as file:
+        stored = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
+    linear = sum(
+        t.nbytes
+        for n, t in stored.items()
+        if n.rpartition(".")[2].startswith(("codes", "scale", "zero"))
+    )
+    assert linear == sum(planned_bytes(m.numel, c, metadata) for m, c in mixed.items())
+    assert stored["model.embed_tokens.weight"].dtype == torch.bfloat16, "as in the checkpoint"
+    assert "lm_head.weight" not in stored, "tied weights once"
+
+
+@pytest.fixture
+def saved(demo, mixed, tmp_path):
+    quantized = quantize_model(demo.model, mixed, get_quantizer("rtn"))
+    folder = tmp_path / "saved"
+    save_quantized(quantized, demo.tokenizer, manifest(mixed), folder, demo.folder)
+    return folder
+
+
+def test_a_folder_with_something_in_it_is_not_overwritten(demo, mixed, saved):
+    before = (saved / MANIFEST).read_bytes()
+    with pytest.raises(InputError, match="exists and is not empty"):
+        save_quantized(demo.model, demo.tokenizer, manifest(mixed), saved, demo.folder)
+    assert (saved / MANIFEST).read_bytes() == before
+
+
+def test_transformers_alone_refuses_the_folder(saved):
+    """It would otherwise fill the packed modules with random weights and say little about it."""
+    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+        AutoModelForCausalLM.from_pretrained(saved)
+
+
+def test_a_saved_model_is_not_quantized_again(saved):
+    with pytest.raises(InputError, match="is a quantized model that LSQ Explorer saved"):
+        load_model(ModelSource(str(saved)), "cpu")
+
+
+def test_a_damaged_folder_is_refused(saved):
+    path = saved / "packed.safetensors"
+    os.truncate(path, path.stat().st_size - 10)
+    with pytest.raises(InputError, match="truncated or damaged"):
+        load_quantized(saved, "cpu")
+
+
+def test_a_plan_that_does_not_fit_the_weights_is_refused(saved):
+    content = json.loads((saved / MANIFEST).read_text())
+    del content["modules"]["model.layers.3.mlp.up_proj"]
+    (saved / MANIFEST).write_text(json.dumps(content))
+    with pytest.raises(
+        InputError, match=r"does not fit its plan at model\.layers\.3\.mlp\.up_proj"
+    ):
+        load_quantized(saved, "cpu")
+    content["modules"]["model.layers.99.mlp.up_proj"] = {"bits": 2, "group_size": 64}
+    (saved / MANIFEST).write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"plans model\.layers\.99"):
+        load_quantized(saved, "cpu")
+
+
+def test_other_folders_are_refused(saved, tmp_path):
+    with pytest.raises(InputError, match="not a model that LSQ Explorer saved"):
+        load_quantized(tmp_path, "cpu")
+    (saved / MANIFEST).write_text('{"format": 99}')
+    with pytest.raises(InputError, match="newer LSQ Explorer"):
+        load_quantized(saved, "cpu")
+    (saved / MANIFEST).write_text("{")
+    with pytest.raises(InputError, match="damaged"):
+        load_quantized(saved, "cpu")
+
+
+def test_a_full_disk_leaves_nothing_behind(demo, tmp_path):
+    """On a real file system of 1 MiB; needs the right to mount one."""
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(small)],
+        capture_output=True,
+        check=False,
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    try:
+        choice = dict.fromkeys(demo.info.matrices, QuantConfig(2, 128))
+        quantized = quantize_model(demo.model, choice, get_quantizer("rtn"))
+        with pytest.raises(LsqError, match=r"has .* free and .* are needed"):
+            save_quantized(quantized, demo.tokenizer, manifest(choice), small / "x", demo.folder)
+        assert list(small.iterdir()) == []
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_a_disk_that_fills_while_saving_leaves_nothing_behind(demo, saved, tmp_path, monkeypatch):
+    import errno
+
+    from lsq_core.quantize import artifact
+
+    def fail(state, path, **more):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(artifact, "save_file", fail)
+    target = tmp_path / "new" / "model"
+    with pytest.raises(LsqError, match="make room and try again"):
+        save_quantized(demo.model, demo.tokenizer, {"modules": {}}, target, demo.folder)
+    assert list(target.parent.iterdir()) == []
+
+
+def test_a_script_of_ones_own_loads_it(saved):
+    code = (
+        "import torch; from lsq_core.quantize.artifact import load_quantized; "
+        f"q = load_quantized({str(saved)!r}, device='cpu'); "
+        "print(q.model(**q.tokenizer('Return the', return_tensors='pt')).logits.shape[-1])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "4096"
+    shutil.rmtree(saved)
