@@ -27,12 +27,16 @@ from lsq_core.store import Store
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit status."""
+    """Run one command; returns the exit status.
+
+    ``job FOLDER`` is how :func:`lsq_core.jobs.start` has a command run; people don't type it.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["job"]:
+        return jobs.work(Path(arguments[1]), execute)
     options = build_parser().parse_args(arguments)
     console = _Console()
     try:
-        if options.verb == "job":
-            return jobs.work(Path(options.folder), execute)
         try:
             result = options.call(options, console.report)
         finally:
@@ -153,8 +157,6 @@ def build_parser(exit_on_error: bool = True) -> argparse.ArgumentParser:
     sub = verb("app", app, lambda result: None, "serve the app on this machine")
     sub.add_argument("--port", type=int, default=8501)
 
-    worker = verbs.add_parser("job", help=argparse.SUPPRESS)
-    worker.add_argument("folder")
     return parser
 
 

@@ -1,0 +1,272 @@
+"""The command line as a person or a script uses it: exit status, one JSON document, sentences."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lsq_core.cli import main
+from lsq_core.evaluate import compare_windows
+from lsq_core.store import Store
+from tests.conftest import ROOT
+
+PROFILE = ["--samples", "8", "--block-tokens", "64"]
+
+
+@pytest.fixture
+def lsq(capsys):
+    """Run a command in this process; gives (status, JSON or text, standard error)."""
+
+    def call(*arguments: str) -> tuple[int, dict | str, str]:
+        status = main(list(arguments))
+        printed = capsys.readouterr()
+        wants_json = "--json" in arguments and status == 0
+        return status, json.loads(printed.out) if wants_json else printed.out, printed.err
+
+    return call
+
+
+@pytest.fixture
+def model(random_model) -> str:
+    return str(random_model("llama-gqa"))
+
+
+def test_json_is_all_that_standard_output_gets(model, small_text, tmp_path):
+    """A process of its own, from the repository root, as in the README."""
+    command = [sys.executable, "-m", "lsq_core", "run", "--model", model, "--method", "sensiboost"]
+    command += ["--base", "3.51", "--calibration", str(small_text), "--corpus", str(small_text)]
+    command += ["--max-tokens", "500", "--json", "--db", str(tmp_path / "own.duckdb"), *PROFILE]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["method"] == "sensiboost"
+    assert "evaluate" in done.stderr
+    assert "quantize" in done.stderr
+    for key in (
+        "bits_per_param",
+        "nominal_bytes",
+        "planned_bytes",
+        "model_bytes",
+        "perplexity",
+        "perplexity_full",
+        "measured_bytes",
+        "kl",
+        "quantize_seconds",
+    ):
+        assert result[key] > 0, key
+    assert result["measured_bytes"] == result["planned_bytes"]
+    assert result["modules"]["model.layers.0.self_attn.q_proj"]["bits"] == 3
+    assert any("no score can pass" in note for note in result["notes"]), "two layers are shallow"
+    assert Store(tmp_path / "own.duckdb").results()["run"].tolist() == [result["run"]]
+
+
+def test_the_whole_way_in_steps(lsq, model, small_text, tmp_path):
+    status, profile, _ = lsq(
+        "profile", "--model", model, "--corpus", str(small_text), "--json", *PROFILE
+    )
+    assert status == 0
+    assert {s["metric"] for s in profile["scores"]} == {
+        "kurtosis",
+        "weight_error",
+        "sensitivity",
+        "sensitivity_module",
+    }
+
+    shared = ["--model", model, "--calibration", str(small_text), *PROFILE]
+    plan_file = tmp_path / "plan.json"
+    status, plan, _ = lsq(
+        "plan", *shared, "--method", "mxq", "--budget", "3.4bpp", "--out", str(plan_file), "--json"
+    )
+    assert status == 0
+    assert plan["profile"] == profile["profile"], "found again, not measured again"
+    assert plan["bits_per_param"] <= 3.4
+
+    saved = tmp_path / "saved"
+    run = ["run", *shared, "--plan", str(plan_file), "--corpus", str(small_text)]
+    status, outcome, _ = lsq(*run, "--max-tokens", "400", "--save", str(saved), "--json")
+    assert status == 0
+    assert outcome["modules"] == plan["modules"]
+    assert outcome["truncated"]
+
+    evaluate = ["eval", "--corpus", str(small_text), "--max-tokens", "400", "--json"]
+    status, again, _ = lsq(*evaluate, "--model", str(saved))
+    assert status == 0
+    assert again["perplexity"] == pytest.approx(outcome["perplexity"], rel=1e-6)
+    assert again["run"] == outcome["run"]
+    status, full, _ = lsq(*evaluate, "--model", model)
+    assert full["perplexity"] == pytest.approx(outcome["perplexity_full"], rel=1e-6)
+
+    status, results, _ = lsq("results", "--json")
+    assert [r["run"] for r in results["results"]] == [outcome["run"]] * 2
+    assert results["results"][0]["perplexity_full"] == pytest.approx(full["perplexity"])
+
+    status, kept, _ = lsq("disk", "--json")
+    entry = next(item for item in kept["kept"] if item["name"] == str(saved))
+    assert entry["bytes"] == sum(p.stat().st_size for p in saved.rglob("*"))
+    status, kept, _ = lsq("disk", "--prune", str(saved), "--json")
+    assert kept["pruned"]["bytes"] == entry["bytes"]
+    assert not saved.exists()
+    assert len(lsq("results", "--json")[1]["results"]) == 2, "what was measured stays"
+
+
+def test_a_saved_model_from_elsewhere_is_added_to_the_results(lsq, model, small_text, tmp_path):
+    saved = tmp_path / "saved"
+    run = ["run", "--model", model, "--method", "uniform", "--base", "4.25", "--save", str(saved)]
+    text = ["--corpus", str(small_text), "--max-tokens", "300", "--json"]
+    _, outcome, _ = lsq(*run, *text)
+    other = str(tmp_path / "other.duckdb")
+    for _ in range(2):
+        status, again, _ = lsq("eval", "--model", str(saved), *text, "--db", other)
+        assert status == 0
+    rows = Store(other).results()
+    assert rows["run"].tolist() == [outcome["run"]] * 2
+    assert rows["method"].tolist() == ["uniform"] * 2
+    assert rows["perplexity"].tolist() == [again["perplexity"]] * 2
+
+
+def test_people_read_words(lsq, model, small_text):
+    status, text, _ = lsq("plan", "--model", model, "--method", "uniform", "--base", "b4g64")
+    assert status == 0
+    assert "4.2539 bits per parameter" in text
+    assert "14 × b4g64" in text
+    status, text, _ = lsq("inspect", "--model", model)
+    assert "2 layers" in text
+    status, text, _ = lsq(
+        *["run", "--model", model, "--method", "uniform", "--budget", "128KiB"],
+        *["--corpus", str(small_text), "--max-tokens", "300"],
+    )
+    assert "perplexity" in text
+    assert "95 % interval" in text
+    assert lsq("results")[1].count("uniform") == 1
+
+
+def test_the_interval_printed_is_that_of_the_stored_windows(lsq, model, small_text):
+    _, outcome, _ = lsq(
+        *["run", "--model", model, "--method", "uniform", "--base", "2.13", "--json"],
+        *["--corpus", str(small_text), "--max-tokens", "2000"],
+    )
+    store = Store()
+    row = store.results().iloc[0]
+    nll, counts = store.windows(row["evaluation"])
+    full = store.query("SELECT nll FROM evaluations WHERE run IS NULL")["nll"][0]
+    difference = compare_windows(nll, full, counts)
+    assert outcome["increase"]["relative"] == pytest.approx(difference.relative)
+    assert outcome["increase"]["low"] == pytest.approx(difference.low)
+    assert row["increase"] == pytest.approx(difference.relative)
+
+
+# --- bad input: status 2 and a sentence ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["plan", "--model", "M", "--method", "magic", "--base", "3.13"], "is not a method"),
+        (["plan", "--model", "M"], "Give a method with --method"),
+        (["plan", "--model", "M", "--method", "uniform"], "Give a base stop"),
+        (["plan", "--model", "M", "--method", "uniform", "--base", "3.14"], "not a stop"),
+        (["plan", "--model", "M", "--method", "uniform", "--budget", "1bpp"], "out of reach"),
+        (["plan", "--model", "M", "--method", "uniform", "--budget", "9MB"], "not a budget"),
+        (["plan", "--model", "M", "--method", "mxq", "--base", "3.13"], "takes a budget"),
+        (
+            ["plan", "--model", "M", "--method", "sensiboost", "--base", "3.13", "--metric", "x"],
+            "not a metric",
+        ),
+        (["profile", "--model", "M", "--quantizer", "awq9"], "not a quantizer"),
+        (["profile", "--model", "M", "--axis", "3"], "grouping axis is 0 or 1"),
+        (["profile", "--model", "M", "--corpus", "no-such"], "no text file 'no-such'"),
+        (["profile", "--model", "M", "--device", "warp"], "no device 'warp'"),
+        (["profile", "--model", "/no/such/folder"], "There is no folder /no/such/folder"),
+        (
+            ["run", "--model", "M", "--method", "uniform", "--base", "3.13", "--protocol", "p"],
+            "strided",
+        ),
+        (
+            ["run", "--model", "M", "--method", "uniform", "--base", "3.13", "--max-tokens", "1"],
+            "at least 2",
+        ),
+        (
+            ["run", "--model", "M", "--method", "uniform", "--base", "3.13", "--quantizer", "q"],
+            "not a quantizer",
+        ),
+        (["run", "--model", "M", "--plan", "/no/plan.json"], "cannot be read"),
+        (["disk", "--prune", "nothing"], "Nothing named 'nothing'"),
+        (["results", "--db", "/"], "is a folder"),
+    ],
+)
+def test_bad_input_is_status_2_and_one_sentence(lsq, model, arguments, sentence):
+    arguments = [model if a == "M" else a for a in arguments]
+    status, out, err = lsq(*arguments, "--json")
+    assert status == 2
+    assert out == ""
+    (line,) = [line for line in err.splitlines() if line.startswith("lsq: ")]
+    assert sentence in line
+    assert "Traceback" not in err
+
+
+def test_options_argparse_refuses_are_status_2_too(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", "--model", "demo", "--top-m", "many"])
+    assert ended.value.code == 2
+    assert "invalid int value" in capsys.readouterr().err
+
+
+def test_a_corpus_too_short_says_how_much_is_needed(lsq, model, tmp_path):
+    tiny = tmp_path / "tiny.txt"
+    tiny.write_text("Too short.", "utf8")
+    status, _, err = lsq("profile", "--model", model, "--corpus", str(tiny))
+    assert status == 2
+    assert "gives 4 calibration tokens where one block needs 256" in err
+    status, _, err = lsq(
+        *["run", "--model", model, "--method", "uniform", "--base", "3.13"],
+        *["--corpus", str(tiny), "--protocol", "blocks"],
+    )
+    assert status == 2
+    assert "the protocol blocks-256 needs at least 256" in err
+    assert Store().results().empty
+
+
+def test_what_cannot_be_had_is_status_1(lsq):
+    status, _, err = lsq("profile", "--model", "some-org/some-model")
+    assert status == 1
+    assert "Hugging Face cannot be reached" in err
+
+
+def test_a_target_that_exists_is_refused_before_any_work(lsq, model, tmp_path):
+    (tmp_path / "something").write_text("precious")
+    status, _, err = lsq(
+        *["run", "--model", model, "--method", "uniform", "--base", "3.13"],
+        *["--save", str(tmp_path)],
+    )
+    assert status == 2
+    assert "not empty" in err
+    assert "quantize" not in err
+    assert (tmp_path / "something").read_text() == "precious"
+
+
+def test_every_verb_has_help():
+    done = subprocess.run(
+        [sys.executable, "-m", "lsq_core", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for verb in ("inspect", "profile", "plan", "run", "eval", "results", "disk", "app"):
+        assert verb in done.stdout
+
+
+def test_the_database_is_where_it_was_asked_for(lsq, model, tmp_path, monkeypatch):
+    chosen = tmp_path / "deep" / "er" / "x.duckdb"
+    assert lsq("inspect", "--model", model, "--db", str(chosen))[0] == 0
+    assert chosen.is_file()
+    monkeypatch.setenv("LSQ_DB", str(tmp_path / "env.duckdb"))
+    assert lsq("inspect", "--model", model)[0] == 0
+    assert (tmp_path / "env.duckdb").is_file()
+    assert (
+        not Path("data/lsq.duckdb").samefile(chosen) if Path("data/lsq.duckdb").exists() else True
+    )

@@ -1,0 +1,169 @@
+"""Jobs as real processes: done, failed, cancelled, killed, waiting for one another."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from lsq_core import jobs
+from lsq_core.errors import InputError
+from lsq_core.store import Store
+
+
+def wait_for(condition, seconds: float = 60):
+    """Poll until something is so; the deadline is for a hang, not a measure of speed."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.02)
+    return value
+
+
+def ended(job: jobs.Job) -> jobs.Job:
+    return wait_for(lambda: (now := jobs.read(job.folder)) and not now.active and now)
+
+
+def in_stage(job: jobs.Job, stage: str) -> jobs.Job:
+    def look():
+        now = jobs.read(job.folder)
+        assert now.active, now.message
+        return now.stage == stage and now
+
+    return wait_for(look)
+
+
+def pid_of(job: jobs.Job) -> int:
+    return json.loads((job.folder / "process.json").read_text())["pid"]
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    return Store(tmp_path / "lsq.duckdb")
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return tmp_path / "jobs"
+
+
+@pytest.fixture
+def quick(random_model, small_text, store) -> list[str]:
+    """A command that takes seconds."""
+    return [
+        *["run", "--model", str(random_model("llama-gqa")), "--method", "uniform"],
+        *["--base", "3.13", "--corpus", str(small_text), "--max-tokens", "300"],
+        *["--db", str(store.path)],
+    ]
+
+
+@pytest.fixture
+def long(store) -> list[str]:
+    """A command that would take minutes."""
+    return ["profile", "--model", "demo", "--device", "cpu", "--db", str(store.path)]
+
+
+def test_a_job_does_what_the_command_does(folder, quick, store):
+    job = jobs.start(folder, quick)
+    assert job.active
+    assert job.title.startswith("run uniform ")
+    done = ended(job)
+    assert done.state == "done", done.log_tail()
+    result = done.result()
+    row = store.results().iloc[0]
+    assert row["run"] == result["run"]
+    assert row["perplexity"] == result["perplexity"]
+    assert done.memory > 50e6
+    assert done.seconds > 0
+    assert done.command == "python -m lsq_core " + " ".join(quick)
+    assert [j.id for j in jobs.list_jobs(folder)] == [job.id]
+
+
+def test_bad_input_fails_with_its_sentence(folder, quick):
+    done = ended(jobs.start(folder, [*quick, "--protocol", "sliding"]))
+    assert (done.state, done.result()) == ("failed", None)
+    assert done.message == "'sliding' is not a protocol; choose strided or blocks."
+    done = ended(jobs.start(folder, ["run", "--no-such-option"]))
+    assert done.state == "failed"
+    assert "--no-such-option" in done.message or "--model" in done.message
+
+
+def test_a_defect_fails_with_its_name_and_leaves_a_log(folder, quick, store):
+    """A database that vanishes behind a table's back is nobody's input."""
+    with store.connect() as connection:
+        connection.execute("DROP TABLE evaluations")
+    done = ended(jobs.start(folder, quick))
+    assert done.state == "failed"
+    assert "CatalogException" in done.message
+    assert "Traceback" in done.log_tail(400)
+    assert store.query("SELECT count(*) n FROM runs")["n"][0] == 0
+
+
+def test_cancel_takes_less_than_two_seconds(folder, long, store):
+    job = in_stage(jobs.start(folder, long), "profile")
+    began = time.monotonic()
+    after = jobs.cancel(job)
+    assert time.monotonic() - began < 2
+    assert after.state == "cancelled"
+    assert not psutil.pid_exists(pid_of(job)) or jobs.read(job.folder).state == "cancelled"
+    assert store.profiles("x").empty
+    assert jobs.cancel(after).state == "cancelled", "twice does no harm"
+
+
+def test_a_process_that_will_not_listen_is_killed(folder, long):
+    job = in_stage(jobs.start(folder, long), "profile")
+    os.kill(pid_of(job), signal.SIGSTOP)  # a stopped process does not act on a request to end
+    began = time.monotonic()
+    after = jobs.cancel(job)
+    assert time.monotonic() - began < 4
+    assert after.state == "cancelled"
+
+
+def test_a_killed_job_is_shown_as_interrupted_and_the_database_reads(folder, long, store):
+    job = in_stage(jobs.start(folder, long), "profile")
+    os.kill(pid_of(job), signal.SIGKILL)
+    after = ended(job)
+    assert after.state == "interrupted"
+    assert "without a word during 'profile'" in after.message
+    assert Store(store.path).results().empty
+    assert jobs.list_jobs(folder)[0].state == "interrupted"
+
+
+def test_jobs_on_one_device_wait_for_each_other(folder, long, quick):
+    first = in_stage(jobs.start(folder, long), "profile")
+    second = jobs.start(folder, [*quick, "--device", "cpu"])
+    waiting = wait_for(
+        lambda: (now := jobs.read(second.folder)).message.startswith("Waiting") and now
+    )
+    assert waiting.state == "queued"
+    os.kill(pid_of(first), signal.SIGKILL)  # the lock goes with the process
+    assert ended(second).state == "done"
+
+
+def test_a_queued_job_can_be_cancelled(folder, long, quick):
+    first = in_stage(jobs.start(folder, long), "profile")
+    second = jobs.start(folder, [*quick, "--device", "cpu"])
+    wait_for(lambda: jobs.read(second.folder).message.startswith("Waiting"))
+    assert jobs.cancel(jobs.read(second.folder)).state == "cancelled"
+    assert jobs.cancel(first).state == "cancelled"
+
+
+def test_a_number_used_again_is_not_the_job(folder, quick):
+    job = ended(jobs.start(folder, quick))
+    identity = {"pid": os.getpid(), "started": 1.0}  # this very process, which started later
+    (job.folder / "process.json").write_text(json.dumps(identity))
+    progress = json.loads((job.folder / "progress.json").read_text()) | {"state": "running"}
+    (job.folder / "progress.json").write_text(json.dumps(progress))
+    assert jobs.read(job.folder).state == "interrupted"
+    assert jobs.cancel(jobs.read(job.folder)).state == "cancelled"
+
+
+def test_a_folder_without_a_job(tmp_path):
+    with pytest.raises(InputError, match="no job"):
+        jobs.read(tmp_path)
+    assert jobs.list_jobs(tmp_path / "none") == []
