@@ -69,10 +69,12 @@ def pick_device(name: str = "auto") -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("only these two have been tried")
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         raise InputError(
-            f"There is no device '{name}' on this machine; use cpu or auto."
+            f"There is no device '{name}' that this can use; give cpu, cuda, cuda:1 or auto."
         ) from error
     return device
 

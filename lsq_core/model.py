@@ -20,6 +20,8 @@ DEMO_FOLDER = Path(__file__).resolve().parents[1] / "data" / "demo_model"
 
 #: What a repository is asked for: weights as safetensors, and the small text files beside them.
 _WANTED_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+#: Folders inside a repository, and a second copy of the weights that some carry.
+_UNWANTED_FILES = ["*/*", "consolidated*.safetensors"]
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 #: The file that marks a folder as a quantized model saved by this project.
 MANIFEST = "lsq.json"
@@ -122,7 +124,14 @@ def find_model(source: ModelSource) -> Path:
         patterns = _WANTED_FILES + (["*.bin"] if source.allow_pickle else [])
         if source.trust_remote_code:
             patterns.append("*.py")
-        folder = Path(_ask_hub(source, "snapshot_download", allow_patterns=patterns))
+        folder = Path(
+            _ask_hub(
+                source,
+                "snapshot_download",
+                allow_patterns=patterns,
+                ignore_patterns=_UNWANTED_FILES,
+            )
+        )
     check_model_folder(folder, source)
     return folder
 
@@ -225,16 +234,16 @@ def check_config(folder: Path) -> None:
 def check_model_folder(folder: Path, source: ModelSource) -> None:
     """Raise :class:`InputError` unless the folder holds a config and whole weight files."""
     check_config(folder)
-    weights = sorted(folder.glob("*.safetensors"))
+    weights = weight_files(folder)
     if not weights:
-        pickles = [p.name for p in folder.iterdir() if p.suffix in _PICKLE_SUFFIXES]
-        if pickles and not source.allow_pickle:
+        raise InputError(f"{folder} has no weights: no .safetensors file is in it.")
+    if weights[0].suffix != ".safetensors":
+        if not source.allow_pickle:
             raise InputError(
-                f"{folder} holds only pickled weights ({pickles[0]}), which can run code when "
-                "opened; convert them to safetensors, or allow pickle if you trust them."
+                f"{folder} holds only pickled weights ({weights[0].name}), which can run code "
+                "when opened; convert them to safetensors, or allow pickle if you trust them."
             )
-        if not pickles:
-            raise InputError(f"{folder} has no weights: no .safetensors file is in it.")
+        return
     for path in weights:
         safetensors_header(path)
 
@@ -274,9 +283,35 @@ def folder_bytes(folder: Path) -> int:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The folder's weight files in name order."""
-    found = sorted(folder.glob("*.safetensors"))
-    return found or sorted(p for p in folder.iterdir() if p.suffix in _PICKLE_SUFFIXES)
+    """The files that hold a model's weights, in name order.
+
+    They are those that the index names, or ``model.safetensors``, or every safetensors file
+    (some repositories carry the same weights a second time), or else pickled ones.
+
+    Raises
+    ------
+    InputError
+        When the index names a file that is not there.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = set(json.loads(index.read_text("utf8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{index} cannot be read; fetch or save the model again.") from error
+        missing = sorted(name for name in names if not (folder / name).is_file())
+        if missing:
+            raise InputError(
+                f"{folder} lacks {missing[0]}, which {index.name} names; fetch or save it again."
+            )
+        return sorted(folder / name for name in names)
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    return sorted(folder.glob("*.safetensors")) or _pickled_files(folder)
+
+
+def _pickled_files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.suffix in _PICKLE_SUFFIXES)
 
 
 def fingerprint(folder: Path) -> str:

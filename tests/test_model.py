@@ -134,6 +134,22 @@ def test_truncated_weights(copy):
     refused(str(copy), "not a whole safetensors file")
 
 
+def test_a_missing_shard(copy):
+    index = {"weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(str(copy), "lacks model-00002-of-00002.safetensors")
+    (copy / "model.safetensors.index.json").write_text("{}")
+    refused(str(copy), "index.json cannot be read")
+
+
+def test_a_second_copy_of_the_weights_is_not_counted(copy):
+    before = fingerprint(copy)
+    shutil.copy(copy / "model.safetensors", copy / "consolidated.safetensors")
+    assert fingerprint(copy) == before
+    info = inspect_model(ModelSource(str(copy)))
+    assert info.file_bytes == (copy / "model.safetensors").stat().st_size
+
+
 def test_pickled_weights_only_when_allowed(copy):
     path = copy / "model.safetensors"
     torch.save(load_file(path), copy / "pytorch_model.bin")
