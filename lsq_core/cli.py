@@ -211,6 +211,16 @@ def _add_plan(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--profile-quantizer", default="hqq", help="quantizer of the profile (hqq)")
     sub.add_argument("--seed", type=int, default=0, help="seed of the ablations (0)")
+    sub.add_argument(
+        "--exact", action="store_true", help="solve a knapsack to the optimum, with its gap"
+    )
+    sub.add_argument(
+        "--pin",
+        action="append",
+        default=[],
+        metavar="PATTERN=CONFIG",
+        help="fix modules to a configuration or range: '*.layers.0.*=b8g64' (repeatable)",
+    )
     _add_profile(sub)
 
 
@@ -257,6 +267,8 @@ def _plan_request(options: argparse.Namespace) -> PlanRequest:
         top_m=options.top_m,
         metric=options.metric,
         seed=options.seed,
+        exact=options.exact,
+        pins=tuple(options.pin),
     )
 
 

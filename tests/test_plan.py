@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from lsq_core.config import LADDER
 from lsq_core.errors import InputError, LsqError
 from lsq_core.model import Matrix
-from lsq_core.plan import PLANNERS, Plan, PlanRequest, Problem, make_plan
+from lsq_core.plan import PLANNERS, Plan, PlanRequest, Problem, make_frontier, make_plan
 from lsq_core.plan.boost import flagged_layers, layer_series
-from lsq_core.plan.mxq import solve_knapsack
+from lsq_core.plan.knapsack import solve_exactly
 from lsq_core.plan.outliers import detect_outliers, largest_possible_z, shallowness
 from tests.conftest import REFERENCE
 
@@ -241,7 +241,7 @@ def test_a_budget_caps_a_fixed_base():
     loose = make_plan(spiky, PlanRequest("kurtboost", base="3.13", budget="4bpp"))
     assert loose.modules == free.modules
     assert "of the budget stay unspent" in loose.notes[0]
-    with pytest.raises(InputError, match="does not reach the base"):
+    with pytest.raises(InputError, match="does not reach the smallest plan from this base"):
         make_plan(spiky, PlanRequest("sensiboost", base="4.13", budget="3.2bpp"))
 
 
@@ -271,28 +271,157 @@ def test_a_group_that_does_not_fill_is_refused_by_name():
     assert plan.modules["model.layers.0.odd"]["group_size"] == 32
 
 
-# --- MXQ --------------------------------------------------------------------------------------
+# --- knapsacks ----------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=25)
-@given(seed=st.integers(0, 10**6), share=st.floats(0.02, 0.98))
-def test_mxq_is_the_optimum_of_brute_force(seed, share):
+def knapsack(seed: int, modules: int = 3) -> Problem:
+    """A few matrices of different sizes with random costs that mostly fall with the bits."""
     random = np.random.default_rng(seed)
     matrices = tuple(
-        Matrix(f"m.{i}", i, "x", 128, 128 * int(random.integers(1, 4))) for i in range(3)
+        Matrix(f"m.{i}", i, "x", 128, 128 * int(random.integers(1, 4))) for i in range(modules)
     )
-    small = Problem(matrices)
-    cost = np.sort(random.random((3, 12)), axis=1)[:, ::-1]
-    low, high = small.feasible
-    budget = low + share * (high - low)
-    choice = solve_knapsack(cost, small, budget)
-    assert small.nominal(choice) <= budget * (1 + 1e-9)
-    best = min(
-        cost[range(3), list(c)].sum()
-        for c in itertools.product(range(12), repeat=3)
+    cost = np.sort(random.random((modules, 12)), axis=1)[:, ::-1]
+    cost = np.where(random.random(cost.shape) < 0.1, 1.5 * cost, cost)
+    return Problem(matrices, {}, {"weight_error": cost})
+
+
+def best_of_all(small: Problem, budget: float) -> float:
+    """Brute force: the least cost of every choice within the budget."""
+    cost, rows = small.by_config["weight_error"], range(len(small.matrices))
+    return min(
+        cost[rows, list(c)].sum()
+        for c in itertools.product(range(12), repeat=len(small.matrices))
         if small.nominal(np.array(c)) <= budget
     )
-    assert cost[range(3), choice].sum() <= best * (1 + 2e-4)
+
+
+@settings(deadline=None, max_examples=40)
+@given(seed=st.integers(0, 10**6), share=st.floats(0.0, 1.0))
+def test_mxq_against_brute_force(seed, share):
+    """Within the budget, no better than the optimum, never below the bound; exact is optimal."""
+    small = knapsack(seed)
+    low, high = small.feasible
+    budget = low + share * (high - low)
+    frontier = make_frontier(small, PlanRequest("mxq"))
+    best = best_of_all(small, budget)
+    greedy = frontier.at(budget)
+    assert small.nominal(greedy.choice) <= budget * (1 + 1e-9)
+    assert greedy.lower_bound <= best * (1 + 1e-12)
+    assert best <= greedy.objective + 1e-12
+    exact = solve_exactly(frontier, budget, gap=1e-9)
+    assert exact.proven
+    assert small.nominal(exact.choice) <= budget * (1 + 1e-9)
+    assert exact.objective == pytest.approx(best, rel=1e-6)
+    assert exact.lower_bound <= best * (1 + 1e-12)
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 10**6), shares=st.lists(st.floats(0, 1), min_size=2, max_size=8))
+def test_a_larger_budget_never_costs_more(seed, shares):
+    small = knapsack(seed, modules=20)
+    low, high = small.feasible
+    frontier = make_frontier(small, PlanRequest("mxq"))
+    bounds = [frontier.at(low + s * (high - low)).lower_bound for s in sorted(shares)]
+    assert all(a >= b - 1e-12 for a, b in itertools.pairwise(bounds))
+
+
+def test_moves_of_a_knapsack_come_by_price():
+    frontier = make_frontier(knapsack(1, modules=30), PlanRequest("mxq"))
+    (segment,) = frontier.segments
+    sizes = np.diff([segment.start_bytes, *(m.bytes_after for m in segment.moves)])
+    prices = np.array([m.worth for m in segment.moves]) / sizes
+    assert (sizes > 0).all()
+    assert (np.diff(prices) <= 1e-9 * prices[:-1]).all()
+
+
+def test_an_exact_plan_carries_its_gap():
+    small = knapsack(3, modules=40)
+    greedy = make_plan(small, PlanRequest("mxq", budget="3.3bpp")).to_json()
+    exact = make_plan(small, PlanRequest("mxq", budget="3.3bpp", exact=True)).to_json()
+    assert exact["objective"] <= greedy["objective"]
+    assert greedy["lower_bound"] <= exact["lower_bound"] <= exact["objective"]
+    assert 0 <= exact["gap"] <= 1e-4
+    assert exact["gap"] <= greedy["gap"] < 0.05
+    assert "gap" not in make_plan(small, PlanRequest("uniform", base="3.13")).to_json()
+    with pytest.raises(InputError, match="only knapsacks can be exact"):
+        make_plan(small, PlanRequest("uniform", base="3.13", exact=True))
+
+
+def test_a_solver_out_of_time_says_so(monkeypatch):
+    small = knapsack(5, modules=300)
+    frontier = make_frontier(small, PlanRequest("mxq"))
+    budget = 3.3 * small.total / 8
+    stopped = solve_exactly(frontier, budget, gap=0.0, time_limit=0.01)
+    if not stopped.proven:
+        assert "stopped after 0.01 s" in stopped.reason
+    assert stopped.lower_bound <= stopped.objective <= frontier.at(budget).objective
+    assert small.nominal(stopped.choice) <= budget * (1 + 1e-9)
+
+
+def test_relatives_of_mxq_cost_what_the_method_says():
+    spiky = problem(spikes={7: 9.0})
+    error, kurtosis = spiky.by_config["weight_error"], spiky.scores["kurtosis"]
+    scaled = PLANNERS["kurt-scaled"].cost(spiky)
+    own = kurtosis[::2]
+    expected = error[::2] * (1 + (own - own.min()) / (own.max() - own.min()))[:, None]
+    np.testing.assert_allclose(scaled[::2], expected)
+    milp = PLANNERS["sensi-milp"].cost(spiky)
+    share = spiky.matrices[14].numel / spiky.total
+    assert spiky.matrices[14].layer == 7, "the flagged one"
+    assert milp[14, 0] == pytest.approx(100 * 4 * 2 / LADDER[0].nominal_bits * share)
+    assert milp[14, 3] == pytest.approx(100 * 2 * 2 / LADDER[3].nominal_bits * share)
+    assert milp[0, 6] == pytest.approx(100 * 1 * 1 / LADDER[6].nominal_bits * share)
+
+
+def test_sensi_knapsack_sums_over_the_outputs_and_minds_unreached_experts():
+    matrices = (
+        Matrix("a.0", 0, "a", 256, 128, 0),
+        Matrix("a.1", 0, "a", 256, 128, 1),
+        Matrix("b", 0, "b", 128, 128),
+    )
+    scores = np.tile(np.linspace(2, 1, 12), (3, 1))
+    scores[1] = np.nan
+    cost = PLANNERS["sensi-knapsack"].cost(Problem(matrices, {}, {"sensitivity_module": scores}))
+    np.testing.assert_allclose(cost[0], 256 * scores[0])
+    np.testing.assert_allclose(cost[1], cost[0])
+    np.testing.assert_allclose(cost[2], 128 * scores[2])
+
+
+# --- pins ---------------------------------------------------------------------------------------
+
+
+def test_pins_are_kept_and_the_rest_is_planned_around_them():
+    spiky = problem(spikes={7: 9.0})
+    pins = ("*.layers.0.*=b8g64", "*.down_proj=b3g128..b4g64")
+    with pytest.raises(InputError, match=r"'\*\.layers\.0\.\*=b8g64' and '\*\.down_proj"):
+        make_plan(spiky, PlanRequest("mxq", budget="4bpp", pins=pins))
+    pins = ("*.layers.0.*=b8g64", "*.[1-9].mlp.down_proj=b3g128..b4g64")
+    for method in ("mxq", "sensiboost", "uniform"):
+        plan = make_plan(spiky, PlanRequest(method, budget="4bpp", pins=pins))
+        assert plan.bits_per_param <= 4
+        for name, entry in plan.modules.items():
+            if ".layers.0." in name:
+                assert entry["config"] == "b8g64"
+            if entry["type"] == "mlp.down_proj" and 1 <= entry["layer"] <= 9:
+                assert 3 <= entry["bits"] <= 4
+        assert any("pins" in note for note in plan.notes)
+
+
+@pytest.mark.parametrize(
+    ("pin", "sentence"),
+    [
+        ("nonsense", "is not a pin"),
+        ("*=b5g64", "is not a configuration"),
+        ("*=b4g64..b3g64", "turn it around"),
+        ("nothing.*=b4g64", "matches no module"),
+    ],
+)
+def test_bad_pins(pin, sentence):
+    with pytest.raises(InputError, match=sentence):
+        make_plan(problem(), PlanRequest("mxq", budget="4bpp", pins=(pin,)))
+
+
+# --- MXQ's edges ------------------------------------------------------------------------------
 
 
 def test_mxq_gives_each_matrix_a_configuration_that_fills():

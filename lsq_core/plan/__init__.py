@@ -25,31 +25,27 @@ from lsq_core.errors import InputError
 from lsq_core.model import Matrix
 from lsq_core.plan.boost import KurtBoost, KurtBoostAblation, SensiBoost, SensiBoostAblation
 from lsq_core.plan.frontier import Frontier, Segment
-from lsq_core.plan.mxq import Mxq
+from lsq_core.plan.knapsack import solve_exactly
+from lsq_core.plan.mxq import KurtMilp, KurtScaled, Mxq, SensiMilp
 from lsq_core.plan.outliers import shallowness
+from lsq_core.plan.pins import with_pins
 from lsq_core.plan.problem import TOLERANCE, PlanRequest, Problem
-from lsq_core.plan.uniform import Uniform, usable_bases
+from lsq_core.plan.sensi_knapsack import SensiKnapsack
+from lsq_core.plan.uniform import Uniform, uniform_start, usable_bases
 
 
 class Planner(Protocol):
-    """One file a planner, one entry in ``PLANNERS``.
-
-    A planner with a base answers every budget by a frontier; one without chooses for one budget.
-    """
+    """One file a planner, one entry in ``PLANNERS``: it answers every budget by a frontier."""
 
     name: str
     title: str
     #: What the profile must hold: names of ``lsq_core.profile.METRICS``.
     metrics: tuple[str, ...]
-    #: Whether it starts from a base stop (and answers ``frontier``), or else ``choose``.
+    #: Whether its plans start from a base stop; one that does not has a cost to minimise.
     has_base: bool
 
     def frontier(self, problem: Problem, request: PlanRequest, bases: list[int]) -> Frontier:
-        """Every budget's plan, from each of the given base stops."""
-        ...
-
-    def choose(self, problem: Problem, request: PlanRequest, budget: float) -> np.ndarray:
-        """The stops (n,) within a budget in nominal bytes."""
+        """Every budget's plan, from each of the given base stops where it starts from one."""
         ...
 
 
@@ -62,6 +58,10 @@ PLANNERS: dict[str, Planner] = {
         SensiBoostAblation(),
         KurtBoostAblation(),
         Mxq(),
+        KurtScaled(),
+        SensiMilp(),
+        KurtMilp(),
+        SensiKnapsack(),
     )
 }
 
@@ -97,6 +97,9 @@ class Plan:
     notes: tuple[str, ...] = ()
     #: Bytes of what plans don't touch, in the checkpoint's dtype.
     other_bytes: int = 0
+    #: A knapsack's cost of this plan, and what no plan within the budget can cost less than.
+    objective: float | None = None
+    lower_bound: float | None = None
 
     @property
     def method(self) -> str:
@@ -175,7 +178,14 @@ class Plan:
             "axis": self.axis,
             "flagged": self.reasons,
             "notes": list(self.notes),
-        }
+        } | self._knapsack()
+
+    def _knapsack(self) -> dict:
+        """What only a knapsack's plan has: its cost, the certified bound and the relative gap."""
+        if self.objective is None:
+            return {}
+        gap = (self.objective - self.lower_bound) / abs(self.objective) if self.objective else 0.0
+        return {"objective": self.objective, "lower_bound": self.lower_bound, "gap": gap}
 
     def to_json(self) -> dict:
         """Everything needed to apply the plan again; :meth:`from_json` reads it."""
@@ -215,6 +225,8 @@ class Plan:
             reasons=content.get("flagged", {}),
             notes=tuple(content.get("notes", ())),
             other_bytes=other_bytes,
+            objective=content.get("objective"),
+            lower_bound=content.get("lower_bound"),
         )
 
 
@@ -235,16 +247,17 @@ def make_plan(
         or the base's groups don't fill a matrix.
     """
     planner = get_planner(request.method)
-    budget = request.budget_for(problem)
+    pinned = with_pins(problem, request.pins)
+    budget = request.budget_for(pinned)
     if budget is None and request.base is None:
         raise InputError("Give a base stop (such as 3.13), a budget (such as 3.2bpp), or both.")
-    if planner.has_base:
-        chosen = _along_frontier(planner, problem, request, budget)
-    elif request.base is not None:
+    if not planner.has_base and (budget is None or request.base is not None):
         raise InputError(f"{planner.title} takes a budget (such as 3.2bpp), not a base.")
-    else:
-        chosen = _Chosen(planner.choose(problem, request, budget.nominal_bytes))
-    problem.check_allowed(chosen.stops)
+    if request.exact and planner.has_base:
+        raise InputError(f"{planner.title} has no cost to minimise; only knapsacks can be exact.")
+    frontier = make_frontier(pinned, request)
+    chosen = _look_up(planner, pinned, frontier, request, budget)
+    pinned.check_allowed(chosen.stops)
     return Plan(
         request=request,
         matrices=problem.matrices,
@@ -253,9 +266,33 @@ def make_plan(
         axis=axis,
         base=chosen.base,
         reasons=chosen.reasons,
-        notes=chosen.notes,
+        notes=chosen.notes + _price_of_pins(problem, request, chosen, frontier),
         other_bytes=other_bytes,
+        objective=chosen.objective,
+        lower_bound=chosen.lower_bound,
     )
+
+
+def make_frontier(problem: Problem, request: PlanRequest) -> Frontier:
+    """Every budget's plan by a method; its pins, if any, are in the problem already.
+
+    Raises
+    ------
+    InputError
+        When the base's groups, or every stop's, fail to fill some matrix.
+    """
+    planner = get_planner(request.method)
+    if not planner.has_base:
+        return planner.frontier(problem, request, [])
+    bases = [stop_index(request.base)] if request.base else usable_bases(problem)
+    if not bases:
+        raise InputError(
+            "No single group size fills every matrix of this model; use mxq, which gives each "
+            "matrix a configuration that fits."
+        )
+    for base in bases:
+        problem.check_allowed(uniform_start(problem, base))
+    return planner.frontier(problem, request, bases)
 
 
 @dataclass(frozen=True, eq=False)
@@ -266,37 +303,46 @@ class _Chosen:
     base: str | None = None
     reasons: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    objective: float | None = None
+    lower_bound: float | None = None
 
 
-def _along_frontier(
-    planner: Planner, problem: Problem, request: PlanRequest, budget: Budget | None
+def _look_up(
+    planner: Planner,
+    problem: Problem,
+    frontier: Frontier,
+    request: PlanRequest,
+    budget: Budget | None,
 ) -> _Chosen:
-    """Look a budget, or all of a fixed base's moves, up on the planner's frontier."""
-    bases = [stop_index(request.base)] if request.base else usable_bases(problem)
-    if not bases:
+    """The frontier's plan for a budget, or all of a fixed base's moves."""
+    limit = budget.nominal_bytes if budget else np.inf
+    if limit * (1 + TOLERANCE) < frontier.smallest:
         raise InputError(
-            "No single group size fills every matrix of this model; use mxq, which gives each "
-            "matrix a configuration that fits."
+            f"A budget of {budget.text} does not reach the smallest plan from this base, "
+            f"{problem.in_words(frontier.smallest)}."
         )
-    for base in bases:
-        problem.check_allowed(np.full(len(problem.matrices), base))
-    frontier = planner.frontier(problem, request, bases)
-    if budget is None:
-        segment = frontier.segments[-1]
-        stops, taken = segment.at(np.inf)
-    else:
-        if budget.nominal_bytes * (1 + TOLERANCE) < frontier.smallest:
-            raise InputError(
-                f"A budget of {budget.text} does not reach the base: uniform "
-                f"{LADDER[bases[0]].stop_name} takes {problem.in_words(frontier.smallest)}."
-            )
-        segment = frontier.segment_for(budget.nominal_bytes)
-        stops, taken = segment.at(budget.nominal_bytes)
+    answer = frontier.at(limit)
+    if not planner.has_base:
+        if request.exact:
+            return _exactly(frontier, limit)
+        return _Chosen(answer.choice, objective=answer.objective, lower_bound=answer.lower_bound)
+    moves = answer.segment.moves[: answer.taken]
+    start = answer.segment.start
+    free = np.flatnonzero((problem.low < start) | (start < problem.high))
+    base = LADDER[start[free[0]]].stop_name if len(free) else request.base
     return _Chosen(
-        stops,
-        LADDER[segment.start[0]].stop_name,
-        {problem.matrices[move.matrix].name: move.worth for move in taken},
-        _notes(planner, problem, segment, len(taken), budget),
+        answer.choice,
+        request.base if request.base else base,
+        {problem.matrices[move.matrix].name: move.worth for move in moves},
+        _notes(planner, problem, answer.segment, len(moves), budget),
+    )
+
+
+def _exactly(frontier: Frontier, limit: float) -> _Chosen:
+    exact = solve_exactly(frontier, limit)
+    notes = (f"Not proven optimal: {exact.reason}.",) if exact.reason else ()
+    return _Chosen(
+        exact.choice, notes=notes, objective=exact.objective, lower_bound=exact.lower_bound
     )
 
 
@@ -321,6 +367,23 @@ def _notes(
     return tuple(notes)
 
 
+def _price_of_pins(
+    problem: Problem, request: PlanRequest, chosen: _Chosen, frontier: Frontier
+) -> tuple[str, ...]:
+    """What the pins cost: bytes where they were added to a base, else cost at the same budget."""
+    if not request.pins:
+        return ()
+    free = make_frontier(problem, request)
+    if frontier.cost is None:
+        limit = request.budget_for(problem)
+        answer = free.at(limit.nominal_bytes if limit else np.inf)
+        more = 8 * (problem.nominal(chosen.stops) - problem.nominal(answer.choice)) / problem.total
+        return (f"The pins change the plan by {more:+.4f} bpp.",)
+    without = free.at(request.budget_for(problem).nominal_bytes).objective
+    share = 100 * (chosen.objective / without - 1) if without else 0.0
+    return (f"The pins cost {share:+.2f} % of what the method minimises, at the same budget.",)
+
+
 __all__ = [
     "PLANNERS",
     "Plan",
@@ -328,5 +391,6 @@ __all__ = [
     "Planner",
     "Problem",
     "get_planner",
+    "make_frontier",
     "make_plan",
 ]

@@ -11,6 +11,7 @@ from lsq_core.errors import LsqError
 from lsq_core.plan.frontier import Frontier, Segment, moves_from
 from lsq_core.plan.outliers import Detection, detect_outliers
 from lsq_core.plan.problem import PlanRequest, Problem
+from lsq_core.plan.uniform import by_bytes, uniform_start
 
 #: Metrics whose neighbours are divided; the others' are subtracted.
 _RATIO_METRICS = ("sensitivity", "sensitivity_module")
@@ -72,19 +73,13 @@ class _Boost:
         )
         segments = []
         for base in bases:
-            start = np.full(len(problem.matrices), base)
-            raised = [
-                (index, self._raised_stop(problem, index, base, request.boost_stop), worth)
-                for worth, index in ranked
-            ]
+            start = uniform_start(problem, base)
+            top = min(base + request.boost_stop, len(LADDER) - 1)
+            aims = np.clip(top, problem.low, problem.high)
+            raised = [(index, int(aims[index]), worth) for worth, index in ranked]
             moves = moves_from(start, raised, problem.bytes)
             segments.append(Segment(start, problem.nominal(start), moves))
-        return Frontier(tuple(segments))
-
-    @staticmethod
-    def _raised_stop(problem: Problem, index: int, base: int, boost_stop: int) -> int:
-        """``boost_stop`` stops up, capped at the last."""
-        return min(base + boost_stop, len(LADDER) - 1)
+        return Frontier(by_bytes(segments), problem.bytes)
 
 
 class SensiBoost(_Boost):

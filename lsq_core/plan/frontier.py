@@ -1,23 +1,36 @@
 """Every budget's plan at once: starting points, and the moves from each in order.
 
-A budget is answered by a look-up: the dearest start that fits, then its moves as far as they fit.
-Uniform is twelve starts without moves; a boost with a fixed base is one start with its moves; a
-boost with an automatic base is twelve of those.
+A budget is answered by a look-up: the dearest start that fits, then its moves as far as they fit,
+then, for the knapsack methods, a deterministic fill of what is left. Uniform is twelve starts
+without moves; a boost with a fixed base is one start with its moves; a boost with an automatic
+base is twelve of those; a knapsack is one start with the moves of its convex hull.
+
+Nominal bytes are multiples of 2⁻⁷, so their float64 sums are exact and the browser, doing the same
+steps, finds the same plan.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
+from lsq_core.plan.greedy import fill, repair, swap
 from lsq_core.plan.problem import TOLERANCE
+
+#: How many moves over the budget are tried with a repair.
+OVERSHOOT = 2
+#: A plan within this share of the bound is not worth a search for swaps.
+CLOSE_ENOUGH = 1e-3
 
 
 @dataclass(frozen=True)
 class Move:
-    """One change of a matrix: to which stop, the nominal bytes of the plan after it, its worth."""
+    """One change of a matrix: to which stop, the nominal bytes of the plan after it, its worth.
+
+    The worth is what ranks the move: a z-score, the order of a draw, or the cost it saves.
+    """
 
     matrix: int
     stop: int
@@ -33,44 +46,119 @@ class Segment:
     start_bytes: float
     moves: tuple[Move, ...] = ()
 
-    def at(self, budget: float) -> tuple[np.ndarray, tuple[Move, ...]]:
-        """The choice within a budget, and the moves that were taken."""
-        limit = budget * (1 + TOLERANCE)
-        taken = self.moves[: bisect_right([m.bytes_after for m in self.moves], limit)]
+    @cached_property
+    def _columns(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return (
+            np.array([m.matrix for m in self.moves], dtype=np.int64),
+            np.array([m.stop for m in self.moves], dtype=np.int64),
+            np.array([m.bytes_after for m in self.moves]),
+        )
+
+    def count_within(self, budget: float) -> int:
+        """How many moves fit: they are taken in order, up to the first that does not."""
+        return int(np.searchsorted(self._columns[2], budget * (1 + TOLERANCE), side="right"))
+
+    def after(self, count: int) -> np.ndarray:
+        """The choice of stops (n,) after so many moves."""
+        matrices, stops, _ = self._columns
         choice = self.start.copy()
-        for move in taken:
-            choice[move.matrix] = move.stop
-        return choice, taken
+        choice[matrices[:count]] = stops[:count]  # of several moves of a matrix the last counts
+        return choice
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """What a frontier says to a budget.
+
+    ``objective`` and ``lower_bound`` are in the unit of the method's cost, and None where it has
+    none; no plan within the budget costs less than ``lower_bound``.
+    """
+
+    choice: np.ndarray
+    segment: Segment
+    taken: int
+    objective: float | None = None
+    lower_bound: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Frontier:
-    """Segments in the order of their starts' bytes."""
+    """Segments in the order of their starts' bytes, and what the fill needs.
+
+    ``nominal`` and ``cost`` are (n, 12); ``cost`` is None for methods that leave the rest of a
+    budget unspent, and infinite for stops that may not be chosen.
+    """
 
     segments: tuple[Segment, ...]
+    nominal: np.ndarray
+    cost: np.ndarray | None = field(default=None)
 
     @property
     def smallest(self) -> float:
         """Nominal bytes of the smallest plan."""
         return self.segments[0].start_bytes
 
-    def segment_for(self, budget: float) -> Segment:
-        """The dearest segment whose start is within a budget in nominal bytes.
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        return np.array([s.start_bytes for s in self.segments])
+
+    def at(self, budget: float) -> Answer:
+        """The plan within a budget in nominal bytes; an infinite one takes every move.
 
         Raises
         ------
         ValueError
             When the budget is below the smallest plan.
         """
-        starts = [s.start_bytes for s in self.segments]
-        index = bisect_right(starts, budget * (1 + TOLERANCE)) - 1
+        limit = budget * (1 + TOLERANCE)
+        index = int(np.searchsorted(self._starts, limit, side="right")) - 1
         if index < 0:
             raise ValueError("the budget is below the smallest plan")
-        return self.segments[index]
+        segment = self.segments[index]
+        taken = segment.count_within(budget)
+        choice = segment.after(taken)
+        if self.cost is None:
+            return Answer(choice, segment, taken)
+        bound = self._lower_bound(segment, taken, choice, budget)
+        if np.isfinite(budget):
+            choice = self._spend(segment, taken, limit, bound)
+        return Answer(choice, segment, taken, self.objective(choice), bound)
 
-    def at(self, budget: float) -> np.ndarray:
-        """The choice of stops (n,) within a budget in nominal bytes."""
-        return self.segment_for(budget).at(budget)[0]
+    def _spend(self, segment: Segment, taken: int, limit: float, bound: float) -> np.ndarray:
+        """The best choice near where the moves end: short of the budget, or over it and repaired.
+
+        Where the bound leaves room, swaps follow; they take longest and are seldom needed.
+        """
+        tables = (self.nominal, self.cost, limit)
+        found = [fill(segment.after(taken), *tables)]
+        for beyond in range(taken + 1, min(taken + OVERSHOOT, len(segment.moves)) + 1):
+            repaired = repair(segment.after(beyond), *tables)
+            if repaired is not None:
+                found.append(repaired)
+        best = min(found, key=self.objective)
+        if self.objective(best) - bound > CLOSE_ENOUGH * abs(bound):
+            best = swap(best, *tables)
+        return best
+
+    def objective(self, choice: np.ndarray) -> float:
+        """Total cost of a choice (n,)."""
+        return float(self.cost[np.arange(len(choice)), choice].sum())
+
+    def _lower_bound(
+        self, segment: Segment, taken: int, choice: np.ndarray, budget: float
+    ) -> float:
+        """The Lagrangian bound: the next move at its own price for all that is left.
+
+        Moves are ordered by price, so this is the optimum of the relaxed problem, in which a move
+        may be taken in part; a rounding error's width is taken off.
+        """
+        bound = self.objective(choice)
+        if taken < len(segment.moves):
+            move = segment.moves[taken]
+            here = segment.moves[taken - 1].bytes_after if taken else segment.start_bytes
+            price = move.worth / (move.bytes_after - here)
+            bound -= price * max(budget - here, 0.0)
+        return bound - 1e-12 * abs(bound)
 
 
 def moves_from(
@@ -80,11 +168,13 @@ def moves_from(
 
     ``nominal`` is (n, 12). Moves that change nothing are left out.
     """
+    now = start.copy()
     total = float(nominal[np.arange(len(start)), start].sum())
     moves = []
     for matrix, stop, worth in raised:
-        if stop == start[matrix]:
+        if stop == now[matrix]:
             continue
-        total += float(nominal[matrix, stop] - nominal[matrix, start[matrix]])
-        moves.append(Move(matrix, stop, total, worth))
+        total += float(nominal[matrix, stop] - nominal[matrix, now[matrix]])
+        now[matrix] = stop
+        moves.append(Move(int(matrix), int(stop), total, float(worth)))
     return tuple(moves)

@@ -1,69 +1,74 @@
-"""MXQ [B]: one configuration for each matrix, the least total weight error within a budget."""
+"""MXQ [B] and its relatives: what a matrix costs at a stop, told from the weights alone."""
 
 from __future__ import annotations
 
 import numpy as np
-import pulp
 
-from lsq_core.errors import LsqError
-from lsq_core.plan.problem import TOLERANCE, PlanRequest, Problem
-
-#: Relative gap at which the solver may stop, and seconds it may take.
-GAP = 1e-4
-TIME_LIMIT = 60
+from lsq_core.config import LADDER
+from lsq_core.plan.boost import flagged_layers
+from lsq_core.plan.knapsack import Knapsack
+from lsq_core.plan.problem import Problem
 
 
-class Mxq:
-    """Minimises the summed Frobenius error of the weights, exactly, as an integer program."""
+class Mxq(Knapsack):
+    """Least summed Frobenius error of the weights."""
 
     name = "mxq"
     title = "MXQ"
     metrics = ("weight_error",)
-    has_base = False
 
-    def choose(self, problem: Problem, request: PlanRequest, budget: float) -> np.ndarray:
-        """The stops (n,) of the optimum within ``budget`` nominal bytes."""
-        return solve_knapsack(problem.by_config["weight_error"], problem, budget)
-
-
-def solve_knapsack(cost: np.ndarray, problem: Problem, budget: float) -> np.ndarray:
-    """The multiple-choice knapsack: one stop a matrix, least cost, bytes within the budget.
-
-    ``cost`` is (n, 12); stops with a NaN cost or a group size that doesn't fill are left out.
-
-    Raises
-    ------
-    LsqError
-        When the solver finds no plan within its time limit.
-    """
-    usable = problem.allowed & np.isfinite(cost)
-    # The solver keeps to a bound only within its tolerance: where that let the plan slip over
-    # the budget, it is solved again a millionth tighter.
-    for limit in (budget, budget * (1 - 1e-6)):
-        choice = _solve(cost, usable, problem.bytes / limit)
-        if choice is not None and problem.nominal(choice) <= budget * (1 + TOLERANCE):
-            return choice
-    raise LsqError(
-        f"The solver found no plan within {TIME_LIMIT} s for a budget of "
-        f"{problem.in_words(budget)}; try a slightly larger one."
-    )
+    def cost(self, problem: Problem) -> np.ndarray:
+        """``‖W − Ŵ_c‖_F``."""
+        return problem.by_config["weight_error"]
 
 
-def _solve(cost: np.ndarray, usable: np.ndarray, share: np.ndarray) -> np.ndarray | None:
-    """One program whose budget is 1 in the unit of ``share`` (n, 12); None when it fails."""
-    rows = [np.flatnonzero(row) for row in usable]
-    program = pulp.LpProblem("bits", pulp.LpMinimize)
-    take = {
-        (i, j): pulp.LpVariable(f"x_{i}_{j}", cat=pulp.LpBinary)
-        for i, stops in enumerate(rows)
-        for j in stops
-    }
-    program += pulp.lpSum(float(cost[key]) * x for key, x in take.items())
-    for i, stops in enumerate(rows):
-        program += pulp.lpSum(take[i, j] for j in stops) == 1
-    program += pulp.lpSum(float(share[key]) * x for key, x in take.items()) <= 1
-    status = program.solve(pulp.PULP_CBC_CMD(msg=False, gapRel=GAP, timeLimit=TIME_LIMIT))
-    chosen = {i: j for (i, j), x in take.items() if (x.value() or 0) > 0.5}
-    if status != pulp.LpStatusOptimal or len(chosen) != len(rows):
-        return None
-    return np.array([chosen[i] for i in range(len(rows))])
+class KurtScaled(Knapsack):
+    """MXQ whose errors weigh up to twice as much where the weights have heavy tails."""
+
+    name = "kurt-scaled"
+    title = "Kurtosis-scaled MXQ"
+    metrics = ("weight_error", "kurtosis")
+
+    def cost(self, problem: Problem) -> np.ndarray:
+        """``‖W − Ŵ_c‖_F · (1 + k)``, ``k`` the kurtosis scaled to 0–1 within its module type."""
+        kurtosis = problem.scores["kurtosis"]
+        types = np.array([m.type for m in problem.matrices])
+        scaled = np.zeros(len(types))
+        for kind in dict.fromkeys(types):
+            own = kurtosis[types == kind]
+            spread = own.max() - own.min()
+            scaled[types == kind] = (own - own.min()) / spread if spread > 0 else 0.0
+        return problem.by_config["weight_error"] * (1 + scaled)[:, None]
+
+
+class _Penalised(Knapsack):
+    """The toolkit's programs of fixed penalties, doubled where Algorithm 1 flags the layer."""
+
+    #: What Algorithm 1 reads.
+    metric: str
+
+    def cost(self, problem: Problem) -> np.ndarray:
+        """``100 · penalty(b1) · f / bpp(c) · p/P``; penalty 4 for 2 bits, 2 for 3, else 1."""
+        flagged = flagged_layers(problem, self.metric, 0)
+        doubled = np.array([2.0 if m.layer in flagged[m.type] else 1.0 for m in problem.matrices])
+        penalty = np.array([{2: 4.0, 3: 2.0}.get(c.bits, 1.0) / c.nominal_bits for c in LADDER])
+        share = problem.numel / problem.total
+        return 100 * (doubled * share)[:, None] * penalty
+
+
+class SensiMilp(_Penalised):
+    """Fixed penalties, doubled for layers flagged by sensitivity."""
+
+    name = "sensi-milp"
+    title = "Sensitivity MILP"
+    metric = "sensitivity"
+    metrics = ("sensitivity",)
+
+
+class KurtMilp(_Penalised):
+    """Fixed penalties, doubled for layers flagged by kurtosis."""
+
+    name = "kurt-milp"
+    title = "Kurtosis MILP"
+    metric = "kurtosis"
+    metrics = ("kurtosis",)

@@ -26,6 +26,23 @@ class Problem:
     matrices: tuple[Matrix, ...]
     scores: dict[str, np.ndarray] = field(default_factory=dict)
     by_config: dict[str, np.ndarray] = field(default_factory=dict)
+    #: First and last ladder index that pins allow each matrix, int64 (n,); None without pins.
+    pinned_low: np.ndarray | None = None
+    pinned_high: np.ndarray | None = None
+
+    @cached_property
+    def low(self) -> np.ndarray:
+        """The lowest stop that may be chosen for each matrix, int64 (n,)."""
+        if self.pinned_low is not None:
+            return self.pinned_low
+        return np.zeros(len(self.matrices), dtype=np.int64)
+
+    @cached_property
+    def high(self) -> np.ndarray:
+        """The highest stop that may be chosen for each matrix, int64 (n,)."""
+        if self.pinned_high is not None:
+            return self.pinned_high
+        return np.full(len(self.matrices), len(LADDER) - 1)
 
     @cached_property
     def numel(self) -> np.ndarray:
@@ -34,8 +51,10 @@ class Problem:
 
     @cached_property
     def allowed(self) -> np.ndarray:
-        """Whether a stop's groups fill a matrix, bool (n, 12)."""
-        return np.array([[divides(m.numel, c.group_size) for c in LADDER] for m in self.matrices])
+        """Whether a stop's groups fill a matrix and pins allow it, bool (n, 12)."""
+        fills = np.array([[divides(m.numel, c.group_size) for c in LADDER] for m in self.matrices])
+        stops = np.arange(len(LADDER))
+        return fills & (stops >= self.low[:, None]) & (stops <= self.high[:, None])
 
     @cached_property
     def bytes(self) -> np.ndarray:
@@ -78,7 +97,8 @@ class PlanRequest:
     """What a person asks for: a method, and a base stop, a budget, or both.
 
     ``top_m`` 0 keeps every outlier; ``metric`` is what SensiBoost reads; ``seed`` is for the
-    ablations.
+    ablations; ``exact`` has a knapsack solved to the optimum; ``pins`` are read by
+    :class:`lsq_core.plan.pins.Pin`.
     """
 
     method: str
@@ -88,8 +108,11 @@ class PlanRequest:
     top_m: int = 0
     metric: str = "sensitivity"
     seed: int = 0
+    exact: bool = False
+    pins: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "pins", tuple(self.pins))  # JSON gives a list
         if self.boost_stop < 0 or self.top_m < 0:
             raise InputError("boost-stop and top-m are counts; they cannot be negative.")
 

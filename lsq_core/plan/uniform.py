@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from lsq_core.config import LADDER
@@ -19,10 +21,26 @@ class Uniform:
 
     def frontier(self, problem: Problem, request: PlanRequest, bases: list[int]) -> Frontier:
         """One start for each base, no moves."""
-        starts = [np.full(len(problem.matrices), base) for base in bases]
-        return Frontier(tuple(Segment(s, problem.nominal(s)) for s in starts))
+        starts = [uniform_start(problem, base) for base in bases]
+        segments = [Segment(start, problem.nominal(start)) for start in starts]
+        return Frontier(by_bytes(segments), problem.bytes)
+
+
+def uniform_start(problem: Problem, base: int) -> np.ndarray:
+    """A stop for all matrices (n,); a pinned one gets the nearest that its pin allows."""
+    return np.clip(base, problem.low, problem.high)
+
+
+def by_bytes(segments: Iterable[Segment]) -> tuple[Segment, ...]:
+    """Segments in the order of their starts' bytes."""
+    return tuple(sorted(segments, key=lambda segment: segment.start_bytes))
 
 
 def usable_bases(problem: Problem) -> list[int]:
-    """Ladder indices whose group size fills every matrix, in the order of their bytes."""
-    return [stop for stop in range(len(LADDER)) if problem.allowed[:, stop].all()]
+    """Ladder indices whose group size fills every matrix."""
+    rows = np.arange(len(problem.matrices))
+    return [
+        stop
+        for stop in range(len(LADDER))
+        if problem.allowed[rows, uniform_start(problem, stop)].all()
+    ]

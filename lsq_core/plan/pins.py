@@ -1,0 +1,83 @@
+"""Pins: modules fixed by hand to a configuration or a range; the rest is planned around them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+from lsq_core.config import LADDER, QuantConfig
+from lsq_core.errors import InputError
+from lsq_core.plan.problem import Problem
+
+
+@dataclass(frozen=True)
+class Pin:
+    """A pattern of full module names and the first and last ladder index they may have."""
+
+    pattern: str
+    low: int
+    high: int
+
+    @classmethod
+    def parse(cls, text: str) -> Pin:
+        """Read ``*.layers.0.self_attn.*=b8g64`` or ``*.down_proj=b3g128..b4g64``.
+
+        Raises
+        ------
+        InputError
+            When it is not of that form, or the range runs backwards.
+        """
+        pattern, sign, configs = text.rpartition("=")
+        if not sign or not pattern.strip():
+            raise InputError(
+                f"'{text}' is not a pin; write a pattern of module names and a configuration, "
+                "such as '*.layers.0.self_attn.*=b8g64' or '*.down_proj=b3g128..b4g64'."
+            )
+        first, _, last = configs.partition("..")
+        low = LADDER.index(QuantConfig.parse(first))
+        high = LADDER.index(QuantConfig.parse(last)) if last else low
+        if low > high:
+            raise InputError(f"The pin '{text}' runs from more bits to fewer; turn it around.")
+        return cls(pattern.strip(), low, high)
+
+    def __str__(self) -> str:
+        """As it is typed."""
+        low, high = LADDER[self.low].name, LADDER[self.high].name
+        return f"{self.pattern}={low}" + ("" if low == high else f"..{high}")
+
+
+def with_pins(problem: Problem, pins: tuple[str, ...]) -> Problem:
+    """The problem with what the pins allow; several pins of one module must agree on something.
+
+    Raises
+    ------
+    InputError
+        When a pin matches no module, two contradict each other, or a group size doesn't fill.
+    """
+    if not pins:
+        return problem
+    low, high = problem.low.copy(), problem.high.copy()
+    last: dict[int, Pin] = {}
+    for pin in map(Pin.parse, pins):
+        matched = [i for i, m in enumerate(problem.matrices) if fnmatchcase(m.name, pin.pattern)]
+        if not matched:
+            raise InputError(
+                f"The pin '{pin}' matches no module; names look like {problem.matrices[0].name}."
+            )
+        for i in matched:
+            if pin.low > high[i] or pin.high < low[i]:
+                raise InputError(
+                    f"The pins '{last[i]}' and '{pin}' contradict each other at "
+                    f"{problem.matrices[i].name}; drop one of them."
+                )
+            low[i], high[i] = max(low[i], pin.low), min(high[i], pin.high)
+            last[i] = pin
+    pinned = replace(problem, pinned_low=low, pinned_high=high)
+    for i, pin in last.items():
+        if not pinned.allowed[i].any():
+            matrix = problem.matrices[i]
+            raise InputError(
+                f"The pin '{pin}' leaves nothing for {matrix.name}: no group size in it divides "
+                f"{matrix.out_features}×{matrix.in_features} weights."
+            )
+    return pinned

@@ -1,0 +1,36 @@
+"""The knapsack on measured output error (ours; method §5)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lsq_core.plan.knapsack import Knapsack
+from lsq_core.plan.problem import Problem
+
+
+class SensiKnapsack(Knapsack):
+    """Least squared change of the modules' own outputs, as measured at every configuration."""
+
+    name = "sensi-knapsack"
+    title = "Sensitivity knapsack"
+    metrics = ("sensitivity_module",)
+
+    def cost(self, problem: Problem) -> np.ndarray:
+        """``s(i, c) · d_out``: the mean squared output change, summed over the outputs.
+
+        An expert that no calibration token reached is counted like the least sensitive of its
+        layer and type that one did reach.
+        """
+        scores = problem.by_config["sensitivity_module"].copy()
+        outputs = np.array([m.out_features for m in problem.matrices])
+        unreached = np.isnan(scores).all(axis=1)
+        for i in np.flatnonzero(unreached):
+            matrix = problem.matrices[i]
+            fellows = [
+                j
+                for j, m in enumerate(problem.matrices)
+                if (m.layer, m.type) == (matrix.layer, matrix.type) and not unreached[j]
+            ]
+            if fellows:
+                scores[i] = scores[fellows].min(axis=0)
+        return scores * outputs[:, None]
