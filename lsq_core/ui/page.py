@@ -1,0 +1,61 @@
+"""The frame of every page: its set-up, the sidebar, and errors told in a sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import streamlit as st
+
+from lsq_core.errors import LsqError
+from lsq_core.model import ModelInfo, ModelSource
+from lsq_core.store import Store
+from lsq_core.ui import known, sidebar, state
+
+#: Streamlit leaves five rems free on either side, which a small screen needs.
+_STYLE = "<style>.stMainBlockContainer { padding-left: 2.5rem; padding-right: 2.5rem; }</style>"
+
+
+@dataclass(frozen=True)
+class Here:
+    """What every page is about: the database, the chosen model, the chosen device."""
+
+    store: Store
+    source: ModelSource
+    device: str
+
+    @property
+    def info(self) -> ModelInfo:
+        """What is known of the chosen model."""
+        return known.model_info(self.store, self.source)
+
+
+def page(title: str, body: Callable[[Here], None]) -> None:
+    """Set the page up, draw the sidebar, then the body; what goes wrong is one sentence."""
+    st.set_page_config(
+        page_title=f"{title} · LSQ Explorer",
+        page_icon=":material/stacked_bar_chart:",
+        layout="wide",
+        initial_sidebar_state=230,
+        menu_items={"about": "LSQ Explorer: where the bits should go."},
+    )
+    st.html(_STYLE)
+    try:
+        with st.spinner("Opening the database…"):
+            store = Store()
+        text, device = sidebar.show(store)
+        body(Here(store, state.source_of(text), device))
+    except LsqError as error:
+        st.error(str(error))
+
+
+def headline(text: str, under: str = "") -> None:
+    """The one thing that a page says first, and in small print why."""
+    st.title(text, anchor=False)
+    if under:
+        st.caption(under)
+
+
+def next_step(page: str, label: str) -> None:
+    """A link to the page where to go on; the address goes along."""
+    st.page_link(page, label=label, icon=":material/arrow_forward:")

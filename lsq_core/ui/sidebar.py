@@ -1,0 +1,92 @@
+"""The sidebar: the way through, the model, the device, and what is running."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import streamlit as st
+
+from lsq_core import disk, jobs
+from lsq_core.model import ModelSource
+from lsq_core.store import Store
+from lsq_core.ui import known, state, words
+
+PAGES = {
+    "app.py": ("Model", ":material/deployed_code:"),
+    "pages/1_Explore.py": ("Explore", ":material/query_stats:"),
+    "pages/2_Plan.py": ("Plan", ":material/grid_on:"),
+    "pages/3_Run.py": ("Run", ":material/play_circle:"),
+    "pages/4_Compare.py": ("Compare", ":material/scatter_plot:"),
+}
+#: Seconds between two looks at running jobs.
+EVERY = 1.0
+
+
+def show(store: Store) -> tuple[str, str]:
+    """Draw the sidebar; returns the chosen model's text and the device."""
+    with st.sidebar:
+        for path, (label, icon) in PAGES.items():
+            st.page_link(path, label=label, icon=icon)
+        st.space("small")
+        text = _model(store)
+        device = _device()
+        _watch_jobs(disk.jobs_folder(store))
+    return text, device
+
+
+def _model(store: Store) -> str:
+    state.begin("model", "demo")
+    st.session_state["model"] = st.session_state["model"] or "demo"
+    options = list(dict.fromkeys(["demo", *known_texts(store), st.session_state["model"]]))
+    st.selectbox(
+        "Model",
+        options,
+        key="model",
+        accept_new_options=True,
+        persist_state="session",
+        help="demo, a Hugging Face id (org/name, or org/name@revision), or a folder here.",
+    )
+    state.share("model")
+    return st.session_state["model"]
+
+
+def known_texts(store: Store) -> list[str]:
+    """The models in the database as the picker names them, newest first."""
+    table = known.models(store)
+    return [
+        state.model_text(ModelSource(row.source, row.revision if row.revision else None))
+        for row in table.astype(object).where(table.notna(), None).itertuples()
+    ]
+
+
+def _device() -> str:
+    options = devices()
+    state.begin("device", "auto", options)
+    return st.selectbox("Device", options, key="device", persist_state="session")
+
+
+def devices() -> list[str]:
+    """``auto``, the CPU, and the GPUs whose driver has a device here."""
+    cards = sorted(p.name.removeprefix("nvidia") for p in Path("/dev").glob("nvidia[0-9]*"))
+    return ["auto", "cpu", *(f"cuda:{number}" for number in cards)]
+
+
+def _watch_jobs(folder: Path) -> None:
+    """Show running jobs, looking again while there are any."""
+    active = tuple(job.id for job in jobs.list_jobs(folder) if job.active)
+    st.fragment(_running, run_every=EVERY if active else None)(folder, active)
+
+
+def _running(folder: Path, watched: tuple[str, ...]) -> None:
+    """One line and a bar for each running job; when one has ended the page is drawn anew."""
+    active = {job.id: job for job in jobs.list_jobs(folder) if job.active}
+    if set(watched) - set(active):
+        st.rerun(scope="app")
+    for job in active.values():
+        left = f", {_unbroken(words.seconds(job.eta))} left" if job.eta else ""
+        st.progress(min(job.fraction, 1.0), text=f"{job.title}: {job.stage or job.state}{left}")
+
+
+def _unbroken(text: str) -> str:
+    """With spaces that no line ends at."""
+    return text.replace(" ", "\u00a0")

@@ -1,0 +1,199 @@
+"""What the person has chosen, kept across pages and, where it is worth sharing, in the address.
+
+Widgets write under the keys used here, with ``persist_state="session"``; the address is written
+from the session and read only when a session begins, so that a link or a reload brings the
+choice back. Trust is never read from the address.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import streamlit as st
+
+from lsq_core.config import LADDER
+from lsq_core.model import ModelSource
+from lsq_core.plan import PLANNERS, PlanRequest, get_planner
+from lsq_core.profile import ProfileSettings
+
+#: How a plan can be asked for.
+ASKS = {"base": "base stop", "budget": "budget", "both": "base, capped by a budget"}
+STOPS = [c.stop_name for c in LADDER]
+_PLAN_DEFAULTS = {
+    "method": "sensiboost",
+    "ask": "base",
+    "base": "3.13",
+    "budget": 3.25,
+    "boost_stop": 2,
+    "top_m": 0,
+    "metric": "sensitivity",
+    "seed": 0,
+    "exact": False,
+    "pins": "",
+}
+_PLAN_OPTIONS: dict[str, Sequence] = {
+    "method": list(PLANNERS),
+    "ask": list(ASKS),
+    "base": STOPS,
+    "metric": ["sensitivity", "sensitivity_module"],
+}
+
+
+def begin(key: str, default: object, options: Sequence | None = None) -> None:
+    """Give a key its first value of this session: the address's, else the default."""
+    if key in st.session_state:
+        return
+    text, value = st.query_params.get(key), default
+    if text is not None:
+        try:
+            value = text == "True" if isinstance(default, bool) else type(default)(text)
+        except ValueError:
+            value = default
+    if options is not None and value not in options:
+        value = default
+    st.session_state[key] = value
+
+
+def share(*keys: str) -> None:
+    """Write keys into the address, where they aren't already."""
+    for key in keys:
+        text = str(st.session_state[key])
+        if st.query_params.get(key) != text:
+            st.query_params[key] = text
+
+
+# --- the model ------------------------------------------------------------------------------
+
+
+def model_text(source: ModelSource) -> str:
+    """How a model is named in the picker and the address: ``org/name@revision``."""
+    return f"{source.name}@{source.revision}" if source.revision else source.name
+
+
+def source_of(text: str) -> ModelSource:
+    """The source that a text names, with what this session allowed it to do."""
+    name, _, revision = text.strip().rpartition("@")
+    if not name or ModelSource(text.strip()).is_local:
+        name, revision = text.strip(), ""
+    trust, pickle = st.session_state.get("allowed", {}).get(text.strip(), (False, False))
+    return ModelSource(name, revision or None, trust, pickle)
+
+
+def choose_model(text: str, trust: bool = False, pickle: bool = False) -> None:
+    """Make a model the chosen one; what it may do holds for it alone, and for this session."""
+    st.session_state["model"] = text.strip()
+    st.session_state.setdefault("allowed", {})[text.strip()] = (trust, pickle)
+
+
+# --- the profile's settings -----------------------------------------------------------------
+
+_SETTINGS = {
+    "calibration": "calibration",
+    "quantizer": "profile_quantizer",
+    "axis": "axis",
+    "metadata": "metadata",
+    "samples": "samples",
+    "block_tokens": "block_tokens",
+}
+
+
+def begin_settings(fingerprint: str, newest: ProfileSettings | None) -> None:
+    """Start from the newest profile that this model has, once for each model of a session."""
+    fresh = st.session_state.get("settings_of") != fingerprint
+    if fresh and newest is not None:
+        set_settings(newest)
+    st.session_state["settings_of"] = fingerprint
+    defaults = asdict(ProfileSettings())
+    for field, key in _SETTINGS.items():
+        st.session_state.setdefault(key, defaults[field])
+
+
+def set_settings(settings: ProfileSettings) -> None:
+    """Make these the chosen settings."""
+    for field, key in _SETTINGS.items():
+        st.session_state[key] = getattr(settings, field)
+
+
+def settings() -> ProfileSettings:
+    """The chosen profile settings."""
+    chosen = {field: st.session_state[key] for field, key in _SETTINGS.items()}
+    return ProfileSettings(**chosen)
+
+
+# --- the plan -------------------------------------------------------------------------------
+
+
+def begin_plan(has_profile: bool) -> None:
+    """Give the plan's controls their first values."""
+    for key, default in _PLAN_DEFAULTS.items():
+        if key == "method" and not has_profile:
+            default = "uniform"
+        begin(key, default, _PLAN_OPTIONS.get(key))
+
+
+def share_plan() -> None:
+    """Write what the plan depends on into the address, where it isn't the default."""
+    share("method")
+    for key, default in _PLAN_DEFAULTS.items():
+        if key != "method" and st.session_state[key] != default:
+            share(key)
+        elif key != "method" and key in st.query_params:
+            del st.query_params[key]
+
+
+def set_plan(request: PlanRequest) -> None:
+    """Set the plan's controls to a request that was kept."""
+    values = asdict(request) | {"pins": "\n".join(request.pins)}
+    budget = values.pop("budget")
+    ask = ("both" if request.base else "budget") if budget else "base"
+    if budget and budget.endswith("bpp"):
+        values["budget"] = float(budget.removesuffix("bpp"))
+    for key, value in (values | {"ask": ask}).items():
+        if value is not None:
+            st.session_state[key] = value
+
+
+def plan_request() -> PlanRequest:
+    """The plan asked for; what its method doesn't use keeps the default."""
+    chosen = st.session_state
+    planner = get_planner(chosen["method"])
+    ask = chosen["ask"] if planner.has_base else "budget"
+    used = {}
+    if boosts(planner.name):
+        used |= {"boost_stop": chosen["boost_stop"], "top_m": chosen["top_m"]}
+    if reads_sensitivity(planner.name):
+        used |= {"metric": chosen["metric"]}
+    if is_ablation(planner.name):
+        used |= {"seed": chosen["seed"]}
+    if not planner.has_base:
+        used |= {"exact": chosen["exact"]}
+    return PlanRequest(
+        method=planner.name,
+        base=chosen["base"] if ask != "budget" else None,
+        budget=f"{chosen['budget']:.2f}bpp" if ask != "base" else None,
+        pins=pins(),
+        **used,
+    )
+
+
+def pins() -> tuple[str, ...]:
+    """The pins that were typed, one a line."""
+    return tuple(line.strip() for line in st.session_state["pins"].splitlines() if line.strip())
+
+
+def boosts(method: str) -> bool:
+    """Whether a method, if it is known here, raises detected layers above a base."""
+    planner = PLANNERS.get(method)
+    return planner is not None and planner.has_base and bool(planner.metrics)
+
+
+def reads_sensitivity(method: str) -> bool:
+    """Whether a method reads the sensitivity of the person's choice, by part or by module."""
+    planner = get_planner(method)
+    return planner.has_base and "sensitivity" in planner.metrics
+
+
+def is_ablation(method: str) -> bool:
+    """Whether a method draws its layers at random."""
+    return method.endswith("-ablation")

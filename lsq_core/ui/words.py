@@ -1,0 +1,57 @@
+"""Figures as people say them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lsq_core.config import GIB, MIB
+
+
+def count(number: float) -> str:
+    """``5642368`` as ``5.6 M``."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return f"{number:.0f}"
+
+
+def size(bytes: float) -> str:
+    """``11308392`` as ``10.8 MiB``: one decimal, for sentences."""
+    for unit, scale in (("GiB", GIB), ("MiB", MIB), ("KiB", 1024)):
+        if bytes >= scale:
+            return f"{bytes / scale:.1f} {unit}"
+    return f"{bytes:.0f} B"
+
+
+def signed_percent(share: float, decimals: int = 1) -> str:
+    """``0.0182`` as ``+1.8 %``, with a true minus sign."""
+    return f"{100 * share:+.{decimals}f} %".replace("-", "−")
+
+
+def seconds(time: float) -> str:
+    """``125`` as ``2 min 5 s``."""
+    if time < 10:
+        return f"{time:.1f} s"
+    minutes, rest = divmod(round(time), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def plural(number: int, noun: str) -> str:
+    """``1 run``, ``2 runs``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def listed(items: Sequence[object], most: int = 8) -> str:
+    """``1, 2 and 30``; beyond ``most`` the number of the others."""
+    words = [str(item) for item in items]
+    if len(words) > most:
+        words = [*words[:most], f"{len(words) - most} more"]
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def a_layer(layers: Sequence[int]) -> str:
+    """``Layer 3`` or ``Layers 1 and 14``."""
+    return f"Layer{'s' if len(layers) > 1 else ''} {listed(layers)}"

@@ -1,0 +1,199 @@
+"""A real Chromium in front of a real server, each with a folder of its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+INSTALL = "apt-get install -y chromium chromium-driver"
+_OPTIONS = (
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--window-size=1440,900",
+)
+#: Threads that wait give their core away: browser, server and job share few of them.
+_SHARING = {"OMP_WAIT_POLICY": "PASSIVE"}
+
+
+@dataclass(frozen=True)
+class Server:
+    """Where the app answers, and the database it works on."""
+
+    url: str
+    database: Path
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The app, served on a free port with a database of its own."""
+    _need_chromium()
+    folder = tmp_path_factory.mktemp("server")
+    database, port = folder / "lsq.duckdb", _free_port()
+    command = [sys.executable, "-m", "streamlit", "run", "app.py", "--server.port", str(port)]
+    command += ["--server.fileWatcherType", "none"]
+    with (folder / "log.txt").open("wb") as log:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=os.environ | {"LSQ_DB": str(database)} | _SHARING,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    url = f"http://localhost:{port}"
+    try:
+        _wait_until_healthy(url, process, folder / "log.txt")
+        yield Server(url, database)
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+def _need_chromium() -> None:
+    missing = [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]
+    if missing:
+        pytest.skip(f"{' and '.join(missing)} not found; install with: {INSTALL}")
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def _wait_until_healthy(url: str, process: subprocess.Popen, log: Path) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            with urllib.request.urlopen(f"{url}/_stcore/health", timeout=2) as answer:
+                if answer.status == 200:
+                    return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.1)
+    raise AssertionError(f"the server did not come up: {log.read_text('utf8', 'replace')}")
+
+
+@pytest.fixture
+def person(server: Server, tmp_path: Path) -> Iterator[Person]:
+    """Someone in front of a fresh browser."""
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    for option in (*_OPTIONS, f"--user-data-dir={tmp_path / 'chromium'}"):
+        options.add_argument(option)
+    driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+    try:
+        yield Person(driver, server)
+    finally:
+        driver.quit()
+
+
+class Person:
+    """What a person does with the app, in a person's words. Every wait has an end."""
+
+    def __init__(self, driver: object, server: Server) -> None:
+        self.driver = driver
+        self.server = server
+
+    def open(self, address: str = "/") -> None:
+        """Type an address."""
+        self.driver.get(self.server.url + address)
+
+    def wait(self, condition: Callable, seconds: float = 30, why: str = "") -> object:
+        """Wait until a condition of the page holds, and give what it gave."""
+        from selenium.common.exceptions import (
+            NoSuchElementException,
+            StaleElementReferenceException,
+            TimeoutException,
+        )
+        from selenium.webdriver.support.ui import WebDriverWait
+
+        passing = [NoSuchElementException, StaleElementReferenceException]
+        waiting = WebDriverWait(self.driver, seconds, 0.1, ignored_exceptions=passing)
+        try:
+            return waiting.until(lambda driver: condition())
+        except TimeoutException as late:
+            seen = self.driver.find_element("tag name", "body").text
+            raise AssertionError(f"{why or condition} within {seconds} s; seen: {seen}") from late
+
+    def all(self, css: str) -> list:
+        """Every visible element that matches."""
+        return [e for e in self.driver.find_elements("css selector", css) if e.is_displayed()]
+
+    @property
+    def first_line(self) -> str:
+        """The page's headline, or nothing while there is none."""
+        return " ".join(e.text for e in self.all("[data-testid=stMain] h1"))
+
+    def reads(self, text: str, seconds: float = 30) -> str:
+        """Wait until the headline has a text; fails at once on an error shown instead."""
+
+        def there() -> str | None:
+            broken = self.all("[data-testid=stException], [data-testid=stAlertContentError]")
+            assert not broken, broken[0].text
+            line = self.first_line
+            return line if text in line and self.settled() else None
+
+        return self.wait(there, seconds, f"the headline never said '{text}'")
+
+    def settled(self) -> bool:
+        """Whether the page is not being redrawn."""
+        return not self.all("[data-testid=stApp][data-test-script-state=running]")
+
+    def click(self, label: str, css: str = "button") -> None:
+        """Click what bears a label."""
+
+        def clicked() -> bool:
+            found = [e for e in self.all(css) if label in e.text.split("\n")]
+            if found:
+                found[0].click()
+            return bool(found)
+
+        self.wait(clicked, why=f"nothing to click reads '{label}'")
+
+    def go(self, page: str) -> None:
+        """Follow a link of the sidebar."""
+        self.click(page, "[data-testid=stSidebar] a")
+
+    def choose(self, label: str, option: str) -> None:
+        """Choose an option of a select box."""
+        box = f"[data-testid=stSelectbox] input[aria-label*='{label}']"
+        self.wait(lambda: self.all(box), why=f"no select box '{label}'")[0].click()
+        self.click(option, "[role=option]")
+        self.wait(self.settled)
+
+    def type(self, label: str, text: str) -> None:
+        """Put a text into a field, and press Enter."""
+        from selenium.webdriver.common.keys import Keys
+
+        field = self.wait(lambda: self.all(f"input[aria-label='{label}']"), why=label)[0]
+        field.send_keys(Keys.CONTROL, "a")
+        field.send_keys(text, Keys.ENTER)
+        self.wait(lambda: field.get_attribute("value") == text and self.settled())
+
+    def metric(self, label: str) -> str:
+        """The value of a figure with a label."""
+        for found in self.all("[data-testid=stMetric]"):
+            if label in found.text:
+                return found.find_element("css selector", "[data-testid=stMetricValue]").text
+        raise AssertionError(f"there is no figure '{label}'")

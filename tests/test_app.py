@@ -1,0 +1,452 @@
+"""The pages, run without a browser: every one draws, controls do what they say, errors are told."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from streamlit.testing.v1 import AppTest
+
+from lsq_core import disk, jobs
+from lsq_core.config import LADDER
+from lsq_core.evaluate import compare_windows
+from lsq_core.pipeline import EvaluationRequest, Workbench, problem_of
+from lsq_core.plan import PlanRequest, make_plan
+from lsq_core.profile import ProfileSettings
+from lsq_core.store import Store
+from tests.conftest import ROOT, save_random_model
+
+PAGES = {
+    "Model": None,
+    "Explore": "pages/1_Explore.py",
+    "Plan": "pages/2_Plan.py",
+    "Run": "pages/3_Run.py",
+    "Compare": "pages/4_Compare.py",
+}
+
+
+@dataclass(frozen=True)
+class Filled:
+    """A database with a model, a profile and three runs, two of them of one measurement."""
+
+    path: Path
+    model: str
+    settings: ProfileSettings
+
+
+@pytest.fixture(scope="session")
+def filled_once(tmp_path_factory) -> Filled:
+    folder = tmp_path_factory.mktemp("app")
+    text = folder / "text.txt"
+    text.write_text("\n".join(f"Return the {i}-th item of the list." for i in range(300)), "utf8")
+    model = save_random_model(folder / "model", "llama-gqa", num_hidden_layers=4)
+    settings = ProfileSettings("rtn", calibration=str(text), samples=8, block_tokens=64)
+    store = Store(folder / "lsq.duckdb")
+    bench = Workbench(_source(str(model)), store, "cpu")
+    for base, tokens in (("3.51", 600), ("4.25", 600), ("3.51", 300)):
+        plan, profile = bench.plan(PlanRequest("sensiboost", base=base), settings)
+        bench.run(plan, profile, "rtn", EvaluationRequest(str(text), max_tokens=tokens))
+    return Filled(store.path, str(model), settings)
+
+
+def _source(model: str):
+    from lsq_core.model import ModelSource
+
+    return ModelSource(model)
+
+
+@pytest.fixture
+def filled(filled_once: Filled, tmp_path: Path) -> Filled:
+    """A copy of it, in the place where this test's pages look."""
+    path = tmp_path / "lsq.duckdb"
+    path.write_bytes(filled_once.path.read_bytes())
+    return Filled(path, filled_once.model, filled_once.settings)
+
+
+def open_page(title: str, **address: str) -> AppTest:
+    app = AppTest.from_file(str(ROOT / "app.py"), default_timeout=60)
+    app.query_params.update(address)
+    app.run()
+    return go(app, title)
+
+
+def go(app: AppTest, title: str) -> AppTest:
+    if PAGES[title]:
+        app.switch_page(PAGES[title])
+    app.run()
+    assert not app.exception
+    return app
+
+
+def first_line(app: AppTest) -> str:
+    return app.title[0].value
+
+
+def chart(app: AppTest) -> dict:
+    return json.loads(app.get("plotly_chart")[0].proto.spec)
+
+
+def codes(app: AppTest) -> list[list[float]]:
+    """The heatmap's cells: indices into the ladder."""
+    return _array(chart(app)["data"][0]["z"])
+
+
+def _array(values: object) -> list:
+    import base64
+
+    import numpy as np
+
+    if isinstance(values, dict):
+        flat = np.frombuffer(base64.b64decode(values["bdata"]), dtype=values["dtype"])
+        shape = [int(n) for n in str(values.get("shape", flat.size)).split(",")]
+        return flat.reshape(shape).tolist()
+    return values
+
+
+# --- every page draws -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("title", "says"),
+    [
+        ("Model", "5.6 M parameters, 10.8 MiB; at 4.25 bits 3.6 MiB."),
+        ("Explore", "demo has not been profiled"),
+        ("Plan", "3.13 bits: 1.91 MiB planned, every matrix the same."),
+        ("Run", "Nothing has run yet."),
+        ("Compare", "There is nothing to compare yet."),
+    ],
+)
+def test_pages_on_an_empty_database(title, says):
+    app = open_page(title)
+    assert first_line(app).startswith(says)
+    assert not app.error
+
+
+@pytest.mark.parametrize(
+    ("title", "says"),
+    [
+        ("Model", "M parameters"),
+        ("Explore", "stands out"),
+        ("Plan", "bits:"),
+        ("Run", "Nothing has run yet."),
+        ("Compare", "Best within"),
+    ],
+)
+def test_pages_on_a_database_with_a_profile_and_runs(filled, title, says):
+    app = open_page(title, model=filled.model)
+    assert says in first_line(app)
+    assert not app.error
+
+
+def test_a_known_model_needs_no_torch(filled):
+    """In a process of its own: this one has torch already."""
+    script = (
+        "import sys; from streamlit.testing.v1 import AppTest\n"
+        "app = AppTest.from_file('app.py', default_timeout=60)\n"
+        f"app.query_params['model'] = {filled.model!r}\n"
+        f"for page in {list(PAGES.values())!r}:\n"
+        "    if page: app.switch_page(page)\n"
+        "    app.run()\n"
+        "    assert not app.exception and app.title, page\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+# --- the model ------------------------------------------------------------------------------
+
+
+def test_a_wrong_path_is_one_sentence():
+    app = open_page("Model", model="/nowhere/at/all")
+    assert [e.value.count(". ") for e in app.error] == [0]
+    assert "/nowhere/at/all" in app.error[0].value
+    assert app.text_input(key="name"), "another model can still be chosen"
+
+
+@pytest.mark.parametrize("title", ["Explore", "Plan", "Run"])
+def test_a_wrong_path_is_one_sentence_on_every_page(title):
+    assert len(open_page(title, model="/nowhere/at/all").error) == 1
+
+
+def test_an_id_without_a_network_is_one_sentence():
+    (error,) = open_page("Model", model="org/not-cached").error
+    assert "org/not-cached" in error.value
+    assert "network" in error.value
+
+
+def test_a_typed_model_is_chosen_and_goes_into_the_address(filled):
+    app = open_page("Model")
+    app.text_input(key="name").set_value(filled.model)
+    _press(app, "Look at it")
+    assert app.query_params["model"] in (filled.model, [filled.model])
+    assert app.metric[0].value == "4", "layers"
+    assert "bits" in first_line(go(app, "Plan"))
+    assert app.session_state["model"] == filled.model
+
+
+def test_trust_is_off_and_holds_for_one_model_only(filled):
+    from lsq_core.ui import state
+
+    app = open_page("Model")
+    assert not app.checkbox(key="trust").value
+    assert not app.checkbox(key="pickle").value
+    app.text_input(key="name").set_value(filled.model)
+    app.checkbox(key="trust").check()
+    _press(app, "Look at it")
+    assert app.session_state["allowed"] == {filled.model: (True, False)}
+    assert not app.checkbox(key="trust").value, "off again for the next one"
+    assert state.source_of("demo").trust_remote_code is False
+
+
+def test_a_revision_is_part_of_the_address():
+    from lsq_core.ui import state
+
+    source = state.source_of("org/name@v2")
+    assert (source.name, source.revision) == ("org/name", "v2")
+    assert state.model_text(source) == "org/name@v2"
+
+
+def _press(app: AppTest, label: str) -> None:
+    next(b for b in app.button if b.label == label).click().run()
+    assert not app.exception
+
+
+def test_what_is_kept_can_be_deleted_after_a_second_question(filled):
+    home = jobs.start(disk.jobs_folder(Store(filled.path)), ["results"]).folder
+    _wait(lambda: not jobs.read(home).active)
+    app = open_page("Model")
+    app.multiselect(key="prune").set_value([home.name]).run()
+    assert home.exists()
+    app.button(key="prune-sure").click().run()
+    assert not app.exception
+    assert not home.exists()
+    assert "Deleted 1" in app.success[0].value
+
+
+def _wait(ready, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not ready():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.1)
+
+
+# --- profiling ------------------------------------------------------------------------------
+
+
+def test_profiling_runs_in_the_background_and_its_result_is_shown(filled):
+    app = open_page("Explore", model=filled.model)
+    app.selectbox(key="axis").set_value(0).run()
+    assert "has not been profiled" in first_line(app)
+    app.button(key="profile").click().run()
+    folder = disk.jobs_folder(Store(filled.path))
+    (job,) = jobs.list_jobs(folder)
+    assert job.arguments[0] == "profile"
+    _wait(lambda: not jobs.read(job.folder).active)
+    assert jobs.read(job.folder).state == "done", jobs.read(job.folder).log_tail()
+    assert "stands out" in first_line(app.run())
+
+
+def test_a_job_that_failed_says_why(filled):
+    app = open_page("Explore", model=filled.model)
+    app.number_input(key="samples").set_value(1).run()
+    app.number_input(key="block_tokens").set_value(4096).run()
+    app.button(key="profile").click().run()
+    (job,) = jobs.list_jobs(disk.jobs_folder(Store(filled.path)))
+    _wait(lambda: not jobs.read(job.folder).active)
+    assert jobs.read(job.folder).state == "failed"
+    assert jobs.read(job.folder).message in app.run().error[0].value
+
+
+def test_an_unknown_calibration_text_is_one_sentence():
+    app = open_page("Model")
+    app.session_state["calibration"] = "/no/such/text"
+    (error,) = go(app, "Explore").error
+    assert "/no/such/text" in error.value
+
+
+def test_the_chart_shows_the_profiles_values(filled):
+    app = open_page("Explore", model=filled.model)
+    store = Store(filled.path)
+    value = store.query(
+        "SELECT value FROM scores WHERE metric = 'kurtosis' AND layer = 2 AND type LIKE '%k_proj'"
+    )["value"][0]
+    k = next(t for t in chart(app)["data"] if t.get("name") == "k_proj")
+    assert _array(k["y"])[2] == pytest.approx(value, rel=1e-12)
+
+
+# --- planning -------------------------------------------------------------------------------
+
+
+def expected(filled: Filled, request: PlanRequest) -> list[str]:
+    store = Store(filled.path)
+    bench = Workbench(_source(filled.model), store)
+    problem = problem_of(bench.info, bench.find_profile(filled.settings))
+    return [c.name for c in make_plan(problem, request).configs]
+
+
+def shown(app: AppTest) -> list[str]:
+    """The heatmap's configurations in the order of the matrices: layer by layer."""
+    grid = codes(app)
+    return [LADDER[int(row[i])].name for i in range(len(grid[0])) for row in grid]
+
+
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [("uniform", {}), ("sensiboost", {}), ("kurtboost", {"boost_stop": 2})],
+)
+def test_a_base_gives_the_librarys_plan(filled, method, more):
+    app = open_page("Plan", model=filled.model, method=method, ask="base")
+    before = shown(app)
+    app.selectbox(key="base").set_value("4.51").run()
+    assert not app.exception
+    assert shown(app) == expected(filled, PlanRequest(method, base="4.51", **more))
+    assert shown(app) != before
+
+
+def test_a_budget_gives_the_librarys_plan(filled):
+    app = open_page("Plan", model=filled.model, method="mxq")
+    for budget in (2.6, 3.4):
+        app.slider(key="budget").set_value(budget).run()
+        assert not app.exception
+        assert shown(app) == expected(filled, PlanRequest("mxq", budget=f"{budget:.2f}bpp"))
+    assert first_line(app).startswith(("3.39 bits", "3.40 bits"))
+
+
+def test_the_slider_spans_what_is_feasible(filled):
+    slider = open_page("Plan", model=filled.model, method="mxq").slider(key="budget")
+    assert (slider.min, slider.max) == (2.13, 8.51)
+    app = open_page("Plan", model=filled.model, method="mxq", budget="99")
+    assert app.slider(key="budget").value == 8.51
+    assert not app.error
+
+
+def test_a_method_without_its_profile_says_so():
+    app = open_page("Plan", method="sensiboost")
+    assert first_line(app) == "SensiBoost needs a profile of demo."
+
+
+def test_pins_hold_and_a_wrong_one_is_one_sentence(filled):
+    app = open_page("Plan", model=filled.model, method="mxq", budget="5.00")
+    pin = "*.layers.2.*=b8g64"
+    app.text_area(key="pins").set_value(pin).run()
+    assert shown(app)[14:21] == ["b8g64"] * 7
+    assert shown(app) == expected(filled, PlanRequest("mxq", budget="5.00bpp", pins=(pin,)))
+    app.text_area(key="pins").set_value("no pin").run()
+    assert ["is not a pin" in e.value for e in app.error] == [True]
+
+
+def test_only_what_differs_from_the_defaults_is_in_the_address(filled):
+    app = open_page("Plan", model=filled.model, method="sensiboost")
+    app.selectbox(key="base").set_value("4.51").run()
+    assert set(app.query_params) == {"model", "method", "base"}
+    app.selectbox(key="base").set_value("3.13").run()
+    assert set(app.query_params) == {"model", "method"}
+
+
+def test_a_plan_is_kept_and_opened_again(filled):
+    app = open_page("Plan", model=filled.model, method="uniform")
+    app.selectbox(key="base").set_value("4.51").run()
+    app.text_input(key="plan_name").set_value("mine").run()
+    _press(app, "Save the plan")
+    app.selectbox(key="base").set_value("2.25").run()
+    _press(app, "Open")
+    assert app.session_state["base"] == "4.51"
+
+
+def test_the_command_line_is_the_same_plan(filled):
+    from lsq_core.cli import execute
+
+    app = open_page("Plan", model=filled.model, method="mxq", budget="3.30")
+    words = shlex.split(next(c.value for c in app.code))
+    arguments = [w for w in words[3:] if w not in ("--out", "plan.json")]
+    result = execute(arguments, lambda *report: None)
+    assert [m["config"] for m in result["modules"].values()] == shown(app)
+
+
+# --- running --------------------------------------------------------------------------------
+
+
+def test_a_run_goes_from_the_button_to_its_figures(filled):
+    app = open_page("Model", model=filled.model, method="uniform", base="4.51")
+    app.session_state["corpus"] = filled.settings.calibration
+    go(app, "Run")
+    app.number_input(key="max_tokens").set_value(400)
+    app.text_input(key="save").set_value("kept-1").run()
+    _press(app, "Quantize and evaluate")
+    (job,) = jobs.list_jobs(disk.jobs_folder(Store(filled.path)))
+    _wait(lambda: not jobs.read(job.folder).active)
+    done = jobs.read(job.folder)
+    assert done.state == "done", done.log_tail()
+    app.run()
+    row = Store(filled.path).results().iloc[0]
+    assert first_line(app).startswith(f"Perplexity {row['perplexity']:.2f}")
+    assert app.metric[0].value == f"{row['perplexity']:.4f}"
+    assert row["bits_per_param"] == pytest.approx(LADDER[8].nominal_bits)
+    assert Path(row["saved_to"]) == disk.models_folder(Store(filled.path)) / "kept-1"
+    # a second tab, or this one reloaded
+    assert first_line(open_page("Run", model=filled.model)) == first_line(app)
+
+
+@pytest.mark.parametrize("name", ["../away", "a/b", "with space", ".hidden", "/abs"])
+def test_a_model_is_saved_inside_its_folder_only(filled, name):
+    app = open_page("Run", model=filled.model, method="uniform")
+    app.text_input(key="save").set_value(name).run()
+    _press(app, "Quantize and evaluate")
+    assert "not a name" in app.error[0].value
+    assert not jobs.list_jobs(disk.jobs_folder(Store(filled.path)))
+
+
+# --- comparing ------------------------------------------------------------------------------
+
+
+def test_only_runs_of_one_measurement_are_in_a_chart(filled):
+    app = open_page("Compare", model=filled.model)
+    measured = next(b for b in app.selectbox if b.label == "Measured on")
+    assert len(measured.options) == 2
+    sizes = []
+    for option in measured.options:
+        next(b for b in app.selectbox if b.label == "Measured on").select(option).run()
+        points = [t for t in chart(app)["data"] if t["mode"] == "markers" and "customdata" in t]
+        sizes.append(sum(len(_array(t["x"])) for t in points))
+    assert sorted(sizes) == [1, 2]
+
+
+def test_two_runs_are_compared_in_pairs(filled):
+    app = open_page("Compare", model=filled.model)
+    measured = next(b for b in app.selectbox if b.label == "Measured on")
+    measured.select(next(o for o in measured.options if "2 runs" in o)).run()
+    store = Store(filled.path)
+    a, b = app.session_state["run_a"], app.session_state["run_b"]
+    nll, counts = store.windows(a)
+    found = compare_windows(nll, store.windows(b)[0], counts)
+    said = next(m.value for m in app.markdown if m.value.startswith("Perplexity"))
+    assert f"{100 * found.relative:+.2f}".replace("-", "−") in said
+    assert ("**tie**" in said) == found.tie
+
+
+# --- the database ---------------------------------------------------------------------------
+
+
+def test_a_locked_database_is_one_sentence(filled, monkeypatch):
+    monkeypatch.setattr("lsq_core.store.WAIT", 0.2)
+    hold = (
+        f"import duckdb; c = duckdb.connect({str(filled.path)!r}); print('held', flush=True); "
+        "input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout.readline().strip() == "held"
+        app = AppTest.from_file(str(ROOT / "app.py"), default_timeout=60).run()
+        holder.communicate("\n")
+    assert not app.exception
+    assert "in use by another process" in app.error[0].value

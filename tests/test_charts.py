@@ -1,0 +1,216 @@
+"""Figures show the data they were given, in the colours that mean the same everywhere."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lsq_core import charts
+from lsq_core.config import LADDER, MIB, QuantConfig
+from lsq_core.plan import PLANNERS
+
+
+def series(type_name: str, values: list[float], flagged: dict[int, float]) -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "type": type_name,
+            "label": charts.short_type(type_name),
+            "layer": range(len(values)),
+            "value": values,
+            "z": [flagged.get(i, np.nan) for i in range(len(values))],
+        }
+    )
+
+
+@pytest.fixture
+def panels() -> list[charts.Panel]:
+    q = series("self_attn.q_proj", [1e-6, 1e-4, 1e-3], {1: 4.5})
+    down = series("mlp.down_proj", [3.0, 3.5, 9.0], {})
+    both = pd.concat([q, down])
+    return [
+        charts.Panel(q, "Sensitivity", "mse", log=True),
+        charts.Panel(both, "Kurtosis", "kurtosis"),
+    ]
+
+
+def lines(figure, panel: int) -> list:
+    axis = f"y{panel if panel > 1 else ''}"
+    return [t for t in figure.data if t.yaxis == axis and t.mode == "lines+markers"]
+
+
+def test_lines_are_the_frames_values(panels):
+    figure = charts.over_layers(panels)
+    (q,) = lines(figure, 1)
+    assert list(q.x) == [0, 1, 2]
+    assert list(q.y) == [1e-6, 1e-4, 1e-3]
+    assert [list(t.y) for t in lines(figure, 2)] == [[1e-6, 1e-4, 1e-3], [3.0, 3.5, 9.0]]
+
+
+def test_only_a_log_panel_has_a_log_axis(panels):
+    figure = charts.over_layers(panels)
+    assert figure.layout.yaxis.type == "log"
+    assert figure.layout.yaxis2.type is None
+    assert figure.layout.yaxis.title.text == "mse"
+
+
+def test_rings_are_at_the_flagged_points(panels):
+    rings = [t for t in charts.over_layers(panels).data if t.name == "flagged"]
+    assert [(list(t.x), list(t.y)) for t in rings] == [([1], [1e-4]), ([1], [1e-4])]
+    assert rings[0].customdata.tolist() == [["q_proj", 4.5]]
+
+
+def test_a_module_has_one_colour_in_every_panel(panels):
+    figure = charts.over_layers(panels)
+    assert lines(figure, 1)[0].line.color == lines(figure, 2)[0].line.color
+
+
+def test_no_two_of_the_common_modules_share_a_colour():
+    assert len(set(charts.MODULE_COLORS.values())) == len(charts.MODULE_COLORS)
+
+
+def test_an_unknown_module_always_gets_the_same_colour():
+    assert charts.module_color("block.c_fc") == charts.module_color("other.c_fc")
+
+
+@pytest.fixture
+def plan() -> pd.DataFrame:
+    rows = [
+        (kind, layer, "b3g128", np.nan)
+        for kind in ("self_attn.q_proj", "mlp.up_proj")
+        for layer in range(4)
+    ]
+    frame = pd.DataFrame(rows, columns=["type", "layer", "config", "z"])
+    frame.loc[5, ["config", "z"]] = ["b8g32", 4.25]
+    return frame
+
+
+def test_a_cell_is_its_configuration(plan):
+    heatmap = charts.plan_heatmap(plan).data[0]
+    names = [c.name for c in LADDER]
+    shown = [[names[int(code)] for code in row] for row in heatmap.z]
+    assert shown == [["b3g128"] * 4, ["b3g128", "b8g32", "b3g128", "b3g128"]]
+    assert list(heatmap.y) == ["q_proj", "up_proj"], "in the order of the computation"
+    assert list(heatmap.x) == [0, 1, 2, 3]
+    assert "4.25" in heatmap.customdata[1][1]
+
+
+def test_a_cell_has_the_colour_of_its_configuration(plan):
+    heatmap = charts.plan_heatmap(plan).data[0]
+    scale = [color for _, color in heatmap.colorscale]
+    low, high = heatmap.zmin, heatmap.zmax
+    for index, config in enumerate(LADDER):
+        share = (index - low) / (high - low)
+        assert scale[2 * int(share * len(LADDER))] == charts.config_color(config)
+
+
+def test_the_legend_counts_the_configurations(plan):
+    names = [t.name for t in charts.plan_heatmap(plan).data[1:]]
+    assert names == ["b3g128 (3.13) × 7", "b8g32 (8.51) × 1"]
+
+
+def test_cells_say_their_name_only_where_there_is_room(plan):
+    def words(layers: int) -> str:
+        frame = pd.DataFrame(
+            {"type": "q_proj", "layer": range(layers), "config": "b4g64", "z": np.nan}
+        )
+        return charts.plan_heatmap(frame).data[0].text[0][0]
+
+    assert [words(n) for n in (8, 24, 80)] == ["b4g64", "4.25", ""]
+
+
+def test_experts_share_a_cell_and_the_pointer_is_told():
+    frame = pd.DataFrame(
+        {
+            "type": "mlp.experts.gate_proj",
+            "layer": 0,
+            "config": ["b3g64", "b4g64", "b3g64"],
+            "z": np.nan,
+        }
+    )
+    heatmap = charts.plan_heatmap(frame).data[0]
+    assert LADDER[int(heatmap.z[0][0])].name == "b3g64"
+    assert heatmap.customdata[0][0] == "3 experts: 2 × b3g64, 1 × b4g64"
+
+
+def test_a_layer_without_a_module_leaves_its_cell_empty(plan):
+    heatmap = charts.plan_heatmap(plan.drop(index=0)).data[0]
+    kinds = list(heatmap.y)
+    assert np.isnan(heatmap.z[kinds.index("q_proj")][0])
+
+
+def test_coarser_groups_are_lighter_and_full_colour_is_the_palette():
+    def light(config: QuantConfig) -> int:
+        color = charts.config_color(config)
+        return sum(int(color[i : i + 2], 16) for i in (1, 3, 5))
+
+    for bits in (2, 3, 4, 8):
+        shades = [light(QuantConfig(bits, group)) for group in (128, 64, 32)]
+        assert shades == sorted(shades, reverse=True)
+        assert charts.config_color(QuantConfig(bits, 32)) == charts.BIT_COLORS[bits].lower()
+
+
+@pytest.fixture
+def runs() -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "evaluation": ["a", "b", "c", "d"],
+            "method": ["uniform", "sensiboost", "uniform", "uniform"],
+            "label": ["U 4.25", "S 3.15", "U 3.13", "U rtn"],
+            "measured_bytes": [3 * MIB, 2.1 * MIB, 2 * MIB, 2.5 * MIB],
+            "perplexity": [60.0, 61.8, 62.1, 63.0],
+            "perplexity_full": 58.6,
+            "quantizer": ["hqq", "hqq", "hqq", "rtn"],
+        }
+    )
+
+
+def test_points_are_the_runs_and_uniform_hqq_is_joined_in_order(runs):
+    figure = charts.perplexity_by_size(runs)
+    points = {t.name: t for t in figure.data if t.mode == "markers"}
+    assert list(points["SensiBoost"].x) == [2.1]
+    assert list(points["SensiBoost"].y) == [61.8]
+    assert list(points["Uniform"].y) == [60.0, 62.1, 63.0]
+    (joined,) = [t for t in figure.data if t.mode == "lines"]
+    assert (list(joined.x), list(joined.y)) == ([2.0, 3.0], [62.1, 60.0])
+
+
+def test_full_precision_is_a_level_line(runs):
+    (level,) = charts.perplexity_by_size(runs).layout.shapes
+    assert level.y0 == level.y1 == 58.6
+
+
+def test_compared_runs_are_ringed(runs):
+    ring = next(t for t in charts.perplexity_by_size(runs, ["b"]).data if "compared" in t.name)
+    assert list(ring.y) == [61.8]
+
+
+def test_the_perplexity_axis_is_logarithmic_only_over_a_wide_range(runs):
+    assert charts.perplexity_by_size(runs).layout.yaxis.type is None
+    wide = runs.assign(perplexity=[60.0, 61.0, 900.0, 62.0])
+    assert charts.perplexity_by_size(wide).layout.yaxis.type == "log"
+
+
+def test_every_method_has_a_look_of_its_own():
+    looks = {(s.color, s.symbol) for s in charts.METHOD_STYLES.values()}
+    assert len(looks) == len(charts.METHOD_STYLES)
+    assert set(PLANNERS) <= set(charts.METHOD_STYLES)
+
+
+def test_bars_stack_to_the_whole_model():
+    frame = pd.DataFrame(
+        {
+            "name": ["as it is", "4.25"],
+            "config": ["", "b4g64"],
+            "linear_bytes": [8 * MIB, 2 * MIB],
+            "other_bytes": [1 * MIB, 1 * MIB],
+        }
+    )
+    linear, other = charts.size_bars(frame).data
+    assert list(linear.y) == [8, 2]
+    assert list(other.text) == ["9.00", "3.00"]
+    assert linear.marker.color[1] == charts.config_color(QuantConfig(4, 64))
+
+
+def test_nothing_offers_to_send_data_away():
+    assert charts.CONFIG["showSendToCloud"] is False
