@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from lsq_core import disk, jobs
@@ -19,11 +19,17 @@ from lsq_core.corpus import BUILT_IN
 from lsq_core.errors import InputError, LsqError
 from lsq_core.jsontext import json_text, write_json
 from lsq_core.model import MANIFEST, ModelSource
-from lsq_core.pipeline import EvaluationRequest, Report, Workbench, evaluate_saved
+from lsq_core.pipeline import (
+    EvaluationRequest,
+    Report,
+    Workbench,
+    evaluate_saved,
+    find_published,
+)
 from lsq_core.plan import PLANNERS, Plan, PlanRequest
 from lsq_core.profile import METRICS, ProfileSettings
 from lsq_core.quantize import QUANTIZERS
-from lsq_core.store import Store
+from lsq_core.store import PUBLISHED, Store
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -124,8 +130,8 @@ def build_parser(exit_on_error: bool = True) -> argparse.ArgumentParser:
     sub = verb("profile", profile, show_profile, "measure how hard each module is to quantize")
     _add_model(sub)
     _add_device(sub)
-    sub.add_argument("--corpus", default="stdlib", help=f"calibration text: {_corpora()}")
-    sub.add_argument("--quantizer", default="hqq", help=f"one of {', '.join(QUANTIZERS)}")
+    sub.add_argument("--corpus", help=f"calibration text: {_corpora()} (stdlib)")
+    sub.add_argument("--quantizer", help=f"one of {', '.join(QUANTIZERS)} (hqq)")
     _add_profile(sub)
 
     sub = verb("plan", plan, show_plan, "choose a configuration for each module")
@@ -150,6 +156,17 @@ def build_parser(exit_on_error: bool = True) -> argparse.ArgumentParser:
 
     sub = verb("results", results, show_results, "every run in the database")
     sub.add_argument("--model", help="only runs of this model")
+    sub.add_argument(
+        "--published", action="store_true", help="the imported runs in place of your own"
+    )
+
+    sub = verb(
+        "import-reference",
+        import_reference,
+        show_import,
+        "take in the published measurements of a checkout of lm-quant-toolkit",
+    )
+    sub.add_argument("folder", type=Path, metavar="DIR", help="holds src and data-vis")
 
     sub = verb("disk", on_disk, show_disk, "what is kept on disk, and pruning it")
     sub.add_argument("--prune", metavar="NAME", help="delete one of what disk lists")
@@ -165,7 +182,11 @@ def _corpora() -> str:
 
 
 def _add_model(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--model", required=True, help="demo, a Hugging Face id, or a local folder")
+    sub.add_argument(
+        "--model",
+        required=True,
+        help="demo, a Hugging Face id, a local folder, or an imported model",
+    )
     sub.add_argument("--revision", help="branch, tag or commit of a Hugging Face id")
     sub.add_argument(
         "--trust-remote-code",
@@ -185,16 +206,14 @@ def _add_device(sub: argparse.ArgumentParser) -> None:
 
 
 def _add_profile(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--axis", type=int, default=1, help="grouping axis, 0 or 1 (1)")
+    """Options that say how a profile is measured; an imported model has its own defaults."""
+    sub.add_argument("--axis", type=int, help="grouping axis, 0 or 1 (1)")
     sub.add_argument(
         "--metadata",
-        default="8bit",
         help=f"how scale and zero are stored: {' or '.join(METADATA_FORMATS)} (8bit)",
     )
-    sub.add_argument("--samples", type=int, default=128, help="calibration texts (128)")
-    sub.add_argument(
-        "--block-tokens", type=int, default=512, help="tokens of a calibration block (512)"
-    )
+    sub.add_argument("--samples", type=int, help="calibration texts (128)")
+    sub.add_argument("--block-tokens", type=int, help="tokens of a calibration block (512)")
 
 
 def _add_plan(sub: argparse.ArgumentParser) -> None:
@@ -203,13 +222,13 @@ def _add_plan(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--budget", help="3.2bpp, or bytes of the linear weights: 9MiB, 1.5GiB")
     sub.add_argument("--boost-stop", type=int, default=2, help="stops a flagged layer gains (2)")
     sub.add_argument("--top-m", type=int, default=0, help="outliers to keep, 0 for all (0)")
-    sub.add_argument("--calibration", default="stdlib", help=f"calibration text: {_corpora()}")
+    sub.add_argument("--calibration", help=f"calibration text: {_corpora()} (stdlib)")
     sub.add_argument(
         "--metric",
         default="sensitivity",
         help="what SensiBoost reads: sensitivity (by part) or sensitivity_module",
     )
-    sub.add_argument("--profile-quantizer", default="hqq", help="quantizer of the profile (hqq)")
+    sub.add_argument("--profile-quantizer", help="quantizer of the profile (hqq)")
     sub.add_argument("--seed", type=int, default=0, help="seed of the ablations (0)")
     sub.add_argument(
         "--exact", action="store_true", help="solve a knapsack to the optimum, with its gap"
@@ -240,15 +259,20 @@ def _source(options: argparse.Namespace) -> ModelSource:
     )
 
 
-def _settings(options: argparse.Namespace, quantizer: str, calibration: str) -> ProfileSettings:
-    return ProfileSettings(
-        quantizer=quantizer,
-        axis=options.axis,
-        metadata=options.metadata,
-        calibration=calibration,
-        samples=options.samples,
-        block_tokens=options.block_tokens,
-    )
+def _settings(
+    options: argparse.Namespace, bench: Workbench, quantizer: str | None, calibration: str | None
+) -> ProfileSettings:
+    """The profile settings that were given, and the model's defaults for the others."""
+    chosen = {
+        "quantizer": quantizer,
+        "axis": options.axis,
+        "metadata": options.metadata,
+        "calibration": calibration,
+        "samples": options.samples,
+        "block_tokens": options.block_tokens,
+    }
+    given = {name: value for name, value in chosen.items() if value is not None}
+    return replace(bench.default_settings, **given)
 
 
 def _plan_request(options: argparse.Namespace) -> PlanRequest:
@@ -283,9 +307,10 @@ def inspect(options: argparse.Namespace, report: Report) -> dict:
     """Layers, parameters, bytes and modules, from the config alone for a remote model."""
     from lsq_core.load import inspect_model
 
-    info = inspect_model(_source(options))
+    source, store = _source(options), Store(options.db)
+    info = find_published(source, store) or inspect_model(source)
     if info.fingerprint:
-        Store(options.db).save_model(info)
+        store.save_model(info)
     return _described(info) | {
         "modules": {m.name: [m.out_features, m.in_features] for m in info.matrices}
     }
@@ -310,7 +335,7 @@ def _described(info: object) -> dict:
 def profile(options: argparse.Namespace, report: Report) -> dict:
     """Measure or find a profile."""
     bench = _workbench(options, report)
-    found = bench.profile(_settings(options, options.quantizer, options.corpus))
+    found = bench.profile(_settings(options, bench, options.quantizer, options.corpus))
     return {
         "profile": found.id,
         "model": _described(bench.info),
@@ -323,7 +348,7 @@ def profile(options: argparse.Namespace, report: Report) -> dict:
 def plan(options: argparse.Namespace, report: Report) -> dict:
     """Make a plan, measuring what it needs first."""
     bench = _workbench(options, report)
-    settings = _settings(options, options.profile_quantizer, options.calibration)
+    settings = _settings(options, bench, options.profile_quantizer, options.calibration)
     made, used = bench.plan(_plan_request(options), settings)
     content = made.to_json() | {
         "model": bench.source.name,
@@ -352,7 +377,7 @@ def run(options: argparse.Namespace, report: Report) -> dict:
             raise InputError("Give a saved plan, or a method with base or budget, but not both.")
         made, used = _saved_plan(options.plan, bench), None
     else:
-        settings = _settings(options, options.profile_quantizer, options.calibration)
+        settings = _settings(options, bench, options.profile_quantizer, options.calibration)
         made, used = bench.plan(_plan_request(options), settings)
     save = options.save.expanduser().resolve() if options.save else None
     outcome = bench.run(made, used, options.quantizer, evaluation, save)
@@ -382,12 +407,20 @@ def evaluate(options: argparse.Namespace, report: Report) -> dict:
 
 
 def results(options: argparse.Namespace, report: Report) -> dict:
-    """Every run, newest first."""
-    frame = Store(options.db).results()
+    """Every run, newest first: measured here, or published."""
+    origin = "published" if options.published else "measured"
+    frame = Store(options.db).results(origin=origin)
     if options.model:
-        frame = frame[frame["model"] == options.model]
+        frame = frame[frame["model"].isin([options.model, PUBLISHED + options.model])]
     frame = frame.assign(created=frame["created"].astype(str))
     return {"results": frame.astype(object).where(frame.notna(), None).to_dict("records")}
+
+
+def import_reference(options: argparse.Namespace, report: Report) -> dict:
+    """Take in published measurements, in the place of those taken in before."""
+    from lsq_core import reference
+
+    return reference.import_reference(options.folder, Store(options.db), report)
 
 
 def on_disk(options: argparse.Namespace, report: Report) -> dict:
@@ -432,9 +465,11 @@ def show_model(result: dict) -> None:
 def show_profile(result: dict) -> None:
     """Print which profile was measured."""
     provenance = result["provenance"]
+    published = provenance.get("origin") == "published"
+    tokens = "published, on" if published else f"on {provenance['tokens']:,} tokens of"
     print(
         f"profile {result['profile']} of {result['model']['model']}: {len(result['scores']):,} "
-        f"scores on {provenance['tokens']:,} tokens of {provenance['corpus']}"
+        f"scores {tokens} {provenance['corpus']}"
     )
 
 
@@ -480,11 +515,21 @@ def show_results(result: dict) -> None:
     """Print the runs as a table."""
     print(f"{'model':<24} {'method':<20} {'bits':>7} {'MiB':>9} {'perplexity':>11}  corpus")
     for row in result["results"]:
+        # A published run tells no bytes of its linear weights.
+        size = row["measured_bytes"]
+        mib = "–" if size is None else f"{size / 2**20:.2f}"
         print(
             f"{str(row['model'])[-24:]:<24} {row['method']:<20} {row['bits_per_param']:>7.4f} "
-            f"{row['measured_bytes'] / 2**20:>9.2f} {row['perplexity']:>11.4f}  {row['corpus']} "
-            f"({row['protocol']})"
+            f"{mib:>9} {row['perplexity']:>11.4f}  {row['corpus']} ({row['protocol']})"
         )
+
+
+def show_import(result: dict) -> None:
+    """Print what was taken in, and what the files lack."""
+    counts = ", ".join(f"{count:,} {table}" for table, count in result["counts"].items())
+    print(f"{result['source']}: {counts}")
+    for sentence in [*result["flawed"], *result["missing"]]:
+        print(f"  {sentence}")
 
 
 def show_disk(result: dict) -> None:

@@ -6,6 +6,7 @@ The app's jobs, the command line and the tests all call :class:`Workbench`.
 from __future__ import annotations
 
 import errno
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,22 +15,27 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lsq_core.config import DETECTION_CONFIG, format_bytes
+import numpy as np
+
+from lsq_core.config import DETECTION_CONFIG, LADDER, QuantConfig, format_bytes
 from lsq_core.corpus import corpus_identity, load_corpus, token_stream
 from lsq_core.errors import InputError, LsqError
 from lsq_core.jsontext import json_text
 from lsq_core.model import ModelInfo, ModelSource, find_model, fingerprint
-from lsq_core.plan import Plan, PlanRequest, Problem, get_planner, make_plan
+from lsq_core.plan import PLANNERS, Plan, PlanRequest, Problem, get_planner, make_plan
 from lsq_core.profile import Profile, ProfileSettings
 from lsq_core.provenance import machine, versions
 from lsq_core.quantize import QUANTIZERS
-from lsq_core.store import Store, new_id
+from lsq_core.store import PUBLISHED, Store, new_id
 
 if TYPE_CHECKING:
     from torch import nn
 
     from lsq_core.evaluate import Evaluation
     from lsq_core.load import LoadedModel
+
+#: How the profiles were measured that published plans were made from (method §2).
+PUBLISHED_SETTINGS = ProfileSettings(axis=0, calibration="pileval")
 
 #: Called with a stage, how much of it is done, of how much, and what is being done.
 Report = Callable[[str, int, int, str], None]
@@ -69,8 +75,26 @@ class Workbench:
     # --- the model --------------------------------------------------------------------------
 
     @cached_property
+    def published(self) -> ModelInfo | None:
+        """The model, where its measurements were published and its weights are not here."""
+        return find_published(self.source, self.store)
+
+    @property
+    def default_settings(self) -> ProfileSettings:
+        """The profile settings that hold where a person gives none."""
+        return PUBLISHED_SETTINGS if self.published else ProfileSettings()
+
+    def _need_weights(self) -> None:
+        if self.published:
+            raise InputError(
+                f"{self.published.source} has published measurements but no weights, so it can be "
+                "planned for and no more; give a model folder or a Hugging Face id."
+            )
+
+    @cached_property
     def folder(self) -> Path:
         """The model's local folder; a remote one is fetched."""
+        self._need_weights()
         if not self.source.is_local:
             self.report("load", 0, 1, f"fetching {self.source.name}")
         return find_model(self.source)
@@ -78,6 +102,8 @@ class Workbench:
     @cached_property
     def info(self) -> ModelInfo:
         """What is known of the model, from the store or from its config."""
+        if self.published:
+            return self.published
         known = self.store.model(fingerprint(self.folder))
         if known is not None:
             return replace(known, source=self.source.name, revision=self.source.revision)
@@ -92,6 +118,7 @@ class Workbench:
     @cached_property
     def loaded(self) -> LoadedModel:
         """The model with its weights."""
+        self._need_weights()
         from lsq_core.load import load_model
 
         self.report("load", 0, 1, f"loading {self.source.name}")
@@ -108,7 +135,11 @@ class Workbench:
         return settings.key(fingerprint(self.folder), corpus_identity(settings.calibration))
 
     def find_profile(self, settings: ProfileSettings) -> Profile | None:
-        """The profile if it was measured before."""
+        """The profile if it was measured before, or published."""
+        if self.published:
+            kept = self.store.profiles(self.published.fingerprint)
+            same = [json.loads(text) == asdict(settings) for text in kept["settings"]]
+            return self.store.profile(kept["id"][same.index(True)]) if any(same) else None
         return self.store.profile(self.profile_key(settings))
 
     def profile(self, settings: ProfileSettings) -> Profile:
@@ -123,6 +154,8 @@ class Workbench:
         if found is not None:
             self.report("profile", 1, 1, "found in the store")
             return found
+        if self.published:
+            raise InputError(_no_such_profile(self.published, settings, self.store))
         from lsq_core.profile.measure import measure_profile
 
         loaded = self.loaded
@@ -151,8 +184,10 @@ class Workbench:
         request.budget_for(Problem(self.info.matrices))
         profile = self.profile(settings) if planner.metrics else None
         self.report("plan", 0, 1, planner.title)
+        problem = problem_of(self.info, profile)
+        check_metrics(self.info, problem, request)
         plan = make_plan(
-            problem_of(self.info, profile),
+            problem,
             request,
             metadata=settings.metadata,
             axis=settings.axis,
@@ -383,19 +418,88 @@ def evaluate_saved(
     } | _figures(evaluation)
 
 
+def find_published(source: ModelSource, store: Store) -> ModelInfo | None:
+    """The published model that a source names: ``published:NAME``, or ``NAME`` alone.
+
+    The name alone means a local folder where there is one of that name.
+
+    Raises
+    ------
+    InputError
+        When ``published:NAME`` was never imported.
+    """
+    if source.is_local:
+        return None
+    name = source.name.removeprefix(PUBLISHED)
+    known = store.model(PUBLISHED + name)
+    if known is None and source.name.startswith(PUBLISHED):
+        there = sorted(store.models(origin="published")["source"])
+        raise InputError(
+            f"{store.path} has no published measurements of '{name}'; "
+            + (f"choose one of {', '.join(there)}." if there else "import-reference brings them.")
+        )
+    return known
+
+
+def _no_such_profile(info: ModelInfo, settings: ProfileSettings, store: Store) -> str:
+    """What a published model has instead of the profile that was asked for."""
+    kept = [ProfileSettings(**json.loads(s)) for s in store.profiles(info.fingerprint)["settings"]]
+    there = sorted({f"{s.calibration} ({s.quantizer}, axis {s.axis})" for s in kept})
+    return (
+        f"{info.source} has no published profile on {settings.calibration} ({settings.quantizer}, "
+        f"axis {settings.axis}, {settings.metadata} metadata, {settings.samples} samples of "
+        f"{settings.block_tokens} tokens); choose one of {', '.join(there)}, and leave the other "
+        "settings out."
+    )
+
+
 def problem_of(info: ModelInfo, profile: Profile | None) -> Problem:
-    """What planners see: matrices, and a profile's scores where there is one."""
+    """What planners see: matrices, and those of a profile's scores that it holds.
+
+    A published profile may lack metrics, or a metric at some stops (NaN there).
+    """
     if profile is None:
         return Problem(info.matrices)
-    detection = {
-        metric: profile.scores(metric, DETECTION_CONFIG)
-        for metric in ("sensitivity", "sensitivity_module")
+    held = set(zip(profile.values["metric"], profile.values["config"], strict=True))
+    metrics = {metric for metric, _ in held}
+    nothing = np.full(len(info.matrices), np.nan)
+
+    def at(metric: str, config: QuantConfig) -> np.ndarray:
+        return profile.scores(metric, config) if (metric, config.name) in held else nothing
+
+    scores = {"kurtosis": profile.scores("kurtosis")} if "kurtosis" in metrics else {}
+    for metric in ("sensitivity", "sensitivity_module"):
+        if (metric, DETECTION_CONFIG.name) in held:
+            scores[metric] = profile.scores(metric, DETECTION_CONFIG)
+    by_config = {
+        metric: np.stack([at(metric, config) for config in LADDER], axis=1)
+        for metric in ("weight_error", "sensitivity_module")
+        if metric in metrics
     }
-    return Problem(
-        info.matrices,
-        scores={"kurtosis": profile.scores("kurtosis")} | detection,
-        by_config={"weight_error": profile.by_config("weight_error")},
-    )
+    return Problem(info.matrices, scores, by_config)
+
+
+def check_metrics(info: ModelInfo, problem: Problem, request: PlanRequest) -> None:
+    """Raise :class:`InputError` when the profile lacks what the method reads.
+
+    The sentence names the methods for which it has enough.
+    """
+    held = problem.scores.keys() | problem.by_config.keys()
+
+    def lacks(method: str) -> list[str]:
+        planner = get_planner(method)
+        read = {"sensitivity": request.metric} if planner.has_base else {}
+        return [m for m in (read.get(m, m) for m in planner.metrics) if m not in held]
+
+    missing = lacks(request.method)
+    if missing:
+        others = [name for name, p in PLANNERS.items() if p.metrics and not lacks(name)]
+        first, last = ", ".join(others[:-1]), (others or ["uniform"])[-1]
+        raise InputError(
+            f"{info.source} has no {' and no '.join(missing)}, so "
+            f"{get_planner(request.method).title} cannot plan for it; choose "
+            f"{first}{' or ' if first else ''}{last}."
+        )
 
 
 def _figures(evaluation: Evaluation) -> dict:

@@ -13,7 +13,7 @@ import re
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 DEFAULT_PATH = Path(__file__).resolve().parents[1] / "data" / "lsq.duckdb"
 #: Seconds to wait for another process to let go of the file.
 WAIT = 20.0
+#: What the fingerprint of a model without weights begins with: its measurements were published.
+PUBLISHED = "published:"
 
 #: Forward migrations: the n-th brings schema version n to n + 1. Never edit one that has shipped.
 MIGRATIONS = [
@@ -76,6 +78,12 @@ MIGRATIONS = [
         peak_bytes BIGINT, nll DOUBLE[], counts BIGINT[], provenance JSON, created TIMESTAMP
     );
     """,
+    # Published figures lie beside measured ones and are never taken for them.
+    """
+    ALTER TABLE models ADD COLUMN origin VARCHAR DEFAULT 'measured';
+    ALTER TABLE profiles ADD COLUMN origin VARCHAR DEFAULT 'measured';
+    ALTER TABLE runs ADD COLUMN origin VARCHAR DEFAULT 'measured';
+    """,
 ]
 
 
@@ -110,8 +118,15 @@ class Store:
         connection = self._open()
         try:
             yield connection
-        except duckdb.IOException as error:
-            raise LsqError(f"{self.path} could not be written: {_first_line(error)}") from error
+        except duckdb.Error as error:
+            if "No space left" in str(error):
+                raise LsqError(
+                    f"The disk is full, so {self.path} could not take the result: make room and "
+                    "try again; what it held before is whole."
+                ) from error
+            if isinstance(error, duckdb.IOException):
+                raise LsqError(f"{self.path} cannot be used: {_first_line(error)}") from error
+            raise
         finally:
             connection.close()
 
@@ -124,7 +139,9 @@ class Store:
                 yield connection
                 connection.commit()
             except BaseException:
-                connection.rollback()
+                # A commit that failed, on a full disk say, has rolled back already.
+                with suppress(duckdb.TransactionException):
+                    connection.rollback()
                 raise
 
     def _open(self) -> duckdb.DuckDBPyConnection:
@@ -189,38 +206,12 @@ class Store:
 
     def save_model(self, info: ModelInfo) -> None:
         """Keep what is known of a model; a model already there stays as it is."""
-        import pandas as pd
-
-        frame = pd.DataFrame([asdict(m) for m in info.matrices])
-        frame["fingerprint"], frame["position"] = info.fingerprint, range(len(frame))
-        frame["expert"] = frame["expert"].astype("Int64")
         with self.transaction() as connection:
-            if connection.execute(
+            known = connection.execute(
                 "SELECT 1 FROM models WHERE fingerprint = ?", [info.fingerprint]
-            ).fetchone():
-                return
-            _insert(
-                connection,
-                "models",
-                fingerprint=info.fingerprint,
-                source=info.source,
-                revision=info.revision,
-                architecture=info.architecture,
-                layers=info.layers,
-                context=info.context,
-                parameters=info.parameters,
-                linear_parameters=info.linear_parameters,
-                file_bytes=info.file_bytes,
-                other_bytes=info.other_bytes,
-                tied_embeddings=info.tied_embeddings,
-                left_out=list(info.left_out),
-                config=json_text(info.config),
-                created=now(),
-            )
-            connection.execute(
-                "INSERT INTO matrices SELECT fingerprint, position, name, layer, type, "
-                "out_features, in_features, expert FROM frame"
-            )
+            ).fetchone()
+            if not known:
+                _insert_model(connection, info)
 
     def model(self, fingerprint: str) -> ModelInfo | None:
         """What is known of a model, or None."""
@@ -249,9 +240,12 @@ class Store:
             config=json.loads(row["config"]),
         )
 
-    def models(self) -> pd.DataFrame:
-        """One row a model, newest first."""
-        return self.query("SELECT * EXCLUDE (config) FROM models ORDER BY created DESC")
+    def models(self, origin: str = "measured") -> pd.DataFrame:
+        """One row a model, newest first: ``measured`` ones, with weights, or ``published``."""
+        return self.query(
+            "SELECT * EXCLUDE (config) FROM models WHERE origin = ? ORDER BY created DESC",
+            [origin],
+        )
 
     # --- profiles ---------------------------------------------------------------------------
 
@@ -390,12 +384,18 @@ class Store:
             if not same:
                 _insert_evaluation(connection, evaluation, None, fingerprint)
 
-    def results(self, fingerprint: str | None = None) -> pd.DataFrame:
+    def results(
+        self, fingerprint: str | None = None, origin: str | None = "measured"
+    ) -> pd.DataFrame:
         """One row an evaluation of a quantized run, newest first, with full precision beside it.
 
         ``perplexity_full`` is that of the same model, corpus, protocol, token count and dtype.
+        ``origin`` is ``measured``, ``published``, or None for both together. A published row has
+        no ``measured_bytes``; its ``model_bytes`` are the whole model's storage, as published.
         """
-        where = "WHERE e.fingerprint = ?" if fingerprint else ""
+        chosen = {"e.fingerprint": fingerprint, "r.origin": origin}
+        chosen = {column: value for column, value in chosen.items() if value}
+        where = f"WHERE {' AND '.join(f'{column} = ?' for column in chosen)}" if chosen else ""
         return self.query(
             f"""
             SELECT e.id AS evaluation, r.id AS run, r.plan, m.source AS model, r.fingerprint,
@@ -408,7 +408,7 @@ class Store:
                    r.device, r.machine, r.dtype, r.saved_to,
                    CAST(p.content -> '$.request' AS VARCHAR) AS request, p.profile,
                    p.content ->> '$.metadata' AS metadata,
-                   CAST(p.content ->> '$.axis' AS INTEGER) AS axis, r.created
+                   CAST(p.content ->> '$.axis' AS INTEGER) AS axis, r.created, r.origin
             FROM evaluations e
             JOIN runs r ON e.run = r.id
             LEFT JOIN plans p ON r.plan = p.id
@@ -419,12 +419,12 @@ class Store:
                     provenance ->> '$.dtype' AS dtype
                 FROM evaluations WHERE run IS NULL
             ) f ON f.fingerprint = e.fingerprint AND f.corpus_sha256 = e.corpus_sha256
-               AND f.protocol = e.protocol AND f.tokens = e.tokens
+               AND f.protocol = e.protocol AND f.tokens IS NOT DISTINCT FROM e.tokens
                AND f.dtype = e.provenance ->> '$.dtype'
             {where}
             ORDER BY r.created DESC
             """,
-            [fingerprint] if fingerprint else [],
+            list(chosen.values()),
         )
 
     def full_precision(self, fingerprint: str) -> pd.DataFrame:
@@ -446,14 +446,48 @@ class Store:
         Raises
         ------
         InputError
-            When there is no such evaluation.
+            When there is no such evaluation, or it was published as one figure.
         """
         row = self._row("SELECT nll, counts FROM evaluations WHERE id = ?", [evaluation])
         if row is None:
             raise InputError(f"There is no evaluation '{evaluation}' in {self.path}.")
+        if row["nll"] is None:
+            raise InputError(
+                f"Evaluation '{evaluation}' was published without its windows, so it has no "
+                "interval; compare its perplexity alone."
+            )
         return np.array(row["nll"]), np.array(row["counts"])
 
+    # --- published measurements -----------------------------------------------------------------
 
+    def replace_published(self, models: list[ModelInfo], rows: dict[str, pd.DataFrame]) -> None:
+        """Keep published measurements in the place of those kept before, all or nothing.
+
+        ``rows`` holds a frame for each of ``profiles, scores, plans, runs, evaluations``, with
+        the columns of the table by their own names; what a frame lacks is NULL.
+        """
+        with self.transaction() as connection:
+            for table, where in _PUBLISHED_ROWS.items():
+                connection.execute(f"DELETE FROM {table} WHERE {where}")
+            for info in models:
+                _insert_model(connection, info, origin="published")
+            for table, frame in rows.items():
+                connection.register("frame", frame)
+                connection.execute(f"INSERT INTO {table} BY NAME SELECT * FROM frame")
+                connection.unregister("frame")
+
+
+#: Which rows of each table are published ones, what points to others before what is pointed to.
+#: Plans that a person made for a published model stay.
+_PUBLISHED_ROWS = {
+    "scores": "profile IN (SELECT id FROM profiles WHERE origin = 'published')",
+    "evaluations": "fingerprint IN (SELECT fingerprint FROM models WHERE origin = 'published')",
+    "matrices": "fingerprint IN (SELECT fingerprint FROM models WHERE origin = 'published')",
+    "plans": "json_exists(content, '$.published')",
+    "runs": "origin = 'published'",
+    "profiles": "origin = 'published'",
+    "models": "origin = 'published'",
+}
 #: What a saved model's manifest knows of its plan and run, by the columns' own names.
 _PLAN_COLUMNS = ("method", "bits_per_param", "nominal_bytes", "planned_bytes", "model_bytes")
 _RUN_COLUMNS = ("method", "quantizer", "model_bytes", "device", "dtype")
@@ -467,6 +501,39 @@ def _insert(
     verb = "INSERT OR REPLACE" if replace else "INSERT"
     connection.execute(
         f"{verb} INTO {table} ({', '.join(values)}) VALUES ({marks})", list(values.values())
+    )
+
+
+def _insert_model(
+    connection: duckdb.DuckDBPyConnection, info: ModelInfo, origin: str = "measured"
+) -> None:
+    import pandas as pd
+
+    frame = pd.DataFrame([asdict(m) for m in info.matrices])
+    frame["fingerprint"], frame["position"] = info.fingerprint, range(len(frame))
+    frame["expert"] = frame["expert"].astype("Int64")
+    _insert(
+        connection,
+        "models",
+        fingerprint=info.fingerprint,
+        source=info.source,
+        revision=info.revision,
+        architecture=info.architecture,
+        layers=info.layers,
+        context=info.context,
+        parameters=info.parameters,
+        linear_parameters=info.linear_parameters,
+        file_bytes=info.file_bytes,
+        other_bytes=info.other_bytes,
+        tied_embeddings=info.tied_embeddings,
+        left_out=list(info.left_out),
+        config=json_text(info.config),
+        created=now(),
+        origin=origin,
+    )
+    connection.execute(
+        "INSERT INTO matrices SELECT fingerprint, position, name, layer, type, "
+        "out_features, in_features, expert FROM frame"
     )
 
 

@@ -189,21 +189,25 @@ def show_result(job: Job) -> None:
     """The figures of a run that is done."""
     result = job.result()
     change = result["increase"]
+    figures = {
+        "Perplexity": f"{result['perplexity']:.4f}",
+        "Full precision": f"{result['perplexity_full']:.4f}",
+        "Difference": words.signed_percent(change["relative"], 2),
+        "KL (nats)": f"{result['kl']:.4f}",
+        "Same top token": f"{100 * result['top1']:.1f} %",
+        "Measured": format_bytes(result["measured_bytes"]),
+    }
+    for column, (label, value) in zip(st.columns(len(figures)), figures.items(), strict=True):
+        column.metric(label, value)
     spread = " to ".join(words.signed_percent(change[k], 2) for k in ("low", "high"))
-    full, model = result["perplexity_full"], format_bytes(result["measured_model_bytes"])
     parts = [f"{stage} {words.seconds(result[f'{stage}_seconds'])}" for stage in _TIMED]
-    figures = [
-        ("Perplexity", f"{result['perplexity']:.4f}", f"full precision {full:.4f}"),
-        ("Difference", words.signed_percent(change["relative"], 2), f"95 %: {spread}"),
-        ("KL to full", f"{result['kl']:.4f}", "nats a token"),
-        ("Same top token", f"{100 * result['top1']:.1f} %", "as full precision"),
-        ("Measured", format_bytes(result["measured_bytes"]), f"whole model {model}"),
-        ("Took", words.seconds(job.seconds), ", ".join(parts)),
+    facts = [
+        f"95 % interval of the difference {spread}",
+        f"whole model {format_bytes(result['measured_model_bytes'])}",
+        f"took {words.seconds(job.seconds)}: {', '.join(parts)}",
     ]
-    for column, (label, value, under) in zip(st.columns(len(figures)), figures, strict=True):
-        column.metric(label, value, under, delta_color="off", delta_arrow="off")
-    if result["saved_to"]:
-        st.caption(f"Saved to {result['saved_to']}")
+    facts += [f"saved to {result['saved_to']}"] if result["saved_to"] else []
+    st.caption(" · ".join(facts))
     next_step("pages/4_Compare.py", "Compare it with the other runs")
 
 

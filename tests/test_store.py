@@ -254,3 +254,33 @@ def test_values_never_become_sql(info):
     assert store.results(nasty).empty
     assert store.model(nasty) is None
     assert store.query("SELECT count(*) n FROM runs")["n"][0] == 0
+
+
+def test_a_full_disk_is_told_and_keeps_what_was_there(tmp_path, info):
+    """On a real file system of 2 MiB; needs the right to mount one."""
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(small)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    try:
+        store = Store(small / "lsq.duckdb")
+        store.save_model(info)
+        big = evaluation(10)
+        object.__setattr__(big, "nll", np.random.default_rng(0).random(20_000))
+        kept = 0
+
+        def fill_the_disk() -> None:
+            nonlocal kept
+            for kept in range(100):
+                store.save_run(f"run {kept}", {"fingerprint": info.fingerprint}, [big])
+
+        with pytest.raises(LsqError, match="disk is full"):
+            fill_the_disk()
+        assert kept > 0
+        again = Store(small / "lsq.duckdb")
+        assert again.query("SELECT count(*) n FROM runs")["n"][0] == kept
+        assert again.query("SELECT count(*) n FROM evaluations")["n"][0] == kept
+        assert again.model(info.fingerprint) == info
+    finally:
+        subprocess.run(["umount", str(small)], check=True)

@@ -192,8 +192,11 @@ class Person:
         self.wait(lambda: field.get_attribute("value") == text and self.settled())
 
     def metric(self, label: str) -> str:
-        """The value of a figure with a label."""
-        for found in self.all("[data-testid=stMetric]"):
-            if label in found.text:
-                return found.find_element("css selector", "[data-testid=stMetricValue]").text
-        raise AssertionError(f"there is no figure '{label}'")
+        """The value of a figure with a label, once it is there."""
+
+        def value() -> str | None:
+            found = [e for e in self.all("[data-testid=stMetric]") if label in e.text.split("\n")]
+            values = [e.find_element("css selector", "[data-testid=stMetricValue]") for e in found]
+            return values[0].text if values else None
+
+        return self.wait(value, why=f"there is no figure '{label}'")

@@ -1,0 +1,726 @@
+"""The import of published measurements: against the files themselves, and against [A]'s figures."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lsq_core import store as store_module
+from lsq_core.cli import main
+from lsq_core.compare import WinTieLoss, win_tie_loss, with_labels
+from lsq_core.config import GIB, LADDER
+from lsq_core.errors import InputError
+from lsq_core.model import Matrix, ModelSource
+from lsq_core.pipeline import EvaluationRequest, Workbench
+from lsq_core.plan import Plan, PlanRequest
+from lsq_core.reference import import_reference
+from lsq_core.store import MIGRATIONS, Store
+from tests.conftest import REFERENCE
+
+SEVEN, EIGHT, SEVENTY = (
+    "published:Llama-2-7b-hf",
+    "published:Meta-Llama-3-8B",
+    "published:Llama-2-70b-hf",
+)
+BOOST = "data-vis/endeavors/boost/data"
+COMBINED = f"{BOOST}/combined.csv"
+PLAN_FILE = f"{BOOST}/allot/mxq/sensi-boost-2-0/quant-allot-sensi-boost-2-0.csv"
+
+
+@pytest.fixture(scope="module")
+def reference() -> Path:
+    """The published measurements; tests that need them are skipped where they aren't."""
+    if not REFERENCE.is_dir():
+        pytest.skip(f"the published measurements are not at {REFERENCE}")
+    return REFERENCE
+
+
+@pytest.fixture(scope="module")
+def imported(reference: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, dict]:
+    """The whole reference in a database, and what the import said; for reading only."""
+    store = Store(tmp_path_factory.mktemp("reference") / "lsq.duckdb")
+    return store, import_reference(reference, store)
+
+
+@pytest.fixture(scope="module")
+def store(imported: tuple[Store, dict]) -> Store:
+    return imported[0]
+
+
+def csv(path: str) -> pd.DataFrame:
+    return pd.read_csv(REFERENCE / path)
+
+
+def bench(store: Store, model: str) -> Workbench:
+    return Workbench(ModelSource(model), store)
+
+
+def rows_by_table(store: Store) -> dict[str, int]:
+    tables = ("models", "matrices", "profiles", "scores", "plans", "runs", "evaluations")
+    return {t: int(store.query(f"SELECT count(*) n FROM {t}")["n"][0]) for t in tables}
+
+
+# --- against the files ------------------------------------------------------------------------
+
+
+def test_every_row_is_counted(imported):
+    store, result = imported
+    assert result["counts"] == rows_by_table(store)
+    runs = csv(COMBINED)
+    quantized = runs[runs["algo"] != "fp16"]
+    figures = runs[["ppl_wikitext", "ppl_c4"]].notna().sum().sum()
+    # 70B, 7B and 8B have weights of their own; chat, Instruct and meditron only sensitivities
+    assert result["counts"] == {
+        "models": 6,
+        "matrices": 560 + 5 * 224,
+        "profiles": 1 + (3 + 8 + 3) + (3 + 3) + 3 * 3,
+        "scores": len(store.query("SELECT 1 FROM scores")),
+        "plans": len(quantized),
+        "runs": len(quantized),
+        "evaluations": figures,
+    }
+    assert len(quantized) == 948
+    assert figures == 1895
+    assert len(result["files"]) == 3 + 1 + 3 + 1 + 33 + 1
+
+
+def test_what_the_files_lack_is_told(imported):
+    _, result = imported
+    assert [s for s in result["flawed"] if "sensi-boost-3-3 at 3.13" in s] == result["flawed"]
+    missing = "\n".join(result["missing"])
+    assert f"{SEVENTY} on pileval with hqq has no sensitivity." in missing
+    assert f"{SEVENTY}: no plan file tells the whole model's size" in missing
+    assert "meditron-7b: only sensitivities are published" in missing
+    assert "combined.csv, row 245: Llama-2-7b-hf mxq1 at 2.15 has no ppl_wikitext." in missing
+    assert sum("has no ppl_" in sentence for sentence in result["missing"]) == 5
+    assert f"{EIGHT} on c4@variant-sensi with hqq has no sensitivity at" in missing
+    assert f"{SEVEN} on pileval with hqq" not in missing, "nothing is missing there"
+
+
+def test_models_are_described(store):
+    seven, seventy = store.model(SEVEN), store.model(SEVENTY)
+    assert (seven.layers, seven.parameters, len(seven.matrices)) == (32, 6738415616, 224)
+    assert seven.linear_parameters == 6476005376
+    assert seven.other_bytes == 2 * (6738415616 - 6476005376)
+    shapes = {m.type: (m.out_features, m.in_features) for m in store.model(EIGHT).matrices}
+    assert shapes == {
+        "self_attn.q_proj": (4096, 4096),
+        "self_attn.k_proj": (1024, 4096),
+        "self_attn.v_proj": (1024, 4096),
+        "self_attn.o_proj": (4096, 4096),
+        "mlp.gate_proj": (14336, 4096),
+        "mlp.up_proj": (14336, 4096),
+        "mlp.down_proj": (4096, 14336),
+    }
+    assert seventy.parameters == seventy.linear_parameters, "the rest is not told"
+    assert set(store.models(origin="published")["fingerprint"]) >= {SEVEN, EIGHT, SEVENTY}
+    assert store.models().empty, "published models are not among one's own"
+
+
+@pytest.mark.parametrize("model", [SEVEN, EIGHT, SEVENTY])
+def test_a_main_profile_holds_the_csvs_figures(store, model):
+    work = bench(store, model)
+    profile = work.profile(work.default_settings)
+    name = model.removeprefix("published:")
+    table = csv(f"src/data/fnorm-{name}.csv")
+    table.index = "model.layers." + table["layer"].astype(str) + "." + table["module"]
+    order = [m.name for m in profile.matrices]
+    for config in LADDER:
+        own = table[(table["nbit1"] == config.bits) & (table["gsize1"] == config.group_size)]
+        assert (profile.scores("weight_error", config) == own["fnorm"].reindex(order)).all()
+    once = table[~table.index.duplicated()].reindex(order)
+    if model == SEVENTY:
+        kurtosis = csv(f"data-vis/data/wdist/wdist-{name}.csv").set_index(["module", "layer"])
+        keys = list(zip(once["module"], once["layer"], strict=True))
+        assert (profile.scores("kurtosis") == kurtosis.loc[keys, "kurtosis"].to_numpy()).all()
+        assert "sensitivity" not in set(profile.values["metric"])
+    else:
+        assert (profile.scores("kurtosis") == once["kurtosis"]).all()
+        detection = profile.scores("sensitivity", LADDER[7])
+        assert (detection == once["sensitivity"]).all(), "b4g64 as the published plans had it"
+    assert profile.provenance["files"].keys() >= {f"src/data/fnorm-{name}.csv"}
+
+
+def test_part_scores_are_shared_by_their_modules(store):
+    table = csv("data-vis/data/llama-sensitivity.csv")
+    table = table[(table["dataset"] == "pileval") & (table["nbits"] == 3)]
+    table = table[table["group_size"] == 64].set_index(["model", "part", "layer"])["sensitivity"]
+    for model, of_o in ((SEVEN, "attn_out"), (EIGHT, "attn_in")):
+        values = bench(store, model).profile(bench(store, model).default_settings).values
+        values = values[(values["metric"] == "sensitivity") & (values["config"] == "b3g64")]
+        assert len(values) == 224
+        for row in values.itertuples():
+            key = (model.removeprefix("published:"), row.part, row.layer)
+            assert row.value == table[key]
+        parts = values.groupby("type")["part"].unique().str[0]
+        assert parts["self_attn.o_proj"] == of_o
+        assert parts["self_attn.v_proj"] == "attn_in"
+        assert parts["mlp.up_proj"] == "mlp_gate"
+        assert parts["mlp.down_proj"] == "mlp_down"
+
+
+def test_files_that_disagree_stay_apart(store):
+    key = {"dataset": "pileval", "part": "attn_in", "model": "Llama-2-7b-hf"}
+    key |= {"nbits": 3, "group_size": 64, "layer": 5}
+    found = {}
+    for calibration, file in (
+        ("pileval", "llama-sensitivity.csv"),
+        ("pileval@variant-sensi", "variant-sensi.csv"),
+    ):
+        row = csv(f"data-vis/data/{file}")
+        for column, value in key.items():
+            row = row[row[column] == value]
+        kept = store.query(
+            "SELECT s.value, p.provenance FROM scores s JOIN profiles p ON s.profile = p.id "
+            "WHERE p.fingerprint = ? AND p.settings ->> '$.calibration' = ? "
+            "AND p.settings ->> '$.quantizer' = 'hqq' AND s.config = 'b3g64' "
+            "AND s.metric = 'sensitivity' AND s.module = 'model.layers.5.self_attn.k_proj'",
+            [SEVEN, calibration],
+        )
+        assert kept["value"].tolist() == row["sensitivity"].tolist()
+        assert f"data-vis/data/{file}" in json.loads(kept["provenance"][0])["files"]
+        found[file] = kept["value"][0]
+    assert len(set(found.values())) == 2
+
+
+def test_profiles_of_other_texts_and_quantizers_and_variants(store):
+    frame = store.query(
+        "SELECT fingerprint, settings ->> '$.calibration' AS calibration, "
+        "settings ->> '$.quantizer' AS quantizer, origin FROM profiles"
+    )
+    assert set(frame["origin"]) == {"published"}
+    seven = frame[frame["fingerprint"] == SEVEN]
+    assert sorted(seven.loc[seven["quantizer"] == "rtn", "calibration"]) == [
+        "bos",
+        "c4",
+        "pileval",
+        "wikitext2",
+    ]
+    rtn = csv("data-vis/data/qnt-mtd-sensi.csv").query(
+        "quant_method == 'rtn' and dataset == 'bos' and part == 'mlp_down' and nbits == 4 "
+        "and group_size == 64 and layer == 31"
+    )
+    kept = store.query(
+        "SELECT value FROM scores s JOIN profiles p ON s.profile = p.id "
+        "WHERE p.settings ->> '$.calibration' = 'bos' AND p.settings ->> '$.quantizer' = 'rtn' "
+        "AND s.config = 'b4g64' AND s.module = 'model.layers.31.mlp.down_proj'"
+    )
+    assert kept["value"].tolist() == rtn["sensitivity"].tolist()
+    medical = bench(store, "meditron-7b")
+    plan, profile = medical.plan(PlanRequest("sensiboost", base="3.13"), medical.default_settings)
+    assert plan.reasons
+    assert profile.provenance["missing"], "it says what was never published"
+
+
+@pytest.mark.parametrize(
+    ("model", "algo", "attempt", "bits", "method", "quantizer"),
+    [
+        ("Llama-2-7b-hf", "gptq", None, 3.13, "gptq", "gptq"),
+        ("Meta-Llama-3-8B", "awq", None, 4.25, "awq", "awq"),
+        ("Meta-Llama-3-8B", "bnb", None, 8.13, "bnb", "bnb"),
+        ("Meta-Llama-3-8B", "hqq", None, 3.13, "uniform", "hqq"),
+        ("Llama-2-7b-hf", "mxq", "mxq1", 2.57, "mxq", "hqq"),
+        ("Llama-2-7b-hf", "mxq", "sensi-boost-2-1", 3.51, "sensiboost", "hqq"),
+        ("Meta-Llama-3-8B", "mxq", "kurt-boost-3-2", 4.13, "kurtboost", "hqq"),
+        ("Meta-Llama-3-8B", "mxq", "sensi-abl-3-3", 4.51, "sensiboost-ablation", "hqq"),
+        ("Llama-2-7b-hf", "mxq", "kurt-abl-2-0", 3.25, "kurtboost-ablation", "hqq"),
+    ],
+)
+def test_a_run_is_as_published(store, model, algo, attempt, bits, method, quantizer):
+    table = csv(COMBINED)
+    same = (table["model"] == model) & (table["algo"] == algo) & (table["bpp"] == bits)
+    same &= table["attempt"].isna() if attempt is None else table["attempt"] == attempt
+    (row,) = table[same].itertuples()
+    (full,) = table[(table["model"] == model) & (table["algo"] == "fp16")].itertuples()
+    runs = store.results(f"published:{model}", origin="published")
+    runs = with_labels(runs[runs["method"] == method])
+    runs = runs[runs["label"] == f"{bits:.2f}"]
+    if attempt and attempt != "mxq1":
+        stop, top = map(int, attempt[-3:].split("-"))
+        runs = runs[(runs["boost_stop"] == stop) & (runs["top_m"] == top)]
+    runs = runs.set_index("corpus")
+    assert set(runs.index) == {"wikitext2", "c4"}
+    for corpus, column in (("wikitext2", "ppl_wikitext"), ("c4", "ppl_c4")):
+        assert runs.loc[corpus, "perplexity"] == getattr(row, column)
+        assert runs.loc[corpus, "perplexity_full"] == getattr(full, column)
+    first = runs.iloc[0]
+    assert first["quantizer"] == quantizer
+    assert first["protocol"] == "strided"
+    assert pd.isna(first["measured_bytes"]), "nothing of it was measured"
+    content = store.plan_content(first["plan"])
+    known = content["published"]
+    assert known["row"] == row.Index + 2
+    assert (known["attempt"], known["bits_label"]) == (attempt, bits)
+    if np.isnan(row.model_storage_size):
+        assert pd.isna(first["model_bytes"])
+        assert known["storage_gib"] is None
+    else:
+        assert first["model_bytes"] == round(row.model_storage_size * GIB)
+        assert known["load_gib"] == row.load_mem_allot
+    assert known["bits_exact"] == bool(content["modules"])
+    if not content["modules"]:
+        assert first["bits_per_param"] == bits
+
+
+def test_a_published_plan_can_be_read_back(store):
+    table = csv(PLAN_FILE)
+    table = table[(table["model"] == "Llama-2-7b-hf") & (table["bit_budget"] == 4.13)]
+    content = _published_plan(store, SEVEN, "sensi-boost-2-0", "4.13")
+    info = store.model(SEVEN)
+    plan = Plan.from_json(content, info.matrices, info.other_bytes)
+    theirs = {f"model.layers.{r.layer}.{r.module}": f"b{r.b1}g{r.g1}" for r in table.itertuples()}
+    assert {m.name: c.name for m, c in plan.choice.items()} == theirs
+    bits = 8 * 2**20 * table["memmb"].sum() / table["param_cnt"].sum()
+    assert plan.bits_per_param == pytest.approx(bits, rel=1e-12)
+    assert (plan.axis, plan.metadata, plan.base) == (0, "8bit", "4.13")
+    assert plan.request == PlanRequest("sensiboost", base="4.13", boost_stop=2, top_m=0)
+
+
+def _published_plan(store: Store, model: str, attempt: str, base: str) -> dict:
+    frame = store.query(
+        "SELECT id FROM plans WHERE fingerprint = ? AND content ->> '$.published.attempt' = ? "
+        "AND content ->> '$.base' = ?",
+        [model, attempt, base],
+    )
+    assert len(frame) == 1
+    return store.plan_content(frame["id"][0])
+
+
+def test_the_flawed_plan_is_there_and_says_so(store):
+    content = _published_plan(store, SEVEN, "sensi-boost-3-3", "3.13")
+    assert min(entry["bits"] for entry in content["modules"].values()) == 2
+    assert "Flawed as published" in content["notes"][0]
+    notes = store.query("SELECT count(*) n FROM plans WHERE content ->> '$.notes' LIKE '%Flawed%'")
+    assert notes["n"][0] == 1
+
+
+def test_mxq_objectives_stand_with_their_runs(store):
+    table = csv("data-vis/data/mxq-objectives.csv").drop_duplicates()
+    kept = store.query(
+        "SELECT fingerprint, CAST(content ->> '$.published.bits_label' AS DOUBLE) AS bpp, "
+        "CAST(content ->> '$.published.objective' AS DOUBLE) AS objective "
+        "FROM plans WHERE method = 'mxq'"
+    )
+    assert len(kept) == len(table) == 518
+    table = table.assign(fingerprint="published:" + table["model"])
+    both = kept.merge(table, on=["fingerprint", "bpp"])
+    assert len(both) == 518
+    assert (both["objective"] == both["fnorm"]).all()
+
+
+def test_mxq_objectives_are_the_summed_errors_of_their_plans(store):
+    """To the digit for seven budgets; two of the plans came from another solve."""
+    work = bench(store, SEVEN)
+    profile = work.profile(work.default_settings)
+    frame = store.query(
+        "SELECT content FROM plans WHERE method = 'mxq' AND fingerprint = ? "
+        "AND content ->> '$.published.bits_exact' = 'true'",
+        [SEVEN],
+    )
+    assert len(frame) == 9
+    errors = profile.by_config("weight_error")
+    names = [c.name for c in LADDER]
+    off = {}
+    for content in map(json.loads, frame["content"]):
+        total = sum(
+            errors[i, names.index(content["modules"][m.name]["config"])]
+            for i, m in enumerate(profile.matrices)
+        )
+        off[content["request"]["budget"]] = total / content["published"]["objective"] - 1
+    exact = [budget for budget, share in off.items() if abs(share) < 1e-12]
+    assert len(exact) == 7
+    assert off["2.25bpp"] == pytest.approx(-0.00127, abs=1e-5)  # and 2.2513 bits for it
+    assert off["3.13bpp"] == pytest.approx(0.00060, abs=1e-5)
+
+
+# --- planning from what was published -----------------------------------------------------------
+
+
+def test_published_boosts_are_reproduced_from_the_store(store):
+    """192 plans of SensiBoost and KurtBoost: all but the one known to be flawed."""
+    reproduced, different = 0, []
+    for model in (SEVEN, EIGHT):
+        work = bench(store, model)
+        work.find_profile = functools.cache(work.find_profile)  # else read 96 times
+        published = store.query(
+            "SELECT content FROM plans WHERE fingerprint = ? "
+            "AND method IN ('sensiboost', 'kurtboost')",
+            [model],
+        )
+        for content in map(json.loads, published["content"]):
+            ours, _ = work.plan(PlanRequest(**content["request"]), work.default_settings)
+            if ours.modules == content["modules"]:
+                reproduced += 1
+                assert ours.bits_per_param == content["bits_per_param"]
+            else:
+                different.append((model, content["published"]["attempt"], content["base"]))
+    assert reproduced == 191
+    assert different == [(SEVEN, "sensi-boost-3-3", "3.13")]
+
+
+def test_what_was_not_published_is_refused_in_a_sentence(store):
+    work = bench(store, SEVENTY)
+    request = PlanRequest("sensiboost", base="3.13")
+    with pytest.raises(InputError, match="70b-hf has no sensitivity, so SensiBoost cannot plan"):
+        work.plan(request, work.default_settings)
+    plan, _ = work.plan(PlanRequest("kurtboost", base="3.13"), work.default_settings)
+    assert plan.reasons
+    with pytest.raises(InputError, match=r"no published profile on stdlib .* choose one of bos"):
+        bench(store, SEVEN).plan(request, Workbench(ModelSource("demo"), store).default_settings)
+    with pytest.raises(InputError, match="no published measurements of 'nothing'; choose one of"):
+        bench(store, "published:nothing").info  # noqa: B018
+    with pytest.raises(InputError, match="published without its windows"):
+        store.windows(store.results(SEVEN, origin="published")["evaluation"][0])
+
+
+def test_a_published_model_has_no_weights_to_run(store):
+    work = bench(store, SEVEN)
+    plan, profile = work.plan(PlanRequest("uniform", base="3.13"), work.default_settings)
+    assert profile is None
+    refused = pytest.raises(InputError, match="has published measurements but no weights")
+    with refused:
+        work.run(plan, None, "hqq", EvaluationRequest())
+    with refused:
+        work.evaluate_full(EvaluationRequest())
+    with refused:
+        work.folder  # noqa: B018
+
+
+def test_published_and_measured_do_not_meet(store):
+    assert store.results().empty
+    assert store.results(SEVEN).empty
+    assert len(store.results(origin="published")) == 1895 - 4
+    assert len(store.results(origin=None)) == 1895 - 4
+    assert len(store.full_precision(SEVEN)) == 2
+
+
+def test_a_folder_of_that_name_comes_first(store, tmp_path, monkeypatch):
+    (tmp_path / "Llama-2-7b-hf").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"no config\.json"):
+        bench(store, "Llama-2-7b-hf").info  # noqa: B018
+    assert bench(store, SEVEN).info.fingerprint == SEVEN
+
+
+# --- the paper's own comparisons -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "other", "percentages"),
+    [
+        ("sensiboost", "uniform", (98, 1, 1)),
+        ("sensiboost", "mxq", (96, 0, 4)),
+        ("sensiboost", "sensiboost-ablation", (64, 12, 24)),
+        ("kurtboost", "uniform", (92, 8, 0)),
+        ("kurtboost", "mxq", (94, 1, 5)),
+        ("kurtboost", "kurtboost-ablation", (66, 25, 9)),
+        ("sensiboost", "kurtboost", (19, 25, 56)),
+    ],
+)
+def test_win_tie_loss_of_figure_6(store, method, other, percentages):
+    found = win_tie_loss(store.results(SEVEN, origin="published"), method, other)
+    assert found.total == 96
+    assert found.percentages == percentages
+
+
+def test_win_tie_loss_by_hand():
+    runs = pd.DataFrame(
+        {
+            "fingerprint": "m",
+            "corpus": "c",
+            "corpus_sha256": ["x", "x", "x", "x", "y"],
+            "protocol": "strided",
+            "tokens": 10,
+            "method": ["kurtboost", "kurtboost", "uniform", "mxq", "uniform"],
+            "base": ["3.13", "4.13", "3.13", None, "4.13"],
+            "request": [
+                '{"boost_stop": 2, "top_m": 0}',
+                '{"boost_stop": 2, "top_m": 0}',
+                "{}",
+                '{"budget": "4.131bpp"}',
+                None,
+            ],
+            "perplexity": [5.004, 6.0, 5.0, 6.01, 1.0],
+        }
+    )
+    assert win_tie_loss(runs, "kurtboost", "uniform") == WinTieLoss(0, 1, 0), "same text only"
+    assert win_tie_loss(runs, "kurtboost", "mxq") == WinTieLoss(1, 0, 0)
+    assert win_tie_loss(runs, "kurtboost", "gptq").percentages == (0, 0, 0)
+
+
+def test_the_headline(store):
+    """Llama-3-8B at 3.13 bits on WikiText-2: −9.4 % perplexity for +1.8 % bits."""
+    runs = with_labels(store.results(EIGHT, origin="published"))
+    runs = runs[(runs["label"] == "3.13") & (runs["corpus"] == "wikitext2")]
+    (uniform,) = runs[runs["method"] == "uniform"].itertuples()
+    boosted = runs[(runs["method"] == "sensiboost") & (runs["boost_stop"] == 3)]
+    (boost,) = boosted[boosted["top_m"] == 0].itertuples()
+    assert (uniform.perplexity, boost.perplexity) == (9.3077, 8.4326)
+    assert f"{boost.perplexity / uniform.perplexity - 1:.1%}" == "-9.4%"
+    assert f"{uniform.bits_per_param:.4f}" == "3.1270"
+    assert f"{boost.bits_per_param:.4f}" == "3.1834"
+    assert f"{boost.bits_per_param / uniform.bits_per_param - 1:.1%}" == "1.8%"
+
+
+# --- importing again, and bad input ---------------------------------------------------------------
+
+
+def test_importing_twice_replaces_and_keeps_what_is_ones_own(store, tmp_path):
+    again = Store(shutil.copy(store.path, tmp_path / "again.duckdb"))
+    before = rows_by_table(again)
+    work = bench(again, SEVEN)
+    plan, profile = work.plan(PlanRequest("kurtboost", base="3.13"), work.default_settings)
+    own = again.save_plan(plan, SEVEN, profile.id, "mine")
+    ids = again.query("SELECT id FROM runs ORDER BY id")["id"].tolist()
+    import_reference(REFERENCE, again)
+    assert rows_by_table(again) == before | {"plans": before["plans"] + 1}
+    assert again.query("SELECT id FROM runs ORDER BY id")["id"].tolist() == ids
+    assert again.plan_content(own)["method"] == "kurtboost"
+
+
+@pytest.fixture
+def small(reference: Path, tmp_path: Path) -> Path:
+    """A checkout of one model and one plan file; the files are links to the reference."""
+    root = tmp_path / "checkout"
+    names = ("llama-sensitivity", "qnt-mtd-sensi", "variant-sensi", "mxq-objectives")
+    for path in (
+        "src/data/fnorm-Llama-2-7b-hf.csv",
+        "data-vis/data/wdist/wdist-Llama-2-7b-hf.csv",
+        *(f"data-vis/data/{name}.csv" for name in names),
+        COMBINED,
+        PLAN_FILE,
+    ):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).symlink_to(reference / path)
+    return root
+
+
+def mend(root: Path, path: str, change: Callable[[list[str]], list[str]]) -> None:
+    """Put a changed copy in the place of a link; ``change`` gets and gives the lines."""
+    lines = (root / path).read_text("utf8").splitlines()
+    (root / path).unlink()
+    (root / path).write_text("\n".join(change(lines)) + "\n", "utf8")
+
+
+def cell(row: int, column: int, text: str) -> Callable[[list[str]], list[str]]:
+    """A change of one cell; rows count from 1 as in the file, columns from 0."""
+
+    def change(lines: list[str]) -> list[str]:
+        cells = lines[row - 1].split(",")
+        cells[column] = text
+        return [*lines[: row - 1], ",".join(cells), *lines[row:]]
+
+    return change
+
+
+def test_a_smaller_checkout_says_what_it_leaves_out(small, tmp_path):
+    store = Store()
+    vision = small / "src/data/fnorm-CLIP.csv"
+    vision.write_text("model_type,layer,module\nvision,0,attn.out_proj\n", "utf8")
+    (small / "data-vis/data/wdist/wdist-Llama-2-7b-hf.csv").unlink()
+    mend(
+        small,
+        "src/data/fnorm-Llama-2-7b-hf.csv",
+        lambda lines: [",".join(line.split(",")[:9]) for line in lines],
+    )
+    result = import_reference(small, store)
+    missing = "\n".join(result["missing"])
+    assert "fnorm-CLIP.csv is of a vision model" in missing
+    assert f"{FNORM} has the sensitivity of 0 of 224 modules" in missing
+    assert "Meta-Llama-3-8B: no file gives its matrices; its runs are left out." in missing
+    assert "the shape of Meta-Llama-3-8B is not known here" in missing
+    assert f"{SEVEN} on pileval with hqq has no kurtosis." in missing
+    work = bench(store, SEVEN)
+    plan, _ = work.plan(PlanRequest("sensiboost", base="3.13"), work.default_settings)
+    assert plan.reasons, "another file has the sensitivity"
+    with pytest.raises(InputError, match=r"no kurtosis, so KurtBoost .* choose sensiboost"):
+        work.plan(PlanRequest("kurtboost", base="3.13"), work.default_settings)
+
+
+def test_shapes_that_cannot_be_derived_keep_the_size(small):
+    """A query of another width than hidden: rows of 128, since only the product is told."""
+
+    def widen(lines: list[str]) -> list[str]:
+        cells = [line.split(",") for line in lines]
+        for row in cells[1:]:
+            row[8] = "33554432" if row[1] == "self_attn.q_proj" else row[8]
+        return [",".join(row) for row in cells]
+
+    mend(small, "src/data/fnorm-Llama-2-7b-hf.csv", widen)
+    store = Store()
+    import_reference(small, store)
+    assert store.model(SEVEN).matrices[0] == Matrix(
+        "model.layers.0.self_attn.q_proj", 0, "self_attn.q_proj", 262144, 128
+    )
+
+
+FNORM, SENSI = "src/data/fnorm-Llama-2-7b-hf.csv", "data-vis/data/llama-sensitivity.csv"
+BAD = {
+    "a required column renamed": (FNORM, cell(1, 6, "norm"), "no column fnorm"),
+    "a perplexity column renamed": (COMBINED, cell(1, 5, "ppl"), "no column ppl_wikitext"),
+    "a plan's column renamed": (PLAN_FILE, cell(1, 6, "bits"), "no column b1"),
+    "text for a number": (FNORM, cell(7, 6, "tiny"), "row 7: fnorm is 'tiny' where a number"),
+    "text for an optional number": (COMBINED, cell(9, 6, "?"), r"row 9: ppl_c4 is '\?'"),
+    "a fraction for a layer": (SENSI, cell(12, 5, "0.5"), "row 12: layer is '0.5' where a whole"),
+    "a negative number": (SENSI, cell(12, 6, "-1"), "row 12: sensitivity is '-1'"),
+    "NaN": (SENSI, cell(30, 6, "NaN"), "row 30: sensitivity is empty or NaN"),
+    "an empty cell": (PLAN_FILE, cell(5, 6, ""), "row 5: b1 is empty or NaN"),
+    "an empty name": (COMBINED, cell(5, 1, ""), "row 5: algo is empty"),
+    "infinity": (FNORM, cell(8, 6, "inf"), "row 8: fnorm is 'inf'"),
+    "an unknown configuration": (FNORM, cell(4, 3, "48"), r"row 4: .* = 2, 48, 8, 128 is no stop"),
+    "an unknown part": (SENSI, cell(6, 1, "attn"), "row 6: 'attn' is not a part"),
+    "a contradiction": (
+        SENSI,
+        lambda lines: [*lines, lines[9][: lines[9].rindex(",")] + ",7"],
+        r"row 8066: the same quant_method, .* as row 10 but other values",
+    ),
+    "two kurtoses of a module": (FNORM, cell(9, 9, "3"), r"row 9: the same layer, module as row 2"),
+    "two perplexities of a run": (
+        COMBINED,
+        lambda lines: [*lines, lines[3].replace("6.3173", "6.5")],
+        r"row 952: the same model, algo, config, bpp, attempt as row 4",
+    ),
+    "a file cut off": (FNORM, lambda lines: lines[:-3], "has 9 configurations where others have"),
+    "a plan cut off": (
+        PLAN_FILE,
+        lambda lines: lines[:200],
+        "does not name each of the model's 224",
+    ),
+    "no rows": (COMBINED, lambda lines: lines[:1], "has no rows"),
+    "cells without a header": (
+        FNORM,
+        lambda lines: [lines[0], *(line + ",1" for line in lines[1:])],
+        "rows of more cells than its header",
+    ),
+    "a torn row": (COMBINED, lambda lines: [*lines, "a,b" * 20], "Expected 11 fields in line 952"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input_is_named_and_nothing_is_imported(small, what):
+    path, change, message = BAD[what]
+    mend(small, path, change)
+    store = Store()
+    with pytest.raises(InputError, match=message) as caught:
+        import_reference(small, store)
+    assert str(small / path) in str(caught.value)
+    assert str(caught.value).count("\n") == 0
+    assert set(rows_by_table(store).values()) == {0}
+
+
+def test_the_same_row_twice_counts_once(small):
+    mend(small, SENSI, lambda lines: [*lines, "", lines[9]])
+    store = Store()
+    import_reference(small, store)
+    again = len(store.query("SELECT 1 FROM scores"))
+    mend(small, SENSI, lambda lines: lines[:-2])
+    import_reference(small, store)
+    assert len(store.query("SELECT 1 FROM scores")) == again
+
+
+def test_a_failed_import_leaves_the_earlier_one(small):
+    store = Store()
+    import_reference(small, store)
+    before = rows_by_table(store)
+    mend(small, COMBINED, cell(9, 5, "none of it"))
+    with pytest.raises(InputError, match="row 9: ppl_wikitext is 'none of it'"):
+        import_reference(small, store)
+    assert rows_by_table(store) == before
+
+
+def test_a_folder_that_is_no_checkout(small, tmp_path):
+    with pytest.raises(InputError, match=r"not a checkout of lm-quant-toolkit: .* no src/data"):
+        import_reference(tmp_path, Store())
+    with pytest.raises(InputError, match="not a checkout"):
+        import_reference(tmp_path / "nothing", Store())
+    (small / FNORM).unlink()
+    with pytest.raises(InputError, match=r"no src/data/fnorm-\*\.csv"):
+        import_reference(small, Store())
+    (small / COMBINED).unlink()
+    with pytest.raises(InputError, match=r"no data-vis/endeavors/boost/data/combined\.csv"):
+        import_reference(small, Store())
+
+
+def test_an_older_database_learns_what_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(store_module, "MIGRATIONS", MIGRATIONS[:1])
+    old = Store()
+    with old.transaction() as connection:
+        connection.execute("INSERT INTO models (fingerprint, source) VALUES ('f', 'mine')")
+        connection.execute("INSERT INTO runs (id, fingerprint) VALUES ('r', 'f')")
+        connection.execute("INSERT INTO evaluations (id, run, fingerprint) VALUES ('e', 'r', 'f')")
+    monkeypatch.undo()
+    now = Store(old.path)
+    assert now.models()["source"].tolist() == ["mine"]
+    assert now.results()["origin"].tolist() == ["measured"]
+    assert now.results(origin="published").empty
+
+
+# --- the command line ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lsq(capsys):
+    def call(*arguments: str) -> tuple[int, dict | str, str]:
+        status = main(list(arguments))
+        printed = capsys.readouterr()
+        as_json = "--json" in arguments and status == 0
+        return status, json.loads(printed.out) if as_json else printed.out, printed.err
+
+    return call
+
+
+def test_import_by_the_command_line(lsq, small, tmp_path):
+    database = str(tmp_path / "own.duckdb")
+    status, result, log = lsq("import-reference", str(small), "--json", "--db", database)
+    assert status == 0
+    assert "import" in log
+    assert result["counts"] == rows_by_table(Store(database))
+    assert result["models"][0] == SEVEN
+    assert len(result["files"][COMBINED]) == 64
+    status, text, _ = lsq("import-reference", str(small), "--db", database)
+    assert status == 0
+    assert "has no ppl_wikitext" in text
+    status, _, log = lsq("import-reference", str(tmp_path), "--json", "--db", database)
+    assert status == 2
+    assert "is not a checkout" in log
+
+
+def test_planning_and_results_by_the_command_line(lsq, store):
+    database = ("--db", str(store.path))
+    asked = ("plan", "--method", "sensiboost", "--base", "3.13", "--json", *database)
+    plans = {}
+    for model in ("Llama-2-7b-hf", SEVEN):
+        status, plan, _ = lsq(*asked, "--model", model)
+        assert status == 0
+        assert plan["fingerprint"] == SEVEN
+        plans[model] = plan["modules"]
+    published = _published_plan(store, SEVEN, "sensi-boost-2-0", "3.13")
+    assert plans["Llama-2-7b-hf"] == plans[SEVEN] == published["modules"]
+    status, result, _ = lsq("results", "--json", *database)
+    assert (status, result) == (0, {"results": []})
+    shown = ("--published", "--model", "Llama-2-7b-hf", *database)
+    status, result, _ = lsq("results", "--json", *shown)
+    assert {row["origin"] for row in result["results"]} == {"published"}
+    assert {row["model"] for row in result["results"]} == {SEVEN}
+    assert lsq("results", *shown)[0] == 0
+    status, profile, _ = lsq("profile", "--model", SEVEN, "--corpus", "c4", "--json", *database)
+    assert profile["settings"]["axis"] == 0
+    assert "published, on c4" in lsq("profile", "--model", SEVEN, "--corpus", "c4", *database)[1]
+    status, model, _ = lsq("inspect", "--model", SEVEN, "--json", *database)
+    assert model["layers"] == 32
+
+
+def test_running_a_published_model_is_refused(lsq, store):
+    status, _, log = lsq(
+        *("run", "--model", "Llama-2-7b-hf", "--method", "uniform", "--base", "3.13"),
+        *("--json", "--db", str(store.path)),
+    )
+    assert status == 2
+    assert "has published measurements but no weights" in log
