@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from lsq_core.config import LADDER
@@ -18,6 +18,7 @@ from lsq_core.plan import PLANNERS, Plan, PlanRequest, Problem, make_frontier, m
 from lsq_core.plan.boost import flagged_layers, layer_series
 from lsq_core.plan.knapsack import solve_exactly
 from lsq_core.plan.outliers import detect_outliers, largest_possible_z, shallowness
+from lsq_core.plan.problem import TOLERANCE
 from tests.conftest import REFERENCE
 
 TYPES = ("self_attn.q_proj", "mlp.down_proj")
@@ -286,16 +287,17 @@ def knapsack(seed: int, modules: int = 3) -> Problem:
 
 
 def best_of_all(small: Problem, budget: float) -> float:
-    """Brute force: the least cost of every choice within the budget."""
+    """Brute force: the least cost of every choice within the budget, as loosely as planners."""
     cost, rows = small.by_config["weight_error"], range(len(small.matrices))
     return min(
         cost[rows, list(c)].sum()
         for c in itertools.product(range(12), repeat=len(small.matrices))
-        if small.nominal(np.array(c)) <= budget
+        if small.nominal(np.array(c)) <= budget * (1 + TOLERANCE)
     )
 
 
 @settings(deadline=None, max_examples=40)
+@example(seed=0, share=0.9999999999999999)
 @given(seed=st.integers(0, 10**6), share=st.floats(0.0, 1.0))
 def test_mxq_against_brute_force(seed, share):
     """Within the budget, no better than the optimum, never below the bound; exact is optimal."""
