@@ -228,7 +228,7 @@ class Workbench:
         run_id = new_id()
         quantized, seconds = self._quantize(plan, quantizer)
         if save is not None:
-            self._save(quantized, plan, quantizer, run_id, save)
+            self._save(quantized, plan, profile, quantizer, run_id, save)
         own, full = self.evaluate(quantized, request, reference=self.loaded.model)
         plan_id = self.store.save_plan(
             plan, self.info.fingerprint, profile.id if profile else None, plan_name
@@ -237,7 +237,8 @@ class Workbench:
         self.store.save_full_precision(self.info.fingerprint, full)
         self.store.save_run(run_id, row, [own])
         self.report("store", 1, 1, f"kept as run {run_id}")
-        return plan.to_json() | _outcome(run_id, row, own, full)
+        known = {"profile": profile.id if profile else None}
+        return plan.to_json() | known | _outcome(run_id, row, own, full)
 
     def _quantize(self, plan: Plan, quantizer: str) -> tuple[nn.Module, float]:
         """The quantized model and the seconds it took."""
@@ -264,7 +265,13 @@ class Workbench:
         return quantized, time.perf_counter() - began
 
     def _save(
-        self, quantized: nn.Module, plan: Plan, quantizer: str, run_id: str, folder: Path
+        self,
+        quantized: nn.Module,
+        plan: Plan,
+        profile: Profile | None,
+        quantizer: str,
+        run_id: str,
+        folder: Path,
     ) -> None:
         from lsq_core.quantize.artifact import save_quantized
 
@@ -272,6 +279,8 @@ class Workbench:
         manifest = plan.to_json() | {
             "run": run_id,
             "quantizer": quantizer,
+            "profile": profile.id if profile else None,
+            "profile_provenance": profile.provenance if profile else None,
             "source": self.source.name,
             "revision": self.source.revision,
             "fingerprint": self.info.fingerprint,

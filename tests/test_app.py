@@ -7,7 +7,7 @@ import shlex
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -253,6 +253,21 @@ def test_profiling_runs_in_the_background_and_its_result_is_shown(filled):
     _wait(lambda: not jobs.read(job.folder).active)
     assert jobs.read(job.folder).state == "done", jobs.read(job.folder).log_tail()
     assert "stands out" in first_line(app.run())
+
+
+def test_two_formats_of_metadata_show_what_eight_bits_cost(filled):
+    app = open_page("Explore", model=filled.model)
+    assert any("fp16" in m.value for m in app.markdown), "says how to get the table"
+    store = Store(filled.path)
+    bench = Workbench(_source(filled.model), store, "cpu")
+    pair = [bench.profile(replace(filled.settings, metadata=kind)) for kind in ("8bit", "fp16")]
+    eight, sixteen = (p.values.query("metric == 'weight_error'") for p in pair)
+    at = [
+        (frame[frame["config"] == "b4g64"]["value"] ** 2).sum() ** 0.5 for frame in (eight, sixteen)
+    ]
+    table = next(d.value for d in app.run().dataframe if "added %" in d.value.columns)
+    assert table["added %"][7] == pytest.approx(100 * (at[0] / at[1] - 1))
+    assert len(table) == len(LADDER)
 
 
 def test_a_job_that_failed_says_why(filled):
