@@ -33,6 +33,8 @@ GRACE = 1.5
 #: Seconds between two writes of the progress file.
 _PROGRESS_EVERY = 0.2
 ACTIVE = ("queued", "running")
+#: Threads that wait for each other give their core away: the app needs it to stay responsive.
+_SHARING = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,7 @@ def start(folder: Path, arguments: list[str]) -> Job:
             stderr=subprocess.STDOUT,
             start_new_session=True,
             cwd=Path(__file__).resolve().parents[1],
+            env=_SHARING | os.environ,
         )
     write_json(home / "process.json", _identity(process.pid))
     return read(home)

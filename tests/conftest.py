@@ -11,6 +11,8 @@ import pytest
 # Nothing here may reach the network, whatever a machine has cached or is logged in to.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+# Tests start processes of their own; waiting threads that spin would take their cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT.parent / "shared" / "reference" / "lm-quant-toolkit"
