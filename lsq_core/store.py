@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 DEFAULT_PATH = Path(__file__).resolve().parents[1] / "data" / "lsq.duckdb"
 #: Seconds to wait for another process to let go of the file.
 WAIT = 20.0
+#: What DuckDB says while another process has the file, and while another thread is closing it.
+_IN_USE = ("lock", "Unique file handle conflict")
 #: What the fingerprint of a model without weights begins with: its measurements were published.
 PUBLISHED = "published:"
 
@@ -149,9 +151,9 @@ class Store:
         while True:
             try:
                 return duckdb.connect(str(self.path))
-            except duckdb.IOException as error:
+            except duckdb.Error as error:
                 text = str(error)
-                if "lock" not in text:
+                if not any(sign in text for sign in _IN_USE):
                     raise InputError(
                         f"{self.path} cannot be opened as a DuckDB database "
                         f"({_first_line(error)}); give another path with --db or LSQ_DB."

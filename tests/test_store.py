@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import duckdb
 import numpy as np
@@ -230,21 +231,17 @@ def test_a_killed_writer_leaves_a_readable_database(tmp_path):
 
 
 def test_threads_share_a_store(info):
+    """As a page's sessions do: each opens and closes the file while others have it."""
     store = Store()
     store.save_model(info)
-    wrong = []
 
-    def look():
-        for _ in range(10):
-            if store.model(info.fingerprint) != info:
-                wrong.append(1)
+    def look(_: int) -> list:
+        return [store.model(info.fingerprint) for _ in range(25)]
 
-    threads = [threading.Thread(target=look) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    with ThreadPoolExecutor(8) as pool:
+        seen = [known for looked in pool.map(look, range(8)) for known in looked]
+    assert len(seen) == 200
+    assert all(known == info for known in seen)
 
 
 def test_values_never_become_sql(info):
