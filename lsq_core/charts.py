@@ -408,7 +408,7 @@ def _level(figure: go.Figure, perplexity: float) -> None:
         y=perplexity,
         line={"color": NEUTRAL, "width": 1.2, "dash": "dash"},
         annotation_text=f"full precision {perplexity:.2f}",
-        annotation_position="top right",
+        annotation_position="bottom right",
         annotation_font_size=12,
     )
 

@@ -24,8 +24,9 @@ def size(bytes: float) -> str:
 
 
 def signed_percent(share: float, decimals: int = 1) -> str:
-    """``0.0182`` as ``+1.8 %``, with a true minus sign."""
-    return f"{100 * share:+.{decimals}f} %".replace("-", "−")
+    """``0.0182`` as ``+1.8 %``, with a true minus sign, and none for what rounds to nothing."""
+    rounded = round(100 * share, decimals)
+    return f"{rounded:+.{decimals}f} %".replace("-", "−") if rounded else f"{0:.{decimals}f} %"
 
 
 def seconds(time: float) -> str:
