@@ -24,7 +24,7 @@ def first_page(here: Here) -> None:
         show_model(here.info)
     except LsqError as error:
         headline(f"{here.source.name} cannot be opened.")
-        st.error(str(error))
+        st.error(words.literal(str(error)))
     left, right = st.columns(2, gap="large")
     with left:
         choose(here.store)

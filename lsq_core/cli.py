@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from lsq_core import disk, jobs
 from lsq_core.config import METADATA_FORMATS, format_bytes
-from lsq_core.corpus import BUILT_IN
+from lsq_core.corpus import BUILT_IN, corpus_identity
 from lsq_core.errors import InputError, LsqError
 from lsq_core.jsontext import json_text, write_json
 from lsq_core.model import MANIFEST, ModelSource
@@ -371,6 +372,7 @@ def _write_new(path: Path, content: dict) -> None:
 def run(options: argparse.Namespace, report: Report) -> dict:
     """Plan or take a saved plan, quantize, evaluate, keep."""
     evaluation = _evaluation(options)
+    corpus_identity(evaluation.corpus)  # a wrong path is told before anything is measured
     bench = _workbench(options, report)
     if options.plan:
         if options.method or options.base or options.budget:
@@ -486,6 +488,8 @@ def show_plan(result: dict) -> None:
     for entry in result["modules"].values():
         counts[entry["config"]] = counts.get(entry["config"], 0) + 1
     print("  " + ", ".join(f"{n} × {config}" for config, n in sorted(counts.items())))
+    if "gap" in result:
+        print(f"at most {100 * result['gap']:.2g} % above the least possible cost at this budget")
     for note in result["notes"]:
         print(note)
 
@@ -495,9 +499,12 @@ def show_run(result: dict) -> None:
     show_plan(result)
     show_figures(result)
     change = result["increase"]
+    interval = f"95 % interval {100 * change['low']:+.2f} to {100 * change['high']:+.2f} %"
+    if math.isnan(change["low"]):
+        interval = "too few windows for an interval"
     print(
         f"full precision {result['perplexity_full']:.4f}: {100 * change['relative']:+.2f} % "
-        f"(95 % interval {100 * change['low']:+.2f} to {100 * change['high']:+.2f} %), "
+        f"({interval}), "
         f"KL {result['kl']:.4f} nats, same top token {100 * result['top1']:.1f} %"
     )
 

@@ -28,6 +28,8 @@ Progress = Callable[[int, int, str], None]
 PROTOCOLS = ("strided", "blocks")
 #: Context and scored tokens of a window, by protocol, where the model's context allows.
 _CONTEXT = {"strided": 1024, "blocks": 2048}
+#: Windows that an interval needs at least.
+MIN_WINDOWS = 8
 #: Logits held at once, in numbers: windows are batched up to this.
 _LOGITS_AT_ONCE = 2**26
 
@@ -265,7 +267,8 @@ def _peak_bytes(device: object) -> int:
 class Difference:
     """How much higher one run's perplexity is than another's, as a ratio minus one.
 
-    ``low`` and ``high`` bound the 95 % paired bootstrap interval over windows.
+    ``low`` and ``high`` bound the 95 % paired bootstrap interval over windows; both are NaN where
+    there are fewer than ``MIN_WINDOWS`` of them, which tell nothing about chance.
     """
 
     relative: float
@@ -274,8 +277,8 @@ class Difference:
 
     @property
     def tie(self) -> bool:
-        """Whether no difference is within the interval."""
-        return self.low <= 0 <= self.high
+        """Whether no difference is within the interval, or there is none to tell them apart."""
+        return not (self.low > 0 or self.high < 0)
 
 
 def compare_windows(
@@ -293,11 +296,14 @@ def compare_windows(
     if not nll.shape == other.shape == counts.shape:
         raise ValueError("the two runs did not score the same windows")
     gap = nll - other
+    relative = float(np.expm1(gap.sum() / counts.sum()))
+    if len(gap) < MIN_WINDOWS:
+        return Difference(relative, math.nan, math.nan)
     random = np.random.default_rng(seed)
     picks = random.integers(0, len(gap), size=(draws, len(gap)))
     means = gap[picks].sum(1) / counts[picks].sum(1)
     low, high = np.expm1(np.quantile(means, [0.025, 0.975]))
-    return Difference(float(np.expm1(gap.sum() / counts.sum())), float(low), float(high))
+    return Difference(relative, float(low), float(high))
 
 
 def protocol_family(name: str) -> str:

@@ -75,9 +75,10 @@ class Job:
 
     @property
     def title(self) -> str:
-        """Verb, method and model in a few words."""
+        """Verb, method, base or budget, and model in a few words."""
         words = dict(itertools.pairwise(self.arguments))
-        parts = [self.arguments[0], words.get("--method", ""), words.get("--model", "")]
+        asked = [words.get(option, "") for option in ("--method", "--base", "--budget", "--model")]
+        parts = [self.arguments[0], *asked]
         return " ".join(part for part in parts if part)
 
     def log_tail(self, lines: int = 12) -> str:

@@ -44,7 +44,7 @@ def plan_page(here: Here) -> None:
     except LsqError as error:
         with first:
             headline("There is no such plan.")
-        st.error(str(error))
+        st.error(words.literal(str(error)))
         return
     with first:
         say_what_it_takes(plan)
@@ -224,17 +224,17 @@ def say_what_is_missing(
 
 
 def say_what_it_takes(plan: Plan) -> None:
-    """The first line: bits, bytes, and how that compares with the uniform plan below it."""
+    """The first line: bits, bytes, and against its base or the nearest uniform plan."""
     text = f"{plan.bits_per_param:.2f} bits: {format_bytes(plan.planned_bytes)} planned"
     under = " ".join(["Bits per planned parameter, metadata included.", *plan.notes, gap(plan)])
     if len(set(plan.configs)) == 1:
         headline(f"{text}, every matrix the same.", under)
         return
-    below = [c for c in LADDER if c.nominal_bits <= plan.bits_per_param * (1 + 1e-9)]
     named = [c for c in LADDER if c.stop_name == plan.base]
-    reference = (named or below[-1:])[0]
+    nearest = min(LADDER, key=lambda c: abs(plan.bits_per_param - c.nominal_bits))
+    reference = named[0] if named else nearest
     more = plan.bits_per_param / reference.nominal_bits - 1
-    headline(f"{text}, {words.signed_percent(more)} over uniform {reference.stop_name}.", under)
+    headline(f"{text}, {words.signed_percent(more)} against uniform {reference.stop_name}.", under)
 
 
 def gap(plan: Plan) -> str:

@@ -11,7 +11,7 @@ from lsq_core import disk, jobs
 from lsq_core.config import format_bytes
 from lsq_core.corpus import BUILT_IN
 from lsq_core.errors import InputError, LsqError
-from lsq_core.evaluate import PROTOCOLS
+from lsq_core.evaluate import PROTOCOLS, Protocol
 from lsq_core.jobs import Job
 from lsq_core.pipeline import EvaluationRequest
 from lsq_core.plan import PlanRequest, get_planner
@@ -20,10 +20,6 @@ from lsq_core.store import Store
 from lsq_core.ui import arguments, jobs_panel, known, state, words
 from lsq_core.ui.page import Here, headline, next_step, page
 
-_PROTOCOLS = {
-    "strided": "strided, 1,024",
-    "blocks": "blocks, 2,048",
-}
 #: Stages whose time a result tells.
 _TIMED = ("quantize", "evaluate")
 
@@ -49,12 +45,13 @@ def run_page(here: Here) -> None:
 
 
 def selected(found: list[Job]) -> Job | None:
-    """The job picked in the table of recent ones, else the newest."""
+    """The job picked in the table of recent ones, else one that is running, else the newest."""
     if not found:
         return None
     rows = st.session_state.get("jobs", {}).get("selection", {}).get("rows", [])
-    picked = rows[0] if rows and rows[0] < len(found) else 0
-    return found[picked]
+    if rows and rows[0] < len(found):
+        return found[rows[0]]
+    return next((job for job in found if job.state == "running"), found[0])
 
 
 # --- asking ---------------------------------------------------------------------------------
@@ -73,7 +70,7 @@ def ask(here: Here, folder: Path) -> None:
         top, change = st.columns([5, 1], vertical_alignment="center")
         top.markdown(f"**Next:** {plan_in_words(here, request)}")
         change.page_link("pages/2_Plan.py", label="Change the plan")
-        quantizer, evaluation, save = options(here.store)
+        quantizer, evaluation, save = options(here.store, info.context)
         if st.button("Quantize and evaluate", type="primary", icon=":material/play_arrow:"):
             words_of = ["run", *arguments.model_arguments(here.source, here.device)]
             words_of += arguments.plan_arguments(request, settings)
@@ -104,7 +101,7 @@ def plan_in_words(here: Here, request: PlanRequest) -> str:
     return f"{text}: {plan.bits_per_param:.2f} bits, {format_bytes(plan.planned_bytes)} planned."
 
 
-def options(store: Store) -> tuple[str, EvaluationRequest, str]:
+def options(store: Store, context: int) -> tuple[str, EvaluationRequest, str]:
     """Quantizer, evaluation and the name to save under."""
     columns = st.columns([1, 1.4, 1.8, 1.2, 1.6])
     quantizer = columns[0].selectbox(
@@ -120,7 +117,7 @@ def options(store: Store) -> tuple[str, EvaluationRequest, str]:
     protocol = columns[2].selectbox(
         "Protocol",
         list(PROTOCOLS),
-        format_func=_PROTOCOLS.get,
+        format_func=lambda name: Protocol.named(name, context).name,
         key="protocol",
         persist_state="session",
         help="strided: windows of 1,024 tokens of which the last 512 are scored. blocks: windows "
@@ -174,7 +171,7 @@ def say(job: Job) -> None:
         return
     result = job.result() if job.state == "done" else None
     if result is None:
-        headline(f"The run {jobs_panel.STATES[job.state]}.", what)
+        headline(f"The run {jobs_panel.ENDED[job.state]}.", what)
         return
     change = result["increase"]
     headline(
@@ -199,7 +196,7 @@ def show_result(job: Job) -> None:
     }
     for column, (label, value) in zip(st.columns(len(figures)), figures.items(), strict=True):
         column.metric(label, value)
-    spread = " to ".join(words.signed_percent(change[k], 2) for k in ("low", "high"))
+    spread = words.interval(change["low"], change["high"])
     parts = [f"{stage} {words.seconds(result[f'{stage}_seconds'])}" for stage in _TIMED]
     facts = [
         f"95 % interval of the difference {spread}",

@@ -153,7 +153,7 @@ def difference(here: Here, a: str, b: str) -> str:
     if counts.shape != other_counts.shape or (counts != other_counts).any():
         return "The two runs scored different windows, so they are not compared."
     found = compare_windows(nll, other, counts)
-    spread = f"{words.signed_percent(found.low, 2)} to {words.signed_percent(found.high, 2)}"
+    spread = words.interval(found.low, found.high)
     verdict = "**tie**" if found.tie else "**lower**" if found.relative < 0 else "**higher**"
     return f"Perplexity {words.signed_percent(found.relative, 2)} (95 %: {spread}): {verdict}."
 

@@ -20,6 +20,7 @@ from lsq_core.pipeline import EvaluationRequest, Workbench, problem_of
 from lsq_core.plan import PlanRequest, make_plan
 from lsq_core.profile import ProfileSettings
 from lsq_core.store import Store
+from lsq_core.ui import words
 from tests.conftest import ROOT, save_random_model
 
 PAGES = {
@@ -278,7 +279,7 @@ def test_a_job_that_failed_says_why(filled):
     (job,) = jobs.list_jobs(disk.jobs_folder(Store(filled.path)))
     _wait(lambda: not jobs.read(job.folder).active)
     assert jobs.read(job.folder).state == "failed"
-    assert jobs.read(job.folder).message in app.run().error[0].value
+    assert words.literal(jobs.read(job.folder).message) in app.run().error[0].value
 
 
 def test_an_unknown_calibration_text_is_one_sentence():

@@ -140,7 +140,7 @@ def test_people_read_words(lsq, model, small_text):
         *["--corpus", str(small_text), "--max-tokens", "300"],
     )
     assert "perplexity" in text
-    assert "95 % interval" in text
+    assert "too few windows for an interval" in text
     assert lsq("results")[1].count("uniform") == 1
 
 
@@ -234,6 +234,14 @@ def test_what_cannot_be_had_is_status_1(lsq):
     status, _, err = lsq("profile", "--model", "some-org/some-model")
     assert status == 1
     assert "Hugging Face cannot be reached" in err
+
+
+def test_a_wrong_corpus_is_told_before_anything_is_measured(lsq, model):
+    run = ["run", "--model", model, "--method", "sensiboost", "--base", "3.13"]
+    status, _, err = lsq(*run, "--corpus", "/no/such/file.txt")
+    assert status == 2
+    assert "no text file '/no/such/file.txt'" in err
+    assert "profile" not in err.replace("lsq: ", "")
 
 
 def test_a_target_that_exists_is_refused_before_any_work(lsq, model, tmp_path):

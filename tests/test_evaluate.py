@@ -148,5 +148,9 @@ def test_bootstrap_ties_what_noise_explains_and_separates_what_it_does_not():
     assert worse.relative == pytest.approx(math.expm1(5 / 256), rel=0.3)
     same = compare_windows(base, base, counts)
     assert (same.relative, same.low, same.high) == (0, 0, 0)
+    few = compare_windows(base[:7] + 5, base[:7], counts[:7])
+    assert few.relative == pytest.approx(math.expm1(5 / 256))
+    assert math.isnan(few.low)
+    assert few.tie, "seven windows tell nothing about chance"
     with pytest.raises(ValueError, match="same windows"):
         compare_windows(base, base[:50], counts)

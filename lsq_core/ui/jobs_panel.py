@@ -22,6 +22,13 @@ STATES = {
     "cancelled": "cancelled",
     "interrupted": "interrupted",
 }
+#: How a sentence about one that ended goes on.
+ENDED = {
+    "done": "is done",
+    "failed": "failed",
+    "cancelled": "was cancelled",
+    "interrupted": "was interrupted",
+}
 #: Stages as a sentence begins.
 _STAGES = {
     "start": "Starting",
@@ -56,9 +63,9 @@ def _panel(folder: Path, say: Callable[[Job], None] | None) -> None:
     if job.active:
         _progress(job)
     elif job.state in ("failed", "interrupted"):
-        st.error(f"{job.title} {STATES[job.state]}: {job.message}")
+        st.error(words.literal(f"{job.title} {ENDED[job.state]}: {job.message}"))
     elif job.state == "cancelled":
-        st.info(f"{job.title} was cancelled after {words.seconds(job.seconds)}.")
+        st.info(words.literal(f"{job.title} was cancelled after {words.seconds(job.seconds)}."))
     log = job.log_tail()
     if log:
         with st.expander("Log", expanded=job.state in ("failed", "interrupted")):

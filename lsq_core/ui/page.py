@@ -10,7 +10,7 @@ import streamlit as st
 from lsq_core.errors import LsqError
 from lsq_core.model import ModelInfo, ModelSource
 from lsq_core.store import Store
-from lsq_core.ui import known, sidebar, state
+from lsq_core.ui import known, sidebar, state, words
 
 #: Streamlit leaves five rems free on either side, which a small screen needs.
 _STYLE = "<style>.stMainBlockContainer { padding-left: 2.5rem; padding-right: 2.5rem; }</style>"
@@ -46,7 +46,7 @@ def page(title: str, body: Callable[[Here], None]) -> None:
         text, device = sidebar.show(store)
         body(Here(store, state.source_of(text), device))
     except LsqError as error:
-        st.error(str(error))
+        st.error(words.literal(str(error)))
 
 
 def headline(text: str, under: str = "") -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
 
 from lsq_core.config import GIB, MIB
@@ -27,6 +29,18 @@ def signed_percent(share: float, decimals: int = 1) -> str:
     """``0.0182`` as ``+1.8 %``, with a true minus sign, and none for what rounds to nothing."""
     rounded = round(100 * share, decimals)
     return f"{rounded:+.{decimals}f} %".replace("-", "−") if rounded else f"{0:.{decimals}f} %"
+
+
+def interval(low: float | None, high: float | None) -> str:
+    """``+1.50 % to +2.10 %``, or that there is none."""
+    if low is None or high is None or math.isnan(low):
+        return "too few windows"
+    return f"{signed_percent(low, 2)} to {signed_percent(high, 2)}"
+
+
+def literal(text: str) -> str:
+    """Text in which Markdown finds nothing to format: names and patterns stay as they are."""
+    return re.sub(r"([\\`*_\[\]$~<])", r"\\\1", text)
 
 
 def seconds(time: float) -> str:

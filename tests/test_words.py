@@ -1,0 +1,28 @@
+"""Figures as people say them, and text that Markdown leaves alone."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from lsq_core.ui import words
+
+
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [(0.0182, "+1.8 %"), (-0.094, "−9.4 %"), (-0.00001, "0.0 %"), (0.0, "0.0 %")],
+)
+def test_signed_percent(share, text):
+    assert words.signed_percent(share) == text
+
+
+def test_an_interval_or_none():
+    assert words.interval(0.015, 0.021) == "+1.50 % to +2.10 %"
+    assert words.interval(None, None) == words.interval(math.nan, math.nan) == "too few windows"
+
+
+def test_patterns_survive_markdown():
+    """A pin in an error sentence has to be readable as it was typed."""
+    assert words.literal("*.layers_0.*") == r"\*.layers\_0.\*"
+    assert words.literal("plain words, 3") == "plain words, 3"
