@@ -126,6 +126,13 @@ def build_parser(exit_on_error: bool = True) -> argparse.ArgumentParser:
         sub.set_defaults(call=call, show=show)
         return sub
 
+    _add_model_verbs(verb)
+    _add_keeping_verbs(verb)
+    return parser
+
+
+def _add_model_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
+    """Verbs about one model, in the order of the way through."""
     _add_model(verb("inspect", inspect, show_model, "what a model is, before any weight is read"))
 
     sub = verb("profile", profile, show_profile, "measure how hard each module is to quantize")
@@ -155,6 +162,9 @@ def build_parser(exit_on_error: bool = True) -> argparse.ArgumentParser:
     _add_device(sub)
     _add_evaluation(sub)
 
+
+def _add_keeping_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
+    """Verbs about what is kept, and the app."""
     sub = verb("results", results, show_results, "every run in the database")
     sub.add_argument("--model", help="only runs of this model")
     sub.add_argument(
@@ -174,8 +184,6 @@ def build_parser(exit_on_error: bool = True) -> argparse.ArgumentParser:
 
     sub = verb("app", app, lambda result: None, "serve the app on this machine")
     sub.add_argument("--port", type=int, default=8501)
-
-    return parser
 
 
 def _corpora() -> str:
