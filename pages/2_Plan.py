@@ -220,7 +220,7 @@ def say_what_is_missing(
             f"{settings.metadata} metadata; these haven't been measured yet.",
         )
     next_step("pages/1_Explore.py", "Profile it on the Explore page")
-    st.caption("Uniform needs none. A run started from here would measure the profile first.")
+    st.caption("Uniform needs none. A run, on the Run page, measures what is missing first.")
 
 
 def say_what_it_takes(plan: Plan) -> None:
