@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -275,6 +274,5 @@ def test_the_database_is_where_it_was_asked_for(lsq, model, tmp_path, monkeypatc
     monkeypatch.setenv("LSQ_DB", str(tmp_path / "env.duckdb"))
     assert lsq("inspect", "--model", model)[0] == 0
     assert (tmp_path / "env.duckdb").is_file()
-    assert (
-        not Path("data/lsq.duckdb").samefile(chosen) if Path("data/lsq.duckdb").exists() else True
-    )
+    for path in (chosen, tmp_path / "env.duckdb"):
+        assert Store(path).models()["source"].tolist() == [model]

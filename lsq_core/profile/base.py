@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from lsq_core.config import QuantConfig
 from lsq_core.model import Matrix
@@ -29,19 +29,22 @@ class Score:
     part: str = ""
 
 
-class Metric(Protocol):
-    """One file a metric, one entry in ``lsq_core.profile.METRICS``."""
+class Metric:
+    """One file a metric, one entry in ``lsq_core.profile.METRICS``; it overrides what it can."""
 
     name: str
     #: Whether it needs calibration text (hidden states and Gram matrices in the context).
     needs_text: bool
 
     def once(self, context: BlockContext) -> Iterator[Score]:
-        """Scores that depend on no configuration."""
-        ...
+        """Scores that depend on no configuration; none unless overridden."""
+        return iter(())
 
     def at_config(
         self, context: BlockContext, config: QuantConfig, quantized: dict[Matrix, Tensor]
     ) -> Iterator[Score]:
-        """Scores at one configuration; ``quantized`` holds what the weights become, float32."""
-        ...
+        """Scores at one configuration; ``quantized`` holds what the weights become, float32.
+
+        None unless overridden.
+        """
+        return iter(())

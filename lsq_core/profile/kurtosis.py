@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lsq_core.profile.base import Score
+from lsq_core.profile.base import Metric, Score
 from lsq_core.profile.context import BlockContext
 
 _CHUNK = 2**22
@@ -30,7 +30,7 @@ def kurtosis(weight: Tensor) -> float:
     return float((fourth / count) / (second / count) ** 2)
 
 
-class Kurtosis:
+class Kurtosis(Metric):
     """How heavy the tails of each matrix are; needs no quantizer and no calibration text."""
 
     name = "kurtosis"
@@ -40,7 +40,3 @@ class Kurtosis:
         """One score for each matrix."""
         for matrix in context.matrices:
             yield Score(matrix, self.name, None, kurtosis(context.weight(matrix)))
-
-    def at_config(self, context: BlockContext, config: object, quantized: dict) -> Iterator[Score]:
-        """Nothing depends on a configuration."""
-        return iter(())

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lsq_core.config import QuantConfig
 from lsq_core.model import Matrix
-from lsq_core.profile.base import Score
+from lsq_core.profile.base import Metric, Score
 from lsq_core.profile.context import BlockContext, Part
 
 
@@ -25,15 +25,11 @@ def module_sensitivity(difference: Tensor, gram: Tensor, tokens: int) -> float:
     return float(total) / (tokens * difference.shape[0])
 
 
-class ModuleSensitivity:
+class ModuleSensitivity(Metric):
     """Eq. 10 literally: each linear module on its own, from one Gram matrix for all configs."""
 
     name = "sensitivity_module"
     needs_text = True
-
-    def once(self, context: BlockContext) -> Iterator[Score]:
-        """Nothing is independent of the configuration."""
-        return iter(())
 
     def at_config(
         self, context: BlockContext, config: QuantConfig, quantized: dict[Matrix, Tensor]
@@ -45,15 +41,11 @@ class ModuleSensitivity:
             yield Score(matrix, self.name, config, value)
 
 
-class PartSensitivity:
+class PartSensitivity(Metric):
     """The authors' parts: weights quantized together, the output of their block compared."""
 
     name = "sensitivity"
     needs_text = True
-
-    def once(self, context: BlockContext) -> Iterator[Score]:
-        """Nothing is independent of the configuration."""
-        return iter(())
 
     def at_config(
         self, context: BlockContext, config: QuantConfig, quantized: dict[Matrix, Tensor]

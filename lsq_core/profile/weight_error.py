@@ -8,19 +8,15 @@ from torch import Tensor
 
 from lsq_core.config import QuantConfig
 from lsq_core.model import Matrix
-from lsq_core.profile.base import Score
+from lsq_core.profile.base import Metric, Score
 from lsq_core.profile.context import BlockContext
 
 
-class WeightError:
+class WeightError(Metric):
     """``‖W − Ŵ_c‖_F`` of each matrix at each configuration; needs no calibration text."""
 
     name = "weight_error"
     needs_text = False
-
-    def once(self, context: BlockContext) -> Iterator[Score]:
-        """Nothing is independent of the configuration."""
-        return iter(())
 
     def at_config(
         self, context: BlockContext, config: QuantConfig, quantized: dict[Matrix, Tensor]
