@@ -24,8 +24,8 @@ from lsq_core.config import (
 from lsq_core.errors import InputError
 from lsq_core.model import Matrix
 from lsq_core.plan.boost import KurtBoost, KurtBoostAblation, SensiBoost, SensiBoostAblation
+from lsq_core.plan.exact import solve_exactly
 from lsq_core.plan.frontier import Frontier, Segment
-from lsq_core.plan.knapsack import solve_exactly
 from lsq_core.plan.mxq import KurtMilp, KurtScaled, Mxq, SensiMilp
 from lsq_core.plan.outliers import shallowness
 from lsq_core.plan.pins import with_pins

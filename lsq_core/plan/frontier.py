@@ -16,13 +16,8 @@ from functools import cached_property
 
 import numpy as np
 
-from lsq_core.plan.greedy import fill, repair, swap
+from lsq_core.plan.greedy import Steps, fill, give_back, repair, take_what_fits, total
 from lsq_core.plan.problem import TOLERANCE
-
-#: How many moves over the budget are tried with a repair.
-OVERSHOOT = 2
-#: A plan within this share of the bound is not worth a search for swaps.
-CLOSE_ENOUGH = 1e-3
 
 
 @dataclass(frozen=True)
@@ -53,6 +48,27 @@ class Segment:
             np.array([m.stop for m in self.moves], dtype=np.int64),
             np.array([m.bytes_after for m in self.moves]),
         )
+
+    @cached_property
+    def steps(self) -> Steps:
+        """The moves as the greedy search reads them."""
+        now, left = self.start.tolist(), []
+        for move in self.moves:
+            left.append(now[move.matrix])
+            now[move.matrix] = move.stop
+        matrices, stops, after = self._columns
+        size = np.diff(after, prepend=self.start_bytes)
+        return Steps(matrices.tolist(), left, stops.tolist(), size.tolist())
+
+    def price(self, taken: int) -> float:
+        """Cost saved per byte by the first move not taken; 0 when all are."""
+        if taken == len(self.moves):
+            return 0.0
+        return self.moves[taken].worth / self.steps.size[taken]
+
+    def bytes_after(self, count: int) -> float:
+        """Nominal bytes of the plan after so many moves."""
+        return self.moves[count - 1].bytes_after if count else self.start_bytes
 
     def count_within(self, budget: float) -> int:
         """How many moves fit: they are taken in order, up to the first that does not."""
@@ -121,28 +137,27 @@ class Frontier:
             return Answer(choice, segment, taken)
         bound = self._lower_bound(segment, taken, choice, budget)
         if np.isfinite(budget):
-            choice = self._spend(segment, taken, limit, bound)
+            choice = self._spend(segment, taken, limit)
         return Answer(choice, segment, taken, self.objective(choice), bound)
 
-    def _spend(self, segment: Segment, taken: int, limit: float, bound: float) -> np.ndarray:
-        """The best choice near where the moves end: short of the budget, or over it and repaired.
-
-        Where the bound leaves room, swaps follow; they take longest and are seldom needed.
-        """
-        tables = (self.nominal, self.cost, limit)
-        found = [fill(segment.after(taken), *tables)]
-        for beyond in range(taken + 1, min(taken + OVERSHOOT, len(segment.moves)) + 1):
-            repaired = repair(segment.after(beyond), *tables)
-            if repaired is not None:
-                found.append(repaired)
-        best = min(found, key=self.objective)
-        if self.objective(best) - bound > CLOSE_ENOUGH * abs(bound):
-            best = swap(best, *tables)
-        return best
+    def _spend(self, segment: Segment, taken: int, limit: float) -> np.ndarray:
+        """The better of two ways to end: short of the budget, or over it by a move and back."""
+        steps, tables = segment.steps, (self.nominal, self.cost, limit)
+        room = limit - segment.bytes_after(taken)
+        best = fill(take_what_fits(steps, taken, segment.after(taken), room), *tables)
+        if taken == len(segment.moves):
+            return best
+        room = limit - segment.bytes_after(taken + 1)
+        back = give_back(steps, taken + 1, segment.after(taken + 1), room)
+        back = repair(back, *tables)
+        if back is None:
+            return best
+        back = fill(back, *tables)
+        return back if self.objective(back) < self.objective(best) else best
 
     def objective(self, choice: np.ndarray) -> float:
         """Total cost of a choice (n,)."""
-        return float(self.cost[np.arange(len(choice)), choice].sum())
+        return total(self.cost, choice)
 
     def _lower_bound(
         self, segment: Segment, taken: int, choice: np.ndarray, budget: float
@@ -154,10 +169,8 @@ class Frontier:
         """
         bound = self.objective(choice)
         if taken < len(segment.moves):
-            move = segment.moves[taken]
-            here = segment.moves[taken - 1].bytes_after if taken else segment.start_bytes
-            price = move.worth / (move.bytes_after - here)
-            bound -= price * max(budget - here, 0.0)
+            left = max(budget - segment.bytes_after(taken), 0.0)
+            bound -= segment.price(taken) * left
         return bound - 1e-12 * abs(bound)
 
 

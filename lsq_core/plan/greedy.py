@@ -1,22 +1,73 @@
-"""Spending a knapsack's budget well where the hull's moves end: fill, repair, swap.
+"""Spending a knapsack's budget well where the hull's moves end.
 
-Every step takes the best single change, ties going to the first matrix and then the lowest stop,
-so that the browser, taking the same steps in the same order, finds the same plan. Arrays are
-(n, 12) nominal bytes and costs; a choice is (n,) stops, and none given is changed.
+Moves are taken by price, so the last one that fits leaves a rest of the budget. Two ways out are
+tried: skip what doesn't fit and take later moves (:func:`take_what_fits`), or take the move that
+doesn't fit and give earlier ones back (:func:`give_back`). What is left then goes to single
+changes off the hull (:func:`fill`).
+
+Every step is the first or the best there is, ties going to the first matrix and then the lowest
+stop, and every sum runs from first to last, so that the browser, taking the same steps in the same
+order, finds the same plan to the last bit. Tables are (n, 12) nominal bytes and costs; a choice is
+(n,) stops, and none given is changed.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
-#: Swaps tried at most; each is the best there is, and few plans need more than two.
-MAX_SWAPS = 8
+
+@dataclass(frozen=True)
+class Steps:
+    """The moves of a segment in order: the matrix, the stops left and reached, the bytes added."""
+
+    matrix: list[int]
+    left: list[int]
+    reached: list[int]
+    size: list[float]
+
+
+def take_what_fits(steps: Steps, taken: int, choice: np.ndarray, room: float) -> np.ndarray:
+    """Go on after the moves taken: each that fits, none of a matrix that missed one."""
+    choice, missed = choice.copy(), set()
+    for k in range(taken, len(steps.matrix)):
+        matrix, size = steps.matrix[k], steps.size[k]
+        if matrix in missed:
+            continue
+        if size <= room:
+            choice[matrix] = steps.reached[k]
+            room -= size
+        else:
+            missed.add(matrix)
+    return choice
+
+
+def give_back(steps: Steps, taken: int, choice: np.ndarray, room: float) -> np.ndarray:
+    """Undo moves before the last one taken, latest first, while the room is negative.
+
+    Only moves that are no larger than what is missing are undone, and of a matrix none before one
+    that was kept; the last move stays. The choice may still be over the budget in the end.
+    """
+    choice, kept = choice.copy(), {steps.matrix[taken - 1]}
+    for k in range(taken - 2, -1, -1):
+        if room >= 0:
+            break
+        matrix, size = steps.matrix[k], steps.size[k]
+        if matrix in kept:
+            continue
+        if size <= -room:
+            choice[matrix] = steps.left[k]
+            room += size
+        else:
+            kept.add(matrix)
+    return choice
 
 
 def fill(choice: np.ndarray, nominal: np.ndarray, cost: np.ndarray, limit: float) -> np.ndarray:
     """Spend what is left: again and again the change that saves most cost and fits."""
     choice = choice.copy()
-    left = limit - _total(nominal, choice)
+    left = limit - total(nominal, choice)
     more, saved = _changes(nominal, cost, choice)
     while True:
         worth = np.where((more > 0) & (more <= left), saved, 0.0)
@@ -32,11 +83,10 @@ def fill(choice: np.ndarray, nominal: np.ndarray, cost: np.ndarray, limit: float
 def repair(
     choice: np.ndarray, nominal: np.ndarray, cost: np.ndarray, limit: float
 ) -> np.ndarray | None:
-    """Bring a choice that exceeds the budget back with the cheapest single change, then fill.
-
-    None when no single change is enough.
-    """
-    over = _total(nominal, choice) - limit
+    """A choice over the budget after the cheapest single change that brings it within, or None."""
+    over = total(nominal, choice) - limit
+    if over <= 0:
+        return choice
     more, saved = _changes(nominal, cost, choice)
     lost = np.where(-more >= over, -saved, np.inf)
     row, stop = divmod(int(lost.argmin()), lost.shape[1])
@@ -44,54 +94,12 @@ def repair(
         return None
     repaired = choice.copy()
     repaired[row] = stop
-    return fill(repaired, nominal, cost, limit)
+    return repaired
 
 
-def swap(choice: np.ndarray, nominal: np.ndarray, cost: np.ndarray, limit: float) -> np.ndarray:
-    """Pay for one matrix's better stop with another's worse one while that lowers the cost."""
-    for _ in range(MAX_SWAPS):
-        better = _best_swap(choice, nominal, cost, limit - _total(nominal, choice))
-        if better is None:
-            return choice
-        choice = fill(better, nominal, cost, limit)
-    return choice
-
-
-def _best_swap(
-    choice: np.ndarray, nominal: np.ndarray, cost: np.ndarray, left: float
-) -> np.ndarray | None:
-    """The choice after the swap that lowers the cost most, or None when none does.
-
-    Changes that free bytes are put in order of what they free; for each change that needs bytes
-    the cheapest of those that free enough is then a look-up.
-    """
-    more, saved = (a.ravel() for a in _changes(nominal, cost, choice))
-    frees = np.flatnonzero((more < 0) & np.isfinite(saved))
-    frees = frees[np.argsort(-more[frees], kind="stable")]
-    wants = np.flatnonzero((more > left) & (saved > 0))
-    if len(frees) == 0 or len(wants) == 0:
-        return None
-    lost = -saved[frees]
-    cheapest = np.minimum.accumulate(lost[::-1])[::-1]
-    first = np.searchsorted(-more[frees], more[wants] - left)
-    enough = first < len(frees)
-    net = np.where(enough, saved[wants] - cheapest[np.minimum(first, len(frees) - 1)], -np.inf)
-    best = int(net.argmax())
-    width = nominal.shape[1]
-    row, stop = divmod(int(wants[best]), width)
-    if not net[best] > 1e-12 * saved[wants[best]]:
-        return None
-    payer = frees[first[best] + int(lost[first[best] :].argmin())]
-    other, lower = divmod(int(payer), width)
-    if other == row:
-        return None
-    swapped = choice.copy()
-    swapped[row], swapped[other] = stop, lower
-    return swapped
-
-
-def _total(nominal: np.ndarray, choice: np.ndarray) -> float:
-    return float(nominal[np.arange(len(choice)), choice].sum())
+def total(table: np.ndarray, choice: np.ndarray) -> float:
+    """The sum of a table's entries at a choice, added from first to last."""
+    return float(np.add.accumulate(table[np.arange(len(choice)), choice])[-1])
 
 
 def _changes(

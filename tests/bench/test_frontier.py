@@ -1,0 +1,68 @@
+"""Every budget at once, at the size of Llama-2-70B: 560 matrices at twelve configurations.
+
+``pytest -s tests/bench`` prints the figures. Times are of the processor, not of the clock, so that
+a busy machine does not decide; limits are those the project set itself.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from lsq_core.plan import PlanRequest, Problem, make_frontier
+from lsq_core.plan.exact import solve_exactly
+from tests.test_plan import needs_reference, published_problem
+
+#: Budgets in bits per parameter at which the frontier is compared with the optimum.
+COMPARED = 40
+
+
+def timed(call: Callable) -> tuple[object, float]:
+    """What a call gives, and the milliseconds of processor time it took."""
+    began = time.process_time()
+    result = call()
+    return result, 1000 * (time.process_time() - began)
+
+
+def build(problem: Problem) -> object:
+    """The frontier, ready for its first budget."""
+    frontier = make_frontier(problem, PlanRequest("mxq"))
+    frontier.at(3 * problem.total / 8)
+    return frontier
+
+
+@needs_reference
+def test_frontier_of_70b():
+    problem = published_problem("Llama-2-70b-hf")
+    assert len(problem.matrices) == 560
+    built = [timed(lambda: build(problem)) for _ in range(7)]
+    frontier, build_ms = built[0][0], [ms for _, ms in built]
+    random = np.random.default_rng(0)
+    budgets = random.uniform(2.2, 8, 1000) * problem.total / 8
+    answers, query_ms = zip(*(timed(lambda b=b: frontier.at(b)) for b in budgets), strict=True)
+    certified = [1 - a.lower_bound / a.objective for a in answers]
+    # Half of the budgets lie where one matrix is much of what is left, and gaps are widest.
+    hard = np.r_[random.uniform(2.2, 8, COMPARED // 2), random.uniform(7.5, 8, COMPARED // 2)]
+    gaps, exact_ms = [], []
+    for budget in hard * problem.total / 8:
+        answer = frontier.at(budget)
+        exact, ms = timed(lambda b=budget: solve_exactly(frontier, b))
+        assert exact.proven
+        assert answer.lower_bound <= exact.objective * (1 + 1e-9)
+        gaps.append(answer.objective / exact.objective - 1)
+        exact_ms.append(ms)
+    print(
+        f"\nfrontier of 560 × 12: built in {np.median(build_ms):.0f} ms"
+        f" ({min(build_ms):.0f}–{max(build_ms):.0f} of 7)"
+        f"\nplan for a budget: {np.median(query_ms):.2f} ms median,"
+        f" {np.percentile(query_ms, 99):.2f} ms p99 of 1,000"
+        f"\ncertified gap: {np.median(certified):.4%} median, {max(certified):.3%} worst of 1,000"
+        f"\ngap to the optimum: {np.median(gaps):.4%} median, {max(gaps):.3%} worst of {COMPARED}"
+        f"\nexact: {np.median(exact_ms):.0f} ms median, {max(exact_ms):.0f} ms worst of {COMPARED}"
+    )
+    assert np.median(build_ms) <= 150
+    assert np.median(query_ms) <= 1
+    assert np.percentile(query_ms, 99) <= 5
+    assert max(gaps) <= 0.005
