@@ -28,20 +28,32 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return codes.clone()
     count = codes.numel()
-    eights = torch.nn.functional.pad(codes, (0, -count % 8)).view(-1, 8).long()
-    words = sum(eights[:, i] << (bits * i) for i in range(8))
-    packed = torch.stack([(words >> (8 * j)) & 255 for j in range(bits)], dim=1)
-    return packed.to(torch.uint8).flatten()[: ceil(count * bits / 8)].contiguous()
+    eights = torch.nn.functional.pad(codes, (0, -count % 8)).view(-1, 8)
+    packed = eights.new_zeros(len(eights), bits)
+    for i, byte, shift in _places(bits):
+        packed[:, byte] |= eights[:, i] << shift
+        if shift + bits > 8:
+            packed[:, byte + 1] |= eights[:, i] >> (8 - shift)
+    return packed.flatten()[: ceil(count * bits / 8)].contiguous()
 
 
 def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
     """The ``count`` uint8 codes that :func:`pack_bits` packed."""
     if bits == 8:
         return packed[:count]
-    padded = torch.nn.functional.pad(packed, (0, -packed.numel() % bits)).view(-1, bits).long()
-    words = sum(padded[:, j] << (8 * j) for j in range(bits))
-    codes = torch.stack([(words >> (bits * i)) & (2**bits - 1) for i in range(8)], dim=1)
-    return codes.to(torch.uint8).flatten()[:count]
+    padded = torch.nn.functional.pad(packed, (0, -packed.numel() % bits)).view(-1, bits)
+    codes = padded.new_empty(len(padded), 8)
+    for i, byte, shift in _places(bits):
+        code = padded[:, byte] >> shift
+        if shift + bits > 8:
+            code |= padded[:, byte + 1] << (8 - shift)  # what leaves the byte is masked off
+        codes[:, i] = code & (2**bits - 1)
+    return codes.flatten()[:count]
+
+
+def _places(bits: int) -> list[tuple[int, int, int]]:
+    """For each of eight codes the byte it begins in and how far up there."""
+    return [(i, bits * i // 8, bits * i % 8) for i in range(8)]
 
 
 @dataclass(frozen=True, eq=False)
