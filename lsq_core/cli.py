@@ -28,7 +28,8 @@ from lsq_core.pipeline import (
     find_published,
 )
 from lsq_core.plan import PLANNERS, Plan, PlanRequest
-from lsq_core.profile import METRICS, ProfileSettings
+from lsq_core.predict import parse_loss
+from lsq_core.profile import DEFAULT_METRICS, METRICS, Profile, ProfileSettings
 from lsq_core.quantize import QUANTIZERS
 from lsq_core.store import PUBLISHED, Store
 
@@ -140,12 +141,21 @@ def _add_model_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     _add_device(sub)
     sub.add_argument("--corpus", help=f"calibration text: {_corpora()} (stdlib)")
     sub.add_argument("--quantizer", help=f"one of {', '.join(QUANTIZERS)} (hqq)")
+    dear = [name for name in METRICS if name not in DEFAULT_METRICS]
+    sub.add_argument(
+        "--metric",
+        action="append",
+        default=[],
+        help=f"also measure {' or '.join(dear)}, which a plan that needs it adds by itself",
+    )
     _add_profile(sub)
 
     sub = verb("plan", plan, show_plan, "choose a configuration for each module")
     _add_model(sub)
     _add_device(sub)
     _add_plan(sub)
+    sub.add_argument("--corpus", help="text to predict perplexity on (that of most runs)")
+    sub.add_argument("--protocol", help="strided or blocks, to predict it by (that of most runs)")
     sub.add_argument("--out", type=Path, help="write the plan into a file, for run --plan")
 
     sub = verb("run", run, show_run, "plan, quantize, evaluate, keep the result")
@@ -177,7 +187,11 @@ def _add_keeping_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
         show_import,
         "take in the published measurements of a checkout of lm-quant-toolkit",
     )
-    sub.add_argument("folder", type=Path, metavar="DIR", help="holds src and data-vis")
+    what = sub.add_mutually_exclusive_group(required=True)
+    what.add_argument("folder", type=Path, metavar="DIR", nargs="?", help="holds src and data-vis")
+    what.add_argument(
+        "--download", action="store_true", help="fetch its pinned revision, by git, in place of DIR"
+    )
 
     sub = verb("disk", on_disk, show_disk, "what is kept on disk, and pruning it")
     sub.add_argument("--prune", metavar="NAME", help="delete one of what disk lists")
@@ -229,6 +243,12 @@ def _add_plan(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--method", help=f"one of {', '.join(PLANNERS)}")
     sub.add_argument("--base", help="a ladder stop, such as 3.13 or b3g128")
     sub.add_argument("--budget", help="3.2bpp, or bytes of the linear weights: 9MiB, 1.5GiB")
+    sub.add_argument(
+        "--max-loss",
+        metavar="PERCENT",
+        help="in place of base and budget: the smallest plan with predicted perplexity at most so "
+        "far above full precision, such as 1%%",
+    )
     sub.add_argument("--boost-stop", type=int, default=2, help="stops a flagged layer gains (2)")
     sub.add_argument("--top-m", type=int, default=0, help="outliers to keep, 0 for all (0)")
     sub.add_argument("--calibration", help=f"calibration text: {_corpora()} (stdlib)")
@@ -305,6 +325,19 @@ def _plan_request(options: argparse.Namespace) -> PlanRequest:
     )
 
 
+def _plan(
+    options: argparse.Namespace, bench: Workbench, settings: ProfileSettings
+) -> tuple[Plan, Profile | None]:
+    """The plan that was asked for, by a base, a budget or a loss, and its profile."""
+    request = _plan_request(options)
+    if options.max_loss is not None:
+        if options.base or options.budget:
+            raise InputError("Give --max-loss, or a base or budget, but not both.")
+        loss = parse_loss(options.max_loss)
+        request = bench.request_within(request, settings, loss, options.corpus, options.protocol)
+    return bench.plan(request, settings)
+
+
 def _evaluation(options: argparse.Namespace) -> EvaluationRequest:
     return EvaluationRequest(options.corpus, options.protocol, options.max_tokens)
 
@@ -344,7 +377,8 @@ def _described(info: object) -> dict:
 def profile(options: argparse.Namespace, report: Report) -> dict:
     """Measure or find a profile."""
     bench = _workbench(options, report)
-    found = bench.profile(_settings(options, bench, options.quantizer, options.corpus))
+    settings = _settings(options, bench, options.quantizer, options.corpus)
+    found = bench.profile(settings, options.metric)
     return {
         "profile": found.id,
         "model": _described(bench.info),
@@ -358,8 +392,9 @@ def plan(options: argparse.Namespace, report: Report) -> dict:
     """Make a plan, measuring what it needs first."""
     bench = _workbench(options, report)
     settings = _settings(options, bench, options.profile_quantizer, options.calibration)
-    made, used = bench.plan(_plan_request(options), settings)
+    made, used = _plan(options, bench, settings)
     content = made.to_json() | {
+        "predicted": bench.predicted(made, settings, options.corpus, options.protocol),
         "model": bench.source.name,
         "fingerprint": bench.info.fingerprint,
         "profile": used.id if used else None,
@@ -382,16 +417,29 @@ def run(options: argparse.Namespace, report: Report) -> dict:
     evaluation = _evaluation(options)
     corpus_identity(evaluation.corpus)  # a wrong path is told before anything is measured
     bench = _workbench(options, report)
+    settings = _settings(options, bench, options.profile_quantizer, options.calibration)
     if options.plan:
-        if options.method or options.base or options.budget:
-            raise InputError("Give a saved plan, or a method with base or budget, but not both.")
+        if options.method or options.base or options.budget or options.max_loss:
+            raise InputError(
+                "Give a saved plan, or a method with base, budget or max-loss, but not both."
+            )
         made, used = _saved_plan(options.plan, bench), None
     else:
-        settings = _settings(options, bench, options.profile_quantizer, options.calibration)
-        made, used = bench.plan(_plan_request(options), settings)
+        if options.max_loss and options.quantizer != settings.quantizer:
+            raise InputError(
+                f"--max-loss predicts by the profile of {settings.quantizer}; give "
+                f"--profile-quantizer {options.quantizer} to run by that quantizer."
+            )
+        made, used = _plan(options, bench, settings)
+    measured_by = replace(settings, quantizer=options.quantizer)
+    predicted = bench.predicted(made, measured_by, evaluation.corpus, evaluation.protocol)
     save = options.save.expanduser().resolve() if options.save else None
     outcome = bench.run(made, used, options.quantizer, evaluation, save)
-    return {"model": bench.source.name, "fingerprint": bench.info.fingerprint} | outcome
+    return {
+        "model": bench.source.name,
+        "fingerprint": bench.info.fingerprint,
+        "predicted": predicted,
+    } | outcome
 
 
 def _saved_plan(path: Path, bench: Workbench) -> Plan:
@@ -430,7 +478,10 @@ def import_reference(options: argparse.Namespace, report: Report) -> dict:
     """Take in published measurements, in the place of those taken in before."""
     from lsq_core import reference
 
-    return reference.import_reference(options.folder, Store(options.db), report)
+    store = Store(options.db)
+    if options.download:
+        return reference.import_download(store, report)
+    return reference.import_reference(options.folder, store, report)
 
 
 def on_disk(options: argparse.Namespace, report: Report) -> dict:
@@ -500,6 +551,20 @@ def show_plan(result: dict) -> None:
         print(f"at most {100 * result['gap']:.2g} % above the least possible cost at this budget")
     for note in result["notes"]:
         print(note)
+    show_predicted(result["predicted"])
+
+
+def show_predicted(found: dict) -> None:
+    """Print a predicted perplexity with its band, or why there is none."""
+    if "reason" in found:
+        print(f"no predicted perplexity: {found['reason']}")
+        return
+    beyond = ", beyond what was run" if found["extrapolated"] else ""
+    print(
+        f"predicted perplexity {found['perplexity']:.4f} ({found['low']:.4f} to "
+        f"{found['high']:.4f}, 9 times in 10) on {found['corpus']} ({found['protocol']}), from "
+        f"{found['runs']} runs{beyond}; full precision {found['full_precision']:.4f}"
+    )
 
 
 def show_run(result: dict) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -17,13 +17,23 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lsq_core import predict
 from lsq_core.config import DETECTION_CONFIG, LADDER, QuantConfig, format_bytes
 from lsq_core.corpus import corpus_identity, load_corpus, token_stream
 from lsq_core.errors import InputError, LsqError
 from lsq_core.jsontext import json_text
 from lsq_core.model import ModelInfo, ModelSource, find_model, fingerprint
-from lsq_core.plan import PLANNERS, Plan, PlanRequest, Problem, get_planner, make_plan
-from lsq_core.profile import Profile, ProfileSettings
+from lsq_core.plan import (
+    PLANNERS,
+    Plan,
+    PlanRequest,
+    Problem,
+    get_planner,
+    make_frontier,
+    make_plan,
+)
+from lsq_core.plan.pins import with_pins
+from lsq_core.profile import DEFAULT_METRICS, METRICS, Profile, ProfileSettings
 from lsq_core.provenance import machine, versions
 from lsq_core.quantize import QUANTIZERS
 from lsq_core.store import PUBLISHED, Store, new_id
@@ -33,6 +43,7 @@ if TYPE_CHECKING:
 
     from lsq_core.evaluate import Evaluation
     from lsq_core.load import LoadedModel
+    from lsq_core.predict import Predictor
 
 #: How the profiles were measured that published plans were made from (method §2).
 PUBLISHED_SETTINGS = ProfileSettings(axis=0, calibration="pileval")
@@ -142,32 +153,51 @@ class Workbench:
             return self.store.profile(kept["id"][same.index(True)]) if any(same) else None
         return self.store.profile(self.profile_key(settings))
 
-    def profile(self, settings: ProfileSettings) -> Profile:
-        """The profile: found, or measured and kept.
+    def profile(self, settings: ProfileSettings, metrics: Sequence[str] = ()) -> Profile:
+        """The profile, with these metrics: found, or measured and kept.
+
+        Of a profile that is there only the metrics that it lacks are measured; a published one
+        stays as it is.
 
         Raises
         ------
         InputError, LsqError
-            When the model or the calibration corpus cannot be had, or a weight is not finite.
+            When a metric is unknown, the model or the calibration corpus cannot be had, or a
+            weight is not finite.
         """
+        unknown = [metric for metric in metrics if metric not in METRICS]
+        if unknown:
+            raise InputError(f"'{unknown[0]}' is not a metric; choose one of {', '.join(METRICS)}.")
         found = self.find_profile(settings)
-        if found is not None:
-            self.report("profile", 1, 1, "found in the store")
-            return found
         if self.published:
-            raise InputError(_no_such_profile(self.published, settings, self.store))
+            if found is None:
+                raise InputError(_no_such_profile(self.published, settings, self.store))
+        elif found is None:
+            found = self._measure(settings, DEFAULT_METRICS)
+            self.store.save_profile(found)
+            self.report("store", 1, 1, f"kept as profile {found.id}")
+        else:
+            self.report("profile", 1, 1, "found in the store")
+        missing = [metric for metric in metrics if metric not in found.metrics]
+        if self.published or not missing:
+            return found
+        self.store.complete_profile(self._measure(settings, missing))
+        self.report("store", 1, 1, f"{', '.join(missing)} added to profile {found.id}")
+        return self.store.profile(found.id)
+
+    def _measure(self, settings: ProfileSettings, metrics: Sequence[str]) -> Profile:
+        """A profile of these metrics alone, measured now."""
         from lsq_core.profile.measure import measure_profile
 
         loaded = self.loaded
         with in_a_sentence(loaded.device):
-            profile = measure_profile(
+            return measure_profile(
                 loaded,
                 settings,
                 self.profile_key(settings),
                 lambda done, total, message: self.report("profile", done, total, message),
+                metrics,
             )
-        self.store.save_profile(profile)
-        return profile
 
     # --- plan -------------------------------------------------------------------------------
 
@@ -182,7 +212,7 @@ class Workbench:
         planner = get_planner(request.method)
         # A budget out of reach is told before anything is measured.
         request.budget_for(Problem(self.info.matrices))
-        profile = self.profile(settings) if planner.metrics else None
+        profile = self.profile(settings, planner.metrics) if planner.metrics else None
         self.report("plan", 0, 1, planner.title)
         problem = problem_of(self.info, profile)
         check_metrics(self.info, problem, request)
@@ -195,6 +225,85 @@ class Workbench:
         )
         self.report("plan", 1, 1, f"{plan.bits_per_param:.3f} bits per parameter")
         return plan, profile
+
+    # --- prediction -------------------------------------------------------------------------
+
+    def predictor(
+        self,
+        problem: Problem,
+        settings: ProfileSettings,
+        corpus: str | None = None,
+        protocol: str | None = None,
+    ) -> Predictor:
+        """What the runs so far tell of this model's perplexity on a corpus by a protocol.
+
+        Where neither is given, on those with the most runs. ``problem`` is of a profile of
+        ``settings``, and the runs are those by its quantizer, axis and metadata.
+
+        Raises
+        ------
+        InputError
+            When there are too few runs, or the profile lacks what predictions need.
+        """
+        points = predict.measured_points(
+            self.store,
+            self.info.fingerprint,
+            problem,
+            quantizer=settings.quantizer,
+            axis=settings.axis,
+            metadata=settings.metadata,
+            corpus=corpus,
+            protocol=protocol,
+        )
+        return predict.fit(points)
+
+    def predicted(
+        self,
+        plan: Plan,
+        settings: ProfileSettings,
+        corpus: str | None = None,
+        protocol: str | None = None,
+    ) -> dict:
+        """The plan's predicted perplexity and band by name, or only the ``reason`` for none.
+
+        Nothing is measured for it.
+        """
+        settings = replace(settings, axis=plan.axis, metadata=plan.metadata)
+        try:
+            profile = self.find_profile(settings)
+            if profile is None:
+                return {"reason": "This model has no profile under these settings yet."}
+            problem = problem_of(self.info, profile)
+            predictor = self.predictor(problem, settings, corpus, protocol)
+        except InputError as error:
+            return {"reason": str(error)}
+        return predictor.summary(problem, np.array([LADDER.index(c) for c in plan.configs]))
+
+    def request_within(
+        self,
+        request: PlanRequest,
+        settings: ProfileSettings,
+        max_loss: float,
+        corpus: str | None = None,
+        protocol: str | None = None,
+    ) -> PlanRequest:
+        """The request with the least budget whose plan is predicted within a relative loss.
+
+        Raises
+        ------
+        InputError
+            When no plan is, there are too few runs to predict from, or the request is wrong.
+        """
+        planner = get_planner(request.method)
+        profile = self.profile(settings, [*predict.METRICS, *planner.metrics])
+        problem = problem_of(self.info, profile)
+        check_metrics(self.info, problem, request)
+        pinned = with_pins(problem, request.pins)
+        predictor = self.predictor(problem, settings, corpus, protocol)
+        frontier = make_frontier(pinned, request)
+        budget = predict.smallest_within(frontier, predictor, pinned, max_loss)
+        # 17 digits write any float exactly, so the same plan is found again.
+        return replace(request, budget=f"{budget:.17g}B")
 
     # --- run --------------------------------------------------------------------------------
 
@@ -476,14 +585,16 @@ def problem_of(info: ModelInfo, profile: Profile | None) -> Problem:
     def at(metric: str, config: QuantConfig) -> np.ndarray:
         return profile.scores(metric, config) if (metric, config.name) in held else nothing
 
-    scores = {"kurtosis": profile.scores("kurtosis")} if "kurtosis" in metrics else {}
+    scores = {m: profile.scores(m) for m in ("kurtosis", "loss_impact") if m in metrics}
     for metric in ("sensitivity", "sensitivity_module"):
         if (metric, DETECTION_CONFIG.name) in held:
             scores[metric] = profile.scores(metric, DETECTION_CONFIG)
+    # Without its figure at the detection stop, a sensitivity is not what methods mean by it.
+    whole = scores.keys() | ({"weight_error"} & metrics)
     by_config = {
         metric: np.stack([at(metric, config) for config in LADDER], axis=1)
-        for metric in ("weight_error", "sensitivity_module")
-        if metric in metrics
+        for metric in ("weight_error", "sensitivity", "sensitivity_module")
+        if metric in whole
     }
     return Problem(info.matrices, scores, by_config)
 

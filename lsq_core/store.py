@@ -253,7 +253,6 @@ class Store:
 
     def save_profile(self, profile: Profile) -> None:
         """Keep a profile with all its scores; one of the same identity is replaced."""
-        frame = profile.values.assign(profile=profile.id)
         with self.transaction() as connection:
             connection.execute("DELETE FROM scores WHERE profile = ?", [profile.id])
             _insert(
@@ -266,11 +265,29 @@ class Store:
                 provenance=json_text(profile.provenance),
                 created=now(),
             )
-            connection.register("frame", frame)
+            _insert_scores(connection, profile)
+
+    def complete_profile(self, added: Profile) -> None:
+        """Add metrics to the kept profile of the same identity, in the place of the same ones.
+
+        How each was measured is kept under its name in ``provenance["added"]``.
+        """
+        facts = dict.fromkeys(added.metrics, added.provenance | {"created": now().isoformat()})
+        with self.transaction() as connection:
+            (kept,) = connection.execute(
+                "SELECT provenance FROM profiles WHERE id = ?", [added.id]
+            ).fetchone()
+            provenance = json.loads(kept)
+            provenance["added"] = provenance.get("added", {}) | facts
             connection.execute(
-                "INSERT INTO scores SELECT profile, module, layer, type, metric, config, part, "
-                "value FROM frame"
+                "UPDATE profiles SET provenance = ? WHERE id = ?",
+                [json_text(provenance), added.id],
             )
+            connection.execute(
+                "DELETE FROM scores WHERE profile = ? AND list_contains(?, metric)",
+                [added.id, list(added.metrics)],
+            )
+            _insert_scores(connection, added)
 
     def profile(self, id: str) -> Profile | None:
         """A profile by its identity, or None."""
@@ -429,6 +446,24 @@ class Store:
             list(chosen.values()),
         )
 
+    def run_configs(self, fingerprint: str) -> dict[str, dict[str, str]]:
+        """Each run of a model to the configurations of its plan, by module name.
+
+        Runs whose plan was not published are left out.
+        """
+        with self.connect() as connection:
+            rows = connection.execute(
+                "SELECT r.id, CAST(p.content -> '$.modules' AS VARCHAR) "
+                "FROM runs r JOIN plans p ON r.plan = p.id WHERE r.fingerprint = ?",
+                [fingerprint],
+            ).fetchall()
+        modules = {run: json.loads(text) for run, text in rows if text}
+        return {
+            run: {name: entry["config"] for name, entry in plan.items()}
+            for run, plan in modules.items()
+            if plan
+        }
+
     def full_precision(self, fingerprint: str) -> pd.DataFrame:
         """A model's own evaluations: ``corpus, corpus_sha256, protocol, tokens, perplexity``."""
         return self.query(
@@ -536,6 +571,15 @@ def _insert_model(
     connection.execute(
         "INSERT INTO matrices SELECT fingerprint, position, name, layer, type, "
         "out_features, in_features, expert FROM frame"
+    )
+
+
+def _insert_scores(connection: duckdb.DuckDBPyConnection, profile: Profile) -> None:
+    frame = profile.values.assign(profile=profile.id)
+    connection.register("frame", frame)
+    connection.execute(
+        "INSERT INTO scores SELECT profile, module, layer, type, metric, config, part, value "
+        "FROM frame"
     )
 
 

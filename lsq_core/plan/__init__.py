@@ -26,6 +26,7 @@ from lsq_core.model import Matrix
 from lsq_core.plan.boost import KurtBoost, KurtBoostAblation, SensiBoost, SensiBoostAblation
 from lsq_core.plan.exact import solve_exactly
 from lsq_core.plan.frontier import Frontier, Segment
+from lsq_core.plan.loss_aware import LossAware
 from lsq_core.plan.mxq import KurtMilp, KurtScaled, Mxq, SensiMilp
 from lsq_core.plan.outliers import shallowness
 from lsq_core.plan.pins import with_pins
@@ -62,6 +63,7 @@ PLANNERS: dict[str, Planner] = {
         SensiMilp(),
         KurtMilp(),
         SensiKnapsack(),
+        LossAware(),
     )
 }
 

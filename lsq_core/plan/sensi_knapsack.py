@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from lsq_core.model import Matrix
 from lsq_core.plan.knapsack import Knapsack
 from lsq_core.plan.problem import Problem
 
@@ -16,21 +17,26 @@ class SensiKnapsack(Knapsack):
     metrics = ("sensitivity_module",)
 
     def cost(self, problem: Problem) -> np.ndarray:
-        """``s(i, c) · d_out``: the mean squared output change, summed over the outputs.
-
-        An expert that no calibration token reached is counted like the least sensitive of its
-        layer and type that one did reach.
-        """
-        scores = problem.by_config["sensitivity_module"].copy()
+        """``s(i, c) · d_out``: the mean squared output change, summed over the outputs."""
+        scores = with_unreached(problem.by_config["sensitivity_module"], problem.matrices)
         outputs = np.array([m.out_features for m in problem.matrices])
-        unreached = np.isnan(scores).all(axis=1)
-        for i in np.flatnonzero(unreached):
-            matrix = problem.matrices[i]
-            fellows = [
-                j
-                for j, m in enumerate(problem.matrices)
-                if (m.layer, m.type) == (matrix.layer, matrix.type) and not unreached[j]
-            ]
-            if fellows:
-                scores[i] = scores[fellows].min(axis=0)
         return scores * outputs[:, None]
+
+
+def with_unreached(scores: np.ndarray, matrices: tuple[Matrix, ...]) -> np.ndarray:
+    """Scores (n, k) in which an expert that no calibration token reached has one as well.
+
+    It is counted like the least sensitive of its layer and type that one did reach.
+    """
+    scores = scores.copy()
+    unreached = np.isnan(scores).all(axis=1)
+    for i in np.flatnonzero(unreached):
+        matrix = matrices[i]
+        fellows = [
+            j
+            for j, m in enumerate(matrices)
+            if (m.layer, m.type) == (matrix.layer, matrix.type) and not unreached[j]
+        ]
+        if fellows:
+            scores[i] = scores[fellows].min(axis=0)
+    return scores

@@ -28,7 +28,10 @@ METRICS = {
     "weight_error": "lsq_core.profile.weight_error:WeightError",
     "sensitivity": "lsq_core.profile.sensitivity:PartSensitivity",
     "sensitivity_module": "lsq_core.profile.sensitivity:ModuleSensitivity",
+    "loss_impact": "lsq_core.profile.loss_impact:LossImpact",
 }
+#: What a profile holds from the start; the others are dear, and added when a method needs them.
+DEFAULT_METRICS = tuple(name for name in METRICS if name != "loss_impact")
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,12 @@ TITLES = {
         "Activation sensitivity by module",
         "mean squared output change",
         "How far one linear module's own output moves when its weights are quantized.",
+    ),
+    "loss_impact": MetricTitle(
+        "Loss impact",
+        "KL (nats a token) per ‖W − Ŵ‖²",
+        "How far the model's predictions move for each unit of squared weight error in one "
+        "matrix, all else at full precision.",
     ),
 }
 
@@ -111,6 +120,11 @@ class Profile:
     matrices: tuple[Matrix, ...]
     values: pd.DataFrame
     provenance: dict = field(default_factory=dict)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The metrics it holds; others can be added (:meth:`Store.complete_profile`)."""
+        return tuple(self.values["metric"].unique())
 
     def scores(self, metric: str, config: QuantConfig | None = None) -> np.ndarray:
         """One score for each matrix (n,), NaN where there is none.

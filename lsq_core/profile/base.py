@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -35,6 +35,14 @@ class Metric:
     name: str
     #: Whether it needs calibration text (hidden states and Gram matrices in the context).
     needs_text: bool
+    #: The configurations it is measured at; none for one that needs no quantized weights.
+    configs: Sequence[QuantConfig] = ()
+    #: How many calibration blocks it reads, the first of them; None for all.
+    sequences: int | None = None
+
+    def effort(self, layer: int, layers: int) -> int:
+        """What a score in one layer costs beside the others', so that time left can be told."""
+        return 1
 
     def once(self, context: BlockContext) -> Iterator[Score]:
         """Scores that depend on no configuration; none unless overridden."""
@@ -43,7 +51,7 @@ class Metric:
     def at_config(
         self, context: BlockContext, config: QuantConfig, quantized: dict[Matrix, Tensor]
     ) -> Iterator[Score]:
-        """Scores at one configuration; ``quantized`` holds what the weights become, float32.
+        """Scores at one of ``configs``; ``quantized`` holds what the weights become, float32.
 
         None unless overridden.
         """

@@ -49,9 +49,12 @@ class BlockContext:
     """A decoder block with its matrices and the calibration inputs that reach it."""
 
     loaded: LoadedModel
+    layer: int
     prefix: str
     block: nn.Module
     matrices: tuple[Matrix, ...]
+    #: The calibration tokens, int64 (sequences, tokens), of which ``hidden`` has batches.
+    ids: Tensor
     hidden: list[Tensor] = field(default_factory=list)
     calls: list[BlockCall] = field(default_factory=list)
 
@@ -272,40 +275,66 @@ def record_calls(loaded: LoadedModel, ids: Tensor) -> tuple[list[list[BlockCall]
     costs the embedding alone; each keeps its own masks and positions, which differ between the
     layers of some models.
     """
-    blocks = loaded.blocks
-    calls: list[list[BlockCall]] = [[] for _ in blocks]
+    calls: list[list[BlockCall]] = [[] for _ in loaded.blocks]
     hidden: list[Tensor] = []
-    returns_tuple = _return_kinds(loaded, ids[:1, :8])
 
-    def pass_through(layer: int) -> Callable:
-        def forward(states: Tensor, *args: object, **kwargs: object) -> object:
-            if layer == 0:
-                hidden.append(states)
-            calls[layer].append(BlockCall(args, kwargs))
-            return (states,) if returns_tuple[layer] else states
+    def note(layer: int, states: Tensor, args: tuple, kwargs: dict) -> Tensor:
+        if layer == 0:
+            hidden.append(states)
+        calls[layer].append(BlockCall(args, kwargs))
+        return states
 
-        return forward
-
-    try:
-        for layer, block in enumerate(blocks):
-            block.forward = pass_through(layer)
+    with _in_place_of_blocks(loaded, len(loaded.blocks), return_kinds(loaded, ids), note):
         for batch in ids.split(BATCH):
             last_logits(loaded.model, batch, 1)
-    finally:
-        for block in blocks:
-            block.__dict__.pop("forward", None)
     return calls, hidden
 
 
-def _return_kinds(loaded: LoadedModel, ids: Tensor) -> list[bool]:
-    """Whether each block returns a tuple, seen by running a few tokens."""
+def resume(
+    loaded: LoadedModel, layer: int, hidden: Tensor, ids: Tensor, returns_tuple: list[bool]
+) -> Tensor:
+    """Logits (sequences, tokens, vocabulary), run from one block on.
+
+    ``hidden`` is what enters block ``layer`` for the tokens ``ids`` (sequences, tokens); the
+    blocks before it are passed by. With ``layer`` the number of blocks, only what comes after
+    the last one runs. The model's own code does the rest, whatever its architecture.
+    """
+    with _in_place_of_blocks(loaded, layer, returns_tuple, lambda *_: hidden):
+        return last_logits(loaded.model, ids, ids.shape[1])
+
+
+@contextmanager
+def _in_place_of_blocks(
+    loaded: LoadedModel, count: int, returns_tuple: list[bool], output: Callable[..., Tensor]
+) -> Iterator[None]:
+    """Have ``output(layer, states, args, kwargs)`` give what the first blocks would."""
+
+    def stand_in(layer: int) -> Callable:
+        def forward(states: Tensor, *args: object, **kwargs: object) -> object:
+            given = output(layer, states, args, kwargs)
+            return (given,) if returns_tuple[layer] else given
+
+        return forward
+
+    blocks = loaded.blocks[:count]
+    try:
+        for layer, block in enumerate(blocks):
+            block.forward = stand_in(layer)
+        yield
+    finally:
+        for block in blocks:
+            block.__dict__.pop("forward", None)
+
+
+def return_kinds(loaded: LoadedModel, ids: Tensor) -> list[bool]:
+    """Whether each block returns a tuple, seen by running a few tokens of ``ids``."""
     kinds: list[bool] = []
     handles = [
         block.register_forward_hook(lambda m, a, output: kinds.append(isinstance(output, tuple)))
         for block in loaded.blocks
     ]
     try:
-        last_logits(loaded.model, ids, 1)
+        last_logits(loaded.model, ids[:1, :8], 1)
     finally:
         for handle in handles:
             handle.remove()

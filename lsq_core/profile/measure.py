@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from importlib import import_module
 
@@ -14,8 +14,8 @@ from torch import Tensor
 from lsq_core.config import LADDER, QuantConfig, divides
 from lsq_core.corpus import TokenBlocks, calibration_blocks, load_corpus
 from lsq_core.load import LoadedModel, find_blocks
-from lsq_core.model import Matrix
-from lsq_core.profile import METRICS, Profile, ProfileSettings
+from lsq_core.model import Matrix, ModelInfo
+from lsq_core.profile import DEFAULT_METRICS, METRICS, Profile, ProfileSettings
 from lsq_core.profile.base import Metric, Score
 from lsq_core.profile.context import BlockContext, record_calls
 from lsq_core.provenance import machine, versions
@@ -25,12 +25,13 @@ from lsq_core.quantize.packed import check_finite, quantize_matrix
 Progress = Callable[[int, int, str], None]
 
 
-def make_metrics() -> list[Metric]:
-    """One of each registered metric."""
+def make_metrics(names: Sequence[str]) -> list[Metric]:
+    """One of each of these metrics, in the order of the registry."""
     found = []
-    for place in METRICS.values():
-        module, _, name = place.partition(":")
-        found.append(getattr(import_module(module), name)())
+    for name, place in METRICS.items():
+        if name in names:
+            module, _, kind = place.partition(":")
+            found.append(getattr(import_module(module), kind)())
     return found
 
 
@@ -40,8 +41,9 @@ def measure_profile(
     settings: ProfileSettings,
     key: str,
     progress: Progress = lambda done, total, message: None,
+    metrics: Sequence[str] = DEFAULT_METRICS,
 ) -> Profile:
-    """Measure every metric on every matrix of a loaded model.
+    """Measure metrics on every matrix of a loaded model; the profile holds those alone.
 
     Raises
     ------
@@ -52,12 +54,18 @@ def measure_profile(
     """
     began = time.perf_counter()
     blocks = calibration_of(loaded, settings)
+    made = make_metrics(metrics)
+    ids = torch.from_numpy(blocks.ids).to(loaded.device)[: _most_sequences(made)]
     scores: list[Score] = []
-    ids = torch.from_numpy(blocks.ids).to(loaded.device)
-    for context, done, total in _walk(loaded, ids):
-        progress(done, total, f"layer {done + 1} of {total}")
-        scores.extend(_score_block(context, settings))
-    progress(loaded.info.layers, loaded.info.layers, "profiled")
+    done, total = 0, _effort(made, loaded.info)
+    for context in _walk(loaded, ids):
+        layer = f"layer {context.layer + 1} of {loaded.info.layers}"
+        progress(min(done, total), total, layer)
+        for metric, score in _score_block(context, settings, made):
+            scores.append(score)
+            done += metric.effort(context.layer, loaded.info.layers)
+            progress(min(done, total), total, f"{layer}, {score.matrix.type}")
+    progress(total, total, "profiled")
     return Profile(
         id=key,
         fingerprint=loaded.info.fingerprint,
@@ -68,7 +76,7 @@ def measure_profile(
             "corpus": blocks.corpus,
             "corpus_source": blocks.source,
             "corpus_sha256": blocks.sha256,
-            "tokens": int(blocks.ids.size),
+            "tokens": ids.numel(),
             "settings": asdict(settings),
             "device": loaded.device,
             "machine": machine(loaded.device),
@@ -76,6 +84,21 @@ def measure_profile(
             "versions": versions(),
             "seconds": time.perf_counter() - began,
         },
+    )
+
+
+def _most_sequences(metrics: list[Metric]) -> int | None:
+    """How many calibration blocks the metrics read, None for all."""
+    wanted = [metric.sequences for metric in metrics]
+    return None if None in wanted else max(wanted)
+
+
+def _effort(metrics: list[Metric], info: ModelInfo) -> int:
+    """The effort of all scores together; fewer come where a group size does not fill a matrix."""
+    return sum(
+        metric.effort(matrix.layer, info.layers) * max(len(metric.configs), 1)
+        for metric in metrics
+        for matrix in info.matrices
     )
 
 
@@ -92,28 +115,33 @@ def calibration_of(loaded: LoadedModel, settings: ProfileSettings) -> TokenBlock
     )
 
 
-def _walk(loaded: LoadedModel, ids: Tensor) -> Iterator[tuple[BlockContext, int, int]]:
+def _walk(loaded: LoadedModel, ids: Tensor) -> Iterator[BlockContext]:
     """Each block in turn with the inputs that the full-precision blocks before it produce."""
     prefix, blocks = find_blocks(loaded.model)
     calls, hidden = record_calls(loaded, ids)
     for layer, block in enumerate(blocks):
         matrices = tuple(m for m in loaded.info.matrices if m.layer == layer)
-        context = BlockContext(loaded, f"{prefix}.{layer}", block, matrices, hidden, calls[layer])
+        name = f"{prefix}.{layer}"
+        context = BlockContext(loaded, layer, name, block, matrices, ids, hidden, calls[layer])
         if matrices:
-            yield context, layer, len(blocks)
+            yield context
         hidden = list(context.run())
 
 
-def _score_block(context: BlockContext, settings: ProfileSettings) -> Iterator[Score]:
-    metrics = make_metrics()
+def _score_block(
+    context: BlockContext, settings: ProfileSettings, metrics: list[Metric]
+) -> Iterator[tuple[Metric, Score]]:
     for matrix in context.matrices:
         check_finite(context.weight(matrix), matrix.name)
     for metric in metrics:
-        yield from metric.once(context)
+        for score in metric.once(context):
+            yield metric, score
     for config in LADDER:
-        quantized = _quantize_block(context, config, settings)
-        for metric in metrics:
-            yield from metric.at_config(context, config, quantized)
+        asking = [metric for metric in metrics if config in metric.configs]
+        quantized = _quantize_block(context, config, settings) if asking else {}
+        for metric in asking:
+            for score in metric.at_config(context, config, quantized):
+                yield metric, score
 
 
 def _quantize_block(

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from lsq_core.config import QuantConfig
+from lsq_core.config import LADDER, QuantConfig
 from lsq_core.model import Matrix
 from lsq_core.profile.base import Metric, Score
 from lsq_core.profile.context import BlockContext, Part
@@ -30,6 +30,7 @@ class ModuleSensitivity(Metric):
 
     name = "sensitivity_module"
     needs_text = True
+    configs = LADDER
 
     def at_config(
         self, context: BlockContext, config: QuantConfig, quantized: dict[Matrix, Tensor]
@@ -46,6 +47,7 @@ class PartSensitivity(Metric):
 
     name = "sensitivity"
     needs_text = True
+    configs = LADDER
 
     def at_config(
         self, context: BlockContext, config: QuantConfig, quantized: dict[Matrix, Tensor]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from lsq_core.config import QuantConfig
+from lsq_core.config import LADDER, QuantConfig
 from lsq_core.model import Matrix
 from lsq_core.profile.base import Metric, Score
 from lsq_core.profile.context import BlockContext
@@ -17,6 +17,7 @@ class WeightError(Metric):
 
     name = "weight_error"
     needs_text = False
+    configs = LADDER
 
     def at_config(
         self, context: BlockContext, config: QuantConfig, quantized: dict[Matrix, Tensor]

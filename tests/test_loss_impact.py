@@ -1,0 +1,221 @@
+"""The loss impact against a plain loop over the whole model; added to a profile when needed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from lsq_core.cli import main
+from lsq_core.errors import InputError
+from lsq_core.load import get_weight, load_model
+from lsq_core.model import Matrix, ModelSource
+from lsq_core.pipeline import Workbench, check_metrics, problem_of
+from lsq_core.plan import PLANNERS, PlanRequest, Problem
+from lsq_core.profile import DEFAULT_METRICS, METRICS, TITLES, ProfileSettings
+from lsq_core.profile.loss_impact import LossImpact, kl_sum
+from lsq_core.profile.measure import calibration_of, measure_profile
+from lsq_core.quantize import get_quantizer
+from lsq_core.quantize.packed import quantize_matrix
+from lsq_core.store import Store
+from tests.conftest import ARCHITECTURES, save_random_model
+
+IMPACT = ("loss_impact",)
+
+
+@pytest.fixture
+def settings(small_text):
+    return ProfileSettings(
+        calibration=str(small_text), samples=24, block_tokens=48, quantizer="rtn", metadata="fp16"
+    )
+
+
+@pytest.fixture
+def bench(random_model):
+    return Workbench(ModelSource(str(random_model("llama-gqa"))), Store(), "cpu")
+
+
+def log_probabilities(model, ids):
+    return torch.log_softmax(model(ids, use_cache=False).logits.double(), -1)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_impact_is_that_of_a_plain_loop(architecture, random_model, settings):
+    """Each matrix's weight replaced in the model, all of the model run, KL in float64."""
+    loaded = load_model(ModelSource(str(random_model(architecture))), "cpu")
+    profile = measure_profile(loaded, settings, "key", metrics=IMPACT)
+    assert profile.metrics == IMPACT
+    ids = torch.from_numpy(calibration_of(loaded, settings).ids)[: LossImpact.sequences]
+    assert len(ids) == LossImpact.sequences
+    assert profile.provenance["tokens"] == ids.numel()
+    expected = log_probabilities(loaded.model, ids)
+    for matrix, score in zip(profile.matrices, profile.scores("loss_impact"), strict=True):
+        weight = get_weight(loaded.model, matrix)
+        kept = weight.clone()
+        changed = quantize_matrix(
+            kept, LossImpact.configs[0], get_quantizer("rtn"), axis=1, metadata="fp16"
+        ).dequantize()
+        weight.copy_(changed)
+        found = log_probabilities(loaded.model, ids)
+        weight.copy_(kept)
+        divergence = float((expected.exp() * (expected - found)).sum(-1).mean())
+        error = float((changed - kept).double().square().sum())
+        assert score == pytest.approx(divergence / error, rel=1e-5), matrix.name
+
+
+def test_measuring_leaves_the_model_as_it_was(random_model, settings):
+    loaded = load_model(ModelSource(str(random_model("mixtral-moe"))), "cpu")
+    before = {n: t.clone() for n, t in loaded.model.state_dict().items()}
+    measure_profile(loaded, settings, "key", metrics=IMPACT)
+    assert all(torch.equal(t, before[n]) for n, t in loaded.model.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in loaded.model.modules())
+    assert not any("forward" in m.__dict__ for m in loaded.model.modules())
+
+
+def test_few_logits_at_once_give_the_same(random_model, settings, monkeypatch):
+    loaded = load_model(ModelSource(str(random_model("gpt2-conv1d"))), "cpu")
+    whole = measure_profile(loaded, settings, "key", metrics=IMPACT).scores("loss_impact")
+    monkeypatch.setattr("lsq_core.profile.loss_impact._LOGITS_AT_ONCE", 1)
+    single = measure_profile(loaded, settings, "key", metrics=IMPACT).scores("loss_impact")
+    np.testing.assert_allclose(single, whole, rtol=1e-4)
+
+
+def test_a_small_divergence_is_not_drowned():
+    """In float32 the plain sum of p·(log p − log q) is off by a sixth and more here."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(20, 4096, generator=generator, dtype=torch.float64)
+    other = logits + 1e-4 * torch.randn(20, 4096, generator=generator, dtype=torch.float64)
+    p, q = (t.log_softmax(-1) for t in (logits, other))
+    expected = float((p.exp() * (p - q)).sum())
+    p, q = p.float(), q.float()
+    assert float((p.exp() * (p - q)).sum()) != pytest.approx(expected, rel=0.1)
+    assert kl_sum(p, q) == pytest.approx(expected, rel=1e-3)
+    assert kl_sum(p, p) == 0
+
+
+def test_progress_grows_and_names_each_matrix(random_model, settings):
+    loaded = load_model(ModelSource(str(random_model("llama-gqa"))), "cpu")
+    seen = []
+    measure_profile(loaded, settings, "key", lambda *report: seen.append(report), IMPACT)
+    done = [report[0] for report in seen]
+    assert done == sorted(done)
+    assert done[0] == 0
+    assert {total for _, total, _ in seen} == {done[-1]}
+    assert done[-1] == 7 * (3 + 2), "seven matrices in each of two layers, and the head"
+    messages = [message for _, _, message in seen]
+    assert "layer 2 of 2, mlp.up_proj" in messages
+
+
+# --- experts that no token reached ---------------------------------------------------------------
+
+
+def test_an_expert_that_no_token_reached_is_not_free_to_crush(tmp_path, settings):
+    folder = save_random_model(tmp_path / "moe", "mixtral-moe", num_experts_per_tok=1)
+    loaded = load_model(ModelSource(str(folder)), "cpu")
+    # Experts 0 and 1 share the tokens by a sign, so that 2 and 3 never win.
+    router = loaded.model.model.layers[0].mlp.gate
+    router.weight.zero_()
+    router.weight[0, 0], router.weight[1, 0] = 1.0, -1.0
+    profile = measure_profile(loaded, settings, "key", metrics=("weight_error", *IMPACT))
+    scores = profile.scores("loss_impact")
+    cost = PLANNERS["loss-aware"].cost(problem_of(loaded.info, profile))
+    assert (cost > 0).all()
+    for kind in ("gate_up_proj", "down_proj"):
+        rows = [
+            i
+            for i, m in enumerate(profile.matrices)
+            if m.layer == 0 and m.type == f"mlp.experts.{kind}"
+        ]
+        assert np.isfinite(scores[rows[:2]]).all()
+        assert np.isnan(scores[rows[2:]]).all()
+        error = profile.by_config("weight_error")[rows[2]]
+        np.testing.assert_allclose(cost[rows[2]], scores[rows[:2]].min() * error**2)
+
+
+# --- planning by it ------------------------------------------------------------------------------
+
+
+def test_the_cost_is_impact_times_squared_error():
+    matrices = tuple(Matrix(f"m.{i}", i, "x", 128, 128) for i in range(3))
+    error = np.random.default_rng(0).random((3, 12))
+    impact = np.array([1.0, 20.0, 0.5])
+    problem = Problem(matrices, {"loss_impact": impact}, {"weight_error": error})
+    cost = PLANNERS["loss-aware"].cost(problem)
+    np.testing.assert_allclose(cost, impact[:, None] * error**2)
+    with pytest.raises(InputError, match=r"add it with profile --metric loss_impact"):
+        PLANNERS["loss-aware"].cost(replace(problem, scores={}))
+
+
+def test_a_model_that_lacks_it_is_told_what_it_can_use():
+    matrices = (Matrix("m.0", 0, "x", 128, 128),)
+    problem = Problem(matrices, {}, {"weight_error": np.ones((1, 12))})
+    info = type("Info", (), {"source": "Llama"})()
+    with pytest.raises(InputError, match=r"Llama has no loss_impact, so Loss-aware .* choose mxq"):
+        check_metrics(info, problem, PlanRequest("loss-aware", budget="3.2bpp"))
+
+
+# --- added to a profile --------------------------------------------------------------------------
+
+
+def test_a_default_profile_does_without_it(bench, settings):
+    assert set(DEFAULT_METRICS) == set(METRICS) - {"loss_impact"} == set(TITLES) - {"loss_impact"}
+    assert set(bench.profile(settings).metrics) == set(DEFAULT_METRICS)
+
+
+def test_a_plan_adds_what_it_needs_to_the_profile_that_is_there(bench, settings, monkeypatch):
+    first = bench.profile(settings)
+    plan, used = bench.plan(PlanRequest("loss-aware", budget="3.2bpp"), settings)
+    assert plan.bits_per_param <= 3.2
+    assert used.id == first.id
+    assert set(used.metrics) == set(METRICS)
+    for metric in ("weight_error", "sensitivity", "sensitivity_module"):
+        np.testing.assert_array_equal(first.by_config(metric), used.by_config(metric))
+    added = used.provenance.pop("added")
+    assert used.provenance == first.provenance
+    assert set(added) == {"loss_impact"}
+    for known in ("tokens", "seconds", "device", "dtype", "created", "versions"):
+        assert added["loss_impact"][known]
+    monkeypatch.setattr("lsq_core.profile.measure.measure_profile", None)  # not measured again
+    again, _ = bench.plan(PlanRequest("loss-aware", budget="3.2bpp"), settings)
+    assert again.modules == plan.modules
+    assert len(bench.store.profiles(bench.info.fingerprint)) == 1
+
+
+def test_an_interrupted_addition_leaves_the_profile_whole(bench, settings):
+    first = bench.profile(settings)
+
+    def stop(stage, done, total, message):
+        if stage == "profile" and 0 < done < total:
+            raise KeyboardInterrupt
+
+    interrupted = Workbench(bench.source, bench.store, "cpu", report=stop)
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.profile(settings, IMPACT)
+    kept = bench.find_profile(settings)
+    assert set(kept.metrics) == set(DEFAULT_METRICS)
+    assert kept.provenance == first.provenance
+    assert len(kept.values) == len(first.values)
+    assert "loss_impact" in bench.profile(settings, IMPACT).metrics
+
+
+def test_a_metric_measured_again_takes_the_place_of_its_own_rows_alone(bench, settings):
+    whole = bench.profile(settings, IMPACT)
+    rows = whole.values[whole.values["metric"] == "loss_impact"]
+    bench.store.complete_profile(replace(whole, values=rows.assign(value=7.0)))
+    kept = bench.find_profile(settings)
+    assert len(kept.values) == len(whole.values)
+    assert (kept.scores("loss_impact") == 7.0).all()
+    np.testing.assert_array_equal(kept.scores("kurtosis"), whole.scores("kurtosis"))
+
+
+def test_the_command_line_adds_it(bench, settings, capsys):
+    words = ["profile", "--model", bench.source.name, "--corpus", settings.calibration]
+    words += ["--quantizer", "rtn", "--metadata", "fp16", "--samples", "24"]
+    words += ["--block-tokens", "48", "--device", "cpu", "--db", str(bench.store.path)]
+    assert main([*words, "--metric", "loss_impact"]) == 0
+    assert set(bench.find_profile(settings).metrics) == set(METRICS)
+    assert main([*words, "--metric", "loss"]) == 2
+    assert "'loss' is not a metric; choose one of kurtosis," in capsys.readouterr().err

@@ -1,0 +1,507 @@
+"""Predicted perplexity: against the published runs, an exact law, and too little of either."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import spearmanr
+
+from lsq_core.cli import main
+from lsq_core.config import DETECTION_CONFIG, LADDER
+from lsq_core.errors import InputError
+from lsq_core.jsontext import json_text
+from lsq_core.model import Matrix, ModelInfo, ModelSource
+from lsq_core.pipeline import PUBLISHED_SETTINGS, Workbench, problem_of
+from lsq_core.plan import PlanRequest, Problem, make_frontier, make_plan
+from lsq_core.plan.pins import with_pins
+from lsq_core.predict import (
+    NEEDED,
+    Points,
+    TooFewRuns,
+    feature_tables,
+    features,
+    fit,
+    measured_points,
+    parse_loss,
+    smallest_within,
+)
+from lsq_core.provenance import now
+from lsq_core.reference import import_reference
+from lsq_core.store import PUBLISHED, Store
+from tests.conftest import REFERENCE
+
+RUNS = {"quantizer": "hqq", "axis": 0, "metadata": "8bit"}
+FULL = 6.0
+STOPS = len(LADDER)
+
+
+def some(points: Points, chosen: np.ndarray) -> Points:
+    """Some of the points, by index or mask."""
+    names = ("features", "perplexity", "full_precision", "finest")
+    return replace(points, **{name: getattr(points, name)[chosen] for name in names})
+
+
+# --- against the published runs ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """The whole reference in a database; for reading only."""
+    if not REFERENCE.is_dir():
+        pytest.skip(f"the published measurements are not at {REFERENCE}")
+    store = Store(tmp_path_factory.mktemp("published") / "lsq.duckdb")
+    import_reference(REFERENCE, store)
+    return store
+
+
+@pytest.mark.parametrize("model", ["Llama-2-7b-hf", "Meta-Llama-3-8B"])
+def test_thirty_published_runs_predict_the_others(published, model):
+    """Medians over 20 draws, WikiText-2, of the runs at 3 bits and more with a published plan."""
+    bench = Workbench(ModelSource(model), published)
+    problem = problem_of(bench.info, bench.profile(bench.default_settings))
+    points = measured_points(published, PUBLISHED + model, problem, **RUNS, corpus="wikitext2")
+    rows = published.results(PUBLISHED + model, origin="published").set_index("run")
+    rows = rows[(rows["corpus"] == "wikitext2") & rows["planned_bytes"].notna()]
+    assert len(points.perplexity) == len(rows) >= 209
+    coarse = some(points, rows["bits_per_param"].to_numpy() >= 3)
+    assert len(coarse.perplexity) == 207
+
+    figures = []
+    for seed in range(20):
+        order = np.random.default_rng(seed).permutation(len(coarse.perplexity))
+        predictor, rest = fit(some(coarse, order[:30])), some(coarse, order[30:])
+        found, truth = predictor.predict(rest.features), rest.perplexity
+        error = np.abs(found.perplexity / truth - 1)
+        held = (found.low <= truth) & (truth <= found.high)
+        figures.append([spearmanr(found.perplexity, truth)[0], np.median(error), held.mean()])
+    rank, error, held = np.median(figures, axis=0)
+    print(
+        f"{model}: Spearman {rank:.4f}, median error {100 * error:.3f} %, held {100 * held:.1f} %"
+    )
+    assert rank >= 0.985
+    assert error <= 0.004
+    assert 0.80 <= held <= 0.97
+
+
+# --- a model that follows the law -------------------------------------------------------------
+
+
+def random_problem(layers: int = 4, seed: int = 0) -> Problem:
+    """Matrices whose squared error falls fourfold a bit, as rounding has it, roughly."""
+    random = np.random.default_rng(seed)
+    types = ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")
+    matrices = tuple(
+        Matrix(f"model.layers.{layer}.{kind}", layer, kind, 256, 128 * (1 + i))
+        for layer in range(layers)
+        for i, kind in enumerate(types)
+    )
+    bits = np.array([c.nominal_bits for c in LADDER])
+    square = random.uniform(50, 500, (len(matrices), 1)) * 4.0**-bits
+    square *= random.uniform(0.8, 1.25, square.shape)
+    worth = random.uniform(0.1, 2, (len(matrices), 1))
+    by_config = {"weight_error": np.sqrt(square), "sensitivity": square * worth}
+    scores = {"sensitivity": by_config["sensitivity"][:, LADDER.index(DETECTION_CONFIG)]}
+    return Problem(matrices, scores, by_config)
+
+
+def law(x: np.ndarray) -> np.ndarray:
+    """Perplexity by the linearity theorem: the cost is the geometric mean of the two sums."""
+    return FULL * np.exp(0.01 * np.exp(x.mean(axis=1)))
+
+
+def points_at(problem: Problem, choices: np.ndarray) -> Points:
+    """What would be measured of these plans, if all followed the law."""
+    x = features(problem, choices)
+    return Points(x, law(x), np.full(len(x), FULL), (choices >= 9).all(axis=1), "text", "blocks")
+
+
+def uniform(problem: Problem, *stops: int) -> np.ndarray:
+    """The uniform plans of these stops, (k, n)."""
+    return np.repeat(np.array(stops)[:, None], len(problem.matrices), axis=1)
+
+
+@pytest.fixture(scope="module")
+def problem() -> Problem:
+    return random_problem()
+
+
+def test_the_law_is_recovered_from_four_runs(problem):
+    predictor = fit(points_at(problem, uniform(problem, 0, 3, 5, 8)))
+    x = features(problem, np.random.default_rng(1).integers(0, STOPS, (200, 12)))
+    found = predictor.predict(x)
+    assert found.perplexity == pytest.approx(law(x), rel=1e-4)
+    assert (found.low <= law(x)).all()
+    assert (law(x) <= found.high).all()
+    assert (found.high / found.low < 1.01).all()
+
+
+def test_what_the_runs_show_beside_the_law_is_learned(problem):
+    """Runs of half the expected slope: between them their own line counts, not the expected."""
+    random = np.random.default_rng(2)
+    choices = uniform(problem, *range(9)) + random.integers(0, 2, (9, 12))
+    x = features(problem, choices)
+    own = FULL * np.exp(0.05 * np.exp(x.mean(axis=1) / 2))
+    predictor = fit(replace(points_at(problem, choices), perplexity=own))
+    between = features(problem, uniform(problem, 2, 4, 6))
+    truth = FULL * np.exp(0.05 * np.exp(between.mean(axis=1) / 2))
+    assert predictor.predict(between).perplexity == pytest.approx(truth, rel=0.005)
+    assert predictor.predict(between).perplexity != pytest.approx(law(between), rel=0.02)
+
+
+def test_too_few_runs_are_told(problem):
+    points = points_at(problem, uniform(problem, 3, 4, 5, 9, 10, 11))
+    with pytest.raises(TooFewRuns, match=f"3 different plans .* on text by blocks .* {NEEDED}"):
+        fit(points)
+    again = points_at(problem, uniform(problem, 3, 4, 5, 3, 4, 5, 3))
+    with pytest.raises(TooFewRuns, match="3 different plans"):
+        fit(again)
+    fit(points_at(problem, uniform(problem, 3, 4, 5, 6)))
+
+
+def noisy(problem: Problem, spread: float, seed: int) -> Points:
+    points = points_at(problem, uniform(problem, *range(9)))
+    noise = np.random.default_rng(seed).normal(0, spread, 9)
+    return replace(points, perplexity=FULL * np.exp(points.cost * np.exp(noise)))
+
+
+def test_the_band_widens_away_from_the_runs_and_beyond_is_flagged(problem):
+    points = some(noisy(problem, 0.1, 3), np.array([3, 4, 5, 6, 7, 8]))
+    found = fit(points).predict(features(problem, uniform(problem, 0, 4, 5, 8)))
+    assert found.extrapolated.tolist() == [True, False, False, False]
+    width = np.log(np.log(found.high / FULL) / np.log(found.low / FULL))
+    assert width[0] > 1.5 * width[1:].max()
+
+
+def test_noise_widens_the_band(problem):
+    x = features(problem, uniform(problem, 4))
+    calm, wild = (fit(noisy(problem, spread, 3)).predict(x) for spread in (0.02, 0.4))
+    assert (wild.high - wild.low > 5 * (calm.high - calm.low)).all()
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    costs=st.lists(st.floats(-0.5, 12), min_size=NEEDED, max_size=12),
+    query=st.lists(st.tuples(st.floats(-30, 30), st.floats(-30, 30)), min_size=1, max_size=5),
+    finest=st.lists(st.floats(-0.1, 0.1), max_size=3),
+    seed=st.integers(0, 99),
+)
+def test_no_prediction_is_below_full_precision_or_outside_its_band(costs, query, finest, seed):
+    cost = np.array(costs + finest)
+    x = np.random.default_rng(seed).normal(0, 3, (len(cost), 2))
+    marks = np.arange(len(cost)) >= len(costs)
+    full = np.full(len(cost), FULL)
+    found = fit(Points(x, FULL * np.exp(cost), full, marks)).predict(np.array(query))
+    assert np.isfinite(found.high).all()
+    assert (found.low >= FULL).all()
+    assert (found.low <= found.perplexity).all()
+    assert (found.perplexity <= found.high).all()
+
+
+def test_eight_bit_runs_give_the_floor_and_nothing_else(problem):
+    plans = uniform(problem, 3, 4, 5, 6, 7, 8, 9, 10, 11)
+    points = points_at(problem, plans)
+    without = fit(some(points, ~points.finest))
+    assert without.floor == (0, 0, 0)
+    measured = np.where(points.finest, FULL * np.array([1] * 6 + [1.01, 1.02, 1.05]), 0)
+    predictor = fit(replace(points, perplexity=np.maximum(points.perplexity, measured)))
+    found = predictor.predict(points.features)
+    assert found.perplexity[-3:] == pytest.approx([1.02 * FULL] * 3)
+    assert (found.low[-1], found.high[-1]) == pytest.approx((1.01 * FULL, 1.05 * FULL))
+    assert found.perplexity[0] == pytest.approx(without.predict(points.features).perplexity[0])
+    # Below full precision by the noise of an evaluation: as good as full precision, no better.
+    below = replace(points, perplexity=np.where(points.finest, 0.999 * FULL, points.perplexity))
+    assert fit(below).predict(points.features[-1:]).perplexity[0] == pytest.approx(FULL, rel=1e-3)
+
+
+# --- features ---------------------------------------------------------------------------------
+
+
+def test_features_are_logs_of_sums(problem):
+    choice = np.random.default_rng(0).integers(0, STOPS, 12)
+    ((sensitivity, error),) = features(problem, choice[None])
+    pairs = list(enumerate(choice))
+    assert np.exp(sensitivity) == pytest.approx(
+        sum(problem.by_config["sensitivity"][i, c] for i, c in pairs)
+    )
+    assert np.exp(error) == pytest.approx(
+        sum(problem.by_config["weight_error"][i, c] ** 2 for i, c in pairs)
+    )
+
+
+def test_sensitivity_not_measured_at_a_stop_is_scaled_and_an_unreached_expert_adds_nothing(problem):
+    whole = problem.by_config["sensitivity"]
+    only = np.full_like(whole, np.nan)
+    reference = LADDER.index(DETECTION_CONFIG)
+    only[1:, reference] = whole[1:, reference]
+    lacking = replace(problem, by_config=problem.by_config | {"sensitivity": only})
+    tables = feature_tables(lacking)[..., 0]
+    # Here sensitivity is a multiple of the squared error, so that scaling is exact.
+    assert tables[1:] == pytest.approx(whole[1:])
+    assert (tables[0] == 0).all()
+
+
+def test_a_profile_without_what_is_needed_is_told(problem):
+    lacking = replace(problem, by_config={"weight_error": problem.by_config["weight_error"]})
+    with pytest.raises(InputError, match="has no sensitivity, so perplexity cannot be predicted"):
+        features(lacking, uniform(problem, 3))
+
+
+# --- the inverse question ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["uniform", "sensiboost", "mxq"])
+@pytest.mark.parametrize("loss", [0.5, 0.05, 0.012])
+@pytest.mark.parametrize("pins", [(), ("*.layers.0.*=b4g64..b8g32",)])
+def test_the_smallest_plan_within_a_loss(method, loss, pins):
+    problem = random_problem(layers=24)
+    predictor = fit(noisy(problem, 0.1, 4))
+    request = PlanRequest(method, pins=pins)
+    pinned = with_pins(problem, pins)
+    frontier = make_frontier(pinned, request)
+    budget = smallest_within(frontier, predictor, pinned, loss)
+
+    def predicted(limit: float) -> float:
+        x = features(pinned, frontier.at(limit).choice[None])
+        return predictor.predict(x).perplexity[0] / FULL - 1
+
+    assert predicted(budget) <= loss
+    smaller = [s.start_bytes for s in frontier.segments]
+    smaller += [m.bytes_after for s in frontier.segments for m in s.moves]
+    smaller = [b for b in smaller if b < budget]
+    assert smaller, "the answer is not just the smallest plan there is"
+    assert all(predicted(b) > loss for b in smaller)
+    plan = make_plan(problem, replace(request, budget=f"{budget:.17g}B"))
+    assert plan.nominal_bytes == budget, "a budget with nothing to spare"
+
+
+def test_a_loss_out_of_reach_names_the_best(problem):
+    points = points_at(problem, uniform(problem, *range(12)))
+    perplexity = np.where(points.finest, 1.04 * FULL, points.perplexity)
+    predictor = fit(replace(points, perplexity=perplexity))
+    frontier = make_frontier(problem, PlanRequest("mxq"))
+    with pytest.raises(InputError, match=r"within 1 % .* bpp .* is predicted 4 % above it"):
+        smallest_within(frontier, predictor, problem, 0.01)
+
+
+def test_losses_are_percentages():
+    assert parse_loss("1%") == 0.01
+    assert parse_loss(" .5 % ") == 0.005
+    for text in ("abc", "-1%", "0", "0%", "1", "%", "nan%"):
+        with pytest.raises(InputError, match=f"'{text}' is not a loss"):
+            parse_loss(text)
+
+
+# --- from the store, and on the command line --------------------------------------------------
+
+
+def described(problem: Problem, name: str) -> ModelInfo:
+    linear = sum(m.numel for m in problem.matrices)
+    return ModelInfo(
+        source=PUBLISHED + name,
+        revision=None,
+        architecture="made up",
+        layers=4,
+        context=0,
+        parameters=linear,
+        file_bytes=2 * linear,
+        matrices=problem.matrices,
+        other_bytes=0,
+        fingerprint=PUBLISHED + name,
+    )
+
+
+def scores_of(problem: Problem, profile: str) -> pd.DataFrame:
+    return pd.DataFrame(
+        {"profile": profile, "module": m.name, "layer": m.layer, "type": m.type}
+        | {"metric": metric, "config": config.name, "part": "", "value": table[i, j]}
+        for metric, table in problem.by_config.items()
+        for i, m in enumerate(problem.matrices)
+        for j, config in enumerate(LADDER)
+    )
+
+
+def evaluation(run: str | None, model: str, corpus: str, perplexity: float, text: str = "") -> dict:
+    return {
+        "id": f"{run}-{corpus}-{text}",
+        "run": run,
+        "fingerprint": model,
+        "corpus": corpus,
+        "corpus_sha256": corpus + text,
+        "protocol": "strided-512/256",
+        "tokens": 1000,
+        "perplexity": perplexity,
+        "provenance": json_text({"dtype": "float16"}),
+    }
+
+
+@pytest.fixture
+def kept(problem: Problem, tmp_path) -> Store:
+    """A model made up of the law: nine uniform runs on ``text``, three of them on ``other``."""
+    store = Store(tmp_path / "law.duckdb")
+    info = described(problem, "law")
+    model, points = info.fingerprint, points_at(problem, uniform(problem, *range(9)))
+    plans, runs = [], []
+    evaluations = [evaluation(None, model, corpus, FULL) for corpus in ("text", "other")]
+    for stop, perplexity in enumerate(points.perplexity):
+        request = PlanRequest("uniform", base=LADDER[stop].name)
+        content = make_plan(problem, request, axis=0).to_json()
+        plans.append({"id": f"p{stop}", "fingerprint": model, "content": json_text(content)})
+        runs.append({"id": f"r{stop}", "plan": f"p{stop}", "fingerprint": model} | QUANTIZED)
+        evaluations.append(evaluation(f"r{stop}", model, "text", perplexity))
+        if stop < 3:
+            evaluations.append(evaluation(f"r{stop}", model, "other", 2 * perplexity))
+    profile = PUBLISHED_SETTINGS.key(model, "made up")
+    asked = json_text(asdict(PUBLISHED_SETTINGS))
+    profiles = [{"id": profile, "fingerprint": model, "settings": asked, "provenance": "{}"}]
+    rows = {"profiles": profiles, "plans": plans, "runs": runs, "evaluations": evaluations}
+    frames = {table: pd.DataFrame(row).assign(created=now()) for table, row in rows.items()}
+    frames["profiles"]["origin"] = "published"
+    store.replace_published([info], frames | {"scores": scores_of(problem, profile)})
+    return store
+
+
+QUANTIZED = {"quantizer": "hqq", "dtype": "float16", "origin": "published", "method": "uniform"}
+
+
+def test_only_runs_of_one_kind_count(kept, problem):
+    found = measured_points(kept, "published:law", problem, **RUNS)
+    assert (found.corpus, found.protocol, found.tokens) == ("text", "strided-512/256", 1000)
+    order = np.argsort(-found.perplexity)
+    expected = points_at(problem, uniform(problem, *range(9)))
+    assert found.features[order] == pytest.approx(expected.features)
+    assert found.perplexity[order] == pytest.approx(expected.perplexity)
+    other = measured_points(kept, "published:law", problem, **RUNS, corpus="other")
+    assert len(other.perplexity) == 3
+    short = measured_points(kept, "published:law", problem, **RUNS, protocol="strided")
+    assert len(short.perplexity) == 9
+    for changed in ({"axis": 1}, {"quantizer": "rtn"}, {"metadata": "fp16"}):
+        with pytest.raises(TooFewRuns, match="Too little to fit: 0 "):
+            measured_points(kept, "published:law", problem, **(RUNS | changed))
+    for wanted in ({"corpus": "c4"}, {"protocol": "blocks"}):
+        with pytest.raises(TooFewRuns, match="Too little to fit: 0 "):
+            measured_points(kept, "published:law", problem, **RUNS, **wanted)
+    with pytest.raises(TooFewRuns):
+        measured_points(kept, "published:stranger", problem, **RUNS)
+
+
+def test_two_texts_of_one_name_stay_apart(kept, problem):
+    """Of ``other`` there is a second text, with one run more than the first."""
+    model = "published:law"
+    rows = [evaluation(None, model, "other", FULL, "b")]
+    rows += [evaluation(f"r{stop}", model, "other", 50.0, "b") for stop in range(4)]
+    frame = pd.DataFrame(rows).assign(created=now())
+    with kept.transaction() as connection:
+        connection.register("frame", frame)
+        connection.execute("INSERT INTO evaluations BY NAME SELECT * FROM frame")
+    found = measured_points(kept, model, problem, **RUNS, corpus="other")
+    assert found.perplexity.tolist() == [50.0] * 4
+
+
+@pytest.fixture
+def lsq(kept, capsys):
+    """Run a command on the made-up model; gives (status, JSON or text, standard error)."""
+
+    def call(verb: str, *arguments: str) -> tuple[int, dict | str, str]:
+        status = main([verb, "--model", "law", "--db", str(kept.path), *arguments])
+        printed = capsys.readouterr()
+        wants_json = "--json" in arguments and status == 0
+        return status, json.loads(printed.out) if wants_json else printed.out, printed.err
+
+    return call
+
+
+def test_a_plan_tells_its_predicted_perplexity(lsq):
+    status, plan, _ = lsq("plan", "--method", "uniform", "--base", "3.51", "--json")
+    assert status == 0
+    predicted = plan["predicted"]
+    expected = law(features(random_problem(), uniform(random_problem(), 5)))[0]
+    assert predicted["perplexity"] == pytest.approx(expected, rel=1e-4)
+    assert predicted["low"] <= expected <= predicted["high"]
+    assert {k: predicted[k] for k in ("full_precision", "extrapolated", "runs", "tokens")} == {
+        "full_precision": FULL,
+        "extrapolated": False,
+        "runs": 9,
+        "tokens": 1000,
+    }
+    assert (predicted["corpus"], predicted["protocol"]) == ("text", "strided-512/256")
+    status, text, _ = lsq("plan", "--method", "uniform", "--base", "8.51")
+    assert "from 9 runs, beyond what was run; full precision 6.0000" in text
+
+
+def test_a_plan_tells_why_there_is_no_prediction(lsq):
+    options = ("--method", "uniform", "--base", "3.51")
+    _, plan, _ = lsq("plan", *options, "--corpus", "other", "--json")
+    assert list(plan["predicted"]) == ["reason"]
+    assert plan["predicted"]["reason"].startswith("Too little to fit: 3 different plans")
+    _, plan, _ = lsq("plan", *options, "--calibration", "c4", "--json")
+    assert "no profile under these settings" in plan["predicted"]["reason"]
+    _, text, _ = lsq("plan", *options, "--protocol", "blocks")
+    assert "no predicted perplexity: Too little to fit: 0 different plans" in text
+
+
+@pytest.mark.parametrize("method", ["mxq", "uniform"])
+def test_max_loss_gives_the_smallest_plan_within_it(lsq, method):
+    status, plan, _ = lsq("plan", "--method", method, "--max-loss", "3%", "--json")
+    assert status == 0
+    assert plan["predicted"]["perplexity"] <= 1.03 * FULL
+    assert plan["nominal_bytes"] == float(plan["request"]["budget"].removesuffix("B"))
+    again = ["--budget", plan["request"]["budget"], "--json"]
+    assert lsq("plan", "--method", method, *again)[1]["modules"] == plan["modules"]
+    less = 0.9 * plan["nominal_bytes"]
+    _, smaller, _ = lsq("plan", "--method", method, "--budget", f"{less:.3f}B", "--json")
+    assert smaller["predicted"]["perplexity"] > 1.03 * FULL
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--max-loss", "abc"], "'abc' is not a loss"),
+        (["--max-loss=-1%"], "'-1%' is not a loss"),
+        (["--max-loss", "0"], "'0' is not a loss"),
+        (["--max-loss", "1%", "--budget", "3bpp"], "not both"),
+        (["--max-loss", "1%", "--base", "3.13"], "not both"),
+        (["--max-loss", "1%", "--corpus", "other"], "Too little to fit: 3 different plans"),
+        (["--max-loss", "1%", "--pin", "*=b2g128"], "allow more"),
+    ],
+)
+def test_bad_losses_are_status_2_and_one_sentence(lsq, options, sentence):
+    status, out, err = lsq("plan", "--method", "mxq", *options, "--json")
+    assert (status, out) == (2, "")
+    (line,) = [line for line in err.splitlines() if line.startswith("lsq: ")]
+    assert sentence in line
+
+
+def test_a_run_predicts_from_the_runs_before_it(random_model, small_text, capsys):
+    """Runs of a random model cost next to nothing: predictions stay by full precision."""
+    run = ["run", "--model", str(random_model("llama-gqa")), "--json", "--samples", "8"]
+    run += ["--block-tokens", "64", "--calibration", str(small_text)]
+    run += ["--corpus", str(small_text), "--max-tokens", "300"]
+
+    def call(*options: str) -> tuple[int, str, str]:
+        status = main([*run, *options])
+        printed = capsys.readouterr()
+        return status, printed.out, printed.err
+
+    status, _, err = call("--method", "mxq", "--max-loss", "50%")
+    assert status == 2
+    assert "Too little to fit: 0 different plans" in err
+    for base in ("2.13", "2.51", "3.25", "4.25"):
+        _, out, _ = call("--method", "uniform", "--base", base)
+        assert "Too little to fit" in json.loads(out)["predicted"]["reason"]
+    status, out, err = call("--method", "mxq", "--max-loss", "50%")
+    assert status == 0, err
+    outcome = json.loads(out)
+    predicted = outcome["predicted"]
+    assert predicted["runs"] == 4
+    assert predicted["full_precision"] == outcome["perplexity_full"]
+    assert predicted["corpus"] == outcome["corpus"]
+    assert predicted["perplexity"] <= 1.5 * outcome["perplexity_full"]
+    refused = ("--method", "mxq", "--max-loss", "50%", "--quantizer", "rtn")
+    assert "--profile-quantizer rtn" in call(*refused)[2]
+    assert "not both" in call("--plan", "x.json", "--max-loss", "1%")[2]
