@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pandas as pd
 import streamlit as st
 
@@ -10,8 +12,9 @@ from lsq_core.config import LADDER, MIB, QuantConfig, divides, format_bytes, pla
 from lsq_core.errors import LsqError
 from lsq_core.model import ModelInfo
 from lsq_core.plan.outliers import shallowness
-from lsq_core.store import Store
-from lsq_core.ui import sidebar, state, words
+from lsq_core.reference import download, import_download, import_reference
+from lsq_core.store import PUBLISHED, Store
+from lsq_core.ui import known, sidebar, state, words
 from lsq_core.ui.page import Here, headline, next_step, page
 
 #: The stop that the first line speaks of.
@@ -21,13 +24,17 @@ _COMMON = QuantConfig(4, 64)
 def first_page(here: Here) -> None:
     """The chosen model, ways to choose another, and what is kept on disk."""
     try:
-        show_model(here.info)
+        if known.is_published(here.info):
+            show_published(here.store, here.info)
+        else:
+            show_model(here.info)
     except LsqError as error:
         headline(f"{here.source.name} cannot be opened.")
         st.error(words.literal(str(error)))
     left, right = st.columns(2, gap="large")
     with left:
         choose(here.store)
+        offer_import(here.store)
     with right:
         show_disk(here.store)
 
@@ -48,12 +55,7 @@ def show_model(info: ModelInfo) -> None:
     facts[0].metric("Layers", info.layers)
     facts[1].metric("Parameters", f"{info.parameters:,}")
     facts[2].metric("On disk", format_bytes(info.file_bytes) if info.file_bytes else "unknown")
-    facts[3].metric(
-        "Covered",
-        f"{100 * info.covered:.1f} %",
-        help=f"{info.linear_parameters:,} parameters in {len(info.matrices)} weight matrices of "
-        "the decoder blocks; embeddings, norms and the head stay as they are.",
-    )
+    facts[3].metric("Covered", f"{100 * info.covered:.1f} %", help=_covered(info))
     facts[4].metric("Context", f"{info.context:,} tokens")
     st.plotly_chart(charts.size_bars(sizes), config=charts.CONFIG, key="sizes")
     if shallowness(info.layers):
@@ -62,6 +64,39 @@ def show_model(info: ModelInfo) -> None:
         with st.expander(f"{len(info.left_out)} matrices stay at full precision"):
             st.write("No group size of the ladder divides these:")
             st.code("\n".join(info.left_out), language=None)
+    next_step("pages/1_Explore.py", "Explore which layers are hard to quantize")
+
+
+def _covered(info: ModelInfo) -> str:
+    return (
+        f"{info.linear_parameters:,} parameters in {len(info.matrices)} weight matrices of the "
+        "decoder blocks; embeddings, norms and the head stay as they are."
+    )
+
+
+def show_published(store: Store, info: ModelInfo) -> None:
+    """What publications tell of a model whose weights aren't here."""
+    whole = bool(info.file_bytes)  # else nothing is known beside the linear weights
+    sizes = size_frame(info).replace({"name": {"as it is": "16 bits"}})
+    at = sizes[sizes["config"] == _COMMON.name].iloc[0]
+    headline(
+        f"{words.count(info.parameters)} {'' if whole else 'linear '}parameters; "
+        f"at {_COMMON.stop_name} bits {words.size(at['linear_bytes'] + at['other_bytes'])}"
+        + ("." if whole else " without embeddings and head."),
+        f"{info.source} · published measurements, no weights here: explore, plan and compare",
+    )
+    profiles = len(known.published_settings(store, info))
+    runs = known.results(store, "published")
+    facts = st.columns(6)
+    facts[0].metric("Layers", info.layers)
+    facts[1].metric("Parameters", f"{info.parameters:,}" if whole else "not published")
+    facts[2].metric("Linear parameters", f"{info.linear_parameters:,}", help=_covered(info))
+    facts[3].metric("Covered", f"{100 * info.covered:.1f} %" if whole else "not known")
+    facts[4].metric("Published profiles", profiles)
+    facts[5].metric("Published runs", runs.loc[runs["model"] == info.source, "run"].nunique())
+    st.plotly_chart(charts.size_bars(sizes), config=charts.CONFIG, key="sizes")
+    if not whole:
+        st.caption("The bars are the linear weights alone: the size of the rest isn't published.")
     next_step("pages/1_Explore.py", "Explore which layers are hard to quantize")
 
 
@@ -86,16 +121,12 @@ def size_frame(info: ModelInfo) -> pd.DataFrame:
 def choose(store: Store) -> None:
     """The embedded model, those already known, an id, or a folder."""
     st.subheader("Choose a model", anchor=False)
-    with st.container(horizontal=True):
-        for text in list(dict.fromkeys(["demo", *sidebar.known_texts(store)]))[:8]:
-            chosen = text == st.session_state["model"]
-            st.button(
-                "Demo model" if text == "demo" else text,
-                key=f"known-{text}",
-                on_click=state.choose_model,
-                args=(text,),
-                type="primary" if chosen else "secondary",
-            )
+    texts = list(dict.fromkeys(["demo", *sidebar.known_texts(store)]))[:8]
+    _buttons(texts, lambda text: "Demo model" if text == "demo" else text)
+    published = sidebar.published_texts(store)
+    if published:
+        st.caption("Published measurements, without weights:")
+        _buttons(published, lambda text: text.removeprefix(PUBLISHED))
     with st.form("other", border=False):
         name, revision = st.columns([3, 1])
         name.text_input("Hugging Face id or local folder", key="name", placeholder="org/name")
@@ -110,6 +141,19 @@ def choose(store: Store) -> None:
         st.form_submit_button("Look at it", on_click=_choose_typed)
 
 
+def _buttons(texts: list[str], label: Callable[[str], str]) -> None:
+    with st.container(horizontal=True):
+        for text in texts:
+            chosen = text == st.session_state["model"]
+            st.button(
+                label(text),
+                key=f"known-{text}",
+                on_click=state.choose_model,
+                args=(text,),
+                type="primary" if chosen else "secondary",
+            )
+
+
 def _choose_typed() -> None:
     """Take what was typed; the boxes fall back to off for the next one."""
     name, revision = st.session_state["name"].strip(), st.session_state["revision"].strip()
@@ -118,6 +162,75 @@ def _choose_typed() -> None:
     text = f"{name}@{revision}" if revision else name
     state.choose_model(text, st.session_state["trust"], st.session_state["pickle"])
     st.session_state["trust"] = st.session_state["pickle"] = False
+
+
+# --- published measurements -------------------------------------------------------------------
+
+
+def offer_import(store: Store) -> None:
+    """Take in the authors' published measurements, from a folder or from their repository."""
+    with st.expander("Import published measurements", expanded="imported" in st.session_state):
+        st.write(
+            "What the authors of SensiBoost, KurtBoost and MXQ measured on Llama models: explore, "
+            "plan and compare them without weights or a GPU. It stays apart from your own figures."
+        )
+        folder = st.text_input(
+            "Folder with a checkout of lm-quant-toolkit",
+            key="toolkit",
+            placeholder="the folder that holds src and data-vis",
+        ).strip()
+        with st.container(horizontal=True):
+            wanted = st.button("Import", type="primary", key="import", disabled=not folder)
+            fetched = st.button(
+                "Download and import",
+                icon=":material/download:",
+                key="download",
+                help=f"Fetches commit {download.COMMIT[:12]} of {download.URL} by git, which "
+                "checks the hash of all it receives.",
+            )
+        if wanted or fetched:
+            st.session_state.pop("imported", None)
+            _import(store, None if fetched else folder)
+        if "imported" in st.session_state:
+            _tell_import(st.session_state["imported"])
+
+
+def _import(store: Store, folder: str | None) -> None:
+    """Import a folder, or the download; what came of it is told after the page is drawn anew."""
+    bar = st.progress(0.0, text="Starting…")
+
+    def report(stage: str, done: int, total: int, message: str) -> None:
+        bar.progress(done / total, text=f"{stage.capitalize()}: {message}…")
+
+    try:
+        if folder is None:
+            told = import_download(store, report)
+        else:
+            told = import_reference(folder, store, report)
+    except LsqError as error:
+        bar.empty()
+        st.error(words.literal(str(error)))
+        return
+    st.session_state["imported"] = told
+    st.rerun()
+
+
+def _tell_import(told: dict) -> None:
+    """What an import took in, and what it left out and why."""
+    counts = told["counts"]
+    st.success(
+        words.literal(
+            f"{words.plural(counts['models'], 'model')}, "
+            f"{words.plural(counts['profiles'], 'profile')}, "
+            f"{words.plural(counts['plans'], 'plan')} and {words.plural(counts['runs'], 'run')} "
+            f"from {words.plural(len(told['files']), 'file')} of {told['source']}, "
+            f"in {words.seconds(told['seconds'])}."
+        )
+    )
+    lacks = [*told["flawed"], *told["missing"]]
+    if lacks:
+        st.caption(f"{words.plural(len(lacks), 'thing')} the files lack or have wrong:")
+        st.dataframe({"not offered, and why": lacks}, hide_index=True, height=220)
 
 
 # --- what is kept ---------------------------------------------------------------------------

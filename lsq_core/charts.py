@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from zlib import crc32
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from lsq_core.config import LADDER, MIB, QuantConfig
+from lsq_core.compare import pareto
+from lsq_core.config import GIB, LADDER, MIB, QuantConfig
 
 #: What every chart is shown with: no logo, nothing that sends data away.
 CONFIG = {
@@ -65,6 +67,11 @@ METHOD_STYLES = {
     "sensi-milp": MethodStyle("Sensitivity MILP", "#C0812B", "star"),
     "kurt-milp": MethodStyle("Kurtosis MILP", "#8C6D31", "hexagon"),
     "sensi-knapsack": MethodStyle("Sensitivity knapsack", "#3FA34D", "pentagon"),
+    # Others' methods, of which only published runs are here.
+    "gptq": MethodStyle("GPTQ", "#B8860B", "cross"),
+    "awq": MethodStyle("AWQ", "#2F8F8F", "x"),
+    "bnb": MethodStyle("bitsandbytes", "#B0543C", "star-triangle-up"),
+    "loss-aware": MethodStyle("Loss-aware", "#D1495B", "hexagram"),
 }
 
 
@@ -297,6 +304,93 @@ def _config_legend(figure: go.Figure, configs: pd.Series) -> None:
             )
 
 
+# --- frontiers ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class FrontierLine:
+    """A method's plans along the budget: ``bits`` (k,) a parameter and a ``value`` (k,) of each.
+
+    ``low`` and ``high`` (k,) are the ends of its band, where the value is a prediction.
+    """
+
+    method: str
+    bits: np.ndarray
+    value: np.ndarray
+    low: np.ndarray | None = None
+    high: np.ndarray | None = None
+
+
+def frontiers(
+    lines: Sequence[FrontierLine], runs: pd.DataFrame, axis: str, at: Sequence[float] = ()
+) -> go.Figure:
+    """Methods' frontiers in one chart, with the runs that were measured on it.
+
+    ``runs`` has ``method, label, bits_per_param, value``; ``at`` are budgets marked by an upright
+    line.
+    """
+    figure = go.Figure()
+    for line in lines:
+        style = method_style(line.method)
+        if line.low is not None:
+            figure.add_trace(_band(line, style))
+        figure.add_trace(
+            go.Scatter(
+                x=line.bits,
+                y=line.value,
+                mode="lines",
+                name=f"{style.title}, {axis.split(' (')[0]}",
+                legendgroup=line.method,
+                line={"color": style.color, "width": 2, "shape": "hv"},
+                hovertemplate=f"{style.title} at %{{x:.3f}} bits: %{{y:.4g}}<extra></extra>",
+            )
+        )
+    for method, part in runs.groupby("method", sort=False):
+        figure.add_trace(_measured_on_frontier(str(method), part))
+    for bits in at:
+        figure.add_vline(x=bits, line={"color": NEUTRAL, "width": 1.2, "dash": "dot"})
+    values = np.concatenate([*(line.value for line in lines), runs["value"].to_numpy(float)])
+    spread = np.nanmax(values) / np.nanmin(values) if len(values) else 1
+    if spread > 5:
+        figure.update_yaxes(type="log", dtick="D2" if spread < 100 else 1)
+    figure.update_layout(legend=_ABOVE)
+    figure.update_xaxes(title_text="bits per linear weight, metadata included")
+    figure.update_yaxes(title_text=axis)
+    return _finish(figure, 360)
+
+
+def _band(line: FrontierLine, style: MethodStyle) -> go.Scatter:
+    red, green, blue = (int(style.color[i : i + 2], 16) for i in (1, 3, 5))
+    return go.Scatter(
+        x=np.concatenate([line.bits, line.bits[::-1]]),
+        y=np.concatenate([line.high, line.low[::-1]]),
+        fill="toself",
+        fillcolor=f"rgba({red}, {green}, {blue}, 0.16)",
+        line={"width": 0},
+        legendgroup=line.method,
+        showlegend=False,
+        hoverinfo="skip",
+    )
+
+
+def _measured_on_frontier(method: str, part: pd.DataFrame) -> go.Scatter:
+    style = method_style(method)
+    return go.Scatter(
+        x=part["bits_per_param"],
+        y=part["value"],
+        mode="markers",
+        name=f"{style.title}, measured",
+        marker={
+            "symbol": style.symbol,
+            "color": style.color,
+            "size": 9,
+            "line": {"width": 2 if style.symbol.endswith("open") else 0, "color": style.color},
+        },
+        customdata=part[["label"]],
+        hovertemplate="%{customdata[0]}<br>%{x:.4f} bits, measured %{y:.4f}<extra></extra>",
+    )
+
+
 # --- sizes and results ------------------------------------------------------------------------
 
 
@@ -306,65 +400,124 @@ def size_bars(frame: pd.DataFrame) -> go.Figure:
     The row without a configuration is the model as it is.
     """
     by_name = {c.name: config_color(c) for c in LADDER}
+    whole = frame["linear_bytes"] + frame["other_bytes"]
+    unit, scale = ("GiB", GIB) if whole.max() >= 4 * GIB else ("MiB", MIB)
     figure = go.Figure()
     figure.add_bar(
         x=frame["name"],
-        y=frame["linear_bytes"] / MIB,
+        y=frame["linear_bytes"] / scale,
         name="linear weights",
         marker_color=[by_name.get(name, NEUTRAL) for name in frame["config"]],
         showlegend=False,
-        hovertemplate="%{x}: linear weights %{y:.2f} MiB<extra></extra>",
+        hovertemplate=f"%{{x}}: linear weights %{{y:.2f}} {unit}<extra></extra>",
     )
-    total = (frame["linear_bytes"] + frame["other_bytes"]) / MIB
     figure.add_bar(
         x=frame["name"],
-        y=frame["other_bytes"] / MIB,
+        y=frame["other_bytes"] / scale,
         name="embeddings, norms, head",
         marker={"color": "rgba(138, 146, 156, 0.35)"},
-        text=[f"{value:#.3g}" for value in total],
+        text=[f"{value:#.3g}" for value in whole / scale],
         textposition="outside",
         cliponaxis=False,
-        hovertemplate="%{x}: the rest %{y:.2f} MiB<extra></extra>",
+        hovertemplate=f"%{{x}}: the rest %{{y:.2f}} {unit}<extra></extra>",
         showlegend=False,
     )
     figure.update_layout(barmode="stack", bargap=0.25)
     figure.update_xaxes(type="category", title_text="bits per linear weight, metadata included")
-    figure.update_yaxes(title_text="MiB")
+    figure.update_yaxes(title_text=unit)
     return _finish(figure, 300)
 
 
-def perplexity_by_size(frame: pd.DataFrame, selected: Sequence[str] = ()) -> go.Figure:
-    """Perplexity against measured MiB, a marker and colour for each method.
+@dataclass(frozen=True)
+class Size:
+    """An account of a run's size: the column that holds it, and how it is written on an axis.
 
-    ``frame`` has ``evaluation, method, label, measured_bytes, perplexity, perplexity_full,
-    quantizer``, all of one model, corpus and protocol. Uniform HQQ runs are joined as the
-    reference curve; full precision is a level line; ``selected`` evaluations are ringed.
+    Accounts are never mixed in one chart.
+    """
+
+    column: str
+    title: str
+    unit: str
+    scale: float
+
+
+MEASURED = Size("measured_bytes", "measured size of the linear weights", "MiB", MIB)
+NOMINAL = Size("nominal_bytes", "nominal size of the linear weights", "GiB", GIB)
+STORED = Size("model_bytes", "whole model on disk, as published", "GiB", GIB)
+BITS = Size("bits_per_param", "nominal bits per linear weight, metadata included", "bits", 1)
+
+#: Of how many runs on markers are smaller, so that each can be told from its neighbours.
+_MANY = 60
+
+
+def perplexity_by_size(
+    frame: pd.DataFrame,
+    selected: Sequence[str] = (),
+    size: Size = MEASURED,
+    overlay: pd.DataFrame | None = None,
+) -> go.Figure:
+    """Perplexity against size, a marker and colour for each method.
+
+    ``frame`` has ``evaluation, method, label, perplexity, perplexity_full, quantizer`` and the
+    column of ``size``, all of one model, corpus and protocol. Uniform HQQ runs are joined as the
+    reference curve; full precision is a level line; ``selected`` evaluations are ringed. Where
+    there are many runs those that no other beats are joined too, and the view is that of
+    :func:`view_limit`: what lies above is there when the axes are reset. ``overlay`` has runs of
+    another origin, with the same columns and ``origin``, drawn hollow.
     """
     figure = go.Figure()
+    many = len(frame) > _MANY
     reference = frame[(frame["method"] == "uniform") & (frame["quantizer"] == "hqq")]
-    reference = reference.sort_values("measured_bytes")
     if len(reference) > 1:
-        figure.add_trace(_reference_line(reference))
-    for method, part in frame.groupby("method", sort=False):
-        figure.add_trace(_runs(method, part))
+        figure.add_trace(_joined(reference, size))
+    if many:
+        front = frame[pareto(frame[size.column], frame["perplexity"])]
+        figure.add_trace(_front(front, size))
+    commonest = frame["method"].value_counts().index if many else frame["method"].unique()
+    for method in commonest:  # the rest over it
+        part = frame[frame["method"] == method]
+        figure.add_trace(_runs(method, part, size, 7 if many else 11))
+    for (method, origin), part in _groups(overlay, ["method", "origin"]):
+        figure.add_trace(_hollow(_runs(method, part, size, 9), origin))
     ringed = frame[frame["evaluation"].isin(list(selected))]
     if not ringed.empty:
-        figure.add_trace(_selected(ringed))
+        figure.add_trace(_selected(ringed, size))
     full = frame["perplexity_full"].dropna()
     if not full.empty:
         _level(figure, float(full.iloc[0]))
-    spread = frame["perplexity"].max() / min(frame["perplexity"].min(), *full, 1e300)
-    if spread > 5:
+    if frame["perplexity"].max() / min(frame["perplexity"].min(), *full, 1e300) > 5:
         figure.update_yaxes(type="log", dtick="D2")
+    if many and frame["perplexity"].max() > view_limit(frame["perplexity"]):
+        _view(figure, frame, full, size)
     figure.update_layout(legend=_ABOVE)
-    figure.update_xaxes(title_text="measured size of the linear weights (MiB)")
+    figure.update_xaxes(title_text=f"{size.title} ({size.unit})")
     figure.update_yaxes(title_text="perplexity (lower is better)")
-    return _finish(figure, 370)
+    return _finish(figure, 430 if many else 370)
 
 
-def _reference_line(reference: pd.DataFrame) -> go.Scatter:
+def view_limit(perplexity: pd.Series) -> float:
+    """Up to which perplexity a chart of many runs shows at first: about all but the highest 5 %.
+
+    A few broken runs would else press the others, which differ by little, into a line.
+    """
+    most = perplexity.quantile(0.95)
+    return float(most + 0.1 * (most - perplexity.min()))
+
+
+def _view(figure: go.Figure, frame: pd.DataFrame, full: pd.Series, size: Size) -> None:
+    """Show the runs up to :func:`view_limit` at first, on plain axes."""
+    limit = view_limit(frame["perplexity"])
+    low = min(frame["perplexity"].min(), *full, 1e300)
+    shown = frame.loc[frame["perplexity"] <= limit, size.column] / size.scale
+    beside = 0.03 * float(shown.max() - shown.min())
+    figure.update_yaxes(type="linear", dtick=None, range=[low - 0.06 * (limit - low), limit])
+    figure.update_xaxes(range=[float(shown.min()) - beside, float(shown.max()) + beside])
+
+
+def _joined(reference: pd.DataFrame, size: Size) -> go.Scatter:
+    reference = reference.sort_values(size.column)
     return go.Scatter(
-        x=reference["measured_bytes"] / MIB,
+        x=reference[size.column] / size.scale,
         y=reference["perplexity"],
         mode="lines",
         line={"color": method_style("uniform").color, "width": 1.2},
@@ -374,27 +527,53 @@ def _reference_line(reference: pd.DataFrame) -> go.Scatter:
     )
 
 
-def _runs(method: str, part: pd.DataFrame) -> go.Scatter:
-    style = method_style(method)
+def _front(front: pd.DataFrame, size: Size) -> go.Scatter:
+    front = front.sort_values(size.column)
     return go.Scatter(
-        x=part["measured_bytes"] / MIB,
+        x=front[size.column] / size.scale,
+        y=front["perplexity"],
+        mode="lines",
+        line={"color": NEUTRAL, "width": 1.2, "dash": "dot", "shape": "hv"},
+        name="best for its size",
+        hoverinfo="skip",
+    )
+
+
+def _runs(method: str, part: pd.DataFrame, size: Size, width: int) -> go.Scatter:
+    style = method_style(method)
+    hollow = style.symbol.endswith("open")
+    return go.Scatter(
+        x=part[size.column] / size.scale,
         y=part["perplexity"],
         mode="markers",
         name=style.title,
         marker={
             "symbol": style.symbol,
             "color": style.color,
-            "size": 11,
-            "line": {"width": 2 if style.symbol.endswith("open") else 0, "color": style.color},
+            "size": width,
+            "line": {"width": (2 if width > 8 else 1.2) if hollow else 0, "color": style.color},
         },
         customdata=part[["label", "evaluation"]],
-        hovertemplate="%{customdata[0]}<br>%{x:.2f} MiB, perplexity %{y:.4f}<extra></extra>",
+        hovertemplate="%{customdata[0]}<br>%{x:.2f} "
+        + f"{size.unit}, perplexity %{{y:.4f}}<extra></extra>",
     )
 
 
-def _selected(ringed: pd.DataFrame) -> go.Scatter:
+def _groups(frame: pd.DataFrame | None, columns: list[str]) -> list[tuple]:
+    return [] if frame is None else list(frame.groupby(columns, sort=False))
+
+
+def _hollow(runs: go.Scatter, origin: str) -> go.Scatter:
+    """The markers of runs of another origin, told apart by look and by name."""
+    symbol = runs.marker.symbol.removesuffix("-open")
+    runs.update(name=f"{runs.name} ({origin})")
+    runs.update(marker={"symbol": f"{symbol}-open", "line": {"width": 2}})
+    return runs
+
+
+def _selected(ringed: pd.DataFrame, size: Size) -> go.Scatter:
     return go.Scatter(
-        x=ringed["measured_bytes"] / MIB,
+        x=ringed[size.column] / size.scale,
         y=ringed["perplexity"],
         mode="markers",
         name="compared below",

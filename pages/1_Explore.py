@@ -17,6 +17,7 @@ from lsq_core.plan.boost import flagged_layers
 from lsq_core.plan.outliers import shallowness
 from lsq_core.profile import TITLES, Profile, ProfileSettings
 from lsq_core.quantize import QUANTIZERS
+from lsq_core.store import Store
 from lsq_core.ui import arguments, jobs_panel, known, state, words
 from lsq_core.ui.page import Here, headline, next_step, page
 
@@ -28,7 +29,7 @@ def explore(here: Here) -> None:
     info = here.info
     state.begin_settings(info.fingerprint, known.newest_settings(here.store, info))
     first = st.container()
-    settings = settings_bar()
+    settings = published_bar(here.store, info) if known.is_published(info) else settings_bar()
     found = known.profile(here.store, info, settings)
     if found is None:
         offer(here, info, settings, first)
@@ -41,7 +42,10 @@ def explore(here: Here) -> None:
     with left:
         show_flagged(problem)
     with right:
-        show_metadata_cost(here, info, found)
+        if known.is_published(info):
+            show_lacks(info, found, problem)
+        else:
+            show_metadata_cost(here, info, found)
 
 
 def settings_bar() -> ProfileSettings:
@@ -69,6 +73,50 @@ def settings_bar() -> ProfileSettings:
         st.number_input("Calibration texts", 1, 4096, key="samples", persist_state="session")
         st.number_input("Tokens of a block", 16, 8192, key="block_tokens", persist_state="session")
     return state.settings()
+
+
+def published_bar(store: Store, info: ModelInfo) -> ProfileSettings:
+    """A choice among a published model's profiles: only what is there can be chosen."""
+    there = list(known.published_settings(store, info))
+    texts = list(dict.fromkeys(settings.calibration for settings in there))
+    if state.settings() not in there:
+        state.set_settings(there[0])
+    columns = st.columns([2, 1.2, 3.2], vertical_alignment="bottom")
+    with columns[0]:
+        text = st.selectbox(
+            "Calibration text",
+            texts,
+            key="calibration",
+            format_func=_published_text,
+            on_change=_choose_first_quantizer,
+            args=(there,),
+            persist_state="session",
+        )
+    with columns[1]:
+        st.selectbox(
+            "Quantizer",
+            [settings.quantizer for settings in there if settings.calibration == text],
+            key="profile_quantizer",
+            persist_state="session",
+        )
+    columns[2].caption(
+        f"{words.plural(len(there), 'published profile')}; grouped along axis {there[0].axis}, "
+        f"{there[0].metadata.replace('bit', '-bit')} metadata."
+    )
+    return state.settings()
+
+
+def _published_text(name: str) -> str:
+    """``c4@variant-sensi`` as the text and the file that disagrees with the reference."""
+    text, _, file = name.partition("@")
+    return f"{text}, by {file}.csv" if file else text
+
+
+def _choose_first_quantizer(there: list[ProfileSettings]) -> None:
+    """Where the chosen text has no profile with the chosen quantizer, take one that it has."""
+    if state.settings() not in there:
+        text = st.session_state["calibration"]
+        state.set_settings(next(s for s in there if s.calibration == text))
 
 
 # --- without a profile ----------------------------------------------------------------------
@@ -99,21 +147,32 @@ def offer(here: Here, info: ModelInfo, settings: ProfileSettings, first: object)
 # --- with one -------------------------------------------------------------------------------
 
 
+_RULE = "Algorithm 1 flags a layer whose step from the layer before is more than 3 deviations out."
+#: How the first line names a metric, the one it speaks of first.
+_BY = {"sensitivity": "activation sensitivity", "kurtosis": "kurtosis"}
+
+
 def say_what_is_hard(info: ModelInfo, problem: Problem) -> None:
-    """The first line: the layers that stand out."""
-    sensitive = flagged_set(problem, "sensitivity")
-    heavy = flagged_set(problem, "kurtosis")
-    under = (
-        f"By kurtosis: {words.a_layer(heavy).lower()}." if heavy else "By kurtosis: none."
-    ) + " Algorithm 1 flags a layer whose step from the layer before is more than 3 deviations out."
-    if sensitive:
-        one = len(sensitive) == 1
-        headline(
-            f"{words.a_layer(sensitive)} {'is the hard one' if one else 'are the hard ones'}.",
-            "Flagged by activation sensitivity. " + under,
-        )
+    """The first line: the layers that stand out, by sensitivity where there is any."""
+    flagged = {metric: flagged_set(problem, metric) for metric in _BY if metric in problem.scores}
+    if not flagged:
+        headline("Neither sensitivity nor kurtosis was published at b4g64.", _RULE)
+        return
+    first, *others = flagged
+    layers = flagged[first]
+    rest = [
+        f"By {_BY[metric]}: "
+        + (words.a_layer(flagged[metric]).lower() if flagged[metric] else "none")
+        + "."
+        for metric in others
+    ]
+    rest += [f"No {_BY[metric]} was published." for metric in _BY if metric not in flagged]
+    under = " ".join([*rest, _RULE])
+    if layers:
+        are = "is the hard one" if len(layers) == 1 else "are the hard ones"
+        headline(f"{words.a_layer(layers)} {are}.", f"Flagged by {_BY[first]}. {under}")
     else:
-        headline("No layer stands out by activation sensitivity.", under)
+        headline(f"No layer stands out by {_BY[first]}.", under)
     if shallowness(info.layers):
         st.warning(shallowness(info.layers), icon=":material/layers:")
 
@@ -124,40 +183,90 @@ def flagged_set(problem: Problem, metric: str) -> list[int]:
 
 
 def show_charts(found: Profile, problem: Problem) -> None:
-    """Sensitivity, kurtosis and weight error above one another."""
+    """Sensitivity, kurtosis and weight error above one another, those of them that there are."""
+    views = [metric for metric in _VIEWS if metric in found.metrics]
+    stops = at_stops(found)
+    view = stop = None
     with st.container(horizontal=True):
-        view = st.segmented_control(
-            "Sensitivity",
-            list(_VIEWS),
-            format_func=_VIEWS.get,
-            default="sensitivity",
-            required=True,
-            key="view",
-            label_visibility="collapsed",
-            persist_state="session",
-        )
-        stop = st.selectbox(
-            "Configuration shown",
-            [c.name for c in LADDER],
-            index=LADDER.index(DETECTION_CONFIG),
-            format_func=lambda name: f"at {name}",
-            key="shown",
-            label_visibility="collapsed",
-            persist_state="session",
-            width=130,
-        )
-    config = QuantConfig.parse(stop)
+        if views:
+            _keep_to("view", views)
+            view = st.segmented_control(
+                "Sensitivity",
+                views,
+                format_func=_VIEWS.get,
+                required=True,
+                key="view",
+                label_visibility="collapsed",
+                persist_state="session",
+            )
+        if stops:
+            _keep_to("shown", stops, DETECTION_CONFIG.name)
+            stop = st.selectbox(
+                "Configuration shown",
+                stops,
+                format_func=lambda name: f"at {name}",
+                key="shown",
+                label_visibility="collapsed",
+                persist_state="session",
+                width=130,
+            )
+    config = QuantConfig.parse(stop) if stop else None
+    wanted = {view: config, "kurtosis": None, "weight_error": config}
     panels = [
-        panel(found, problem, view, config),
-        panel(found, problem, "kurtosis", None),
-        panel(found, problem, "weight_error", config),
+        panel(found, problem, metric, at)
+        for metric, at in wanted.items()
+        if metric and has(found, metric, at)
     ]
-    st.plotly_chart(charts.over_layers(panels), config=charts.CONFIG, key="layers")
+    if panels:
+        st.plotly_chart(charts.over_layers(panels), config=charts.CONFIG, key="layers")
+    absent = [m for m in wanted if m in found.metrics and not has(found, m, wanted[m])]
+    st.caption(" ".join([_absent(absent, stop), origin(found), _RINGS]).strip())
+
+
+_RINGS = (
+    "Rings mark layers flagged at b4g64, whatever configuration is shown; experts of a layer are "
+    "averaged."
+)
+
+
+def _keep_to(key: str, options: list[str], default: str = "") -> None:
+    """Bring a kept choice back to what this profile has."""
+    if st.session_state.get(key) not in options:
+        st.session_state[key] = default if default in options else options[0]
+
+
+def at_stops(found: Profile) -> list[str]:
+    """The configurations at which a profile has something, in the ladder's order."""
+    there = set(found.values["config"])
+    return [config.name for config in LADDER if config.name in there]
+
+
+def has(found: Profile, metric: str, config: QuantConfig | None) -> bool:
+    """Whether a profile holds a metric at a configuration."""
+    rows = found.values
+    at = config.name if config else ""
+    return bool(((rows["metric"] == metric) & (rows["config"] == at)).any())
+
+
+def _absent(metrics: list[str], stop: str | None) -> str:
+    names = " and ".join(TITLES[metric].title.lower() for metric in metrics)
+    return f"There is no {names} at {stop}." if names else ""
+
+
+def origin(found: Profile) -> str:
+    """Where a profile's figures come from, in a sentence."""
     facts = found.provenance
-    st.caption(
+    if "files" in facts:
+        files = words.listed([path.rpartition("/")[2] for path in facts["files"]])
+        told = (
+            "neither its texts nor its tokens are told"
+            if "sensitivity" in found.metrics
+            else "nothing in it depends on a calibration text"
+        )
+        return f"Published by the authors of SensiBoost and MXQ ({files}); {told}."
+    return (
         f"Profile {found.id}: {facts['tokens']:,} tokens of {facts['corpus_source']}; "
-        f"{facts['device']}, {facts['dtype']}, {words.seconds(facts['seconds'])}. Rings mark "
-        "layers flagged at b4g64, whatever configuration is shown; experts of a layer are averaged."
+        f"{facts['device']}, {facts['dtype']}, {words.seconds(facts['seconds'])}."
     )
 
 
@@ -168,6 +277,8 @@ def panel(
     rows = found.values
     rows = rows[(rows["metric"] == metric) & (rows["config"] == (config.name if config else ""))]
     flags = flagged_layers(problem, metric, 0) if metric in problem.scores else {}
+    order = list(dict.fromkeys(m.type for m in found.matrices))
+    rows = rows.sort_values("type", key=lambda kinds: kinds.map(order.index), kind="stable")
     frame = rows.groupby(["type", "layer"], sort=False)["value"].mean().reset_index()
     frame["label"] = frame["type"].map(_labels(found, metric))
     frame = frame.dropna(subset=["label"])
@@ -199,7 +310,11 @@ def show_flagged(problem: Problem) -> None:
     """Which layers each metric flags, by module type, with their z-scores."""
     st.subheader("Flagged layers (z)", anchor=False)
     columns = {"sensitivity": "by part", "sensitivity_module": "by module", "kurtosis": "kurtosis"}
-    found = {name: flagged_layers(problem, metric, 0) for metric, name in columns.items()}
+    found = {
+        name: flagged_layers(problem, metric, 0)
+        for metric, name in columns.items()
+        if metric in problem.scores
+    }
     kinds = list(dict.fromkeys(m.type for m in problem.matrices))
     table = {"module": [charts.short_type(kind) for kind in kinds]}
     for name, flags in found.items():
@@ -209,6 +324,32 @@ def show_flagged(problem: Problem) -> None:
         ]
     st.dataframe(pd.DataFrame(table), hide_index=True)
     next_step("pages/2_Plan.py", "Plan where the bits go")
+
+
+def show_lacks(info: ModelInfo, found: Profile, problem: Problem) -> None:
+    """What the published files don't give, and the methods that can't plan for want of it."""
+    st.subheader("Not published", anchor=False)
+    lacks = {TITLES[metric].title: _lack(found, metric) for metric in TITLES}
+    methods = known.cannot_plan(info, problem)
+    if methods:
+        lacks["Plans that need them"] = "none by " + words.listed(
+            [charts.method_style(m).title for m in methods], 99
+        )
+    lacks = {name: said for name, said in lacks.items() if said}
+    st.dataframe(
+        {"metric": list(lacks), "published": list(lacks.values())},
+        hide_index=True,
+        column_config={"published": st.column_config.TextColumn(width="large")},
+    )
+
+
+def _lack(found: Profile, metric: str) -> str:
+    """What of a metric a profile hasn't, or '' when it has all."""
+    if metric not in found.metrics:
+        return "none for this text and quantizer"
+    absent = [c.name for c in LADDER if not has(found, metric, c)]
+    per_stop = not has(found, metric, None)
+    return f"none at {words.listed(absent, len(absent))}" if per_stop and absent else ""
 
 
 def show_metadata_cost(here: Here, info: ModelInfo, found: Profile) -> None:

@@ -30,28 +30,48 @@ def run_page(here: Here) -> None:
     found = [job for job in jobs.list_jobs(folder) if job.arguments[0] == "run"]
     shown = selected(found)
     first = st.container()
-    ask(here, folder)
+    has_weights = known.published(here.store, here.source) is None
+    if has_weights:
+        ask(here, folder)
     with first:
-        if shown is None:
+        if not has_weights:
+            say_no_weights(here.info.source)
+        elif shown is None:
             headline(
                 "Nothing has run yet.",
                 "Quantizing and evaluating goes on in the background; this page can be closed.",
             )
-        else:
-            jobs_panel.follow(shown, say)
+        if shown is not None and (has_weights or shown.active or _picked(found)):
+            jobs_panel.follow(shown, say if has_weights else None)
             if shown.state == "done":
                 show_result(shown)
     show_jobs(found)
+
+
+def say_no_weights(name: str) -> None:
+    """Why a published model can't run, and what can be done."""
+    headline(
+        f"{words.literal(name)} has no weights here, so there is nothing to run.",
+        "Its measurements were published. To quantize the model itself, choose it by its Hugging "
+        "Face id or as a folder.",
+    )
+    with st.container(horizontal=True):
+        next_step("app.py", "Choose a model with weights")
+        next_step("pages/2_Plan.py", "Plan for it")
+        next_step("pages/4_Compare.py", "Compare its published runs")
 
 
 def selected(found: list[Job]) -> Job | None:
     """The job picked in the table of recent ones, else one that is running, else the newest."""
     if not found:
         return None
+    picked = _picked(found)
+    return picked or next((job for job in found if job.state == "running"), found[0])
+
+
+def _picked(found: list[Job]) -> Job | None:
     rows = st.session_state.get("jobs", {}).get("selection", {}).get("rows", [])
-    if rows and rows[0] < len(found):
-        return found[rows[0]]
-    return next((job for job in found if job.state == "running"), found[0])
+    return found[rows[0]] if rows and rows[0] < len(found) else None
 
 
 # --- asking ---------------------------------------------------------------------------------

@@ -14,7 +14,14 @@ import pytest
 
 from lsq_core import store as store_module
 from lsq_core.cli import main
-from lsq_core.compare import WinTieLoss, win_tie_loss, with_labels
+from lsq_core.compare import (
+    WinTieLoss,
+    largest_gain,
+    pareto,
+    win_tie_loss,
+    win_tie_loss_at_equal_bytes,
+    with_labels,
+)
 from lsq_core.config import GIB, LADDER
 from lsq_core.errors import InputError
 from lsq_core.model import Matrix, ModelSource
@@ -453,6 +460,77 @@ def test_win_tie_loss_by_hand():
     assert win_tie_loss(runs, "kurtboost", "uniform") == WinTieLoss(0, 1, 0), "same text only"
     assert win_tie_loss(runs, "kurtboost", "mxq") == WinTieLoss(1, 0, 0)
     assert win_tie_loss(runs, "kurtboost", "gptq").percentages == (0, 0, 0)
+
+
+def by_hand(rows: list[tuple[str, float, float]], **more: object) -> pd.DataFrame:
+    """Runs of one measurement out of method, bits and perplexity."""
+    same = {"fingerprint": "m", "corpus": "c", "corpus_sha256": "x", "protocol": "strided"}
+    frame = pd.DataFrame(rows, columns=["method", "bits_per_param", "perplexity"])
+    return frame.assign(**same, tokens=None, **more)
+
+
+def test_equal_bytes_by_hand():
+    runs = by_hand(
+        [
+            ("uniform", 3.1, 9.0),
+            ("uniform", 3.3, 8.0),
+            ("uniform", 3.5, 8.5),  # more bits than 3.3, and worse
+            ("mxq", 3.0, 1.0),  # smaller than any uniform run: left out
+            ("mxq", 3.2, 8.5),  # beats 3.1, the only one with no more bits
+            ("mxq", 3.3 * (1 - 1e-15), 8.004),  # the same bits summed in another order: ties
+            ("mxq", 3.4, 8.1),  # 3.3 is better with fewer
+            ("mxq", 3.6, 8.2),  # 3.5 is worse, but 3.3 is there too
+        ]
+    )
+    assert win_tie_loss_at_equal_bytes(runs, "mxq", "uniform") == WinTieLoss(1, 1, 2)
+    assert win_tie_loss_at_equal_bytes(runs, "mxq", "gptq") == WinTieLoss(0, 0, 0)
+    other_text = by_hand([("uniform", 2.0, 0.5)]).assign(corpus_sha256="y")
+    both = pd.concat([runs, other_text])
+    assert win_tie_loss_at_equal_bytes(both, "mxq", "uniform") == WinTieLoss(1, 1, 2)
+    assert win_tie_loss_at_equal_bytes(both.iloc[::-1], "mxq", "uniform") == WinTieLoss(1, 1, 2)
+
+
+def test_a_win_at_equal_bytes_is_by_definition(store):
+    """Against loops over the published runs."""
+    runs = store.results(SEVEN, origin="published").dropna(subset=["perplexity"])
+    wins = ties = losses = 0
+    for mine in runs[runs["method"] == "sensiboost"].itertuples():
+        theirs = [
+            run.perplexity
+            for run in runs[runs["method"] == "mxq"].itertuples()
+            if run.corpus == mine.corpus and run.bits_per_param <= mine.bits_per_param
+        ]
+        if theirs:
+            own, best = round(mine.perplexity, 2), round(min(theirs), 2)
+            wins, ties, losses = wins + (own < best), ties + (own == best), losses + (own > best)
+    found = win_tie_loss_at_equal_bytes(runs, "sensiboost", "mxq")
+    assert found == WinTieLoss(wins, ties, losses)
+    assert found.total == 96
+
+
+def test_the_front_by_hand():
+    size = pd.Series([3.0, 1.0, 2.0, 3.0, 4.0, np.nan], index=list("abcdef"))
+    perplexity = pd.Series([5.0, 9.0, 9.0, 5.0, 6.0, 1.0], index=list("abcdef"))
+    front = pareto(size, perplexity)
+    assert front[front].index.tolist() == ["a", "b", "d"], "both of two equal runs"
+
+
+def test_the_largest_gain_by_hand():
+    runs = by_hand(
+        [
+            ("uniform", 3.13, 10.0),
+            ("uniform", 4.13, 8.0),
+            ("sensiboost", 3.18, 9.0),  # -10 %
+            ("kurtboost", 4.2, 7.6),  # -5 %, though lower
+            ("sensiboost-ablation", 3.2, 1.0),  # no method to be proud of
+        ],
+        evaluation=list("abcde"),
+        quantizer="hqq",
+        base=["3.13", "4.13", "3.13", "4.13", "3.13"],
+        request='{"boost_stop": 2, "top_m": 0}',
+    )
+    assert largest_gain(runs) == ("c", "a")
+    assert largest_gain(runs[runs["method"] != "uniform"]) is None
 
 
 def test_the_headline(store):

@@ -1,26 +1,33 @@
 """What is known already: models, profiles and plans, looked up once and remembered.
 
 Reads of the database are remembered by its state on disk, so that what a job or another tab
-wrote is seen at once; profiles and plans by their identity, which tells all they depend on.
+wrote is seen at once; problems and plans by the identity of what they are made from.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 
+import numpy as np
 import pandas as pd
 import streamlit as st
 
 from lsq_core.corpus import corpus_identity
+from lsq_core.errors import InputError
 from lsq_core.model import ModelInfo, ModelSource, find_model, fingerprint
-from lsq_core.pipeline import Workbench, problem_of
-from lsq_core.plan import Plan, PlanRequest, Problem, make_plan
+from lsq_core.pipeline import Workbench, check_metrics, find_published, problem_of
+from lsq_core.plan import PLANNERS, Plan, PlanRequest, Problem, make_frontier, make_plan
+from lsq_core.plan.frontier import Frontier
+from lsq_core.plan.pins import with_pins
+from lsq_core.predict import Prediction, Predictor, features
 from lsq_core.profile import Profile, ProfileSettings
-from lsq_core.store import Store
+from lsq_core.store import PUBLISHED, Store
 
 #: A file's path and when it was written last.
 Stamp = tuple[str, int, int]
+#: Budgets at which perplexity is predicted along a frontier.
+CURVE_POINTS = 160
 
 
 def stamp(store: Store) -> Stamp:
@@ -32,14 +39,35 @@ def stamp(store: Store) -> Stamp:
 # --- models ---------------------------------------------------------------------------------
 
 
-def models(store: Store) -> pd.DataFrame:
-    """Every model in the database, newest first."""
-    return _models(store, stamp(store))
+def models(store: Store, origin: str = "measured") -> pd.DataFrame:
+    """Every model of one origin in the database; see :meth:`lsq_core.store.Store.models`."""
+    return _models(store, stamp(store), origin)
 
 
 @st.cache_data(max_entries=4, show_spinner=False)
-def _models(_store: Store, at: Stamp) -> pd.DataFrame:
-    return _store.models()
+def _models(_store: Store, at: Stamp, origin: str) -> pd.DataFrame:
+    return _store.models(origin)
+
+
+def is_published(info: ModelInfo) -> bool:
+    """Whether a model's measurements were published, and its weights aren't here."""
+    return info.fingerprint.startswith(PUBLISHED)
+
+
+def published(store: Store, source: ModelSource) -> ModelInfo | None:
+    """The published model that a source names, or None.
+
+    Raises
+    ------
+    InputError
+        When ``published:NAME`` was never imported.
+    """
+    return _published(store, stamp(store), source)
+
+
+@st.cache_resource(max_entries=16, show_spinner=False)
+def _published(_store: Store, at: Stamp, source: ModelSource) -> ModelInfo | None:
+    return find_published(source, _store)
 
 
 def model_info(store: Store, source: ModelSource) -> ModelInfo:
@@ -53,6 +81,9 @@ def model_info(store: Store, source: ModelSource) -> ModelInfo:
     LsqError
         When there is no such model.
     """
+    without_weights = published(store, source)
+    if without_weights is not None:
+        return without_weights
     mark = _fingerprint(store, source)
     known = _model(store, stamp(store), mark) if mark else None
     if known is not None:
@@ -110,15 +141,25 @@ def profile(store: Store, info: ModelInfo, settings: ProfileSettings) -> Profile
     """
     if not info.fingerprint:
         return None
-    key = settings.key(info.fingerprint, corpus_identity(settings.calibration))
+    if is_published(info):  # its text isn't here to be known by
+        key = published_settings(store, info).get(settings)
+    else:
+        key = settings.key(info.fingerprint, corpus_identity(settings.calibration))
     if key not in set(_profiles(store, stamp(store), info.fingerprint)["id"]):
         return None
-    return _profile(store, str(store.path), key)
+    return _profile(store, stamp(store), key)
 
 
 @st.cache_resource(max_entries=6, show_spinner=False)
-def _profile(_store: Store, path: str, key: str) -> Profile:
+def _profile(_store: Store, at: Stamp, key: str) -> Profile:
     return _store.profile(key)
+
+
+def published_settings(store: Store, info: ModelInfo) -> dict[ProfileSettings, str]:
+    """The settings of a published model's profiles, the main one first, and their identities."""
+    table = _profiles(store, stamp(store), info.fingerprint)
+    settings = (ProfileSettings(**json.loads(text)) for text in table["settings"])
+    return dict(zip(settings, table["id"], strict=True))
 
 
 # --- plans ----------------------------------------------------------------------------------
@@ -126,12 +167,23 @@ def _profile(_store: Store, path: str, key: str) -> Profile:
 
 def problem(info: ModelInfo, found: Profile | None) -> Problem:
     """What planners see, remembered by the model's and the profile's identity."""
-    return _problem(info, found, _identity(info), found.id if found else None)
+    return _problem(info, found, _identity(info), _mark(found))
 
 
 @st.cache_resource(max_entries=6, show_spinner=False)
 def _problem(_info: ModelInfo, _found: Profile | None, model: str, key: str | None) -> Problem:
     return problem_of(_info, _found)
+
+
+def cannot_plan(info: ModelInfo, seen: Problem) -> list[str]:
+    """The methods that a profile has too little for."""
+    lacking = []
+    for method in PLANNERS:
+        try:
+            check_metrics(info, seen, PlanRequest(method))
+        except InputError:
+            lacking.append(method)
+    return lacking
 
 
 def plan(
@@ -142,12 +194,11 @@ def plan(
     Raises
     ------
     LsqError
-        When the request cannot be met; see :func:`lsq_core.plan.make_plan`.
+        When the profile lacks what the method reads, or the request cannot be met; see
+        :func:`lsq_core.pipeline.check_metrics` and :func:`lsq_core.plan.make_plan`.
     """
-    asked = (json.dumps(request.__dict__), settings.metadata, settings.axis)
-    return _plan(
-        info, found, request, settings, _identity(info), found.id if found else None, asked
-    )
+    asked = (json.dumps(asdict(request)), settings.metadata, settings.axis)
+    return _plan(info, found, request, settings, _identity(info), _mark(found), asked)
 
 
 @st.cache_resource(max_entries=128, show_spinner="Planning…")
@@ -160,8 +211,10 @@ def _plan(
     key: str | None,
     asked: tuple,
 ) -> Plan:
+    seen = problem(_info, _found)
+    check_metrics(_info, seen, _request)
     return make_plan(
-        problem(_info, _found),
+        seen,
         _request,
         metadata=_settings.metadata,
         axis=_settings.axis,
@@ -169,9 +222,166 @@ def _plan(
     )
 
 
+def frontier(info: ModelInfo, found: Profile | None, request: PlanRequest) -> Frontier:
+    """Every budget's plan by a request's method, base and pins; its budget doesn't matter.
+
+    Raises
+    ------
+    LsqError
+        When the profile lacks what the method reads, or pins or base are wrong.
+    """
+    asked = json.dumps(asdict(request) | {"budget": None, "exact": False})
+    return _frontier(info, found, request, _identity(info), _mark(found), asked)
+
+
+@st.cache_resource(max_entries=16, show_spinner=False)
+def _frontier(
+    _info: ModelInfo,
+    _found: Profile | None,
+    _request: PlanRequest,
+    model: str,
+    key: str | None,
+    asked: str,
+) -> Frontier:
+    seen = problem(_info, _found)
+    check_metrics(_info, seen, _request)
+    return make_frontier(with_pins(seen, _request.pins), _request)
+
+
+def error_along(
+    info: ModelInfo, found: Profile, request: PlanRequest
+) -> tuple[np.ndarray, np.ndarray]:
+    """Bits per parameter (k,) along a frontier, and each plan's summed squared weight error."""
+    asked = json.dumps(asdict(request) | {"budget": None, "exact": False})
+    return _error_along(info, found, request, _identity(info), _mark(found), asked)
+
+
+@st.cache_resource(max_entries=32, show_spinner=False)
+def _error_along(
+    _info: ModelInfo,
+    _found: Profile,
+    _request: PlanRequest,
+    model: str,
+    key: str | None,
+    asked: str,
+) -> tuple[np.ndarray, np.ndarray]:
+    seen = problem(_info, _found)
+    bits, choices = _plans_along(seen, frontier(_info, _found, _request))
+    errors = seen.by_config["weight_error"] ** 2
+    return bits, errors[np.arange(len(errors)), choices].sum(axis=1)
+
+
+def _plans_along(seen: Problem, plans: Frontier) -> tuple[np.ndarray, np.ndarray]:
+    """Bits per parameter (k,) over a frontier's range, and the plan (k, n) of each."""
+    ends = [s.moves[-1].bytes_after if s.moves else s.start_bytes for s in plans.segments]
+    budgets = np.linspace(plans.smallest, max(ends), CURVE_POINTS)
+    return 8 * budgets / seen.total, np.stack([plans.at(budget).choice for budget in budgets])
+
+
+# --- predictions ----------------------------------------------------------------------------
+
+
+def evaluated_on(store: Store, info: ModelInfo) -> list[str]:
+    """The corpora that this model's runs were evaluated on, the one with most runs first."""
+    origin = "published" if is_published(info) else "measured"
+    runs = results(store, origin)
+    return runs[runs["fingerprint"] == info.fingerprint]["corpus"].value_counts().index.tolist()
+
+
+def predictor(
+    store: Store,
+    info: ModelInfo,
+    found: Profile | None,
+    settings: ProfileSettings,
+    corpus: str | None,
+) -> Predictor | str:
+    """What the runs so far tell of the perplexity on a corpus, or in a sentence why they don't."""
+    if found is None:
+        return "Predicting perplexity needs a profile."
+    asked = json.dumps([asdict(settings), corpus])
+    args = (store, info, found, settings, corpus, stamp(store))
+    return _predictor(*args, _identity(info), _mark(found), asked)
+
+
+@st.cache_resource(max_entries=8, show_spinner=False)
+def _predictor(
+    _store: Store,
+    _info: ModelInfo,
+    _found: Profile,
+    _settings: ProfileSettings,
+    _corpus: str | None,
+    at: Stamp,
+    model: str,
+    key: str,
+    asked: str,
+) -> Predictor | str:
+    bench = Workbench(ModelSource(_info.source, _info.revision), _store)
+    bench.info = _info
+    try:
+        return bench.predictor(problem(_info, _found), _settings, _corpus)
+    except InputError as error:
+        return str(error)
+
+
+@dataclass(frozen=True, eq=False)
+class Along:
+    """What is predicted of the plans of a frontier, at ``bits`` (k,) per parameter, ascending."""
+
+    bits: np.ndarray
+    prediction: Prediction
+    full_precision: float
+
+
+def along(
+    store: Store,
+    info: ModelInfo,
+    found: Profile | None,
+    request: PlanRequest,
+    settings: ProfileSettings,
+    corpus: str | None,
+) -> Along | None:
+    """Predicted perplexity at every budget of a request's method; None where nothing is."""
+    plans = asdict(request) | {"budget": None, "exact": False}
+    asked = json.dumps([plans, asdict(settings), corpus])
+    args = (store, info, found, request, settings, corpus, stamp(store))
+    return _along(*args, _identity(info), _mark(found), asked)
+
+
+@st.cache_resource(max_entries=32, show_spinner=False)
+def _along(
+    _store: Store,
+    _info: ModelInfo,
+    _found: Profile | None,
+    _request: PlanRequest,
+    _settings: ProfileSettings,
+    _corpus: str | None,
+    at: Stamp,
+    model: str,
+    key: str | None,
+    asked: str,
+) -> Along | None:
+    learned = predictor(_store, _info, _found, _settings, _corpus)
+    if isinstance(learned, str):
+        return None
+    seen = problem(_info, _found)
+    bits, choices = _plans_along(seen, frontier(_info, _found, _request))
+    return Along(bits, learned.predict(features(seen, choices)), learned.full_precision)
+
+
 def _identity(info: ModelInfo) -> str:
-    """The fingerprint; a model not fetched yet has none and is known by its name."""
-    return info.fingerprint or f"{info.source}@{info.revision}"
+    """The fingerprint; a model not fetched yet has none and is known by its name.
+
+    A published model's tells no content, and another import may know more of its other bytes.
+    """
+    mark = info.fingerprint or f"{info.source}@{info.revision}"
+    return f"{mark}/{info.other_bytes}" if is_published(info) else mark
+
+
+def _mark(found: Profile | None) -> str | None:
+    """A profile's identity, with what may change under it: metrics, and files imported from."""
+    if found is None:
+        return None
+    return "/".join([found.id, *sorted(found.metrics), *found.provenance.get("files", {}).values()])
 
 
 def named_plans(store: Store, mark: str) -> pd.DataFrame:
@@ -190,11 +400,11 @@ def _named_plans(_store: Store, at: Stamp, mark: str) -> pd.DataFrame:
 # --- results --------------------------------------------------------------------------------
 
 
-def results(store: Store) -> pd.DataFrame:
-    """Every run in the database; see :meth:`lsq_core.store.Store.results`."""
-    return _results(store, stamp(store))
+def results(store: Store, origin: str = "measured") -> pd.DataFrame:
+    """Every run of one origin in the database; see :meth:`lsq_core.store.Store.results`."""
+    return _results(store, stamp(store), origin)
 
 
-@st.cache_data(max_entries=2, show_spinner=False)
-def _results(_store: Store, at: Stamp) -> pd.DataFrame:
-    return _store.results()
+@st.cache_data(max_entries=4, show_spinner=False)
+def _results(_store: Store, at: Stamp, origin: str) -> pd.DataFrame:
+    return _store.results(origin=origin)

@@ -37,14 +37,16 @@ def show(store: Store) -> tuple[str, str]:
 def _model(store: Store) -> str:
     state.begin("model", "demo")
     st.session_state["model"] = st.session_state["model"] or "demo"
-    options = list(dict.fromkeys(["demo", *known_texts(store), st.session_state["model"]]))
+    there = ["demo", *known_texts(store), *published_texts(store)]
+    options = list(dict.fromkeys([*there, st.session_state["model"]]))
     st.selectbox(
         "Model",
         options,
         key="model",
         accept_new_options=True,
         persist_state="session",
-        help="demo, a Hugging Face id (org/name, or org/name@revision), or a folder here.",
+        help="demo, a Hugging Face id (org/name, or org/name@revision), a folder here, or "
+        "published:NAME, imported measurements without weights.",
     )
     state.share("model")
     return st.session_state["model"]
@@ -57,6 +59,11 @@ def known_texts(store: Store) -> list[str]:
         state.model_text(ModelSource(row.source, row.revision if row.revision else None))
         for row in table.astype(object).where(table.notna(), None).itertuples()
     ]
+
+
+def published_texts(store: Store) -> list[str]:
+    """The published models as the picker names them, ``published:NAME``, by name."""
+    return sorted(known.models(store, "published")["source"])
 
 
 def _device() -> str:

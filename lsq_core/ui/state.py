@@ -12,10 +12,11 @@ from dataclasses import asdict
 
 import streamlit as st
 
-from lsq_core.config import LADDER
+from lsq_core.config import LADDER, Budget
 from lsq_core.model import ModelSource
 from lsq_core.plan import PLANNERS, PlanRequest, get_planner
 from lsq_core.profile import ProfileSettings
+from lsq_core.store import PUBLISHED
 
 #: How a plan can be asked for.
 ASKS = {"base": "base stop", "budget": "budget", "both": "base, capped by a budget"}
@@ -31,12 +32,14 @@ _PLAN_DEFAULTS = {
     "seed": 0,
     "exact": False,
     "pins": "",
+    "against": "none",
 }
 _PLAN_OPTIONS: dict[str, Sequence] = {
     "method": list(PLANNERS),
     "ask": list(ASKS),
     "base": STOPS,
     "metric": ["sensitivity", "sensitivity_module"],
+    "against": ["none", *PLANNERS],
 }
 
 
@@ -100,9 +103,12 @@ _SETTINGS = {
 
 def begin_settings(fingerprint: str, newest: ProfileSettings | None) -> None:
     """Start from the newest profile that this model has, once for each model of a session."""
-    fresh = st.session_state.get("settings_of") != fingerprint
+    before = st.session_state.get("settings_of", "")
+    fresh = before != fingerprint
     if fresh and newest is not None:
         set_settings(newest)
+    elif fresh and before.startswith(PUBLISHED):
+        set_settings(ProfileSettings())  # published texts and grids are no model's here
     st.session_state["settings_of"] = fingerprint
     defaults = asdict(ProfileSettings())
     for field, key in _SETTINGS.items():
@@ -142,13 +148,13 @@ def share_plan() -> None:
             del st.query_params[key]
 
 
-def set_plan(request: PlanRequest) -> None:
-    """Set the plan's controls to a request that was kept."""
+def set_plan(request: PlanRequest, parameters: int) -> None:
+    """Set the plan's controls to a request that was kept, for a model of so many parameters."""
     values = asdict(request) | {"pins": "\n".join(request.pins)}
     budget = values.pop("budget")
     ask = ("both" if request.base else "budget") if budget else "base"
-    if budget and budget.endswith("bpp"):
-        values["budget"] = float(budget.removesuffix("bpp"))
+    if budget:
+        values["budget"] = 8 * Budget.parse(budget, parameters).nominal_bytes / parameters
     for key, value in (values | {"ask": ask}).items():
         if value is not None:
             st.session_state[key] = value
@@ -156,8 +162,13 @@ def set_plan(request: PlanRequest) -> None:
 
 def plan_request() -> PlanRequest:
     """The plan asked for; what its method doesn't use keeps the default."""
+    return request_of(st.session_state["method"])
+
+
+def request_of(method: str) -> PlanRequest:
+    """The same by another method."""
     chosen = st.session_state
-    planner = get_planner(chosen["method"])
+    planner = get_planner(method)
     ask = chosen["ask"] if planner.has_base else "budget"
     used = {}
     if boosts(planner.name):
@@ -171,10 +182,15 @@ def plan_request() -> PlanRequest:
     return PlanRequest(
         method=planner.name,
         base=chosen["base"] if ask != "budget" else None,
-        budget=f"{chosen['budget']:.2f}bpp" if ask != "base" else None,
+        budget=budget_text(chosen["budget"]) if ask != "base" else None,
         pins=pins(),
         **used,
     )
+
+
+def budget_text(bits: float) -> str:
+    """A budget as it is typed: ``3.25bpp``, with at most four decimals."""
+    return f"{round(bits, 4):.4f}".rstrip("0").rstrip(".") + "bpp"
 
 
 def pins() -> tuple[str, ...]:

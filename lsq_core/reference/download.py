@@ -1,0 +1,126 @@
+"""The published measurements from their public repository, at one pinned revision.
+
+The pin is a git commit. Its name is a hash of everything below it, so that git, which names what
+it receives by its content, can take in nothing but what the authors had committed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from lsq_core.errors import LsqError
+from lsq_core.pipeline import Report, silent
+from lsq_core.reference.checkout import ERRORS, OBJECTIVES, PLANS, RUNS, SENSITIVITIES, STATISTICS
+
+URL = "https://github.com/schnell18/lm-quant-toolkit"
+#: Of April 2026, by the date of the measurements that it adds.
+COMMIT = "d878f38ab0c2587ea97fcf83a205f2322474f818"
+#: What is fetched of it: the files that an import reads, and their licence.
+WANTED = (
+    "/LICENSE",
+    f"/{ERRORS}/fnorm-*.csv",
+    f"/{STATISTICS}/wdist-*.csv",
+    *(f"/{path}" for path in (*SENSITIVITIES, OBJECTIVES, RUNS)),
+    f"/{PLANS}/*/*.csv",
+)
+#: Seconds that one step may take, and that a connection may all but stand still.
+STEP, STALL = 300, 20
+#: What git says where there is no way to the repository, rather than something wrong with it.
+_NO_NETWORK = ("Could not resolve", "Failed to connect", "Couldn't connect", "timed out", "unreach")
+
+
+def download(folder: Path, report: Report = silent, url: str = URL, commit: str = COMMIT) -> Path:
+    """Fetch what an import reads into a new folder under ``folder``; returns that.
+
+    The caller deletes it. Needs git, and reads nothing of the person's but git's own settings
+    (a proxy, say).
+
+    Raises
+    ------
+    LsqError
+        When git is missing, there is no network, or what came is not the pinned commit: then
+        nothing is left behind.
+    """
+    if shutil.which("git") is None:
+        raise LsqError(
+            "Downloading needs git, which is not installed; install it, or give a folder with a "
+            f"checkout of {url}."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    checkout = Path(tempfile.mkdtemp(prefix="lm-quant-toolkit-", dir=folder))
+    steps = (
+        ("asking the repository", ["init", "--quiet"]),
+        ("asking the repository", ["remote", "add", "origin", url]),
+        ("finding the files", ["sparse-checkout", "set", "--no-cone", *WANTED]),
+        # Names of files first, then the content of those wanted: the repository is large.
+        ("finding the files", [*_FETCH, commit]),
+        ("fetching the files", ["checkout", "--quiet", "--detach", commit]),
+    )
+    try:
+        for done, (message, words) in enumerate(steps):
+            report("download", done, len(steps), message)
+            _git(checkout, words, url, commit)
+    except BaseException:
+        shutil.rmtree(checkout, ignore_errors=True)
+        raise
+    report("download", len(steps), len(steps), f"{url} at {commit[:12]}")
+    return checkout
+
+
+_FETCH = ["fetch", "--quiet", "--depth=1", "--no-tags", "--filter=blob:none", "origin"]
+#: Links and hooks have no part in this, and what is malformed is refused.
+_SETTINGS = {
+    "core.symlinks": "false",
+    "core.hooksPath": os.devnull,
+    "core.autocrlf": "false",
+    "transfer.fsckObjects": "true",
+    "http.lowSpeedLimit": "1000",
+    "http.lowSpeedTime": str(STALL),
+}
+
+
+def _git(checkout: Path, words: list[str], url: str, commit: str) -> None:
+    settings = [word for key, value in _SETTINGS.items() for word in ("-c", f"{key}={value}")]
+    # Never a question for a password, never another protocol than the address's own.
+    scheme = url.partition(":")[0]
+    quiet = {"GIT_TERMINAL_PROMPT": "0", "GIT_ALLOW_PROTOCOL": scheme, "LC_ALL": "C"}
+    outer = {key: value for key, value in os.environ.items() if key not in _REPOSITORY}
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(checkout), *settings, *words],
+            env=outer | quiet,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=STEP,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise LsqError(_sentence(url, commit, "connection timed out")) from error
+    if done.returncode:
+        raise LsqError(_sentence(url, commit, done.stderr))
+
+
+#: What would point git at a repository that it happens to run inside.
+_REPOSITORY = {"GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY"}
+
+
+def _sentence(url: str, commit: str, said: str) -> str:
+    """What went wrong, in one sentence, from what git said."""
+    lines = [line.partition(": ")[2] or line for line in said.strip().splitlines()]
+    reason = next((line for line in lines if any(sign in line for sign in _NO_NETWORK)), None)
+    if reason is not None:
+        reason = reason.rpartition("': ")[2]  # git names the address once more
+        return (
+            f"{url} cannot be reached ({reason}); try again with a network, or give a folder "
+            "with a checkout of it."
+        )
+    reason = lines[0] if lines else "git said nothing"
+    return (
+        f"{url} did not give commit {commit[:12]} unharmed ({reason}), so nothing was imported; "
+        "try again, or give a folder with a checkout of it."
+    )
