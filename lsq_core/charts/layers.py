@@ -1,0 +1,107 @@
+"""Scores over layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from lsq_core.charts.style import NEUTRAL, finish, module_color
+
+
+@dataclass(frozen=True, eq=False)
+class Panel:
+    """One chart over layers: ``frame`` has ``type, label, layer, value`` and, where Algorithm 1
+    flagged a point, its ``z`` (else NaN)."""
+
+    frame: pd.DataFrame
+    title: str
+    axis: str
+    log: bool = False
+
+
+def over_layers(panels: Sequence[Panel], height: int = 570) -> go.Figure:
+    """Panels above one another with the layers in common; flagged points are ringed.
+
+    Panels that draw the same lines share a legend, beside the first of them.
+    """
+    figure = make_subplots(
+        rows=len(panels),
+        shared_xaxes=True,
+        vertical_spacing=0.085,
+        subplot_titles=[p.title for p in panels],
+    )
+    legends: dict[tuple[str, ...], str] = {}
+    ringed: set[str] = set()
+    for row, panel in enumerate(panels, start=1):
+        lines = tuple(panel.frame["label"].unique())
+        first = lines not in legends
+        legend = legends.setdefault(lines, f"legend{len(legends) + 1 if legends else ''}")
+        for (_, label), part in panel.frame.groupby(["type", "label"], sort=False):
+            figure.add_trace(_line(part, label, legend, first), row, 1)
+        flagged = panel.frame.dropna(subset=["z"])
+        if not flagged.empty:
+            figure.add_trace(_rings(flagged, legend, legend not in ringed), row, 1)
+            ringed.add(legend)
+        figure.update_yaxes(title_text=panel.axis, row=row, col=1)
+        if panel.log:
+            figure.update_yaxes(type="log", exponentformat="power", dtick=1, row=row, col=1)
+        if first:
+            _place_legend(figure, legend, row)
+    figure.update_xaxes(title_text="layer", row=len(panels), col=1)
+    for note in figure.layout.annotations:  # the panels' titles, to the left
+        note.update(x=0, xanchor="left", font_size=13)
+    finish(figure, height)
+    return figure.update_layout(margin={"t": 24, "b": 40}, modebar_orientation="h")
+
+
+def _place_legend(figure: go.Figure, legend: str, row: int) -> None:
+    """Put a legend to the right of its panel, level with its top."""
+    top = figure.layout[f"yaxis{row if row > 1 else ''}"].domain[1]
+    figure.update_layout(
+        {legend: {"x": 1.01, "xanchor": "left", "y": top, "yanchor": "top", "tracegroupgap": 0}}
+    )
+
+
+def _line(part: pd.DataFrame, label: str, legend: str, in_legend: bool) -> go.Scatter:
+    kind = part["type"].iloc[0]
+    return go.Scatter(
+        x=part["layer"],
+        y=part["value"],
+        name=label,
+        legend=legend,
+        legendgroup=f"{legend} {label}",
+        showlegend=in_legend,
+        mode="lines+markers",
+        line={"color": module_color(kind), "width": 1.6, "dash": _dash(kind)},
+        marker={"size": 4.5},
+        hovertemplate=f"{label}, layer %{{x}}<br>%{{y:.4g}}<extra></extra>",
+    )
+
+
+def _dash(kind: str) -> str:
+    return "solid" if "attn" in kind or "attention" in kind else "dot"
+
+
+def _rings(flagged: pd.DataFrame, legend: str, in_legend: bool) -> go.Scatter:
+    return go.Scatter(
+        x=flagged["layer"],
+        y=flagged["value"],
+        name="flagged",
+        legend=legend,
+        legendgroup=f"{legend} flagged",
+        showlegend=in_legend,
+        mode="markers",
+        marker={
+            "symbol": "circle-open",
+            "size": 13,
+            "color": NEUTRAL,
+            "line": {"width": 2},
+        },
+        customdata=flagged[["label", "z"]],
+        hovertemplate="%{customdata[0]}, layer %{x}<br>%{y:.4g}"
+        "<br>flagged, z = %{customdata[1]:.2f}<extra></extra>",
+    )

@@ -1,0 +1,203 @@
+"""Plans: which matrix has which configuration, and methods along the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from lsq_core.charts.style import (
+    ABOVE,
+    NEUTRAL,
+    MethodStyle,
+    config_color,
+    finish,
+    method_style,
+    short_type,
+)
+from lsq_core.config import LADDER
+
+
+def plan_heatmap(frame: pd.DataFrame) -> go.Figure:
+    """A plan as layers (left to right) by module types (in the order of the computation).
+
+    ``frame`` has a row for each matrix: ``type, layer, config, z`` (``z`` what ranked a moved
+    matrix, else NaN). Experts of a layer share a cell, which shows the commonest configuration.
+    """
+    cells = _cells(frame)
+    names = [c.name for c in LADDER]
+    kinds = list(dict.fromkeys(frame["type"]))
+    layers = sorted(frame["layer"].unique())
+    grid = cells.pivot(index="type", columns="layer").reindex(kinds)
+    codes = grid["config"].map(lambda name: names.index(name), na_action="ignore")
+    figure = go.Figure(
+        go.Heatmap(
+            x=layers,
+            y=[short_type(kind) for kind in kinds],
+            z=codes.astype(float).to_numpy(),
+            zmin=-0.5,
+            zmax=len(LADDER) - 0.5,
+            colorscale=_steps(),
+            showscale=False,
+            xgap=1.5,
+            ygap=1.5,
+            text=_cell_text(grid["config"], len(layers)),
+            texttemplate="%{text}",
+            customdata=grid["hover"].fillna("").to_numpy(),
+            hovertemplate="%{y}, layer %{x}<br>%{customdata}<extra></extra>",
+        )
+    )
+    _config_legend(figure, frame["config"])
+    figure.update_xaxes(title_text="layer", showgrid=False, zeroline=False, range=_ends(layers))
+    figure.update_yaxes(autorange="reversed", showgrid=False, zeroline=False)
+    if len(layers) <= 48:
+        figure.update_xaxes(dtick=1 if len(layers) <= 32 else 2)
+    figure.update_layout(legend=ABOVE)
+    return finish(figure, 96 + max(30 * len(kinds), 60))
+
+
+def _ends(layers: list[int]) -> list[float]:
+    return [min(layers) - 0.5, max(layers) + 0.5]
+
+
+def _cells(frame: pd.DataFrame) -> pd.DataFrame:
+    """One row a cell: the commonest configuration, and what the pointer is told."""
+    rows = []
+    for (kind, layer), part in frame.groupby(["type", "layer"], sort=False):
+        counts = part["config"].value_counts()
+        hover = (
+            counts.index[0]
+            if len(part) == 1
+            else f"{len(part)} experts: " + ", ".join(f"{n} × {c}" for c, n in counts.items())
+        )
+        worth = part["z"].max()
+        hover += f"<br>flagged, ranked by {worth:.2f}" if pd.notna(worth) else ""
+        rows.append({"type": kind, "layer": layer, "config": counts.index[0], "hover": hover})
+    return pd.DataFrame(rows)
+
+
+def _cell_text(configs: pd.DataFrame, layers: int) -> list[list[str]]:
+    """Full names where there is room, the stop's number where there is less, else nothing."""
+    stops = {c.name: c.stop_name for c in LADDER}
+
+    def words(name: object) -> str:
+        if not isinstance(name, str) or layers > 32:
+            return ""
+        return name if layers <= 14 else stops[name]
+
+    return [[words(name) for name in row] for row in configs.to_numpy()]
+
+
+def _steps() -> list[list[float | str]]:
+    """A colour scale of one flat step for each stop of the ladder."""
+    steps: list[list[float | str]] = []
+    for index, config in enumerate(LADDER):
+        color = config_color(config)
+        steps += [[index / len(LADDER), color], [(index + 1) / len(LADDER), color]]
+    return steps
+
+
+def _config_legend(figure: go.Figure, configs: pd.Series) -> None:
+    """A legend entry for each configuration in use, with how many matrices have it."""
+    counts = configs.value_counts()
+    for config in LADDER:
+        if config.name in counts:
+            figure.add_trace(
+                go.Scatter(
+                    x=[None],
+                    y=[None],
+                    mode="markers",
+                    name=f"{config.name} ({config.stop_name}) × {counts[config.name]}",
+                    marker={"symbol": "square", "size": 11, "color": config_color(config)},
+                )
+            )
+
+
+# --- frontiers ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class FrontierLine:
+    """A method's plans along the budget: ``bits`` (k,) a parameter and a ``value`` (k,) of each.
+
+    ``low`` and ``high`` (k,) are the ends of its band, where the value is a prediction.
+    """
+
+    method: str
+    bits: np.ndarray
+    value: np.ndarray
+    low: np.ndarray | None = None
+    high: np.ndarray | None = None
+
+
+def frontiers(
+    lines: Sequence[FrontierLine], runs: pd.DataFrame, axis: str, at: Sequence[float] = ()
+) -> go.Figure:
+    """Methods' frontiers in one chart, with the runs that were measured on it.
+
+    ``runs`` has ``method, label, bits_per_param, value``; ``at`` are budgets marked by an upright
+    line.
+    """
+    figure = go.Figure()
+    for line in lines:
+        style = method_style(line.method)
+        if line.low is not None:
+            figure.add_trace(_band(line, style))
+        figure.add_trace(
+            go.Scatter(
+                x=line.bits,
+                y=line.value,
+                mode="lines",
+                name=f"{style.title}, {axis.split(' (')[0]}",
+                legendgroup=line.method,
+                line={"color": style.color, "width": 2, "shape": "hv"},
+                hovertemplate=f"{style.title} at %{{x:.3f}} bits: %{{y:.4g}}<extra></extra>",
+            )
+        )
+    for method, part in runs.groupby("method", sort=False):
+        figure.add_trace(_measured_on_frontier(str(method), part))
+    for bits in at:
+        figure.add_vline(x=bits, line={"color": NEUTRAL, "width": 1.2, "dash": "dot"})
+    values = np.concatenate([*(line.value for line in lines), runs["value"].to_numpy(float)])
+    spread = np.nanmax(values) / np.nanmin(values) if len(values) else 1
+    if spread > 5:
+        figure.update_yaxes(type="log", dtick="D2" if spread < 100 else 1)
+    figure.update_layout(legend=ABOVE)
+    figure.update_xaxes(title_text="bits per linear weight, metadata included")
+    figure.update_yaxes(title_text=axis)
+    return finish(figure, 360)
+
+
+def _band(line: FrontierLine, style: MethodStyle) -> go.Scatter:
+    red, green, blue = (int(style.color[i : i + 2], 16) for i in (1, 3, 5))
+    return go.Scatter(
+        x=np.concatenate([line.bits, line.bits[::-1]]),
+        y=np.concatenate([line.high, line.low[::-1]]),
+        fill="toself",
+        fillcolor=f"rgba({red}, {green}, {blue}, 0.16)",
+        line={"width": 0},
+        legendgroup=line.method,
+        showlegend=False,
+        hoverinfo="skip",
+    )
+
+
+def _measured_on_frontier(method: str, part: pd.DataFrame) -> go.Scatter:
+    style = method_style(method)
+    return go.Scatter(
+        x=part["bits_per_param"],
+        y=part["value"],
+        mode="markers",
+        name=f"{style.title}, measured",
+        marker={
+            "symbol": style.symbol,
+            "color": style.color,
+            "size": 9,
+            "line": {"width": 2 if style.symbol.endswith("open") else 0, "color": style.color},
+        },
+        customdata=part[["label"]],
+        hovertemplate="%{customdata[0]}<br>%{x:.4f} bits, measured %{y:.4f}<extra></extra>",
+    )

@@ -1,0 +1,211 @@
+"""Sizes of a model, and runs by size and perplexity."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from lsq_core.charts.style import ABOVE, NEUTRAL, config_color, finish, method_style
+from lsq_core.compare import pareto
+from lsq_core.config import GIB, LADDER, MIB
+
+
+def size_bars(frame: pd.DataFrame) -> go.Figure:
+    """What a model takes at each stop: ``name, config, linear_bytes, other_bytes`` a row.
+
+    The row without a configuration is the model as it is.
+    """
+    by_name = {c.name: config_color(c) for c in LADDER}
+    whole = frame["linear_bytes"] + frame["other_bytes"]
+    unit, scale = ("GiB", GIB) if whole.max() >= 4 * GIB else ("MiB", MIB)
+    figure = go.Figure()
+    figure.add_bar(
+        x=frame["name"],
+        y=frame["linear_bytes"] / scale,
+        name="linear weights",
+        marker_color=[by_name.get(name, NEUTRAL) for name in frame["config"]],
+        showlegend=False,
+        hovertemplate=f"%{{x}}: linear weights %{{y:.2f}} {unit}<extra></extra>",
+    )
+    figure.add_bar(
+        x=frame["name"],
+        y=frame["other_bytes"] / scale,
+        name="embeddings, norms, head",
+        marker={"color": "rgba(138, 146, 156, 0.35)"},
+        text=[f"{value:#.3g}" for value in whole / scale],
+        textposition="outside",
+        cliponaxis=False,
+        hovertemplate=f"%{{x}}: the rest %{{y:.2f}} {unit}<extra></extra>",
+        showlegend=False,
+    )
+    figure.update_layout(barmode="stack", bargap=0.25)
+    figure.update_xaxes(type="category", title_text="bits per linear weight, metadata included")
+    figure.update_yaxes(title_text=unit)
+    return finish(figure, 300)
+
+
+@dataclass(frozen=True)
+class Size:
+    """An account of a run's size: the column that holds it, and how it is written on an axis.
+
+    Accounts are never mixed in one chart.
+    """
+
+    column: str
+    title: str
+    unit: str
+    scale: float
+
+
+MEASURED = Size("measured_bytes", "measured size of the linear weights", "MiB", MIB)
+NOMINAL = Size("nominal_bytes", "nominal size of the linear weights", "GiB", GIB)
+STORED = Size("model_bytes", "whole model on disk, as published", "GiB", GIB)
+BITS = Size("bits_per_param", "nominal bits per linear weight, metadata included", "bits", 1)
+
+#: Of how many runs on markers are smaller, so that each can be told from its neighbours.
+_MANY = 60
+
+
+def perplexity_by_size(
+    frame: pd.DataFrame,
+    selected: Sequence[str] = (),
+    size: Size = MEASURED,
+    overlay: pd.DataFrame | None = None,
+) -> go.Figure:
+    """Perplexity against size, a marker and colour for each method.
+
+    ``frame`` has ``evaluation, method, label, perplexity, perplexity_full, quantizer`` and the
+    column of ``size``, all of one model, corpus and protocol. Uniform HQQ runs are joined as the
+    reference curve; full precision is a level line; ``selected`` evaluations are ringed. Where
+    there are many runs those that no other beats are joined too, and the view is that of
+    :func:`view_limit`: what lies above is there when the axes are reset. ``overlay`` has runs of
+    another origin, with the same columns and ``origin``, drawn hollow.
+    """
+    figure = go.Figure()
+    many = len(frame) > _MANY
+    reference = frame[(frame["method"] == "uniform") & (frame["quantizer"] == "hqq")]
+    if len(reference) > 1:
+        figure.add_trace(_joined(reference, size))
+    if many:
+        front = frame[pareto(frame[size.column], frame["perplexity"])]
+        figure.add_trace(_front(front, size))
+    commonest = frame["method"].value_counts().index if many else frame["method"].unique()
+    for method in commonest:  # the rest over it
+        part = frame[frame["method"] == method]
+        figure.add_trace(_runs(method, part, size, 7 if many else 11))
+    for (method, origin), part in _groups(overlay, ["method", "origin"]):
+        figure.add_trace(_hollow(_runs(method, part, size, 9), origin))
+    ringed = frame[frame["evaluation"].isin(list(selected))]
+    if not ringed.empty:
+        figure.add_trace(_selected(ringed, size))
+    full = frame["perplexity_full"].dropna()
+    if not full.empty:
+        _level(figure, float(full.iloc[0]))
+    if frame["perplexity"].max() / min(frame["perplexity"].min(), *full, 1e300) > 5:
+        figure.update_yaxes(type="log", dtick="D2")
+    if many and frame["perplexity"].max() > view_limit(frame["perplexity"]):
+        _view(figure, frame, full, size)
+    figure.update_layout(legend=ABOVE)
+    figure.update_xaxes(title_text=f"{size.title} ({size.unit})")
+    figure.update_yaxes(title_text="perplexity (lower is better)")
+    return finish(figure, 430 if many else 370)
+
+
+def view_limit(perplexity: pd.Series) -> float:
+    """Up to which perplexity a chart of many runs shows at first: about all but the highest 5 %.
+
+    A few broken runs would else press the others, which differ by little, into a line.
+    """
+    most = perplexity.quantile(0.95)
+    return float(most + 0.1 * (most - perplexity.min()))
+
+
+def _view(figure: go.Figure, frame: pd.DataFrame, full: pd.Series, size: Size) -> None:
+    """Show the runs up to :func:`view_limit` at first, on plain axes."""
+    limit = view_limit(frame["perplexity"])
+    low = min(frame["perplexity"].min(), *full, 1e300)
+    shown = frame.loc[frame["perplexity"] <= limit, size.column] / size.scale
+    beside = 0.03 * float(shown.max() - shown.min())
+    figure.update_yaxes(type="linear", dtick=None, range=[low - 0.06 * (limit - low), limit])
+    figure.update_xaxes(range=[float(shown.min()) - beside, float(shown.max()) + beside])
+
+
+def _joined(reference: pd.DataFrame, size: Size) -> go.Scatter:
+    reference = reference.sort_values(size.column)
+    return go.Scatter(
+        x=reference[size.column] / size.scale,
+        y=reference["perplexity"],
+        mode="lines",
+        line={"color": method_style("uniform").color, "width": 1.2},
+        name="Uniform HQQ, joined",
+        hoverinfo="skip",
+        showlegend=False,
+    )
+
+
+def _front(front: pd.DataFrame, size: Size) -> go.Scatter:
+    front = front.sort_values(size.column)
+    return go.Scatter(
+        x=front[size.column] / size.scale,
+        y=front["perplexity"],
+        mode="lines",
+        line={"color": NEUTRAL, "width": 1.2, "dash": "dot", "shape": "hv"},
+        name="best for its size",
+        hoverinfo="skip",
+    )
+
+
+def _runs(method: str, part: pd.DataFrame, size: Size, width: int) -> go.Scatter:
+    style = method_style(method)
+    hollow = style.symbol.endswith("open")
+    return go.Scatter(
+        x=part[size.column] / size.scale,
+        y=part["perplexity"],
+        mode="markers",
+        name=style.title,
+        marker={
+            "symbol": style.symbol,
+            "color": style.color,
+            "size": width,
+            "line": {"width": (2 if width > 8 else 1.2) if hollow else 0, "color": style.color},
+        },
+        customdata=part[["label", "evaluation"]],
+        hovertemplate="%{customdata[0]}<br>%{x:.2f} "
+        + f"{size.unit}, perplexity %{{y:.4f}}<extra></extra>",
+    )
+
+
+def _groups(frame: pd.DataFrame | None, columns: list[str]) -> list[tuple]:
+    return [] if frame is None else list(frame.groupby(columns, sort=False))
+
+
+def _hollow(runs: go.Scatter, origin: str) -> go.Scatter:
+    """The markers of runs of another origin, told apart by look and by name."""
+    symbol = runs.marker.symbol.removesuffix("-open")
+    runs.update(name=f"{runs.name} ({origin})")
+    runs.update(marker={"symbol": f"{symbol}-open", "line": {"width": 2}})
+    return runs
+
+
+def _selected(ringed: pd.DataFrame, size: Size) -> go.Scatter:
+    return go.Scatter(
+        x=ringed[size.column] / size.scale,
+        y=ringed["perplexity"],
+        mode="markers",
+        name="compared below",
+        marker={"symbol": "circle-open", "size": 20, "color": NEUTRAL, "line": {"width": 1.5}},
+        hoverinfo="skip",
+    )
+
+
+def _level(figure: go.Figure, perplexity: float) -> None:
+    figure.add_hline(
+        y=perplexity,
+        line={"color": NEUTRAL, "width": 1.2, "dash": "dash"},
+        annotation_text=f"full precision {perplexity:.2f}",
+        annotation_position="bottom right",
+        annotation_font_size=12,
+    )

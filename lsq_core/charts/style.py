@@ -1,0 +1,120 @@
+"""What all figures have in common: one colour for a bit width, a module type and a method each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from zlib import crc32
+
+import plotly.graph_objects as go
+
+from lsq_core.config import QuantConfig
+
+#: What every chart is shown with: no logo, nothing that sends data away.
+CONFIG = {
+    "displaylogo": False,
+    "showSendToCloud": False,
+    "modeBarButtonsToRemove": ["lasso2d", "select2d", "autoScale2d"],
+}
+
+NEUTRAL = "#8a929c"
+GRID = "rgba(138, 146, 156, 0.25)"
+
+#: One hue a bit width, told apart by colour-blind eyes (after Okabe and Ito).
+BIT_COLORS = {2: "#D55E00", 3: "#E69F00", 4: "#009E73", 8: "#0072B2"}
+#: How much white is in the colour of a group size: coarse groups are light.
+_WHITE = {128: 0.5, 64: 0.25, 32: 0.0}
+
+#: Colour of a module type by the last part of its name (after Tol's bright scheme); attention is
+#: drawn solid and the rest dashed, so that hue is not the only difference.
+MODULE_COLORS = {
+    "q_proj": "#4477AA",
+    "k_proj": "#44AABB",
+    "v_proj": "#AA4499",
+    "o_proj": "#228833",
+    "gate_proj": "#B8A22E",
+    "up_proj": "#EE6677",
+    "down_proj": "#8a929c",
+}
+_OTHER_COLORS = tuple(MODULE_COLORS.values())
+
+
+@dataclass(frozen=True)
+class MethodStyle:
+    """How a method is drawn wherever it is drawn."""
+
+    title: str
+    color: str
+    symbol: str
+
+
+METHOD_STYLES = {
+    "uniform": MethodStyle("Uniform", "#8a929c", "circle"),
+    "sensiboost": MethodStyle("SensiBoost", "#CC6699", "diamond"),
+    "kurtboost": MethodStyle("KurtBoost", "#3D9BD1", "square"),
+    "sensiboost-ablation": MethodStyle("SensiBoost ablation", "#CC6699", "diamond-open"),
+    "kurtboost-ablation": MethodStyle("KurtBoost ablation", "#3D9BD1", "square-open"),
+    "mxq": MethodStyle("MXQ", "#7A5BB5", "triangle-up"),
+    "kurt-scaled": MethodStyle("Kurtosis-scaled MXQ", "#A58BD6", "triangle-down"),
+    "sensi-milp": MethodStyle("Sensitivity MILP", "#C0812B", "star"),
+    "kurt-milp": MethodStyle("Kurtosis MILP", "#8C6D31", "hexagon"),
+    "sensi-knapsack": MethodStyle("Sensitivity knapsack", "#3FA34D", "pentagon"),
+    # Others' methods, of which only published runs are here.
+    "gptq": MethodStyle("GPTQ", "#B8860B", "cross"),
+    "awq": MethodStyle("AWQ", "#2F8F8F", "x"),
+    "bnb": MethodStyle("bitsandbytes", "#B0543C", "star-triangle-up"),
+    "loss-aware": MethodStyle("Loss-aware", "#D1495B", "hexagram"),
+}
+
+
+def method_style(name: str) -> MethodStyle:
+    """A method's style; one not listed is a neutral cross under its own name."""
+    return METHOD_STYLES.get(name, MethodStyle(name, NEUTRAL, "x"))
+
+
+def config_color(config: QuantConfig) -> str:
+    """Hue for the bits, lightness for the group: 128 lightest, 32 full.
+
+    >>> config_color(QuantConfig(4, 32))
+    '#009e73'
+    """
+    white = _WHITE[config.group_size]
+    hue = BIT_COLORS[config.bits].lstrip("#")
+    parts = (int(hue[i : i + 2], 16) for i in (0, 2, 4))
+    return "#" + "".join(f"{round(p + (255 - p) * white):02x}" for p in parts)
+
+
+def module_color(type_name: str) -> str:
+    """The colour of a module type such as ``self_attn.q_proj``."""
+    last = type_name.split(".")[-1]
+    return MODULE_COLORS.get(last) or _OTHER_COLORS[crc32(last.encode()) % len(_OTHER_COLORS)]
+
+
+def short_type(type_name: str) -> str:
+    """``self_attn.q_proj`` as ``q_proj``; experts keep the word that tells them apart."""
+    parts = type_name.split(".")
+    return ".".join(parts[-2:]) if "expert" in type_name else parts[-1]
+
+
+#: A legend in a row above the figure, to the right.
+ABOVE = {"orientation": "h", "yanchor": "bottom", "y": 1.02, "xanchor": "right", "x": 1}
+
+
+def finish(figure: go.Figure, height: int) -> go.Figure:
+    """What all figures have in common."""
+    figure.update_layout(
+        height=height,
+        margin={"l": 60, "r": 34, "t": 30, "b": 45},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        hoverlabel={"namelength": -1},
+        # Upright in the right margin, where it covers neither legend nor data.
+        modebar={
+            "orientation": "v",
+            "bgcolor": "rgba(0,0,0,0)",
+            "color": NEUTRAL,
+            "activecolor": NEUTRAL,
+        },
+    )
+    figure.update_xaxes(gridcolor=GRID, zeroline=False)
+    figure.update_yaxes(gridcolor=GRID, zeroline=False)
+    return figure
