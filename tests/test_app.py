@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import subprocess
 import sys
 import time
@@ -16,8 +15,8 @@ from streamlit.testing.v1 import AppTest
 from lsq_core import disk, jobs
 from lsq_core.config import LADDER
 from lsq_core.evaluate import compare_windows
-from lsq_core.pipeline import EvaluationRequest, Workbench, problem_of
-from lsq_core.plan import PlanRequest, make_plan
+from lsq_core.pipeline import EvaluationRequest, Workbench
+from lsq_core.plan import PlanRequest
 from lsq_core.profile import ProfileSettings
 from lsq_core.store import Store
 from lsq_core.ui import words
@@ -91,11 +90,6 @@ def first_line(app: AppTest) -> str:
 
 def chart(app: AppTest) -> dict:
     return json.loads(app.get("plotly_chart")[0].proto.spec)
-
-
-def codes(app: AppTest) -> list[list[float]]:
-    """The heatmap's cells: indices into the ladder."""
-    return _array(chart(app)["data"][0]["z"])
 
 
 def _array(values: object) -> list:
@@ -297,95 +291,6 @@ def test_the_chart_shows_the_profiles_values(filled):
     )["value"][0]
     k = next(t for t in chart(app)["data"] if t.get("name") == "k_proj")
     assert _array(k["y"])[2] == pytest.approx(value, rel=1e-12)
-
-
-# --- planning -------------------------------------------------------------------------------
-
-
-def expected(filled: Filled, request: PlanRequest) -> list[str]:
-    store = Store(filled.path)
-    bench = Workbench(_source(filled.model), store)
-    problem = problem_of(bench.info, bench.find_profile(filled.settings))
-    return [c.name for c in make_plan(problem, request).configs]
-
-
-def shown(app: AppTest) -> list[str]:
-    """The heatmap's configurations in the order of the matrices: layer by layer."""
-    grid = codes(app)
-    return [LADDER[int(row[i])].name for i in range(len(grid[0])) for row in grid]
-
-
-@pytest.mark.parametrize(
-    ("method", "more"),
-    [("uniform", {}), ("sensiboost", {}), ("kurtboost", {"boost_stop": 2})],
-)
-def test_a_base_gives_the_librarys_plan(filled, method, more):
-    app = open_page("Plan", model=filled.model, method=method, ask="base")
-    before = shown(app)
-    app.selectbox(key="base").set_value("4.51").run()
-    assert not app.exception
-    assert shown(app) == expected(filled, PlanRequest(method, base="4.51", **more))
-    assert shown(app) != before
-
-
-def test_a_budget_gives_the_librarys_plan(filled):
-    app = open_page("Plan", model=filled.model, method="mxq")
-    for budget in (2.6, 3.4):
-        app.slider(key="budget").set_value(budget).run()
-        assert not app.exception
-        assert shown(app) == expected(filled, PlanRequest("mxq", budget=f"{budget:.2f}bpp"))
-    assert first_line(app).startswith(("3.39 bits", "3.40 bits"))
-
-
-def test_the_slider_spans_what_is_feasible(filled):
-    slider = open_page("Plan", model=filled.model, method="mxq").slider(key="budget")
-    assert (slider.min, slider.max) == (2.13, 8.51)
-    app = open_page("Plan", model=filled.model, method="mxq", budget="99")
-    assert app.slider(key="budget").value == 8.51
-    assert not app.error
-
-
-def test_a_method_without_its_profile_says_so():
-    app = open_page("Plan", method="sensiboost")
-    assert first_line(app) == "SensiBoost needs a profile of demo."
-
-
-def test_pins_hold_and_a_wrong_one_is_one_sentence(filled):
-    app = open_page("Plan", model=filled.model, method="mxq", budget="5.00")
-    pin = "*.layers.2.*=b8g64"
-    app.text_area(key="pins").set_value(pin).run()
-    assert shown(app)[14:21] == ["b8g64"] * 7
-    assert shown(app) == expected(filled, PlanRequest("mxq", budget="5.00bpp", pins=(pin,)))
-    app.text_area(key="pins").set_value("no pin").run()
-    assert ["is not a pin" in e.value for e in app.error] == [True]
-
-
-def test_only_what_differs_from_the_defaults_is_in_the_address(filled):
-    app = open_page("Plan", model=filled.model, method="sensiboost")
-    app.selectbox(key="base").set_value("4.51").run()
-    assert set(app.query_params) == {"model", "method", "base"}
-    app.selectbox(key="base").set_value("3.13").run()
-    assert set(app.query_params) == {"model", "method"}
-
-
-def test_a_plan_is_kept_and_opened_again(filled):
-    app = open_page("Plan", model=filled.model, method="uniform")
-    app.selectbox(key="base").set_value("4.51").run()
-    app.text_input(key="plan_name").set_value("mine").run()
-    _press(app, "Save the plan")
-    app.selectbox(key="base").set_value("2.25").run()
-    _press(app, "Open")
-    assert app.session_state["base"] == "4.51"
-
-
-def test_the_command_line_is_the_same_plan(filled):
-    from lsq_core.cli import execute
-
-    app = open_page("Plan", model=filled.model, method="mxq", budget="3.30")
-    words = shlex.split(next(c.value for c in app.code))
-    arguments = [w for w in words[3:] if w not in ("--out", "plan.json")]
-    result = execute(arguments, lambda *report: None)
-    assert [m["config"] for m in result["modules"].values()] == shown(app)
 
 
 # --- running --------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ ASKS = {"base": "base stop", "budget": "budget", "both": "base, capped by a budg
 STOPS = [c.stop_name for c in LADDER]
 _PLAN_DEFAULTS = {
     "method": "sensiboost",
-    "ask": "base",
+    "ask": "budget",
     "base": "3.13",
     "budget": 3.25,
     "boost_stop": 2,
@@ -136,6 +136,12 @@ def begin_plan(has_profile: bool) -> None:
         if key == "method" and not has_profile:
             default = "uniform"
         begin(key, default, _PLAN_OPTIONS.get(key))
+
+
+def choose_among(methods: Sequence[str]) -> None:
+    """Keep the chosen method where it is one of these; else MXQ, or the first of them."""
+    if st.session_state["method"] not in methods:
+        st.session_state["method"] = "mxq" if "mxq" in methods else methods[0]
 
 
 def share_plan() -> None:

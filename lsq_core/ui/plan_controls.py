@@ -1,0 +1,165 @@
+"""The Plan page's controls: a method, how to ask it, another to compare with, and the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import streamlit as st
+
+from lsq_core.config import LADDER
+from lsq_core.errors import InputError
+from lsq_core.plan import PLANNERS, Problem, get_planner
+from lsq_core.plan.pins import with_pins
+from lsq_core.plan.uniform import uniform_start, usable_bases
+from lsq_core.ui import state
+
+_METRICS = {"sensitivity": "by part", "sensitivity_module": "by module"}
+
+
+def controls(problem: Problem, offered: Sequence[str]) -> None:
+    """One row with the methods that are offered; the budget is on the live planner's slider."""
+    columns = st.columns([1.6, 1.5, 1.1, 1, 1.6, 0.85], vertical_alignment="bottom")
+    with columns[0]:
+        st.selectbox(
+            "Method",
+            list(offered),
+            format_func=lambda name: PLANNERS[name].title,
+            key="method",
+            persist_state="session",
+        )
+    method = st.session_state["method"]
+    with columns[1]:
+        ask = how_to_ask(method)
+    with columns[2]:
+        if ask != "budget":
+            base_stop(pinned(problem))
+        elif state.boosts(method):
+            boost_stop()
+    with columns[3]:
+        if state.boosts(method):
+            top_m()
+    with columns[4]:
+        against([name for name in offered if name != method], ask)
+    with columns[5]:
+        more(method, ask)
+
+
+def how_to_ask(method: str) -> str:
+    """By base, by budget, or by a base that a budget caps; some methods know budgets only."""
+    if not get_planner(method).has_base:
+        st.selectbox("Ask by", ["budget"], format_func=state.ASKS.get, disabled=True)
+        return "budget"
+    return st.selectbox(
+        "Ask by",
+        list(state.ASKS),
+        format_func=state.ASKS.get,
+        key="ask",
+        persist_state="session",
+    )
+
+
+def base_stop(problem: Problem) -> None:
+    """The stop that every matrix gets at least."""
+    stops = [LADDER[i].stop_name for i in usable_bases(problem)]
+    if not stops:
+        st.info("No single group size fills every matrix; choose a budget and MXQ.")
+        return
+    if st.session_state["base"] not in stops:
+        st.session_state["base"] = stops[0]
+    st.selectbox("Base (bits)", stops, key="base", persist_state="session")
+
+
+def boost_stop() -> None:
+    """How far a flagged layer is raised."""
+    st.number_input(
+        "Boost by",
+        0,
+        11,
+        key="boost_stop",
+        persist_state="session",
+        help="A flagged layer gets the stop so many above the base.",
+    )
+
+
+def top_m() -> None:
+    """How many flagged layers are raised."""
+    st.number_input(
+        "Top m",
+        0,
+        key="top_m",
+        persist_state="session",
+        help="Flagged layers kept of a module type; 0 is all.",
+    )
+
+
+def against(methods: Sequence[str], ask: str) -> None:
+    """Another method on the same budget, drawn beneath; a base alone is no budget."""
+    others = ["none", *methods]
+    if st.session_state["against"] not in others:
+        st.session_state["against"] = "none"
+    st.selectbox(
+        "Compare with",
+        others,
+        format_func=lambda name: PLANNERS[name].title if name in PLANNERS else "nothing",
+        key="against",
+        persist_state="session",
+        disabled=ask == "base",
+        help="Another method's plan for the same budget. Ask by budget to compare.",
+    )
+
+
+def more(method: str, ask: str) -> None:
+    """What is seldom changed."""
+    with st.popover("More", width="stretch"):
+        if ask != "budget" and state.boosts(method):
+            boost_stop()
+        if state.reads_sensitivity(method):
+            st.selectbox(
+                "Sensitivity",
+                list(_METRICS),
+                format_func=_METRICS.get,
+                key="metric",
+                persist_state="session",
+            )
+        if state.is_ablation(method):
+            st.number_input("Seed of the draw", 0, key="seed", persist_state="session")
+        if not get_planner(method).has_base:
+            st.checkbox(
+                "Solve to the optimum",
+                key="exact",
+                persist_state="session",
+                help="A search that proves its plan, in place of the frontier; on a large model "
+                "it may take seconds.",
+            )
+        st.text_area(
+            "Pins",
+            key="pins",
+            placeholder="*.layers.0.*=b8g64",
+            persist_state="session",
+            help="One a line: module names, and the configuration or range that they get, such "
+            "as *.down_proj=b3g128..b4g64.",
+        )
+        settings = state.settings()
+        st.caption(
+            f"Profile: {settings.calibration}, {settings.quantizer}, axis {settings.axis}, "
+            f"{settings.metadata} metadata."
+        )
+        st.page_link("pages/1_Explore.py", label="Choose another profile")
+
+
+def pinned(problem: Problem) -> Problem:
+    """With the pins that were typed; where they are wrong the plan says so, not the controls."""
+    try:
+        return with_pins(problem, state.pins())
+    except InputError:
+        return problem
+
+
+def feasible(problem: Problem, method: str, base: str | None) -> tuple[float, float]:
+    """Bits a parameter of the smallest and largest plan; a method with a base starts at one."""
+    low, high = problem.feasible
+    bases = usable_bases(problem)
+    if get_planner(method).has_base and bases:
+        stops = {LADDER[i].stop_name: i for i in bases}
+        low = problem.nominal(uniform_start(problem, stops.get(base, bases[0])))
+    return 8 * low / problem.total, 8 * high / problem.total

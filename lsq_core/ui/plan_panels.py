@@ -1,0 +1,434 @@
+"""The Plan page's panels: the first line, the live plan, its sizes, and where it can go."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+import streamlit as st
+
+from lsq_core import charts, disk, jobs
+from lsq_core.config import LADDER, format_bytes
+from lsq_core.errors import InputError, LsqError
+from lsq_core.jsontext import json_text
+from lsq_core.model import ModelInfo
+from lsq_core.plan import PLANNERS, Plan, PlanRequest, Problem, get_planner
+from lsq_core.plan.facts import facts
+from lsq_core.plan.memory import memories
+from lsq_core.plan.pins import with_pins
+from lsq_core.predict import Prediction, Predictor, features, parse_loss, smallest_within
+from lsq_core.profile import TITLES, Profile, ProfileSettings
+from lsq_core.ui import arguments, jobs_panel, known, state, words
+from lsq_core.ui.page import Here, headline, next_step
+from lsq_core.ui.plan_controls import feasible
+from lsq_core.ui.planner import Curve, Facts, LiveMethod, Preset, live_planner
+
+#: What a knapsack's cost is, as the planner's details say it.
+_UNITS = {
+    "mxq": "weight error",
+    "kurt-scaled": "scaled weight error",
+    "sensi-milp": "penalty",
+    "kurt-milp": "penalty",
+    "sensi-knapsack": "squared output error",
+    "loss-aware": "expected KL",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """What the page was asked: the model, its profile, and the request with its settings."""
+
+    here: Here
+    info: ModelInfo
+    found: Profile | None
+    settings: ProfileSettings
+    request: PlanRequest
+
+    @property
+    def problem(self) -> Problem:
+        """What planners see, without pins."""
+        return known.problem(self.info, self.found)
+
+    @property
+    def predictor(self) -> Predictor | str:
+        """What the runs so far tell, or why they don't."""
+        here = self.here.store, self.info, self.found, self.settings
+        return known.predictor(*here, st.session_state["predict_on"])
+
+    @property
+    def along(self) -> known.Along | None:
+        """What is predicted at every budget."""
+        here = self.here.store, self.info, self.found, self.request, self.settings
+        return known.along(*here, st.session_state["predict_on"])
+
+    def by(self, method: str) -> Asked:
+        """The same by another method."""
+        return replace(self, request=state.request_of(method))
+
+
+# --- the first line -------------------------------------------------------------------------
+
+
+def offered(info: ModelInfo, found: Profile | None) -> list[str]:
+    """The methods to choose from: of a published model those that its measurements allow."""
+    if not known.is_published(info):
+        return list(PLANNERS)
+    lacking = known.cannot_plan(info, known.problem(info, found))
+    return [name for name in PLANNERS if name not in lacking]
+
+
+def missing_metrics(asked: Asked) -> list[str]:
+    """What the method reads and the profile doesn't hold."""
+    held = asked.found.metrics if asked.found else ()
+    return [name for name in get_planner(asked.request.method).metrics if name not in held]
+
+
+def say_what_is_missing(asked: Asked, missing: Sequence[str]) -> None:
+    """A method whose metrics haven't been measured, and the way to measure them."""
+    planner, settings = get_planner(asked.request.method), asked.settings
+    titles = words.listed([TITLES[name].title.lower() for name in missing])
+    headline(
+        f"{planner.title} needs the {titles} of {asked.here.source.name}.",
+        f"With {settings.calibration}, {settings.quantizer}, axis {settings.axis} and "
+        f"{settings.metadata} metadata it hasn't been measured yet. Uniform needs none; a run, on "
+        "the Run page, measures what is missing first.",
+    )
+    if asked.found is None:
+        next_step("pages/1_Explore.py", "Profile it on the Explore page")
+        return
+    folder = disk.jobs_folder(asked.here.store)
+    order = ["profile", *arguments.model_arguments(asked.here.source, asked.here.device)]
+    order += arguments.profile_arguments(settings)
+    order += [word for name in missing for word in ("--metric", name)]
+    order += ["--db", str(asked.here.store.path)]
+    job = jobs_panel.find(folder, order)
+    if job is not None and job.active:
+        jobs_panel.follow(job)
+    elif st.button(f"Measure the {titles}", type="primary", icon=":material/play_arrow:"):
+        jobs.start(folder, order)
+        st.rerun()
+    if job is not None and not job.active and job.state != "done":
+        jobs_panel.follow(job)
+
+
+def say_what_it_takes(asked: Asked, plan: Plan) -> None:
+    """The first line: bits, what is predicted, and against its base or the nearest uniform plan."""
+    under = ["Bits per planned parameter, metadata included.", *plan.notes, gap(plan)]
+    named = [c for c in LADDER if c.stop_name == plan.base]
+    nearest = min(LADDER, key=lambda c: abs(plan.bits_per_param - c.nominal_bits))
+    reference = named[0] if named else nearest
+    more = words.signed_percent(plan.bits_per_param / reference.nominal_bits - 1)
+    size, against = format_bytes(plan.planned_bytes), f"uniform {reference.stop_name}"
+    alike, predictor = len(set(plan.configs)) == 1, asked.predictor
+    if isinstance(predictor, str):
+        text = f"{size} planned, " + ("every matrix the same" if alike else f"{more} vs {against}")
+    else:
+        stops = np.array([[LADDER.index(c) for c in plan.configs]])
+        uniform = np.full_like(stops, LADDER.index(reference))
+        said = predictor.predict(features(asked.problem, np.concatenate([stops, uniform])))
+        text = f"perplexity {band(said)} predicted, {size}"
+        if not alike:
+            less = words.signed_percent(said.perplexity[0] / said.perplexity[1] - 1)
+            text = f"perplexity {band(said)} predicted, {less} vs {against} for {more}"
+        under.insert(1, how_predicted(predictor, bool(said.extrapolated[0])))
+    headline(f"{plan.bits_per_param:.2f} bits: {text}.", " ".join(filter(None, under)))
+
+
+def band(said: Prediction) -> str:
+    """The first of some predictions with the wider side of its band: ``61.70 ±0.42``."""
+    middle, low, high = said.perplexity[0], said.low[0], said.high[0]
+    return f"{middle:.2f} ±{max(high - middle, middle - low):.2f}"
+
+
+def how_predicted(predictor: Predictor, extrapolated: bool) -> str:
+    """What a prediction rests on."""
+    points = predictor.points
+    beyond = "; this plan lies beyond them" if extrapolated else ""
+    return (
+        f"Predicted from {words.plural(len(points.perplexity), 'run')} on {points.corpus} "
+        f"({points.protocol}), 90 % band{beyond}."
+    )
+
+
+def gap(plan: Plan) -> str:
+    """How far a knapsack's plan can be from the optimum, or nothing for another method."""
+    if not plan.objective:
+        return ""
+    share = 100 * (plan.objective - plan.lower_bound) / abs(plan.objective)
+    if share < 1e-6:
+        return "No plan within the budget costs less."
+    return f"At most {share:.2g} % above the least possible cost at this budget."
+
+
+# --- the live plan --------------------------------------------------------------------------
+
+
+def begin_prediction(here: Here, info: ModelInfo) -> None:
+    """Predict on the corpus chosen, or on WikiText-2 or the one with most runs, if any."""
+    corpora = known.evaluated_on(here.store, info)
+    if st.session_state.get("predict_on") not in corpora:
+        usual = "wikitext2" if "wikitext2" in corpora else (corpora or [None])[0]
+        st.session_state["predict_on"] = usual
+
+
+def show_live(asked: Asked) -> None:
+    """The slider and the plan it redraws; what it settles on is the budget from here on."""
+    problem = with_pins(asked.problem, asked.request.pins)
+    methods = [live_method(asked)]
+    against = st.session_state["against"]
+    fixed = None
+    if asked.request.budget is None:
+        plan = known.plan(asked.info, asked.found, asked.request, asked.settings)
+        fixed = np.array([LADDER.index(c) for c in plan.configs])
+    elif against != "none":
+        try:
+            methods.append(live_method(asked.by(against)))
+        except LsqError as error:
+            st.caption(words.literal(f"Nothing to compare with: {error}"))
+    low, high = feasible(problem, asked.request.method, asked.request.base)
+    if fixed is None:
+        st.session_state["budget"] = min(max(st.session_state["budget"], low), high)
+    settled = live_planner(
+        problem,
+        methods,
+        budget=None if fixed is not None else st.session_state["budget"],
+        other_bytes=asked.info.other_bytes,
+        metadata=asked.settings.metadata,
+        presets=[
+            Preset(f"{m.gib} GB", m.bits, m.about)
+            for m in memories(asked.info, problem, asked.settings.metadata)
+        ],
+        facts=[Facts(*pair) for pair in facts(problem, asked.request).items()],
+        fixed=fixed,
+        feasible=(low, high),
+    )
+    if settled is not None and fixed is None:
+        st.session_state["budget"] = min(max(settled, low), high)
+
+
+def live_method(asked: Asked) -> LiveMethod:
+    """A method as the live planner draws it."""
+    name = asked.request.method
+    frontier = known.frontier(asked.info, asked.found, asked.request)
+    said = asked.along
+    curve = None
+    if said is not None:
+        p = said.prediction
+        curve = Curve(said.bits, p.perplexity, p.low, p.high, said.full_precision)
+    return LiveMethod(name, get_planner(name).title, frontier, _UNITS.get(name, "cost"), curve)
+
+
+# --- beside other plans ---------------------------------------------------------------------
+
+
+def show_frontiers(asked: Asked, plan: Plan) -> None:
+    """The methods along the budget, in what they are predicted to give, with what was measured."""
+    methods = dict.fromkeys([asked.request.method, st.session_state["against"], "uniform"])
+    choose_corpus(asked)
+    predictor = asked.predictor
+    lines = [line for m in methods if m != "none" for line in frontier_line(asked.by(m))]
+    runs = measured(asked, predictor)
+    if not lines and runs.empty:
+        st.info("There is no profile to tell plans apart by; Explore measures one.")
+        return
+    if isinstance(predictor, str):
+        st.caption(words.literal(predictor))
+    axis = (
+        "squared weight error" if isinstance(predictor, str) else "predicted perplexity (90 % band)"
+    )
+    figure = charts.frontiers(lines, runs, axis, at=[plan.bits_per_param])
+    st.plotly_chart(figure, config=charts.CONFIG, key="frontiers")
+
+
+def choose_corpus(asked: Asked) -> None:
+    """The text to predict perplexity on, where runs were evaluated on several."""
+    corpora = known.evaluated_on(asked.here.store, asked.info)
+    if len(corpora) > 1:
+        st.segmented_control(
+            "Predict perplexity on", corpora, key="predict_on", persist_state="session"
+        )
+
+
+def frontier_line(asked: Asked) -> list[charts.FrontierLine]:
+    """A method's line: predicted perplexity, or else the squared weight error; none without."""
+    name = asked.request.method
+    try:
+        known.frontier(asked.info, asked.found, asked.request)
+    except LsqError:
+        return []
+    said = asked.along
+    if said is not None:
+        p = said.prediction
+        return [charts.FrontierLine(name, said.bits, p.perplexity, p.low, p.high)]
+    if "weight_error" not in asked.problem.by_config:
+        return []
+    return [charts.FrontierLine(name, *known.error_along(asked.info, asked.found, asked.request))]
+
+
+def measured(asked: Asked, predictor: Predictor | str) -> pd.DataFrame:
+    """Runs for the chart: those that the prediction was learned from; none without one."""
+    empty = pd.DataFrame(columns=["method", "label", "bits_per_param", "value"])
+    if isinstance(predictor, str):
+        return empty
+    points = predictor.points
+    origin = "published" if known.is_published(asked.info) else "measured"
+    runs = known.results(asked.here.store, origin)
+    same = (runs["fingerprint"] == asked.info.fingerprint) & (runs["corpus"] == points.corpus)
+    same &= (runs["protocol"] == points.protocol) & runs["bits_per_param"].notna()
+    if points.tokens is not None:
+        same &= runs["tokens"] == points.tokens
+    runs = runs[same]
+    return pd.DataFrame(
+        {
+            "method": runs["method"],
+            "label": [
+                f"{charts.method_style(m).title} run {r}"
+                for m, r in zip(runs["method"], runs["run"], strict=True)
+            ],
+            "bits_per_param": runs["bits_per_param"],
+            "value": runs["perplexity"],
+        }
+    )
+
+
+def ask_by_loss(asked: Asked) -> None:
+    """The inverse question: the smallest plan that is predicted to lose so little."""
+    st.write(
+        "The smallest plan whose perplexity is predicted at most this much above full precision:"
+    )
+    text = st.text_input("Loss", "1%", key="max_loss", persist_state="session")
+    st.button("Find it", on_click=find_by_loss, args=(asked, text))
+    if "loss_answer" in st.session_state:
+        st.write(words.literal(st.session_state.pop("loss_answer")))
+
+
+def find_by_loss(asked: Asked, text: str) -> None:
+    """Set the budget to the answer, or say why there is none."""
+    predictor = asked.predictor
+    try:
+        if isinstance(predictor, str):
+            raise InputError(predictor)
+        request = replace(asked.request, base=None)
+        frontier = known.frontier(asked.info, asked.found, request)
+        problem = with_pins(asked.problem, request.pins)
+        nominal = smallest_within(frontier, predictor, problem, parse_loss(text))
+    except LsqError as error:
+        st.session_state["loss_answer"] = str(error)
+        return
+    # Rounded up to what a budget is typed with, so that the plan still fits.
+    st.session_state["budget"] = np.ceil(8e4 * nominal / problem.total - 1e-6) / 1e4
+    if get_planner(request.method).has_base:
+        st.session_state["ask"] = "budget"
+
+
+# --- its sizes ------------------------------------------------------------------------------
+
+
+def show_accounts(plan: Plan) -> None:
+    """Every account of its size, each by its own name."""
+    accounts = [
+        ("Nominal", format_bytes(plan.nominal_bytes), f"{plan.bits_per_param:.4f} bits",
+         "The papers' formula; budgets in bits per parameter mean this."),
+        ("Planned", format_bytes(plan.planned_bytes), f"{plan.metadata} metadata",
+         "What this project's packing of the linear weights occupies, exactly."),
+        ("Whole model", format_bytes(plan.model_bytes) if plan.other_bytes else "unknown",
+         "with the rest" if plan.other_bytes else "the rest isn't told",
+         "Planned bytes, and embeddings, norms and head in the checkpoint's own precision."),
+        ("Weight-only", f"{plan.weight_only_bits:.4f} bits", "codes alone",
+         "Bits per planned parameter without any metadata."),
+        ("fp16 metadata", f"{plan.bits_with_fp16_metadata:.4f} bits", "as hqq keeps them",
+         "Bits per planned parameter if scale and zero stayed fp16."),
+    ]  # fmt: skip
+    for column, (label, value, under, about) in zip(
+        st.columns(len(accounts)), accounts, strict=True
+    ):
+        column.metric(label, value, under, delta_color="off", delta_arrow="off", help=about)
+
+
+def show_flagged(plan: Plan) -> None:
+    """The matrices that were moved from the base, strongest first."""
+    if not plan.reasons:
+        return
+    configs = {m.name: c for m, c in plan.choice.items()}
+    ranked = "draw" if state.is_ablation(plan.method) else "z"
+    with st.expander(f"{len(plan.reasons)} matrices moved from the base"):
+        st.dataframe(
+            pd.DataFrame(
+                {
+                    "module": list(plan.reasons),
+                    ranked: list(plan.reasons.values()),
+                    "configuration": [configs[name].name for name in plan.reasons],
+                    "bits": [configs[name].nominal_bits for name in plan.reasons],
+                }
+            ),
+            column_config={
+                ranked: st.column_config.NumberColumn(format="%.2f"),
+                "bits": st.column_config.NumberColumn(format="%.2f"),
+            },
+            hide_index=True,
+        )
+
+
+# --- where it can go ------------------------------------------------------------------------
+
+
+def actions(asked: Asked, plan: Plan) -> None:
+    """Run it, take it along, keep it, ask the other way round, or do the same in a terminal."""
+    here, info, found = asked.here, asked.info, asked.found
+    content = plan.to_json() | {
+        "model": here.source.name,
+        "fingerprint": info.fingerprint,
+        "profile": found.id if found else None,
+        "covered": info.covered,
+    }
+    with st.container(horizontal=True):
+        if not known.is_published(info) and st.button(
+            "Quantize and evaluate", type="primary", icon=":material/arrow_forward:"
+        ):
+            st.switch_page("pages/3_Run.py")
+        with st.popover("By predicted loss"):
+            ask_by_loss(asked)
+        st.download_button(
+            "Download plan",
+            json_text(content, indent=1),
+            f"plan-{plan.method}-{plan.bits_per_param:.2f}.json",
+            "application/json",
+            on_click="ignore",
+        )
+        with st.popover("Save or open"):
+            save(here, info, plan, found)
+        with st.popover("Command line"):
+            words_of = ["plan", *arguments.model_arguments(here.source, here.device)]
+            words_of += [
+                *arguments.plan_arguments(asked.request, asked.settings),
+                "--out",
+                "plan.json",
+            ]
+            st.code(f"python -m lsq_core {shlex.join(words_of)}", language="bash", wrap_lines=True)
+
+
+def save(here: Here, info: ModelInfo, plan: Plan, found: Profile | None) -> None:
+    """Keep the plan under a name, or set the controls to one that was kept."""
+    if not info.fingerprint:
+        st.write("A plan can be kept once the model has been fetched; profiling or a run does.")
+        return
+    name = st.text_input("Name", key="plan_name").strip()
+    if st.button("Save the plan", disabled=not name):
+        here.store.save_plan(plan, info.fingerprint, found.id if found else None, name)
+        st.success(f"Kept as '{name}'.")
+    kept = known.named_plans(here.store, info.fingerprint)
+    if len(kept):
+        titles = dict(zip(kept["id"], kept["name"], strict=True))
+        id = st.selectbox("Kept plans", list(titles), format_func=titles.get)
+        st.button("Open", on_click=open_plan, args=(here, info, id))
+
+
+def open_plan(here: Here, info: ModelInfo, id: str) -> None:
+    """Set the controls to what a kept plan was asked for."""
+    content = here.store.plan_content(id)
+    state.set_plan(PlanRequest(**content["request"]), info.linear_parameters)
+    grid = {"metadata": content["metadata"], "axis": content["axis"]}
+    state.set_settings(replace(state.settings(), **grid))

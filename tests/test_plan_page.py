@@ -1,0 +1,222 @@
+"""The Plan page without a browser: it shows the library's plans, and tells what it cannot do."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from base64 import b64decode
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from streamlit.testing.v1 import AppTest
+
+from lsq_core import disk, jobs
+from lsq_core.config import GIB, LADDER
+from lsq_core.model import ModelSource
+from lsq_core.pipeline import Workbench, problem_of
+from lsq_core.plan import PlanRequest, Problem, make_frontier, make_plan
+from lsq_core.plan.boost import detect
+from lsq_core.plan.facts import z_scores
+from lsq_core.plan.memory import MEMORIES, context_bytes_per_token, memories
+from lsq_core.store import Store
+from tests.test_app import (  # noqa: F401 - fixtures
+    Filled,
+    chart,
+    filled,
+    filled_once,
+    first_line,
+    open_page,
+)
+
+
+def live(app: AppTest) -> dict:
+    """What the live planner was sent."""
+    (planner,) = [
+        c.proto
+        for c in app.get("bidi_component")
+        if c.proto.component_name.endswith("lsq_live_planner")
+    ]
+    return json.loads(planner.json)
+
+
+def fixed(app: AppTest) -> list[str]:
+    """The configurations of a plan that a base alone asked for."""
+    return [LADDER[i].name for i in b64decode(live(app)["fixed"])]
+
+
+def problem(filled: Filled) -> Problem:  # noqa: F811
+    bench = Workbench(ModelSource(filled.model), Store(filled.path))
+    return problem_of(bench.info, bench.find_profile(filled.settings))
+
+
+def planned(app: AppTest) -> dict[str, str]:
+    """The plan that the copied command line makes: module to configuration."""
+    from lsq_core.cli import execute
+
+    words = shlex.split(next(c.value for c in app.code))
+    arguments = [w for w in words[3:] if w not in ("--out", "plan.json")]
+    result = execute(arguments, lambda *report: None)
+    return {name: entry["config"] for name, entry in result["modules"].items()}
+
+
+@pytest.mark.parametrize(
+    ("method", "more"), [("uniform", {}), ("sensiboost", {}), ("kurtboost", {"boost_stop": 2})]
+)
+def test_a_base_gives_the_librarys_plan(filled, method, more):  # noqa: F811
+    app = open_page("Plan", model=filled.model, method=method, ask="base")
+    before = fixed(app)
+    app.selectbox(key="base").set_value("4.51").run()
+    assert not app.exception
+    plan = make_plan(problem(filled), PlanRequest(method, base="4.51", **more))
+    assert fixed(app) == [c.name for c in plan.configs] != before
+
+
+@pytest.mark.parametrize("method", ["mxq", "sensiboost", "sensi-knapsack"])
+def test_the_live_planner_has_the_librarys_frontier(filled, method):  # noqa: F811
+    app = open_page("Plan", model=filled.model, method=method, budget="3.4")
+    sent = live(app)
+    assert sent["budget"] == pytest.approx(3.4)
+    assert sent["fixed"] is None
+    frontier = make_frontier(problem(filled), PlanRequest(method))
+    (shown,) = sent["methods"]
+    starts = np.frombuffer(b64decode(shown["frontier"]["starts"]), "u1")
+    assert starts.tolist() == np.concatenate([s.start for s in frontier.segments]).tolist()
+    assert shown["frontier"]["counts"] == [len(s.moves) for s in frontier.segments]
+    plan = make_plan(problem(filled), PlanRequest(method, budget="3.4bpp"))
+    assert first_line(app).startswith(f"{plan.bits_per_param:.2f} bits")
+    assert planned(app) == {m.name: c.name for m, c in plan.choice.items()}
+
+
+def test_the_slider_spans_what_is_feasible(filled):  # noqa: F811
+    app = open_page("Plan", model=filled.model, method="mxq", budget="99")
+    low, high = live(app)["feasible"]
+    assert (low, high) == pytest.approx((LADDER[0].nominal_bits, LADDER[-1].nominal_bits))
+    assert live(app)["budget"] == pytest.approx(high)
+    assert not app.error
+    capped = open_page("Plan", model=filled.model, method="kurtboost", ask="both", base="4.13")
+    assert live(capped)["feasible"][0] == pytest.approx(LADDER[6].nominal_bits)
+
+
+def test_two_methods_share_the_budget(filled):  # noqa: F811
+    app = open_page("Plan", model=filled.model, method="mxq", budget="3.4", against="uniform")
+    assert [m["name"] for m in live(app)["methods"]] == ["mxq", "uniform"]
+    names = {t.get("name", "") for t in chart(app)["data"]}
+    assert {"MXQ, squared weight error", "Uniform, squared weight error"} <= names
+    told = " ".join(c.value for c in app.caption)
+    assert "Too little to fit" in told, "two runs are too few to predict from"
+
+
+def test_a_method_without_its_profile_says_so():
+    app = open_page("Plan", method="sensiboost")
+    assert first_line(app) == "SensiBoost needs the activation sensitivity by part of demo."
+    assert not app.get("bidi_component")
+
+
+def test_what_a_method_lacks_is_measured_by_a_job(filled, monkeypatch):  # noqa: F811
+    app = open_page("Plan", model=filled.model, method="loss-aware")
+    assert first_line(app).startswith("Loss-aware needs the loss impact of")
+    started = []
+    monkeypatch.setattr(jobs, "start", lambda folder, order: started.append((folder, order)))
+    next(b for b in app.button if b.label == "Measure the loss impact").click().run()
+    ((folder, order),) = started
+    assert folder == disk.jobs_folder(Store(filled.path))
+    assert order[0] == "profile"
+    assert order[order.index("--metric") + 1] == "loss_impact"
+
+
+def test_pins_hold_and_a_wrong_one_is_one_sentence(filled):  # noqa: F811
+    app = open_page("Plan", model=filled.model, method="mxq", budget="5.00")
+    pin = "*.layers.2.*=b8g64"
+    app.text_area(key="pins").set_value(pin).run()
+    plan = make_plan(problem(filled), PlanRequest("mxq", budget="5bpp", pins=(pin,)))
+    assert planned(app) == {m.name: c.name for m, c in plan.choice.items()}
+    assert {plan.choice[m].name for m in plan.matrices if m.layer == 2} == {"b8g64"}
+    assert any("The pins cost" in c.value for c in app.caption)
+    app.text_area(key="pins").set_value("no pin").run()
+    assert ["is not a pin" in e.value for e in app.error] == [True]
+
+
+def test_only_what_differs_from_the_defaults_is_in_the_address(filled):  # noqa: F811
+    app = open_page("Plan", model=filled.model, method="sensiboost", ask="base")
+    app.selectbox(key="base").set_value("4.51").run()
+    assert set(app.query_params) == {"model", "method", "ask", "base"}
+    app.selectbox(key="base").set_value("3.13").run()
+    assert set(app.query_params) == {"model", "method", "ask"}
+
+
+def test_a_plan_is_kept_and_opened_again(filled):  # noqa: F811
+    app = open_page("Plan", model=filled.model, method="mxq", budget="4.2", against="uniform")
+    app.text_input(key="plan_name").set_value("mine").run()
+    _press(app, "Save the plan")
+    app.session_state["budget"] = 2.5
+    app.run()
+    _press(app, "Open")
+    assert app.session_state["budget"] == pytest.approx(4.2)
+    assert live(app)["budget"] == pytest.approx(4.2)
+
+
+def test_a_plan_kept_in_bytes_is_opened_as_bits(filled):  # noqa: F811
+    store, total = Store(filled.path), problem(filled).total
+    bench = Workbench(ModelSource(filled.model), store)
+    plan = make_plan(problem(filled), PlanRequest("mxq", budget=f"{total / 2:.0f}B"))
+    store.save_plan(plan, bench.info.fingerprint, None, "four bits")
+    app = open_page("Plan", model=filled.model, method="mxq", budget="2.5")
+    _press(app, "Open")
+    assert app.session_state["budget"] == pytest.approx(4.0)
+
+
+def test_solved_to_the_optimum_says_so(filled):  # noqa: F811
+    app = open_page("Plan", model=filled.model, method="mxq", budget="3.3", exact="True")
+    assert any("No plan within the budget costs less" in c.value for c in app.caption)
+
+
+def _press(app: AppTest, label: str) -> None:
+    next(b for b in app.button if b.label == label).click().run()
+    assert not app.exception
+
+
+# --- what stands behind the panels ----------------------------------------------------------
+
+
+def test_a_memory_preset_fits_whatever_plan_is_made_of_it(filled):  # noqa: F811
+    bench = Workbench(ModelSource(filled.model), Store(filled.path))
+    seen = problem(filled)
+    # The model as if its MLPs had 40 billion weights, so that some presets are in range.
+    mlp = [m.numel for m in seen.matrices if m.type.startswith("mlp")]
+    scale = 40e9 / sum(mlp)
+    wide = [
+        replace(m, out_features=128 * int(m.out_features * scale / 128))
+        if m.type.startswith("mlp")
+        else m
+        for m in seen.matrices
+    ]
+    large = replace(seen, matrices=tuple(wide))
+    info = replace(bench.info, matrices=large.matrices)
+    context = context_bytes_per_token(info)
+    assert context == 2 * sum(
+        m.out_features for m in large.matrices if m.type.endswith(("k_proj", "v_proj"))
+    )
+    in_range = 0
+    for memory in memories(info, large, "8bit"):
+        low, high = (8 * size / large.total for size in large.feasible)
+        if low <= memory.bits <= high:
+            in_range += 1
+            plan = make_plan(large, PlanRequest("mxq", budget=f"{memory.bits:.6f}bpp"))
+            used = plan.planned_bytes + info.other_bytes + context * memory.tokens
+            assert used <= memory.gib * GIB
+            assert used >= 0.9 * memory.gib * GIB - GIB
+    assert in_range
+    assert [m.gib for m in memories(info, large, "8bit")] == list(MEMORIES)
+
+
+def test_the_z_of_a_matrix_is_that_of_its_layer(filled):  # noqa: F811
+    seen = problem(filled)
+    z = z_scores(seen, "kurtosis")
+    found = detect(seen, "kurtosis", 0)
+    for matrix, value in zip(seen.matrices, z, strict=True):
+        layers, detection = found[matrix.type]
+        if matrix.layer == layers[0]:
+            assert np.isnan(value)
+        else:
+            assert value == detection.z[layers.index(matrix.layer) - 1]
