@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,10 +46,16 @@ class Server:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The app, served on a free port with a database of its own."""
+    with serve("app.py", tmp_path_factory.mktemp("server")) as started:
+        yield started
+
+
+@contextmanager
+def serve(script: str, folder: Path) -> Iterator[Server]:
+    """A Streamlit script of this project, served on a free port until the block ends."""
     _need_chromium()
-    folder = tmp_path_factory.mktemp("server")
     database, port = folder / "lsq.duckdb", _free_port()
-    command = [sys.executable, "-m", "streamlit", "run", "app.py", "--server.port", str(port)]
+    command = [sys.executable, "-m", "streamlit", "run", script, "--server.port", str(port)]
     command += ["--server.fileWatcherType", "none"]
     with (folder / "log.txt").open("wb") as log:
         process = subprocess.Popen(
@@ -94,16 +101,24 @@ def _wait_until_healthy(url: str, process: subprocess.Popen, log: Path) -> None:
 @pytest.fixture
 def person(server: Server, tmp_path: Path) -> Iterator[Person]:
     """Someone in front of a fresh browser."""
+    with open_browser(tmp_path / "chromium") as driver:
+        yield Person(driver, server)
+
+
+@contextmanager
+def open_browser(profile: Path) -> Iterator[object]:
+    """A Chromium with a fresh profile, until the block ends."""
+    _need_chromium()
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium")
-    for option in (*_OPTIONS, f"--user-data-dir={tmp_path / 'chromium'}"):
+    for option in (*_OPTIONS, f"--user-data-dir={profile}"):
         options.add_argument(option)
     driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
     try:
-        yield Person(driver, server)
+        yield driver
     finally:
         driver.quit()
 

@@ -1,0 +1,257 @@
+"""The live planner: a bit plan that is redrawn in the browser while the budget's slider moves.
+
+Python sends every budget's plan once, as the frontier's segments; the browser looks a budget up by
+the same steps (``frontier.js``) and tells Python only the one that was settled on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from base64 import b64encode
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import streamlit as st
+
+from lsq_core.charts import config_color, method_style, short_type
+from lsq_core.config import LADDER, planned_bytes
+from lsq_core.plan.frontier import Frontier
+from lsq_core.plan.problem import Problem
+
+_FOLDER = Path(__file__).parent
+#: In the order in which they build on one another; together they are one module.
+_SCRIPTS = ("frontier.js", "words.js", "heatmap.js", "strip.js", "planner.js")
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """Predicted perplexity along the budget: arrays (k,), ``bits`` ascending, with a band."""
+
+    bits: np.ndarray
+    perplexity: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    full_precision: float
+
+
+@dataclass(frozen=True, eq=False)
+class LiveMethod:
+    """A method whose plans are drawn; ``unit`` says what its cost is, empty where it has none."""
+
+    name: str
+    title: str
+    frontier: Frontier
+    unit: str = ""
+    curve: Curve | None = None
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A budget to jump to; ``bits`` per parameter may lie outside of what is feasible."""
+
+    label: str
+    bits: float
+    about: str
+
+
+@dataclass(frozen=True, eq=False)
+class Facts:
+    """What a cell's details tell of each matrix: values (n,), NaN where there are none."""
+
+    label: str
+    values: np.ndarray
+
+
+def _read(name: str) -> str:
+    return (_FOLDER / name).read_text("utf8")
+
+
+_mount = st.components.v2.component(
+    name="lsq_live_planner",
+    html=_read("planner.html"),
+    css=_read("planner.css"),
+    js="\n".join(map(_read, _SCRIPTS)),
+)
+
+
+def live_planner(
+    problem: Problem,
+    methods: Sequence[LiveMethod],
+    *,
+    budget: float | None,
+    other_bytes: int,
+    metadata: str,
+    presets: Sequence[Preset] = (),
+    facts: Sequence[Facts] = (),
+    fixed: np.ndarray | None = None,
+    feasible: tuple[float, float],
+    key: str = "planner",
+) -> float | None:
+    """Draw the slider and the plan of one or two methods at the same budget.
+
+    Parameters
+    ----------
+    budget
+        Bits per parameter to show; a commit in the browser that is newer goes before it.
+    other_bytes
+        Bytes of the rest of the model, in the checkpoint's dtype.
+    metadata
+        How scale and zero are stored, which decides the planned bytes.
+    fixed
+        Stops (n,) of one plan to show in place of a slider.
+    feasible
+        Bits per parameter of the smallest and the largest plan.
+
+    Returns
+    -------
+    float or None
+        The budget that was settled on in the browser since the last run, in bits per parameter
+        with four decimals, else None. The page keeps it and passes it as ``budget`` from then on.
+    """
+    settled, serial = _settled(key)
+    data = payload(
+        problem,
+        methods,
+        budget=budget if settled is None else settled,
+        other_bytes=other_bytes,
+        metadata=metadata,
+        presets=presets,
+        facts=facts,
+        fixed=fixed,
+        feasible=feasible,
+    )
+    _mount(data=data | {"serial": serial}, key=key, on_commit_change=_nothing)
+    return settled
+
+
+def _nothing() -> None:
+    """A component's state is only there where a callback is."""
+
+
+def _settled(key: str) -> tuple[float | None, int | None]:
+    """The budget that the browser has committed since the last run, and its last commit's serial.
+
+    The serial goes back to the browser, which knows by it whether a budget from here is an answer
+    to its last commit or older; and by it the same budget can be settled on twice.
+    """
+    commit = (st.session_state.get(key) or {}).get("commit")
+    seen = st.session_state.get(f"{key}_serial")
+    if not commit or commit["serial"] == seen:
+        return None, seen
+    st.session_state[f"{key}_serial"] = commit["serial"]
+    return round(float(commit["bits"]), 4), commit["serial"]
+
+
+# --- what is sent ---------------------------------------------------------------------------
+
+
+def payload(
+    problem: Problem,
+    methods: Sequence[LiveMethod],
+    *,
+    budget: float | None,
+    other_bytes: int,
+    metadata: str,
+    presets: Sequence[Preset],
+    facts: Sequence[Facts],
+    fixed: np.ndarray | None,
+    feasible: tuple[float, float],
+) -> dict:
+    """What the browser is sent: JSON, its arrays little-endian and base64."""
+    return {
+        "model": _model_payload(problem, metadata),
+        "methods": [_method_payload(method) for method in methods],
+        "facts": [{"label": f.label, "values": packed(f.values, "<f8")} for f in facts],
+        "presets": [{"label": p.label, "bits": p.bits, "about": p.about} for p in presets],
+        "budget": budget,
+        "feasible": list(feasible),
+        "otherBytes": other_bytes,
+        "fixed": None if fixed is None else packed(fixed, "u1"),
+    }
+
+
+def _method_payload(method: LiveMethod) -> dict:
+    return {
+        "name": method.name,
+        "title": method.title,
+        "color": method_style(method.name).color,
+        "unit": method.unit,
+        "curve": None if method.curve is None else _curve_payload(method.curve),
+        "frontier": frontier_payload(method.frontier),
+    }
+
+
+def _curve_payload(curve: Curve) -> dict:
+    columns = {name: getattr(curve, name) for name in ("bits", "perplexity", "low", "high")}
+    arrays = {name: packed(values, "<f8") for name, values in columns.items()}
+    return arrays | {"full": float(curve.full_precision)}
+
+
+#: Encoded once: a rerun sends what the last one sent.
+_frontiers: WeakKeyDictionary[Frontier, dict] = WeakKeyDictionary()
+_models: WeakKeyDictionary[Problem, dict[str, dict]] = WeakKeyDictionary()
+
+
+def frontier_payload(frontier: Frontier) -> dict:
+    """Segments as starts (s, n) and their moves one after another; bytes follow from the rest."""
+    if frontier not in _frontiers:
+        steps = [segment.steps for segment in frontier.segments]
+        wide = len(frontier.nominal) > np.iinfo(np.int16).max
+        matrices = np.concatenate([np.array(s.matrix, dtype=np.int64) for s in steps])
+        _frontiers[frontier] = _with_id(
+            {
+                "costs": None if frontier.cost is None else packed(frontier.cost, "<f8"),
+                "starts": packed(np.stack([s.start for s in frontier.segments]), "u1"),
+                "counts": [len(s.matrix) for s in steps],
+                "matrices": packed(matrices, "<i4" if wide else "<i2"),
+                "wide": wide,
+                "stops": packed(np.concatenate([np.array(s.reached) for s in steps]), "u1"),
+            }
+        )
+    return _frontiers[frontier]
+
+
+def _model_payload(problem: Problem, metadata: str) -> dict:
+    """The matrices and what each stop of the ladder takes; planned bytes by distinct size."""
+    known = _models.setdefault(problem, {})
+    if metadata not in known:
+        matrices = problem.matrices
+        types = list(dict.fromkeys(m.type for m in matrices))
+        sizes, size_of = np.unique(problem.numel, return_inverse=True)
+        planned = [[planned_bytes(int(size), c, metadata) for c in LADDER] for size in sizes]
+        known[metadata] = _with_id(
+            {
+                "names": "\n".join(m.name for m in matrices),
+                "layers": packed([m.layer for m in matrices], "<i4"),
+                "types": [short_type(kind) for kind in types],
+                "typeOf": packed([types.index(m.type) for m in matrices], "<i4"),
+                "numel": packed(problem.numel, "<f8"),
+                "sizeOf": packed(size_of, "<i4"),
+                "planned": packed(planned, "<f8"),
+                "ladder": [
+                    {
+                        "name": c.name,
+                        "stop": c.stop_name,
+                        "bits": c.nominal_bits,
+                        "color": config_color(c),
+                    }
+                    for c in LADDER
+                ],
+            }
+        )
+    return known[metadata]
+
+
+def _with_id(content: dict) -> dict:
+    """With a digest, by which the browser sees that nothing has changed."""
+    digest = hashlib.blake2b(json.dumps(content).encode(), digest_size=9)
+    return content | {"id": digest.hexdigest()}
+
+
+def packed(values: np.typing.ArrayLike, kind: str) -> str:
+    """Base64 of the values' bytes; infinity and NaN go along, as JSON could not carry them."""
+    return b64encode(np.ascontiguousarray(values, dtype=kind).tobytes()).decode("ascii")

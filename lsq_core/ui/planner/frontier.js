@@ -1,0 +1,237 @@
+// Every budget's plan at once: lsq_core/plan/frontier.py and greedy.py once more, for the browser.
+//
+// Every step is the first or the best there is, ties going to the first matrix and then the lowest
+// stop, and every sum runs from first to last, as there; so both find the same plan to the last
+// bit. Tables are (n, 12) in one row-major Float64Array, a choice is a Uint8Array of n stops.
+// Nothing here knows the page, and nothing is allocated once a frontier is made.
+
+const STOPS = 12;
+const TOLERANCE = 1e-9;
+
+/** The numbers of a base64 text, as a typed array of the kind. */
+function unpack(text, Kind) {
+  const raw = atob(text);
+  const bytes = new Uint8Array(raw.length);
+  for (let i = 0; i < raw.length; i++) bytes[i] = raw.charCodeAt(i);
+  return new Kind(bytes.buffer);
+}
+
+/** Nominal bytes of each matrix at each stop: numel · bits / 8. */
+function nominalTable(numel, bits) {
+  const table = new Float64Array(numel.length * STOPS);
+  numel.forEach((weights, i) => {
+    for (let j = 0; j < STOPS; j++) table[i * STOPS + j] = (weights * bits[j]) / 8;
+  });
+  return table;
+}
+
+/**
+ * A frontier out of its payload {costs, starts, counts, matrices, stops, wide} and the nominal
+ * table: segments with their moves in order, and room to work in.
+ */
+function makeFrontier(payload, nominal) {
+  const n = nominal.length / STOPS;
+  const starts = unpack(payload.starts, Uint8Array);
+  const matrices = unpack(payload.matrices, payload.wide ? Int32Array : Int16Array);
+  const stops = unpack(payload.stops, Uint8Array);
+  const segments = [];
+  let begin = 0;
+  payload.counts.forEach((count, k) => {
+    const end = begin + count;
+    const start = starts.slice(k * n, (k + 1) * n);
+    segments.push(makeSegment(start, matrices.slice(begin, end), stops.slice(begin, end), nominal));
+    begin = end;
+  });
+  return {
+    n,
+    nominal,
+    cost: payload.costs === null ? null : unpack(payload.costs, Float64Array),
+    segments,
+    startBytes: Float64Array.from(segments, (segment) => segment.startBytes),
+    trial: new Uint8Array(n),
+    marked: new Uint8Array(n),
+  };
+}
+
+/** A start and its moves: the stops left and reached, the bytes added, the bytes after each. */
+function makeSegment(start, matrix, reached, nominal) {
+  const now = start.slice();
+  const left = new Uint8Array(matrix.length);
+  const after = new Float64Array(matrix.length);
+  const size = new Float64Array(matrix.length);
+  const startBytes = total(nominal, start);
+  let bytes = startBytes;
+  for (let k = 0; k < matrix.length; k++) {
+    const row = matrix[k] * STOPS;
+    left[k] = now[matrix[k]];
+    after[k] = bytes + (nominal[row + reached[k]] - nominal[row + left[k]]);
+    size[k] = after[k] - bytes;
+    bytes = after[k];
+    now[matrix[k]] = reached[k];
+  }
+  return { start, startBytes, matrix, left, reached, after, size };
+}
+
+/** Where planAt puts what it finds: choice, segment, taken, objective, lowerBound, price. */
+function makeAnswer(frontier) {
+  return {
+    choice: new Uint8Array(frontier.n),
+    segment: frontier.segments[0],
+    taken: 0,
+    objective: NaN,
+    lowerBound: NaN,
+    price: NaN,
+  };
+}
+
+/** The plan within a budget in nominal bytes, into the answer; false below the smallest plan. */
+function planAt(frontier, budget, answer) {
+  const limit = budget * (1 + TOLERANCE);
+  const index = countUpTo(frontier.startBytes, limit) - 1;
+  if (index < 0) return false;
+  const segment = frontier.segments[index];
+  const taken = countUpTo(segment.after, limit);
+  answer.segment = segment;
+  answer.taken = taken;
+  stopsAfter(segment, taken, answer.choice);
+  if (frontier.cost === null) return true;
+  const price = priceOfNext(frontier, segment, taken);
+  const left = Math.max(budget - bytesAfter(segment, taken), 0);
+  let bound = total(frontier.cost, answer.choice);
+  if (taken < segment.matrix.length) bound -= price * left;
+  answer.price = price;
+  answer.lowerBound = bound - 1e-12 * Math.abs(bound);
+  if (Number.isFinite(budget)) spend(frontier, segment, taken, limit, answer.choice);
+  answer.objective = total(frontier.cost, answer.choice);
+  return true;
+}
+
+/** The better of two ways to end: short of the budget, or over it by a move and back. */
+function spend(frontier, segment, taken, limit, choice) {
+  takeWhatFits(frontier, segment, taken, choice, limit - bytesAfter(segment, taken));
+  fill(frontier, choice, limit);
+  if (taken === segment.matrix.length) return;
+  const back = frontier.trial;
+  stopsAfter(segment, taken + 1, back);
+  giveBack(frontier, segment, taken + 1, back, limit - bytesAfter(segment, taken + 1));
+  if (!repair(frontier, back, limit)) return;
+  fill(frontier, back, limit);
+  if (total(frontier.cost, back) < total(frontier.cost, choice)) choice.set(back);
+}
+
+/** Go on after the moves taken: each that fits, none of a matrix that missed one. */
+function takeWhatFits(frontier, segment, taken, choice, room) {
+  const { matrix, reached, size } = segment;
+  const missed = frontier.marked.fill(0);
+  for (let k = taken; k < matrix.length; k++) {
+    if (missed[matrix[k]]) continue;
+    if (size[k] <= room) {
+      choice[matrix[k]] = reached[k];
+      room -= size[k];
+    } else {
+      missed[matrix[k]] = 1;
+    }
+  }
+}
+
+/** Undo moves before the last one taken, latest first, while the room is negative. */
+function giveBack(frontier, segment, taken, choice, room) {
+  const { matrix, left, size } = segment;
+  const kept = frontier.marked.fill(0);
+  kept[matrix[taken - 1]] = 1;
+  for (let k = taken - 2; k >= 0 && room < 0; k--) {
+    if (kept[matrix[k]]) continue;
+    if (size[k] <= -room) {
+      choice[matrix[k]] = left[k];
+      room += size[k];
+    } else {
+      kept[matrix[k]] = 1;
+    }
+  }
+}
+
+/** Spend what is left: again and again the change that saves most cost and fits. */
+function fill(frontier, choice, limit) {
+  const { n, nominal, cost } = frontier;
+  let left = limit - total(nominal, choice);
+  for (;;) {
+    let best = 0;
+    let at = -1;
+    for (let i = 0, row = 0; i < n; i++, row += STOPS) {
+      const here = row + choice[i];
+      // Bytes rise from stop to stop, so the first that does not fit ends the row.
+      for (let j = here + 1; j < row + STOPS && nominal[j] - nominal[here] <= left; j++) {
+        const saved = cost[here] - cost[j];
+        if (saved > best) {
+          best = saved;
+          at = j;
+        }
+      }
+    }
+    if (at < 0) return;
+    const i = Math.floor(at / STOPS);
+    left -= nominal[at] - nominal[i * STOPS + choice[i]];
+    choice[i] = at - i * STOPS;
+  }
+}
+
+/** Bring a choice within the limit by the cheapest single change; false when none does. */
+function repair(frontier, choice, limit) {
+  const { n, nominal, cost } = frontier;
+  const over = total(nominal, choice) - limit;
+  if (over <= 0) return true;
+  let best = Infinity;
+  let at = -1;
+  for (let i = 0, row = 0; i < n; i++, row += STOPS) {
+    const here = row + choice[i];
+    for (let j = row; j < here && nominal[here] - nominal[j] >= over; j++) {
+      const lost = cost[j] - cost[here];
+      if (lost < best) {
+        best = lost;
+        at = j;
+      }
+    }
+  }
+  if (at < 0) return false;
+  choice[Math.floor(at / STOPS)] = at % STOPS;
+  return true;
+}
+
+/** The sum of a table's entries at a choice, added from first to last. */
+function total(table, choice) {
+  let sum = 0;
+  for (let i = 0, row = 0; i < choice.length; i++, row += STOPS) sum += table[row + choice[i]];
+  return sum;
+}
+
+/** Cost saved per byte by the first move not taken; 0 when all are. */
+function priceOfNext(frontier, segment, taken) {
+  if (taken === segment.matrix.length) return 0;
+  const row = segment.matrix[taken] * STOPS;
+  const worth =
+    frontier.cost[row + segment.left[taken]] - frontier.cost[row + segment.reached[taken]];
+  return worth / segment.size[taken];
+}
+
+/** Nominal bytes of the plan after so many moves. */
+function bytesAfter(segment, count) {
+  return count ? segment.after[count - 1] : segment.startBytes;
+}
+
+/** The stops after so many moves, into a choice; of several moves of a matrix the last counts. */
+function stopsAfter(segment, count, choice) {
+  choice.set(segment.start);
+  for (let k = 0; k < count; k++) choice[segment.matrix[k]] = segment.reached[k];
+}
+
+/** How many of the sorted values are no larger than a limit. */
+function countUpTo(sorted, limit) {
+  let low = 0;
+  let high = sorted.length;
+  while (low < high) {
+    const middle = (low + high) >> 1;
+    if (sorted[middle] <= limit) low = middle + 1;
+    else high = middle;
+  }
+  return low;
+}

@@ -1,0 +1,180 @@
+// A plan as a picture: layers from left to right, module types from top to bottom.
+//
+// Only cells that look different from the last time are painted again.
+
+const EMPTY = 15;
+const UP = 1 << 4;
+const DOWN = 1 << 5;
+const DIFFERS = 1 << 6;
+const CURSOR = 1 << 7;
+
+/** Which matrices make each cell: one, or all experts of a layer. */
+function makeCells(model) {
+  const layers = [...new Set(model.layers)].sort((a, b) => a - b);
+  const column = new Map(layers.map((layer, k) => [layer, k]));
+  const members = Array.from({ length: model.types.length * layers.length }, () => []);
+  model.layers.forEach((layer, i) => {
+    members[model.typeOf[i] * layers.length + column.get(layer)].push(i);
+  });
+  return { layers, columns: layers.length, rows: model.types.length, members };
+}
+
+/** The stop that a cell shows: of several the commonest, the lower of two as common. */
+function shownStop(members, choice, counts) {
+  if (members.length === 1) return choice[members[0]];
+  if (members.length === 0) return EMPTY;
+  counts.fill(0);
+  for (const i of members) counts[choice[i]]++;
+  let best = 0;
+  for (let j = 1; j < STOPS; j++) if (counts[j] > counts[best]) best = j;
+  return best;
+}
+
+/** A canvas that draws cells; `arrange` gives it its size, `paint` its looks. */
+class Heatmap {
+  constructor(canvas, cells, ladder) {
+    this.canvas = canvas;
+    this.pen = canvas.getContext("2d");
+    this.cells = cells;
+    this.ladder = ladder.map((stop) => ({ ...stop, ink: inkOn(stop.color) }));
+    this.drawn = new Int32Array(cells.members.length);
+    this.counts = new Int32Array(STOPS);
+  }
+
+  /** Fit a width and row height in CSS pixels; all cells are painted anew. */
+  arrange(width, rowHeight, style) {
+    const ratio = window.devicePixelRatio || 1;
+    const { columns, rows } = this.cells;
+    Object.assign(this, { ratio, width, rowHeight, style });
+    this.canvas.width = Math.round(width * ratio);
+    this.canvas.height = Math.round(rows * rowHeight * ratio);
+    this.canvas.style.width = `${width}px`;
+    this.canvas.style.height = `${rows * rowHeight}px`;
+    this.pitch = this.canvas.width / columns;
+    // Narrow cells have a gap on one side only, and bars in place of outlines.
+    this.narrow = width / columns < 9;
+    this.gap = Math.max(1, Math.round(ratio));
+    this.#chooseText();
+    this.drawn.fill(-1);
+  }
+
+  /** The configuration's name where the cells have room for it, its number, or nothing. */
+  #chooseText() {
+    this.text = null;
+    const room = this.narrow ? 0 : this.pitch - 2 * this.gap;
+    for (const [key, size] of [["name", 11.5], ["stop", 11.5], ["stop", 10]]) {
+      this.pen.font = `${size * this.ratio}px ${this.style.font}`;
+      const widest = Math.max(...this.ladder.map((stop) => this.pen.measureText(stop[key]).width));
+      if (widest + 5 * this.ratio <= room) {
+        this.text = key;
+        this.font = this.pen.font;
+        return;
+      }
+    }
+  }
+
+  /** Draw a choice; marks say what differs from the committed plan and from the other method. */
+  paint(choice, committed, other, cursor) {
+    const { members } = this.cells;
+    for (let k = 0; k < members.length; k++) {
+      const looks = this.#looks(members[k], choice, committed, other) | (k === cursor ? CURSOR : 0);
+      if (looks === this.drawn[k]) continue;
+      this.drawn[k] = looks;
+      this.#paintCell(k, looks);
+    }
+  }
+
+  #looks(members, choice, committed, other) {
+    let looks = shownStop(members, choice, this.counts);
+    let moved = 0;
+    for (const i of members) {
+      if (committed !== null && choice[i] !== committed[i]) {
+        moved += choice[i] - committed[i];
+        looks |= DOWN;
+      }
+      if (other !== null && choice[i] !== other[i]) looks |= DIFFERS;
+    }
+    if (looks & DOWN && moved >= 0) looks ^= DOWN | UP;
+    return looks;
+  }
+
+  #paintCell(k, looks) {
+    const { pen, ratio, gap, narrow, style } = this;
+    const row = Math.floor(k / this.cells.columns);
+    const column = k % this.cells.columns;
+    const left = Math.round(column * this.pitch);
+    const right = Math.round((column + 1) * this.pitch);
+    const top = Math.round(row * this.rowHeight * ratio);
+    const bottom = Math.round((row + 1) * this.rowHeight * ratio);
+    pen.clearRect(left, top, right - left, bottom - top);
+    const stop = looks & 15;
+    if (stop === EMPTY) return;
+    const width = right - left - (narrow ? gap : 2 * gap);
+    const box = [narrow ? left : left + gap, top + gap, width, bottom - top - 2 * gap];
+    const moved = looks & (UP | DOWN);
+    if (moved && !narrow) {
+      pen.fillStyle = style.text;
+      pen.fillRect(left, top, right - left, bottom - top);
+    }
+    pen.fillStyle = this.ladder[stop].color;
+    pen.fillRect(...box);
+    if (moved) this.#notch(box, looks & UP);
+    if (this.text) {
+      pen.fillStyle = this.ladder[stop].ink;
+      pen.font = this.font;
+      pen.textAlign = "center";
+      pen.textBaseline = "middle";
+      pen.fillText(this.ladder[stop][this.text], (left + right) / 2, (top + bottom) / 2 + ratio / 2);
+    }
+    if (looks & DIFFERS) this.#dot(box, this.ladder[stop].ink, looks & UP);
+    if (looks & CURSOR) {
+      pen.strokeStyle = style.primary;
+      pen.lineWidth = 3 * ratio;
+      pen.strokeRect(left + 1.5 * ratio, top + 1.5 * ratio, right - left - 3 * ratio,
+        bottom - top - 3 * ratio);
+    }
+  }
+
+  /** A bar along the edge to which a cell moved: above for more bits, below for fewer. */
+  #notch([x, y, width, height], up) {
+    const thick = this.#thickness();
+    this.pen.fillStyle = this.style.text;
+    this.pen.fillRect(x, up ? y : y + height - thick, width, thick);
+  }
+
+  #thickness() {
+    return Math.round((this.narrow ? 4 : 2) * this.ratio);
+  }
+
+  /** In the upper right corner: the other method gives something else. */
+  #dot([x, y, width], ink, up) {
+    const { pen, ratio } = this;
+    const radius = Math.min(2.2 * ratio, width / 3);
+    const right = x + width - radius - (this.narrow ? 0 : 1.5 * ratio);
+    const top = y + radius + 2 * ratio + (up ? this.#thickness() : 0);
+    pen.beginPath();
+    pen.arc(right, top, radius, 0, 2 * Math.PI);
+    pen.fillStyle = ink;
+    pen.fill();
+  }
+
+  /** The cell at a place in CSS pixels, or -1. */
+  cellAt(x, y) {
+    const { columns, rows, members } = this.cells;
+    const column = Math.floor((x / this.width) * columns);
+    const row = Math.floor(y / this.rowHeight);
+    if (column < 0 || column >= columns || row < 0 || row >= rows) return -1;
+    const k = row * columns + column;
+    return members[k].length ? k : -1;
+  }
+}
+
+/** Dark or white, whichever is read more easily on a colour. */
+function inkOn(color) {
+  const [r, g, b] = [1, 3, 5].map((at) => {
+    const part = parseInt(color.slice(at, at + 2), 16) / 255;
+    return part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4;
+  });
+  const light = 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  return (light + 0.05) / 0.06 > 1.05 / (light + 0.05) ? "#10161d" : "#ffffff";
+}

@@ -1,0 +1,48 @@
+// Numbers as people read them, the same as on the pages that Python writes.
+
+const MIB = 2 ** 20;
+const SIZES = [["GiB", 2 ** 30], ["MiB", MIB], ["KiB", 1024]];
+
+/** 9437184 as "9.00 MiB", like lsq_core.config.format_bytes. */
+function formatBytes(count) {
+  const unit = SIZES.find(([, size]) => Math.abs(count) >= size);
+  return unit ? `${(count / unit[1]).toFixed(2)} ${unit[0]}` : `${count.toFixed(0)} B`;
+}
+
+/** 636459991 as "607 MiB": three digits, where there is little room. */
+function shortBytes(count) {
+  const [name, size] = SIZES.find(([, size]) => count >= 0.9995 * size) ?? ["B", 1];
+  return `${plain(count / size, 3)} ${name}`;
+}
+
+/** 0.0412 as "+4.1 %". */
+function signedPercent(share) {
+  const text = (100 * Math.abs(share)).toFixed(1);
+  return `${text === "0.0" ? "±" : share < 0 ? "−" : "+"}${text} %`;
+}
+
+/** A share of one, with two digits, as "0.012 %". */
+function percent(share) {
+  if (!(share > 0)) return "0 %";
+  const value = 100 * share;
+  return `${plain(value, 2)} %`;
+}
+
+/** So many significant digits without an exponent where that stays short. */
+function plain(value, digits) {
+  if (value === 0 || !Number.isFinite(value)) return String(value);
+  value = Number(value.toPrecision(digits));
+  const size = Math.floor(Math.log10(Math.abs(value)));
+  if (size < -5 || size > 6) {
+    return value.toExponential(digits - 1).replace("e+", "e").replace("-", "−");
+  }
+  const text = value.toFixed(Math.max(0, digits - 1 - size));
+  const [whole, part] = text.replace("-", "−").split(".");
+  const grouped = size > 2 ? whole.replace(/\B(?=(\d{3})+$)/g, ",") : whole;
+  return part ? `${grouped}.${part}` : grouped;
+}
+
+/** One of a thing, or several. */
+function counted(count, thing, things) {
+  return `${count.toLocaleString("en")} ${count === 1 ? thing : things}`;
+}

@@ -1,0 +1,113 @@
+"""The live planner on a random model, and nothing else: what its browser tests drive.
+
+The address says what to mount: ``?layers=24&methods=mxq,sensiboost&experts=8&budget=3.25``.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import streamlit as st
+
+from lsq_core.config import LADDER
+from lsq_core.model import Matrix
+from lsq_core.plan import PLANNERS, PlanRequest, Problem, make_frontier
+from lsq_core.ui.planner import Curve, Facts, LiveMethod, Preset, live_planner
+
+SIZES = {
+    "self_attn.q_proj": (4096, 4096),
+    "self_attn.k_proj": (1024, 4096),
+    "self_attn.v_proj": (1024, 4096),
+    "self_attn.o_proj": (4096, 4096),
+    "mlp.gate_proj": (11008, 4096),
+    "mlp.up_proj": (11008, 4096),
+    "mlp.down_proj": (4096, 11008),
+}
+FULL = 5.47
+OTHER_BYTES = 524_288_000
+
+
+def random_model(layers: int, experts: int = 1, seed: int = 0) -> Problem:
+    """Seven modules a layer with random scores, hard at the ends and in a few spikes."""
+    random = np.random.default_rng(seed)
+    matrices = []
+    for layer in range(layers):
+        for kind, (out, into) in SIZES.items():
+            each = experts if kind.startswith("mlp") else 1
+            for expert in range(each):
+                name, number = f"model.layers.{layer}.{kind}", None
+                if each > 1:
+                    name, number = f"{name}.{expert}", expert
+                matrices.append(Matrix(name, layer, kind, out, into, number))
+    n = len(matrices)
+    place = np.array([m.layer for m in matrices])
+    ends = 1 + 6 * np.exp(-place) + 4 * np.exp(place - layers + 1)
+    hard = ends * np.exp(0.4 * random.standard_normal(n))
+    hard[random.choice(n, 9, replace=False)] *= 12
+    size = np.array([m.numel for m in matrices]) / 2**24
+    fall = 2.0 ** -np.array([c.nominal_bits for c in LADDER])
+    cost = (hard * size)[:, None] * fall**1.5 * np.exp(0.05 * random.standard_normal((n, 12)))
+    scores = {"sensitivity": hard, "sensitivity_module": hard, "kurtosis": 3 * hard}
+    return Problem(tuple(matrices), scores, {"weight_error": cost, "sensitivity_module": cost})
+
+
+def curve(shift: float) -> Curve:
+    """A perplexity that falls along the budget."""
+    bits = np.linspace(2.1, 8.6, 200)
+    perplexity = FULL * np.exp((12 + shift) * np.exp(-1.5 * (bits - 1)))
+    return Curve(bits, perplexity, perplexity * 0.985, perplexity * 1.02, FULL)
+
+
+@st.cache_resource
+def prepared(layers: int, experts: int, names: tuple[str, ...]) -> tuple[Problem, list[LiveMethod]]:
+    """The model and the methods' frontiers, made once as the pages do."""
+    problem = random_model(layers, experts)
+    methods = []
+    for k, name in enumerate(names):
+        frontier = make_frontier(problem, PlanRequest(name, boost_stop=3))
+        unit = "" if frontier.cost is None else "squared output error"
+        methods.append(LiveMethod(name, PLANNERS[name].title, frontier, unit, curve(2 * k)))
+    return problem, methods
+
+
+def app() -> None:
+    """Mount it; what Python knows stands below."""
+    st.set_page_config(layout="wide")
+    asked = st.query_params
+    names = tuple(asked.get("methods", "mxq").split(","))
+    problem, methods = prepared(int(asked.get("layers", 80)), int(asked.get("experts", 1)), names)
+    if "budget" not in st.session_state:
+        st.session_state["budget"] = float(asked.get("budget", 3.25))
+    z = problem.scores["kurtosis"].copy()
+    z[z < 20] = np.nan
+    fixed = None
+    if "fixed" in asked:
+        fixed = np.full(len(problem.matrices), int(asked["fixed"]))
+    st.session_state["runs"] = st.session_state.get("runs", 0) + 1
+    low, high = (8 * size / problem.total for size in problem.feasible)
+    committed = live_planner(
+        problem,
+        methods,
+        budget=st.session_state["budget"],
+        other_bytes=OTHER_BYTES,
+        metadata="8bit",
+        presets=[
+            Preset("1 GB", 0.1, "fits in 1 GB with room for 4,096 tokens"),
+            Preset("8 GB", 3.7, "fits in 8 GB with room for 4,096 tokens"),
+            Preset("80 GB", 40.0, "fits in 80 GB with room for 4,096 tokens"),
+        ],
+        facts=[
+            Facts("Sensitivity", problem.scores["sensitivity"]),
+            Facts("Kurtosis", problem.scores["kurtosis"]),
+            Facts("z of kurtosis", z),
+        ],
+        fixed=fixed,
+        feasible=(low, high),
+    )
+    if committed is not None:
+        st.session_state["budget"] = committed
+    st.button("Elsewhere", on_click=lambda: st.session_state.update(budget=5.0))
+    st.caption(f"run {st.session_state['runs']}, budget {st.session_state['budget']:.4f}")
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,530 @@
+"""The live planner: the browser's plans are Python's, and the plan moves while the slider does."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+
+from lsq_core.config import LADDER, format_bytes, planned_bytes
+from lsq_core.model import Matrix
+from lsq_core.plan import PLANNERS, PlanRequest, Problem, make_frontier, make_plan
+from lsq_core.plan.frontier import Frontier
+from lsq_core.plan.pins import with_pins
+from lsq_core.ui import planner
+from tests.browser import planner_app
+from tests.browser.conftest import open_browser, serve
+from tests.test_plan import needs_reference, published_problem
+
+pytestmark = pytest.mark.browser
+
+BUDGETS = 200
+TYPES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+# --- the engine alone -----------------------------------------------------------------------
+
+_ANSWERS = """
+const [payload, numel, bits, budgets] = arguments;
+const engine = window.engine;
+const nominal = engine.nominalTable(engine.unpack(numel, Float64Array), bits);
+const frontier = engine.makeFrontier(payload, nominal);
+const answer = engine.makeAnswer(frontier);
+return budgets.map((budget) => {
+  const began = performance.now();
+  const found = engine.planAt(frontier, budget === null ? Infinity : budget, answer);
+  const ms = performance.now() - began;
+  return {
+    found, ms, choice: Array.from(answer.choice), taken: answer.taken,
+    segment: frontier.segments.indexOf(answer.segment), startBytes: answer.segment.startBytes,
+    objective: answer.objective, bound: answer.lowerBound, price: answer.price,
+  };
+});
+"""
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    """An empty page that knows frontier.js and nothing else."""
+    source = (Path(planner.__file__).parent / "frontier.js").read_text("utf8")
+    public = "{ unpack, nominalTable, makeFrontier, makeAnswer, planAt }"
+    with open_browser(tmp_path_factory.mktemp("engine") / "chromium") as driver:
+        driver.get("data:text/html,<title>engine</title>")
+        driver.execute_script(f"{source}\nwindow.engine = {public};")
+        yield driver
+
+
+def compare(engine, problem: Problem, frontier: Frontier, seed: int = 0) -> list[float]:
+    """Python's and the browser's answers at random budgets, matrix by matrix; the milliseconds."""
+    low, high = frontier.smallest, problem.feasible[1]
+    budgets = [*np.random.default_rng(seed).uniform(low, high, BUDGETS), low, high, np.inf]
+    numel = planner.packed(problem.numel, "<f8")
+    sent = [None if np.isinf(b) else float(b) for b in budgets]
+    bits = [c.nominal_bits for c in LADDER]
+    there = engine.execute_script(
+        _ANSWERS, planner.frontier_payload(frontier), numel, bits, [*sent, 0.99 * low]
+    )
+    assert not there.pop()["found"], "a budget below the smallest plan has none"
+    for budget, theirs in zip(budgets, there, strict=True):
+        ours = frontier.at(budget)
+        assert theirs["choice"] == ours.choice.tolist(), budget
+        assert theirs["taken"] == ours.taken
+        assert frontier.segments[theirs["segment"]] is ours.segment
+        assert theirs["startBytes"] == ours.segment.start_bytes
+        if frontier.cost is not None:
+            assert theirs["objective"] == ours.objective
+            assert theirs["bound"] == ours.lower_bound
+            assert theirs["price"] == ours.segment.price(ours.taken)
+    return [theirs["ms"] for theirs in there]
+
+
+def requests(name: str) -> list[PlanRequest]:
+    """A method as it is asked for: by budget alone, and from a base where it has one."""
+    if not PLANNERS[name].has_base:
+        return [PlanRequest(name)]
+    stops = (0, 2, 5) if "boost" in name else (0,)
+    return [PlanRequest(name, base=base, boost_stop=s) for base in (None, "3.13") for s in stops]
+
+
+def model(layers: int, seed: int, *, ties: bool = False, gaps: bool = False) -> Problem:
+    """Seven matrices a layer of several sizes with random scores, spiky in a few layers.
+
+    With ``ties`` costs take few values; with ``gaps`` some costs are missing, and some matrices
+    are filled by small groups only.
+    """
+    random = np.random.default_rng(seed)
+    width = [128, 64, 64, 128, 320, 320, 320]
+    shape = [(w, 33 if gaps and i == 2 and k == 1 else 128) for i in range(layers)
+             for k, w in enumerate(width)]  # fmt: skip
+    matrices = tuple(
+        Matrix(f"model.layers.{i // 7}.{TYPES[i % 7]}", i // 7, TYPES[i % 7], *size)
+        for i, size in enumerate(shape)
+    )
+    n = len(matrices)
+    spread = np.exp(random.standard_normal(n))
+    spread[random.integers(0, n, 6)] *= 30
+    fall = 2.0 ** -np.array([c.nominal_bits for c in LADDER])
+    cost = spread[:, None] * fall * np.exp(0.3 * random.standard_normal((n, 12)))
+    if ties:
+        cost = np.ceil(20 * cost / cost.max())
+    if gaps:
+        cost[random.random(cost.shape) < 0.15] = np.nan
+        cost[:, 11] = fall[11]
+    read = ("sensitivity", "sensitivity_module", "kurtosis", "loss_impact")
+    scores = {name: (k + 1) * spread for k, name in enumerate(read)}
+    return Problem(matrices, scores, {"weight_error": cost, "sensitivity_module": cost})
+
+
+PROBLEMS = {
+    "random": lambda: model(30, 1),
+    "ties": lambda: model(24, 2, ties=True),
+    "gaps": lambda: model(12, 3, gaps=True),
+    "pins": lambda: with_pins(
+        model(24, 4), ("*.layers.0.*=b8g64", "*.layers.[1-9].down_proj=b3g128..b4g64")
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("method", PLANNERS)
+def test_the_browser_finds_pythons_plan(engine, method, name):
+    """Every matrix of 200 random budgets' plans, the objective and the bound, to the last bit."""
+    problem, compared = PROBLEMS[name](), 0
+    for request in requests(method):
+        if name == "gaps" and PLANNERS[method].has_base:
+            request = PlanRequest(method, base="3.51", boost_stop=0)  # all groups are of 32
+        compare(engine, problem, make_frontier(problem, request), seed=compared)
+        compared += 1
+    assert compared
+
+
+@needs_reference
+@pytest.mark.parametrize("name", ["Llama-2-7b-hf", "Meta-Llama-3-8B", "Llama-2-70b-hf"])
+def test_the_browser_finds_pythons_plan_for_published_models(engine, name):
+    """The same for what the authors measured, by every method that it suffices for."""
+    problem, times, methods = published_problem(name), [], []
+    for method, about in PLANNERS.items():
+        measured = {*problem.scores, *problem.by_config}
+        if not {*about.metrics} <= measured:
+            continue
+        methods.append(method)
+        for request in requests(method):
+            times += compare(engine, problem, make_frontier(problem, request))
+    assert {"uniform", "mxq"} <= {*methods}
+    times = np.array(times)
+    print(f"{name}: {len(methods)} methods, {np.median(times):.3f} ms median, "
+          f"{np.percentile(times, 99):.2f} p99, {times.max():.2f} max")  # fmt: skip
+    assert np.median(times) < 2
+
+
+# --- the whole component --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """The component on a page of its own, in place of the app."""
+    with serve("tests/browser/planner_app.py", tmp_path_factory.mktemp("planner")) as started:
+        yield started
+
+
+_FIND = """
+for (const element of document.querySelectorAll('*')) {
+  const root = element.shadowRoot && element.shadowRoot.querySelector('.lsq');
+  if (root && root.dataset.bits) return root;
+}
+return null;
+"""
+
+
+class Live:
+    """The planner as a person sees and handles it."""
+
+    def __init__(self, person, query: str = ""):
+        self.person, self.driver = person, person.driver
+        person.open(f"/?{query}")
+        self.root = person.wait(lambda: self.driver.execute_script(_FIND), 60, "no planner")
+        person.wait(lambda: self.runs)
+
+    def part(self, css: str):
+        """An element of the planner."""
+        return self.root.find_element("css selector", css)
+
+    def text(self, css: str) -> str:
+        return self.part(css).text
+
+    def data(self, name: str) -> str:
+        return self.root.get_attribute(f"data-{name}")
+
+    @property
+    def bits(self) -> float:
+        return float(self.data("bits"))
+
+    def choice(self, k: int = 0) -> np.ndarray:
+        """The stops that are shown, (n,)."""
+        return np.array([int(digit, 12) for digit in self.data(f"choice{k}")])
+
+    @property
+    def python(self) -> str:
+        """What the script below the planner says: its runs and the budget it knows."""
+        return self.person.all("[data-testid=stCaptionContainer]")[0].text
+
+    @property
+    def runs(self) -> int:
+        return int(self.python.split()[1].rstrip(","))
+
+    def committed(self, bits: float) -> None:
+        """Wait until Python knows a budget."""
+        self.person.wait(
+            lambda: f"budget {bits:.4f}" in self.python and self.person.settled(),
+            why=f"Python never heard of {bits}",
+        )
+
+    def actions(self):
+        from selenium.webdriver.common.action_chains import ActionChains
+
+        return ActionChains(self.driver, duration=10)
+
+    def grasp(self):
+        """Hold the slider's thumb."""
+        slider, [low, high] = self.part(".slider"), self.range
+        share = (self.bits - low) / (high - low)
+        width = slider.size["width"]
+        offset = 9 + share * (width - 18) - width / 2
+        return self.actions().move_to_element_with_offset(slider, offset, 0).click_and_hold()
+
+    @property
+    def range(self) -> list[float]:
+        return [float(self.part(".slider").get_attribute(end)) for end in ("min", "max")]
+
+    def press(self, *keys: str) -> None:
+        self.part(".slider").send_keys(*keys)
+
+    def type(self, text: str, end: str = "\ue007") -> None:
+        """Put a text into the number field, and press Enter."""
+        field = self.part(".typed input")
+        field.send_keys("\ue009a\ue000", text, end)
+
+    def click(self, css: str, label: str) -> None:
+        found = [e for e in self.root.find_elements("css selector", css) if e.text == label]
+        found[0].click()
+
+
+def plan_at(bits: float, method: str = "mxq", layers: int = 80) -> np.ndarray:
+    """Python's plan of the page's model."""
+    problem = planner_app.random_model(layers)
+    frontier = make_frontier(problem, PlanRequest(method, boost_stop=3))
+    return frontier.at(bits * problem.total / 8).choice
+
+
+def test_cells_change_before_the_slider_is_released(person):
+    live = Live(person)
+    before, runs = live.choice(), live.runs
+    assert before.tolist() == plan_at(3.25).tolist()
+    picture = live.part(".cells canvas").screenshot_as_base64
+    live.grasp().move_by_offset(60, 0).perform()
+    person.wait(lambda: live.bits > 3.5)
+    held, at = live.choice(), live.bits
+    assert held.tolist() == plan_at(at).tolist()
+    assert int(live.data("changed")) == (held != before).sum() > 0
+    assert live.part(".cells canvas").screenshot_as_base64 != picture
+    assert live.text(".readout td.bits span") == f"{at:.2f}"
+    assert f"Since 3.250: {(held > before).sum()} matrices up" in live.text(".moves")
+    assert live.runs == runs, "the script ran while the slider was held"
+    live.actions().release().perform()
+    live.committed(at)
+    assert live.runs > runs
+    assert live.choice().tolist() == held.tolist()
+    assert live.bits == at == float(live.data("committed"))
+
+
+_WATCH = """
+const root = arguments[0];
+const slider = root.querySelector('.slider');
+window.steps = [];
+window.releases = [];
+slider.addEventListener('input', () => {
+  const began = performance.now();
+  requestAnimationFrame(() => requestAnimationFrame(() => {
+    window.steps.push(performance.now() - began);
+  }));
+}, { capture: true });
+let released = 0;
+slider.addEventListener('change', () => { released = performance.now(); }, { capture: true });
+new MutationObserver(() => {
+  const shown = document.querySelector('[data-testid=stCaptionContainer]')?.innerText ?? '';
+  if (!released || !shown.includes(`budget ${Number(root.dataset.committed).toFixed(4)}`)) return;
+  const began = released;
+  released = 0;
+  requestAnimationFrame(() => requestAnimationFrame(() => {
+    window.releases.push(performance.now() - began);
+  }));
+}).observe(document.body, { subtree: true, childList: true, characterData: true });
+"""
+
+
+@pytest.mark.parametrize("methods", ["mxq", "mxq,sensiboost"])
+def test_a_drag_is_painted_at_once_and_committed_soon(person, methods):
+    """80 layers by 7 types: p95 of a step ≤ 60 ms, of release to committed page ≤ 400 ms."""
+    live = Live(person, f"methods={methods}")
+    live.driver.execute_script(_WATCH, live.root)
+    for turn in range(12):
+        moves = live.grasp()
+        for _ in range(6):
+            moves.move_by_offset(9 if turn % 4 < 2 else -9, 0)
+        moves.release().perform()
+        person.wait(
+            lambda turn=turn: live.driver.execute_script("return releases.length") > turn,
+            why="a release was not committed",
+        )
+    steps, releases = live.driver.execute_script("return [steps, releases]")
+    for name, times in (("step", steps), ("release", releases)):
+        print(f"{methods}: {name} {np.median(times):.0f} ms median, "
+              f"{np.percentile(times, 95):.0f} p95 of {len(times)}")  # fmt: skip
+    assert len(steps) >= 40
+    assert np.percentile(steps, 95) <= 60
+    assert len(releases) >= 10
+    assert np.percentile(releases, 95) <= 400
+
+
+def test_the_figures_are_those_of_pythons_plan(person):
+    """Sizes, the certified gap, and the price and worth of one more stop of a cell."""
+    live = Live(person, "layers=24&budget=3.4")
+    problem = planner_app.random_model(24)
+    request = PlanRequest("mxq", budget="3.4bpp")
+    plan = make_plan(problem, request, other_bytes=planner_app.OTHER_BYTES)
+    answer = make_frontier(problem, request).at(3.4 * problem.total / 8)
+    read = {name: live.text(f".readout td.{name} span") for name in ("planned", "whole", "gap")}
+    assert read["planned"] == format_bytes(plan.planned_bytes)
+    assert read["whole"] == format_bytes(plan.model_bytes)
+    assert float(read["gap"].split()[1]) == pytest.approx(100 * plan.to_json()["gap"], rel=0.06)
+    by_type = [
+        bar.text.split("\n")[0] for bar in live.root.find_elements("css selector", ".bars div")
+    ]
+    down = sum(
+        planned_bytes(m.numel, c) for m, c in plan.choice.items() if m.type == "mlp.down_proj"
+    )
+    assert by_type[6] == f"{down / 2**20:.0f} MiB"
+    cells = live.part(".cells")
+    cells.send_keys("\ue014" * 5, "\ue015")  # layer 5, k_proj
+    i, cost = 5 * 7 + 1, problem.by_config["weight_error"]
+    assert problem.matrices[i].name in live.text(".details .title")
+    stop = int(live.choice()[i])
+    more = problem.bytes[i, stop + 1] - problem.bytes[i, stop]
+    saved = (cost[i, stop] - cost[i, stop + 1]) / answer.objective
+    said = re.search(
+        r"to (\w+), takes ([\d.]+ \w+) and saves ([\d.]+) % .*, ([\d.]+) % per MiB.*"
+        r"moves stop at ([\d.]+) % per MiB",
+        live.text(".details .why").replace("\n", " "),
+    )
+    assert said[1] == LADDER[stop + 1].name
+    assert said[2] == format_bytes(more)
+    shares = [saved, saved / more * 2**20, answer.segment.price(answer.taken) * 2**20]
+    shares[2] /= answer.objective
+    assert [float(text) for text in said.group(3, 4, 5)] == pytest.approx(
+        [100 * share for share in shares], rel=0.06
+    )
+
+
+def test_the_keyboard_moves_the_slider(person):
+    from selenium.webdriver.common.keys import Keys
+
+    live = Live(person)
+    for key, bits in [
+        (Keys.ARROW_RIGHT, 3.26), (Keys.ARROW_LEFT, 3.25), (Keys.ARROW_UP, 3.26),
+        (Keys.PAGE_UP, 3.36), (Keys.PAGE_DOWN, 3.26),
+        (Keys.HOME, live.range[0]), (Keys.END, live.range[1]),
+    ]:  # fmt: skip
+        live.press(key)
+        person.wait(lambda bits=bits: live.bits == pytest.approx(bits, abs=1e-9), why=f"not {bits}")
+    assert set(live.choice()) == {11}, "the largest plan is within reach"
+    live.committed(live.range[1])
+    live.press(Keys.HOME)
+    live.committed(live.range[0])
+    assert live.choice().tolist() == plan_at(live.range[0]).tolist()
+
+
+def test_a_budget_is_typed_in_any_unit(person):
+    live = Live(person)
+    total = planner_app.random_model(80).total
+    live.type("3.4")
+    live.committed(3.4)
+    live.click(".segments label", "size")
+    assert live.part(".typed input").get_attribute("value") == f"{3.4 * total / 8 / 2**30:.3f}"
+    live.type("6 GiB")
+    live.committed(round(8 * 6 * 2**30 / total, 4))
+    live.click(".segments label", "whole model")
+    live.type("6")
+    live.committed(round(8 * (6 * 2**30 - planner_app.OTHER_BYTES) / total, 4))
+    live.click(".segments label", "% above uniform 3.13")
+    live.click(".segments label", "linear layers")
+    live.type("10")
+    live.committed(round(1.1 * LADDER[3].nominal_bits, 4))
+    person.driver.refresh()
+    live.root = person.wait(lambda: live.driver.execute_script(_FIND))
+    assert live.text(".typed span") == "%", "the unit outlives the page"
+
+
+def test_what_is_out_of_reach_or_no_number_says_so(person):
+    live = Live(person)
+    live.type("plenty")
+    assert live.text(".message") == "“plenty” is not a number; the budget is still 3.250 bits."
+    assert live.bits == 3.25
+    live.type("9.5")
+    assert live.text(".message") == (
+        "9.5 bits is more than the largest plan needs, 8.508 bits; showing the largest."
+    )
+    live.committed(live.range[1])
+    live.type("8.51")
+    assert live.text(".message") == "", "the largest stop's name is within reach"
+    live.click(".presets button", "8 GB")
+    live.committed(3.7)
+    assert live.text(".message") == ""
+    live.click(".presets button", "1 GB")
+    assert live.text(".message").startswith("1 GB is less than the smallest plan")
+    live.committed(live.range[0])
+    live.click(".presets button", "80 GB")
+    assert live.text(".message").startswith("80 GB is more than the largest plan")
+    assert "showing the largest" in live.text(".message")
+
+
+def test_what_python_sets_moves_the_slider(person):
+    """A budget from elsewhere counts, and so does going back to the one committed before it."""
+    live = Live(person)
+    canvas = live.part(".cells canvas")
+    for _ in range(2):
+        live.type("3.5")
+        live.committed(3.5)
+        person.click("Elsewhere")
+        live.committed(5.0)
+        person.wait(lambda: live.bits == 5.0, why="the slider stayed")
+        assert live.choice().tolist() == plan_at(5.0).tolist()
+    assert canvas.is_displayed(), "a rerun draws in place"
+
+
+def test_a_rerun_does_not_take_the_slider_out_of_the_hand(person):
+    live = Live(person)
+    live.grasp().move_by_offset(60, 0).perform()
+    person.wait(lambda: live.bits > 3.5)
+    held = live.bits
+    elsewhere = person.all("[data-testid=stButton] button")[0]
+    live.driver.execute_script("arguments[0].click()", elsewhere)
+    live.committed(5.0)
+    assert live.bits == held
+    live.actions().release().perform()
+    live.committed(held)
+    assert live.bits == float(live.data("committed")) == held
+
+
+def test_a_screen_reader_is_told(person):
+    from selenium.webdriver.common.keys import Keys
+
+    live = Live(person)
+    slider = live.part(".slider")
+    assert slider.aria_role == "slider"
+    assert slider.accessible_name == "Budget in bits per parameter"
+    words = slider.get_attribute("aria-valuetext").split(", ")
+    assert words[0] == "3.25 bits per parameter"
+    assert words[1] == live.text(".readout td.planned span")
+    assert words[2] == f"{live.text('.readout td.perplexity span')} predicted"
+    assert live.part(".typed input").accessible_name == "Budget in bits"
+    assert live.part("input[name=unit]").aria_role == "radio"
+    cells = live.part(".cells")
+    assert cells.accessible_name.startswith("MXQ: 80 layers by 7 module types.")
+    cells.send_keys(Keys.ARROW_RIGHT * 2, Keys.ARROW_DOWN)
+    name = "model.layers.2.self_attn.k_proj"
+    spoken = live.part(".spoken").get_attribute("textContent")
+    assert name in spoken
+    assert live.part(".spoken").get_attribute("aria-live") == "polite"
+    details, stop = live.text(".details"), LADDER[live.choice()[2 * 7 + 1]]
+    assert name in details
+    assert f"{stop.name}, {stop.nominal_bits:.3f} bits" in details
+    assert "Kurtosis" in details
+    assert "one more stop" in details.lower()
+    live.press(Keys.PAGE_UP)
+    person.wait(lambda: live.bits == 3.35)
+    assert live.part(".spoken").get_attribute("textContent").startswith("Since 3.250: ")
+
+
+def test_two_methods_at_the_same_budget_and_where_they_differ(person):
+    live = Live(person, "layers=24&methods=mxq,sensiboost")
+    live.grasp().move_by_offset(40, 0).release().perform()
+    live.committed(live.bits)
+    ours = [plan_at(live.bits, method, 24) for method in ("mxq", "sensiboost")]
+    for k in (0, 1):
+        assert live.choice(k).tolist() == ours[k].tolist()
+    different = (ours[0] != ours[1]).sum()
+    assert int(live.data("different")) == different > 0
+    assert live.text(".differ") == f"{different} of 168 matrices differ from SensiBoost"
+
+
+def test_a_fixed_plan_has_no_slider(person):
+    live = Live(person, "layers=24&methods=sensiboost&fixed=4")
+    assert not live.part(".slider").is_displayed()
+    assert set(live.choice()) == {4}
+    assert live.text(".readout td.bits span") == "3.25"
+    assert live.part(".cells").is_displayed()
+
+
+def test_experts_share_a_cell(person):
+    live = Live(person, "layers=4&experts=8")
+    live.part(".cells").send_keys("\ue015" * 4)  # down to gate_proj
+    details = live.text(".details")
+    assert "model.layers.0.mlp.gate_proj" in details
+    assert "8 experts" in details
+    counts = np.unique(live.choice()[4:12], return_counts=True)
+    for stop, count in zip(*counts, strict=True):
+        assert f"{count} × {LADDER[stop].name}" in details
+
+
+def test_nothing_is_asked_of_another_host(person):
+    live = Live(person)
+    live.type("3.3")
+    live.committed(3.3)
+    asked = live.driver.execute_script(
+        "return performance.getEntriesByType('resource').map((entry) => entry.name)"
+    )
+    assert asked
+    hosts = {urlsplit(address.removeprefix("blob:")).hostname for address in asked}
+    assert hosts <= {"localhost", None}

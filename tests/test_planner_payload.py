@@ -1,0 +1,178 @@
+"""What the live planner is sent: all of a frontier, once, as compact JSON; and what it answers."""
+
+from __future__ import annotations
+
+import gc
+import json
+from base64 import b64decode
+
+import numpy as np
+import pytest
+from streamlit.testing.v1 import AppTest
+
+from lsq_core.config import LADDER, planned_bytes
+from lsq_core.model import Matrix
+from lsq_core.plan import PlanRequest, Problem, make_frontier
+from lsq_core.plan.frontier import moves_from
+from lsq_core.ui import planner
+from lsq_core.ui.planner import Curve, Facts, LiveMethod, Preset
+from tests.browser.planner_app import random_model
+from tests.test_plan import problem
+
+
+def unpacked(text: str, kind: str) -> np.ndarray:
+    return np.frombuffer(b64decode(text), dtype=kind)
+
+
+def sent(small: Problem, methods: list[LiveMethod], **more: object) -> dict:
+    """A payload with what doesn't matter left at its plainest."""
+    plain = {
+        "budget": 3.25,
+        "other_bytes": 7,
+        "metadata": "8bit",
+        "presets": [],
+        "facts": [],
+        "fixed": None,
+        "feasible": (2.127, 8.508),
+    }
+    return planner.payload(small, methods, **plain | more)
+
+
+@pytest.mark.parametrize("method", ["mxq", "kurtboost", "uniform"])
+def test_a_frontier_is_sent_whole(method):
+    """Starts, moves and costs come out as they went in, and give the same bytes."""
+    small = problem(spikes={7: 9.0})
+    frontier = make_frontier(small, PlanRequest(method))
+    content = planner.frontier_payload(frontier)
+    starts = unpacked(content["starts"], "u1").reshape(-1, len(small.matrices))
+    matrices, stops = unpacked(content["matrices"], "<i2"), unpacked(content["stops"], "u1")
+    ends = np.cumsum(content["counts"])
+    assert len(starts) == len(frontier.segments)
+    assert ends[-1] == len(matrices) == len(stops)
+    for segment, start, end in zip(frontier.segments, starts, ends, strict=True):
+        moves = segment.moves
+        assert start.tolist() == segment.start.tolist()
+        mine = slice(end - len(moves), end)
+        raised = [(i, s, 0.0) for i, s in zip(matrices[mine], stops[mine], strict=True)]
+        again = moves_from(segment.start, raised, small.bytes)
+        assert [m.bytes_after for m in again] == [m.bytes_after for m in moves]
+    if frontier.cost is None:
+        assert content["costs"] is None
+    else:
+        assert (unpacked(content["costs"], "<f8").reshape(-1, 12) == frontier.cost).all()
+
+
+def test_infinity_and_nan_survive_strict_json():
+    small = problem(layers=4)
+    small.by_config["weight_error"][3, 5] = np.nan
+    frontier = make_frontier(small, PlanRequest("mxq"))
+    values = np.r_[np.nan, np.arange(1.0, 8)]
+    method = LiveMethod("mxq", "MXQ", frontier, "weight error")
+    data = sent(small, [method], facts=[Facts("z", values)], presets=[Preset("8 GB", -0.5, "")])
+    again = json.loads(json.dumps(data, allow_nan=False))
+    costs = unpacked(again["methods"][0]["frontier"]["costs"], "<f8")
+    assert np.isposinf(costs[3 * 12 + 5])
+    np.testing.assert_array_equal(unpacked(again["facts"][0]["values"], "<f8"), values)
+    assert again["presets"][0]["bits"] == -0.5
+
+
+def test_a_model_is_described_in_the_order_of_its_computation():
+    """Sizes whose groups are short at the end have their own planned bytes."""
+    matrices = (
+        Matrix("m.0.mlp.up_proj", 0, "mlp.up_proj", 32, 33),
+        Matrix("m.0.mlp.down_proj", 0, "mlp.down_proj", 128, 128),
+        Matrix("m.1.mlp.up_proj", 1, "mlp.up_proj", 32, 33),
+    )
+    odd = Problem(matrices, {}, {"weight_error": np.tile(np.arange(12.0)[::-1], (3, 1))})
+    method = LiveMethod("mxq", "MXQ", make_frontier(odd, PlanRequest("mxq")))
+    for metadata in ("8bit", "fp16"):
+        model = sent(odd, [method], metadata=metadata)["model"]
+        assert model["names"].split("\n") == [m.name for m in matrices]
+        assert model["types"] == ["up_proj", "down_proj"]
+        assert unpacked(model["typeOf"], "<i4").tolist() == [0, 1, 0]
+        assert unpacked(model["layers"], "<i4").tolist() == [0, 0, 1]
+        table = unpacked(model["planned"], "<f8").reshape(-1, 12)
+        for matrix, row in zip(matrices, unpacked(model["sizeOf"], "<i4"), strict=True):
+            assert table[row].tolist() == [planned_bytes(matrix.numel, c, metadata) for c in LADDER]
+
+
+def test_a_rerun_encodes_nothing_again_and_keeps_nothing_alive():
+    small = problem()
+    frontier = make_frontier(small, PlanRequest("mxq"))
+    first = planner.frontier_payload(frontier)
+    assert planner.frontier_payload(frontier) is first
+    method = LiveMethod("mxq", "MXQ", frontier)
+    assert sent(small, [method])["model"] is sent(small, [method])["model"]
+    other = planner.frontier_payload(make_frontier(problem(seed=1), PlanRequest("mxq")))
+    assert other["id"] != first["id"]
+    same = planner.frontier_payload(make_frontier(problem(), PlanRequest("mxq")))
+    assert same["id"] == first["id"], "the browser need not unpack it again"
+    gc.collect()
+    before = len(planner._frontiers)
+    del frontier, method
+    gc.collect()
+    assert len(planner._frontiers) == before - 1
+
+
+def test_a_model_of_560_matrices_is_small_to_send():
+    large = random_model(80)
+    method = LiveMethod("mxq", "MXQ", make_frontier(large, PlanRequest("mxq")), "weight error")
+    size = len(json.dumps(sent(large, [method])))
+    print(f"560 × 12: {size / 1000:.0f} kB")
+    assert size < 150_000
+
+
+def test_more_matrices_than_sixteen_bits_count():
+    matrices = tuple(Matrix(f"m.0.e.{i}", 0, "e", 128, 128, i) for i in range(33_000))
+    many = Problem(matrices, {}, {"weight_error": np.tile(np.arange(12.0)[::-1], (33_000, 1))})
+    content = planner.frontier_payload(make_frontier(many, PlanRequest("mxq")))
+    assert unpacked(content["matrices"], "<i4").max() == 32_999
+
+
+def test_a_commit_is_told_once(monkeypatch):
+    session: dict[str, object] = {}
+    monkeypatch.setattr(planner.st, "session_state", session)
+    assert planner._settled("planner") == (None, None)
+    session["planner"] = {"commit": {"bits": 3.50004, "serial": 1}}
+    assert planner._settled("planner") == (3.5, 1)
+    assert planner._settled("planner") == (None, 1)
+    session["planner"] = {"commit": {"bits": 3.50004, "serial": 2}}
+    assert planner._settled("planner") == (3.5, 2), "the same budget again is a new commit"
+    del session["planner"]
+    assert planner._settled("planner") == (None, 2), "another page was shown between"
+
+
+def test_the_component_mounts_in_a_page():
+    def page():
+        import numpy as np
+        import streamlit as st
+
+        from lsq_core.plan import PlanRequest, make_frontier
+        from lsq_core.ui.planner import Curve, LiveMethod, live_planner
+        from tests.test_plan import problem
+
+        small, bits = problem(layers=4), np.array([2.0, 9.0])
+        curve = Curve(bits, 9 - bits / 9, 8 - bits / 9, 10 - bits / 9, 7.0)
+        method = LiveMethod("mxq", "MXQ", make_frontier(small, PlanRequest("mxq")), "error", curve)
+        settled = live_planner(
+            small,
+            [method],
+            budget=3.25,
+            other_bytes=1,
+            metadata="8bit",
+            feasible=(2.127, 8.508),
+        )
+        st.write(f"settled on {settled}")
+
+    app = AppTest.from_function(page).run()
+    assert not app.exception
+    assert app.markdown[0].value == "settled on None"
+
+
+def test_a_curve_goes_along():
+    small, bits = problem(layers=4), np.array([2.0, 9.0])
+    curve = Curve(bits, 9 - bits, 8 - bits, 10 - bits, 7.0)
+    method = LiveMethod("mxq", "MXQ", make_frontier(small, PlanRequest("mxq")), "error", curve)
+    content = sent(small, [method])["methods"][0]["curve"]
+    assert unpacked(content["low"], "<f8").tolist() == [6.0, -1.0]
+    assert content["full"] == 7.0
