@@ -5,6 +5,7 @@ from __future__ import annotations
 import streamlit as st
 
 from lsq_core.errors import LsqError
+from lsq_core.plan.pins import with_pins
 from lsq_core.ui import known, plan_panels, state, words
 from lsq_core.ui.page import Here, headline, page
 from lsq_core.ui.plan_controls import controls
@@ -29,9 +30,10 @@ def plan_page(here: Here) -> None:
             plan_panels.say_what_is_missing(asked, missing)
         return
     try:
-        plan_panels.show_live(asked)
+        plan_panels.take_budget(with_pins(asked.problem, asked.request.pins), asked.request)
         asked = asked.by(asked.request.method)  # with the budget that the slider settled on
         plan = known.plan(info, found, asked.request, settings)
+        plan_panels.show_live(asked, plan)
     except LsqError as error:
         with first:
             headline("There is no such plan.")

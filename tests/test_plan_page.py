@@ -91,11 +91,12 @@ def test_the_live_planner_has_the_librarys_frontier(filled, method):  # noqa: F8
 def test_the_slider_spans_what_is_feasible(filled):  # noqa: F811
     app = open_page("Plan", model=filled.model, method="mxq", budget="99")
     low, high = live(app)["feasible"]
-    assert (low, high) == pytest.approx((LADDER[0].nominal_bits, LADDER[-1].nominal_bits))
+    assert (low, high) == pytest.approx((2.127, LADDER[-1].nominal_bits))
     assert live(app)["budget"] == pytest.approx(high)
     assert not app.error
-    capped = open_page("Plan", model=filled.model, method="kurtboost", ask="both", base="4.13")
-    assert live(capped)["feasible"][0] == pytest.approx(LADDER[6].nominal_bits)
+    capped = open_page("Plan", model=filled.model, method="kurtboost", ask="both", base="4.25")
+    assert live(capped)["feasible"][0] == live(capped)["budget"] == pytest.approx(4.254)
+    assert not capped.error
 
 
 def test_two_methods_share_the_budget(filled):  # noqa: F811
@@ -169,6 +170,9 @@ def test_a_plan_kept_in_bytes_is_opened_as_bits(filled):  # noqa: F811
 def test_solved_to_the_optimum_says_so(filled):  # noqa: F811
     app = open_page("Plan", model=filled.model, method="mxq", budget="3.3", exact="True")
     assert any("No plan within the budget costs less" in c.value for c in app.caption)
+    plan = make_plan(problem(filled), PlanRequest("mxq", budget="3.3bpp", exact=True))
+    (method,) = live(app)["methods"]
+    assert [LADDER[i] for i in b64decode(method["solved"]["choice"])] == list(plan.configs)
 
 
 def _press(app: AppTest, label: str) -> None:

@@ -132,14 +132,15 @@ def test_more_matrices_than_sixteen_bits_count():
 def test_a_commit_is_told_once(monkeypatch):
     session: dict[str, object] = {}
     monkeypatch.setattr(planner.st, "session_state", session)
-    assert planner._settled("planner") == (None, None)
+    assert planner.take_commit() is None
     session["planner"] = {"commit": {"bits": 3.50004, "serial": 1}}
-    assert planner._settled("planner") == (3.5, 1)
-    assert planner._settled("planner") == (None, 1)
+    assert planner.take_commit() == 3.5
+    assert planner.take_commit() is None
     session["planner"] = {"commit": {"bits": 3.50004, "serial": 2}}
-    assert planner._settled("planner") == (3.5, 2), "the same budget again is a new commit"
+    assert planner.take_commit() == 3.5, "the same budget again is a new commit"
     del session["planner"]
-    assert planner._settled("planner") == (None, 2), "another page was shown between"
+    assert planner.take_commit() is None, "another page was shown between"
+    assert session["planner_serial"] == 2
 
 
 def test_the_component_mounts_in_a_page():
@@ -154,7 +155,7 @@ def test_the_component_mounts_in_a_page():
         small, bits = problem(layers=4), np.array([2.0, 9.0])
         curve = Curve(bits, 9 - bits / 9, 8 - bits / 9, 10 - bits / 9, 7.0)
         method = LiveMethod("mxq", "MXQ", make_frontier(small, PlanRequest("mxq")), "error", curve)
-        settled = live_planner(
+        live_planner(
             small,
             [method],
             budget=3.25,
@@ -162,11 +163,11 @@ def test_the_component_mounts_in_a_page():
             metadata="8bit",
             feasible=(2.127, 8.508),
         )
-        st.write(f"settled on {settled}")
+        st.write("mounted")
 
     app = AppTest.from_function(page).run()
     assert not app.exception
-    assert app.markdown[0].value == "settled on None"
+    assert app.markdown[0].value == "mounted"
 
 
 def test_a_curve_goes_along():
@@ -176,3 +177,12 @@ def test_a_curve_goes_along():
     content = sent(small, [method])["methods"][0]["curve"]
     assert unpacked(content["low"], "<f8").tolist() == [6.0, -1.0]
     assert content["full"] == 7.0
+
+
+def test_a_solved_plan_goes_along():
+    small = problem(layers=4)
+    solved = planner.Solved(np.arange(8) % 12, 1.5)
+    method = LiveMethod("mxq", "MXQ", make_frontier(small, PlanRequest("mxq")), solved=solved)
+    (content,) = sent(small, [method])["methods"]
+    assert unpacked(content["solved"]["choice"], "u1").tolist() == list(range(8))
+    assert content["solved"]["bound"] == 1.5

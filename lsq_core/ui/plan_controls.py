@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import streamlit as st
@@ -156,10 +157,14 @@ def pinned(problem: Problem) -> Problem:
 
 
 def feasible(problem: Problem, method: str, base: str | None) -> tuple[float, float]:
-    """Bits a parameter of the smallest and largest plan; a method with a base starts at one."""
+    """Bits a parameter of the smallest and largest plan; a method with a base starts at one.
+
+    The lowest is rounded up to the four decimals that a budget is typed with.
+    """
     low, high = problem.feasible
     bases = usable_bases(problem)
     if get_planner(method).has_base and bases:
         stops = {LADDER[i].stop_name: i for i in bases}
         low = problem.nominal(uniform_start(problem, stops.get(base, bases[0])))
-    return 8 * low / problem.total, 8 * high / problem.total
+    lowest = math.ceil(round(8e4 * low / problem.total, 4)) / 1e4
+    return lowest, 8 * high / problem.total

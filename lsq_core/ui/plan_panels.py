@@ -24,7 +24,15 @@ from lsq_core.profile import TITLES, Profile, ProfileSettings
 from lsq_core.ui import arguments, jobs_panel, known, state, words
 from lsq_core.ui.page import Here, headline, next_step
 from lsq_core.ui.plan_controls import feasible
-from lsq_core.ui.planner import Curve, Facts, LiveMethod, Preset, live_planner
+from lsq_core.ui.planner import (
+    Curve,
+    Facts,
+    LiveMethod,
+    Preset,
+    Solved,
+    live_planner,
+    take_commit,
+)
 
 #: What a knapsack's cost is, as the planner's details say it.
 _UNITS = {
@@ -174,27 +182,33 @@ def begin_prediction(here: Here, info: ModelInfo) -> None:
         st.session_state["predict_on"] = usual
 
 
-def show_live(asked: Asked) -> None:
-    """The slider and the plan it redraws; what it settles on is the budget from here on."""
+def take_budget(problem: Problem, request: PlanRequest) -> None:
+    """What the slider settled on is the budget from here on, within what is feasible."""
+    settled = take_commit()
+    low, high = feasible(problem, request.method, request.base)
+    if request.budget is not None:
+        wanted = st.session_state["budget"] if settled is None else settled
+        st.session_state["budget"] = min(max(wanted, low), high)
+
+
+def show_live(asked: Asked, plan: Plan) -> None:
+    """The slider and the plans that it redraws; a plan asked for by its base has no slider."""
     problem = with_pins(asked.problem, asked.request.pins)
+    stops = np.array([LADDER.index(c) for c in plan.configs])
+    by_base = asked.request.budget is None
     methods = [live_method(asked)]
+    if asked.request.exact:
+        methods = [replace(methods[0], solved=Solved(stops, plan.lower_bound))]
     against = st.session_state["against"]
-    fixed = None
-    if asked.request.budget is None:
-        plan = known.plan(asked.info, asked.found, asked.request, asked.settings)
-        fixed = np.array([LADDER.index(c) for c in plan.configs])
-    elif against != "none":
+    if against != "none" and not by_base:
         try:
             methods.append(live_method(asked.by(against)))
         except LsqError as error:
             st.caption(words.literal(f"Nothing to compare with: {error}"))
-    low, high = feasible(problem, asked.request.method, asked.request.base)
-    if fixed is None:
-        st.session_state["budget"] = min(max(st.session_state["budget"], low), high)
-    settled = live_planner(
+    live_planner(
         problem,
         methods,
-        budget=None if fixed is not None else st.session_state["budget"],
+        budget=None if by_base else st.session_state["budget"],
         other_bytes=asked.info.other_bytes,
         metadata=asked.settings.metadata,
         presets=[
@@ -202,11 +216,9 @@ def show_live(asked: Asked) -> None:
             for m in memories(asked.info, problem, asked.settings.metadata)
         ],
         facts=[Facts(*pair) for pair in facts(problem, asked.request).items()],
-        fixed=fixed,
-        feasible=(low, high),
+        fixed=stops if by_base else None,
+        feasible=feasible(problem, asked.request.method, asked.request.base),
     )
-    if settled is not None and fixed is None:
-        st.session_state["budget"] = min(max(settled, low), high)
 
 
 def live_method(asked: Asked) -> LiveMethod:

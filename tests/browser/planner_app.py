@@ -11,7 +11,14 @@ import streamlit as st
 from lsq_core.config import LADDER
 from lsq_core.model import Matrix
 from lsq_core.plan import PLANNERS, PlanRequest, Problem, make_frontier
-from lsq_core.ui.planner import Curve, Facts, LiveMethod, Preset, live_planner
+from lsq_core.ui.planner import (
+    Curve,
+    Facts,
+    LiveMethod,
+    Preset,
+    live_planner,
+    take_commit,
+)
 
 SIZES = {
     "self_attn.q_proj": (4096, 4096),
@@ -84,7 +91,10 @@ def app() -> None:
         fixed = np.full(len(problem.matrices), int(asked["fixed"]))
     st.session_state["runs"] = st.session_state.get("runs", 0) + 1
     low, high = (8 * size / problem.total for size in problem.feasible)
-    committed = live_planner(
+    committed = take_commit()
+    if committed is not None:
+        st.session_state["budget"] = committed
+    live_planner(
         problem,
         methods,
         budget=st.session_state["budget"],
@@ -103,8 +113,6 @@ def app() -> None:
         fixed=fixed,
         feasible=(low, high),
     )
-    if committed is not None:
-        st.session_state["budget"] = committed
     st.button("Elsewhere", on_click=lambda: st.session_state.update(budget=5.0))
     st.caption(f"run {st.session_state['runs']}, budget {st.session_state['budget']:.4f}")
 

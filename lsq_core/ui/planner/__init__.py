@@ -39,14 +39,26 @@ class Curve:
 
 
 @dataclass(frozen=True, eq=False)
+class Solved:
+    """A plan that is better than the frontier's at one budget: stops (n,), and its bound."""
+
+    choice: np.ndarray
+    lower_bound: float
+
+
+@dataclass(frozen=True, eq=False)
 class LiveMethod:
-    """A method whose plans are drawn; ``unit`` says what its cost is, empty where it has none."""
+    """A method whose plans are drawn; ``unit`` says what its cost is, empty where it has none.
+
+    ``solved`` takes the place of the frontier's plan at the budget settled on.
+    """
 
     name: str
     title: str
     frontier: Frontier
     unit: str = ""
     curve: Curve | None = None
+    solved: Solved | None = None
 
 
 @dataclass(frozen=True)
@@ -90,13 +102,13 @@ def live_planner(
     fixed: np.ndarray | None = None,
     feasible: tuple[float, float],
     key: str = "planner",
-) -> float | None:
+) -> None:
     """Draw the slider and the plan of one or two methods at the same budget.
 
     Parameters
     ----------
     budget
-        Bits per parameter to show; a commit in the browser that is newer goes before it.
+        Bits per parameter to show: after :func:`take_commit` what it gave, until it is changed.
     other_bytes
         Bytes of the rest of the model, in the checkpoint's dtype.
     metadata
@@ -105,18 +117,11 @@ def live_planner(
         Stops (n,) of one plan to show in place of a slider.
     feasible
         Bits per parameter of the smallest and the largest plan.
-
-    Returns
-    -------
-    float or None
-        The budget that was settled on in the browser since the last run, in bits per parameter
-        with four decimals, else None. The page keeps it and passes it as ``budget`` from then on.
     """
-    settled, serial = _settled(key)
     data = payload(
         problem,
         methods,
-        budget=budget if settled is None else settled,
+        budget=budget,
         other_bytes=other_bytes,
         metadata=metadata,
         presets=presets,
@@ -124,26 +129,27 @@ def live_planner(
         fixed=fixed,
         feasible=feasible,
     )
+    serial = st.session_state.get(f"{key}_serial")
     _mount(data=data | {"serial": serial}, key=key, on_commit_change=_nothing)
-    return settled
 
 
 def _nothing() -> None:
     """A component's state is only there where a callback is."""
 
 
-def _settled(key: str) -> tuple[float | None, int | None]:
-    """The budget that the browser has committed since the last run, and its last commit's serial.
+def take_commit(key: str = "planner") -> float | None:
+    """The budget that was settled on in the browser since the last run, else None.
 
-    The serial goes back to the browser, which knows by it whether a budget from here is an answer
-    to its last commit or older; and by it the same budget can be settled on twice.
+    In bits per parameter with four decimals. The page asks before it draws, keeps the budget, and
+    passes it on. A commit has a serial that goes back to the browser, which knows by it whether a
+    budget from here is an answer to its last commit or older; and by it the same budget can be
+    settled on twice.
     """
     commit = (st.session_state.get(key) or {}).get("commit")
-    seen = st.session_state.get(f"{key}_serial")
-    if not commit or commit["serial"] == seen:
-        return None, seen
+    if not commit or commit["serial"] == st.session_state.get(f"{key}_serial"):
+        return None
     st.session_state[f"{key}_serial"] = commit["serial"]
-    return round(float(commit["bits"]), 4), commit["serial"]
+    return round(float(commit["bits"]), 4)
 
 
 # --- what is sent ---------------------------------------------------------------------------
@@ -182,7 +188,12 @@ def _method_payload(method: LiveMethod) -> dict:
         "unit": method.unit,
         "curve": None if method.curve is None else _curve_payload(method.curve),
         "frontier": frontier_payload(method.frontier),
+        "solved": None if method.solved is None else _solved_payload(method.solved),
     }
+
+
+def _solved_payload(solved: Solved) -> dict:
+    return {"choice": packed(solved.choice, "u1"), "bound": solved.lower_bound}
 
 
 def _curve_payload(curve: Curve) -> dict:

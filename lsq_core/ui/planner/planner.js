@@ -124,6 +124,11 @@ class Planner {
         changed = true;
       }
       panel.method = method;
+      panel.solved = method.solved && {
+        bits: data.budget,
+        bound: method.solved.bound,
+        choice: unpack(method.solved.choice, Uint8Array),
+      };
       panel.curve = method.curve && { ...unpackCurve(method.curve), color: method.color };
       return panel;
     });
@@ -154,6 +159,11 @@ class Planner {
   #look(panel, bits) {
     if (this.fixed) panel.answer.choice.set(this.fixed);
     else planAt(panel.frontier, (bits * this.model.total) / 8, panel.answer);
+    if (panel.solved && Math.abs(panel.solved.bits - bits) < 1e-4) {
+      panel.answer.choice.set(panel.solved.choice);
+      panel.answer.objective = total(panel.frontier.cost, panel.answer.choice);
+      panel.answer.lowerBound = panel.solved.bound;
+    }
   }
 
   /** The nearest budget in range; one within a rounding of an end is that end. */
