@@ -44,7 +44,7 @@ def plan_page(here: Here) -> None:
     with first:
         plan_panels.say_what_it_takes(asked, plan)
     plan_panels.actions(asked, plan)
-    plan_panels.show_frontiers(asked, plan)
+    plan_panels.show_frontiers(asked)
     plan_panels.show_accounts(plan)
     plan_panels.show_flagged(plan)
 

@@ -239,8 +239,12 @@ def make_plan(
     metadata: str = "8bit",
     axis: int = 1,
     other_bytes: int = 0,
+    frontier: Frontier | None = None,
 ) -> Plan:
     """The plan that a method makes for a base stop, a budget, or a base capped by a budget.
+
+    ``frontier`` is what :func:`make_frontier` gave for the same request with its pins, where it is
+    at hand; else it is made.
 
     Raises
     ------
@@ -257,7 +261,7 @@ def make_plan(
         raise InputError(f"{planner.title} takes a budget (such as 3.2bpp), not a base.")
     if request.exact and planner.has_base:
         raise InputError(f"{planner.title} has no cost to minimise; only knapsacks can be exact.")
-    frontier = make_frontier(pinned, request)
+    frontier = frontier or make_frontier(pinned, request)
     chosen = _look_up(planner, pinned, frontier, request, budget)
     pinned.check_allowed(chosen.stops)
     return Plan(

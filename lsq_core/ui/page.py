@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import streamlit as st
 
 from lsq_core.errors import LsqError
 from lsq_core.model import ModelInfo, ModelSource
-from lsq_core.store import Store
+from lsq_core.store import Store, database_path
 from lsq_core.ui import known, sidebar, state, words
 
 #: Streamlit leaves five rems free on either side, which a small screen needs.
@@ -42,11 +43,25 @@ def page(title: str, body: Callable[[Here], None]) -> None:
     st.html(_STYLE)
     try:
         with st.spinner("Opening the database…"):
-            store = Store()
+            store = _open_database()
         text, device = sidebar.show(store)
         body(Here(store, state.source_of(text), device))
     except LsqError as error:
         st.error(words.literal(str(error)))
+
+
+def _open_database() -> Store:
+    """The database, its schema brought up to date once for each state of its file."""
+    path = database_path()
+    if not path.exists():
+        return Store(path)
+    state = path.stat()
+    return _open_file(path, state.st_ino, state.st_mtime_ns)
+
+
+@st.cache_resource(max_entries=4, show_spinner=False)
+def _open_file(path: Path, file: int, written: int) -> Store:
+    return Store(path)
 
 
 def headline(text: str, under: str = "") -> None:

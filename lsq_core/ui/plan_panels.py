@@ -236,8 +236,12 @@ def live_method(asked: Asked) -> LiveMethod:
 # --- beside other plans ---------------------------------------------------------------------
 
 
-def show_frontiers(asked: Asked, plan: Plan) -> None:
-    """The methods along the budget, in what they are predicted to give, with what was measured."""
+def show_frontiers(asked: Asked) -> None:
+    """The methods along the budget, in what they are predicted to give, with what was measured.
+
+    The budget isn't marked here: the planner's own strip does, and a chart that stays the same
+    isn't drawn anew at every release.
+    """
     methods = dict.fromkeys([asked.request.method, st.session_state["against"], "uniform"])
     choose_corpus(asked)
     predictor = asked.predictor
@@ -251,7 +255,7 @@ def show_frontiers(asked: Asked, plan: Plan) -> None:
     axis = (
         "squared weight error" if isinstance(predictor, str) else "predicted perplexity (90 % band)"
     )
-    figure = charts.frontiers(lines, runs, axis, at=[plan.bits_per_param])
+    figure = charts.frontiers(lines, runs, axis)
     st.plotly_chart(figure, config=charts.CONFIG, key="frontiers")
 
 
@@ -390,12 +394,6 @@ def show_flagged(plan: Plan) -> None:
 def actions(asked: Asked, plan: Plan) -> None:
     """Run it, take it along, keep it, ask the other way round, or do the same in a terminal."""
     here, info, found = asked.here, asked.info, asked.found
-    content = plan.to_json() | {
-        "model": here.source.name,
-        "fingerprint": info.fingerprint,
-        "profile": found.id if found else None,
-        "covered": info.covered,
-    }
     with st.container(horizontal=True):
         if not known.is_published(info) and st.button(
             "Quantize and evaluate", type="primary", icon=":material/arrow_forward:"
@@ -405,7 +403,7 @@ def actions(asked: Asked, plan: Plan) -> None:
             ask_by_loss(asked)
         st.download_button(
             "Download plan",
-            json_text(content, indent=1),
+            lambda: plan_text(asked, plan),
             f"plan-{plan.method}-{plan.bits_per_param:.2f}.json",
             "application/json",
             on_click="ignore",
@@ -420,6 +418,17 @@ def actions(asked: Asked, plan: Plan) -> None:
                 "plan.json",
             ]
             st.code(f"python -m lsq_core {shlex.join(words_of)}", language="bash", wrap_lines=True)
+
+
+def plan_text(asked: Asked, plan: Plan) -> str:
+    """The plan as a file."""
+    content = plan.to_json() | {
+        "model": asked.here.source.name,
+        "fingerprint": asked.info.fingerprint,
+        "profile": asked.found.id if asked.found else None,
+        "covered": asked.info.covered,
+    }
+    return json_text(content, indent=1)
 
 
 def save(here: Here, info: ModelInfo, plan: Plan, found: Profile | None) -> None:
