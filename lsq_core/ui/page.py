@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
+import numpy as np
 import streamlit as st
 
+from lsq_core.charts.style import BIT_COLORS
 from lsq_core.errors import LsqError
 from lsq_core.model import ModelInfo, ModelSource
 from lsq_core.store import Store, database_path
@@ -35,7 +38,7 @@ def page(title: str, body: Callable[[Here], None]) -> None:
     """Set the page up, draw the sidebar, then the body; what goes wrong is one sentence."""
     st.set_page_config(
         page_title=f"{title} · LSQ Explorer",
-        page_icon=":material/stacked_bar_chart:",
+        page_icon=_icon(),
         layout="wide",
         initial_sidebar_state=230,
         menu_items={"about": "LSQ Explorer: where the bits should go."},
@@ -48,6 +51,16 @@ def page(title: str, body: Callable[[Here], None]) -> None:
         body(Here(store, state.source_of(text), device))
     except LsqError as error:
         st.error(words.literal(str(error)))
+
+
+@cache
+def _icon() -> np.ndarray:
+    """Four bars as high as their bits, (32, 32, 4) uint8; an icon by name would be fetched."""
+    icon = np.zeros((32, 32, 4), dtype=np.uint8)
+    for place, (bits, color) in enumerate(BIT_COLORS.items()):
+        bar = icon[32 - 4 * bits :, 8 * place + 1 : 8 * place + 7]
+        bar[...] = [*bytes.fromhex(color[1:]), 255]
+    return icon
 
 
 def _open_database() -> Store:
