@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import streamlit as st
+from PIL import Image
 
 from lsq_core.charts.style import BIT_COLORS
 from lsq_core.errors import LsqError
@@ -54,13 +55,13 @@ def page(title: str, body: Callable[[Here], None]) -> None:
 
 
 @cache
-def _icon() -> np.ndarray:
-    """Four bars as high as their bits, (32, 32, 4) uint8; an icon by name would be fetched."""
+def _icon() -> Image.Image:
+    """Four bars as high as their bits; an icon by name would be fetched from elsewhere."""
     icon = np.zeros((32, 32, 4), dtype=np.uint8)
     for place, (bits, color) in enumerate(BIT_COLORS.items()):
         bar = icon[32 - 4 * bits :, 8 * place + 1 : 8 * place + 7]
         bar[...] = [*bytes.fromhex(color[1:]), 255]
-    return icon
+    return Image.fromarray(icon)
 
 
 def _open_database() -> Store:
