@@ -173,9 +173,9 @@ def test_a_plan_adds_what_it_needs_to_the_profile_that_is_there(bench, settings,
     assert set(used.metrics) == set(METRICS)
     for metric in ("weight_error", "sensitivity", "sensitivity_module"):
         np.testing.assert_array_equal(first.by_config(metric), used.by_config(metric))
-    added = used.provenance.pop("added")
+    added, before = used.provenance.pop("added"), first.provenance.pop("added")
     assert used.provenance == first.provenance
-    assert set(added) == {"loss_impact"}
+    assert set(added) == {"loss_impact", *before}
     for known in ("tokens", "seconds", "device", "dtype", "created", "versions"):
         assert added["loss_impact"][known]
     monkeypatch.setattr("lsq_core.profile.measure.measure_profile", None)  # not measured again
