@@ -14,6 +14,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,6 +31,8 @@ PROTOCOLS = ("strided", "blocks")
 _CONTEXT = {"strided": 1024, "blocks": 2048}
 #: Windows that an interval needs at least.
 MIN_WINDOWS = 8
+#: Seconds between two times that an evaluation keeps what it has so far.
+_KEEP_EVERY = 2.0
 #: Logits held at once, in numbers: windows are batched up to this.
 _LOGITS_AT_ONCE = 2**26
 
@@ -147,6 +150,7 @@ def evaluate(
     bos: int | None,
     reference: nn.Module | None = None,
     progress: Progress = lambda done, total, message: None,
+    checkpoint: Path | None = None,
 ) -> tuple[Evaluation, Evaluation | None]:
     """Perplexity of ``model`` on a token stream, and of ``reference`` in the same pass.
 
@@ -158,6 +162,9 @@ def evaluate(
         The beginning-of-sequence token, or None where the tokenizer has none.
     reference
         The full-precision model to compare the predictions with.
+    checkpoint
+        A file that takes what was scored so far every few seconds. Where it is there already, of
+        these models on this stream by this protocol, its windows are not scored again.
 
     Returns
     -------
@@ -171,9 +178,13 @@ def evaluate(
     own, other = _Tally(len(windows)), _Tally(len(windows))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    done = 0
+    kept = _Kept(checkpoint, (own, other))
+    done = kept.restore()
+    progress(done, len(windows), f"window {done} of {len(windows)}")
     with torch.inference_mode():
         for indices in _batches(windows, model.config.get_text_config().vocab_size):
+            if own.counts[indices].all():
+                continue  # before it was cut off
             batch = torch.stack([_window_ids(stream, windows[i], bos) for i in indices]).to(device)
             scored = windows[indices[0]].scored
             targets = batch[:, -scored:]
@@ -184,6 +195,7 @@ def evaluate(
                 other.add(indices, expected, targets)
                 own.compare(logits, expected)
             done += len(indices)
+            kept.save(last=done == len(windows))
             progress(done, len(windows), f"window {done} of {len(windows)}")
     peak = _peak_bytes(device)
     evaluation = own.finish(protocol, peak)
@@ -241,6 +253,18 @@ class _Tally:
         self.agreed += float((logits.argmax(-1) == expected.argmax(-1)).sum())
         self.compared += logits.shape[0] * logits.shape[1]
 
+    @property
+    def state(self) -> dict[str, np.ndarray]:
+        """What was added up so far, as arrays."""
+        sums = np.array([self.seconds, self.kl, self.agreed, self.compared])
+        return {"nll": self.nll, "counts": self.counts, "sums": sums}
+
+    @state.setter
+    def state(self, kept: dict[str, np.ndarray]) -> None:
+        self.nll, self.counts = kept["nll"], kept["counts"]
+        self.seconds, self.kl, self.agreed = map(float, kept["sums"][:3])
+        self.compared = int(kept["sums"][3])
+
     def finish(self, protocol: Protocol, peak: int) -> Evaluation:
         compared = self.compared or None
         return Evaluation(
@@ -252,6 +276,41 @@ class _Tally:
             kl=self.kl / compared if compared else None,
             top1=self.agreed / compared if compared else None,
         )
+
+
+class _Kept:
+    """A file with the tallies so far, replaced whole, so that a killed process leaves a whole one.
+
+    Windows come in an order of their own (:func:`_batches`), so a window is scored when it has a
+    count.
+    """
+
+    def __init__(self, path: Path | None, tallies: tuple[_Tally, ...]) -> None:
+        self.path, self.tallies = path, tallies
+        self.written = time.monotonic()
+
+    def restore(self) -> int:
+        """Take up what the file holds; gives the number of windows scored before."""
+        if self.path is not None and self.path.is_file():
+            with np.load(self.path) as file:
+                for number, tally in enumerate(self.tallies):
+                    tally.state = {name: file[f"{name}_{number}"] for name in tally.state}
+        return int((self.tallies[0].counts > 0).sum())
+
+    def save(self, last: bool) -> None:
+        """Write the file every few seconds, and when the last window is scored."""
+        if self.path is None or not (last or time.monotonic() - self.written > _KEEP_EVERY):
+            return
+        arrays = {
+            f"{name}_{number}": array
+            for number, tally in enumerate(self.tallies)
+            for name, array in tally.state.items()
+        }
+        unfinished = self.path.with_name(f".{self.path.name}.new")
+        with unfinished.open("wb") as file:
+            np.savez(file, **arrays)
+        unfinished.replace(self.path)
+        self.written = time.monotonic()
 
 
 def _peak_bytes(device: object) -> int:

@@ -17,10 +17,12 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 
 import psutil
@@ -29,7 +31,7 @@ from lsq_core.errors import InputError, LsqError
 from lsq_core.jsontext import write_json
 
 #: Seconds a process has to end by itself before it is killed.
-GRACE = 1.5
+GRACE = 1.0
 #: Seconds between two writes of the progress file.
 _PROGRESS_EVERY = 0.2
 ACTIVE = ("queued", "running")
@@ -64,6 +66,11 @@ class Job:
         return self.state in ACTIVE
 
     @property
+    def can_resume(self) -> bool:
+        """Whether it ended without a result, so that it can go on from what it kept."""
+        return not self.active and self.state != "done"
+
+    @property
     def fraction(self) -> float:
         """How much of the present stage is done, 0 to 1."""
         return self.done / self.total if self.total else 0.0
@@ -77,9 +84,16 @@ class Job:
     def title(self) -> str:
         """Verb, method, base or budget, and model in a few words."""
         words = dict(itertools.pairwise(self.arguments))
-        asked = [words.get(option, "") for option in ("--method", "--base", "--budget", "--model")]
-        parts = [self.arguments[0], *asked]
-        return " ".join(part for part in parts if part)
+        if self.arguments[0] == "sweep":
+            parts = ["sweep", *self.given("--method")]
+        else:
+            named = ("--method", "--base", "--budget", "--run")
+            parts = [self.arguments[0], *(words.get(option, "") for option in named)]
+        return " ".join(part for part in [*parts, words.get("--model", "")] if part)
+
+    def given(self, option: str) -> list[str]:
+        """Every value that an option was given in its command line."""
+        return [value for name, value in itertools.pairwise(self.arguments) if name == option]
 
     def log_tail(self, lines: int = 12) -> str:
         """The last lines that the process wrote."""
@@ -102,7 +116,30 @@ def start(folder: Path, arguments: list[str]) -> Job:
     home = folder / id
     home.mkdir(parents=True)
     write_json(home / "job.json", {"id": id, "arguments": arguments, "created": time.time()})
-    with (home / "log.txt").open("wb") as log:
+    return _launch(home)
+
+
+def resume(job: Job) -> Job:
+    """Let a job that ended without a result go on in its folder, with what it kept there.
+
+    Raises
+    ------
+    InputError
+        When it has a result, or goes on already.
+    """
+    with (job.folder / "resume.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        job = read(job.folder)
+        if not job.can_resume:
+            raise InputError(f"Job {job.id} is {job.state}, so there is nothing to resume.")
+        before = {"state": "queued", "message": "Resuming.", "seconds": job.seconds}
+        write_json(job.folder / "progress.json", before)
+        return _launch(job.folder)
+
+
+def _launch(home: Path) -> Job:
+    """Start the process that does a folder's job."""
+    with (home / "log.txt").open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "lsq_core", "job", str(home)],
             stdin=subprocess.DEVNULL,
@@ -151,6 +188,31 @@ def list_jobs(folder: Path) -> list[Job]:
     return [read(home) for home in homes]
 
 
+def find(folder: Path, id: str | None = None) -> Job:
+    """The job of that id; without one the newest that can go on.
+
+    Raises
+    ------
+    InputError
+        When there is none.
+    """
+    if id is not None:
+        return read(folder / Path(id).name)
+    waiting = [job for job in list_jobs(folder) if job.can_resume]
+    if not waiting:
+        raise InputError(f"No job in {folder} was interrupted; there is nothing to resume.")
+    return waiting[0]
+
+
+def follow(job: Job, report: Callable[[str, int, int, str], None]) -> Job:
+    """Report what a job does until it has ended; it goes on when this is stopped."""
+    while job.active:
+        report(job.stage or job.state, job.done, job.total, job.message)
+        time.sleep(_PROGRESS_EVERY)
+        job = read(job.folder)
+    return job
+
+
 def cancel(job: Job) -> Job:
     """End a job: ask, wait, then kill. Returns it as it is then."""
     identity = _read(job.folder / "process.json")
@@ -172,6 +234,7 @@ def cancel(job: Job) -> Job:
 
 def _signal(pid: int, number: int) -> None:
     try:
+        # Everything that it started goes with it.
         os.killpg(pid, number)
     except ProcessLookupError:
         return  # it ended meanwhile
@@ -207,17 +270,18 @@ def _read(path: Path) -> dict | None:
 # --- inside the job's own process ------------------------------------------------------------
 
 
-def work(home: Path, execute: Callable[[list[str], Callable], dict]) -> int:
+def work(home: Path, execute: Callable[[list[str], Callable, Path], dict]) -> int:
     """Run the job of a folder in this process; returns the exit status.
 
-    ``execute`` takes the arguments and a report function and gives the command's result.
+    ``execute`` takes the arguments, a report function and the folder, in which it may keep what
+    it has so far, and gives the command's result.
     """
     signal.signal(signal.SIGTERM, _stop)
     asked = _read(home / "job.json")
     progress = _ProgressFile(home)
     try:
         with _device_turn(home.parent, asked["arguments"], progress):
-            result = execute(asked["arguments"], progress.report)
+            result = execute(asked["arguments"], progress.report, home)
         write_json(home / "result.json", result)
         progress.end("done", "Done.")
         return 0
@@ -228,8 +292,9 @@ def work(home: Path, execute: Callable[[list[str], Callable], dict]) -> int:
         progress.end("failed", str(error))
         return error.exit_code
     except BaseException as error:
+        traceback.print_exc()
         progress.end("failed", f"{type(error).__name__}: {error} (see the log)")
-        raise
+        return 1
 
 
 class _Stopped(BaseException):
@@ -244,12 +309,20 @@ def _stop(number: int, frame: object) -> None:
 def _device_turn(folder: Path, arguments: list[str], progress: _ProgressFile) -> Iterator[None]:
     """Wait until no other job uses the device; the lock goes with the process, however it ends."""
     words = dict(itertools.pairwise(arguments))
-    device = re.sub(r"\W", "-", words.get("--device", "auto"))
+    named = words.get("--device", "auto")
+    device = re.sub(r"\W", "-", _default_device() if named == "auto" else named)
     with (folder / f"device-{device}.lock").open("w") as lock:
         progress.write({"state": "queued", "message": "Waiting for the device."})
         fcntl.flock(lock, fcntl.LOCK_EX)
         progress.begin()
         yield
+
+
+def _default_device() -> str:
+    """What ``auto`` will mean, told without importing torch: a waiting job should be small."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1")
+    usable = not hidden and Path("/dev/nvidia0").exists() and "+cpu" not in version("torch")
+    return "cuda" if usable else "cpu"
 
 
 class _ProgressFile:
@@ -258,29 +331,46 @@ class _ProgressFile:
     def __init__(self, home: Path) -> None:
         self.path = home / "progress.json"
         self.state: dict = {}
+        #: Seconds that it worked before it was cut off.
+        self.before = (_read(self.path) or {}).get("seconds", 0.0)
         self.began = self.stage_began = time.monotonic()
+        self.stage_first = 0
+        self.turn = False
+        self.logged = ("", 0, 0)
         self.written = 0.0
 
     def write(self, state: dict) -> None:
         self.state |= state | {
-            "seconds": time.monotonic() - self.began,
+            "seconds": self.before + (time.monotonic() - self.began if self.turn else 0.0),
             "memory": psutil.Process().memory_info().rss,
         }
         write_json(self.path, self.state)
         self.written = time.monotonic()
 
     def begin(self) -> None:
-        self.began = time.monotonic()
+        self.began, self.turn = time.monotonic(), True
         self.write({"state": "running", "stage": "start", "message": "Starting."})
 
     def report(self, stage: str, done: int, total: int, message: str) -> None:
-        if stage != self.state.get("stage"):
-            self.stage_began = time.monotonic()
+        new = (stage, total) != (self.state.get("stage"), self.state.get("total"))
+        self.log(stage, done, total, message)
+        if new:
+            self.stage_began, self.stage_first = time.monotonic(), done
         elif done < total and time.monotonic() - self.written < _PROGRESS_EVERY:
             return
         elapsed = time.monotonic() - self.stage_began
-        eta = elapsed * (total - done) / done if done else None
+        done_now = done - self.stage_first  # what was done before tells nothing of the speed
+        eta = elapsed * (total - done) / done_now if done_now > 0 else None
         self.write({"stage": stage, "done": done, "total": total, "message": message, "eta": eta})
 
+    def log(self, stage: str, done: int, total: int, message: str) -> None:
+        """A line for each stage and each tenth of it, into the log that this process writes."""
+        tenth = 10 * done // total if total else 0
+        if (stage, total, tenth) != self.logged:
+            share = f" {100 * done // total} %" if total > 1 else ""
+            print(f"{time.strftime('%H:%M:%S')} {stage}{share}: {message}", flush=True)
+            self.logged = (stage, total, tenth)
+
     def end(self, state: str, message: str) -> None:
+        print(f"{time.strftime('%H:%M:%S')} {state}: {message}", flush=True)
         self.write({"state": state, "message": message, "eta": None})

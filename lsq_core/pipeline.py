@@ -6,11 +6,12 @@ The app's jobs, the command line and the tests all call :class:`Workbench`.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +23,7 @@ from lsq_core.config import DETECTION_CONFIG, LADDER, QuantConfig, format_bytes
 from lsq_core.corpus import corpus_identity, load_corpus, token_stream
 from lsq_core.errors import InputError, LsqError
 from lsq_core.jsontext import json_text
-from lsq_core.model import ModelInfo, ModelSource, find_model, fingerprint
+from lsq_core.model import MANIFEST, ModelInfo, ModelSource, find_model, fingerprint
 from lsq_core.plan import (
     PLANNERS,
     Plan,
@@ -33,7 +34,13 @@ from lsq_core.plan import (
     make_plan,
 )
 from lsq_core.plan.pins import with_pins
-from lsq_core.profile import DEFAULT_METRICS, METRICS, Profile, ProfileSettings
+from lsq_core.profile import (
+    METRICS,
+    WEIGHT_METRICS,
+    Profile,
+    ProfileSettings,
+    missing_metrics,
+)
 from lsq_core.provenance import machine, versions
 from lsq_core.quantize import QUANTIZERS
 from lsq_core.store import PUBLISHED, Store, new_id
@@ -41,6 +48,7 @@ from lsq_core.store import PUBLISHED, Store, new_id
 if TYPE_CHECKING:
     from torch import nn
 
+    from lsq_core.corpus import TokenStream
     from lsq_core.evaluate import Evaluation
     from lsq_core.load import LoadedModel
     from lsq_core.predict import Predictor
@@ -73,15 +81,33 @@ class EvaluationRequest:
             raise InputError("max-tokens has to be at least 2: one to read and one to predict.")
 
 
+@dataclass(frozen=True, eq=False)
+class Quantized:
+    """A model quantized by a plan: the run that it is, and the row that the store keeps of it."""
+
+    run: str
+    model: nn.Module
+    plan: Plan
+    profile: Profile | None
+    row: dict
+    plan_name: str = ""
+
+
 @dataclass(eq=False)
 class Workbench:
-    """One model with what is known of it, loaded when something first needs its weights."""
+    """One model with what is known of it, loaded when something first needs its weights.
+
+    A job gives a folder to keep in what it has so far: one that was cut off and begins again
+    finds it there.
+    """
 
     source: ModelSource
     store: Store
     device: str = "auto"
     dtype: str = "auto"
     report: Report = silent
+    folder_to_keep: Path | None = None
+    _streams: dict[EvaluationRequest, TokenStream] = field(default_factory=dict, init=False)
 
     # --- the model --------------------------------------------------------------------------
 
@@ -139,6 +165,34 @@ class Workbench:
         self.report("load", 1, 1, f"loaded on {loaded.device} in {loaded.dtype}")
         return loaded
 
+    @cached_property
+    def place(self) -> dict[str, str]:
+        """The device and the dtype that the model computes on and in; needs no weights."""
+        from transformers import AutoConfig
+
+        from lsq_core.load import pick_device, pick_dtype
+
+        device = pick_device(self.device)
+        config = AutoConfig.from_pretrained(
+            self.folder, trust_remote_code=self.source.trust_remote_code
+        )
+        dtype = str(pick_dtype(self.dtype, device, config)).removeprefix("torch.")
+        return {"device": str(device), "dtype": dtype}
+
+    @cached_property
+    def tokenizer(self) -> object:
+        """The model's tokenizer; needs no weights."""
+        from lsq_core.load import load_tokenizer
+
+        return load_tokenizer(self.source, self.folder)
+
+    def stream(self, request: EvaluationRequest) -> TokenStream:
+        """The tokens that a request evaluates on, remembered."""
+        if request not in self._streams:
+            self.report("evaluate", 0, 1, f"reading {request.corpus}")
+            self._streams[request] = stream_of(request, self.tokenizer)
+        return self._streams[request]
+
     # --- profile ----------------------------------------------------------------------------
 
     def profile_key(self, settings: ProfileSettings) -> str:
@@ -154,10 +208,11 @@ class Workbench:
         return self.store.profile(self.profile_key(settings))
 
     def profile(self, settings: ProfileSettings, metrics: Sequence[str] = ()) -> Profile:
-        """The profile, with these metrics: found, or measured and kept.
+        """The profile, with the usual metrics and these: found, or measured and kept.
 
-        Of a profile that is there only the metrics that it lacks are measured; a published one
-        stays as it is.
+        What the weights alone tell is measured and kept first, so that it can be looked at while
+        the rest is measured. Of a profile that is there only the metrics that it lacks are
+        measured, so one that was cut short is completed; a published one stays as it is.
 
         Raises
         ------
@@ -172,20 +227,33 @@ class Workbench:
         if self.published:
             if found is None:
                 raise InputError(_no_such_profile(self.published, settings, self.store))
-        elif found is None:
-            found = self._measure(settings, DEFAULT_METRICS)
-            self.store.save_profile(found)
-            self.report("store", 1, 1, f"kept as profile {found.id}")
-        else:
-            self.report("profile", 1, 1, "found in the store")
-        missing = [metric for metric in metrics if metric not in found.metrics]
-        if self.published or not missing:
             return found
-        self.store.complete_profile(self._measure(settings, missing))
-        self.report("store", 1, 1, f"{', '.join(missing)} added to profile {found.id}")
-        return self.store.profile(found.id)
+        missing = missing_metrics(found, metrics)
+        if not missing:
+            self.report("profile", 1, 1, "found in the store")
+            return found
+        alone = [metric for metric in missing if metric in WEIGHT_METRICS]
+        for stage, part in (
+            ("weights", alone),
+            ("profile", [metric for metric in missing if metric not in alone]),
+        ):
+            if part:
+                self._keep(self._measure(settings, part, stage))
+        return self.find_profile(settings)
 
-    def _measure(self, settings: ProfileSettings, metrics: Sequence[str]) -> Profile:
+    def _keep(self, measured: Profile) -> None:
+        """Add metrics to the profile, or keep them as a new one.
+
+        Another process may have kept the profile while this one measured; what it holds stays.
+        """
+        if self.store.profile(measured.id) is None:
+            self.store.save_profile(measured)
+        else:
+            self.store.complete_profile(measured)
+        names = ", ".join(measured.metrics)
+        self.report("store", 1, 1, f"{names} kept in profile {measured.id}")
+
+    def _measure(self, settings: ProfileSettings, metrics: Sequence[str], stage: str) -> Profile:
         """A profile of these metrics alone, measured now."""
         from lsq_core.profile.measure import measure_profile
 
@@ -195,7 +263,7 @@ class Workbench:
                 loaded,
                 settings,
                 self.profile_key(settings),
-                lambda done, total, message: self.report("profile", done, total, message),
+                lambda done, total, message: self.report(stage, done, total, message),
                 metrics,
             )
 
@@ -326,28 +394,75 @@ class Workbench:
         InputError, LsqError
             When an input is wrong, the device has too little memory, or the disk is full.
         """
+        made = self.quantize(plan, profile, quantizer, save, plan_name)
+        return self.measure(made, request)
+
+    def quantize(
+        self,
+        plan: Plan,
+        profile: Profile | None,
+        quantizer: str,
+        save: Path | None = None,
+        plan_name: str = "",
+        run: str | None = None,
+    ) -> Quantized:
+        """Quantize by a plan, and save the model where that is asked for.
+
+        ``run`` is that of a run kept before, to which more evaluations are to be added.
+
+        Raises
+        ------
+        InputError, LsqError
+            When an input is wrong, the device has too little memory, or the disk is full.
+        """
         if quantizer not in QUANTIZERS:
             raise InputError(
                 f"'{quantizer}' is not a quantizer; choose one of {', '.join(QUANTIZERS)}."
             )
-        if save is not None:
+        run = run or self._run_id(plan, quantizer)
+        saved = save is not None and self._is_saved(save, run)
+        if save is not None and not saved:
             from lsq_core.quantize.artifact import check_target
 
             check_target(save)
-        run_id = new_id()
         quantized, seconds = self._quantize(plan, quantizer)
-        if save is not None:
-            self._save(quantized, plan, profile, quantizer, run_id, save)
-        own, full = self.evaluate(quantized, request, reference=self.loaded.model)
-        plan_id = self.store.save_plan(
-            plan, self.info.fingerprint, profile.id if profile else None, plan_name
+        if save is not None and not saved:
+            self._save(quantized, plan, profile, quantizer, run, save)
+        row = self._run_row(plan, quantizer, quantized, seconds, save)
+        return Quantized(run, quantized, plan, profile, row, plan_name)
+
+    def measure(self, made: Quantized, request: EvaluationRequest) -> dict:
+        """Evaluate a quantized model beside full precision, and keep the run with it.
+
+        Returns what :meth:`run` does.
+        """
+        own, full = self.evaluate(
+            made.model,
+            request,
+            reference=self.loaded.model,
+            identity=[made.run, plan_identity(made.plan), made.row["quantizer"]],
         )
-        row = self._run_row(plan, plan_id, quantizer, quantized, seconds, save)
+        profile = made.profile.id if made.profile else None
+        if "plan" not in made.row:
+            made.row["plan"] = self.store.save_plan(
+                made.plan, self.info.fingerprint, profile, made.plan_name
+            )
         self.store.save_full_precision(self.info.fingerprint, full)
-        self.store.save_run(run_id, row, [own])
-        self.report("store", 1, 1, f"kept as run {run_id}")
-        known = {"profile": profile.id if profile else None}
-        return plan.to_json() | known | _outcome(run_id, row, own, full)
+        self.store.save_run(made.run, made.row, [own])
+        self.report("store", 1, 1, f"kept as run {made.run}")
+        return made.plan.to_json() | {"profile": profile} | _outcome(made.run, made.row, own, full)
+
+    def _run_id(self, plan: Plan, quantizer: str) -> str:
+        """A new run's id; a job that begins again gives the same plan the same id again."""
+        if self.folder_to_keep is None:
+            return new_id()
+        return _digest(self.folder_to_keep.name, plan_identity(plan), quantizer)[:12]
+
+    def _is_saved(self, save: Path, run: str) -> bool:
+        """Whether this very run saved its model here before it was cut off."""
+        from lsq_core.quantize.artifact import is_quantized_folder, read_manifest
+
+        return is_quantized_folder(save) and read_manifest(save)["run"] == run
 
     def _quantize(self, plan: Plan, quantizer: str) -> tuple[nn.Module, float]:
         """The quantized model and the seconds it took."""
@@ -405,7 +520,6 @@ class Workbench:
     def _run_row(
         self,
         plan: Plan,
-        plan_id: str,
         quantizer: str,
         quantized: nn.Module,
         seconds: float,
@@ -415,7 +529,6 @@ class Workbench:
 
         measured = measured_bytes(quantized)
         return {
-            "plan": plan_id,
             "fingerprint": self.info.fingerprint,
             "method": plan.method,
             "quantizer": quantizer,
@@ -435,17 +548,28 @@ class Workbench:
         model: nn.Module,
         request: EvaluationRequest,
         reference: nn.Module | None = None,
+        identity: Sequence[object] = (),
     ) -> tuple[Evaluation, Evaluation | None]:
-        """Evaluate a model with this one's tokenizer, beside a reference where there is one."""
-        loaded = self.loaded
+        """Evaluate a model with this one's tokenizer, beside a reference where there is one.
+
+        ``identity`` tells the model from others that are evaluated in the same folder.
+        """
+        stream = self.stream(request)
+        checkpoint = None
+        if self.folder_to_keep is not None:
+            asked = (stream.sha256, asdict(request), self.place, versions())
+            name = _digest(self.info.fingerprint, *identity, *asked)[:16]
+            checkpoint = self.folder_to_keep / f"evaluation-{name}.npz"
         return evaluate_on(
             model,
-            loaded.tokenizer,
-            loaded.info.context,
+            self.tokenizer,
+            self.info.context,
             request,
+            stream,
             reference=reference,
-            where={"device": loaded.device, "dtype": loaded.dtype},
+            where=self.place,
             report=self.report,
+            checkpoint=checkpoint,
         )
 
     def evaluate_full(self, request: EvaluationRequest) -> dict:
@@ -457,21 +581,46 @@ class Workbench:
         )
 
 
+def stream_of(request: EvaluationRequest, tokenizer: object) -> TokenStream:
+    """The tokens that a request evaluates on."""
+    return token_stream(load_corpus(request.corpus, "evaluation"), tokenizer, request.max_tokens)
+
+
+def provenance_of(where: dict[str, str], request: EvaluationRequest, tokenizer: object) -> dict:
+    """What an evaluation is made with, beside its corpus and protocol."""
+    return where | {
+        "machine": machine(where["device"]),
+        "max_tokens": request.max_tokens,
+        "bos": tokenizer.bos_token_id,
+        "versions": versions(),
+    }
+
+
+def plan_identity(plan: Plan) -> list[object]:
+    """What two plans share that store the same, whatever they were asked for."""
+    configs = [(matrix.name, config.name) for matrix, config in plan.choice.items()]
+    return [plan.method, plan.metadata, plan.axis, sorted(configs)]
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(json_text(parts).encode()).hexdigest()
+
+
 def evaluate_on(
     model: nn.Module,
     tokenizer: object,
     context: int,
     request: EvaluationRequest,
+    stream: TokenStream,
     *,
     reference: nn.Module | None = None,
     where: dict[str, str],
     report: Report = silent,
+    checkpoint: Path | None = None,
 ) -> tuple[Evaluation, Evaluation | None]:
-    """Evaluate any causal model on a corpus, with the provenance of the figure filled in."""
+    """Evaluate any causal model on tokens, with the provenance of the figure filled in."""
     from lsq_core.evaluate import Protocol, evaluate
 
-    report("evaluate", 0, 1, f"reading {request.corpus}")
-    stream = token_stream(load_corpus(request.corpus, "evaluation"), tokenizer, request.max_tokens)
     with in_a_sentence(where["device"]):
         own, full = evaluate(
             model,
@@ -480,19 +629,14 @@ def evaluate_on(
             bos=tokenizer.bos_token_id,
             reference=reference,
             progress=lambda done, total, message: report("evaluate", done, total, message),
+            checkpoint=checkpoint,
         )
     known = {
         "corpus": stream.corpus,
         "corpus_sha256": stream.sha256,
         "corpus_source": stream.source,
         "truncated": stream.truncated,
-        "provenance": where
-        | {
-            "machine": machine(where["device"]),
-            "max_tokens": request.max_tokens,
-            "bos": tokenizer.bos_token_id,
-            "versions": versions(),
-        },
+        "provenance": provenance_of(where, request, tokenizer),
     }
     return replace(own, **known), replace(full, **known) if full else None
 
@@ -517,11 +661,13 @@ def evaluate_saved(
     with in_a_sentence(device):
         quantized = load_quantized(folder, device, dtype)
     manifest = quantized.manifest
+    report("evaluate", 0, 1, f"reading {request.corpus}")
     evaluation, _ = evaluate_on(
         quantized.model,
         quantized.tokenizer,
         context_of(quantized.model.config),
         request,
+        stream_of(request, quantized.tokenizer),
         where={"device": quantized.device, "dtype": quantized.dtype},
         report=report,
     )
@@ -534,6 +680,70 @@ def evaluate_saved(
         "bits_per_param": manifest["bits_per_param"],
         "measured_bytes": measured,
     } | _figures(evaluation)
+
+
+def remake(
+    run: str,
+    source: ModelSource | None,
+    store: Store,
+    device: str = "auto",
+    dtype: str = "auto",
+    report: Report = silent,
+) -> tuple[Workbench, nn.Module]:
+    """The full-precision model of a run, and its quantized one: as saved, else made once more.
+
+    ``source`` says where the model is, None where it was when the run was made.
+
+    Raises
+    ------
+    InputError
+        When there is no such run, or the model is another one now.
+    """
+    from lsq_core.quantize.artifact import load_quantized
+
+    kept = store.run(run)
+    source = source or ModelSource(kept["source"], kept["revision"])
+    bench = original(source, kept["fingerprint"], store, device, dtype, report)
+    folder = saved_folder(kept)
+    if folder is not None:
+        report("load", 0, 1, f"loading {folder}")
+        with in_a_sentence(device):
+            return bench, load_quantized(folder, device, dtype).model
+    plan = Plan.from_json(kept["content"], bench.info.matrices, bench.info.other_bytes)
+    return bench, bench.quantize(plan, None, kept["quantizer"], run=run).model
+
+
+def original(
+    source: ModelSource,
+    fingerprint: str,
+    store: Store,
+    device: str = "auto",
+    dtype: str = "auto",
+    report: Report = silent,
+) -> Workbench:
+    """The model that something was made from.
+
+    Raises
+    ------
+    InputError
+        When another model is there now.
+    """
+    bench = Workbench(source, store, device, dtype, report)
+    if bench.info.fingerprint != fingerprint:
+        raise InputError(
+            f"{source.name} is not the model that was quantized: its weights or its config have "
+            "changed; say with --model where the original is."
+        )
+    return bench
+
+
+def saved_folder(run: dict) -> Path | None:
+    """Where a run of :meth:`lsq_core.store.Store.run` has its saved model, if it is still there."""
+    folder = Path(run["saved_to"]) if run["saved_to"] else None
+    manifest = folder / MANIFEST if folder else None
+    if manifest is None or not manifest.is_file():
+        return None
+    return folder if json.loads(manifest.read_text("utf8")).get("run") == run["id"] else None
 
 
 def find_published(source: ModelSource, store: Store) -> ModelInfo | None:

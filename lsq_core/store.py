@@ -12,7 +12,7 @@ import random
 import re
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -86,7 +86,50 @@ MIGRATIONS = [
     ALTER TABLE profiles ADD COLUMN origin VARCHAR DEFAULT 'measured';
     ALTER TABLE runs ADD COLUMN origin VARCHAR DEFAULT 'measured';
     """,
+    # What a person says of a run; a deleted one is left out everywhere until it is restored.
+    """
+    ALTER TABLE runs ADD COLUMN starred BOOLEAN DEFAULT false;
+    ALTER TABLE runs ADD COLUMN note VARCHAR DEFAULT '';
+    ALTER TABLE runs ADD COLUMN deleted TIMESTAMP;
+    """,
 ]
+
+#: Every evaluation of a quantized run that wasn't deleted, with full precision beside it.
+_RESULTS = """
+    SELECT e.id AS evaluation, r.id AS run, r.plan, m.source AS model, r.fingerprint,
+           r.method, p.asked[1] ->> '$' AS base,
+           p.bits_per_param, p.planned_bytes, r.measured_bytes, r.model_bytes,
+           r.quantizer, e.corpus, e.corpus_sha256, e.truncated, e.protocol, e.tokens,
+           e.perplexity, f.perplexity AS perplexity_full,
+           e.perplexity / f.perplexity - 1 AS increase,
+           e.kl, e.top1, e.tokens_per_second, e.peak_bytes, r.quantize_seconds,
+           r.device, r.machine, r.dtype, r.saved_to,
+           CAST(p.asked[2] AS VARCHAR) AS request, p.profile, p.asked[3] ->> '$' AS metadata,
+           CAST(p.asked[4] ->> '$' AS INTEGER) AS axis, r.created, r.origin,
+           r.starred, r.note
+    FROM evaluations e
+    JOIN runs r ON e.run = r.id
+    LEFT JOIN (
+        SELECT id, profile, bits_per_param, planned_bytes, json_extract(
+            content, ['$.base', '$.request', '$.metadata', '$.axis']
+        ) AS asked FROM plans
+    ) p ON r.plan = p.id
+    LEFT JOIN models m ON r.fingerprint = m.fingerprint
+    LEFT JOIN (
+        SELECT DISTINCT ON (fingerprint, corpus_sha256, protocol, tokens, dtype)
+            fingerprint, corpus_sha256, protocol, tokens, perplexity,
+            provenance ->> '$.dtype' AS dtype
+        FROM evaluations WHERE run IS NULL
+    ) f ON f.fingerprint = e.fingerprint AND f.corpus_sha256 = e.corpus_sha256
+       AND f.protocol = e.protocol AND f.tokens IS NOT DISTINCT FROM e.tokens
+       AND f.dtype = e.provenance ->> '$.dtype'
+    WHERE r.deleted IS NULL
+"""
+
+
+def database_path() -> Path:
+    """Where the database is unless another is given: ``LSQ_DB``, or ``data/lsq.duckdb``."""
+    return Path(os.environ.get("LSQ_DB") or DEFAULT_PATH).expanduser().resolve()
 
 
 class Store:
@@ -101,8 +144,7 @@ class Store:
     """
 
     def __init__(self, path: str | Path | None = None) -> None:
-        chosen = path or os.environ.get("LSQ_DB") or DEFAULT_PATH
-        self.path = Path(chosen).expanduser().resolve()
+        self.path = Path(path).expanduser().resolve() if path else database_path()
         if self.path.is_dir():
             raise InputError(f"{self.path} is a folder; give the path of a database file.")
         try:
@@ -344,17 +386,67 @@ class Store:
     def save_run(self, id: str, run: dict, evaluations: list[Evaluation]) -> None:
         """Keep a run and its evaluations, together or not at all.
 
-        ``run`` holds the columns of the table ``runs`` but its id and time.
+        ``run`` holds the columns of the table ``runs`` but its id and time. To a run that is
+        there already only those evaluations are added that it lacks.
         """
         with self.transaction() as connection:
-            _insert(connection, "runs", id=id, created=now(), **run)
+            if not connection.execute("SELECT 1 FROM runs WHERE id = ?", [id]).fetchone():
+                _insert(connection, "runs", id=id, created=now(), **run)
             for evaluation in evaluations:
-                _insert_evaluation(connection, evaluation, id, run["fingerprint"])
+                same = connection.execute(
+                    "SELECT 1 FROM evaluations WHERE run = ? AND corpus_sha256 = ? "
+                    "AND protocol = ? AND provenance = ?",
+                    [
+                        id,
+                        evaluation.corpus_sha256,
+                        evaluation.protocol,
+                        json_text(evaluation.provenance),
+                    ],
+                ).fetchone()
+                if not same:
+                    _insert_evaluation(connection, evaluation, id, run["fingerprint"])
+
+    def run(self, id: str) -> dict:
+        """A run measured here: its columns, its plan's ``content``, and its model's ``source``.
+
+        Raises
+        ------
+        InputError
+            When there is no such run, or it was published.
+        """
+        row = self._row(
+            "SELECT r.*, p.content, m.source, m.revision FROM runs r "
+            "JOIN plans p ON r.plan = p.id LEFT JOIN models m ON r.fingerprint = m.fingerprint "
+            "WHERE r.id = ? AND r.origin = 'measured'",
+            [id],
+        )
+        if row is None:
+            raise InputError(f"There is no run '{id}' in {self.path}; 'results' lists them.")
+        return row | {"content": json.loads(row["content"])}
+
+    def evaluated(self, fingerprint: str, method: str, quantizer: str) -> pd.DataFrame:
+        """One row an evaluation of these runs, newest first, by what makes two of them the same.
+
+        ``run, plan, content, device, dtype, versions, evaluation, corpus_sha256, protocol,
+        provenance``; ``content`` is the plan's JSON.
+        """
+        return self.query(
+            "SELECT r.id AS run, r.plan, CAST(p.content AS VARCHAR) AS content, r.device, "
+            "r.dtype, CAST(r.versions AS VARCHAR) AS versions, e.id AS evaluation, "
+            "e.corpus_sha256, e.protocol, CAST(e.provenance AS VARCHAR) AS provenance "
+            "FROM runs r JOIN plans p ON r.plan = p.id JOIN evaluations e ON e.run = r.id "
+            "WHERE r.fingerprint = ? AND r.method = ? AND r.quantizer = ? "
+            "AND r.origin = 'measured' AND r.deleted IS NULL "
+            "ORDER BY r.created DESC, e.created DESC",
+            [fingerprint, method, quantizer],
+        )
 
     def add_evaluation(
         self, manifest: dict, measured_bytes: int, folder: str, evaluation: Evaluation
     ) -> None:
         """Keep an evaluation of a saved model with its run; an unknown run is added first.
+
+        A run that was deleted is there again.
 
         ``manifest`` is what :func:`lsq_core.quantize.artifact.read_manifest` gives.
         """
@@ -384,6 +476,7 @@ class Store:
                     created=now(),
                     **{k: manifest[k] for k in _RUN_COLUMNS},
                 )
+            connection.execute("UPDATE runs SET deleted = NULL WHERE id = ?", [run])
             _insert_evaluation(connection, evaluation, run, fingerprint)
 
     def save_full_precision(self, fingerprint: str, evaluation: Evaluation) -> None:
@@ -411,50 +504,26 @@ class Store:
         ``perplexity_full`` is that of the same model, corpus, protocol, token count and dtype.
         ``origin`` is ``measured``, ``published``, or None for both together. A published row has
         no ``measured_bytes``; its ``model_bytes`` are the whole model's storage, as published.
+        Deleted runs are left out.
         """
-        chosen = {"e.fingerprint": fingerprint, "r.origin": origin}
+        chosen = {"fingerprint": fingerprint, "origin": origin}
         chosen = {column: value for column, value in chosen.items() if value}
-        where = f"WHERE {' AND '.join(f'{column} = ?' for column in chosen)}" if chosen else ""
+        where = "".join(f" AND {column} = ?" for column in chosen)
         return self.query(
-            f"""
-            SELECT e.id AS evaluation, r.id AS run, r.plan, m.source AS model, r.fingerprint,
-                   r.method, p.content ->> '$.base' AS base,
-                   p.bits_per_param, p.planned_bytes, r.measured_bytes, r.model_bytes,
-                   r.quantizer, e.corpus, e.corpus_sha256, e.truncated, e.protocol, e.tokens,
-                   e.perplexity, f.perplexity AS perplexity_full,
-                   e.perplexity / f.perplexity - 1 AS increase,
-                   e.kl, e.top1, e.tokens_per_second, e.peak_bytes, r.quantize_seconds,
-                   r.device, r.machine, r.dtype, r.saved_to,
-                   CAST(p.content -> '$.request' AS VARCHAR) AS request, p.profile,
-                   p.content ->> '$.metadata' AS metadata,
-                   CAST(p.content ->> '$.axis' AS INTEGER) AS axis, r.created, r.origin
-            FROM evaluations e
-            JOIN runs r ON e.run = r.id
-            LEFT JOIN plans p ON r.plan = p.id
-            LEFT JOIN models m ON r.fingerprint = m.fingerprint
-            LEFT JOIN (
-                SELECT DISTINCT ON (fingerprint, corpus_sha256, protocol, tokens, dtype)
-                    fingerprint, corpus_sha256, protocol, tokens, perplexity,
-                    provenance ->> '$.dtype' AS dtype
-                FROM evaluations WHERE run IS NULL
-            ) f ON f.fingerprint = e.fingerprint AND f.corpus_sha256 = e.corpus_sha256
-               AND f.protocol = e.protocol AND f.tokens IS NOT DISTINCT FROM e.tokens
-               AND f.dtype = e.provenance ->> '$.dtype'
-            {where}
-            ORDER BY r.created DESC
-            """,
+            f"SELECT * FROM ({_RESULTS}) WHERE true{where} ORDER BY created DESC",
             list(chosen.values()),
         )
 
     def run_configs(self, fingerprint: str) -> dict[str, dict[str, str]]:
         """Each run of a model to the configurations of its plan, by module name.
 
-        Runs whose plan was not published are left out.
+        Runs whose plan was not published, and deleted ones, are left out.
         """
         with self.connect() as connection:
             rows = connection.execute(
                 "SELECT r.id, CAST(p.content -> '$.modules' AS VARCHAR) "
-                "FROM runs r JOIN plans p ON r.plan = p.id WHERE r.fingerprint = ?",
+                "FROM runs r JOIN plans p ON r.plan = p.id "
+                "WHERE r.fingerprint = ? AND r.deleted IS NULL",
                 [fingerprint],
             ).fetchall()
         modules = {run: json.loads(text) for run, text in rows if text}
@@ -495,15 +564,112 @@ class Store:
             )
         return np.array(row["nll"]), np.array(row["counts"])
 
+    def record(self, evaluation: str) -> dict[str, dict]:
+        """All that is kept of one evaluation: ``evaluation, run, plan, model``, and ``profile``.
+
+        Each is a row by its columns' names, without what takes long to read (windows, scores);
+        JSON columns are decoded. ``plan`` and ``profile`` are empty where there is none.
+
+        Raises
+        ------
+        InputError
+            When there is no such evaluation.
+        """
+        own = self._row(
+            "SELECT * EXCLUDE (nll, counts) FROM evaluations WHERE id = ?", [evaluation]
+        )
+        if own is None or own["run"] is None:
+            raise InputError(f"There is no evaluated run '{evaluation}' in {self.path}.")
+        run = self._row("SELECT * FROM runs WHERE id = ?", [own["run"]])
+        plan = self._row("SELECT * FROM plans WHERE id = ?", [run["plan"]]) or {}
+        model = self._row(
+            "SELECT * EXCLUDE (config) FROM models WHERE fingerprint = ?", [run["fingerprint"]]
+        )
+        profile = self._row("SELECT * FROM profiles WHERE id = ?", [plan.get("profile")]) or {}
+        found = {"evaluation": own, "run": run, "plan": plan, "model": model or {}}
+        return {name: _decoded(row) for name, row in (found | {"profile": profile}).items()}
+
+    # --- what a person says of a run ------------------------------------------------------------
+
+    def star(self, run: str, starred: bool) -> None:
+        """Mark a run, or take the mark away."""
+        self._write("UPDATE runs SET starred = ? WHERE id = ?", [starred, run])
+
+    def annotate(self, run: str, note: str) -> None:
+        """Keep a note with a run, in the place of the one before."""
+        self._write("UPDATE runs SET note = ? WHERE id = ?", [note.strip(), run])
+
+    def delete_runs(self, runs: Sequence[str]) -> None:
+        """Leave runs out everywhere, with all their evaluations, until they are restored.
+
+        Raises
+        ------
+        InputError
+            When one of them was published: importing again is how those change.
+        """
+        with self.transaction() as connection:
+            published = connection.execute(
+                "SELECT count(*) FROM runs WHERE list_contains(?, id) AND origin = 'published'",
+                [list(runs)],
+            ).fetchone()[0]
+            if published:
+                raise InputError("A published run can't be deleted; only your own runs can.")
+            connection.execute(
+                "UPDATE runs SET deleted = ? WHERE list_contains(?, id) AND deleted IS NULL",
+                [now(), list(runs)],
+            )
+
+    def restore_runs(self, runs: Sequence[str]) -> None:
+        """Bring deleted runs back, with their evaluations, stars and notes."""
+        self._write("UPDATE runs SET deleted = NULL WHERE list_contains(?, id)", [list(runs)])
+
+    def deleted_runs(self) -> pd.DataFrame:
+        """Deleted runs, the last deleted first: ``run, model, method, deleted``.
+
+        Those that were deleted together have the same time.
+        """
+        return self.query(
+            "SELECT r.id AS run, m.source AS model, r.method, r.deleted FROM runs r "
+            "LEFT JOIN models m ON r.fingerprint = m.fingerprint "
+            "WHERE r.deleted IS NOT NULL ORDER BY r.deleted DESC, r.id"
+        )
+
+    def _write(self, sql: str, parameters: list) -> None:
+        with self.transaction() as connection:
+            connection.execute(sql, parameters)
+
+    # --- a copy to read from ------------------------------------------------------------------
+
+    def snapshot(self, path: Path) -> None:
+        """Write all there is at this moment into a new database file, with a view ``results``.
+
+        Whoever reads the copy keeps no one waiting.
+        """
+        with self.connect() as connection:
+            (own,) = connection.execute("SELECT current_database()").fetchone()
+            name = f"snapshot_{new_id()}"
+            connection.execute(f"ATTACH {_quoted(str(path), chr(39))} AS {name}")
+            try:
+                connection.execute(f"COPY FROM DATABASE {_quoted(own, chr(34))} TO {name}")
+            finally:
+                connection.execute(f"DETACH {name}")
+        with duckdb.connect(str(path)) as copy:
+            copy.execute(f"CREATE VIEW results AS {_RESULTS}")
+
     # --- published measurements -----------------------------------------------------------------
 
     def replace_published(self, models: list[ModelInfo], rows: dict[str, pd.DataFrame]) -> None:
         """Keep published measurements in the place of those kept before, all or nothing.
 
         ``rows`` holds a frame for each of ``profiles, scores, plans, runs, evaluations``, with
-        the columns of the table by their own names; what a frame lacks is NULL.
+        the columns of the table by their own names; what a frame lacks has its default. A run
+        that is there again under the same identity keeps its star and note.
         """
         with self.transaction() as connection:
+            said = connection.execute(
+                "SELECT starred, note, id FROM runs WHERE origin = 'published' "
+                "AND (starred OR note <> '')"
+            ).fetchall()
             for table, where in _PUBLISHED_ROWS.items():
                 connection.execute(f"DELETE FROM {table} WHERE {where}")
             for info in models:
@@ -512,6 +678,8 @@ class Store:
                 connection.register("frame", frame)
                 connection.execute(f"INSERT INTO {table} BY NAME SELECT * FROM frame")
                 connection.unregister("frame")
+            for row in said:
+                connection.execute("UPDATE runs SET starred = ?, note = ? WHERE id = ?", list(row))
 
 
 #: Which rows of each table are published ones, what points to others before what is pointed to.
@@ -611,6 +779,23 @@ def _insert_evaluation(
         provenance=json_text(evaluation.provenance),
         created=now(),
     )
+
+
+def _decoded(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with its JSON columns as what they hold."""
+    return {
+        name: json.loads(value) if name in _JSON and isinstance(value, str) else value
+        for name, value in row.items()
+    }
+
+
+#: Columns that hold JSON.
+_JSON = ("content", "provenance", "settings", "versions")
+
+
+def _quoted(text: str, mark: str) -> str:
+    """A name or a string in SQL, where a parameter is not allowed."""
+    return mark + text.replace(mark, 2 * mark) + mark
 
 
 def new_id() -> str:

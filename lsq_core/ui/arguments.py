@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 from lsq_core.model import ModelSource
 from lsq_core.pipeline import EvaluationRequest
-from lsq_core.plan import PlanRequest
+from lsq_core.plan import PLANNERS, PlanRequest
 from lsq_core.profile import ProfileSettings
+from lsq_core.store import PUBLISHED
 
 #: Fields of a plan request that are options with a value.
 _VALUES = ("base", "budget", "boost_stop", "top_m", "metric", "seed")
@@ -57,3 +61,71 @@ def evaluation_arguments(
     words = ["--quantizer", quantizer, "--corpus", request.corpus, "--protocol", request.protocol]
     words += ["--max-tokens", str(request.max_tokens)] if request.max_tokens else []
     return words + (["--save", str(save)] if save else [])
+
+
+def sweep_arguments(
+    methods: Sequence[str],
+    bases: Sequence[str],
+    budgets: Sequence[str],
+    quantizers: Sequence[str],
+    corpora: Sequence[str],
+    like: EvaluationRequest,
+    settings: ProfileSettings,
+) -> list[str]:
+    """The options of ``sweep``; ``like`` says how each text is evaluated."""
+    listed = {
+        "--method": methods,
+        "--base": bases,
+        "--budget": budgets,
+        "--quantizer": quantizers,
+        "--corpus": corpora,
+    }
+    words = [word for option, values in listed.items() for v in values for word in (option, v)]
+    words += ["--protocol", like.protocol]
+    words += ["--max-tokens", str(like.max_tokens)] if like.max_tokens else []
+    words += ["--calibration", settings.calibration, "--profile-quantizer", settings.quantizer]
+    return words + _grid(settings)
+
+
+def reproducing(record: Mapping[str, Mapping[str, Any]]) -> str:
+    """The command line that does a kept run again; of a published one, that makes its plan.
+
+    A method that is not planned here, as others' published ones aren't, has none: a comment says
+    so.
+
+    ``record`` is of :meth:`lsq_core.store.Store.record`.
+    """
+    run, own, model = record["run"], record["evaluation"], record["model"]
+    if run["method"] not in PLANNERS:
+        return f"# {run['method']} is not among the methods here; this run was published."
+    source = ModelSource(model["source"], model["revision"])
+    request, settings = _asked(record)
+    if run["fingerprint"].startswith(PUBLISHED):
+        words = ["plan", "--model", source.name, *plan_arguments(request, settings)]
+        if not record["profile"]:
+            words = words[: words.index("--calibration")]  # that of the model's own profile
+        return f"{_typed(words)}  # the plan alone: the weights aren't here"
+    told = own["provenance"]
+    evaluation = EvaluationRequest(
+        own["corpus"], own["protocol"].partition("-")[0], told.get("max_tokens")
+    )
+    words = ["run", *model_arguments(source, run["device"]), "--dtype", run["dtype"]]
+    words += plan_arguments(request, settings)
+    return _typed(words + evaluation_arguments(evaluation, run["quantizer"], None))
+
+
+def _asked(record: Mapping[str, Mapping[str, Any]]) -> tuple[PlanRequest, ProfileSettings]:
+    """What a run's plan was asked for, and by which profile; of one without, its grid alone."""
+    content = record["plan"]["content"]
+    names = {field.name for field in fields(PlanRequest)}
+    asked = {name: value for name, value in content["request"].items() if name in names}
+    request = PlanRequest(**asked | {"pins": tuple(asked.get("pins", ()))})
+    names = {field.name for field in fields(ProfileSettings)}
+    grid = {"metadata": content.get("metadata"), "axis": content.get("axis")}
+    known = grid | (record["profile"].get("settings") or {})
+    given = {k: v for k, v in known.items() if k in names and v is not None}
+    return request, ProfileSettings(**given)
+
+
+def _typed(words: list[str]) -> str:
+    return shlex.join(["python", "-m", "lsq_core", *words])

@@ -1,4 +1,4 @@
-"""A job as a person follows it: stage, bar, time left, memory, log, and a way to end it."""
+"""Jobs as a person follows them: stage, bar, time left, memory, log; ways to end and to resume."""
 
 from __future__ import annotations
 
@@ -33,13 +33,18 @@ ENDED = {
 _STAGES = {
     "start": "Starting",
     "load": "Loading",
+    "weights": "Measuring the weights",
     "profile": "Profiling",
     "plan": "Planning",
     "quantize": "Quantizing",
     "save": "Saving",
     "evaluate": "Evaluating",
     "store": "Keeping the result",
+    "sweep": "Sweeping",
+    "generate": "Writing",
 }
+#: What a run goes through, in order; a profile that is there takes no time.
+_RUN_STEPS = ("profile", "plan", "load", "quantize", "save", "evaluate", "store")
 
 
 def find(folder: Path, arguments: list[str]) -> Job | None:
@@ -47,16 +52,25 @@ def find(folder: Path, arguments: list[str]) -> Job | None:
     return next((j for j in jobs.list_jobs(folder) if j.arguments == tuple(arguments)), None)
 
 
-def follow(job: Job, say: Callable[[Job], None] | None = None) -> None:
+def follow(
+    job: Job,
+    say: Callable[[Job], None] | None = None,
+    detail: Callable[[Job], None] | None = None,
+) -> None:
     """Show a job, looking again while it is active.
 
-    ``say`` is drawn first, each time; the sidebar redraws the page when the job has ended.
+    ``say`` is drawn first, each time, and ``detail`` under the bar; the sidebar redraws the page
+    when the job has ended.
     """
     every = sidebar.EVERY if job.active else None
-    st.fragment(_panel, run_every=every)(job.folder, say)
+    st.fragment(_panel, run_every=every)(job.folder, say, detail)
 
 
-def _panel(folder: Path, say: Callable[[Job], None] | None) -> None:
+def _panel(
+    folder: Path,
+    say: Callable[[Job], None] | None,
+    detail: Callable[[Job], None] | None,
+) -> None:
     job = jobs.read(folder)
     if say is not None:
         say(job)
@@ -66,17 +80,38 @@ def _panel(folder: Path, say: Callable[[Job], None] | None) -> None:
         st.error(words.literal(f"{job.title} {ENDED[job.state]}: {job.message}"))
     elif job.state == "cancelled":
         st.info(words.literal(f"{job.title} was cancelled after {words.seconds(job.seconds)}."))
-    log = job.log_tail()
-    if log:
-        with st.expander("Log", expanded=job.state in ("failed", "interrupted")):
+    if job.can_resume:
+        _resume(job)
+    if detail is not None:
+        detail(job)
+    log = job.log_tail(5 if job.active else 7)
+    if log and job.state != "done":
+        with st.expander("Log", expanded=job.arguments[0] != "sweep"):
             st.code(log, language=None)
+
+
+def _resume(job: Job) -> None:
+    """The button that lets it go on, and what won't be done again."""
+    with st.container(horizontal=True, vertical_alignment="center"):
+        label = "Try again" if job.state == "failed" else "Resume"
+        if st.button(label, icon=":material/resume:", key=f"resume-{job.id}", type="primary"):
+            jobs.resume(job)
+            st.rerun()
+        at = f"It stopped while {stage(job).lower()}" if job.stage else "It stopped at once"
+        share = f", {100 * job.fraction:.0f} % of that done" if job.total > 1 else ""
+        st.caption(
+            f"{at}{share}, after {words.seconds(job.seconds)}. Profiles, finished runs and "
+            "evaluated windows are kept and not done again."
+        )
 
 
 def _progress(job: Job) -> None:
     facts = [f"{words.seconds(time.time() - job.created)} so far"]
     if job.memory:
         facts.append(f"{words.size(job.memory)} of memory")
-    st.progress(min(job.fraction, 1.0), text=job.message or "…")
+    bar(job, job.message or "…")
+    if job.arguments[0] == "run" and job.stage in _RUN_STEPS:
+        st.caption(" · ".join(_steps(job)))
     with st.container(horizontal=True, vertical_alignment="center"):
         if st.button("Cancel", icon=":material/stop_circle:", key=f"cancel-{job.id}"):
             jobs.cancel(job)
@@ -84,10 +119,56 @@ def _progress(job: Job) -> None:
         st.caption(" · ".join(facts))
 
 
+def bar(job: Job, text: str) -> None:
+    """Its bar, which is its own: no other job's bar begins where this one stood.
+
+    The browser keeps a bar that is redrawn in the same place and moves it from where it was; the
+    key makes it another one.
+    """
+    with st.container(key=f"bar-{job.id}"):
+        st.progress(min(job.fraction, 1.0), text=text)
+
+
+def _steps(job: Job) -> list[str]:
+    """The steps of a run, those behind it with a mark, the present one bold."""
+    steps = [s for s in _RUN_STEPS if s != "save" or "--save" in job.arguments]
+    at = steps.index(job.stage) if job.stage in steps else 0
+    return [
+        f"✓ {step}" if i < at else f"**{step}**" if i == at else step
+        for i, step in enumerate(steps)
+    ]
+
+
+def follow_queue(folder: Path, shown: Job) -> None:
+    """The other jobs that run or wait, looking again while there are any."""
+    others = any(job.active and job.id != shown.id for job in jobs.list_jobs(folder))
+    if others:
+        st.fragment(_queue, run_every=sidebar.EVERY)(folder, shown.id)
+
+
+def _queue(folder: Path, shown: str) -> None:
+    """One line for each, in the order in which they began, with a way to end it."""
+    found = reversed(jobs.list_jobs(folder))
+    others = [job for job in found if job.active and job.id != shown]
+    if not others:
+        return
+    with st.container(key="queue", gap="xxsmall"):
+        for place, job in enumerate(others, start=1):
+            with st.container(horizontal=True, vertical_alignment="center", key=f"next-{job.id}"):
+                st.markdown(
+                    f":material/hourglass_empty: **{stage(job)}** ({place} of {len(others)}, one "
+                    f"job at a time on each device): {words.literal(job.title)}"
+                )
+                if st.button("Cancel", key=f"cancel-queued-{job.id}", type="tertiary"):
+                    jobs.cancel(job)
+                    st.rerun()
+
+
 def say(job: Job) -> None:
     """A page's first line about a job that is active."""
     share = f", {100 * job.fraction:.0f} %" if job.total > 1 else ""
-    left = f"; about {words.seconds(job.eta)} left in this stage" if job.eta else ""
+    rest = "left" if job.stage == "sweep" else "left in this stage"
+    left = f"; about {words.seconds(job.eta)} {rest}" if job.eta else ""
     headline(f"{stage(job)}{share}{left}.", job.title)
 
 
@@ -102,9 +183,9 @@ def table(found: list[Job]) -> pd.DataFrame:
         {
             "started": [pd.Timestamp(j.created, unit="s").floor("s") for j in found],
             "job": [j.title for j in found],
-            "state": [STATES[j.state] for j in found],
-            "took": [words.seconds(j.seconds) for j in found],
             # what an active one says would be out of date at once
+            "state": ["under way" if j.active else STATES[j.state] for j in found],
+            "took": ["" if j.active else words.seconds(j.seconds) for j in found],
             "message": ["" if j.active else j.message for j in found],
         }
     )

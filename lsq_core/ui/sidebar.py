@@ -17,6 +17,7 @@ PAGES = {
     "pages/2_Plan.py": ("Plan", ":material/grid_on:"),
     "pages/3_Run.py": ("Run", ":material/play_circle:"),
     "pages/4_Compare.py": ("Compare", ":material/scatter_plot:"),
+    "pages/5_SQL.py": ("Query", ":material/database_search:"),
 }
 #: Seconds between two looks at running jobs.
 EVERY = 1.0
@@ -91,7 +92,8 @@ def _running(folder: Path, watched: tuple[str, ...]) -> None:
         st.rerun(scope="app")
     for job in active.values():
         left = f", {_unbroken(words.seconds(job.eta))} left" if job.eta else ""
-        st.progress(min(job.fraction, 1.0), text=f"{job.title}: {job.stage or job.state}{left}")
+        with st.container(key=f"side-bar-{job.id}"):  # each job's bar is its own
+            st.progress(min(job.fraction, 1.0), text=f"{job.title}: {job.stage or job.state}{left}")
 
 
 def _unbroken(text: str) -> str:

@@ -66,6 +66,14 @@ def share(*keys: str) -> None:
             st.query_params[key] = text
 
 
+def share_unless_default(key: str, default: object) -> None:
+    """Write a key into the address where it isn't the default, and out of it where it is."""
+    if st.session_state[key] != default:
+        share(key)
+    elif key in st.query_params:
+        del st.query_params[key]
+
+
 # --- the model ------------------------------------------------------------------------------
 
 
@@ -148,10 +156,8 @@ def share_plan() -> None:
     """Write what the plan depends on into the address, where it isn't the default."""
     share("method")
     for key, default in _PLAN_DEFAULTS.items():
-        if key != "method" and st.session_state[key] != default:
-            share(key)
-        elif key != "method" and key in st.query_params:
-            del st.query_params[key]
+        if key != "method":
+            share_unless_default(key, default)
 
 
 def set_plan(request: PlanRequest, parameters: int) -> None:

@@ -1,0 +1,264 @@
+"""Was stored what was planned? A plan against a saved or re-made model, matrix by matrix.
+
+What is stored is told from the stored tensors alone: their names, dtypes and shapes. Of a saved
+model that is the header of its file, so no weight is read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from math import ceil, prod
+from pathlib import Path
+
+from lsq_core.config import LADDER, QuantConfig, planned_bytes
+from lsq_core.errors import InputError
+from lsq_core.model import MANIFEST, Matrix, ModelSource, safetensors_header
+from lsq_core.pipeline import Report, remake, saved_folder, silent
+from lsq_core.store import Store
+
+#: The parts of a packed matrix, as :class:`lsq_core.quantize.packed.PackedMatrix` names them.
+PARTS = ("codes", "scale_values", "scale_ranges", "zero_values", "zero_ranges")
+#: Bytes of a number by its dtype's name in a safetensors header.
+_ITEMSIZE = {"U8": 1, "I8": 1, "F16": 2, "BF16": 2, "F32": 4, "F64": 8, "I32": 4, "I64": 8}
+
+#: The file with a saved model's tensors.
+WEIGHTS = "packed.safetensors"
+
+#: Shape of each stored tensor of a matrix and its dtype's name.
+Stored = dict[str, tuple[tuple[int, ...], str]]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One matrix: the configuration and bytes that were planned, and those that are stored.
+
+    ``stored`` is a configuration's name, or in words what is there instead.
+    """
+
+    module: str
+    layer: int | None
+    type: str
+    planned: str
+    planned_bytes: int
+    stored: str
+    stored_bytes: int
+    agrees: bool
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Every matrix that is planned or stored, and where the stored tensors were found."""
+
+    source: str
+    lines: tuple[Line, ...]
+
+    @property
+    def wrong(self) -> list[Line]:
+        """The lines in which plan and artifact differ."""
+        return [line for line in self.lines if not line.agrees]
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all stored tensors."""
+        return sum(line.stored_bytes for line in self.lines)
+
+    @property
+    def verdict(self) -> str:
+        """One sentence: whether all is as planned, or the first that isn't."""
+        count = len(self.lines)
+        if not self.wrong:
+            return f"All {count} matrices are as planned: {self.stored_bytes:,} bytes."
+        first = self.wrong[0]
+        are = "is" if len(self.wrong) == 1 else "are"
+        return (
+            f"{len(self.wrong)} of {count} matrices {are} not as planned: {first.module} holds "
+            f"{first.stored} ({first.stored_bytes:,} bytes) where {first.planned} "
+            f"({first.planned_bytes:,} bytes) was planned."
+        )
+
+    def to_json(self) -> dict:
+        """Everything, as the command line prints it."""
+        return {
+            "source": self.source,
+            "verdict": self.verdict,
+            "agrees": not self.wrong,
+            "matrices": len(self.lines),
+            "planned_bytes": sum(line.planned_bytes for line in self.lines),
+            "stored_bytes": self.stored_bytes,
+            "modules": [asdict(line) for line in self.lines],
+        }
+
+
+def audit(
+    plan: dict, matrices: Iterable[Matrix], stored: Mapping[str, Stored], source: str
+) -> Audit:
+    """Compare what was planned with what is stored.
+
+    Parameters
+    ----------
+    plan
+        What :meth:`lsq_core.plan.Plan.to_json` gives: its ``modules`` and ``metadata``.
+    matrices
+        The model's matrices, for their shapes.
+    stored
+        The stored tensors of each packed matrix, and of a planned one that was not packed.
+    """
+    shapes = {matrix.name: matrix for matrix in matrices}
+    lines = [
+        _line(shapes[name], entry, plan["metadata"], stored.get(name, {}))
+        for name, entry in plan["modules"].items()
+    ]
+    for name in sorted(set(stored) - set(plan["modules"])):
+        bytes = _bytes(stored[name])
+        lines.append(Line(name, None, "", "nothing", 0, "a packed matrix", bytes, False))
+    return Audit(source, tuple(lines))
+
+
+def _line(matrix: Matrix, entry: dict, metadata: str, stored: Stored) -> Line:
+    config = QuantConfig(entry["bits"], entry["group_size"])
+    expected = expected_tensors(matrix.numel, config, metadata)
+    found = _told(matrix.numel, stored)
+    if stored and stored != expected and found == config.name:
+        found += " with other metadata"
+    return Line(
+        module=matrix.name,
+        layer=matrix.layer,
+        type=matrix.type,
+        planned=config.name,
+        planned_bytes=planned_bytes(matrix.numel, config, metadata),
+        stored=found,
+        stored_bytes=_bytes(stored),
+        agrees=stored == expected,
+    )
+
+
+def expected_tensors(numel: int, config: QuantConfig, metadata: str) -> Stored:
+    """The tensors that a matrix of ``numel`` weights is stored in."""
+    groups = ceil(numel / config.group_size)
+    tensors: Stored = {"codes": ((ceil(numel * config.bits / 8),), "U8")}
+    for part in ("scale", "zero"):
+        if metadata == "fp16":
+            tensors[f"{part}_values"] = ((groups,), "F16")
+        else:
+            tensors[f"{part}_values"] = ((groups,), "U8")
+            tensors[f"{part}_ranges"] = ((ceil(groups / config.meta_group_size), 2), "F16")
+    return tensors
+
+
+def _told(numel: int, stored: Stored) -> str:
+    """The configuration that tensors are of, or in words what they are."""
+    if not stored:
+        return "nothing"
+    if "codes" not in stored:
+        return f"{next(iter(stored.values()))[1]} weights"
+    codes, groups = (prod(stored.get(n, ((0,), ""))[0]) for n in ("codes", "scale_values"))
+    for config in LADDER:
+        if codes == ceil(numel * config.bits / 8) and groups == ceil(numel / config.group_size):
+            return config.name
+    return f"no configuration ({codes:,} bytes of codes in {groups:,} groups)"
+
+
+def _bytes(stored: Stored) -> int:
+    return sum(prod(shape) * _ITEMSIZE[dtype] for shape, dtype in stored.values())
+
+
+def stored_in_file(path: Path, planned: Iterable[str]) -> dict[str, Stored]:
+    """The tensors of each packed matrix in a saved model, from the file's header alone.
+
+    Raises
+    ------
+    InputError
+        When it is no whole safetensors file.
+    """
+    return _grouped(
+        ((name, tuple(e["shape"]), e["dtype"]) for name, e in safetensors_header(path).items()),
+        set(planned),
+    )
+
+
+def stored_in_model(model: object, planned: Iterable[str]) -> dict[str, Stored]:
+    """The same of a quantized model in memory."""
+    names = {"uint8": "U8", "float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+    tensors = (
+        (name, tuple(tensor.shape), names[str(tensor.dtype).removeprefix("torch.")])
+        for name, tensor in model.state_dict().items()
+    )
+    return _grouped(tensors, set(planned))
+
+
+def _grouped(
+    tensors: Iterable[tuple[str, tuple[int, ...], str]], planned: set[str]
+) -> dict[str, Stored]:
+    found: dict[str, Stored] = {}
+    for name, shape, dtype in tensors:
+        module, _, part = name.rpartition(".")
+        if part in PARTS or (part == "weight" and module in planned):
+            found.setdefault(module, {})[part] = (shape, dtype)
+    return found
+
+
+# --- of a folder, of a run --------------------------------------------------------------------
+
+
+def audit_folder(folder: Path, store: Store) -> Audit:
+    """Audit a saved model against the plan of its run; needs neither torch nor its weights.
+
+    Where the store knows the run, that plan is the one it keeps, else the one in the folder.
+
+    Raises
+    ------
+    InputError
+        When it is no saved model, or nothing tells the shapes of its matrices.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text("utf8"))
+        run, fingerprint = manifest["run"], manifest["fingerprint"]
+    except OSError as error:
+        raise InputError(
+            f"{folder} is not a model that LSQ Explorer saved: no {MANIFEST}."
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged; save the model again.") from error
+    known = store.model(fingerprint)
+    matrices = known.matrices if known else _matrices_of(folder)
+    try:
+        plan, where = store.run(run)["content"], f"the plan of run {run}"
+    except InputError:
+        plan, where = manifest, MANIFEST
+    stored = stored_in_file(folder / WEIGHTS, plan["modules"])
+    return audit(plan, matrices, stored, f"{folder / WEIGHTS} against {where}")
+
+
+def _matrices_of(folder: Path) -> tuple[Matrix, ...]:
+    from lsq_core.load import describe, skeleton
+
+    source = ModelSource(str(folder))
+    return describe(skeleton(source, folder), source).matrices
+
+
+def audit_run(
+    run: str,
+    store: Store,
+    source: ModelSource | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    report: Report = silent,
+) -> Audit:
+    """Audit a run: its saved model where there is one, else the model made once more.
+
+    Raises
+    ------
+    InputError
+        When there is no such run, or its model is gone.
+    """
+    kept = store.run(run)
+    folder = saved_folder(kept)
+    if folder is not None:
+        return audit_folder(folder, store)
+    bench, model = remake(run, source, store, device, dtype, report)
+    plan = kept["content"]
+    stored = stored_in_model(model, plan["modules"])
+    return audit(plan, bench.info.matrices, stored, f"run {run} made again, against its plan")

@@ -1,0 +1,86 @@
+"""The command line: ``python -m lsq_core VERB``.
+
+With ``--json`` exactly one JSON document goes to standard output; progress and messages always go
+to standard error. Exit status 0, 2 for bad input, 1 for a failure. What a verb is asked is in
+:mod:`~lsq_core.cli.parser`, what it does in :mod:`~lsq_core.cli.verbs`, and what a person reads of
+it in :mod:`~lsq_core.cli.show`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from lsq_core import jobs
+from lsq_core.cli.parser import build_parser
+from lsq_core.errors import LsqError
+from lsq_core.jsontext import json_text
+from lsq_core.pipeline import Report
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit status.
+
+    ``job FOLDER`` is how :func:`lsq_core.jobs.start` has a command run; people don't type it.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["job"]:
+        return jobs.work(Path(arguments[1]), execute)
+    options = build_parser().parse_args(arguments)
+    console = _Console()
+    try:
+        try:
+            result = options.call(options, console.report)
+        finally:
+            console.close()
+    except LsqError as error:
+        print(f"lsq: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("lsq: stopped", file=sys.stderr)
+        return 1
+    if options.json:
+        print(json_text(result))
+    else:
+        options.show(result)
+    return 0
+
+
+def execute(arguments: list[str], report: Report, folder: Path | None = None) -> dict:
+    """Run one command and give its result, reporting to ``report``; for jobs.
+
+    In ``folder`` it keeps what it has so far, and finds it when it is run again.
+
+    Raises
+    ------
+    LsqError
+        As the command does.
+    """
+    options = build_parser(exit_on_error=False).parse_args(arguments)
+    options.folder_to_keep = folder
+    return options.call(options, report)
+
+
+class _Console:
+    """Progress on standard error: a line that rewrites itself in a terminal, else a few lines."""
+
+    def __init__(self) -> None:
+        self.shown = ("", -1)
+        self.terminal = sys.stderr.isatty()
+
+    def report(self, stage: str, done: int, total: int, message: str) -> None:
+        tenth = 10 * done // total if total else 0
+        if not self.terminal and (stage, tenth) == self.shown:
+            return
+        share = f"{100 * done // total:3d} %" if total > 1 else "     "
+        line = f"{stage:>9} {share}  {message}"
+        if self.terminal:
+            new_stage = stage != self.shown[0] and self.shown[0]
+            print(("\n" if new_stage else "\r\033[K") + line, end="", file=sys.stderr, flush=True)
+        else:
+            print(line, file=sys.stderr, flush=True)
+        self.shown = (stage, tenth)
+
+    def close(self) -> None:
+        if self.terminal and self.shown[0]:
+            print(file=sys.stderr)

@@ -1,0 +1,187 @@
+"""What a person reads of each verb's result."""
+
+from __future__ import annotations
+
+import math
+
+from lsq_core.config import format_bytes
+
+
+def model(result: dict) -> None:
+    """Print what a model is."""
+    print(
+        f"{result['model']}: {result['architecture']}, {result['layers']} layers, "
+        f"{result['parameters']:,} parameters, {format_bytes(result['file_bytes'])}; "
+        f"{100 * result['covered']:.1f} % of them in {len(result['modules'])} planned modules"
+    )
+    for name in result["left_out"]:
+        print(f"left at full precision, since no group size divides it: {name}")
+
+
+def profile(result: dict) -> None:
+    """Print which profile was measured."""
+    provenance = result["provenance"]
+    published = provenance.get("origin") == "published"
+    tokens = "published, on" if published else f"on {provenance['tokens']:,} tokens of"
+    print(
+        f"profile {result['profile']} of {result['model']['model']}: {len(result['scores']):,} "
+        f"scores {tokens} {provenance['corpus']}"
+    )
+
+
+def plan(result: dict) -> None:
+    """Print a plan's size, its boosted modules and its configurations by count."""
+    print(
+        f"{result['method']}: {result['bits_per_param']:.4f} bits per parameter, "
+        f"{format_bytes(result['planned_bytes'])} planned for the linear weights, "
+        f"{format_bytes(result['model_bytes'])} for the model"
+    )
+    for name, worth in result["flagged"].items():
+        print(f"  {result['modules'][name]['config']:>7}  {name}  ({worth:.2f})")
+    counts: dict[str, int] = {}
+    for entry in result["modules"].values():
+        counts[entry["config"]] = counts.get(entry["config"], 0) + 1
+    print("  " + ", ".join(f"{n} × {config}" for config, n in sorted(counts.items())))
+    if "gap" in result:
+        print(f"at most {100 * result['gap']:.2g} % above the least possible cost at this budget")
+    for note in result["notes"]:
+        print(note)
+    predicted(result["predicted"])
+
+
+def predicted(found: dict) -> None:
+    """Print a predicted perplexity with its band, or why there is none."""
+    if "reason" in found:
+        print(f"no predicted perplexity: {found['reason']}")
+        return
+    beyond = ", beyond what was run" if found["extrapolated"] else ""
+    print(
+        f"predicted perplexity {found['perplexity']:.4f} ({found['low']:.4f} to "
+        f"{found['high']:.4f}, 9 times in 10) on {found['corpus']} ({found['protocol']}), from "
+        f"{found['runs']} runs{beyond}; full precision {found['full_precision']:.4f}"
+    )
+
+
+def run(result: dict) -> None:
+    """Print a plan and what came of it."""
+    plan(result)
+    figures(result)
+    change = result["increase"]
+    interval = f"95 % interval {100 * change['low']:+.2f} to {100 * change['high']:+.2f} %"
+    if math.isnan(change["low"]):
+        interval = "too few windows for an interval"
+    print(
+        f"full precision {result['perplexity_full']:.4f}: {100 * change['relative']:+.2f} % "
+        f"({interval}), "
+        f"KL {result['kl']:.4f} nats, same top token {100 * result['top1']:.1f} %"
+    )
+
+
+def figures(result: dict) -> None:
+    """Print a perplexity with what it was measured on."""
+    cut = ", cut by max-tokens" if result["truncated"] else ""
+    print(
+        f"perplexity {result['perplexity']:.4f} on {result['tokens']:,} tokens of "
+        f"{result['corpus']} ({result['protocol']}{cut})"
+    )
+
+
+def sweep(result: dict) -> None:
+    """Print a row an item, and how many came of it."""
+    head = ("method", "size", "quant.", "corpus", "bits", "perplexity", "change", "")
+    print("{:<20} {:<9} {:<6} {:<12} {:>7} {:>11} {:>9}  {}".format(*head))
+    for row in result["items"]:
+        asked = f"{row['method']:<20} {row['base'] or row['budget']:<9} {row['quantizer']:<6}"
+        asked += f" {str(row['corpus'])[-12:]:<12}"
+        if row["state"] == "failed":
+            print(f"{asked} failed: {row['reason']}")
+            continue
+        change = f"{100 * row['increase']:+.2f} %"
+        print(
+            f"{asked} {row['bits_per_param']:>7.4f} {row['perplexity']:>11.4f} {change:>9}  "
+            f"{row['state']} as run {row['run']}"
+        )
+    counts = result["counts"]
+    print(
+        f"{counts['done']} made, {counts['found']} there already, {counts['failed']} failed, on "
+        f"{result['model']}"
+    )
+
+
+def audit(result: dict) -> None:
+    """Print the verdict, and every matrix that is not as planned."""
+    print(result["verdict"])
+    for line in result["modules"]:
+        if not line["agrees"]:
+            print(
+                f"  {line['module']}: planned {line['planned']} ({line['planned_bytes']:,} bytes), "
+                f"stored {line['stored']} ({line['stored_bytes']:,} bytes)"
+            )
+    print(f"({result['source']})")
+
+
+def generated(result: dict) -> None:
+    """Print both texts, parted where they part, and the odds there."""
+    at = result["parts_at"]
+    for name, title in (("full", "full precision"), ("quantized", "quantized")):
+        texts = [token["text"] for token in result[name]]
+        parted = texts if at is None else [*texts[:at], " ⟦", *texts[at : at + 1], "⟧ "]
+        rest = [] if at is None else texts[at + 1 :]
+        print(f"--- {title}\n{result['prompt']}{''.join([*parted, *rest])}")
+    if at is None:
+        print("--- the two texts are the same")
+    else:
+        print(f"--- they part at token {at + 1}:")
+        for name, title in (("full", "full precision"), ("quantized", "quantized")):
+            for token in result[name][at : at + 1]:
+                print(
+                    f"  {title} wrote {token['text']!r}: {100 * token['full']:.1f} % in full "
+                    f"precision, {100 * token['quantized']:.1f} % quantized"
+                )
+    print(
+        f"along the full model's text: same top token {100 * result['agreement']:.0f} %, "
+        f"KL {result['kl']:.4f} nats a token"
+    )
+
+
+def jobs(result: dict) -> None:
+    """Print the jobs as a table."""
+    for job in result["jobs"]:
+        share = f"{100 * job['done'] // job['total']:d} %" if job["total"] > 1 else ""
+        print(f"{job['id']}  {job['state']:<11} {job['stage']:<9} {share:>5}  {job['message']}")
+        print(f"    {job['command']}")
+
+
+def resumed(result: dict) -> None:
+    """Print what came of a job in the words of its own verb."""
+    shown = {"run": run, "sweep": sweep, "audit": audit, "generate": generated, "profile": profile}
+    print(f"job {result['job']} is done")
+    shown[result["verb"]](result["result"])
+
+
+def results(result: dict) -> None:
+    """Print the runs as a table."""
+    print(f"{'model':<24} {'method':<20} {'bits':>7} {'MiB':>9} {'perplexity':>11}  corpus")
+    for row in result["results"]:
+        # A published run tells no bytes of its linear weights.
+        size = row["measured_bytes"]
+        mib = "–" if size is None else f"{size / 2**20:.2f}"
+        print(
+            f"{str(row['model'])[-24:]:<24} {row['method']:<20} {row['bits_per_param']:>7.4f} "
+            f"{mib:>9} {row['perplexity']:>11.4f}  {row['corpus']} ({row['protocol']})"
+            + (", the saved model again" if row["saved_model"] else "")
+        )
+
+
+def imported(result: dict) -> None:
+    """Print what was taken in, and what the files lack."""
+    counts = ", ".join(f"{count:,} {table}" for table, count in result["counts"].items())
+    print(f"{result['source']}: {counts}")
+    for sentence in [*result["flawed"], *result["missing"]]:
+        print(f"  {sentence}")
+
+
+def disk(result: dict) -> None:
+    """Print what is kept."""
+    for item in result["kept"]:
+        print(f"{format_bytes(item['bytes']):>12}  {item['kind']:<14} {item['name']}")

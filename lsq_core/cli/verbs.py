@@ -1,0 +1,358 @@
+"""What the verbs do: each takes its options and a report, and gives what ``--json`` prints."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from lsq_core import disk, jobs
+from lsq_core.corpus import corpus_identity
+from lsq_core.errors import InputError, LsqError
+from lsq_core.jsontext import write_json
+from lsq_core.model import MANIFEST, ModelSource
+from lsq_core.pipeline import (
+    EvaluationRequest,
+    Report,
+    Workbench,
+    evaluate_saved,
+    find_published,
+)
+from lsq_core.plan import PLANNERS, Plan, PlanRequest
+from lsq_core.predict import parse_loss
+from lsq_core.profile import METRICS, Profile, ProfileSettings
+from lsq_core.store import PUBLISHED, Store
+
+
+def _workbench(options: argparse.Namespace, report: Report) -> Workbench:
+    keep = getattr(options, "folder_to_keep", None)
+    device = options.device, options.dtype
+    return Workbench(_source(options), Store(options.db), *device, report, keep)
+
+
+def _source(options: argparse.Namespace) -> ModelSource:
+    return ModelSource(
+        options.model, options.revision, options.trust_remote_code, options.allow_pickle
+    )
+
+
+def _settings(
+    options: argparse.Namespace, bench: Workbench, quantizer: str | None, calibration: str | None
+) -> ProfileSettings:
+    """The profile settings that were given, and the model's defaults for the others."""
+    chosen = {
+        "quantizer": quantizer,
+        "axis": options.axis,
+        "metadata": options.metadata,
+        "calibration": calibration,
+        "samples": options.samples,
+        "block_tokens": options.block_tokens,
+    }
+    given = {name: value for name, value in chosen.items() if value is not None}
+    return replace(bench.default_settings, **given)
+
+
+def _source_if_given(options: argparse.Namespace) -> ModelSource | None:
+    return _source(options) if options.model else None
+
+
+def _plan_request(options: argparse.Namespace, method: str | None = None) -> PlanRequest:
+    """What to plan for; a sweep gives one of its methods, and sizes of its own later."""
+    one = method is None
+    method = options.method if one else method
+    if not method:
+        raise InputError(f"Give a method with --method: {', '.join(PLANNERS)}.")
+    if options.metric not in METRICS or not options.metric.startswith("sensitivity"):
+        raise InputError(
+            f"'{options.metric}' is not a metric SensiBoost can read; choose sensitivity or "
+            "sensitivity_module."
+        )
+    return PlanRequest(
+        method=method,
+        base=options.base if one else None,
+        budget=options.budget if one else None,
+        boost_stop=options.boost_stop,
+        top_m=options.top_m,
+        metric=options.metric,
+        seed=options.seed,
+        exact=options.exact,
+        pins=tuple(options.pin),
+    )
+
+
+def _plan(
+    options: argparse.Namespace, bench: Workbench, settings: ProfileSettings
+) -> tuple[Plan, Profile | None]:
+    """The plan that was asked for, by a base, a budget or a loss, and its profile."""
+    request = _plan_request(options)
+    if options.max_loss is not None:
+        if options.base or options.budget:
+            raise InputError("Give --max-loss, or a base or budget, but not both.")
+        loss = parse_loss(options.max_loss)
+        request = bench.request_within(request, settings, loss, options.corpus, options.protocol)
+    return bench.plan(request, settings)
+
+
+def _evaluation(options: argparse.Namespace) -> EvaluationRequest:
+    return EvaluationRequest(options.corpus, options.protocol, options.max_tokens)
+
+
+# --- verbs ----------------------------------------------------------------------------------
+
+
+def inspect(options: argparse.Namespace, report: Report) -> dict:
+    """Layers, parameters, bytes and modules, from the config alone for a remote model."""
+    from lsq_core.load import inspect_model
+
+    source, store = _source(options), Store(options.db)
+    info = find_published(source, store) or inspect_model(source)
+    if info.fingerprint:
+        store.save_model(info)
+    return _described(info) | {
+        "modules": {m.name: [m.out_features, m.in_features] for m in info.matrices}
+    }
+
+
+def _described(info: object) -> dict:
+    return {
+        "model": info.source,
+        "fingerprint": info.fingerprint or None,
+        "architecture": info.architecture,
+        "layers": info.layers,
+        "context": info.context,
+        "parameters": info.parameters,
+        "linear_parameters": info.linear_parameters,
+        "covered": info.covered,
+        "left_out": list(info.left_out),
+        "file_bytes": info.file_bytes,
+        "tied_embeddings": info.tied_embeddings,
+    }
+
+
+def profile(options: argparse.Namespace, report: Report) -> dict:
+    """Measure or find a profile."""
+    bench = _workbench(options, report)
+    settings = _settings(options, bench, options.quantizer, options.corpus)
+    found = bench.profile(settings, options.metric)
+    return {
+        "profile": found.id,
+        "model": _described(bench.info),
+        "settings": asdict(found.settings),
+        "provenance": found.provenance,
+        "scores": found.values.to_dict("records"),
+    }
+
+
+def plan(options: argparse.Namespace, report: Report) -> dict:
+    """Make a plan, measuring what it needs first."""
+    bench = _workbench(options, report)
+    settings = _settings(options, bench, options.profile_quantizer, options.calibration)
+    made, used = _plan(options, bench, settings)
+    content = made.to_json() | {
+        "predicted": bench.predicted(made, settings, options.corpus, options.protocol),
+        "model": bench.source.name,
+        "fingerprint": bench.info.fingerprint,
+        "profile": used.id if used else None,
+        "covered": bench.info.covered,
+    }
+    if options.out:
+        _write_new(options.out, content)
+    return content
+
+
+def _write_new(path: Path, content: dict) -> None:
+    try:
+        write_json(path, content)
+    except OSError as error:
+        raise LsqError(f"{path} cannot be written: {error.strerror}.") from error
+
+
+def run(options: argparse.Namespace, report: Report) -> dict:
+    """Plan or take a saved plan, quantize, evaluate, keep."""
+    evaluation = _evaluation(options)
+    corpus_identity(evaluation.corpus)  # a wrong path is told before anything is measured
+    bench = _workbench(options, report)
+    settings = _settings(options, bench, options.profile_quantizer, options.calibration)
+    if options.plan:
+        if options.method or options.base or options.budget or options.max_loss:
+            raise InputError(
+                "Give a saved plan, or a method with base, budget or max-loss, but not both."
+            )
+        made, used = _saved_plan(options.plan, bench), None
+    else:
+        if options.max_loss and options.quantizer != settings.quantizer:
+            raise InputError(
+                f"--max-loss predicts by the profile of {settings.quantizer}; give "
+                f"--profile-quantizer {options.quantizer} to run by that quantizer."
+            )
+        made, used = _plan(options, bench, settings)
+    measured_by = replace(settings, quantizer=options.quantizer)
+    predicted = bench.predicted(made, measured_by, evaluation.corpus, evaluation.protocol)
+    save = options.save.expanduser().resolve() if options.save else None
+    outcome = bench.run(made, used, options.quantizer, evaluation, save)
+    return {
+        "model": bench.source.name,
+        "fingerprint": bench.info.fingerprint,
+        "predicted": predicted,
+    } | outcome
+
+
+def _saved_plan(path: Path, bench: Workbench) -> Plan:
+    try:
+        content = json.loads(path.read_text("utf8"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not a plan: it holds no JSON ({error}).") from error
+    return Plan.from_json(content, bench.info.matrices, bench.info.other_bytes)
+
+
+def evaluate(options: argparse.Namespace, report: Report) -> dict:
+    """Evaluate a folder that ``run --save`` wrote, or a model in full precision."""
+    request = _evaluation(options)
+    source = _source(options)
+    folder = source.local_folder
+    if folder is not None and (folder / MANIFEST).is_file():
+        return evaluate_saved(
+            folder, request, Store(options.db), options.device, options.dtype, report
+        )
+    return _workbench(options, report).evaluate_full(request)
+
+
+def sweep(options: argparse.Namespace, report: Report) -> dict:
+    """Methods × bases and budgets × quantizers × texts, each run kept as it finishes."""
+    from lsq_core import sweep as sweeps
+
+    bench = _workbench(options, report)
+    settings = _settings(options, bench, options.profile_quantizer, options.calibration)
+    like = _plan_request(options, options.method[0] if options.method else "")
+    asked = sweeps.items(
+        sweeps.requests(like, options.method, options.base, options.budget),
+        options.quantizer or ["hqq"],
+        [
+            EvaluationRequest(corpus, options.protocol, options.max_tokens)
+            for corpus in options.corpus or ["stdlib"]
+        ],
+    )
+    rows = sweeps.sweep(bench, asked, settings)
+    states = [row["state"] for row in rows]
+    return {
+        "model": bench.source.name,
+        "fingerprint": bench.info.fingerprint,
+        "counts": {state: states.count(state) for state in (*sweeps.FINISHED, sweeps.FAILED)},
+        "items": rows,
+    }
+
+
+def audit(options: argparse.Namespace, report: Report) -> dict:
+    """What was stored, matrix by matrix, against what was planned."""
+    from lsq_core.audit import audit_folder, audit_run
+
+    store, folder = Store(options.db), Path(options.target).expanduser()
+    if folder.is_dir() or "/" in options.target:
+        return audit_folder(folder.resolve(), store).to_json()
+    place = options.device, options.dtype
+    found = audit_run(options.target, store, _source_if_given(options), *place, report)
+    return found.to_json() | {"run": options.target}
+
+
+def generate(options: argparse.Namespace, report: Report) -> dict:
+    """What the full-precision and the quantized model write after a prompt."""
+    from lsq_core.generate import compare_generation
+    from lsq_core.pipeline import original, remake
+
+    store, source = Store(options.db), _source_if_given(options)
+    place = options.device, options.dtype, report
+    if options.saved is not None:
+        from lsq_core.quantize.artifact import load_quantized, read_manifest
+
+        manifest = read_manifest(options.saved.expanduser().resolve())
+        run, fingerprint = manifest["run"], manifest["fingerprint"]
+        source = source or ModelSource(manifest["source"], manifest["revision"])
+        bench = original(source, fingerprint, store, *place)
+        report("load", 0, 1, f"loading {options.saved}")
+        quantized = load_quantized(options.saved, options.device, options.dtype).model
+    else:
+        run = options.run
+        bench, quantized = remake(run, source, store, *place)
+    compared = compare_generation(
+        bench.loaded.model,
+        quantized,
+        bench.tokenizer,
+        options.prompt,
+        options.max_new_tokens,
+        temperature=options.temperature,
+        seed=options.seed,
+        context=bench.info.context,
+        progress=lambda done, total, message: report("generate", done, total, message),
+    )
+    return {"run": run, "model": bench.source.name} | bench.place | compared.to_json()
+
+
+def jobs_verb(options: argparse.Namespace, report: Report) -> dict:
+    """The background jobs, newest first; ``--cancel`` ends one of them."""
+    folder = disk.jobs_folder(Store(options.db))
+    if options.cancel:
+        jobs.cancel(jobs.find(folder, options.cancel))
+    keys = ("id", "state", "stage", "done", "total", "message", "eta", "seconds", "command")
+    return {
+        "jobs": [{key: getattr(job, key) for key in keys} for job in jobs.list_jobs(folder)],
+    }
+
+
+def resume(options: argparse.Namespace, report: Report) -> dict:
+    """Let an interrupted job go on in the background, and follow it to its end."""
+    folder = disk.jobs_folder(Store(options.db))
+    job = jobs.follow(jobs.resume(jobs.find(folder, options.id)), report)
+    if job.state != "done":
+        raise LsqError(f"Job {job.id} ended as {job.state}: {job.message}")
+    return {"job": job.id, "verb": job.arguments[0], "result": job.result()}
+
+
+def results(options: argparse.Namespace, report: Report) -> dict:
+    """Every run, newest first: measured here, or published."""
+    origin = "published" if options.published else "measured"
+    frame = Store(options.db).results(origin=origin)
+    if options.model:
+        frame = frame[frame["model"].isin([options.model, PUBLISHED + options.model])]
+    # An evaluation of a saved model, which has no full precision beside it, tells no KL.
+    alone = frame["kl"].isna() & (frame["origin"] == "measured")
+    frame = frame.assign(created=frame["created"].astype(str), saved_model=alone)
+    return {"results": frame.astype(object).where(frame.notna(), None).to_dict("records")}
+
+
+def import_reference(options: argparse.Namespace, report: Report) -> dict:
+    """Take in published measurements, in the place of those taken in before."""
+    from lsq_core import reference
+
+    store = Store(options.db)
+    if options.download:
+        return reference.import_download(store, report)
+    return reference.import_reference(options.folder, store, report)
+
+
+def on_disk(options: argparse.Namespace, report: Report) -> dict:
+    """What is kept on disk; ``--prune`` deletes one of it."""
+    store = Store(options.db)
+    pruned = disk.prune(store, options.prune) if options.prune else None
+    return {
+        "pruned": asdict(pruned) if pruned else None,
+        "kept": [asdict(item) for item in disk.kept_on_disk(store)],
+    }
+
+
+def app(options: argparse.Namespace, report: Report) -> dict:
+    """Serve the app until stopped."""
+    import os
+    import subprocess
+
+    root = Path(__file__).resolve().parents[2]
+    environment = os.environ | ({"LSQ_DB": str(Store(options.db).path)} if options.db else {})
+    command = [sys.executable, "-m", "streamlit", "run", "app.py"]
+    command += ["--server.port", str(options.port)]
+    status = subprocess.call(command, cwd=root, env=environment)
+    if status:
+        raise LsqError(f"The app ended with status {status}; its own message is above.")
+    return {}

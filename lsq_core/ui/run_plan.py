@@ -1,0 +1,122 @@
+"""The Run page's form for one run: the plan that it takes, and how it is evaluated."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import streamlit as st
+
+from lsq_core import disk, jobs
+from lsq_core.config import format_bytes
+from lsq_core.corpus import BUILT_IN
+from lsq_core.errors import InputError, LsqError
+from lsq_core.evaluate import PROTOCOLS, Protocol
+from lsq_core.pipeline import EvaluationRequest
+from lsq_core.plan import PlanRequest, get_planner
+from lsq_core.quantize import QUANTIZERS
+from lsq_core.store import Store
+from lsq_core.ui import arguments, known, state
+from lsq_core.ui.page import Here
+
+
+def ask(here: Here, folder: Path) -> None:
+    """What to quantize and evaluate, and the button."""
+    info, settings = here.info, state.settings()
+    request = state.plan_request()
+    top, change = st.columns([5, 1], vertical_alignment="center")
+    top.markdown(f"**Next:** {plan_in_words(here, request)}")
+    change.page_link("pages/2_Plan.py", label="Change the plan")
+    quantizer, evaluation, save = options(here.store, info.context)
+    if st.button("Quantize and evaluate", type="primary", icon=":material/play_arrow:"):
+        words_of = ["run", *arguments.model_arguments(here.source, here.device)]
+        words_of += arguments.plan_arguments(request, settings)
+        words_of += arguments.evaluation_arguments(
+            evaluation, quantizer, save_folder(here.store, save)
+        )
+        start(here, folder, words_of)
+
+
+def start(here: Here, folder: Path, words_of: list[str]) -> None:
+    """Start a job on this database, and show it."""
+    jobs.start(folder, [*words_of, "--db", str(here.store.path)])
+    st.session_state.pop("jobs", None)  # show the new one
+    st.rerun()
+
+
+def plan_in_words(here: Here, request: PlanRequest) -> str:
+    """The plan that a run would make, in a sentence."""
+    info, settings = here.info, state.settings()
+    planner = get_planner(request.method)
+    wanted = " and ".join(
+        [f"base {request.base}"] * bool(request.base)
+        + [f"at most {(request.budget or '').removesuffix('bpp')} bits"] * bool(request.budget)
+    )
+    found = known.profile(here.store, info, settings)
+    text = f"{planner.title} on {here.source.name}, {wanted}"
+    if planner.metrics and found is None:
+        return f"{text}; the run will measure the profile first."
+    try:
+        plan = known.plan(info, found, request, settings)
+    except LsqError as error:
+        return f"{text}. {error}"
+    return f"{text}: {plan.bits_per_param:.2f} bits, {format_bytes(plan.planned_bytes)} planned."
+
+
+def options(store: Store, context: int) -> tuple[str, EvaluationRequest, str]:
+    """Quantizer, evaluation and the name to save under."""
+    columns = st.columns([1, 1.4, 1.8, 1.2, 1.6])
+    quantizer = columns[0].selectbox(
+        "Quantizer", list(QUANTIZERS), key="quantizer", persist_state="session"
+    )
+    corpus = columns[1].selectbox(
+        "Evaluation text",
+        list(dict.fromkeys([*BUILT_IN, st.session_state.get("corpus") or "stdlib"])),
+        key="corpus",
+        accept_new_options=True,
+        persist_state="session",
+    )
+    protocol = columns[2].selectbox(
+        "Protocol",
+        list(PROTOCOLS),
+        format_func=lambda name: Protocol.named(name, context).name,
+        key="protocol",
+        persist_state="session",
+        help="strided: windows of 1,024 tokens of which the last 512 are scored. blocks: windows "
+        "of 2,048 side by side. A shorter context gets shorter windows under a name of their own.",
+    )
+    tokens = columns[3].number_input(
+        "Max tokens",
+        min_value=0,
+        step=1000,
+        key="max_tokens",
+        persist_state="session",
+        help="0 evaluates the whole text.",
+    )
+    save = columns[4].text_input(
+        "Save the model as",
+        key="save",
+        placeholder="don't save",
+        persist_state="session",
+        help=f"A folder in {disk.models_folder(store)}.",
+    )
+    return quantizer, EvaluationRequest(corpus, protocol, tokens or None), save
+
+
+def save_folder(store: Store, name: str) -> Path | None:
+    """The new folder for a quantized model, inside the models' folder and nowhere else.
+
+    Raises
+    ------
+    InputError
+        When the name has other characters, or is taken.
+    """
+    name = name.strip()
+    if not name:
+        return None
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", name):
+        raise InputError(f"'{name}' is not a name to save under; use letters, digits, . _ and -.")
+    folder = disk.models_folder(store) / name
+    if folder.exists():
+        raise InputError(f"A saved model named '{name}' exists; choose another name.")
+    return folder

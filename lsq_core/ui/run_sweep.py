@@ -1,0 +1,251 @@
+"""The Run page's sweep: what to combine, how many runs that is, and the rows as they fill."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import streamlit as st
+
+from lsq_core import sweep
+from lsq_core.config import stop_index
+from lsq_core.corpus import BUILT_IN
+from lsq_core.errors import InputError
+from lsq_core.evaluate import PROTOCOLS, Protocol
+from lsq_core.jobs import Job
+from lsq_core.model import ModelInfo
+from lsq_core.pipeline import EvaluationRequest
+from lsq_core.plan import PLANNERS, PlanRequest, Problem, get_planner
+from lsq_core.quantize import QUANTIZERS
+from lsq_core.ui import arguments, jobs_panel, known, state, words
+from lsq_core.ui.page import Here, headline, next_step
+from lsq_core.ui.run_plan import start
+
+_DEFAULTS = {
+    "sweep_methods": ["uniform", "sensiboost", "mxq"],
+    "sweep_budgets": "2.25, 2.51, 3.13",
+    "sweep_bases": "",
+    "sweep_quantizers": ["hqq"],
+    "sweep_corpora": ["stdlib"],
+}
+#: States as the table says them.
+_STATES = {"waiting": "…", "done": "done", "found": "there already", "failed": "not made"}
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What the form says."""
+
+    methods: list[str]
+    bases: tuple[str, ...]
+    budgets: tuple[str, ...]
+    quantizers: list[str]
+    corpora: list[str]
+    like: EvaluationRequest
+
+    @property
+    def items(self) -> list[sweep.Item]:
+        """The runs of the product; none while something is missing."""
+        if not (self.methods and (self.bases or self.budgets)):
+            return []
+        like = PlanRequest(self.methods[0])
+        asked = sweep.requests(like, self.methods, self.bases, self.budgets)
+        texts = [
+            EvaluationRequest(name, self.like.protocol, self.like.max_tokens)
+            for name in self.corpora
+        ]
+        return sweep.items(asked, self.quantizers, texts)
+
+
+def ask(here: Here, folder: Path) -> None:
+    """Methods, sizes, quantizers and texts; how many runs, about how long; the button."""
+    for key, default in _DEFAULTS.items():
+        st.session_state.setdefault(key, default)
+    asked = _form(here.info.context)
+    cannot = _refused(here.info, asked.items)
+    with st.container(horizontal=True, vertical_alignment="center"):
+        pressed = st.button(
+            "Start the sweep",
+            type="primary",
+            icon=":material/playlist_play:",
+            disabled=len(cannot) == len(asked.items),
+        )
+        st.caption(_in_words(here, asked, cannot))
+    if pressed:
+        words_of = ["sweep", *arguments.model_arguments(here.source, here.device)]
+        words_of += arguments.sweep_arguments(
+            asked.methods,
+            asked.bases,
+            asked.budgets,
+            asked.quantizers,
+            asked.corpora,
+            asked.like,
+            state.settings(),
+        )
+        start(here, folder, words_of)
+
+
+def _form(context: int) -> _Asked:
+    columns = st.columns([2.6, 1.5, 1.2])
+    methods = columns[0].multiselect(
+        "Methods",
+        list(PLANNERS),
+        format_func=lambda name: PLANNERS[name].title,
+        key="sweep_methods",
+        persist_state="session",
+    )
+    budgets = columns[1].text_input(
+        "Budgets",
+        key="sweep_budgets",
+        persist_state="session",
+        help="Bits per parameter, such as 2.25, 2.51, 3.13, or bytes of the linear weights: 9MiB.",
+    )
+    bases = columns[2].text_input(
+        "Base stops",
+        key="sweep_bases",
+        placeholder="none",
+        persist_state="session",
+        help="Stops of the ladder, such as 3.13, for methods that start from a base.",
+    )
+    columns = st.columns([1.2, 1.8, 1.4, 0.9])
+    quantizers = columns[0].multiselect(
+        "Quantizers", list(QUANTIZERS), key="sweep_quantizers", persist_state="session"
+    )
+    chosen = st.session_state["sweep_corpora"]
+    corpora = columns[1].multiselect(
+        "Evaluation texts",
+        list(dict.fromkeys([*BUILT_IN, *chosen])),
+        key="sweep_corpora",
+        accept_new_options=True,
+        persist_state="session",
+    )
+    protocol = columns[2].selectbox(
+        "Each by protocol",
+        list(PROTOCOLS),
+        format_func=lambda name: Protocol.named(name, context).name,
+        key="sweep_protocol",
+        persist_state="session",
+    )
+    tokens = columns[3].number_input(
+        "At most tokens",
+        min_value=0,
+        step=1000,
+        key="sweep_tokens",
+        persist_state="session",
+        help="0 evaluates each text as a whole.",
+    )
+    like = EvaluationRequest("stdlib", protocol, tokens or None)
+    bases = tuple(base.removesuffix("bpp") for base in sweep.parse_budgets(bases))
+    return _Asked(methods, bases, sweep.parse_budgets(budgets), quantizers, corpora, like)
+
+
+def _refused(info: ModelInfo, asked: list[sweep.Item]) -> list[str]:
+    """Why items can't be made, as far as that is told before any work; one sentence an item."""
+    problem = Problem(info.matrices)
+    reasons = {item.request: _refusal(problem, item.request) for item in asked}
+    return [reasons[item.request] for item in asked if reasons[item.request]]
+
+
+def _refusal(problem: Problem, request: PlanRequest) -> str:
+    planner = get_planner(request.method)
+    try:
+        if request.base:
+            stop_index(request.base)
+        request.budget_for(problem)
+    except InputError as error:
+        return str(error)
+    takes_none = request.base is not None and not planner.has_base
+    return f"{planner.title} takes a budget, not a base." if takes_none else ""
+
+
+def _in_words(here: Here, asked: _Asked, cannot: list[str]) -> str:
+    """How many runs, about how long, and what can't be made."""
+    found = asked.items
+    if not found:
+        return "Choose at least one method, one budget or base, one quantizer and one text."
+    text = f"{words.plural(len(found), 'run')}; those that are there already are not made again."
+    runs = known.results(here.store)
+    runs = runs[runs["fingerprint"] == here.info.fingerprint]
+    seconds = sweep.estimate(runs, found[: len(found) - len(cannot)])
+    if seconds is not None:
+        text += f" About {words.seconds(seconds)}, by this model's runs so far."
+    if cannot:
+        text += f" {len(cannot)} of them can't be made: {words.literal(cannot[0])}"
+    return text
+
+
+# --- following ------------------------------------------------------------------------------
+
+
+def rows_of(job: Job) -> list[dict]:
+    """What came of each item so far."""
+    path = job.folder / sweep.ITEMS
+    return json.loads(path.read_text("utf8"))["items"] if path.is_file() else []
+
+
+def say(job: Job) -> None:
+    """The first line: how far it is, or how many runs came of it."""
+    if job.active:
+        jobs_panel.say(job)
+        return
+    rows = rows_of(job)
+    counts = {state: sum(row["state"] == state for row in rows) for state in _STATES}
+    made = f"{counts['done']} made, {counts['found']} there already, {counts['failed']} not made"
+    if job.state == "done":
+        headline(f"{words.plural(len(rows), 'run')} swept: {made}.", best(rows))
+    else:
+        headline(f"The sweep {jobs_panel.ENDED[job.state]}.", f"{job.title} · {made} so far")
+
+
+def best(rows: list[dict]) -> str:
+    """The least perplexity on each text."""
+    finished = [row for row in rows if row["state"] in sweep.FINISHED]
+    lines = []
+    for corpus in dict.fromkeys(row["corpus"] for row in finished):
+        least = min((r for r in finished if r["corpus"] == corpus), key=lambda r: r["perplexity"])
+        lines.append(
+            f"{words.literal(Path(corpus).name)}: {PLANNERS[least['method']].title} at "
+            f"{least['bits_per_param']:.2f} bits, perplexity {least['perplexity']:.2f}"
+        )
+    return f"Least on {'; on '.join(lines)}." if lines else ""
+
+
+def show_rows(job: Job) -> None:
+    """The rows as they fill."""
+    rows = rows_of(job)
+    if not rows:
+        return
+    st.dataframe(
+        table(rows),
+        hide_index=True,
+        height=min(38 + 35 * len(rows), 255),
+        placeholder="",
+        column_config={
+            "bits": st.column_config.NumberColumn(format="%.3f"),
+            "perplexity": st.column_config.NumberColumn(format="%.3f"),
+            "over full precision": st.column_config.NumberColumn(format="percent"),
+            "reason": st.column_config.TextColumn(width="large"),
+        },
+    )
+    if any(row["state"] in sweep.FINISHED for row in rows):
+        next_step("pages/4_Compare.py", "Compare them")
+
+
+def table(rows: list[dict]) -> pd.DataFrame:
+    """Rows for a person to read."""
+    return pd.DataFrame(
+        {
+            "method": [PLANNERS[row["method"]].title for row in rows],
+            "asked": [(row["base"] and f"base {row['base']}") or row["budget"] for row in rows],
+            "quantizer": [row["quantizer"] for row in rows],
+            "text": [Path(row["corpus"]).name for row in rows],
+            "state": [_STATES[row["state"]] for row in rows],
+            "bits": [row.get("bits_per_param") for row in rows],
+            "perplexity": [row.get("perplexity") for row in rows],
+            "over full precision": [row.get("increase") for row in rows],
+            "run": [row.get("run") for row in rows],
+            "reason": [row.get("reason", "") for row in rows],
+        }
+    )

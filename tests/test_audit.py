@@ -1,0 +1,193 @@
+"""The audit finds what was stored, and everything that is not as it was planned."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from lsq_core.audit import audit_folder, audit_run, expected_tensors
+from lsq_core.cli import main
+from lsq_core.config import LADDER, QuantConfig, planned_bytes
+from lsq_core.errors import InputError
+from lsq_core.model import ModelSource
+from lsq_core.pipeline import EvaluationRequest, Workbench
+from lsq_core.plan import PlanRequest
+from lsq_core.profile import ProfileSettings
+from lsq_core.store import Store
+from tests.conftest import ROOT
+
+MODULE = "model.layers.1.self_attn.q_proj"
+
+
+def make_run(model: Path, text: Path, save: Path | None, metadata: str = "8bit") -> dict:
+    bench = Workbench(ModelSource(str(model)), Store(), "cpu")
+    pins = ("*.1.*=b4g64",)
+    request = PlanRequest("uniform", base="3.51", pins=pins)
+    plan, profile = bench.plan(request, ProfileSettings("rtn", metadata=metadata))
+    return bench.run(plan, profile, "rtn", EvaluationRequest(str(text), max_tokens=200), save)
+
+
+@pytest.fixture
+def saved(random_model, small_text, tmp_path) -> tuple[Path, dict]:
+    folder = tmp_path / "saved"
+    return folder, make_run(random_model("llama-gqa"), small_text, folder)
+
+
+def tamper(folder: Path, config: QuantConfig | None) -> None:
+    """Store one module in another configuration, or as plain weights, and say nothing of it."""
+    import torch
+
+    from lsq_core.quantize import get_quantizer
+    from lsq_core.quantize.packed import quantize_matrix
+
+    path = folder / "packed.safetensors"
+    state = load_file(path)
+    kept = {n: t for n, t in state.items() if not n.startswith(f"{MODULE}.")}
+    if config is None:
+        kept[f"{MODULE}.weight"] = torch.zeros(128, 128, dtype=torch.bfloat16)
+    else:
+        weight = torch.randn(128, 128, generator=torch.Generator().manual_seed(0))
+        packed = quantize_matrix(weight, config, get_quantizer("rtn"))
+        kept |= {f"{MODULE}.{n}": t for n, t in packed.tensors.items()}
+    save_file(kept, path, metadata={"format": "pt"})
+
+
+def test_a_saved_model_is_as_planned(saved):
+    folder, run = saved
+    found = audit_folder(folder, Store())
+    assert found.verdict == f"All 14 matrices are as planned: {run['planned_bytes']:,} bytes."
+    assert found.stored_bytes == run["measured_bytes"] == run["planned_bytes"]
+    assert {line.stored for line in found.lines} == {"b3g32", "b4g64"}
+    assert all(line.stored_bytes == line.planned_bytes for line in found.lines)
+    assert audit_run(run["run"], Store()).verdict == found.verdict
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_a_module_with_other_bits_is_found(saved, bits):
+    folder, run = saved
+    config = QuantConfig(bits, 64)
+    tamper(folder, config)
+    for found in (audit_folder(folder, Store()), audit_run(run["run"], Store())):
+        (line,) = found.wrong
+        assert (line.module, line.planned, line.stored) == (MODULE, "b4g64", config.name)
+        assert line.stored_bytes == planned_bytes(128 * 128, config)
+        assert found.verdict.startswith(
+            f"1 of 14 matrices is not as planned: {MODULE} holds b{bits}"
+        )
+
+
+def test_groups_and_bits_of_equal_product_are_told_apart(saved):
+    """b2g128 has as many codes to a group as b4g64 to half of one."""
+    folder, _ = saved
+    tamper(folder, QuantConfig(2, 128))
+    assert [line.stored for line in audit_folder(folder, Store()).wrong] == ["b2g128"]
+
+
+def test_plain_weights_and_missing_ones_are_found(saved):
+    folder, _ = saved
+    tamper(folder, None)
+    (line,) = audit_folder(folder, Store()).wrong
+    assert (line.stored, line.stored_bytes) == ("BF16 weights", 2 * 128 * 128)
+    path = folder / "packed.safetensors"
+    rest = {n: t for n, t in load_file(path).items() if not n.startswith(f"{MODULE}.")}
+    save_file(rest, path, metadata={"format": "pt"})
+    (line,) = audit_folder(folder, Store()).wrong
+    assert (line.stored, line.stored_bytes) == ("nothing", 0)
+
+
+def test_a_changed_manifest_is_held_against_the_kept_plan(saved):
+    folder, _ = saved
+    path = folder / "lsq.json"
+    manifest = json.loads(path.read_text())
+    manifest["modules"][MODULE] |= {"bits": 3, "config": "b3g64"}
+    path.write_text(json.dumps(manifest))
+    assert not audit_folder(folder, Store()).wrong, "the plan that was kept still holds"
+
+
+def test_a_folder_from_elsewhere_is_held_against_its_own_plan(saved, tmp_path):
+    folder, _ = saved
+    elsewhere = Store(tmp_path / "elsewhere.duckdb")
+    found = audit_folder(folder, elsewhere)
+    assert found.verdict.startswith("All 14 matrices")
+    assert found.source.endswith("against lsq.json")
+    tamper(folder, QuantConfig(8, 128))
+    assert [line.module for line in audit_folder(folder, elsewhere).wrong] == [MODULE]
+
+
+def test_metadata_of_another_format_is_found(saved):
+    folder, _ = saved
+    import torch
+
+    path = folder / "packed.safetensors"
+    state = load_file(path)
+    for part in ("scale", "zero"):
+        state.pop(f"{MODULE}.{part}_ranges")
+        values = state[f"{MODULE}.{part}_values"]
+        state[f"{MODULE}.{part}_values"] = values.to(torch.float16)
+    save_file(state, path, metadata={"format": "pt"})
+    assert [line.stored for line in audit_folder(folder, Store()).wrong] == [
+        "b4g64 with other metadata"
+    ]
+
+
+@pytest.mark.parametrize("architecture", ["llama-gqa", "gpt2-conv1d", "mixtral-moe"])
+@pytest.mark.parametrize("metadata", ["8bit", "fp16"])
+def test_a_run_that_was_not_saved_is_made_again(random_model, small_text, architecture, metadata):
+    run = make_run(random_model(architecture), small_text, None, metadata)
+    found = audit_run(run["run"], Store(), device="cpu")
+    assert not found.wrong
+    assert found.stored_bytes == run["planned_bytes"]
+    assert len(found.lines) == len(run["modules"])
+    assert "made again" in found.source
+
+
+@pytest.mark.parametrize("metadata", ["8bit", "fp16"])
+def test_expected_tensors_take_the_planned_bytes(metadata):
+    sizes = {"U8": 1, "F16": 2}
+    for config in LADDER:
+        tensors = expected_tensors(96 * 128, config, metadata)
+        count = 0
+        for shape, dtype in tensors.values():
+            count += sizes[dtype] * (shape[0] * shape[1] if len(shape) == 2 else shape[0])
+        assert count == planned_bytes(96 * 128, config, metadata)
+
+
+def test_the_command_line(saved, capsys, tmp_path):
+    folder, run = saved
+    assert main(["audit", str(folder), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["agrees"], result["matrices"]) == (True, 14)
+    assert main(["audit", run["run"]]) == 0
+    assert capsys.readouterr().out.startswith("All 14 matrices are as planned: ")
+    tamper(folder, QuantConfig(8, 64))
+    assert main(["audit", str(folder)]) == 0
+    assert f"{MODULE}: planned b4g64" in capsys.readouterr().out
+    assert main(["audit", str(tmp_path)]) == 2
+    assert main(["audit", "nosuchrun"]) == 2
+    assert "There is no run 'nosuchrun'" in capsys.readouterr().err
+
+
+def test_a_saved_model_is_audited_without_torch(saved):
+    folder, _ = saved
+    code = (
+        "import sys; from pathlib import Path; from lsq_core.store import Store; "
+        "from lsq_core.audit import audit_folder; "
+        f"print(audit_folder(Path({str(folder)!r}), Store()).verdict, 'torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("All 14 matrices")
+    assert done.stdout.strip().endswith("False")
+
+
+def test_a_damaged_manifest_is_one_sentence(saved):
+    folder, _ = saved
+    (folder / "lsq.json").write_text("{")
+    with pytest.raises(InputError, match="damaged"):
+        audit_folder(folder, Store())

@@ -1,0 +1,263 @@
+"""Sweeps: every combination once, what is there is found, what fails stops nothing."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+
+from lsq_core import pipeline, sweep
+from lsq_core.cli import main
+from lsq_core.errors import InputError, LsqError
+from lsq_core.model import ModelSource
+from lsq_core.pipeline import EvaluationRequest, Workbench
+from lsq_core.plan import PlanRequest
+from lsq_core.profile import ProfileSettings
+from lsq_core.store import Store
+
+
+@pytest.fixture
+def settings(small_text) -> ProfileSettings:
+    return ProfileSettings("rtn", calibration=str(small_text), samples=4, block_tokens=64)
+
+
+@pytest.fixture
+def other_text(tmp_path) -> str:
+    path = tmp_path / "other.txt"
+    path.write_text("\n".join(f"{i} is followed by {i + 1}." for i in range(300)), "utf8")
+    return str(path)
+
+
+@pytest.fixture
+def bench(random_model) -> Workbench:
+    return Workbench(ModelSource(str(random_model("llama-gqa"))), Store(), "cpu")
+
+
+def fresh(bench: Workbench, **changes) -> Workbench:
+    """The same model in another process, so to speak: nothing of it is loaded."""
+    return Workbench(bench.source, bench.store, "cpu", **changes)
+
+
+def asked(texts, methods=("uniform", "mxq"), budgets=("2.6bpp", "3.6bpp"), quantizers=("rtn",)):
+    wanted = sweep.requests(PlanRequest(methods[0]), methods, (), budgets)
+    evaluations = [EvaluationRequest(str(text), max_tokens=300) for text in texts]
+    return sweep.items(wanted, quantizers, evaluations)
+
+
+def rows_in(store: Store) -> pd.DataFrame:
+    return store.query(
+        "SELECT r.id AS run, r.method, e.corpus, e.perplexity FROM evaluations e "
+        "JOIN runs r ON e.run = r.id ORDER BY e.created"
+    )
+
+
+def count_calls(monkeypatch, name: str) -> list:
+    """Notes every call of a Workbench method."""
+    calls, whole = [], getattr(Workbench, name)
+
+    def noted(self, *args, **kwargs):
+        calls.append(args)
+        return whole(self, *args, **kwargs)
+
+    monkeypatch.setattr(Workbench, name, noted)
+    return calls
+
+
+def test_every_combination_is_run_once_and_kept(bench, settings, small_text, other_text):
+    items = asked([small_text, other_text])
+    assert len(items) == 2 * 2 * 2
+    rows = sweep.sweep(bench, items, settings)
+    assert [row["state"] for row in rows] == ["done"] * 8
+    kept = rows_in(bench.store)
+    assert len(kept) == 8
+    assert kept["run"].nunique() == 4, "one quantized model for both texts"
+    for item, row in zip(items, rows, strict=True):
+        (same,) = kept[(kept["run"] == row["run"]) & (kept["corpus"] == row["corpus"])].itertuples()
+        assert (same.method, same.perplexity) == (item.request.method, row["perplexity"])
+
+
+def test_model_and_profile_are_read_once_and_each_plan_quantized_once(
+    bench, settings, small_text, other_text, monkeypatch
+):
+    from lsq_core import load
+
+    loads, whole = [], load.load_model
+    monkeypatch.setattr(load, "load_model", lambda *args: loads.append(args) or whole(*args))
+    quantized = count_calls(monkeypatch, "_quantize")
+    sweep.sweep(bench, asked([small_text, other_text]), settings)
+    assert (len(loads), len(quantized)) == (1, 4)
+    assert len(bench.store.profiles(bench.info.fingerprint)) == 1
+
+
+def test_what_is_there_is_found_without_loading_the_model(bench, settings, small_text, monkeypatch):
+    first = sweep.sweep(bench, asked([small_text]), settings)
+    again = fresh(bench)
+    quantized = count_calls(monkeypatch, "_quantize")
+    second = sweep.sweep(again, asked([small_text]), settings)
+    assert [row["state"] for row in second] == ["found"] * 4
+    assert "loaded" not in vars(again)
+    assert not quantized
+    same = ("run", "perplexity", "perplexity_full", "increase", "kl", "top1", "measured_bytes")
+    for before, after in zip(first, second, strict=True):
+        assert {k: after[k] for k in same} == pytest.approx({k: before[k] for k in same})
+    assert len(rows_in(bench.store)) == 4
+
+
+def test_another_text_is_added_to_the_run_that_is_there(bench, settings, small_text, other_text):
+    sweep.sweep(bench, asked([small_text]), settings)
+    rows = sweep.sweep(fresh(bench), asked([small_text, other_text]), settings)
+    assert [row["state"] for row in rows] == ["found", "done"] * 4
+    kept = rows_in(bench.store)
+    assert (len(kept), kept["run"].nunique()) == (8, 4)
+
+
+@pytest.mark.parametrize("change", ["tokens", "protocol", "dtype", "quantizer", "versions", "text"])
+def test_a_result_of_other_circumstances_is_not_taken(
+    bench, settings, small_text, monkeypatch, change
+):
+    """Each thing that a figure depends on, changed alone."""
+    items = asked([small_text], methods=("uniform",), budgets=("3.6bpp",))
+    sweep.sweep(bench, items, settings)
+    again, (item,) = fresh(bench), items
+    if change == "tokens":
+        item = replace(item, evaluation=replace(item.evaluation, max_tokens=400))
+    elif change == "protocol":
+        item = replace(item, evaluation=replace(item.evaluation, protocol="blocks"))
+    elif change == "dtype":
+        again = fresh(bench, dtype="bfloat16")
+    elif change == "quantizer":
+        item = replace(item, quantizer="hqq")
+    elif change == "versions":
+        for module in (pipeline, sweep):
+            monkeypatch.setattr(module, "versions", lambda: {"lsq": "another"})
+    else:
+        small_text.write_text(small_text.read_text("utf8").replace("Return", "Give"), "utf8")
+    (row,) = sweep.sweep(again, [item], settings)
+    assert row["state"] == "done"
+
+
+def test_an_item_that_fails_stops_no_other(bench, settings, small_text, monkeypatch):
+    whole = Workbench.measure
+
+    def breaks(self, made, request):
+        if made.plan.method == "uniform":
+            raise RuntimeError("a defect")
+        return whole(self, made, request)
+
+    monkeypatch.setattr(Workbench, "measure", breaks)
+    rows = sweep.sweep(
+        bench, asked([small_text, "/no/such.txt"], budgets=("1bpp", "3.6bpp")), settings
+    )
+    told = {(r["method"], r["budget"], r["corpus"]): r for r in rows}
+    text = str(small_text)
+    assert "out of reach" in told["mxq", "1bpp", text]["reason"]
+    assert "no text file '/no/such.txt'" in told["mxq", "3.6bpp", "/no/such.txt"]["reason"]
+    assert told["uniform", "3.6bpp", text]["reason"] == "RuntimeError: a defect (see the log)"
+    assert told["mxq", "3.6bpp", text]["state"] == "done"
+    assert len(rows_in(bench.store)) == 1
+
+
+def test_when_all_fail_the_sweep_does(bench, settings, small_text):
+    with pytest.raises(LsqError, match=r"None of the 2 runs .* out of reach"):
+        sweep.sweep(bench, asked([small_text], budgets=("1bpp",)), settings)
+
+
+def test_a_sweep_cut_off_goes_on_at_its_first_unfinished_item(
+    bench, settings, small_text, tmp_path, monkeypatch
+):
+    items = asked([small_text])
+
+    class CutOff(BaseException):
+        """What kills a process is no exception that anybody handles."""
+
+    def report(stage, done, total, message):
+        if message.startswith("3 of 4") and "window 1 " in message:
+            raise CutOff
+
+    keep = tmp_path / "job"
+    keep.mkdir()
+    with pytest.raises(CutOff):
+        sweep.sweep(fresh(bench, report=report, folder_to_keep=keep), items, settings)
+    states = [row["state"] for row in json.loads((keep / sweep.ITEMS).read_text())["items"]]
+    assert states == ["done", "done", "waiting", "waiting"]
+    quantized = count_calls(monkeypatch, "_quantize")
+    rows = sweep.sweep(fresh(bench, folder_to_keep=keep), items, settings)
+    assert [row["state"] for row in rows] == ["found", "found", "done", "done"]
+    assert len(quantized) == 2
+    assert len(rows_in(bench.store)) == 4
+
+
+def test_the_same_plan_asked_for_twice_is_made_once(bench, settings, small_text):
+    """Uniform at 2.60 and at 2.61 bits is the same plan."""
+    rows = sweep.sweep(
+        bench, asked([small_text], ("uniform",), budgets=("2.60bpp", "2.61bpp")), settings
+    )
+    assert [row["state"] for row in rows] == ["done", "found"]
+    assert rows[0]["run"] == rows[1]["run"]
+
+
+def test_progress_grows_over_all_items(bench, settings, small_text):
+    told = []
+
+    def report(stage, done, total, message):
+        if stage == "sweep":
+            told.append((done / total, message))
+
+    sweep.sweep(fresh(bench, report=report), asked([small_text]), settings)
+    shares = [share for share, _ in told]
+    assert shares == sorted(shares)
+    assert shares[-1] == 1.0
+    assert told[-1][1].startswith("4 of 4: mxq 3.6bpp, rtn, on ")
+
+
+def test_the_command_line_gives_a_row_an_item(random_model, small_text, capsys):
+    command = ["sweep", "--model", str(random_model("llama-gqa")), "--method", "uniform"]
+    command += ["--method", "mxq", "--budget", "3.6bpp", "--base", "4.51", "--corpus"]
+    command += [str(small_text), "--max-tokens", "300", "--quantizer", "rtn"]
+    command += ["--calibration", str(small_text), "--samples", "4", "--block-tokens", "64"]
+    assert main([*command, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["counts"] == {"done": 3, "found": 0, "failed": 1}
+    assert [(r["method"], r["base"], r["budget"]) for r in result["items"]] == [
+        ("uniform", "4.51", None),
+        ("uniform", None, "3.6bpp"),
+        ("mxq", "4.51", None),
+        ("mxq", None, "3.6bpp"),
+    ]
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert "0 made, 3 there already, 1 failed" in shown
+    assert "takes a budget" in shown
+    assert main(["sweep", "--model", "demo", "--method", "mxq"]) == 2
+
+
+def test_budgets_as_they_are_typed():
+    assert sweep.parse_budgets("2.25, 2.51;3.13  9MiB 2.25") == (
+        "2.25bpp",
+        "2.51bpp",
+        "3.13bpp",
+        "9MiB",
+    )
+    with pytest.raises(InputError, match="at least one --budget"):
+        sweep.requests(PlanRequest("mxq"), ["mxq"], (), ())
+
+
+def test_the_estimate_is_of_the_runs_so_far():
+    runs = pd.DataFrame(
+        {
+            "corpus": ["a", "a", "b"],
+            "tokens": [1000, 500, 4000],
+            "truncated": [False, True, False],
+            "tokens_per_second": [100.0, 100.0, 100.0],
+            "quantize_seconds": [2.0, 2.0, 2.0],
+        }
+    )
+    items = asked(["a", "b"], methods=("mxq",), budgets=("3bpp",))
+    whole = [replace(i, evaluation=replace(i.evaluation, max_tokens=None)) for i in items]
+    assert sweep.estimate(runs, whole) == pytest.approx(2 + 2 * 5000 / 100)
+    assert sweep.estimate(runs, items) == pytest.approx(2 + 2 * 600 / 100)
+    unknown = [replace(whole[0], evaluation=EvaluationRequest("c"))]
+    assert sweep.estimate(runs, unknown) is None
+    assert sweep.estimate(runs.iloc[:0], whole) is None
