@@ -1,392 +1,56 @@
-"""How hard each layer is to quantize, and which ones Algorithm 1 flags."""
+"""How hard each layer is to quantize, and ways to look into why."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-import numpy as np
-import pandas as pd
 import streamlit as st
 
-from lsq_core import charts, disk, jobs
-from lsq_core.config import DETECTION_CONFIG, LADDER, METADATA_FORMATS, QuantConfig
-from lsq_core.corpus import BUILT_IN
-from lsq_core.model import ModelInfo
-from lsq_core.plan import Problem
-from lsq_core.plan.boost import flagged_layers
-from lsq_core.plan.outliers import shallowness
-from lsq_core.profile import TITLES, Profile, ProfileSettings
-from lsq_core.quantize import QUANTIZERS
-from lsq_core.store import Store
-from lsq_core.ui import arguments, jobs_panel, known, state, words
-from lsq_core.ui.page import Here, headline, next_step, page
+from lsq_core.ui import (
+    explore_detection,
+    explore_layers,
+    explore_overlay,
+    explore_ranks,
+    explore_weights,
+    known,
+    state,
+)
+from lsq_core.ui.explore_profile import Seen, follow, profile_bar
+from lsq_core.ui.page import Here, page
 
-_VIEWS = {"sensitivity": "Sensitivity by part", "sensitivity_module": "by module"}
+#: The views by their word in the address: a name, what draws it, and whether it needs a profile.
+_VIEWS = {
+    "layers": ("Layers", explore_layers.show, True),
+    "algorithm": ("Algorithm 1", explore_detection.show, True),
+    "overlay": ("Overlay", explore_overlay.show, True),
+    "ranks": ("Where metrics disagree", explore_ranks.show, True),
+    "weights": ("Weights", explore_weights.show, False),
+}
 
 
 def explore(here: Here) -> None:
-    """The profile under the chosen settings, or the way to it."""
+    """The profile under the chosen settings in the chosen view, or the way to it."""
     info = here.info
     state.begin_settings(info.fingerprint, known.newest_settings(here.store, info))
+    state.begin("see", "layers", list(_VIEWS))
     first = st.container()
-    settings = published_bar(here.store, info) if known.is_published(info) else settings_bar()
-    found = known.profile(here.store, info, settings)
-    if found is None:
-        offer(here, info, settings, first)
-        return
-    problem = known.problem(info, found)
-    with first:
-        say_what_is_hard(info, problem)
-    show_charts(found, problem)
-    left, right = st.columns([3, 2], gap="large")
-    with left:
-        show_flagged(problem)
-    with right:
-        if known.is_published(info):
-            show_lacks(info, found, problem)
-        else:
-            show_metadata_cost(here, info, found)
-
-
-def settings_bar() -> ProfileSettings:
-    """The settings of a profile, in one row."""
-    columns = st.columns([2, 1.2, 1.2, 1.2, 0.8], vertical_alignment="bottom")
-    with columns[0]:
-        text = st.session_state["calibration"]
-        st.selectbox(
-            "Calibration text",
-            list(dict.fromkeys([*BUILT_IN, text])),
-            key="calibration",
-            accept_new_options=True,
-            persist_state="session",
-            help="\n".join(f"- **{name}**: {about}" for name, about in BUILT_IN.items())
-            + "\n- or **hf:org/name**, or a text file's path",
-        )
-    chosen = [
-        ("Quantizer", "profile_quantizer", list(QUANTIZERS)),
-        ("Grouping axis", "axis", [1, 0]),
-        ("Metadata", "metadata", list(METADATA_FORMATS)),
-    ]
-    for column, (label, key, options) in zip(columns[1:], chosen, strict=False):
-        column.selectbox(label, options, key=key, persist_state="session")
-    with columns[4], st.popover("More", width="stretch"):
-        st.number_input("Calibration texts", 1, 4096, key="samples", persist_state="session")
-        st.number_input("Tokens of a block", 16, 8192, key="block_tokens", persist_state="session")
-    return state.settings()
-
-
-def published_bar(store: Store, info: ModelInfo) -> ProfileSettings:
-    """A choice among a published model's profiles: only what is there can be chosen."""
-    there = list(known.published_settings(store, info))
-    texts = list(dict.fromkeys(settings.calibration for settings in there))
-    if state.settings() not in there:
-        state.set_settings(there[0])
-    columns = st.columns([2, 1.2, 3.2], vertical_alignment="bottom")
-    with columns[0]:
-        text = st.selectbox(
-            "Calibration text",
-            texts,
-            key="calibration",
-            format_func=_published_text,
-            on_change=_choose_first_quantizer,
-            args=(there,),
+    settings = profile_bar(here.store, info)
+    row = st.container(horizontal=True)
+    with row:
+        see = st.segmented_control(
+            "View",
+            list(_VIEWS),
+            format_func=lambda view: _VIEWS[view][0],
+            required=True,
+            key="see",
+            label_visibility="collapsed",
             persist_state="session",
         )
-    with columns[1]:
-        st.selectbox(
-            "Quantizer",
-            [settings.quantizer for settings in there if settings.calibration == text],
-            key="profile_quantizer",
-            persist_state="session",
-        )
-    columns[2].caption(
-        f"{words.plural(len(there), 'published profile')}; grouped along axis {there[0].axis}, "
-        f"{there[0].metadata.replace('bit', '-bit')} metadata."
-    )
-    return state.settings()
-
-
-def _published_text(name: str) -> str:
-    """``c4@variant-sensi`` as the text and the file that disagrees with the reference."""
-    text, _, file = name.partition("@")
-    return f"{text}, by {file}.csv" if file else text
-
-
-def _choose_first_quantizer(there: list[ProfileSettings]) -> None:
-    """Where the chosen text has no profile with the chosen quantizer, take one that it has."""
-    if state.settings() not in there:
-        text = st.session_state["calibration"]
-        state.set_settings(next(s for s in there if s.calibration == text))
-
-
-# --- without a profile ----------------------------------------------------------------------
-
-
-def offer(here: Here, info: ModelInfo, settings: ProfileSettings, first: object) -> None:
-    """Say that nothing was measured yet, and measure on demand."""
-    words_of = ["profile", *arguments.model_arguments(here.source, here.device)]
-    words_of += [*arguments.profile_arguments(settings), "--db", str(here.store.path)]
-    job = jobs_panel.find(disk.jobs_folder(here.store), words_of)
-    if job is not None and job.active:
-        with first:
-            jobs_panel.follow(job, jobs_panel.say)
-        return
-    with first:
-        headline(
-            f"{here.source.name} has not been profiled with these settings.",
-            f"One pass over {info.layers} layers measures kurtosis, weight error and activation "
-            f"sensitivity of {len(info.matrices)} weight matrices at {len(LADDER)} stops.",
-        )
-    if st.button("Profile", type="primary", icon=":material/play_arrow:", key="profile"):
-        jobs.start(disk.jobs_folder(here.store), words_of)
-        st.rerun()
-    if job is not None and job.state != "done":
-        jobs_panel.follow(job)
-
-
-# --- with one -------------------------------------------------------------------------------
-
-
-_RULE = "Algorithm 1 flags a layer whose step from the layer before is more than 3 deviations out."
-#: How the first line names a metric, the one it speaks of first.
-_BY = {"sensitivity": "activation sensitivity", "kurtosis": "kurtosis"}
-
-
-def say_what_is_hard(info: ModelInfo, problem: Problem) -> None:
-    """The first line: the layers that stand out, by sensitivity where there is any."""
-    flagged = {metric: flagged_set(problem, metric) for metric in _BY if metric in problem.scores}
-    if not flagged:
-        headline("Neither sensitivity nor kurtosis was published at b4g64.", _RULE)
-        return
-    first, *others = flagged
-    layers = flagged[first]
-    rest = [
-        f"By {_BY[metric]}: "
-        + (words.a_layer(flagged[metric]).lower() if flagged[metric] else "none")
-        + "."
-        for metric in others
-    ]
-    rest += [f"No {_BY[metric]} was published." for metric in _BY if metric not in flagged]
-    under = " ".join([*rest, _RULE])
-    if layers:
-        are = "is the hard one" if len(layers) == 1 else "are the hard ones"
-        headline(f"{words.a_layer(layers)} {are}.", f"Flagged by {_BY[first]}. {under}")
-    else:
-        headline(f"No layer stands out by {_BY[first]}.", under)
-    if shallowness(info.layers):
-        st.warning(shallowness(info.layers), icon=":material/layers:")
-
-
-def flagged_set(problem: Problem, metric: str) -> list[int]:
-    """Layers that are flagged for any module type, in order."""
-    return sorted(set().union(*flagged_layers(problem, metric, 0).values()))
-
-
-def show_charts(found: Profile, problem: Problem) -> None:
-    """Sensitivity, kurtosis and weight error above one another, those of them that there are."""
-    views = [metric for metric in _VIEWS if metric in found.metrics]
-    stops = at_stops(found)
-    view = stop = None
-    with st.container(horizontal=True):
-        if views:
-            _keep_to("view", views)
-            view = st.segmented_control(
-                "Sensitivity",
-                views,
-                format_func=_VIEWS.get,
-                required=True,
-                key="view",
-                label_visibility="collapsed",
-                persist_state="session",
-            )
-        if stops:
-            _keep_to("shown", stops, DETECTION_CONFIG.name)
-            stop = st.selectbox(
-                "Configuration shown",
-                stops,
-                format_func=lambda name: f"at {name}",
-                key="shown",
-                label_visibility="collapsed",
-                persist_state="session",
-                width=130,
-            )
-    config = QuantConfig.parse(stop) if stop else None
-    wanted = {view: config, "kurtosis": None, "weight_error": config}
-    panels = [
-        panel(found, problem, metric, at)
-        for metric, at in wanted.items()
-        if metric and has(found, metric, at)
-    ]
-    if panels:
-        st.plotly_chart(charts.over_layers(panels), config=charts.CONFIG, key="layers")
-    absent = [m for m in wanted if m in found.metrics and not has(found, m, wanted[m])]
-    st.caption(" ".join([_absent(absent, stop), origin(found), _RINGS]).strip())
-
-
-_RINGS = (
-    "Rings mark layers flagged at b4g64, whatever configuration is shown; experts of a layer are "
-    "averaged."
-)
-
-
-def _keep_to(key: str, options: list[str], default: str = "") -> None:
-    """Bring a kept choice back to what this profile has."""
-    if st.session_state.get(key) not in options:
-        st.session_state[key] = default if default in options else options[0]
-
-
-def at_stops(found: Profile) -> list[str]:
-    """The configurations at which a profile has something, in the ladder's order."""
-    there = set(found.values["config"])
-    return [config.name for config in LADDER if config.name in there]
-
-
-def has(found: Profile, metric: str, config: QuantConfig | None) -> bool:
-    """Whether a profile holds a metric at a configuration."""
-    rows = found.values
-    at = config.name if config else ""
-    return bool(((rows["metric"] == metric) & (rows["config"] == at)).any())
-
-
-def _absent(metrics: list[str], stop: str | None) -> str:
-    names = " and ".join(TITLES[metric].title.lower() for metric in metrics)
-    return f"There is no {names} at {stop}." if names else ""
-
-
-def origin(found: Profile) -> str:
-    """Where a profile's figures come from, in a sentence."""
-    facts = found.provenance
-    if "files" in facts:
-        files = words.listed([path.rpartition("/")[2] for path in facts["files"]])
-        told = (
-            "neither its texts nor its tokens are told"
-            if "sensitivity" in found.metrics
-            else "nothing in it depends on a calibration text"
-        )
-        return f"Published by the authors of SensiBoost and MXQ ({files}); {told}."
-    return (
-        f"Profile {found.id}: {facts['tokens']:,} tokens of {facts['corpus_source']}; "
-        f"{facts['device']}, {facts['dtype']}, {words.seconds(facts['seconds'])}."
-    )
-
-
-def panel(
-    found: Profile, problem: Problem, metric: str, config: QuantConfig | None
-) -> charts.Panel:
-    """One metric over the layers, the points that Algorithm 1 flags marked."""
-    rows = found.values
-    rows = rows[(rows["metric"] == metric) & (rows["config"] == (config.name if config else ""))]
-    flags = flagged_layers(problem, metric, 0) if metric in problem.scores else {}
-    order = list(dict.fromkeys(m.type for m in found.matrices))
-    rows = rows.sort_values("type", key=lambda kinds: kinds.map(order.index), kind="stable")
-    frame = rows.groupby(["type", "layer"], sort=False)["value"].mean().reset_index()
-    frame["label"] = frame["type"].map(_labels(found, metric))
-    frame = frame.dropna(subset=["label"])
-    frame["z"] = [
-        flags.get(kind, {}).get(layer, np.nan)
-        for kind, layer in zip(frame["type"], frame["layer"], strict=True)
-    ]
-    title = TITLES[metric]
-    at = f" at {config.name}" if config else ""
-    log = metric.startswith("sensitivity")
-    return charts.Panel(frame, f"{title.title}{at}", title.axis, log)
-
-
-def _labels(found: Profile, metric: str) -> dict[str, str]:
-    """Module type to its name in the legend; of types that share a part only the first is drawn."""
-    kinds = list(dict.fromkeys(m.type for m in found.matrices))
-    if metric != "sensitivity":
-        return {kind: charts.short_type(kind) for kind in kinds}
-    rows = found.values[found.values["metric"] == metric]
-    parts = rows.drop_duplicates("type").set_index("type")["part"]
-    members: dict[str, list[str]] = {}
-    for kind in kinds:
-        if kind in parts:
-            members.setdefault(parts[kind], []).append(kind)
-    return {m[0]: ", ".join(charts.short_type(kind) for kind in m) for m in members.values()}
-
-
-def show_flagged(problem: Problem) -> None:
-    """Which layers each metric flags, by module type, with their z-scores."""
-    st.subheader("Flagged layers (z)", anchor=False)
-    columns = {"sensitivity": "by part", "sensitivity_module": "by module", "kurtosis": "kurtosis"}
-    found = {
-        name: flagged_layers(problem, metric, 0)
-        for metric, name in columns.items()
-        if metric in problem.scores
-    }
-    kinds = list(dict.fromkeys(m.type for m in problem.matrices))
-    table = {"module": [charts.short_type(kind) for kind in kinds]}
-    for name, flags in found.items():
-        table[name] = [
-            ", ".join(f"{layer} ({z:.3g})" for layer, z in flags[kind].items()) or "–"
-            for kind in kinds
-        ]
-    st.dataframe(pd.DataFrame(table), hide_index=True)
-    next_step("pages/2_Plan.py", "Plan where the bits go")
-
-
-def show_lacks(info: ModelInfo, found: Profile, problem: Problem) -> None:
-    """What the published files don't give, and the methods that can't plan for want of it."""
-    st.subheader("Not published", anchor=False)
-    lacks = {TITLES[metric].title: _lack(found, metric) for metric in TITLES}
-    methods = known.cannot_plan(info, problem)
-    if methods:
-        lacks["Plans that need them"] = "none by " + words.listed(
-            [charts.method_style(m).title for m in methods], 99
-        )
-    lacks = {name: said for name, said in lacks.items() if said}
-    st.dataframe(
-        {"metric": list(lacks), "published": list(lacks.values())},
-        hide_index=True,
-        column_config={"published": st.column_config.TextColumn(width="large")},
-    )
-
-
-def _lack(found: Profile, metric: str) -> str:
-    """What of a metric a profile hasn't, or '' when it has all."""
-    if metric not in found.metrics:
-        return "none for this text and quantizer"
-    absent = [c.name for c in LADDER if not has(found, metric, c)]
-    per_stop = not has(found, metric, None)
-    return f"none at {words.listed(absent, len(absent))}" if per_stop and absent else ""
-
-
-def show_metadata_cost(here: Here, info: ModelInfo, found: Profile) -> None:
-    """What storing scale and zero in 8 bits adds to the weight error, stop by stop."""
-    st.subheader("What 8-bit metadata cost", anchor=False)
-    other = "fp16" if found.settings.metadata == "8bit" else "8bit"
-    twin = known.profile(here.store, info, replace(found.settings, metadata=other))
-    if twin is None:
-        st.write(
-            f"Profile once more with **{other}** metadata (above), and this table shows what "
-            "8-bit scales and zeros add to the weight error at each stop."
-        )
-        return
-    by_format = {p.settings.metadata: p.by_config("weight_error") for p in (found, twin)}
-    total = {name: np.sqrt(np.nansum(errors**2, axis=0)) for name, errors in by_format.items()}
-    st.dataframe(
-        pd.DataFrame(
-            {
-                "stop": [f"{c.stop_name} ({c.name})" for c in LADDER],
-                "fp16": total["fp16"],
-                "8-bit": total["8bit"],
-                "added %": 100 * (total["8bit"] / total["fp16"] - 1),
-                "bits saved": [c.bits_with_fp16_metadata - c.nominal_bits for c in LADDER],
-            }
-        ),
-        hide_index=True,
-        column_config={
-            name: st.column_config.NumberColumn(format=form)
-            for name, form in (
-                ("fp16", "%.4g"),
-                ("8-bit", "%.4g"),
-                ("added %", "%.3f"),
-                ("bits saved", "%.3f"),
-            )
-        },
-    )
-    st.caption("Weight error is the Frobenius norm over all planned matrices together.")
+    state.share_unless_default("see", "layers")
+    seen = Seen(here, info, settings, known.profile(here.store, info, settings), first, row)
+    _, show, needs_profile = _VIEWS[see]
+    if seen.lacking and (needs_profile or seen.found is not None):
+        follow(seen)
+    if seen.found is not None or not needs_profile:
+        show(seen)
 
 
 page("Explore", explore)

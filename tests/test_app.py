@@ -297,7 +297,7 @@ def test_the_chart_shows_the_profiles_values(filled):
 
 
 def test_a_run_goes_from_the_button_to_its_figures(filled):
-    app = open_page("Model", model=filled.model, method="uniform", base="4.51")
+    app = open_page("Model", model=filled.model, method="uniform", ask="base", base="4.51")
     app.session_state["corpus"] = filled.settings.calibration
     go(app, "Run")
     app.number_input(key="max_tokens").set_value(400)

@@ -32,6 +32,8 @@ METRICS = {
 }
 #: What a profile holds from the start; the others are dear, and added when a method needs them.
 DEFAULT_METRICS = tuple(name for name in METRICS if name != "loss_impact")
+#: What the weights alone tell, without any text: cheap, and measured first.
+WEIGHT_METRICS = ("kurtosis", "weight_error")
 
 
 @dataclass(frozen=True)
@@ -146,3 +148,12 @@ class Profile:
     def by_config(self, metric: str, ladder: Sequence[QuantConfig] = LADDER) -> np.ndarray:
         """Scores of a metric at every stop, (n, stops); NaN where a stop cannot be."""
         return np.stack([self.scores(metric, config) for config in ladder], axis=1)
+
+
+def missing_metrics(found: Profile | None, wanted: Sequence[str] = ()) -> list[str]:
+    """The usual metrics and those ``wanted`` that a profile hasn't, in the order of measuring.
+
+    A profile lacks some while it is being measured, and where that was cut short.
+    """
+    held = found.metrics if found else ()
+    return [m for m in METRICS if m in {*DEFAULT_METRICS, *wanted} and m not in held]

@@ -58,7 +58,8 @@ def measure_profile(
     ids = torch.from_numpy(blocks.ids).to(loaded.device)[: _most_sequences(made)]
     scores: list[Score] = []
     done, total = 0, _effort(made, loaded.info)
-    for context in _walk(loaded, ids):
+    reading = any(metric.needs_text for metric in made)
+    for context in _walk(loaded, ids) if reading else _weights_alone(loaded, ids):
         layer = f"layer {context.layer + 1} of {loaded.info.layers}"
         progress(min(done, total), total, layer)
         for metric, score in _score_block(context, settings, made):
@@ -126,6 +127,15 @@ def _walk(loaded: LoadedModel, ids: Tensor) -> Iterator[BlockContext]:
         if matrices:
             yield context
         hidden = list(context.run())
+
+
+def _weights_alone(loaded: LoadedModel, ids: Tensor) -> Iterator[BlockContext]:
+    """Each block in turn without any inputs, for metrics that need no text."""
+    prefix, blocks = find_blocks(loaded.model)
+    for layer, block in enumerate(blocks):
+        matrices = tuple(m for m in loaded.info.matrices if m.layer == layer)
+        if matrices:
+            yield BlockContext(loaded, layer, f"{prefix}.{layer}", block, matrices, ids)
 
 
 def _score_block(

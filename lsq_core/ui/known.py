@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pandas as pd
 import streamlit as st
 
+from lsq_core.charts import labelled
 from lsq_core.corpus import corpus_identity
 from lsq_core.errors import InputError
 from lsq_core.model import ModelInfo, ModelSource, find_model, fingerprint
@@ -162,6 +165,51 @@ def published_settings(store: Store, info: ModelInfo) -> dict[ProfileSettings, s
     return dict(zip(settings, table["id"], strict=True))
 
 
+def held(store: Store) -> pd.DataFrame:
+    """What every profile of every model holds.
+
+    A row for each metric and configuration: ``id, model, origin, linear_parameters, metric,
+    config`` and the fields of its settings.
+    """
+    return _held(store, stamp(store))
+
+
+@st.cache_data(max_entries=2, show_spinner=False)
+def _held(_store: Store, at: Stamp) -> pd.DataFrame:
+    rows = _store.query(
+        """
+        SELECT p.id, m.source AS model, p.origin, m.linear_parameters, p.settings,
+               s.metric, s.config
+        FROM (SELECT DISTINCT profile, metric, config FROM scores) s
+        JOIN profiles p ON s.profile = p.id JOIN models m ON p.fingerprint = m.fingerprint
+        ORDER BY p.created DESC, s.metric, s.config
+        """
+    )
+    settings = pd.DataFrame([json.loads(text) for text in rows.pop("settings")])
+    return pd.concat([rows, settings], axis=1)
+
+
+def over_layers(store: Store, ids: tuple[str, ...], metric: str) -> pd.DataFrame:
+    """A metric of some profiles over the layers, the experts of a layer averaged.
+
+    ``id, config, type, part, layer, value`` a row, in the order of layers.
+    """
+    return _over_layers(store, stamp(store), ids, metric)
+
+
+@st.cache_data(max_entries=32, show_spinner=False)
+def _over_layers(_store: Store, at: Stamp, ids: tuple[str, ...], metric: str) -> pd.DataFrame:
+    return _store.query(
+        """
+        SELECT profile AS id, config, type, any_value(part) AS part, layer,
+               avg(value) FILTER (NOT isnan(value)) AS value
+        FROM scores WHERE list_contains(?, profile) AND metric = ?
+        GROUP BY profile, config, type, layer ORDER BY profile, config, type, layer
+        """,
+        [list(ids), metric],
+    )
+
+
 # --- plans ----------------------------------------------------------------------------------
 
 
@@ -219,6 +267,7 @@ def _plan(
         metadata=_settings.metadata,
         axis=_settings.axis,
         other_bytes=_info.other_bytes,
+        frontier=frontier(_info, _found, _request),
     )
 
 
@@ -384,6 +433,11 @@ def _mark(found: Profile | None) -> str | None:
     return "/".join([found.id, *sorted(found.metrics), *found.provenance.get("files", {}).values()])
 
 
+def kept_model(store: Store, mark: str) -> ModelInfo | None:
+    """What the database has of the model with a fingerprint, measured or published."""
+    return _model(store, stamp(store), mark)
+
+
 def named_plans(store: Store, mark: str) -> pd.DataFrame:
     """Plans of a model that were kept under a name, newest first: ``id, name``."""
     return _named_plans(store, stamp(store), mark)
@@ -401,10 +455,57 @@ def _named_plans(_store: Store, at: Stamp, mark: str) -> pd.DataFrame:
 
 
 def results(store: Store, origin: str = "measured") -> pd.DataFrame:
-    """Every run of one origin in the database; see :meth:`lsq_core.store.Store.results`."""
+    """Every run of one origin in the database, each with a ``label`` that tells it from others.
+
+    See :meth:`lsq_core.store.Store.results`.
+    """
     return _results(store, stamp(store), origin)
 
 
 @st.cache_data(max_entries=4, show_spinner=False)
 def _results(_store: Store, at: Stamp, origin: str) -> pd.DataFrame:
-    return _store.results(origin=origin)
+    return labelled(_store.results(origin=origin))
+
+
+def record(store: Store, evaluation: str) -> dict[str, dict]:
+    """All that is kept of one evaluation; see :meth:`lsq_core.store.Store.record`."""
+    return _record(store, stamp(store), evaluation)
+
+
+@st.cache_data(max_entries=64, show_spinner=False)
+def _record(_store: Store, at: Stamp, evaluation: str) -> dict[str, dict]:
+    return _store.record(evaluation)
+
+
+def deleted_runs(store: Store) -> pd.DataFrame:
+    """Runs that can be brought back; see :meth:`lsq_core.store.Store.deleted_runs`."""
+    return _deleted_runs(store, stamp(store))
+
+
+@st.cache_data(max_entries=2, show_spinner=False)
+def _deleted_runs(_store: Store, at: Stamp) -> pd.DataFrame:
+    return _store.deleted_runs()
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """A copy of the database in a folder that goes when nobody has the copy any more."""
+
+    folder: TemporaryDirectory
+
+    @property
+    def path(self) -> Path:
+        """The copy."""
+        return Path(self.folder.name) / "snapshot.duckdb"
+
+
+def snapshot(store: Store) -> Snapshot:
+    """The database as it is now, to ask without keeping a job waiting."""
+    return _snapshot(store, stamp(store))
+
+
+@st.cache_resource(max_entries=1, show_spinner="Copying the database…")
+def _snapshot(_store: Store, at: Stamp) -> Snapshot:
+    copy = Snapshot(TemporaryDirectory(prefix="lsq-snapshot-"))
+    _store.snapshot(copy.path)
+    return copy

@@ -1,0 +1,201 @@
+"""Algorithm 1, step by step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from lsq_core.charts.style import NEUTRAL, finish
+
+#: What Algorithm 1 flags, and the line it has to pass.
+FLAGGED = "#CC3311"
+_BAND = "rgba(138, 146, 156, 0.18)"
+#: From so many times what is usual on, an axis is logarithmic.
+_FAR = 12
+
+
+@dataclass(frozen=True, eq=False)
+class Steps:
+    """Algorithm 1 on one module type: scores at ``layers`` (n,), and for each layer but the first
+    the difference to the one before, its z-score, and whether it was trimmed (n − 1,).
+
+    ``flagged`` holds indices into ``layers``.
+    """
+
+    layers: np.ndarray
+    values: np.ndarray
+    differences: np.ndarray
+    trimmed: np.ndarray
+    z: np.ndarray
+    mean: float
+    deviation: float
+    threshold: float
+    flagged: tuple[int, ...]
+    ratios: bool
+
+
+def algorithm_steps(
+    steps: Steps, title: str, axis: str, color: str, log: bool, height: int = 560
+) -> go.Figure:
+    """The scores, their differences with the trimmed band, and the z-scores with the threshold.
+
+    ``title`` and ``axis`` are the metric's, ``color`` the module type's.
+    """
+    step = "ratio to the layer before" if steps.ratios else "difference to the layer before"
+    figure = make_subplots(
+        rows=3,
+        shared_xaxes=True,
+        vertical_spacing=0.085,
+        subplot_titles=[
+            title,
+            step[0].upper() + step[1:],
+            f"z-score of each step; dashed: the threshold, {steps.threshold:g}",
+        ],
+    )
+    line = {"color": color, "width": 1.6}
+    figure.add_trace(_points(steps.layers, steps.values, line, title, "%{y:.4g}"), 1, 1)
+    _add_band(figure, steps)
+    at = steps.layers[1:]
+    for chosen, symbol, name in (
+        (~steps.trimmed, "circle", "within the trimmed sample"),
+        (steps.trimmed, "x-thin", "trimmed: left out of mean and deviation"),
+    ):
+        figure.add_trace(_differences(at[chosen], steps.differences[chosen], symbol, name, color))
+    figure.add_trace(_bars(steps, color), 3, 1)
+    _add_threshold(figure, steps)
+    _add_rings(figure, steps)
+    for row, text in enumerate((axis, "ratio" if steps.ratios else "difference", "z"), start=1):
+        figure.update_yaxes(title_text=text, row=row, col=1)
+    if log:
+        figure.update_yaxes(type="log", exponentformat="power", dtick=1, row=1, col=1)
+    if steps.ratios and _far(steps.differences, steps.mean):
+        low = steps.differences[steps.differences > 0].min()
+        limits = [np.log10(low) - 0.3, np.log10(steps.differences.max()) + 0.6]
+        figure.update_yaxes(type="log", range=limits, row=2, col=1)
+    if _far(steps.z, steps.threshold):
+        limits = [-1, np.log10(steps.z.max()) + 0.3]
+        figure.update_yaxes(type="log", range=limits, dtick=1, row=3, col=1)
+    figure.update_xaxes(title_text="layer", title_standoff=4, row=3, col=1)
+    for note in figure.layout.annotations[:3]:
+        note.update(x=0, xanchor="left", font_size=13)
+    finish(figure, height)
+    legend = {"orientation": "h", "x": 0, "xanchor": "left", "y": -0.1, "yanchor": "top"}
+    return figure.update_layout(
+        legend=legend, margin={"t": 24, "b": 90}, modebar_orientation="h", bargap=0.45
+    )
+
+
+def _far(values: np.ndarray, usual: float) -> bool:
+    """Whether some value is so far out that the others could not be told apart beside it."""
+    return bool(values.max() > _FAR * usual)
+
+
+def _points(x: np.ndarray, y: np.ndarray, line: dict, name: str, form: str) -> go.Scatter:
+    return go.Scatter(
+        x=x,
+        y=y,
+        mode="lines+markers",
+        line=line,
+        marker={"size": 5},
+        name=name,
+        showlegend=False,
+        hovertemplate=f"layer %{{x}}: {form}<extra></extra>",
+    )
+
+
+def _differences(x: np.ndarray, y: np.ndarray, symbol: str, name: str, color: str) -> go.Scatter:
+    return go.Scatter(
+        x=x,
+        y=y,
+        mode="markers",
+        marker={"symbol": symbol, "size": 7, "color": color, "line": {"width": 2, "color": color}},
+        name=name,
+        xaxis="x2",
+        yaxis="y2",
+        hovertemplate="step to layer %{x}: %{y:.4g}<extra></extra>",
+    )
+
+
+def _add_band(figure: go.Figure, steps: Steps) -> None:
+    """The trimmed mean, and how far from it the threshold lies on either side."""
+    reach = steps.threshold * steps.deviation
+    low, high = steps.mean - reach, steps.mean + reach
+    if steps.ratios:  # none is below zero, and a logarithmic axis knows no zero
+        low = max(low, 1e-9)
+    ends = [steps.layers[0], steps.layers[-1]]
+    figure.add_trace(
+        go.Scatter(
+            x=[*ends, *ends[::-1]],
+            y=[low, low, high, high],
+            fill="toself",
+            fillcolor=_BAND,
+            line={"width": 0},
+            mode="lines",
+            name=f"trimmed mean ± {steps.threshold:g} deviations",
+            hoverinfo="skip",
+        ),
+        2,
+        1,
+    )
+    figure.add_trace(
+        go.Scatter(
+            x=ends,
+            y=[steps.mean] * 2,
+            mode="lines",
+            line={"color": NEUTRAL, "width": 1.4, "dash": "dash"},
+            name="trimmed mean",
+            hoverinfo="skip",
+        ),
+        2,
+        1,
+    )
+
+
+def _bars(steps: Steps, color: str) -> go.Bar:
+    flagged = set(steps.flagged)
+    return go.Bar(
+        x=steps.layers[1:],
+        y=steps.z,
+        marker_color=[FLAGGED if i + 1 in flagged else color for i in range(len(steps.z))],
+        name="z",
+        showlegend=False,
+        hovertemplate="layer %{x}: z = %{y:.3f}<extra></extra>",
+    )
+
+
+def _add_threshold(figure: go.Figure, steps: Steps) -> None:
+    figure.add_hline(
+        y=steps.threshold,
+        line={"color": FLAGGED, "width": 1.4, "dash": "dash"},
+        row=3,
+        col=1,
+    )
+
+
+def _add_rings(figure: go.Figure, steps: Steps) -> None:
+    """Ring what is flagged, in the scores and in the differences."""
+    some = list(steps.flagged)
+    places = (
+        (steps.layers[some], steps.values[some], 1),
+        (steps.layers[some], steps.differences[[i - 1 for i in some]], 2),
+    )
+    for x, y, row in places:
+        rings = go.Scatter(
+            x=x,
+            y=y,
+            mode="markers",
+            marker={
+                "symbol": "circle-open",
+                "size": 14,
+                "color": FLAGGED,
+                "line": {"width": 2},
+            },
+            name="flagged",
+            showlegend=row == 2,
+            hoverinfo="skip",
+        )
+        if some:
+            figure.add_trace(rings, row, 1)

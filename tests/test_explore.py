@@ -1,0 +1,494 @@
+"""The Explore page's views: what they draw is what the store and the weight files hold."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.numpy import save_file
+from safetensors.torch import load_file
+from safetensors.torch import save_file as save_torch
+from scipy.stats import spearmanr
+
+from lsq_core import charts, weights
+from lsq_core.config import LADDER, QuantConfig
+from lsq_core.errors import InputError
+from lsq_core.load import get_weight, load_model
+from lsq_core.model import DEMO_FOLDER, Matrix, ModelSource
+from lsq_core.pipeline import Workbench, problem_of
+from lsq_core.plan.boost import flagged_layers
+from lsq_core.plan.outliers import detect_outliers
+from lsq_core.profile import DEFAULT_METRICS, WEIGHT_METRICS, ProfileSettings, missing_metrics
+from lsq_core.profile.agreement import lowest, pattern_correlations, rank_correlation, ranks
+from lsq_core.quantize import get_quantizer
+from lsq_core.quantize.base import to_groups
+from lsq_core.store import Store
+from lsq_core.ui.explore_detection import steps_of
+from lsq_core.weights import Weights
+from tests.test_app import (  # noqa: F401 - fixtures
+    Filled,
+    _array,
+    chart,
+    filled,
+    filled_once,
+    first_line,
+    open_page,
+)
+from tests.test_published_pages import CHAT, SEVEN, SEVENTY, imported, store, told  # noqa: F401
+
+
+def figure(app, number: int) -> dict:
+    return json.loads(app.get("plotly_chart")[number].proto.spec)
+
+
+# --- measuring in parts ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def bench(random_model, small_text) -> tuple[Workbench, ProfileSettings]:
+    settings = ProfileSettings("rtn", calibration=str(small_text), samples=8, block_tokens=48)
+    return Workbench(ModelSource(str(random_model("llama-gqa"))), Store(), "cpu"), settings
+
+
+def stop_in(stage: str):
+    """A report that ends the process's work in a stage, as a kill does."""
+
+    def report(at, done, total, message):
+        if at == stage and 0 < done < total:
+            raise KeyboardInterrupt
+
+    return report
+
+
+def test_what_the_weights_tell_is_kept_before_any_text_is_read(bench):
+    bench, settings = bench
+    bench.report = stop_in("profile")
+    with pytest.raises(KeyboardInterrupt):
+        bench.profile(settings)
+    kept = bench.find_profile(settings)
+    assert set(kept.metrics) == set(WEIGHT_METRICS)
+    assert missing_metrics(kept) == ["sensitivity", "sensitivity_module"]
+    assert len(kept.values) == len(bench.info.matrices) * (1 + len(LADDER))
+
+
+def test_a_profile_cut_short_is_never_taken_for_whole(bench, monkeypatch):
+    bench, settings = bench
+    bench.report = stop_in("profile")
+    with pytest.raises(KeyboardInterrupt):
+        bench.profile(settings)
+    early = bench.find_profile(settings)
+    bench.report = lambda *_: None
+    measured = []
+    measure = Workbench._measure
+    monkeypatch.setattr(
+        Workbench,
+        "_measure",
+        lambda self, settings, metrics, stage: (
+            measured.extend(metrics) or measure(self, settings, metrics, stage)
+        ),
+    )
+    whole = bench.profile(settings)
+    assert measured == ["sensitivity", "sensitivity_module"], "what was there is not redone"
+    assert set(whole.metrics) == set(DEFAULT_METRICS)
+    assert whole.id == early.id
+    np.testing.assert_array_equal(whole.scores("kurtosis"), early.scores("kurtosis"))
+    assert bench.profile(settings).values.equals(whole.values)
+    assert len(measured) == 2, "a whole profile is found"
+
+
+def test_one_cut_short_in_its_first_part_leaves_nothing(bench):
+    bench, settings = bench
+    bench.report = stop_in("weights")
+    with pytest.raises(KeyboardInterrupt):
+        bench.profile(settings)
+    assert bench.find_profile(settings) is None
+
+
+def test_two_processes_measuring_the_same_lose_nothing(bench, monkeypatch):
+    """The second began before the first had kept anything, and ends after it."""
+    first, settings = bench
+    late = Workbench(first.source, first.store, "cpu")
+    monkeypatch.setattr(late, "find_profile", lambda settings: None)
+    whole = first.profile(settings)
+    late.report = stop_in("profile")
+    with pytest.raises(KeyboardInterrupt):
+        late.profile(settings)
+    assert set(first.find_profile(settings).metrics) == set(whole.metrics)
+
+
+def test_the_parts_together_are_what_one_pass_measures(bench):
+    from lsq_core.profile.measure import measure_profile
+
+    bench, settings = bench
+    kept = bench.profile(settings)
+    at_once = measure_profile(bench.loaded, settings, kept.id)
+    for metric in ("weight_error", "sensitivity", "sensitivity_module"):
+        np.testing.assert_allclose(kept.by_config(metric), at_once.by_config(metric), rtol=1e-6)
+    np.testing.assert_array_equal(kept.scores("kurtosis"), at_once.scores("kurtosis"))
+
+
+def partial(filled: Filled) -> Store:  # noqa: F811
+    """The database as a job leaves it that is killed after its first part."""
+    found = Store(filled.path)
+    with found.connect() as connection:
+        connection.execute("DELETE FROM scores WHERE metric LIKE 'sensitivity%'")
+    return found
+
+
+def test_a_profile_that_is_not_whole_says_so_and_shows_what_is_there(filled):  # noqa: F811
+    partial(filled)
+    app = open_page("Explore", model=filled.model)
+    assert first_line(app).endswith("is not whole.")
+    assert "lacks sensitivity by part and sensitivity by module" in told(app)
+    assert app.button(key="profile").label == "Measure the rest"
+    titles = [note["text"] for note in chart(app)["layout"]["annotations"]]
+    assert titles == ["Weight kurtosis", "Weight error at b4g64"]
+    for see in ("algorithm", "overlay", "ranks", "weights"):
+        app = open_page("Explore", model=filled.model, see=see)
+        assert not app.error
+        assert first_line(app).endswith("is not whole.")
+
+
+# --- Algorithm 1 ----------------------------------------------------------------------------
+
+
+def traces(spec: dict, axis: str) -> list[dict]:
+    return [t for t in spec["data"] if t.get("yaxis", "y") == axis]
+
+
+def steps_shown(app) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Scores, differences by layer, and z-scores as drawn."""
+    spec = chart(app)
+    scores = next(t for t in traces(spec, "y") if t["mode"] == "lines+markers")
+    points = [t for t in traces(spec, "y2") if "trimmed" in t["name"] and t["mode"] == "markers"]
+    pairs = sorted(
+        (x, y) for t in points for x, y in zip(_array(t["x"]), _array(t["y"]), strict=True)
+    )
+    z = next(t for t in spec["data"] if t["type"] == "bar")
+    return np.array(_array(scores["y"])), np.array([y for _, y in pairs]), np.array(_array(z["y"]))
+
+
+@pytest.mark.parametrize(("metric", "ratios"), [("sensitivity", True), ("kurtosis", False)])
+def test_algorithm_1_is_drawn_from_the_stores_scores(store, metric, ratios):  # noqa: F811
+    app = open_page("Explore", model=SEVEN, see="algorithm")
+    next(g for g in app.get("button_group") if g.key == "detect").set_value(metric).run()
+    app.selectbox(key="detect_type").set_value("mlp.down_proj").run()
+    config = "b4g64" if ratios else ""
+    series = store.query(
+        "SELECT s.value FROM scores s JOIN profiles p ON s.profile = p.id WHERE fingerprint = ? "
+        "AND settings ->> '$.calibration' = 'pileval' AND settings ->> '$.quantizer' = 'hqq' "
+        "AND metric = ? AND config = ? AND type = 'mlp.down_proj' ORDER BY layer",
+        [SEVEN, metric, config],
+    )["value"].to_numpy()
+    scores, differences, z = steps_shown(app)
+    np.testing.assert_allclose(scores, series)
+    expected = series[1:] / series[:-1] if ratios else np.diff(series)
+    np.testing.assert_allclose(differences, expected)
+    found = detect_outliers(series, ratios=ratios)
+    np.testing.assert_allclose(z, found.z)
+    band = next(t for t in chart(app)["data"] if "deviations" in t.get("name", ""))
+    assert max(_array(band["y"])) == pytest.approx(found.mean + 3 * found.deviation)
+    for layer in found.flagged:
+        assert str(layer) in first_line(app)
+
+
+def test_threshold_and_m_are_followed_by_what_is_flagged(store):  # noqa: F811
+    app = open_page("Explore", model=SEVEN, see="algorithm")
+    app.selectbox(key="detect_type").set_value("mlp.down_proj").run()
+    bench = Workbench(ModelSource(SEVEN), store)
+    settings = bench.default_settings
+    problem = problem_of(bench.info, bench.find_profile(settings))
+    whole = flagged_layers(problem, "sensitivity", 0)["mlp.down_proj"]
+    assert len(whole) > 1
+    assert all(str(layer) in first_line(app) for layer in whole)
+    app.number_input(key="detect_m").set_value(1).run()
+    (strongest,) = list(whole)[:1]
+    assert first_line(app).startswith(f"Layer {strongest} is flagged for down_proj")
+    app.number_input(key="detect_m").set_value(0).run()
+    app.slider(key="detect_threshold").set_value(6.0).run()
+    still = sorted(layer for layer, z in whole.items() if z > 6)
+    assert still != sorted(whole)
+    flags = next(d.value for d in app.dataframe if "flagged (z)" in d.value)
+    row = flags.set_index("module").loc["down", "flagged (z)"]
+    assert [int(part.split(" ")[0]) for part in row.split(", ")] == [
+        layer for layer, z in whole.items() if z > 6
+    ]
+    app.slider(key="detect_threshold").set_value(0.5).run()
+    lower = next(d.value for d in app.dataframe if "flagged (z)" in d.value)
+    assert len(lower.set_index("module").loc["down", "flagged (z)"]) > len(row)
+
+
+def test_what_is_trimmed_is_what_the_mean_leaves_out():
+    series = np.cumsum(np.r_[1.0, np.random.default_rng(0).uniform(1, 2, 40)])
+    steps = steps_of(list(range(41)), series, False, 0, 3.0)
+    assert steps.trimmed.sum() == 4, "5 % of 40 at each end"
+    assert steps.differences[~steps.trimmed].mean() == pytest.approx(steps.mean)
+    assert steps.differences[steps.trimmed].max() == steps.differences.max()
+
+
+# --- overlay --------------------------------------------------------------------------------
+
+
+def overlaid(app) -> dict[tuple[str, str], list[float]]:
+    """(line, part) to values, as drawn."""
+    spec = figure(app, 0)
+    parts = [note["text"] for note in spec["layout"]["annotations"]]
+    return {(t["name"], parts[int(t["yaxis"][1:] or 1) - 1]): _array(t["y"]) for t in spec["data"]}
+
+
+def test_texts_are_overlaid_and_their_correlation_is_spearmans(store):  # noqa: F811
+    app = open_page("Explore", model=SEVEN, see="overlay")
+    shown = overlaid(app)
+    texts = {line for line, _ in shown}
+    there = store.query(
+        "SELECT DISTINCT settings ->> '$.calibration' AS text FROM profiles p "
+        "JOIN scores s ON s.profile = p.id WHERE fingerprint = ? AND metric = 'sensitivity' "
+        "AND config = 'b4g64' AND settings ->> '$.quantizer' = 'hqq'",
+        [SEVEN],
+    )["text"]
+    assert texts == {text for text in there if "@" not in text}
+    table = store.query(
+        "SELECT settings ->> '$.calibration' AS text, s.part, s.layer, any_value(s.value) AS value "
+        "FROM scores s JOIN profiles p ON s.profile = p.id WHERE fingerprint = ? "
+        "AND settings ->> '$.quantizer' = 'hqq' AND metric = 'sensitivity' AND config = 'b4g64' "
+        "GROUP BY ALL ORDER BY s.layer",
+        [SEVEN],
+    )
+    down = table[table["part"] == "mlp_down"]
+    for text in texts:
+        assert shown[text, "down_proj"] == pytest.approx(
+            down.loc[down["text"] == text, "value"].tolist()
+        )
+    heat = figure(app, 1)["data"][0]
+    names = figure(app, 1)["layout"]["xaxis"]["ticktext"]
+    values = np.array(_array(heat["z"]))
+    for i, a in enumerate(names):
+        for j, b in enumerate(names):
+            each = [
+                spearmanr(*(rows.loc[rows["text"] == t, "value"].to_numpy() for t in (a, b)))[0]
+                for _, rows in table.groupby("part")
+            ]
+            assert values[i, j] == pytest.approx(np.mean(each), abs=1e-9)
+    least = values.min()
+    assert f"lowest rank correlation {least:.2f}" in first_line(app)
+
+
+def test_bits_have_their_colours_and_models_are_overlaid_by_choice(store):  # noqa: F811
+    app = open_page("Explore", model=SEVEN, see="overlay")
+    app.multiselect(key="overlay_calibration").set_value(["pileval"]).run()
+    app.multiselect(key="overlay_config").set_value(["b2g64", "b4g64", "b8g64"]).run()
+    colors = {t["name"]: t["line"]["color"] for t in figure(app, 0)["data"]}
+    assert colors == {
+        name: charts.config_color(QuantConfig.parse(name)) for name in ("b2g64", "b4g64", "b8g64")
+    }
+    assert not any(name.startswith("published") for name, _ in overlaid(app))
+    app.multiselect(key="overlay_config").set_value(["b4g64"]).run()
+    app.multiselect(key="overlay_model").set_value([SEVEN, CHAT]).run()
+    lines = overlaid(app)
+    assert {line for line, _ in lines} == {"Llama-2-7b-hf", "Llama-2-7b-chat-hf"}
+    chat = store.query(
+        "SELECT s.value FROM scores s JOIN profiles p ON s.profile = p.id WHERE fingerprint = ? "
+        "AND settings ->> '$.calibration' = 'pileval' AND metric = 'sensitivity' "
+        "AND config = 'b4g64' AND type = 'mlp.down_proj' ORDER BY layer",
+        [CHAT],
+    )["value"].tolist()
+    assert lines["Llama-2-7b-chat-hf", "down_proj"] == pytest.approx(chat)
+    app.selectbox(key="overlay_part").set_value("o_proj").run()
+    assert set(overlaid(app)) == {(line, "o_proj") for line, _ in lines}
+    app.multiselect(key="overlay_model").set_value([]).run()
+    assert first_line(app) == "Nothing is chosen to compare."
+    assert not app.get("plotly_chart")
+
+
+def test_ranks_are_compared_within_a_part():
+    """Two parts of different size whose layers run the other way round don't agree."""
+    frame = pd.DataFrame(
+        [
+            (line, part, layer, base + sign * layer)
+            for part, base in (("a", 10.0), ("b", 1000.0))
+            for line, sign in (("up", 1), ("down", -1))
+            for layer in range(6)
+        ],
+        columns=["line", "part", "layer", "value"],
+    )
+    found = pattern_correlations(frame)
+    assert found.loc["up", "down"] == -1
+    assert lowest(found).value == -1
+    short = frame[(frame["line"] == "up") | (frame["layer"] < 5)]
+    assert np.isnan(pattern_correlations(short).loc["up", "down"]), "models of other depths"
+    assert lowest(pattern_correlations(short)) is None
+
+
+def test_rank_correlation_needs_something_to_rank():
+    assert np.isnan(rank_correlation(np.ones(9), np.arange(9.0)))
+    assert np.isnan(rank_correlation(np.arange(3.0), np.arange(3.0)))
+    assert ranks(np.array([1.0, 5.0, np.nan, 5.0])).tolist()[:2] == [3.0, 1.5]
+
+
+# --- where metrics disagree -----------------------------------------------------------------
+
+
+def test_ranks_are_those_of_the_store_and_one_module_is_shown(store):  # noqa: F811
+    app = open_page("Explore", model=SEVEN, see="ranks")
+    table = store.query(
+        "SELECT module, max(s.value) FILTER (metric = 'kurtosis') AS k, "
+        "max(s.value) FILTER (metric = 'sensitivity' AND config = 'b4g64') AS s "
+        "FROM scores s JOIN profiles p ON s.profile = p.id WHERE fingerprint = ? "
+        "AND settings ->> '$.calibration' = 'pileval' AND settings ->> '$.quantizer' = 'hqq' "
+        "GROUP BY module",
+        [SEVEN],
+    ).set_index("module")
+    rho = spearmanr(table["s"], table["k"])[0]
+    assert f"{rho:.2f}".replace("-", "−") in first_line(app)
+    expected = table.rank(ascending=False)
+    seen = 0
+    for trace in chart(app)["data"]:
+        if trace["mode"] != "markers" or trace["name"] == "picked":
+            continue
+        for (module, *_), x, y in zip(
+            _array(trace["customdata"]), _array(trace["x"]), _array(trace["y"]), strict=True
+        ):
+            assert (x, y) == tuple(expected.loc[module, ["s", "k"]])
+            seen += 1
+    assert seen == len(table)
+    module = "model.layers.30.mlp.down_proj"
+    app.selectbox(key="ranked").set_value(module).run()
+    shown = next(d.value for d in app.dataframe if "metric" in d.value).set_index("metric")
+    assert shown.loc["kurtosis", "value"] == pytest.approx(table.loc[module, "k"])
+    ring = next(t for t in chart(app)["data"] if t["name"] == "picked")
+    assert _array(ring["x"]) == [expected.loc[module, "s"]]
+
+
+def test_one_metric_alone_is_told(store):  # noqa: F811
+    app = open_page("Explore", model=CHAT, see="ranks")
+    assert "nothing to compare it with" in first_line(app)
+    assert not app.get("plotly_chart")
+
+
+# --- weights --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ["llama-gqa", "gpt2-conv1d", "opt", "gpt-oss-moe"])
+def test_a_matrix_is_read_as_the_model_has_it(random_model, architecture):
+    folder = random_model(architecture)
+    loaded = load_model(ModelSource(str(folder)), "cpu")
+    opened = Weights(folder, loaded.info.matrices)
+    assert opened.matrices == loaded.info.matrices
+    for matrix in opened.matrices:
+        expected = get_weight(loaded.model, matrix).numpy()
+        np.testing.assert_array_equal(opened.region(matrix), expected)
+        part = opened.region(matrix, slice(3, 9), slice(5, 6))
+        np.testing.assert_array_equal(part, expected[3:9, 5:6])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_every_dtype_is_read_exactly(tmp_path, dtype):
+    matrix = Matrix("model.layers.0.mlp.up_proj", 0, "mlp.up_proj", 6, 4)
+    weight = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    save_torch({f"{matrix.name}.weight": weight}, tmp_path / "model.safetensors")
+    read = Weights(tmp_path, [matrix]).region(matrix)
+    assert read.dtype == np.float32
+    np.testing.assert_array_equal(read, weight.float().numpy())
+
+
+def test_what_is_not_there_under_its_name_is_told(tmp_path):
+    save_file({"other.weight": np.zeros((4, 4), np.float32)}, tmp_path / "model.safetensors")
+    matrix = Matrix("model.layers.0.mlp.up_proj", 0, "mlp.up_proj", 6, 4)
+    opened = Weights(tmp_path, [matrix])
+    assert opened.matrices == ()
+    with pytest.raises(InputError, match="under another name or shape"):
+        opened.region(matrix)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("quantizer", ["rtn", "hqq"])
+def test_the_grid_is_the_quantizers(quantizer, axis):
+    weight = np.random.default_rng(0).normal(0, 0.05, (64, 128)).astype(np.float32)
+    config = QuantConfig(3, 64)
+    groups = weights.groups_of(weight, config, axis)
+    tensor = torch.from_numpy(weight)
+    np.testing.assert_array_equal(groups, to_groups(tensor, 64, axis).numpy())
+    found = weights.grid_values(groups, config, quantizer)
+    grid = get_quantizer(quantizer).solve(tensor, config, axis)
+    codes = np.arange(8)
+    expected = (codes - grid.zero.numpy()[:, None]) * grid.scale.numpy()[:, None]
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_group_that_does_not_fit_is_told():
+    with pytest.raises(InputError, match="cannot be cut into groups of 128"):
+        weights.groups_of(np.zeros((3, 32), np.float32), QuantConfig(2, 128), 1)
+
+
+def test_outliers_survive_in_a_coarse_region():
+    weight = np.zeros((1000, 300), np.float32)
+    weight[777, 123] = -5
+    cells, down, across = weights.coarse(weight)
+    assert max(cells.shape) <= weights.MOST_CELLS
+    assert cells[777 // down, 123 // across] == 5
+    assert np.count_nonzero(cells) == 1
+
+
+def demo_weight(name: str) -> np.ndarray:
+    return load_file(DEMO_FOLDER / "model.safetensors")[f"{name}.weight"].float().numpy()
+
+
+def test_the_histogram_is_of_the_weights_in_the_file():
+    app = open_page("Explore", model="demo", see="weights")
+    app.selectbox(key="weights_type").set_value("mlp.down_proj").run()
+    app.selectbox(key="weights_layer").set_value(3).run()
+    weight = demo_weight("model.layers.3.mlp.down_proj")
+    bars, normal, grid = chart(app)["data"]
+    counts, edges = np.histogram(weight, 240)
+    assert _array(bars["y"]) == counts.tolist()
+    drawn = np.array(_array(normal["y"]), dtype=float)
+    assert np.nanmax(drawn) == pytest.approx(
+        weight.size * np.diff(edges)[0] / (weight.std() * np.sqrt(2 * np.pi)), rel=0.01
+    )
+    groups = weight.reshape(-1, 64)
+    middle = np.argsort(np.ptp(groups, axis=1), kind="stable")[len(groups) // 2]
+    lines = np.array(_array(grid["x"]), dtype=float)[::3]
+    np.testing.assert_allclose(
+        lines, np.linspace(groups[middle].min(), groups[middle].max(), 16), rtol=1e-5
+    )
+    out = np.abs(weight - weight.mean()).max() / weight.std()
+    assert f"lies {out:.1f} deviations out" in first_line(app)
+
+
+def test_percentiles_over_the_layers_are_those_of_the_file():
+    app = open_page("Explore", model="demo", see="weights")
+    app.session_state["weights_show"] = "bands"
+    for _ in range(20):
+        app.run()
+        if app.get("plotly_chart"):
+            break
+    markers = [t for t in chart(app)["data"] if "markers" in t["mode"]]
+    shown = np.array([_array(t["y"]) for t in markers]).T
+    assert shown.shape == (24, len(weights.PERCENTILES))
+    weight = demo_weight("model.layers.23.self_attn.q_proj")
+    np.testing.assert_allclose(shown[23], np.percentile(weight, weights.PERCENTILES), rtol=1e-5)
+
+
+def test_the_surface_is_of_the_chosen_rows_and_columns():
+    app = open_page("Explore", model="demo", see="weights")
+    app.session_state["weights_show"] = "surface"
+    app.run()
+    assert np.array(_array(chart(app)["data"][0]["z"])).shape == (128, 128)
+    app.number_input(key="weights_row").set_value(7).run()
+    app.number_input(key="weights_rows").set_value(5).run()
+    weight = np.abs(demo_weight("model.layers.0.self_attn.q_proj"))[7:12]
+    (surface,) = chart(app)["data"]
+    assert surface["type"] == "surface"
+    np.testing.assert_array_equal(np.array(_array(surface["z"])), weight)
+    assert _array(surface["y"]) == [7, 8, 9, 10, 11]
+    assert "Rows 7 to 11" in told(app)
+
+
+def test_no_weights_are_shown_of_a_published_model(store):  # noqa: F811
+    app = open_page("Explore", model=SEVENTY, see="weights")
+    assert first_line(app) == f"The weights of {SEVENTY} are not here."
+    assert not app.get("plotly_chart")
+    assert not app.error
