@@ -56,6 +56,8 @@ def plan_in_words(here: Here, request: PlanRequest) -> str:
     text = f"{planner.title} on {here.source.name}, {wanted}"
     if planner.metrics and found is None:
         return f"{text}; the run will measure the profile first."
+    if not set(planner.metrics) <= set(found.metrics if found else ()):
+        return f"{text}; the run will first measure what the profile lacks for it."
     try:
         plan = known.plan(info, found, request, settings)
     except LsqError as error:
