@@ -1,15 +1,20 @@
-"""Runs against runs: how often a method beats another (method §6, [A] Fig. 6). Needs no torch."""
+"""Runs against runs: how often a method beats another (method §6, [A] Fig. 6), what more bits
+buy (Fig. 9), and how two runs differ in settings and plan (Fig. 8). Needs no torch."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from lsq_core.config import LADDER
+
 #: Methods whose runs differ by ``boost_stop`` and ``top_m``; every other has one run a budget.
-_BOOSTS = ("sensiboost", "kurtboost", "sensiboost-ablation", "kurtboost-ablation")
+BOOSTS = ("sensiboost", "kurtboost", "sensiboost-ablation", "kurtboost-ablation")
 #: What two runs must share to be compared: a perplexity means nothing without these.
 _SAME = ("fingerprint", "corpus", "corpus_sha256", "protocol", "tokens")
 
@@ -83,7 +88,7 @@ def win_tie_loss(runs: pd.DataFrame, method: str, other: str) -> WinTieLoss:
     """
     labelled = with_labels(runs)
     labelled = labelled[labelled["perplexity"].notna() & labelled["label"].notna()]
-    key = [*_SAME, "label"] + (["boost_stop", "top_m"] if other in _BOOSTS else [])
+    key = [*_SAME, "label"] + (["boost_stop", "top_m"] if other in BOOSTS else [])
     columns = [*key, "perplexity"]
     mine = labelled.loc[labelled["method"] == method, columns]
     theirs = labelled.loc[labelled["method"] == other, columns]
@@ -133,6 +138,60 @@ def _count(own: pd.Series | np.ndarray, others: pd.Series | np.ndarray) -> WinTi
     )
 
 
+#: The comparisons of [A] Fig. 6: a method against another.
+FIGURE_6 = (
+    ("sensiboost", "uniform"),
+    ("sensiboost", "mxq"),
+    ("sensiboost", "sensiboost-ablation"),
+    ("kurtboost", "uniform"),
+    ("kurtboost", "mxq"),
+    ("kurtboost", "kurtboost-ablation"),
+    ("sensiboost", "kurtboost"),
+)
+
+
+def figure_6(runs: pd.DataFrame) -> pd.DataFrame:
+    """The comparisons of :data:`FIGURE_6` of which there are both methods' runs.
+
+    Gives a row each: ``method, against, equal`` (bytes, or the label in their place), ``wins``,
+    ``ties``, ``losses``, ``total``.
+    """
+    there = set(runs["method"])
+    counts = {False: win_tie_loss, True: win_tie_loss_at_equal_bytes}
+    rows = [
+        (*pair, equal, found.wins, found.ties, found.losses, found.total)
+        for pair in FIGURE_6
+        if there.issuperset(pair)
+        for equal, count in counts.items()
+        if (found := count(runs, *pair)).total
+    ]
+    names = ["method", "against", "equal", "wins", "ties", "losses", "total"]
+    return pd.DataFrame(rows, columns=names)
+
+
+def uniform_bases(runs: pd.DataFrame) -> dict[str, pd.Series]:
+    """The uniform HQQ runs by their base stop, from few bits to many; of several the newest.
+
+    ``runs`` are of one model, corpus and protocol.
+    """
+    uniform = runs[(runs["method"] == "uniform") & (runs["quantizer"] == "hqq")]
+    uniform = uniform.dropna(subset=["perplexity", "bits_per_param"]).sort_values("created")
+    by_stop = {str(row["base"]): row for _, row in uniform.iterrows()}
+    return {stop.stop_name: by_stop[stop.stop_name] for stop in LADDER if stop.stop_name in by_stop}
+
+
+def against_base(runs: pd.DataFrame, base: Mapping[str, Any]) -> pd.DataFrame:
+    """Runs with ``extra``, the share of bits above a run's, and ``drop``, that of perplexity below.
+
+    Both are relative to ``base``, a row of ``runs``: ``extra`` 0.018 and ``drop`` 0.094 is a
+    perplexity 9.4 % lower for 1.8 % more bits ([A] Fig. 9).
+    """
+    return runs.assign(
+        extra=runs["bits_per_param"].astype(float) / base["bits_per_param"] - 1,
+        drop=1 - runs["perplexity"].astype(float) / base["perplexity"],
+    )
+
+
 def pareto(size: pd.Series, perplexity: pd.Series) -> pd.Series:
     """Which runs no other beats: none of at most their size has a lower perplexity.
 
@@ -166,3 +225,90 @@ def largest_gain(runs: pd.DataFrame) -> tuple[str, str] | None:
     gain = pairs["perplexity"] / pairs["perplexity_uniform"]
     best = pairs.assign(gain=gain).sort_values(["gain", "top_m"]).iloc[0]
     return best["evaluation"], best["evaluation_uniform"]
+
+
+# --- two runs -------------------------------------------------------------------------------
+
+
+def plan_modules(content: Mapping[str, Any]) -> pd.DataFrame:
+    """A kept plan as a frame: ``module, layer, type, config, z``; no rows if it wasn't published.
+
+    ``content`` is what :meth:`lsq_core.plan.Plan.to_json` gave; ``z`` is what ranked a module
+    that the method raised, else NaN.
+    """
+    flagged = content.get("flagged") or {}
+    rows = [
+        (name, entry["layer"], entry["type"], entry["config"], flagged.get(name, np.nan))
+        for name, entry in (content.get("modules") or {}).items()
+    ]
+    frame = pd.DataFrame(rows, columns=["module", "layer", "type", "config", "z"])
+    return frame.astype({"z": float})
+
+
+def shares_of_bytes(modules: pd.DataFrame, parameters: Mapping[str, int]) -> pd.Series:
+    """The share of a plan's nominal bytes that each configuration takes, by its name ([A] Fig. 8).
+
+    ``modules`` is of :func:`plan_modules`; ``parameters`` says how many weights a module has.
+    """
+    bits = {config.name: config.nominal_bits for config in LADDER}
+    sizes = modules["module"].map(parameters) * modules["config"].map(bits)
+    shares = sizes.groupby(modules["config"]).sum() / sizes.sum()
+    return shares.reindex([config.name for config in LADDER if config.name in shares.index])
+
+
+def plan_difference(a: pd.DataFrame, b: pd.DataFrame) -> pd.DataFrame:
+    """The modules that two plans of one model treat differently, in the order of the first.
+
+    Both are of :func:`plan_modules`; gives ``module, layer, type, config, config_other``.
+    """
+    both = a.merge(b[["module", "config"]], on="module", suffixes=("", "_other"))
+    different = both[both["config"] != both["config_other"]]
+    return different[["module", "layer", "type", "config", "config_other"]].reset_index(drop=True)
+
+
+def settings_of(record: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """What a run was asked to do and was made with, by name, in words.
+
+    ``record`` is of :meth:`lsq_core.store.Store.record`. What isn't known is left out.
+    """
+    run, plan, own = record["run"], record["plan"], record["evaluation"]
+    content = plan.get("content") or {}
+    asked = content.get("request") or {}
+    profile = record["profile"].get("settings") or {}
+    boosts = run["method"] in BOOSTS
+    known = {
+        "method": run["method"],
+        "base": content.get("base"),
+        "budget": asked.get("budget"),
+        "boost stops": asked.get("boost_stop") if boosts else None,
+        "outliers kept": (asked.get("top_m") or "all") if boosts else None,
+        "metric": asked.get("metric") if run["method"].startswith("sensiboost") else None,
+        "seed": asked.get("seed") if run["method"].endswith("-ablation") else None,
+        "solved": "to the optimum" if asked.get("exact") else None,
+        "pins": ", ".join(asked.get("pins") or []),
+        "quantizer": run["quantizer"],
+        "axis": content.get("axis"),
+        "metadata": content.get("metadata"),
+        "calibration": profile.get("calibration"),
+        "calibration texts": profile.get("samples"),
+        "block tokens": profile.get("block_tokens"),
+        "corpus": own["corpus"],
+        "corpus SHA-256": own["corpus_sha256"],
+        "protocol": own["protocol"],
+        "tokens": own["tokens"],
+        "dtype": run["dtype"],
+        "device": run["device"],
+        "machine": run["machine"],
+        "model": record["model"].get("source"),
+        "fingerprint": run["fingerprint"],
+        "published in": (content.get("published") or {}).get("file"),
+    }
+    known |= {f"version of {name}": text for name, text in (run["versions"] or {}).items()}
+    return {name: str(value) for name, value in known.items() if value not in (None, "")}
+
+
+def settings_difference(a: Mapping[str, str], b: Mapping[str, str]) -> pd.DataFrame:
+    """The settings in which two runs differ: ``setting, run, against``; ``–`` for none."""
+    names = [name for name in {**a, **b} if a.get(name) != b.get(name)]
+    rows = [(name, a.get(name, "–"), b.get(name, "–")) for name in names]
+    return pd.DataFrame(rows, columns=["setting", "run", "against"])

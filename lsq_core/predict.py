@@ -114,6 +114,8 @@ class Points:
     corpus: str = ""
     protocol: str = ""
     tokens: int | None = None
+    #: The evaluations that they are, by identity.
+    evaluations: tuple[str, ...] = ()
 
     @cached_property
     def cost(self) -> np.ndarray:
@@ -163,6 +165,7 @@ def measured_points(
         corpus=first["corpus"],
         protocol=first["protocol"],
         tokens=next(map(int, runs["tokens"].dropna()), None),  # a published one is not told
+        evaluations=tuple(runs["evaluation"]),
     )
 
 
@@ -200,7 +203,8 @@ class _Process:
     """
 
     def __init__(self, x: np.ndarray, y: np.ndarray, length: float, noise: float) -> None:
-        self.x, self.centre, self.length, self.noise = x, x.mean(axis=0), length, noise
+        self.x, self.y, self.centre = x, y, x.mean(axis=0)
+        self.length, self.noise = length, noise
         self.factor = cho_factor(self._kernel(x) + noise * np.eye(len(x)), lower=True)
         self.ones = cho_solve(self.factor, np.ones(len(x)))
         self.constant = self.ones @ y / self.ones.sum()
@@ -230,6 +234,25 @@ class _Process:
         constant = (1 - self.ones @ kernel) ** 2 / self.ones.sum()
         share = np.maximum(own - known + constant, 0) + self.noise
         return self.constant + kernel.T @ self.weights, np.sqrt(self.variance * share)
+
+    def left_out(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation at each x from the others alone, (n,) each.
+
+        Equal x are left out together. Dubrule, *Cross validation of kriging in a unique
+        neighborhood* (1983): with Q the inverse covariance without the constant's direction, a
+        group's residual is Q_gg⁻¹ (Q y)_g and its covariance Q_gg⁻¹.
+        """
+        inverse = cho_solve(self.factor, np.eye(len(self.x)))
+        inverse -= np.outer(self.ones, self.ones) / self.ones.sum()
+        pull = inverse @ self.y
+        mean, deviation = self.y.copy(), np.empty(len(self.y))
+        _, groups = np.unique(self.x.round(9), axis=0, return_inverse=True)
+        for group in range(groups.max() + 1):
+            here = np.flatnonzero(groups.ravel() == group)
+            spread = np.linalg.inv(inverse[np.ix_(here, here)])
+            mean[here] -= spread @ pull[here]
+            deviation[here] = np.sqrt(self.variance * np.diag(spread))
+        return mean, deviation
 
 
 @dataclass(frozen=True, eq=False)
@@ -262,15 +285,30 @@ class Predictor:
     def predict(self, x: np.ndarray) -> Prediction:
         """Perplexity of plans with these features (k, 2)."""
         mean, deviation = self.process.at(x)
-        mean += x @ _SLOPES
+        run = self.process.x
+        beyond = ((x < run.min(axis=0)) | (x > run.max(axis=0))).any(axis=1)
+        return self._told(mean + x @ _SLOPES, deviation, beyond)
+
+    def leave_one_out(self) -> tuple[np.ndarray, Prediction]:
+        """What each run below 8 bits would have been predicted to be, had it not been seen.
+
+        Runs of the same plan are left out together; length and noise stay as all runs have them.
+        Gives which of ``points`` these are, (n,), and a prediction of each.
+        """
+        coarse = ~self.points.finest
+        mean, deviation = self.process.left_out()
+        none_beyond = np.zeros(len(mean), dtype=bool)
+        x = self.points.features[coarse]
+        return np.flatnonzero(coarse), self._told(mean + x @ _SLOPES, deviation, none_beyond)
+
+    def _told(self, mean: np.ndarray, deviation: np.ndarray, beyond: np.ndarray) -> Prediction:
+        """Perplexity of log costs with these means and deviations."""
         width = student_t.ppf((1 + CONFIDENCE) / 2, len(self.process.x) - 1) * deviation
         logs = (mean - width, mean, mean + width)
         low, middle, high = (
             self.full_precision * np.exp(np.maximum(np.exp(np.minimum(log, np.log(_MOST))), floor))
             for log, floor in zip(logs, self.floor, strict=True)
         )
-        run = self.process.x
-        beyond = ((x < run.min(axis=0)) | (x > run.max(axis=0))).any(axis=1)
         return Prediction(middle, low, high, beyond)
 
     def summary(self, problem: Problem, choice: np.ndarray) -> dict:

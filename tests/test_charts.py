@@ -214,3 +214,34 @@ def test_bars_stack_to_the_whole_model():
 
 def test_nothing_offers_to_send_data_away():
     assert charts.CONFIG["showSendToCloud"] is False
+
+
+def frontier_lines():
+    bits = np.linspace(2, 8, 40)
+    value = 5 + 100 * np.exp(-4 * (bits - 2))
+    return [charts.FrontierLine("mxq", bits, value, 0.9 * value, 1.1 * value)]
+
+
+def test_frontiers_show_the_runs_and_what_is_worth_seeing():
+    runs = pd.DataFrame(
+        {
+            "method": ["mxq", "uniform", "mxq"],
+            "label": ["a", "b", "c"],
+            "bits_per_param": [3.0, 4.0, 2.1],
+            "value": [6.8, 5.1, 90.0],
+        }
+    )
+    figure = charts.frontiers(frontier_lines(), runs, "predicted perplexity (90 % band)")
+    drawn = [t for t in figure.data if t.mode == "markers"]
+    assert sorted(y for t in drawn for y in t.y) == [5.1, 6.8, 90.0]
+    low, high = figure.layout.yaxis.range
+    assert low < 5.0 < 6.8 < high < 90, "a broken run doesn't press the rest into a line"
+    assert figure.layout.xaxis.range[0] > 2.1
+
+
+def test_frontiers_without_a_prediction_take_a_log_axis():
+    line = charts.FrontierLine("uniform", np.array([2.0, 4.0, 8.0]), np.array([1e5, 1e3, 1.0]))
+    empty = pd.DataFrame(columns=["method", "label", "bits_per_param", "value"])
+    figure = charts.frontiers([line], empty, "squared weight error")
+    assert figure.layout.yaxis.type == "log"
+    assert figure.layout.yaxis.range is None

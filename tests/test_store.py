@@ -145,6 +145,59 @@ def test_an_older_schema_is_migrated_and_keeps_its_rows(tmp_path, monkeypatch, i
     assert models["source"].tolist() == ["demo"]
 
 
+def test_runs_of_the_second_schema_get_their_stars(tmp_path, monkeypatch, info):
+    path = tmp_path / "old.duckdb"
+    monkeypatch.setattr(store_module, "MIGRATIONS", MIGRATIONS[:2])
+    old = Store(path)
+    with old.connect() as connection:
+        connection.execute("INSERT INTO runs (id, fingerprint, method) VALUES ('r', 'f', 'mxq')")
+        connection.execute("INSERT INTO evaluations (id, run, fingerprint) VALUES ('e', 'r', 'f')")
+    monkeypatch.undo()
+    row = Store(path).results().iloc[0]
+    assert (row["run"], bool(row["starred"]), row["note"]) == ("r", False, "")
+    assert Store(path).deleted_runs().empty
+
+
+def test_a_deleted_run_that_is_evaluated_again_is_back(info):
+    store = Store()
+    store.save_model(info)
+    run = keep_run(store, info)
+    store.delete_runs([run])
+    assert store.results().empty
+    assert store.run_configs(info.fingerprint) == {}
+    assert store.deleted_runs()["run"].tolist() == [run]
+    manifest = {"run": run, "fingerprint": info.fingerprint}
+    store.add_evaluation(manifest, 1, "somewhere", evaluation(21, corpus="other"))
+    assert sorted(store.results()["perplexity"]) == pytest.approx([20, 21])
+    assert store.deleted_runs().empty
+
+
+def test_what_was_deleted_together_is_undone_together(info):
+    store = Store()
+    store.save_model(info)
+    runs = [keep_run(store, info) for _ in range(3)]
+    store.delete_runs(runs[:1])
+    store.delete_runs(runs)
+    gone = store.deleted_runs()
+    assert gone["deleted"].nunique() == 2
+    assert set(gone[gone["deleted"] == gone["deleted"].iloc[0]]["run"]) == set(runs[1:])
+
+
+def test_a_record_is_all_that_is_kept_of_a_run(info):
+    store = Store()
+    store.save_model(info)
+    run = keep_run(store, info)
+    (own,) = store.results()["evaluation"]
+    record = store.record(own)
+    assert record["run"]["id"] == run
+    assert record["plan"]["content"]["base"] == "3.13"
+    assert record["evaluation"]["provenance"]["dtype"] == "float32"
+    assert record["model"]["source"] == "demo"
+    assert record["profile"] == {}
+    with pytest.raises(InputError, match="no evaluated run 'x'"):
+        store.record("x")
+
+
 def test_a_failed_migration_changes_nothing(tmp_path, monkeypatch):
     path = tmp_path / "old.duckdb"
     Store(path)

@@ -21,11 +21,12 @@ from lsq_core.charts.style import (
 from lsq_core.config import LADDER
 
 
-def plan_heatmap(frame: pd.DataFrame) -> go.Figure:
+def plan_heatmap(frame: pd.DataFrame, narrow: bool = False) -> go.Figure:
     """A plan as layers (left to right) by module types (in the order of the computation).
 
     ``frame`` has a row for each matrix: ``type, layer, config, z`` (``z`` what ranked a moved
     matrix, else NaN). Experts of a layer share a cell, which shows the commonest configuration.
+    A ``narrow`` figure is half a page wide: its cells say a name only where 7 layers leave room.
     """
     cells = _cells(frame)
     names = [c.name for c in LADDER]
@@ -44,7 +45,7 @@ def plan_heatmap(frame: pd.DataFrame) -> go.Figure:
             showscale=False,
             xgap=1.5,
             ygap=1.5,
-            text=_cell_text(grid["config"], len(layers)),
+            text=_cell_text(grid["config"], len(layers) * (2 if narrow else 1)),
             texttemplate="%{text}",
             customdata=grid["hover"].fillna("").to_numpy(),
             hovertemplate="%{y}, layer %{x}<br>%{customdata}<extra></extra>",
@@ -54,8 +55,8 @@ def plan_heatmap(frame: pd.DataFrame) -> go.Figure:
     figure.update_xaxes(title_text="layer", showgrid=False, zeroline=False, range=_ends(layers))
     figure.update_yaxes(autorange="reversed", showgrid=False, zeroline=False)
     if len(layers) <= 48:
-        figure.update_xaxes(dtick=1 if len(layers) <= 32 else 2)
-    figure.update_layout(legend=ABOVE)
+        figure.update_xaxes(dtick=1 if len(layers) <= (24 if narrow else 32) else 2)
+    figure.update_layout(legend=ABOVE, showlegend=True)  # of a single configuration, too
     return finish(figure, 96 + max(30 * len(kinds), 60))
 
 
@@ -119,6 +120,10 @@ def _config_legend(figure: go.Figure, configs: pd.Series) -> None:
 # --- frontiers ------------------------------------------------------------------------------
 
 
+#: Perplexities up to so many times the least are worth a look at first.
+_WORTH_SEEING = 1.5
+
+
 @dataclass(frozen=True, eq=False)
 class FrontierLine:
     """A method's plans along the budget: ``bits`` (k,) a parameter and a ``value`` (k,) of each.
@@ -133,13 +138,10 @@ class FrontierLine:
     high: np.ndarray | None = None
 
 
-def frontiers(
-    lines: Sequence[FrontierLine], runs: pd.DataFrame, axis: str, at: Sequence[float] = ()
-) -> go.Figure:
+def frontiers(lines: Sequence[FrontierLine], runs: pd.DataFrame, axis: str) -> go.Figure:
     """Methods' frontiers in one chart, with the runs that were measured on it.
 
-    ``runs`` has ``method, label, bits_per_param, value``; ``at`` are budgets marked by an upright
-    line.
+    ``runs`` has ``method, label, bits_per_param, value``.
     """
     figure = go.Figure()
     for line in lines:
@@ -159,16 +161,31 @@ def frontiers(
         )
     for method, part in runs.groupby("method", sort=False):
         figure.add_trace(_measured_on_frontier(str(method), part))
-    for bits in at:
-        figure.add_vline(x=bits, line={"color": NEUTRAL, "width": 1.2, "dash": "dot"})
-    values = np.concatenate([*(line.value for line in lines), runs["value"].to_numpy(float)])
-    spread = np.nanmax(values) / np.nanmin(values) if len(values) else 1
-    if spread > 5:
-        figure.update_yaxes(type="log", dtick="D2" if spread < 100 else 1)
+    bits = np.concatenate([*(line.bits for line in lines), runs["bits_per_param"]])
+    values = np.concatenate([*(line.value for line in lines), runs["value"]]).astype(float)
+    predicted = any(line.low is not None for line in lines)
+    if len(values):
+        _view(figure, bits.astype(float), values, _WORTH_SEEING if predicted else np.inf)
     figure.update_layout(legend=ABOVE)
     figure.update_xaxes(title_text="bits per linear weight, metadata included")
     figure.update_yaxes(title_text=axis)
     return finish(figure, 360)
+
+
+def _view(figure: go.Figure, bits: np.ndarray, values: np.ndarray, most: float) -> None:
+    """Values up to so many times the least at first; what is left out is there on a reset.
+
+    A model broken at 2 bits would else press everything else into a line.
+    """
+    limit = most * values.min()
+    if values.max() <= limit:
+        if values.max() > 5 * values.min():
+            spread = values.max() / values.min()
+            figure.update_yaxes(type="log", dtick="D2" if spread < 100 else 1)
+        return
+    seen = bits[values <= limit]
+    figure.update_yaxes(range=[0.98 * values.min(), limit])
+    figure.update_xaxes(range=[seen.min() - 0.1, seen.max() + 0.1])
 
 
 def _band(line: FrontierLine, style: MethodStyle) -> go.Scatter:
@@ -201,3 +218,36 @@ def _measured_on_frontier(method: str, part: pd.DataFrame) -> go.Scatter:
         customdata=part[["label"]],
         hovertemplate="%{customdata[0]}<br>%{x:.4f} bits, measured %{y:.4f}<extra></extra>",
     )
+
+
+# --- what a plan consists of ----------------------------------------------------------------
+
+
+def plan_ring(shares: pd.Series, title: str) -> go.Figure:
+    """The share of a plan's bytes that each configuration takes ([A] Fig. 8), as a ring.
+
+    ``shares`` is of :func:`lsq_core.compare.shares_of_bytes`; ``title``, in the middle, is short.
+    """
+    by_name = {c.name: c for c in LADDER}
+    configs = [by_name[name] for name in shares.index]
+    figure = go.Figure(
+        go.Pie(
+            labels=[f"{c.name} ({c.stop_name})" for c in configs],
+            values=shares.to_numpy(),
+            marker={
+                "colors": [config_color(c) for c in configs],
+                "line": {"width": 1, "color": NEUTRAL},
+            },
+            hole=0.62,
+            sort=False,
+            direction="clockwise",
+            # Names stand outside, where text and ground are the theme's own.
+            textposition="outside",
+            texttemplate="%{label}<br>%{percent:.1%}",
+            hovertemplate="%{label}: %{percent:.2%} of the bytes<extra></extra>",
+        )
+    )
+    figure.add_annotation(text=title, x=0.5, y=0.5, showarrow=False, font_size=15)
+    figure.update_layout(showlegend=False)
+    finish(figure, 270)
+    return figure.update_layout(margin={"l": 20, "r": 20, "t": 34, "b": 34})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from lsq_core.charts.style import ABOVE, NEUTRAL, config_color, finish, method_style
-from lsq_core.compare import pareto
+from lsq_core.compare import BOOSTS, pareto
 from lsq_core.config import GIB, LADDER, MIB
 
 
@@ -65,6 +66,33 @@ NOMINAL = Size("nominal_bytes", "nominal size of the linear weights", "GiB", GIB
 STORED = Size("model_bytes", "whole model on disk, as published", "GiB", GIB)
 BITS = Size("bits_per_param", "nominal bits per linear weight, metadata included", "bits", 1)
 
+
+@dataclass(frozen=True)
+class Quality:
+    """What is good or bad about a run: its column, how an axis says it, and which way is better."""
+
+    column: str
+    title: str
+    unit: str = ""
+    scale: float = 1
+    higher_is_better: bool = False
+
+    @property
+    def axis(self) -> str:
+        """What the axis reads."""
+        unit = f"{self.unit}, " if self.unit else ""
+        return f"{self.title} ({unit}{'higher' if self.higher_is_better else 'lower'} is better)"
+
+    def cost(self, frame: pd.DataFrame) -> pd.Series:
+        """The column, or its negative where higher is better: less is better always."""
+        values = frame[self.column].astype(float)
+        return -values if self.higher_is_better else values
+
+
+PERPLEXITY = Quality("perplexity", "perplexity")
+KL = Quality("kl", "KL divergence from full precision", "nats")
+TOP1 = Quality("top1", "same top token as full precision", "%", 0.01, higher_is_better=True)
+
 #: Of how many runs on markers are smaller, so that each can be told from its neighbours.
 _MANY = 60
 
@@ -74,44 +102,51 @@ def perplexity_by_size(
     selected: Sequence[str] = (),
     size: Size = MEASURED,
     overlay: pd.DataFrame | None = None,
+    quality: Quality = PERPLEXITY,
 ) -> go.Figure:
-    """Perplexity against size, a marker and colour for each method.
+    """Perplexity, or another quality, against size; a marker and colour for each method.
 
     ``frame`` has ``evaluation, method, label, perplexity, perplexity_full, quantizer`` and the
-    column of ``size``, all of one model, corpus and protocol. Uniform HQQ runs are joined as the
-    reference curve; full precision is a level line; ``selected`` evaluations are ringed. Where
-    there are many runs those that no other beats are joined too, and the view is that of
-    :func:`view_limit`: what lies above is there when the axes are reset. ``overlay`` has runs of
-    another origin, with the same columns and ``origin``, drawn hollow.
+    columns of ``size`` and ``quality``, all of one model, corpus and protocol. Uniform HQQ runs
+    are joined as the reference curve; full precision's perplexity is a level line; ``selected``
+    evaluations are ringed. Where there are many runs those that no other beats are joined too,
+    and the view is that of :func:`view_limit`: what lies above is there when the axes are reset.
+    ``overlay`` has runs of another origin, with the same columns and ``origin``, drawn hollow.
     """
     figure = go.Figure()
     many = len(frame) > _MANY
     reference = frame[(frame["method"] == "uniform") & (frame["quantizer"] == "hqq")]
     if len(reference) > 1:
-        figure.add_trace(_joined(reference, size))
+        figure.add_trace(_joined(reference, size, quality))
     if many:
-        front = frame[pareto(frame[size.column], frame["perplexity"])]
-        figure.add_trace(_front(front, size))
+        front = frame[pareto(frame[size.column], quality.cost(frame))]
+        figure.add_trace(_front(front, size, quality))
     commonest = frame["method"].value_counts().index if many else frame["method"].unique()
     for method in commonest:  # the rest over it
         part = frame[frame["method"] == method]
-        figure.add_trace(_runs(method, part, size, 7 if many else 11))
+        figure.add_trace(_runs(method, part, size, quality, 7 if many else 11))
     for (method, origin), part in _groups(overlay, ["method", "origin"]):
-        figure.add_trace(_hollow(_runs(method, part, size, 9), origin))
+        figure.add_trace(_hollow(_runs(method, part, size, quality, 9), origin))
     ringed = frame[frame["evaluation"].isin(list(selected))]
     if not ringed.empty:
-        figure.add_trace(_selected(ringed, size))
-    full = frame["perplexity_full"].dropna()
+        figure.add_trace(_selected(ringed, size, quality))
+    full = frame["perplexity_full"].dropna() if quality == PERPLEXITY else pd.Series(dtype=float)
     if not full.empty:
         _level(figure, float(full.iloc[0]))
-    if frame["perplexity"].max() / min(frame["perplexity"].min(), *full, 1e300) > 5:
-        figure.update_yaxes(type="log", dtick="D2")
-    if many and frame["perplexity"].max() > view_limit(frame["perplexity"]):
+    values = frame[quality.column].dropna()
+    least = min(values.min(), *full, 1e300)
+    if not quality.higher_is_better and least > 0 and values.max() / least > 5:
+        figure.update_yaxes(type="log", dtick="D2" if quality == PERPLEXITY else 1)
+    if many and quality == PERPLEXITY and values.max() > view_limit(values):
         _view(figure, frame, full, size)
     figure.update_layout(legend=ABOVE)
     figure.update_xaxes(title_text=f"{size.title} ({size.unit})")
-    figure.update_yaxes(title_text="perplexity (lower is better)")
-    return finish(figure, 430 if many else 370)
+    figure.update_yaxes(title_text=quality.axis)
+    return finish(figure, _HEIGHT)
+
+
+#: The same for few and many runs, so that nothing jumps when the measurement is changed.
+_HEIGHT = 430
 
 
 def view_limit(perplexity: pd.Series) -> float:
@@ -133,11 +168,11 @@ def _view(figure: go.Figure, frame: pd.DataFrame, full: pd.Series, size: Size) -
     figure.update_xaxes(range=[float(shown.min()) - beside, float(shown.max()) + beside])
 
 
-def _joined(reference: pd.DataFrame, size: Size) -> go.Scatter:
+def _joined(reference: pd.DataFrame, size: Size, quality: Quality) -> go.Scatter:
     reference = reference.sort_values(size.column)
     return go.Scatter(
         x=reference[size.column] / size.scale,
-        y=reference["perplexity"],
+        y=reference[quality.column] / quality.scale,
         mode="lines",
         line={"color": method_style("uniform").color, "width": 1.2},
         name="Uniform HQQ, joined",
@@ -146,11 +181,11 @@ def _joined(reference: pd.DataFrame, size: Size) -> go.Scatter:
     )
 
 
-def _front(front: pd.DataFrame, size: Size) -> go.Scatter:
+def _front(front: pd.DataFrame, size: Size, quality: Quality) -> go.Scatter:
     front = front.sort_values(size.column)
     return go.Scatter(
         x=front[size.column] / size.scale,
-        y=front["perplexity"],
+        y=front[quality.column] / quality.scale,
         mode="lines",
         line={"color": NEUTRAL, "width": 1.2, "dash": "dot", "shape": "hv"},
         name="best for its size",
@@ -158,12 +193,12 @@ def _front(front: pd.DataFrame, size: Size) -> go.Scatter:
     )
 
 
-def _runs(method: str, part: pd.DataFrame, size: Size, width: int) -> go.Scatter:
+def _runs(method: str, part: pd.DataFrame, size: Size, quality: Quality, width: int) -> go.Scatter:
     style = method_style(method)
     hollow = style.symbol.endswith("open")
     return go.Scatter(
         x=part[size.column] / size.scale,
-        y=part["perplexity"],
+        y=part[quality.column] / quality.scale,
         mode="markers",
         name=style.title,
         marker={
@@ -174,7 +209,10 @@ def _runs(method: str, part: pd.DataFrame, size: Size, width: int) -> go.Scatter
         },
         customdata=part[["label", "evaluation"]],
         hovertemplate="%{customdata[0]}<br>%{x:.2f} "
-        + f"{size.unit}, perplexity %{{y:.4f}}<extra></extra>",
+        + f"{size.unit}, {quality.title} %{{y:.4f}}{quality.unit and ' ' + quality.unit}"
+        + "<extra></extra>",
+        # The one picked is told by its neighbours' paleness; they stay readable.
+        unselected={"marker": {"opacity": 0.4}},
     )
 
 
@@ -190,12 +228,12 @@ def _hollow(runs: go.Scatter, origin: str) -> go.Scatter:
     return runs
 
 
-def _selected(ringed: pd.DataFrame, size: Size) -> go.Scatter:
+def _selected(ringed: pd.DataFrame, size: Size, quality: Quality) -> go.Scatter:
     return go.Scatter(
         x=ringed[size.column] / size.scale,
-        y=ringed["perplexity"],
+        y=ringed[quality.column] / quality.scale,
         mode="markers",
-        name="compared below",
+        name="compared in pairs",
         marker={"symbol": "circle-open", "size": 20, "color": NEUTRAL, "line": {"width": 1.5}},
         hoverinfo="skip",
     )
@@ -209,3 +247,26 @@ def _level(figure: go.Figure, perplexity: float) -> None:
         annotation_position="bottom right",
         annotation_font_size=12,
     )
+
+
+def labelled(frame: pd.DataFrame) -> pd.DataFrame:
+    """Runs with ``label``, a name for each that a person can tell from the others.
+
+    ``frame`` has the columns of :meth:`lsq_core.store.Store.results`.
+    """
+    return frame.assign(label=[_label(row) for row in frame.to_dict("records")])
+
+
+def _label(row: dict) -> str:
+    asked = json.loads(row["request"]) if isinstance(row["request"], str) else {}
+    parts = [f"{method_style(row['method']).title} {row['bits_per_param']:.2f}"]
+    if row["method"] in BOOSTS:
+        parts.append(f"base {row['base']}")
+        parts.append(f"+{asked.get('boost_stop', 0)}")
+        parts += [f"top {asked['top_m']}"] if asked.get("top_m") else []
+        parts += [f"seed {asked['seed']}"] if row["method"].endswith("-ablation") else []
+    if row["origin"] != "published":  # those are all by one quantizer, grid and metadata
+        parts += [row["quantizer"]]
+        parts += ["fp16 metadata"] if row["metadata"] == "fp16" else []
+        parts += ["axis 0"] if row["axis"] == 0 else []
+    return ", ".join(parts)

@@ -134,6 +134,19 @@ def _add_keeping_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
         "--published", action="store_true", help="the imported runs in place of your own"
     )
 
+    sub = verb("export", verbs.export, show.exported, "runs as a table, or one of them whole")
+    sub.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="a new file: .csv or .parquet for all runs; .html (a report) or .bib for one",
+    )
+    sub.add_argument("--run", metavar="ID", help="the run that a report or BibTeX is of")
+    sub.add_argument("--model", help="only runs of this model")
+    sub.add_argument(
+        "--published", action="store_true", help="the imported runs in place of your own"
+    )
+
     sub = verb(
         "import-reference",
         verbs.import_reference,

@@ -173,6 +173,12 @@ def results(result: dict) -> None:
         )
 
 
+def exported(result: dict) -> None:
+    """Print which file was written."""
+    many = "" if result["runs"] == 1 else "s"
+    print(f"{result['out']}: {result['runs']} run{many}, {format_bytes(result['bytes'])}")
+
+
 def imported(result: dict) -> None:
     """Print what was taken in, and what the files lack."""
     counts = ", ".join(f"{count:,} {table}" for table, count in result["counts"].items())

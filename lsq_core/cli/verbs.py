@@ -7,6 +7,7 @@ import json
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lsq_core import disk, jobs
 from lsq_core.corpus import corpus_identity
@@ -24,6 +25,9 @@ from lsq_core.plan import PLANNERS, Plan, PlanRequest
 from lsq_core.predict import parse_loss
 from lsq_core.profile import METRICS, Profile, ProfileSettings
 from lsq_core.store import PUBLISHED, Store
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def _workbench(options: argparse.Namespace, report: Report) -> Workbench:
@@ -313,14 +317,71 @@ def resume(options: argparse.Namespace, report: Report) -> dict:
 
 def results(options: argparse.Namespace, report: Report) -> dict:
     """Every run, newest first: measured here, or published."""
-    origin = "published" if options.published else "measured"
-    frame = Store(options.db).results(origin=origin)
-    if options.model:
-        frame = frame[frame["model"].isin([options.model, PUBLISHED + options.model])]
+    frame = _results(options)
     # An evaluation of a saved model, which has no full precision beside it, tells no KL.
     alone = frame["kl"].isna() & (frame["origin"] == "measured")
     frame = frame.assign(created=frame["created"].astype(str), saved_model=alone)
     return {"results": frame.astype(object).where(frame.notna(), None).to_dict("records")}
+
+
+def _results(options: argparse.Namespace) -> pd.DataFrame:
+    frame = Store(options.db).results(origin="published" if options.published else "measured")
+    if options.model:
+        frame = frame[frame["model"].isin([options.model, PUBLISHED + options.model])]
+    return frame
+
+
+def export(options: argparse.Namespace, report: Report) -> dict:
+    """All runs into a table, or one run into a report or BibTeX, as the file's name ends."""
+    from lsq_core import export as exports
+
+    tables = {".csv": exports.csv_bytes, ".parquet": exports.parquet_bytes}
+    pages = {".html": _report_of, ".bib": lambda store, record: exports.bibtex(record)}
+    kind = options.out.suffix.lower()
+    if kind not in tables | pages:
+        raise InputError(f"{options.out} ends in none of {', '.join(tables | pages)}.")
+    if (kind in pages) != bool(options.run):
+        needs = "a run with --run" if kind in pages else "no --run: it holds all runs"
+        raise InputError(f"A {kind} file needs {needs}.")
+    if kind in tables:
+        frame = _results(options)
+        content, count = tables[kind](frame), len(frame)
+    else:
+        store = Store(options.db)
+        record = store.record(_evaluation_of(store, options.run))
+        content, count = pages[kind](store, record).encode("utf8"), 1
+    try:
+        with options.out.open("xb") as file:
+            file.write(content)
+    except FileExistsError as error:
+        raise InputError(f"{options.out} is there already; give a new file.") from error
+    except OSError as error:
+        raise LsqError(f"{options.out} cannot be written: {error.strerror}.") from error
+    return {"out": str(options.out), "runs": count, "bytes": len(content)}
+
+
+def _evaluation_of(store: Store, run: str) -> str:
+    """The newest evaluation of a run that wasn't deleted."""
+    frame = store.results(origin=None)
+    found = frame.loc[frame["run"] == run, "evaluation"]
+    if found.empty:
+        raise InputError(f"There is no run '{run}'; results --json lists them.")
+    return found.iloc[0]
+
+
+def _report_of(store: Store, record: dict) -> str:
+    from lsq_core import charts
+    from lsq_core.report import run_report
+    from lsq_core.ui.arguments import reproducing
+
+    own, run = record["evaluation"], record["run"]
+    runs = store.results(run["fingerprint"], origin=run["origin"])
+    same = ["corpus_sha256", "protocol", "tokens"]
+    mine = runs.loc[runs["evaluation"] == own["id"], same].iloc[0]
+    beside = runs[[row.equals(mine) for _, row in runs[same].iterrows()]]
+    figure = charts.perplexity_by_size(charts.labelled(beside), [own["id"]], charts.BITS)
+    matrices = store.model(run["fingerprint"]).matrices
+    return run_report(record, matrices, reproducing(record), figure)
 
 
 def import_reference(options: argparse.Namespace, report: Report) -> dict:
