@@ -34,7 +34,6 @@ _LOCKED = {
     "threads": "2",
     "lock_configuration": "true",
 }
-_READING = (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN)
 
 
 @dataclass(frozen=True)
@@ -116,8 +115,6 @@ def ask(
         timer.start()
         try:
             statement = _only_statement(connection, sql)
-            if statement.type == duckdb.StatementType.EXPLAIN:
-                return Answer(connection.execute(statement).df(), cut=False)
             rows = connection.from_query(statement.query).limit(row_limit + 1).df()
         except duckdb.InterruptException:
             raise InputError(
@@ -143,7 +140,7 @@ def _only_statement(connection: duckdb.DuckDBPyConnection, sql: str) -> duckdb.S
             f"There {'is no statement' if not statements else f'are {len(statements)} statements'} "
             "in the query; give a single SELECT."
         )
-    if statements[0].type not in _READING:
+    if statements[0].type != duckdb.StatementType.SELECT:
         raise InputError(
             f"{statements[0].type.name} is not a question; give a single SELECT, which reads and "
             "changes nothing."

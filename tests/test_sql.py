@@ -131,7 +131,7 @@ def test_nothing_is_changed_or_reached(store, copy, tmp_path, attack):
     text = attack.format(**places)
     said = _said(copy, text)
     assert "verysecret" not in said
-    assert ("\n" in said) == text.startswith("EXPLAIN COPY"), "which tells how, and does nothing"
+    assert "\n" not in said, "an error is a sentence"
     after = copy.read_bytes(), store.path.read_bytes(), set(tmp_path.iterdir())
     assert after == before
 

@@ -98,6 +98,8 @@ def reproducing(record: Mapping[str, Mapping[str, Any]]) -> str:
     run, own, model = record["run"], record["evaluation"], record["model"]
     if run["method"] not in PLANNERS:
         return f"# {run['method']} is not among the methods here; this run was published."
+    if not (record["plan"]["content"] or {}).get("request"):
+        return "# What this run's plan was asked for was not kept."
     source = ModelSource(model["source"], model["revision"])
     request, settings = _asked(record)
     if run["fingerprint"].startswith(PUBLISHED):
