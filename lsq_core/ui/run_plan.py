@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import streamlit as st
+from streamlit.delta_generator import DeltaGenerator
 
 from lsq_core import disk, jobs
 from lsq_core.config import format_bytes
@@ -78,23 +79,8 @@ def options(store: Store, context: int) -> tuple[str, EvaluationRequest, str]:
         accept_new_options=True,
         persist_state="session",
     )
-    protocol = columns[2].selectbox(
-        "Protocol",
-        list(PROTOCOLS),
-        format_func=lambda name: Protocol.named(name, context).name,
-        key="protocol",
-        persist_state="session",
-        help="strided: windows of 1,024 tokens of which the last 512 are scored. blocks: windows "
-        "of 2,048 side by side. A shorter context gets shorter windows under a name of their own.",
-    )
-    tokens = columns[3].number_input(
-        "Max tokens",
-        min_value=0,
-        step=1000,
-        key="max_tokens",
-        persist_state="session",
-        help="0 evaluates the whole text.",
-    )
+    protocol = choose_protocol(columns[2], "Protocol", "protocol", context)
+    tokens = choose_tokens(columns[3], "Max tokens", "max_tokens")
     save = columns[4].text_input(
         "Save the model as",
         key="save",
@@ -102,7 +88,33 @@ def options(store: Store, context: int) -> tuple[str, EvaluationRequest, str]:
         persist_state="session",
         help=f"A folder in {disk.models_folder(store)}.",
     )
-    return quantizer, EvaluationRequest(corpus, protocol, tokens or None), save
+    return quantizer, EvaluationRequest(corpus, protocol, tokens), save
+
+
+def choose_protocol(column: DeltaGenerator, label: str, key: str, context: int) -> str:
+    """One of the protocols, by the names that they have for a model of this context."""
+    return column.selectbox(
+        label,
+        list(PROTOCOLS),
+        format_func=lambda name: Protocol.named(name, context).name,
+        key=key,
+        persist_state="session",
+        help="strided: windows of 1,024 tokens of which the last 512 are scored. blocks: windows "
+        "of 2,048 side by side. A shorter context gets shorter windows under a name of their own.",
+    )
+
+
+def choose_tokens(column: DeltaGenerator, label: str, key: str) -> int | None:
+    """How many tokens to evaluate at most, or None for all of a text."""
+    chosen = column.number_input(
+        label,
+        min_value=0,
+        step=1000,
+        key=key,
+        persist_state="session",
+        help="0 evaluates the whole text.",
+    )
+    return chosen or None
 
 
 def save_folder(store: Store, name: str) -> Path | None:

@@ -13,7 +13,6 @@ from lsq_core import sweep
 from lsq_core.config import stop_index
 from lsq_core.corpus import BUILT_IN
 from lsq_core.errors import InputError
-from lsq_core.evaluate import PROTOCOLS, Protocol
 from lsq_core.jobs import Job
 from lsq_core.model import ModelInfo
 from lsq_core.pipeline import EvaluationRequest
@@ -21,7 +20,7 @@ from lsq_core.plan import PLANNERS, PlanRequest, Problem, get_planner
 from lsq_core.quantize import QUANTIZERS
 from lsq_core.ui import arguments, jobs_panel, known, state, words
 from lsq_core.ui.page import Here, headline, next_step
-from lsq_core.ui.run_plan import start
+from lsq_core.ui.run_plan import choose_protocol, choose_tokens, start
 
 _DEFAULTS = {
     "sweep_methods": ["uniform", "sensiboost", "mxq"],
@@ -121,22 +120,9 @@ def _form(context: int) -> _Asked:
         accept_new_options=True,
         persist_state="session",
     )
-    protocol = columns[2].selectbox(
-        "Each by protocol",
-        list(PROTOCOLS),
-        format_func=lambda name: Protocol.named(name, context).name,
-        key="sweep_protocol",
-        persist_state="session",
-    )
-    tokens = columns[3].number_input(
-        "At most tokens",
-        min_value=0,
-        step=1000,
-        key="sweep_tokens",
-        persist_state="session",
-        help="0 evaluates each text as a whole.",
-    )
-    like = EvaluationRequest("stdlib", protocol, tokens or None)
+    protocol = choose_protocol(columns[2], "Each by protocol", "sweep_protocol", context)
+    tokens = choose_tokens(columns[3], "At most tokens", "sweep_tokens")
+    like = EvaluationRequest("stdlib", protocol, tokens)
     bases = tuple(base.removesuffix("bpp") for base in sweep.parse_budgets(bases))
     return _Asked(methods, bases, sweep.parse_budgets(budgets), quantizers, corpora, like)
 

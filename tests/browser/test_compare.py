@@ -10,9 +10,12 @@ import duckdb
 import pandas as pd
 import pytest
 
+from lsq_core.reference import import_reference
 from lsq_core.store import Store
-from tests.browser.conftest import Person, open_browser, serve
+from tests.browser.conftest import Person, Server, open_browser, serve
+from tests.conftest import REFERENCE
 from tests.test_compare import fill
+from tests.test_plan import needs_reference
 
 pytestmark = pytest.mark.browser
 
@@ -113,25 +116,51 @@ def page(person: Person) -> str:
     return person.driver.find_element("css selector", "[data-testid=stMain]").text
 
 
-@pytest.mark.parametrize("view", ["size", "bits", "wins", "two", "predicted"])
+@pytest.mark.parametrize("view", ["size", "bits", "two"])
 @pytest.mark.parametrize("width", [1440, 1024])
 def test_every_view_fits_its_window(someone, view, width):
-    someone.driver.set_window_size(width, 900)
-    someone.open(f"/Compare?model=demo&view={view}")
-    someone.reads("Best within", 60)
+    fits(someone, "demo", view, width)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server on the published runs, which win, lose and can be predicted."""
+    folder = tmp_path_factory.mktemp("published")
+    import_reference(REFERENCE, Store(folder / "lsq.duckdb"))
+    with serve("app.py", folder) as server:
+        yield server
+
+
+@needs_reference
+@pytest.mark.parametrize("view", ["wins", "predicted"])
+@pytest.mark.parametrize("width", [1440, 1024])
+def test_views_of_many_methods_fit_their_window(published, tmp_path, view, width):
+    with open_browser(tmp_path / "chromium") as driver:
+        fits(Person(driver, published), "published:Llama-2-7b-hf", view, width)
+
+
+def fits(person: Person, model: str, view: str, width: int) -> None:
+    """The view draws something, and nothing of it lies beyond the window."""
+    person.driver.set_window_size(width, 900)
+    person.open(f"/Compare?model={model}&view={view}")
+    person.reads("Best within", 60)
+    person.wait(lambda: person.all(PLOT), why="the view draws nothing")
+    person.wait(person.settled)
+    ask = person.driver.execute_script
     wide = "return document.querySelector('[data-testid=stMain]').scrollWidth"
     seen = "return document.querySelector('[data-testid=stMain]').clientWidth"
-    fits = someone.driver.execute_script
-    someone.wait(
-        lambda: someone.settled() and fits(wide) <= fits(seen), why="wider than its window"
-    )
+    person.wait(lambda: ask(wide) <= ask(seen), 10, "wider than its window")
+    assert ask("return document.querySelector('.js-plotly-plot').data.length") > 0
 
 
 def test_a_question_is_answered(someone):
     someone.open("/SQL?model=demo")
     someone.reads("1 row found", 60)
     someone.click("What there is")
-    someone.reads("rows found")
+    store = Store(someone.server.database)
+    tables = store.query("SELECT count(*) AS n FROM duckdb_columns() WHERE NOT internal")["n"][0]
+    view = len(store.results().columns)
+    assert someone.reads("rows found") == f"{tables + view} rows found."
 
 
 @pytest.mark.slow

@@ -43,7 +43,8 @@ def begin_evaluating(person, tokens: int) -> None:
 
 def runs(server) -> pd.DataFrame:
     return Store(server.database).query(
-        "SELECT r.id AS run, r.method, e.perplexity FROM evaluations e JOIN runs r ON e.run = r.id"
+        "SELECT e.id AS evaluation, r.id AS run, r.method, e.perplexity "
+        "FROM evaluations e JOIN runs r ON e.run = r.id"
     )
 
 
@@ -108,7 +109,7 @@ def test_a_queue_is_seen_and_cancelled(person):
 def test_a_sweep_fills_its_rows_and_the_store(person):
     from selenium.webdriver.common.keys import Keys
 
-    before = set(runs(person.server)["run"])
+    before = set(runs(person.server)["evaluation"])
     person.open("/Run?model=demo")
     person.click("Sweep", "[role=tab]")
     person.type("Budgets", "2.25, 3.2")
@@ -121,8 +122,9 @@ def test_a_sweep_fills_its_rows_and_the_store(person):
     person.click("Start the sweep")
     line = person.reads("2 runs swept: 2 made", 90)
     rows = runs(person.server)
-    rows = rows[~rows["run"].isin(before)]
-    assert len(rows) == 2
+    rows = rows[~rows["evaluation"].isin(before)]
+    assert len(rows) == 2, "a plan that was run before gets an evaluation more, not a run"
+    assert rows["run"].nunique() == 2
     best = rows.loc[rows["perplexity"].idxmin()]
     under = person.all("[data-testid=stCaptionContainer]")[0].text
     assert f"perplexity {best['perplexity']:.2f}" in under
