@@ -6,7 +6,6 @@ model that is the header of its file, so no weight is read.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from math import ceil, prod
@@ -16,15 +15,13 @@ from lsq_core.config import LADDER, QuantConfig, planned_bytes
 from lsq_core.errors import InputError
 from lsq_core.model import MANIFEST, Matrix, ModelSource, safetensors_header
 from lsq_core.pipeline import Report, remake, saved_folder, silent
+from lsq_core.quantize.manifest import RUN, WEIGHTS, read_manifest
 from lsq_core.store import Store
 
 #: The parts of a packed matrix, as :class:`lsq_core.quantize.packed.PackedMatrix` names them.
 PARTS = ("codes", "scale_values", "scale_ranges", "zero_values", "zero_ranges")
 #: Bytes of a number by its dtype's name in a safetensors header.
 _ITEMSIZE = {"U8": 1, "I8": 1, "F16": 2, "BF16": 2, "F32": 4, "F64": 8, "I32": 4, "I64": 8}
-
-#: The file with a saved model's tensors.
-WEIGHTS = "packed.safetensors"
 
 #: Shape of each stored tensor of a matrix and its dtype's name.
 Stored = dict[str, tuple[tuple[int, ...], str]]
@@ -104,8 +101,16 @@ def audit(
         The model's matrices, for their shapes.
     stored
         The stored tensors of each packed matrix, and of a planned one that was not packed.
+
+    Raises
+    ------
+    InputError
+        When the plan names a module that the model doesn't have.
     """
     shapes = {matrix.name: matrix for matrix in matrices}
+    strangers = sorted(set(plan["modules"]) - set(shapes))
+    if strangers:
+        raise InputError(f"The plan names {strangers[0]}, which the model doesn't have.")
     lines = [
         _line(shapes[name], entry, plan["metadata"], stored.get(name, {}))
         for name, entry in plan["modules"].items()
@@ -181,8 +186,9 @@ def stored_in_file(path: Path, planned: Iterable[str]) -> dict[str, Stored]:
 def stored_in_model(model: object, planned: Iterable[str]) -> dict[str, Stored]:
     """The same of a quantized model in memory."""
     names = {"uint8": "U8", "float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+    kinds = {f"torch.{name}": short for name, short in names.items()}
     tensors = (
-        (name, tuple(tensor.shape), names[str(tensor.dtype).removeprefix("torch.")])
+        (name, tuple(tensor.shape), kinds.get(str(tensor.dtype), str(tensor.dtype)))
         for name, tensor in model.state_dict().items()
     )
     return _grouped(tensors, set(planned))
@@ -212,17 +218,9 @@ def audit_folder(folder: Path, store: Store) -> Audit:
     InputError
         When it is no saved model, or nothing tells the shapes of its matrices.
     """
-    path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_text("utf8"))
-        run, fingerprint = manifest["run"], manifest["fingerprint"]
-    except OSError as error:
-        raise InputError(
-            f"{folder} is not a model that LSQ Explorer saved: no {MANIFEST}."
-        ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is damaged; save the model again.") from error
-    known = store.model(fingerprint)
+    manifest = read_manifest(folder, RUN)
+    run = manifest["run"]
+    known = store.model(manifest["fingerprint"])
     matrices = known.matrices if known else _matrices_of(folder)
     try:
         plan, where = store.run(run)["content"], f"the plan of run {run}"

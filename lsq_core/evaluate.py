@@ -9,7 +9,6 @@ is predicted at most once.
 from __future__ import annotations
 
 import math
-import re
 import resource
 import time
 from collections.abc import Callable, Iterator
@@ -363,8 +362,3 @@ def compare_windows(
     means = gap[picks].sum(1) / counts[picks].sum(1)
     low, high = np.expm1(np.quantile(means, [0.025, 0.975]))
     return Difference(relative, float(low), float(high))
-
-
-def protocol_family(name: str) -> str:
-    """``strided`` of ``strided-512/256``."""
-    return re.split(r"-", name)[0]

@@ -216,15 +216,15 @@ def _scored(
     """A text's tokens with both models' probabilities, their agreement and mean divergence."""
     a, b = (_log_probabilities(model, prompt, text) for model in (full, quantized))
     tops = a.argmax(-1), b.argmax(-1)
-    pieces = _pieces(tokenizer, text)
+    pieces = _pieces(tokenizer, prompt, text)
     tokens = tuple(
         Token(
             id=id,
             text=pieces[i],
             full=float(a[i, id].exp()),
             quantized=float(b[i, id].exp()),
-            full_top=tokenizer.decode([int(tops[0][i])]),
-            quantized_top=tokenizer.decode([int(tops[1][i])]),
+            full_top=_piece(tokenizer, [*prompt, *text[:i]], int(tops[0][i])),
+            quantized_top=_piece(tokenizer, [*prompt, *text[:i]], int(tops[1][i])),
         )
         for i, id in enumerate(text)
     )
@@ -245,12 +245,24 @@ def _log_probabilities(model: nn.Module, prompt: list[int], text: list[int]) -> 
     return logits.float().log_softmax(-1).cpu()
 
 
-def _pieces(tokenizer: object, ids: list[int]) -> list[str]:
-    """What each token adds to the text; a character of several tokens comes with its last."""
-    pieces, shown = [], ""
+def _pieces(tokenizer: object, prompt: list[int], ids: list[int]) -> list[str]:
+    """What each token adds to the text; a character of several tokens comes with its last.
+
+    Read after the prompt, since some tokenizers drop the space that a text begins with.
+    """
+    pieces, shown = [], _decode(tokenizer, prompt)
     for end in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False)
+        text = _decode(tokenizer, [*prompt, *ids[:end]])
         whole = text if not text.endswith("�") or end == len(ids) else shown
         pieces.append(whole[len(shown) :])
         shown = whole
     return pieces
+
+
+def _piece(tokenizer: object, before: list[int], id: int) -> str:
+    """What one token adds to the text before it."""
+    return _decode(tokenizer, [*before, id])[len(_decode(tokenizer, before)) :]
+
+
+def _decode(tokenizer: object, ids: list[int]) -> str:
+    return tokenizer.decode(ids, clean_up_tokenization_spaces=False)

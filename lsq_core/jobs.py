@@ -189,7 +189,7 @@ def list_jobs(folder: Path) -> list[Job]:
 
 
 def find(folder: Path, id: str | None = None) -> Job:
-    """The job of that id; without one the newest that can go on.
+    """The job of that id; without one the newest that was interrupted.
 
     Raises
     ------
@@ -198,7 +198,7 @@ def find(folder: Path, id: str | None = None) -> Job:
     """
     if id is not None:
         return read(folder / Path(id).name)
-    waiting = [job for job in list_jobs(folder) if job.can_resume]
+    waiting = [job for job in list_jobs(folder) if job.state == "interrupted"]
     if not waiting:
         raise InputError(f"No job in {folder} was interrupted; there is nothing to resume.")
     return waiting[0]

@@ -23,7 +23,7 @@ from lsq_core.config import DETECTION_CONFIG, LADDER, QuantConfig, format_bytes
 from lsq_core.corpus import corpus_identity, load_corpus, token_stream
 from lsq_core.errors import InputError, LsqError
 from lsq_core.jsontext import json_text
-from lsq_core.model import MANIFEST, ModelInfo, ModelSource, find_model, fingerprint
+from lsq_core.model import ModelInfo, ModelSource, find_model, fingerprint
 from lsq_core.plan import (
     PLANNERS,
     Plan,
@@ -43,6 +43,7 @@ from lsq_core.profile import (
 )
 from lsq_core.provenance import machine, versions
 from lsq_core.quantize import QUANTIZERS
+from lsq_core.quantize.manifest import RUN, is_quantized_folder, read_manifest
 from lsq_core.store import PUBLISHED, Store, new_id
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from lsq_core.evaluate import Evaluation
     from lsq_core.load import LoadedModel
     from lsq_core.predict import Predictor
+    from lsq_core.quantize.artifact import QuantizedModel
 
 #: How the profiles were measured that published plans were made from (method §2).
 PUBLISHED_SETTINGS = ProfileSettings(axis=0, calibration="pileval")
@@ -444,7 +446,7 @@ class Workbench:
         )
         profile = made.profile.id if made.profile else None
         if "plan" not in made.row:
-            made.row["plan"] = self.store.save_plan(
+            made.row["plan"] = self.store.plan_of(made.run) or self.store.save_plan(
                 made.plan, self.info.fingerprint, profile, made.plan_name
             )
         self.store.save_full_precision(self.info.fingerprint, full)
@@ -460,9 +462,7 @@ class Workbench:
 
     def _is_saved(self, save: Path, run: str) -> bool:
         """Whether this very run saved its model here before it was cut off."""
-        from lsq_core.quantize.artifact import is_quantized_folder, read_manifest
-
-        return is_quantized_folder(save) and read_manifest(save)["run"] == run
+        return is_quantized_folder(save) and read_manifest(save, RUN)["run"] == run
 
     def _quantize(self, plan: Plan, quantizer: str) -> tuple[nn.Module, float]:
         """The quantized model and the seconds it took."""
@@ -641,6 +641,17 @@ def evaluate_on(
     return replace(own, **known), replace(full, **known) if full else None
 
 
+def load_saved(
+    folder: Path, device: str = "auto", dtype: str = "auto", report: Report = silent
+) -> QuantizedModel:
+    """A saved quantized model; too little memory is told in a sentence."""
+    from lsq_core.quantize.artifact import load_quantized
+
+    report("load", 0, 1, f"loading {folder}")
+    with in_a_sentence(device):
+        return load_quantized(folder, device, dtype)
+
+
 def evaluate_saved(
     folder: Path,
     request: EvaluationRequest,
@@ -655,11 +666,8 @@ def evaluate_saved(
     """
     from lsq_core.load import context_of
     from lsq_core.quantize.apply import measured_bytes
-    from lsq_core.quantize.artifact import load_quantized
 
-    report("load", 0, 1, f"loading {folder}")
-    with in_a_sentence(device):
-        quantized = load_quantized(folder, device, dtype)
+    quantized = load_saved(folder, device, dtype, report)
     manifest = quantized.manifest
     report("evaluate", 0, 1, f"reading {request.corpus}")
     evaluation, _ = evaluate_on(
@@ -699,16 +707,13 @@ def remake(
     InputError
         When there is no such run, or the model is another one now.
     """
-    from lsq_core.quantize.artifact import load_quantized
-
     kept = store.run(run)
+    dtype = kept["dtype"] if dtype == "auto" else dtype
     source = source or ModelSource(kept["source"], kept["revision"])
     bench = original(source, kept["fingerprint"], store, device, dtype, report)
     folder = saved_folder(kept)
     if folder is not None:
-        report("load", 0, 1, f"loading {folder}")
-        with in_a_sentence(device):
-            return bench, load_quantized(folder, device, dtype).model
+        return bench, load_saved(folder, device, dtype, report).model
     plan = Plan.from_json(kept["content"], bench.info.matrices, bench.info.other_bytes)
     return bench, bench.quantize(plan, None, kept["quantizer"], run=run).model
 
@@ -740,10 +745,9 @@ def original(
 def saved_folder(run: dict) -> Path | None:
     """Where a run of :meth:`lsq_core.store.Store.run` has its saved model, if it is still there."""
     folder = Path(run["saved_to"]) if run["saved_to"] else None
-    manifest = folder / MANIFEST if folder else None
-    if manifest is None or not manifest.is_file():
+    if folder is None or not is_quantized_folder(folder):
         return None
-    return folder if json.loads(manifest.read_text("utf8")).get("run") == run["id"] else None
+    return folder if read_manifest(folder, RUN)["run"] == run["id"] else None
 
 
 def find_published(source: ModelSource, store: Store) -> ModelInfo | None:

@@ -119,7 +119,7 @@ _RESULTS = """
         SELECT DISTINCT ON (fingerprint, corpus_sha256, protocol, tokens, dtype)
             fingerprint, corpus_sha256, protocol, tokens, perplexity,
             provenance ->> '$.dtype' AS dtype
-        FROM evaluations WHERE run IS NULL
+        FROM evaluations WHERE run IS NULL ORDER BY created DESC
     ) f ON f.fingerprint = e.fingerprint AND f.corpus_sha256 = e.corpus_sha256
        AND f.protocol = e.protocol AND f.tokens IS NOT DISTINCT FROM e.tokens
        AND f.dtype = e.provenance ->> '$.dtype'
@@ -387,20 +387,23 @@ class Store:
         """Keep a run and its evaluations, together or not at all.
 
         ``run`` holds the columns of the table ``runs`` but its id and time. To a run that is
-        there already only those evaluations are added that it lacks.
+        there already only those evaluations are added that it lacks; a run that was deleted is
+        there again.
         """
         with self.transaction() as connection:
             if not connection.execute("SELECT 1 FROM runs WHERE id = ?", [id]).fetchone():
                 _insert(connection, "runs", id=id, created=now(), **run)
+            connection.execute("UPDATE runs SET deleted = NULL WHERE id = ?", [id])
             for evaluation in evaluations:
                 same = connection.execute(
                     "SELECT 1 FROM evaluations WHERE run = ? AND corpus_sha256 = ? "
-                    "AND protocol = ? AND provenance = ?",
+                    "AND protocol = ? AND provenance = ? AND (kl IS NULL) = ?",
                     [
                         id,
                         evaluation.corpus_sha256,
                         evaluation.protocol,
                         json_text(evaluation.provenance),
+                        evaluation.kl is None,
                     ],
                 ).fetchone()
                 if not same:
@@ -424,16 +427,22 @@ class Store:
             raise InputError(f"There is no run '{id}' in {self.path}; 'results' lists them.")
         return row | {"content": json.loads(row["content"])}
 
+    def plan_of(self, run: str) -> str | None:
+        """The plan that a run was made by, or None where there is no such run."""
+        row = self._row("SELECT plan FROM runs WHERE id = ?", [run])
+        return row["plan"] if row else None
+
     def evaluated(self, fingerprint: str, method: str, quantizer: str) -> pd.DataFrame:
         """One row an evaluation of these runs, newest first, by what makes two of them the same.
 
         ``run, plan, content, device, dtype, versions, evaluation, corpus_sha256, protocol,
-        provenance``; ``content`` is the plan's JSON.
+        provenance, kl``; ``content`` is the plan's JSON, and ``kl`` is NaN where the model was
+        evaluated without full precision beside it.
         """
         return self.query(
             "SELECT r.id AS run, r.plan, CAST(p.content AS VARCHAR) AS content, r.device, "
             "r.dtype, CAST(r.versions AS VARCHAR) AS versions, e.id AS evaluation, "
-            "e.corpus_sha256, e.protocol, CAST(e.provenance AS VARCHAR) AS provenance "
+            "e.corpus_sha256, e.protocol, CAST(e.provenance AS VARCHAR) AS provenance, e.kl "
             "FROM runs r JOIN plans p ON r.plan = p.id JOIN evaluations e ON e.run = r.id "
             "WHERE r.fingerprint = ? AND r.method = ? AND r.quantizer = ? "
             "AND r.origin = 'measured' AND r.deleted IS NULL "
@@ -448,7 +457,7 @@ class Store:
 
         A run that was deleted is there again.
 
-        ``manifest`` is what :func:`lsq_core.quantize.artifact.read_manifest` gives.
+        ``manifest`` is what :func:`lsq_core.quantize.manifest.read_manifest` gives.
         """
         run, fingerprint = manifest["run"], manifest["fingerprint"]
         with self.transaction() as connection:
@@ -532,14 +541,6 @@ class Store:
             for run, plan in modules.items()
             if plan
         }
-
-    def full_precision(self, fingerprint: str) -> pd.DataFrame:
-        """A model's own evaluations: ``corpus, corpus_sha256, protocol, tokens, perplexity``."""
-        return self.query(
-            "SELECT corpus, corpus_sha256, protocol, tokens, perplexity, created "
-            "FROM evaluations WHERE run IS NULL AND fingerprint = ? ORDER BY created DESC",
-            [fingerprint],
-        )
 
     def saved_folders(self) -> list[str]:
         """Folders that runs were saved to, whether or not they are still there."""

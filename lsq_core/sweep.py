@@ -128,6 +128,8 @@ class _Sweep:
         self.bench, self.asked, self.settings = bench, asked, settings
         self.rows = [item.asked | {"state": "waiting"} for item in asked]
         self.plans: dict[PlanRequest, tuple[Plan, Profile | None]] = {}
+        #: Why a request has no plan; trying again could measure a whole profile again.
+        self.refused: dict[PlanRequest, str] = {}
         self.done = self.total = 0
         self.current = ""
 
@@ -165,8 +167,14 @@ class _Sweep:
 
     def _plan(self, number: int) -> None:
         request = self.asked[number].request
+        if request in self.refused:  # what it was for another item, it is for this one
+            raise LsqError(self.refused[request])
         if request not in self.plans:
-            self.plans[request] = self.bench.plan(request, self.settings)
+            try:
+                self.plans[request] = self.bench.plan(request, self.settings)
+            except LsqError as error:
+                self.refused[request] = str(error)
+                raise
         plan = self.plans[request][0]
         self.rows[number] |= {
             "bits_per_param": plan.bits_per_param,
@@ -188,6 +196,7 @@ class _Sweep:
             (there["corpus_sha256"] == stream.sha256)
             & (there["protocol"] == protocol)
             & (there["provenance"] == json_text(made_with))
+            & there["kl"].notna()
         ]
         if not same.empty:
             self.rows[number] |= {"state": "found"} | self._figures(same["evaluation"].iloc[0])

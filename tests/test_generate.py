@@ -10,7 +10,7 @@ import torch
 from lsq_core.cli import main
 from lsq_core.config import QuantConfig
 from lsq_core.errors import InputError
-from lsq_core.generate import compare_generation, first_difference
+from lsq_core.generate import _prompt_ids, compare_generation, first_difference
 from lsq_core.load import load_model
 from lsq_core.model import ModelSource
 from lsq_core.pipeline import EvaluationRequest, Workbench
@@ -74,6 +74,11 @@ def test_where_they_part(pair):
     assert ids[0][at] != ids[1][at]
     agreeing = [t.full_top == t.quantized_top for t in found.full]
     assert found.agreement == pytest.approx(sum(agreeing) / len(agreeing), abs=0.051)
+    ids = [*_prompt_ids(loaded.tokenizer, PROMPT), *ids[0]]
+    own, other = (m(torch.tensor([ids])).logits[0].log_softmax(-1) for m in (full, quantized))
+    own, other = (odds[-len(found.full) - 1 : -1] for odds in (own, other))
+    divergence = torch.nn.functional.kl_div(other, own, reduction="none", log_target=True)
+    assert found.kl == pytest.approx(float(divergence.sum(-1).mean()), rel=1e-4)
     assert found.kl > 0
 
 

@@ -261,3 +261,45 @@ def test_the_estimate_is_of_the_runs_so_far():
     unknown = [replace(whole[0], evaluation=EvaluationRequest("c"))]
     assert sweep.estimate(runs, unknown) is None
     assert sweep.estimate(runs.iloc[:0], whole) is None
+
+
+def one(text):
+    return asked([text], methods=("uniform",), budgets=("3.6bpp",))
+
+
+def test_an_evaluation_without_full_precision_is_made_whole(bench, settings, small_text):
+    """What only the saved model was evaluated for has no KL; a sweep doesn't take it for done."""
+    (row,) = sweep.sweep(bench, one(small_text), settings)
+    with bench.store.transaction() as connection:
+        connection.execute("UPDATE evaluations SET kl = NULL, top1 = NULL WHERE run IS NOT NULL")
+    (again,) = sweep.sweep(fresh(bench), one(small_text), settings)
+    assert (again["state"], again["run"]) == ("done", row["run"])
+    assert again["kl"] == pytest.approx(row["kl"])
+    kept = bench.store.query("SELECT kl FROM evaluations WHERE run IS NOT NULL AND kl IS NOT NULL")
+    assert kept["kl"].tolist() == [again["kl"]]
+    plans = bench.store.query("SELECT count(*) AS n FROM plans")
+    assert plans["n"][0] == 1, "an evaluation more of a run needs no other plan"
+
+
+def test_a_run_deleted_meanwhile_is_there_again(bench, settings, small_text):
+    (row,) = sweep.sweep(bench, one(small_text), settings)
+    store, (evaluation,) = bench.store, bench.store.results()["evaluation"]
+    columns = {c: store.run(row["run"])[c] for c in ("plan", "fingerprint", "method", "quantizer")}
+    store.delete_runs([row["run"]])
+    assert store.results().empty
+    store.save_run(row["run"], columns, [])
+    assert store.results()["evaluation"].tolist() == [evaluation]
+
+
+def test_a_plan_that_cannot_be_made_is_tried_once(bench, settings, small_text, other_text):
+    items = asked([small_text, other_text], methods=("sensi-knapsack",), budgets=("3.6bpp",))
+    tried = []
+
+    def refuse(self, request, settings):
+        tried.append(request)
+        raise LsqError("The disk is full.")
+
+    bench.plan = refuse.__get__(bench)
+    with pytest.raises(LsqError, match="None of the 2 runs could be made; the first: The disk"):
+        sweep.sweep(bench, items, settings)
+    assert len(tried) == 1

@@ -7,6 +7,21 @@ import math
 from lsq_core.config import format_bytes
 
 
+def _finite(value: float | None) -> bool:
+    """Whether there is a figure: JSON has none for what is not finite."""
+    return value is not None and math.isfinite(value)
+
+
+def number(value: float | None) -> str:
+    """A figure to four decimals, or that it is not finite."""
+    return f"{value:.4f}" if _finite(value) else "not finite"
+
+
+def percent(share: float | None) -> str:
+    """A share as a percentage with its sign, or that it is not finite."""
+    return f"{100 * share:+.2f} %" if _finite(share) else "not finite"
+
+
 def model(result: dict) -> None:
     """Print what a model is."""
     print(
@@ -67,13 +82,13 @@ def run(result: dict) -> None:
     plan(result)
     figures(result)
     change = result["increase"]
-    interval = f"95 % interval {100 * change['low']:+.2f} to {100 * change['high']:+.2f} %"
-    if math.isnan(change["low"]):
+    interval = f"95 % interval {percent(change['low'])} to {percent(change['high'])}"
+    if not _finite(change["low"]):
         interval = "too few windows for an interval"
     print(
-        f"full precision {result['perplexity_full']:.4f}: {100 * change['relative']:+.2f} % "
+        f"full precision {number(result['perplexity_full'])}: {percent(change['relative'])} "
         f"({interval}), "
-        f"KL {result['kl']:.4f} nats, same top token {100 * result['top1']:.1f} %"
+        f"KL {number(result['kl'])} nats, same top token {100 * result['top1']:.1f} %"
     )
 
 
@@ -81,7 +96,7 @@ def figures(result: dict) -> None:
     """Print a perplexity with what it was measured on."""
     cut = ", cut by max-tokens" if result["truncated"] else ""
     print(
-        f"perplexity {result['perplexity']:.4f} on {result['tokens']:,} tokens of "
+        f"perplexity {number(result['perplexity'])} on {result['tokens']:,} tokens of "
         f"{result['corpus']} ({result['protocol']}{cut})"
     )
 
@@ -96,9 +111,9 @@ def sweep(result: dict) -> None:
         if row["state"] == "failed":
             print(f"{asked} failed: {row['reason']}")
             continue
-        change = f"{100 * row['increase']:+.2f} %"
         print(
-            f"{asked} {row['bits_per_param']:>7.4f} {row['perplexity']:>11.4f} {change:>9}  "
+            f"{asked} {row['bits_per_param']:>7.4f} {number(row['perplexity']):>11} "
+            f"{percent(row['increase']):>9}  "
             f"{row['state']} as run {row['run']}"
         )
     counts = result["counts"]

@@ -20,10 +20,13 @@ from lsq_core.pipeline import (
     Workbench,
     evaluate_saved,
     find_published,
+    in_a_sentence,
+    load_saved,
 )
 from lsq_core.plan import PLANNERS, Plan, PlanRequest
 from lsq_core.predict import parse_loss
 from lsq_core.profile import METRICS, Profile, ProfileSettings
+from lsq_core.quantize.manifest import RUN, read_manifest
 from lsq_core.store import PUBLISHED, Store
 
 if TYPE_CHECKING:
@@ -270,28 +273,27 @@ def generate(options: argparse.Namespace, report: Report) -> dict:
     store, source = Store(options.db), _source_if_given(options)
     place = options.device, options.dtype, report
     if options.saved is not None:
-        from lsq_core.quantize.artifact import load_quantized, read_manifest
-
-        manifest = read_manifest(options.saved.expanduser().resolve())
+        manifest = read_manifest(options.saved.expanduser().resolve(), RUN)
         run, fingerprint = manifest["run"], manifest["fingerprint"]
         source = source or ModelSource(manifest["source"], manifest["revision"])
         bench = original(source, fingerprint, store, *place)
-        report("load", 0, 1, f"loading {options.saved}")
-        quantized = load_quantized(options.saved, options.device, options.dtype).model
+        quantized = load_saved(options.saved, options.device, options.dtype, report).model
     else:
         run = options.run
         bench, quantized = remake(run, source, store, *place)
-    compared = compare_generation(
-        bench.loaded.model,
-        quantized,
-        bench.tokenizer,
-        options.prompt,
-        options.max_new_tokens,
-        temperature=options.temperature,
-        seed=options.seed,
-        context=bench.info.context,
-        progress=lambda done, total, message: report("generate", done, total, message),
-    )
+    loaded = bench.loaded
+    with in_a_sentence(loaded.device):
+        compared = compare_generation(
+            loaded.model,
+            quantized,
+            bench.tokenizer,
+            options.prompt,
+            options.max_new_tokens,
+            temperature=options.temperature,
+            seed=options.seed,
+            context=bench.info.context,
+            progress=lambda done, total, message: report("generate", done, total, message),
+        )
     return {"run": run, "model": bench.source.name} | bench.place | compared.to_json()
 
 

@@ -27,11 +27,8 @@ from lsq_core.errors import InputError, LsqError
 from lsq_core.load import describe, load_tokenizer, pick_device, pick_dtype
 from lsq_core.model import MANIFEST, Matrix, ModelSource, folder_bytes, safetensors_header
 from lsq_core.quantize.apply import PackedLinear, install
+from lsq_core.quantize.manifest import FORMAT, WEIGHTS, read_manifest
 from lsq_core.quantize.packed import PackedMatrix
-
-FORMAT = 1
-#: Not ``model.safetensors``: transformers alone would load that with random packed modules.
-WEIGHTS = "packed.safetensors"
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,11 +41,6 @@ class QuantizedModel:
     folder: Path
     device: str
     dtype: str
-
-
-def is_quantized_folder(folder: Path) -> bool:
-    """Whether :func:`save_quantized` made this folder."""
-    return (folder / MANIFEST).is_file()
 
 
 def save_quantized(
@@ -170,26 +162,6 @@ def load_quantized(
     return QuantizedModel(model, tokenizer, manifest, folder, str(target), str(compute_dtype)[6:])
 
 
-def read_manifest(folder: Path) -> dict:
-    """The plan and provenance inside a saved model.
-
-    Raises
-    ------
-    InputError
-        When the folder holds none, or one of a newer format.
-    """
-    if not is_quantized_folder(folder):
-        raise InputError(f"{folder} is not a model that LSQ Explorer saved: it has no {MANIFEST}.")
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text("utf8"))
-        newer = manifest["format"] > FORMAT
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise InputError(f"{folder / MANIFEST} is damaged; save the model again.") from error
-    if newer:
-        raise InputError(f"{folder} was saved by a newer LSQ Explorer; update to load it.")
-    return manifest
-
-
 def _empty_matrices(
     model: nn.Module, source: ModelSource, manifest: dict
 ) -> dict[Matrix, PackedMatrix]:
@@ -228,8 +200,6 @@ def _fill(model: nn.Module, state: dict[str, torch.Tensor], dtype: torch.dtype) 
 
 __all__ = [
     "QuantizedModel",
-    "is_quantized_folder",
     "load_quantized",
-    "read_manifest",
     "save_quantized",
 ]

@@ -99,9 +99,10 @@ def _resume(job: Job) -> None:
             st.rerun()
         at = f"It stopped while {stage(job).lower()}" if job.stage else "It stopped at once"
         share = f", {100 * job.fraction:.0f} % of that done" if job.total > 1 else ""
+        kept = job.arguments[0] in ("run", "sweep", "profile")
         st.caption(
-            f"{at}{share}, after {words.seconds(job.seconds)}. Profiles, finished runs and "
-            "evaluated windows are kept and not done again."
+            f"{at}{share}, after {words.seconds(job.seconds)}. "
+            + ("Profiles, finished runs and evaluated windows are kept." if kept else "")
         )
 
 

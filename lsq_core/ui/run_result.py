@@ -37,7 +37,7 @@ def say(job: Job) -> None:
         return
     change = result["increase"]
     headline(
-        f"Perplexity {result['perplexity']:.2f}, "
+        f"Perplexity {words.figure(result['perplexity'], 2)}, "
         f"{words.signed_percent(change['relative'])} over full precision.",
         f"{what} · {result['corpus']}, {result['protocol']}, {result['tokens']:,} tokens"
         + (", cut by max tokens" if result["truncated"] else ""),
@@ -63,10 +63,10 @@ def show_figures(job: Job) -> None:
     result = job.result()
     change = result["increase"]
     figures = {
-        "Perplexity": f"{result['perplexity']:.4f}",
-        "Full precision": f"{result['perplexity_full']:.4f}",
+        "Perplexity": words.figure(result["perplexity"], 4),
+        "Full precision": words.figure(result["perplexity_full"], 4),
         "Difference": words.signed_percent(change["relative"], 2),
-        "KL (nats)": f"{result['kl']:.4f}",
+        "KL (nats)": words.figure(result["kl"], 4),
         "Same top token": f"{100 * result['top1']:.1f} %",
         "Measured": format_bytes(result["measured_bytes"]),
     }

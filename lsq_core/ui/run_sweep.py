@@ -187,7 +187,7 @@ def say(job: Job) -> None:
 
 def best(rows: list[dict]) -> str:
     """The least perplexity on each text."""
-    finished = [row for row in rows if row["state"] in sweep.FINISHED]
+    finished = [r for r in rows if r["state"] in sweep.FINISHED and r["perplexity"] is not None]
     lines = []
     for corpus in dict.fromkeys(row["corpus"] for row in finished):
         least = min((r for r in finished if r["corpus"] == corpus), key=lambda r: r["perplexity"])

@@ -51,7 +51,8 @@ def show(store: Store, job: Job, model: list[str]) -> None:
         seed = columns[3].number_input("Seed", 0, key="prompt_seed")
         asked = columns[4].form_submit_button("Write", icon=":material/edit_note:", type="primary")
     if asked:
-        words_of = ["generate", "--run", run, "--prompt", prompt, "--max-new-tokens", str(tokens)]
+        words_of = ["generate", "--run", run, f"--prompt={prompt}"]
+        words_of += ["--max-new-tokens", str(tokens)]
         words_of += ["--temperature", f"{heat:g}", "--seed", str(seed), *model]
         jobs.start(folder, [*words_of, "--db", str(store.path)])
         st.rerun()

@@ -25,8 +25,15 @@ def size(bytes: float) -> str:
     return f"{bytes:.0f} B"
 
 
-def signed_percent(share: float, decimals: int = 1) -> str:
+def figure(value: float | None, decimals: int) -> str:
+    """A figure, or that it is not finite: JSON has none then."""
+    return f"{value:.{decimals}f}" if value is not None and math.isfinite(value) else "not finite"
+
+
+def signed_percent(share: float | None, decimals: int = 1) -> str:
     """``0.0182`` as ``+1.8 %``, with a true minus sign, and none for what rounds to nothing."""
+    if share is None or not math.isfinite(share):
+        return "not finite"
     rounded = round(100 * share, decimals)
     return f"{rounded:+.{decimals}f} %".replace("-", "−") if rounded else f"{0:.{decimals}f} %"
 
