@@ -8,7 +8,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from lsq_core.charts.style import NEUTRAL, finish
+from lsq_core.charts.style import NEUTRAL, finish, rings
 
 #: What Algorithm 1 flags, and the line it has to pass.
 FLAGGED = "#CC3311"
@@ -183,19 +183,6 @@ def _add_rings(figure: go.Figure, steps: Steps) -> None:
         (steps.layers[some], steps.differences[[i - 1 for i in some]], 2),
     )
     for x, y, row in places:
-        rings = go.Scatter(
-            x=x,
-            y=y,
-            mode="markers",
-            marker={
-                "symbol": "circle-open",
-                "size": 14,
-                "color": FLAGGED,
-                "line": {"width": 2},
-            },
-            name="flagged",
-            showlegend=row == 2,
-            hoverinfo="skip",
-        )
         if some:
-            figure.add_trace(rings, row, 1)
+            ring = rings(x, y, "flagged", size=14, color=FLAGGED)
+            figure.add_trace(ring.update(showlegend=row == 2), row, 1)

@@ -9,7 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from lsq_core.charts.style import NEUTRAL, finish, module_color
+from lsq_core.charts.style import finish, module_color, rings
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,21 +87,13 @@ def _dash(kind: str) -> str:
 
 
 def _rings(flagged: pd.DataFrame, legend: str, in_legend: bool) -> go.Scatter:
-    return go.Scatter(
-        x=flagged["layer"],
-        y=flagged["value"],
-        name="flagged",
+    found = rings(flagged["layer"], flagged["value"], "flagged", size=13)
+    return found.update(
         legend=legend,
         legendgroup=f"{legend} flagged",
         showlegend=in_legend,
-        mode="markers",
-        marker={
-            "symbol": "circle-open",
-            "size": 13,
-            "color": NEUTRAL,
-            "line": {"width": 2},
-        },
         customdata=flagged[["label", "z"]],
+        hoverinfo=None,
         hovertemplate="%{customdata[0]}, layer %{x}<br>%{y:.4g}"
         "<br>flagged, z = %{customdata[1]:.2f}<extra></extra>",
     )

@@ -10,7 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from lsq_core.charts.style import NEUTRAL, finish, module_color, short_type
+from lsq_core.charts.style import NEUTRAL, finish, module_color, rings, short_type
 
 #: Colours of lines that are neither bits nor modules nor methods (after Tol's bright and vibrant
 #: schemes); where they come round again the line is dashed.
@@ -163,21 +163,7 @@ def rank_scatter(
         figure.add_trace(_ranked(str(kind), points, x_title, y_title))
     ring = frame[frame["module"] == picked]
     if not ring.empty:
-        figure.add_trace(
-            go.Scatter(
-                x=ring["x_rank"],
-                y=ring["y_rank"],
-                mode="markers",
-                marker={
-                    "symbol": "circle-open",
-                    "size": 18,
-                    "color": NEUTRAL,
-                    "line": {"width": 2.5},
-                },
-                name="picked",
-                hoverinfo="skip",
-            )
-        )
+        figure.add_trace(rings(ring["x_rank"], ring["y_rank"], "picked", size=18))
     for update, title in ((figure.update_xaxes, x_title), (figure.update_yaxes, y_title)):
         update(
             title_text=f"rank by {title} (1 is the largest)", range=[1.03 * last + 1, -0.03 * last]

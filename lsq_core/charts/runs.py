@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pandas as pd
 import plotly.graph_objects as go
 
-from lsq_core.charts.style import ABOVE, NEUTRAL, config_color, finish, method_style
+from lsq_core.charts.style import ABOVE, NEUTRAL, config_color, finish, method_style, rings
 from lsq_core.compare import BOOSTS, pareto
 from lsq_core.config import GIB, LADDER, MIB
 
@@ -129,7 +129,8 @@ def perplexity_by_size(
         figure.add_trace(_hollow(_runs(method, part, size, quality, 9), origin))
     ringed = frame[frame["evaluation"].isin(list(selected))]
     if not ringed.empty:
-        figure.add_trace(_selected(ringed, size, quality))
+        x, y = ringed[size.column] / size.scale, ringed[quality.column] / quality.scale
+        figure.add_trace(rings(x, y, "compared in pairs", size=20))
     full = frame["perplexity_full"].dropna() if quality == PERPLEXITY else pd.Series(dtype=float)
     if not full.empty:
         _level(figure, float(full.iloc[0]))
@@ -226,17 +227,6 @@ def _hollow(runs: go.Scatter, origin: str) -> go.Scatter:
     runs.update(name=f"{runs.name} ({origin})")
     runs.update(marker={"symbol": f"{symbol}-open", "line": {"width": 2}})
     return runs
-
-
-def _selected(ringed: pd.DataFrame, size: Size, quality: Quality) -> go.Scatter:
-    return go.Scatter(
-        x=ringed[size.column] / size.scale,
-        y=ringed[quality.column] / quality.scale,
-        mode="markers",
-        name="compared in pairs",
-        marker={"symbol": "circle-open", "size": 20, "color": NEUTRAL, "line": {"width": 1.5}},
-        hoverinfo="skip",
-    )
 
 
 def _level(figure: go.Figure, perplexity: float) -> None:

@@ -99,6 +99,18 @@ def short_type(type_name: str) -> str:
 ABOVE = {"orientation": "h", "yanchor": "bottom", "y": 1.02, "xanchor": "right", "x": 1}
 
 
+def rings(x: object, y: object, name: str, *, size: float, color: str = NEUTRAL) -> go.Scatter:
+    """Rings around points, so that what stands out does so without colour alone."""
+    return go.Scatter(
+        x=x,
+        y=y,
+        mode="markers",
+        name=name,
+        marker={"symbol": "circle-open", "size": size, "color": color, "line": {"width": 2}},
+        hoverinfo="skip",
+    )
+
+
 def finish(figure: go.Figure, height: int) -> go.Figure:
     """What all figures have in common."""
     figure.update_layout(
