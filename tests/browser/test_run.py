@@ -55,7 +55,7 @@ def test_a_killed_worker_is_shown_and_resumed(person):
     person.wait(lambda: list(job.folder.glob("evaluation-*.npz")), 60)
     kill(job)
     person.wait(lambda: "was interrupted" in person.first_line, why="nobody said it was killed")
-    (told,) = person.all("[data-testid=stAlertContentError]")
+    (told,) = person.wait(lambda: person.all("[data-testid=stAlertContentError]"))
     assert "ended without a word during 'evaluate'" in told.text
     person.driver.refresh()
     person.wait(lambda: "was interrupted" in person.first_line, why="a reload forgot it")
