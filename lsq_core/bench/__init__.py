@@ -1,0 +1,192 @@
+"""How fast it is, beside what people use today, with the error beside the time.
+
+Each row is one function in a file here and one entry in ``ROWS``. It measures ours and theirs in
+turns, in one process, so that a machine that slows down slows both. "Theirs" is the unmodified
+public call with the same threads, dtype and device, warm. Importing this package imports no torch.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+
+from lsq_core.errors import InputError
+from lsq_core.provenance import machine, versions
+
+#: Where each row is measured, in the order of the table.
+ROWS = {
+    "solver_cpu": "lsq_core.bench.solver:compiled",
+    "solver_cpu_eager": "lsq_core.bench.solver:eager",
+    "solver_gpu": "lsq_core.bench.solver:gpu",
+    "profile": "lsq_core.bench.profile:profile",
+    "perplexity": "lsq_core.bench.perplexity:perplexity",
+    "replan10": "lsq_core.bench.replan:replan10",
+    "packed_forward": "lsq_core.bench.packed:forward",
+    "import": "lsq_core.bench.start:import_time",
+    "plan_cold": "lsq_core.bench.start:plan_cold",
+    "frontier": "lsq_core.bench.frontier:frontier",
+}
+#: Times that each side is measured.
+REPEATS = 5
+#: Ratios as they were recorded on the machine that the README names.
+RECORDED = Path(__file__).with_name("recorded.json")
+#: The least share of a recorded ratio that a machine may fall to before it counts as slower.
+SHARE_OF_RECORDED = 0.8
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured comparison.
+
+    Parameters
+    ----------
+    ours_s, theirs_s
+        Medians in seconds; ``theirs_s`` is None where nothing is there to compare with, and then
+        ``ratio`` is None and ``most_s`` says what it may take.
+    ratio
+        Median over the repeats of theirs / ours, each pair measured back to back; how many times
+        faster ours is.
+    noise
+        Half the range of those ratios (of our times where there are none), over the median.
+    error, error_limit
+        How far ours is from theirs, in what ``error_is`` says; None where both do the same work.
+    target
+        The ratio that was aimed at.
+    reason
+        Why it was not measured, where it wasn't: no GPU, say. Then there are no figures.
+    """
+
+    id: str
+    what: str
+    ours: str = ""
+    theirs: str = ""
+    ours_s: float | None = None
+    theirs_s: float | None = None
+    ratio: float | None = None
+    noise: float | None = None
+    error: float | None = None
+    error_limit: float | None = None
+    error_is: str = ""
+    target: float | None = None
+    most_s: float | None = None
+    device: str = "cpu"
+    reason: str = ""
+    details: dict = field(default_factory=dict)
+
+    @property
+    def wrong(self) -> bool:
+        """Whether the error is beyond its limit (or not a number)."""
+        return self.error is not None and not self.error <= self.error_limit
+
+    @property
+    def missed(self) -> bool:
+        """Whether it was measured and a target was missed."""
+        if self.ours_s is None:
+            return False
+        slow = self.target is not None and self.ratio < self.target
+        return slow or (self.most_s is not None and self.ours_s > self.most_s)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Seconds of ours and of theirs, (repeats,) each, measured in turns."""
+
+    ours: np.ndarray
+    theirs: np.ndarray
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """The fields of a :class:`Row` that these times give."""
+        ratios = self.theirs / self.ours
+        return {
+            "ours_s": float(np.median(self.ours)),
+            "theirs_s": float(np.median(self.theirs)),
+            "ratio": float(np.median(ratios)),
+            "noise": spread(ratios),
+        }
+
+
+def spread(values: np.ndarray) -> float:
+    """Half the range of (n,) over their median."""
+    return float(np.ptp(values) / 2 / np.median(values))
+
+
+def in_turns(
+    ours: Callable[[], object],
+    theirs: Callable[[], object],
+    repeats: int = REPEATS,
+    *,
+    warm: int = 1,
+    wait: Callable[[], None] = lambda: None,
+) -> Pair:
+    """Time two calls in turns; ``wait`` returns when a device has finished what it was given.
+
+    Each is called ``warm`` times before it counts.
+    """
+    for _ in range(warm):
+        ours(), theirs()
+    wait()
+    seconds = [(timed(ours, wait), timed(theirs, wait)) for _ in range(repeats)]
+    return Pair(*np.array(seconds).T)
+
+
+def timed(call: Callable[[], object], wait: Callable[[], None] = lambda: None) -> float:
+    """Seconds of the clock that a call takes, garbage collected before and not meanwhile."""
+    gc.collect()
+    gc.disable()
+    try:
+        began = time.perf_counter()
+        call()
+        wait()
+        return time.perf_counter() - began
+    finally:
+        gc.enable()
+
+
+def measure(
+    ids: Sequence[str] = (),
+    repeats: int = REPEATS,
+    progress: Callable[[int, int, str], None] = lambda done, total, message: None,
+) -> list[Row]:
+    """Measure these rows, or all of them, in the order of ``ROWS``.
+
+    Raises
+    ------
+    InputError
+        When there is no such row.
+    """
+    unknown = [id for id in ids if id not in ROWS]
+    if unknown:
+        raise InputError(f"'{unknown[0]}' is not a benchmark; choose one of {', '.join(ROWS)}.")
+    wanted = [id for id in ROWS if not ids or id in ids]
+    rows = []
+    for done, id in enumerate(wanted):
+        progress(done, len(wanted), id)
+        module, _, function = ROWS[id].partition(":")
+        rows.append(getattr(import_module(module), function)(repeats))
+    progress(len(wanted), len(wanted), "measured")
+    return rows
+
+
+def to_json(rows: Sequence[Row], device: str = "cpu") -> dict:
+    """The rows with where and by what they were measured."""
+    import torch
+
+    return {
+        "rows": [asdict(row) | {"missed": row.missed, "wrong": row.wrong} for row in rows],
+        "machine": machine(device),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+
+
+def recorded() -> dict[str, float]:
+    """Ratio by id as recorded."""
+    return json.loads(RECORDED.read_text("utf8"))
