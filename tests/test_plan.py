@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from fnmatch import fnmatchcase
 from functools import partial
 
 import numpy as np
@@ -19,6 +20,7 @@ from lsq_core.plan import PLANNERS, Plan, PlanRequest, Problem, make_frontier, m
 from lsq_core.plan.boost import flagged_layers, layer_series
 from lsq_core.plan.exact import solve_exactly
 from lsq_core.plan.outliers import detect_outliers, largest_possible_z, shallowness
+from lsq_core.plan.pins import SCOPES, Pin
 from lsq_core.plan.problem import TOLERANCE
 from tests.conftest import REFERENCE
 
@@ -462,6 +464,53 @@ def test_pins_are_kept_and_the_rest_is_planned_around_them():
             if entry["type"] == "mlp.down_proj" and 1 <= entry["layer"] <= 9:
                 assert 3 <= entry["bits"] <= 4
         assert any("pins" in note for note in plan.notes)
+
+
+def test_a_budget_that_the_pins_leave_out_of_reach_names_them():
+    request = PlanRequest("mxq", budget="3bpp", pins=("*.down_proj=b8g64",))
+    with pytest.raises(InputError, match=r"with these pins take from .*; drop a pin, or choose"):
+        make_plan(problem(), request)
+
+
+@pytest.mark.parametrize(
+    ("name", "type", "expert", "patterns"),
+    [
+        (
+            "model.layers.1.self_attn.q_proj",
+            "self_attn.q_proj",
+            None,
+            ["model.layers.1.self_attn.q_proj", "model.layers.1.*", "*.self_attn.q_proj"],
+        ),
+        (
+            "model.layers.1.mlp.experts.gate_proj.1",
+            "mlp.experts.gate_proj",
+            1,
+            [
+                "model.layers.1.mlp.experts.gate_proj.*",
+                "model.layers.1.*",
+                "*.mlp.experts.gate_proj.*",
+            ],
+        ),
+        (
+            "transformer.h.1.mlp.experts.12.w1",
+            "mlp.experts.w1",
+            12,
+            [
+                "transformer.h.1.mlp.experts.*.w1",
+                "transformer.h.1.*",
+                "*.mlp.experts.*.w1",
+            ],
+        ),
+    ],
+)
+def test_a_pin_of_a_module_its_layer_or_its_type(name, type, expert, patterns):
+    """All experts of a layer count as one module."""
+    matrix = Matrix(name, 1, type, 128, 128, expert)
+    for scope, pattern in zip(SCOPES, patterns, strict=True):
+        pin = Pin.of(matrix, scope, 3, 7)
+        assert str(pin) == f"{pattern}=b3g128..b4g64"
+        assert Pin.parse(str(pin)) == pin
+        assert fnmatchcase(name, pattern)
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from lsq_core.config import LADDER, QuantConfig
 from lsq_core.errors import InputError
+from lsq_core.model import Matrix
 from lsq_core.plan.problem import Problem
+
+#: What a pin may be about, seen from one matrix.
+SCOPES = ("module", "layer", "type")
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,15 @@ class Pin:
         if low > high:
             raise InputError(f"The pin '{text}' runs from more bits to fewer; turn it around.")
         return cls(pattern.strip(), low, high)
+
+    @classmethod
+    def of(cls, matrix: Matrix, scope: str, low: int, high: int) -> Pin:
+        """A pin of a matrix's module with all its experts, of its layer, or of its module type."""
+        before, _, inside = matrix.name.partition(f".{matrix.layer}.")
+        inside = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", inside)
+        layer = f"{before}.{matrix.layer}."
+        patterns = {"module": layer + inside, "layer": f"{layer}*", "type": f"*.{inside}"}
+        return cls(patterns[scope], low, high)
 
     def __str__(self) -> str:
         """As it is typed."""

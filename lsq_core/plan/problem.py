@@ -124,8 +124,11 @@ class PlanRequest:
         smallest, largest = problem.feasible
         # The largest plan is called 8.51 and has 8.508 bits: its name must not be out of reach.
         if not smallest * (1 - TOLERANCE) <= budget.nominal_bytes <= largest * 1.001:
+            under = " with these pins" if self.pins else ""
+            remedy = "drop a pin, or choose" if self.pins else "choose"
             raise InputError(
-                f"A budget of {self.budget} is out of reach: plans for this model take from "
-                f"{problem.in_words(smallest)} to {problem.in_words(largest)}."
+                f"A budget of {self.budget} is out of reach: plans for this model{under} take from "
+                f"{problem.in_words(smallest)} to {problem.in_words(largest)}; {remedy} a budget "
+                "between them."
             )
         return budget
