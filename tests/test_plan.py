@@ -147,8 +147,10 @@ def test_published_plans_are_reproduced():
                 compared += 1
                 if {n: (e["bits"], e["group_size"]) for n, e in ours.items()} != theirs:
                     different.append((model, name, base))
-    assert compared == 192
-    assert different == [("Llama-2-7b-hf", "sensi-boost-3-3", 3.13)]
+    assert different == [("Llama-2-7b-hf", "sensi-boost-3-3", 3.13)], "the flawed one alone differs"
+    reproduced = compared - len(different)
+    print(f"{reproduced} published plans reproduced, module by module")
+    assert reproduced == 191
 
 
 def test_a_boost_raises_the_flagged_layers_and_no_other():
