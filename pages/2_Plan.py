@@ -30,9 +30,11 @@ def plan_page(here: Here) -> None:
             plan_panels.say_what_is_missing(asked, missing)
         return
     try:
-        plan_panels.take_budget(with_pins(asked.problem, asked.request.pins), asked.request)
+        moved = plan_panels.take_budget(with_pins(asked.problem, asked.request.pins), asked.request)
         asked = asked.by(asked.request.method)  # with the budget that the slider settled on
         plan = known.plan(info, found, asked.request, settings)
+        if moved:
+            st.warning(moved)
         plan_panels.show_live(asked, plan)
     except LsqError as error:
         with first:

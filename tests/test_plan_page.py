@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from base64 import b64decode
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +21,9 @@ from lsq_core.plan import PlanRequest, Problem, make_frontier, make_plan
 from lsq_core.plan.boost import detect
 from lsq_core.plan.facts import z_scores
 from lsq_core.plan.memory import MEMORIES, context_bytes_per_token, memories
+from lsq_core.predict import Prediction
 from lsq_core.store import Store
+from lsq_core.ui import plan_panels
 from tests.test_app import (  # noqa: F401 - fixtures
     Filled,
     chart,
@@ -136,6 +140,44 @@ def test_pins_hold_and_a_wrong_one_is_one_sentence(filled):  # noqa: F811
     assert any("The pins cost" in c.value for c in app.caption)
     app.text_area(key="pins").set_value("no pin").run()
     assert ["is not a pin" in e.value for e in app.error] == [True]
+
+
+def test_a_budget_out_of_reach_is_moved_and_says_so(filled):  # noqa: F811
+    app = open_page("Plan", model=filled.model, method="mxq", budget="100")
+    assert first_line(app).startswith("8.50 bits")
+    (said,) = [w.value for w in app.warning]
+    assert said == "100.00 bits is out of reach: the largest plan, 8.51 bits, is shown."
+    app.run()
+    assert not app.warning, "it is said once"
+    app.text_area(key="pins").set_value("*=b4g64").run()
+    (said,) = [w.value for w in app.warning]
+    assert said.startswith("8.51 bits is out of reach with these pins: the largest plan, 4.25")
+    again = open_page("Plan", model=filled.model, method="mxq", budget="nan")
+    assert first_line(again).startswith("3.25 bits"), "what is no number is the default"
+
+
+def test_pins_of_the_planner_are_kept_unless_they_contradict(filled, monkeypatch):  # noqa: F811
+    """The component's answer in place of a click: the browser's tests do the clicking."""
+    asked = SimpleNamespace(problem=problem(filled))
+    session = {"pins": ""}
+    monkeypatch.setattr(plan_panels.st, "session_state", session)
+    layer = "model.layers.0.*=b4g64"
+    plan_panels.take_pins(asked, (layer,))
+    assert session == {"pins": layer}
+    plan_panels.take_pins(asked, (layer, "*.q_proj=b8g64"))
+    assert session["pins"] == layer
+    assert re.match("Not pinned. The pins .* contradict each other", session["pins_refused"])
+    plan_panels.take_pins(asked, ())
+    assert session["pins"] == ""
+
+
+def test_a_wide_band_is_told_by_its_ends():
+    def said(*figures: float) -> str:
+        return plan_panels.band(Prediction(*np.array(figures)[:, None], np.array([False])))
+
+    assert said(61.7, 61.3, 62.12) == "61.70 ±0.42"
+    assert said(11.11, 7.523, 23.53) == "11.1 (7.52 to 23.5)"
+    assert said(8383.03, 1189.2, 451101.7) == "8,380 (1,190 to 451,000)"
 
 
 def test_only_what_differs_from_the_defaults_is_in_the_address(filled):  # noqa: F811

@@ -14,6 +14,7 @@ from lsq_core.config import LADDER, planned_bytes
 from lsq_core.model import Matrix
 from lsq_core.plan import PlanRequest, Problem, make_frontier
 from lsq_core.plan.frontier import moves_from
+from lsq_core.plan.pins import with_pins
 from lsq_core.ui import planner
 from lsq_core.ui.planner import Curve, Facts, LiveMethod, Preset
 from tests.browser.planner_app import random_model
@@ -34,6 +35,7 @@ def sent(small: Problem, methods: list[LiveMethod], **more: object) -> dict:
         "facts": [],
         "fixed": None,
         "feasible": (2.127, 8.508),
+        "pins": [],
     }
     return planner.payload(small, methods, **plain | more)
 
@@ -177,6 +179,29 @@ def test_a_curve_goes_along():
     content = sent(small, [method])["methods"][0]["curve"]
     assert unpacked(content["low"], "<f8").tolist() == [6.0, -1.0]
     assert content["full"] == 7.0
+
+
+def test_what_is_predicted_here_and_what_nobody_knows_go_along():
+    small = problem(layers=4)
+    frontier = make_frontier(small, PlanRequest("mxq"))
+    method = LiveMethod("mxq", "MXQ", frontier, here=(6.5, 6.3, 6.8))
+    content = sent(small, [method], other_bytes=None)
+    assert content["methods"][0]["here"] == (6.5, 6.3, 6.8)
+    assert content["otherBytes"] is None
+
+
+def test_pins_go_along_and_come_back():
+    """What they allow is sent; one that is set or dropped in the browser gives all there are."""
+    pins = ("*.layers.0.*=b8g64", "*.down_proj=b3g128..b8g32")
+    small = with_pins(problem(layers=4), pins)
+    method = LiveMethod("mxq", "MXQ", make_frontier(small, PlanRequest("mxq")))
+    content = sent(small, [method], pins=pins)
+    assert content["pins"] == [*pins]
+    assert unpacked(content["allowed"]["low"], "u1").tolist() == small.low.tolist()
+    assert unpacked(content["allowed"]["high"], "u1").tolist() == small.high.tolist()
+    wanted = {"matrix": 2, "scope": "layer", "low": 7, "high": 11}
+    assert planner.changed_pins(small, pins, wanted) == (*pins, "model.layers.1.*=b4g64..b8g32")
+    assert planner.changed_pins(small, pins, {"drop": 0}) == pins[1:]
 
 
 def test_a_solved_plan_goes_along():

@@ -30,15 +30,19 @@ class Memory:
     bits: float
     tokens: int
     context_bytes: int | None
+    rest_known: bool = True
 
     @property
     def about(self) -> str:
         """What fits, in words."""
+        rest = "" if self.rest_known else " Embeddings and head, of unknown size, come on top."
         if self.context_bytes is None:
-            return f"Fits in {self.gib} GiB without context: the model doesn't tell its KV heads."
+            without = "without context: the model doesn't tell its KV heads"
+            return f"Fits in {self.gib} GiB {without}.{rest}"
         return (
             f"Fits in {self.gib} GiB with {self.tokens:,} tokens of fp16 context "
             f"({self.context_bytes / GIB:.2f} GiB) and {WORKING_BYTES / GIB:g} GiB to work in."
+            f"{rest}"
         )
 
 
@@ -51,7 +55,8 @@ def memories(info: ModelInfo, problem: Problem, metadata: str) -> list[Memory]:
     found = []
     for gib in MEMORIES:
         room = gib * GIB - info.other_bytes - WORKING_BYTES - (context or 0)
-        found.append(Memory(gib, 8 * room / overhead / problem.total, tokens, context))
+        bits = 8 * room / overhead / problem.total
+        found.append(Memory(gib, bits, tokens, context, rest_known=info.other_bytes > 0))
     return found
 
 

@@ -146,9 +146,15 @@ def say_what_it_takes(asked: Asked, plan: Plan) -> None:
 
 
 def band(said: Prediction) -> str:
-    """The first of some predictions with the wider side of its band: ``61.70 ±0.42``."""
+    """The first of some predictions with the wider side of its band: ``61.70 ±0.42``.
+
+    A wide band is told by its ends, without decimals that nobody knows: ``11.1 (7.52 to 23.5)``.
+    """
     middle, low, high = said.perplexity[0], said.low[0], said.high[0]
-    return f"{middle:.2f} ±{max(high - middle, middle - low):.2f}"
+    wider = max(high - middle, middle - low)
+    if wider > middle / 10:
+        return f"{words.rounded(middle)} ({words.rounded(low)} to {words.rounded(high)})"
+    return f"{middle:.2f} ±{wider:.2f}"
 
 
 def how_predicted(predictor: Predictor, extrapolated: bool) -> str:
@@ -182,13 +188,24 @@ def begin_prediction(here: Here, info: ModelInfo) -> None:
         st.session_state["predict_on"] = usual
 
 
-def take_budget(problem: Problem, request: PlanRequest) -> None:
-    """What the slider settled on is the budget from here on, within what is feasible."""
+def take_budget(problem: Problem, request: PlanRequest) -> str:
+    """What the slider settled on is the budget from here on, within what is feasible.
+
+    Gives a sentence where the nearest feasible one takes its place, as when a pin needs more.
+    """
     settled = take_commit()
+    if request.budget is None:
+        return ""
     low, high = feasible(problem, request.method, request.base)
-    if request.budget is not None:
-        wanted = st.session_state["budget"] if settled is None else settled
-        st.session_state["budget"] = min(max(wanted, low), high)
+    wanted = st.session_state["budget"] if settled is None else settled
+    taken = st.session_state["budget"] = max(
+        min(wanted, high), low
+    )  # low may be rounded above high
+    if abs(taken - wanted) <= 0.005:  # the rounding of an end
+        return ""
+    pinned = " with these pins" if request.pins else ""
+    end = "smallest" if taken > wanted else "largest"
+    return f"{wanted:.2f} bits is out of reach{pinned}: the {end} plan, {taken:.2f} bits, is shown."
 
 
 def show_live(asked: Asked, plan: Plan) -> None:
@@ -196,20 +213,23 @@ def show_live(asked: Asked, plan: Plan) -> None:
     problem = with_pins(asked.problem, asked.request.pins)
     stops = np.array([LADDER.index(c) for c in plan.configs])
     by_base = asked.request.budget is None
-    methods = [live_method(asked)]
+    methods = [live_method(asked, stops)]
     if asked.request.exact:
         methods = [replace(methods[0], solved=Solved(stops, plan.lower_bound))]
     against = st.session_state["against"]
     if against != "none" and not by_base:
         try:
-            methods.append(live_method(asked.by(against)))
+            other = asked.by(against)
+            frontier = known.frontier(other.info, other.found, other.request)
+            limit = st.session_state["budget"] * problem.total / 8
+            methods.append(live_method(other, frontier.at(limit).choice))
         except LsqError as error:
             st.caption(words.literal(f"Nothing to compare with: {error}"))
     live_planner(
         problem,
         methods,
         budget=None if by_base else st.session_state["budget"],
-        other_bytes=asked.info.other_bytes,
+        other_bytes=asked.info.other_bytes or None,
         metadata=asked.settings.metadata,
         presets=[
             Preset(f"{m.gib} GB", m.bits, m.about)
@@ -218,19 +238,36 @@ def show_live(asked: Asked, plan: Plan) -> None:
         facts=[Facts(*pair) for pair in facts(problem, asked.request).items()],
         fixed=stops if by_base else None,
         feasible=feasible(problem, asked.request.method, asked.request.base),
+        pins=asked.request.pins,
+        on_pins=lambda pins: take_pins(asked, pins),
     )
+    if "pins_refused" in st.session_state:
+        st.warning(words.literal(st.session_state.pop("pins_refused")))
 
 
-def live_method(asked: Asked) -> LiveMethod:
-    """A method as the live planner draws it."""
+def take_pins(asked: Asked, pins: Sequence[str]) -> None:
+    """Pins set on the plan itself; those that contradict the others are not taken."""
+    try:
+        with_pins(asked.problem, tuple(pins))
+    except InputError as error:
+        st.session_state["pins_refused"] = f"Not pinned. {error}"
+        return
+    st.session_state["pins"] = "\n".join(pins)
+
+
+def live_method(asked: Asked, stops: np.ndarray) -> LiveMethod:
+    """A method as the live planner draws it; ``stops`` (n,) is its plan at the budget."""
     name = asked.request.method
     frontier = known.frontier(asked.info, asked.found, asked.request)
     said = asked.along
-    curve = None
+    curve, here = None, None
     if said is not None:
         p = said.prediction
         curve = Curve(said.bits, p.perplexity, p.low, p.high, said.full_precision)
-    return LiveMethod(name, get_planner(name).title, frontier, _UNITS.get(name, "cost"), curve)
+        p = asked.predictor.predict(features(asked.problem, stops[None]))
+        here = float(p.perplexity[0]), float(p.low[0]), float(p.high[0])
+    unit = _UNITS.get(name, "cost")
+    return LiveMethod(name, get_planner(name).title, frontier, unit, curve, here)
 
 
 # --- beside other plans ---------------------------------------------------------------------

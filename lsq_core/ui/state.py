@@ -7,6 +7,7 @@ choice back. Trust is never read from the address.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 
@@ -52,6 +53,8 @@ def begin(key: str, default: object, options: Sequence | None = None) -> None:
         try:
             value = text == "True" if isinstance(default, bool) else type(default)(text)
         except ValueError:
+            value = default
+        if isinstance(value, float) and not math.isfinite(value):
             value = default
     if options is not None and value not in options:
         value = default

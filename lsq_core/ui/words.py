@@ -30,6 +30,12 @@ def figure(value: float | None, decimals: int) -> str:
     return f"{value:.{decimals}f}" if value is not None and math.isfinite(value) else "not finite"
 
 
+def rounded(value: float, digits: int = 3) -> str:
+    """``451097.3`` as ``451,000``: so many significant digits, without an exponent."""
+    kept = float(f"{value:.{digits}g}")
+    return f"{kept:,.0f}" if kept >= 10 ** (digits - 1) else f"{kept:.{digits}g}"
+
+
 def signed_percent(share: float | None, decimals: int = 1) -> str:
     """``0.0182`` as ``+1.8 %``, with a true minus sign, and none for what rounds to nothing."""
     if share is None or not math.isfinite(share):

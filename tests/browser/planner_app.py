@@ -11,6 +11,7 @@ import streamlit as st
 from lsq_core.config import LADDER
 from lsq_core.model import Matrix
 from lsq_core.plan import PLANNERS, PlanRequest, Problem, make_frontier
+from lsq_core.plan.pins import with_pins
 from lsq_core.ui.planner import (
     Curve,
     Facts,
@@ -65,9 +66,11 @@ def curve(shift: float) -> Curve:
 
 
 @st.cache_resource
-def prepared(layers: int, experts: int, names: tuple[str, ...]) -> tuple[Problem, list[LiveMethod]]:
+def prepared(
+    layers: int, experts: int, names: tuple[str, ...], pins: tuple[str, ...]
+) -> tuple[Problem, list[LiveMethod]]:
     """The model and the methods' frontiers, made once as the pages do."""
-    problem = random_model(layers, experts)
+    problem = with_pins(random_model(layers, experts), pins)
     methods = []
     for k, name in enumerate(names):
         frontier = make_frontier(problem, PlanRequest(name, boost_stop=3))
@@ -81,7 +84,9 @@ def app() -> None:
     st.set_page_config(layout="wide")
     asked = st.query_params
     names = tuple(asked.get("methods", "mxq").split(","))
-    problem, methods = prepared(int(asked.get("layers", 80)), int(asked.get("experts", 1)), names)
+    pins = st.session_state.get("pins", ())
+    size = int(asked.get("layers", 80)), int(asked.get("experts", 1))
+    problem, methods = prepared(*size, names, pins)
     if "budget" not in st.session_state:
         st.session_state["budget"] = float(asked.get("budget", 3.25))
     z = problem.scores["kurtosis"].copy()
@@ -112,6 +117,8 @@ def app() -> None:
         ],
         fixed=fixed,
         feasible=(low, high),
+        pins=pins,
+        on_pins=lambda wanted: st.session_state.update(pins=wanted),
     )
     st.button("Elsewhere", on_click=lambda: st.session_state.update(budget=5.0))
     st.caption(f"run {st.session_state['runs']}, budget {st.session_state['budget']:.4f}")

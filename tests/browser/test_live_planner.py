@@ -499,6 +499,44 @@ def test_two_methods_at_the_same_budget_and_where_they_differ(person):
     assert live.text(".differ") == f"{different} of 168 matrices differ from SensiBoost"
 
 
+def test_a_cell_is_pinned_where_it_is_shown(person):
+    """Clicked and pinned with its layer; the rest is planned around it; dropped again by its ×."""
+    from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver.support.ui import Select
+
+    live = Live(person, "layers=24&methods=mxq,sensiboost")
+    free, cells = live.choice(), live.part(".cells")
+    form = live.part(".pin")
+    assert not form.is_displayed()
+    side, high = cells.size["width"] / 24, cells.size["height"] / 7
+    at = [(5.5 - 12) * side, (1.5 - 3.5) * high]  # layer 5, k_proj
+    live.actions().move_to_element_with_offset(cells, *map(int, at)).click().perform()
+    assert "model.layers.5.self_attn.k_proj" in live.text(".details .title")
+    pick = {name: Select(form.find_element("name", name)) for name in ("scope", "how", "stop")}
+    assert [o.text for o in pick["scope"].options] == ["this module", "layer 5", "every k_proj"]
+    assert pick["stop"].first_selected_option.text == LADDER[free[5 * 7 + 1]].name
+    pick["scope"].select_by_visible_text("layer 5")
+    pick["stop"].select_by_visible_text("b8g64")
+    form.find_element("tag name", "button").click()
+    person.wait(lambda: (live.choice()[35:42] == 10).all(), why="layer 5 isn't pinned")
+    problem = with_pins(planner_app.random_model(24), ("model.layers.5.*=b8g64",))
+    wanted = make_frontier(problem, PlanRequest("mxq")).at(3.25 * problem.total / 8)
+    assert live.choice().tolist() == wanted.choice.tolist()
+    assert (live.choice(1)[35:42] == 10).all(), "both methods keep the pin"
+    assert live.text(".pins li").startswith("model.layers.5.* = b8g64")
+    person.wait(person.settled)
+    cells.send_keys(Keys.ARROW_RIGHT, Keys.ARROW_LEFT)  # by the keyboard, too
+    assert "Pinned to b8g64." in live.text(".details")
+    assert "Pinned to b8g64" in live.part(".spoken").get_attribute("textContent")
+    live.actions().send_keys(Keys.TAB).perform()
+    assert form.is_displayed(), "the form is the next stop from the plan"
+    drop = live.part(".pins button")
+    live.driver.execute_script("arguments[0].scrollIntoView({ block: 'center' })", drop)
+    drop.click()
+    person.wait(lambda: live.choice().tolist() == free.tolist(), why="the pin was not dropped")
+    assert not live.root.find_elements("css selector", ".pins li")
+
+
 def test_a_fixed_plan_has_no_slider(person):
     live = Live(person, "layers=24&methods=sensiboost&fixed=4")
     assert not live.part(".slider").is_displayed()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
@@ -135,6 +136,23 @@ def test_two_methods_and_what_is_predicted(person):
         "return document.querySelectorAll('.js-plotly-plot .scatterlayer .points path').length"
     )
     assert drawn == len(runs)
+
+
+def test_the_readout_predicts_what_the_headline_does(person):
+    """Of the very plan that is shown, where pins make the curve bend between its points."""
+    address = f"model={SMALL}&method=mxq&budget=3.25&pins=*.layers.0.*%3Db8g64"
+    page = PlanPage(person, address)
+    said = re.match(r"3\.25 bits: perplexity ([\d.]+) ±", person.first_line)[1]
+    assert page.text(".readout td.perplexity span") == said
+    assert page.text(".pins li").startswith("*.layers.0.* = b8g64")
+
+
+def test_what_is_not_known_of_a_model_is_not_counted(person):
+    """Nobody published how large the rest of Llama-2-70b is."""
+    page = PlanPage(person, f"model={LARGE}&method=mxq&budget=3.25")
+    assert page.text(".readout td.whole span") == "unknown"
+    assert not page.part("input[value=whole]").is_enabled()
+    assert "come on top" in page.part(".presets button").get_attribute("title")
 
 
 def test_the_smallest_plan_within_a_loss(person):

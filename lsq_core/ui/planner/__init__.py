@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -20,6 +20,7 @@ import streamlit as st
 from lsq_core.charts import config_color, method_style, short_type
 from lsq_core.config import LADDER, planned_bytes
 from lsq_core.plan.frontier import Frontier
+from lsq_core.plan.pins import Pin
 from lsq_core.plan.problem import Problem
 
 _FOLDER = Path(__file__).parent
@@ -50,7 +51,9 @@ class Solved:
 class LiveMethod:
     """A method whose plans are drawn; ``unit`` says what its cost is, empty where it has none.
 
-    ``solved`` takes the place of the frontier's plan at the budget settled on.
+    ``here`` is the perplexity predicted of the plan at the budget settled on, with its band, where
+    the curve is straight between its points. ``solved`` takes the place of the frontier's plan at
+    that budget.
     """
 
     name: str
@@ -58,6 +61,7 @@ class LiveMethod:
     frontier: Frontier
     unit: str = ""
     curve: Curve | None = None
+    here: tuple[float, float, float] | None = None
     solved: Solved | None = None
 
 
@@ -95,12 +99,14 @@ def live_planner(
     methods: Sequence[LiveMethod],
     *,
     budget: float | None,
-    other_bytes: int,
+    other_bytes: int | None,
     metadata: str,
     presets: Sequence[Preset] = (),
     facts: Sequence[Facts] = (),
     fixed: np.ndarray | None = None,
     feasible: tuple[float, float],
+    pins: Sequence[str] = (),
+    on_pins: Callable[[tuple[str, ...]], None] | None = None,
     key: str = "planner",
 ) -> None:
     """Draw the slider and the plan of one or two methods at the same budget.
@@ -110,13 +116,17 @@ def live_planner(
     budget
         Bits per parameter to show: after :func:`take_commit` what it gave, until it is changed.
     other_bytes
-        Bytes of the rest of the model, in the checkpoint's dtype.
+        Bytes of the rest of the model, in the checkpoint's dtype; None where nobody knows.
     metadata
         How scale and zero are stored, which decides the planned bytes.
     fixed
         Stops (n,) of one plan to show in place of a slider.
     feasible
         Bits per parameter of the smallest and the largest plan.
+    pins
+        Those that are in the problem, as they were typed.
+    on_pins
+        Called with all pins there are to be, once the person adds or drops one in the browser.
     """
     data = payload(
         problem,
@@ -128,13 +138,34 @@ def live_planner(
         facts=facts,
         fixed=fixed,
         feasible=feasible,
+        pins=pins,
     )
     serial = st.session_state.get(f"{key}_serial")
-    _mount(data=data | {"serial": serial}, key=key, on_commit_change=_nothing)
+
+    def change_pins() -> None:
+        wanted = (st.session_state.get(key) or {}).get("pins")
+        if wanted and on_pins:
+            on_pins(changed_pins(problem, pins, wanted))
+
+    _mount(
+        data=data | {"serial": serial},
+        key=key,
+        on_commit_change=_nothing,
+        on_pins_change=change_pins,
+    )
 
 
 def _nothing() -> None:
     """A component's state is only there where a callback is."""
+
+
+def changed_pins(problem: Problem, pins: Sequence[str], wanted: dict) -> tuple[str, ...]:
+    """The pins after one was dropped (``{"drop": k}``) or added to a matrix, in the browser."""
+    if "drop" in wanted:
+        return tuple(pin for k, pin in enumerate(pins) if k != wanted["drop"])
+    matrix = problem.matrices[int(wanted["matrix"])]
+    pin = Pin.of(matrix, wanted["scope"], int(wanted["low"]), int(wanted["high"]))
+    return (*pins, str(pin))
 
 
 def take_commit(key: str = "planner") -> float | None:
@@ -160,12 +191,13 @@ def payload(
     methods: Sequence[LiveMethod],
     *,
     budget: float | None,
-    other_bytes: int,
+    other_bytes: int | None,
     metadata: str,
     presets: Sequence[Preset],
     facts: Sequence[Facts],
     fixed: np.ndarray | None,
     feasible: tuple[float, float],
+    pins: Sequence[str],
 ) -> dict:
     """What the browser is sent: JSON, its arrays little-endian and base64."""
     return {
@@ -177,6 +209,8 @@ def payload(
         "feasible": list(feasible),
         "otherBytes": other_bytes,
         "fixed": None if fixed is None else packed(fixed, "u1"),
+        "pins": list(pins),
+        "allowed": {"low": packed(problem.low, "u1"), "high": packed(problem.high, "u1")},
     }
 
 
@@ -187,6 +221,7 @@ def _method_payload(method: LiveMethod) -> dict:
         "color": method_style(method.name).color,
         "unit": method.unit,
         "curve": None if method.curve is None else _curve_payload(method.curve),
+        "here": method.here,
         "frontier": frontier_payload(method.frontier),
         "solved": None if method.solved is None else _solved_payload(method.solved),
     }

@@ -7,6 +7,7 @@ const UP = 1 << 4;
 const DOWN = 1 << 5;
 const DIFFERS = 1 << 6;
 const CURSOR = 1 << 7;
+const PINNED = 1 << 8;
 
 /** Which matrices make each cell: one, or all experts of a layer. */
 function makeCells(model) {
@@ -39,6 +40,7 @@ class Heatmap {
     this.ladder = ladder.map((stop) => ({ ...stop, ink: inkOn(stop.color) }));
     this.drawn = new Int32Array(cells.members.length);
     this.counts = new Int32Array(STOPS);
+    this.pinned = null; // whether each matrix is, set by whoever knows
   }
 
   /** Fit a width and row height in CSS pixels; all cells are painted anew. */
@@ -93,6 +95,7 @@ class Heatmap {
         looks |= DOWN;
       }
       if (other !== null && choice[i] !== other[i]) looks |= DIFFERS;
+      if (this.pinned[i]) looks |= PINNED;
     }
     if (looks & DOWN && moved >= 0) looks ^= DOWN | UP;
     return looks;
@@ -126,6 +129,7 @@ class Heatmap {
       pen.textBaseline = "middle";
       pen.fillText(this.ladder[stop][this.text], (left + right) / 2, (top + bottom) / 2 + ratio / 2);
     }
+    if (looks & PINNED) this.#corner(box, this.ladder[stop].ink);
     if (looks & DIFFERS) this.#dot(box, this.ladder[stop].ink, looks & UP);
     if (looks & CURSOR) {
       pen.strokeStyle = style.primary;
@@ -154,6 +158,18 @@ class Heatmap {
     const top = y + radius + 2 * ratio + (up ? this.#thickness() : 0);
     pen.beginPath();
     pen.arc(right, top, radius, 0, 2 * Math.PI);
+    pen.fillStyle = ink;
+    pen.fill();
+  }
+
+  /** The lower left corner is folded: a pin holds the cell. */
+  #corner([x, y, width, height], ink) {
+    const { pen, ratio } = this;
+    const side = Math.min(7 * ratio, width);
+    pen.beginPath();
+    pen.moveTo(x, y + height - side);
+    pen.lineTo(x, y + height);
+    pen.lineTo(x + side, y + height);
     pen.fillStyle = ink;
     pen.fill();
   }

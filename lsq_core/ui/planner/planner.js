@@ -84,9 +84,14 @@ class Planner {
       values: unpack(values, Float64Array),
     }));
     this.fixed = data.fixed === null ? null : unpack(data.fixed, Uint8Array);
+    this.#takePins(data);
     this.root.classList.toggle("fixed", this.fixed !== null);
+    this.#showScopes();
     this.#showPresets();
-    if (anew || changed) this.pointed = this.kept = null;
+    if (anew || changed) {
+      this.pointed = this.kept = null;
+      delete this.form.dataset.about;
+    }
     this.#commitPlans(changed);
     this.#arrangeAndDraw();
   }
@@ -129,6 +134,7 @@ class Planner {
         bound: method.solved.bound,
         choice: unpack(method.solved.choice, Uint8Array),
       };
+      panel.here = method.here && { bits: data.budget, values: method.here };
       panel.curve = method.curve && { ...unpackCurve(method.curve), color: method.color };
       return panel;
     });
@@ -166,6 +172,24 @@ class Planner {
     }
   }
 
+  /** What pins allow each matrix, and a list of them to drop them from. */
+  #takePins({ pins, allowed }) {
+    this.low = unpack(allowed.low, Uint8Array);
+    this.high = unpack(allowed.high, Uint8Array);
+    const pinned = this.low.map((low, i) => low > 0 || this.high[i] < STOPS - 1);
+    for (const panel of this.panels) panel.heatmap.pinned = pinned;
+    const entries = pins.map((pin, k) => {
+      const entry = make("li", "", pin.replace("=", " = "));
+      const drop = make("button", "", "×");
+      drop.type = "button";
+      drop.setAttribute("aria-label", `Drop the pin ${pin}`);
+      drop.addEventListener("click", () => this.component.setTriggerValue("pins", { drop: k }));
+      entry.append(drop);
+      return entry;
+    });
+    this.find(".pins").replaceChildren(...entries);
+  }
+
   /** The nearest budget in range; one within a rounding of an end is that end. */
   #clamp(bits) {
     const [low, high] = this.range;
@@ -193,6 +217,9 @@ class Planner {
     });
     field.addEventListener("focus", () => field.select());
     field.addEventListener("blur", () => this.#commitTyped());
+    this.form = this.find(".pin");
+    this.form.addEventListener("submit", (event) => this.#pin(event));
+    this.form.addEventListener("focusout", (event) => this.#leave(event));
     for (const radio of this.root.querySelectorAll("input[type=radio]")) {
       radio.addEventListener("change", () => {
         this[radio.name] = radio.value;
@@ -286,6 +313,17 @@ class Planner {
     setText(this.find(".spoken"), text);
   }
 
+  /** The whole model can be counted only where the rest of it is known. */
+  #showScopes() {
+    const whole = this.find("input[value=whole]");
+    whole.disabled = this.data.otherBytes === null;
+    whole.parentElement.title = whole.disabled ? "The size of the rest of this model isn't known." : "";
+    if (whole.disabled) this.scope = "linear";
+    for (const radio of this.root.querySelectorAll("input[name=scope]")) {
+      radio.checked = radio.value === this.scope;
+    }
+  }
+
   #showPresets() {
     const key = JSON.stringify([this.data.presets, this.range]);
     if (key === this.presets) return;
@@ -299,7 +337,8 @@ class Planner {
       button.addEventListener("click", () => this.#jump(bits, label, ", with room for context,"));
       return button;
     });
-    this.find(".presets").replaceChildren(...buttons);
+    const name = buttons.length ? [make("span", "", "fits in")] : [];
+    this.find(".presets").replaceChildren(...name, ...buttons);
   }
 
   // --- units --------------------------------------------------------------------------------------
@@ -617,7 +656,7 @@ class Planner {
     const unspent = !this.fixed && this.bits - bits > 0.005;
     write("bits", bits.toFixed(2), unspent ? `of ${this.bits.toFixed(2)}` : "");
     write("planned", formatBytes(panel.planned));
-    write("whole", formatBytes(panel.planned + data.otherBytes));
+    write("whole", data.otherBytes === null ? "unknown" : formatBytes(panel.planned + data.otherBytes));
     write("more", signedPercent(bits / model.ladder[UNIFORM].bits - 1));
     const [perplexity, low, high] = this.#predicted(panel, this.fixed ? bits : this.bits);
     if (Number.isNaN(perplexity)) write("perplexity", "–");
@@ -625,8 +664,9 @@ class Planner {
     write("gap", panel.frontier.cost ? `≤ ${percent(this.#gap(panel))}` : "–");
   }
 
-  #predicted({ curve }, bits) {
+  #predicted({ curve, here }, bits) {
     if (!curve) return [NaN, NaN, NaN];
+    if (here && (this.fixed || Math.abs(here.bits - bits) < 1e-4)) return here.values;
     return [curve.perplexity, curve.low, curve.high].map((column) => along(curve, column, bits));
   }
 
@@ -737,15 +777,20 @@ class Planner {
     grid.addEventListener("pointerdown", (event) => {
       this.kept = { panel, cell: cellUnder(event) };
       panel.cursor = this.kept.cell;
+      this.#offerPin();
     });
     grid.addEventListener("focus", () => {
       if (grid.matches(":focus-visible")) this.#moveCursor(panel, Math.max(panel.cursor, 0));
     });
-    grid.addEventListener("blur", () => {
-      this.kept = null;
-      this.#point(panel, -1);
-    });
+    grid.addEventListener("blur", (event) => this.#leave(event));
     grid.addEventListener("keydown", (event) => this.#walk(panel, event));
+  }
+
+  /** The cell is let go of once something else has the focus, other than its pin or a plan. */
+  #leave({ relatedTarget: to }) {
+    if (!to || this.form.contains(to) || to.classList.contains("cells")) return;
+    this.kept = null;
+    this.#point(null, -1);
   }
 
   #walk(panel, event) {
@@ -783,8 +828,8 @@ class Planner {
   #writeDetails() {
     const details = this.find(".details");
     if (!this.pointed) {
-      details.replaceChildren(make("p", "hint", "Point at a cell to see why it has its bits, or " +
-        "focus the plan and move with the arrow keys."));
+      details.replaceChildren(...this.#hints().map((text) => make("p", "hint", text)));
+      this.#offerPin();
       return;
     }
     const { panel, cell } = this.pointed;
@@ -793,6 +838,63 @@ class Planner {
       ? [this.#title(panel, members), this.#factList(members), this.#why(panel, members)]
       : [make("p", "hint", "This layer has no such module.")];
     details.replaceChildren(...parts);
+    this.#offerPin();
+  }
+
+  /** What can be done with cells, and what the marks on them mean. */
+  #hints() {
+    const marks = ["a frame or bar marks what moves since the budget was settled on"];
+    if (this.panels.length === 2) marks.push("a dot where the two methods differ");
+    marks.push("a folded corner what is pinned");
+    const said = marks.join(", ");
+    return [
+      "Point at a cell to see why it has its bits, and click it to pin it; or focus the plan and " +
+        "move with the arrow keys.",
+      `${said[0].toUpperCase()}${said.slice(1)}.`,
+    ];
+  }
+
+  // --- pins -----------------------------------------------------------------------------------------
+
+  /** The form for the cell that was clicked or walked to; its words follow the cell. */
+  #offerPin() {
+    const { form, kept, pointed } = this;
+    const members = kept && kept.cell >= 0 ? this.cells.members[kept.cell] : [];
+    const shown = members.length > 0 && kept.panel === pointed?.panel && kept.cell === pointed.cell;
+    form.classList.toggle("idle", !shown);
+    const about = shown ? `${kept.panel.index} ${kept.cell}` : form.dataset.about;
+    if (about === form.dataset.about) return;
+    form.dataset.about = about;
+    const { ladder, layers, types, typeOf } = this.model;
+    const [first] = members;
+    const { scope, how, stop } = form.elements;
+    const words = ["this module", `layer ${layers[first]}`, `every ${types[typeOf[first]]}`];
+    words.forEach((text, k) => setText(scope.options[k], text));
+    stop.replaceChildren(...ladder.map((each, j) => new Option(each.name, j)));
+    stop.value = String(kept.panel.answer.choice[first]);
+    scope.value = "module";
+    how.value = "exactly";
+  }
+
+  #pin(event) {
+    event.preventDefault();
+    const { scope, how, stop } = this.form.elements;
+    const at = Number(stop.value);
+    this.component.setTriggerValue("pins", {
+      matrix: this.cells.members[this.kept.cell][0],
+      scope: scope.value,
+      low: how.value === "most" ? 0 : at,
+      high: how.value === "least" ? STOPS - 1 : at,
+    });
+  }
+
+  /** What a pin leaves a matrix, as a sentence; nothing for one that is free. */
+  #heldBy(i) {
+    const [low, high] = [this.low[i], this.high[i]];
+    const [first, last] = [this.model.ladder[low].name, this.model.ladder[high].name];
+    if (low === high) return [`Pinned to ${first}.`];
+    if (low > 0) return [`Pinned to ${high < STOPS - 1 ? `${first} to ${last}` : `at least ${first}`}.`];
+    return high < STOPS - 1 ? [`Pinned to at most ${last}.`] : [];
   }
 
   #title(panel, members) {
@@ -844,6 +946,7 @@ class Planner {
     const sentences = panel.frontier.cost
       ? this.#priceOf(panel, this.#dearest(panel, members), members.length > 1)
       : this.#rankOf(panel, members[0]);
+    sentences.unshift(...this.#heldBy(members[0]));
     why.append(...sentences.map((sentence) => make("p", "", sentence)));
     return why;
   }
