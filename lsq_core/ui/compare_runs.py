@@ -177,8 +177,9 @@ def show_card(here: Here, choice: Choice) -> None:
     with st.container(horizontal=True):
         _actions(here, choice, record)
     facts = report.figures_of(record)
+    short = [value.partition(" (")[0] for value in facts.values()]  # the card is narrow
     st.dataframe(
-        pd.DataFrame({"": list(facts), "value": list(facts.values())}),
+        pd.DataFrame({"": list(facts), "value": short}),
         hide_index=True,
         height="content" if len(facts) <= 6 else 250,
         key="card-figures",
