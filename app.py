@@ -57,7 +57,7 @@ def show_model(info: ModelInfo) -> None:
     facts[2].metric("On disk", format_bytes(info.file_bytes) if info.file_bytes else "unknown")
     facts[3].metric("Covered", f"{100 * info.covered:.1f} %", help=_covered(info))
     facts[4].metric("Context", f"{info.context:,} tokens")
-    st.plotly_chart(charts.size_bars(sizes), config=charts.CONFIG, key="sizes")
+    show_sizes(sizes)
     if shallowness(info.layers):
         st.warning(shallowness(info.layers), icon=":material/layers:")
     if info.left_out:
@@ -94,10 +94,22 @@ def show_published(store: Store, info: ModelInfo) -> None:
     facts[3].metric("Covered", f"{100 * info.covered:.1f} %" if whole else "not known")
     facts[4].metric("Published profiles", profiles)
     facts[5].metric("Published runs", runs.loc[runs["model"] == info.source, "run"].nunique())
-    st.plotly_chart(charts.size_bars(sizes), config=charts.CONFIG, key="sizes")
+    show_sizes(sizes)
     if not whole:
         st.caption("The bars are the linear weights alone: the size of the rest isn't published.")
     next_step("pages/1_Explore.py", "Explore which layers are hard to quantize")
+
+
+def show_sizes(sizes: pd.DataFrame) -> None:
+    """The whole model's bytes as bars."""
+    whole = sizes["linear_bytes"] + sizes["other_bytes"]
+    told = [f"{name} {words.size(size)}" for name, size in zip(sizes["name"], whole, strict=True)]
+    st.plotly_chart(
+        charts.size_bars(sizes),
+        config=charts.CONFIG,
+        key="sizes",
+        alt=f"Size of the model by bits per linear weight: {', '.join(told)}.",
+    )
 
 
 def _source(info: ModelInfo) -> state.ModelSource:

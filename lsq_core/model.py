@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import struct
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -25,6 +25,8 @@ _UNWANTED_FILES = ["*/*", "consolidated*.safetensors"]
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 #: The file that marks a folder as a quantized model saved by this project.
 MANIFEST = "lsq.json"
+#: The file beside the embedded model that says what :func:`lsq_core.load.inspect_model` says of it.
+_DESCRIPTION = "description.json"
 #: Keys of config.json that say nothing about what the model computes.
 _VOLATILE_CONFIG_KEYS = ("_name_or_path", "transformers_version")
 
@@ -339,3 +341,29 @@ def _file_sha256(path: Path) -> str:
 def _hash_file(path: Path, size: int, modified_ns: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --- the embedded model's description ---------------------------------------------------------
+
+
+def write_description(info: ModelInfo, folder: Path) -> None:
+    """Keep what is known of a model beside its files, its config left out."""
+    content = asdict(info) | {"matrices": [list(asdict(m).values()) for m in info.matrices]}
+    del content["config"]
+    text = json.dumps(content, separators=(",", ":"))
+    (folder / _DESCRIPTION).write_text(text.replace("],", "],\n") + "\n", "utf8")
+
+
+def described_demo(source: ModelSource) -> ModelInfo | None:
+    """The embedded model as it was described; None for another, or when its files were changed.
+
+    Building it from its config would import torch, for which the first page does not wait.
+    """
+    path = DEMO_FOLDER / _DESCRIPTION
+    if source.local_folder != DEMO_FOLDER or not path.is_file():
+        return None
+    content = json.loads(path.read_text("utf8"))
+    content["matrices"] = tuple(Matrix(*fields) for fields in content["matrices"])
+    content["left_out"] = tuple(content["left_out"])
+    info = ModelInfo(**content | {"source": source.name, "config": read_config(DEMO_FOLDER)})
+    return info if info.fingerprint == fingerprint(DEMO_FOLDER) else None

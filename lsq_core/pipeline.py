@@ -23,7 +23,7 @@ from lsq_core.config import DETECTION_CONFIG, LADDER, QuantConfig, format_bytes
 from lsq_core.corpus import corpus_identity, load_corpus, token_stream
 from lsq_core.errors import InputError, LsqError
 from lsq_core.jsontext import json_text
-from lsq_core.model import ModelInfo, ModelSource, find_model, fingerprint
+from lsq_core.model import ModelInfo, ModelSource, described_demo, find_model, fingerprint
 from lsq_core.plan import (
     PLANNERS,
     Plan,
@@ -146,9 +146,11 @@ class Workbench:
         known = self.store.model(fingerprint(self.folder))
         if known is not None:
             return replace(known, source=self.source.name, revision=self.source.revision)
-        from lsq_core.load import inspect_model
+        info = described_demo(self.source)
+        if info is None:
+            from lsq_core.load import inspect_model
 
-        info = inspect_model(self.source)
+            info = inspect_model(self.source)
         if not info.fingerprint:
             info = replace(info, fingerprint=fingerprint(self.folder))
         self.store.save_model(info)

@@ -25,7 +25,7 @@ def run_page(here: Here) -> None:
         say_no_weights(here.info.source)
     elif shown is None:
         headline(
-            "Nothing has run yet.",
+            "Nothing has run yet." if known.results(here.store).empty else "Nothing is running.",
             "Quantizing and evaluating goes on in the background; this page can be closed.",
         )
     if shown is not None and (has_weights or shown.active or _picked(found)):

@@ -139,12 +139,15 @@ def test_pages_on_a_database_with_a_profile_and_runs(filled, title, says):
     assert not app.error
 
 
-def test_a_known_model_needs_no_torch(filled):
-    """In a process of its own: this one has torch already."""
+@pytest.mark.parametrize("fresh", [True, False], ids=["a fresh database", "a known model"])
+def test_pages_are_drawn_without_torch(filled, fresh):
+    """In a process of its own: this one has torch already. The embedded model is described."""
+    if fresh:
+        filled.path.unlink()
     script = (
         "import sys; from streamlit.testing.v1 import AppTest\n"
         "app = AppTest.from_file('app.py', default_timeout=60)\n"
-        f"app.query_params['model'] = {filled.model!r}\n"
+        f"app.query_params['model'] = {'demo' if fresh else filled.model!r}\n"
         f"for page in {list(PAGES.values())!r}:\n"
         "    if page: app.switch_page(page)\n"
         "    app.run()\n"

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from lsq_core.errors import InputError, LsqError
 from lsq_core.load import inspect_model, load_model, pick_device, pick_dtype
-from lsq_core.model import DEMO_FOLDER, ModelSource, find_model, fingerprint
+from lsq_core.model import DEMO_FOLDER, ModelSource, described_demo, find_model, fingerprint
 from tests.conftest import ROOT, save_random_model
 
 
@@ -30,6 +30,14 @@ def test_the_demo_model_in_numbers():
     assert info.tied_embeddings
     assert info.other_bytes == 2 * (5_642_368 - 5_111_808)
     assert info.left_out == ()
+
+
+def test_the_demo_model_is_described_as_it_is(monkeypatch):
+    described, info = described_demo(ModelSource("demo")), inspect_model(ModelSource("demo"))
+    assert described == info
+    assert described.config == info.config
+    monkeypatch.setattr("lsq_core.model.fingerprint", lambda folder: "of other weights")
+    assert described_demo(ModelSource("demo")) is None, "changed files are looked at anew"
 
 
 def test_modules_come_in_the_order_of_the_computation(random_model):

@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from lsq_core.corpus import docstrings_under, is_held_out, stdlib_docstrings
 from lsq_core.errors import InputError, LsqError
+from lsq_core.load import inspect_model
+from lsq_core.model import ModelSource, write_description
 
 PACKAGES = (
     *("numpy", "scipy", "pandas", "torch", "transformers", "datasets"),
@@ -377,6 +379,7 @@ def train(
         )
     copy.deepcopy(trainer.model).to(torch.bfloat16).save_pretrained(run.out)
     tokenizer.save_pretrained(run.out)
+    write_description(replace(inspect_model(ModelSource(str(run.out))), source="demo"), run.out)
     run.checkpoint.unlink()
     return trainer.model
 

@@ -82,6 +82,7 @@ def win_tie_loss_bars(frame: pd.DataFrame) -> go.Figure:
             hovertemplate="%{y}<br>%{customdata[0]} of %{customdata[1]} "
             + f"{outcome} (%{{x:.1f}} %)<extra></extra>",
         )
+    figure.update_layout(uniformtext={"minsize": 10, "mode": "hide"})
     figure.update_layout(barmode="stack", bargap=0.3, legend=ABOVE | {"traceorder": "normal"})
     figure.update_xaxes(range=[0, 100], ticksuffix=" %", title_text="of the comparisons")
     figure.update_yaxes(autorange="reversed", automargin=True)

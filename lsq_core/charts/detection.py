@@ -84,7 +84,7 @@ def algorithm_steps(
     finish(figure, height)
     legend = {"orientation": "h", "x": 0, "xanchor": "left", "y": -0.1, "yanchor": "top"}
     return figure.update_layout(
-        legend=legend, margin={"t": 24, "b": 90}, modebar_orientation="h", bargap=0.45
+        legend=legend, margin={"t": 46, "b": 90}, modebar_orientation="h", bargap=0.45
     )
 
 

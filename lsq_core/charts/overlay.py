@@ -69,7 +69,7 @@ def overlaid(
         shared_xaxes=True,
         subplot_titles=parts,
         vertical_spacing=0.12 if rows < 4 else 0.06,
-        horizontal_spacing=0.09,
+        horizontal_spacing=0.13,
     )
     for number, part in enumerate(parts):
         row, column = number // columns + 1, number % columns + 1

@@ -55,9 +55,10 @@ def plan_heatmap(frame: pd.DataFrame, narrow: bool = False) -> go.Figure:
     figure.update_xaxes(title_text="layer", showgrid=False, zeroline=False, range=_ends(layers))
     figure.update_yaxes(autorange="reversed", showgrid=False, zeroline=False)
     if len(layers) <= 48:
-        figure.update_xaxes(dtick=1 if len(layers) <= (24 if narrow else 32) else 2)
+        few = len(layers) <= (24 if narrow else 32)
+        figure.update_xaxes(dtick=(2 if few else 4) if narrow else (1 if few else 2))
     figure.update_layout(legend=ABOVE, showlegend=True)  # of a single configuration, too
-    return finish(figure, 96 + max(30 * len(kinds), 60))
+    return finish(figure, 96 + max((22 if narrow else 30) * len(kinds), 60))
 
 
 def _ends(layers: list[int]) -> list[float]:
@@ -249,5 +250,5 @@ def plan_ring(shares: pd.Series, title: str) -> go.Figure:
     )
     figure.add_annotation(text=title, x=0.5, y=0.5, showarrow=False, font_size=15)
     figure.update_layout(showlegend=False)
-    finish(figure, 270)
+    finish(figure, 210)
     return figure.update_layout(margin={"l": 20, "r": 20, "t": 34, "b": 34})

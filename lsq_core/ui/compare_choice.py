@@ -140,6 +140,7 @@ def published_view(
             format_func=lambda method: charts.method_style(method).title,
             key=f"methods-{mark}",
             persist_state="session",
+            wrap=True,
         )
     account = right.selectbox(
         "Size",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pandas as pd
 import streamlit as st
 
@@ -177,8 +179,9 @@ def show_card(here: Here, choice: Choice) -> None:
     with st.container(horizontal=True):
         _actions(here, choice, record)
     facts = report.figures_of(record)
+    short = [value.partition(" (")[0] for value in facts.values()]  # the card is narrow
     st.dataframe(
-        pd.DataFrame({"": list(facts), "value": list(facts.values())}),
+        pd.DataFrame({"": list(facts), "value": short}),
         hide_index=True,
         height="content" if len(facts) <= 6 else 250,
         key="card-figures",
@@ -315,6 +318,11 @@ def difference(here: Here, a: str, b: str) -> str:
     if counts.shape != other_counts.shape or (counts != other_counts).any():
         return "The two runs scored different windows, so they are not compared."
     found = compare_windows(nll, other, counts)
+    if math.isnan(found.low):
+        return (
+            f"Perplexity {words.signed_percent(found.relative, 2)}; too few windows for an "
+            "interval, so neither is called better."
+        )
     spread = words.interval(found.low, found.high)
     verdict = "**tie**" if found.tie else "**lower**" if found.relative < 0 else "**higher**"
     return f"Perplexity {words.signed_percent(found.relative, 2)} (95 %: {spread}): {verdict}."

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import pandas as pd
 import streamlit as st
-from streamlit.delta_generator import DeltaGenerator
 
 from lsq_core import charts
 from lsq_core.config import DETECTION_CONFIG, LADDER, QuantConfig
@@ -29,6 +28,8 @@ _BOXES = {
     "quantizer": "Quantizers",
     "config": "Configurations",
 }
+#: How wide the boxes are, in pixels: what is picked can be read, and a row breaks where it must.
+_WIDTHS = {"model": 260, "calibration": 280, "quantizer": 200, "config": 200, "part": 118}
 #: What a line's name can be made of, in this order; what all lines share is left out.
 _FACTS = (*_BOXES, "axis", "metadata", "samples", "block_tokens", "seed")
 #: What can be laid over one another in one click; all else is as in the chosen profile.
@@ -59,14 +60,16 @@ def show(seen: Seen) -> None:
             on_change=_apply_preset,
             args=(seen, there),
         )
-    *places, last = st.columns([1.5, 1.4, 0.9, 1.2, 1.1])
-    picked = _boxes(there, places)
+    boxes = st.container(horizontal=True, gap="small")
+    with boxes:
+        picked = _boxes(there)
     lines = lines_of(there, picked)
     frame = frame_of(seen, metric, lines)
     if frame.empty:
         seen.say("Nothing is chosen to compare.", "Pick at least one of each above.")
         return
-    frame = _one_part(frame, last)
+    with boxes:
+        frame = _one_part(frame)
     correlations = pattern_correlations(frame)
     _say(seen, metric, correlations, len(lines))
     _charts(metric, frame, lines, correlations)
@@ -151,16 +154,20 @@ def _apply_preset(seen: Seen, there: pd.DataFrame) -> None:
             st.session_state[f"overlay_{column}"] = values
 
 
-def _boxes(there: pd.DataFrame, places: list[DeltaGenerator]) -> dict[str, list[str]]:
+def _boxes(there: pd.DataFrame) -> dict[str, list[str]]:
     """What is chosen of each kind."""
     picked = {}
-    for place, (column, label) in zip(places, _BOXES.items(), strict=True):
+    for column, label in _BOXES.items():
         options = _ordered(column, there[column])
         if options == [""]:
             picked[column] = [""]  # a metric that has no configuration
             continue
-        picked[column] = place.multiselect(
-            label, options, key=f"overlay_{column}", persist_state="session"
+        picked[column] = st.multiselect(
+            label,
+            options,
+            key=f"overlay_{column}",
+            persist_state="session",
+            width=_WIDTHS[column],
         )
     return picked
 
@@ -229,11 +236,13 @@ def _by_part(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.assign(part=frame["part"].map(lambda part: names.get(part, part)))
 
 
-def _one_part(frame: pd.DataFrame, place: DeltaGenerator) -> pd.DataFrame:
+def _one_part(frame: pd.DataFrame) -> pd.DataFrame:
     """All parts side by side, or the one that is chosen."""
     parts = [_ALL, *dict.fromkeys(frame["part"])]
     keep_to("overlay_part", parts)
-    chosen = place.selectbox("Part", parts, key="overlay_part", persist_state="session")
+    chosen = st.selectbox(
+        "Part", parts, key="overlay_part", persist_state="session", width=_WIDTHS["part"]
+    )
     return frame if chosen == _ALL else frame[frame["part"] == chosen]
 
 

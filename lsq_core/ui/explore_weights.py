@@ -15,6 +15,7 @@ from lsq_core.model import Matrix, ModelInfo
 from lsq_core.quantize import QUANTIZERS
 from lsq_core.ui.explore_layers import keep_to
 from lsq_core.ui.explore_profile import Seen
+from lsq_core.ui.page import next_step
 from lsq_core.weights import Weights
 
 _SHOWS = {"histogram": "Histogram", "bands": "Percentiles over layers", "surface": "3-D surface"}
@@ -57,8 +58,9 @@ def _say_none(seen: Seen) -> None:
         seen.say(
             f"The weights of {name} are not here.",
             "Its measurements were published, and the imported ones hold no percentiles of the "
-            "weights. Choose a model with weights: the demo, a folder, or a Hugging Face id.",
+            "weights.",
         )
+        next_step("app.py", "Choose a model with weights")
     else:
         seen.say(
             f"The weights of {name} are not on this machine yet.",

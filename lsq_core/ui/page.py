@@ -17,8 +17,14 @@ from lsq_core.model import ModelInfo, ModelSource
 from lsq_core.store import Store, database_path
 from lsq_core.ui import known, sidebar, state, words
 
-#: Streamlit leaves five rems free on either side, which a small screen needs.
-_STYLE = "<style>.stMainBlockContainer { padding-left: 2.5rem; padding-right: 2.5rem; }</style>"
+#: Streamlit leaves five rems free on either side, which a small screen needs; and it writes what
+#: charts say in a grey too pale to read on white.
+_STYLE = """<style>
+.stMainBlockContainer { padding-left: 2.5rem; padding-right: 2.5rem; }
+.js-plotly-plot :is([class$="tick"], [class$="title"], [class^="legend"], .annotation) text,
+.js-plotly-plot :is(.bartext-outside, .slicetext) {
+  fill: currentColor !important; fill-opacity: .85; }
+</style>"""
 
 
 @dataclass(frozen=True)

@@ -293,7 +293,9 @@ def show_frontiers(asked: Asked) -> None:
         "squared weight error" if isinstance(predictor, str) else "predicted perplexity (90 % band)"
     )
     figure = charts.frontiers(lines, runs, axis)
-    st.plotly_chart(figure, config=charts.CONFIG, key="frontiers")
+    titles = words.listed([charts.method_style(line.method).title for line in lines])
+    alt = f"{axis} of {titles or 'no method'} along the budget; {words.plural(len(runs), 'run')}."
+    st.plotly_chart(figure, config=charts.CONFIG, key="frontiers", alt=alt)
 
 
 def choose_corpus(asked: Asked) -> None:

@@ -17,7 +17,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from lsq_core import disk, jobs
+from lsq_core.model import ModelSource
+from lsq_core.pipeline import Workbench
+from lsq_core.profile import ProfileSettings
+from lsq_core.reference import import_reference
+from lsq_core.store import Store
+from tests.conftest import REFERENCE, ROOT
+from tests.test_compare import fill
 
 INSTALL = "apt-get install -y chromium chromium-driver"
 _OPTIONS = (
@@ -31,6 +38,14 @@ _OPTIONS = (
     "--disable-sync",
     "--window-size=1440,900",
 )
+#: The figures of all charts as the page holds them, a list of traces each.
+_FIGURES = """
+const plain = (value) => value && value.length !== undefined && typeof value !== 'string'
+    ? [...value].map(plain) : value;
+return [...document.querySelectorAll('.js-plotly-plot')].map(plot => plot._fullData.map(line =>
+    Object.fromEntries(['name', 'type', 'mode', 'x', 'y', 'z', 'labels', 'values', 'customdata']
+        .map(key => [key, plain(line[key]) ?? null]))));
+"""
 #: Threads that wait give their core away: browser, server and job share few of them.
 _SHARING = {"OMP_WAIT_POLICY": "PASSIVE"}
 
@@ -41,12 +56,32 @@ class Server:
 
     url: str
     database: Path
+    process: subprocess.Popen
+
+    @property
+    def store(self) -> Store:
+        """Its database."""
+        return Store(self.database)
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The app, served on a free port with a database of its own."""
     with serve("app.py", tmp_path_factory.mktemp("server")) as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def stocked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The app on a database with a profile and made-up runs of the demo model; and published
+    measurements, where they are at hand."""
+    folder = tmp_path_factory.mktemp("stocked")
+    store = Store(folder / "lsq.duckdb")
+    Workbench(ModelSource("demo"), store, "cpu").profile(ProfileSettings("rtn", samples=4))
+    fill(store, 72, ("uniform", "sensiboost", "mxq", "uniform", "mxq"))
+    if REFERENCE.is_dir():
+        import_reference(REFERENCE, store)
+    with serve("app.py", folder) as started:
         yield started
 
 
@@ -68,7 +103,7 @@ def serve(script: str, folder: Path) -> Iterator[Server]:
     url = f"http://localhost:{port}"
     try:
         _wait_until_healthy(url, process, folder / "log.txt")
-        yield Server(url, database)
+        yield Server(url, database, process)
     finally:
         process.terminate()
         process.wait(10)
@@ -98,11 +133,36 @@ def _wait_until_healthy(url: str, process: subprocess.Popen, log: Path) -> None:
     raise AssertionError(f"the server did not come up: {log.read_text('utf8', 'replace')}")
 
 
+@pytest.fixture(scope="session")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
+    """One browser for all tests: to start one takes seconds."""
+    with open_browser(tmp_path_factory.mktemp("chromium")) as driver:
+        yield driver
+
+
 @pytest.fixture
-def person(server: Server, tmp_path: Path) -> Iterator[Person]:
-    """Someone in front of a fresh browser."""
-    with open_browser(tmp_path / "chromium") as driver:
-        yield Person(driver, server)
+def person(server: Server, chromium: object) -> Iterator[Person]:
+    """Someone in front of a new tab; a job that the test left behind is ended after it."""
+    with new_tab(chromium):
+        yield Person(chromium, server)
+    for job in jobs.list_jobs(disk.jobs_folder(server.store)):
+        if job.active:
+            jobs.cancel(job)
+
+
+@contextmanager
+def new_tab(driver: object) -> Iterator[None]:
+    """A tab of a common browser, as large as a laptop's screen; closed, with all others, after."""
+    first = driver.window_handles[0]
+    driver.switch_to.new_window("tab")
+    driver.set_window_size(1440, 900)
+    try:
+        yield
+    finally:
+        for handle in driver.window_handles[1:]:
+            driver.switch_to.window(handle)
+            driver.close()
+        driver.switch_to.window(first)
 
 
 @contextmanager
@@ -171,6 +231,32 @@ class Person:
 
         return self.wait(there, seconds, f"the headline never said '{text}'")
 
+    @property
+    def figures(self) -> list[list[dict]]:
+        """The traces of every chart, in the order of the page."""
+        return self.driver.execute_script(_FIGURES)
+
+    def charts(self, number: int = 1) -> list[list[dict]]:
+        """The traces of so many charts, once they are all there and nothing is being redrawn."""
+
+        def there() -> list | None:
+            found = self.figures
+            return found if len(found) == number and all(found) and self.settled() else None
+
+        return self.wait(there, why=f"there never were {number} charts")
+
+    def saves_to(self, folder: Path) -> None:
+        """Keep downloads in a folder."""
+        folder.mkdir(exist_ok=True)
+        self.driver.execute_cdp_cmd(
+            "Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(folder)}
+        )
+        self.folder = folder
+
+    def saved(self, pattern: str) -> Path:
+        """The one file of a name that was downloaded, once it is whole."""
+        return self.wait(lambda: next(self.folder.glob(pattern), None), why=f"no {pattern} came")
+
     def settled(self) -> bool:
         """Whether the page is not being redrawn."""
         return not self.all("[data-testid=stApp][data-test-script-state=running]")
@@ -185,6 +271,12 @@ class Person:
             return bool(found)
 
         self.wait(clicked, why=f"nothing to click reads '{label}'")
+
+    def press(self, *keys: str) -> None:
+        """Press keys, wherever the focus is."""
+        from selenium.webdriver.common.action_chains import ActionChains
+
+        ActionChains(self.driver).send_keys(*keys).perform()
 
     def go(self, page: str) -> None:
         """Follow a link of the sidebar."""

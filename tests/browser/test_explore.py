@@ -1,26 +1,20 @@
-"""The Explore page's views in a real browser, on the demo model."""
+"""The Explore page's views in a real browser: what each shows is what SQL or the file says."""
 
 from __future__ import annotations
 
-import json
 import re
+from collections.abc import Callable
 
+import numpy as np
+import pandas as pd
 import pytest
+from safetensors import safe_open
 
-from lsq_core.model import ModelSource
-from lsq_core.pipeline import Workbench
-from lsq_core.profile import ProfileSettings
-from lsq_core.store import Store
+from lsq_core.model import DEMO_FOLDER
+from tests.browser.conftest import Person, Server
 
 pytestmark = pytest.mark.browser
 
-#: The figure of a chart as the page holds it: its lines by name.
-_LINES = """
-const figures = [...document.querySelectorAll('.js-plotly-plot')].map(plot =>
-    plot._fullData.map(line =>
-        [line.name, line.type, line.x && [...line.x], line.y && [...line.y]]));
-return JSON.stringify(figures);
-"""
 #: The point of the rank scatter that lies furthest from all others: where, and what it is.
 _POINT = """
 const plot = document.querySelector('.js-plotly-plot');
@@ -37,54 +31,119 @@ return seen.reduce((best, point) => alone(point) > alone(best) ? point : best);
 
 
 @pytest.fixture(scope="module")
-def profiled(server) -> Store:
-    """The server's database with a short profile of the demo model."""
-    store = Store(server.database)
-    Workbench(ModelSource("demo"), store, "cpu").profile(ProfileSettings("rtn", samples=4))
-    return store
+def server(stocked: Server) -> Server:
+    return stocked
 
 
-def figures(person) -> list:
-    return json.loads(person.driver.execute_script(_LINES))
+def look(person: Person, see: str, says: str) -> None:
+    person.open(f"/Explore?model=demo&see={see}")
+    person.reads(says, 60)
 
 
-def test_every_view_is_linked_to_and_draws(person, profiled):
-    """A deep link to each view on its own: the first line speaks of it, and a chart is there."""
-    for see, says in (
-        ("layers", "Layer|No layer"),
-        ("algorithm", "flagged for"),
-        ("overlay", "The patterns|One pattern"),
-        ("ranks", "rank correlation"),
-        ("weights", "deviations out"),
-    ):
-        person.open(f"/Explore?model=demo&see={see}")
-        person.wait(
-            lambda says=says: re.search(says, person.first_line) and person.settled(),
-            60,
-            f"the view {see} never spoke",
-        )
-        person.wait(lambda: person.all(".js-plotly-plot"), why=f"no chart in {see}")
-        assert not person.all("[data-testid=stException], [data-testid=stAlertContentError]")
-        wide = person.driver.execute_script(
-            "return document.documentElement.scrollWidth <= window.innerWidth"
-        )
-        assert wide, f"{see} is wider than the window"
+def scores(person: Person, metric: str, config: str = "") -> pd.DataFrame:
+    """The demo model's scores of a metric by type (columns) and layer (rows), by SQL."""
+    rows = person.server.store.query(
+        "SELECT s.type, s.layer, s.value FROM scores s JOIN profiles p ON s.profile = p.id "
+        "JOIN models m ON p.fingerprint = m.fingerprint "
+        "WHERE m.source = 'demo' AND s.metric = ? AND s.config = ?",
+        [metric, config],
+    )
+    return rows.pivot(index="layer", columns="type", values="value")
 
 
-def test_a_click_on_a_point_shows_its_module(person, profiled):
+def lines(figure: list[dict]) -> dict[str, list]:
+    """The lines of a chart by name; of several of a name the last."""
+    return {line["name"]: line["y"] for line in figure if "lines" in (line["mode"] or "")}
+
+
+def test_every_metric_over_the_layers(person):
+    look(person, "layers", "ayer")
+    (figure,) = person.charts()
+    panels = {
+        "kurtosis": scores(person, "kurtosis"),
+        "weight_error": scores(person, "weight_error", "b4g64"),
+    }
+    for metric, frame in panels.items():
+        for kind in frame:
+            drawn = [line["y"] for line in figure if line["name"] == kind.split(".")[-1]]
+            assert any(frame[kind].tolist() == pytest.approx(y) for y in drawn), (metric, kind)
+    parts = scores(person, "sensitivity", "b4g64")
+    shown = lines(figure)
+    for name in ("q_proj, k_proj, v_proj", "gate_proj, up_proj"):
+        kind = next(kind for kind in parts if kind.endswith(name.split(",")[0]))
+        assert shown[name] == pytest.approx(parts[kind].tolist())
+    axis = "return document.querySelector('.js-plotly-plot')._fullLayout.yaxis.type"
+    assert person.driver.execute_script(axis) == "log"
+    flagged = [int(n) for n in re.findall(r"\d+", person.first_line)]
+    ringed = {x for line in figure if line["name"] == "flagged" for x in line["x"]}
+    assert set(flagged) <= ringed
+
+
+def test_the_threshold_moves_what_is_flagged(person):
+    from selenium.webdriver.common.keys import Keys
+
+    look(person, "algorithm", "at a threshold of 3.")
+    before = person.first_line
+    (name,) = re.findall(r"for ([\w, ]+) at a threshold", before)
+    parts = scores(person, "sensitivity", "b4g64")
+    kind = next(kind for kind in parts if kind.endswith(name.split(",")[0]))
+    (figure,) = person.charts()
+    (bars,) = [line for line in figure if line["type"] == "bar"]
+    ratios = (parts[kind] / parts[kind].shift()).dropna()
+    steps = {
+        x: y
+        for line in figure
+        if line["name"].startswith(("within", "trimmed:"))
+        for x, y in zip(line["x"], line["y"], strict=True)
+    }
+    assert steps == pytest.approx(ratios.to_dict())
+    kept = ratios.sort_values().iloc[1:-1]  # 5 % of 23 at either end
+    z = ((ratios - kept.mean()).abs() / bars_deviation(kept)).tolist()
+    assert bars["y"] == pytest.approx(z)
+    thumb = person.driver.find_element("css selector", "[data-testid=stSlider] input")
+    thumb.send_keys(Keys.HOME)
+    after = person.reads("at a threshold of 0.5.")
+    said, _, _ = after.partition(" flagged")
+    assert {int(n) for n in re.findall(r"\d+", said)} <= set(np.flatnonzero(np.array(z) > 0.5) + 1)
+    assert len(re.findall(r"\d+", after)) > len(re.findall(r"\d+", before))
+
+
+def bars_deviation(kept: pd.Series) -> float:
+    """SciPy's trimmed deviation: about the mean of what is kept, one degree of freedom less."""
+    return float(kept.std(ddof=1))
+
+
+def test_patterns_overlaid_and_how_alike_they_are(person):
+    look(person, "overlay", "The patterns")
+    person.click("Bits")
+    person.wait(lambda: person.settled() and len(lines(person.figures[0])) > 3)
+    patterns, heat = person.charts(2)
+    configs = list(dict.fromkeys(line["name"] for line in patterns))
+    by_config = {config: scores(person, "sensitivity", config) for config in configs}
+    for config, frame in by_config.items():
+        drawn = [line["y"] for line in patterns if line["name"] == config]
+        for kind in ("self_attn.o_proj", "mlp.down_proj"):
+            assert any(frame[kind].tolist() == pytest.approx(y) for y in drawn), (config, kind)
+    parts = ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"]
+    for a, row in zip(configs, heat[0]["z"], strict=True):
+        for b, value in zip(configs, row, strict=True):
+            rho = [by_config[a][p].corr(by_config[b][p], method="spearman") for p in parts]
+            assert value == pytest.approx(np.mean(rho)), (a, b)
+    assert f"{min(map(min, heat[0]['z'])):.2f}" in person.first_line
+
+
+def test_a_click_on_a_point_shows_its_module(person):
     from selenium.webdriver.common.action_chains import ActionChains
 
-    person.open("/Explore?model=demo&see=ranks")
-    person.reads("rank correlation", 60)
-    person.wait(lambda: person.all(".js-plotly-plot .points"))
-    seen: list[list] = []
-
-    def place() -> list | None:
-        """Where the point is, once it stays there."""
-        seen.append(person.driver.execute_script(_POINT))
-        return seen[-1] if len(seen) > 3 and seen[-1] == seen[-4] else None
-
-    x, y, (module, layer, *_), *ranks = person.wait(place)
+    look(person, "ranks", "rank correlation")
+    (figure,) = person.charts()
+    for metric, config, way in (("sensitivity", "b4g64", "x"), ("kurtosis", "", "y")):
+        rank = scores(person, metric, config).stack().rank(ascending=False)
+        for line in (line for line in figure if line["customdata"]):
+            for (module, layer, *_), place in zip(line["customdata"], line[way], strict=True):
+                (kind,) = [k for k in rank.index.get_level_values("type") if k in module][:1]
+                assert rank[int(layer), kind] == pytest.approx(place)
+    x, y, (module, layer, *_), *ranks = person.wait(stays(person))
     actions = ActionChains(person.driver)
     actions.w3c_actions.pointer_action.move_to_location(int(x), int(y))
     actions.w3c_actions.pointer_action.click()
@@ -96,29 +155,45 @@ def test_a_click_on_a_point_shows_its_module(person, profiled):
     assert f".layers.{layer}." in module
     ring = [[rank] for rank in ranks]
     person.wait(
-        lambda: [line[2:] for line in figures(person)[0] if line[0] == "picked"] == [ring],
+        lambda: [[r["x"], r["y"]] for r in person.figures[0] if r["name"] == "picked"] == [ring],
         why="the clicked point was not ringed",
     )
 
 
-def test_the_threshold_moves_what_is_flagged(person, profiled):
-    from selenium.webdriver.common.keys import Keys
+def stays(person: Person) -> Callable[[], list | None]:
+    """Where the point is, once it stays there."""
+    seen: list[list] = []
 
-    person.open("/Explore?model=demo&see=algorithm")
-    before = person.reads("at a threshold of 3.", 60)
-    slider = "[data-testid=stSlider] input"
-    thumb = person.wait(lambda: person.driver.find_element("css selector", slider))
-    thumb.send_keys(Keys.HOME)
-    after = person.reads("at a threshold of 0.5.")
-    assert len(re.findall(r"\d+", after)) > len(re.findall(r"\d+", before))
-    (z,) = [line for line in figures(person)[0] if line[1] == "bar"]
-    assert len(z[3]) == 23
+    def place() -> list | None:
+        seen.append(person.driver.execute_script(_POINT))
+        return seen[-1] if len(seen) > 3 and seen[-1] == seen[-4] else None
+
+    return place
 
 
-def test_the_surface_is_drawn(person, profiled):
-    person.open("/Explore?model=demo&see=weights")
-    person.reads("deviations out", 60)
+def weight(name: str) -> np.ndarray:
+    with safe_open(DEMO_FOLDER / "model.safetensors", "pt") as file:
+        return file.get_tensor(f"{name}.weight").float().numpy()
+
+
+def test_the_weights_of_a_matrix(person):
+    """Histogram, percentiles and surface are of the weights in the file."""
+    look(person, "weights", "deviations out")
+    q = weight("model.layers.0.self_attn.q_proj")
+    (figure,) = person.charts()
+    (bars,) = [line for line in figure if line["type"] == "bar"]
+    assert sum(bars["y"]) == q.size
+    assert f"{np.abs(q - q.mean()).max() / q.std():.1f} deviations" in person.first_line
+    names = [line["name"] for line in figure]
+    assert any("normal" in name for name in names)
+    assert any("grid" in name for name in names)
+    person.click("Percentiles over layers")
+    person.reads("spread widest")
+    (figure,) = person.charts()
+    medians = [np.median(weight(f"model.layers.{i}.self_attn.q_proj")) for i in range(24)]
+    assert lines(figure)["median"] == pytest.approx(medians, abs=1e-6)
     person.click("3-D surface")
     person.reads("at row")
-    kinds = {line[1] for figure in figures(person) for line in figure}
-    assert "surface" in kinds
+    (figure,) = person.charts()
+    assert figure[0]["type"] == "surface"
+    assert max(map(max, figure[0]["z"])) == pytest.approx(np.abs(q).max())

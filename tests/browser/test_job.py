@@ -32,16 +32,36 @@ def pick_the_demo(person) -> None:
     person.click("Demo model")
 
 
+#: Keeps the first line and the kurtosis of q_proj of the moment when a first chart is there.
+_WATCH = """
+new MutationObserver(() => {
+  const plot = document.querySelector('.js-plotly-plot');
+  const line = document.querySelector('[data-testid=stMain] h1');
+  if (window.early || !line || !plot || !plot._fullData || !plot._fullData.length) return;
+  const q = plot._fullData.find((trace) => trace.name === 'q_proj');
+  window.early = [line.innerText, [...q.y]];
+}).observe(document, { subtree: true, childList: true });
+"""
+
+
 def profile_it(person) -> None:
     person.go("Explore")
     person.reads("has not been profiled")
     person.click("More")
     person.type("Calibration texts", "8")
+    person.driver.execute_script(_WATCH)
     person.click("Profile")
     person.wait(lambda: person.all("[data-testid=stSidebar] [data-testid=stProgress]"))
     line = person.reads("Layer", 170)  # shown when it is there, without a reload
     assert "hard one" in line or "No layer" in line
-    assert len(person.all(".js-plotly-plot")) == 1
+    early, kurtosis = person.driver.execute_script("return window.early")
+    assert early.startswith("Activation sensitivity is being measured"), "nobody had to wait"
+    stored = Store(person.server.database).query(
+        "SELECT value FROM scores WHERE metric = 'kurtosis' AND type LIKE '%q_proj' ORDER BY layer"
+    )
+    assert kurtosis == pytest.approx(stored["value"].tolist())
+    drawn = {line["name"] for line in person.charts()[0]}
+    assert {"q_proj", "q_proj, k_proj, v_proj"} <= drawn
 
 
 #: The live planner lives in a shadow root, which no selector of the page reaches into.
