@@ -141,10 +141,10 @@ def test_a_result_of_other_circumstances_is_not_taken(
 def test_an_item_that_fails_stops_no_other(bench, settings, small_text, monkeypatch):
     whole = Workbench.measure
 
-    def breaks(self, made, request):
-        if made.plan.method == "uniform":
+    def breaks(self, made, requests):
+        if any(one.plan.method == "uniform" for one in made):
             raise RuntimeError("a defect")
-        return whole(self, made, request)
+        return whole(self, made, requests)
 
     monkeypatch.setattr(Workbench, "measure", breaks)
     rows = sweep.sweep(
@@ -168,6 +168,7 @@ def test_a_sweep_cut_off_goes_on_at_its_first_unfinished_item(
     bench, settings, small_text, tmp_path, monkeypatch
 ):
     items = asked([small_text])
+    monkeypatch.setattr(sweep, "PLANS_AT_ONCE", 2)
 
     class CutOff(BaseException):
         """What kills a process is no exception that anybody handles."""
