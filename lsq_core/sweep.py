@@ -246,8 +246,10 @@ class _Sweep:
             request, quantizer = self._quantized_alike(next(iter(items.values())))
             plan = self.plans[request][0]
             identity = [*plan_identity(plan), quantizer]
+            if identity in identities:
+                continue
             room -= plan.planned_bytes
-            if chosen and (room < 0 or list(items) != texts or identity in identities):
+            if chosen and (room < 0 or list(items) != texts):
                 break
             chosen.append(list(items.values()))
             identities.append(identity)
