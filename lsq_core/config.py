@@ -20,6 +20,7 @@ METADATA_FORMATS = ("8bit", "fp16")
 
 MIB = 2**20
 GIB = 2**30
+_UNITS = {"B": 1, "KiB": 1024, "MiB": MIB, "GiB": GIB}
 
 
 @dataclass(frozen=True, order=True)
@@ -166,8 +167,21 @@ class Budget:
         amount, unit = float(match[1]), match[2]
         if unit == "bpp":
             return cls(amount * numel / 8, text.strip())
-        factor = {"B": 1, "KiB": 1024, "MiB": MIB, "GiB": GIB}[unit]
-        return cls(amount * factor, text.strip())
+        return cls(amount * _UNITS[unit], text.strip())
+
+
+def parse_bytes(text: str) -> int:
+    """Read ``512MiB`` or ``2GiB``; ``0B`` is none.
+
+    Raises
+    ------
+    InputError
+        When it is not a number with a unit of bytes.
+    """
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(B|KiB|MiB|GiB)\s*", text)
+    if not match:
+        raise InputError(f"'{text}' is not an amount of memory; write 512MiB or 2GiB.")
+    return int(float(match[1]) * _UNITS[match[2]])
 
 
 def format_bytes(count: float) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +21,7 @@ import numpy as np
 from lsq_core.errors import InputError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
 Progress = Callable[[int, int, str], None]
@@ -32,7 +33,9 @@ _CONTEXT = {"strided": 1024, "blocks": 2048}
 MIN_WINDOWS = 8
 #: Seconds between two times that an evaluation keeps what it has so far.
 _KEEP_EVERY = 2.0
-#: Logits held at once, in numbers: windows are batched up to this.
+#: Tokens read at once by device: what the caches of a CPU are best with, and what fills a GPU.
+_TOKENS_AT_ONCE = {"cpu": 2**11, "cuda": 2**15}
+#: Logits of one model held at once, in numbers (256 MiB of them): batches are no larger than this.
 _LOGITS_AT_ONCE = 2**26
 
 
@@ -141,6 +144,18 @@ class Evaluation:
         return self.tokens / self.seconds
 
 
+@dataclass(frozen=True, eq=False)
+class Text:
+    """A token stream to evaluate on: ids without special tokens, int64 (tokens,), and how."""
+
+    ids: np.ndarray
+    protocol: Protocol
+
+
+#: The evaluation of a model and, where there is a reference, that of the reference.
+Pair = tuple[Evaluation, Evaluation | None]
+
+
 def evaluate(
     model: nn.Module,
     ids: np.ndarray,
@@ -150,130 +165,233 @@ def evaluate(
     reference: nn.Module | None = None,
     progress: Progress = lambda done, total, message: None,
     checkpoint: Path | None = None,
-) -> tuple[Evaluation, Evaluation | None]:
-    """Perplexity of ``model`` on a token stream, and of ``reference`` in the same pass.
+) -> Pair:
+    """Perplexity of one model on one text; see :func:`evaluate_together`."""
+    texts, checkpoints = [Text(ids, protocol)], [[checkpoint]]
+    [[pair]] = evaluate_together(
+        [model],
+        texts,
+        bos=bos,
+        reference=reference,
+        progress=progress,
+        checkpoints=checkpoints,
+    )
+    return pair
+
+
+def evaluate_together(
+    models: Sequence[nn.Module],
+    texts: Sequence[Text],
+    *,
+    bos: int | None,
+    reference: nn.Module | None = None,
+    progress: Progress = lambda done, total, message: None,
+    checkpoints: Sequence[Sequence[Path | None]] | None = None,
+) -> Iterator[list[Pair]]:
+    """Perplexity of several models, and of a reference beside them, in one pass over all texts.
+
+    A batch of windows, which may be of several texts, goes through the reference once and then
+    through each model; no logits outlive their batch.
 
     Parameters
     ----------
-    ids
-        Token ids without special tokens, int64 (tokens,).
     bos
         The beginning-of-sequence token, or None where the tokenizer has none.
     reference
         The full-precision model to compare the predictions with.
-    checkpoint
-        A file that takes what was scored so far every few seconds. Where it is there already, of
-        these models on this stream by this protocol, its windows are not scored again.
+    checkpoints
+        For each text a file a model, or None. It takes what was scored so far every few seconds.
+        Where it is there already, of these models on this stream by this protocol, its windows
+        are not scored again.
 
-    Returns
-    -------
-    The evaluation of ``model`` and, where there is a reference, that of the reference.
+    Yields
+    ------
+    A pair for each model: those of the first text as soon as it is read, then the next one's.
     """
+    device = next(models[0].parameters()).device
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(device)
+    files = checkpoints or [[None] * len(models)] * len(texts)
+    walks = [_Walk(text, bos, paths) for text, paths in zip(texts, files, strict=True)]
+    total, told = sum(len(walk.windows) for walk in walks), 0
+    left = _batches(walks, models[0].config.get_text_config().vocab_size, device.type)
+    done = total - sum(map(len, left))
+    progress(done, total, f"window {done} of {total}")
+    for batch in [[], *left]:
+        if batch:
+            _score(models, reference, [(walks[text], window) for text, window in batch], device)
+            done += len(batch)
+            for walk in {text: walks[text] for text, _ in batch}.values():
+                walk.save()
+            progress(done, total, f"window {done} of {total}")
+        while told < len(walks) and walks[told].is_read:
+            yield walks[told].finish(_peak_bytes(device), reference is not None)
+            told += 1
+
+
+class _Walk:
+    """One text's windows, and what each model (and the reference beside it) made of them."""
+
+    def __init__(self, text: Text, bos: int | None, checkpoints: Sequence[Path | None]) -> None:
+        import torch
+
+        ids = text.ids if bos is None else np.concatenate([[bos], text.ids])
+        self.stream, self.bos, self.protocol = torch.from_numpy(ids), bos, text.protocol
+        self.windows = lay_windows(len(ids), text.protocol)
+        count = len(self.windows)
+        self.tallies = [(_Tally(count), _Tally(count)) for _ in checkpoints]
+        pairs = zip(checkpoints, self.tallies, strict=True)
+        self.files = [_Kept(path, tallies) for path, tallies in pairs]
+        for file in self.files:
+            file.restore()
+
+    @property
+    def left(self) -> list[int]:
+        """Windows that some model has not scored yet."""
+        counts = np.stack([own.counts for own, _ in self.tallies])
+        return np.flatnonzero((counts == 0).any(axis=0)).tolist()
+
+    @property
+    def is_read(self) -> bool:
+        """Whether every window is scored."""
+        return not self.left
+
+    def ids(self, number: int) -> Tensor:
+        """The tokens (length,) of a window."""
+        window = self.windows[number]
+        ids = self.stream[window.start : window.stop].clone()
+        if self.bos is not None:
+            ids[0] = self.bos
+        return ids
+
+    def save(self) -> None:
+        """Keep what was scored so far, every few seconds and in the end."""
+        for file in self.files:
+            file.save(last=self.is_read)
+
+    def finish(self, peak: int, compared: bool) -> list[Pair]:
+        """What came of it, a pair for each model."""
+        name = self.protocol.name
+        return [
+            (own.finish(name, peak, compared), other.finish(name, peak) if compared else None)
+            for own, other in self.tallies
+        ]
+
+
+def _batches(walks: Sequence[_Walk], vocabulary: int, device: str) -> list[list[tuple[int, int]]]:
+    """What is left to score as (text, window), in batches of windows of one length and one count.
+
+    A batch holds as many as the device and the memory are best with. Those of the first text come
+    first, so that its figures are there before the next one is read.
+    """
+    shapes: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for text, walk in enumerate(walks):
+        for number in walk.left:
+            window = walk.windows[number]
+            shape = window.stop - window.start, window.scored
+            shapes.setdefault(shape, []).append((text, number))
+    batches = []
+    for (length, scored), places in shapes.items():
+        most = min(_TOKENS_AT_ONCE[device] // length, _LOGITS_AT_ONCE // (scored * vocabulary))
+        size = max(1, most)
+        batches += [places[i : i + size] for i in range(0, len(places), size)]
+    return sorted(batches, key=lambda places: places[0][0])
+
+
+def _score(
+    models: Sequence[nn.Module],
+    reference: nn.Module | None,
+    places: Sequence[tuple[_Walk, int]],
+    device: torch.device,
+) -> None:
+    """Run a batch through the reference and each model, and add up what they predict."""
     import torch
 
-    stream = torch.from_numpy(ids if bos is None else np.concatenate([[bos], ids]))
-    windows = lay_windows(len(stream), protocol)
-    device = next(model.parameters()).device
-    own, other = _Tally(len(windows)), _Tally(len(windows))
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    kept = _Kept(checkpoint, (own, other))
-    done = kept.restore()
-    progress(done, len(windows), f"window {done} of {len(windows)}")
     with torch.inference_mode():
-        for indices in _batches(windows, model.config.get_text_config().vocab_size):
-            if own.counts[indices].all():
-                continue  # before it was cut off
-            batch = torch.stack([_window_ids(stream, windows[i], bos) for i in indices]).to(device)
-            scored = windows[indices[0]].scored
-            targets = batch[:, -scored:]
-            logits = own.forward(model, batch, scored)
-            own.add(indices, logits, targets)
-            if reference is not None:
-                expected = other.forward(reference, batch, scored)
-                other.add(indices, expected, targets)
-                own.compare(logits, expected)
-            done += len(indices)
-            kept.save(last=done == len(windows))
-            progress(done, len(windows), f"window {done} of {len(windows)}")
-    peak = _peak_bytes(device)
-    evaluation = own.finish(protocol, peak)
-    return evaluation, other.finish(protocol, peak) if reference is not None else None
+        batch = torch.stack([walk.ids(window) for walk, window in places]).to(device)
+        first, window = places[0]
+        scored = first.windows[window].scored
+        expected = None if reference is None else _Predicted.by(reference, batch, scored)
+        for number, model in enumerate(models):
+            predicted = _Predicted.by(model, batch, scored)
+            figures = predicted.figures(expected)
+            for row, (walk, window) in enumerate(places):
+                own, other = walk.tallies[number]
+                own.put(window, scored, {name: values[row] for name, values in figures.items()})
+                if expected is not None:
+                    known = expected.figures()
+                    other.put(window, scored, {name: values[row] for name, values in known.items()})
 
 
-def _window_ids(stream: Tensor, window: Window, bos: int | None) -> Tensor:
-    ids = stream[window.start : window.stop].clone()
-    if bos is not None:
-        ids[0] = bos
-    return ids
+@dataclass(frozen=True, eq=False)
+class _Predicted:
+    """What a model predicts for a batch of windows.
 
+    ``logs`` are log-probabilities (windows, scored, vocabulary), float32; ``nll`` is (windows,).
+    """
 
-def _batches(windows: list[Window], vocabulary: int) -> Iterator[list[int]]:
-    """Indices of windows of one length and one scored count, as many as the memory allows."""
-    shapes: dict[tuple[int, int], list[int]] = {}
-    for index, window in enumerate(windows):
-        shapes.setdefault((window.stop - window.start, window.scored), []).append(index)
-    for (_, scored), indices in shapes.items():
-        size = max(1, min(16, _LOGITS_AT_ONCE // (scored * vocabulary)))
-        for i in range(0, len(indices), size):
-            yield indices[i : i + size]
+    logs: Tensor
+    nll: np.ndarray
+    seconds: float
 
-
-class _Tally:
-    """Adds up what one model predicts, window by window."""
-
-    def __init__(self, windows: int) -> None:
-        self.nll = np.zeros(windows)
-        self.counts = np.zeros(windows, dtype=np.int64)
-        self.seconds = self.kl = self.agreed = 0.0
-        self.compared = 0
-
-    def forward(self, model: nn.Module, batch: Tensor, scored: int) -> Tensor:
-        """Log-probabilities (windows, scored, vocabulary), float32, of the last tokens."""
-        import torch
+    @classmethod
+    def by(cls, model: nn.Module, batch: Tensor, scored: int) -> _Predicted:
 
         from lsq_core.load import last_logits
 
         began = time.perf_counter()
         # The logits before a token predict it: one more is kept, and the very last is not used.
-        logits = last_logits(model, batch, scored + 1)[:, :-1].float().log_softmax(-1)
-        if batch.device.type == "cuda":
-            torch.cuda.synchronize(batch.device)
-        self.seconds += time.perf_counter() - began
-        return logits
+        logs = last_logits(model, batch, scored + 1)[:, :-1].float().log_softmax(-1)
+        picked = -logs.gather(-1, batch[:, -scored:, None])[..., 0]
+        nll = picked.double().sum(-1).cpu().numpy()
+        return cls(logs, nll, (time.perf_counter() - began) / len(batch))
 
-    def add(self, indices: list[int], logits: Tensor, targets: Tensor) -> None:
-        picked = -logits.gather(-1, targets[..., None])[..., 0]
-        self.nll[indices] = picked.double().sum(-1).cpu().numpy()
-        self.counts[indices] = targets.shape[1]
+    def figures(self, expected: _Predicted | None = None) -> dict[str, np.ndarray]:
+        """Each window's sums (windows,) by the names of :class:`_Tally`."""
+        found = {"nll": self.nll, "seconds": np.full(len(self.nll), self.seconds)}
+        if expected is None:
+            return found
+        kl = (expected.logs.exp() * (expected.logs - self.logs)).sum(-1).double().sum(-1)
+        agreed = (self.logs.argmax(-1) == expected.logs.argmax(-1)).sum(-1)
+        return found | {"kl": kl.cpu().numpy(), "agreed": agreed.cpu().numpy()}
 
-    def compare(self, logits: Tensor, expected: Tensor) -> None:
-        self.kl += float((expected.exp() * (expected - logits)).sum(-1).double().sum())
-        self.agreed += float((logits.argmax(-1) == expected.argmax(-1)).sum())
-        self.compared += logits.shape[0] * logits.shape[1]
+
+class _Tally:
+    """What one model predicts, summed over the scored tokens of each window (windows,)."""
+
+    def __init__(self, windows: int) -> None:
+        self.counts = np.zeros(windows, dtype=np.int64)
+        self.sums = {name: np.zeros(windows) for name in ("nll", "seconds", "kl", "agreed")}
+
+    def put(self, window: int, scored: int, figures: dict[str, float]) -> None:
+        """Set the figures of one window."""
+        self.counts[window] = scored
+        for name, value in figures.items():
+            self.sums[name][window] = value
 
     @property
     def state(self) -> dict[str, np.ndarray]:
-        """What was added up so far, as arrays."""
-        sums = np.array([self.seconds, self.kl, self.agreed, self.compared])
-        return {"nll": self.nll, "counts": self.counts, "sums": sums}
+        """Every array by name."""
+        return {"counts": self.counts} | self.sums
 
-    @state.setter
-    def state(self, kept: dict[str, np.ndarray]) -> None:
-        self.nll, self.counts = kept["nll"], kept["counts"]
-        self.seconds, self.kl, self.agreed = map(float, kept["sums"][:3])
-        self.compared = int(kept["sums"][3])
+    def restore(self, kept: dict[str, np.ndarray]) -> None:
+        """Take up a state."""
+        self.counts = kept["counts"]
+        self.sums = {name: kept[name] for name in self.sums}
 
-    def finish(self, protocol: Protocol, peak: int) -> Evaluation:
-        compared = self.compared or None
+    def finish(self, protocol: str, peak: int, compared: bool = False) -> Evaluation:
+        """The figures; KL and agreement only where it was compared."""
+        tokens = self.counts.sum()
         return Evaluation(
-            protocol=protocol.name,
-            nll=self.nll,
+            protocol=protocol,
+            nll=self.sums["nll"],
             counts=self.counts,
-            seconds=self.seconds,
+            seconds=float(self.sums["seconds"].sum()),
             peak_bytes=peak,
-            kl=self.kl / compared if compared else None,
-            top1=self.agreed / compared if compared else None,
+            kl=float(self.sums["kl"].sum() / tokens) if compared else None,
+            top1=float(self.sums["agreed"].sum() / tokens) if compared else None,
         )
 
 
@@ -288,13 +406,12 @@ class _Kept:
         self.path, self.tallies = path, tallies
         self.written = time.monotonic()
 
-    def restore(self) -> int:
-        """Take up what the file holds; gives the number of windows scored before."""
+    def restore(self) -> None:
+        """Take up what the file holds."""
         if self.path is not None and self.path.is_file():
             with np.load(self.path) as file:
                 for number, tally in enumerate(self.tallies):
-                    tally.state = {name: file[f"{name}_{number}"] for name in tally.state}
-        return int((self.tallies[0].counts > 0).sum())
+                    tally.restore({name: file[f"{name}_{number}"] for name in tally.state})
 
     def save(self, last: bool) -> None:
         """Write the file every few seconds, and when the last window is scored."""

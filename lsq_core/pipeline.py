@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lsq_core import predict
-from lsq_core.config import DETECTION_CONFIG, LADDER, QuantConfig, format_bytes
+from lsq_core.config import DETECTION_CONFIG, GIB, LADDER, QuantConfig, format_bytes
 from lsq_core.corpus import corpus_identity, load_corpus, token_stream
 from lsq_core.errors import InputError, LsqError
 from lsq_core.jsontext import json_text
@@ -50,13 +50,17 @@ if TYPE_CHECKING:
     from torch import nn
 
     from lsq_core.corpus import TokenStream
-    from lsq_core.evaluate import Evaluation
+    from lsq_core.evaluate import Evaluation, Pair
     from lsq_core.load import LoadedModel
     from lsq_core.predict import Predictor
     from lsq_core.quantize.artifact import QuantizedModel
+    from lsq_core.quantize.remembered import Remembered
 
 #: How the profiles were measured that published plans were made from (method §2).
 PUBLISHED_SETTINGS = ProfileSettings(axis=0, calibration="pileval")
+
+#: Bytes of quantized matrices that are kept for the plans to come, unless one says otherwise.
+REMEMBERED_BYTES = GIB
 
 #: Called with a stage, how much of it is done, of how much, and what is being done.
 Report = Callable[[str, int, int, str], None]
@@ -100,7 +104,8 @@ class Workbench:
     """One model with what is known of it, loaded when something first needs its weights.
 
     A job gives a folder to keep in what it has so far: one that was cut off and begins again
-    finds it there.
+    finds it there. Matrices quantized for one plan serve the next ones, up to
+    ``remembered_bytes`` of them, on the device that the model is on.
     """
 
     source: ModelSource
@@ -109,6 +114,7 @@ class Workbench:
     dtype: str = "auto"
     report: Report = silent
     folder_to_keep: Path | None = None
+    remembered_bytes: int = REMEMBERED_BYTES
     _streams: dict[EvaluationRequest, TokenStream] = field(default_factory=dict, init=False)
 
     # --- the model --------------------------------------------------------------------------
@@ -196,6 +202,13 @@ class Workbench:
             self.report("evaluate", 0, 1, f"reading {request.corpus}")
             self._streams[request] = stream_of(request, self.tokenizer)
         return self._streams[request]
+
+    @cached_property
+    def remembered(self) -> Remembered:
+        """The matrices quantized so far."""
+        from lsq_core.quantize.remembered import Remembered
+
+        return Remembered(self.remembered_bytes)
 
     # --- profile ----------------------------------------------------------------------------
 
@@ -399,7 +412,8 @@ class Workbench:
             When an input is wrong, the device has too little memory, or the disk is full.
         """
         made = self.quantize(plan, profile, quantizer, save, plan_name)
-        return self.measure(made, request)
+        [outcome] = self.measure([made], [request])
+        return outcome
 
     def quantize(
         self,
@@ -435,17 +449,21 @@ class Workbench:
         row = self._run_row(plan, quantizer, quantized, seconds, save)
         return Quantized(run, quantized, plan, profile, row, plan_name)
 
-    def measure(self, made: Quantized, request: EvaluationRequest) -> dict:
-        """Evaluate a quantized model beside full precision, and keep the run with it.
+    def measure(
+        self, made: Sequence[Quantized], requests: Sequence[EvaluationRequest]
+    ) -> Iterator[dict]:
+        """Evaluate quantized models beside full precision, in one pass, and keep their runs.
 
-        Returns what :meth:`run` does.
+        Yields what :meth:`run` returns: of each model on the first text, as soon as it is read,
+        then of each on the next one.
         """
-        own, full = self.evaluate(
-            made.model,
-            request,
-            reference=self.loaded.model,
-            identity=[made.run, plan_identity(made.plan), made.row["quantizer"]],
-        )
+        models = [one.model for one in made]
+        identities = [[one.run, plan_identity(one.plan), one.row["quantizer"]] for one in made]
+        for pairs in self.evaluate(models, requests, self.loaded.model, identities):
+            for one, (own, full) in zip(made, pairs, strict=True):
+                yield self._keep_run(one, own, full)
+
+    def _keep_run(self, made: Quantized, own: Evaluation, full: Evaluation) -> dict:
         profile = made.profile.id if made.profile else None
         if "plan" not in made.row:
             made.row["plan"] = self.store.plan_of(made.run) or self.store.save_plan(
@@ -481,6 +499,7 @@ class Workbench:
                 axis=plan.axis,
                 metadata=plan.metadata,
                 progress=lambda done, total, name: self.report("quantize", done, total, name),
+                remembered=self.remembered,
             )
         measured = measured_bytes(quantized)
         if measured != plan.planned_bytes:
@@ -547,36 +566,41 @@ class Workbench:
 
     def evaluate(
         self,
-        model: nn.Module,
-        request: EvaluationRequest,
+        models: Sequence[nn.Module],
+        requests: Sequence[EvaluationRequest],
         reference: nn.Module | None = None,
-        identity: Sequence[object] = (),
-    ) -> tuple[Evaluation, Evaluation | None]:
-        """Evaluate a model with this one's tokenizer, beside a reference where there is one.
+        identities: Sequence[Sequence[object]] | None = None,
+    ) -> Iterator[list[Pair]]:
+        """Evaluate models with this one's tokenizer, beside a reference where there is one.
 
-        ``identity`` tells the model from others that are evaluated in the same folder.
+        ``identities`` tell a model each from others that are evaluated in the same folder. Yields
+        as :func:`lsq_core.evaluate.evaluate_together`.
         """
-        stream = self.stream(request)
-        checkpoint = None
-        if self.folder_to_keep is not None:
-            asked = (stream.sha256, asdict(request), self.place, versions())
-            name = _digest(self.info.fingerprint, *identity, *asked)[:16]
-            checkpoint = self.folder_to_keep / f"evaluation-{name}.npz"
+        identities = identities or [()] * len(models)
         return evaluate_on(
-            model,
+            models,
             self.tokenizer,
             self.info.context,
-            request,
-            stream,
+            requests,
+            [self.stream(request) for request in requests],
             reference=reference,
             where=self.place,
             report=self.report,
-            checkpoint=checkpoint,
+            checkpoints=[[self._checkpoint(r, i) for i in identities] for r in requests],
         )
+
+    def _checkpoint(self, request: EvaluationRequest, identity: Sequence[object]) -> Path | None:
+        """The file for what was scored so far of a model on a text, where there is a folder."""
+        if self.folder_to_keep is None:
+            return None
+        asked = (self.stream(request).sha256, asdict(request), self.place, versions())
+        # A file's form is part of its name: an older version may have been cut off.
+        name = _digest("by window", self.info.fingerprint, *identity, *asked)[:16]
+        return self.folder_to_keep / f"evaluation-{name}.npz"
 
     def evaluate_full(self, request: EvaluationRequest) -> dict:
         """Evaluate the model as it is, and keep the result."""
-        evaluation, _ = self.evaluate(self.loaded.model, request)
+        [[(evaluation, _)]] = self.evaluate([self.loaded.model], [request])
         self.store.save_full_precision(self.info.fingerprint, evaluation)
         return {"model": self.source.name, "fingerprint": self.info.fingerprint} | _figures(
             evaluation
@@ -609,38 +633,48 @@ def _digest(*parts: object) -> str:
 
 
 def evaluate_on(
-    model: nn.Module,
+    models: Sequence[nn.Module],
     tokenizer: object,
     context: int,
-    request: EvaluationRequest,
-    stream: TokenStream,
+    requests: Sequence[EvaluationRequest],
+    streams: Sequence[TokenStream],
     *,
     reference: nn.Module | None = None,
     where: dict[str, str],
     report: Report = silent,
-    checkpoint: Path | None = None,
-) -> tuple[Evaluation, Evaluation | None]:
-    """Evaluate any causal model on tokens, with the provenance of the figure filled in."""
-    from lsq_core.evaluate import Protocol, evaluate
+    checkpoints: Sequence[Sequence[Path | None]] | None = None,
+) -> Iterator[list[Pair]]:
+    """Evaluate any causal models on texts, with the provenance of the figures filled in.
 
-    with in_a_sentence(where["device"]):
-        own, full = evaluate(
-            model,
-            stream.ids,
-            Protocol.named(request.protocol, context),
-            bos=tokenizer.bos_token_id,
-            reference=reference,
-            progress=lambda done, total, message: report("evaluate", done, total, message),
-            checkpoint=checkpoint,
-        )
-    known = {
-        "corpus": stream.corpus,
-        "corpus_sha256": stream.sha256,
-        "corpus_source": stream.source,
-        "truncated": stream.truncated,
-        "provenance": provenance_of(where, request, tokenizer),
-    }
-    return replace(own, **known), replace(full, **known) if full else None
+    Yields as :func:`lsq_core.evaluate.evaluate_together`.
+    """
+    from lsq_core.evaluate import Protocol, Text, evaluate_together
+
+    texts = [
+        Text(stream.ids, Protocol.named(request.protocol, context))
+        for request, stream in zip(requests, streams, strict=True)
+    ]
+    found = evaluate_together(
+        models,
+        texts,
+        bos=tokenizer.bos_token_id,
+        reference=reference,
+        progress=lambda done, total, message: report("evaluate", done, total, message),
+        checkpoints=checkpoints,
+    )
+    for request, stream in zip(requests, streams, strict=True):
+        with in_a_sentence(where["device"]):
+            pairs = next(found)
+        known = {
+            "corpus": stream.corpus,
+            "corpus_sha256": stream.sha256,
+            "corpus_source": stream.source,
+            "truncated": stream.truncated,
+            "provenance": provenance_of(where, request, tokenizer),
+        }
+        yield [
+            (replace(own, **known), replace(full, **known) if full else None) for own, full in pairs
+        ]
 
 
 def load_saved(
@@ -672,12 +706,12 @@ def evaluate_saved(
     quantized = load_saved(folder, device, dtype, report)
     manifest = quantized.manifest
     report("evaluate", 0, 1, f"reading {request.corpus}")
-    evaluation, _ = evaluate_on(
-        quantized.model,
+    [[(evaluation, _)]] = evaluate_on(
+        [quantized.model],
         quantized.tokenizer,
         context_of(quantized.model.config),
-        request,
-        stream_of(request, quantized.tokenizer),
+        [request],
+        [stream_of(request, quantized.tokenizer)],
         where={"device": quantized.device, "dtype": quantized.dtype},
         report=report,
     )

@@ -18,9 +18,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy.linalg import cho_factor, cho_solve
-from scipy.optimize import minimize
-from scipy.stats import t as student_t
 
 from lsq_core.config import DETECTION_CONFIG, LADDER, QuantConfig
 from lsq_core.errors import InputError
@@ -203,13 +200,20 @@ class _Process:
     """
 
     def __init__(self, x: np.ndarray, y: np.ndarray, length: float, noise: float) -> None:
+        from scipy.linalg import cho_factor
+
         self.x, self.y, self.centre = x, y, x.mean(axis=0)
         self.length, self.noise = length, noise
         self.factor = cho_factor(self._kernel(x) + noise * np.eye(len(x)), lower=True)
-        self.ones = cho_solve(self.factor, np.ones(len(x)))
+        self.ones = self._solve(np.ones(len(x)))
         self.constant = self.ones @ y / self.ones.sum()
-        self.weights = cho_solve(self.factor, y - self.constant)
+        self.weights = self._solve(y - self.constant)
         self.variance = (y - self.constant) @ self.weights / (len(x) - 1) + _EXACT
+
+    def _solve(self, right: np.ndarray) -> np.ndarray:
+        from scipy.linalg import cho_solve
+
+        return cho_solve(self.factor, right)
 
     def _kernel(self, other: np.ndarray) -> np.ndarray:
         """Matérn 5/2 and a line through the centre, (n, k)."""
@@ -230,7 +234,7 @@ class _Process:
         """Mean and standard deviation of a new run at each of (k, 2)."""
         kernel = self._kernel(x)
         own = 1 + _SLOPE_VARIANCE * ((x - self.centre) ** 2).sum(axis=1)
-        known = (kernel * cho_solve(self.factor, kernel)).sum(axis=0)
+        known = (kernel * self._solve(kernel)).sum(axis=0)
         constant = (1 - self.ones @ kernel) ** 2 / self.ones.sum()
         share = np.maximum(own - known + constant, 0) + self.noise
         return self.constant + kernel.T @ self.weights, np.sqrt(self.variance * share)
@@ -242,7 +246,7 @@ class _Process:
         neighborhood* (1983): with Q the inverse covariance without the constant's direction, a
         group's residual is Q_gg⁻¹ (Q y)_g and its covariance Q_gg⁻¹.
         """
-        inverse = cho_solve(self.factor, np.eye(len(self.x)))
+        inverse = self._solve(np.eye(len(self.x)))
         inverse -= np.outer(self.ones, self.ones) / self.ones.sum()
         pull = inverse @ self.y
         mean, deviation = self.y.copy(), np.empty(len(self.y))
@@ -303,7 +307,9 @@ class Predictor:
 
     def _told(self, mean: np.ndarray, deviation: np.ndarray, beyond: np.ndarray) -> Prediction:
         """Perplexity of log costs with these means and deviations."""
-        width = student_t.ppf((1 + CONFIDENCE) / 2, len(self.process.x) - 1) * deviation
+        from scipy.special import stdtrit  # Student's t; scipy.stats has the same, a second later
+
+        width = stdtrit(len(self.process.x) - 1, (1 + CONFIDENCE) / 2) * deviation
         logs = (mean - width, mean, mean + width)
         low, middle, high = (
             self.full_precision * np.exp(np.maximum(np.exp(np.minimum(log, np.log(_MOST))), floor))
@@ -337,6 +343,8 @@ def fit(points: Points) -> Predictor:
     TooFewRuns
         When fewer than ``NEEDED`` different plans are left.
     """
+    from scipy.optimize import minimize
+
     coarse = ~points.finest
     x = points.features[coarse]
     plans = len(np.unique(x.round(9), axis=0))

@@ -1,7 +1,9 @@
 """Many runs at one go: methods × bases and budgets × quantizers × evaluation texts.
 
-One load of the model, one profile, one quantization for all texts of a plan; each run is kept as
-it finishes and found when the sweep is begun again.
+One load of the model, one profile, one quantization for all texts of a plan, of those matrices
+that no plan before it had the same. A few plans at a time read the texts together, so that full
+precision reads them once for all of these. Each run is kept as it finishes and found when the
+sweep is begun again.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from lsq_core.evaluate import Protocol
 from lsq_core.jsontext import json_text, write_json
 from lsq_core.pipeline import (
     EvaluationRequest,
+    Quantized,
     Report,
     Workbench,
     plan_identity,
@@ -34,6 +37,9 @@ from lsq_core.provenance import versions
 ITEMS = "items.json"
 #: States of an item that has its figures, and of one that will never have any.
 FINISHED, FAILED = ("done", "found"), "failed"
+#: Plans that read the texts together: five times the work of one evaluation and a sixth for full
+#: precision, where they read alone ten. More would save little and make the first figures late.
+PLANS_AT_ONCE = 5
 #: Parts that an item's progress is told in.
 _PARTS = 1000
 
@@ -130,8 +136,7 @@ class _Sweep:
         self.plans: dict[PlanRequest, tuple[Plan, Profile | None]] = {}
         #: Why a request has no plan; trying again could measure a whole profile again.
         self.refused: dict[PlanRequest, str] = {}
-        self.done = self.total = 0
-        self.current = ""
+        self.total = 0
 
     def run(self) -> None:
         """Plan everything, look up what is there, make the rest."""
@@ -141,8 +146,13 @@ class _Sweep:
             self._trying(number, self._look_up)
         self.total = len(self._waiting())
         self._keep()
-        for _, numbers in itertools.groupby(self._waiting(), self._quantized_alike):
-            self._make(list(numbers))
+        while self._waiting():
+            self._make(self._next())
+
+    @property
+    def done(self) -> int:
+        """Items made, found or failed of those that had to be made."""
+        return self.total - len(self._waiting())
 
     def _waiting(self) -> list[int]:
         return [n for n, row in enumerate(self.rows) if row["state"] == "waiting"]
@@ -221,50 +231,115 @@ class _Sweep:
 
     # --- what has to be made ----------------------------------------------------------------
 
-    def _make(self, numbers: list[int]) -> None:
-        """Quantize once and evaluate on each text; all of them items of one plan."""
-        self.bench.report, outer = self._reporting(self.bench.report), self.bench.report
-        made = None
+    def _next(self) -> list[list[int]]:
+        """The items to make together next: those of some plans, a list a plan, on the same texts.
 
-        def evaluate(number: int) -> None:
-            nonlocal made
-            item = self.asked[number]
-            self._look_up(number)  # an item before it may have had the same plan
-            if self.rows[number]["state"] != "waiting":
-                return
-            self.current = item.title
-            if made is None:
-                plan, profile = self.plans[item.request]
-                kept = self._same_plan(item)["run"].tolist()
-                run = kept[0] if kept else None
-                made = self.bench.quantize(plan, profile, item.quantizer, run=run)
-            outcome = self.bench.measure(made, item.evaluation)
-            outcome["increase"] = outcome["increase"]["relative"]
-            self.rows[number] |= {"state": "done"} | {n: outcome[n] for n in _FIGURES}
+        There are as many plans as may be at once and as there is room for in memory. No two store
+        the same: the second is found once the first is kept.
+        """
+        chosen: list[list[int]] = []
+        identities, texts, room = [], [], self.bench.remembered_bytes
+        for _, alike in itertools.groupby(self._waiting(), self._quantized_alike):
+            items = {}
+            for number in alike:
+                items.setdefault(self.asked[number].evaluation, number)
+            request, quantizer = self._quantized_alike(next(iter(items.values())))
+            plan = self.plans[request][0]
+            identity = [*plan_identity(plan), quantizer]
+            if identity in identities:
+                continue
+            room -= plan.planned_bytes
+            if chosen and (room < 0 or list(items) != texts):
+                break
+            chosen.append(list(items.values()))
+            identities.append(identity)
+            texts = list(items)
+            if len(chosen) == PLANS_AT_ONCE:
+                break
+        return chosen
 
+    def _make(self, together: list[list[int]]) -> None:
+        """Make some plans' items; where that fails for all at once, each is tried alone."""
+        items = list(itertools.chain(*together))
+        for number in items:
+            self._trying(number, self._look_up)  # an item before may have had the same plan
+        self._keep()
+        if any(self.rows[number]["state"] != "waiting" for number in items):
+            return  # what is left of them comes next
+        if len(items) > 1:
+            try:
+                self._measure(together)
+            except Exception as error:
+                self.bench.report("sweep", self.done, self.total, f"one by one, since {error}")
+        for number in items:
+            self._trying(number, lambda alone: self._measure([[alone]]))
+            self._keep()
+
+    def _measure(self, together: list[list[int]]) -> None:
+        """Quantize each plan and evaluate them on their texts, full precision beside them all."""
+        order = [number for text in zip(*together, strict=True) for number in text]
+        outer = self.bench.report
+        told = _Round(outer, self.done, len(order), len(together), self.total)
+        told.title = self.asked[order[0]].title
+        self.bench.report = told.report
         try:
-            for number in numbers:
-                self._trying(number, evaluate)
-                self.done += 1
+            made = []
+            for numbers in together:
+                made.append(self._quantize(self.asked[numbers[0]]))
+                told.quantized += 1
+            outcomes = self.bench.measure(made, [self.asked[n].evaluation for n in together[0]])
+            for number in order:
+                told.number, told.title = self.done + 1, self.asked[number].title
+                outcome = next(outcomes)
+                outcome["increase"] = outcome["increase"]["relative"]
+                self.rows[number] |= {"state": "done"} | {n: outcome[n] for n in _FIGURES}
                 self._keep()
         finally:
             self.bench.report = outer
 
-    def _reporting(self, outer: Report) -> Report:
-        """Tells an item's progress as a part of the sweep's."""
-
-        def report(stage: str, done: int, total: int, message: str) -> None:
-            share = _share(stage, done / total if total else 0.0)
-            at = int(_PARTS * (self.done + share))
-            text = f"{self.done + 1} of {self.total}: {self.current} · {message}"
-            outer("sweep", at, _PARTS * self.total, text)
-
-        return report
+    def _quantize(self, item: Item) -> Quantized:
+        """The item's quantized model, of the run that has the same plan where one was kept."""
+        plan, profile = self.plans[item.request]
+        kept = self._same_plan(item)["run"].tolist()
+        return self.bench.quantize(plan, profile, item.quantizer, run=kept[0] if kept else None)
 
     def _keep(self) -> None:
         """Tell those who watch the job what came of each item so far."""
         if self.bench.folder_to_keep is not None:
             write_json(self.bench.folder_to_keep / ITEMS, {"items": self.rows})
+
+
+@dataclass
+class _Round:
+    """Tells the progress of items that are made together as a part of the sweep's.
+
+    ``before`` of the ``total`` items were made before them; ``number`` and ``title`` are those of
+    the item that is finished next.
+    """
+
+    outer: Report
+    before: int
+    size: int
+    plans: int
+    total: int
+    number: int = 0
+    title: str = ""
+    quantized: int = 0
+    reached: float = 0.0
+
+    def report(self, stage: str, done: int, total: int, message: str) -> None:
+        """Pass on what is told of one stage."""
+        part = done / total if total else 0.0
+        if stage == "quantize":
+            part = (self.quantized + part) / self.plans
+        self.reached = max(self.reached, _share(stage, part))
+        at = int(_PARTS * (self.before + self.reached * self.size))
+        number = self.number or self.before + 1
+        more = self.before + self.size - number
+        title = f"{self.title} and {more} more" if more else self.title
+        self.outer(
+            "sweep", at, _PARTS * self.total, f"{number} of {self.total}: {title} · {message}"
+        )
 
 
 #: What a row tells of its run, by the names of a run's outcome and of the store's results.
@@ -295,15 +370,16 @@ def _same_content(content: dict, plan: Plan) -> bool:
 
 
 def _share(stage: str, done: float) -> float:
-    """How much of an item is done, told by its stage; quantizing is short beside evaluating."""
-    shares = {"quantize": 0.05 * done, "evaluate": 0.05 + 0.95 * done, "store": 1.0}
+    """How much of a round is done, told by its stage; quantizing is short beside evaluating."""
+    shares = {"quantize": 0.05 * done, "evaluate": 0.05 + 0.95 * done}
     return shares.get(stage, 0.0)
 
 
 def estimate(runs: pd.DataFrame, asked: Sequence[Item]) -> float | None:
     """Seconds that items will take by a model's runs so far; None where those don't tell.
 
-    ``runs`` are of :meth:`lsq_core.store.Store.results`. Each text is read by two models.
+    ``runs`` are of :meth:`lsq_core.store.Store.results`. A few plans share what full precision
+    reads.
     """
     runs = runs[runs["tokens_per_second"] > 0]
     if runs.empty:
@@ -315,5 +391,6 @@ def estimate(runs: pd.DataFrame, asked: Sequence[Item]) -> float | None:
     ]
     quantized = len({(item.request, item.quantizer) for item in asked})
     seconds = quantized * runs["quantize_seconds"].median()
-    seconds += 2 * sum(tokens) / runs["tokens_per_second"].median()
+    full = 1 / min(PLANS_AT_ONCE, quantized)
+    seconds += (1 + full) * sum(tokens) / runs["tokens_per_second"].median()
     return float(seconds) if np.isfinite(seconds) else None

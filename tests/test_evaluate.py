@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 
 from lsq_core.config import LADDER
 from lsq_core.errors import InputError
-from lsq_core.evaluate import Protocol, compare_windows, evaluate, lay_windows
+from lsq_core.evaluate import (
+    Protocol,
+    Text,
+    compare_windows,
+    evaluate,
+    evaluate_together,
+    lay_windows,
+)
 from lsq_core.load import load_model
 from lsq_core.model import ModelSource
 from lsq_core.quantize import get_quantizer
@@ -101,6 +108,78 @@ def test_a_model_is_no_distance_from_itself(demo, ids):
     own, _ = evaluate(demo.model, ids[:600], protocol, bos=0, reference=demo.model)
     assert own.kl == pytest.approx(0, abs=1e-9)
     assert own.top1 == 1
+
+
+def together(demo, ids):
+    """Two models and two texts of different lengths, and each pair of them alone."""
+    models = [
+        quantize_model(demo.model, dict.fromkeys(demo.info.matrices, stop), get_quantizer("rtn"))
+        for stop in (LADDER[0], LADDER[5])
+    ]
+    texts = [Text(ids[:700], Protocol("a", 128, 64)), Text(ids[700:1000], Protocol("b", 128, 128))]
+    return models, texts
+
+
+def test_several_models_and_texts_in_one_pass_are_as_each_alone(demo, ids):
+    models, texts = together(demo, ids)
+    found = list(evaluate_together(models, texts, bos=0, reference=demo.model))
+    for pairs, text in zip(found, texts, strict=True):
+        for (own, full), model in zip(pairs, models, strict=True):
+            alone, full_alone = evaluate(
+                model, text.ids, text.protocol, bos=0, reference=demo.model
+            )
+            assert own.protocol == text.protocol.name
+            assert own.counts.tolist() == alone.counts.tolist()
+            assert own.nll == pytest.approx(alone.nll, rel=1e-5)
+            assert full.nll == pytest.approx(full_alone.nll, rel=1e-5)
+            assert (own.kl, own.top1) == pytest.approx((alone.kl, alone.top1), rel=1e-4)
+            assert full.kl is None
+
+
+def test_full_precision_runs_once_a_batch_whatever_is_beside_it(demo, ids):
+    models, texts = together(demo, ids)
+    read = []
+    hooks = [
+        m.register_forward_pre_hook(lambda m, args: read.append((id(m), args[0].numel())))
+        for m in (demo.model, *models)
+    ]
+    list(evaluate_together(models, texts, bos=0, reference=demo.model))
+    for hook in hooks:
+        hook.remove()
+    tokens = [sum(n for at, n in read if at == id(m)) for m in (demo.model, *models)]
+    windows = [w for text in texts for w in lay_windows(len(text.ids) + 1, text.protocol)]
+    assert tokens == [sum(w.stop - w.start for w in windows)] * 3
+
+
+def test_figures_of_the_first_text_come_before_the_second_is_read(demo, ids):
+    models, texts = together(demo, ids)
+    done = []
+    found = evaluate_together(
+        models, texts, bos=0, progress=lambda done_, total, message: done.append(done_ / total)
+    )
+    next(found)
+    assert done[-1] < 1
+    next(found)
+    assert done[-1] == 1
+
+
+def test_an_evaluation_cut_off_goes_on_with_the_windows_that_are_left(demo, ids, tmp_path):
+    """Also when no other model or text is beside it the second time."""
+    models, texts = together(demo, ids)
+    files = [[tmp_path / f"{t}-{m}.npz" for m in range(2)] for t in range(2)]
+
+    first = evaluate_together(models, texts, bos=0, reference=demo.model, checkpoints=files)
+    whole = next(first)  # the first text is kept whole, and so are the windows read with it
+    first.close()
+    read = []
+    hook = models[1].register_forward_pre_hook(lambda m, args: read.append(len(args[0])))
+    [[pair]] = evaluate_together(
+        models[1:], texts[:1], bos=0, reference=demo.model, checkpoints=[[files[0][1]]]
+    )
+    assert not read
+    assert pair[0].nll.tolist() == whole[1][0].nll.tolist()
+    assert (pair[0].kl, pair[1].perplexity) == (whole[1][0].kl, whole[1][1].perplexity)
+    hook.remove()
 
 
 @given(

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from scipy.stats import mstats
 
 from lsq_core.config import LADDER
 from lsq_core.errors import InputError, LsqError
@@ -96,6 +97,16 @@ def test_top_m_keeps_the_strongest():
 
 def test_a_flat_series_flags_nothing():
     assert detect_outliers(np.ones(32), ratios=True).flagged == ()
+
+
+@given(st.lists(st.floats(0.01, 100), min_size=3, max_size=90))
+def test_what_is_trimmed_is_what_scipy_trims(series):
+    found = detect_outliers(np.array(series), ratios=False)
+    limits = (0.05, 0.05)
+    mean = mstats.trimmed_mean(found.differences, limits=limits)
+    assert found.mean == pytest.approx(float(mean), abs=1e-9)
+    deviation = mstats.trimmed_std(found.differences, limits=limits, ddof=1)
+    assert found.deviation == pytest.approx(float(deviation), abs=1e-9)
 
 
 def test_shallow_models_are_told():

@@ -141,10 +141,10 @@ def test_a_result_of_other_circumstances_is_not_taken(
 def test_an_item_that_fails_stops_no_other(bench, settings, small_text, monkeypatch):
     whole = Workbench.measure
 
-    def breaks(self, made, request):
-        if made.plan.method == "uniform":
+    def breaks(self, made, requests):
+        if any(one.plan.method == "uniform" for one in made):
             raise RuntimeError("a defect")
-        return whole(self, made, request)
+        return whole(self, made, requests)
 
     monkeypatch.setattr(Workbench, "measure", breaks)
     rows = sweep.sweep(
@@ -168,6 +168,7 @@ def test_a_sweep_cut_off_goes_on_at_its_first_unfinished_item(
     bench, settings, small_text, tmp_path, monkeypatch
 ):
     items = asked([small_text])
+    monkeypatch.setattr(sweep, "PLANS_AT_ONCE", 2)
 
     class CutOff(BaseException):
         """What kills a process is no exception that anybody handles."""
@@ -303,3 +304,53 @@ def test_a_plan_that_cannot_be_made_is_tried_once(bench, settings, small_text, o
     with pytest.raises(LsqError, match="None of the 2 runs could be made; the first: The disk"):
         sweep.sweep(bench, items, settings)
     assert len(tried) == 1
+
+
+def test_plans_made_together_are_as_each_made_alone(bench, settings, small_text, monkeypatch):
+    """And full precision reads the text once for them all."""
+    items = asked([small_text], budgets=("2.6bpp", "3.2bpp", "3.6bpp"))
+    monkeypatch.setattr(sweep, "PLANS_AT_ONCE", 6)
+    read = count_calls(monkeypatch, "measure")
+    rows = sweep.sweep(bench, items, settings)
+    assert [len(made) for made, _ in read] == [6]
+    for item, row in zip(items, rows, strict=True):
+        alone = Workbench(bench.source, Store(bench.store.path.with_name("alone.duckdb")), "cpu")
+        plan, profile = alone.plan(item.request, settings)
+        outcome = alone.run(plan, profile, item.quantizer, item.evaluation)
+        for name in ("perplexity", "perplexity_full", "kl", "top1", "measured_bytes"):
+            assert row[name] == outcome[name]
+
+
+def test_what_is_alike_in_two_plans_is_quantized_once(bench, settings, small_text, monkeypatch):
+    from lsq_core.quantize import apply
+
+    made, whole = [], apply.quantize_matrix
+    monkeypatch.setattr(
+        apply, "quantize_matrix", lambda *a, **k: made.append((k["name"], a[1])) or whole(*a, **k)
+    )
+    items = asked([small_text], methods=("mxq",), budgets=("2.6bpp", "3.1bpp", "3.6bpp"))
+    sweep.sweep(bench, items, settings)
+    plans = [bench.plan(item.request, settings)[0] for item in items]
+    stops = [(matrix.name, config) for plan in plans for matrix, config in plan.choice.items()]
+    assert len(made) == len(set(made)) == len(set(stops)) < len(stops)
+
+
+def test_where_memory_is_short_plans_are_made_one_by_one(bench, settings, small_text, monkeypatch):
+    read = count_calls(monkeypatch, "measure")
+    bench.remembered_bytes = 0
+    rows = sweep.sweep(bench, asked([small_text]), settings)
+    assert [len(made) for made, _ in read] == [1] * 4
+    assert [row["state"] for row in rows] == ["done"] * 4
+
+
+def test_too_little_memory_for_all_at_once_is_no_failure(bench, settings, small_text, monkeypatch):
+    whole = Workbench.measure
+
+    def small(self, made, requests):
+        if len(made) > 1:
+            raise LsqError("cuda ran out of memory")
+        return whole(self, made, requests)
+
+    monkeypatch.setattr(Workbench, "measure", small)
+    rows = sweep.sweep(bench, asked([small_text]), settings)
+    assert [row["state"] for row in rows] == ["done"] * 4

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import json
+import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lsq_core.errors import InputError
+from lsq_core.errors import InputError, LsqError
+from lsq_core.jsontext import write_json
 from lsq_core.provenance import machine, versions
 
 #: Where each row is measured, in the order of the table.
@@ -35,7 +37,7 @@ ROWS = {
 }
 #: Times that each side is measured.
 REPEATS = 5
-#: Ratios as they were recorded on the machine that the README names.
+#: Ratios as they were recorded, each with the machine: the least of its repeats.
 RECORDED = Path(__file__).with_name("recorded.json")
 #: The least share of a recorded ratio that a machine may fall to before it counts as slower.
 SHARE_OF_RECORDED = 0.8
@@ -55,6 +57,10 @@ class Row:
         faster ours is.
     noise
         Half the range of those ratios (of our times where there are none), over the median.
+    least
+        The least of those ratios.
+    processor_s
+        Median processor time of ours, where a neighbour on the machine would decide the clock's.
     error, error_limit
         How far ours is from theirs, in what ``error_is`` says; None where both do the same work.
     target
@@ -71,6 +77,8 @@ class Row:
     theirs_s: float | None = None
     ratio: float | None = None
     noise: float | None = None
+    least: float | None = None
+    processor_s: float | None = None
     error: float | None = None
     error_limit: float | None = None
     error_is: str = ""
@@ -110,6 +118,7 @@ class Pair:
             "theirs_s": float(np.median(self.theirs)),
             "ratio": float(np.median(ratios)),
             "noise": spread(ratios),
+            "least": float(ratios.min()),
         }
 
 
@@ -160,8 +169,10 @@ def measure(
     Raises
     ------
     InputError
-        When there is no such row.
+        When there is no such row, or nothing to repeat.
     """
+    if repeats < 1:
+        raise InputError("repeats has to be at least 1.")
     unknown = [id for id in ids if id not in ROWS]
     if unknown:
         raise InputError(f"'{unknown[0]}' is not a benchmark; choose one of {', '.join(ROWS)}.")
@@ -175,18 +186,59 @@ def measure(
     return rows
 
 
-def to_json(rows: Sequence[Row], device: str = "cpu") -> dict:
+def to_json(rows: Sequence[Row]) -> dict:
     """The rows with where and by what they were measured."""
-    import torch
-
     return {
         "rows": [asdict(row) | {"missed": row.missed, "wrong": row.wrong} for row in rows],
-        "machine": machine(device),
+    } | circumstances()
+
+
+def circumstances() -> dict:
+    """The machine with its GPU, where there is one, the threads, and the versions."""
+    import torch
+
+    gpu = {"gpu": machine("cuda")} if torch.cuda.is_available() else {}
+    return {
+        "machine": machine("cpu"),
+        "processor": _processor(),
+        **gpu,
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }
 
 
+def _processor() -> str:
+    """The processor's own name, where the system tells it."""
+    told = Path("/proc/cpuinfo")
+    lines = told.read_text("utf8").splitlines() if told.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def record(rows: Sequence[Row]) -> None:
+    """Keep the ratios of these rows, the least of the repeats, in the place of earlier ones.
+
+    Raises
+    ------
+    LsqError
+        When an error is beyond its limit: faster and different is no gain.
+    """
+    wrong = [row.id for row in rows if row.wrong]
+    if wrong:
+        raise LsqError(
+            f"Nothing was recorded: the error of {', '.join(wrong)} is beyond its limit."
+        )
+    kept = _recorded()
+    for row in rows:
+        if row.least is not None:
+            kept[row.id] = {"ratio": row.least} | circumstances()
+    write_json(RECORDED, kept)
+
+
 def recorded() -> dict[str, float]:
-    """Ratio by id as recorded."""
-    return json.loads(RECORDED.read_text("utf8"))
+    """Ratio by id as recorded; a row that was never recorded has none."""
+    return {id: entry["ratio"] for id, entry in _recorded().items()}
+
+
+def _recorded() -> dict[str, dict]:
+    return json.loads(RECORDED.read_text("utf8")) if RECORDED.is_file() else {}

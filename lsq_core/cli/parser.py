@@ -106,6 +106,12 @@ def _add_comparing_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
         "--corpus": f"evaluation text: {_corpora()} (stdlib; repeatable)",
     }.items():
         sub.add_argument(option, action="append", default=[], help=text)
+    sub.add_argument(
+        "--remember",
+        default="1GiB",
+        metavar="BYTES",
+        help="quantized matrices kept in memory for the plans to come (1GiB)",
+    )
     _add_protocol(sub)
     _add_plan_details(sub)
 
@@ -168,8 +174,29 @@ def _add_keeping_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     sub = verb("disk", verbs.on_disk, show.disk, "what is kept on disk, and pruning it")
     sub.add_argument("--prune", metavar="NAME", help="delete one of what disk lists")
 
+    _add_bench(
+        verb("bench", verbs.bench, show.bench, "how fast this is, beside what people use today")
+    )
+
     sub = verb("app", verbs.app, lambda result: None, "serve the app on this machine")
     sub.add_argument("--port", type=int, default=8501)
+
+
+def _add_bench(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--only", action="append", default=[], metavar="ID", help="one row (repeatable; all rows)"
+    )
+    sub.add_argument("--repeats", type=int, default=5, help="times that each side is measured (5)")
+    sub.add_argument(
+        "--markdown",
+        dest="show",
+        action="store_const",
+        const=show.bench_markdown,
+        help="print the table as Markdown",
+    )
+    sub.add_argument(
+        "--record", action="store_true", help="keep the ratios that tests hold later ones against"
+    )
 
 
 def _corpora() -> str:

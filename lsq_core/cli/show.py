@@ -206,3 +206,67 @@ def disk(result: dict) -> None:
     """Print what is kept."""
     for item in result["kept"]:
         print(f"{format_bytes(item['bytes']):>12}  {item['kind']:<14} {item['name']}")
+
+
+#: Heads of the table of benchmarks.
+_BENCH = ("", "ours", "theirs", "ratio", "error", "noise", "target")
+
+
+def bench(result: dict) -> None:
+    """Print a row a benchmark, and where it was measured."""
+    print("{:<52} {:>9} {:>9} {:>8}  {:<22} {:>6}  {}".format(*_BENCH))
+    for row in result["rows"]:
+        if row["reason"]:
+            print(f"{row['what']:<52} not measured: {row['reason']}")
+            continue
+        print("{:<52} {:>9} {:>9} {:>8}  {:<22} {:>6}  {}".format(*_bench_cells(row)))
+        beside = f"{row['ours']}; theirs: {row['theirs']}" if row["theirs"] else row["ours"]
+        print(f"    {row['id']}: {beside}" + (f"; {row['error_is']}" if row["error_is"] else ""))
+    print(_bench_machine(result))
+
+
+def bench_markdown(result: dict) -> None:
+    """Print the same as a Markdown table."""
+    print(f"| {' | '.join(_BENCH)} |\n|---|{'---:|' * 3}---|---:|---|")
+    for row in result["rows"]:
+        if row["reason"]:
+            print(f"| {row['what']} | not measured: {row['reason']} | | | | | |")
+            continue
+        what, *figures = _bench_cells(row)
+        beside = f"{row['ours']}, against {row['theirs']}" if row["theirs"] else row["ours"]
+        print(f"| {what}: {beside} | {' | '.join(figures)} |")
+    print(f"\n{_bench_machine(result)}")
+
+
+def _bench_cells(row: dict) -> list[str]:
+    """A measured row in words, as the heads have it."""
+    aims = [f"≥ {row['target']:g}×"] if row["target"] is not None else []
+    aims += [f"≤ {duration(row['most_s'])}"] if row["most_s"] is not None else []
+    verdict = " (missed)" if row["missed"] else ""
+    error = "–"
+    if row["error"] is not None:
+        beyond = ", BEYOND IT" if row["wrong"] else ""
+        error = f"{row['error']:.2g} (limit {row['error_limit']:g}{beyond})"
+    return [
+        row["what"],
+        duration(row["ours_s"]),
+        "–" if row["theirs_s"] is None else duration(row["theirs_s"]),
+        "–" if row["ratio"] is None else f"{row['ratio']:.3g}×",
+        error,
+        "–" if row["noise"] is None else f"±{100 * row['noise']:.0f} %",
+        (", ".join(aims) or "–") + verdict,
+    ]
+
+
+def _bench_machine(result: dict) -> str:
+    places = ", ".join(filter(None, (result.get("gpu"), result["processor"], result["machine"])))
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    return f"Measured with {result['threads']} threads on {places}; {versions}."
+
+
+def duration(seconds: float) -> str:
+    """``0.0123`` as ``12.3 ms``: three significant figures."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} s"

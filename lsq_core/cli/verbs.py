@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lsq_core import disk, jobs
+from lsq_core.config import parse_bytes
 from lsq_core.corpus import corpus_identity
 from lsq_core.errors import InputError, LsqError
 from lsq_core.jsontext import write_json
@@ -233,6 +234,7 @@ def sweep(options: argparse.Namespace, report: Report) -> dict:
     from lsq_core import sweep as sweeps
 
     bench = _workbench(options, report)
+    bench.remembered_bytes = parse_bytes(options.remember)
     settings = _settings(options, bench, options.profile_quantizer, options.calibration)
     like = _plan_request(options, options.method[0] if options.method else "")
     asked = sweeps.items(
@@ -404,6 +406,20 @@ def on_disk(options: argparse.Namespace, report: Report) -> dict:
         "pruned": asdict(pruned) if pruned else None,
         "kept": [asdict(item) for item in disk.kept_on_disk(store)],
     }
+
+
+def bench(options: argparse.Namespace, report: Report) -> dict:
+    """Measure ours and theirs in turns; ``--record`` keeps the ratios."""
+    from lsq_core import bench as benchmarks
+
+    rows = benchmarks.measure(
+        options.only,
+        options.repeats,
+        lambda done, total, message: report("bench", done, total, message),
+    )
+    if options.record:
+        benchmarks.record(rows)
+    return benchmarks.to_json(rows)
 
 
 def app(options: argparse.Namespace, report: Report) -> dict:

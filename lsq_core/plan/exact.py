@@ -13,7 +13,6 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
-import pulp
 
 from lsq_core.plan.frontier import Answer, Frontier
 from lsq_core.plan.greedy import total
@@ -157,6 +156,8 @@ def _by_program(
     time_limit: float,
 ) -> Exact:
     """What the search left open, by an integer program; ``best`` is the best choice so far."""
+    import pulp
+
     usable = _open_stops(frontier, found, best)
     # CBC keeps to a bound only within its tolerance: where that let the plan slip over the
     # budget, it is solved again a millionth tighter, and only the bound of the first holds.
@@ -189,6 +190,8 @@ def _solve(
     frontier: Frontier, usable: np.ndarray, budget: float, gap: float, seconds: float
 ) -> tuple[np.ndarray | None, int]:
     """One integer program in which the budget is 1; the choice, or None, and PuLP's status."""
+    import pulp
+
     rows = [[int(j) for j in np.flatnonzero(row)] for row in usable]
     decided = {i: stops[0] for i, stops in enumerate(rows) if len(stops) == 1}
     left = budget - sum(frontier.nominal[i, j] for i, j in decided.items())

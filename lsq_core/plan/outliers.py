@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import mstats
 
 #: The share cut at each end before mean and deviation are taken, and the z-score to exceed.
 TRIM = 0.05
@@ -51,9 +50,9 @@ def detect_outliers(
         return Detection(np.zeros(0), np.nan, np.nan, np.zeros(0), ())
     with np.errstate(divide="ignore", invalid="ignore"):
         differences = series[1:] / series[:-1] if ratios else np.diff(series)
-        limits = (TRIM, TRIM)
-        mean = float(mstats.trimmed_mean(differences, limits=limits))
-        deviation = float(mstats.trimmed_std(differences, limits=limits, ddof=1))
+        cut = int(TRIM * len(differences))
+        trimmed = np.sort(differences)[cut : len(differences) - cut]
+        mean, deviation = float(trimmed.mean()), float(trimmed.std(ddof=1))
         z = np.abs(differences - mean) / deviation
     over = np.flatnonzero(z > threshold)
     strongest = over[np.argsort(-z[over], kind="stable")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import chain
 
 import torch
@@ -15,6 +16,7 @@ from lsq_core.load import get_weight, is_transposed, locate
 from lsq_core.model import Matrix
 from lsq_core.quantize.base import Quantizer
 from lsq_core.quantize.packed import PackedMatrix, quantize_matrix
+from lsq_core.quantize.remembered import Remembered
 
 Progress = Callable[[int, int, str], None]
 
@@ -111,25 +113,30 @@ def quantize_model(
     axis: int = 1,
     metadata: str = "8bit",
     progress: Progress = lambda done, total, message: None,
+    remembered: Remembered | None = None,
 ) -> nn.Module:
     """A quantized copy of ``model``; the original stays as it was and shares what isn't planned.
+
+    Matrices that are ``remembered``, of this very model, are not quantized again.
 
     Raises
     ------
     InputError, LsqError
         As :func:`lsq_core.quantize.packed.quantize_matrix`.
     """
+    remembered = remembered or Remembered(0)
+
+    def pack(matrix: Matrix, config: QuantConfig) -> PackedMatrix:
+        weight = get_weight(model, matrix)
+        return quantize_matrix(
+            weight, config, quantizer, axis=axis, metadata=metadata, name=matrix.name
+        )
+
     packed = {}
     for done, (matrix, config) in enumerate(choice.items()):
         progress(done, len(choice), matrix.name)
-        packed[matrix] = quantize_matrix(
-            get_weight(model, matrix),
-            config,
-            quantizer,
-            axis=axis,
-            metadata=metadata,
-            name=matrix.name,
-        )
+        key = matrix.name, config, quantizer.name, axis, metadata
+        packed[matrix] = remembered.get(key, partial(pack, matrix, config))
     progress(len(choice), len(choice), "quantized")
     quantized = shallow_copy(model)
     install(quantized, packed)

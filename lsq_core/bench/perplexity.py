@@ -1,0 +1,82 @@
+"""Perplexity of the demo model, and the strided loop that Hugging Face documents."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lsq_core.bench import Row, in_turns
+from lsq_core.corpus import load_corpus, token_stream
+from lsq_core.evaluate import Protocol, evaluate
+from lsq_core.load import load_model
+from lsq_core.model import ModelSource
+
+#: Tokens of the built-in text that both read on a CPU and on a GPU.
+TOKENS = {"cpu": 4096, "cuda": 65536}
+
+
+def perplexity(repeats: int) -> Row:
+    """On the GPU where there is one, else on the CPU."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    loaded = load_model(ModelSource("demo"), device, "float32")
+    corpus = load_corpus("stdlib", "evaluation")
+    ids = token_stream(corpus, loaded.tokenizer, TOKENS[device]).ids
+    bos = loaded.tokenizer.bos_token_id
+    return compare(loaded.model, ids, bos, loaded.info.context, repeats)
+
+
+def compare(model: nn.Module, ids: np.ndarray, bos: int | None, context: int, repeats: int) -> Row:
+    """Ours beside the plain loop, for any model and token ids (tokens,)."""
+    protocol = Protocol.named("strided", context)
+    device = next(model.parameters()).device
+    stream = torch.from_numpy(ids if bos is None else np.r_[bos, ids]).to(device)
+    found = {}
+
+    def ours() -> None:
+        found["ours"] = evaluate(model, ids, protocol, bos=bos)[0].perplexity
+
+    def theirs() -> None:
+        found["theirs"] = plain_loop(model, stream, protocol, bos)
+
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    pair = in_turns(ours, theirs, repeats, wait=wait)
+    parameters = sum(p.numel() for p in model.parameters())
+    return Row(
+        id="perplexity",
+        what=f"perplexity, {parameters / 1e6:.1f} M parameters, {len(ids):,} tokens",
+        ours="windows in batches, the head where tokens are scored",
+        theirs="transformers' strided loop",
+        **pair.figures,
+        error=abs(found["ours"] / found["theirs"] - 1),
+        error_limit=1e-4,
+        error_is="relative difference of the perplexity",
+        target=1.3 if device.type == "cpu" else 3.0,
+        device=str(device),
+        details={"protocol": protocol.name, "perplexity": found["ours"]},
+    )
+
+
+def plain_loop(model: nn.Module, stream: Tensor, protocol: Protocol, bos: int | None) -> float:
+    """A window at a time through the model's own loss ("Perplexity of fixed-length models").
+
+    Each window begins with the beginning-of-sequence token, as the protocol has it.
+    """
+    total, count, scored_to = 0.0, 0, 0
+    for begin in range(0, len(stream), protocol.scored):
+        end = min(begin + protocol.context, len(stream))
+        window = stream[None, begin:end].clone()
+        if bos is not None:
+            window[0, 0] = bos
+        labels = window.clone()
+        labels[:, : scored_to - begin] = -100
+        predicted = int((labels[:, 1:] != -100).sum())
+        with torch.no_grad():
+            total += float(model(window, labels=labels).loss) * predicted
+        count += predicted
+        scored_to = end
+        if end == len(stream):
+            break
+    return math.exp(total / count)

@@ -1,0 +1,104 @@
+"""Ten plans of one model in a sweep, and the same ten in runs that know nothing of each other."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from lsq_core.bench import Row, in_turns
+from lsq_core.model import ModelSource
+from lsq_core.pipeline import EvaluationRequest, Workbench
+from lsq_core.plan import PlanRequest
+from lsq_core.profile import ProfileSettings
+from lsq_core.store import Store
+from lsq_core.sweep import Item, items, sweep
+
+#: MXQ at ten sizes a tenth of a bit apart, as one drags the slider from 3.0 to 3.9 bits.
+BUDGETS = tuple(f"{3 + tenths / 10:.1f}bpp" for tenths in range(10))
+#: Tokens that each plan is evaluated on: two windows of the demo model, to choose among plans.
+TOKENS = 512
+#: What the plans are made from; how it was measured doesn't matter here.
+SETTINGS = ProfileSettings("rtn", samples=4, block_tokens=64)
+#: What must be the same of each run.
+SAME = ("perplexity", "kl", "top1", "measured_bytes")
+
+
+def replan10(repeats: int) -> Row:
+    """A sweep beside ten runs, each with a workbench of its own: load, plan, quantize, evaluate."""
+    asked = items(
+        [PlanRequest("mxq", budget=budget) for budget in BUDGETS],
+        ["hqq"],
+        [EvaluationRequest(max_tokens=TOKENS)],
+    )
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        prepared = Store(folder / "prepared.duckdb")
+        bench = Workbench(ModelSource("demo"), prepared, "cpu")
+        bench.profile(SETTINGS)
+        plans = [bench.plan(item.request, SETTINGS)[0] for item in asked]
+        both = _Both(asked, folder)
+        pair = in_turns(both.sweep, both.runs, repeats)
+    stops = [(matrix.name, config) for plan in plans for matrix, config in plan.choice.items()]
+    return Row(
+        id="replan10",
+        what=f"ten plans of the demo model, each on {TOKENS} tokens",
+        ours="one sweep",
+        theirs="ten runs on their own",
+        **pair.figures,
+        error=both.difference,
+        error_limit=1e-6,
+        error_is=f"largest relative difference of {', '.join(SAME)}",
+        target=3.0,
+        details={
+            "matrices": len(stops),
+            "different_matrices": len(set(stops)),
+            "quantizing_share_of_theirs": both.quantizing / both.seconds,
+        },
+    )
+
+
+class _Both:
+    """Both sides, each on a copy of its own of the prepared database."""
+
+    def __init__(self, asked: Sequence[Item], folder: Path) -> None:
+        self.asked, self.folder = asked, folder
+        self.number = 0
+        self.swept: list[dict] = []
+        self.run: list[dict] = []
+        self.seconds = 0.0
+
+    def _bench(self) -> Workbench:
+        self.number += 1
+        copy = self.folder / f"{self.number}.duckdb"
+        shutil.copy(self.folder / "prepared.duckdb", copy)
+        return Workbench(ModelSource("demo"), Store(copy), "cpu")
+
+    def sweep(self) -> None:
+        """Ours."""
+        self.swept = sweep(self._bench(), self.asked, SETTINGS)
+
+    def runs(self) -> None:
+        """Theirs."""
+        self.run, began = [], time.perf_counter()
+        for item in self.asked:
+            bench = self._bench()
+            plan, profile = bench.plan(item.request, SETTINGS)
+            self.run.append(bench.run(plan, profile, item.quantizer, item.evaluation))
+        self.seconds = time.perf_counter() - began
+
+    @property
+    def quantizing(self) -> float:
+        """Seconds of the ten runs in which they quantized."""
+        return sum(outcome["quantize_seconds"] for outcome in self.run)
+
+    @property
+    def difference(self) -> float:
+        """The largest relative difference between the two."""
+        pairs = [(a[n], b[n]) for a, b in zip(self.swept, self.run, strict=True) for n in SAME]
+        ours, theirs = np.array(pairs).T
+        return float(np.max(np.abs(ours - theirs) / np.abs(theirs)))

@@ -1,0 +1,119 @@
+"""How long until something can be done: importing the library, and a plan from a cold start.
+
+Each is a process of its own, from its first instruction to its last.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+import lsq_core
+from lsq_core.bench import Row, in_turns, spread, timed
+from lsq_core.errors import LsqError
+
+#: What must come without torch and without Streamlit.
+LIGHT = ("lsq_core", "lsq_core.plan", "lsq_core.store", "lsq_core.profile", "lsq_core.quantize")
+HEAVY = ("torch", "transformers", "streamlit")
+#: What a script of one's own begins with.
+TRANSFORMERS = ("-c", "import torch, transformers; transformers.AutoModelForCausalLM")
+
+
+def import_time(repeats: int) -> Row:
+    """``import lsq_core``; the error counts heavy packages that came with it or its parts."""
+    ours = _Process("-c", "import lsq_core")
+    seconds = np.array([timed(ours) for _ in range(repeats)])
+    names = f"import sys, {', '.join(LIGHT)}; print(len(set({HEAVY}) & set(sys.modules)))"
+    parts = {}
+    for name in LIGHT:
+        process = _Process("-c", f"import {name}")
+        process()
+        parts[f"{name}_processor_s"] = process.processor_s
+    return Row(
+        id="import",
+        what="import of the library",
+        ours="import lsq_core",
+        ours_s=float(np.median(seconds)),
+        noise=spread(seconds),
+        processor_s=ours.processor_s,
+        error=float(_Process("-c", names)()),
+        error_limit=0.0,
+        error_is="heavy packages imported",
+        most_s=0.5,
+        details=parts,
+    )
+
+
+def plan_cold(repeats: int) -> Row:
+    """``python -m lsq_core plan`` for a model whose profile is stored."""
+    from lsq_core.model import ModelSource
+    from lsq_core.pipeline import Workbench
+    from lsq_core.profile import ProfileSettings
+    from lsq_core.store import Store
+
+    settings = ProfileSettings("rtn", samples=4, block_tokens=64)
+    asked = ["--method", "mxq", "--budget", "3.2bpp", "--profile-quantizer", settings.quantizer]
+    asked += ["--samples", str(settings.samples), "--block-tokens", str(settings.block_tokens)]
+    with tempfile.TemporaryDirectory() as folder:
+        database = Path(folder) / "lsq.duckdb"
+        bench = Workbench(ModelSource("demo"), Store(database), "cpu")
+        profile = bench.profile(settings)
+        command = ["-m", "lsq_core", "plan", "--model", "demo", "--db", str(database), *asked]
+        ours, theirs = _Process(*command, "--json"), _Process(*TRANSFORMERS)
+        pair = in_turns(ours, theirs, repeats)
+    return Row(
+        id="plan_cold",
+        what="plan on a stored profile, as a whole process",
+        ours="python -m lsq_core plan",
+        theirs="import torch and transformers",
+        **pair.figures,
+        processor_s=ours.processor_s,
+        most_s=1.5,
+        details={"scores": len(profile.values), "settings": asdict(settings)},
+    )
+
+
+class _Process:
+    """Python with these arguments, run in the folder of this project whenever it is called."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.arguments = arguments
+        self.spent: list[float] = []
+
+    def __call__(self) -> str:
+        """What it prints.
+
+        Raises
+        ------
+        LsqError
+            When it fails.
+        """
+        before = _children_s()
+        done = subprocess.run(
+            [sys.executable, *self.arguments],
+            cwd=Path(lsq_core.__file__).parents[1],
+            env=os.environ | {"HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+        )
+        self.spent.append(_children_s() - before)
+        if done.returncode:
+            raise LsqError(f"python {' '.join(self.arguments)} failed: {done.stderr.strip()}")
+        return done.stdout
+
+    @property
+    def processor_s(self) -> float:
+        """Median seconds of processor time."""
+        return float(np.median(self.spent))
+
+
+def _children_s() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime

@@ -1,0 +1,120 @@
+"""Every row of the benchmark that this machine can measure, held against what was recorded.
+
+``python -m lsq_core bench --record``, on a machine that does nothing else, writes what was
+recorded. A ratio under 80 % of that fails, as does a row that was never recorded.
+"""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from lsq_core import bench
+from lsq_core.bench import ROWS, SHARE_OF_RECORDED, Pair, Row, measure, recorded
+from lsq_core.cli import main
+from lsq_core.errors import InputError, LsqError
+
+#: Rows that take more than ten seconds, each side being measured three times.
+SLOW = ("profile", "perplexity", "replan10", "plan_cold")
+#: Neighbours can slow a measurement down but never speed both sides up alike, so a row is slower
+#: only when it was so every time.
+ATTEMPTS = 3
+
+
+def shortfall(row: Row, known: dict[str, float]) -> str:
+    """What is too slow about a row, or ''."""
+    if row.most_s is not None:
+        spent = row.ours_s if row.processor_s is None else row.processor_s
+        if spent > row.most_s:
+            return f"{row.id} took {spent:.3g} s and may take {row.most_s:.3g} s"
+    if row.ratio is not None and row.device == "cpu":
+        if row.id not in known:
+            return f"{row.id} was never recorded; run bench --only {row.id} --record"
+        if row.ratio < SHARE_OF_RECORDED * known[row.id]:
+            return f"{row.id} is {row.ratio:.3g}×, and was {known[row.id]:.3g}× when recorded"
+    return ""
+
+
+@pytest.mark.parametrize(
+    "id", [pytest.param(id, marks=pytest.mark.slow) if id in SLOW else id for id in ROWS]
+)
+def test_row(id):
+    """Slow: a profile, ten runs and cold processes are measured again and again, side by side."""
+    for _ in range(ATTEMPTS):
+        (row,) = measure([id], repeats=3)
+        if row.reason:
+            pytest.skip(f"{id}: {row.reason}")
+        assert not row.wrong, f"{row.error_is} is {row.error}, limit {row.error_limit}"
+        slow = shortfall(row, recorded())
+        if not slow:
+            return
+    pytest.fail(slow)
+
+
+def test_what_is_too_slow():
+    known = {"x": 10.0}
+    fast = Row("x", "", ours_s=1.0, theirs_s=8.5, ratio=8.5)
+    assert shortfall(fast, known) == ""
+    assert "never recorded" in shortfall(fast, {})
+    assert "was 10×" in shortfall(Row("x", "", ours_s=1.0, theirs_s=7.9, ratio=7.9), known)
+    assert shortfall(Row("x", "", ours_s=1.0, ratio=1.0, device="cuda"), known) == ""
+    assert "may take 0.5 s" in shortfall(Row("x", "", ours_s=1.0, most_s=0.5), known)
+    assert shortfall(Row("x", "", ours_s=1.0, processor_s=0.4, most_s=0.5), known) == ""
+
+
+def test_what_counts_as_wrong_and_as_missed():
+    assert not Row("x", "", error=0.001, error_limit=0.001).wrong
+    assert Row("x", "", error=0.002, error_limit=0.001).wrong
+    assert Row("x", "", error=float("nan"), error_limit=0.001).wrong
+    assert not Row("x", "", reason="no GPU", target=20).missed
+    assert Row("x", "", ours_s=1.0, ratio=1.2, target=1.3).missed
+    assert Row("x", "", ours_s=1.0, most_s=0.5).missed
+
+
+def test_ratios_are_of_pairs():
+    figures = Pair(np.array([1.0, 2.0, 1.0]), np.array([4.0, 8.0, 3.0])).figures
+    assert (figures["ours_s"], figures["theirs_s"]) == (1.0, 4.0)
+    assert (figures["ratio"], figures["least"]) == (4.0, 3.0)
+    assert figures["noise"] == pytest.approx(1 / 8)
+
+
+def test_recording_keeps_the_slowest_and_the_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "RECORDED", tmp_path / "recorded.json")
+    assert recorded() == {}
+    bench.record([Row("a", "", ratio=4.0, least=3.0), Row("b", "", reason="no GPU")])
+    bench.record([Row("c", "", ratio=2.0, least=1.5)])
+    assert recorded() == {"a": 3.0, "c": 1.5}
+    assert {"machine", "threads", "versions"} < json.loads(bench.RECORDED.read_text())["a"].keys()
+    with pytest.raises(LsqError, match="error of c is beyond its limit"):
+        bench.record([Row("c", "", ratio=9.0, least=9.0, error=2.0, error_limit=1.0)])
+    assert recorded()["c"] == 1.5
+
+
+def test_the_verb_prints_the_table(monkeypatch, capsys):
+    rows = [
+        Row("perplexity", "perplexity of a model", "batches", "a loop", 0.5, 1.0, 2.0, 0.1, 2.0),
+        Row("solver_gpu", "the solver on a GPU", reason="there is no GPU here"),
+    ]
+    monkeypatch.setattr(bench, "measure", lambda ids, repeats, progress: rows)
+    assert main(["bench", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    told = result["rows"][0]
+    assert [told[n] for n in ("id", "ours_s", "theirs_s", "ratio")] == ["perplexity", 0.5, 1, 2]
+    assert main(["bench"]) == 0
+    shown = capsys.readouterr().out
+    assert "500 ms" in shown
+    assert "2×" in shown
+    assert "not measured: there is no GPU here" in shown
+    assert "threads on" in shown
+    assert main(["bench", "--markdown"]) == 0
+    assert "| perplexity of a model: batches, against a loop | 500 ms | 1 s | 2× |" in (
+        capsys.readouterr().out
+    )
+
+
+def test_a_row_that_is_not_there(capsys):
+    with pytest.raises(InputError, match="'nothing' is not a benchmark; choose one of solver_cpu"):
+        measure(["nothing"])
+    assert main(["bench", "--only", "import", "--repeats", "0"]) == 2
