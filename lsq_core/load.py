@@ -5,8 +5,10 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import psutil
 import torch
@@ -47,11 +49,21 @@ class LoadedModel:
     folder: Path
     device: str
     dtype: str
+    #: Whether weights are read as they are needed.
+    streamed: ClassVar[bool] = False
 
     @property
     def blocks(self) -> nn.ModuleList:
         """The decoder blocks, in order."""
         return find_blocks(self.model)[1]
+
+    def holding(self, name: str) -> AbstractContextManager:
+        """Have the weights of a block, or of one parameter in it, in memory; all are, here."""
+        return nullcontext()
+
+    def holding_entry(self) -> AbstractContextManager:
+        """Have what comes before the first block in memory; it is, here."""
+        return nullcontext()
 
 
 # --- devices and dtypes -------------------------------------------------------------------
@@ -113,18 +125,24 @@ def inspect_model(source: ModelSource) -> ModelInfo:
     folder = find_config(source)
     info = describe(skeleton(source, folder), source)
     if source.is_local:
-        files = weight_files(find_model(source))
-        return replace(
-            info,
-            fingerprint=fingerprint(folder),
-            file_bytes=sum(path.stat().st_size for path in files),
-            config=read_config(folder),
-        )
+        return with_files(info, find_model(source))
     return replace(info, file_bytes=remote_file_bytes(source), config=read_config(folder))
 
 
-def skeleton(source: ModelSource, folder: Path) -> nn.Module:
+def with_files(info: ModelInfo, folder: Path) -> ModelInfo:
+    """What a local model's files add to the description of its modules."""
+    return replace(
+        info,
+        fingerprint=fingerprint(folder),
+        file_bytes=sum(path.stat().st_size for path in weight_files(folder)),
+        config=read_config(folder),
+    )
+
+
+def skeleton(source: ModelSource, folder: Path, **settings: object) -> nn.Module:
     """The model's modules on the meta device: shapes without memory.
+
+    ``settings`` are those of transformers' ``from_config``, such as ``dtype``.
 
     Raises
     ------
@@ -135,7 +153,7 @@ def skeleton(source: ModelSource, folder: Path) -> nn.Module:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(
-                config, trust_remote_code=source.trust_remote_code
+                config, trust_remote_code=source.trust_remote_code, **settings
             )
     except (ValueError, KeyError, TypeError, AttributeError, ImportError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
@@ -276,7 +294,7 @@ def load_model(source: ModelSource, device: str = "auto", dtype: str = "auto") -
     info = describe(skeleton(source, folder), source)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
     compute_dtype = pick_dtype(dtype, target, config)
-    _check_memory(info, target, compute_dtype)
+    check_memory(info.source, info.parameters, target, compute_dtype)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -287,18 +305,11 @@ def load_model(source: ModelSource, device: str = "auto", dtype: str = "auto") -
         )
         model = model.to(target).eval().requires_grad_(False)
     except torch.OutOfMemoryError as error:
-        raise LsqError(_too_large(info, target, compute_dtype)) from error
+        raise LsqError(_too_large(info.source, info.parameters, target, compute_dtype)) from error
     except (ValueError, RuntimeError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
         raise InputError(f"The weights in {folder} cannot be loaded: {reason}") from error
-    files = weight_files(folder)
-    info = replace(
-        info,
-        fingerprint=fingerprint(folder),
-        file_bytes=sum(path.stat().st_size for path in files),
-        config=read_config(folder),
-    )
-    tokenizer = load_tokenizer(source, folder)
+    info, tokenizer = with_files(info, folder), load_tokenizer(source, folder)
     return LoadedModel(model, tokenizer, info, folder, str(target), str(compute_dtype)[6:])
 
 
@@ -323,15 +334,16 @@ def _free_bytes(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def _check_memory(info: ModelInfo, device: torch.device, dtype: torch.dtype) -> None:
-    if info.parameters * dtype.itemsize > _free_bytes(device):
-        raise LsqError(_too_large(info, device, dtype))
+def check_memory(name: str, parameters: int, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise :class:`LsqError` when a device has too little memory for so many parameters."""
+    if parameters * dtype.itemsize > _free_bytes(device):
+        raise LsqError(_too_large(name, parameters, device, dtype))
 
 
-def _too_large(info: ModelInfo, device: torch.device, dtype: torch.dtype) -> str:
-    need = format_bytes(info.parameters * dtype.itemsize)
+def _too_large(name: str, parameters: int, device: torch.device, dtype: torch.dtype) -> str:
+    need = format_bytes(parameters * dtype.itemsize)
     return (
-        f"'{info.source}' needs {need} in {str(dtype)[6:]} and {device} has "
+        f"'{name}' needs {need} in {str(dtype)[6:]} and {device} has "
         f"{format_bytes(_free_bytes(device))} free: choose another device or a smaller model."
     )
 
@@ -351,6 +363,11 @@ def locate(model: nn.Module, matrix: Matrix) -> tuple[nn.Module, str]:
         return model.get_submodule(matrix.name), "weight"
     path, parameter, _ = matrix.name.rsplit(".", 2)
     return model.get_submodule(path), parameter
+
+
+def parameter_name(matrix: Matrix) -> str:
+    """The full name of the parameter that holds a matrix, alone or in a stack."""
+    return f"{matrix.name}.weight" if matrix.expert is None else matrix.name.rpartition(".")[0]
 
 
 def last_logits(model: nn.Module, ids: torch.Tensor, keep: int) -> torch.Tensor:

@@ -176,6 +176,23 @@ class Workbench:
         return loaded
 
     @cached_property
+    def streamed(self) -> LoadedModel:
+        """The model with its weights left in their files; loaded where that can't be."""
+        self._need_weights()
+        from lsq_core.stream import NotStreamable, open_streamed
+
+        try:
+            with in_a_sentence(self.device):
+                streamed = open_streamed(self.source, self.device, self.dtype)
+        except NotStreamable as reason:
+            self.report("load", 0, 1, f"{reason}, so the whole model is loaded")
+            return self.loaded
+        self.store.save_model(streamed.info)
+        where = f"on {streamed.device} in {streamed.dtype}"
+        self.report("load", 1, 1, f"read one decoder block at a time, {where}")
+        return streamed
+
+    @cached_property
     def place(self) -> dict[str, str]:
         """The device and the dtype that the model computes on and in; needs no weights."""
         from transformers import AutoConfig
@@ -272,9 +289,10 @@ class Workbench:
 
     def _measure(self, settings: ProfileSettings, metrics: Sequence[str], stage: str) -> Profile:
         """A profile of these metrics alone, measured now."""
-        from lsq_core.profile.measure import measure_profile
+        from lsq_core.profile.measure import make_metrics, measure_profile
 
-        loaded = self.loaded
+        whole = "loaded" in self.__dict__ or any(m.needs_whole for m in make_metrics(metrics))
+        loaded = self.loaded if whole else self.streamed
         with in_a_sentence(loaded.device):
             return measure_profile(
                 loaded,

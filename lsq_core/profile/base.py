@@ -35,6 +35,8 @@ class Metric:
     name: str
     #: Whether it needs calibration text (hidden states and Gram matrices in the context).
     needs_text: bool
+    #: Whether it runs more than the block it scores, so that all weights have to be loaded.
+    needs_whole: bool = False
     #: The configurations it is measured at; none for one that needs no quantized weights.
     configs: Sequence[QuantConfig] = ()
     #: How many calibration blocks it reads, the first of them; None for all.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -16,19 +16,16 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lsq_core.load import LoadedModel, get_weight, last_logits, locate
+from lsq_core.load import LoadedModel, find_blocks, get_weight, is_transposed, last_logits, locate
 from lsq_core.model import Matrix
+from lsq_core.profile.replay import Call, Replay, first_of
 
 #: Token sequences that run through a block at once.
 BATCH = 8
 
 
-@dataclass(frozen=True, eq=False)
-class BlockCall:
-    """What a block is called with for one batch, besides the hidden states."""
-
-    args: tuple
-    kwargs: dict
+class _Reached(Exception):
+    """Ends a forward pass that has shown what it was run for."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +33,32 @@ class Part:
     """Matrices that the authors quantize together, and where the output is compared.
 
     ``container`` and ``output`` are module names inside the block ('' is the block itself).
+    ``linear`` is a part of one linear module, compared at its own output.
     """
 
     name: str
     matrices: tuple[Matrix, ...]
     container: str
     output: str
+    linear: bool = False
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """What is run again for it, and where the output is read."""
+        return self.container, self.output
+
+
+@dataclass(frozen=True, eq=False)
+class Observed:
+    """What one pass of a block over the calibration inputs shows."""
+
+    #: ``H = XᵀX`` (in, in) in float32 and the number of tokens, by matrix. Modules that read the
+    #: same input share one; an expert that no token reached has 0 tokens.
+    grams: dict[Matrix, tuple[Tensor, int]]
+    #: By :attr:`Part.place`, for parts that aren't linear.
+    replays: dict[tuple[str, str], Replay]
+    #: The hidden states that leave the block, a tensor a batch.
+    following: list[Tensor]
 
 
 @dataclass(eq=False)
@@ -56,7 +73,7 @@ class BlockContext:
     #: The calibration tokens, int64 (sequences, tokens), of which ``hidden`` has batches.
     ids: Tensor
     hidden: list[Tensor] = field(default_factory=list)
-    calls: list[BlockCall] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
 
     def weight(self, matrix: Matrix) -> Tensor:
         """The full-precision weight (out, in), a view."""
@@ -70,38 +87,63 @@ class BlockContext:
     def run(self) -> Iterator[Tensor]:
         """The block's output for each calibration batch."""
         for hidden, call in zip(self.hidden, self.calls, strict=True):
-            output = self.block(hidden, *call.args, **call.kwargs)
-            yield output[0] if isinstance(output, tuple) else output
+            yield first_of(self.block(hidden, *call.args, **call.kwargs))
 
     @cached_property
-    def grams(self) -> dict[Matrix, tuple[Tensor, int]]:
-        """``H = XᵀX`` (in, in) in float64 on a CPU, and the number of tokens, for each matrix.
-
-        One pass of the block. Modules that read the same input share one matrix. An expert that
-        no token reached has 0 tokens.
-        """
+    def observed(self) -> Observed:
+        """Gram matrices, what is replayed and what the next block gets, of one pass."""
         collector = _GramCollector(self)
-        with collector.watching():
-            for _ in self.run():
+        replays = {
+            part.place: Replay(*map(self.block.get_submodule, part.place))
+            for part in self.parts
+            if not part.linear
+        }
+        following = []
+        with ExitStack() as stack:
+            stack.enter_context(collector.watching())
+            for replay in replays.values():
+                stack.enter_context(replay.recording())
+            for output in self.run():
+                following.append(output)
                 collector.end_batch()
-        return collector.result()
+        return Observed(collector.result(), replays, following)
 
     @cached_property
     def parts(self) -> tuple[Part, ...]:
         """The authors' parts of this block, found from its structure (see :func:`find_parts`)."""
         return find_parts(self)
 
+    @cached_property
+    def units(self) -> list[tuple[Matrix, ...]]:
+        """Matrices that are quantized together: those of a part, or each alone without inputs."""
+        return [part.matrices for part in self.parts] if self.hidden else list(zip(self.matrices))
+
     @contextmanager
     def replaced(self, weights: dict[Matrix, Tensor]) -> Iterator[None]:
         """Put other weights in for a while; the original ones are put back, never read again."""
-        kept = {m: self.weight(m).clone() for m in weights}
-        try:
+        with ExitStack() as stack:
             for matrix, weight in weights.items():
-                self.weight(matrix).copy_(weight)
+                stack.callback(self._replace(matrix, weight))
             yield
-        finally:
-            for matrix, weight in kept.items():
-                self.weight(matrix).copy_(weight)
+
+    def _replace(self, matrix: Matrix, weight: Tensor) -> Callable[[], None]:
+        """Put one weight in; returns what puts the original one back."""
+        holder, name = locate(self.loaded.model, matrix)
+        before = getattr(holder, name)
+        if matrix.expert is None:
+            after = (weight.T if is_transposed(holder) else weight).to(before.dtype)
+            setattr(holder, name, nn.Parameter(after, requires_grad=False))
+            return lambda: setattr(holder, name, before)
+        place = self.weight(matrix)
+        kept = place.clone()
+        place.copy_(weight)
+        return lambda: place.copy_(kept)
+
+    def advance(self) -> None:
+        """Make the hidden states those that leave the block, for the block after it."""
+        seen = self.__dict__.pop("observed", None)
+        for batch, output in enumerate(seen.following if seen else self.run()):
+            self.hidden[batch] = output
 
 
 # --- Gram matrices ---------------------------------------------------------------------------
@@ -143,9 +185,12 @@ class _GramCollector:
         self.key_of[matrix] = matrix
         self.key_by_input[id(inputs)] = matrix
         self.alive.append(inputs)  # an id is only an identity while its object lives
-        rows = inputs.reshape(-1, inputs.shape[-1]).to(_gram_dtype(inputs.device))
-        before, tokens = self.sums.get(matrix, (0.0, 0))
-        self.sums[matrix] = (before + rows.T @ rows, tokens + rows.shape[0])
+        rows = inputs.reshape(-1, inputs.shape[-1]).float()
+        if matrix not in self.sums:
+            self.sums[matrix] = (rows.T @ rows, len(rows))
+            return
+        gram, tokens = self.sums[matrix]
+        self.sums[matrix] = (gram.addmm_(rows.T, rows), tokens + len(rows))
 
     def end_batch(self) -> None:
         self.key_by_input.clear()
@@ -159,10 +204,6 @@ class _GramCollector:
                 size = matrix.in_features
                 none[matrix] = (torch.zeros(size, size, device=device), 0)
         return none | {m: self.sums[key] for m, key in self.key_of.items()}
-
-
-def _gram_dtype(device: torch.device) -> torch.dtype:
-    return torch.float64 if device.type == "cpu" else torch.float32
 
 
 class _ExpertWatcher(TorchFunctionMode):
@@ -226,7 +267,7 @@ def find_parts(context: BlockContext) -> tuple[Part, ...]:
         first_name, last_name = names[container]
         if before:
             parts.append(Part(first_name, before, around, output))
-        parts.append(Part(last_name, last, around, output))
+        parts.append(Part(last_name, last, around, output, linear=single))
     return tuple(parts)
 
 
@@ -268,25 +309,28 @@ def _execution_order(context: BlockContext) -> dict[str, int]:
 # --- the walk ----------------------------------------------------------------------------------
 
 
-def record_calls(loaded: LoadedModel, ids: Tensor) -> tuple[list[list[BlockCall]], list[Tensor]]:
+def record_calls(loaded: LoadedModel, ids: Tensor) -> tuple[list[list[Call]], list[Tensor]]:
     """How each block is called for each batch, and the hidden states that enter the first one.
 
-    ``ids`` is int64 (sequences, tokens). Blocks are passed through without computing, so this
-    costs the embedding alone; each keeps its own masks and positions, which differ between the
-    layers of some models.
+    ``ids`` is int64 (sequences, tokens). Blocks are passed through without computing and nothing
+    runs after them, so this costs the embedding alone; each keeps its own masks and positions,
+    which differ between the layers of some models.
     """
-    calls: list[list[BlockCall]] = [[] for _ in loaded.blocks]
+    returns_tuple = return_kinds(loaded, ids)
+    calls: list[list[Call]] = [[] for _ in returns_tuple]
     hidden: list[Tensor] = []
 
-    def note(layer: int, states: Tensor, args: tuple, kwargs: dict) -> Tensor:
+    def note(layer: int, states: Tensor, args: tuple, kwargs: dict) -> object:
         if layer == 0:
             hidden.append(states)
-        calls[layer].append(BlockCall(args, kwargs))
-        return states
+        calls[layer].append(Call(args, kwargs))
+        if layer + 1 == len(calls):
+            raise _Reached
+        return (states,) if returns_tuple[layer] else states
 
-    with _in_place_of_blocks(loaded, len(loaded.blocks), return_kinds(loaded, ids), note):
+    with loaded.holding_entry():
         for batch in ids.split(BATCH):
-            last_logits(loaded.model, batch, 1)
+            _run_to_the_end(loaded, batch, note)
     return calls, hidden
 
 
@@ -299,22 +343,48 @@ def resume(
     blocks before it are passed by. With ``layer`` the number of blocks, only what comes after
     the last one runs. The model's own code does the rest, whatever its architecture.
     """
-    with _in_place_of_blocks(loaded, layer, returns_tuple, lambda *_: hidden):
+
+    def given(layer: int, *_: object) -> object:
+        return (hidden,) if returns_tuple[layer] else hidden
+
+    with _in_place_of_blocks(loaded, layer, given):
         return last_logits(loaded.model, ids, ids.shape[1])
+
+
+def return_kinds(loaded: LoadedModel, ids: Tensor) -> list[bool]:
+    """Whether each block returns a tuple, seen by running one of each class on a few tokens."""
+    prefix, blocks = find_blocks(loaded.model)
+    kinds: dict[type, bool] = {}
+
+    def run(layer: int, states: Tensor, args: tuple, kwargs: dict) -> object:
+        block = blocks[layer]
+        kind = type(block)
+        if kind not in kinds:
+            with loaded.holding(f"{prefix}.{layer}"):
+                kinds[kind] = isinstance(kind.forward(block, states, *args, **kwargs), tuple)
+        if layer + 1 == len(blocks):
+            raise _Reached
+        return (states,) if kinds[kind] else states
+
+    with loaded.holding_entry():
+        _run_to_the_end(loaded, ids[:1, :8], run)
+    return [kinds[type(block)] for block in blocks]
+
+
+def _run_to_the_end(loaded: LoadedModel, ids: Tensor, output: Callable) -> None:
+    """Run the model with ``output`` in place of every block, until that raises `_Reached`."""
+    with suppress(_Reached), _in_place_of_blocks(loaded, len(loaded.blocks), output):
+        last_logits(loaded.model, ids, 1)
 
 
 @contextmanager
 def _in_place_of_blocks(
-    loaded: LoadedModel, count: int, returns_tuple: list[bool], output: Callable[..., Tensor]
+    loaded: LoadedModel, count: int, output: Callable[..., object]
 ) -> Iterator[None]:
     """Have ``output(layer, states, args, kwargs)`` give what the first blocks would."""
 
     def stand_in(layer: int) -> Callable:
-        def forward(states: Tensor, *args: object, **kwargs: object) -> object:
-            given = output(layer, states, args, kwargs)
-            return (given,) if returns_tuple[layer] else given
-
-        return forward
+        return lambda states, *args, **kwargs: output(layer, states, args, kwargs)
 
     blocks = loaded.blocks[:count]
     try:
@@ -324,18 +394,3 @@ def _in_place_of_blocks(
     finally:
         for block in blocks:
             block.__dict__.pop("forward", None)
-
-
-def return_kinds(loaded: LoadedModel, ids: Tensor) -> list[bool]:
-    """Whether each block returns a tuple, seen by running a few tokens of ``ids``."""
-    kinds: list[bool] = []
-    handles = [
-        block.register_forward_hook(lambda m, a, output: kinds.append(isinstance(output, tuple)))
-        for block in loaded.blocks
-    ]
-    try:
-        last_logits(loaded.model, ids[:1, :8], 1)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return kinds

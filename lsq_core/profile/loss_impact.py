@@ -13,6 +13,7 @@ from lsq_core.config import QuantConfig
 from lsq_core.model import Matrix
 from lsq_core.profile.base import Metric, Score
 from lsq_core.profile.context import BATCH, BlockContext, resume, return_kinds
+from lsq_core.profile.weight_error import squared_norm
 
 #: Logits held at once, in numbers: sequences are batched up to this.
 _LOGITS_AT_ONCE = 2**25
@@ -34,6 +35,7 @@ class LossImpact(Metric):
 
     name = "loss_impact"
     needs_text = True
+    needs_whole = True
     #: The probe: groups of 32 fill every matrix that can be planned, and a budget is lost at two
     #: bits first. One will do, as KL is near enough to linear in the squared error: on the demo
     #: model the impact at 2.51 and 4.51 bits is 1.01 and 1.00 times that at 3.25 in the median.
@@ -50,14 +52,22 @@ class LossImpact(Metric):
         self, context: BlockContext, config: QuantConfig, quantized: dict[Matrix, Tensor]
     ) -> Iterator[Score]:
         """One score for each matrix."""
-        rest = _Rest(context, self.sequences)
+        rest = _rest_of(context, self.sequences)
         for matrix, weight in quantized.items():
-            error = (context.weight(matrix).float() - weight).double().norm()
+            error = squared_norm(context.weight(matrix).float() - weight)
             with context.replaced({matrix: weight}):
                 divergence = rest.divergence()
             unreached = divergence == 0 and matrix.expert is not None
-            value = math.nan if unreached else divergence / max(float(error) ** 2, _TINY)
+            value = math.nan if unreached else divergence / max(error, _TINY)
             yield Score(matrix, self.name, None, value)
+
+
+def _rest_of(context: BlockContext, sequences: int) -> _Rest:
+    """The rest of the model, kept with the block at which it begins."""
+    kept = context.__dict__
+    if "_rest" not in kept:
+        kept["_rest"] = _Rest(context, sequences)
+    return kept["_rest"]
 
 
 class _Rest:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from importlib import import_module
+from itertools import groupby
 
 import pandas as pd
 import torch
@@ -13,14 +14,14 @@ from torch import Tensor
 
 from lsq_core.config import LADDER, QuantConfig, divides
 from lsq_core.corpus import TokenBlocks, calibration_blocks, load_corpus
-from lsq_core.load import LoadedModel, find_blocks
+from lsq_core.load import LoadedModel, find_blocks, parameter_name
 from lsq_core.model import Matrix, ModelInfo
 from lsq_core.profile import DEFAULT_METRICS, METRICS, Profile, ProfileSettings
 from lsq_core.profile.base import Metric, Score
 from lsq_core.profile.context import BlockContext, record_calls
 from lsq_core.provenance import machine, versions
 from lsq_core.quantize import get_quantizer
-from lsq_core.quantize.packed import check_finite, quantize_matrix
+from lsq_core.quantize.packed import check_finite, round_trip
 
 Progress = Callable[[int, int, str], None]
 
@@ -82,6 +83,7 @@ def measure_profile(
             "device": loaded.device,
             "machine": machine(loaded.device),
             "dtype": loaded.dtype,
+            "streamed": loaded.streamed,
             "versions": versions(),
             "seconds": time.perf_counter() - began,
         },
@@ -124,18 +126,21 @@ def _walk(loaded: LoadedModel, ids: Tensor) -> Iterator[BlockContext]:
         matrices = tuple(m for m in loaded.info.matrices if m.layer == layer)
         name = f"{prefix}.{layer}"
         context = BlockContext(loaded, layer, name, block, matrices, ids, hidden, calls[layer])
-        if matrices:
-            yield context
-        hidden = list(context.run())
+        with loaded.holding(name):
+            if matrices:
+                yield context
+            if layer + 1 < len(blocks):
+                context.advance()
 
 
 def _weights_alone(loaded: LoadedModel, ids: Tensor) -> Iterator[BlockContext]:
-    """Each block in turn without any inputs, for metrics that need no text."""
+    """Each parameter in turn without any inputs, for metrics that need no text."""
     prefix, blocks = find_blocks(loaded.model)
-    for layer, block in enumerate(blocks):
-        matrices = tuple(m for m in loaded.info.matrices if m.layer == layer)
-        if matrices:
-            yield BlockContext(loaded, layer, f"{prefix}.{layer}", block, matrices, ids)
+    for name, found in groupby(loaded.info.matrices, parameter_name):
+        matrices = tuple(found)
+        layer = matrices[0].layer
+        with loaded.holding(name):
+            yield BlockContext(loaded, layer, f"{prefix}.{layer}", blocks[layer], matrices, ids)
 
 
 def _score_block(
@@ -146,29 +151,31 @@ def _score_block(
     for metric in metrics:
         for score in metric.once(context):
             yield metric, score
-    for config in LADDER:
-        asking = [metric for metric in metrics if config in metric.configs]
-        quantized = _quantize_block(context, config, settings) if asking else {}
-        for metric in asking:
-            for score in metric.at_config(context, config, quantized):
-                yield metric, score
+    if not any(metric.configs for metric in metrics):
+        return
+    for unit in context.units:
+        for config in LADDER:
+            asking = [metric for metric in metrics if config in metric.configs]
+            quantized = _quantize(context, unit, config, settings) if asking else {}
+            for metric in asking:
+                for score in metric.at_config(context, config, quantized):
+                    yield metric, score
 
 
-def _quantize_block(
-    context: BlockContext, config: QuantConfig, settings: ProfileSettings
+def _quantize(
+    context: BlockContext, unit: Sequence[Matrix], config: QuantConfig, settings: ProfileSettings
 ) -> dict[Matrix, Tensor]:
     """What each matrix becomes, float32, for those that the group size divides."""
     quantizer = get_quantizer(settings.quantizer)
     return {
-        matrix: quantize_matrix(
-            context.weight(matrix),
+        matrix: round_trip(
+            context.weight(matrix).float(),
             config,
             quantizer,
             axis=settings.axis,
             metadata=settings.metadata,
-            name=matrix.name,
-        ).dequantize()
-        for matrix in context.matrices
+        )
+        for matrix in unit
         if divides(matrix.numel, config.group_size)
     }
 

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from lsq_core.config import LADDER, QuantConfig
 from lsq_core.model import Matrix
 from lsq_core.profile.base import Metric, Score
 from lsq_core.profile.context import BlockContext
+
+
+def squared_norm(values: Tensor) -> float:
+    """``Σ v²`` of (…, n): over n in the dtype of the values, over the rest in float64."""
+    return float(torch.linalg.vector_norm(values, dim=-1).double().square().sum())
 
 
 class WeightError(Metric):
@@ -24,5 +30,5 @@ class WeightError(Metric):
     ) -> Iterator[Score]:
         """One score for each matrix; ``quantized`` holds float32 (out, in)."""
         for matrix, weight in quantized.items():
-            error = (context.weight(matrix).float() - weight).double().norm()
-            yield Score(matrix, self.name, config, float(error))
+            error = squared_norm(context.weight(matrix).float() - weight) ** 0.5
+            yield Score(matrix, self.name, config, error)

@@ -143,7 +143,7 @@ class PackedMatrix:
         """The weights (out, in), computed in float32 and then cast."""
         numel = self.shape[0] * self.shape[1]
         codes = unpack_bits(self.codes, self.config.bits, numel).view(-1, self.config.group_size)
-        groups = codes.float().sub_(self.zero.decode()[:, None]).mul_(self.scale.decode()[:, None])
+        groups = _decode(codes, self.scale, self.zero)
         return from_groups(groups, self.shape, self.axis).to(dtype)
 
     @classmethod
@@ -205,13 +205,42 @@ def quantize_matrix(
         )
     weight = weight.float()
     check_finite(weight, name)
+    codes, scale, zero = _on_stored_grid(weight, config, quantizer, axis, metadata)
+    packed = pack_bits(codes.flatten(), config.bits)
+    return PackedMatrix(packed, scale, zero, tuple(weight.shape), config, axis)
+
+
+def round_trip(
+    weight: Tensor,
+    config: QuantConfig,
+    quantizer: Quantizer,
+    *,
+    axis: int = 1,
+    metadata: str = "8bit",
+) -> Tensor:
+    """What :func:`quantize_matrix` and dequantizing give, without packing in between.
+
+    ``weight`` is finite float32 (out, in) that groups of ``config.group_size`` fill.
+    """
+    codes, scale, zero = _on_stored_grid(weight, config, quantizer, axis, metadata)
+    return from_groups(_decode(codes, scale, zero), tuple(weight.shape), axis)
+
+
+def _on_stored_grid(
+    weight: Tensor, config: QuantConfig, quantizer: Quantizer, axis: int, metadata: str
+) -> tuple[Tensor, Metadata, Metadata]:
+    """Codes (groups, group_size), scale and zero of a float32 matrix."""
     groups = to_groups(weight, config.group_size, axis)
     grid = _steady_constant_groups(groups, quantizer.solve(weight, config, axis), config.bits)
     scale = Metadata.store(grid.scale, metadata, config.meta_group_size)
     zero = Metadata.store(grid.zero, metadata, config.meta_group_size)
     codes = round_to_grid(groups, Grid(_divisor(scale.decode()), zero.decode()), config.bits)
-    packed = pack_bits(codes.flatten(), config.bits)
-    return PackedMatrix(packed, scale, zero, tuple(weight.shape), config, axis)
+    return codes, scale, zero
+
+
+def _decode(codes: Tensor, scale: Metadata, zero: Metadata) -> Tensor:
+    """Weights (groups, group_size) in float32."""
+    return codes.float().sub_(zero.decode()[:, None]).mul_(scale.decode()[:, None])
 
 
 def check_finite(weight: Tensor, name: str) -> None:

@@ -1,0 +1,190 @@
+"""How much memory profiling takes, on random models of any size.
+
+Each model is made, profiled in a process of its own while this one watches its anonymous memory
+(RssAnon; mapped files apart), and deleted. The full size that the limits are about takes long on
+a small machine, so it is run by hand::
+
+    python -m lsq_core.bench.memory 0.5 1 2 --folder /tmp        # kurtosis and weight error
+    python -m lsq_core.bench.memory 0.5 --text                   # sensitivity as well
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lsq_core.config import format_bytes
+from lsq_core.model import DEMO_FOLDER, ModelSource
+from lsq_core.profile import DEFAULT_METRICS, WEIGHT_METRICS, ProfileSettings
+
+GIB = 2**30
+#: Limits for 8 GiB of weights, in bytes of RssAnon: what weights alone tell, and with text.
+MOST_WEIGHTS = int(2.5 * GIB)
+MOST_TEXT = 4 * GIB
+#: Seconds between two looks at the process: a matrix takes longer than that.
+_BETWEEN = 0.005
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Memory and time of one profile; ``base`` is RssAnon before the model is opened, in bytes."""
+
+    weight_bytes: int
+    base: int
+    peak: int
+    seconds: float
+
+
+def random_config(weight_bytes: int, layers: int = 32) -> object:
+    """A Llama whose decoder blocks hold about so many bytes in bfloat16."""
+    from transformers import LlamaConfig
+
+    # A block of width h and 8h/3 within holds 4h² + 3·h·(8h/3) = 12 h² weights of two bytes.
+    hidden = max(1, round((weight_bytes / layers / 24) ** 0.5 / 128)) * 128
+    return LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=round(hidden * 8 / 3 / 128) * 128,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 64,
+        vocab_size=32_000,
+        max_position_embeddings=2048,
+        bos_token_id=0,
+        eos_token_id=0,
+        dtype="bfloat16",
+    )
+
+
+def write_random_model(folder: Path, weight_bytes: int, layers: int = 32) -> int:
+    """A random model in shards of one block each; bytes of its decoder blocks.
+
+    Never more than a block is in memory.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    from lsq_core.load import find_blocks, skeleton
+
+    folder.mkdir(parents=True)
+    random_config(weight_bytes, layers).save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(DEMO_FOLDER / file, folder / file)
+    model = skeleton(ModelSource(str(folder)), folder, dtype=torch.bfloat16)
+    prefix = find_blocks(model)[0]
+    shards: dict[str, dict] = {}
+    for name, parameter in model.named_parameters():
+        inside = name.startswith(f"{prefix}.")
+        shard = name.removeprefix(f"{prefix}.").partition(".")[0] if inside else "other"
+        shards.setdefault(f"model-{shard}.safetensors", {})[name] = parameter.shape
+    generator = torch.Generator().manual_seed(0)
+    where, held = {}, 0
+    for file, shapes in shards.items():
+        tensors = {name: _random(shape, generator) for name, shape in shapes.items()}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        where |= dict.fromkeys(shapes, file)
+        held += 0 if "other" in file else sum(t.nbytes for t in tensors.values())
+    index = {"metadata": {}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), "utf8")
+    return held
+
+
+def _random(shape: Sequence[int], generator: object) -> object:
+    import torch
+
+    if len(shape) == 1:
+        return torch.ones(shape, dtype=torch.bfloat16)
+    return torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+
+
+def measure(folder: Path, weight_bytes: int, *options: str) -> Peak:
+    """Profile a model in a process of its own and watch its memory; ``options`` as :func:`main`'s.
+
+    Raises
+    ------
+    RuntimeError
+        When the process fails.
+    """
+    command = [sys.executable, "-m", __spec__.name, "--profile", str(folder), *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    peak = 0
+    for now in _anonymous(process):
+        peak = max(peak, now)
+    output, _ = process.communicate()
+    if process.returncode:
+        raise RuntimeError(f"profiling {folder} failed; see above")
+    told = json.loads(output)
+    return Peak(weight_bytes, told["base"], max(peak, told["base"]), told["seconds"])
+
+
+def _anonymous(process: subprocess.Popen) -> Iterator[int]:
+    """RssAnon of a process in bytes, over and over until it ends."""
+    while process.poll() is None:
+        try:
+            yield rss_anon(process.pid)
+        except (OSError, StopIteration):
+            return
+        time.sleep(_BETWEEN)
+
+
+def rss_anon(pid: int | str = "self") -> int:
+    """Bytes of anonymous memory that a process has resident (Linux)."""
+    lines = Path(f"/proc/{pid}/status").read_text("utf8").splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
+
+
+def profile(folder: Path, text: bool, quantizer: str) -> dict[str, float]:
+    """Profile a model in this process, its blocks streamed; seconds, and memory before it."""
+    import torch  # noqa: F401 - what it takes by itself is no part of a model's
+
+    from lsq_core.profile.measure import measure_profile
+    from lsq_core.stream import open_streamed
+
+    base, began = rss_anon(), time.perf_counter()
+    measure_profile(
+        open_streamed(ModelSource(str(folder)), "cpu"),
+        ProfileSettings(quantizer=quantizer),
+        "memory",
+        metrics=DEFAULT_METRICS if text else WEIGHT_METRICS,
+    )
+    return {"base": base, "seconds": time.perf_counter() - began}
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Print a line for each size."""
+    parser = argparse.ArgumentParser(prog="python -m lsq_core.bench.memory", description=__doc__)
+    parser.add_argument("gib", nargs="*", type=float, help="GiB of weights in the decoder blocks")
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--text", action="store_true", help="measure sensitivity as well")
+    parser.add_argument("--quantizer", default="hqq", help="hqq, or rtn to be done sooner")
+    parser.add_argument("--folder", help="where models are made; the system's temporary folder")
+    parser.add_argument("--profile", type=Path, help=argparse.SUPPRESS)
+    asked = parser.parse_args(words)
+    if asked.profile:
+        print(json.dumps(profile(asked.profile, asked.text, asked.quantizer)))
+        return 0
+    options = ["--quantizer", asked.quantizer, *(["--text"] if asked.text else [])]
+    print("weights     RssAnon: before     peak       seconds   s/GiB")
+    for gib in asked.gib:
+        with tempfile.TemporaryDirectory(dir=asked.folder) as made:
+            folder = Path(made) / "model"
+            held = write_random_model(folder, int(gib * GIB), asked.layers)
+            found = measure(folder, held, *options)
+        print(
+            f"{format_bytes(held):>9} {format_bytes(found.base):>16} "
+            f"{format_bytes(found.peak):>10} {found.seconds:>12.1f} "
+            f"{found.seconds / held * GIB:>7.1f}",
+            flush=True,
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
