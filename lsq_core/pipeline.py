@@ -19,7 +19,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lsq_core import predict
-from lsq_core.config import DETECTION_CONFIG, LADDER, QuantConfig, format_bytes
+from lsq_core.config import (
+    DETECTION_CONFIG,
+    LADDER,
+    QuantConfig,
+    format_bytes,
+    nominal_bytes,
+    stop_index,
+)
 from lsq_core.corpus import corpus_identity, load_corpus, token_stream
 from lsq_core.errors import InputError, LsqError
 from lsq_core.jsontext import json_text
@@ -34,6 +41,7 @@ from lsq_core.plan import (
     make_plan,
 )
 from lsq_core.plan.pins import with_pins
+from lsq_core.plan.problem import TOLERANCE
 from lsq_core.profile import (
     METRICS,
     WEIGHT_METRICS,
@@ -42,7 +50,7 @@ from lsq_core.profile import (
     missing_metrics,
 )
 from lsq_core.provenance import machine, versions
-from lsq_core.quantize import QUANTIZERS
+from lsq_core.quantize import about, check_choice, packages, refusal
 from lsq_core.quantize.manifest import RUN, is_quantized_folder, read_manifest
 from lsq_core.store import PUBLISHED, Store, new_id
 
@@ -57,6 +65,9 @@ if TYPE_CHECKING:
 
 #: How the profiles were measured that published plans were made from (method §2).
 PUBLISHED_SETTINGS = ProfileSettings(axis=0, calibration="pileval")
+
+#: The settings of a profile that name its calibration text, and how much of it is read.
+_CALIBRATION = ("calibration", "samples", "block_tokens", "seed")
 
 #: Called with a stage, how much of it is done, of how much, and what is being done.
 Report = Callable[[str, int, int, str], None]
@@ -385,18 +396,20 @@ class Workbench:
         request: EvaluationRequest,
         save: Path | None = None,
         plan_name: str = "",
+        settings: ProfileSettings | None = None,
     ) -> dict:
         """Quantize by a plan, evaluate beside full precision, keep everything.
 
-        Returns the plan's JSON with ``perplexity``, ``perplexity_full``, ``measured_bytes``,
-        ``kl``, ``top1`` and times added.
+        ``settings`` name the text for a quantizer that is calibrated. Returns the plan's JSON
+        with ``perplexity``, ``perplexity_full``, ``measured_bytes``, ``kl``, ``top1`` and times
+        added.
 
         Raises
         ------
         InputError, LsqError
             When an input is wrong, the device has too little memory, or the disk is full.
         """
-        made = self.quantize(plan, profile, quantizer, save, plan_name)
+        made = self.quantize(plan, profile, quantizer, save, plan_name, settings=settings)
         return self.measure(made, request)
 
     def quantize(
@@ -407,30 +420,30 @@ class Workbench:
         save: Path | None = None,
         plan_name: str = "",
         run: str | None = None,
+        settings: ProfileSettings | None = None,
     ) -> Quantized:
         """Quantize by a plan, and save the model where that is asked for.
 
-        ``run`` is that of a run kept before, to which more evaluations are to be added.
+        ``run`` is that of a run kept before, to which more evaluations are to be added;
+        ``settings`` name the text for a quantizer that is calibrated.
 
         Raises
         ------
         InputError, LsqError
             When an input is wrong, the device has too little memory, or the disk is full.
         """
-        if quantizer not in QUANTIZERS:
-            raise InputError(
-                f"'{quantizer}' is not a quantizer; choose one of {', '.join(QUANTIZERS)}."
-            )
+        check_choice(quantizer, plan.choice, plan.axis)
+        plan = by_quantizer(plan, quantizer, settings or self.default_settings)
         run = run or self._run_id(plan, quantizer)
         saved = save is not None and self._is_saved(save, run)
         if save is not None and not saved:
             from lsq_core.quantize.artifact import check_target
 
             check_target(save)
-        quantized, seconds = self._quantize(plan, quantizer)
+        quantized, seconds = self._quantize(plan)
         if save is not None and not saved:
-            self._save(quantized, plan, profile, quantizer, run, save)
-        row = self._run_row(plan, quantizer, quantized, seconds, save)
+            self._save(quantized, plan, profile, run, save)
+        row = self._run_row(plan, quantized, seconds, save)
         return Quantized(run, quantized, plan, profile, row, plan_name)
 
     def measure(self, made: Quantized, request: EvaluationRequest) -> dict:
@@ -464,21 +477,19 @@ class Workbench:
         """Whether this very run saved its model here before it was cut off."""
         return is_quantized_folder(save) and read_manifest(save, RUN)["run"] == run
 
-    def _quantize(self, plan: Plan, quantizer: str) -> tuple[nn.Module, float]:
+    def _quantize(self, plan: Plan) -> tuple[nn.Module, float]:
         """The quantized model and the seconds it took."""
         from lsq_core.quantize import get_quantizer
-        from lsq_core.quantize.apply import measured_bytes, quantize_model
+        from lsq_core.quantize.apply import measured_bytes
 
         loaded = self.loaded
         began = time.perf_counter()
         with in_a_sentence(loaded.device):
-            quantized = quantize_model(
-                loaded.model,
+            quantized = get_quantizer(plan.quantizer).quantize_model(
+                loaded,
                 plan.choice,
-                get_quantizer(quantizer),
-                axis=plan.axis,
-                metadata=plan.metadata,
-                progress=lambda done, total, name: self.report("quantize", done, total, name),
+                ProfileSettings(axis=plan.axis, metadata=plan.metadata, **plan.calibration or {}),
+                lambda done, total, name: self.report("quantize", done, total, name),
             )
         measured = measured_bytes(quantized)
         if measured != plan.planned_bytes:
@@ -493,7 +504,6 @@ class Workbench:
         quantized: nn.Module,
         plan: Plan,
         profile: Profile | None,
-        quantizer: str,
         run_id: str,
         folder: Path,
     ) -> None:
@@ -502,7 +512,6 @@ class Workbench:
         self.report("save", 0, 1, f"saving to {folder}")
         manifest = plan.to_json() | {
             "run": run_id,
-            "quantizer": quantizer,
             "profile": profile.id if profile else None,
             "profile_provenance": profile.provenance if profile else None,
             "source": self.source.name,
@@ -510,7 +519,7 @@ class Workbench:
             "fingerprint": self.info.fingerprint,
             "device": self.loaded.device,
             "dtype": self.loaded.dtype,
-            "versions": versions(),
+            "versions": versions(*packages([plan.quantizer])),
         }
         size = save_quantized(
             quantized, self.loaded.tokenizer, manifest, folder, self.loaded.folder
@@ -520,7 +529,6 @@ class Workbench:
     def _run_row(
         self,
         plan: Plan,
-        quantizer: str,
         quantized: nn.Module,
         seconds: float,
         save: Path | None,
@@ -531,7 +539,7 @@ class Workbench:
         return {
             "fingerprint": self.info.fingerprint,
             "method": plan.method,
-            "quantizer": quantizer,
+            "quantizer": plan.quantizer,
             "measured_bytes": measured,
             "model_bytes": measured + plan.other_bytes,
             "quantize_seconds": seconds,
@@ -540,7 +548,7 @@ class Workbench:
             "machine": machine(self.loaded.device),
             "dtype": self.loaded.dtype,
             "seed": plan.request.seed,
-            "versions": json_text(versions()),
+            "versions": json_text(versions(*packages([plan.quantizer]))),
         }
 
     def evaluate(
@@ -596,10 +604,53 @@ def provenance_of(where: dict[str, str], request: EvaluationRequest, tokenizer: 
     }
 
 
+def by_quantizer(plan: Plan, quantizer: str, settings: ProfileSettings) -> Plan:
+    """The plan as a quantizer will carry it out: its bytes, and the text that it reads, if any.
+
+    A plan of a run that is done again has its text with it.
+    """
+    if plan.quantizer == quantizer and plan.calibration:
+        return plan
+    text = {name: getattr(settings, name) for name in _CALIBRATION}
+    calibrated = about(quantizer).calibrated
+    return replace(plan, quantizer=quantizer, calibration=text if calibrated else None)
+
+
+def refusal_of(problem: Problem, request: PlanRequest, quantizer: str, axis: int) -> str:
+    """Why no plan of a request can be carried out by a quantizer, as far as that is known now.
+
+    In a sentence, '' where nothing stands against it; the plan itself has to be checked as well
+    (:func:`lsq_core.quantize.check_choice`).
+
+    Raises
+    ------
+    InputError
+        When the request itself is wrong.
+    """
+    if request.base:
+        base = LADDER[stop_index(request.base)]
+        pinned = with_pins(problem, request.pins)
+        stop = LADDER.index(base)
+        free = (pinned.low <= stop) & (stop <= pinned.high)
+        kept = [m for m, is_free in zip(problem.matrices, free, strict=True) if is_free]
+        return refusal(quantizer, dict.fromkeys(kept, base) if kept else {}, axis)
+    reason, budget = refusal(quantizer, {}, axis), request.budget_for(problem)
+    if reason or budget is None:
+        return reason
+    configs = about(quantizer).configs
+    smallest = sum(min(nominal_bytes(m.numel, c) for c in configs) for m in problem.matrices)
+    if budget.nominal_bytes * (1 + TOLERANCE) >= smallest:
+        return ""
+    return (
+        f"{about(quantizer).title} supports {', '.join(c.name for c in configs)}, which take at "
+        f"least {problem.in_words(smallest)}; a budget of {budget.text} is below that."
+    )
+
+
 def plan_identity(plan: Plan) -> list[object]:
     """What two plans share that store the same, whatever they were asked for."""
     configs = [(matrix.name, config.name) for matrix, config in plan.choice.items()]
-    return [plan.method, plan.metadata, plan.axis, sorted(configs)]
+    return [plan.method, plan.metadata, plan.axis, plan.calibration, sorted(configs)]
 
 
 def _digest(*parts: object) -> str:

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from lsq_core.config import LADDER, QuantConfig, divides
+from lsq_core.config import QuantConfig, divides
 from lsq_core.corpus import TokenBlocks, calibration_blocks, load_corpus
 from lsq_core.load import LoadedModel, find_blocks
 from lsq_core.model import Matrix, ModelInfo
@@ -19,7 +19,7 @@ from lsq_core.profile import DEFAULT_METRICS, METRICS, Profile, ProfileSettings
 from lsq_core.profile.base import Metric, Score
 from lsq_core.profile.context import BlockContext, record_calls
 from lsq_core.provenance import machine, versions
-from lsq_core.quantize import get_quantizer
+from lsq_core.quantize import about, get_quantizer, packages
 from lsq_core.quantize.packed import check_finite, quantize_matrix
 
 Progress = Callable[[int, int, str], None]
@@ -53,6 +53,7 @@ def measure_profile(
         When a weight is NaN or infinite.
     """
     began = time.perf_counter()
+    get_quantizer(settings.quantizer)  # one that can't run here is told before the text is read
     blocks = calibration_of(loaded, settings)
     made = make_metrics(metrics)
     ids = torch.from_numpy(blocks.ids).to(loaded.device)[: _most_sequences(made)]
@@ -82,7 +83,7 @@ def measure_profile(
             "device": loaded.device,
             "machine": machine(loaded.device),
             "dtype": loaded.dtype,
-            "versions": versions(),
+            "versions": versions(*packages([settings.quantizer])),
             "seconds": time.perf_counter() - began,
         },
     )
@@ -146,7 +147,7 @@ def _score_block(
     for metric in metrics:
         for score in metric.once(context):
             yield metric, score
-    for config in LADDER:
+    for config in about(settings.quantizer).configs:
         asking = [metric for metric in metrics if config in metric.configs]
         quantized = _quantize_block(context, config, settings) if asking else {}
         for metric in asking:
