@@ -15,7 +15,7 @@ from lsq_core.jobs import Job
 from lsq_core.model import ModelInfo
 from lsq_core.plan import Problem
 from lsq_core.profile import Profile, ProfileSettings, missing_metrics
-from lsq_core.quantize import QUANTIZERS
+from lsq_core.quantize import MATRIX_WISE
 from lsq_core.store import Store
 from lsq_core.ui import arguments, jobs_panel, known, state, words
 from lsq_core.ui.page import Here, headline
@@ -94,7 +94,7 @@ def settings_bar() -> ProfileSettings:
             + "\n- or **hf:org/name**, or a text file's path",
         )
     chosen = [
-        ("Quantizer", "profile_quantizer", list(QUANTIZERS)),
+        ("Quantizer", "profile_quantizer", list(MATRIX_WISE)),
         ("Grouping axis", "axis", [1, 0]),
         ("Metadata", "metadata", list(METADATA_FORMATS)),
     ]
