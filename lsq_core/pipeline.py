@@ -43,6 +43,7 @@ from lsq_core.plan import (
 from lsq_core.plan.pins import with_pins
 from lsq_core.plan.problem import TOLERANCE
 from lsq_core.profile import (
+    LOSS_PROBE,
     METRICS,
     WEIGHT_METRICS,
     Profile,
@@ -236,6 +237,12 @@ class Workbench:
         unknown = [metric for metric in metrics if metric not in METRICS]
         if unknown:
             raise InputError(f"'{unknown[0]}' is not a metric; choose one of {', '.join(METRICS)}.")
+        known = about(settings.quantizer)
+        if "loss_impact" in metrics and LOSS_PROBE not in known.configs:
+            raise InputError(
+                f"Loss impact is measured at {LOSS_PROBE.name}, which {known.title} doesn't have; "
+                "plan with a profile by hqq or rtn (--profile-quantizer)."
+            )
         found = self.find_profile(settings)
         if self.published:
             if found is None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from lsq_core import quantize
 from lsq_core.audit import audit_folder, audit_run
@@ -250,6 +253,67 @@ def test_what_gptqmodel_says_went_wrong_is_told(random_model, settings, monkeypa
     choice = dict.fromkeys(loaded.info.matrices, QuantConfig(4, 64))
     with pytest.raises(LsqError, match=r"gptqmodel could not quantize .*No module named"):
         get_quantizer(name).quantize_model(loaded, choice, settings, lambda *_: None)
+
+
+#: Decodes random words by the package's own code: GPTQ's kernel module, and AWQ's function.
+_THEIRS = """
+import sys
+import torch
+from safetensors.torch import save_file
+from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm
+from gptqmodel.quantization.config import FORMAT
+from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
+
+out, width, group = 64, 96, 32
+words = torch.Generator().manual_seed(0)
+draw = lambda *shape: torch.randint(-2**31, 2**31, shape, dtype=torch.int64, generator=words).int()
+found = {}
+for bits in (2, 3, 4, 8):
+    linear = TorchLinear(
+        bits=bits, group_size=group, sym=True, desc_act=False, in_features=width,
+        out_features=out, register_buffers=True, format=FORMAT.GPTQ,
+    )
+    linear.qweight, linear.scales = draw(width * bits // 32, out), torch.rand(3, out).half()
+    # Zeros of symmetric weights, as the format keeps them: less one.
+    codes = torch.full((3, out), 2 ** (bits - 1) - 1, dtype=torch.int64)
+    stream = ((codes[..., None] >> torch.arange(bits)) & 1).flatten(1).view(3, -1, 32)
+    linear.qzeros = (stream << torch.arange(32)).sum(-1).to(torch.int32)
+    linear.g_idx = torch.arange(width, dtype=torch.int32) // group
+    for name in ("qweight", "qzeros", "scales", "g_idx"):
+        found[f"gptq{bits}.{name}"] = getattr(linear, name).clone()
+    convert_gptq_v1_to_v2_format_module(linear, bits, torch.int32)
+    linear.eval()
+    found[f"gptq{bits}.theirs"] = TorchLinear.dequantize_weight(linear).float().T.contiguous()
+for bits in (2, 3, 4):
+    qweight, qzeros = draw(width, out * bits // 32), draw(3, out * bits // 32)
+    scales = torch.rand(3, out).bfloat16()
+    theirs = dequantize_gemm(qweight, qzeros, scales.float(), bits, group).T.contiguous()
+    parts = {"qweight": qweight, "qzeros": qzeros, "scales": scales, "theirs": theirs}
+    found |= {f"awq{bits}.{name}": tensor for name, tensor in parts.items()}
+save_file(found, sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+@installed("gptq")
+def test_words_decode_as_gptqmodel_decodes_them(tmp_path):
+    """Slow: importing the package alone takes ten seconds and more, in a process of its own."""
+    path = tmp_path / "words.safetensors"
+    subprocess.run([sys.executable, "-c", _THEIRS, str(path)], check=True, capture_output=True)
+    found = load_file(path)
+    for case in dict.fromkeys(name.partition(".")[0] for name in found):
+        name, bits = case[:-1], int(case[-1])
+        parts = {n.partition(".")[2]: t for n, t in found.items() if n.startswith(f"{case}.")}
+        theirs = parts.pop("theirs")
+        config = QuantConfig(bits, 32)
+        kinds = {
+            n: t.dtype for n, t in empty_tensors(about(name).layout((64, 96), config, "")).items()
+        }
+        assert {n: t.dtype for n, t in parts.items()} == kinds
+        ours = quantize.matrix_kind(name).from_tensors(parts, (64, 96), config, 1).dequantize()
+        # Their GPTQ multiplies in half precision.
+        torch.testing.assert_close(ours, theirs, rtol=2e-3 if name == "gptq" else 1e-6, atol=1e-6)
 
 
 @pytest.mark.slow

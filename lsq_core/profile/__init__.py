@@ -34,6 +34,8 @@ METRICS = {
 DEFAULT_METRICS = tuple(name for name in METRICS if name != "loss_impact")
 #: What the weights alone tell, without any text: cheap, and measured first.
 WEIGHT_METRICS = ("kurtosis", "weight_error")
+#: The one configuration that loss impact is measured at; a quantizer without it has none.
+LOSS_PROBE = QuantConfig(2, 32)
 
 
 @dataclass(frozen=True)

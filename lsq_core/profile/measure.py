@@ -19,7 +19,7 @@ from lsq_core.profile import DEFAULT_METRICS, METRICS, Profile, ProfileSettings
 from lsq_core.profile.base import Metric, Score
 from lsq_core.profile.context import BlockContext, record_calls
 from lsq_core.provenance import machine, versions
-from lsq_core.quantize import about, get_quantizer, packages
+from lsq_core.quantize import about, check_choice, get_quantizer, packages
 from lsq_core.quantize.packed import check_finite, quantize_matrix
 
 Progress = Callable[[int, int, str], None]
@@ -48,12 +48,13 @@ def measure_profile(
     Raises
     ------
     InputError
-        When the calibration corpus cannot be had or is too short.
+        When the quantizer cannot run here or group like this, or the calibration corpus cannot be
+        had or is too short.
     LsqError
         When a weight is NaN or infinite.
     """
     began = time.perf_counter()
-    get_quantizer(settings.quantizer)  # one that can't run here is told before the text is read
+    check_choice(settings.quantizer, {}, settings.axis)
     blocks = calibration_of(loaded, settings)
     made = make_metrics(metrics)
     ids = torch.from_numpy(blocks.ids).to(loaded.device)[: _most_sequences(made)]

@@ -50,6 +50,11 @@ class About:
     install: str = ""
 
     @property
+    def takes_metadata(self) -> bool:
+        """Whether scale and zero are stored in a format that can be chosen."""
+        return self.layout is layout.packed
+
+    @property
     def configs(self) -> tuple[QuantConfig, ...]:
         """The stops of the ladder that it supports."""
         return tuple(config for config in LADDER if config.bits in self.bits)
