@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.requirements-installed
 
-.PHONY: help run test test-fast lint format clean
+.PHONY: help run gptqmodel test test-fast lint format clean
 .DEFAULT_GOAL := help
 
 help:  ## Say what each target does
@@ -11,6 +11,9 @@ help:  ## Say what each target does
 
 run: $(READY)  ## Serve the app on http://127.0.0.1:8501
 	$(BIN)/python -m lsq_core app
+
+gptqmodel: $(READY)  ## Add GPTQ and AWQ, by gptqmodel; nothing else needs it
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps -r lsq_core/quantize/gptqmodel.txt
 
 test: $(READY)  ## Run every test; browser tests need Chromium and are skipped by name without it
 	$(BIN)/python -m pytest

@@ -8,23 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from math import ceil, prod
 from pathlib import Path
 
-from lsq_core.config import LADDER, QuantConfig, planned_bytes
+from lsq_core.config import METADATA_FORMATS, QuantConfig
 from lsq_core.errors import InputError
 from lsq_core.model import MANIFEST, Matrix, ModelSource, safetensors_header
 from lsq_core.pipeline import Report, remake, saved_folder, silent
+from lsq_core.quantize import QUANTIZERS, about
+from lsq_core.quantize.layout import Layout, Stored, stored_bytes
 from lsq_core.quantize.manifest import RUN, WEIGHTS, read_manifest
 from lsq_core.store import Store
 
-#: The parts of a packed matrix, as :class:`lsq_core.quantize.packed.PackedMatrix` names them.
-PARTS = ("codes", "scale_values", "scale_ranges", "zero_values", "zero_ranges")
-#: Bytes of a number by its dtype's name in a safetensors header.
-_ITEMSIZE = {"U8": 1, "I8": 1, "F16": 2, "BF16": 2, "F32": 4, "F64": 8, "I32": 4, "I64": 8}
-
-#: Shape of each stored tensor of a matrix and its dtype's name.
-Stored = dict[str, tuple[tuple[int, ...], str]]
+#: Names of the tensors that matrices are stored in, by any quantizer.
+PARTS = {
+    name
+    for known in QUANTIZERS.values()
+    for metadata in METADATA_FORMATS
+    for name in known.layout((32, 32), known.configs[0], metadata)
+}
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,8 @@ def audit(
     Parameters
     ----------
     plan
-        What :meth:`lsq_core.plan.Plan.to_json` gives: its ``modules`` and ``metadata``.
+        What :meth:`lsq_core.plan.Plan.to_json` gives: its ``modules``, ``metadata`` and
+        ``quantizer``.
     matrices
         The model's matrices, for their shapes.
     stored
@@ -112,19 +114,21 @@ def audit(
     if strangers:
         raise InputError(f"The plan names {strangers[0]}, which the model doesn't have.")
     lines = [
-        _line(shapes[name], entry, plan["metadata"], stored.get(name, {}))
+        _line(shapes[name], entry, plan, stored.get(name, {}))
         for name, entry in plan["modules"].items()
     ]
     for name in sorted(set(stored) - set(plan["modules"])):
-        bytes = _bytes(stored[name])
+        bytes = stored_bytes(stored[name])
         lines.append(Line(name, None, "", "nothing", 0, "a packed matrix", bytes, False))
     return Audit(source, tuple(lines))
 
 
-def _line(matrix: Matrix, entry: dict, metadata: str, stored: Stored) -> Line:
-    config = QuantConfig(entry["bits"], entry["group_size"])
-    expected = expected_tensors(matrix.numel, config, metadata)
-    found = _told(matrix.numel, stored)
+def _line(matrix: Matrix, entry: dict, plan: dict, stored: Stored) -> Line:
+    config, metadata = QuantConfig(entry["bits"], entry["group_size"]), plan["metadata"]
+    known = about(plan.get("quantizer", "hqq"))
+    shape = (matrix.out_features, matrix.in_features)
+    expected = known.layout(shape, config, metadata)
+    found = _told(shape, known.layout, known.configs, stored)
     if stored and stored != expected and found == config.name:
         found += " with other metadata"
     return Line(
@@ -132,41 +136,25 @@ def _line(matrix: Matrix, entry: dict, metadata: str, stored: Stored) -> Line:
         layer=matrix.layer,
         type=matrix.type,
         planned=config.name,
-        planned_bytes=planned_bytes(matrix.numel, config, metadata),
+        planned_bytes=stored_bytes(expected),
         stored=found,
-        stored_bytes=_bytes(stored),
+        stored_bytes=stored_bytes(stored),
         agrees=stored == expected,
     )
 
 
-def expected_tensors(numel: int, config: QuantConfig, metadata: str) -> Stored:
-    """The tensors that a matrix of ``numel`` weights is stored in."""
-    groups = ceil(numel / config.group_size)
-    tensors: Stored = {"codes": ((ceil(numel * config.bits / 8),), "U8")}
-    for part in ("scale", "zero"):
-        if metadata == "fp16":
-            tensors[f"{part}_values"] = ((groups,), "F16")
-        else:
-            tensors[f"{part}_values"] = ((groups,), "U8")
-            tensors[f"{part}_ranges"] = ((ceil(groups / config.meta_group_size), 2), "F16")
-    return tensors
-
-
-def _told(numel: int, stored: Stored) -> str:
+def _told(
+    shape: tuple[int, int], layout: Layout, configs: Iterable[QuantConfig], stored: Stored
+) -> str:
     """The configuration that tensors are of, or in words what they are."""
     if not stored:
         return "nothing"
-    if "codes" not in stored:
-        return f"{next(iter(stored.values()))[1]} weights"
-    codes, groups = (prod(stored.get(n, ((0,), ""))[0]) for n in ("codes", "scale_values"))
-    for config in LADDER:
-        if codes == ceil(numel * config.bits / 8) and groups == ceil(numel / config.group_size):
+    if set(stored) == {"weight"}:
+        return f"{stored['weight'][1]} weights"
+    for config in configs:
+        if any(layout(shape, config, metadata) == stored for metadata in METADATA_FORMATS):
             return config.name
-    return f"no configuration ({codes:,} bytes of codes in {groups:,} groups)"
-
-
-def _bytes(stored: Stored) -> int:
-    return sum(prod(shape) * _ITEMSIZE[dtype] for shape, dtype in stored.values())
+    return f"no configuration ({stored_bytes(stored):,} bytes in {', '.join(sorted(stored))})"
 
 
 def stored_in_file(path: Path, planned: Iterable[str]) -> dict[str, Stored]:
@@ -185,7 +173,7 @@ def stored_in_file(path: Path, planned: Iterable[str]) -> dict[str, Stored]:
 
 def stored_in_model(model: object, planned: Iterable[str]) -> dict[str, Stored]:
     """The same of a quantized model in memory."""
-    names = {"uint8": "U8", "float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+    names = {"uint8": "U8", "float16": "F16", "bfloat16": "BF16", "float32": "F32", "int32": "I32"}
     kinds = {f"torch.{name}": short for name, short in names.items()}
     tensors = (
         (name, tuple(tensor.shape), kinds.get(str(tensor.dtype), str(tensor.dtype)))

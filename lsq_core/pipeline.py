@@ -19,7 +19,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lsq_core import predict
-from lsq_core.config import DETECTION_CONFIG, GIB, LADDER, QuantConfig, format_bytes
+from lsq_core.config import (
+    DETECTION_CONFIG,
+    GIB,
+    LADDER,
+    QuantConfig,
+    format_bytes,
+    nominal_bytes,
+    stop_index,
+)
 from lsq_core.corpus import corpus_identity, load_corpus, token_stream
 from lsq_core.errors import InputError, LsqError
 from lsq_core.jsontext import json_text
@@ -34,7 +42,9 @@ from lsq_core.plan import (
     make_plan,
 )
 from lsq_core.plan.pins import with_pins
+from lsq_core.plan.problem import TOLERANCE
 from lsq_core.profile import (
+    LOSS_PROBE,
     METRICS,
     WEIGHT_METRICS,
     Profile,
@@ -42,7 +52,7 @@ from lsq_core.profile import (
     missing_metrics,
 )
 from lsq_core.provenance import machine, versions
-from lsq_core.quantize import QUANTIZERS
+from lsq_core.quantize import about, check_choice, packages, refusal
 from lsq_core.quantize.manifest import RUN, is_quantized_folder, read_manifest
 from lsq_core.store import PUBLISHED, Store, new_id
 
@@ -61,6 +71,9 @@ PUBLISHED_SETTINGS = ProfileSettings(axis=0, calibration="pileval")
 
 #: Bytes of quantized matrices that are kept for the plans to come, unless one says otherwise.
 REMEMBERED_BYTES = GIB
+
+#: The settings of a profile that name its calibration text, and how much of it is read.
+_CALIBRATION = ("calibration", "samples", "block_tokens", "seed")
 
 #: Called with a stage, how much of it is done, of how much, and what is being done.
 Report = Callable[[str, int, int, str], None]
@@ -257,6 +270,12 @@ class Workbench:
         unknown = [metric for metric in metrics if metric not in METRICS]
         if unknown:
             raise InputError(f"'{unknown[0]}' is not a metric; choose one of {', '.join(METRICS)}.")
+        known = about(settings.quantizer)
+        if "loss_impact" in metrics and LOSS_PROBE not in known.configs:
+            raise InputError(
+                f"Loss impact is measured at {LOSS_PROBE.name}, which {known.title} doesn't have; "
+                "plan with a profile by hqq or rtn (--profile-quantizer)."
+            )
         found = self.find_profile(settings)
         if self.published:
             if found is None:
@@ -418,18 +437,20 @@ class Workbench:
         request: EvaluationRequest,
         save: Path | None = None,
         plan_name: str = "",
+        settings: ProfileSettings | None = None,
     ) -> dict:
         """Quantize by a plan, evaluate beside full precision, keep everything.
 
-        Returns the plan's JSON with ``perplexity``, ``perplexity_full``, ``measured_bytes``,
-        ``kl``, ``top1`` and times added.
+        ``settings`` name the text for a quantizer that is calibrated. Returns the plan's JSON
+        with ``perplexity``, ``perplexity_full``, ``measured_bytes``, ``kl``, ``top1`` and times
+        added.
 
         Raises
         ------
         InputError, LsqError
             When an input is wrong, the device has too little memory, or the disk is full.
         """
-        made = self.quantize(plan, profile, quantizer, save, plan_name)
+        made = self.quantize(plan, profile, quantizer, save, plan_name, settings=settings)
         [outcome] = self.measure([made], [request])
         return outcome
 
@@ -441,30 +462,30 @@ class Workbench:
         save: Path | None = None,
         plan_name: str = "",
         run: str | None = None,
+        settings: ProfileSettings | None = None,
     ) -> Quantized:
         """Quantize by a plan, and save the model where that is asked for.
 
-        ``run`` is that of a run kept before, to which more evaluations are to be added.
+        ``run`` is that of a run kept before, to which more evaluations are to be added;
+        ``settings`` name the text for a quantizer that is calibrated.
 
         Raises
         ------
         InputError, LsqError
             When an input is wrong, the device has too little memory, or the disk is full.
         """
-        if quantizer not in QUANTIZERS:
-            raise InputError(
-                f"'{quantizer}' is not a quantizer; choose one of {', '.join(QUANTIZERS)}."
-            )
+        check_choice(quantizer, plan.choice, plan.axis)
+        plan = by_quantizer(plan, quantizer, settings or self.default_settings)
         run = run or self._run_id(plan, quantizer)
         saved = save is not None and self._is_saved(save, run)
         if save is not None and not saved:
             from lsq_core.quantize.artifact import check_target
 
             check_target(save)
-        quantized, seconds = self._quantize(plan, quantizer)
+        quantized, seconds = self._quantize(plan)
         if save is not None and not saved:
-            self._save(quantized, plan, profile, quantizer, run, save)
-        row = self._run_row(plan, quantizer, quantized, seconds, save)
+            self._save(quantized, plan, profile, run, save)
+        row = self._run_row(plan, quantized, seconds, save)
         return Quantized(run, quantized, plan, profile, row, plan_name)
 
     def measure(
@@ -502,22 +523,20 @@ class Workbench:
         """Whether this very run saved its model here before it was cut off."""
         return is_quantized_folder(save) and read_manifest(save, RUN)["run"] == run
 
-    def _quantize(self, plan: Plan, quantizer: str) -> tuple[nn.Module, float]:
-        """The quantized model and the seconds it took."""
+    def _quantize(self, plan: Plan) -> tuple[nn.Module, float]:
+        """The quantized model and the seconds it takes, whatever of it was remembered."""
         from lsq_core.quantize import get_quantizer
-        from lsq_core.quantize.apply import measured_bytes, quantize_model
+        from lsq_core.quantize.apply import measured_bytes
 
         loaded = self.loaded
-        began = time.perf_counter()
+        began, saved = time.perf_counter(), self.remembered.saved_seconds
         with in_a_sentence(loaded.device):
-            quantized = quantize_model(
-                loaded.model,
+            quantized = get_quantizer(plan.quantizer).quantize_model(
+                loaded,
                 plan.choice,
-                get_quantizer(quantizer),
-                axis=plan.axis,
-                metadata=plan.metadata,
-                progress=lambda done, total, name: self.report("quantize", done, total, name),
-                remembered=self.remembered,
+                ProfileSettings(axis=plan.axis, metadata=plan.metadata, **plan.calibration or {}),
+                lambda done, total, name: self.report("quantize", done, total, name),
+                self.remembered,
             )
         measured = measured_bytes(quantized)
         if measured != plan.planned_bytes:
@@ -525,14 +544,14 @@ class Workbench:
                 f"The quantized model takes {measured} bytes and the plan promised "
                 f"{plan.planned_bytes}; this is a defect of LSQ Explorer, please report it."
             )
-        return quantized, time.perf_counter() - began
+        seconds = time.perf_counter() - began + self.remembered.saved_seconds - saved
+        return quantized, seconds
 
     def _save(
         self,
         quantized: nn.Module,
         plan: Plan,
         profile: Profile | None,
-        quantizer: str,
         run_id: str,
         folder: Path,
     ) -> None:
@@ -541,7 +560,6 @@ class Workbench:
         self.report("save", 0, 1, f"saving to {folder}")
         manifest = plan.to_json() | {
             "run": run_id,
-            "quantizer": quantizer,
             "profile": profile.id if profile else None,
             "profile_provenance": profile.provenance if profile else None,
             "source": self.source.name,
@@ -549,7 +567,7 @@ class Workbench:
             "fingerprint": self.info.fingerprint,
             "device": self.loaded.device,
             "dtype": self.loaded.dtype,
-            "versions": versions(),
+            "versions": versions(*packages([plan.quantizer])),
         }
         size = save_quantized(
             quantized, self.loaded.tokenizer, manifest, folder, self.loaded.folder
@@ -559,7 +577,6 @@ class Workbench:
     def _run_row(
         self,
         plan: Plan,
-        quantizer: str,
         quantized: nn.Module,
         seconds: float,
         save: Path | None,
@@ -570,7 +587,7 @@ class Workbench:
         return {
             "fingerprint": self.info.fingerprint,
             "method": plan.method,
-            "quantizer": quantizer,
+            "quantizer": plan.quantizer,
             "measured_bytes": measured,
             "model_bytes": measured + plan.other_bytes,
             "quantize_seconds": seconds,
@@ -579,7 +596,7 @@ class Workbench:
             "machine": machine(self.loaded.device),
             "dtype": self.loaded.dtype,
             "seed": plan.request.seed,
-            "versions": json_text(versions()),
+            "versions": json_text(versions(*packages([plan.quantizer]))),
         }
 
     def evaluate(
@@ -640,10 +657,53 @@ def provenance_of(where: dict[str, str], request: EvaluationRequest, tokenizer: 
     }
 
 
+def by_quantizer(plan: Plan, quantizer: str, settings: ProfileSettings) -> Plan:
+    """The plan as a quantizer will carry it out: its bytes, and the text that it reads, if any.
+
+    A plan of a run that is done again has its text with it.
+    """
+    if plan.quantizer == quantizer and plan.calibration:
+        return plan
+    text = {name: getattr(settings, name) for name in _CALIBRATION}
+    calibrated = about(quantizer).calibrated
+    return replace(plan, quantizer=quantizer, calibration=text if calibrated else None)
+
+
+def refusal_of(problem: Problem, request: PlanRequest, quantizer: str, axis: int) -> str:
+    """Why no plan of a request can be carried out by a quantizer, as far as that is known now.
+
+    In a sentence, '' where nothing stands against it; the plan itself has to be checked as well
+    (:func:`lsq_core.quantize.check_choice`).
+
+    Raises
+    ------
+    InputError
+        When the request itself is wrong.
+    """
+    if request.base:
+        base = LADDER[stop_index(request.base)]
+        pinned = with_pins(problem, request.pins)
+        stop = LADDER.index(base)
+        free = (pinned.low <= stop) & (stop <= pinned.high)
+        kept = [m for m, is_free in zip(problem.matrices, free, strict=True) if is_free]
+        return refusal(quantizer, dict.fromkeys(kept, base) if kept else {}, axis)
+    reason, budget = refusal(quantizer, {}, axis), request.budget_for(problem)
+    if reason or budget is None:
+        return reason
+    configs = about(quantizer).configs
+    smallest = sum(min(nominal_bytes(m.numel, c) for c in configs) for m in problem.matrices)
+    if budget.nominal_bytes * (1 + TOLERANCE) >= smallest:
+        return ""
+    return (
+        f"{about(quantizer).title} supports {', '.join(c.name for c in configs)}, which take at "
+        f"least {problem.in_words(smallest)}; a budget of {budget.text} is below that."
+    )
+
+
 def plan_identity(plan: Plan) -> list[object]:
     """What two plans share that store the same, whatever they were asked for."""
     configs = [(matrix.name, config.name) for matrix, config in plan.choice.items()]
-    return [plan.method, plan.metadata, plan.axis, sorted(configs)]
+    return [plan.method, plan.metadata, plan.axis, plan.calibration, sorted(configs)]
 
 
 def _digest(*parts: object) -> str:

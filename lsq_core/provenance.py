@@ -13,11 +13,14 @@ import lsq_core
 _PACKAGES = ("torch", "transformers", "hqq", "datasets", "scipy", "pulp", "numpy", "duckdb")
 
 
-@lru_cache(maxsize=1)
-def versions() -> dict[str, str]:
-    """This project's version, Python's, and those of the packages that figures depend on."""
+@lru_cache
+def versions(*more: str) -> dict[str, str]:
+    """This project's version, Python's, and those of the packages that figures depend on.
+
+    ``more`` are packages that only some figures depend on.
+    """
     found = {"lsq": lsq_core.__version__, "python": platform.python_version()}
-    for package in _PACKAGES:
+    for package in (*_PACKAGES, *more):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -1,5 +1,6 @@
 """Many runs at one go: methods × bases and budgets × quantizers × evaluation texts.
 
+Other quantizers can be baselines: the uniform plan by them, at every size.
 One load of the model, one profile, one quantization for all texts of a plan, of those matrices
 that no plan before it had the same. A few plans at a time read the texts together, so that full
 precision reads them once for all of these. Each run is kept as it finishes and found when the
@@ -26,12 +27,15 @@ from lsq_core.pipeline import (
     Quantized,
     Report,
     Workbench,
+    by_quantizer,
     plan_identity,
     provenance_of,
+    refusal_of,
 )
-from lsq_core.plan import Plan, PlanRequest
+from lsq_core.plan import PLANNERS, Plan, PlanRequest, Problem
 from lsq_core.profile import Profile, ProfileSettings
 from lsq_core.provenance import versions
+from lsq_core.quantize import QUANTIZERS, about, check_choice, packages
 
 #: The file, in the folder a job keeps things in, that tells what came of each item so far.
 ITEMS = "items.json"
@@ -40,6 +44,10 @@ FINISHED, FAILED = ("done", "found"), "failed"
 #: Plans that read the texts together: five times the work of one evaluation and a sixth for full
 #: precision, where they read alone ten. More would save little and make the first figures late.
 PLANS_AT_ONCE = 5
+#: In the place of methods or quantizers: all of them.
+ALL = "all"
+#: What "everything" is: about the sizes at which papers compare, and one quantizer for methods.
+EVERYTHING_BUDGETS, EVERYTHING_QUANTIZER = ("2.2bpp", "3.2bpp", "4.2bpp"), "hqq"
 #: Parts that an item's progress is told in.
 _PARTS = 1000
 
@@ -96,6 +104,38 @@ def requests(
     sizes = [{"base": b} for b in bases] + [{"budget": b} for b in budgets]
     nothing = {"base": None, "budget": None}
     return [replace(like, method=m, **(nothing | size)) for m in methods for size in sizes]
+
+
+def all_methods(names: Sequence[str]) -> list[str]:
+    """Method names, with ``all`` as every one of them."""
+    return list(PLANNERS) if ALL in names else list(names)
+
+
+def all_baselines(names: Sequence[str], quantizers: Sequence[str]) -> list[str]:
+    """Quantizers whose uniform plans are baselines, with ``all`` as every one not in a sweep yet.
+
+    Raises
+    ------
+    InputError
+        When there is no quantizer of a name.
+    """
+    wanted = list(QUANTIZERS) if ALL in names else list(names)
+    for name in wanted:
+        about(name)
+    return [name for name in wanted if name not in quantizers]
+
+
+def baselines(
+    like: PlanRequest,
+    bases: Sequence[str],
+    budgets: Sequence[str],
+    quantizers: Sequence[str],
+    evaluations: Sequence[EvaluationRequest],
+) -> list[Item]:
+    """The uniform plan at each base and budget, by each of these quantizers."""
+    if not quantizers:
+        return []
+    return items(requests(like, ["uniform"], bases, budgets), quantizers, evaluations)
 
 
 def parse_budgets(text: str) -> tuple[str, ...]:
@@ -176,7 +216,11 @@ class _Sweep:
         self.rows[number] |= {"state": FAILED, "reason": reason}
 
     def _plan(self, number: int) -> None:
-        request = self.asked[number].request
+        request, quantizer = self.asked[number].request, self.asked[number].quantizer
+        problem = Problem(self.bench.info.matrices)
+        reason = refusal_of(problem, request, quantizer, self.settings.axis)
+        if reason:  # before a profile is measured for a plan that is of no use
+            raise InputError(reason)
         if request in self.refused:  # what it was for another item, it is for this one
             raise LsqError(self.refused[request])
         if request not in self.plans:
@@ -186,9 +230,12 @@ class _Sweep:
                 self.refused[request] = str(error)
                 raise
         plan = self.plans[request][0]
+        check_choice(quantizer, plan.choice, plan.axis)
+        plan = by_quantizer(plan, quantizer, self.settings)
         self.rows[number] |= {
             "bits_per_param": plan.bits_per_param,
             "planned_bytes": plan.planned_bytes,
+            "steps": about(quantizer).steps,
         }
 
     # --- what is there already --------------------------------------------------------------
@@ -213,13 +260,13 @@ class _Sweep:
 
     def _same_plan(self, item: Item) -> pd.DataFrame:
         """The evaluations of runs with the same plan, made the same way."""
-        plan, _ = self.plans[item.request]
+        plan = by_quantizer(self.plans[item.request][0], item.quantizer, self.settings)
         rows = self.bench.store.evaluated(self.bench.info.fingerprint, plan.method, item.quantizer)
         place = self.bench.place
         rows = rows[
             (rows["device"] == place["device"])
             & (rows["dtype"] == place["dtype"])
-            & (rows["versions"] == json_text(versions()))
+            & (rows["versions"] == json_text(versions(*packages([item.quantizer]))))
         ]
         alike = [_same_content(json.loads(content), plan) for content in rows["content"]]
         return rows[np.array(alike, dtype=bool)]
@@ -301,7 +348,8 @@ class _Sweep:
         """The item's quantized model, of the run that has the same plan where one was kept."""
         plan, profile = self.plans[item.request]
         kept = self._same_plan(item)["run"].tolist()
-        return self.bench.quantize(plan, profile, item.quantizer, run=kept[0] if kept else None)
+        run = kept[0] if kept else None
+        return self.bench.quantize(plan, profile, item.quantizer, run=run, settings=self.settings)
 
     def _keep(self) -> None:
         """Tell those who watch the job what came of each item so far."""
@@ -351,6 +399,7 @@ _FIGURES = (
     "kl",
     "top1",
     "measured_bytes",
+    "quantize_seconds",
     "tokens",
     "protocol",
 )
@@ -365,7 +414,8 @@ def _plain(value: object) -> object:
 def _same_content(content: dict, plan: Plan) -> bool:
     """Whether a kept plan stores the same as this one."""
     configs = [(name, entry["config"]) for name, entry in content["modules"].items()]
-    kept = [content["method"], content["metadata"], content["axis"], sorted(configs)]
+    kept = [content["method"], content["metadata"], content["axis"], content.get("calibration")]
+    kept.append(sorted(configs))
     return kept == plan_identity(plan)
 
 

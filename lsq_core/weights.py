@@ -245,9 +245,7 @@ def grid_values(groups: np.ndarray, config: QuantConfig, quantizer: str) -> np.n
     from lsq_core.quantize import get_quantizer
 
     asked = torch.from_numpy(np.ascontiguousarray(groups, dtype=np.float32))
-    grid = get_quantizer(quantizer).solve(asked, config, axis=1)
-    scale, zero = grid.scale.numpy()[:, None], grid.zero.numpy()[:, None]
-    return (codes - zero) * scale
+    return get_quantizer(quantizer).levels(asked, config).numpy()
 
 
 def some_groups(groups: np.ndarray) -> np.ndarray:

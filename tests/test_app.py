@@ -13,11 +13,13 @@ import pytest
 from streamlit.testing.v1 import AppTest
 
 from lsq_core import disk, jobs
+from lsq_core.cli.parser import build_parser
 from lsq_core.config import LADDER
 from lsq_core.evaluate import compare_windows
 from lsq_core.pipeline import EvaluationRequest, Workbench
-from lsq_core.plan import PlanRequest
+from lsq_core.plan import PLANNERS, PlanRequest
 from lsq_core.profile import ProfileSettings
+from lsq_core.quantize import QUANTIZERS, unavailable
 from lsq_core.store import Store
 from lsq_core.ui import words
 from tests.conftest import ROOT, save_random_model
@@ -327,6 +329,46 @@ def test_a_model_is_saved_inside_its_folder_only(filled, name):
     _press(app, "Quantize and evaluate")
     assert "not a name" in app.error[0].value
     assert not jobs.list_jobs(disk.jobs_folder(Store(filled.path)))
+
+
+def test_a_quantizer_that_cannot_do_the_plan_is_greyed_out_with_the_reason(filled):
+    app = open_page("Model", model=filled.model, method="uniform", ask="base", base="3.13")
+    go(app, "Run")
+    button = next(b for b in app.button if b.label == "Quantize and evaluate")
+    assert not button.disabled
+    app.selectbox(key="quantizer").set_value("nf4").run()
+    button = next(b for b in app.button if b.label == "Quantize and evaluate")
+    assert button.disabled
+    assert any("NF4 has no b3g128" in c.value for c in app.caption)
+    assert not jobs.list_jobs(disk.jobs_folder(Store(filled.path)))
+
+
+@pytest.mark.skipif(not unavailable("gptq"), reason="gptqmodel is installed here")
+def test_a_quantizer_whose_package_is_missing_says_so_in_the_app(filled):
+    app = open_page("Model", model=filled.model, method="uniform", ask="base", base="4.25")
+    go(app, "Run")
+    choice = app.selectbox(key="quantizer")
+    assert "gptq (can't run here)" in choice.options
+    choice.set_value("gptq").run()
+    assert next(b for b in app.button if b.label == "Quantize and evaluate").disabled
+    assert any(unavailable("gptq") in c.value for c in app.caption)
+
+
+def test_everything_is_swept_in_one_click(filled, monkeypatch):
+    started = []
+    monkeypatch.setattr(jobs, "start", lambda folder, words: started.append(words))
+    app = open_page("Run", model=filled.model)
+    app.multiselect(key="sweep_corpora").set_value(["stdlib"])
+    app.number_input(key="sweep_tokens").set_value(300).run()
+    _press(app, "Everything at 2.2, 3.2 and 4.2 bits")
+    (words_of,) = started
+    told = build_parser().parse_args(words_of)
+    assert told.verb == "sweep"
+    assert told.method == list(PLANNERS)
+    assert told.budget == ["2.2bpp", "3.2bpp", "4.2bpp"]
+    assert (told.quantizer, told.base) == (["hqq"], [])
+    assert told.baseline == [q for q in QUANTIZERS if q != "hqq"]
+    assert (told.corpus, told.max_tokens) == (["stdlib"], 300)
 
 
 # --- comparing ------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from lsq_core.audit import audit_folder, audit_run, expected_tensors
+from lsq_core.audit import audit_folder, audit_run
 from lsq_core.cli import main
 from lsq_core.config import LADDER, QuantConfig, planned_bytes
 from lsq_core.errors import InputError
@@ -18,6 +18,7 @@ from lsq_core.model import ModelSource
 from lsq_core.pipeline import EvaluationRequest, Workbench
 from lsq_core.plan import PlanRequest
 from lsq_core.profile import ProfileSettings
+from lsq_core.quantize import layout
 from lsq_core.store import Store
 from tests.conftest import ROOT
 
@@ -150,7 +151,7 @@ def test_a_run_that_was_not_saved_is_made_again(random_model, small_text, archit
 def test_expected_tensors_take_the_planned_bytes(metadata):
     sizes = {"U8": 1, "F16": 2}
     for config in LADDER:
-        tensors = expected_tensors(96 * 128, config, metadata)
+        tensors = layout.packed((96, 128), config, metadata)
         count = 0
         for shape, dtype in tensors.values():
             count += sizes[dtype] * (shape[0] * shape[1] if len(shape) == 2 else shape[0])

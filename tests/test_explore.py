@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -19,6 +20,7 @@ from lsq_core.errors import InputError
 from lsq_core.load import get_weight, load_model
 from lsq_core.model import DEMO_FOLDER, Matrix, ModelSource
 from lsq_core.pipeline import Workbench, problem_of
+from lsq_core.plan import PlanRequest
 from lsq_core.plan.boost import flagged_layers
 from lsq_core.plan.outliers import detect_outliers
 from lsq_core.profile import DEFAULT_METRICS, WEIGHT_METRICS, ProfileSettings, missing_metrics
@@ -492,3 +494,48 @@ def test_no_weights_are_shown_of_a_published_model(store):  # noqa: F811
     assert first_line(app) == f"The weights of {SEVENTY} are not here."
     assert not app.get("plotly_chart")
     assert not app.error
+
+
+# --- a quantizer of few stops ---------------------------------------------------------------
+
+
+@pytest.fixture
+def by_nf4(filled: Filled) -> tuple[Workbench, ProfileSettings]:  # noqa: F811
+    """The model of the other tests, profiled with NF4 as well."""
+    settings = replace(filled.settings, quantizer="nf4")
+    bench = Workbench(ModelSource(filled.model), Store(filled.path), "cpu")
+    bench.profile(settings)
+    return bench, settings
+
+
+def test_a_profile_by_nf4_holds_its_stops_and_no_others(by_nf4):
+    bench, settings = by_nf4
+    found = bench.profile(settings)
+    by_metric = found.values.groupby("metric")["config"].unique()
+    assert set(by_metric.index) == set(DEFAULT_METRICS)
+    for metric in ("weight_error", "sensitivity", "sensitivity_module"):
+        assert set(by_metric[metric]) == {"b4g128", "b4g64", "b4g32"}
+    hqq = bench.find_profile(replace(settings, quantizer="rtn"))
+    ratio = found.scores("weight_error", QuantConfig(4, 64)) / hqq.scores(
+        "weight_error", QuantConfig(4, 64)
+    )
+    assert np.all((ratio > 0.5) & (ratio < 1.5)), "normal weights suit NF4 about as well"
+    plan, _ = bench.plan(PlanRequest("mxq", budget="4.3bpp"), settings)
+    assert {config.bits for config in plan.configs} == {4}, "no stop that wasn't measured"
+    with pytest.raises(InputError, match="Loss impact is measured at b2g32, which NF4 doesn't"):
+        bench.plan(PlanRequest("loss-aware", budget="4.3bpp"), settings)
+    with pytest.raises(InputError, match="plan with axis 1"):
+        bench.profile(replace(settings, axis=0))
+
+
+def test_explore_shows_a_profile_by_nf4_and_says_its_stops(by_nf4):
+    bench, _ = by_nf4
+    app = open_page("Explore", model=bench.source.name)
+    app.selectbox(key="profile_quantizer").set_value("nf4").run()
+    assert not app.exception
+    assert "NF4 has b4g128, b4g64 and b4g32 alone." in " ".join(c.value for c in app.caption)
+    assert not any("8-bit metadata" in s.value for s in app.subheader), "NF4 keeps its own"
+    app.selectbox(key="axis").set_value(0).run()
+    assert not app.exception
+    assert app.button(key="profile").disabled
+    assert any("NF4 groups weights along rows alone" in c.value for c in app.caption)

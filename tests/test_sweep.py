@@ -8,13 +8,14 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from lsq_core import pipeline, sweep
+from lsq_core import pipeline, quantize, sweep
 from lsq_core.cli import main
 from lsq_core.errors import InputError, LsqError
 from lsq_core.model import ModelSource
 from lsq_core.pipeline import EvaluationRequest, Workbench
-from lsq_core.plan import PlanRequest
+from lsq_core.plan import PLANNERS, PlanRequest
 from lsq_core.profile import ProfileSettings
+from lsq_core.quantize import QUANTIZERS
 from lsq_core.store import Store
 
 
@@ -354,3 +355,64 @@ def test_too_little_memory_for_all_at_once_is_no_failure(bench, settings, small_
     monkeypatch.setattr(Workbench, "measure", small)
     rows = sweep.sweep(bench, asked([small_text]), settings)
     assert [row["state"] for row in rows] == ["done"] * 4
+
+
+# --- baselines ------------------------------------------------------------------------------
+
+
+def test_baselines_are_uniform_plans_at_every_size(small_text):
+    like, texts = PlanRequest("mxq"), [EvaluationRequest(str(small_text))]
+    found = sweep.baselines(like, ("3.13",), ("4.2bpp",), ("nf4", "rtn"), texts)
+    assert [(i.request.method, i.request.base, i.request.budget, i.quantizer) for i in found] == [
+        ("uniform", "3.13", None, "nf4"),
+        ("uniform", "3.13", None, "rtn"),
+        ("uniform", None, "4.2bpp", "nf4"),
+        ("uniform", None, "4.2bpp", "rtn"),
+    ]
+    assert sweep.all_methods(["all"]) == list(PLANNERS)
+    assert sweep.all_methods(["mxq"]) == ["mxq"]
+    assert sweep.all_baselines(["all"], ["hqq"]) == [q for q in QUANTIZERS if q != "hqq"]
+    with pytest.raises(InputError, match="'nf5' is not a quantizer"):
+        sweep.all_baselines(["nf5"], [])
+
+
+def test_what_a_baseline_cannot_do_is_its_rows_reason(bench, settings, small_text, monkeypatch):
+    """Refused before anything is measured or loaded; the others have all their figures."""
+    monkeypatch.setattr(quantize, "find_spec", lambda name: name != "gptqmodel" or None)
+    profiled = count_calls(monkeypatch, "profile")
+    texts = [EvaluationRequest(str(small_text), max_tokens=300)]
+    items = sweep.baselines(
+        PlanRequest("uniform"), (), ("2.2bpp", "4.2bpp"), ("rtn", "nf4", "gptq"), texts
+    )
+    rows = sweep.sweep(bench, items, settings)
+    told = {(row["quantizer"], row["budget"]): row for row in rows}
+    failed = {key: row["reason"] for key, row in told.items() if row["state"] == "failed"}
+    assert set(failed) == {("nf4", "2.2bpp"), ("gptq", "2.2bpp"), ("gptq", "4.2bpp")}
+    assert "a budget of 2.2bpp is below that" in failed["nf4", "2.2bpp"]
+    assert failed["gptq", "4.2bpp"].startswith("GPTQ needs gptqmodel, which is not installed")
+    assert not profiled
+    for row in rows:
+        if row["state"] == "done":
+            assert row["measured_bytes"] == row["planned_bytes"]
+            assert row["quantize_seconds"] > 0
+            assert row["steps"] == 0
+    assert told["nf4", "4.2bpp"]["measured_bytes"] != told["rtn", "4.2bpp"]["measured_bytes"]
+    again = sweep.sweep(fresh(bench), items, settings)
+    assert [row["state"] for row in again] == [
+        "found" if row["state"] == "done" else "failed" for row in rows
+    ]
+
+
+def test_one_command_sweeps_all_methods_and_baselines(
+    random_model, small_text, capsys, monkeypatch
+):
+    asked = []
+    monkeypatch.setattr(sweep, "sweep", lambda bench, items, settings: asked.extend(items) or [])
+    command = ["sweep", "--model", str(random_model("llama-gqa")), "--method", "all"]
+    command += ["--baseline", "all", "--corpus", str(small_text), "--json"]
+    for budget in sweep.EVERYTHING_BUDGETS:
+        command += ["--budget", budget]
+    assert main(command) == 0
+    assert len(asked) == 3 * (len(PLANNERS) + len(QUANTIZERS) - 1)
+    by = {(item.request.method, item.quantizer) for item in asked}
+    assert by == {(m, "hqq") for m in PLANNERS} | {("uniform", q) for q in QUANTIZERS}

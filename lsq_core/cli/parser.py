@@ -12,7 +12,7 @@ from lsq_core.corpus import BUILT_IN
 from lsq_core.errors import InputError
 from lsq_core.plan import PLANNERS
 from lsq_core.profile import DEFAULT_METRICS, METRICS
-from lsq_core.quantize import QUANTIZERS
+from lsq_core.quantize import MATRIX_WISE, QUANTIZERS
 
 
 class _Parser(argparse.ArgumentParser):
@@ -58,7 +58,7 @@ def _add_model_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     _add_model(sub)
     _add_device(sub)
     sub.add_argument("--corpus", help=f"calibration text: {_corpora()} (stdlib)")
-    sub.add_argument("--quantizer", help=f"one of {', '.join(QUANTIZERS)} (hqq)")
+    sub.add_argument("--quantizer", help=f"one of {', '.join(MATRIX_WISE)} (hqq)")
     dear = [name for name in METRICS if name not in DEFAULT_METRICS]
     sub.add_argument(
         "--metric",
@@ -99,10 +99,11 @@ def _add_comparing_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     _add_model(sub)
     _add_device(sub)
     for option, text in {
-        "--method": f"one of {', '.join(PLANNERS)} (repeatable)",
+        "--method": f"one of {', '.join(PLANNERS)}, or all (repeatable)",
         "--base": "a ladder stop, such as 3.13 (repeatable)",
         "--budget": "3.2bpp, or bytes of the linear weights: 9MiB (repeatable)",
         "--quantizer": f"one of {', '.join(QUANTIZERS)} (hqq; repeatable)",
+        "--baseline": "a quantizer whose uniform plans are added, or all (repeatable)",
         "--corpus": f"evaluation text: {_corpora()} (stdlib; repeatable)",
     }.items():
         sub.add_argument(option, action="append", default=[], help=text)
@@ -263,7 +264,9 @@ def _add_plan_details(sub: argparse.ArgumentParser) -> None:
         default="sensitivity",
         help="what SensiBoost reads: sensitivity (by part) or sensitivity_module",
     )
-    sub.add_argument("--profile-quantizer", help="quantizer of the profile (hqq)")
+    sub.add_argument(
+        "--profile-quantizer", help=f"quantizer of the profile: {', '.join(MATRIX_WISE)} (hqq)"
+    )
     sub.add_argument("--seed", type=int, default=0, help="seed of the ablations (0)")
     sub.add_argument(
         "--exact", action="store_true", help="solve a knapsack to the optimum, with its gap"

@@ -103,8 +103,9 @@ def figures(result: dict) -> None:
 
 def sweep(result: dict) -> None:
     """Print a row an item, and how many came of it."""
-    head = ("method", "size", "quant.", "corpus", "bits", "perplexity", "change", "")
-    print("{:<20} {:<9} {:<6} {:<12} {:>7} {:>11} {:>9}  {}".format(*head))
+    head = ("method", "size", "quant.", "corpus", "bits", "steps", "measured", "perplexity")
+    head += ("change", "seconds", "")
+    print("{:<20} {:<9} {:<6} {:<12} {:>7} {:>5} {:>10} {:>11} {:>9} {:>8}  {}".format(*head))
     for row in result["items"]:
         asked = f"{row['method']:<20} {row['base'] or row['budget']:<9} {row['quantizer']:<6}"
         asked += f" {str(row['corpus'])[-12:]:<12}"
@@ -112,8 +113,9 @@ def sweep(result: dict) -> None:
             print(f"{asked} failed: {row['reason']}")
             continue
         print(
-            f"{asked} {row['bits_per_param']:>7.4f} {number(row['perplexity']):>11} "
-            f"{percent(row['increase']):>9}  "
+            f"{asked} {row['bits_per_param']:>7.4f} {row['steps']:>5} "
+            f"{format_bytes(row['measured_bytes']):>10} {number(row['perplexity']):>11} "
+            f"{percent(row['increase']):>9} {row['quantize_seconds']:>8.1f}  "
             f"{row['state']} as run {row['run']}"
         )
     counts = result["counts"]

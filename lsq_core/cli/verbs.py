@@ -23,10 +23,12 @@ from lsq_core.pipeline import (
     find_published,
     in_a_sentence,
     load_saved,
+    refusal_of,
 )
-from lsq_core.plan import PLANNERS, Plan, PlanRequest
+from lsq_core.plan import PLANNERS, Plan, PlanRequest, Problem
 from lsq_core.predict import parse_loss
 from lsq_core.profile import METRICS, Profile, ProfileSettings
+from lsq_core.quantize import about, check_choice
 from lsq_core.quantize.manifest import RUN, read_manifest
 from lsq_core.store import PUBLISHED, Store
 
@@ -195,16 +197,41 @@ def run(options: argparse.Namespace, report: Report) -> dict:
                 f"--max-loss predicts by the profile of {settings.quantizer}; give "
                 f"--profile-quantizer {options.quantizer} to run by that quantizer."
             )
+        if not options.max_loss:
+            _refuse_early(options, bench, settings)
         made, used = _plan(options, bench, settings)
-    measured_by = replace(settings, quantizer=options.quantizer)
-    predicted = bench.predicted(made, measured_by, evaluation.corpus, evaluation.protocol)
+    check_choice(options.quantizer, made.choice, made.axis)
+    predicted = _predicted(bench, made, options.quantizer, settings, evaluation)
     save = options.save.expanduser().resolve() if options.save else None
-    outcome = bench.run(made, used, options.quantizer, evaluation, save)
+    outcome = bench.run(made, used, options.quantizer, evaluation, save, settings=settings)
     return {
         "model": bench.source.name,
         "fingerprint": bench.info.fingerprint,
         "predicted": predicted,
     } | outcome
+
+
+def _refuse_early(options: argparse.Namespace, bench: Workbench, settings: ProfileSettings) -> None:
+    """Tell what the quantizer can't do before a profile is measured for the plan."""
+    request, problem = _plan_request(options), Problem(bench.info.matrices)
+    reason = refusal_of(problem, request, options.quantizer, settings.axis)
+    if reason:
+        raise InputError(reason)
+
+
+def _predicted(
+    bench: Workbench,
+    made: Plan,
+    quantizer: str,
+    settings: ProfileSettings,
+    evaluation: EvaluationRequest,
+) -> dict:
+    """What is predicted of a plan by a quantizer, from the profile measured with that one."""
+    if about(quantizer).calibrated:
+        reason = f"{about(quantizer).title} has no profile, which predictions are made from."
+        return {"reason": reason}
+    measured_by = replace(settings, quantizer=quantizer)
+    return bench.predicted(made, measured_by, evaluation.corpus, evaluation.protocol)
 
 
 def _saved_plan(path: Path, bench: Workbench) -> Plan:
@@ -233,18 +260,22 @@ def sweep(options: argparse.Namespace, report: Report) -> dict:
     """Methods × bases and budgets × quantizers × texts, each run kept as it finishes."""
     from lsq_core import sweep as sweeps
 
+    methods = sweeps.all_methods(options.method)
+    quantizers = options.quantizer or ["hqq"]
+    others = sweeps.all_baselines(options.baseline, quantizers)
+
     bench = _workbench(options, report)
     bench.remembered_bytes = parse_bytes(options.remember)
     settings = _settings(options, bench, options.profile_quantizer, options.calibration)
-    like = _plan_request(options, options.method[0] if options.method else "")
+    like = _plan_request(options, methods[0] if methods else "")
+    texts = [
+        EvaluationRequest(corpus, options.protocol, options.max_tokens)
+        for corpus in options.corpus or ["stdlib"]
+    ]
     asked = sweeps.items(
-        sweeps.requests(like, options.method, options.base, options.budget),
-        options.quantizer or ["hqq"],
-        [
-            EvaluationRequest(corpus, options.protocol, options.max_tokens)
-            for corpus in options.corpus or ["stdlib"]
-        ],
+        sweeps.requests(like, methods, options.base, options.budget), quantizers, texts
     )
+    asked += sweeps.baselines(like, options.base, options.budget, others, texts)
     rows = sweeps.sweep(bench, asked, settings)
     states = [row["state"] for row in rows]
     return {

@@ -17,7 +17,6 @@ from lsq_core.config import (
     QuantConfig,
     fp16_metadata_bytes,
     nominal_bytes,
-    planned_bytes,
     stop_index,
     weight_only_bytes,
 )
@@ -33,6 +32,7 @@ from lsq_core.plan.pins import with_pins
 from lsq_core.plan.problem import TOLERANCE, PlanRequest, Problem
 from lsq_core.plan.sensi_knapsack import SensiKnapsack
 from lsq_core.plan.uniform import Uniform, uniform_start, usable_bases
+from lsq_core.quantize import planned_bytes
 
 
 class Planner(Protocol):
@@ -102,6 +102,9 @@ class Plan:
     #: A knapsack's cost of this plan, and what no plan within the budget can cost less than.
     objective: float | None = None
     lower_bound: float | None = None
+    #: Whose storage the planned bytes are of, and the text it reads, by its settings' names.
+    quantizer: str = "hqq"
+    calibration: dict | None = None
 
     @property
     def method(self) -> str:
@@ -143,8 +146,11 @@ class Plan:
 
     @cached_property
     def planned_bytes(self) -> int:
-        """What our packing of the linear weights occupies, exactly."""
-        return int(self._total(lambda numel, c: planned_bytes(numel, c, self.metadata)))
+        """What the quantizer will store for the linear weights, exactly."""
+        return sum(
+            planned_bytes(self.quantizer, (m.out_features, m.in_features), c, self.metadata)
+            for m, c in self.choice.items()
+        )
 
     @property
     def model_bytes(self) -> int:
@@ -178,6 +184,7 @@ class Plan:
             "model_bytes": self.model_bytes,
             "metadata": self.metadata,
             "axis": self.axis,
+            "quantizer": self.quantizer,
             "flagged": self.reasons,
             "notes": list(self.notes),
         } | self._knapsack()
@@ -191,7 +198,8 @@ class Plan:
 
     def to_json(self) -> dict:
         """Everything needed to apply the plan again; :meth:`from_json` reads it."""
-        return self.summary() | {"request": asdict(self.request), "modules": self.modules}
+        told = {"request": asdict(self.request), "modules": self.modules}
+        return self.summary() | {"calibration": self.calibration} | told
 
     @classmethod
     def from_json(cls, content: dict, matrices: tuple[Matrix, ...], other_bytes: int) -> Plan:
@@ -229,6 +237,8 @@ class Plan:
             other_bytes=other_bytes,
             objective=content.get("objective"),
             lower_bound=content.get("lower_bound"),
+            quantizer=content.get("quantizer", "hqq"),
+            calibration=content.get("calibration"),
         )
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from lsq_core.config import LADDER, METADATA_FORMATS, QuantConfig
 from lsq_core.errors import InputError, LsqError
 from lsq_core.model import Matrix
-from lsq_core.quantize import QUANTIZERS
+from lsq_core.quantize import MATRIX_WISE, about
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,6 +34,8 @@ METRICS = {
 DEFAULT_METRICS = tuple(name for name in METRICS if name != "loss_impact")
 #: What the weights alone tell, without any text: cheap, and measured first.
 WEIGHT_METRICS = ("kurtosis", "weight_error")
+#: The one configuration that loss impact is measured at; a quantizer without it has none.
+LOSS_PROBE = QuantConfig(2, 32)
 
 
 @dataclass(frozen=True)
@@ -92,9 +94,10 @@ class ProfileSettings:
     seed: int = 42
 
     def __post_init__(self) -> None:
-        if self.quantizer not in QUANTIZERS:
+        if about(self.quantizer).calibrated:
             raise InputError(
-                f"'{self.quantizer}' is not a quantizer; choose one of {', '.join(QUANTIZERS)}."
+                f"A profile quantizes one matrix at a time, which {about(self.quantizer).title} "
+                f"cannot; choose one of {', '.join(MATRIX_WISE)}."
             )
         if self.axis not in (0, 1):
             raise InputError(f"The grouping axis is 0 or 1, not {self.axis}.")

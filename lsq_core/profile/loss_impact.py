@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lsq_core.config import QuantConfig
 from lsq_core.model import Matrix
+from lsq_core.profile import LOSS_PROBE
 from lsq_core.profile.base import Metric, Score
 from lsq_core.profile.context import BATCH, BlockContext, resume, return_kinds
 from lsq_core.profile.weight_error import squared_norm
@@ -39,7 +40,7 @@ class LossImpact(Metric):
     #: The probe: groups of 32 fill every matrix that can be planned, and a budget is lost at two
     #: bits first. One will do, as KL is near enough to linear in the squared error: on the demo
     #: model the impact at 2.51 and 4.51 bits is 1.01 and 1.00 times that at 3.25 in the median.
-    configs = (QuantConfig(2, 32),)
+    configs = (LOSS_PROBE,)
     #: 4,096 tokens; two disjoint halves of them rank the demo model's matrices alike (Spearman
     #: 0.99).
     sequences = 8

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from lsq_core.config import LADDER, QuantConfig, divides
+from lsq_core.config import QuantConfig, divides
 from lsq_core.corpus import TokenBlocks, calibration_blocks, load_corpus
 from lsq_core.load import LoadedModel, find_blocks, parameter_name
 from lsq_core.model import Matrix, ModelInfo
@@ -20,8 +20,8 @@ from lsq_core.profile import DEFAULT_METRICS, METRICS, Profile, ProfileSettings
 from lsq_core.profile.base import Metric, Score
 from lsq_core.profile.context import BlockContext, record_calls
 from lsq_core.provenance import machine, versions
-from lsq_core.quantize import get_quantizer
-from lsq_core.quantize.packed import check_finite, round_trip
+from lsq_core.quantize import about, check_choice, get_quantizer, packages
+from lsq_core.quantize.packed import check_finite
 
 Progress = Callable[[int, int, str], None]
 
@@ -49,11 +49,13 @@ def measure_profile(
     Raises
     ------
     InputError
-        When the calibration corpus cannot be had or is too short.
+        When the quantizer cannot run here or group like this, or the calibration corpus cannot be
+        had or is too short.
     LsqError
         When a weight is NaN or infinite.
     """
     began = time.perf_counter()
+    check_choice(settings.quantizer, {}, settings.axis)
     blocks = calibration_of(loaded, settings)
     made = make_metrics(metrics)
     ids = torch.from_numpy(blocks.ids).to(loaded.device)[: _most_sequences(made)]
@@ -84,7 +86,7 @@ def measure_profile(
             "machine": machine(loaded.device),
             "dtype": loaded.dtype,
             "streamed": loaded.streamed,
-            "versions": versions(),
+            "versions": versions(*packages([settings.quantizer])),
             "seconds": time.perf_counter() - began,
         },
     )
@@ -154,7 +156,7 @@ def _score_block(
     if not any(metric.configs for metric in metrics):
         return
     for unit in context.units:
-        for config in LADDER:
+        for config in about(settings.quantizer).configs:
             asking = [metric for metric in metrics if config in metric.configs]
             quantized = _quantize(context, unit, config, settings) if asking else {}
             for metric in asking:
@@ -168,12 +170,8 @@ def _quantize(
     """What each matrix becomes, float32, for those that the group size divides."""
     quantizer = get_quantizer(settings.quantizer)
     return {
-        matrix: round_trip(
-            context.weight(matrix).float(),
-            config,
-            quantizer,
-            axis=settings.axis,
-            metadata=settings.metadata,
+        matrix: quantizer.round_trip(
+            context.weight(matrix).float(), config, settings.axis, settings.metadata
         )
         for matrix in unit
         if divides(matrix.numel, config.group_size)

@@ -1,6 +1,7 @@
-"""Quantizers, the packed storage they fill, and models made of it.
+"""Quantizers, the storage they fill, and models made of it.
 
-A new quantizer is one file beside these and one entry in ``QUANTIZERS``.
+A new quantizer is one file beside these and one entry in ``QUANTIZERS``, which says what can be
+known of it without importing torch: what it supports, what it stores, whether it can run here.
 
 Load a saved quantized model in a script of your own with::
 
@@ -11,15 +12,106 @@ Load a saved quantized model in a script of your own with::
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from lsq_core.config import LADDER, QuantConfig, divides
 from lsq_core.errors import InputError
+from lsq_core.quantize import layout
 
 if TYPE_CHECKING:
-    from lsq_core.quantize.base import Quantizer
+    from lsq_core.model import Matrix
+    from lsq_core.quantize.base import Quantizer, StoredMatrix
+
+
+@dataclass(frozen=True)
+class About:
+    """What is known of a quantizer before it is imported."""
+
+    title: str
+    #: Module and class.
+    place: str
+    #: Which tensors it stores a matrix in.
+    layout: layout.Layout
+    bits: tuple[int, ...] = (2, 3, 4, 8)
+    #: Grouping axes, of :func:`lsq_core.quantize.base.to_groups`.
+    axes: tuple[int, ...] = (0, 1)
+    #: Optimisation steps that a matrix gets at most; 0 where the result comes at once.
+    steps: int = 0
+    #: Whether it reads calibration text and works on the whole model, not matrix by matrix.
+    calibrated: bool = False
+    #: Whether all matrices have to have the same configuration.
+    uniform: bool = False
+    #: The package it needs beside what every installation has for sure, and what brings it.
+    package: str = ""
+    install: str = ""
+
+    @property
+    def takes_metadata(self) -> bool:
+        """Whether scale and zero are stored in a format that can be chosen."""
+        return self.layout is layout.packed
+
+    @property
+    def configs(self) -> tuple[QuantConfig, ...]:
+        """The stops of the ladder that it supports."""
+        return tuple(config for config in LADDER if config.bits in self.bits)
+
+
+_BITSANDBYTES = {"package": "bitsandbytes", "install": "pip install -r requirements.txt"}
+_GPTQMODEL = {"package": "gptqmodel", "install": "make gptqmodel"}
 
 #: Names on the command line and in the app; the classes are imported when asked for.
-QUANTIZERS = {"hqq": "lsq_core.quantize.hqq:Hqq", "rtn": "lsq_core.quantize.rtn:Rtn"}
+QUANTIZERS = {
+    "hqq": About("HQQ", "lsq_core.quantize.hqq:Hqq", layout.packed, steps=20),
+    "rtn": About("RTN", "lsq_core.quantize.rtn:Rtn", layout.packed),
+    "nf4": About(
+        "NF4", "lsq_core.quantize.nf4:Nf4", layout.nf4, bits=(4,), axes=(1,), **_BITSANDBYTES
+    ),
+    "nf4-dq": About(
+        "NF4, double-quantized",
+        "lsq_core.quantize.nf4:Nf4Double",
+        layout.nf4_dq,
+        bits=(4,),
+        axes=(1,),
+        **_BITSANDBYTES,
+    ),
+    "gptq": About(
+        "GPTQ",
+        "lsq_core.quantize.gptq:Gptq",
+        layout.gptq,
+        axes=(1,),
+        calibrated=True,
+        **_GPTQMODEL,
+    ),
+    "awq": About(
+        "AWQ",
+        "lsq_core.quantize.awq:Awq",
+        layout.awq,
+        bits=(2, 3, 4),
+        axes=(1,),
+        calibrated=True,
+        uniform=True,
+        **_GPTQMODEL,
+    ),
+}
+#: Those that take a matrix by itself, so that a profile can be measured with them.
+MATRIX_WISE = tuple(name for name, about in QUANTIZERS.items() if not about.calibrated)
+
+
+def about(name: str) -> About:
+    """What is known of the quantizer of that name.
+
+    Raises
+    ------
+    InputError
+        When there is none.
+    """
+    if name not in QUANTIZERS:
+        raise InputError(f"'{name}' is not a quantizer; choose one of {', '.join(QUANTIZERS)}.")
+    return QUANTIZERS[name]
 
 
 def get_quantizer(name: str) -> Quantizer:
@@ -28,11 +120,101 @@ def get_quantizer(name: str) -> Quantizer:
     Raises
     ------
     InputError
-        When there is none.
+        When there is none, or it cannot run here.
     """
+    reason = unavailable(name)
+    if reason:
+        raise InputError(reason)
+    return _class_of(name)()
+
+
+def matrix_kind(name: str) -> type[StoredMatrix]:
+    """What a quantizer stores a matrix as; what it needs to quantize need not be here."""
+    return _class_of(name).matrix
+
+
+def _class_of(name: str) -> type[Quantizer]:
     from importlib import import_module
 
-    if name not in QUANTIZERS:
-        raise InputError(f"'{name}' is not a quantizer; choose one of {', '.join(QUANTIZERS)}.")
-    module, _, attribute = QUANTIZERS[name].partition(":")
-    return getattr(import_module(module), attribute)()
+    module, _, attribute = about(name).place.partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def unavailable(name: str) -> str:
+    """Why a quantizer cannot run on this machine, in a sentence; '' where it can.
+
+    Raises
+    ------
+    InputError
+        When there is none of that name.
+    """
+    known = about(name)
+    if not known.package or find_spec(known.package) is not None:
+        return ""
+    return f"{known.title} needs {known.package}, which is not installed; {known.install} adds it."
+
+
+def refusal(name: str, choice: Mapping[Matrix, QuantConfig], axis: int = 1) -> str:
+    """Why a quantizer cannot make a plan's choice here, in a sentence; '' where it can.
+
+    Told before any work, and the same in the app and on the command line.
+    """
+    known, reason = about(name), unavailable(name)
+    if reason:
+        return reason
+    if axis not in known.axes:
+        return f"{known.title} groups weights along rows alone; plan with axis {known.axes[0]}."
+    for matrix, config in choice.items():
+        reason = _matrix_refusal(known, matrix, config)
+        if reason:
+            return reason
+    different = sorted({config.name for config in choice.values()})
+    if known.uniform and len(different) > 1:
+        return (
+            f"{known.title} takes one configuration for all matrices, and this plan has "
+            f"{', '.join(different)}; take a uniform plan."
+        )
+    return ""
+
+
+def _matrix_refusal(known: About, matrix: Matrix, config: QuantConfig) -> str:
+    shape = f"{matrix.name} ({matrix.out_features}×{matrix.in_features})"
+    if config not in known.configs:
+        return (
+            f"{known.title} has no {config.name}, which the plan gives {matrix.name}; it supports "
+            f"{', '.join(c.name for c in known.configs)}."
+        )
+    if not known.calibrated:
+        return ""
+    if matrix.expert is not None:
+        return (
+            f"{known.title} takes linear modules alone, and {matrix.name} is one of a stack of "
+            "experts; choose a quantizer that takes matrices one by one."
+        )
+    if not divides(matrix.in_features, config.group_size):
+        return (
+            f"{known.title} keeps groups within a row, and {shape} has rows that groups of "
+            f"{config.group_size} do not fill; choose a smaller group size."
+        )
+    if not (divides(matrix.out_features, 32) and divides(matrix.in_features, 32)):
+        return f"{known.title} packs 32 codes at a time, and {shape} has no multiple of 32."
+    return ""
+
+
+def check_choice(name: str, choice: Mapping[Matrix, QuantConfig], axis: int = 1) -> None:
+    """Raise :class:`InputError` with the sentence of :func:`refusal` where there is one."""
+    reason = refusal(name, choice, axis)
+    if reason:
+        raise InputError(reason)
+
+
+@cache
+def planned_bytes(name: str, shape: tuple[int, int], config: QuantConfig, metadata: str) -> int:
+    """What a quantizer will store for an (out, in) matrix, exactly; a bias is not counted."""
+    return layout.stored_bytes(about(name).layout(shape, config, metadata))
+
+
+def packages(names: Iterable[str]) -> list[str]:
+    """The packages, beside those of every figure, that figures by these quantizers depend on."""
+    found = [about(name).package for name in names]
+    return list(dict.fromkeys(package for package in found if package))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from itertools import chain
 
@@ -14,33 +14,32 @@ from torch.nn import functional as F
 from lsq_core.config import QuantConfig
 from lsq_core.load import get_weight, is_transposed, locate
 from lsq_core.model import Matrix
-from lsq_core.quantize.base import Quantizer
-from lsq_core.quantize.packed import PackedMatrix, quantize_matrix
+from lsq_core.quantize.base import MatrixQuantizer, Progress, StoredMatrix
+from lsq_core.quantize.packed import quantize_matrix
 from lsq_core.quantize.remembered import Remembered
-
-Progress = Callable[[int, int, str], None]
 
 
 class PackedLinear(nn.Module):
-    """A linear module that stores a :class:`PackedMatrix` and multiplies by what it decodes to.
+    """A linear module that holds a :class:`StoredMatrix` and multiplies by what it decodes to.
 
     It takes the place of ``nn.Linear`` and of transformers' ``Conv1D``. The bias stays as it was.
     """
 
-    def __init__(self, packed: PackedMatrix, bias: Tensor | None = None) -> None:
+    def __init__(self, packed: StoredMatrix, bias: Tensor | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = packed.shape
         self.config, self.axis, self.names = packed.config, packed.axis, list(packed.tensors)
+        self.kind = type(packed)
         for name, tensor in packed.tensors.items():
             self.register_buffer(name, tensor)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     @property
-    def packed(self) -> PackedMatrix:
+    def packed(self) -> StoredMatrix:
         """The stored matrix."""
         tensors = {name: getattr(self, name) for name in self.names}
         shape = (self.out_features, self.in_features)
-        return PackedMatrix.from_tensors(tensors, shape, self.config, self.axis)
+        return self.kind.from_tensors(tensors, shape, self.config, self.axis)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """``inputs`` (…, in) to (…, out), in the dtype of the inputs."""
@@ -81,7 +80,7 @@ def _drop_stacks(module: nn.Module, *_: object) -> None:
             module.__dict__.pop(name, None)
 
 
-def install(model: nn.Module, packed: dict[Matrix, PackedMatrix]) -> None:
+def install(model: nn.Module, packed: Mapping[Matrix, StoredMatrix]) -> None:
     """Replace the modules of ``model`` that hold these matrices, in place."""
     stacks: dict[tuple[nn.Module, str], list[PackedLinear]] = {}
     for matrix, weights in packed.items():
@@ -107,8 +106,8 @@ def shallow_copy(model: nn.Module) -> nn.Module:
 
 def quantize_model(
     model: nn.Module,
-    choice: dict[Matrix, QuantConfig],
-    quantizer: Quantizer,
+    choice: Mapping[Matrix, QuantConfig],
+    quantizer: MatrixQuantizer,
     *,
     axis: int = 1,
     metadata: str = "8bit",
@@ -126,7 +125,7 @@ def quantize_model(
     """
     remembered = remembered or Remembered(0)
 
-    def pack(matrix: Matrix, config: QuantConfig) -> PackedMatrix:
+    def pack(matrix: Matrix, config: QuantConfig) -> StoredMatrix:
         weight = get_weight(model, matrix)
         return quantize_matrix(
             weight, config, quantizer, axis=axis, metadata=metadata, name=matrix.name
@@ -135,11 +134,24 @@ def quantize_model(
     packed = {}
     for done, (matrix, config) in enumerate(choice.items()):
         progress(done, len(choice), matrix.name)
-        key = matrix.name, config, quantizer.name, axis, metadata
+        key = matrix.name, config, type(quantizer), axis, metadata
         packed[matrix] = remembered.get(key, partial(pack, matrix, config))
     progress(len(choice), len(choice), "quantized")
+    return with_stored(model, packed)
+
+
+def with_stored(
+    model: nn.Module,
+    packed: Mapping[Matrix, StoredMatrix],
+    changed: Mapping[str, Tensor] | None = None,
+) -> nn.Module:
+    """A copy of ``model`` that holds these matrices, and shares what isn't among them.
+
+    ``changed`` are other parameters, by full name, that the quantizer changed as well.
+    """
     quantized = shallow_copy(model)
     install(quantized, packed)
+    quantized.load_state_dict(dict(changed or {}), strict=False, assign=True)
     return quantized
 
 

@@ -26,9 +26,20 @@ from lsq_core.config import QuantConfig, format_bytes
 from lsq_core.errors import InputError, LsqError
 from lsq_core.load import describe, load_tokenizer, pick_device, pick_dtype
 from lsq_core.model import MANIFEST, Matrix, ModelSource, folder_bytes, safetensors_header
-from lsq_core.quantize.apply import PackedLinear, install
+from lsq_core.quantize import about, matrix_kind
+from lsq_core.quantize.apply import install, packed_modules
+from lsq_core.quantize.base import StoredMatrix
+from lsq_core.quantize.layout import Stored
 from lsq_core.quantize.manifest import FORMAT, WEIGHTS, read_manifest
-from lsq_core.quantize.packed import PackedMatrix
+
+#: torch's dtypes by their names in a safetensors header, of those that layouts use.
+_DTYPES = {
+    "U8": torch.uint8,
+    "I32": torch.int32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,14 +121,15 @@ def _whole_or_nothing(folder: Path, need: int) -> Iterator[Path]:
 
 
 def _stored_state(model: nn.Module, source_folder: Path) -> dict[str, torch.Tensor]:
-    """Every stored tensor once, in the checkpoint's dtype where that loses nothing."""
+    """Every stored tensor once, but for matrices in the checkpoint's dtype where that is exact."""
     dtype = getattr(AutoConfig.from_pretrained(source_folder), "dtype", None)
-    state, seen = {}, set()
+    state, seen, packed = {}, set(), _packed_names(model)
     for name, tensor in model.state_dict().items():
         if tensor.data_ptr() in seen:
             continue
         seen.add(tensor.data_ptr())
-        if isinstance(dtype, torch.dtype) and tensor.dtype == torch.float32:
+        as_is = name in packed or tensor.dtype != torch.float32
+        if isinstance(dtype, torch.dtype) and not as_is:
             smaller = tensor.to(dtype)
             tensor = smaller if torch.equal(smaller.float(), tensor) else tensor
         state[name] = tensor.detach().cpu().contiguous()
@@ -162,31 +174,41 @@ def load_quantized(
     return QuantizedModel(model, tokenizer, manifest, folder, str(target), str(compute_dtype)[6:])
 
 
+def _packed_names(model: nn.Module) -> set[str]:
+    """Full names of the tensors that matrices are stored in."""
+    return {f"{name}.{part}" for name, m in packed_modules(model).items() for part in m.names}
+
+
 def _empty_matrices(
     model: nn.Module, source: ModelSource, manifest: dict
-) -> dict[Matrix, PackedMatrix]:
-    """Packed matrices without content for every module the manifest names."""
+) -> dict[Matrix, StoredMatrix]:
+    """Stored matrices without content for every module the manifest names."""
     known = {m.name: m for m in describe(model, source).matrices}
     missing = sorted(set(manifest["modules"]) - set(known))
     if missing:
         raise InputError(f"{source.name} plans {missing[0]}, which its config.json doesn't have.")
-    empty = {}
+    quantizer, empty = manifest.get("quantizer", "hqq"), {}
+    kind, layout = matrix_kind(quantizer), about(quantizer).layout
     for name, entry in manifest["modules"].items():
         matrix = known[name]
         config = QuantConfig(entry["bits"], entry["group_size"])
         shape = (matrix.out_features, matrix.in_features)
-        empty[matrix] = PackedMatrix.empty(shape, config, manifest["axis"], manifest["metadata"])
+        tensors = empty_tensors(layout(shape, config, manifest["metadata"]))
+        empty[matrix] = kind.from_tensors(tensors, shape, config, manifest["axis"])
     return empty
+
+
+def empty_tensors(stored: Stored) -> dict[str, torch.Tensor]:
+    """Tensors of the right shapes and dtypes on the meta device, to be filled from a file."""
+    return {
+        name: torch.empty(shape, dtype=_DTYPES[dtype], device="meta")
+        for name, (shape, dtype) in stored.items()
+    }
 
 
 def _fill(model: nn.Module, state: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
     """Assign the stored tensors; packed ones as they are, all else in the compute dtype."""
-    packed = {
-        f"{name}.{buffer}"
-        for name, module in model.named_modules()
-        if isinstance(module, PackedLinear)
-        for buffer in module.names
-    }
+    packed = _packed_names(model)
     cast = {
         n: t if n in packed or not t.is_floating_point() else t.to(dtype) for n, t in state.items()
     }

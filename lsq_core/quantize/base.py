@@ -1,14 +1,23 @@
-"""What a quantizer is: it finds codes, scale and zero of one matrix at one configuration."""
+"""What a quantizer is, and what it stores a matrix as."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lsq_core.config import QuantConfig
+
+if TYPE_CHECKING:
+    from lsq_core.load import LoadedModel
+    from lsq_core.model import Matrix
+    from lsq_core.profile import ProfileSettings
+    from lsq_core.quantize.remembered import Remembered
+
+Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,18 +31,107 @@ class Grid:
     zero: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class StoredMatrix:
+    """One (out, in) matrix as stored; a subclass's fields beside these are its tensors."""
+
+    shape: tuple[int, int]
+    config: QuantConfig
+    axis: int
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Every stored tensor by name, as the quantizer's layout names them."""
+        raise NotImplementedError
+
+    @property
+    def nbytes(self) -> int:
+        """Measured bytes: of the tensors themselves."""
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weights (out, in), computed in float32 and then cast."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], shape: tuple[int, int], config: QuantConfig, axis: int
+    ) -> Self:
+        """The inverse of :attr:`tensors`."""
+        raise NotImplementedError
+
+
 class Quantizer(Protocol):
     """One file a quantizer, one entry in ``lsq_core.quantize.QUANTIZERS``."""
 
-    name: str
-    title: str
+    #: What it stores a matrix as.
+    matrix: ClassVar[type[StoredMatrix]]
 
-    def solve(self, weight: Tensor, config: QuantConfig, axis: int) -> Grid:
-        """Find the grid of a (out, in) float32 matrix.
+    def quantize_model(
+        self,
+        loaded: LoadedModel,
+        choice: Mapping[Matrix, QuantConfig],
+        settings: ProfileSettings,
+        progress: Progress,
+        remembered: Remembered | None = None,
+    ) -> nn.Module:
+        """A quantized copy of a loaded model; the original stays as it was.
 
-        Groups are those of :func:`to_groups`. Raises nothing for finite weights.
+        ``settings`` say how weights are grouped, how scale and zero are stored, and which text
+        is read for calibration; a quantizer takes from them what it needs. One that works matrix
+        by matrix does not make again what is ``remembered`` of this very model.
+
+        Raises
+        ------
+        InputError, LsqError
+            When the model or the text cannot be taken.
         """
         ...
+
+
+class MatrixQuantizer:
+    """A quantizer that takes a matrix by itself; it says how in :meth:`store`."""
+
+    matrix: ClassVar[type[StoredMatrix]]
+
+    def store(self, weight: Tensor, config: QuantConfig, axis: int, metadata: str) -> StoredMatrix:
+        """Quantize a (out, in) float32 matrix that groups of the configuration fill.
+
+        Raises nothing for finite weights.
+        """
+        raise NotImplementedError
+
+    def round_trip(self, weight: Tensor, config: QuantConfig, axis: int, metadata: str) -> Tensor:
+        """What :meth:`store` and dequantizing make of a matrix, float32 (out, in)."""
+        return self.store(weight, config, axis, metadata).dequantize()
+
+    def levels(self, groups: Tensor, config: QuantConfig) -> Tensor:
+        """What each code of float32 (groups, group_size) stands for, (groups, codes), ascending.
+
+        Scale and zero are those before they are stored.
+        """
+        raise NotImplementedError
+
+    def quantize_model(
+        self,
+        loaded: LoadedModel,
+        choice: Mapping[Matrix, QuantConfig],
+        settings: ProfileSettings,
+        progress: Progress,
+        remembered: Remembered | None = None,
+    ) -> nn.Module:
+        """See :class:`Quantizer`: matrix by matrix."""
+        from lsq_core.quantize.apply import quantize_model
+
+        return quantize_model(
+            loaded.model,
+            choice,
+            self,
+            axis=settings.axis,
+            metadata=settings.metadata,
+            progress=progress,
+            remembered=remembered,
+        )
 
 
 def to_groups(weight: Tensor, group_size: int, axis: int) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lsq_core.config import QuantConfig
 from lsq_core.quantize.base import Grid
+from lsq_core.quantize.packed import GridQuantizer
 from lsq_core.quantize.solver import plugged_in
 
 
@@ -25,12 +26,9 @@ def solve_with_hqq(weight: Tensor, config: QuantConfig, axis: int, optimize: boo
     return Grid(meta["scale"].float().flatten(), meta["zero"].float().flatten())
 
 
-class Hqq:
+class Hqq(GridQuantizer):
     """Min-max grid whose zero point the half-quadratic solver then moves."""
 
-    name = "hqq"
-    title = "HQQ"
-
     def solve(self, weight: Tensor, config: QuantConfig, axis: int) -> Grid:
-        """See :class:`lsq_core.quantize.base.Quantizer`."""
+        """See :class:`lsq_core.quantize.packed.GridQuantizer`."""
         return solve_with_hqq(weight, config, axis, optimize=True)

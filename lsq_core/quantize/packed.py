@@ -1,11 +1,12 @@
 """What is stored: codes packed to the bit, and scale and zero in 8 bits or fp16.
 
-``planned_bytes`` in :mod:`lsq_core.config` says beforehand what these tensors occupy, and
-:attr:`PackedMatrix.nbytes` counts what they do; the two are equal.
+``layout.packed`` says beforehand what these tensors occupy, and :attr:`PackedMatrix.nbytes` counts
+what they do; the two are equal.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil
 
@@ -14,7 +15,14 @@ from torch import Tensor
 
 from lsq_core.config import QuantConfig, divides
 from lsq_core.errors import InputError, LsqError
-from lsq_core.quantize.base import Grid, Quantizer, from_groups, round_to_grid, to_groups
+from lsq_core.quantize.base import (
+    Grid,
+    MatrixQuantizer,
+    StoredMatrix,
+    from_groups,
+    round_to_grid,
+    to_groups,
+)
 
 #: A zero point further out than this says that the group is almost constant.
 _FAR_ZERO = 1024.0
@@ -116,15 +124,12 @@ def _half_below(values: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class PackedMatrix:
-    """One matrix as stored: packed codes, scale, zero, and how to read them."""
+class PackedMatrix(StoredMatrix):
+    """One matrix as this project packs it: codes, scale, zero."""
 
     codes: Tensor
     scale: Metadata
     zero: Metadata
-    shape: tuple[int, int]
-    config: QuantConfig
-    axis: int
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -134,11 +139,6 @@ class PackedMatrix:
             named |= {f"{part}_{name}": tensor for name, tensor in metadata.tensors.items()}
         return named
 
-    @property
-    def nbytes(self) -> int:
-        """Measured bytes: of the tensors themselves."""
-        return sum(t.numel() * t.element_size() for t in self.tensors.values())
-
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weights (out, in), computed in float32 and then cast."""
         numel = self.shape[0] * self.shape[1]
@@ -147,25 +147,8 @@ class PackedMatrix:
         return from_groups(groups, self.shape, self.axis).to(dtype)
 
     @classmethod
-    def empty(
-        cls, shape: tuple[int, int], config: QuantConfig, axis: int, metadata: str
-    ) -> PackedMatrix:
-        """Tensors of the right shapes and dtypes on the meta device, to be filled from a file."""
-        numel = shape[0] * shape[1]
-        groups = ceil(numel / config.group_size)
-        with torch.device("meta"):
-            codes = torch.empty(ceil(numel * config.bits / 8), dtype=torch.uint8)
-            if metadata == "fp16":
-                stored = Metadata(torch.empty(groups, dtype=torch.float16), None)
-            else:
-                ranges = torch.empty(ceil(groups / config.meta_group_size), 2, dtype=torch.float16)
-                values = torch.empty(groups, dtype=torch.uint8)
-                stored = Metadata(values, ranges, config.meta_group_size)
-        return cls(codes, stored, stored, shape, config, axis)
-
-    @classmethod
     def from_tensors(
-        cls, tensors: dict[str, Tensor], shape: tuple[int, int], config: QuantConfig, axis: int
+        cls, tensors: Mapping[str, Tensor], shape: tuple[int, int], config: QuantConfig, axis: int
     ) -> PackedMatrix:
         """The inverse of :attr:`tensors`."""
         scale, zero = (
@@ -174,22 +157,64 @@ class PackedMatrix:
             )
             for part in ("scale", "zero")
         )
-        return cls(tensors["codes"], scale, zero, shape, config, axis)
+        return cls(shape, config, axis, tensors["codes"], scale, zero)
+
+
+class GridQuantizer(MatrixQuantizer):
+    """A quantizer whose codes lie evenly; it finds their scale and zero in :meth:`solve`."""
+
+    matrix = PackedMatrix
+
+    def solve(self, weight: Tensor, config: QuantConfig, axis: int) -> Grid:
+        """Find the grid of a (out, in) float32 matrix.
+
+        Groups are those of :func:`to_groups`. Raises nothing for finite weights.
+        """
+        raise NotImplementedError
+
+    def store(self, weight: Tensor, config: QuantConfig, axis: int, metadata: str) -> PackedMatrix:
+        """Quantize and pack.
+
+        The codes are rounded on the grid *as stored*, so that rounding scale and zero costs as
+        little as it can.
+        """
+        codes, scale, zero = self._on_stored_grid(weight, config, axis, metadata)
+        packed = pack_bits(codes.flatten(), config.bits)
+        return PackedMatrix(tuple(weight.shape), config, axis, packed, scale, zero)
+
+    def round_trip(self, weight: Tensor, config: QuantConfig, axis: int, metadata: str) -> Tensor:
+        """See :class:`lsq_core.quantize.base.MatrixQuantizer`; nothing is packed in between."""
+        codes, scale, zero = self._on_stored_grid(weight, config, axis, metadata)
+        return from_groups(_decode(codes, scale, zero), tuple(weight.shape), axis)
+
+    def _on_stored_grid(
+        self, weight: Tensor, config: QuantConfig, axis: int, metadata: str
+    ) -> tuple[Tensor, Metadata, Metadata]:
+        """Codes (groups, group_size), scale and zero of a float32 matrix."""
+        groups = to_groups(weight, config.group_size, axis)
+        grid = _steady_constant_groups(groups, self.solve(weight, config, axis), config.bits)
+        scale = Metadata.store(grid.scale, metadata, config.meta_group_size)
+        zero = Metadata.store(grid.zero, metadata, config.meta_group_size)
+        codes = round_to_grid(groups, Grid(_divisor(scale.decode()), zero.decode()), config.bits)
+        return codes, scale, zero
+
+    def levels(self, groups: Tensor, config: QuantConfig) -> Tensor:
+        """See :class:`lsq_core.quantize.base.MatrixQuantizer`."""
+        grid = self.solve(groups, config, axis=1)
+        codes = torch.arange(2**config.bits, dtype=torch.float32)
+        return (codes - grid.zero[:, None]) * grid.scale[:, None]
 
 
 def quantize_matrix(
     weight: Tensor,
     config: QuantConfig,
-    quantizer: Quantizer,
+    quantizer: MatrixQuantizer,
     *,
     axis: int = 1,
     metadata: str = "8bit",
     name: str = "the matrix",
-) -> PackedMatrix:
-    """Quantize a (out, in) matrix of any float dtype and pack it.
-
-    The codes are rounded on the grid *as stored*, so that rounding scale and zero costs as
-    little as it can.
+) -> StoredMatrix:
+    """Quantize a (out, in) matrix of any float dtype and store it.
 
     Raises
     ------
@@ -205,37 +230,7 @@ def quantize_matrix(
         )
     weight = weight.float()
     check_finite(weight, name)
-    codes, scale, zero = _on_stored_grid(weight, config, quantizer, axis, metadata)
-    packed = pack_bits(codes.flatten(), config.bits)
-    return PackedMatrix(packed, scale, zero, tuple(weight.shape), config, axis)
-
-
-def round_trip(
-    weight: Tensor,
-    config: QuantConfig,
-    quantizer: Quantizer,
-    *,
-    axis: int = 1,
-    metadata: str = "8bit",
-) -> Tensor:
-    """What :func:`quantize_matrix` and dequantizing give, without packing in between.
-
-    ``weight`` is finite float32 (out, in) that groups of ``config.group_size`` fill.
-    """
-    codes, scale, zero = _on_stored_grid(weight, config, quantizer, axis, metadata)
-    return from_groups(_decode(codes, scale, zero), tuple(weight.shape), axis)
-
-
-def _on_stored_grid(
-    weight: Tensor, config: QuantConfig, quantizer: Quantizer, axis: int, metadata: str
-) -> tuple[Tensor, Metadata, Metadata]:
-    """Codes (groups, group_size), scale and zero of a float32 matrix."""
-    groups = to_groups(weight, config.group_size, axis)
-    grid = _steady_constant_groups(groups, quantizer.solve(weight, config, axis), config.bits)
-    scale = Metadata.store(grid.scale, metadata, config.meta_group_size)
-    zero = Metadata.store(grid.zero, metadata, config.meta_group_size)
-    codes = round_to_grid(groups, Grid(_divisor(scale.decode()), zero.decode()), config.bits)
-    return codes, scale, zero
+    return quantizer.store(weight, config, axis, metadata)
 
 
 def _decode(codes: Tensor, scale: Metadata, zero: Metadata) -> Tensor:

@@ -7,14 +7,12 @@ from torch import Tensor
 from lsq_core.config import QuantConfig
 from lsq_core.quantize.base import Grid
 from lsq_core.quantize.hqq import solve_with_hqq
+from lsq_core.quantize.packed import GridQuantizer
 
 
-class Rtn:
+class Rtn(GridQuantizer):
     """Round to nearest on the min-max grid of each group."""
 
-    name = "rtn"
-    title = "RTN"
-
     def solve(self, weight: Tensor, config: QuantConfig, axis: int) -> Grid:
-        """See :class:`lsq_core.quantize.base.Quantizer`."""
+        """See :class:`lsq_core.quantize.packed.GridQuantizer`."""
         return solve_with_hqq(weight, config, axis, optimize=False)

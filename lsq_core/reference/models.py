@@ -15,7 +15,7 @@ from lsq_core.errors import InputError
 from lsq_core.model import Matrix, ModelInfo
 from lsq_core.pipeline import PUBLISHED_SETTINGS
 from lsq_core.profile import Profile, ProfileSettings
-from lsq_core.quantize import QUANTIZERS
+from lsq_core.quantize import MATRIX_WISE
 from lsq_core.reference.checkout import (
     BY_HQQ,
     CONFIG_COLUMNS,
@@ -268,7 +268,7 @@ def read_profiles(checkout: Checkout, models: dict[str, PublishedModel]) -> list
     for group in _read_sensitivities(checkout):
         if group.model not in models and _VARIANTS.get(group.model) in models:
             models[group.model] = _variant(checkout, group.model, models[_VARIANTS[group.model]])
-        if group.model not in models or group.quantizer not in QUANTIZERS:
+        if group.model not in models or group.quantizer not in MATRIX_WISE:
             stranger = group.quantizer if group.model in models else f"the shape of {group.model}"
             checkout.missing.append(
                 f"{group.path}: {group.model} on {group.dataset} with {group.quantizer} is left "

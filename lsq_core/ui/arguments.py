@@ -68,6 +68,7 @@ def sweep_arguments(
     bases: Sequence[str],
     budgets: Sequence[str],
     quantizers: Sequence[str],
+    baselines: Sequence[str],
     corpora: Sequence[str],
     like: EvaluationRequest,
     settings: ProfileSettings,
@@ -78,6 +79,7 @@ def sweep_arguments(
         "--base": bases,
         "--budget": budgets,
         "--quantizer": quantizers,
+        "--baseline": baselines,
         "--corpus": corpora,
     }
     words = [word for option, values in listed.items() for v in values for word in (option, v)]

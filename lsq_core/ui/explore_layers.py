@@ -15,6 +15,7 @@ from lsq_core.plan import Problem
 from lsq_core.plan.boost import flagged_layers
 from lsq_core.plan.outliers import shallowness
 from lsq_core.profile import TITLES, Profile
+from lsq_core.quantize import about
 from lsq_core.ui import known, words
 from lsq_core.ui.explore_profile import Seen
 from lsq_core.ui.page import next_step
@@ -163,7 +164,16 @@ def origin(found: Profile) -> str:
     return (
         f"Profile {found.id}: {facts['tokens']:,} tokens of {facts['corpus_source']}; "
         f"{facts['device']}, {facts['dtype']}, {words.seconds(_seconds(facts))}."
+        f"{_limited(found.settings.quantizer)}"
     )
+
+
+def _limited(quantizer: str) -> str:
+    """That a quantizer has some stops alone, where it has."""
+    known = about(quantizer)
+    if known.configs == LADDER:
+        return ""
+    return f" {known.title} has {words.listed([c.name for c in known.configs])} alone."
 
 
 def _seconds(facts: dict) -> float:
@@ -256,6 +266,8 @@ def _lack(found: Profile, metric: str) -> str:
 def show_metadata_cost(seen: Seen) -> None:
     """What storing scale and zero in 8 bits adds to the weight error, stop by stop."""
     found = seen.found
+    if not about(found.settings.quantizer).takes_metadata:
+        return
     st.subheader("What 8-bit metadata cost", anchor=False)
     other = "fp16" if found.settings.metadata == "8bit" else "8bit"
     twin = known.profile(seen.here.store, seen.info, replace(found.settings, metadata=other))

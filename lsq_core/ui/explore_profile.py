@@ -9,13 +9,13 @@ import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
 from lsq_core import disk, jobs
-from lsq_core.config import LADDER, METADATA_FORMATS
+from lsq_core.config import METADATA_FORMATS
 from lsq_core.corpus import BUILT_IN
 from lsq_core.jobs import Job
 from lsq_core.model import ModelInfo
 from lsq_core.plan import Problem
 from lsq_core.profile import Profile, ProfileSettings, missing_metrics
-from lsq_core.quantize import QUANTIZERS
+from lsq_core.quantize import MATRIX_WISE, about, refusal
 from lsq_core.store import Store
 from lsq_core.ui import arguments, jobs_panel, known, state, words
 from lsq_core.ui.page import Here, headline
@@ -94,7 +94,7 @@ def settings_bar() -> ProfileSettings:
             + "\n- or **hf:org/name**, or a text file's path",
         )
     chosen = [
-        ("Quantizer", "profile_quantizer", list(QUANTIZERS)),
+        ("Quantizer", "profile_quantizer", list(MATRIX_WISE)),
         ("Grouping axis", "axis", [1, 0]),
         ("Metadata", "metadata", list(METADATA_FORMATS)),
     ]
@@ -164,7 +164,16 @@ def follow(seen: Seen) -> None:
         return
     with seen.first:
         label = _say_what_is_missing(seen)
-        if st.button(label, type="primary", icon=":material/play_arrow:", key="profile"):
+        reason = refusal(seen.settings.quantizer, {}, seen.settings.axis)
+        if reason:
+            st.caption(words.literal(reason))
+        if st.button(
+            label,
+            type="primary",
+            icon=":material/play_arrow:",
+            key="profile",
+            disabled=bool(reason),
+        ):
             jobs.start(disk.jobs_folder(seen.here.store), words_of)
             st.rerun()
         if job is not None and job.state != "done":
@@ -202,7 +211,7 @@ def _say_what_is_missing(seen: Seen) -> str:
             f"{name} has not been profiled with these settings.",
             f"One pass over {seen.info.layers} layers measures kurtosis, weight error and "
             f"activation sensitivity of {len(seen.info.matrices)} weight matrices at "
-            f"{len(LADDER)} stops.",
+            f"{words.plural(len(about(seen.settings.quantizer).configs), 'stop')}.",
         )
         return "Profile"
     headline(

@@ -12,7 +12,7 @@ import streamlit as st
 from lsq_core import charts, weights
 from lsq_core.config import DETECTION_CONFIG, LADDER, QuantConfig, divides
 from lsq_core.model import Matrix, ModelInfo
-from lsq_core.quantize import QUANTIZERS
+from lsq_core.quantize import MATRIX_WISE, about, unavailable
 from lsq_core.ui.explore_layers import keep_to
 from lsq_core.ui.explore_profile import Seen
 from lsq_core.ui.page import next_step
@@ -169,15 +169,18 @@ def _grid_choice(matrix: Matrix) -> _GridChoice:
         key="weights_group",
         persist_state="session",
     )
-    keep_to("weights_quantizer", list(QUANTIZERS), "rtn")
+    config = QuantConfig.parse(name)
+    able = [q for q in MATRIX_WISE if config in about(q).configs and not unavailable(q)]
+    keep_to("weights_quantizer", able, "rtn")
     quantizer = st.selectbox(
         "Quantizer of the grid",
-        list(QUANTIZERS),
+        able,
         key="weights_quantizer",
         persist_state="session",
-        help="rtn runs evenly from the least to the greatest weight of a group; hqq then moves it.",
+        help="rtn runs evenly from the least to the greatest weight of a group; hqq then moves "
+        "it. nf4, at 4 bits, lies densest about zero.",
     )
-    return _GridChoice(QuantConfig.parse(name), quantizer, of)
+    return _GridChoice(config, quantizer, of)
 
 
 def _drawn(seen: Seen, opened: Weights, matrix: Matrix) -> weights.Histogram:

@@ -15,10 +15,12 @@ from lsq_core.errors import InputError, LsqError
 from lsq_core.evaluate import PROTOCOLS, Protocol
 from lsq_core.pipeline import EvaluationRequest
 from lsq_core.plan import PlanRequest, get_planner
-from lsq_core.quantize import QUANTIZERS
+from lsq_core.profile import ProfileSettings
+from lsq_core.quantize import QUANTIZERS, about
 from lsq_core.store import Store
-from lsq_core.ui import arguments, known, state
+from lsq_core.ui import arguments, known, state, words
 from lsq_core.ui.page import Here
+from lsq_core.ui.quantizer_choice import label, reasons, why_not
 
 
 def ask(here: Here, folder: Path) -> None:
@@ -29,13 +31,34 @@ def ask(here: Here, folder: Path) -> None:
     top.markdown(f"**Next:** {plan_in_words(here, request)}")
     change.page_link("pages/2_Plan.py", label="Change the plan")
     quantizer, evaluation, save = options(here.store, info.context)
-    if st.button("Quantize and evaluate", type="primary", icon=":material/play_arrow:"):
+    reason = why_not(here, request, settings, quantizer)
+    pressed = st.button(
+        "Quantize and evaluate",
+        type="primary",
+        icon=":material/play_arrow:",
+        disabled=bool(reason),
+    )
+    said = reason or _reads(quantizer, settings)
+    if said:
+        st.caption(words.literal(said))
+    if pressed:
         words_of = ["run", *arguments.model_arguments(here.source, here.device)]
         words_of += arguments.plan_arguments(request, settings)
         words_of += arguments.evaluation_arguments(
             evaluation, quantizer, save_folder(here.store, save)
         )
         start(here, folder, words_of)
+
+
+def _reads(quantizer: str, settings: ProfileSettings) -> str:
+    """What a calibrated quantizer reads, which is not what the run is evaluated on."""
+    if not about(quantizer).calibrated:
+        return ""
+    return (
+        f"{about(quantizer).title} is calibrated on {settings.calibration}: up to "
+        f"{settings.samples} blocks of {settings.block_tokens} tokens. It takes minutes and, for "
+        "a while, the memory of a second model."
+    )
 
 
 def start(here: Here, folder: Path, words_of: list[str]) -> None:
@@ -70,7 +93,12 @@ def options(store: Store, context: int) -> tuple[str, EvaluationRequest, str]:
     """Quantizer, evaluation and the name to save under."""
     columns = st.columns([1, 1.4, 1.8, 1.2, 1.6])
     quantizer = columns[0].selectbox(
-        "Quantizer", list(QUANTIZERS), key="quantizer", persist_state="session"
+        "Quantizer",
+        list(QUANTIZERS),
+        format_func=label,
+        key="quantizer",
+        persist_state="session",
+        help=reasons(QUANTIZERS) or None,
     )
     corpus = columns[1].selectbox(
         "Evaluation text",

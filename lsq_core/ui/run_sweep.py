@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
 import streamlit as st
 
 from lsq_core import sweep
-from lsq_core.config import stop_index
 from lsq_core.corpus import BUILT_IN
 from lsq_core.errors import InputError
 from lsq_core.jobs import Job
-from lsq_core.model import ModelInfo
-from lsq_core.pipeline import EvaluationRequest
+from lsq_core.pipeline import EvaluationRequest, refusal_of
 from lsq_core.plan import PLANNERS, PlanRequest, Problem, get_planner
 from lsq_core.quantize import QUANTIZERS
 from lsq_core.ui import arguments, jobs_panel, known, state, words
 from lsq_core.ui.page import Here, headline, next_step
+from lsq_core.ui.quantizer_choice import label, reasons
 from lsq_core.ui.run_plan import choose_protocol, choose_tokens, start
 
 _DEFAULTS = {
@@ -27,6 +26,7 @@ _DEFAULTS = {
     "sweep_budgets": "2.25, 2.51, 3.13",
     "sweep_bases": "",
     "sweep_quantizers": ["hqq"],
+    "sweep_baselines": [],
     "sweep_corpora": ["stdlib"],
 }
 #: States as the table says them.
@@ -41,6 +41,7 @@ class _Asked:
     bases: tuple[str, ...]
     budgets: tuple[str, ...]
     quantizers: list[str]
+    baselines: list[str]
     corpora: list[str]
     like: EvaluationRequest
 
@@ -55,15 +56,19 @@ class _Asked:
             EvaluationRequest(name, self.like.protocol, self.like.max_tokens)
             for name in self.corpora
         ]
-        return sweep.items(asked, self.quantizers, texts)
+        others = sweep.all_baselines(self.baselines, self.quantizers)
+        return sweep.items(asked, self.quantizers, texts) + sweep.baselines(
+            like, self.bases, self.budgets, others, texts
+        )
 
 
 def ask(here: Here, folder: Path) -> None:
-    """Methods, sizes, quantizers and texts; how many runs, about how long; the button."""
+    """Methods, sizes, quantizers and texts; how many runs, about how long; the buttons."""
     for key, default in _DEFAULTS.items():
         st.session_state.setdefault(key, default)
     asked = _form(here.info.context)
-    cannot = _refused(here.info, asked.items)
+    cannot = _refused(here, asked.items)
+    everything = _everything(asked)
     with st.container(horizontal=True, vertical_alignment="center"):
         pressed = st.button(
             "Start the sweep",
@@ -71,19 +76,41 @@ def ask(here: Here, folder: Path) -> None:
             icon=":material/playlist_play:",
             disabled=len(cannot) == len(asked.items),
         )
+        all_pressed = st.button(
+            "Everything at 2.2, 3.2 and 4.2 bits",
+            icon=":material/select_all:",
+            disabled=not asked.corpora,
+            help=f"Every method by {sweep.EVERYTHING_QUANTIZER}, and the uniform plan by every "
+            f"other quantizer, on the texts chosen above: {len(everything.items)} runs. Those "
+            "that can't be made say why.",
+        )
         st.caption(_in_words(here, asked, cannot))
-    if pressed:
+    if pressed or all_pressed:
+        asked = everything if all_pressed else asked
         words_of = ["sweep", *arguments.model_arguments(here.source, here.device)]
         words_of += arguments.sweep_arguments(
             asked.methods,
             asked.bases,
             asked.budgets,
             asked.quantizers,
+            asked.baselines,
             asked.corpora,
             asked.like,
             state.settings(),
         )
         start(here, folder, words_of)
+
+
+def _everything(asked: _Asked) -> _Asked:
+    """Every method and every baseline at the usual sizes, on the texts of the form."""
+    return replace(
+        asked,
+        methods=list(PLANNERS),
+        bases=(),
+        budgets=sweep.EVERYTHING_BUDGETS,
+        quantizers=[sweep.EVERYTHING_QUANTIZER],
+        baselines=[name for name in QUANTIZERS if name != sweep.EVERYTHING_QUANTIZER],
+    )
 
 
 def _form(context: int) -> _Asked:
@@ -108,42 +135,58 @@ def _form(context: int) -> _Asked:
         persist_state="session",
         help="Stops of the ladder, such as 3.13, for methods that start from a base.",
     )
-    columns = st.columns([1.2, 1.8, 1.4, 0.9])
+    columns = st.columns([1.1, 1.1, 1.5, 1.4, 0.9])
     quantizers = columns[0].multiselect(
-        "Quantizers", list(QUANTIZERS), key="sweep_quantizers", persist_state="session"
+        "Quantizers",
+        list(QUANTIZERS),
+        format_func=label,
+        key="sweep_quantizers",
+        persist_state="session",
+        help=reasons(QUANTIZERS) or None,
+    )
+    others = columns[1].multiselect(
+        "Baselines",
+        list(QUANTIZERS),
+        format_func=label,
+        key="sweep_baselines",
+        placeholder="none",
+        persist_state="session",
+        help="The uniform plan at every size by these quantizers as well, to compare with.",
     )
     chosen = st.session_state["sweep_corpora"]
-    corpora = columns[1].multiselect(
+    corpora = columns[2].multiselect(
         "Evaluation texts",
         list(dict.fromkeys([*BUILT_IN, *chosen])),
         key="sweep_corpora",
         accept_new_options=True,
         persist_state="session",
     )
-    protocol = choose_protocol(columns[2], "Each by protocol", "sweep_protocol", context)
-    tokens = choose_tokens(columns[3], "At most tokens", "sweep_tokens")
+    protocol = choose_protocol(columns[3], "Each by protocol", "sweep_protocol", context)
+    tokens = choose_tokens(columns[4], "At most tokens", "sweep_tokens")
     like = EvaluationRequest("stdlib", protocol, tokens)
     bases = tuple(base.removesuffix("bpp") for base in sweep.parse_budgets(bases))
-    return _Asked(methods, bases, sweep.parse_budgets(budgets), quantizers, corpora, like)
+    return _Asked(methods, bases, sweep.parse_budgets(budgets), quantizers, others, corpora, like)
 
 
-def _refused(info: ModelInfo, asked: list[sweep.Item]) -> list[str]:
+def _refused(here: Here, asked: list[sweep.Item]) -> list[str]:
     """Why items can't be made, as far as that is told before any work; one sentence an item."""
-    problem = Problem(info.matrices)
-    reasons = {item.request: _refusal(problem, item.request) for item in asked}
-    return [reasons[item.request] for item in asked if reasons[item.request]]
+    problem, axis = Problem(here.info.matrices), state.settings().axis
+    told = {(item.request, item.quantizer): "" for item in asked}
+    for request, quantizer in told:
+        told[request, quantizer] = _refusal(problem, request, quantizer, axis)
+    return [
+        told[item.request, item.quantizer] for item in asked if told[item.request, item.quantizer]
+    ]
 
 
-def _refusal(problem: Problem, request: PlanRequest) -> str:
+def _refusal(problem: Problem, request: PlanRequest, quantizer: str, axis: int) -> str:
     planner = get_planner(request.method)
     try:
-        if request.base:
-            stop_index(request.base)
-        request.budget_for(problem)
+        reason = refusal_of(problem, request, quantizer, axis)
     except InputError as error:
         return str(error)
     takes_none = request.base is not None and not planner.has_base
-    return f"{planner.title} takes a budget, not a base." if takes_none else ""
+    return f"{planner.title} takes a budget, not a base." if takes_none else reason
 
 
 def _in_words(here: Here, asked: _Asked, cannot: list[str]) -> str:
@@ -210,6 +253,13 @@ def show_rows(job: Job) -> None:
         placeholder="",
         column_config={
             "bits": st.column_config.NumberColumn(format="%.3f"),
+            "measured": st.column_config.NumberColumn(format="bytes"),
+            "seconds": st.column_config.NumberColumn(
+                format="%.1f", help="Time to quantize, evaluation not counted."
+            ),
+            "steps": st.column_config.NumberColumn(
+                help="Optimisation steps that a matrix gets at most."
+            ),
             "perplexity": st.column_config.NumberColumn(format="%.3f"),
             "over full precision": st.column_config.NumberColumn(format="percent"),
             "reason": st.column_config.TextColumn(width="large"),
@@ -229,6 +279,9 @@ def table(rows: list[dict]) -> pd.DataFrame:
             "text": [Path(row["corpus"]).name for row in rows],
             "state": [_STATES[row["state"]] for row in rows],
             "bits": [row.get("bits_per_param") for row in rows],
+            "steps": [row.get("steps") for row in rows],
+            "measured": [row.get("measured_bytes") for row in rows],
+            "seconds": [row.get("quantize_seconds") for row in rows],
             "perplexity": [row.get("perplexity") for row in rows],
             "over full precision": [row.get("increase") for row in rows],
             "run": [row.get("run") for row in rows],

@@ -1,0 +1,39 @@
+"""Quantizers as a person chooses them: those that can't run say so, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from lsq_core.errors import LsqError
+from lsq_core.pipeline import refusal_of
+from lsq_core.plan import PlanRequest, Problem
+from lsq_core.profile import ProfileSettings
+from lsq_core.quantize import refusal, unavailable
+from lsq_core.ui import known
+from lsq_core.ui.page import Here
+
+
+def label(name: str) -> str:
+    """The name, with a word where the quantizer can't run on this machine."""
+    return f"{name} (can't run here)" if unavailable(name) else name
+
+
+def reasons(names: Iterable[str]) -> str:
+    """Why some of these can't run on this machine; '' where all can."""
+    return " ".join(dict.fromkeys(filter(None, (unavailable(name) for name in names))))
+
+
+def why_not(here: Here, request: PlanRequest, settings: ProfileSettings, quantizer: str) -> str:
+    """Why a quantizer can't make the plan of a request, as far as that is known before a run.
+
+    The same sentence that the command line gives; '' where nothing stands against it, or the
+    request itself is wrong.
+    """
+    try:
+        reason = refusal_of(Problem(here.info.matrices), request, quantizer, settings.axis)
+        found = known.profile(here.store, here.info, settings)
+        return reason or refusal(
+            quantizer, known.plan(here.info, found, request, settings).choice, settings.axis
+        )
+    except LsqError:  # the plan says its own trouble
+        return ""

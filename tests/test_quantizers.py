@@ -1,0 +1,334 @@
+"""Every quantizer: what it says it supports and stores, against what it does and its package."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lsq_core import quantize
+from lsq_core.audit import audit_folder, audit_run
+from lsq_core.cli import main
+from lsq_core.config import LADDER, QuantConfig
+from lsq_core.errors import InputError, LsqError
+from lsq_core.load import load_model
+from lsq_core.model import Matrix, ModelSource
+from lsq_core.pipeline import EvaluationRequest, Workbench, load_saved, refusal_of
+from lsq_core.plan import PlanRequest, Problem
+from lsq_core.profile import ProfileSettings
+from lsq_core.quantize import QUANTIZERS, about, get_quantizer, refusal, unavailable
+from lsq_core.quantize.apply import packed_modules
+from lsq_core.quantize.artifact import empty_tensors
+from lsq_core.quantize.packed import quantize_matrix
+from lsq_core.store import Store
+
+NF4 = ("nf4", "nf4-dq")
+FOUR_BITS = [config for config in LADDER if config.bits == 4]
+MATRIX = Matrix("model.layers.0.mlp.up_proj", 0, "mlp.up_proj", 384, 128)
+
+
+def weights(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 0.03
+
+
+def installed(name: str) -> pytest.MarkDecorator:
+    """Skips, by the sentence a person would read, what needs a package that isn't here."""
+    return pytest.mark.skipif(bool(unavailable(name)), reason=unavailable(name))
+
+
+# --- NF4 against bitsandbytes ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", FOUR_BITS, ids=lambda c: c.name)
+@pytest.mark.parametrize("name", NF4)
+def test_nf4_is_what_bitsandbytes_makes_of_it(name, config):
+    """Their quantizing and their dequantizing, to the bit; 344 columns let blocks cross rows."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    weight = weights(96, 344)
+    codes, state = quantize_4bit(
+        weight, blocksize=config.group_size, quant_type="nf4", compress_statistics=name == "nf4-dq"
+    )
+    theirs = dequantize_4bit(codes, state)
+    ours = quantize_matrix(weight, config, get_quantizer(name))
+    assert torch.equal(ours.codes, codes.flatten())
+    torch.testing.assert_close(ours.dequantize(), theirs, rtol=1e-6, atol=0)
+    assert 0.05 < (theirs - weight).norm() / weight.norm() < 0.15
+
+
+@pytest.mark.parametrize("config", FOUR_BITS, ids=lambda c: c.name)
+@pytest.mark.parametrize("shape", [(96, 128), (384, 128), (32, 96), (4, 32)])
+@pytest.mark.parametrize("name", NF4)
+def test_nf4_stores_what_its_layout_says(name, shape, config):
+    if shape[0] * shape[1] % config.group_size:
+        pytest.skip("the groups don't fill the matrix")
+    matrix = quantize_matrix(weights(*shape), config, get_quantizer(name))
+    assert matrix.nbytes == quantize.planned_bytes(name, shape, config, "8bit")
+    empty = empty_tensors(about(name).layout(shape, config, "8bit"))
+    kinds = {n: (t.shape, t.dtype) for n, t in matrix.tensors.items()}
+    assert kinds == {n: (t.shape, t.dtype) for n, t in empty.items()}
+    again = type(matrix).from_tensors(matrix.tensors, shape, config, 1)
+    assert torch.equal(again.dequantize(), matrix.dequantize())
+
+
+def test_double_quantization_takes_a_quarter_of_the_magnitudes():
+    """[QLoRA §3]: 0.127 bits a weight where 0.5 were, in blocks of 64; with a mean beside it."""
+    shape, config = (1024, 1024), QuantConfig(4, 64)
+    plain, double = (quantize.planned_bytes(name, shape, config, "8bit") for name in NF4)
+    assert 8 * plain / 2**20 == 4.5
+    assert 8 * double / 2**20 == pytest.approx(4 + 8 / 64 + 32 / (64 * 256), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", NF4)
+@pytest.mark.parametrize("value", [0.0, 0.25, -300.0])
+def test_nf4_of_a_constant_matrix(name, value):
+    weight = torch.full((64, 128), value)
+    matrix = quantize_matrix(weight, QuantConfig(4, 64), get_quantizer(name))
+    torch.testing.assert_close(matrix.dequantize(), weight, rtol=1e-3, atol=1e-6)
+
+
+def test_levels_of_a_grid_are_what_codes_decode_to():
+    groups = weights(3, 64)
+    levels = get_quantizer("nf4").levels(groups, QuantConfig(4, 64))
+    matrix = quantize_matrix(groups, QuantConfig(4, 64), get_quantizer("nf4"))
+    decoded = matrix.dequantize()
+    assert levels.shape == (3, 16)
+    assert bool((levels.diff(dim=1) > 0).all())
+    for row, own in zip(decoded, levels, strict=True):
+        assert set(row.tolist()) <= set(own.tolist())
+
+
+# --- what a quantizer refuses ---------------------------------------------------------------
+
+
+def test_every_quantizer_says_what_it_supports():
+    for name, known in QUANTIZERS.items():
+        assert known.configs, name
+        assert known.title
+        assert quantize.matrix_kind(name).from_tensors is not None
+    assert [c.name for c in about("nf4").configs] == ["b4g128", "b4g64", "b4g32"]
+
+
+def test_refusals_name_what_is_supported():
+    three = {MATRIX: QuantConfig(3, 64)}
+    assert refusal("nf4", three) == (
+        "NF4 has no b3g64, which the plan gives model.layers.0.mlp.up_proj; it supports b4g128, "
+        "b4g64, b4g32."
+    )
+    assert refusal("nf4", {MATRIX: QuantConfig(4, 64)}) == ""
+    assert "plan with axis 1" in refusal("nf4", {MATRIX: QuantConfig(4, 64)}, axis=0)
+    assert refusal("hqq", three, axis=0) == ""
+    with pytest.raises(InputError, match="'nf5' is not a quantizer; choose one of hqq, rtn, nf4"):
+        refusal("nf5", three)
+
+
+def test_refusals_of_whole_model_quantizers(monkeypatch):
+    monkeypatch.setattr(quantize, "find_spec", lambda name: object())
+    four, narrow = QuantConfig(4, 128), replace(MATRIX, in_features=96)
+    assert refusal("gptq", {MATRIX: four, replace(MATRIX, name="other"): QuantConfig(2, 32)}) == ""
+    assert "groups of 128 do not fill" in refusal("gptq", {narrow: four})
+    assert "no multiple of 32" in refusal("awq", {replace(MATRIX, out_features=40): four})
+    assert "stack of experts" in refusal("gptq", {replace(MATRIX, expert=0): four})
+    mixed = {MATRIX: four, replace(MATRIX, name="other"): QuantConfig(4, 64)}
+    assert "one configuration for all matrices, and this plan has b4g128, b4g64" in refusal(
+        "awq", mixed
+    )
+    assert "AWQ has no b8g64" in refusal("awq", {MATRIX: QuantConfig(8, 64)})
+
+
+def test_a_package_that_is_missing_is_named_with_what_brings_it(monkeypatch):
+    monkeypatch.setattr(quantize, "find_spec", lambda name: None)
+    assert unavailable("hqq") == unavailable("rtn") == ""
+    told = "GPTQ needs gptqmodel, which is not installed; make gptqmodel adds it."
+    assert unavailable("gptq") == refusal("gptq", {}) == told
+    with pytest.raises(InputError, match="AWQ needs gptqmodel"):
+        get_quantizer("awq")
+
+
+def test_what_no_plan_can_be_is_told_before_there_is_one():
+    problem = Problem((MATRIX,))
+    assert "a budget of 3.2bpp is below that" in refusal_of(
+        problem, PlanRequest("mxq", budget="3.2bpp"), "nf4", 1
+    )
+    assert refusal_of(problem, PlanRequest("mxq", budget="4.2bpp"), "nf4", 1) == ""
+    assert "NF4 has no b3g128" in refusal_of(problem, PlanRequest("uniform", base="3.13"), "nf4", 1)
+    pinned = PlanRequest("uniform", base="3.13", pins=("*=b4g64",))
+    assert refusal_of(problem, pinned, "nf4", 1) == ""
+
+
+def test_the_command_line_refuses_before_any_work(capsys, monkeypatch):
+    monkeypatch.setattr(Workbench, "loaded", property(lambda self: pytest.fail("loaded")))
+    asked = ["run", "--model", "demo", "--quantizer", "nf4", "--method", "sensiboost"]
+    assert main([*asked, "--base", "3.13"]) == 2
+    assert "it supports b4g128, b4g64, b4g32." in capsys.readouterr().err
+    assert main([*asked, "--budget", "2.2bpp"]) == 2
+    assert "a budget of 2.2bpp is below that" in capsys.readouterr().err
+
+
+def test_a_profile_by_a_whole_model_quantizer_is_refused():
+    with pytest.raises(InputError, match="GPTQ cannot; choose one of hqq, rtn, nf4, nf4-dq"):
+        ProfileSettings("gptq")
+
+
+# --- a real run -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def settings(small_text) -> ProfileSettings:
+    return ProfileSettings(calibration=str(small_text), samples=8, block_tokens=64)
+
+
+def run_and_save(folder, text, settings, quantizer, tmp_path, pins=(), base="4.25") -> dict:
+    bench = Workbench(ModelSource(str(folder)), Store(), "cpu", "float32")
+    plan, profile = bench.plan(PlanRequest("uniform", base=base, pins=pins), settings)
+    evaluation = EvaluationRequest(str(text), max_tokens=200)
+    saved = tmp_path / "saved"
+    return bench.run(plan, profile, quantizer, evaluation, saved, settings=settings)
+
+
+def check_round_trip(run: dict, quantizer: str, tmp_path, model) -> None:
+    """Measured as planned, audited, reloaded to the same logits, and said what it was made by."""
+    assert run["quantizer"] == quantizer
+    assert run["measured_bytes"] == run["planned_bytes"]
+    found = audit_folder(tmp_path / "saved", Store())
+    assert not found.wrong
+    assert found.stored_bytes == run["measured_bytes"]
+    again = load_saved(tmp_path / "saved", "cpu", "float32")
+    kept = packed_modules(again.model)
+    assert {type(m.packed) for m in kept.values()} == {quantize.matrix_kind(quantizer)}
+    assert again.manifest["quantizer"] == quantizer
+    (versions,) = Store().query("SELECT CAST(versions AS VARCHAR) AS v FROM runs")["v"]
+    package = about(quantizer).package
+    assert not package or json.loads(versions)[package] not in ("", "absent")
+    remade = audit_run(run["run"], Store(), ModelSource(str(model)), "cpu")
+    assert not remade.wrong
+    ids = torch.arange(1, 60)[None]
+    with torch.inference_mode():
+        logits = again.model(ids).logits
+        second = load_saved(tmp_path / "saved", "cpu", "float32").model(ids).logits
+    assert torch.equal(logits, second)
+
+
+@pytest.mark.parametrize("name", NF4)
+@pytest.mark.parametrize("architecture", ["llama-gqa", "gpt2-conv1d", "mixtral-moe"])
+def test_nf4_runs_saves_and_loads(random_model, small_text, settings, tmp_path, name, architecture):
+    folder = random_model(architecture)
+    pins = ("*.1.*=b4g32",)
+    run = run_and_save(folder, small_text, settings, name, tmp_path, pins)
+    assert run["perplexity"] == pytest.approx(run["perplexity_full"], rel=0.2)
+    check_round_trip(run, name, tmp_path, folder)
+    quantized = get_quantizer(name).quantize_model(
+        load_model(ModelSource(str(folder)), "cpu", "float32"),
+        _choice(folder, run),
+        settings,
+        lambda done, total, message: None,
+    )
+    ids = torch.arange(1, 60)[None]
+    with torch.inference_mode():
+        reloaded = load_saved(tmp_path / "saved", "cpu", "float32").model(ids).logits
+        assert torch.equal(quantized(ids).logits, reloaded)
+
+
+def _choice(folder, run) -> dict[Matrix, QuantConfig]:
+    matrices = {m.name: m for m in load_model(ModelSource(str(folder)), "cpu").info.matrices}
+    return {
+        matrices[name]: QuantConfig(entry["bits"], entry["group_size"])
+        for name, entry in run["modules"].items()
+    }
+
+
+@pytest.mark.parametrize("name", ["gptq", "awq"])
+def test_what_gptqmodel_says_went_wrong_is_told(random_model, settings, monkeypatch, name):
+    """A child process that ends badly, as it does where the package isn't there."""
+    from lsq_core.quantize import through_gptqmodel
+
+    monkeypatch.setattr(quantize, "find_spec", lambda name: object())
+    monkeypatch.setattr(through_gptqmodel, "_CHILD", "lsq_core.no_such_module")
+    loaded = load_model(ModelSource(str(random_model("llama-gqa"))), "cpu")
+    choice = dict.fromkeys(loaded.info.matrices, QuantConfig(4, 64))
+    with pytest.raises(LsqError, match=r"gptqmodel could not quantize .*No module named"):
+        get_quantizer(name).quantize_model(loaded, choice, settings, lambda *_: None)
+
+
+#: Decodes random words by the package's own code: GPTQ's kernel module, and AWQ's function.
+_THEIRS = """
+import sys
+import torch
+from safetensors.torch import save_file
+from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm
+from gptqmodel.quantization.config import FORMAT
+from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
+
+out, width, group = 64, 96, 32
+words = torch.Generator().manual_seed(0)
+draw = lambda *shape: torch.randint(-2**31, 2**31, shape, dtype=torch.int64, generator=words).int()
+found = {}
+for bits in (2, 3, 4, 8):
+    linear = TorchLinear(
+        bits=bits, group_size=group, sym=True, desc_act=False, in_features=width,
+        out_features=out, register_buffers=True, format=FORMAT.GPTQ,
+    )
+    linear.qweight, linear.scales = draw(width * bits // 32, out), torch.rand(3, out).half()
+    # Zeros of symmetric weights, as the format keeps them: less one.
+    codes = torch.full((3, out), 2 ** (bits - 1) - 1, dtype=torch.int64)
+    stream = ((codes[..., None] >> torch.arange(bits)) & 1).flatten(1).view(3, -1, 32)
+    linear.qzeros = (stream << torch.arange(32)).sum(-1).to(torch.int32)
+    linear.g_idx = torch.arange(width, dtype=torch.int32) // group
+    for name in ("qweight", "qzeros", "scales", "g_idx"):
+        found[f"gptq{bits}.{name}"] = getattr(linear, name).clone()
+    convert_gptq_v1_to_v2_format_module(linear, bits, torch.int32)
+    linear.eval()
+    found[f"gptq{bits}.theirs"] = TorchLinear.dequantize_weight(linear).float().T.contiguous()
+for bits in (2, 3, 4):
+    qweight, qzeros = draw(width, out * bits // 32), draw(3, out * bits // 32)
+    scales = torch.rand(3, out).bfloat16()
+    theirs = dequantize_gemm(qweight, qzeros, scales.float(), bits, group).T.contiguous()
+    parts = {"qweight": qweight, "qzeros": qzeros, "scales": scales, "theirs": theirs}
+    found |= {f"awq{bits}.{name}": tensor for name, tensor in parts.items()}
+save_file(found, sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+@installed("gptq")
+def test_words_decode_as_gptqmodel_decodes_them(tmp_path):
+    """Slow: importing the package alone takes ten seconds and more, in a process of its own."""
+    path = tmp_path / "words.safetensors"
+    subprocess.run([sys.executable, "-c", _THEIRS, str(path)], check=True, capture_output=True)
+    found = load_file(path)
+    for case in dict.fromkeys(name.partition(".")[0] for name in found):
+        name, bits = case[:-1], int(case[-1])
+        parts = {n.partition(".")[2]: t for n, t in found.items() if n.startswith(f"{case}.")}
+        theirs = parts.pop("theirs")
+        config = QuantConfig(bits, 32)
+        kinds = {
+            n: t.dtype for n, t in empty_tensors(about(name).layout((64, 96), config, "")).items()
+        }
+        assert {n: t.dtype for n, t in parts.items()} == kinds
+        ours = quantize.matrix_kind(name).from_tensors(parts, (64, 96), config, 1).dequantize()
+        # Their GPTQ multiplies in half precision.
+        torch.testing.assert_close(ours, theirs, rtol=2e-3 if name == "gptq" else 1e-6, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "pins"),
+    [
+        pytest.param("gptq", ("*.1.*=b3g32", "*.0.*down_proj=b8g128"), marks=installed("gptq")),
+        pytest.param("gptq", ("*.1.*=b2g64",), marks=installed("gptq")),
+        pytest.param("awq", (), marks=installed("awq")),
+    ],
+)
+def test_gptqmodel_runs_saves_and_loads(random_model, small_text, settings, tmp_path, name, pins):
+    """Slow: importing the package alone takes ten seconds and more, in a process of its own."""
+    folder = random_model("llama-gqa")
+    run = run_and_save(folder, small_text, settings, name, tmp_path, pins)
+    assert run["perplexity"] == pytest.approx(run["perplexity_full"], rel=0.2)
+    check_round_trip(run, name, tmp_path, folder)
+    assert run["calibration"]["samples"] == 8
