@@ -98,8 +98,10 @@ def test_runs_are_where_the_store_says_by_each_quality(person):
     assert f"perplexity {rows['perplexity'].min():.2f}." in person.first_line
     person.click("KL")
     person.wait(
-        lambda: points(person.figures[0]).get(rows.index[0], (0, 0))[1]
-        == pytest.approx(rows["kl"].iloc[0]),
+        lambda: (
+            points(person.figures[0]).get(rows.index[0], (0, 0))[1]
+            == pytest.approx(rows["kl"].iloc[0])
+        ),
         why="KL was not drawn",
     )
     agree(points(person.charts()[0]), rows, rows["measured_bytes"] / 2**20, rows["kl"])
@@ -244,8 +246,9 @@ def test_stars_and_notes_are_kept(person):
     person.type("Note", "worth a second look")
     kept = "SELECT starred, note FROM runs WHERE id = ?"
     person.wait(
-        lambda: person.server.store.query(kept, [run]).iloc[0].tolist()
-        == [True, "worth a second look"],
+        lambda: (
+            person.server.store.query(kept, [run]).iloc[0].tolist() == [True, "worth a second look"]
+        ),
         why="star or note was not kept",
     )
 
