@@ -48,7 +48,8 @@ for (const e of document.querySelectorAll('[data-testid=stApp] *')) {
     const box = e.getBoundingClientRect();
     if (!text || !box.width || !box.height || !e.checkVisibility({checkOpacity: true})) continue;
     if (e.closest(':disabled, [aria-disabled=true], .hm, .heatmaplayer, .slice, canvas, ' +
-        'style, script, .bartext-inside, [data-testid=stSliderThumbValue]')) continue;
+        'style, script, .bartext-inside, [data-testid=stSliderThumbValue], ' +
+        '[data-testid=stSelectbox]:has(:disabled)')) continue;
     const style = getComputedStyle(e), svg = e instanceof SVGElement;
     const color = rgba(svg ? style.fill : style.color);
     if (svg) color[3] = (color[3] ?? 1) * Number(style.fillOpacity);
