@@ -26,19 +26,21 @@ from tests.test_app import _array, chart, first_line, go, open_page
 CORPUS, PROTOCOL = "stdlib", "strided-512/256"
 
 
-def fill(store: Store, count: int, methods: tuple[str, ...] = ("uniform", "mxq")) -> pd.DataFrame:
-    """Made-up runs of the demo model; gives bits, perplexity and id of each."""
+def fill(
+    store: Store, count: int, methods: tuple[str, ...] = ("uniform", "mxq"), first: int = 0
+) -> pd.DataFrame:
+    """Made-up runs of the demo model, ``first`` to ``count``; their bits, perplexity and id."""
     info = inspect_model(ModelSource("demo"))
     store.save_model(info)
     plans = [make_plan(Problem(info.matrices), PlanRequest("uniform", c.stop_name)) for c in LADDER]
-    n = np.arange(count)
+    n = np.arange(first, count)
     own = [plans[i % len(plans)] for i in n]
     ids = [f"{i:012x}" for i in n]
     when = pd.Timestamp("2026-01-01") + pd.to_timedelta(n, "s")
     bits = np.array([plan.bits_per_param for plan in own]) + n * 1e-6
-    perplexity = 58 + 200 * np.exp(-bits) + np.random.default_rng(0).random(count)
+    perplexity = 58 + 200 * np.exp(-bits) + np.random.default_rng(0).random(count)[n]
     shared = {"id": ids, "fingerprint": info.fingerprint, "created": when}
-    method = np.resize(np.array(methods, dtype=object), count)
+    method = np.resize(np.array(methods, dtype=object), count)[n]
     texts = {id(plan): json_text(plan.to_json()) for plan in plans}
     rows = {
         "plans": shared
