@@ -129,6 +129,7 @@ class Workbench:
     folder_to_keep: Path | None = None
     remembered_bytes: int = REMEMBERED_BYTES
     _streams: dict[EvaluationRequest, TokenStream] = field(default_factory=dict, init=False)
+    _problems: dict[object, Problem] = field(default_factory=dict, init=False)
 
     # --- the model --------------------------------------------------------------------------
 
@@ -336,7 +337,7 @@ class Workbench:
         request.budget_for(Problem(self.info.matrices))
         profile = self.profile(settings, planner.metrics) if planner.metrics else None
         self.report("plan", 0, 1, planner.title)
-        problem = problem_of(self.info, profile)
+        problem = self._problem(profile)
         check_metrics(self.info, problem, request)
         plan = make_plan(
             problem,
@@ -347,6 +348,13 @@ class Workbench:
         )
         self.report("plan", 1, 1, f"{plan.bits_per_param:.3f} bits per parameter")
         return plan, profile
+
+    def _problem(self, profile: Profile | None) -> Problem:
+        """What planners see of a profile, remembered: a sweep plans from one again and again."""
+        key = (profile.id, profile.metrics) if profile else None
+        if key not in self._problems:
+            self._problems[key] = problem_of(self.info, profile)
+        return self._problems[key]
 
     # --- prediction -------------------------------------------------------------------------
 

@@ -42,7 +42,7 @@ def replan10(repeats: int) -> Row:
         bench.profile(SETTINGS)
         plans = [bench.plan(item.request, SETTINGS)[0] for item in asked]
         both = _Both(asked, folder)
-        pair = in_turns(both.sweep, both.runs, repeats)
+        pair = in_turns(both.sweep, both.runs, repeats, warm=0)  # planning has warmed up both
     stops = [(matrix.name, config) for plan in plans for matrix, config in plan.choice.items()]
     return Row(
         id="replan10",

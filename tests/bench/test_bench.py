@@ -16,7 +16,7 @@ from lsq_core.bench import ROWS, SHARE_OF_RECORDED, Pair, Row, measure, recorded
 from lsq_core.cli import main
 from lsq_core.errors import InputError, LsqError
 
-#: Rows that take more than ten seconds, each side being measured three times.
+#: Rows that take more than ten seconds: each side is measured once an attempt, else three times.
 SLOW = ("profile", "perplexity", "replan10", "plan_cold")
 #: Neighbours can slow a measurement down but never speed both sides up alike, so a row is slower
 #: only when it was so every time.
@@ -41,9 +41,9 @@ def shortfall(row: Row, known: dict[str, float]) -> str:
     "id", [pytest.param(id, marks=pytest.mark.slow) if id in SLOW else id for id in ROWS]
 )
 def test_row(id):
-    """Slow: a profile, ten runs and cold processes are measured again and again, side by side."""
+    """Slow: a profile, ten runs, long texts and cold processes are measured side by side."""
     for _ in range(ATTEMPTS):
-        (row,) = measure([id], repeats=3)
+        (row,) = measure([id], repeats=1 if id in SLOW else 3)
         if row.reason:
             pytest.skip(f"{id}: {row.reason}")
         assert not row.wrong, f"{row.error_is} is {row.error}, limit {row.error_limit}"
