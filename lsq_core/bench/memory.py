@@ -35,7 +35,10 @@ _BETWEEN = 0.005
 
 @dataclass(frozen=True)
 class Peak:
-    """Memory and time of one profile; ``base`` is RssAnon before the model is opened, in bytes."""
+    """Memory in bytes and processor time of one profile.
+
+    ``base`` is RssAnon before the model is opened: what Python, torch and transformers take.
+    """
 
     weight_bytes: int
     base: int
@@ -147,14 +150,14 @@ def profile(folder: Path, text: bool, quantizer: str) -> dict[str, float]:
     from lsq_core.profile.measure import measure_profile
     from lsq_core.stream import open_streamed
 
-    base, began = rss_anon(), time.perf_counter()
+    base, began = rss_anon(), time.process_time()
     measure_profile(
         open_streamed(ModelSource(str(folder)), "cpu"),
         ProfileSettings(quantizer=quantizer),
         "memory",
         metrics=DEFAULT_METRICS if text else WEIGHT_METRICS,
     )
-    return {"base": base, "seconds": time.perf_counter() - began}
+    return {"base": base, "seconds": time.process_time() - began}
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -171,7 +174,7 @@ def main(words: Sequence[str] | None = None) -> int:
         print(json.dumps(profile(asked.profile, asked.text, asked.quantizer)))
         return 0
     options = ["--quantizer", asked.quantizer, *(["--text"] if asked.text else [])]
-    print("weights     RssAnon: before     peak       seconds   s/GiB")
+    print("weights     RssAnon: before     peak   CPU seconds   s/GiB")
     for gib in asked.gib:
         with tempfile.TemporaryDirectory(dir=asked.folder) as made:
             folder = Path(made) / "model"
