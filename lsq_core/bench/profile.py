@@ -62,15 +62,15 @@ def profile(repeats: int, settings: ProfileSettings = SETTINGS) -> Row:
     theirs: dict[QuantConfig, Scores] = {}
     ids = torch.from_numpy(calibration_of(open_demo(), settings).ids)
     seconds = []
-    _theirs_at(LADDER[0], ids), _ours(settings)
+    theirs_at(LADDER[0], ids), measure_ours(settings)
     for repeat in range(repeats):
         config = LADDER[(7 + 5 * repeat) % len(LADDER)]  # every one of them in twelve repeats
-        one = timed(lambda: ours.append(_ours(settings)))
-        each = timed(lambda c=config: theirs.update({c: _theirs_at(c, ids)}))
+        one = timed(lambda: ours.append(measure_ours(settings)))
+        each = timed(lambda c=config: theirs.update({c: theirs_at(c, ids)}))
         seconds.append((one, each * len(LADDER) + timed(_their_kurtosis)))
-    compared = [*_compared(ours[-1], theirs)]
-    error = max(float(np.max(np.abs(a / b - 1))) for a, b in compared)
-    ranks = min(rank_correlation(a, b) for a, b in compared)
+    pairs = list(compared(ours[-1], theirs))
+    error = max(float(np.max(np.abs(a / b - 1))) for a, b in pairs)
+    ranks = min(rank_correlation(a, b) for a, b in pairs)
     return Row(
         id="profile",
         what=f"profile of the demo: {len(ours[-1].matrices)} matrices, {len(LADDER)} configurations"
@@ -95,11 +95,11 @@ def open_demo() -> StreamedModel:
     return open_streamed(ModelSource("demo"), "cpu")
 
 
-def _ours(settings: ProfileSettings) -> Profile:
+def measure_ours(settings: ProfileSettings) -> Profile:
     return measure_profile(open_demo(), settings, "bench", metrics=DEFAULT_METRICS)
 
 
-def _compared(ours: Profile, theirs: dict[QuantConfig, Scores]) -> Iterator[tuple]:
+def compared(ours: Profile, theirs: dict[QuantConfig, Scores]) -> Iterator[tuple]:
     """Our scores and theirs, (n,) each, for every metric and configuration that theirs measured."""
     names = [m.name for m in ours.matrices]
     for config, scores in theirs.items():
@@ -114,7 +114,7 @@ def _compared(ours: Profile, theirs: dict[QuantConfig, Scores]) -> Iterator[tupl
 
 
 @torch.no_grad()
-def _theirs_at(config: QuantConfig, ids: Tensor) -> Scores:
+def theirs_at(config: QuantConfig, ids: Tensor) -> Scores:
     """Everything at one configuration."""
     return (
         _weight_errors(config)
