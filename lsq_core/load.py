@@ -351,10 +351,13 @@ def _too_large(name: str, parameters: int, device: torch.device, dtype: torch.dt
 def get_weight(model: nn.Module, matrix: Matrix) -> torch.Tensor:
     """A matrix's weight as a view of shape (out_features, in_features), in the model's dtype."""
     holder, parameter = locate(model, matrix)
-    weight = getattr(holder, parameter)
-    if matrix.expert is not None:
-        weight = weight[matrix.expert]
-    return weight.T if is_transposed(holder) else weight
+    return matrix_of(getattr(holder, parameter), holder, matrix)
+
+
+def matrix_of(tensor: torch.Tensor, holder: nn.Module, matrix: Matrix) -> torch.Tensor:
+    """A matrix's share of a tensor shaped as the parameter that holds it, (out, in), a view."""
+    share = tensor if matrix.expert is None else tensor[matrix.expert]
+    return share.T if is_transposed(holder) else share
 
 
 def locate(model: nn.Module, matrix: Matrix) -> tuple[nn.Module, str]:

@@ -23,8 +23,20 @@ from lsq_core.pipeline import Workbench, problem_of
 from lsq_core.plan import PlanRequest
 from lsq_core.plan.boost import flagged_layers
 from lsq_core.plan.outliers import detect_outliers
-from lsq_core.profile import DEFAULT_METRICS, WEIGHT_METRICS, ProfileSettings, missing_metrics
-from lsq_core.profile.agreement import lowest, pattern_correlations, rank_correlation, ranks
+from lsq_core.profile import (
+    DEFAULT_METRICS,
+    PROXIES,
+    WEIGHT_METRICS,
+    ProfileSettings,
+    missing_metrics,
+)
+from lsq_core.profile.agreement import (
+    lowest,
+    pattern_correlations,
+    proxy_agreement,
+    rank_correlation,
+    ranks,
+)
 from lsq_core.quantize import get_quantizer
 from lsq_core.quantize.base import to_groups
 from lsq_core.store import Store
@@ -331,6 +343,27 @@ def test_rank_correlation_needs_something_to_rank():
 
 
 # --- where metrics disagree -----------------------------------------------------------------
+
+
+def test_fast_proxies_are_offered_and_how_they_rank_is_told(filled, monkeypatch):  # noqa: F811
+    started = []
+    monkeypatch.setattr("lsq_core.jobs.start", lambda folder, words: started.append(words))
+    app = open_page("Explore", model=filled.model, see="ranks")
+    app.button(key="proxies").click().run()
+    (words,) = started
+    assert words[-4:] == ["--metric", "gram_diagonal", "--metric", "fisher_diagonal"]
+
+    bench = Workbench(ModelSource(filled.model), Store(filled.path), "cpu")
+    profile = bench.profile(filled.settings, list(PROXIES))
+    table = proxy_agreement(profile)
+    gram, fisher = table[table["config"] == "b4g64"]["rank_correlation"]
+    app = open_page("Explore", model=filled.model, see="ranks")
+    expected = f"Gram diagonal {gram:.3f} and diagonal Fisher {fisher:.3f}.".replace("-", "−")
+    assert f"sensitivity by module at b4g64, by rank correlation with it: {expected}" in told(app)
+    assert not [button for button in app.button if button.key == "proxies"]
+    assert "gram_diagonal" in app.selectbox(key="ranks_x").options or any(
+        "Gram diagonal" in option for option in app.selectbox(key="ranks_x").options
+    )
 
 
 def test_ranks_are_those_of_the_store_and_one_module_is_shown(store):  # noqa: F811

@@ -14,7 +14,7 @@ from lsq_core.load import get_weight, load_model
 from lsq_core.model import Matrix, ModelSource
 from lsq_core.pipeline import Workbench, check_metrics, problem_of
 from lsq_core.plan import PLANNERS, PlanRequest, Problem
-from lsq_core.profile import DEFAULT_METRICS, METRICS, TITLES, ProfileSettings
+from lsq_core.profile import DEFAULT_METRICS, METRICS, PROXIES, TITLES, ProfileSettings
 from lsq_core.profile.loss_impact import LossImpact, kl_sum
 from lsq_core.profile.measure import calibration_of, measure_profile
 from lsq_core.quantize import get_quantizer
@@ -161,7 +161,8 @@ def test_a_model_that_lacks_it_is_told_what_it_can_use():
 
 
 def test_a_default_profile_does_without_it(bench, settings):
-    assert set(DEFAULT_METRICS) == set(METRICS) - {"loss_impact"} == set(TITLES) - {"loss_impact"}
+    assert set(DEFAULT_METRICS) == set(METRICS) - {"loss_impact", *PROXIES}
+    assert set(TITLES) == set(METRICS)
     assert set(bench.profile(settings).metrics) == set(DEFAULT_METRICS)
 
 
@@ -170,7 +171,7 @@ def test_a_plan_adds_what_it_needs_to_the_profile_that_is_there(bench, settings,
     plan, used = bench.plan(PlanRequest("loss-aware", budget="3.2bpp"), settings)
     assert plan.bits_per_param <= 3.2
     assert used.id == first.id
-    assert set(used.metrics) == set(METRICS)
+    assert set(used.metrics) == {*DEFAULT_METRICS, "loss_impact"}
     for metric in ("weight_error", "sensitivity", "sensitivity_module"):
         np.testing.assert_array_equal(first.by_config(metric), used.by_config(metric))
     added, before = used.provenance.pop("added"), first.provenance.pop("added")
@@ -216,6 +217,6 @@ def test_the_command_line_adds_it(bench, settings, capsys):
     words += ["--quantizer", "rtn", "--metadata", "fp16", "--samples", "24"]
     words += ["--block-tokens", "48", "--device", "cpu", "--db", str(bench.store.path)]
     assert main([*words, "--metric", "loss_impact"]) == 0
-    assert set(bench.find_profile(settings).metrics) == set(METRICS)
+    assert set(bench.find_profile(settings).metrics) == {*DEFAULT_METRICS, "loss_impact"}
     assert main([*words, "--metric", "loss"]) == 2
     assert "'loss' is not a metric; choose one of kurtosis," in capsys.readouterr().err

@@ -26,21 +26,30 @@ from lsq_core.model import DEMO_FOLDER, ModelSource
 from lsq_core.profile import DEFAULT_METRICS, WEIGHT_METRICS, ProfileSettings
 
 GIB = 2**30
-#: Limits for 8 GiB of weights, in bytes of RssAnon: what weights alone tell, and with text.
-MOST_WEIGHTS = int(2.5 * GIB)
-MOST_TEXT = 4 * GIB
 #: Seconds between two looks at the process: a matrix takes longer than that.
 _BETWEEN = 0.005
 
 
 @dataclass(frozen=True)
 class Peak:
-    """Memory and time of one profile; ``base`` is RssAnon before the model is opened, in bytes."""
+    """Memory in bytes and processor time of one profile.
+
+    ``base`` is RssAnon before the model is opened: what Python, torch and transformers take.
+    """
 
     weight_bytes: int
     base: int
     peak: int
     seconds: float
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured: sensitivity too, by which quantizer, on how many calibration texts."""
+
+    text: bool = False
+    quantizer: str = "hqq"
+    samples: int = 128
 
 
 def random_config(weight_bytes: int, layers: int = 32) -> object:
@@ -104,16 +113,19 @@ def _random(shape: Sequence[int], generator: object) -> object:
     return torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
 
 
-def measure(folder: Path, weight_bytes: int, *options: str) -> Peak:
-    """Profile a model in a process of its own and watch its memory; ``options`` as :func:`main`'s.
+def measure(folder: Path, weight_bytes: int, options: Options) -> Peak:
+    """Profile a model in a process of its own and watch its memory.
 
     Raises
     ------
     RuntimeError
         When the process fails.
     """
-    command = [sys.executable, "-m", __spec__.name, "--profile", str(folder), *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "lsq_core.bench.memory", "--profile", str(folder.resolve())]
+    command += ["--quantizer", options.quantizer, "--samples", str(options.samples)]
+    command += ["--text"] if options.text else []
+    root = Path(__file__).resolve().parents[2]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root)
     peak = 0
     for now in _anonymous(process):
         peak = max(peak, now)
@@ -140,21 +152,21 @@ def rss_anon(pid: int | str = "self") -> int:
     return 1024 * int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
 
 
-def profile(folder: Path, text: bool, quantizer: str) -> dict[str, float]:
+def profile(folder: Path, options: Options) -> dict[str, float]:
     """Profile a model in this process, its blocks streamed; seconds, and memory before it."""
     import torch  # noqa: F401 - what it takes by itself is no part of a model's
 
     from lsq_core.profile.measure import measure_profile
     from lsq_core.stream import open_streamed
 
-    base, began = rss_anon(), time.perf_counter()
+    base, began = rss_anon(), time.process_time()
     measure_profile(
         open_streamed(ModelSource(str(folder)), "cpu"),
-        ProfileSettings(quantizer=quantizer),
+        ProfileSettings(options.quantizer, samples=options.samples),
         "memory",
-        metrics=DEFAULT_METRICS if text else WEIGHT_METRICS,
+        metrics=DEFAULT_METRICS if options.text else WEIGHT_METRICS,
     )
-    return {"base": base, "seconds": time.perf_counter() - began}
+    return {"base": base, "seconds": time.process_time() - began}
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -164,19 +176,20 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--text", action="store_true", help="measure sensitivity as well")
     parser.add_argument("--quantizer", default="hqq", help="hqq, or rtn to be done sooner")
+    parser.add_argument("--samples", type=int, default=128, help="calibration texts")
     parser.add_argument("--folder", help="where models are made; the system's temporary folder")
     parser.add_argument("--profile", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args(words)
+    options = Options(asked.text, asked.quantizer, asked.samples)
     if asked.profile:
-        print(json.dumps(profile(asked.profile, asked.text, asked.quantizer)))
+        print(json.dumps(profile(asked.profile, options)))
         return 0
-    options = ["--quantizer", asked.quantizer, *(["--text"] if asked.text else [])]
-    print("weights     RssAnon: before     peak       seconds   s/GiB")
+    print("weights     RssAnon: before     peak   CPU seconds   s/GiB")
     for gib in asked.gib:
         with tempfile.TemporaryDirectory(dir=asked.folder) as made:
             folder = Path(made) / "model"
             held = write_random_model(folder, int(gib * GIB), asked.layers)
-            found = measure(folder, held, *options)
+            found = measure(folder, held, options)
         print(
             f"{format_bytes(held):>9} {format_bytes(found.base):>16} "
             f"{format_bytes(found.peak):>10} {found.seconds:>12.1f} "

@@ -11,7 +11,7 @@ from lsq_core.config import METADATA_FORMATS
 from lsq_core.corpus import BUILT_IN
 from lsq_core.errors import InputError
 from lsq_core.plan import PLANNERS
-from lsq_core.profile import DEFAULT_METRICS, METRICS
+from lsq_core.profile import DEFAULT_METRICS, METRICS, PROXIES
 from lsq_core.quantize import MATRIX_WISE, QUANTIZERS
 
 
@@ -64,7 +64,8 @@ def _add_model_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
         "--metric",
         action="append",
         default=[],
-        help=f"also measure {' or '.join(dear)}, which a plan that needs it adds by itself",
+        help=f"also measure {' or '.join(dear)}: loss_impact is added by a plan that needs it, "
+        f"{' and '.join(PROXIES)} are fast proxies, compared with the exact score",
     )
     _add_profile(sub)
 

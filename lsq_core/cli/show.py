@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from lsq_core.config import format_bytes
+from lsq_core.config import DETECTION_CONFIG, format_bytes
 
 
 def _finite(value: float | None) -> bool:
@@ -42,6 +42,12 @@ def profile(result: dict) -> None:
         f"profile {result['profile']} of {result['model']['model']}: {len(result['scores']):,} "
         f"scores {tokens} {provenance['corpus']}"
     )
+    for row in result["proxies"]:
+        if row["config"] == DETECTION_CONFIG.name:
+            print(
+                f"  {row['proxy']} ranks the modules as {row['exact']} does at {row['config']} "
+                f"with rank correlation {row['rank_correlation']:.3f}"
+            )
 
 
 def plan(result: dict) -> None:

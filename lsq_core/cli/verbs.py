@@ -143,6 +143,8 @@ def _described(info: object) -> dict:
 
 def profile(options: argparse.Namespace, report: Report) -> dict:
     """Measure or find a profile."""
+    from lsq_core.profile.agreement import proxy_agreement
+
     bench = _workbench(options, report)
     settings = _settings(options, bench, options.quantizer, options.corpus)
     found = bench.profile(settings, options.metric)
@@ -151,6 +153,7 @@ def profile(options: argparse.Namespace, report: Report) -> dict:
         "model": _described(bench.info),
         "settings": asdict(found.settings),
         "provenance": found.provenance,
+        "proxies": proxy_agreement(found).to_dict("records"),
         "scores": found.values.to_dict("records"),
     }
 

@@ -29,9 +29,13 @@ METRICS = {
     "sensitivity": "lsq_core.profile.sensitivity:PartSensitivity",
     "sensitivity_module": "lsq_core.profile.sensitivity:ModuleSensitivity",
     "loss_impact": "lsq_core.profile.loss_impact:LossImpact",
+    "gram_diagonal": "lsq_core.profile.proxies:GramDiagonal",
+    "fisher_diagonal": "lsq_core.profile.proxies:DiagonalFisher",
 }
+#: Fast stand-ins for an exact score: which one. They are for looking at; no method reads them.
+PROXIES = {"gram_diagonal": "sensitivity_module", "fisher_diagonal": "sensitivity_module"}
 #: What a profile holds from the start; the others are dear, and added when a method needs them.
-DEFAULT_METRICS = tuple(name for name in METRICS if name != "loss_impact")
+DEFAULT_METRICS = tuple(name for name in METRICS if name not in {"loss_impact", *PROXIES})
 #: What the weights alone tell, without any text: cheap, and measured first.
 WEIGHT_METRICS = ("kurtosis", "weight_error")
 #: The one configuration that loss impact is measured at; a quantizer without it has none.
@@ -73,6 +77,16 @@ TITLES = {
         "KL (nats a token) per ‖W − Ŵ‖²",
         "How far the model's predictions move for each unit of squared weight error in one "
         "matrix, all else at full precision.",
+    ),
+    "gram_diagonal": MetricTitle(
+        "Gram diagonal (proxy)",
+        "mean squared output change",
+        "What sensitivity by module would be if no two inputs of a module were correlated.",
+    ),
+    "fisher_diagonal": MetricTitle(
+        "Diagonal Fisher (proxy)",
+        "Σ E[g²]·ΔW²",
+        "The squared weight error, each weight by the square of the loss's gradient to it.",
     ),
 }
 

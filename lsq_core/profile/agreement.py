@@ -9,6 +9,9 @@ import numpy as np
 import pandas as pd
 from scipy.stats import rankdata, spearmanr
 
+from lsq_core.config import LADDER
+from lsq_core.profile import PROXIES, Profile
+
 #: Fewer layers in common than this have no rank correlation worth telling.
 FEWEST = 4
 
@@ -52,6 +55,26 @@ def _of_part(table: pd.DataFrame, a: str, b: str) -> float:
     if a not in table or b not in table or (table[a].isna() != table[b].isna()).any():
         return np.nan
     return rank_correlation(table[a].to_numpy(), table[b].to_numpy())
+
+
+def proxy_agreement(profile: Profile) -> pd.DataFrame:
+    """Spearman's ρ of each proxy and its exact score over all matrices, at every stop.
+
+    ``proxy, exact, config, rank_correlation``; no rows for what the profile doesn't hold.
+    """
+    held = set(zip(profile.values["metric"], profile.values["config"], strict=True))
+    rows = [
+        (
+            proxy,
+            exact,
+            config.name,
+            rank_correlation(profile.scores(proxy, config), profile.scores(exact, config)),
+        )
+        for proxy, exact in PROXIES.items()
+        for config in LADDER
+        if {(proxy, config.name), (exact, config.name)} <= held
+    ]
+    return pd.DataFrame(rows, columns=["proxy", "exact", "config", "rank_correlation"])
 
 
 @dataclass(frozen=True)

@@ -109,6 +109,17 @@ class BlockContext:
         return Observed(collector.result(), replays, following)
 
     @cached_property
+    def moments(self) -> dict[Matrix, tuple[Tensor, int]]:
+        """The diagonal (in,) of each Gram matrix, and the number of tokens; no Gram is needed."""
+        if "observed" in self.__dict__:
+            return {m: (gram.diagonal(), n) for m, (gram, n) in self.observed.grams.items()}
+        collector = _MomentCollector(self)
+        with collector.watching():
+            for _ in self.run():
+                collector.end_batch()
+        return collector.result()
+
+    @cached_property
     def parts(self) -> tuple[Part, ...]:
         """The authors' parts of this block, found from its structure (see :func:`find_parts`)."""
         return find_parts(self)
@@ -186,11 +197,12 @@ class _GramCollector:
         self.key_by_input[id(inputs)] = matrix
         self.alive.append(inputs)  # an id is only an identity while its object lives
         rows = inputs.reshape(-1, inputs.shape[-1]).float()
-        if matrix not in self.sums:
-            self.sums[matrix] = (rows.T @ rows, len(rows))
-            return
-        gram, tokens = self.sums[matrix]
-        self.sums[matrix] = (gram.addmm_(rows.T, rows), tokens + len(rows))
+        before, tokens = self.sums.get(matrix, (None, 0))
+        self.sums[matrix] = (self.sum(before, rows), tokens + len(rows))
+
+    def sum(self, before: Tensor | None, rows: Tensor) -> Tensor:
+        """What there was and what rows (n, in) add to it."""
+        return rows.T @ rows if before is None else before.addmm_(rows.T, rows)
 
     def end_batch(self) -> None:
         self.key_by_input.clear()
@@ -204,6 +216,14 @@ class _GramCollector:
                 size = matrix.in_features
                 none[matrix] = (torch.zeros(size, size, device=device), 0)
         return none | {m: self.sums[key] for m, key in self.key_of.items()}
+
+
+class _MomentCollector(_GramCollector):
+    """Adds up the diagonals alone."""
+
+    def sum(self, before: Tensor | None, rows: Tensor) -> Tensor:
+        squares = rows.square().sum(0)
+        return squares if before is None else before.add_(squares)
 
 
 class _ExpertWatcher(TorchFunctionMode):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,6 +28,8 @@ NAMES = {
     "sensitivity": "sensitivity by part",
     "sensitivity_module": "sensitivity by module",
     "loss_impact": "loss impact",
+    "gram_diagonal": "Gram diagonal",
+    "fisher_diagonal": "diagonal Fisher",
 }
 
 
@@ -155,8 +158,7 @@ def _choose_first_quantizer(there: list[ProfileSettings]) -> None:
 
 def follow(seen: Seen) -> None:
     """While the profile isn't whole: say how far measuring is, or offer to measure."""
-    words_of = ["profile", *arguments.model_arguments(seen.here.source, seen.here.device)]
-    words_of += [*arguments.profile_arguments(seen.settings), "--db", str(seen.here.store.path)]
+    words_of = job_words(seen)
     job = jobs_panel.find(disk.jobs_folder(seen.here.store), words_of)
     if job is not None and job.active:
         with seen.first:
@@ -178,6 +180,13 @@ def follow(seen: Seen) -> None:
             st.rerun()
         if job is not None and job.state != "done":
             jobs_panel.follow(job)
+
+
+def job_words(seen: Seen, metrics: Sequence[str] = ()) -> list[str]:
+    """The command that measures the profile, and these metrics beside the usual ones."""
+    found = ["profile", *arguments.model_arguments(seen.here.source, seen.here.device)]
+    found += [*arguments.profile_arguments(seen.settings), "--db", str(seen.here.store.path)]
+    return found + [word for metric in metrics for word in ("--metric", metric)]
 
 
 def _say_how_far(seen: Seen, job: Job) -> None:

@@ -7,16 +7,16 @@ import pandas as pd
 import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
-from lsq_core import charts
+from lsq_core import charts, disk, jobs
 from lsq_core.config import DETECTION_CONFIG, LADDER
-from lsq_core.profile import TITLES
-from lsq_core.profile.agreement import rank_correlation, ranks
-from lsq_core.ui import words
+from lsq_core.profile import PROXIES, TITLES
+from lsq_core.profile.agreement import proxy_agreement, rank_correlation, ranks
+from lsq_core.ui import jobs_panel, words
 from lsq_core.ui.explore_layers import at_stops, has, keep_to
-from lsq_core.ui.explore_profile import NAMES, Seen
+from lsq_core.ui.explore_profile import NAMES, Seen, job_words
 
 #: Metrics of a configuration; the others have one figure a matrix.
-_AT_STOPS = ("sensitivity", "sensitivity_module", "weight_error")
+_AT_STOPS = ("sensitivity", "sensitivity_module", "weight_error", *PROXIES)
 _MOST = 8
 
 
@@ -47,6 +47,7 @@ def show(seen: Seen) -> None:
         _furthest(frame)
     with left:
         _scatter(frame, x, y, module)
+        _proxies(seen, stop)
 
 
 def _stop(stops: list[str]) -> str:
@@ -134,6 +135,41 @@ def _scatter(frame: pd.DataFrame, x: str, y: str, module: str) -> None:
         selection_mode="points",
         alt=f"Ranks of {len(frame)} modules by {NAMES[x]} and by {NAMES[y]}; {module} is ringed.",
     )
+
+
+def _proxies(seen: Seen, stop: str) -> None:
+    """How well the fast proxies rank the modules, or a way to measure them."""
+    table = proxy_agreement(seen.found)
+    table = table[table["config"] == stop]
+    for exact, rows in table.groupby("exact", sort=False):
+        each = [
+            f"{NAMES[row.proxy]} {row.rank_correlation:.3f}".replace("-", "−")
+            for row in rows.itertuples()
+        ]
+        st.caption(
+            f"Fast proxies of {NAMES[exact]} at {stop}, by rank correlation with it: "
+            f"{words.listed(each)}."
+        )
+    if table.empty and not seen.published and not seen.lacking:
+        _offer_proxies(seen)
+
+
+def _offer_proxies(seen: Seen) -> None:
+    folder, words_of = disk.jobs_folder(seen.here.store), job_words(seen, list(PROXIES))
+    job = jobs_panel.find(folder, words_of)
+    if job is not None and job.active:
+        jobs_panel.follow(job)
+        return
+    if st.button(
+        "Measure the fast proxies",
+        key="proxies",
+        help=f"{words.listed([NAMES[proxy] for proxy in PROXIES])}, to see how well they rank the "
+        "modules. Needs all weights in memory, and gradients.",
+    ):
+        jobs.start(folder, words_of)
+        st.rerun()
+    if job is not None and job.state != "done":
+        jobs_panel.follow(job)
 
 
 def _figures(table: pd.DataFrame, module: str, offered: list[str]) -> None:
