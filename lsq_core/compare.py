@@ -274,7 +274,8 @@ def settings_of(record: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     run, plan, own = record["run"], record["plan"], record["evaluation"]
     content = plan.get("content") or {}
     asked = content.get("request") or {}
-    profile = record["profile"].get("settings") or {}
+    # A calibrated quantizer reads a text of its own, which tells more of the run than a profile's.
+    profile = (record["profile"].get("settings") or {}) | (content.get("calibration") or {})
     boosts = run["method"] in BOOSTS
     known = {
         "method": run["method"],

@@ -542,7 +542,7 @@ class Workbench:
             quantized = get_quantizer(plan.quantizer).quantize_model(
                 loaded,
                 plan.choice,
-                ProfileSettings(axis=plan.axis, metadata=plan.metadata, **plan.calibration or {}),
+                _settings_of(plan),
                 lambda done, total, name: self.report("quantize", done, total, name),
                 self.remembered,
             )
@@ -672,9 +672,18 @@ def by_quantizer(plan: Plan, quantizer: str, settings: ProfileSettings) -> Plan:
     """
     if plan.quantizer == quantizer and plan.calibration:
         return plan
+    if not about(quantizer).calibrated:
+        return replace(plan, quantizer=quantizer, calibration=None)
     text = {name: getattr(settings, name) for name in _CALIBRATION}
-    calibrated = about(quantizer).calibrated
-    return replace(plan, quantizer=quantizer, calibration=text if calibrated else None)
+    text["corpus"] = corpus_identity(settings.calibration)
+    return replace(plan, quantizer=quantizer, calibration=text)
+
+
+def _settings_of(plan: Plan) -> ProfileSettings:
+    """What a plan's quantizer needs to know beside its choice."""
+    text = plan.calibration or {}
+    told = {name: text[name] for name in _CALIBRATION if name in text}
+    return ProfileSettings(axis=plan.axis, metadata=plan.metadata, **told)
 
 
 def refusal_of(problem: Problem, request: PlanRequest, quantizer: str, axis: int) -> str:

@@ -170,7 +170,8 @@ def test_points_are_the_runs_and_uniform_hqq_is_joined_in_order(runs):
     points = {t.name: t for t in figure.data if t.mode == "markers"}
     assert list(points["SensiBoost"].x) == [2.1]
     assert list(points["SensiBoost"].y) == [61.8]
-    assert list(points["Uniform"].y) == [60.0, 62.1, 63.0]
+    assert list(points["Uniform"].y) == [60.0, 62.1]
+    assert list(points["RTN"].y) == [63.0], "a baseline under its own name"
     (joined,) = [t for t in figure.data if t.mode == "lines"]
     assert (list(joined.x), list(joined.y)) == ([2.0, 3.0], [62.1, 60.0])
 

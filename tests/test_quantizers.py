@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -26,6 +27,7 @@ from lsq_core.quantize.apply import packed_modules
 from lsq_core.quantize.artifact import empty_tensors
 from lsq_core.quantize.packed import quantize_matrix
 from lsq_core.store import Store
+from tests.conftest import ROOT
 
 NF4 = ("nf4", "nf4-dq")
 FOUR_BITS = [config for config in LADDER if config.bits == 4]
@@ -314,6 +316,27 @@ def test_words_decode_as_gptqmodel_decodes_them(tmp_path):
         ours = quantize.matrix_kind(name).from_tensors(parts, (64, 96), config, 1).dequantize()
         # Their GPTQ multiplies in half precision.
         torch.testing.assert_close(ours, theirs, rtol=2e-3 if name == "gptq" else 1e-6, atol=1e-6)
+
+
+def test_the_child_process_ends_with_its_parent(tmp_path):
+    """As when a job is killed: its standard input closes, whatever it is doing."""
+    package = tmp_path / "gptqmodel"
+    package.mkdir()
+    (package / "__init__.py").write_text("import time; time.sleep(600)")
+    request = tmp_path / "asked.json"
+    request.write_text("{}")
+    child = subprocess.Popen(
+        [sys.executable, "-m", "lsq_core.quantize.gptqmodel_child", str(request)],
+        stdin=subprocess.PIPE,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+    )
+    try:
+        assert child.poll() is None
+        child.stdin.close()
+        assert child.wait(60) == 1
+    finally:
+        child.kill()
 
 
 @pytest.mark.slow

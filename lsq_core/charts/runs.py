@@ -9,7 +9,15 @@ from dataclasses import dataclass
 import pandas as pd
 import plotly.graph_objects as go
 
-from lsq_core.charts.style import ABOVE, NEUTRAL, config_color, finish, method_style, rings
+from lsq_core.charts.style import (
+    ABOVE,
+    NEUTRAL,
+    config_color,
+    drawn_as,
+    finish,
+    method_style,
+    rings,
+)
 from lsq_core.compare import BOOSTS, pareto
 from lsq_core.config import GIB, LADDER, MIB
 
@@ -106,6 +114,8 @@ def perplexity_by_size(
 ) -> go.Figure:
     """Perplexity, or another quality, against size; a marker and colour for each method.
 
+    A uniform plan by another quantizer than HQQ is a baseline, with a marker of its own.
+
     ``frame`` has ``evaluation, method, label, perplexity, perplexity_full, quantizer`` and the
     columns of ``size`` and ``quality``, all of one model, corpus and protocol. Uniform HQQ runs
     are joined as the reference curve; full precision's perplexity is a level line; ``selected``
@@ -121,10 +131,13 @@ def perplexity_by_size(
     if many:
         front = frame[pareto(frame[size.column], quality.cost(frame))]
         figure.add_trace(_front(front, size, quality))
-    commonest = frame["method"].value_counts().index if many else frame["method"].unique()
-    for method in commonest:  # the rest over it
-        part = frame[frame["method"] == method]
-        figure.add_trace(_runs(method, part, size, quality, 7 if many else 11))
+    drawn = frame.assign(
+        drawn_as=[drawn_as(*pair) for pair in zip(frame["method"], frame["quantizer"], strict=True)]
+    )
+    commonest = drawn["drawn_as"].value_counts().index if many else drawn["drawn_as"].unique()
+    for style in commonest:  # the rest over it
+        part = drawn[drawn["drawn_as"] == style]
+        figure.add_trace(_runs(style, part, size, quality, 7 if many else 11))
     for (method, origin), part in _groups(overlay, ["method", "origin"]):
         figure.add_trace(_hollow(_runs(method, part, size, quality, 9), origin))
     ringed = frame[frame["evaluation"].isin(list(selected))]

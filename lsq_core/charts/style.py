@@ -58,9 +58,12 @@ METHOD_STYLES = {
     "sensi-milp": MethodStyle("Sensitivity MILP", "#C0812B", "star"),
     "kurt-milp": MethodStyle("Kurtosis MILP", "#8C6D31", "hexagon"),
     "sensi-knapsack": MethodStyle("Sensitivity knapsack", "#3FA34D", "pentagon"),
-    # Others' methods, of which only published runs are here.
+    # What others use: published runs, and uniform plans by another quantizer than HQQ.
     "gptq": MethodStyle("GPTQ", "#B8860B", "cross"),
     "awq": MethodStyle("AWQ", "#2F8F8F", "x"),
+    "rtn": MethodStyle("RTN", "#6E7B3A", "triangle-left"),
+    "nf4": MethodStyle("NF4", "#B0543C", "star-triangle-down"),
+    "nf4-dq": MethodStyle("NF4, double-quantized", "#B0543C", "star-triangle-down-open"),
     "bnb": MethodStyle("bitsandbytes", "#B0543C", "star-triangle-up"),
     "loss-aware": MethodStyle("Loss-aware", "#D1495B", "hexagram"),
 }
@@ -69,6 +72,15 @@ METHOD_STYLES = {
 def method_style(name: str) -> MethodStyle:
     """A method's style; one not listed is a neutral cross under its own name."""
     return METHOD_STYLES.get(name, MethodStyle(name, NEUTRAL, "x"))
+
+
+def drawn_as(method: str, quantizer: str) -> str:
+    """The style's name of a run: its method's, or for a baseline that of its quantizer.
+
+    >>> drawn_as("uniform", "nf4"), drawn_as("uniform", "hqq"), drawn_as("mxq", "nf4")
+    ('nf4', 'uniform', 'mxq')
+    """
+    return quantizer if method == "uniform" and quantizer in METHOD_STYLES else method
 
 
 def config_color(config: QuantConfig) -> str:

@@ -1,7 +1,8 @@
 """The process that imports ``gptqmodel``: quantizes a model as asked, and saves what it stored.
 
 Started by :mod:`lsq_core.quantize.through_gptqmodel`; takes a JSON file, writes the number of each
-finished layer to standard output and everything else to standard error.
+finished layer to standard output and everything else to standard error, and ends when its standard
+input does.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import re
 import sys
 from collections import Counter
 from pathlib import Path
+from threading import Thread
 
 #: Calibration sequences that run through a block at once; they are all of one length.
 _BATCH = 8
@@ -22,6 +24,7 @@ def main(request: Path) -> None:
     asked = json.loads(request.read_text("utf8"))
     told = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what the package prints is not progress
+    Thread(target=_end_with_parent, daemon=True).start()
 
     import numpy as np
     import torch
@@ -40,6 +43,12 @@ def main(request: Path) -> None:
     kernel = {"gptq": BACKEND.GPTQ_TORCH, "awq": BACKEND.AWQ_TORCH}[asked["method"]]
     model.quantize(sequences, batch_size=_BATCH, backend=kernel, calibration_data_min_length=1)
     model.save(asked["out"])
+
+
+def _end_with_parent() -> None:
+    """End when the other end of standard input is closed: nobody waits for the result then."""
+    sys.stdin.read()
+    os._exit(1)
 
 
 def _dtype(asked: dict, torch: object) -> object:

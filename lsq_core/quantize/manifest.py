@@ -9,7 +9,8 @@ from pathlib import Path
 from lsq_core.errors import InputError
 from lsq_core.model import MANIFEST
 
-FORMAT = 1
+#: 2 since quantizers store matrices in layouts of their own; 1 had this project's packing alone.
+FORMAT = 2
 #: Not ``model.safetensors``: transformers alone would load that with random packed modules.
 WEIGHTS = "packed.safetensors"
 #: What tells a saved model's run and plan, beside the format.

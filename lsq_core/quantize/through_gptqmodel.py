@@ -131,7 +131,7 @@ def _ask(asked: Asked, loaded: LoadedModel, progress: Progress) -> None:
             [sys.executable, "-m", _CHILD, str(request)],
             stdout=subprocess.PIPE,
             stderr=errors,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,  # it ends when this process does, and closes it
             text=True,
             cwd=root,
             env=environment,

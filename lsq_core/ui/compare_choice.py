@@ -200,7 +200,8 @@ def _measure(part: pd.DataFrame) -> str:
 def say_what_is_best(choice: Choice) -> None:
     """The first line: the lowest perplexity of the runs that fit."""
     size, best = choice.size, choice.best
-    name = f"{charts.method_style(best['method']).title} {best['bits_per_param']:.2f}"
+    style = charts.method_style(charts.drawn_as(best["method"], best["quantizer"]))
+    name = f"{style.title} {best['bits_per_param']:.2f}"
     under = [f"{written(best[size.column], size)} {'measured' if size == charts.MEASURED else ''}"]
     if pd.notna(best["perplexity_full"]):
         more = words.signed_percent(best["increase"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import streamlit as st
@@ -16,7 +17,7 @@ from lsq_core.evaluate import PROTOCOLS, Protocol
 from lsq_core.pipeline import EvaluationRequest
 from lsq_core.plan import PlanRequest, get_planner
 from lsq_core.profile import ProfileSettings
-from lsq_core.quantize import QUANTIZERS, about
+from lsq_core.quantize import QUANTIZERS, about, refusal
 from lsq_core.store import Store
 from lsq_core.ui import arguments, known, state, words
 from lsq_core.ui.page import Here
@@ -86,6 +87,9 @@ def plan_in_words(here: Here, request: PlanRequest) -> str:
         plan = known.plan(info, found, request, settings)
     except LsqError as error:
         return f"{text}. {error}"
+    quantizer = st.session_state.get("quantizer", "hqq")
+    if not refusal(quantizer, plan.choice, plan.axis):
+        plan = replace(plan, quantizer=quantizer)
     return f"{text}: {plan.bits_per_param:.2f} bits, {format_bytes(plan.planned_bytes)} planned."
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import streamlit as st
 
-from lsq_core import sweep
+from lsq_core import charts, sweep
 from lsq_core.corpus import BUILT_IN
 from lsq_core.errors import InputError
 from lsq_core.jobs import Job
@@ -234,8 +234,9 @@ def best(rows: list[dict]) -> str:
     lines = []
     for corpus in dict.fromkeys(row["corpus"] for row in finished):
         least = min((r for r in finished if r["corpus"] == corpus), key=lambda r: r["perplexity"])
+        style = charts.method_style(charts.drawn_as(least["method"], least["quantizer"]))
         lines.append(
-            f"{words.literal(Path(corpus).name)}: {PLANNERS[least['method']].title} at "
+            f"{words.literal(Path(corpus).name)}: {style.title} at "
             f"{least['bits_per_param']:.2f} bits, perplexity {least['perplexity']:.2f}"
         )
     return f"Least on {'; on '.join(lines)}." if lines else ""
