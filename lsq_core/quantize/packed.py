@@ -53,13 +53,14 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
     padded = torch.nn.functional.pad(packed, (0, missing)) if missing else packed
     first, *others = padded.view(-1, length).unbind(1)
     words = first.new_empty(len(first), dtype=_WORDS[together]).copy_(first)
-    spread = torch.empty_like(words)
+    moved = torch.empty_like(words)
     for i, byte in enumerate(others, 1):
-        words |= spread.copy_(byte).bitwise_left_shift_(8 * i)
+        words |= moved.copy_(byte).bitwise_left_shift_(8 * i)
     run = together // 2
-    while run:
-        words |= torch.bitwise_left_shift(words, (8 - bits) * run, out=spread)
-        words &= _mask(bits * run, 8 * run, 8 * together)
+    while run:  # of each run of codes, the upper half moves to where its own bytes begin
+        torch.bitwise_and(words, _upper_halves(bits * run, 16 * run, 8 * together), out=moved)
+        words ^= moved
+        words |= moved.bitwise_left_shift_((8 - bits) * run)
         run //= 2
     return words.view(torch.uint8)[:count]
 
@@ -68,9 +69,9 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
 _WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def _mask(ones: int, lane: int, width: int) -> int:
-    """``width`` bits of which the lowest ``ones`` of every ``lane`` are set."""
-    return sum((2**ones - 1) << start for start in range(0, width, lane))
+def _upper_halves(half: int, lane: int, width: int) -> int:
+    """``width`` bits, set where the second ``half`` bits of every ``lane`` are."""
+    return sum((2**half - 1) << start + half for start in range(0, width, lane))
 
 
 def _places(bits: int) -> list[tuple[int, int, int]]:

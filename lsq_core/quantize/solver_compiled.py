@@ -40,14 +40,14 @@ class Engine:
 
 
 class Steps:
-    """A function of tensors that is called often and compiled when that pays.
+    """The steps, called often and compiled when that pays.
 
-    It is compiled apart for each axis, with the shrinking and without.
+    They are compiled, and counted, apart for each axis, with the shrinking and without.
     """
 
     def __init__(self, eager: Callable) -> None:
         self.eager = eager
-        self._compiled: dict[tuple[int, bool], Callable] = {}
+        self._compiled: Callable | None = None
         self._solved: Counter[tuple[int, bool]] = Counter()
         self._forced: bool | None = None
         self._failure = ""
@@ -68,11 +68,10 @@ class Steps:
         self._solved[variant] += scaled.numel()
         if scaled.numel() < SMALLEST or not self._compiles(variant):
             return self.eager(*inputs)
-        if variant not in self._compiled:
-            _log.info("compiling the solver's steps (axis %d); this is done once", axis)
-            self._compiled[variant] = torch.compile(self.eager, dynamic=True)
+        if self._compiled is None:
+            self._compiled = torch.compile(self.eager, dynamic=True)
         try:
-            return self._compiled[variant](*inputs)
+            return self._compiled(*inputs)
         except Exception as error:  # whatever a compiler can't do here, the steps still can
             self._failure = f"compiling failed: {str(error).strip().splitlines()[0]}"
             _log.warning("%s; the solver goes on without", self._failure)
@@ -81,7 +80,7 @@ class Steps:
     @property
     def engine(self) -> Engine:
         """What runs now, ``compiled`` or ``eager``, and why it is eager."""
-        if any(self._compiles(variant) for variant in self._solved) or self._compiles((1, False)):
+        if any(self._compiles(variant) for variant in [*self._solved, (1, False)]):
             return Engine("compiled")
         if self._forced is False:
             return Engine("eager", "asked for")

@@ -85,7 +85,7 @@ def all_steps(
 
 
 @cache
-def _kernel():  # noqa: ANN202 - its type is Triton's
+def _kernel():
     """The kernel, made when it is needed: nothing else here imports Triton."""
     import triton
     import triton.language as tl
@@ -124,7 +124,7 @@ def _kernel():  # noqa: ANN202 - its type is Triton's
         for _ in range(STEPS):
             shifted = scaled + z[:, None]
             codes = tl.minimum(tl.maximum(shifted, 0.0), top)
-            # Adding 1.5 · 2^23 leaves no place for a fraction: rounds halves to even, as torch does.
+            # 1.5 · 2^23 leaves no place for a fraction: rounds halves to even, as torch does.
             codes = (codes + 12582912.0) - 12582912.0
             error = shifted - codes
             size = tl.abs(error)
