@@ -51,7 +51,7 @@ def errors(weight: torch.Tensor, bits: int, group_size: int, axis: int) -> tuple
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 @pytest.mark.parametrize("axis", [0, 1])
 def test_errors_are_those_of_the_package(kind, bits, group_size, axis, monkeypatch):
-    monkeypatch.setattr(solver, "CPU_PIECE", 2**14)  # several pieces, the last one short
+    monkeypatch.setattr(solver, "PIECE", 2**14)  # several pieces, the last one short
     weight = weights(kind)
     theirs = errors(weight, bits, group_size, axis)
     with plugged_in():

@@ -41,6 +41,11 @@ class PackedLinear(nn.Module):
         shape = (self.out_features, self.in_features)
         return self.kind.from_tensors(tensors, shape, self.config, self.axis)
 
+    @property
+    def kernel(self) -> str:
+        """What multiplies, for :func:`kernels`."""
+        return "decoded, then multiplied by PyTorch"
+
     def forward(self, inputs: Tensor) -> Tensor:
         """``inputs`` (…, in) to (…, out), in the dtype of the inputs."""
         return F.linear(inputs, self.packed.dequantize(inputs.dtype), self.bias)
@@ -158,6 +163,15 @@ def with_stored(
 def packed_modules(model: nn.Module) -> dict[str, PackedLinear]:
     """Every packed module by full name."""
     return {n: m for n, m in model.named_modules() if isinstance(m, PackedLinear)}
+
+
+def kernels(model: nn.Module) -> dict[str, str]:
+    """What multiplies by each packed module, by full name.
+
+    It is the same everywhere: the fast kernels that ``hqq`` can patch in (gemlite, torchao) want
+    layouts of their own, and a second copy of the weights beside the one that was measured.
+    """
+    return {name: module.kernel for name, module in packed_modules(model).items()}
 
 
 def measured_bytes(model: nn.Module) -> int:

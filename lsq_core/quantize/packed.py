@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, gcd
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ from lsq_core.quantize.base import (
 
 #: A zero point further out than this says that the group is almost constant.
 _FAR_ZERO = 1024.0
+#: Weights decoded at a time on the CPU: 2 MiB of float32, which stay in cache.
+_PIECE = 2**19
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
@@ -46,17 +48,38 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
-    """The ``count`` uint8 codes that :func:`pack_bits` packed."""
+    """The ``count`` uint8 codes that :func:`pack_bits` packed.
+
+    Codes that share whole bytes are spread over a word of one byte each, halving the runs that
+    still stick together: a few operations on whole words instead of eight on single codes.
+    """
     if bits == 8:
         return packed[:count]
-    padded = torch.nn.functional.pad(packed, (0, -packed.numel() % bits)).view(-1, bits)
-    codes = padded.new_empty(len(padded), 8)
-    for i, byte, shift in _places(bits):
-        code = padded[:, byte] >> shift
-        if shift + bits > 8:
-            code |= padded[:, byte + 1] << (8 - shift)  # what leaves the byte is masked off
-        codes[:, i] = code & (2**bits - 1)
-    return codes.flatten()[:count]
+    together = 8 // gcd(8, bits)  # the fewest codes that fill whole bytes
+    length = bits * together // 8
+    missing = -packed.numel() % length
+    padded = torch.nn.functional.pad(packed, (0, missing)) if missing else packed
+    first, *others = padded.view(-1, length).unbind(1)
+    words = first.new_empty(len(first), dtype=_WORDS[together]).copy_(first)
+    moved = torch.empty_like(words)
+    for i, byte in enumerate(others, 1):
+        words |= moved.copy_(byte).bitwise_left_shift_(8 * i)
+    run = together // 2
+    while run:  # of each run of codes, the upper half moves to where its own bytes begin
+        torch.bitwise_and(words, _upper_halves(bits * run, 16 * run, 8 * together), out=moved)
+        words ^= moved
+        words |= moved.bitwise_left_shift_((8 - bits) * run)
+        run //= 2
+    return words.view(torch.uint8)[:count]
+
+
+#: The integer that has a byte for each of so many codes.
+_WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _upper_halves(half: int, lane: int, width: int) -> int:
+    """``width`` bits, set where the second ``half`` bits of every ``lane`` are."""
+    return sum((2**half - 1) << start + half for start in range(0, width, lane))
 
 
 def _places(bits: int) -> list[tuple[int, int, int]]:
@@ -140,11 +163,26 @@ class PackedMatrix(StoredMatrix):
         return named
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weights (out, in), computed in float32 and then cast."""
-        numel = self.shape[0] * self.shape[1]
-        codes = unpack_bits(self.codes, self.config.bits, numel).view(-1, self.config.group_size)
-        groups = _decode(codes, self.scale, self.zero)
-        return from_groups(groups, self.shape, self.axis).to(dtype)
+        """The weights (out, in), computed in float32 and then cast.
+
+        On the CPU it is done for a piece of groups at a time, which stays in cache.
+        """
+        weights = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
+        size, bits = self.config.group_size, self.config.bits
+        groups = weights.view(-1, size) if self.axis == 1 else weights.view(size, -1).T
+        scale, zero = self.scale.decode()[:, None], self.zero.decode()[:, None]
+        piece = 8 * max(_PIECE // size // 8, 1) if weights.device.type == "cpu" else len(groups)
+        for start in range(0, len(groups), piece):
+            some = slice(start, start + piece)
+            out = groups[some]
+            packed = self.codes[start * size * bits // 8 :]
+            codes = unpack_bits(packed[: ceil(out.numel() * bits / 8)], bits, out.numel())
+            codes = codes.view(out.shape)
+            if self.axis == 0:
+                codes = codes.T.contiguous().T  # in memory as the weights are
+            exact = out if dtype == torch.float32 else torch.empty_like(codes, dtype=torch.float32)
+            torch.mul(torch.sub(codes, zero[some], out=exact), scale[some], out=out)
+        return weights
 
     @classmethod
     def from_tensors(

@@ -1,7 +1,7 @@
 """The half-quadratic solver of [D], as ``hqq`` defines it, over pieces that stay in cache.
 
 ``hqq`` moves each group's zero point in 20 steps over the whole tensor: round to the grid, shrink
-the error towards a sparse one, take the mean. Two things make that fast without changing it:
+the error towards a sparse one, take the mean. Three things make that fast without changing it:
 
 * Groups are independent but for the early stop, which looks at the error of the whole tensor. So
   a piece runs all its steps while it is in cache (or registers), remembers the zero points of each,
@@ -10,18 +10,23 @@ the error towards a sparse one, take the mean. Two things make that fast without
   ``β^(−1/(2−p))``, 0.17 for its parameters. Weights of language models stay far below that, and
   then the step is ``zero ← mean(code) − scale·mean(weight)``: no power, no dequantized weights.
   Groups with a larger error take the step in full.
+* The steps are compiled where that pays: :mod:`lsq_core.quantize.solver_compiled` on the CPU,
+  :mod:`lsq_core.quantize.solver_triton` on a GPU. :func:`engine` says which runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from math import log2
 from threading import Lock
 
 import torch
 from hqq.core.quantize import Quantizer as HqqPackage
 from torch import Tensor
+
+from lsq_core.quantize import solver_triton
+from lsq_core.quantize.solver_compiled import Engine, Steps
 
 #: ``hqq``'s own parameters of the solver: the norm p, β, and the steps.
 LP_NORM = 0.7
@@ -29,9 +34,8 @@ BETA = 10.0
 STEPS = 20
 #: Errors up to this size shrink to nothing.
 THRESHOLD = BETA ** (-1 / (2 - LP_NORM))
-#: Weights worked on at a time: 1 MiB of float32 on the CPU, a large launch on a GPU.
-CPU_PIECE = 2**18
-GPU_PIECE = 2**26
+#: Weights worked on at a time: 1 MiB of float32, which stays in a core's cache.
+PIECE = 2**18
 
 _plugging = Lock()
 
@@ -58,88 +62,127 @@ def optimize_weights(
 
 @torch.inference_mode()
 def solve_zero(weight: Tensor, scale: Tensor, zero: Tensor, top: int, axis: int) -> Tensor:
-    """The zero points, shaped as they came: (groups, 1) for axis 1, (1, groups) for axis 0."""
-    weight, scale, zero = weight.float(), scale.float(), zero.float()
-    history, errors = [], torch.zeros(STEPS, dtype=torch.float64, device=weight.device)
-    steps = _steps_for(weight.device.type)
-    for piece in _pieces(weight, axis):
-        zeros, error, largest = steps(
-            weight[piece] * scale[piece], scale[piece], zero[piece], top, axis
+    """The zero points, float32 and shaped as they came: (groups, 1) for axis 1, (1, groups) for 0.
+
+    ``weight`` may be float32, bfloat16 or float16. A group that holds a NaN or an infinity gets
+    zero points that are none; it has no say in when the others stop.
+    """
+    scale, zero = scale.float(), zero.float()
+    if engine(weight.device).name == "triton":
+        zeros, errors = solver_triton.all_steps(
+            weight, scale, zero, top, axis, steps=STEPS, lp_norm=LP_NORM, beta=BETA
         )
-        survives = ~(largest <= THRESHOLD)  # larger, or not a number
-        if bool(survives.any()):
-            some = (survives, slice(None)) if axis == 1 else (slice(None), survives)
-            part = _full_steps(
-                weight[piece][some], scale[piece][some], zero[piece][some], top, axis
-            )
-            zeros[(slice(None), *some)], error[:, survives] = part
-        history.append(zeros)
-        errors += error.double().sum(1)
-    stop = _stopping_step((errors / weight.numel()).float().tolist())
-    return torch.cat([zeros[stop] for zeros in history], dim=1 - axis)
+    else:
+        parts = [
+            _solve_piece(weight[piece].float(), scale[piece], zero[piece], top, axis)
+            for piece in _pieces(weight, axis)
+        ]
+        zeros = torch.cat([zeros for zeros, _ in parts], dim=2 - axis)
+        errors = sum(errors for _, errors in parts)
+    return zeros.index_select(0, stopping_step((errors / weight.numel()).float()))[0]
+
+
+def engine(device: torch.device | str) -> Engine:
+    """What runs the steps on a device: ``triton``, ``compiled`` or ``eager``, and why."""
+    device = torch.device(device)
+    if device.type == "cpu":
+        return steps.engine
+    if device.type == "cuda" and solver_triton.available():
+        return Engine("triton")
+    return Engine("eager", f"there is no kernel for {device.type} here (needs CUDA and Triton)")
+
+
+def stopping_step(errors: Tensor) -> Tensor:
+    """The first step whose error is no improvement: ``hqq`` stops after it, else after the last.
+
+    ``errors`` is (steps,), the mean absolute error before each; returns (1,), the step. It stays
+    on the device, so that a GPU need not wait for the answer.
+    """
+    before = torch.cat([errors.new_full((1,), torch.inf), errors[:-1]])
+    worse = ~(errors < before)
+    worse[-1] = True
+    return worse.int().argmax().view(1)
 
 
 def _pieces(weight: Tensor, axis: int) -> Iterator[tuple[slice, slice]]:
     """Slices of whole groups, small enough for the cache."""
     groups, group_size = weight.shape[1 - axis], weight.shape[axis]
-    length = max((CPU_PIECE if weight.device.type == "cpu" else GPU_PIECE) // group_size, 1)
+    length = max(PIECE // group_size, 1)
     everything = slice(None)
     for start in range(0, groups, length):
         some = slice(start, start + length)
         yield (some, everything) if axis == 1 else (everything, some)
 
 
-@cache
-def _steps_for(device: str) -> Callable:
-    """The steps as they are on the CPU; compiled to a kernel or two on a GPU."""
-    return _steps if device == "cpu" else torch.compile(_steps, dynamic=True)
+def _solve_piece(
+    weight: Tensor, scale: Tensor, zero: Tensor, top: int, axis: int
+) -> tuple[Tensor, Tensor]:
+    """Zero points after each step (steps, …) and the summed error before each (steps,).
+
+    The steps without shrinking come first; groups whose errors turn out too large for them, and
+    those only, start again in full.
+    """
+    scaled = weight * scale
+    mean = scaled.mean(axis, keepdim=True)
+    if bool((scale < 0.5 / THRESHOLD).all()):  # half a step survives the shrinking everywhere
+        zeros, errors = steps(scaled, mean, scale, zero, top, axis, True)
+        return zeros, _total(errors)
+    zeros, errors = steps(scaled, mean, scale, zero, top, axis, False)
+    survives = ~(_largest_error(scaled, scale, zeros, top, axis) <= THRESHOLD)  # or not a number
+    if bool(survives.any()):
+        some = (survives, slice(None)) if axis == 1 else (slice(None), survives)
+        part = (scaled[some], mean[some], scale[some], zero[some])
+        zeros[(slice(None), *some)], errors[(slice(None), *some)] = _steps(*part, top, axis, True)
+    return zeros, _total(errors)
+
+
+def _largest_error(scaled: Tensor, scale: Tensor, zeros: Tensor, top: int, axis: int) -> Tensor:
+    """A bound (groups,) on the size of any error of a group in any step.
+
+    Rounding leaves half a step at most, and what lies beyond the grid as much more as it does.
+    """
+    above = scaled.amax(axis, keepdim=True) + zeros.amax(0) - top
+    below = -scaled.amin(axis, keepdim=True) - zeros.amin(0)
+    return (torch.maximum(above, below).clamp_min_(0.5) / scale).flatten()
+
+
+def _total(errors: Tensor) -> Tensor:
+    """Errors (steps, …) of groups as (steps,), those that are no numbers left out."""
+    return torch.where(errors.isfinite(), errors, 0).flatten(1).sum(1, dtype=torch.float64)
 
 
 def _steps(
-    scaled: Tensor, scale: Tensor, zero: Tensor, top: int, axis: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """All steps of one piece, right for groups whose errors all shrink to nothing.
-
-    ``scaled`` is weight · scale. Returns the zero points after each step (steps, …), the summed
-    error before each (steps, groups), and the largest single error of each group (groups,).
-    """
-    mean = scaled.mean(axis, keepdim=True)
-    zeros, errors, largest = [], [], torch.zeros_like(zero)
-    for _ in range(STEPS):
-        codes = torch.add(scaled, zero).round_().clamp_(0, top)
-        after = codes.mean(axis, keepdim=True) - mean
-        error = codes.sub_(scaled).sub_(zero).abs_()
-        errors.append((error.sum(axis, keepdim=True) / scale).flatten())
-        largest = torch.maximum(largest, error.amax(axis, keepdim=True))
-        zero = after
-        zeros.append(zero)
-    return torch.stack(zeros), torch.stack(errors), (largest / scale).flatten()
-
-
-def _full_steps(
-    weight: Tensor, scale: Tensor, zero: Tensor, top: int, axis: int
+    scaled: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    top: int,
+    axis: int,
+    shrinks: bool,
 ) -> tuple[Tensor, Tensor]:
-    """All steps of some groups as ``hqq`` writes them; returns as :func:`_steps`."""
+    """All steps of some groups, in units of the grid: ``scaled`` is weight · scale.
+
+    Returns the zero points after each step and the summed error before each, (steps, …) both.
+    Without ``shrinks`` it is right for groups whose errors all shrink to nothing.
+    """
     zeros, errors = [], []
+    strength = (2 - LP_NORM) * scale.log2() - log2(BETA)
     for _ in range(STEPS):
-        codes = torch.addcmul(zero, weight, scale).round_().clamp_(0, top)
-        error = weight - (codes - zero) / scale
-        size = error.abs()
-        errors.append(size.sum(axis))
-        kept = size.sub_(size.pow(LP_NORM - 1).div_(BETA)).clamp_min_(0).copysign_(error)
-        zero = codes.add_(kept.sub_(weight).mul_(scale)).mean(axis, keepdim=True)
+        error = scaled + zero
+        codes = error.round().clamp_(0, top)
+        error.sub_(codes)
+        size = error.abs() if shrinks else error.abs_()
+        errors.append(size.sum(axis, keepdim=True) / scale)
+        if shrinks:
+            power = size.log2().mul_(LP_NORM - 1).add_(strength).exp2_()
+            codes.add_(size.sub_(power).clamp_min_(0).copysign_(error))
+        zero = codes.mean(axis, keepdim=True) - mean
         zeros.append(zero)
     return torch.stack(zeros), torch.stack(errors)
 
 
-def _stopping_step(errors: list[float]) -> int:
-    """The first step whose error is no improvement: ``hqq`` stops after it, else after the last."""
-    best = float("inf")
-    for step, error in enumerate(errors):
-        if not error < best:
-            return step
-        best = error
-    return len(errors) - 1
+#: The steps on the CPU: as they are, or compiled.
+steps = Steps(_steps)
 
 
 @contextmanager

@@ -1,0 +1,232 @@
+"""The half-quadratic solver beside the one of ``hqq``, in the package's own ``Quantizer``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from hqq.core.quantize import Quantizer
+from torch import Tensor
+
+from lsq_core.bench import REPEATS, Row, in_turns, timed
+from lsq_core.quantize.solver import engine, plugged_in, steps
+
+#: Mean absolute and Frobenius error, relative to theirs.
+ERROR_LIMIT = 1e-3
+_ERROR_IS = "mean and Frobenius weight error against theirs, relative, the worst case"
+
+
+@dataclass(frozen=True)
+class Case:
+    """Weights of one kind and how to quantize them."""
+
+    kind: str = "normal"
+    side: int = 2048
+    dtype: torch.dtype = torch.float32
+    bits: int = 4
+    group_size: int = 64
+    axis: int = 1
+
+    @property
+    def name(self) -> str:
+        """The case in a few words."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        where = self.kind if self.kind == "demo" else f"{self.kind} {self.side}²"
+        return f"{where} {dtype} b{self.bits}g{self.group_size} axis {self.axis}"
+
+    def weights(self, device: str = "cpu") -> Tensor:
+        """The weights, the same each time."""
+        shape = (self.side, self.side)
+        torch.manual_seed(0)
+        if self.kind == "demo":
+            weights = _demo_weights()
+        elif self.kind == "constant":
+            weights = torch.full(shape, 0.3)
+        elif self.kind == "student-t":
+            weights = 0.02 * torch.distributions.StudentT(4.0).sample(shape)
+        else:
+            weights = {"normal": 0.02, "wide": 1.0}[self.kind] * torch.randn(shape)
+        return weights.to(device, self.dtype)
+
+    def quantize(self, weights: Tensor) -> tuple[Tensor, dict]:
+        """The package's public call."""
+        return Quantizer.quantize(
+            weights,
+            nbits=self.bits,
+            group_size=self.group_size,
+            axis=self.axis,
+            bitpack=False,
+            device=str(weights.device),
+        )
+
+    def errors(self, weights: Tensor) -> Tensor:
+        """Mean absolute and Frobenius error of that call, float64 (2,)."""
+        codes, meta = self.quantize(weights.float())
+        groups = weights.double().reshape(codes.shape)
+        error = groups - (codes.double() - meta["zero"].double()) * meta["scale"].double()
+        return torch.stack([error.abs().mean(), error.norm()])
+
+
+#: The first is timed in turns and gives the row; the others are timed once and beside it.
+CASES = (
+    Case(),
+    Case(dtype=torch.bfloat16),
+    Case(dtype=torch.float16, axis=0),
+    Case(bits=2, group_size=32),
+    Case(bits=3, group_size=128, axis=0),
+    Case(bits=8, group_size=128),
+    Case("student-t"),
+    Case("constant"),
+    Case("demo", bits=3),
+    Case(side=4096),
+)
+
+
+def compiled(repeats: int = REPEATS) -> Row:
+    """The solver as compiled for this machine."""
+    what = "HQQ solver, compiled"
+    with steps.forced(compiled=True):
+        began = time.perf_counter()
+        for axis in (1, 0):
+            _ours(Case(side=1024, axis=axis))(Case(side=1024, axis=axis).weights())
+        compiling = time.perf_counter() - began
+        if engine("cpu").name != "compiled":
+            return Row("solver_cpu", what, reason=engine("cpu").reason)
+        return _row("solver_cpu", what, CASES, repeats, 5.0, {"compiling_s": compiling})
+
+
+def eager(repeats: int = REPEATS) -> Row:
+    """The solver without a compiler, and where errors are so large that they survive shrinking."""
+    with steps.forced(compiled=False):
+        cases = (*CASES, Case("wide", bits=2))
+        return _row("solver_cpu_eager", "HQQ solver, no compiler", cases, repeats, 3.0, {})
+
+
+def _row(
+    id: str, what: str, cases: tuple[Case, ...], repeats: int, target: float, details: dict
+) -> Row:
+    first, *others = cases
+    weights = first.weights()
+    pair = in_turns(lambda: _ours(first)(weights), lambda: first.quantize(weights), repeats)
+    beside = {case.name: _compare(case) for case in others}
+    beside[first.name] = {"ratio": pair.figures["ratio"], "error": _difference(first, weights)}
+    return Row(
+        id,
+        f"{what}, {first.name}",
+        ours=f"this solver in hqq's Quantizer ({engine('cpu').name})",
+        theirs="hqq's Quantizer.quantize",
+        **pair.figures,
+        error=max(case["error"] for case in beside.values()),
+        error_limit=ERROR_LIMIT,
+        error_is=_ERROR_IS,
+        target=target,
+        details={"engine": engine("cpu").name, "cases": beside, **details},
+    )
+
+
+def _ours(case: Case) -> Callable[[Tensor], object]:
+    def quantize(weights: Tensor) -> object:
+        with plugged_in():
+            return case.quantize(weights)
+
+    return quantize
+
+
+def _compare(case: Case, device: str = "cpu") -> dict[str, float]:
+    """One time of each, and how far the errors are apart."""
+    weights = case.weights(device)
+    ours = timed(lambda: _ours(case)(weights))
+    theirs = timed(lambda: case.quantize(weights))
+    return {
+        "ours_s": ours,
+        "theirs_s": theirs,
+        "ratio": theirs / ours,
+        "error": _difference(case, weights),
+    }
+
+
+def _difference(case: Case, weights: Tensor) -> float:
+    with plugged_in():
+        ours = case.errors(weights)
+    theirs = case.errors(weights)
+    # Where there is no error (constant weights) what counts is that ours has none either.
+    return float(((ours - theirs).abs() / theirs.clamp_min(1e-6)).max())
+
+
+def _demo_weights() -> Tensor:
+    """All matrices of one block of the demo model, one below the other where they fit."""
+    from lsq_core.load import get_weight, load_model
+    from lsq_core.model import ModelSource
+
+    loaded = load_model(ModelSource("demo"), "cpu")
+    matrices = [get_weight(loaded.model, m).float() for m in loaded.info.matrices if m.layer == 3]
+    return torch.cat([m.reshape(-1, 128) for m in matrices]).reshape(-1, 384)
+
+
+#: (out, in) and how often, in each of the 32 decoder blocks of a 7B model.
+SHAPES_7B = (((4096, 4096), 4), ((4096, 11008), 3))
+#: Seconds that all linear layers of such a model may take.
+MOST_7B = 2.0
+
+
+def gpu(repeats: int = REPEATS) -> Row:
+    """One decoder block of a 7B model, bfloat16 on the card; in details all 32."""
+    what = "HQQ solver on a GPU, one decoder block of a 7B model, bfloat16 b4g64"
+    if not torch.cuda.is_available():
+        return Row("solver_gpu", what, device="cuda", reason="no CUDA device on this machine")
+    case = Case(dtype=torch.bfloat16)
+    torch.manual_seed(0)
+    block = [
+        0.02 * torch.randn(shape, dtype=torch.bfloat16, device="cuda")
+        for shape, count in SHAPES_7B
+        for _ in range(count)
+    ]
+    ours = _ours(case)
+    wait = torch.cuda.synchronize
+    pair = in_turns(
+        lambda: [ours(w) for w in block],
+        lambda: [case.quantize(w) for w in block],
+        repeats,
+        wait=wait,
+    )
+    return Row(
+        "solver_gpu",
+        what,
+        ours=f"this solver in hqq's Quantizer ({engine('cuda').name})",
+        theirs="hqq's Quantizer.quantize",
+        **pair.figures,
+        error=max(_difference(case, w) for w in block),
+        error_limit=ERROR_LIMIT,
+        error_is=f"{_ERROR_IS}; hqq works in float16 on a GPU, ours in float32",
+        target=20.0,
+        device="cuda",
+        details={"engine": engine("cuda").name} | _whole_model(ours, block) | _bandwidth(block),
+    )
+
+
+def _whole_model(ours: Callable, block: list[Tensor]) -> dict[str, float]:
+    """Seconds for the 32 blocks, from weights on the card (the same block again and again)."""
+    seconds = timed(lambda: [ours(w) for _ in range(32) for w in block], torch.cuda.synchronize)
+    return {"model_7b_s": seconds, "model_7b_most_s": MOST_7B}
+
+
+def _bandwidth(block: list[Tensor]) -> dict[str, float]:
+    """Bytes over time of the kernel alone and of a plain copy, GB/s."""
+    from lsq_core.quantize.solver import solve_zero
+
+    weight = max(block, key=Tensor.numel).view(-1, 64)
+    low, high = weight.float().amin(1, keepdim=True), weight.float().amax(1, keepdim=True)
+    scale = 15 / (high - low)
+    target = torch.empty_like(weight)
+    calls = {
+        "kernel_gb_s": (lambda: solve_zero(weight, scale, -low * scale, 15, 1), weight.nbytes),
+        "copy_gb_s": (lambda: target.copy_(weight), 2 * weight.nbytes),
+    }
+    moved = {}
+    for name, (call, nbytes) in calls.items():
+        call()
+        torch.cuda.synchronize()
+        moved[name] = nbytes / min(timed(call, torch.cuda.synchronize) for _ in range(5)) / 1e9
+    return moved
