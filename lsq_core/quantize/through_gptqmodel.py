@@ -133,7 +133,7 @@ def _ask(asked: Asked, loaded: LoadedModel, progress: Progress) -> None:
             stderr=errors,
             stdin=subprocess.PIPE,  # it ends when this process does, and closes it
             text=True,
-            cwd=root,
+            cwd=folder,  # the package writes logs where it runs
             env=environment,
         ) as child,
     ):
