@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from hqq.core.optimize import optimize_weights_proximal
 from hqq.core.quantize import Quantizer
 
-from lsq_core.quantize import solver
-from lsq_core.quantize.solver import THRESHOLD, plugged_in, solve_zero
+from lsq_core.quantize import solver, solver_compiled, solver_triton
+from lsq_core.quantize.solver import THRESHOLD, plugged_in, solve_zero, stopping_step
+from lsq_core.quantize.solver_compiled import Engine, Steps
 
 SHAPE = (256, 384)
 
@@ -97,14 +101,88 @@ def test_the_package_is_left_as_it_was():
     assert Quantizer.optimize_weights is optimize_weights_proximal
 
 
+def grid(weight: torch.Tensor, bits: int, axis: int = 1) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """The min-max grid of groups, as ``hqq`` begins with it: scale, zero and the highest code."""
+    low = weight.float().amin(axis, keepdim=True)
+    scale = (2**bits - 1) / (weight.float().amax(axis, keepdim=True) - low)
+    return scale, -low * scale, 2**bits - 1
+
+
+def test_an_infinite_weight_does_not_stop_the_others():
+    """``hqq`` stops every group at the first step, because the error of all is no number."""
+    weight = weights("normal").reshape(-1, 64)
+    broken = weight.clone()
+    broken[3, 5] = torch.inf
+    others = torch.arange(len(weight)) != 3
+    ours = solve_zero(broken, *grid(broken, 4), axis=1)[others]
+    alone = solve_zero(weight[others], *grid(weight[others], 4), axis=1)
+    assert torch.equal(ours, alone)
+
+
+def test_the_step_at_which_it_stops():
+    def stop(*errors):
+        return int(stopping_step(torch.tensor(errors)))
+
+    assert stop(3.0, 2.0, 2.5, 1.0) == 2
+    assert stop(3.0, 2.0, 2.0, 1.0) == 2  # no improvement is enough
+    assert stop(3.0, 2.0, 1.0) == 2
+    assert stop(float("nan"), 2.0, 1.0) == 0
+
+
+def test_small_jobs_are_not_compiled():
+    with solver.steps.forced(compiled=False):
+        assert solver.engine("cpu") == Engine("eager", "asked for")
+    assert solver.engine("cpu").name == "eager"
+    assert solver.engine("cpu").reason
+
+
+def test_enough_work_is_compiled_and_a_compiler_that_fails_is_named(monkeypatch):
+    def broken(function, **_):
+        def call(*inputs):
+            raise RuntimeError("no headers\nand more")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.setattr(solver_compiled, "PAYS_AFTER", 2**16)
+    monkeypatch.setattr(solver_compiled, "_missing_compiler", lambda: "")
+    steps = Steps(solver._steps)
+    weight = weights("normal").reshape(-1, 64)
+    scale, zero, top = grid(weight, 4)
+    scaled = weight * scale
+    inputs = (scaled, scaled.mean(1, keepdim=True), scale, zero, top, 1, False)
+    assert steps.engine.name == "eager"
+    zeros, _ = steps(*inputs)
+    assert steps.engine == Engine("eager", "compiling failed: no headers")
+    assert torch.equal(zeros, solver._steps(*inputs)[0])
+
+
+def test_a_machine_without_a_compiler_says_so(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with solver.steps.forced(compiled=True):
+        assert solver.engine("cpu").reason == "there is no C++ compiler (no-such-compiler)"
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++ on the CPU")
-def test_compiled_steps_are_the_same():
-    """What a GPU runs, compiled for the CPU; compiling takes most of the time."""
+def test_compiled_steps_are_the_same_to_the_last_bit():
+    """Compiling takes most of the time."""
     weight = weights("normal").reshape(-1, 64)
-    scale = 15 / (weight.amax(1, keepdim=True) - weight.amin(1, keepdim=True))
-    zero = -weight.amin(1, keepdim=True) * scale
-    plain = solver._steps(weight * scale, scale, zero, 15, 1)
-    compiled = torch.compile(solver._steps, dynamic=True)(weight * scale, scale, zero, 15, 1)
-    for ours, theirs in zip(compiled, plain, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    plain = solve_zero(weight, *grid(weight, 4), axis=1)
+    with solver.steps.forced(compiled=True):
+        compiled = solve_zero(weight, *grid(weight, 4), axis=1)
+        assert solver.engine("cpu").name == "compiled"  # and it did not fail meanwhile
+    assert torch.equal(compiled, plain)
+
+
+@pytest.mark.skipif(not solver_triton.available(), reason="Triton is not installed")
+def test_the_kernel_of_the_gpu_in_tritons_interpreter():
+    """In a process of its own, because Triton reads the variable when it is imported."""
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.triton_kernel"],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "36 cases" in run.stdout

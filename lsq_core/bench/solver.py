@@ -156,13 +156,13 @@ def _difference(case: Case, weights: Tensor) -> float:
 
 
 def _demo_weights() -> Tensor:
-    """All matrices of one block of the demo model, one below the other where they fit."""
+    """All matrices of one block of the demo model, cut into rows of 128."""
     from lsq_core.load import get_weight, load_model
     from lsq_core.model import ModelSource
 
     loaded = load_model(ModelSource("demo"), "cpu")
     matrices = [get_weight(loaded.model, m).float() for m in loaded.info.matrices if m.layer == 3]
-    return torch.cat([m.reshape(-1, 128) for m in matrices]).reshape(-1, 384)
+    return torch.cat([m.reshape(-1, 128) for m in matrices])
 
 
 #: (out, in) and how often, in each of the 32 decoder blocks of a 7B model.
