@@ -231,7 +231,8 @@ def open_streamed(source: ModelSource, device: str = "auto", dtype: str = "auto"
         raise NotStreamable("The model is built by code of its own")
     compute_dtype = pick_dtype(dtype, target, AutoConfig.from_pretrained(folder))
     model = skeleton(source, folder, dtype=compute_dtype, experts_implementation="eager")
-    info = with_files(describe(model, source), folder)
+    # The dtype that it computes in is not that of the checkpoint, which sizes are told in.
+    info = with_files(describe(skeleton(source, folder), source), folder)
     check_memory(source.name, _most_held(model), target, compute_dtype)
     files = [safe_open(path, framework="pt") for path in weight_files(folder)]
     checkpoint = Checkpoint(model, files, compute_dtype, target)

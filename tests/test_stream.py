@@ -92,8 +92,10 @@ def test_shards_and_other_dtypes(random_model, tmp_path):
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": shards}), "utf8")
     source = ModelSource(str(folder))
-    expected = tensors(load_model(source, "cpu", "float16").model)
+    whole = load_model(source, "cpu", "float16")
+    expected = tensors(whole.model)
     streamed = open_streamed(source, "cpu", "float16")
+    assert streamed.info == whole.info
     with streamed.holding("model.layers.1"):
         held = tensors(streamed.model)
     assert {t.dtype for n, t in held.items() if ".layers." in n} == {torch.float16}
