@@ -296,12 +296,13 @@ def load_model(source: ModelSource, device: str = "auto", dtype: str = "auto") -
     compute_dtype = pick_dtype(dtype, target, config)
     check_memory(info.source, info.parameters, target, compute_dtype)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=compute_dtype,
             use_safetensors=None if source.allow_pickle else True,
             trust_remote_code=source.trust_remote_code,
             experts_implementation="eager",
+            output_loading_info=True,
         )
         model = model.to(target).eval().requires_grad_(False)
     except torch.OutOfMemoryError as error:
@@ -309,6 +310,13 @@ def load_model(source: ModelSource, device: str = "auto", dtype: str = "auto") -
     except (ValueError, RuntimeError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
         raise InputError(f"The weights in {folder} cannot be loaded: {reason}") from error
+    lacking = sorted(found["missing_keys"])
+    if lacking:  # transformers would go on with random ones
+        raise InputError(
+            f"The weights in {folder} have no {lacking[0]}"
+            + (f" and {len(lacking) - 1} more" if lacking[1:] else "")
+            + "; fetch or save the model again."
+        )
     info, tokenizer = with_files(info, folder), load_tokenizer(source, folder)
     return LoadedModel(model, tokenizer, info, folder, str(target), str(compute_dtype)[6:])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -148,6 +149,15 @@ def test_a_missing_shard(copy):
     refused(str(copy), "lacks model-00002-of-00002.safetensors")
     (copy / "model.safetensors.index.json").write_text("{}")
     refused(str(copy), "index.json cannot be read")
+
+
+def test_a_weight_that_the_checkpoint_lacks(copy):
+    """Random ones in its place would give figures of another model."""
+    tensors = load_file(copy / "model.safetensors")
+    norms = [name for name in tensors if name.endswith("input_layernorm.weight")]
+    kept = {name: tensor for name, tensor in tensors.items() if name not in norms}
+    save_file(kept, copy / "model.safetensors", metadata={"format": "pt"})
+    refused(str(copy), rf"have no {re.escape(norms[0])} and {len(norms) - 1} more")
 
 
 def test_a_second_copy_of_the_weights_is_not_counted(copy):

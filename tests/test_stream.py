@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lsq_core.errors import LsqError
+from lsq_core.errors import InputError, LsqError
 from lsq_core.load import find_blocks, load_model, parameter_name
 from lsq_core.model import ModelSource
 from lsq_core.pipeline import Workbench
@@ -117,19 +117,12 @@ def without_a_norm(folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize(
-    ("change", "told"),
-    [
-        (pickled, "The weights are pickled"),
-        (without_a_norm, "The checkpoint has no model.layers.1.input_layernorm.weight"),
-    ],
-)
 def test_a_model_that_cannot_be_streamed_is_loaded_and_that_is_told(
-    change, told, random_model, settings, tmp_path
+    random_model, settings, tmp_path
 ):
-    folder = tmp_path / "model"
+    folder, told = tmp_path / "model", "The weights are pickled"
     shutil.copytree(random_model("llama-gqa"), folder)
-    change(folder)
+    pickled(folder)
     source, said = ModelSource(str(folder), allow_pickle=True), []
     with pytest.raises(NotStreamable, match=told):
         open_streamed(source, "cpu")
@@ -138,6 +131,17 @@ def test_a_model_that_cannot_be_streamed_is_loaded_and_that_is_told(
     assert f"{told}, so the whole model is loaded" in said
     assert set(profile.metrics) == set(DEFAULT_METRICS)
     assert not profile.provenance["streamed"]
+
+
+def test_a_weight_that_is_lacking_is_not_made_up(random_model, settings, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(random_model("llama-gqa"), folder)
+    without_a_norm(folder)
+    lacking = "has no model.layers.1.input_layernorm.weight"
+    with pytest.raises(NotStreamable, match=lacking):
+        open_streamed(ModelSource(str(folder)), "cpu")
+    with pytest.raises(InputError, match=r"have no model\.layers\.1\.input_layernorm\.weight;"):
+        Workbench(ModelSource(str(folder)), Store(), "cpu").profile(settings)
 
 
 def test_a_profile_needs_no_whole_model(random_model, settings, monkeypatch):
