@@ -6,9 +6,11 @@ block. The tables are constants of the format and not stored with a matrix.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -18,20 +20,24 @@ from lsq_core.quantize.base import MatrixQuantizer, StoredMatrix
 from lsq_core.quantize.layout import NESTED_BLOCK
 
 
+def _bitsandbytes() -> ModuleType:
+    """The package's functions, without its advice on kernels for products that aren't used."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from bitsandbytes import functional
+
+    return functional
+
+
 @cache
 def _quantiles(device: torch.device) -> Tensor:
     """The sixteen values of NF4, float32 ascending from −1 to 1."""
-    from bitsandbytes.functional import get_4bit_type
-
-    return get_4bit_type("nf4", device=device)
+    return _bitsandbytes().get_4bit_type("nf4", device=device)
 
 
 @cache
 def _dynamic_map(device: torch.device) -> Tensor:
     """The 256 values of the 8-bit type that double quantization keeps magnitudes in, float32."""
-    from bitsandbytes.functional import create_dynamic_map
-
-    return create_dynamic_map().to(device)
+    return _bitsandbytes().create_dynamic_map().to(device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,9 +101,7 @@ class Nf4(MatrixQuantizer):
 
     def store(self, weight: Tensor, config: QuantConfig, axis: int, metadata: str) -> Nf4Matrix:
         """See :class:`lsq_core.quantize.base.MatrixQuantizer`; the format has its own metadata."""
-        from bitsandbytes.functional import quantize_4bit
-
-        codes, state = quantize_4bit(
+        codes, state = _bitsandbytes().quantize_4bit(
             weight.contiguous(),
             blocksize=config.group_size,
             quant_type="nf4",
