@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from math import ceil, prod
 from pathlib import Path
 
-from lsq_core.config import LADDER, QuantConfig, planned_bytes
+from lsq_core.config import HALF, LADDER, Config, QuantConfig, config_of, of_matrix, planned_bytes
 from lsq_core.errors import InputError
 from lsq_core.model import MANIFEST, Matrix, ModelSource, safetensors_header
 from lsq_core.pipeline import Report, remake, saved_folder, silent
@@ -20,8 +21,24 @@ from lsq_core.store import Store
 
 #: The parts of a packed matrix, as :class:`lsq_core.quantize.packed.PackedMatrix` names them.
 PARTS = ("codes", "scale_values", "scale_ranges", "zero_values", "zero_ranges")
+#: And those of mixed rows, as :class:`lsq_core.quantize.rows.PackedRows` does.
+ROW_PARTS = (
+    "rows",
+    "high_weights",
+    *(f"{kind}_{part}" for kind in ("high", "low") for part in PARTS),
+)
 #: Bytes of a number by its dtype's name in a safetensors header.
-_ITEMSIZE = {"U8": 1, "I8": 1, "F16": 2, "BF16": 2, "F32": 4, "F64": 8, "I32": 4, "I64": 8}
+_ITEMSIZE = {
+    "U8": 1,
+    "I8": 1,
+    "F16": 2,
+    "BF16": 2,
+    "F32": 4,
+    "F64": 8,
+    "I16": 2,
+    "I32": 4,
+    "I64": 8,
+}
 
 #: Shape of each stored tensor of a matrix and its dtype's name.
 Stored = dict[str, tuple[tuple[int, ...], str]]
@@ -122,9 +139,9 @@ def audit(
 
 
 def _line(matrix: Matrix, entry: dict, metadata: str, stored: Stored) -> Line:
-    config = QuantConfig(entry["bits"], entry["group_size"])
-    expected = expected_tensors(matrix.numel, config, metadata)
-    found = _told(matrix.numel, stored)
+    config = config_of(entry)
+    expected = expected_of(matrix, config, metadata)
+    found = config.name if stored == expected else _told(matrix.numel, stored)
     if stored and stored != expected and found == config.name:
         found += " with other metadata"
     return Line(
@@ -132,11 +149,28 @@ def _line(matrix: Matrix, entry: dict, metadata: str, stored: Stored) -> Line:
         layer=matrix.layer,
         type=matrix.type,
         planned=config.name,
-        planned_bytes=planned_bytes(matrix.numel, config, metadata),
+        planned_bytes=int(of_matrix(partial(planned_bytes, metadata=metadata), matrix, config)),
         stored=found,
         stored_bytes=_bytes(stored),
         agrees=stored == expected,
     )
+
+
+def expected_of(matrix: Matrix, config: Config, metadata: str) -> Stored:
+    """The tensors that a matrix is stored in: those of its parts, and which row is which."""
+    if isinstance(config, QuantConfig):
+        return expected_tensors(matrix.numel, config, metadata)
+    bitmap, listed = config.index_sizes(matrix.out_features)
+    count = config.high_rows(matrix.out_features)
+    kind = "U8" if bitmap < listed else "I16" if listed == 2 * count else "I32"
+    tensors: Stored = {"rows": ((bitmap if bitmap < listed else count,), kind)}
+    for numel, part in config.parts(matrix):
+        name = "high" if part == config.high else "low"
+        held = expected_tensors(numel, part, metadata)
+        if part.bits == HALF:
+            held = {"weights": ((count, matrix.in_features), "F16")}
+        tensors |= {f"{name}_{key}": entry for key, entry in held.items()}
+    return tensors
 
 
 def expected_tensors(numel: int, config: QuantConfig, metadata: str) -> Stored:
@@ -156,6 +190,8 @@ def _told(numel: int, stored: Stored) -> str:
     """The configuration that tensors are of, or in words what they are."""
     if not stored:
         return "nothing"
+    if "rows" in stored:
+        return f"other mixed rows ({_bytes(stored):,} bytes)"
     if "codes" not in stored:
         return f"{next(iter(stored.values()))[1]} weights"
     codes, groups = (prod(stored.get(n, ((0,), ""))[0]) for n in ("codes", "scale_values"))
@@ -185,7 +221,14 @@ def stored_in_file(path: Path, planned: Iterable[str]) -> dict[str, Stored]:
 
 def stored_in_model(model: object, planned: Iterable[str]) -> dict[str, Stored]:
     """The same of a quantized model in memory."""
-    names = {"uint8": "U8", "float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+    names = {
+        "uint8": "U8",
+        "int16": "I16",
+        "int32": "I32",
+        "float16": "F16",
+        "bfloat16": "BF16",
+        "float32": "F32",
+    }
     kinds = {f"torch.{name}": short for name, short in names.items()}
     tensors = (
         (name, tuple(tensor.shape), kinds.get(str(tensor.dtype), str(tensor.dtype)))
@@ -200,7 +243,7 @@ def _grouped(
     found: dict[str, Stored] = {}
     for name, shape, dtype in tensors:
         module, _, part = name.rpartition(".")
-        if part in PARTS or (part == "weight" and module in planned):
+        if part in PARTS or part in ROW_PARTS or (part == "weight" and module in planned):
             found.setdefault(module, {})[part] = (shape, dtype)
     return found
 

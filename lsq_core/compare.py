@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lsq_core.config import LADDER
+from lsq_core.config import LADDER, is_mixed, parse_config
 
 #: Methods whose runs differ by ``boost_stop`` and ``top_m``; every other has one run a budget.
 BOOSTS = ("sensiboost", "kurtboost", "sensiboost-ablation", "kurtboost-ablation")
@@ -250,10 +250,12 @@ def shares_of_bytes(modules: pd.DataFrame, parameters: Mapping[str, int]) -> pd.
 
     ``modules`` is of :func:`plan_modules`; ``parameters`` says how many weights a module has.
     """
-    bits = {config.name: config.nominal_bits for config in LADDER}
+    known = [config.name for config in LADDER]
+    names = [name for name in modules["config"].unique() if name in known or is_mixed(name)]
+    bits = {name: parse_config(name).nominal_bits for name in names}
     sizes = modules["module"].map(parameters) * modules["config"].map(bits)
     shares = sizes.groupby(modules["config"]).sum() / sizes.sum()
-    return shares.reindex([config.name for config in LADDER if config.name in shares.index])
+    return shares.reindex(sorted(shares.index, key=lambda name: bits[name]))
 
 
 def plan_difference(a: pd.DataFrame, b: pd.DataFrame) -> pd.DataFrame:

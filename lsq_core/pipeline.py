@@ -33,7 +33,9 @@ from lsq_core.plan import (
     make_frontier,
     make_plan,
 )
+from lsq_core.plan.high_impact import check_options, impact_of
 from lsq_core.plan.pins import with_pins
+from lsq_core.plan.problem import Impact
 from lsq_core.profile import (
     METRICS,
     WEIGHT_METRICS,
@@ -44,10 +46,10 @@ from lsq_core.profile import (
 from lsq_core.provenance import machine, versions
 from lsq_core.quantize import QUANTIZERS
 from lsq_core.quantize.manifest import RUN, is_quantized_folder, read_manifest
-from lsq_core.store import PUBLISHED, Store, new_id
+from lsq_core.store import PUBLISHED, InteractionKind, Store, new_id
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from lsq_core.corpus import TokenStream
     from lsq_core.evaluate import Evaluation
@@ -57,6 +59,12 @@ if TYPE_CHECKING:
 
 #: How the profiles were measured that published plans were made from (method §2).
 PUBLISHED_SETTINGS = ProfileSettings(axis=0, calibration="pileval")
+
+#: Why a plan of mixed rows has no predicted perplexity.
+NOT_PREDICTED = (
+    "Perplexity is predicted from errors at the ladder's stops, and there are none of matrices "
+    "whose rows have different bits."
+)
 
 #: Called with a stage, how much of it is done, of how much, and what is being done.
 Report = Callable[[str, int, int, str], None]
@@ -269,6 +277,107 @@ class Workbench:
                 metrics,
             )
 
+    # --- rows -------------------------------------------------------------------------------
+
+    def impact(self, request: PlanRequest, settings: ProfileSettings) -> Impact:
+        """Row scores, and the interactions that a request reads: found, or measured and kept.
+
+        Each block is kept as it is measured, so that what was cut off goes on from there.
+
+        Raises
+        ------
+        InputError, LsqError
+            As :meth:`profile`; and when groups don't fit into the rows of some matrix.
+        """
+        if self.published:
+            raise InputError(
+                f"{self.published.source} was published without the gradients of its weights, so "
+                "high-impact rows cannot be planned for it."
+            )
+        check_options(
+            Problem(self.info.matrices).with_options(get_planner(request.method).options(request))
+        )
+        key = self.profile_key(settings)
+        scores = self.store.row_scores(key) or self._measure_row_scores(settings, key)
+        if request.ratios == "uniform":
+            kept = self.store.interactions(key, kind_of(request))
+            return impact_of(self.info.matrices, scores, kept)
+        self._measure_interactions(request, settings, key, scores)
+        return known_impact(self.info, self.store, key, request)
+
+    def _calibration(
+        self, settings: ProfileSettings, loss: str | None = None
+    ) -> tuple[Tensor, dict]:
+        """Calibration tokens (sequences, tokens), few of them for a loss, and where from."""
+        import torch
+
+        from lsq_core.profile.interactions import few_tokens
+        from lsq_core.profile.measure import calibration_of
+
+        blocks = calibration_of(self.loaded, settings)
+        ids = torch.from_numpy(blocks.ids).to(self.loaded.device)
+        ids = ids if loss is None else few_tokens(ids, loss)
+        about = {
+            "corpus": blocks.corpus,
+            "corpus_source": blocks.source,
+            "corpus_sha256": blocks.sha256,
+            "tokens": ids.numel(),
+            "settings": asdict(settings),
+            "fingerprint": self.info.fingerprint,
+            "device": self.loaded.device,
+            "machine": machine(self.loaded.device),
+            "dtype": self.loaded.dtype,
+            "versions": versions(),
+        }
+        return ids, about
+
+    def _measure_row_scores(self, settings: ProfileSettings, key: str) -> dict[str, np.ndarray]:
+        from lsq_core.profile.rows import measure_row_scores
+
+        began = time.perf_counter()
+        loaded, folder = self.loaded, self.folder_to_keep
+        ids, about = self._calibration(settings)
+        with in_a_sentence(loaded.device):
+            scores = measure_row_scores(
+                loaded,
+                ids,
+                lambda done, total, message: self.report("rows", done, total, message),
+                None if folder is None else folder / f"row-scores-{key}.npz",
+            )
+        self.store.save_row_scores(key, scores, about | {"seconds": time.perf_counter() - began})
+        return scores
+
+    def _measure_interactions(
+        self,
+        request: PlanRequest,
+        settings: ProfileSettings,
+        key: str,
+        scores: dict[str, np.ndarray],
+    ) -> None:
+        kind = kind_of(request)
+        known = self.store.interactions(key, kind)
+        if len(known) == len({matrix.layer for matrix in self.info.matrices}):
+            return
+        from lsq_core.profile.interactions import measure_interactions
+
+        loaded = self.loaded
+        ids, about = self._calibration(settings, kind.loss)
+        with in_a_sentence(loaded.device):
+            for block in measure_interactions(
+                loaded,
+                ids,
+                scores,
+                get_planner(request.method).options(request),
+                kind.loss,
+                axis=settings.axis,
+                metadata=settings.metadata,
+                known=list(known),
+                progress=lambda done, total, message: self.report("rows", done, total, message),
+            ):
+                self.store.save_interactions(
+                    key, kind, block.layer, block.units, block.matrix, about
+                )
+
     # --- plan -------------------------------------------------------------------------------
 
     def plan(self, request: PlanRequest, settings: ProfileSettings) -> tuple[Plan, Profile | None]:
@@ -281,10 +390,13 @@ class Workbench:
         """
         planner = get_planner(request.method)
         # A budget out of reach is told before anything is measured.
-        request.budget_for(Problem(self.info.matrices))
+        options = planner.options(request)
+        request.budget_for(Problem(self.info.matrices).with_options(options))
         profile = self.profile(settings, planner.metrics) if planner.metrics else None
+        problem = problem_of(self.info, profile).with_options(options)
+        if planner.reads_rows:
+            problem = replace(problem, impact=self.impact(request, settings))
         self.report("plan", 0, 1, planner.title)
-        problem = problem_of(self.info, profile)
         check_metrics(self.info, problem, request)
         plan = make_plan(
             problem,
@@ -339,6 +451,8 @@ class Workbench:
         Nothing is measured for it.
         """
         settings = replace(settings, axis=plan.axis, metadata=plan.metadata)
+        if plan.rows:
+            return {"reason": NOT_PREDICTED}
         try:
             profile = self.find_profile(settings)
             if profile is None:
@@ -365,6 +479,8 @@ class Workbench:
             When no plan is, there are too few runs to predict from, or the request is wrong.
         """
         planner = get_planner(request.method)
+        if planner.reads_rows:
+            raise InputError(f"{NOT_PREDICTED} Give a budget in place of max-loss.")
         profile = self.profile(settings, [*predict.METRICS, *planner.metrics])
         problem = problem_of(self.info, profile)
         check_metrics(self.info, problem, request)
@@ -476,6 +592,7 @@ class Workbench:
                 loaded.model,
                 plan.choice,
                 get_quantizer(quantizer),
+                rows=plan.rows,
                 axis=plan.axis,
                 metadata=plan.metadata,
                 progress=lambda done, total, name: self.report("quantize", done, total, name),
@@ -598,8 +715,16 @@ def provenance_of(where: dict[str, str], request: EvaluationRequest, tokenizer: 
 
 def plan_identity(plan: Plan) -> list[object]:
     """What two plans share that store the same, whatever they were asked for."""
-    configs = [(matrix.name, config.name) for matrix, config in plan.choice.items()]
-    return [plan.method, plan.metadata, plan.axis, sorted(configs)]
+    return content_identity(plan.to_json())
+
+
+def content_identity(content: dict) -> list[object]:
+    """The same of a plan's JSON; the high-impact rows go with the configuration."""
+    configs = [
+        [name, entry["config"], *filter(None, [entry.get("rows")])]
+        for name, entry in content["modules"].items()
+    ]
+    return [content["method"], content["metadata"], content["axis"], sorted(configs)]
 
 
 def _digest(*parts: object) -> str:
@@ -811,6 +936,19 @@ def problem_of(info: ModelInfo, profile: Profile | None) -> Problem:
         if metric in whole
     }
     return Problem(info.matrices, scores, by_config)
+
+
+def kind_of(request: PlanRequest) -> InteractionKind:
+    """Which interactions a request reads."""
+    return InteractionKind(request.loss, request.low_bits, request.high_bits, request.group_size)
+
+
+def known_impact(info: ModelInfo, store: Store, key: str, request: PlanRequest) -> Impact | None:
+    """What the store has of a profile's rows for a request; None without row scores."""
+    scores = store.row_scores(key)
+    if not scores:
+        return None
+    return impact_of(info.matrices, scores, store.interactions(key, kind_of(request)))
 
 
 def check_metrics(info: ModelInfo, problem: Problem, request: PlanRequest) -> None:

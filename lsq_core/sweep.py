@@ -23,6 +23,7 @@ from lsq_core.pipeline import (
     EvaluationRequest,
     Report,
     Workbench,
+    content_identity,
     plan_identity,
     provenance_of,
 )
@@ -289,9 +290,7 @@ def _plain(value: object) -> object:
 
 def _same_content(content: dict, plan: Plan) -> bool:
     """Whether a kept plan stores the same as this one."""
-    configs = [(name, entry["config"]) for name, entry in content["modules"].items()]
-    kept = [content["method"], content["metadata"], content["axis"], sorted(configs)]
-    return kept == plan_identity(plan)
+    return content_identity(content) == plan_identity(plan)
 
 
 def _share(stage: str, done: float) -> float:

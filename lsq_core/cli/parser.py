@@ -241,6 +241,33 @@ def _add_plan_details(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--exact", action="store_true", help="solve a knapsack to the optimum, with its gap"
     )
+    rows = "of high-impact"
+    sub.add_argument(
+        "--low-bits", type=int, default=2, help=f"bits of most rows, {rows}: 2 or 3 (2)"
+    )
+    sub.add_argument(
+        "--high-bits",
+        type=int,
+        default=3,
+        help=f"bits of the rows that matter, {rows}: 3, 4, 16 (3)",
+    )
+    sub.add_argument("--group-size", type=int, default=128, help=f"{rows}: 128, 64 or 32 (128)")
+    sub.add_argument(
+        "--loss",
+        default="block",
+        help=f"what ratios are measured by, {rows}: block (its own output), or model (all "
+        "blocks from there on; many times dearer) (block)",
+    )
+    sub.add_argument(
+        "--ratios",
+        default="full",
+        help=f"{rows}: uniform, diagonal (each matrix for itself), or full (a block's together)",
+    )
+    sub.add_argument(
+        "--clip",
+        action="store_true",
+        help=f"{rows}: without the negative eigenvalues of each block's interactions",
+    )
     sub.add_argument(
         "--pin",
         action="append",

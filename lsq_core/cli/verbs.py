@@ -86,6 +86,12 @@ def _plan_request(options: argparse.Namespace, method: str | None = None) -> Pla
         seed=options.seed,
         exact=options.exact,
         pins=tuple(options.pin),
+        low_bits=options.low_bits,
+        high_bits=options.high_bits,
+        group_size=options.group_size,
+        loss=options.loss,
+        ratios=options.ratios,
+        clip=options.clip,
     )
 
 

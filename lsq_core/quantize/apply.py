@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lsq_core.config import QuantConfig
+from lsq_core.config import Config
 from lsq_core.load import get_weight, is_transposed, locate
 from lsq_core.model import Matrix
 from lsq_core.quantize.base import Quantizer
-from lsq_core.quantize.packed import PackedMatrix, quantize_matrix
+from lsq_core.quantize.rows import Packed, packed_kind, quantize_config
 
 Progress = Callable[[int, int, str], None]
 
 
 class PackedLinear(nn.Module):
-    """A linear module that stores a :class:`PackedMatrix` and multiplies by what it decodes to.
+    """A linear module that stores a packed matrix and multiplies by what it decodes to.
 
     It takes the place of ``nn.Linear`` and of transformers' ``Conv1D``. The bias stays as it was.
     """
 
-    def __init__(self, packed: PackedMatrix, bias: Tensor | None = None) -> None:
+    def __init__(self, packed: Packed, bias: Tensor | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = packed.shape
         self.config, self.axis, self.names = packed.config, packed.axis, list(packed.tensors)
@@ -34,11 +34,11 @@ class PackedLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     @property
-    def packed(self) -> PackedMatrix:
+    def packed(self) -> Packed:
         """The stored matrix."""
         tensors = {name: getattr(self, name) for name in self.names}
         shape = (self.out_features, self.in_features)
-        return PackedMatrix.from_tensors(tensors, shape, self.config, self.axis)
+        return packed_kind(self.config).from_tensors(tensors, shape, self.config, self.axis)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """``inputs`` (…, in) to (…, out), in the dtype of the inputs."""
@@ -79,7 +79,7 @@ def _drop_stacks(module: nn.Module, *_: object) -> None:
             module.__dict__.pop(name, None)
 
 
-def install(model: nn.Module, packed: dict[Matrix, PackedMatrix]) -> None:
+def install(model: nn.Module, packed: dict[Matrix, Packed]) -> None:
     """Replace the modules of ``model`` that hold these matrices, in place."""
     stacks: dict[tuple[nn.Module, str], list[PackedLinear]] = {}
     for matrix, weights in packed.items():
@@ -105,27 +105,31 @@ def shallow_copy(model: nn.Module) -> nn.Module:
 
 def quantize_model(
     model: nn.Module,
-    choice: dict[Matrix, QuantConfig],
+    choice: dict[Matrix, Config],
     quantizer: Quantizer,
     *,
+    rows: Mapping[str, Sequence[int]] | None = None,
     axis: int = 1,
     metadata: str = "8bit",
     progress: Progress = lambda done, total, message: None,
 ) -> nn.Module:
     """A quantized copy of ``model``; the original stays as it was and shares what isn't planned.
 
+    ``rows`` gives the high-impact rows of each matrix that has mixed rows, by its name.
+
     Raises
     ------
     InputError, LsqError
-        As :func:`lsq_core.quantize.packed.quantize_matrix`.
+        As :func:`lsq_core.quantize.rows.quantize_config`.
     """
     packed = {}
     for done, (matrix, config) in enumerate(choice.items()):
         progress(done, len(choice), matrix.name)
-        packed[matrix] = quantize_matrix(
+        packed[matrix] = quantize_config(
             get_weight(model, matrix),
             config,
             quantizer,
+            rows=rows_of(matrix, rows),
             axis=axis,
             metadata=metadata,
             name=matrix.name,
@@ -134,6 +138,12 @@ def quantize_model(
     quantized = shallow_copy(model)
     install(quantized, packed)
     return quantized
+
+
+def rows_of(matrix: Matrix, rows: Mapping[str, Sequence[int]] | None) -> Tensor | None:
+    """A matrix's high-impact rows, int64, or None where none are given."""
+    own = (rows or {}).get(matrix.name)
+    return None if own is None else torch.tensor(list(own), dtype=torch.int64)
 
 
 def packed_modules(model: nn.Module) -> dict[str, PackedLinear]:

@@ -22,13 +22,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lsq_core.config import QuantConfig, format_bytes
+from lsq_core.config import config_of, format_bytes
 from lsq_core.errors import InputError, LsqError
 from lsq_core.load import describe, load_tokenizer, pick_device, pick_dtype
 from lsq_core.model import MANIFEST, Matrix, ModelSource, folder_bytes, safetensors_header
 from lsq_core.quantize.apply import PackedLinear, install
 from lsq_core.quantize.manifest import FORMAT, WEIGHTS, read_manifest
-from lsq_core.quantize.packed import PackedMatrix
+from lsq_core.quantize.rows import Packed, packed_kind
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,9 +162,7 @@ def load_quantized(
     return QuantizedModel(model, tokenizer, manifest, folder, str(target), str(compute_dtype)[6:])
 
 
-def _empty_matrices(
-    model: nn.Module, source: ModelSource, manifest: dict
-) -> dict[Matrix, PackedMatrix]:
+def _empty_matrices(model: nn.Module, source: ModelSource, manifest: dict) -> dict[Matrix, Packed]:
     """Packed matrices without content for every module the manifest names."""
     known = {m.name: m for m in describe(model, source).matrices}
     missing = sorted(set(manifest["modules"]) - set(known))
@@ -173,9 +171,10 @@ def _empty_matrices(
     empty = {}
     for name, entry in manifest["modules"].items():
         matrix = known[name]
-        config = QuantConfig(entry["bits"], entry["group_size"])
+        config = config_of(entry)
         shape = (matrix.out_features, matrix.in_features)
-        empty[matrix] = PackedMatrix.empty(shape, config, manifest["axis"], manifest["metadata"])
+        kind = packed_kind(config)
+        empty[matrix] = kind.empty(shape, config, manifest["axis"], manifest["metadata"])
     return empty
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from lsq_core.errors import InputError
 from lsq_core.model import MANIFEST
 
-FORMAT = 1
+#: 2: matrices may have mixed rows.
+FORMAT = 2
 #: Not ``model.safetensors``: transformers alone would load that with random packed modules.
 WEIGHTS = "packed.safetensors"
 #: What tells a saved model's run and plan, beside the format.

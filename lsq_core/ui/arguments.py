@@ -15,7 +15,10 @@ from lsq_core.profile import ProfileSettings
 from lsq_core.store import PUBLISHED
 
 #: Fields of a plan request that are options with a value.
-_VALUES = ("base", "budget", "boost_stop", "top_m", "metric", "seed")
+_VALUES = (
+    *("base", "budget", "boost_stop", "top_m", "metric", "seed"),
+    *("low_bits", "high_bits", "group_size", "loss", "ratios"),
+)
 
 
 def model_arguments(source: ModelSource, device: str) -> list[str]:
@@ -48,6 +51,7 @@ def plan_arguments(request: PlanRequest, settings: ProfileSettings) -> list[str]
         if value != default[field]:
             words += [f"--{field.replace('_', '-')}", str(value)]
     words += ["--exact"] if request.exact else []
+    words += ["--clip"] if request.clip else []
     for pin in request.pins:
         words += ["--pin", pin]
     words += ["--calibration", settings.calibration, "--profile-quantizer", settings.quantizer]
