@@ -440,6 +440,23 @@ class Store:
             ).fetchall()
         return {layer: _square(matrix) for layer, matrix in rows}
 
+    def rows_written(self, profile: str, kind: InteractionKind) -> str:
+        """When row scores and interactions of a kind were last written, and how many.
+
+        '' where there are no row scores: what is planned from them changes with this text.
+        """
+        key = {"profile": profile} | asdict(kind)
+        where = " AND ".join(f"{column} = ?" for column in key)
+        with self.connect() as connection:
+            scores = connection.execute(
+                "SELECT max(created) FROM row_scores WHERE profile = ?", [profile]
+            ).fetchone()[0]
+            blocks = connection.execute(
+                f"SELECT count(*), max(created) FROM interactions WHERE {where}",
+                list(key.values()),
+            ).fetchone()
+        return f"{scores}/{blocks[0]}/{blocks[1]}" if scores else ""
+
     # --- plans, runs, evaluations -------------------------------------------------------------
 
     def save_plan(self, plan: Plan, fingerprint: str, profile: str | None, name: str = "") -> str:
@@ -626,6 +643,20 @@ class Store:
             for run, plan in modules.items()
             if plan
         }
+
+    def objectives(self, fingerprint: str, method: str) -> pd.DataFrame:
+        """What a method minimised in the plan of each evaluated run: ``run, objective``, as kept.
+
+        ``kl, perplexity, increase, corpus, protocol, quantizer, bits_per_param, request`` are of
+        the run; those without an objective are left out.
+        """
+        return self.query(
+            f"SELECT r.run, CAST(p.content ->> '$.objective' AS DOUBLE) AS objective, r.kl, "
+            f"r.perplexity, r.increase, r.corpus, r.protocol, r.quantizer, r.bits_per_param, "
+            f"r.request FROM ({_RESULTS}) r JOIN plans p ON r.plan = p.id "
+            "WHERE r.fingerprint = ? AND r.method = ? AND p.content ->> '$.objective' IS NOT NULL",
+            [fingerprint, method],
+        )
 
     def saved_folders(self) -> list[str]:
         """Folders that runs were saved to, whether or not they are still there."""

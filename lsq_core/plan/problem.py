@@ -52,6 +52,8 @@ class Impact:
 
     row_scores: tuple[np.ndarray, ...]
     blocks: tuple[Interactions, ...]
+    #: What tells it from another, where it is remembered by that.
+    mark: str = ""
 
 
 @dataclass(frozen=True, eq=False)

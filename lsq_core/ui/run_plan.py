@@ -55,12 +55,15 @@ def plan_in_words(here: Here, request: PlanRequest) -> str:
     )
     found = known.profile(here.store, info, settings)
     text = f"{planner.title} on {here.source.name}, {wanted}"
+    rows = known.impact(here.store, info, settings, request)
+    if planner.reads_rows and rows is None:
+        return f"{text}; the run will measure the scores of its rows first."
     if planner.metrics and found is None:
         return f"{text}; the run will measure the profile first."
     if not set(planner.metrics) <= set(found.metrics if found else ()):
         return f"{text}; the run will first measure what the profile lacks for it."
     try:
-        plan = known.plan(info, found, request, settings)
+        plan = known.plan(info, found, request, settings, rows)
     except LsqError as error:
         return f"{text}. {error}"
     return f"{text}: {plan.bits_per_param:.2f} bits, {format_bytes(plan.planned_bytes)} planned."

@@ -139,7 +139,7 @@ def _refusal(problem: Problem, request: PlanRequest) -> str:
     try:
         if request.base:
             stop_index(request.base)
-        request.budget_for(problem)
+        request.budget_for(problem.with_options(planner.options(request)))
     except InputError as error:
         return str(error)
     takes_none = request.base is not None and not planner.has_base

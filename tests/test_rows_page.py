@@ -1,0 +1,98 @@
+"""The Plan page with high-impact rows: what is missing is measured there, and the plan is shown."""
+
+from __future__ import annotations
+
+from base64 import b64decode
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from lsq_core import charts
+from lsq_core.cli import execute
+from lsq_core.config import RATIOS
+from lsq_core.model import ModelSource
+from lsq_core.pipeline import Workbench
+from lsq_core.plan import PlanRequest, make_frontier, make_plan
+from lsq_core.plan.high_impact import impact_of
+from lsq_core.profile import interactions as measuring
+from lsq_core.store import InteractionKind, Store
+from lsq_core.ui import arguments
+from tests.test_app import filled, filled_once, first_line, open_page  # noqa: F401 - fixtures
+from tests.test_plan_page import live, planned, problem
+
+
+@pytest.fixture
+def measured(filled, monkeypatch):  # noqa: F811
+    """The model with interactions, of a few tokens."""
+    monkeypatch.setattr(measuring, "TOKENS", {"block": 8, "model": 8})
+    request = PlanRequest("high-impact", budget="2.24bpp")
+    words = ["plan", "--model", filled.model, "--device", "cpu"]
+    execute(words + arguments.plan_arguments(request, filled.settings), lambda *report: None)
+    return filled
+
+
+def test_what_is_missing_can_be_measured(filled):  # noqa: F811
+    app = open_page("Plan", model=filled.model, method="high-impact", budget="3.4")
+    assert not app.exception
+    assert first_line(app).startswith("High-impact rows need the row scores and interactions of")
+    assert [b.label for b in app.button if b.label.startswith("Measure")] == [
+        "Measure the row scores and interactions"
+    ]
+
+
+def test_the_page_shows_the_librarys_plan(measured):
+    app = open_page("Plan", model=measured.model, method="high-impact", budget="2.24")
+    assert not app.exception
+    sent = live(app)
+    assert sent["model"]["reference"]["name"] == "2.13"
+    stops = [stop["stop"] for stop in sent["model"]["ladder"]]
+    assert stops == ["2 %", "5 %", "10 %", "15 %", "20 %"]
+    bench = Workbench(ModelSource(measured.model), Store(measured.path))
+    key = bench.profile_key(measured.settings)
+    kept = bench.store.interactions(key, InteractionKind("block", 2, 3, 128))
+    impact = impact_of(bench.info.matrices, bench.store.row_scores(key), kept)
+    seen = replace(problem(measured), impact=impact)
+    frontier = make_frontier(seen, PlanRequest("high-impact"))
+    (shown,) = sent["methods"]
+    starts = np.frombuffer(b64decode(shown["frontier"]["starts"]), "u1")
+    assert starts.tolist() == np.concatenate([s.start for s in frontier.segments]).tolist()
+    losses = np.frombuffer(b64decode(shown["frontier"]["losses"]), "<f8")
+    assert losses.tolist() == frontier.losses.tolist()
+    assert "of the rows at 3 bits" in first_line(app)
+    plan = make_plan(seen, PlanRequest("high-impact", budget="2.24bpp"))
+    assert planned(app) == {m.name: c.name for m, c in plan.choice.items()}
+    tabs = [tab.label for tab in app.tabs]
+    assert tabs == ["Ratios by layer", "Interactions in a block", "Predicted and measured"]
+    told = " ".join(caption.value for caption in app.caption)
+    assert "each other's error most" in told
+    assert "no run of such a plan yet" in " ".join(info.value for info in app.info)
+
+
+def test_other_widths_are_measured_first(measured):
+    app = open_page("Plan", model=measured.model, method="high-impact", widths="2+16")
+    assert first_line(app).startswith("High-impact rows need")
+    app.selectbox(key="ratios").set_value("uniform").run()
+    assert not app.exception
+    assert "of the rows at 16 bits" in first_line(app)
+
+
+def test_a_picture_holds_methods_that_choose_from_the_same(measured):
+    app = open_page("Plan", model=measured.model, method="high-impact", against="mxq")
+    assert not app.exception
+    assert len(live(app)["methods"]) == 1
+    assert app.selectbox(key="against").disabled
+    other = open_page("Plan", model=measured.model, method="mxq")
+    assert "high-impact" not in other.selectbox(key="against").options
+    assert "High-impact rows" not in other.selectbox(key="against").options
+
+
+def test_figures_hold_what_they_are_given():
+    random = np.random.default_rng(0)
+    half = random.random((10, 10))
+    matrix = half @ half.T
+    figure = charts.interaction_heatmap(matrix, ["self_attn.q_proj", "mlp.up_proj"], RATIOS)
+    shown = np.array(figure.data[0].z, dtype=float)
+    assert np.isnan(shown[:5, :5]).all()
+    expected = matrix[0, 7] / np.sqrt(matrix[0, 0] * matrix[7, 7])
+    assert shown[0, 7] == shown[7, 0] == pytest.approx(expected)
