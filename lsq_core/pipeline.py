@@ -44,7 +44,7 @@ from lsq_core.profile import (
     missing_metrics,
 )
 from lsq_core.provenance import machine, versions
-from lsq_core.quantize import QUANTIZERS
+from lsq_core.quantize import get_quantizer, hybrid_steps
 from lsq_core.quantize.manifest import RUN, is_quantized_folder, read_manifest
 from lsq_core.store import PUBLISHED, InteractionKind, Store, new_id
 
@@ -405,6 +405,8 @@ class Workbench:
             axis=settings.axis,
             other_bytes=self.info.other_bytes,
         )
+        if planner.reads_rows:
+            plan = replace(plan, settings=asdict(settings))
         self.report("plan", 1, 1, f"{plan.bits_per_param:.3f} bits per parameter")
         return plan, profile
 
@@ -533,10 +535,7 @@ class Workbench:
         InputError, LsqError
             When an input is wrong, the device has too little memory, or the disk is full.
         """
-        if quantizer not in QUANTIZERS:
-            raise InputError(
-                f"'{quantizer}' is not a quantizer; choose one of {', '.join(QUANTIZERS)}."
-            )
+        hybrid_steps(quantizer)  # what is no quantizer is told first
         run = run or self._run_id(plan, quantizer)
         saved = save is not None and self._is_saved(save, run)
         if save is not None and not saved:
@@ -582,21 +581,23 @@ class Workbench:
 
     def _quantize(self, plan: Plan, quantizer: str) -> tuple[nn.Module, float]:
         """The quantized model and the seconds it took."""
-        from lsq_core.quantize import get_quantizer
         from lsq_core.quantize.apply import measured_bytes, quantize_model
 
-        loaded = self.loaded
+        loaded, steps = self.loaded, hybrid_steps(quantizer)
         began = time.perf_counter()
         with in_a_sentence(loaded.device):
-            quantized = quantize_model(
-                loaded.model,
-                plan.choice,
-                get_quantizer(quantizer),
-                rows=plan.rows,
-                axis=plan.axis,
-                metadata=plan.metadata,
-                progress=lambda done, total, name: self.report("quantize", done, total, name),
-            )
+            if steps is not None:
+                quantized = self._quantize_hybrid(plan, steps)
+            else:
+                quantized = quantize_model(
+                    loaded.model,
+                    plan.choice,
+                    get_quantizer(quantizer),
+                    rows=plan.rows,
+                    axis=plan.axis,
+                    metadata=plan.metadata,
+                    progress=lambda done, total, name: self.report("quantize", done, total, name),
+                )
         measured = measured_bytes(quantized)
         if measured != plan.planned_bytes:
             raise LsqError(
@@ -604,6 +605,29 @@ class Workbench:
                 f"{plan.planned_bytes}; this is a defect of LSQ Explorer, please report it."
             )
         return quantized, time.perf_counter() - began
+
+    def _quantize_hybrid(self, plan: Plan, steps: int) -> nn.Module:
+        """Learned on the text that the plan's rows were scored on; each block is kept when done."""
+        from lsq_core.hybrid import quantize_hybrid
+
+        settings = ProfileSettings(**plan.settings) if plan.settings else self.default_settings
+        ids, about = self._calibration(settings)
+        folder = self.folder_to_keep
+        if folder is not None:
+            made_from = (plan_identity(plan), steps, about["corpus_sha256"], about["versions"])
+            folder = folder / f"hybrid-{_digest(self.info.fingerprint, *made_from)[:16]}"
+        return quantize_hybrid(
+            self.loaded,
+            plan.choice,
+            plan.rows,
+            ids,
+            steps=steps,
+            axis=plan.axis,
+            metadata=plan.metadata,
+            seed=plan.request.seed,
+            checkpoints=folder,
+            progress=lambda done, total, text: self.report("quantize", done, total, text),
+        )
 
     def _save(
         self,

@@ -12,7 +12,7 @@ from lsq_core.corpus import BUILT_IN
 from lsq_core.errors import InputError
 from lsq_core.plan import PLANNERS
 from lsq_core.profile import DEFAULT_METRICS, METRICS
-from lsq_core.quantize import QUANTIZERS
+from lsq_core.quantize import HYBRID, HYBRID_STEPS, QUANTIZERS
 
 
 class _Parser(argparse.ArgumentParser):
@@ -81,7 +81,8 @@ def _add_model_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     _add_device(sub)
     _add_plan(sub)
     sub.add_argument("--plan", type=Path, help="apply a plan that plan --out wrote")
-    sub.add_argument("--quantizer", default="hqq", help=f"one of {', '.join(QUANTIZERS)}")
+    sub.add_argument("--quantizer", help=f"one of {', '.join([*QUANTIZERS, HYBRID])} (hqq)")
+    _add_hybrid(sub)
     _add_evaluation(sub)
     sub.add_argument("--save", type=Path, help="keep the quantized model in this new folder")
 
@@ -102,10 +103,11 @@ def _add_comparing_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
         "--method": f"one of {', '.join(PLANNERS)} (repeatable)",
         "--base": "a ladder stop, such as 3.13 (repeatable)",
         "--budget": "3.2bpp, or bytes of the linear weights: 9MiB (repeatable)",
-        "--quantizer": f"one of {', '.join(QUANTIZERS)} (hqq; repeatable)",
+        "--quantizer": f"one of {', '.join([*QUANTIZERS, HYBRID])} (hqq; repeatable)",
         "--corpus": f"evaluation text: {_corpora()} (stdlib; repeatable)",
     }.items():
         sub.add_argument(option, action="append", default=[], help=text)
+    _add_hybrid(sub)
     _add_protocol(sub)
     _add_plan_details(sub)
 
@@ -276,6 +278,15 @@ def _add_plan_details(sub: argparse.ArgumentParser) -> None:
         help="fix modules to a configuration or range: '*.layers.0.*=b8g64' (repeatable)",
     )
     _add_profile(sub)
+
+
+def _add_hybrid(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--hybrid",
+        action="store_true",
+        help="the same as --quantizer hybrid: rounding learned for high-impact rows and clipping "
+        f"for the rest, {HYBRID_STEPS:,} steps a block; --quantizer hybrid-500 takes fewer",
+    )
 
 
 def _add_evaluation(sub: argparse.ArgumentParser) -> None:

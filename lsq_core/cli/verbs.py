@@ -26,6 +26,7 @@ from lsq_core.pipeline import (
 from lsq_core.plan import PLANNERS, Plan, PlanRequest
 from lsq_core.predict import parse_loss
 from lsq_core.profile import METRICS, Profile, ProfileSettings
+from lsq_core.quantize import HYBRID, hybrid_steps
 from lsq_core.quantize.manifest import RUN, read_manifest
 from lsq_core.store import PUBLISHED, Store
 
@@ -186,6 +187,7 @@ def run(options: argparse.Namespace, report: Report) -> dict:
     """Plan or take a saved plan, quantize, evaluate, keep."""
     evaluation = _evaluation(options)
     corpus_identity(evaluation.corpus)  # a wrong path is told before anything is measured
+    (quantizer,) = _quantizers(options, [options.quantizer] if options.quantizer else [])
     bench = _workbench(options, report)
     settings = _settings(options, bench, options.profile_quantizer, options.calibration)
     if options.plan:
@@ -195,21 +197,43 @@ def run(options: argparse.Namespace, report: Report) -> dict:
             )
         made, used = _saved_plan(options.plan, bench), None
     else:
-        if options.max_loss and options.quantizer != settings.quantizer:
+        if options.max_loss and quantizer != settings.quantizer:
             raise InputError(
                 f"--max-loss predicts by the profile of {settings.quantizer}; give "
-                f"--profile-quantizer {options.quantizer} to run by that quantizer."
+                f"--profile-quantizer {quantizer} to run by that quantizer."
             )
         made, used = _plan(options, bench, settings)
-    measured_by = replace(settings, quantizer=options.quantizer)
-    predicted = bench.predicted(made, measured_by, evaluation.corpus, evaluation.protocol)
+    predicted = _predicted_for_run(bench, made, settings, quantizer, evaluation)
     save = options.save.expanduser().resolve() if options.save else None
-    outcome = bench.run(made, used, options.quantizer, evaluation, save)
+    outcome = bench.run(made, used, quantizer, evaluation, save)
     return {
         "model": bench.source.name,
         "fingerprint": bench.info.fingerprint,
         "predicted": predicted,
     } | outcome
+
+
+def _quantizers(options: argparse.Namespace, named: list[str]) -> list[str]:
+    """The quantizers that were named, ``--hybrid`` being one way to name that."""
+    if options.hybrid and HYBRID in named:
+        named = [name for name in named if name != HYBRID]
+    if options.hybrid and named and options.verb == "run":
+        raise InputError(f"Give --hybrid or --quantizer {named[0]}, but not both.")
+    return [*named, HYBRID] if options.hybrid else named or ["hqq"]
+
+
+def _predicted_for_run(
+    bench: Workbench,
+    made: Plan,
+    settings: ProfileSettings,
+    quantizer: str,
+    evaluation: EvaluationRequest,
+) -> dict:
+    """What earlier runs by a quantizer predict; no profile is by learned rounding."""
+    if hybrid_steps(quantizer) is not None:
+        return {"reason": "Perplexity is predicted for quantizers of single matrices."}
+    measured_by = replace(settings, quantizer=quantizer)
+    return bench.predicted(made, measured_by, evaluation.corpus, evaluation.protocol)
 
 
 def _saved_plan(path: Path, bench: Workbench) -> Plan:
@@ -243,7 +267,7 @@ def sweep(options: argparse.Namespace, report: Report) -> dict:
     like = _plan_request(options, options.method[0] if options.method else "")
     asked = sweeps.items(
         sweeps.requests(like, options.method, options.base, options.budget),
-        options.quantizer or ["hqq"],
+        _quantizers(options, options.quantizer),
         [
             EvaluationRequest(corpus, options.protocol, options.max_tokens)
             for corpus in options.corpus or ["stdlib"]

@@ -115,6 +115,8 @@ class Plan:
     lower_bound: float | None = None
     #: The high-impact rows of each matrix that has mixed rows, by its name.
     rows: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    #: The profile settings under which those rows were scored.
+    settings: dict = field(default_factory=dict)
 
     @property
     def method(self) -> str:
@@ -201,7 +203,10 @@ class Plan:
 
     def to_json(self) -> dict:
         """Everything needed to apply the plan again; :meth:`from_json` reads it."""
-        return self.summary() | {"request": asdict(self.request), "modules": self.modules}
+        scored = {"settings": self.settings} if self.settings else {}
+        return (
+            self.summary() | {"request": asdict(self.request)} | scored | {"modules": self.modules}
+        )
 
     @classmethod
     def from_json(cls, content: dict, matrices: tuple[Matrix, ...], other_bytes: int) -> Plan:
@@ -237,6 +242,7 @@ class Plan:
             other_bytes=other_bytes,
             objective=content.get("objective"),
             lower_bound=content.get("lower_bound"),
+            settings=content.get("settings", {}),
             rows={n: rows_of_text(e["rows"]) for n, e in modules.items() if "rows" in e},
         )
 

@@ -206,12 +206,24 @@ def quantize_matrix(
     weight = weight.float()
     check_finite(weight, name)
     groups = to_groups(weight, config.group_size, axis)
-    grid = _steady_constant_groups(groups, quantizer.solve(weight, config, axis), config.bits)
-    scale = Metadata.store(grid.scale, metadata, config.meta_group_size)
-    zero = Metadata.store(grid.zero, metadata, config.meta_group_size)
-    codes = round_to_grid(groups, Grid(_divisor(scale.decode()), zero.decode()), config.bits)
+    scale, zero = store_grid(groups, quantizer.solve(weight, config, axis), config, metadata)
+    codes = round_to_grid(groups, stored_grid(scale, zero), config.bits)
     packed = pack_bits(codes.flatten(), config.bits)
     return PackedMatrix(packed, scale, zero, tuple(weight.shape), config, axis)
+
+
+def store_grid(
+    groups: Tensor, grid: Grid, config: QuantConfig, metadata: str
+) -> tuple[Metadata, Metadata]:
+    """Scale and zero as stored, for (groups, group_size) weights."""
+    grid = _steady_constant_groups(groups, grid, config.bits)
+    scale = Metadata.store(grid.scale, metadata, config.meta_group_size)
+    return scale, Metadata.store(grid.zero, metadata, config.meta_group_size)
+
+
+def stored_grid(scale: Metadata, zero: Metadata) -> Grid:
+    """The grid that weights are rounded on: what scale and zero decode to."""
+    return Grid(_divisor(scale.decode()), zero.decode())
 
 
 def check_finite(weight: Tensor, name: str) -> None:

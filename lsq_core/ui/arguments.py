@@ -128,7 +128,7 @@ def _asked(record: Mapping[str, Mapping[str, Any]]) -> tuple[PlanRequest, Profil
     request = PlanRequest(**asked | {"pins": tuple(asked.get("pins", ()))})
     names = {field.name for field in fields(ProfileSettings)}
     grid = {"metadata": content.get("metadata"), "axis": content.get("axis")}
-    known = grid | (record["profile"].get("settings") or {})
+    known = grid | (record["profile"].get("settings") or content.get("settings") or {})
     given = {k: v for k, v in known.items() if k in names and v is not None}
     return request, ProfileSettings(**given)
 
