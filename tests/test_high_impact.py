@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from scipy.stats import spearmanr
 
 from lsq_core.cli import main
 from lsq_core.config import RATIOS, mixed_rows
@@ -22,6 +23,7 @@ from lsq_core.plan.high_impact import impact_of, read_matrix, units_of
 from lsq_core.profile import ProfileSettings
 from lsq_core.profile import interactions as measuring
 from lsq_core.profile.interactions import few_tokens, measure_interactions
+from lsq_core.profile.measure import calibration_of
 from lsq_core.profile.rows import measure_row_scores
 from lsq_core.quantize import get_quantizer
 from lsq_core.quantize.apply import quantize_model
@@ -172,6 +174,54 @@ def test_experts_share_a_ratio(random_model):
     assert first.units == tuple(units)
     assert max(len(members) for members in units.values()) == 4
     assert first.matrix.shape == (2 * len(units),) * 2
+
+
+@pytest.fixture(scope="module")
+def demo():
+    """The demo model with row scores of four sequences."""
+    loaded = load_model(ModelSource("demo"), "cpu")
+    blocks = calibration_of(loaded, ProfileSettings())
+    ids = torch.from_numpy(blocks.ids)
+    return loaded, ids[4:5, :256], measure_row_scores(loaded, ids[:4, :256])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("loss", "layer"), [("block", 12), ("model", 21)])
+def test_what_is_predicted_ranks_ratios_as_what_is_measured(demo, loss, layer):
+    """Slow: M of a block of the demo model takes 561 evaluations, each check one of the model.
+
+    M is symmetric, the loss falls as ratios grow, a slack budget takes nearly all to the largest,
+    and ½·δᵀMδ of random δ ranks them as the loss does that whole quantized models have.
+    """
+    loaded, ids, scores = demo
+    others = [k for k in range(loaded.info.layers) if k != layer]
+    (block,) = measure_interactions(loaded, ids, scores, OPTIONS, loss, known=others)
+    assert (block.matrix == block.matrix.T).all()
+    alone = np.diag(block.matrix).reshape(7, 5)
+    # A matrix that hardly matters may lose a little more; all together lose less at each step.
+    assert (alone[:, -1] < alone[:, 0]).sum() >= 6
+    assert (np.diff(alone.sum(axis=0)) < 0).all()
+    random = np.random.default_rng(0)
+    choices = np.concatenate([random.integers(0, 5, (40, 7)), np.full((1, 7), 4)])
+    own = [m for m in loaded.info.matrices if m.layer == layer]
+    full = changed_outputs(loaded, ids, scores, {}, layer, loss)
+    measured = []
+    for choice in choices:
+        chosen = {m: OPTIONS[option] for m, option in zip(own, choice, strict=True)}
+        output = changed_outputs(loaded, ids, scores, chosen, layer, loss)
+        measured.append(float((output - full).square().mean()))
+    predicted = predicted_loss(block.matrix, choices, 5)
+    rho = spearmanr(predicted, measured).statistic
+    print(f"{loss} loss, layer {layer}: Spearman {rho:.3f} over 41 plans")
+    assert rho > 0.9
+    if loss == "block":
+        scale = full.square().mean()
+        np.testing.assert_allclose(predicted, np.array(measured) / float(scale), rtol=0.25)
+    matrices = tuple(own)
+    slack = Problem(matrices, options=OPTIONS)
+    slack = replace(slack, impact=impact_of(matrices, scores, {layer: block.matrix}))
+    widest = make_frontier(slack, PlanRequest("high-impact")).segments[-1].start
+    assert widest.mean() > 3.5
 
 
 # --- plans --------------------------------------------------------------------------------------
