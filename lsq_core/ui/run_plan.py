@@ -15,10 +15,13 @@ from lsq_core.errors import InputError, LsqError
 from lsq_core.evaluate import PROTOCOLS, Protocol
 from lsq_core.pipeline import EvaluationRequest
 from lsq_core.plan import PlanRequest, get_planner
-from lsq_core.quantize import QUANTIZERS
+from lsq_core.quantize import HYBRID, HYBRID_STEPS, QUANTIZERS
 from lsq_core.store import Store
 from lsq_core.ui import arguments, known, state
 from lsq_core.ui.page import Here
+
+#: What a run can be quantized by; learned rounding as published, and a taste of it.
+RUN_QUANTIZERS = [*QUANTIZERS, HYBRID, f"{HYBRID}-500", f"{HYBRID}-50"]
 
 
 def ask(here: Here, folder: Path) -> None:
@@ -73,7 +76,12 @@ def options(store: Store, context: int) -> tuple[str, EvaluationRequest, str]:
     """Quantizer, evaluation and the name to save under."""
     columns = st.columns([1, 1.4, 1.8, 1.2, 1.6])
     quantizer = columns[0].selectbox(
-        "Quantizer", list(QUANTIZERS), key="quantizer", persist_state="session"
+        "Quantizer",
+        RUN_QUANTIZERS,
+        key="quantizer",
+        persist_state="session",
+        help=f"{HYBRID} learns rounding and clipping block by block, {HYBRID_STEPS:,} steps each "
+        "as published: hours on a CPU. With fewer, its name tells how many.",
     )
     corpus = columns[1].selectbox(
         "Evaluation text",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -17,10 +17,9 @@ from lsq_core.jobs import Job
 from lsq_core.model import ModelInfo
 from lsq_core.pipeline import EvaluationRequest
 from lsq_core.plan import PLANNERS, PlanRequest, Problem, get_planner
-from lsq_core.quantize import QUANTIZERS
 from lsq_core.ui import arguments, jobs_panel, known, state, words
 from lsq_core.ui.page import Here, headline, next_step
-from lsq_core.ui.run_plan import choose_protocol, choose_tokens, start
+from lsq_core.ui.run_plan import RUN_QUANTIZERS, choose_protocol, choose_tokens, start
 
 _DEFAULTS = {
     "sweep_methods": ["uniform", "sensiboost", "mxq"],
@@ -45,11 +44,19 @@ class _Asked:
     like: EvaluationRequest
 
     @property
+    def rows(self) -> PlanRequest | None:
+        """How mixed rows are chosen, as on the Plan page, where a method has such."""
+        with_rows = [name for name in self.methods if state.reads_rows(name)]
+        if not with_rows:
+            return None
+        return replace(state.request_of(with_rows[0]), base=None, budget=None, pins=())
+
+    @property
     def items(self) -> list[sweep.Item]:
         """The runs of the product; none while something is missing."""
         if not (self.methods and (self.bases or self.budgets)):
             return []
-        like = PlanRequest(self.methods[0])
+        like = self.rows or PlanRequest(self.methods[0])
         asked = sweep.requests(like, self.methods, self.bases, self.budgets)
         texts = [
             EvaluationRequest(name, self.like.protocol, self.like.max_tokens)
@@ -82,6 +89,7 @@ def ask(here: Here, folder: Path) -> None:
             asked.corpora,
             asked.like,
             state.settings(),
+            asked.rows,
         )
         start(here, folder, words_of)
 
@@ -110,7 +118,7 @@ def _form(context: int) -> _Asked:
     )
     columns = st.columns([1.2, 1.8, 1.4, 0.9])
     quantizers = columns[0].multiselect(
-        "Quantizers", list(QUANTIZERS), key="sweep_quantizers", persist_state="session"
+        "Quantizers", RUN_QUANTIZERS, key="sweep_quantizers", persist_state="session"
     )
     chosen = st.session_state["sweep_corpora"]
     corpora = columns[1].multiselect(
