@@ -15,6 +15,8 @@ from lsq_core.config import LADDER, is_mixed, parse_config
 
 #: Methods whose runs differ by ``boost_stop`` and ``top_m``; every other has one run a budget.
 BOOSTS = ("sensiboost", "kurtboost", "sensiboost-ablation", "kurtboost-ablation")
+#: Methods whose runs differ by how rows are mixed.
+ROWS = ("high-impact",)
 #: What two runs must share to be compared: a perplexity means nothing without these.
 _SAME = ("fingerprint", "corpus", "corpus_sha256", "protocol", "tokens")
 
@@ -276,7 +278,8 @@ def settings_of(record: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     run, plan, own = record["run"], record["plan"], record["evaluation"]
     content = plan.get("content") or {}
     asked = content.get("request") or {}
-    profile = record["profile"].get("settings") or {}
+    profile = record["profile"].get("settings") or content.get("settings") or {}
+    rows = run["method"] in ROWS
     boosts = run["method"] in BOOSTS
     known = {
         "method": run["method"],
@@ -286,6 +289,11 @@ def settings_of(record: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         "outliers kept": (asked.get("top_m") or "all") if boosts else None,
         "metric": asked.get("metric") if run["method"].startswith("sensiboost") else None,
         "seed": asked.get("seed") if run["method"].endswith("-ablation") else None,
+        "bits of rows": f"{asked['low_bits']} and {asked['high_bits']}" if rows else None,
+        "group size": asked.get("group_size") if rows else None,
+        "ratios": asked.get("ratios") if rows else None,
+        "loss of ratios": asked.get("loss") if rows else None,
+        "negative curvature": "taken out" if rows and asked.get("clip") else None,
         "solved": "to the optimum" if asked.get("exact") else None,
         "pins": ", ".join(asked.get("pins") or []),
         "quantizer": run["quantizer"],

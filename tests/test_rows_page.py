@@ -10,11 +10,14 @@ import pytest
 
 from lsq_core import charts
 from lsq_core.cli import execute
+from lsq_core.cli.parser import build_parser
+from lsq_core.cli.verbs import _plan_request
 from lsq_core.config import RATIOS
 from lsq_core.model import ModelSource
-from lsq_core.pipeline import Workbench
+from lsq_core.pipeline import EvaluationRequest, Workbench
 from lsq_core.plan import PlanRequest, make_frontier, make_plan
 from lsq_core.plan.high_impact import impact_of
+from lsq_core.profile import ProfileSettings
 from lsq_core.profile import interactions as measuring
 from lsq_core.store import InteractionKind, Store
 from lsq_core.ui import arguments
@@ -96,3 +99,23 @@ def test_figures_hold_what_they_are_given():
     assert np.isnan(shown[:5, :5]).all()
     expected = matrix[0, 7] / np.sqrt(matrix[0, 0] * matrix[7, 7])
     assert shown[0, 7] == shown[7, 0] == pytest.approx(expected)
+
+
+def test_a_sweep_is_asked_with_the_rows_that_were_chosen():
+    rows = PlanRequest("high-impact", low_bits=3, high_bits=16, group_size=64, ratios="diagonal")
+    words = arguments.sweep_arguments(
+        ["high-impact", "uniform"],
+        [],
+        ["3.4bpp"],
+        ["hybrid-50"],
+        ["stdlib"],
+        EvaluationRequest("stdlib"),
+        ProfileSettings(),
+        rows,
+    )
+    options = build_parser(exit_on_error=False).parse_args(["sweep", "--model", "demo", *words])
+    asked = _plan_request(options, "high-impact")
+    assert asked == rows
+    assert options.quantizer == ["hybrid-50"]
+    again = ["plan", "--model", "demo", *arguments.plan_arguments(rows, ProfileSettings())]
+    assert _plan_request(build_parser(exit_on_error=False).parse_args(again)) == rows
