@@ -6,17 +6,20 @@ from base64 import b64decode
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from lsq_core import charts
 from lsq_core.cli import execute
 from lsq_core.cli.parser import build_parser
 from lsq_core.cli.verbs import _plan_request
-from lsq_core.config import RATIOS
+from lsq_core.compare import settings_of, shares_of_bytes
+from lsq_core.config import RATIOS, mixed_rows
 from lsq_core.model import ModelSource
 from lsq_core.pipeline import EvaluationRequest, Workbench
 from lsq_core.plan import PlanRequest, make_frontier, make_plan
 from lsq_core.plan.high_impact import impact_of
+from lsq_core.predict import measured_points
 from lsq_core.profile import ProfileSettings
 from lsq_core.profile import interactions as measuring
 from lsq_core.store import InteractionKind, Store
@@ -119,3 +122,53 @@ def test_a_sweep_is_asked_with_the_rows_that_were_chosen():
     assert options.quantizer == ["hybrid-50"]
     again = ["plan", "--model", "demo", *arguments.plan_arguments(rows, ProfileSettings())]
     assert _plan_request(build_parser(exit_on_error=False).parse_args(again)) == rows
+
+
+def test_plans_of_mixed_rows_are_drawn():
+    """Each ratio has a colour of its own, the cells say it, and the ring adds up."""
+    options = mixed_rows(2, 3, 128)
+    assert len({charts.config_color(option) for option in options}) == len(options)
+    frame = pd.DataFrame(
+        {
+            "module": [f"m.{i}" for i in range(10)],
+            "type": ["q_proj"] * 5 + ["mlp.up_proj"] * 5,
+            "layer": [*range(5)] * 2,
+            "config": [option.name for option in options] * 2,
+            "z": np.nan,
+        }
+    )
+    heatmap, *legend = charts.plan_heatmap(frame).data
+    assert heatmap.z.tolist() == [[0, 1, 2, 3, 4]] * 2
+    assert legend[0].name == "b2h3r02g128 (2 %) × 2"
+    steps = [color for _, color in heatmap.colorscale]
+    assert steps[::2] == [charts.config_color(option) for option in options]
+    shares = shares_of_bytes(frame, dict.fromkeys(frame["module"], 128))
+    assert shares.index.tolist() == [option.name for option in options]
+    assert shares.sum() == pytest.approx(1)
+    assert charts.plan_ring(shares, "2.24").data[0].labels[0] == "b2h3r02g128 (2 %)"
+
+
+def test_runs_of_mixed_rows_are_told_apart(measured):
+    """In Compare by how rows were mixed, and none of them is learned from as a stop's."""
+    store, source = Store(measured.path), ModelSource(measured.model)
+    bench = Workbench(source, store, "cpu")
+    text = measured.settings.calibration
+    request = PlanRequest("high-impact", budget="2.24bpp")
+    plan, profile = bench.plan(request, measured.settings)
+    bench.run(plan, profile, "rtn", EvaluationRequest(text, max_tokens=300))
+    runs = charts.labelled(store.results())
+    label = runs.loc[runs["method"] == "high-impact", "label"].item()
+    assert "2+3 g128, full ratios, rtn" in label
+    (evaluation,) = runs.loc[runs["method"] == "high-impact", "evaluation"]
+    told = settings_of(store.record(evaluation))
+    assert (told["bits of rows"], told["ratios"], told["calibration"]) == ("2 and 3", "full", text)
+    points = measured_points(
+        store, bench.info.fingerprint, problem(measured), quantizer="rtn", axis=1, metadata="8bit"
+    )
+    assert evaluation not in points.evaluations
+    objectives = store.objectives(bench.info.fingerprint, "high-impact")
+    assert objectives["objective"].tolist() == [plan.objective]
+    assert objectives["kl"].item() > 0
+    app = open_page("Plan", model=measured.model, method="high-impact", budget="2.24")
+    assert not app.exception
+    assert "divergence of the model's predictions" in " ".join(c.value for c in app.caption)
