@@ -84,8 +84,10 @@ def interaction_heatmap(
     )
     middle = [u * len(ratios) + (len(ratios) - 1) / 2 for u in range(len(units))]
     ticks = {"tickvals": middle, "ticktext": [short_type(unit) for unit in units]}
-    figure.update_xaxes(**ticks, showgrid=False)
-    figure.update_yaxes(**ticks, showgrid=False, autorange="reversed", scaleanchor="x")
+    figure.update_xaxes(**ticks, showgrid=False, constrain="domain")
+    figure.update_yaxes(
+        **ticks, showgrid=False, autorange="reversed", scaleanchor="x", constrain="domain"
+    )
     for u in range(1, len(units)):
         edge = u * len(ratios) - 0.5
         figure.add_hline(edge, line={"color": NEUTRAL, "width": 1})

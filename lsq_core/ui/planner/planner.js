@@ -453,6 +453,8 @@ class Planner {
   }
 
   #headReadout() {
+    const { reference } = this.model;
+    setText(this.find("input[value=more] + span"), `% above uniform ${reference.name}`);
     const pair = this.panels.length === 2;
     const costed = this.panels.filter(({ frontier }) => frontier.cost || frontier.losses);
     const units = [...new Set(costed.map((panel) => panel.method.unit))];
@@ -460,7 +462,7 @@ class Planner {
       ["bits", "bits per parameter"],
       ["planned", "planned"],
       ["whole", "whole model"],
-      ["more", `against uniform ${this.model.reference.name}`],
+      ["more", `against uniform ${reference.name}`],
     ];
     if (this.panels.some((p) => p.curve)) this.columns.push(["perplexity", "predicted perplexity"]);
     if (!this.fixed && costed.length) {
