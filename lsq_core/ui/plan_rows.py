@@ -70,8 +70,8 @@ def interactions_in_words(block: Interactions, problem: Problem) -> str:
     (a, b), most = max(pairs.items(), key=lambda pair: abs(pair[1]))
     kind = "add to" if most > 0 else "make up for"
     return (
-        f"At {100 * RATIOS[0]:.0f} % each, {names[b]} and {names[a]} {kind} each other's error most: "
-        f"{words.signed_percent(most)} of the geometric mean of what they do alone."
+        f"At {100 * RATIOS[0]:.0f} % each, {names[b]} and {names[a]} {kind} each other's error "
+        f"most: {words.signed_percent(most)} of the geometric mean of what they do alone."
     )
 
 
