@@ -19,7 +19,7 @@ from lsq_core.evaluate import compare_windows
 from lsq_core.pipeline import EvaluationRequest, Workbench
 from lsq_core.plan import PLANNERS, PlanRequest
 from lsq_core.profile import ProfileSettings
-from lsq_core.quantize import QUANTIZERS, unavailable
+from lsq_core.quantize import BASELINES, unavailable
 from lsq_core.store import Store
 from lsq_core.ui import words
 from tests.conftest import ROOT, save_random_model
@@ -367,7 +367,7 @@ def test_everything_is_swept_in_one_click(filled, monkeypatch):
     assert told.method == list(PLANNERS)
     assert told.budget == ["2.2bpp", "3.2bpp", "4.2bpp"]
     assert (told.quantizer, told.base) == (["hqq"], [])
-    assert told.baseline == [q for q in QUANTIZERS if q != "hqq"]
+    assert told.baseline == [q for q in BASELINES if q != "hqq"]
     assert (told.corpus, told.max_tokens) == (["stdlib"], 300)
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import lsq_core
 from lsq_core.config import QuantConfig
 from lsq_core.errors import LsqError
-from lsq_core.quantize.base import Progress, StoredMatrix
+from lsq_core.quantize.base import Progress, Rows, StoredMatrix
 
 if TYPE_CHECKING:
     from lsq_core.load import LoadedModel
@@ -61,14 +61,17 @@ class GptqmodelQuantizer:
         choice: Mapping[Matrix, QuantConfig],
         settings: ProfileSettings,
         progress: Progress,
+        *,
+        rows: Rows | None = None,
         remembered: Remembered | None = None,
+        folder: Path | None = None,
     ) -> nn.Module:
         """See :class:`lsq_core.quantize.base.Quantizer`."""
         from lsq_core.quantize.apply import with_stored
 
-        with tempfile.TemporaryDirectory(prefix="lsq-gptqmodel-") as folder:
-            out = Path(folder) / "quantized"
-            _ask(self._asked(loaded, choice, settings, Path(folder), out), loaded, progress)
+        with tempfile.TemporaryDirectory(prefix="lsq-gptqmodel-") as own:
+            out = Path(own) / "quantized"
+            _ask(self._asked(loaded, choice, settings, Path(own), out), loaded, progress)
             stored = _tensors(out)
         packed = {
             matrix: self._matrix(matrix, config, stored, loaded)
