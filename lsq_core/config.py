@@ -3,7 +3,8 @@
 Three figures that must never be mixed (method §1):
 
 * **nominal** - the papers' formula; every budget in bits per parameter means this;
-* **planned bytes** - what this project's packing occupies, exactly, per matrix;
+* **planned bytes** - what a quantizer stores a matrix as occupies, exactly
+  (:func:`lsq_core.quantize.planned_bytes`);
 * **measured bytes** - the bytes of the tensors that were really stored, which must equal it.
 
 A matrix has one :class:`QuantConfig`, or :class:`MixedRows`: one for its high-impact rows and
@@ -318,26 +319,6 @@ def fp16_metadata_bytes(numel: int, config: QuantConfig) -> float:
 def weight_only_bytes(numel: int, config: QuantConfig) -> float:
     """Bytes of the weight codes alone, without any metadata."""
     return numel * config.bits / 8
-
-
-def planned_bytes(numel: int, config: QuantConfig, metadata: str = "8bit") -> int:
-    """Bytes that our packing stores for a matrix: codes, scale, zero and their own ranges.
-
-    The 8-bit format keeps one code for scale and one for zero per group, and one fp16 pair for
-    each of them per metadata group, the last of which may be short. A bias is not counted.
-
-    Raises
-    ------
-    InputError
-        When the metadata format is unknown.
-    """
-    groups = ceil(numel / config.group_size) if config.bits != HALF else 0
-    codes = ceil(numel * config.bits / 8)
-    if metadata == "fp16":
-        return codes + 4 * groups
-    if metadata == "8bit":
-        return codes + 2 * groups + 8 * ceil(groups / config.meta_group_size)
-    raise InputError(f"'{metadata}' is not a metadata format; choose 8bit or fp16.")
 
 
 def of_matrix(account: Callable[[int, QuantConfig], float], shape: Shaped, config: Config) -> float:

@@ -21,7 +21,6 @@ from lsq_core.config import (
     nominal_bytes,
     of_matrix,
     parse_config,
-    planned_bytes,
 )
 from lsq_core.errors import InputError
 from lsq_core.load import get_weight, load_model
@@ -34,6 +33,7 @@ from lsq_core.quantize.artifact import empty_tensors, load_quantized, save_quant
 from lsq_core.quantize.packed import quantize_matrix
 from lsq_core.quantize.rows import PackedRows, quantize_config
 from lsq_core.store import Store
+from tests.conftest import packed_bytes
 
 
 def matrix_of(out: int, columns: int) -> Matrix:
@@ -90,7 +90,7 @@ def test_what_is_planned_is_stored(config, out, wide, metadata, axis, seed):
     rows = torch.randperm(out, generator=generator)[: config.high_rows(out)]
     quantizer = get_quantizer("rtn")
     packed = quantize_config(weight, config, quantizer, rows=rows, axis=axis, metadata=metadata)
-    assert packed.nbytes == of_matrix(lambda n, c: planned_bytes(n, c, metadata), matrix, config)
+    assert packed.nbytes == of_matrix(lambda n, c: packed_bytes(n, c, metadata), matrix, config)
     names = {torch.uint8: "U8", torch.float16: "F16", torch.int16: "I16"}
     told = {n: (tuple(t.shape), names[t.dtype]) for n, t in packed.tensors.items()}
     assert told == layout.packed(packed.shape, config, metadata)

@@ -50,13 +50,20 @@ class Pin:
         return cls(pattern.strip(), low, high, options)
 
     @classmethod
-    def of(cls, matrix: Matrix, scope: str, low: int, high: int) -> Pin:
+    def of(
+        cls,
+        matrix: Matrix,
+        scope: str,
+        low: int,
+        high: int,
+        options: tuple[Config, ...] = LADDER,
+    ) -> Pin:
         """A pin of a matrix's module with all its experts, of its layer, or of its module type."""
         before, _, inside = matrix.name.partition(f".{matrix.layer}.")
         inside = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", inside)
         layer = f"{before}.{matrix.layer}."
         patterns = {"module": layer + inside, "layer": f"{layer}*", "type": f"*.{inside}"}
-        return cls(patterns[scope], low, high)
+        return cls(patterns[scope], low, high, options)
 
     def __str__(self) -> str:
         """As it is typed."""

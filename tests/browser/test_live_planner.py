@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 
-from lsq_core.config import LADDER, format_bytes, planned_bytes
+from lsq_core.config import LADDER, format_bytes
 from lsq_core.model import Matrix
 from lsq_core.plan import PLANNERS, PlanRequest, Problem, make_frontier, make_plan
 from lsq_core.plan.frontier import Frontier
@@ -18,6 +18,7 @@ from lsq_core.plan.pins import with_pins
 from lsq_core.ui import planner
 from tests.browser import planner_app
 from tests.browser.conftest import open_browser, serve
+from tests.conftest import packed_bytes
 from tests.test_high_impact import problem as mixed_problem
 from tests.test_plan import needs_reference, published_problem
 
@@ -379,7 +380,7 @@ def test_the_figures_are_those_of_pythons_plan(person):
         bar.text.split("\n")[0] for bar in live.root.find_elements("css selector", ".bars div")
     ]
     down = sum(
-        planned_bytes(m.numel, c) for m, c in plan.choice.items() if m.type == "mlp.down_proj"
+        packed_bytes(m.numel, c) for m, c in plan.choice.items() if m.type == "mlp.down_proj"
     )
     assert by_type[6] == f"{down / 2**20:.0f} MiB"
     cells = live.part(".cells")

@@ -164,8 +164,8 @@ def changed_pins(problem: Problem, pins: Sequence[str], wanted: dict) -> tuple[s
     if "drop" in wanted:
         return tuple(pin for k, pin in enumerate(pins) if k != wanted["drop"])
     matrix = problem.matrices[int(wanted["matrix"])]
-    pin = Pin.of(matrix, wanted["scope"], int(wanted["low"]), int(wanted["high"]))
-    return (*pins, str(pin))
+    low, high = int(wanted["low"]), int(wanted["high"])
+    return (*pins, str(Pin.of(matrix, wanted["scope"], low, high, problem.options)))
 
 
 def take_commit(key: str = "planner") -> float | None:

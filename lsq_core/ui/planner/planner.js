@@ -179,7 +179,7 @@ class Planner {
   #takePins({ pins, allowed }) {
     this.low = unpack(allowed.low, Uint8Array);
     this.high = unpack(allowed.high, Uint8Array);
-    const pinned = this.low.map((low, i) => low > 0 || this.high[i] < STOPS - 1);
+    const pinned = this.low.map((low, i) => low > 0 || this.high[i] < this.model.ladder.length - 1);
     for (const panel of this.panels) panel.heatmap.pinned = pinned;
     const entries = pins.map((pin, k) => {
       const entry = make("li", "", pin.replace("=", " = "));
@@ -889,17 +889,19 @@ class Planner {
       matrix: this.cells.members[this.kept.cell][0],
       scope: scope.value,
       low: how.value === "most" ? 0 : at,
-      high: how.value === "least" ? STOPS - 1 : at,
+      high: how.value === "least" ? this.model.ladder.length - 1 : at,
     });
   }
 
   /** What a pin leaves a matrix, as a sentence; nothing for one that is free. */
   #heldBy(i) {
     const [low, high] = [this.low[i], this.high[i]];
-    const [first, last] = [this.model.ladder[low].name, this.model.ladder[high].name];
+    const { ladder } = this.model;
+    const [first, last] = [ladder[low].name, ladder[high].name];
+    const most = ladder.length - 1;
     if (low === high) return [`Pinned to ${first}.`];
-    if (low > 0) return [`Pinned to ${high < STOPS - 1 ? `${first} to ${last}` : `at least ${first}`}.`];
-    return high < STOPS - 1 ? [`Pinned to at most ${last}.`] : [];
+    if (low > 0) return [`Pinned to ${high < most ? `${first} to ${last}` : `at least ${first}`}.`];
+    return high < most ? [`Pinned to at most ${last}.`] : [];
   }
 
   #title(panel, members) {
