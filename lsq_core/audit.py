@@ -127,9 +127,8 @@ def audit(
 def _line(matrix: Matrix, entry: dict, plan: dict, stored: Stored) -> Line:
     config, metadata = config_of(entry), plan["metadata"]
     known = about(plan.get("quantizer", "hqq"))
-    shape = (matrix.out_features, matrix.in_features)
-    expected = known.layout(shape, config, metadata)
-    found = config.name if stored == expected else _told(shape, known, stored)
+    expected = known.layout(matrix.shape, config, metadata)
+    found = config.name if stored == expected else _told(matrix.shape, known, stored)
     if stored and stored != expected and found == config.name:
         found += " with other metadata"
     return Line(

@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from lsq_core.corpus import TokenStream
     from lsq_core.evaluate import Evaluation, Pair
     from lsq_core.load import LoadedModel
+    from lsq_core.plan.frontier import Frontier
     from lsq_core.predict import Predictor
     from lsq_core.quantize.artifact import QuantizedModel
     from lsq_core.quantize.remembered import Remembered
@@ -450,16 +451,7 @@ class Workbench:
         if planner.reads_rows:
             problem = replace(problem, impact=self.impact(request, settings))
         self.report("plan", 0, 1, planner.title)
-        check_metrics(self.info, problem, request)
-        plan = make_plan(
-            problem,
-            request,
-            metadata=settings.metadata,
-            axis=settings.axis,
-            other_bytes=self.info.other_bytes,
-        )
-        if planner.reads_rows:
-            plan = replace(plan, calibration=_text_of(settings))
+        plan = plan_for(self.info, problem, request, settings)
         self.report("plan", 1, 1, f"{plan.bits_per_param:.3f} bits per parameter")
         return plan, profile
 
@@ -790,6 +782,34 @@ def provenance_of(where: dict[str, str], request: EvaluationRequest, tokenizer: 
         "bos": tokenizer.bos_token_id,
         "versions": versions(),
     }
+
+
+def plan_for(
+    info: ModelInfo,
+    problem: Problem,
+    request: PlanRequest,
+    settings: ProfileSettings,
+    frontier: Frontier | None = None,
+) -> Plan:
+    """The plan that a method makes of what is known, as :func:`lsq_core.plan.make_plan`.
+
+    One of mixed rows names the text that they were scored on.
+
+    Raises
+    ------
+    InputError
+        When the profile lacks what the method reads, or the request cannot be met.
+    """
+    check_metrics(info, problem, request)
+    plan = make_plan(
+        problem,
+        request,
+        metadata=settings.metadata,
+        axis=settings.axis,
+        other_bytes=info.other_bytes,
+        frontier=frontier,
+    )
+    return replace(plan, calibration=_text_of(settings)) if plan.rows else plan
 
 
 def by_quantizer(plan: Plan, quantizer: str, settings: ProfileSettings) -> Plan:

@@ -163,8 +163,7 @@ class Plan:
     def planned_bytes(self) -> int:
         """What the quantizer will store for the linear weights, exactly."""
         return sum(
-            planned_bytes(self.quantizer, (m.out_features, m.in_features), c, self.metadata)
-            for m, c in self.choice.items()
+            planned_bytes(self.quantizer, m.shape, c, self.metadata) for m, c in self.choice.items()
         )
 
     @property

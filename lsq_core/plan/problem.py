@@ -116,7 +116,7 @@ class Problem:
 
     def planned(self, metadata: str) -> list[list[int]]:
         """Bytes of each option in this project's packing, (n, options)."""
-        shapes = [(m.out_features, m.in_features) for m in self.matrices]
+        shapes = [m.shape for m in self.matrices]
         sizes = {
             shape: [planned_bytes("hqq", shape, option, metadata) for option in self.options]
             for shape in set(shapes)

@@ -192,10 +192,9 @@ def _empty_matrices(
     layout = about(quantizer).layout
     for name, entry in manifest["modules"].items():
         matrix, config = known[name], config_of(entry)
-        shape = (matrix.out_features, matrix.in_features)
-        tensors = empty_tensors(layout(shape, config, manifest["metadata"]))
+        tensors = empty_tensors(layout(matrix.shape, config, manifest["metadata"]))
         kind = matrix_kind(quantizer, config)
-        empty[matrix] = kind.from_tensors(tensors, shape, config, manifest["axis"])
+        empty[matrix] = kind.from_tensors(tensors, matrix.shape, config, manifest["axis"])
     return empty
 
 

@@ -400,7 +400,6 @@ def _read(
             tensors.setdefault(module, {})[name] = kept.get_tensor(key)
     packed = {}
     for matrix, config in choice.items():
-        shape = (matrix.out_features, matrix.in_features)
         kind = matrix_kind("hybrid", config)
-        packed[matrix] = kind.from_tensors(tensors[matrix.name], shape, config, axis)
+        packed[matrix] = kind.from_tensors(tensors[matrix.name], matrix.shape, config, axis)
     return packed, seconds

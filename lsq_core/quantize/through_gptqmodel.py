@@ -106,8 +106,7 @@ class GptqmodelQuantizer:
         """One matrix, its tensors taken out of ``stored``."""
         from lsq_core.quantize import about
 
-        shape = (matrix.out_features, matrix.in_features)
-        names = about(self.method).layout(shape, config, "its own")
+        names = about(self.method).layout(matrix.shape, config, "its own")
         missing = [name for name in names if f"{matrix.name}.{name}" not in stored]
         if missing:
             raise LsqError(
@@ -115,7 +114,7 @@ class GptqmodelQuantizer:
                 f"{self.method}; choose a quantizer that takes matrices one by one."
             )
         tensors = {n: stored.pop(f"{matrix.name}.{n}").to(loaded.device) for n in names}
-        return self.matrix.from_tensors(tensors, shape, config, axis=1)
+        return self.matrix.from_tensors(tensors, matrix.shape, config, axis=1)
 
 
 def _ask(asked: Asked, loaded: LoadedModel, progress: Progress) -> None:

@@ -26,6 +26,7 @@ from lsq_core.pipeline import (
     find_published,
     kind_of,
     known_impact,
+    plan_for,
     problem_of,
 )
 from lsq_core.plan import (
@@ -35,7 +36,6 @@ from lsq_core.plan import (
     Problem,
     get_planner,
     make_frontier,
-    make_plan,
 )
 from lsq_core.plan.frontier import Frontier
 from lsq_core.plan.pins import with_pins
@@ -328,7 +328,7 @@ def plan(
     ------
     LsqError
         When the profile lacks what the method reads, or the request cannot be met; see
-        :func:`lsq_core.pipeline.check_metrics` and :func:`lsq_core.plan.make_plan`.
+        :func:`lsq_core.pipeline.plan_for`.
     """
     asked = (json.dumps(asdict(request)), settings.metadata, settings.axis, rows and rows.mark)
     return _plan(info, found, request, settings, rows, _identity(info), _mark(found), asked)
@@ -346,15 +346,7 @@ def _plan(
     asked: tuple,
 ) -> Plan:
     seen = problem_of_rows(_info, _found, _request, _rows)
-    check_metrics(_info, seen, _request)
-    return make_plan(
-        seen,
-        _request,
-        metadata=_settings.metadata,
-        axis=_settings.axis,
-        other_bytes=_info.other_bytes,
-        frontier=frontier(_info, _found, _request, _rows),
-    )
+    return plan_for(_info, seen, _request, _settings, frontier(_info, _found, _request, _rows))
 
 
 def frontier(

@@ -275,7 +275,7 @@ def _model_payload(problem: Problem, metadata: str) -> dict:
     if metadata not in known:
         matrices = problem.matrices
         types = list(dict.fromkeys(m.type for m in matrices))
-        shapes = [(m.out_features, m.in_features) for m in matrices]
+        shapes = [m.shape for m in matrices]
         first = {shape: i for i, shape in reversed(list(enumerate(shapes)))}
         place = {shape: k for k, shape in enumerate(first)}
         one_of_each = list(first.values())
