@@ -285,7 +285,7 @@ def show_live(asked: Asked, plan: Plan) -> None:
     if asked.request.exact:
         methods = [replace(methods[0], solved=Solved(stops, plan.lower_bound))]
     against = st.session_state["against"]
-    if against in state.alike(asked.request.method, [against]) and not by_base:
+    if not by_base and against in state.alike(asked.request.method, PLANNERS):
         try:
             other = asked.by(against)
             frontier = known.frontier(other.info, other.found, other.request)
