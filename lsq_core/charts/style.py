@@ -64,6 +64,7 @@ METHOD_STYLES = {
     "rtn": MethodStyle("RTN", "#6E7B3A", "triangle-left"),
     "nf4": MethodStyle("NF4", "#B0543C", "star-triangle-down"),
     "nf4-dq": MethodStyle("NF4, double-quantized", "#B0543C", "star-triangle-down-open"),
+    "hybrid": MethodStyle("Hybrid", "#5B7F2B", "bowtie-open"),
     "bnb": MethodStyle("bitsandbytes", "#B0543C", "star-triangle-up"),
     "loss-aware": MethodStyle("Loss-aware", "#D1495B", "hexagram"),
     "high-impact": MethodStyle("High-impact rows", "#5B7F2B", "bowtie"),
@@ -80,8 +81,11 @@ def drawn_as(method: str, quantizer: str) -> str:
 
     >>> drawn_as("uniform", "nf4"), drawn_as("uniform", "hqq"), drawn_as("mxq", "nf4")
     ('nf4', 'uniform', 'mxq')
+    >>> drawn_as("uniform", "hybrid-500")
+    'hybrid'
     """
-    return quantizer if method == "uniform" and quantizer in METHOD_STYLES else method
+    name = "hybrid" if quantizer.startswith("hybrid-") else quantizer
+    return name if method == "uniform" and name in METHOD_STYLES else method
 
 
 def config_color(config: Config) -> str:
@@ -89,6 +93,7 @@ def config_color(config: Config) -> str:
 
     Of mixed rows, hue for the high-impact ones' bits, lightness for their ratio.
 
+    >>> from lsq_core.config import QuantConfig
     >>> config_color(QuantConfig(4, 32))
     '#009e73'
     """
