@@ -28,9 +28,10 @@ from lsq_core.model import Matrix, ModelSource
 from lsq_core.pipeline import refusal_of
 from lsq_core.plan import Plan, PlanRequest, Problem
 from lsq_core.quantize import get_quantizer, layout, matrix_kind, refusal
-from lsq_core.quantize.apply import measured_bytes, quantize_model
+from lsq_core.quantize.apply import measured_bytes, packed_modules, quantize_model
 from lsq_core.quantize.artifact import empty_tensors, load_quantized, save_quantized
 from lsq_core.quantize.packed import quantize_matrix
+from lsq_core.quantize.remembered import Remembered
 from lsq_core.quantize.rows import PackedRows, quantize_config
 from lsq_core.store import Store
 from tests.conftest import packed_bytes
@@ -162,6 +163,28 @@ def test_quantizers_with_a_storage_of_their_own_refuse_them():
     told = refusal_of(Problem(tuple(choice)), request, "nf4", 1)
     assert told == refusal("nf4", choice)
     assert refusal_of(Problem(tuple(choice)), request, "hybrid", 1) == ""
+
+
+def test_what_is_remembered_is_of_the_same_rows(random_model):
+    loaded = load_model(ModelSource(str(random_model("llama-gqa"))), "cpu")
+    matrix, config = loaded.info.matrices[0], MixedRows(2, 3, 0.2, 32)
+    first, count = Remembered(2**30), config.high_rows(matrix.out_features)
+
+    def made(rows: range) -> PackedRows:
+        return packed_modules(
+            quantize_model(
+                loaded.model,
+                {matrix: config},
+                get_quantizer("rtn"),
+                rows={matrix.name: rows},
+                remembered=first,
+            )
+        )[matrix.name].packed
+
+    one, other, again = made(range(count)), made(range(1, count + 1)), made(range(count))
+    assert again.index.data_ptr() == one.index.data_ptr()
+    assert first.bytes == one.nbytes + other.nbytes
+    assert other.is_high.nonzero().flatten().tolist() == list(range(1, count + 1))
 
 
 def test_fp16_rows_are_exact(random_model):

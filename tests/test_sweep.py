@@ -325,9 +325,9 @@ def test_plans_made_together_are_as_each_made_alone(bench, settings, small_text,
 def test_what_is_alike_in_two_plans_is_quantized_once(bench, settings, small_text, monkeypatch):
     from lsq_core.quantize import apply
 
-    made, whole = [], apply.quantize_matrix
+    made, whole = [], apply.quantize_config
     monkeypatch.setattr(
-        apply, "quantize_matrix", lambda *a, **k: made.append((k["name"], a[1])) or whole(*a, **k)
+        apply, "quantize_config", lambda *a, **k: made.append((k["name"], a[1])) or whole(*a, **k)
     )
     items = asked([small_text], methods=("mxq",), budgets=("2.6bpp", "3.1bpp", "3.6bpp"))
     sweep.sweep(bench, items, settings)
