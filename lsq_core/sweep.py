@@ -269,7 +269,8 @@ class _Sweep:
             & (rows["dtype"] == place["dtype"])
             & (rows["versions"] == json_text(versions(*packages([item.quantizer]))))
         ]
-        alike = [_same_content(json.loads(content), plan) for content in rows["content"]]
+        same = plan_identity(plan)
+        alike = [content_identity(json.loads(content)) == same for content in rows["content"]]
         return rows[np.array(alike, dtype=bool)]
 
     def _figures(self, evaluation: str) -> dict:
@@ -410,11 +411,6 @@ def _plain(value: object) -> object:
     """A data frame's value as JSON has it."""
     value = value.item() if hasattr(value, "item") else value
     return None if pd.isna(value) else value
-
-
-def _same_content(content: dict, plan: Plan) -> bool:
-    """Whether a kept plan stores the same as this one."""
-    return content_identity(content) == plan_identity(plan)
 
 
 def _share(stage: str, done: float) -> float:
