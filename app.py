@@ -8,10 +8,11 @@ import pandas as pd
 import streamlit as st
 
 from lsq_core import charts, disk
-from lsq_core.config import LADDER, MIB, QuantConfig, divides, format_bytes, planned_bytes
+from lsq_core.config import LADDER, MIB, QuantConfig, divides, format_bytes
 from lsq_core.errors import LsqError
 from lsq_core.model import ModelInfo
 from lsq_core.plan.outliers import shallowness
+from lsq_core.quantize import planned_bytes
 from lsq_core.reference import download, import_download, import_reference
 from lsq_core.store import PUBLISHED, Store
 from lsq_core.ui import known, sidebar, state, words
@@ -122,7 +123,7 @@ def size_frame(info: ModelInfo) -> pd.DataFrame:
     rows = [("as it is", "", now, info.other_bytes)] if info.file_bytes else []
     for config in LADDER:
         if all(divides(m.numel, config.group_size) for m in info.matrices):
-            linear = sum(planned_bytes(m.numel, config) for m in info.matrices)
+            linear = sum(planned_bytes("hqq", m.shape, config, "8bit") for m in info.matrices)
             rows.append((config.stop_name, config.name, linear, info.other_bytes))
     return pd.DataFrame(rows, columns=["name", "config", "linear_bytes", "other_bytes"])
 

@@ -10,12 +10,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lsq_core.config import METADATA_FORMATS, QuantConfig
+from lsq_core.config import METADATA_FORMATS, config_of
 from lsq_core.errors import InputError
 from lsq_core.model import MANIFEST, Matrix, ModelSource, safetensors_header
 from lsq_core.pipeline import Report, remake, saved_folder, silent
-from lsq_core.quantize import QUANTIZERS, about
-from lsq_core.quantize.layout import Layout, Stored, stored_bytes
+from lsq_core.quantize import QUANTIZERS, About, about
+from lsq_core.quantize.layout import Stored, stored_bytes
 from lsq_core.quantize.manifest import RUN, WEIGHTS, read_manifest
 from lsq_core.store import Store
 
@@ -23,8 +23,9 @@ from lsq_core.store import Store
 PARTS = {
     name
     for known in QUANTIZERS.values()
+    for config in known.options
     for metadata in METADATA_FORMATS
-    for name in known.layout((32, 32), known.configs[0], metadata)
+    for name in known.layout((128, 128), config, metadata)
 }
 
 
@@ -124,11 +125,10 @@ def audit(
 
 
 def _line(matrix: Matrix, entry: dict, plan: dict, stored: Stored) -> Line:
-    config, metadata = QuantConfig(entry["bits"], entry["group_size"]), plan["metadata"]
+    config, metadata = config_of(entry), plan["metadata"]
     known = about(plan.get("quantizer", "hqq"))
-    shape = (matrix.out_features, matrix.in_features)
-    expected = known.layout(shape, config, metadata)
-    found = _told(shape, known.layout, known.configs, stored)
+    expected = known.layout(matrix.shape, config, metadata)
+    found = config.name if stored == expected else _told(matrix.shape, known, stored)
     if stored and stored != expected and found == config.name:
         found += " with other metadata"
     return Line(
@@ -143,16 +143,14 @@ def _line(matrix: Matrix, entry: dict, plan: dict, stored: Stored) -> Line:
     )
 
 
-def _told(
-    shape: tuple[int, int], layout: Layout, configs: Iterable[QuantConfig], stored: Stored
-) -> str:
+def _told(shape: tuple[int, int], known: About, stored: Stored) -> str:
     """The configuration that tensors are of, or in words what they are."""
     if not stored:
         return "nothing"
     if set(stored) == {"weight"}:
         return f"{stored['weight'][1]} weights"
-    for config in configs:
-        if any(layout(shape, config, metadata) == stored for metadata in METADATA_FORMATS):
+    for config in known.options:
+        if any(known.layout(shape, config, metadata) == stored for metadata in METADATA_FORMATS):
             return config.name
     return f"no configuration ({stored_bytes(stored):,} bytes in {', '.join(sorted(stored))})"
 
@@ -173,7 +171,14 @@ def stored_in_file(path: Path, planned: Iterable[str]) -> dict[str, Stored]:
 
 def stored_in_model(model: object, planned: Iterable[str]) -> dict[str, Stored]:
     """The same of a quantized model in memory."""
-    names = {"uint8": "U8", "float16": "F16", "bfloat16": "BF16", "float32": "F32", "int32": "I32"}
+    names = {
+        "uint8": "U8",
+        "int16": "I16",
+        "int32": "I32",
+        "float16": "F16",
+        "bfloat16": "BF16",
+        "float32": "F32",
+    }
     kinds = {f"torch.{name}": short for name, short in names.items()}
     tensors = (
         (name, tuple(tensor.shape), kinds.get(str(tensor.dtype), str(tensor.dtype)))

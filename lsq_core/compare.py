@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lsq_core.config import LADDER
+from lsq_core.config import LADDER, is_mixed, parse_config
 
 #: Methods whose runs differ by ``boost_stop`` and ``top_m``; every other has one run a budget.
 BOOSTS = ("sensiboost", "kurtboost", "sensiboost-ablation", "kurtboost-ablation")
+#: Methods whose runs differ by how rows are mixed.
+ROWS = ("high-impact",)
 #: What two runs must share to be compared: a perplexity means nothing without these.
 _SAME = ("fingerprint", "corpus", "corpus_sha256", "protocol", "tokens")
 
@@ -250,10 +252,12 @@ def shares_of_bytes(modules: pd.DataFrame, parameters: Mapping[str, int]) -> pd.
 
     ``modules`` is of :func:`plan_modules`; ``parameters`` says how many weights a module has.
     """
-    bits = {config.name: config.nominal_bits for config in LADDER}
+    known = [config.name for config in LADDER]
+    names = [name for name in modules["config"].unique() if name in known or is_mixed(name)]
+    bits = {name: parse_config(name).nominal_bits for name in names}
     sizes = modules["module"].map(parameters) * modules["config"].map(bits)
     shares = sizes.groupby(modules["config"]).sum() / sizes.sum()
-    return shares.reindex([config.name for config in LADDER if config.name in shares.index])
+    return shares.reindex(sorted(shares.index, key=lambda name: bits[name]))
 
 
 def plan_difference(a: pd.DataFrame, b: pd.DataFrame) -> pd.DataFrame:
@@ -274,8 +278,9 @@ def settings_of(record: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     run, plan, own = record["run"], record["plan"], record["evaluation"]
     content = plan.get("content") or {}
     asked = content.get("request") or {}
-    # A calibrated quantizer reads a text of its own, which tells more of the run than a profile's.
+    # A text that rows were scored on or a quantizer reads tells more of the run than a profile's.
     profile = (record["profile"].get("settings") or {}) | (content.get("calibration") or {})
+    rows = run["method"] in ROWS
     boosts = run["method"] in BOOSTS
     known = {
         "method": run["method"],
@@ -285,6 +290,11 @@ def settings_of(record: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         "outliers kept": (asked.get("top_m") or "all") if boosts else None,
         "metric": asked.get("metric") if run["method"].startswith("sensiboost") else None,
         "seed": asked.get("seed") if run["method"].endswith("-ablation") else None,
+        "bits of rows": f"{asked['low_bits']} and {asked['high_bits']}" if rows else None,
+        "group size": asked.get("group_size") if rows else None,
+        "ratios": asked.get("ratios") if rows else None,
+        "loss of ratios": asked.get("loss") if rows else None,
+        "negative curvature": "taken out" if rows and asked.get("clip") else None,
         "solved": "to the optimum" if asked.get("exact") else None,
         "pins": ", ".join(asked.get("pins") or []),
         "quantizer": run["quantizer"],

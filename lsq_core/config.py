@@ -3,15 +3,23 @@
 Three figures that must never be mixed (method §1):
 
 * **nominal** - the papers' formula; every budget in bits per parameter means this;
-* **planned bytes** - what this project's packing occupies, exactly, per matrix;
+* **planned bytes** - what a quantizer stores a matrix as occupies, exactly
+  (:func:`lsq_core.quantize.planned_bytes`);
 * **measured bytes** - the bytes of the tensors that were really stored, which must equal it.
+
+A matrix has one :class:`QuantConfig`, or :class:`MixedRows`: one for its high-impact rows and
+another for the rest (method §7).
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
 from math import ceil
+from typing import Any, Protocol
 
 from lsq_core.errors import InputError
 
@@ -21,6 +29,15 @@ METADATA_FORMATS = ("8bit", "fp16")
 MIB = 2**20
 GIB = 2**30
 _UNITS = {"B": 1, "KiB": 1024, "MiB": MIB, "GiB": GIB}
+#: Weights of so many bits are kept in fp16 as they are, without scale and zero.
+HALF = 16
+
+
+class Shaped(Protocol):
+    """What has the shape of a matrix."""
+
+    out_features: int
+    in_features: int
 
 
 @dataclass(frozen=True, order=True)
@@ -44,13 +61,32 @@ class QuantConfig:
         >>> QuantConfig(3, 128).nominal_bits
         3.126953125
         """
+        if self.bits == HALF:
+            return float(HALF)
         g1, g2 = self.group_size, self.meta_group_size
         return self.bits + 2 * self.meta_bits / g1 + 32 / (g1 * g2)
 
     @property
     def bits_with_fp16_metadata(self) -> float:
         """Bits per parameter when scale and zero stay fp16, as ``hqq`` 0.2.8 keeps them."""
-        return self.bits + 32 / self.group_size
+        return self.bits if self.bits == HALF else self.bits + 32 / self.group_size
+
+    def parts(self, shape: Shaped) -> tuple[tuple[int, QuantConfig], ...]:
+        """What a matrix falls into: weights and their configuration; here all of it."""
+        return ((shape.out_features * shape.in_features, self),)
+
+    def index_bytes(self, shape: Shaped) -> int:
+        """Bytes that say which rows are which; none are needed."""
+        return 0
+
+    def fits(self, shape: Shaped) -> bool:
+        """Whether its groups fill a matrix."""
+        return divides(shape.out_features * shape.in_features, self.group_size)
+
+    @property
+    def stored_as(self) -> dict[str, float]:
+        """How a plan's JSON says it, beside its name."""
+        return {"bits": self.bits, "group_size": self.group_size}
 
     @property
     def stop_name(self) -> str:
@@ -76,10 +112,173 @@ class QuantConfig:
         return config
 
 
+GROUP_SIZES = (128, 64, 32)
+
 #: Twelve stops, two to eight bits, the coarser group first (method §1).
 LADDER: tuple[QuantConfig, ...] = tuple(
-    QuantConfig(bits, group) for bits in (2, 3, 4, 8) for group in (128, 64, 32)
+    QuantConfig(bits, group) for bits in (2, 3, 4, 8) for group in GROUP_SIZES
 )
+
+#: The shares of a matrix's rows that can be high-impact ([C]; 𝔹 of method §7).
+RATIOS = (0.02, 0.05, 0.10, 0.15, 0.20)
+#: What the other rows are stored at, and the high-impact ones; 16 keeps those in fp16.
+LOW_BITS = (2, 3)
+HIGH_BITS = (3, 4, HALF)
+#: Up to so many rows an index takes two bytes, above them four.
+_SHORT_INDEX = 2**15
+
+
+@dataclass(frozen=True, order=True)
+class MixedRows:
+    """High-impact output rows, ``ratio`` of them, at ``high_bits`` and the rest at ``bits``.
+
+    Which rows those are is kept beside the codes: as a bitmap or a sorted list of row numbers,
+    whichever is smaller.
+    """
+
+    bits: int
+    high_bits: int
+    ratio: float
+    group_size: int
+
+    @cached_property
+    def low(self) -> QuantConfig:
+        """The configuration of the rest."""
+        return QuantConfig(self.bits, self.group_size)
+
+    @cached_property
+    def high(self) -> QuantConfig:
+        """The configuration of the high-impact rows."""
+        return QuantConfig(self.high_bits, self.group_size)
+
+    @property
+    def name(self) -> str:
+        """How a person types and reads it: ``b2h3r10g128``, ten per cent of the rows at 3 bits."""
+        return f"b{self.bits}h{self.high_bits}r{100 * self.ratio:02.0f}g{self.group_size}"
+
+    @property
+    def stop_name(self) -> str:
+        """The ratio, by which the options of a plan differ: ``10 %``."""
+        return f"{100 * self.ratio:.0f} %"
+
+    @property
+    def nominal_bits(self) -> float:
+        """Bits per parameter of a large matrix, without its row index."""
+        return (1 - self.ratio) * self.low.nominal_bits + self.ratio * self.high.nominal_bits
+
+    def high_rows(self, out_features: int) -> int:
+        """How many of so many rows are high-impact: the ratio of them, to the nearest."""
+        return int(self.ratio * out_features + 0.5)
+
+    def parts(self, shape: Shaped) -> tuple[tuple[int, QuantConfig], ...]:
+        """What a matrix falls into: weights and their configuration, the high-impact rows first."""
+        high = self.high_rows(shape.out_features)
+        both = ((high, self.high), (shape.out_features - high, self.low))
+        return tuple((rows * shape.in_features, config) for rows, config in both if rows)
+
+    def index_bytes(self, shape: Shaped) -> int:
+        """Bytes that say which rows are high-impact.
+
+        >>> from types import SimpleNamespace
+        >>> MixedRows(2, 3, 0.02, 128).index_bytes(SimpleNamespace(out_features=4096))
+        164
+        """
+        bitmap, listed = self.index_sizes(shape.out_features)
+        return min(bitmap, listed)
+
+    def index_sizes(self, out_features: int) -> tuple[int, int]:
+        """Bytes of a bitmap of the rows, and of a list of the high-impact ones."""
+        itemsize = 2 if out_features <= _SHORT_INDEX else 4
+        return ceil(out_features / 8), itemsize * self.high_rows(out_features)
+
+    def fits(self, shape: Shaped) -> bool:
+        """Whether groups fill the rows: no group may cross from one kind into the other."""
+        return divides(shape.in_features, self.group_size)
+
+    @property
+    def stored_as(self) -> dict[str, float]:
+        """How a plan's JSON says it, beside its name."""
+        return {
+            "bits": self.bits,
+            "high_bits": self.high_bits,
+            "ratio": self.ratio,
+            "group_size": self.group_size,
+        }
+
+
+#: What a matrix can be given.
+Config = QuantConfig | MixedRows
+
+
+def mixed_rows(low_bits: int, high_bits: int, group_size: int) -> tuple[MixedRows, ...]:
+    """A matrix's options at two widths, the smallest ratio first.
+
+    Raises
+    ------
+    InputError
+        When there are no such widths or group size.
+    """
+    above = [bits for bits in HIGH_BITS if bits > low_bits]
+    for name, value, offered in (
+        ("low-bits", low_bits, LOW_BITS),
+        ("high-bits", high_bits, above),
+        ("group-size", group_size, GROUP_SIZES),
+    ):
+        if value not in offered:
+            raise InputError(f"{name} is one of {', '.join(map(str, offered))}, not {value}.")
+    return tuple(MixedRows(low_bits, high_bits, ratio, group_size) for ratio in RATIOS)
+
+
+#: Mixed rows at every two widths, group size and ratio.
+MIXED: tuple[MixedRows, ...] = tuple(
+    option
+    for low, high, group in product(LOW_BITS, HIGH_BITS, GROUP_SIZES)
+    if high > low
+    for option in mixed_rows(low, high, group)
+)
+
+_MIXED_NAME = r"b(\d+)h(\d+)r(\d+)g(\d+)"
+
+
+def is_mixed(name: str) -> bool:
+    """Whether a configuration's name is that of mixed rows."""
+    return re.fullmatch(_MIXED_NAME, name) is not None
+
+
+def config_of(entry: Mapping[str, Any]) -> Config:
+    """The configuration that a module's entry in a plan's JSON says.
+
+    Raises
+    ------
+    InputError
+        When there is no such configuration.
+    KeyError
+        When the entry lacks bits or group size.
+    """
+    if "high_bits" not in entry:
+        return QuantConfig.parse(f"b{entry['bits']}g{entry['group_size']}")
+    options = mixed_rows(entry["bits"], entry["high_bits"], entry["group_size"])
+    for config in options:
+        if config.ratio == entry["ratio"]:
+            return config
+    ratios = ", ".join(f"{r:g}" for r in RATIOS)
+    raise InputError(f"{entry['ratio']} is not a ratio; choose one of {ratios}.")
+
+
+def parse_config(text: str) -> Config:
+    """Read a configuration's name: ``b3g128`` or ``b2h3r10g128``.
+
+    Raises
+    ------
+    InputError
+        When there is no such configuration.
+    """
+    match = re.fullmatch(_MIXED_NAME, text.strip())
+    if match is None:
+        return QuantConfig.parse(text)
+    bits, high, percent, group = map(int, match.groups())
+    return config_of({"bits": bits, "high_bits": high, "ratio": percent / 100, "group_size": group})
+
 
 #: The configuration at which Algorithm 1 reads sensitivity.
 DETECTION_CONFIG = QuantConfig(4, 64)
@@ -122,24 +321,13 @@ def weight_only_bytes(numel: int, config: QuantConfig) -> float:
     return numel * config.bits / 8
 
 
-def planned_bytes(numel: int, config: QuantConfig, metadata: str = "8bit") -> int:
-    """Bytes that our packing stores for a matrix: codes, scale, zero and their own ranges.
+def of_matrix(account: Callable[[int, QuantConfig], float], shape: Shaped, config: Config) -> float:
+    """An account of a whole matrix: of its parts, and of what says which row is which.
 
-    The 8-bit format keeps one code for scale and one for zero per group, and one fp16 pair for
-    each of them per metadata group, the last of which may be short. A bias is not counted.
-
-    Raises
-    ------
-    InputError
-        When the metadata format is unknown.
+    ``account`` is one of those above, of so many weights at a configuration.
     """
-    groups = ceil(numel / config.group_size)
-    codes = ceil(numel * config.bits / 8)
-    if metadata == "fp16":
-        return codes + 4 * groups
-    if metadata == "8bit":
-        return codes + 2 * groups + 8 * ceil(groups / config.meta_group_size)
-    raise InputError(f"'{metadata}' is not a metadata format; choose 8bit or fp16.")
+    parts = sum(account(numel, part) for numel, part in config.parts(shape))
+    return parts + config.index_bytes(shape)
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,11 @@ class Matrix:
     expert: int | None = None
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.out_features, self.in_features
+
+    @property
     def numel(self) -> int:
         """Number of weights."""
         return self.out_features * self.in_features

@@ -26,6 +26,7 @@ from lsq_core.config import (
     QuantConfig,
     format_bytes,
     nominal_bytes,
+    of_matrix,
     stop_index,
 )
 from lsq_core.corpus import corpus_identity, load_corpus, token_stream
@@ -41,8 +42,9 @@ from lsq_core.plan import (
     make_frontier,
     make_plan,
 )
+from lsq_core.plan.high_impact import check_options, impact_of
 from lsq_core.plan.pins import with_pins
-from lsq_core.plan.problem import TOLERANCE
+from lsq_core.plan.problem import TOLERANCE, Impact
 from lsq_core.profile import (
     LOSS_PROBE,
     METRICS,
@@ -52,16 +54,17 @@ from lsq_core.profile import (
     missing_metrics,
 )
 from lsq_core.provenance import machine, versions
-from lsq_core.quantize import about, check_choice, packages, refusal
+from lsq_core.quantize import about, check_choice, mixed_rows_refusal, packages, refusal
 from lsq_core.quantize.manifest import RUN, is_quantized_folder, read_manifest
-from lsq_core.store import PUBLISHED, Store, new_id
+from lsq_core.store import PUBLISHED, InteractionKind, Store, new_id
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from lsq_core.corpus import TokenStream
     from lsq_core.evaluate import Evaluation, Pair
     from lsq_core.load import LoadedModel
+    from lsq_core.plan.frontier import Frontier
     from lsq_core.predict import Predictor
     from lsq_core.quantize.artifact import QuantizedModel
     from lsq_core.quantize.remembered import Remembered
@@ -74,6 +77,12 @@ REMEMBERED_BYTES = GIB
 
 #: The settings of a profile that name its calibration text, and how much of it is read.
 _CALIBRATION = ("calibration", "samples", "block_tokens", "seed")
+
+#: Why a plan of mixed rows has no predicted perplexity.
+NOT_PREDICTED = (
+    "Perplexity is predicted from errors at the ladder's stops, and there are none of matrices "
+    "whose rows have different bits."
+)
 
 #: Called with a stage, how much of it is done, of how much, and what is being done.
 Report = Callable[[str, int, int, str], None]
@@ -322,6 +331,107 @@ class Workbench:
                 metrics,
             )
 
+    # --- rows -------------------------------------------------------------------------------
+
+    def impact(self, request: PlanRequest, settings: ProfileSettings) -> Impact:
+        """Row scores, and the interactions that a request reads: found, or measured and kept.
+
+        Each block is kept as it is measured, so that what was cut off goes on from there.
+
+        Raises
+        ------
+        InputError, LsqError
+            As :meth:`profile`; and when groups don't fit into the rows of some matrix.
+        """
+        if self.published:
+            raise InputError(
+                f"{self.published.source} was published without the gradients of its weights, so "
+                "high-impact rows cannot be planned for it."
+            )
+        check_options(
+            Problem(self.info.matrices).with_options(get_planner(request.method).options(request))
+        )
+        key = self.profile_key(settings)
+        scores = self.store.row_scores(key) or self._measure_row_scores(settings, key)
+        if request.ratios == "uniform":
+            kept = self.store.interactions(key, kind_of(request))
+            return impact_of(self.info.matrices, scores, kept)
+        self._measure_interactions(request, settings, key, scores)
+        return known_impact(self.info, self.store, key, request)
+
+    def _calibration(
+        self, settings: ProfileSettings, loss: str | None = None
+    ) -> tuple[Tensor, dict]:
+        """Calibration tokens (sequences, tokens), few of them for a loss, and where from."""
+        import torch
+
+        from lsq_core.profile.interactions import few_tokens
+        from lsq_core.profile.measure import calibration_of
+
+        blocks = calibration_of(self.loaded, settings)
+        ids = torch.from_numpy(blocks.ids).to(self.loaded.device)
+        ids = ids if loss is None else few_tokens(ids, loss)
+        told = {
+            "corpus": blocks.corpus,
+            "corpus_source": blocks.source,
+            "corpus_sha256": blocks.sha256,
+            "tokens": ids.numel(),
+            "settings": asdict(settings),
+            "fingerprint": self.info.fingerprint,
+            "device": self.loaded.device,
+            "machine": machine(self.loaded.device),
+            "dtype": self.loaded.dtype,
+            "versions": versions(),
+        }
+        return ids, told
+
+    def _measure_row_scores(self, settings: ProfileSettings, key: str) -> dict[str, np.ndarray]:
+        from lsq_core.profile.rows import measure_row_scores
+
+        began = time.perf_counter()
+        loaded, folder = self.loaded, self.folder_to_keep
+        ids, told = self._calibration(settings)
+        with in_a_sentence(loaded.device):
+            scores = measure_row_scores(
+                loaded,
+                ids,
+                lambda done, total, message: self.report("rows", done, total, message),
+                None if folder is None else folder / f"row-scores-{key}.npz",
+            )
+        self.store.save_row_scores(key, scores, told | {"seconds": time.perf_counter() - began})
+        return scores
+
+    def _measure_interactions(
+        self,
+        request: PlanRequest,
+        settings: ProfileSettings,
+        key: str,
+        scores: dict[str, np.ndarray],
+    ) -> None:
+        kind = kind_of(request)
+        known = self.store.interactions(key, kind)
+        if len(known) == len({matrix.layer for matrix in self.info.matrices}):
+            return
+        from lsq_core.profile.interactions import measure_interactions
+
+        loaded = self.loaded
+        ids, told = self._calibration(settings, kind.loss)
+        with in_a_sentence(loaded.device):
+            for block in measure_interactions(
+                loaded,
+                ids,
+                scores,
+                get_planner(request.method).options(request),
+                kind.loss,
+                axis=settings.axis,
+                metadata=settings.metadata,
+                known=list(known),
+                progress=lambda done, total, message: self.report("rows", done, total, message),
+            ):
+                self.store.save_interactions(
+                    key, kind, block.layer, block.units, block.matrix, told
+                )
+
     # --- plan -------------------------------------------------------------------------------
 
     def plan(self, request: PlanRequest, settings: ProfileSettings) -> tuple[Plan, Profile | None]:
@@ -334,18 +444,14 @@ class Workbench:
         """
         planner = get_planner(request.method)
         # A budget out of reach is told before anything is measured.
-        request.budget_for(Problem(self.info.matrices))
+        options = planner.options(request)
+        request.budget_for(Problem(self.info.matrices).with_options(options))
         profile = self.profile(settings, planner.metrics) if planner.metrics else None
+        problem = self._problem(profile).with_options(options)
+        if planner.reads_rows:
+            problem = replace(problem, impact=self.impact(request, settings))
         self.report("plan", 0, 1, planner.title)
-        problem = self._problem(profile)
-        check_metrics(self.info, problem, request)
-        plan = make_plan(
-            problem,
-            request,
-            metadata=settings.metadata,
-            axis=settings.axis,
-            other_bytes=self.info.other_bytes,
-        )
+        plan = plan_for(self.info, problem, request, settings)
         self.report("plan", 1, 1, f"{plan.bits_per_param:.3f} bits per parameter")
         return plan, profile
 
@@ -399,6 +505,8 @@ class Workbench:
         Nothing is measured for it.
         """
         settings = replace(settings, axis=plan.axis, metadata=plan.metadata)
+        if plan.rows:
+            return {"reason": NOT_PREDICTED}
         try:
             profile = self.find_profile(settings)
             if profile is None:
@@ -425,6 +533,8 @@ class Workbench:
             When no plan is, there are too few runs to predict from, or the request is wrong.
         """
         planner = get_planner(request.method)
+        if planner.reads_rows:
+            raise InputError(f"{NOT_PREDICTED} Give a budget in place of max-loss.")
         profile = self.profile(settings, [*predict.METRICS, *planner.metrics])
         problem = problem_of(self.info, profile)
         check_metrics(self.info, problem, request)
@@ -532,7 +642,7 @@ class Workbench:
         return is_quantized_folder(save) and read_manifest(save, RUN)["run"] == run
 
     def _quantize(self, plan: Plan) -> tuple[nn.Module, float]:
-        """The quantized model and the seconds it takes, whatever of it was remembered."""
+        """The quantized model and the seconds it takes, whatever of it was made before."""
         from lsq_core.quantize import get_quantizer
         from lsq_core.quantize.apply import measured_bytes
 
@@ -544,7 +654,9 @@ class Workbench:
                 plan.choice,
                 _settings_of(plan),
                 lambda done, total, name: self.report("quantize", done, total, name),
-                self.remembered,
+                rows=plan.rows,
+                remembered=self.remembered,
+                folder=self._folder_of(plan),
             )
         measured = measured_bytes(quantized)
         if measured != plan.planned_bytes:
@@ -554,6 +666,13 @@ class Workbench:
             )
         seconds = time.perf_counter() - began + self.remembered.saved_seconds - saved
         return quantized, seconds
+
+    def _folder_of(self, plan: Plan) -> Path | None:
+        """Where a quantizer keeps what it has of this plan so far, where there is a folder."""
+        if self.folder_to_keep is None:
+            return None
+        made_from = (*plan_identity(plan), plan.quantizer, self.place, versions())
+        return self.folder_to_keep / f"quantized-{_digest(self.info.fingerprint, *made_from)[:16]}"
 
     def _save(
         self,
@@ -665,18 +784,50 @@ def provenance_of(where: dict[str, str], request: EvaluationRequest, tokenizer: 
     }
 
 
+def plan_for(
+    info: ModelInfo,
+    problem: Problem,
+    request: PlanRequest,
+    settings: ProfileSettings,
+    frontier: Frontier | None = None,
+) -> Plan:
+    """The plan that a method makes of what is known, as :func:`lsq_core.plan.make_plan`.
+
+    One of mixed rows names the text that they were scored on.
+
+    Raises
+    ------
+    InputError
+        When the profile lacks what the method reads, or the request cannot be met.
+    """
+    check_metrics(info, problem, request)
+    plan = make_plan(
+        problem,
+        request,
+        metadata=settings.metadata,
+        axis=settings.axis,
+        other_bytes=info.other_bytes,
+        frontier=frontier,
+    )
+    return replace(plan, calibration=_text_of(settings)) if plan.rows else plan
+
+
 def by_quantizer(plan: Plan, quantizer: str, settings: ProfileSettings) -> Plan:
     """The plan as a quantizer will carry it out: its bytes, and the text that it reads, if any.
 
-    A plan of a run that is done again has its text with it.
+    A plan of mixed rows has the text that they were scored on with it, and that of a run that is
+    done again the one of that run.
     """
-    if plan.quantizer == quantizer and plan.calibration:
-        return plan
-    if not about(quantizer).calibrated:
-        return replace(plan, quantizer=quantizer, calibration=None)
-    text = {name: getattr(settings, name) for name in _CALIBRATION}
-    text["corpus"] = corpus_identity(settings.calibration)
+    if plan.calibration and (plan.rows or plan.quantizer == quantizer):
+        return replace(plan, quantizer=quantizer)
+    text = _text_of(settings) if about(quantizer).calibrated else None
     return replace(plan, quantizer=quantizer, calibration=text)
+
+
+def _text_of(settings: ProfileSettings) -> dict:
+    """Which text settings name, and how much of it is read, as a plan tells it."""
+    text = {name: getattr(settings, name) for name in _CALIBRATION}
+    return text | {"corpus": corpus_identity(settings.calibration)}
 
 
 def _settings_of(plan: Plan) -> ProfileSettings:
@@ -697,6 +848,11 @@ def refusal_of(problem: Problem, request: PlanRequest, quantizer: str, axis: int
     InputError
         When the request itself is wrong.
     """
+    problem = problem.with_options(get_planner(request.method).options(request))
+    known, reason = about(quantizer), refusal(quantizer, {}, axis)
+    offered = [option for option in problem.options if option in known.options]
+    if reason or not offered:
+        return reason or mixed_rows_refusal(known)
     if request.base:
         base = LADDER[stop_index(request.base)]
         pinned = with_pins(problem, request.pins)
@@ -704,23 +860,33 @@ def refusal_of(problem: Problem, request: PlanRequest, quantizer: str, axis: int
         free = (pinned.low <= stop) & (stop <= pinned.high)
         kept = [m for m, is_free in zip(problem.matrices, free, strict=True) if is_free]
         return refusal(quantizer, dict.fromkeys(kept, base) if kept else {}, axis)
-    reason, budget = refusal(quantizer, {}, axis), request.budget_for(problem)
-    if reason or budget is None:
-        return reason
-    configs = about(quantizer).configs
-    smallest = sum(min(nominal_bytes(m.numel, c) for c in configs) for m in problem.matrices)
+    budget = request.budget_for(problem)
+    if budget is None:
+        return ""
+    smallest = sum(
+        min(of_matrix(nominal_bytes, m, option) for option in offered) for m in problem.matrices
+    )
     if budget.nominal_bytes * (1 + TOLERANCE) >= smallest:
         return ""
     return (
-        f"{about(quantizer).title} supports {', '.join(c.name for c in configs)}, which take at "
+        f"{known.title} supports {', '.join(c.name for c in offered)}, which take at "
         f"least {problem.in_words(smallest)}; a budget of {budget.text} is below that."
     )
 
 
 def plan_identity(plan: Plan) -> list[object]:
     """What two plans share that store the same, whatever they were asked for."""
-    configs = [(matrix.name, config.name) for matrix, config in plan.choice.items()]
-    return [plan.method, plan.metadata, plan.axis, plan.calibration, sorted(configs)]
+    return content_identity(plan.to_json())
+
+
+def content_identity(content: dict) -> list[object]:
+    """The same of a plan's JSON; the high-impact rows go with the configuration."""
+    configs = [
+        [name, entry["config"], *filter(None, [entry.get("rows")])]
+        for name, entry in content["modules"].items()
+    ]
+    alike = [content["method"], content["metadata"], content["axis"], content.get("calibration")]
+    return [*alike, sorted(configs)]
 
 
 def _digest(*parts: object) -> str:
@@ -942,6 +1108,19 @@ def problem_of(info: ModelInfo, profile: Profile | None) -> Problem:
         if metric in whole
     }
     return Problem(info.matrices, scores, by_config)
+
+
+def kind_of(request: PlanRequest) -> InteractionKind:
+    """Which interactions a request reads."""
+    return InteractionKind(request.loss, request.low_bits, request.high_bits, request.group_size)
+
+
+def known_impact(info: ModelInfo, store: Store, key: str, request: PlanRequest) -> Impact | None:
+    """What the store has of a profile's rows for a request; None without row scores."""
+    scores = store.row_scores(key)
+    if not scores:
+        return None
+    return impact_of(info.matrices, scores, store.interactions(key, kind_of(request)))
 
 
 def check_metrics(info: ModelInfo, problem: Problem, request: PlanRequest) -> None:

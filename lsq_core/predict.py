@@ -149,8 +149,10 @@ def measured_points(
     configs = store.run_configs(fingerprint)
     same = (runs["quantizer"] == quantizer) & (runs["axis"] == axis)
     same &= (runs["metadata"] == metadata) & runs["run"].isin(configs)
-    runs = _most_measured(runs[same & runs["perplexity_full"].notna()], corpus, protocol)
     stops = {config.name: i for i, config in enumerate(LADDER)}
+    on_ladder = {run for run, plan in configs.items() if stops.keys() >= set(plan.values())}
+    same &= runs["run"].isin(on_ladder)
+    runs = _most_measured(runs[same & runs["perplexity_full"].notna()], corpus, protocol)
     plans = [configs[run] for run in runs["run"]]
     choices = np.array([[stops[plan[m.name]] for m in problem.matrices] for plan in plans])
     first = runs.iloc[0]

@@ -7,20 +7,22 @@ allows one process at a time to write, and another waits its turn here.
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import re
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import duckdb
 import numpy as np
 
+from lsq_core.config import RATIOS
 from lsq_core.errors import InputError, LsqError
 from lsq_core.jsontext import json_text
 from lsq_core.model import Matrix, ModelInfo
@@ -92,6 +94,18 @@ MIGRATIONS = [
     ALTER TABLE runs ADD COLUMN note VARCHAR DEFAULT '';
     ALTER TABLE runs ADD COLUMN deleted TIMESTAMP;
     """,
+    # What high-impact ratios are planned from. ``profile`` is the identity of what it depends on,
+    # whether or not the profile's other metrics were measured.
+    """
+    CREATE TABLE row_scores (
+        profile VARCHAR, module VARCHAR, scores DOUBLE[], provenance JSON, created TIMESTAMP
+    );
+    CREATE TABLE interactions (
+        profile VARCHAR, loss VARCHAR, low_bits INTEGER, high_bits INTEGER, group_size INTEGER,
+        layer INTEGER, units VARCHAR[], ratios DOUBLE[], matrix DOUBLE[], provenance JSON,
+        created TIMESTAMP
+    );
+    """,
 ]
 
 #: Every evaluation of a quantized run that wasn't deleted, with full precision beside it.
@@ -130,6 +144,16 @@ _RESULTS = """
 def database_path() -> Path:
     """Where the database is unless another is given: ``LSQ_DB``, or ``data/lsq.duckdb``."""
     return Path(os.environ.get("LSQ_DB") or DEFAULT_PATH).expanduser().resolve()
+
+
+@dataclass(frozen=True)
+class InteractionKind:
+    """Which interactions: by which loss, of which widths and groups."""
+
+    loss: str
+    low_bits: int
+    high_bits: int
+    group_size: int
 
 
 class Store:
@@ -355,6 +379,84 @@ class Store:
             [fingerprint],
         )
 
+    # --- what high-impact ratios are planned from -------------------------------------------
+
+    def save_row_scores(
+        self, profile: str, scores: Mapping[str, np.ndarray], provenance: dict
+    ) -> None:
+        """Keep each module's row scores (out,) under a profile's identity."""
+        about, at = json_text(provenance), now()
+        with self.transaction() as connection:
+            connection.execute("DELETE FROM row_scores WHERE profile = ?", [profile])
+            connection.executemany(
+                "INSERT INTO row_scores VALUES (?, ?, ?, ?, ?)",
+                [
+                    [profile, module, values.tolist(), about, at]
+                    for module, values in scores.items()
+                ],
+            )
+
+    def row_scores(self, profile: str) -> dict[str, np.ndarray]:
+        """Row scores (out,) by module; none where they were not measured."""
+        with self.connect() as connection:
+            rows = connection.execute(
+                "SELECT module, scores FROM row_scores WHERE profile = ?", [profile]
+            ).fetchall()
+        return {module: np.array(scores) for module, scores in rows}
+
+    def save_interactions(
+        self,
+        profile: str,
+        kind: InteractionKind,
+        layer: int,
+        units: Sequence[str],
+        matrix: np.ndarray,
+        provenance: dict,
+    ) -> None:
+        """Keep one block's M (u·r, u·r) as it was measured, in the place of one before."""
+        key = {"profile": profile} | asdict(kind) | {"layer": layer}
+        with self.transaction() as connection:
+            where = " AND ".join(f"{column} = ?" for column in key)
+            connection.execute(f"DELETE FROM interactions WHERE {where}", list(key.values()))
+            _insert(
+                connection,
+                "interactions",
+                **key,
+                units=list(units),
+                ratios=list(RATIOS),
+                matrix=matrix.ravel().tolist(),
+                provenance=json_text(provenance),
+                created=now(),
+            )
+
+    def interactions(self, profile: str, kind: InteractionKind) -> dict[int, np.ndarray]:
+        """Each layer's M (u·r, u·r) so far."""
+        key = {"profile": profile} | asdict(kind)
+        where = " AND ".join(f"{column} = ?" for column in key)
+        with self.connect() as connection:
+            rows = connection.execute(
+                f"SELECT layer, matrix FROM interactions WHERE {where} ORDER BY layer",
+                list(key.values()),
+            ).fetchall()
+        return {layer: _square(matrix) for layer, matrix in rows}
+
+    def rows_written(self, profile: str, kind: InteractionKind) -> str:
+        """When row scores and interactions of a kind were last written, and how many.
+
+        '' where there are no row scores: what is planned from them changes with this text.
+        """
+        key = {"profile": profile} | asdict(kind)
+        where = " AND ".join(f"{column} = ?" for column in key)
+        with self.connect() as connection:
+            scores = connection.execute(
+                "SELECT max(created) FROM row_scores WHERE profile = ?", [profile]
+            ).fetchone()[0]
+            blocks = connection.execute(
+                f"SELECT count(*), max(created) FROM interactions WHERE {where}",
+                list(key.values()),
+            ).fetchone()
+        return f"{scores}/{blocks[0]}/{blocks[1]}" if scores else ""
+
     # --- plans, runs, evaluations -------------------------------------------------------------
 
     def save_plan(self, plan: Plan, fingerprint: str, profile: str | None, name: str = "") -> str:
@@ -541,6 +643,20 @@ class Store:
             for run, plan in modules.items()
             if plan
         }
+
+    def objectives(self, fingerprint: str, method: str) -> pd.DataFrame:
+        """What a method minimised in the plan of each evaluated run: ``run, objective``, as kept.
+
+        ``kl, perplexity, increase, corpus, protocol, quantizer, bits_per_param, request`` are of
+        the run; those without an objective are left out.
+        """
+        return self.query(
+            f"SELECT r.run, CAST(p.content ->> '$.objective' AS DOUBLE) AS objective, r.kl, "
+            f"r.perplexity, r.increase, r.corpus, r.protocol, r.quantizer, r.bits_per_param, "
+            f"r.request FROM ({_RESULTS}) r JOIN plans p ON r.plan = p.id "
+            "WHERE r.fingerprint = ? AND r.method = ? AND p.content ->> '$.objective' IS NOT NULL",
+            [fingerprint, method],
+        )
 
     def saved_folders(self) -> list[str]:
         """Folders that runs were saved to, whether or not they are still there."""
@@ -780,6 +896,11 @@ def _insert_evaluation(
         provenance=json_text(evaluation.provenance),
         created=now(),
     )
+
+
+def _square(flat: Sequence[float]) -> np.ndarray:
+    side = math.isqrt(len(flat))
+    return np.array(flat).reshape(side, side)
 
 
 def _decoded(row: dict[str, Any]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from lsq_core.pipeline import (
     Report,
     Workbench,
     by_quantizer,
+    content_identity,
     plan_identity,
     provenance_of,
     refusal_of,
@@ -35,7 +36,7 @@ from lsq_core.pipeline import (
 from lsq_core.plan import PLANNERS, Plan, PlanRequest, Problem
 from lsq_core.profile import Profile, ProfileSettings
 from lsq_core.provenance import versions
-from lsq_core.quantize import QUANTIZERS, about, check_choice, packages
+from lsq_core.quantize import BASELINES, about, check_choice, packages
 
 #: The file, in the folder a job keeps things in, that tells what came of each item so far.
 ITEMS = "items.json"
@@ -112,14 +113,14 @@ def all_methods(names: Sequence[str]) -> list[str]:
 
 
 def all_baselines(names: Sequence[str], quantizers: Sequence[str]) -> list[str]:
-    """Quantizers whose uniform plans are baselines, with ``all`` as every one not in a sweep yet.
+    """Quantizers whose uniform plans are baselines; ``all`` are the usual ones not yet in a sweep.
 
     Raises
     ------
     InputError
         When there is no quantizer of a name.
     """
-    wanted = list(QUANTIZERS) if ALL in names else list(names)
+    wanted = list(BASELINES) if ALL in names else list(names)
     for name in wanted:
         about(name)
     return [name for name in wanted if name not in quantizers]
@@ -268,7 +269,8 @@ class _Sweep:
             & (rows["dtype"] == place["dtype"])
             & (rows["versions"] == json_text(versions(*packages([item.quantizer]))))
         ]
-        alike = [_same_content(json.loads(content), plan) for content in rows["content"]]
+        same = plan_identity(plan)
+        alike = [content_identity(json.loads(content)) == same for content in rows["content"]]
         return rows[np.array(alike, dtype=bool)]
 
     def _figures(self, evaluation: str) -> dict:
@@ -409,14 +411,6 @@ def _plain(value: object) -> object:
     """A data frame's value as JSON has it."""
     value = value.item() if hasattr(value, "item") else value
     return None if pd.isna(value) else value
-
-
-def _same_content(content: dict, plan: Plan) -> bool:
-    """Whether a kept plan stores the same as this one."""
-    configs = [(name, entry["config"]) for name, entry in content["modules"].items()]
-    kept = [content["method"], content["metadata"], content["axis"], content.get("calibration")]
-    kept.append(sorted(configs))
-    return kept == plan_identity(plan)
 
 
 def _share(stage: str, done: float) -> float:

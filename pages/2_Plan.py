@@ -6,7 +6,7 @@ import streamlit as st
 
 from lsq_core.errors import LsqError
 from lsq_core.plan.pins import with_pins
-from lsq_core.ui import known, plan_panels, state, words
+from lsq_core.ui import known, plan_panels, plan_rows, state, words
 from lsq_core.ui.page import Here, headline, page
 from lsq_core.ui.plan_controls import controls
 
@@ -32,7 +32,7 @@ def plan_page(here: Here) -> None:
     try:
         moved = plan_panels.take_budget(with_pins(asked.problem, asked.request.pins), asked.request)
         asked = asked.by(asked.request.method)  # with the budget that the slider settled on
-        plan = known.plan(info, found, asked.request, settings)
+        plan = known.plan(info, found, asked.request, settings, asked.rows)
         if moved:
             st.warning(moved)
         plan_panels.show_live(asked, plan)
@@ -46,6 +46,8 @@ def plan_page(here: Here) -> None:
     with first:
         plan_panels.say_what_it_takes(asked, plan)
     plan_panels.actions(asked, plan)
+    if asked.rows is not None:
+        plan_rows.show_rows(here, asked.problem, plan, asked.rows)
     plan_panels.show_frontiers(asked)
     plan_panels.show_accounts(plan)
     plan_panels.show_flagged(plan)

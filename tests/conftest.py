@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from math import ceil
 from pathlib import Path
 
 import pytest
+
+from lsq_core.config import HALF, QuantConfig
 
 # Nothing here may reach the network, whatever a machine has cached or is logged in to.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -17,6 +20,19 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT.parent / "shared" / "reference" / "lm-quant-toolkit"
 WIKITEXT = ROOT.parent / "shared" / "corpus" / "wikitext-2"
+
+
+def packed_bytes(numel: int, config: QuantConfig, metadata: str = "8bit") -> int:
+    """Bytes of ``numel`` weights in the project's packing by formula: codes, scales, zeros, ranges.
+
+    The 8-bit format keeps a code for scale and one for zero per group, and an fp16 pair for each
+    of them per metadata group, the last of which may be short.
+    """
+    groups = ceil(numel / config.group_size) if config.bits != HALF else 0
+    codes = ceil(numel * config.bits / 8)
+    if metadata == "fp16":
+        return codes + 4 * groups
+    return codes + 2 * groups + 8 * ceil(groups / config.meta_group_size)
 
 
 @pytest.fixture(autouse=True)

@@ -13,14 +13,14 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from lsq_core.config import LADDER, QuantConfig, planned_bytes
+from lsq_core.config import LADDER, QuantConfig
 from lsq_core.errors import InputError, LsqError
 from lsq_core.load import load_model
 from lsq_core.model import MANIFEST, ModelSource
 from lsq_core.quantize import get_quantizer
 from lsq_core.quantize.apply import quantize_model
 from lsq_core.quantize.artifact import load_quantized, save_quantized
-from tests.conftest import ROOT
+from tests.conftest import ROOT, packed_bytes
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_reloaded_logits_are_identical(demo, mixed, tmp_path, metadata, axis):
         for n, t in stored.items()
         if n.rpartition(".")[2].startswith(("codes", "scale", "zero"))
     )
-    assert linear == sum(planned_bytes(m.numel, c, metadata) for m, c in mixed.items())
+    assert linear == sum(packed_bytes(m.numel, c, metadata) for m, c in mixed.items())
     assert stored["model.embed_tokens.weight"].dtype == torch.bfloat16, "as in the checkpoint"
     assert "lm_head.weight" not in stored, "tied weights once"
 

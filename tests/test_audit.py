@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from lsq_core.audit import audit_folder, audit_run
 from lsq_core.cli import main
-from lsq_core.config import LADDER, QuantConfig, planned_bytes
+from lsq_core.config import LADDER, QuantConfig
 from lsq_core.errors import InputError
 from lsq_core.model import ModelSource
 from lsq_core.pipeline import EvaluationRequest, Workbench
@@ -20,7 +20,7 @@ from lsq_core.plan import PlanRequest
 from lsq_core.profile import ProfileSettings
 from lsq_core.quantize import layout
 from lsq_core.store import Store
-from tests.conftest import ROOT
+from tests.conftest import ROOT, packed_bytes
 
 MODULE = "model.layers.1.self_attn.q_proj"
 
@@ -76,7 +76,7 @@ def test_a_module_with_other_bits_is_found(saved, bits):
     for found in (audit_folder(folder, Store()), audit_run(run["run"], Store())):
         (line,) = found.wrong
         assert (line.module, line.planned, line.stored) == (MODULE, "b4g64", config.name)
-        assert line.stored_bytes == planned_bytes(128 * 128, config)
+        assert line.stored_bytes == packed_bytes(128 * 128, config)
         assert found.verdict.startswith(
             f"1 of 14 matrices is not as planned: {MODULE} holds b{bits}"
         )
@@ -155,7 +155,7 @@ def test_expected_tensors_take_the_planned_bytes(metadata):
         count = 0
         for shape, dtype in tensors.values():
             count += sizes[dtype] * (shape[0] * shape[1] if len(shape) == 2 else shape[0])
-        assert count == planned_bytes(96 * 128, config, metadata)
+        assert count == packed_bytes(96 * 128, config, metadata)
 
 
 def test_the_command_line(saved, capsys, tmp_path):

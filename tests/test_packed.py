@@ -8,7 +8,7 @@ from hqq.core.quantize import Quantizer as HqqPackage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lsq_core.config import LADDER, QuantConfig, planned_bytes
+from lsq_core.config import LADDER, QuantConfig
 from lsq_core.errors import InputError, LsqError
 from lsq_core.load import load_model
 from lsq_core.model import DEMO_FOLDER, ModelSource
@@ -22,6 +22,7 @@ from lsq_core.quantize.packed import (
     quantize_matrix,
     unpack_bits,
 )
+from tests.conftest import packed_bytes
 
 
 @given(
@@ -89,7 +90,7 @@ def test_measured_bytes_are_the_planned_ones(config, metadata, axis, rows, colum
             quantize_matrix(weight, config, get_quantizer("rtn"), axis=axis, metadata=metadata)
         return
     packed = quantize_matrix(weight, config, get_quantizer("rtn"), axis=axis, metadata=metadata)
-    assert packed.nbytes == planned_bytes(numel, config, metadata)
+    assert packed.nbytes == packed_bytes(numel, config, metadata)
     empty = empty_tensors(layout.packed(shape, config, metadata))
     kinds = {n: (t.shape, t.dtype) for n, t in packed.tensors.items()}
     assert kinds == {n: (t.shape, t.dtype) for n, t in empty.items()}

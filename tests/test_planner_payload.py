@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from streamlit.testing.v1 import AppTest
 
-from lsq_core.config import LADDER, planned_bytes
+from lsq_core.config import LADDER, mixed_rows
 from lsq_core.model import Matrix
 from lsq_core.plan import PlanRequest, Problem, make_frontier
 from lsq_core.plan.frontier import moves_from
@@ -18,6 +18,7 @@ from lsq_core.plan.pins import with_pins
 from lsq_core.ui import planner
 from lsq_core.ui.planner import Curve, Facts, LiveMethod, Preset
 from tests.browser.planner_app import random_model
+from tests.conftest import packed_bytes
 from tests.test_plan import problem
 
 
@@ -95,7 +96,7 @@ def test_a_model_is_described_in_the_order_of_its_computation():
         assert unpacked(model["layers"], "<i4").tolist() == [0, 0, 1]
         table = unpacked(model["planned"], "<f8").reshape(-1, 12)
         for matrix, row in zip(matrices, unpacked(model["sizeOf"], "<i4"), strict=True):
-            assert table[row].tolist() == [planned_bytes(matrix.numel, c, metadata) for c in LADDER]
+            assert table[row].tolist() == [packed_bytes(matrix.numel, c, metadata) for c in LADDER]
 
 
 def test_a_rerun_encodes_nothing_again_and_keeps_nothing_alive():
@@ -202,6 +203,10 @@ def test_pins_go_along_and_come_back():
     wanted = {"matrix": 2, "scope": "layer", "low": 7, "high": 11}
     assert planner.changed_pins(small, pins, wanted) == (*pins, "model.layers.1.*=b4g64..b8g32")
     assert planner.changed_pins(small, pins, {"drop": 0}) == pins[1:]
+    mixed, wanted = small.with_options(mixed_rows(2, 3, 32)), wanted | {"low": 1, "high": 4}
+    (pin,) = planner.changed_pins(mixed, (), wanted)
+    assert pin == "model.layers.1.*=b2h3r05g32..b2h3r20g32"
+    assert with_pins(mixed, (pin,)).low.max() == 1
 
 
 def test_a_solved_plan_goes_along():

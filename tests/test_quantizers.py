@@ -112,7 +112,7 @@ def test_every_quantizer_says_what_it_supports():
     for name, known in QUANTIZERS.items():
         assert known.configs, name
         assert known.title
-        assert quantize.matrix_kind(name).from_tensors is not None
+        assert quantize.matrix_kind(name, known.configs[0]).from_tensors is not None
     assert [c.name for c in about("nf4").configs] == ["b4g128", "b4g64", "b4g32"]
 
 
@@ -202,7 +202,8 @@ def check_round_trip(run: dict, quantizer: str, tmp_path, model) -> None:
     assert found.stored_bytes == run["measured_bytes"]
     again = load_saved(tmp_path / "saved", "cpu", "float32")
     kept = packed_modules(again.model)
-    assert {type(m.packed) for m in kept.values()} == {quantize.matrix_kind(quantizer)}
+    kinds = {type(m.packed): quantize.matrix_kind(quantizer, m.config) for m in kept.values()}
+    assert all(found is expected for found, expected in kinds.items())
     assert again.manifest["quantizer"] == quantizer
     (versions,) = Store().query("SELECT CAST(versions AS VARCHAR) AS v FROM runs")["v"]
     package = about(quantizer).package
@@ -313,7 +314,8 @@ def test_words_decode_as_gptqmodel_decodes_them(tmp_path):
             n: t.dtype for n, t in empty_tensors(about(name).layout((64, 96), config, "")).items()
         }
         assert {n: t.dtype for n, t in parts.items()} == kinds
-        ours = quantize.matrix_kind(name).from_tensors(parts, (64, 96), config, 1).dequantize()
+        kind = quantize.matrix_kind(name, config)
+        ours = kind.from_tensors(parts, (64, 96), config, 1).dequantize()
         # Their GPTQ multiplies in half precision.
         torch.testing.assert_close(ours, theirs, rtol=2e-3 if name == "gptq" else 1e-6, atol=1e-6)
 

@@ -15,7 +15,7 @@ from lsq_core.model import ModelSource
 from lsq_core.pipeline import EvaluationRequest, Workbench
 from lsq_core.plan import PLANNERS, PlanRequest
 from lsq_core.profile import ProfileSettings
-from lsq_core.quantize import QUANTIZERS
+from lsq_core.quantize import BASELINES
 from lsq_core.store import Store
 
 
@@ -325,9 +325,9 @@ def test_plans_made_together_are_as_each_made_alone(bench, settings, small_text,
 def test_what_is_alike_in_two_plans_is_quantized_once(bench, settings, small_text, monkeypatch):
     from lsq_core.quantize import apply
 
-    made, whole = [], apply.quantize_matrix
+    made, whole = [], apply.quantize_config
     monkeypatch.setattr(
-        apply, "quantize_matrix", lambda *a, **k: made.append((k["name"], a[1])) or whole(*a, **k)
+        apply, "quantize_config", lambda *a, **k: made.append((k["name"], a[1])) or whole(*a, **k)
     )
     items = asked([small_text], methods=("mxq",), budgets=("2.6bpp", "3.1bpp", "3.6bpp"))
     sweep.sweep(bench, items, settings)
@@ -371,7 +371,7 @@ def test_baselines_are_uniform_plans_at_every_size(small_text):
     ]
     assert sweep.all_methods(["all"]) == list(PLANNERS)
     assert sweep.all_methods(["mxq"]) == ["mxq"]
-    assert sweep.all_baselines(["all"], ["hqq"]) == [q for q in QUANTIZERS if q != "hqq"]
+    assert sweep.all_baselines(["all"], ["hqq"]) == [q for q in BASELINES if q != "hqq"]
     with pytest.raises(InputError, match="'nf5' is not a quantizer"):
         sweep.all_baselines(["nf5"], [])
 
@@ -413,6 +413,6 @@ def test_one_command_sweeps_all_methods_and_baselines(
     for budget in sweep.EVERYTHING_BUDGETS:
         command += ["--budget", budget]
     assert main(command) == 0
-    assert len(asked) == 3 * (len(PLANNERS) + len(QUANTIZERS) - 1)
+    assert len(asked) == 3 * (len(PLANNERS) + len(BASELINES) - 1)
     by = {(item.request.method, item.quantizer) for item in asked}
-    assert by == {(m, "hqq") for m in PLANNERS} | {("uniform", q) for q in QUANTIZERS}
+    assert by == {(m, "hqq") for m in PLANNERS} | {("uniform", q) for q in BASELINES}

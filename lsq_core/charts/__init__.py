@@ -19,6 +19,7 @@ from lsq_core.charts.overlay import (
     rank_scatter,
 )
 from lsq_core.charts.plans import FrontierLine, frontiers, plan_heatmap, plan_ring
+from lsq_core.charts.rows import interaction_heatmap, loss_as_predicted, ratio_lines
 from lsq_core.charts.runs import (
     BITS,
     KL,
@@ -83,8 +84,10 @@ __all__ = [
     "correlation_heatmap",
     "frontiers",
     "gain_for_bits",
+    "interaction_heatmap",
     "labelled",
     "line_style",
+    "loss_as_predicted",
     "drawn_as",
     "method_style",
     "module_color",
@@ -95,6 +98,7 @@ __all__ = [
     "plan_ring",
     "predicted_against_measured",
     "rank_scatter",
+    "ratio_lines",
     "short_type",
     "size_bars",
     "view_limit",

@@ -18,7 +18,7 @@ from lsq_core.charts.style import (
     method_style,
     short_type,
 )
-from lsq_core.config import LADDER
+from lsq_core.config import LADDER, Config, is_mixed, parse_config
 
 
 def plan_heatmap(frame: pd.DataFrame, narrow: bool = False) -> go.Figure:
@@ -29,7 +29,8 @@ def plan_heatmap(frame: pd.DataFrame, narrow: bool = False) -> go.Figure:
     A ``narrow`` figure is half a page wide: its cells say a name only where 7 layers leave room.
     """
     cells = _cells(frame)
-    names = [c.name for c in LADDER]
+    options = _options(frame["config"])
+    names = [c.name for c in options]
     kinds = list(dict.fromkeys(frame["type"]))
     layers = sorted(frame["layer"].unique())
     grid = cells.pivot(index="type", columns="layer").reindex(kinds)
@@ -40,8 +41,8 @@ def plan_heatmap(frame: pd.DataFrame, narrow: bool = False) -> go.Figure:
             y=[short_type(kind) for kind in kinds],
             z=codes.astype(float).to_numpy(),
             zmin=-0.5,
-            zmax=len(LADDER) - 0.5,
-            colorscale=_steps(),
+            zmax=len(options) - 0.5,
+            colorscale=_steps(options),
             showscale=False,
             xgap=1.5,
             ygap=1.5,
@@ -81,9 +82,18 @@ def _cells(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def _options(configs: pd.Series) -> list[Config]:
+    """The ladder, or where rows are mixed the configurations in use, from few bits to many."""
+    mixed = [name for name in configs.unique() if isinstance(name, str) and is_mixed(name)]
+    if not mixed:
+        return list(LADDER)
+    plain = [c for c in LADDER if c.name in set(configs)]
+    return sorted([*plain, *map(parse_config, mixed)], key=lambda c: c.nominal_bits)
+
+
 def _cell_text(configs: pd.DataFrame, layers: int) -> list[list[str]]:
     """Full names where there is room, the stop's number where there is less, else nothing."""
-    stops = {c.name: c.stop_name for c in LADDER}
+    stops = {c.name: c.stop_name for c in _options(configs.stack())}
 
     def words(name: object) -> str:
         if not isinstance(name, str) or layers > 32:
@@ -93,19 +103,19 @@ def _cell_text(configs: pd.DataFrame, layers: int) -> list[list[str]]:
     return [[words(name) for name in row] for row in configs.to_numpy()]
 
 
-def _steps() -> list[list[float | str]]:
-    """A colour scale of one flat step for each stop of the ladder."""
+def _steps(options: Sequence[Config]) -> list[list[float | str]]:
+    """A colour scale of one flat step for each option."""
     steps: list[list[float | str]] = []
-    for index, config in enumerate(LADDER):
+    for index, config in enumerate(options):
         color = config_color(config)
-        steps += [[index / len(LADDER), color], [(index + 1) / len(LADDER), color]]
+        steps += [[index / len(options), color], [(index + 1) / len(options), color]]
     return steps
 
 
 def _config_legend(figure: go.Figure, configs: pd.Series) -> None:
     """A legend entry for each configuration in use, with how many matrices have it."""
     counts = configs.value_counts()
-    for config in LADDER:
+    for config in _options(configs):
         if config.name in counts:
             figure.add_trace(
                 go.Scatter(
@@ -229,8 +239,7 @@ def plan_ring(shares: pd.Series, title: str) -> go.Figure:
 
     ``shares`` is of :func:`lsq_core.compare.shares_of_bytes`; ``title``, in the middle, is short.
     """
-    by_name = {c.name: c for c in LADDER}
-    configs = [by_name[name] for name in shares.index]
+    configs = [parse_config(name) for name in shares.index]
     figure = go.Figure(
         go.Pie(
             labels=[f"{c.name} ({c.stop_name})" for c in configs],

@@ -18,7 +18,7 @@ from lsq_core.charts.style import (
     method_style,
     rings,
 )
-from lsq_core.compare import BOOSTS, pareto
+from lsq_core.compare import BOOSTS, ROWS, pareto
 from lsq_core.config import GIB, LADDER, MIB
 
 
@@ -268,6 +268,10 @@ def _label(row: dict) -> str:
         parts.append(f"+{asked.get('boost_stop', 0)}")
         parts += [f"top {asked['top_m']}"] if asked.get("top_m") else []
         parts += [f"seed {asked['seed']}"] if row["method"].endswith("-ablation") else []
+    if row["method"] in ROWS:
+        parts.append(f"{asked['low_bits']}+{asked['high_bits']} g{asked['group_size']}")
+        parts.append(f"{asked['ratios']} ratios")
+        parts += [f"by the {asked['loss']} loss"] if asked["loss"] != "block" else []
     if row["origin"] != "published":  # those are all by one quantizer, grid and metadata
         parts += [row["quantizer"]]
         parts += ["fp16 metadata"] if row["metadata"] == "fp16" else []

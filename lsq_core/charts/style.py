@@ -7,7 +7,7 @@ from zlib import crc32
 
 import plotly.graph_objects as go
 
-from lsq_core.config import QuantConfig
+from lsq_core.config import HALF, RATIOS, Config, MixedRows
 
 #: What every chart is shown with: no logo, nothing that sends data away.
 CONFIG = {
@@ -20,7 +20,7 @@ NEUTRAL = "#8a929c"
 GRID = "rgba(138, 146, 156, 0.25)"
 
 #: One hue a bit width, told apart by colour-blind eyes (after Okabe and Ito).
-BIT_COLORS = {2: "#D55E00", 3: "#E69F00", 4: "#009E73", 8: "#0072B2"}
+BIT_COLORS = {2: "#D55E00", 3: "#E69F00", 4: "#009E73", 8: "#0072B2", HALF: NEUTRAL}
 #: How much white is in the colour of a group size: coarse groups are light.
 _WHITE = {128: 0.5, 64: 0.25, 32: 0.0}
 
@@ -64,8 +64,10 @@ METHOD_STYLES = {
     "rtn": MethodStyle("RTN", "#6E7B3A", "triangle-left"),
     "nf4": MethodStyle("NF4", "#B0543C", "star-triangle-down"),
     "nf4-dq": MethodStyle("NF4, double-quantized", "#B0543C", "star-triangle-down-open"),
+    "hybrid": MethodStyle("Hybrid", "#5B7F2B", "bowtie-open"),
     "bnb": MethodStyle("bitsandbytes", "#B0543C", "star-triangle-up"),
     "loss-aware": MethodStyle("Loss-aware", "#D1495B", "hexagram"),
+    "high-impact": MethodStyle("High-impact rows", "#5B7F2B", "bowtie"),
 }
 
 
@@ -79,18 +81,27 @@ def drawn_as(method: str, quantizer: str) -> str:
 
     >>> drawn_as("uniform", "nf4"), drawn_as("uniform", "hqq"), drawn_as("mxq", "nf4")
     ('nf4', 'uniform', 'mxq')
+    >>> drawn_as("uniform", "hybrid-500")
+    'hybrid'
     """
-    return quantizer if method == "uniform" and quantizer in METHOD_STYLES else method
+    name = "hybrid" if quantizer.startswith("hybrid-") else quantizer
+    return name if method == "uniform" and name in METHOD_STYLES else method
 
 
-def config_color(config: QuantConfig) -> str:
+def config_color(config: Config) -> str:
     """Hue for the bits, lightness for the group: 128 lightest, 32 full.
 
+    Of mixed rows, hue for the high-impact ones' bits, lightness for their ratio.
+
+    >>> from lsq_core.config import QuantConfig
     >>> config_color(QuantConfig(4, 32))
     '#009e73'
     """
-    white = _WHITE[config.group_size]
-    hue = BIT_COLORS[config.bits].lstrip("#")
+    if isinstance(config, MixedRows):
+        white, bits = 0.75 * (1 - config.ratio / max(RATIOS)), config.high_bits
+    else:
+        white, bits = _WHITE[config.group_size], config.bits
+    hue = BIT_COLORS[bits].lstrip("#")
     parts = (int(hue[i : i + 2], 16) for i in (0, 2, 4))
     return "#" + "".join(f"{round(p + (255 - p) * white):02x}" for p in parts)
 

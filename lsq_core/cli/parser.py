@@ -82,7 +82,8 @@ def _add_model_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     _add_device(sub)
     _add_plan(sub)
     sub.add_argument("--plan", type=Path, help="apply a plan that plan --out wrote")
-    sub.add_argument("--quantizer", default="hqq", help=f"one of {', '.join(QUANTIZERS)}")
+    sub.add_argument("--quantizer", help=f"one of {', '.join(QUANTIZERS)} (hqq)")
+    _add_hybrid(sub)
     _add_evaluation(sub)
     sub.add_argument("--save", type=Path, help="keep the quantized model in this new folder")
 
@@ -108,6 +109,7 @@ def _add_comparing_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
         "--corpus": f"evaluation text: {_corpora()} (stdlib; repeatable)",
     }.items():
         sub.add_argument(option, action="append", default=[], help=text)
+    _add_hybrid(sub)
     sub.add_argument(
         "--remember",
         default="1GiB",
@@ -272,6 +274,33 @@ def _add_plan_details(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--exact", action="store_true", help="solve a knapsack to the optimum, with its gap"
     )
+    rows = "of high-impact"
+    sub.add_argument(
+        "--low-bits", type=int, default=2, help=f"bits of most rows, {rows}: 2 or 3 (2)"
+    )
+    sub.add_argument(
+        "--high-bits",
+        type=int,
+        default=3,
+        help=f"bits of the rows that matter, {rows}: 3, 4, 16 (3)",
+    )
+    sub.add_argument("--group-size", type=int, default=128, help=f"{rows}: 128, 64 or 32 (128)")
+    sub.add_argument(
+        "--loss",
+        default="block",
+        help=f"what ratios are measured by, {rows}: block (its own output), or model (all "
+        "blocks from there on; many times dearer) (block)",
+    )
+    sub.add_argument(
+        "--ratios",
+        default="full",
+        help=f"{rows}: uniform, diagonal (each matrix for itself), or full (a block's together)",
+    )
+    sub.add_argument(
+        "--clip",
+        action="store_true",
+        help=f"{rows}: without the negative eigenvalues of each block's interactions",
+    )
     sub.add_argument(
         "--pin",
         action="append",
@@ -280,6 +309,16 @@ def _add_plan_details(sub: argparse.ArgumentParser) -> None:
         help="fix modules to a configuration or range: '*.layers.0.*=b8g64' (repeatable)",
     )
     _add_profile(sub)
+
+
+def _add_hybrid(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--hybrid",
+        action="store_true",
+        help="the same as --quantizer hybrid: rounding learned for high-impact rows and clipping "
+        f"for the rest, {QUANTIZERS['hybrid'].steps:,} steps a block; --quantizer hybrid-500 "
+        "takes fewer",
+    )
 
 
 def _add_evaluation(sub: argparse.ArgumentParser) -> None:

@@ -65,6 +65,9 @@ def plan(result: dict) -> None:
     print("  " + ", ".join(f"{n} × {config}" for config, n in sorted(counts.items())))
     if "gap" in result:
         print(f"at most {100 * result['gap']:.2g} % above the least possible cost at this budget")
+    if any("rows" in entry for entry in result["modules"].values()):
+        ratios = [entry["ratio"] for entry in result["modules"].values()]
+        print(f"high-impact rows: {100 * sum(ratios) / len(ratios):.1f} % of a matrix's on average")
     for note in result["notes"]:
         print(note)
     predicted(result["predicted"])
@@ -177,7 +180,14 @@ def jobs(result: dict) -> None:
 
 def resumed(result: dict) -> None:
     """Print what came of a job in the words of its own verb."""
-    shown = {"run": run, "sweep": sweep, "audit": audit, "generate": generated, "profile": profile}
+    shown = {
+        "run": run,
+        "plan": plan,
+        "sweep": sweep,
+        "audit": audit,
+        "generate": generated,
+        "profile": profile,
+    }
     print(f"job {result['job']} is done")
     shown[result["verb"]](result["result"])
 

@@ -89,6 +89,12 @@ def _plan_request(options: argparse.Namespace, method: str | None = None) -> Pla
         seed=options.seed,
         exact=options.exact,
         pins=tuple(options.pin),
+        low_bits=options.low_bits,
+        high_bits=options.high_bits,
+        group_size=options.group_size,
+        loss=options.loss,
+        ratios=options.ratios,
+        clip=options.clip,
     )
 
 
@@ -186,6 +192,7 @@ def run(options: argparse.Namespace, report: Report) -> dict:
     """Plan or take a saved plan, quantize, evaluate, keep."""
     evaluation = _evaluation(options)
     corpus_identity(evaluation.corpus)  # a wrong path is told before anything is measured
+    (quantizer,) = _quantizers(options, [options.quantizer] if options.quantizer else [])
     bench = _workbench(options, report)
     settings = _settings(options, bench, options.profile_quantizer, options.calibration)
     if options.plan:
@@ -195,18 +202,18 @@ def run(options: argparse.Namespace, report: Report) -> dict:
             )
         made, used = _saved_plan(options.plan, bench), None
     else:
-        if options.max_loss and options.quantizer != settings.quantizer:
+        if options.max_loss and quantizer != settings.quantizer:
             raise InputError(
                 f"--max-loss predicts by the profile of {settings.quantizer}; give "
-                f"--profile-quantizer {options.quantizer} to run by that quantizer."
+                f"--profile-quantizer {quantizer} to run by that quantizer."
             )
         if not options.max_loss:
-            _refuse_early(options, bench, settings)
+            _refuse_early(options, bench, settings, quantizer)
         made, used = _plan(options, bench, settings)
-    check_choice(options.quantizer, made.choice, made.axis)
-    predicted = _predicted(bench, made, options.quantizer, settings, evaluation)
+    check_choice(quantizer, made.choice, made.axis)
+    predicted = _predicted(bench, made, quantizer, settings, evaluation)
     save = options.save.expanduser().resolve() if options.save else None
-    outcome = bench.run(made, used, options.quantizer, evaluation, save, settings=settings)
+    outcome = bench.run(made, used, quantizer, evaluation, save, settings=settings)
     return {
         "model": bench.source.name,
         "fingerprint": bench.info.fingerprint,
@@ -214,10 +221,21 @@ def run(options: argparse.Namespace, report: Report) -> dict:
     } | outcome
 
 
-def _refuse_early(options: argparse.Namespace, bench: Workbench, settings: ProfileSettings) -> None:
+def _quantizers(options: argparse.Namespace, named: list[str]) -> list[str]:
+    """The quantizers that were named, ``--hybrid`` being one way to name that."""
+    if options.hybrid and "hybrid" in named:
+        named = [name for name in named if name != "hybrid"]
+    if options.hybrid and named and options.verb == "run":
+        raise InputError(f"Give --hybrid or --quantizer {named[0]}, but not both.")
+    return [*named, "hybrid"] if options.hybrid else named or ["hqq"]
+
+
+def _refuse_early(
+    options: argparse.Namespace, bench: Workbench, settings: ProfileSettings, quantizer: str
+) -> None:
     """Tell what the quantizer can't do before a profile is measured for the plan."""
     request, problem = _plan_request(options), Problem(bench.info.matrices)
-    reason = refusal_of(problem, request, options.quantizer, settings.axis)
+    reason = refusal_of(problem, request, quantizer, settings.axis)
     if reason:
         raise InputError(reason)
 
@@ -264,7 +282,7 @@ def sweep(options: argparse.Namespace, report: Report) -> dict:
     from lsq_core import sweep as sweeps
 
     methods = sweeps.all_methods(options.method)
-    quantizers = options.quantizer or ["hqq"]
+    quantizers = _quantizers(options, options.quantizer)
     others = sweeps.all_baselines(options.baseline, quantizers)
 
     bench = _workbench(options, report)

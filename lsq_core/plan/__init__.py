@@ -5,6 +5,8 @@ A new planner is one file beside these and one entry in ``PLANNERS``.
 
 from __future__ import annotations
 
+from base64 import b64decode, b64encode
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Protocol
@@ -12,11 +14,12 @@ from typing import Protocol
 import numpy as np
 
 from lsq_core.config import (
-    LADDER,
     Budget,
-    QuantConfig,
+    Config,
+    config_of,
     fp16_metadata_bytes,
     nominal_bytes,
+    of_matrix,
     stop_index,
     weight_only_bytes,
 )
@@ -25,6 +28,7 @@ from lsq_core.model import Matrix
 from lsq_core.plan.boost import KurtBoost, KurtBoostAblation, SensiBoost, SensiBoostAblation
 from lsq_core.plan.exact import solve_exactly
 from lsq_core.plan.frontier import Frontier, Segment
+from lsq_core.plan.high_impact import HighImpact, high_rows
 from lsq_core.plan.loss_aware import LossAware
 from lsq_core.plan.mxq import KurtMilp, KurtScaled, Mxq, SensiMilp
 from lsq_core.plan.outliers import shallowness
@@ -44,6 +48,12 @@ class Planner(Protocol):
     metrics: tuple[str, ...]
     #: Whether its plans start from a base stop; one that does not has a cost to minimise.
     has_base: bool
+    #: Whether it reads :class:`~lsq_core.plan.problem.Impact`.
+    reads_rows: bool
+
+    def options(self, request: PlanRequest) -> tuple[Config, ...]:
+        """What a matrix can be given, from few bits to many."""
+        ...
 
     def frontier(self, problem: Problem, request: PlanRequest, bases: list[int]) -> Frontier:
         """Every budget's plan, from each of the given base stops where it starts from one."""
@@ -64,6 +74,7 @@ PLANNERS: dict[str, Planner] = {
         KurtMilp(),
         SensiKnapsack(),
         LossAware(),
+        HighImpact(),
     )
 }
 
@@ -91,7 +102,7 @@ class Plan:
 
     request: PlanRequest
     matrices: tuple[Matrix, ...]
-    configs: tuple[QuantConfig, ...]
+    configs: tuple[Config, ...]
     metadata: str = "8bit"
     axis: int = 1
     base: str | None = None
@@ -102,9 +113,12 @@ class Plan:
     #: A knapsack's cost of this plan, and what no plan within the budget can cost less than.
     objective: float | None = None
     lower_bound: float | None = None
-    #: Whose storage the planned bytes are of, and the text it reads, by its settings' names.
+    #: Whose storage the planned bytes are of.
     quantizer: str = "hqq"
+    #: The text that its rows were scored on or that its quantizer reads, by its settings' names.
     calibration: dict | None = None
+    #: The high-impact rows of each matrix that has mixed rows, by its name.
+    rows: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def method(self) -> str:
@@ -112,12 +126,12 @@ class Plan:
         return self.request.method
 
     @property
-    def choice(self) -> dict[Matrix, QuantConfig]:
+    def choice(self) -> dict[Matrix, Config]:
         """The configuration of each matrix."""
         return dict(zip(self.matrices, self.configs, strict=True))
 
-    def _total(self, account: object) -> float:
-        return sum(account(m.numel, c) for m, c in self.choice.items())
+    def _total(self, account: Callable[..., float]) -> float:
+        return sum(of_matrix(account, m, c) for m, c in self.choice.items())
 
     @cached_property
     def parameters(self) -> int:
@@ -137,7 +151,8 @@ class Plan:
     @cached_property
     def weight_only_bits(self) -> float:
         """Bits per planned parameter of the codes alone."""
-        return 8 * self._total(weight_only_bytes) / self.parameters
+        index = sum(c.index_bytes(m) for m, c in self.choice.items())
+        return 8 * (self._total(weight_only_bytes) - index) / self.parameters
 
     @cached_property
     def bits_with_fp16_metadata(self) -> float:
@@ -148,8 +163,7 @@ class Plan:
     def planned_bytes(self) -> int:
         """What the quantizer will store for the linear weights, exactly."""
         return sum(
-            planned_bytes(self.quantizer, (m.out_features, m.in_features), c, self.metadata)
-            for m, c in self.choice.items()
+            planned_bytes(self.quantizer, m.shape, c, self.metadata) for m, c in self.choice.items()
         )
 
     @property
@@ -161,13 +175,9 @@ class Plan:
     def modules(self) -> dict[str, dict]:
         """Full module name to its configuration, as the command line prints it."""
         return {
-            m.name: {
-                "bits": c.bits,
-                "group_size": c.group_size,
-                "config": c.name,
-                "layer": m.layer,
-                "type": m.type,
-            }
+            m.name: c.stored_as
+            | {"config": c.name, "layer": m.layer, "type": m.type}
+            | ({"rows": rows_text(self.rows[m.name], m)} if m.name in self.rows else {})
             for m, c in self.choice.items()
         }
 
@@ -213,9 +223,7 @@ class Plan:
         try:
             modules, request = content["modules"], PlanRequest(**content["request"])
             metadata, axis = content["metadata"], content["axis"]
-            configs = {
-                n: QuantConfig.parse(f"b{e['bits']}g{e['group_size']}") for n, e in modules.items()
-            }
+            configs = {n: config_of(entry) for n, entry in modules.items()}
         except (KeyError, TypeError) as error:
             raise InputError(
                 f"This is not a plan that LSQ Explorer wrote: {error} is missing."
@@ -239,7 +247,21 @@ class Plan:
             lower_bound=content.get("lower_bound"),
             quantizer=content.get("quantizer", "hqq"),
             calibration=content.get("calibration"),
+            rows={n: rows_of_text(e["rows"]) for n, e in modules.items() if "rows" in e},
         )
+
+
+def rows_text(rows: Sequence[int], matrix: Matrix) -> str:
+    """Row numbers as a plan's JSON has them: a bitmap of all rows, lowest bits first, in base64."""
+    marked = np.zeros(matrix.out_features, dtype=np.uint8)
+    marked[list(rows)] = 1
+    return b64encode(np.packbits(marked, bitorder="little").tobytes()).decode("ascii")
+
+
+def rows_of_text(text: str) -> tuple[int, ...]:
+    """The row numbers of :func:`rows_text`, ascending."""
+    packed = np.frombuffer(b64decode(text), dtype=np.uint8)
+    return tuple(np.flatnonzero(np.unpackbits(packed, bitorder="little")).tolist())
 
 
 def make_plan(
@@ -263,6 +285,7 @@ def make_plan(
         or the base's groups don't fill a matrix.
     """
     planner = get_planner(request.method)
+    problem = problem.with_options(planner.options(request))
     pinned = with_pins(problem, request.pins)
     budget = request.budget_for(pinned)
     if budget is None and request.base is None:
@@ -272,12 +295,16 @@ def make_plan(
     if request.exact and planner.has_base:
         raise InputError(f"{planner.title} has no cost to minimise; only knapsacks can be exact.")
     frontier = frontier or make_frontier(pinned, request)
+    if request.exact and frontier.cost is None:
+        raise InputError(
+            f"{planner.title} chooses matrices together; its search has no exact variant."
+        )
     chosen = _look_up(planner, pinned, frontier, request, budget)
     pinned.check_allowed(chosen.stops)
     return Plan(
         request=request,
         matrices=problem.matrices,
-        configs=tuple(LADDER[stop] for stop in chosen.stops),
+        configs=tuple(problem.options[stop] for stop in chosen.stops),
         metadata=metadata,
         axis=axis,
         base=chosen.base,
@@ -286,6 +313,7 @@ def make_plan(
         other_bytes=other_bytes,
         objective=chosen.objective,
         lower_bound=chosen.lower_bound,
+        rows=high_rows(problem, chosen.stops),
     )
 
 
@@ -298,6 +326,7 @@ def make_frontier(problem: Problem, request: PlanRequest) -> Frontier:
         When the base's groups, or every stop's, fail to fill some matrix.
     """
     planner = get_planner(request.method)
+    problem = problem.with_options(planner.options(request))
     if not planner.has_base:
         return planner.frontier(problem, request, [])
     bases = [stop_index(request.base)] if request.base else usable_bases(problem)
@@ -341,11 +370,16 @@ def _look_up(
     if not planner.has_base:
         if request.exact:
             return _exactly(frontier, limit)
-        return _Chosen(answer.choice, objective=answer.objective, lower_bound=answer.lower_bound)
+        return _Chosen(
+            answer.choice,
+            notes=frontier.notes,
+            objective=answer.objective,
+            lower_bound=answer.lower_bound,
+        )
     moves = answer.segment.moves[: answer.taken]
     start = answer.segment.start
     free = np.flatnonzero((problem.low < start) | (start < problem.high))
-    base = LADDER[start[free[0]]].stop_name if len(free) else request.base
+    base = problem.options[start[free[0]]].stop_name if len(free) else request.base
     return _Chosen(
         answer.choice,
         request.base if request.base else base,
@@ -390,12 +424,14 @@ def _price_of_pins(
     if not request.pins:
         return ()
     free = make_frontier(problem, request)
-    if frontier.cost is None:
+    if frontier.cost is None and frontier.losses is None:
         limit = request.budget_for(problem)
         answer = free.at(limit.nominal_bytes if limit else np.inf)
         more = 8 * (problem.nominal(chosen.stops) - problem.nominal(answer.choice)) / problem.total
         return (f"The pins change the plan by {more:+.4f} bpp.",)
     without = free.at(request.budget_for(problem).nominal_bytes).objective
+    if without is None or chosen.objective is None:
+        return ()
     share = 100 * (chosen.objective / without - 1) if without else 0.0
     return (f"The pins cost {share:+.2f} % of what the method minimises, at the same budget.",)
 

@@ -6,11 +6,10 @@ from collections import defaultdict
 
 import numpy as np
 
-from lsq_core.config import LADDER
 from lsq_core.errors import LsqError
 from lsq_core.plan.frontier import Frontier, Segment, moves_from
 from lsq_core.plan.outliers import Detection, detect_outliers
-from lsq_core.plan.problem import PlanRequest, Problem
+from lsq_core.plan.problem import OnLadder, PlanRequest, Problem
 from lsq_core.plan.uniform import by_bytes, uniform_start
 
 #: Metrics whose neighbours are divided; the others' are subtracted.
@@ -50,7 +49,7 @@ def flagged_layers(problem: Problem, metric: str, top_m: int) -> dict[str, dict[
     }
 
 
-class _Boost:
+class _Boost(OnLadder):
     """A base stop for all, and more bits for chosen layers of each module type."""
 
     has_base = True
@@ -74,7 +73,7 @@ class _Boost:
         segments = []
         for base in bases:
             start = uniform_start(problem, base)
-            top = min(base + request.boost_stop, len(LADDER) - 1)
+            top = min(base + request.boost_stop, len(problem.options) - 1)
             aims = np.clip(top, problem.low, problem.high)
             raised = [(index, int(aims[index]), worth) for worth, index in ranked]
             moves = moves_from(start, raised, problem.bytes)

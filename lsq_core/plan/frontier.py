@@ -3,7 +3,8 @@
 A budget is answered by a look-up: the dearest start that fits, then its moves as far as they fit,
 then, for the knapsack methods, a deterministic fill of what is left. Uniform is twelve starts
 without moves; a boost with a fixed base is one start with its moves; a boost with an automatic
-base is twelve of those; a knapsack is one start with the moves of its convex hull.
+base is twelve of those; a knapsack is one start with the moves of its convex hull; high-impact
+ratios, which are chosen together, are complete plans one after another.
 
 Nominal bytes are multiples of 2⁻⁷, so their float64 sums are exact and the browser, doing the same
 steps, finds the same plan.
@@ -102,12 +103,19 @@ class Frontier:
     """Segments in the order of their starts' bytes, and what the fill needs.
 
     ``nominal`` and ``cost`` are (n, 12); ``cost`` is None for methods that leave the rest of a
-    budget unspent, and infinite for stops that may not be chosen.
+    budget unspent, and infinite for stops that may not be chosen. Where matrices cost something
+    together, so that no table holds it, every segment is a complete plan without moves, and
+    ``losses`` (segments,) says what each costs; ``lower_bounds`` what no plan of as many bytes
+    costs less than.
     """
 
     segments: tuple[Segment, ...]
     nominal: np.ndarray
     cost: np.ndarray | None = field(default=None)
+    losses: np.ndarray | None = None
+    lower_bounds: np.ndarray | None = None
+    #: Plain words about every plan of it.
+    notes: tuple[str, ...] = ()
 
     @property
     def smallest(self) -> float:
@@ -133,6 +141,9 @@ class Frontier:
         segment = self.segments[index]
         taken = segment.count_within(budget)
         choice = segment.after(taken)
+        if self.losses is not None:
+            loss, least = float(self.losses[index]), float(self.lower_bounds[index])
+            return Answer(choice, segment, taken, loss, least)
         if self.cost is None:
             return Answer(choice, segment, taken)
         bound = self._lower_bound(segment, taken, choice, budget)

@@ -12,10 +12,10 @@ import numpy as np
 
 from lsq_core.errors import InputError
 from lsq_core.plan.frontier import Frontier, Segment, moves_from
-from lsq_core.plan.problem import PlanRequest, Problem
+from lsq_core.plan.problem import OnLadder, PlanRequest, Problem
 
 
-class Knapsack:
+class Knapsack(OnLadder):
     """A method that minimises a cost; a new one says what each matrix costs at each stop."""
 
     has_base = False

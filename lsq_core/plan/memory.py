@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lsq_core.config import GIB, LADDER, planned_bytes
+from lsq_core.config import GIB
 from lsq_core.model import ModelInfo
 from lsq_core.plan.problem import Problem
 
@@ -79,7 +79,6 @@ def context_bytes_per_token(info: ModelInfo) -> int | None:
 
 
 def _stored_per_nominal(problem: Problem, metadata: str) -> float:
-    """The most that a matrix occupies against its nominal bytes, at any allowed stop."""
-    sizes = {int(n): [planned_bytes(int(n), c, metadata) for c in LADDER] for n in problem.numel}
-    stored = np.array([sizes[int(n)] for n in problem.numel])
+    """The most that a matrix occupies against its nominal bytes, by any allowed option."""
+    stored = np.array(problem.planned(metadata))
     return float(np.where(problem.allowed, stored / problem.bytes, 1.0).max())

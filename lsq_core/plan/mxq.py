@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from lsq_core.config import LADDER
 from lsq_core.plan.boost import flagged_layers
 from lsq_core.plan.knapsack import Knapsack
 from lsq_core.plan.problem import Problem
@@ -51,7 +50,8 @@ class _Penalised(Knapsack):
         """``100 · penalty(b1) · f / bpp(c) · p/P``; penalty 4 for 2 bits, 2 for 3, else 1."""
         flagged = flagged_layers(problem, self.metric, 0)
         doubled = np.array([2.0 if m.layer in flagged[m.type] else 1.0 for m in problem.matrices])
-        penalty = np.array([{2: 4.0, 3: 2.0}.get(c.bits, 1.0) / c.nominal_bits for c in LADDER])
+        options = problem.options
+        penalty = np.array([{2: 4.0, 3: 2.0}.get(c.bits, 1.0) / c.nominal_bits for c in options])
         share = problem.numel / problem.total
         return 100 * (doubled * share)[:, None] * penalty
 

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-from lsq_core.config import LADDER, QuantConfig
+from lsq_core.config import LADDER, Config, MixedRows, parse_config
 from lsq_core.errors import InputError
 from lsq_core.model import Matrix
 from lsq_core.plan.problem import Problem
@@ -17,20 +17,24 @@ SCOPES = ("module", "layer", "type")
 
 @dataclass(frozen=True)
 class Pin:
-    """A pattern of full module names and the first and last ladder index they may have."""
+    """A pattern of full module names and the first and last of the options they may have."""
 
     pattern: str
     low: int
     high: int
+    options: tuple[Config, ...] = LADDER
 
     @classmethod
-    def parse(cls, text: str) -> Pin:
+    def parse(cls, text: str, options: tuple[Config, ...] = LADDER) -> Pin:
         """Read ``*.layers.0.self_attn.*=b8g64`` or ``*.down_proj=b3g128..b4g64``.
+
+        With mixed rows among the options they read ``*.down_proj=b2h3r20g128``.
 
         Raises
         ------
         InputError
-            When it is not of that form, or the range runs backwards.
+            When it is not of that form, the method has no such option, or the range runs
+            backwards.
         """
         pattern, sign, configs = text.rpartition("=")
         if not sign or not pattern.strip():
@@ -39,25 +43,43 @@ class Pin:
                 "such as '*.layers.0.self_attn.*=b8g64' or '*.down_proj=b3g128..b4g64'."
             )
         first, _, last = configs.partition("..")
-        low = LADDER.index(QuantConfig.parse(first))
-        high = LADDER.index(QuantConfig.parse(last)) if last else low
+        low = _index(first, options)
+        high = _index(last, options) if last else low
         if low > high:
             raise InputError(f"The pin '{text}' runs from more bits to fewer; turn it around.")
-        return cls(pattern.strip(), low, high)
+        return cls(pattern.strip(), low, high, options)
 
     @classmethod
-    def of(cls, matrix: Matrix, scope: str, low: int, high: int) -> Pin:
+    def of(
+        cls,
+        matrix: Matrix,
+        scope: str,
+        low: int,
+        high: int,
+        options: tuple[Config, ...] = LADDER,
+    ) -> Pin:
         """A pin of a matrix's module with all its experts, of its layer, or of its module type."""
         before, _, inside = matrix.name.partition(f".{matrix.layer}.")
         inside = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", inside)
         layer = f"{before}.{matrix.layer}."
         patterns = {"module": layer + inside, "layer": f"{layer}*", "type": f"*.{inside}"}
-        return cls(patterns[scope], low, high)
+        return cls(patterns[scope], low, high, options)
 
     def __str__(self) -> str:
         """As it is typed."""
-        low, high = LADDER[self.low].name, LADDER[self.high].name
+        low, high = self.options[self.low].name, self.options[self.high].name
         return f"{self.pattern}={low}" + ("" if low == high else f"..{high}")
+
+
+def _index(name: str, options: tuple[Config, ...]) -> int:
+    config = parse_config(name)
+    if config not in options:
+        kind = "mixed rows" if isinstance(options[0], MixedRows) else "the ladder"
+        raise InputError(
+            f"'{name}' is no option of this method, which plans on {kind}; choose one of "
+            f"{', '.join(c.name for c in options)}."
+        )
+    return options.index(config)
 
 
 def with_pins(problem: Problem, pins: tuple[str, ...]) -> Problem:
@@ -72,7 +94,7 @@ def with_pins(problem: Problem, pins: tuple[str, ...]) -> Problem:
         return problem
     low, high = problem.low.copy(), problem.high.copy()
     last: dict[int, Pin] = {}
-    for pin in map(Pin.parse, pins):
+    for pin in (Pin.parse(text, problem.options) for text in pins):
         matched = [i for i, m in enumerate(problem.matrices) if fnmatchcase(m.name, pin.pattern)]
         if not matched:
             raise InputError(

@@ -2,33 +2,84 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 
-from lsq_core.config import LADDER, Budget, divides, format_bytes, nominal_bytes
+from lsq_core.config import (
+    LADDER,
+    Budget,
+    Config,
+    format_bytes,
+    mixed_rows,
+    nominal_bytes,
+    of_matrix,
+)
 from lsq_core.errors import InputError
 from lsq_core.model import Matrix
+from lsq_core.quantize import planned_bytes
 
 #: Budgets are typed with few digits; a plan that exceeds one by less than this is within it.
 TOLERANCE = 1e-9
+#: What high-impact ratios are measured by: the block's own output, or the whole model's.
+LOSSES = ("block", "model")
+#: How they are chosen: one for all, each matrix for itself, or as they act together in a block.
+RATIO_CHOICES = ("uniform", "diagonal", "full")
+
+
+@dataclass(frozen=True, eq=False)
+class Interactions:
+    """How the ratios in one decoder block act on a loss, alone and together (M of method §7).
+
+    ``units`` are what shares a ratio, as indices of matrices: single ones, or the experts of one
+    module type. ``matrix`` is (u·r, u·r), the options of a unit side by side; the loss that it
+    predicts of a one-hot δ is ½·δᵀMδ. None where only row scores were asked for.
+    """
+
+    layer: int
+    units: tuple[tuple[int, ...], ...]
+    matrix: np.ndarray | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Impact:
+    """What is known of a model's rows, for planning them at two widths.
+
+    ``row_scores`` holds the mean squared gradient of each output row, (out,), in the order of the
+    matrices.
+    """
+
+    row_scores: tuple[np.ndarray, ...]
+    blocks: tuple[Interactions, ...]
+    #: What tells it from another, where it is remembered by that.
+    mark: str = ""
 
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """The matrices of a model and what has been measured of them.
+    """The matrices of a model, what each can be given, and what has been measured of them.
 
     ``scores`` maps a metric to (n,) figures, ``by_config`` to (n, 12), both in the order of
-    ``matrices`` and NaN where there is none.
+    ``matrices`` and NaN where there is none. A choice (n,) holds indices into ``options``; on the
+    ladder they are called stops.
     """
 
     matrices: tuple[Matrix, ...]
     scores: dict[str, np.ndarray] = field(default_factory=dict)
     by_config: dict[str, np.ndarray] = field(default_factory=dict)
-    #: First and last ladder index that pins allow each matrix, int64 (n,); None without pins.
+    #: First and last option that pins allow each matrix, int64 (n,); None without pins.
     pinned_low: np.ndarray | None = None
     pinned_high: np.ndarray | None = None
+    #: From few bits to many.
+    options: tuple[Config, ...] = LADDER
+    impact: Impact | None = None
+
+    def with_options(self, options: tuple[Config, ...]) -> Problem:
+        """The same with other options; pins are of the options that they were made with."""
+        if options == self.options:
+            return self
+        return replace(self, options=options, pinned_low=None, pinned_high=None)
 
     @cached_property
     def low(self) -> np.ndarray:
@@ -42,7 +93,7 @@ class Problem:
         """The highest stop that may be chosen for each matrix, int64 (n,)."""
         if self.pinned_high is not None:
             return self.pinned_high
-        return np.full(len(self.matrices), len(LADDER) - 1)
+        return np.full(len(self.matrices), len(self.options) - 1)
 
     @cached_property
     def numel(self) -> np.ndarray:
@@ -51,15 +102,26 @@ class Problem:
 
     @cached_property
     def allowed(self) -> np.ndarray:
-        """Whether a stop's groups fill a matrix and pins allow it, bool (n, 12)."""
-        fills = np.array([[divides(m.numel, c.group_size) for c in LADDER] for m in self.matrices])
-        stops = np.arange(len(LADDER))
+        """Whether an option's groups fill a matrix and pins allow it, bool (n, options)."""
+        fills = np.array([[c.fits(m) for c in self.options] for m in self.matrices])
+        stops = np.arange(len(self.options))
         return fills & (stops >= self.low[:, None]) & (stops <= self.high[:, None])
 
     @cached_property
     def bytes(self) -> np.ndarray:
-        """Nominal bytes at each stop, float64 (n, 12)."""
-        return np.array([[nominal_bytes(m.numel, c) for c in LADDER] for m in self.matrices])
+        """Nominal bytes of each option, float64 (n, options)."""
+        return np.array(
+            [[of_matrix(nominal_bytes, m, c) for c in self.options] for m in self.matrices]
+        )
+
+    def planned(self, metadata: str) -> list[list[int]]:
+        """Bytes of each option in this project's packing, (n, options)."""
+        shapes = [m.shape for m in self.matrices]
+        sizes = {
+            shape: [planned_bytes("hqq", shape, option, metadata) for option in self.options]
+            for shape in set(shapes)
+        }
+        return [sizes[shape] for shape in shapes]
 
     @property
     def total(self) -> int:
@@ -73,10 +135,10 @@ class Problem:
     def check_allowed(self, choice: np.ndarray) -> None:
         """Raise :class:`InputError` naming the first matrix that its stop's groups don't fill."""
         for matrix, stop in zip(self.matrices, choice, strict=True):
-            if not divides(matrix.numel, LADDER[stop].group_size):
+            if not self.options[stop].fits(matrix):
                 raise InputError(
                     f"{matrix.name} ({matrix.out_features}×{matrix.in_features}) cannot be cut "
-                    f"into groups of {LADDER[stop].group_size}; choose a stop with a smaller "
+                    f"into groups of {self.options[stop].group_size}; choose a stop with a smaller "
                     "group size, or mxq, which gives each matrix one that fits."
                 )
 
@@ -92,13 +154,24 @@ class Problem:
         return f"{8 * nominal / self.total:.4g} bpp ({format_bytes(nominal)})"
 
 
+class OnLadder:
+    """A planner that gives each matrix a stop of the ladder, as all but one do."""
+
+    reads_rows = False
+
+    def options(self, request: PlanRequest) -> tuple[Config, ...]:
+        """What a matrix can be given."""
+        return LADDER
+
+
 @dataclass(frozen=True)
 class PlanRequest:
     """What a person asks for: a method, and a base stop, a budget, or both.
 
     ``top_m`` 0 keeps every outlier; ``metric`` is what SensiBoost reads; ``seed`` is for the
     ablations; ``exact`` has a knapsack solved to the optimum; ``pins`` are read by
-    :class:`lsq_core.plan.pins.Pin`.
+    :class:`lsq_core.plan.pins.Pin`. The last six are those of the high-impact ratio:
+    :class:`lsq_core.plan.high_impact.HighImpact` says what they mean.
     """
 
     method: str
@@ -110,11 +183,24 @@ class PlanRequest:
     seed: int = 0
     exact: bool = False
     pins: tuple[str, ...] = ()
+    low_bits: int = 2
+    high_bits: int = 3
+    group_size: int = 128
+    loss: str = "block"
+    ratios: str = "full"
+    clip: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pins", tuple(self.pins))  # JSON gives a list
         if self.boost_stop < 0 or self.top_m < 0:
             raise InputError("boost-stop and top-m are counts; they cannot be negative.")
+        mixed_rows(self.low_bits, self.high_bits, self.group_size)
+        for name, value, offered in (
+            ("loss", self.loss, LOSSES),
+            ("ratios", self.ratios, RATIO_CHOICES),
+        ):
+            if value not in offered:
+                raise InputError(f"'{value}' is not one of the {name}: {', '.join(offered)}.")
 
     def budget_for(self, problem: Problem) -> Budget | None:
         """The budget in nominal bytes, checked against what is feasible for this model."""

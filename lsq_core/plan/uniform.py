@@ -6,12 +6,11 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from lsq_core.config import LADDER
 from lsq_core.plan.frontier import Frontier, Segment
-from lsq_core.plan.problem import PlanRequest, Problem
+from lsq_core.plan.problem import OnLadder, PlanRequest, Problem
 
 
-class Uniform:
+class Uniform(OnLadder):
     """Plain quantization, what a model is compared against."""
 
     name = "uniform"
@@ -37,10 +36,10 @@ def by_bytes(segments: Iterable[Segment]) -> tuple[Segment, ...]:
 
 
 def usable_bases(problem: Problem) -> list[int]:
-    """Ladder indices whose group size fills every matrix."""
+    """Options whose group size fills every matrix, by index."""
     rows = np.arange(len(problem.matrices))
     return [
         stop
-        for stop in range(len(LADDER))
+        for stop in range(len(problem.options))
         if problem.allowed[rows, uniform_start(problem, stop)].all()
     ]

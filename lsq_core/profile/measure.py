@@ -62,7 +62,7 @@ def measure_profile(
     scores: list[Score] = []
     done, total = 0, _effort(made, loaded.info)
     reading = any(metric.needs_text for metric in made)
-    for context in _walk(loaded, ids) if reading else _weights_alone(loaded, ids):
+    for context in walk(loaded, ids) if reading else _weights_alone(loaded, ids):
         layer = f"layer {context.layer + 1} of {loaded.info.layers}"
         progress(min(done, total), total, layer)
         for metric, score in _score_block(context, settings, made):
@@ -120,7 +120,7 @@ def calibration_of(loaded: LoadedModel, settings: ProfileSettings) -> TokenBlock
     )
 
 
-def _walk(loaded: LoadedModel, ids: Tensor) -> Iterator[BlockContext]:
+def walk(loaded: LoadedModel, ids: Tensor) -> Iterator[BlockContext]:
     """Each block in turn with the inputs that the full-precision blocks before it produce."""
     prefix, blocks = find_blocks(loaded.model)
     calls, hidden = record_calls(loaded, ids)

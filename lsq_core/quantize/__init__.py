@@ -12,13 +12,14 @@ Load a saved quantized model in a script of your own with::
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from lsq_core.config import LADDER, QuantConfig, divides
+from lsq_core.config import LADDER, MIXED, Config, MixedRows, QuantConfig, divides
 from lsq_core.errors import InputError
 from lsq_core.quantize import layout
 
@@ -41,8 +42,12 @@ class About:
     axes: tuple[int, ...] = (0, 1)
     #: Optimisation steps that a matrix gets at most; 0 where the result comes at once.
     steps: int = 0
+    #: Whether a name can ask for other steps, as ``hybrid-500`` does; so many take long.
+    learned: bool = False
     #: Whether it reads calibration text and works on the whole model, not matrix by matrix.
     calibrated: bool = False
+    #: Whether it takes linear modules alone, and stores their codes in words of 32 bits.
+    words: bool = False
     #: Whether all matrices have to have the same configuration.
     uniform: bool = False
     #: The package it needs beside what every installation has for sure, and what brings it.
@@ -55,13 +60,28 @@ class About:
         return self.layout is layout.packed
 
     @property
+    def takes_mixed_rows(self) -> bool:
+        """Whether rows of a matrix can have different bits: this project's packing knows them."""
+        return self.layout is layout.packed
+
+    @property
     def configs(self) -> tuple[QuantConfig, ...]:
         """The stops of the ladder that it supports."""
         return tuple(config for config in LADDER if config.bits in self.bits)
 
+    @property
+    def options(self) -> tuple[Config, ...]:
+        """All that it can give a matrix: those stops, and mixed rows where it takes them."""
+        return self.configs + (MIXED if self.takes_mixed_rows else ())
+
 
 _BITSANDBYTES = {"package": "bitsandbytes", "install": "pip install -r requirements.txt"}
-_GPTQMODEL = {"package": "gptqmodel", "install": "make gptqmodel"}
+_GPTQMODEL = {
+    "calibrated": True,
+    "words": True,
+    "package": "gptqmodel",
+    "install": "make gptqmodel",
+}
 
 #: Names on the command line and in the app; the classes are imported when asked for.
 QUANTIZERS = {
@@ -83,7 +103,6 @@ QUANTIZERS = {
         "lsq_core.quantize.gptq:Gptq",
         layout.gptq,
         axes=(1,),
-        calibrated=True,
         **_GPTQMODEL,
     ),
     "awq": About(
@@ -92,26 +111,39 @@ QUANTIZERS = {
         layout.awq,
         bits=(2, 3, 4),
         axes=(1,),
-        calibrated=True,
         uniform=True,
         **_GPTQMODEL,
+    ),
+    "hybrid": About(
+        "Hybrid",
+        "lsq_core.quantize.hybrid:Hybrid",
+        layout.packed,
+        steps=5000,
+        learned=True,
+        calibrated=True,
     ),
 }
 #: Those that take a matrix by itself, so that a profile can be measured with them.
 MATRIX_WISE = tuple(name for name, about in QUANTIZERS.items() if not about.calibrated)
+#: Those that people compare with; learning takes hours and is for those who ask for it by name.
+BASELINES = tuple(name for name, about in QUANTIZERS.items() if not about.learned)
 
 
 def about(name: str) -> About:
-    """What is known of the quantizer of that name.
+    """What is known of the quantizer of that name; ``hybrid-500`` is ``hybrid`` in 500 steps.
 
     Raises
     ------
     InputError
         When there is none.
     """
-    if name not in QUANTIZERS:
+    if name in QUANTIZERS:
+        return QUANTIZERS[name]
+    asked = re.fullmatch(r"(.+)-([1-9]\d*)", name)
+    known = QUANTIZERS.get(asked[1]) if asked else None
+    if known is None or not known.learned:
         raise InputError(f"'{name}' is not a quantizer; choose one of {', '.join(QUANTIZERS)}.")
-    return QUANTIZERS[name]
+    return replace(known, title=f"{known.title}, {int(asked[2]):,} steps", steps=int(asked[2]))
 
 
 def get_quantizer(name: str) -> Quantizer:
@@ -125,11 +157,16 @@ def get_quantizer(name: str) -> Quantizer:
     reason = unavailable(name)
     if reason:
         raise InputError(reason)
-    return _class_of(name)()
+    known = about(name)
+    return _class_of(name)(*([known.steps] if known.learned else []))
 
 
-def matrix_kind(name: str) -> type[StoredMatrix]:
+def matrix_kind(name: str, config: Config) -> type[StoredMatrix]:
     """What a quantizer stores a matrix as; what it needs to quantize need not be here."""
+    if isinstance(config, MixedRows):
+        from lsq_core.quantize.rows import PackedRows
+
+        return PackedRows
     return _class_of(name).matrix
 
 
@@ -154,7 +191,7 @@ def unavailable(name: str) -> str:
     return f"{known.title} needs {known.package}, which is not installed; {known.install} adds it."
 
 
-def refusal(name: str, choice: Mapping[Matrix, QuantConfig], axis: int = 1) -> str:
+def refusal(name: str, choice: Mapping[Matrix, Config], axis: int = 1) -> str:
     """Why a quantizer cannot make a plan's choice here, in a sentence; '' where it can.
 
     Told before any work, and the same in the app and on the command line.
@@ -177,14 +214,16 @@ def refusal(name: str, choice: Mapping[Matrix, QuantConfig], axis: int = 1) -> s
     return ""
 
 
-def _matrix_refusal(known: About, matrix: Matrix, config: QuantConfig) -> str:
+def _matrix_refusal(known: About, matrix: Matrix, config: Config) -> str:
     shape = f"{matrix.name} ({matrix.out_features}×{matrix.in_features})"
+    if isinstance(config, MixedRows):
+        return "" if known.takes_mixed_rows else mixed_rows_refusal(known)
     if config not in known.configs:
         return (
             f"{known.title} has no {config.name}, which the plan gives {matrix.name}; it supports "
             f"{', '.join(c.name for c in known.configs)}."
         )
-    if not known.calibrated:
+    if not known.words:
         return ""
     if matrix.expert is not None:
         return (
@@ -201,7 +240,16 @@ def _matrix_refusal(known: About, matrix: Matrix, config: QuantConfig) -> str:
     return ""
 
 
-def check_choice(name: str, choice: Mapping[Matrix, QuantConfig], axis: int = 1) -> None:
+def mixed_rows_refusal(known: About) -> str:
+    """That a quantizer does not take mixed rows, and which ones do."""
+    able = [name for name, other in QUANTIZERS.items() if other.takes_mixed_rows]
+    return (
+        f"{known.title} gives all rows of a matrix the same bits, and this plan mixes them; "
+        f"choose {', '.join(able[:-1])} or {able[-1]}."
+    )
+
+
+def check_choice(name: str, choice: Mapping[Matrix, Config], axis: int = 1) -> None:
     """Raise :class:`InputError` with the sentence of :func:`refusal` where there is one."""
     reason = refusal(name, choice, axis)
     if reason:
@@ -209,7 +257,7 @@ def check_choice(name: str, choice: Mapping[Matrix, QuantConfig], axis: int = 1)
 
 
 @cache
-def planned_bytes(name: str, shape: tuple[int, int], config: QuantConfig, metadata: str) -> int:
+def planned_bytes(name: str, shape: tuple[int, int], config: Config, metadata: str) -> int:
     """What a quantizer will store for an (out, in) matrix, exactly; a bias is not counted."""
     return layout.stored_bytes(about(name).layout(shape, config, metadata))
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lsq_core.config import QuantConfig
+from lsq_core.config import Config
 from lsq_core.load import get_weight, is_transposed, locate
 from lsq_core.model import Matrix
-from lsq_core.quantize.base import MatrixQuantizer, Progress, StoredMatrix
-from lsq_core.quantize.packed import quantize_matrix
+from lsq_core.quantize.base import MatrixQuantizer, Progress, Rows, StoredMatrix
 from lsq_core.quantize.remembered import Remembered
+from lsq_core.quantize.rows import quantize_config
 
 
 class PackedLinear(nn.Module):
@@ -111,9 +111,10 @@ def shallow_copy(model: nn.Module) -> nn.Module:
 
 def quantize_model(
     model: nn.Module,
-    choice: Mapping[Matrix, QuantConfig],
+    choice: Mapping[Matrix, Config],
     quantizer: MatrixQuantizer,
     *,
+    rows: Rows | None = None,
     axis: int = 1,
     metadata: str = "8bit",
     progress: Progress = lambda done, total, message: None,
@@ -126,20 +127,26 @@ def quantize_model(
     Raises
     ------
     InputError, LsqError
-        As :func:`lsq_core.quantize.packed.quantize_matrix`.
+        As :func:`lsq_core.quantize.rows.quantize_config`.
     """
-    remembered = remembered or Remembered(0)
+    rows, remembered = rows or {}, remembered or Remembered(0)
 
-    def pack(matrix: Matrix, config: QuantConfig) -> StoredMatrix:
-        weight = get_weight(model, matrix)
-        return quantize_matrix(
-            weight, config, quantizer, axis=axis, metadata=metadata, name=matrix.name
+    def pack(matrix: Matrix, config: Config) -> StoredMatrix:
+        return quantize_config(
+            get_weight(model, matrix),
+            config,
+            quantizer,
+            rows=rows.get(matrix.name),
+            axis=axis,
+            metadata=metadata,
+            name=matrix.name,
         )
 
     packed = {}
     for done, (matrix, config) in enumerate(choice.items()):
         progress(done, len(choice), matrix.name)
-        key = matrix.name, config, type(quantizer), axis, metadata
+        own = tuple(rows.get(matrix.name, ()))
+        key = matrix.name, config, own, type(quantizer), axis, metadata
         packed[matrix] = remembered.get(key, partial(pack, matrix, config))
     progress(len(choice), len(choice), "quantized")
     return with_stored(model, packed)

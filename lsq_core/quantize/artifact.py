@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lsq_core.config import QuantConfig, format_bytes
+from lsq_core.config import config_of, format_bytes
 from lsq_core.errors import InputError, LsqError
 from lsq_core.load import describe, load_tokenizer, pick_device, pick_dtype
 from lsq_core.model import MANIFEST, Matrix, ModelSource, folder_bytes, safetensors_header
@@ -35,6 +35,7 @@ from lsq_core.quantize.manifest import FORMAT, WEIGHTS, read_manifest
 #: torch's dtypes by their names in a safetensors header, of those that layouts use.
 _DTYPES = {
     "U8": torch.uint8,
+    "I16": torch.int16,
     "I32": torch.int32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
@@ -188,13 +189,12 @@ def _empty_matrices(
     if missing:
         raise InputError(f"{source.name} plans {missing[0]}, which its config.json doesn't have.")
     quantizer, empty = manifest.get("quantizer", "hqq"), {}
-    kind, layout = matrix_kind(quantizer), about(quantizer).layout
+    layout = about(quantizer).layout
     for name, entry in manifest["modules"].items():
-        matrix = known[name]
-        config = QuantConfig(entry["bits"], entry["group_size"])
-        shape = (matrix.out_features, matrix.in_features)
-        tensors = empty_tensors(layout(shape, config, manifest["metadata"]))
-        empty[matrix] = kind.from_tensors(tensors, shape, config, manifest["axis"])
+        matrix, config = known[name], config_of(entry)
+        tensors = empty_tensors(layout(matrix.shape, config, manifest["metadata"]))
+        kind = matrix_kind(quantizer, config)
+        empty[matrix] = kind.from_tensors(tensors, matrix.shape, config, manifest["axis"])
     return empty
 
 

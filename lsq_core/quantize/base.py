@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
-from lsq_core.config import QuantConfig
+from lsq_core.config import Config, QuantConfig
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from lsq_core.load import LoadedModel
     from lsq_core.model import Matrix
     from lsq_core.profile import ProfileSettings
     from lsq_core.quantize.remembered import Remembered
 
 Progress = Callable[[int, int, str], None]
+#: The high-impact rows of each matrix that has mixed rows, by its name.
+Rows = Mapping[str, Sequence[int]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +40,7 @@ class StoredMatrix:
     """One (out, in) matrix as stored; a subclass's fields beside these are its tensors."""
 
     shape: tuple[int, int]
-    config: QuantConfig
+    config: Config
     axis: int
 
     @property
@@ -55,7 +59,7 @@ class StoredMatrix:
 
     @classmethod
     def from_tensors(
-        cls, tensors: Mapping[str, Tensor], shape: tuple[int, int], config: QuantConfig, axis: int
+        cls, tensors: Mapping[str, Tensor], shape: tuple[int, int], config: Config, axis: int
     ) -> Self:
         """The inverse of :attr:`tensors`."""
         raise NotImplementedError
@@ -64,22 +68,27 @@ class StoredMatrix:
 class Quantizer(Protocol):
     """One file a quantizer, one entry in ``lsq_core.quantize.QUANTIZERS``."""
 
-    #: What it stores a matrix as.
+    #: What it stores a matrix as that has one configuration.
     matrix: ClassVar[type[StoredMatrix]]
 
     def quantize_model(
         self,
         loaded: LoadedModel,
-        choice: Mapping[Matrix, QuantConfig],
+        choice: Mapping[Matrix, Config],
         settings: ProfileSettings,
         progress: Progress,
+        *,
+        rows: Rows | None = None,
         remembered: Remembered | None = None,
+        folder: Path | None = None,
     ) -> nn.Module:
         """A quantized copy of a loaded model; the original stays as it was.
 
         ``settings`` say how weights are grouped, how scale and zero are stored, and which text
         is read for calibration; a quantizer takes from them what it needs. One that works matrix
-        by matrix does not make again what is ``remembered`` of this very model.
+        by matrix does not make again what is ``remembered`` of this very model. One that takes
+        long keeps in ``folder``, which is for these arguments alone, what it has so far, and goes
+        on from there; ``remembered`` counts the seconds that this saves.
 
         Raises
         ------
@@ -115,10 +124,13 @@ class MatrixQuantizer:
     def quantize_model(
         self,
         loaded: LoadedModel,
-        choice: Mapping[Matrix, QuantConfig],
+        choice: Mapping[Matrix, Config],
         settings: ProfileSettings,
         progress: Progress,
+        *,
+        rows: Rows | None = None,
         remembered: Remembered | None = None,
+        folder: Path | None = None,
     ) -> nn.Module:
         """See :class:`Quantizer`: matrix by matrix."""
         from lsq_core.quantize.apply import quantize_model
@@ -127,6 +139,7 @@ class MatrixQuantizer:
             loaded.model,
             choice,
             self,
+            rows=rows,
             axis=settings.axis,
             metadata=settings.metadata,
             progress=progress,

@@ -9,21 +9,38 @@ from __future__ import annotations
 from collections.abc import Callable
 from math import ceil, prod
 
-from lsq_core.config import QuantConfig
+from lsq_core.config import HALF, Config, MixedRows, QuantConfig
 
 #: Shape of each stored tensor of a matrix and its dtype's name in a safetensors header.
 Stored = dict[str, tuple[tuple[int, ...], str]]
 #: (out, in), configuration, metadata format to what is stored.
-Layout = Callable[[tuple[int, int], QuantConfig, str], Stored]
+Layout = Callable[[tuple[int, int], Config, str], Stored]
 
 #: Bytes of a number by its dtype's name.
-ITEMSIZE = {"U8": 1, "I8": 1, "F16": 2, "BF16": 2, "F32": 4, "F64": 8, "I32": 4, "I64": 8}
+ITEMSIZE = {
+    "U8": 1,
+    "I8": 1,
+    "I16": 2,
+    "F16": 2,
+    "BF16": 2,
+    "I32": 4,
+    "F32": 4,
+    "I64": 8,
+    "F64": 8,
+}
 #: Scales of NF4 blocks that share one of their own, when they are quantized in turn.
 NESTED_BLOCK = 256
 
 
-def packed(shape: tuple[int, int], config: QuantConfig, metadata: str) -> Stored:
-    """This project's packing: codes to the bit; scale and zero in 8 bits or fp16."""
+def packed(shape: tuple[int, int], config: Config, metadata: str) -> Stored:
+    """This project's packing: codes to the bit; scale and zero in 8 bits or fp16.
+
+    Mixed rows are both parts packed by themselves, and which rows are the high-impact ones.
+    """
+    if isinstance(config, MixedRows):
+        return _packed_rows(shape, config, metadata)
+    if config.bits == HALF:
+        return {"weights": (shape, "F16")}
     numel = prod(shape)
     groups = ceil(numel / config.group_size)
     tensors: Stored = {"codes": ((ceil(numel * config.bits / 8),), "U8")}
@@ -34,6 +51,25 @@ def packed(shape: tuple[int, int], config: QuantConfig, metadata: str) -> Stored
             tensors[f"{part}_values"] = ((groups,), "U8")
             tensors[f"{part}_ranges"] = ((ceil(groups / config.meta_group_size), 2), "F16")
     return tensors
+
+
+def _packed_rows(shape: tuple[int, int], config: MixedRows, metadata: str) -> Stored:
+    (out, width), count = shape, config.high_rows(shape[0])
+    tensors: Stored = {"rows": row_index(out, config)}
+    for part, rows, own in (("high", count, config.high), ("low", out - count, config.low)):
+        if rows:
+            held = packed((rows, width), own, metadata)
+            tensors |= {f"{part}_{name}": entry for name, entry in held.items()}
+    return tensors
+
+
+def row_index(out_features: int, config: MixedRows) -> tuple[tuple[int], str]:
+    """What says which rows are high-impact: a bitmap or their sorted numbers, the smaller one."""
+    bitmap, listed = config.index_sizes(out_features)
+    if bitmap < listed:
+        return (bitmap,), "U8"
+    count = config.high_rows(out_features)
+    return (count,), "I32" if listed > ITEMSIZE["I16"] * count else "I16"
 
 
 def nf4(shape: tuple[int, int], config: QuantConfig, metadata: str) -> Stored:

@@ -9,7 +9,8 @@ from pathlib import Path
 from lsq_core.errors import InputError
 from lsq_core.model import MANIFEST
 
-#: 2 since quantizers store matrices in layouts of their own; 1 had this project's packing alone.
+#: 2 since quantizers store matrices in layouts of their own, and matrices may have mixed rows;
+#: 1 had this project's packing alone, at one width a matrix.
 FORMAT = 2
 #: Not ``model.safetensors``: transformers alone would load that with random packed modules.
 WEIGHTS = "packed.safetensors"

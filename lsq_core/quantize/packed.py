@@ -230,11 +230,8 @@ class GridQuantizer(MatrixQuantizer):
     ) -> tuple[Tensor, Metadata, Metadata]:
         """Codes (groups, group_size), scale and zero of a float32 matrix."""
         groups = to_groups(weight, config.group_size, axis)
-        grid = _steady_constant_groups(groups, self.solve(weight, config, axis), config.bits)
-        scale = Metadata.store(grid.scale, metadata, config.meta_group_size)
-        zero = Metadata.store(grid.zero, metadata, config.meta_group_size)
-        codes = round_to_grid(groups, Grid(_divisor(scale.decode()), zero.decode()), config.bits)
-        return codes, scale, zero
+        scale, zero = store_grid(groups, self.solve(weight, config, axis), config, metadata)
+        return round_to_grid(groups, stored_grid(scale, zero), config.bits), scale, zero
 
     def levels(self, groups: Tensor, config: QuantConfig) -> Tensor:
         """See :class:`lsq_core.quantize.base.MatrixQuantizer`."""
@@ -274,6 +271,20 @@ def quantize_matrix(
 def _decode(codes: Tensor, scale: Metadata, zero: Metadata) -> Tensor:
     """Weights (groups, group_size) in float32."""
     return codes.float().sub_(zero.decode()[:, None]).mul_(scale.decode()[:, None])
+
+
+def store_grid(
+    groups: Tensor, grid: Grid, config: QuantConfig, metadata: str
+) -> tuple[Metadata, Metadata]:
+    """Scale and zero as stored, for (groups, group_size) weights."""
+    grid = _steady_constant_groups(groups, grid, config.bits)
+    scale = Metadata.store(grid.scale, metadata, config.meta_group_size)
+    return scale, Metadata.store(grid.zero, metadata, config.meta_group_size)
+
+
+def stored_grid(scale: Metadata, zero: Metadata) -> Grid:
+    """The grid that weights are rounded on: what scale and zero decode to."""
+    return Grid(_divisor(scale.decode()), zero.decode())
 
 
 def check_finite(weight: Tensor, name: str) -> None:

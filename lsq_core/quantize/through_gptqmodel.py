@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import lsq_core
 from lsq_core.config import QuantConfig
 from lsq_core.errors import LsqError
-from lsq_core.quantize.base import Progress, StoredMatrix
+from lsq_core.quantize.base import Progress, Rows, StoredMatrix
 
 if TYPE_CHECKING:
     from lsq_core.load import LoadedModel
@@ -61,14 +61,17 @@ class GptqmodelQuantizer:
         choice: Mapping[Matrix, QuantConfig],
         settings: ProfileSettings,
         progress: Progress,
+        *,
+        rows: Rows | None = None,
         remembered: Remembered | None = None,
+        folder: Path | None = None,
     ) -> nn.Module:
         """See :class:`lsq_core.quantize.base.Quantizer`."""
         from lsq_core.quantize.apply import with_stored
 
-        with tempfile.TemporaryDirectory(prefix="lsq-gptqmodel-") as folder:
-            out = Path(folder) / "quantized"
-            _ask(self._asked(loaded, choice, settings, Path(folder), out), loaded, progress)
+        with tempfile.TemporaryDirectory(prefix="lsq-gptqmodel-") as own:
+            out = Path(own) / "quantized"
+            _ask(self._asked(loaded, choice, settings, Path(own), out), loaded, progress)
             stored = _tensors(out)
         packed = {
             matrix: self._matrix(matrix, config, stored, loaded)
@@ -103,8 +106,7 @@ class GptqmodelQuantizer:
         """One matrix, its tensors taken out of ``stored``."""
         from lsq_core.quantize import about
 
-        shape = (matrix.out_features, matrix.in_features)
-        names = about(self.method).layout(shape, config, "its own")
+        names = about(self.method).layout(matrix.shape, config, "its own")
         missing = [name for name in names if f"{matrix.name}.{name}" not in stored]
         if missing:
             raise LsqError(
@@ -112,7 +114,7 @@ class GptqmodelQuantizer:
                 f"{self.method}; choose a quantizer that takes matrices one by one."
             )
         tensors = {n: stored.pop(f"{matrix.name}.{n}").to(loaded.device) for n in names}
-        return self.matrix.from_tensors(tensors, shape, config, axis=1)
+        return self.matrix.from_tensors(tensors, matrix.shape, config, axis=1)
 
 
 def _ask(asked: Asked, loaded: LoadedModel, progress: Progress) -> None:

@@ -16,6 +16,8 @@ from lsq_core.store import PUBLISHED
 
 #: Fields of a plan request that are options with a value.
 _VALUES = ("base", "budget", "boost_stop", "top_m", "metric", "seed")
+#: And those of high-impact rows.
+_ROW_VALUES = ("low_bits", "high_bits", "group_size", "loss", "ratios")
 
 
 def model_arguments(source: ModelSource, device: str) -> list[str]:
@@ -41,17 +43,29 @@ def _grid(settings: ProfileSettings) -> list[str]:
 
 def plan_arguments(request: PlanRequest, settings: ProfileSettings) -> list[str]:
     """The options of ``plan`` and ``run`` that say what to plan; defaults are left out."""
-    default = asdict(PlanRequest(request.method))
     words = ["--method", request.method]
-    for field in _VALUES:
-        value = getattr(request, field)
-        if value != default[field]:
-            words += [f"--{field.replace('_', '-')}", str(value)]
+    words += _changed(request, _VALUES)
     words += ["--exact"] if request.exact else []
+    words += row_arguments(request)
     for pin in request.pins:
         words += ["--pin", pin]
     words += ["--calibration", settings.calibration, "--profile-quantizer", settings.quantizer]
     return words + _grid(settings)
+
+
+def row_arguments(request: PlanRequest) -> list[str]:
+    """The options of ``plan``, ``run`` and ``sweep`` about high-impact rows."""
+    return _changed(request, _ROW_VALUES) + (["--clip"] if request.clip else [])
+
+
+def _changed(request: PlanRequest, names: Sequence[str]) -> list[str]:
+    """Options whose value isn't the default."""
+    default = asdict(PlanRequest(request.method))
+    words = []
+    for name in names:
+        if getattr(request, name) != default[name]:
+            words += [f"--{name.replace('_', '-')}", str(getattr(request, name))]
+    return words
 
 
 def evaluation_arguments(
@@ -72,8 +86,9 @@ def sweep_arguments(
     corpora: Sequence[str],
     like: EvaluationRequest,
     settings: ProfileSettings,
+    rows: PlanRequest | None = None,
 ) -> list[str]:
-    """The options of ``sweep``; ``like`` says how each text is evaluated."""
+    """The options of ``sweep``; ``like`` says how each text is evaluated, ``rows`` how rows mix."""
     listed = {
         "--method": methods,
         "--base": bases,
@@ -83,6 +98,7 @@ def sweep_arguments(
         "--corpus": corpora,
     }
     words = [word for option, values in listed.items() for v in values for word in (option, v)]
+    words += row_arguments(rows) if rows else []
     words += ["--protocol", like.protocol]
     words += ["--max-tokens", str(like.max_tokens)] if like.max_tokens else []
     words += ["--calibration", settings.calibration, "--profile-quantizer", settings.quantizer]

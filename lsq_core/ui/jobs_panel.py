@@ -35,6 +35,7 @@ _STAGES = {
     "load": "Loading",
     "weights": "Measuring the weights",
     "profile": "Profiling",
+    "rows": "Measuring the rows",
     "plan": "Planning",
     "quantize": "Quantizing",
     "save": "Saving",
@@ -99,7 +100,7 @@ def _resume(job: Job) -> None:
             st.rerun()
         at = f"It stopped while {stage(job).lower()}" if job.stage else "It stopped at once"
         share = f", {100 * job.fraction:.0f} % of that done" if job.total > 1 else ""
-        kept = job.arguments[0] in ("run", "sweep", "profile")
+        kept = job.arguments[0] in ("run", "sweep", "profile", "plan")
         st.caption(
             f"{at}{share}, after {words.seconds(job.seconds)}. "
             + ("Profiles, finished runs and evaluated windows are kept." if kept else "")

@@ -16,16 +16,33 @@ import pandas as pd
 import streamlit as st
 
 from lsq_core.charts import labelled
+from lsq_core.config import LADDER, Config
 from lsq_core.corpus import corpus_identity
 from lsq_core.errors import InputError
 from lsq_core.model import ModelInfo, ModelSource, find_model, fingerprint
-from lsq_core.pipeline import Workbench, check_metrics, find_published, problem_of
-from lsq_core.plan import PLANNERS, Plan, PlanRequest, Problem, make_frontier, make_plan
+from lsq_core.pipeline import (
+    Workbench,
+    check_metrics,
+    find_published,
+    kind_of,
+    known_impact,
+    plan_for,
+    problem_of,
+)
+from lsq_core.plan import (
+    PLANNERS,
+    Plan,
+    PlanRequest,
+    Problem,
+    get_planner,
+    make_frontier,
+)
 from lsq_core.plan.frontier import Frontier
 from lsq_core.plan.pins import with_pins
+from lsq_core.plan.problem import Impact
 from lsq_core.predict import Prediction, Predictor, features
 from lsq_core.profile import Profile, ProfileSettings
-from lsq_core.store import PUBLISHED, Store
+from lsq_core.store import PUBLISHED, InteractionKind, Store
 
 #: A file's path and when it was written last.
 Stamp = tuple[str, int, int]
@@ -223,10 +240,72 @@ def _problem(_info: ModelInfo, _found: Profile | None, model: str, key: str | No
     return problem_of(_info, _found)
 
 
+def impact(
+    store: Store, info: ModelInfo, settings: ProfileSettings, request: PlanRequest
+) -> Impact | None:
+    """What is kept of a model's rows for a request; None where nothing is, or none is read."""
+    if not get_planner(request.method).reads_rows or is_published(info) or not info.fingerprint:
+        return None
+    key = settings.key(info.fingerprint, corpus_identity(settings.calibration))
+    kind = kind_of(request)
+    found = _rows_kept(store, stamp(store), key, kind)
+    if not found:
+        return None
+    return _impact(store, info, key, request, f"{key}/{kind}/{found}")
+
+
+@st.cache_data(max_entries=16, show_spinner=False)
+def _rows_kept(_store: Store, at: Stamp, key: str, kind: InteractionKind) -> str:
+    """When what is kept of a profile's rows was written, or '' where there are no row scores."""
+    return _store.rows_written(key, kind)
+
+
+@st.cache_resource(max_entries=4, show_spinner=False)
+def _impact(_store: Store, _info: ModelInfo, _key: str, _request: PlanRequest, mark: str) -> Impact:
+    return replace(known_impact(_info, _store, _key, _request), mark=mark)
+
+
+def objectives(store: Store, info: ModelInfo, method: str) -> pd.DataFrame:
+    """What a method minimised beside what was measured; see :meth:`Store.objectives`."""
+    return _objectives(store, stamp(store), info.fingerprint, method)
+
+
+@st.cache_data(max_entries=4, show_spinner=False)
+def _objectives(_store: Store, at: Stamp, mark: str, method: str) -> pd.DataFrame:
+    return _store.objectives(mark, method)
+
+
+def problem_of_rows(
+    info: ModelInfo, found: Profile | None, request: PlanRequest, rows: Impact | None
+) -> Problem:
+    """What a request's planner sees: the ladder, or mixed rows and what is known of them."""
+    options = get_planner(request.method).options(request)
+    if options == LADDER:
+        return problem(info, found)
+    mark = rows.mark if rows else ""
+    return _problem_of_rows(info, found, rows, options, _identity(info), _mark(found), mark)
+
+
+@st.cache_resource(max_entries=6, show_spinner=False)
+def _problem_of_rows(
+    _info: ModelInfo,
+    _found: Profile | None,
+    _rows: Impact | None,
+    options: tuple[Config, ...],
+    model: str,
+    key: str | None,
+    mark: str,
+) -> Problem:
+    return replace(problem(_info, _found).with_options(options), impact=_rows)
+
+
 def cannot_plan(info: ModelInfo, seen: Problem) -> list[str]:
     """The methods that a profile has too little for."""
     lacking = []
     for method in PLANNERS:
+        if PLANNERS[method].reads_rows and is_published(info):
+            lacking.append(method)
+            continue
         try:
             check_metrics(info, seen, PlanRequest(method))
         except InputError:
@@ -235,18 +314,24 @@ def cannot_plan(info: ModelInfo, seen: Problem) -> list[str]:
 
 
 def plan(
-    info: ModelInfo, found: Profile | None, request: PlanRequest, settings: ProfileSettings
+    info: ModelInfo,
+    found: Profile | None,
+    request: PlanRequest,
+    settings: ProfileSettings,
+    rows: Impact | None = None,
 ) -> Plan:
     """The plan for a request, remembered by what it depends on.
+
+    ``rows`` is what :func:`impact` gave for it.
 
     Raises
     ------
     LsqError
         When the profile lacks what the method reads, or the request cannot be met; see
-        :func:`lsq_core.pipeline.check_metrics` and :func:`lsq_core.plan.make_plan`.
+        :func:`lsq_core.pipeline.plan_for`.
     """
-    asked = (json.dumps(asdict(request)), settings.metadata, settings.axis)
-    return _plan(info, found, request, settings, _identity(info), _mark(found), asked)
+    asked = (json.dumps(asdict(request)), settings.metadata, settings.axis, rows and rows.mark)
+    return _plan(info, found, request, settings, rows, _identity(info), _mark(found), asked)
 
 
 @st.cache_resource(max_entries=128, show_spinner="Planning…")
@@ -255,23 +340,18 @@ def _plan(
     _found: Profile | None,
     _request: PlanRequest,
     _settings: ProfileSettings,
+    _rows: Impact | None,
     model: str,
     key: str | None,
     asked: tuple,
 ) -> Plan:
-    seen = problem(_info, _found)
-    check_metrics(_info, seen, _request)
-    return make_plan(
-        seen,
-        _request,
-        metadata=_settings.metadata,
-        axis=_settings.axis,
-        other_bytes=_info.other_bytes,
-        frontier=frontier(_info, _found, _request),
-    )
+    seen = problem_of_rows(_info, _found, _request, _rows)
+    return plan_for(_info, seen, _request, _settings, frontier(_info, _found, _request, _rows))
 
 
-def frontier(info: ModelInfo, found: Profile | None, request: PlanRequest) -> Frontier:
+def frontier(
+    info: ModelInfo, found: Profile | None, request: PlanRequest, rows: Impact | None = None
+) -> Frontier:
     """Every budget's plan by a request's method, base and pins; its budget doesn't matter.
 
     Raises
@@ -279,8 +359,8 @@ def frontier(info: ModelInfo, found: Profile | None, request: PlanRequest) -> Fr
     LsqError
         When the profile lacks what the method reads, or pins or base are wrong.
     """
-    asked = json.dumps(asdict(request) | {"budget": None, "exact": False})
-    return _frontier(info, found, request, _identity(info), _mark(found), asked)
+    asked = json.dumps([asdict(request) | {"budget": None, "exact": False}, rows and rows.mark])
+    return _frontier(info, found, request, rows, _identity(info), _mark(found), asked)
 
 
 @st.cache_resource(max_entries=16, show_spinner=False)
@@ -288,11 +368,12 @@ def _frontier(
     _info: ModelInfo,
     _found: Profile | None,
     _request: PlanRequest,
+    _rows: Impact | None,
     model: str,
     key: str | None,
     asked: str,
 ) -> Frontier:
-    seen = problem(_info, _found)
+    seen = problem_of_rows(_info, _found, _request, _rows)
     check_metrics(_info, seen, _request)
     return make_frontier(with_pins(seen, _request.pins), _request)
 

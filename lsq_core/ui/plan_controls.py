@@ -7,13 +7,19 @@ from collections.abc import Sequence
 
 import streamlit as st
 
-from lsq_core.config import LADDER
+from lsq_core.config import GROUP_SIZES, LADDER
 from lsq_core.errors import InputError
 from lsq_core.plan import PLANNERS, Problem, get_planner
 from lsq_core.plan.pins import with_pins
 from lsq_core.plan.uniform import uniform_start, usable_bases
 from lsq_core.ui import state
 
+_RATIOS = {
+    "full": "together in a block",
+    "diagonal": "each for itself",
+    "uniform": "one for all",
+}
+_LOSSES = {"block": "the block's own output", "model": "the whole model's output"}
 _METRICS = {"sensitivity": "by part", "sensitivity_module": "by module"}
 
 
@@ -36,17 +42,32 @@ def controls(problem: Problem, offered: Sequence[str]) -> None:
             base_stop(pinned(problem))
         elif state.boosts(method):
             boost_stop()
+        elif state.reads_rows(method):
+            widths()
     with columns[3]:
         if state.boosts(method):
             top_m()
+        elif state.reads_rows(method):
+            group_size()
     with columns[4]:
-        against([name for name in offered if name != method], ask)
+        against(state.alike(method, offered), ask)
     with columns[5]:
         more(method, ask)
 
 
 def how_to_ask(method: str) -> str:
     """By base, by budget, or by a base that a budget caps; some methods know budgets only."""
+    if state.reads_rows(method):
+        st.selectbox(
+            "Ratios",
+            list(_RATIOS),
+            format_func=_RATIOS.get,
+            key="ratios",
+            persist_state="session",
+            help="How the share of high-impact rows is chosen: one for all matrices, for each "
+            "matrix by its own loss alone, or for all matrices of a block together.",
+        )
+        return "budget"
     if not get_planner(method).has_base:
         st.selectbox("Ask by", ["budget"], format_func=state.ASKS.get, disabled=True)
         return "budget"
@@ -93,6 +114,23 @@ def top_m() -> None:
     )
 
 
+def widths() -> None:
+    """The bits of most rows and of the high-impact ones."""
+    st.selectbox(
+        "Bits",
+        state.WIDTHS,
+        format_func=lambda text: "{} and {}".format(*text.split("+")),
+        key="widths",
+        persist_state="session",
+        help="Bits of most rows, and of the high-impact ones; 16 keeps those in fp16.",
+    )
+
+
+def group_size() -> None:
+    """Weights that share a scale and zero."""
+    st.selectbox("Group size", GROUP_SIZES, key="group_size", persist_state="session")
+
+
 def against(methods: Sequence[str], ask: str) -> None:
     """Another method on the same budget, drawn beneath; a base alone is no budget."""
     others = ["none", *methods]
@@ -104,8 +142,9 @@ def against(methods: Sequence[str], ask: str) -> None:
         format_func=lambda name: PLANNERS[name].title if name in PLANNERS else "nothing",
         key="against",
         persist_state="session",
-        disabled=ask == "base",
-        help="Another method's plan for the same budget. Ask by budget to compare.",
+        disabled=ask == "base" or not methods,
+        help="Another method's plan for the same budget. Ask by budget to compare. Mixed rows "
+        "and the ladder don't fit into one picture; Compare shows their runs side by side.",
     )
 
 
@@ -124,7 +163,9 @@ def more(method: str, ask: str) -> None:
             )
         if state.is_ablation(method):
             st.number_input("Seed of the draw", 0, key="seed", persist_state="session")
-        if not get_planner(method).has_base:
+        if state.reads_rows(method):
+            measured_by()
+        elif not get_planner(method).has_base:
             st.checkbox(
                 "Solve to the optimum",
                 key="exact",
@@ -135,7 +176,7 @@ def more(method: str, ask: str) -> None:
         st.text_area(
             "Pins",
             key="pins",
-            placeholder="*.layers.0.*=b8g64",
+            placeholder="*.layers.0.*=" + ("b2h3r20g128" if state.reads_rows(method) else "b8g64"),
             persist_state="session",
             help="One a line: module names, and the configuration or range that they get, such "
             "as *.down_proj=b3g128..b4g64.",
@@ -146,6 +187,25 @@ def more(method: str, ask: str) -> None:
             f"{settings.metadata} metadata."
         )
         st.page_link("pages/1_Explore.py", label="Choose another profile")
+
+
+def measured_by() -> None:
+    """The loss that ratios are measured by, and whether its curvature is mended."""
+    st.selectbox(
+        "Loss",
+        list(_LOSSES),
+        format_func=_LOSSES.get,
+        key="loss",
+        persist_state="session",
+        help="What the interactions are measured by. The whole model's runs every block from the "
+        "changed one on, and the head: many times dearer.",
+    )
+    st.checkbox(
+        "Without negative curvature",
+        key="clip",
+        persist_state="session",
+        help="Take the negative eigenvalues out of each block's interactions.",
+    )
 
 
 def pinned(problem: Problem) -> Problem:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -15,10 +16,12 @@ from lsq_core.config import LADDER, format_bytes
 from lsq_core.errors import InputError, LsqError
 from lsq_core.jsontext import json_text
 from lsq_core.model import ModelInfo
+from lsq_core.pipeline import NOT_PREDICTED
 from lsq_core.plan import PLANNERS, Plan, PlanRequest, Problem, get_planner
 from lsq_core.plan.facts import facts
 from lsq_core.plan.memory import memories
 from lsq_core.plan.pins import with_pins
+from lsq_core.plan.problem import Impact
 from lsq_core.predict import Prediction, Predictor, features, parse_loss, smallest_within
 from lsq_core.profile import TITLES, Profile, ProfileSettings
 from lsq_core.ui import arguments, jobs_panel, known, state, words
@@ -36,6 +39,7 @@ from lsq_core.ui.planner import (
 
 #: What a knapsack's cost is, as the planner's details say it.
 _UNITS = {
+    "high-impact": "predicted change of the output",
     "mxq": "weight error",
     "kurt-scaled": "scaled weight error",
     "sensi-milp": "penalty",
@@ -58,7 +62,12 @@ class Asked:
     @property
     def problem(self) -> Problem:
         """What planners see, without pins."""
-        return known.problem(self.info, self.found)
+        return known.problem_of_rows(self.info, self.found, self.request, self.rows)
+
+    @property
+    def rows(self) -> Impact | None:
+        """What is known of the model's rows, where the method reads that."""
+        return known.impact(self.here.store, self.info, self.settings, self.request)
 
     @property
     def predictor(self) -> Predictor | str:
@@ -68,7 +77,9 @@ class Asked:
 
     @property
     def along(self) -> known.Along | None:
-        """What is predicted at every budget."""
+        """What is predicted at every budget; nothing of mixed rows."""
+        if state.reads_rows(self.request.method):
+            return None
         here = self.here.store, self.info, self.found, self.request, self.settings
         return known.along(*here, st.session_state["predict_on"])
 
@@ -90,12 +101,26 @@ def offered(info: ModelInfo, found: Profile | None) -> list[str]:
 
 def missing_metrics(asked: Asked) -> list[str]:
     """What the method reads and the profile doesn't hold."""
+    if state.reads_rows(asked.request.method):
+        return missing_rows(asked)
     held = asked.found.metrics if asked.found else ()
     return [name for name in get_planner(asked.request.method).metrics if name not in held]
 
 
+def missing_rows(asked: Asked) -> list[str]:
+    """What a plan of mixed rows needs and the store doesn't have."""
+    if asked.rows is None:
+        return ["row scores"]
+    measured = [block for block in asked.rows.blocks if block.matrix is not None]
+    whole = asked.request.ratios == "uniform" or len(measured) == len(asked.rows.blocks)
+    return [] if whole else ["interactions"]
+
+
 def say_what_is_missing(asked: Asked, missing: Sequence[str]) -> None:
     """A method whose metrics haven't been measured, and the way to measure them."""
+    if state.reads_rows(asked.request.method):
+        say_what_rows_need(asked)
+        return
     planner, settings = get_planner(asked.request.method), asked.settings
     titles = words.listed([TITLES[name].title.lower() for name in missing])
     headline(
@@ -112,19 +137,47 @@ def say_what_is_missing(asked: Asked, missing: Sequence[str]) -> None:
     order += arguments.profile_arguments(settings)
     order += [word for name in missing for word in ("--metric", name)]
     order += ["--db", str(asked.here.store.path)]
+    measure_by_a_job(folder, order, f"Measure the {titles}")
+
+
+def measure_by_a_job(folder: Path, order: list[str], label: str) -> None:
+    """A button that starts a job, and the job where there is one."""
     job = jobs_panel.find(folder, order)
     if job is not None and job.active:
         jobs_panel.follow(job)
-    elif st.button(f"Measure the {titles}", type="primary", icon=":material/play_arrow:"):
+    elif st.button(label, type="primary", icon=":material/play_arrow:"):
         jobs.start(folder, order)
         st.rerun()
     if job is not None and not job.active and job.state != "done":
         jobs_panel.follow(job)
 
 
+def say_what_rows_need(asked: Asked) -> None:
+    """What mixed rows are planned from, how dear it is, and a button to measure it."""
+    request, blocks = asked.request, asked.rows.blocks if asked.rows else ()
+    done = sum(block.matrix is not None for block in blocks)
+    what = "row scores" if request.ratios == "uniform" else "row scores and interactions"
+    so_far = f" {done} of {len(blocks)} blocks are measured so far." if done else ""
+    headline(
+        f"High-impact rows need the {what} of {asked.here.source.name}.",
+        f"Gradients of the loss on {asked.settings.calibration} rank the rows; each two matrices "
+        "of a block are then rounded at each two ratios, 560 times for a block of seven, by the "
+        f"{request.loss} loss. It is kept block by block and goes on where it was cut off.{so_far}",
+    )
+    order = ["plan", *arguments.model_arguments(asked.here.source, asked.here.device)]
+    low, _ = feasible(asked.problem, request.method, None)
+    smallest = replace(request, budget=state.budget_text(low), pins=())  # any that is in reach
+    order += arguments.plan_arguments(smallest, asked.settings)
+    order += ["--db", str(asked.here.store.path)]
+    measure_by_a_job(disk.jobs_folder(asked.here.store), order, f"Measure the {what}")
+
+
 def say_what_it_takes(asked: Asked, plan: Plan) -> None:
     """The first line: bits, what is predicted, and against its base or the nearest uniform plan."""
     under = ["Bits per planned parameter, metadata included.", *plan.notes, gap(plan)]
+    if plan.rows:
+        headline(f"{plan.bits_per_param:.2f} bits: {rows_in_words(plan)}.", " ".join(under))
+        return
     named = [c for c in LADDER if c.stop_name == plan.base]
     nearest = min(LADDER, key=lambda c: abs(plan.bits_per_param - c.nominal_bits))
     reference = named[0] if named else nearest
@@ -143,6 +196,19 @@ def say_what_it_takes(asked: Asked, plan: Plan) -> None:
             text = f"perplexity {band(said)} predicted, {less} vs {against} for {more}"
         under.insert(1, how_predicted(predictor, bool(said.extrapolated[0])))
     headline(f"{plan.bits_per_param:.2f} bits: {text}.", " ".join(filter(None, under)))
+
+
+def rows_in_words(plan: Plan) -> str:
+    """How many rows have more bits, and what that takes: ``9 % of the rows at 3 bits, 9 MiB``."""
+    high = sum(len(rows) for rows in plan.rows.values())
+    share = high / sum(m.out_features for m in plan.matrices)
+    width = plan.request.high_bits
+    base = plan.configs[0].low
+    more = words.signed_percent(plan.bits_per_param / base.nominal_bits - 1)
+    return (
+        f"{100 * share:.0f} % of the rows at {width} bits, {format_bytes(plan.planned_bytes)} "
+        f"planned, {more} vs uniform {base.stop_name}"
+    )
 
 
 def band(said: Prediction) -> str:
@@ -172,6 +238,8 @@ def gap(plan: Plan) -> str:
     if not plan.objective:
         return ""
     share = 100 * (plan.objective - plan.lower_bound) / abs(plan.objective)
+    if plan.objective == plan.lower_bound:
+        return ""  # one of a few plans, with nothing to choose
     if share < 1e-6:
         return "No plan within the budget costs less."
     return f"At most {share:.2g} % above the least possible cost at this budget."
@@ -211,13 +279,13 @@ def take_budget(problem: Problem, request: PlanRequest) -> str:
 def show_live(asked: Asked, plan: Plan) -> None:
     """The slider and the plans that it redraws; a plan asked for by its base has no slider."""
     problem = with_pins(asked.problem, asked.request.pins)
-    stops = np.array([LADDER.index(c) for c in plan.configs])
+    stops = np.array([problem.options.index(c) for c in plan.configs])
     by_base = asked.request.budget is None
     methods = [live_method(asked, stops)]
     if asked.request.exact:
         methods = [replace(methods[0], solved=Solved(stops, plan.lower_bound))]
     against = st.session_state["against"]
-    if against != "none" and not by_base:
+    if not by_base and against in state.alike(asked.request.method, PLANNERS):
         try:
             other = asked.by(against)
             frontier = known.frontier(other.info, other.found, other.request)
@@ -258,7 +326,7 @@ def take_pins(asked: Asked, pins: Sequence[str]) -> None:
 def live_method(asked: Asked, stops: np.ndarray) -> LiveMethod:
     """A method as the live planner draws it; ``stops`` (n,) is its plan at the budget."""
     name = asked.request.method
-    frontier = known.frontier(asked.info, asked.found, asked.request)
+    frontier = known.frontier(asked.info, asked.found, asked.request, asked.rows)
     said = asked.along
     curve, here = None, None
     if said is not None:
@@ -280,6 +348,11 @@ def show_frontiers(asked: Asked) -> None:
     isn't drawn anew at every release.
     """
     methods = dict.fromkeys([asked.request.method, st.session_state["against"], "uniform"])
+    if state.reads_rows(asked.request.method):
+        st.caption(
+            "Mixed rows have neither a predicted perplexity nor a weight error at the ladder's "
+            "stops, so only their runs are in this chart."
+        )
     choose_corpus(asked)
     predictor = asked.predictor
     lines = [line for m in methods if m != "none" for line in frontier_line(asked.by(m))]
@@ -310,6 +383,8 @@ def choose_corpus(asked: Asked) -> None:
 def frontier_line(asked: Asked) -> list[charts.FrontierLine]:
     """A method's line: predicted perplexity, or else the squared weight error; none without."""
     name = asked.request.method
+    if name == "none" or state.reads_rows(name):
+        return []
     try:
         known.frontier(asked.info, asked.found, asked.request)
     except LsqError:
@@ -364,6 +439,8 @@ def find_by_loss(asked: Asked, text: str) -> None:
     """Set the budget to the answer, or say why there is none."""
     predictor = asked.predictor
     try:
+        if state.reads_rows(asked.request.method):
+            raise InputError(NOT_PREDICTED)
         if isinstance(predictor, str):
             raise InputError(predictor)
         request = replace(asked.request, base=None)

@@ -8,9 +8,12 @@ from lsq_core.errors import LsqError
 from lsq_core.pipeline import refusal_of
 from lsq_core.plan import PlanRequest, Problem
 from lsq_core.profile import ProfileSettings
-from lsq_core.quantize import refusal, unavailable
+from lsq_core.quantize import QUANTIZERS, refusal, unavailable
 from lsq_core.ui import known
 from lsq_core.ui.page import Here
+
+#: What a run can be quantized by: learned rounding in fewer steps as well, which is a taste of it.
+RUN_QUANTIZERS = [*QUANTIZERS, "hybrid-500", "hybrid-50"]
 
 
 def label(name: str) -> str:
@@ -23,6 +26,16 @@ def reasons(names: Iterable[str]) -> str:
     return " ".join(dict.fromkeys(filter(None, (unavailable(name) for name in names))))
 
 
+def about_quantizers(names: Iterable[str]) -> str:
+    """What a person should know before choosing among them."""
+    steps = QUANTIZERS["hybrid"].steps
+    learned = (
+        f"hybrid learns rounding and clipping block by block, {steps:,} steps each as published: "
+        "hours on a CPU. With fewer, its name tells how many."
+    )
+    return " ".join(filter(None, (reasons(names), learned)))
+
+
 def why_not(here: Here, request: PlanRequest, settings: ProfileSettings, quantizer: str) -> str:
     """Why a quantizer can't make the plan of a request, as far as that is known before a run.
 
@@ -32,8 +45,8 @@ def why_not(here: Here, request: PlanRequest, settings: ProfileSettings, quantiz
     try:
         reason = refusal_of(Problem(here.info.matrices), request, quantizer, settings.axis)
         found = known.profile(here.store, here.info, settings)
-        return reason or refusal(
-            quantizer, known.plan(here.info, found, request, settings).choice, settings.axis
-        )
+        rows = known.impact(here.store, here.info, settings, request)
+        plan = known.plan(here.info, found, request, settings, rows)
+        return reason or refusal(quantizer, plan.choice, settings.axis)
     except LsqError:  # the plan says its own trouble
         return ""

@@ -17,11 +17,11 @@ from lsq_core.evaluate import PROTOCOLS, Protocol
 from lsq_core.pipeline import EvaluationRequest
 from lsq_core.plan import PlanRequest, get_planner
 from lsq_core.profile import ProfileSettings
-from lsq_core.quantize import QUANTIZERS, about, refusal
+from lsq_core.quantize import about, refusal
 from lsq_core.store import Store
 from lsq_core.ui import arguments, known, state, words
 from lsq_core.ui.page import Here
-from lsq_core.ui.quantizer_choice import label, reasons, why_not
+from lsq_core.ui.quantizer_choice import RUN_QUANTIZERS, about_quantizers, label, why_not
 
 
 def ask(here: Here, folder: Path) -> None:
@@ -53,10 +53,16 @@ def ask(here: Here, folder: Path) -> None:
 
 def _reads(quantizer: str, settings: ProfileSettings) -> str:
     """What a calibrated quantizer reads, which is not what the run is evaluated on."""
-    if not about(quantizer).calibrated:
+    known = about(quantizer)
+    if not known.calibrated:
         return ""
+    if known.learned:
+        return (
+            f"{known.title} is learned on {settings.calibration}, {known.steps:,} steps for each "
+            "block, and goes on from the last block that was finished when it is resumed."
+        )
     return (
-        f"{about(quantizer).title} is calibrated on {settings.calibration}: up to "
+        f"{known.title} is calibrated on {settings.calibration}: up to "
         f"{settings.samples} blocks of {settings.block_tokens} tokens. It takes minutes and, for "
         "a while, the memory of a second model."
     )
@@ -79,12 +85,15 @@ def plan_in_words(here: Here, request: PlanRequest) -> str:
     )
     found = known.profile(here.store, info, settings)
     text = f"{planner.title} on {here.source.name}, {wanted}"
+    rows = known.impact(here.store, info, settings, request)
+    if planner.reads_rows and rows is None:
+        return f"{text}; the run will measure the scores of its rows first."
     if planner.metrics and found is None:
         return f"{text}; the run will measure the profile first."
     if not set(planner.metrics) <= set(found.metrics if found else ()):
         return f"{text}; the run will first measure what the profile lacks for it."
     try:
-        plan = known.plan(info, found, request, settings)
+        plan = known.plan(info, found, request, settings, rows)
     except LsqError as error:
         return f"{text}. {error}"
     quantizer = st.session_state.get("quantizer", "hqq")
@@ -98,11 +107,11 @@ def options(store: Store, context: int) -> tuple[str, EvaluationRequest, str]:
     columns = st.columns([1, 1.4, 1.8, 1.2, 1.6])
     quantizer = columns[0].selectbox(
         "Quantizer",
-        list(QUANTIZERS),
+        RUN_QUANTIZERS,
         format_func=label,
         key="quantizer",
         persist_state="session",
-        help=reasons(QUANTIZERS) or None,
+        help=about_quantizers(RUN_QUANTIZERS),
     )
     corpus = columns[1].selectbox(
         "Evaluation text",

@@ -15,10 +15,10 @@ from lsq_core.errors import InputError
 from lsq_core.jobs import Job
 from lsq_core.pipeline import EvaluationRequest, refusal_of
 from lsq_core.plan import PLANNERS, PlanRequest, Problem, get_planner
-from lsq_core.quantize import QUANTIZERS
+from lsq_core.quantize import BASELINES
 from lsq_core.ui import arguments, jobs_panel, known, state, words
 from lsq_core.ui.page import Here, headline, next_step
-from lsq_core.ui.quantizer_choice import label, reasons
+from lsq_core.ui.quantizer_choice import RUN_QUANTIZERS, about_quantizers, label, reasons
 from lsq_core.ui.run_plan import choose_protocol, choose_tokens, start
 
 _DEFAULTS = {
@@ -46,11 +46,19 @@ class _Asked:
     like: EvaluationRequest
 
     @property
+    def rows(self) -> PlanRequest | None:
+        """How mixed rows are chosen, as on the Plan page, where a method has such."""
+        with_rows = [name for name in self.methods if state.reads_rows(name)]
+        if not with_rows:
+            return None
+        return replace(state.request_of(with_rows[0]), base=None, budget=None, pins=())
+
+    @property
     def items(self) -> list[sweep.Item]:
         """The runs of the product; none while something is missing."""
         if not (self.methods and (self.bases or self.budgets)):
             return []
-        like = PlanRequest(self.methods[0])
+        like = self.rows or PlanRequest(self.methods[0])
         asked = sweep.requests(like, self.methods, self.bases, self.budgets)
         texts = [
             EvaluationRequest(name, self.like.protocol, self.like.max_tokens)
@@ -97,6 +105,7 @@ def ask(here: Here, folder: Path) -> None:
             asked.corpora,
             asked.like,
             state.settings(),
+            asked.rows,
         )
         start(here, folder, words_of)
 
@@ -109,7 +118,7 @@ def _everything(asked: _Asked) -> _Asked:
         bases=(),
         budgets=sweep.EVERYTHING_BUDGETS,
         quantizers=[sweep.EVERYTHING_QUANTIZER],
-        baselines=[name for name in QUANTIZERS if name != sweep.EVERYTHING_QUANTIZER],
+        baselines=[name for name in BASELINES if name != sweep.EVERYTHING_QUANTIZER],
     )
 
 
@@ -138,20 +147,21 @@ def _form(context: int) -> _Asked:
     columns = st.columns([1.1, 1.1, 1.5, 1.4, 0.9])
     quantizers = columns[0].multiselect(
         "Quantizers",
-        list(QUANTIZERS),
+        RUN_QUANTIZERS,
         format_func=label,
         key="sweep_quantizers",
         persist_state="session",
-        help=reasons(QUANTIZERS) or None,
+        help=about_quantizers(RUN_QUANTIZERS),
     )
     others = columns[1].multiselect(
         "Baselines",
-        list(QUANTIZERS),
+        list(BASELINES),
         format_func=label,
         key="sweep_baselines",
         placeholder="none",
         persist_state="session",
-        help="The uniform plan at every size by these quantizers as well, to compare with.",
+        help="The uniform plan at every size by these quantizers as well, to compare with. "
+        + reasons(BASELINES),
     )
     chosen = st.session_state["sweep_corpora"]
     corpora = columns[2].multiselect(

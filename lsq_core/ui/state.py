@@ -13,9 +13,10 @@ from dataclasses import asdict
 
 import streamlit as st
 
-from lsq_core.config import LADDER, Budget
+from lsq_core.config import GROUP_SIZES, HIGH_BITS, LADDER, LOW_BITS, Budget
 from lsq_core.model import ModelSource
 from lsq_core.plan import PLANNERS, PlanRequest, get_planner
+from lsq_core.plan.problem import LOSSES, RATIO_CHOICES
 from lsq_core.profile import ProfileSettings
 from lsq_core.store import PUBLISHED
 
@@ -34,13 +35,24 @@ _PLAN_DEFAULTS = {
     "exact": False,
     "pins": "",
     "against": "none",
+    "widths": "2+3",
+    "group_size": 128,
+    "loss": "block",
+    "ratios": "full",
+    "clip": False,
 }
+#: Bits of most rows and of the high-impact ones.
+WIDTHS = [f"{low}+{high}" for low in LOW_BITS for high in HIGH_BITS if high > low]
 _PLAN_OPTIONS: dict[str, Sequence] = {
     "method": list(PLANNERS),
     "ask": list(ASKS),
     "base": STOPS,
     "metric": ["sensitivity", "sensitivity_module"],
     "against": ["none", *PLANNERS],
+    "widths": WIDTHS,
+    "group_size": list(GROUP_SIZES),
+    "loss": list(LOSSES),
+    "ratios": list(RATIO_CHOICES),
 }
 
 
@@ -167,6 +179,7 @@ def set_plan(request: PlanRequest, parameters: int) -> None:
     """Set the plan's controls to a request that was kept, for a model of so many parameters."""
     values = asdict(request) | {"pins": "\n".join(request.pins)}
     budget = values.pop("budget")
+    values["widths"] = f"{values.pop('low_bits')}+{values.pop('high_bits')}"
     ask = ("both" if request.base else "budget") if budget else "base"
     if budget:
         values["budget"] = 8 * Budget.parse(budget, parameters).nominal_bytes / parameters
@@ -192,7 +205,11 @@ def request_of(method: str) -> PlanRequest:
         used |= {"metric": chosen["metric"]}
     if is_ablation(planner.name):
         used |= {"seed": chosen["seed"]}
-    if not planner.has_base:
+    if planner.reads_rows:
+        low, high = map(int, chosen["widths"].split("+"))
+        used |= {"low_bits": low, "high_bits": high}
+        used |= {name: chosen[name] for name in ("group_size", "loss", "ratios", "clip")}
+    elif not planner.has_base:
         used |= {"exact": chosen["exact"]}
     return PlanRequest(
         method=planner.name,
@@ -223,6 +240,18 @@ def reads_sensitivity(method: str) -> bool:
     """Whether a method reads the sensitivity of the person's choice, by part or by module."""
     planner = get_planner(method)
     return planner.has_base and "sensitivity" in planner.metrics
+
+
+def reads_rows(method: str) -> bool:
+    """Whether a method gives the rows of a matrix different bits."""
+    return get_planner(method).reads_rows
+
+
+def alike(method: str, others: Sequence[str]) -> list[str]:
+    """Of other methods those that choose from the same, so that one picture can hold both."""
+    if reads_rows(method):
+        return []
+    return [name for name in others if name != method and not reads_rows(name)]
 
 
 def is_ablation(method: str) -> bool:

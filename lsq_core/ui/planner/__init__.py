@@ -18,7 +18,7 @@ import numpy as np
 import streamlit as st
 
 from lsq_core.charts import config_color, method_style, short_type
-from lsq_core.config import LADDER, planned_bytes
+from lsq_core.config import LADDER
 from lsq_core.plan.frontier import Frontier
 from lsq_core.plan.pins import Pin
 from lsq_core.plan.problem import Problem
@@ -164,8 +164,8 @@ def changed_pins(problem: Problem, pins: Sequence[str], wanted: dict) -> tuple[s
     if "drop" in wanted:
         return tuple(pin for k, pin in enumerate(pins) if k != wanted["drop"])
     matrix = problem.matrices[int(wanted["matrix"])]
-    pin = Pin.of(matrix, wanted["scope"], int(wanted["low"]), int(wanted["high"]))
-    return (*pins, str(pin))
+    low, high = int(wanted["low"]), int(wanted["high"])
+    return (*pins, str(Pin.of(matrix, wanted["scope"], low, high, problem.options)))
 
 
 def take_commit(key: str = "planner") -> float | None:
@@ -251,6 +251,10 @@ def frontier_payload(frontier: Frontier) -> dict:
         _frontiers[frontier] = _with_id(
             {
                 "costs": None if frontier.cost is None else packed(frontier.cost, "<f8"),
+                "losses": None if frontier.losses is None else packed(frontier.losses, "<f8"),
+                "lowerBounds": None
+                if frontier.lower_bounds is None
+                else packed(frontier.lower_bounds, "<f8"),
                 "starts": packed(np.stack([s.start for s in frontier.segments]), "u1"),
                 "counts": [len(s.matrix) for s in steps],
                 "matrices": packed(matrices, "<i4" if wide else "<i2"),
@@ -262,13 +266,23 @@ def frontier_payload(frontier: Frontier) -> dict:
 
 
 def _model_payload(problem: Problem, metadata: str) -> dict:
-    """The matrices and what each stop of the ladder takes; planned bytes by distinct size."""
+    """The matrices and what each option takes; bytes by distinct shape.
+
+    Tables have as many columns as the ladder has stops; those of a method with fewer options end
+    in zeros.
+    """
     known = _models.setdefault(problem, {})
     if metadata not in known:
         matrices = problem.matrices
         types = list(dict.fromkeys(m.type for m in matrices))
-        sizes, size_of = np.unique(problem.numel, return_inverse=True)
-        planned = [[planned_bytes(int(size), c, metadata) for c in LADDER] for size in sizes]
+        shapes = [m.shape for m in matrices]
+        first = {shape: i for i, shape in reversed(list(enumerate(shapes)))}
+        place = {shape: k for k, shape in enumerate(first)}
+        one_of_each = list(first.values())
+        planned = np.array(problem.planned(metadata))[one_of_each]
+        on_ladder = problem.options == LADDER
+        bits = 8 * problem.bytes.sum(axis=0) / problem.total
+        reference = LADDER[3] if on_ladder else problem.options[0].low
         known[metadata] = _with_id(
             {
                 "names": "\n".join(m.name for m in matrices),
@@ -276,20 +290,29 @@ def _model_payload(problem: Problem, metadata: str) -> dict:
                 "types": [short_type(kind) for kind in types],
                 "typeOf": packed([types.index(m.type) for m in matrices], "<i4"),
                 "numel": packed(problem.numel, "<f8"),
-                "sizeOf": packed(size_of, "<i4"),
-                "planned": packed(planned, "<f8"),
+                "sizeOf": packed([place[shape] for shape in shapes], "<i4"),
+                "planned": packed(_widened(planned), "<f8"),
+                "nominal": None
+                if on_ladder
+                else packed(_widened(problem.bytes[one_of_each]), "<f8"),
+                "reference": {"name": reference.stop_name, "bits": reference.nominal_bits},
                 "ladder": [
                     {
                         "name": c.name,
                         "stop": c.stop_name,
-                        "bits": c.nominal_bits,
+                        "bits": c.nominal_bits if on_ladder else float(bits[j]),
                         "color": config_color(c),
                     }
-                    for c in LADDER
+                    for j, c in enumerate(problem.options)
                 ],
             }
         )
     return known[metadata]
+
+
+def _widened(table: np.ndarray) -> np.ndarray:
+    """A table (k, options) with as many columns as the ladder has stops."""
+    return np.pad(table, [(0, 0), (0, len(LADDER) - table.shape[1])])
 
 
 def _with_id(content: dict) -> dict:

@@ -2,7 +2,8 @@
 //
 // Every step is the first or the best there is, ties going to the first matrix and then the lowest
 // stop, and every sum runs from first to last, as there; so both find the same plan to the last
-// bit. Tables are (n, 12) in one row-major Float64Array, a choice is a Uint8Array of n stops.
+// bit. Tables are (n, 12) in one row-major Float64Array, a choice is a Uint8Array of n stops. A
+// method with fewer options than twelve leaves the last columns empty.
 // Nothing here knows the page, and nothing is allocated once a frontier is made.
 
 const STOPS = 12;
@@ -21,6 +22,15 @@ function nominalTable(numel, bits) {
   const table = new Float64Array(numel.length * STOPS);
   numel.forEach((weights, i) => {
     for (let j = 0; j < STOPS; j++) table[i * STOPS + j] = (weights * bits[j]) / 8;
+  });
+  return table;
+}
+
+/** Nominal bytes of each matrix at each option, where they depend on its shape. */
+function nominalOfShapes(shapes, sizeOf) {
+  const table = new Float64Array(sizeOf.length * STOPS);
+  sizeOf.forEach((shape, i) => {
+    table.set(shapes.subarray(shape * STOPS, (shape + 1) * STOPS), i * STOPS);
   });
   return table;
 }
@@ -46,6 +56,8 @@ function makeFrontier(payload, nominal) {
     n,
     nominal,
     cost: payload.costs === null ? null : unpack(payload.costs, Float64Array),
+    losses: payload.losses === null ? null : unpack(payload.losses, Float64Array),
+    lowerBounds: payload.losses === null ? null : unpack(payload.lowerBounds, Float64Array),
     segments,
     startBytes: Float64Array.from(segments, (segment) => segment.startBytes),
     trial: new Uint8Array(n),
@@ -94,6 +106,10 @@ function planAt(frontier, budget, answer) {
   answer.segment = segment;
   answer.taken = taken;
   stopsAfter(segment, taken, answer.choice);
+  if (frontier.losses !== null) {
+    answer.objective = frontier.losses[index];
+    answer.lowerBound = frontier.lowerBounds[index];
+  }
   if (frontier.cost === null) return true;
   const price = priceOfNext(frontier, segment, taken);
   const left = Math.max(budget - bytesAfter(segment, taken), 0);

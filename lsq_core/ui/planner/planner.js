@@ -4,7 +4,6 @@
 // Python, and what Python then sends is taken over in place.
 
 const THUMB = 18;
-const UNIFORM = 3; // the stop 3.13, which budgets are compared with
 const STORED = "lsq-planner-unit";
 const DIGITS = "0123456789ab";
 const planners = new WeakMap();
@@ -99,14 +98,18 @@ class Planner {
   #takeModel(model) {
     if (this.model?.id === model.id) return false;
     const numel = unpack(model.numel, Float64Array);
+    const sizeOf = unpack(model.sizeOf, Int32Array);
     this.model = {
       ...model,
       names: model.names.split("\n"),
       layers: unpack(model.layers, Int32Array),
       typeOf: unpack(model.typeOf, Int32Array),
-      sizeOf: unpack(model.sizeOf, Int32Array),
+      sizeOf,
       planned: unpack(model.planned, Float64Array),
-      nominal: nominalTable(numel, model.ladder.map((stop) => stop.bits)),
+      nominal:
+        model.nominal === null
+          ? nominalTable(numel, model.ladder.map((stop) => stop.bits))
+          : nominalOfShapes(unpack(model.nominal, Float64Array), sizeOf),
       total: numel.reduce((sum, weights) => sum + weights, 0),
     };
     this.cells = makeCells(this.model);
@@ -144,7 +147,7 @@ class Planner {
   /** Python's budget counts once Python has seen the last commit that was sent. */
   #takeBudget({ budget, serial }) {
     if (this.serial === undefined) this.serial = serial;
-    const wanted = this.#clamp(round(budget ?? this.model.ladder[UNIFORM].bits, 4));
+    const wanted = this.#clamp(round(budget ?? this.model.reference.bits, 4));
     if (this.committed === null || (serial === this.serial && wanted !== this.committed)) {
       this.bits = this.committed = wanted;
       this.before = null;
@@ -176,7 +179,7 @@ class Planner {
   #takePins({ pins, allowed }) {
     this.low = unpack(allowed.low, Uint8Array);
     this.high = unpack(allowed.high, Uint8Array);
-    const pinned = this.low.map((low, i) => low > 0 || this.high[i] < STOPS - 1);
+    const pinned = this.low.map((low, i) => low > 0 || this.high[i] < this.model.ladder.length - 1);
     for (const panel of this.panels) panel.heatmap.pinned = pinned;
     const entries = pins.map((pin, k) => {
       const entry = make("li", "", pin.replace("=", " = "));
@@ -372,7 +375,7 @@ class Planner {
   }
 
   #uniformBytes() {
-    return this.#bytes(this.model.ladder[UNIFORM].bits);
+    return this.#bytes(this.model.reference.bits);
   }
 
   /** A budget as a number of the chosen unit. */
@@ -489,14 +492,16 @@ class Planner {
   }
 
   #headReadout() {
+    const { reference } = this.model;
+    setText(this.find("input[value=more] + span"), `% above uniform ${reference.name}`);
     const pair = this.panels.length === 2;
-    const costed = this.panels.filter((panel) => panel.frontier.cost);
+    const costed = this.panels.filter(({ frontier }) => frontier.cost || frontier.losses);
     const units = [...new Set(costed.map((panel) => panel.method.unit))];
     this.columns = [
       ["bits", "bits per parameter"],
       ["planned", "planned"],
       ["whole", "whole model"],
-      ["more", "against uniform 3.13"],
+      ["more", `against uniform ${reference.name}`],
     ];
     if (this.panels.some((p) => p.curve)) this.columns.push(["perplexity", "predicted perplexity"]);
     if (!this.fixed && costed.length) {
@@ -568,7 +573,7 @@ class Planner {
     };
     for (const bits of this.range) label(this.#end(bits), this.x(bits), "end");
     const { ladder } = this.model;
-    for (const j of [3, 6, 9, 0, 5, 8, 11, 2, 4, 7, 10, 1]) {
+    for (const j of [3, 6, 9, 0, 5, 8, 11, 2, 4, 7, 10, 1].filter((j) => j < ladder.length)) {
       if (ladder[j].bits < this.range[0] - 5e-4 || ladder[j].bits > this.range[1] + 5e-4) continue;
       const mark = make("i");
       mark.style.left = `${this.x(ladder[j].bits)}px`;
@@ -657,11 +662,11 @@ class Planner {
     write("bits", bits.toFixed(2), unspent ? `of ${this.bits.toFixed(2)}` : "");
     write("planned", formatBytes(panel.planned));
     write("whole", data.otherBytes === null ? "unknown" : formatBytes(panel.planned + data.otherBytes));
-    write("more", signedPercent(bits / model.ladder[UNIFORM].bits - 1));
+    write("more", signedPercent(bits / model.reference.bits - 1));
     const [perplexity, low, high] = this.#predicted(panel, this.fixed ? bits : this.bits);
     if (Number.isNaN(perplexity)) write("perplexity", "–");
     else write("perplexity", plain(perplexity, 3), `${plain(low, 3)}–${plain(high, 3)}`);
-    write("gap", panel.frontier.cost ? `≤ ${percent(this.#gap(panel))}` : "–");
+    write("gap", panel.frontier.cost || panel.frontier.losses ? `≤ ${percent(this.#gap(panel))}` : "–");
   }
 
   #predicted({ curve, here }, bits) {
@@ -884,17 +889,19 @@ class Planner {
       matrix: this.cells.members[this.kept.cell][0],
       scope: scope.value,
       low: how.value === "most" ? 0 : at,
-      high: how.value === "least" ? STOPS - 1 : at,
+      high: how.value === "least" ? this.model.ladder.length - 1 : at,
     });
   }
 
   /** What a pin leaves a matrix, as a sentence; nothing for one that is free. */
   #heldBy(i) {
     const [low, high] = [this.low[i], this.high[i]];
-    const [first, last] = [this.model.ladder[low].name, this.model.ladder[high].name];
+    const { ladder } = this.model;
+    const [first, last] = [ladder[low].name, ladder[high].name];
+    const most = ladder.length - 1;
     if (low === high) return [`Pinned to ${first}.`];
-    if (low > 0) return [`Pinned to ${high < STOPS - 1 ? `${first} to ${last}` : `at least ${first}`}.`];
-    return high < STOPS - 1 ? [`Pinned to at most ${last}.`] : [];
+    if (low > 0) return [`Pinned to ${high < most ? `${first} to ${last}` : `at least ${first}`}.`];
+    return high < most ? [`Pinned to at most ${last}.`] : [];
   }
 
   #title(panel, members) {
@@ -943,12 +950,28 @@ class Planner {
   #why(panel, members) {
     const why = make("div", "why");
     if (this.fixed) return why;
-    const sentences = panel.frontier.cost
-      ? this.#priceOf(panel, this.#dearest(panel, members), members.length > 1)
-      : this.#rankOf(panel, members[0]);
-    sentences.unshift(...this.#heldBy(members[0]));
+    const sentences = [...this.#heldBy(members[0]), ...this.#reasons(panel, members)];
     why.append(...sentences.map((sentence) => make("p", "", sentence)));
     return why;
+  }
+
+  #reasons(panel, members) {
+    if (panel.frontier.losses) return this.#together(panel, members[0]);
+    if (!panel.frontier.cost) return this.#rankOf(panel, members[0]);
+    return this.#priceOf(panel, this.#dearest(panel, members), members.length > 1);
+  }
+
+  /** Where on the slider a matrix that is chosen together with others is given something else. */
+  #together({ frontier, answer, method }, i) {
+    const { ladder, total: weights } = this.model;
+    const at = frontier.segments.indexOf(answer.segment);
+    const why = `The matrices of a block are chosen together, for the least ${method.unit}.`;
+    for (const { start, startBytes } of frontier.segments.slice(at + 1)) {
+      if (start[i] === answer.choice[i]) continue;
+      const bits = ((8 * startBytes) / weights).toFixed(3);
+      return [why, `It is given ${ladder[start[i]].name} next, at ${bits} bits.`];
+    }
+    return [why, "No larger budget changes it."];
   }
 
   /** Of several experts the one for which one more stop is worth most. */

@@ -1,0 +1,125 @@
+"""High-impact rows: ratios over the layers, interactions in a block, predicted against measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from lsq_core.charts.style import ABOVE, NEUTRAL, finish, method_style, module_color, short_type
+
+
+def ratio_lines(frame: pd.DataFrame) -> go.Figure:
+    """The ratio of high-impact rows over the layers, a line for each module type ([C] Fig. A.2).
+
+    ``frame`` has ``type, layer, ratio`` a row.
+    """
+    figure = go.Figure()
+    for kind, part in frame.groupby("type", sort=False):
+        lines = part.groupby("layer")["ratio"].mean()
+        attention = "attn" in kind or "attention" in kind
+        figure.add_scatter(
+            x=lines.index,
+            y=lines,
+            name=short_type(kind),
+            mode="lines+markers",
+            line={
+                "color": module_color(kind),
+                "dash": "solid" if attention else "dash",
+                "shape": "hvh",
+            },
+            marker={"size": 5},
+            hovertemplate=f"{short_type(kind)}, layer %{{x}}: %{{y:.0%}}<extra></extra>",
+        )
+    mean = frame.groupby("layer")["ratio"].mean()
+    figure.add_scatter(
+        x=mean.index,
+        y=mean,
+        name="mean",
+        mode="lines",
+        line={"color": NEUTRAL, "width": 4},
+        opacity=0.5,
+        hovertemplate="mean of layer %{x}: %{y:.1%}<extra></extra>",
+    )
+    figure.update_xaxes(title_text="layer")
+    figure.update_yaxes(title_text="rows at more bits", tickformat=".0%", rangemode="tozero")
+    figure.update_layout(legend=ABOVE)
+    return finish(figure, 340)
+
+
+def interaction_heatmap(
+    matrix: np.ndarray, units: Sequence[str], ratios: Sequence[float]
+) -> go.Figure:
+    """A block's M (u·r, u·r), each entry by its diagonal: ``M_ij / √(M_ii·M_jj)``, −1 to 1.
+
+    Red is worse together than alone, blue better; 0 on the diagonal's own tiles, of whose options
+    only one holds at a time.
+    """
+    scale = np.sqrt(np.abs(np.diag(matrix)))
+    scale = np.where(scale > 0, scale, 1.0)
+    shown = matrix / np.outer(scale, scale)
+    names = [f"{short_type(unit)} {ratio:.0%}" for unit in units for ratio in ratios]
+    own = np.kron(np.eye(len(units), dtype=bool), np.ones((len(ratios),) * 2, dtype=bool))
+    told = [
+        [
+            f"{a} with {b}<br>{shown[i, j]:+.3f} of what they do alone, M = {matrix[i, j]:.3g}"
+            for j, b in enumerate(names)
+        ]
+        for i, a in enumerate(names)
+    ]
+    most = float(np.abs(shown[~own]).max()) if (~own).any() else 1.0
+    figure = go.Figure(
+        go.Heatmap(
+            z=np.where(own, np.nan, shown),
+            zmid=0,
+            zmin=-most or -1.0,
+            zmax=most or 1.0,
+            colorscale="RdBu_r",
+            colorbar={"thickness": 12, "title": {"text": "share", "side": "right"}},
+            customdata=told,
+            hovertemplate="%{customdata}<extra></extra>",
+        )
+    )
+    middle = [u * len(ratios) + (len(ratios) - 1) / 2 for u in range(len(units))]
+    ticks = {"tickvals": middle, "ticktext": [short_type(unit) for unit in units]}
+    figure.update_xaxes(**ticks, showgrid=False, constrain="domain")
+    figure.update_yaxes(
+        **ticks, showgrid=False, autorange="reversed", scaleanchor="x", constrain="domain"
+    )
+    for u in range(1, len(units)):
+        edge = u * len(ratios) - 0.5
+        figure.add_hline(edge, line={"color": NEUTRAL, "width": 1})
+        figure.add_vline(edge, line={"color": NEUTRAL, "width": 1})
+    return finish(figure, 420)
+
+
+def loss_as_predicted(frame: pd.DataFrame, measured: str) -> go.Figure:
+    """Runs by what their interactions predicted and what was measured: ``predicted, measured``.
+
+    ``ratios`` and ``quantizer`` tell them apart; ``label`` is what the pointer is told.
+    """
+    figure = go.Figure()
+    symbols = {"full": "circle", "diagonal": "diamond", "uniform": "square"}
+    for (ratios, quantizer), part in frame.groupby(["ratios", "quantizer"], sort=False):
+        symbol = symbols.get(ratios, "x") + ("" if quantizer.startswith("hybrid") else "-open")
+        figure.add_scatter(
+            x=part["predicted"],
+            y=part["measured"],
+            mode="markers",
+            name=f"{ratios}, {quantizer}",
+            marker={
+                "symbol": symbol,
+                "size": 10,
+                "color": method_style("high-impact").color,
+                "line": {"width": 2},
+            },
+            customdata=part[["label"]],
+            hovertemplate="%{customdata[0]}<br>predicted %{x:.4g}, measured %{y:.4g}"
+            "<extra></extra>",
+        )
+    figure.update_xaxes(title_text="predicted loss ½·δᵀMδ", type="log")
+    figure.update_yaxes(title_text=measured, type="log")
+    figure.update_layout(legend=ABOVE, showlegend=True)
+    return finish(figure, 420)

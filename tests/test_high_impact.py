@@ -1,0 +1,543 @@
+"""High-impact ratios: row scores and M against their definitions, plans against brute force."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import spearmanr
+
+from lsq_core.cli import main
+from lsq_core.config import RATIOS, mixed_rows
+from lsq_core.errors import InputError
+from lsq_core.load import get_weight, load_model
+from lsq_core.model import Matrix, ModelSource
+from lsq_core.pipeline import Workbench
+from lsq_core.plan import PlanRequest, Problem, make_frontier, make_plan
+from lsq_core.plan.blocks import block_front, clipped, combine, diagonal_only, predicted_loss
+from lsq_core.plan.high_impact import impact_of, read_matrix, units_of
+from lsq_core.profile import ProfileSettings
+from lsq_core.profile import interactions as measuring
+from lsq_core.profile.interactions import few_tokens, measure_interactions
+from lsq_core.profile.measure import calibration_of
+from lsq_core.profile.rows import measure_row_scores
+from lsq_core.quantize import get_quantizer
+from lsq_core.quantize.apply import quantize_model
+from lsq_core.store import InteractionKind, Store
+
+OPTIONS = mixed_rows(2, 3, 128)
+
+
+# --- row scores ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ["llama-gqa", "gpt2-conv1d", "gpt-oss-moe"])
+def test_row_scores_are_the_mean_of_each_sequences_squared_gradients(random_model, architecture):
+    loaded = load_model(ModelSource(str(random_model(architecture))), "cpu")
+    ids = torch.randint(0, 4096, (3, 24), generator=torch.Generator().manual_seed(0))
+    found = measure_row_scores(loaded, ids)
+    model = load_model(ModelSource(str(random_model(architecture))), "cpu").model
+    model.requires_grad_(True)
+    expected = {m.name: 0.0 for m in loaded.info.matrices}
+    for sequence in ids:
+        model.zero_grad()
+        model(sequence[None], labels=sequence[None]).loss.backward()
+        gradients = model.state_dict(keep_vars=True)
+        for matrix in loaded.info.matrices:
+            grad = _gradient(gradients, matrix, model)
+            expected[matrix.name] += grad.double().square().mean(1).numpy() / len(ids)
+    for name, scores in found.items():
+        np.testing.assert_allclose(scores, expected[name], rtol=1e-4, atol=1e-20)
+    assert not any(p.requires_grad or p.grad is not None for p in loaded.model.parameters())
+
+
+def _gradient(parameters: dict, matrix: Matrix, model: torch.nn.Module) -> torch.Tensor:
+    """A matrix's own gradient (out, in), found without the code under test."""
+    if matrix.expert is None:
+        grad = parameters[f"{matrix.name}.weight"].grad
+        return grad.T if "Conv1D" in type(model.get_submodule(matrix.name)).__name__ else grad
+    grad = parameters[matrix.name.rsplit(".", 1)[0]].grad[matrix.expert]
+    return grad.T if grad.shape[0] == matrix.in_features else grad
+
+
+def test_row_scores_go_on_from_where_they_were_cut_off(random_model, tmp_path):
+    loaded = load_model(ModelSource(str(random_model("llama-gqa"))), "cpu")
+    ids = torch.randint(0, 4096, (20, 8), generator=torch.Generator().manual_seed(0))
+    whole = measure_row_scores(loaded, ids)
+
+    class Cut(Exception):
+        pass
+
+    def cut(done: int, total: int, message: str) -> None:
+        if done == 18:
+            raise Cut
+
+    path = tmp_path / "scores.npz"
+    with pytest.raises(Cut):
+        measure_row_scores(loaded, ids, cut, path)
+    began = []
+    again = measure_row_scores(loaded, ids, lambda done, *_: began.append(done), path)
+    assert began[0] == 16
+    assert all((again[name] == whole[name]).all() for name in whole)
+
+
+# --- interactions -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small(random_model):
+    loaded = load_model(ModelSource(str(random_model("llama-gqa"))), "cpu")
+    ids = torch.randint(0, 4096, (2, 16), generator=torch.Generator().manual_seed(1))
+    return loaded, ids, measure_row_scores(loaded, ids)
+
+
+def changed_outputs(loaded, ids, scores, chosen, layer, loss):
+    """Outputs of a model in which some matrices are mixed rows, by ways of its own."""
+    rows = {
+        m.name: np.argsort(-scores[m.name])[: option.high_rows(m.out_features)]
+        for m, option in chosen.items()
+    }
+    model = quantize_model(loaded.model, chosen, get_quantizer("rtn"), rows=rows)
+    with torch.inference_mode():
+        if loss == "model":
+            return model(ids).logits.double()
+        states = model(ids, output_hidden_states=True).hidden_states
+        return states[layer + 1].double()
+
+
+@pytest.mark.parametrize("loss", ["block", "model"])
+def test_interactions_are_those_of_the_formula(small, loss):
+    """Layer 0, whose output no norm follows: M from whole quantized models."""
+    loaded, ids, scores = small
+    first = next(measure_interactions(loaded, ids, scores, OPTIONS, loss))
+    assert first.layer == 0
+    own = [m for m in loaded.info.matrices if m.layer == 0]
+    assert first.units == tuple(m.type for m in own)
+    assert (first.matrix == first.matrix.T).all()
+    full = changed_outputs(loaded, ids, scores, {}, 0, loss)
+    scale = full.square().mean() if loss == "block" else 1.0
+
+    def lost(*places: tuple[int, int]) -> float:
+        chosen = {own[u]: OPTIONS[m] for u, m in places}
+        output = changed_outputs(loaded, ids, scores, chosen, 0, loss)
+        return float((output - full).square().mean() / scale)
+
+    for u, m in ((0, 0), (3, 2), (6, 4)):
+        assert first.matrix[5 * u + m, 5 * u + m] == pytest.approx(2 * lost((u, m)), rel=1e-3)
+    for a, b in (((4, 0), (5, 1)), ((3, 4), (6, 0))):
+        expected = lost(a, b) - lost(a) - lost(b)
+        place = 5 * a[0] + a[1], 5 * b[0] + b[1]
+        assert first.matrix[place] == pytest.approx(expected, rel=1e-2, abs=1e-4 * lost(a))
+    tiles = first.matrix.reshape(7, 5, 7, 5)
+    for u in range(7):
+        assert not (tiles[u, :, u, :] - np.diag(np.diag(tiles[u, :, u, :]))).any()
+
+
+def test_the_weights_are_as_before_and_known_layers_are_left_out(small):
+    loaded, ids, scores = small
+    before = {m: get_weight(loaded.model, m).clone() for m in loaded.info.matrices}
+    told = []
+    found = list(
+        measure_interactions(
+            loaded,
+            ids[:1, :8],
+            scores,
+            OPTIONS,
+            "block",
+            known=[0],
+            progress=lambda done, total, _: told.append((done, total)),
+        )
+    )
+    assert [block.layer for block in found] == [1]
+    assert told[0] == (561, 1122)
+    assert all(torch.equal(get_weight(loaded.model, m), w) for m, w in before.items())
+
+
+def test_few_tokens_are_read():
+    ids = torch.arange(6 * 512).view(6, 512)
+    assert few_tokens(ids, "block").shape == (2, 512)
+    assert few_tokens(ids, "model").shape == (1, 256)
+
+
+def test_experts_share_a_ratio(random_model):
+    """The experts of a layer are changed together."""
+    loaded = load_model(ModelSource(str(random_model("mixtral-moe"))), "cpu")
+    ids = torch.randint(0, 4096, (1, 8), generator=torch.Generator().manual_seed(1))
+    scores = measure_row_scores(loaded, ids)
+    first = next(measure_interactions(loaded, ids, scores, OPTIONS[::4], "block"))
+    own = [m for m in loaded.info.matrices if m.layer == 0]
+    units = units_of(own)
+    assert first.units == tuple(units)
+    assert max(len(members) for members in units.values()) == 4
+    assert first.matrix.shape == (2 * len(units),) * 2
+
+
+@pytest.fixture(scope="module")
+def demo():
+    """The demo model with row scores of four sequences."""
+    loaded = load_model(ModelSource("demo"), "cpu")
+    blocks = calibration_of(loaded, ProfileSettings())
+    ids = torch.from_numpy(blocks.ids)
+    return loaded, ids[4:5, :256], measure_row_scores(loaded, ids[:4, :256])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("loss", "layer"), [("block", 12), ("model", 21)])
+def test_what_is_predicted_ranks_ratios_as_what_is_measured(demo, loss, layer):
+    """Slow: M of a block of the demo model takes 561 evaluations, each check one of the model.
+
+    M is symmetric, the loss falls as ratios grow, a slack budget takes nearly all to the largest,
+    and ½·δᵀMδ of random δ ranks them as the loss does that whole quantized models have.
+    """
+    loaded, ids, scores = demo
+    others = [k for k in range(loaded.info.layers) if k != layer]
+    (block,) = measure_interactions(loaded, ids, scores, OPTIONS, loss, known=others)
+    assert (block.matrix == block.matrix.T).all()
+    alone = np.diag(block.matrix).reshape(7, 5)
+    # A matrix that hardly matters may lose a little more; all together lose less at each step.
+    assert (alone[:, -1] < alone[:, 0]).sum() >= 6
+    assert (np.diff(alone.sum(axis=0)) < 0).all()
+    random = np.random.default_rng(0)
+    choices = np.concatenate([random.integers(0, 5, (40, 7)), np.full((1, 7), 4)])
+    own = [m for m in loaded.info.matrices if m.layer == layer]
+    full = changed_outputs(loaded, ids, scores, {}, layer, loss)
+    measured = []
+    for choice in choices:
+        chosen = {m: OPTIONS[option] for m, option in zip(own, choice, strict=True)}
+        output = changed_outputs(loaded, ids, scores, chosen, layer, loss)
+        measured.append(float((output - full).square().mean()))
+    predicted = predicted_loss(block.matrix, choices, 5)
+    rho = spearmanr(predicted, measured).statistic
+    print(f"{loss} loss, layer {layer}: Spearman {rho:.3f} over 41 plans")
+    assert rho > 0.9
+    if loss == "block":
+        scale = full.square().mean()
+        np.testing.assert_allclose(predicted, np.array(measured) / float(scale), rtol=0.25)
+    matrices = tuple(own)
+    slack = Problem(matrices, options=OPTIONS)
+    slack = replace(slack, impact=impact_of(matrices, scores, {layer: block.matrix}))
+    widest = make_frontier(slack, PlanRequest("high-impact")).segments[-1].start
+    assert widest.mean() > 3.5
+
+
+# --- plans --------------------------------------------------------------------------------------
+
+
+def random_m(units: int, random: np.random.Generator, together: float = 0.3) -> np.ndarray:
+    """An M like measured ones: it falls with the ratio, and units act on one another."""
+    fall = np.array([0.98, 0.93, 0.85, 0.78, 0.72])
+    base = np.exp(random.normal(size=units))
+    tiles = np.zeros((units, 5, units, 5))
+    for u in range(units):
+        tiles[u, :, u, :] = np.diag(2 * base[u] * fall ** random.uniform(1, 2))
+    for u, v in itertools.combinations(range(units), 2):
+        both = together * random.normal() * np.sqrt(base[u] * base[v]) * np.outer(fall, fall)
+        tiles[u, :, v, :] = both * random.normal(1, 0.05, (5, 5))
+        tiles[v, :, u, :] = tiles[u, :, v, :].T
+    return tiles.reshape(5 * units, 5 * units)
+
+
+def problem(layers: int = 3, seed: int = 0, types: int = 3, **more: object) -> Problem:
+    random = np.random.default_rng(seed)
+    matrices = tuple(
+        Matrix(f"m.layers.{k}.t{u}", k, f"t{u}", 64 * int(random.integers(1, 4)), 128)
+        for k in range(layers)
+        for u in range(types)
+    )
+    scores = {m.name: random.random(m.out_features) for m in matrices}
+    found = {k: random_m(types, random, **more) for k in range(layers)}
+    return Problem(matrices, options=OPTIONS, impact=impact_of(matrices, scores, found))
+
+
+def all_plans(small: Problem) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Every plan there is, its bytes and its loss, one by one and by the quadratic form."""
+    choices = np.array(list(itertools.product(range(5), repeat=len(small.matrices))))
+    size = small.bytes[np.arange(len(small.matrices)), choices].sum(axis=1)
+    loss = np.zeros(len(choices))
+    for block in small.impact.blocks:
+        delta = np.zeros((len(choices), len(block.units) * 5))
+        for u, (i,) in enumerate(block.units):
+            delta[np.arange(len(choices)), 5 * u + choices[:, i]] = 1
+        loss += 0.5 * np.einsum("ki,ij,kj->k", delta, block.matrix, delta)
+    return choices, size, loss
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_plans_are_within_a_thousandth_of_the_best(seed):
+    small = problem(layers=4, types=2, seed=seed)
+    _, size, loss = all_plans(small)
+    for budget in np.linspace(size.min(), size.max(), 60):
+        plan = make_plan(small, PlanRequest("high-impact", budget=f"{budget:.17g}B"))
+        best = loss[size <= budget * (1 + 1e-9)].min()
+        assert plan.nominal_bytes <= budget * (1 + 1e-9)
+        assert plan.objective <= best + 1e-3 * abs(best)
+        assert plan.lower_bound <= best + 1e-9 * abs(best)
+        choice = [OPTIONS.index(c) for c in plan.configs]
+        told = sum(
+            predicted_loss(b.matrix, np.array([choice[i] for (i,) in b.units]), 5)[0]
+            for b in small.impact.blocks
+        )
+        assert plan.objective == pytest.approx(told)
+
+
+def test_a_large_model_is_near_its_bound():
+    """32 blocks of seven, where thinning sets in; most budgets within 0.1 % of the bound."""
+    large = problem(layers=32, types=7)
+    frontier = make_frontier(large, PlanRequest("high-impact"))
+    gaps = (frontier.losses - frontier.lower_bounds) / frontier.losses
+    assert (gaps > -1e-9).all()
+    assert np.median(gaps) < 1e-3
+    assert gaps.max() < 1e-2
+    assert (np.diff(frontier.losses) < 0).all()
+
+
+def test_a_block_is_enumerated_whole():
+    random = np.random.default_rng(3)
+    matrix, size = random_m(3, random), random.integers(1, 50, (3, 5)).cumsum(axis=1) * 1.0
+    front = block_front(matrix, size, np.ones((3, 5), dtype=bool))
+    choices = np.array(list(itertools.product(range(5), repeat=3)))
+    sizes = size[np.arange(3), choices].sum(axis=1)
+    losses = predicted_loss(matrix, choices, 5)
+    for own, loss, choice in zip(front.size, front.loss, front.choice, strict=True):
+        assert loss == pytest.approx(losses[sizes <= own].min())
+        assert loss == pytest.approx(predicted_loss(matrix, choice, 5)[0])
+    assert front.loss[-1] == pytest.approx(losses.min())
+
+
+def test_diagonal_ratios_need_no_search():
+    """Each matrix for itself is a plain knapsack: the sum of its own losses."""
+    small = problem(layers=2, types=3)
+    frontier = make_frontier(small, PlanRequest("high-impact", ratios="diagonal"))
+    for segment, loss in zip(frontier.segments, frontier.losses, strict=True):
+        own = 0.0
+        for block in small.impact.blocks:
+            places = [5 * u + segment.start[i] for u, (i,) in enumerate(block.units)]
+            own += np.diag(block.matrix)[places].sum() / 2
+        assert loss == pytest.approx(own)
+
+
+def test_uniform_ratios_are_five_plans():
+    small = problem()
+    frontier = make_frontier(small, PlanRequest("high-impact", ratios="uniform"))
+    assert [set(s.start.tolist()) for s in frontier.segments] == [{i} for i in range(5)]
+    unmeasured = replace(small, impact=impact_of(small.matrices, _scores(small), {}))
+    bare = make_frontier(unmeasured, PlanRequest("high-impact", ratios="uniform"))
+    assert bare.losses is None
+    with pytest.raises(InputError, match="no interactions by the model loss of b2h3g128"):
+        make_frontier(unmeasured, PlanRequest("high-impact", loss="model"))
+
+
+def _scores(small: Problem) -> dict[str, np.ndarray]:
+    return {m.name: s for m, s in zip(small.matrices, small.impact.row_scores, strict=True)}
+
+
+def test_a_slack_budget_takes_nearly_every_matrix_to_the_largest_ratio():
+    large = problem(layers=12, types=7, together=0.02)
+    widest = make_frontier(large, PlanRequest("high-impact")).segments[-1].start
+    assert (widest == 4).mean() > 0.95
+
+
+def test_pins_hold():
+    small = problem(layers=4)
+    request = PlanRequest(
+        "high-impact",
+        budget=f"{1.5 * small.feasible[0]:.0f}B",
+        pins=("*.layers.1.*=b2h3r20g128", "*.layers.2.*=b2h3r02g128..b2h3r10g128"),
+    )
+    low, high = small.feasible
+    for share in (0.4, 0.8):
+        plan = make_plan(small, replace(request, budget=f"{low + share * (high - low):.0f}B"))
+        for matrix, config in plan.choice.items():
+            assert matrix.layer != 1 or config.ratio == 0.20
+            assert matrix.layer != 2 or config.ratio <= 0.10
+        assert any("The pins cost" in note for note in plan.notes)
+    with pytest.raises(InputError, match="'b4g64' is no option of this method"):
+        make_plan(small, replace(request, budget=f"{high:.0f}B", pins=("*=b4g64",)))
+
+
+def test_rows_are_the_highest_scores_and_nested():
+    small = problem()
+    plans = [
+        make_plan(small, PlanRequest("high-impact", ratios="uniform", budget=f"{size}B"))
+        for size in (small.feasible[0], small.feasible[1])
+    ]
+    for i, matrix in enumerate(small.matrices):
+        few, many = (set(plan.rows[matrix.name]) for plan in plans)
+        assert few < many
+        scores = small.impact.row_scores[i]
+        assert min(scores[list(many)]) >= max(np.delete(scores, list(many)))
+
+
+def test_requests_that_cannot_be_met():
+    small = problem()
+    with pytest.raises(InputError, match="takes a budget"):
+        make_plan(small, PlanRequest("high-impact", base="3.13"))
+    with pytest.raises(InputError, match="chooses matrices together"):
+        make_plan(small, PlanRequest("high-impact", budget=f"{small.feasible[1]}B", exact=True))
+    with pytest.raises(InputError, match=r"out of reach: plans .* take from"):
+        make_plan(small, PlanRequest("high-impact", budget="4bpp"))
+    with pytest.raises(InputError, match="not one of the loss: block, model"):
+        PlanRequest("high-impact", loss="logits")
+    with pytest.raises(InputError, match="not one of the ratios: uniform, diagonal, full"):
+        PlanRequest("high-impact", ratios="best")
+    with pytest.raises(InputError, match="need row scores"):
+        make_frontier(replace(small, impact=None), PlanRequest("high-impact"))
+    odd = Problem((Matrix("m.0.odd", 0, "odd", 64, 96),), options=OPTIONS)
+    odd = replace(odd, impact=impact_of(odd.matrices, {"m.0.odd": np.ones(64)}, {}))
+    with pytest.raises(InputError, match=r"m\.0\.odd \(64×96\) has rows that cannot be cut"):
+        make_frontier(odd, PlanRequest("high-impact", ratios="uniform"))
+
+
+def test_clipping_takes_out_what_is_negative_alone():
+    matrix = random_m(4, np.random.default_rng(0), together=2.0)
+    assert np.linalg.eigvalsh(matrix).min() < 0
+    near = clipped(matrix)
+    assert np.linalg.eigvalsh(near).min() > -1e-12
+    assert np.linalg.norm(near - matrix) == pytest.approx(
+        np.linalg.norm(np.minimum(np.linalg.eigvalsh(matrix), 0))
+    )
+    small = problem(together=2.0)
+    block, request = small.impact.blocks[0], PlanRequest("high-impact", clip=True)
+    assert (read_matrix(block, request) == clipped(block.matrix)).all()
+    diagonal = replace(request, ratios="diagonal", clip=False)
+    assert (read_matrix(block, diagonal) == diagonal_only(block.matrix)).all()
+
+
+def test_too_many_module_types_are_told():
+    """Eleven in a block: enumerated in groups, and the plan says so."""
+    many = problem(layers=2, types=11)
+    plan = make_plan(many, PlanRequest("high-impact", budget=f"{many.feasible[1]:.0f}B"))
+    assert "Blocks here have 11 module types" in plan.notes[0]
+    seven = problem(layers=1, types=7)
+    budget = f"{seven.feasible[1]:.0f}B"
+    assert make_plan(seven, PlanRequest("high-impact", budget=budget)).notes == ()
+
+
+def test_experts_get_one_ratio():
+    random = np.random.default_rng(0)
+    matrices = tuple(
+        Matrix(f"m.0.{kind}.{e}", 0, kind, 64, 128, e) for kind in ("up", "down") for e in range(3)
+    )
+    scores = {m.name: random.random(64) for m in matrices}
+    moe = Problem(matrices, impact=impact_of(matrices, scores, {0: random_m(2, random)}))
+    moe = moe.with_options(OPTIONS)
+    for segment in make_frontier(moe, PlanRequest("high-impact")).segments:
+        assert len(set(segment.start[:3])) == len(set(segment.start[3:])) == 1
+    middle = f"{sum(moe.feasible) / 2:.0f}B"
+    one = PlanRequest("high-impact", budget=middle, pins=("*.up.0=b2h3r20g128",))
+    plan = make_plan(moe, one)
+    assert {c.ratio for m, c in plan.choice.items() if m.type == "up"} == {0.20}
+    both = replace(one, pins=("*.up.0=b2h3r20g128", "*.up.1=b2h3r02g128"))
+    with pytest.raises(InputError, match="give experts of one module type different ratios"):
+        make_plan(moe, both)
+
+
+def test_blocks_are_put_together_in_any_order():
+    random = np.random.default_rng(5)
+    size = np.tile(np.arange(1.0, 6) ** 2, (2, 1))
+    fronts = [block_front(random_m(2, random), size, np.ones((2, 5), bool)) for _ in range(3)]
+    one, other = combine(fronts), combine(fronts[::-1])
+    np.testing.assert_allclose(one.size, other.size)
+    np.testing.assert_allclose(one.loss, other.loss)
+
+
+# --- the way through ----------------------------------------------------------------------------
+
+
+def command(model: object, text: object, *more: str) -> list[str]:
+    return [
+        *("--model", str(model), "--device", "cpu", "--method", "high-impact"),
+        *("--calibration", str(text), "--samples", "60", "--block-tokens", "128", *more),
+    ]
+
+
+@pytest.fixture
+def few(monkeypatch) -> None:
+    """Eight tokens are enough where figures don't matter."""
+    monkeypatch.setattr(measuring, "TOKENS", {"block": 8, "model": 8})
+
+
+def test_the_command_line(random_model, small_text, tmp_path, capsys, few):
+    model, saved = random_model("llama-gqa"), tmp_path / "saved"
+    out = tmp_path / "plan.json"
+    words = command(model, small_text, "--budget", "2.24bpp")
+    assert main(["plan", *words, "--out", str(out), "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    entry = next(iter(plan["modules"].values()))
+    assert entry["bits"] == 2
+    assert (entry["high_bits"], entry["group_size"]) == (3, 128)
+    assert entry["ratio"] in RATIOS
+    assert plan["bits_per_param"] <= 2.24
+    assert plan["gap"] >= 0
+    assert "rows have different bits" in plan["predicted"]["reason"]
+    evaluation = ["--corpus", str(small_text), "--max-tokens", "600"]
+    words = ["--model", str(model), "--device", "cpu", *evaluation, "--quantizer", "rtn"]
+    assert main(["run", *words, "--plan", str(out), "--save", str(saved), "--json"]) == 0
+    run = json.loads(capsys.readouterr().out)
+    assert run["measured_bytes"] == plan["planned_bytes"]
+    assert run["modules"] == plan["modules"]
+    assert main(["audit", str(saved)]) == 0
+    assert "are as planned" in capsys.readouterr().out
+    assert main(["eval", "--model", str(saved), "--device", "cpu", *evaluation, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["perplexity"] == pytest.approx(run["perplexity"])
+
+
+def test_the_command_line_says_what_is_wrong(random_model, small_text, capsys, few):
+    model = random_model("llama-gqa")
+    for more, sentence in {
+        ("--budget", "3bpp"): "take from",
+        ("--budget", "2.2bpp", "--high-bits", "2"): "high-bits is one of 3, 4, 16, not 2",
+        ("--max-loss", "1%"): "Give a budget in place of max-loss",
+        ("--budget", "2.2bpp", "--ratios", "best"): "not one of the ratios",
+    }.items():
+        assert main(["plan", *command(model, small_text, *more)]) == 2
+        assert sentence in capsys.readouterr().err
+
+
+def test_a_sweep_takes_it_beside_others(random_model, small_text, capsys, few):
+    words = command(random_model("llama-gqa"), small_text, "--method", "uniform")
+    words += ["--budget", "2.24bpp", "--corpus", str(small_text), "--max-tokens", "300"]
+    for state in ("done", "found"):
+        assert main(["sweep", *words, "--json"]) == 0
+        result = json.loads(capsys.readouterr().out)
+        assert result["counts"][state] == 2
+
+
+def test_interactions_are_kept_block_by_block(random_model, small_text, few):
+    """What was cut off after a block goes on with the next, and is found the next time."""
+    source = ModelSource(str(random_model("llama-gqa")))
+    settings = ProfileSettings(calibration=str(small_text), samples=60, block_tokens=128)
+    request = PlanRequest("high-impact", budget="2.24bpp", loss="model")
+
+    class Cut(Exception):
+        pass
+
+    def cut(stage: str, done: int, total: int, message: str) -> None:
+        if "layer 2 of 2" in message:
+            raise Cut
+
+    with pytest.raises(Cut):
+        Workbench(source, Store(), "cpu", report=cut).plan(request, settings)
+    bench = Workbench(source, Store(), "cpu")
+    key, kind = bench.profile_key(settings), InteractionKind("model", 2, 3, 128)
+    first = Store().interactions(key, kind)
+    assert list(first) == [0]
+    messages = []
+    bench.report = lambda stage, done, total, message: messages.append((stage, message))
+    plan, profile = bench.plan(request, settings)
+    assert profile is None
+    rows = [message for stage, message in messages if stage == "rows"]
+    assert rows
+    assert not any("layer 1 of 2" in message or "sequence" in message for message in rows)
+    kept = Store().interactions(key, kind)
+    assert (kept[0] == first[0]).all()
+    told = Store().query("SELECT provenance FROM interactions")["provenance"]
+    assert {json.loads(text)["tokens"] for text in told} == {8}
+    messages.clear()
+    again, _ = bench.plan(request, settings)
+    assert again.modules == plan.modules
+    assert not [1 for stage, _ in messages if stage == "rows"]

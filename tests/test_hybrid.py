@@ -1,0 +1,205 @@
+"""Hybrid quantization: what is learned and how, against its definition; kept and resumed."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from lsq_core.cli import main
+from lsq_core.config import QuantConfig, mixed_rows
+from lsq_core.errors import InputError
+from lsq_core.load import find_blocks, get_weight, load_model
+from lsq_core.model import ModelSource
+from lsq_core.plan import Plan, PlanRequest
+from lsq_core.profile import ProfileSettings
+from lsq_core.profile import interactions as measuring
+from lsq_core.quantize import about, get_quantizer, hybrid, planned_bytes
+from lsq_core.quantize.apply import packed_modules, quantize_model
+from lsq_core.quantize.hybrid import Hybrid, LearnedClipping, LearnedMatrix, LearnedRounding
+from lsq_core.quantize.packed import quantize_matrix
+from lsq_core.quantize.remembered import Remembered
+
+CONFIG = QuantConfig(3, 32)
+
+
+def some_rows(count: int = 8, seed: int = 0) -> torch.Tensor:
+    return 0.05 * torch.randn(count, 64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_rounding_starts_where_nothing_is_lost_and_ends_on_the_grid(axis):
+    weight = some_rows()
+    rounding = LearnedRounding(weight, CONFIG, axis, "8bit")
+    nearest = quantize_matrix(weight, CONFIG, get_quantizer("rtn"), axis=axis)
+    inside = (rounding() - weight).abs() < 1e-5  # but where the stored grid ends short of it
+    assert inside.float().mean() > 0.9
+    # a ≥ 0 is V ≥ ½: before any step that is rounding to nearest, ties apart
+    assert torch.equal(rounding.pack().dequantize(), nearest.dequantize())
+    with torch.no_grad():
+        rounding.a.copy_(torch.where(torch.rand_like(rounding.a) > 0.5, 9.0, -9.0))
+    assert torch.allclose(rounding(), rounding.pack().dequantize(), atol=1e-6)
+    assert rounding.undecided(2.0).item() == pytest.approx(0)
+    with torch.no_grad():
+        rounding.a.zero_()
+    assert rounding.undecided(2.0).item() == pytest.approx(1)
+
+
+def test_clipping_starts_all_but_open_and_follows_its_gradient():
+    weight = some_rows()
+    clipping = LearnedClipping(weight, CONFIG, 1, "fp16")
+    assert torch.allclose(clipping(), clipping.pack().dequantize(), atol=1e-3)
+    low = torch.sigmoid(torch.tensor(4.0)) * weight.view(-1, 32).amin(1)
+    high = torch.sigmoid(torch.tensor(4.0)) * weight.view(-1, 32).amax(1)
+    grid = clipping.learned_grid()
+    torch.testing.assert_close(grid.scale, (high - low) / 7)
+    torch.testing.assert_close(grid.zero, (-low / grid.scale).round())
+    before = (clipping() - weight).square().sum()
+    before.backward()
+    assert clipping.low.grad.abs().sum() > 0
+    with torch.no_grad():
+        for parameter in clipping.parameters():
+            parameter -= 0.5 * parameter.grad.sign()
+    assert (clipping() - weight).square().sum() < before
+
+
+@pytest.mark.parametrize("high", [3, 4, 16])
+def test_a_matrix_is_both_parts_in_their_places(high):
+    weight = some_rows(20)
+    (config,) = mixed_rows(2, high, 32)[-1:]
+    learned = LearnedMatrix(weight, config, [3, 19, 7, 0], 1, "fp16")
+    packed = learned.pack()
+    assert packed.is_high.nonzero().flatten().tolist() == [0, 3, 7, 19]
+    found = learned().detach()
+    assert (found[packed.is_high] - weight[packed.is_high]).abs().mean() < 1e-3
+    torch.testing.assert_close(found[~packed.is_high], learned.clipping().detach(), atol=0, rtol=0)
+    trainable = {name.split(".")[0] for name, _ in learned.named_parameters()}
+    assert trainable == ({"clipping"} if high == 16 else {"rounding", "clipping"})
+
+
+def test_the_schedule():
+    assert hybrid._gamma(0, 5000) is None
+    assert hybrid._gamma(999, 5000) is None
+    assert hybrid._gamma(1000, 5000) == 20
+    assert hybrid._gamma(4999, 5000) == 2
+    assert about("hybrid").steps == get_quantizer("hybrid").steps == 5000
+    assert about("hybrid-500").steps == get_quantizer("hybrid-500").steps == 500
+    assert about("hybrid-500").title == "Hybrid, 500 steps"
+    for name in ("hybrid-0", "hybrid-x", "rtn-20", "magic"):
+        with pytest.raises(InputError, match=r"choose one of .*hybrid"):
+            about(name)
+
+
+def small_plan(loaded, group: int = 32) -> Plan:
+    options, random = mixed_rows(2, 3, group), np.random.default_rng(0)
+    matrices = loaded.info.matrices
+    configs = tuple(options[i % 5] for i in range(len(matrices)))
+    rows = {
+        m.name: tuple(sorted(random.permutation(m.out_features)[: c.high_rows(m.out_features)]))
+        for m, c in zip(matrices, configs, strict=True)
+    }
+    return Plan(PlanRequest("high-impact"), matrices, configs, rows=rows)
+
+
+def output_error(loaded, model, ids) -> list[float]:
+    """Mean squared difference of each block's output to full precision."""
+    with torch.inference_mode():
+        states = [m(ids, output_hidden_states=True).hidden_states for m in (loaded.model, model)]
+    return [float((a - b).square().mean()) for a, b in zip(*states, strict=True)][1:-1]
+
+
+def silent(done: int, total: int, text: str) -> None:
+    """Report nothing."""
+
+
+@pytest.fixture
+def ids(monkeypatch) -> torch.Tensor:
+    """Random words to learn from in the place of a text, int64 (2, 32)."""
+    words = torch.randint(0, 4096, (2, 32), generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(
+        hybrid, "calibration_of", lambda loaded, settings: SimpleNamespace(ids=words.numpy())
+    )
+    return words
+
+
+@pytest.mark.parametrize("architecture", ["llama-gqa", "gpt2-conv1d", "mixtral-moe"])
+def test_learning_brings_the_output_nearer(architecture, random_model, ids):
+    """After the first block, whose inputs are those of full precision, on what it learned from."""
+    loaded = load_model(ModelSource(str(random_model(architecture))), "cpu")
+    plan, settings = small_plan(loaded), ProfileSettings()
+    before = {m: get_weight(loaded.model, m).clone() for m in loaded.info.matrices}
+    learned = Hybrid(40).quantize_model(loaded, plan.choice, settings, silent, rows=plan.rows)
+    rounded = quantize_model(loaded.model, plan.choice, get_quantizer("rtn"), rows=plan.rows)
+    assert output_error(loaded, learned, ids)[0] < 0.95 * output_error(loaded, rounded, ids)[0]
+    assert sum(m.packed.nbytes for m in packed_modules(learned).values()) == plan.planned_bytes
+    assert all(torch.equal(get_weight(loaded.model, m), w) for m, w in before.items())
+    assert len(find_blocks(loaded.model)[1]) == loaded.info.layers
+
+
+def test_one_width_learns_clipping_alone(random_model, ids):
+    loaded = load_model(ModelSource(str(random_model("llama-gqa"))), "cpu")
+    settings = ProfileSettings(metadata="fp16")
+    choice = dict.fromkeys(loaded.info.matrices, QuantConfig(2, 32))
+    learned = Hybrid(30).quantize_model(loaded, choice, settings, silent)
+    rounded = quantize_model(loaded.model, choice, get_quantizer("rtn"), metadata="fp16")
+    assert output_error(loaded, learned, ids)[0] < output_error(loaded, rounded, ids)[0]
+    expected = sum(planned_bytes("hybrid", m.shape, c, "fp16") for m, c in choice.items())
+    assert sum(m.packed.nbytes for m in packed_modules(learned).values()) == expected
+
+
+def test_what_was_cut_off_goes_on_with_the_next_block(random_model, ids, tmp_path):
+    loaded = load_model(ModelSource(str(random_model("llama-gqa"))), "cpu")
+    plan = small_plan(loaded)
+
+    class Cut(Exception):
+        pass
+
+    def cut(done: int, total: int, text: str) -> None:
+        if "layer 2 of 2, step 3" in text:
+            raise Cut
+
+    asked = (loaded, plan.choice, ProfileSettings())
+    with pytest.raises(Cut):
+        Hybrid(6).quantize_model(*asked, cut, rows=plan.rows, folder=tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["block-0.safetensors"]
+    told, remembered = [], Remembered(0)
+    again = Hybrid(6).quantize_model(
+        *asked,
+        lambda done, total, text: told.append(done),
+        rows=plan.rows,
+        remembered=remembered,
+        folder=tmp_path,
+    )
+    assert told == [6, 7, 8, 9, 10, 11, 12]
+    assert remembered.saved_seconds > 0
+    whole = Hybrid(6).quantize_model(*asked, silent, rows=plan.rows)
+    with torch.inference_mode():
+        assert torch.equal(again(ids).logits, whole(ids).logits)
+
+
+def test_the_command_line(random_model, small_text, tmp_path, capsys, monkeypatch):
+    """Learned, saved, kept under a name that tells its steps, and made again for its texts."""
+    monkeypatch.setattr(measuring, "TOKENS", {"block": 8, "model": 8})
+    monkeypatch.setattr(hybrid, "SEQUENCES", 2)
+    words = ["--model", str(random_model("llama-gqa")), "--device", "cpu"]
+    words += ["--method", "high-impact", "--budget", "2.24bpp", "--calibration", str(small_text)]
+    words += ["--samples", "60", "--block-tokens", "64", "--ratios", "uniform"]
+    evaluation = ["--corpus", str(small_text), "--max-tokens", "300"]
+    saved = ["--save", str(tmp_path / "saved")]
+    more = ["--quantizer", "hybrid-3", *evaluation, *saved, "--json"]
+    assert main(["run", *words, *more]) == 0
+    run = json.loads(capsys.readouterr().out)
+    assert run["quantizer"] == "hybrid-3"
+    assert run["measured_bytes"] == run["planned_bytes"]
+    assert run["calibration"]["calibration"] == str(small_text)
+    assert "Hybrid, 3 steps has no profile" in run["predicted"]["reason"]
+    again = ["eval", "--model", str(tmp_path / "saved"), "--device", "cpu", *evaluation, "--json"]
+    assert main(again) == 0
+    assert json.loads(capsys.readouterr().out)["perplexity"] == pytest.approx(run["perplexity"])
+    assert main(["run", *words, "--hybrid", "--quantizer", "rtn", *evaluation]) == 2
+    assert "Give --hybrid or --quantizer rtn" in capsys.readouterr().err
+    assert main(["run", *words, "--quantizer", "magic", *evaluation]) == 2
+    assert "choose one of hqq, rtn, nf4, nf4-dq, gptq, awq, hybrid" in capsys.readouterr().err

@@ -1,0 +1,204 @@
+"""Mixed rows: their names, their bytes to the last one, and models stored and loaded with them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lsq_core.audit import audit_folder, stored_in_model
+from lsq_core.config import (
+    MIXED,
+    RATIOS,
+    MixedRows,
+    QuantConfig,
+    config_of,
+    mixed_rows,
+    nominal_bytes,
+    of_matrix,
+    parse_config,
+)
+from lsq_core.errors import InputError
+from lsq_core.load import get_weight, load_model
+from lsq_core.model import Matrix, ModelSource
+from lsq_core.pipeline import refusal_of
+from lsq_core.plan import Plan, PlanRequest, Problem
+from lsq_core.quantize import get_quantizer, layout, matrix_kind, refusal
+from lsq_core.quantize.apply import measured_bytes, packed_modules, quantize_model
+from lsq_core.quantize.artifact import empty_tensors, load_quantized, save_quantized
+from lsq_core.quantize.packed import quantize_matrix
+from lsq_core.quantize.remembered import Remembered
+from lsq_core.quantize.rows import PackedRows, quantize_config
+from lsq_core.store import Store
+from tests.conftest import packed_bytes
+
+
+def matrix_of(out: int, columns: int) -> Matrix:
+    return Matrix("m.0.x", 0, "x", out, columns)
+
+
+@pytest.mark.parametrize("config", MIXED, ids=lambda c: c.name)
+def test_names_and_entries_are_read_back(config):
+    assert parse_config(config.name) == config
+    assert config_of(config.stored_as) == config
+
+
+def test_an_entry_is_what_people_write():
+    entry = {"bits": 2, "high_bits": 3, "ratio": 0.10, "group_size": 128}
+    assert config_of(entry) == MixedRows(2, 3, 0.10, 128)
+    assert config_of({"bits": 4, "group_size": 64}) == QuantConfig(4, 64)
+    with pytest.raises(InputError, match=r"0\.3 is not a ratio; choose one of 0\.02"):
+        config_of(entry | {"ratio": 0.3})
+    with pytest.raises(InputError, match="high-bits is one of 4, 16, not 3"):
+        mixed_rows(3, 3, 128)
+    with pytest.raises(InputError, match="low-bits is one of 2, 3, not 4"):
+        mixed_rows(4, 16, 128)
+    with pytest.raises(InputError, match="group-size is one of 128, 64, 32, not 16"):
+        PlanRequest("high-impact", group_size=16)
+
+
+def test_a_matrix_by_hand():
+    """4096×4096, 2 % of the rows at 3 bits: 82 rows, listed in 164 bytes, a bitmap taking 512."""
+    config, matrix = MixedRows(2, 3, 0.02, 128), matrix_of(4096, 4096)
+    assert config.parts(matrix) == ((82 * 4096, config.high), (4014 * 4096, config.low))
+    assert config.index_bytes(matrix) == 164
+    assert replace(config, ratio=0.2).index_bytes(matrix) == 512
+    high, low = (
+        nominal_bytes(rows * 4096, c) for rows, c in ((82, config.high), (4014, config.low))
+    )
+    assert of_matrix(nominal_bytes, matrix, config) == high + low + 164
+    assert MixedRows(2, 3, 0.02, 128).index_bytes(matrix_of(40_000, 128)) == 4 * 800
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(MIXED),
+    st.integers(1, 70),
+    st.integers(1, 3),
+    st.sampled_from(["8bit", "fp16"]),
+    st.integers(0, 1),
+    st.integers(0, 9),
+)
+def test_what_is_planned_is_stored(config, out, wide, metadata, axis, seed):
+    """Bytes, tensors, and each row decoded as its own part was."""
+    matrix = matrix_of(out, 128 * wide)
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(out, 128 * wide, generator=generator)
+    rows = torch.randperm(out, generator=generator)[: config.high_rows(out)]
+    quantizer = get_quantizer("rtn")
+    packed = quantize_config(weight, config, quantizer, rows=rows, axis=axis, metadata=metadata)
+    assert packed.nbytes == of_matrix(lambda n, c: packed_bytes(n, c, metadata), matrix, config)
+    names = {torch.uint8: "U8", torch.float16: "F16", torch.int16: "I16"}
+    told = {n: (tuple(t.shape), names[t.dtype]) for n, t in packed.tensors.items()}
+    assert told == layout.packed(packed.shape, config, metadata)
+    assert packed.is_high.nonzero().flatten().tolist() == sorted(rows.tolist())
+    decoded = packed.dequantize()
+    for part, own in ((packed.is_high, config.high), (~packed.is_high, config.low)):
+        if not part.any():
+            continue
+        if own.bits == 16:
+            assert torch.equal(decoded[part], weight[part].half().float())
+            continue
+        alone = quantize_matrix(weight[part], own, quantizer, axis=axis, metadata=metadata)
+        assert torch.equal(decoded[part], alone.dequantize())
+    again = PackedRows.from_tensors(packed.tensors, packed.shape, config, axis)
+    assert torch.equal(again.dequantize(), decoded)
+    empty = empty_tensors(layout.packed(packed.shape, config, metadata))
+    kinds = {n: (t.shape, t.dtype) for n, t in packed.tensors.items()}
+    assert {n: (t.shape, t.dtype) for n, t in empty.items()} == kinds
+    assert matrix_kind("rtn", config) is PackedRows
+
+
+def test_rows_that_do_not_fit_are_told():
+    config, quantizer = MixedRows(2, 3, 0.1, 128), get_quantizer("rtn")
+    with pytest.raises(InputError, match=r"q \(64×96\) has rows that cannot be cut"):
+        quantize_config(torch.randn(64, 96), config, quantizer, rows=torch.arange(6), name="q")
+    for rows in (None, torch.arange(5), torch.zeros(6, dtype=torch.int64)):
+        with pytest.raises(InputError, match="q needs 6 high-impact rows for b2h3r10g128"):
+            quantize_config(torch.randn(64, 128), config, quantizer, rows=rows, name="q")
+
+
+@pytest.mark.parametrize("architecture", ["llama-gqa", "mixtral-moe", "gpt2-conv1d"])
+def test_a_saved_model_gives_the_same_logits(architecture, random_model, tmp_path):
+    loaded = load_model(ModelSource(str(random_model(architecture))), "cpu")
+    matrices, random = loaded.info.matrices, np.random.default_rng(0)
+    options = [c for c in MIXED if c.group_size == 32]
+    configs = tuple(options[i % len(options)] for i in range(len(matrices)))
+    rows = {
+        m.name: tuple(sorted(random.permutation(m.out_features)[: c.high_rows(m.out_features)]))
+        for m, c in zip(matrices, configs, strict=True)
+    }
+    plan = Plan(PlanRequest("high-impact"), matrices, configs, rows=rows)
+    assert Plan.from_json(plan.to_json(), matrices, 0).rows == rows
+    made = quantize_model(loaded.model, plan.choice, get_quantizer("rtn"), rows=plan.rows)
+    assert measured_bytes(made) == plan.planned_bytes
+    stored = stored_in_model(made, plan.modules)
+    assert all(stored[m.name] == layout.packed(m.shape, c, "8bit") for m, c in plan.choice.items())
+    manifest = plan.to_json() | {"run": "r", "fingerprint": loaded.info.fingerprint}
+    save_quantized(made, loaded.tokenizer, manifest, tmp_path / "saved", loaded.folder)
+    again = load_quantized(tmp_path / "saved", "cpu").model
+    ids = torch.arange(40).view(2, 20)
+    with torch.inference_mode():
+        assert torch.equal(again(ids).logits, made(ids).logits)
+        full = loaded.model(ids).logits
+    assert not torch.equal(full, made(ids).logits)
+    found = audit_folder(tmp_path / "saved", Store())
+    assert not found.wrong
+    assert found.stored_bytes == plan.planned_bytes
+
+
+def test_quantizers_with_a_storage_of_their_own_refuse_them():
+    choice = {matrix_of(128, 128): MixedRows(2, 3, 0.1, 128)}
+    for name in ("hqq", "rtn", "hybrid", "hybrid-50"):
+        assert refusal(name, choice) == ""
+    assert refusal("nf4", choice) == (
+        "NF4 gives all rows of a matrix the same bits, and this plan mixes them; choose hqq, rtn "
+        "or hybrid."
+    )
+    request = PlanRequest("high-impact", budget="2.3bpp")
+    told = refusal_of(Problem(tuple(choice)), request, "nf4", 1)
+    assert told == refusal("nf4", choice)
+    assert refusal_of(Problem(tuple(choice)), request, "hybrid", 1) == ""
+
+
+def test_what_is_remembered_is_of_the_same_rows(random_model):
+    loaded = load_model(ModelSource(str(random_model("llama-gqa"))), "cpu")
+    matrix, config = loaded.info.matrices[0], MixedRows(2, 3, 0.2, 32)
+    first, count = Remembered(2**30), config.high_rows(matrix.out_features)
+
+    def made(rows: range) -> PackedRows:
+        return packed_modules(
+            quantize_model(
+                loaded.model,
+                {matrix: config},
+                get_quantizer("rtn"),
+                rows={matrix.name: rows},
+                remembered=first,
+            )
+        )[matrix.name].packed
+
+    one, other, again = made(range(count)), made(range(1, count + 1)), made(range(count))
+    assert again.index.data_ptr() == one.index.data_ptr()
+    assert first.bytes == one.nbytes + other.nbytes
+    assert other.is_high.nonzero().flatten().tolist() == list(range(1, count + 1))
+
+
+def test_fp16_rows_are_exact(random_model):
+    loaded = load_model(ModelSource(str(random_model("llama-gqa"))), "cpu")
+    matrix = loaded.info.matrices[0]
+    weight = get_weight(loaded.model, matrix).half().float()
+    config = MixedRows(2, 16, 0.2, 128)
+    rows = torch.arange(config.high_rows(matrix.out_features))
+    packed = quantize_config(weight, config, get_quantizer("hqq"), rows=rows)
+    assert torch.equal(packed.dequantize()[rows], weight[rows])
+
+
+def test_ratios_are_nested_and_bytes_rise():
+    matrix = matrix_of(96, 256)
+    sizes = [of_matrix(nominal_bytes, matrix, c) for c in mixed_rows(2, 3, 64)]
+    assert sizes == sorted(sizes)
+    assert len(set(sizes)) == len(RATIOS)

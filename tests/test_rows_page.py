@@ -1,0 +1,175 @@
+"""The Plan page with high-impact rows: what is missing is measured there, and the plan is shown."""
+
+from __future__ import annotations
+
+from base64 import b64decode
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lsq_core import charts
+from lsq_core.cli import execute
+from lsq_core.cli.parser import build_parser
+from lsq_core.cli.verbs import _plan_request
+from lsq_core.compare import settings_of, shares_of_bytes
+from lsq_core.config import RATIOS, mixed_rows
+from lsq_core.model import ModelSource
+from lsq_core.pipeline import EvaluationRequest, Workbench
+from lsq_core.plan import PlanRequest, make_frontier, make_plan
+from lsq_core.plan.high_impact import impact_of
+from lsq_core.predict import measured_points
+from lsq_core.profile import ProfileSettings
+from lsq_core.profile import interactions as measuring
+from lsq_core.store import InteractionKind, Store
+from lsq_core.ui import arguments
+from tests.test_app import filled, filled_once, first_line, open_page  # noqa: F401 - fixtures
+from tests.test_plan_page import live, planned, problem
+
+
+@pytest.fixture
+def measured(filled, monkeypatch):  # noqa: F811
+    """The model with interactions, of a few tokens."""
+    monkeypatch.setattr(measuring, "TOKENS", {"block": 8, "model": 8})
+    request = PlanRequest("high-impact", budget="2.24bpp")
+    words = ["plan", "--model", filled.model, "--device", "cpu"]
+    execute(words + arguments.plan_arguments(request, filled.settings), lambda *report: None)
+    return filled
+
+
+def test_what_is_missing_can_be_measured(filled):  # noqa: F811
+    app = open_page("Plan", model=filled.model, method="high-impact", budget="3.4")
+    assert not app.exception
+    assert first_line(app).startswith("High-impact rows need the row scores and interactions of")
+    assert [b.label for b in app.button if b.label.startswith("Measure")] == [
+        "Measure the row scores and interactions"
+    ]
+
+
+def test_the_page_shows_the_librarys_plan(measured):
+    app = open_page("Plan", model=measured.model, method="high-impact", budget="2.24")
+    assert not app.exception
+    sent = live(app)
+    assert sent["model"]["reference"]["name"] == "2.13"
+    stops = [stop["stop"] for stop in sent["model"]["ladder"]]
+    assert stops == ["2 %", "5 %", "10 %", "15 %", "20 %"]
+    bench = Workbench(ModelSource(measured.model), Store(measured.path))
+    key = bench.profile_key(measured.settings)
+    kept = bench.store.interactions(key, InteractionKind("block", 2, 3, 128))
+    impact = impact_of(bench.info.matrices, bench.store.row_scores(key), kept)
+    seen = replace(problem(measured), impact=impact)
+    frontier = make_frontier(seen, PlanRequest("high-impact"))
+    (shown,) = sent["methods"]
+    starts = np.frombuffer(b64decode(shown["frontier"]["starts"]), "u1")
+    assert starts.tolist() == np.concatenate([s.start for s in frontier.segments]).tolist()
+    losses = np.frombuffer(b64decode(shown["frontier"]["losses"]), "<f8")
+    assert losses.tolist() == frontier.losses.tolist()
+    assert "of the rows at 3 bits" in first_line(app)
+    plan = make_plan(seen, PlanRequest("high-impact", budget="2.24bpp"))
+    assert planned(app) == {m.name: c.name for m, c in plan.choice.items()}
+    tabs = [tab.label for tab in app.tabs]
+    assert tabs == ["Ratios by layer", "Interactions in a block", "Predicted and measured"]
+    told = " ".join(caption.value for caption in app.caption)
+    assert "each other's error most" in told
+    assert "no run of such a plan yet" in " ".join(info.value for info in app.info)
+
+
+def test_other_widths_are_measured_first(measured):
+    app = open_page("Plan", model=measured.model, method="high-impact", widths="2+16")
+    assert first_line(app).startswith("High-impact rows need")
+    app.selectbox(key="ratios").set_value("uniform").run()
+    assert not app.exception
+    assert "of the rows at 16 bits" in first_line(app)
+
+
+def test_a_picture_holds_methods_that_choose_from_the_same(measured):
+    app = open_page("Plan", model=measured.model, method="high-impact", against="mxq")
+    assert not app.exception
+    assert len(live(app)["methods"]) == 1
+    assert app.selectbox(key="against").disabled
+    other = open_page("Plan", model=measured.model, method="mxq")
+    assert "high-impact" not in other.selectbox(key="against").options
+    assert "High-impact rows" not in other.selectbox(key="against").options
+
+
+def test_figures_hold_what_they_are_given():
+    random = np.random.default_rng(0)
+    half = random.random((10, 10))
+    matrix = half @ half.T
+    figure = charts.interaction_heatmap(matrix, ["self_attn.q_proj", "mlp.up_proj"], RATIOS)
+    shown = np.array(figure.data[0].z, dtype=float)
+    assert np.isnan(shown[:5, :5]).all()
+    expected = matrix[0, 7] / np.sqrt(matrix[0, 0] * matrix[7, 7])
+    assert shown[0, 7] == shown[7, 0] == pytest.approx(expected)
+
+
+def test_a_sweep_is_asked_with_the_rows_that_were_chosen():
+    rows = PlanRequest("high-impact", low_bits=3, high_bits=16, group_size=64, ratios="diagonal")
+    words = arguments.sweep_arguments(
+        ["high-impact", "uniform"],
+        [],
+        ["3.4bpp"],
+        ["hybrid-50"],
+        [],
+        ["stdlib"],
+        EvaluationRequest("stdlib"),
+        ProfileSettings(),
+        rows,
+    )
+    options = build_parser(exit_on_error=False).parse_args(["sweep", "--model", "demo", *words])
+    asked = _plan_request(options, "high-impact")
+    assert asked == rows
+    assert options.quantizer == ["hybrid-50"]
+    again = ["plan", "--model", "demo", *arguments.plan_arguments(rows, ProfileSettings())]
+    assert _plan_request(build_parser(exit_on_error=False).parse_args(again)) == rows
+
+
+def test_plans_of_mixed_rows_are_drawn():
+    """Each ratio has a colour of its own, the cells say it, and the ring adds up."""
+    options = mixed_rows(2, 3, 128)
+    assert len({charts.config_color(option) for option in options}) == len(options)
+    frame = pd.DataFrame(
+        {
+            "module": [f"m.{i}" for i in range(10)],
+            "type": ["q_proj"] * 5 + ["mlp.up_proj"] * 5,
+            "layer": [*range(5)] * 2,
+            "config": [option.name for option in options] * 2,
+            "z": np.nan,
+        }
+    )
+    heatmap, *legend = charts.plan_heatmap(frame).data
+    assert heatmap.z.tolist() == [[0, 1, 2, 3, 4]] * 2
+    assert legend[0].name == "b2h3r02g128 (2 %) × 2"
+    steps = [color for _, color in heatmap.colorscale]
+    assert steps[::2] == [charts.config_color(option) for option in options]
+    shares = shares_of_bytes(frame, dict.fromkeys(frame["module"], 128))
+    assert shares.index.tolist() == [option.name for option in options]
+    assert shares.sum() == pytest.approx(1)
+    assert charts.plan_ring(shares, "2.24").data[0].labels[0] == "b2h3r02g128 (2 %)"
+
+
+def test_runs_of_mixed_rows_are_told_apart(measured):
+    """In Compare by how rows were mixed, and none of them is learned from as a stop's."""
+    store, source = Store(measured.path), ModelSource(measured.model)
+    bench = Workbench(source, store, "cpu")
+    text = measured.settings.calibration
+    request = PlanRequest("high-impact", budget="2.24bpp")
+    plan, profile = bench.plan(request, measured.settings)
+    bench.run(plan, profile, "rtn", EvaluationRequest(text, max_tokens=300))
+    runs = charts.labelled(store.results())
+    label = runs.loc[runs["method"] == "high-impact", "label"].item()
+    assert "2+3 g128, full ratios, rtn" in label
+    (evaluation,) = runs.loc[runs["method"] == "high-impact", "evaluation"]
+    told = settings_of(store.record(evaluation))
+    assert (told["bits of rows"], told["ratios"], told["calibration"]) == ("2 and 3", "full", text)
+    points = measured_points(
+        store, bench.info.fingerprint, problem(measured), quantizer="rtn", axis=1, metadata="8bit"
+    )
+    assert evaluation not in points.evaluations
+    objectives = store.objectives(bench.info.fingerprint, "high-impact")
+    assert objectives["objective"].tolist() == [plan.objective]
+    assert objectives["kl"].item() > 0
+    app = open_page("Plan", model=measured.model, method="high-impact", budget="2.24")
+    assert not app.exception
+    assert "divergence of the model's predictions" in " ".join(c.value for c in app.caption)
