@@ -132,11 +132,11 @@ def test_profiling_leaves_the_model_as_it_was(llama, settings):
 def test_each_block_keeps_its_own_masks(random_model, settings):
     """Gemma 2 alternates sliding and full attention; the walk has to end where the model does."""
     loaded = load_model(ModelSource(str(random_model("gemma2"))), "cpu")
-    from lsq_core.profile.measure import _walk
+    from lsq_core.profile.measure import walk
 
     ids = torch.arange(1, 201)[None]  # longer than the sliding window of 64
     with torch.inference_mode():
-        *_, last = _walk(loaded, ids)
+        *_, last = walk(loaded, ids)
         ((_, _, expected),) = record(last.block, lambda: loaded.model(ids, use_cache=False))
         (walked,) = last.run()
     torch.testing.assert_close(walked, expected[0] if isinstance(expected, tuple) else expected)
