@@ -7,8 +7,9 @@ projections) become the parameters that a whole load would give, bit for bit.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar
@@ -39,6 +40,9 @@ from lsq_core.load import (
     with_files,
 )
 from lsq_core.model import ModelSource, find_model, read_config, weight_files
+
+#: ``mallopt``'s number of the size from which memory is mapped by itself, and that size in bytes.
+_M_MMAP_THRESHOLD, _LARGE = -3, 8 * 2**20
 
 
 class NotStreamable(InputError):
@@ -224,6 +228,7 @@ def open_streamed(source: ModelSource, device: str = "auto", dtype: str = "auto"
     InputError
         When the source, device or dtype is wrong.
     """
+    _return_what_is_freed()
     target, folder = pick_device(device), find_model(source)
     if weight_files(folder)[0].suffix != ".safetensors":
         raise NotStreamable("The weights are pickled")
@@ -266,3 +271,13 @@ def _compute_buffers(model: nn.Module, device: torch.device) -> None:
     for name, buffer in list(model.named_non_persistent_buffers()):
         path, _, leaf = name.rpartition(".")
         model.get_submodule(path)._buffers[leaf] = buffer.to(device)
+
+
+def _return_what_is_freed() -> None:
+    """Have large tensors go back to the system as soon as they are freed.
+
+    By and by glibc keeps freed memory of up to 32 MiB a piece for itself. Between tensors of other
+    sizes it can't be used again, and a profile would grow from block to block.
+    """
+    with suppress(OSError, AttributeError):  # another C library does as it does
+        ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, _LARGE)
