@@ -30,7 +30,7 @@ FRESH = {
     "/SQL": "row",
 }
 #: Beside other tests, on few cores, everything may take so many times as long as for a person.
-_BESIDE_TESTS = 5
+_BESIDE_TESTS = 3
 METHODS = ("uniform", "sensiboost", "kurtboost", "mxq")
 
 
