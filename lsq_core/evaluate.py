@@ -8,6 +8,7 @@ is predicted at most once.
 
 from __future__ import annotations
 
+import itertools
 import math
 import resource
 import time
@@ -191,7 +192,8 @@ def evaluate_together(
     """Perplexity of several models, and of a reference beside them, in one pass over all texts.
 
     A batch of windows, which may be of several texts, goes through the reference once and then
-    through each model; no logits outlive their batch.
+    through each model; no logits outlive their batch. A window that another one begins with is
+    read as a part of it.
 
     Parameters
     ----------
@@ -215,14 +217,16 @@ def evaluate_together(
         torch.cuda.reset_peak_memory_stats(device)
     files = checkpoints or [[None] * len(models)] * len(texts)
     walks = [_Walk(text, bos, paths) for text, paths in zip(texts, files, strict=True)]
-    total, told = sum(len(walk.windows) for walk in walks), 0
     left = _batches(walks, models[0].config.get_text_config().vocab_size, device.type)
-    done = total - sum(map(len, left))
+    total = sum(len(walk.windows) for walk in walks)
+    done = total - sum(len(walks[text].passes[number]) for batch in left for text, number in batch)
+    told = 0
     progress(done, total, f"window {done} of {total}")
     for batch in [[], *left]:
         if batch:
-            _score(models, reference, [(walks[text], window) for text, window in batch], device)
-            done += len(batch)
+            passes = [(walks[text], number) for text, number in batch]
+            _score(models, reference, passes, device)
+            done += sum(len(walk.passes[number]) for walk, number in passes)
             for walk in {text: walks[text] for text, _ in batch}.values():
                 walk.save()
             progress(done, total, f"window {done} of {total}")
@@ -241,6 +245,11 @@ class _Walk:
         self.stream, self.bos, self.protocol = torch.from_numpy(ids), bos, text.protocol
         self.windows = lay_windows(len(ids), text.protocol)
         count = len(self.windows)
+        #: Numbers of the windows that begin at the same token, shortest first: one pass reads them.
+        self.passes = [
+            list(numbers)
+            for _, numbers in itertools.groupby(range(count), lambda k: self.windows[k].start)
+        ]
         self.tallies = [(_Tally(count), _Tally(count)) for _ in checkpoints]
         pairs = zip(checkpoints, self.tallies, strict=True)
         self.files = [_Kept(path, tallies) for path, tallies in pairs]
@@ -249,22 +258,37 @@ class _Walk:
 
     @property
     def left(self) -> list[int]:
-        """Windows that some model has not scored yet."""
+        """Passes over windows that some model has not scored yet."""
         counts = np.stack([own.counts for own, _ in self.tallies])
-        return np.flatnonzero((counts == 0).any(axis=0)).tolist()
+        unread = (counts == 0).any(axis=0)
+        return [number for number, windows in enumerate(self.passes) if unread[windows].any()]
 
     @property
     def is_read(self) -> bool:
         """Whether every window is scored."""
         return not self.left
 
+    def shape(self, number: int) -> tuple[int, int]:
+        """Tokens that a pass reads, and how many of them it scores."""
+        windows = [self.windows[k] for k in self.passes[number]]
+        return windows[-1].stop - windows[-1].start, sum(window.scored for window in windows)
+
     def ids(self, number: int) -> Tensor:
-        """The tokens (length,) of a window."""
-        window = self.windows[number]
-        ids = self.stream[window.start : window.stop].clone()
+        """The tokens (length,) of a pass."""
+        longest = self.windows[self.passes[number][-1]]
+        ids = self.stream[longest.start : longest.stop].clone()
         if self.bos is not None:
             ids[0] = self.bos
         return ids
+
+    def put(self, number: int, tally: _Tally, figures: dict[str, np.ndarray]) -> None:
+        """Take up the figures of a pass, (scored,), for each of its windows."""
+        begin = 0
+        for window in self.passes[number]:
+            scored = self.windows[window].scored
+            end = begin + scored
+            tally.put(window, scored, {name: own[begin:end].sum() for name, own in figures.items()})
+            begin = end
 
     def save(self) -> None:
         """Keep what was scored so far, every few seconds and in the end."""
@@ -281,7 +305,7 @@ class _Walk:
 
 
 def _batches(walks: Sequence[_Walk], vocabulary: int, device: str) -> list[list[tuple[int, int]]]:
-    """What is left to score as (text, window), in batches of windows of one length and one count.
+    """What is left to score as (text, pass), in batches of passes of one length and one count.
 
     A batch holds as many as the device and the memory are best with. Those of the first text come
     first, so that its figures are there before the next one is read.
@@ -289,9 +313,7 @@ def _batches(walks: Sequence[_Walk], vocabulary: int, device: str) -> list[list[
     shapes: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for text, walk in enumerate(walks):
         for number in walk.left:
-            window = walk.windows[number]
-            shape = window.stop - window.start, window.scored
-            shapes.setdefault(shape, []).append((text, number))
+            shapes.setdefault(walk.shape(number), []).append((text, number))
     batches = []
     for (length, scored), places in shapes.items():
         most = min(_TOKENS_AT_ONCE[device] // length, _LOGITS_AT_ONCE // (scored * vocabulary))
@@ -303,33 +325,33 @@ def _batches(walks: Sequence[_Walk], vocabulary: int, device: str) -> list[list[
 def _score(
     models: Sequence[nn.Module],
     reference: nn.Module | None,
-    places: Sequence[tuple[_Walk, int]],
+    passes: Sequence[tuple[_Walk, int]],
     device: torch.device,
 ) -> None:
-    """Run a batch through the reference and each model, and add up what they predict."""
+    """Run a batch through the reference and each model, and keep what they predict."""
     import torch
 
     with torch.inference_mode():
-        batch = torch.stack([walk.ids(window) for walk, window in places]).to(device)
-        first, window = places[0]
-        scored = first.windows[window].scored
+        batch = torch.stack([walk.ids(number) for walk, number in passes]).to(device)
+        first, number = passes[0]
+        _, scored = first.shape(number)
         expected = None if reference is None else _Predicted.by(reference, batch, scored)
-        for number, model in enumerate(models):
-            predicted = _Predicted.by(model, batch, scored)
-            figures = predicted.figures(expected)
-            for row, (walk, window) in enumerate(places):
-                own, other = walk.tallies[number]
-                own.put(window, scored, {name: values[row] for name, values in figures.items()})
+        for place, model in enumerate(models):
+            figures = _Predicted.by(model, batch, scored).figures(expected)
+            for row, (walk, number) in enumerate(passes):
+                own, other = walk.tallies[place]
+                walk.put(number, own, {name: values[row] for name, values in figures.items()})
                 if expected is not None:
                     known = expected.figures()
-                    other.put(window, scored, {name: values[row] for name, values in known.items()})
+                    walk.put(number, other, {name: values[row] for name, values in known.items()})
 
 
 @dataclass(frozen=True, eq=False)
 class _Predicted:
-    """What a model predicts for a batch of windows.
+    """What a model predicts for a batch of passes.
 
-    ``logs`` are log-probabilities (windows, scored, vocabulary), float32; ``nll`` is (windows,).
+    ``logs`` are log-probabilities (passes, scored, vocabulary), float32; ``nll`` is (passes,
+    scored). ``seconds`` are those of the clock for each scored token.
     """
 
     logs: Tensor
@@ -338,23 +360,23 @@ class _Predicted:
 
     @classmethod
     def by(cls, model: nn.Module, batch: Tensor, scored: int) -> _Predicted:
-
+        """Run a batch (passes, tokens) through a model."""
         from lsq_core.load import last_logits
 
         began = time.perf_counter()
         # The logits before a token predict it: one more is kept, and the very last is not used.
         logs = last_logits(model, batch, scored + 1)[:, :-1].float().log_softmax(-1)
         picked = -logs.gather(-1, batch[:, -scored:, None])[..., 0]
-        nll = picked.double().sum(-1).cpu().numpy()
-        return cls(logs, nll, (time.perf_counter() - began) / len(batch))
+        nll = picked.double().cpu().numpy()
+        return cls(logs, nll, (time.perf_counter() - began) / nll.size)
 
     def figures(self, expected: _Predicted | None = None) -> dict[str, np.ndarray]:
-        """Each window's sums (windows,) by the names of :class:`_Tally`."""
-        found = {"nll": self.nll, "seconds": np.full(len(self.nll), self.seconds)}
+        """For each scored token (passes, scored), by the names of :class:`_Tally`."""
+        found = {"nll": self.nll, "seconds": np.full(self.nll.shape, self.seconds)}
         if expected is None:
             return found
-        kl = (expected.logs.exp() * (expected.logs - self.logs)).sum(-1).double().sum(-1)
-        agreed = (self.logs.argmax(-1) == expected.logs.argmax(-1)).sum(-1)
+        kl = (expected.logs.exp() * (expected.logs - self.logs)).sum(-1).double()
+        agreed = self.logs.argmax(-1) == expected.logs.argmax(-1)
         return found | {"kl": kl.cpu().numpy(), "agreed": agreed.cpu().numpy()}
 
 

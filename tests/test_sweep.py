@@ -175,7 +175,7 @@ def test_a_sweep_cut_off_goes_on_at_its_first_unfinished_item(
         """What kills a process is no exception that anybody handles."""
 
     def report(stage, done, total, message):
-        if message.startswith("3 of 4") and "window 1 " in message:
+        if message.startswith("3 of 4") and "window 2 " in message:
             raise CutOff
 
     keep = tmp_path / "job"
