@@ -399,7 +399,10 @@ def frontier_line(asked: Asked) -> list[charts.FrontierLine]:
 
 
 def measured(asked: Asked, predictor: Predictor | str) -> pd.DataFrame:
-    """Runs for the chart: those that the prediction was learned from; none without one."""
+    """Runs for the chart, by any quantizer: those of the evaluation that is predicted.
+
+    None without a prediction.
+    """
     empty = pd.DataFrame(columns=["method", "label", "bits_per_param", "value"])
     if isinstance(predictor, str):
         return empty
@@ -411,12 +414,13 @@ def measured(asked: Asked, predictor: Predictor | str) -> pd.DataFrame:
     if points.tokens is not None:
         same &= runs["tokens"] == points.tokens
     runs = runs[same]
+    made = list(zip(runs["method"], runs["quantizer"], runs["run"], strict=True))
     return pd.DataFrame(
         {
-            "method": runs["method"],
+            "method": [charts.drawn_as(method, by) for method, by, _ in made],
             "label": [
-                f"{charts.method_style(m).title} run {r}"
-                for m, r in zip(runs["method"], runs["run"], strict=True)
+                f"{charts.method_style(method).title} by {by}, run {run}"
+                for method, by, run in made
             ],
             "bits_per_param": runs["bits_per_param"],
             "value": runs["perplexity"],

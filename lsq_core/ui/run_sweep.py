@@ -260,11 +260,14 @@ def show_rows(job: Job) -> None:
     st.dataframe(
         table(rows),
         hide_index=True,
-        height=min(38 + 35 * len(rows), 255),
+        height=38 + 35 * min(len(rows), 12),
         placeholder="",
         column_config={
+            "method": st.column_config.TextColumn(width="medium"),
             "bits": st.column_config.NumberColumn(format="%.3f"),
-            "measured": st.column_config.NumberColumn(format="bytes"),
+            "measured bytes": st.column_config.NumberColumn(
+                format="localized", help="Of the linear weights as they were stored."
+            ),
             "seconds": st.column_config.NumberColumn(
                 format="%.1f", help="Time to quantize, evaluation not counted."
             ),
@@ -291,7 +294,7 @@ def table(rows: list[dict]) -> pd.DataFrame:
             "state": [_STATES[row["state"]] for row in rows],
             "bits": [row.get("bits_per_param") for row in rows],
             "steps": [row.get("steps") for row in rows],
-            "measured": [row.get("measured_bytes") for row in rows],
+            "measured bytes": [row.get("measured_bytes") for row in rows],
             "seconds": [row.get("quantize_seconds") for row in rows],
             "perplexity": [row.get("perplexity") for row in rows],
             "over full precision": [row.get("increase") for row in rows],
