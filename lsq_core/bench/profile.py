@@ -9,6 +9,7 @@ spoils the weights, single modules are another run. Weight errors are a run over
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 import numpy as np
 import scipy.stats
@@ -190,9 +191,8 @@ def _first_inputs(model: nn.Module, ids: Tensor) -> tuple[Tensor, dict]:
 
     handle = model.model.layers[0].register_forward_pre_hook(catch, with_kwargs=True)
     try:
-        model(ids, use_cache=False)
-    except StopIteration:
-        pass
+        with suppress(StopIteration):  # the rest of the model isn't needed
+            model(ids, use_cache=False)
     finally:
         handle.remove()
     return found[0]
