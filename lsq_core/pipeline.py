@@ -622,12 +622,13 @@ class Workbench:
 
     def _keep_run(self, made: Quantized, own: Evaluation, full: Evaluation) -> dict:
         profile = made.profile.id if made.profile else None
-        if "plan" not in made.row:
-            made.row["plan"] = self.store.plan_of(made.run) or self.store.save_plan(
-                made.plan, self.info.fingerprint, profile, made.plan_name
-            )
-        self.store.save_full_precision(self.info.fingerprint, full)
-        self.store.save_run(made.run, made.row, [own])
+        with self.store.held():
+            if "plan" not in made.row:
+                made.row["plan"] = self.store.plan_of(made.run) or self.store.save_plan(
+                    made.plan, self.info.fingerprint, profile, made.plan_name
+                )
+            self.store.save_full_precision(self.info.fingerprint, full)
+            self.store.save_run(made.run, made.row, [own])
         self.report("store", 1, 1, f"kept as run {made.run}")
         return made.plan.to_json() | {"profile": profile} | _outcome(made.run, made.row, own, full)
 

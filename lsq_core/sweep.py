@@ -310,8 +310,9 @@ class _Sweep:
     def _make(self, together: list[list[int]]) -> None:
         """Make some plans' items; where that fails for all at once, each is tried alone."""
         items = list(itertools.chain(*together))
-        for number in items:
-            self._trying(number, self._look_up)  # an item before may have had the same plan
+        with self.bench.store.held():
+            for number in items:
+                self._trying(number, self._look_up)  # an item before may have had the same plan
         self._keep()
         if any(self.rows[number]["state"] != "waiting" for number in items):
             return  # what is left of them comes next

@@ -16,7 +16,7 @@ from streamlit.testing.v1 import AppTest
 from lsq_core import disk, jobs
 from lsq_core.config import GIB, LADDER
 from lsq_core.model import ModelSource
-from lsq_core.pipeline import Workbench, problem_of
+from lsq_core.pipeline import EvaluationRequest, Workbench, problem_of
 from lsq_core.plan import PlanRequest, Problem, make_frontier, make_plan
 from lsq_core.plan.boost import detect
 from lsq_core.plan.facts import z_scores
@@ -26,6 +26,7 @@ from lsq_core.store import Store
 from lsq_core.ui import plan_panels
 from tests.test_app import (  # noqa: F401 - fixtures
     Filled,
+    _array,
     chart,
     filled,
     filled_once,
@@ -223,6 +224,20 @@ def _press(app: AppTest, label: str) -> None:
 
 
 # --- what stands behind the panels ----------------------------------------------------------
+
+
+def test_a_baselines_run_is_drawn_by_its_own_name(filled):  # noqa: F811
+    bench = Workbench(ModelSource(filled.model), Store(filled.path), "cpu")
+    text = EvaluationRequest(filled.settings.calibration, max_tokens=600)
+    for base, quantizer in [("2.13", "rtn"), ("3.13", "rtn"), ("4.13", "rtn"), ("4.25", "nf4")]:
+        plan, profile = bench.plan(PlanRequest("uniform", base=base), filled.settings)
+        bench.run(plan, profile, quantizer, text)
+    app = open_page("Plan", model=filled.model, method="mxq")
+    charts = [json.loads(drawn.proto.spec) for drawn in app.get("plotly_chart")]
+    lines = [line for drawn in charts for line in drawn["data"]]
+    runs = {line.get("name"): len(_array(line["x"])) for line in lines}
+    assert runs["RTN, measured"] == 3
+    assert runs["NF4, measured"] == 1
 
 
 def test_a_memory_preset_fits_whatever_plan_is_made_of_it(filled):  # noqa: F811

@@ -42,9 +42,10 @@ _OPTIONS = (
 _FIGURES = """
 const plain = (value) => value && value.length !== undefined && typeof value !== 'string'
     ? [...value].map(plain) : value;
-return [...document.querySelectorAll('.js-plotly-plot')].map(plot => plot._fullData.map(line =>
+const traces = (plot) => (plot._fullData ?? []).map(line =>
     Object.fromEntries(['name', 'type', 'mode', 'x', 'y', 'z', 'labels', 'values', 'customdata']
-        .map(key => [key, plain(line[key]) ?? null]))));
+        .map(key => [key, plain(line[key]) ?? null])));
+return [...document.querySelectorAll('.js-plotly-plot')].map(traces);
 """
 #: Threads that wait give their core away: browser, server and job share few of them.
 _SHARING = {"OMP_WAIT_POLICY": "PASSIVE"}
@@ -195,7 +196,10 @@ class Person:
         self.driver.get(self.server.url + address)
 
     def wait(self, condition: Callable, seconds: float = 30, why: str = "") -> object:
-        """Wait until a condition of the page holds, and give what it gave."""
+        """Wait until a condition of the page holds, and give what it gave.
+
+        What the condition looks up may not be there yet: the first of no elements is none.
+        """
         from selenium.common.exceptions import (
             NoSuchElementException,
             StaleElementReferenceException,
@@ -203,7 +207,7 @@ class Person:
         )
         from selenium.webdriver.support.ui import WebDriverWait
 
-        passing = [NoSuchElementException, StaleElementReferenceException]
+        passing = [NoSuchElementException, StaleElementReferenceException, IndexError]
         waiting = WebDriverWait(self.driver, seconds, 0.1, ignored_exceptions=passing)
         try:
             return waiting.until(lambda driver: condition())
