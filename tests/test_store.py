@@ -240,6 +240,26 @@ def test_a_locked_file_is_waited_for(tmp_path, monkeypatch):
         holder.kill()
 
 
+ASK = """
+import sys
+from lsq_core import store
+store.WAIT = 0.1
+print(len(store.Store(sys.argv[1]).models()))
+"""
+
+
+def test_others_wait_for_a_held_file_and_then_find_what_was_kept(tmp_path, info):
+    store = Store(tmp_path / "shared.duckdb")
+    ask = [sys.executable, "-c", ASK, str(store.path)]
+    with store.held():
+        store.save_model(info)
+        assert store.model(info.fingerprint) == info
+        early = subprocess.run(ask, capture_output=True, text=True, check=False)
+    late = subprocess.run(ask, capture_output=True, text=True, check=False)
+    assert "in use by another process" in early.stderr
+    assert late.stdout == "1\n"
+
+
 WRITE = """
 import sys
 from lsq_core.store import Store, new_id
