@@ -68,7 +68,7 @@ def solve_zero(weight: Tensor, scale: Tensor, zero: Tensor, top: int, axis: int)
     zero points that are none; it has no say in when the others stop.
     """
     scale, zero = scale.float(), zero.float()
-    if engine(weight.device).name == "triton":
+    if _on_triton(weight.device):
         zeros, errors = solver_triton.all_steps(
             weight, scale, zero, top, axis, steps=STEPS, lp_norm=LP_NORM, beta=BETA
         )
@@ -87,9 +87,13 @@ def engine(device: torch.device | str) -> Engine:
     device = torch.device(device)
     if device.type == "cpu":
         return steps.engine
-    if device.type == "cuda" and solver_triton.available():
+    if _on_triton(device):
         return Engine("triton")
     return Engine("eager", f"there is no kernel for {device.type} here (needs CUDA and Triton)")
+
+
+def _on_triton(device: torch.device) -> bool:
+    return device.type == "cuda" and solver_triton.available()
 
 
 def stopping_step(errors: Tensor) -> Tensor:
@@ -172,13 +176,13 @@ def _steps(
         codes = error.round().clamp_(0, top)
         error.sub_(codes)
         size = error.abs() if shrinks else error.abs_()
-        errors.append(size.sum(axis, keepdim=True) / scale)
+        errors.append(size.sum(axis, keepdim=True))
         if shrinks:
             power = size.log2().mul_(LP_NORM - 1).add_(strength).exp2_()
             codes.add_(size.sub_(power).clamp_min_(0).copysign_(error))
         zero = codes.mean(axis, keepdim=True) - mean
         zeros.append(zero)
-    return torch.stack(zeros), torch.stack(errors)
+    return torch.stack(zeros), torch.stack(errors) / scale
 
 
 #: The steps on the CPU: as they are, or compiled.

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -110,7 +111,12 @@ class Steps:
 
 def _missing_compiler() -> str:
     """Why nothing can be compiled on this machine, or an empty string."""
-    named = os.environ.get("CXX")
-    if any(shutil.which(name) for name in ([named] if named else ["g++", "clang++"])):
+    return _not_found(os.environ.get("CXX"), os.environ.get("PATH"))
+
+
+@cache
+def _not_found(named: str | None, path: str | None) -> str:
+    """Looked for once: it takes as long as a few steps of a small matrix."""
+    if any(shutil.which(name, path=path) for name in ([named] if named else ["g++", "clang++"])):
         return ""
     return f"there is no C++ compiler ({named or 'g++ or clang++'})"
