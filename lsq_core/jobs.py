@@ -35,8 +35,6 @@ GRACE = 1.0
 #: Seconds between two writes of the progress file.
 _PROGRESS_EVERY = 0.2
 ACTIVE = ("queued", "running")
-#: Threads that wait for each other give their core away: the app needs it to stay responsive.
-_SHARING = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
 @dataclass(frozen=True)
@@ -147,7 +145,6 @@ def _launch(home: Path) -> Job:
             stderr=subprocess.STDOUT,
             start_new_session=True,
             cwd=Path(__file__).resolve().parents[1],
-            env=_SHARING | os.environ,
         )
     write_json(home / "process.json", _identity(process.pid))
     return read(home)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -32,6 +33,27 @@ def lsq(capsys):
 @pytest.fixture
 def model(random_model) -> str:
     return str(random_model("llama-gqa"))
+
+
+STARTED = """
+import os, runpy, sys
+sys.argv = ["lsq_core", "--help"]
+try:
+    runpy.run_module("lsq_core", run_name="__main__")
+except SystemExit:
+    print(os.environ.get("GOMP_SPINCOUNT"), "torch" in sys.modules, file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    ("asked", "set_to"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")],
+)
+def test_waiting_threads_give_their_core_away_unless_asked_not_to(asked, set_to):
+    free = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    command = [sys.executable, "-c", STARTED]
+    told = subprocess.run(command, env=free | asked, capture_output=True, text=True, cwd=ROOT)
+    assert told.stderr.split() == [set_to, "False"]
 
 
 def test_json_is_all_that_standard_output_gets(model, small_text, tmp_path):
