@@ -172,8 +172,12 @@ def test_points_are_the_runs_and_uniform_hqq_is_joined_in_order(runs):
     assert list(points["SensiBoost"].y) == [61.8]
     assert list(points["Uniform"].y) == [60.0, 62.1]
     assert list(points["RTN"].y) == [63.0], "a baseline under its own name"
-    (joined,) = [t for t in figure.data if t.mode == "lines"]
-    assert (list(joined.x), list(joined.y)) == ([2.0, 3.0], [62.1, 60.0])
+    lines = {t.name: t for t in figure.data if t.mode == "lines"}
+    uniform, front = lines.pop("Uniform HQQ, joined"), lines.pop("best for its size")
+    assert (list(uniform.x), list(uniform.y)) == ([2.0, 3.0], [62.1, 60.0])
+    assert (list(front.x), list(front.y)) == ([2.0, 2.1, 3.0], [62.1, 61.8, 60.0])
+    assert not lines
+    assert all(t.showlegend is not False for t in (uniform, front)), "a line says what it is"
 
 
 def test_full_precision_is_a_level_line(runs):

@@ -118,9 +118,9 @@ def perplexity_by_size(
 
     ``frame`` has ``evaluation, method, label, perplexity, perplexity_full, quantizer`` and the
     columns of ``size`` and ``quality``, all of one model, corpus and protocol. Uniform HQQ runs
-    are joined as the reference curve; full precision's perplexity is a level line; ``selected``
-    evaluations are ringed. Where there are many runs those that no other beats are joined too,
-    and the view is that of :func:`view_limit`: what lies above is there when the axes are reset.
+    are joined as the reference curve, and so are the runs that no other beats; full precision's
+    perplexity is a level line; ``selected`` evaluations are ringed. Where there are many runs the
+    view is that of :func:`view_limit`: what lies above is there when the axes are reset.
     ``overlay`` has runs of another origin, with the same columns and ``origin``, drawn hollow.
     """
     figure = go.Figure()
@@ -128,8 +128,8 @@ def perplexity_by_size(
     reference = frame[(frame["method"] == "uniform") & (frame["quantizer"] == "hqq")]
     if len(reference) > 1:
         figure.add_trace(_joined(reference, size, quality))
-    if many:
-        front = frame[pareto(frame[size.column], quality.cost(frame))]
+    front = frame[pareto(frame[size.column], quality.cost(frame))]
+    if len(front) > 1:
         figure.add_trace(_front(front, size, quality))
     drawn = frame.assign(
         drawn_as=[drawn_as(*pair) for pair in zip(frame["method"], frame["quantizer"], strict=True)]
@@ -191,7 +191,6 @@ def _joined(reference: pd.DataFrame, size: Size, quality: Quality) -> go.Scatter
         line={"color": method_style("uniform").color, "width": 1.2},
         name="Uniform HQQ, joined",
         hoverinfo="skip",
-        showlegend=False,
     )
 
 

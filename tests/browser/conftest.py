@@ -47,8 +47,6 @@ const traces = (plot) => (plot._fullData ?? []).map(line =>
         .map(key => [key, plain(line[key]) ?? null])));
 return [...document.querySelectorAll('.js-plotly-plot')].map(traces);
 """
-#: Threads that wait give their core away: browser, server and job share few of them.
-_SHARING = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,7 @@ def serve(script: str, folder: Path) -> Iterator[Server]:
         process = subprocess.Popen(
             command,
             cwd=ROOT,
-            env=os.environ | {"LSQ_DB": str(database)} | _SHARING,
+            env=os.environ | {"LSQ_DB": str(database)},
             stdout=log,
             stderr=subprocess.STDOUT,
         )

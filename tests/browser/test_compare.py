@@ -251,6 +251,11 @@ def test_stars_and_notes_are_kept(person):
         ),
         why="star or note was not kept",
     )
+    person.driver.refresh()
+    person.reads("Best within", 60)
+    (note,) = person.wait(lambda: person.all("input[aria-label=Note]"), why="no note")
+    assert note.get_attribute("value") == "worth a second look"
+    assert "★" in [b.text for b in person.all("button")]
 
 
 def test_deleting_and_undoing(person):
