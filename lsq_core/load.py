@@ -19,13 +19,14 @@ from transformers.utils import logging as transformers_logging
 
 from lsq_core.config import LADDER, divides, format_bytes
 from lsq_core.errors import InputError, LsqError
+from lsq_core.identity import identity_of, under_name
 from lsq_core.model import (
     Matrix,
     ModelInfo,
     ModelSource,
+    cached_folder,
     find_config,
     find_model,
-    fingerprint,
     read_config,
     remote_file_bytes,
     weight_files,
@@ -115,7 +116,7 @@ def pick_dtype(name: str, device: torch.device, config: object) -> torch.dtype:
 def inspect_model(source: ModelSource) -> ModelInfo:
     """Layers, parameters, bytes and matrices from the config alone; no weights are loaded.
 
-    The fingerprint is filled in for a local model and empty for a remote one not yet fetched.
+    The fingerprint is filled in for a model whose files are here, and empty for one not fetched.
 
     Raises
     ------
@@ -124,16 +125,18 @@ def inspect_model(source: ModelSource) -> ModelInfo:
     """
     folder = find_config(source)
     info = describe(skeleton(source, folder), source)
-    if source.is_local:
-        return with_files(info, find_model(source))
+    local = find_model(source) if source.is_local else cached_folder(source)
+    if local is not None:
+        return with_files(info, source, local)
     return replace(info, file_bytes=remote_file_bytes(source), config=read_config(folder))
 
 
-def with_files(info: ModelInfo, folder: Path) -> ModelInfo:
-    """What a local model's files add to the description of its modules."""
+def with_files(info: ModelInfo, source: ModelSource, folder: Path) -> ModelInfo:
+    """What a model's files, which are all here, add to the description of its modules."""
+    identity = identity_of(folder, source.trust_remote_code)
     return replace(
-        info,
-        fingerprint=fingerprint(folder),
+        under_name(info, source, identity),
+        fingerprint=identity.fingerprint,
         file_bytes=sum(path.stat().st_size for path in weight_files(folder)),
         config=read_config(folder),
     )
@@ -317,7 +320,7 @@ def load_model(source: ModelSource, device: str = "auto", dtype: str = "auto") -
             + (f" and {len(lacking) - 1} more" if lacking[1:] else "")
             + "; fetch or save the model again."
         )
-    info, tokenizer = with_files(info, folder), load_tokenizer(source, folder)
+    info, tokenizer = with_files(info, source, folder), load_tokenizer(source, folder)
     return LoadedModel(model, tokenizer, info, folder, str(target), str(compute_dtype)[6:])
 
 

@@ -27,22 +27,31 @@ _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 MANIFEST = "lsq.json"
 #: The file beside the embedded model that says what :func:`lsq_core.load.inspect_model` says of it.
 _DESCRIPTION = "description.json"
+#: Characters of a model's name that a message quotes.
+_LONGEST_SHOWN = 120
 #: Keys of config.json that say nothing about what the model computes.
 _VOLATILE_CONFIG_KEYS = ("_name_or_path", "transformers_version")
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model comes from, as the person typed it.
+    """Where a model comes from.
 
     ``name`` is ``demo``, a local folder, or a Hugging Face id; ``revision`` a branch, tag or
-    commit of the latter. Remote code and pickled weights are off unless turned on knowingly.
+    commit of the latter. A folder's name becomes its absolute path, so that it means the same
+    from every working directory. Remote code and pickled weights are off unless turned on
+    knowingly.
     """
 
     name: str
     revision: str | None = None
     trust_remote_code: bool = False
     allow_pickle: bool = False
+
+    def __post_init__(self) -> None:
+        folder = self.local_folder
+        if folder is not None and self.name != "demo":
+            object.__setattr__(self, "name", str(folder))
 
     @property
     def is_local(self) -> bool:
@@ -54,9 +63,12 @@ class ModelSource:
         """The folder it names, resolved, or None for a Hugging Face id."""
         if self.name == "demo":
             return DEMO_FOLDER
-        path = Path(self.name).expanduser()
         looks_like_a_path = self.name.startswith((".", "/", "~")) or self.name.count("/") > 1
-        return path.resolve() if looks_like_a_path or path.is_dir() else None
+        try:
+            path = Path(self.name).expanduser()
+            return path.resolve() if looks_like_a_path or path.is_dir() else None
+        except (OSError, ValueError, RuntimeError):
+            return None  # no path at all: too long, a null byte, the home of nobody
 
 
 @dataclass(frozen=True)
@@ -104,6 +116,10 @@ class ModelInfo:
     other_bytes: int = 0
     fingerprint: str = ""
     config: dict = field(default_factory=dict, compare=False, repr=False)
+    #: Hashes of the tokenizer, and of the model's own code where that is trusted to run; see
+    #: :mod:`lsq_core.identity`. The same weights may come with others, under another name.
+    tokenizer: str = field(default="", compare=False)
+    code: str = field(default="", compare=False)
 
     @property
     def linear_parameters(self) -> int:
@@ -155,6 +171,25 @@ def find_config(source: ModelSource) -> Path:
     return folder
 
 
+def cached_folder(source: ModelSource) -> Path | None:
+    """The folder of a Hugging Face model in the local cache, whole; None where it isn't."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(source.name, "config.json", revision=source.revision)
+    except HFValidationError:
+        return None
+    if not isinstance(found, str):
+        return None
+    folder = Path(found).parent
+    try:
+        check_model_folder(folder, source)
+    except InputError:
+        return None  # only its config was fetched, or not all of its weights
+    return folder
+
+
 def remote_file_bytes(source: ModelSource) -> int:
     """Bytes of a Hugging Face model's weight files, from the hub's listing, or 0 if unknown."""
     from huggingface_hub import HfApi
@@ -173,7 +208,10 @@ def _ask_hub(source: ModelSource, function: str, **kwargs: object) -> str:
     import huggingface_hub as hub
     from huggingface_hub import errors
 
-    where = f"'{source.name}'" + (f" at revision '{source.revision}'" if source.revision else "")
+    name = source.name if len(source.name) <= _LONGEST_SHOWN else source.name[:60] + "…"
+    where = f"'{name}'" + (f" at revision '{source.revision}'" if source.revision else "")
+    if source.name.lower() == "demo":
+        raise InputError(f"There is no model {where}; the embedded one is 'demo'.")
     try:
         return getattr(hub, function)(source.name, revision=source.revision, **kwargs)
     except errors.HFValidationError as error:
@@ -221,7 +259,12 @@ def read_config(folder: Path) -> dict:
 
 def check_config(folder: Path) -> None:
     """Raise :class:`InputError` unless the folder is there and describes a model we can plan."""
-    if not folder.is_dir():
+    try:
+        there = folder.is_dir()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{str(folder)[:60]}… cannot be a model folder: {reason}.") from error
+    if not there:
         raise InputError(f"There is no folder {folder}; give a model folder or a Hugging Face id.")
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} is not a model folder: it has no config.json.")
@@ -354,7 +397,8 @@ def _hash_file(path: Path, size: int, modified_ns: int) -> str:
 def write_description(info: ModelInfo, folder: Path) -> None:
     """Keep what is known of a model beside its files, its config left out."""
     content = asdict(info) | {"matrices": [list(asdict(m).values()) for m in info.matrices]}
-    del content["config"]
+    for name in ("config", "tokenizer", "code"):
+        del content[name]
     text = json.dumps(content, separators=(",", ":"))
     (folder / _DESCRIPTION).write_text(text.replace("],", "],\n") + "\n", "utf8")
 

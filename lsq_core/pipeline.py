@@ -31,8 +31,9 @@ from lsq_core.config import (
 )
 from lsq_core.corpus import corpus_identity, load_corpus, token_stream
 from lsq_core.errors import InputError, LsqError
+from lsq_core.identity import identity_of, under_name
 from lsq_core.jsontext import json_text
-from lsq_core.model import ModelInfo, ModelSource, described_demo, find_model, fingerprint
+from lsq_core.model import ModelInfo, ModelSource, described_demo, find_model
 from lsq_core.plan import (
     PLANNERS,
     Plan,
@@ -172,16 +173,13 @@ class Workbench:
         """What is known of the model, from the store or from its config."""
         if self.published:
             return self.published
-        known = self.store.model(fingerprint(self.folder))
-        if known is not None:
-            return replace(known, source=self.source.name, revision=self.source.revision)
-        info = described_demo(self.source)
+        identity = identity_of(self.folder, self.source.trust_remote_code)
+        info = self.store.model(identity.fingerprint) or described_demo(self.source)
         if info is None:
             from lsq_core.load import inspect_model
 
             info = inspect_model(self.source)
-        if not info.fingerprint:
-            info = replace(info, fingerprint=fingerprint(self.folder))
+        info = replace(under_name(info, self.source, identity), fingerprint=identity.fingerprint)
         self.store.save_model(info)
         return info
 
@@ -254,7 +252,7 @@ class Workbench:
 
     def profile_key(self, settings: ProfileSettings) -> str:
         """The identity of this model's profile under these settings."""
-        return settings.key(fingerprint(self.folder), corpus_identity(settings.calibration))
+        return profile_key(self.info, settings)
 
     def find_profile(self, settings: ProfileSettings) -> Profile | None:
         """The profile if it was measured before, or published."""
@@ -768,6 +766,18 @@ class Workbench:
         return {"model": self.source.name, "fingerprint": self.info.fingerprint} | _figures(
             evaluation
         )
+
+
+def profile_key(info: ModelInfo, settings: ProfileSettings) -> str:
+    """The identity of a model's profile under some settings, found or not.
+
+    Raises
+    ------
+    InputError
+        When the calibration corpus is nothing known.
+    """
+    corpus = corpus_identity(settings.calibration)
+    return settings.key(info.fingerprint, corpus, info.tokenizer, info.code)
 
 
 def stream_of(request: EvaluationRequest, tokenizer: object) -> TokenStream:

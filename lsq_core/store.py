@@ -106,6 +106,16 @@ MIGRATIONS = [
         created TIMESTAMP
     );
     """,
+    # The names that a model was asked for by, and what tokenizer and code it had under each.
+    """
+    CREATE TABLE model_names (
+        source VARCHAR, revision VARCHAR, fingerprint VARCHAR, tokenizer VARCHAR, code VARCHAR,
+        seen TIMESTAMP
+    );
+    INSERT INTO model_names
+        SELECT source, revision, fingerprint, '', '', created FROM models
+        WHERE origin = 'measured';
+    """,
 ]
 
 #: Every evaluation of a quantized run that wasn't deleted, with full precision beside it.
@@ -285,13 +295,41 @@ class Store:
     # --- models -----------------------------------------------------------------------------
 
     def save_model(self, info: ModelInfo) -> None:
-        """Keep what is known of a model; a model already there stays as it is."""
+        """Keep what is known of a model, and the name it was asked for by.
+
+        A model already there stays as it is, whatever its other names are.
+        """
+        if not info.fingerprint:
+            raise ValueError("a model that was not fetched has no identity to be kept by")
         with self.transaction() as connection:
             known = connection.execute(
                 "SELECT 1 FROM models WHERE fingerprint = ?", [info.fingerprint]
             ).fetchone()
             if not known:
                 _insert_model(connection, info)
+            connection.execute(
+                "DELETE FROM model_names WHERE source = ? AND revision IS NOT DISTINCT FROM ?",
+                [info.source, info.revision],
+            )
+            _insert(
+                connection,
+                "model_names",
+                source=info.source,
+                revision=info.revision,
+                fingerprint=info.fingerprint,
+                tokenizer=info.tokenizer,
+                code=info.code,
+                seen=now(),
+            )
+
+    def named_model(self, source: str, revision: str | None) -> tuple[str, str, str] | None:
+        """(fingerprint, tokenizer, code) of the model last seen under a name and revision."""
+        with self.connect() as connection:
+            return connection.execute(
+                "SELECT fingerprint, tokenizer, code FROM model_names "
+                "WHERE source = ? AND revision IS NOT DISTINCT FROM ?",
+                [source, revision],
+            ).fetchone()
 
     def model(self, fingerprint: str) -> ModelInfo | None:
         """What is known of a model, or None."""

@@ -237,7 +237,7 @@ def open_streamed(source: ModelSource, device: str = "auto", dtype: str = "auto"
     compute_dtype = pick_dtype(dtype, target, AutoConfig.from_pretrained(folder))
     model = skeleton(source, folder, dtype=compute_dtype, experts_implementation="eager")
     # The dtype that it computes in is not that of the checkpoint, which sizes are told in.
-    info = with_files(describe(skeleton(source, folder), source), folder)
+    info = with_files(describe(skeleton(source, folder), source), source, folder)
     check_memory(source.name, _most_held(model), target, compute_dtype)
     files = [safe_open(path, framework="pt") for path in weight_files(folder)]
     checkpoint = Checkpoint(model, files, compute_dtype, target)

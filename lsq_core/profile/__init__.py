@@ -118,9 +118,16 @@ class ProfileSettings:
         if self.metadata not in METADATA_FORMATS:
             raise InputError(f"'{self.metadata}' is not a metadata format; choose 8bit or fp16.")
 
-    def key(self, fingerprint: str, corpus_identity: str) -> str:
-        """The identity of a profile: the same key means the same figures."""
+    def key(
+        self, fingerprint: str, corpus_identity: str, tokenizer: str = "", code: str = ""
+    ) -> str:
+        """The identity of a profile: the same key means the same figures.
+
+        ``tokenizer`` and ``code`` are hashes (:class:`lsq_core.identity.ModelIdentity`), ''
+        for a published profile and for one from before they were part of the key.
+        """
         content = asdict(self) | {"model": fingerprint, "corpus": corpus_identity}
+        content |= {k: v for k, v in (("tokenizer", tokenizer), ("code", code)) if v}
         del content["calibration"]  # two names of one text are one corpus
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -17,9 +17,9 @@ import streamlit as st
 
 from lsq_core.charts import labelled
 from lsq_core.config import LADDER, Config
-from lsq_core.corpus import corpus_identity
 from lsq_core.errors import InputError
-from lsq_core.model import ModelInfo, ModelSource, find_model, fingerprint
+from lsq_core.identity import identify, under_name
+from lsq_core.model import ModelInfo, ModelSource
 from lsq_core.pipeline import (
     Workbench,
     check_metrics,
@@ -28,6 +28,7 @@ from lsq_core.pipeline import (
     known_impact,
     plan_for,
     problem_of,
+    profile_key,
 )
 from lsq_core.plan import (
     PLANNERS,
@@ -104,25 +105,14 @@ def model_info(store: Store, source: ModelSource) -> ModelInfo:
     without_weights = published(store, source)
     if without_weights is not None:
         return without_weights
-    mark = _fingerprint(store, source)
-    known = _model(store, stamp(store), mark) if mark else None
+    identity = identify(source, store)
+    known = _model(store, stamp(store), identity.fingerprint) if identity else None
     if known is not None:
-        return replace(known, source=source.name, revision=source.revision)
+        return under_name(known, source, identity)
     with st.spinner(f"Looking at {source.name}…"):
-        if source.is_local:
+        if identity:
             return Workbench(source, store).info
         return _inspect(source)
-
-
-def _fingerprint(store: Store, source: ModelSource) -> str | None:
-    """A local model's from its files; a remote one's as it was when it was last fetched."""
-    if source.is_local:
-        return fingerprint(find_model(source))
-    table = models(store)
-    same = table[(table["source"] == source.name) & (table["revision"].isna())]
-    if source.revision:
-        same = table[(table["source"] == source.name) & (table["revision"] == source.revision)]
-    return None if same.empty else same["fingerprint"].iloc[0]
 
 
 @st.cache_resource(max_entries=16, show_spinner=False)
@@ -164,7 +154,7 @@ def profile(store: Store, info: ModelInfo, settings: ProfileSettings) -> Profile
     if is_published(info):  # its text isn't here to be known by
         key = published_settings(store, info).get(settings)
     else:
-        key = settings.key(info.fingerprint, corpus_identity(settings.calibration))
+        key = profile_key(info, settings)
     if key not in set(_profiles(store, stamp(store), info.fingerprint)["id"]):
         return None
     return _profile(store, stamp(store), key)
@@ -246,7 +236,7 @@ def impact(
     """What is kept of a model's rows for a request; None where nothing is, or none is read."""
     if not get_planner(request.method).reads_rows or is_published(info) or not info.fingerprint:
         return None
-    key = settings.key(info.fingerprint, corpus_identity(settings.calibration))
+    key = profile_key(info, settings)
     kind = kind_of(request)
     found = _rows_kept(store, stamp(store), key, kind)
     if not found:
