@@ -10,9 +10,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from lsq_core.checkpoint import safetensors_header
 from lsq_core.config import METADATA_FORMATS, config_of
 from lsq_core.errors import InputError
-from lsq_core.model import MANIFEST, Matrix, ModelSource, safetensors_header
+from lsq_core.model import MANIFEST, Matrix, ModelSource
 from lsq_core.pipeline import Report, remake, saved_folder, silent
 from lsq_core.quantize import QUANTIZERS, About, about
 from lsq_core.quantize.layout import Stored, stored_bytes

@@ -17,8 +17,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
+from lsq_core.checkpoint import read_entries
 from lsq_core.config import LADDER, divides, format_bytes
 from lsq_core.errors import InputError, LsqError
+from lsq_core.fit import check_fit, pickled_entries
 from lsq_core.identity import identity_of, under_name
 from lsq_core.model import (
     Matrix,
@@ -124,21 +126,36 @@ def inspect_model(source: ModelSource) -> ModelInfo:
         When there is no such model, or it has no linear decoder blocks.
     """
     folder = find_config(source)
-    info = describe(skeleton(source, folder), source)
+    model = skeleton(source, folder)
     local = find_model(source) if source.is_local else cached_folder(source)
     if local is not None:
-        return with_files(info, source, local)
-    return replace(info, file_bytes=remote_file_bytes(source), config=read_config(folder))
+        return describe_files(model, source, local)
+    return replace(
+        describe(model, source), file_bytes=remote_file_bytes(source), config=read_config(folder)
+    )
 
 
-def with_files(info: ModelInfo, source: ModelSource, folder: Path) -> ModelInfo:
-    """What a model's files, which are all here, add to the description of its modules."""
+def describe_files(model: nn.Module, source: ModelSource, folder: Path) -> ModelInfo:
+    """The description of a model whose files are all here: its modules and what holds them.
+
+    ``model`` is its skeleton in the dtype that its config names.
+
+    Raises
+    ------
+    InputError
+        When the files are not the weights of this model (:func:`lsq_core.fit.check_fit`).
+    """
+    info = describe(model, source)
+    files = weight_files(folder)
+    pickled = files[0].suffix != ".safetensors"
+    entries = pickled_entries(files) if pickled else read_entries(folder, files)
     identity = identity_of(folder, source.trust_remote_code)
     return replace(
         under_name(info, source, identity),
         fingerprint=identity.fingerprint,
-        file_bytes=sum(path.stat().st_size for path in weight_files(folder)),
+        file_bytes=sum(path.stat().st_size for path in files),
         config=read_config(folder),
+        notes=check_fit(model, entries, find_blocks(model)[0], folder),
     )
 
 
@@ -294,7 +311,7 @@ def load_model(source: ModelSource, device: str = "auto", dtype: str = "auto") -
     """
     target = pick_device(device)
     folder = find_model(source)
-    info = describe(skeleton(source, folder), source)
+    info = describe_files(skeleton(source, folder), source, folder)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
     compute_dtype = pick_dtype(dtype, target, config)
     check_memory(info.source, info.parameters, target, compute_dtype)
@@ -320,7 +337,7 @@ def load_model(source: ModelSource, device: str = "auto", dtype: str = "auto") -
             + (f" and {len(lacking) - 1} more" if lacking[1:] else "")
             + "; fetch or save the model again."
         )
-    info, tokenizer = with_files(info, source, folder), load_tokenizer(source, folder)
+    tokenizer = load_tokenizer(source, folder)
     return LoadedModel(model, tokenizer, info, folder, str(target), str(compute_dtype)[6:])
 
 

@@ -194,6 +194,7 @@ class Workbench:
             loaded = load_model(self.source, self.device, self.dtype)
         self.store.save_model(loaded.info)
         self.report("load", 1, 1, f"loaded on {loaded.device} in {loaded.dtype}")
+        self._report_notes(loaded.info)
         return loaded
 
     @cached_property
@@ -211,7 +212,12 @@ class Workbench:
         self.store.save_model(streamed.info)
         where = f"on {streamed.device} in {streamed.dtype}"
         self.report("load", 1, 1, f"read one decoder block at a time, {where}")
+        self._report_notes(streamed.info)
         return streamed
+
+    def _report_notes(self, info: ModelInfo) -> None:
+        for note in info.notes:
+            self.report("note", 0, 1, note)
 
     @cached_property
     def place(self) -> dict[str, str]:

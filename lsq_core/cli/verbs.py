@@ -142,6 +142,7 @@ def _described(info: object) -> dict:
         "linear_parameters": info.linear_parameters,
         "covered": info.covered,
         "left_out": list(info.left_out),
+        "notes": list(info.notes),
         "file_bytes": info.file_bytes,
         "tied_embeddings": info.tied_embeddings,
     }

@@ -22,10 +22,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lsq_core.checkpoint import safetensors_header
 from lsq_core.config import config_of, format_bytes
 from lsq_core.errors import InputError, LsqError
 from lsq_core.load import describe, load_tokenizer, pick_device, pick_dtype
-from lsq_core.model import MANIFEST, Matrix, ModelSource, folder_bytes, safetensors_header
+from lsq_core.model import MANIFEST, Matrix, ModelSource, folder_bytes
 from lsq_core.quantize import about, matrix_kind
 from lsq_core.quantize.apply import install, packed_modules
 from lsq_core.quantize.base import StoredMatrix
