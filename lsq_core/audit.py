@@ -238,6 +238,7 @@ def audit_run(
     device: str = "auto",
     dtype: str = "auto",
     report: Report = silent,
+    trust_remote_code: bool = False,
 ) -> Audit:
     """Audit a run: its saved model where there is one, else the model made once more.
 
@@ -250,7 +251,7 @@ def audit_run(
     folder = saved_folder(kept)
     if folder is not None:
         return audit_folder(folder, store)
-    bench, model = remake(run, source, store, device, dtype, report)
+    bench, model = remake(run, source, store, device, dtype, report, trust_remote_code)
     plan = kept["content"]
     stored = stored_in_model(model, plan["modules"])
     return audit(plan, bench.info.matrices, stored, f"run {run} made again, against its plan")

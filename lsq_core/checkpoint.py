@@ -52,7 +52,7 @@ def read_entries(folder: Path, files: Iterable[Path]) -> dict[str, Entry]:
             first, end = entry["data_offsets"]
             shape = tuple(entry["shape"])
             stored = Entry(path, entry["dtype"], shape, start + first, end - first)
-            if not _same_bytes(found.setdefault(name, stored), stored):
+            if not same_bytes(found.setdefault(name, stored), stored):
                 raise InputError(
                     f"{name} is in {found[name].file.name} and, with other values, in {path.name} "
                     f"of {folder}; remove the file that is out of date."
@@ -81,7 +81,7 @@ def _check_index(folder: Path, found: dict[str, Entry]) -> None:
         )
 
 
-def _same_bytes(one: Entry, other: Entry) -> bool:
+def same_bytes(one: Entry, other: Entry) -> bool:
     """Whether two stored tensors are the same; most often they are one."""
     if one is other:
         return True

@@ -18,7 +18,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils.loading_report import LoadStateDictInfo
 
-from lsq_core.checkpoint import Entry
+from lsq_core.checkpoint import Entry, same_bytes
 from lsq_core.errors import InputError
 
 #: Floating-point dtypes that are weights as they stand, as safetensors names them.
@@ -54,6 +54,7 @@ def check_fit(
     expected = model.state_dict()
     targets = list(target_names(model, entries))
     _check_one_each(targets, folder)
+    _check_tied(model, targets, entries, folder)
     for key, name, _ in targets:
         place, dtype = expected.get(name), entries[key].dtype
         if place is not None and place.is_floating_point() and dtype not in _FLOATS:
@@ -91,6 +92,25 @@ def _check_one_each(targets: list[tuple[str, str, bool]], folder: Path) -> None:
             )
         if alone:
             seen[name] = key
+
+
+def _check_tied(
+    model: nn.Module,
+    targets: list[tuple[str, str, bool]],
+    entries: Mapping[str, Entry],
+    folder: Path,
+) -> None:
+    """Raise where the config ties two parameters that the files hold different values of."""
+    key_of = {name: key for key, name, alone in targets if alone}
+    for name, other in getattr(model, "all_tied_weights_keys", {}).items():
+        one, two = (entries.get(key_of.get(n, "")) for n in (name, other))
+        # Pickled tensors have no place in their file; transformers compares those by itself.
+        if one and two and one.bytes and not same_bytes(one, two):
+            raise InputError(
+                f"config.json in {folder} ties {name} to {other}, but the files hold different "
+                "values of the two; set tie_word_embeddings to false if both are meant, else "
+                "remove one."
+            )
 
 
 def _codes(key: str, dtype: str, entries: Mapping[str, Entry], folder: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -38,6 +38,13 @@ transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+#: Dtypes of checkpoints by the names that safetensors gives them.
+_STORED_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+}
 #: Order of the computation where a block defines its modules in another one.
 _QKV_RANK = {"q_proj": 0, "k_proj": 1, "v_proj": 2}
 
@@ -95,7 +102,9 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device, config: object) -> torch.dtype:
-    """The dtype a model computes in: float32 on a CPU; on a GPU the checkpoint's own.
+    """The dtype a model computes in: ``auto`` is float32 on a CPU, on a GPU the checkpoint's own.
+
+    A checkpoint in float64, or one whose dtype nothing tells, is computed in float32.
 
     Raises
     ------
@@ -109,7 +118,7 @@ def pick_dtype(name: str, device: torch.device, config: object) -> torch.dtype:
     if device.type == "cpu":
         return torch.float32
     stored = getattr(config, "dtype", None)
-    return stored if stored in (torch.bfloat16, torch.float16) else torch.float16
+    return stored if stored in _DTYPES.values() else torch.float32
 
 
 # --- the skeleton of a model, without weights ---------------------------------------------
@@ -169,13 +178,70 @@ def skeleton(source: ModelSource, folder: Path, **settings: object) -> nn.Module
     InputError
         When transformers cannot build a causal language model from the config.
     """
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
+    with building(source, folder):
+        config = model_config(source, folder)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(
                 config, trust_remote_code=source.trust_remote_code, **settings
             )
+
+
+def model_config(source: ModelSource, folder: Path) -> object:
+    """transformers' config of the model in a folder; never asks at the terminal.
+
+    Its ``dtype`` is that of the checkpoint: the one that it names, or that of most of the weights
+    where it names none.
+
+    Raises
+    ------
+    InputError
+        When transformers cannot read it, or it needs code that is not trusted.
+    """
+    with building(source, folder):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
+    config.dtype = config.dtype or stored_dtype(folder)
+    return config
+
+
+def stored_dtype(folder: Path) -> torch.dtype | None:
+    """The dtype of a checkpoint: the one that its config names, or else that of most bytes.
+
+    None where nothing tells.
+    """
+    config = read_config(folder)
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
+        named = part.get("dtype") or part.get("torch_dtype")
+        found = getattr(torch, str(named).removeprefix("torch."), None)
+        if isinstance(found, torch.dtype):
+            return found
+    sizes = dict.fromkeys(_STORED_DTYPES, 0)
+    files = [path for path in weight_files(folder) if path.suffix == ".safetensors"]
+    for entry in read_entries(folder, files).values():
+        if entry.dtype in sizes:
+            sizes[entry.dtype] += entry.bytes
+    most = max(sizes, key=sizes.get)
+    return _STORED_DTYPES[most] if sizes[most] else None
+
+
+@contextmanager
+def building(source: ModelSource, folder: Path) -> Iterator[None]:
+    """Turn what transformers raises while it builds a model into a sentence.
+
+    Raises
+    ------
+    InputError
+        In the place of transformers' own errors.
+    """
+    try:
+        yield
     except (ValueError, KeyError, TypeError, AttributeError, ImportError, OSError) as error:
+        if not source.trust_remote_code and "auto_map" in read_config(folder):
+            raise InputError(
+                f"'{source.name}' is built by Python code of its own, which only runs if you trust "
+                "it: read its .py files, then give --trust-remote-code (in the app: Trust remote "
+                "code)."
+            ) from error
         reason = str(error).strip().split("\n")[0]
         raise InputError(
             f"'{source.name}' is not a decoder-only language model that transformers can build: "
@@ -312,8 +378,7 @@ def load_model(source: ModelSource, device: str = "auto", dtype: str = "auto") -
     target = pick_device(device)
     folder = find_model(source)
     info = describe_files(skeleton(source, folder), source, folder)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
-    compute_dtype = pick_dtype(dtype, target, config)
+    compute_dtype = pick_dtype(dtype, target, model_config(source, folder))
     check_memory(info.source, info.parameters, target, compute_dtype)
     try:
         model, found = AutoModelForCausalLM.from_pretrained(

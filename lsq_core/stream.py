@@ -17,7 +17,6 @@ from typing import ClassVar
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
@@ -30,6 +29,7 @@ from lsq_core.load import (
     describe_files,
     find_blocks,
     load_tokenizer,
+    model_config,
     pick_device,
     pick_dtype,
     skeleton,
@@ -217,7 +217,7 @@ def open_streamed(source: ModelSource, device: str = "auto", dtype: str = "auto"
         raise NotStreamable("The weights are pickled")
     if source.trust_remote_code and "auto_map" in read_config(folder):
         raise NotStreamable("The model is built by code of its own")
-    compute_dtype = pick_dtype(dtype, target, AutoConfig.from_pretrained(folder))
+    compute_dtype = pick_dtype(dtype, target, model_config(source, folder))
     model = skeleton(source, folder, dtype=compute_dtype, experts_implementation="eager")
     # The dtype that it computes in is not that of the checkpoint, which sizes are told in.
     info = describe_files(skeleton(source, folder), source, folder)

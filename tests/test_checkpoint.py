@@ -232,3 +232,14 @@ def test_one_parameter_under_two_names(copy):
     weight = load_file(copy / "model.safetensors")[DOWN]
     change(copy, **{DOWN.removeprefix("model."): weight + 1})
     refused_everywhere(copy, DOWN, DOWN.removeprefix("model.") + " ")
+
+
+def test_a_head_that_is_tied_and_stored_with_other_values(copy):
+    embedding = load_file(copy / "model.safetensors")["model.embed_tokens.weight"]
+    change(copy, **{"lm_head.weight": embedding.clone()})
+    assert inspect_model(ModelSource(str(copy))).tied_embeddings
+    change(copy, **{"lm_head.weight": embedding + 1})
+    refused_everywhere(copy, "lm_head.weight", "tie_word_embeddings")
+    configure(copy, tie_word_embeddings=False)
+    loaded = load_model(ModelSource(str(copy)), "cpu")
+    assert torch.equal(loaded.model.lm_head.weight, embedding + 1)
