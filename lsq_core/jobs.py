@@ -22,11 +22,11 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 
 import psutil
 
+from lsq_core import devices
 from lsq_core.errors import InputError, LsqError
 from lsq_core.jsontext import write_json
 
@@ -307,19 +307,12 @@ def _device_turn(folder: Path, arguments: list[str], progress: _ProgressFile) ->
     """Wait until no other job uses the device; the lock goes with the process, however it ends."""
     words = dict(itertools.pairwise(arguments))
     named = words.get("--device", "auto")
-    device = re.sub(r"\W", "-", _default_device() if named == "auto" else named)
+    device = re.sub(r"\W", "-", devices.canonical(named))
     with (folder / f"device-{device}.lock").open("w") as lock:
         progress.write({"state": "queued", "message": "Waiting for the device."})
         fcntl.flock(lock, fcntl.LOCK_EX)
         progress.begin()
         yield
-
-
-def _default_device() -> str:
-    """What ``auto`` will mean, told without importing torch: a waiting job should be small."""
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1")
-    usable = not hidden and Path("/dev/nvidia0").exists() and "+cpu" not in version("torch")
-    return "cuda" if usable else "cpu"
 
 
 class _ProgressFile:

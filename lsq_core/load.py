@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from lsq_core.checkpoint import read_entries
 from lsq_core.config import LADDER, divides, format_bytes
+from lsq_core.devices import canonical
 from lsq_core.errors import InputError, LsqError
 from lsq_core.fit import check_fit, pickled_entries
 from lsq_core.identity import identity_of, under_name
@@ -80,7 +81,7 @@ class LoadedModel:
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """``auto`` is the GPU when there is one, else the CPU.
+    """``auto`` is the first GPU where there is one, else the CPU; ``cuda`` is ``cuda:0``.
 
     Raises
     ------
@@ -88,9 +89,9 @@ def pick_device(name: str = "auto") -> torch.device:
         When the device does not exist on this machine.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
+        device = torch.device(canonical(name))
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError("only these two have been tried")
         torch.empty(1, device=device)
@@ -380,6 +381,8 @@ def load_model(source: ModelSource, device: str = "auto", dtype: str = "auto") -
     info = describe_files(skeleton(source, folder), source, folder)
     compute_dtype = pick_dtype(dtype, target, model_config(source, folder))
     check_memory(info.source, info.parameters, target, compute_dtype)
+    if weight_files(folder)[0].suffix != ".safetensors":  # those are read as a whole first
+        check_memory(info.source, info.parameters, torch.device("cpu"), compute_dtype)
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -388,10 +391,12 @@ def load_model(source: ModelSource, device: str = "auto", dtype: str = "auto") -
             trust_remote_code=source.trust_remote_code,
             experts_implementation="eager",
             output_loading_info=True,
+            device_map={"": target},  # each tensor straight to where it is used
         )
-        model = model.to(target).eval().requires_grad_(False)
+        model = model.eval().requires_grad_(False)
     except torch.OutOfMemoryError as error:
-        raise LsqError(_too_large(info.source, info.parameters, target, compute_dtype)) from error
+        need = info.parameters * compute_dtype.itemsize
+        raise LsqError(_too_large(f"'{info.source}'", need, target)) from error
     except (ValueError, RuntimeError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
         raise InputError(f"The weights in {folder} cannot be loaded: {reason}") from error
@@ -429,14 +434,18 @@ def _free_bytes(device: torch.device) -> int:
 
 def check_memory(name: str, parameters: int, device: torch.device, dtype: torch.dtype) -> None:
     """Raise :class:`LsqError` when a device has too little memory for so many parameters."""
-    if parameters * dtype.itemsize > _free_bytes(device):
-        raise LsqError(_too_large(name, parameters, device, dtype))
+    check_bytes(f"'{name}' in {str(dtype)[6:]}", parameters * dtype.itemsize, device)
 
 
-def _too_large(name: str, parameters: int, device: torch.device, dtype: torch.dtype) -> str:
-    need = format_bytes(parameters * dtype.itemsize)
+def check_bytes(what: str, need: int, device: torch.device) -> None:
+    """Raise :class:`LsqError` when a device has less than ``need`` bytes of memory free."""
+    if need > _free_bytes(device):
+        raise LsqError(_too_large(what, need, device))
+
+
+def _too_large(what: str, need: int, device: torch.device) -> str:
     return (
-        f"'{name}' needs {need} in {str(dtype)[6:]} and {device} has "
+        f"{what} needs {format_bytes(need)} and {device} has "
         f"{format_bytes(_free_bytes(device))} free: choose another device or a smaller model."
     )
 

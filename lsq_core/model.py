@@ -20,6 +20,8 @@ DEMO_FOLDER = Path(__file__).resolve().parents[1] / "data" / "demo_model"
 
 #: What a repository is asked for: weights as safetensors, and the small text files beside them.
 _WANTED_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+#: What says what a model is: its config, what a quantizer said of it, and the index of its weights.
+_DESCRIBING_FILES = ["config.json", "*quant*.json", INDEX]
 #: Folders inside a repository, and a second copy of the weights that some carry.
 _UNWANTED_FILES = ["*/*", "consolidated*.safetensors"]
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
@@ -162,13 +164,20 @@ def find_model(source: ModelSource) -> Path:
 
 
 def find_config(source: ModelSource) -> Path:
-    """The folder with the model's ``config.json``; nothing else of a remote model is fetched.
+    """The folder with the model's ``config.json``; no weights of a remote model are fetched.
 
-    Raises as :func:`find_model`.
+    Beside it are the small files that say what the weights are, and the model's own code where
+    that is trusted. Raises as :func:`find_model`.
     """
     folder = source.local_folder
     if folder is None:
-        return Path(_ask_hub(source, "hf_hub_download", filename="config.json")).parent
+        patterns = [*_DESCRIBING_FILES, *(["*.py"] if source.trust_remote_code else [])]
+        found = _ask_hub(
+            source, "snapshot_download", allow_patterns=patterns, ignore_patterns=_UNWANTED_FILES
+        )
+        folder = Path(found)
+        if not (folder / "config.json").is_file():
+            raise InputError(f"'{source.name}' has no config.json, so it is not a model to load.")
     check_config(folder)
     return folder
 

@@ -31,7 +31,7 @@ from lsq_core.config import (
 )
 from lsq_core.corpus import corpus_identity, load_corpus, token_stream
 from lsq_core.errors import InputError, LsqError
-from lsq_core.identity import identity_of, under_name
+from lsq_core.identity import identity_of, known_info, under_name
 from lsq_core.jsontext import json_text
 from lsq_core.model import ModelInfo, ModelSource, described_demo, find_model
 from lsq_core.plan import (
@@ -170,8 +170,20 @@ class Workbench:
         return find_model(self.source)
 
     @cached_property
+    def outline(self) -> ModelInfo:
+        """What the model's config alone says of it, by which what cannot be is refused.
+
+        Of a remote model that isn't here nothing but its config is fetched.
+        """
+        if self.published or self.source.is_local or "info" in self.__dict__:
+            return self.info
+        from lsq_core.load import inspect_model
+
+        return known_info(self.source, self.store) or inspect_model(self.source)
+
+    @cached_property
     def info(self) -> ModelInfo:
-        """What is known of the model, from the store or from its config."""
+        """What is known of the model, whose files are all here; a remote one is fetched."""
         if self.published:
             return self.published
         identity = identity_of(self.folder, self.source.trust_remote_code)
@@ -443,9 +455,9 @@ class Workbench:
             When the request cannot be met; see :func:`lsq_core.plan.make_plan`.
         """
         planner = get_planner(request.method)
-        # A budget out of reach is told before anything is measured.
+        # A budget out of reach is told before anything is measured, or weights are fetched.
         options = planner.options(request)
-        request.budget_for(Problem(self.info.matrices).with_options(options))
+        request.budget_for(Problem(self.outline.matrices).with_options(options))
         profile = self.profile(settings, planner.metrics) if planner.metrics else None
         problem = self._problem(profile).with_options(options)
         if planner.reads_rows:

@@ -218,7 +218,7 @@ class _Sweep:
 
     def _plan(self, number: int) -> None:
         request, quantizer = self.asked[number].request, self.asked[number].quantizer
-        problem = Problem(self.bench.info.matrices)
+        problem = Problem(self.bench.outline.matrices)
         reason = refusal_of(problem, request, quantizer, self.settings.axis)
         if reason:  # before a profile is measured for a plan that is of no use
             raise InputError(reason)

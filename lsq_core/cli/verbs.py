@@ -234,7 +234,7 @@ def _refuse_early(
     options: argparse.Namespace, bench: Workbench, settings: ProfileSettings, quantizer: str
 ) -> None:
     """Tell what the quantizer can't do before a profile is measured for the plan."""
-    request, problem = _plan_request(options), Problem(bench.info.matrices)
+    request, problem = _plan_request(options), Problem(bench.outline.matrices)
     reason = refusal_of(problem, request, quantizer, settings.axis)
     if reason:
         raise InputError(reason)
@@ -262,7 +262,7 @@ def _saved_plan(path: Path, bench: Workbench) -> Plan:
         raise InputError(f"{path} cannot be read: {error.strerror}.") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not a plan: it holds no JSON ({error}).") from error
-    return Plan.from_json(content, bench.info.matrices, bench.info.other_bytes)
+    return Plan.from_json(content, bench.outline.matrices, bench.outline.other_bytes)
 
 
 def evaluate(options: argparse.Namespace, report: Report) -> dict:

@@ -28,6 +28,7 @@ from lsq_core.errors import InputError, LsqError
 from lsq_core.identity import has_own_code
 from lsq_core.load import (
     building,
+    check_bytes,
     describe,
     load_tokenizer,
     model_config,
@@ -188,7 +189,8 @@ def load_quantized(
     if (folder / GENERATION).is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     install(model, _empty_matrices(model, source, manifest))
-    _fill(model, load_file(folder / WEIGHTS), compute_dtype)
+    check_bytes(f"{folder.name}, packed,", (folder / WEIGHTS).stat().st_size, target)
+    _fill(model, load_file(folder / WEIGHTS, device=str(target)), compute_dtype)
     model = model.to(target).eval().requires_grad_(False)
     tokenizer = load_tokenizer(source, folder)
     return QuantizedModel(model, tokenizer, manifest, folder, str(target), str(compute_dtype)[6:])
