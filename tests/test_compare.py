@@ -306,6 +306,7 @@ def test_published_runs_cannot_be_deleted(store, runs):
 # --- many runs ------------------------------------------------------------------------------
 
 
+@pytest.mark.bench
 @pytest.mark.slow
 def test_compare_opens_in_time_with_5000_runs(store):
     """Fills a store with 5,000 runs, which takes ten seconds; a page may take 2 s, here 3 × that.

@@ -17,7 +17,7 @@ from lsq_core.cli import main
 from lsq_core.errors import InputError, LsqError
 
 #: Rows that take more than ten seconds: each side is measured once an attempt, else three times.
-SLOW = ("profile", "perplexity", "replan10", "plan_cold")
+SLOW = ("solver_cpu_eager", "profile", "perplexity", "replan10", "plan_cold")
 #: Neighbours can slow a measurement down but never speed both sides up alike, so a row is slower
 #: only when it was so every time.
 ATTEMPTS = 3
@@ -37,6 +37,7 @@ def shortfall(row: Row, known: dict[str, float]) -> str:
     return ""
 
 
+@pytest.mark.bench
 @pytest.mark.parametrize(
     "id", [pytest.param(id, marks=pytest.mark.slow) if id in SLOW else id for id in ROWS]
 )
