@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -17,18 +19,24 @@ from tests.test_app import first_line
 from tests.test_compare import fill
 
 
-@pytest.fixture
-def store() -> Store:
-    store = Store()
+@pytest.fixture(scope="module")
+def made_once(tmp_path_factory) -> tuple[Path, Path]:
+    """A database with runs and its snapshot; each test has a copy of both files."""
+    folder = tmp_path_factory.mktemp("sql")
+    store = Store(folder / "lsq.duckdb")
     fill(store, 12)
-    return store
+    store.snapshot(folder / "copy.duckdb")
+    return store.path, folder / "copy.duckdb"
 
 
 @pytest.fixture
-def copy(store, tmp_path) -> Path:
-    path = tmp_path / "copy.duckdb"
-    store.snapshot(path)
-    return path
+def store(made_once) -> Store:
+    return Store(Path(shutil.copy(made_once[0], os.environ["LSQ_DB"])))
+
+
+@pytest.fixture
+def copy(made_once, tmp_path) -> Path:
+    return Path(shutil.copy(made_once[1], tmp_path / "copy.duckdb"))
 
 
 def test_an_answer_is_what_the_store_says(store, copy):
