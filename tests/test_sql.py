@@ -147,7 +147,7 @@ def test_nothing_is_changed_or_reached(store, copy, tmp_path, attack):
 def test_a_variable_of_the_program_is_no_table(copy):
     secret = pd.DataFrame({"a": [1]})
     assert len(secret)
-    with pytest.raises(InputError, match="secret does not exist"):
+    with pytest.raises(InputError, match="secret"):
         sql.ask(copy, "SELECT * FROM secret")
 
 
@@ -217,7 +217,7 @@ def test_every_example_has_a_button(store):
 def test_a_slip_is_one_sentence(store):
     app = open_query()
     app.text_area(key="sql").set_value("SELEC 1").run()
-    assert first_line(app) == "There is no answer to this query."
+    assert "no answer" in first_line(app)
     assert len(app.error) == 1
     assert "\n" not in app.error[0].value
     assert not app.dataframe
