@@ -164,7 +164,7 @@ def describe_files(model: nn.Module, source: ModelSource, folder: Path) -> Model
         under_name(info, source, identity),
         fingerprint=identity.fingerprint,
         file_bytes=sum(path.stat().st_size for path in files),
-        config=read_config(folder),
+        config=_with_dtype(folder),
         notes=check_fit(model, entries, find_blocks(model)[0], folder),
     )
 
@@ -202,6 +202,13 @@ def model_config(source: ModelSource, folder: Path) -> object:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
     config.dtype = config.dtype or stored_dtype(folder)
     return config
+
+
+def _with_dtype(folder: Path) -> dict:
+    """The folder's config; where it names no dtype, with the one that the weights have."""
+    config, dtype = read_config(folder), stored_dtype(folder)
+    named = any(config.get(key) for key in ("dtype", "torch_dtype"))
+    return config if named or dtype is None else config | {"dtype": str(dtype)[6:]}
 
 
 def stored_dtype(folder: Path) -> torch.dtype | None:

@@ -10,9 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lsq_core import devices
+from lsq_core import devices, jobs
 from lsq_core.errors import LsqError
-from lsq_core.load import load_model, model_config, pick_device, pick_dtype, stored_dtype
+from lsq_core.load import (
+    inspect_model,
+    load_model,
+    model_config,
+    pick_device,
+    pick_dtype,
+    stored_dtype,
+)
 from lsq_core.model import ModelSource
 
 GPU = torch.device("cuda:0")
@@ -74,6 +81,16 @@ def test_one_name_a_device(machine):
     assert str(pick_device("cpu:0")) == "cpu", "what figures name is what the lock names"
 
 
+def test_one_lock_a_device(machine, tmp_path):
+    machine("nvidia3")
+    home = tmp_path / "jobs" / "one"
+    home.mkdir(parents=True)
+    for name in ("auto", "cuda", "cuda:0"):
+        with jobs._device_turn(home.parent, ["run", "--device", name], jobs._ProgressFile(home)):
+            pass
+    assert [path.name for path in home.parent.glob("*.lock")] == ["device-cuda-0.lock"]
+
+
 # --- dtypes ------------------------------------------------------------------------------------
 
 
@@ -108,6 +125,7 @@ def test_where_the_config_names_none_the_weights_tell(random_model, tmp_path, dt
     assert stored_dtype(folder) == dtype
     found = model_config(ModelSource(str(folder)), folder)
     assert pick_dtype("auto", GPU, found) == dtype
+    assert inspect_model(ModelSource(str(folder))).config["dtype"] == str(dtype)[6:]
 
 
 # --- memory ------------------------------------------------------------------------------------

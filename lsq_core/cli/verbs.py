@@ -383,7 +383,8 @@ def results(options: argparse.Namespace, report: Report) -> dict:
 def _results(options: argparse.Namespace) -> pd.DataFrame:
     frame = Store(options.db).results(origin="published" if options.published else "measured")
     if options.model:
-        frame = frame[frame["model"].isin([options.model, PUBLISHED + options.model])]
+        names = options.model, ModelSource(options.model).name, PUBLISHED + options.model
+        frame = frame[frame["model"].isin(names)]
     return frame
 
 
