@@ -11,11 +11,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from lsq_core import jobs
 from lsq_core.cli.parser import build_parser
 from lsq_core.errors import LsqError
 from lsq_core.jsontext import json_text
 from lsq_core.pipeline import Report
+from lsq_core.worker import work
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["job"]:
-        return jobs.work(Path(arguments[1]), execute)
+        return work(Path(arguments[1]), execute)
     options = build_parser().parse_args(arguments)
     console = _Console()
     try:

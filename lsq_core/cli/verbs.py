@@ -368,7 +368,7 @@ def resume(options: argparse.Namespace, report: Report) -> dict:
     job = jobs.follow(jobs.resume(jobs.find(folder, options.id)), report)
     if job.state != "done":
         raise LsqError(f"Job {job.id} ended as {job.state}: {job.message}")
-    return {"job": job.id, "verb": job.arguments[0], "result": job.result()}
+    return {"job": job.id, "verb": job.verb, "result": job.result()}
 
 
 def results(options: argparse.Namespace, report: Report) -> dict:
