@@ -13,6 +13,7 @@ from lsq_core import disk, jobs
 from lsq_core.config import parse_bytes
 from lsq_core.corpus import corpus_identity
 from lsq_core.errors import InputError, LsqError
+from lsq_core.files import write_bytes
 from lsq_core.jsontext import write_json
 from lsq_core.model import MANIFEST, ModelSource
 from lsq_core.pipeline import (
@@ -177,15 +178,8 @@ def plan(options: argparse.Namespace, report: Report) -> dict:
         "covered": bench.info.covered,
     }
     if options.out:
-        _write_new(options.out, content)
+        write_json(options.out, content)
     return content
-
-
-def _write_new(path: Path, content: dict) -> None:
-    try:
-        write_json(path, content)
-    except OSError as error:
-        raise LsqError(f"{path} cannot be written: {error.strerror}.") from error
 
 
 def run(options: argparse.Namespace, report: Report) -> dict:
@@ -406,13 +400,7 @@ def export(options: argparse.Namespace, report: Report) -> dict:
         store = Store(options.db)
         record = store.record(_evaluation_of(store, options.run))
         content, count = pages[kind](store, record).encode("utf8"), 1
-    try:
-        with options.out.open("xb") as file:
-            file.write(content)
-    except FileExistsError as error:
-        raise InputError(f"{options.out} is there already; give a new file.") from error
-    except OSError as error:
-        raise LsqError(f"{options.out} cannot be written: {error.strerror}.") from error
+    write_bytes(options.out, content, new=True)
     return {"out": str(options.out), "runs": count, "bytes": len(content)}
 
 
