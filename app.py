@@ -61,6 +61,8 @@ def show_model(info: ModelInfo) -> None:
     show_sizes(sizes)
     if shallowness(info.layers):
         st.warning(shallowness(info.layers), icon=":material/layers:")
+    for note in info.notes:
+        st.warning(words.literal(note), icon=":material/rule:")
     if info.left_out:
         with st.expander(f"{len(info.left_out)} matrices stay at full precision"):
             st.write("No group size of the ladder divides these:")

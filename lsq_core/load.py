@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -17,8 +17,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
+from lsq_core.checkpoint import read_entries
 from lsq_core.config import LADDER, divides, format_bytes
 from lsq_core.errors import InputError, LsqError
+from lsq_core.fit import check_fit, pickled_entries
 from lsq_core.identity import identity_of, under_name
 from lsq_core.model import (
     Matrix,
@@ -36,6 +38,13 @@ transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+#: Dtypes of checkpoints by the names that safetensors gives them.
+_STORED_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+}
 #: Order of the computation where a block defines its modules in another one.
 _QKV_RANK = {"q_proj": 0, "k_proj": 1, "v_proj": 2}
 
@@ -93,7 +102,9 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device, config: object) -> torch.dtype:
-    """The dtype a model computes in: float32 on a CPU; on a GPU the checkpoint's own.
+    """The dtype a model computes in: ``auto`` is float32 on a CPU, on a GPU the checkpoint's own.
+
+    A checkpoint in float64, or one whose dtype nothing tells, is computed in float32.
 
     Raises
     ------
@@ -107,7 +118,7 @@ def pick_dtype(name: str, device: torch.device, config: object) -> torch.dtype:
     if device.type == "cpu":
         return torch.float32
     stored = getattr(config, "dtype", None)
-    return stored if stored in (torch.bfloat16, torch.float16) else torch.float16
+    return stored if stored in _DTYPES.values() else torch.float32
 
 
 # --- the skeleton of a model, without weights ---------------------------------------------
@@ -124,21 +135,36 @@ def inspect_model(source: ModelSource) -> ModelInfo:
         When there is no such model, or it has no linear decoder blocks.
     """
     folder = find_config(source)
-    info = describe(skeleton(source, folder), source)
+    model = skeleton(source, folder)
     local = find_model(source) if source.is_local else cached_folder(source)
     if local is not None:
-        return with_files(info, source, local)
-    return replace(info, file_bytes=remote_file_bytes(source), config=read_config(folder))
+        return describe_files(model, source, local)
+    return replace(
+        describe(model, source), file_bytes=remote_file_bytes(source), config=read_config(folder)
+    )
 
 
-def with_files(info: ModelInfo, source: ModelSource, folder: Path) -> ModelInfo:
-    """What a model's files, which are all here, add to the description of its modules."""
+def describe_files(model: nn.Module, source: ModelSource, folder: Path) -> ModelInfo:
+    """The description of a model whose files are all here: its modules and what holds them.
+
+    ``model`` is its skeleton in the dtype that its config names.
+
+    Raises
+    ------
+    InputError
+        When the files are not the weights of this model (:func:`lsq_core.fit.check_fit`).
+    """
+    info = describe(model, source)
+    files = weight_files(folder)
+    pickled = files[0].suffix != ".safetensors"
+    entries = pickled_entries(files) if pickled else read_entries(folder, files)
     identity = identity_of(folder, source.trust_remote_code)
     return replace(
         under_name(info, source, identity),
         fingerprint=identity.fingerprint,
-        file_bytes=sum(path.stat().st_size for path in weight_files(folder)),
+        file_bytes=sum(path.stat().st_size for path in files),
         config=read_config(folder),
+        notes=check_fit(model, entries, find_blocks(model)[0], folder),
     )
 
 
@@ -152,13 +178,70 @@ def skeleton(source: ModelSource, folder: Path, **settings: object) -> nn.Module
     InputError
         When transformers cannot build a causal language model from the config.
     """
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
+    with building(source, folder):
+        config = model_config(source, folder)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(
                 config, trust_remote_code=source.trust_remote_code, **settings
             )
+
+
+def model_config(source: ModelSource, folder: Path) -> object:
+    """transformers' config of the model in a folder; never asks at the terminal.
+
+    Its ``dtype`` is that of the checkpoint: the one that it names, or that of most of the weights
+    where it names none.
+
+    Raises
+    ------
+    InputError
+        When transformers cannot read it, or it needs code that is not trusted.
+    """
+    with building(source, folder):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
+    config.dtype = config.dtype or stored_dtype(folder)
+    return config
+
+
+def stored_dtype(folder: Path) -> torch.dtype | None:
+    """The dtype of a checkpoint: the one that its config names, or else that of most bytes.
+
+    None where nothing tells.
+    """
+    config = read_config(folder)
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
+        named = part.get("dtype") or part.get("torch_dtype")
+        found = getattr(torch, str(named).removeprefix("torch."), None)
+        if isinstance(found, torch.dtype):
+            return found
+    sizes = dict.fromkeys(_STORED_DTYPES, 0)
+    files = [path for path in weight_files(folder) if path.suffix == ".safetensors"]
+    for entry in read_entries(folder, files).values():
+        if entry.dtype in sizes:
+            sizes[entry.dtype] += entry.bytes
+    most = max(sizes, key=sizes.get)
+    return _STORED_DTYPES[most] if sizes[most] else None
+
+
+@contextmanager
+def building(source: ModelSource, folder: Path) -> Iterator[None]:
+    """Turn what transformers raises while it builds a model into a sentence.
+
+    Raises
+    ------
+    InputError
+        In the place of transformers' own errors.
+    """
+    try:
+        yield
     except (ValueError, KeyError, TypeError, AttributeError, ImportError, OSError) as error:
+        if not source.trust_remote_code and "auto_map" in read_config(folder):
+            raise InputError(
+                f"'{source.name}' is built by Python code of its own, which only runs if you trust "
+                "it: read its .py files, then give --trust-remote-code (in the app: Trust remote "
+                "code)."
+            ) from error
         reason = str(error).strip().split("\n")[0]
         raise InputError(
             f"'{source.name}' is not a decoder-only language model that transformers can build: "
@@ -294,9 +377,8 @@ def load_model(source: ModelSource, device: str = "auto", dtype: str = "auto") -
     """
     target = pick_device(device)
     folder = find_model(source)
-    info = describe(skeleton(source, folder), source)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
-    compute_dtype = pick_dtype(dtype, target, config)
+    info = describe_files(skeleton(source, folder), source, folder)
+    compute_dtype = pick_dtype(dtype, target, model_config(source, folder))
     check_memory(info.source, info.parameters, target, compute_dtype)
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
@@ -320,7 +402,7 @@ def load_model(source: ModelSource, device: str = "auto", dtype: str = "auto") -
             + (f" and {len(lacking) - 1} more" if lacking[1:] else "")
             + "; fetch or save the model again."
         )
-    info, tokenizer = with_files(info, source, folder), load_tokenizer(source, folder)
+    tokenizer = load_tokenizer(source, folder)
     return LoadedModel(model, tokenizer, info, folder, str(target), str(compute_dtype)[6:])
 
 

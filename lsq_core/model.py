@@ -8,11 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import struct
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
+from lsq_core.checkpoint import INDEX, check_not_quantized, read_entries
 from lsq_core.errors import InputError, LsqError
 
 #: The model that ships with the project.
@@ -120,6 +120,8 @@ class ModelInfo:
     #: :mod:`lsq_core.identity`. The same weights may come with others, under another name.
     tokenizer: str = field(default="", compare=False)
     code: str = field(default="", compare=False)
+    #: What of the checkpoint is not used, a sentence each (:func:`lsq_core.fit.check_fit`).
+    notes: tuple[str, ...] = ()
 
     @property
     def linear_parameters(self) -> int:
@@ -273,12 +275,7 @@ def check_config(folder: Path) -> None:
             f"{folder} is a quantized model that LSQ Explorer saved; evaluate it with eval, or "
             "give the full-precision model it was made from."
         )
-    quantization = read_config(folder).get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method", "some method")
-        raise InputError(
-            f"{folder} is already quantized ({method}); give the full-precision model instead."
-        )
+    check_not_quantized(folder, read_config(folder))
 
 
 def check_model_folder(folder: Path, source: ModelSource) -> None:
@@ -294,37 +291,7 @@ def check_model_folder(folder: Path, source: ModelSource) -> None:
                 "when opened; convert them to safetensors, or allow pickle if you trust them."
             )
         return
-    for path in weights:
-        safetensors_header(path)
-
-
-def safetensors_header(path: Path) -> dict[str, dict]:
-    """Names, dtypes, shapes and offsets of a safetensors file, without reading its weights.
-
-    Raises
-    ------
-    InputError
-        When the file is truncated or is no safetensors file.
-    """
-    size = path.stat().st_size
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > size - 8:
-                raise ValueError("its header is longer than the file")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{path} is not a whole safetensors file ({error}); fetch or save it again."
-        ) from error
-    if 8 + length + end != size:
-        raise InputError(
-            f"{path} is truncated or damaged: {size} bytes where its header promises "
-            f"{8 + length + end}; fetch or save it again."
-        )
-    return header
+    read_entries(folder, weights)
 
 
 def folder_bytes(folder: Path) -> int:
@@ -343,7 +310,7 @@ def weight_files(folder: Path) -> list[Path]:
     InputError
         When the index names a file that is not there.
     """
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if index.is_file():
         try:
             names = set(json.loads(index.read_text("utf8"))["weight_map"].values())
@@ -397,7 +364,7 @@ def _hash_file(path: Path, size: int, modified_ns: int) -> str:
 def write_description(info: ModelInfo, folder: Path) -> None:
     """Keep what is known of a model beside its files, its config left out."""
     content = asdict(info) | {"matrices": [list(asdict(m).values()) for m in info.matrices]}
-    for name in ("config", "tokenizer", "code"):
+    for name in ("config", "tokenizer", "code", "notes"):
         del content[name]
     text = json.dumps(content, separators=(",", ":"))
     (folder / _DESCRIPTION).write_text(text.replace("],", "],\n") + "\n", "utf8")

@@ -58,6 +58,7 @@ from lsq_core.provenance import machine, versions
 from lsq_core.quantize import about, check_choice, mixed_rows_refusal, packages, refusal
 from lsq_core.quantize.manifest import RUN, is_quantized_folder, read_manifest
 from lsq_core.store import PUBLISHED, InteractionKind, Store, new_id
+from lsq_core.targets import check_folder_target
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -194,6 +195,7 @@ class Workbench:
             loaded = load_model(self.source, self.device, self.dtype)
         self.store.save_model(loaded.info)
         self.report("load", 1, 1, f"loaded on {loaded.device} in {loaded.dtype}")
+        self._report_notes(loaded.info)
         return loaded
 
     @cached_property
@@ -211,19 +213,19 @@ class Workbench:
         self.store.save_model(streamed.info)
         where = f"on {streamed.device} in {streamed.dtype}"
         self.report("load", 1, 1, f"read one decoder block at a time, {where}")
+        self._report_notes(streamed.info)
         return streamed
+
+    def _report_notes(self, info: ModelInfo) -> None:
+        for note in info.notes:
+            self.report("note", 0, 1, note)
 
     @cached_property
     def place(self) -> dict[str, str]:
         """The device and the dtype that the model computes on and in; needs no weights."""
-        from transformers import AutoConfig
+        from lsq_core.load import model_config, pick_device, pick_dtype
 
-        from lsq_core.load import pick_device, pick_dtype
-
-        device = pick_device(self.device)
-        config = AutoConfig.from_pretrained(
-            self.folder, trust_remote_code=self.source.trust_remote_code
-        )
+        device, config = pick_device(self.device), model_config(self.source, self.folder)
         dtype = str(pick_dtype(self.dtype, device, config)).removeprefix("torch.")
         return {"device": str(device), "dtype": dtype}
 
@@ -595,9 +597,7 @@ class Workbench:
         run = run or self._run_id(plan, quantizer)
         saved = save is not None and self._is_saved(save, run)
         if save is not None and not saved:
-            from lsq_core.quantize.artifact import check_target
-
-            check_target(save)
+            check_folder_target(save)
         quantized, seconds = self._quantize(plan)
         if save is not None and not saved:
             self._save(quantized, plan, profile, run, save)
@@ -950,14 +950,18 @@ def evaluate_on(
 
 
 def load_saved(
-    folder: Path, device: str = "auto", dtype: str = "auto", report: Report = silent
+    folder: Path,
+    device: str = "auto",
+    dtype: str = "auto",
+    report: Report = silent,
+    trust_remote_code: bool = False,
 ) -> QuantizedModel:
     """A saved quantized model; too little memory is told in a sentence."""
     from lsq_core.quantize.artifact import load_quantized
 
     report("load", 0, 1, f"loading {folder}")
     with in_a_sentence(device):
-        return load_quantized(folder, device, dtype)
+        return load_quantized(folder, device, dtype, trust_remote_code)
 
 
 def evaluate_saved(
@@ -967,6 +971,7 @@ def evaluate_saved(
     device: str = "auto",
     dtype: str = "auto",
     report: Report = silent,
+    trust_remote_code: bool = False,
 ) -> dict:
     """Load a saved quantized model, evaluate it, and keep the result with the run it came from.
 
@@ -975,7 +980,7 @@ def evaluate_saved(
     from lsq_core.load import context_of
     from lsq_core.quantize.apply import measured_bytes
 
-    quantized = load_saved(folder, device, dtype, report)
+    quantized = load_saved(folder, device, dtype, report, trust_remote_code)
     manifest = quantized.manifest
     report("evaluate", 0, 1, f"reading {request.corpus}")
     [[(evaluation, _)]] = evaluate_on(
@@ -1005,10 +1010,12 @@ def remake(
     device: str = "auto",
     dtype: str = "auto",
     report: Report = silent,
+    trust_remote_code: bool = False,
 ) -> tuple[Workbench, nn.Module]:
     """The full-precision model of a run, and its quantized one: as saved, else made once more.
 
-    ``source`` says where the model is, None where it was when the run was made.
+    ``source`` says where the model is, None where it was when the run was made; its own code
+    runs then only if ``trust_remote_code``.
 
     Raises
     ------
@@ -1017,11 +1024,12 @@ def remake(
     """
     kept = store.run(run)
     dtype = kept["dtype"] if dtype == "auto" else dtype
-    source = source or ModelSource(kept["source"], kept["revision"])
+    source = source or ModelSource(kept["source"], kept["revision"], trust_remote_code)
     bench = original(source, kept["fingerprint"], store, device, dtype, report)
     folder = saved_folder(kept)
     if folder is not None:
-        return bench, load_saved(folder, device, dtype, report).model
+        trusted = source.trust_remote_code
+        return bench, load_saved(folder, device, dtype, report, trusted).model
     plan = Plan.from_json(kept["content"], bench.info.matrices, bench.info.other_bytes)
     return bench, bench.quantize(plan, None, kept["quantizer"], run=run).model
 

@@ -115,6 +115,7 @@ MIGRATIONS = [
     INSERT INTO model_names
         SELECT source, revision, fingerprint, '', '', created FROM models
         WHERE origin = 'measured';
+    ALTER TABLE models ADD COLUMN notes VARCHAR[];
     """,
 ]
 
@@ -307,6 +308,11 @@ class Store:
             ).fetchone()
             if not known:
                 _insert_model(connection, info)
+            elif info.notes:
+                connection.execute(
+                    "UPDATE models SET notes = ? WHERE fingerprint = ?",
+                    [list(info.notes), info.fingerprint],
+                )
             connection.execute(
                 "DELETE FROM model_names WHERE source = ? AND revision IS NOT DISTINCT FROM ?",
                 [info.source, info.revision],
@@ -356,6 +362,7 @@ class Store:
             other_bytes=row["other_bytes"],
             fingerprint=fingerprint,
             config=json.loads(row["config"]),
+            notes=tuple(row["notes"] or ()),
         )
 
     def models(self, origin: str = "measured") -> pd.DataFrame:
@@ -900,6 +907,7 @@ def _insert_model(
         other_bytes=info.other_bytes,
         tied_embeddings=info.tied_embeddings,
         left_out=list(info.left_out),
+        notes=list(info.notes),
         config=json_text(info.config),
         created=now(),
         origin=origin,

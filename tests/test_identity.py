@@ -87,7 +87,8 @@ def test_every_kind_of_tokenizer_file_counts(tmp_path, name):
     (tmp_path / name).write_text("a")
     first = tokenizer_hash(tmp_path)
     (tmp_path / name).write_text("b")
-    assert first and tokenizer_hash(tmp_path) not in ("", first)
+    assert first
+    assert tokenizer_hash(tmp_path) not in ("", first)
 
 
 def test_the_code_counts_where_it_is_trusted(copy):
@@ -99,7 +100,9 @@ def test_the_code_counts_where_it_is_trusted(copy):
     (copy / "m.py").write_text("x = 2")
     second = identity_of(copy, trust_remote_code=True)
     assert first.fingerprint == second.fingerprint
-    assert first.code and second.code and first.code != second.code
+    assert first.code
+    assert second.code
+    assert first.code != second.code
     assert identity_of(copy).code == "", "code that does not run changes no figure"
     keys = {
         ProfileSettings().key(one.fingerprint, "corpus", one.tokenizer, one.code)
@@ -177,7 +180,8 @@ def test_a_name_that_no_path_can_have(name, tmp_path):
     with pytest.raises(InputError) as caught:
         Workbench(ModelSource(name), Store(tmp_path / "db")).info  # noqa: B018
     assert caught.value.exit_code == 2
-    assert len(str(caught.value)) < 400 and "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+    assert "\n" not in str(caught.value)
 
 
 def test_models_of_an_older_database_keep_their_names(tmp_path):

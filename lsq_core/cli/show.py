@@ -31,6 +31,8 @@ def model(result: dict) -> None:
     )
     for name in result["left_out"]:
         print(f"left at full precision, since no group size divides it: {name}")
+    for note in result["notes"]:
+        print(f"note: {note}")
 
 
 def profile(result: dict) -> None:

@@ -30,8 +30,9 @@ from lsq_core.plan import PLANNERS, Plan, PlanRequest, Problem
 from lsq_core.predict import parse_loss
 from lsq_core.profile import METRICS, Profile, ProfileSettings
 from lsq_core.quantize import about, check_choice
-from lsq_core.quantize.manifest import RUN, read_manifest
+from lsq_core.quantize.manifest import RUN, is_quantized_folder, read_manifest
 from lsq_core.store import PUBLISHED, Store
+from lsq_core.targets import check_file_target, check_folder_target
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -143,6 +144,7 @@ def _described(info: object) -> dict:
         "linear_parameters": info.linear_parameters,
         "covered": info.covered,
         "left_out": list(info.left_out),
+        "notes": list(info.notes),
         "file_bytes": info.file_bytes,
         "tied_embeddings": info.tied_embeddings,
     }
@@ -167,6 +169,8 @@ def profile(options: argparse.Namespace, report: Report) -> dict:
 
 def plan(options: argparse.Namespace, report: Report) -> dict:
     """Make a plan, measuring what it needs first."""
+    if options.out:
+        check_file_target(options.out)
     bench = _workbench(options, report)
     settings = _settings(options, bench, options.profile_quantizer, options.calibration)
     made, used = _plan(options, bench, settings)
@@ -186,6 +190,10 @@ def run(options: argparse.Namespace, report: Report) -> dict:
     """Plan or take a saved plan, quantize, evaluate, keep."""
     evaluation = _evaluation(options)
     corpus_identity(evaluation.corpus)  # a wrong path is told before anything is measured
+    save = options.save.expanduser().resolve() if options.save else None
+    resumed = getattr(options, "folder_to_keep", None) and save and is_quantized_folder(save)
+    if save and not resumed:  # one that is may have saved its model already
+        check_folder_target(save)
     (quantizer,) = _quantizers(options, [options.quantizer] if options.quantizer else [])
     bench = _workbench(options, report)
     settings = _settings(options, bench, options.profile_quantizer, options.calibration)
@@ -206,7 +214,6 @@ def run(options: argparse.Namespace, report: Report) -> dict:
         made, used = _plan(options, bench, settings)
     check_choice(quantizer, made.choice, made.axis)
     predicted = _predicted(bench, made, quantizer, settings, evaluation)
-    save = options.save.expanduser().resolve() if options.save else None
     outcome = bench.run(made, used, quantizer, evaluation, save, settings=settings)
     return {
         "model": bench.source.name,
@@ -265,9 +272,9 @@ def evaluate(options: argparse.Namespace, report: Report) -> dict:
     source = _source(options)
     folder = source.local_folder
     if folder is not None and (folder / MANIFEST).is_file():
-        return evaluate_saved(
-            folder, request, Store(options.db), options.device, options.dtype, report
-        )
+        place = options.device, options.dtype
+        trusted = source.trust_remote_code
+        return evaluate_saved(folder, request, Store(options.db), *place, report, trusted)
     return _workbench(options, report).evaluate_full(request)
 
 
@@ -308,8 +315,8 @@ def audit(options: argparse.Namespace, report: Report) -> dict:
     store, folder = Store(options.db), Path(options.target).expanduser()
     if folder.is_dir() or "/" in options.target:
         return audit_folder(folder.resolve(), store).to_json()
-    place = options.device, options.dtype
-    found = audit_run(options.target, store, _source_if_given(options), *place, report)
+    place = options.device, options.dtype, report, options.trust_remote_code
+    found = audit_run(options.target, store, _source_if_given(options), *place)
     return found.to_json() | {"run": options.target}
 
 
@@ -319,16 +326,16 @@ def generate(options: argparse.Namespace, report: Report) -> dict:
     from lsq_core.pipeline import original, remake
 
     store, source = Store(options.db), _source_if_given(options)
-    place = options.device, options.dtype, report
+    place, trusted = (options.device, options.dtype, report), options.trust_remote_code
     if options.saved is not None:
         manifest = read_manifest(options.saved.expanduser().resolve(), RUN)
         run, fingerprint = manifest["run"], manifest["fingerprint"]
-        source = source or ModelSource(manifest["source"], manifest["revision"])
+        source = source or ModelSource(manifest["source"], manifest["revision"], trusted)
         bench = original(source, fingerprint, store, *place)
-        quantized = load_saved(options.saved, options.device, options.dtype, report).model
+        quantized = load_saved(options.saved, *place, trusted).model
     else:
         run = options.run
-        bench, quantized = remake(run, source, store, *place)
+        bench, quantized = remake(run, source, store, *place, trusted)
     loaded = bench.loaded
     with in_a_sentence(loaded.device):
         compared = compare_generation(
@@ -393,6 +400,7 @@ def export(options: argparse.Namespace, report: Report) -> dict:
     if (kind in pages) != bool(options.run):
         needs = "a run with --run" if kind in pages else "no --run: it holds all runs"
         raise InputError(f"A {kind} file needs {needs}.")
+    check_file_target(options.out)
     if kind in tables:
         frame = _results(options)
         content, count = tables[kind](frame), len(frame)
