@@ -31,6 +31,7 @@ import numpy as np
 
 from lsq_core.errors import InputError, LsqError, reason_of
 from lsq_core.files import disk_error
+from lsq_core.hub import is_network_error
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -471,11 +472,7 @@ def _hub_failure(dataset: _HubDataset, cause: Exception) -> LsqError | None:
     """
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
     from huggingface_hub import is_offline_mode
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     reason = reason_of(cause)
     instead = "or use 'stdlib', which needs no network."
@@ -496,10 +493,8 @@ def _hub_failure(dataset: _HubDataset, cause: Exception) -> LsqError | None:
     full = disk_error(cause)
     if full is not None:
         return full
-    # A missing file is a FileNotFoundError of datasets; httpx, requests and sockets fail as below.
-    network = isinstance(cause, (HfHubHTTPError, OSError, TimeoutError)) or (
-        type(cause).__module__.partition(".")[0] in ("httpx", "httpcore", "requests", "urllib3")
-    )
+    # What datasets itself lacks, a file say, is an OSError too.
+    network = is_network_error(cause) and not isinstance(cause, DatasetsError)
     if (network or isinstance(cause, (DatasetsError, ValueError))) and is_offline_mode():
         return LsqError(
             f"{dataset.label} is not in the local cache and HF_HUB_OFFLINE forbids downloading it: "
@@ -512,7 +507,7 @@ def _hub_failure(dataset: _HubDataset, cause: Exception) -> LsqError | None:
             f"{dataset.label} could not be downloaded ({type(cause).__name__}: {reason}): check "
             f"the network, set HF_HUB_OFFLINE=1 to use a copy in the local cache, {instead}"
         )
-    if isinstance(cause, DatasetsError):  # what its files hold
+    if isinstance(cause, (DatasetsError, RuntimeError)):  # what its files hold
         told = reason_of(cause.__cause__ or cause)
         return InputError(f"{dataset.label} cannot be read ({told}): choose another one, {instead}")
     return None

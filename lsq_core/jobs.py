@@ -339,6 +339,30 @@ def cancel(job: Job) -> Job:
     return read(job.folder)
 
 
+def delete(job: Job) -> None:
+    """Delete a job that has ended, with all that it kept; results in the database stay.
+
+    Raises
+    ------
+    InputError
+        When it waits or runs.
+    """
+    if read_state(job.folder) in ACTIVE:
+        raise InputError(f"Job {job.id} is under way; cancel it first.")
+    try:
+        shutil.rmtree(job.folder)
+    except OSError as error:
+        raise LsqError(f"{job.folder} cannot be deleted ({error.strerror}).") from error
+
+
+def read_state(home: Path) -> str:
+    """How a job stands; damaged where there is nothing to tell it by."""
+    try:
+        return read(home).state
+    except InputError:
+        return "damaged"
+
+
 def _end(home: Path, state: str, message: str) -> None:
     """Write how a job ended whose process didn't."""
     try:

@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from lsq_core.checkpoint import read_entries
 from lsq_core.config import LADDER, divides, format_bytes
-from lsq_core.errors import InputError, LsqError
+from lsq_core.errors import InputError, LsqError, reason_of
 from lsq_core.fit import check_fit, pickled_entries
 from lsq_core.identity import identity_of, under_name
 from lsq_core.model import (
@@ -242,10 +242,9 @@ def building(source: ModelSource, folder: Path) -> Iterator[None]:
                 "it: read its .py files, then give --trust-remote-code (in the app: Trust remote "
                 "code)."
             ) from error
-        reason = str(error).strip().split("\n")[0]
         raise InputError(
             f"'{source.name}' is not a decoder-only language model that transformers can build: "
-            f"{reason}"
+            f"{reason_of(error)}."
         ) from error
 
 
@@ -393,8 +392,9 @@ def load_model(source: ModelSource, device: str = "auto", dtype: str = "auto") -
     except torch.OutOfMemoryError as error:
         raise LsqError(_too_large(info.source, info.parameters, target, compute_dtype)) from error
     except (ValueError, RuntimeError, OSError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"The weights in {folder} cannot be loaded: {reason}") from error
+        raise InputError(
+            f"The weights in {folder} cannot be loaded: {reason_of(error)}."
+        ) from error
     lacking = sorted(found["missing_keys"])
     if lacking:  # transformers would go on with random ones
         raise InputError(
@@ -417,8 +417,8 @@ def load_tokenizer(source: ModelSource, folder: Path) -> object:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
     except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"{folder} has no tokenizer that can be loaded: {reason}") from error
+        reason = reason_of(error)
+        raise InputError(f"{folder} has no tokenizer that can be loaded: {reason}.") from error
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -15,12 +15,14 @@ import re
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from lsq_core.errors import InputError, LsqError, reason_of
 from lsq_core.evaluate import Protocol
+from lsq_core.files import Damaged, read_json
 from lsq_core.jsontext import json_text, write_json
 from lsq_core.pipeline import (
     EvaluationRequest,
@@ -167,6 +169,22 @@ def sweep(bench: Workbench, asked: Sequence[Item], settings: ProfileSettings) ->
         kind = InputError if len(sweeping.bad_input) == len(asked) else LsqError
         raise kind(f"None of the {len(asked)} runs could be made; the first: {reason}")
     return sweeping.rows
+
+
+def rows_kept(folder: Path) -> list[dict]:
+    """What came so far of each item of the sweep that keeps in a folder; none where nothing did.
+
+    Raises
+    ------
+    Damaged
+        When that cannot be read.
+    """
+    path = folder / ITEMS
+    rows = (read_json(path) or {"items": []}).get("items")
+    asked = {"method", "base", "budget", "quantizer", "corpus", "state"}
+    if isinstance(rows, list) and all(isinstance(row, dict) and asked <= set(row) for row in rows):
+        return rows
+    raise Damaged(f"{path} is damaged: it holds no rows of a sweep.")
 
 
 class _Sweep:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from lsq_core import disk, jobs
 from lsq_core.config import parse_bytes
 from lsq_core.corpus import corpus_identity
-from lsq_core.errors import InputError, LsqError
+from lsq_core.errors import InputError, LsqError, reason_of
 from lsq_core.files import write_bytes
 from lsq_core.jsontext import write_json
 from lsq_core.model import MANIFEST, ModelSource
@@ -262,7 +262,7 @@ def _saved_plan(path: Path, bench: Workbench) -> Plan:
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}.") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not a plan: it holds no JSON ({error}).") from error
+        raise InputError(f"{path} is not a plan: it holds no JSON ({reason_of(error)}).") from error
     return Plan.from_json(content, bench.info.matrices, bench.info.other_bytes)
 
 
