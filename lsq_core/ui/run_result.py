@@ -41,7 +41,7 @@ def result_of(job: Job) -> dict:
         When it can't be read, or figures are missing.
     """
     result = job.result() or {}
-    if not _FIGURES <= result.keys() or not isinstance(result["increase"], dict):
+    if not result.keys() >= _FIGURES or not isinstance(result["increase"], dict):
         raise Damaged(f"{job.folder / 'result.json'} is damaged: it lacks figures of the run.")
     return result
 
