@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lsq_core.errors import InputError
+from lsq_core.files import Damaged, read_arrays, write_arrays
 
 if TYPE_CHECKING:
     import torch
@@ -221,6 +222,8 @@ def evaluate_together(
     total = sum(len(walk.windows) for walk in walks)
     done = total - sum(len(walks[text].passes[number]) for batch in left for text, number in batch)
     told = 0
+    for damage in (file.damage for walk in walks for file in walk.files if file.damage):
+        progress(done, total, f"{damage} Its windows are scored again.")
     progress(done, total, f"window {done} of {total}")
     for batch in [[], *left]:
         if batch:
@@ -427,27 +430,36 @@ class _Kept:
     def __init__(self, path: Path | None, tallies: tuple[_Tally, ...]) -> None:
         self.path, self.tallies = path, tallies
         self.written = time.monotonic()
+        #: Why what the file held is of no use, '' where it is.
+        self.damage = ""
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Every tally's arrays, by name and the tally's number."""
+        return {
+            f"{name}_{number}": array
+            for number, tally in enumerate(self.tallies)
+            for name, array in tally.state.items()
+        }
 
     def restore(self) -> None:
-        """Take up what the file holds."""
-        if self.path is not None and self.path.is_file():
-            with np.load(self.path) as file:
-                for number, tally in enumerate(self.tallies):
-                    tally.restore({name: file[f"{name}_{number}"] for name in tally.state})
+        """Take up what the file holds; one that is damaged is deleted, and costs what it held."""
+        if self.path is None:
+            return
+        try:
+            kept = read_arrays(self.path, self.arrays)
+        except Damaged as error:
+            self.damage = str(error)
+            self.path.unlink(missing_ok=True)
+            return
+        for number, tally in enumerate(self.tallies if kept else ()):
+            tally.restore({name: kept[f"{name}_{number}"] for name in tally.state})
 
     def save(self, last: bool) -> None:
         """Write the file every few seconds, and when the last window is scored."""
         if self.path is None or not (last or time.monotonic() - self.written > _KEEP_EVERY):
             return
-        arrays = {
-            f"{name}_{number}": array
-            for number, tally in enumerate(self.tallies)
-            for name, array in tally.state.items()
-        }
-        unfinished = self.path.with_name(f".{self.path.name}.new")
-        with unfinished.open("wb") as file:
-            np.savez(file, **arrays)
-        unfinished.replace(self.path)
+        write_arrays(self.path, self.arrays)
         self.written = time.monotonic()
 
 

@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 from lsq_core.checkpoint import read_entries
 from lsq_core.config import LADDER, divides, format_bytes
 from lsq_core.devices import canonical
-from lsq_core.errors import InputError, LsqError
+from lsq_core.errors import InputError, LsqError, reason_of
 from lsq_core.fit import check_fit, pickled_entries
 from lsq_core.identity import identity_of, under_name
 from lsq_core.model import (
@@ -224,8 +224,12 @@ def stored_dtype(folder: Path) -> torch.dtype | None:
         if isinstance(found, torch.dtype):
             return found
     sizes = dict.fromkeys(_STORED_DTYPES, 0)
-    files = [path for path in weight_files(folder) if path.suffix == ".safetensors"]
-    for entry in read_entries(folder, files).values():
+    try:
+        files = [path for path in weight_files(folder) if path.suffix == ".safetensors"]
+        entries = read_entries(folder, files)
+    except InputError:
+        return None  # of a remote model's files only the small ones may be here
+    for entry in entries.values():
         if entry.dtype in sizes:
             sizes[entry.dtype] += entry.bytes
     most = max(sizes, key=sizes.get)
@@ -250,10 +254,9 @@ def building(source: ModelSource, folder: Path) -> Iterator[None]:
                 "it: read its .py files, then give --trust-remote-code (in the app: Trust remote "
                 "code)."
             ) from error
-        reason = str(error).strip().split("\n")[0]
         raise InputError(
             f"'{source.name}' is not a decoder-only language model that transformers can build: "
-            f"{reason}"
+            f"{reason_of(error)}."
         ) from error
 
 
@@ -405,8 +408,9 @@ def load_model(source: ModelSource, device: str = "auto", dtype: str = "auto") -
         need = info.parameters * compute_dtype.itemsize
         raise LsqError(_too_large(f"'{info.source}'", need, target)) from error
     except (ValueError, RuntimeError, OSError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"The weights in {folder} cannot be loaded: {reason}") from error
+        raise InputError(
+            f"The weights in {folder} cannot be loaded: {reason_of(error)}."
+        ) from error
     lacking = sorted(found["missing_keys"])
     if lacking:  # transformers would go on with random ones
         raise InputError(
@@ -429,8 +433,8 @@ def load_tokenizer(source: ModelSource, folder: Path) -> object:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
     except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"{folder} has no tokenizer that can be loaded: {reason}") from error
+        reason = reason_of(error)
+        raise InputError(f"{folder} has no tokenizer that can be loaded: {reason}.") from error
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -23,7 +23,7 @@ import duckdb
 import numpy as np
 
 from lsq_core.config import RATIOS
-from lsq_core.errors import InputError, LsqError
+from lsq_core.errors import InputError, LsqError, reason_of
 from lsq_core.jsontext import json_text
 from lsq_core.model import Matrix, ModelInfo
 from lsq_core.profile import Profile, ProfileSettings
@@ -985,4 +985,4 @@ def new_id() -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+    return reason_of(error)

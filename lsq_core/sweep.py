@@ -15,12 +15,14 @@ import re
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from lsq_core.errors import InputError, LsqError
+from lsq_core.errors import InputError, LsqError, reason_of
 from lsq_core.evaluate import Protocol
+from lsq_core.files import Damaged, read_json
 from lsq_core.jsontext import json_text, write_json
 from lsq_core.pipeline import (
     EvaluationRequest,
@@ -157,15 +159,32 @@ def sweep(bench: Workbench, asked: Sequence[Item], settings: ProfileSettings) ->
 
     Raises
     ------
-    LsqError
-        When every one of them failed.
+    InputError, LsqError
+        When every one of them failed; the former when what was asked for was wrong in each.
     """
     sweeping = _Sweep(bench, asked, settings)
     sweeping.run()
     if all(row["state"] == FAILED for row in sweeping.rows):
-        first = sweeping.rows[0]
-        raise LsqError(f"None of the {len(asked)} runs could be made; the first: {first['reason']}")
+        reason = sweeping.rows[0]["reason"]
+        kind = InputError if len(sweeping.bad_input) == len(asked) else LsqError
+        raise kind(f"None of the {len(asked)} runs could be made; the first: {reason}")
     return sweeping.rows
+
+
+def rows_kept(folder: Path) -> list[dict]:
+    """What came so far of each item of the sweep that keeps in a folder; none where nothing did.
+
+    Raises
+    ------
+    Damaged
+        When that cannot be read.
+    """
+    path = folder / ITEMS
+    rows = (read_json(path) or {"items": []}).get("items")
+    asked = {"method", "base", "budget", "quantizer", "corpus", "state"}
+    if isinstance(rows, list) and all(isinstance(row, dict) and asked <= set(row) for row in rows):
+        return rows
+    raise Damaged(f"{path} is damaged: it holds no rows of a sweep.")
 
 
 class _Sweep:
@@ -176,7 +195,9 @@ class _Sweep:
         self.rows = [item.asked | {"state": "waiting"} for item in asked]
         self.plans: dict[PlanRequest, tuple[Plan, Profile | None]] = {}
         #: Why a request has no plan; trying again could measure a whole profile again.
-        self.refused: dict[PlanRequest, str] = {}
+        self.refused: dict[PlanRequest, LsqError] = {}
+        #: Items that failed because of what was asked for.
+        self.bad_input: set[int] = set()
         self.total = 0
 
     def run(self) -> None:
@@ -208,10 +229,12 @@ class _Sweep:
         try:
             step(number)
         except LsqError as error:
+            if isinstance(error, InputError):
+                self.bad_input.add(number)
             self._fail(number, str(error))
         except Exception as error:  # a defect in one must not cost the others
             traceback.print_exc()
-            self._fail(number, f"{type(error).__name__}: {error} (see the log)")
+            self._fail(number, f"{type(error).__name__}: {reason_of(error)} (see the log)")
 
     def _fail(self, number: int, reason: str) -> None:
         self.rows[number] |= {"state": FAILED, "reason": reason}
@@ -223,12 +246,12 @@ class _Sweep:
         if reason:  # before a profile is measured for a plan that is of no use
             raise InputError(reason)
         if request in self.refused:  # what it was for another item, it is for this one
-            raise LsqError(self.refused[request])
+            raise self.refused[request]
         if request not in self.plans:
             try:
                 self.plans[request] = self.bench.plan(request, self.settings)
             except LsqError as error:
-                self.refused[request] = str(error)
+                self.refused[request] = error
                 raise
         plan = self.plans[request][0]
         check_choice(quantizer, plan.choice, plan.axis)
@@ -320,7 +343,10 @@ class _Sweep:
             try:
                 self._measure(together)
             except Exception as error:
-                self.bench.report("sweep", self.done, self.total, f"one by one, since {error}")
+                if not isinstance(error, LsqError):
+                    traceback.print_exc()  # alone each may go well, and the defect stay unseen
+                reason = reason_of(error)
+                self.bench.report("sweep", self.done, self.total, f"one by one, since {reason}")
         for number in items:
             self._trying(number, lambda alone: self._measure([[alone]]))
             self._keep()

@@ -29,7 +29,7 @@ _VIEWS = {
 def explore(here: Here) -> None:
     """The profile under the chosen settings in the chosen view, or the way to it."""
     info = here.info
-    state.begin_settings(info.fingerprint, known.newest_settings(here.store, info))
+    state.begin_settings(known.identity(info), known.newest_settings(here.store, info))
     state.begin("see", "layers", list(_VIEWS))
     first = st.container()
     settings = profile_bar(here.store, info)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lsq_core import devices, jobs
+from lsq_core import devices, worker
 from lsq_core.errors import LsqError
 from lsq_core.load import (
     inspect_model,
@@ -86,7 +86,9 @@ def test_one_lock_a_device(machine, tmp_path):
     home = tmp_path / "jobs" / "one"
     home.mkdir(parents=True)
     for name in ("auto", "cuda", "cuda:0"):
-        with jobs._device_turn(home.parent, ["run", "--device", name], jobs._ProgressFile(home)):
+        with worker._device_turn(
+            home.parent, ["run", "--device", name], worker._ProgressFile(home)
+        ):
             pass
     assert [path.name for path in home.parent.glob("*.lock")] == ["device-cuda-0.lock"]
 

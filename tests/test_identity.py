@@ -219,7 +219,7 @@ def hub(copy, cache, monkeypatch):
 
     fetched = []
 
-    def download(name, revision=None, allow_patterns=(), ignore_patterns=()):
+    def download(name, revision=None, allow_patterns=(), **more):
         home = cache(name, copy, revision or "main").parent / "fetched"
         home.mkdir(exist_ok=True)
         for path in copy.iterdir():
@@ -262,6 +262,18 @@ def test_a_possible_plan_fetches_the_weights_then(hub, capsys):
     words = ["plan", "--method", "uniform", "--budget", "3.2bpp", "--model", "some-org/some-model"]
     assert cli.main(words) == 0
     assert hub.index("config.json") < hub.index("model.safetensors")
+
+
+def test_a_remote_model_of_which_only_small_files_are_here(hub, copy, capsys):
+    """Its index names files that were not fetched, and its config no dtype."""
+    config = json.loads((copy / "config.json").read_text())
+    config.pop("dtype", None)
+    (copy / "config.json").write_text(json.dumps(config))
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert cli.main(["inspect", "--model", "some-org/some-model", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["layers"] == 2
+    assert set(hub) == {"config.json", "model.safetensors.index.json"}
 
 
 def test_a_quantized_model_is_refused_by_its_small_files(hub, copy, capsys):

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from lsq_core import disk, jobs
 from lsq_core.config import parse_bytes
 from lsq_core.corpus import corpus_identity
-from lsq_core.errors import InputError, LsqError
+from lsq_core.errors import InputError, LsqError, reason_of
+from lsq_core.files import write_bytes
 from lsq_core.jsontext import write_json
 from lsq_core.model import MANIFEST, ModelSource
 from lsq_core.pipeline import (
@@ -261,7 +262,7 @@ def _saved_plan(path: Path, bench: Workbench) -> Plan:
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}.") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not a plan: it holds no JSON ({error}).") from error
+        raise InputError(f"{path} is not a plan: it holds no JSON ({reason_of(error)}).") from error
     return Plan.from_json(content, bench.outline.matrices, bench.outline.other_bytes)
 
 
@@ -368,7 +369,7 @@ def resume(options: argparse.Namespace, report: Report) -> dict:
     job = jobs.follow(jobs.resume(jobs.find(folder, options.id)), report)
     if job.state != "done":
         raise LsqError(f"Job {job.id} ended as {job.state}: {job.message}")
-    return {"job": job.id, "verb": job.arguments[0], "result": job.result()}
+    return {"job": job.id, "verb": job.verb, "result": job.result()}
 
 
 def results(options: argparse.Namespace, report: Report) -> dict:
@@ -408,13 +409,7 @@ def export(options: argparse.Namespace, report: Report) -> dict:
         store = Store(options.db)
         record = store.record(_evaluation_of(store, options.run))
         content, count = pages[kind](store, record).encode("utf8"), 1
-    try:
-        with options.out.open("xb") as file:
-            file.write(content)
-    except FileExistsError as error:
-        raise InputError(f"{options.out} is there already; give a new file.") from error
-    except OSError as error:
-        raise LsqError(f"{options.out} cannot be written: {error.strerror}.") from error
+    write_bytes(options.out, content, new=True)
     return {"out": str(options.out), "runs": count, "bytes": len(content)}
 
 

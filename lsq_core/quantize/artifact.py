@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from lsq_core.checkpoint import safetensors_header
 from lsq_core.config import config_of, format_bytes
 from lsq_core.errors import InputError, LsqError
+from lsq_core.files import sync_folder, sync_tree
 from lsq_core.identity import has_own_code
 from lsq_core.load import (
     building,
@@ -128,9 +129,11 @@ def _whole_or_nothing(folder: Path, need: int) -> Iterator[Path]:
     try:
         yield unfinished
         unfinished.chmod(0o755)
+        sync_tree(unfinished)
         if folder.is_dir():
             folder.rmdir()
         unfinished.rename(folder)
+        sync_folder(folder.parent)
     except Exception as error:
         no_space = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
         if no_space:

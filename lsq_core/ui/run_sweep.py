@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -220,8 +219,7 @@ def _in_words(here: Here, asked: _Asked, cannot: list[str]) -> str:
 
 def rows_of(job: Job) -> list[dict]:
     """What came of each item so far."""
-    path = job.folder / sweep.ITEMS
-    return json.loads(path.read_text("utf8"))["items"] if path.is_file() else []
+    return sweep.rows_kept(job.folder)
 
 
 def say(job: Job) -> None:

@@ -124,15 +124,18 @@ _SETTINGS = {
 }
 
 
-def begin_settings(fingerprint: str, newest: ProfileSettings | None) -> None:
-    """Start from the newest profile that this model has, once for each model of a session."""
+def begin_settings(model: str, newest: ProfileSettings | None) -> None:
+    """Start from the newest profile that this model has, once for each model of a session.
+
+    ``model`` is its identity (:func:`lsq_core.ui.known.identity`).
+    """
     before = st.session_state.get("settings_of", "")
-    fresh = before != fingerprint
+    fresh = before != model
     if fresh and newest is not None:
         set_settings(newest)
     elif fresh and before.startswith(PUBLISHED):
         set_settings(ProfileSettings())  # published texts and grids are no model's here
-    st.session_state["settings_of"] = fingerprint
+    st.session_state["settings_of"] = model
     defaults = asdict(ProfileSettings())
     for field, key in _SETTINGS.items():
         st.session_state.setdefault(key, defaults[field])
