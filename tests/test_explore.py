@@ -52,7 +52,7 @@ from tests.test_app import (  # noqa: F401 - fixtures
     first_line,
     open_page,
 )
-from tests.test_published_pages import CHAT, SEVEN, SEVENTY, imported, store, told  # noqa: F401
+from tests.test_published_pages import CHAT, SEVEN, SEVENTY, store, told  # noqa: F401
 
 
 def figure(app, number: int) -> dict:

@@ -24,7 +24,7 @@ from lsq_core.profile import ProfileSettings
 from lsq_core.reference import import_download, import_reference
 from lsq_core.store import Store
 from lsq_core.ui import known
-from tests.conftest import REFERENCE, ROOT
+from tests.conftest import ROOT
 from tests.test_app import PAGES, _array, chart, first_line, go, open_page
 from tests.test_reference_download import write_toolkit
 
@@ -37,21 +37,11 @@ SEVEN, EIGHT, SEVENTY, CHAT = (
 MODELS = [SEVEN, EIGHT, SEVENTY, CHAT]
 
 
-@pytest.fixture(scope="module")
-def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database with the whole reference; for reading only."""
-    if not REFERENCE.is_dir():
-        pytest.skip(f"the published measurements are not at {REFERENCE}")
-    store = Store(tmp_path_factory.mktemp("published") / "lsq.duckdb")
-    import_reference(REFERENCE, store)
-    return store.path
-
-
 @pytest.fixture
-def store(imported: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+def store(published: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     """The imported measurements, where this test's pages look."""
-    monkeypatch.setenv("LSQ_DB", str(imported))
-    return Store(imported)
+    monkeypatch.setenv("LSQ_DB", str(published))
+    return Store(published)
 
 
 @pytest.fixture
@@ -507,9 +497,9 @@ def test_no_other_models_published_runs_stand_in(store, model):
     assert first_line(app).startswith("Best within")
 
 
-def test_measured_runs_are_overlaid_only_by_choice(imported, tmp_path, monkeypatch):
+def test_measured_runs_are_overlaid_only_by_choice(published, tmp_path, monkeypatch):
     path = tmp_path / "both.duckdb"
-    path.write_bytes(imported.read_bytes())
+    path.write_bytes(published.read_bytes())
     monkeypatch.setenv("LSQ_DB", str(path))
     with Store(path).connect() as connection:
         connection.execute(
