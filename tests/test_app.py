@@ -142,27 +142,6 @@ def test_pages_on_a_database_with_a_profile_and_runs(filled, title, says):
     assert not app.error
 
 
-@pytest.mark.parametrize("fresh", [True, False], ids=["a fresh database", "a known model"])
-def test_pages_are_drawn_without_torch(filled, fresh):
-    """In a process of its own: this one has torch already. The embedded model is described."""
-    if fresh:
-        filled.path.unlink()
-    script = (
-        "import sys; from streamlit.testing.v1 import AppTest\n"
-        "app = AppTest.from_file('app.py', default_timeout=60)\n"
-        f"app.query_params['model'] = {'demo' if fresh else filled.model!r}\n"
-        f"for page in {list(PAGES.values())!r}:\n"
-        "    if page: app.switch_page(page)\n"
-        "    app.run()\n"
-        "    assert not app.exception and app.title, page\n"
-        "assert 'torch' not in sys.modules\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-
-
 # --- the model ------------------------------------------------------------------------------
 
 
@@ -307,6 +286,7 @@ def test_a_run_goes_from_the_button_to_its_figures(filled):
     app.session_state["corpus"] = filled.settings.calibration
     go(app, "Run")
     app.number_input(key="max_tokens").set_value(400)
+    app.selectbox(key="quantizer").set_value("rtn")
     app.text_input(key="save").set_value("kept-1").run()
     _press(app, "Quantize and evaluate")
     (job,) = jobs.list_jobs(disk.jobs_folder(Store(filled.path)))

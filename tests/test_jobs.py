@@ -67,23 +67,24 @@ def quick(random_model, small_text, store) -> list[str]:
     return [
         *["run", "--model", str(random_model("llama-gqa")), "--method", "uniform"],
         *["--base", "3.13", "--corpus", str(small_text), "--max-tokens", "300"],
-        *["--db", str(store.path)],
+        *["--quantizer", "rtn", "--db", str(store.path)],
     ]
 
 
 @pytest.fixture
 def evaluation(store) -> list[str]:
-    """A run whose evaluation takes some ten seconds or more."""
+    """A run whose quantizing and whose evaluation take seconds each."""
     return [
         *["run", "--model", "demo", "--device", "cpu", "--method", "uniform", "--base", "3.13"],
-        *["--max-tokens", "16000", "--db", str(store.path)],
+        *["--max-tokens", "6000", "--db", str(store.path)],
     ]
 
 
 @pytest.fixture
 def long(store) -> list[str]:
-    """A command that would take minutes."""
-    return ["profile", "--model", "demo", "--device", "cpu", "--db", str(store.path)]
+    """A command that would take a minute or more."""
+    command = ["profile", "--model", "demo", "--device", "cpu", "--quantizer", "rtn"]
+    return [*command, "--db", str(store.path)]
 
 
 def test_a_job_does_what_the_command_does(folder, quick, store):

@@ -6,8 +6,6 @@ import functools
 import json
 import re
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
@@ -24,8 +22,7 @@ from lsq_core.profile import ProfileSettings
 from lsq_core.reference import import_download, import_reference
 from lsq_core.store import Store
 from lsq_core.ui import known
-from tests.conftest import ROOT
-from tests.test_app import PAGES, _array, chart, first_line, go, open_page
+from tests.test_app import _array, chart, first_line, go, open_page
 from tests.test_reference_download import write_toolkit
 
 SEVEN, EIGHT, SEVENTY, CHAT = (
@@ -117,24 +114,6 @@ def test_the_bare_name_is_the_same_model(store, title):
 def test_a_model_that_was_not_imported_is_one_sentence(store):
     app = open_page("Model", model="published:nothing")
     assert "'nothing'" in app.error[0].value.replace("\\", "")
-
-
-def test_published_pages_need_no_torch(store):
-    """In a process of its own: this one may have torch already."""
-    script = (
-        "import sys; from streamlit.testing.v1 import AppTest\n"
-        "app = AppTest.from_file('app.py', default_timeout=60)\n"
-        f"app.query_params['model'] = {SEVEN!r}\n"
-        f"for page in {list(PAGES.values())!r}:\n"
-        "    if page: app.switch_page(page)\n"
-        "    app.run()\n"
-        "    assert not app.exception and app.title, page\n"
-        "assert 'torch' not in sys.modules\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
 
 
 # --- the import -----------------------------------------------------------------------------
