@@ -202,6 +202,7 @@ def test_explore_shows_the_metrics_that_are_published(store, model, panels):
     shown = drawn(app)
     assert list(shown) == panels
     for title, lines in shown.items():
+        assert lines, title
         metric = next(m for m, t in charts_titles().items() if title.startswith(t))
         for name, values in lines:
             kind = name.split(",")[0]
