@@ -97,6 +97,7 @@ new MutationObserver(() => {
 """
 
 
+@pytest.mark.bench
 def test_the_page_follows_a_release_soon(person):
     """80 by 7: the whole page stands for the new budget within 400 ms at p95."""
     page = PlanPage(person, f"model={LARGE}&method=mxq&budget=3.25")
