@@ -44,18 +44,26 @@ class Filled:
 
 
 @pytest.fixture(scope="session")
-def filled_once(tmp_path_factory) -> Filled:
-    folder = tmp_path_factory.mktemp("app")
+def filled_once(made_once) -> Filled:
+    """One for all modules: pytest makes an imported fixture again in each that imports it."""
+    folder = made_once("app", _fill)
+    return Filled(folder / "lsq.duckdb", str(folder / "model"), _settings(folder))
+
+
+def _settings(folder: Path) -> ProfileSettings:
+    text = str(folder / "text.txt")
+    return ProfileSettings("rtn", calibration=text, samples=8, block_tokens=64)
+
+
+def _fill(folder: Path) -> None:
     text = folder / "text.txt"
     text.write_text("\n".join(f"Return the {i}-th item of the list." for i in range(300)), "utf8")
     model = save_random_model(folder / "model", "llama-gqa", num_hidden_layers=4)
-    settings = ProfileSettings("rtn", calibration=str(text), samples=8, block_tokens=64)
-    store = Store(folder / "lsq.duckdb")
-    bench = Workbench(_source(str(model)), store, "cpu")
+    settings = _settings(folder)
+    bench = Workbench(_source(str(model)), Store(folder / "lsq.duckdb"), "cpu")
     for base, tokens in (("3.51", 600), ("4.25", 600), ("3.51", 300)):
         plan, profile = bench.plan(PlanRequest("sensiboost", base=base), settings)
         bench.run(plan, profile, "rtn", EvaluationRequest(str(text), max_tokens=tokens))
-    return Filled(store.path, str(model), settings)
 
 
 def _source(model: str):
