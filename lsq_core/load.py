@@ -406,7 +406,8 @@ def load_model(source: ModelSource, device: str = "auto", dtype: str = "auto") -
         model = model.eval().requires_grad_(False)
     except torch.OutOfMemoryError as error:
         need = info.parameters * compute_dtype.itemsize
-        raise LsqError(_too_large(f"'{info.source}'", need, target)) from error
+        form = str(compute_dtype)[6:]
+        raise LsqError(_too_large(info.source, need, form, target)) from error
     except (ValueError, RuntimeError, OSError) as error:
         raise InputError(
             f"The weights in {folder} cannot be loaded: {reason_of(error)}."
@@ -445,18 +446,21 @@ def _free_bytes(device: torch.device) -> int:
 
 def check_memory(name: str, parameters: int, device: torch.device, dtype: torch.dtype) -> None:
     """Raise :class:`LsqError` when a device has too little memory for so many parameters."""
-    check_bytes(f"'{name}' in {str(dtype)[6:]}", parameters * dtype.itemsize, device)
+    check_bytes(name, parameters * dtype.itemsize, str(dtype)[6:], device)
 
 
-def check_bytes(what: str, need: int, device: torch.device) -> None:
-    """Raise :class:`LsqError` when a device has less than ``need`` bytes of memory free."""
+def check_bytes(name: str, need: int, form: str, device: torch.device) -> None:
+    """Raise :class:`LsqError` when a device has less than ``need`` bytes of memory free.
+
+    ``form`` says what they are: a dtype, or packed matrices.
+    """
     if need > _free_bytes(device):
-        raise LsqError(_too_large(what, need, device))
+        raise LsqError(_too_large(name, need, form, device))
 
 
-def _too_large(what: str, need: int, device: torch.device) -> str:
+def _too_large(name: str, need: int, form: str, device: torch.device) -> str:
     return (
-        f"{what} needs {format_bytes(need)} and {device} has "
+        f"'{name}' needs {format_bytes(need)} in {form} and {device} has "
         f"{format_bytes(_free_bytes(device))} free: choose another device or a smaller model."
     )
 

@@ -192,7 +192,7 @@ def load_quantized(
     if (folder / GENERATION).is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     install(model, _empty_matrices(model, source, manifest))
-    check_bytes(f"{folder.name}, packed,", (folder / WEIGHTS).stat().st_size, target)
+    check_bytes(str(folder), (folder / WEIGHTS).stat().st_size, "packed form", target)
     _fill(model, load_file(folder / WEIGHTS, device=str(target)), compute_dtype)
     model = model.to(target).eval().requires_grad_(False)
     tokenizer = load_tokenizer(source, folder)
