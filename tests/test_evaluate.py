@@ -191,7 +191,7 @@ def test_an_evaluation_cut_off_goes_on_with_the_windows_that_are_left(demo, ids,
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "zeroed", "another text's"])
 def test_a_damaged_checkpoint_is_said_and_its_windows_are_scored_again(demo, ids, tmp_path, damage):
-    protocol, file = Protocol.named("strided", 64), tmp_path / "evaluation-0.npz"
+    ids, protocol, file = ids[:400], Protocol.named("strided", 64), tmp_path / "evaluation-0.npz"
     [first] = evaluate(demo.model, ids, protocol, bos=0, checkpoint=file)[:1]
     content = file.read_bytes()
     if damage == "another text's":
