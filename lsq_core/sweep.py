@@ -262,9 +262,9 @@ class _Sweep:
             & (there["protocol"] == protocol)
             & there["kl"].notna()
         ]
-        same = same[
-            [evaluation_dependencies(json.loads(t)) == made_with for t in same["provenance"]]
-        ]
+        same = _those(
+            same, [evaluation_dependencies(json.loads(t)) == made_with for t in same["provenance"]]
+        )
         if not same.empty:
             self.rows[number] |= {"state": "found"} | self._figures(same["evaluation"].iloc[0])
 
@@ -279,12 +279,12 @@ class _Sweep:
         ]
         made_by = computes_with(item.quantizer)
         own = run_dependencies(versions(*made_by), made_by)
-        rows = rows[
-            [run_dependencies(json.loads(text), made_by) == own for text in rows["versions"]]
-        ]
+        rows = _those(
+            rows, [run_dependencies(json.loads(text), made_by) == own for text in rows["versions"]]
+        )
         same = plan_identity(plan)
         alike = [content_identity(json.loads(content)) == same for content in rows["content"]]
-        return rows[np.array(alike, dtype=bool)]
+        return _those(rows, alike)
 
     def _figures(self, evaluation: str) -> dict:
         rows = self.bench.store.results(self.bench.info.fingerprint)
@@ -419,6 +419,11 @@ _FIGURES = (
     "tokens",
     "protocol",
 )
+
+
+def _those(rows: pd.DataFrame, wanted: Sequence[bool]) -> pd.DataFrame:
+    """The rows that are wanted, none of none."""
+    return rows[np.array(wanted, dtype=bool)]
 
 
 def _plain(value: object) -> object:

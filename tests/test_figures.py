@@ -25,6 +25,7 @@ from lsq_core.profile import Profile, ProfileSettings
 from lsq_core.provenance import Place, versions
 from lsq_core.report import figures_of
 from lsq_core.store import MIGRATIONS, Store
+from lsq_core.sweep import items, sweep
 
 PLACES = [("cpu", "float32"), ("cpu", "bfloat16"), ("cuda:0", "float32"), ("cuda:0", "bfloat16")]
 
@@ -101,7 +102,7 @@ def test_one_without_full_precision_gets_it_when_it_is_there_and_then_keeps_it()
 
 
 def test_results_of_the_schema_before_get_the_pair_of_their_own_time(tmp_path, monkeypatch):
-    """Known where the provenance is the same, inferred where it isn't, none where none was there."""
+    """Known where the provenance is the same, else inferred; none where there was none."""
     path, older = tmp_path / "old.duckdb", MIGRATIONS.index(_pairing())
     monkeypatch.setattr(store_module, "MIGRATIONS", MIGRATIONS[:older])
     places = {
@@ -381,3 +382,22 @@ def test_the_seconds_of_a_run_add_up_to_all_it_took(folder, small_text):
     assert min(seconds.values()) >= 0
     kept = bench.store.record(bench.store.results()["evaluation"][0])["evaluation"]["seconds"]
     assert kept == pytest.approx(seconds | {"whole": whole})
+
+
+def test_a_sweep_finds_its_runs_after_an_upgrade_of_what_computes_nothing(
+    folder, small_text, monkeypatch
+):
+    """DuckDB stores and PuLP plans; torch computes."""
+    text = EvaluationRequest(str(small_text), max_tokens=200)
+    asked = items([PlanRequest("uniform", base="4.13")], ["rtn"], [text])
+
+    def state() -> str:
+        [row] = sweep(bench_of(folder), asked, ProfileSettings("rtn"))
+        return row["state"]
+
+    assert state() == "done"
+    for package, expected in {"duckdb": "found", "pulp": "found", "torch": "done"}.items():
+        with monkeypatch.context() as patch:
+            upgrade(patch, package)
+            assert state() == expected, package
+        versions.cache_clear()
