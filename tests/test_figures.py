@@ -14,6 +14,8 @@ import torch
 from lsq_core import provenance
 from lsq_core import store as store_module
 from lsq_core.cli import main
+from lsq_core.config import QuantConfig
+from lsq_core.corpus import corpus_identity
 from lsq_core.errors import InputError, LsqError
 from lsq_core.evaluate import MIN_PREDICTED, Evaluation, Protocol, evaluate, lay_windows
 from lsq_core.export import csv_bytes
@@ -110,7 +112,6 @@ def test_results_of_the_schema_before_get_the_pair_of_their_own_time(tmp_path, m
         "b": ("cpu", "float32", "2"),
         "g": ("cuda:0", "float32"),
     }
-    texts = {name: json.dumps(dict(enumerate(place))) for name, place in places.items()}
     texts = {
         name: json.dumps({"device": place[0], "dtype": place[1], "versions": place[2:]})
         for name, place in places.items()
@@ -180,11 +181,8 @@ def test_profiles_in_two_dtypes_stand_side_by_side(folder, small_text):
         again = bench_of(folder, dtype=dtype).find_profile(settings)
         assert again.id == profile.id
         pd.testing.assert_frame_equal(again.values, profile.values)
-    errors = [profile.scores("sensitivity", QUARTER) for profile in found.values()]
+    errors = [profile.scores("sensitivity", QuantConfig(8, 32)) for profile in found.values()]
     assert not np.allclose(*errors, rtol=1e-3), "which is why they are two"
-
-
-QUARTER = ProfileSettings and __import__("lsq_core.config", fromlist=["x"]).QuantConfig(8, 32)
 
 
 def test_a_profile_is_known_by_device_dtype_and_arithmetic_alone(folder, monkeypatch):
@@ -215,7 +213,7 @@ def upgrade(patch: pytest.MonkeyPatch, package: str) -> None:
 
 def test_a_profile_of_the_version_before_is_found_where_it_belongs(folder):
     bench, settings = bench_of(folder), ProfileSettings("rtn")
-    older = settings.key(bench.info.fingerprint, profile_corpus(settings))
+    older = settings.key(bench.info.fingerprint, corpus_identity(settings.calibration))
     made_with = {name: text for name, text in versions().items() if name != "arithmetic"}
     recorded = {"device": "cpu", "dtype": "float32", "versions": made_with}
     elsewhere = recorded | {"device": "cuda:0"}
@@ -231,12 +229,6 @@ def test_a_profile_of_the_version_before_is_found_where_it_belongs(folder):
     assert set(found.metrics) == {"kurtosis", "weight_error"}, "what the GPU added is another's"
     assert bench.store.row_scores(found.id) == {}
     assert bench.store.profile(older) is None
-
-
-def profile_corpus(settings: ProfileSettings) -> str:
-    from lsq_core.corpus import corpus_identity
-
-    return corpus_identity(settings.calibration)
 
 
 def a_profile(bench: Workbench, id: str, recorded: dict, metrics: list[str], value=1.0) -> Profile:
@@ -365,7 +357,7 @@ def test_a_saved_model_evaluated_twice_is_one_line():
     manifest = {"run": "r", "fingerprint": "f"}
     for duckdb in ("1.0", "1.1"):
         store.add_evaluation(manifest, 1, "x", evaluation(11, kl=None, duckdb=duckdb))
-    assert store.results()["saved_model"].tolist() == [True, False]
+    assert sorted(store.results()["saved_model"]) == [False, True]
     store.add_evaluation(manifest, 1, "x", evaluation(11, kl=None, torch="2.1"))
     assert len(store.results()) == 3, "by another torch it is another figure"
 
