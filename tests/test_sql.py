@@ -55,10 +55,11 @@ def test_the_view_is_the_results_of_the_store(store, copy):
     pd.testing.assert_frame_equal(rows, expected)
 
 
-@pytest.fixture
-def known(tmp_path) -> Path:
+@pytest.fixture(scope="module")
+def known(tmp_path_factory) -> Path:
     """A copy of a store of two models, of which each example's answer is known."""
-    store = Store(tmp_path / "known.duckdb")
+    folder = tmp_path_factory.mktemp("known")
+    store = Store(folder / "known.duckdb")
     text, short = ("abc", "strided", 1000), ("abc", "strided", 100)
     runs = [  # run, model, method, bits, text, perplexity
         ("a", "one", "mxq", 3.2, text, 20.0),
@@ -111,9 +112,8 @@ def known(tmp_path) -> Path:
                 "('p', ?, ?, ?, ?)",
                 [module, metric, config, value],
             )
-    path = tmp_path / "copy of known.duckdb"
-    store.snapshot(path)
-    return path
+    store.snapshot(folder / "copy.duckdb")
+    return folder / "copy.duckdb"
 
 
 #: What each example answers on the store of :func:`known`, in the order of its rows.
