@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -834,12 +835,15 @@ def place_of(info: ModelInfo, device: str = "auto", dtype: str = "auto") -> Plac
         device = "cpu"
     if device_kind(device) == "cpu" and dtype == "auto":
         return Place("cpu", "float32")
-    from transformers import PretrainedConfig
+    import torch
 
     from lsq_core.load import pick_device, pick_dtype
 
-    target = pick_device(device)
-    chosen = pick_dtype(dtype, target, PretrainedConfig.from_dict(info.config))
+    target, text = pick_device(device), info.config.get("text_config")
+    parts = (info.config, text if isinstance(text, dict) else {})
+    named = next(filter(None, (p.get("dtype") or p.get("torch_dtype") for p in parts)), None)
+    stored = getattr(torch, str(named).removeprefix("torch."), None)
+    chosen = pick_dtype(dtype, target, SimpleNamespace(dtype=stored))
     return Place(target.type, str(chosen).removeprefix("torch."))
 
 
