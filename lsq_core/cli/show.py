@@ -101,7 +101,8 @@ def run(result: dict) -> None:
         f"({interval}), "
         f"KL {number(result['kl'])} nats, same top token {100 * result['top1']:.1f} %"
     )
-    times(result["seconds"])
+    if "seconds" in result:  # a job of an older version did not keep them
+        times(result["seconds"])
 
 
 def times(seconds: dict) -> None:
