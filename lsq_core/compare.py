@@ -307,6 +307,7 @@ def settings_of(record: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         "corpus SHA-256": own["corpus_sha256"],
         "protocol": own["protocol"],
         "tokens": own["tokens"],
+        "full-precision evaluation": own.get("full_precision"),
         "dtype": run["dtype"],
         "device": run["device"],
         "machine": run["machine"],

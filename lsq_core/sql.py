@@ -47,18 +47,21 @@ class Example:
 EXAMPLES = (
     Example(
         "Best run of each model",
-        """SELECT model, corpus, protocol, min_by(method, perplexity) AS method,
-       min_by(bits_per_param, perplexity) AS bits, min(perplexity) AS perplexity
+        """SELECT model, corpus, protocol, tokens, method, bits_per_param AS bits, perplexity
 FROM results
-GROUP BY ALL
+-- only the same tokens, cut the same way, can be compared
+QUALIFY row_number() OVER (
+    PARTITION BY fingerprint, corpus_sha256, protocol, tokens ORDER BY perplexity, bits) = 1
 ORDER BY ALL""",
     ),
     Example(
         "Best run under 3.3 bits",
-        """SELECT model, method, bits_per_param, perplexity, corpus, protocol
+        """SELECT model, method, bits_per_param, perplexity, corpus, protocol, tokens
 FROM results
 WHERE bits_per_param < 3.3
-QUALIFY row_number() OVER (PARTITION BY model, corpus, protocol ORDER BY perplexity) = 1""",
+QUALIFY row_number() OVER (
+    PARTITION BY fingerprint, corpus_sha256, protocol, tokens ORDER BY perplexity) = 1
+ORDER BY ALL""",
     ),
     Example(
         "Bits by layer of the newest plan",
@@ -72,12 +75,12 @@ ORDER BY layer""",
     ),
     Example(
         "Most sensitive modules",
-        """SELECT m.source AS model, s.module, s.config, max(s.value) AS sensitivity
+        """SELECT m.source AS model, p.provenance ->> '$.dtype' AS dtype,
+       p.provenance ->> '$.corpus' AS calibration, s.module, s.config, s.value AS sensitivity
 FROM scores s
 JOIN profiles p ON s.profile = p.id
 JOIN models m ON p.fingerprint = m.fingerprint
-WHERE s.metric = 'sensitivity' AND s.config = 'b4g64'
-GROUP BY ALL
+WHERE s.metric = 'sensitivity' AND s.config = 'b4g64' AND NOT isnan(s.value)
 ORDER BY sensitivity DESC
 LIMIT 20""",
     ),

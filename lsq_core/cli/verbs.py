@@ -375,9 +375,7 @@ def resume(options: argparse.Namespace, report: Report) -> dict:
 def results(options: argparse.Namespace, report: Report) -> dict:
     """Every run, newest first: measured here, or published."""
     frame = _results(options)
-    # An evaluation of a saved model, which has no full precision beside it, tells no KL.
-    alone = frame["kl"].isna() & (frame["origin"] == "measured")
-    frame = frame.assign(created=frame["created"].astype(str), saved_model=alone)
+    frame = frame.assign(created=frame["created"].astype(str))
     return {"results": frame.astype(object).where(frame.notna(), None).to_dict("records")}
 
 

@@ -231,7 +231,7 @@ def _predictor(here: Here, choice: Choice, corpus: str) -> Predictor | str:
     settings = known.newest_settings(here.store, info)
     if settings is None:
         return "Predicting perplexity needs a profile of this model; Explore measures one."
-    found = known.profile(here.store, info, settings)
+    found = known.profile(here.store, info, settings, here.device)
     return known.predictor(here.store, info, found, settings, corpus)
 
 

@@ -67,7 +67,8 @@ class Asked:
     @property
     def rows(self) -> Impact | None:
         """What is known of the model's rows, where the method reads that."""
-        return known.impact(self.here.store, self.info, self.settings, self.request)
+        here = self.here
+        return known.impact(here.store, self.info, self.settings, self.request, here.device)
 
     @property
     def predictor(self) -> Predictor | str:
