@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from contextlib import suppress
 from dataclasses import fields
 
 import pytest
@@ -249,25 +250,8 @@ def test_a_file_that_holds_no_plan(text, tmp_path):
 # --- text that means a number ---------------------------------------------------------------
 
 _parts = st.sampled_from(
-    [
-        "3.25",
-        "3.2",
-        "9",
-        "0",
-        ".",
-        "-",
-        "1e3",
-        "nan",
-        "inf",
-        "bpp",
-        "MiB",
-        "GiB",
-        "B",
-        " ",
-        "b",
-        "g",
-    ]
-    + ["h", "r", "64", "128", "=", "..", "*", "٣", "²", "9" * 400, "9" * 5000, "\0", "\n", ",", ";"]
+    ["3.25", "9", "0", ".", "-", "1e3", "nan", "inf", "bpp", "MiB", "GiB", "B", "b", "g", "h", "r"]
+    + [*"=*٣²,; \0\n", "64", "128", "..", "9" * 400, "9" * 5000]  # noqa: RUF005
 )
 texts = st.lists(_parts, max_size=6).map("".join) | st.text(max_size=12)
 
@@ -289,10 +273,8 @@ def test_any_text_as_a_size_a_configuration_or_a_pin(text):
         lambda: make_plan(SMALL, PlanRequest("uniform", budget=text)),
         lambda: make_plan(SMALL, PlanRequest("uniform", base=text)),
     ):
-        try:
+        with suppress(InputError):
             read()
-        except InputError:
-            pass
     for budget in sweep.parse_budgets(text):
         assert budget.strip()
 
@@ -335,7 +317,5 @@ def test_any_address_gives_values_that_the_controls_take(address, given_address)
     assert 0 <= chosen["seed"] < 2**53
     assert math.isfinite(chosen["budget"])
     assert chosen["group_size"] in (32, 64, 128)
-    try:
+    with suppress(LsqError):
         make_plan(SMALL, state.plan_request())
-    except LsqError:
-        pass
