@@ -471,7 +471,7 @@ def estimate(runs: pd.DataFrame, asked: Sequence[Item]) -> float | None:
     reads.
     """
     runs = runs[runs["tokens_per_second"] > 0]
-    if runs.empty:
+    if runs.empty or not asked:
         return None
     whole = runs[~runs["truncated"].astype(bool)].groupby("corpus")["tokens"].max()
     tokens = [

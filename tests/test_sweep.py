@@ -56,6 +56,21 @@ def rows_in(store: Store) -> pd.DataFrame:
     )
 
 
+def test_nothing_to_estimate_takes_no_time_to_say():
+    runs = pd.DataFrame(
+        {
+            "tokens_per_second": [100.0],
+            "truncated": [False],
+            "corpus": ["stdlib"],
+            "tokens": [1000],
+            "quantize_seconds": [1.0],
+        }
+    )
+    assert sweep.estimate(runs, []) is None
+    (item,) = asked(["stdlib"], ("uniform",), ("2.6bpp",))
+    assert sweep.estimate(runs, [item]) == pytest.approx(1 + 2 * 300 / 100)
+
+
 def count_calls(monkeypatch, name: str) -> list:
     """Notes every call of a Workbench method."""
     calls, whole = [], getattr(Workbench, name)

@@ -28,7 +28,7 @@ from lsq_core.pipeline import (
 )
 from lsq_core.plan import PLANNERS, Plan, PlanRequest, Problem
 from lsq_core.predict import parse_loss
-from lsq_core.profile import METRICS, Profile, ProfileSettings
+from lsq_core.profile import Profile, ProfileSettings
 from lsq_core.quantize import about, check_choice
 from lsq_core.quantize.manifest import RUN, is_quantized_folder, read_manifest
 from lsq_core.store import PUBLISHED, Store
@@ -76,11 +76,6 @@ def _plan_request(options: argparse.Namespace, method: str | None = None) -> Pla
     method = options.method if one else method
     if not method:
         raise InputError(f"Give a method with --method: {', '.join(PLANNERS)}.")
-    if options.metric not in METRICS or not options.metric.startswith("sensitivity"):
-        raise InputError(
-            f"'{options.metric}' is not a metric SensiBoost can read; choose sensitivity or "
-            "sensitivity_module."
-        )
     return PlanRequest(
         method=method,
         base=options.base if one else None,
@@ -261,7 +256,7 @@ def _saved_plan(path: Path, bench: Workbench) -> Plan:
         content = json.loads(path.read_text("utf8"))
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also a number or nesting beyond Python's limits
         raise InputError(f"{path} is not a plan: it holds no JSON ({reason_of(error)}).") from error
     return Plan.from_json(content, bench.outline.matrices, bench.outline.other_bytes)
 
