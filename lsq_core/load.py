@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
-import psutil
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -19,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from lsq_core.config import LADDER, divides, format_bytes
 from lsq_core.errors import InputError, LsqError
+from lsq_core.memory import available_memory
 from lsq_core.model import (
     Matrix,
     ModelInfo,
@@ -339,7 +339,7 @@ def load_tokenizer(source: ModelSource, folder: Path) -> object:
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+    return available_memory()
 
 
 def check_memory(name: str, parameters: int, device: torch.device, dtype: torch.dtype) -> None:
