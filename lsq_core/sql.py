@@ -9,6 +9,7 @@ function of DuckDB would keep to by itself.
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from lsq_core.errors import InputError, LsqError
 from lsq_core.memory import available_memory
+from lsq_core.sql_limits import too_long, too_much_memory
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -123,8 +125,6 @@ def ask(
     LsqError
         When its process can't be started.
     """
-    from lsq_core.sql_child import too_long, too_much_memory
-
     memory = min(MEMORY_LIMIT, available_memory() // 2)
     request = {
         "snapshot": str(snapshot),
@@ -147,13 +147,24 @@ def ask(
     if child.ready is None:
         raise LsqError("The process for the query could not be started; try again.")
     head, _, rest = child.output.partition(b"\n")
-    if not head:  # it ended without a word: DuckDB couldn't allocate, or the kernel chose it
-        raise InputError(too_much_memory(memory))
-    error = json.loads(head)["error"]
-    if error:
-        raise InputError(error)
+    if not head:
+        raise InputError(_ended_by(child.process.returncode, memory, time_limit))
+    told = json.loads(head)
+    if "error" in told:
+        raise InputError(told["error"])
+    if "failure" in told:
+        raise LsqError(f"The process for the query failed ({told['failure']}).")
     rows = _frame(rest)
     return Answer(rows.head(row_limit), cut=len(rows) > row_limit)
+
+
+def _ended_by(status: int, memory: int, seconds: float) -> str:
+    """What is said of a process that a signal ended."""
+    if status == -signal.SIGXCPU:
+        return too_long(seconds)
+    if status in (-signal.SIGKILL, -signal.SIGABRT):  # by the kernel; by an allocation that failed
+        return too_much_memory(memory)
+    return f"DuckDB failed at this query (exit status {status}); write it more simply."
 
 
 class _Child:
@@ -183,7 +194,8 @@ class _Child:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.process.kill()
+        if self.reading.is_alive() or len(self.output) == self.most:
+            self.process.kill()
         self.process.wait()
         self.reading.join()
         self.process.stdout.close()

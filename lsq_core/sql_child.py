@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from lsq_core.database import CONFIG
 from lsq_core.errors import InputError
+from lsq_core.sql_limits import too_long, too_much_memory
 
 #: Rows of a piece of the answer; the size of the answer is looked at after each.
 _BATCH = 2048
@@ -34,12 +35,14 @@ def main() -> None:
     out.write(b"ready\n")
     out.flush()
     try:
-        head, answer = {"error": None}, _answer(request)
+        head, rows = {}, answer(request)
     except InputError as error:
-        head, answer = {"error": str(error)}, b""
+        head, rows = {"error": str(error)}, b""
     except MemoryError:
-        head, answer = {"error": too_much_memory(request["memory"])}, b""
-    out.write(json.dumps(head).encode() + b"\n" + answer)
+        head, rows = {"error": too_much_memory(request["memory"])}, b""
+    except Exception as error:
+        head, rows = {"failure": f"{type(error).__name__}: {error}"}, b""
+    out.write(json.dumps(head).encode() + b"\n" + rows)
     out.flush()
 
 
@@ -56,7 +59,7 @@ def _limit(memory: int, seconds: float) -> None:
         Path("/proc/self/oom_score_adj").write_text("1000", "utf8")
 
 
-def _answer(request: dict) -> bytes:
+def answer(request: dict) -> bytes:
     settings = CONFIG | {
         "access_mode": "READ_ONLY",
         "memory_limit": f"{request['memory']}B",
@@ -117,22 +120,6 @@ def _only_statement(connection: duckdb.DuckDBPyConnection, sql: str) -> duckdb.S
             "changes nothing."
         )
     return statements[0]
-
-
-def too_long(seconds: float) -> str:
-    """What is said of a query that takes too long."""
-    return (
-        f"The query took longer than {seconds:g} s and was stopped; narrow it with WHERE, or count "
-        "in place of listing."
-    )
-
-
-def too_much_memory(most: int) -> str:
-    """What is said of a query that takes too much memory."""
-    return (
-        f"The query needs more memory than the {most >> 20} MiB that it may have; narrow it with "
-        "WHERE, or count in place of listing."
-    )
 
 
 def _sentence(error: Exception) -> str:

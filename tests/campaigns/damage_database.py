@@ -74,7 +74,7 @@ def read_all(store: Store) -> None:
 
 
 def outcome(path: Path) -> str:
-    """What opening and reading a database ends with: ``read``, a kind of sentence, or a traceback."""
+    """How opening and reading a database ends: ``read``, a kind of sentence, or a traceback."""
     try:
         read_all(Store(path))
     except LsqError as error:
