@@ -147,7 +147,8 @@ def create(path: Path, fill: Callable[[duckdb.DuckDBPyConnection], None]) -> Non
         _give_name(draft, path)
     finally:
         for left in (draft, log_of(draft)):
-            left.unlink(missing_ok=True)
+            with suppress(OSError):  # not there, or the folder can only be read
+                left.unlink()
 
 
 def _give_name(draft: Path, path: Path) -> None:
