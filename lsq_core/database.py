@@ -207,7 +207,7 @@ def why_not_opened(error: duckdb.Error, path: Path) -> LsqError:
                 f"{path} was written by a newer DuckDB than {duckdb.__version__}; update, or "
                 f"{_ELSEWHERE}."
             )
-    if text.startswith("Failure while replaying WAL"):
+    if text.removeprefix("IO Error: ").startswith("Failure while replaying WAL"):
         log = log_of(path)
         return InputError(
             f"The log {log} is damaged: move it aside (mv {log.name} {log.name}.damaged) and "

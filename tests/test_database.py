@@ -74,11 +74,12 @@ def test_damage_in_a_folder_of_any_name_is_no_lock(tmp_path):
         Store(path)
 
 
-def test_a_damaged_log_moved_aside_opens_what_was_there(filled, tmp_path):
+@pytest.mark.parametrize("at", [20, 215], ids=["header", "entry"])
+def test_a_damaged_log_moved_aside_opens_what_was_there(filled, tmp_path, at):
     path = with_log(Path(shutil.copy(filled, tmp_path / "logged.duckdb")))
     log = database.log_of(path)
     content = bytearray(log.read_bytes())
-    content[len(content) // 2] ^= 1
+    content[at] ^= 1
     log.write_bytes(content)
     with pytest.raises(InputError, match=r"log .*\.wal is damaged: move it aside"):
         Store(path)
