@@ -10,7 +10,6 @@ import json
 import math
 import os
 import random
-import re
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 import duckdb
 import numpy as np
 
+from lsq_core import database
 from lsq_core.config import RATIOS
-from lsq_core.errors import InputError, LsqError, reason_of
+from lsq_core.errors import InputError
 from lsq_core.jsontext import json_text
 from lsq_core.model import Matrix, ModelInfo
 from lsq_core.profile import Profile, ProfileSettings
@@ -40,8 +40,6 @@ DEFAULT_PATH = Path(__file__).resolve().parents[1] / "data" / "lsq.duckdb"
 WAIT = 20.0
 #: Times that a transaction is tried which another thread's may have overtaken.
 _ATTEMPTS = 20
-#: What DuckDB says while another process has the file, and while another thread is closing it.
-_IN_USE = ("lock", "Unique file handle conflict")
 #: What the fingerprint of a model without weights begins with: its measurements were published.
 PUBLISHED = "published:"
 
@@ -215,6 +213,8 @@ class Store:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"{self.path.parent} cannot be made: {error.strerror}.") from error
+        if not self.path.exists():
+            database.create(self.path, self._migrate)
         with self.connect() as connection:
             self._migrate(connection)
 
@@ -223,18 +223,10 @@ class Store:
     @contextmanager
     def connect(self) -> Iterator[duckdb.DuckDBPyConnection]:
         """A connection for the length of a ``with``; waits while another process has the file."""
-        connection = self._open()
+        connection = database.connect(self.path, WAIT)
         try:
-            yield connection
-        except duckdb.Error as error:
-            if "No space left" in str(error):
-                raise LsqError(
-                    f"The disk is full, so {self.path} could not take the result: make room and "
-                    "try again; what it held before is whole."
-                ) from error
-            if isinstance(error, duckdb.IOException):
-                raise LsqError(f"{self.path} cannot be used: {_first_line(error)}") from error
-            raise
+            with database.in_sentences(self.path):
+                yield connection
         finally:
             connection.close()
 
@@ -245,6 +237,7 @@ class Store:
         Opening takes forty times as long as a short question. Other processes wait meanwhile, so
         it is for what takes no longer than they do (``WAIT``).
         """
+        _import_pandas()
         with self.connect():
             yield
 
@@ -274,54 +267,32 @@ class Store:
                 time.sleep(random.uniform(0.01, 0.06))
         return None
 
-    def _open(self) -> duckdb.DuckDBPyConnection:
-        deadline = time.monotonic() + WAIT
-        while True:
-            try:
-                return duckdb.connect(str(self.path))
-            except duckdb.Error as error:
-                text = str(error)
-                if not any(sign in text for sign in _IN_USE):
-                    raise InputError(
-                        f"{self.path} cannot be opened as a DuckDB database "
-                        f"({_first_line(error)}); give another path with --db or LSQ_DB."
-                    ) from error
-                if time.monotonic() > deadline:
-                    holder = re.search(r"PID (\d+)", text)
-                    who = f" (process {holder[1]})" if holder else ""
-                    raise LsqError(
-                        f"{self.path} has been in use by another process{who} for {WAIT:.0f} s; "
-                        "close that one or give another path with --db or LSQ_DB."
-                    ) from error
-                time.sleep(random.uniform(0.01, 0.06))
-
     def _migrate(self, connection: duckdb.DuckDBPyConnection) -> None:
-        tables = {row[0] for row in connection.execute("SHOW TABLES").fetchall()}
-        if tables and "schema_version" not in tables:
+        version = database.schema_version(connection, self.path, len(MIGRATIONS))
+        database.check_schema(connection, self.path, MIGRATIONS[:version])
+        if version == len(MIGRATIONS):
+            return
+        if version and database.is_read_only(self.path):
             raise InputError(
-                f"{self.path} is a database of another program; give another path with --db or "
-                "LSQ_DB."
+                f"{self.path} is of an older LSQ Explorer (schema {version}) and can only be read, "
+                "so it can't be brought up to date: make it and its folder writable."
             )
         connection.begin()
         try:
             connection.execute("CREATE TABLE IF NOT EXISTS schema_version (version INTEGER)")
-            row = connection.execute("SELECT max(version) FROM schema_version").fetchone()
-            version = row[0] or 0
-            if version > len(MIGRATIONS):
-                raise InputError(
-                    f"{self.path} was written by a newer LSQ Explorer (schema {version}, this one "
-                    f"knows {len(MIGRATIONS)}); update, or give another path with --db."
-                )
             for number, script in enumerate(MIGRATIONS[version:], start=version + 1):
                 connection.execute(script)
                 connection.execute("INSERT INTO schema_version VALUES (?)", [number])
             connection.commit()
         except BaseException:
-            connection.rollback()
+            # A commit that failed, on a full disk say, has rolled back already.
+            with suppress(duckdb.TransactionException):
+                connection.rollback()
             raise
 
     def query(self, sql: str, parameters: list | None = None) -> pd.DataFrame:
         """Rows of a SELECT as a data frame."""
+        _import_pandas()
         with self.connect() as connection:
             return connection.execute(sql, parameters or []).df()
 
@@ -341,6 +312,7 @@ class Store:
         """
         if not info.fingerprint:
             raise ValueError("a model that was not fetched has no identity to be kept by")
+        _import_pandas()
         with self.transaction() as connection:
             known = connection.execute(
                 "SELECT 1 FROM models WHERE fingerprint = ?", [info.fingerprint]
@@ -841,16 +813,15 @@ class Store:
 
         Whoever reads the copy keeps no one waiting.
         """
-        with self.connect() as connection:
-            (own,) = connection.execute("SELECT current_database()").fetchone()
-            name = f"snapshot_{new_id()}"
-            connection.execute(f"ATTACH {_quoted(str(path), chr(39))} AS {name}")
-            try:
-                connection.execute(f"COPY FROM DATABASE {_quoted(own, chr(34))} TO {name}")
-            finally:
-                connection.execute(f"DETACH {name}")
-        with duckdb.connect(str(path)) as copy:
-            copy.execute(f"CREATE VIEW results AS {_RESULTS}")
+        copying = database.in_memory(
+            f"ATTACH {database.quoted(str(self.path))} AS kept (READ_ONLY)",
+            f"ATTACH {database.quoted(str(path))} AS snapshot",
+            path=self.path,
+            wait=WAIT,
+        )
+        with copying, database.in_sentences(self.path):
+            copying.execute("COPY FROM DATABASE kept TO snapshot; DETACH kept; USE snapshot")
+            copying.execute(f"CREATE VIEW results AS {_RESULTS}")
 
     # --- published measurements -----------------------------------------------------------------
 
@@ -944,6 +915,7 @@ def _insert_model(
         created=now(),
         origin=origin,
     )
+    connection.register("frame", frame)
     connection.execute(
         "INSERT INTO matrices SELECT fingerprint, position, name, layer, type, "
         "out_features, in_features, expert FROM frame"
@@ -1128,15 +1100,11 @@ def _decoded(row: dict[str, Any]) -> dict[str, Any]:
 _JSON = ("content", "provenance", "seconds", "settings", "versions")
 
 
-def _quoted(text: str, mark: str) -> str:
-    """A name or a string in SQL, where a parameter is not allowed."""
-    return mark + text.replace(mark, 2 * mark) + mark
-
-
 def new_id() -> str:
     """A fresh identity for a plan, a run or an evaluation: 12 hexadecimal digits."""
     return uuid.uuid4().hex[:12]
 
 
-def _first_line(error: Exception) -> str:
-    return reason_of(error)
+def _import_pandas() -> None:
+    """Have pandas before the file is opened: others would wait while it is imported."""
+    import pandas  # noqa: F401

@@ -239,6 +239,14 @@ def disk(result: dict) -> None:
         print(f"{format_bytes(item['bytes']):>12}  {item['kind']:<14} {item['name']}")
 
 
+def repaired(result: dict) -> None:
+    """Print what was copied, and what was not."""
+    for row in result["tables"]:
+        lost = f", {row['lost']:,} lost" if row["lost"] else ""
+        print(f"{row['table']:<14} {row['copied']:>10,} rows{lost}")
+    print(f"Written to {result['out']}.")
+
+
 #: Heads of the table of benchmarks.
 _BENCH = ("", "ours", "theirs", "ratio", "error", "noise", "target")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -464,16 +464,21 @@ def bench(options: argparse.Namespace, report: Report) -> dict:
     return benchmarks.to_json(rows)
 
 
+def repair(options: argparse.Namespace, report: Report) -> dict:
+    """Copy what can be read of a damaged database into a new one."""
+    from lsq_core import repair as repairs
+
+    path = options.database.expanduser().resolve()
+    out = options.out or path.with_name(f"{path.name}.repaired")
+    tables = repairs.repair(path, out.expanduser().resolve())
+    return {"out": str(out), "tables": [asdict(table) for table in tables]}
+
+
 def app(options: argparse.Namespace, report: Report) -> dict:
     """Serve the app until stopped."""
-    import os
-    import subprocess
+    from lsq_core import serve
 
-    root = Path(__file__).resolve().parents[2]
-    environment = os.environ | ({"LSQ_DB": str(Store(options.db).path)} if options.db else {})
-    command = [sys.executable, "-m", "streamlit", "run", "app.py"]
-    command += ["--server.port", str(options.port)]
-    status = subprocess.call(command, cwd=root, env=environment)
-    if status:
-        raise LsqError(f"The app ended with status {status}; its own message is above.")
+    if options.db:
+        os.environ["LSQ_DB"] = str(Store(options.db).path)
+    serve.serve(options.address, options.port, options.token)
     return {}

@@ -7,6 +7,7 @@ wrote is seen at once; problems and plans by the identity of what they are made 
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -46,6 +47,7 @@ from lsq_core.plan.problem import Impact
 from lsq_core.predict import Prediction, Predictor, features
 from lsq_core.profile import Profile, ProfileSettings
 from lsq_core.provenance import Place
+from lsq_core.serve import SNAPSHOT
 from lsq_core.store import PUBLISHED, InteractionKind, Store
 from lsq_core.ui.hub_lookup import look_up
 
@@ -603,6 +605,6 @@ def snapshot(store: Store) -> Snapshot:
 
 @st.cache_resource(max_entries=1, show_spinner="Copying the database…")
 def _snapshot(_store: Store, at: Stamp) -> Snapshot:
-    copy = Snapshot(TemporaryDirectory(prefix="lsq-snapshot-"))
+    copy = Snapshot(TemporaryDirectory(prefix=f"{SNAPSHOT}{os.getpid()}-"))
     _store.snapshot(copy.path)
     return copy
