@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pandas as pd
-import streamlit as st
 
 from lsq_core import charts
 from lsq_core.compare import pareto
@@ -12,6 +11,7 @@ from lsq_core.ui import known, words
 from lsq_core.ui.compare_choice import Choice
 from lsq_core.ui.compare_export import offer_table
 from lsq_core.ui.page import Here
+from lsq_core.ui.safe import st
 
 #: How the numbers of columns are written; they sort as numbers.
 _FORMATS = {
