@@ -38,8 +38,14 @@ def csv_bytes(frame: pd.DataFrame) -> bytes:
 
 
 def _no_formula(value: object) -> object:
-    """A text that a spreadsheet takes for text: behind an apostrophe where it begins a formula."""
-    if not isinstance(value, str) or not value.startswith(("=", "+", "-", "@", "\t", "\r", "\n")):
+    """A text that a spreadsheet takes for text: behind an apostrophe where it begins a formula.
+
+    A carriage return ends a row where it isn't quoted, which pandas doesn't do: it becomes a line
+    feed.
+    """
+    if isinstance(value, str):
+        value = value.replace("\r\n", "\n").replace("\r", "\n")
+    if not isinstance(value, str) or not value.startswith(("=", "+", "-", "@", "\t", "\n")):
         return value
     try:
         float(value)
