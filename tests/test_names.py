@@ -17,7 +17,7 @@ from google.protobuf.message import Message
 from streamlit.testing.v1 import AppTest
 
 from lsq_core.charts.style import inert_figure
-from lsq_core.export import csv_bytes, figure_html
+from lsq_core.export import csv_bytes, figure_block
 from lsq_core.jsontext import write_json
 from lsq_core.store import Store
 from lsq_core.ui import words
@@ -32,7 +32,17 @@ HOSTILE = (
 PAGES = ["app.py", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "pages").glob("*.py"))]
 #: Fields that are shown as they are, or not at all.
 _NOT_MARKDOWN = {
-    *("id", "form_id", "options", "default", "set_value", "url", "page", "page_script_hash"),
+    *(
+        "id",
+        "form_id",
+        "options",
+        "default",
+        "raw_value",
+        "set_value",
+        "url",
+        "page",
+        "page_script_hash",
+    ),
     *("spec", "config", "columns", "placeholder", "query_string", "element_id", "key", "icon"),
 }
 _NO_MARKDOWN_IN = {"arrow_data_frame", "code", "html", "bidi_component", "plotly_chart"}
@@ -94,7 +104,7 @@ def test_a_figure_draws_no_tag_that_a_name_brought():
     )
     spec = inert_figure(figure).to_json().replace("\\u003c", "<").replace("\\u002f", "/")
     assert set(re.findall(r"</?\w+", spec)) == {"<b", "</b", "<br", "<extra", "</extra"}
-    page = figure_html(figure, HOSTILE).replace("\\u003c", "<").replace("\\u002f", "/")
+    page = figure_block(figure, HOSTILE).replace("\\u003c", "<").replace("\\u002f", "/")
     assert "<a href='http" not in page
     assert "<img src='http" not in page
     plain = go.Figure(go.Scatter(x=["a"], y=[1]))
@@ -171,7 +181,7 @@ def _shown(app: AppTest) -> Iterator[tuple[str, str]]:
 
 @pytest.mark.parametrize("page", PAGES)
 @pytest.mark.parametrize("model", ["known", "hostile"])
-def test_no_page_shows_a_hostile_name_as_markdown(page, model, filled, monkeypatch):  # noqa: F811
+def test_no_page_shows_a_hostile_name_as_markdown(page, model, filled):  # noqa: F811
     make_hostile(Store(filled.path), filled.path.parent, HOSTILE)
     app = AppTest.from_file(str(ROOT / "app.py"), default_timeout=60)
     app.query_params["model"] = filled.model if model == "known" else HOSTILE
