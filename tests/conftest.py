@@ -16,6 +16,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 # Tests start processes of their own; waiting threads that spin would take their cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# One of several workers has one core, and so have the processes that its tests start.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT.parent / "shared" / "reference" / "lm-quant-toolkit"

@@ -309,7 +309,7 @@ def test_the_text_column_is_found_or_the_columns_are_named(hub):
     hub.splits = {"train": {"id": [1]}, "test": {"id": [1, 2], "line": ["a", None]}}
     assert load_corpus("hf:org/name", "evaluation").texts == ("a", "")
     hub.splits = {"test": {"question": ["q"], "answer": ["a"]}}
-    with pytest.raises(InputError, match="its columns are question, answer"):
+    with pytest.raises(InputError, match="question, answer"):
         load_corpus("hf:org/name#test", "evaluation")
 
 
@@ -317,8 +317,8 @@ def test_the_text_column_is_found_or_the_columns_are_named(hub):
     ("cause", "told"),
     [
         (ValueError("Compression type zstd not supported"), "zstandard"),
-        (ValueError('Unknown split "x".\nMore.'), r'no such part \(Unknown split "x"\)'),
-        (RuntimeError("boom"), r"could not be downloaded \(RuntimeError: boom\)"),
+        (ValueError('Unknown split "x".\nMore.'), r'part .*Unknown split "x"'),
+        (RuntimeError("boom"), r"RuntimeError: boom"),
     ],
 )
 def test_what_goes_wrong_while_reading_is_one_sentence(hub, monkeypatch, cause, told):
@@ -364,7 +364,7 @@ def hub_server(monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "told"),
-    [("hf:org/gone", "does not exist, or is private or gated"), ("hf:org/name@v9", "'v9'")],
+    [("hf:org/gone", "does not exist"), ("hf:org/name@v9", "'v9'")],
 )
 def test_what_the_hub_has_not_is_an_input_error(hub_server, name, told):
     with pytest.raises(InputError, match=told) as error:
@@ -387,8 +387,8 @@ for name in ("wikitext2", "c4", "hf:org/name"):
 @pytest.mark.parametrize(
     ("variable", "value", "told"),
     [
-        ("HF_HUB_OFFLINE", "1", "HF_HUB_OFFLINE forbids downloading it"),
-        ("HF_ENDPOINT", "http://127.0.0.1:1", "check the network, set HF_HUB_OFFLINE=1"),
+        ("HF_HUB_OFFLINE", "1", "HF_HUB_OFFLINE forbids"),
+        ("HF_ENDPOINT", "http://127.0.0.1:1", "HF_HUB_OFFLINE=1"),
     ],
 )
 def test_without_a_network_the_dataset_and_the_way_out_are_named(tmp_path, variable, value, told):
@@ -409,7 +409,7 @@ def test_without_a_network_the_dataset_and_the_way_out_are_named(tmp_path, varia
         assert line.startswith("1 ")
         assert name in line
         assert told in line
-        assert "'stdlib', which needs no network." in line
+        assert "'stdlib'" in line
     assert "NoneType" not in done.stdout  # the cause is chained
 
 
@@ -481,14 +481,14 @@ def test_a_line_of_just_the_limit_is_kept(tokenizer):
     sizes = {"block_tokens": count}
     kept = calibration_blocks(corpus_of(text), tokenizer, max_line_tokens=count, **sizes)
     assert kept.ids.tolist() == [encode(tokenizer, text)]
-    with pytest.raises(InputError, match="gives 0 calibration tokens"):
+    with pytest.raises(InputError, match="0 calibration tokens"):
         calibration_blocks(corpus_of(text), tokenizer, max_line_tokens=count - 1, **sizes)
 
 
 def test_too_little_for_a_block_says_how_little(tokenizer):
     text = "one two three"
     count = len(encode(tokenizer, text))
-    with pytest.raises(InputError, match=rf"'mine' gives {count} calibration tokens .* 512"):
+    with pytest.raises(InputError, match=rf"'mine' .* {count} calibration tokens .*512"):
         calibration_blocks(corpus_of(text), tokenizer)
 
 

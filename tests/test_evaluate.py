@@ -218,7 +218,7 @@ def test_names_of_protocols():
     assert Protocol.named("strided", 4096) == Protocol("strided", 1024, 512)
     assert Protocol.named("blocks", 4096) == Protocol("blocks", 2048, 2048)
     assert Protocol.named("blocks", 512).name == "blocks-512"
-    with pytest.raises(InputError, match="choose strided or blocks"):
+    with pytest.raises(InputError, match="strided or blocks"):
         Protocol.named("sliding", 512)
 
 

@@ -327,7 +327,7 @@ def test_uniform_ratios_are_five_plans():
     unmeasured = replace(small, impact=impact_of(small.matrices, _scores(small), {}))
     bare = make_frontier(unmeasured, PlanRequest("high-impact", ratios="uniform"))
     assert bare.losses is None
-    with pytest.raises(InputError, match="no interactions by the model loss of b2h3g128"):
+    with pytest.raises(InputError, match=r"interactions .*model loss .*b2h3g128"):
         make_frontier(unmeasured, PlanRequest("high-impact", loss="model"))
 
 
@@ -355,7 +355,7 @@ def test_pins_hold():
             assert matrix.layer != 1 or config.ratio == 0.20
             assert matrix.layer != 2 or config.ratio <= 0.10
         assert any("The pins cost" in note for note in plan.notes)
-    with pytest.raises(InputError, match="'b4g64' is no option of this method"):
+    with pytest.raises(InputError, match="'b4g64'"):
         make_plan(small, replace(request, budget=f"{high:.0f}B", pins=("*=b4g64",)))
 
 
@@ -378,17 +378,17 @@ def test_requests_that_cannot_be_met():
         make_plan(small, PlanRequest("high-impact", base="3.13"))
     with pytest.raises(InputError, match="chooses matrices together"):
         make_plan(small, PlanRequest("high-impact", budget=f"{small.feasible[1]}B", exact=True))
-    with pytest.raises(InputError, match=r"out of reach: plans .* take from"):
+    with pytest.raises(InputError, match="out of reach"):
         make_plan(small, PlanRequest("high-impact", budget="4bpp"))
-    with pytest.raises(InputError, match="not one of the loss: block, model"):
+    with pytest.raises(InputError, match="block, model"):
         PlanRequest("high-impact", loss="logits")
-    with pytest.raises(InputError, match="not one of the ratios: uniform, diagonal, full"):
+    with pytest.raises(InputError, match="uniform, diagonal, full"):
         PlanRequest("high-impact", ratios="best")
     with pytest.raises(InputError, match="need row scores"):
         make_frontier(replace(small, impact=None), PlanRequest("high-impact"))
     odd = Problem((Matrix("m.0.odd", 0, "odd", 64, 96),), options=OPTIONS)
     odd = replace(odd, impact=impact_of(odd.matrices, {"m.0.odd": np.ones(64)}, {}))
-    with pytest.raises(InputError, match=r"m\.0\.odd \(64×96\) has rows that cannot be cut"):
+    with pytest.raises(InputError, match=r"m\.0\.odd \(64×96\)"):
         make_frontier(odd, PlanRequest("high-impact", ratios="uniform"))
 
 
@@ -411,7 +411,7 @@ def test_too_many_module_types_are_told():
     """Eleven in a block: enumerated in groups, and the plan says so."""
     many = problem(layers=2, types=11)
     plan = make_plan(many, PlanRequest("high-impact", budget=f"{many.feasible[1]:.0f}B"))
-    assert "Blocks here have 11 module types" in plan.notes[0]
+    assert "11 module types" in plan.notes[0]
     seven = problem(layers=1, types=7)
     budget = f"{seven.feasible[1]:.0f}B"
     assert make_plan(seven, PlanRequest("high-impact", budget=budget)).notes == ()
@@ -432,7 +432,7 @@ def test_experts_get_one_ratio():
     plan = make_plan(moe, one)
     assert {c.ratio for m, c in plan.choice.items() if m.type == "up"} == {0.20}
     both = replace(one, pins=("*.up.0=b2h3r20g128", "*.up.1=b2h3r02g128"))
-    with pytest.raises(InputError, match="give experts of one module type different ratios"):
+    with pytest.raises(InputError, match="different ratios"):
         make_plan(moe, both)
 
 

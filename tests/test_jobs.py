@@ -105,10 +105,11 @@ def test_a_job_does_what_the_command_does(folder, quick, store):
 def test_bad_input_fails_with_its_sentence(folder, quick):
     done = ended(jobs.start(folder, [*quick, "--protocol", "sliding"]))
     assert (done.state, done.result()) == ("failed", None)
-    assert done.message == "'sliding' is not a protocol; choose strided or blocks."
+    assert "'sliding'" in done.message
+    assert "strided or blocks" in done.message
     done = ended(jobs.start(folder, ["run", "--no-such-option"]))
     assert done.state == "failed"
-    assert "--no-such-option" in done.message or "--model" in done.message
+    assert "--no-such-option" in done.message
 
 
 def test_a_defect_fails_with_its_name_and_leaves_a_log(folder, quick, store):
@@ -159,7 +160,7 @@ def test_a_killed_job_is_shown_as_interrupted_and_the_database_reads(folder, lon
     os.kill(pid_of(job), signal.SIGKILL)
     after = ended(job)
     assert after.state == "interrupted"
-    assert "without a word during 'weights'" in after.message
+    assert "'weights'" in after.message
     assert Store(store.path).results().empty
     assert jobs.list_jobs(folder)[0].state == "interrupted"
 
@@ -253,7 +254,7 @@ def test_a_run_that_was_kept_is_not_kept_twice(folder, quick, store):
 
 def test_only_what_has_no_result_can_be_resumed(folder, quick, long):
     done = ended(jobs.start(folder, quick))
-    with pytest.raises(InputError, match="is done, so there is nothing to resume"):
+    with pytest.raises(InputError, match=r"done.* resume"):
         jobs.resume(done)
     running = in_stage(jobs.start(folder, long), "weights")
     with pytest.raises(InputError, match="is running"):
@@ -277,7 +278,7 @@ def test_a_job_resumes_from_the_command_line(quick, store, capsys):
     assert main(["resume", job.id, *database]) == 0
     told = capsys.readouterr().out
     assert f"job {job.id} is done" in told
-    assert "too few windows for an interval" in told
+    assert "too few windows" in told
     assert main(["resume", job.id, *database]) == 2, "it is done"
 
 

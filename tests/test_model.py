@@ -231,12 +231,12 @@ def test_too_little_memory(monkeypatch, random_model):
 
 def test_no_network():
     """Offline is how the test environment runs; the hub's own error is translated."""
-    with pytest.raises(LsqError, match="not in the local cache and Hugging Face cannot be reached"):
+    with pytest.raises(LsqError, match=r"some-org/some-model.* Hugging Face"):
         find_model(ModelSource("some-org/some-model"))
 
 
 def test_what_is_no_id_either():
-    with pytest.raises(InputError, match="neither a folder here nor a Hugging Face id"):
+    with pytest.raises(InputError, match="Hugging Face id"):
         find_model(ModelSource("not an id!"))
 
 
@@ -248,8 +248,8 @@ def hub_error(kind: type[Exception]) -> Exception:
 @pytest.mark.parametrize(
     ("kind", "pattern"),
     [
-        (errors.RepositoryNotFoundError, "does not exist on Hugging Face, or is private"),
-        (errors.GatedRepoError, "is gated: accept its terms .* HF_TOKEN"),
+        (errors.RepositoryNotFoundError, "does not exist"),
+        (errors.GatedRepoError, "gated.* HF_TOKEN"),
         (errors.RevisionNotFoundError, "no such revision"),
     ],
 )

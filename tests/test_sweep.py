@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pandas as pd
@@ -154,14 +155,14 @@ def test_an_item_that_fails_stops_no_other(bench, settings, small_text, monkeypa
     told = {(r["method"], r["budget"], r["corpus"]): r for r in rows}
     text = str(small_text)
     assert "out of reach" in told["mxq", "1bpp", text]["reason"]
-    assert "no text file '/no/such.txt'" in told["mxq", "3.6bpp", "/no/such.txt"]["reason"]
-    assert told["uniform", "3.6bpp", text]["reason"] == "RuntimeError: a defect (see the log)"
+    assert "'/no/such.txt'" in told["mxq", "3.6bpp", "/no/such.txt"]["reason"]
+    assert "RuntimeError: a defect" in told["uniform", "3.6bpp", text]["reason"]
     assert told["mxq", "3.6bpp", text]["state"] == "done"
     assert len(rows_in(bench.store)) == 1
 
 
 def test_when_all_fail_the_sweep_does(bench, settings, small_text):
-    with pytest.raises(LsqError, match=r"None of the 2 runs .* out of reach"):
+    with pytest.raises(LsqError, match=r"\b2 runs .*out of reach"):
         sweep.sweep(bench, asked([small_text], budgets=("1bpp",)), settings)
 
 
@@ -230,7 +231,7 @@ def test_the_command_line_gives_a_row_an_item(random_model, small_text, capsys):
     ]
     assert main(command) == 0
     shown = capsys.readouterr().out
-    assert "0 made, 3 there already, 1 failed" in shown
+    assert re.search("0 made, 3 .*, 1 failed", shown)
     assert "takes a budget" in shown
     assert main(["sweep", "--model", "demo", "--method", "mxq"]) == 2
 
@@ -242,7 +243,7 @@ def test_budgets_as_they_are_typed():
         "3.13bpp",
         "9MiB",
     )
-    with pytest.raises(InputError, match="at least one --budget"):
+    with pytest.raises(InputError, match="--budget"):
         sweep.requests(PlanRequest("mxq"), ["mxq"], (), ())
 
 
@@ -302,7 +303,7 @@ def test_a_plan_that_cannot_be_made_is_tried_once(bench, settings, small_text, o
         raise LsqError("The disk is full.")
 
     bench.plan = refuse.__get__(bench)
-    with pytest.raises(LsqError, match="None of the 2 runs could be made; the first: The disk"):
+    with pytest.raises(LsqError, match=r"\b2 runs .*The disk"):
         sweep.sweep(bench, items, settings)
     assert len(tried) == 1
 
@@ -372,7 +373,7 @@ def test_baselines_are_uniform_plans_at_every_size(small_text):
     assert sweep.all_methods(["all"]) == list(PLANNERS)
     assert sweep.all_methods(["mxq"]) == ["mxq"]
     assert sweep.all_baselines(["all"], ["hqq"]) == [q for q in BASELINES if q != "hqq"]
-    with pytest.raises(InputError, match="'nf5' is not a quantizer"):
+    with pytest.raises(InputError, match="'nf5'"):
         sweep.all_baselines(["nf5"], [])
 
 
@@ -388,8 +389,8 @@ def test_what_a_baseline_cannot_do_is_its_rows_reason(bench, settings, small_tex
     told = {(row["quantizer"], row["budget"]): row for row in rows}
     failed = {key: row["reason"] for key, row in told.items() if row["state"] == "failed"}
     assert set(failed) == {("nf4", "2.2bpp"), ("gptq", "2.2bpp"), ("gptq", "4.2bpp")}
-    assert "a budget of 2.2bpp is below that" in failed["nf4", "2.2bpp"]
-    assert failed["gptq", "4.2bpp"].startswith("GPTQ needs gptqmodel, which is not installed")
+    assert "2.2bpp is below" in failed["nf4", "2.2bpp"]
+    assert failed["gptq", "4.2bpp"].startswith("GPTQ needs gptqmodel")
     assert not profiled
     for row in rows:
         if row["state"] == "done":

@@ -10,7 +10,7 @@ from lsq_core.store import Store
 from tests.browser.conftest import Person, new_tab, serve
 from tests.test_compare import fill
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.bench]
 
 #: Pages by their link, and what their first line has in it when there are runs of the demo model.
 PAGES = {
