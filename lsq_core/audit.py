@@ -225,7 +225,8 @@ def audit_folder(folder: Path, store: Store) -> Audit:
 
 
 def _matrices_of(folder: Path) -> tuple[Matrix, ...]:
-    from lsq_core.load import describe, skeleton
+    from lsq_core.architecture import describe
+    from lsq_core.load import skeleton
 
     source = ModelSource(str(folder))
     return describe(skeleton(source, folder), source).matrices

@@ -977,7 +977,7 @@ def evaluate_saved(
 
     A run that this store doesn't know (the folder came from elsewhere) is added to it.
     """
-    from lsq_core.load import context_of
+    from lsq_core.architecture import context_of
     from lsq_core.quantize.apply import measured_bytes
 
     quantized = load_saved(folder, device, dtype, report, trust_remote_code)

@@ -21,13 +21,13 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
+from lsq_core.architecture import find_blocks
 from lsq_core.errors import InputError
 from lsq_core.fit import target_names
 from lsq_core.load import (
     LoadedModel,
     check_memory,
     describe_files,
-    find_blocks,
     load_tokenizer,
     model_config,
     pick_device,

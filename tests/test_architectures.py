@@ -11,8 +11,9 @@ from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 from hqq.core.quantize import Quantizer as HqqPackage
 from torch import nn
 
+from lsq_core.architecture import find_blocks, get_weight
 from lsq_core.config import LADDER, QuantConfig
-from lsq_core.load import find_blocks, get_weight, load_model
+from lsq_core.load import load_model
 from lsq_core.model import ModelSource
 from lsq_core.pipeline import EvaluationRequest, Workbench
 from lsq_core.plan import PlanRequest

@@ -11,10 +11,11 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
+from lsq_core.architecture import get_weight
 from lsq_core.cli import main
 from lsq_core.config import RATIOS, mixed_rows
 from lsq_core.errors import InputError
-from lsq_core.load import get_weight, load_model
+from lsq_core.load import load_model
 from lsq_core.model import Matrix, ModelSource
 from lsq_core.pipeline import Workbench
 from lsq_core.plan import PlanRequest, Problem, make_frontier, make_plan

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from lsq_core.architecture import find_blocks, get_weight
 from lsq_core.cli import main
 from lsq_core.config import QuantConfig, mixed_rows
 from lsq_core.errors import InputError
-from lsq_core.load import find_blocks, get_weight, load_model
+from lsq_core.load import load_model
 from lsq_core.model import ModelSource
 from lsq_core.plan import Plan, PlanRequest
 from lsq_core.profile import ProfileSettings

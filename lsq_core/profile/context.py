@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lsq_core.load import LoadedModel, find_blocks, get_weight, is_transposed, last_logits, locate
+from lsq_core.architecture import find_blocks, get_weight, is_transposed, locate
+from lsq_core.load import LoadedModel, last_logits
 from lsq_core.model import Matrix
 from lsq_core.profile.replay import Call, Replay, first_of
 

@@ -12,9 +12,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from lsq_core.architecture import find_blocks, parameter_name
 from lsq_core.config import QuantConfig, divides
 from lsq_core.corpus import TokenBlocks, calibration_blocks, load_corpus
-from lsq_core.load import LoadedModel, find_blocks, parameter_name
+from lsq_core.load import LoadedModel
 from lsq_core.model import Matrix, ModelInfo
 from lsq_core.profile import DEFAULT_METRICS, METRICS, Profile, ProfileSettings
 from lsq_core.profile.base import Metric, Score

@@ -22,13 +22,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from lsq_core.architecture import find_blocks, walk_matrices
 from lsq_core.checkpoint import safetensors_header
 from lsq_core.config import config_of, format_bytes
 from lsq_core.errors import InputError, LsqError
 from lsq_core.identity import has_own_code
 from lsq_core.load import (
     building,
-    describe,
     load_tokenizer,
     model_config,
     pick_device,
@@ -141,17 +141,23 @@ def _whole_or_nothing(folder: Path, need: int) -> Iterator[Path]:
 
 def _stored_state(model: nn.Module, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
     """Every stored tensor once, but for matrices in the checkpoint's dtype where that is exact."""
-    state, seen, packed = {}, set(), _packed_names(model)
-    for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() in seen:
-            continue
-        seen.add(tensor.data_ptr())
+    packed, state = _packed_names(model), {}
+    for names in _same_tensors(model):
+        name, tensor = names[0], _tensor(model, names[0]).detach()
         as_is = name in packed or tensor.dtype != torch.float32
         if dtype is not None and not as_is:
             smaller = tensor.to(dtype)
             tensor = smaller if torch.equal(smaller.float(), tensor) else tensor
-        state[name] = tensor.detach().cpu().contiguous()
+        state[name] = tensor.cpu().contiguous()
     return state
+
+
+def _same_tensors(model: nn.Module) -> list[list[str]]:
+    """Names in the state dict, those that are one tensor together (tied weights)."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+    return list(names.values())
 
 
 def load_quantized(
@@ -187,7 +193,8 @@ def load_quantized(
         )
     if (folder / GENERATION).is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    install(model, _empty_matrices(model, source, manifest))
+    model.tie_weights()
+    install(model, _empty_matrices(model, source, manifest), compute_dtype)
     _fill(model, load_file(folder / WEIGHTS), compute_dtype)
     model = model.to(target).eval().requires_grad_(False)
     tokenizer = load_tokenizer(source, folder)
@@ -203,7 +210,7 @@ def _empty_matrices(
     model: nn.Module, source: ModelSource, manifest: dict
 ) -> dict[Matrix, StoredMatrix]:
     """Stored matrices without content for every module the manifest names."""
-    known = {m.name: m for m in describe(model, source).matrices}
+    known = {m.name: m for m in walk_matrices(*find_blocks(model), left_out=True)}
     missing = sorted(set(manifest["modules"]) - set(known))
     if missing:
         raise InputError(f"{source.name} plans {missing[0]}, which its config.json doesn't have.")
@@ -215,6 +222,20 @@ def _empty_matrices(
         kind = matrix_kind(quantizer, config)
         empty[matrix] = kind.from_tensors(tensors, matrix.shape, config, manifest["axis"])
     return empty
+
+
+def _tie(model: nn.Module, tied: list[list[str]]) -> None:
+    """Give tensors that were one, and are stored once, their content under every name."""
+    for names in tied:
+        filled = [name for name in names if not _tensor(model, name).is_meta]
+        for name in names if filled else ():
+            path, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(path), leaf, _tensor(model, filled[0]))
+
+
+def _tensor(model: nn.Module, name: str) -> torch.Tensor:
+    path, _, leaf = name.rpartition(".")
+    return getattr(model.get_submodule(path), leaf)
 
 
 def empty_tensors(stored: Stored) -> dict[str, torch.Tensor]:
@@ -231,8 +252,9 @@ def _fill(model: nn.Module, state: dict[str, torch.Tensor], dtype: torch.dtype) 
     cast = {
         n: t if n in packed or not t.is_floating_point() else t.to(dtype) for n, t in state.items()
     }
+    tied = _same_tensors(model)
     result = model.load_state_dict(cast, strict=False, assign=True)
-    model.tie_weights()
+    _tie(model, tied)
     empty = [n for n, t in model.state_dict().items() if t.is_meta]
     if empty or result.unexpected_keys:
         name = (empty or result.unexpected_keys)[0]

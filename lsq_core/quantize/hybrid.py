@@ -20,8 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from lsq_core.architecture import find_blocks, get_weight, is_transposed, locate
 from lsq_core.config import Config, QuantConfig
-from lsq_core.load import LoadedModel, find_blocks, get_weight, is_transposed, locate
+from lsq_core.load import LoadedModel
 from lsq_core.model import Matrix
 from lsq_core.profile.context import record_calls
 from lsq_core.profile.measure import calibration_of
