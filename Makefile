@@ -17,7 +17,7 @@ gptqmodel: $(READY)  ## Add GPTQ and AWQ, by gptqmodel; nothing else needs it
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps -r lsq_core/quantize/gptqmodel.txt
 
 test: $(READY)  ## Run every test, two at a time; browser tests are skipped by name without Chromium
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not bench"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not bench"
 
 test-fast: $(READY)  ## Run the tests that take seconds
 	$(BIN)/python -m pytest -m "not browser and not slow and not bench"

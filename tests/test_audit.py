@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,7 +18,7 @@ from lsq_core.plan import PlanRequest
 from lsq_core.profile import ProfileSettings
 from lsq_core.quantize import layout
 from lsq_core.store import Store
-from tests.conftest import ROOT, packed_bytes
+from tests.conftest import packed_bytes
 
 MODULE = "model.layers.1.self_attn.q_proj"
 
@@ -171,20 +169,6 @@ def test_the_command_line(saved, capsys, tmp_path):
     assert main(["audit", str(tmp_path)]) == 2
     assert main(["audit", "nosuchrun"]) == 2
     assert "'nosuchrun'" in capsys.readouterr().err
-
-
-def test_a_saved_model_is_audited_without_torch(saved):
-    folder, _ = saved
-    code = (
-        "import sys; from pathlib import Path; from lsq_core.store import Store; "
-        "from lsq_core.audit import audit_folder; "
-        f"print(audit_folder(Path({str(folder)!r}), Store()).verdict, 'torch' in sys.modules)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.startswith("All 14 matrices")
-    assert done.stdout.strip().endswith("False")
 
 
 def test_a_damaged_manifest_is_one_sentence(saved):

@@ -16,6 +16,7 @@ from lsq_core.store import Store
 from tests.conftest import ROOT
 
 PROFILE = ["--samples", "8", "--block-tokens", "64"]
+RTN = ["--profile-quantizer", "rtn"]
 
 
 @pytest.fixture
@@ -62,6 +63,7 @@ def test_json_is_all_that_standard_output_gets(model, small_text, tmp_path):
     command = [sys.executable, "-m", "lsq_core", "run", "--model", model, "--method", "sensiboost"]
     command += ["--base", "3.51", "--calibration", str(small_text), "--corpus", str(small_text)]
     command += ["--max-tokens", "500", "--json", "--db", str(tmp_path / "own.duckdb"), *PROFILE]
+    command += [*RTN, "--quantizer", "rtn"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
@@ -193,7 +195,10 @@ def test_the_interval_printed_is_that_of_the_stored_windows(lsq, model, small_te
         (["plan", "--model", "M", "--method", "uniform", "--base", "3.14"], "3.14"),
         (["plan", "--model", "M", "--method", "uniform", "--budget", "1bpp"], "out of reach"),
         (["plan", "--model", "M", "--method", "uniform", "--budget", "9MB"], "not a budget"),
-        (["plan", "--model", "M", "--method", "mxq", "--base", "3.13"], "takes a budget"),
+        (
+            ["plan", "--model", "M", "--method", "mxq", "--base", "3.13", *RTN, *PROFILE],
+            "takes a budget",
+        ),
         (
             ["plan", "--model", "M", "--method", "sensiboost", "--base", "3.13", "--metric", "x"],
             "'x'",

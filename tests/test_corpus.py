@@ -413,14 +413,6 @@ def test_without_a_network_the_dataset_and_the_way_out_are_named(tmp_path, varia
     assert "NoneType" not in done.stdout  # the cause is chained
 
 
-def test_the_module_imports_neither_torch_nor_datasets():
-    script = "import sys, lsq_core.corpus; print({'torch', 'datasets'} & set(sys.modules))"
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert done.stdout == "set()\n"
-
-
 # --- Calibration blocks --------------------------------------------------------------------
 
 

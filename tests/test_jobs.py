@@ -67,23 +67,24 @@ def quick(random_model, small_text, store) -> list[str]:
     return [
         *["run", "--model", str(random_model("llama-gqa")), "--method", "uniform"],
         *["--base", "3.13", "--corpus", str(small_text), "--max-tokens", "300"],
-        *["--db", str(store.path)],
+        *["--quantizer", "rtn", "--db", str(store.path)],
     ]
 
 
 @pytest.fixture
 def evaluation(store) -> list[str]:
-    """A run whose evaluation takes some ten seconds or more."""
+    """A run whose evaluation takes seconds."""
     return [
         *["run", "--model", "demo", "--device", "cpu", "--method", "uniform", "--base", "3.13"],
-        *["--max-tokens", "16000", "--db", str(store.path)],
+        *["--max-tokens", "6000", "--quantizer", "rtn", "--db", str(store.path)],
     ]
 
 
 @pytest.fixture
 def long(store) -> list[str]:
-    """A command that would take minutes."""
-    return ["profile", "--model", "demo", "--device", "cpu", "--db", str(store.path)]
+    """A command that would take a minute or more."""
+    command = ["profile", "--model", "demo", "--device", "cpu", "--quantizer", "rtn"]
+    return [*command, "--db", str(store.path)]
 
 
 def test_a_job_does_what_the_command_does(folder, quick, store):
@@ -107,7 +108,7 @@ def test_bad_input_fails_with_its_sentence(folder, quick):
     assert (done.state, done.result()) == ("failed", None)
     assert "'sliding'" in done.message
     assert "strided or blocks" in done.message
-    done = ended(jobs.start(folder, ["run", "--no-such-option"]))
+    done = ended(jobs.start(folder, [*quick, "--no-such-option"]))
     assert done.state == "failed"
     assert "--no-such-option" in done.message
 
@@ -146,6 +147,8 @@ def test_a_process_that_will_not_listen_is_killed(folder, long):
 
 @pytest.mark.parametrize("stage", ["start", "load", "quantize", "evaluate"])
 def test_a_run_is_cancelled_within_two_seconds_in_every_stage(folder, evaluation, stage):
+    if stage == "quantize":  # round-to-nearest is over before it is seen
+        evaluation += ["--quantizer", "hqq"]
     started = jobs.start(folder, evaluation)
     job = started if stage == "start" else in_stage(started, stage)
     began = time.monotonic()

@@ -6,8 +6,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 
 import httpx2 as httpx
 import huggingface_hub
@@ -19,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from lsq_core.errors import InputError, LsqError
 from lsq_core.load import inspect_model, load_model, pick_device, pick_dtype
 from lsq_core.model import DEMO_FOLDER, ModelSource, described_demo, find_model, fingerprint
-from tests.conftest import ROOT, save_random_model
+from tests.conftest import save_random_model
 
 
 def test_the_demo_model_in_numbers():
@@ -260,15 +258,3 @@ def test_what_the_hub_says_becomes_a_sentence(monkeypatch, kind, pattern):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", answer)
     with pytest.raises(InputError, match=pattern):
         find_model(ModelSource("x/y", revision="z"))
-
-
-def test_importing_the_library_imports_neither_torch_nor_streamlit():
-    code = (
-        "import sys, lsq_core, lsq_core.pipeline, lsq_core.plan, lsq_core.store, lsq_core.jobs, "
-        "lsq_core.cli, lsq_core.profile, lsq_core.disk; "
-        "print([m for m in ('torch', 'streamlit', 'transformers') if m in sys.modules])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == "[]"

@@ -33,9 +33,7 @@ from lsq_core.predict import (
     smallest_within,
 )
 from lsq_core.provenance import now
-from lsq_core.reference import import_reference
 from lsq_core.store import PUBLISHED, Store
-from tests.conftest import REFERENCE
 
 RUNS = {"quantizer": "hqq", "axis": 0, "metadata": "8bit"}
 FULL = 6.0
@@ -51,19 +49,10 @@ def some(points: Points, chosen: np.ndarray) -> Points:
 # --- against the published runs ---------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def published(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """The whole reference in a database; for reading only."""
-    if not REFERENCE.is_dir():
-        pytest.skip(f"the published measurements are not at {REFERENCE}")
-    store = Store(tmp_path_factory.mktemp("published") / "lsq.duckdb")
-    import_reference(REFERENCE, store)
-    return store
-
-
 @pytest.mark.parametrize("model", ["Llama-2-7b-hf", "Meta-Llama-3-8B"])
 def test_thirty_published_runs_predict_the_others(published, model):
     """Medians over 20 draws, WikiText-2, of the runs at 3 bits and more with a published plan."""
+    published = Store(published)
     bench = Workbench(ModelSource(model), published)
     problem = problem_of(bench.info, bench.profile(bench.default_settings))
     points = measured_points(published, PUBLISHED + model, problem, **RUNS, corpus="wikitext2")

@@ -51,10 +51,9 @@ def reference() -> Path:
 
 
 @pytest.fixture(scope="module")
-def imported(reference: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, dict]:
+def imported(published: Path, published_once: Path) -> tuple[Store, dict]:
     """The whole reference in a database, and what the import said; for reading only."""
-    store = Store(tmp_path_factory.mktemp("reference") / "lsq.duckdb")
-    return store, import_reference(reference, store)
+    return Store(published), json.loads(published_once.with_name("said.json").read_text("utf8"))
 
 
 @pytest.fixture(scope="module")

@@ -341,6 +341,7 @@ new MutationObserver(() => {
 """
 
 
+@pytest.mark.bench
 @pytest.mark.parametrize("methods", ["mxq", "mxq,sensiboost"])
 def test_a_drag_is_painted_at_once_and_committed_soon(person, methods):
     """80 layers by 7 types: p95 of a step ≤ 60 ms, of release to committed page ≤ 400 ms."""
