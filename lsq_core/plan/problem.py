@@ -142,6 +142,16 @@ class Problem:
                     "group size, or mxq, which gives each matrix one that fits."
                 )
 
+    def check_choosable(self) -> None:
+        """Raise :class:`InputError` naming the first matrix that has no option left."""
+        for i in np.flatnonzero(~self.allowed.any(axis=1)):
+            matrix = self.matrices[i]
+            raise InputError(
+                f"{matrix.name} ({matrix.out_features}×{matrix.in_features}) can be cut into "
+                "groups by none of the configurations that its pins allow; pin it to one with a "
+                "smaller group size, or leave the pin out."
+            )
+
     @property
     def feasible(self) -> tuple[float, float]:
         """Nominal bytes of the smallest and the largest plan."""

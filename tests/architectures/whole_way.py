@@ -34,6 +34,8 @@ class Outcome:
     #: Weights in the blocks that plans don't touch.
     left_out: tuple[str, ...] = ()
     seconds: float = 0.0
+    #: Where the model was, which messages name.
+    folder: str = ""
 
 
 def whole_way(model_type: str, name: str, folder: Path) -> Outcome:
@@ -41,7 +43,15 @@ def whole_way(model_type: str, name: str, folder: Path) -> Outcome:
     began = time.perf_counter()
 
     def outcome(state: str, reason: str = "", left_out: tuple[str, ...] = ()) -> Outcome:
-        return Outcome(model_type, name, state, reason, left_out, time.perf_counter() - began)
+        return Outcome(
+            model_type,
+            name,
+            state,
+            reason,
+            left_out,
+            time.perf_counter() - began,
+            str(folder / "model"),
+        )
 
     try:
         save_small_model(model_type, folder / "model")
