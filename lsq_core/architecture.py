@@ -7,6 +7,7 @@ copy of it and compute what the model computed: a module whose ``forward`` is ``
 
 from __future__ import annotations
 
+import copy
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -14,12 +15,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from lsq_core.config import LADDER, divides
 from lsq_core.errors import InputError
 from lsq_core.model import Matrix, ModelInfo, ModelSource
 
+#: What configs call the number of positions.
+_CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
 #: Order of the computation where a block defines its modules in another one.
 _QKV_RANK = {"q_proj": 0, "k_proj": 1, "v_proj": 2}
 
@@ -97,9 +101,10 @@ def describe(model: nn.Module, source: ModelSource) -> ModelInfo:
 def context_of(config: object) -> int:
     """Tokens that a model can read at once; 2048 where its config does not say."""
     text = config.get_text_config()
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
-        if getattr(text, name, None):
-            return int(getattr(text, name))
+    for name in _CONTEXT:
+        value = getattr(text, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
     return 2048
 
 
@@ -199,8 +204,30 @@ def _reason(
 
 
 def has_linear_forward(module: nn.Module) -> bool:
-    """Whether a module computes just what ``nn.Linear`` does, or transformers' ``Conv1D``."""
-    return type(module).forward in (nn.Linear.forward, Conv1D.forward)
+    """Whether a module computes just what ``nn.Linear`` does, or transformers' ``Conv1D``.
+
+    A subclass with a ``forward`` of its own is tried on a small example: some (Falcon's) compute
+    the same in other words, and some (routers, grouped projections) don't.
+    """
+    if type(module).forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    weight, bias = torch.tensor([[1.0, 2.0], [3.0, -1.0], [0.5, 4.0]]), torch.tensor([1.0, 0.0, 2])
+    inputs = torch.tensor([[[1.0, -2.0], [0.25, 3.0]]])
+    small = copy.copy(module)
+    small._parameters = {
+        "weight": nn.Parameter(weight, requires_grad=False),
+        "bias": None if module.bias is None else nn.Parameter(bias, requires_grad=False),
+    }
+    try:
+        output = type(module).forward(small, inputs)
+    except Exception:  # whatever else it needs, it isn't a linear module's
+        return False
+    expected = F.linear(inputs, weight, small.bias)
+    return (
+        torch.is_tensor(output)
+        and output.shape == expected.shape
+        and bool((output == expected).all())
+    )
 
 
 def _is_stack(module: nn.Module) -> bool:

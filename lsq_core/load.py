@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
-import psutil
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -18,9 +17,11 @@ from transformers.utils import logging as transformers_logging
 from lsq_core.architecture import describe, find_blocks
 from lsq_core.checkpoint import read_entries
 from lsq_core.config import format_bytes
-from lsq_core.errors import InputError, LsqError
+from lsq_core.devices import canonical
+from lsq_core.errors import InputError, LsqError, reason_of
 from lsq_core.fit import check_fit, pickled_entries
 from lsq_core.identity import identity_of, under_name
+from lsq_core.memory import available_memory
 from lsq_core.model import (
     ModelInfo,
     ModelSource,
@@ -76,7 +77,7 @@ class LoadedModel:
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """``auto`` is the GPU when there is one, else the CPU.
+    """``auto`` is the first GPU where there is one, else the CPU; ``cuda`` is ``cuda:0``.
 
     Raises
     ------
@@ -84,9 +85,9 @@ def pick_device(name: str = "auto") -> torch.device:
         When the device does not exist on this machine.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
+        device = torch.device(canonical(name))
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError("only these two have been tried")
         torch.empty(1, device=device)
@@ -159,7 +160,7 @@ def describe_files(model: nn.Module, source: ModelSource, folder: Path) -> Model
         under_name(info, source, identity),
         fingerprint=identity.fingerprint,
         file_bytes=sum(path.stat().st_size for path in files),
-        config=read_config(folder),
+        config=_with_dtype(folder),
         notes=check_fit(model, entries, find_blocks(model)[0], folder),
     )
 
@@ -199,6 +200,13 @@ def model_config(source: ModelSource, folder: Path) -> object:
     return config
 
 
+def _with_dtype(folder: Path) -> dict:
+    """The folder's config; where it names no dtype, with the one that the weights have."""
+    config, dtype = read_config(folder), stored_dtype(folder)
+    named = any(config.get(key) for key in ("dtype", "torch_dtype"))
+    return config if named or dtype is None else config | {"dtype": str(dtype)[6:]}
+
+
 def stored_dtype(folder: Path) -> torch.dtype | None:
     """The dtype of a checkpoint: the one that its config names, or else that of most bytes.
 
@@ -212,8 +220,12 @@ def stored_dtype(folder: Path) -> torch.dtype | None:
         if isinstance(found, torch.dtype):
             return found
     sizes = dict.fromkeys(_STORED_DTYPES, 0)
-    files = [path for path in weight_files(folder) if path.suffix == ".safetensors"]
-    for entry in read_entries(folder, files).values():
+    try:
+        files = [path for path in weight_files(folder) if path.suffix == ".safetensors"]
+        entries = read_entries(folder, files)
+    except InputError:
+        return None  # of a remote model's files only the small ones may be here
+    for entry in entries.values():
         if entry.dtype in sizes:
             sizes[entry.dtype] += entry.bytes
     most = max(sizes, key=sizes.get)
@@ -238,10 +250,9 @@ def building(source: ModelSource, folder: Path) -> Iterator[None]:
                 "it: read its .py files, then give --trust-remote-code (in the app: Trust remote "
                 "code)."
             ) from error
-        reason = str(error).strip().split("\n")[0]
         raise InputError(
             f"'{source.name}' is not a decoder-only language model that transformers can build: "
-            f"{reason}"
+            f"{reason_of(error)}."
         ) from error
 
 
@@ -265,6 +276,8 @@ def load_model(source: ModelSource, device: str = "auto", dtype: str = "auto") -
     info = describe_files(skeleton(source, folder), source, folder)
     compute_dtype = pick_dtype(dtype, target, model_config(source, folder))
     check_memory(info.source, info.parameters, target, compute_dtype)
+    if weight_files(folder)[0].suffix != ".safetensors":  # those are read as a whole first
+        check_memory(info.source, info.parameters, torch.device("cpu"), compute_dtype)
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -273,13 +286,17 @@ def load_model(source: ModelSource, device: str = "auto", dtype: str = "auto") -
             trust_remote_code=source.trust_remote_code,
             experts_implementation="eager",
             output_loading_info=True,
+            device_map={"": target},  # each tensor straight to where it is used
         )
-        model = model.to(target).eval().requires_grad_(False)
+        model = model.eval().requires_grad_(False)
     except torch.OutOfMemoryError as error:
-        raise LsqError(_too_large(info.source, info.parameters, target, compute_dtype)) from error
+        need = info.parameters * compute_dtype.itemsize
+        form = str(compute_dtype)[6:]
+        raise LsqError(_too_large(info.source, need, form, target)) from error
     except (ValueError, RuntimeError, OSError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"The weights in {folder} cannot be loaded: {reason}") from error
+        raise InputError(
+            f"The weights in {folder} cannot be loaded: {reason_of(error)}."
+        ) from error
     lacking = sorted(found["missing_keys"])
     if lacking:  # transformers would go on with random ones
         raise InputError(
@@ -302,26 +319,33 @@ def load_tokenizer(source: ModelSource, folder: Path) -> object:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
     except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"{folder} has no tokenizer that can be loaded: {reason}") from error
+        reason = reason_of(error)
+        raise InputError(f"{folder} has no tokenizer that can be loaded: {reason}.") from error
 
 
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+    return available_memory()
 
 
 def check_memory(name: str, parameters: int, device: torch.device, dtype: torch.dtype) -> None:
     """Raise :class:`LsqError` when a device has too little memory for so many parameters."""
-    if parameters * dtype.itemsize > _free_bytes(device):
-        raise LsqError(_too_large(name, parameters, device, dtype))
+    check_bytes(name, parameters * dtype.itemsize, str(dtype)[6:], device)
 
 
-def _too_large(name: str, parameters: int, device: torch.device, dtype: torch.dtype) -> str:
-    need = format_bytes(parameters * dtype.itemsize)
+def check_bytes(name: str, need: int, form: str, device: torch.device) -> None:
+    """Raise :class:`LsqError` when a device has less than ``need`` bytes of memory free.
+
+    ``form`` says what they are: a dtype, or packed matrices.
+    """
+    if need > _free_bytes(device):
+        raise LsqError(_too_large(name, need, form, device))
+
+
+def _too_large(name: str, need: int, form: str, device: torch.device) -> str:
     return (
-        f"'{name}' needs {need} in {str(dtype)[6:]} and {device} has "
+        f"'{name}' needs {format_bytes(need)} in {form} and {device} has "
         f"{format_bytes(_free_bytes(device))} free: choose another device or a smaller model."
     )
 

@@ -12,14 +12,18 @@ from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
+from lsq_core import hub
 from lsq_core.checkpoint import INDEX, check_not_quantized, read_entries
-from lsq_core.errors import InputError, LsqError
+from lsq_core.errors import InputError, LsqError, reason_of
+from lsq_core.files import disk_error, write_bytes
 
 #: The model that ships with the project.
 DEMO_FOLDER = Path(__file__).resolve().parents[1] / "data" / "demo_model"
 
 #: What a repository is asked for: weights as safetensors, and the small text files beside them.
 _WANTED_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+#: What says what a model is: its config, what a quantizer said of it, and the index of its weights.
+_DESCRIBING_FILES = ["config.json", "*quant*.json", INDEX]
 #: Folders inside a repository, and a second copy of the weights that some carry.
 _UNWANTED_FILES = ["*/*", "consolidated*.safetensors"]
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
@@ -162,13 +166,20 @@ def find_model(source: ModelSource) -> Path:
 
 
 def find_config(source: ModelSource) -> Path:
-    """The folder with the model's ``config.json``; nothing else of a remote model is fetched.
+    """The folder with the model's ``config.json``; no weights of a remote model are fetched.
 
-    Raises as :func:`find_model`.
+    Beside it are the small files that say what the weights are, and the model's own code where
+    that is trusted. Raises as :func:`find_model`.
     """
     folder = source.local_folder
     if folder is None:
-        return Path(_ask_hub(source, "hf_hub_download", filename="config.json")).parent
+        patterns = [*_DESCRIBING_FILES, *(["*.py"] if source.trust_remote_code else [])]
+        found = _ask_hub(
+            source, "snapshot_download", allow_patterns=patterns, ignore_patterns=_UNWANTED_FILES
+        )
+        folder = Path(found)
+        if not (folder / "config.json").is_file():
+            raise InputError(f"'{source.name}' has no config.json, so it is not a model to load.")
     check_config(folder)
     return folder
 
@@ -195,11 +206,14 @@ def cached_folder(source: ModelSource) -> Path | None:
 def remote_file_bytes(source: ModelSource) -> int:
     """Bytes of a Hugging Face model's weight files, from the hub's listing, or 0 if unknown."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        info = HfApi().model_info(source.name, revision=source.revision, files_metadata=True)
-    except (HfHubHTTPError, OSError):
+        info = HfApi().model_info(
+            source.name, revision=source.revision, files_metadata=True, timeout=hub.TIMEOUT_S
+        )
+    except Exception as error:
+        if not hub.is_network_error(error):
+            raise
         return 0
     names = [s for s in info.siblings or [] if s.rfilename.endswith(".safetensors")]
     return sum(s.size or 0 for s in names)
@@ -207,7 +221,7 @@ def remote_file_bytes(source: ModelSource) -> int:
 
 def _ask_hub(source: ModelSource, function: str, **kwargs: object) -> str:
     """Call a download function of ``huggingface_hub`` and say in a sentence what went wrong."""
-    import huggingface_hub as hub
+    import huggingface_hub
     from huggingface_hub import errors
 
     name = source.name if len(source.name) <= _LONGEST_SHOWN else source.name[:60] + "…"
@@ -215,7 +229,8 @@ def _ask_hub(source: ModelSource, function: str, **kwargs: object) -> str:
     if source.name.lower() == "demo":
         raise InputError(f"There is no model {where}; the embedded one is 'demo'.")
     try:
-        return getattr(hub, function)(source.name, revision=source.revision, **kwargs)
+        kwargs["local_files_only"] = not hub.answers(source.name, source.revision)
+        return getattr(huggingface_hub, function)(source.name, revision=source.revision, **kwargs)
     except errors.HFValidationError as error:
         raise InputError(
             f"{where} is neither a folder here nor a Hugging Face id such as org/name."
@@ -238,8 +253,13 @@ def _ask_hub(source: ModelSource, function: str, **kwargs: object) -> str:
         ) from error
     except errors.EntryNotFoundError as error:
         raise InputError(f"{where} has no config.json, so it is not a model to load.") from error
-    except (errors.HfHubHTTPError, OSError) as error:
-        raise LsqError(f"{where} could not be downloaded: {error}") from error
+    except Exception as error:
+        if not hub.is_network_error(error):
+            raise
+        reason = reason_of(error)
+        raise disk_error(error) or LsqError(
+            f"{where} could not be downloaded: {reason}."
+        ) from error
 
 
 def read_config(folder: Path) -> dict:
@@ -253,7 +273,9 @@ def read_config(folder: Path) -> dict:
     try:
         config = json.loads((folder / "config.json").read_text("utf8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{folder / 'config.json'} cannot be read as JSON: {error}") from error
+        raise InputError(
+            f"{folder / 'config.json'} cannot be read as JSON: {reason_of(error)}."
+        ) from error
     if not isinstance(config, dict):
         raise InputError(f"{folder / 'config.json'} holds no JSON object.")
     return config
@@ -367,7 +389,7 @@ def write_description(info: ModelInfo, folder: Path) -> None:
     for name in ("config", "tokenizer", "code", "notes"):
         del content[name]
     text = json.dumps(content, separators=(",", ":"))
-    (folder / _DESCRIPTION).write_text(text.replace("],", "],\n") + "\n", "utf8")
+    write_bytes(folder / _DESCRIPTION, (text.replace("],", "],\n") + "\n").encode("utf8"))
 
 
 def described_demo(source: ModelSource) -> ModelInfo | None:

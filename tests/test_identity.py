@@ -10,6 +10,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
+from lsq_core import cli
 from lsq_core.errors import InputError
 from lsq_core.identity import code_hash, identify, identity_of, known_info, tokenizer_hash
 from lsq_core.load import inspect_model
@@ -206,3 +207,77 @@ def test_the_demo_is_known_by_content(tmp_path):
     store = Store(tmp_path / "db")
     Workbench(ModelSource("demo"), store).info  # noqa: B018
     assert known_info(ModelSource(str(DEMO_FOLDER)), store).source == str(DEMO_FOLDER)
+
+
+# --- what a remote model is asked for -------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(copy, cache, monkeypatch):
+    """A hub that holds one model, and a list of what was fetched of it."""
+    import fnmatch
+
+    fetched = []
+
+    def download(name, revision=None, allow_patterns=(), **more):
+        home = cache(name, copy, revision or "main").parent / "fetched"
+        home.mkdir(exist_ok=True)
+        for path in copy.iterdir():
+            if any(fnmatch.fnmatch(path.name, pattern) for pattern in allow_patterns):
+                shutil.copy(path, home)
+                fetched.append(path.name)
+        return str(home)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr("lsq_core.model.remote_file_bytes", lambda source: 0)
+    monkeypatch.setattr("lsq_core.identity.cached_folder", lambda source: None)
+    monkeypatch.setattr("lsq_core.load.cached_folder", lambda source: None)
+    return fetched
+
+
+UNREACHABLE = ["--method", "uniform", "--budget", "0.5bpp"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["plan", *UNREACHABLE],
+        ["run", *UNREACHABLE],
+        ["run", "--method", "mxq", "--budget", "0.5bpp"],
+        ["run", "--plan", "{plan}"],
+        ["sweep", "--method", "uniform", "--budget", "0.5bpp"],
+    ],
+)
+def test_what_cannot_be_is_refused_before_weights_are_fetched(hub, words, tmp_path, capsys):
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps({"modules": {"model.layers.99.x": {"bits": 2, "group_size": 64}}}))
+    words = [word.format(plan=plan) for word in words]
+    assert cli.main([*words, "--model", "some-org/some-model"]) in (1, 2)
+    assert "config.json" in hub
+    assert not [name for name in hub if name.endswith(".safetensors")]
+    assert "lsq:" in capsys.readouterr().err
+
+
+def test_a_possible_plan_fetches_the_weights_then(hub, capsys):
+    words = ["plan", "--method", "uniform", "--budget", "3.2bpp", "--model", "some-org/some-model"]
+    assert cli.main(words) == 0
+    assert hub.index("config.json") < hub.index("model.safetensors")
+
+
+def test_a_remote_model_of_which_only_small_files_are_here(hub, copy, capsys):
+    """Its index names files that were not fetched, and its config no dtype."""
+    config = json.loads((copy / "config.json").read_text())
+    config.pop("dtype", None)
+    (copy / "config.json").write_text(json.dumps(config))
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert cli.main(["inspect", "--model", "some-org/some-model", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["layers"] == 2
+    assert set(hub) == {"config.json", "model.safetensors.index.json"}
+
+
+def test_a_quantized_model_is_refused_by_its_small_files(hub, copy, capsys):
+    (copy / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
+    assert cli.main(["inspect", "--model", "some-org/some-model"]) == 2
+    assert "FP8" in capsys.readouterr().err
+    assert not [name for name in hub if name.endswith(".safetensors")]

@@ -212,7 +212,7 @@ def test_remote_code_is_not_run_unasked(copy):
     config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}
     (copy / "config.json").write_text(json.dumps(config))
     (copy / "mine.py").write_text("raise SystemExit('it was run')")
-    refused(str(copy), "not a decoder-only language model")
+    refused(str(copy), "--trust-remote-code")
 
 
 def test_no_such_device():

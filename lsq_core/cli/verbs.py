@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from lsq_core import disk, jobs
 from lsq_core.config import parse_bytes
 from lsq_core.corpus import corpus_identity
-from lsq_core.errors import InputError, LsqError
+from lsq_core.errors import InputError, LsqError, reason_of
+from lsq_core.files import write_bytes
 from lsq_core.jsontext import write_json
 from lsq_core.model import MANIFEST, ModelSource
 from lsq_core.pipeline import (
@@ -27,7 +28,7 @@ from lsq_core.pipeline import (
 )
 from lsq_core.plan import PLANNERS, Plan, PlanRequest, Problem
 from lsq_core.predict import parse_loss
-from lsq_core.profile import METRICS, Profile, ProfileSettings
+from lsq_core.profile import Profile, ProfileSettings
 from lsq_core.quantize import about, check_choice
 from lsq_core.quantize.manifest import RUN, is_quantized_folder, read_manifest
 from lsq_core.store import PUBLISHED, Store
@@ -75,11 +76,6 @@ def _plan_request(options: argparse.Namespace, method: str | None = None) -> Pla
     method = options.method if one else method
     if not method:
         raise InputError(f"Give a method with --method: {', '.join(PLANNERS)}.")
-    if options.metric not in METRICS or not options.metric.startswith("sensitivity"):
-        raise InputError(
-            f"'{options.metric}' is not a metric SensiBoost can read; choose sensitivity or "
-            "sensitivity_module."
-        )
     return PlanRequest(
         method=method,
         base=options.base if one else None,
@@ -234,7 +230,7 @@ def _refuse_early(
     options: argparse.Namespace, bench: Workbench, settings: ProfileSettings, quantizer: str
 ) -> None:
     """Tell what the quantizer can't do before a profile is measured for the plan."""
-    request, problem = _plan_request(options), Problem(bench.info.matrices)
+    request, problem = _plan_request(options), Problem(bench.outline.matrices)
     reason = refusal_of(problem, request, quantizer, settings.axis)
     if reason:
         raise InputError(reason)
@@ -260,9 +256,9 @@ def _saved_plan(path: Path, bench: Workbench) -> Plan:
         content = json.loads(path.read_text("utf8"))
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not a plan: it holds no JSON ({error}).") from error
-    return Plan.from_json(content, bench.info.matrices, bench.info.other_bytes)
+    except (ValueError, RecursionError) as error:  # also a number or nesting beyond Python's limits
+        raise InputError(f"{path} is not a plan: it holds no JSON ({reason_of(error)}).") from error
+    return Plan.from_json(content, bench.outline.matrices, bench.outline.other_bytes)
 
 
 def evaluate(options: argparse.Namespace, report: Report) -> dict:
@@ -368,22 +364,21 @@ def resume(options: argparse.Namespace, report: Report) -> dict:
     job = jobs.follow(jobs.resume(jobs.find(folder, options.id)), report)
     if job.state != "done":
         raise LsqError(f"Job {job.id} ended as {job.state}: {job.message}")
-    return {"job": job.id, "verb": job.arguments[0], "result": job.result()}
+    return {"job": job.id, "verb": job.verb, "result": job.result()}
 
 
 def results(options: argparse.Namespace, report: Report) -> dict:
     """Every run, newest first: measured here, or published."""
     frame = _results(options)
-    # An evaluation of a saved model, which has no full precision beside it, tells no KL.
-    alone = frame["kl"].isna() & (frame["origin"] == "measured")
-    frame = frame.assign(created=frame["created"].astype(str), saved_model=alone)
+    frame = frame.assign(created=frame["created"].astype(str))
     return {"results": frame.astype(object).where(frame.notna(), None).to_dict("records")}
 
 
 def _results(options: argparse.Namespace) -> pd.DataFrame:
     frame = Store(options.db).results(origin="published" if options.published else "measured")
     if options.model:
-        frame = frame[frame["model"].isin([options.model, PUBLISHED + options.model])]
+        names = options.model, ModelSource(options.model).name, PUBLISHED + options.model
+        frame = frame[frame["model"].isin(names)]
     return frame
 
 
@@ -407,13 +402,7 @@ def export(options: argparse.Namespace, report: Report) -> dict:
         store = Store(options.db)
         record = store.record(_evaluation_of(store, options.run))
         content, count = pages[kind](store, record).encode("utf8"), 1
-    try:
-        with options.out.open("xb") as file:
-            file.write(content)
-    except FileExistsError as error:
-        raise InputError(f"{options.out} is there already; give a new file.") from error
-    except OSError as error:
-        raise LsqError(f"{options.out} cannot be written: {error.strerror}.") from error
+    write_bytes(options.out, content, new=True)
     return {"out": str(options.out), "runs": count, "bytes": len(content)}
 
 
@@ -475,16 +464,21 @@ def bench(options: argparse.Namespace, report: Report) -> dict:
     return benchmarks.to_json(rows)
 
 
+def repair(options: argparse.Namespace, report: Report) -> dict:
+    """Copy what can be read of a damaged database into a new one."""
+    from lsq_core import repair as repairs
+
+    path = options.database.expanduser().resolve()
+    out = options.out or path.with_name(f"{path.name}.repaired")
+    tables = repairs.repair(path, out.expanduser().resolve())
+    return {"out": str(out), "tables": [asdict(table) for table in tables]}
+
+
 def app(options: argparse.Namespace, report: Report) -> dict:
     """Serve the app until stopped."""
-    import os
-    import subprocess
+    from lsq_core import serve
 
-    root = Path(__file__).resolve().parents[2]
-    environment = os.environ | ({"LSQ_DB": str(Store(options.db).path)} if options.db else {})
-    command = [sys.executable, "-m", "streamlit", "run", "app.py"]
-    command += ["--server.port", str(options.port)]
-    status = subprocess.call(command, cwd=root, env=environment)
-    if status:
-        raise LsqError(f"The app ended with status {status}; its own message is above.")
+    if options.db:
+        os.environ["LSQ_DB"] = str(Store(options.db).path)
+    serve.serve(options.address, options.port, options.token)
     return {}

@@ -58,5 +58,5 @@ class Replay:
 
 
 def first_of(output: object) -> Tensor:
-    """The tensor that a module gives, alone or first of a tuple."""
-    return output[0] if isinstance(output, tuple) else output
+    """The tensor that a module gives, alone or first of a tuple or list."""
+    return output[0] if isinstance(output, (tuple, list)) else output

@@ -26,9 +26,11 @@ from lsq_core.architecture import find_blocks, walk_matrices
 from lsq_core.checkpoint import safetensors_header
 from lsq_core.config import config_of, format_bytes
 from lsq_core.errors import InputError, LsqError
+from lsq_core.files import sync_folder, sync_tree
 from lsq_core.identity import has_own_code
 from lsq_core.load import (
     building,
+    check_bytes,
     load_tokenizer,
     model_config,
     pick_device,
@@ -127,9 +129,11 @@ def _whole_or_nothing(folder: Path, need: int) -> Iterator[Path]:
     try:
         yield unfinished
         unfinished.chmod(0o755)
+        sync_tree(unfinished)
         if folder.is_dir():
             folder.rmdir()
         unfinished.rename(folder)
+        sync_folder(folder.parent)
     except Exception as error:
         no_space = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
         if no_space:
@@ -195,7 +199,8 @@ def load_quantized(
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.tie_weights()
     install(model, _empty_matrices(model, source, manifest), compute_dtype)
-    _fill(model, load_file(folder / WEIGHTS), compute_dtype)
+    check_bytes(str(folder), (folder / WEIGHTS).stat().st_size, "packed form", target)
+    _fill(model, load_file(folder / WEIGHTS, device=str(target)), compute_dtype)
     model = model.to(target).eval().requires_grad_(False)
     tokenizer = load_tokenizer(source, folder)
     return QuantizedModel(model, tokenizer, manifest, folder, str(target), str(compute_dtype)[6:])
