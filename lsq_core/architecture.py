@@ -88,7 +88,7 @@ def describe(model: nn.Module, source: ModelSource) -> ModelInfo:
         revision=source.revision,
         architecture=type(model).__name__,
         layers=len(blocks),
-        context=context_of(model.config),
+        context=context_of(model),
         parameters=sum(p.numel() for p in model.parameters()),
         file_bytes=0,
         matrices=tuple(usable),
@@ -98,14 +98,16 @@ def describe(model: nn.Module, source: ModelSource) -> ModelInfo:
     )
 
 
-def context_of(config: object) -> int:
+def context_of(model: nn.Module) -> int:
     """Tokens that a model can read at once; 2048 where its config does not say."""
-    text = config.get_text_config()
-    for name in _CONTEXT:
-        value = getattr(text, name, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    return 2048
+    text = model.config.get_text_config()
+    named = [getattr(text, name, None) for name in _CONTEXT]
+    context = next((n for n in named if isinstance(n, int) and n > 0), 2048)
+    for module in model.modules():  # learned positions may begin behind a padding index
+        if isinstance(module, nn.Embedding) and module.num_embeddings == context:
+            context -= 0 if module.padding_idx is None else module.padding_idx + 1
+            break
+    return context
 
 
 def _other_bytes(model: nn.Module, matrices: list[Matrix]) -> int:

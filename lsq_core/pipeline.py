@@ -1104,7 +1104,7 @@ def evaluate_saved(
     [[(evaluation, _)]] = evaluate_on(
         [quantized.model],
         quantized.tokenizer,
-        context_of(quantized.model.config),
+        context_of(quantized.model),
         [request],
         [stream_of(request, quantized.tokenizer)],
         where={"device": quantized.device, "dtype": quantized.dtype},

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lsq_core.architecture import find_blocks, get_weight, is_transposed, locate
-from lsq_core.errors import InputError
+from lsq_core.errors import InputError, reason_of
 from lsq_core.load import LoadedModel, last_logits
 from lsq_core.model import Matrix
 from lsq_core.profile.replay import Call, Replay, first_of
@@ -431,10 +431,14 @@ def output_forms(loaded: LoadedModel, ids: Tensor) -> list[OutputForm]:
     with loaded.holding_entry():
         try:
             _run_to_the_end(loaded, ids[:1, :8], run)
-            return [forms[type(block)] for block in blocks]
-        except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
-            reason = f"{type(error).__name__}: {error}"
+        except torch.OutOfMemoryError:
+            raise
+        except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+            reason = f"{type(error).__name__}: {reason_of(error)}"
             raise InputError(_not_walkable(loaded, reason)) from error
+    if any(type(block) not in forms for block in blocks):
+        raise InputError(_not_walkable(loaded, "text does not pass through all of them"))
+    return [forms[type(block)] for block in blocks]
 
 
 def _with_states(output: object, states: Tensor) -> object:

@@ -96,13 +96,13 @@ def _way(folder: Path) -> tuple[str, ...]:
     again = quantize_model(bench.loaded.model, plan.choice, get_quantizer("rtn"))
     ids = torch.arange(1, 33)[None]
     with torch.inference_mode():
-        expected, found = (
-            again(ids, use_cache=False).logits,
-            reloaded.model(ids, use_cache=False).logits,
+        full, expected, found = (
+            model(ids, use_cache=False).logits
+            for model in (bench.loaded.model, again, reloaded.model)
         )
-        assert torch.equal(found, expected), "the reloaded model gives other logits"
-        full = bench.loaded.model(ids, use_cache=False).logits
-        assert not torch.equal(expected, full), "quantization changes nothing"
+    # The last digit depends on where in memory a tensor begins, which a file decides otherwise.
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
+    assert not torch.equal(expected, full), "quantization changes nothing"
     evaluated = evaluate_saved(saved, request, store, "cpu")
     assert evaluated["perplexity"] == made["perplexity"]
     return bench.info.left_out
