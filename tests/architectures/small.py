@@ -10,6 +10,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 HIDDEN, HEADS, KEY_VALUE_HEADS, LAYERS, EXPERTS, CONTEXT = 64, 4, 2, 3, 4, 256
 VOCABULARY = 4096
+#: Parameters that a small model may have.
+LARGEST = 20_000_000
 
 #: Size of a config's number by its name; the first pattern that fits holds.
 _RULES: list[tuple[str, int]] = [
@@ -162,12 +164,16 @@ def small_model(model_type: str, seed: int = 0) -> torch.nn.Module:
     """A random model in float32; raises :class:`NotBuilt` where the rules don't fit."""
     torch.manual_seed(seed)
     try:
-        model = AutoModelForCausalLM.from_config(small_config(model_type))
+        config = small_config(model_type)
+        with torch.device("meta"):
+            size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+        if size > LARGEST:
+            raise NotBuilt(f"{size:,} parameters are left")
+        model = AutoModelForCausalLM.from_config(config)
+    except NotBuilt:
+        raise
     except Exception as error:
         raise NotBuilt(f"{type(error).__name__}: {error}".split("\n")[0]) from error
-    size = sum(p.numel() for p in model.parameters())
-    if size > 20_000_000:
-        raise NotBuilt(f"{size:,} parameters are left")
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
