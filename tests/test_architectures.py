@@ -34,14 +34,14 @@ MODULES_PER_MODEL = {
     "gpt2-conv1d": 8,
     "gemma2": 14,
     "mixtral-moe": 2 * (4 + 4 * 2),
-    "qwen2-moe": 7 + 4 + 4 * 2 + 3 + 1,
+    "qwen2-moe": 7 + 4 + 4 * 2 + 3,
     "gpt-oss-moe": 2 * (4 + 4 * 2),
 }
 
 
 def weights_in_blocks(model: nn.Module) -> int:
     """Independent count: every parameter of two or more dimensions in the decoder blocks."""
-    kept = ("router", "mlp.gate.weight", "bias", "sinks")
+    kept = ("router", "mlp.gate.weight", "shared_expert_gate", "bias", "sinks")
     return sum(
         p.numel()
         for name, p in find_blocks(model)[1].named_parameters()
