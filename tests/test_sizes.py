@@ -114,7 +114,9 @@ def test_no_evaluation_on_tokens_without_a_row(narrow, small_text):
     with pytest.raises(InputError, match=NAMES_THE_LAST_ROW):
         evaluate(narrow.model, ids, Protocol("blocks-64", 64, 64), bos=None)
     fitting = ids[ids < 512]
-    assert evaluate(narrow.model, fitting, Protocol("blocks-64", 64, 64), bos=None).perplexity > 0
+    assert (
+        evaluate(narrow.model, fitting, Protocol("blocks-64", 64, 64), bos=None)[0].perplexity > 0
+    )
     with pytest.raises(InputError, match=NAMES_THE_LAST_ROW):
         evaluate(narrow.model, fitting, Protocol("blocks-64", 64, 64), bos=600)
 
