@@ -204,10 +204,13 @@ def is_held_out(text: str) -> bool:
 
 
 def corpus_identity(name: str) -> str:
-    """What a corpus is, told without reading it all: for finding a profile again.
+    """What a corpus is, told without reading it all or asking the network: to find a profile by.
 
-    The same identity means the same text: the interpreter's version for ``stdlib``, the hash of
-    the content for a file, and the name with its revision for a dataset.
+    The hash of the content for a file, and a dataset's name with its commit where one is named,
+    mean the same text. The interpreter's version for ``stdlib``, and a dataset's branch such as
+    ``main``, need not: there a profile is of the text that was there when it was measured, whose
+    commit and hash of tokens are kept with it (``corpus_source``, ``corpus_sha256``), and what is
+    measured on another text takes its place (:meth:`lsq_core.store.Store.keep_profile`).
 
     Raises
     ------

@@ -20,8 +20,12 @@ def is_network_error(error: BaseException) -> bool:
 def answers(name: str, revision: str | None) -> bool:
     """Whether the hub can be asked for a model now; one short request, which isn't repeated.
 
-    Downloads repeat theirs for 24 seconds where nothing answers. What the answer was, that there
-    is no such model for one, the download itself says.
+    Downloads repeat theirs for 24 seconds where nothing answers.
+
+    Raises
+    ------
+    huggingface_hub.errors.HfHubHTTPError
+        What the hub answered where it has no such model or revision, or keeps it from this person.
     """
     from huggingface_hub import HfApi, is_offline_mode
     from huggingface_hub.errors import HfHubHTTPError
@@ -31,7 +35,11 @@ def answers(name: str, revision: str | None) -> bool:
     try:
         HfApi().model_info(name, revision=revision, timeout=TIMEOUT_S)
     except HfHubHTTPError as error:
-        return error.response is not None and error.response.status_code < 500
+        if error.response is not None and error.response.status_code < 500:
+            raise
+        return False
     except Exception as error:
-        return not is_network_error(error)
+        if not is_network_error(error):
+            raise
+        return False
     return True

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
-import psutil
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -24,6 +23,7 @@ from lsq_core.devices import canonical
 from lsq_core.errors import InputError, LsqError, reason_of
 from lsq_core.fit import check_fit, pickled_entries
 from lsq_core.identity import identity_of, under_name
+from lsq_core.memory import available_memory
 from lsq_core.model import (
     Matrix,
     ModelInfo,
@@ -465,7 +465,7 @@ def load_tokenizer(source: ModelSource, folder: Path) -> object:
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+    return available_memory()
 
 
 def check_memory(name: str, parameters: int, device: torch.device, dtype: torch.dtype) -> None:

@@ -228,8 +228,8 @@ def _ask_hub(source: ModelSource, function: str, **kwargs: object) -> str:
     where = f"'{name}'" + (f" at revision '{source.revision}'" if source.revision else "")
     if source.name.lower() == "demo":
         raise InputError(f"There is no model {where}; the embedded one is 'demo'.")
-    kwargs["local_files_only"] = not hub.answers(source.name, source.revision)
     try:
+        kwargs["local_files_only"] = not hub.answers(source.name, source.revision)
         return getattr(huggingface_hub, function)(source.name, revision=source.revision, **kwargs)
     except errors.HFValidationError as error:
         raise InputError(

@@ -8,17 +8,20 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lsq_core import predict
+from lsq_core.clock import Clock, timed
 from lsq_core.config import (
     DETECTION_CONFIG,
     GIB,
@@ -54,8 +57,22 @@ from lsq_core.profile import (
     ProfileSettings,
     missing_metrics,
 )
-from lsq_core.provenance import machine, versions
-from lsq_core.quantize import about, check_choice, mixed_rows_refusal, packages, refusal
+from lsq_core.provenance import (
+    Place,
+    device_kind,
+    machine,
+    profile_dependencies,
+    run_dependencies,
+    versions,
+)
+from lsq_core.quantize import (
+    about,
+    check_choice,
+    computes_with,
+    mixed_rows_refusal,
+    packages,
+    refusal,
+)
 from lsq_core.quantize.manifest import RUN, is_quantized_folder, read_manifest
 from lsq_core.store import PUBLISHED, InteractionKind, Store, new_id
 from lsq_core.targets import check_folder_target
@@ -103,12 +120,15 @@ class EvaluationRequest:
     max_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        from lsq_core.evaluate import PROTOCOLS
+        from lsq_core.evaluate import MIN_PREDICTED, PROTOCOLS
 
         if self.protocol not in PROTOCOLS:
             raise InputError(f"'{self.protocol}' is not a protocol; choose strided or blocks.")
-        if self.max_tokens is not None and self.max_tokens < 2:
-            raise InputError("max-tokens has to be at least 2: one to read and one to predict.")
+        if self.max_tokens is not None and self.max_tokens <= MIN_PREDICTED:
+            raise InputError(
+                f"max-tokens has to be at least {MIN_PREDICTED + 1}, and {self.max_tokens} were "
+                f"asked for: a perplexity needs {MIN_PREDICTED} predicted tokens."
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,6 +159,7 @@ class Workbench:
     report: Report = silent
     folder_to_keep: Path | None = None
     remembered_bytes: int = REMEMBERED_BYTES
+    clock: Clock = field(default_factory=Clock, init=False)
     _streams: dict[EvaluationRequest, TokenStream] = field(default_factory=dict, init=False)
     _problems: dict[object, Problem] = field(default_factory=dict, init=False)
 
@@ -162,6 +183,7 @@ class Workbench:
             )
 
     @cached_property
+    @timed("load")
     def folder(self) -> Path:
         """The model's local folder; a remote one is fetched."""
         self._need_weights()
@@ -182,6 +204,7 @@ class Workbench:
         return known_info(self.source, self.store) or inspect_model(self.source)
 
     @cached_property
+    @timed("load")
     def info(self) -> ModelInfo:
         """What is known of the model, whose files are all here; a remote one is fetched."""
         if self.published:
@@ -197,6 +220,7 @@ class Workbench:
         return info
 
     @cached_property
+    @timed("load")
     def loaded(self) -> LoadedModel:
         """The model with its weights."""
         self._need_weights()
@@ -211,6 +235,7 @@ class Workbench:
         return loaded
 
     @cached_property
+    @timed("load")
     def streamed(self) -> LoadedModel:
         """The model with its weights left in their files; loaded where that can't be."""
         self._need_weights()
@@ -233,6 +258,7 @@ class Workbench:
             self.report("note", 0, 1, note)
 
     @cached_property
+    @timed("load")
     def place(self) -> dict[str, str]:
         """The device and the dtype that the model computes on and in; needs no weights."""
         from lsq_core.load import model_config, pick_device, pick_dtype
@@ -242,12 +268,14 @@ class Workbench:
         return {"device": str(device), "dtype": dtype}
 
     @cached_property
+    @timed("load")
     def tokenizer(self) -> object:
         """The model's tokenizer; needs no weights."""
         from lsq_core.load import load_tokenizer
 
         return load_tokenizer(self.source, self.folder)
 
+    @timed("read text")
     def stream(self, request: EvaluationRequest) -> TokenStream:
         """The tokens that a request evaluates on, remembered."""
         if request not in self._streams:
@@ -266,7 +294,8 @@ class Workbench:
 
     def profile_key(self, settings: ProfileSettings) -> str:
         """The identity of this model's profile under these settings."""
-        return profile_key(self.info, settings)
+        place = place_of(self.info, self.device, self.dtype)
+        return find_profile_key(self.store, self.info, settings, place)
 
     def find_profile(self, settings: ProfileSettings) -> Profile | None:
         """The profile if it was measured before, or published."""
@@ -276,6 +305,7 @@ class Workbench:
             return self.store.profile(kept["id"][same.index(True)]) if any(same) else None
         return self.store.profile(self.profile_key(settings))
 
+    @timed("profile")
     def profile(self, settings: ProfileSettings, metrics: Sequence[str] = ()) -> Profile:
         """The profile, with the usual metrics and these: found, or measured and kept.
 
@@ -317,14 +347,8 @@ class Workbench:
         return self.find_profile(settings)
 
     def _keep(self, measured: Profile) -> None:
-        """Add metrics to the profile, or keep them as a new one.
-
-        Another process may have kept the profile while this one measured; what it holds stays.
-        """
-        if self.store.profile(measured.id) is None:
-            self.store.save_profile(measured)
-        else:
-            self.store.complete_profile(measured)
+        """Add metrics to the profile, or keep them as a new one."""
+        self.store.keep_profile(measured)
         names = ", ".join(measured.metrics)
         self.report("store", 1, 1, f"{names} kept in profile {measured.id}")
 
@@ -345,6 +369,7 @@ class Workbench:
 
     # --- rows -------------------------------------------------------------------------------
 
+    @timed("profile")
     def impact(self, request: PlanRequest, settings: ProfileSettings) -> Impact:
         """Row scores, and the interactions that a request reads: found, or measured and kept.
 
@@ -446,6 +471,7 @@ class Workbench:
 
     # --- plan -------------------------------------------------------------------------------
 
+    @timed("plan")
     def plan(self, request: PlanRequest, settings: ProfileSettings) -> tuple[Plan, Profile | None]:
         """A plan, and the profile it was made from where the method needs one.
 
@@ -626,12 +652,34 @@ class Workbench:
         """
         models = [one.model for one in made]
         identities = [[one.run, plan_identity(one.plan), one.row["quantizer"]] for one in made]
-        for pairs in self.evaluate(models, requests, self.loaded.model, identities):
+        found = self.evaluate(models, requests, self.loaded.model, identities)
+        for pairs, seconds in self._timed_passes(found):
             for one, (own, full) in zip(made, pairs, strict=True):
-                yield self._keep_run(one, own, full)
+                yield self._keep_run(one, own, full, seconds)
 
-    def _keep_run(self, made: Quantized, own: Evaluation, full: Evaluation) -> dict:
+    def _timed_passes(
+        self, found: Iterator[list[Pair]]
+    ) -> Iterator[tuple[list[Pair], dict[str, float]]]:
+        """Evaluations with the seconds by stage so far, of which full precision's are apart."""
+        while True:
+            began = self.clock.seconds.get("evaluate", 0.0)
+            with self.clock.stage("evaluate"):
+                pairs = next(found, None)
+            if pairs is None:
+                return
+            taken = self.clock.seconds["evaluate"] - began
+            # What is read before a text is done is of the next one too, so it may be less.
+            full = min(taken, pairs[0][1].seconds) if pairs[0][1] else 0.0
+            self.clock.add("evaluate", -full)
+            self.clock.add("full precision", full)
+            yield pairs, dict(self.clock.seconds)
+
+    @timed("store")
+    def _keep_run(
+        self, made: Quantized, own: Evaluation, full: Evaluation, seconds: dict[str, float]
+    ) -> dict:
         profile = made.profile.id if made.profile else None
+        own = replace(own, times=seconds | {"whole": self.clock.total})
         with self.store.held():
             if "plan" not in made.row:
                 made.row["plan"] = self.store.plan_of(made.run) or self.store.save_plan(
@@ -652,6 +700,7 @@ class Workbench:
         """Whether this very run saved its model here before it was cut off."""
         return is_quantized_folder(save) and read_manifest(save, RUN)["run"] == run
 
+    @timed("quantize")
     def _quantize(self, plan: Plan) -> tuple[nn.Module, float]:
         """The quantized model and the seconds it takes, whatever of it was made before."""
         from lsq_core.quantize import get_quantizer
@@ -682,9 +731,11 @@ class Workbench:
         """Where a quantizer keeps what it has of this plan so far, where there is a folder."""
         if self.folder_to_keep is None:
             return None
-        made_from = (*plan_identity(plan), plan.quantizer, self.place, versions())
+        made_by = run_dependencies(versions(), computes_with(plan.quantizer))
+        made_from = (*plan_identity(plan), plan.quantizer, self.place, made_by)
         return self.folder_to_keep / f"quantized-{_digest(self.info.fingerprint, *made_from)[:16]}"
 
+    @timed("save")
     def _save(
         self,
         quantized: nn.Module,
@@ -766,7 +817,8 @@ class Workbench:
         """The file for what was scored so far of a model on a text, where there is a folder."""
         if self.folder_to_keep is None:
             return None
-        asked = (self.stream(request).sha256, asdict(request), self.place, versions())
+        made_by = run_dependencies(versions())
+        asked = (self.stream(request).sha256, asdict(request), self.place, made_by)
         # A file's form is part of its name: an older version may have been cut off.
         name = _digest("by window", self.info.fingerprint, *identity, *asked)[:16]
         return self.folder_to_keep / f"evaluation-{name}.npz"
@@ -780,16 +832,70 @@ class Workbench:
         )
 
 
-def profile_key(info: ModelInfo, settings: ProfileSettings) -> str:
+def place_of(info: ModelInfo, device: str = "auto", dtype: str = "auto") -> Place:
+    """Where a model computes when it is asked for on a device in a dtype, as loading has it.
+
+    torch is imported only where there may be a GPU.
+    """
+    if device == "auto" and not _may_have_gpu():
+        device = "cpu"
+    if device_kind(device) == "cpu" and dtype == "auto":
+        return Place("cpu", "float32")
+    import torch
+
+    from lsq_core.load import pick_device, pick_dtype
+
+    target, text = pick_device(device), info.config.get("text_config")
+    parts = (info.config, text if isinstance(text, dict) else {})
+    named = next(filter(None, (p.get("dtype") or p.get("torch_dtype") for p in parts)), None)
+    stored = getattr(torch, str(named).removeprefix("torch."), None)
+    chosen = pick_dtype(dtype, target, SimpleNamespace(dtype=stored))
+    return Place(target.type, str(chosen).removeprefix("torch."))
+
+
+def _may_have_gpu() -> bool:
+    """Whether asking torch for a GPU is worth the seconds that its import takes."""
+    if "torch" in sys.modules or sys.platform != "linux":
+        return True
+    drivers = ("nvidia[0-9]*", "kfd", "dxg")
+    return any(any(Path("/dev").glob(pattern)) for pattern in drivers)
+
+
+def profile_key(info: ModelInfo, settings: ProfileSettings, place: Place | None = None) -> str:
     """The identity of a model's profile under some settings, found or not.
+
+    ``place`` is where it is measured, None for where this machine computes by itself.
 
     Raises
     ------
     InputError
         When the calibration corpus is nothing known.
     """
-    corpus = corpus_identity(settings.calibration)
-    return settings.key(info.fingerprint, corpus, info.tokenizer, info.code)
+    corpus, packages = corpus_identity(settings.calibration), computes_with(settings.quantizer)
+    place = place or place_of(info)
+    made_with = profile_dependencies(place, versions(*packages), packages)
+    return settings.key(info.fingerprint, corpus, info.tokenizer, info.code, made_with)
+
+
+def find_profile_key(
+    store: Store, info: ModelInfo, settings: ProfileSettings, place: Place | None = None
+) -> str:
+    """The same; a profile kept before it depended on place and versions is put under it.
+
+    That is done only where what was recorded with the profile says that it was measured in this
+    place, by these versions of what it depends on.
+    """
+    key, place = profile_key(info, settings, place), place or place_of(info)
+    packages = computes_with(settings.quantizer)
+    wanted = profile_dependencies(place, versions(*packages), packages)
+
+    def same(recorded: dict) -> bool:
+        made_by = recorded.get("versions") or {}
+        return profile_dependencies(Place.of(recorded), made_by, packages) == wanted
+
+    older = settings.key(info.fingerprint, corpus_identity(settings.calibration))
+    store.adopt_profile(older, key, same)
+    return key
 
 
 def stream_of(request: EvaluationRequest, tokenizer: object) -> TokenStream:
@@ -1188,7 +1294,7 @@ def _figures(evaluation: Evaluation) -> dict:
         "protocol": evaluation.protocol,
         "tokens": evaluation.tokens,
         "tokens_per_second": evaluation.tokens_per_second,
-        "peak_bytes": evaluation.peak_bytes,
+        "working_bytes": evaluation.working_bytes,
         "evaluate_seconds": evaluation.seconds,
         "device": evaluation.provenance["device"],
         "dtype": evaluation.provenance["dtype"],
@@ -1210,6 +1316,7 @@ def _outcome(run_id: str, row: dict, own: Evaluation, full: Evaluation) -> dict:
         "kl": own.kl,
         "top1": own.top1,
         "quantize_seconds": row["quantize_seconds"],
+        "seconds": own.times,
         "saved_to": row["saved_to"],
     }
 

@@ -23,7 +23,7 @@ import pandas as pd
 from lsq_core.errors import InputError, LsqError, reason_of
 from lsq_core.evaluate import Protocol
 from lsq_core.files import Damaged, read_json
-from lsq_core.jsontext import json_text, write_json
+from lsq_core.jsontext import write_json
 from lsq_core.pipeline import (
     EvaluationRequest,
     Quantized,
@@ -37,8 +37,13 @@ from lsq_core.pipeline import (
 )
 from lsq_core.plan import PLANNERS, Plan, PlanRequest, Problem
 from lsq_core.profile import Profile, ProfileSettings
-from lsq_core.provenance import versions
-from lsq_core.quantize import BASELINES, about, check_choice, packages
+from lsq_core.provenance import (
+    device_kind,
+    evaluation_dependencies,
+    run_dependencies,
+    versions,
+)
+from lsq_core.quantize import BASELINES, about, check_choice, computes_with
 
 #: The file, in the folder a job keeps things in, that tells what came of each item so far.
 ITEMS = "items.json"
@@ -272,13 +277,17 @@ class _Sweep:
         if there.empty:
             return
         protocol = Protocol.named(item.evaluation.protocol, bench.info.context).name
-        made_with = provenance_of(bench.place, item.evaluation, bench.tokenizer)
+        made_with = evaluation_dependencies(
+            provenance_of(bench.place, item.evaluation, bench.tokenizer)
+        )
         same = there[
             (there["corpus_sha256"] == stream.sha256)
             & (there["protocol"] == protocol)
-            & (there["provenance"] == json_text(made_with))
             & there["kl"].notna()
         ]
+        same = _those(
+            same, [evaluation_dependencies(json.loads(t)) == made_with for t in same["provenance"]]
+        )
         if not same.empty:
             self.rows[number] |= {"state": "found"} | self._figures(same["evaluation"].iloc[0])
 
@@ -288,13 +297,17 @@ class _Sweep:
         rows = self.bench.store.evaluated(self.bench.info.fingerprint, plan.method, item.quantizer)
         place = self.bench.place
         rows = rows[
-            (rows["device"] == place["device"])
+            (rows["device"].map(device_kind) == device_kind(place["device"]))
             & (rows["dtype"] == place["dtype"])
-            & (rows["versions"] == json_text(versions(*packages([item.quantizer]))))
         ]
+        made_by = computes_with(item.quantizer)
+        own = run_dependencies(versions(*made_by), made_by)
+        rows = _those(
+            rows, [run_dependencies(json.loads(text), made_by) == own for text in rows["versions"]]
+        )
         same = plan_identity(plan)
         alike = [content_identity(json.loads(content)) == same for content in rows["content"]]
-        return rows[np.array(alike, dtype=bool)]
+        return _those(rows, alike)
 
     def _figures(self, evaluation: str) -> dict:
         rows = self.bench.store.results(self.bench.info.fingerprint)
@@ -434,6 +447,11 @@ _FIGURES = (
 )
 
 
+def _those(rows: pd.DataFrame, wanted: Sequence[bool]) -> pd.DataFrame:
+    """The rows that are wanted, none of none."""
+    return rows[np.array(wanted, dtype=bool)]
+
+
 def _plain(value: object) -> object:
     """A data frame's value as JSON has it."""
     value = value.item() if hasattr(value, "item") else value
@@ -453,7 +471,7 @@ def estimate(runs: pd.DataFrame, asked: Sequence[Item]) -> float | None:
     reads.
     """
     runs = runs[runs["tokens_per_second"] > 0]
-    if runs.empty:
+    if runs.empty or not asked:
         return None
     whole = runs[~runs["truncated"].astype(bool)].groupby("corpus")["tokens"].max()
     tokens = [

@@ -45,7 +45,8 @@ def explore(here: Here) -> None:
             persist_state="session",
         )
     state.share_unless_default("see", "layers")
-    seen = Seen(here, info, settings, known.profile(here.store, info, settings), first, row)
+    found = known.profile(here.store, info, settings, here.device)
+    seen = Seen(here, info, settings, found, first, row)
     _, show, needs_profile = _VIEWS[see]
     if seen.lacking and (needs_profile or seen.found is not None):
         follow(seen)

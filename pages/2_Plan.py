@@ -16,7 +16,7 @@ def plan_page(here: Here) -> None:
     info = here.info
     state.begin_settings(known.identity(info), known.newest_settings(here.store, info))
     settings = state.settings()
-    found = known.profile(here.store, info, settings)
+    found = known.profile(here.store, info, settings, here.device)
     offered = plan_panels.offered(info, found)
     state.begin_plan(found is not None)
     state.choose_among(offered)

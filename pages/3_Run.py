@@ -89,7 +89,7 @@ def ask(here: Here, folder: Path) -> None:
     """One run of the plan, or a sweep."""
     info = here.info
     state.begin_settings(known.identity(info), known.newest_settings(here.store, info))
-    found = known.profile(here.store, info, state.settings())
+    found = known.profile(here.store, info, state.settings(), here.device)
     state.begin_plan(found is not None)
     state.share_plan()
     one, many = st.tabs(["Run the plan", "Sweep"], key="run_ask")

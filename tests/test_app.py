@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import duckdb
+import numpy as np
 import pytest
 from streamlit.testing.v1 import AppTest
 
@@ -385,9 +388,38 @@ def test_two_runs_are_compared_in_pairs(filled):
     found = compare_windows(nll, store.windows(b)[0], counts)
     said = next(m.value for m in app.markdown if m.value.startswith("Perplexity"))
     assert f"{100 * found.relative:+.2f}".replace("-", "−") in said
-    # So short a text has too few windows for an interval, and without one nothing is a tie.
-    assert ("too few windows" in said) == math.isnan(found.low)
-    assert ("**tie**" in said) == (found.tie and not math.isnan(found.low))
+    assert math.isnan(found.low)  # so short a text has too few windows for an interval,
+    assert "too few windows" in said
+    assert not re.search(VERDICT, said)  # and without one no verdict
+
+
+VERDICT = r"\*\*(tie|lower|higher)\*\*"
+
+
+def _open_the_pair(filled: Filled) -> AppTest:
+    app = open_page("Compare", model=filled.model)
+    measured = next(b for b in app.selectbox if b.label == "Measured on")
+    return measured.select(next(o for o in measured.options if "2 runs" in o)).run()
+
+
+@pytest.mark.parametrize(("shift", "verdict"), [(0.0, "tie"), (-20.0, "lower"), (20.0, "higher")])
+def test_the_verdict_on_two_runs_is_that_of_their_windows(filled, shift, verdict):
+    """As many windows as an interval needs, in nats a window, which differ by shift and noise."""
+    app = _open_the_pair(filled)
+    a, b = app.session_state["run_a"], app.session_state["run_b"]
+    counts = np.full(60, 128)
+    theirs = np.full(60, 256.0)
+    mine = theirs + shift + 10 * np.random.default_rng(0).standard_normal(60)
+    with duckdb.connect(str(filled.path)) as database:
+        for id, nll in ((a, mine), (b, theirs)):
+            values = [nll.tolist(), counts.tolist(), id]
+            database.execute("UPDATE evaluations SET nll = ?, counts = ? WHERE id = ?", values)
+    found = compare_windows(mine, theirs, counts)
+    assert found.low < found.high
+    app = _open_the_pair(filled)
+    assert (app.session_state["run_a"], app.session_state["run_b"]) == (a, b)
+    said = next(m.value for m in app.markdown if m.value.startswith("Perplexity"))
+    assert re.findall(VERDICT, said) == [verdict]
 
 
 # --- the database ---------------------------------------------------------------------------

@@ -82,3 +82,13 @@ def test_bad_budgets(text):
 def test_unknown_stop_lists_the_ladder():
     with pytest.raises(InputError, match=r"2\.13, .*8\.51"):
         stop_index("3.14")
+
+
+@pytest.mark.parametrize("stop", LADDER, ids=lambda c: c.stop_name)
+def test_the_name_of_a_stop_as_a_budget_is_that_stop(stop):
+    """Its exact size, by every name it has and by what is shown of it; a number is a number."""
+    four = round(stop.nominal_bits, 4)
+    for text in (stop.stop_name, f"{stop.stop_name}bpp", stop.name, f" {stop.name} ", f"{four}bpp"):
+        assert Budget.parse(text, 8).nominal_bytes == stop.nominal_bits
+    number = f"{stop.stop_name}0bpp"
+    assert Budget.parse(number, 8).nominal_bytes == float(stop.stop_name)

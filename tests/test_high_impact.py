@@ -83,6 +83,12 @@ def test_row_scores_go_on_from_where_they_were_cut_off(random_model, tmp_path):
     again = measure_row_scores(loaded, ids, lambda done, *_: began.append(done), path)
     assert began[0] == 16
     assert all((again[name] == whole[name]).all() for name in whole)
+    path.write_bytes(path.read_bytes()[:-40])
+    told = []
+    again = measure_row_scores(loaded, ids, lambda *said: told.append(said), path)
+    assert "scores.npz is damaged" in told[0][2]
+    assert told[1][0] == 0
+    assert all((again[name] == whole[name]).all() for name in whole)
 
 
 # --- interactions -------------------------------------------------------------------------------

@@ -178,6 +178,15 @@ def test_what_was_cut_off_goes_on_with_the_next_block(random_model, ids, tmp_pat
     whole = Hybrid(6).quantize_model(*asked, silent, rows=plan.rows)
     with torch.inference_mode():
         assert torch.equal(again(ids).logits, whole(ids).logits)
+    block = tmp_path / "block-0.safetensors"
+    block.write_bytes(block.read_bytes()[:-100])
+    said = []
+    again = Hybrid(6).quantize_model(
+        *asked, lambda done, total, text: said.append(text), rows=plan.rows, folder=tmp_path
+    )
+    assert "block-0.safetensors is damaged" in said[0]
+    with torch.inference_mode():
+        assert torch.equal(again(ids).logits, whole(ids).logits)
 
 
 def test_the_command_line(random_model, small_text, tmp_path, capsys, monkeypatch):

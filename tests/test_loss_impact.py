@@ -206,7 +206,7 @@ def test_an_interrupted_addition_leaves_the_profile_whole(bench, settings):
 def test_a_metric_measured_again_takes_the_place_of_its_own_rows_alone(bench, settings):
     whole = bench.profile(settings, IMPACT)
     rows = whole.values[whole.values["metric"] == "loss_impact"]
-    bench.store.complete_profile(replace(whole, values=rows.assign(value=7.0)))
+    bench.store.keep_profile(replace(whole, values=rows.assign(value=7.0)))
     kept = bench.find_profile(settings)
     assert len(kept.values) == len(whole.values)
     assert (kept.scores("loss_impact") == 7.0).all()

@@ -577,3 +577,12 @@ def test_a_plan_for_another_model_is_refused():
         Plan.from_json(content, problem(32).matrices, 0)
     with pytest.raises(InputError, match="not a plan"):
         Plan.from_json({"modules": {}}, problem(32).matrices, 0)
+
+
+@pytest.mark.parametrize("stop", LADDER, ids=lambda c: c.stop_name)
+@pytest.mark.parametrize("method", ["uniform", "mxq"])
+def test_a_stop_by_its_name_is_reached(method, stop):
+    plan = make_plan(problem(layers=4), PlanRequest(method, budget=f"{stop.stop_name}bpp"))
+    assert plan.bits_per_param <= stop.nominal_bits
+    if method == "uniform":
+        assert {c.name for c in plan.configs} == {stop.name}

@@ -327,6 +327,7 @@ def evaluation(run: str | None, model: str, corpus: str, perplexity: float, text
         "tokens": 1000,
         "perplexity": perplexity,
         "provenance": json_text({"dtype": "float16"}),
+        "full_precision": f"None-{corpus}-{text}" if run else None,
     }
 
 

@@ -343,8 +343,8 @@ def test_mxq_objectives_are_the_summed_errors_of_their_plans(store):
         off[content["request"]["budget"]] = total / content["published"]["objective"] - 1
     exact = [budget for budget, share in off.items() if abs(share) < 1e-12]
     assert len(exact) == 7
-    assert off["2.25bpp"] == pytest.approx(-0.00127, abs=1e-5)  # and 2.2513 bits for it
-    assert off["3.13bpp"] == pytest.approx(0.00060, abs=1e-5)
+    assert off["2.250bpp"] == pytest.approx(-0.00127, abs=1e-5)  # and 2.2513 bits for it
+    assert off["3.130bpp"] == pytest.approx(0.00060, abs=1e-5)
 
 
 # --- planning from what was published -----------------------------------------------------------

@@ -31,7 +31,6 @@ def evaluation(perplexity: float, corpus: str = "c", protocol: str = "strided") 
         nll=np.full(4, 10 * np.log(perplexity)),
         counts=np.full(4, 10),
         seconds=2.0,
-        peak_bytes=5,
         kl=0.5,
         top1=0.25,
         corpus=corpus,

@@ -12,6 +12,7 @@ import pytest
 from lsq_core import pipeline, quantize, sweep
 from lsq_core.cli import main
 from lsq_core.errors import InputError, LsqError
+from lsq_core.files import Damaged
 from lsq_core.model import ModelSource
 from lsq_core.pipeline import EvaluationRequest, Workbench
 from lsq_core.plan import PLANNERS, PlanRequest
@@ -53,6 +54,21 @@ def rows_in(store: Store) -> pd.DataFrame:
         "SELECT r.id AS run, r.method, e.corpus, e.perplexity FROM evaluations e "
         "JOIN runs r ON e.run = r.id ORDER BY e.created"
     )
+
+
+def test_nothing_to_estimate_takes_no_time_to_say():
+    runs = pd.DataFrame(
+        {
+            "tokens_per_second": [100.0],
+            "truncated": [False],
+            "corpus": ["stdlib"],
+            "tokens": [1000],
+            "quantize_seconds": [1.0],
+        }
+    )
+    assert sweep.estimate(runs, []) is None
+    (item,) = asked(["stdlib"], ("uniform",), ("2.6bpp",))
+    assert sweep.estimate(runs, [item]) == pytest.approx(1 + 2 * 300 / 100)
 
 
 def count_calls(monkeypatch, name: str) -> list:
@@ -306,6 +322,41 @@ def test_a_plan_that_cannot_be_made_is_tried_once(bench, settings, small_text, o
     with pytest.raises(LsqError, match=r"\b2 runs .*The disk"):
         sweep.sweep(bench, items, settings)
     assert len(tried) == 1
+
+
+def test_a_batch_that_fails_keeps_its_traceback(bench, settings, small_text, monkeypatch, capsys):
+    """Each of its runs goes well alone, so that nothing else would tell of the defect."""
+    whole, sizes = Workbench.measure, []
+
+    def a_defect_in_measuring(self, made, requests):
+        sizes.append(len(made))
+        if len(made) > 1:
+            raise ZeroDivisionError("of many")
+        return whole(self, made, requests)
+
+    monkeypatch.setattr(Workbench, "measure", a_defect_in_measuring)
+    rows = sweep.sweep(bench, asked([small_text], methods=("uniform",)), settings)
+    assert [row["state"] for row in rows] == ["done", "done"]
+    assert sizes == [2, 1, 1]
+    said = capsys.readouterr().err
+    assert "Traceback" in said
+    assert "in a_defect_in_measuring" in said
+
+
+def test_a_sweep_of_bad_input_only_is_bad_input(bench, settings, small_text):
+    wrong = asked(["/no/such/text"], methods=("uniform",))
+    with pytest.raises(InputError, match=r"None of the 2 runs .*/no/such/text"):
+        sweep.sweep(bench, wrong, settings)
+    mixed = sweep.sweep(bench, [*wrong, *asked([small_text], budgets=("3.6bpp",))], settings)
+    assert [row["state"] for row in mixed] == ["failed", "failed", "done", "done"]
+
+
+@pytest.mark.parametrize("content", [b"", b'{"items": 3}', b'{"items": [{"state": "done"}]}'])
+def test_damaged_rows_of_a_sweep_are_said(tmp_path, content):
+    assert sweep.rows_kept(tmp_path) == []
+    (tmp_path / sweep.ITEMS).write_bytes(content)
+    with pytest.raises(Damaged, match=r"items\.json is damaged"):
+        sweep.rows_kept(tmp_path)
 
 
 def test_plans_made_together_are_as_each_made_alone(bench, settings, small_text, monkeypatch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,7 +28,7 @@ from lsq_core.pipeline import (
 )
 from lsq_core.plan import PLANNERS, Plan, PlanRequest, Problem
 from lsq_core.predict import parse_loss
-from lsq_core.profile import METRICS, Profile, ProfileSettings
+from lsq_core.profile import Profile, ProfileSettings
 from lsq_core.quantize import about, check_choice
 from lsq_core.quantize.manifest import RUN, is_quantized_folder, read_manifest
 from lsq_core.store import PUBLISHED, Store
@@ -76,11 +76,6 @@ def _plan_request(options: argparse.Namespace, method: str | None = None) -> Pla
     method = options.method if one else method
     if not method:
         raise InputError(f"Give a method with --method: {', '.join(PLANNERS)}.")
-    if options.metric not in METRICS or not options.metric.startswith("sensitivity"):
-        raise InputError(
-            f"'{options.metric}' is not a metric SensiBoost can read; choose sensitivity or "
-            "sensitivity_module."
-        )
     return PlanRequest(
         method=method,
         base=options.base if one else None,
@@ -261,7 +256,7 @@ def _saved_plan(path: Path, bench: Workbench) -> Plan:
         content = json.loads(path.read_text("utf8"))
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also a number or nesting beyond Python's limits
         raise InputError(f"{path} is not a plan: it holds no JSON ({reason_of(error)}).") from error
     return Plan.from_json(content, bench.outline.matrices, bench.outline.other_bytes)
 
@@ -375,9 +370,7 @@ def resume(options: argparse.Namespace, report: Report) -> dict:
 def results(options: argparse.Namespace, report: Report) -> dict:
     """Every run, newest first: measured here, or published."""
     frame = _results(options)
-    # An evaluation of a saved model, which has no full precision beside it, tells no KL.
-    alone = frame["kl"].isna() & (frame["origin"] == "measured")
-    frame = frame.assign(created=frame["created"].astype(str), saved_model=alone)
+    frame = frame.assign(created=frame["created"].astype(str))
     return {"results": frame.astype(object).where(frame.notna(), None).to_dict("records")}
 
 
@@ -471,16 +464,21 @@ def bench(options: argparse.Namespace, report: Report) -> dict:
     return benchmarks.to_json(rows)
 
 
+def repair(options: argparse.Namespace, report: Report) -> dict:
+    """Copy what can be read of a damaged database into a new one."""
+    from lsq_core import repair as repairs
+
+    path = options.database.expanduser().resolve()
+    out = options.out or path.with_name(f"{path.name}.repaired")
+    tables = repairs.repair(path, out.expanduser().resolve())
+    return {"out": str(out), "tables": [asdict(table) for table in tables]}
+
+
 def app(options: argparse.Namespace, report: Report) -> dict:
     """Serve the app until stopped."""
-    import os
-    import subprocess
+    from lsq_core import serve
 
-    root = Path(__file__).resolve().parents[2]
-    environment = os.environ | ({"LSQ_DB": str(Store(options.db).path)} if options.db else {})
-    command = [sys.executable, "-m", "streamlit", "run", "app.py"]
-    command += ["--server.port", str(options.port)]
-    status = subprocess.call(command, cwd=root, env=environment)
-    if status:
-        raise LsqError(f"The app ended with status {status}; its own message is above.")
+    if options.db:
+        os.environ["LSQ_DB"] = str(Store(options.db).path)
+    serve.serve(options.address, options.port, options.token)
     return {}

@@ -7,6 +7,7 @@ wrote is seen at once; problems and plans by the identity of what they are made 
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,9 +24,11 @@ from lsq_core.model import ModelInfo, ModelSource
 from lsq_core.pipeline import (
     Workbench,
     check_metrics,
+    find_profile_key,
     find_published,
     kind_of,
     known_impact,
+    place_of,
     plan_for,
     problem_of,
     profile_key,
@@ -43,6 +46,8 @@ from lsq_core.plan.pins import with_pins
 from lsq_core.plan.problem import Impact
 from lsq_core.predict import Prediction, Predictor, features
 from lsq_core.profile import Profile, ProfileSettings
+from lsq_core.provenance import Place
+from lsq_core.serve import SNAPSHOT
 from lsq_core.store import PUBLISHED, InteractionKind, Store
 from lsq_core.ui.hub_lookup import look_up
 
@@ -136,8 +141,10 @@ def _profiles(_store: Store, at: Stamp, mark: str) -> pd.DataFrame:
     return _store.profiles(mark)
 
 
-def profile(store: Store, info: ModelInfo, settings: ProfileSettings) -> Profile | None:
-    """The model's profile under these settings, if it was measured.
+def profile(
+    store: Store, info: ModelInfo, settings: ProfileSettings, device: str = "auto"
+) -> Profile | None:
+    """The model's profile under these settings, if it was measured as this device computes.
 
     Raises
     ------
@@ -149,10 +156,30 @@ def profile(store: Store, info: ModelInfo, settings: ProfileSettings) -> Profile
     if is_published(info):  # its text isn't here to be known by
         key = published_settings(store, info).get(settings)
     else:
-        key = profile_key(info, settings)
+        key = _profile_key(store, info, settings, device)
     if key not in set(_profiles(store, stamp(store), info.fingerprint)["id"]):
         return None
     return _profile(store, stamp(store), key)
+
+
+def _profile_key(store: Store, info: ModelInfo, settings: ProfileSettings, device: str) -> str:
+    place = place_of(info, device)
+    key = profile_key(info, settings, place)
+    _look_for_older(store, stamp(store), key, info, settings, place)
+    return key
+
+
+@st.cache_data(max_entries=32, show_spinner=False)
+def _look_for_older(
+    _store: Store,
+    at: Stamp,
+    key: str,
+    _info: ModelInfo,
+    _settings: ProfileSettings,
+    _place: Place,
+) -> None:
+    """Put a profile of an older version under its key, once for each state of the store."""
+    find_profile_key(_store, _info, _settings, _place)
 
 
 @st.cache_resource(max_entries=6, show_spinner=False)
@@ -226,12 +253,16 @@ def _problem(_info: ModelInfo, _found: Profile | None, model: str, key: str | No
 
 
 def impact(
-    store: Store, info: ModelInfo, settings: ProfileSettings, request: PlanRequest
+    store: Store,
+    info: ModelInfo,
+    settings: ProfileSettings,
+    request: PlanRequest,
+    device: str = "auto",
 ) -> Impact | None:
     """What is kept of a model's rows for a request; None where nothing is, or none is read."""
     if not get_planner(request.method).reads_rows or is_published(info) or not info.fingerprint:
         return None
-    key = profile_key(info, settings)
+    key = _profile_key(store, info, settings, device)
     kind = kind_of(request)
     found = _rows_kept(store, stamp(store), key, kind)
     if not found:
@@ -574,6 +605,6 @@ def snapshot(store: Store) -> Snapshot:
 
 @st.cache_resource(max_entries=1, show_spinner="Copying the database…")
 def _snapshot(_store: Store, at: Stamp) -> Snapshot:
-    copy = Snapshot(TemporaryDirectory(prefix="lsq-snapshot-"))
+    copy = Snapshot(TemporaryDirectory(prefix=f"{SNAPSHOT}{os.getpid()}-"))
     _store.snapshot(copy.path)
     return copy

@@ -88,8 +88,8 @@ def page(title: str, body: Callable[[Here], None]) -> None:
 
 def say_no_model(error: NoModel) -> None:
     """Why there is no model to show, and the ways on; while it is looked up, that it is."""
-    source = error.source
-    if hub_lookup.is_looking(source):
+    source, looking = error.source, isinstance(error.__cause__, hub_lookup.Looking)
+    if looking:
         headline(
             f"{words.literal(source.name)} is being looked up on Hugging Face.",
             "Only its config is fetched. This page goes on by itself; it can be left meanwhile.",
@@ -99,7 +99,7 @@ def say_no_model(error: NoModel) -> None:
         headline(f"{words.literal(source.name)} cannot be opened.")
         st.error(words.literal(str(error)))
     with st.container(horizontal=True):
-        if not source.is_local and not hub_lookup.is_looking(source):
+        if not source.is_local and not looking:
             st.button("Try again", key="look-again", on_click=hub_lookup.forget, args=(source,))
         st.button("Use the demo model", key="use-demo", on_click=state.choose_model, args=("demo",))
 

@@ -90,8 +90,11 @@ def serve(script: str, folder: Path) -> Iterator[Server]:
     """A Streamlit script of this project, served on a free port until the block ends."""
     _need_chromium()
     database, port = folder / "lsq.duckdb", _free_port()
-    command = [sys.executable, "-m", "streamlit", "run", script, "--server.port", str(port)]
-    command += ["--server.fileWatcherType", "none"]
+    if script == "app.py":  # as people do
+        command = [sys.executable, "-m", "lsq_core", "app", "--port", str(port)]
+    else:
+        command = [sys.executable, "-m", "streamlit", "run", script, "--server.port", str(port)]
+        command += ["--server.fileWatcherType", "none"]
     with (folder / "log.txt").open("wb") as log:
         process = subprocess.Popen(
             command,

@@ -410,8 +410,8 @@ def test_the_keyboard_moves_the_slider(person):
 
     live = Live(person)
     for key, bits in [
-        (Keys.ARROW_RIGHT, 3.26), (Keys.ARROW_LEFT, 3.25), (Keys.ARROW_UP, 3.26),
-        (Keys.PAGE_UP, 3.36), (Keys.PAGE_DOWN, 3.26),
+        (Keys.ARROW_RIGHT, 3.264), (Keys.ARROW_LEFT, 3.254), (Keys.ARROW_UP, 3.264),
+        (Keys.PAGE_UP, 3.364), (Keys.PAGE_DOWN, 3.264),
         (Keys.HOME, live.range[0]), (Keys.END, live.range[1]),
     ]:  # fmt: skip
         live.press(key)
@@ -421,6 +421,25 @@ def test_the_keyboard_moves_the_slider(person):
     live.press(Keys.HOME)
     live.committed(live.range[0])
     assert live.choice().tolist() == plan_at(live.range[0]).tolist()
+
+
+def test_the_slider_snaps_to_stops_and_keys_do_not(person):
+    from selenium.webdriver.common.keys import Keys
+
+    live = Live(person, "methods=uniform&budget=3.4")
+    stop = LADDER[4]  # b3g64, 3.25
+    low, high = live.range
+    pixel = (high - low) / (live.part(".slider").size["width"] - 18)
+    there = round((stop.nominal_bits - 3.4) / pixel) - 1  # a pixel or two below the stop
+    live.grasp().move_by_offset(there, 0).release().perform()
+    person.wait(lambda: live.bits == pytest.approx(stop.nominal_bits, abs=1e-9), why="no snap")
+    live.committed(round(stop.nominal_bits, 4))
+    assert set(live.choice()) == {4}
+    live.press(Keys.ARROW_LEFT)
+    person.wait(lambda: live.bits == pytest.approx(3.244, abs=1e-9), why="keys reach no number")
+    live.type("3.25")  # the name of the stop
+    live.committed(round(stop.nominal_bits, 4))
+    assert set(live.choice()) == {4}
 
 
 def test_a_budget_is_typed_in_any_unit(person):
