@@ -24,6 +24,8 @@ from lsq_core.model import Matrix, ModelInfo, ModelSource
 
 #: What configs call the number of positions.
 _CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
+#: Tokens of a context that a signed 32-bit column of the database holds.
+_LONGEST = 2**31 - 1
 #: Order of the computation where a block defines its modules in another one.
 _QKV_RANK = {"q_proj": 0, "k_proj": 1, "v_proj": 2}
 
@@ -102,7 +104,7 @@ def context_of(model: nn.Module) -> int:
     """Tokens that a model can read at once; 2048 where its config does not say."""
     text = model.config.get_text_config()
     named = [getattr(text, name, None) for name in _CONTEXT]
-    context = next((n for n in named if isinstance(n, int) and n > 0), 2048)
+    context = min(next((n for n in named if isinstance(n, int) and n > 0), 2048), _LONGEST)
     for module in model.modules():  # learned positions may begin behind a padding index
         if isinstance(module, nn.Embedding) and module.num_embeddings == context:
             context -= 0 if module.padding_idx is None else module.padding_idx + 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from lsq_core.architecture import describe, find_blocks
+from lsq_core.causal import check_causal
 from lsq_core.checkpoint import read_entries
 from lsq_core.config import format_bytes
 from lsq_core.devices import canonical
@@ -32,6 +33,7 @@ from lsq_core.model import (
     remote_file_bytes,
     weight_files,
 )
+from lsq_core.sizes import odd_sizes, too_many
 
 transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()
@@ -178,9 +180,13 @@ def skeleton(source: ModelSource, folder: Path, **settings: object) -> nn.Module
     with building(source, folder):
         config = model_config(source, folder)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
+            model = AutoModelForCausalLM.from_config(
                 config, trust_remote_code=source.trust_remote_code, **settings
             )
+        for name, module in model.named_modules():
+            if isinstance(module, (nn.Linear, Conv1D)) and module.weight.numel() == 0:
+                raise ValueError(f"its {name} would have no weights")
+    return model
 
 
 def model_config(source: ModelSource, folder: Path) -> object:
@@ -192,8 +198,11 @@ def model_config(source: ModelSource, folder: Path) -> object:
     Raises
     ------
     InputError
-        When transformers cannot read it, or it needs code that is not trusted.
+        When transformers cannot read it, it needs code that is not trusted, or it counts more
+        layers or experts than any model has.
     """
+    if large := too_many(read_config(folder)):  # it would be built for ever
+        raise InputError(f"In {folder / 'config.json'} {large}, more than any model has.")
     with building(source, folder):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
     config.dtype = config.dtype or stored_dtype(folder)
@@ -241,18 +250,22 @@ def building(source: ModelSource, folder: Path) -> Iterator[None]:
     InputError
         In the place of transformers' own errors.
     """
+    config = read_config(folder)
     try:
         yield
-    except (ValueError, KeyError, TypeError, AttributeError, ImportError, OSError) as error:
-        if not source.trust_remote_code and "auto_map" in read_config(folder):
+    except (LsqError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # its config is somebody's text, and its arithmetic fails in any way
+        if not source.trust_remote_code and "auto_map" in config:
             raise InputError(
                 f"'{source.name}' is built by Python code of its own, which only runs if you trust "
                 "it: read its .py files, then give --trust-remote-code (in the app: Trust remote "
                 "code)."
             ) from error
+        reason, odd = reason_of(error), ", ".join(odd_sizes(config)[:3])
         raise InputError(
             f"'{source.name}' is not a decoder-only language model that transformers can build: "
-            f"{reason_of(error)}."
+            f"{reason}{f' (in its config.json {odd})' if odd else ''}."
         ) from error
 
 
@@ -267,7 +280,7 @@ def load_model(source: ModelSource, device: str = "auto", dtype: str = "auto") -
     Raises
     ------
     InputError
-        When the source, device or dtype is wrong.
+        When the source, device or dtype is wrong, or the model is no causal one.
     LsqError
         When the model does not fit into the device's memory.
     """
@@ -304,6 +317,14 @@ def load_model(source: ModelSource, device: str = "auto", dtype: str = "auto") -
             + (f" and {len(lacking) - 1} more" if lacking[1:] else "")
             + "; fetch or save the model again."
         )
+    check_causal(
+        info.source,
+        lambda ids: last_logits(model, ids, ids.shape[1]),
+        vocabulary=embedding_rows(model),
+        context=info.context,
+        dtype=compute_dtype,
+        device=target,
+    )
     tokenizer = load_tokenizer(source, folder)
     return LoadedModel(model, tokenizer, info, folder, str(target), str(compute_dtype)[6:])
 
@@ -358,3 +379,22 @@ def last_logits(model: nn.Module, ids: torch.Tensor, keep: int) -> torch.Tensor:
     accepted = inspect.signature(model.forward).parameters
     extra = {"logits_to_keep": keep} if "logits_to_keep" in accepted else {}
     return model(ids, use_cache=False, **extra).logits[:, -keep:]
+
+
+def embedding_rows(model: nn.Module) -> int:
+    """How many tokens the model's embedding has a row for."""
+    return model.get_input_embeddings().weight.shape[0]
+
+
+def check_tokens(model: nn.Module, ids: Iterable[int]) -> None:
+    """Raise :class:`InputError` when a token has no row in the model's embedding.
+
+    A tokenizer may well be larger than the embedding; only what it gives for a text counts.
+    """
+    largest, rows = max(ids, default=0), embedding_rows(model)
+    if largest >= rows:
+        raise InputError(
+            f"The tokenizer gives token {largest} and the model's embedding ends at {rows - 1}: "
+            "they don't belong together, or tokens were added to the tokenizer alone; take the "
+            "tokenizer that the model was trained with."
+        )
