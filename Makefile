@@ -2,8 +2,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.requirements-installed
+WORKERS ?= 2
 
-.PHONY: help run gptqmodel test test-fast lint format clean
+.PHONY: help run gptqmodel test test-fast bench-check lint format clean
 .DEFAULT_GOAL := help
 
 help:  ## Say what each target does
@@ -15,11 +16,14 @@ run: $(READY)  ## Serve the app on http://127.0.0.1:8501
 gptqmodel: $(READY)  ## Add GPTQ and AWQ, by gptqmodel; nothing else needs it
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps -r lsq_core/quantize/gptqmodel.txt
 
-test: $(READY)  ## Run every test; browser tests need Chromium and are skipped by name without it
-	$(BIN)/python -m pytest
+test: $(READY)  ## Run every test, two at a time; browser tests are skipped by name without Chromium
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not bench"
 
 test-fast: $(READY)  ## Run the tests that take seconds
-	$(BIN)/python -m pytest -m "not browser and not slow"
+	$(BIN)/python -m pytest -m "not browser and not slow and not bench"
+
+bench-check: $(READY)  ## Hold benchmarks and times to their limits; wants a machine with nothing else to do
+	$(BIN)/python -m pytest -m bench
 
 lint: $(READY)  ## Check style and format without changing anything
 	$(BIN)/ruff check .

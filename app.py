@@ -16,7 +16,7 @@ from lsq_core.quantize import planned_bytes
 from lsq_core.reference import download, import_download, import_reference
 from lsq_core.store import PUBLISHED, Store
 from lsq_core.ui import known, sidebar, state, words
-from lsq_core.ui.page import Here, headline, next_step, page
+from lsq_core.ui.page import Here, NoModel, headline, next_step, page, say_no_model
 
 #: The stop that the first line speaks of.
 _COMMON = QuantConfig(4, 64)
@@ -29,8 +29,10 @@ def first_page(here: Here) -> None:
             show_published(here.store, here.info)
         else:
             show_model(here.info)
+    except NoModel as error:
+        say_no_model(error)
     except LsqError as error:
-        headline(f"{here.source.name} cannot be opened.")
+        headline(f"{words.literal(here.source.name)} cannot be opened.")
         st.error(words.literal(str(error)))
     left, right = st.columns(2, gap="large")
     with left:
@@ -61,6 +63,8 @@ def show_model(info: ModelInfo) -> None:
     show_sizes(sizes)
     if shallowness(info.layers):
         st.warning(shallowness(info.layers), icon=":material/layers:")
+    for note in info.notes:
+        st.warning(words.literal(note), icon=":material/rule:")
     if info.left_out:
         with st.expander(f"{len(info.left_out)} matrices stay at full precision"):
             st.write("No group size of the ladder divides these:")

@@ -10,9 +10,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from lsq_core.checkpoint import safetensors_header
 from lsq_core.config import METADATA_FORMATS, config_of
 from lsq_core.errors import InputError
-from lsq_core.model import MANIFEST, Matrix, ModelSource, safetensors_header
+from lsq_core.model import MANIFEST, Matrix, ModelSource
 from lsq_core.pipeline import Report, remake, saved_folder, silent
 from lsq_core.quantize import QUANTIZERS, About, about
 from lsq_core.quantize.layout import Stored, as_saved, stored_bytes
@@ -245,6 +246,7 @@ def audit_run(
     device: str = "auto",
     dtype: str = "auto",
     report: Report = silent,
+    trust_remote_code: bool = False,
 ) -> Audit:
     """Audit a run: its saved model where there is one, else the model made once more.
 
@@ -257,7 +259,7 @@ def audit_run(
     folder = saved_folder(kept)
     if folder is not None:
         return audit_folder(folder, store)
-    bench, model = remake(run, source, store, device, dtype, report)
+    bench, model = remake(run, source, store, device, dtype, report, trust_remote_code)
     plan = kept["content"]
     stored = stored_in_model(model, plan["modules"])
     return audit(plan, bench.info.matrices, stored, f"run {run} made again, against its plan")

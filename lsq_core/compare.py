@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lsq_core.config import LADDER, is_mixed, parse_config
+from lsq_core.config import LADDER, is_mixed, named_stop, parse_config
 
 #: Methods whose runs differ by ``boost_stop`` and ``top_m``; every other has one run a budget.
 BOOSTS = ("sensiboost", "kurtboost", "sensiboost-ablation", "kurtboost-ablation")
@@ -64,6 +64,9 @@ def with_labels(runs: pd.DataFrame) -> pd.DataFrame:
 
 def _label(request: dict) -> str | None:
     budget = request.get("budget") or ""
+    stop = named_stop(budget)
+    if stop is not None:
+        return stop.stop_name
     return f"{float(budget.removesuffix('bpp')):.2f}" if budget.endswith("bpp") else None
 
 
@@ -98,17 +101,24 @@ def win_tie_loss(runs: pd.DataFrame, method: str, other: str) -> WinTieLoss:
     return _count(pairs["perplexity"], pairs["perplexity_other"])
 
 
+#: Neighbours further apart than this share of their size say nothing about what lies between.
+NEAR = 0.10
+#: Sizes that differ by less than this share are the same size.
+SAME_SIZE = 0.001
+#: Fewer comparisons than this say nothing about which method is better.
+FEWEST = 5
+
+
 def win_tie_loss_at_equal_bytes(runs: pd.DataFrame, method: str, other: str) -> WinTieLoss:
-    """Every run of a method against the best that the other method has for no more bits.
+    """Every run of a method against what the other method reaches at the same size.
 
-    The other's best run is that of lowest perplexity among all its runs (of any boost, of the
-    same model, corpus and protocol) whose nominal bits per parameter are at most this run's; the
-    same model's bytes are in proportion to them. A run below the other's smallest is left out. So
-    a loss is a run that the other method beats with no more bytes, and a win one that it cannot
-    match with as many. Perplexities are rounded to two decimals as in :func:`win_tie_loss`.
+    That is :func:`perplexity_at` of the other's runs of the same model, corpus and protocol, at
+    this run's nominal bits per parameter, to which the same model's bytes are in proportion. A run
+    to which the other method has no run of its size, nor neighbours near enough, is left out.
+    Perplexities are rounded to two decimals as in :func:`win_tie_loss`.
 
-    Where a run's plan was not published its bits are the label it was reported under, which is
-    what it spent at most.
+    Where a run's plan was not published its bits are the label it was reported under, which
+    differs from the plan's size by up to 0.2 % and counts as it is.
 
     Parameters
     ----------
@@ -118,19 +128,48 @@ def win_tie_loss_at_equal_bytes(runs: pd.DataFrame, method: str, other: str) -> 
     total = WinTieLoss(0, 0, 0)
     known = runs[runs["perplexity"].notna() & runs["bits_per_param"].notna()]
     for _, group in known.groupby(list(_SAME), dropna=False):
-        theirs = group[group["method"] == other].sort_values("bits_per_param")
-        spent = theirs["bits_per_param"].to_numpy(float)
-        # the lowest that no more bits than these reached, at each of the other's sizes
-        best = theirs["perplexity"].cummin().to_numpy(float)
-        mine = group.loc[group["method"] == method, ["bits_per_param", "perplexity"]]
-        at = spent.searchsorted(mine["bits_per_param"].to_numpy(float) * _EQUAL, side="right") - 1
-        own = mine["perplexity"].to_numpy(float)[at >= 0]
-        total += _count(own, best[at[at >= 0]])
+        mine, theirs = (
+            group.loc[group["method"] == name, ["bits_per_param", "perplexity"]].to_numpy(float)
+            for name in (method, other)
+        )
+        reached = np.array([perplexity_at(theirs, bits) for bits in mine[:, 0]], dtype=float)
+        met = ~np.isnan(reached)
+        total += _count(mine[met, 1], reached[met])
     return total
 
 
-#: Bits computed from the same plan in another order of summing are the same bits.
-_EQUAL = 1 + 1e-9
+def perplexity_at(runs: np.ndarray, size: float) -> float:
+    """The perplexity that a method's runs reach at a size; NaN where they don't tell.
+
+    The best run within :data:`SAME_SIZE` of the size counts as it is. Else the logarithm of
+    perplexity is interpolated over the size between the neighbours on the method's front (runs
+    that no smaller or equal one beats), which have to lie within :data:`NEAR` of each other.
+    Nothing is extrapolated.
+
+    Perplexity falls ever more slowly with size, so that what is interpolated lies a little above
+    what a run there would reach.
+
+    Parameters
+    ----------
+    runs
+        Sizes in bits per parameter, or any unit, and perplexities, (k, 2).
+    size
+        In the same unit.
+
+    >>> round(perplexity_at(np.array([[4.0, 8.0], [4.2, 2.0]]), 4.1), 6)
+    4.0
+    """
+    same = np.abs(runs[:, 0] / size - 1) <= SAME_SIZE
+    if same.any():
+        return float(runs[same, 1].min())
+    front = runs[pareto(pd.Series(runs[:, 0]), pd.Series(runs[:, 1])).to_numpy()]
+    below, above = front[front[:, 0] < size], front[front[:, 0] > size]
+    if not len(below) or not len(above):
+        return float("nan")
+    low, high = below[below[:, 0].argmax()], above[above[:, 0].argmin()]
+    if high[0] / low[0] - 1 > NEAR:
+        return float("nan")
+    return float(np.exp(np.interp(size, [low[0], high[0]], np.log([low[1], high[1]]))))
 
 
 def _count(own: pd.Series | np.ndarray, others: pd.Series | np.ndarray) -> WinTieLoss:
@@ -156,7 +195,8 @@ def figure_6(runs: pd.DataFrame) -> pd.DataFrame:
     """The comparisons of :data:`FIGURE_6` of which there are both methods' runs.
 
     Gives a row each: ``method, against, equal`` (bytes, or the label in their place), ``wins``,
-    ``ties``, ``losses``, ``total``.
+    ``ties``, ``losses``, ``total``, and whether they are ``enough`` (:data:`FEWEST`) to be drawn
+    and given as shares.
     """
     there = set(runs["method"])
     counts = {False: win_tie_loss, True: win_tie_loss_at_equal_bytes}
@@ -168,7 +208,7 @@ def figure_6(runs: pd.DataFrame) -> pd.DataFrame:
         if (found := count(runs, *pair)).total
     ]
     names = ["method", "against", "equal", "wins", "ties", "losses", "total"]
-    return pd.DataFrame(rows, columns=names)
+    return pd.DataFrame(rows, columns=names).assign(enough=lambda f: f["total"] >= FEWEST)
 
 
 def uniform_bases(runs: pd.DataFrame) -> dict[str, pd.Series]:
@@ -307,6 +347,7 @@ def settings_of(record: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         "corpus SHA-256": own["corpus_sha256"],
         "protocol": own["protocol"],
         "tokens": own["tokens"],
+        "full-precision evaluation": own.get("full_precision"),
         "dtype": run["dtype"],
         "device": run["device"],
         "machine": run["machine"],

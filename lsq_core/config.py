@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
-from math import ceil
+from math import ceil, inf
 from typing import Any, Protocol
 
 from lsq_core.errors import InputError
@@ -102,14 +102,13 @@ class QuantConfig:
         InputError
             When the text is not of that form or is no stop of the ladder.
         """
-        match = re.fullmatch(r"b(\d+)g(\d+)", text.strip())
-        config = cls(int(match[1]), int(match[2])) if match else None
-        if config not in LADDER:
-            raise InputError(
-                f"'{text}' is not a configuration; write bits and group size as one of "
-                f"{', '.join(c.name for c in LADDER)}."
-            )
-        return config
+        for config in LADDER:
+            if config.name == text.strip():
+                return config
+        raise InputError(
+            f"'{text}' is not a configuration; write bits and group size as one of "
+            f"{', '.join(c.name for c in LADDER)}."
+        )
 
 
 GROUP_SIZES = (128, 64, 32)
@@ -237,7 +236,7 @@ MIXED: tuple[MixedRows, ...] = tuple(
     for option in mixed_rows(low, high, group)
 )
 
-_MIXED_NAME = r"b(\d+)h(\d+)r(\d+)g(\d+)"
+_MIXED_NAME = r"b([0-9]{1,2})h([0-9]{1,2})r([0-9]{1,3})g([0-9]{1,3})"
 
 
 def is_mixed(name: str) -> bool:
@@ -253,7 +252,7 @@ def config_of(entry: Mapping[str, Any]) -> Config:
     InputError
         When there is no such configuration.
     KeyError
-        When the entry lacks bits or group size.
+        When the entry lacks bits or group size, or mixed rows their ratio.
     """
     if "high_bits" not in entry:
         return QuantConfig.parse(f"b{entry['bits']}g{entry['group_size']}")
@@ -330,6 +329,23 @@ def of_matrix(account: Callable[[int, QuantConfig], float], shape: Shaped, confi
     return parts + config.index_bytes(shape)
 
 
+def exact_bits(bits: float) -> float:
+    """A stop's own size where ``bits`` is that rounded to four decimals, else ``bits``.
+
+    Sizes are shown and typed with at most four decimals, which may lie below the stop.
+
+    >>> exact_bits(3.2539)
+    3.25390625
+    """
+    return next((c.nominal_bits for c in LADDER if round(c.nominal_bits, 4) == bits), bits)
+
+
+def named_stop(text: str) -> QuantConfig | None:
+    """The stop that a size names (``3.25``, ``3.25bpp``, ``b3g64``), None where it is a number."""
+    name = text.strip().removesuffix("bpp").rstrip()
+    return next((c for c in LADDER if name in (c.stop_name, c.name)), None)
+
+
 @dataclass(frozen=True)
 class Budget:
     """What may be spent on the planned linear weights, in nominal bytes (metadata included)."""
@@ -341,20 +357,29 @@ class Budget:
     def parse(cls, text: str, numel: int) -> Budget:
         """Read ``3.2bpp``, ``9MiB``, ``1.5GiB``, ``800KiB``, ``9000000B`` for ``numel`` weights.
 
+        The name of a stop, ``3.25bpp``, ``3.25`` or ``b3g64``, means the size of that stop, which
+        differs from the two decimals of its name by up to 0.004 bits; ``3.250bpp`` is a number.
+
+        >>> Budget.parse("3.25bpp", 8).nominal_bytes, Budget.parse("3.250bpp", 8).nominal_bytes
+        (3.25390625, 3.25)
+
         Raises
         ------
         InputError
             When it is not a positive number with one of those units.
         """
+        stop = named_stop(text)
+        if stop is not None:
+            return cls(stop.nominal_bits * numel / 8, text.strip())
         match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(bpp|B|KiB|MiB|GiB)\s*", text)
         if not match or float(match[1]) <= 0:
             raise InputError(
-                f"'{text}' is not a budget; write bits per parameter as 3.2bpp, or the bytes of "
-                "the linear weights as 9MiB or 1.5GiB."
+                f"'{text}' is not a budget; write bits per parameter as 3.2bpp, a ladder stop as "
+                "3.25, or the bytes of the linear weights as 9MiB or 1.5GiB."
             )
         amount, unit = float(match[1]), match[2]
         if unit == "bpp":
-            return cls(amount * numel / 8, text.strip())
+            return cls(exact_bits(amount) * numel / 8, text.strip())
         return cls(amount * _UNITS[unit], text.strip())
 
 
@@ -367,9 +392,10 @@ def parse_bytes(text: str) -> int:
         When it is not a number with a unit of bytes.
     """
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(B|KiB|MiB|GiB)\s*", text)
-    if not match:
+    amount = float(match[1]) * _UNITS[match[2]] if match else inf
+    if amount == inf:
         raise InputError(f"'{text}' is not an amount of memory; write 512MiB or 2GiB.")
-    return int(float(match[1]) * _UNITS[match[2]])
+    return int(amount)
 
 
 def format_bytes(count: float) -> str:

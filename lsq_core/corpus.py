@@ -21,6 +21,7 @@ import re
 import sysconfig
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -28,7 +29,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lsq_core.errors import InputError, LsqError
+from lsq_core.errors import InputError, LsqError, reason_of
+from lsq_core.files import disk_error
+from lsq_core.hub import is_network_error
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -201,10 +204,13 @@ def is_held_out(text: str) -> bool:
 
 
 def corpus_identity(name: str) -> str:
-    """What a corpus is, told without reading it all: for finding a profile again.
+    """What a corpus is, told without reading it all or asking the network: to find a profile by.
 
-    The same identity means the same text: the interpreter's version for ``stdlib``, the hash of
-    the content for a file, and the name with its revision for a dataset.
+    The hash of the content for a file, and a dataset's name with its commit where one is named,
+    mean the same text. The interpreter's version for ``stdlib``, and a dataset's branch such as
+    ``main``, need not: there a profile is of the text that was there when it was measured, whose
+    commit and hash of tokens are kept with it (``corpus_source``, ``corpus_sha256``), and what is
+    measured on another text takes its place (:meth:`lsq_core.store.Store.keep_profile`).
 
     Raises
     ------
@@ -362,12 +368,9 @@ def _parse_hub_name(name: str) -> _HubDataset:
 
 def _from_hub(dataset: _HubDataset, split: str) -> tuple[list[str], str]:
     """Texts of one part of a dataset, and its commit, configuration and split in words."""
-    try:
-        dataset, commit = _pin(dataset)
-        splits = dict(zip(SPLITS, dataset.splits or _choose_splits(dataset), strict=True))
-        table = _download(dataset, splits[split])
-    except Exception as cause:  # datasets, the hub and httpx raise dozens of unrelated types
-        raise _hub_failure(dataset, cause) from cause
+    dataset, commit = _pin(dataset)
+    splits = dict(zip(SPLITS, dataset.splits or _choose_splits(dataset), strict=True))
+    table = _download(dataset, splits[split])
     texts = [text or "" for text in table[_text_column(dataset, table.features)][:]]
     revision = commit[:12] if commit else f"{dataset.revision} (cached copy)"
     source = [f"{dataset.path}@{revision}", dataset.config, splits[split]]
@@ -375,6 +378,22 @@ def _from_hub(dataset: _HubDataset, split: str) -> tuple[list[str], str]:
         texts = _divide(texts, split, dataset.evaluation_rows)
         source.append(f"({split} part)")
     return texts, " ".join(filter(None, source))
+
+
+@contextmanager
+def _asking_hub(dataset: _HubDataset) -> Iterator[None]:
+    """Tell in a sentence what the hub, the network or the dataset's files failed at.
+
+    It is put around calls of the libraries alone, and what is neither of these passes through: a
+    defect of this project is no reason to check the network.
+    """
+    try:
+        yield
+    except Exception as cause:
+        known = _hub_failure(dataset, cause)
+        if known is None:
+            raise
+        raise known from cause
 
 
 def _pin(dataset: _HubDataset) -> tuple[_HubDataset, str | None]:
@@ -387,7 +406,8 @@ def _pin(dataset: _HubDataset) -> tuple[_HubDataset, str | None]:
 
     if is_offline_mode():
         return dataset, None
-    info = HfApi().dataset_info(dataset.path, revision=dataset.revision, timeout=_HUB_TIMEOUT_S)
+    with _asking_hub(dataset):
+        info = HfApi().dataset_info(dataset.path, revision=dataset.revision, timeout=_HUB_TIMEOUT_S)
     return replace(dataset, revision=info.sha), info.sha
 
 
@@ -395,7 +415,10 @@ def _choose_splits(dataset: _HubDataset) -> tuple[str, str]:
     """Splits to calibrate and to evaluate on, as :func:`load_corpus` describes."""
     from datasets import get_dataset_split_names
 
-    names = get_dataset_split_names(dataset.url, dataset.config, revision=dataset.revision)
+    with _asking_hub(dataset):
+        names = get_dataset_split_names(dataset.url, dataset.config, revision=dataset.revision)
+    if not names:
+        raise InputError(f"{dataset.label} has no parts to read; choose another one.")
     evaluated = next((s for s in ("test", "validation", "train") if s in names), names[0])
     others = (s for s in ("validation", "train", "test") if s in names and s != evaluated)
     return next(others, evaluated), evaluated
@@ -405,13 +428,14 @@ def _download(dataset: _HubDataset, split: str) -> Dataset:
     from datasets import load_dataset
     from huggingface_hub import hf_hub_download
 
-    if not dataset.data_file:
-        return load_dataset(dataset.url, dataset.config, revision=dataset.revision, split=split)
-    # load_dataset with data_files= would not find the copy it made when there is no network.
-    file = hf_hub_download(
-        dataset.path, dataset.data_file, repo_type="dataset", revision=dataset.revision
-    )
-    return load_dataset("json", data_files={split: file}, split=split)
+    with _asking_hub(dataset):
+        if not dataset.data_file:
+            return load_dataset(dataset.url, dataset.config, revision=dataset.revision, split=split)
+        # load_dataset with data_files= would not find the copy it made when there is no network.
+        file = hf_hub_download(
+            dataset.path, dataset.data_file, repo_type="dataset", revision=dataset.revision
+        )
+        return load_dataset("json", data_files={split: file}, split=split)
 
 
 def _text_column(dataset: _HubDataset, features: Mapping[str, object]) -> str:
@@ -444,13 +468,16 @@ def _divide(texts: list[str], split: str, evaluation_rows: int) -> list[str]:
     return ["" if held else text for text, held in zip(texts, held_out, strict=True)]
 
 
-def _hub_failure(dataset: _HubDataset, cause: Exception) -> LsqError:
-    """What to tell the person, in one sentence, about an exception while reading a dataset."""
-    from datasets.exceptions import DatasetNotFoundError
+def _hub_failure(dataset: _HubDataset, cause: Exception) -> LsqError | None:
+    """What to tell the person, in one sentence, about an exception while reading a dataset.
+
+    None for one that neither the hub, nor the network, nor the dataset's files gave rise to.
+    """
+    from datasets.exceptions import DatasetNotFoundError, DatasetsError
     from huggingface_hub import is_offline_mode
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-    reason = next(iter(str(cause).strip().splitlines()), "no reason given").rstrip(".")
+    reason = reason_of(cause)
     instead = "or use 'stdlib', which needs no network."
     if isinstance(cause, RevisionNotFoundError):
         return InputError(
@@ -466,17 +493,27 @@ def _hub_failure(dataset: _HubDataset, cause: Exception) -> LsqError:
             f"{dataset.label} needs a package that is not installed ({reason}): install it "
             f"(zstandard, for files that end in .zst), {instead}"
         )
-    if is_offline_mode():
+    full = disk_error(cause)
+    if full is not None:
+        return full
+    # What datasets itself lacks, a file say, is an OSError too.
+    network = is_network_error(cause) and not isinstance(cause, DatasetsError)
+    if (network or isinstance(cause, (DatasetsError, ValueError))) and is_offline_mode():
         return LsqError(
             f"{dataset.label} is not in the local cache and HF_HUB_OFFLINE forbids downloading it: "
             f"unset that, {instead}"
         )
-    if isinstance(cause, ValueError):
+    if isinstance(cause, ValueError) and not network:
         return InputError(f"{dataset.label} has no such part ({reason}): name another, {instead}")
-    return LsqError(
-        f"{dataset.label} could not be downloaded ({type(cause).__name__}: {reason}): check the "
-        f"network, set HF_HUB_OFFLINE=1 to use a copy in the local cache, {instead}"
-    )
+    if network:
+        return LsqError(
+            f"{dataset.label} could not be downloaded ({type(cause).__name__}: {reason}): check "
+            f"the network, set HF_HUB_OFFLINE=1 to use a copy in the local cache, {instead}"
+        )
+    if isinstance(cause, (DatasetsError, RuntimeError)):  # what its files hold
+        told = reason_of(cause.__cause__ or cause)
+        return InputError(f"{dataset.label} cannot be read ({told}): choose another one, {instead}")
+    return None
 
 
 # --- Tokens --------------------------------------------------------------------------------
@@ -508,13 +545,27 @@ def calibration_blocks(
     order = np.random.default_rng(seed).permutation(len(corpus.texts))
     lines = (corpus.texts[row].strip() for row in order)
     encoded = (_encode(tokenizer, line, max_line_tokens) for line in lines if line)
-    fitting = (ids for ids in encoded if 0 < len(ids) <= max_line_tokens)
+    passed_over = 0
+
+    def fits(ids: list[int]) -> bool:
+        nonlocal passed_over
+        passed_over += len(ids) > max_line_tokens
+        return 0 < len(ids) <= max_line_tokens
+
+    fitting = filter(fits, encoded)
     drawn = list(itertools.chain.from_iterable(itertools.islice(fitting, samples)))
     blocks = len(drawn) // block_tokens
     if blocks == 0:
         raise InputError(
             f"The corpus '{corpus.name}' gives {len(drawn)} calibration tokens where one block "
-            f"needs {block_tokens}; use a longer text or smaller blocks."
+            f"needs {block_tokens}"
+            + (
+                f": {passed_over} of its lines were passed over, each longer than "
+                f"{max_line_tokens} tokens; break them into shorter lines"
+                if passed_over
+                else "; use a longer text"
+            )
+            + " or use smaller blocks."
         )
     ids = np.array(drawn[: blocks * block_tokens], dtype=np.int64).reshape(blocks, block_tokens)
     return TokenBlocks(ids, _sha256(ids), corpus.name, corpus.source)

@@ -1,5 +1,16 @@
 """The two ways a request can end badly, each told to the person in one sentence."""
 
+import re
+
+#: Characters of a foreign message that a sentence quotes.
+_LONGEST = 400
+#: Sentences of libraries that point to what they printed elsewhere, which isn't shown here.
+_POINTERS = re.compile(
+    r"[^.!?]*\b(?:above (?:report|exception|error|message)|report above|see above|"
+    r"set_verbosity|Stack trace below)\b[^.!?]*[.!?]?",
+    re.IGNORECASE,
+)
+
 
 class LsqError(Exception):
     """The work could not be done; the message is one sentence: what, where, what to do.
@@ -17,3 +28,26 @@ class InputError(LsqError):
     """
 
     exit_code = 2
+
+
+def reason_of(error: BaseException) -> str:
+    """What an exception of a library says, as a clause to quote: one line, whole, without a stop.
+
+    All its lines are joined, because the first alone often ends before the reason does ("one
+    of:"), and references to what was printed elsewhere are dropped. Where nothing is left the
+    reason is that of the exception's cause, or else its type. A long message ends after a
+    sentence or with an ellipsis.
+
+    >>> reason_of(ValueError("Couldn't load it from one of: \\n(1) a file,\\n(2) a class."))
+    "Couldn't load it from one of: (1) a file, (2) a class"
+    """
+    text = " ".join(str(error).split())
+    text = _POINTERS.sub("", text).strip()
+    if not text and error.__cause__ is not None:
+        return reason_of(error.__cause__)
+    if not text and getattr(error, "strerror", None):
+        text = error.strerror
+    if len(text) > _LONGEST:
+        whole = max(text.rfind(mark, 0, _LONGEST) for mark in (". ", "! ", "; "))
+        text = text[:whole] if whole > _LONGEST // 3 else text[:_LONGEST].rsplit(" ", 1)[0] + " …"
+    return text.rstrip(".!:;, ") or type(error).__name__

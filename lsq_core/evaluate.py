@@ -1,4 +1,4 @@
-"""Perplexity by two named protocols, distance to full precision, memory and speed (method §6).
+"""Perplexity by two named protocols, distance to full precision, and speed (method §6).
 
 A protocol's windows are laid over a token stream that begins with the tokenizer's
 beginning-of-sequence token, where it has one; every later window has that token in the place of
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lsq_core.errors import InputError
+from lsq_core.errors import InputError, LsqError
+from lsq_core.files import Damaged, read_arrays, write_arrays
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +32,8 @@ PROTOCOLS = ("strided", "blocks")
 _CONTEXT = {"strided": 1024, "blocks": 2048}
 #: Windows that an interval needs at least.
 MIN_WINDOWS = 8
+#: Predicted tokens that a perplexity is computed from at least; fewer tell of single words.
+MIN_PREDICTED = 64
 #: Seconds between two times that an evaluation keeps what it has so far.
 _KEEP_EVERY = 2.0
 #: Tokens read at once by device: what the caches of a CPU are best with, and what fills a GPU.
@@ -86,7 +88,7 @@ def lay_windows(tokens: int, protocol: Protocol) -> list[Window]:
     Raises
     ------
     InputError
-        When the stream gives no window with a predicted token.
+        When the windows predict fewer than ``MIN_PREDICTED`` tokens.
     """
     size, step = protocol.context, protocol.scored
     if step == size:
@@ -98,10 +100,13 @@ def lay_windows(tokens: int, protocol: Protocol) -> list[Window]:
             start = max(begin + step - size, 0)
             windows.append(Window(start, stop, min(stop - begin, stop - start - 1)))
     windows = [w for w in windows if w.scored > 0]
-    if not windows:
+    predicted = sum(window.scored for window in windows)
+    if predicted < MIN_PREDICTED:
+        needs = max(size, MIN_PREDICTED + 1) if step == size else MIN_PREDICTED + 1
         raise InputError(
-            f"The corpus has {tokens} tokens and the protocol {protocol.name} needs at least "
-            f"{size if step == size else 2}; give a longer text or the other protocol."
+            f"The text has {tokens} tokens, of which the protocol {protocol.name} predicts "
+            f"{predicted}, and a perplexity needs {MIN_PREDICTED} predicted tokens; give a text of "
+            f"at least {needs} tokens{' or the protocol strided' * (step == size)}."
         )
     return windows
 
@@ -119,13 +124,17 @@ class Evaluation:
     nll: np.ndarray
     counts: np.ndarray
     seconds: float
-    peak_bytes: int
     kl: float | None = None
     top1: float | None = None
     corpus: str = ""
     corpus_sha256: str = ""
     corpus_source: str = ""
     truncated: bool = False
+    #: Most memory of a GPU that one batch took beyond what was there before it: logits, attention
+    #: and the weights it decodes; None on a CPU, where no such figure can be had of one model.
+    working_bytes: int | None = None
+    #: Seconds of the run by stage, where it was one (:class:`lsq_core.clock.Clock`).
+    times: dict[str, float] = field(default_factory=dict)
     provenance: dict = field(default_factory=dict)
 
     @property
@@ -206,21 +215,24 @@ def evaluate_together(
         Where it is there already, of these models on this stream by this protocol, its windows
         are not scored again.
 
+    Raises
+    ------
+    LsqError
+        When a model's predictions are not finite; names the first module whose output isn't.
+
     Yields
     ------
     A pair for each model: those of the first text as soon as it is read, then the next one's.
     """
     device = next(models[0].parameters()).device
-    if device.type == "cuda":
-        import torch
-
-        torch.cuda.reset_peak_memory_stats(device)
     files = checkpoints or [[None] * len(models)] * len(texts)
     walks = [_Walk(text, bos, paths) for text, paths in zip(texts, files, strict=True)]
     left = _batches(walks, models[0].config.get_text_config().vocab_size, device.type)
     total = sum(len(walk.windows) for walk in walks)
     done = total - sum(len(walks[text].passes[number]) for batch in left for text, number in batch)
     told = 0
+    for damage in (file.damage for walk in walks for file in walk.files if file.damage):
+        progress(done, total, f"{damage} Its windows are scored again.")
     progress(done, total, f"window {done} of {total}")
     for batch in [[], *left]:
         if batch:
@@ -231,7 +243,7 @@ def evaluate_together(
                 walk.save()
             progress(done, total, f"window {done} of {total}")
         while told < len(walks) and walks[told].is_read:
-            yield walks[told].finish(_peak_bytes(device), reference is not None)
+            yield walks[told].finish(reference is not None)
             told += 1
 
 
@@ -295,11 +307,11 @@ class _Walk:
         for file in self.files:
             file.save(last=self.is_read)
 
-    def finish(self, peak: int, compared: bool) -> list[Pair]:
+    def finish(self, compared: bool) -> list[Pair]:
         """What came of it, a pair for each model."""
         name = self.protocol.name
         return [
-            (own.finish(name, peak, compared), other.finish(name, peak) if compared else None)
+            (own.finish(name, compared), other.finish(name) if compared else None)
             for own, other in self.tallies
         ]
 
@@ -335,11 +347,17 @@ def _score(
         batch = torch.stack([walk.ids(number) for walk, number in passes]).to(device)
         first, number = passes[0]
         _, scored = first.shape(number)
-        expected = None if reference is None else _Predicted.by(reference, batch, scored)
+        expected = None
+        if reference is not None:
+            expected = _Predicted.by(reference, batch, scored, "The full-precision model")
         for place, model in enumerate(models):
-            figures = _Predicted.by(model, batch, scored).figures(expected)
+            predicted = _Predicted.by(model, batch, scored, "The model")
+            figures = predicted.figures(expected)
+            if not all(np.isfinite(values).all() for values in figures.values()):
+                raise LsqError(_where_not_finite(model, batch, "The model"))
             for row, (walk, number) in enumerate(passes):
                 own, other = walk.tallies[place]
+                own.worked(predicted.working_bytes)
                 walk.put(number, own, {name: values[row] for name, values in figures.items()})
                 if expected is not None:
                     known = expected.figures()
@@ -351,24 +369,35 @@ class _Predicted:
     """What a model predicts for a batch of passes.
 
     ``logs`` are log-probabilities (passes, scored, vocabulary), float32; ``nll`` is (passes,
-    scored). ``seconds`` are those of the clock for each scored token.
+    scored). ``seconds`` are those of the clock for each scored token; ``working_bytes`` what it
+    took of a GPU's memory beyond what was there, None on a CPU.
     """
 
     logs: Tensor
     nll: np.ndarray
     seconds: float
+    working_bytes: int | None
 
     @classmethod
-    def by(cls, model: nn.Module, batch: Tensor, scored: int) -> _Predicted:
-        """Run a batch (passes, tokens) through a model."""
+    def by(cls, model: nn.Module, batch: Tensor, scored: int, what: str) -> _Predicted:
+        """Run a batch (passes, tokens) through a model, ``what`` it is in words.
+
+        Raises
+        ------
+        LsqError
+            When a predicted token's probability is no finite number.
+        """
         from lsq_core.load import last_logits
 
-        began = time.perf_counter()
+        began, before = time.perf_counter(), _begin_memory(batch.device)
         # The logits before a token predict it: one more is kept, and the very last is not used.
         logs = last_logits(model, batch, scored + 1)[:, :-1].float().log_softmax(-1)
         picked = -logs.gather(-1, batch[:, -scored:, None])[..., 0]
         nll = picked.double().cpu().numpy()
-        return cls(logs, nll, (time.perf_counter() - began) / nll.size)
+        if not np.isfinite(nll).all():
+            raise LsqError(_where_not_finite(model, batch, what))
+        working = None if before is None else _peak_memory(batch.device) - before
+        return cls(logs, nll, (time.perf_counter() - began) / nll.size, working)
 
     def figures(self, expected: _Predicted | None = None) -> dict[str, np.ndarray]:
         """For each scored token (passes, scored), by the names of :class:`_Tally`."""
@@ -384,6 +413,7 @@ class _Tally:
     """What one model predicts, summed over the scored tokens of each window (windows,)."""
 
     def __init__(self, windows: int) -> None:
+        self.working_bytes: int | None = None
         self.counts = np.zeros(windows, dtype=np.int64)
         self.sums = {name: np.zeros(windows) for name in ("nll", "seconds", "kl", "agreed")}
 
@@ -392,6 +422,11 @@ class _Tally:
         self.counts[window] = scored
         for name, value in figures.items():
             self.sums[name][window] = value
+
+    def worked(self, taken: int | None) -> None:
+        """Take up what a batch took of a GPU's memory."""
+        if taken is not None:
+            self.working_bytes = max(taken, self.working_bytes or 0)
 
     @property
     def state(self) -> dict[str, np.ndarray]:
@@ -403,7 +438,7 @@ class _Tally:
         self.counts = kept["counts"]
         self.sums = {name: kept[name] for name in self.sums}
 
-    def finish(self, protocol: str, peak: int, compared: bool = False) -> Evaluation:
+    def finish(self, protocol: str, compared: bool = False) -> Evaluation:
         """The figures; KL and agreement only where it was compared."""
         tokens = self.counts.sum()
         return Evaluation(
@@ -411,7 +446,7 @@ class _Tally:
             nll=self.sums["nll"],
             counts=self.counts,
             seconds=float(self.sums["seconds"].sum()),
-            peak_bytes=peak,
+            working_bytes=self.working_bytes,
             kl=float(self.sums["kl"].sum() / tokens) if compared else None,
             top1=float(self.sums["agreed"].sum() / tokens) if compared else None,
         )
@@ -427,37 +462,90 @@ class _Kept:
     def __init__(self, path: Path | None, tallies: tuple[_Tally, ...]) -> None:
         self.path, self.tallies = path, tallies
         self.written = time.monotonic()
+        #: Why what the file held is of no use, '' where it is.
+        self.damage = ""
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Every tally's arrays, by name and the tally's number."""
+        return {
+            f"{name}_{number}": array
+            for number, tally in enumerate(self.tallies)
+            for name, array in tally.state.items()
+        }
 
     def restore(self) -> None:
-        """Take up what the file holds."""
-        if self.path is not None and self.path.is_file():
-            with np.load(self.path) as file:
-                for number, tally in enumerate(self.tallies):
-                    tally.restore({name: file[f"{name}_{number}"] for name in tally.state})
+        """Take up what the file holds; one that is damaged is deleted, and costs what it held."""
+        if self.path is None:
+            return
+        try:
+            kept = read_arrays(self.path, self.arrays)
+        except Damaged as error:
+            self.damage = str(error)
+            self.path.unlink(missing_ok=True)
+            return
+        for number, tally in enumerate(self.tallies if kept else ()):
+            tally.restore({name: kept[f"{name}_{number}"] for name in tally.state})
 
     def save(self, last: bool) -> None:
         """Write the file every few seconds, and when the last window is scored."""
         if self.path is None or not (last or time.monotonic() - self.written > _KEEP_EVERY):
             return
-        arrays = {
-            f"{name}_{number}": array
-            for number, tally in enumerate(self.tallies)
-            for name, array in tally.state.items()
-        }
-        unfinished = self.path.with_name(f".{self.path.name}.new")
-        with unfinished.open("wb") as file:
-            np.savez(file, **arrays)
-        unfinished.replace(self.path)
+        write_arrays(self.path, self.arrays)
         self.written = time.monotonic()
 
 
-def _peak_bytes(device: object) -> int:
-    """Most memory held so far: allocated on a GPU, resident in this process on a CPU."""
+def _begin_memory(device: torch.device) -> int | None:
+    """Bytes of a GPU's memory taken now, from which on the most is counted; None on a CPU."""
+    if device.type != "cuda":
+        return None
     import torch
 
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def _peak_memory(device: torch.device) -> int:
+    import torch
+
+    return torch.cuda.max_memory_allocated(device)
+
+
+def _where_not_finite(model: nn.Module, batch: Tensor, what: str) -> str:
+    """Which module is the first, in the order of computing, to put out NaN or infinity."""
+    found: list[str] = []
+
+    def look(name: str) -> Callable:
+        def hook(module: nn.Module, arguments: tuple, output: object) -> None:
+            if not found and not _all_finite(output):
+                found.append(name)
+
+        return hook
+
+    hooks = [m.register_forward_hook(look(name)) for name, m in model.named_modules() if name]
+    try:
+        model(batch, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    first = f"the first not to be is that of {found[0]}" if found else "its logits are not"
+    instead = "bfloat16 or float32" if dtype == "float16" else "another plan or dtype"
+    return (
+        f"{what} has no perplexity: its outputs in {dtype} are not finite numbers, and {first}; "
+        f"try {instead}."
+    )
+
+
+def _all_finite(output: object) -> bool:
+    """Whether every float of a module's output is finite, however it is wrapped."""
+    import torch
+
+    if isinstance(output, torch.Tensor):
+        return not output.is_floating_point() or bool(torch.isfinite(output).all())
+    if isinstance(output, dict):
+        output = tuple(output.values())
+    return all(map(_all_finite, output)) if isinstance(output, (tuple, list)) else True
 
 
 @dataclass(frozen=True)

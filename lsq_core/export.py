@@ -10,8 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import duckdb
-
+from lsq_core import database
 from lsq_core.charts.style import CONFIG
 
 if TYPE_CHECKING:
@@ -36,7 +35,10 @@ def csv_bytes(frame: pd.DataFrame) -> bytes:
 
 def parquet_bytes(frame: pd.DataFrame) -> bytes:
     """A table as Parquet, by DuckDB."""
-    with tempfile.TemporaryDirectory() as folder, duckdb.connect() as connection:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        database.in_memory(files=Path(folder)) as connection,
+    ):
         path = Path(folder) / "table.parquet"
         connection.register("frame", frame.reset_index(drop=True))
         connection.table("frame").write_parquet(str(path))

@@ -7,10 +7,15 @@ import math
 from pathlib import Path
 from typing import Any
 
+from lsq_core.files import write_bytes
 
-def json_text(content: object, indent: int | None = None) -> str:
-    """``content`` as JSON text: NaN and infinities become null, dates and paths text."""
-    return json.dumps(_plain(content), indent=indent, default=str, ensure_ascii=False)
+
+def json_text(content: object, indent: int | None = None, ascii: bool = False) -> str:
+    """``content`` as JSON text: NaN and infinities become null, dates and paths text.
+
+    With ``ascii`` every other character is escaped, which says the same.
+    """
+    return json.dumps(_plain(content), indent=indent, default=str, ensure_ascii=ascii)
 
 
 def _plain(value: Any) -> Any:
@@ -25,8 +30,14 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def json_bytes(content: object) -> bytes:
+    """``content`` as a JSON file in UTF-8; names that no encoding can write are escaped."""
+    try:
+        return json_text(content, indent=1).encode("utf8")
+    except UnicodeEncodeError:
+        return json_text(content, indent=1, ascii=True).encode("ascii")
+
+
 def write_json(path: Path, content: object) -> None:
-    """Write a file that a reader sees either as it was or as it is, never half."""
-    unfinished = path.with_name(f".{path.name}.new")
-    unfinished.write_text(json_text(content, indent=1), "utf8")
-    unfinished.replace(path)
+    """Write a JSON file whole; raises as :func:`lsq_core.files.writing`."""
+    write_bytes(path, json_bytes(content))

@@ -5,27 +5,31 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
-import psutil
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
+from lsq_core.checkpoint import read_entries
 from lsq_core.config import LADDER, divides, format_bytes
-from lsq_core.errors import InputError, LsqError
+from lsq_core.devices import canonical
+from lsq_core.errors import InputError, LsqError, reason_of
+from lsq_core.fit import check_fit, pickled_entries
+from lsq_core.identity import identity_of, under_name
+from lsq_core.memory import available_memory
 from lsq_core.model import (
     Matrix,
     ModelInfo,
     ModelSource,
+    cached_folder,
     find_config,
     find_model,
-    fingerprint,
     read_config,
     remote_file_bytes,
     weight_files,
@@ -35,6 +39,13 @@ transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+#: Dtypes of checkpoints by the names that safetensors gives them.
+_STORED_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+}
 #: Order of the computation where a block defines its modules in another one.
 _QKV_RANK = {"q_proj": 0, "k_proj": 1, "v_proj": 2}
 
@@ -70,7 +81,7 @@ class LoadedModel:
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """``auto`` is the GPU when there is one, else the CPU.
+    """``auto`` is the first GPU where there is one, else the CPU; ``cuda`` is ``cuda:0``.
 
     Raises
     ------
@@ -78,9 +89,9 @@ def pick_device(name: str = "auto") -> torch.device:
         When the device does not exist on this machine.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
+        device = torch.device(canonical(name))
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError("only these two have been tried")
         torch.empty(1, device=device)
@@ -92,7 +103,9 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device, config: object) -> torch.dtype:
-    """The dtype a model computes in: float32 on a CPU; on a GPU the checkpoint's own.
+    """The dtype a model computes in: ``auto`` is float32 on a CPU, on a GPU the checkpoint's own.
+
+    A checkpoint in float64, or one whose dtype nothing tells, is computed in float32.
 
     Raises
     ------
@@ -106,7 +119,7 @@ def pick_dtype(name: str, device: torch.device, config: object) -> torch.dtype:
     if device.type == "cpu":
         return torch.float32
     stored = getattr(config, "dtype", None)
-    return stored if stored in (torch.bfloat16, torch.float16) else torch.float16
+    return stored if stored in _DTYPES.values() else torch.float32
 
 
 # --- the skeleton of a model, without weights ---------------------------------------------
@@ -115,7 +128,7 @@ def pick_dtype(name: str, device: torch.device, config: object) -> torch.dtype:
 def inspect_model(source: ModelSource) -> ModelInfo:
     """Layers, parameters, bytes and matrices from the config alone; no weights are loaded.
 
-    The fingerprint is filled in for a local model and empty for a remote one not yet fetched.
+    The fingerprint is filled in for a model whose files are here, and empty for one not fetched.
 
     Raises
     ------
@@ -123,19 +136,36 @@ def inspect_model(source: ModelSource) -> ModelInfo:
         When there is no such model, or it has no linear decoder blocks.
     """
     folder = find_config(source)
-    info = describe(skeleton(source, folder), source)
-    if source.is_local:
-        return with_files(info, find_model(source))
-    return replace(info, file_bytes=remote_file_bytes(source), config=read_config(folder))
-
-
-def with_files(info: ModelInfo, folder: Path) -> ModelInfo:
-    """What a local model's files add to the description of its modules."""
+    model = skeleton(source, folder)
+    local = find_model(source) if source.is_local else cached_folder(source)
+    if local is not None:
+        return describe_files(model, source, local)
     return replace(
-        info,
-        fingerprint=fingerprint(folder),
-        file_bytes=sum(path.stat().st_size for path in weight_files(folder)),
-        config=read_config(folder),
+        describe(model, source), file_bytes=remote_file_bytes(source), config=read_config(folder)
+    )
+
+
+def describe_files(model: nn.Module, source: ModelSource, folder: Path) -> ModelInfo:
+    """The description of a model whose files are all here: its modules and what holds them.
+
+    ``model`` is its skeleton in the dtype that its config names.
+
+    Raises
+    ------
+    InputError
+        When the files are not the weights of this model (:func:`lsq_core.fit.check_fit`).
+    """
+    info = describe(model, source)
+    files = weight_files(folder)
+    pickled = files[0].suffix != ".safetensors"
+    entries = pickled_entries(files) if pickled else read_entries(folder, files)
+    identity = identity_of(folder, source.trust_remote_code)
+    return replace(
+        under_name(info, source, identity),
+        fingerprint=identity.fingerprint,
+        file_bytes=sum(path.stat().st_size for path in files),
+        config=_with_dtype(folder),
+        notes=check_fit(model, entries, find_blocks(model)[0], folder),
     )
 
 
@@ -149,17 +179,84 @@ def skeleton(source: ModelSource, folder: Path, **settings: object) -> nn.Module
     InputError
         When transformers cannot build a causal language model from the config.
     """
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
+    with building(source, folder):
+        config = model_config(source, folder)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(
                 config, trust_remote_code=source.trust_remote_code, **settings
             )
+
+
+def model_config(source: ModelSource, folder: Path) -> object:
+    """transformers' config of the model in a folder; never asks at the terminal.
+
+    Its ``dtype`` is that of the checkpoint: the one that it names, or that of most of the weights
+    where it names none.
+
+    Raises
+    ------
+    InputError
+        When transformers cannot read it, or it needs code that is not trusted.
+    """
+    with building(source, folder):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
+    config.dtype = config.dtype or stored_dtype(folder)
+    return config
+
+
+def _with_dtype(folder: Path) -> dict:
+    """The folder's config; where it names no dtype, with the one that the weights have."""
+    config, dtype = read_config(folder), stored_dtype(folder)
+    named = any(config.get(key) for key in ("dtype", "torch_dtype"))
+    return config if named or dtype is None else config | {"dtype": str(dtype)[6:]}
+
+
+def stored_dtype(folder: Path) -> torch.dtype | None:
+    """The dtype of a checkpoint: the one that its config names, or else that of most bytes.
+
+    None where nothing tells.
+    """
+    config = read_config(folder)
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
+        named = part.get("dtype") or part.get("torch_dtype")
+        found = getattr(torch, str(named).removeprefix("torch."), None)
+        if isinstance(found, torch.dtype):
+            return found
+    sizes = dict.fromkeys(_STORED_DTYPES, 0)
+    try:
+        files = [path for path in weight_files(folder) if path.suffix == ".safetensors"]
+        entries = read_entries(folder, files)
+    except InputError:
+        return None  # of a remote model's files only the small ones may be here
+    for entry in entries.values():
+        if entry.dtype in sizes:
+            sizes[entry.dtype] += entry.bytes
+    most = max(sizes, key=sizes.get)
+    return _STORED_DTYPES[most] if sizes[most] else None
+
+
+@contextmanager
+def building(source: ModelSource, folder: Path) -> Iterator[None]:
+    """Turn what transformers raises while it builds a model into a sentence.
+
+    Raises
+    ------
+    InputError
+        In the place of transformers' own errors.
+    """
+    try:
+        yield
     except (ValueError, KeyError, TypeError, AttributeError, ImportError, OSError) as error:
-        reason = str(error).strip().split("\n")[0]
+        if not source.trust_remote_code and "auto_map" in read_config(folder):
+            raise InputError(
+                f"'{source.name}' is built by Python code of its own, which only runs if you trust "
+                "it: read its .py files, then give --trust-remote-code (in the app: Trust remote "
+                "code)."
+            ) from error
         raise InputError(
             f"'{source.name}' is not a decoder-only language model that transformers can build: "
-            f"{reason}"
+            f"{reason_of(error)}."
         ) from error
 
 
@@ -291,10 +388,11 @@ def load_model(source: ModelSource, device: str = "auto", dtype: str = "auto") -
     """
     target = pick_device(device)
     folder = find_model(source)
-    info = describe(skeleton(source, folder), source)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
-    compute_dtype = pick_dtype(dtype, target, config)
+    info = describe_files(skeleton(source, folder), source, folder)
+    compute_dtype = pick_dtype(dtype, target, model_config(source, folder))
     check_memory(info.source, info.parameters, target, compute_dtype)
+    if weight_files(folder)[0].suffix != ".safetensors":  # those are read as a whole first
+        check_memory(info.source, info.parameters, torch.device("cpu"), compute_dtype)
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -303,13 +401,17 @@ def load_model(source: ModelSource, device: str = "auto", dtype: str = "auto") -
             trust_remote_code=source.trust_remote_code,
             experts_implementation="eager",
             output_loading_info=True,
+            device_map={"": target},  # each tensor straight to where it is used
         )
-        model = model.to(target).eval().requires_grad_(False)
+        model = model.eval().requires_grad_(False)
     except torch.OutOfMemoryError as error:
-        raise LsqError(_too_large(info.source, info.parameters, target, compute_dtype)) from error
+        need = info.parameters * compute_dtype.itemsize
+        form = str(compute_dtype)[6:]
+        raise LsqError(_too_large(info.source, need, form, target)) from error
     except (ValueError, RuntimeError, OSError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"The weights in {folder} cannot be loaded: {reason}") from error
+        raise InputError(
+            f"The weights in {folder} cannot be loaded: {reason_of(error)}."
+        ) from error
     lacking = sorted(found["missing_keys"])
     if lacking:  # transformers would go on with random ones
         raise InputError(
@@ -317,7 +419,7 @@ def load_model(source: ModelSource, device: str = "auto", dtype: str = "auto") -
             + (f" and {len(lacking) - 1} more" if lacking[1:] else "")
             + "; fetch or save the model again."
         )
-    info, tokenizer = with_files(info, folder), load_tokenizer(source, folder)
+    tokenizer = load_tokenizer(source, folder)
     return LoadedModel(model, tokenizer, info, folder, str(target), str(compute_dtype)[6:])
 
 
@@ -332,26 +434,33 @@ def load_tokenizer(source: ModelSource, folder: Path) -> object:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
     except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"{folder} has no tokenizer that can be loaded: {reason}") from error
+        reason = reason_of(error)
+        raise InputError(f"{folder} has no tokenizer that can be loaded: {reason}.") from error
 
 
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+    return available_memory()
 
 
 def check_memory(name: str, parameters: int, device: torch.device, dtype: torch.dtype) -> None:
     """Raise :class:`LsqError` when a device has too little memory for so many parameters."""
-    if parameters * dtype.itemsize > _free_bytes(device):
-        raise LsqError(_too_large(name, parameters, device, dtype))
+    check_bytes(name, parameters * dtype.itemsize, str(dtype)[6:], device)
 
 
-def _too_large(name: str, parameters: int, device: torch.device, dtype: torch.dtype) -> str:
-    need = format_bytes(parameters * dtype.itemsize)
+def check_bytes(name: str, need: int, form: str, device: torch.device) -> None:
+    """Raise :class:`LsqError` when a device has less than ``need`` bytes of memory free.
+
+    ``form`` says what they are: a dtype, or packed matrices.
+    """
+    if need > _free_bytes(device):
+        raise LsqError(_too_large(name, need, form, device))
+
+
+def _too_large(name: str, need: int, form: str, device: torch.device) -> str:
     return (
-        f"'{name}' needs {need} in {str(dtype)[6:]} and {device} has "
+        f"'{name}' needs {format_bytes(need)} in {form} and {device} has "
         f"{format_bytes(_free_bytes(device))} free: choose another device or a smaller model."
     )
 

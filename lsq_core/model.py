@@ -8,18 +8,22 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import struct
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
-from lsq_core.errors import InputError, LsqError
+from lsq_core import hub
+from lsq_core.checkpoint import INDEX, check_not_quantized, read_entries
+from lsq_core.errors import InputError, LsqError, reason_of
+from lsq_core.files import disk_error, write_bytes
 
 #: The model that ships with the project.
 DEMO_FOLDER = Path(__file__).resolve().parents[1] / "data" / "demo_model"
 
 #: What a repository is asked for: weights as safetensors, and the small text files beside them.
 _WANTED_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+#: What says what a model is: its config, what a quantizer said of it, and the index of its weights.
+_DESCRIBING_FILES = ["config.json", "*quant*.json", INDEX]
 #: Folders inside a repository, and a second copy of the weights that some carry.
 _UNWANTED_FILES = ["*/*", "consolidated*.safetensors"]
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
@@ -27,22 +31,31 @@ _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 MANIFEST = "lsq.json"
 #: The file beside the embedded model that says what :func:`lsq_core.load.inspect_model` says of it.
 _DESCRIPTION = "description.json"
+#: Characters of a model's name that a message quotes.
+_LONGEST_SHOWN = 120
 #: Keys of config.json that say nothing about what the model computes.
 _VOLATILE_CONFIG_KEYS = ("_name_or_path", "transformers_version")
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model comes from, as the person typed it.
+    """Where a model comes from.
 
     ``name`` is ``demo``, a local folder, or a Hugging Face id; ``revision`` a branch, tag or
-    commit of the latter. Remote code and pickled weights are off unless turned on knowingly.
+    commit of the latter. A folder's name becomes its absolute path, so that it means the same
+    from every working directory. Remote code and pickled weights are off unless turned on
+    knowingly.
     """
 
     name: str
     revision: str | None = None
     trust_remote_code: bool = False
     allow_pickle: bool = False
+
+    def __post_init__(self) -> None:
+        folder = self.local_folder
+        if folder is not None and self.name != "demo":
+            object.__setattr__(self, "name", str(folder))
 
     @property
     def is_local(self) -> bool:
@@ -54,9 +67,12 @@ class ModelSource:
         """The folder it names, resolved, or None for a Hugging Face id."""
         if self.name == "demo":
             return DEMO_FOLDER
-        path = Path(self.name).expanduser()
         looks_like_a_path = self.name.startswith((".", "/", "~")) or self.name.count("/") > 1
-        return path.resolve() if looks_like_a_path or path.is_dir() else None
+        try:
+            path = Path(self.name).expanduser()
+            return path.resolve() if looks_like_a_path or path.is_dir() else None
+        except (OSError, ValueError, RuntimeError):
+            return None  # no path at all: too long, a null byte, the home of nobody
 
 
 @dataclass(frozen=True)
@@ -104,6 +120,12 @@ class ModelInfo:
     other_bytes: int = 0
     fingerprint: str = ""
     config: dict = field(default_factory=dict, compare=False, repr=False)
+    #: Hashes of the tokenizer, and of the model's own code where that is trusted to run; see
+    #: :mod:`lsq_core.identity`. The same weights may come with others, under another name.
+    tokenizer: str = field(default="", compare=False)
+    code: str = field(default="", compare=False)
+    #: What of the checkpoint is not used, a sentence each (:func:`lsq_core.fit.check_fit`).
+    notes: tuple[str, ...] = ()
 
     @property
     def linear_parameters(self) -> int:
@@ -144,25 +166,54 @@ def find_model(source: ModelSource) -> Path:
 
 
 def find_config(source: ModelSource) -> Path:
-    """The folder with the model's ``config.json``; nothing else of a remote model is fetched.
+    """The folder with the model's ``config.json``; no weights of a remote model are fetched.
 
-    Raises as :func:`find_model`.
+    Beside it are the small files that say what the weights are, and the model's own code where
+    that is trusted. Raises as :func:`find_model`.
     """
     folder = source.local_folder
     if folder is None:
-        return Path(_ask_hub(source, "hf_hub_download", filename="config.json")).parent
+        patterns = [*_DESCRIBING_FILES, *(["*.py"] if source.trust_remote_code else [])]
+        found = _ask_hub(
+            source, "snapshot_download", allow_patterns=patterns, ignore_patterns=_UNWANTED_FILES
+        )
+        folder = Path(found)
+        if not (folder / "config.json").is_file():
+            raise InputError(f"'{source.name}' has no config.json, so it is not a model to load.")
     check_config(folder)
+    return folder
+
+
+def cached_folder(source: ModelSource) -> Path | None:
+    """The folder of a Hugging Face model in the local cache, whole; None where it isn't."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(source.name, "config.json", revision=source.revision)
+    except HFValidationError:
+        return None
+    if not isinstance(found, str):
+        return None
+    folder = Path(found).parent
+    try:
+        check_model_folder(folder, source)
+    except InputError:
+        return None  # only its config was fetched, or not all of its weights
     return folder
 
 
 def remote_file_bytes(source: ModelSource) -> int:
     """Bytes of a Hugging Face model's weight files, from the hub's listing, or 0 if unknown."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        info = HfApi().model_info(source.name, revision=source.revision, files_metadata=True)
-    except (HfHubHTTPError, OSError):
+        info = HfApi().model_info(
+            source.name, revision=source.revision, files_metadata=True, timeout=hub.TIMEOUT_S
+        )
+    except Exception as error:
+        if not hub.is_network_error(error):
+            raise
         return 0
     names = [s for s in info.siblings or [] if s.rfilename.endswith(".safetensors")]
     return sum(s.size or 0 for s in names)
@@ -170,12 +221,16 @@ def remote_file_bytes(source: ModelSource) -> int:
 
 def _ask_hub(source: ModelSource, function: str, **kwargs: object) -> str:
     """Call a download function of ``huggingface_hub`` and say in a sentence what went wrong."""
-    import huggingface_hub as hub
+    import huggingface_hub
     from huggingface_hub import errors
 
-    where = f"'{source.name}'" + (f" at revision '{source.revision}'" if source.revision else "")
+    name = source.name if len(source.name) <= _LONGEST_SHOWN else source.name[:60] + "…"
+    where = f"'{name}'" + (f" at revision '{source.revision}'" if source.revision else "")
+    if source.name.lower() == "demo":
+        raise InputError(f"There is no model {where}; the embedded one is 'demo'.")
     try:
-        return getattr(hub, function)(source.name, revision=source.revision, **kwargs)
+        kwargs["local_files_only"] = not hub.answers(source.name, source.revision)
+        return getattr(huggingface_hub, function)(source.name, revision=source.revision, **kwargs)
     except errors.HFValidationError as error:
         raise InputError(
             f"{where} is neither a folder here nor a Hugging Face id such as org/name."
@@ -198,8 +253,13 @@ def _ask_hub(source: ModelSource, function: str, **kwargs: object) -> str:
         ) from error
     except errors.EntryNotFoundError as error:
         raise InputError(f"{where} has no config.json, so it is not a model to load.") from error
-    except (errors.HfHubHTTPError, OSError) as error:
-        raise LsqError(f"{where} could not be downloaded: {error}") from error
+    except Exception as error:
+        if not hub.is_network_error(error):
+            raise
+        reason = reason_of(error)
+        raise disk_error(error) or LsqError(
+            f"{where} could not be downloaded: {reason}."
+        ) from error
 
 
 def read_config(folder: Path) -> dict:
@@ -213,7 +273,9 @@ def read_config(folder: Path) -> dict:
     try:
         config = json.loads((folder / "config.json").read_text("utf8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{folder / 'config.json'} cannot be read as JSON: {error}") from error
+        raise InputError(
+            f"{folder / 'config.json'} cannot be read as JSON: {reason_of(error)}."
+        ) from error
     if not isinstance(config, dict):
         raise InputError(f"{folder / 'config.json'} holds no JSON object.")
     return config
@@ -221,7 +283,12 @@ def read_config(folder: Path) -> dict:
 
 def check_config(folder: Path) -> None:
     """Raise :class:`InputError` unless the folder is there and describes a model we can plan."""
-    if not folder.is_dir():
+    try:
+        there = folder.is_dir()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{str(folder)[:60]}… cannot be a model folder: {reason}.") from error
+    if not there:
         raise InputError(f"There is no folder {folder}; give a model folder or a Hugging Face id.")
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} is not a model folder: it has no config.json.")
@@ -230,12 +297,7 @@ def check_config(folder: Path) -> None:
             f"{folder} is a quantized model that LSQ Explorer saved; evaluate it with eval, or "
             "give the full-precision model it was made from."
         )
-    quantization = read_config(folder).get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method", "some method")
-        raise InputError(
-            f"{folder} is already quantized ({method}); give the full-precision model instead."
-        )
+    check_not_quantized(folder, read_config(folder))
 
 
 def check_model_folder(folder: Path, source: ModelSource) -> None:
@@ -251,37 +313,7 @@ def check_model_folder(folder: Path, source: ModelSource) -> None:
                 "when opened; convert them to safetensors, or allow pickle if you trust them."
             )
         return
-    for path in weights:
-        safetensors_header(path)
-
-
-def safetensors_header(path: Path) -> dict[str, dict]:
-    """Names, dtypes, shapes and offsets of a safetensors file, without reading its weights.
-
-    Raises
-    ------
-    InputError
-        When the file is truncated or is no safetensors file.
-    """
-    size = path.stat().st_size
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > size - 8:
-                raise ValueError("its header is longer than the file")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{path} is not a whole safetensors file ({error}); fetch or save it again."
-        ) from error
-    if 8 + length + end != size:
-        raise InputError(
-            f"{path} is truncated or damaged: {size} bytes where its header promises "
-            f"{8 + length + end}; fetch or save it again."
-        )
-    return header
+    read_entries(folder, weights)
 
 
 def folder_bytes(folder: Path) -> int:
@@ -300,7 +332,7 @@ def weight_files(folder: Path) -> list[Path]:
     InputError
         When the index names a file that is not there.
     """
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if index.is_file():
         try:
             names = set(json.loads(index.read_text("utf8"))["weight_map"].values())
@@ -354,9 +386,10 @@ def _hash_file(path: Path, size: int, modified_ns: int) -> str:
 def write_description(info: ModelInfo, folder: Path) -> None:
     """Keep what is known of a model beside its files, its config left out."""
     content = asdict(info) | {"matrices": [list(asdict(m).values()) for m in info.matrices]}
-    del content["config"]
+    for name in ("config", "tokenizer", "code", "notes"):
+        del content[name]
     text = json.dumps(content, separators=(",", ":"))
-    (folder / _DESCRIPTION).write_text(text.replace("],", "],\n") + "\n", "utf8")
+    write_bytes(folder / _DESCRIPTION, (text.replace("],", "],\n") + "\n").encode("utf8"))
 
 
 def described_demo(source: ModelSource) -> ModelInfo | None:

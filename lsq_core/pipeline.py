@@ -8,17 +8,20 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lsq_core import predict
+from lsq_core.clock import Clock, timed
 from lsq_core.config import (
     DETECTION_CONFIG,
     GIB,
@@ -31,8 +34,9 @@ from lsq_core.config import (
 )
 from lsq_core.corpus import corpus_identity, load_corpus, token_stream
 from lsq_core.errors import InputError, LsqError
+from lsq_core.identity import identity_of, known_info, under_name
 from lsq_core.jsontext import json_text
-from lsq_core.model import ModelInfo, ModelSource, described_demo, find_model, fingerprint
+from lsq_core.model import ModelInfo, ModelSource, described_demo, find_model
 from lsq_core.plan import (
     PLANNERS,
     Plan,
@@ -42,7 +46,7 @@ from lsq_core.plan import (
     make_frontier,
     make_plan,
 )
-from lsq_core.plan.high_impact import check_options, impact_of
+from lsq_core.plan.high_impact import impact_of
 from lsq_core.plan.pins import with_pins
 from lsq_core.plan.problem import TOLERANCE, Impact
 from lsq_core.profile import (
@@ -53,10 +57,25 @@ from lsq_core.profile import (
     ProfileSettings,
     missing_metrics,
 )
-from lsq_core.provenance import machine, versions
-from lsq_core.quantize import about, check_choice, mixed_rows_refusal, packages, refusal
+from lsq_core.provenance import (
+    Place,
+    device_kind,
+    machine,
+    profile_dependencies,
+    run_dependencies,
+    versions,
+)
+from lsq_core.quantize import (
+    about,
+    check_choice,
+    computes_with,
+    mixed_rows_refusal,
+    packages,
+    refusal,
+)
 from lsq_core.quantize.manifest import RUN, is_quantized_folder, read_manifest
 from lsq_core.store import PUBLISHED, InteractionKind, Store, new_id
+from lsq_core.targets import check_folder_target
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -101,12 +120,15 @@ class EvaluationRequest:
     max_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        from lsq_core.evaluate import PROTOCOLS
+        from lsq_core.evaluate import MIN_PREDICTED, PROTOCOLS
 
         if self.protocol not in PROTOCOLS:
             raise InputError(f"'{self.protocol}' is not a protocol; choose strided or blocks.")
-        if self.max_tokens is not None and self.max_tokens < 2:
-            raise InputError("max-tokens has to be at least 2: one to read and one to predict.")
+        if self.max_tokens is not None and self.max_tokens <= MIN_PREDICTED:
+            raise InputError(
+                f"max-tokens has to be at least {MIN_PREDICTED + 1}, and {self.max_tokens} were "
+                f"asked for: a perplexity needs {MIN_PREDICTED} predicted tokens."
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,6 +159,7 @@ class Workbench:
     report: Report = silent
     folder_to_keep: Path | None = None
     remembered_bytes: int = REMEMBERED_BYTES
+    clock: Clock = field(default_factory=Clock, init=False)
     _streams: dict[EvaluationRequest, TokenStream] = field(default_factory=dict, init=False)
     _problems: dict[object, Problem] = field(default_factory=dict, init=False)
 
@@ -160,6 +183,7 @@ class Workbench:
             )
 
     @cached_property
+    @timed("load")
     def folder(self) -> Path:
         """The model's local folder; a remote one is fetched."""
         self._need_weights()
@@ -168,24 +192,35 @@ class Workbench:
         return find_model(self.source)
 
     @cached_property
+    def outline(self) -> ModelInfo:
+        """What the model's config alone says of it, by which what cannot be is refused.
+
+        Of a remote model that isn't here nothing but its config is fetched.
+        """
+        if self.published or self.source.is_local or "info" in self.__dict__:
+            return self.info
+        from lsq_core.load import inspect_model
+
+        return known_info(self.source, self.store) or inspect_model(self.source)
+
+    @cached_property
+    @timed("load")
     def info(self) -> ModelInfo:
-        """What is known of the model, from the store or from its config."""
+        """What is known of the model, whose files are all here; a remote one is fetched."""
         if self.published:
             return self.published
-        known = self.store.model(fingerprint(self.folder))
-        if known is not None:
-            return replace(known, source=self.source.name, revision=self.source.revision)
-        info = described_demo(self.source)
+        identity = identity_of(self.folder, self.source.trust_remote_code)
+        info = self.store.model(identity.fingerprint) or described_demo(self.source)
         if info is None:
             from lsq_core.load import inspect_model
 
             info = inspect_model(self.source)
-        if not info.fingerprint:
-            info = replace(info, fingerprint=fingerprint(self.folder))
+        info = replace(under_name(info, self.source, identity), fingerprint=identity.fingerprint)
         self.store.save_model(info)
         return info
 
     @cached_property
+    @timed("load")
     def loaded(self) -> LoadedModel:
         """The model with its weights."""
         self._need_weights()
@@ -196,9 +231,11 @@ class Workbench:
             loaded = load_model(self.source, self.device, self.dtype)
         self.store.save_model(loaded.info)
         self.report("load", 1, 1, f"loaded on {loaded.device} in {loaded.dtype}")
+        self._report_notes(loaded.info)
         return loaded
 
     @cached_property
+    @timed("load")
     def streamed(self) -> LoadedModel:
         """The model with its weights left in their files; loaded where that can't be."""
         self._need_weights()
@@ -213,29 +250,32 @@ class Workbench:
         self.store.save_model(streamed.info)
         where = f"on {streamed.device} in {streamed.dtype}"
         self.report("load", 1, 1, f"read one decoder block at a time, {where}")
+        self._report_notes(streamed.info)
         return streamed
 
+    def _report_notes(self, info: ModelInfo) -> None:
+        for note in info.notes:
+            self.report("note", 0, 1, note)
+
     @cached_property
+    @timed("load")
     def place(self) -> dict[str, str]:
         """The device and the dtype that the model computes on and in; needs no weights."""
-        from transformers import AutoConfig
+        from lsq_core.load import model_config, pick_device, pick_dtype
 
-        from lsq_core.load import pick_device, pick_dtype
-
-        device = pick_device(self.device)
-        config = AutoConfig.from_pretrained(
-            self.folder, trust_remote_code=self.source.trust_remote_code
-        )
+        device, config = pick_device(self.device), model_config(self.source, self.folder)
         dtype = str(pick_dtype(self.dtype, device, config)).removeprefix("torch.")
         return {"device": str(device), "dtype": dtype}
 
     @cached_property
+    @timed("load")
     def tokenizer(self) -> object:
         """The model's tokenizer; needs no weights."""
         from lsq_core.load import load_tokenizer
 
         return load_tokenizer(self.source, self.folder)
 
+    @timed("read text")
     def stream(self, request: EvaluationRequest) -> TokenStream:
         """The tokens that a request evaluates on, remembered."""
         if request not in self._streams:
@@ -254,7 +294,8 @@ class Workbench:
 
     def profile_key(self, settings: ProfileSettings) -> str:
         """The identity of this model's profile under these settings."""
-        return settings.key(fingerprint(self.folder), corpus_identity(settings.calibration))
+        place = place_of(self.info, self.device, self.dtype)
+        return find_profile_key(self.store, self.info, settings, place)
 
     def find_profile(self, settings: ProfileSettings) -> Profile | None:
         """The profile if it was measured before, or published."""
@@ -264,6 +305,7 @@ class Workbench:
             return self.store.profile(kept["id"][same.index(True)]) if any(same) else None
         return self.store.profile(self.profile_key(settings))
 
+    @timed("profile")
     def profile(self, settings: ProfileSettings, metrics: Sequence[str] = ()) -> Profile:
         """The profile, with the usual metrics and these: found, or measured and kept.
 
@@ -305,14 +347,8 @@ class Workbench:
         return self.find_profile(settings)
 
     def _keep(self, measured: Profile) -> None:
-        """Add metrics to the profile, or keep them as a new one.
-
-        Another process may have kept the profile while this one measured; what it holds stays.
-        """
-        if self.store.profile(measured.id) is None:
-            self.store.save_profile(measured)
-        else:
-            self.store.complete_profile(measured)
+        """Add metrics to the profile, or keep them as a new one."""
+        self.store.keep_profile(measured)
         names = ", ".join(measured.metrics)
         self.report("store", 1, 1, f"{names} kept in profile {measured.id}")
 
@@ -333,6 +369,7 @@ class Workbench:
 
     # --- rows -------------------------------------------------------------------------------
 
+    @timed("profile")
     def impact(self, request: PlanRequest, settings: ProfileSettings) -> Impact:
         """Row scores, and the interactions that a request reads: found, or measured and kept.
 
@@ -348,9 +385,8 @@ class Workbench:
                 f"{self.published.source} was published without the gradients of its weights, so "
                 "high-impact rows cannot be planned for it."
             )
-        check_options(
-            Problem(self.info.matrices).with_options(get_planner(request.method).options(request))
-        )
+        options = get_planner(request.method).options(request)
+        Problem(self.info.matrices).with_options(options).check_options()
         key = self.profile_key(settings)
         scores = self.store.row_scores(key) or self._measure_row_scores(settings, key)
         if request.ratios == "uniform":
@@ -434,6 +470,7 @@ class Workbench:
 
     # --- plan -------------------------------------------------------------------------------
 
+    @timed("plan")
     def plan(self, request: PlanRequest, settings: ProfileSettings) -> tuple[Plan, Profile | None]:
         """A plan, and the profile it was made from where the method needs one.
 
@@ -443,9 +480,9 @@ class Workbench:
             When the request cannot be met; see :func:`lsq_core.plan.make_plan`.
         """
         planner = get_planner(request.method)
-        # A budget out of reach is told before anything is measured.
+        # A budget out of reach is told before anything is measured, or weights are fetched.
         options = planner.options(request)
-        request.budget_for(Problem(self.info.matrices).with_options(options))
+        request.budget_for(Problem(self.outline.matrices).with_options(options))
         profile = self.profile(settings, planner.metrics) if planner.metrics else None
         problem = self._problem(profile).with_options(options)
         if planner.reads_rows:
@@ -597,9 +634,7 @@ class Workbench:
         run = run or self._run_id(plan, quantizer)
         saved = save is not None and self._is_saved(save, run)
         if save is not None and not saved:
-            from lsq_core.quantize.artifact import check_target
-
-            check_target(save)
+            check_folder_target(save)
         quantized, seconds = self._quantize(plan)
         if save is not None and not saved:
             self._save(quantized, plan, profile, run, save)
@@ -616,12 +651,34 @@ class Workbench:
         """
         models = [one.model for one in made]
         identities = [[one.run, plan_identity(one.plan), one.row["quantizer"]] for one in made]
-        for pairs in self.evaluate(models, requests, self.loaded.model, identities):
+        found = self.evaluate(models, requests, self.loaded.model, identities)
+        for pairs, seconds in self._timed_passes(found):
             for one, (own, full) in zip(made, pairs, strict=True):
-                yield self._keep_run(one, own, full)
+                yield self._keep_run(one, own, full, seconds)
 
-    def _keep_run(self, made: Quantized, own: Evaluation, full: Evaluation) -> dict:
+    def _timed_passes(
+        self, found: Iterator[list[Pair]]
+    ) -> Iterator[tuple[list[Pair], dict[str, float]]]:
+        """Evaluations with the seconds by stage so far, of which full precision's are apart."""
+        while True:
+            began = self.clock.seconds.get("evaluate", 0.0)
+            with self.clock.stage("evaluate"):
+                pairs = next(found, None)
+            if pairs is None:
+                return
+            taken = self.clock.seconds["evaluate"] - began
+            # What is read before a text is done is of the next one too, so it may be less.
+            full = min(taken, pairs[0][1].seconds) if pairs[0][1] else 0.0
+            self.clock.add("evaluate", -full)
+            self.clock.add("full precision", full)
+            yield pairs, dict(self.clock.seconds)
+
+    @timed("store")
+    def _keep_run(
+        self, made: Quantized, own: Evaluation, full: Evaluation, seconds: dict[str, float]
+    ) -> dict:
         profile = made.profile.id if made.profile else None
+        own = replace(own, times=seconds | {"whole": self.clock.total})
         with self.store.held():
             if "plan" not in made.row:
                 made.row["plan"] = self.store.plan_of(made.run) or self.store.save_plan(
@@ -642,6 +699,7 @@ class Workbench:
         """Whether this very run saved its model here before it was cut off."""
         return is_quantized_folder(save) and read_manifest(save, RUN)["run"] == run
 
+    @timed("quantize")
     def _quantize(self, plan: Plan) -> tuple[nn.Module, float]:
         """The quantized model and the seconds it takes, whatever of it was made before."""
         from lsq_core.quantize import get_quantizer
@@ -672,9 +730,11 @@ class Workbench:
         """Where a quantizer keeps what it has of this plan so far, where there is a folder."""
         if self.folder_to_keep is None:
             return None
-        made_from = (*plan_identity(plan), plan.quantizer, self.place, versions())
+        made_by = run_dependencies(versions(), computes_with(plan.quantizer))
+        made_from = (*plan_identity(plan), plan.quantizer, self.place, made_by)
         return self.folder_to_keep / f"quantized-{_digest(self.info.fingerprint, *made_from)[:16]}"
 
+    @timed("save")
     def _save(
         self,
         quantized: nn.Module,
@@ -756,7 +816,8 @@ class Workbench:
         """The file for what was scored so far of a model on a text, where there is a folder."""
         if self.folder_to_keep is None:
             return None
-        asked = (self.stream(request).sha256, asdict(request), self.place, versions())
+        made_by = run_dependencies(versions())
+        asked = (self.stream(request).sha256, asdict(request), self.place, made_by)
         # A file's form is part of its name: an older version may have been cut off.
         name = _digest("by window", self.info.fingerprint, *identity, *asked)[:16]
         return self.folder_to_keep / f"evaluation-{name}.npz"
@@ -768,6 +829,72 @@ class Workbench:
         return {"model": self.source.name, "fingerprint": self.info.fingerprint} | _figures(
             evaluation
         )
+
+
+def place_of(info: ModelInfo, device: str = "auto", dtype: str = "auto") -> Place:
+    """Where a model computes when it is asked for on a device in a dtype, as loading has it.
+
+    torch is imported only where there may be a GPU.
+    """
+    if device == "auto" and not _may_have_gpu():
+        device = "cpu"
+    if device_kind(device) == "cpu" and dtype == "auto":
+        return Place("cpu", "float32")
+    import torch
+
+    from lsq_core.load import pick_device, pick_dtype
+
+    target, text = pick_device(device), info.config.get("text_config")
+    parts = (info.config, text if isinstance(text, dict) else {})
+    named = next(filter(None, (p.get("dtype") or p.get("torch_dtype") for p in parts)), None)
+    stored = getattr(torch, str(named).removeprefix("torch."), None)
+    chosen = pick_dtype(dtype, target, SimpleNamespace(dtype=stored))
+    return Place(target.type, str(chosen).removeprefix("torch."))
+
+
+def _may_have_gpu() -> bool:
+    """Whether asking torch for a GPU is worth the seconds that its import takes."""
+    if "torch" in sys.modules or sys.platform != "linux":
+        return True
+    drivers = ("nvidia[0-9]*", "kfd", "dxg")
+    return any(any(Path("/dev").glob(pattern)) for pattern in drivers)
+
+
+def profile_key(info: ModelInfo, settings: ProfileSettings, place: Place | None = None) -> str:
+    """The identity of a model's profile under some settings, found or not.
+
+    ``place`` is where it is measured, None for where this machine computes by itself.
+
+    Raises
+    ------
+    InputError
+        When the calibration corpus is nothing known.
+    """
+    corpus, packages = corpus_identity(settings.calibration), computes_with(settings.quantizer)
+    place = place or place_of(info)
+    made_with = profile_dependencies(place, versions(*packages), packages)
+    return settings.key(info.fingerprint, corpus, info.tokenizer, info.code, made_with)
+
+
+def find_profile_key(
+    store: Store, info: ModelInfo, settings: ProfileSettings, place: Place | None = None
+) -> str:
+    """The same; a profile kept before it depended on place and versions is put under it.
+
+    That is done only where what was recorded with the profile says that it was measured in this
+    place, by these versions of what it depends on.
+    """
+    key, place = profile_key(info, settings, place), place or place_of(info)
+    packages = computes_with(settings.quantizer)
+    wanted = profile_dependencies(place, versions(*packages), packages)
+
+    def same(recorded: dict) -> bool:
+        made_by = recorded.get("versions") or {}
+        return profile_dependencies(Place.of(recorded), made_by, packages) == wanted
+
+    older = settings.key(info.fingerprint, corpus_identity(settings.calibration))
+    store.adopt_profile(older, key, same)
+    return key
 
 
 def stream_of(request: EvaluationRequest, tokenizer: object) -> TokenStream:
@@ -940,14 +1067,18 @@ def evaluate_on(
 
 
 def load_saved(
-    folder: Path, device: str = "auto", dtype: str = "auto", report: Report = silent
+    folder: Path,
+    device: str = "auto",
+    dtype: str = "auto",
+    report: Report = silent,
+    trust_remote_code: bool = False,
 ) -> QuantizedModel:
     """A saved quantized model; too little memory is told in a sentence."""
     from lsq_core.quantize.artifact import load_quantized
 
     report("load", 0, 1, f"loading {folder}")
     with in_a_sentence(device):
-        return load_quantized(folder, device, dtype)
+        return load_quantized(folder, device, dtype, trust_remote_code)
 
 
 def evaluate_saved(
@@ -957,6 +1088,7 @@ def evaluate_saved(
     device: str = "auto",
     dtype: str = "auto",
     report: Report = silent,
+    trust_remote_code: bool = False,
 ) -> dict:
     """Load a saved quantized model, evaluate it, and keep the result with the run it came from.
 
@@ -965,7 +1097,7 @@ def evaluate_saved(
     from lsq_core.load import context_of
     from lsq_core.quantize.apply import measured_bytes
 
-    quantized = load_saved(folder, device, dtype, report)
+    quantized = load_saved(folder, device, dtype, report, trust_remote_code)
     manifest = quantized.manifest
     report("evaluate", 0, 1, f"reading {request.corpus}")
     [[(evaluation, _)]] = evaluate_on(
@@ -995,10 +1127,12 @@ def remake(
     device: str = "auto",
     dtype: str = "auto",
     report: Report = silent,
+    trust_remote_code: bool = False,
 ) -> tuple[Workbench, nn.Module]:
     """The full-precision model of a run, and its quantized one: as saved, else made once more.
 
-    ``source`` says where the model is, None where it was when the run was made.
+    ``source`` says where the model is, None where it was when the run was made; its own code
+    runs then only if ``trust_remote_code``.
 
     Raises
     ------
@@ -1007,11 +1141,12 @@ def remake(
     """
     kept = store.run(run)
     dtype = kept["dtype"] if dtype == "auto" else dtype
-    source = source or ModelSource(kept["source"], kept["revision"])
+    source = source or ModelSource(kept["source"], kept["revision"], trust_remote_code)
     bench = original(source, kept["fingerprint"], store, device, dtype, report)
     folder = saved_folder(kept)
     if folder is not None:
-        return bench, load_saved(folder, device, dtype, report).model
+        trusted = source.trust_remote_code
+        return bench, load_saved(folder, device, dtype, report, trusted).model
     plan = Plan.from_json(kept["content"], bench.info.matrices, bench.info.other_bytes)
     return bench, bench.quantize(plan, None, kept["quantizer"], run=run).model
 
@@ -1158,7 +1293,7 @@ def _figures(evaluation: Evaluation) -> dict:
         "protocol": evaluation.protocol,
         "tokens": evaluation.tokens,
         "tokens_per_second": evaluation.tokens_per_second,
-        "peak_bytes": evaluation.peak_bytes,
+        "working_bytes": evaluation.working_bytes,
         "evaluate_seconds": evaluation.seconds,
         "device": evaluation.provenance["device"],
         "dtype": evaluation.provenance["dtype"],
@@ -1180,6 +1315,7 @@ def _outcome(run_id: str, row: dict, own: Evaluation, full: Evaluation) -> dict:
         "kl": own.kl,
         "top1": own.top1,
         "quantize_seconds": row["quantize_seconds"],
+        "seconds": own.times,
         "saved_to": row["saved_to"],
     }
 

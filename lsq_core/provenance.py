@@ -1,15 +1,31 @@
-"""What a figure was made with: versions, machine, time."""
+"""What a figure was made with, and what of that it depends on: versions, machine, time.
+
+All that may help a reader is recorded (:func:`versions`, :func:`machine`). What tells one figure
+from another is less, and is decided here alone: the *place* it was computed in (kind of device,
+dtype) and the versions of what computes it. Two figures of the same model, text and settings
+are the same when that is the same: a package that only plans, stores or downloads is no part of
+it.
+"""
 
 from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import lsq_core
 
+#: Version of this project's own arithmetic: what its quantizers store for given weights, and how
+#: its metrics and evaluation turn that into figures. Raise it when one of these comes out new.
+ARITHMETIC = 1
+#: The packages that compute every forward pass.
+_FORWARD = ("torch", "transformers")
+#: What is recorded with a figure for its reader.
 _PACKAGES = ("torch", "transformers", "hqq", "datasets", "scipy", "pulp", "numpy", "duckdb")
 
 
@@ -19,13 +35,79 @@ def versions(*more: str) -> dict[str, str]:
 
     ``more`` are packages that only some figures depend on.
     """
-    found = {"lsq": lsq_core.__version__, "python": platform.python_version()}
+    found = {"lsq": lsq_core.__version__, "arithmetic": str(ARITHMETIC)}
+    found["python"] = platform.python_version()
     for package in (*_PACKAGES, *more):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "absent"
     return found
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a model computes: the kind of device, ``cpu`` or ``cuda``, and the dtype."""
+
+    device: str
+    dtype: str
+
+    @classmethod
+    def of(cls, recorded: Mapping[str, object]) -> Place:
+        """That of a record with ``device`` (``cuda:1``) and ``dtype``, '' where it has none."""
+        return cls(device_kind(str(recorded.get("device") or "")), str(recorded.get("dtype") or ""))
+
+
+def device_kind(device: str) -> str:
+    """``cuda`` of ``cuda:1``: figures do not depend on which of several devices it was."""
+    return device.partition(":")[0]
+
+
+def arithmetic(recorded: Mapping[str, str]) -> str:
+    """The version of this project's arithmetic in recorded versions; before it was recorded, 1."""
+    return recorded.get("arithmetic", "1")
+
+
+def profile_dependencies(
+    place: Place, recorded: Mapping[str, str], packages: Sequence[str]
+) -> dict[str, object]:
+    """What the scores of a profile depend on beside its settings, its model and its text.
+
+    ``packages`` are those that its quantizer computes with. Releases of torch and transformers
+    move a score by rounding alone, far less than what plans are decided by, so a profile outlives
+    them.
+    """
+    return {
+        "device": place.device,
+        "dtype": place.dtype,
+        "arithmetic": arithmetic(recorded),
+        "packages": {name: recorded.get(name, "absent") for name in packages},
+    }
+
+
+def run_dependencies(recorded: Mapping[str, str], packages: Sequence[str] = ()) -> dict[str, str]:
+    """The part of recorded versions that a quantized model, and its forward pass, depend on.
+
+    ``packages`` are those that its quantizer computes with.
+    """
+    found = {name: recorded.get(name, "absent") for name in (*_FORWARD, *packages)}
+    return found | {"arithmetic": arithmetic(recorded)}
+
+
+def evaluation_dependencies(recorded: Mapping[str, Any]) -> dict[str, object]:
+    """What an evaluation depends on beside the model, the tokens and the protocol.
+
+    ``recorded`` is the provenance kept with it. Equal results of this function mean figures that
+    may be paired, and that need not be computed twice.
+    """
+    place = Place.of(recorded)
+    return {
+        "device": place.device,
+        "gpu": recorded.get("machine") if place.device == "cuda" else None,
+        "dtype": place.dtype,
+        "bos": recorded.get("bos"),
+        "versions": run_dependencies(recorded.get("versions") or {}),
+    }
 
 
 def machine(device: str) -> str:

@@ -81,6 +81,7 @@ def figures_of(record: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     own, run, plan = record["evaluation"], record["run"], record["plan"]
     known = {
         "perplexity": _number(own["perplexity"], ".4f"),
+        "full precision": _full_precision(record),
         "KL divergence, nats": _number(own["kl"], ".4f"),
         "same top token": _number(own["top1"], ".1%"),
         "bits per parameter": _number(plan.get("bits_per_param"), ".4f"),
@@ -88,10 +89,26 @@ def figures_of(record: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         "linear weights, measured": _bytes(run["measured_bytes"]),
         "whole model": _bytes(run["model_bytes"]),
         "quantized in": _number(run["quantize_seconds"] or None, ".1f", " s"),
+        "time by stage": _seconds(own.get("seconds") or {}),
         "tokens a second": _number(own["tokens_per_second"], ".0f"),
-        "peak memory": _bytes(own["peak_bytes"]),
+        "working memory": _bytes(own["working_bytes"]),
     }
     return {name: text for name, text in known.items() if text}
+
+
+def _full_precision(record: Mapping[str, Mapping[str, Any]]) -> str:
+    """The perplexity that the run stands beside, and by how much it is above that."""
+    full = record["full"].get("perplexity")
+    if not full:
+        return ""
+    own = record["evaluation"]
+    text = f"{full:.4f} (this run {own['perplexity'] / full - 1:+.2%})"
+    inferred = "; paired by an older version, whose packages may have been others"
+    return text + (inferred if own["pairing"] == "inferred" else "")
+
+
+def _seconds(times: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {taken:.1f} s" for name, taken in times.items())
 
 
 def _number(value: float | None, form: str, unit: str = "") -> str:

@@ -1,20 +1,27 @@
 """Questions in SQL to a copy of the store that can neither be changed nor lead to another file.
 
 ``read_only`` alone lets a query read and write files. Here a query sees a copy; external access is
-off and the configuration locked; it is a single SELECT; its time, memory and rows are limited.
+off and the configuration locked; it is a single SELECT. A process of its own answers it
+(:mod:`lsq_core.sql_child`), held to limits of time, memory, rows and bytes, which not every
+function of DuckDB would keep to by itself.
 """
 
 from __future__ import annotations
 
-import re
+import json
+import signal
+import subprocess
+import sys
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import duckdb
-
-from lsq_core.errors import InputError
+from lsq_core.errors import InputError, LsqError
+from lsq_core.memory import available_memory
+from lsq_core.sql_limits import too_long, too_much_memory
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,17 +30,16 @@ if TYPE_CHECKING:
 TIME_LIMIT = 10.0
 #: Rows that it gives at most.
 ROW_LIMIT = 10_000
-#: What a query may do; set before the copy is opened, and locked.
-_LOCKED = {
-    "access_mode": "READ_ONLY",
-    "enable_external_access": "false",
-    "autoinstall_known_extensions": "false",
-    "autoload_known_extensions": "false",
-    "python_enable_replacements": "false",  # a table is never a variable of this program
-    "memory_limit": "1GB",
-    "threads": "2",
-    "lock_configuration": "true",
-}
+#: Bytes that its answer may take.
+BYTE_LIMIT = 64 << 20
+#: Bytes of memory that DuckDB may take for it, where there are so many.
+MEMORY_LIMIT = 1 << 30
+#: Seconds that its process may take to start.
+_START = 60.0
+#: Seconds beyond the time limit after which a process that doesn't stop by itself is killed.
+_GRACE = 0.5
+#: Seconds between two looks at it.
+_LOOK = 0.05
 
 
 @dataclass(frozen=True)
@@ -47,18 +53,21 @@ class Example:
 EXAMPLES = (
     Example(
         "Best run of each model",
-        """SELECT model, corpus, protocol, min_by(method, perplexity) AS method,
-       min_by(bits_per_param, perplexity) AS bits, min(perplexity) AS perplexity
+        """SELECT model, corpus, protocol, tokens, method, bits_per_param AS bits, perplexity
 FROM results
-GROUP BY ALL
+-- only the same tokens, cut the same way, can be compared
+QUALIFY row_number() OVER (
+    PARTITION BY fingerprint, corpus_sha256, protocol, tokens ORDER BY perplexity, bits) = 1
 ORDER BY ALL""",
     ),
     Example(
         "Best run under 3.3 bits",
-        """SELECT model, method, bits_per_param, perplexity, corpus, protocol
+        """SELECT model, method, bits_per_param, perplexity, corpus, protocol, tokens
 FROM results
 WHERE bits_per_param < 3.3
-QUALIFY row_number() OVER (PARTITION BY model, corpus, protocol ORDER BY perplexity) = 1""",
+QUALIFY row_number() OVER (
+    PARTITION BY fingerprint, corpus_sha256, protocol, tokens ORDER BY perplexity) = 1
+ORDER BY ALL""",
     ),
     Example(
         "Bits by layer of the newest plan",
@@ -72,12 +81,12 @@ ORDER BY layer""",
     ),
     Example(
         "Most sensitive modules",
-        """SELECT m.source AS model, s.module, s.config, max(s.value) AS sensitivity
+        """SELECT m.source AS model, p.provenance ->> '$.dtype' AS dtype,
+       p.provenance ->> '$.corpus' AS calibration, s.module, s.config, s.value AS sensitivity
 FROM scores s
 JOIN profiles p ON s.profile = p.id
 JOIN models m ON p.fingerprint = m.fingerprint
-WHERE s.metric = 'sensitivity' AND s.config = 'b4g64'
-GROUP BY ALL
+WHERE s.metric = 'sensitivity' AND s.config = 'b4g64' AND NOT isnan(s.value)
 ORDER BY sensitivity DESC
 LIMIT 20""",
     ),
@@ -100,55 +109,115 @@ class Answer:
 
 
 def ask(
-    snapshot: Path, sql: str, time_limit: float = TIME_LIMIT, row_limit: int = ROW_LIMIT
+    snapshot: Path,
+    sql: str,
+    time_limit: float = TIME_LIMIT,
+    row_limit: int = ROW_LIMIT,
+    byte_limit: int = BYTE_LIMIT,
+    waiting: Callable[[], object] = lambda: None,
 ) -> Answer:
     """The answer to one SELECT, from a copy that :meth:`lsq_core.store.Store.snapshot` wrote.
+
+    ``waiting`` is called several times a second; what it raises stops the query.
 
     Raises
     ------
     InputError
-        When it is more or other than one SELECT, is wrong, would touch a file, or takes longer
-        than ``time_limit`` seconds; in one sentence.
+        When it is more or other than one SELECT, is wrong, would touch a file, or takes more than
+        ``time_limit`` seconds, ``byte_limit`` bytes or too much memory; in one sentence.
+    LsqError
+        When its process can't be started.
     """
-    with duckdb.connect(str(snapshot), config=_LOCKED) as connection:
-        timer = threading.Timer(time_limit, connection.interrupt)
-        timer.start()
-        try:
-            statement = _only_statement(connection, sql)
-            rows = connection.from_query(statement.query).limit(row_limit + 1).df()
-        except duckdb.InterruptException:
-            raise InputError(
-                f"The query took longer than {time_limit:g} s and was stopped; narrow it with "
-                "WHERE, or count in place of listing."
-            ) from None
-        except duckdb.PermissionException:
-            raise InputError(
-                "The query would read or write a file, or load an extension; here it can only "
-                "read the tables of this database."
-            ) from None
-        except duckdb.Error as error:
-            raise InputError(_sentence(error)) from None
-        finally:
-            timer.cancel()
+    memory = min(MEMORY_LIMIT, available_memory() // 2)
+    request = {
+        "snapshot": str(snapshot),
+        "sql": sql,
+        "seconds": time_limit,
+        "rows": row_limit,
+        "bytes": byte_limit,
+        "memory": memory,
+    }
+    with _Child(request, 2 * byte_limit) as child:
+        began = time.monotonic()
+        while child.reading.is_alive():
+            child.reading.join(_LOOK)
+            waiting()
+            if child.ready is None:
+                if time.monotonic() - began > _START:
+                    raise LsqError(f"The process for the query did not start in {_START:.0f} s.")
+            elif time.monotonic() - child.ready > time_limit + _GRACE:
+                raise InputError(too_long(time_limit))
+    if child.ready is None:
+        raise LsqError("The process for the query could not be started; try again.")
+    head, _, rest = child.output.partition(b"\n")
+    if not head:
+        raise InputError(_ended_by(child.process.returncode, memory, time_limit))
+    told = json.loads(head)
+    if "error" in told:
+        raise InputError(told["error"])
+    if "failure" in told:
+        raise LsqError(f"The process for the query failed ({told['failure']}).")
+    rows = _frame(rest)
     return Answer(rows.head(row_limit), cut=len(rows) > row_limit)
 
 
-def _only_statement(connection: duckdb.DuckDBPyConnection, sql: str) -> duckdb.Statement:
-    statements = connection.extract_statements(sql)
-    if len(statements) != 1:
-        raise InputError(
-            f"There {'is no statement' if not statements else f'are {len(statements)} statements'} "
-            "in the query; give a single SELECT."
-        )
-    if statements[0].type != duckdb.StatementType.SELECT:
-        raise InputError(
-            f"{statements[0].type.name} is not a question; give a single SELECT, which reads and "
-            "changes nothing."
-        )
-    return statements[0]
+def _ended_by(status: int, memory: int, seconds: float) -> str:
+    """What is said of a process that a signal ended."""
+    if status == -signal.SIGXCPU:
+        return too_long(seconds)
+    if status in (-signal.SIGKILL, -signal.SIGABRT):  # by the kernel; by an allocation that failed
+        return too_much_memory(memory)
+    return f"DuckDB failed at this query (exit status {status}); write it more simply."
 
 
-def _sentence(error: duckdb.Error) -> str:
-    """What DuckDB says of an error, in one sentence."""
-    first = re.split(r"\n|LINE \d+:", str(error).strip())[0].strip().rstrip(".!")
-    return f"{first}."
+class _Child:
+    """The process of one query; it ends with the ``with``, whatever it is doing."""
+
+    def __init__(self, request: dict, most: int) -> None:
+        self.request, self.most = json.dumps(request).encode(), most
+        #: When it began with the query (``time.monotonic``); None before that.
+        self.ready: float | None = None
+        self.output = b""
+
+    def __enter__(self) -> _Child:
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "lsq_core.sql_child"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                cwd=Path(__file__).resolve().parents[1],
+            )
+        except OSError as error:
+            raise LsqError(
+                f"The process for the query could not be started ({error.strerror})."
+            ) from error
+        self.reading = threading.Thread(target=self._read, daemon=True)
+        self.reading.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.reading.is_alive() or len(self.output) == self.most:
+            self.process.kill()
+        self.process.wait()
+        self.reading.join()
+        self.process.stdout.close()
+
+    def _read(self) -> None:
+        try:
+            with self.process.stdin as to:
+                to.write(self.request)
+        except OSError:
+            return  # it ended before it read
+        if self.process.stdout.readline() == b"ready\n":
+            self.ready = time.monotonic()
+            self.output = self.process.stdout.read(self.most)
+
+
+def _frame(stream: bytes) -> pd.DataFrame:
+    import pyarrow as pa
+
+    from lsq_core import database
+
+    with database.in_memory() as connection:
+        return connection.from_arrow(pa.ipc.open_stream(stream).read_all()).df()

@@ -10,10 +10,9 @@ import json
 import math
 import os
 import random
-import re
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,12 +21,13 @@ from typing import TYPE_CHECKING, Any
 import duckdb
 import numpy as np
 
+from lsq_core import database
 from lsq_core.config import RATIOS
-from lsq_core.errors import InputError, LsqError
+from lsq_core.errors import InputError
 from lsq_core.jsontext import json_text
 from lsq_core.model import Matrix, ModelInfo
 from lsq_core.profile import Profile, ProfileSettings
-from lsq_core.provenance import now
+from lsq_core.provenance import evaluation_dependencies, now
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 DEFAULT_PATH = Path(__file__).resolve().parents[1] / "data" / "lsq.duckdb"
 #: Seconds to wait for another process to let go of the file.
 WAIT = 20.0
-#: What DuckDB says while another process has the file, and while another thread is closing it.
-_IN_USE = ("lock", "Unique file handle conflict")
+#: Times that a transaction is tried which another thread's may have overtaken.
+_ATTEMPTS = 20
 #: What the fingerprint of a model without weights begins with: its measurements were published.
 PUBLISHED = "published:"
 
@@ -106,6 +106,48 @@ MIGRATIONS = [
         created TIMESTAMP
     );
     """,
+    # The names that a model was asked for by, and what tokenizer and code it had under each.
+    """
+    CREATE TABLE model_names (
+        source VARCHAR, revision VARCHAR, fingerprint VARCHAR, tokenizer VARCHAR, code VARCHAR,
+        seen TIMESTAMP
+    );
+    INSERT INTO model_names
+        SELECT source, revision, fingerprint, '', '', created FROM models
+        WHERE origin = 'measured';
+    ALTER TABLE models ADD COLUMN notes VARCHAR[];
+    """,
+    # Each evaluation of a run keeps the full-precision one that it stands beside. Those kept before
+    # get the one of their own time: with the same provenance, which is how they were told apart;
+    # else, marked as inferred, the latest until then on the same kind of device in the same dtype.
+    """
+    ALTER TABLE evaluations ADD COLUMN full_precision VARCHAR;
+    ALTER TABLE evaluations ADD COLUMN pairing VARCHAR;
+    ALTER TABLE evaluations ADD COLUMN working_bytes BIGINT;
+    ALTER TABLE evaluations ADD COLUMN seconds JSON;
+    UPDATE evaluations SET full_precision = found.pair, pairing = found.how
+    FROM (
+        SELECT e.id, first(f.id ORDER BY f.rank, f.created DESC) AS pair,
+               first(f.how ORDER BY f.rank, f.created DESC) AS how
+        FROM evaluations e, LATERAL (
+            SELECT full_.id, full_.created,
+                   CASE WHEN e.provenance ->> '$.origin' = 'published' THEN 'published'
+                        WHEN CAST(full_.provenance AS VARCHAR) = CAST(e.provenance AS VARCHAR)
+                        THEN 'measured' ELSE 'inferred' END AS how,
+                   CASE how WHEN 'inferred' THEN 1 ELSE 0 END AS rank
+            FROM evaluations full_
+            WHERE full_.run IS NULL AND full_.fingerprint = e.fingerprint
+              AND full_.corpus_sha256 = e.corpus_sha256 AND full_.protocol = e.protocol
+              AND full_.tokens IS NOT DISTINCT FROM e.tokens
+              AND full_.provenance ->> '$.dtype' = e.provenance ->> '$.dtype'
+              AND split_part(full_.provenance ->> '$.device', ':', 1)
+                  IS NOT DISTINCT FROM split_part(e.provenance ->> '$.device', ':', 1)
+        ) f
+        WHERE e.run IS NOT NULL AND (f.how <> 'inferred' OR f.created <= e.created)
+        GROUP BY e.id
+    ) found
+    WHERE evaluations.id = found.id;
+    """,
 ]
 
 #: Every evaluation of a quantized run that wasn't deleted, with full precision beside it.
@@ -116,7 +158,8 @@ _RESULTS = """
            r.quantizer, e.corpus, e.corpus_sha256, e.truncated, e.protocol, e.tokens,
            e.perplexity, f.perplexity AS perplexity_full,
            e.perplexity / f.perplexity - 1 AS increase,
-           e.kl, e.top1, e.tokens_per_second, e.peak_bytes, r.quantize_seconds,
+           e.full_precision, e.pairing, e.kl IS NULL AND r.origin = 'measured' AS saved_model,
+           e.kl, e.top1, e.tokens_per_second, e.working_bytes, r.quantize_seconds,
            r.device, r.machine, r.dtype, r.saved_to,
            CAST(p.asked[2] AS VARCHAR) AS request, p.profile, p.asked[3] ->> '$' AS metadata,
            CAST(p.asked[4] ->> '$' AS INTEGER) AS axis, r.created, r.origin,
@@ -129,14 +172,7 @@ _RESULTS = """
         ) AS asked FROM plans
     ) p ON r.plan = p.id
     LEFT JOIN models m ON r.fingerprint = m.fingerprint
-    LEFT JOIN (
-        SELECT DISTINCT ON (fingerprint, corpus_sha256, protocol, tokens, dtype)
-            fingerprint, corpus_sha256, protocol, tokens, perplexity,
-            provenance ->> '$.dtype' AS dtype
-        FROM evaluations WHERE run IS NULL ORDER BY created DESC
-    ) f ON f.fingerprint = e.fingerprint AND f.corpus_sha256 = e.corpus_sha256
-       AND f.protocol = e.protocol AND f.tokens IS NOT DISTINCT FROM e.tokens
-       AND f.dtype = e.provenance ->> '$.dtype'
+    LEFT JOIN evaluations f ON f.id = e.full_precision
     WHERE r.deleted IS NULL
 """
 
@@ -177,6 +213,8 @@ class Store:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"{self.path.parent} cannot be made: {error.strerror}.") from error
+        if not self.path.exists():
+            database.create(self.path, self._migrate)
         with self.connect() as connection:
             self._migrate(connection)
 
@@ -185,18 +223,10 @@ class Store:
     @contextmanager
     def connect(self) -> Iterator[duckdb.DuckDBPyConnection]:
         """A connection for the length of a ``with``; waits while another process has the file."""
-        connection = self._open()
+        connection = database.connect(self.path, WAIT)
         try:
-            yield connection
-        except duckdb.Error as error:
-            if "No space left" in str(error):
-                raise LsqError(
-                    f"The disk is full, so {self.path} could not take the result: make room and "
-                    "try again; what it held before is whole."
-                ) from error
-            if isinstance(error, duckdb.IOException):
-                raise LsqError(f"{self.path} cannot be used: {_first_line(error)}") from error
-            raise
+            with database.in_sentences(self.path):
+                yield connection
         finally:
             connection.close()
 
@@ -207,6 +237,7 @@ class Store:
         Opening takes forty times as long as a short question. Other processes wait meanwhile, so
         it is for what takes no longer than they do (``WAIT``).
         """
+        _import_pandas()
         with self.connect():
             yield
 
@@ -224,54 +255,44 @@ class Store:
                     connection.rollback()
                 raise
 
-    def _open(self) -> duckdb.DuckDBPyConnection:
-        deadline = time.monotonic() + WAIT
-        while True:
+    def _retrying(self, work: Callable[[duckdb.DuckDBPyConnection], None]) -> None:
+        """Do work in a transaction, again where another thread of this process was faster."""
+        for attempt in range(_ATTEMPTS):
             try:
-                return duckdb.connect(str(self.path))
-            except duckdb.Error as error:
-                text = str(error)
-                if not any(sign in text for sign in _IN_USE):
-                    raise InputError(
-                        f"{self.path} cannot be opened as a DuckDB database "
-                        f"({_first_line(error)}); give another path with --db or LSQ_DB."
-                    ) from error
-                if time.monotonic() > deadline:
-                    holder = re.search(r"PID (\d+)", text)
-                    who = f" (process {holder[1]})" if holder else ""
-                    raise LsqError(
-                        f"{self.path} has been in use by another process{who} for {WAIT:.0f} s; "
-                        "close that one or give another path with --db or LSQ_DB."
-                    ) from error
+                with self.transaction() as connection:
+                    return work(connection)
+            except (duckdb.TransactionException, duckdb.ConstraintException):
+                if attempt == _ATTEMPTS - 1:
+                    raise
                 time.sleep(random.uniform(0.01, 0.06))
+        return None
 
     def _migrate(self, connection: duckdb.DuckDBPyConnection) -> None:
-        tables = {row[0] for row in connection.execute("SHOW TABLES").fetchall()}
-        if tables and "schema_version" not in tables:
+        version = database.schema_version(connection, self.path, len(MIGRATIONS))
+        database.check_schema(connection, self.path, MIGRATIONS[:version])
+        if version == len(MIGRATIONS):
+            return
+        if version and database.is_read_only(self.path):
             raise InputError(
-                f"{self.path} is a database of another program; give another path with --db or "
-                "LSQ_DB."
+                f"{self.path} is of an older LSQ Explorer (schema {version}) and can only be read, "
+                "so it can't be brought up to date: make it and its folder writable."
             )
         connection.begin()
         try:
             connection.execute("CREATE TABLE IF NOT EXISTS schema_version (version INTEGER)")
-            row = connection.execute("SELECT max(version) FROM schema_version").fetchone()
-            version = row[0] or 0
-            if version > len(MIGRATIONS):
-                raise InputError(
-                    f"{self.path} was written by a newer LSQ Explorer (schema {version}, this one "
-                    f"knows {len(MIGRATIONS)}); update, or give another path with --db."
-                )
             for number, script in enumerate(MIGRATIONS[version:], start=version + 1):
                 connection.execute(script)
                 connection.execute("INSERT INTO schema_version VALUES (?)", [number])
             connection.commit()
         except BaseException:
-            connection.rollback()
+            # A commit that failed, on a full disk say, has rolled back already.
+            with suppress(duckdb.TransactionException):
+                connection.rollback()
             raise
 
     def query(self, sql: str, parameters: list | None = None) -> pd.DataFrame:
         """Rows of a SELECT as a data frame."""
+        _import_pandas()
         with self.connect() as connection:
             return connection.execute(sql, parameters or []).df()
 
@@ -285,13 +306,47 @@ class Store:
     # --- models -----------------------------------------------------------------------------
 
     def save_model(self, info: ModelInfo) -> None:
-        """Keep what is known of a model; a model already there stays as it is."""
+        """Keep what is known of a model, and the name it was asked for by.
+
+        A model already there stays as it is, whatever its other names are.
+        """
+        if not info.fingerprint:
+            raise ValueError("a model that was not fetched has no identity to be kept by")
+        _import_pandas()
         with self.transaction() as connection:
             known = connection.execute(
                 "SELECT 1 FROM models WHERE fingerprint = ?", [info.fingerprint]
             ).fetchone()
             if not known:
                 _insert_model(connection, info)
+            elif info.notes:
+                connection.execute(
+                    "UPDATE models SET notes = ? WHERE fingerprint = ?",
+                    [list(info.notes), info.fingerprint],
+                )
+            connection.execute(
+                "DELETE FROM model_names WHERE source = ? AND revision IS NOT DISTINCT FROM ?",
+                [info.source, info.revision],
+            )
+            _insert(
+                connection,
+                "model_names",
+                source=info.source,
+                revision=info.revision,
+                fingerprint=info.fingerprint,
+                tokenizer=info.tokenizer,
+                code=info.code,
+                seen=now(),
+            )
+
+    def named_model(self, source: str, revision: str | None) -> tuple[str, str, str] | None:
+        """(fingerprint, tokenizer, code) of the model last seen under a name and revision."""
+        with self.connect() as connection:
+            return connection.execute(
+                "SELECT fingerprint, tokenizer, code FROM model_names "
+                "WHERE source = ? AND revision IS NOT DISTINCT FROM ?",
+                [source, revision],
+            ).fetchone()
 
     def model(self, fingerprint: str) -> ModelInfo | None:
         """What is known of a model, or None."""
@@ -318,6 +373,7 @@ class Store:
             other_bytes=row["other_bytes"],
             fingerprint=fingerprint,
             config=json.loads(row["config"]),
+            notes=tuple(row["notes"] or ()),
         )
 
     def models(self, origin: str = "measured") -> pd.DataFrame:
@@ -329,43 +385,29 @@ class Store:
 
     # --- profiles ---------------------------------------------------------------------------
 
-    def save_profile(self, profile: Profile) -> None:
-        """Keep a profile with all its scores; one of the same identity is replaced."""
-        with self.transaction() as connection:
-            connection.execute("DELETE FROM scores WHERE profile = ?", [profile.id])
-            _insert(
-                connection,
-                "profiles",
-                replace=True,
-                id=profile.id,
-                fingerprint=profile.fingerprint,
-                settings=json_text(asdict(profile.settings)),
-                provenance=json_text(profile.provenance),
-                created=now(),
-            )
-            _insert_scores(connection, profile)
+    def keep_profile(self, measured: Profile) -> None:
+        """Add metrics to the profile of the same identity, in the place of the same ones.
 
-    def complete_profile(self, added: Profile) -> None:
-        """Add metrics to the kept profile of the same identity, in the place of the same ones.
-
-        How each was measured is kept under its name in ``provenance["added"]``.
+        One that isn't there yet begins with them. Looking and writing are one transaction, so
+        several processes and threads that measure one profile lose nothing of each other's.
+        How each metric was measured is kept under its name in ``provenance["added"]``. Where the
+        calibration text has become another one, as a dataset may at a revision that moves, the
+        scores on the text before it are dropped: a profile is of one text.
         """
-        facts = dict.fromkeys(added.metrics, added.provenance | {"created": now().isoformat()})
+        self._retrying(lambda connection: _keep_profile(connection, measured))
+
+    def adopt_profile(self, old: str, new: str, same: Callable[[dict], bool]) -> bool:
+        """Put what is kept under a profile's older identity under its new one; whether any was.
+
+        ``same`` says of a provenance whether what was measured with it belongs there. Metrics
+        that were added on another device, say, are dropped, and nothing is done where there is a
+        profile under the new identity.
+        """
+        with self.connect() as connection:
+            if not _any_of_profile(connection, old) or _any_of_profile(connection, new):
+                return False
         with self.transaction() as connection:
-            (kept,) = connection.execute(
-                "SELECT provenance FROM profiles WHERE id = ?", [added.id]
-            ).fetchone()
-            provenance = json.loads(kept)
-            provenance["added"] = provenance.get("added", {}) | facts
-            connection.execute(
-                "UPDATE profiles SET provenance = ? WHERE id = ?",
-                [json_text(provenance), added.id],
-            )
-            connection.execute(
-                "DELETE FROM scores WHERE profile = ? AND list_contains(?, metric)",
-                [added.id, list(added.metrics)],
-            )
-            _insert_scores(connection, added)
+            return _adopt(connection, old, new, same)
 
     def profile(self, id: str) -> Profile | None:
         """A profile by its identity, or None."""
@@ -510,19 +552,7 @@ class Store:
                 _insert(connection, "runs", id=id, created=now(), **run)
             connection.execute("UPDATE runs SET deleted = NULL WHERE id = ?", [id])
             for evaluation in evaluations:
-                same = connection.execute(
-                    "SELECT 1 FROM evaluations WHERE run = ? AND corpus_sha256 = ? "
-                    "AND protocol = ? AND provenance = ? AND (kl IS NULL) = ?",
-                    [
-                        id,
-                        evaluation.corpus_sha256,
-                        evaluation.protocol,
-                        json_text(evaluation.provenance),
-                        evaluation.kl is None,
-                    ],
-                ).fetchone()
-                if not same:
-                    _insert_evaluation(connection, evaluation, id, run["fingerprint"])
+                _add_evaluation(connection, evaluation, id, run["fingerprint"])
 
     def run(self, id: str) -> dict:
         """A run measured here: its columns, its plan's ``content``, and its model's ``source``.
@@ -601,31 +631,34 @@ class Store:
                     **{k: manifest[k] for k in _RUN_COLUMNS},
                 )
             connection.execute("UPDATE runs SET deleted = NULL WHERE id = ?", [run])
-            _insert_evaluation(connection, evaluation, run, fingerprint)
+            _add_evaluation(connection, evaluation, run, fingerprint)
 
     def save_full_precision(self, fingerprint: str, evaluation: Evaluation) -> None:
-        """Keep a model's own evaluation, one for each corpus, protocol and device."""
+        """Keep a model's own evaluation, one for each text, protocol, place and versions.
+
+        Evaluations of runs that were made the same way and stand beside none get this one.
+        """
         with self.transaction() as connection:
-            same = connection.execute(
-                "SELECT 1 FROM evaluations WHERE run IS NULL AND fingerprint = ? "
-                "AND corpus_sha256 = ? AND protocol = ? AND tokens = ? AND provenance = ?",
-                [
-                    fingerprint,
-                    evaluation.corpus_sha256,
-                    evaluation.protocol,
-                    evaluation.tokens,
-                    json_text(evaluation.provenance),
-                ],
-            ).fetchone()
-            if not same:
-                _insert_evaluation(connection, evaluation, None, fingerprint)
+            if _alike(connection, fingerprint, evaluation, "run IS NULL"):
+                return
+            full = _insert_evaluation(connection, evaluation, None, fingerprint)
+            alone = "run IS NOT NULL AND full_precision IS NULL"
+            connection.execute(
+                "UPDATE evaluations SET full_precision = ?, pairing = 'measured' "
+                "WHERE list_contains(?, id)",
+                [full, _alike(connection, fingerprint, evaluation, alone)],
+            )
 
     def results(
         self, fingerprint: str | None = None, origin: str | None = "measured"
     ) -> pd.DataFrame:
         """One row an evaluation of a quantized run, newest first, with full precision beside it.
 
-        ``perplexity_full`` is that of the same model, corpus, protocol, token count and dtype.
+        ``perplexity_full`` is of the evaluation that this one was paired with when it was made
+        (``full_precision``), of the same tokens, protocol, kind of device, dtype and versions; no
+        later one takes its place. ``pairing`` is ``measured`` or ``published``; ``inferred`` where
+        an older version kept no pair and versions may differ; None where there is none.
+        ``saved_model`` marks an evaluation of a saved model alone.
         ``origin`` is ``measured``, ``published``, or None for both together. A published row has
         no ``measured_bytes``; its ``model_bytes`` are the whole model's storage, as published.
         Deleted runs are left out.
@@ -697,8 +730,9 @@ class Store:
     def record(self, evaluation: str) -> dict[str, dict]:
         """All that is kept of one evaluation: ``evaluation, run, plan, model``, and ``profile``.
 
-        Each is a row by its columns' names, without what takes long to read (windows, scores);
-        JSON columns are decoded. ``plan`` and ``profile`` are empty where there is none.
+        ``full`` is the evaluation in full precision that this one is paired with. Each is a row by
+        its columns' names, without what takes long to read (windows, scores); JSON columns are
+        decoded. ``full``, ``plan`` and ``profile`` are empty where there is none.
 
         Raises
         ------
@@ -716,8 +750,12 @@ class Store:
             "SELECT * EXCLUDE (config) FROM models WHERE fingerprint = ?", [run["fingerprint"]]
         )
         profile = self._row("SELECT * FROM profiles WHERE id = ?", [plan.get("profile")]) or {}
-        found = {"evaluation": own, "run": run, "plan": plan, "model": model or {}}
-        return {name: _decoded(row) for name, row in (found | {"profile": profile}).items()}
+        full = self._row(
+            "SELECT * EXCLUDE (nll, counts) FROM evaluations WHERE id = ?", [own["full_precision"]]
+        )
+        found = {"evaluation": own, "full": full or {}, "run": run, "plan": plan}
+        found |= {"model": model or {}, "profile": profile}
+        return {name: _decoded(row) for name, row in found.items()}
 
     # --- what a person says of a run ------------------------------------------------------------
 
@@ -775,16 +813,15 @@ class Store:
 
         Whoever reads the copy keeps no one waiting.
         """
-        with self.connect() as connection:
-            (own,) = connection.execute("SELECT current_database()").fetchone()
-            name = f"snapshot_{new_id()}"
-            connection.execute(f"ATTACH {_quoted(str(path), chr(39))} AS {name}")
-            try:
-                connection.execute(f"COPY FROM DATABASE {_quoted(own, chr(34))} TO {name}")
-            finally:
-                connection.execute(f"DETACH {name}")
-        with duckdb.connect(str(path)) as copy:
-            copy.execute(f"CREATE VIEW results AS {_RESULTS}")
+        copying = database.in_memory(
+            f"ATTACH {database.quoted(str(self.path))} AS kept (READ_ONLY)",
+            f"ATTACH {database.quoted(str(path))} AS snapshot",
+            path=self.path,
+            wait=WAIT,
+        )
+        with copying, database.in_sentences(self.path):
+            copying.execute("COPY FROM DATABASE kept TO snapshot; DETACH kept; USE snapshot")
+            copying.execute(f"CREATE VIEW results AS {_RESULTS}")
 
     # --- published measurements -----------------------------------------------------------------
 
@@ -808,6 +845,7 @@ class Store:
                 connection.register("frame", frame)
                 connection.execute(f"INSERT INTO {table} BY NAME SELECT * FROM frame")
                 connection.unregister("frame")
+            connection.execute(_PAIR_PUBLISHED)
             for row in said:
                 connection.execute("UPDATE runs SET starred = ?, note = ? WHERE id = ?", list(row))
 
@@ -823,6 +861,16 @@ _PUBLISHED_ROWS = {
     "profiles": "origin = 'published'",
     "models": "origin = 'published'",
 }
+#: A published figure stands beside the full precision that was published with it.
+_PAIR_PUBLISHED = """
+    UPDATE evaluations SET full_precision = f.id, pairing = 'published'
+    FROM evaluations f
+    WHERE f.run IS NULL AND evaluations.run IS NOT NULL
+      AND evaluations.provenance ->> '$.origin' = 'published'
+      AND f.fingerprint = evaluations.fingerprint
+      AND f.corpus_sha256 = evaluations.corpus_sha256 AND f.protocol = evaluations.protocol
+      AND f.provenance ->> '$.dtype' = evaluations.provenance ->> '$.dtype'
+"""
 #: What a saved model's manifest knows of its plan and run, by the columns' own names.
 _PLAN_COLUMNS = ("method", "bits_per_param", "nominal_bytes", "planned_bytes", "model_bytes")
 _RUN_COLUMNS = ("method", "quantizer", "model_bytes", "device", "dtype")
@@ -862,10 +910,12 @@ def _insert_model(
         other_bytes=info.other_bytes,
         tied_embeddings=info.tied_embeddings,
         left_out=list(info.left_out),
+        notes=list(info.notes),
         config=json_text(info.config),
         created=now(),
         origin=origin,
     )
+    connection.register("frame", frame)
     connection.execute(
         "INSERT INTO matrices SELECT fingerprint, position, name, layer, type, "
         "out_features, in_features, expert FROM frame"
@@ -881,16 +931,136 @@ def _insert_scores(connection: duckdb.DuckDBPyConnection, profile: Profile) -> N
     )
 
 
+def _keep_profile(connection: duckdb.DuckDBPyConnection, measured: Profile) -> None:
+    kept = connection.execute(
+        "SELECT provenance FROM profiles WHERE id = ?", [measured.id]
+    ).fetchone()
+    before = json.loads(kept[0]) if kept else {}
+    of_another_text = before.get("corpus_sha256") != measured.provenance.get("corpus_sha256")
+    if kept is None or of_another_text:
+        connection.execute("DELETE FROM scores WHERE profile = ?", [measured.id])
+        provenance = measured.provenance
+    else:
+        facts = measured.provenance | {"created": now().isoformat()}
+        added = before.get("added", {}) | dict.fromkeys(measured.metrics, facts)
+        provenance = before | {"added": added}
+    if kept is None:
+        _insert(
+            connection,
+            "profiles",
+            id=measured.id,
+            fingerprint=measured.fingerprint,
+            settings=json_text(asdict(measured.settings)),
+            provenance=json_text(provenance),
+            created=now(),
+        )
+    else:
+        connection.execute(
+            "UPDATE profiles SET provenance = ? WHERE id = ?", [json_text(provenance), measured.id]
+        )
+    connection.execute(
+        "DELETE FROM scores WHERE profile = ? AND list_contains(?, metric)",
+        [measured.id, list(measured.metrics)],
+    )
+    _insert_scores(connection, measured)
+
+
+#: The tables with a provenance that keep something under a profile's identity, and its column.
+_OF_PROFILE = {"profiles": "id", "row_scores": "profile", "interactions": "profile"}
+
+
+def _any_of_profile(connection: duckdb.DuckDBPyConnection, id: str) -> bool:
+    return any(
+        connection.execute(f"SELECT 1 FROM {table} WHERE {column} = ? LIMIT 1", [id]).fetchone()
+        for table, column in _OF_PROFILE.items()
+    )
+
+
+def _adopt(
+    connection: duckdb.DuckDBPyConnection, old: str, new: str, same: Callable[[dict], bool]
+) -> bool:
+    """Move what belongs under the new identity; see :meth:`Store.adopt_profile`."""
+    moved = False
+    for table, column in _OF_PROFILE.items():
+        recorded = connection.execute(
+            f"SELECT DISTINCT CAST(provenance AS VARCHAR) FROM {table} WHERE {column} = ?", [old]
+        ).fetchall()
+        belonging = [text for (text,) in recorded if text and same(json.loads(text))]
+        if belonging:
+            connection.execute(
+                f"UPDATE {table} SET {column} = ? WHERE {column} = ? "
+                "AND list_contains(?, CAST(provenance AS VARCHAR))",
+                [new, old, belonging],
+            )
+            moved = True
+        if belonging and table == "profiles":
+            added = json.loads(belonging[0]).get("added", {})
+            others = [metric for metric, facts in added.items() if not same(facts)]
+            connection.execute(
+                "DELETE FROM scores WHERE profile = ? AND list_contains(?, metric)", [old, others]
+            )
+            connection.execute("UPDATE scores SET profile = ? WHERE profile = ?", [new, old])
+            connection.execute("UPDATE plans SET profile = ? WHERE profile = ?", [new, old])
+    return moved
+
+
+def _alike(
+    connection: duckdb.DuckDBPyConnection,
+    fingerprint: str,
+    evaluation: Evaluation,
+    where: str,
+    *parameters: object,
+) -> list[str]:
+    """The evaluations of the same tokens, made the same way, newest first, by identity.
+
+    ``where`` narrows them, in SQL with ``parameters``.
+    """
+    rows = connection.execute(
+        "SELECT id, CAST(provenance AS VARCHAR) FROM evaluations WHERE fingerprint = ? "
+        f"AND corpus_sha256 = ? AND protocol = ? AND tokens = ? AND {where} "
+        "ORDER BY created DESC",
+        [
+            fingerprint,
+            evaluation.corpus_sha256,
+            evaluation.protocol,
+            evaluation.tokens,
+            *parameters,
+        ],
+    ).fetchall()
+    made_with = evaluation_dependencies(evaluation.provenance)
+    return [id for id, text in rows if evaluation_dependencies(json.loads(text)) == made_with]
+
+
+def _add_evaluation(
+    connection: duckdb.DuckDBPyConnection, evaluation: Evaluation, run: str, fingerprint: str
+) -> None:
+    """Add an evaluation to a run that has none of the same kind.
+
+    A saved model's, which was made without full precision beside it, is one of its own.
+    """
+    alone = "IS NULL" if evaluation.kl is None else "IS NOT NULL"
+    if not _alike(connection, fingerprint, evaluation, f"run = ? AND kl {alone}", run):
+        _insert_evaluation(connection, evaluation, run, fingerprint)
+
+
 def _insert_evaluation(
     connection: duckdb.DuckDBPyConnection,
     evaluation: Evaluation,
     run: str | None,
     fingerprint: str,
-) -> None:
+) -> str:
+    """Add an evaluation, that of a run with full precision of the same kind beside it, if there is.
+
+    Returns its identity.
+    """
+    id = new_id()
+    full = next(iter(_alike(connection, fingerprint, evaluation, "run IS NULL")), None)
     _insert(
         connection,
         "evaluations",
-        id=new_id(),
+        id=id,
+        full_precision=full if run else None,
+        pairing="measured" if run and full else None,
         run=run,
         fingerprint=fingerprint,
         corpus=evaluation.corpus,
@@ -903,12 +1073,14 @@ def _insert_evaluation(
         kl=evaluation.kl,
         top1=evaluation.top1,
         tokens_per_second=evaluation.tokens_per_second,
-        peak_bytes=evaluation.peak_bytes,
+        working_bytes=evaluation.working_bytes,
+        seconds=json_text(evaluation.times),
         nll=evaluation.nll.tolist(),
         counts=evaluation.counts.tolist(),
         provenance=json_text(evaluation.provenance),
         created=now(),
     )
+    return id
 
 
 def _square(flat: Sequence[float]) -> np.ndarray:
@@ -925,12 +1097,7 @@ def _decoded(row: dict[str, Any]) -> dict[str, Any]:
 
 
 #: Columns that hold JSON.
-_JSON = ("content", "provenance", "settings", "versions")
-
-
-def _quoted(text: str, mark: str) -> str:
-    """A name or a string in SQL, where a parameter is not allowed."""
-    return mark + text.replace(mark, 2 * mark) + mark
+_JSON = ("content", "provenance", "seconds", "settings", "versions")
 
 
 def new_id() -> str:
@@ -938,5 +1105,6 @@ def new_id() -> str:
     return uuid.uuid4().hex[:12]
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+def _import_pandas() -> None:
+    """Have pandas before the file is opened: others would wait while it is imported."""
+    import pandas  # noqa: F401

@@ -17,27 +17,22 @@ from typing import ClassVar
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    convert_and_load_state_dict_in_model,
-    rename_source_key,
-)
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
 from lsq_core.errors import InputError
+from lsq_core.fit import target_names
 from lsq_core.load import (
     LoadedModel,
     check_memory,
-    describe,
+    describe_files,
     find_blocks,
     load_tokenizer,
+    model_config,
     pick_device,
     pick_dtype,
     skeleton,
-    with_files,
 )
 from lsq_core.model import ModelSource, find_model, read_config, weight_files
 
@@ -139,23 +134,11 @@ class Checkpoint:
         )
         #: Checkpoint keys by the (first) name in the model that they become.
         self.keys_of: dict[str, list[str]] = {}
-        for key, name in self._names(model):
+        for key, name, _ in target_names(model, self.slices):
             self.keys_of.setdefault(name, []).append(key)
         #: Names in the output head, which is never read.
         self.head = _names_in(model, model.get_output_embeddings())
         self._rehearse(model)
-
-    def _names(self, model: nn.Module) -> Iterator[tuple[str, str]]:
-        """Each checkpoint key with the name that transformers' loading gives it."""
-        mapping = self._config.weight_mapping
-        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        expected, prefix = model.state_dict(), model.base_model_prefix
-        for key in self.slices:
-            name, _ = rename_source_key(key, renamings, converters, prefix, expected)
-            if name not in expected and key in expected:
-                name, _ = rename_source_key(key, [], [], prefix, expected)
-            yield key, name
 
     def _rehearse(self, model: nn.Module) -> None:
         """Load everything without content, to see beforehand that all of it is there and fits."""
@@ -234,10 +217,10 @@ def open_streamed(source: ModelSource, device: str = "auto", dtype: str = "auto"
         raise NotStreamable("The weights are pickled")
     if source.trust_remote_code and "auto_map" in read_config(folder):
         raise NotStreamable("The model is built by code of its own")
-    compute_dtype = pick_dtype(dtype, target, AutoConfig.from_pretrained(folder))
+    compute_dtype = pick_dtype(dtype, target, model_config(source, folder))
     model = skeleton(source, folder, dtype=compute_dtype, experts_implementation="eager")
     # The dtype that it computes in is not that of the checkpoint, which sizes are told in.
-    info = with_files(describe(skeleton(source, folder), source), folder)
+    info = describe_files(skeleton(source, folder), source, folder)
     check_memory(source.name, _most_held(model), target, compute_dtype)
     files = [safe_open(path, framework="pt") for path in weight_files(folder)]
     checkpoint = Checkpoint(model, files, compute_dtype, target)

@@ -15,13 +15,15 @@ import re
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from lsq_core.errors import InputError, LsqError
+from lsq_core.errors import InputError, LsqError, reason_of
 from lsq_core.evaluate import Protocol
-from lsq_core.jsontext import json_text, write_json
+from lsq_core.files import Damaged, read_json
+from lsq_core.jsontext import write_json
 from lsq_core.pipeline import (
     EvaluationRequest,
     Quantized,
@@ -35,8 +37,13 @@ from lsq_core.pipeline import (
 )
 from lsq_core.plan import PLANNERS, Plan, PlanRequest, Problem
 from lsq_core.profile import Profile, ProfileSettings
-from lsq_core.provenance import versions
-from lsq_core.quantize import BASELINES, about, check_choice, packages
+from lsq_core.provenance import (
+    device_kind,
+    evaluation_dependencies,
+    run_dependencies,
+    versions,
+)
+from lsq_core.quantize import BASELINES, about, check_choice, computes_with
 
 #: The file, in the folder a job keeps things in, that tells what came of each item so far.
 ITEMS = "items.json"
@@ -157,15 +164,32 @@ def sweep(bench: Workbench, asked: Sequence[Item], settings: ProfileSettings) ->
 
     Raises
     ------
-    LsqError
-        When every one of them failed.
+    InputError, LsqError
+        When every one of them failed; the former when what was asked for was wrong in each.
     """
     sweeping = _Sweep(bench, asked, settings)
     sweeping.run()
     if all(row["state"] == FAILED for row in sweeping.rows):
-        first = sweeping.rows[0]
-        raise LsqError(f"None of the {len(asked)} runs could be made; the first: {first['reason']}")
+        reason = sweeping.rows[0]["reason"]
+        kind = InputError if len(sweeping.bad_input) == len(asked) else LsqError
+        raise kind(f"None of the {len(asked)} runs could be made; the first: {reason}")
     return sweeping.rows
+
+
+def rows_kept(folder: Path) -> list[dict]:
+    """What came so far of each item of the sweep that keeps in a folder; none where nothing did.
+
+    Raises
+    ------
+    Damaged
+        When that cannot be read.
+    """
+    path = folder / ITEMS
+    rows = (read_json(path) or {"items": []}).get("items")
+    asked = {"method", "base", "budget", "quantizer", "corpus", "state"}
+    if isinstance(rows, list) and all(isinstance(row, dict) and asked <= set(row) for row in rows):
+        return rows
+    raise Damaged(f"{path} is damaged: it holds no rows of a sweep.")
 
 
 class _Sweep:
@@ -176,7 +200,9 @@ class _Sweep:
         self.rows = [item.asked | {"state": "waiting"} for item in asked]
         self.plans: dict[PlanRequest, tuple[Plan, Profile | None]] = {}
         #: Why a request has no plan; trying again could measure a whole profile again.
-        self.refused: dict[PlanRequest, str] = {}
+        self.refused: dict[PlanRequest, LsqError] = {}
+        #: Items that failed because of what was asked for.
+        self.bad_input: set[int] = set()
         self.total = 0
 
     def run(self) -> None:
@@ -208,27 +234,29 @@ class _Sweep:
         try:
             step(number)
         except LsqError as error:
+            if isinstance(error, InputError):
+                self.bad_input.add(number)
             self._fail(number, str(error))
         except Exception as error:  # a defect in one must not cost the others
             traceback.print_exc()
-            self._fail(number, f"{type(error).__name__}: {error} (see the log)")
+            self._fail(number, f"{type(error).__name__}: {reason_of(error)} (see the log)")
 
     def _fail(self, number: int, reason: str) -> None:
         self.rows[number] |= {"state": FAILED, "reason": reason}
 
     def _plan(self, number: int) -> None:
         request, quantizer = self.asked[number].request, self.asked[number].quantizer
-        problem = Problem(self.bench.info.matrices)
+        problem = Problem(self.bench.outline.matrices)
         reason = refusal_of(problem, request, quantizer, self.settings.axis)
         if reason:  # before a profile is measured for a plan that is of no use
             raise InputError(reason)
         if request in self.refused:  # what it was for another item, it is for this one
-            raise LsqError(self.refused[request])
+            raise self.refused[request]
         if request not in self.plans:
             try:
                 self.plans[request] = self.bench.plan(request, self.settings)
             except LsqError as error:
-                self.refused[request] = str(error)
+                self.refused[request] = error
                 raise
         plan = self.plans[request][0]
         check_choice(quantizer, plan.choice, plan.axis)
@@ -249,13 +277,17 @@ class _Sweep:
         if there.empty:
             return
         protocol = Protocol.named(item.evaluation.protocol, bench.info.context).name
-        made_with = provenance_of(bench.place, item.evaluation, bench.tokenizer)
+        made_with = evaluation_dependencies(
+            provenance_of(bench.place, item.evaluation, bench.tokenizer)
+        )
         same = there[
             (there["corpus_sha256"] == stream.sha256)
             & (there["protocol"] == protocol)
-            & (there["provenance"] == json_text(made_with))
             & there["kl"].notna()
         ]
+        same = _those(
+            same, [evaluation_dependencies(json.loads(t)) == made_with for t in same["provenance"]]
+        )
         if not same.empty:
             self.rows[number] |= {"state": "found"} | self._figures(same["evaluation"].iloc[0])
 
@@ -265,13 +297,17 @@ class _Sweep:
         rows = self.bench.store.evaluated(self.bench.info.fingerprint, plan.method, item.quantizer)
         place = self.bench.place
         rows = rows[
-            (rows["device"] == place["device"])
+            (rows["device"].map(device_kind) == device_kind(place["device"]))
             & (rows["dtype"] == place["dtype"])
-            & (rows["versions"] == json_text(versions(*packages([item.quantizer]))))
         ]
+        made_by = computes_with(item.quantizer)
+        own = run_dependencies(versions(*made_by), made_by)
+        rows = _those(
+            rows, [run_dependencies(json.loads(text), made_by) == own for text in rows["versions"]]
+        )
         same = plan_identity(plan)
         alike = [content_identity(json.loads(content)) == same for content in rows["content"]]
-        return rows[np.array(alike, dtype=bool)]
+        return _those(rows, alike)
 
     def _figures(self, evaluation: str) -> dict:
         rows = self.bench.store.results(self.bench.info.fingerprint)
@@ -320,7 +356,10 @@ class _Sweep:
             try:
                 self._measure(together)
             except Exception as error:
-                self.bench.report("sweep", self.done, self.total, f"one by one, since {error}")
+                if not isinstance(error, LsqError):
+                    traceback.print_exc()  # alone each may go well, and the defect stay unseen
+                reason = reason_of(error)
+                self.bench.report("sweep", self.done, self.total, f"one by one, since {reason}")
         for number in items:
             self._trying(number, lambda alone: self._measure([[alone]]))
             self._keep()
@@ -408,6 +447,11 @@ _FIGURES = (
 )
 
 
+def _those(rows: pd.DataFrame, wanted: Sequence[bool]) -> pd.DataFrame:
+    """The rows that are wanted, none of none."""
+    return rows[np.array(wanted, dtype=bool)]
+
+
 def _plain(value: object) -> object:
     """A data frame's value as JSON has it."""
     value = value.item() if hasattr(value, "item") else value
@@ -427,7 +471,7 @@ def estimate(runs: pd.DataFrame, asked: Sequence[Item]) -> float | None:
     reads.
     """
     runs = runs[runs["tokens_per_second"] > 0]
-    if runs.empty:
+    if runs.empty or not asked:
         return None
     whole = runs[~runs["truncated"].astype(bool)].groupby("corpus")["tokens"].max()
     tokens = [

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
+from lsq_core.checkpoint import read_entries
 from lsq_core.config import QuantConfig, divides
 from lsq_core.errors import InputError
-from lsq_core.model import Matrix, ModelSource, safetensors_header, weight_files
+from lsq_core.model import Matrix, ModelSource, weight_files
 
 #: Percentiles that are drawn over the layers.
 PERCENTILES = (0.1, 1.0, 25.0, 50.0, 75.0, 99.0, 99.9)
@@ -124,13 +125,8 @@ class Weights:
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Stored]]:
-    for path in weight_files(folder):
-        header = safetensors_header(path)
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        begin = path.stat().st_size - end
-        for name, entry in header.items():
-            at = begin + entry["data_offsets"][0]
-            yield name, Stored(path, entry["dtype"], tuple(entry["shape"]), at)
+    for name, entry in read_entries(folder, weight_files(folder)).items():
+        yield name, Stored(entry.file, entry.dtype, entry.shape, entry.start)
 
 
 # --- what is drawn --------------------------------------------------------------------------

@@ -29,7 +29,7 @@ _VIEWS = {
 def explore(here: Here) -> None:
     """The profile under the chosen settings in the chosen view, or the way to it."""
     info = here.info
-    state.begin_settings(info.fingerprint, known.newest_settings(here.store, info))
+    state.begin_settings(known.identity(info), known.newest_settings(here.store, info))
     state.begin("see", "layers", list(_VIEWS))
     first = st.container()
     settings = profile_bar(here.store, info)
@@ -45,7 +45,8 @@ def explore(here: Here) -> None:
             persist_state="session",
         )
     state.share_unless_default("see", "layers")
-    seen = Seen(here, info, settings, known.profile(here.store, info, settings), first, row)
+    found = known.profile(here.store, info, settings, here.device)
+    seen = Seen(here, info, settings, found, first, row)
     _, show, needs_profile = _VIEWS[see]
     if seen.lacking and (needs_profile or seen.found is not None):
         follow(seen)

@@ -7,6 +7,7 @@ from pathlib import Path
 import streamlit as st
 
 from lsq_core import disk, jobs
+from lsq_core.files import Damaged
 from lsq_core.jobs import Job
 from lsq_core.ui import jobs_panel, known, run_plan, run_result, run_sweep, state, words
 from lsq_core.ui.page import Here, headline, next_step, page
@@ -18,7 +19,7 @@ VERBS = ("run", "sweep")
 def run_page(here: Here) -> None:
     """What is about to run, what is running, and what came of it."""
     folder = disk.jobs_folder(here.store)
-    found = [job for job in jobs.list_jobs(folder) if job.arguments[0] in VERBS]
+    found = [j for j in jobs.list_jobs(folder) if j.verb in VERBS or j.state == "damaged"]
     shown = selected(found)
     has_weights = known.published(here.store, here.source) is None
     if not has_weights:
@@ -53,7 +54,9 @@ def selected(found: list[Job]) -> Job | None:
     if not found:
         return None
     picked = _picked(found)
-    return picked or next((job for job in found if job.state == "running"), found[0])
+    running = (job for job in found if job.state == "running")
+    whole = (job for job in found if job.state != "damaged")
+    return picked or next(running, None) or next(whole, None)
 
 
 def _picked(found: list[Job]) -> Job | None:
@@ -63,20 +66,30 @@ def _picked(found: list[Job]) -> Job | None:
 
 def show(here: Here, job: Job, say_it: bool) -> None:
     """One job: followed while it is active, then what came of it; and those behind it."""
-    if job.arguments[0] == "sweep":
+    if job.state == "damaged":
+        jobs_panel.show_damaged(job)
+    elif job.verb == "sweep":
         jobs_panel.follow(job, run_sweep.say, run_sweep.show_rows)
     else:
         jobs_panel.follow(job, run_result.say if say_it else None)
         if job.state == "done":
-            run_result.show(here, job)
+            show_result(here, job)
     jobs_panel.follow_queue(disk.jobs_folder(here.store), job)
+
+
+def show_result(here: Here, job: Job) -> None:
+    """What came of a run, or that its file is damaged."""
+    try:
+        run_result.show(here, job)
+    except Damaged:
+        jobs_panel.show_damaged(job)
 
 
 def ask(here: Here, folder: Path) -> None:
     """One run of the plan, or a sweep."""
     info = here.info
-    state.begin_settings(info.fingerprint, known.newest_settings(here.store, info))
-    found = known.profile(here.store, info, state.settings())
+    state.begin_settings(known.identity(info), known.newest_settings(here.store, info))
+    found = known.profile(here.store, info, state.settings(), here.device)
     state.begin_plan(found is not None)
     state.share_plan()
     one, many = st.tabs(["Run the plan", "Sweep"], key="run_ask")

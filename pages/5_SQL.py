@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
+
 import streamlit as st
 
 from lsq_core import sql
-from lsq_core.errors import InputError
+from lsq_core.errors import LsqError
 from lsq_core.ui import known, words
 from lsq_core.ui.compare_export import offer_table
 from lsq_core.ui.page import Here, headline, page
@@ -26,12 +28,15 @@ def query(here: Here) -> None:
         help="One SELECT. The view results has a row for each evaluation of a run; the tables are "
         "models, matrices, profiles, scores, plans, runs and evaluations. Ctrl+Enter runs it.",
     )
-    st.button("Run", type="primary", key="ask", icon=":material/play_arrow:")
+    st.button("Run", type="primary", key="ask", icon=":material/play_arrow:", on_click=_run_again)
+    if st.session_state.get(_CANCELLED) == text:
+        with first:
+            headline("The query was cancelled.", _RULES)
+        return
     copy = known.snapshot(here.store)
     try:
-        with st.spinner("Asking…"):
-            answer = sql.ask(copy.path, text)
-    except InputError as error:
+        answer = _ask(copy, text)
+    except LsqError as error:
         with first:
             headline("There is no answer to this query.", _RULES)
         st.error(words.literal(str(error)))
@@ -49,9 +54,39 @@ def query(here: Here) -> None:
             offer_table(answer.rows, "query")
 
 
+#: Under which the query that was cancelled is kept: it is not asked again by itself.
+_CANCELLED = "sql-cancelled"
+
+
+def _ask(copy: known.Snapshot, text: str) -> sql.Answer:
+    """The answer; meanwhile there is a button that stops the query."""
+    place, began = st.empty(), time.monotonic()
+    with place.container(horizontal=True):
+        st.button("Cancel", key="cancel", on_click=_cancel, args=[text])
+        elapsed = st.empty()
+
+    def show_time() -> None:
+        # To write to the page is where Streamlit ends a run whose person asked for another.
+        elapsed.caption(f"Asking… {time.monotonic() - began:.1f} s")
+
+    try:
+        return sql.ask(copy.path, text, waiting=show_time)
+    finally:
+        place.empty()
+
+
+def _cancel(text: str) -> None:
+    st.session_state[_CANCELLED] = text
+
+
+def _run_again() -> None:
+    st.session_state.pop(_CANCELLED, None)
+
+
 _RULES = (
     f"One SELECT on a copy of the database: it changes nothing and reaches no file. At most "
-    f"{sql.TIME_LIMIT:.0f} s and {sql.ROW_LIMIT:,} rows. Deleted runs are in runs, not in results."
+    f"{sql.TIME_LIMIT:.0f} s, {sql.ROW_LIMIT:,} rows and {sql.BYTE_LIMIT >> 20} MiB. "
+    "Deleted runs are in runs, not in results."
 )
 
 

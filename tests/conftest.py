@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from collections.abc import Callable
 from math import ceil
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from lsq_core.config import HALF, QuantConfig
+from lsq_core.reference import import_reference
+from lsq_core.store import Store
 
 # Nothing here may reach the network, whatever a machine has cached or is logged in to.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 # Tests start processes of their own; waiting threads that spin would take their cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# One of several workers has one core, and so have the processes that its tests start.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT.parent / "shared" / "reference" / "lm-quant-toolkit"
@@ -40,6 +48,47 @@ def packed_bytes(numel: int, config: QuantConfig, metadata: str = "8bit") -> int
 def _own_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test touches the person's own database."""
     monkeypatch.setenv("LSQ_DB", str(tmp_path / "lsq.duckdb"))
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable], Path]:
+    """A folder of a name, filled by whichever worker asks first and read by all."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+
+    def make(name: str, fill: Callable[[Path], object]) -> Path:
+        folder = base / f"made-{name}"
+        whole = folder / "whole"
+        with FileLock(base / f"made-{name}.lock"):
+            if not whole.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                fill(folder)
+                whole.touch()
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def published_once(made_once: Callable) -> Path:
+    """A database with all published measurements, and in ``said.json`` beside it what the import
+    said of them. For copying: one process at a time can open a database."""
+    if not REFERENCE.is_dir():
+        pytest.skip(f"the published measurements are not at {REFERENCE}")
+
+    def fill(folder: Path) -> None:
+        said = import_reference(REFERENCE, Store(folder / "lsq.duckdb"))
+        (folder / "said.json").write_text(json.dumps(said), "utf8")
+
+    return made_once("published", fill) / "lsq.duckdb"
+
+
+@pytest.fixture(scope="module")
+def published(published_once: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of that database for a module's tests, for reading only."""
+    return Path(shutil.copy(published_once, tmp_path_factory.mktemp("published") / "lsq.duckdb"))
 
 
 def _sizes(**more: object) -> dict:

@@ -76,7 +76,7 @@ def saved(demo, mixed, tmp_path):
 
 def test_a_folder_with_something_in_it_is_not_overwritten(demo, mixed, saved):
     before = (saved / MANIFEST).read_bytes()
-    with pytest.raises(InputError, match="exists and is not empty"):
+    with pytest.raises(InputError, match="not empty"):
         save_quantized(demo.model, demo.tokenizer, manifest(mixed), saved, demo.folder)
     assert (saved / MANIFEST).read_bytes() == before
 
@@ -88,7 +88,7 @@ def test_transformers_alone_refuses_the_folder(saved):
 
 
 def test_a_saved_model_is_not_quantized_again(saved):
-    with pytest.raises(InputError, match="is a quantized model that LSQ Explorer saved"):
+    with pytest.raises(InputError, match="is a quantized model"):
         load_model(ModelSource(str(saved)), "cpu")
 
 
@@ -103,9 +103,7 @@ def test_a_plan_that_does_not_fit_the_weights_is_refused(saved):
     content = json.loads((saved / MANIFEST).read_text())
     del content["modules"]["model.layers.3.mlp.up_proj"]
     (saved / MANIFEST).write_text(json.dumps(content))
-    with pytest.raises(
-        InputError, match=r"does not fit its plan at model\.layers\.3\.mlp\.up_proj"
-    ):
+    with pytest.raises(InputError, match=r"plan .*model\.layers\.3\.mlp\.up_proj"):
         load_quantized(saved, "cpu")
     content["modules"]["model.layers.99.mlp.up_proj"] = {"bits": 2, "group_size": 64}
     (saved / MANIFEST).write_text(json.dumps(content))
@@ -114,7 +112,7 @@ def test_a_plan_that_does_not_fit_the_weights_is_refused(saved):
 
 
 def test_other_folders_are_refused(saved, tmp_path):
-    with pytest.raises(InputError, match="not a model that LSQ Explorer saved"):
+    with pytest.raises(InputError, match=r"not a model .* saved"):
         load_quantized(tmp_path, "cpu")
     (saved / MANIFEST).write_text('{"format": 99}')
     with pytest.raises(InputError, match="newer LSQ Explorer"):
@@ -138,7 +136,7 @@ def test_a_full_disk_leaves_nothing_behind(demo, tmp_path):
     try:
         choice = dict.fromkeys(demo.info.matrices, QuantConfig(2, 128))
         quantized = quantize_model(demo.model, choice, get_quantizer("rtn"))
-        with pytest.raises(LsqError, match=r"has .* free and .* are needed"):
+        with pytest.raises(LsqError, match=r"free .* needed"):
             save_quantized(quantized, demo.tokenizer, manifest(choice), small / "x", demo.folder)
         assert list(small.iterdir()) == []
     finally:
@@ -156,7 +154,7 @@ def test_a_disk_that_fills_while_saving_leaves_nothing_behind(demo, saved, tmp_p
 
     monkeypatch.setattr(artifact, "save_file", fail)
     target = tmp_path / "new" / "model"
-    with pytest.raises(LsqError, match="make room and try again"):
+    with pytest.raises(LsqError, match="room"):
         save_quantized(demo.model, demo.tokenizer, {"modules": {}}, target, demo.folder)
     assert list(target.parent.iterdir()) == []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -15,6 +16,7 @@ from lsq_core.store import Store
 from tests.conftest import ROOT
 
 PROFILE = ["--samples", "8", "--block-tokens", "64"]
+RTN = ["--profile-quantizer", "rtn"]
 
 
 @pytest.fixture
@@ -61,6 +63,7 @@ def test_json_is_all_that_standard_output_gets(model, small_text, tmp_path):
     command = [sys.executable, "-m", "lsq_core", "run", "--model", model, "--method", "sensiboost"]
     command += ["--base", "3.51", "--calibration", str(small_text), "--corpus", str(small_text)]
     command += ["--max-tokens", "500", "--json", "--db", str(tmp_path / "own.duckdb"), *PROFILE]
+    command += [*RTN, "--quantizer", "rtn"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
@@ -81,7 +84,7 @@ def test_json_is_all_that_standard_output_gets(model, small_text, tmp_path):
         assert result[key] > 0, key
     assert result["measured_bytes"] == result["planned_bytes"]
     assert result["modules"]["model.layers.0.self_attn.q_proj"]["bits"] == 3
-    assert any("no score can pass" in note for note in result["notes"]), "two layers are shallow"
+    assert any("no score" in note for note in result["notes"]), "two layers are shallow"
     assert Store(tmp_path / "own.duckdb").results()["run"].tolist() == [result["run"]]
 
 
@@ -144,15 +147,15 @@ def test_a_saved_model_from_elsewhere_is_added_to_the_results(lsq, model, small_
         status, again, _ = lsq("eval", "--model", str(saved), *text, "--db", other)
         assert status == 0
     rows = Store(other).results()
-    assert rows["run"].tolist() == [outcome["run"]] * 2
-    assert rows["method"].tolist() == ["uniform"] * 2
-    assert rows["perplexity"].tolist() == [again["perplexity"]] * 2
+    assert rows["run"].tolist() == [outcome["run"]], "evaluated twice, it is one line"
+    assert rows["method"].tolist() == ["uniform"]
+    assert rows["perplexity"].tolist() == [again["perplexity"]]
 
 
 def test_people_read_words(lsq, model, small_text):
     status, text, _ = lsq("plan", "--model", model, "--method", "uniform", "--base", "b4g64")
     assert status == 0
-    assert "4.2539 bits per parameter" in text
+    assert "4.2539" in text
     assert "14 × b4g64" in text
     status, text, _ = lsq("inspect", "--model", model)
     assert "2 layers" in text
@@ -161,7 +164,7 @@ def test_people_read_words(lsq, model, small_text):
         *["--corpus", str(small_text), "--max-tokens", "300"],
     )
     assert "perplexity" in text
-    assert "too few windows for an interval" in text
+    assert "too few windows" in text
     assert lsq("results")[1].count("uniform") == 1
 
 
@@ -186,22 +189,25 @@ def test_the_interval_printed_is_that_of_the_stored_windows(lsq, model, small_te
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["plan", "--model", "M", "--method", "magic", "--base", "3.13"], "is not a method"),
-        (["plan", "--model", "M"], "Give a method with --method"),
-        (["plan", "--model", "M", "--method", "uniform"], "Give a base stop"),
-        (["plan", "--model", "M", "--method", "uniform", "--base", "3.14"], "not a stop"),
+        (["plan", "--model", "M", "--method", "magic", "--base", "3.13"], "magic"),
+        (["plan", "--model", "M"], "--method"),
+        (["plan", "--model", "M", "--method", "uniform"], "base stop"),
+        (["plan", "--model", "M", "--method", "uniform", "--base", "3.14"], "3.14"),
         (["plan", "--model", "M", "--method", "uniform", "--budget", "1bpp"], "out of reach"),
         (["plan", "--model", "M", "--method", "uniform", "--budget", "9MB"], "not a budget"),
-        (["plan", "--model", "M", "--method", "mxq", "--base", "3.13"], "takes a budget"),
+        (
+            ["plan", "--model", "M", "--method", "mxq", "--base", "3.13", *RTN, *PROFILE],
+            "takes a budget",
+        ),
         (
             ["plan", "--model", "M", "--method", "sensiboost", "--base", "3.13", "--metric", "x"],
-            "not a metric",
+            "'x'",
         ),
-        (["profile", "--model", "M", "--quantizer", "awq9"], "not a quantizer"),
-        (["profile", "--model", "M", "--axis", "3"], "grouping axis is 0 or 1"),
-        (["profile", "--model", "M", "--corpus", "no-such"], "no text file 'no-such'"),
+        (["profile", "--model", "M", "--quantizer", "awq9"], "awq9"),
+        (["profile", "--model", "M", "--axis", "3"], "axis"),
+        (["profile", "--model", "M", "--corpus", "no-such"], "'no-such'"),
         (["profile", "--model", "M", "--device", "warp"], "no device 'warp'"),
-        (["profile", "--model", "/no/such/folder"], "There is no folder /no/such/folder"),
+        (["profile", "--model", "/no/such/folder"], "/no/such/folder"),
         (
             ["run", "--model", "M", "--method", "uniform", "--base", "3.13", "--protocol", "p"],
             "strided",
@@ -212,10 +218,10 @@ def test_the_interval_printed_is_that_of_the_stored_windows(lsq, model, small_te
         ),
         (
             ["run", "--model", "M", "--method", "uniform", "--base", "3.13", "--quantizer", "q"],
-            "not a quantizer",
+            "'q'",
         ),
         (["run", "--model", "M", "--plan", "/no/plan.json"], "cannot be read"),
-        (["disk", "--prune", "nothing"], "Nothing named 'nothing'"),
+        (["disk", "--prune", "nothing"], "'nothing'"),
         (["results", "--db", "/"], "is a folder"),
     ],
 )
@@ -241,27 +247,27 @@ def test_a_corpus_too_short_says_how_much_is_needed(lsq, model, tmp_path):
     tiny.write_text("Too short.", "utf8")
     status, _, err = lsq("profile", "--model", model, "--corpus", str(tiny))
     assert status == 2
-    assert "gives 4 calibration tokens where one block needs 256" in err
+    assert re.search(r"\b4 calibration tokens\b.*\b256\b", err)
     status, _, err = lsq(
         *["run", "--model", model, "--method", "uniform", "--base", "3.13"],
         *["--corpus", str(tiny), "--protocol", "blocks"],
     )
     assert status == 2
-    assert "the protocol blocks-256 needs at least 256" in err
+    assert re.search(r"blocks-256 .*\b256\b", err)
     assert Store().results().empty
 
 
 def test_what_cannot_be_had_is_status_1(lsq):
     status, _, err = lsq("profile", "--model", "some-org/some-model")
     assert status == 1
-    assert "Hugging Face cannot be reached" in err
+    assert "Hugging Face" in err
 
 
 def test_a_wrong_corpus_is_told_before_anything_is_measured(lsq, model):
     run = ["run", "--model", model, "--method", "sensiboost", "--base", "3.13"]
     status, _, err = lsq(*run, "--corpus", "/no/such/file.txt")
     assert status == 2
-    assert "no text file '/no/such/file.txt'" in err
+    assert "'/no/such/file.txt'" in err
     assert "profile" not in err.replace("lsq: ", "")
 
 

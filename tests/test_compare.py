@@ -117,7 +117,7 @@ def test_the_best_run_is_open_and_another_can_be_opened(store, runs):
     card = next(d.value for d in app.dataframe if "value" in d.value).set_index("")["value"]
     assert card["perplexity"] == f"{row['perplexity']:.4f}"
     assert card["KL divergence, nats"] == f"{row['kl']:.4f}"
-    assert runs["id"][3] in app.code[0].value or "--base 3.13" in app.code[0].value
+    assert "--base 3.13" in app.code[0].value
     assert app.code[0].value.startswith("python -m lsq_core run --model demo")
 
 
@@ -142,7 +142,7 @@ def test_gain_is_relative_to_the_uniform_base(store, runs):
 def test_without_a_uniform_run_there_is_nothing_to_hold_against(store):
     fill(store, 3, ("mxq",))
     app = open_page("Compare", view="bits")
-    assert "no uniform HQQ run" in app.info[0].value
+    assert "no uniform" in app.info[0].value
     assert not app.get("plotly_chart")
 
 
@@ -290,7 +290,7 @@ def test_when_all_is_deleted_it_can_still_be_undone(store):
     runs = fill(store, 2)
     store.delete_runs(list(runs["id"]))
     app = open_page("Compare")
-    assert first_line(app) == "There is nothing to compare yet."
+    assert "nothing to compare" in first_line(app)
     app.button(key="undo").click().run()
     assert first_line(app).startswith("Best within")
 
@@ -306,6 +306,7 @@ def test_published_runs_cannot_be_deleted(store, runs):
 # --- many runs ------------------------------------------------------------------------------
 
 
+@pytest.mark.bench
 @pytest.mark.slow
 def test_compare_opens_in_time_with_5000_runs(store):
     """Fills a store with 5,000 runs, which takes ten seconds; a page may take 2 s, here 3 × that.

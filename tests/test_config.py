@@ -45,7 +45,7 @@ def test_names_are_read_back(config):
 
 @pytest.mark.parametrize("text", ["b5g64", "b4g16", "4g64", "b4", "", "b4g64x", "4.25"])
 def test_other_names_are_refused(text):
-    with pytest.raises(InputError, match="is not a configuration"):
+    with pytest.raises(InputError, match="not a configuration"):
         QuantConfig.parse(text)
 
 
@@ -75,10 +75,20 @@ def test_budgets(text, expected):
 
 @pytest.mark.parametrize("text", ["3.2", "bpp", "-1MiB", "0bpp", "9MB", "nanbpp", "1e3MiB", ""])
 def test_bad_budgets(text):
-    with pytest.raises(InputError, match="is not a budget"):
+    with pytest.raises(InputError, match="not a budget"):
         Budget.parse(text, 1000)
 
 
 def test_unknown_stop_lists_the_ladder():
     with pytest.raises(InputError, match=r"2\.13, .*8\.51"):
         stop_index("3.14")
+
+
+@pytest.mark.parametrize("stop", LADDER, ids=lambda c: c.stop_name)
+def test_the_name_of_a_stop_as_a_budget_is_that_stop(stop):
+    """Its exact size, by every name it has and by what is shown of it; a number is a number."""
+    four = round(stop.nominal_bits, 4)
+    for text in (stop.stop_name, f"{stop.stop_name}bpp", stop.name, f" {stop.name} ", f"{four}bpp"):
+        assert Budget.parse(text, 8).nominal_bytes == stop.nominal_bits
+    number = f"{stop.stop_name}0bpp"
+    assert Budget.parse(number, 8).nominal_bytes == float(stop.stop_name)

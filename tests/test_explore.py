@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -51,7 +52,7 @@ from tests.test_app import (  # noqa: F401 - fixtures
     first_line,
     open_page,
 )
-from tests.test_published_pages import CHAT, SEVEN, SEVENTY, imported, store, told  # noqa: F401
+from tests.test_published_pages import CHAT, SEVEN, SEVENTY, store, told  # noqa: F401
 
 
 def figure(app, number: int) -> dict:
@@ -156,7 +157,7 @@ def test_a_profile_that_is_not_whole_says_so_and_shows_what_is_there(filled):  #
     partial(filled)
     app = open_page("Explore", model=filled.model)
     assert first_line(app).endswith("is not whole.")
-    assert "lacks sensitivity by part and sensitivity by module" in told(app)
+    assert re.search("lacks .*by part .*by module", told(app))
     assert app.button(key="profile").label == "Measure the rest"
     titles = [note["text"] for note in chart(app)["layout"]["annotations"]]
     assert titles == ["Weight kurtosis", "Weight error at b4g64"]
@@ -205,8 +206,9 @@ def test_algorithm_1_is_drawn_from_the_stores_scores(store, metric, ratios):  # 
     np.testing.assert_allclose(z, found.z)
     band = next(t for t in chart(app)["data"] if "deviations" in t.get("name", ""))
     assert max(_array(band["y"])) == pytest.approx(found.mean + 3 * found.deviation)
-    for layer in found.flagged:
-        assert str(layer) in first_line(app)
+    assert found.flagged
+    named = {int(number) for number in re.findall(r"\d+", first_line(app).partition(" at ")[0])}
+    assert set(found.flagged) <= named
 
 
 def test_threshold_and_m_are_followed_by_what_is_flagged(store):  # noqa: F811
@@ -220,7 +222,8 @@ def test_threshold_and_m_are_followed_by_what_is_flagged(store):  # noqa: F811
     assert all(str(layer) in first_line(app) for layer in whole)
     app.number_input(key="detect_m").set_value(1).run()
     (strongest,) = list(whole)[:1]
-    assert first_line(app).startswith(f"Layer {strongest} is flagged for down_proj")
+    assert first_line(app).startswith(f"Layer {strongest} ")
+    assert "down_proj" in first_line(app)
     app.number_input(key="detect_m").set_value(0).run()
     app.slider(key="detect_threshold").set_value(6.0).run()
     still = sorted(layer for layer, z in whole.items() if z > 6)
@@ -313,7 +316,7 @@ def test_bits_have_their_colours_and_models_are_overlaid_by_choice(store):  # no
     app.selectbox(key="overlay_part").set_value("o_proj").run()
     assert set(overlaid(app)) == {(line, "o_proj") for line, _ in lines}
     app.multiselect(key="overlay_model").set_value([]).run()
-    assert first_line(app) == "Nothing is chosen to compare."
+    assert "Nothing" in first_line(app)
     assert not app.get("plotly_chart")
 
 
@@ -359,11 +362,10 @@ def test_fast_proxies_are_offered_and_how_they_rank_is_told(filled, monkeypatch)
     gram, fisher = table[table["config"] == "b4g64"]["rank_correlation"]
     app = open_page("Explore", model=filled.model, see="ranks")
     expected = f"Gram diagonal {gram:.3f} and diagonal Fisher {fisher:.3f}.".replace("-", "−")
-    assert f"sensitivity by module at b4g64, by rank correlation with it: {expected}" in told(app)
+    assert expected in told(app)
+    assert "b4g64" in told(app)
     assert not [button for button in app.button if button.key == "proxies"]
-    assert "gram_diagonal" in app.selectbox(key="ranks_x").options or any(
-        "Gram diagonal" in option for option in app.selectbox(key="ranks_x").options
-    )
+    assert any("Gram diagonal" in option for option in app.selectbox(key="ranks_x").options)
 
 
 def test_ranks_are_those_of_the_store_and_one_module_is_shown(store):  # noqa: F811
@@ -399,7 +401,7 @@ def test_ranks_are_those_of_the_store_and_one_module_is_shown(store):  # noqa: F
 
 def test_one_metric_alone_is_told(store):  # noqa: F811
     app = open_page("Explore", model=CHAT, see="ranks")
-    assert "nothing to compare it with" in first_line(app)
+    assert "nothing to compare" in first_line(app)
     assert not app.get("plotly_chart")
 
 
@@ -434,7 +436,7 @@ def test_what_is_not_there_under_its_name_is_told(tmp_path):
     matrix = Matrix("model.layers.0.mlp.up_proj", 0, "mlp.up_proj", 6, 4)
     opened = Weights(tmp_path, [matrix])
     assert opened.matrices == ()
-    with pytest.raises(InputError, match="under another name or shape"):
+    with pytest.raises(InputError, match="another name or shape"):
         opened.region(matrix)
 
 
@@ -454,7 +456,7 @@ def test_the_grid_is_the_quantizers(quantizer, axis):
 
 
 def test_a_group_that_does_not_fit_is_told():
-    with pytest.raises(InputError, match="cannot be cut into groups of 128"):
+    with pytest.raises(InputError, match="groups of 128"):
         weights.groups_of(np.zeros((3, 32), np.float32), QuantConfig(2, 128), 1)
 
 
@@ -524,7 +526,7 @@ def test_the_surface_is_of_the_chosen_rows_and_columns():
 
 def test_no_weights_are_shown_of_a_published_model(store):  # noqa: F811
     app = open_page("Explore", model=SEVENTY, see="weights")
-    assert first_line(app) == f"The weights of {SEVENTY} are not here."
+    assert f"weights of {SEVENTY}" in first_line(app)
     assert not app.get("plotly_chart")
     assert not app.error
 
@@ -555,9 +557,9 @@ def test_a_profile_by_nf4_holds_its_stops_and_no_others(by_nf4):
     assert np.all((ratio > 0.5) & (ratio < 1.5)), "normal weights suit NF4 about as well"
     plan, _ = bench.plan(PlanRequest("mxq", budget="4.3bpp"), settings)
     assert {config.bits for config in plan.configs} == {4}, "no stop that wasn't measured"
-    with pytest.raises(InputError, match="Loss impact is measured at b2g32, which NF4 doesn't"):
+    with pytest.raises(InputError, match=r"b2g32.* NF4"):
         bench.plan(PlanRequest("loss-aware", budget="4.3bpp"), settings)
-    with pytest.raises(InputError, match="plan with axis 1"):
+    with pytest.raises(InputError, match="axis 1"):
         bench.profile(replace(settings, axis=0))
 
 
@@ -566,9 +568,9 @@ def test_explore_shows_a_profile_by_nf4_and_says_its_stops(by_nf4):
     app = open_page("Explore", model=bench.source.name)
     app.selectbox(key="profile_quantizer").set_value("nf4").run()
     assert not app.exception
-    assert "NF4 has b4g128, b4g64 and b4g32 alone." in " ".join(c.value for c in app.caption)
+    assert "b4g128, b4g64 and b4g32" in " ".join(c.value for c in app.caption)
     assert not any("8-bit metadata" in s.value for s in app.subheader), "NF4 keeps its own"
     app.selectbox(key="axis").set_value(0).run()
     assert not app.exception
     assert app.button(key="profile").disabled
-    assert any("NF4 groups weights along rows alone" in c.value for c in app.caption)
+    assert any("NF4" in c.value and "along rows" in c.value for c in app.caption)

@@ -94,7 +94,7 @@ def test_the_command_line_asks_for_the_run(store):
 def test_a_method_that_is_not_here_has_no_command(store):
     with store.connect() as connection:
         connection.execute("UPDATE runs SET method = 'gptq'")
-    assert arguments.reproducing(store.record("000000000003")).startswith("# gptq is not among")
+    assert arguments.reproducing(store.record("000000000003")).startswith("# gptq ")
 
 
 # --- pages ----------------------------------------------------------------------------------

@@ -122,7 +122,7 @@ def test_the_first_difference():
 def test_what_cannot_be_written_is_one_sentence(random_model):
     loaded = load_model(ModelSource(str(random_model("llama-gqa"))), "cpu")
     both = loaded.model, loaded.model, loaded.tokenizer
-    with pytest.raises(InputError, match="the model reads 256 at once"):
+    with pytest.raises(InputError, match="256"):
         compare_generation(*both, PROMPT, 300, context=loaded.info.context)
     with pytest.raises(InputError, match="at least 1"):
         compare_generation(*both, PROMPT, 0)
@@ -157,4 +157,4 @@ def test_another_model_in_its_place_is_refused(random_model, small_text, capsys)
     run = bench.run(plan, None, "rtn", EvaluationRequest(str(small_text), max_tokens=200))["run"]
     other = str(random_model("qwen2-bias"))
     assert main(["generate", "--run", run, "--prompt", PROMPT, "--model", other]) == 2
-    assert "is not the model that was quantized" in capsys.readouterr().err
+    assert "not the model" in capsys.readouterr().err

@@ -67,23 +67,24 @@ def quick(random_model, small_text, store) -> list[str]:
     return [
         *["run", "--model", str(random_model("llama-gqa")), "--method", "uniform"],
         *["--base", "3.13", "--corpus", str(small_text), "--max-tokens", "300"],
-        *["--db", str(store.path)],
+        *["--quantizer", "rtn", "--db", str(store.path)],
     ]
 
 
 @pytest.fixture
 def evaluation(store) -> list[str]:
-    """A run whose evaluation takes some ten seconds or more."""
+    """A run whose evaluation takes seconds."""
     return [
         *["run", "--model", "demo", "--device", "cpu", "--method", "uniform", "--base", "3.13"],
-        *["--max-tokens", "16000", "--db", str(store.path)],
+        *["--max-tokens", "6000", "--quantizer", "rtn", "--db", str(store.path)],
     ]
 
 
 @pytest.fixture
 def long(store) -> list[str]:
-    """A command that would take minutes."""
-    return ["profile", "--model", "demo", "--device", "cpu", "--db", str(store.path)]
+    """A command that would take a minute or more."""
+    command = ["profile", "--model", "demo", "--device", "cpu", "--quantizer", "rtn"]
+    return [*command, "--db", str(store.path)]
 
 
 def test_a_job_does_what_the_command_does(folder, quick, store):
@@ -105,10 +106,11 @@ def test_a_job_does_what_the_command_does(folder, quick, store):
 def test_bad_input_fails_with_its_sentence(folder, quick):
     done = ended(jobs.start(folder, [*quick, "--protocol", "sliding"]))
     assert (done.state, done.result()) == ("failed", None)
-    assert done.message == "'sliding' is not a protocol; choose strided or blocks."
-    done = ended(jobs.start(folder, ["run", "--no-such-option"]))
+    assert "'sliding'" in done.message
+    assert "strided or blocks" in done.message
+    done = ended(jobs.start(folder, [*quick, "--no-such-option"]))
     assert done.state == "failed"
-    assert "--no-such-option" in done.message or "--model" in done.message
+    assert "--no-such-option" in done.message
 
 
 def test_a_defect_fails_with_its_name_and_leaves_a_log(folder, quick, store):
@@ -145,6 +147,8 @@ def test_a_process_that_will_not_listen_is_killed(folder, long):
 
 @pytest.mark.parametrize("stage", ["start", "load", "quantize", "evaluate"])
 def test_a_run_is_cancelled_within_two_seconds_in_every_stage(folder, evaluation, stage):
+    if stage == "quantize":  # round-to-nearest is over before it is seen
+        evaluation += ["--quantizer", "hqq"]
     started = jobs.start(folder, evaluation)
     job = started if stage == "start" else in_stage(started, stage)
     began = time.monotonic()
@@ -159,7 +163,7 @@ def test_a_killed_job_is_shown_as_interrupted_and_the_database_reads(folder, lon
     os.kill(pid_of(job), signal.SIGKILL)
     after = ended(job)
     assert after.state == "interrupted"
-    assert "without a word during 'weights'" in after.message
+    assert "'weights'" in after.message
     assert Store(store.path).results().empty
     assert jobs.list_jobs(folder)[0].state == "interrupted"
 
@@ -253,7 +257,7 @@ def test_a_run_that_was_kept_is_not_kept_twice(folder, quick, store):
 
 def test_only_what_has_no_result_can_be_resumed(folder, quick, long):
     done = ended(jobs.start(folder, quick))
-    with pytest.raises(InputError, match="is done, so there is nothing to resume"):
+    with pytest.raises(InputError, match=r"done.* resume"):
         jobs.resume(done)
     running = in_stage(jobs.start(folder, long), "weights")
     with pytest.raises(InputError, match="is running"):
@@ -277,7 +281,7 @@ def test_a_job_resumes_from_the_command_line(quick, store, capsys):
     assert main(["resume", job.id, *database]) == 0
     told = capsys.readouterr().out
     assert f"job {job.id} is done" in told
-    assert "too few windows for an interval" in told
+    assert "too few windows" in told
     assert main(["resume", job.id, *database]) == 2, "it is done"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -145,7 +146,7 @@ def test_the_cost_is_impact_times_squared_error():
     problem = Problem(matrices, {"loss_impact": impact}, {"weight_error": error})
     cost = PLANNERS["loss-aware"].cost(problem)
     np.testing.assert_allclose(cost, impact[:, None] * error**2)
-    with pytest.raises(InputError, match=r"add it with profile --metric loss_impact"):
+    with pytest.raises(InputError, match="profile --metric loss_impact"):
         PLANNERS["loss-aware"].cost(replace(problem, scores={}))
 
 
@@ -153,7 +154,7 @@ def test_a_model_that_lacks_it_is_told_what_it_can_use():
     matrices = (Matrix("m.0", 0, "x", 128, 128),)
     problem = Problem(matrices, {}, {"weight_error": np.ones((1, 12))})
     info = type("Info", (), {"source": "Llama"})()
-    with pytest.raises(InputError, match=r"Llama has no loss_impact, so Loss-aware .* choose mxq"):
+    with pytest.raises(InputError, match=r"Llama .*loss_impact.* mxq"):
         check_metrics(info, problem, PlanRequest("loss-aware", budget="3.2bpp"))
 
 
@@ -205,7 +206,7 @@ def test_an_interrupted_addition_leaves_the_profile_whole(bench, settings):
 def test_a_metric_measured_again_takes_the_place_of_its_own_rows_alone(bench, settings):
     whole = bench.profile(settings, IMPACT)
     rows = whole.values[whole.values["metric"] == "loss_impact"]
-    bench.store.complete_profile(replace(whole, values=rows.assign(value=7.0)))
+    bench.store.keep_profile(replace(whole, values=rows.assign(value=7.0)))
     kept = bench.find_profile(settings)
     assert len(kept.values) == len(whole.values)
     assert (kept.scores("loss_impact") == 7.0).all()
@@ -219,4 +220,4 @@ def test_the_command_line_adds_it(bench, settings, capsys):
     assert main([*words, "--metric", "loss_impact"]) == 0
     assert set(bench.find_profile(settings).metrics) == {*DEFAULT_METRICS, "loss_impact"}
     assert main([*words, "--metric", "loss"]) == 2
-    assert "'loss' is not a metric; choose one of kurtosis," in capsys.readouterr().err
+    assert re.search("'loss' .*kurtosis,", capsys.readouterr().err)

@@ -51,13 +51,13 @@ def test_an_entry_is_what_people_write():
     entry = {"bits": 2, "high_bits": 3, "ratio": 0.10, "group_size": 128}
     assert config_of(entry) == MixedRows(2, 3, 0.10, 128)
     assert config_of({"bits": 4, "group_size": 64}) == QuantConfig(4, 64)
-    with pytest.raises(InputError, match=r"0\.3 is not a ratio; choose one of 0\.02"):
+    with pytest.raises(InputError, match=r"\b0\.3 .*\b0\.02"):
         config_of(entry | {"ratio": 0.3})
-    with pytest.raises(InputError, match="high-bits is one of 4, 16, not 3"):
+    with pytest.raises(InputError, match=r"high-bits .*4, 16.* 3"):
         mixed_rows(3, 3, 128)
-    with pytest.raises(InputError, match="low-bits is one of 2, 3, not 4"):
+    with pytest.raises(InputError, match=r"low-bits .*2, 3.* 4"):
         mixed_rows(4, 16, 128)
-    with pytest.raises(InputError, match="group-size is one of 128, 64, 32, not 16"):
+    with pytest.raises(InputError, match=r"group-size .*128, 64, 32.* 16"):
         PlanRequest("high-impact", group_size=16)
 
 
@@ -115,10 +115,10 @@ def test_what_is_planned_is_stored(config, out, wide, metadata, axis, seed):
 
 def test_rows_that_do_not_fit_are_told():
     config, quantizer = MixedRows(2, 3, 0.1, 128), get_quantizer("rtn")
-    with pytest.raises(InputError, match=r"q \(64×96\) has rows that cannot be cut"):
+    with pytest.raises(InputError, match=r"q \(64×96\)"):
         quantize_config(torch.randn(64, 96), config, quantizer, rows=torch.arange(6), name="q")
     for rows in (None, torch.arange(5), torch.zeros(6, dtype=torch.int64)):
-        with pytest.raises(InputError, match="q needs 6 high-impact rows for b2h3r10g128"):
+        with pytest.raises(InputError, match=r"\b6 .*b2h3r10g128"):
             quantize_config(torch.randn(64, 128), config, quantizer, rows=rows, name="q")
 
 
@@ -155,10 +155,7 @@ def test_quantizers_with_a_storage_of_their_own_refuse_them():
     choice = {matrix_of(128, 128): MixedRows(2, 3, 0.1, 128)}
     for name in ("hqq", "rtn", "hybrid", "hybrid-50"):
         assert refusal(name, choice) == ""
-    assert refusal("nf4", choice) == (
-        "NF4 gives all rows of a matrix the same bits, and this plan mixes them; choose hqq, rtn "
-        "or hybrid."
-    )
+    assert "hqq, rtn or hybrid" in refusal("nf4", choice)
     request = PlanRequest("high-impact", budget="2.3bpp")
     told = refusal_of(Problem(tuple(choice)), request, "nf4", 1)
     assert told == refusal("nf4", choice)

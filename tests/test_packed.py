@@ -189,12 +189,12 @@ def test_a_dead_row_does_not_spoil_its_neighbours(demo_weights):
 def test_weights_that_are_no_numbers_are_named(bad):
     weight = torch.randn(32, 128)
     weight[3, 4] = bad
-    with pytest.raises(LsqError, match=r"layers\.3\.up_proj holds 1 NaN or infinite"):
+    with pytest.raises(LsqError, match=r"layers\.3\.up_proj .*\b1 NaN"):
         quantize_matrix(weight, QuantConfig(4, 64), get_quantizer("hqq"), name="layers.3.up_proj")
 
 
 def test_unknown_quantizer():
-    with pytest.raises(InputError, match="choose one of hqq, rtn"):
+    with pytest.raises(InputError, match="hqq, rtn"):
         get_quantizer("gptq2")
 
 

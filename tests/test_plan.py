@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from fnmatch import fnmatchcase
 from functools import partial
 
@@ -114,12 +115,12 @@ def test_shallow_models_are_told():
     one_spike = np.r_[np.zeros(10), 1.0]
     found = detect_outliers(one_spike, ratios=False)
     assert found.z.max() == pytest.approx(largest_possible_z(11))
-    assert "no score can pass" in shallowness(11)
+    assert "no score" in shallowness(11)
     assert "hardly ever" in shallowness(15)
     assert shallowness(24) == ""
     plan = make_plan(problem(layers=8, spikes={4: 50}), PlanRequest("sensiboost", base="3.13"))
     assert not plan.reasons
-    assert any("no score can pass" in note for note in plan.notes)
+    assert any("no score" in note for note in plan.notes)
 
 
 def test_experts_of_a_layer_count_as_one():
@@ -217,7 +218,7 @@ def test_an_ablation_without_enough_layers_says_so():
     )
     assert flagged
     assert not flagged_layers(few, "sensitivity", 0)["self_attn.q_proj"]
-    with pytest.raises(LsqError, match="are left; lower top-m"):
+    with pytest.raises(LsqError, match="top-m"):
         _ablation_of_everything(few)
 
 
@@ -264,11 +265,12 @@ def test_a_budget_caps_a_fixed_base():
     assert list(capped.reasons) == strongest[: len(capped.reasons)]
     assert not capped.notes
     nothing = make_plan(spiky, PlanRequest("kurtboost", base="3.13", budget="3.127bpp"))
-    assert nothing.notes == ("The budget leaves no room for a boost: this is the uniform plan.",)
+    assert len(nothing.notes) == 1
+    assert "no room" in nothing.notes[0]
     loose = make_plan(spiky, PlanRequest("kurtboost", base="3.13", budget="4bpp"))
     assert loose.modules == free.modules
-    assert "of the budget stay unspent" in loose.notes[0]
-    with pytest.raises(InputError, match="does not reach the smallest plan from this base"):
+    assert "unspent" in loose.notes[0]
+    with pytest.raises(InputError, match=r"smallest plan .*base"):
         make_plan(spiky, PlanRequest("sensiboost", base="4.13", budget="3.2bpp"))
 
 
@@ -280,11 +282,11 @@ def test_a_budget_out_of_reach_says_the_range(method, budget):
 
 
 def test_requests_that_say_too_little_or_too_much():
-    with pytest.raises(InputError, match="Give a base stop"):
+    with pytest.raises(InputError, match="base stop"):
         make_plan(problem(), PlanRequest("uniform"))
     with pytest.raises(InputError, match="takes a budget"):
         make_plan(problem(), PlanRequest("mxq", base="3.13"))
-    with pytest.raises(InputError, match="not a method; choose one of uniform"):
+    with pytest.raises(InputError, match=r"method.* uniform"):
         make_plan(problem(), PlanRequest("magic", base="3.13"))
     with pytest.raises(InputError, match="cannot be negative"):
         PlanRequest("sensiboost", boost_stop=-1)
@@ -371,7 +373,7 @@ def test_an_exact_plan_carries_its_gap():
     assert 0 <= exact["gap"] <= 1e-4
     assert exact["gap"] <= greedy["gap"] < 0.05
     assert "gap" not in make_plan(small, PlanRequest("uniform", base="3.13")).to_json()
-    with pytest.raises(InputError, match="only knapsacks can be exact"):
+    with pytest.raises(InputError, match="exact"):
         make_plan(small, PlanRequest("uniform", base="3.13", exact=True))
 
 
@@ -384,12 +386,13 @@ def test_a_solver_out_of_time_says_so(monkeypatch):
     monkeypatch.setattr("lsq_core.plan.exact._solve", lambda *a: (None, 0))
     stopped = solve_exactly(frontier, budget, time_limit=7, max_states=0)
     assert not stopped.proven
-    assert stopped.reason == "the solver was stopped after 7 s"
+    assert "7 s" in stopped.reason
     assert stopped.choice.tolist() == greedy.choice.tolist()
     assert stopped.lower_bound == greedy.lower_bound < stopped.objective
     monkeypatch.setattr("lsq_core.plan.solve_exactly", partial(solve_exactly, max_states=0))
     plan = make_plan(small, PlanRequest("mxq", budget="3.3bpp", exact=True))
-    assert plan.notes == ("Not proven optimal: the solver was stopped after 60 s.",)
+    assert len(plan.notes) == 1
+    assert re.search("[Nn]ot proven .*60 s", plan.notes[0])
 
 
 def test_an_exact_search_too_large_goes_to_the_program(monkeypatch):
@@ -481,7 +484,7 @@ def test_pins_are_kept_and_the_rest_is_planned_around_them():
 
 def test_a_budget_that_the_pins_leave_out_of_reach_names_them():
     request = PlanRequest("mxq", budget="3bpp", pins=("*.down_proj=b8g64",))
-    with pytest.raises(InputError, match=r"with these pins take from .*; drop a pin, or choose"):
+    with pytest.raises(InputError, match="pins"):
         make_plan(problem(), request)
 
 
@@ -529,8 +532,8 @@ def test_a_pin_of_a_module_its_layer_or_its_type(name, type, expert, patterns):
 @pytest.mark.parametrize(
     ("pin", "sentence"),
     [
-        ("nonsense", "is not a pin"),
-        ("*=b5g64", "is not a configuration"),
+        ("nonsense", "not a pin"),
+        ("*=b5g64", "not a configuration"),
         ("*=b4g64..b3g64", "turn it around"),
         ("nothing.*=b4g64", "matches no module"),
     ],
@@ -574,3 +577,12 @@ def test_a_plan_for_another_model_is_refused():
         Plan.from_json(content, problem(32).matrices, 0)
     with pytest.raises(InputError, match="not a plan"):
         Plan.from_json({"modules": {}}, problem(32).matrices, 0)
+
+
+@pytest.mark.parametrize("stop", LADDER, ids=lambda c: c.stop_name)
+@pytest.mark.parametrize("method", ["uniform", "mxq"])
+def test_a_stop_by_its_name_is_reached(method, stop):
+    plan = make_plan(problem(layers=4), PlanRequest(method, budget=f"{stop.stop_name}bpp"))
+    assert plan.bits_per_param <= stop.nominal_bits
+    if method == "uniform":
+        assert {c.name for c in plan.configs} == {stop.name}

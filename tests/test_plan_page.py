@@ -110,18 +110,18 @@ def test_two_methods_share_the_budget(filled):  # noqa: F811
     names = {t.get("name", "") for t in chart(app)["data"]}
     assert {"MXQ, squared weight error", "Uniform, squared weight error"} <= names
     told = " ".join(c.value for c in app.caption)
-    assert "Too little to fit" in told, "two runs are too few to predict from"
+    assert "Too little" in told, "two runs are too few to predict from"
 
 
 def test_a_method_without_its_profile_says_so():
     app = open_page("Plan", method="sensiboost")
-    assert first_line(app) == "SensiBoost needs the activation sensitivity by part of demo."
+    assert re.match("SensiBoost .*sensitivity by part of demo", first_line(app))
     assert not app.get("bidi_component")
 
 
 def test_what_a_method_lacks_is_measured_by_a_job(filled, monkeypatch):  # noqa: F811
     app = open_page("Plan", model=filled.model, method="loss-aware")
-    assert first_line(app).startswith("Loss-aware needs the loss impact of")
+    assert re.match("Loss-aware .*loss impact", first_line(app))
     started = []
     monkeypatch.setattr(jobs, "start", lambda folder, order: started.append((folder, order)))
     next(b for b in app.button if b.label == "Measure the loss impact").click().run()
@@ -138,21 +138,21 @@ def test_pins_hold_and_a_wrong_one_is_one_sentence(filled):  # noqa: F811
     plan = make_plan(problem(filled), PlanRequest("mxq", budget="5bpp", pins=(pin,)))
     assert planned(app) == {m.name: c.name for m, c in plan.choice.items()}
     assert {plan.choice[m].name for m in plan.matrices if m.layer == 2} == {"b8g64"}
-    assert any("The pins cost" in c.value for c in app.caption)
+    assert any("pins cost" in c.value for c in app.caption)
     app.text_area(key="pins").set_value("no pin").run()
-    assert ["is not a pin" in e.value for e in app.error] == [True]
+    assert ["not a pin" in e.value for e in app.error] == [True]
 
 
 def test_a_budget_out_of_reach_is_moved_and_says_so(filled):  # noqa: F811
     app = open_page("Plan", model=filled.model, method="mxq", budget="100")
     assert first_line(app).startswith("8.50 bits")
     (said,) = [w.value for w in app.warning]
-    assert said == "100.00 bits is out of reach: the largest plan, 8.51 bits, is shown."
+    assert re.search(r"100\.00 bits .*out of reach.*8\.51 bits", said)
     app.run()
     assert not app.warning, "it is said once"
     app.text_area(key="pins").set_value("*=b4g64").run()
     (said,) = [w.value for w in app.warning]
-    assert said.startswith("8.51 bits is out of reach with these pins: the largest plan, 4.25")
+    assert re.search(r"8\.51 bits .*out of reach .*pins.* 4\.25", said)
     again = open_page("Plan", model=filled.model, method="mxq", budget="nan")
     assert first_line(again).startswith("3.25 bits"), "what is no number is the default"
 
@@ -167,7 +167,7 @@ def test_pins_of_the_planner_are_kept_unless_they_contradict(filled, monkeypatch
     assert session == {"pins": layer}
     plan_panels.take_pins(asked, (layer, "*.q_proj=b8g64"))
     assert session["pins"] == layer
-    assert re.match("Not pinned. The pins .* contradict each other", session["pins_refused"])
+    assert "contradict" in session["pins_refused"]
     plan_panels.take_pins(asked, ())
     assert session["pins"] == ""
 
@@ -212,7 +212,7 @@ def test_a_plan_kept_in_bytes_is_opened_as_bits(filled):  # noqa: F811
 
 def test_solved_to_the_optimum_says_so(filled):  # noqa: F811
     app = open_page("Plan", model=filled.model, method="mxq", budget="3.3", exact="True")
-    assert any("No plan within the budget costs less" in c.value for c in app.caption)
+    assert any("No plan" in c.value and "costs less" in c.value for c in app.caption)
     plan = make_plan(problem(filled), PlanRequest("mxq", budget="3.3bpp", exact=True))
     (method,) = live(app)["methods"]
     assert [LADDER[i] for i in b64decode(method["solved"]["choice"])] == list(plan.configs)

@@ -242,5 +242,5 @@ def test_weights_that_are_no_numbers_stop_the_profile(tmp_path, settings):
     folder = save_random_model(tmp_path / "m", "llama-gqa")
     loaded = load_model(ModelSource(str(folder)), "cpu")
     loaded.model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
-    with pytest.raises(LsqError, match=r"layers\.1\.mlp\.up_proj holds 1 NaN or infinite"):
+    with pytest.raises(LsqError, match=r"layers\.1\.mlp\.up_proj .*\b1 NaN"):
         measure_profile(loaded, settings, "key")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -118,14 +119,13 @@ def test_every_quantizer_says_what_it_supports():
 
 def test_refusals_name_what_is_supported():
     three = {MATRIX: QuantConfig(3, 64)}
-    assert refusal("nf4", three) == (
-        "NF4 has no b3g64, which the plan gives model.layers.0.mlp.up_proj; it supports b4g128, "
-        "b4g64, b4g32."
-    )
+    said = refusal("nf4", three)
+    for told in ("NF4", "b3g64", MATRIX.name, "b4g128, b4g64, b4g32"):
+        assert told in said
     assert refusal("nf4", {MATRIX: QuantConfig(4, 64)}) == ""
-    assert "plan with axis 1" in refusal("nf4", {MATRIX: QuantConfig(4, 64)}, axis=0)
+    assert "axis 1" in refusal("nf4", {MATRIX: QuantConfig(4, 64)}, axis=0)
     assert refusal("hqq", three, axis=0) == ""
-    with pytest.raises(InputError, match="'nf5' is not a quantizer; choose one of hqq, rtn, nf4"):
+    with pytest.raises(InputError, match=r"'nf5' .*hqq, rtn, nf4"):
         refusal("nf5", three)
 
 
@@ -133,32 +133,28 @@ def test_refusals_of_whole_model_quantizers(monkeypatch):
     monkeypatch.setattr(quantize, "find_spec", lambda name: object())
     four, narrow = QuantConfig(4, 128), replace(MATRIX, in_features=96)
     assert refusal("gptq", {MATRIX: four, replace(MATRIX, name="other"): QuantConfig(2, 32)}) == ""
-    assert "groups of 128 do not fill" in refusal("gptq", {narrow: four})
-    assert "no multiple of 32" in refusal("awq", {replace(MATRIX, out_features=40): four})
-    assert "stack of experts" in refusal("gptq", {replace(MATRIX, expert=0): four})
+    assert "groups of 128" in refusal("gptq", {narrow: four})
+    assert "multiple of 32" in refusal("awq", {replace(MATRIX, out_features=40): four})
+    assert "experts" in refusal("gptq", {replace(MATRIX, expert=0): four})
     mixed = {MATRIX: four, replace(MATRIX, name="other"): QuantConfig(4, 64)}
-    assert "one configuration for all matrices, and this plan has b4g128, b4g64" in refusal(
-        "awq", mixed
-    )
-    assert "AWQ has no b8g64" in refusal("awq", {MATRIX: QuantConfig(8, 64)})
+    assert re.search("one configuration .*b4g128, b4g64", refusal("awq", mixed))
+    assert "b8g64" in refusal("awq", {MATRIX: QuantConfig(8, 64)})
 
 
 def test_a_package_that_is_missing_is_named_with_what_brings_it(monkeypatch):
     monkeypatch.setattr(quantize, "find_spec", lambda name: None)
     assert unavailable("hqq") == unavailable("rtn") == ""
-    told = "GPTQ needs gptqmodel, which is not installed; make gptqmodel adds it."
-    assert unavailable("gptq") == refusal("gptq", {}) == told
-    with pytest.raises(InputError, match="AWQ needs gptqmodel"):
+    assert unavailable("gptq") == refusal("gptq", {})
+    assert re.search("GPTQ .*make gptqmodel", unavailable("gptq"))
+    with pytest.raises(InputError, match=r"AWQ .*gptqmodel"):
         get_quantizer("awq")
 
 
 def test_what_no_plan_can_be_is_told_before_there_is_one():
     problem = Problem((MATRIX,))
-    assert "a budget of 3.2bpp is below that" in refusal_of(
-        problem, PlanRequest("mxq", budget="3.2bpp"), "nf4", 1
-    )
+    assert "3.2bpp is below" in refusal_of(problem, PlanRequest("mxq", budget="3.2bpp"), "nf4", 1)
     assert refusal_of(problem, PlanRequest("mxq", budget="4.2bpp"), "nf4", 1) == ""
-    assert "NF4 has no b3g128" in refusal_of(problem, PlanRequest("uniform", base="3.13"), "nf4", 1)
+    assert "b3g128" in refusal_of(problem, PlanRequest("uniform", base="3.13"), "nf4", 1)
     pinned = PlanRequest("uniform", base="3.13", pins=("*=b4g64",))
     assert refusal_of(problem, pinned, "nf4", 1) == ""
 
@@ -167,13 +163,13 @@ def test_the_command_line_refuses_before_any_work(capsys, monkeypatch):
     monkeypatch.setattr(Workbench, "loaded", property(lambda self: pytest.fail("loaded")))
     asked = ["run", "--model", "demo", "--quantizer", "nf4", "--method", "sensiboost"]
     assert main([*asked, "--base", "3.13"]) == 2
-    assert "it supports b4g128, b4g64, b4g32." in capsys.readouterr().err
+    assert "b4g128, b4g64, b4g32" in capsys.readouterr().err
     assert main([*asked, "--budget", "2.2bpp"]) == 2
-    assert "a budget of 2.2bpp is below that" in capsys.readouterr().err
+    assert "2.2bpp is below" in capsys.readouterr().err
 
 
 def test_a_profile_by_a_whole_model_quantizer_is_refused():
-    with pytest.raises(InputError, match="GPTQ cannot; choose one of hqq, rtn, nf4, nf4-dq"):
+    with pytest.raises(InputError, match=r"GPTQ .*hqq, rtn, nf4, nf4-dq"):
         ProfileSettings("gptq")
 
 
@@ -254,7 +250,7 @@ def test_what_gptqmodel_says_went_wrong_is_told(random_model, settings, monkeypa
     monkeypatch.setattr(through_gptqmodel, "_CHILD", "lsq_core.no_such_module")
     loaded = load_model(ModelSource(str(random_model("llama-gqa"))), "cpu")
     choice = dict.fromkeys(loaded.info.matrices, QuantConfig(4, 64))
-    with pytest.raises(LsqError, match=r"gptqmodel could not quantize .*No module named"):
+    with pytest.raises(LsqError, match=r"gptqmodel .*No module named"):
         get_quantizer(name).quantize_model(loaded, choice, settings, lambda *_: None)
 
 

@@ -214,7 +214,7 @@ def test_what_was_changed_on_the_way_is_refused(toolkit, host, store):
         return bytes(changed)
 
     host.tamper = flip
-    with pytest.raises(LsqError, match=r"did not give commit .* unharmed .*nothing was imported"):
+    with pytest.raises(LsqError, match=f"{toolkit[1][:12]}.*nothing was imported"):
         import_download(store, url=host.url, commit=toolkit[1])
     assert untouched(store)
 
@@ -224,7 +224,7 @@ def test_a_file_that_rotted_at_the_source_is_refused(toolkit, host, store):
     blob = toolkit[0] / ".git" / "objects" / name[:2] / name[2:]
     blob.chmod(0o644)
     blob.write_bytes(b"something else")
-    with pytest.raises(LsqError, match="did not give commit"):
+    with pytest.raises(LsqError, match=toolkit[1][:12]):
         import_download(store, url=host.url, commit=toolkit[1])
     assert untouched(store)
 
@@ -237,14 +237,14 @@ def test_a_repository_that_moved_on_still_gives_the_pin(toolkit, host, store):
 
 
 def test_a_commit_that_is_not_there_is_refused(host, store):
-    with pytest.raises(LsqError, match=r"did not give commit 0{12} unharmed"):
+    with pytest.raises(LsqError, match=r"\b0{12}\b"):
         import_download(store, url=host.url, commit="0" * 40)
     assert untouched(store)
 
 
 def test_a_file_that_the_commit_lacks_is_named(toolkit, host, store):
     git(toolkit[0], "rm", "--quiet", RUNS)
-    with pytest.raises(InputError, match=f"is not a checkout .* it has no {RUNS}"):
+    with pytest.raises(InputError, match=f"not a checkout .*{RUNS}"):
         import_download(store, url=host.url, commit=commit_all(toolkit[0]))
     assert untouched(store)
 
@@ -262,7 +262,7 @@ def test_no_network_is_one_sentence(store):
 
 def test_without_git_it_says_so(store, monkeypatch):
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(LsqError, match="needs git, which is not installed"):
+    with pytest.raises(LsqError, match=r"git.* not installed"):
         import_download(store)
     assert untouched(store)
 

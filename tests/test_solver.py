@@ -153,14 +153,15 @@ def test_enough_work_is_compiled_and_a_compiler_that_fails_is_named(monkeypatch)
     inputs = (scaled, scaled.mean(1, keepdim=True), scale, zero, top, 1, False)
     assert steps.engine.name == "eager"
     zeros, _ = steps(*inputs)
-    assert steps.engine == Engine("eager", "compiling failed: no headers")
+    assert steps.engine.name == "eager"
+    assert "no headers" in steps.engine.reason
     assert torch.equal(zeros, solver._steps(*inputs)[0])
 
 
 def test_a_machine_without_a_compiler_says_so(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with solver.steps.forced(compiled=True):
-        assert solver.engine("cpu").reason == "there is no C++ compiler (no-such-compiler)"
+        assert "no-such-compiler" in solver.engine("cpu").reason
 
 
 @pytest.mark.slow

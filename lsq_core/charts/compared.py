@@ -62,6 +62,7 @@ def win_tie_loss_bars(frame: pd.DataFrame) -> go.Figure:
     """
     names = [
         f"{method_style(row.method).title}<br>against {method_style(row.against).title}"
+        f"<br>n = {row.total}"
         for row in frame.itertuples()
     ]
     figure = go.Figure()
@@ -86,7 +87,7 @@ def win_tie_loss_bars(frame: pd.DataFrame) -> go.Figure:
     figure.update_layout(barmode="stack", bargap=0.3, legend=ABOVE | {"traceorder": "normal"})
     figure.update_xaxes(range=[0, 100], ticksuffix=" %", title_text="of the comparisons")
     figure.update_yaxes(autorange="reversed", automargin=True)
-    return finish(figure, 110 + 46 * len(frame))
+    return finish(figure, 110 + 56 * len(frame))
 
 
 def predicted_against_measured(frame: pd.DataFrame) -> go.Figure:

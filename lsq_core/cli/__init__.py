@@ -9,13 +9,15 @@ it in :mod:`~lsq_core.cli.show`.
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 
-from lsq_core import jobs
+from lsq_core.cli import output
 from lsq_core.cli.parser import build_parser
 from lsq_core.errors import LsqError
-from lsq_core.jsontext import json_text
+from lsq_core.files import disk_error
 from lsq_core.pipeline import Report
+from lsq_core.worker import work
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,9 +26,11 @@ def main(arguments: list[str] | None = None) -> int:
     ``job FOLDER`` is how :func:`lsq_core.jobs.start` has a command run; people don't type it.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
+    output.prepare()
     if arguments[:1] == ["job"]:
-        return jobs.work(Path(arguments[1]), execute)
-    options = build_parser().parse_args(arguments)
+        return work(Path(arguments[1]), execute)
+    with output.until_nobody_reads():
+        options = build_parser().parse_args(arguments)
     console = _Console()
     try:
         try:
@@ -34,16 +38,27 @@ def main(arguments: list[str] | None = None) -> int:
         finally:
             console.close()
     except LsqError as error:
-        print(f"lsq: {error}", file=sys.stderr)
-        return error.exit_code
+        return _failed(str(error), error.exit_code)
+    except OSError as error:
+        known = disk_error(error)
+        if known is None:
+            raise
+        return _failed(str(known), known.exit_code)
     except KeyboardInterrupt:
-        print("lsq: stopped", file=sys.stderr)
-        return 1
-    if options.json:
-        print(json_text(result))
-    else:
-        options.show(result)
+        return _failed("stopped", 1)
+    with output.until_nobody_reads():
+        if options.json:
+            output.print_json(result)
+        else:
+            options.show(result)
     return 0
+
+
+def _failed(reason: str, status: int) -> int:
+    """Say why on standard error, where it still goes anywhere."""
+    with suppress(OSError):
+        print(f"lsq: {reason}", file=sys.stderr)
+    return status
 
 
 def execute(arguments: list[str], report: Report, folder: Path | None = None) -> dict:
@@ -69,6 +84,10 @@ class _Console:
         self.terminal = sys.stderr.isatty()
 
     def report(self, stage: str, done: int, total: int, message: str) -> None:
+        with suppress(OSError):  # work goes on when nobody watches it any more
+            self._write(stage, done, total, message)
+
+    def _write(self, stage: str, done: int, total: int, message: str) -> None:
         tenth = 10 * done // total if total else 0
         if not self.terminal and (stage, tenth) == self.shown:
             return
@@ -83,4 +102,5 @@ class _Console:
 
     def close(self) -> None:
         if self.terminal and self.shown[0]:
-            print(file=sys.stderr)
+            with suppress(OSError):
+                print(file=sys.stderr)

@@ -178,12 +178,26 @@ def _add_keeping_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     sub = verb("disk", verbs.on_disk, show.disk, "what is kept on disk, and pruning it")
     sub.add_argument("--prune", metavar="NAME", help="delete one of what disk lists")
 
+    sub = verb("repair", verbs.repair, show.repaired, "copy what can be read of a damaged database")
+    sub.add_argument("database", type=Path, help="stays as it is")
+    sub.add_argument("--out", type=Path, help="a new file (beside it, named *.repaired)")
+
     _add_bench(
         verb("bench", verbs.bench, show.bench, "how fast this is, beside what people use today")
     )
 
     sub = verb("app", verbs.app, lambda result: None, "serve the app on this machine")
     sub.add_argument("--port", type=int, default=8501)
+    sub.add_argument(
+        "--address",
+        default="127.0.0.1",
+        help="address to listen on; any but this machine's own needs the token (127.0.0.1)",
+    )
+    sub.add_argument(
+        "--token",
+        action="store_true",
+        help="ask for a token, which the address that is printed holds, on this machine too",
+    )
 
 
 def _add_bench(sub: argparse.ArgumentParser) -> None:

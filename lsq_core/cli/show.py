@@ -31,6 +31,8 @@ def model(result: dict) -> None:
     )
     for name in result["left_out"]:
         print(f"left at full precision, since no group size divides it: {name}")
+    for note in result["notes"]:
+        print(f"note: {note}")
 
 
 def profile(result: dict) -> None:
@@ -99,6 +101,17 @@ def run(result: dict) -> None:
         f"({interval}), "
         f"KL {number(result['kl'])} nats, same top token {100 * result['top1']:.1f} %"
     )
+    if "seconds" in result:  # a job of an older version did not keep them
+        times(result["seconds"])
+
+
+def times(seconds: dict) -> None:
+    """Print where the time of a run went, the longest first."""
+    whole = seconds["whole"]
+    parts = {name: taken for name, taken in seconds.items() if name != "whole"}
+    told = sorted(parts.items(), key=lambda part: -part[1])
+    listed = ", ".join(f"{name} {duration(taken)}" for name, taken in told if taken >= 0.01 * whole)
+    print(f"took {duration(whole)}: {listed}")
 
 
 def figures(result: dict) -> None:
@@ -201,7 +214,7 @@ def results(result: dict) -> None:
         mib = "–" if size is None else f"{size / 2**20:.2f}"
         print(
             f"{str(row['model'])[-24:]:<24} {row['method']:<20} {row['bits_per_param']:>7.4f} "
-            f"{mib:>9} {row['perplexity']:>11.4f}  {row['corpus']} ({row['protocol']})"
+            f"{mib:>9} {number(row['perplexity']):>11}  {row['corpus']} ({row['protocol']})"
             + (", the saved model again" if row["saved_model"] else "")
         )
 
@@ -224,6 +237,14 @@ def disk(result: dict) -> None:
     """Print what is kept."""
     for item in result["kept"]:
         print(f"{format_bytes(item['bytes']):>12}  {item['kind']:<14} {item['name']}")
+
+
+def repaired(result: dict) -> None:
+    """Print what was copied, and what was not."""
+    for row in result["tables"]:
+        lost = f", {row['lost']:,} lost" if row["lost"] else ""
+        print(f"{row['table']:<14} {row['copied']:>10,} rows{lost}")
+    print(f"Written to {result['out']}.")
 
 
 #: Heads of the table of benchmarks.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from lsq_core import disk, jobs
 from lsq_core.config import parse_bytes
 from lsq_core.corpus import corpus_identity
-from lsq_core.errors import InputError, LsqError
+from lsq_core.errors import InputError, LsqError, reason_of
+from lsq_core.files import write_bytes
 from lsq_core.jsontext import write_json
 from lsq_core.model import MANIFEST, ModelSource
 from lsq_core.pipeline import (
@@ -27,10 +28,11 @@ from lsq_core.pipeline import (
 )
 from lsq_core.plan import PLANNERS, Plan, PlanRequest, Problem
 from lsq_core.predict import parse_loss
-from lsq_core.profile import METRICS, Profile, ProfileSettings
+from lsq_core.profile import Profile, ProfileSettings
 from lsq_core.quantize import about, check_choice
-from lsq_core.quantize.manifest import RUN, read_manifest
+from lsq_core.quantize.manifest import RUN, is_quantized_folder, read_manifest
 from lsq_core.store import PUBLISHED, Store
+from lsq_core.targets import check_file_target, check_folder_target
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -74,11 +76,6 @@ def _plan_request(options: argparse.Namespace, method: str | None = None) -> Pla
     method = options.method if one else method
     if not method:
         raise InputError(f"Give a method with --method: {', '.join(PLANNERS)}.")
-    if options.metric not in METRICS or not options.metric.startswith("sensitivity"):
-        raise InputError(
-            f"'{options.metric}' is not a metric SensiBoost can read; choose sensitivity or "
-            "sensitivity_module."
-        )
     return PlanRequest(
         method=method,
         base=options.base if one else None,
@@ -142,6 +139,7 @@ def _described(info: object) -> dict:
         "linear_parameters": info.linear_parameters,
         "covered": info.covered,
         "left_out": list(info.left_out),
+        "notes": list(info.notes),
         "file_bytes": info.file_bytes,
         "tied_embeddings": info.tied_embeddings,
     }
@@ -166,6 +164,8 @@ def profile(options: argparse.Namespace, report: Report) -> dict:
 
 def plan(options: argparse.Namespace, report: Report) -> dict:
     """Make a plan, measuring what it needs first."""
+    if options.out:
+        check_file_target(options.out)
     bench = _workbench(options, report)
     settings = _settings(options, bench, options.profile_quantizer, options.calibration)
     made, used = _plan(options, bench, settings)
@@ -177,21 +177,18 @@ def plan(options: argparse.Namespace, report: Report) -> dict:
         "covered": bench.info.covered,
     }
     if options.out:
-        _write_new(options.out, content)
+        write_json(options.out, content)
     return content
-
-
-def _write_new(path: Path, content: dict) -> None:
-    try:
-        write_json(path, content)
-    except OSError as error:
-        raise LsqError(f"{path} cannot be written: {error.strerror}.") from error
 
 
 def run(options: argparse.Namespace, report: Report) -> dict:
     """Plan or take a saved plan, quantize, evaluate, keep."""
     evaluation = _evaluation(options)
     corpus_identity(evaluation.corpus)  # a wrong path is told before anything is measured
+    save = options.save.expanduser().resolve() if options.save else None
+    resumed = getattr(options, "folder_to_keep", None) and save and is_quantized_folder(save)
+    if save and not resumed:  # one that is may have saved its model already
+        check_folder_target(save)
     (quantizer,) = _quantizers(options, [options.quantizer] if options.quantizer else [])
     bench = _workbench(options, report)
     settings = _settings(options, bench, options.profile_quantizer, options.calibration)
@@ -212,7 +209,6 @@ def run(options: argparse.Namespace, report: Report) -> dict:
         made, used = _plan(options, bench, settings)
     check_choice(quantizer, made.choice, made.axis)
     predicted = _predicted(bench, made, quantizer, settings, evaluation)
-    save = options.save.expanduser().resolve() if options.save else None
     outcome = bench.run(made, used, quantizer, evaluation, save, settings=settings)
     return {
         "model": bench.source.name,
@@ -234,7 +230,7 @@ def _refuse_early(
     options: argparse.Namespace, bench: Workbench, settings: ProfileSettings, quantizer: str
 ) -> None:
     """Tell what the quantizer can't do before a profile is measured for the plan."""
-    request, problem = _plan_request(options), Problem(bench.info.matrices)
+    request, problem = _plan_request(options), Problem(bench.outline.matrices)
     reason = refusal_of(problem, request, quantizer, settings.axis)
     if reason:
         raise InputError(reason)
@@ -260,9 +256,9 @@ def _saved_plan(path: Path, bench: Workbench) -> Plan:
         content = json.loads(path.read_text("utf8"))
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not a plan: it holds no JSON ({error}).") from error
-    return Plan.from_json(content, bench.info.matrices, bench.info.other_bytes)
+    except (ValueError, RecursionError) as error:  # also a number or nesting beyond Python's limits
+        raise InputError(f"{path} is not a plan: it holds no JSON ({reason_of(error)}).") from error
+    return Plan.from_json(content, bench.outline.matrices, bench.outline.other_bytes)
 
 
 def evaluate(options: argparse.Namespace, report: Report) -> dict:
@@ -271,9 +267,9 @@ def evaluate(options: argparse.Namespace, report: Report) -> dict:
     source = _source(options)
     folder = source.local_folder
     if folder is not None and (folder / MANIFEST).is_file():
-        return evaluate_saved(
-            folder, request, Store(options.db), options.device, options.dtype, report
-        )
+        place = options.device, options.dtype
+        trusted = source.trust_remote_code
+        return evaluate_saved(folder, request, Store(options.db), *place, report, trusted)
     return _workbench(options, report).evaluate_full(request)
 
 
@@ -314,8 +310,8 @@ def audit(options: argparse.Namespace, report: Report) -> dict:
     store, folder = Store(options.db), Path(options.target).expanduser()
     if folder.is_dir() or "/" in options.target:
         return audit_folder(folder.resolve(), store).to_json()
-    place = options.device, options.dtype
-    found = audit_run(options.target, store, _source_if_given(options), *place, report)
+    place = options.device, options.dtype, report, options.trust_remote_code
+    found = audit_run(options.target, store, _source_if_given(options), *place)
     return found.to_json() | {"run": options.target}
 
 
@@ -325,16 +321,16 @@ def generate(options: argparse.Namespace, report: Report) -> dict:
     from lsq_core.pipeline import original, remake
 
     store, source = Store(options.db), _source_if_given(options)
-    place = options.device, options.dtype, report
+    place, trusted = (options.device, options.dtype, report), options.trust_remote_code
     if options.saved is not None:
         manifest = read_manifest(options.saved.expanduser().resolve(), RUN)
         run, fingerprint = manifest["run"], manifest["fingerprint"]
-        source = source or ModelSource(manifest["source"], manifest["revision"])
+        source = source or ModelSource(manifest["source"], manifest["revision"], trusted)
         bench = original(source, fingerprint, store, *place)
-        quantized = load_saved(options.saved, options.device, options.dtype, report).model
+        quantized = load_saved(options.saved, *place, trusted).model
     else:
         run = options.run
-        bench, quantized = remake(run, source, store, *place)
+        bench, quantized = remake(run, source, store, *place, trusted)
     loaded = bench.loaded
     with in_a_sentence(loaded.device):
         compared = compare_generation(
@@ -368,22 +364,21 @@ def resume(options: argparse.Namespace, report: Report) -> dict:
     job = jobs.follow(jobs.resume(jobs.find(folder, options.id)), report)
     if job.state != "done":
         raise LsqError(f"Job {job.id} ended as {job.state}: {job.message}")
-    return {"job": job.id, "verb": job.arguments[0], "result": job.result()}
+    return {"job": job.id, "verb": job.verb, "result": job.result()}
 
 
 def results(options: argparse.Namespace, report: Report) -> dict:
     """Every run, newest first: measured here, or published."""
     frame = _results(options)
-    # An evaluation of a saved model, which has no full precision beside it, tells no KL.
-    alone = frame["kl"].isna() & (frame["origin"] == "measured")
-    frame = frame.assign(created=frame["created"].astype(str), saved_model=alone)
+    frame = frame.assign(created=frame["created"].astype(str))
     return {"results": frame.astype(object).where(frame.notna(), None).to_dict("records")}
 
 
 def _results(options: argparse.Namespace) -> pd.DataFrame:
     frame = Store(options.db).results(origin="published" if options.published else "measured")
     if options.model:
-        frame = frame[frame["model"].isin([options.model, PUBLISHED + options.model])]
+        names = options.model, ModelSource(options.model).name, PUBLISHED + options.model
+        frame = frame[frame["model"].isin(names)]
     return frame
 
 
@@ -399,6 +394,7 @@ def export(options: argparse.Namespace, report: Report) -> dict:
     if (kind in pages) != bool(options.run):
         needs = "a run with --run" if kind in pages else "no --run: it holds all runs"
         raise InputError(f"A {kind} file needs {needs}.")
+    check_file_target(options.out)
     if kind in tables:
         frame = _results(options)
         content, count = tables[kind](frame), len(frame)
@@ -406,13 +402,7 @@ def export(options: argparse.Namespace, report: Report) -> dict:
         store = Store(options.db)
         record = store.record(_evaluation_of(store, options.run))
         content, count = pages[kind](store, record).encode("utf8"), 1
-    try:
-        with options.out.open("xb") as file:
-            file.write(content)
-    except FileExistsError as error:
-        raise InputError(f"{options.out} is there already; give a new file.") from error
-    except OSError as error:
-        raise LsqError(f"{options.out} cannot be written: {error.strerror}.") from error
+    write_bytes(options.out, content, new=True)
     return {"out": str(options.out), "runs": count, "bytes": len(content)}
 
 
@@ -474,16 +464,21 @@ def bench(options: argparse.Namespace, report: Report) -> dict:
     return benchmarks.to_json(rows)
 
 
+def repair(options: argparse.Namespace, report: Report) -> dict:
+    """Copy what can be read of a damaged database into a new one."""
+    from lsq_core import repair as repairs
+
+    path = options.database.expanduser().resolve()
+    out = options.out or path.with_name(f"{path.name}.repaired")
+    tables = repairs.repair(path, out.expanduser().resolve())
+    return {"out": str(out), "tables": [asdict(table) for table in tables]}
+
+
 def app(options: argparse.Namespace, report: Report) -> dict:
     """Serve the app until stopped."""
-    import os
-    import subprocess
+    from lsq_core import serve
 
-    root = Path(__file__).resolve().parents[2]
-    environment = os.environ | ({"LSQ_DB": str(Store(options.db).path)} if options.db else {})
-    command = [sys.executable, "-m", "streamlit", "run", "app.py"]
-    command += ["--server.port", str(options.port)]
-    status = subprocess.call(command, cwd=root, env=environment)
-    if status:
-        raise LsqError(f"The app ended with status {status}; its own message is above.")
+    if options.db:
+        os.environ["LSQ_DB"] = str(Store(options.db).path)
+    serve.serve(options.address, options.port, options.token)
     return {}

@@ -5,8 +5,7 @@ A new planner is one file beside these and one entry in ``PLANNERS``.
 
 from __future__ import annotations
 
-from base64 import b64decode, b64encode
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Protocol
@@ -16,14 +15,13 @@ import numpy as np
 from lsq_core.config import (
     Budget,
     Config,
-    config_of,
     fp16_metadata_bytes,
     nominal_bytes,
     of_matrix,
     stop_index,
     weight_only_bytes,
 )
-from lsq_core.errors import InputError
+from lsq_core.errors import InputError, LsqError
 from lsq_core.model import Matrix
 from lsq_core.plan.boost import KurtBoost, KurtBoostAblation, SensiBoost, SensiBoostAblation
 from lsq_core.plan.exact import solve_exactly
@@ -33,7 +31,8 @@ from lsq_core.plan.loss_aware import LossAware
 from lsq_core.plan.mxq import KurtMilp, KurtScaled, Mxq, SensiMilp
 from lsq_core.plan.outliers import shallowness
 from lsq_core.plan.pins import with_pins
-from lsq_core.plan.problem import TOLERANCE, PlanRequest, Problem
+from lsq_core.plan.problem import PlanRequest, Problem
+from lsq_core.plan.saved import read_plan, rows_text
 from lsq_core.plan.sensi_knapsack import SensiKnapsack
 from lsq_core.plan.uniform import Uniform, uniform_start, usable_bases
 from lsq_core.quantize import planned_bytes
@@ -218,50 +217,11 @@ class Plan:
         Raises
         ------
         InputError
-            When the plan and the model don't name the same modules, or it is not a plan.
+            When it is not a plan, or one for another model; see
+            :func:`lsq_core.plan.saved.read_plan`.
         """
-        try:
-            modules, request = content["modules"], PlanRequest(**content["request"])
-            metadata, axis = content["metadata"], content["axis"]
-            configs = {n: config_of(entry) for n, entry in modules.items()}
-        except (KeyError, TypeError) as error:
-            raise InputError(
-                f"This is not a plan that LSQ Explorer wrote: {error} is missing."
-            ) from error
-        different = {m.name for m in matrices} ^ set(modules)
-        if different:
-            raise InputError(
-                f"The plan is for another model: {min(different)} is in only one of the two."
-            )
-        return cls(
-            request=request,
-            matrices=matrices,
-            configs=tuple(configs[m.name] for m in matrices),
-            metadata=metadata,
-            axis=axis,
-            base=content.get("base"),
-            reasons=content.get("flagged", {}),
-            notes=tuple(content.get("notes", ())),
-            other_bytes=other_bytes,
-            objective=content.get("objective"),
-            lower_bound=content.get("lower_bound"),
-            quantizer=content.get("quantizer", "hqq"),
-            calibration=content.get("calibration"),
-            rows={n: rows_of_text(e["rows"]) for n, e in modules.items() if "rows" in e},
-        )
-
-
-def rows_text(rows: Sequence[int], matrix: Matrix) -> str:
-    """Row numbers as a plan's JSON has them: a bitmap of all rows, lowest bits first, in base64."""
-    marked = np.zeros(matrix.out_features, dtype=np.uint8)
-    marked[list(rows)] = 1
-    return b64encode(np.packbits(marked, bitorder="little").tobytes()).decode("ascii")
-
-
-def rows_of_text(text: str) -> tuple[int, ...]:
-    """The row numbers of :func:`rows_text`, ascending."""
-    packed = np.frombuffer(b64decode(text), dtype=np.uint8)
-    return tuple(np.flatnonzero(np.unpackbits(packed, bitorder="little")).tolist())
+        saved = read_plan(content, matrices)
+        return cls(matrices=matrices, other_bytes=other_bytes, **vars(saved))
 
 
 def make_plan(
@@ -361,11 +321,8 @@ def _look_up(
 ) -> _Chosen:
     """The frontier's plan for a budget, or all of a fixed base's moves."""
     limit = budget.nominal_bytes if budget else np.inf
-    if limit * (1 + TOLERANCE) < frontier.smallest:
-        raise InputError(
-            f"A budget of {budget.text} does not reach the smallest plan from this base, "
-            f"{problem.in_words(frontier.smallest)}."
-        )
+    if budget is not None:
+        frontier.check_reaches(budget, problem)
     answer = frontier.at(limit)
     if not planner.has_base:
         if request.exact:
@@ -423,13 +380,19 @@ def _price_of_pins(
     """What the pins cost: bytes where they were added to a base, else cost at the same budget."""
     if not request.pins:
         return ()
-    free = make_frontier(problem, request)
+    try:
+        free = make_frontier(problem, request)
+    except LsqError:
+        return ("Without the pins this method has no plan.",)
+    budget = request.budget_for(problem)
+    limit = budget.nominal_bytes if budget else np.inf
+    if not free.reaches(limit):
+        return ("Without the pins no plan from this base is within the budget.",)
+    answer = free.at(limit)
     if frontier.cost is None and frontier.losses is None:
-        limit = request.budget_for(problem)
-        answer = free.at(limit.nominal_bytes if limit else np.inf)
         more = 8 * (problem.nominal(chosen.stops) - problem.nominal(answer.choice)) / problem.total
         return (f"The pins change the plan by {more:+.4f} bpp.",)
-    without = free.at(request.budget_for(problem).nominal_bytes).objective
+    without = answer.objective
     if without is None or chosen.objective is None:
         return ()
     share = 100 * (chosen.objective / without - 1) if without else 0.0

@@ -17,8 +17,10 @@ from functools import cached_property
 
 import numpy as np
 
+from lsq_core.config import Budget
+from lsq_core.errors import InputError
 from lsq_core.plan.greedy import Steps, fill, give_back, repair, take_what_fits, total
-from lsq_core.plan.problem import TOLERANCE
+from lsq_core.plan.problem import TOLERANCE, Problem
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,18 @@ class Frontier:
         """Nominal bytes of the smallest plan."""
         return self.segments[0].start_bytes
 
+    def reaches(self, budget: float) -> bool:
+        """Whether some plan is within a budget in nominal bytes."""
+        return self.smallest <= budget * (1 + TOLERANCE)
+
+    def check_reaches(self, budget: Budget, problem: Problem) -> None:
+        """Raise :class:`InputError` where no plan is within the budget."""
+        if not self.reaches(budget.nominal_bytes):
+            raise InputError(
+                f"A budget of {budget.text} does not reach the smallest plan from this base, "
+                f"{problem.in_words(self.smallest)}."
+            )
+
     @cached_property
     def _starts(self) -> np.ndarray:
         return np.array([s.start_bytes for s in self.segments])
@@ -135,9 +149,9 @@ class Frontier:
             When the budget is below the smallest plan.
         """
         limit = budget * (1 + TOLERANCE)
-        index = int(np.searchsorted(self._starts, limit, side="right")) - 1
-        if index < 0:
+        if not self.reaches(budget):
             raise ValueError("the budget is below the smallest plan")
+        index = int(np.searchsorted(self._starts, limit, side="right")) - 1
         segment = self.segments[index]
         taken = segment.count_within(budget)
         choice = segment.after(taken)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+import reprlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -11,6 +14,7 @@ from lsq_core.config import (
     LADDER,
     Budget,
     Config,
+    MixedRows,
     format_bytes,
     mixed_rows,
     nominal_bytes,
@@ -24,6 +28,8 @@ from lsq_core.quantize import planned_bytes
 TOLERANCE = 1e-9
 #: What high-impact ratios are measured by: the block's own output, or the whole model's.
 LOSSES = ("block", "model")
+#: What SensiBoost can read: the sensitivity by part, or by module.
+SENSITIVITIES = ("sensitivity", "sensitivity_module")
 #: How they are chosen: one for all, each matrix for itself, or as they act together in a block.
 RATIO_CHOICES = ("uniform", "diagonal", "full")
 
@@ -142,9 +148,32 @@ class Problem:
                     "group size, or mxq, which gives each matrix one that fits."
                 )
 
+    def check_options(self) -> None:
+        """Raise :class:`InputError` naming the first matrix that no option's groups fill."""
+        for matrix, allowed in zip(self.matrices, self.allowed, strict=True):
+            if not allowed.any():
+                sizes = sorted({option.group_size for option in self.options}, reverse=True)
+                rows = (
+                    "has rows that"
+                    if isinstance(self.options[0], MixedRows)
+                    else "has weights that"
+                )
+                raise InputError(
+                    f"{matrix.name} ({matrix.out_features}×{matrix.in_features}) has {what} "
+                    f"that cannot be cut into groups of {', '.join(map(str, sizes))}; choose a "
+                    "smaller group size."
+                )
+
     @property
     def feasible(self) -> tuple[float, float]:
-        """Nominal bytes of the smallest and the largest plan."""
+        """Nominal bytes of the smallest and the largest plan.
+
+        Raises
+        ------
+        InputError
+            When there is none, because no option's groups fill some matrix.
+        """
+        self.check_options()
         smallest = np.where(self.allowed, self.bytes, np.inf).min(axis=1).sum()
         largest = np.where(self.allowed, self.bytes, -np.inf).max(axis=1).sum()
         return float(smallest), float(largest)
@@ -191,16 +220,50 @@ class PlanRequest:
     clip: bool = False
 
     def __post_init__(self) -> None:
+        self._check_types()
         object.__setattr__(self, "pins", tuple(self.pins))  # JSON gives a list
         if self.boost_stop < 0 or self.top_m < 0:
             raise InputError("boost-stop and top-m are counts; they cannot be negative.")
+        if self.seed < 0:
+            raise InputError(f"A seed cannot be negative, and {self.seed} is.")
         mixed_rows(self.low_bits, self.high_bits, self.group_size)
         for name, value, offered in (
             ("loss", self.loss, LOSSES),
             ("ratios", self.ratios, RATIO_CHOICES),
+            ("metric", self.metric, SENSITIVITIES),
         ):
             if value not in offered:
-                raise InputError(f"'{value}' is not one of the {name}: {', '.join(offered)}.")
+                raise InputError(f"{name} is one of {', '.join(offered)}, not '{value}'.")
+
+    def _check_types(self) -> None:
+        """A request may come from a file: a field of another type is named, not met later."""
+        for each in fields(self):
+            value, kind = getattr(self, each.name), type(each.default)
+            if each.name == "pins":
+                fine = isinstance(value, list | tuple) and all(isinstance(p, str) for p in value)
+            elif each.default is None:
+                fine = value is None or isinstance(value, str)
+            else:
+                kind = str if each.name == "method" else kind
+                fine = type(value) is kind
+            if not fine:
+                raise InputError(f"A request's {each.name} cannot be {reprlib.repr(value)}.")
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> PlanRequest:
+        """A request as a plan's JSON has it.
+
+        Raises
+        ------
+        InputError
+            When it lacks the method, has a field that no request has, or a value it cannot have.
+        """
+        unknown = sorted(set(content) - {each.name for each in fields(cls)})
+        if unknown:
+            raise InputError(f"A request has no field '{unknown[0]}'; remove it from the plan.")
+        if "method" not in content:
+            raise InputError("The plan's request lacks its method.")
+        return cls(**content)
 
     def budget_for(self, problem: Problem) -> Budget | None:
         """The budget in nominal bytes, checked against what is feasible for this model."""

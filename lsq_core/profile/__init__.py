@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
@@ -118,9 +118,23 @@ class ProfileSettings:
         if self.metadata not in METADATA_FORMATS:
             raise InputError(f"'{self.metadata}' is not a metadata format; choose 8bit or fp16.")
 
-    def key(self, fingerprint: str, corpus_identity: str) -> str:
-        """The identity of a profile: the same key means the same figures."""
+    def key(
+        self,
+        fingerprint: str,
+        corpus_identity: str,
+        tokenizer: str = "",
+        code: str = "",
+        made_with: Mapping[str, object] | None = None,
+    ) -> str:
+        """The identity of a profile: the same key means the same figures.
+
+        ``tokenizer`` and ``code`` are hashes (:class:`lsq_core.identity.ModelIdentity`), and
+        ``made_with`` is of :func:`lsq_core.provenance.profile_dependencies`. A published profile
+        has none of these, and neither had one from before they were part of the key.
+        """
         content = asdict(self) | {"model": fingerprint, "corpus": corpus_identity}
+        content |= {"made_with": dict(made_with)} if made_with else {}
+        content |= {k: v for k, v in (("tokenizer", tokenizer), ("code", code)) if v}
         del content["calibration"]  # two names of one text are one corpus
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -142,7 +156,7 @@ class Profile:
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """The metrics it holds; others can be added (:meth:`Store.complete_profile`)."""
+        """The metrics it holds; others can be added (:meth:`Store.keep_profile`)."""
         return tuple(self.values["metric"].unique())
 
     def scores(self, metric: str, config: QuantConfig | None = None) -> np.ndarray:

@@ -10,12 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from lsq_core.files import Damaged, read_arrays, write_arrays
 from lsq_core.load import LoadedModel, is_transposed, last_logits, locate
 from lsq_core.model import Matrix
 
 Progress = Callable[[int, int, str], None]
 #: Sequences between two writes of what there is so far.
 _KEEP_EVERY = 16
+#: The entry of a checkpoint that says how many sequences were read.
+_DONE = "done"
 
 
 def measure_row_scores(
@@ -32,7 +35,7 @@ def measure_row_scores(
     and over the sequences. ``checkpoint`` is a file to go on from.
     """
     scores = _RowScores(loaded)
-    done = scores.read(checkpoint)
+    done = scores.read(checkpoint, len(ids), progress)
     with torch.inference_mode(False), torch.enable_grad(), scores.collecting():
         for number in range(done, len(ids)):
             progress(number, len(ids), f"row scores, sequence {number + 1} of {len(ids)}")
@@ -68,19 +71,30 @@ class _RowScores:
             own = squares if matrix.expert is None else squares[matrix.expert]
             self.sums[matrix] += own.mean(0 if transposed else 1).double().cpu().numpy()
 
-    def read(self, checkpoint: Path | None) -> int:
-        """Take over what was kept; how many sequences that was."""
-        if checkpoint is None or not checkpoint.is_file():
+    def read(self, checkpoint: Path | None, sequences: int, progress: Progress) -> int:
+        """Take over what was kept; how many of the sequences that was.
+
+        What is damaged is deleted, and costs what it held.
+        """
+        if checkpoint is None:
             return 0
-        with np.load(checkpoint) as kept:
-            for matrix in self.sums:
-                self.sums[matrix] = kept[matrix.name]
-            return int(kept["done"])
+        like = {m.name: total for m, total in self.sums.items()} | {_DONE: np.zeros((), np.int64)}
+        try:
+            kept = read_arrays(checkpoint, like)
+            if kept is not None and not 0 < kept[_DONE] <= sequences:
+                raise Damaged(f"{checkpoint} is damaged: it is of {kept[_DONE]} sequences.")
+        except Damaged as error:
+            progress(0, sequences, f"{error} Its sequences are read again.")
+            checkpoint.unlink(missing_ok=True)
+            return 0
+        if kept is None:
+            return 0
+        self.sums = {matrix: kept[matrix.name] for matrix in self.sums}
+        return int(kept[_DONE])
 
     def write(self, checkpoint: Path, done: int) -> None:
-        unfinished = checkpoint.with_suffix(".part.npz")
-        np.savez(unfinished, done=done, **{m.name: total for m, total in self.sums.items()})
-        unfinished.replace(checkpoint)
+        sums = {m.name: total for m, total in self.sums.items()}
+        write_arrays(checkpoint, sums | {_DONE: np.array(done, np.int64)})
 
 
 class _Collecting:

@@ -262,6 +262,12 @@ def planned_bytes(name: str, shape: tuple[int, int], config: Config, metadata: s
     return layout.stored_bytes(about(name).layout(shape, config, metadata))
 
 
+def computes_with(name: str) -> list[str]:
+    """The packages whose releases may change what a quantizer stores for given weights."""
+    known = about(name)
+    return ["hqq"] * known.takes_metadata + [known.package] * bool(known.package)
+
+
 def packages(names: Iterable[str]) -> list[str]:
     """The packages, beside those of every figure, that figures by these quantizers depend on."""
     found = [about(name).package for name in names]

@@ -20,18 +20,33 @@ import torch
 from accelerate import init_empty_weights
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
+from lsq_core.checkpoint import safetensors_header
 from lsq_core.config import config_of, format_bytes
 from lsq_core.errors import InputError, LsqError
-from lsq_core.load import describe, load_tokenizer, pick_device, pick_dtype
-from lsq_core.model import MANIFEST, Matrix, ModelSource, folder_bytes, safetensors_header
+from lsq_core.files import sync_folder, sync_tree
+from lsq_core.identity import has_own_code
+from lsq_core.load import (
+    building,
+    check_bytes,
+    describe,
+    load_tokenizer,
+    model_config,
+    pick_device,
+    pick_dtype,
+    stored_dtype,
+)
+from lsq_core.model import MANIFEST, Matrix, ModelSource, folder_bytes
 from lsq_core.quantize import about, matrix_kind
 from lsq_core.quantize.apply import install, packed_modules
 from lsq_core.quantize.base import StoredMatrix
 from lsq_core.quantize.layout import Stored, as_saved
 from lsq_core.quantize.manifest import FORMAT, WEIGHTS, read_manifest
+from lsq_core.targets import check_folder_target
 
+#: How a model generates: the tokens that end a text, most of all.
+GENERATION = "generation_config.json"
 #: torch's dtypes by their names in a safetensors header, of those that layouts use.
 _DTYPES = {
     "U8": torch.uint8,
@@ -68,7 +83,8 @@ def save_quantized(
         ``modules`` maps full module names to ``bits``, ``group_size``; ``axis`` and ``metadata``
         say how to read them; whatever else it holds is kept as provenance.
     source_folder
-        The original model's folder, whose ``config.json`` goes with the copy.
+        The original model's folder, whose config, generation settings and own Python code go
+        with the copy.
 
     Raises
     ------
@@ -77,23 +93,27 @@ def save_quantized(
     LsqError
         When the disk is full or cannot be written.
     """
-    check_target(folder)
-    state = _stored_state(model, source_folder)
+    check_folder_target(folder)
+    state = _stored_state(model, stored_dtype(source_folder))
     need = sum(t.nbytes for t in state.values())
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _whole_or_nothing(folder, need) as unfinished:
         save_file(state, unfinished / WEIGHTS, metadata={"format": "pt"})
-        shutil.copy(source_folder / "config.json", unfinished / "config.json")
+        _copy_beside(source_folder, unfinished)
         text = json.dumps({"format": FORMAT} | manifest, indent=1)
         (unfinished / MANIFEST).write_text(text, "utf8")
         tokenizer.save_pretrained(unfinished)
     return folder_bytes(folder)
 
 
-def check_target(folder: Path) -> None:
-    """Raise :class:`InputError` unless a model can be saved under this name without loss."""
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise InputError(f"{folder} exists and is not empty; choose another folder to save to.")
+def _copy_beside(source: Path, target: Path) -> None:
+    """Copy what a model needs beside its weights: config, generation settings, its own code."""
+    shutil.copy(source / "config.json", target)
+    if (source / GENERATION).is_file():
+        shutil.copy(source / GENERATION, target)
+    if has_own_code(source):
+        for path in source.glob("*.py"):
+            shutil.copy(path, target)
 
 
 @contextmanager
@@ -105,13 +125,15 @@ def _whole_or_nothing(folder: Path, need: int) -> Iterator[Path]:
     )
     if shutil.disk_usage(folder.parent).free < need:
         raise full
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name[:40]}-", dir=folder.parent))
     try:
         yield unfinished
         unfinished.chmod(0o755)
+        sync_tree(unfinished)
         if folder.is_dir():
             folder.rmdir()
         unfinished.rename(folder)
+        sync_folder(folder.parent)
     except Exception as error:
         no_space = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
         if no_space:
@@ -121,16 +143,15 @@ def _whole_or_nothing(folder: Path, need: int) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _stored_state(model: nn.Module, source_folder: Path) -> dict[str, torch.Tensor]:
+def _stored_state(model: nn.Module, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
     """Every stored tensor once, but for matrices in the checkpoint's dtype where that is exact."""
-    dtype = getattr(AutoConfig.from_pretrained(source_folder), "dtype", None)
     state, seen, packed = {}, set(), _packed_names(model)
     for name, tensor in model.state_dict().items():
         if tensor.data_ptr() in seen:
             continue
         seen.add(tensor.data_ptr())
         as_is = name in packed or tensor.dtype != torch.float32
-        if isinstance(dtype, torch.dtype) and not as_is:
+        if dtype is not None and not as_is:
             smaller = tensor.to(dtype)
             tensor = smaller if torch.equal(smaller.float(), tensor) else tensor
         state[name] = tensor.detach().cpu().contiguous()
@@ -161,15 +182,18 @@ def load_quantized(
     safetensors_header(folder / WEIGHTS)
     target = pick_device(device)
     source = ModelSource(str(folder), trust_remote_code=trust_remote_code)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    config = model_config(source, folder)
     compute_dtype = pick_dtype(dtype, target, config)
     # Buffers that no file holds (rotary frequencies) are computed; parameters stay empty.
-    with init_empty_weights(include_buffers=False):
+    with building(source, folder), init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(
             config, trust_remote_code=trust_remote_code, experts_implementation="eager"
         )
+    if (folder / GENERATION).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     install(model, _empty_matrices(model, source, manifest))
-    _fill(model, load_file(folder / WEIGHTS), compute_dtype)
+    check_bytes(str(folder), (folder / WEIGHTS).stat().st_size, "packed form", target)
+    _fill(model, load_file(folder / WEIGHTS, device=str(target)), compute_dtype)
     model = model.to(target).eval().requires_grad_(False)
     tokenizer = load_tokenizer(source, folder)
     return QuantizedModel(model, tokenizer, manifest, folder, str(target), str(compute_dtype)[6:])

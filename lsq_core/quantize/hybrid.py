@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from lsq_core.config import Config, QuantConfig
+from lsq_core.errors import reason_of
+from lsq_core.files import write_bytes
 from lsq_core.load import LoadedModel, find_blocks, get_weight, is_transposed, locate
 from lsq_core.model import Matrix
 from lsq_core.profile.context import record_calls
@@ -287,13 +289,13 @@ class Hybrid:
                 own = {m: c for m, c in choice.items() if m.layer == layer}
                 targets = full.through(layer, block)
                 file = None if folder is None else folder / f"block-{layer}.safetensors"
-                packed, seconds = _read(file, own, settings.axis, loaded.device)
+                report = self._report(progress, layer, len(blocks))
+                packed, seconds = _read(file, own, settings.axis, loaded.device, report)
                 remembered.saved_seconds += seconds
                 if not packed and own:
                     began = time.perf_counter()
                     learned = _learnable(loaded, own, rows or {}, settings)
                     learning = _Block(loaded.model, block, f"{prefix}.{layer}", learned)
-                    report = self._report(progress, layer, len(blocks))
                     _learn(learning, ours, layer, targets, self.steps, settings.seed, report)
                     packed = {m: matrix.pack() for m, matrix in learned.items()}
                     _write(file, packed, time.perf_counter() - began)
@@ -303,11 +305,11 @@ class Hybrid:
         progress(total, total, "quantized")
         return quantized
 
-    def _report(self, progress: Progress, layer: int, layers: int) -> Callable[[int], None]:
-        """Tells a step of a layer as one of them all."""
+    def _report(self, progress: Progress, layer: int, layers: int) -> Callable[..., None]:
+        """Tells a step of a layer as one of them all, or something else in its place."""
 
-        def report(step: int) -> None:
-            text = f"layer {layer + 1} of {layers}, step {step} of {self.steps}"
+        def report(step: int, instead: str = "") -> None:
+            text = instead or f"layer {layer + 1} of {layers}, step {step} of {self.steps}"
             progress(layer * self.steps + step, layers * self.steps, text)
 
         return report
@@ -397,22 +399,40 @@ def _write(file: Path | None, packed: Mapping[Matrix, StoredMatrix], seconds: fl
         for matrix, own in packed.items()
         for name, tensor in own.tensors.items()
     }
-    unfinished = file.with_suffix(".part")
-    save_file(tensors, unfinished, metadata={"seconds": repr(seconds), "format": str(FORMAT)})
-    unfinished.replace(file)
+    about = {"seconds": repr(seconds), "format": str(FORMAT)}
+    write_bytes(file, save(tensors, metadata=about))
 
 
 def _read(
-    file: Path | None, choice: Mapping[Matrix, Config], axis: int, device: str
+    file: Path | None,
+    choice: Mapping[Matrix, Config],
+    axis: int,
+    device: str,
+    report: Callable[..., None],
 ) -> tuple[dict[Matrix, StoredMatrix], float]:
-    """What was kept of a block, and the seconds it took; nothing where nothing was."""
+    """What was kept of a block, and the seconds it took; nothing where nothing was.
+
+    What is damaged is deleted, and its block is learned again.
+    """
     if file is None or not file.is_file():
         return {}, 0.0
+    try:
+        return _kept(file, choice, axis, device)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        report(0, f"{file} is damaged ({reason_of(error)}), so its block is learned again")
+        file.unlink(missing_ok=True)
+        return {}, 0.0
+
+
+def _kept(
+    file: Path, choice: Mapping[Matrix, Config], axis: int, device: str
+) -> tuple[dict[Matrix, StoredMatrix], float]:
     tensors: dict[str, dict[str, Tensor]] = {}
     with safe_open(file, "pt", device) as kept:
-        if kept.metadata().get("format") != str(FORMAT):  # stored in another layout than planned
+        about = kept.metadata() or {}
+        if about.get("format", "2") != str(FORMAT):  # stored in another layout than is planned
             return {}, 0.0
-        seconds = float(kept.metadata()["seconds"])
+        seconds = float(about["seconds"])
         for key in kept.keys():  # noqa: SIM118
             module, _, name = key.rpartition("/")
             tensors.setdefault(module, {})[name] = kept.get_tensor(key)

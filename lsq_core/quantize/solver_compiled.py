@@ -23,6 +23,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from lsq_core.errors import reason_of
+
 #: Weights that one variant of the steps has to have solved before it is compiled.
 PAYS_AFTER = 2**31
 #: Pieces of fewer weights always run as they are: they gain nothing, and single groups would be
@@ -74,7 +76,7 @@ class Steps:
         try:
             return self._compiled(*inputs)
         except Exception as error:  # whatever a compiler can't do here, the steps still can
-            self._failure = f"compiling failed: {str(error).strip().splitlines()[0]}"
+            self._failure = f"compiling failed: {reason_of(error)}"
             _log.warning("%s; the solver goes on without", self._failure)
             return self.eager(*inputs)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from lsq_core.config import GIB, LADDER, QuantConfig
+from lsq_core.config import GIB, LADDER, QuantConfig, named_stop
 from lsq_core.errors import InputError
 from lsq_core.jsontext import json_text
 from lsq_core.model import ModelInfo
@@ -70,7 +70,10 @@ class _Setting:
             return PlanRequest(_METHODS[boost[1]], self.label, boost_stop=stop, top_m=top)
         if self.algo == "mxq":
             plain = self.attempt.rstrip("0123456789") in ("", "mxq")
-            return PlanRequest("mxq" if plain else self.attempt, budget=f"{self.bits:g}bpp")
+            budget = f"{self.bits:g}bpp"
+            if named_stop(budget):  # here the number that the toolkit spent, not the stop's size
+                budget = f"{self.bits:.3f}bpp"
+            return PlanRequest("mxq" if plain else self.attempt, budget=budget)
         return PlanRequest("uniform" if self.algo == "hqq" else self.algo, self.label)
 
     @property

@@ -142,7 +142,7 @@ def comparison(here: Here, choice: Choice) -> str:
         gains = against_base(frame, base)
         figures["Gain for bits"] = charts.gain_for_bits(gains, f"uniform {name}")
     counts = figure_6(choice.of_model)
-    for equal, part in counts.groupby("equal"):
+    for equal, part in counts[counts["enough"]].groupby("equal"):
         heading = f"Win, tie, loss at {'equal bytes' if equal else 'the same label'}"
         figures[heading] = charts.win_tie_loss_bars(part)
     tokens = "" if pd.isna(first["tokens"]) else f", {first['tokens']:,} tokens"

@@ -8,6 +8,8 @@ import streamlit as st
 
 from lsq_core import charts
 from lsq_core.compare import (
+    FEWEST,
+    NEAR,
     against_base,
     figure_6,
     plan_difference,
@@ -87,14 +89,19 @@ def show_win_tie_loss(here: Here, choice: Choice) -> None:
         with place:
             head, save = st.columns([2.4, 1], vertical_alignment="center")
             head.subheader(how[0].upper() + how[1:], anchor=False)
+            few = too_few(part)
+            part = part[part["enough"]]
+            if few:
+                st.caption(few)
             if part.empty:
-                st.caption("No two runs meet here.")
+                if not few:
+                    st.caption("No two runs meet here.")
                 continue
             figure = charts.win_tie_loss_bars(part)
             name = f"{choice.of_model['model'].iloc[0]} win tie loss {how.split(',')[0]}"
             alt = "; ".join(
                 f"{row.method} against {row.against}: {row.wins} wins, {row.ties} ties, "
-                f"{row.losses} losses"
+                f"{row.losses} losses (n = {row.total})"
                 for row in part.itertuples()
             )
             chart(figure, f"wins-{equal}", name, alt)
@@ -103,20 +110,38 @@ def show_win_tie_loss(here: Here, choice: Choice) -> None:
     st.caption(
         "Perplexities rounded to two decimals, on all corpora together. At the same label a boost "
         "spends up to 7 % more bits than what it is held against. At equal bytes each run meets "
-        "the other method's best run, with any settings, that spends no more bits."
+        "the other method's best run of the same size, or what lies between its neighbours (in "
+        f"the logarithm of perplexity) where they are at most {100 * NEAR:.0f} % of their size "
+        f"apart. Fewer than {FEWEST} comparisons (n) are not drawn."
     )
     with st.expander("Numbers"):
         st.dataframe(_percentages(found), key="wins-numbers")
         offer_table(found, f"{choice.of_model['model'].iloc[0]} win tie loss")
 
 
+def too_few(part: pd.DataFrame) -> str:
+    """A sentence that names the pairs of methods with too few comparisons, '' if there are none."""
+    pairs = [f"{_pair(row)} (n = {row.total})" for row in part[~part["enough"]].itertuples()]
+    return f"Too few comparisons to say: {'; '.join(pairs)}." if pairs else ""
+
+
+def _pair(row: tuple) -> str:
+    return " against ".join(charts.method_style(m).title for m in (row.method, row.against))
+
+
 def _percentages(found: pd.DataFrame) -> pd.DataFrame:
-    """A row a pair of methods: whole percents and the number of comparisons, for both accounts."""
+    """A row a pair of methods: whole percents and the number of comparisons, for both accounts.
+
+    Percents are left out where there are too few comparisons.
+    """
     rows: dict[str, dict] = {}
     for row in found.itertuples():
-        pair = " against ".join(charts.method_style(m).title for m in (row.method, row.against))
-        shares = [round(100 * n / row.total) for n in (row.wins, row.ties, row.losses)]
-        names = ("wins %", "ties %", "losses %", "runs")
+        pair = _pair(row)
+        shares = [
+            round(100 * n / row.total) if row.enough else None
+            for n in (row.wins, row.ties, row.losses)
+        ]
+        names = ("wins %", "ties %", "losses %", "n")
         cells = zip(names, [*shares, row.total], strict=True)
         rows.setdefault(pair, {}).update({(_HOW[row.equal], name): n for name, n in cells})
     return pd.DataFrame(rows).T.astype("Int64")
@@ -231,7 +256,7 @@ def _predictor(here: Here, choice: Choice, corpus: str) -> Predictor | str:
     settings = known.newest_settings(here.store, info)
     if settings is None:
         return "Predicting perplexity needs a profile of this model; Explore measures one."
-    found = known.profile(here.store, info, settings)
+    found = known.profile(here.store, info, settings, here.device)
     return known.predictor(here.store, info, found, settings, corpus)
 
 

@@ -270,7 +270,8 @@ def show_metadata_cost(seen: Seen) -> None:
         return
     st.subheader("What 8-bit metadata cost", anchor=False)
     other = "fp16" if found.settings.metadata == "8bit" else "8bit"
-    twin = known.profile(seen.here.store, seen.info, replace(found.settings, metadata=other))
+    wanted = replace(found.settings, metadata=other)
+    twin = known.profile(seen.here.store, seen.info, wanted, seen.here.device)
     if twin is None:
         st.write(
             f"Profile once more with **{other}** metadata (above), and this table shows what "

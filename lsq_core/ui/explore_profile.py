@@ -191,7 +191,7 @@ def job_words(seen: Seen, metrics: Sequence[str] = ()) -> list[str]:
 
 def _say_how_far(seen: Seen, job: Job) -> None:
     """The first line while a job measures; the page is drawn anew when more of it is there."""
-    now = known.profile(seen.here.store, seen.info, seen.settings)
+    now = known.profile(seen.here.store, seen.info, seen.settings, seen.here.device)
     if missing_metrics(now) != seen.lacking:
         st.rerun(scope="app")
     share = f", {100 * job.fraction:.0f} %" if job.total > 1 else ""

@@ -13,6 +13,7 @@ from lsq_core import charts, weights
 from lsq_core.config import DETECTION_CONFIG, LADDER, QuantConfig, divides
 from lsq_core.model import Matrix, ModelInfo
 from lsq_core.quantize import MATRIX_WISE, about, unavailable
+from lsq_core.ui import known
 from lsq_core.ui.explore_layers import keep_to
 from lsq_core.ui.explore_profile import Seen
 from lsq_core.ui.page import next_step
@@ -69,8 +70,8 @@ def _say_none(seen: Seen) -> None:
 
 
 def open_weights(folder: Path, info: ModelInfo) -> Weights:
-    """A model's weight files, opened once for each fingerprint."""
-    return _open_weights(folder, info, info.fingerprint or str(folder))
+    """A model's weight files, opened once for each model and folder."""
+    return _open_weights(folder, info, f"{known.identity(info)} in {folder}")
 
 
 @st.cache_resource(max_entries=4, show_spinner=False)
@@ -184,7 +185,7 @@ def _grid_choice(matrix: Matrix) -> _GridChoice:
 
 
 def _drawn(seen: Seen, opened: Weights, matrix: Matrix) -> weights.Histogram:
-    return _drawn_once(opened, matrix, seen.info.fingerprint, matrix.name)
+    return _drawn_once(opened, matrix, known.identity(seen.info), matrix.name)
 
 
 @st.cache_resource(max_entries=32, show_spinner=False)
@@ -272,7 +273,7 @@ def _bands(seen: Seen, opened: Weights) -> None:
     with left:
         kind = _kind(opened)
     matrices = [m for m in opened.matrices if m.type == kind]
-    progress = _progress(seen.info.fingerprint or seen.here.source.name, kind)
+    progress = _progress(known.identity(seen.info), kind)
     if not progress.read(opened, matrices):
         seen.say(f"Reading the weights of {charts.short_type(kind)}.")
         with right:

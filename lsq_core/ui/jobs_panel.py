@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import streamlit as st
 
 from lsq_core import jobs
+from lsq_core.errors import LsqError
 from lsq_core.jobs import Job
 from lsq_core.ui import sidebar, words
 from lsq_core.ui.page import headline
@@ -21,6 +23,7 @@ STATES = {
     "failed": "failed",
     "cancelled": "cancelled",
     "interrupted": "interrupted",
+    "damaged": "damaged",
 }
 #: How a sentence about one that ended goes on.
 ENDED = {
@@ -28,6 +31,7 @@ ENDED = {
     "failed": "failed",
     "cancelled": "was cancelled",
     "interrupted": "was interrupted",
+    "damaged": "is damaged",
 }
 #: Stages as a sentence begins.
 _STAGES = {
@@ -72,9 +76,16 @@ def _panel(
     say: Callable[[Job], None] | None,
     detail: Callable[[Job], None] | None,
 ) -> None:
-    job = jobs.read(folder)
-    if say is not None:
-        say(job)
+    try:
+        job = jobs.read(folder)
+        if say is not None and job.state != "damaged":
+            say(job)
+    except LsqError as error:  # it was deleted elsewhere, or what it kept is damaged
+        st.error(words.literal(str(error)))
+        return
+    if job.state == "damaged":
+        show_damaged(job)
+        return
     if job.active:
         _progress(job)
     elif job.state in ("failed", "interrupted"):
@@ -87,20 +98,43 @@ def _panel(
         detail(job)
     log = job.log_tail(5 if job.active else 7)
     if log and job.state != "done":
-        with st.expander("Log", expanded=job.arguments[0] != "sweep"):
+        with st.expander("Log", expanded=job.verb != "sweep"):
             st.code(log, language=None)
+
+
+def show_damaged(job: Job) -> None:
+    """What of a job can't be read, and ways to do without: to make it again, or to delete it."""
+    st.error(words.literal(f"The job {job.title} is damaged. {job.message}"))
+    with st.container(horizontal=True):
+        again = job.can_resume and st.button("Make it again", key=f"again-{job.id}")
+        if again and _ended_well(lambda: jobs.resume(job)):
+            st.rerun()
+        gone = st.button("Delete it", key=f"delete-{job.id}", icon=":material/delete:")
+        if gone and _ended_well(lambda: jobs.delete(job)):
+            st.session_state.pop("jobs", None)
+            st.rerun(scope="app")
+
+
+def _ended_well(step: Callable[[], object]) -> bool:
+    """Take a step; where that fails, say why."""
+    try:
+        step()
+    except LsqError as error:
+        st.error(words.literal(str(error)))
+        return False
+    return True
 
 
 def _resume(job: Job) -> None:
     """The button that lets it go on, and what won't be done again."""
     with st.container(horizontal=True, vertical_alignment="center"):
         label = "Try again" if job.state == "failed" else "Resume"
-        if st.button(label, icon=":material/resume:", key=f"resume-{job.id}", type="primary"):
-            jobs.resume(job)
+        pressed = st.button(label, icon=":material/resume:", key=f"resume-{job.id}", type="primary")
+        if pressed and _ended_well(lambda: jobs.resume(job)):
             st.rerun()
         at = f"It stopped while {stage(job).lower()}" if job.stage else "It stopped at once"
         share = f", {100 * job.fraction:.0f} % of that done" if job.total > 1 else ""
-        kept = job.arguments[0] in ("run", "sweep", "profile", "plan")
+        kept = job.verb in ("run", "sweep", "profile", "plan")
         st.caption(
             f"{at}{share}, after {words.seconds(job.seconds)}. "
             + ("Profiles, finished runs and evaluated windows are kept." if kept else "")
@@ -112,11 +146,11 @@ def _progress(job: Job) -> None:
     if job.memory:
         facts.append(f"{words.size(job.memory)} of memory")
     bar(job, job.message or "…")
-    if job.arguments[0] == "run" and job.stage in _RUN_STEPS:
+    if job.verb == "run" and job.stage in _RUN_STEPS:
         st.caption(" · ".join(_steps(job)))
     with st.container(horizontal=True, vertical_alignment="center"):
-        if st.button("Cancel", icon=":material/stop_circle:", key=f"cancel-{job.id}"):
-            jobs.cancel(job)
+        end = st.button("Cancel", icon=":material/stop_circle:", key=f"cancel-{job.id}")
+        if end and _ended_well(lambda: jobs.cancel(job)):
             st.rerun()
         st.caption(" · ".join(facts))
 
@@ -161,8 +195,8 @@ def _queue(folder: Path, shown: str) -> None:
                     f":material/hourglass_empty: **{stage(job)}** ({place} of {len(others)}, one "
                     f"job at a time on each device): {words.literal(job.title)}"
                 )
-                if st.button("Cancel", key=f"cancel-queued-{job.id}", type="tertiary"):
-                    jobs.cancel(job)
+                end = st.button("Cancel", key=f"cancel-queued-{job.id}", type="tertiary")
+                if end and _ended_well(partial(jobs.cancel, job)):
                     st.rerun()
 
 

@@ -7,6 +7,7 @@ wrote is seen at once; problems and plans by the identity of what they are made 
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,17 +18,20 @@ import streamlit as st
 
 from lsq_core.charts import labelled
 from lsq_core.config import LADDER, Config
-from lsq_core.corpus import corpus_identity
 from lsq_core.errors import InputError
-from lsq_core.model import ModelInfo, ModelSource, find_model, fingerprint
+from lsq_core.identity import identify, under_name
+from lsq_core.model import ModelInfo, ModelSource
 from lsq_core.pipeline import (
     Workbench,
     check_metrics,
+    find_profile_key,
     find_published,
     kind_of,
     known_impact,
+    place_of,
     plan_for,
     problem_of,
+    profile_key,
 )
 from lsq_core.plan import (
     PLANNERS,
@@ -42,7 +46,10 @@ from lsq_core.plan.pins import with_pins
 from lsq_core.plan.problem import Impact
 from lsq_core.predict import Prediction, Predictor, features
 from lsq_core.profile import Profile, ProfileSettings
+from lsq_core.provenance import Place
+from lsq_core.serve import SNAPSHOT
 from lsq_core.store import PUBLISHED, InteractionKind, Store
+from lsq_core.ui.hub_lookup import look_up
 
 #: A file's path and when it was written last.
 Stamp = tuple[str, int, int]
@@ -99,42 +106,25 @@ def model_info(store: Store, source: ModelSource) -> ModelInfo:
     Raises
     ------
     LsqError
-        When there is no such model.
+        When there is no such model; :class:`~lsq_core.ui.hub_lookup.Looking` when it is still
+        being looked up.
     """
     without_weights = published(store, source)
     if without_weights is not None:
         return without_weights
-    mark = _fingerprint(store, source)
-    known = _model(store, stamp(store), mark) if mark else None
+    found = identify(source, store)
+    known = _model(store, stamp(store), found.fingerprint) if found else None
     if known is not None:
-        return replace(known, source=source.name, revision=source.revision)
+        return under_name(known, source, found)
     with st.spinner(f"Looking at {source.name}…"):
-        if source.is_local:
+        if found:
             return Workbench(source, store).info
-        return _inspect(source)
-
-
-def _fingerprint(store: Store, source: ModelSource) -> str | None:
-    """A local model's from its files; a remote one's as it was when it was last fetched."""
-    if source.is_local:
-        return fingerprint(find_model(source))
-    table = models(store)
-    same = table[(table["source"] == source.name) & (table["revision"].isna())]
-    if source.revision:
-        same = table[(table["source"] == source.name) & (table["revision"] == source.revision)]
-    return None if same.empty else same["fingerprint"].iloc[0]
+        return look_up(source)
 
 
 @st.cache_resource(max_entries=16, show_spinner=False)
 def _model(_store: Store, at: Stamp, mark: str) -> ModelInfo | None:
     return _store.model(mark)
-
-
-@st.cache_resource(max_entries=16, ttl=3600, show_spinner=False)
-def _inspect(source: ModelSource) -> ModelInfo:
-    from lsq_core.load import inspect_model
-
-    return inspect_model(source)
 
 
 # --- profiles -------------------------------------------------------------------------------
@@ -151,8 +141,10 @@ def _profiles(_store: Store, at: Stamp, mark: str) -> pd.DataFrame:
     return _store.profiles(mark)
 
 
-def profile(store: Store, info: ModelInfo, settings: ProfileSettings) -> Profile | None:
-    """The model's profile under these settings, if it was measured.
+def profile(
+    store: Store, info: ModelInfo, settings: ProfileSettings, device: str = "auto"
+) -> Profile | None:
+    """The model's profile under these settings, if it was measured as this device computes.
 
     Raises
     ------
@@ -164,10 +156,30 @@ def profile(store: Store, info: ModelInfo, settings: ProfileSettings) -> Profile
     if is_published(info):  # its text isn't here to be known by
         key = published_settings(store, info).get(settings)
     else:
-        key = settings.key(info.fingerprint, corpus_identity(settings.calibration))
+        key = _profile_key(store, info, settings, device)
     if key not in set(_profiles(store, stamp(store), info.fingerprint)["id"]):
         return None
     return _profile(store, stamp(store), key)
+
+
+def _profile_key(store: Store, info: ModelInfo, settings: ProfileSettings, device: str) -> str:
+    place = place_of(info, device)
+    key = profile_key(info, settings, place)
+    _look_for_older(store, stamp(store), key, info, settings, place)
+    return key
+
+
+@st.cache_data(max_entries=32, show_spinner=False)
+def _look_for_older(
+    _store: Store,
+    at: Stamp,
+    key: str,
+    _info: ModelInfo,
+    _settings: ProfileSettings,
+    _place: Place,
+) -> None:
+    """Put a profile of an older version under its key, once for each state of the store."""
+    find_profile_key(_store, _info, _settings, _place)
 
 
 @st.cache_resource(max_entries=6, show_spinner=False)
@@ -232,7 +244,7 @@ def _over_layers(_store: Store, at: Stamp, ids: tuple[str, ...], metric: str) ->
 
 def problem(info: ModelInfo, found: Profile | None) -> Problem:
     """What planners see, remembered by the model's and the profile's identity."""
-    return _problem(info, found, _identity(info), _mark(found))
+    return _problem(info, found, identity(info), _mark(found))
 
 
 @st.cache_resource(max_entries=6, show_spinner=False)
@@ -241,12 +253,16 @@ def _problem(_info: ModelInfo, _found: Profile | None, model: str, key: str | No
 
 
 def impact(
-    store: Store, info: ModelInfo, settings: ProfileSettings, request: PlanRequest
+    store: Store,
+    info: ModelInfo,
+    settings: ProfileSettings,
+    request: PlanRequest,
+    device: str = "auto",
 ) -> Impact | None:
     """What is kept of a model's rows for a request; None where nothing is, or none is read."""
     if not get_planner(request.method).reads_rows or is_published(info) or not info.fingerprint:
         return None
-    key = settings.key(info.fingerprint, corpus_identity(settings.calibration))
+    key = _profile_key(store, info, settings, device)
     kind = kind_of(request)
     found = _rows_kept(store, stamp(store), key, kind)
     if not found:
@@ -283,7 +299,7 @@ def problem_of_rows(
     if options == LADDER:
         return problem(info, found)
     mark = rows.mark if rows else ""
-    return _problem_of_rows(info, found, rows, options, _identity(info), _mark(found), mark)
+    return _problem_of_rows(info, found, rows, options, identity(info), _mark(found), mark)
 
 
 @st.cache_resource(max_entries=6, show_spinner=False)
@@ -331,7 +347,7 @@ def plan(
         :func:`lsq_core.pipeline.plan_for`.
     """
     asked = (json.dumps(asdict(request)), settings.metadata, settings.axis, rows and rows.mark)
-    return _plan(info, found, request, settings, rows, _identity(info), _mark(found), asked)
+    return _plan(info, found, request, settings, rows, identity(info), _mark(found), asked)
 
 
 @st.cache_resource(max_entries=128, show_spinner="Planning…")
@@ -360,7 +376,7 @@ def frontier(
         When the profile lacks what the method reads, or pins or base are wrong.
     """
     asked = json.dumps([asdict(request) | {"budget": None, "exact": False}, rows and rows.mark])
-    return _frontier(info, found, request, rows, _identity(info), _mark(found), asked)
+    return _frontier(info, found, request, rows, identity(info), _mark(found), asked)
 
 
 @st.cache_resource(max_entries=16, show_spinner=False)
@@ -383,7 +399,7 @@ def error_along(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Bits per parameter (k,) along a frontier, and each plan's summed squared weight error."""
     asked = json.dumps(asdict(request) | {"budget": None, "exact": False})
-    return _error_along(info, found, request, _identity(info), _mark(found), asked)
+    return _error_along(info, found, request, identity(info), _mark(found), asked)
 
 
 @st.cache_resource(max_entries=32, show_spinner=False)
@@ -430,7 +446,7 @@ def predictor(
         return "Predicting perplexity needs a profile."
     asked = json.dumps([asdict(settings), corpus])
     args = (store, info, found, settings, corpus, stamp(store))
-    return _predictor(*args, _identity(info), _mark(found), asked)
+    return _predictor(*args, identity(info), _mark(found), asked)
 
 
 @st.cache_resource(max_entries=8, show_spinner=False)
@@ -474,7 +490,7 @@ def along(
     plans = asdict(request) | {"budget": None, "exact": False}
     asked = json.dumps([plans, asdict(settings), corpus])
     args = (store, info, found, request, settings, corpus, stamp(store))
-    return _along(*args, _identity(info), _mark(found), asked)
+    return _along(*args, identity(info), _mark(found), asked)
 
 
 @st.cache_resource(max_entries=32, show_spinner=False)
@@ -498,8 +514,10 @@ def _along(
     return Along(bits, learned.predict(features(seen, choices)), learned.full_precision)
 
 
-def _identity(info: ModelInfo) -> str:
-    """The fingerprint; a model not fetched yet has none and is known by its name.
+def identity(info: ModelInfo) -> str:
+    """What tells a model from every other: what is remembered of it is remembered by this.
+
+    It is the fingerprint; a model not fetched yet has none and is known by its name.
 
     A published model's tells no content, and another import may know more of its other bytes.
     """
@@ -587,6 +605,6 @@ def snapshot(store: Store) -> Snapshot:
 
 @st.cache_resource(max_entries=1, show_spinner="Copying the database…")
 def _snapshot(_store: Store, at: Stamp) -> Snapshot:
-    copy = Snapshot(TemporaryDirectory(prefix="lsq-snapshot-"))
+    copy = Snapshot(TemporaryDirectory(prefix=f"{SNAPSHOT}{os.getpid()}-"))
     _store.snapshot(copy.path)
     return copy

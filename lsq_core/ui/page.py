@@ -13,9 +13,10 @@ from PIL import Image
 
 from lsq_core.charts.style import BIT_COLORS
 from lsq_core.errors import LsqError
+from lsq_core.files import disk_error
 from lsq_core.model import ModelInfo, ModelSource
 from lsq_core.store import Store, database_path
-from lsq_core.ui import known, sidebar, state, words
+from lsq_core.ui import hub_lookup, known, sidebar, state, words
 
 #: Streamlit leaves five rems free on either side, which a small screen needs; and it writes what
 #: charts say in a grey too pale to read on white.
@@ -37,8 +38,25 @@ class Here:
 
     @property
     def info(self) -> ModelInfo:
-        """What is known of the chosen model."""
-        return known.model_info(self.store, self.source)
+        """What is known of the chosen model.
+
+        Raises
+        ------
+        NoModel
+            When there is none, or it is still being looked up.
+        """
+        try:
+            return known.model_info(self.store, self.source)
+        except LsqError as error:
+            raise NoModel(str(error), self.source) from error
+
+
+class NoModel(LsqError):
+    """The chosen model can't be shown, or not yet."""
+
+    def __init__(self, reason: str, source: ModelSource) -> None:
+        super().__init__(reason)
+        self.source = source
 
 
 def page(title: str, body: Callable[[Here], None]) -> None:
@@ -56,8 +74,40 @@ def page(title: str, body: Callable[[Here], None]) -> None:
             store = _open_database()
         text, device = sidebar.show(store)
         body(Here(store, state.source_of(text), device))
+    except NoModel as error:
+        say_no_model(error)
+        next_step("app.py", "Choose another model")
     except LsqError as error:
         st.error(words.literal(str(error)))
+    except OSError as error:
+        known_error = disk_error(error)
+        if known_error is None:
+            raise
+        st.error(words.literal(str(known_error)))
+
+
+def say_no_model(error: NoModel) -> None:
+    """Why there is no model to show, and the ways on; while it is looked up, that it is."""
+    source, looking = error.source, isinstance(error.__cause__, hub_lookup.Looking)
+    if looking:
+        headline(
+            f"{words.literal(source.name)} is being looked up on Hugging Face.",
+            "Only its config is fetched. This page goes on by itself; it can be left meanwhile.",
+        )
+        st.fragment(_wait_for, run_every=sidebar.EVERY)(source)
+    else:
+        headline(f"{words.literal(source.name)} cannot be opened.")
+        st.error(words.literal(str(error)))
+    with st.container(horizontal=True):
+        if not source.is_local and not looking:
+            st.button("Try again", key="look-again", on_click=hub_lookup.forget, args=(source,))
+        st.button("Use the demo model", key="use-demo", on_click=state.choose_model, args=("demo",))
+
+
+def _wait_for(source: ModelSource) -> None:
+    """Draw the page anew when a model was looked up."""
+    if not hub_lookup.is_looking(source):
+        st.rerun(scope="app")
 
 
 @cache

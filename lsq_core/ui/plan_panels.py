@@ -67,7 +67,8 @@ class Asked:
     @property
     def rows(self) -> Impact | None:
         """What is known of the model's rows, where the method reads that."""
-        return known.impact(self.here.store, self.info, self.settings, self.request)
+        here = self.here
+        return known.impact(here.store, self.info, self.settings, self.request, here.device)
 
     @property
     def predictor(self) -> Predictor | str:
@@ -84,8 +85,10 @@ class Asked:
         return known.along(*here, st.session_state["predict_on"])
 
     def by(self, method: str) -> Asked:
-        """The same by another method."""
-        return replace(self, request=state.request_of(method))
+        """The same base and budget by another method; one without bases is given the budget."""
+        request, base = state.request_of(method), self.request.base
+        base = base if get_planner(method).has_base else None
+        return replace(self, request=replace(request, base=base, budget=self.request.budget))
 
 
 # --- the first line -------------------------------------------------------------------------
@@ -155,6 +158,12 @@ def measure_by_a_job(folder: Path, order: list[str], label: str) -> None:
 def say_what_rows_need(asked: Asked) -> None:
     """What mixed rows are planned from, how dear it is, and a button to measure it."""
     request, blocks = asked.request, asked.rows.blocks if asked.rows else ()
+    try:
+        low, _ = feasible(asked.problem, request.method, None)
+    except InputError as error:  # groups of this size fill no row of some matrix
+        headline("There is no such plan.")
+        st.error(words.literal(str(error)))
+        return
     done = sum(block.matrix is not None for block in blocks)
     what = "row scores" if request.ratios == "uniform" else "row scores and interactions"
     so_far = f" {done} of {len(blocks)} blocks are measured so far." if done else ""
@@ -165,7 +174,6 @@ def say_what_rows_need(asked: Asked) -> None:
         f"{request.loss} loss. It is kept block by block and goes on where it was cut off.{so_far}",
     )
     order = ["plan", *arguments.model_arguments(asked.here.source, asked.here.device)]
-    low, _ = feasible(asked.problem, request.method, None)
     smallest = replace(request, budget=state.budget_text(low), pins=())  # any that is in reach
     order += arguments.plan_arguments(smallest, asked.settings)
     order += ["--db", str(asked.here.store.path)]
@@ -289,8 +297,9 @@ def show_live(asked: Asked, plan: Plan) -> None:
         try:
             other = asked.by(against)
             frontier = known.frontier(other.info, other.found, other.request)
-            limit = st.session_state["budget"] * problem.total / 8
-            methods.append(live_method(other, frontier.at(limit).choice))
+            budget = other.request.budget_for(problem)
+            frontier.check_reaches(budget, problem)
+            methods.append(live_method(other, frontier.at(budget.nominal_bytes).choice))
         except LsqError as error:
             st.caption(words.literal(f"Nothing to compare with: {error}"))
     live_planner(
@@ -570,6 +579,6 @@ def save(here: Here, info: ModelInfo, plan: Plan, found: Profile | None) -> None
 def open_plan(here: Here, info: ModelInfo, id: str) -> None:
     """Set the controls to what a kept plan was asked for."""
     content = here.store.plan_content(id)
-    state.set_plan(PlanRequest(**content["request"]), info.linear_parameters)
+    state.set_plan(PlanRequest.from_json(content["request"]), info.linear_parameters)
     grid = {"metadata": content["metadata"], "axis": content["axis"]}
     state.set_settings(replace(state.settings(), **grid))

@@ -78,7 +78,7 @@ def interactions_in_words(block: Interactions, problem: Problem) -> str:
 def show_predicted(here: Here, request: PlanRequest) -> None:
     """Runs of plans by these interactions: the loss that was predicted, and what was measured."""
     runs = known.objectives(here.store, here.info, request.method)
-    asked = [PlanRequest(**json.loads(text)) for text in runs["request"]]
+    asked = [PlanRequest.from_json(json.loads(text)) for text in runs["request"]]
     same = [all(getattr(a, k) == getattr(request, k) for k in _KIND) for a in asked]
     runs = runs.assign(ratios=[a.ratios for a in asked])[np.array(same, dtype=bool)]
     runs = runs.dropna(subset=["kl"])

@@ -44,8 +44,8 @@ def why_not(here: Here, request: PlanRequest, settings: ProfileSettings, quantiz
     """
     try:
         reason = refusal_of(Problem(here.info.matrices), request, quantizer, settings.axis)
-        found = known.profile(here.store, here.info, settings)
-        rows = known.impact(here.store, here.info, settings, request)
+        found = known.profile(here.store, here.info, settings, here.device)
+        rows = known.impact(here.store, here.info, settings, request, here.device)
         plan = known.plan(here.info, found, request, settings, rows)
         return reason or refusal(quantizer, plan.choice, settings.axis)
     except LsqError:  # the plan says its own trouble

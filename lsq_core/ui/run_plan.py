@@ -83,9 +83,9 @@ def plan_in_words(here: Here, request: PlanRequest) -> str:
         [f"base {request.base}"] * bool(request.base)
         + [f"at most {(request.budget or '').removesuffix('bpp')} bits"] * bool(request.budget)
     )
-    found = known.profile(here.store, info, settings)
+    found = known.profile(here.store, info, settings, here.device)
     text = f"{planner.title} on {here.source.name}, {wanted}"
-    rows = known.impact(here.store, info, settings, request)
+    rows = known.impact(here.store, info, settings, request, here.device)
     if planner.reads_rows and rows is None:
         return f"{text}; the run will measure the scores of its rows first."
     if planner.metrics and found is None:

@@ -11,6 +11,7 @@ from lsq_core import disk, jobs
 from lsq_core.audit import audit_run
 from lsq_core.config import format_bytes
 from lsq_core.errors import InputError
+from lsq_core.files import Damaged
 from lsq_core.jobs import Job
 from lsq_core.pipeline import saved_folder
 from lsq_core.store import Store
@@ -22,7 +23,27 @@ _TIMED = ("quantize", "evaluate")
 _TABS = ("Figures", "Plan against artifact", "Try a prompt", "Log")
 #: Options of a run that its audit and its texts are made with too.
 _SAME = ("--model", "--revision", "--device")
+#: What the page shows of a result.
+_FIGURES = {
+    *("run", "perplexity", "perplexity_full", "increase", "kl", "top1", "corpus", "protocol"),
+    *("tokens", "truncated", "measured_bytes", "measured_model_bytes", "saved_to"),
+    *(f"{stage}_seconds" for stage in _TIMED),
+}
 _FLAGS = ("--trust-remote-code", "--allow-pickle")
+
+
+def result_of(job: Job) -> dict:
+    """What came of a run that is done.
+
+    Raises
+    ------
+    Damaged
+        When it can't be read, or figures are missing.
+    """
+    result = job.result() or {}
+    if not result.keys() >= _FIGURES or not isinstance(result["increase"], dict):
+        raise Damaged(f"{job.folder / 'result.json'} is damaged: it lacks figures of the run.")
+    return result
 
 
 def say(job: Job) -> None:
@@ -31,7 +52,7 @@ def say(job: Job) -> None:
     if job.active:
         jobs_panel.say(job)
         return
-    result = job.result() if job.state == "done" else None
+    result = result_of(job) if job.state == "done" else None
     if result is None:
         headline(f"The run {jobs_panel.ENDED[job.state]}.", what)
         return
@@ -60,7 +81,7 @@ def show(here: Here, job: Job) -> None:
 
 def show_figures(job: Job) -> None:
     """What was measured."""
-    result = job.result()
+    result = result_of(job)
     change = result["increase"]
     figures = {
         "Perplexity": words.figure(result["perplexity"], 4),
@@ -95,7 +116,7 @@ def arguments_of(job: Job) -> list[str]:
 
 def show_audit(store: Store, job: Job) -> None:
     """Module by module what was stored: at once for a saved model, else by making it again."""
-    run = job.result()["run"]
+    run = result_of(job)["run"]
     try:
         kept = store.run(run)
     except InputError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -82,7 +81,7 @@ def ask(here: Here, folder: Path) -> None:
             "Start the sweep",
             type="primary",
             icon=":material/playlist_play:",
-            disabled=len(cannot) == len(asked.items),
+            disabled=all(cannot),
         )
         all_pressed = st.button(
             "Everything at 2.2, 3.2 and 4.2 bits",
@@ -179,14 +178,11 @@ def _form(context: int) -> _Asked:
 
 
 def _refused(here: Here, asked: list[sweep.Item]) -> list[str]:
-    """Why items can't be made, as far as that is told before any work; one sentence an item."""
+    """Why each item can't be made, as far as that is known before any work; else ''."""
     problem, axis = Problem(here.info.matrices), state.settings().axis
-    told = {(item.request, item.quantizer): "" for item in asked}
-    for request, quantizer in told:
-        told[request, quantizer] = _refusal(problem, request, quantizer, axis)
-    return [
-        told[item.request, item.quantizer] for item in asked if told[item.request, item.quantizer]
-    ]
+    pairs = {(item.request, item.quantizer) for item in asked}
+    reasons = {pair: _refusal(problem, *pair, axis) for pair in pairs}
+    return [reasons[item.request, item.quantizer] for item in asked]
 
 
 def _refusal(problem: Problem, request: PlanRequest, quantizer: str, axis: int) -> str:
@@ -200,18 +196,20 @@ def _refusal(problem: Problem, request: PlanRequest, quantizer: str, axis: int) 
 
 
 def _in_words(here: Here, asked: _Asked, cannot: list[str]) -> str:
-    """How many runs, about how long, and what can't be made."""
+    """How many runs, about how long, and what can't be made; ``cannot`` is of :func:`_refused`."""
     found = asked.items
     if not found:
         return "Choose at least one method, one budget or base, one quantizer and one text."
     text = f"{words.plural(len(found), 'run')}; those that are there already are not made again."
     runs = known.results(here.store)
     runs = runs[runs["fingerprint"] == here.info.fingerprint]
-    seconds = sweep.estimate(runs, found[: len(found) - len(cannot)])
+    possible = [item for item, reason in zip(found, cannot, strict=True) if not reason]
+    seconds = sweep.estimate(runs, possible)
     if seconds is not None:
         text += f" About {words.seconds(seconds)}, by this model's runs so far."
-    if cannot:
-        text += f" {len(cannot)} of them can't be made: {words.literal(cannot[0])}"
+    reasons = [reason for reason in cannot if reason]
+    if reasons:
+        text += f" {len(reasons)} of them can't be made: {words.literal(reasons[0])}"
     return text
 
 
@@ -220,8 +218,7 @@ def _in_words(here: Here, asked: _Asked, cannot: list[str]) -> str:
 
 def rows_of(job: Job) -> list[dict]:
     """What came of each item so far."""
-    path = job.folder / sweep.ITEMS
-    return json.loads(path.read_text("utf8"))["items"] if path.is_file() else []
+    return sweep.rows_kept(job.folder)
 
 
 def say(job: Job) -> None:

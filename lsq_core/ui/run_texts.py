@@ -67,7 +67,7 @@ def show(store: Store, job: Job, model: list[str]) -> None:
 
 def latest(folder: object, run: str) -> Job | None:
     """The newest texts that were asked of a run."""
-    written = (job for job in jobs.list_jobs(folder) if job.arguments[0] == "generate")
+    written = (job for job in jobs.list_jobs(folder) if job.verb == "generate")
     return next((job for job in written if run in job.given("--run")), None)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import streamlit as st
 
-from lsq_core import disk, jobs
+from lsq_core import devices, disk, jobs
 from lsq_core.model import ModelSource
 from lsq_core.store import Store
 from lsq_core.ui import known, state, words
@@ -68,15 +68,9 @@ def published_texts(store: Store) -> list[str]:
 
 
 def _device() -> str:
-    options = devices()
+    options = ["auto", *devices.device_names()]
     state.begin("device", "auto", options)
     return st.selectbox("Device", options, key="device", persist_state="session")
-
-
-def devices() -> list[str]:
-    """``auto``, the CPU, and the GPUs whose driver has a device here."""
-    cards = sorted(p.name.removeprefix("nvidia") for p in Path("/dev").glob("nvidia[0-9]*"))
-    return ["auto", "cpu", *(f"cuda:{number}" for number in cards)]
 
 
 def _watch_jobs(folder: Path) -> None:

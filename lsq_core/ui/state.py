@@ -41,6 +41,12 @@ _PLAN_DEFAULTS = {
     "ratios": "full",
     "clip": False,
 }
+#: The least and the greatest number that a control takes; the browser counts to 2⁵³.
+_PLAN_RANGES = {
+    "boost_stop": (0, len(LADDER) - 1),
+    "top_m": (0, 2**53 - 1),
+    "seed": (0, 2**53 - 1),
+}
 #: Bits of most rows and of the high-impact ones.
 WIDTHS = [f"{low}+{high}" for low in LOW_BITS for high in HIGH_BITS if high > low]
 _PLAN_OPTIONS: dict[str, Sequence] = {
@@ -56,8 +62,16 @@ _PLAN_OPTIONS: dict[str, Sequence] = {
 }
 
 
-def begin(key: str, default: object, options: Sequence | None = None) -> None:
-    """Give a key its first value of this session: the address's, else the default."""
+def begin(
+    key: str,
+    default: object,
+    options: Sequence | None = None,
+    limits: tuple[int, int] | None = None,
+) -> None:
+    """Give a key its first value of this session: the address's, else the default.
+
+    The address's counts where it is among the options and within the limits.
+    """
     if key in st.session_state:
         return
     text, value = st.query_params.get(key), default
@@ -69,6 +83,8 @@ def begin(key: str, default: object, options: Sequence | None = None) -> None:
         if isinstance(value, float) and not math.isfinite(value):
             value = default
     if options is not None and value not in options:
+        value = default
+    if limits is not None and not limits[0] <= value <= limits[1]:
         value = default
     st.session_state[key] = value
 
@@ -124,15 +140,18 @@ _SETTINGS = {
 }
 
 
-def begin_settings(fingerprint: str, newest: ProfileSettings | None) -> None:
-    """Start from the newest profile that this model has, once for each model of a session."""
+def begin_settings(model: str, newest: ProfileSettings | None) -> None:
+    """Start from the newest profile that this model has, once for each model of a session.
+
+    ``model`` is its identity (:func:`lsq_core.ui.known.identity`).
+    """
     before = st.session_state.get("settings_of", "")
-    fresh = before != fingerprint
+    fresh = before != model
     if fresh and newest is not None:
         set_settings(newest)
     elif fresh and before.startswith(PUBLISHED):
         set_settings(ProfileSettings())  # published texts and grids are no model's here
-    st.session_state["settings_of"] = fingerprint
+    st.session_state["settings_of"] = model
     defaults = asdict(ProfileSettings())
     for field, key in _SETTINGS.items():
         st.session_state.setdefault(key, defaults[field])
@@ -158,7 +177,7 @@ def begin_plan(has_profile: bool) -> None:
     for key, default in _PLAN_DEFAULTS.items():
         if key == "method" and not has_profile:
             default = "uniform"
-        begin(key, default, _PLAN_OPTIONS.get(key))
+        begin(key, default, _PLAN_OPTIONS.get(key), _PLAN_RANGES.get(key))
 
 
 def choose_among(methods: Sequence[str]) -> None:

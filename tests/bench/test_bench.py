@@ -17,7 +17,7 @@ from lsq_core.cli import main
 from lsq_core.errors import InputError, LsqError
 
 #: Rows that take more than ten seconds: each side is measured once an attempt, else three times.
-SLOW = ("profile", "perplexity", "replan10", "plan_cold")
+SLOW = ("solver_cpu_eager", "profile", "perplexity", "replan10", "plan_cold")
 #: Neighbours can slow a measurement down but never speed both sides up alike, so a row is slower
 #: only when it was so every time.
 ATTEMPTS = 3
@@ -37,6 +37,7 @@ def shortfall(row: Row, known: dict[str, float]) -> str:
     return ""
 
 
+@pytest.mark.bench
 @pytest.mark.parametrize(
     "id", [pytest.param(id, marks=pytest.mark.slow) if id in SLOW else id for id in ROWS]
 )
@@ -60,7 +61,7 @@ def test_what_is_too_slow():
     assert "never recorded" in shortfall(fast, {})
     assert "was 10×" in shortfall(Row("x", "", ours_s=1.0, theirs_s=7.9, ratio=7.9), known)
     assert shortfall(Row("x", "", ours_s=1.0, ratio=1.0, device="cuda"), known) == ""
-    assert "may take 0.5 s" in shortfall(Row("x", "", ours_s=1.0, most_s=0.5), known)
+    assert "0.5 s" in shortfall(Row("x", "", ours_s=1.0, most_s=0.5), known)
     assert shortfall(Row("x", "", ours_s=1.0, processor_s=0.4, most_s=0.5), known) == ""
 
 
@@ -87,7 +88,7 @@ def test_recording_keeps_the_slowest_and_the_machine(tmp_path, monkeypatch):
     bench.record([Row("c", "", ratio=2.0, least=1.5)])
     assert recorded() == {"a": 3.0, "c": 1.5}
     assert {"machine", "threads", "versions"} < json.loads(bench.RECORDED.read_text())["a"].keys()
-    with pytest.raises(LsqError, match="error of c is beyond its limit"):
+    with pytest.raises(LsqError, match=r"\bc\b.* limit"):
         bench.record([Row("c", "", ratio=9.0, least=9.0, error=2.0, error_limit=1.0)])
     assert recorded()["c"] == 1.5
 
@@ -106,7 +107,7 @@ def test_the_verb_prints_the_table(monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert "500 ms" in shown
     assert "2×" in shown
-    assert "not measured: there is no GPU here" in shown
+    assert "there is no GPU here" in shown
     assert "threads on" in shown
     assert main(["bench", "--markdown"]) == 0
     assert "| perplexity of a model: batches, against a loop | 500 ms | 1 s | 2× |" in (
@@ -115,6 +116,6 @@ def test_the_verb_prints_the_table(monkeypatch, capsys):
 
 
 def test_a_row_that_is_not_there(capsys):
-    with pytest.raises(InputError, match="'nothing' is not a benchmark; choose one of solver_cpu"):
+    with pytest.raises(InputError, match=r"'nothing' .*solver_cpu"):
         measure(["nothing"])
     assert main(["bench", "--only", "import", "--repeats", "0"]) == 2

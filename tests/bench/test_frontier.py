@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 
 import numpy as np
+import pytest
 
 from lsq_core.plan import PlanRequest, Problem, make_frontier
 from lsq_core.plan.exact import solve_exactly
@@ -33,6 +34,7 @@ def build(problem: Problem) -> object:
     return frontier
 
 
+@pytest.mark.bench
 @needs_reference
 def test_frontier_of_70b():
     problem = published_problem("Llama-2-70b-hf")

@@ -19,6 +19,7 @@ from lsq_core.profile.agreement import rank_correlation
 from lsq_core.profile.measure import calibration_of
 
 
+@pytest.mark.bench
 @pytest.mark.slow
 def test_scores_are_those_of_the_authors_way():
     """Slow: the demo's 168 matrices at twelve configurations, and at two of them the long way."""
@@ -33,6 +34,7 @@ def test_scores_are_those_of_the_authors_way():
         assert rank_correlation(found, expected) >= 0.999
 
 
+@pytest.mark.bench
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize(("text", "most"), [(False, 2.5), (True, 4.0)])

@@ -21,7 +21,6 @@ from lsq_core import disk, jobs
 from lsq_core.model import ModelSource
 from lsq_core.pipeline import Workbench
 from lsq_core.profile import ProfileSettings
-from lsq_core.reference import import_reference
 from lsq_core.store import Store
 from tests.conftest import REFERENCE, ROOT
 from tests.test_compare import fill
@@ -71,15 +70,17 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="session")
-def stocked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def stocked(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[Server]:
     """The app on a database with a profile and made-up runs of the demo model; and published
     measurements, where they are at hand."""
     folder = tmp_path_factory.mktemp("stocked")
+    if REFERENCE.is_dir():
+        shutil.copy(request.getfixturevalue("published_once"), folder / "lsq.duckdb")
     store = Store(folder / "lsq.duckdb")
     Workbench(ModelSource("demo"), store, "cpu").profile(ProfileSettings("rtn", samples=4))
     fill(store, 72, ("uniform", "sensiboost", "mxq", "uniform", "mxq"))
-    if REFERENCE.is_dir():
-        import_reference(REFERENCE, store)
     with serve("app.py", folder) as started:
         yield started
 
@@ -89,8 +90,11 @@ def serve(script: str, folder: Path) -> Iterator[Server]:
     """A Streamlit script of this project, served on a free port until the block ends."""
     _need_chromium()
     database, port = folder / "lsq.duckdb", _free_port()
-    command = [sys.executable, "-m", "streamlit", "run", script, "--server.port", str(port)]
-    command += ["--server.fileWatcherType", "none"]
+    if script == "app.py":  # as people do
+        command = [sys.executable, "-m", "lsq_core", "app", "--port", str(port)]
+    else:
+        command = [sys.executable, "-m", "streamlit", "run", script, "--server.port", str(port)]
+        command += ["--server.fileWatcherType", "none"]
     with (folder / "log.txt").open("wb") as log:
         process = subprocess.Popen(
             command,

@@ -10,7 +10,7 @@ from lsq_core.store import Store
 from tests.browser.conftest import Person, new_tab, serve
 from tests.test_compare import fill
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.bench]
 
 #: Pages by their link, and what their first line has in it when there are runs of the demo model.
 PAGES = {
@@ -35,9 +35,10 @@ METHODS = ("uniform", "sensiboost", "kurtboost", "mxq")
 
 
 @pytest.mark.parametrize("address", FRESH)
-def test_a_first_deep_link_to_a_fresh_server(chromium, tmp_path, address):
-    """First paint within 3 s of the server being up, and the first line is the page's own."""
-    with serve("app.py", tmp_path) as server, new_tab(chromium):
+def test_a_first_deep_link(server, chromium, address):
+    """First paint within 3 s, and the first line is the page's own; the server is fresh for the
+    first address, and every page has its first visit."""
+    with new_tab(chromium):
         person = Person(chromium, server)
         begin = time.monotonic()
         person.open(address)

@@ -11,11 +11,9 @@ import pytest
 from lsq_core.model import ModelSource
 from lsq_core.pipeline import Workbench
 from lsq_core.plan import PlanRequest
-from lsq_core.reference import import_reference
 from lsq_core.store import Store
 from tests.browser.conftest import serve
 from tests.browser.test_live_planner import Live
-from tests.conftest import REFERENCE
 from tests.test_plan import needs_reference
 
 pytestmark = [pytest.mark.browser, needs_reference]
@@ -25,11 +23,9 @@ SMALL = "published:Llama-2-7b-hf"
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
+def server(published):
     """The app on a database with the published measurements."""
-    folder = tmp_path_factory.mktemp("published")
-    import_reference(REFERENCE, Store(folder / "lsq.duckdb"))
-    with serve("app.py", folder) as started:
+    with serve("app.py", published.parent) as started:
         yield started
 
 
@@ -101,6 +97,7 @@ new MutationObserver(() => {
 """
 
 
+@pytest.mark.bench
 def test_the_page_follows_a_release_soon(person):
     """80 by 7: the whole page stands for the new budget within 400 ms at p95."""
     page = PlanPage(person, f"model={LARGE}&method=mxq&budget=3.25")

@@ -295,6 +295,7 @@ def _model_payload(problem: Problem, metadata: str) -> dict:
                 "nominal": None
                 if on_ladder
                 else packed(_widened(problem.bytes[one_of_each]), "<f8"),
+                "stops": [{"name": c.stop_name, "bits": c.nominal_bits} for c in LADDER],
                 "reference": {"name": reference.stop_name, "bits": reference.nominal_bits},
                 "ladder": [
                     {

@@ -4,6 +4,7 @@
 // Python, and what Python then sends is taken over in place.
 
 const THUMB = 18;
+const SNAP = 3; // pixels
 const STORED = "lsq-planner-unit";
 const DIGITS = "0123456789ab";
 const planners = new WeakMap();
@@ -193,9 +194,16 @@ class Planner {
     this.find(".pins").replaceChildren(...entries);
   }
 
-  /** The nearest budget in range; one within a rounding of an end is that end. */
+  /**
+   * The nearest budget in range; one within a rounding of an end is that end. The name of a stop,
+   * or its size to four decimals, is that stop, like lsq_core.config.Budget.parse.
+   */
   #clamp(bits) {
     const [low, high] = this.range;
+    const typed = round(bits, 4);
+    const stop = this.model.stops.find(({ name, bits: size }) =>
+      typed === Number(name) || typed === round(size, 4));
+    if (stop) bits = stop.bits;
     if (bits >= high - 1e-4) return high;
     return bits <= low ? low : bits;
   }
@@ -210,7 +218,7 @@ class Planner {
     slider.addEventListener("pointerdown", () => {
       this.dragging = true;
     });
-    slider.addEventListener("input", () => this.#show(round(Number(slider.value), 3)));
+    slider.addEventListener("input", () => this.#show(this.#snap(round(Number(slider.value), 3))));
     slider.addEventListener("change", () => this.#release());
     slider.addEventListener("keydown", (event) => this.#slideByKey(event));
     slider.addEventListener("keyup", () => this.#commit(this.bits));
@@ -238,6 +246,14 @@ class Planner {
     this.bits = this.#clamp(bits);
     this.#say("");
     this.frame ||= requestAnimationFrame(() => this.#draw());
+  }
+
+  /** The stop within a few pixels of a budget; keys and the field reach what lies between. */
+  #snap(bits) {
+    if (this.model.nominal !== null) return bits; // mixed rows: the marks are no stops
+    const near = this.model.stops.filter((stop) => Math.abs(this.x(stop.bits) - this.x(bits)) <= SNAP);
+    const distance = (stop) => Math.abs(stop.bits - bits);
+    return near.sort((a, b) => distance(a) - distance(b))[0]?.bits ?? bits;
   }
 
   #slideByKey(event) {

@@ -1,0 +1,53 @@
+"""The devices of this machine, each by one name; none of this imports torch."""
+
+from __future__ import annotations
+
+import os
+import re
+from importlib.metadata import version
+from pathlib import Path
+
+#: Where the driver's device nodes are, one a card that this process may use.
+_NODES = Path("/dev")
+
+
+def cards() -> int:
+    """How many GPUs torch will see: they are numbered from 0, whatever their nodes' numbers.
+
+    A container may hold ``/dev/nvidia3`` alone, and ``CUDA_VISIBLE_DEVICES`` may hide some. 0 with
+    a torch that was built without CUDA.
+    """
+    if "+cpu" in version("torch"):
+        return 0
+    there = sum(bool(re.fullmatch(r"nvidia\d+", path.name)) for path in _NODES.glob("nvidia*"))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None or not there:
+        return there
+    count = 0
+    for entry in visible.split(","):  # as CUDA does it: up to the first that is none
+        entry = entry.strip()
+        if (entry.isdigit() and int(entry) < there) or entry.startswith(("GPU-", "MIG-")):
+            count += 1
+        else:
+            break
+    return count
+
+
+def device_names() -> list[str]:
+    """The CPU, and every GPU that torch will see."""
+    return ["cpu", *(f"cuda:{number}" for number in range(cards()))]
+
+
+def canonical(name: str) -> str:
+    """The one name of a device: ``auto`` is what it will mean here, ``cuda`` is ``cuda:0``.
+
+    What names no device stays as it is.
+    """
+    if name == "auto":
+        return device_names()[1] if cards() else "cpu"
+    if name == "cuda":
+        return "cuda:0"
+    if re.fullmatch(r"cpu(:\d+)?", name):
+        return "cpu"
+    found = re.fullmatch(r"cuda:0*(\d+)", name)
+    return f"cuda:{found[1]}" if found else name

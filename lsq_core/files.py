@@ -1,0 +1,218 @@
+"""Files written whole, and read back with doubt; every other module writes its files by this one.
+
+A file that is written here is found as it was or as it is now, never half of it, also after a
+power cut, a kill or on a full disk. What is read back is checked: a file that is empty, cut or
+not what its reader expects is :class:`Damaged`, which costs what it held and nothing else.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import uuid
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from lsq_core.errors import InputError, LsqError, reason_of
+
+if TYPE_CHECKING:
+    import numpy as np
+
+#: Error numbers of a disk that takes no more, and of one that can't be written whatever is asked.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
+#: Bytes of the largest JSON file that is read back.
+_MOST_JSON = 256 * 2**20
+
+
+class Damaged(LsqError):
+    """A file that was read back isn't what was written; the message says which, and how."""
+
+
+# --- writing --------------------------------------------------------------------------------
+
+
+def write_bytes(path: Path, content: bytes, *, new: bool = False) -> None:
+    """Write a file whole; see :func:`writing`."""
+    with writing(path, new=new) as file:
+        file.write(content)
+
+
+@contextmanager
+def writing(path: Path, *, new: bool = False) -> Iterator[BinaryIO]:
+    """A binary file to write within a ``with``, which takes its place when that ends well.
+
+    It is synced before it takes its place, and its folder after; where anything goes wrong
+    nothing of it is left. With ``new`` there must be no file of that name. A device or a pipe is
+    written to as it is.
+
+    Raises
+    ------
+    InputError
+        When there can be no such file, or with ``new`` there is one.
+    LsqError
+        When the disk is full or fails.
+    """
+    try:
+        target = _target(path, new)
+        if target.exists() and not target.is_file():
+            with target.open("wb") as device:
+                yield device
+        else:
+            with _taking_the_place_of(target, new) as file:
+                yield file
+    except FileExistsError as error:
+        raise InputError(f"{path} is there already; give a new file.") from error
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def _target(path: Path, new: bool) -> Path:
+    """Where a file of this path is, whatever links lead there."""
+    try:
+        target = Path(os.path.realpath(path))
+    except ValueError as error:  # a null byte
+        raise cannot_write(path, error) from error
+    if not path.name or target.is_dir():
+        raise InputError(f"'{path}' is a folder; give the path of a file.")
+    if new and target.is_file():
+        raise FileExistsError
+    return target
+
+
+@contextmanager
+def _taking_the_place_of(target: Path, new: bool) -> Iterator[BinaryIO]:
+    unfinished = target.with_name(f".{uuid.uuid4().hex[:12]}.new")
+    try:
+        with unfinished.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if new:
+            _link(unfinished, target)
+        else:
+            unfinished.replace(target)
+        sync_folder(target.parent)
+    finally:
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+
+
+def _link(unfinished: Path, target: Path) -> None:
+    """Give a file its name, which unlike renaming it takes no other file's place."""
+    try:
+        os.link(unfinished, target)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS) or target.exists():
+            raise
+        unfinished.replace(target)  # a file system without links
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder on the disk, where its file system can do that."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def sync_tree(folder: Path) -> None:
+    """Have every file of a folder that others wrote on the disk, and the folder's own names."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    sync_folder(folder)
+
+
+def cannot_write(path: Path, error: Exception) -> LsqError:
+    """What to tell a person whose file could not be written."""
+    number = getattr(error, "errno", None)
+    if number in _FULL:
+        return LsqError(f"The disk is full, so {path} was not written: make room and try again.")
+    if number == errno.EIO:
+        return LsqError(f"{path} was not written, because the disk failed; check it.")
+    reason = getattr(error, "strerror", None) or reason_of(error)
+    return InputError(f"{path} cannot be written ({reason}); give another path.")
+
+
+def disk_error(error: BaseException) -> LsqError | None:
+    """The sentence for a disk that is full or can't be written, whoever wrote; None otherwise."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (*_FULL, *_REFUSED, errno.EIO):
+            where = error.filename or "a file"
+            if error.errno in _FULL:
+                return LsqError(f"The disk is full ({where}); make room and try again.")
+            return LsqError(f"{where} cannot be written or read ({error.strerror}); change that.")
+        error = error.__cause__
+    return None
+
+
+# --- reading back ---------------------------------------------------------------------------
+
+
+def read_json(path: Path) -> dict | None:
+    """The object in a JSON file, or None where there is no file.
+
+    Raises
+    ------
+    Damaged
+        When it holds anything else, or cannot be read.
+    """
+    try:
+        if path.stat().st_size > _MOST_JSON:
+            raise Damaged(f"{path} is larger than any file of its kind.")
+        content = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError, MemoryError) as error:
+        raise Damaged(f"{path} is damaged: {reason_of(error)}.") from error
+    if not isinstance(content, dict):
+        raise Damaged(f"{path} is damaged: it holds no JSON object.")
+    return content
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write arrays into a ``.npz`` file, whole."""
+    import numpy as np
+
+    with writing(path) as file:
+        np.savez(file, **arrays)
+
+
+def read_arrays(path: Path, like: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | None:
+    """Arrays that :func:`write_arrays` wrote, or None where there is no file.
+
+    ``like`` has an array of the expected shape and dtype for each; values have to be finite.
+
+    Raises
+    ------
+    Damaged
+        When one is missing or another than expected, or the file cannot be read.
+    """
+    import numpy as np
+
+    broken = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            found = {name: file[name] for name in like}
+    except FileNotFoundError:
+        return None
+    except (*broken, NotImplementedError, RuntimeError, MemoryError, SyntaxError) as error:
+        raise Damaged(f"{path} is damaged: {reason_of(error)}.") from error
+    for name, array in like.items():
+        own = found[name]
+        if (own.shape, own.dtype) != (array.shape, array.dtype) or not np.isfinite(own).all():
+            raise Damaged(f"{path} is damaged: its {name} is not what was written.")
+    return found

@@ -1,0 +1,238 @@
+"""The app as a server: who may reach it, by which name, and what a browser may do with it.
+
+Streamlit lets every page of this machine open its websocket, and every page show it in a frame. So
+its ASGI application is served behind :class:`Guard`, in this process, which ends with it.
+"""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import os
+import secrets
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
+from http.cookies import CookieError, SimpleCookie
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit
+
+import psutil
+
+from lsq_core.errors import InputError, LsqError
+
+ROOT = Path(__file__).resolve().parents[1]
+#: What a folder with a snapshot of the database is called, before the process that made it.
+SNAPSHOT = "lsq-snapshot-"
+#: Seconds that open connections have to end once the server was asked to.
+GRACE = 3.0
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+#: A page shows what is here and what it was given: no frame around it, nothing from elsewhere,
+#: whatever a name or a note in the database would like to load.
+HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'; "
+        "base-uri 'self'; form-action 'self'; frame-ancestors 'none'"
+    ),
+    "X-Frame-Options": "DENY",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Application = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class Access:
+    """Who may reach the server.
+
+    ``hosts`` are the names it answers to, without port; none for every name, which needs a token.
+    ``token`` is '' where none is asked for.
+    """
+
+    hosts: tuple[str, ...]
+    token: str
+    port: int
+
+    @property
+    def cookie(self) -> str:
+        """The token's cookie: cookies are of a host, so its name tells the port."""
+        return f"lsq-token-{self.port}"
+
+
+def access(address: str, port: int, token: bool) -> Access:
+    """Who may reach a server on an address: others than this machine with a token alone.
+
+    Raises
+    ------
+    InputError
+        When this machine can't listen there.
+    """
+    try:
+        found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(found[0]) as test:
+            test.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            test.bind(found[4][:2])
+    except (OSError, OverflowError) as error:
+        raise InputError(
+            f"{address}:{port} cannot be listened on ({error}); give another --port or --address."
+        ) from error
+    ip = ipaddress.ip_address(found[4][0])
+    if ip.is_loopback:
+        hosts = tuple({*LOOPBACK, address})
+    else:
+        hosts = () if ip.is_unspecified else (address, str(ip))
+        token = True
+    return Access(hosts, secrets.token_urlsafe(24) if token else "", port)
+
+
+class Guard:
+    """ASGI middleware: its own names, its own origin, its token; headers on every answer."""
+
+    def __init__(self, app: Application, access: Access) -> None:
+        self.app, self.access = app, access
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on what may be, and answer the rest with 403."""
+        if scope["type"] not in ("http", "websocket"):
+            await self.app(scope, receive, send)
+            return
+        headers = {key.decode("latin1"): value.decode("latin1") for key, value in scope["headers"]}
+        reason = self.refusal(headers)
+        given = dict(parse_qsl(scope["query_string"].decode("latin1"))).get("token", "")
+        if not reason and self.access.token and not self._same(self._cookie(headers)):
+            if scope["type"] == "http" and scope["method"] == "GET" and self._same(given):
+                await self._admit(scope, send)
+                return
+            reason = "Open the address with the token that the server printed when it started."
+        if not reason:
+            await self.app(scope, receive, _with_headers(send))
+        elif scope["type"] == "websocket":
+            await receive()
+            await send({"type": "websocket.close", "code": 1008})  # before accepting: status 403
+        else:
+            await _answer(send, 403, reason)
+
+    def refusal(self, headers: dict[str, str]) -> str:
+        """Why a request is not for this server or not from its own pages; '' when it is."""
+        host = headers.get("host", "")
+        name = urlsplit(f"//{host}").hostname or ""
+        if self.access.hosts and name.rstrip(".") not in self.access.hosts:
+            return "This server does not answer to that name."
+        origin = headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc != host:
+            return "Only pages of this server may ask it."
+        # A browser says so of what a page of another server embeds; a link is a navigation.
+        site, mode = headers.get("sec-fetch-site"), headers.get("sec-fetch-mode")
+        if site in ("cross-site", "same-site") and mode != "navigate":
+            return "Only pages of this server may ask it."
+        return ""
+
+    def _cookie(self, headers: dict[str, str]) -> str:
+        try:
+            found = SimpleCookie(headers.get("cookie", "")).get(self.access.cookie)
+        except CookieError:
+            return ""
+        return found.value if found else ""
+
+    def _same(self, given: str) -> bool:
+        return hmac.compare_digest(given.encode(), self.access.token.encode())
+
+    async def _admit(self, scope: Scope, send: Send) -> None:
+        """Keep the token in a cookie and take it out of the address."""
+        query = parse_qsl(scope["query_string"].decode("latin1"), keep_blank_values=True)
+        rest = urlencode([(key, value) for key, value in query if key != "token"])
+        # One slash: two would name another host.
+        path = "/" + quote(scope["path"].lstrip("/\\"))
+        cookie = f"{self.access.cookie}={self.access.token}; Path=/; HttpOnly; SameSite=Lax"
+        extra = {"Location": path + (f"?{rest}" if rest else ""), "Set-Cookie": cookie}
+        await _answer(send, 303, "", extra)
+
+
+def _with_headers(send: Send) -> Send:
+    ours = [(key.lower().encode(), value.encode()) for key, value in HEADERS.items()]
+
+    async def wrapped(message: MutableMapping[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            names = {key for key, _ in ours}
+            theirs = [pair for pair in message.get("headers", []) if pair[0].lower() not in names]
+            message = {**message, "headers": [*theirs, *ours]}
+        await send(message)
+
+    return wrapped
+
+
+async def _answer(send: Send, status: int, text: str, extra: dict[str, str] | None = None) -> None:
+    headers = {"Content-Type": "text/plain; charset=utf-8", "Cache-Control": "no-store"}
+    pairs = [(k.lower().encode(), v.encode()) for k, v in (headers | (extra or {})).items()]
+    send = _with_headers(send)
+    await send({"type": "http.response.start", "status": status, "headers": pairs})
+    await send({"type": "http.response.body", "body": text.encode()})
+
+
+def remove_old_snapshots() -> None:
+    """Delete the snapshots of processes of this person that were killed."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{SNAPSHOT}*"):
+        number = folder.name.removeprefix(SNAPSHOT).partition("-")[0]
+        mine = not folder.is_symlink() and folder.stat().st_uid == os.getuid()
+        if mine and number.isdigit() and not psutil.pid_exists(int(number)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def serve(address: str, port: int, token: bool) -> None:
+    """Serve the app in this process until it is asked to end.
+
+    Raises
+    ------
+    InputError
+        When this machine can't listen there.
+    """
+    import uvicorn
+
+    allowed = access(address, port, token)
+    remove_old_snapshots()
+    os.chdir(ROOT)
+    config = uvicorn.Config(
+        _application(address, allowed),
+        host=address,
+        port=port,
+        log_level="warning",
+        access_log=False,  # it would tell the token
+        ws_max_size=200 * 1024 * 1024,
+        timeout_graceful_shutdown=int(GRACE),
+    )
+    server = uvicorn.Server(config)
+    # uvicorn raises again what it was ended by; so this process ends as programs do.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    print(f"LSQ Explorer is at {_url(address, allowed)} (Ctrl+C ends it)", file=sys.stderr)
+    server.run()
+    if not server.started:
+        raise LsqError("The app could not be started; its own message is above.")
+
+
+def _url(address: str, allowed: Access) -> str:
+    shown = {"0.0.0.0": socket.gethostname(), "::": socket.gethostname()}.get(address, address)
+    shown = f"[{shown}]" if ":" in shown else shown
+    return f"http://{shown}:{allowed.port}/" + (f"?token={allowed.token}" * bool(allowed.token))
+
+
+def _application(address: str, allowed: Access) -> Application:
+    from starlette.middleware import Middleware
+    from streamlit.starlette import App
+    from streamlit.web.bootstrap import load_config_options
+
+    app = App(ROOT / "app.py", middleware=[Middleware(Guard, access=allowed)])
+    # The guard knows the names; Streamlit's own list is of this machine alone.
+    load_config_options(
+        {"server.address": address, "server.port": allowed.port, "server.allowedHosts": []}
+    )
+    return app

@@ -1,0 +1,62 @@
+"""Can a result be written where it is asked for? Told before the work, not after it."""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+from lsq_core.errors import InputError
+
+
+def check_folder_target(folder: Path) -> None:
+    """Raise :class:`InputError` unless a model can be saved in this folder without loss.
+
+    It has to be new or empty, and its place writable; nothing stays behind from finding out.
+    """
+    place = folder
+    try:
+        if folder.is_dir():
+            if any(folder.iterdir()):
+                raise InputError(
+                    f"{folder} exists and is not empty; choose another folder to save to."
+                )
+            _check_replaceable(folder)
+        elif folder.exists():
+            raise InputError(f"{folder} is a file; choose a new folder to save to.")
+        place = next(parent for parent in folder.parents if parent.exists())
+        _try_to_write(place)
+    except OSError as error:
+        raise InputError(_refusal(folder, place, error)) from error
+
+
+def check_file_target(path: Path) -> None:
+    """Raise :class:`InputError` unless a file can be written under this name."""
+    try:
+        if path.is_dir():
+            raise InputError(f"{path} is a folder; give the name of a file in it.")
+        _try_to_write(path.parent)
+    except OSError as error:
+        raise InputError(_refusal(path, path.parent, error)) from error
+
+
+def _try_to_write(folder: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix=".lsq-", dir=folder):
+        pass
+
+
+def _refusal(target: Path, place: Path, error: OSError) -> str:
+    """One sentence, without what the system adds, and with a long name cut."""
+    shown = [text if len(text) <= 200 else f"{text[:60]}…" for text in map(str, (target, place))]
+    return f"{shown[0]} cannot be written ({shown[1]}: {error.strerror or error})."
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Raise unless an empty folder may be replaced, as saving does in the end."""
+    user, parent = os.geteuid(), folder.parent.stat()
+    sticky = bool(parent.st_mode & stat.S_ISVTX)
+    owners = {folder.stat().st_uid, parent.st_uid}
+    theirs = not os.access(folder, os.W_OK, effective_ids=True)
+    if user and (theirs or (sticky and user not in owners)):
+        raise InputError(f"{folder} belongs to another user; choose another folder to save to.")

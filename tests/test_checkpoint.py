@@ -1,0 +1,245 @@
+"""What a checkpoint holds against what its config says: codes, strays, and two of one thing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lsq_core import cli
+from lsq_core.errors import InputError
+from lsq_core.load import inspect_model, load_model
+from lsq_core.model import ModelSource
+from lsq_core.pipeline import Workbench
+from lsq_core.store import Store
+from lsq_core.stream import open_streamed
+
+DOWN = "model.layers.0.mlp.down_proj.weight"
+
+
+@pytest.fixture
+def copy(random_model, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(random_model("llama-gqa"), folder)
+    return folder
+
+
+def change(folder: Path, **tensors: torch.Tensor | None) -> None:
+    """Put tensors into a model's file, or take them out; ``__`` stands for a dot."""
+    path = folder / "model.safetensors"
+    state = load_file(path)
+    for name, tensor in tensors.items():
+        state.pop(name, None)
+        if tensor is not None:
+            state[name] = tensor
+    save_file(state, path, metadata={"format": "pt"})
+
+
+def configure(folder: Path, **entries: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
+def refused_everywhere(folder: Path, *needed: str) -> None:
+    """By a look at the model, by a whole load, and by one block at a time; in one sentence."""
+    source = ModelSource(str(folder))
+    for look in (inspect_model, lambda s: load_model(s, "cpu"), lambda s: open_streamed(s, "cpu")):
+        with pytest.raises(InputError) as caught:
+            look(source)
+        told = str(caught.value)
+        assert "\n" not in told
+        assert all(word in told for word in needed), told
+
+
+# --- codes ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "method"),
+    [
+        ("hf_quant_config.json", {"quantization": {"quant_algo": "FP8"}}, "FP8"),
+        ("quantize_config.json", {"bits": 4, "quant_method": "gptq"}, "gptq"),
+        ("quant_config.json", {"w_bit": 4}, "some method"),
+    ],
+)
+def test_a_quantizer_left_a_file_of_its_own(copy, file, content, method):
+    (copy / file).write_text(json.dumps(content))
+    refused_everywhere(copy, method, file)
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"compression_config": {"format": "float-quantized"}},
+        {"quantization_config": {"quant_method": "fp8"}},
+        {"quantization_config": ["odd"]},
+        {"text_config": {"quantization_config": {"quant_method": "fp8"}}},
+    ],
+)
+def test_the_config_says_it_is_quantized(copy, entries):
+    configure(copy, **entries)
+    refused_everywhere(copy, "already quantized", "config.json")
+
+
+def test_codes_without_a_word(copy):
+    """Cast to floating point they gave a perplexity of 53 million."""
+    weight = load_file(copy / "model.safetensors")[DOWN]
+    change(copy, **{DOWN: weight.to(torch.float8_e4m3fn)})
+    refused_everywhere(copy, DOWN, "F8_E4M3")
+    scale = weight.abs().amax(1, keepdim=True) / 127
+    codes = (weight / scale).round().to(torch.int8)
+    change(copy, **{DOWN: codes, DOWN + "_scale": scale})
+    refused_everywhere(copy, DOWN, "I8", "weight_scale")
+
+
+@pytest.mark.parametrize("beside", ["weight_scale", "weight_scale_inv", "input_scale", "qzeros"])
+def test_scales_beside_weights(copy, beside):
+    """Weights in a dtype that could be anything's, of which the scales would be dropped."""
+    name = DOWN.replace("weight", beside)
+    change(copy, **{name: torch.ones(1)})
+    refused_everywhere(copy, name, "quantized")
+
+
+# --- what the architecture doesn't take ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.q_proj.bias",
+        "model.layers.2.mlp.down_proj.weight",  # a third layer, where the config has two
+        "model.norm.bias",
+        "lm_head.bias",
+    ],
+)
+def test_tensors_that_its_function_depends_on(copy, name):
+    change(copy, **{name: torch.ones(128)})
+    refused_everywhere(copy, name, "LlamaForCausalLM")
+
+
+def test_what_changes_nothing_is_said_and_kept(copy, tmp_path, capsys):
+    change(copy, **{"vision_tower.patch.weight": torch.ones(8, 8), "score.weight": torch.ones(2)})
+    source, store = ModelSource(str(copy)), Store(tmp_path / "db")
+    loaded = load_model(source, "cpu").info
+    assert len(loaded.notes) == 1
+    assert "2 stored tensors" in loaded.notes[0]
+    assert "score.weight" in loaded.notes[0]
+    assert inspect_model(source).notes == loaded.notes == open_streamed(source, "cpu").info.notes
+    assert Workbench(source, store).info.notes == loaded.notes
+    assert store.model(loaded.fingerprint).notes == loaded.notes, "also where it is known already"
+    db = ["--db", str(tmp_path / "db"), "--model", str(copy)]
+    assert cli.main(["inspect", "--json", *db]) == 0
+    assert json.loads(capsys.readouterr().out)["notes"] == list(loaded.notes)
+    assert cli.main(["inspect", *db]) == 0
+    assert "score.weight" in capsys.readouterr().out
+
+
+def test_buffers_that_are_computed_are_no_strays(copy):
+    change(
+        copy,
+        **{
+            "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16),
+            "model.rotary_emb.inv_freq": torch.ones(16),
+        },
+    )
+    assert inspect_model(ModelSource(str(copy))).notes == ()
+
+
+def test_blocks_for_predicting_further_tokens_are_left_out(copy):
+    change(copy, **{"model.layers.2.mlp.down_proj.weight": torch.ones(128, 256)})
+    configure(copy, num_nextn_predict_layers=1)
+    [note] = inspect_model(ModelSource(str(copy))).notes
+    assert "model.layers.2.mlp.down_proj.weight" in note
+
+
+@pytest.mark.parametrize("architecture", ["mixtral-moe", "gpt2-conv1d", "gpt-oss-moe", "opt"])
+def test_what_is_renamed_or_stacked_on_loading_fits(random_model, architecture):
+    assert inspect_model(ModelSource(str(random_model(architecture)))).notes == ()
+
+
+def test_an_expert_as_codes(random_model, tmp_path):
+    folder = tmp_path / "moe"
+    shutil.copytree(random_model("mixtral-moe"), folder)
+    state = load_file(folder / "model.safetensors")
+    name = next(n for n in state if "experts" in n)
+    change(folder, **{name: state[name].to(torch.float8_e4m3fn)})
+    refused_everywhere(folder, name, "F8_E4M3")
+
+
+def test_pickled_codes(copy):
+    state = load_file(copy / "model.safetensors")
+    state[DOWN] = state[DOWN].to(torch.int8)
+    torch.save(state, copy / "pytorch_model.bin")
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="stored as int8"):
+        load_model(ModelSource(str(copy), allow_pickle=True), "cpu")
+
+
+# --- two of one thing -----------------------------------------------------------------------------
+
+
+def shard(folder: Path, stale: torch.Tensor | None) -> None:
+    """Two files and an index; ``stale`` lies in the second, though the index names the first."""
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    first = {n: t for n, t in state.items() if "layers.1." not in n}
+    second = {n: t for n, t in state.items() if "layers.1." in n}
+    names = dict.fromkeys(first, "model-00001-of-00002.safetensors")
+    names |= dict.fromkeys(second, "model-00002-of-00002.safetensors")
+    if stale is not None:
+        second[DOWN] = stale
+    save_file(first, folder / "model-00001-of-00002.safetensors", metadata={"format": "pt"})
+    save_file(second, folder / "model-00002-of-00002.safetensors", metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": names}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def test_a_stale_duplicate_in_another_shard(copy):
+    weight = load_file(copy / "model.safetensors")[DOWN]
+    shard(copy, weight + 1)
+    refused_everywhere(copy, DOWN, "model-00002-of-00002.safetensors")
+
+
+def test_the_same_tensor_twice_is_the_same(copy):
+    weight = load_file(copy / "model.safetensors")[DOWN]
+    shard(copy, weight.clone())
+    loaded = load_model(ModelSource(str(copy)), "cpu")
+    assert torch.equal(loaded.model.get_parameter(DOWN), weight)
+
+
+def test_an_index_beside_another_whole_file(copy, tmp_path):
+    whole = tmp_path / "whole"
+    shutil.copy(copy / "model.safetensors", whole)
+    shard(copy, None)
+    shutil.move(whole, copy / "model.safetensors")
+    refused_everywhere(copy, "model.safetensors and an index")
+
+
+def test_an_index_that_names_what_no_file_holds(copy):
+    shard(copy, None)
+    path = copy / "model.safetensors.index.json"
+    content = json.loads(path.read_text())
+    content["weight_map"]["model.norm.extra"] = "model-00001-of-00002.safetensors"
+    path.write_text(json.dumps(content))
+    refused_everywhere(copy, "model.norm.extra")
+
+
+def test_one_parameter_under_two_names(copy):
+    weight = load_file(copy / "model.safetensors")[DOWN]
+    change(copy, **{DOWN.removeprefix("model."): weight + 1})
+    refused_everywhere(copy, DOWN, DOWN.removeprefix("model.") + " ")
+
+
+def test_a_head_that_is_tied_and_stored_with_other_values(copy):
+    embedding = load_file(copy / "model.safetensors")["model.embed_tokens.weight"]
+    change(copy, **{"lm_head.weight": embedding.clone()})
+    assert inspect_model(ModelSource(str(copy))).tied_embeddings
+    change(copy, **{"lm_head.weight": embedding + 1})
+    refused_everywhere(copy, "lm_head.weight", "tie_word_embeddings")
+    configure(copy, tie_word_embeddings=False)
+    loaded = load_model(ModelSource(str(copy)), "cpu")
+    assert torch.equal(loaded.model.lm_head.weight, embedding + 1)

@@ -1,0 +1,58 @@
+"""Methods held against each other at the same size: which runs meet, and how many have to."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lsq_core import compare
+from lsq_core.compare import FEWEST, WinTieLoss, perplexity_at, win_tie_loss_at_equal_bytes
+from lsq_core.ui.compare_views import too_few
+
+FRONT = np.array([[2.25, 40.0], [3.13, 12.0], [3.25, 10.0], [3.51, 9.0], [3.4, 20.0]])
+
+
+def runs(*rows: tuple[str, float, float]) -> pd.DataFrame:
+    frame = pd.DataFrame(rows, columns=["method", "bits_per_param", "perplexity"])
+    same = dict.fromkeys(("fingerprint", "corpus", "corpus_sha256", "protocol"), "x")
+    return frame.assign(**same, tokens=100, base=None, request=None)
+
+
+@pytest.mark.parametrize(
+    ("size", "perplexity"),
+    [
+        (3.25, 10.0),
+        (3.2502, 10.0),  # the same size but for the rounding of a label
+        (3.19, math.sqrt(120)),  # halfway between two neighbours, in the logarithm
+        (3.38, math.sqrt(90)),  # a run that a smaller one beats is no neighbour
+        (2.5, math.nan),  # the next two are 39 % apart
+        (2.0, math.nan),  # nothing is extrapolated
+        (4.0, math.nan),
+    ],
+)
+def test_what_a_method_reaches_at_a_size(size, perplexity):
+    assert perplexity_at(FRONT, size) == pytest.approx(perplexity, nan_ok=True)
+
+
+def test_unlike_sizes_do_not_meet():
+    """A plan of 3.129 bits once met one of 2.510, as the nearest was 0.0006 bits larger."""
+    uniform = [("uniform", 2.5078, 30.0), ("uniform", 3.1296, 9.0)]
+    found = runs(("sensiboost", 3.129, 10.0), *uniform)
+    assert win_tie_loss_at_equal_bytes(found, "sensiboost", "uniform") == WinTieLoss(0, 0, 1)
+    found = runs(("sensiboost", 2.9, 10.0), *uniform)
+    assert win_tie_loss_at_equal_bytes(found, "sensiboost", "uniform").total == 0
+
+
+def test_few_comparisons_are_counted_and_called_too_few():
+    uniform = [("uniform", 3.13, 12.0), ("uniform", 3.25, 11.0)]
+    mine = [("sensiboost", 3.13 + 0.02 * k, 8.0) for k in range(FEWEST - 1)]
+    found = compare.figure_6(runs(*mine, *uniform))
+    assert found["total"].tolist() == [FEWEST - 1]
+    assert not found["enough"].any()
+    assert f"n = {FEWEST - 1}" in too_few(found)
+    found = compare.figure_6(runs(*mine, ("sensiboost", 3.24, 8.0), *uniform))
+    assert found["enough"].all()
+    assert too_few(found) == ""

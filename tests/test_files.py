@@ -1,0 +1,209 @@
+"""Files written whole and read back with doubt, on real full and read-only disks too."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from lsq_core.errors import InputError, reason_of
+from lsq_core.files import Damaged, read_arrays, read_json, write_arrays, write_bytes, writing
+from lsq_core.jsontext import write_json
+from tests.conftest import ROOT
+
+
+def on_a_small_disk(script: str, tmp_path) -> str:
+    """What a Python script prints in a process whose folder is a disk of 1 MiB."""
+    prepare = f'mount -t tmpfs -o size=1m none {tmp_path} && exec {sys.executable} -c "$0"'
+    command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    if shutil.which("unshare") is None or subprocess.run([*command, "true"]).returncode:
+        pytest.skip("no disk of its own can be mounted here")
+    done = subprocess.run(
+        [*command, prepare, script],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "FOLDER": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_file_that_does_not_fit_leaves_the_old_one_and_no_other(tmp_path):
+    said = on_a_small_disk(
+        """
+import os
+from pathlib import Path
+from lsq_core.errors import LsqError
+from lsq_core.files import write_bytes
+folder = Path(os.environ["FOLDER"])
+write_bytes(folder / "a", b"old")
+for name in ("a", "b"):
+    try:
+        write_bytes(folder / name, b"x" * 2**21, new=name == "b")
+    except LsqError as error:
+        print(error.exit_code, "disk is full" in str(error))
+print(sorted(p.name for p in folder.iterdir()), (folder / "a").read_bytes())
+""",
+        tmp_path,
+    )
+    assert said.splitlines() == ["1 True", "1 True", "['a'] b'old'"]
+
+
+def test_a_job_says_on_a_full_disk_that_it_is_full(tmp_path):
+    """Its last word goes over what was there before, where nothing more can be written."""
+    said = on_a_small_disk(
+        """
+import json, os, subprocess, sys
+from pathlib import Path
+from lsq_core import jobs, worker
+from lsq_core.jsontext import write_json
+home = Path(os.environ["FOLDER"]) / "one"
+home.mkdir()
+write_json(home / "job.json", {"id": "one", "arguments": ["results"], "created": 0.0})
+def execute(arguments, report, folder):
+    with (folder / "filler").open("wb") as file:
+        try:
+            while True:
+                file.write(b"x" * 4096)
+                file.flush()
+        except OSError:
+            pass
+    report("evaluate", 1, 2, "with nothing left")
+    write_json(folder / "more.json", {"of": "it" * 4096})
+print("status", worker.work(home, execute))
+job = jobs.read(home)
+print(job.state, "disk is full" in job.message)
+""",
+        tmp_path,
+    )
+    assert said.splitlines()[-2:] == ["status 1", "failed True"]
+
+
+def test_a_new_file_takes_no_other_ones_place(tmp_path):
+    write_bytes(tmp_path / "a", b"first", new=True)
+    with pytest.raises(InputError, match="there already"):
+        write_bytes(tmp_path / "a", b"second", new=True)
+    assert (tmp_path / "a").read_bytes() == b"first"
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_what_fails_while_it_is_written_leaves_nothing(tmp_path):
+    def half() -> None:
+        with writing(tmp_path / "a") as file:
+            file.write(b"half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        half()
+    assert not list(tmp_path.iterdir())
+
+
+def test_modes_follow_the_umask_and_links_and_devices_stay(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write_bytes(tmp_path / "a", b"1")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o640
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    write_bytes(tmp_path / "link", b"2")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "a").read_bytes() == b"2"
+    write_bytes(type(tmp_path)("/dev/null"), b"3")
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+
+
+@pytest.mark.parametrize("path", ["", "/proc/x", "/no/such/folder/x", "a\0b", "n" * 300])
+def test_a_path_that_cannot_be_is_bad_input(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError):
+        write_json(type(tmp_path)(path), {})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\0" * 300, b'{"a": 1', b"[1]", b"null", b'{"a": NaN}', b"\xff\xfe{}", b"[" * 100_000],
+)
+def test_a_damaged_json_file_is_named(tmp_path, content):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(Damaged, match=r"a\.json is damaged"):
+        read_json(tmp_path / "a.json")
+    assert read_json(tmp_path / "none.json") is None
+
+
+def test_names_that_no_encoding_can_write_come_back(tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    write_json(tmp_path / "a.json", {"name": name})
+    assert read_json(tmp_path / "a.json") == {"name": name}
+
+
+def test_arrays_come_back_or_are_damaged(tmp_path):
+    path, arrays = tmp_path / "a.npz", {"x": np.arange(5.0), "n": np.array(3)}
+    assert read_arrays(path, arrays) is None
+    write_arrays(path, arrays)
+    found = read_arrays(path, arrays)
+    assert all((found[name] == own).all() for name, own in arrays.items())
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[whole.index(arrays["x"].tobytes()) + 3] ^= 4
+    for content in (b"", whole[:-30], whole[:40], bytes(len(whole)), bytes(flipped)):
+        path.write_bytes(content)
+        with pytest.raises(Damaged, match=r"a\.npz is damaged"):
+            read_arrays(path, arrays)
+    write_arrays(path, arrays)
+    for like in ({"y": np.zeros(5)}, {"x": np.zeros(4)}, {"x": np.zeros(5, np.int64)}):
+        with pytest.raises(Damaged):
+            read_arrays(path, like)
+    write_arrays(path, {"x": np.full(5, np.nan)})
+    with pytest.raises(Damaged, match="its x"):
+        read_arrays(path, {"x": np.zeros(5)})
+
+
+# --- what libraries say -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("said", "has", "has_not"),
+    [
+        ("Couldn't load it from one of: \n(1) a file,\n(2) a class.", "(2) a class", "\n"),
+        ("Sizes differ. For details look at the above report!", "Sizes differ", "report"),
+        ("word " * 1000, "word …", "\n"),
+        ("", "ValueError", "\n"),
+        ("  \n ", "ValueError", "\n"),
+    ],
+)
+def test_a_librarys_message_is_quoted_whole(said, has, has_not):
+    quoted = reason_of(ValueError(said))
+    assert has in quoted
+    assert has_not not in quoted
+    assert 0 < len(quoted) <= 402
+    assert quoted[-1] not in ".:!,"
+
+
+def test_an_empty_message_is_that_of_its_cause():
+    error = ValueError()
+    error.__cause__ = OSError(errno.ENOENT, "No such file or directory")
+    assert "No such file" in reason_of(error)
+
+
+def test_no_module_cuts_a_message_at_its_first_line():
+    cut = ('.split("\\n")[0]', ".splitlines()[0]", "splitlines()), ")
+    found = [
+        path.name
+        for path in (ROOT / "lsq_core").rglob("*.py")
+        if any(sign in path.read_text("utf8") for sign in cut)
+    ]
+    assert not found
+
+
+def test_every_json_file_is_written_by_one_function(tmp_path):
+    write_json(tmp_path / "a.json", {"x": float("nan"), "y": [1, 2]})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": None, "y": [1, 2]}

@@ -1,0 +1,143 @@
+"""The command line's output on narrow terminals and closed pipes, and the status of bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lsq_core.cli import main
+from lsq_core.store import Store
+from tests.conftest import ROOT
+
+
+def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "lsq_core", *arguments],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+    )
+
+
+ASCII = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["plan", "--model", "demo", "--method", "uniform", "--base", "3.13"], ["run", "--help"], []],
+)
+def test_a_terminal_of_ascii_shows_what_it_can(tmp_path, arguments):
+    done = command(*arguments, **ASCII, LSQ_DB=str(tmp_path / "x.duckdb"))
+    assert done.returncode == (0 if arguments else 2)
+    assert b"Traceback" not in done.stderr
+    assert (done.stdout + done.stderr).isascii()
+
+
+def test_json_on_a_terminal_of_ascii_is_the_same_document(tmp_path):
+    arguments = ["export", "--out", str(tmp_path / "läufe.csv"), "--json"]
+    done = command(*arguments, PYTHONIOENCODING="ascii", LSQ_DB=str(tmp_path / "x.duckdb"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.isascii()
+    assert json.loads(done.stdout)["out"] == str(tmp_path / "läufe.csv")
+
+
+def test_a_name_that_no_encoding_has_can_be_told(tmp_path):
+    out = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.csv")
+    for more in ([], ["--json"]):
+        Path(out).unlink(missing_ok=True)
+        done = command("export", "--out", out, *more, LSQ_DB=str(tmp_path / "x.duckdb"))
+        assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["out"] == out
+
+
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_a_reader_that_leaves_is_no_failure(tmp_path, more):
+    """As ``head -1`` does; what was to be done is done."""
+    arguments = [sys.executable, "-m", "lsq_core", "disk", *more]
+    arguments += ["--db", str(tmp_path / "x.duckdb")]
+    reading, writing = os.pipe()
+    os.close(reading)  # nobody reads from the beginning
+    with os.fdopen(writing, "wb") as gone:
+        done = subprocess.run(arguments, cwd=ROOT, stdout=gone, stderr=subprocess.PIPE)
+    assert done.returncode == 0
+    assert done.stderr == b""
+
+
+def test_a_run_goes_on_when_nobody_watches_it(tmp_path):
+    """Its progress goes to a pipe that was closed, and its result is kept."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    out = tmp_path / "plan.json"
+    plan = ["plan", "--model", "demo", "--method", "uniform", "--base", "3.13", "--out", str(out)]
+    with os.fdopen(writing, "wb") as gone:
+        done = subprocess.run(
+            [sys.executable, "-m", "lsq_core", *plan, "--db", str(tmp_path / "x.duckdb")],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=gone,
+        )
+    assert done.returncode == 0
+    assert b"bits per parameter" in done.stdout
+    assert json.loads(out.read_text())["method"] == "uniform"
+
+
+BAD = [
+    "results --db /proc/x",
+    "results --db /proc/x/y.duckdb",
+    "plan --model demo --method uniform --base 3.13 --out /proc/x",
+    "plan --model demo --method uniform --base 3.13 --out ",
+    "export --out /proc/x.csv",
+    "export --out /no/such/folder/x.parquet",
+    "export --out ",
+    "inspect --model DEMO",
+    "inspect --model /proc/x",
+    "inspect --model /proc/self/mem",
+    "run --model demo --plan /proc/x",
+    "run --model demo --plan /proc/self/mem",
+    "run --model demo --method uniform --base 3.13 --corpus /proc/x",
+    "import-reference /proc/x",
+    "audit /proc/x",
+    "generate --prompt a --saved /proc/x",
+    "sweep --model demo --method uniform --base 9.99 --max-tokens 64",
+    "sweep --model demo --method uniform --base 3.13 --corpus /no/such --max-tokens 64",
+    "sweep --model demo --method uniform --budget 0.5bpp --quantizer nf4 --max-tokens 64",
+]
+
+
+@pytest.mark.parametrize("line", BAD)
+def test_bad_input_ends_with_two_and_one_line(line, capsys):
+    assert main(line.split(" ")) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1].startswith("lsq: ")
+    assert not any("Traceback" in line for line in said)
+
+
+def test_an_export_is_whole_or_not_there(tmp_path, capsys):
+    database = ["--db", str(tmp_path / "x.duckdb")]
+    Store(tmp_path / "x.duckdb")
+    out = tmp_path / "runs.csv"
+    assert main(["export", "--out", str(out), *database]) == 0
+    content = out.read_bytes()
+    assert main(["export", "--out", str(out), *database]) == 2
+    assert "there already" in capsys.readouterr().err
+    assert out.read_bytes() == content
+    limited = f"""
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20))
+import signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+from pathlib import Path
+from lsq_core.errors import LsqError
+from lsq_core.files import write_bytes
+try:
+    write_bytes(Path({str(tmp_path / "cut.csv")!r}), b"x" * 100, new=True)
+except LsqError as error:
+    sys.exit(error.exit_code)
+"""
+    assert subprocess.run([sys.executable, "-c", limited], cwd=ROOT).returncode == 1
+    assert not (tmp_path / "cut.csv").exists()

@@ -1,0 +1,203 @@
+"""The app as a server: who is let in, what a browser may do with its pages, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from lsq_core import serve
+from lsq_core.errors import InputError
+from lsq_core.serve import Access, Guard
+from tests.conftest import ROOT
+
+OWN = "127.0.0.1:8501"
+OPEN = Access(("127.0.0.1", "localhost"), "", 8501)
+CLOSED = Access((), "secret", 8501)
+
+
+async def _passed(scope, receive, send) -> None:
+    """An application that answers everything."""
+    if scope["type"] == "websocket":
+        await send({"type": "websocket.accept"})
+        return
+    headers = [(b"x-frame-options", b"ALLOWALL")]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": b"passed"})
+
+
+def ask(access: Access, kind: str = "http", query: str = "", path: str = "/", **headers: str):
+    """What comes of a request: the first message that is sent."""
+    sent: list[dict] = []
+    headers = {"host": OWN} | {name.replace("_", "-"): text for name, text in headers.items()}
+    scope = {
+        "type": kind,
+        "method": "GET",
+        "path": path,
+        "query_string": query.encode(),
+        "headers": [(name.encode(), text.encode()) for name, text in headers.items()],
+    }
+
+    async def receive() -> dict:
+        return {"type": "websocket.connect"}
+
+    async def send(message: dict) -> None:
+        sent.append(message)
+
+    asyncio.run(Guard(_passed, access)(scope, receive, send))
+    return sent[0]
+
+
+def let_in(answer: dict) -> bool:
+    return answer.get("status") == 200 or answer["type"] == "websocket.accept"
+
+
+@pytest.mark.parametrize("kind", ["http", "websocket"])
+@pytest.mark.parametrize(
+    ("headers", "passes"),
+    [
+        ({}, True),
+        ({"origin": f"http://{OWN}"}, True),
+        ({"host": "localhost:8501", "origin": "http://localhost:8501"}, True),
+        ({"origin": "http://localhost:3000"}, False),
+        ({"origin": "http://127.0.0.1:3000"}, False),
+        ({"origin": "http://127.0.0.1"}, False),
+        ({"origin": "null"}, False),
+        ({"origin": "https://evil.example"}, False),
+        ({"host": "evil.example:8501", "origin": "http://evil.example:8501"}, False),
+        ({"host": "127.0.0.1.evil.example"}, False),
+        ({"host": ""}, False),
+        ({"sec_fetch_site": "same-site", "sec_fetch_mode": "no-cors"}, False),
+        ({"sec_fetch_site": "cross-site", "sec_fetch_mode": "navigate"}, True),
+        ({"sec_fetch_site": "same-origin", "sec_fetch_mode": "websocket"}, True),
+    ],
+)
+def test_own_names_and_own_origin_alone_are_let_in(kind, headers, passes):
+    assert let_in(ask(OPEN, kind, **headers)) == passes
+
+
+def test_every_answer_forbids_frames_and_what_is_elsewhere():
+    for answer in (ask(OPEN), ask(OPEN, host="evil.example"), ask(CLOSED, query="token=secret")):
+        headers = dict(answer["headers"])
+        policy = headers[b"content-security-policy"].decode()
+        assert "frame-ancestors 'none'" in policy
+        assert policy.startswith("default-src 'self'")
+        assert [value for name, value in answer["headers"] if name == b"x-frame-options"] == [
+            b"DENY"
+        ]
+        assert headers[b"x-content-type-options"] == b"nosniff"
+
+
+@pytest.mark.parametrize("kind", ["http", "websocket"])
+def test_a_token_is_asked_for(kind):
+    assert not let_in(ask(CLOSED, kind))
+    assert not let_in(ask(CLOSED, kind, query="token=wrong"))
+    assert not let_in(ask(CLOSED, kind, cookie="lsq-token-8501=wrong"))
+    assert not let_in(
+        ask(CLOSED, kind, cookie="lsq-token-9999=secret"),
+    ), "another port's"
+    assert let_in(ask(CLOSED, kind, cookie="other=1; lsq-token-8501=secret"))
+
+
+def test_a_token_in_the_address_becomes_a_cookie():
+    answer = ask(CLOSED, query="model=demo&token=secret", path="//evil.example/Plan")
+    headers = dict(answer["headers"])
+    assert answer["status"] == 303
+    assert headers[b"location"] == b"/evil.example/Plan?model=demo"
+    assert headers[b"set-cookie"].startswith(b"lsq-token-8501=secret;")
+    assert b"HttpOnly" in headers[b"set-cookie"]
+
+
+def test_a_token_is_on_where_others_can_reach_the_address():
+    port = _free_port()
+    assert serve.access("127.0.0.1", port, token=False).token == ""
+    assert len(serve.access("127.0.0.1", port, token=True).token) >= 32
+    everyone = serve.access("0.0.0.0", port, token=False)
+    assert everyone.token
+    assert everyone.hosts == ()
+    with pytest.raises(InputError, match="cannot be listened on"):
+        serve.access("192.0.2.1", port, token=False)
+
+
+def test_snapshots_of_killed_processes_are_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    kept = [tmp_path / f"{serve.SNAPSHOT}{os.getpid()}-a", tmp_path / "lsq-other"]
+    gone = tmp_path / f"{serve.SNAPSHOT}{ended.pid}-b"
+    for folder in (*kept, gone):
+        folder.mkdir()
+        (folder / "snapshot.duckdb").touch()
+    serve.remove_old_snapshots()
+    assert sorted(tmp_path.iterdir()) == sorted(kept)
+
+
+# --- the real server ------------------------------------------------------------------------
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def _status(port: int, path: str = "/_stcore/health", **headers: str) -> int | None:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    try:
+        connection.request("GET", path, headers=headers)
+        return connection.getresponse().status
+    except OSError:
+        return None
+    finally:
+        connection.close()
+
+
+@pytest.fixture
+def server(tmp_path) -> Iterator[tuple[subprocess.Popen, int]]:
+    """``lsq app`` with a temporary folder of its own, once it answers."""
+    port = _free_port()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lsq_core", "app", "--port", str(port)],
+        cwd=ROOT,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 60
+    while _status(port) is None and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    yield process, port
+    process.kill()
+    process.wait()
+
+
+#: What a browser sends to open a websocket.
+_UPGRADE = {
+    "Connection": "Upgrade",
+    "Upgrade": "websocket",
+    "Sec-WebSocket-Version": "13",
+    "Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA==",
+}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_ending_the_command_ends_the_server(server, number):
+    process, port = server
+    assert _status(port) == 200
+    assert _status(port, Origin="http://localhost:3000") == 403
+    own = f"http://127.0.0.1:{port}"
+    assert _status(port, "/_stcore/stream", **_UPGRADE, Origin=own) == 101
+    other = "http://localhost:3000"
+    assert _status(port, "/_stcore/stream", **_UPGRADE, Origin=other) == 403
+    process.send_signal(number)
+    process.wait(20)
+    assert _status(port) is None, "nothing listens on its port any more"

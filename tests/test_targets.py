@@ -1,0 +1,112 @@
+"""Where results are asked to be written: refused before the work, with nothing left behind."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from lsq_core import cli
+from lsq_core.errors import InputError
+from lsq_core.pipeline import Workbench
+from lsq_core.targets import check_file_target, check_folder_target
+
+NOBODY = 65534
+
+
+@contextmanager
+def as_nobody() -> Iterator[None]:
+    """With the rights of a user who owns nothing here."""
+    if os.geteuid() != 0:
+        pytest.skip("becoming another user needs root")
+    os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.fixture
+def open_folder(tmp_path) -> Path:
+    """A folder that other users can get to, sticky as /tmp is."""
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder.stat().st_uid == os.geteuid() and folder != Path("/"):
+            folder.chmod(folder.stat().st_mode | 0o055)
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o1777)
+    return shared
+
+
+def test_what_can_be_saved_to(tmp_path):
+    (tmp_path / "empty").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    check_folder_target(tmp_path / "new")
+    check_folder_target(tmp_path / "a" / "b" / "new")
+    check_folder_target(tmp_path / "empty")
+    check_file_target(tmp_path / "plan.json")
+    assert sorted(tmp_path.rglob("*")) == before, "nothing stays behind"
+
+
+def test_another_users_folder(open_folder):
+    (open_folder / "theirs").mkdir(mode=0o755)
+    with as_nobody():
+        check_folder_target(open_folder / "mine")
+        with pytest.raises(InputError, match="belongs to another user"):
+            check_folder_target(open_folder / "theirs")
+        with pytest.raises(InputError, match="cannot be written"):
+            check_folder_target(open_folder / "theirs" / "new")
+        with pytest.raises(InputError, match="cannot be written"):
+            check_file_target(open_folder / "theirs" / "plan.json")
+    (open_folder / "theirs").chmod(0o777)
+    with as_nobody(), pytest.raises(InputError, match="belongs to another user"):
+        check_folder_target(open_folder / "theirs")  # sticky: it can't be replaced
+
+
+@pytest.fixture
+def work(monkeypatch) -> list:
+    """What was begun in spite of all."""
+    begun = []
+    monkeypatch.setattr(Workbench, "profile", lambda *a, **k: begun.append("profile"))
+    monkeypatch.setattr(Workbench, "run", lambda *a, **k: begun.append("run"))
+    monkeypatch.setattr(Workbench, "plan", lambda *a, **k: begun.append("plan"))
+    return begun
+
+
+@pytest.mark.parametrize("kind", ["file", "full", "in a file", "proc", "long", "empty name"])
+def test_a_run_is_refused_before_its_work(tmp_path, capsys, work, kind):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("")
+    target = {
+        "file": tmp_path / "file",
+        "full": tmp_path / "full",
+        "in a file": tmp_path / "file" / "new",
+        "proc": "/proc/x",
+        "long": tmp_path / ("x" * 300),
+        "empty name": "",
+    }[kind]
+    words = ["run", "--model", "demo", "--method", "mxq", "--budget", "3.2bpp"]
+    assert cli.main([*words, "--save", str(target)]) == 2
+    assert work == []
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize("out", ["", "/proc/x.json", "{tmp}", "{tmp}/no/x.json", f"{{tmp}}/{LONG}"])
+def test_a_plans_file_is_refused_before_the_work(tmp_path, capsys, work, out):
+    words = ["plan", "--model", "demo", "--method", "mxq", "--budget", "3.2bpp"]
+    assert cli.main([*words, "--out", out.format(tmp=tmp_path)]) == 2
+    assert work == []
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("out", ["", "/proc/x.csv", "{tmp}/no/x.csv", f"{{tmp}}/{LONG}.csv"])
+def test_a_tables_file_is_refused(tmp_path, capsys, out):
+    assert cli.main(["export", "--out", out.format(tmp=tmp_path)]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
