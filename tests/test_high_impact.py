@@ -402,7 +402,7 @@ def rows_of_576(group_size: int) -> tuple[Problem, PlanRequest]:
     """A model with a matrix of 576 columns, and uniform ratios at a group size."""
     matrices = (Matrix("m.0.q", 0, "q", 128, 128), Matrix("m.0.k", 0, "k", 192, 576))
     impact = impact_of(matrices, {m.name: np.ones(m.out_features) for m in matrices}, {})
-    request = PlanRequest("high-impact", budget="2.5bpp", group_size=group_size, ratios="uniform")
+    request = PlanRequest("high-impact", budget="2.4bpp", group_size=group_size, ratios="uniform")
     return Problem(matrices, options=mixed_rows(2, 3, group_size), impact=impact), request
 
 

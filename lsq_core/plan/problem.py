@@ -153,11 +153,7 @@ class Problem:
         for matrix, allowed in zip(self.matrices, self.allowed, strict=True):
             if not allowed.any():
                 sizes = sorted({option.group_size for option in self.options}, reverse=True)
-                rows = (
-                    "has rows that"
-                    if isinstance(self.options[0], MixedRows)
-                    else "has weights that"
-                )
+                what = "rows" if isinstance(self.options[0], MixedRows) else "weights"
                 raise InputError(
                     f"{matrix.name} ({matrix.out_features}×{matrix.in_features}) has {what} "
                     f"that cannot be cut into groups of {', '.join(map(str, sizes))}; choose a "
