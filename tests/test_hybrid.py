@@ -55,8 +55,8 @@ def test_clipping_starts_all_but_open_and_follows_its_gradient():
     low = torch.sigmoid(torch.tensor(4.0)) * weight.view(-1, 32).amin(1)
     high = torch.sigmoid(torch.tensor(4.0)) * weight.view(-1, 32).amax(1)
     grid = clipping.learned_grid()
-    torch.testing.assert_close(grid.scale, (high - low) / 7)
-    torch.testing.assert_close(grid.zero, (-low / grid.scale).round())
+    torch.testing.assert_close(grid.scale * 2.0**clipping.exponent, (high - low) / 7)
+    torch.testing.assert_close(grid.zero, (-7 * low / (high - low)).round())
     before = (clipping() - weight).square().sum()
     before.backward()
     assert clipping.low.grad.abs().sum() > 0
