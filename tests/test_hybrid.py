@@ -13,7 +13,7 @@ from lsq_core.cli import main
 from lsq_core.config import QuantConfig, mixed_rows
 from lsq_core.errors import InputError
 from lsq_core.load import find_blocks, get_weight, load_model
-from lsq_core.model import ModelSource
+from lsq_core.model import Matrix, ModelSource
 from lsq_core.plan import Plan, PlanRequest
 from lsq_core.profile import ProfileSettings
 from lsq_core.profile import interactions as measuring
@@ -212,3 +212,16 @@ def test_the_command_line(random_model, small_text, tmp_path, capsys, monkeypatc
     assert "--hybrid or --quantizer rtn" in capsys.readouterr().err
     assert main(["run", *words, "--quantizer", "magic", *evaluation]) == 2
     assert "hqq, rtn, nf4, nf4-dq, gptq, awq, hybrid" in capsys.readouterr().err
+
+
+def test_blocks_that_were_kept_in_an_older_layout_are_learned_again(tmp_path, monkeypatch):
+    matrix = Matrix("m.0.up", 0, "up", 8, 64)
+    packed = {matrix: quantize_matrix(some_rows(), CONFIG, get_quantizer("rtn"))}
+    file, choice = tmp_path / "block-0.safetensors", {matrix: CONFIG}
+    hybrid._write(file, packed, 2.5)
+    kept, seconds = hybrid._read(file, choice, 1, "cpu", silent)
+    assert (list(kept), seconds) == ([matrix], 2.5)
+    monkeypatch.setattr(hybrid, "FORMAT", hybrid.FORMAT - 1)
+    hybrid._write(file, packed, 2.5)
+    monkeypatch.undo()
+    assert hybrid._read(file, choice, 1, "cpu", silent) == ({}, 0.0)

@@ -18,6 +18,9 @@ from lsq_core.config import QuantConfig, mixed_rows
 from lsq_core.errors import LsqError
 from lsq_core.load import load_model
 from lsq_core.model import ModelSource
+from lsq_core.profile import ProfileSettings
+from lsq_core.profile.measure import measure_profile
+from lsq_core.profile.weight_error import squared_norm
 from lsq_core.quantize import get_quantizer, planned_bytes
 from lsq_core.quantize.apply import PackedLinear, quantize_model
 from lsq_core.quantize.artifact import load_quantized, save_quantized
@@ -269,6 +272,41 @@ def test_a_model_that_computes_the_same_is_quantized_to_the_same(name, k, tmp_pa
     torch.testing.assert_close(full_scaled, full, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(quantized_scaled, quantized, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(quantized, full, atol=1e-3)
+
+
+def test_scores_of_a_profile_scale_as_the_weights_do(tmp_path, small_text):
+    """An error by 2^k; a squared output change by 4^k, unless the inputs make up for it."""
+    metrics = ("weight_error", "sensitivity_module", "sensitivity", "gram_diagonal")
+    asked = ProfileSettings("rtn", calibration=str(small_text), samples=4, block_tokens=64)
+    plain = save_random_model(tmp_path / "plain", "llama-gqa")
+    scores = []
+    for folder in (plain, scaled_model(tmp_path / "scaled", 13)):
+        loaded = load_model(ModelSource(str(folder)), "cpu", "float32")
+        scores.append(measure_profile(loaded, asked, "key", metrics=metrics).values)
+    one, other = scores
+    found = (other["value"] / one["value"]).groupby([one["metric"], one["type"]]).median()
+    for (metric, kind), ratio in found.items():
+        k = {"self_attn.v_proj": -13, "self_attn.o_proj": 13}.get(kind, 0)
+        inputs = -13 if kind == "self_attn.o_proj" else 0
+        squared = 0 if metric == "sensitivity" else 2 * (k + inputs)
+        expected = 2.0**k if metric == "weight_error" else 2.0**squared
+        assert ratio == pytest.approx(expected, rel=1e-3), (metric, kind)
+
+
+@pytest.mark.parametrize("k", [-100, -60, 60, 100])
+def test_a_weight_error_is_in_range_whatever_its_square_is(k):
+    values = ordinary()
+    here, there = squared_norm(values), squared_norm(times_power_of_two(values, k))
+    assert there == pytest.approx(here * 4.0**k, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["hqq", "rtn", "nf4"])
+@pytest.mark.parametrize("k", [-90, 60])
+def test_what_codes_stand_for_commutes_as_well(name, k):
+    groups, quantizer = ordinary(shape=(5, 64)), get_quantizer(name)
+    here = quantizer.levels(groups, QuantConfig(4, 64))
+    there = quantizer.levels(times_power_of_two(groups, k), QuantConfig(4, 64))
+    torch.testing.assert_close(there, times_power_of_two(here, k), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("architecture", ["llama-gqa", "mixtral-moe", "gpt2-conv1d"])
