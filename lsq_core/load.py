@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from lsq_core.architecture import describe, find_blocks

@@ -46,7 +46,7 @@ from lsq_core.plan import (
     make_frontier,
     make_plan,
 )
-from lsq_core.plan.high_impact import check_options, impact_of
+from lsq_core.plan.high_impact import impact_of
 from lsq_core.plan.pins import with_pins
 from lsq_core.plan.problem import TOLERANCE, Impact
 from lsq_core.profile import (
@@ -385,9 +385,8 @@ class Workbench:
                 f"{self.published.source} was published without the gradients of its weights, so "
                 "high-impact rows cannot be planned for it."
             )
-        check_options(
-            Problem(self.info.matrices).with_options(get_planner(request.method).options(request))
-        )
+        options = get_planner(request.method).options(request)
+        Problem(self.info.matrices).with_options(options).check_options()
         key = self.profile_key(settings)
         scores = self.store.row_scores(key) or self._measure_row_scores(settings, key)
         if request.ratios == "uniform":

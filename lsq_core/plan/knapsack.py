@@ -40,7 +40,7 @@ def hull_frontier(cost: np.ndarray, problem: Problem) -> Frontier:
     InputError
         When no group size fills a matrix, or none that its pin allows.
     """
-    problem.check_choosable()
+    problem.check_options()
     cost = np.where(problem.allowed & np.isfinite(cost), cost, np.inf)
     unmeasured = np.flatnonzero(~np.isfinite(cost).any(axis=1))
     for i in unmeasured:

@@ -41,7 +41,7 @@ from lsq_core.model import MANIFEST, Matrix, ModelSource, folder_bytes
 from lsq_core.quantize import about, matrix_kind
 from lsq_core.quantize.apply import install, packed_modules
 from lsq_core.quantize.base import StoredMatrix
-from lsq_core.quantize.layout import Stored
+from lsq_core.quantize.layout import Stored, as_saved
 from lsq_core.quantize.manifest import FORMAT, WEIGHTS, read_manifest
 from lsq_core.targets import check_folder_target
 
@@ -223,7 +223,8 @@ def _empty_matrices(
     layout = about(quantizer).layout
     for name, entry in manifest["modules"].items():
         matrix, config = known[name], config_of(entry)
-        tensors = empty_tensors(layout(matrix.shape, config, manifest["metadata"]))
+        stored = as_saved(layout(matrix.shape, config, manifest["metadata"]), manifest["format"])
+        tensors = empty_tensors(stored)
         kind = matrix_kind(quantizer, config)
         empty[matrix] = kind.from_tensors(tensors, matrix.shape, config, manifest["axis"])
     return empty

@@ -9,9 +9,10 @@ from pathlib import Path
 from lsq_core.errors import InputError
 from lsq_core.model import MANIFEST
 
+#: 3 since a matrix's scales have a power of two of their own (:func:`layout.as_saved`);
 #: 2 since quantizers store matrices in layouts of their own, and matrices may have mixed rows;
 #: 1 had this project's packing alone, at one width a matrix.
-FORMAT = 2
+FORMAT = 3
 #: Not ``model.safetensors``: transformers alone would load that with random packed modules.
 WEIGHTS = "packed.safetensors"
 #: What tells a saved model's run and plan, beside the format.
