@@ -25,7 +25,7 @@ KINDS = {
     "granitemoe": "works",  # parallel experts: one 3-D parameter called weight
     "jamba": "works",  # attention, state space and experts
     "jetmoe": "works",  # experts in attention, too
-    "llama4_text": "works",  # experts as (in, out) without saying so; a router of its own
+    "llama4": "works",  # experts as (in, out) without saying so; a router of its own
     "mamba": "works",  # no attention at all
     "phimoe": "works",  # a router that is a linear module with a forward of its own
     "qwen3_next": "works",  # linear attention
