@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
+import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -12,6 +14,10 @@ from typing import ClassVar
 
 import torch
 from torch import nn
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
@@ -19,9 +25,10 @@ from transformers.utils import logging as transformers_logging
 from lsq_core.checkpoint import read_entries
 from lsq_core.config import LADDER, divides, format_bytes
 from lsq_core.devices import canonical
-from lsq_core.errors import InputError, LsqError, reason_of
+from lsq_core.errors import InputError, LsqError
 from lsq_core.fit import check_fit, pickled_entries
-from lsq_core.identity import identity_of, under_name
+from lsq_core.foreign import MOST_TOKENIZER, check_size, refusing
+from lsq_core.identity import identity_of, tokenizer_files, under_name
 from lsq_core.memory import available_memory
 from lsq_core.model import (
     Matrix,
@@ -46,6 +53,8 @@ _STORED_DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
 }
+#: Matrices and weights of the largest model that is built. Published ones have up to 10¹² weights.
+_MOST_TENSORS, _MOST_WEIGHTS = 150_000, 10**13
 #: Order of the computation where a block defines its modules in another one.
 _QKV_RANK = {"q_proj": 0, "k_proj": 1, "v_proj": 2}
 
@@ -238,26 +247,63 @@ def stored_dtype(folder: Path) -> torch.dtype | None:
 
 @contextmanager
 def building(source: ModelSource, folder: Path) -> Iterator[None]:
-    """Turn what transformers raises while it builds a model into a sentence.
+    """Turn what transformers raises while it builds a model into a sentence, and limit its size.
 
     Raises
     ------
     InputError
         In the place of transformers' own errors.
     """
-    try:
-        yield
-    except (ValueError, KeyError, TypeError, AttributeError, ImportError, OSError) as error:
+
+    def refusal(reason: str) -> str:
         if not source.trust_remote_code and "auto_map" in read_config(folder):
-            raise InputError(
+            return (
                 f"'{source.name}' is built by Python code of its own, which only runs if you trust "
                 "it: read its .py files, then give --trust-remote-code (in the app: Trust remote "
                 "code)."
-            ) from error
-        raise InputError(
+            )
+        return (
             f"'{source.name}' is not a decoder-only language model that transformers can build: "
-            f"{reason_of(error)}."
-        ) from error
+            f"{reason}."
+        )
+
+    with refusing(refusal), limited_modules(source.name):
+        yield
+
+
+@contextmanager
+def limited_modules(name: str) -> Iterator[None]:
+    """Within the ``with``, stop a model that is being built when it becomes larger than any.
+
+    Raises
+    ------
+    InputError
+        As soon as the modules that this thread builds have more weights or tensors than any
+        published model.
+    """
+    thread, count = threading.get_ident(), Counter()
+
+    def on_tensor(module: nn.Module, key: str, tensor: torch.Tensor | None) -> None:
+        if tensor is None or threading.get_ident() != thread:
+            return
+        # An expert of a stack is a matrix by itself.
+        count["tensors"] += tensor.shape[0] if tensor.dim() > 2 else 1
+        count["weights"] += tensor.numel()
+        if count["tensors"] > _MOST_TENSORS or count["weights"] > _MOST_WEIGHTS:
+            raise InputError(
+                f"'{name}' is larger than any model that can be planned: its config.json describes "
+                f"more than {_MOST_TENSORS:,} matrices or {_MOST_WEIGHTS:.0e} weights."
+            )
+
+    hooks = [
+        register_module_parameter_registration_hook(on_tensor),
+        register_module_buffer_registration_hook(on_tensor),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def describe(model: nn.Module, source: ModelSource) -> ModelInfo:
@@ -394,24 +440,21 @@ def load_model(source: ModelSource, device: str = "auto", dtype: str = "auto") -
     if weight_files(folder)[0].suffix != ".safetensors":  # those are read as a whole first
         check_memory(info.source, info.parameters, torch.device("cpu"), compute_dtype)
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=compute_dtype,
-            use_safetensors=None if source.allow_pickle else True,
-            trust_remote_code=source.trust_remote_code,
-            experts_implementation="eager",
-            output_loading_info=True,
-            device_map={"": target},  # each tensor straight to where it is used
-        )
+        with refusing(lambda reason: f"The weights in {folder} cannot be loaded: {reason}."):
+            model, found = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=compute_dtype,
+                use_safetensors=None if source.allow_pickle else True,
+                trust_remote_code=source.trust_remote_code,
+                experts_implementation="eager",
+                output_loading_info=True,
+                device_map={"": target},  # each tensor straight to where it is used
+            )
         model = model.eval().requires_grad_(False)
     except torch.OutOfMemoryError as error:
         need = info.parameters * compute_dtype.itemsize
         form = str(compute_dtype)[6:]
         raise LsqError(_too_large(info.source, need, form, target)) from error
-    except (ValueError, RuntimeError, OSError) as error:
-        raise InputError(
-            f"The weights in {folder} cannot be loaded: {reason_of(error)}."
-        ) from error
     lacking = sorted(found["missing_keys"])
     if lacking:  # transformers would go on with random ones
         raise InputError(
@@ -431,11 +474,10 @@ def load_tokenizer(source: ModelSource, folder: Path) -> object:
     InputError
         When the folder has none that can be loaded.
     """
-    try:
+    for path in tokenizer_files(folder):
+        check_size(path, MOST_TOKENIZER)
+    with refusing(lambda reason: f"{folder} has no tokenizer that can be loaded: {reason}."):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
-    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
-        reason = reason_of(error)
-        raise InputError(f"{folder} has no tokenizer that can be loaded: {reason}.") from error
 
 
 def _free_bytes(device: torch.device) -> int:
