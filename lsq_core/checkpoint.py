@@ -147,8 +147,8 @@ def safetensors_header(path: Path) -> dict[str, dict]:
 
 def _read_header(path: Path) -> tuple[dict[str, dict], int]:
     """The header, and the byte that tensors begin at."""
-    size = path.stat().st_size
     try:
+        size = path.stat().st_size
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > size - 8:
@@ -157,7 +157,7 @@ def _read_header(path: Path) -> tuple[dict[str, dict], int]:
                 raise ValueError(f"its header has {length:,} bytes, more than any has")
             header = json.loads(file.read(length))
         end = _check_entries(header)
-    except (struct.error, ValueError, RecursionError, MemoryError) as error:
+    except (OSError, struct.error, ValueError, RecursionError, MemoryError) as error:
         reason = reason_of(error)
         raise InputError(
             f"{path} is not a whole safetensors file ({reason}); fetch or save it again."

@@ -24,7 +24,7 @@ MOST_JSON = 64 * 2**20
 MOST_TOKENIZER = 512 * 2**20
 #: The largest count that a config may name, by the end of its key. Published models have up to 126
 #: layers and 2,048 experts; configs make lists of these lengths before a module is built.
-_MOST = ((re.compile(r"layers?$|depth$|blocks$|stages$"), 2_000),)
+_MOST = ((re.compile(r"layers?$|depth$|blocks$|stages$"), 1_000),)
 _MOST += ((re.compile(r"heads?$|experts?$|groups$|codebooks$|labels$"), 100_000),)
 #: Suffixes of the files that a model is loaded from.
 _LOADED = {".json", ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".model", ".txt", ".jinja"}

@@ -53,8 +53,9 @@ _STORED_DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
 }
-#: Matrices and weights of the largest model that is built. Published ones have up to 10¹² weights.
-_MOST_TENSORS, _MOST_WEIGHTS = 150_000, 10**13
+#: Tensors, matrices in them and weights of the largest model that is built; published ones have
+#: up to 10¹² weights.
+_MOST_TENSORS, _MOST_MATRICES, _MOST_WEIGHTS = 50_000, 200_000, 10**13
 #: Order of the computation where a block defines its modules in another one.
 _QKV_RANK = {"q_proj": 0, "k_proj": 1, "v_proj": 2}
 
@@ -286,13 +287,15 @@ def limited_modules(name: str) -> Iterator[None]:
     def on_tensor(module: nn.Module, key: str, tensor: torch.Tensor | None) -> None:
         if tensor is None or threading.get_ident() != thread:
             return
-        # An expert of a stack is a matrix by itself.
-        count["tensors"] += tensor.shape[0] if tensor.dim() > 2 else 1
+        count["tensors"] += 1
+        count["matrices"] += tensor.shape[0] if tensor.dim() > 2 else 1  # experts in a stack
         count["weights"] += tensor.numel()
-        if count["tensors"] > _MOST_TENSORS or count["weights"] > _MOST_WEIGHTS:
+        most = {"tensors": _MOST_TENSORS, "matrices": _MOST_MATRICES, "weights": _MOST_WEIGHTS}
+        over = next((kind for kind in most if count[kind] > most[kind]), None)
+        if over:
             raise InputError(
                 f"'{name}' is larger than any model that can be planned: its config.json describes "
-                f"more than {_MOST_TENSORS:,} matrices or {_MOST_WEIGHTS:.0e} weights."
+                f"more than {most[over]:,} {over}."
             )
 
     hooks = [
@@ -311,6 +314,7 @@ def describe(model: nn.Module, source: ModelSource) -> ModelInfo:
     prefix, blocks = find_blocks(model)
     found = list(walk_matrices(prefix, blocks))
     usable = [m for m in found if any(divides(m.numel, c.group_size) for c in LADDER)]
+    planned = set(usable)  # a list would be searched once for each of many thousand experts
     return ModelInfo(
         source=source.name,
         revision=source.revision,
@@ -320,7 +324,7 @@ def describe(model: nn.Module, source: ModelSource) -> ModelInfo:
         parameters=sum(p.numel() for p in model.parameters()),
         file_bytes=0,
         matrices=tuple(usable),
-        left_out=tuple(m.name for m in found if m not in usable),
+        left_out=tuple(m.name for m in found if m not in planned),
         tied_embeddings=bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False)),
         other_bytes=_other_bytes(model, usable),
     )

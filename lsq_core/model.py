@@ -9,13 +9,12 @@ import hashlib
 import json
 import re
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
 from pathlib import Path
 
 from lsq_core import hub
 from lsq_core.checkpoint import INDEX, check_not_quantized, read_entries, read_index
 from lsq_core.errors import InputError, LsqError, reason_of
-from lsq_core.files import disk_error, write_bytes
+from lsq_core.files import disk_error, known_sha256, write_bytes
 from lsq_core.foreign import check_counts, check_links, read_object
 
 #: The model that ships with the project.
@@ -274,8 +273,11 @@ def read_config(folder: Path) -> dict:
     return read_object(folder / "config.json")
 
 
-def check_config(folder: Path) -> None:
-    """Raise :class:`InputError` unless the folder is there and describes a model we can plan."""
+def check_config(folder: Path, saved: bool = False) -> None:
+    """Raise :class:`InputError` unless the folder is there and describes a model we can plan.
+
+    With ``saved`` it is one that was quantized and saved here.
+    """
     try:
         there = folder.is_dir()
     except (OSError, ValueError) as error:
@@ -285,7 +287,7 @@ def check_config(folder: Path) -> None:
         raise InputError(f"There is no folder {folder}; give a model folder or a Hugging Face id.")
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} is not a model folder: it has no config.json.")
-    if (folder / MANIFEST).is_file():
+    if (folder / MANIFEST).is_file() and not saved:
         raise InputError(
             f"{folder} is a quantized model that LSQ Explorer saved; evaluate it with eval, or "
             "give the full-precision model it was made from."
@@ -357,14 +359,7 @@ def _file_sha256(path: Path) -> str:
     target = path.resolve()
     if target.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", target.name):
         return target.name
-    stat = target.stat()
-    return _hash_file(target, stat.st_size, stat.st_mtime_ns)
-
-
-@lru_cache(maxsize=256)
-def _hash_file(path: Path, size: int, modified_ns: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return known_sha256(target)
 
 
 # --- the embedded model's description ---------------------------------------------------------
