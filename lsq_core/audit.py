@@ -17,7 +17,7 @@ from lsq_core.errors import InputError
 from lsq_core.model import MANIFEST, Matrix, ModelSource, check_config
 from lsq_core.pipeline import Report, remake, saved_folder, silent
 from lsq_core.quantize import QUANTIZERS, About, about
-from lsq_core.quantize.layout import Stored, stored_bytes
+from lsq_core.quantize.layout import ITEMSIZE, Stored, stored_bytes
 from lsq_core.quantize.manifest import RUN, WEIGHTS, changed_files, read_manifest
 from lsq_core.store import Store
 
@@ -188,12 +188,18 @@ def stored_in_file(path: Path, planned: Iterable[str]) -> dict[str, Stored]:
     Raises
     ------
     InputError
-        When it is no whole safetensors file.
+        When it is no whole safetensors file, or a matrix is stored in a dtype of no quantizer.
     """
-    return _grouped(
-        ((name, tuple(e["shape"]), e["dtype"]) for name, e in safetensors_header(path).items()),
-        set(planned),
-    )
+    header = safetensors_header(path).items()
+    found = _grouped(((name, tuple(e["shape"]), e["dtype"]) for name, e in header), set(planned))
+    for module, stored in found.items():
+        for part, (_, dtype) in stored.items():
+            if dtype not in ITEMSIZE:
+                raise InputError(
+                    f"{path} holds {module}.{part} as {dtype}, which no quantizer stores; save it "
+                    "again."
+                )
+    return found
 
 
 def stored_in_model(model: object, planned: Iterable[str]) -> dict[str, Stored]:
