@@ -250,11 +250,11 @@ def _in_use(error: duckdb.Error) -> bool:
             isinstance(error, duckdb.IOException)
             and text.startswith("IO Error: Could not set lock on file")
         )
+        or isinstance(error, (duckdb.ResourceInUseException, duckdb.ConnectionException))
         or (
             isinstance(error, duckdb.BinderException)
             and text.startswith("Binder Error: Unique file handle conflict")
         )
-        or isinstance(error, duckdb.ConnectionException)
     )
 
 

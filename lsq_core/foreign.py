@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,10 +21,6 @@ from lsq_core.errors import InputError, LsqError, reason_of
 MOST_JSON = 64 * 2**20
 #: Bytes of the largest tokenizer file; the largest that are published have some 40 MiB.
 MOST_TOKENIZER = 512 * 2**20
-#: The largest count that a config may name, by the end of its key. Published models have up to 126
-#: layers and 2,048 experts; configs make lists of these lengths before a module is built.
-_MOST = ((re.compile(r"layers?$|depth$|blocks$|stages$"), 1_000),)
-_MOST += ((re.compile(r"heads?$|experts?$|groups$|codebooks$|labels$"), 100_000),)
 #: Suffixes of the files that a model is loaded from.
 _LOADED = {".json", ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".model", ".txt", ".jinja"}
 _LOADED |= {".py", ".spm", ".tiktoken", ".bpe", ".vocab"}
@@ -61,26 +56,6 @@ def check_size(path: Path, most: int) -> None:
             f"{path} has {format_bytes(size)}; at most {format_bytes(most)} of such a file are "
             "read."
         )
-
-
-def check_counts(content: object, path: Path) -> None:
-    """Raise :class:`InputError` when a config counts more layers, heads or experts than any model.
-
-    Lists and modules of that length would be built before anything else could be said.
-    """
-    waiting = [("", content)]
-    while waiting:
-        key, value = waiting.pop()
-        if isinstance(value, dict):
-            waiting += value.items()
-        elif isinstance(value, list):
-            waiting += [("", entry) for entry in value if isinstance(entry, (dict, list))]
-        elif isinstance(value, (int, float)):
-            most = next((most for end, most in _MOST if end.search(str(key))), value)
-            if value > most:
-                raise InputError(
-                    f"{path} says that {key} is {value:.10g}; at most {most:,} are built."
-                )
 
 
 # --- names ------------------------------------------------------------------------------------

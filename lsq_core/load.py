@@ -6,7 +6,7 @@ import inspect
 import re
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
+from lsq_core.causal import check_causal
 from lsq_core.checkpoint import read_entries
 from lsq_core.config import LADDER, divides, format_bytes
 from lsq_core.devices import canonical
@@ -41,6 +42,7 @@ from lsq_core.model import (
     remote_file_bytes,
     weight_files,
 )
+from lsq_core.sizes import odd_sizes
 
 transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()
@@ -56,6 +58,8 @@ _STORED_DTYPES = {
 #: Tensors, matrices in them and weights of the largest model that is built; published ones have
 #: up to 10¹² weights.
 _MOST_TENSORS, _MOST_MATRICES, _MOST_WEIGHTS = 50_000, 200_000, 10**13
+#: Tokens of a context that a signed 32-bit column of the database holds.
+_LONGEST_CONTEXT = 2**31 - 1
 #: Order of the computation where a block defines its modules in another one.
 _QKV_RANK = {"q_proj": 0, "k_proj": 1, "v_proj": 2}
 
@@ -192,9 +196,13 @@ def skeleton(source: ModelSource, folder: Path, **settings: object) -> nn.Module
     with building(source, folder):
         config = model_config(source, folder)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
+            model = AutoModelForCausalLM.from_config(
                 config, trust_remote_code=source.trust_remote_code, **settings
             )
+        for name, module in model.named_modules():
+            if isinstance(module, (nn.Linear, Conv1D)) and module.weight.numel() == 0:
+                raise ValueError(f"its {name} would have no weights")
+    return model
 
 
 def model_config(source: ModelSource, folder: Path) -> object:
@@ -255,17 +263,19 @@ def building(source: ModelSource, folder: Path) -> Iterator[None]:
     InputError
         In the place of transformers' own errors.
     """
+    config = read_config(folder)
 
     def refusal(reason: str) -> str:
-        if not source.trust_remote_code and "auto_map" in read_config(folder):
+        if not source.trust_remote_code and "auto_map" in config:
             return (
                 f"'{source.name}' is built by Python code of its own, which only runs if you trust "
                 "it: read its .py files, then give --trust-remote-code (in the app: Trust remote "
                 "code)."
             )
+        odd = ", ".join(odd_sizes(config)[:3])
         return (
             f"'{source.name}' is not a decoder-only language model that transformers can build: "
-            f"{reason}."
+            f"{reason}{f' (in its config.json {odd})' if odd else ''}."
         )
 
     with refusing(refusal), limited_modules(source.name):
@@ -334,8 +344,9 @@ def context_of(config: object) -> int:
     """Tokens that a model can read at once; 2048 where its config does not say."""
     text = config.get_text_config()
     for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
-        if getattr(text, name, None):
-            return int(getattr(text, name))
+        length = getattr(text, name, None)
+        if isinstance(length, int) and length > 0:  # XLNet says -1 for no limit
+            return min(length, _LONGEST_CONTEXT)
     return 2048
 
 
@@ -432,7 +443,7 @@ def load_model(source: ModelSource, device: str = "auto", dtype: str = "auto") -
     Raises
     ------
     InputError
-        When the source, device or dtype is wrong.
+        When the source, device or dtype is wrong, or the model is no causal one.
     LsqError
         When the model does not fit into the device's memory.
     """
@@ -466,6 +477,14 @@ def load_model(source: ModelSource, device: str = "auto", dtype: str = "auto") -
             + (f" and {len(lacking) - 1} more" if lacking[1:] else "")
             + "; fetch or save the model again."
         )
+    check_causal(
+        info.source,
+        lambda ids: last_logits(model, ids, ids.shape[1]),
+        vocabulary=embedding_rows(model),
+        context=info.context,
+        dtype=compute_dtype,
+        device=target,
+    )
     tokenizer = load_tokenizer(source, folder)
     return LoadedModel(model, tokenizer, info, folder, str(target), str(compute_dtype)[6:])
 
@@ -544,3 +563,22 @@ def last_logits(model: nn.Module, ids: torch.Tensor, keep: int) -> torch.Tensor:
     accepted = inspect.signature(model.forward).parameters
     extra = {"logits_to_keep": keep} if "logits_to_keep" in accepted else {}
     return model(ids, use_cache=False, **extra).logits[:, -keep:]
+
+
+def embedding_rows(model: nn.Module) -> int:
+    """How many tokens the model's embedding has a row for."""
+    return model.get_input_embeddings().weight.shape[0]
+
+
+def check_tokens(model: nn.Module, ids: Iterable[int]) -> None:
+    """Raise :class:`InputError` when a token has no row in the model's embedding.
+
+    A tokenizer may well be larger than the embedding; only what it gives for a text counts.
+    """
+    largest, rows = max(ids, default=0), embedding_rows(model)
+    if largest >= rows:
+        raise InputError(
+            f"The tokenizer gives token {largest} and the model's embedding ends at {rows - 1}: "
+            "they don't belong together, or tokens were added to the tokenizer alone; take the "
+            "tokenizer that the model was trained with."
+        )

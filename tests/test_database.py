@@ -335,3 +335,26 @@ def test_repair_writes_over_nothing(filled, tmp_path):
         repair(filled, out)
     with pytest.raises(InputError, match="no file"):
         repair(tmp_path / "none", tmp_path / "new")
+
+
+def test_threads_that_open_and_close_one_file_wait_for_each_other(tmp_path):
+    """One that opens a file just as another closes it is told "in use", which is no damage."""
+    import threading
+
+    path, failed = tmp_path / "lsq.duckdb", []
+    Store(path)
+
+    def use() -> None:
+        try:
+            for _ in range(40):
+                with Store(path).transaction() as connection:
+                    connection.execute("UPDATE schema_version SET version = version WHERE false")
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=use) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lsq_core.config import QuantConfig, divides
 from lsq_core.corpus import TokenBlocks, calibration_blocks, load_corpus
-from lsq_core.load import LoadedModel, find_blocks, parameter_name
+from lsq_core.load import LoadedModel, check_tokens, find_blocks, parameter_name
 from lsq_core.model import Matrix, ModelInfo
 from lsq_core.profile import DEFAULT_METRICS, METRICS, Profile, ProfileSettings
 from lsq_core.profile.base import Metric, Score
@@ -108,9 +108,15 @@ def _effort(metrics: list[Metric], info: ModelInfo) -> int:
 
 
 def calibration_of(loaded: LoadedModel, settings: ProfileSettings) -> TokenBlocks:
-    """The calibration blocks, no longer than the model's context."""
+    """The calibration blocks, no longer than the model's context.
+
+    Raises
+    ------
+    InputError
+        When there is no such corpus, it is too short, or a token has no row in the embedding.
+    """
     corpus = load_corpus(settings.calibration, "calibration")
-    return calibration_blocks(
+    blocks = calibration_blocks(
         corpus,
         loaded.tokenizer,
         samples=settings.samples,
@@ -118,6 +124,8 @@ def calibration_of(loaded: LoadedModel, settings: ProfileSettings) -> TokenBlock
         block_tokens=min(settings.block_tokens, loaded.info.context),
         seed=settings.seed,
     )
+    check_tokens(loaded.model, [int(blocks.ids.max())])
+    return blocks
 
 
 def walk(loaded: LoadedModel, ids: Tensor) -> Iterator[BlockContext]:
