@@ -11,6 +11,8 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import CO_GENERATOR
+from itertools import dropwhile
 from pathlib import Path
 from types import TracebackType
 
@@ -142,11 +144,12 @@ def refusing(refusal: Callable[[str], str]) -> Iterator[None]:
 def _is_defect_here(trace: TracebackType | None) -> bool:
     """Whether an error was raised by a function of this project that the block called.
 
-    The first frame is the boundary's own and the second the block's: an error raised right there
-    is that of a library without Python frames.
+    An error that is raised in the block itself is that of a library without Python frames. Before
+    the block's frame come those of context managers, which are generators.
     """
-    files = []
+    codes = []
     while trace is not None:
-        files.append(trace.tb_frame.f_code.co_filename)
+        codes.append(trace.tb_frame.f_code)
         trace = trace.tb_next
-    return len(files) > 2 and files[-1].startswith(_PACKAGE)
+    called = list(dropwhile(lambda code: code.co_flags & CO_GENERATOR, codes))[1:]
+    return bool(called) and called[-1].co_filename.startswith(_PACKAGE)
