@@ -85,6 +85,7 @@ def describe(model: nn.Module, source: ModelSource) -> ModelInfo:
             f"No matrix of {source.name} can be cut into groups of 32, 64 or 128 weights, so there "
             f"is nothing to plan; the largest has {max(m.numel for m in found):,} weights."
         )
+    planned = set(usable)  # a list would be searched once for each of many thousand experts
     return ModelInfo(
         source=source.name,
         revision=source.revision,
@@ -94,7 +95,7 @@ def describe(model: nn.Module, source: ModelSource) -> ModelInfo:
         parameters=sum(p.numel() for p in model.parameters()),
         file_bytes=0,
         matrices=tuple(usable),
-        left_out=_left_out(model, blocks, [m for m in found if m not in usable]),
+        left_out=_left_out(model, blocks, [m for m in found if m not in planned]),
         tied_embeddings=bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False)),
         other_bytes=_other_bytes(model, usable),
     )
@@ -124,9 +125,12 @@ def _left_out(model: nn.Module, blocks: nn.ModuleList, odd: list[Matrix]) -> tup
     """Which weights of the blocks plans don't touch, a line for each type: name, share, reason."""
     layers: Counter[tuple[str, str]] = Counter()
     weights: Counter[tuple[str, str]] = Counter()
+    odd_of: dict[int, list[Matrix]] = {}
+    for matrix in odd:
+        odd_of.setdefault(matrix.layer, []).append(matrix)
     for layer, block in enumerate(blocks):
         alone = [(w.type, w.reason, w.parameter.numel()) for w in walk_weights(block) if w.reason]
-        alone += [(m.type, _NOT_DIVISIBLE, m.numel) for m in odd if m.layer == layer]
+        alone += [(m.type, _NOT_DIVISIBLE, m.numel) for m in odd_of.get(layer, ())]
         for kind, reason, numel in alone:
             weights[kind, reason] += numel
         layers.update({(kind, reason) for kind, reason, _ in alone})

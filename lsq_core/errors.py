@@ -45,7 +45,8 @@ def reason_of(error: BaseException) -> str:
     >>> reason_of(ValueError("Couldn't load it from one of: \\n(1) a file,\\n(2) a class."))
     "Couldn't load it from one of: (1) a file, (2) a class"
     """
-    text = _FRAMES.sub("", " ".join(str(error).split()))
+    text = "".join(c if c.isprintable() else " " for c in str(error))
+    text = _FRAMES.sub("", " ".join(text.split()))
     text = _POINTERS.sub("", text).strip()
     if not text and error.__cause__ is not None:
         return reason_of(error.__cause__)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -11,6 +13,10 @@ from typing import ClassVar
 
 import torch
 from torch import nn
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
@@ -20,9 +26,10 @@ from lsq_core.causal import check_causal
 from lsq_core.checkpoint import read_entries
 from lsq_core.config import format_bytes
 from lsq_core.devices import canonical
-from lsq_core.errors import InputError, LsqError, reason_of
+from lsq_core.errors import InputError, LsqError
 from lsq_core.fit import check_fit, pickled_entries
-from lsq_core.identity import identity_of, under_name
+from lsq_core.foreign import MOST_TOKENIZER, check_size, refusing
+from lsq_core.identity import identity_of, tokenizer_files, under_name
 from lsq_core.memory import available_memory
 from lsq_core.model import (
     ModelInfo,
@@ -34,7 +41,7 @@ from lsq_core.model import (
     remote_file_bytes,
     weight_files,
 )
-from lsq_core.sizes import odd_sizes, too_many
+from lsq_core.sizes import odd_sizes
 
 transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()
@@ -47,6 +54,9 @@ _STORED_DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
 }
+#: Tensors, matrices in them and weights of the largest model that is built; published ones have
+#: up to 10¹² weights.
+_MOST_TENSORS, _MOST_MATRICES, _MOST_WEIGHTS = 50_000, 200_000, 10**13
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,11 +209,8 @@ def model_config(source: ModelSource, folder: Path) -> object:
     Raises
     ------
     InputError
-        When transformers cannot read it, it needs code that is not trusted, or it counts more
-        layers or experts than any model has.
+        When transformers cannot read it, or it needs code that is not trusted.
     """
-    if large := too_many(read_config(folder)):  # it would be built for ever
-        raise InputError(f"In {folder / 'config.json'} {large}, more than any model has.")
     with building(source, folder):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
     config.dtype = config.dtype or stored_dtype(folder)
@@ -244,7 +251,7 @@ def stored_dtype(folder: Path) -> torch.dtype | None:
 
 @contextmanager
 def building(source: ModelSource, folder: Path) -> Iterator[None]:
-    """Turn what transformers raises while it builds a model into a sentence.
+    """Turn what transformers raises while it builds a model into a sentence, and limit its size.
 
     Raises
     ------
@@ -252,22 +259,59 @@ def building(source: ModelSource, folder: Path) -> Iterator[None]:
         In the place of transformers' own errors.
     """
     config = read_config(folder)
-    try:
-        yield
-    except (LsqError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # its config is somebody's text, and its arithmetic fails in any way
+
+    def refusal(reason: str) -> str:
         if not source.trust_remote_code and "auto_map" in config:
-            raise InputError(
+            return (
                 f"'{source.name}' is built by Python code of its own, which only runs if you trust "
                 "it: read its .py files, then give --trust-remote-code (in the app: Trust remote "
                 "code)."
-            ) from error
-        reason, odd = reason_of(error), ", ".join(odd_sizes(config)[:3])
-        raise InputError(
+            )
+        odd = ", ".join(odd_sizes(config)[:3])
+        return (
             f"'{source.name}' is not a decoder-only language model that transformers can build: "
             f"{reason}{f' (in its config.json {odd})' if odd else ''}."
-        ) from error
+        )
+
+    with refusing(refusal), limited_modules(source.name):
+        yield
+
+
+@contextmanager
+def limited_modules(name: str) -> Iterator[None]:
+    """Within the ``with``, stop a model that is being built when it becomes larger than any.
+
+    Raises
+    ------
+    InputError
+        As soon as the modules that this thread builds have more weights or tensors than any
+        published model.
+    """
+    thread, count = threading.get_ident(), Counter()
+
+    def on_tensor(module: nn.Module, key: str, tensor: torch.Tensor | None) -> None:
+        if tensor is None or threading.get_ident() != thread:
+            return
+        count["tensors"] += 1
+        count["matrices"] += tensor.shape[0] if tensor.dim() > 2 else 1  # experts in a stack
+        count["weights"] += tensor.numel()
+        most = {"tensors": _MOST_TENSORS, "matrices": _MOST_MATRICES, "weights": _MOST_WEIGHTS}
+        over = next((kind for kind in most if count[kind] > most[kind]), None)
+        if over:
+            raise InputError(
+                f"'{name}' is larger than any model that can be planned: its config.json describes "
+                f"more than {most[over]:,} {over}."
+            )
+
+    hooks = [
+        register_module_parameter_registration_hook(on_tensor),
+        register_module_buffer_registration_hook(on_tensor),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 # --- weights --------------------------------------------------------------------------------
@@ -293,24 +337,21 @@ def load_model(source: ModelSource, device: str = "auto", dtype: str = "auto") -
     if weight_files(folder)[0].suffix != ".safetensors":  # those are read as a whole first
         check_memory(info.source, info.parameters, torch.device("cpu"), compute_dtype)
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=compute_dtype,
-            use_safetensors=None if source.allow_pickle else True,
-            trust_remote_code=source.trust_remote_code,
-            experts_implementation="eager",
-            output_loading_info=True,
-            device_map={"": target},  # each tensor straight to where it is used
-        )
+        with refusing(lambda reason: f"The weights in {folder} cannot be loaded: {reason}."):
+            model, found = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=compute_dtype,
+                use_safetensors=None if source.allow_pickle else True,
+                trust_remote_code=source.trust_remote_code,
+                experts_implementation="eager",
+                output_loading_info=True,
+                device_map={"": target},  # each tensor straight to where it is used
+            )
         model = model.eval().requires_grad_(False)
     except torch.OutOfMemoryError as error:
         need = info.parameters * compute_dtype.itemsize
         form = str(compute_dtype)[6:]
         raise LsqError(_too_large(info.source, need, form, target)) from error
-    except (ValueError, RuntimeError, OSError) as error:
-        raise InputError(
-            f"The weights in {folder} cannot be loaded: {reason_of(error)}."
-        ) from error
     lacking = sorted(found["missing_keys"])
     if lacking:  # transformers would go on with random ones
         raise InputError(
@@ -338,11 +379,10 @@ def load_tokenizer(source: ModelSource, folder: Path) -> object:
     InputError
         When the folder has none that can be loaded.
     """
-    try:
+    for path in tokenizer_files(folder):
+        check_size(path, MOST_TOKENIZER)
+    with refusing(lambda reason: f"{folder} has no tokenizer that can be loaded: {reason}."):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
-    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
-        reason = reason_of(error)
-        raise InputError(f"{folder} has no tokenizer that can be loaded: {reason}.") from error
 
 
 def _free_bytes(device: torch.device) -> int:

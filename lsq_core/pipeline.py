@@ -73,7 +73,7 @@ from lsq_core.quantize import (
     packages,
     refusal,
 )
-from lsq_core.quantize.manifest import RUN, is_quantized_folder, read_manifest
+from lsq_core.quantize.manifest import EVALUATED, RUN, is_quantized_folder, read_manifest
 from lsq_core.store import PUBLISHED, InteractionKind, Store, new_id
 from lsq_core.targets import check_folder_target
 
@@ -1097,8 +1097,8 @@ def evaluate_saved(
     from lsq_core.architecture import context_of
     from lsq_core.quantize.apply import measured_bytes
 
+    manifest = read_manifest(folder, EVALUATED)
     quantized = load_saved(folder, device, dtype, report, trust_remote_code)
-    manifest = quantized.manifest
     report("evaluate", 0, 1, f"reading {request.corpus}")
     [[(evaluation, _)]] = evaluate_on(
         [quantized.model],

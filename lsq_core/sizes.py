@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+from collections import deque
 from collections.abc import Iterator
 
 #: What counts or measures something: ``num_attention_heads``, ``n_layer``, ``hidden_size``.
 _SIZE = re.compile(r"^(num|n)_|^(d_model|n\w*_layers?)$|_(size|dim|layers?|heads|experts)$")
-#: Modules are built one by one for each layer, and planned one by one for each expert. No
-#: published model comes near these numbers, and building so many would take for ever.
-_MOST = {"layers": 2_000, "experts": 10_000}
+#: Modules are built one by one for each layer, and planned one by one for each expert; configs make
+#: lists as long as other counts before a module is built. No published model comes near these
+#: numbers, and building so many would take for ever.
+_MOST = {"layers": 1_000, "experts": 10_000, "others": 100_000}
 _COUNTS = {
-    "layers": re.compile(r"^(num|n)_(\w+_)?(layers?|blocks)$|^layers$"),
+    "layers": re.compile(r"^(num|n)_(\w+_)?(layers?|blocks)$|(^|_)layers$|(^|_)depth$"),
     "experts": re.compile(r"^(num|n)_(\w+_)?experts$|^moe_num_experts$"),
+    "others": re.compile(r"^(num|n)_(\w+_)?(heads?|labels|groups|codebooks|stages)$|_heads$"),
 }
 
 
@@ -29,7 +32,7 @@ def too_many(config: dict) -> str:
         for what, pattern in _COUNTS.items():
             number = isinstance(value, (int, float)) and value > _MOST[what]
             if number and pattern.search(name.rpartition(".")[2]):
-                return f"{name} is {value}"
+                return f"{name[-80:]} is {str(value)[:40]}"
     return ""
 
 
@@ -43,7 +46,7 @@ def odd_sizes(config: dict) -> list[str]:
     ['num_attention_heads is 0', 'hidden_size is "64"']
     """
     return [
-        f"{name} is {json.dumps(value)}"
+        f"{name} is {json.dumps(value)[:40]}"
         for name, value in _entries(config)
         if _SIZE.search(name.rpartition(".")[2])
         and (isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31)
@@ -51,10 +54,13 @@ def odd_sizes(config: dict) -> list[str]:
     ]
 
 
-def _entries(config: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+def _entries(config: dict) -> Iterator[tuple[str, object]]:
     """Every name and value of a config, and of the configs inside it (``text_config.…``)."""
-    for name, value in config.items():
-        if isinstance(value, dict):
-            yield from _entries(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
+    waiting = deque([("", config)])  # a foreign config may be nested deeper than calls may be
+    while waiting:
+        prefix, entries = waiting.popleft()
+        for name, value in entries.items():
+            if isinstance(value, dict):
+                waiting.append((f"{prefix}{name}."[-200:], value))
+            else:
+                yield f"{prefix}{name}", value

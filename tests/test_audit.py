@@ -103,6 +103,7 @@ def test_a_changed_manifest_is_held_against_the_kept_plan(saved):
     folder, _ = saved
     path = folder / "lsq.json"
     manifest = json.loads(path.read_text())
+    del manifest["sha256"]  # as earlier versions saved it
     manifest["modules"][MODULE] |= {"bits": 3, "config": "b3g64"}
     path.write_text(json.dumps(manifest))
     assert not audit_folder(folder, Store()).wrong, "the plan that was kept still holds"

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
-import tempfile
+import stat
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +28,8 @@ from lsq_core.architecture import find_blocks, walk_matrices
 from lsq_core.checkpoint import safetensors_header
 from lsq_core.config import config_of, format_bytes
 from lsq_core.errors import InputError, LsqError
-from lsq_core.files import sync_folder, sync_tree
+from lsq_core.files import in_use, lock_folder, sync_folder, sync_tree
+from lsq_core.foreign import refusing
 from lsq_core.identity import has_own_code
 from lsq_core.load import (
     building,
@@ -37,16 +40,24 @@ from lsq_core.load import (
     pick_dtype,
     stored_dtype,
 )
-from lsq_core.model import MANIFEST, Matrix, ModelSource, folder_bytes
+from lsq_core.model import MANIFEST, Matrix, ModelSource, check_config, folder_bytes
 from lsq_core.quantize import about, matrix_kind
 from lsq_core.quantize.apply import install, packed_modules
 from lsq_core.quantize.base import StoredMatrix
 from lsq_core.quantize.layout import Stored, as_saved
-from lsq_core.quantize.manifest import FORMAT, WEIGHTS, read_manifest
+from lsq_core.quantize.manifest import (
+    UNFINISHED,
+    WEIGHTS,
+    check_files,
+    read_manifest,
+    unfinished_folders,
+    with_checksums,
+)
 from lsq_core.targets import check_folder_target
 
 #: How a model generates: the tokens that end a text, most of all.
 GENERATION = "generation_config.json"
+_FLOATS = {"F64", "F32", "F16", "BF16"}
 #: torch's dtypes by their names in a safetensors header, of those that layouts use.
 _DTYPES = {
     "U8": torch.uint8,
@@ -100,9 +111,9 @@ def save_quantized(
     with _whole_or_nothing(folder, need) as unfinished:
         save_file(state, unfinished / WEIGHTS, metadata={"format": "pt"})
         _copy_beside(source_folder, unfinished)
-        text = json.dumps({"format": FORMAT} | manifest, indent=1)
-        (unfinished / MANIFEST).write_text(text, "utf8")
         tokenizer.save_pretrained(unfinished)
+        text = json.dumps(with_checksums(manifest, unfinished), indent=1)
+        (unfinished / MANIFEST).write_text(text, "utf8")
     return folder_bytes(folder)
 
 
@@ -118,17 +129,26 @@ def _copy_beside(source: Path, target: Path) -> None:
 
 @contextmanager
 def _whole_or_nothing(folder: Path, need: int) -> Iterator[Path]:
-    """A temporary folder beside the target that becomes the target when all went well."""
+    """A hidden folder beside the target that becomes the target when all went well.
+
+    It is locked as long as it is written to; what a kill left of the same target goes before.
+    """
     full = LsqError(
         f"The disk at {folder.parent} has {format_bytes(shutil.disk_usage(folder.parent).free)} "
         f"free and {format_bytes(need)} are needed to save {folder.name}; make room and try again."
     )
     if shutil.disk_usage(folder.parent).free < need:
         raise full
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name[:40]}-", dir=folder.parent))
+    prefix = f".{folder.name[:40]}-"
+    for left in unfinished_folders(folder.parent, prefix):
+        if not in_use(left):
+            shutil.rmtree(left, ignore_errors=True)
+    unfinished = folder.parent / f"{prefix}{uuid.uuid4().hex[:12]}{UNFINISHED}"
+    unfinished.mkdir()
+    lock = lock_folder(unfinished)
     try:
         yield unfinished
-        unfinished.chmod(0o755)
+        _same_mode(unfinished)
         sync_tree(unfinished)
         if folder.is_dir():
             folder.rmdir()
@@ -141,6 +161,15 @@ def _whole_or_nothing(folder: Path, need: int) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+        os.close(lock)
+
+
+def _same_mode(folder: Path) -> None:
+    """Give all files the mode that the umask gives; libraries and copies come with their own."""
+    mode = stat.S_IMODE((folder / MANIFEST).stat().st_mode)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
 
 
 def _stored_state(model: nn.Module, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
@@ -181,11 +210,13 @@ def load_quantized(
     Raises
     ------
     InputError
-        When it is no such folder, or a file in it is missing or damaged.
+        When it is no such folder, or a file in it is missing, damaged, or another than was saved.
     """
     folder = Path(folder).expanduser().resolve()
     manifest = read_manifest(folder)
-    safetensors_header(folder / WEIGHTS)
+    check_config(folder, saved=True)
+    header = safetensors_header(folder / WEIGHTS)
+    check_files(folder, manifest)
     target = pick_device(device)
     source = ModelSource(str(folder), trust_remote_code=trust_remote_code)
     config = model_config(source, folder)
@@ -196,11 +227,15 @@ def load_quantized(
             config, trust_remote_code=trust_remote_code, experts_implementation="eager"
         )
     if (folder / GENERATION).is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        with refusing(lambda reason: f"{folder / GENERATION} cannot be read: {reason}."):
+            model.generation_config = GenerationConfig.from_pretrained(folder)
     model.tie_weights()
     install(model, _empty_matrices(model, source, manifest), compute_dtype)
     check_bytes(str(folder), (folder / WEIGHTS).stat().st_size, "packed form", target)
-    _fill(model, load_file(folder / WEIGHTS, device=str(target)), compute_dtype)
+    _check_stored(model, header)
+    with refusing(lambda reason: f"{folder / WEIGHTS} cannot be loaded: {reason}."):
+        state = load_file(folder / WEIGHTS, device=str(target))
+    _fill(model, state, compute_dtype)
     model = model.to(target).eval().requires_grad_(False)
     tokenizer = load_tokenizer(source, folder)
     return QuantizedModel(model, tokenizer, manifest, folder, str(target), str(compute_dtype)[6:])
@@ -250,6 +285,24 @@ def empty_tensors(stored: Stored) -> dict[str, torch.Tensor]:
         name: torch.empty(shape, dtype=_DTYPES[dtype], device="meta")
         for name, (shape, dtype) in stored.items()
     }
+
+
+def _check_stored(model: nn.Module, header: dict[str, dict]) -> None:
+    """Raise unless the stored tensors are of the shapes, and matrices of the dtypes, that fit."""
+    packed = _packed_names(model)
+    for name, tensor in model.state_dict().items():
+        entry = header.get(name)
+        if entry is None:
+            continue  # tied to another, or lacking, which is told when all is filled
+        shape, dtype = tuple(entry["shape"]), entry["dtype"]
+        wrong = _DTYPES.get(dtype) != tensor.dtype if name in packed else dtype not in _FLOATS
+        wrong = wrong and tensor.is_floating_point() if name not in packed else wrong
+        if shape != tuple(tensor.shape) or wrong:
+            raise InputError(
+                f"{WEIGHTS} does not fit its plan at {name}, which is {dtype} of shape "
+                f"{list(shape)} in it and {str(tensor.dtype)[6:]} of shape {list(tensor.shape)} by "
+                "the plan and config.json; save it again."
+            )
 
 
 def _fill(model: nn.Module, state: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
