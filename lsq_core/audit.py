@@ -1,23 +1,24 @@
 """Was stored what was planned? A plan against a saved or re-made model, matrix by matrix.
 
-What is stored is told from the stored tensors alone: their names, dtypes and shapes. Of a saved
-model that is the header of its file, so no weight is read.
+What is stored is told from the stored tensors alone: their names, dtypes and shapes, of a saved
+model by the header of its file. Whether its weights are still those that were saved is told by the
+checksums in its manifest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from lsq_core.checkpoint import safetensors_header
 from lsq_core.config import METADATA_FORMATS, config_of
 from lsq_core.errors import InputError
-from lsq_core.model import MANIFEST, Matrix, ModelSource
+from lsq_core.model import MANIFEST, Matrix, ModelSource, check_config
 from lsq_core.pipeline import Report, remake, saved_folder, silent
 from lsq_core.quantize import QUANTIZERS, About, about
-from lsq_core.quantize.layout import Stored, stored_bytes
-from lsq_core.quantize.manifest import RUN, WEIGHTS, read_manifest
+from lsq_core.quantize.layout import ITEMSIZE, Stored, as_saved, stored_bytes
+from lsq_core.quantize.manifest import FORMAT, RUN, WEIGHTS, changed_files, read_manifest
 from lsq_core.store import Store
 
 #: Names of the tensors that matrices are stored in, by any quantizer.
@@ -53,6 +54,15 @@ class Audit:
 
     source: str
     lines: tuple[Line, ...]
+    #: Of a saved model's files: ``intact``, ``changed``, or ``unknown`` where an earlier version
+    #: saved it without checksums; '' of a model made again.
+    files: str = ""
+    changed: tuple[str, ...] = ()
+
+    @property
+    def agrees(self) -> bool:
+        """Whether all is as planned, and no file is known to have changed since."""
+        return not self.wrong and not self.changed
 
     @property
     def wrong(self) -> list[Line]:
@@ -66,7 +76,21 @@ class Audit:
 
     @property
     def verdict(self) -> str:
-        """One sentence: whether all is as planned, or the first that isn't."""
+        """Whether all is as planned, or the first that isn't; and whether files have changed."""
+        return " ".join(filter(None, (self._of_matrices(), self._of_files())))
+
+    def _of_files(self) -> str:
+        if self.files == "unknown":
+            return (
+                "It has no checksums, because an earlier version saved it: whether its weights "
+                "have changed since can't be told."
+            )
+        if self.changed:
+            more = f" and {len(self.changed) - 1} more" if self.changed[1:] else ""
+            return f"{self.changed[0]}{more} isn't what was saved: its SHA-256 differs."
+        return "Its files are those that were saved, by their SHA-256." if self.files else ""
+
+    def _of_matrices(self) -> str:
         count = len(self.lines)
         if not self.wrong:
             return f"All {count} matrices are as planned: {self.stored_bytes:,} bytes."
@@ -83,7 +107,9 @@ class Audit:
         return {
             "source": self.source,
             "verdict": self.verdict,
-            "agrees": not self.wrong,
+            "agrees": self.agrees,
+            "files": self.files,
+            "changed": list(self.changed),
             "matrices": len(self.lines),
             "planned_bytes": sum(line.planned_bytes for line in self.lines),
             "stored_bytes": self.stored_bytes,
@@ -92,7 +118,11 @@ class Audit:
 
 
 def audit(
-    plan: dict, matrices: Iterable[Matrix], stored: Mapping[str, Stored], source: str
+    plan: dict,
+    matrices: Iterable[Matrix],
+    stored: Mapping[str, Stored],
+    source: str,
+    format: int = FORMAT,
 ) -> Audit:
     """Compare what was planned with what is stored.
 
@@ -105,6 +135,8 @@ def audit(
         The model's matrices, for their shapes.
     stored
         The stored tensors of each packed matrix, and of a planned one that was not packed.
+    format
+        Of the saved model: what a matrix is stored in depends on it.
 
     Raises
     ------
@@ -116,7 +148,7 @@ def audit(
     if strangers:
         raise InputError(f"The plan names {strangers[0]}, which the model doesn't have.")
     lines = [
-        _line(shapes[name], entry, plan, stored.get(name, {}))
+        _line(shapes[name], entry, plan, stored.get(name, {}), format)
         for name, entry in plan["modules"].items()
     ]
     for name in sorted(set(stored) - set(plan["modules"])):
@@ -125,11 +157,11 @@ def audit(
     return Audit(source, tuple(lines))
 
 
-def _line(matrix: Matrix, entry: dict, plan: dict, stored: Stored) -> Line:
+def _line(matrix: Matrix, entry: dict, plan: dict, stored: Stored, format: int) -> Line:
     config, metadata = config_of(entry), plan["metadata"]
     known = about(plan.get("quantizer", "hqq"))
-    expected = known.layout(matrix.shape, config, metadata)
-    found = config.name if stored == expected else _told(matrix.shape, known, stored)
+    expected = as_saved(known.layout(matrix.shape, config, metadata), format)
+    found = config.name if stored == expected else _told(matrix.shape, known, stored, format)
     if stored and stored != expected and found == config.name:
         found += " with other metadata"
     return Line(
@@ -144,14 +176,15 @@ def _line(matrix: Matrix, entry: dict, plan: dict, stored: Stored) -> Line:
     )
 
 
-def _told(shape: tuple[int, int], known: About, stored: Stored) -> str:
+def _told(shape: tuple[int, int], known: About, stored: Stored, format: int) -> str:
     """The configuration that tensors are of, or in words what they are."""
     if not stored:
         return "nothing"
     if set(stored) == {"weight"}:
         return f"{stored['weight'][1]} weights"
     for config in known.options:
-        if any(known.layout(shape, config, metadata) == stored for metadata in METADATA_FORMATS):
+        layouts = (known.layout(shape, config, metadata) for metadata in METADATA_FORMATS)
+        if any(as_saved(layout, format) == stored for layout in layouts):
             return config.name
     return f"no configuration ({stored_bytes(stored):,} bytes in {', '.join(sorted(stored))})"
 
@@ -162,12 +195,18 @@ def stored_in_file(path: Path, planned: Iterable[str]) -> dict[str, Stored]:
     Raises
     ------
     InputError
-        When it is no whole safetensors file.
+        When it is no whole safetensors file, or a matrix is stored in a dtype of no quantizer.
     """
-    return _grouped(
-        ((name, tuple(e["shape"]), e["dtype"]) for name, e in safetensors_header(path).items()),
-        set(planned),
-    )
+    header = safetensors_header(path).items()
+    found = _grouped(((name, tuple(e["shape"]), e["dtype"]) for name, e in header), set(planned))
+    for module, stored in found.items():
+        for part, (_, dtype) in stored.items():
+            if dtype not in ITEMSIZE:
+                raise InputError(
+                    f"{path} holds {module}.{part} as {dtype}, which no quantizer stores; save it "
+                    "again."
+                )
+    return found
 
 
 def stored_in_model(model: object, planned: Iterable[str]) -> dict[str, Stored]:
@@ -203,7 +242,9 @@ def _grouped(
 
 
 def audit_folder(folder: Path, store: Store) -> Audit:
-    """Audit a saved model against the plan of its run; needs neither torch nor its weights.
+    """Audit a saved model against the plan of its run, and its files by their checksums.
+
+    Needs torch only where the store doesn't know the model.
 
     Where the store knows the run, that plan is the one it keeps, else the one in the folder.
 
@@ -221,11 +262,17 @@ def audit_folder(folder: Path, store: Store) -> Audit:
     except InputError:
         plan, where = manifest, MANIFEST
     stored = stored_in_file(folder / WEIGHTS, plan["modules"])
-    return audit(plan, matrices, stored, f"{folder / WEIGHTS} against {where}")
+    found = audit(plan, matrices, stored, f"{folder / WEIGHTS} against {where}", manifest["format"])
+    changed = changed_files(folder, manifest)
+    files = "unknown" if changed is None else "changed" if changed else "intact"
+    return replace(found, files=files, changed=tuple(changed or ()))
 
 
 def _matrices_of(folder: Path) -> tuple[Matrix, ...]:
-    from lsq_core.load import describe, skeleton
+    from lsq_core.architecture import describe
+    from lsq_core.load import skeleton
+
+    check_config(folder, saved=True)
 
     source = ModelSource(str(folder))
     return describe(skeleton(source, folder), source).matrices

@@ -31,6 +31,7 @@ import numpy as np
 
 from lsq_core.errors import InputError, LsqError, reason_of
 from lsq_core.files import disk_error
+from lsq_core.foreign import refusing
 from lsq_core.hub import is_network_error
 
 if TYPE_CHECKING:
@@ -603,13 +604,14 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str, enough: int | None = 
     """
     chars = len(text) if enough is None else 8 * enough + 1024
     while True:
-        ids = tokenizer(
-            text[:chars],
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,  # it would warn that the text is longer than the model's context
-        )["input_ids"]
+        with refusing(lambda reason: f"The model's tokenizer cannot read the text: {reason}."):
+            ids = tokenizer(
+                text[:chars],
+                add_special_tokens=False,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,  # it would warn that the text is longer than the model's context
+            )["input_ids"]
         if chars >= len(text) or len(ids) > enough + 64:
             return ids
         chars *= 2

@@ -4,6 +4,10 @@ import re
 
 #: Characters of a foreign message that a sentence quotes.
 _LONGEST = 400
+#: Where torch goes on with its own source lines and the frames of a stack.
+_FRAMES = re.compile(
+    r" (?:Exception raised from |/\S+\.(?:h|cpp|cu):\d+ \(most recent call first\)).*"
+)
 #: Sentences of libraries that point to what they printed elsewhere, which isn't shown here.
 _POINTERS = re.compile(
     r"[^.!?]*\b(?:above (?:report|exception|error|message)|report above|see above|"
@@ -41,7 +45,8 @@ def reason_of(error: BaseException) -> str:
     >>> reason_of(ValueError("Couldn't load it from one of: \\n(1) a file,\\n(2) a class."))
     "Couldn't load it from one of: (1) a file, (2) a class"
     """
-    text = " ".join(str(error).split())
+    text = "".join(c if c.isprintable() else " " for c in str(error))
+    text = _FRAMES.sub("", " ".join(text.split()))
     text = _POINTERS.sub("", text).strip()
     if not text and error.__cause__ is not None:
         return reason_of(error.__cause__)

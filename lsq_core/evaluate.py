@@ -223,7 +223,16 @@ def evaluate_together(
     Yields
     ------
     A pair for each model: those of the first text as soon as it is read, then the next one's.
+
+    Raises
+    ------
+    InputError
+        When a text has a token that the models' embedding has no row for.
     """
+    from lsq_core.load import check_tokens
+
+    for text in texts:
+        check_tokens(models[0], [int(text.ids.max()), *([] if bos is None else [bos])])
     device = next(models[0].parameters()).device
     files = checkpoints or [[None] * len(models)] * len(texts)
     walks = [_Walk(text, bos, paths) for text, paths in zip(texts, files, strict=True)]

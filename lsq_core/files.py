@@ -8,6 +8,8 @@ not what its reader expects is :class:`Damaged`, which costs what it held and no
 from __future__ import annotations
 
 import errno
+import fcntl
+import hashlib
 import json
 import os
 import uuid
@@ -15,6 +17,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -113,6 +116,31 @@ def _link(unfinished: Path, target: Path) -> None:
         unfinished.replace(target)  # a file system without links
 
 
+def lock_folder(folder: Path) -> int:
+    """A descriptor that marks a folder as in use until it is closed, or its process ends."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    with suppress(OSError):  # a file system without locks
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return handle
+
+
+def in_use(folder: Path) -> bool:
+    """Whether a process holds the lock of a folder (:func:`lock_folder`)."""
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+    return False
+
+
 def sync_folder(folder: Path) -> None:
     """Have the names in a folder on the disk, where its file system can do that."""
     with suppress(OSError):
@@ -130,6 +158,24 @@ def sync_tree(folder: Path) -> None:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
     sync_folder(folder)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content; 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def known_sha256(path: Path) -> str:
+    """The same, computed once in a process for as long as nobody writes to the file."""
+    path = path.resolve()
+    now = path.stat()
+    return _sha256_at(path, now.st_size, now.st_mtime_ns, now.st_ctime_ns)
+
+
+@lru_cache(maxsize=256)
+def _sha256_at(path: Path, size: int, modified_ns: int, changed_ns: int) -> str:
+    return file_sha256(path)
 
 
 def cannot_write(path: Path, error: Exception) -> LsqError:

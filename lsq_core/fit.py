@@ -48,8 +48,8 @@ def check_fit(
     Raises
     ------
     InputError
-        When tensors are codes, two become one parameter, or the architecture has no place for
-        some that its function depends on.
+        When tensors are codes or of another shape, two become one parameter, or the architecture
+        has no place for some that its function depends on.
     """
     expected = model.state_dict()
     targets = list(target_names(model, entries))
@@ -59,11 +59,22 @@ def check_fit(
         place, dtype = expected.get(name), entries[key].dtype
         if place is not None and place.is_floating_point() and dtype not in _FLOATS:
             raise InputError(_codes(key, dtype, entries, folder))
+    for key, name, alone in targets:
+        place, shape = expected.get(name), entries[key].shape
+        if alone and place is not None and tuple(place.shape) != shape:
+            raise InputError(
+                f"{key} in {folder} has the shape {_shape(shape)}, but {_shape(place.shape)} by "
+                "its config.json; give the config.json that belongs to these weights."
+            )
     unused = _unused(model, [name for _, name, _ in targets if name not in expected])
     needed = [name for name in unused if _changes_function(name, model, blocks)]
     if needed:
         raise InputError(_refusal(needed, model, folder))
     return (_note(unused, model),) if unused else ()
+
+
+def _shape(shape: Iterable[int]) -> str:
+    return " × ".join(map(str, shape)) or "of a single number"
 
 
 def target_names(model: nn.Module, keys: Iterable[str]) -> Iterator[tuple[str, str, bool]]:

@@ -86,10 +86,14 @@ def compare_generation(
     Raises
     ------
     InputError
-        When the prompt is empty for a tokenizer without a beginning-of-sequence token, prompt and
-        text exceed the context, or a number is out of range.
+        When the prompt is empty for a tokenizer without a beginning-of-sequence token or has a
+        token that the model doesn't know, prompt and text exceed the context, or a number is out
+        of range.
     """
+    from lsq_core.load import check_tokens
+
     ids = _prompt_ids(tokenizer, prompt)
+    check_tokens(full, ids)
     _check(len(ids), max_new_tokens, temperature, context)
     steps = 2 * max_new_tokens
 

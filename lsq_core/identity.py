@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lsq_core.errors import InputError
+from lsq_core.foreign import MOST_TOKENIZER, check_size, read_object
 from lsq_core.model import (
     ModelInfo,
     ModelSource,
@@ -108,14 +108,19 @@ def under_name(info: ModelInfo, source: ModelSource, identity: ModelIdentity) ->
     )
 
 
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files that a folder's tokenizer is loaded from, in name order."""
+    paths = {path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)}
+    return sorted(path for path in paths if path.is_file() and path.name != "config.json")
+
+
 def tokenizer_hash(folder: Path) -> str:
     """SHA-256 over the files that a folder's tokenizer is loaded from; 64 hexadecimal digits.
 
     Two folders whose hash is the same give the same tokens; a chat template, which no plain
     text goes through, and the name of the folder make no difference. '' where there are none.
     """
-    paths = {path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)}
-    paths = sorted(path for path in paths if path.is_file() and path.name != "config.json")
+    paths = tokenizer_files(folder)
     digest = hashlib.sha256()
     for path in paths:
         digest.update(path.name.encode() + b"\0" + _tokenizer_content(path) + b"\0")
@@ -124,11 +129,12 @@ def tokenizer_hash(folder: Path) -> str:
 
 def _tokenizer_content(path: Path) -> bytes:
     """A hash of one file: of a settings file by its entries, of any other by its bytes."""
+    check_size(path, MOST_TOKENIZER)
     raw = path.read_bytes()
     if path.name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
         try:
             content = json.loads(raw)
-        except ValueError:
+        except (ValueError, RecursionError):
             content = None  # transformers will say what is wrong with it
         if isinstance(content, dict):
             kept = {k: v for k, v in content.items() if k not in _VOLATILE_TOKENIZER_KEYS}
@@ -153,8 +159,4 @@ def has_own_code(folder: Path) -> bool:
     if "auto_map" in read_config(folder):
         return True
     path = folder / "tokenizer_config.json"
-    try:
-        content = json.loads(path.read_text("utf8")) if path.is_file() else {}
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path} cannot be read as JSON: {error}") from error
-    return isinstance(content, dict) and "auto_map" in content
+    return path.is_file() and "auto_map" in read_object(path)

@@ -1,10 +1,11 @@
-"""Build models, walk the weight matrices of their decoder blocks, and load their weights."""
+"""Build models without weights, and load them with their weights."""
 
 from __future__ import annotations
 
 import inspect
-import re
-from collections.abc import Iterator
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,19 +13,25 @@ from typing import ClassVar
 
 import torch
 from torch import nn
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
+from lsq_core.architecture import describe, find_blocks
+from lsq_core.causal import check_causal
 from lsq_core.checkpoint import read_entries
-from lsq_core.config import LADDER, divides, format_bytes
+from lsq_core.config import format_bytes
 from lsq_core.devices import canonical
-from lsq_core.errors import InputError, LsqError, reason_of
+from lsq_core.errors import InputError, LsqError
 from lsq_core.fit import check_fit, pickled_entries
-from lsq_core.identity import identity_of, under_name
+from lsq_core.foreign import MOST_TOKENIZER, check_size, refusing
+from lsq_core.identity import identity_of, tokenizer_files, under_name
 from lsq_core.memory import available_memory, limit_in_words
 from lsq_core.model import (
-    Matrix,
     ModelInfo,
     ModelSource,
     cached_folder,
@@ -34,6 +41,7 @@ from lsq_core.model import (
     remote_file_bytes,
     weight_files,
 )
+from lsq_core.sizes import odd_sizes
 
 transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()
@@ -46,8 +54,9 @@ _STORED_DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
 }
-#: Order of the computation where a block defines its modules in another one.
-_QKV_RANK = {"q_proj": 0, "k_proj": 1, "v_proj": 2}
+#: Tensors, matrices in them and weights of the largest model that is built; published ones have
+#: up to 10¹² weights.
+_MOST_TENSORS, _MOST_MATRICES, _MOST_WEIGHTS = 50_000, 200_000, 10**13
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,9 +191,13 @@ def skeleton(source: ModelSource, folder: Path, **settings: object) -> nn.Module
     with building(source, folder):
         config = model_config(source, folder)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
+            model = AutoModelForCausalLM.from_config(
                 config, trust_remote_code=source.trust_remote_code, **settings
             )
+        for name, module in model.named_modules():
+            if isinstance(module, (nn.Linear, Conv1D)) and module.weight.numel() == 0:
+                raise ValueError(f"its {name} would have no weights")
+    return model
 
 
 def model_config(source: ModelSource, folder: Path) -> object:
@@ -238,137 +251,67 @@ def stored_dtype(folder: Path) -> torch.dtype | None:
 
 @contextmanager
 def building(source: ModelSource, folder: Path) -> Iterator[None]:
-    """Turn what transformers raises while it builds a model into a sentence.
+    """Turn what transformers raises while it builds a model into a sentence, and limit its size.
 
     Raises
     ------
     InputError
         In the place of transformers' own errors.
     """
-    try:
-        yield
-    except (ValueError, KeyError, TypeError, AttributeError, ImportError, OSError) as error:
-        if not source.trust_remote_code and "auto_map" in read_config(folder):
-            raise InputError(
+    config = read_config(folder)
+
+    def refusal(reason: str) -> str:
+        if not source.trust_remote_code and "auto_map" in config:
+            return (
                 f"'{source.name}' is built by Python code of its own, which only runs if you trust "
                 "it: read its .py files, then give --trust-remote-code (in the app: Trust remote "
                 "code)."
-            ) from error
-        raise InputError(
+            )
+        odd = ", ".join(odd_sizes(config)[:3])
+        return (
             f"'{source.name}' is not a decoder-only language model that transformers can build: "
-            f"{reason_of(error)}."
-        ) from error
+            f"{reason}{f' (in its config.json {odd})' if odd else ''}."
+        )
+
+    with refusing(refusal), limited_modules(source.name):
+        yield
 
 
-def describe(model: nn.Module, source: ModelSource) -> ModelInfo:
-    """What the modules say: parameters (tied ones once), blocks and matrices."""
-    prefix, blocks = find_blocks(model)
-    found = list(walk_matrices(prefix, blocks))
-    usable = [m for m in found if any(divides(m.numel, c.group_size) for c in LADDER)]
-    return ModelInfo(
-        source=source.name,
-        revision=source.revision,
-        architecture=type(model).__name__,
-        layers=len(blocks),
-        context=context_of(model.config),
-        parameters=sum(p.numel() for p in model.parameters()),
-        file_bytes=0,
-        matrices=tuple(usable),
-        left_out=tuple(m.name for m in found if m not in usable),
-        tied_embeddings=bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False)),
-        other_bytes=_other_bytes(model, usable),
-    )
-
-
-def context_of(config: object) -> int:
-    """Tokens that a model can read at once; 2048 where its config does not say."""
-    text = config.get_text_config()
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
-        if getattr(text, name, None):
-            return int(getattr(text, name))
-    return 2048
-
-
-def _other_bytes(model: nn.Module, matrices: list[Matrix]) -> int:
-    """Bytes of what plans don't touch, in the checkpoint's dtype (16 bits where it names none)."""
-    stored = getattr(model.config, "dtype", None)
-    itemsize = stored.itemsize if isinstance(stored, torch.dtype) else 2
-    total = sum(p.numel() for p in model.parameters())
-    return itemsize * (total - sum(m.numel for m in matrices))
-
-
-def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The decoder blocks and their name in the model.
-
-    They are the outermost ``ModuleList`` of which every member holds weight matrices, and of
-    several such lists (a vision tower beside the decoder, say) the one with most parameters.
+@contextmanager
+def limited_modules(name: str) -> Iterator[None]:
+    """Within the ``with``, stop a model that is being built when it becomes larger than any.
 
     Raises
     ------
     InputError
-        When the model has no such list.
+        As soon as the modules that this thread builds have more weights or tensors than any
+        published model.
     """
-    best: tuple[int, str, nn.ModuleList] | None = None
-    outermost: list[str] = []
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or len(module) == 0:
-            continue
-        if any(name.startswith(f"{outer}.") for outer in outermost):
-            continue
-        if all(any(True for _ in _matrix_holders(block)) for block in module):
-            outermost.append(name)
-            size = sum(p.numel() for p in module.parameters())
-            if best is None or size > best[0]:
-                best = (size, name, module)
-    if best is None:
-        raise InputError(
-            f"{type(model).__name__} has no decoder blocks with linear modules, so there is "
-            "nothing to plan."
-        )
-    return best[1], best[2]
+    thread, count = threading.get_ident(), Counter()
 
+    def on_tensor(module: nn.Module, key: str, tensor: torch.Tensor | None) -> None:
+        if tensor is None or threading.get_ident() != thread:
+            return
+        count["tensors"] += 1
+        count["matrices"] += tensor.shape[0] if tensor.dim() > 2 else 1  # experts in a stack
+        count["weights"] += tensor.numel()
+        most = {"tensors": _MOST_TENSORS, "matrices": _MOST_MATRICES, "weights": _MOST_WEIGHTS}
+        over = next((kind for kind in most if count[kind] > most[kind]), None)
+        if over:
+            raise InputError(
+                f"'{name}' is larger than any model that can be planned: its config.json describes "
+                f"more than {most[over]:,} {over}."
+            )
 
-def _matrix_holders(block: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """(module name, module, parameter name) of every linear weight and stack of expert weights."""
-    for name, module in block.named_modules():
-        if isinstance(module, (nn.Linear, Conv1D)):
-            yield name, module, "weight"
-        elif not isinstance(module, nn.modules.conv._ConvNd):
-            for parameter_name, parameter in module.named_parameters(recurse=False):
-                if parameter.dim() == 3 and min(parameter.shape[1:]) > 1:
-                    yield name, module, parameter_name
-
-
-def is_transposed(module: nn.Module) -> bool:
-    """Whether a module keeps its weight as (in, out): Conv1D, and experts that say so."""
-    return isinstance(module, Conv1D) or bool(getattr(module, "is_transposed", False))
-
-
-def walk_matrices(prefix: str, blocks: nn.ModuleList) -> Iterator[Matrix]:
-    """Every weight matrix of the decoder blocks, in the order of the computation as far as known.
-
-    A stack of expert weights gives one matrix for each expert; its index is no part of the type.
-    """
-    for layer, block in enumerate(blocks):
-        for name, module, parameter in sorted(_matrix_holders(block), key=_computation_order):
-            weight = getattr(module, parameter)
-            out_features, in_features = weight.shape[-2:]
-            if is_transposed(module):
-                out_features, in_features = in_features, out_features
-            local = name if parameter == "weight" else f"{name}.{parameter}".lstrip(".")
-            full = f"{prefix}.{layer}.{local}"
-            kind = re.sub(r"\.\d+(?=\.|$)", "", local)
-            if weight.dim() == 2:
-                yield Matrix(full, layer, kind, out_features, in_features)
-                continue
-            for expert in range(weight.shape[0]):
-                yield Matrix(f"{full}.{expert}", layer, kind, out_features, in_features, expert)
-
-
-def _computation_order(holder: tuple[str, nn.Module, str]) -> tuple[str, int] | tuple[int, int]:
-    """Sort key that moves q, k, v to the front of their block and keeps all else in its place."""
-    leaf = holder[0].rpartition(".")[2]
-    return (0, _QKV_RANK[leaf]) if leaf in _QKV_RANK else (1, 0)
+    hooks = [
+        register_module_parameter_registration_hook(on_tensor),
+        register_module_buffer_registration_hook(on_tensor),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 # --- weights --------------------------------------------------------------------------------
@@ -382,7 +325,7 @@ def load_model(source: ModelSource, device: str = "auto", dtype: str = "auto") -
     Raises
     ------
     InputError
-        When the source, device or dtype is wrong.
+        When the source, device or dtype is wrong, or the model is no causal one.
     LsqError
         When the model does not fit into the device's memory.
     """
@@ -394,24 +337,21 @@ def load_model(source: ModelSource, device: str = "auto", dtype: str = "auto") -
     if weight_files(folder)[0].suffix != ".safetensors":  # those are read as a whole first
         check_memory(info.source, info.parameters, torch.device("cpu"), compute_dtype)
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=compute_dtype,
-            use_safetensors=None if source.allow_pickle else True,
-            trust_remote_code=source.trust_remote_code,
-            experts_implementation="eager",
-            output_loading_info=True,
-            device_map={"": target},  # each tensor straight to where it is used
-        )
+        with refusing(lambda reason: f"The weights in {folder} cannot be loaded: {reason}."):
+            model, found = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=compute_dtype,
+                use_safetensors=None if source.allow_pickle else True,
+                trust_remote_code=source.trust_remote_code,
+                experts_implementation="eager",
+                output_loading_info=True,
+                device_map={"": target},  # each tensor straight to where it is used
+            )
         model = model.eval().requires_grad_(False)
     except torch.OutOfMemoryError as error:
         need = info.parameters * compute_dtype.itemsize
         form = str(compute_dtype)[6:]
         raise LsqError(_too_large(info.source, need, form, target)) from error
-    except (ValueError, RuntimeError, OSError) as error:
-        raise InputError(
-            f"The weights in {folder} cannot be loaded: {reason_of(error)}."
-        ) from error
     lacking = sorted(found["missing_keys"])
     if lacking:  # transformers would go on with random ones
         raise InputError(
@@ -419,6 +359,14 @@ def load_model(source: ModelSource, device: str = "auto", dtype: str = "auto") -
             + (f" and {len(lacking) - 1} more" if lacking[1:] else "")
             + "; fetch or save the model again."
         )
+    check_causal(
+        info.source,
+        lambda ids: last_logits(model, ids, ids.shape[1]),
+        vocabulary=embedding_rows(model),
+        context=info.context,
+        dtype=compute_dtype,
+        device=target,
+    )
     tokenizer = load_tokenizer(source, folder)
     return LoadedModel(model, tokenizer, info, folder, str(target), str(compute_dtype)[6:])
 
@@ -431,11 +379,10 @@ def load_tokenizer(source: ModelSource, folder: Path) -> object:
     InputError
         When the folder has none that can be loaded.
     """
-    try:
+    for path in tokenizer_files(folder):
+        check_size(path, MOST_TOKENIZER)
+    with refusing(lambda reason: f"{folder} has no tokenizer that can be loaded: {reason}."):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
-    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
-        reason = reason_of(error)
-        raise InputError(f"{folder} has no tokenizer that can be loaded: {reason}.") from error
 
 
 def _free_bytes(device: torch.device) -> int:
@@ -467,31 +414,6 @@ def _too_large(name: str, need: int, form: str, device: torch.device) -> str:
     )
 
 
-def get_weight(model: nn.Module, matrix: Matrix) -> torch.Tensor:
-    """A matrix's weight as a view of shape (out_features, in_features), in the model's dtype."""
-    holder, parameter = locate(model, matrix)
-    return matrix_of(getattr(holder, parameter), holder, matrix)
-
-
-def matrix_of(tensor: torch.Tensor, holder: nn.Module, matrix: Matrix) -> torch.Tensor:
-    """A matrix's share of a tensor shaped as the parameter that holds it, (out, in), a view."""
-    share = tensor if matrix.expert is None else tensor[matrix.expert]
-    return share.T if is_transposed(holder) else share
-
-
-def locate(model: nn.Module, matrix: Matrix) -> tuple[nn.Module, str]:
-    """The module that holds a matrix, and the name of its parameter."""
-    if matrix.expert is None:
-        return model.get_submodule(matrix.name), "weight"
-    path, parameter, _ = matrix.name.rsplit(".", 2)
-    return model.get_submodule(path), parameter
-
-
-def parameter_name(matrix: Matrix) -> str:
-    """The full name of the parameter that holds a matrix, alone or in a stack."""
-    return f"{matrix.name}.weight" if matrix.expert is None else matrix.name.rpartition(".")[0]
-
-
 def last_logits(model: nn.Module, ids: torch.Tensor, keep: int) -> torch.Tensor:
     """Logits (sequences, keep, vocabulary) of the last tokens of ``ids`` (sequences, tokens).
 
@@ -500,3 +422,22 @@ def last_logits(model: nn.Module, ids: torch.Tensor, keep: int) -> torch.Tensor:
     accepted = inspect.signature(model.forward).parameters
     extra = {"logits_to_keep": keep} if "logits_to_keep" in accepted else {}
     return model(ids, use_cache=False, **extra).logits[:, -keep:]
+
+
+def embedding_rows(model: nn.Module) -> int:
+    """How many tokens the model's embedding has a row for."""
+    return model.get_input_embeddings().weight.shape[0]
+
+
+def check_tokens(model: nn.Module, ids: Iterable[int]) -> None:
+    """Raise :class:`InputError` when a token has no row in the model's embedding.
+
+    A tokenizer may well be larger than the embedding; only what it gives for a text counts.
+    """
+    largest, rows = max(ids, default=0), embedding_rows(model)
+    if largest >= rows:
+        raise InputError(
+            f"The tokenizer gives token {largest} and the model's embedding ends at {rows - 1}: "
+            "they don't belong together, or tokens were added to the tokenizer alone; take the "
+            "tokenizer that the model was trained with."
+        )

@@ -9,13 +9,14 @@ import hashlib
 import json
 import re
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
 from pathlib import Path
 
 from lsq_core import hub
-from lsq_core.checkpoint import INDEX, check_not_quantized, read_entries
+from lsq_core.checkpoint import INDEX, check_not_quantized, read_entries, read_index
 from lsq_core.errors import InputError, LsqError, reason_of
-from lsq_core.files import disk_error, write_bytes
+from lsq_core.files import disk_error, known_sha256, write_bytes
+from lsq_core.foreign import check_links, read_object
+from lsq_core.sizes import too_many
 
 #: The model that ships with the project.
 DEMO_FOLDER = Path(__file__).resolve().parents[1] / "data" / "demo_model"
@@ -268,21 +269,16 @@ def read_config(folder: Path) -> dict:
     Raises
     ------
     InputError
-        When it cannot be read as a JSON object.
+        When it cannot be read as a JSON object, or is larger than any.
     """
-    try:
-        config = json.loads((folder / "config.json").read_text("utf8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(
-            f"{folder / 'config.json'} cannot be read as JSON: {reason_of(error)}."
-        ) from error
-    if not isinstance(config, dict):
-        raise InputError(f"{folder / 'config.json'} holds no JSON object.")
-    return config
+    return read_object(folder / "config.json")
 
 
-def check_config(folder: Path) -> None:
-    """Raise :class:`InputError` unless the folder is there and describes a model we can plan."""
+def check_config(folder: Path, saved: bool = False) -> None:
+    """Raise :class:`InputError` unless the folder is there and describes a model we can plan.
+
+    With ``saved`` it is one that was quantized and saved here.
+    """
     try:
         there = folder.is_dir()
     except (OSError, ValueError) as error:
@@ -292,12 +288,16 @@ def check_config(folder: Path) -> None:
         raise InputError(f"There is no folder {folder}; give a model folder or a Hugging Face id.")
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} is not a model folder: it has no config.json.")
-    if (folder / MANIFEST).is_file():
+    if (folder / MANIFEST).is_file() and not saved:
         raise InputError(
             f"{folder} is a quantized model that LSQ Explorer saved; evaluate it with eval, or "
             "give the full-precision model it was made from."
         )
-    check_not_quantized(folder, read_config(folder))
+    check_links(folder)
+    config = read_config(folder)
+    if large := too_many(config):  # it would be built for ever
+        raise InputError(f"In {folder / 'config.json'} {large}, more than any model has.")
+    check_not_quantized(folder, config)
 
 
 def check_model_folder(folder: Path, source: ModelSource) -> None:
@@ -330,20 +330,11 @@ def weight_files(folder: Path) -> list[Path]:
     Raises
     ------
     InputError
-        When the index names a file that is not there.
+        When the index is damaged or names a file that is not there, or not in the folder.
     """
-    index = folder / INDEX
-    if index.is_file():
-        try:
-            names = set(json.loads(index.read_text("utf8"))["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{index} cannot be read; fetch or save the model again.") from error
-        missing = sorted(name for name in names if not (folder / name).is_file())
-        if missing:
-            raise InputError(
-                f"{folder} lacks {missing[0]}, which {index.name} names; fetch or save it again."
-            )
-        return sorted(folder / name for name in names)
+    named = read_index(folder)
+    if named is not None:
+        return sorted(folder / name for name in set(named.values()))
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
     return sorted(folder.glob("*.safetensors")) or _pickled_files(folder)
@@ -370,14 +361,7 @@ def _file_sha256(path: Path) -> str:
     target = path.resolve()
     if target.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", target.name):
         return target.name
-    stat = target.stat()
-    return _hash_file(target, stat.st_size, stat.st_mtime_ns)
-
-
-@lru_cache(maxsize=256)
-def _hash_file(path: Path, size: int, modified_ns: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return known_sha256(target)
 
 
 # --- the embedded model's description ---------------------------------------------------------

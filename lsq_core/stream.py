@@ -21,13 +21,16 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
+from lsq_core.architecture import find_blocks
+from lsq_core.causal import check_causal
 from lsq_core.errors import InputError
 from lsq_core.fit import target_names
 from lsq_core.load import (
     LoadedModel,
     check_memory,
     describe_files,
-    find_blocks,
+    embedding_rows,
+    last_logits,
     load_tokenizer,
     model_config,
     pick_device,
@@ -38,6 +41,10 @@ from lsq_core.model import ModelSource, find_model, read_config, weight_files
 
 #: ``mallopt``'s number of the size from which memory is mapped by itself, and that size in bytes.
 _M_MMAP_THRESHOLD, _LARGE = -3, 8 * 2**20
+
+
+class _Reached(Exception):
+    """All that was to be run has run."""
 
 
 class NotStreamable(InputError):
@@ -71,6 +78,23 @@ class StreamedModel(LoadedModel):
         }
         with self._held("", found):
             yield
+
+    def first_states(self, ids: torch.Tensor) -> torch.Tensor:
+        """What the first block gives (1, tokens, features) for ids (1, tokens); no more is read."""
+        prefix, blocks = find_blocks(self.model)
+        found: list[torch.Tensor] = []
+
+        def stop(_module: nn.Module, _args: tuple, output: object) -> None:
+            found.append(output[0] if isinstance(output, tuple) else output)
+            raise _Reached
+
+        hook = blocks[0].register_forward_hook(stop)
+        try:
+            with self.holding_entry(), self.holding(f"{prefix}.0"), suppress(_Reached):
+                last_logits(self.model, ids, ids.shape[1])
+        finally:
+            hook.remove()
+        return found[0]
 
     @cached_property
     def _block_depth(self) -> int:
@@ -209,7 +233,7 @@ def open_streamed(source: ModelSource, device: str = "auto", dtype: str = "auto"
     NotStreamable
         When the model has to be loaded as a whole (:func:`lsq_core.load.load_model`).
     InputError
-        When the source, device or dtype is wrong.
+        When the source, device or dtype is wrong, or the model is no causal one.
     """
     _return_what_is_freed()
     target, folder = pick_device(device), find_model(source)
@@ -225,7 +249,7 @@ def open_streamed(source: ModelSource, device: str = "auto", dtype: str = "auto"
     files = [safe_open(path, framework="pt") for path in weight_files(folder)]
     checkpoint = Checkpoint(model, files, compute_dtype, target)
     _compute_buffers(model, target)
-    return StreamedModel(
+    streamed = StreamedModel(
         model.eval().requires_grad_(False),
         load_tokenizer(source, folder),
         info,
@@ -234,6 +258,15 @@ def open_streamed(source: ModelSource, device: str = "auto", dtype: str = "auto"
         str(compute_dtype)[6:],
         checkpoint,
     )
+    check_causal(
+        source.name,
+        streamed.first_states,
+        vocabulary=embedding_rows(model),
+        context=info.context,
+        dtype=compute_dtype,
+        device=target,
+    )
+    return streamed
 
 
 def _most_held(model: nn.Module) -> int:

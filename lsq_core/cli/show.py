@@ -236,7 +236,8 @@ def imported(result: dict) -> None:
 def disk(result: dict) -> None:
     """Print what is kept."""
     for item in result["kept"]:
-        print(f"{format_bytes(item['bytes']):>12}  {item['kind']:<14} {item['name']}")
+        reason = f"  (not pruned: {item['reason']})" if item["reason"] else ""
+        print(f"{format_bytes(item['bytes']):>12}  {item['kind']:<16} {item['name']}{reason}")
 
 
 def repaired(result: dict) -> None:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
-import tempfile
+import stat
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,31 +24,40 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from lsq_core.architecture import find_blocks, walk_matrices
 from lsq_core.checkpoint import safetensors_header
 from lsq_core.config import config_of, format_bytes
 from lsq_core.errors import InputError, LsqError
-from lsq_core.files import sync_folder, sync_tree
+from lsq_core.files import in_use, lock_folder, sync_folder, sync_tree
+from lsq_core.foreign import refusing
 from lsq_core.identity import has_own_code
 from lsq_core.load import (
     building,
     check_bytes,
-    describe,
     load_tokenizer,
     model_config,
     pick_device,
     pick_dtype,
     stored_dtype,
 )
-from lsq_core.model import MANIFEST, Matrix, ModelSource, folder_bytes
+from lsq_core.model import MANIFEST, Matrix, ModelSource, check_config, folder_bytes
 from lsq_core.quantize import about, matrix_kind
 from lsq_core.quantize.apply import install, packed_modules
 from lsq_core.quantize.base import StoredMatrix
-from lsq_core.quantize.layout import Stored
-from lsq_core.quantize.manifest import FORMAT, WEIGHTS, read_manifest
+from lsq_core.quantize.layout import Stored, as_saved
+from lsq_core.quantize.manifest import (
+    UNFINISHED,
+    WEIGHTS,
+    check_files,
+    read_manifest,
+    unfinished_folders,
+    with_checksums,
+)
 from lsq_core.targets import check_folder_target
 
 #: How a model generates: the tokens that end a text, most of all.
 GENERATION = "generation_config.json"
+_FLOATS = {"F64", "F32", "F16", "BF16"}
 #: torch's dtypes by their names in a safetensors header, of those that layouts use.
 _DTYPES = {
     "U8": torch.uint8,
@@ -100,9 +111,9 @@ def save_quantized(
     with _whole_or_nothing(folder, need) as unfinished:
         save_file(state, unfinished / WEIGHTS, metadata={"format": "pt"})
         _copy_beside(source_folder, unfinished)
-        text = json.dumps({"format": FORMAT} | manifest, indent=1)
-        (unfinished / MANIFEST).write_text(text, "utf8")
         tokenizer.save_pretrained(unfinished)
+        text = json.dumps(with_checksums(manifest, unfinished), indent=1)
+        (unfinished / MANIFEST).write_text(text, "utf8")
     return folder_bytes(folder)
 
 
@@ -118,17 +129,26 @@ def _copy_beside(source: Path, target: Path) -> None:
 
 @contextmanager
 def _whole_or_nothing(folder: Path, need: int) -> Iterator[Path]:
-    """A temporary folder beside the target that becomes the target when all went well."""
+    """A hidden folder beside the target that becomes the target when all went well.
+
+    It is locked as long as it is written to; what a kill left of the same target goes before.
+    """
     full = LsqError(
         f"The disk at {folder.parent} has {format_bytes(shutil.disk_usage(folder.parent).free)} "
         f"free and {format_bytes(need)} are needed to save {folder.name}; make room and try again."
     )
     if shutil.disk_usage(folder.parent).free < need:
         raise full
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name[:40]}-", dir=folder.parent))
+    prefix = f".{folder.name[:40]}-"
+    for left in unfinished_folders(folder.parent, prefix):
+        if not in_use(left):
+            shutil.rmtree(left, ignore_errors=True)
+    unfinished = folder.parent / f"{prefix}{uuid.uuid4().hex[:12]}{UNFINISHED}"
+    unfinished.mkdir()
+    lock = lock_folder(unfinished)
     try:
         yield unfinished
-        unfinished.chmod(0o755)
+        _same_mode(unfinished)
         sync_tree(unfinished)
         if folder.is_dir():
             folder.rmdir()
@@ -141,21 +161,36 @@ def _whole_or_nothing(folder: Path, need: int) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+        os.close(lock)
+
+
+def _same_mode(folder: Path) -> None:
+    """Give all files the mode that the umask gives; libraries and copies come with their own."""
+    mode = stat.S_IMODE((folder / MANIFEST).stat().st_mode)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
 
 
 def _stored_state(model: nn.Module, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
     """Every stored tensor once, but for matrices in the checkpoint's dtype where that is exact."""
-    state, seen, packed = {}, set(), _packed_names(model)
-    for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() in seen:
-            continue
-        seen.add(tensor.data_ptr())
+    packed, state = _packed_names(model), {}
+    for names in _same_tensors(model):
+        name, tensor = names[0], _tensor(model, names[0]).detach()
         as_is = name in packed or tensor.dtype != torch.float32
         if dtype is not None and not as_is:
             smaller = tensor.to(dtype)
             tensor = smaller if torch.equal(smaller.float(), tensor) else tensor
-        state[name] = tensor.detach().cpu().contiguous()
+        state[name] = tensor.cpu().contiguous()
     return state
+
+
+def _same_tensors(model: nn.Module) -> list[list[str]]:
+    """Names in the state dict, those that are one tensor together (tied weights)."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+    return list(names.values())
 
 
 def load_quantized(
@@ -175,11 +210,13 @@ def load_quantized(
     Raises
     ------
     InputError
-        When it is no such folder, or a file in it is missing or damaged.
+        When it is no such folder, or a file in it is missing, damaged, or another than was saved.
     """
     folder = Path(folder).expanduser().resolve()
     manifest = read_manifest(folder)
-    safetensors_header(folder / WEIGHTS)
+    check_config(folder, saved=True)
+    header = safetensors_header(folder / WEIGHTS)
+    check_files(folder, manifest)
     target = pick_device(device)
     source = ModelSource(str(folder), trust_remote_code=trust_remote_code)
     config = model_config(source, folder)
@@ -190,10 +227,15 @@ def load_quantized(
             config, trust_remote_code=trust_remote_code, experts_implementation="eager"
         )
     if (folder / GENERATION).is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    install(model, _empty_matrices(model, source, manifest))
+        with refusing(lambda reason: f"{folder / GENERATION} cannot be read: {reason}."):
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.tie_weights()
+    install(model, _empty_matrices(model, source, manifest), compute_dtype)
     check_bytes(str(folder), (folder / WEIGHTS).stat().st_size, "packed form", target)
-    _fill(model, load_file(folder / WEIGHTS, device=str(target)), compute_dtype)
+    _check_stored(model, header)
+    with refusing(lambda reason: f"{folder / WEIGHTS} cannot be loaded: {reason}."):
+        state = load_file(folder / WEIGHTS, device=str(target))
+    _fill(model, state, compute_dtype)
     model = model.to(target).eval().requires_grad_(False)
     tokenizer = load_tokenizer(source, folder)
     return QuantizedModel(model, tokenizer, manifest, folder, str(target), str(compute_dtype)[6:])
@@ -208,7 +250,7 @@ def _empty_matrices(
     model: nn.Module, source: ModelSource, manifest: dict
 ) -> dict[Matrix, StoredMatrix]:
     """Stored matrices without content for every module the manifest names."""
-    known = {m.name: m for m in describe(model, source).matrices}
+    known = {m.name: m for m in walk_matrices(*find_blocks(model), left_out=True)}
     missing = sorted(set(manifest["modules"]) - set(known))
     if missing:
         raise InputError(f"{source.name} plans {missing[0]}, which its config.json doesn't have.")
@@ -216,10 +258,25 @@ def _empty_matrices(
     layout = about(quantizer).layout
     for name, entry in manifest["modules"].items():
         matrix, config = known[name], config_of(entry)
-        tensors = empty_tensors(layout(matrix.shape, config, manifest["metadata"]))
+        stored = as_saved(layout(matrix.shape, config, manifest["metadata"]), manifest["format"])
+        tensors = empty_tensors(stored)
         kind = matrix_kind(quantizer, config)
         empty[matrix] = kind.from_tensors(tensors, matrix.shape, config, manifest["axis"])
     return empty
+
+
+def _tie(model: nn.Module, tied: list[list[str]]) -> None:
+    """Give tensors that were one, and are stored once, their content under every name."""
+    for names in tied:
+        filled = [name for name in names if not _tensor(model, name).is_meta]
+        for name in names if filled else ():
+            path, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(path), leaf, _tensor(model, filled[0]))
+
+
+def _tensor(model: nn.Module, name: str) -> torch.Tensor:
+    path, _, leaf = name.rpartition(".")
+    return getattr(model.get_submodule(path), leaf)
 
 
 def empty_tensors(stored: Stored) -> dict[str, torch.Tensor]:
@@ -230,14 +287,33 @@ def empty_tensors(stored: Stored) -> dict[str, torch.Tensor]:
     }
 
 
+def _check_stored(model: nn.Module, header: dict[str, dict]) -> None:
+    """Raise unless the stored tensors are of the shapes, and matrices of the dtypes, that fit."""
+    packed = _packed_names(model)
+    for name, tensor in model.state_dict().items():
+        entry = header.get(name)
+        if entry is None:
+            continue  # tied to another, or lacking, which is told when all is filled
+        shape, dtype = tuple(entry["shape"]), entry["dtype"]
+        wrong = _DTYPES.get(dtype) != tensor.dtype if name in packed else dtype not in _FLOATS
+        wrong = wrong and tensor.is_floating_point() if name not in packed else wrong
+        if shape != tuple(tensor.shape) or wrong:
+            raise InputError(
+                f"{WEIGHTS} does not fit its plan at {name}, which is {dtype} of shape "
+                f"{list(shape)} in it and {str(tensor.dtype)[6:]} of shape {list(tensor.shape)} by "
+                "the plan and config.json; save it again."
+            )
+
+
 def _fill(model: nn.Module, state: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
     """Assign the stored tensors; packed ones as they are, all else in the compute dtype."""
     packed = _packed_names(model)
     cast = {
         n: t if n in packed or not t.is_floating_point() else t.to(dtype) for n, t in state.items()
     }
+    tied = _same_tensors(model)
     result = model.load_state_dict(cast, strict=False, assign=True)
-    model.tie_weights()
+    _tie(model, tied)
     empty = [n for n, t in model.state_dict().items() if t.is_meta]
     if empty or result.unexpected_keys:
         name = (empty or result.unexpected_keys)[0]

@@ -50,6 +50,7 @@ def show(here: Here, choice: Choice) -> None:
         key="table",
         on_select="rerun",
         selection_mode="multi-row",
+        placeholder="",
         alt=f"{words.plural(len(table), 'run')} with bits, sizes and perplexity.",
     )
     rows = [row for row in picked["selection"]["rows"] if row < len(table)]

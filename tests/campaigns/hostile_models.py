@@ -1,0 +1,436 @@
+"""Inspect, profile and evaluate models that were made to do harm, and count how it ends.
+
+``python -m tests.campaigns.hostile_models [COUNT] [SEED]`` mutates COUNT (142) copies of a small
+model by its config, its safetensors header, its index and its tokenizer, and gives each to
+``inspect`` and ``eval`` through the command line's own entry. An outcome is an exit status with a
+sentence. A traceback, an ending without a sentence, more than 20 seconds or a read outside the
+folder is a failure, and there should be none.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import struct
+import sys
+import tempfile
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+
+#: Seconds that a command may take.
+LIMIT_S = 20
+#: A file beside the model's folder that nothing may read.
+SECRET = "secret.safetensors"
+#: Values where a config has a number, a list, an object or a text.
+ODD = (
+    None,
+    "many",
+    "",
+    0,
+    -1,
+    1.5,
+    10**5,
+    10**9,
+    10**30,
+    float("nan"),
+    float("inf"),
+    True,
+    [],
+    [1, 2],
+    {},
+    {"a": None},
+)
+
+Mutation = Callable[[Path, random.Random], str]
+
+
+# --- what is mutated --------------------------------------------------------------------------
+
+
+def in_config(folder: Path, source: random.Random) -> str:
+    """One key of config.json, at any depth, gets an odd value."""
+    return change_json(folder / "config.json", source)
+
+
+def without_key(folder: Path, source: random.Random) -> str:
+    """config.json loses a key."""
+    path = folder / "config.json"
+    content = json.loads(path.read_text("utf8"))
+    key = source.choice(sorted(content))
+    del content[key]
+    path.write_text(json.dumps(content), "utf8")
+    return f"config.json without {key}"
+
+
+def more_in_config(folder: Path, source: random.Random) -> str:
+    """config.json gets a key that some architectures have."""
+    keys = (
+        ("layer_types", ["full_attention"] * 3),
+        ("num_labels", 10**9),
+        ("quantization_config", {"quant_method": 3}),
+        ("auto_map", {"AutoConfig": "../evil.Config"}),
+        ("text_config", 4),
+        ("rope_scaling", {"rope_type": "yarn", "factor": "x"}),
+        ("tie_word_embeddings", "no"),
+        ("architectures", 7),
+        ("model_type", source.choice(["bert", "t5", "llama4", "no-such", "mamba2", 5, "gpt2"])),
+        ("torch_dtype", "complex64"),
+        ("sliding_window", "x"),
+        ("_attn_implementation", "flash_attention_2"),
+        ("pruned_heads", {"0": [0]}),
+        ("id2label", "x"),
+    )
+    key, value = source.choice(keys)
+    path = folder / "config.json"
+    content = json.loads(path.read_text("utf8")) | {key: value}
+    path.write_text(json.dumps(content), "utf8")
+    return f"config.json with {key}={str(value)[:40]}"
+
+
+def sized(folder: Path, source: random.Random) -> str:
+    """One of the sizes in config.json is another number, so that modules have other shapes."""
+    sizes = [
+        "num_hidden_layers",
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "vocab_size",
+        "max_position_embeddings",
+    ]
+    key = source.choice(sizes)
+    value = source.choice([0, 1, 3, 7, 1000, 5000, 10**5, 10**6, 10**7, 10**9, 2**62, 2**63])
+    path = folder / "config.json"
+    content = json.loads(path.read_text("utf8")) | {key: value}
+    path.write_text(json.dumps(content), "utf8")
+    return f"config.json with {key}={value}"
+
+
+def json_file(folder: Path, source: random.Random) -> str:
+    """A JSON file is no JSON object, deeply nested, cut, or not in UTF-8."""
+    path = folder / source.choice(["config.json", "tokenizer.json", "tokenizer_config.json"])
+    if path.name != "config.json" and not path.is_file():
+        path = folder / "config.json"
+    return spoil_text(path, source)
+
+
+def spoil_text(path: Path, source: random.Random) -> str:
+    """A text file is emptied, cut, replaced or made large."""
+    whole = path.read_bytes()
+    ways = {
+        "empty": b"",
+        "cut": whole[: source.randrange(len(whole))],
+        "a list": b"[1, 2]",
+        "null": b"null",
+        "a number": b"17",
+        "nested": b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
+        "nested lists": b"[" * 200_000,
+        "not UTF-8": whole[:20] + b"\xff\xfe" + whole[20:],
+        "zeros": bytes(len(whole)),
+        "a long number": b'{"hidden_size": ' + b"9" * 10_000 + b"}",
+    }
+    name = source.choice(sorted(ways))
+    path.write_bytes(ways[name])
+    return f"{path.name} is {name}"
+
+
+def huge_file(folder: Path, source: random.Random) -> str:
+    """A file of 2 GiB without content, as large as its name is."""
+    names = [
+        "config.json",
+        "tokenizer.json",
+        "model.safetensors.index.json",
+        "tokenizer_config.json",
+    ]
+    name = source.choice(names)
+    with (folder / name).open("r+b" if (folder / name).is_file() else "wb") as file:
+        file.truncate(2 * 2**30)
+    return f"{name} of 2 GiB"
+
+
+def in_header(folder: Path, source: random.Random) -> str:
+    """The safetensors header says something else of a tensor."""
+    return change_header(folder / "model.safetensors", source)
+
+
+def header_length(folder: Path, source: random.Random) -> str:
+    """The header's length is not what it was; for the largest the file is as long, but sparse."""
+    path = folder / "model.safetensors"
+    length = source.choice([0, 1, 2**20, 200_000_000, 8 * 2**30, 2**63, 2**64 - 1])
+    with path.open("r+b") as file:
+        file.write(struct.pack("<Q", length))
+        if 2**20 < length < 2**40:
+            file.truncate(length + 8)
+    return f"header of {length} bytes"
+
+
+def flipped(folder: Path, source: random.Random) -> str:
+    """A bit of the header is turned over, or the file is cut."""
+    path = folder / "model.safetensors"
+    with path.open("r+b") as file:
+        if source.random() < 0.3:
+            size = source.randrange(path.stat().st_size)
+            file.truncate(size)
+            return f"model.safetensors cut to {size} bytes"
+        at = source.randrange(2000)
+        file.seek(at)
+        byte = file.read(1)[0] ^ 1 << source.randrange(8)
+        file.seek(at)
+        file.write(bytes([byte]))
+    return f"bit of byte {at} of model.safetensors"
+
+
+def in_index(folder: Path, source: random.Random) -> str:
+    """An index that leads elsewhere, or is none."""
+    names = [
+        f"../{SECRET}",
+        str(folder.parent / SECRET),
+        "/dev/zero",
+        "/etc/passwd",
+        f"sub/../../{SECRET}",
+        "",
+        ".",
+        7,
+        None,
+        ["model.safetensors"],
+        {"a": 1},
+        "a\0b",
+        "no-such.safetensors",
+        "x" * 5000,
+    ]
+    with (folder / "model.safetensors").open("rb") as file:
+        header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+    keys = [key for key in header if key != "__metadata__"]
+    where = source.choice(names)
+    contents = [
+        {"weight_map": dict.fromkeys(keys, where)},
+        {"weight_map": dict.fromkeys(keys, "model.safetensors") | {keys[0]: where}},
+        {"weight_map": where},
+        {"metadata": {}},
+        where,
+    ]
+    which = source.choice([0, 0, 0, 1, 1, 2, 3, 4])
+    path = folder / "model.safetensors.index.json"
+    path.write_text(json.dumps(contents[which]), "utf8")
+    return f"index {which} with {str(where)[:40]!r}"
+
+
+def linked(folder: Path, source: random.Random) -> str:
+    """A file of the model is a link to what lies outside, to a device, or to itself."""
+    name = source.choice(["model.safetensors", "config.json", "tokenizer.json"])
+    targets = [folder.parent / SECRET, Path("/dev/zero"), Path("/etc/passwd"), folder / name]
+    target = source.choice(targets)
+    (folder / name).unlink()
+    (folder / name).symlink_to(target)
+    return f"{name} is a link to {target.name}"
+
+
+def in_tokenizer(folder: Path, source: random.Random) -> str:
+    """A key of the tokenizer's files, at any depth, gets an odd value."""
+    return change_json(folder / source.choice(["tokenizer.json", "tokenizer_config.json"]), source)
+
+
+MUTATIONS: tuple[Mutation, ...] = (
+    in_config,
+    sized,
+    in_header,
+    in_index,
+    json_file,
+    in_config,
+    more_in_config,
+    header_length,
+    in_tokenizer,
+    flipped,
+    linked,
+    sized,
+    without_key,
+    in_tokenizer,
+    huge_file,
+)
+
+
+def change_json(path: Path, source: random.Random) -> str:
+    """One entry of a JSON file, at any depth, gets an odd value."""
+    content = json.loads(path.read_text("utf8"))
+    places = list(_places(content))
+    holder, key, name = source.choice(places)
+    holder[key] = source.choice(ODD)
+    path.write_text(json.dumps(content), "utf8")
+    return f"{path.name}: {name} = {str(holder[key])[:40]}"
+
+
+def _places(content: object, name: str = "", depth: int = 0) -> Iterator[tuple]:
+    entries = content.items() if isinstance(content, dict) else enumerate(content)
+    for number, (key, value) in enumerate(list(entries)):
+        if number > 60 or depth > 4:
+            return
+        yield content, key, f"{name}.{key}".lstrip(".")
+        if isinstance(value, (dict, list)):
+            yield from _places(value, f"{name}.{key}", depth + 1)
+
+
+def change_header(path: Path, source: random.Random) -> str:
+    """Rewrite one entry of a safetensors header, its tensors as they are."""
+    raw = path.read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    header = json.loads(raw[8 : 8 + length])
+    keys = sorted(key for key in header if key != "__metadata__")
+    key, other = source.sample(keys, 2)
+    changes = {
+        "shape": [source.choice([-1, "a", 0, 2**63, 3, None]), 4],
+        "dtype": source.choice(["F99", 5, None, "F32", "I64", "F8_E4M3", "BOOL"]),
+        "data_offsets": source.choice([[0, 4], [4, 0], [-8, 8], ["a", 1], [0, 2**63], [], None, 3]),
+    }
+    field = source.choice(sorted([*changes, "all", "removed", "renamed", "overlap", "swapped"]))
+    if field in changes:
+        header[key][field] = changes[field]
+    elif field == "all":
+        header[key] = source.choice([None, 3, "x", [], {}, {"dtype": "F32"}])
+    elif field == "removed":
+        del header[key]
+    elif field == "renamed":
+        header[key + source.choice(["x", ".weight", "\n", "/../a"])] = header.pop(key)
+    elif field == "overlap":
+        header[key]["data_offsets"] = header[other]["data_offsets"]
+    else:
+        header[key]["shape"] = list(reversed(header[key]["shape"]))
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
+    return f"header of {key}: {field} {str(changes.get(field, ''))[:40]}"
+
+
+# --- how it ends ------------------------------------------------------------------------------
+
+
+class TooLong(BaseException):
+    """A command took longer than it may."""
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise :class:`TooLong` in the main thread after some seconds."""
+
+    def stop(*_: object) -> None:
+        raise TooLong
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@dataclass
+class Watch:
+    """Files that were opened outside the folders where a command may read a model."""
+
+    secret: str = ""
+    seen: int = 0
+
+    def __call__(self, event: str, arguments: tuple) -> None:
+        if self.secret and event == "open" and str(arguments[0]).endswith(self.secret):
+            self.seen += 1
+
+
+WATCH = Watch()
+
+
+def outcome(arguments: list[str], limit: float = LIMIT_S) -> str:
+    """How a command ends: an exit status with a sentence, or what is wrong with its ending."""
+    from lsq_core.cli import main
+
+    said, printed = StringIO(), StringIO()
+    try:
+        with time_limit(limit), redirect_stderr(said), redirect_stdout(printed):
+            status = main(arguments)
+    except TooLong:
+        return "hang"
+    except SystemExit as error:
+        return f"usage {error.code}"
+    except BaseException:
+        lines = traceback.format_exc().strip().splitlines()
+        place = next((line for line in reversed(lines) if "lsq_core" in line), "")
+        return f"traceback {lines[-1][:160]} {place.strip()[:120]}"
+    sentences = [line for line in said.getvalue().splitlines() if line.startswith("lsq: ")]
+    if status == 0:
+        return "exit 0"
+    if len(sentences) != 1 or "Traceback" in said.getvalue():
+        return f"exit {status} with {len(sentences)} sentences: {said.getvalue()[-300:]!r}"
+    return f"exit {status}"
+
+
+def failed(kind: str) -> bool:
+    """Whether an outcome is none that a command may have."""
+    return kind not in ("exit 0", "exit 1", "exit 2")
+
+
+def make_model(folder: Path) -> Path:
+    """A random model of two small layers with the demo model's tokenizer."""
+    from tests.conftest import save_random_model
+
+    return save_random_model(folder, "llama-gqa")
+
+
+def make_text(path: Path) -> Path:
+    """A text of a few hundred tokens."""
+    path.write_text("\n".join(f"Return the {i}-th item of the list." for i in range(60)), "utf8")
+    return path
+
+
+def campaign(
+    count: int, folder: Path, seed: int = 0, tell: Callable[[str], None] = lambda _: None
+) -> Counter[str]:
+    """Outcomes of ``inspect`` and ``eval`` of ``count`` hostile models, by verb and ending."""
+    sys.addaudithook(WATCH)
+    WATCH.secret, WATCH.seen = SECRET, 0
+    whole, text = make_model(folder / "whole"), make_text(folder / "text.txt")
+    shutil.copy(whole / "model.safetensors", folder / SECRET)
+    WATCH.seen = 0
+    found: Counter[str] = Counter()
+    for number in range(count):
+        source = random.Random(f"{seed}-{number}")
+        copy = folder / "hostile"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(whole, copy)
+        what = MUTATIONS[number % len(MUTATIONS)](copy, source)
+        database = ["--db", str(folder / "lsq.duckdb"), "--json"]
+        given = ["--model", str(copy), *database]
+        verbs = {
+            "inspect": ["inspect", *given],
+            "eval": ["eval", *given, "--corpus", str(text), "--max-tokens", "100"],
+        }
+        for verb, arguments in verbs.items():
+            kind = outcome(arguments)
+            found[f"{verb}: {kind}"] += 1
+            found["failed"] += failed(kind)
+            tell(f"{number:4} {verb:8} {what}: {kind}")
+    found["reads outside"] = WATCH.seen
+    WATCH.secret = ""
+    return found
+
+
+def main() -> int:
+    """Run the campaign in a temporary folder and print its counts."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    count = int(sys.argv[1]) if sys.argv[1:] else 142
+    seed = int(sys.argv[2]) if sys.argv[2:] else 0
+    with tempfile.TemporaryDirectory() as name:
+        found = campaign(count, Path(name), seed, lambda line: print(line, flush=True))
+    for kind, number in sorted(found.items()):
+        print(f"{number:5} {kind}")
+    return int(bool(found["failed"] or found["reads outside"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""Odd values in config.json, and a tokenizer of another size than the embedding."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lsq_core.cli import main
+from lsq_core.errors import InputError, reason_of
+from lsq_core.evaluate import Protocol, evaluate
+from lsq_core.generate import compare_generation
+from lsq_core.load import check_tokens, load_model
+from lsq_core.model import ModelSource
+from lsq_core.profile import ProfileSettings
+from lsq_core.profile.measure import calibration_of, measure_profile
+from lsq_core.sizes import odd_sizes, too_many
+from tests.conftest import save_random_model
+
+ODD = (None, 0, -1, 1.5, "x", [], 10**30)
+#: Names of sizes by architecture, and of other entries that transformers computes with.
+ENTRIES = {
+    "llama-gqa": (
+        "hidden_size",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "intermediate_size",
+        "head_dim",
+        "vocab_size",
+        "max_position_embeddings",
+        "rope_parameters",
+        "hidden_act",
+        "dtype",
+    ),
+    "gpt2-conv1d": ("n_head", "n_layer"),
+    "mixtral-moe": ("num_local_experts",),
+}
+
+
+def edited(folder: Path, target: Path, **changes: object) -> Path:
+    """A copy of a model's folder with other entries in its config."""
+    shutil.copytree(folder, target, copy_function=os.link)
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (target / "config.json").unlink()
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name"), [(a, name) for a, names in ENTRIES.items() for name in names]
+)
+def test_inspect_of_an_odd_config(architecture, name, random_model, tmp_path, capsys):
+    """A description or one sentence, and never anything else."""
+    for number, value in enumerate(ODD):
+        folder = edited(random_model(architecture), tmp_path / str(number), **{name: value})
+        status = main(["inspect", "--db", str(tmp_path / "db"), "--model", str(folder)])
+        said = capsys.readouterr()
+        assert status in (0, 2), (name, value)
+        assert (said.err.count("\n") == 1) == (status == 2), said.err
+        assert bool(said.out) == (status == 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+        ({"head_dim": 0}, "head_dim is 0"),
+        ({"hidden_size": 0}, "hidden_size is 0"),
+        ({"intermediate_size": 0}, "intermediate_size is 0"),
+        ({"hidden_size": None}, "hidden_size is null"),
+        ({"hidden_size": "128"}, 'hidden_size is "128"'),
+        ({"num_hidden_layers": 1.5}, "num_hidden_layers is 1.5"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
+        ({"vocab_size": 10**30}, "vocab_size is 1000"),
+    ],
+)
+def test_the_odd_value_is_named(changes, named, random_model, tmp_path, capsys):
+    folder = edited(random_model("llama-gqa"), tmp_path / "m", **changes)
+    assert main(["inspect", "--db", str(tmp_path / "db"), "--model", str(folder)]) == 2
+    assert named in capsys.readouterr().err
+
+
+def test_sizes_inside_other_configs():
+    assert too_many({"text_config": {"num_experts": 10**6}}) == "text_config.num_experts is 1000000"
+    assert too_many({"num_hidden_layers": 126, "num_experts": 512, "vocab_size": 10**6}) == ""
+    assert odd_sizes({"text_config": {"n_head": 0}}) == ["text_config.n_head is 0"]
+    assert odd_sizes({"hidden_size": 64, "layer_norm_eps": 0.0, "patch_size": [1, 2]}) == []
+
+
+def test_frames_of_a_stack_are_not_quoted():
+    error = RuntimeError("a size overflows\nException raised from empty at /x/y.h:79\nframe #0: z")
+    assert reason_of(error) == "a size overflows"
+
+
+# --- a tokenizer that is larger than the embedding ------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory):
+    """A model with rows for an eighth of its tokenizer's tokens."""
+    folder = tmp_path_factory.mktemp("models") / "narrow"
+    return load_model(ModelSource(str(save_random_model(folder, "llama-gqa", vocab_size=512))))
+
+
+NAMES_THE_LAST_ROW = "embedding ends at 511"
+
+
+def test_no_evaluation_on_tokens_without_a_row(narrow, small_text):
+    ids = narrow.tokenizer(small_text.read_text()[:4000], return_tensors="np")["input_ids"][0]
+    assert ids.max() >= 512
+    with pytest.raises(InputError, match=NAMES_THE_LAST_ROW):
+        evaluate(narrow.model, ids, Protocol("blocks-64", 64, 64), bos=None)
+    fitting = ids[ids < 512]
+    assert (
+        evaluate(narrow.model, fitting, Protocol("blocks-64", 64, 64), bos=None)[0].perplexity > 0
+    )
+    with pytest.raises(InputError, match=NAMES_THE_LAST_ROW):
+        evaluate(narrow.model, fitting, Protocol("blocks-64", 64, 64), bos=600)
+
+
+def test_no_profile_on_tokens_without_a_row(narrow, small_text):
+    settings = ProfileSettings("rtn", calibration=str(small_text), samples=4, block_tokens=32)
+    with pytest.raises(InputError, match=NAMES_THE_LAST_ROW):
+        calibration_of(narrow, settings)
+    with pytest.raises(InputError, match=NAMES_THE_LAST_ROW):
+        measure_profile(narrow, settings, "p")
+
+
+def test_no_generation_from_tokens_without_a_row(narrow):
+    with pytest.raises(InputError, match=NAMES_THE_LAST_ROW):
+        compare_generation(narrow.model, narrow.model, narrow.tokenizer, "Return the item", 2)
+
+
+def test_a_larger_tokenizer_may_give_tokens_that_fit(narrow):
+    assert len(narrow.tokenizer) > 512
+    check_tokens(narrow.model, [0, 511])
+    check_tokens(narrow.model, [])
