@@ -66,11 +66,11 @@ class NotBuilt(Exception):
 
 
 def architectures() -> dict[str, str]:
-    """Class name by model type, each class once."""
-    first: dict[str, str] = {}
+    """Class name by model type, each class once, under the shortest of its model types."""
+    types: dict[str, str] = {}
     for model_type, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
-        first.setdefault(name, model_type)
-    return {model_type: name for name, model_type in first.items()}
+        types[name] = min(types.get(name, model_type), model_type, key=len)
+    return {model_type: name for name, model_type in types.items()}
 
 
 #: What a config that has no default of its own for these is given, where it can't be built without.
