@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.requirements-installed
 WORKERS ?= 2
 
-.PHONY: help run gptqmodel test test-fast bench-check lint format clean
+.PHONY: help run gptqmodel test test-fast bench-check architectures architectures-table lint format clean
 .DEFAULT_GOAL := help
 
 help:  ## Say what each target does
@@ -24,6 +24,12 @@ test-fast: $(READY)  ## Run the tests that take seconds
 
 bench-check: $(READY)  ## Hold benchmarks and times to their limits; wants a machine with nothing else to do
 	$(BIN)/python -m pytest -m bench
+
+architectures: $(READY)  ## Take every causal LM class of transformers, small, the whole way; the README has the table
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.architectures.table --workers $(WORKERS)
+
+architectures-table: $(READY)  ## The same, and write the table into the README
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.architectures.table --workers $(WORKERS) --write
 
 lint: $(READY)  ## Check style and format without changing anything
 	$(BIN)/ruff check .

@@ -7,4 +7,4 @@ The way through it, each step one function that a notebook can call::
 Importing this package imports neither torch nor Streamlit.
 """
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"

@@ -17,8 +17,8 @@ from lsq_core.errors import InputError
 from lsq_core.model import MANIFEST, Matrix, ModelSource, check_config
 from lsq_core.pipeline import Report, remake, saved_folder, silent
 from lsq_core.quantize import QUANTIZERS, About, about
-from lsq_core.quantize.layout import ITEMSIZE, Stored, stored_bytes
-from lsq_core.quantize.manifest import RUN, WEIGHTS, changed_files, read_manifest
+from lsq_core.quantize.layout import ITEMSIZE, Stored, as_saved, stored_bytes
+from lsq_core.quantize.manifest import FORMAT, RUN, WEIGHTS, changed_files, read_manifest
 from lsq_core.store import Store
 
 #: Names of the tensors that matrices are stored in, by any quantizer.
@@ -118,7 +118,11 @@ class Audit:
 
 
 def audit(
-    plan: dict, matrices: Iterable[Matrix], stored: Mapping[str, Stored], source: str
+    plan: dict,
+    matrices: Iterable[Matrix],
+    stored: Mapping[str, Stored],
+    source: str,
+    format: int = FORMAT,
 ) -> Audit:
     """Compare what was planned with what is stored.
 
@@ -131,6 +135,8 @@ def audit(
         The model's matrices, for their shapes.
     stored
         The stored tensors of each packed matrix, and of a planned one that was not packed.
+    format
+        Of the saved model: what a matrix is stored in depends on it.
 
     Raises
     ------
@@ -142,7 +148,7 @@ def audit(
     if strangers:
         raise InputError(f"The plan names {strangers[0]}, which the model doesn't have.")
     lines = [
-        _line(shapes[name], entry, plan, stored.get(name, {}))
+        _line(shapes[name], entry, plan, stored.get(name, {}), format)
         for name, entry in plan["modules"].items()
     ]
     for name in sorted(set(stored) - set(plan["modules"])):
@@ -151,11 +157,11 @@ def audit(
     return Audit(source, tuple(lines))
 
 
-def _line(matrix: Matrix, entry: dict, plan: dict, stored: Stored) -> Line:
+def _line(matrix: Matrix, entry: dict, plan: dict, stored: Stored, format: int) -> Line:
     config, metadata = config_of(entry), plan["metadata"]
     known = about(plan.get("quantizer", "hqq"))
-    expected = known.layout(matrix.shape, config, metadata)
-    found = config.name if stored == expected else _told(matrix.shape, known, stored)
+    expected = as_saved(known.layout(matrix.shape, config, metadata), format)
+    found = config.name if stored == expected else _told(matrix.shape, known, stored, format)
     if stored and stored != expected and found == config.name:
         found += " with other metadata"
     return Line(
@@ -170,14 +176,15 @@ def _line(matrix: Matrix, entry: dict, plan: dict, stored: Stored) -> Line:
     )
 
 
-def _told(shape: tuple[int, int], known: About, stored: Stored) -> str:
+def _told(shape: tuple[int, int], known: About, stored: Stored, format: int) -> str:
     """The configuration that tensors are of, or in words what they are."""
     if not stored:
         return "nothing"
     if set(stored) == {"weight"}:
         return f"{stored['weight'][1]} weights"
     for config in known.options:
-        if any(known.layout(shape, config, metadata) == stored for metadata in METADATA_FORMATS):
+        layouts = (known.layout(shape, config, metadata) for metadata in METADATA_FORMATS)
+        if any(as_saved(layout, format) == stored for layout in layouts):
             return config.name
     return f"no configuration ({stored_bytes(stored):,} bytes in {', '.join(sorted(stored))})"
 
@@ -255,14 +262,15 @@ def audit_folder(folder: Path, store: Store) -> Audit:
     except InputError:
         plan, where = manifest, MANIFEST
     stored = stored_in_file(folder / WEIGHTS, plan["modules"])
-    found = audit(plan, matrices, stored, f"{folder / WEIGHTS} against {where}")
+    found = audit(plan, matrices, stored, f"{folder / WEIGHTS} against {where}", manifest["format"])
     changed = changed_files(folder, manifest)
     files = "unknown" if changed is None else "changed" if changed else "intact"
     return replace(found, files=files, changed=tuple(changed or ()))
 
 
 def _matrices_of(folder: Path) -> tuple[Matrix, ...]:
-    from lsq_core.load import describe, skeleton
+    from lsq_core.architecture import describe
+    from lsq_core.load import skeleton
 
     check_config(folder, saved=True)
 

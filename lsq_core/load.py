@@ -1,9 +1,8 @@
-"""Build models, walk the weight matrices of their decoder blocks, and load their weights."""
+"""Build models without weights, and load them with their weights."""
 
 from __future__ import annotations
 
 import inspect
-import re
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -22,9 +21,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
+from lsq_core.architecture import describe, find_blocks
 from lsq_core.causal import check_causal
 from lsq_core.checkpoint import read_entries
-from lsq_core.config import LADDER, divides, format_bytes
+from lsq_core.config import format_bytes
 from lsq_core.devices import canonical
 from lsq_core.errors import InputError, LsqError
 from lsq_core.fit import check_fit, pickled_entries
@@ -32,7 +32,6 @@ from lsq_core.foreign import MOST_TOKENIZER, check_size, refusing
 from lsq_core.identity import identity_of, tokenizer_files, under_name
 from lsq_core.memory import available_memory
 from lsq_core.model import (
-    Matrix,
     ModelInfo,
     ModelSource,
     cached_folder,
@@ -58,10 +57,6 @@ _STORED_DTYPES = {
 #: Tensors, matrices in them and weights of the largest model that is built; published ones have
 #: up to 10¹² weights.
 _MOST_TENSORS, _MOST_MATRICES, _MOST_WEIGHTS = 50_000, 200_000, 10**13
-#: Tokens of a context that a signed 32-bit column of the database holds.
-_LONGEST_CONTEXT = 2**31 - 1
-#: Order of the computation where a block defines its modules in another one.
-_QKV_RANK = {"q_proj": 0, "k_proj": 1, "v_proj": 2}
 
 
 @dataclass(frozen=True, eq=False)
@@ -319,119 +314,6 @@ def limited_modules(name: str) -> Iterator[None]:
             hook.remove()
 
 
-def describe(model: nn.Module, source: ModelSource) -> ModelInfo:
-    """What the modules say: parameters (tied ones once), blocks and matrices."""
-    prefix, blocks = find_blocks(model)
-    found = list(walk_matrices(prefix, blocks))
-    usable = [m for m in found if any(divides(m.numel, c.group_size) for c in LADDER)]
-    planned = set(usable)  # a list would be searched once for each of many thousand experts
-    return ModelInfo(
-        source=source.name,
-        revision=source.revision,
-        architecture=type(model).__name__,
-        layers=len(blocks),
-        context=context_of(model.config),
-        parameters=sum(p.numel() for p in model.parameters()),
-        file_bytes=0,
-        matrices=tuple(usable),
-        left_out=tuple(m.name for m in found if m not in planned),
-        tied_embeddings=bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False)),
-        other_bytes=_other_bytes(model, usable),
-    )
-
-
-def context_of(config: object) -> int:
-    """Tokens that a model can read at once; 2048 where its config does not say."""
-    text = config.get_text_config()
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
-        length = getattr(text, name, None)
-        if isinstance(length, int) and length > 0:  # XLNet says -1 for no limit
-            return min(length, _LONGEST_CONTEXT)
-    return 2048
-
-
-def _other_bytes(model: nn.Module, matrices: list[Matrix]) -> int:
-    """Bytes of what plans don't touch, in the checkpoint's dtype (16 bits where it names none)."""
-    stored = getattr(model.config, "dtype", None)
-    itemsize = stored.itemsize if isinstance(stored, torch.dtype) else 2
-    total = sum(p.numel() for p in model.parameters())
-    return itemsize * (total - sum(m.numel for m in matrices))
-
-
-def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The decoder blocks and their name in the model.
-
-    They are the outermost ``ModuleList`` of which every member holds weight matrices, and of
-    several such lists (a vision tower beside the decoder, say) the one with most parameters.
-
-    Raises
-    ------
-    InputError
-        When the model has no such list.
-    """
-    best: tuple[int, str, nn.ModuleList] | None = None
-    outermost: list[str] = []
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or len(module) == 0:
-            continue
-        if any(name.startswith(f"{outer}.") for outer in outermost):
-            continue
-        if all(any(True for _ in _matrix_holders(block)) for block in module):
-            outermost.append(name)
-            size = sum(p.numel() for p in module.parameters())
-            if best is None or size > best[0]:
-                best = (size, name, module)
-    if best is None:
-        raise InputError(
-            f"{type(model).__name__} has no decoder blocks with linear modules, so there is "
-            "nothing to plan."
-        )
-    return best[1], best[2]
-
-
-def _matrix_holders(block: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """(module name, module, parameter name) of every linear weight and stack of expert weights."""
-    for name, module in block.named_modules():
-        if isinstance(module, (nn.Linear, Conv1D)):
-            yield name, module, "weight"
-        elif not isinstance(module, nn.modules.conv._ConvNd):
-            for parameter_name, parameter in module.named_parameters(recurse=False):
-                if parameter.dim() == 3 and min(parameter.shape[1:]) > 1:
-                    yield name, module, parameter_name
-
-
-def is_transposed(module: nn.Module) -> bool:
-    """Whether a module keeps its weight as (in, out): Conv1D, and experts that say so."""
-    return isinstance(module, Conv1D) or bool(getattr(module, "is_transposed", False))
-
-
-def walk_matrices(prefix: str, blocks: nn.ModuleList) -> Iterator[Matrix]:
-    """Every weight matrix of the decoder blocks, in the order of the computation as far as known.
-
-    A stack of expert weights gives one matrix for each expert; its index is no part of the type.
-    """
-    for layer, block in enumerate(blocks):
-        for name, module, parameter in sorted(_matrix_holders(block), key=_computation_order):
-            weight = getattr(module, parameter)
-            out_features, in_features = weight.shape[-2:]
-            if is_transposed(module):
-                out_features, in_features = in_features, out_features
-            local = name if parameter == "weight" else f"{name}.{parameter}".lstrip(".")
-            full = f"{prefix}.{layer}.{local}"
-            kind = re.sub(r"\.\d+(?=\.|$)", "", local)
-            if weight.dim() == 2:
-                yield Matrix(full, layer, kind, out_features, in_features)
-                continue
-            for expert in range(weight.shape[0]):
-                yield Matrix(f"{full}.{expert}", layer, kind, out_features, in_features, expert)
-
-
-def _computation_order(holder: tuple[str, nn.Module, str]) -> tuple[str, int] | tuple[int, int]:
-    """Sort key that moves q, k, v to the front of their block and keeps all else in its place."""
-    leaf = holder[0].rpartition(".")[2]
-    return (0, _QKV_RANK[leaf]) if leaf in _QKV_RANK else (1, 0)
-
-
 # --- weights --------------------------------------------------------------------------------
 
 
@@ -528,31 +410,6 @@ def _too_large(name: str, need: int, form: str, device: torch.device) -> str:
         f"'{name}' needs {format_bytes(need)} in {form} and {device} has "
         f"{format_bytes(_free_bytes(device))} free: choose another device or a smaller model."
     )
-
-
-def get_weight(model: nn.Module, matrix: Matrix) -> torch.Tensor:
-    """A matrix's weight as a view of shape (out_features, in_features), in the model's dtype."""
-    holder, parameter = locate(model, matrix)
-    return matrix_of(getattr(holder, parameter), holder, matrix)
-
-
-def matrix_of(tensor: torch.Tensor, holder: nn.Module, matrix: Matrix) -> torch.Tensor:
-    """A matrix's share of a tensor shaped as the parameter that holds it, (out, in), a view."""
-    share = tensor if matrix.expert is None else tensor[matrix.expert]
-    return share.T if is_transposed(holder) else share
-
-
-def locate(model: nn.Module, matrix: Matrix) -> tuple[nn.Module, str]:
-    """The module that holds a matrix, and the name of its parameter."""
-    if matrix.expert is None:
-        return model.get_submodule(matrix.name), "weight"
-    path, parameter, _ = matrix.name.rsplit(".", 2)
-    return model.get_submodule(path), parameter
-
-
-def parameter_name(matrix: Matrix) -> str:
-    """The full name of the parameter that holds a matrix, alone or in a stack."""
-    return f"{matrix.name}.weight" if matrix.expert is None else matrix.name.rpartition(".")[0]
 
 
 def last_logits(model: nn.Module, ids: torch.Tensor, keep: int) -> torch.Tensor:

@@ -46,7 +46,7 @@ from lsq_core.plan import (
     make_frontier,
     make_plan,
 )
-from lsq_core.plan.high_impact import check_options, impact_of
+from lsq_core.plan.high_impact import impact_of
 from lsq_core.plan.pins import with_pins
 from lsq_core.plan.problem import TOLERANCE, Impact
 from lsq_core.profile import (
@@ -385,9 +385,8 @@ class Workbench:
                 f"{self.published.source} was published without the gradients of its weights, so "
                 "high-impact rows cannot be planned for it."
             )
-        check_options(
-            Problem(self.info.matrices).with_options(get_planner(request.method).options(request))
-        )
+        options = get_planner(request.method).options(request)
+        Problem(self.info.matrices).with_options(options).check_options()
         key = self.profile_key(settings)
         scores = self.store.row_scores(key) or self._measure_row_scores(settings, key)
         if request.ratios == "uniform":
@@ -1095,7 +1094,7 @@ def evaluate_saved(
 
     A run that this store doesn't know (the folder came from elsewhere) is added to it.
     """
-    from lsq_core.load import context_of
+    from lsq_core.architecture import context_of
     from lsq_core.quantize.apply import measured_bytes
 
     manifest = read_manifest(folder, EVALUATED)
@@ -1104,7 +1103,7 @@ def evaluate_saved(
     [[(evaluation, _)]] = evaluate_on(
         [quantized.model],
         quantized.tokenizer,
-        context_of(quantized.model.config),
+        context_of(quantized.model),
         [request],
         [stream_of(request, quantized.tokenizer)],
         where={"device": quantized.device, "dtype": quantized.dtype},

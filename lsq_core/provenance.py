@@ -22,7 +22,8 @@ import lsq_core
 
 #: Version of this project's own arithmetic: what its quantizers store for given weights, and how
 #: its metrics and evaluation turn that into figures. Raise it when one of these comes out new.
-ARITHMETIC = 1
+#: 2: a matrix of any magnitude is quantized alike, its exponent stored.
+ARITHMETIC = 2
 #: The packages that compute every forward pass.
 _FORWARD = ("torch", "transformers")
 #: What is recorded with a figure for its reader.

@@ -21,6 +21,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
+from lsq_core.architecture import find_blocks
 from lsq_core.causal import check_causal
 from lsq_core.errors import InputError
 from lsq_core.fit import target_names
@@ -29,7 +30,6 @@ from lsq_core.load import (
     check_memory,
     describe_files,
     embedding_rows,
-    find_blocks,
     last_logits,
     load_tokenizer,
     model_config,

@@ -14,9 +14,9 @@ from lsq_core.ui.plan_controls import controls
 def plan_page(here: Here) -> None:
     """Controls, the plan's first line, its live picture, and what else there is to know of it."""
     info = here.info
-    state.begin_settings(known.identity(info), known.newest_settings(here.store, info))
+    state.begin_settings(info.fingerprint, known.newest_settings(here.store, info))
     settings = state.settings()
-    found = known.profile(here.store, info, settings, here.device)
+    found = known.profile(here.store, info, settings)
     offered = plan_panels.offered(info, found)
     state.begin_plan(found is not None)
     state.choose_among(offered)

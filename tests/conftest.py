@@ -33,11 +33,12 @@ WIKITEXT = ROOT.parent / "shared" / "corpus" / "wikitext-2"
 def packed_bytes(numel: int, config: QuantConfig, metadata: str = "8bit") -> int:
     """Bytes of ``numel`` weights in the project's packing by formula: codes, scales, zeros, ranges.
 
+    Two bytes more are the power of two that a matrix's scales, or its fp16 weights, have in common.
     The 8-bit format keeps a code for scale and one for zero per group, and an fp16 pair for each
     of them per metadata group, the last of which may be short.
     """
     groups = ceil(numel / config.group_size) if config.bits != HALF else 0
-    codes = ceil(numel * config.bits / 8)
+    codes = ceil(numel * config.bits / 8) + 2
     if metadata == "fp16":
         return codes + 4 * groups
     return codes + 2 * groups + 8 * ceil(groups / config.meta_group_size)

@@ -11,8 +11,9 @@ from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 from hqq.core.quantize import Quantizer as HqqPackage
 from torch import nn
 
+from lsq_core.architecture import find_blocks, get_weight
 from lsq_core.config import LADDER, QuantConfig
-from lsq_core.load import find_blocks, get_weight, load_model
+from lsq_core.load import load_model
 from lsq_core.model import ModelSource
 from lsq_core.pipeline import EvaluationRequest, Workbench
 from lsq_core.plan import PlanRequest
@@ -33,14 +34,14 @@ MODULES_PER_MODEL = {
     "gpt2-conv1d": 8,
     "gemma2": 14,
     "mixtral-moe": 2 * (4 + 4 * 2),
-    "qwen2-moe": 7 + 4 + 4 * 2 + 3 + 1,
+    "qwen2-moe": 7 + 4 + 4 * 2 + 3,
     "gpt-oss-moe": 2 * (4 + 4 * 2),
 }
 
 
 def weights_in_blocks(model: nn.Module) -> int:
     """Independent count: every parameter of two or more dimensions in the decoder blocks."""
-    kept = ("router", "mlp.gate.weight", "bias", "sinks")
+    kept = ("router", "mlp.gate.weight", "shared_expert_gate", "bias", "sinks")
     return sum(
         p.numel()
         for name, p in find_blocks(model)[1].named_parameters()

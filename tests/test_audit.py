@@ -148,7 +148,7 @@ def test_a_run_that_was_not_saved_is_made_again(random_model, small_text, archit
 
 @pytest.mark.parametrize("metadata", ["8bit", "fp16"])
 def test_expected_tensors_take_the_planned_bytes(metadata):
-    sizes = {"U8": 1, "F16": 2}
+    sizes = {"U8": 1, "F16": 2, "I16": 2}
     for config in LADDER:
         tensors = layout.packed((96, 128), config, metadata)
         count = 0

@@ -16,9 +16,10 @@ from safetensors.torch import save_file as save_torch
 from scipy.stats import spearmanr
 
 from lsq_core import charts, weights
+from lsq_core.architecture import get_weight
 from lsq_core.config import LADDER, QuantConfig
 from lsq_core.errors import InputError
-from lsq_core.load import get_weight, load_model
+from lsq_core.load import load_model
 from lsq_core.model import DEMO_FOLDER, Matrix, ModelSource
 from lsq_core.pipeline import Workbench, problem_of
 from lsq_core.plan import PlanRequest

@@ -205,6 +205,25 @@ def upgrade(patch: pytest.MonkeyPatch, package: str) -> None:
     versions.cache_clear()
 
 
+@pytest.fixture
+def arithmetic_1(monkeypatch):
+    """The arithmetic of the version that did not record it yet."""
+    monkeypatch.setattr(provenance, "ARITHMETIC", 1)
+    versions.cache_clear()
+    yield
+    versions.cache_clear()
+
+
+def test_a_profile_of_an_arithmetic_before_is_not_taken_for_one_of_this(folder):
+    bench, settings = bench_of(folder), ProfileSettings("rtn")
+    older = settings.key(bench.info.fingerprint, corpus_identity(settings.calibration))
+    made_with = {name: text for name, text in versions().items() if name != "arithmetic"}
+    recorded = {"device": "cpu", "dtype": "float32", "versions": made_with}
+    bench.store.keep_profile(a_profile(bench, older, recorded, ["weight_error"]))
+    assert bench.find_profile(settings) is None
+
+
+@pytest.mark.usefixtures("arithmetic_1")
 def test_a_profile_of_the_version_before_is_found_where_it_belongs(folder):
     bench, settings = bench_of(folder), ProfileSettings("rtn")
     older = settings.key(bench.info.fingerprint, corpus_identity(settings.calibration))

@@ -64,7 +64,8 @@ def test_stacks_of_experts_count_as_the_matrices_they_are(random_model, tmp_path
 
 def test_many_experts_are_described_in_time(random_model, tmp_path):
     """Each was looked for among all the others: 12,000 matrices took two minutes."""
-    from lsq_core.load import describe, skeleton
+    from lsq_core.architecture import describe
+    from lsq_core.load import skeleton
 
     folder = tmp_path / "experts"
     shutil.copytree(random_model("mixtral-moe"), folder)

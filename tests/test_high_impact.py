@@ -11,12 +11,13 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
+from lsq_core.architecture import get_weight
 from lsq_core.cli import main
 from lsq_core.config import RATIOS, mixed_rows
 from lsq_core.errors import InputError
-from lsq_core.load import get_weight, load_model
+from lsq_core.load import load_model
 from lsq_core.model import Matrix, ModelSource
-from lsq_core.pipeline import Workbench
+from lsq_core.pipeline import Workbench, refusal_of
 from lsq_core.plan import PlanRequest, Problem, make_frontier, make_plan
 from lsq_core.plan.blocks import block_front, clipped, combine, diagonal_only, predicted_loss
 from lsq_core.plan.high_impact import impact_of, read_matrix, units_of
@@ -396,6 +397,35 @@ def test_requests_that_cannot_be_met():
     odd = replace(odd, impact=impact_of(odd.matrices, {"m.0.odd": np.ones(64)}, {}))
     with pytest.raises(InputError, match=r"m\.0\.odd \(64×96\)"):
         make_frontier(odd, PlanRequest("high-impact", ratios="uniform"))
+
+
+def rows_of_576(group_size: int) -> tuple[Problem, PlanRequest]:
+    """A model with a matrix of 576 columns, and uniform ratios at a group size."""
+    matrices = (Matrix("m.0.q", 0, "q", 128, 128), Matrix("m.0.k", 0, "k", 192, 576))
+    impact = impact_of(matrices, {m.name: np.ones(m.out_features) for m in matrices}, {})
+    request = PlanRequest("high-impact", budget="2.4bpp", group_size=group_size, ratios="uniform")
+    return Problem(matrices, options=mixed_rows(2, 3, group_size), impact=impact), request
+
+
+def test_rows_that_no_group_fills_are_named_before_any_budget():
+    """576 columns and groups of 128: plans took "from inf bpp (inf GiB) to -inf bpp"."""
+    whole, request = rows_of_576(128)
+    for refused in (
+        lambda: whole.feasible,
+        lambda: request.budget_for(whole),
+        lambda: make_plan(whole, request),
+        lambda: refusal_of(whole, request, "hqq", 1),
+    ):
+        with pytest.raises(InputError, match=r"m\.0\.k \(192×576\) .*groups of 128") as error:
+            refused()
+        assert "inf" not in str(error.value)
+
+
+def test_rows_that_groups_of_64_fill_are_planned():
+    whole, request = rows_of_576(64)
+    low, high = whole.feasible
+    assert 0 < low < high < np.inf
+    assert make_plan(whole, request).rows["m.0.k"]
 
 
 def test_clipping_takes_out_what_is_negative_alone():

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from lsq_core.architecture import find_blocks, get_weight
 from lsq_core.cli import main
 from lsq_core.config import QuantConfig, mixed_rows
 from lsq_core.errors import InputError
-from lsq_core.load import find_blocks, get_weight, load_model
-from lsq_core.model import ModelSource
+from lsq_core.load import load_model
+from lsq_core.model import Matrix, ModelSource
 from lsq_core.plan import Plan, PlanRequest
 from lsq_core.profile import ProfileSettings
 from lsq_core.profile import interactions as measuring
@@ -55,8 +56,8 @@ def test_clipping_starts_all_but_open_and_follows_its_gradient():
     low = torch.sigmoid(torch.tensor(4.0)) * weight.view(-1, 32).amin(1)
     high = torch.sigmoid(torch.tensor(4.0)) * weight.view(-1, 32).amax(1)
     grid = clipping.learned_grid()
-    torch.testing.assert_close(grid.scale, (high - low) / 7)
-    torch.testing.assert_close(grid.zero, (-low / grid.scale).round())
+    torch.testing.assert_close(grid.scale * 2.0**clipping.exponent, (high - low) / 7)
+    torch.testing.assert_close(grid.zero, (-7 * low / (high - low)).round())
     before = (clipping() - weight).square().sum()
     before.backward()
     assert clipping.low.grad.abs().sum() > 0
@@ -212,3 +213,16 @@ def test_the_command_line(random_model, small_text, tmp_path, capsys, monkeypatc
     assert "--hybrid or --quantizer rtn" in capsys.readouterr().err
     assert main(["run", *words, "--quantizer", "magic", *evaluation]) == 2
     assert "hqq, rtn, nf4, nf4-dq, gptq, awq, hybrid" in capsys.readouterr().err
+
+
+def test_blocks_that_were_kept_in_an_older_layout_are_learned_again(tmp_path, monkeypatch):
+    matrix = Matrix("m.0.up", 0, "up", 8, 64)
+    packed = {matrix: quantize_matrix(some_rows(), CONFIG, get_quantizer("rtn"))}
+    file, choice = tmp_path / "block-0.safetensors", {matrix: CONFIG}
+    hybrid._write(file, packed, 2.5)
+    kept, seconds = hybrid._read(file, choice, 1, "cpu", silent)
+    assert (list(kept), seconds) == ([matrix], 2.5)
+    monkeypatch.setattr(hybrid, "FORMAT", hybrid.FORMAT - 1)
+    hybrid._write(file, packed, 2.5)
+    monkeypatch.undo()
+    assert hybrid._read(file, choice, 1, "cpu", silent) == ({}, 0.0)

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from lsq_core.architecture import get_weight
 from lsq_core.cli import main
 from lsq_core.errors import InputError
-from lsq_core.load import get_weight, load_model
+from lsq_core.load import load_model
 from lsq_core.model import Matrix, ModelSource
 from lsq_core.pipeline import Workbench, check_metrics, problem_of
 from lsq_core.plan import PLANNERS, PlanRequest, Problem

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lsq_core.architecture import get_weight
 from lsq_core.audit import audit_folder, stored_in_model
 from lsq_core.config import (
     MIXED,
@@ -23,7 +24,7 @@ from lsq_core.config import (
     parse_config,
 )
 from lsq_core.errors import InputError
-from lsq_core.load import get_weight, load_model
+from lsq_core.load import load_model
 from lsq_core.model import Matrix, ModelSource
 from lsq_core.pipeline import refusal_of
 from lsq_core.plan import Plan, PlanRequest, Problem

@@ -65,7 +65,7 @@ def own(random_model, tmp_path) -> Path:
 
 def run(*words: object) -> list[str]:
     fixed = ["--device", "cpu", "--method", "uniform", "--base", "4.25", "--quantizer", "rtn"]
-    return ["run", *fixed, "--max-tokens", "64", "--json", *map(str, words)]
+    return ["run", *fixed, "--max-tokens", "100", "--json", *map(str, words)]
 
 
 def test_without_leave_it_is_a_sentence(own, capsys):
@@ -86,7 +86,7 @@ def test_there_and_back(own, tmp_path, capsys, small_text):
     made = json.loads(capsys.readouterr().out)
     assert {p.name for p in saved.glob("*.py")} == {"configuration_own.py", "modeling_own.py"}
     shutil.rmtree(own)
-    again = ["eval", "--model", str(saved), "--device", "cpu", "--max-tokens", "64", "--json"]
+    again = ["eval", "--model", str(saved), "--device", "cpu", "--max-tokens", "100", "--json"]
     again += map(str, db)
     assert cli.main([*again, "--trust-remote-code"]) == 0
     assert json.loads(capsys.readouterr().out)["perplexity"] == pytest.approx(

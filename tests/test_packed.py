@@ -100,7 +100,7 @@ def test_measured_bytes_are_the_planned_ones(config, metadata, axis, rows, colum
 
 @pytest.fixture(scope="module")
 def demo_weights():
-    from lsq_core.load import get_weight
+    from lsq_core.architecture import get_weight
 
     loaded = load_model(ModelSource("demo"), "cpu")
     return [get_weight(loaded.model, m) for m in loaded.info.matrices[::17]]

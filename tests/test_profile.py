@@ -7,9 +7,10 @@ import pytest
 import scipy.stats
 import torch
 
+from lsq_core.architecture import get_weight
 from lsq_core.config import LADDER, QuantConfig
 from lsq_core.errors import InputError, LsqError
-from lsq_core.load import get_weight, load_model
+from lsq_core.load import load_model
 from lsq_core.model import ModelSource
 from lsq_core.pipeline import Workbench
 from lsq_core.profile import ProfileSettings

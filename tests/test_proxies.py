@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from lsq_core.architecture import get_weight
 from lsq_core.cli import main
 from lsq_core.config import QuantConfig
-from lsq_core.load import get_weight, load_model
+from lsq_core.load import load_model
 from lsq_core.model import ModelSource
 from lsq_core.pipeline import Workbench
 from lsq_core.profile import DEFAULT_METRICS, PROXIES, ProfileSettings

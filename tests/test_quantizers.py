@@ -18,7 +18,7 @@ from lsq_core.audit import audit_folder, audit_run
 from lsq_core.cli import main
 from lsq_core.config import LADDER, QuantConfig
 from lsq_core.errors import InputError, LsqError
-from lsq_core.load import load_model
+from lsq_core.load import get_weight, load_model
 from lsq_core.model import Matrix, ModelSource
 from lsq_core.pipeline import EvaluationRequest, Workbench, load_saved, refusal_of
 from lsq_core.plan import PlanRequest, Problem
@@ -251,6 +251,23 @@ def test_what_gptqmodel_says_went_wrong_is_told(random_model, settings, monkeypa
     loaded = load_model(ModelSource(str(random_model("llama-gqa"))), "cpu")
     choice = dict.fromkeys(loaded.info.matrices, QuantConfig(4, 64))
     with pytest.raises(LsqError, match=r"gptqmodel .*No module named"):
+        get_quantizer(name).quantize_model(loaded, choice, settings, lambda *_: None)
+
+
+@pytest.mark.parametrize(("name", "factor"), [("gptq", 2.0**-13), ("gptq", 2e7), ("awq", 1e-5)])
+def test_magnitudes_that_gptqmodel_would_lose_are_refused_by_name(
+    random_model, settings, monkeypatch, name, factor
+):
+    """Its formats keep no power of two with a matrix, so fp16 scales run out."""
+    from lsq_core.quantize import through_gptqmodel
+
+    monkeypatch.setattr(quantize, "find_spec", lambda name: object())
+    monkeypatch.setattr(through_gptqmodel, "_ask", lambda *_: pytest.fail("asked"))
+    loaded = load_model(ModelSource(str(random_model("llama-gqa"))), "cpu", "float32")
+    matrix = loaded.info.matrices[-1]
+    get_weight(loaded.model, matrix).mul_(factor)
+    choice = dict.fromkeys(loaded.info.matrices, QuantConfig(4, 64))
+    with pytest.raises(LsqError, match=rf"{re.escape(matrix.name)} has groups with a range as"):
         get_quantizer(name).quantize_model(loaded, choice, settings, lambda *_: None)
 
 

@@ -25,6 +25,7 @@ from lsq_core.profile import ProfileSettings
 from lsq_core.profile import interactions as measuring
 from lsq_core.store import InteractionKind, Store
 from lsq_core.ui import arguments
+from tests.conftest import save_random_model
 from tests.test_app import filled, filled_once, first_line, open_page  # noqa: F401 - fixtures
 from tests.test_plan_page import live, planned, problem
 
@@ -46,6 +47,16 @@ def test_what_is_missing_can_be_measured(filled):  # noqa: F811
     assert [b.label for b in app.button if b.label.startswith("Measure")] == [
         "Measure the row scores and interactions"
     ]
+
+
+def test_rows_that_no_group_fills_are_named_in_place_of_a_measurement(tmp_path):
+    model = save_random_model(tmp_path / "narrow", "llama-gqa", hidden_size=96)
+    app = open_page("Plan", model=str(model), method="high-impact", budget="2.3")
+    assert not app.exception
+    assert first_line(app) == "There is no such plan."
+    (error,) = app.error
+    assert "proj (128×96) has rows that cannot be cut into groups of 128" in error.value
+    assert not [b.label for b in app.button if b.label.startswith("Measure")]
 
 
 def test_the_page_shows_the_librarys_plan(measured):

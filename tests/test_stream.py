@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lsq_core.architecture import find_blocks, parameter_name
 from lsq_core.errors import InputError, LsqError
-from lsq_core.load import find_blocks, load_model, parameter_name
+from lsq_core.load import load_model
 from lsq_core.model import ModelSource
 from lsq_core.pipeline import Workbench
 from lsq_core.profile import DEFAULT_METRICS, WEIGHT_METRICS, ProfileSettings

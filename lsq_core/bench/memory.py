@@ -80,7 +80,8 @@ def write_random_model(folder: Path, weight_bytes: int, layers: int = 32) -> int
     import torch
     from safetensors.torch import save_file
 
-    from lsq_core.load import find_blocks, skeleton
+    from lsq_core.architecture import find_blocks
+    from lsq_core.load import skeleton
 
     folder.mkdir(parents=True)
     random_config(weight_bytes, layers).save_pretrained(folder)

@@ -157,7 +157,8 @@ def _difference(case: Case, weights: Tensor) -> float:
 
 def _demo_weights() -> Tensor:
     """All matrices of one block of the demo model, cut into rows of 128."""
-    from lsq_core.load import get_weight, load_model
+    from lsq_core.architecture import get_weight
+    from lsq_core.load import load_model
     from lsq_core.model import ModelSource
 
     loaded = load_model(ModelSource("demo"), "cpu")

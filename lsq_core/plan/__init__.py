@@ -347,7 +347,9 @@ def _look_up(
 
 def _exactly(frontier: Frontier, limit: float) -> _Chosen:
     exact = solve_exactly(frontier, limit)
-    notes = (f"Not proven optimal: {exact.reason}.",) if exact.reason else ()
+    notes = frontier.notes
+    if exact.reason:
+        notes += (f"Not proven optimal: {exact.reason}.",)
     return _Chosen(
         exact.choice, notes=notes, objective=exact.objective, lower_bound=exact.lower_bound
     )

@@ -51,7 +51,7 @@ class HighImpact:
             When row scores or interactions are missing, or a group doesn't fit into some row.
         """
         impact = check_impact(problem, request)
-        check_options(problem)
+        problem.check_options()
         if request.ratios == "uniform":
             return _uniform(problem, impact, request)
         groups = [part for block in impact.blocks for part in _enumerable(block, problem)]
@@ -86,17 +86,6 @@ def check_impact(problem: Problem, request: PlanRequest) -> Impact:
             "ratios, or measure them."
         )
     return impact
-
-
-def check_options(problem: Problem) -> None:
-    """Raise :class:`InputError` naming the first matrix whose rows no group fills."""
-    for matrix, allowed in zip(problem.matrices, problem.allowed, strict=True):
-        if not allowed.any():
-            raise InputError(
-                f"{matrix.name} ({matrix.out_features}×{matrix.in_features}) has rows that cannot "
-                f"be cut into groups of {problem.options[0].group_size}; choose a smaller group "
-                "size."
-            )
 
 
 def _uniform(problem: Problem, impact: Impact, request: PlanRequest) -> Frontier:

@@ -10,7 +10,6 @@ from itertools import pairwise
 
 import numpy as np
 
-from lsq_core.errors import InputError
 from lsq_core.plan.frontier import Frontier, Segment, moves_from
 from lsq_core.plan.problem import OnLadder, PlanRequest, Problem
 
@@ -33,17 +32,22 @@ class Knapsack(OnLadder):
 def hull_frontier(cost: np.ndarray, problem: Problem) -> Frontier:
     """The frontier of a cost (n, 12): each matrix's cheapest stop, then hull steps by price.
 
+    A matrix without any cost (nothing was measured of it) keeps the most bits that it may have,
+    and the frontier's notes name it.
+
     Raises
     ------
     InputError
-        When a matrix has no stop to choose.
+        When no group size fills a matrix, or none that its pin allows.
     """
+    problem.check_options()
     cost = np.where(problem.allowed & np.isfinite(cost), cost, np.inf)
+    unmeasured = np.flatnonzero(~np.isfinite(cost).any(axis=1))
+    for i in unmeasured:
+        cost[i, np.flatnonzero(problem.allowed[i])[-1]] = 0.0
     steps, start = [], np.zeros(len(cost), dtype=np.int64)
     for i, row in enumerate(cost):
         stops = np.flatnonzero(np.isfinite(row))
-        if len(stops) == 0:
-            raise InputError(f"{problem.matrices[i].name} has no configuration to choose from.")
         hull = lower_hull(problem.bytes[i], row, stops)
         start[i] = hull[0]
         for here, there in pairwise(hull):
@@ -53,7 +57,18 @@ def hull_frontier(cost: np.ndarray, problem: Problem) -> Frontier:
     steps.sort(key=lambda step: step[:3])
     moves = moves_from(start, [(i, stop, saved) for _, i, stop, saved in steps], problem.bytes)
     segment = Segment(start, problem.nominal(start), moves)
-    return Frontier((segment,), problem.bytes, cost)
+    notes = _unmeasured_note([problem.matrices[i].name for i in unmeasured])
+    return Frontier((segment,), problem.bytes, cost, notes=notes)
+
+
+def _unmeasured_note(names: list[str]) -> tuple[str, ...]:
+    if not names:
+        return ()
+    more = f" and {len(names) - 1} more" if names[1:] else ""
+    return (
+        f"Nothing was measured of {names[0]}{more} that this method reads, so the largest setting "
+        "is kept there.",
+    )
 
 
 def lower_hull(size: np.ndarray, cost: np.ndarray, stops: np.ndarray) -> list[int]:

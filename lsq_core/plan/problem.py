@@ -14,6 +14,7 @@ from lsq_core.config import (
     LADDER,
     Budget,
     Config,
+    MixedRows,
     format_bytes,
     mixed_rows,
     nominal_bytes,
@@ -147,9 +148,28 @@ class Problem:
                     "group size, or mxq, which gives each matrix one that fits."
                 )
 
+    def check_options(self) -> None:
+        """Raise :class:`InputError` naming the first matrix that no option's groups fill."""
+        for matrix, allowed in zip(self.matrices, self.allowed, strict=True):
+            if not allowed.any():
+                sizes = sorted({option.group_size for option in self.options}, reverse=True)
+                what = "rows" if isinstance(self.options[0], MixedRows) else "weights"
+                raise InputError(
+                    f"{matrix.name} ({matrix.out_features}×{matrix.in_features}) has {what} "
+                    f"that cannot be cut into groups of {', '.join(map(str, sizes))}; choose a "
+                    "smaller group size."
+                )
+
     @property
     def feasible(self) -> tuple[float, float]:
-        """Nominal bytes of the smallest and the largest plan."""
+        """Nominal bytes of the smallest and the largest plan.
+
+        Raises
+        ------
+        InputError
+            When there is none, because no option's groups fill some matrix.
+        """
+        self.check_options()
         smallest = np.where(self.allowed, self.bytes, np.inf).min(axis=1).sum()
         largest = np.where(self.allowed, self.bytes, -np.inf).max(axis=1).sum()
         return float(smallest), float(largest)

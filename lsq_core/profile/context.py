@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lsq_core.load import LoadedModel, find_blocks, get_weight, is_transposed, last_logits, locate
+from lsq_core.architecture import find_blocks, get_weight, is_transposed, locate
+from lsq_core.errors import InputError, reason_of
+from lsq_core.load import LoadedModel, last_logits
 from lsq_core.model import Matrix
 from lsq_core.profile.replay import Call, Replay, first_of
 
@@ -329,15 +331,39 @@ def _execution_order(context: BlockContext) -> dict[str, int]:
 # --- the walk ----------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class OutputForm:
+    """How a block returns its hidden states: alone, or first of a tuple or list."""
+
+    kind: type | None = None
+    length: int = 1
+
+    @classmethod
+    def of(cls, output: object) -> OutputForm:
+        """The form of what a block returned."""
+        if isinstance(output, (tuple, list)):
+            return cls(type(output), len(output))
+        return cls()
+
+    def around(self, states: Tensor) -> object:
+        """Hidden states in this form, with nothing in the other places."""
+        return states if self.kind is None else self.kind([states] + [None] * (self.length - 1))
+
+
 def record_calls(loaded: LoadedModel, ids: Tensor) -> tuple[list[list[Call]], list[Tensor]]:
     """How each block is called for each batch, and the hidden states that enter the first one.
 
     ``ids`` is int64 (sequences, tokens). Blocks are passed through without computing and nothing
     runs after them, so this costs the embedding alone; each keeps its own masks and positions,
     which differ between the layers of some models.
+
+    Raises
+    ------
+    InputError
+        As :func:`output_forms`.
     """
-    returns_tuple = return_kinds(loaded, ids)
-    calls: list[list[Call]] = [[] for _ in returns_tuple]
+    forms = output_forms(loaded, ids)
+    calls: list[list[Call]] = [[] for _ in forms]
     hidden: list[Tensor] = []
 
     def note(layer: int, states: Tensor, args: tuple, kwargs: dict) -> object:
@@ -346,7 +372,7 @@ def record_calls(loaded: LoadedModel, ids: Tensor) -> tuple[list[list[Call]], li
         calls[layer].append(Call(args, kwargs))
         if layer + 1 == len(calls):
             raise _Reached
-        return (states,) if returns_tuple[layer] else states
+        return forms[layer].around(states)
 
     with loaded.holding_entry():
         for batch in ids.split(BATCH):
@@ -355,7 +381,7 @@ def record_calls(loaded: LoadedModel, ids: Tensor) -> tuple[list[list[Call]], li
 
 
 def resume(
-    loaded: LoadedModel, layer: int, hidden: Tensor, ids: Tensor, returns_tuple: list[bool]
+    loaded: LoadedModel, layer: int, hidden: Tensor, ids: Tensor, forms: list[OutputForm]
 ) -> Tensor:
     """Logits (sequences, tokens, vocabulary), run from one block on.
 
@@ -365,30 +391,68 @@ def resume(
     """
 
     def given(layer: int, *_: object) -> object:
-        return (hidden,) if returns_tuple[layer] else hidden
+        return forms[layer].around(hidden)
 
     with _in_place_of_blocks(loaded, layer, given):
         return last_logits(loaded.model, ids, ids.shape[1])
 
 
-def return_kinds(loaded: LoadedModel, ids: Tensor) -> list[bool]:
-    """Whether each block returns a tuple, seen by running one of each class on a few tokens."""
+def output_forms(loaded: LoadedModel, ids: Tensor) -> list[OutputForm]:
+    """In which form each block returns, seen by running one of each class on a few tokens.
+
+    Raises
+    ------
+    InputError
+        When the blocks can't be run one by one: more than hidden states goes from one to the
+        next, or the model doesn't call all of them in order.
+    """
     prefix, blocks = find_blocks(loaded.model)
-    kinds: dict[type, bool] = {}
+    forms: dict[type, OutputForm] = {}
+    #: What one block of each class returned, and what of it isn't hidden states.
+    tails: dict[type, object] = {}
+    beside: set[int] = set()
 
     def run(layer: int, states: Tensor, args: tuple, kwargs: dict) -> object:
+        if any(id(value) in beside for value in (*args, *kwargs.values())):
+            raise InputError(_not_walkable(loaded, "more than hidden states goes between them"))
         block = blocks[layer]
         kind = type(block)
-        if kind not in kinds:
+        if kind not in forms:
             with loaded.holding(f"{prefix}.{layer}"):
-                kinds[kind] = isinstance(kind.forward(block, states, *args, **kwargs), tuple)
+                output = kind.forward(block, states, *args, **kwargs)
+            forms[kind] = OutputForm.of(output)
+            tails[kind] = output
+            if forms[kind].kind is not None:
+                beside.update(id(value) for value in output[1:] if torch.is_tensor(value))
         if layer + 1 == len(blocks):
             raise _Reached
-        return (states,) if kinds[kind] else states
+        return _with_states(tails.get(kind, states), states)
 
     with loaded.holding_entry():
-        _run_to_the_end(loaded, ids[:1, :8], run)
-    return [kinds[type(block)] for block in blocks]
+        try:
+            _run_to_the_end(loaded, ids[:1, :8], run)
+        except torch.OutOfMemoryError:
+            raise
+        except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+            reason = f"{type(error).__name__}: {reason_of(error)}"
+            raise InputError(_not_walkable(loaded, reason)) from error
+    if any(type(block) not in forms for block in blocks):
+        raise InputError(_not_walkable(loaded, "text does not pass through all of them"))
+    return [forms[type(block)] for block in blocks]
+
+
+def _with_states(output: object, states: Tensor) -> object:
+    """What a block returned with other hidden states in it."""
+    if isinstance(output, (tuple, list)):
+        return type(output)([states, *output[1:]])
+    return states
+
+
+def _not_walkable(loaded: LoadedModel, reason: str) -> str:
+    return (
+        f"The decoder blocks of {type(loaded.model).__name__} cannot be run one by one ({reason}), "
+        "so its sensitivity cannot be measured; kurtosis and weight error can."
+    )
 
 
 def _run_to_the_end(loaded: LoadedModel, ids: Tensor, output: Callable) -> None:

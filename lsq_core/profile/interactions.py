@@ -19,7 +19,7 @@ from lsq_core.config import MixedRows
 from lsq_core.load import LoadedModel
 from lsq_core.model import Matrix
 from lsq_core.plan.high_impact import top_rows, units_of
-from lsq_core.profile.context import BlockContext, resume, return_kinds
+from lsq_core.profile.context import BlockContext, output_forms, resume
 from lsq_core.profile.measure import walk
 from lsq_core.quantize import get_quantizer
 from lsq_core.quantize.rows import quantize_config
@@ -182,13 +182,13 @@ class _ModelLoss:
         self.ids = context.ids
         vocabulary = self.loaded.model.config.get_text_config().vocab_size
         self.together = max(1, _LOGITS_AT_ONCE // (self.ids.numel() * vocabulary))
-        self.returns_tuple = return_kinds(self.loaded, self.ids)
+        self.forms = output_forms(self.loaded, self.ids)
         self.expected = self._logits(torch.cat(list(context.run())))
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """Logits (models, sequences, tokens, vocabulary) of what leaves the block, in float32."""
         ids = self.ids.repeat(len(hidden) // len(self.ids), 1)
-        logits = resume(self.loaded, self.context.layer + 1, hidden, ids, self.returns_tuple)
+        logits = resume(self.loaded, self.context.layer + 1, hidden, ids, self.forms)
         return logits.float().view(-1, *self.ids.shape, logits.shape[-1])
 
     def of(self, changes: list[Change], report: Callable[[int], None]) -> list[float]:

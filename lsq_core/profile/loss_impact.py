@@ -13,7 +13,7 @@ from lsq_core.config import QuantConfig
 from lsq_core.model import Matrix
 from lsq_core.profile import LOSS_PROBE
 from lsq_core.profile.base import Metric, Score
-from lsq_core.profile.context import BATCH, BlockContext, resume, return_kinds
+from lsq_core.profile.context import BATCH, BlockContext, output_forms, resume
 from lsq_core.profile.weight_error import squared_norm
 
 #: Logits held at once, in numbers: sequences are batched up to this.
@@ -83,7 +83,7 @@ class _Rest:
         self.tokens = ids.numel()
         #: Tokens and the hidden states that enter the block, a few sequences at once.
         self.batches = list(zip(ids.split(rows), hidden.split(rows), strict=True))
-        self.returns_tuple = return_kinds(self.loaded, ids)
+        self.forms = output_forms(self.loaded, ids)
         #: What leaves the last block; its logits, which take far more room, are made again.
         self.last: list[Tensor] = []
         handle = self.loaded.blocks[-1].register_forward_hook(
@@ -106,7 +106,7 @@ class _Rest:
         return total / self.tokens
 
     def _log_probabilities(self, layer: int, ids: Tensor, hidden: Tensor) -> Tensor:
-        logits = resume(self.loaded, layer, hidden, ids, self.returns_tuple)
+        logits = resume(self.loaded, layer, hidden, ids, self.forms)
         return logits.float().log_softmax(-1)
 
 

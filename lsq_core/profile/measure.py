@@ -12,16 +12,17 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from lsq_core.architecture import find_blocks, parameter_name
 from lsq_core.config import QuantConfig, divides
 from lsq_core.corpus import TokenBlocks, calibration_blocks, load_corpus
-from lsq_core.load import LoadedModel, check_tokens, find_blocks, parameter_name
+from lsq_core.load import LoadedModel, check_tokens
 from lsq_core.model import Matrix, ModelInfo
 from lsq_core.profile import DEFAULT_METRICS, METRICS, Profile, ProfileSettings
 from lsq_core.profile.base import Metric, Score
 from lsq_core.profile.context import BlockContext, record_calls
 from lsq_core.provenance import machine, versions
 from lsq_core.quantize import about, check_choice, get_quantizer, packages
-from lsq_core.quantize.packed import check_finite
+from lsq_core.quantize.packed import check_finite, check_range
 
 Progress = Callable[[int, int, str], None]
 
@@ -177,13 +178,15 @@ def _quantize(
 ) -> dict[Matrix, Tensor]:
     """What each matrix becomes, float32, for those that the group size divides."""
     quantizer = get_quantizer(settings.quantizer)
-    return {
-        matrix: quantizer.round_trip(
-            context.weight(matrix).float(), config, settings.axis, settings.metadata
-        )
-        for matrix in unit
-        if divides(matrix.numel, config.group_size)
-    }
+    quantized = {}
+    for matrix in unit:
+        if divides(matrix.numel, config.group_size):
+            weight = context.weight(matrix).float()
+            check_range(weight, config, settings.axis, matrix.name)
+            quantized[matrix] = quantizer.round_trip(
+                weight, config, settings.axis, settings.metadata
+            )
+    return quantized
 
 
 def _as_frame(scores: list[Score]) -> pd.DataFrame:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lsq_core.architecture import locate, matrix_of, parameter_name
 from lsq_core.config import LADDER, QuantConfig
-from lsq_core.load import locate, matrix_of, parameter_name
 from lsq_core.model import Matrix
 from lsq_core.profile.base import Metric, Score
 from lsq_core.profile.context import BlockContext

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 
@@ -48,15 +49,33 @@ class Replay:
 
     @contextmanager
     def _reading(self, into: list[Tensor]) -> Iterator[None]:
-        handle = self.output.register_forward_hook(
-            lambda module, args, output: into.append(first_of(output))
-        )
+        """Add what ``output`` gives to a list, one tensor for each call of the container."""
+        found: list[Tensor] = []
+
+        def end(*_: object) -> None:
+            into.append(_joined(found))
+            found.clear()
+
+        handles = [
+            self.output.register_forward_hook(
+                lambda module, args, output: found.append(first_of(output))
+            ),
+            self.container.register_forward_hook(end),
+        ]
         try:
             yield
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
+
+
+def _joined(outputs: list[Tensor]) -> Tensor:
+    """What a module gave in one or several calls, as one tensor."""
+    if len(outputs) == 1:
+        return outputs[0]
+    return torch.cat([output.flatten() for output in outputs]) if outputs else torch.empty(0)
 
 
 def first_of(output: object) -> Tensor:
-    """The tensor that a module gives, alone or first of a tuple."""
-    return output[0] if isinstance(output, tuple) else output
+    """The tensor that a module gives, alone or first of a tuple or list."""
+    return output[0] if isinstance(output, (tuple, list)) else output

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from lsq_core.architecture import is_transposed, locate
 from lsq_core.files import Damaged, read_arrays, write_arrays
-from lsq_core.load import LoadedModel, is_transposed, last_logits, locate
+from lsq_core.load import LoadedModel, last_logits
 from lsq_core.model import Matrix
 
 Progress = Callable[[int, int, str], None]

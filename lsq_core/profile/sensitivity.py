@@ -73,4 +73,4 @@ def _part_score(context: BlockContext, part: Part, quantized: dict[Matrix, Tenso
         for before, after in zip(replay.outputs, replay.run(), strict=True):
             total += squared_norm(after.float().sub_(before))
             count += before.numel()
-    return total / count
+    return total / count if count else float("nan")  # no token came through it

@@ -12,10 +12,20 @@ from lsq_core.model import Matrix
 from lsq_core.profile.base import Metric, Score
 from lsq_core.profile.context import BlockContext
 
+#: Sums of squares between these were made of squares that float32 can hold.
+_LEAST_SQUARES, _MOST_SQUARES = 1e-24, 1e36
+
 
 def squared_norm(values: Tensor) -> float:
-    """``Σ v²`` of (…, n): over n in the dtype of the values, over the rest in float64."""
-    return float(torch.linalg.vector_norm(values, dim=-1).double().square().sum())
+    """``Σ v²`` of (…, n): over n in the dtype of the values, over the rest in float64.
+
+    Where squares could leave the range of float32, all of it is in float64, which takes longer.
+    """
+    total = float(torch.linalg.vector_norm(values, dim=-1).double().square().sum())
+    if _LEAST_SQUARES < total < _MOST_SQUARES:
+        return total
+    norms = torch.linalg.vector_norm(values, dim=-1, dtype=torch.float64)
+    return float(norms.square().sum())
 
 
 class WeightError(Metric):

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lsq_core.architecture import get_weight, is_transposed, locate
 from lsq_core.config import Config
-from lsq_core.load import get_weight, is_transposed, locate
 from lsq_core.model import Matrix
 from lsq_core.quantize.base import MatrixQuantizer, Progress, Rows, StoredMatrix
 from lsq_core.quantize.remembered import Remembered
@@ -25,14 +25,34 @@ class PackedLinear(nn.Module):
     It takes the place of ``nn.Linear`` and of transformers' ``Conv1D``. The bias stays as it was.
     """
 
-    def __init__(self, packed: StoredMatrix, bias: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        packed: StoredMatrix,
+        bias: Tensor | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        transposed: bool = False,
+    ) -> None:
         super().__init__()
+        self.transposed = transposed
         self.out_features, self.in_features = packed.shape
         self.config, self.axis, self.names = packed.config, packed.axis, list(packed.tensors)
         self.kind = type(packed)
         for name, tensor in packed.tensors.items():
             self.register_buffer(name, tensor)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        # No values: it follows the model's dtype, in which `weight` is decoded.
+        self.register_buffer("_as", torch.empty(0, dtype=dtype), persistent=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """The decoded weight (out, in), for code that multiplies by it in its own way.
+
+        Some architectures (Mamba, latent attention) read a linear module's weight instead of
+        calling the module. It is decoded anew each time.
+        """
+        decoded = self.packed.dequantize(self._as.dtype)
+        return decoded.T if self.transposed else decoded
 
     @property
     def packed(self) -> StoredMatrix:
@@ -66,17 +86,16 @@ class PackedStack(nn.ModuleList):
         super().__init__(experts)
         self.transposed = transposed
 
-    def decode(self, dtype: torch.dtype) -> Tensor:
+    def decode(self) -> Tensor:
         """The parameter as the experts' module expects it."""
-        weights = [expert.packed.dequantize(dtype) for expert in self]
+        weights = [expert.weight for expert in self]
         return torch.stack([w.T for w in weights] if self.transposed else weights)
 
 
 def _decode_stacks(module: nn.Module, args: tuple) -> None:
-    dtype = next(a for a in args if torch.is_tensor(a) and a.is_floating_point()).dtype
     for name, child in module.named_children():
         if isinstance(child, PackedStack):
-            module.__dict__[name] = child.decode(dtype)
+            module.__dict__[name] = child.decode()
 
 
 def _drop_stacks(module: nn.Module, *_: object) -> None:
@@ -85,22 +104,50 @@ def _drop_stacks(module: nn.Module, *_: object) -> None:
             module.__dict__.pop(name, None)
 
 
-def install(model: nn.Module, packed: Mapping[Matrix, StoredMatrix]) -> None:
-    """Replace the modules of ``model`` that hold these matrices, in place."""
+def install(
+    model: nn.Module,
+    packed: Mapping[Matrix, StoredMatrix],
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Replace the modules of ``model`` that hold these matrices, in place.
+
+    Modules that share a parameter (in blocks that are used more than once) share what takes its
+    place. ``dtype`` is what the model computes in; None where its parameters have it already.
+    """
+    users = _users(model)
     stacks: dict[tuple[nn.Module, str], list[PackedLinear]] = {}
     for matrix, weights in packed.items():
-        holder, parameter = locate(model, matrix)
-        if matrix.expert is None:
-            path, _, leaf = matrix.name.rpartition(".")
-            setattr(model.get_submodule(path), leaf, PackedLinear(weights, holder.bias))
-        else:
-            stacks.setdefault((holder, parameter), []).append(PackedLinear(weights))
-    for (holder, parameter), experts in stacks.items():
-        delattr(holder, parameter)
-        holder.add_module(parameter, PackedStack(experts, is_transposed(holder)))
-    for holder in {holder for holder, _ in stacks}:
-        holder.register_forward_pre_hook(_decode_stacks)
-        holder.register_forward_hook(_drop_stacks, always_call=True)
+        holder, name = locate(model, matrix)
+        parameter = getattr(holder, name)
+        if matrix.expert is not None:
+            made = PackedLinear(weights, dtype=dtype or parameter.dtype)
+            stacks.setdefault((holder, name), []).append(made)
+            continue
+        for path, user in users[id(parameter)].items():
+            parent, _, leaf = path.rpartition(".")
+            made = PackedLinear(
+                weights,
+                user.bias,
+                dtype=dtype or parameter.dtype,
+                transposed=is_transposed(user),
+            )
+            setattr(model.get_submodule(parent), leaf, made)
+    for (holder, name), experts in stacks.items():
+        stack = PackedStack(experts, is_transposed(holder))
+        for user in dict.fromkeys(users[id(getattr(holder, name))].values()):
+            delattr(user, name)
+            user.add_module(name, stack)
+            user.register_forward_pre_hook(_decode_stacks)
+            user.register_forward_hook(_drop_stacks, always_call=True)
+
+
+def _users(model: nn.Module) -> dict[int, dict[str, nn.Module]]:
+    """By the identity of each parameter the modules that hold it, by their full names."""
+    found: dict[int, dict[str, nn.Module]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for parameter in module.parameters(recurse=False):
+            found.setdefault(id(parameter), {})[path] = module
+    return found
 
 
 def shallow_copy(model: nn.Module) -> nn.Module:
@@ -182,8 +229,9 @@ def kernels(model: nn.Module) -> dict[str, str]:
 
 
 def measured_bytes(model: nn.Module) -> int:
-    """Bytes of the stored tensors of all packed matrices, biases not counted."""
-    return sum(m.packed.nbytes for m in packed_modules(model).values())
+    """Bytes of the stored tensors of all packed matrices, shared ones once, without biases."""
+    modules = packed_modules(model).values()
+    return sum({id(t): t.nbytes for m in modules for t in m.packed.tensors.values()}.values())
 
 
 def model_bytes(model: nn.Module) -> int:

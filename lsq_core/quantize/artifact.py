@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from lsq_core.architecture import find_blocks, walk_matrices
 from lsq_core.checkpoint import safetensors_header
 from lsq_core.config import config_of, format_bytes
 from lsq_core.errors import InputError, LsqError
@@ -33,7 +34,6 @@ from lsq_core.identity import has_own_code
 from lsq_core.load import (
     building,
     check_bytes,
-    describe,
     load_tokenizer,
     model_config,
     pick_device,
@@ -44,7 +44,7 @@ from lsq_core.model import MANIFEST, Matrix, ModelSource, check_config, folder_b
 from lsq_core.quantize import about, matrix_kind
 from lsq_core.quantize.apply import install, packed_modules
 from lsq_core.quantize.base import StoredMatrix
-from lsq_core.quantize.layout import Stored
+from lsq_core.quantize.layout import Stored, as_saved
 from lsq_core.quantize.manifest import (
     UNFINISHED,
     WEIGHTS,
@@ -174,17 +174,23 @@ def _same_mode(folder: Path) -> None:
 
 def _stored_state(model: nn.Module, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
     """Every stored tensor once, but for matrices in the checkpoint's dtype where that is exact."""
-    state, seen, packed = {}, set(), _packed_names(model)
-    for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() in seen:
-            continue
-        seen.add(tensor.data_ptr())
+    packed, state = _packed_names(model), {}
+    for names in _same_tensors(model):
+        name, tensor = names[0], _tensor(model, names[0]).detach()
         as_is = name in packed or tensor.dtype != torch.float32
         if dtype is not None and not as_is:
             smaller = tensor.to(dtype)
             tensor = smaller if torch.equal(smaller.float(), tensor) else tensor
-        state[name] = tensor.detach().cpu().contiguous()
+        state[name] = tensor.cpu().contiguous()
     return state
+
+
+def _same_tensors(model: nn.Module) -> list[list[str]]:
+    """Names in the state dict, those that are one tensor together (tied weights)."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+    return list(names.values())
 
 
 def load_quantized(
@@ -223,7 +229,8 @@ def load_quantized(
     if (folder / GENERATION).is_file():
         with refusing(lambda reason: f"{folder / GENERATION} cannot be read: {reason}."):
             model.generation_config = GenerationConfig.from_pretrained(folder)
-    install(model, _empty_matrices(model, source, manifest))
+    model.tie_weights()
+    install(model, _empty_matrices(model, source, manifest), compute_dtype)
     check_bytes(str(folder), (folder / WEIGHTS).stat().st_size, "packed form", target)
     _check_stored(model, header)
     with refusing(lambda reason: f"{folder / WEIGHTS} cannot be loaded: {reason}."):
@@ -243,7 +250,7 @@ def _empty_matrices(
     model: nn.Module, source: ModelSource, manifest: dict
 ) -> dict[Matrix, StoredMatrix]:
     """Stored matrices without content for every module the manifest names."""
-    known = {m.name: m for m in describe(model, source).matrices}
+    known = {m.name: m for m in walk_matrices(*find_blocks(model), left_out=True)}
     missing = sorted(set(manifest["modules"]) - set(known))
     if missing:
         raise InputError(f"{source.name} plans {missing[0]}, which its config.json doesn't have.")
@@ -251,10 +258,25 @@ def _empty_matrices(
     layout = about(quantizer).layout
     for name, entry in manifest["modules"].items():
         matrix, config = known[name], config_of(entry)
-        tensors = empty_tensors(layout(matrix.shape, config, manifest["metadata"]))
+        stored = as_saved(layout(matrix.shape, config, manifest["metadata"]), manifest["format"])
+        tensors = empty_tensors(stored)
         kind = matrix_kind(quantizer, config)
         empty[matrix] = kind.from_tensors(tensors, matrix.shape, config, manifest["axis"])
     return empty
+
+
+def _tie(model: nn.Module, tied: list[list[str]]) -> None:
+    """Give tensors that were one, and are stored once, their content under every name."""
+    for names in tied:
+        filled = [name for name in names if not _tensor(model, name).is_meta]
+        for name in names if filled else ():
+            path, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(path), leaf, _tensor(model, filled[0]))
+
+
+def _tensor(model: nn.Module, name: str) -> torch.Tensor:
+    path, _, leaf = name.rpartition(".")
+    return getattr(model.get_submodule(path), leaf)
 
 
 def empty_tensors(stored: Stored) -> dict[str, torch.Tensor]:
@@ -289,8 +311,9 @@ def _fill(model: nn.Module, state: dict[str, torch.Tensor], dtype: torch.dtype) 
     cast = {
         n: t if n in packed or not t.is_floating_point() else t.to(dtype) for n, t in state.items()
     }
+    tied = _same_tensors(model)
     result = model.load_state_dict(cast, strict=False, assign=True)
-    model.tie_weights()
+    _tie(model, tied)
     empty = [n for n, t in model.state_dict().items() if t.is_meta]
     if empty or result.unexpected_keys:
         name = (empty or result.unexpected_keys)[0]

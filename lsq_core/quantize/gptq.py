@@ -67,3 +67,8 @@ class Gptq(GptqmodelQuantizer):
 
     matrix = GptqMatrix
     method = "gptq"
+
+    @staticmethod
+    def bounds(bits: int) -> tuple[float, float]:
+        """Scales are fp16: below 2⁻¹⁸ they have less than six bits left, above 65,504 none."""
+        return (2**bits - 1) * 2.0**-18, (2**bits - 1) * 65504.0

@@ -1,29 +1,35 @@
-"""Half-quadratic quantization [D], by the ``hqq`` package with this project's fast solver in it."""
+"""Half-quadratic quantization [D]: the grid of ``hqq`` and this project's fast solver.
+
+``hqq`` itself gives every group narrower than 10⁻⁴ the scale 1 and no group a scale below
+1/20,000, which destroys matrices of small weights. The grid is the same here without these two.
+"""
 
 from __future__ import annotations
 
-from hqq.core.quantize import Quantizer as HqqPackage
+import torch
 from torch import Tensor
 
 from lsq_core.config import QuantConfig
 from lsq_core.quantize.base import Grid
-from lsq_core.quantize.packed import GridQuantizer
-from lsq_core.quantize.solver import plugged_in
+from lsq_core.quantize.packed import CONSTANT, GridQuantizer
+from lsq_core.quantize.solver import solve_zero
 
 
-def solve_with_hqq(weight: Tensor, config: QuantConfig, axis: int, optimize: bool) -> Grid:
-    """Scale and zero as ``hqq`` finds them, with the solver or from the min-max grid alone."""
-    with plugged_in():
-        _, meta = HqqPackage.quantize(
-            weight,
-            nbits=config.bits,
-            group_size=config.group_size,
-            axis=axis,
-            optimize=optimize,
-            bitpack=False,
-            device=str(weight.device),
-        )
-    return Grid(meta["scale"].float().flatten(), meta["zero"].float().flatten())
+def min_max_grid(weight: Tensor, config: QuantConfig, axis: int, optimize: bool) -> Grid:
+    """Scale and zero of each group of a (out, in) float32 matrix of ordinary magnitude.
+
+    The grid runs from the least weight of a group to the greatest; with ``optimize`` the
+    solver then moves the zero points. A constant group has the scale 1.
+    """
+    size, top = config.group_size, 2**config.bits - 1
+    groups = weight.reshape(-1, size) if axis == 1 else weight.reshape(size, -1)
+    low, high = groups.amin(axis, keepdim=True), groups.amax(axis, keepdim=True)
+    spread = high - low
+    inverse = torch.where(spread > CONSTANT, top / spread, 1.0)
+    zero = -low * inverse
+    if optimize:
+        zero = solve_zero(groups, inverse, zero, top, axis)
+    return Grid((1.0 / inverse).flatten(), zero.flatten())
 
 
 class Hqq(GridQuantizer):
@@ -31,4 +37,4 @@ class Hqq(GridQuantizer):
 
     def solve(self, weight: Tensor, config: QuantConfig, axis: int) -> Grid:
         """See :class:`lsq_core.quantize.packed.GridQuantizer`."""
-        return solve_with_hqq(weight, config, axis, optimize=True)
+        return min_max_grid(weight, config, axis, optimize=True)

@@ -20,10 +20,11 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from lsq_core.architecture import find_blocks, get_weight, is_transposed, locate
 from lsq_core.config import Config, QuantConfig
 from lsq_core.errors import reason_of
 from lsq_core.files import write_bytes
-from lsq_core.load import LoadedModel, find_blocks, get_weight, is_transposed, locate
+from lsq_core.load import LoadedModel
 from lsq_core.model import Matrix
 from lsq_core.profile.context import record_calls
 from lsq_core.profile.measure import calibration_of
@@ -39,9 +40,12 @@ from lsq_core.quantize.base import (
     round_to_grid,
     to_groups,
 )
+from lsq_core.quantize.magnitude import exponent_of, times_power_of_two
+from lsq_core.quantize.manifest import FORMAT
 from lsq_core.quantize.packed import (
     PackedMatrix,
     check_finite,
+    check_range,
     pack_bits,
     store_grid,
     stored_grid,
@@ -71,14 +75,17 @@ _UNCLIPPED = 4.0
 class LearnedRounding(nn.Module):
     """Rows on a grid that stays, each weight rounded down plus ``V = clip(1.2·σ(a) − 0.1, 0, 1)``.
 
-    ``V`` starts at what rounding down leaves; in the end it is ``a ≥ 0``.
+    The grid is that of the weights at an ordinary magnitude, 2^exponent times smaller. ``V`` starts
+    at what rounding down leaves; in the end it is ``a ≥ 0``.
     """
 
     def __init__(self, weight: Tensor, config: QuantConfig, axis: int, metadata: str) -> None:
         super().__init__()
         self.shape, self.config, self.axis = tuple(weight.shape), config, axis
-        groups = to_groups(weight.float(), config.group_size, axis)
-        grid = Rtn().solve(weight.float(), config, axis)
+        self.exponent = exponent_of(weight)
+        ordinary = times_power_of_two(weight.float(), -self.exponent)
+        groups = to_groups(ordinary, config.group_size, axis)
+        grid = Rtn().solve(ordinary, config, axis)
         self.scale, self.zero = store_grid(groups, grid, config, metadata)
         self.grid = stored_grid(self.scale, self.zero)
         scaled = groups / self.grid.scale[:, None] + self.grid.zero[:, None]
@@ -95,7 +102,7 @@ class LearnedRounding(nn.Module):
         """The weights (rows, in) that are differentiable."""
         codes = (self.down + self.up).clamp(0, 2**self.config.bits - 1)
         groups = (codes - self.grid.zero[:, None]) * self.grid.scale[:, None]
-        return from_groups(groups, self.shape, self.axis)
+        return times_power_of_two(from_groups(groups, self.shape, self.axis), self.exponent)
 
     def undecided(self, gamma: float) -> Tensor:
         """The regulariser ``1 − |2V − 1|^γ``, its mean."""
@@ -106,7 +113,8 @@ class LearnedRounding(nn.Module):
         """The rows as stored."""
         codes = (self.down + (self.a >= 0)).clamp(0, 2**self.config.bits - 1).to(torch.uint8)
         packed = pack_bits(codes.flatten(), self.config.bits)
-        return PackedMatrix(self.shape, self.config, self.axis, packed, self.scale, self.zero)
+        scale = self.scale.scaled(self.exponent)
+        return PackedMatrix(self.shape, self.config, self.axis, packed, scale, self.zero)
 
 
 class LearnedClipping(nn.Module):
@@ -116,13 +124,18 @@ class LearnedClipping(nn.Module):
         super().__init__()
         self.shape, self.config = tuple(weight.shape), config
         self.axis, self.metadata = axis, metadata
-        self.groups = to_groups(weight.float(), config.group_size, axis)
+        self.exponent = exponent_of(weight)
+        ordinary = times_power_of_two(weight.float(), -self.exponent)
+        self.groups = to_groups(ordinary, config.group_size, axis)
         self.lowest, self.highest = self.groups.amin(1), self.groups.amax(1)
         self.low = nn.Parameter(torch.full_like(self.lowest, _UNCLIPPED))
         self.high = nn.Parameter(torch.full_like(self.highest, _UNCLIPPED))
 
     def learned_grid(self) -> Grid:
-        """Scale and zero; differentiable, the zero rounded with its gradient passed through."""
+        """Scale and zero of the weights at their ordinary magnitude, less the exponent.
+
+        They are differentiable, the zero rounded with its gradient passed through.
+        """
         low = torch.sigmoid(self.low) * self.lowest
         high = torch.sigmoid(self.high) * self.highest
         scale = ((high - low) / (2**self.config.bits - 1)).clamp(min=1e-8)
@@ -133,7 +146,8 @@ class LearnedClipping(nn.Module):
         grid = self.learned_grid()
         scale, zero = grid.scale[:, None], grid.zero[:, None]
         codes = (_rounded(self.groups / scale) + zero).clamp(0, 2**self.config.bits - 1)
-        return from_groups((codes - zero) * scale, self.shape, self.axis)
+        groups = from_groups((codes - zero) * scale, self.shape, self.axis)
+        return times_power_of_two(groups, self.exponent)
 
     @torch.no_grad()
     def pack(self) -> PackedMatrix:
@@ -141,6 +155,7 @@ class LearnedClipping(nn.Module):
         scale, zero = store_grid(self.groups, self.learned_grid(), self.config, self.metadata)
         codes = round_to_grid(self.groups, stored_grid(scale, zero), self.config.bits)
         packed = pack_bits(codes.flatten(), self.config.bits)
+        scale = scale.scaled(self.exponent)
         return PackedMatrix(self.shape, self.config, self.axis, packed, scale, zero)
 
 
@@ -320,6 +335,8 @@ def _learnable(
     for matrix, config in choice.items():
         weight = get_weight(loaded.model, matrix)
         check_finite(weight, matrix.name)
+        whole = config if isinstance(config, QuantConfig) else config.low
+        check_range(weight, whole, settings.axis, matrix.name)
         own = rows.get(matrix.name)
         learned[matrix] = LearnedMatrix(weight, config, own, settings.axis, settings.metadata)
     return learned
@@ -383,7 +400,8 @@ def _write(file: Path | None, packed: Mapping[Matrix, StoredMatrix], seconds: fl
         for matrix, own in packed.items()
         for name, tensor in own.tensors.items()
     }
-    write_bytes(file, save(tensors, metadata={"seconds": repr(seconds)}))
+    about = {"seconds": repr(seconds), "format": str(FORMAT)}
+    write_bytes(file, save(tensors, metadata=about))
 
 
 def _read(
@@ -412,7 +430,10 @@ def _kept(
 ) -> tuple[dict[Matrix, StoredMatrix], float]:
     tensors: dict[str, dict[str, Tensor]] = {}
     with safe_open(file, "pt", device) as kept:
-        seconds = float(kept.metadata()["seconds"])
+        about = kept.metadata() or {}
+        if about.get("format", "2") != str(FORMAT):  # stored in another layout than is planned
+            return {}, 0.0
+        seconds = float(about["seconds"])
         for key in kept.keys():  # noqa: SIM118
             module, _, name = key.rpartition("/")
             tensors.setdefault(module, {})[name] = kept.get_tensor(key)

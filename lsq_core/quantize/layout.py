@@ -35,12 +35,13 @@ NESTED_BLOCK = 256
 def packed(shape: tuple[int, int], config: Config, metadata: str) -> Stored:
     """This project's packing: codes to the bit; scale and zero in 8 bits or fp16.
 
+    The scales, and weights kept in fp16, have a power of two in common, 2 bytes a matrix.
     Mixed rows are both parts packed by themselves, and which rows are the high-impact ones.
     """
     if isinstance(config, MixedRows):
         return _packed_rows(shape, config, metadata)
     if config.bits == HALF:
-        return {"weights": (shape, "F16")}
+        return {"weights": (shape, "F16"), "exponent": ((1,), "I16")}
     numel = prod(shape)
     groups = ceil(numel / config.group_size)
     tensors: Stored = {"codes": ((ceil(numel * config.bits / 8),), "U8")}
@@ -50,6 +51,7 @@ def packed(shape: tuple[int, int], config: Config, metadata: str) -> Stored:
         else:
             tensors[f"{part}_values"] = ((groups,), "U8")
             tensors[f"{part}_ranges"] = ((ceil(groups / config.meta_group_size), 2), "F16")
+    tensors["scale_exponent"] = ((1,), "I16")
     return tensors
 
 
@@ -109,6 +111,13 @@ def awq(shape: tuple[int, int], config: QuantConfig, metadata: str) -> Stored:
         "qzeros": ((groups, out * config.bits // 32), "I32"),
         "scales": ((groups, out), "BF16"),
     }
+
+
+def as_saved(stored: Stored, format: int) -> Stored:
+    """The tensors of a layout that a saved model of some format has: exponents are since 3."""
+    if format >= 3:
+        return stored
+    return {name: entry for name, entry in stored.items() if not name.endswith("exponent")}
 
 
 def stored_bytes(stored: Stored) -> int:

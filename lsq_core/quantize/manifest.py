@@ -19,9 +19,10 @@ from lsq_core.foreign import check_links, inside, read_object
 from lsq_core.identity import tokenizer_files
 from lsq_core.model import MANIFEST
 
+#: 3 since a matrix's scales have a power of two of their own (:func:`layout.as_saved`);
 #: 2 since quantizers store matrices in layouts of their own, and matrices may have mixed rows;
 #: 1 had this project's packing alone, at one width a matrix.
-FORMAT = 2
+FORMAT = 3
 #: Not ``model.safetensors``: transformers alone would load that with random packed modules.
 WEIGHTS = "packed.safetensors"
 #: What a saved model is loaded by, whoever made it.

@@ -18,6 +18,7 @@ from torch import Tensor
 from lsq_core.config import QuantConfig
 from lsq_core.quantize.base import MatrixQuantizer, StoredMatrix
 from lsq_core.quantize.layout import NESTED_BLOCK
+from lsq_core.quantize.magnitude import exponent_of, times_power_of_two
 
 
 def _bitsandbytes() -> ModuleType:
@@ -100,17 +101,24 @@ class Nf4(MatrixQuantizer):
     double = False
 
     def store(self, weight: Tensor, config: QuantConfig, axis: int, metadata: str) -> Nf4Matrix:
-        """See :class:`lsq_core.quantize.base.MatrixQuantizer`; the format has its own metadata."""
+        """See :class:`lsq_core.quantize.base.MatrixQuantizer`; the format has its own metadata.
+
+        Magnitudes are float32, so they hold a matrix's power of two themselves; it is taken out
+        for the package's arithmetic, in which sums and inverses of any magnitude would not last.
+        """
+        exponent = exponent_of(weight)
         codes, state = _bitsandbytes().quantize_4bit(
-            weight.contiguous(),
+            times_power_of_two(weight, -exponent).contiguous(),
             blocksize=config.group_size,
             quant_type="nf4",
             compress_statistics=self.double,
         )
         tensors = {"codes": codes.flatten(), "absmax": state.absmax}
         if self.double:
-            tensors["absmax_scale"] = state.state2.absmax
-            tensors["absmax_mean"] = state.offset.reshape(1)
+            tensors["absmax_scale"] = times_power_of_two(state.state2.absmax, exponent)
+            tensors["absmax_mean"] = times_power_of_two(state.offset.reshape(1), exponent)
+        else:
+            tensors["absmax"] = times_power_of_two(state.absmax, exponent)
         return self.matrix.from_tensors(tensors, tuple(weight.shape), config, axis)
 
     def levels(self, groups: Tensor, config: QuantConfig) -> Tensor:

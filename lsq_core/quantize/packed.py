@@ -1,5 +1,7 @@
 """What is stored: codes packed to the bit, and scale and zero in 8 bits or fp16.
 
+Scales have a power of two in common, which is stored with them
+(:mod:`lsq_core.quantize.magnitude`): a matrix of any magnitude is quantized alike.
 ``layout.packed`` says beforehand what these tensors occupy, and :attr:`PackedMatrix.nbytes` counts
 what they do; the two are equal.
 """
@@ -7,7 +9,7 @@ what they do; the two are equal.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, gcd
 
 import torch
@@ -23,9 +25,18 @@ from lsq_core.quantize.base import (
     round_to_grid,
     to_groups,
 )
+from lsq_core.quantize.magnitude import exponent_of, storage_exponent, times_power_of_two
 
 #: A zero point further out than this says that the group is almost constant.
 _FAR_ZERO = 1024.0
+#: So is one that is this much narrower than those that share its 8-bit range: with them it would
+#: take range from them, and be no better off. In fp16 each group has a scale to itself.
+_NARROW = 2.0**-10
+#: And one no wider than this, of a matrix of ordinary magnitude: too little to be divided by.
+CONSTANT = 2.0**-100
+#: A matrix whose largest weight is so many times that of a typical group is refused: the typical
+#: group's scale would be no normal fp16 number beside the other's.
+_TOO_FAR_APART = 2.0**29
 #: Weights decoded at a time on the CPU: 2 MiB of float32, which stay in cache.
 _PIECE = 2**19
 
@@ -92,16 +103,27 @@ class Metadata:
     """Scale or zero of every group, as stored.
 
     Either fp16 values (groups,), or uint8 codes (groups,) with the fp16 lowest and highest value
-    (metadata groups, 2) between which the codes run evenly.
+    (metadata groups, 2) between which the codes run evenly. Scales are these times 2^exponent,
+    int16 (1,); zero points, which are counted in codes, have none, nor had scales in format 2.
     """
 
     values: Tensor
     ranges: Tensor | None
     group_size: int = 128
+    exponent: Tensor | None = None
+
+    @classmethod
+    def store_scale(cls, values: Tensor, metadata: str, group_size: int = 128) -> Metadata:
+        """Store scales, float32 (groups,) of any magnitude, as ``fp16`` or ``8bit``."""
+        exponent = storage_exponent(values)
+        held = times_power_of_two(values, -exponent)
+        if metadata == "8bit":
+            held = _none_cut_off(held, group_size)
+        return replace(cls.store(held, metadata, group_size), exponent=exponent)
 
     @classmethod
     def store(cls, values: Tensor, metadata: str, group_size: int = 128) -> Metadata:
-        """Store float32 values (groups,) as ``fp16`` or ``8bit``."""
+        """Store float32 values (groups,) within fp16's range as ``fp16`` or ``8bit``."""
         if metadata == "fp16":
             return cls(values.half(), None, group_size)
         padded = _pad_with_last(values, group_size)
@@ -111,18 +133,38 @@ class Metadata:
         codes = ((padded - low) / step).round_().clamp_(0, 255).to(torch.uint8)
         return cls(codes.flatten()[: values.numel()].contiguous(), ranges, group_size)
 
+    def scaled(self, exponent: int) -> Metadata:
+        """The same values times 2^exponent, for those that have an exponent."""
+        return replace(self, exponent=self.exponent + exponent)
+
     def decode(self) -> Tensor:
         """The values as float32 (groups,)."""
-        if self.ranges is None:
-            return self.values.float()
-        low, step = _range_steps(self.ranges)
-        padded = _pad_with_last(self.values, self.group_size)
-        return (padded.float() * step + low).flatten()[: self.values.numel()]
+        values = self.values.float()
+        if self.ranges is not None:
+            low, step = _range_steps(self.ranges)
+            padded = _pad_with_last(values, self.group_size)
+            values = (padded * step + low).flatten()[: self.values.numel()]
+        return values if self.exponent is None else times_power_of_two(values, self.exponent)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The stored tensors by name."""
-        return {"values": self.values} | ({} if self.ranges is None else {"ranges": self.ranges})
+        named = {"values": self.values, "ranges": self.ranges, "exponent": self.exponent}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+def _none_cut_off(scales: Tensor, group_size: int) -> Tensor:
+    """Scales (groups,) that share a range too wide for 256 codes, the least of them raised.
+
+    All that would get a range's first code get the largest of them: a grid coarser than a group
+    needs loses some precision, and one that ends short of its weights would cut them off.
+    """
+    padded = _pad_with_last(scales, group_size)
+    lowest, highest = padded.amin(1, keepdim=True), padded.amax(1, keepdim=True)
+    step = (highest - lowest) / 255
+    first = (padded < lowest + step / 2) & (step > lowest)
+    raised = torch.where(first, padded, 0).amax(1, keepdim=True)
+    return torch.where(first, raised, padded).flatten()[: len(scales)]
 
 
 def _pad_with_last(values: Tensor, group_size: int) -> Tensor:
@@ -191,7 +233,10 @@ class PackedMatrix(StoredMatrix):
         """The inverse of :attr:`tensors`."""
         scale, zero = (
             Metadata(
-                tensors[f"{part}_values"], tensors.get(f"{part}_ranges"), config.meta_group_size
+                tensors[f"{part}_values"],
+                tensors.get(f"{part}_ranges"),
+                config.meta_group_size,
+                tensors.get(f"{part}_exponent"),
             )
             for part in ("scale", "zero")
         )
@@ -204,7 +249,7 @@ class GridQuantizer(MatrixQuantizer):
     matrix = PackedMatrix
 
     def solve(self, weight: Tensor, config: QuantConfig, axis: int) -> Grid:
-        """Find the grid of a (out, in) float32 matrix.
+        """Find the grid of a (out, in) float32 matrix of ordinary magnitude.
 
         Groups are those of :func:`to_groups`. Raises nothing for finite weights.
         """
@@ -228,16 +273,20 @@ class GridQuantizer(MatrixQuantizer):
     def _on_stored_grid(
         self, weight: Tensor, config: QuantConfig, axis: int, metadata: str
     ) -> tuple[Tensor, Metadata, Metadata]:
-        """Codes (groups, group_size), scale and zero of a float32 matrix."""
-        groups = to_groups(weight, config.group_size, axis)
-        scale, zero = store_grid(groups, self.solve(weight, config, axis), config, metadata)
-        return round_to_grid(groups, stored_grid(scale, zero), config.bits), scale, zero
+        """Codes (groups, group_size), scale and zero of a float32 matrix of any magnitude."""
+        exponent = exponent_of(weight)
+        ordinary = times_power_of_two(weight, -exponent)
+        groups = to_groups(ordinary, config.group_size, axis)
+        scale, zero = store_grid(groups, self.solve(ordinary, config, axis), config, metadata)
+        codes = round_to_grid(groups, stored_grid(scale, zero), config.bits)
+        return codes, scale.scaled(exponent), zero
 
     def levels(self, groups: Tensor, config: QuantConfig) -> Tensor:
         """See :class:`lsq_core.quantize.base.MatrixQuantizer`."""
-        grid = self.solve(groups, config, axis=1)
+        exponent = exponent_of(groups)
+        grid = self.solve(times_power_of_two(groups, -exponent), config, axis=1)
         codes = torch.arange(2**config.bits, dtype=torch.float32)
-        return (codes - grid.zero[:, None]) * grid.scale[:, None]
+        return times_power_of_two((codes - grid.zero[:, None]) * grid.scale[:, None], exponent)
 
 
 def quantize_matrix(
@@ -256,7 +305,7 @@ def quantize_matrix(
     InputError
         When groups of ``config.group_size`` do not fill the matrix.
     LsqError
-        When a weight is NaN or infinite.
+        When a weight is NaN or infinite, or one is too large beside the rest.
     """
     if not divides(weight.numel(), config.group_size):
         raise InputError(
@@ -265,6 +314,7 @@ def quantize_matrix(
         )
     weight = weight.float()
     check_finite(weight, name)
+    check_range(weight, config, axis, name)
     return quantizer.store(weight, config, axis, metadata)
 
 
@@ -276,9 +326,10 @@ def _decode(codes: Tensor, scale: Metadata, zero: Metadata) -> Tensor:
 def store_grid(
     groups: Tensor, grid: Grid, config: QuantConfig, metadata: str
 ) -> tuple[Metadata, Metadata]:
-    """Scale and zero as stored, for (groups, group_size) weights."""
-    grid = _steady_constant_groups(groups, grid, config.bits)
-    scale = Metadata.store(grid.scale, metadata, config.meta_group_size)
+    """Scale and zero as stored, for (groups, group_size) weights of ordinary magnitude."""
+    shared = 1 if metadata == "fp16" else config.meta_group_size
+    grid = _steady_constant_groups(groups, grid, config.bits, shared)
+    scale = Metadata.store_scale(grid.scale, metadata, config.meta_group_size)
     return scale, Metadata.store(grid.zero, metadata, config.meta_group_size)
 
 
@@ -297,27 +348,62 @@ def check_finite(weight: Tensor, name: str) -> None:
         )
 
 
+def check_range(weight: Tensor, config: QuantConfig, axis: int, name: str) -> None:
+    """Raise :class:`LsqError` when one number format cannot hold a matrix's scales together.
+
+    That is when its largest weight is further from those of a typical group than in any language
+    model: two scales so far apart are not both fp16 numbers, whatever they are multiplied by.
+    """
+    groups = to_groups(weight, config.group_size, axis).abs().amax(1)
+    groups = groups[groups > 0]
+    if len(groups) and bool(groups.median() * _TOO_FAR_APART < groups.amax()):
+        raise LsqError(
+            f"{name} holds a weight of {float(groups.amax()):.3g} in one group of "
+            f"{config.group_size} where the largest of a typical one is "
+            f"{float(groups.median()):.3g}: their scales are too far apart to be stored together; "
+            "check how the checkpoint was saved."
+        )
+
+
 def _divisor(scale: Tensor) -> Tensor:
     """A scale that fp16 or 8 bits rounded to zero gives zero weights, not infinite codes."""
     return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 
-def _steady_constant_groups(groups: Tensor, grid: Grid, bits: int) -> Grid:
+def _steady_constant_groups(groups: Tensor, grid: Grid, bits: int, shared: int) -> Grid:
     """Give groups that are (almost) constant a scale like their neighbours'.
 
-    ``hqq`` gives a constant group the scale 1 and one far from zero a zero point of thousands.
-    Either would take the range of the 8-bit metadata that 127 other groups share, or overflow
-    fp16; the value alone matters, so it is put into a zero point of ordinary size.
+    A constant group has the scale 1 and one far from zero a zero point of thousands. Either would
+    take the range of the 8-bit metadata that ``shared`` groups have together, or overflow fp16;
+    the value alone matters, so it is put into a zero point of ordinary size.
     """
     spread = groups.amax(1) - groups.amin(1)
-    constant = (spread <= 1e-4) | (grid.zero.abs() > _FAR_ZERO)
+    constant = (spread <= CONSTANT) | (grid.zero.abs() > _FAR_ZERO)
+    if shared > 1:
+        usual = _neighbours_median(spread, ~constant, shared)
+        constant |= spread <= _NARROW * usual
     if not bool(constant.any()):
         return grid
     value = groups.mean(1)
-    rest = grid.scale[~constant]
-    typical = rest.median() if rest.numel() else value.abs().amax().clamp(min=1e-4)
-    scale = torch.maximum(typical.expand_as(value), value.abs() / (2**bits - 1))
+    top = 2**bits - 1
+    typical = _neighbours_median(grid.scale, ~constant, shared)
+    own = value.abs() / top
+    # Without neighbours any scale would do for a value of zero; this one is like the matrix's.
+    fallback = torch.where(constant, own, grid.scale).amax()
+    typical = torch.where(typical > 0, typical, torch.where(fallback > 0, fallback, 1.0))
+    scale = torch.maximum(typical, own)
     return Grid(
         torch.where(constant, scale, grid.scale),
         torch.where(constant, -value / scale, grid.zero),
     )
+
+
+def _neighbours_median(values: Tensor, counted: Tensor, shared: int) -> Tensor:
+    """For each of (groups,) the median of those counted among the ``shared`` that it is one of.
+
+    0 where none is.
+    """
+    known = torch.where(counted, values, torch.nan)
+    missing = -len(known) % shared
+    padded = torch.nn.functional.pad(known, (0, missing), value=torch.nan).view(-1, shared)
+    return padded.nanmedian(1).values.nan_to_num(0).repeat_interleave(shared)[: len(values)]

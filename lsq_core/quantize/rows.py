@@ -16,6 +16,7 @@ from lsq_core.config import HALF, Config, MixedRows, QuantConfig
 from lsq_core.errors import InputError
 from lsq_core.quantize.base import MatrixQuantizer, StoredMatrix
 from lsq_core.quantize.layout import row_index
+from lsq_core.quantize.magnitude import storage_exponent, times_power_of_two
 from lsq_core.quantize.packed import (
     PackedMatrix,
     check_finite,
@@ -36,25 +37,40 @@ class _Shape:
 
 @dataclass(frozen=True, eq=False)
 class HalfMatrix(StoredMatrix):
-    """Rows kept in fp16 as they are."""
+    """Rows kept in fp16, times 2^exponent, int16 (1,), so that none is too large or small for it.
+
+    Saved models of format 2 have no exponent.
+    """
 
     weights: Tensor
+    exponent: Tensor | None = None
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """Every stored tensor by name."""
-        return {"weights": self.weights}
+        held = {"weights": self.weights, "exponent": self.exponent}
+        return {name: tensor for name, tensor in held.items() if tensor is not None}
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weights (rows, in)."""
-        return self.weights.to(dtype)
+        """The weights (rows, in), computed in float32 and then cast."""
+        if self.exponent is None:
+            return self.weights.to(dtype)
+        return times_power_of_two(self.weights.float(), self.exponent).to(dtype)
+
+    @classmethod
+    def store(cls, weight: Tensor, config: QuantConfig, axis: int) -> HalfMatrix:
+        """Keep (rows, in) weights of any float dtype, exactly where they were fp16."""
+        weight = weight.float()
+        exponent = storage_exponent(weight)
+        held = times_power_of_two(weight, -exponent).half()
+        return cls(tuple(weight.shape), config, axis, held, exponent)
 
     @classmethod
     def from_tensors(
         cls, tensors: Mapping[str, Tensor], shape: tuple[int, int], config: QuantConfig, axis: int
     ) -> HalfMatrix:
         """The inverse of :attr:`tensors`."""
-        return cls(shape, config, axis, tensors["weights"])
+        return cls(shape, config, axis, **tensors)
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,7 +196,7 @@ def pack_rows(
     marked[numbers] = True
     high: StoredMatrix | None = None
     if count and config.high_bits == HALF:
-        high = HalfMatrix((count, shape[1]), config.high, axis, weight[numbers].half())
+        high = HalfMatrix.store(weight[numbers], config.high, axis)
     elif count:
         high = pack_high(weight[numbers], config.high)
     low = pack_low(weight[~marked], config.low)

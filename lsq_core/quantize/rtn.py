@@ -1,4 +1,4 @@
-"""Round to nearest: HQQ's min-max grid without its solver."""
+"""Round to nearest: the min-max grid without the solver of HQQ."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lsq_core.config import QuantConfig
 from lsq_core.quantize.base import Grid
-from lsq_core.quantize.hqq import solve_with_hqq
+from lsq_core.quantize.hqq import min_max_grid
 from lsq_core.quantize.packed import GridQuantizer
 
 
@@ -15,4 +15,4 @@ class Rtn(GridQuantizer):
 
     def solve(self, weight: Tensor, config: QuantConfig, axis: int) -> Grid:
         """See :class:`lsq_core.quantize.packed.GridQuantizer`."""
-        return solve_with_hqq(weight, config, axis, optimize=False)
+        return min_max_grid(weight, config, axis, optimize=False)

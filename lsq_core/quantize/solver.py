@@ -32,7 +32,8 @@ from lsq_core.quantize.solver_compiled import Engine, Steps
 LP_NORM = 0.7
 BETA = 10.0
 STEPS = 20
-#: Errors up to this size shrink to nothing.
+#: Errors up to this size shrink to nothing. It is no matter of a model's units: weights come here
+#: at an ordinary magnitude (:mod:`lsq_core.quantize.magnitude`).
 THRESHOLD = BETA ** (-1 / (2 - LP_NORM))
 #: Weights worked on at a time: 1 MiB of float32, which stays in a core's cache.
 PIECE = 2**18

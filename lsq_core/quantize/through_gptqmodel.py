@@ -25,7 +25,8 @@ from torch import Tensor, nn
 import lsq_core
 from lsq_core.config import QuantConfig
 from lsq_core.errors import LsqError
-from lsq_core.quantize.base import Progress, Rows, StoredMatrix
+from lsq_core.load import get_weight
+from lsq_core.quantize.base import Progress, Rows, StoredMatrix, to_groups
 
 if TYPE_CHECKING:
     from lsq_core.load import LoadedModel
@@ -55,6 +56,11 @@ class GptqmodelQuantizer:
     matrix: ClassVar[type[StoredMatrix]]
     method: ClassVar[str]
 
+    @staticmethod
+    def bounds(bits: int) -> tuple[float, float]:
+        """The least and the greatest width of a group that the format's scales can hold."""
+        raise NotImplementedError
+
     def quantize_model(
         self,
         loaded: LoadedModel,
@@ -69,6 +75,8 @@ class GptqmodelQuantizer:
         """See :class:`lsq_core.quantize.base.Quantizer`."""
         from lsq_core.quantize.apply import with_stored
 
+        for matrix, config in choice.items():
+            self._check_magnitude(get_weight(loaded.model, matrix), matrix, config)
         with tempfile.TemporaryDirectory(prefix="lsq-gptqmodel-") as own:
             out = Path(own) / "quantized"
             _ask(self._asked(loaded, choice, settings, Path(own), out), loaded, progress)
@@ -78,6 +86,26 @@ class GptqmodelQuantizer:
             for matrix, config in choice.items()
         }
         return with_stored(loaded.model, packed, _changed(stored, loaded.model))
+
+    def _check_magnitude(self, weight: Tensor, matrix: Matrix, config: QuantConfig) -> None:
+        """Raise :class:`LsqError` where the package's format would lose most of a matrix.
+
+        It stores no power of two with a matrix, as this project's packing does.
+        """
+        largest = to_groups(weight.abs(), config.group_size, 1).amax(1).float()
+        largest = largest[largest > 0]
+        if not len(largest):
+            return
+        least, greatest = self.bounds(config.bits)
+        typical, most = 2 * float(largest.median()), 2 * float(largest.amax())
+        if typical < least or most > greatest:
+            size = f"as small as {typical:.2g}" if typical < least else f"as large as {most:.2g}"
+            raise LsqError(
+                f"{matrix.name} has groups with a range {size}, and scales as gptqmodel's "
+                f"{self.method} stores them cannot hold less than {least:.2g} or more than "
+                f"{greatest:.2g} at {config.bits} bits; choose hqq, rtn or nf4, which take a "
+                "matrix of any magnitude."
+            )
 
     def _asked(
         self,

@@ -158,6 +158,12 @@ def measure_by_a_job(folder: Path, order: list[str], label: str) -> None:
 def say_what_rows_need(asked: Asked) -> None:
     """What mixed rows are planned from, how dear it is, and a button to measure it."""
     request, blocks = asked.request, asked.rows.blocks if asked.rows else ()
+    try:
+        low, _ = feasible(asked.problem, request.method, None)
+    except InputError as error:  # groups of this size fill no row of some matrix
+        headline("There is no such plan.")
+        st.error(words.literal(str(error)))
+        return
     done = sum(block.matrix is not None for block in blocks)
     what = "row scores" if request.ratios == "uniform" else "row scores and interactions"
     so_far = f" {done} of {len(blocks)} blocks are measured so far." if done else ""
@@ -168,7 +174,6 @@ def say_what_rows_need(asked: Asked) -> None:
         f"{request.loss} loss. It is kept block by block and goes on where it was cut off.{so_far}",
     )
     order = ["plan", *arguments.model_arguments(asked.here.source, asked.here.device)]
-    low, _ = feasible(asked.problem, request.method, None)
     smallest = replace(request, budget=state.budget_text(low), pins=())  # any that is in reach
     order += arguments.plan_arguments(smallest, asked.settings)
     order += ["--db", str(asked.here.store.path)]
