@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pandas as pd
-import streamlit as st
 
 from lsq_core import charts, disk
 from lsq_core.config import LADDER, MIB, QuantConfig, divides, format_bytes
@@ -17,6 +16,7 @@ from lsq_core.reference import download, import_download, import_reference
 from lsq_core.store import PUBLISHED, Store
 from lsq_core.ui import known, sidebar, state, words
 from lsq_core.ui.page import Here, NoModel, headline, next_step, page, say_no_model
+from lsq_core.ui.safe import st
 
 #: The stop that the first line speaks of.
 _COMMON = QuantConfig(4, 64)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lsq_core import database
-from lsq_core.charts.style import CONFIG
+from lsq_core.charts.style import CONFIG, inert_figure
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,8 +29,29 @@ _INK = "#1c2530"
 
 
 def csv_bytes(frame: pd.DataFrame) -> bytes:
-    """A table as CSV, in UTF-8, its numbers to all their digits."""
-    return frame.to_csv(index=False).encode("utf8")
+    """A table as CSV, in UTF-8, its numbers to all their digits and its texts no formulas."""
+    safe = frame.rename(columns=_no_formula)
+    for place, kind in enumerate(frame.dtypes):
+        if kind.kind == "O":  # texts; categories, and pandas' own strings, are of this kind too
+            safe.isetitem(place, frame.iloc[:, place].astype(object).map(_no_formula))
+    return safe.to_csv(index=False).encode("utf8")
+
+
+def _no_formula(value: object) -> object:
+    """A text that a spreadsheet takes for text: behind an apostrophe where it begins a formula.
+
+    A carriage return ends a row where it isn't quoted, which pandas doesn't do: it becomes a line
+    feed.
+    """
+    if isinstance(value, str):
+        value = value.replace("\r\n", "\n").replace("\r", "\n")
+    if not isinstance(value, str) or not value.startswith(("=", "+", "-", "@", "\t", "\n")):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"'{value}"
+    return value
 
 
 def parquet_bytes(frame: pd.DataFrame) -> bytes:
@@ -57,7 +78,9 @@ def figure_block(figure: go.Figure, name: str) -> str:
     """A figure for :func:`document`, with buttons that save it under a name as PNG or SVG."""
     from plotly.io import to_html
 
-    paper = type(figure)(figure).update_layout(font_color=_INK, template="plotly_white")
+    paper = type(figure)(inert_figure(figure)).update_layout(
+        font_color=_INK, template="plotly_white"
+    )
     drawn = to_html(paper, config=CONFIG, include_plotlyjs=False, full_html=False)
     stem = html.escape(re.sub(r"[^A-Za-z0-9.-]+", "-", name).strip("-").lower())
     saves = "".join(
@@ -67,6 +90,12 @@ def figure_block(figure: go.Figure, name: str) -> str:
     return f'<figure>{drawn}<figcaption class="saves">Save as {saves}</figcaption></figure>'
 
 
+def _on_paper(figure: go.Figure) -> go.Figure:
+    """A copy of the figure in dark ink on white, inert as on a page of the app."""
+    copied = type(figure)(inert_figure(figure))
+    return copied.update_layout(font_color=_INK, template="plotly_white")
+
+
 def can_draw_images() -> bool:
     """Whether kaleido, which draws PNG and SVG without a page, is installed."""
     return find_spec("kaleido") is not None
@@ -74,7 +103,9 @@ def can_draw_images() -> bool:
 
 def figure_image(figure: go.Figure, kind: str) -> bytes:
     """A figure as ``png`` or ``svg``; needs kaleido (see :func:`can_draw_images`) and a Chrome."""
-    paper = type(figure)(figure).update_layout(font_color=_INK, template="plotly_white")
+    paper = type(figure)(inert_figure(figure)).update_layout(
+        font_color=_INK, template="plotly_white"
+    )
     return paper.to_image(kind, width=1100, scale=2 if kind == "png" else 1)
 
 

@@ -33,7 +33,7 @@ import psutil
 from lsq_core.errors import InputError, LsqError
 from lsq_core.files import Damaged, cannot_write, read_json, sync_folder
 from lsq_core.jsontext import write_json
-from lsq_core.oom import oom_kills
+from lsq_core.memory import oom_kills
 
 #: Seconds a process has to end by itself before it is killed.
 GRACE = 1.0

@@ -30,7 +30,7 @@ from lsq_core.errors import InputError, LsqError
 from lsq_core.fit import check_fit, pickled_entries
 from lsq_core.foreign import MOST_TOKENIZER, check_size, refusing
 from lsq_core.identity import identity_of, tokenizer_files, under_name
-from lsq_core.memory import available_memory
+from lsq_core.memory import available_memory, limit_in_words
 from lsq_core.model import (
     ModelInfo,
     ModelSource,
@@ -406,9 +406,11 @@ def check_bytes(name: str, need: int, form: str, device: torch.device) -> None:
 
 
 def _too_large(name: str, need: int, form: str, device: torch.device) -> str:
+    limit = limit_in_words(format_bytes) if device.type == "cpu" else ""
     return (
         f"'{name}' needs {format_bytes(need)} in {form} and {device} has "
-        f"{format_bytes(_free_bytes(device))} free: choose another device or a smaller model."
+        f"{format_bytes(_free_bytes(device))} free{limit and f' ({limit})'}: choose another device "
+        "or a smaller model."
     )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 
 _MEMBERSHIP = Path("/proc/self/cgroup")
 _MOUNTS = Path("/proc/self/mountinfo")
+_MACHINE = Path("/proc/vmstat")
 #: By version of the hierarchy: limit, use, and the line of ``memory.stat`` with what the kernel
 #: gives back by itself (pages of files that were not used of late).
 _FILES = {
@@ -29,13 +31,23 @@ def memory_limit() -> int:
     return min([psutil.virtual_memory().total, *(limit for limit in limits if limit is not None)])
 
 
-def oom_kills() -> int:
-    """How many processes of our cgroup the kernel has killed for want of memory.
+def limit_in_words(format_bytes: Callable[[float], str]) -> str:
+    """That our cgroup allows less than the machine has, and how much; '' where it doesn't."""
+    limit = memory_limit()
+    if limit >= psutil.virtual_memory().total:
+        return ""
+    return f"the memory limit of this container, its cgroup's, is {format_bytes(limit)}"
 
-    One more after a process ended by SIGKILL tells why it did. 0 where the kernel doesn't say.
+
+def oom_kills() -> int | None:
+    """How many processes of our cgroup the kernel has killed for want of memory so far.
+
+    Of the whole machine where we are in no cgroup that counts them; None where neither does. A
+    difference of two readings tells of kills between them.
     """
-    counts = [_line(group / _KILLS[version], "oom_kill") or 0 for version, group in _groups()[:1]]
-    return counts[0] if counts else 0
+    counts = [_line(group / _KILLS[version], "oom_kill") for version, group in _groups()[:1]]
+    counted = counts[0] if counts else None
+    return counted if counted is not None else _line(_MACHINE, "oom_kill")
 
 
 def _left_in_groups() -> list[int]:

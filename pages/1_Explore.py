@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import streamlit as st
-
 from lsq_core.ui import (
     explore_detection,
     explore_layers,
@@ -15,6 +13,7 @@ from lsq_core.ui import (
 )
 from lsq_core.ui.explore_profile import Seen, follow, profile_bar
 from lsq_core.ui.page import Here, page
+from lsq_core.ui.safe import st
 
 #: The views by their word in the address: a name, what draws it, and whether it needs a profile.
 _VIEWS = {

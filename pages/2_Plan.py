@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import streamlit as st
-
 from lsq_core.errors import LsqError
 from lsq_core.plan.pins import with_pins
 from lsq_core.ui import known, plan_panels, plan_rows, state, words
 from lsq_core.ui.page import Here, headline, page
 from lsq_core.ui.plan_controls import controls
+from lsq_core.ui.safe import st
 
 
 def plan_page(here: Here) -> None:

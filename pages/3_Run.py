@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import streamlit as st
-
 from lsq_core import disk, jobs
 from lsq_core.files import Damaged
 from lsq_core.jobs import Job
 from lsq_core.ui import jobs_panel, known, run_plan, run_result, run_sweep, state, words
 from lsq_core.ui.page import Here, headline, next_step, page
+from lsq_core.ui.safe import st
 
 #: The jobs that this page is about; those about one run are shown with it.
 VERBS = ("run", "sweep")

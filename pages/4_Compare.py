@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import streamlit as st
-
 from lsq_core.ui import compare_choice, compare_runs, compare_table, compare_views, state, words
 from lsq_core.ui.page import Here, headline, next_step, page
+from lsq_core.ui.safe import st
 
 #: What can be looked at, by the name in the address.
 VIEWS = {

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import time
 
-import streamlit as st
-
 from lsq_core import sql
 from lsq_core.errors import LsqError
 from lsq_core.ui import known, words
 from lsq_core.ui.compare_export import offer_table
 from lsq_core.ui.page import Here, headline, page
+from lsq_core.ui.safe import st
 
 
 def query(here: Here) -> None:

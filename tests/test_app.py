@@ -126,7 +126,7 @@ def _array(values: object) -> list:
     [
         ("Model", "5.6 M parameters, 10.8 MiB"),
         ("Explore", "demo has not been profiled"),
-        ("Plan", "3.13 bits: 1.91 MiB"),
+        ("Plan", "3.25 bits: 1.99 MiB"),
         ("Run", "Nothing has run"),
         ("Compare", "nothing to compare"),
     ],

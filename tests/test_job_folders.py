@@ -24,7 +24,6 @@ from lsq_core.cli import main
 from lsq_core.errors import InputError, LsqError
 from lsq_core.files import Damaged
 from lsq_core.jsontext import json_bytes, write_json
-from lsq_core.oom import oom_kills
 from lsq_core.store import Store
 from tests.conftest import ROOT
 from tests.test_jobs import ended, gone, pid_of, wait_for
@@ -357,21 +356,6 @@ def test_a_kill_for_lack_of_memory_is_said_once_and_for_all(folder, monkeypatch)
     assert "lack of memory" not in jobs.read(other).message
     monkeypatch.setattr(jobs, "oom_kills", lambda: 0)  # the machine was started anew
     assert "lack of memory" in jobs.read(home).message
-
-
-@pytest.mark.parametrize(
-    ("own", "file", "text"),
-    [
-        ("0::/a/b\n", "a/b/memory.events", "low 0\noom 9\noom_kill 5\noom_group_kill 0\n"),
-        ("7:memory:/a\n", "memory/a/memory.oom_control", "under_oom 0\noom_kill 5\n"),
-        ("0::/gone\n", "memory.events", "oom_kill 5\n"),
-    ],
-)
-def test_kills_are_counted_by_either_version_of_control_groups(tmp_path, own, file, text):
-    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-    (tmp_path / file).write_text(text)
-    (tmp_path / "own").write_text(own)
-    assert oom_kills(tmp_path, tmp_path / "own") == 5
 
 
 def test_a_folder_that_takes_no_job_is_one_sentence(tmp_path):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -94,10 +96,14 @@ def test_within_a_container_the_mount_is_its_own_group(machine):
     assert memory.memory_limit() == GIB
 
 
-def test_without_a_limit_it_is_the_machines(machine):
+def test_without_a_limit_it_is_the_machines(machine, tmp_path, monkeypatch):
     machine(2, "/", {"memory.stat": "anon 1\n"})
     assert memory.memory_limit() == psutil.virtual_memory().total
-    assert memory.oom_kills() == 0
+    (tmp_path / "vmstat").write_text("nr_free_pages 9\noom_kill 7\n", "utf8")
+    monkeypatch.setattr(memory, "_MACHINE", tmp_path / "vmstat")
+    assert memory.oom_kills() == 7, "the machine's count"
+    monkeypatch.setattr(memory, "_MACHINE", tmp_path / "none")
+    assert memory.oom_kills() is None
 
 
 def test_a_limit_of_version_1_that_is_none_is_none(machine):
@@ -109,7 +115,7 @@ def test_a_limit_of_version_1_that_is_none_is_none(machine):
 def test_a_model_beyond_the_limit_is_refused(machine):
     machine(2, "/", {"memory.max": "4000", "memory.current": "0"})
     load.check_memory("small", 900, torch.device("cpu"), torch.float32)
-    with pytest.raises(LsqError, match=r"needs .* and cpu has"):
+    with pytest.raises(LsqError, match=r"needs .* and cpu has .*limit.*cgroup.*is 3.91 KiB"):
         load.check_memory("large", 1100, torch.device("cpu"), torch.float32)
 
 
@@ -127,21 +133,70 @@ print(os.wait()[1], memory.oom_kills() - before)
 """
 
 
-def test_in_a_real_cgroup_the_limit_is_known_and_a_kill_is_counted():
-    """The kernel itself, where this process may make a cgroup."""
+@contextmanager
+def limited(limit: int) -> Iterator[list[str]]:
+    """What to put before a command so that it runs in a cgroup with a limit of so many bytes."""
     version = 1 if (_PLACES[1] / memory._FILES[1][0]).exists() else 2
     group = _PLACES[version] / f"lsq-test-{os.getpid()}"
     try:
         group.mkdir()
-        (group / memory._FILES[version][0]).write_text(str(64 << 20))
+        (group / memory._FILES[version][0]).write_text(str(limit))
     except OSError:
         if group.exists():
             group.rmdir()
         pytest.skip("making a cgroup needs root and the memory controller")
-    join = f'echo $$ > {group}/cgroup.procs && exec "$@"'
     try:
-        command = ["sh", "-c", join, "sh", sys.executable, "-c", ASK]
-        found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-        assert found.stdout.split() == ["True", "9", "1"], found.stderr
+        yield ["sh", "-c", f'echo $$ > {group}/cgroup.procs && exec "$@"', "sh"]
     finally:
         group.rmdir()
+
+
+def in_group(limit: int, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A Python script, run in a cgroup with a limit until all it started has ended."""
+    with limited(limit) as join:
+        command = [*join, sys.executable, "-c", script, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+def test_in_a_real_cgroup_the_limit_is_known_and_a_kill_is_counted():
+    """The kernel itself, where this process may make a cgroup."""
+    found = in_group(64 << 20, ASK)
+    assert found.stdout.split() == ["True", "9", "1"], found.stderr
+
+
+#: A job whose process takes more than there is, by the worker's own way in.
+JOB = """
+import sys, time
+from pathlib import Path
+from lsq_core import jobs
+real = jobs.subprocess.Popen
+def hungry(command, **options):
+    return real([sys.executable, "-c", "x = bytearray(2 << 30)"], **options)
+jobs.subprocess.Popen = hungry
+job = jobs.start(Path(sys.argv[1]), ["results"])
+deadline = time.monotonic() + 60
+while (job := jobs.read(job.folder)).active and time.monotonic() < deadline:
+    time.sleep(0.05)
+print(job.state, job.message)
+"""
+
+
+def test_a_job_killed_by_a_real_cgroup_says_that_it_was_for_memory(tmp_path):
+    found = in_group(256 << 20, JOB, str(tmp_path / "jobs"))
+    assert found.stdout.startswith("interrupted"), found.stderr
+    assert "lack of memory" in found.stdout
+
+
+def test_a_run_beyond_a_real_cgroups_limit_is_refused_and_the_limit_named():
+    found = in_group(512 << 20, REFUSED)
+    assert "cgroup's, is 512.00 MiB" in found.stdout, found.stderr
+
+
+REFUSED = """
+import torch
+from lsq_core import load
+try:
+    load.check_memory("large", 10**9, torch.device("cpu"), torch.float32)
+except load.LsqError as error:
+    print(error)
+"""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from typing import Any
 from zlib import crc32
 
+import numpy as np
 import plotly.graph_objects as go
 
 from lsq_core.config import HALF, RATIOS, Config, MixedRows
@@ -153,3 +156,35 @@ def finish(figure: go.Figure, height: int) -> go.Figure:
     figure.update_xaxes(gridcolor=GRID, zeroline=False)
     figure.update_yaxes(gridcolor=GRID, zeroline=False)
     return figure
+
+
+#: Plotly draws some HTML: of it, what breaks a line or is bold, and no tag with an attribute,
+#: which may hold an address.
+_FOREIGN_TAG = re.compile(r"<(?!/?(?:br|b|i|sub|sup|extra)>)", re.IGNORECASE)
+
+
+def inert_figure(figure: go.Figure) -> go.Figure:
+    """The figure with no link and no style in any of its texts, which names may have brought."""
+    content = figure.to_plotly_json()
+    inert = _inert(content)
+    return figure if inert is content else type(figure)(inert)
+
+
+def _inert(value: Any) -> Any:
+    """A part of a figure without foreign tags; the very same where there are none."""
+    if isinstance(value, str):
+        return _FOREIGN_TAG.sub("&lt;", value) if "<" in value else value
+    if isinstance(value, np.ndarray):
+        if value.dtype.kind not in "OUS":
+            return value
+        parts = value.tolist()
+        changed = _inert(parts)
+        return value if changed is parts else changed
+    if isinstance(value, dict):
+        changed = {key: _inert(part) for key, part in value.items()}
+        same = all(changed[key] is part for key, part in value.items())
+        return value if same else changed
+    if isinstance(value, list | tuple):
+        changed = [_inert(part) for part in value]
+        return value if all(a is b for a, b in zip(changed, value, strict=True)) else changed
+    return value

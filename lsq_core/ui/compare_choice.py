@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pandas as pd
-import streamlit as st
 
 from lsq_core import charts
 from lsq_core.compare import largest_gain
@@ -13,6 +12,7 @@ from lsq_core.config import format_bytes
 from lsq_core.store import PUBLISHED
 from lsq_core.ui import known, words
 from lsq_core.ui.page import Here, headline
+from lsq_core.ui.safe import st
 
 #: What has to agree for two figures to be in one chart.
 _SAME = ["fingerprint", "corpus_sha256", "protocol", "tokens"]

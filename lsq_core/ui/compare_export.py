@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import pandas as pd
 import plotly.graph_objects as go
-import streamlit as st
 
 from lsq_core import charts, export
+from lsq_core.ui.safe import st
 
 #: What the camera beside a chart saves.
 _FORMATS = ("png", "svg")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import pandas as pd
-import streamlit as st
 
 from lsq_core import charts, export, report
 from lsq_core.compare import against_base, figure_6, plan_modules, settings_of, uniform_bases
@@ -15,6 +14,7 @@ from lsq_core.ui import arguments, known, words
 from lsq_core.ui.compare_choice import Choice, pair_of, written
 from lsq_core.ui.compare_export import chart, offer, offer_table, stem
 from lsq_core.ui.page import Here
+from lsq_core.ui.safe import st
 
 #: What a run can be judged by, where it was measured.
 QUALITIES = {"perplexity": charts.PERPLEXITY, "kl": charts.KL, "top1": charts.TOP1}

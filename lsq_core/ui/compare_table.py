@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pandas as pd
-import streamlit as st
 
 from lsq_core import charts
 from lsq_core.compare import pareto
@@ -12,6 +11,7 @@ from lsq_core.ui import known, words
 from lsq_core.ui.compare_choice import Choice
 from lsq_core.ui.compare_export import offer_table
 from lsq_core.ui.page import Here
+from lsq_core.ui.safe import st
 
 #: How the numbers of columns are written; they sort as numbers.
 _FORMATS = {
@@ -50,6 +50,7 @@ def show(here: Here, choice: Choice) -> None:
         key="table",
         on_select="rerun",
         selection_mode="multi-row",
+        placeholder="",
         alt=f"{words.plural(len(table), 'run')} with bits, sizes and perplexity.",
     )
     rows = [row for row in picked["selection"]["rows"] if row < len(table)]

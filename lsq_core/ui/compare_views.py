@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-import streamlit as st
 
 from lsq_core import charts
 from lsq_core.compare import (
@@ -26,6 +25,7 @@ from lsq_core.ui.compare_choice import Choice, pair_of
 from lsq_core.ui.compare_export import chart, offer, offer_table
 from lsq_core.ui.compare_runs import show_pair
 from lsq_core.ui.page import Here
+from lsq_core.ui.safe import st
 
 # --- what more bits buy ---------------------------------------------------------------------
 

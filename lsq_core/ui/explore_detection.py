@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-import streamlit as st
 from scipy.stats import mstats
 
 from lsq_core import charts
@@ -16,6 +15,7 @@ from lsq_core.profile import TITLES
 from lsq_core.ui import words
 from lsq_core.ui.explore_layers import keep_to, labels
 from lsq_core.ui.explore_profile import Seen
+from lsq_core.ui.safe import st
 
 _METRICS = {
     "sensitivity": "Sensitivity by part",

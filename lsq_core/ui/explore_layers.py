@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import numpy as np
 import pandas as pd
-import streamlit as st
 
 from lsq_core import charts
 from lsq_core.config import DETECTION_CONFIG, LADDER, QuantConfig
@@ -19,6 +18,7 @@ from lsq_core.quantize import about
 from lsq_core.ui import known, words
 from lsq_core.ui.explore_profile import Seen
 from lsq_core.ui.page import next_step
+from lsq_core.ui.safe import st
 
 _VIEWS = {"sensitivity": "Sensitivity by part", "sensitivity_module": "by module"}
 _RULE = "Algorithm 1 flags a layer whose step from the layer before is more than 3 deviations out."

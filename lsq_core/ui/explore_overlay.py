@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pandas as pd
-import streamlit as st
 
 from lsq_core import charts
 from lsq_core.config import DETECTION_CONFIG, LADDER, QuantConfig
@@ -14,6 +13,7 @@ from lsq_core.profile.agreement import lowest, pattern_correlations
 from lsq_core.ui import known, words
 from lsq_core.ui.explore_layers import keep_to
 from lsq_core.ui.explore_profile import Seen
+from lsq_core.ui.safe import st
 
 _METRICS = {
     "sensitivity": "Sensitivity by part",

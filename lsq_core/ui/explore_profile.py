@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
 from lsq_core import disk, jobs
@@ -20,6 +19,7 @@ from lsq_core.quantize import MATRIX_WISE, about, refusal
 from lsq_core.store import Store
 from lsq_core.ui import arguments, jobs_panel, known, state, words
 from lsq_core.ui.page import Here, headline
+from lsq_core.ui.safe import st
 
 #: Metrics as a sentence names them.
 NAMES = {

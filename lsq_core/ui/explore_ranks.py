@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
 from lsq_core import charts, disk, jobs
@@ -14,6 +13,7 @@ from lsq_core.profile.agreement import proxy_agreement, rank_correlation, ranks
 from lsq_core.ui import jobs_panel, words
 from lsq_core.ui.explore_layers import at_stops, has, keep_to
 from lsq_core.ui.explore_profile import NAMES, Seen, job_words
+from lsq_core.ui.safe import st
 
 #: Metrics of a configuration; the others have one figure a matrix.
 _AT_STOPS = ("sensitivity", "sensitivity_module", "weight_error", *PROXIES)

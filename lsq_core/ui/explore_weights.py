@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import streamlit as st
 
 from lsq_core import charts, weights
 from lsq_core.config import DETECTION_CONFIG, LADDER, QuantConfig, divides
@@ -17,6 +16,7 @@ from lsq_core.ui import known
 from lsq_core.ui.explore_layers import keep_to
 from lsq_core.ui.explore_profile import Seen
 from lsq_core.ui.page import next_step
+from lsq_core.ui.safe import st
 from lsq_core.weights import Weights
 
 _SHOWS = {"histogram": "Histogram", "bands": "Percentiles over layers", "surface": "3-D surface"}

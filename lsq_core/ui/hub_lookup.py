@@ -7,10 +7,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as StillRunning
 from dataclasses import dataclass, field
 
-import streamlit as st
-
 from lsq_core.errors import LsqError
 from lsq_core.model import ModelInfo, ModelSource, find_config
+from lsq_core.ui.safe import st
 
 #: Seconds that a page waits for a lookup before it shows that there is one.
 AT_ONCE = 2.0

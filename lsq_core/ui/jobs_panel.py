@@ -8,13 +8,13 @@ from functools import partial
 from pathlib import Path
 
 import pandas as pd
-import streamlit as st
 
 from lsq_core import jobs
 from lsq_core.errors import LsqError
 from lsq_core.jobs import Job
 from lsq_core.ui import sidebar, words
 from lsq_core.ui.page import headline
+from lsq_core.ui.safe import st
 
 STATES = {
     "queued": "waiting",

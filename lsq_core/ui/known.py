@@ -14,7 +14,6 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import pandas as pd
-import streamlit as st
 
 from lsq_core.charts import labelled
 from lsq_core.config import LADDER, Config
@@ -50,6 +49,7 @@ from lsq_core.provenance import Place
 from lsq_core.serve import SNAPSHOT
 from lsq_core.store import PUBLISHED, InteractionKind, Store
 from lsq_core.ui.hub_lookup import look_up
+from lsq_core.ui.safe import st
 
 #: A file's path and when it was written last.
 Stamp = tuple[str, int, int]

@@ -8,7 +8,6 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-import streamlit as st
 from PIL import Image
 
 from lsq_core.charts.style import BIT_COLORS
@@ -17,6 +16,7 @@ from lsq_core.files import disk_error
 from lsq_core.model import ModelInfo, ModelSource
 from lsq_core.store import Store, database_path
 from lsq_core.ui import hub_lookup, known, sidebar, state, words
+from lsq_core.ui.safe import st
 
 #: Streamlit leaves five rems free on either side, which a small screen needs; and it writes what
 #: charts say in a grey too pale to read on white.

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import streamlit as st
-
 from lsq_core.config import GROUP_SIZES, LADDER
 from lsq_core.errors import InputError
 from lsq_core.plan import PLANNERS, Problem, get_planner
 from lsq_core.plan.pins import with_pins
 from lsq_core.plan.uniform import uniform_start, usable_bases
 from lsq_core.ui import state
+from lsq_core.ui.safe import st
 
 _RATIOS = {
     "full": "together in a block",

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import streamlit as st
 
 from lsq_core import charts, disk, jobs
 from lsq_core.config import LADDER, format_bytes
@@ -36,6 +35,7 @@ from lsq_core.ui.planner import (
     live_planner,
     take_commit,
 )
+from lsq_core.ui.safe import st
 
 #: What a knapsack's cost is, as the planner's details say it.
 _UNITS = {

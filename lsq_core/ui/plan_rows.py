@@ -6,7 +6,6 @@ import json
 
 import numpy as np
 import pandas as pd
-import streamlit as st
 
 from lsq_core import charts
 from lsq_core.config import RATIOS
@@ -14,6 +13,7 @@ from lsq_core.plan import Plan, PlanRequest
 from lsq_core.plan.problem import Impact, Interactions, Problem
 from lsq_core.ui import known, words
 from lsq_core.ui.page import Here
+from lsq_core.ui.safe import st
 
 #: What of a request decides which interactions a plan was made from.
 _KIND = ("loss", "low_bits", "high_bits", "group_size", "clip")

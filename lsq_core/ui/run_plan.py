@@ -6,7 +6,6 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
 from lsq_core import disk, jobs
@@ -22,6 +21,7 @@ from lsq_core.store import Store
 from lsq_core.ui import arguments, known, state, words
 from lsq_core.ui.page import Here
 from lsq_core.ui.quantizer_choice import RUN_QUANTIZERS, about_quantizers, label, why_not
+from lsq_core.ui.safe import st
 
 
 def ask(here: Here, folder: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pandas as pd
-import streamlit as st
 
 from lsq_core import disk, jobs
 from lsq_core.audit import audit_run
@@ -17,6 +16,7 @@ from lsq_core.pipeline import saved_folder
 from lsq_core.store import Store
 from lsq_core.ui import jobs_panel, run_texts, words
 from lsq_core.ui.page import Here, headline, next_step
+from lsq_core.ui.safe import st
 
 #: Stages whose time a result tells.
 _TIMED = ("quantize", "evaluate")

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
-import streamlit as st
 
 from lsq_core import charts, sweep
 from lsq_core.corpus import BUILT_IN
@@ -19,6 +18,7 @@ from lsq_core.ui import arguments, jobs_panel, known, state, words
 from lsq_core.ui.page import Here, headline, next_step
 from lsq_core.ui.quantizer_choice import RUN_QUANTIZERS, about_quantizers, label, reasons
 from lsq_core.ui.run_plan import choose_protocol, choose_tokens, start
+from lsq_core.ui.safe import st
 
 _DEFAULTS = {
     "sweep_methods": ["uniform", "sensiboost", "mxq"],

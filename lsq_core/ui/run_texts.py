@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from html import escape
 
-import streamlit as st
-
 from lsq_core import disk, jobs
 from lsq_core.jobs import Job
 from lsq_core.store import Store
 from lsq_core.ui import jobs_panel, words
+from lsq_core.ui.safe import st
 
 _PROMPT = "Return the number of"
 #: What the tokens look like. Where the texts part there is a box and a line, not colour alone.

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import streamlit as st
-
 from lsq_core import devices, disk, jobs
 from lsq_core.model import ModelSource
 from lsq_core.store import Store
 from lsq_core.ui import known, state, words
+from lsq_core.ui.safe import st
 
 PAGES = {
     "app.py": ("Model", ":material/deployed_code:"),

@@ -11,14 +11,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict
 
-import streamlit as st
-
 from lsq_core.config import GROUP_SIZES, HIGH_BITS, LADDER, LOW_BITS, Budget
 from lsq_core.model import ModelSource
 from lsq_core.plan import PLANNERS, PlanRequest, get_planner
 from lsq_core.plan.problem import LOSSES, RATIO_CHOICES
 from lsq_core.profile import ProfileSettings
 from lsq_core.store import PUBLISHED
+from lsq_core.ui.safe import st
 
 #: How a plan can be asked for.
 ASKS = {"base": "base stop", "budget": "budget", "both": "base, capped by a budget"}

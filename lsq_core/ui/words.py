@@ -51,9 +51,30 @@ def interval(low: float | None, high: float | None) -> str:
     return f"{signed_percent(low, 2)} to {signed_percent(high, 2)}"
 
 
+#: What an escape protects, and what begins an image, a link, HTML, a formula or a directive.
+_ACTIVE = re.compile(r"\\.|[\[\]<$]", re.DOTALL)
+#: Addresses that Markdown links without being asked, even where they are escaped: what comes
+#: before, and what comes after, the place to break.
+_ADDRESS = re.compile(r"(https?:|ftp:|\bwww|(?<=[\w.+-])@)(?=//|\.|(?<=@)[\w-]+\.)", re.IGNORECASE)
+#: The start of a line that makes it a heading, a list, a quotation or a table.
+_BLOCK = re.compile(r"^[ \t]*(?=[#>+=|-])", re.MULTILINE)
+#: Takes no room, and breaks the word that it stands in.
+_JOINER = "\u2060"
+
+
+def inert(markdown: str) -> str:
+    """Markdown of which nothing is left that links, fetches or is HTML; what is bold stays so.
+
+    Once is as good as twice, and what was escaped stays escaped.
+    """
+    escaped = _ACTIVE.sub(lambda m: m[0] if len(m[0]) > 1 else f"\\{m[0]}", markdown)
+    return _ADDRESS.sub(lambda m: m[0] + _JOINER, escaped)
+
+
 def literal(text: str) -> str:
     """Text in which Markdown finds nothing to format: names and patterns stay as they are."""
-    return re.sub(r"([\\`*_\[\]$~<])", r"\\\1", text)
+    escaped = re.sub(r"([\\`*_\[\]$~<])", r"\\\1", text)
+    return inert(_BLOCK.sub(r"\\", escaped))
 
 
 def seconds(time: float) -> str:

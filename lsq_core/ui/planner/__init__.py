@@ -15,13 +15,13 @@ from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import numpy as np
-import streamlit as st
 
 from lsq_core.charts import config_color, method_style, short_type
 from lsq_core.config import LADDER
 from lsq_core.plan.frontier import Frontier
 from lsq_core.plan.pins import Pin
 from lsq_core.plan.problem import Problem
+from lsq_core.ui.safe import st
 
 _FOLDER = Path(__file__).parent
 #: In the order in which they build on one another; together they are one module.
