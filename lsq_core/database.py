@@ -214,8 +214,8 @@ def why_not_opened(error: duckdb.Error, path: Path) -> LsqError:
             f"{path.name} opens as it was before the log."
         )
     return _of_header(path) or InputError(
-        f"{path} is damaged ({reason_of(error)}): 'repair' copies what can be read of it into a new "
-        f"file; or {_ELSEWHERE}."
+        f"{path} is damaged ({reason_of(error)}): 'repair' copies what can be read of it into a "
+        f"new file; or {_ELSEWHERE}."
     )
 
 
