@@ -313,3 +313,8 @@ def locate(model: nn.Module, matrix: Matrix) -> tuple[nn.Module, str]:
 def parameter_name(matrix: Matrix) -> str:
     """The full name of the parameter that holds a matrix, alone or in a stack."""
     return f"{matrix.name}.weight" if matrix.expert is None else matrix.name.rpartition(".")[0]
+
+
+def first_of(output: object) -> torch.Tensor:
+    """The tensor that a module gives, alone or first of a tuple or list."""
+    return output[0] if isinstance(output, (tuple, list)) else output

@@ -20,7 +20,7 @@ from typing import TypeVar
 
 import duckdb
 
-from lsq_core.errors import InputError, LsqError
+from lsq_core.errors import InputError, LsqError, reason_of
 
 #: Settings of every connection. One process can open a file twice only with the same settings.
 CONFIG = {
@@ -214,8 +214,8 @@ def why_not_opened(error: duckdb.Error, path: Path) -> LsqError:
             f"{path.name} opens as it was before the log."
         )
     return _of_header(path) or InputError(
-        f"{path} is damaged ({_first(text)}): 'repair' copies what can be read of it into a new "
-        f"file; or {_ELSEWHERE}."
+        f"{path} is damaged ({reason_of(error)}): 'repair' copies what can be read of it into a "
+        f"new file; or {_ELSEWHERE}."
     )
 
 
@@ -272,10 +272,6 @@ def is_full(error: duckdb.Error, path: Path) -> bool:
 def _text(error: duckdb.Error, path: Path) -> str:
     """What DuckDB says, without the path: a folder may be called anything."""
     return str(error).replace(str(path), "").strip()
-
-
-def _first(text: str) -> str:
-    return text.split("\n")[0].rstrip(".")
 
 
 # --- schema ---------------------------------------------------------------------------------

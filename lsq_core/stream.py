@@ -21,7 +21,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
-from lsq_core.architecture import find_blocks
+from lsq_core.architecture import find_blocks, first_of
 from lsq_core.causal import check_causal
 from lsq_core.errors import InputError
 from lsq_core.fit import target_names
@@ -85,7 +85,7 @@ class StreamedModel(LoadedModel):
         found: list[torch.Tensor] = []
 
         def stop(_module: nn.Module, _args: tuple, output: object) -> None:
-            found.append(output[0] if isinstance(output, tuple) else output)
+            found.append(first_of(output))
             raise _Reached
 
         hook = blocks[0].register_forward_hook(stop)

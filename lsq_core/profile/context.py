@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lsq_core.architecture import find_blocks, get_weight, is_transposed, locate
+from lsq_core.architecture import find_blocks, first_of, get_weight, is_transposed, locate
 from lsq_core.errors import InputError, reason_of
 from lsq_core.load import LoadedModel, last_logits
 from lsq_core.model import Matrix
-from lsq_core.profile.replay import Call, Replay, first_of
+from lsq_core.profile.replay import Call, Replay
 
 #: Token sequences that run through a block at once.
 BATCH = 8

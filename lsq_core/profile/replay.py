@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from lsq_core.architecture import first_of
+
 
 @dataclass(frozen=True, eq=False)
 class Call:
@@ -74,8 +76,3 @@ def _joined(outputs: list[Tensor]) -> Tensor:
     if len(outputs) == 1:
         return outputs[0]
     return torch.cat([output.flatten() for output in outputs]) if outputs else torch.empty(0)
-
-
-def first_of(output: object) -> Tensor:
-    """The tensor that a module gives, alone or first of a tuple or list."""
-    return output[0] if isinstance(output, (tuple, list)) else output

@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lsq_core.architecture import find_blocks, get_weight, is_transposed, locate
+from lsq_core.architecture import find_blocks, first_of, get_weight, is_transposed, locate
 from lsq_core.config import Config, QuantConfig
 from lsq_core.errors import reason_of
 from lsq_core.files import write_bytes
@@ -28,7 +28,7 @@ from lsq_core.load import LoadedModel
 from lsq_core.model import Matrix
 from lsq_core.profile.context import record_calls
 from lsq_core.profile.measure import calibration_of
-from lsq_core.profile.replay import Call, first_of
+from lsq_core.profile.replay import Call
 from lsq_core.quantize import matrix_kind
 from lsq_core.quantize.apply import install, shallow_copy
 from lsq_core.quantize.base import (

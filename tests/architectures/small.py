@@ -18,7 +18,10 @@ _RULES: list[tuple[str, int]] = [
     (r"vocab_size|pad_vocab.*|vocabulary_size", VOCABULARY),
     (r"(num|n)_shared_experts|n_group|topk_group|num_expert_group.*|(mamba_)?n_?groups", 1),
     (r".*(per_tok|per_token|top_?k|topk).*|moe_k|n_activated.*", 2),
-    (r".*(num_.*experts|n_routed_experts|num_experts|n_experts|num_zero_experts).*", EXPERTS),
+    (
+        r".*(num_.*experts|n_routed_experts|num_experts|n_experts|num_zero_experts|zero_expert_num).*",
+        EXPERTS,
+    ),
     (r"first_k_dense_replace|num_dense_layers|num_nextn.*|moe_layer_start_index", 1),
     (r".*(hidden_layers|num_layers|n_layers?|decoder_layers|encoder_layers|num_blocks)$", LAYERS),
     (
@@ -63,11 +66,11 @@ class NotBuilt(Exception):
 
 
 def architectures() -> dict[str, str]:
-    """Class name by model type, each class once."""
-    first: dict[str, str] = {}
+    """Class name by model type, each class once, under the shortest of its model types."""
+    types: dict[str, str] = {}
     for model_type, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
-        first.setdefault(name, model_type)
-    return {model_type: name for name, model_type in first.items()}
+        types[name] = min(types.get(name, model_type), model_type, key=len)
+    return {model_type: name for name, model_type in types.items()}
 
 
 #: What a config that has no default of its own for these is given, where it can't be built without.
