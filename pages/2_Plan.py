@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from lsq_core.errors import LsqError
 from lsq_core.plan.pins import with_pins
 from lsq_core.ui import known, plan_panels, plan_rows, state, words
@@ -30,7 +32,7 @@ def plan_page(here: Here) -> None:
         return
     try:
         moved = plan_panels.take_budget(with_pins(asked.problem, asked.request.pins), asked.request)
-        asked = asked.by(asked.request.method)  # with the budget that the slider settled on
+        asked = replace(asked, request=state.plan_request())  # the budget the slider settled on
         plan = known.plan(info, found, asked.request, settings, asked.rows)
         if moved:
             st.warning(moved)
