@@ -32,7 +32,7 @@ def plan_page(here: Here) -> None:
         return
     try:
         moved = plan_panels.take_budget(with_pins(asked.problem, asked.request.pins), asked.request)
-        asked = replace(asked, request=state.plan_request())  # by what the slider settled on
+        asked = replace(asked, request=state.plan_request())  # the budget the slider settled on
         plan = known.plan(info, found, asked.request, settings, asked.rows)
         if moved:
             st.warning(moved)

@@ -7,6 +7,7 @@ import json
 import math
 from contextlib import suppress
 from dataclasses import fields
+from types import SimpleNamespace
 
 import pytest
 import streamlit as st_app
@@ -238,13 +239,9 @@ def test_a_plan_file_with_groups_that_do_not_fill_is_refused():
 def test_a_file_that_holds_no_plan(text, tmp_path):
     path = tmp_path / "plan.json"
     path.write_text(text, "utf8")
-
-    class Bench:
-        class info:
-            matrices, other_bytes = SMALL.matrices, 0
-
+    bench = SimpleNamespace(outline=SimpleNamespace(matrices=SMALL.matrices, other_bytes=0))
     with pytest.raises(InputError, match="not a plan"):
-        verbs._saved_plan(path, Bench)
+        verbs._saved_plan(path, bench)
 
 
 # --- text that means a number ---------------------------------------------------------------

@@ -363,6 +363,20 @@ def test_everything_is_swept_in_one_click(filled, monkeypatch):
     assert (told.corpus, told.max_tokens) == (["stdlib"], 300)
 
 
+def test_a_sweep_of_budgets_out_of_reach_says_so(filled):
+    app = open_page("Run", model=filled.model)
+    app.multiselect(key="sweep_methods").set_value(["uniform"])
+    app.multiselect(key="sweep_quantizers").set_value(["rtn"])
+    app.text_input(key="sweep_budgets").set_value("1.5, 20").run()
+    assert not app.exception
+    start = next(b for b in app.button if b.label == "Start the sweep")
+    assert start.disabled
+    assert any("2 of them can't be made" in c.value for c in app.caption)
+    app.text_input(key="sweep_budgets").set_value("1.5, 2.25").run()
+    assert not next(b for b in app.button if b.label == "Start the sweep").disabled
+    assert any("1 of them can't be made" in c.value for c in app.caption)
+
+
 # --- comparing ------------------------------------------------------------------------------
 
 

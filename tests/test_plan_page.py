@@ -143,9 +143,31 @@ def test_pins_hold_and_a_wrong_one_is_one_sentence(filled):  # noqa: F811
     assert ["not a pin" in e.value for e in app.error] == [True]
 
 
+def test_another_method_is_given_the_same_budget_and_base(filled):  # noqa: F811
+    """MXQ takes no base: one left over from another method is not the other method's either."""
+    app = open_page(
+        "Plan", model=filled.model, method="mxq", ask="both", base="4.25", against="sensiboost"
+    )
+    ours, theirs = live(app)["methods"]
+    assert (ours["name"], theirs["name"]) == ("mxq", "sensiboost")
+    assert not app.error
+
+
+def test_an_address_with_numbers_that_no_control_takes_is_the_default(filled):  # noqa: F811
+    numbers = {"boost_stop": "-5", "top_m": "-1", "seed": "9" * 30, "budget": "inf"}
+    app = open_page("Plan", model=filled.model, method="sensiboost-ablation", **numbers)
+    chosen = app.session_state
+    assert (chosen["boost_stop"], chosen["top_m"], chosen["seed"]) == (2, 0, 0)
+
+
+def test_a_stops_name_as_the_budget_is_that_stop(filled):  # noqa: F811
+    app = open_page("Plan", model=filled.model, method="uniform", budget="3.25")
+    assert set(planned(app).values()) == {"b3g64"}
+
+
 def test_a_budget_out_of_reach_is_moved_and_says_so(filled):  # noqa: F811
     app = open_page("Plan", model=filled.model, method="mxq", budget="100")
-    assert first_line(app).startswith("8.50 bits")
+    assert first_line(app).startswith("8.51 bits"), "the largest plan itself"
     (said,) = [w.value for w in app.warning]
     assert re.search(r"100\.00 bits .*out of reach.*8\.51 bits", said)
     app.run()
