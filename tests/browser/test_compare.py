@@ -138,7 +138,7 @@ def test_wins_ties_and_losses(person):
         """
     ).itertuples()
     assert row.total
-    place = label[0]["y"].index("SensiBoost<br>against Uniform")
+    place = label[0]["y"].index(f"SensiBoost<br>against Uniform<br>n = {row.total}")
     for bars in label:
         assert bars["customdata"][place] == [getattr(row, bars["name"]), row.total]
         assert bars["x"][place] == pytest.approx(100 * getattr(row, bars["name"]) / row.total)
