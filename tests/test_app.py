@@ -453,3 +453,11 @@ def test_a_locked_database_is_one_sentence(filled, monkeypatch):
         holder.communicate("\n")
     assert not app.exception
     assert "in use" in app.error[0].value
+
+
+def test_the_headline_is_of_the_budget_that_the_slider_settled_on(monkeypatch):
+    """It is of this very run of the page, not of the next."""
+    app = open_page("Plan", model="demo", method="uniform")
+    assert "3.25 bits" in first_line(app)
+    monkeypatch.setattr("lsq_core.ui.plan_panels.take_commit", lambda: 4.26)
+    assert "4.25 bits" in first_line(app.run())

@@ -14,11 +14,12 @@ import torch
 from safetensors.torch import load_file
 
 from lsq_core import quantize
+from lsq_core.architecture import get_weight
 from lsq_core.audit import audit_folder, audit_run
 from lsq_core.cli import main
 from lsq_core.config import LADDER, QuantConfig
 from lsq_core.errors import InputError, LsqError
-from lsq_core.load import get_weight, load_model
+from lsq_core.load import load_model
 from lsq_core.model import Matrix, ModelSource
 from lsq_core.pipeline import EvaluationRequest, Workbench, load_saved, refusal_of
 from lsq_core.plan import PlanRequest, Problem

@@ -149,7 +149,7 @@ def test_a_result_of_other_circumstances_is_not_taken(
         item = replace(item, quantizer="hqq")
     elif change == "versions":
         for module in (pipeline, sweep):
-            monkeypatch.setattr(module, "versions", lambda: {"lsq": "another"})
+            monkeypatch.setattr(module, "versions", lambda *packages: {"torch": "another"})
     else:
         small_text.write_text(small_text.read_text("utf8").replace("Return", "Give"), "utf8")
     (row,) = sweep.sweep(again, [item], settings)

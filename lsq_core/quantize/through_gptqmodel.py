@@ -23,9 +23,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import lsq_core
+from lsq_core.architecture import get_weight
 from lsq_core.config import QuantConfig
 from lsq_core.errors import LsqError
-from lsq_core.load import get_weight
 from lsq_core.quantize.base import Progress, Rows, StoredMatrix, to_groups
 
 if TYPE_CHECKING:

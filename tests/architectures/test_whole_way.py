@@ -75,9 +75,10 @@ def test_no_group_size_divides_the_matrices(tmp_path):
         tmp_path / "odd",
         "llama-gqa",
         hidden_size=36,
-        intermediate_size=68,
+        intermediate_size=70,
+        num_attention_heads=2,
+        num_key_value_heads=1,
         head_dim=6,
-        num_key_value_heads=2,
     )
     with pytest.raises(InputError, match="groups of 32, 64 or 128"):
         inspect_model(ModelSource(str(folder)))
