@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 
-from lsq_core.config import LADDER, format_bytes
+from lsq_core.config import LADDER, Budget, format_bytes
 from lsq_core.model import Matrix
 from lsq_core.plan import PLANNERS, PlanRequest, Problem, make_frontier, make_plan
 from lsq_core.plan.frontier import Frontier
@@ -289,10 +289,10 @@ class Live:
 
 
 def plan_at(bits: float, method: str = "mxq", layers: int = 80) -> np.ndarray:
-    """Python's plan of the page's model."""
+    """Python's plan of the page's model; a budget that names a stop is that stop."""
     problem = planner_app.random_model(layers)
     frontier = make_frontier(problem, PlanRequest(method, boost_stop=3))
-    return frontier.at(bits * problem.total / 8).choice
+    return frontier.at(Budget.parse(f"{bits}bpp", problem.total).nominal_bytes).choice
 
 
 def test_cells_change_before_the_slider_is_released(person):
@@ -300,14 +300,14 @@ def test_cells_change_before_the_slider_is_released(person):
     before, runs = live.choice(), live.runs
     assert before.tolist() == plan_at(3.25).tolist()
     picture = live.part(".cells canvas").screenshot_as_base64
-    live.grasp().move_by_offset(60, 0).perform()
+    live.grasp().move_by_offset(64, 0).perform()
     person.wait(lambda: live.bits > 3.5)
     held, at = live.choice(), live.bits
     assert held.tolist() == plan_at(at).tolist()
     assert int(live.data("changed")) == (held != before).sum() > 0
     assert live.part(".cells canvas").screenshot_as_base64 != picture
     assert live.text(".readout td.bits span") == f"{at:.2f}"
-    assert f"Since 3.250: {(held > before).sum()} matrices up" in live.text(".moves")
+    assert f"Since 3.254: {(held > before).sum()} matrices up" in live.text(".moves")
     assert live.runs == runs, "the script ran while the slider was held"
     live.actions().release().perform()
     live.committed(at)
@@ -468,8 +468,8 @@ def test_what_is_out_of_reach_or_no_number_says_so(person):
     live.type("plenty")
     said = live.text(".message")
     assert "“plenty”" in said
-    assert "3.250 bits" in said
-    assert live.bits == 3.25
+    assert "3.254 bits" in said
+    assert live.bits == LADDER[4].nominal_bits
     live.type("9.5")
     said = live.text(".message")
     assert said.startswith("9.5 bits")
@@ -542,8 +542,8 @@ def test_a_screen_reader_is_told(person):
     assert "Kurtosis" in details
     assert "one more stop" in details.lower()
     live.press(Keys.PAGE_UP)
-    person.wait(lambda: live.bits == 3.35)
-    assert live.part(".spoken").get_attribute("textContent").startswith("Since 3.250: ")
+    person.wait(lambda: live.bits == 3.354)
+    assert live.part(".spoken").get_attribute("textContent").startswith("Since 3.254: ")
 
 
 def test_two_methods_at_the_same_budget_and_where_they_differ(person):
@@ -579,7 +579,9 @@ def test_a_cell_is_pinned_where_it_is_shown(person):
     form.find_element("tag name", "button").click()
     person.wait(lambda: (live.choice()[35:42] == 10).all(), why="layer 5 isn't pinned")
     problem = with_pins(planner_app.random_model(24), ("model.layers.5.*=b8g64",))
-    wanted = make_frontier(problem, PlanRequest("mxq")).at(3.25 * problem.total / 8)
+    wanted = make_frontier(problem, PlanRequest("mxq")).at(
+        LADDER[4].nominal_bits * problem.total / 8
+    )
     assert live.choice().tolist() == wanted.choice.tolist()
     assert (live.choice(1)[35:42] == 10).all(), "both methods keep the pin"
     assert live.text(".pins li").startswith("model.layers.5.* = b8g64")

@@ -107,6 +107,7 @@ class Planner {
       typeOf: unpack(model.typeOf, Int32Array),
       sizeOf,
       planned: unpack(model.planned, Float64Array),
+      onLadder: model.nominal === null,
       nominal:
         model.nominal === null
           ? nominalTable(numel, model.ladder.map((stop) => stop.bits))
@@ -134,11 +135,11 @@ class Planner {
       }
       panel.method = method;
       panel.solved = method.solved && {
-        bits: data.budget,
+        bits: this.#exact(data.budget),
         bound: method.solved.bound,
         choice: unpack(method.solved.choice, Uint8Array),
       };
-      panel.here = method.here && { bits: data.budget, values: method.here };
+      panel.here = method.here && { bits: this.#exact(data.budget), values: method.here };
       panel.curve = method.curve && { ...unpackCurve(method.curve), color: method.color };
       return panel;
     });
@@ -168,7 +169,7 @@ class Planner {
 
   #look(panel, bits) {
     if (this.fixed) panel.answer.choice.set(this.fixed);
-    else planAt(panel.frontier, (bits * this.model.total) / 8, panel.answer);
+    else planAt(panel.frontier, (this.#exact(bits) * this.model.total) / 8, panel.answer);
     if (panel.solved && Math.abs(panel.solved.bits - bits) < 1e-4) {
       panel.answer.choice.set(panel.solved.choice);
       panel.answer.objective = total(panel.frontier.cost, panel.answer.choice);
@@ -194,16 +195,18 @@ class Planner {
     this.find(".pins").replaceChildren(...entries);
   }
 
-  /**
-   * The nearest budget in range; one within a rounding of an end is that end. The name of a stop,
-   * or its size to four decimals, is that stop, like lsq_core.config.Budget.parse.
-   */
-  #clamp(bits) {
-    const [low, high] = this.range;
+  /** A stop's own size where a budget is its name or its size to four decimals, as in Python. */
+  #exact(bits) {
     const typed = round(bits, 4);
     const stop = this.model.stops.find(({ name, bits: size }) =>
       typed === Number(name) || typed === round(size, 4));
-    if (stop) bits = stop.bits;
+    return stop ? stop.bits : bits;
+  }
+
+  /** The nearest budget in range; one within a rounding of an end is that end. */
+  #clamp(bits) {
+    const [low, high] = this.range;
+    bits = this.#exact(bits);
     if (bits >= high - 1e-4) return high;
     return bits <= low ? low : bits;
   }
@@ -250,7 +253,7 @@ class Planner {
 
   /** The stop within a few pixels of a budget; keys and the field reach what lies between. */
   #snap(bits) {
-    if (this.model.nominal !== null) return bits; // mixed rows: the marks are no stops
+    if (!this.model.onLadder) return bits; // mixed rows: the marks are no stops
     const near = this.model.stops.filter((stop) => Math.abs(this.x(stop.bits) - this.x(bits)) <= SNAP);
     const distance = (stop) => Math.abs(stop.bits - bits);
     return near.sort((a, b) => distance(a) - distance(b))[0]?.bits ?? bits;
