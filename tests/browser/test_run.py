@@ -93,6 +93,7 @@ def test_a_job_outlives_the_server_and_is_seen_in_a_second_tab(tmp_path):
 def test_a_queue_is_seen_and_cancelled(person):
     begin_evaluating(person, 0)
     first = newest(person.server, "run")
+    person.type("Max tokens", "30000")  # the same again would be joined
     person.click("Quantize and evaluate")
     waiting = person.wait(lambda: person.all(".st-key-queue"), why="no queue is shown")[0]
     second = newest(person.server, "run")
