@@ -30,6 +30,7 @@ from pathlib import Path
 
 import psutil
 
+from lsq_core import paths
 from lsq_core.errors import InputError, LsqError
 from lsq_core.files import Damaged, cannot_write, read_json, sync_folder
 from lsq_core.jsontext import write_json
@@ -102,7 +103,7 @@ class Job:
     @property
     def command(self) -> str:
         """The command line that does the same in a terminal."""
-        return "python -m lsq_core " + shlex.join(self.arguments) if self.arguments else ""
+        return "lsq " + shlex.join(self.arguments) if self.arguments else ""
 
     @property
     def title(self) -> str:
@@ -245,7 +246,7 @@ def _launch(home: Path) -> None:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                cwd=Path(__file__).resolve().parents[1],
+                cwd=paths.IMPORT_FOLDER,
             )
     except OSError as error:
         raise LsqError(f"No process could be started for {home} ({error.strerror}).") from error

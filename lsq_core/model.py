@@ -11,7 +11,7 @@ import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from lsq_core import hub
+from lsq_core import hub, paths
 from lsq_core.checkpoint import INDEX, check_not_quantized, read_entries, read_index
 from lsq_core.errors import InputError, LsqError, reason_of
 from lsq_core.files import disk_error, known_sha256, write_bytes
@@ -19,7 +19,7 @@ from lsq_core.foreign import check_links, read_object
 from lsq_core.sizes import too_many
 
 #: The model that ships with the project.
-DEMO_FOLDER = Path(__file__).resolve().parents[1] / "data" / "demo_model"
+DEMO_FOLDER = paths.RESOURCES / "data" / "demo_model"
 
 #: What a repository is asked for: weights as safetensors, and the small text files beside them.
 _WANTED_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]

@@ -24,9 +24,9 @@ from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 import psutil
 
+from lsq_core import paths
 from lsq_core.errors import InputError, LsqError
 
-ROOT = Path(__file__).resolve().parents[1]
 #: What a folder with a snapshot of the database is called, before the process that made it.
 SNAPSHOT = "lsq-snapshot-"
 #: Seconds that open connections have to end once the server was asked to.
@@ -200,7 +200,7 @@ def serve(address: str, port: int, token: bool) -> None:
 
     allowed = access(address, port, token)
     remove_old_snapshots()
-    os.chdir(ROOT)
+    os.chdir(paths.IMPORT_FOLDER)  # where jobs run, so that relative paths mean the same
     config = uvicorn.Config(
         _application(address, allowed),
         host=address,
@@ -230,7 +230,7 @@ def _application(address: str, allowed: Access) -> Application:
     from streamlit.starlette import App
     from streamlit.web.bootstrap import load_config_options
 
-    app = App(ROOT / "app.py", middleware=[Middleware(Guard, access=allowed)])
+    app = App(paths.RESOURCES / "app.py", middleware=[Middleware(Guard, access=allowed)])
     # The guard knows the names; Streamlit's own list is of this machine alone.
     load_config_options(
         {"server.address": address, "server.port": allowed.port, "server.allowedHosts": []}

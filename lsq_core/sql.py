@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lsq_core import paths
 from lsq_core.errors import InputError, LsqError
 from lsq_core.memory import available_memory
 from lsq_core.sql_limits import too_long, too_much_memory
@@ -186,7 +187,7 @@ class _Child:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                cwd=Path(__file__).resolve().parents[1],
+                cwd=paths.IMPORT_FOLDER,
             )
         except OSError as error:
             raise LsqError(

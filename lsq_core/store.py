@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import duckdb
 import numpy as np
 
-from lsq_core import database
+from lsq_core import database, paths
 from lsq_core.config import RATIOS
 from lsq_core.errors import InputError
 from lsq_core.jsontext import json_text
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from lsq_core.evaluate import Evaluation
     from lsq_core.plan import Plan
 
-DEFAULT_PATH = Path(__file__).resolve().parents[1] / "data" / "lsq.duckdb"
 #: Seconds to wait for another process to let go of the file.
 WAIT = 20.0
 #: Times that a transaction is tried which another thread's may have overtaken.
@@ -178,8 +177,9 @@ _RESULTS = """
 
 
 def database_path() -> Path:
-    """Where the database is unless another is given: ``LSQ_DB``, or ``data/lsq.duckdb``."""
-    return Path(os.environ.get("LSQ_DB") or DEFAULT_PATH).expanduser().resolve()
+    """Where the database is unless another is given: ``LSQ_DB``, or in the data folder."""
+    path = os.environ.get("LSQ_DB") or paths.data_folder() / "lsq.duckdb"
+    return Path(path).expanduser().resolve()
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,7 @@ def test_the_best_run_is_open_and_another_can_be_opened(store, runs):
     assert card["perplexity"] == f"{row['perplexity']:.4f}"
     assert card["KL divergence, nats"] == f"{row['kl']:.4f}"
     assert "--base 3.13" in app.code[0].value
-    assert app.code[0].value.startswith("python -m lsq_core run --model demo")
+    assert app.code[0].value.startswith("lsq run --model demo")
 
 
 # --- what bits buy, wins, two runs -----------------------------------------------------------

@@ -117,7 +117,7 @@ def test_a_report_tells_all_that_is_known_of_a_run(store):
     matrices = store.query("SELECT name FROM matrices")["name"]
     for told in (f"{row['perplexity']:.4f}", row["corpus_sha256"], row["fingerprint"], *matrices):
         assert told in text
-    assert "python -m lsq_core run --model demo" in text
+    assert "lsq run --model demo" in text
     assert "<script>alert" not in text
     assert "<img src=http" not in text
 

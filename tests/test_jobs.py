@@ -101,7 +101,7 @@ def test_a_job_does_what_the_command_does(folder, quick, store):
     assert row["perplexity"] == result["perplexity"]
     assert done.memory > 50e6
     assert done.seconds > 0
-    assert done.command == "python -m lsq_core " + " ".join(quick)
+    assert done.command == "lsq " + " ".join(quick)
     assert [j.id for j in jobs.list_jobs(folder)] == [job.id]
 
 

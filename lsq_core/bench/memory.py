@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lsq_core import paths
 from lsq_core.config import format_bytes
 from lsq_core.model import DEMO_FOLDER, ModelSource
 from lsq_core.profile import DEFAULT_METRICS, WEIGHT_METRICS, ProfileSettings
@@ -125,8 +126,7 @@ def measure(folder: Path, weight_bytes: int, options: Options) -> Peak:
     command = [sys.executable, "-m", "lsq_core.bench.memory", "--profile", str(folder.resolve())]
     command += ["--quantizer", options.quantizer, "--samples", str(options.samples)]
     command += ["--text"] if options.text else []
-    root = Path(__file__).resolve().parents[2]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=paths.IMPORT_FOLDER)
     peak = 0
     for now in _anonymous(process):
         peak = max(peak, now)

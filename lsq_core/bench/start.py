@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-import lsq_core
+from lsq_core import paths
 from lsq_core.bench import Row, in_turns, spread, timed
 from lsq_core.errors import LsqError
 
@@ -98,7 +98,7 @@ class _Process:
         before = _children_s()
         done = subprocess.run(
             [sys.executable, *self.arguments],
-            cwd=Path(lsq_core.__file__).parents[1],
+            cwd=paths.IMPORT_FOLDER,
             env=os.environ | {"HF_HUB_OFFLINE": "1"},
             capture_output=True,
             text=True,

@@ -1,4 +1,4 @@
-"""The command line: ``python -m lsq_core VERB``.
+"""The command line: ``lsq VERB``.
 
 With ``--json`` exactly one JSON document goes to standard output; progress and messages always go
 to standard error. Exit status 0, 2 for bad input, 1 for a failure. What a verb is asked is in

@@ -27,7 +27,7 @@ class _Parser(argparse.ArgumentParser):
 def build_parser(exit_on_error: bool = True) -> argparse.ArgumentParser:
     """The parser of every verb and option."""
     parser = _Parser(
-        prog="python -m lsq_core",
+        prog="lsq",
         description="Explore where the bits should go, without writing code.",
         exit_on_error=exit_on_error,
     )
@@ -36,7 +36,7 @@ def build_parser(exit_on_error: bool = True) -> argparse.ArgumentParser:
     def verb(name: str, call: Callable, show: Callable, text: str) -> argparse.ArgumentParser:
         sub = subparsers.add_parser(name, help=text, description=text, exit_on_error=exit_on_error)
         sub.add_argument("--json", action="store_true", help="print one JSON document")
-        sub.add_argument("--db", help="database file (default: LSQ_DB, or data/lsq.duckdb)")
+        sub.add_argument("--db", help="database file (default: LSQ_DB, or lsq.duckdb in LSQ_HOME)")
         sub.set_defaults(call=call, show=show)
         return sub
 

@@ -31,7 +31,7 @@ from lsq_core.predict import parse_loss
 from lsq_core.profile import Profile, ProfileSettings
 from lsq_core.quantize import about, check_choice
 from lsq_core.quantize.manifest import RUN, is_quantized_folder, read_manifest
-from lsq_core.store import PUBLISHED, Store
+from lsq_core.store import PUBLISHED, Store, database_path
 from lsq_core.targets import check_file_target, check_folder_target
 
 if TYPE_CHECKING:
@@ -478,7 +478,7 @@ def app(options: argparse.Namespace, report: Report) -> dict:
     """Serve the app until stopped."""
     from lsq_core import serve
 
-    if options.db:
-        os.environ["LSQ_DB"] = str(Store(options.db).path)
+    # Absolute, since the server changes its working directory.
+    os.environ["LSQ_DB"] = str(Store(options.db).path if options.db else database_path())
     serve.serve(options.address, options.port, options.token)
     return {}

@@ -13,14 +13,17 @@ Load a saved quantized model in a script of your own with::
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lsq_core.config import LADDER, MIXED, Config, MixedRows, QuantConfig, divides
 from lsq_core.errors import InputError
+from lsq_core.paths import IN_CHECKOUT
 from lsq_core.quantize import layout
 
 if TYPE_CHECKING:
@@ -75,12 +78,18 @@ class About:
         return self.configs + (MIXED if self.takes_mixed_rows else ())
 
 
-_BITSANDBYTES = {"package": "bitsandbytes", "install": "pip install -r requirements.txt"}
+#: The Makefile and requirements.txt are in a checkout only.
+_BITSANDBYTES = {
+    "package": "bitsandbytes",
+    "install": "pip install " + ("-r requirements.txt" if IN_CHECKOUT else "bitsandbytes"),
+}
 _GPTQMODEL = {
     "calibrated": True,
     "words": True,
     "package": "gptqmodel",
-    "install": "make gptqmodel",
+    "install": "make gptqmodel"
+    if IN_CHECKOUT
+    else f"pip install --no-deps -r {shlex.quote(str(Path(__file__).with_name('gptqmodel.txt')))}",
 }
 
 #: Names on the command line and in the app; the classes are imported when asked for.

@@ -22,7 +22,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-import lsq_core
+from lsq_core import paths
 from lsq_core.architecture import get_weight
 from lsq_core.config import QuantConfig
 from lsq_core.errors import LsqError
@@ -152,9 +152,11 @@ def _ask(asked: Asked, loaded: LoadedModel, progress: Progress) -> None:
     request.write_text(json.dumps(asdict(asked)), "utf8")
     layers = loaded.info.layers
     progress(0, layers, "reading the model")
-    root = str(Path(lsq_core.__file__).parents[1])
     # Its pool of readers has two threads, which a machine of two cores would not give it.
-    environment = os.environ | {"PYTHONPATH": root, "GPTQMODEL_CPU_WORKERS": "2"}
+    environment = os.environ | {
+        "PYTHONPATH": str(paths.IMPORT_FOLDER),
+        "GPTQMODEL_CPU_WORKERS": "2",
+    }
     with (
         log.open("w") as errors,
         subprocess.Popen(

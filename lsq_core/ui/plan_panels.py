@@ -546,7 +546,7 @@ def actions(asked: Asked, plan: Plan) -> None:
                 "--out",
                 "plan.json",
             ]
-            st.code(f"python -m lsq_core {shlex.join(words_of)}", language="bash", wrap_lines=True)
+            st.code(f"lsq {shlex.join(words_of)}", language="bash", wrap_lines=True)
 
 
 def plan_text(asked: Asked, plan: Plan) -> str:

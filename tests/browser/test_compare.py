@@ -334,7 +334,7 @@ def test_a_run_is_taken_along(person, tmp_path):
     record = person.server.store.record(evaluation)
     person.click("Export")
     command = person.wait(lambda: person.all("[data-testid=stPopoverBody] code"))[0].text
-    assert command.startswith("python -m lsq_core run --model demo")
+    assert command.startswith("lsq run --model demo")
     person.click("BibTeX")
     assert person.saved("*.bib").read_text("utf8") == bibtex(record)
     person.click("Report (HTML)")
