@@ -261,6 +261,28 @@ def _get(url: str) -> bytes:
             time.sleep(0.1)
 
 
+def test_editable_install_uses_the_checkout(checkout, tmp_path):
+    _build("build_editable", checkout, tmp_path)
+    (built,) = tmp_path.glob("*.whl")
+    zipfile.ZipFile(built).extractall(tmp_path / "site")
+    code = """if True:
+        import site, sys
+        site.addsitedir(sys.argv[1])
+        from importlib.util import find_spec
+        from lsq_core import model, paths
+        print(paths.data_folder(), model.DEMO_FOLDER, find_spec("tests"), sep="\\n")
+        """
+    done = subprocess.run(
+        [sys.executable, "-P", "-S", "-c", code, str(tmp_path / "site")],
+        cwd=tmp_path,
+        env=_environment(Path()),
+        capture_output=True,
+        text=True,
+    )
+    data = checkout / "data"
+    assert done.stdout.splitlines() == [str(data), str(data / "demo_model"), "None"], done.stderr
+
+
 # --- where data goes ------------------------------------------------------------------------
 
 
