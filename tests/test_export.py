@@ -82,8 +82,8 @@ def test_the_command_line_asks_for_the_run(store):
         connection.execute("UPDATE evaluations SET provenance = '{\"max_tokens\": 4000}'")
     record = store.record("000000000003")
     words = shlex.split(arguments.reproducing(record))
-    assert words[:3] == ["python", "-m", "lsq_core"]
-    options = build_parser().parse_args(words[3:])
+    assert words[0] == "lsq"
+    options = build_parser().parse_args(words[1:])
     content = record["plan"]["content"]
     assert (options.verb, options.method, options.base) == ("run", "uniform", content["base"])
     assert (options.quantizer, options.corpus, options.protocol) == ("hqq", "stdlib", "strided")

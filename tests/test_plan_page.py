@@ -60,7 +60,7 @@ def planned(app: AppTest) -> dict[str, str]:
     from lsq_core.cli import execute
 
     words = shlex.split(next(c.value for c in app.code))
-    arguments = [w for w in words[3:] if w not in ("--out", "plan.json")]
+    arguments = [w for w in words[1:] if w not in ("--out", "plan.json")]
     result = execute(arguments, lambda *report: None)
     return {name: entry["config"] for name, entry in result["modules"].items()}
 

@@ -148,4 +148,4 @@ def _asked(record: Mapping[str, Mapping[str, Any]]) -> tuple[PlanRequest, Profil
 
 
 def _typed(words: list[str]) -> str:
-    return shlex.join(["python", "-m", "lsq_core", *words])
+    return shlex.join(["lsq", *words])
