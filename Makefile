@@ -14,7 +14,7 @@ run: $(READY)  ## Serve the app on http://127.0.0.1:8501
 	$(BIN)/python -m lsq_core app
 
 gptqmodel: $(READY)  ## Add GPTQ and AWQ, by gptqmodel; nothing else needs it
-	$(BIN)/python -m pip install --disable-pip-version-check --no-deps -r lsq_core/quantize/gptqmodel.txt
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps -r lsq_core/quantization/gptqmodel/requirements.txt
 
 test: $(READY)  ## Run every test, two at a time; browser tests are skipped by name without Chromium
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not bench"

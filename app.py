@@ -7,16 +7,17 @@ from collections.abc import Callable
 import pandas as pd
 
 from lsq_core import charts, disk
-from lsq_core.config import LADDER, MIB, QuantConfig, divides, format_bytes
+from lsq_core.bits import LADDER, QuantConfig, divides
 from lsq_core.errors import LsqError
-from lsq_core.model import ModelInfo
-from lsq_core.plan.outliers import shallowness
-from lsq_core.quantize import planned_bytes
+from lsq_core.model.info import ModelInfo
+from lsq_core.planning.detection import shallowness
+from lsq_core.quantization.registry import planned_bytes
 from lsq_core.reference import download, import_download, import_reference
-from lsq_core.store import PUBLISHED, Store
-from lsq_core.ui import known, sidebar, state, words
+from lsq_core.store.store import PUBLISHED, Store
+from lsq_core.ui import cached, sidebar, state, words
 from lsq_core.ui.page import Here, NoModel, headline, next_step, page, say_no_model
 from lsq_core.ui.safe import st
+from lsq_core.units import MIB, format_bytes
 
 #: The stop that the first line speaks of.
 _COMMON = QuantConfig(4, 64)
@@ -25,7 +26,7 @@ _COMMON = QuantConfig(4, 64)
 def first_page(here: Here) -> None:
     """The chosen model, ways to choose another, and what is kept on disk."""
     try:
-        if known.is_published(here.info):
+        if cached.is_published(here.info):
             show_published(here.store, here.info)
         else:
             show_model(here.info)
@@ -90,8 +91,8 @@ def show_published(store: Store, info: ModelInfo) -> None:
         + ("." if whole else " without embeddings and head."),
         f"{info.source} · published measurements, no weights here: explore, plan and compare",
     )
-    profiles = len(known.published_settings(store, info))
-    runs = known.results(store, "published")
+    profiles = len(cached.published_settings(store, info))
+    runs = cached.results(store, "published")
     facts = st.columns(6)
     facts[0].metric("Layers", info.layers)
     facts[1].metric("Parameters", f"{info.parameters:,}" if whole else "not published")

@@ -13,9 +13,9 @@ from pathlib import Path
 from lsq_core import jobs
 from lsq_core.errors import InputError
 from lsq_core.files import cannot_write, in_use
-from lsq_core.model import MANIFEST, folder_bytes
-from lsq_core.quantize.manifest import foreign_files, unfinished_folders
-from lsq_core.store import Store
+from lsq_core.model.source import MANIFEST, folder_bytes
+from lsq_core.quantized.manifest import foreign_files, unfinished_folders
+from lsq_core.store.store import Store
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,9 @@
 """The two ways a request can end badly, each told to the person in one sentence."""
 
+import errno
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 #: Characters of a foreign message that a sentence quotes.
 _LONGEST = 400
@@ -56,3 +59,24 @@ def reason_of(error: BaseException) -> str:
         whole = max(text.rfind(mark, 0, _LONGEST) for mark in (". ", "! ", "; "))
         text = text[:whole] if whole > _LONGEST // 3 else text[:_LONGEST].rsplit(" ", 1)[0] + " …"
     return text.rstrip(".!:;, ") or type(error).__name__
+
+
+@contextmanager
+def in_a_sentence(device: str) -> Iterator[None]:
+    """Turn running out of memory or disk into a sentence that says what to do."""
+    try:
+        yield
+    except LsqError:
+        raise
+    except MemoryError as error:
+        raise LsqError(f"There is not enough memory on {device}; use a smaller model.") from error
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise LsqError(f"The disk is full ({error.filename}); make room and try again.") from error
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError" and "not enough memory" not in str(error):
+            raise
+        raise LsqError(
+            f"{device} ran out of memory; free some, use --device cpu, or choose a smaller model."
+        ) from error

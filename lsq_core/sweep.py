@@ -21,29 +21,26 @@ import numpy as np
 import pandas as pd
 
 from lsq_core.errors import InputError, LsqError, reason_of
-from lsq_core.evaluate import Protocol
+from lsq_core.evaluation.protocol import EvaluationRequest, Protocol
 from lsq_core.files import Damaged, read_json
 from lsq_core.jsontext import write_json
-from lsq_core.pipeline import (
-    EvaluationRequest,
-    Quantized,
-    Report,
-    Workbench,
-    by_quantizer,
-    content_identity,
-    plan_identity,
-    provenance_of,
-    refusal_of,
-)
-from lsq_core.plan import PLANNERS, Plan, PlanRequest, Problem
-from lsq_core.profile import Profile, ProfileSettings
+from lsq_core.planning.methods import PLANNERS
+from lsq_core.planning.plan import Plan
+from lsq_core.planning.problem import Problem
+from lsq_core.planning.request import PlanRequest
+from lsq_core.profiling.settings import ProfileSettings
+from lsq_core.progress import Report
 from lsq_core.provenance import (
     device_kind,
     evaluation_dependencies,
     run_dependencies,
     versions,
 )
-from lsq_core.quantize import BASELINES, about, check_choice, computes_with
+from lsq_core.quantization.registry import BASELINES, about, check_choice, computes_with
+from lsq_core.session import Session
+from lsq_core.stages.evaluate import provenance_of
+from lsq_core.stages.plan import by_quantizer, content_identity, plan_identity, refusal_of
+from lsq_core.stages.run import Quantized
 
 #: The file, in the folder a job keeps things in, that tells what came of each item so far.
 ITEMS = "items.json"
@@ -156,7 +153,7 @@ def parse_budgets(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(f"{w}bpp" if re.fullmatch(r"[\d.]+", w) else w for w in found))
 
 
-def sweep(bench: Workbench, asked: Sequence[Item], settings: ProfileSettings) -> list[dict]:
+def sweep(bench: Session, asked: Sequence[Item], settings: ProfileSettings) -> list[dict]:
     """Make the runs that are not there yet; gives a row an item, in their order.
 
     A row has what was asked, its ``state`` (done, found, failed), and the figures of its run or
@@ -195,10 +192,10 @@ def rows_kept(folder: Path) -> list[dict]:
 class _Sweep:
     """The rows of a sweep, as they fill."""
 
-    def __init__(self, bench: Workbench, asked: Sequence[Item], settings: ProfileSettings) -> None:
+    def __init__(self, bench: Session, asked: Sequence[Item], settings: ProfileSettings) -> None:
         self.bench, self.asked, self.settings = bench, asked, settings
         self.rows = [item.asked | {"state": "waiting"} for item in asked]
-        self.plans: dict[PlanRequest, tuple[Plan, Profile | None]] = {}
+        self.plans: dict[PlanRequest, Plan] = {}
         #: Why a request has no plan; trying again could measure a whole profile again.
         self.refused: dict[PlanRequest, LsqError] = {}
         #: Items that failed because of what was asked for.
@@ -258,7 +255,7 @@ class _Sweep:
             except LsqError as error:
                 self.refused[request] = error
                 raise
-        plan = self.plans[request][0]
+        plan = self.plans[request]
         check_choice(quantizer, plan.choice, plan.axis)
         plan = by_quantizer(plan, quantizer, self.settings)
         self.rows[number] |= {
@@ -293,7 +290,7 @@ class _Sweep:
 
     def _same_plan(self, item: Item) -> pd.DataFrame:
         """The evaluations of runs with the same plan, made the same way."""
-        plan = by_quantizer(self.plans[item.request][0], item.quantizer, self.settings)
+        plan = by_quantizer(self.plans[item.request], item.quantizer, self.settings)
         rows = self.bench.store.evaluated(self.bench.info.fingerprint, plan.method, item.quantizer)
         place = self.bench.place
         rows = rows[
@@ -329,7 +326,7 @@ class _Sweep:
             for number in alike:
                 items.setdefault(self.asked[number].evaluation, number)
             request, quantizer = self._quantized_alike(next(iter(items.values())))
-            plan = self.plans[request][0]
+            plan = self.plans[request]
             identity = [*plan_identity(plan), quantizer]
             if identity in identities:
                 continue
@@ -388,10 +385,10 @@ class _Sweep:
 
     def _quantize(self, item: Item) -> Quantized:
         """The item's quantized model, of the run that has the same plan where one was kept."""
-        plan, profile = self.plans[item.request]
+        plan = self.plans[item.request]
         kept = self._same_plan(item)["run"].tolist()
         run = kept[0] if kept else None
-        return self.bench.quantize(plan, profile, item.quantizer, run=run, settings=self.settings)
+        return self.bench.quantize(plan, item.quantizer, run=run, settings=self.settings)
 
     def _keep(self) -> None:
         """Tell those who watch the job what came of each item so far."""
@@ -467,7 +464,7 @@ def _share(stage: str, done: float) -> float:
 def estimate(runs: pd.DataFrame, asked: Sequence[Item]) -> float | None:
     """Seconds that items will take by a model's runs so far; None where those don't tell.
 
-    ``runs`` are of :meth:`lsq_core.store.Store.results`. A few plans share what full precision
+    ``runs`` are of :meth:`Store.results`. A few plans share what full precision
     reads.
     """
     runs = runs[runs["tokens_per_second"] > 0]

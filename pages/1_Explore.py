@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-from lsq_core.ui import (
-    explore_detection,
-    explore_layers,
-    explore_overlay,
-    explore_ranks,
-    explore_weights,
-    known,
-    state,
-)
-from lsq_core.ui.explore_profile import Seen, follow, profile_bar
+from lsq_core.ui import cached, state
+from lsq_core.ui.explore import detection, layers, overlay, ranks, weights
+from lsq_core.ui.explore.profile import Seen, follow, profile_bar
 from lsq_core.ui.page import Here, page
 from lsq_core.ui.safe import st
 
 #: The views by their word in the address: a name, what draws it, and whether it needs a profile.
 _VIEWS = {
-    "layers": ("Layers", explore_layers.show, True),
-    "algorithm": ("Algorithm 1", explore_detection.show, True),
-    "overlay": ("Overlay", explore_overlay.show, True),
-    "ranks": ("Where metrics disagree", explore_ranks.show, True),
-    "weights": ("Weights", explore_weights.show, False),
+    "layers": ("Layers", layers.show, True),
+    "algorithm": ("Algorithm 1", detection.show, True),
+    "overlay": ("Overlay", overlay.show, True),
+    "ranks": ("Where metrics disagree", ranks.show, True),
+    "weights": ("Weights", weights.show, False),
 }
 
 
 def explore(here: Here) -> None:
     """The profile under the chosen settings in the chosen view, or the way to it."""
     info = here.info
-    state.begin_settings(known.identity(info), known.newest_settings(here.store, info))
+    state.begin_settings(cached.identity(info), cached.newest_settings(here.store, info))
     state.begin("see", "layers", list(_VIEWS))
     first = st.container()
     settings = profile_bar(here.store, info)
@@ -44,7 +37,7 @@ def explore(here: Here) -> None:
             persist_state="session",
         )
     state.share_unless_default("see", "layers")
-    found = known.profile(here.store, info, settings, here.device)
+    found = cached.profile(here.store, info, settings, here.device)
     seen = Seen(here, info, settings, found, first, row)
     _, show, needs_profile = _VIEWS[see]
     if seen.lacking and (needs_profile or seen.found is not None):

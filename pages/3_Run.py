@@ -7,8 +7,9 @@ from pathlib import Path
 from lsq_core import disk, jobs
 from lsq_core.files import Damaged
 from lsq_core.jobs import Job
-from lsq_core.ui import jobs_panel, known, run_plan, run_result, run_sweep, state, words
+from lsq_core.ui import cached, jobs_panel, state, words
 from lsq_core.ui.page import Here, headline, next_step, page
+from lsq_core.ui.run import plan, result, sweep
 from lsq_core.ui.safe import st
 
 #: The jobs that this page is about; those about one run are shown with it.
@@ -20,12 +21,12 @@ def run_page(here: Here) -> None:
     folder = disk.jobs_folder(here.store)
     found = [j for j in jobs.list_jobs(folder) if j.verb in VERBS or j.state == "damaged"]
     shown = selected(found)
-    has_weights = known.published(here.store, here.source) is None
+    has_weights = cached.published(here.store, here.source) is None
     if not has_weights:
         say_no_weights(here.info.source)
     elif shown is None:
         headline(
-            "Nothing has run yet." if known.results(here.store).empty else "Nothing is running.",
+            "Nothing has run yet." if cached.results(here.store).empty else "Nothing is running.",
             "Quantizing and evaluating goes on in the background; this page can be closed.",
         )
     if shown is not None and (has_weights or shown.active or _picked(found)):
@@ -68,9 +69,9 @@ def show(here: Here, job: Job, say_it: bool) -> None:
     if job.state == "damaged":
         jobs_panel.show_damaged(job)
     elif job.verb == "sweep":
-        jobs_panel.follow(job, run_sweep.say, run_sweep.show_rows)
+        jobs_panel.follow(job, sweep.say, sweep.show_rows)
     else:
-        jobs_panel.follow(job, run_result.say if say_it else None)
+        jobs_panel.follow(job, result.say if say_it else None)
         if job.state == "done":
             show_result(here, job)
     jobs_panel.follow_queue(disk.jobs_folder(here.store), job)
@@ -79,7 +80,7 @@ def show(here: Here, job: Job, say_it: bool) -> None:
 def show_result(here: Here, job: Job) -> None:
     """What came of a run, or that its file is damaged."""
     try:
-        run_result.show(here, job)
+        result.show(here, job)
     except Damaged:
         jobs_panel.show_damaged(job)
 
@@ -87,15 +88,15 @@ def show_result(here: Here, job: Job) -> None:
 def ask(here: Here, folder: Path) -> None:
     """One run of the plan, or a sweep."""
     info = here.info
-    state.begin_settings(known.identity(info), known.newest_settings(here.store, info))
-    found = known.profile(here.store, info, state.settings(), here.device)
+    state.begin_settings(cached.identity(info), cached.newest_settings(here.store, info))
+    found = cached.profile(here.store, info, state.settings(), here.device)
     state.begin_plan(found is not None)
     state.share_plan()
     one, many = st.tabs(["Run the plan", "Sweep"], key="run_ask")
     with one:
-        run_plan.ask(here, folder)
+        plan.ask(here, folder)
     with many:
-        run_sweep.ask(here, folder)
+        sweep.ask(here, folder)
 
 
 def show_jobs(found: list[Job]) -> None:

@@ -2,39 +2,40 @@
 
 from __future__ import annotations
 
-from lsq_core.ui import compare_choice, compare_runs, compare_table, compare_views, state, words
+from lsq_core.ui import state, words
+from lsq_core.ui.compare import runs, selection, table, views
 from lsq_core.ui.page import Here, headline, next_step, page
 from lsq_core.ui.safe import st
 
 #: What can be looked at, by the name in the address.
 VIEWS = {
-    "size": ("By size", compare_runs.show),
-    "bits": ("Gain for bits", compare_views.show_gain),
-    "wins": ("Win, tie, loss", compare_views.show_win_tie_loss),
-    "two": ("Two runs", compare_views.show_two),
-    "predicted": ("Predicted", compare_views.show_predicted),
+    "size": ("By size", runs.show),
+    "bits": ("Gain for bits", views.show_gain),
+    "wins": ("Win, tie, loss", views.show_win_tie_loss),
+    "two": ("Two runs", views.show_two),
+    "predicted": ("Predicted", views.show_predicted),
 }
 
 
 def compare(here: Here) -> None:
     """The best run under a size, a view of all runs of one measurement, and their table."""
-    marks = compare_choice.models_with_runs(here)
+    marks = selection.models_with_runs(here)
     if marks.empty:
         headline("There is nothing to compare yet.", "Each run appears here with its size.")
         next_step("pages/2_Plan.py", "Make a plan and run it")
-        compare_table.offer_undo(here)
+        table.offer_undo(here)
         return
     first = st.container()
     left, middle, right = st.columns([1.2, 2, 1.4])
     with left:
-        mark = compare_choice.choose_model(here, marks)
+        mark = selection.choose_model(here, marks)
     if mark is None:
         with first:
             headline(
                 f"There are no runs of {words.literal(here.source.name)} to compare.",
                 "Models that have some can be chosen below.",
             )
-        compare_table.offer_undo(here)
+        table.offer_undo(here)
         return
     state.begin("view", "size", list(VIEWS))
     view = st.segmented_control(
@@ -47,12 +48,12 @@ def compare(here: Here) -> None:
         persist_state="session",
     )
     state.share("view")
-    choice = compare_choice.choose(here, mark, middle, right, filters=view != "wins")
+    choice = selection.choose(here, mark, middle, right, filters=view != "wins")
     with first:
-        compare_choice.say_what_is_best(choice)
-    compare_choice.begin_pair(choice)
+        selection.say_what_is_best(choice)
+    selection.begin_pair(choice)
     VIEWS[view][1](here, choice)
-    compare_table.show(here, choice)
+    table.show(here, choice)
 
 
 page("Compare", compare)

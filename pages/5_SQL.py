@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 
-from lsq_core import sql
 from lsq_core.errors import LsqError
-from lsq_core.ui import known, words
-from lsq_core.ui.compare_export import offer_table
+from lsq_core.store import sql
+from lsq_core.ui import cached, words
+from lsq_core.ui.compare.export import offer_table
 from lsq_core.ui.page import Here, headline, page
 from lsq_core.ui.safe import st
 
@@ -32,7 +32,7 @@ def query(here: Here) -> None:
         with first:
             headline("The query was cancelled.", _RULES)
         return
-    copy = known.snapshot(here.store)
+    copy = cached.snapshot(here.store)
     try:
         answer = _ask(copy, text)
     except LsqError as error:
@@ -57,7 +57,7 @@ def query(here: Here) -> None:
 _CANCELLED = "sql-cancelled"
 
 
-def _ask(copy: known.Snapshot, text: str) -> sql.Answer:
+def _ask(copy: cached.Snapshot, text: str) -> sql.Answer:
     """The answer; meanwhile there is a button that stops the query."""
     place, began = st.empty(), time.monotonic()
     with place.container(horizontal=True):

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from lsq_core.config import HALF, QuantConfig
+from lsq_core.bits import HALF, QuantConfig
 from lsq_core.reference import import_reference
-from lsq_core.store import Store
+from lsq_core.store.store import Store
 
 # Nothing here may reach the network, whatever a machine has cached or is logged in to.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

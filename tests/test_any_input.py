@@ -15,14 +15,18 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from lsq_core import sweep
+from lsq_core.bits import LADDER, MIXED, Budget, parse_config, stop_index
 from lsq_core.cli import verbs
-from lsq_core.config import LADDER, MIXED, Budget, parse_bytes, parse_config, stop_index
 from lsq_core.errors import InputError, LsqError
-from lsq_core.model import Matrix
-from lsq_core.plan import PLANNERS, Plan, PlanRequest, Problem, make_frontier, make_plan
-from lsq_core.plan.pins import Pin, with_pins
-from lsq_core.plan.problem import TOLERANCE
+from lsq_core.model.info import Matrix
+from lsq_core.planning.make import make_frontier, make_plan
+from lsq_core.planning.methods import PLANNERS
+from lsq_core.planning.pins import Pin, with_pins
+from lsq_core.planning.plan import Plan
+from lsq_core.planning.problem import TOLERANCE, Problem
+from lsq_core.planning.request import PlanRequest
 from lsq_core.ui import state
+from lsq_core.units import parse_bytes
 from tests.test_high_impact import problem as mixed_problem
 from tests.test_plan import problem
 

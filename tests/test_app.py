@@ -17,14 +17,16 @@ import pytest
 from streamlit.testing.v1 import AppTest
 
 from lsq_core import disk, jobs
+from lsq_core.bits import LADDER
 from lsq_core.cli.parser import build_parser
-from lsq_core.config import LADDER
-from lsq_core.evaluate import compare_windows
-from lsq_core.pipeline import EvaluationRequest, Workbench
-from lsq_core.plan import PLANNERS, PlanRequest
-from lsq_core.profile import ProfileSettings
-from lsq_core.quantize import BASELINES, unavailable
-from lsq_core.store import Store
+from lsq_core.evaluation.bootstrap import compare_windows
+from lsq_core.evaluation.protocol import EvaluationRequest
+from lsq_core.planning.methods import PLANNERS
+from lsq_core.planning.request import PlanRequest
+from lsq_core.profiling.settings import ProfileSettings
+from lsq_core.quantization.registry import BASELINES, unavailable
+from lsq_core.session import Session
+from lsq_core.store.store import Store
 from lsq_core.ui import words
 from tests.conftest import ROOT, save_random_model
 
@@ -63,14 +65,14 @@ def _fill(folder: Path) -> None:
     text.write_text("\n".join(f"Return the {i}-th item of the list." for i in range(300)), "utf8")
     model = save_random_model(folder / "model", "llama-gqa", num_hidden_layers=4)
     settings = _settings(folder)
-    bench = Workbench(_source(str(model)), Store(folder / "lsq.duckdb"), "cpu")
+    bench = Session(_source(str(model)), Store(folder / "lsq.duckdb"), "cpu")
     for base, tokens in (("3.51", 600), ("4.25", 600), ("3.51", 300)):
-        plan, profile = bench.plan(PlanRequest("sensiboost", base=base), settings)
-        bench.run(plan, profile, "rtn", EvaluationRequest(str(text), max_tokens=tokens))
+        plan = bench.plan(PlanRequest("sensiboost", base=base), settings)
+        bench.run(plan, "rtn", EvaluationRequest(str(text), max_tokens=tokens))
 
 
 def _source(model: str):
-    from lsq_core.model import ModelSource
+    from lsq_core.model.source import ModelSource
 
     return ModelSource(model)
 
@@ -250,7 +252,7 @@ def test_two_formats_of_metadata_show_what_eight_bits_cost(filled):
     app = open_page("Explore", model=filled.model)
     assert any("fp16" in m.value for m in app.markdown), "says how to get the table"
     store = Store(filled.path)
-    bench = Workbench(_source(filled.model), store, "cpu")
+    bench = Session(_source(filled.model), store, "cpu")
     pair = [bench.profile(replace(filled.settings, metadata=kind)) for kind in ("8bit", "fp16")]
     eight, sixteen = (p.values.query("metric == 'weight_error'") for p in pair)
     at = [
@@ -440,7 +442,7 @@ def test_the_verdict_on_two_runs_is_that_of_their_windows(filled, shift, verdict
 
 
 def test_a_locked_database_is_one_sentence(filled, monkeypatch):
-    monkeypatch.setattr("lsq_core.store.WAIT", 0.2)
+    monkeypatch.setattr("lsq_core.store.store.WAIT", 0.2)
     hold = (
         f"import duckdb; c = duckdb.connect({str(filled.path)!r}); print('held', flush=True); "
         "input()"
@@ -459,5 +461,5 @@ def test_the_headline_is_of_the_budget_that_the_slider_settled_on(monkeypatch):
     """It is of this very run of the page, not of the next."""
     app = open_page("Plan", model="demo", method="uniform")
     assert "3.25 bits" in first_line(app)
-    monkeypatch.setattr("lsq_core.ui.plan_panels.take_commit", lambda: 4.26)
+    monkeypatch.setattr("lsq_core.ui.plan.actions.take_commit", lambda: 4.26)
     assert "4.25 bits" in first_line(app.run())

@@ -11,17 +11,19 @@ from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 from hqq.core.quantize import Quantizer as HqqPackage
 from torch import nn
 
-from lsq_core.architecture import find_blocks, get_weight
-from lsq_core.config import LADDER, QuantConfig
-from lsq_core.load import load_model
-from lsq_core.model import ModelSource
-from lsq_core.pipeline import EvaluationRequest, Workbench
-from lsq_core.plan import PlanRequest
-from lsq_core.profile import ProfileSettings
-from lsq_core.quantize import get_quantizer
-from lsq_core.quantize.apply import packed_modules, quantize_model
-from lsq_core.quantize.artifact import load_quantized
-from lsq_core.store import Store
+from lsq_core.bits import LADDER, QuantConfig
+from lsq_core.evaluation.protocol import EvaluationRequest
+from lsq_core.model.architecture import find_blocks, get_weight
+from lsq_core.model.loading import load_model
+from lsq_core.model.source import ModelSource
+from lsq_core.planning.request import PlanRequest
+from lsq_core.profiling.settings import ProfileSettings
+from lsq_core.quantization.registry import get_quantizer
+from lsq_core.quantized.artifact import load_quantized
+from lsq_core.quantized.convert import quantize_model
+from lsq_core.quantized.modules import packed_modules
+from lsq_core.session import Session
+from lsq_core.store.store import Store
 from tests.conftest import ARCHITECTURES
 
 #: Share of parameters inside planned matrices: what is in the blocks, without norms and biases.
@@ -56,7 +58,7 @@ WHOLE_WAY_BY_HQQ = ("llama-gqa", "mixtral-moe")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_whole_way(architecture, random_model, small_text, tmp_path):
     folder = random_model(architecture)
-    bench = Workbench(ModelSource(str(folder)), Store(), "cpu")
+    bench = Session(ModelSource(str(folder)), Store(), "cpu")
     quantizer = "hqq" if architecture in WHOLE_WAY_BY_HQQ else "rtn"
     settings = ProfileSettings(quantizer, calibration=str(small_text), samples=16, block_tokens=64)
 
@@ -77,12 +79,12 @@ def test_whole_way(architecture, random_model, small_text, tmp_path):
         assert (scores > 0).all(), "every module was reached"
         assert (scores[:, 2] > scores[:, 11]).all(), "2 bits hurt more than 8"
 
-    plan, used = bench.plan(PlanRequest("mxq", budget="3.6bpp"), settings)
-    assert used.id == profile.id
+    plan = bench.plan(PlanRequest("mxq", budget="3.6bpp"), settings)
+    assert plan.profile == profile.id
     assert plan.bits_per_param <= 3.6
     saved = tmp_path / "saved"
     request = EvaluationRequest(str(small_text), max_tokens=600)
-    outcome = bench.run(plan, used, quantizer, request, save=saved)
+    outcome = bench.run(plan, quantizer, request, save=saved)
     assert outcome["measured_bytes"] == outcome["planned_bytes"] == plan.planned_bytes
     assert outcome["perplexity"] > 0
     assert outcome["kl"] > 0
@@ -152,7 +154,7 @@ def test_the_original_model_is_left_alone(random_model):
 
 
 def test_part_names_on_a_llama_are_the_authors(random_model, small_text):
-    bench = Workbench(ModelSource(str(random_model("llama-gqa"))), Store(), "cpu")
+    bench = Session(ModelSource(str(random_model("llama-gqa"))), Store(), "cpu")
     settings = ProfileSettings(calibration=str(small_text), samples=16, block_tokens=64)
     values = bench.profile(settings).values
     parts = values[(values["metric"] == "sensitivity") & (values["config"] == "b4g64")]

@@ -13,13 +13,13 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from lsq_core.config import LADDER, QuantConfig
+from lsq_core.bits import LADDER, QuantConfig
 from lsq_core.errors import InputError, LsqError
-from lsq_core.load import load_model
-from lsq_core.model import MANIFEST, ModelSource
-from lsq_core.quantize import get_quantizer
-from lsq_core.quantize.apply import quantize_model
-from lsq_core.quantize.artifact import load_quantized, save_quantized
+from lsq_core.model.loading import load_model
+from lsq_core.model.source import MANIFEST, ModelSource
+from lsq_core.quantization.registry import get_quantizer
+from lsq_core.quantized.artifact import load_quantized, save_quantized
+from lsq_core.quantized.convert import quantize_model
 from tests.conftest import ROOT, packed_bytes
 
 
@@ -147,7 +147,7 @@ def test_a_full_disk_leaves_nothing_behind(demo, tmp_path):
 def test_a_disk_that_fills_while_saving_leaves_nothing_behind(demo, saved, tmp_path, monkeypatch):
     import errno
 
-    from lsq_core.quantize import artifact
+    from lsq_core.quantized import artifact
 
     def fail(state, path, **more):
         path.write_bytes(b"half")
@@ -162,7 +162,7 @@ def test_a_disk_that_fills_while_saving_leaves_nothing_behind(demo, saved, tmp_p
 
 def test_a_script_of_ones_own_loads_it(saved):
     code = (
-        "import torch; from lsq_core.quantize.artifact import load_quantized; "
+        "import torch; from lsq_core.quantized.artifact import load_quantized; "
         f"q = load_quantized({str(saved)!r}, device='cpu'); "
         "print(q.model(**q.tokenizer('Return the', return_tensors='pt')).logits.shape[-1])"
     )

@@ -8,27 +8,28 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from lsq_core.audit import audit_folder, audit_run
+from lsq_core.bits import LADDER, QuantConfig
 from lsq_core.cli import main
-from lsq_core.config import LADDER, QuantConfig
 from lsq_core.errors import InputError
-from lsq_core.model import ModelSource
-from lsq_core.pipeline import EvaluationRequest, Workbench
-from lsq_core.plan import PlanRequest
-from lsq_core.profile import ProfileSettings
-from lsq_core.quantize import layout
-from lsq_core.store import Store
+from lsq_core.evaluation.protocol import EvaluationRequest
+from lsq_core.model.source import ModelSource
+from lsq_core.planning.request import PlanRequest
+from lsq_core.profiling.settings import ProfileSettings
+from lsq_core.quantization import layout
+from lsq_core.results.audit import audit_folder, audit_run
+from lsq_core.session import Session
+from lsq_core.store.store import Store
 from tests.conftest import packed_bytes
 
 MODULE = "model.layers.1.self_attn.q_proj"
 
 
 def make_run(model: Path, text: Path, save: Path | None, metadata: str = "8bit") -> dict:
-    bench = Workbench(ModelSource(str(model)), Store(), "cpu")
+    bench = Session(ModelSource(str(model)), Store(), "cpu")
     pins = ("*.1.*=b4g64",)
     request = PlanRequest("uniform", base="3.51", pins=pins)
-    plan, profile = bench.plan(request, ProfileSettings("rtn", metadata=metadata))
-    return bench.run(plan, profile, "rtn", EvaluationRequest(str(text), max_tokens=200), save)
+    plan = bench.plan(request, ProfileSettings("rtn", metadata=metadata))
+    return bench.run(plan, "rtn", EvaluationRequest(str(text), max_tokens=200), save)
 
 
 @pytest.fixture
@@ -41,8 +42,8 @@ def tamper(folder: Path, config: QuantConfig | None) -> None:
     """Store one module in another configuration, or as plain weights, and say nothing of it."""
     import torch
 
-    from lsq_core.quantize import get_quantizer
-    from lsq_core.quantize.packed import quantize_matrix
+    from lsq_core.quantization.packed import quantize_matrix
+    from lsq_core.quantization.registry import get_quantizer
 
     path = folder / "packed.safetensors"
     state = load_file(path)

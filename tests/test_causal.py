@@ -9,12 +9,12 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lsq_core.causal import check_causal
 from lsq_core.cli import main
 from lsq_core.errors import InputError
-from lsq_core.load import load_model
-from lsq_core.model import DEMO_FOLDER, ModelSource
-from lsq_core.stream import open_streamed
+from lsq_core.model.causal import check_causal
+from lsq_core.model.loading import load_model
+from lsq_core.model.source import DEMO_FOLDER, ModelSource
+from lsq_core.model.streaming import open_streamed
 from tests.conftest import ARCHITECTURES
 
 

@@ -7,8 +7,9 @@ import pandas as pd
 import pytest
 
 from lsq_core import charts
-from lsq_core.config import LADDER, MIB, QuantConfig
-from lsq_core.plan import PLANNERS
+from lsq_core.bits import LADDER, QuantConfig
+from lsq_core.planning.methods import PLANNERS
+from lsq_core.units import MIB
 
 
 def series(type_name: str, values: list[float], flagged: dict[int, float]) -> pd.DataFrame:

@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from lsq_core import cli
 from lsq_core.errors import InputError
-from lsq_core.load import inspect_model, load_model
-from lsq_core.model import ModelSource
-from lsq_core.pipeline import Workbench
-from lsq_core.store import Store
-from lsq_core.stream import open_streamed
+from lsq_core.model.loading import inspect_model, load_model
+from lsq_core.model.source import ModelSource
+from lsq_core.model.streaming import open_streamed
+from lsq_core.session import Session
+from lsq_core.store.store import Store
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
 
@@ -129,7 +129,7 @@ def test_what_changes_nothing_is_said_and_kept(copy, tmp_path, capsys):
     assert "2 stored tensors" in loaded.notes[0]
     assert "score.weight" in loaded.notes[0]
     assert inspect_model(source).notes == loaded.notes == open_streamed(source, "cpu").info.notes
-    assert Workbench(source, store).info.notes == loaded.notes
+    assert Session(source, store).info.notes == loaded.notes
     assert store.model(loaded.fingerprint).notes == loaded.notes, "also where it is known already"
     db = ["--db", str(tmp_path / "db"), "--model", str(copy)]
     assert cli.main(["inspect", "--json", *db]) == 0

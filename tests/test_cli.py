@@ -11,8 +11,8 @@ import sys
 import pytest
 
 from lsq_core.cli import main
-from lsq_core.evaluate import compare_windows
-from lsq_core.store import Store
+from lsq_core.evaluation.bootstrap import compare_windows
+from lsq_core.store.store import Store
 from tests.conftest import ROOT
 
 PROFILE = ["--samples", "8", "--block-tokens", "64"]

@@ -12,15 +12,18 @@ import pandas as pd
 import pytest
 from scipy.linalg import cho_factor, cho_solve
 
-from lsq_core import compare, disk
-from lsq_core.config import LADDER
+from lsq_core import disk
+from lsq_core.bits import LADDER
 from lsq_core.errors import InputError
+from lsq_core.evaluation.prediction import NEEDED, Points, fit
 from lsq_core.jsontext import json_text
-from lsq_core.load import inspect_model
-from lsq_core.model import ModelSource
-from lsq_core.plan import PlanRequest, Problem, make_plan
-from lsq_core.predict import NEEDED, Points, fit
-from lsq_core.store import Store
+from lsq_core.model.loading import inspect_model
+from lsq_core.model.source import ModelSource
+from lsq_core.planning.make import make_plan
+from lsq_core.planning.problem import Problem
+from lsq_core.planning.request import PlanRequest
+from lsq_core.results import compare
+from lsq_core.store.store import Store
 from tests.test_app import _array, chart, first_line, go, open_page
 
 CORPUS, PROTOCOL = "stdlib", "strided-512/256"

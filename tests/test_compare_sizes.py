@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lsq_core import compare
-from lsq_core.compare import FEWEST, WinTieLoss, perplexity_at, win_tie_loss_at_equal_bytes
-from lsq_core.ui.compare_views import too_few
+from lsq_core.results import compare
+from lsq_core.results.compare import FEWEST, WinTieLoss, perplexity_at, win_tie_loss_at_equal_bytes
+from lsq_core.ui.compare.views import too_few
 
 FRONT = np.array([[2.25, 40.0], [3.13, 12.0], [3.25, 10.0], [3.51, 9.0], [3.4, 20.0]])
 

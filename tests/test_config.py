@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lsq_core.config import (
+from lsq_core.bits import (
     LADDER,
     Budget,
     QuantConfig,
@@ -17,7 +17,7 @@ from lsq_core.config import (
     weight_only_bytes,
 )
 from lsq_core.errors import InputError
-from lsq_core.quantize import planned_bytes
+from lsq_core.quantization.registry import planned_bytes
 
 
 def test_ladder_has_the_papers_twelve_stops():

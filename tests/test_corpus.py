@@ -18,18 +18,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lsq_core import corpus as corpora
-from lsq_core.corpus import (
-    BUILT_IN,
-    Corpus,
-    calibration_blocks,
-    corpus_identity,
-    docstrings_under,
-    is_held_out,
-    load_corpus,
-    stdlib_docstrings,
-    token_stream,
-)
+from lsq_core.corpus import registry as corpora
+from lsq_core.corpus.docstrings import docstrings_under, is_held_out, stdlib_docstrings
+from lsq_core.corpus.registry import BUILT_IN, Corpus, corpus_identity, load_corpus
+from lsq_core.corpus.tokens import calibration_blocks, token_stream
 from lsq_core.errors import InputError, LsqError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -403,7 +395,7 @@ def test_what_the_hub_has_not_is_an_input_error(hub_server, name, told):
 
 
 SCRIPT = """
-from lsq_core.corpus import load_corpus
+from lsq_core.corpus.registry import load_corpus
 from lsq_core.errors import LsqError
 for name in ("wikitext2", "c4", "hf:org/name"):
     try:

@@ -13,10 +13,12 @@ from pathlib import Path
 import duckdb
 import pytest
 
-from lsq_core import cli, database
+from lsq_core import cli
 from lsq_core.errors import InputError, LsqError
-from lsq_core.repair import repair
-from lsq_core.store import MIGRATIONS, Store
+from lsq_core.store import database
+from lsq_core.store.repair import repair
+from lsq_core.store.schema import MIGRATIONS
+from lsq_core.store.store import Store
 from tests.campaigns.damage_database import campaign
 from tests.conftest import ROOT
 from tests.test_compare import fill
@@ -34,7 +36,7 @@ def with_log(path: Path) -> Path:
     """A database with a log that was not written into it yet."""
     code = (
         "import os, signal, sys\n"
-        "from lsq_core.store import Store\n"
+        "from lsq_core.store.store import Store\n"
         "with Store(sys.argv[1]).connect() as connection:\n"
         "    for number in range(30):\n"
         "        values = [f'late{number}']\n"
@@ -192,7 +194,10 @@ def test_no_other_module_opens_a_database():
 
 
 def test_several_processes_make_a_new_database_at_once(tmp_path):
-    code = "import sys\nfrom lsq_core.store import Store\nprint(len(Store(sys.argv[1]).models()))"
+    code = (
+        "import sys\nfrom lsq_core.store.store import Store\n"
+        "print(len(Store(sys.argv[1]).models()))"
+    )
     path = tmp_path / "new.duckdb"
     makers = [
         subprocess.Popen(
@@ -262,7 +267,7 @@ def test_a_database_that_is_gone_is_not_made_again_without_its_log(filled, tmp_p
 
 def test_pandas_is_there_before_the_file_is_opened(filled):
     code = (
-        "import sys\nfrom lsq_core import database, store\nopen = database.connect\n"
+        "import sys\nfrom lsq_core.store import database, store\nopen = database.connect\n"
         "def connect(*given):\n"
         "    seen.append('pandas' in sys.modules)\n"
         "    return open(*given)\n"
@@ -277,7 +282,7 @@ def test_pandas_is_there_before_the_file_is_opened(filled):
 def test_no_progress_bar_goes_to_standard_output(filled):
     """DuckDB shows one where there is no script file, as in ``python -c``."""
     code = (
-        "import sys\nfrom lsq_core.store import Store\n"
+        "import sys\nfrom lsq_core.store.store import Store\n"
         "with Store(sys.argv[1]).connect() as connection:\n"
         "    asked = \"SELECT current_setting('enable_progress_bar')\"\n"
         "    print(connection.execute(asked).fetchall())"

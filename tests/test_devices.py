@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lsq_core import devices, worker
+from lsq_core import devices
 from lsq_core.errors import LsqError
-from lsq_core.load import (
+from lsq_core.jobs import worker
+from lsq_core.model.loading import (
     inspect_model,
     load_model,
     model_config,
@@ -20,7 +21,7 @@ from lsq_core.load import (
     pick_dtype,
     stored_dtype,
 )
-from lsq_core.model import ModelSource
+from lsq_core.model.source import ModelSource
 
 GPU = torch.device("cuda:0")
 
@@ -151,7 +152,7 @@ def test_pickled_weights_need_room_on_the_host_too(random_model, tmp_path, monke
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     room = {"cuda": 2**40, "cpu": 1000}
-    monkeypatch.setattr("lsq_core.load.pick_device", lambda name: GPU)
-    monkeypatch.setattr("lsq_core.load._free_bytes", lambda device: room[device.type])
+    monkeypatch.setattr("lsq_core.model.loading.pick_device", lambda name: GPU)
+    monkeypatch.setattr("lsq_core.model.loading._free_bytes", lambda device: room[device.type])
     with pytest.raises(LsqError, match="cpu has 1000 B free"):
         load_model(ModelSource(str(folder), allow_pickle=True), "cuda")

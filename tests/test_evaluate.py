@@ -10,21 +10,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lsq_core.config import LADDER
+from lsq_core.bits import LADDER
 from lsq_core.errors import InputError
-from lsq_core.evaluate import (
-    MIN_PREDICTED,
-    Protocol,
-    Text,
-    compare_windows,
-    evaluate,
-    evaluate_together,
-    lay_windows,
-)
-from lsq_core.load import load_model
-from lsq_core.model import ModelSource
-from lsq_core.quantize import get_quantizer
-from lsq_core.quantize.apply import quantize_model
+from lsq_core.evaluation.bootstrap import compare_windows
+from lsq_core.evaluation.perplexity import evaluate, evaluate_together
+from lsq_core.evaluation.protocol import MIN_PREDICTED, Protocol, Text, lay_windows
+from lsq_core.model.loading import load_model
+from lsq_core.model.source import ModelSource
+from lsq_core.quantization.registry import get_quantizer
+from lsq_core.quantized.convert import quantize_model
 
 
 def plain_loop(model, ids, context, step, bos, drop_tail):

@@ -15,35 +15,35 @@ from safetensors.torch import load_file
 from safetensors.torch import save_file as save_torch
 from scipy.stats import spearmanr
 
-from lsq_core import charts, weights
-from lsq_core.architecture import get_weight
-from lsq_core.config import LADDER, QuantConfig
+from lsq_core import charts
+from lsq_core.bits import LADDER, QuantConfig
 from lsq_core.errors import InputError
-from lsq_core.load import load_model
-from lsq_core.model import DEMO_FOLDER, Matrix, ModelSource
-from lsq_core.pipeline import Workbench, problem_of
-from lsq_core.plan import PlanRequest
-from lsq_core.plan.boost import flagged_layers
-from lsq_core.plan.outliers import detect_outliers
-from lsq_core.profile import (
-    DEFAULT_METRICS,
-    PROXIES,
-    WEIGHT_METRICS,
-    ProfileSettings,
-    missing_metrics,
-)
-from lsq_core.profile.agreement import (
+from lsq_core.model.architecture import get_weight
+from lsq_core.model.info import Matrix
+from lsq_core.model.loading import load_model
+from lsq_core.model.source import DEMO_FOLDER, ModelSource
+from lsq_core.planning.detection import detect_outliers
+from lsq_core.planning.methods.boost import flagged_layers
+from lsq_core.planning.request import PlanRequest
+from lsq_core.profiling import weights
+from lsq_core.profiling.agreement import (
     lowest,
     pattern_correlations,
     proxy_agreement,
     rank_correlation,
     ranks,
 )
-from lsq_core.quantize import get_quantizer
-from lsq_core.quantize.base import to_groups
-from lsq_core.store import Store
-from lsq_core.ui.explore_detection import steps_of
-from lsq_core.weights import Weights
+from lsq_core.profiling.metrics import DEFAULT_METRICS, PROXIES, WEIGHT_METRICS
+from lsq_core.profiling.profile import missing_metrics
+from lsq_core.profiling.settings import ProfileSettings
+from lsq_core.profiling.weights import Weights
+from lsq_core.quantization.base import to_groups
+from lsq_core.quantization.registry import get_quantizer
+from lsq_core.session import Session
+from lsq_core.stages import profile as profile_stage
+from lsq_core.stages.plan import problem_of
+from lsq_core.store.store import Store
+from lsq_core.ui.explore.detection import steps_of
 from tests.test_app import (  # noqa: F401 - fixtures
     Filled,
     _array,
@@ -64,9 +64,9 @@ def figure(app, number: int) -> dict:
 
 
 @pytest.fixture
-def bench(random_model, small_text) -> tuple[Workbench, ProfileSettings]:
+def bench(random_model, small_text) -> tuple[Session, ProfileSettings]:
     settings = ProfileSettings("rtn", calibration=str(small_text), samples=8, block_tokens=48)
-    return Workbench(ModelSource(str(random_model("llama-gqa"))), Store(), "cpu"), settings
+    return Session(ModelSource(str(random_model("llama-gqa"))), Store(), "cpu"), settings
 
 
 def stop_in(stage: str):
@@ -98,12 +98,12 @@ def test_a_profile_cut_short_is_never_taken_for_whole(bench, monkeypatch):
     early = bench.find_profile(settings)
     bench.report = lambda *_: None
     measured = []
-    measure = Workbench._measure
+    measure = profile_stage._measure
     monkeypatch.setattr(
-        Workbench,
+        profile_stage,
         "_measure",
-        lambda self, settings, metrics, stage: (
-            measured.extend(metrics) or measure(self, settings, metrics, stage)
+        lambda model, settings, metrics, stage: (
+            measured.extend(metrics) or measure(model, settings, metrics, stage)
         ),
     )
     whole = bench.profile(settings)
@@ -126,7 +126,7 @@ def test_one_cut_short_in_its_first_part_leaves_nothing(bench):
 def test_two_processes_measuring_the_same_lose_nothing(bench, monkeypatch):
     """The second began before the first had kept anything, and ends after it."""
     first, settings = bench
-    late = Workbench(first.source, first.store, "cpu")
+    late = Session(first.source, first.store, "cpu")
     monkeypatch.setattr(late, "find_profile", lambda settings: None)
     whole = first.profile(settings)
     late.report = stop_in("profile")
@@ -136,7 +136,7 @@ def test_two_processes_measuring_the_same_lose_nothing(bench, monkeypatch):
 
 
 def test_the_parts_together_are_what_one_pass_measures(bench):
-    from lsq_core.profile.measure import measure_profile
+    from lsq_core.profiling.measure import measure_profile
 
     bench, settings = bench
     kept = bench.profile(settings)
@@ -215,7 +215,7 @@ def test_algorithm_1_is_drawn_from_the_stores_scores(store, metric, ratios):  # 
 def test_threshold_and_m_are_followed_by_what_is_flagged(store):  # noqa: F811
     app = open_page("Explore", model=SEVEN, see="algorithm")
     app.selectbox(key="detect_type").set_value("mlp.down_proj").run()
-    bench = Workbench(ModelSource(SEVEN), store)
+    bench = Session(ModelSource(SEVEN), store)
     settings = bench.default_settings
     problem = problem_of(bench.info, bench.find_profile(settings))
     whole = flagged_layers(problem, "sensitivity", 0)["mlp.down_proj"]
@@ -351,13 +351,13 @@ def test_rank_correlation_needs_something_to_rank():
 
 def test_fast_proxies_are_offered_and_how_they_rank_is_told(filled, monkeypatch):  # noqa: F811
     started = []
-    monkeypatch.setattr("lsq_core.jobs.start", lambda folder, words: started.append(words))
+    monkeypatch.setattr("lsq_core.jobs.control.start", lambda folder, words: started.append(words))
     app = open_page("Explore", model=filled.model, see="ranks")
     app.button(key="proxies").click().run()
     (words,) = started
     assert words[-4:] == ["--metric", "gram_diagonal", "--metric", "fisher_diagonal"]
 
-    bench = Workbench(ModelSource(filled.model), Store(filled.path), "cpu")
+    bench = Session(ModelSource(filled.model), Store(filled.path), "cpu")
     profile = bench.profile(filled.settings, list(PROXIES))
     table = proxy_agreement(profile)
     gram, fisher = table[table["config"] == "b4g64"]["rank_correlation"]
@@ -536,10 +536,10 @@ def test_no_weights_are_shown_of_a_published_model(store):  # noqa: F811
 
 
 @pytest.fixture
-def by_nf4(filled: Filled) -> tuple[Workbench, ProfileSettings]:  # noqa: F811
+def by_nf4(filled: Filled) -> tuple[Session, ProfileSettings]:  # noqa: F811
     """The model of the other tests, profiled with NF4 as well."""
     settings = replace(filled.settings, quantizer="nf4")
-    bench = Workbench(ModelSource(filled.model), Store(filled.path), "cpu")
+    bench = Session(ModelSource(filled.model), Store(filled.path), "cpu")
     bench.profile(settings)
     return bench, settings
 
@@ -556,7 +556,7 @@ def test_a_profile_by_nf4_holds_its_stops_and_no_others(by_nf4):
         "weight_error", QuantConfig(4, 64)
     )
     assert np.all((ratio > 0.5) & (ratio < 1.5)), "normal weights suit NF4 about as well"
-    plan, _ = bench.plan(PlanRequest("mxq", budget="4.3bpp"), settings)
+    plan = bench.plan(PlanRequest("mxq", budget="4.3bpp"), settings)
     assert {config.bits for config in plan.configs} == {4}, "no stop that wasn't measured"
     with pytest.raises(InputError, match=r"b2g32.* NF4"):
         bench.plan(PlanRequest("loss-aware", budget="4.3bpp"), settings)

@@ -11,11 +11,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lsq_core import charts, export, report
+from lsq_core import charts
 from lsq_core.cli import main
 from lsq_core.cli.parser import build_parser
-from lsq_core.store import Store
-from lsq_core.ui import arguments
+from lsq_core.jobs import arguments
+from lsq_core.results import export, report
+from lsq_core.store.store import Store
 from tests.browser.conftest import open_browser
 from tests.test_compare import fill
 

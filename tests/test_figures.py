@@ -12,21 +12,27 @@ import pytest
 import torch
 
 from lsq_core import provenance
-from lsq_core import store as store_module
+from lsq_core.bits import QuantConfig
 from lsq_core.cli import main
-from lsq_core.config import QuantConfig
-from lsq_core.corpus import corpus_identity
+from lsq_core.corpus.registry import corpus_identity
 from lsq_core.errors import InputError, LsqError
-from lsq_core.evaluate import MIN_PREDICTED, Evaluation, Protocol, evaluate, lay_windows
-from lsq_core.export import csv_bytes
-from lsq_core.load import load_model
-from lsq_core.model import ModelSource
-from lsq_core.pipeline import EvaluationRequest, Workbench, place_of, profile_key
-from lsq_core.plan import PlanRequest
-from lsq_core.profile import Profile, ProfileSettings
+from lsq_core.evaluation.perplexity import evaluate
+from lsq_core.evaluation.protocol import MIN_PREDICTED, EvaluationRequest, Protocol, lay_windows
+from lsq_core.evaluation.result import Evaluation
+from lsq_core.model.loading import load_model
+from lsq_core.model.source import ModelSource
+from lsq_core.planning.request import PlanRequest
+from lsq_core.profiling.profile import Profile
+from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.provenance import Place, versions
-from lsq_core.report import figures_of
-from lsq_core.store import MIGRATIONS, Store
+from lsq_core.results.export import csv_bytes
+from lsq_core.results.report import figures_of
+from lsq_core.session import Session
+from lsq_core.stages.model import place_of
+from lsq_core.stages.profile import keep_profile, profile_key
+from lsq_core.store import store as store_module
+from lsq_core.store.schema import MIGRATIONS
+from lsq_core.store.store import Store
 from lsq_core.sweep import items, sweep
 
 PLACES = [("cpu", "float32"), ("cpu", "bfloat16"), ("cuda:0", "float32"), ("cuda:0", "bfloat16")]
@@ -159,8 +165,8 @@ def folder(random_model):
     return str(random_model("llama-gqa"))
 
 
-def bench_of(folder: str, **options) -> Workbench:
-    return Workbench(ModelSource(folder), Store(), device="cpu", **options)
+def bench_of(folder: str, **options) -> Session:
+    return Session(ModelSource(folder), Store(), device="cpu", **options)
 
 
 def test_profiles_in_two_dtypes_stand_side_by_side(folder, small_text):
@@ -244,7 +250,7 @@ def test_a_profile_of_the_version_before_is_found_where_it_belongs(folder):
     assert bench.store.profile(older) is None
 
 
-def a_profile(bench: Workbench, id: str, recorded: dict, metrics: list[str], value=1.0) -> Profile:
+def a_profile(bench: Session, id: str, recorded: dict, metrics: list[str], value=1.0) -> Profile:
     """A made-up profile of these metrics."""
     matrix = bench.info.matrices[0]
     values = pd.DataFrame(
@@ -264,9 +270,9 @@ def test_threads_that_keep_one_profile_at_once_lose_nothing(folder):
 
     def measure(metric: str) -> None:
         try:
-            mine = Workbench(bench.source, Store(), device="cpu")
+            mine = Session(bench.source, Store(), device="cpu")
             gate.wait()
-            mine._keep(a_profile(bench, "p", recorded, [metric]))
+            keep_profile(mine, a_profile(bench, "p", recorded, [metric]))
         except Exception as error:
             failed.append(error)
 
@@ -291,13 +297,13 @@ def test_one_that_was_overtaken_between_looking_and_writing_adds_to_what_is_ther
         found = looked(store, id)
         if not overtaken:  # another process keeps its metrics now
             overtaken.append(True)
-            Workbench(bench.source, Store())._keep(first)
+            keep_profile(Session(bench.source, Store()), first)
         return found
 
     monkeypatch.setattr(Store, "profile", overtake)
-    bench._keep(second)
+    keep_profile(bench, second)
     if not overtaken:
-        bench._keep(first)
+        keep_profile(bench, first)
     monkeypatch.undo()
     assert set(bench.store.profile("p").metrics) == {"kurtosis", "weight_error"}
 
@@ -378,9 +384,9 @@ def test_a_saved_model_evaluated_twice_is_one_line():
 def test_the_seconds_of_a_run_add_up_to_all_it_took(folder, small_text):
     bench = bench_of(folder)
     settings = ProfileSettings("rtn", calibration=str(small_text), samples=8, block_tokens=64)
-    plan, profile = bench.plan(PlanRequest("mxq", budget="3.4bpp"), settings)
+    plan = bench.plan(PlanRequest("mxq", budget="3.4bpp"), settings)
     request = EvaluationRequest(str(small_text), max_tokens=1500)
-    seconds = dict(bench.run(plan, profile, "rtn", request)["seconds"])
+    seconds = dict(bench.run(plan, "rtn", request)["seconds"])
     whole = seconds.pop("whole")
     assert sum(seconds.values()) == pytest.approx(whole, rel=0.05)
     assert {"load", "profile", "quantize", "full precision", "evaluate"} <= seconds.keys()

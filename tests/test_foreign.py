@@ -12,9 +12,9 @@ import pytest
 
 from lsq_core.cli import main
 from lsq_core.errors import InputError
-from lsq_core.foreign import read_object, refusing
-from lsq_core.load import inspect_model, load_model
-from lsq_core.model import ModelSource
+from lsq_core.model.loading import inspect_model, load_model
+from lsq_core.model.source import ModelSource
+from lsq_core.untrusted import read_object, refusing
 from tests.campaigns import hostile_models, hostile_saved
 
 INDEX = "model.safetensors.index.json"
@@ -64,8 +64,8 @@ def test_stacks_of_experts_count_as_the_matrices_they_are(random_model, tmp_path
 
 def test_many_experts_are_described_in_time(random_model, tmp_path):
     """Each was looked for among all the others: 12,000 matrices took two minutes."""
-    from lsq_core.architecture import describe
-    from lsq_core.load import skeleton
+    from lsq_core.model.architecture import describe
+    from lsq_core.model.loading import skeleton
 
     folder = tmp_path / "experts"
     shutil.copytree(random_model("mixtral-moe"), folder)
@@ -140,7 +140,7 @@ def test_a_snapshot_of_the_hugging_face_cache_is_made_of_links(copy, tmp_path):
 
 
 def test_a_library_error_becomes_a_sentence_and_ours_does_not():
-    from lsq_core.config import config_of
+    from lsq_core.bits import config_of
 
     with (
         pytest.raises(InputError, match="no number: could not convert"),

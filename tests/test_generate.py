@@ -7,18 +7,19 @@ import json
 import pytest
 import torch
 
+from lsq_core.bits import QuantConfig
 from lsq_core.cli import main
-from lsq_core.config import QuantConfig
 from lsq_core.errors import InputError
-from lsq_core.generate import _prompt_ids, compare_generation, first_difference
-from lsq_core.load import load_model
-from lsq_core.model import ModelSource
-from lsq_core.pipeline import EvaluationRequest, Workbench
-from lsq_core.plan import PlanRequest
-from lsq_core.profile import ProfileSettings
-from lsq_core.quantize import get_quantizer
-from lsq_core.quantize.apply import quantize_model
-from lsq_core.store import Store
+from lsq_core.evaluation.generation import _prompt_ids, compare_generation, first_difference
+from lsq_core.evaluation.protocol import EvaluationRequest
+from lsq_core.model.loading import load_model
+from lsq_core.model.source import ModelSource
+from lsq_core.planning.request import PlanRequest
+from lsq_core.profiling.settings import ProfileSettings
+from lsq_core.quantization.registry import get_quantizer
+from lsq_core.quantized.convert import quantize_model
+from lsq_core.session import Session
+from lsq_core.store.store import Store
 
 PROMPT = "Return the number of"
 
@@ -131,11 +132,11 @@ def test_what_cannot_be_written_is_one_sentence(random_model):
 
 
 def test_a_run_and_its_saved_model_write_the_same(random_model, small_text, tmp_path, capsys):
-    bench = Workbench(ModelSource(str(random_model("llama-gqa"))), Store(), "cpu")
-    plan, _ = bench.plan(PlanRequest("uniform", base="2.51"), ProfileSettings("rtn"))
+    bench = Session(ModelSource(str(random_model("llama-gqa"))), Store(), "cpu")
+    plan = bench.plan(PlanRequest("uniform", base="2.51"), ProfileSettings("rtn"))
     evaluation = EvaluationRequest(str(small_text), max_tokens=200)
-    unsaved = bench.run(plan, None, "rtn", evaluation)["run"]
-    saved = bench.run(plan, None, "rtn", evaluation, tmp_path / "saved")["run"]
+    unsaved = bench.run(plan, "rtn", evaluation)["run"]
+    saved = bench.run(plan, "rtn", evaluation, tmp_path / "saved")["run"]
     texts = []
     for of in (["--run", unsaved], ["--run", saved], ["--saved", str(tmp_path / "saved")]):
         command = ["generate", *of, "--prompt", PROMPT, "--max-new-tokens", "9", "--json"]
@@ -152,9 +153,9 @@ def test_a_run_and_its_saved_model_write_the_same(random_model, small_text, tmp_
 
 
 def test_another_model_in_its_place_is_refused(random_model, small_text, capsys):
-    bench = Workbench(ModelSource(str(random_model("llama-gqa"))), Store(), "cpu")
-    plan, _ = bench.plan(PlanRequest("uniform", base="2.51"), ProfileSettings("rtn"))
-    run = bench.run(plan, None, "rtn", EvaluationRequest(str(small_text), max_tokens=200))["run"]
+    bench = Session(ModelSource(str(random_model("llama-gqa"))), Store(), "cpu")
+    plan = bench.plan(PlanRequest("uniform", base="2.51"), ProfileSettings("rtn"))
+    run = bench.run(plan, "rtn", EvaluationRequest(str(small_text), max_tokens=200))["run"]
     other = str(random_model("qwen2-bias"))
     assert main(["generate", "--run", run, "--prompt", PROMPT, "--model", other]) == 2
     assert "not the model" in capsys.readouterr().err

@@ -11,24 +11,34 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from lsq_core.architecture import get_weight
+from lsq_core.bits import RATIOS, mixed_rows
 from lsq_core.cli import main
-from lsq_core.config import RATIOS, mixed_rows
 from lsq_core.errors import InputError
-from lsq_core.load import load_model
-from lsq_core.model import Matrix, ModelSource
-from lsq_core.pipeline import Workbench, refusal_of
-from lsq_core.plan import PlanRequest, Problem, make_frontier, make_plan
-from lsq_core.plan.blocks import block_front, clipped, combine, diagonal_only, predicted_loss
-from lsq_core.plan.high_impact import impact_of, read_matrix, units_of
-from lsq_core.profile import ProfileSettings
-from lsq_core.profile import interactions as measuring
-from lsq_core.profile.interactions import few_tokens, measure_interactions
-from lsq_core.profile.measure import calibration_of
-from lsq_core.profile.rows import measure_row_scores
-from lsq_core.quantize import get_quantizer
-from lsq_core.quantize.apply import quantize_model
-from lsq_core.store import InteractionKind, Store
+from lsq_core.model.architecture import get_weight
+from lsq_core.model.info import Matrix
+from lsq_core.model.loading import load_model
+from lsq_core.model.source import ModelSource
+from lsq_core.planning.block_plans import (
+    block_front,
+    clipped,
+    combine,
+    diagonal_only,
+    predicted_loss,
+)
+from lsq_core.planning.make import make_frontier, make_plan
+from lsq_core.planning.methods.high_impact import impact_of, read_matrix, units_of
+from lsq_core.planning.problem import Problem
+from lsq_core.planning.request import PlanRequest
+from lsq_core.profiling import interactions as measuring
+from lsq_core.profiling.calibration import calibration_of
+from lsq_core.profiling.interactions import few_tokens, measure_interactions
+from lsq_core.profiling.rows import measure_row_scores
+from lsq_core.profiling.settings import ProfileSettings
+from lsq_core.quantization.registry import get_quantizer
+from lsq_core.quantized.convert import quantize_model
+from lsq_core.session import Session
+from lsq_core.stages.plan import refusal_of
+from lsq_core.store.store import InteractionKind, Store
 
 OPTIONS = mixed_rows(2, 3, 128)
 
@@ -187,7 +197,7 @@ def test_experts_share_a_ratio(random_model):
 def demo():
     """The demo model with row scores of four sequences."""
     loaded = load_model(ModelSource("demo"), "cpu")
-    blocks = calibration_of(loaded, ProfileSettings())
+    blocks = calibration_of(loaded, ProfileSettings().text)
     ids = torch.from_numpy(blocks.ids)
     return loaded, ids[4:5, :256], measure_row_scores(loaded, ids[:4, :256])
 
@@ -557,15 +567,15 @@ def test_interactions_are_kept_block_by_block(random_model, small_text, few):
             raise Cut
 
     with pytest.raises(Cut):
-        Workbench(source, Store(), "cpu", report=cut).plan(request, settings)
-    bench = Workbench(source, Store(), "cpu")
+        Session(source, Store(), "cpu", report=cut).plan(request, settings)
+    bench = Session(source, Store(), "cpu")
     key, kind = bench.profile_key(settings), InteractionKind("model", 2, 3, 128)
     first = Store().interactions(key, kind)
     assert list(first) == [0]
     messages = []
     bench.report = lambda stage, done, total, message: messages.append((stage, message))
-    plan, profile = bench.plan(request, settings)
-    assert profile is None
+    plan = bench.plan(request, settings)
+    assert plan.profile is None
     rows = [message for stage, message in messages if stage == "rows"]
     assert rows
     assert not any("layer 1 of 2" in message or "sequence" in message for message in rows)
@@ -574,6 +584,6 @@ def test_interactions_are_kept_block_by_block(random_model, small_text, few):
     told = Store().query("SELECT provenance FROM interactions")["provenance"]
     assert {json.loads(text)["tokens"] for text in told} == {8}
     messages.clear()
-    again, _ = bench.plan(request, settings)
+    again = bench.plan(request, settings)
     assert again.modules == plan.modules
     assert not [1 for stage, _ in messages if stage == "rows"]

@@ -13,12 +13,13 @@ import pytest
 
 from lsq_core import hub
 from lsq_core.errors import InputError, LsqError
-from lsq_core.load import inspect_model
-from lsq_core.model import ModelSource, find_config, find_model, remote_file_bytes
-from lsq_core.profile import ProfileSettings
-from lsq_core.store import Store
-from lsq_core.ui import explore_weights, hub_lookup, known
-from lsq_core.weights import Weights
+from lsq_core.model.loading import inspect_model
+from lsq_core.model.source import ModelSource, find_config, find_model, remote_file_bytes
+from lsq_core.profiling.settings import ProfileSettings
+from lsq_core.profiling.weights import Weights
+from lsq_core.store.store import Store
+from lsq_core.ui import cached, hub_lookup
+from lsq_core.ui.explore import weights
 from tests.conftest import save_random_model
 from tests.test_app import first_line, go, open_page
 
@@ -139,11 +140,11 @@ def test_two_models_without_a_fingerprint_have_each_their_own_histogram(tmp_path
         info = replace(
             inspect_model(ModelSource(str(folder))), source=f"org/{name}", fingerprint=""
         )
-        opened = explore_weights.open_weights(folder, info)
+        opened = weights.open_weights(folder, info)
         if name == "two":  # random models of one architecture have the same weights
             _change_a_weight(folder)
         seen = SimpleNamespace(info=info)
-        drawn.append(explore_weights._drawn(seen, opened, opened.matrices[0]))
+        drawn.append(weights._drawn(seen, opened, opened.matrices[0]))
         own = Weights(folder, info.matrices).region(opened.matrices[0])
         assert drawn[-1].mean == pytest.approx(float(own.mean()))
     assert drawn[0].counts.tolist() != drawn[1].counts.tolist()
@@ -162,14 +163,14 @@ def test_a_profile_is_found_under_every_name_of_the_model(tmp_path, small_text):
     """A copy in another folder is the same model: Explore doesn't ask to profile it again."""
     import shutil
 
-    from lsq_core.pipeline import Workbench
+    from lsq_core.session import Session
 
     first = save_random_model(tmp_path / "first", "llama-gqa", num_hidden_layers=4)
     settings = ProfileSettings("rtn", calibration=str(small_text), samples=4, block_tokens=64)
-    Workbench(ModelSource(str(first)), Store(), "cpu").profile(settings)
+    Session(ModelSource(str(first)), Store(), "cpu").profile(settings)
     shutil.copytree(first, tmp_path / "second")
     app = open_page("Explore", model=str(tmp_path / "second"))
     assert "has not been profiled" not in first_line(app)
-    assert known.identity(
-        known.model_info(Store(), ModelSource(str(tmp_path / "second")))
-    ) == known.identity(known.model_info(Store(), ModelSource(str(first))))
+    assert cached.identity(
+        cached.model_info(Store(), ModelSource(str(tmp_path / "second")))
+    ) == cached.identity(cached.model_info(Store(), ModelSource(str(first))))

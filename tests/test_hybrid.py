@@ -9,20 +9,24 @@ import numpy as np
 import pytest
 import torch
 
-from lsq_core.architecture import find_blocks, get_weight
+from lsq_core.bits import QuantConfig, mixed_rows
 from lsq_core.cli import main
-from lsq_core.config import QuantConfig, mixed_rows
 from lsq_core.errors import InputError
-from lsq_core.load import load_model
-from lsq_core.model import Matrix, ModelSource
-from lsq_core.plan import Plan, PlanRequest
-from lsq_core.profile import ProfileSettings
-from lsq_core.profile import interactions as measuring
-from lsq_core.quantize import about, get_quantizer, hybrid, planned_bytes
-from lsq_core.quantize.apply import packed_modules, quantize_model
-from lsq_core.quantize.hybrid import Hybrid, LearnedClipping, LearnedMatrix, LearnedRounding
-from lsq_core.quantize.packed import quantize_matrix
-from lsq_core.quantize.remembered import Remembered
+from lsq_core.model.architecture import find_blocks, get_weight
+from lsq_core.model.info import Matrix
+from lsq_core.model.loading import load_model
+from lsq_core.model.source import ModelSource
+from lsq_core.planning.plan import Plan
+from lsq_core.planning.request import PlanRequest
+from lsq_core.profiling import interactions as measuring
+from lsq_core.profiling.settings import ProfileSettings
+from lsq_core.quantization import hybrid
+from lsq_core.quantization.cache import Remembered
+from lsq_core.quantization.hybrid import Hybrid, LearnedClipping, LearnedMatrix, LearnedRounding
+from lsq_core.quantization.packed import quantize_matrix
+from lsq_core.quantization.registry import about, get_quantizer, planned_bytes
+from lsq_core.quantized.convert import quantize_model
+from lsq_core.quantized.modules import packed_modules
 
 CONFIG = QuantConfig(3, 32)
 

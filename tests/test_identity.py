@@ -12,12 +12,15 @@ import pytest
 
 from lsq_core import cli
 from lsq_core.errors import InputError
-from lsq_core.identity import code_hash, identify, identity_of, known_info, tokenizer_hash
-from lsq_core.load import inspect_model
-from lsq_core.model import DEMO_FOLDER, ModelSource, cached_folder, fingerprint
-from lsq_core.pipeline import Workbench, profile_key
-from lsq_core.profile import ProfileSettings
-from lsq_core.store import MIGRATIONS, Store
+from lsq_core.model.identity import code_hash, identity_of, tokenizer_hash
+from lsq_core.model.loading import inspect_model
+from lsq_core.model.source import DEMO_FOLDER, ModelSource, cached_folder, fingerprint
+from lsq_core.profiling.settings import ProfileSettings
+from lsq_core.session import Session
+from lsq_core.stages.model import known_identity, known_info
+from lsq_core.stages.profile import profile_key
+from lsq_core.store.schema import MIGRATIONS
+from lsq_core.store.store import Store
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -62,10 +65,10 @@ def edit_tokenizer(folder: Path) -> None:
 
 def test_an_edited_tokenizer_finds_no_old_scores(copy, tmp_path):
     store, settings = Store(tmp_path / "db"), ProfileSettings()
-    before = Workbench(ModelSource(str(copy)), store)
+    before = Session(ModelSource(str(copy)), store)
     key = before.profile_key(settings)
     edit_tokenizer(copy)
-    after = Workbench(ModelSource(str(copy)), store)
+    after = Session(ModelSource(str(copy)), store)
     assert after.info.fingerprint == before.info.fingerprint, "weights and config are the same"
     assert after.profile_key(settings) != key
     assert profile_key(after.info, settings) == after.profile_key(settings), "as the pages have it"
@@ -116,7 +119,7 @@ def test_a_relative_path_means_the_same_from_elsewhere(copy, tmp_path, monkeypat
     monkeypatch.chdir(copy.parent)
     for name in ("./copy", "copy", "../" + copy.parent.name + "/copy"):
         assert ModelSource(name).name == str(copy)
-    bench = Workbench(ModelSource("./copy"), Store(tmp_path / "db"))
+    bench = Session(ModelSource("./copy"), Store(tmp_path / "db"))
     mark = bench.info.fingerprint
     monkeypatch.chdir("/")
     kept = Store(tmp_path / "db").models()["source"].tolist()
@@ -127,7 +130,7 @@ def test_a_relative_path_means_the_same_from_elsewhere(copy, tmp_path, monkeypat
 def test_one_model_under_two_names(copy, cache, tmp_path):
     """What was found out about it under one name is known under the other."""
     store = Store(tmp_path / "db")
-    mark = Workbench(ModelSource(str(copy)), store).info.fingerprint
+    mark = Session(ModelSource(str(copy)), store).info.fingerprint
     cache("some-org/some-model", copy, "main", "v2")
     for source in (
         ModelSource("some-org/some-model"),
@@ -143,7 +146,7 @@ def test_one_model_under_two_names(copy, cache, tmp_path):
 def test_a_model_whose_files_are_gone_is_known_by_its_name(copy, cache, tmp_path):
     store = Store(tmp_path / "db")
     snapshot = cache("some-org/some-model", copy)
-    here = Workbench(ModelSource("some-org/some-model"), store).info
+    here = Session(ModelSource("some-org/some-model"), store).info
     shutil.rmtree(snapshot)
     assert cached_folder(ModelSource("some-org/some-model")) is None
     gone = known_info(ModelSource("some-org/some-model"), store)
@@ -154,8 +157,8 @@ def test_a_model_whose_files_are_gone_is_known_by_its_name(copy, cache, tmp_path
 def test_two_unknown_models_are_two(tmp_path):
     """Neither has a fingerprint, and no cache may take an empty one for an identity."""
     store = Store(tmp_path / "db")
-    assert identify(ModelSource("some-org/one"), store) is None
-    assert identify(ModelSource("some-org/two"), store) is None
+    assert known_identity(ModelSource("some-org/one"), store) is None
+    assert known_identity(ModelSource("some-org/two"), store) is None
     info = replace(inspect_model(ModelSource("demo")), fingerprint="")
     with pytest.raises(ValueError, match="no identity"):
         store.save_model(info)
@@ -179,7 +182,7 @@ def test_a_name_that_no_path_can_have(name, tmp_path):
     """One sentence, and the status of bad input."""
     assert huggingface_hub.constants.HF_HUB_OFFLINE
     with pytest.raises(InputError) as caught:
-        Workbench(ModelSource(name), Store(tmp_path / "db")).info  # noqa: B018
+        Session(ModelSource(name), Store(tmp_path / "db")).info  # noqa: B018
     assert caught.value.exit_code == 2
     assert len(str(caught.value)) < 400
     assert "\n" not in str(caught.value)
@@ -205,7 +208,7 @@ def test_models_of_an_older_database_keep_their_names(tmp_path):
 
 def test_the_demo_is_known_by_content(tmp_path):
     store = Store(tmp_path / "db")
-    Workbench(ModelSource("demo"), store).info  # noqa: B018
+    Session(ModelSource("demo"), store).info  # noqa: B018
     assert known_info(ModelSource(str(DEMO_FOLDER)), store).source == str(DEMO_FOLDER)
 
 
@@ -229,9 +232,9 @@ def hub(copy, cache, monkeypatch):
         return str(home)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    monkeypatch.setattr("lsq_core.model.remote_file_bytes", lambda source: 0)
-    monkeypatch.setattr("lsq_core.identity.cached_folder", lambda source: None)
-    monkeypatch.setattr("lsq_core.load.cached_folder", lambda source: None)
+    monkeypatch.setattr("lsq_core.model.source.remote_file_bytes", lambda source: 0)
+    monkeypatch.setattr("lsq_core.model.identity.cached_folder", lambda source: None)
+    monkeypatch.setattr("lsq_core.model.loading.cached_folder", lambda source: None)
     return fetched
 
 

@@ -19,12 +19,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lsq_core import disk, jobs, worker
+from lsq_core import disk, jobs
 from lsq_core.cli import main
 from lsq_core.errors import InputError, LsqError
 from lsq_core.files import Damaged
+from lsq_core.jobs import worker
 from lsq_core.jsontext import json_bytes, write_json
-from lsq_core.store import Store
+from lsq_core.store.store import Store
 from tests.conftest import ROOT
 from tests.test_jobs import ended, gone, pid_of, wait_for
 

@@ -14,9 +14,9 @@ import pytest
 from lsq_core import disk, jobs
 from lsq_core.cli import main
 from lsq_core.errors import InputError
-from lsq_core.load import inspect_model
-from lsq_core.model import ModelSource
-from lsq_core.store import Store
+from lsq_core.model.loading import inspect_model
+from lsq_core.model.source import ModelSource
+from lsq_core.store.store import Store
 
 
 def wait_for(condition, seconds: float = 60):

@@ -9,19 +9,25 @@ import numpy as np
 import pytest
 import torch
 
-from lsq_core.architecture import get_weight
 from lsq_core.cli import main
 from lsq_core.errors import InputError
-from lsq_core.load import load_model
-from lsq_core.model import Matrix, ModelSource
-from lsq_core.pipeline import Workbench, check_metrics, problem_of
-from lsq_core.plan import PLANNERS, PlanRequest, Problem
-from lsq_core.profile import DEFAULT_METRICS, METRICS, PROXIES, TITLES, ProfileSettings
-from lsq_core.profile.loss_impact import LossImpact, kl_sum
-from lsq_core.profile.measure import calibration_of, measure_profile
-from lsq_core.quantize import get_quantizer
-from lsq_core.quantize.packed import quantize_matrix
-from lsq_core.store import Store
+from lsq_core.model.architecture import get_weight
+from lsq_core.model.info import Matrix
+from lsq_core.model.loading import load_model
+from lsq_core.model.source import ModelSource
+from lsq_core.planning.methods import PLANNERS
+from lsq_core.planning.problem import Problem
+from lsq_core.planning.request import PlanRequest
+from lsq_core.profiling.calibration import calibration_of
+from lsq_core.profiling.measure import measure_profile
+from lsq_core.profiling.metrics import DEFAULT_METRICS, METRICS, PROXIES, TITLES
+from lsq_core.profiling.metrics.loss_impact import LossImpact, kl_sum
+from lsq_core.profiling.settings import ProfileSettings
+from lsq_core.quantization.packed import quantize_matrix
+from lsq_core.quantization.registry import get_quantizer
+from lsq_core.session import Session
+from lsq_core.stages.plan import check_metrics, problem_of
+from lsq_core.store.store import Store
 from tests.conftest import ARCHITECTURES, save_random_model
 
 IMPACT = ("loss_impact",)
@@ -36,7 +42,7 @@ def settings(small_text):
 
 @pytest.fixture
 def bench(random_model):
-    return Workbench(ModelSource(str(random_model("llama-gqa"))), Store(), "cpu")
+    return Session(ModelSource(str(random_model("llama-gqa"))), Store(), "cpu")
 
 
 def log_probabilities(model, ids):
@@ -50,7 +56,7 @@ def test_impact_is_that_of_a_plain_loop(architecture, random_model, settings):
     loaded = load_model(ModelSource(str(random_model(architecture))), "cpu")
     profile = measure_profile(loaded, settings, "key", metrics=IMPACT)
     assert profile.metrics == IMPACT
-    ids = torch.from_numpy(calibration_of(loaded, settings).ids)[: LossImpact.sequences]
+    ids = torch.from_numpy(calibration_of(loaded, settings.text).ids)[: LossImpact.sequences]
     assert len(ids) == LossImpact.sequences
     assert profile.provenance["tokens"] == ids.numel()
     expected = log_probabilities(loaded.model, ids)
@@ -80,7 +86,7 @@ def test_measuring_leaves_the_model_as_it_was(random_model, settings):
 def test_few_logits_at_once_give_the_same(random_model, settings, monkeypatch):
     loaded = load_model(ModelSource(str(random_model("gpt2-conv1d"))), "cpu")
     whole = measure_profile(loaded, settings, "key", metrics=IMPACT).scores("loss_impact")
-    monkeypatch.setattr("lsq_core.profile.loss_impact._LOGITS_AT_ONCE", 1)
+    monkeypatch.setattr("lsq_core.profiling.metrics.loss_impact._LOGITS_AT_ONCE", 1)
     single = measure_profile(loaded, settings, "key", metrics=IMPACT).scores("loss_impact")
     np.testing.assert_allclose(single, whole, rtol=1e-4)
 
@@ -170,9 +176,10 @@ def test_a_default_profile_does_without_it(bench, settings):
 
 def test_a_plan_adds_what_it_needs_to_the_profile_that_is_there(bench, settings, monkeypatch):
     first = bench.profile(settings)
-    plan, used = bench.plan(PlanRequest("loss-aware", budget="3.2bpp"), settings)
+    plan = bench.plan(PlanRequest("loss-aware", budget="3.2bpp"), settings)
+    used = bench.find_profile(settings)
     assert plan.bits_per_param <= 3.2
-    assert used.id == first.id
+    assert plan.profile == used.id == first.id
     assert set(used.metrics) == {*DEFAULT_METRICS, "loss_impact"}
     for metric in ("weight_error", "sensitivity", "sensitivity_module"):
         np.testing.assert_array_equal(first.by_config(metric), used.by_config(metric))
@@ -181,8 +188,8 @@ def test_a_plan_adds_what_it_needs_to_the_profile_that_is_there(bench, settings,
     assert set(added) == {"loss_impact", *before}
     for known in ("tokens", "seconds", "device", "dtype", "created", "versions"):
         assert added["loss_impact"][known]
-    monkeypatch.setattr("lsq_core.profile.measure.measure_profile", None)  # not measured again
-    again, _ = bench.plan(PlanRequest("loss-aware", budget="3.2bpp"), settings)
+    monkeypatch.setattr("lsq_core.profiling.measure.measure_profile", None)  # not measured again
+    again = bench.plan(PlanRequest("loss-aware", budget="3.2bpp"), settings)
     assert again.modules == plan.modules
     assert len(bench.store.profiles(bench.info.fingerprint)) == 1
 
@@ -194,7 +201,7 @@ def test_an_interrupted_addition_leaves_the_profile_whole(bench, settings):
         if stage == "profile" and 0 < done < total:
             raise KeyboardInterrupt
 
-    interrupted = Workbench(bench.source, bench.store, "cpu", report=stop)
+    interrupted = Session(bench.source, bench.store, "cpu", report=stop)
     with pytest.raises(KeyboardInterrupt):
         interrupted.profile(settings, IMPACT)
     kept = bench.find_profile(settings)

@@ -13,22 +13,23 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from lsq_core.audit import audit_folder
-from lsq_core.config import QuantConfig, mixed_rows
+from lsq_core.bits import QuantConfig, mixed_rows
 from lsq_core.errors import LsqError
-from lsq_core.load import load_model
-from lsq_core.model import ModelSource
-from lsq_core.profile import ProfileSettings
-from lsq_core.profile.measure import measure_profile
-from lsq_core.profile.weight_error import squared_norm
-from lsq_core.quantize import get_quantizer, planned_bytes
-from lsq_core.quantize.apply import PackedLinear, quantize_model
-from lsq_core.quantize.artifact import load_quantized, save_quantized
-from lsq_core.quantize.hybrid import LearnedMatrix
-from lsq_core.quantize.magnitude import exponent_of, times_power_of_two
-from lsq_core.quantize.packed import quantize_matrix
-from lsq_core.quantize.rows import quantize_config
-from lsq_core.store import Store
+from lsq_core.model.loading import load_model
+from lsq_core.model.source import ModelSource
+from lsq_core.profiling.measure import measure_profile
+from lsq_core.profiling.metrics.weight_error import squared_norm
+from lsq_core.profiling.settings import ProfileSettings
+from lsq_core.quantization.hybrid import LearnedMatrix
+from lsq_core.quantization.magnitude import exponent_of, times_power_of_two
+from lsq_core.quantization.packed import quantize_matrix
+from lsq_core.quantization.registry import get_quantizer, planned_bytes
+from lsq_core.quantization.rows import quantize_config
+from lsq_core.quantized.artifact import load_quantized, save_quantized
+from lsq_core.quantized.convert import quantize_model
+from lsq_core.quantized.modules import PackedLinear
+from lsq_core.results.audit import audit_folder
+from lsq_core.store.store import Store
 from tests.conftest import save_random_model
 
 OLD = Path(__file__).parent / "data" / "saved_format_2"

@@ -13,8 +13,9 @@ import psutil
 import pytest
 import torch
 
-from lsq_core import load, memory
+from lsq_core import memory
 from lsq_core.errors import LsqError
+from lsq_core.model import loading
 from tests.conftest import ROOT
 
 GIB = 1 << 30
@@ -114,9 +115,9 @@ def test_a_limit_of_version_1_that_is_none_is_none(machine):
 
 def test_a_model_beyond_the_limit_is_refused(machine):
     machine(2, "/", {"memory.max": "4000", "memory.current": "0"})
-    load.check_memory("small", 900, torch.device("cpu"), torch.float32)
+    loading.check_memory("small", 900, torch.device("cpu"), torch.float32)
     with pytest.raises(LsqError, match=r"needs .* and cpu has .*limit.*cgroup.*is 3.91 KiB"):
-        load.check_memory("large", 1100, torch.device("cpu"), torch.float32)
+        loading.check_memory("large", 1100, torch.device("cpu"), torch.float32)
 
 
 #: Where a cgroup with a limit can be made for a test, by version.

@@ -10,9 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lsq_core.architecture import get_weight
-from lsq_core.audit import audit_folder, stored_in_model
-from lsq_core.config import (
+from lsq_core.bits import (
     MIXED,
     RATIOS,
     MixedRows,
@@ -24,17 +22,24 @@ from lsq_core.config import (
     parse_config,
 )
 from lsq_core.errors import InputError
-from lsq_core.load import load_model
-from lsq_core.model import Matrix, ModelSource
-from lsq_core.pipeline import refusal_of
-from lsq_core.plan import Plan, PlanRequest, Problem
-from lsq_core.quantize import get_quantizer, layout, matrix_kind, refusal
-from lsq_core.quantize.apply import measured_bytes, packed_modules, quantize_model
-from lsq_core.quantize.artifact import empty_tensors, load_quantized, save_quantized
-from lsq_core.quantize.packed import quantize_matrix
-from lsq_core.quantize.remembered import Remembered
-from lsq_core.quantize.rows import PackedRows, quantize_config
-from lsq_core.store import Store
+from lsq_core.model.architecture import get_weight
+from lsq_core.model.info import Matrix
+from lsq_core.model.loading import load_model
+from lsq_core.model.source import ModelSource
+from lsq_core.planning.plan import Plan
+from lsq_core.planning.problem import Problem
+from lsq_core.planning.request import PlanRequest
+from lsq_core.quantization import layout
+from lsq_core.quantization.cache import Remembered
+from lsq_core.quantization.packed import quantize_matrix
+from lsq_core.quantization.registry import get_quantizer, matrix_kind, refusal
+from lsq_core.quantization.rows import PackedRows, quantize_config
+from lsq_core.quantized.artifact import empty_tensors, load_quantized, save_quantized
+from lsq_core.quantized.convert import quantize_model
+from lsq_core.quantized.modules import measured_bytes, packed_modules
+from lsq_core.results.audit import audit_folder, stored_in_model
+from lsq_core.stages.plan import refusal_of
+from lsq_core.store.store import Store
 from tests.conftest import packed_bytes
 
 

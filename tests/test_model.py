@@ -15,8 +15,8 @@ from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
 
 from lsq_core.errors import InputError, LsqError
-from lsq_core.load import inspect_model, load_model, pick_device, pick_dtype
-from lsq_core.model import DEMO_FOLDER, ModelSource, described_demo, find_model, fingerprint
+from lsq_core.model.loading import inspect_model, load_model, pick_device, pick_dtype
+from lsq_core.model.source import DEMO_FOLDER, ModelSource, described_demo, find_model, fingerprint
 from tests.conftest import save_random_model
 
 
@@ -35,7 +35,7 @@ def test_the_demo_model_is_described_as_it_is(monkeypatch):
     described, info = described_demo(ModelSource("demo")), inspect_model(ModelSource("demo"))
     assert described == info
     assert described.config == info.config
-    monkeypatch.setattr("lsq_core.model.fingerprint", lambda folder: "of other weights")
+    monkeypatch.setattr("lsq_core.model.source.fingerprint", lambda folder: "of other weights")
     assert described_demo(ModelSource("demo")) is None, "changed files are looked at anew"
 
 
@@ -215,7 +215,7 @@ def test_no_such_device():
 
 
 def test_too_little_memory(monkeypatch, random_model):
-    monkeypatch.setattr("lsq_core.load._free_bytes", lambda device: 1000)
+    monkeypatch.setattr("lsq_core.model.loading._free_bytes", lambda device: 1000)
     refused(str(random_model("llama-gqa")), r"needs .* and cpu has 1000 B free", LsqError)
 
 

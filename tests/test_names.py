@@ -17,9 +17,9 @@ from google.protobuf.message import Message
 from streamlit.testing.v1 import AppTest
 
 from lsq_core.charts.style import inert_figure
-from lsq_core.export import csv_bytes, figure_block
 from lsq_core.jsontext import write_json
-from lsq_core.store import Store
+from lsq_core.results.export import csv_bytes, figure_block
+from lsq_core.store.store import Store
 from lsq_core.ui import words
 from tests.conftest import ROOT
 from tests.test_app import filled, filled_once  # noqa: F401

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lsq_core.cli import main
-from lsq_core.store import Store
+from lsq_core.store.store import Store
 from tests.conftest import ROOT
 
 

@@ -11,11 +11,11 @@ import pytest
 
 from lsq_core import cli
 from lsq_core.errors import InputError
-from lsq_core.generate import compare_generation
-from lsq_core.load import inspect_model, load_model
-from lsq_core.model import ModelSource
-from lsq_core.quantize.artifact import load_quantized
-from lsq_core.stream import open_streamed
+from lsq_core.evaluation.generation import compare_generation
+from lsq_core.model.loading import inspect_model, load_model
+from lsq_core.model.source import ModelSource
+from lsq_core.model.streaming import open_streamed
+from lsq_core.quantized.artifact import load_quantized
 
 CONFIGURATION = """
 from transformers import LlamaConfig

@@ -21,7 +21,7 @@ import pytest
 import lsq_core
 from lsq_core import paths
 from lsq_core.errors import InputError
-from lsq_core.store import database_path
+from lsq_core.store.store import database_path
 from tests.conftest import ROOT
 
 #: Everything that a build reads, and the tests, which have to stay out of it.
@@ -179,7 +179,7 @@ def test_installed_job_and_query_processes(installed, tmp_path):
         import time
         from pathlib import Path
         from lsq_core import disk, jobs, sql
-        from lsq_core.store import Store
+        from lsq_core.store.store import Store
         store = Store()
         job = jobs.start(disk.jobs_folder(store), ["inspect", "--model", "demo", "--json"])
         while jobs.read(job.folder).active:

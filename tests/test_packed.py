@@ -8,20 +8,21 @@ from hqq.core.quantize import Quantizer as HqqPackage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lsq_core.config import LADDER, QuantConfig
+from lsq_core.bits import LADDER, QuantConfig
 from lsq_core.errors import InputError, LsqError
-from lsq_core.load import load_model
-from lsq_core.model import DEMO_FOLDER, ModelSource
-from lsq_core.quantize import get_quantizer, layout
-from lsq_core.quantize.artifact import empty_tensors
-from lsq_core.quantize.base import from_groups, to_groups
-from lsq_core.quantize.packed import (
+from lsq_core.model.loading import load_model
+from lsq_core.model.source import DEMO_FOLDER, ModelSource
+from lsq_core.quantization import layout
+from lsq_core.quantization.base import from_groups, to_groups
+from lsq_core.quantization.packed import (
     Metadata,
     PackedMatrix,
     pack_bits,
     quantize_matrix,
     unpack_bits,
 )
+from lsq_core.quantization.registry import get_quantizer
+from lsq_core.quantized.artifact import empty_tensors
 from tests.conftest import packed_bytes
 
 
@@ -100,7 +101,7 @@ def test_measured_bytes_are_the_planned_ones(config, metadata, axis, rows, colum
 
 @pytest.fixture(scope="module")
 def demo_weights():
-    from lsq_core.architecture import get_weight
+    from lsq_core.model.architecture import get_weight
 
     loaded = load_model(ModelSource("demo"), "cpu")
     return [get_weight(loaded.model, m) for m in loaded.info.matrices[::17]]

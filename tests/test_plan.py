@@ -15,15 +15,18 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from scipy.stats import mstats
 
-from lsq_core.config import LADDER
+from lsq_core.bits import LADDER
 from lsq_core.errors import InputError, LsqError
-from lsq_core.model import Matrix
-from lsq_core.plan import PLANNERS, Plan, PlanRequest, Problem, make_frontier, make_plan
-from lsq_core.plan.boost import flagged_layers, layer_series
-from lsq_core.plan.exact import solve_exactly
-from lsq_core.plan.outliers import detect_outliers, largest_possible_z, shallowness
-from lsq_core.plan.pins import SCOPES, Pin
-from lsq_core.plan.problem import TOLERANCE
+from lsq_core.model.info import Matrix
+from lsq_core.planning.detection import detect_outliers, largest_possible_z, shallowness
+from lsq_core.planning.exact import solve_exactly
+from lsq_core.planning.make import make_frontier, make_plan
+from lsq_core.planning.methods import PLANNERS
+from lsq_core.planning.methods.boost import flagged_layers, layer_series
+from lsq_core.planning.pins import SCOPES, Pin
+from lsq_core.planning.plan import Plan
+from lsq_core.planning.problem import TOLERANCE, Problem
+from lsq_core.planning.request import PlanRequest
 from tests.conftest import REFERENCE
 
 TYPES = ("self_attn.q_proj", "mlp.down_proj")
@@ -224,7 +227,7 @@ def test_an_ablation_without_enough_layers_says_so():
 
 def _ablation_of_everything(small: Problem) -> None:
     """An ablation of a method that picked every layer."""
-    from lsq_core.plan.boost import SensiBoost, SensiBoostAblation
+    from lsq_core.planning.methods.boost import SensiBoost, SensiBoostAblation
 
     class Greedy(SensiBoost):
         def boosted(self, problem, request):
@@ -383,13 +386,15 @@ def test_a_solver_out_of_time_says_so(monkeypatch):
     frontier = make_frontier(small, PlanRequest("mxq"))
     budget = 3.3 * small.total / 8
     greedy = frontier.at(budget)
-    monkeypatch.setattr("lsq_core.plan.exact._solve", lambda *a: (None, 0))
+    monkeypatch.setattr("lsq_core.planning.exact._solve", lambda *a: (None, 0))
     stopped = solve_exactly(frontier, budget, time_limit=7, max_states=0)
     assert not stopped.proven
     assert "7 s" in stopped.reason
     assert stopped.choice.tolist() == greedy.choice.tolist()
     assert stopped.lower_bound == greedy.lower_bound < stopped.objective
-    monkeypatch.setattr("lsq_core.plan.solve_exactly", partial(solve_exactly, max_states=0))
+    monkeypatch.setattr(
+        "lsq_core.planning.make.solve_exactly", partial(solve_exactly, max_states=0)
+    )
     plan = make_plan(small, PlanRequest("mxq", budget="3.3bpp", exact=True))
     assert len(plan.notes) == 1
     assert re.search("[Nn]ot proven .*60 s", plan.notes[0])

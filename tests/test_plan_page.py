@@ -14,16 +14,21 @@ import pytest
 from streamlit.testing.v1 import AppTest
 
 from lsq_core import disk, jobs
-from lsq_core.config import GIB, LADDER
-from lsq_core.model import ModelSource
-from lsq_core.pipeline import EvaluationRequest, Workbench, problem_of
-from lsq_core.plan import PlanRequest, Problem, make_frontier, make_plan
-from lsq_core.plan.boost import detect
-from lsq_core.plan.facts import z_scores
-from lsq_core.plan.memory import MEMORIES, context_bytes_per_token, memories
-from lsq_core.predict import Prediction
-from lsq_core.store import Store
-from lsq_core.ui import plan_panels
+from lsq_core.bits import LADDER
+from lsq_core.evaluation.prediction import Prediction
+from lsq_core.evaluation.protocol import EvaluationRequest
+from lsq_core.model.source import ModelSource
+from lsq_core.planning.facts import z_scores
+from lsq_core.planning.make import make_frontier, make_plan
+from lsq_core.planning.methods.boost import detect
+from lsq_core.planning.problem import Problem
+from lsq_core.planning.request import PlanRequest
+from lsq_core.planning.serving_memory import MEMORIES, context_bytes_per_token, memories
+from lsq_core.session import Session
+from lsq_core.stages.plan import problem_of
+from lsq_core.store.store import Store
+from lsq_core.ui.plan import actions, prediction
+from lsq_core.units import GIB
 from tests.test_app import (  # noqa: F401 - fixtures
     Filled,
     _array,
@@ -51,7 +56,7 @@ def fixed(app: AppTest) -> list[str]:
 
 
 def problem(filled: Filled) -> Problem:  # noqa: F811
-    bench = Workbench(ModelSource(filled.model), Store(filled.path))
+    bench = Session(ModelSource(filled.model), Store(filled.path))
     return problem_of(bench.info, bench.find_profile(filled.settings))
 
 
@@ -183,20 +188,20 @@ def test_pins_of_the_planner_are_kept_unless_they_contradict(filled, monkeypatch
     """The component's answer in place of a click: the browser's tests do the clicking."""
     asked = SimpleNamespace(problem=problem(filled))
     session = {"pins": ""}
-    monkeypatch.setattr(plan_panels.st, "session_state", session)
+    monkeypatch.setattr(actions.st, "session_state", session)
     layer = "model.layers.0.*=b4g64"
-    plan_panels.take_pins(asked, (layer,))
+    live.take_pins(asked, (layer,))
     assert session == {"pins": layer}
-    plan_panels.take_pins(asked, (layer, "*.q_proj=b8g64"))
+    live.take_pins(asked, (layer, "*.q_proj=b8g64"))
     assert session["pins"] == layer
     assert "contradict" in session["pins_refused"]
-    plan_panels.take_pins(asked, ())
+    live.take_pins(asked, ())
     assert session["pins"] == ""
 
 
 def test_a_wide_band_is_told_by_its_ends():
     def said(*figures: float) -> str:
-        return plan_panels.band(Prediction(*np.array(figures)[:, None], np.array([False])))
+        return prediction.band(Prediction(*np.array(figures)[:, None], np.array([False])))
 
     assert said(61.7, 61.3, 62.12) == "61.70 ±0.42"
     assert said(11.11, 7.523, 23.53) == "11.1 (7.52 to 23.5)"
@@ -224,7 +229,7 @@ def test_a_plan_is_kept_and_opened_again(filled):  # noqa: F811
 
 def test_a_plan_kept_in_bytes_is_opened_as_bits(filled):  # noqa: F811
     store, total = Store(filled.path), problem(filled).total
-    bench = Workbench(ModelSource(filled.model), store)
+    bench = Session(ModelSource(filled.model), store)
     plan = make_plan(problem(filled), PlanRequest("mxq", budget=f"{total / 2:.0f}B"))
     store.save_plan(plan, bench.info.fingerprint, None, "four bits")
     app = open_page("Plan", model=filled.model, method="mxq", budget="2.5")
@@ -249,11 +254,11 @@ def _press(app: AppTest, label: str) -> None:
 
 
 def test_a_baselines_run_is_drawn_by_its_own_name(filled):  # noqa: F811
-    bench = Workbench(ModelSource(filled.model), Store(filled.path), "cpu")
+    bench = Session(ModelSource(filled.model), Store(filled.path), "cpu")
     text = EvaluationRequest(filled.settings.calibration, max_tokens=600)
     for base, quantizer in [("2.13", "rtn"), ("3.13", "rtn"), ("4.13", "rtn"), ("4.25", "nf4")]:
-        plan, profile = bench.plan(PlanRequest("uniform", base=base), filled.settings)
-        bench.run(plan, profile, quantizer, text)
+        plan = bench.plan(PlanRequest("uniform", base=base), filled.settings)
+        bench.run(plan, quantizer, text)
     app = open_page("Plan", model=filled.model, method="mxq")
     charts = [json.loads(drawn.proto.spec) for drawn in app.get("plotly_chart")]
     lines = [line for drawn in charts for line in drawn["data"]]
@@ -263,7 +268,7 @@ def test_a_baselines_run_is_drawn_by_its_own_name(filled):  # noqa: F811
 
 
 def test_a_memory_preset_fits_whatever_plan_is_made_of_it(filled):  # noqa: F811
-    bench = Workbench(ModelSource(filled.model), Store(filled.path))
+    bench = Session(ModelSource(filled.model), Store(filled.path))
     seen = problem(filled)
     # The model as if its MLPs had 40 billion weights, so that some presets are in range.
     mlp = [m.numel for m in seen.matrices if m.type.startswith("mlp")]

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from streamlit.testing.v1 import AppTest
 
-from lsq_core.config import LADDER, mixed_rows
-from lsq_core.model import Matrix
-from lsq_core.plan import PlanRequest, Problem, make_frontier
-from lsq_core.plan.frontier import moves_from
-from lsq_core.plan.pins import with_pins
+from lsq_core.bits import LADDER, mixed_rows
+from lsq_core.model.info import Matrix
+from lsq_core.planning.frontier import moves_from
+from lsq_core.planning.make import make_frontier
+from lsq_core.planning.pins import with_pins
+from lsq_core.planning.problem import Problem
+from lsq_core.planning.request import PlanRequest
 from lsq_core.ui import planner
 from lsq_core.ui.planner import Curve, Facts, LiveMethod, Preset
 from tests.browser.planner_app import random_model
@@ -151,7 +153,8 @@ def test_the_component_mounts_in_a_page():
         import numpy as np
         import streamlit as st
 
-        from lsq_core.plan import PlanRequest, make_frontier
+        from lsq_core.planning.make import make_frontier
+        from lsq_core.planning.request import PlanRequest
         from lsq_core.ui.planner import Curve, LiveMethod, live_planner
         from tests.test_plan import problem
 

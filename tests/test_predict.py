@@ -13,15 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
+from lsq_core.bits import DETECTION_CONFIG, LADDER
 from lsq_core.cli import main
-from lsq_core.config import DETECTION_CONFIG, LADDER
 from lsq_core.errors import InputError
-from lsq_core.jsontext import json_text
-from lsq_core.model import Matrix, ModelInfo, ModelSource
-from lsq_core.pipeline import PUBLISHED_SETTINGS, Workbench, problem_of
-from lsq_core.plan import PlanRequest, Problem, make_frontier, make_plan
-from lsq_core.plan.pins import with_pins
-from lsq_core.predict import (
+from lsq_core.evaluation.prediction import (
     NEEDED,
     Points,
     TooFewRuns,
@@ -32,8 +27,18 @@ from lsq_core.predict import (
     parse_loss,
     smallest_within,
 )
+from lsq_core.jsontext import json_text
+from lsq_core.model.info import Matrix, ModelInfo
+from lsq_core.model.source import ModelSource
+from lsq_core.planning.make import make_frontier, make_plan
+from lsq_core.planning.pins import with_pins
+from lsq_core.planning.problem import Problem
+from lsq_core.planning.request import PlanRequest
+from lsq_core.profiling.settings import PUBLISHED_SETTINGS
 from lsq_core.provenance import now
-from lsq_core.store import PUBLISHED, Store
+from lsq_core.session import Session
+from lsq_core.stages.plan import problem_of
+from lsq_core.store.store import PUBLISHED, Store
 
 RUNS = {"quantizer": "hqq", "axis": 0, "metadata": "8bit"}
 FULL = 6.0
@@ -53,7 +58,7 @@ def some(points: Points, chosen: np.ndarray) -> Points:
 def test_thirty_published_runs_predict_the_others(published, model):
     """Medians over 20 draws, WikiText-2, of the runs at 3 bits and more with a published plan."""
     published = Store(published)
-    bench = Workbench(ModelSource(model), published)
+    bench = Session(ModelSource(model), published)
     problem = problem_of(bench.info, bench.profile(bench.default_settings))
     points = measured_points(published, PUBLISHED + model, problem, **RUNS, corpus="wikitext2")
     rows = published.results(PUBLISHED + model, origin="published").set_index("run")

@@ -7,18 +7,19 @@ import pytest
 import scipy.stats
 import torch
 
-from lsq_core.architecture import get_weight
-from lsq_core.config import LADDER, QuantConfig
+from lsq_core.bits import LADDER, QuantConfig
 from lsq_core.errors import InputError, LsqError
-from lsq_core.load import load_model
-from lsq_core.model import ModelSource
-from lsq_core.pipeline import Workbench
-from lsq_core.profile import ProfileSettings
-from lsq_core.profile.kurtosis import kurtosis
-from lsq_core.profile.measure import calibration_of, measure_profile
-from lsq_core.quantize import get_quantizer
-from lsq_core.quantize.packed import quantize_matrix
-from lsq_core.store import Store
+from lsq_core.model.architecture import get_weight
+from lsq_core.model.loading import load_model
+from lsq_core.model.source import ModelSource
+from lsq_core.profiling.calibration import calibration_of
+from lsq_core.profiling.measure import measure_profile
+from lsq_core.profiling.metrics.kurtosis import kurtosis
+from lsq_core.profiling.settings import ProfileSettings
+from lsq_core.quantization.packed import quantize_matrix
+from lsq_core.quantization.registry import get_quantizer
+from lsq_core.session import Session
+from lsq_core.store.store import Store
 from tests.conftest import save_random_model
 
 B2G64 = QuantConfig(2, 64)
@@ -68,7 +69,7 @@ def record(module, run):
 @pytest.fixture
 def measured(llama, settings):
     profile = measure_profile(llama, settings, "key")
-    ids = torch.from_numpy(calibration_of(llama, settings).ids)
+    ids = torch.from_numpy(calibration_of(llama, settings.text).ids)
     assert len(ids) > 8, "more than one batch"
     return profile, ids
 
@@ -133,7 +134,7 @@ def test_profiling_leaves_the_model_as_it_was(llama, settings):
 def test_each_block_keeps_its_own_masks(random_model, settings):
     """Gemma 2 alternates sliding and full attention; the walk has to end where the model does."""
     loaded = load_model(ModelSource(str(random_model("gemma2"))), "cpu")
-    from lsq_core.profile.measure import walk
+    from lsq_core.profiling.measure import walk
 
     ids = torch.arange(1, 201)[None]  # longer than the sliding window of 64
     with torch.inference_mode():
@@ -147,7 +148,7 @@ def test_experts_are_measured_on_what_was_routed_to_them(random_model, settings)
     """Eq. 10 for one expert, its inputs taken by hand from the router's choice."""
     loaded = load_model(ModelSource(str(random_model("mixtral-moe"))), "cpu")
     profile = measure_profile(loaded, settings, "key")
-    ids = torch.from_numpy(calibration_of(loaded, settings).ids)
+    ids = torch.from_numpy(calibration_of(loaded, settings.text).ids)
     experts = loaded.model.model.layers[0].mlp.experts
     with torch.inference_mode():
         ((args, _, _),) = record(experts, lambda: loaded.model(ids, use_cache=False))
@@ -187,9 +188,9 @@ def test_an_expert_that_no_token_reached_has_no_score(tmp_path, settings):
 
 def test_a_profile_is_measured_once(llama, settings, monkeypatch):
     store = Store()
-    first = Workbench(ModelSource(str(llama.folder)), store, "cpu").profile(settings)
-    monkeypatch.setattr("lsq_core.load.load_model", None)  # would fail if it were called
-    second = Workbench(ModelSource(str(llama.folder)), store, "cpu").profile(settings)
+    first = Session(ModelSource(str(llama.folder)), store, "cpu").profile(settings)
+    monkeypatch.setattr("lsq_core.model.loading.load_model", None)  # would fail if it were called
+    second = Session(ModelSource(str(llama.folder)), store, "cpu").profile(settings)
     assert second.id == first.id
     assert second.matrices == first.matrices
     for metric in ("sensitivity", "sensitivity_module", "weight_error"):
@@ -200,7 +201,7 @@ def test_a_profile_is_measured_once(llama, settings, monkeypatch):
 
 
 def test_other_settings_are_another_profile(llama, settings, small_text):
-    bench = Workbench(ModelSource(str(llama.folder)), Store(), "cpu")
+    bench = Session(ModelSource(str(llama.folder)), Store(), "cpu")
     from dataclasses import replace
 
     keys = {

@@ -7,18 +7,20 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lsq_core.architecture import get_weight
+from lsq_core.bits import QuantConfig
 from lsq_core.cli import main
-from lsq_core.config import QuantConfig
-from lsq_core.load import load_model
-from lsq_core.model import ModelSource
-from lsq_core.pipeline import Workbench
-from lsq_core.profile import DEFAULT_METRICS, PROXIES, ProfileSettings
-from lsq_core.profile.agreement import proxy_agreement, rank_correlation
-from lsq_core.profile.measure import calibration_of, measure_profile
-from lsq_core.quantize import get_quantizer
-from lsq_core.quantize.packed import quantize_matrix
-from lsq_core.store import Store
+from lsq_core.model.architecture import get_weight
+from lsq_core.model.loading import load_model
+from lsq_core.model.source import ModelSource
+from lsq_core.profiling.agreement import proxy_agreement, rank_correlation
+from lsq_core.profiling.calibration import calibration_of
+from lsq_core.profiling.measure import measure_profile
+from lsq_core.profiling.metrics import DEFAULT_METRICS, PROXIES
+from lsq_core.profiling.settings import ProfileSettings
+from lsq_core.quantization.packed import quantize_matrix
+from lsq_core.quantization.registry import get_quantizer
+from lsq_core.session import Session
+from lsq_core.store.store import Store
 from tests.conftest import save_random_model
 from tests.test_profile import record
 
@@ -46,7 +48,7 @@ def changes(loaded, config=B2G64):
 def test_gram_diagonal_is_the_plain_sum(random_model, settings):
     loaded = load_model(ModelSource(str(random_model("qwen2-bias"))), "cpu")
     profile = measure_profile(loaded, settings, "key", metrics=("gram_diagonal",))
-    ids = torch.from_numpy(calibration_of(loaded, settings).ids)
+    ids = torch.from_numpy(calibration_of(loaded, settings.text).ids)
     scores = profile.scores("gram_diagonal", B2G64)
     for (matrix, change), score in zip(changes(loaded).items(), scores, strict=True):
         linear = loaded.model.get_submodule(matrix.name)
@@ -74,7 +76,7 @@ def test_fisher_is_the_plain_loop(architecture, random_model, settings):
     assert all(torch.equal(t, before[n]) for n, t in loaded.model.state_dict().items())
     assert not any(p.requires_grad or p.grad is not None for p in loaded.model.parameters())
 
-    ids = torch.from_numpy(calibration_of(loaded, settings).ids)
+    ids = torch.from_numpy(calibration_of(loaded, settings.text).ids)
     other = load_model(source, "cpu")
     other.model.requires_grad_(True)
     squares = {n: 0.0 for n, _ in other.model.named_parameters()}
@@ -117,7 +119,7 @@ def test_the_command_line_measures_them_and_tells_their_rank_correlation(
     words += ["--block-tokens", "48", "--device", "cpu", "--db", str(store.path)]
     assert main([*words, "--metric", "gram_diagonal", "--metric", "fisher_diagonal"]) == 0
     said = capsys.readouterr().out
-    profile = Workbench(ModelSource(folder), store, "cpu").find_profile(settings)
+    profile = Session(ModelSource(folder), store, "cpu").find_profile(settings)
     assert set(profile.metrics) == {*DEFAULT_METRICS, *PROXIES}
     table = proxy_agreement(profile)
     assert len(table) == 2 * 12

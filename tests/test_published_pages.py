@@ -13,15 +13,15 @@ import pytest
 from streamlit.testing.v1 import AppTest
 
 from lsq_core import charts
-from lsq_core.compare import win_tie_loss, win_tie_loss_at_equal_bytes
-from lsq_core.config import LADDER
+from lsq_core.bits import LADDER
 from lsq_core.errors import InputError
-from lsq_core.model import ModelSource
-from lsq_core.plan import PlanRequest
-from lsq_core.profile import ProfileSettings
+from lsq_core.model.source import ModelSource
+from lsq_core.planning.request import PlanRequest
+from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.reference import import_download, import_reference
-from lsq_core.store import Store
-from lsq_core.ui import known
+from lsq_core.results.compare import win_tie_loss, win_tie_loss_at_equal_bytes
+from lsq_core.store.store import Store
+from lsq_core.ui import cached
 from tests.test_app import _array, chart, first_line, go, open_page
 from tests.test_reference_download import write_toolkit
 
@@ -216,7 +216,7 @@ def test_explore_shows_the_metrics_that_are_published(store, model, panels):
 
 
 def charts_titles() -> dict[str, str]:
-    from lsq_core.profile import TITLES
+    from lsq_core.profiling.metrics import TITLES
 
     return {metric: title.title for metric, title in TITLES.items()}
 
@@ -318,11 +318,11 @@ def test_the_demo_after_a_published_model_has_its_own_settings(store):
 
 
 def test_a_plan_is_the_published_one(store):
-    info = known.model_info(store, ModelSource("Llama-2-7b-hf"))
-    settings = next(iter(known.published_settings(store, info)))
-    found = known.profile(store, info, settings)
+    info = cached.model_info(store, ModelSource("Llama-2-7b-hf"))
+    settings = next(iter(cached.published_settings(store, info)))
+    found = cached.profile(store, info, settings)
     request = PlanRequest("sensiboost", "3.13", boost_stop=2)
-    plan = known.plan(info, found, request, settings)
+    plan = cached.plan(info, found, request, settings)
     (content,) = store.query(
         "SELECT content FROM plans WHERE fingerprint = ? AND method = 'sensiboost' "
         "AND content ->> '$.published.attempt' = 'sensi-boost-2-0' "
@@ -338,12 +338,12 @@ def test_a_plan_is_the_published_one(store):
 
 
 def test_a_plan_that_the_measurements_cannot_give_is_refused(store):
-    info = known.model_info(store, ModelSource(SEVENTY))
-    settings = next(iter(known.published_settings(store, info)))
-    found = known.profile(store, info, settings)
+    info = cached.model_info(store, ModelSource(SEVENTY))
+    settings = next(iter(cached.published_settings(store, info)))
+    found = cached.profile(store, info, settings)
     with pytest.raises(InputError, match=r"sensitivity.* SensiBoost .*kurtboost"):
-        known.plan(info, found, PlanRequest("sensiboost", "3.13"), settings)
-    assert known.plan(info, found, PlanRequest("mxq", budget="3.2bpp"), settings).matrices
+        cached.plan(info, found, PlanRequest("sensiboost", "3.13"), settings)
+    assert cached.plan(info, found, PlanRequest("mxq", budget="3.2bpp"), settings).matrices
 
 
 @pytest.mark.parametrize("model", [SEVEN, SEVENTY])

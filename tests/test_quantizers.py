@@ -13,22 +13,27 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lsq_core import quantize
-from lsq_core.architecture import get_weight
-from lsq_core.audit import audit_folder, audit_run
+from lsq_core.bits import LADDER, QuantConfig
 from lsq_core.cli import main
-from lsq_core.config import LADDER, QuantConfig
 from lsq_core.errors import InputError, LsqError
-from lsq_core.load import load_model
-from lsq_core.model import Matrix, ModelSource
-from lsq_core.pipeline import EvaluationRequest, Workbench, load_saved, refusal_of
-from lsq_core.plan import PlanRequest, Problem
-from lsq_core.profile import ProfileSettings
-from lsq_core.quantize import QUANTIZERS, about, get_quantizer, refusal, unavailable
-from lsq_core.quantize.apply import packed_modules
-from lsq_core.quantize.artifact import empty_tensors
-from lsq_core.quantize.packed import quantize_matrix
-from lsq_core.store import Store
+from lsq_core.evaluation.protocol import EvaluationRequest
+from lsq_core.model.architecture import get_weight
+from lsq_core.model.info import Matrix
+from lsq_core.model.loading import load_model
+from lsq_core.model.source import ModelSource
+from lsq_core.planning.problem import Problem
+from lsq_core.planning.request import PlanRequest
+from lsq_core.profiling.settings import ProfileSettings
+from lsq_core.quantization import registry as quantize
+from lsq_core.quantization.packed import quantize_matrix
+from lsq_core.quantization.registry import QUANTIZERS, about, get_quantizer, refusal, unavailable
+from lsq_core.quantized.artifact import empty_tensors
+from lsq_core.quantized.modules import packed_modules
+from lsq_core.results.audit import audit_folder, audit_run
+from lsq_core.session import Session
+from lsq_core.stages.plan import refusal_of
+from lsq_core.stages.saved import load_saved
+from lsq_core.store.store import Store
 from tests.conftest import ROOT
 
 NF4 = ("nf4", "nf4-dq")
@@ -161,7 +166,7 @@ def test_what_no_plan_can_be_is_told_before_there_is_one():
 
 
 def test_the_command_line_refuses_before_any_work(capsys, monkeypatch):
-    monkeypatch.setattr(Workbench, "loaded", property(lambda self: pytest.fail("loaded")))
+    monkeypatch.setattr(Session, "loaded", property(lambda self: pytest.fail("loaded")))
     asked = ["run", "--model", "demo", "--quantizer", "nf4", "--method", "sensiboost"]
     assert main([*asked, "--base", "3.13"]) == 2
     assert "b4g128, b4g64, b4g32" in capsys.readouterr().err
@@ -183,11 +188,11 @@ def settings(small_text) -> ProfileSettings:
 
 
 def run_and_save(folder, text, settings, quantizer, tmp_path, pins=(), base="4.25") -> dict:
-    bench = Workbench(ModelSource(str(folder)), Store(), "cpu", "float32")
-    plan, profile = bench.plan(PlanRequest("uniform", base=base, pins=pins), settings)
+    bench = Session(ModelSource(str(folder)), Store(), "cpu", "float32")
+    plan = bench.plan(PlanRequest("uniform", base=base, pins=pins), settings)
     evaluation = EvaluationRequest(str(text), max_tokens=200)
     saved = tmp_path / "saved"
-    return bench.run(plan, profile, quantizer, evaluation, saved, settings=settings)
+    return bench.run(plan, quantizer, evaluation, saved, settings=settings)
 
 
 def check_round_trip(run: dict, quantizer: str, tmp_path, model) -> None:
@@ -245,7 +250,7 @@ def _choice(folder, run) -> dict[Matrix, QuantConfig]:
 @pytest.mark.parametrize("name", ["gptq", "awq"])
 def test_what_gptqmodel_says_went_wrong_is_told(random_model, settings, monkeypatch, name):
     """A child process that ends badly, as it does where the package isn't there."""
-    from lsq_core.quantize import through_gptqmodel
+    from lsq_core.quantization.gptqmodel import process as through_gptqmodel
 
     monkeypatch.setattr(quantize, "find_spec", lambda name: object())
     monkeypatch.setattr(through_gptqmodel, "_CHILD", "lsq_core.no_such_module")
@@ -260,7 +265,7 @@ def test_magnitudes_that_gptqmodel_would_lose_are_refused_by_name(
     random_model, settings, monkeypatch, name, factor
 ):
     """Its formats keep no power of two with a matrix, so fp16 scales run out."""
-    from lsq_core.quantize import through_gptqmodel
+    from lsq_core.quantization.gptqmodel import process as through_gptqmodel
 
     monkeypatch.setattr(quantize, "find_spec", lambda name: object())
     monkeypatch.setattr(through_gptqmodel, "_ask", lambda *_: pytest.fail("asked"))
@@ -342,7 +347,7 @@ def test_the_child_process_ends_with_its_parent(tmp_path):
     request = tmp_path / "asked.json"
     request.write_text("{}")
     child = subprocess.Popen(
-        [sys.executable, "-m", "lsq_core.quantize.gptqmodel_child", str(request)],
+        [sys.executable, "-m", "lsq_core.quantization.gptqmodel.child", str(request)],
         stdin=subprocess.PIPE,
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},

@@ -13,9 +13,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lsq_core import store as store_module
+from lsq_core.bits import LADDER
 from lsq_core.cli import main
-from lsq_core.compare import (
+from lsq_core.errors import InputError
+from lsq_core.evaluation.protocol import EvaluationRequest
+from lsq_core.model.info import Matrix
+from lsq_core.model.source import ModelSource
+from lsq_core.planning.plan import Plan
+from lsq_core.planning.request import PlanRequest
+from lsq_core.reference import import_reference
+from lsq_core.results.compare import (
     WinTieLoss,
     largest_gain,
     pareto,
@@ -23,13 +30,11 @@ from lsq_core.compare import (
     win_tie_loss_at_equal_bytes,
     with_labels,
 )
-from lsq_core.config import GIB, LADDER
-from lsq_core.errors import InputError
-from lsq_core.model import Matrix, ModelSource
-from lsq_core.pipeline import EvaluationRequest, Workbench
-from lsq_core.plan import Plan, PlanRequest
-from lsq_core.reference import import_reference
-from lsq_core.store import MIGRATIONS, Store
+from lsq_core.session import Session
+from lsq_core.store import store as store_module
+from lsq_core.store.schema import MIGRATIONS
+from lsq_core.store.store import Store
+from lsq_core.units import GIB
 from tests.conftest import REFERENCE
 
 SEVEN, EIGHT, SEVENTY = (
@@ -65,8 +70,8 @@ def csv(path: str) -> pd.DataFrame:
     return pd.read_csv(REFERENCE / path)
 
 
-def bench(store: Store, model: str) -> Workbench:
-    return Workbench(ModelSource(model), store)
+def bench(store: Store, model: str) -> Session:
+    return Session(ModelSource(model), store)
 
 
 def rows_by_table(store: Store) -> dict[str, int]:
@@ -380,7 +385,7 @@ def test_what_was_not_published_is_refused_in_a_sentence(store):
     plan, _ = work.plan(PlanRequest("kurtboost", base="3.13"), work.default_settings)
     assert plan.reasons
     with pytest.raises(InputError, match=r"stdlib .*\bbos"):
-        bench(store, SEVEN).plan(request, Workbench(ModelSource("demo"), store).default_settings)
+        bench(store, SEVEN).plan(request, Session(ModelSource("demo"), store).default_settings)
     with pytest.raises(InputError, match="'nothing'"):
         bench(store, "published:nothing").info  # noqa: B018
     with pytest.raises(InputError, match=r"without .*windows"):

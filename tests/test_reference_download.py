@@ -15,13 +15,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from lsq_core.bits import LADDER
 from lsq_core.cli import main
-from lsq_core.config import LADDER
 from lsq_core.errors import InputError, LsqError
 from lsq_core.reference import download as downloads
 from lsq_core.reference import import_download
 from lsq_core.reference.checkout import ERRORS, OBJECTIVES, PLANS, RUNS, SENSITIVITIES, STATISTICS
-from lsq_core.store import Store
+from lsq_core.store.store import Store
 
 pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
 

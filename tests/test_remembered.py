@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from lsq_core.config import LADDER
-from lsq_core.load import load_model
-from lsq_core.model import ModelSource
-from lsq_core.quantize import get_quantizer
-from lsq_core.quantize.apply import packed_modules, quantize_model
-from lsq_core.quantize.packed import quantize_matrix
-from lsq_core.quantize.remembered import Remembered
+from lsq_core.bits import LADDER
+from lsq_core.model.loading import load_model
+from lsq_core.model.source import ModelSource
+from lsq_core.quantization.cache import Remembered
+from lsq_core.quantization.packed import quantize_matrix
+from lsq_core.quantization.registry import get_quantizer
+from lsq_core.quantized.convert import quantize_model
+from lsq_core.quantized.modules import packed_modules
 
 
 def packed(seed: int):

@@ -11,20 +11,22 @@ import pandas as pd
 import pytest
 
 from lsq_core import charts
+from lsq_core.bits import RATIOS, mixed_rows
 from lsq_core.cli import execute
 from lsq_core.cli.parser import build_parser
 from lsq_core.cli.verbs import _plan_request
-from lsq_core.compare import settings_of, shares_of_bytes
-from lsq_core.config import RATIOS, mixed_rows
-from lsq_core.model import ModelSource
-from lsq_core.pipeline import EvaluationRequest, Workbench
-from lsq_core.plan import PlanRequest, make_frontier, make_plan
-from lsq_core.plan.high_impact import impact_of
-from lsq_core.predict import measured_points
-from lsq_core.profile import ProfileSettings
-from lsq_core.profile import interactions as measuring
-from lsq_core.store import InteractionKind, Store
-from lsq_core.ui import arguments
+from lsq_core.evaluation.prediction import measured_points
+from lsq_core.evaluation.protocol import EvaluationRequest
+from lsq_core.jobs import arguments
+from lsq_core.model.source import ModelSource
+from lsq_core.planning.make import make_frontier, make_plan
+from lsq_core.planning.methods.high_impact import impact_of
+from lsq_core.planning.request import PlanRequest
+from lsq_core.profiling import interactions as measuring
+from lsq_core.profiling.settings import ProfileSettings
+from lsq_core.results.compare import settings_of, shares_of_bytes
+from lsq_core.session import Session
+from lsq_core.store.store import InteractionKind, Store
 from tests.conftest import save_random_model
 from tests.test_app import filled, filled_once, first_line, open_page  # noqa: F401 - fixtures
 from tests.test_plan_page import live, planned, problem
@@ -66,7 +68,7 @@ def test_the_page_shows_the_librarys_plan(measured):
     assert sent["model"]["reference"]["name"] == "2.13"
     stops = [stop["stop"] for stop in sent["model"]["ladder"]]
     assert stops == ["2 %", "5 %", "10 %", "15 %", "20 %"]
-    bench = Workbench(ModelSource(measured.model), Store(measured.path))
+    bench = Session(ModelSource(measured.model), Store(measured.path))
     key = bench.profile_key(measured.settings)
     kept = bench.store.interactions(key, InteractionKind("block", 2, 3, 128))
     impact = impact_of(bench.info.matrices, bench.store.row_scores(key), kept)
@@ -164,11 +166,11 @@ def test_plans_of_mixed_rows_are_drawn():
 def test_runs_of_mixed_rows_are_told_apart(measured):
     """In Compare by how rows were mixed, and none of them is learned from as a stop's."""
     store, source = Store(measured.path), ModelSource(measured.model)
-    bench = Workbench(source, store, "cpu")
+    bench = Session(source, store, "cpu")
     text = measured.settings.calibration
     request = PlanRequest("high-impact", budget="2.24bpp")
-    plan, profile = bench.plan(request, measured.settings)
-    bench.run(plan, profile, "rtn", EvaluationRequest(text, max_tokens=300))
+    plan = bench.plan(request, measured.settings)
+    bench.run(plan, "rtn", EvaluationRequest(text, max_tokens=300))
     runs = charts.labelled(store.results())
     label = runs.loc[runs["method"] == "high-impact", "label"].item()
     assert "2+3 g128, full ratios, rtn" in label

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 
 from lsq_core import disk
-from lsq_core.audit import audit_folder
 from lsq_core.cli import main
 from lsq_core.errors import InputError
-from lsq_core.model import MANIFEST
-from lsq_core.quantize.artifact import load_quantized
-from lsq_core.quantize.manifest import EVALUATED, UNFINISHED, read_manifest
-from lsq_core.store import Store
+from lsq_core.model.source import MANIFEST
+from lsq_core.quantized.artifact import load_quantized
+from lsq_core.quantized.manifest import EVALUATED, UNFINISHED, read_manifest
+from lsq_core.results.audit import audit_folder
+from lsq_core.store.store import Store
 from tests.conftest import ROOT
 
 WEIGHTS = "packed.safetensors"
@@ -117,7 +117,7 @@ def test_files_have_the_mode_of_the_umask(random_model, tmp_path):
 _KILLED = """
 import os, sys
 from pathlib import Path
-from lsq_core.quantize import artifact
+from lsq_core.quantization.registry import artifact
 
 def killed(state, path, **more):
     path.write_bytes(b"half")

@@ -11,13 +11,15 @@ import pytest
 
 from lsq_core.cli import main
 from lsq_core.errors import InputError, reason_of
-from lsq_core.evaluate import Protocol, evaluate
-from lsq_core.generate import compare_generation
-from lsq_core.load import check_tokens, load_model
-from lsq_core.model import ModelSource
-from lsq_core.profile import ProfileSettings
-from lsq_core.profile.measure import calibration_of, measure_profile
-from lsq_core.sizes import odd_sizes, too_many
+from lsq_core.evaluation.generation import compare_generation
+from lsq_core.evaluation.perplexity import evaluate
+from lsq_core.evaluation.protocol import Protocol
+from lsq_core.model.loading import check_tokens, load_model
+from lsq_core.model.sizes import odd_sizes, too_many
+from lsq_core.model.source import ModelSource
+from lsq_core.profiling.calibration import calibration_of
+from lsq_core.profiling.measure import measure_profile
+from lsq_core.profiling.settings import ProfileSettings
 from tests.conftest import save_random_model
 
 ODD = (None, 0, -1, 1.5, "x", [], 10**30)
@@ -124,7 +126,7 @@ def test_no_evaluation_on_tokens_without_a_row(narrow, small_text):
 def test_no_profile_on_tokens_without_a_row(narrow, small_text):
     settings = ProfileSettings("rtn", calibration=str(small_text), samples=4, block_tokens=32)
     with pytest.raises(InputError, match=NAMES_THE_LAST_ROW):
-        calibration_of(narrow, settings)
+        calibration_of(narrow, settings.text)
     with pytest.raises(InputError, match=NAMES_THE_LAST_ROW):
         measure_profile(narrow, settings, "p")
 

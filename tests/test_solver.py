@@ -12,9 +12,9 @@ import torch
 from hqq.core.optimize import optimize_weights_proximal
 from hqq.core.quantize import Quantizer
 
-from lsq_core.quantize import solver, solver_compiled, solver_triton
-from lsq_core.quantize.solver import THRESHOLD, plugged_in, solve_zero, stopping_step
-from lsq_core.quantize.solver_compiled import Engine, Steps
+from lsq_core.quantization.hqq import solver, solver_compiled, solver_triton
+from lsq_core.quantization.hqq.solver import THRESHOLD, plugged_in, solve_zero, stopping_step
+from lsq_core.quantization.hqq.solver_compiled import Engine, Steps
 
 SHAPE = (256, 384)
 

@@ -16,9 +16,9 @@ import pandas as pd
 import psutil
 import pytest
 
-from lsq_core import sql, sql_child
 from lsq_core.errors import InputError
-from lsq_core.store import Store
+from lsq_core.store import sql, sql_child
+from lsq_core.store.store import Store
 from tests.conftest import ROOT
 from tests.test_app import first_line
 from tests.test_compare import fill
@@ -322,7 +322,10 @@ def test_a_query_ends_with_the_run_of_its_page(copy):
 
 
 def test_the_process_of_a_query_needs_neither_torch_nor_pandas():
-    code = "import sys, lsq_core.sql_child; print(sorted({'torch', 'pandas'} & set(sys.modules)))"
+    code = (
+        "import sys, lsq_core.store.sql_child; "
+        "print(sorted({'torch', 'pandas'} & set(sys.modules)))"
+    )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert found.stdout == "[]\n"
 

@@ -11,13 +11,16 @@ import duckdb
 import numpy as np
 import pytest
 
-from lsq_core import store as store_module
 from lsq_core.errors import InputError, LsqError
-from lsq_core.evaluate import Evaluation
-from lsq_core.load import inspect_model
-from lsq_core.model import ModelSource
-from lsq_core.plan import PlanRequest, Problem, make_plan
-from lsq_core.store import MIGRATIONS, Store
+from lsq_core.evaluation.result import Evaluation
+from lsq_core.model.loading import inspect_model
+from lsq_core.model.source import ModelSource
+from lsq_core.planning.make import make_plan
+from lsq_core.planning.problem import Problem
+from lsq_core.planning.request import PlanRequest
+from lsq_core.store import store as store_module
+from lsq_core.store.schema import MIGRATIONS
+from lsq_core.store.store import Store
 
 
 @pytest.fixture
@@ -261,7 +264,7 @@ def test_others_wait_for_a_held_file_and_then_find_what_was_kept(tmp_path, info)
 
 WRITE = """
 import sys
-from lsq_core.store import Store, new_id
+from lsq_core.store.store import Store, new_id
 store = Store(sys.argv[1])
 for i in range(20):
     with store.transaction() as connection:
@@ -284,7 +287,7 @@ def test_two_processes_write_at_once(tmp_path):
 
 KILL = """
 import os, signal, sys
-from lsq_core.store import Store, new_id
+from lsq_core.store.store import Store, new_id
 store = Store(sys.argv[1])
 with store.transaction() as connection:
     connection.execute("INSERT INTO runs (id, method) VALUES (?, 'kept')", [new_id()])

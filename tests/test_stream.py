@@ -11,15 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lsq_core.architecture import find_blocks, parameter_name
 from lsq_core.errors import InputError, LsqError
-from lsq_core.load import load_model
-from lsq_core.model import ModelSource
-from lsq_core.pipeline import Workbench
-from lsq_core.profile import DEFAULT_METRICS, WEIGHT_METRICS, ProfileSettings
-from lsq_core.profile.measure import measure_profile
-from lsq_core.store import Store
-from lsq_core.stream import NotStreamable, open_streamed
+from lsq_core.model.architecture import find_blocks, parameter_name
+from lsq_core.model.loading import load_model
+from lsq_core.model.source import ModelSource
+from lsq_core.model.streaming import NotStreamable, open_streamed
+from lsq_core.profiling.measure import measure_profile
+from lsq_core.profiling.metrics import DEFAULT_METRICS, WEIGHT_METRICS
+from lsq_core.profiling.settings import ProfileSettings
+from lsq_core.session import Session
+from lsq_core.store.store import Store
 from tests.conftest import ARCHITECTURES
 
 
@@ -127,7 +128,7 @@ def test_a_model_that_cannot_be_streamed_is_loaded_and_that_is_told(
     source, said = ModelSource(str(folder), allow_pickle=True), []
     with pytest.raises(NotStreamable, match=told):
         open_streamed(source, "cpu")
-    bench = Workbench(source, Store(), "cpu", report=lambda *report: said.append(report[3]))
+    bench = Session(source, Store(), "cpu", report=lambda *report: said.append(report[3]))
     profile = bench.profile(settings)
     assert any(told in line and "whole model" in line for line in said)
     assert set(profile.metrics) == set(DEFAULT_METRICS)
@@ -142,13 +143,13 @@ def test_a_weight_that_is_lacking_is_not_made_up(random_model, settings, tmp_pat
     with pytest.raises(NotStreamable, match=lacking):
         open_streamed(ModelSource(str(folder)), "cpu")
     with pytest.raises(InputError, match=r"have no model\.layers\.1\.input_layernorm\.weight;"):
-        Workbench(ModelSource(str(folder)), Store(), "cpu").profile(settings)
+        Session(ModelSource(str(folder)), Store(), "cpu").profile(settings)
 
 
 def test_a_profile_needs_no_whole_model(random_model, settings, monkeypatch):
-    monkeypatch.setattr("lsq_core.load.load_model", None)  # would fail if it were called
+    monkeypatch.setattr("lsq_core.model.loading.load_model", None)  # would fail if it were called
     said = []
-    bench = Workbench(
+    bench = Session(
         ModelSource(str(random_model("llama-gqa"))),
         Store(),
         "cpu",
@@ -161,6 +162,6 @@ def test_a_profile_needs_no_whole_model(random_model, settings, monkeypatch):
 
 
 def test_too_little_memory_for_a_block_is_told_at_once(random_model, monkeypatch):
-    monkeypatch.setattr("lsq_core.load._free_bytes", lambda device: 1000)
+    monkeypatch.setattr("lsq_core.model.loading._free_bytes", lambda device: 1000)
     with pytest.raises(LsqError, match=r"needs .* float32 .*cpu .*1000 B"):
         open_streamed(ModelSource(str(random_model("llama-gqa"))), "cpu")

@@ -9,16 +9,20 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from lsq_core import pipeline, quantize, sweep
+from lsq_core import sweep
 from lsq_core.cli import main
 from lsq_core.errors import InputError, LsqError
+from lsq_core.evaluation.protocol import EvaluationRequest
 from lsq_core.files import Damaged
-from lsq_core.model import ModelSource
-from lsq_core.pipeline import EvaluationRequest, Workbench
-from lsq_core.plan import PLANNERS, PlanRequest
-from lsq_core.profile import ProfileSettings
-from lsq_core.quantize import BASELINES
-from lsq_core.store import Store
+from lsq_core.model.source import ModelSource
+from lsq_core.planning.methods import PLANNERS
+from lsq_core.planning.request import PlanRequest
+from lsq_core.profiling.settings import ProfileSettings
+from lsq_core.quantization import registry as quantize
+from lsq_core.quantization.registry import BASELINES
+from lsq_core.session import Session
+from lsq_core.stages import evaluate
+from lsq_core.store.store import Store
 
 
 @pytest.fixture
@@ -34,13 +38,13 @@ def other_text(tmp_path) -> str:
 
 
 @pytest.fixture
-def bench(random_model) -> Workbench:
-    return Workbench(ModelSource(str(random_model("llama-gqa"))), Store(), "cpu")
+def bench(random_model) -> Session:
+    return Session(ModelSource(str(random_model("llama-gqa"))), Store(), "cpu")
 
 
-def fresh(bench: Workbench, **changes) -> Workbench:
+def fresh(bench: Session, **changes) -> Session:
     """The same model in another process, so to speak: nothing of it is loaded."""
-    return Workbench(bench.source, bench.store, "cpu", **changes)
+    return Session(bench.source, bench.store, "cpu", **changes)
 
 
 def asked(texts, methods=("uniform", "mxq"), budgets=("2.6bpp", "3.6bpp"), quantizers=("rtn",)):
@@ -72,14 +76,14 @@ def test_nothing_to_estimate_takes_no_time_to_say():
 
 
 def count_calls(monkeypatch, name: str) -> list:
-    """Notes every call of a Workbench method."""
-    calls, whole = [], getattr(Workbench, name)
+    """Notes every call of a Session method."""
+    calls, whole = [], getattr(Session, name)
 
     def noted(self, *args, **kwargs):
         calls.append(args)
         return whole(self, *args, **kwargs)
 
-    monkeypatch.setattr(Workbench, name, noted)
+    monkeypatch.setattr(Session, name, noted)
     return calls
 
 
@@ -99,7 +103,7 @@ def test_every_combination_is_run_once_and_kept(bench, settings, small_text, oth
 def test_model_and_profile_are_read_once_and_each_plan_quantized_once(
     bench, settings, small_text, other_text, monkeypatch
 ):
-    from lsq_core import load
+    from lsq_core.model import loading as load
 
     loads, whole = [], load.load_model
     monkeypatch.setattr(load, "load_model", lambda *args: loads.append(args) or whole(*args))
@@ -148,7 +152,7 @@ def test_a_result_of_other_circumstances_is_not_taken(
     elif change == "quantizer":
         item = replace(item, quantizer="hqq")
     elif change == "versions":
-        for module in (pipeline, sweep):
+        for module in (evaluate, sweep):
             monkeypatch.setattr(module, "versions", lambda *packages: {"torch": "another"})
     else:
         small_text.write_text(small_text.read_text("utf8").replace("Return", "Give"), "utf8")
@@ -157,14 +161,14 @@ def test_a_result_of_other_circumstances_is_not_taken(
 
 
 def test_an_item_that_fails_stops_no_other(bench, settings, small_text, monkeypatch):
-    whole = Workbench.measure
+    whole = Session.measure
 
     def breaks(self, made, requests):
         if any(one.plan.method == "uniform" for one in made):
             raise RuntimeError("a defect")
         return whole(self, made, requests)
 
-    monkeypatch.setattr(Workbench, "measure", breaks)
+    monkeypatch.setattr(Session, "measure", breaks)
     rows = sweep.sweep(
         bench, asked([small_text, "/no/such.txt"], budgets=("1bpp", "3.6bpp")), settings
     )
@@ -326,7 +330,7 @@ def test_a_plan_that_cannot_be_made_is_tried_once(bench, settings, small_text, o
 
 def test_a_batch_that_fails_keeps_its_traceback(bench, settings, small_text, monkeypatch, capsys):
     """Each of its runs goes well alone, so that nothing else would tell of the defect."""
-    whole, sizes = Workbench.measure, []
+    whole, sizes = Session.measure, []
 
     def a_defect_in_measuring(self, made, requests):
         sizes.append(len(made))
@@ -334,7 +338,7 @@ def test_a_batch_that_fails_keeps_its_traceback(bench, settings, small_text, mon
             raise ZeroDivisionError("of many")
         return whole(self, made, requests)
 
-    monkeypatch.setattr(Workbench, "measure", a_defect_in_measuring)
+    monkeypatch.setattr(Session, "measure", a_defect_in_measuring)
     rows = sweep.sweep(bench, asked([small_text], methods=("uniform",)), settings)
     assert [row["state"] for row in rows] == ["done", "done"]
     assert sizes == [2, 1, 1]
@@ -367,15 +371,15 @@ def test_plans_made_together_are_as_each_made_alone(bench, settings, small_text,
     rows = sweep.sweep(bench, items, settings)
     assert [len(made) for made, _ in read] == [6]
     for item, row in zip(items, rows, strict=True):
-        alone = Workbench(bench.source, Store(bench.store.path.with_name("alone.duckdb")), "cpu")
-        plan, profile = alone.plan(item.request, settings)
-        outcome = alone.run(plan, profile, item.quantizer, item.evaluation)
+        alone = Session(bench.source, Store(bench.store.path.with_name("alone.duckdb")), "cpu")
+        plan = alone.plan(item.request, settings)
+        outcome = alone.run(plan, item.quantizer, item.evaluation)
         for name in ("perplexity", "perplexity_full", "kl", "top1", "measured_bytes"):
             assert row[name] == outcome[name]
 
 
 def test_what_is_alike_in_two_plans_is_quantized_once(bench, settings, small_text, monkeypatch):
-    from lsq_core.quantize import apply
+    from lsq_core.quantized import convert as apply
 
     made, whole = [], apply.quantize_config
     monkeypatch.setattr(
@@ -383,7 +387,7 @@ def test_what_is_alike_in_two_plans_is_quantized_once(bench, settings, small_tex
     )
     items = asked([small_text], methods=("mxq",), budgets=("2.6bpp", "3.1bpp", "3.6bpp"))
     sweep.sweep(bench, items, settings)
-    plans = [bench.plan(item.request, settings)[0] for item in items]
+    plans = [bench.plan(item.request, settings) for item in items]
     stops = [(matrix.name, config) for plan in plans for matrix, config in plan.choice.items()]
     assert len(made) == len(set(made)) == len(set(stops)) < len(stops)
 
@@ -397,14 +401,14 @@ def test_where_memory_is_short_plans_are_made_one_by_one(bench, settings, small_
 
 
 def test_too_little_memory_for_all_at_once_is_no_failure(bench, settings, small_text, monkeypatch):
-    whole = Workbench.measure
+    whole = Session.measure
 
     def small(self, made, requests):
         if len(made) > 1:
             raise LsqError("cuda ran out of memory")
         return whole(self, made, requests)
 
-    monkeypatch.setattr(Workbench, "measure", small)
+    monkeypatch.setattr(Session, "measure", small)
     rows = sweep.sweep(bench, asked([small_text]), settings)
     assert [row["state"] for row in rows] == ["done"] * 4
 

@@ -11,7 +11,7 @@ import pytest
 
 from lsq_core import cli
 from lsq_core.errors import InputError
-from lsq_core.pipeline import Workbench
+from lsq_core.session import Session
 from lsq_core.targets import check_file_target, check_folder_target
 
 NOBODY = 65534
@@ -70,9 +70,9 @@ def test_another_users_folder(open_folder):
 def work(monkeypatch) -> list:
     """What was begun in spite of all."""
     begun = []
-    monkeypatch.setattr(Workbench, "profile", lambda *a, **k: begun.append("profile"))
-    monkeypatch.setattr(Workbench, "run", lambda *a, **k: begun.append("run"))
-    monkeypatch.setattr(Workbench, "plan", lambda *a, **k: begun.append("plan"))
+    monkeypatch.setattr(Session, "profile", lambda *a, **k: begun.append("profile"))
+    monkeypatch.setattr(Session, "run", lambda *a, **k: begun.append("run"))
+    monkeypatch.setattr(Session, "plan", lambda *a, **k: begun.append("plan"))
     return begun
 
 

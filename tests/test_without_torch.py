@@ -59,8 +59,8 @@ def loaded(filled_once, random_model, request, tmp_path_factory) -> dict[str, se
         text.write_text("\n".join(f"Return the {i}-th item." for i in range(200)), "utf8")
         make_run(random_model("llama-gqa"), text, folder / "saved")
     audit = (
-        "from pathlib import Path; from lsq_core.store import Store\n"
-        "from lsq_core.audit import audit_folder\n"
+        "from pathlib import Path; from lsq_core.store.store import Store\n"
+        "from lsq_core.results.audit import audit_folder\n"
         f"found = audit_folder(Path({str(folder / 'saved')!r}), "
         f"Store(Path({str(folder / 'audited.duckdb')!r})))\n"
         "assert not found.wrong and len(found.lines) == 14, found.verdict\n"

@@ -6,7 +6,7 @@ from itertools import product
 
 import torch
 
-from lsq_core.quantize import solver, solver_triton
+from lsq_core.quantization.hqq import solver, solver_triton
 
 
 def compare(dtype: torch.dtype, axis: int, group_size: int, bits: int, spread: float) -> None:

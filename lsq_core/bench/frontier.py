@@ -12,10 +12,13 @@ import numpy as np
 import pulp
 
 from lsq_core.bench import Pair, Row, in_turns
-from lsq_core.config import LADDER
-from lsq_core.model import Matrix
-from lsq_core.plan import Frontier, PlanRequest, Problem, make_frontier
-from lsq_core.plan.exact import GAP, solve_exactly
+from lsq_core.bits import LADDER
+from lsq_core.model.info import Matrix
+from lsq_core.planning.exact import GAP, solve_exactly
+from lsq_core.planning.frontier import Frontier
+from lsq_core.planning.make import make_frontier
+from lsq_core.planning.problem import Problem
+from lsq_core.planning.request import PlanRequest
 
 #: Llama-2-70B's modules in a decoder block, (out, in), and its blocks.
 SHAPES = {

@@ -22,9 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lsq_core import paths
-from lsq_core.config import format_bytes
-from lsq_core.model import DEMO_FOLDER, ModelSource
-from lsq_core.profile import DEFAULT_METRICS, WEIGHT_METRICS, ProfileSettings
+from lsq_core.model.source import DEMO_FOLDER, ModelSource
+from lsq_core.profiling.metrics import DEFAULT_METRICS, WEIGHT_METRICS
+from lsq_core.profiling.settings import ProfileSettings
+from lsq_core.units import format_bytes
 
 GIB = 2**30
 #: Seconds between two looks at the process: a matrix takes longer than that.
@@ -81,8 +82,8 @@ def write_random_model(folder: Path, weight_bytes: int, layers: int = 32) -> int
     import torch
     from safetensors.torch import save_file
 
-    from lsq_core.architecture import find_blocks
-    from lsq_core.load import skeleton
+    from lsq_core.model.architecture import find_blocks
+    from lsq_core.model.loading import skeleton
 
     folder.mkdir(parents=True)
     random_config(weight_bytes, layers).save_pretrained(folder)
@@ -157,8 +158,8 @@ def profile(folder: Path, options: Options) -> dict[str, float]:
     """Profile a model in this process, its blocks streamed; seconds, and memory before it."""
     import torch  # noqa: F401 - what it takes by itself is no part of a model's
 
-    from lsq_core.profile.measure import measure_profile
-    from lsq_core.stream import open_streamed
+    from lsq_core.model.streaming import open_streamed
+    from lsq_core.profiling.measure import measure_profile
 
     base, began = rss_anon(), time.process_time()
     measure_profile(

@@ -10,10 +10,10 @@ from hqq.core.quantize import BaseQuantizeConfig, HQQBackend, HQQLinear
 from torch import Tensor, nn
 
 from lsq_core.bench import REPEATS, Row, in_turns
-from lsq_core.config import QuantConfig
-from lsq_core.quantize import get_quantizer
-from lsq_core.quantize.apply import PackedLinear
-from lsq_core.quantize.packed import quantize_matrix
+from lsq_core.bits import QuantConfig
+from lsq_core.quantization.packed import quantize_matrix
+from lsq_core.quantization.registry import get_quantizer
+from lsq_core.quantized.modules import PackedLinear
 
 SIDE = 2048
 BITS = (2, 3, 4, 8)

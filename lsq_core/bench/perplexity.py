@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from lsq_core.bench import Row, in_turns
-from lsq_core.corpus import load_corpus, token_stream
-from lsq_core.evaluate import Protocol, evaluate
-from lsq_core.load import load_model
-from lsq_core.model import ModelSource
+from lsq_core.corpus.registry import load_corpus
+from lsq_core.corpus.tokens import token_stream
+from lsq_core.evaluation.perplexity import evaluate
+from lsq_core.evaluation.protocol import Protocol
+from lsq_core.model.loading import load_model
+from lsq_core.model.source import ModelSource
 
 #: Tokens of the built-in text that both read on a CPU and on a GPU.
 TOKENS = {"cpu": 4096, "cuda": 65536}

@@ -20,13 +20,16 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from lsq_core.bench import Pair, Row, timed
-from lsq_core.config import LADDER, QuantConfig
-from lsq_core.load import load_tokenizer
-from lsq_core.model import DEMO_FOLDER, ModelSource
-from lsq_core.profile import DEFAULT_METRICS, Profile, ProfileSettings
-from lsq_core.profile.agreement import rank_correlation
-from lsq_core.profile.measure import calibration_of, measure_profile
-from lsq_core.stream import StreamedModel, open_streamed
+from lsq_core.bits import LADDER, QuantConfig
+from lsq_core.model.loading import load_tokenizer
+from lsq_core.model.source import DEMO_FOLDER, ModelSource
+from lsq_core.model.streaming import StreamedModel, open_streamed
+from lsq_core.profiling.agreement import rank_correlation
+from lsq_core.profiling.calibration import calibration_of
+from lsq_core.profiling.measure import measure_profile
+from lsq_core.profiling.metrics import DEFAULT_METRICS
+from lsq_core.profiling.profile import Profile
+from lsq_core.profiling.settings import ProfileSettings
 
 #: Texts of the demo's calibration corpus: few, so that ten runs of both sides take a minute. Scale
 #: and zero as hqq's layers keep them, so that both sides measure the same weights.
@@ -61,7 +64,7 @@ def profile(repeats: int, settings: ProfileSettings = SETTINGS) -> Row:
     """
     ours: list[Profile] = []
     theirs: dict[QuantConfig, Scores] = {}
-    ids = torch.from_numpy(calibration_of(open_demo(), settings).ids)
+    ids = torch.from_numpy(calibration_of(open_demo(), settings.text).ids)
     seconds = []
     theirs_at(LADDER[0], ids), measure_ours(settings)
     for repeat in range(repeats):

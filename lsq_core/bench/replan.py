@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from lsq_core.bench import Row, in_turns
-from lsq_core.model import ModelSource
-from lsq_core.pipeline import EvaluationRequest, Workbench
-from lsq_core.plan import PlanRequest
-from lsq_core.profile import ProfileSettings
-from lsq_core.store import Store
+from lsq_core.evaluation.protocol import EvaluationRequest
+from lsq_core.model.source import ModelSource
+from lsq_core.planning.request import PlanRequest
+from lsq_core.profiling.settings import ProfileSettings
+from lsq_core.session import Session
+from lsq_core.store.store import Store
 from lsq_core.sweep import Item, items, sweep
 
 #: MXQ at ten sizes a tenth of a bit apart, as one drags the slider from 3.0 to 3.9 bits.
@@ -38,9 +39,9 @@ def replan10(repeats: int) -> Row:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepared = Store(folder / "prepared.duckdb")
-        bench = Workbench(ModelSource("demo"), prepared, "cpu")
+        bench = Session(ModelSource("demo"), prepared, "cpu")
         bench.profile(SETTINGS)
-        plans = [bench.plan(item.request, SETTINGS)[0] for item in asked]
+        plans = [bench.plan(item.request, SETTINGS) for item in asked]
         both = _Both(asked, folder)
         pair = in_turns(both.sweep, both.runs, repeats, warm=0)  # planning has warmed up both
     stops = [(matrix.name, config) for plan in plans for matrix, config in plan.choice.items()]
@@ -72,11 +73,11 @@ class _Both:
         self.run: list[dict] = []
         self.seconds = 0.0
 
-    def _bench(self) -> Workbench:
+    def _bench(self) -> Session:
         self.number += 1
         copy = self.folder / f"{self.number}.duckdb"
         shutil.copy(self.folder / "prepared.duckdb", copy)
-        return Workbench(ModelSource("demo"), Store(copy), "cpu")
+        return Session(ModelSource("demo"), Store(copy), "cpu")
 
     def sweep(self) -> None:
         """Ours."""
@@ -87,8 +88,8 @@ class _Both:
         self.run, began = [], time.perf_counter()
         for item in self.asked:
             bench = self._bench()
-            plan, profile = bench.plan(item.request, SETTINGS)
-            self.run.append(bench.run(plan, profile, item.quantizer, item.evaluation))
+            plan = bench.plan(item.request, SETTINGS)
+            self.run.append(bench.run(plan, item.quantizer, item.evaluation))
         self.seconds = time.perf_counter() - began
 
     @property

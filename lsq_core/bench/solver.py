@@ -11,7 +11,7 @@ from hqq.core.quantize import Quantizer
 from torch import Tensor
 
 from lsq_core.bench import REPEATS, Row, in_turns, timed
-from lsq_core.quantize.solver import engine, plugged_in, steps
+from lsq_core.quantization.hqq.solver import engine, plugged_in, steps
 
 #: Mean absolute and Frobenius error, relative to theirs.
 ERROR_LIMIT = 1e-3
@@ -157,9 +157,9 @@ def _difference(case: Case, weights: Tensor) -> float:
 
 def _demo_weights() -> Tensor:
     """All matrices of one block of the demo model, cut into rows of 128."""
-    from lsq_core.architecture import get_weight
-    from lsq_core.load import load_model
-    from lsq_core.model import ModelSource
+    from lsq_core.model.architecture import get_weight
+    from lsq_core.model.loading import load_model
+    from lsq_core.model.source import ModelSource
 
     loaded = load_model(ModelSource("demo"), "cpu")
     matrices = [get_weight(loaded.model, m).float() for m in loaded.info.matrices if m.layer == 3]
@@ -215,7 +215,7 @@ def _whole_model(ours: Callable, block: list[Tensor]) -> dict[str, float]:
 
 def _bandwidth(block: list[Tensor]) -> dict[str, float]:
     """Bytes over time of the kernel alone and of a plain copy, GB/s."""
-    from lsq_core.quantize.solver import solve_zero
+    from lsq_core.quantization.hqq.solver import solve_zero
 
     weight = max(block, key=Tensor.numel).view(-1, 64)
     low, high = weight.float().amin(1, keepdim=True), weight.float().amax(1, keepdim=True)

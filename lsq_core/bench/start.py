@@ -20,7 +20,13 @@ from lsq_core.bench import Row, in_turns, spread, timed
 from lsq_core.errors import LsqError
 
 #: What must come without torch and without Streamlit.
-LIGHT = ("lsq_core", "lsq_core.plan", "lsq_core.store", "lsq_core.profile", "lsq_core.quantize")
+LIGHT = (
+    "lsq_core",
+    "lsq_core.planning.make",
+    "lsq_core.store.store",
+    "lsq_core.profiling.profile",
+    "lsq_core.quantization.registry",
+)
 HEAVY = ("torch", "transformers", "streamlit")
 #: What a script of one's own begins with.
 TRANSFORMERS = ("-c", "import torch, transformers; transformers.AutoModelForCausalLM")
@@ -53,17 +59,17 @@ def import_time(repeats: int) -> Row:
 
 def plan_cold(repeats: int) -> Row:
     """``python -m lsq_core plan`` for a model whose profile is stored."""
-    from lsq_core.model import ModelSource
-    from lsq_core.pipeline import Workbench
-    from lsq_core.profile import ProfileSettings
-    from lsq_core.store import Store
+    from lsq_core.model.source import ModelSource
+    from lsq_core.profiling.settings import ProfileSettings
+    from lsq_core.session import Session
+    from lsq_core.store.store import Store
 
     settings = ProfileSettings("rtn", samples=4, block_tokens=64)
     asked = ["--method", "mxq", "--budget", "3.2bpp", "--profile-quantizer", settings.quantizer]
     asked += ["--samples", str(settings.samples), "--block-tokens", str(settings.block_tokens)]
     with tempfile.TemporaryDirectory() as folder:
         database = Path(folder) / "lsq.duckdb"
-        bench = Workbench(ModelSource("demo"), Store(database), "cpu")
+        bench = Session(ModelSource("demo"), Store(database), "cpu")
         profile = bench.profile(settings)
         command = ["-m", "lsq_core", "plan", "--model", "demo", "--db", str(database), *asked]
         ours, theirs = _Process(*command, "--json"), _Process(*TRANSFORMERS)

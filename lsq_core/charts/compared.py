@@ -16,7 +16,7 @@ def gain_for_bits(frame: pd.DataFrame, base: str) -> go.Figure:
     """How far perplexity falls for how many more bits than a uniform base ([A] Fig. 9).
 
     ``frame`` has ``evaluation, method, label, extra, drop`` of
-    :func:`lsq_core.compare.against_base`; ``base`` names the run at the origin.
+    :func:`lsq_core.results.compare.against_base`; ``base`` names the run at the origin.
     """
     figure = go.Figure()
     for method in frame["method"].value_counts().index:
@@ -57,8 +57,8 @@ def _marker(style: MethodStyle, size: int) -> dict:
 def win_tie_loss_bars(frame: pd.DataFrame) -> go.Figure:
     """How often a method beats another, as bars of 100 % ([A] Fig. 6).
 
-    ``frame`` is of :func:`lsq_core.compare.figure_6`, for one account of the budget. Bars are in
-    whole percents of all comparisons, their lengths exact.
+    ``frame`` is of :func:`lsq_core.results.compare.figure_6`, for one account of the budget.
+    Bars are in whole percents of all comparisons, their lengths exact.
     """
     names = [
         f"{method_style(row.method).title}<br>against {method_style(row.against).title}"

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from lsq_core.bits import LADDER, Config, is_mixed, parse_config
 from lsq_core.charts.style import (
     ABOVE,
     NEUTRAL,
@@ -18,7 +19,6 @@ from lsq_core.charts.style import (
     method_style,
     short_type,
 )
-from lsq_core.config import LADDER, Config, is_mixed, parse_config
 
 
 def plan_heatmap(frame: pd.DataFrame, narrow: bool = False) -> go.Figure:
@@ -237,7 +237,8 @@ def _measured_on_frontier(method: str, part: pd.DataFrame) -> go.Scatter:
 def plan_ring(shares: pd.Series, title: str) -> go.Figure:
     """The share of a plan's bytes that each configuration takes ([A] Fig. 8), as a ring.
 
-    ``shares`` is of :func:`lsq_core.compare.shares_of_bytes`; ``title``, in the middle, is short.
+    ``shares`` is of :func:`lsq_core.results.compare.shares_of_bytes`; ``title``, in the middle, is
+    short.
     """
     configs = [parse_config(name) for name in shares.index]
     figure = go.Figure(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pandas as pd
 import plotly.graph_objects as go
 
+from lsq_core.bits import LADDER
 from lsq_core.charts.style import (
     ABOVE,
     NEUTRAL,
@@ -18,8 +19,8 @@ from lsq_core.charts.style import (
     method_style,
     rings,
 )
-from lsq_core.compare import BOOSTS, ROWS, pareto
-from lsq_core.config import GIB, LADDER, MIB
+from lsq_core.results.compare import BOOSTS, ROWS, pareto
+from lsq_core.units import GIB, MIB
 
 
 def size_bars(frame: pd.DataFrame) -> go.Figure:
@@ -254,7 +255,7 @@ def _level(figure: go.Figure, perplexity: float) -> None:
 def labelled(frame: pd.DataFrame) -> pd.DataFrame:
     """Runs with ``label``, a name for each that a person can tell from the others.
 
-    ``frame`` has the columns of :meth:`lsq_core.store.Store.results`.
+    ``frame`` has the columns of :meth:`lsq_core.store.store.Store.results`.
     """
     return frame.assign(label=[_label(row) for row in frame.to_dict("records")])
 

@@ -10,7 +10,7 @@ from zlib import crc32
 import numpy as np
 import plotly.graph_objects as go
 
-from lsq_core.config import HALF, RATIOS, Config, MixedRows
+from lsq_core.bits import HALF, RATIOS, Config, MixedRows
 
 #: What every chart is shown with: no logo, nothing that sends data away.
 CONFIG = {
@@ -96,7 +96,7 @@ def config_color(config: Config) -> str:
 
     Of mixed rows, hue for the high-impact ones' bits, lightness for their ratio.
 
-    >>> from lsq_core.config import QuantConfig
+    >>> from lsq_core.bits import QuantConfig
     >>> config_color(QuantConfig(4, 32))
     '#009e73'
     """

@@ -16,8 +16,8 @@ from lsq_core.cli import output
 from lsq_core.cli.parser import build_parser
 from lsq_core.errors import LsqError
 from lsq_core.files import disk_error
-from lsq_core.pipeline import Report
-from lsq_core.worker import work
+from lsq_core.jobs.worker import work
+from lsq_core.progress import Report
 
 
 def main(arguments: list[str] | None = None) -> int:

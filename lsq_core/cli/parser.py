@@ -6,13 +6,13 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from lsq_core.bits import METADATA_FORMATS
 from lsq_core.cli import show, verbs
-from lsq_core.config import METADATA_FORMATS
-from lsq_core.corpus import BUILT_IN
+from lsq_core.corpus.registry import BUILT_IN
 from lsq_core.errors import InputError
-from lsq_core.plan import PLANNERS
-from lsq_core.profile import DEFAULT_METRICS, METRICS, PROXIES
-from lsq_core.quantize import MATRIX_WISE, QUANTIZERS
+from lsq_core.planning.methods import PLANNERS
+from lsq_core.profiling.metrics import DEFAULT_METRICS, METRICS, PROXIES
+from lsq_core.quantization.registry import MATRIX_WISE, QUANTIZERS
 
 
 class _Parser(argparse.ArgumentParser):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from lsq_core.config import DETECTION_CONFIG, format_bytes
+from lsq_core.bits import DETECTION_CONFIG
+from lsq_core.units import format_bytes
 
 
 def _finite(value: float | None) -> bool:

@@ -10,38 +10,37 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lsq_core import disk, jobs
-from lsq_core.config import parse_bytes
-from lsq_core.corpus import corpus_identity
-from lsq_core.errors import InputError, LsqError, reason_of
+from lsq_core.corpus.registry import corpus_identity
+from lsq_core.errors import InputError, LsqError, in_a_sentence, reason_of
+from lsq_core.evaluation.prediction import parse_loss
+from lsq_core.evaluation.protocol import EvaluationRequest
 from lsq_core.files import write_bytes
 from lsq_core.jsontext import write_json
-from lsq_core.model import MANIFEST, ModelSource
-from lsq_core.pipeline import (
-    EvaluationRequest,
-    Report,
-    Workbench,
-    evaluate_saved,
-    find_published,
-    in_a_sentence,
-    load_saved,
-    refusal_of,
-)
-from lsq_core.plan import PLANNERS, Plan, PlanRequest, Problem
-from lsq_core.predict import parse_loss
-from lsq_core.profile import Profile, ProfileSettings
-from lsq_core.quantize import about, check_choice
-from lsq_core.quantize.manifest import RUN, is_quantized_folder, read_manifest
-from lsq_core.store import PUBLISHED, Store, database_path
+from lsq_core.model.source import MANIFEST, ModelSource
+from lsq_core.planning.methods import PLANNERS
+from lsq_core.planning.plan import Plan
+from lsq_core.planning.problem import Problem
+from lsq_core.planning.request import PlanRequest
+from lsq_core.profiling.settings import ProfileSettings
+from lsq_core.progress import Report
+from lsq_core.quantization.registry import about, check_choice
+from lsq_core.quantized.manifest import RUN, is_quantized_folder, read_manifest
+from lsq_core.session import Session
+from lsq_core.stages.model import find_published
+from lsq_core.stages.plan import refusal_of
+from lsq_core.stages.saved import evaluate_saved, load_saved
+from lsq_core.store.store import PUBLISHED, Store, database_path
 from lsq_core.targets import check_file_target, check_folder_target
+from lsq_core.units import parse_bytes
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-def _workbench(options: argparse.Namespace, report: Report) -> Workbench:
+def _workbench(options: argparse.Namespace, report: Report) -> Session:
     keep = getattr(options, "folder_to_keep", None)
     device = options.device, options.dtype
-    return Workbench(_source(options), Store(options.db), *device, report, keep)
+    return Session(_source(options), Store(options.db), *device, report, keep)
 
 
 def _source(options: argparse.Namespace) -> ModelSource:
@@ -51,7 +50,7 @@ def _source(options: argparse.Namespace) -> ModelSource:
 
 
 def _settings(
-    options: argparse.Namespace, bench: Workbench, quantizer: str | None, calibration: str | None
+    options: argparse.Namespace, bench: Session, quantizer: str | None, calibration: str | None
 ) -> ProfileSettings:
     """The profile settings that were given, and the model's defaults for the others."""
     chosen = {
@@ -95,10 +94,8 @@ def _plan_request(options: argparse.Namespace, method: str | None = None) -> Pla
     )
 
 
-def _plan(
-    options: argparse.Namespace, bench: Workbench, settings: ProfileSettings
-) -> tuple[Plan, Profile | None]:
-    """The plan that was asked for, by a base, a budget or a loss, and its profile."""
+def _plan(options: argparse.Namespace, bench: Session, settings: ProfileSettings) -> Plan:
+    """The plan that was asked for, by a base, a budget or a loss."""
     request = _plan_request(options)
     if options.max_loss is not None:
         if options.base or options.budget:
@@ -117,7 +114,7 @@ def _evaluation(options: argparse.Namespace) -> EvaluationRequest:
 
 def inspect(options: argparse.Namespace, report: Report) -> dict:
     """Layers, parameters, bytes and modules, from the config alone for a remote model."""
-    from lsq_core.load import inspect_model
+    from lsq_core.model.loading import inspect_model
 
     source, store = _source(options), Store(options.db)
     info = find_published(source, store) or inspect_model(source)
@@ -147,7 +144,7 @@ def _described(info: object) -> dict:
 
 def profile(options: argparse.Namespace, report: Report) -> dict:
     """Measure or find a profile."""
-    from lsq_core.profile.agreement import proxy_agreement
+    from lsq_core.profiling.agreement import proxy_agreement
 
     bench = _workbench(options, report)
     settings = _settings(options, bench, options.quantizer, options.corpus)
@@ -168,12 +165,12 @@ def plan(options: argparse.Namespace, report: Report) -> dict:
         check_file_target(options.out)
     bench = _workbench(options, report)
     settings = _settings(options, bench, options.profile_quantizer, options.calibration)
-    made, used = _plan(options, bench, settings)
+    made = _plan(options, bench, settings)
     content = made.to_json() | {
         "predicted": bench.predicted(made, settings, options.corpus, options.protocol),
         "model": bench.source.name,
         "fingerprint": bench.info.fingerprint,
-        "profile": used.id if used else None,
+        "profile": made.profile,
         "covered": bench.info.covered,
     }
     if options.out:
@@ -197,7 +194,7 @@ def run(options: argparse.Namespace, report: Report) -> dict:
             raise InputError(
                 "Give a saved plan, or a method with base, budget or max-loss, but not both."
             )
-        made, used = _saved_plan(options.plan, bench), None
+        made = _saved_plan(options.plan, bench)
     else:
         if options.max_loss and quantizer != settings.quantizer:
             raise InputError(
@@ -206,10 +203,10 @@ def run(options: argparse.Namespace, report: Report) -> dict:
             )
         if not options.max_loss:
             _refuse_early(options, bench, settings, quantizer)
-        made, used = _plan(options, bench, settings)
+        made = _plan(options, bench, settings)
     check_choice(quantizer, made.choice, made.axis)
     predicted = _predicted(bench, made, quantizer, settings, evaluation)
-    outcome = bench.run(made, used, quantizer, evaluation, save, settings=settings)
+    outcome = bench.run(made, quantizer, evaluation, save, settings=settings)
     return {
         "model": bench.source.name,
         "fingerprint": bench.info.fingerprint,
@@ -227,7 +224,7 @@ def _quantizers(options: argparse.Namespace, named: list[str]) -> list[str]:
 
 
 def _refuse_early(
-    options: argparse.Namespace, bench: Workbench, settings: ProfileSettings, quantizer: str
+    options: argparse.Namespace, bench: Session, settings: ProfileSettings, quantizer: str
 ) -> None:
     """Tell what the quantizer can't do before a profile is measured for the plan."""
     request, problem = _plan_request(options), Problem(bench.outline.matrices)
@@ -237,7 +234,7 @@ def _refuse_early(
 
 
 def _predicted(
-    bench: Workbench,
+    bench: Session,
     made: Plan,
     quantizer: str,
     settings: ProfileSettings,
@@ -251,7 +248,7 @@ def _predicted(
     return bench.predicted(made, measured_by, evaluation.corpus, evaluation.protocol)
 
 
-def _saved_plan(path: Path, bench: Workbench) -> Plan:
+def _saved_plan(path: Path, bench: Session) -> Plan:
     try:
         content = json.loads(path.read_text("utf8"))
     except OSError as error:
@@ -305,7 +302,7 @@ def sweep(options: argparse.Namespace, report: Report) -> dict:
 
 def audit(options: argparse.Namespace, report: Report) -> dict:
     """What was stored, matrix by matrix, against what was planned."""
-    from lsq_core.audit import audit_folder, audit_run
+    from lsq_core.results.audit import audit_folder, audit_run
 
     store, folder = Store(options.db), Path(options.target).expanduser()
     if folder.is_dir() or "/" in options.target:
@@ -317,8 +314,8 @@ def audit(options: argparse.Namespace, report: Report) -> dict:
 
 def generate(options: argparse.Namespace, report: Report) -> dict:
     """What the full-precision and the quantized model write after a prompt."""
-    from lsq_core.generate import compare_generation
-    from lsq_core.pipeline import original, remake
+    from lsq_core.evaluation.generation import compare_generation
+    from lsq_core.stages.saved import original, remake
 
     store, source = Store(options.db), _source_if_given(options)
     place, trusted = (options.device, options.dtype, report), options.trust_remote_code
@@ -384,7 +381,7 @@ def _results(options: argparse.Namespace) -> pd.DataFrame:
 
 def export(options: argparse.Namespace, report: Report) -> dict:
     """All runs into a table, or one run into a report or BibTeX, as the file's name ends."""
-    from lsq_core import export as exports
+    from lsq_core.results import export as exports
 
     tables = {".csv": exports.csv_bytes, ".parquet": exports.parquet_bytes}
     pages = {".html": _report_of, ".bib": lambda store, record: exports.bibtex(record)}
@@ -417,8 +414,8 @@ def _evaluation_of(store: Store, run: str) -> str:
 
 def _report_of(store: Store, record: dict) -> str:
     from lsq_core import charts
-    from lsq_core.report import run_report
-    from lsq_core.ui.arguments import reproducing
+    from lsq_core.jobs.arguments import reproducing
+    from lsq_core.results.report import run_report
 
     own, run = record["evaluation"], record["run"]
     runs = store.results(run["fingerprint"], origin=run["origin"])
@@ -466,7 +463,7 @@ def bench(options: argparse.Namespace, report: Report) -> dict:
 
 def repair(options: argparse.Namespace, report: Report) -> dict:
     """Copy what can be read of a damaged database into a new one."""
-    from lsq_core import repair as repairs
+    from lsq_core.store import repair as repairs
 
     path = options.database.expanduser().resolve()
     out = options.out or path.with_name(f"{path.name}.repaired")

@@ -17,14 +17,15 @@ from pathlib import Path
 import pandas as pd
 
 from lsq_core.jsontext import json_text
-from lsq_core.pipeline import PUBLISHED_SETTINGS, Report, silent
-from lsq_core.profile import Profile
+from lsq_core.profiling.profile import Profile
+from lsq_core.profiling.settings import PUBLISHED_SETTINGS
+from lsq_core.progress import Report, silent
 from lsq_core.provenance import now
 from lsq_core.reference import download
 from lsq_core.reference.checkout import Checkout
 from lsq_core.reference.models import read_models, read_profiles
 from lsq_core.reference.outcomes import outcomes, read_plans
-from lsq_core.store import Store
+from lsq_core.store.store import Store
 
 __all__ = ["import_download", "import_reference"]
 

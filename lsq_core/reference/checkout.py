@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from lsq_core.config import LADDER
+from lsq_core.bits import LADDER
 from lsq_core.errors import InputError
 
 #: Where the toolkit keeps what is read, under the checkout.

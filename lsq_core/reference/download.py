@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 from lsq_core.errors import LsqError
-from lsq_core.pipeline import Report, silent
+from lsq_core.progress import Report, silent
 from lsq_core.reference.checkout import ERRORS, OBJECTIVES, PLANS, RUNS, SENSITIVITIES, STATISTICS
 
 URL = "https://github.com/schnell18/lm-quant-toolkit"

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from lsq_core.config import DETECTION_CONFIG, LADDER
-from lsq_core.corpus import BUILT_IN, corpus_identity
+from lsq_core.bits import DETECTION_CONFIG, LADDER
+from lsq_core.corpus.registry import BUILT_IN, corpus_identity
 from lsq_core.errors import InputError
-from lsq_core.model import Matrix, ModelInfo
-from lsq_core.pipeline import PUBLISHED_SETTINGS
-from lsq_core.profile import Profile, ProfileSettings
-from lsq_core.quantize import MATRIX_WISE
+from lsq_core.model.info import Matrix, ModelInfo
+from lsq_core.profiling.profile import Profile
+from lsq_core.profiling.settings import PUBLISHED_SETTINGS, ProfileSettings
+from lsq_core.quantization.registry import MATRIX_WISE
 from lsq_core.reference.checkout import (
     BY_HQQ,
     CONFIG_COLUMNS,
@@ -29,7 +29,7 @@ from lsq_core.reference.checkout import (
     config_names,
     distinct,
 )
-from lsq_core.store import PUBLISHED
+from lsq_core.store.store import PUBLISHED
 
 #: Fine-tuned variants of which only sensitivities are published: the model of the same shapes.
 _VARIANTS = {

@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from lsq_core.config import GIB, LADDER, QuantConfig, named_stop
+from lsq_core.bits import LADDER, QuantConfig, named_stop
 from lsq_core.errors import InputError
 from lsq_core.jsontext import json_text
-from lsq_core.model import ModelInfo
-from lsq_core.pipeline import PUBLISHED_SETTINGS
-from lsq_core.plan import Plan, PlanRequest
+from lsq_core.model.info import ModelInfo
+from lsq_core.planning.plan import Plan
+from lsq_core.planning.request import PlanRequest
+from lsq_core.profiling.settings import PUBLISHED_SETTINGS
 from lsq_core.provenance import now
 from lsq_core.reference.checkout import (
     OBJECTIVE_COLUMNS,
@@ -30,7 +31,8 @@ from lsq_core.reference.checkout import (
     config_names,
 )
 from lsq_core.reference.models import PublishedModel, module_name, profile_key
-from lsq_core.store import PUBLISHED
+from lsq_core.store.store import PUBLISHED
+from lsq_core.units import GIB
 
 #: The toolkit's words for what this project has a word for.
 _METHODS = {
@@ -159,7 +161,7 @@ _ACCOUNTS = ("bits_per_param", "nominal_bytes", "planned_bytes", "model_bytes")
 
 
 def _content(setting: _Setting, info: ModelInfo, choice: dict[str, str] | None) -> dict:
-    """A plan as :meth:`lsq_core.plan.Plan.to_json` gives it.
+    """A plan as :meth:`lsq_core.planning.plan.Plan.to_json` gives it.
 
     Where the authors kept none it has no modules, and of its size only the bits it was reported
     under.

@@ -8,7 +8,8 @@ from concurrent.futures import TimeoutError as StillRunning
 from dataclasses import dataclass, field
 
 from lsq_core.errors import LsqError
-from lsq_core.model import ModelInfo, ModelSource, find_config
+from lsq_core.model.info import ModelInfo
+from lsq_core.model.source import ModelSource, find_config
 from lsq_core.ui.safe import st
 
 #: Seconds that a page waits for a lookup before it shows that there is one.
@@ -45,7 +46,7 @@ def _pool() -> ThreadPoolExecutor:
 
 
 def look_up(source: ModelSource) -> ModelInfo:
-    """What a model's config on Hugging Face says, as :func:`lsq_core.load.inspect_model`.
+    """What a model's config on Hugging Face says, as :func:`lsq_core.model.loading.inspect_model`.
 
     Raises
     ------
@@ -74,7 +75,7 @@ def _begin(source: ModelSource) -> _Lookup:
 
 def _inspect(source: ModelSource) -> ModelInfo:
     find_config(source)  # where nothing answers, this says so before torch is imported
-    from lsq_core.load import inspect_model
+    from lsq_core.model.loading import inspect_model
 
     return inspect_model(source)
 

@@ -13,9 +13,10 @@ from PIL import Image
 from lsq_core.charts.style import BIT_COLORS
 from lsq_core.errors import LsqError
 from lsq_core.files import disk_error
-from lsq_core.model import ModelInfo, ModelSource
-from lsq_core.store import Store, database_path
-from lsq_core.ui import hub_lookup, known, sidebar, state, words
+from lsq_core.model.info import ModelInfo
+from lsq_core.model.source import ModelSource
+from lsq_core.store.store import Store, database_path
+from lsq_core.ui import cached, hub_lookup, sidebar, state, words
 from lsq_core.ui.safe import st
 
 #: Streamlit leaves five rems free on either side, which a small screen needs; and it writes what
@@ -46,7 +47,7 @@ class Here:
             When there is none, or it is still being looked up.
         """
         try:
-            return known.model_info(self.store, self.source)
+            return cached.model_info(self.store, self.source)
         except LsqError as error:
             raise NoModel(str(error), self.source) from error
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from lsq_core import devices, disk, jobs
-from lsq_core.model import ModelSource
-from lsq_core.store import Store
-from lsq_core.ui import known, state, words
+from lsq_core.model.source import ModelSource
+from lsq_core.store.store import Store
+from lsq_core.ui import cached, state, words
 from lsq_core.ui.safe import st
 
 PAGES = {
@@ -54,7 +54,7 @@ def _model(store: Store) -> str:
 
 def known_texts(store: Store) -> list[str]:
     """The models in the database as the picker names them, newest first."""
-    table = known.models(store)
+    table = cached.models(store)
     return [
         state.model_text(ModelSource(row.source, row.revision if row.revision else None))
         for row in table.astype(object).where(table.notna(), None).itertuples()
@@ -63,7 +63,7 @@ def known_texts(store: Store) -> list[str]:
 
 def published_texts(store: Store) -> list[str]:
     """The published models as the picker names them, ``published:NAME``, by name."""
-    return sorted(known.models(store, "published")["source"])
+    return sorted(cached.models(store, "published")["source"])
 
 
 def _device() -> str:

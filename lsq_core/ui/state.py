@@ -11,12 +11,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from lsq_core.config import GROUP_SIZES, HIGH_BITS, LADDER, LOW_BITS, Budget
-from lsq_core.model import ModelSource
-from lsq_core.plan import PLANNERS, PlanRequest, get_planner
-from lsq_core.plan.problem import LOSSES, RATIO_CHOICES
-from lsq_core.profile import ProfileSettings
-from lsq_core.store import PUBLISHED
+from lsq_core.bits import GROUP_SIZES, HIGH_BITS, LADDER, LOW_BITS, Budget
+from lsq_core.model.source import ModelSource
+from lsq_core.planning.methods import PLANNERS, get_planner
+from lsq_core.planning.request import LOSSES, RATIO_CHOICES, PlanRequest
+from lsq_core.profiling.settings import ProfileSettings
+from lsq_core.store.store import PUBLISHED
 from lsq_core.ui.safe import st
 
 #: How a plan can be asked for.
@@ -142,7 +142,7 @@ _SETTINGS = {
 def begin_settings(model: str, newest: ProfileSettings | None) -> None:
     """Start from the newest profile that this model has, once for each model of a session.
 
-    ``model`` is its identity (:func:`lsq_core.ui.known.identity`).
+    ``model`` is its identity (:func:`lsq_core.ui.cached.identity`).
     """
     before = st.session_state.get("settings_of", "")
     fresh = before != model

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from lsq_core.config import GIB, MIB
+from lsq_core.units import GIB, MIB
 
 
 def count(number: float) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from lsq_core.config import LADDER
-from lsq_core.load import inspect_model
-from lsq_core.model import ModelSource
+from lsq_core.bits import LADDER
+from lsq_core.model.loading import inspect_model
+from lsq_core.model.source import ModelSource
 from tests.architectures.small import architectures
 from tests.architectures.whole_way import save_small_model, whole_way
 

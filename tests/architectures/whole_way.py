@@ -10,14 +10,16 @@ import torch
 from transformers import AutoTokenizer
 
 from lsq_core.errors import LsqError
-from lsq_core.model import ModelSource
-from lsq_core.pipeline import EvaluationRequest, Workbench, evaluate_saved
-from lsq_core.plan import PlanRequest
-from lsq_core.profile import ProfileSettings
-from lsq_core.quantize import get_quantizer
-from lsq_core.quantize.apply import quantize_model
-from lsq_core.quantize.artifact import load_quantized
-from lsq_core.store import Store
+from lsq_core.evaluation.protocol import EvaluationRequest
+from lsq_core.model.source import ModelSource
+from lsq_core.planning.request import PlanRequest
+from lsq_core.profiling.settings import ProfileSettings
+from lsq_core.quantization.registry import get_quantizer
+from lsq_core.quantized.artifact import load_quantized
+from lsq_core.quantized.convert import quantize_model
+from lsq_core.session import Session
+from lsq_core.stages.saved import evaluate_saved
+from lsq_core.store.store import Store
 from tests.architectures.small import NotBuilt, small_model
 
 DEMO = Path(__file__).resolve().parents[2] / "data" / "demo_model"
@@ -82,14 +84,14 @@ def _way(folder: Path) -> tuple[str, ...]:
     text = folder / "text.txt"
     text.write_text("\n".join(f"Return the {i}-th item, or raise IndexError." for i in range(90)))
     store = Store(folder / "lsq.duckdb")
-    bench = Workbench(ModelSource(str(folder / "model")), store, "cpu")
+    bench = Session(ModelSource(str(folder / "model")), store, "cpu")
     settings = ProfileSettings(quantizer="rtn", calibration=str(text), samples=4, block_tokens=32)
-    profile = bench.profile(settings)
-    plan, profile = bench.plan(PlanRequest("mxq", budget="4.3bpp"), settings)
+    bench.profile(settings)
+    plan = bench.plan(PlanRequest("mxq", budget="4.3bpp"), settings)
     assert len({entry["config"] for entry in plan.to_json()["modules"].values()}) > 1, "mixed"
     request = EvaluationRequest(str(text), max_tokens=300)
     saved = folder / "saved"
-    made = bench.run(plan, profile, "rtn", request, save=saved)
+    made = bench.run(plan, "rtn", request, save=saved)
     assert made["measured_bytes"] == plan.planned_bytes
 
     reloaded = load_quantized(saved, "cpu")

@@ -12,8 +12,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from lsq_core.plan import PlanRequest, Problem, make_frontier
-from lsq_core.plan.exact import solve_exactly
+from lsq_core.planning.exact import solve_exactly
+from lsq_core.planning.make import make_frontier
+from lsq_core.planning.problem import Problem
+from lsq_core.planning.request import PlanRequest
 from tests.test_plan import needs_reference, published_problem
 
 #: Budgets in bits per parameter at which the frontier is compared with the optimum.

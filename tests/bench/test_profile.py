@@ -14,9 +14,9 @@ import torch
 
 from lsq_core.bench import memory
 from lsq_core.bench import profile as bench
-from lsq_core.config import LADDER
-from lsq_core.profile.agreement import rank_correlation
-from lsq_core.profile.measure import calibration_of
+from lsq_core.bits import LADDER
+from lsq_core.profiling.agreement import rank_correlation
+from lsq_core.profiling.calibration import calibration_of
 
 
 @pytest.mark.bench
@@ -24,7 +24,7 @@ from lsq_core.profile.measure import calibration_of
 def test_scores_are_those_of_the_authors_way():
     """Slow: the demo's 168 matrices at twelve configurations, and at two of them the long way."""
     settings = replace(bench.SETTINGS, samples=5, block_tokens=256)
-    ids = torch.from_numpy(calibration_of(bench.open_demo(), settings).ids)
+    ids = torch.from_numpy(calibration_of(bench.open_demo(), settings.text).ids)
     ours = bench.measure_ours(settings)
     theirs = {config: bench.theirs_at(config, ids) for config in (LADDER[0], LADDER[7])}
     compared = list(bench.compared(ours, theirs))

@@ -18,10 +18,10 @@ from pathlib import Path
 import pytest
 
 from lsq_core import disk, jobs
-from lsq_core.model import ModelSource
-from lsq_core.pipeline import Workbench
-from lsq_core.profile import ProfileSettings
-from lsq_core.store import Store
+from lsq_core.model.source import ModelSource
+from lsq_core.profiling.settings import ProfileSettings
+from lsq_core.session import Session
+from lsq_core.store.store import Store
 from tests.conftest import REFERENCE, ROOT
 from tests.test_compare import fill
 
@@ -79,7 +79,7 @@ def stocked(
     if REFERENCE.is_dir():
         shutil.copy(request.getfixturevalue("published_once"), folder / "lsq.duckdb")
     store = Store(folder / "lsq.duckdb")
-    Workbench(ModelSource("demo"), store, "cpu").profile(ProfileSettings("rtn", samples=4))
+    Session(ModelSource("demo"), store, "cpu").profile(ProfileSettings("rtn", samples=4))
     fill(store, 72, ("uniform", "sensiboost", "mxq", "uniform", "mxq"))
     with serve("app.py", folder) as started:
         yield started

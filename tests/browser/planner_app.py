@@ -8,10 +8,13 @@ from __future__ import annotations
 import numpy as np
 import streamlit as st
 
-from lsq_core.config import LADDER
-from lsq_core.model import Matrix
-from lsq_core.plan import PLANNERS, PlanRequest, Problem, make_frontier
-from lsq_core.plan.pins import with_pins
+from lsq_core.bits import LADDER
+from lsq_core.model.info import Matrix
+from lsq_core.planning.make import make_frontier
+from lsq_core.planning.methods import PLANNERS
+from lsq_core.planning.pins import with_pins
+from lsq_core.planning.problem import Problem
+from lsq_core.planning.request import PlanRequest
 from lsq_core.ui.planner import (
     Curve,
     Facts,

@@ -9,8 +9,8 @@ import duckdb
 import pandas as pd
 import pytest
 
-from lsq_core.config import LADDER
-from lsq_core.export import bibtex
+from lsq_core.bits import LADDER
+from lsq_core.results.export import bibtex
 from tests.browser.conftest import Person, Server
 from tests.test_plan import needs_reference
 

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from safetensors import safe_open
 
-from lsq_core.model import DEMO_FOLDER
+from lsq_core.model.source import DEMO_FOLDER
 from tests.browser.conftest import Person, Server
 
 pytestmark = pytest.mark.browser

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from lsq_core.store import Store
+from lsq_core.store.store import Store
 from tests.browser.conftest import Person, new_tab, serve
 from tests.test_compare import fill
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from lsq_core.store import Store
+from lsq_core.store.store import Store
 
 pytestmark = pytest.mark.browser
 

@@ -10,12 +10,16 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 
-from lsq_core.config import LADDER, Budget, format_bytes
-from lsq_core.model import Matrix
-from lsq_core.plan import PLANNERS, PlanRequest, Problem, make_frontier, make_plan
-from lsq_core.plan.frontier import Frontier
-from lsq_core.plan.pins import with_pins
+from lsq_core.bits import LADDER, Budget
+from lsq_core.model.info import Matrix
+from lsq_core.planning.frontier import Frontier
+from lsq_core.planning.make import make_frontier, make_plan
+from lsq_core.planning.methods import PLANNERS
+from lsq_core.planning.pins import with_pins
+from lsq_core.planning.problem import Problem
+from lsq_core.planning.request import PlanRequest
 from lsq_core.ui import planner
+from lsq_core.units import format_bytes
 from tests.browser import planner_app
 from tests.browser.conftest import open_browser, serve
 from tests.conftest import packed_bytes

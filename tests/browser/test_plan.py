@@ -8,10 +8,10 @@ from urllib.parse import parse_qs, urlsplit
 import numpy as np
 import pytest
 
-from lsq_core.model import ModelSource
-from lsq_core.pipeline import Workbench
-from lsq_core.plan import PlanRequest
-from lsq_core.store import Store
+from lsq_core.model.source import ModelSource
+from lsq_core.planning.request import PlanRequest
+from lsq_core.session import Session
+from lsq_core.store.store import Store
 from tests.browser.conftest import serve
 from tests.browser.test_live_planner import Live
 from tests.test_plan import needs_reference
@@ -50,10 +50,10 @@ class PlanPage(Live):
 
 def plan(person, request: PlanRequest, model: str) -> np.ndarray:
     """What the library plans, as stops."""
-    from lsq_core.config import LADDER
+    from lsq_core.bits import LADDER
 
-    bench = Workbench(ModelSource(model), Store(person.server.database))
-    made, _ = bench.plan(request, bench.default_settings)
+    bench = Session(ModelSource(model), Store(person.server.database))
+    made = bench.plan(request, bench.default_settings)
     return np.array([LADDER.index(config) for config in made.configs])
 
 
@@ -123,8 +123,8 @@ def test_two_methods_and_what_is_predicted(person):
     assert page.choice(0).tolist() == ours.tolist()
     assert page.choice(1).tolist() == theirs.tolist()
     assert int(page.data("different")) == (ours != theirs).sum()
-    bench = Workbench(ModelSource(SMALL), Store(person.server.database))
-    made, _ = bench.plan(PlanRequest("sensiboost", budget="3.25bpp"), bench.default_settings)
+    bench = Session(ModelSource(SMALL), Store(person.server.database))
+    made = bench.plan(PlanRequest("sensiboost", budget="3.25bpp"), bench.default_settings)
     said = bench.predicted(made, bench.default_settings, corpus="wikitext2")
     assert f"perplexity {said['perplexity']:.2f} ±" in person.first_line
     runs = Store(person.server.database).results(SMALL, origin="published")
@@ -157,7 +157,7 @@ def test_the_smallest_plan_within_a_loss(person):
     person.click("By predicted loss")
     person.type("Loss", "2%")
     person.click("Find it")
-    bench = Workbench(ModelSource(SMALL), Store(person.server.database))
+    bench = Session(ModelSource(SMALL), Store(person.server.database))
     request = bench.request_within(
         PlanRequest("mxq"), bench.default_settings, 0.02, corpus="wikitext2"
     )

@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 
 from lsq_core import disk, jobs
-from lsq_core.audit import audit_run
-from lsq_core.store import Store
+from lsq_core.results.audit import audit_run
+from lsq_core.store.store import Store
 from tests.browser.conftest import Person, open_browser, serve
 
 pytestmark = pytest.mark.browser

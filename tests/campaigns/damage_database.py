@@ -16,9 +16,9 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from lsq_core.database import log_of
 from lsq_core.errors import LsqError
-from lsq_core.store import Store
+from lsq_core.store.database import log_of
+from lsq_core.store.store import Store
 
 
 def flip(content: bytearray, source: random.Random) -> bytearray:

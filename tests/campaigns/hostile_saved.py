@@ -159,7 +159,7 @@ MUTATIONS: tuple[models.Mutation, ...] = (
 
 def sign_again(folder: Path) -> None:
     """Have the checksums agree with the files, as whoever means harm would."""
-    from lsq_core.quantize.manifest import with_checksums
+    from lsq_core.quantized.manifest import with_checksums
 
     path = folder / MANIFEST
     try:

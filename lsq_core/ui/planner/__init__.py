@@ -16,11 +16,11 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from lsq_core.bits import LADDER
 from lsq_core.charts import config_color, method_style, short_type
-from lsq_core.config import LADDER
-from lsq_core.plan.frontier import Frontier
-from lsq_core.plan.pins import Pin
-from lsq_core.plan.problem import Problem
+from lsq_core.planning.frontier import Frontier
+from lsq_core.planning.pins import Pin
+from lsq_core.planning.problem import Problem
 from lsq_core.ui.safe import st
 
 _FOLDER = Path(__file__).parent

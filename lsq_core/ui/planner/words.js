@@ -3,7 +3,7 @@
 const MIB = 2 ** 20;
 const SIZES = [["GiB", 2 ** 30], ["MiB", MIB], ["KiB", 1024]];
 
-/** 9437184 as "9.00 MiB", like lsq_core.config.format_bytes. */
+/** 9437184 as "9.00 MiB", like lsq_core.units.format_bytes. */
 function formatBytes(count) {
   const unit = SIZES.find(([, size]) => Math.abs(count) >= size);
   return unit ? `${(count / unit[1]).toFixed(2)} ${unit[0]}` : `${count.toFixed(0)} B`;

@@ -1,0 +1,204 @@
+"""A job's own process: waits for the device, does the command, says how far it is and how it ended.
+
+How jobs are started and watched is in :mod:`lsq_core.jobs.folder`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import os
+import re
+import signal
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from hashlib import sha256
+from pathlib import Path
+
+import psutil
+
+from lsq_core import devices
+from lsq_core.errors import LsqError
+from lsq_core.files import Damaged, disk_error, read_json, write_bytes
+from lsq_core.jobs import CANCEL, PROGRESS_EVERY, WORKING
+from lsq_core.jsontext import json_bytes, write_json
+
+#: Requests to end that a process gets: from a person by way of :func:`lsq_core.jobs.cancel`, and
+#: from a system that shuts down or a terminal that closes.
+_ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def work(home: Path, execute: Callable[[list[str], Callable, Path], dict]) -> int:
+    """Run the job of a folder in this process; returns the exit status.
+
+    ``execute`` takes the arguments, a report function and the folder, in which it may keep what
+    it has so far, and gives the command's result.
+    """
+    for number in _ENDING:
+        signal.signal(number, _stop)
+    arguments = read_json(home / "job.json")["arguments"]
+    progress = _ProgressFile(home)
+    try:
+        with _only_one(home), _device_turn(home.parent, arguments, progress):
+            result = json_bytes(execute(arguments, progress.report, home))
+            write_bytes(home / "result.json", result)
+        written = {"result_bytes": len(result), "result_sha256": sha256(result).hexdigest()}
+        progress.end("done", "Done.", written)
+        return 0
+    except _AlreadyWorking:
+        _say(f"another process works in {home}")
+        return 1
+    except _Stopped:
+        progress.end(*_stopped(home, progress))
+        return 1
+    except LsqError as error:
+        progress.end("failed", str(error))
+        return error.exit_code
+    except BaseException as error:
+        with suppress(OSError):
+            traceback.print_exc()
+        known = disk_error(error)
+        told = str(known) if known else f"{type(error).__name__}: {error} (see the log)"
+        progress.end("failed", told)
+        return 1
+
+
+class _Stopped(BaseException):
+    """Raised where the process is when it is asked to end."""
+
+
+class _AlreadyWorking(BaseException):
+    """Raised when another process does this job."""
+
+
+def _stop(number: int, frame: object) -> None:
+    raise _Stopped
+
+
+def _stopped(home: Path, progress: _ProgressFile) -> tuple[str, str]:
+    """State and message of a job that was asked to end: by a person, or by a shutdown."""
+    if (home / CANCEL).exists():
+        return "cancelled", "Cancelled."
+    stage = progress.state.get("stage") or "start"
+    return "interrupted", (
+        f"Its process was ended from outside during '{stage}', as when the machine shuts down; "
+        "resume lets it go on."
+    )
+
+
+@contextmanager
+def _only_one(home: Path) -> Iterator[None]:
+    """Hold the lock that says which process does a job, for as long as it does."""
+    with (home / WORKING).open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _AlreadyWorking from None
+        with suppress(OSError):
+            lock.truncate(0)
+            lock.write(str(os.getpid()))
+            lock.flush()
+        yield
+
+
+@contextmanager
+def _device_turn(folder: Path, arguments: list[str], progress: _ProgressFile) -> Iterator[None]:
+    """Wait until no other job uses the device; the lock goes with the process, however it ends."""
+    words = dict(itertools.pairwise(arguments))
+    named = words.get("--device", "auto")
+    device = re.sub(r"\W", "-", devices.canonical(named))
+    with (folder / f"device-{device}.lock").open("w") as lock:
+        progress.write({"state": "queued", "message": "Waiting for the device."})
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        progress.begin()
+        yield
+
+
+def _say(text: str) -> None:
+    """A line into the log, as far as the disk takes it."""
+    with suppress(OSError):
+        print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+
+class _ProgressFile:
+    """Writes how far a job is: often enough to watch, seldom enough not to slow it.
+
+    A disk that takes no progress stops no job; what it can't do without it will say itself.
+    """
+
+    def __init__(self, home: Path) -> None:
+        self.path = home / "progress.json"
+        self.state: dict = {}
+        #: Seconds that it worked before it was cut off.
+        self.before = self._seconds_before()
+        self.began = self.stage_began = time.monotonic()
+        self.stage_first = 0
+        self.turn = False
+        self.logged = ("", 0, 0)
+        self.written = 0.0
+
+    def _seconds_before(self) -> float:
+        try:
+            seconds = (read_json(self.path) or {}).get("seconds", 0.0)
+        except Damaged:
+            return 0.0
+        return seconds if isinstance(seconds, (int, float)) else 0.0
+
+    def write(self, state: dict) -> None:
+        self._put(state)
+        with suppress(LsqError):
+            write_json(self.path, self.state)
+        self.written = time.monotonic()
+
+    def _put(self, state: dict) -> None:
+        self.state |= state | {
+            "seconds": self.before + (time.monotonic() - self.began if self.turn else 0.0),
+            "memory": psutil.Process().memory_info().rss,
+        }
+
+    def begin(self) -> None:
+        self.began, self.turn = time.monotonic(), True
+        self.write({"state": "running", "stage": "start", "message": "Starting."})
+
+    def report(self, stage: str, done: int, total: int, message: str) -> None:
+        new = (stage, total) != (self.state.get("stage"), self.state.get("total"))
+        self.log(stage, done, total, message)
+        if new:
+            self.stage_began, self.stage_first = time.monotonic(), done
+        elif done < total and time.monotonic() - self.written < PROGRESS_EVERY:
+            return
+        elapsed = time.monotonic() - self.stage_began
+        done_now = done - self.stage_first  # what was done before tells nothing of the speed
+        eta = elapsed * (total - done) / done_now if done_now > 0 else None
+        self.write({"stage": stage, "done": done, "total": total, "message": message, "eta": eta})
+
+    def log(self, stage: str, done: int, total: int, message: str) -> None:
+        """A line for each stage and each tenth of it, into the log that this process writes."""
+        tenth = 10 * done // total if total else 0
+        if (stage, total, tenth) != self.logged:
+            share = f" {100 * done // total} %" if total > 1 else ""
+            _say(f"{stage}{share}: {message}")
+            self.logged = (stage, total, tenth)
+
+    def end(self, state: str, message: str, more: dict | None = None) -> None:
+        for number in _ENDING:  # it ends already
+            signal.signal(number, signal.SIG_IGN)
+        _say(f"{state}: {message}")
+        self._put({"state": state, "message": message, "eta": None} | (more or {}))
+        try:
+            write_json(self.path, self.state)
+        except LsqError:
+            self._write_in_place()
+
+    def _write_in_place(self) -> None:
+        """Write over the file that is there, which needs no more of a full or locked disk.
+
+        Spaces make up for what is shorter, and what was there before has room on the disk.
+        """
+        content = json_bytes(self.state)
+        with suppress(OSError), self.path.open("r+b") as file:
+            file.write(content.ljust(os.fstat(file.fileno()).st_size))
+            file.flush()
+            os.fsync(file.fileno())
