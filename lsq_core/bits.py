@@ -27,10 +27,10 @@ from lsq_core.units import BYTE_UNITS
 #: How scale and zero are stored: 8-bit codes in groups of 128, or fp16 as they are.
 METADATA_FORMATS = ("8bit", "fp16")
 #: Weights of so many bits are kept in fp16 as they are, without scale and zero.
-HALF = 16
+FP16_BITS = 16
 
 
-class Shaped(Protocol):
+class HasShape(Protocol):
     """What has the shape of a matrix."""
 
     out_features: int
@@ -58,30 +58,30 @@ class QuantConfig:
         >>> QuantConfig(3, 128).nominal_bits
         3.126953125
         """
-        if self.bits == HALF:
-            return float(HALF)
+        if self.bits == FP16_BITS:
+            return float(FP16_BITS)
         g1, g2 = self.group_size, self.meta_group_size
         return self.bits + 2 * self.meta_bits / g1 + 32 / (g1 * g2)
 
     @property
     def bits_with_fp16_metadata(self) -> float:
         """Bits per parameter when scale and zero stay fp16, as ``hqq`` 0.2.8 keeps them."""
-        return self.bits if self.bits == HALF else self.bits + 32 / self.group_size
+        return self.bits if self.bits == FP16_BITS else self.bits + 32 / self.group_size
 
-    def parts(self, shape: Shaped) -> tuple[tuple[int, QuantConfig], ...]:
+    def parts(self, shape: HasShape) -> tuple[tuple[int, QuantConfig], ...]:
         """What a matrix falls into: weights and their configuration; here all of it."""
         return ((shape.out_features * shape.in_features, self),)
 
-    def index_bytes(self, shape: Shaped) -> int:
+    def index_bytes(self, shape: HasShape) -> int:
         """Bytes that say which rows are which; none are needed."""
         return 0
 
-    def fits(self, shape: Shaped) -> bool:
+    def fits(self, shape: HasShape) -> bool:
         """Whether its groups fill a matrix."""
-        return divides(shape.out_features * shape.in_features, self.group_size)
+        return is_divisible(shape.out_features * shape.in_features, self.group_size)
 
     @property
-    def stored_as(self) -> dict[str, float]:
+    def json_fields(self) -> dict[str, float]:
         """How a plan's JSON says it, beside its name."""
         return {"bits": self.bits, "group_size": self.group_size}
 
@@ -119,9 +119,9 @@ LADDER: tuple[QuantConfig, ...] = tuple(
 RATIOS = (0.02, 0.05, 0.10, 0.15, 0.20)
 #: What the other rows are stored at, and the high-impact ones; 16 keeps those in fp16.
 LOW_BITS = (2, 3)
-HIGH_BITS = (3, 4, HALF)
+HIGH_BITS = (3, 4, FP16_BITS)
 #: Up to so many rows an index takes two bytes, above them four.
-_SHORT_INDEX = 2**15
+_MAX_INT16_ROWS = 2**15
 
 
 @dataclass(frozen=True, order=True)
@@ -166,13 +166,13 @@ class MixedRows:
         """How many of so many rows are high-impact: the ratio of them, to the nearest."""
         return int(self.ratio * out_features + 0.5)
 
-    def parts(self, shape: Shaped) -> tuple[tuple[int, QuantConfig], ...]:
+    def parts(self, shape: HasShape) -> tuple[tuple[int, QuantConfig], ...]:
         """What a matrix falls into: weights and their configuration, the high-impact rows first."""
         high = self.high_rows(shape.out_features)
         both = ((high, self.high), (shape.out_features - high, self.low))
         return tuple((rows * shape.in_features, config) for rows, config in both if rows)
 
-    def index_bytes(self, shape: Shaped) -> int:
+    def index_bytes(self, shape: HasShape) -> int:
         """Bytes that say which rows are high-impact.
 
         >>> from types import SimpleNamespace
@@ -184,15 +184,15 @@ class MixedRows:
 
     def index_sizes(self, out_features: int) -> tuple[int, int]:
         """Bytes of a bitmap of the rows, and of a list of the high-impact ones."""
-        itemsize = 2 if out_features <= _SHORT_INDEX else 4
+        itemsize = 2 if out_features <= _MAX_INT16_ROWS else 4
         return ceil(out_features / 8), itemsize * self.high_rows(out_features)
 
-    def fits(self, shape: Shaped) -> bool:
+    def fits(self, shape: HasShape) -> bool:
         """Whether groups fill the rows: no group may cross from one kind into the other."""
-        return divides(shape.in_features, self.group_size)
+        return is_divisible(shape.in_features, self.group_size)
 
     @property
-    def stored_as(self) -> dict[str, float]:
+    def json_fields(self) -> dict[str, float]:
         """How a plan's JSON says it, beside its name."""
         return {
             "bits": self.bits,
@@ -221,12 +221,12 @@ def mixed_rows(low_bits: int, high_bits: int, group_size: int) -> tuple[MixedRow
         ("group-size", group_size, GROUP_SIZES),
     ):
         if value not in offered:
-            raise InputError(f"{name} is one of {', '.join(map(str, offered))}, not {value}.")
+            raise InputError(f"{name} must be one of {', '.join(map(str, offered))}, not {value}.")
     return tuple(MixedRows(low_bits, high_bits, ratio, group_size) for ratio in RATIOS)
 
 
 #: Mixed rows at every two widths, group size and ratio.
-MIXED: tuple[MixedRows, ...] = tuple(
+MIXED_ROW_CONFIGS: tuple[MixedRows, ...] = tuple(
     option
     for low, high, group in product(LOW_BITS, HIGH_BITS, GROUP_SIZES)
     if high > low
@@ -241,7 +241,7 @@ def is_mixed(name: str) -> bool:
     return re.fullmatch(_MIXED_NAME, name) is not None
 
 
-def config_of(entry: Mapping[str, Any]) -> Config:
+def config_from_json(entry: Mapping[str, Any]) -> Config:
     """The configuration that a module's entry in a plan's JSON says.
 
     Raises
@@ -273,7 +273,9 @@ def parse_config(text: str) -> Config:
     if match is None:
         return QuantConfig.parse(text)
     bits, high, percent, group = map(int, match.groups())
-    return config_of({"bits": bits, "high_bits": high, "ratio": percent / 100, "group_size": group})
+    return config_from_json(
+        {"bits": bits, "high_bits": high, "ratio": percent / 100, "group_size": group}
+    )
 
 
 #: The configuration at which Algorithm 1 reads sensitivity.
@@ -292,12 +294,11 @@ def stop_index(name: str) -> int:
         if name in (config.stop_name, config.name):
             return index
     raise InputError(
-        f"'{name}' is not a stop of the ladder; choose one of "
-        f"{', '.join(c.stop_name for c in LADDER)}."
+        f"'{name}' is not a configuration; choose one of {', '.join(c.stop_name for c in LADDER)}."
     )
 
 
-def divides(numel: int, group_size: int) -> bool:
+def is_divisible(numel: int, group_size: int) -> bool:
     """Whether groups of ``group_size`` weights, taken in order, fill a matrix without padding."""
     return numel % group_size == 0
 
@@ -317,16 +318,18 @@ def weight_only_bytes(numel: int, config: QuantConfig) -> float:
     return numel * config.bits / 8
 
 
-def of_matrix(account: Callable[[int, QuantConfig], float], shape: Shaped, config: Config) -> float:
+def matrix_bytes(
+    count_bytes: Callable[[int, QuantConfig], float], shape: HasShape, config: Config
+) -> float:
     """An account of a whole matrix: of its parts, and of what says which row is which.
 
     ``account`` is one of those above, of so many weights at a configuration.
     """
-    parts = sum(account(numel, part) for numel, part in config.parts(shape))
+    parts = sum(count_bytes(numel, part) for numel, part in config.parts(shape))
     return parts + config.index_bytes(shape)
 
 
-def exact_bits(bits: float) -> float:
+def snap_to_stop(bits: float) -> float:
     """A stop's own size where ``bits`` is that rounded to four decimals, else ``bits``.
 
     Sizes are shown and typed with at most four decimals, which may lie below the stop.
@@ -337,7 +340,7 @@ def exact_bits(bits: float) -> float:
     return next((c.nominal_bits for c in LADDER if round(c.nominal_bits, 4) == bits), bits)
 
 
-def named_stop(text: str) -> QuantConfig | None:
+def find_stop(text: str) -> QuantConfig | None:
     """The stop that a size names (``3.25``, ``3.25bpp``, ``b3g64``), None where it is a number."""
     name = text.strip().removesuffix("bpp").rstrip()
     return next((c for c in LADDER if name in (c.stop_name, c.name)), None)
@@ -365,16 +368,16 @@ class Budget:
         InputError
             When it is not a positive number with one of those units.
         """
-        stop = named_stop(text)
+        stop = find_stop(text)
         if stop is not None:
             return cls(stop.nominal_bits * numel / 8, text.strip())
         match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(bpp|B|KiB|MiB|GiB)\s*", text)
         if not match or float(match[1]) <= 0:
             raise InputError(
-                f"'{text}' is not a budget; write bits per parameter as 3.2bpp, a ladder stop as "
+                f"'{text}' is not a budget; write bits per parameter as 3.2bpp, a configuration as "
                 "3.25, or the bytes of the linear weights as 9MiB or 1.5GiB."
             )
         amount, unit = float(match[1]), match[2]
         if unit == "bpp":
-            return cls(exact_bits(amount) * numel / 8, text.strip())
+            return cls(snap_to_stop(amount) * numel / 8, text.strip())
         return cls(amount * BYTE_UNITS[unit], text.strip())

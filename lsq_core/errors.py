@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 #: Characters of a foreign message that a sentence quotes.
-_LONGEST = 400
+_MAX_REASON_CHARS = 400
 #: Where torch goes on with its own source lines and the frames of a stack.
 _FRAMES = re.compile(
     r" (?:Exception raised from |/\S+\.(?:h|cpp|cu):\d+ \(most recent call first\)).*"
@@ -37,7 +37,7 @@ class InputError(LsqError):
     exit_code = 2
 
 
-def reason_of(error: BaseException) -> str:
+def exception_reason(error: BaseException) -> str:
     """What an exception of a library says, as a clause to quote: one line, whole, without a stop.
 
     All its lines are joined, because the first alone often ends before the reason does ("one
@@ -52,17 +52,21 @@ def reason_of(error: BaseException) -> str:
     text = _FRAMES.sub("", " ".join(text.split()))
     text = _POINTERS.sub("", text).strip()
     if not text and error.__cause__ is not None:
-        return reason_of(error.__cause__)
+        return exception_reason(error.__cause__)
     if not text and getattr(error, "strerror", None):
         text = error.strerror
-    if len(text) > _LONGEST:
-        whole = max(text.rfind(mark, 0, _LONGEST) for mark in (". ", "! ", "; "))
-        text = text[:whole] if whole > _LONGEST // 3 else text[:_LONGEST].rsplit(" ", 1)[0] + " …"
+    if len(text) > _MAX_REASON_CHARS:
+        sentence_end = max(text.rfind(mark, 0, _MAX_REASON_CHARS) for mark in (". ", "! ", "; "))
+        text = (
+            text[:sentence_end]
+            if sentence_end > _MAX_REASON_CHARS // 3
+            else text[:_MAX_REASON_CHARS].rsplit(" ", 1)[0] + " …"
+        )
     return text.rstrip(".!:;, ") or type(error).__name__
 
 
 @contextmanager
-def in_a_sentence(device: str) -> Iterator[None]:
+def translate_resource_errors(device: str) -> Iterator[None]:
     """Turn running out of memory or disk into a sentence that says what to do."""
     try:
         yield

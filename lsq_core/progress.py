@@ -11,14 +11,14 @@ from typing import Any
 #: Called with how much of one stage is done, of how much, and what is being done.
 Progress = Callable[[int, int, str], None]
 #: Called with a stage, how much of it is done, of how much, and what is being done.
-Report = Callable[[str, int, int, str], None]
+ProgressCallback = Callable[[str, int, int, str], None]
 
 
 def no_progress(done: int, total: int, message: str) -> None:
     """Report nothing of a stage."""
 
 
-def silent(stage: str, done: int, total: int, message: str) -> None:
+def ignore_progress(stage: str, done: int, total: int, message: str) -> None:
     """Report nothing of any stage."""
 
 
@@ -30,27 +30,27 @@ class Clock:
     """
 
     def __init__(self) -> None:
-        self.began = time.perf_counter()
+        self.start_time = time.perf_counter()
         self.seconds: dict[str, float] = {}
-        self._inner: list[float] = []
+        self._nested_seconds: list[float] = []
 
     @property
     def total(self) -> float:
         """Seconds since the clock was made."""
-        return time.perf_counter() - self.began
+        return time.perf_counter() - self.start_time
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Count what a ``with`` takes under a name."""
-        began = time.perf_counter()
-        self._inner.append(0.0)
+        start_time = time.perf_counter()
+        self._nested_seconds.append(0.0)
         try:
             yield
         finally:
-            taken = time.perf_counter() - began
-            self.add(name, taken - self._inner.pop())
-            if self._inner:
-                self._inner[-1] += taken
+            taken = time.perf_counter() - start_time
+            self.add(name, taken - self._nested_seconds.pop())
+            if self._nested_seconds:
+                self._nested_seconds[-1] += taken
 
     def add(self, name: str, seconds: float) -> None:
         """Count seconds under a name."""
@@ -62,10 +62,10 @@ def timed(stage: str) -> Callable:
 
     def decorate(method: Callable) -> Callable:
         @wraps(method)
-        def counted(self: Any, *arguments: Any, **options: Any) -> Any:
+        def wrapper(self: Any, *arguments: Any, **options: Any) -> Any:
             with self.clock.stage(stage):
                 return method(self, *arguments, **options)
 
-        return counted
+        return wrapper
 
     return decorate

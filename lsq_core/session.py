@@ -30,7 +30,7 @@ from lsq_core.stages.model import OpenModel
 if TYPE_CHECKING:
     from lsq_core.evaluation.prediction import Predictor
     from lsq_core.planning.problem import Impact, Problem
-    from lsq_core.stages.run import Quantized
+    from lsq_core.stages.run import QuantizedRun
 
 
 class Session(OpenModel):
@@ -80,9 +80,11 @@ class Session(OpenModel):
             raise TypeError("Give a method with the fields of a request, or a whole request.")
         return plan.plan_model(self, method, settings or self.default_settings)
 
-    def predictor(self, problem: Problem, settings: ProfileSettings, *about: str) -> Predictor:
+    def predictor(
+        self, problem: Problem, settings: ProfileSettings, *quantizer_spec: str
+    ) -> Predictor:
         """See :func:`lsq_core.stages.predict.fit_predictor`."""
-        return predict.fit_predictor(self, problem, settings, *about)
+        return predict.fit_predictor(self, problem, settings, *quantizer_spec)
 
     def predicted(
         self,
@@ -95,7 +97,7 @@ class Session(OpenModel):
         settings = settings or self.default_settings
         return predict.predict_plan(self, made, settings, corpus, protocol)
 
-    def request_within(
+    def request_for_max_loss(
         self,
         request: PlanRequest,
         settings: ProfileSettings,
@@ -103,8 +105,8 @@ class Session(OpenModel):
         corpus: str | None = None,
         protocol: str | None = None,
     ) -> PlanRequest:
-        """See :func:`lsq_core.stages.predict.request_within`."""
-        return predict.request_within(self, request, settings, max_loss, corpus, protocol)
+        """See :func:`lsq_core.stages.predict.request_for_max_loss`."""
+        return predict.request_for_max_loss(self, request, settings, max_loss, corpus, protocol)
 
     def quantize(
         self,
@@ -114,12 +116,12 @@ class Session(OpenModel):
         plan_name: str = "",
         run: str | None = None,
         settings: ProfileSettings | None = None,
-    ) -> Quantized:
+    ) -> QuantizedRun:
         """See :func:`lsq_core.stages.run.quantize_plan`."""
         return runs.quantize_plan(self, made, quantizer, save, plan_name, run, settings)
 
     def measure(
-        self, made: Sequence[Quantized], requests: Sequence[EvaluationRequest]
+        self, made: Sequence[QuantizedRun], requests: Sequence[EvaluationRequest]
     ) -> Iterator[dict]:
         """See :func:`lsq_core.stages.run.measure`."""
         return runs.measure(self, made, requests)

@@ -23,7 +23,7 @@ def parse_bytes(text: str) -> int:
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(B|KiB|MiB|GiB)\s*", text)
     amount = float(match[1]) * BYTE_UNITS[match[2]] if match else inf
     if amount == inf:
-        raise InputError(f"'{text}' is not an amount of memory; write 512MiB or 2GiB.")
+        raise InputError(f"'{text}' is not a memory size; write for example 512MiB or 2GiB.")
     return int(amount)
 
 

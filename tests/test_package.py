@@ -178,7 +178,8 @@ def test_installed_job_and_query_processes(installed, tmp_path):
     code = """if True:
         import time
         from pathlib import Path
-        from lsq_core import disk, jobs, sql
+        from lsq_core import disk, jobs
+        from lsq_core.store import sql
         from lsq_core.store.store import Store
         store = Store()
         job = jobs.start(disk.jobs_folder(store), ["inspect", "--model", "demo", "--json"])
@@ -269,7 +270,8 @@ def test_editable_install_uses_the_checkout(checkout, tmp_path):
         import site, sys
         site.addsitedir(sys.argv[1])
         from importlib.util import find_spec
-        from lsq_core import model, paths
+        from lsq_core import paths
+        from lsq_core.model import source as model
         print(paths.data_folder(), model.DEMO_FOLDER, find_spec("tests"), sep="\\n")
         """
     done = subprocess.run(

@@ -38,12 +38,12 @@ def _plain(error: UnicodeError) -> tuple[str, int]:
     """Replace what an encoding lacks by characters that every one has."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
-    lacking = error.object[error.start : error.end]
-    text = "".join(_PLAIN.get(c, ascii(c)[1:-1]) for c in lacking)
+    missing = error.object[error.start : error.end]
+    text = "".join(_PLAIN.get(c, ascii(c)[1:-1]) for c in missing)
     return text, error.end
 
 
-def prepare() -> None:
+def configure_streams() -> None:
     """Let standard output and error take any character."""
     codecs.register_error(_HANDLER, _plain)
     for stream in (sys.stdout, sys.stderr):
@@ -62,7 +62,7 @@ def print_json(content: object) -> None:
 
 
 @contextmanager
-def until_nobody_reads() -> Iterator[None]:
+def ignore_broken_pipe() -> Iterator[None]:
     """End printing when the reader has gone, as ``head`` does; what was asked for is done by then.
 
     Raises

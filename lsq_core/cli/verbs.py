@@ -11,23 +11,23 @@ from typing import TYPE_CHECKING
 
 from lsq_core import disk, jobs
 from lsq_core.corpus.registry import corpus_identity
-from lsq_core.errors import InputError, LsqError, in_a_sentence, reason_of
+from lsq_core.errors import InputError, LsqError, exception_reason, translate_resource_errors
 from lsq_core.evaluation.prediction import parse_loss
 from lsq_core.evaluation.protocol import EvaluationRequest
 from lsq_core.files import write_bytes
 from lsq_core.jsontext import write_json
-from lsq_core.model.source import MANIFEST, ModelSource
+from lsq_core.model.source import MANIFEST_FILE, ModelSource
 from lsq_core.planning.methods import PLANNERS
 from lsq_core.planning.plan import Plan
 from lsq_core.planning.problem import Problem
 from lsq_core.planning.request import PlanRequest
 from lsq_core.profiling.settings import ProfileSettings
-from lsq_core.progress import Report
-from lsq_core.quantization.registry import about, check_choice
-from lsq_core.quantized.manifest import RUN, is_quantized_folder, read_manifest
+from lsq_core.progress import ProgressCallback
+from lsq_core.quantization.registry import check_choice, quantizer_spec
+from lsq_core.quantized.manifest import RUN_KEYS, is_quantized_folder, read_manifest
 from lsq_core.session import Session
 from lsq_core.stages.model import find_published
-from lsq_core.stages.plan import refusal_of
+from lsq_core.stages.plan import request_incompatibility
 from lsq_core.stages.saved import evaluate_saved, load_saved
 from lsq_core.store.store import PUBLISHED, Store, database_path
 from lsq_core.targets import check_file_target, check_folder_target
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-def _workbench(options: argparse.Namespace, report: Report) -> Session:
-    keep = getattr(options, "folder_to_keep", None)
+def _workbench(options: argparse.Namespace, report: ProgressCallback) -> Session:
+    keep = getattr(options, "checkpoint_folder", None)
     device = options.device, options.dtype
     return Session(_source(options), Store(options.db), *device, report, keep)
 
@@ -61,11 +61,11 @@ def _settings(
         "samples": options.samples,
         "block_tokens": options.block_tokens,
     }
-    given = {name: value for name, value in chosen.items() if value is not None}
-    return replace(bench.default_settings, **given)
+    options_given = {name: value for name, value in chosen.items() if value is not None}
+    return replace(bench.default_settings, **options_given)
 
 
-def _source_if_given(options: argparse.Namespace) -> ModelSource | None:
+def _optional_source(options: argparse.Namespace) -> ModelSource | None:
     return _source(options) if options.model else None
 
 
@@ -99,9 +99,11 @@ def _plan(options: argparse.Namespace, bench: Session, settings: ProfileSettings
     request = _plan_request(options)
     if options.max_loss is not None:
         if options.base or options.budget:
-            raise InputError("Give --max-loss, or a base or budget, but not both.")
+            raise InputError("Give either --max-loss or a base or budget.")
         loss = parse_loss(options.max_loss)
-        request = bench.request_within(request, settings, loss, options.corpus, options.protocol)
+        request = bench.request_for_max_loss(
+            request, settings, loss, options.corpus, options.protocol
+        )
     return bench.plan(request, settings)
 
 
@@ -112,7 +114,7 @@ def _evaluation(options: argparse.Namespace) -> EvaluationRequest:
 # --- verbs ----------------------------------------------------------------------------------
 
 
-def inspect(options: argparse.Namespace, report: Report) -> dict:
+def inspect(options: argparse.Namespace, report: ProgressCallback) -> dict:
     """Layers, parameters, bytes and modules, from the config alone for a remote model."""
     from lsq_core.model.loading import inspect_model
 
@@ -120,12 +122,12 @@ def inspect(options: argparse.Namespace, report: Report) -> dict:
     info = find_published(source, store) or inspect_model(source)
     if info.fingerprint:
         store.save_model(info)
-    return _described(info) | {
+    return _describe_model(info) | {
         "modules": {m.name: [m.out_features, m.in_features] for m in info.matrices}
     }
 
 
-def _described(info: object) -> dict:
+def _describe_model(info: object) -> dict:
     return {
         "model": info.source,
         "fingerprint": info.fingerprint or None,
@@ -134,7 +136,7 @@ def _described(info: object) -> dict:
         "context": info.context,
         "parameters": info.parameters,
         "linear_parameters": info.linear_parameters,
-        "covered": info.covered,
+        "covered": info.coverage,
         "left_out": list(info.left_out),
         "notes": list(info.notes),
         "file_bytes": info.file_bytes,
@@ -142,24 +144,24 @@ def _described(info: object) -> dict:
     }
 
 
-def profile(options: argparse.Namespace, report: Report) -> dict:
+def profile(options: argparse.Namespace, report: ProgressCallback) -> dict:
     """Measure or find a profile."""
     from lsq_core.profiling.agreement import proxy_agreement
 
     bench = _workbench(options, report)
     settings = _settings(options, bench, options.quantizer, options.corpus)
-    found = bench.profile(settings, options.metric)
+    result = bench.profile(settings, options.metric)
     return {
-        "profile": found.id,
-        "model": _described(bench.info),
-        "settings": asdict(found.settings),
-        "provenance": found.provenance,
-        "proxies": proxy_agreement(found).to_dict("records"),
-        "scores": found.values.to_dict("records"),
+        "profile": result.id,
+        "model": _describe_model(bench.info),
+        "settings": asdict(result.settings),
+        "provenance": result.provenance,
+        "proxies": proxy_agreement(result).to_dict("records"),
+        "scores": result.values.to_dict("records"),
     }
 
 
-def plan(options: argparse.Namespace, report: Report) -> dict:
+def plan(options: argparse.Namespace, report: ProgressCallback) -> dict:
     """Make a plan, measuring what it needs first."""
     if options.out:
         check_file_target(options.out)
@@ -171,19 +173,19 @@ def plan(options: argparse.Namespace, report: Report) -> dict:
         "model": bench.source.name,
         "fingerprint": bench.info.fingerprint,
         "profile": made.profile,
-        "covered": bench.info.covered,
+        "covered": bench.info.coverage,
     }
     if options.out:
         write_json(options.out, content)
     return content
 
 
-def run(options: argparse.Namespace, report: Report) -> dict:
+def run(options: argparse.Namespace, report: ProgressCallback) -> dict:
     """Plan or take a saved plan, quantize, evaluate, keep."""
     evaluation = _evaluation(options)
     corpus_identity(evaluation.corpus)  # a wrong path is told before anything is measured
     save = options.save.expanduser().resolve() if options.save else None
-    resumed = getattr(options, "folder_to_keep", None) and save and is_quantized_folder(save)
+    resumed = getattr(options, "checkpoint_folder", None) and save and is_quantized_folder(save)
     if save and not resumed:  # one that is may have saved its model already
         check_folder_target(save)
     (quantizer,) = _quantizers(options, [options.quantizer] if options.quantizer else [])
@@ -191,18 +193,16 @@ def run(options: argparse.Namespace, report: Report) -> dict:
     settings = _settings(options, bench, options.profile_quantizer, options.calibration)
     if options.plan:
         if options.method or options.base or options.budget or options.max_loss:
-            raise InputError(
-                "Give a saved plan, or a method with base, budget or max-loss, but not both."
-            )
-        made = _saved_plan(options.plan, bench)
+            raise InputError("Give either a saved plan or a method with base, budget or max-loss.")
+        made = _load_plan(options.plan, bench)
     else:
         if options.max_loss and quantizer != settings.quantizer:
             raise InputError(
-                f"--max-loss predicts by the profile of {settings.quantizer}; give "
-                f"--profile-quantizer {quantizer} to run by that quantizer."
+                f"--max-loss predicts from the profile of {settings.quantizer}; give "
+                f"--profile-quantizer {quantizer} to run with that quantizer."
             )
         if not options.max_loss:
-            _refuse_early(options, bench, settings, quantizer)
+            _check_compatibility(options, bench, settings, quantizer)
         made = _plan(options, bench, settings)
     check_choice(quantizer, made.choice, made.axis)
     predicted = _predicted(bench, made, quantizer, settings, evaluation)
@@ -219,16 +219,16 @@ def _quantizers(options: argparse.Namespace, named: list[str]) -> list[str]:
     if options.hybrid and "hybrid" in named:
         named = [name for name in named if name != "hybrid"]
     if options.hybrid and named and options.verb == "run":
-        raise InputError(f"Give --hybrid or --quantizer {named[0]}, but not both.")
+        raise InputError(f"Give either --hybrid or --quantizer {named[0]}.")
     return [*named, "hybrid"] if options.hybrid else named or ["hqq"]
 
 
-def _refuse_early(
+def _check_compatibility(
     options: argparse.Namespace, bench: Session, settings: ProfileSettings, quantizer: str
 ) -> None:
     """Tell what the quantizer can't do before a profile is measured for the plan."""
-    request, problem = _plan_request(options), Problem(bench.outline.matrices)
-    reason = refusal_of(problem, request, quantizer, settings.axis)
+    request, problem = _plan_request(options), Problem(bench.config_info.matrices)
+    reason = request_incompatibility(problem, request, quantizer, settings.axis)
     if reason:
         raise InputError(reason)
 
@@ -241,56 +241,60 @@ def _predicted(
     evaluation: EvaluationRequest,
 ) -> dict:
     """What is predicted of a plan by a quantizer, from the profile measured with that one."""
-    if about(quantizer).calibrated:
-        reason = f"{about(quantizer).title} has no profile, which predictions are made from."
+    if quantizer_spec(quantizer).calibrated:
+        reason = f"{quantizer_spec(quantizer).title} has no profile to predict from."
         return {"reason": reason}
     measured_by = replace(settings, quantizer=quantizer)
     return bench.predicted(made, measured_by, evaluation.corpus, evaluation.protocol)
 
 
-def _saved_plan(path: Path, bench: Session) -> Plan:
+def _load_plan(path: Path, bench: Session) -> Plan:
     try:
         content = json.loads(path.read_text("utf8"))
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:  # also a number or nesting beyond Python's limits
-        raise InputError(f"{path} is not a plan: it holds no JSON ({reason_of(error)}).") from error
-    return Plan.from_json(content, bench.outline.matrices, bench.outline.other_bytes)
+        raise InputError(
+            f"{path} is not a plan: it is not valid JSON ({exception_reason(error)})."
+        ) from error
+    return Plan.from_json(content, bench.config_info.matrices, bench.config_info.other_bytes)
 
 
-def evaluate(options: argparse.Namespace, report: Report) -> dict:
+def evaluate(options: argparse.Namespace, report: ProgressCallback) -> dict:
     """Evaluate a folder that ``run --save`` wrote, or a model in full precision."""
     request = _evaluation(options)
     source = _source(options)
     folder = source.local_folder
-    if folder is not None and (folder / MANIFEST).is_file():
-        place = options.device, options.dtype
+    if folder is not None and (folder / MANIFEST_FILE).is_file():
+        device_and_dtype = options.device, options.dtype
         trusted = source.trust_remote_code
-        return evaluate_saved(folder, request, Store(options.db), *place, report, trusted)
+        return evaluate_saved(
+            folder, request, Store(options.db), *device_and_dtype, report, trusted
+        )
     return _workbench(options, report).evaluate_full(request)
 
 
-def sweep(options: argparse.Namespace, report: Report) -> dict:
+def sweep(options: argparse.Namespace, report: ProgressCallback) -> dict:
     """Methods × bases and budgets × quantizers × texts, each run kept as it finishes."""
     from lsq_core import sweep as sweeps
 
-    methods = sweeps.all_methods(options.method)
+    methods = sweeps.expand_methods(options.method)
     quantizers = _quantizers(options, options.quantizer)
-    others = sweeps.all_baselines(options.baseline, quantizers)
+    baseline_quantizers = sweeps.expand_baselines(options.baseline, quantizers)
 
     bench = _workbench(options, report)
-    bench.remembered_bytes = parse_bytes(options.remember)
+    bench.cache_bytes = parse_bytes(options.remember)
     settings = _settings(options, bench, options.profile_quantizer, options.calibration)
-    like = _plan_request(options, methods[0] if methods else "")
+    template = _plan_request(options, methods[0] if methods else "")
     texts = [
         EvaluationRequest(corpus, options.protocol, options.max_tokens)
         for corpus in options.corpus or ["stdlib"]
     ]
-    asked = sweeps.items(
-        sweeps.requests(like, methods, options.base, options.budget), quantizers, texts
+    items = sweeps.items(
+        sweeps.requests(template, methods, options.base, options.budget), quantizers, texts
     )
-    asked += sweeps.baselines(like, options.base, options.budget, others, texts)
-    rows = sweeps.sweep(bench, asked, settings)
+    items += sweeps.baselines(template, options.base, options.budget, baseline_quantizers, texts)
+    rows = sweeps.sweep(bench, items, settings)
     states = [row["state"] for row in rows]
     return {
         "model": bench.source.name,
@@ -300,36 +304,36 @@ def sweep(options: argparse.Namespace, report: Report) -> dict:
     }
 
 
-def audit(options: argparse.Namespace, report: Report) -> dict:
+def audit(options: argparse.Namespace, report: ProgressCallback) -> dict:
     """What was stored, matrix by matrix, against what was planned."""
     from lsq_core.results.audit import audit_folder, audit_run
 
     store, folder = Store(options.db), Path(options.target).expanduser()
     if folder.is_dir() or "/" in options.target:
         return audit_folder(folder.resolve(), store).to_json()
-    place = options.device, options.dtype, report, options.trust_remote_code
-    found = audit_run(options.target, store, _source_if_given(options), *place)
-    return found.to_json() | {"run": options.target}
+    device_and_dtype = options.device, options.dtype, report, options.trust_remote_code
+    result = audit_run(options.target, store, _optional_source(options), *device_and_dtype)
+    return result.to_json() | {"run": options.target}
 
 
-def generate(options: argparse.Namespace, report: Report) -> dict:
+def generate(options: argparse.Namespace, report: ProgressCallback) -> dict:
     """What the full-precision and the quantized model write after a prompt."""
     from lsq_core.evaluation.generation import compare_generation
-    from lsq_core.stages.saved import original, remake
+    from lsq_core.stages.saved import open_original, rebuild_run
 
-    store, source = Store(options.db), _source_if_given(options)
-    place, trusted = (options.device, options.dtype, report), options.trust_remote_code
+    store, source = Store(options.db), _optional_source(options)
+    device_and_dtype, trusted = (options.device, options.dtype, report), options.trust_remote_code
     if options.saved is not None:
-        manifest = read_manifest(options.saved.expanduser().resolve(), RUN)
+        manifest = read_manifest(options.saved.expanduser().resolve(), RUN_KEYS)
         run, fingerprint = manifest["run"], manifest["fingerprint"]
         source = source or ModelSource(manifest["source"], manifest["revision"], trusted)
-        bench = original(source, fingerprint, store, *place)
-        quantized = load_saved(options.saved, *place, trusted).model
+        bench = open_original(source, fingerprint, store, *device_and_dtype)
+        quantized = load_saved(options.saved, *device_and_dtype, trusted).model
     else:
         run = options.run
-        bench, quantized = remake(run, source, store, *place, trusted)
+        bench, quantized = rebuild_run(run, source, store, *device_and_dtype, trusted)
     loaded = bench.loaded
-    with in_a_sentence(loaded.device):
+    with translate_resource_errors(loaded.device):
         compared = compare_generation(
             loaded.model,
             quantized,
@@ -341,10 +345,10 @@ def generate(options: argparse.Namespace, report: Report) -> dict:
             context=bench.info.context,
             progress=lambda done, total, message: report("generate", done, total, message),
         )
-    return {"run": run, "model": bench.source.name} | bench.place | compared.to_json()
+    return {"run": run, "model": bench.source.name} | bench.device_and_dtype | compared.to_json()
 
 
-def jobs_verb(options: argparse.Namespace, report: Report) -> dict:
+def jobs_verb(options: argparse.Namespace, report: ProgressCallback) -> dict:
     """The background jobs, newest first; ``--cancel`` ends one of them."""
     folder = disk.jobs_folder(Store(options.db))
     if options.cancel:
@@ -355,7 +359,7 @@ def jobs_verb(options: argparse.Namespace, report: Report) -> dict:
     }
 
 
-def resume(options: argparse.Namespace, report: Report) -> dict:
+def resume(options: argparse.Namespace, report: ProgressCallback) -> dict:
     """Let an interrupted job go on in the background, and follow it to its end."""
     folder = disk.jobs_folder(Store(options.db))
     job = jobs.follow(jobs.resume(jobs.find(folder, options.id)), report)
@@ -364,7 +368,7 @@ def resume(options: argparse.Namespace, report: Report) -> dict:
     return {"job": job.id, "verb": job.verb, "result": job.result()}
 
 
-def results(options: argparse.Namespace, report: Report) -> dict:
+def results(options: argparse.Namespace, report: ProgressCallback) -> dict:
     """Every run, newest first: measured here, or published."""
     frame = _results(options)
     frame = frame.assign(created=frame["created"].astype(str))
@@ -379,17 +383,17 @@ def _results(options: argparse.Namespace) -> pd.DataFrame:
     return frame
 
 
-def export(options: argparse.Namespace, report: Report) -> dict:
+def export(options: argparse.Namespace, report: ProgressCallback) -> dict:
     """All runs into a table, or one run into a report or BibTeX, as the file's name ends."""
     from lsq_core.results import export as exports
 
     tables = {".csv": exports.csv_bytes, ".parquet": exports.parquet_bytes}
-    pages = {".html": _report_of, ".bib": lambda store, record: exports.bibtex(record)}
+    pages = {".html": _render_report, ".bib": lambda store, record: exports.bibtex(record)}
     kind = options.out.suffix.lower()
     if kind not in tables | pages:
-        raise InputError(f"{options.out} ends in none of {', '.join(tables | pages)}.")
+        raise InputError(f"{options.out} must end in one of {', '.join(tables | pages)}.")
     if (kind in pages) != bool(options.run):
-        needs = "a run with --run" if kind in pages else "no --run: it holds all runs"
+        needs = "a run with --run" if kind in pages else "no --run, because it contains all runs"
         raise InputError(f"A {kind} file needs {needs}.")
     check_file_target(options.out)
     if kind in tables:
@@ -397,24 +401,24 @@ def export(options: argparse.Namespace, report: Report) -> dict:
         content, count = tables[kind](frame), len(frame)
     else:
         store = Store(options.db)
-        record = store.record(_evaluation_of(store, options.run))
+        record = store.record(_latest_evaluation(store, options.run))
         content, count = pages[kind](store, record).encode("utf8"), 1
     write_bytes(options.out, content, new=True)
     return {"out": str(options.out), "runs": count, "bytes": len(content)}
 
 
-def _evaluation_of(store: Store, run: str) -> str:
+def _latest_evaluation(store: Store, run: str) -> str:
     """The newest evaluation of a run that wasn't deleted."""
     frame = store.results(origin=None)
-    found = frame.loc[frame["run"] == run, "evaluation"]
-    if found.empty:
+    result = frame.loc[frame["run"] == run, "evaluation"]
+    if result.empty:
         raise InputError(f"There is no run '{run}'; results --json lists them.")
-    return found.iloc[0]
+    return result.iloc[0]
 
 
-def _report_of(store: Store, record: dict) -> str:
+def _render_report(store: Store, record: dict) -> str:
     from lsq_core import charts
-    from lsq_core.jobs.arguments import reproducing
+    from lsq_core.jobs.arguments import reproduce_command
     from lsq_core.results.report import run_report
 
     own, run = record["evaluation"], record["run"]
@@ -422,12 +426,12 @@ def _report_of(store: Store, record: dict) -> str:
     same = ["corpus_sha256", "protocol", "tokens"]
     mine = runs.loc[runs["evaluation"] == own["id"], same].iloc[0]
     beside = runs[[row.equals(mine) for _, row in runs[same].iterrows()]]
-    figure = charts.perplexity_by_size(charts.labelled(beside), [own["id"]], charts.BITS)
+    figure = charts.perplexity_by_size(charts.add_run_labels(beside), [own["id"]], charts.BITS)
     matrices = store.model(run["fingerprint"]).matrices
-    return run_report(record, matrices, reproducing(record), figure)
+    return run_report(record, matrices, reproduce_command(record), figure)
 
 
-def import_reference(options: argparse.Namespace, report: Report) -> dict:
+def import_reference(options: argparse.Namespace, report: ProgressCallback) -> dict:
     """Take in published measurements, in the place of those taken in before."""
     from lsq_core import reference
 
@@ -437,17 +441,17 @@ def import_reference(options: argparse.Namespace, report: Report) -> dict:
     return reference.import_reference(options.folder, store, report)
 
 
-def on_disk(options: argparse.Namespace, report: Report) -> dict:
+def disk_usage(options: argparse.Namespace, report: ProgressCallback) -> dict:
     """What is kept on disk; ``--prune`` deletes one of it."""
     store = Store(options.db)
     pruned = disk.prune(store, options.prune) if options.prune else None
     return {
         "pruned": asdict(pruned) if pruned else None,
-        "kept": [asdict(item) for item in disk.kept_on_disk(store)],
+        "kept": [asdict(item) for item in disk.list_disk_items(store)],
     }
 
 
-def bench(options: argparse.Namespace, report: Report) -> dict:
+def bench(options: argparse.Namespace, report: ProgressCallback) -> dict:
     """Measure ours and theirs in turns; ``--record`` keeps the ratios."""
     from lsq_core import bench as benchmarks
 
@@ -461,7 +465,7 @@ def bench(options: argparse.Namespace, report: Report) -> dict:
     return benchmarks.to_json(rows)
 
 
-def repair(options: argparse.Namespace, report: Report) -> dict:
+def repair(options: argparse.Namespace, report: ProgressCallback) -> dict:
     """Copy what can be read of a damaged database into a new one."""
     from lsq_core.store import repair as repairs
 
@@ -471,7 +475,7 @@ def repair(options: argparse.Namespace, report: Report) -> dict:
     return {"out": str(out), "tables": [asdict(table) for table in tables]}
 
 
-def app(options: argparse.Namespace, report: Report) -> dict:
+def app(options: argparse.Namespace, report: ProgressCallback) -> dict:
     """Serve the app until stopped."""
     from lsq_core import serve
 

@@ -17,8 +17,8 @@ from lsq_core.errors import InputError
 
 #: A docstring has to be longer than this many characters to count as text.
 MIN_DOCSTRING_CHARS = 200
-#: File and folder names that :func:`docstrings_under` passes over unless told otherwise.
-SKIPPED_NAMES = ("test*", "site-packages", "dist-packages")
+#: File and folder names that :func:`iter_docstrings` passes over unless told otherwise.
+SKIP_PATTERNS = ("test*", "site-packages", "dist-packages")
 
 
 def is_held_out(text: str) -> bool:
@@ -49,7 +49,7 @@ def stdlib_docstrings(held_out: bool) -> list[str]:
 @lru_cache(maxsize=1)
 def _all_stdlib_docstrings() -> tuple[str, ...]:
     root = Path(sysconfig.get_path("stdlib"))
-    texts = tuple(dict.fromkeys(docstrings_under(root)))
+    texts = tuple(dict.fromkeys(iter_docstrings(root)))
     if not texts:
         raise InputError(f"No source of the standard library is in {root}; choose another corpus.")
     return texts
@@ -62,7 +62,7 @@ def stdlib_split(split: str) -> tuple[list[str], str]:
     return stdlib_docstrings(held_out), source
 
 
-def docstrings_under(root: Path, skip: Collection[str] = SKIPPED_NAMES) -> Iterator[str]:
+def iter_docstrings(root: Path, skip: Collection[str] = SKIP_PATTERNS) -> Iterator[str]:
     """Long docstrings of all Python files below a folder: files sorted, then in source order.
 
     Parameters

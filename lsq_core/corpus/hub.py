@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from lsq_core.corpus.docstrings import is_held_out
 from lsq_core.corpus.splits import SPLITS
-from lsq_core.errors import InputError, LsqError, reason_of
-from lsq_core.files import disk_error
+from lsq_core.errors import InputError, LsqError, exception_reason
+from lsq_core.files import translate_disk_error
 from lsq_core.hub import is_network_error
 
 if TYPE_CHECKING:
@@ -84,20 +84,20 @@ def parse_hub_name(name: str) -> _HubDataset:
 
 def load_hub_corpus(dataset: _HubDataset, split: str) -> tuple[list[str], str]:
     """Texts of one part of a dataset, and its commit, configuration and split in words."""
-    dataset, commit = _pin(dataset)
+    dataset, commit = _pin_revision(dataset)
     splits = dict(zip(SPLITS, dataset.splits or _choose_splits(dataset), strict=True))
     table = _download(dataset, splits[split])
     texts = [text or "" for text in table[_text_column(dataset, table.features)][:]]
     revision = commit[:12] if commit else f"{dataset.revision} (cached copy)"
     source = [f"{dataset.path}@{revision}", dataset.config, splits[split]]
     if len(set(splits.values())) == 1:
-        texts = _divide(texts, split, dataset.evaluation_rows)
+        texts = _split_texts(texts, split, dataset.evaluation_rows)
         source.append(f"({split} part)")
     return texts, " ".join(filter(None, source))
 
 
 @contextmanager
-def _asking_hub(dataset: _HubDataset) -> Iterator[None]:
+def _translate_hub_errors(dataset: _HubDataset) -> Iterator[None]:
     """Tell in a sentence what the hub, the network or the dataset's files failed at.
 
     It is put around calls of the libraries alone, and what is neither of these passes through: a
@@ -106,13 +106,13 @@ def _asking_hub(dataset: _HubDataset) -> Iterator[None]:
     try:
         yield
     except Exception as cause:
-        known = _hub_failure(dataset, cause)
+        known = _explain_hub_error(dataset, cause)
         if known is None:
             raise
         raise known from cause
 
 
-def _pin(dataset: _HubDataset) -> tuple[_HubDataset, str | None]:
+def _pin_revision(dataset: _HubDataset) -> tuple[_HubDataset, str | None]:
     """The dataset at the commit its revision is at, and that commit; None when offline.
 
     One short request answers at once what ``load_dataset`` would retry for half a minute. With
@@ -122,7 +122,7 @@ def _pin(dataset: _HubDataset) -> tuple[_HubDataset, str | None]:
 
     if is_offline_mode():
         return dataset, None
-    with _asking_hub(dataset):
+    with _translate_hub_errors(dataset):
         info = HfApi().dataset_info(dataset.path, revision=dataset.revision, timeout=_HUB_TIMEOUT_S)
     return replace(dataset, revision=info.sha), info.sha
 
@@ -131,10 +131,10 @@ def _choose_splits(dataset: _HubDataset) -> tuple[str, str]:
     """Splits to calibrate and to evaluate on, as :func:`load_corpus` describes."""
     from datasets import get_dataset_split_names
 
-    with _asking_hub(dataset):
+    with _translate_hub_errors(dataset):
         names = get_dataset_split_names(dataset.url, dataset.config, revision=dataset.revision)
     if not names:
-        raise InputError(f"{dataset.label} has no parts to read; choose another one.")
+        raise InputError(f"{dataset.label} has no splits; choose another dataset.")
     evaluated = next((s for s in ("test", "validation", "train") if s in names), names[0])
     others = (s for s in ("validation", "train", "test") if s in names and s != evaluated)
     return next(others, evaluated), evaluated
@@ -144,7 +144,7 @@ def _download(dataset: _HubDataset, split: str) -> Dataset:
     from datasets import load_dataset
     from huggingface_hub import hf_hub_download
 
-    with _asking_hub(dataset):
+    with _translate_hub_errors(dataset):
         if not dataset.data_file:
             return load_dataset(dataset.url, dataset.config, revision=dataset.revision, split=split)
         # load_dataset with data_files= would not find the copy it made when there is no network.
@@ -168,7 +168,7 @@ def _text_column(dataset: _HubDataset, features: Mapping[str, object]) -> str:
     return strings[0]
 
 
-def _divide(texts: list[str], split: str, evaluation_rows: int) -> list[str]:
+def _split_texts(texts: list[str], split: str, evaluation_rows: int) -> list[str]:
     """The share of one split's texts that calibration or evaluation gets.
 
     Evaluation gets the first ``evaluation_rows`` texts or, if that is 0, those held out by
@@ -184,7 +184,7 @@ def _divide(texts: list[str], split: str, evaluation_rows: int) -> list[str]:
     return ["" if held else text for text, held in zip(texts, held_out, strict=True)]
 
 
-def _hub_failure(dataset: _HubDataset, cause: Exception) -> LsqError | None:
+def _explain_hub_error(dataset: _HubDataset, cause: Exception) -> LsqError | None:
     """What to tell the person, in one sentence, about an exception while reading a dataset.
 
     None for one that neither the hub, nor the network, nor the dataset's files gave rise to.
@@ -193,40 +193,44 @@ def _hub_failure(dataset: _HubDataset, cause: Exception) -> LsqError | None:
     from huggingface_hub import is_offline_mode
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-    reason = reason_of(cause)
-    instead = "or use 'stdlib', which needs no network."
+    reason = exception_reason(cause)
+    stdlib_hint = "or use 'stdlib', which needs no network."
     if isinstance(cause, RevisionNotFoundError):
         return InputError(
-            f"{dataset.label} has no revision '{dataset.revision}'; check it {instead}"
+            f"{dataset.label} has no revision '{dataset.revision}'; check it {stdlib_hint}"
         )
     if isinstance(cause, (RepositoryNotFoundError, DatasetNotFoundError)):
         return InputError(
             f"{dataset.label} does not exist, or is private or gated: check its name, accept its "
-            f"terms on its page and set HF_TOKEN, {instead}"
+            f"terms on its page and set HF_TOKEN, {stdlib_hint}"
         )
     if isinstance(cause, ImportError) or "zstd" in reason:
         return InputError(
             f"{dataset.label} needs a package that is not installed ({reason}): install it "
-            f"(zstandard, for files that end in .zst), {instead}"
+            f"(zstandard, for files that end in .zst), {stdlib_hint}"
         )
-    full = disk_error(cause)
-    if full is not None:
-        return full
+    disk_failure = translate_disk_error(cause)
+    if disk_failure is not None:
+        return disk_failure
     # What datasets itself lacks, a file say, is an OSError too.
     network = is_network_error(cause) and not isinstance(cause, DatasetsError)
     if (network or isinstance(cause, (DatasetsError, ValueError))) and is_offline_mode():
         return LsqError(
             f"{dataset.label} is not in the local cache and HF_HUB_OFFLINE forbids downloading it: "
-            f"unset that, {instead}"
+            f"unset that, {stdlib_hint}"
         )
     if isinstance(cause, ValueError) and not network:
-        return InputError(f"{dataset.label} has no such part ({reason}): name another, {instead}")
+        return InputError(
+            f"{dataset.label} has no such part ({reason}): name another, {stdlib_hint}"
+        )
     if network:
         return LsqError(
             f"{dataset.label} could not be downloaded ({type(cause).__name__}: {reason}): check "
-            f"the network, set HF_HUB_OFFLINE=1 to use a copy in the local cache, {instead}"
+            f"the network, set HF_HUB_OFFLINE=1 to use a copy in the local cache, {stdlib_hint}"
         )
     if isinstance(cause, (DatasetsError, RuntimeError)):  # what its files hold
-        told = reason_of(cause.__cause__ or cause)
-        return InputError(f"{dataset.label} cannot be read ({told}): choose another one, {instead}")
+        detail = exception_reason(cause.__cause__ or cause)
+        return InputError(
+            f"{dataset.label} cannot be read ({detail}): choose another one, {stdlib_hint}"
+        )
     return None

@@ -1,8 +1,9 @@
 """Text for calibration and evaluation, and the tokens it becomes; none of this imports torch.
 
-A corpus is named by a person: one of :data:`BUILT_IN`, ``hf:org/name[:config][@revision][#split]``
-for any dataset on the Hugging Face Hub, or the path of a UTF-8 text file. Its calibration and
-its evaluation part never share a text, except for a local file, which is used as it was given.
+A corpus is named by a person: one of :data:`BUILT_IN_CORPORA`,
+``hf:org/name[:config][@revision][#split]`` for any dataset on the Hugging Face Hub, or the path of
+a UTF-8 text file. Its calibration and its evaluation part never share a text, except for a local
+file, which is used as it was given.
 
 Where a dataset has a single split, the two parts are told apart by :func:`is_held_out`, so the
 same text lands on the same side on every machine; C4 is the exception: its first 1,100 texts
@@ -25,8 +26,8 @@ from lsq_core.corpus.splits import SPLITS
 from lsq_core.errors import InputError
 
 #: The corpora known by name, each with a line to show beside it.
-BUILT_IN: dict[str, str] = {
-    "stdlib": "Docstrings of this Python's standard library; always there, needs no network",
+BUILT_IN_CORPORA: dict[str, str] = {
+    "stdlib": "Docstrings of this Python's standard library; always available, no network needed",
     "wikitext2": "WikiText-2 raw: validation to calibrate, test to evaluate",
     "c4": "C4, first validation shard: 1,100 texts to evaluate, the others to calibrate",
     "pileval": "The Pile's validation set: one text in eight to evaluate, the others to calibrate",
@@ -57,7 +58,7 @@ def load_corpus(name: str, split: str, max_texts: int | None = None) -> Corpus:
     Parameters
     ----------
     name
-        One of :data:`BUILT_IN`, ``hf:org/name[:config][@revision][#split]``, or a path. A
+        One of :data:`BUILT_IN_CORPORA`, ``hf:org/name[:config][@revision][#split]``, or a path. A
         local file's lines are its calibration texts, and the whole of it the evaluation text.
     split
         ``calibration`` or ``evaluation``. For a ``hf:`` dataset without a ``#split``, the first
@@ -80,22 +81,22 @@ def load_corpus(name: str, split: str, max_texts: int | None = None) -> Corpus:
     'standard library docstrings of Python ..., held out'
     """
     if split not in SPLITS:
-        raise InputError(f"There is no part '{split}' of a corpus; ask for {' or '.join(SPLITS)}.")
+        raise InputError(f"A corpus has no split '{split}'; choose {' or '.join(SPLITS)}.")
     if max_texts is not None and max_texts < 1:
-        raise InputError(f"A corpus of {max_texts} texts was asked for; ask for 1 or more.")
+        raise InputError(f"A corpus needs 1 or more texts, not {max_texts}.")
     if name == "stdlib":
         texts, source = stdlib_split(split)
     elif name in HUB_DATASETS or name.startswith("hf:"):
         texts, source = load_hub_corpus(HUB_DATASETS.get(name) or parse_hub_name(name), split)
     else:
-        texts, source = _from_file(name, split)
-    texts = _first(texts, max_texts)
+        texts, source = _load_from_file(name, split)
+    texts = _take_texts(texts, max_texts)
     if not any(text.strip() for text in texts):
-        raise InputError(f"The corpus '{name}' has no text for {split}; choose another one.")
+        raise InputError(f"The corpus '{name}' has no text for {split}; choose another corpus.")
     return Corpus(name, split, tuple(texts), source)
 
 
-def _first(texts: Sequence[str], count: int | None) -> Sequence[str]:
+def _take_texts(texts: Sequence[str], count: int | None) -> Sequence[str]:
     """The texts up to and including the ``count``-th that isn't blank."""
     filled = itertools.accumulate(bool(text.strip()) for text in texts)
     end = next((i for i, seen in enumerate(filled, 1) if seen == count), len(texts))
@@ -109,7 +110,7 @@ def corpus_identity(name: str) -> str:
     mean the same text. The interpreter's version for ``stdlib``, and a dataset's branch such as
     ``main``, need not: there a profile is of the text that was there when it was measured, whose
     commit and hash of tokens are kept with it (``corpus_source``, ``corpus_sha256``), and what is
-    measured on another text takes its place (:meth:`lsq_core.store.store.Store.keep_profile`).
+    measured on another text takes its place (:meth:`lsq_core.store.store.Store.merge_profile`).
 
     Raises
     ------
@@ -126,7 +127,7 @@ def corpus_identity(name: str) -> str:
 # --- Local files ---------------------------------------------------------------------------
 
 
-def _from_file(name: str, split: str) -> tuple[list[str], str]:
+def _load_from_file(name: str, split: str) -> tuple[list[str], str]:
     text, digest = _read_text(name)
     source = f"text file {os.path.basename(name)}, SHA-256 {digest[:16]}"
     if split == "evaluation":
@@ -141,8 +142,8 @@ def _read_text(name: str) -> tuple[str, str]:
         if name and os.path.isdir(path):
             raise InputError(f"'{name}' is a folder; give the path of a UTF-8 text file.")
         raise InputError(
-            f"There is no corpus and no text file '{name}'; give the path of a UTF-8 text file, "
-            f"hf:org/name, or one of {', '.join(BUILT_IN)}."
+            f"There is no corpus or text file '{name}'; give the path of a UTF-8 text file, "
+            f"hf:org/name, or one of {', '.join(BUILT_IN_CORPORA)}."
         )
     try:
         raw = Path(path).read_bytes()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lsq_core.errors import InputError
-from lsq_core.untrusted import refusing
+from lsq_core.untrusted import wrap_library_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,7 +49,7 @@ class TokenStream:
 # --- Tokens --------------------------------------------------------------------------------
 
 
-def calibration_blocks(
+def build_calibration_blocks(
     corpus: Corpus,
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -75,33 +75,33 @@ def calibration_blocks(
     order = np.random.default_rng(seed).permutation(len(corpus.texts))
     lines = (corpus.texts[row].strip() for row in order)
     encoded = (_encode(tokenizer, line, max_line_tokens) for line in lines if line)
-    passed_over = 0
+    skipped_lines = 0
 
     def fits(ids: list[int]) -> bool:
-        nonlocal passed_over
-        passed_over += len(ids) > max_line_tokens
+        nonlocal skipped_lines
+        skipped_lines += len(ids) > max_line_tokens
         return 0 < len(ids) <= max_line_tokens
 
     fitting = filter(fits, encoded)
-    drawn = list(itertools.chain.from_iterable(itertools.islice(fitting, samples)))
-    blocks = len(drawn) // block_tokens
+    token_ids = list(itertools.chain.from_iterable(itertools.islice(fitting, samples)))
+    blocks = len(token_ids) // block_tokens
     if blocks == 0:
         raise InputError(
-            f"The corpus '{corpus.name}' gives {len(drawn)} calibration tokens where one block "
+            f"The corpus '{corpus.name}' gives {len(token_ids)} calibration tokens where one block "
             f"needs {block_tokens}"
             + (
-                f": {passed_over} of its lines were passed over, each longer than "
+                f": {skipped_lines} of its lines were passed over, each longer than "
                 f"{max_line_tokens} tokens; break them into shorter lines"
-                if passed_over
+                if skipped_lines
                 else "; use a longer text"
             )
             + " or use smaller blocks."
         )
-    ids = np.array(drawn[: blocks * block_tokens], dtype=np.int64).reshape(blocks, block_tokens)
+    ids = np.array(token_ids[: blocks * block_tokens], dtype=np.int64).reshape(blocks, block_tokens)
     return TokenBlocks(ids, _sha256(ids), corpus.name, corpus.source)
 
 
-def token_stream(
+def build_token_stream(
     corpus: Corpus, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None = None
 ) -> TokenStream:
     """Evaluation input: the texts joined by a blank line, as one stream without special tokens.
@@ -114,26 +114,32 @@ def token_stream(
         If there are fewer than two tokens, so that none could be predicted.
     """
     if max_tokens is not None and max_tokens < 2:
-        raise InputError(f"Evaluation on {max_tokens} tokens was asked for; it needs 2 or more.")
+        raise InputError(f"Evaluation needs at least 2 tokens, not {max_tokens}.")
     ids = _encode(tokenizer, "\n\n".join(corpus.texts), max_tokens)
     if len(ids) < 2:
         raise InputError(
             f"The corpus '{corpus.name}' gives {len(ids)} tokens; evaluation needs 2 or more."
         )
-    kept = np.array(ids[:max_tokens], dtype=np.int64)
-    return TokenStream(kept, _sha256(kept), corpus.name, corpus.source, len(kept) < len(ids))
+    stream_ids = np.array(ids[:max_tokens], dtype=np.int64)
+    return TokenStream(
+        stream_ids, _sha256(stream_ids), corpus.name, corpus.source, len(stream_ids) < len(ids)
+    )
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str, enough: int | None = None) -> list[int]:
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, text: str, min_tokens: int | None = None
+) -> list[int]:
     """Token ids of a text without special tokens; more than ``enough``, if it has more.
 
     Text beyond that is not looked at: a prefix is tokenized, twice as long a one until there
     are tokens enough. Where a text is cut its last tokens may differ from those of the whole
     text, hence a margin of 64 that nobody reads.
     """
-    chars = len(text) if enough is None else 8 * enough + 1024
+    chars = len(text) if min_tokens is None else 8 * min_tokens + 1024
     while True:
-        with refusing(lambda reason: f"The model's tokenizer cannot read the text: {reason}."):
+        with wrap_library_errors(
+            lambda reason: f"The model's tokenizer cannot read the text: {reason}."
+        ):
             ids = tokenizer(
                 text[:chars],
                 add_special_tokens=False,
@@ -141,7 +147,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str, enough: int | None = 
                 return_token_type_ids=False,
                 verbose=False,  # it would warn that the text is longer than the model's context
             )["input_ids"]
-        if chars >= len(text) or len(ids) > enough + 64:
+        if chars >= len(text) or len(ids) > min_tokens + 64:
             return ids
         chars *= 2
 

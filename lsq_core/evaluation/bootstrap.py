@@ -14,7 +14,7 @@ from lsq_core.evaluation.protocol import MIN_WINDOWS
 
 
 @dataclass(frozen=True)
-class Difference:
+class PerplexityDifference:
     """How much higher one run's perplexity is than another's, as a ratio minus one.
 
     ``low`` and ``high`` bound the 95 % paired bootstrap interval over windows; both are NaN where
@@ -26,14 +26,14 @@ class Difference:
     high: float
 
     @property
-    def tie(self) -> bool:
+    def is_tie(self) -> bool:
         """Whether no difference is within the interval, or there is none to tell them apart."""
         return not (self.low > 0 or self.high < 0)
 
 
-def compare_windows(
+def bootstrap_difference(
     nll: np.ndarray, other: np.ndarray, counts: np.ndarray, *, draws: int = 2000, seed: int = 0
-) -> Difference:
+) -> PerplexityDifference:
     """Paired bootstrap over windows: perplexity of ``nll`` against that of ``other``.
 
     All three are (windows,), of the same windows in the same order.
@@ -48,9 +48,9 @@ def compare_windows(
     gap = nll - other
     relative = float(np.expm1(gap.sum() / counts.sum()))
     if len(gap) < MIN_WINDOWS:
-        return Difference(relative, math.nan, math.nan)
+        return PerplexityDifference(relative, math.nan, math.nan)
     random = np.random.default_rng(seed)
     picks = random.integers(0, len(gap), size=(draws, len(gap)))
     means = gap[picks].sum(1) / counts[picks].sum(1)
     low, high = np.expm1(np.quantile(means, [0.025, 0.975]))
-    return Difference(relative, float(low), float(high))
+    return PerplexityDifference(relative, float(low), float(high))

@@ -89,27 +89,27 @@ def compare_generation(
         token that the model doesn't know, prompt and text exceed the context, or a number is out
         of range.
     """
-    from lsq_core.model.loading import check_tokens
+    from lsq_core.model.loading import check_token_ids
 
     ids = _prompt_ids(tokenizer, prompt)
-    check_tokens(full, ids)
+    check_token_ids(full, ids)
     _check(len(ids), max_new_tokens, temperature, context)
     steps = 2 * max_new_tokens
 
     def write(model: nn.Module, name: str, before: int) -> list[int]:
-        return _continue(
+        return _generate(
             model,
             ids,
             max_new_tokens,
-            _Chooser(temperature, seed),
+            _Sampler(temperature, seed),
             _end_tokens(model, tokenizer),
             lambda done: progress(before + done, steps, f"{name}: token {done}"),
         )
 
     own = write(full, "full precision", 0)
     other = write(quantized, "quantized", max_new_tokens)
-    tokens, agreement, kl = _scored(full, quantized, tokenizer, ids, own)
-    others, _, _ = _scored(full, quantized, tokenizer, ids, other)
+    tokens, agreement, kl = _score_text(full, quantized, tokenizer, ids, own)
+    others, _, _ = _score_text(full, quantized, tokenizer, ids, other)
     progress(steps, steps, "compared")
     return GenerationComparison(
         prompt=prompt,
@@ -141,19 +141,21 @@ def _prompt_ids(tokenizer: object, prompt: str) -> list[int]:
     bos = tokenizer.bos_token_id
     ids = ids if bos is None else [bos, *ids]
     if not ids:
-        raise InputError("The prompt is empty, and this model needs a token to begin with.")
+        raise InputError(
+            "The prompt is empty, and this model has no beginning-of-sequence token to start from."
+        )
     return ids
 
 
 def _check(prompt: int, new: int, temperature: float, context: int | None) -> None:
     if new < 1:
-        raise InputError("max-new-tokens has to be at least 1.")
+        raise InputError("max-new-tokens must be at least 1.")
     if not 0 <= temperature < 100:
-        raise InputError("The temperature has to be 0 (no chance) or above, and below 100.")
+        raise InputError("The temperature must be at least 0 (greedy) and below 100.")
     if context is not None and prompt + new > context:
         raise InputError(
-            f"The prompt has {prompt} tokens and {new} more were asked for, and the model reads "
-            f"{context} at once; shorten one of them."
+            f"The prompt has {prompt} tokens and {new} more requested, but the context is "
+            f"{context} tokens; shorten one of them."
         )
 
 
@@ -164,7 +166,7 @@ def _end_tokens(model: nn.Module, tokenizer: object) -> set[int]:
     return {token for token in (*listed, tokenizer.eos_token_id) if token is not None}
 
 
-class _Chooser:
+class _Sampler:
     """Picks the next token: the most probable, or one drawn by the Gumbel-max trick.
 
     The noise of a step depends on the seed alone, not on the model.
@@ -186,48 +188,48 @@ class _Chooser:
         return int(logits.argmax())
 
 
-def _continue(
+def _generate(
     model: nn.Module,
     prompt: list[int],
     count: int,
-    choose: _Chooser,
-    ends: set[int],
+    sample: _Sampler,
+    end_tokens: set[int],
     report: Callable[[int], None],
 ) -> list[int]:
     """At most ``count`` tokens after a prompt, one by one, up to and with an end token."""
     import torch
 
     device = next(model.parameters()).device
-    written: list[int] = []
+    generated: list[int] = []
     inputs, past = torch.tensor([prompt], device=device), None
     with torch.inference_mode():
-        while len(written) < count and not (written and written[-1] in ends):
+        while len(generated) < count and not (generated and generated[-1] in end_tokens):
             out = model(inputs, past_key_values=past, use_cache=True)
-            written.append(choose(out.logits[0, -1]))
-            report(len(written))
+            generated.append(sample(out.logits[0, -1]))
+            report(len(generated))
             past = getattr(out, "past_key_values", None)
             if past is None:  # a model without a cache reads everything again
-                inputs = torch.tensor([prompt + written], device=device)
+                inputs = torch.tensor([prompt + generated], device=device)
             else:
-                inputs = torch.tensor([written[-1:]], device=device)
-    return written
+                inputs = torch.tensor([generated[-1:]], device=device)
+    return generated
 
 
-def _scored(
+def _score_text(
     full: nn.Module, quantized: nn.Module, tokenizer: object, prompt: list[int], text: list[int]
 ) -> tuple[tuple[Token, ...], float, float]:
     """A text's tokens with both models' probabilities, their agreement and mean divergence."""
     a, b = (_log_probabilities(model, prompt, text) for model in (full, quantized))
     tops = a.argmax(-1), b.argmax(-1)
-    pieces = _pieces(tokenizer, prompt, text)
+    pieces = _token_texts(tokenizer, prompt, text)
     tokens = tuple(
         Token(
             id=id,
             text=pieces[i],
             full=float(a[i, id].exp()),
             quantized=float(b[i, id].exp()),
-            full_top=_piece(tokenizer, [*prompt, *text[:i]], int(tops[0][i])),
-            quantized_top=_piece(tokenizer, [*prompt, *text[:i]], int(tops[1][i])),
+            full_top=_token_text(tokenizer, [*prompt, *text[:i]], int(tops[0][i])),
+            quantized_top=_token_text(tokenizer, [*prompt, *text[:i]], int(tops[1][i])),
         )
         for i, id in enumerate(text)
     )
@@ -248,7 +250,7 @@ def _log_probabilities(model: nn.Module, prompt: list[int], text: list[int]) -> 
     return logits.float().log_softmax(-1).cpu()
 
 
-def _pieces(tokenizer: object, prompt: list[int], ids: list[int]) -> list[str]:
+def _token_texts(tokenizer: object, prompt: list[int], ids: list[int]) -> list[str]:
     """What each token adds to the text; a character of several tokens comes with its last.
 
     Read after the prompt, since some tokenizers drop the space that a text begins with.
@@ -262,7 +264,7 @@ def _pieces(tokenizer: object, prompt: list[int], ids: list[int]) -> list[str]:
     return pieces
 
 
-def _piece(tokenizer: object, before: list[int], id: int) -> str:
+def _token_text(tokenizer: object, before: list[int], id: int) -> str:
     """What one token adds to the text before it."""
     return _decode(tokenizer, [*before, id])[len(_decode(tokenizer, before)) :]
 

@@ -21,10 +21,10 @@ from lsq_core.progress import Progress, no_progress
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
-from lsq_core.evaluation.protocol import Protocol, Text, lay_windows
-from lsq_core.evaluation.result import Pair
+from lsq_core.evaluation.protocol import EvaluationText, Protocol, make_windows
+from lsq_core.evaluation.result import EvaluationPair
 from lsq_core.evaluation.window_sums import (
-    _LOGITS_AT_ONCE,
+    _MAX_BATCH_LOGITS,
     Checkpoint,
     PredictedTokens,
     WindowSums,
@@ -32,7 +32,7 @@ from lsq_core.evaluation.window_sums import (
 )
 
 #: Tokens read at once by device: what the caches of a CPU are best with, and what fills a GPU.
-_TOKENS_AT_ONCE = {"cpu": 2**11, "cuda": 2**15}
+_MAX_BATCH_TOKENS = {"cpu": 2**11, "cuda": 2**15}
 
 
 def evaluate(
@@ -44,10 +44,10 @@ def evaluate(
     reference: nn.Module | None = None,
     progress: Progress = no_progress,
     checkpoint: Path | None = None,
-) -> Pair:
-    """Perplexity of one model on one text; see :func:`evaluate_together`."""
-    texts, checkpoints = [Text(ids, protocol)], [[checkpoint]]
-    [[pair]] = evaluate_together(
+) -> EvaluationPair:
+    """Perplexity of one model on one text; see :func:`evaluate_models`."""
+    texts, checkpoints = [EvaluationText(ids, protocol)], [[checkpoint]]
+    [[pair]] = evaluate_models(
         [model],
         texts,
         bos=bos,
@@ -58,15 +58,15 @@ def evaluate(
     return pair
 
 
-def evaluate_together(
+def evaluate_models(
     models: Sequence[nn.Module],
-    texts: Sequence[Text],
+    texts: Sequence[EvaluationText],
     *,
     bos: int | None,
     reference: nn.Module | None = None,
     progress: Progress = no_progress,
     checkpoints: Sequence[Sequence[Path | None]] | None = None,
-) -> Iterator[list[Pair]]:
+) -> Iterator[list[EvaluationPair]]:
     """Perplexity of several models, and of a reference beside them, in one pass over all texts.
 
     A batch of windows, which may be of several texts, goes through the reference once and then
@@ -98,65 +98,71 @@ def evaluate_together(
     InputError
         When a text has a token that the models' embedding has no row for.
     """
-    from lsq_core.model.loading import check_tokens
+    from lsq_core.model.loading import check_token_ids
 
     for text in texts:
-        check_tokens(models[0], [int(text.ids.max()), *([] if bos is None else [bos])])
+        check_token_ids(models[0], [int(text.ids.max()), *([] if bos is None else [bos])])
     device = next(models[0].parameters()).device
     files = checkpoints or [[None] * len(models)] * len(texts)
-    walks = [_TextPass(text, bos, paths) for text, paths in zip(texts, files, strict=True)]
-    left = _batches(walks, models[0].config.get_text_config().vocab_size, device.type)
-    total = sum(len(walk.windows) for walk in walks)
-    done = total - sum(len(walks[text].passes[number]) for batch in left for text, number in batch)
-    told = 0
-    for damage in (file.damage for walk in walks for file in walk.files if file.damage):
+    text_passes = [_TextPass(text, bos, paths) for text, paths in zip(texts, files, strict=True)]
+    pending = _batches(text_passes, models[0].config.get_text_config().vocab_size, device.type)
+    total = sum(len(text_pass.windows) for text_pass in text_passes)
+    done = total - sum(
+        len(text_passes[text].passes[number]) for batch in pending for text, number in batch
+    )
+    yielded = 0
+    for damage in (
+        file.damage for text_pass in text_passes for file in text_pass.files if file.damage
+    ):
         progress(done, total, f"{damage} Its windows are scored again.")
     progress(done, total, f"window {done} of {total}")
-    for batch in [[], *left]:
+    for batch in [[], *pending]:
         if batch:
-            passes = [(walks[text], number) for text, number in batch]
+            passes = [(text_passes[text], number) for text, number in batch]
             _score(models, reference, passes, device)
-            done += sum(len(walk.passes[number]) for walk, number in passes)
-            for walk in {text: walks[text] for text, _ in batch}.values():
-                walk.save()
+            done += sum(len(text_pass.passes[number]) for text_pass, number in passes)
+            for text_pass in {text: text_passes[text] for text, _ in batch}.values():
+                text_pass.save()
             progress(done, total, f"window {done} of {total}")
-        while told < len(walks) and walks[told].is_read:
-            yield walks[told].finish(reference is not None)
-            told += 1
+        while yielded < len(text_passes) and text_passes[yielded].is_complete:
+            yield text_passes[yielded].finish(reference is not None)
+            yielded += 1
 
 
 class _TextPass:
     """One text's windows, and what each model (and the reference beside it) made of them."""
 
-    def __init__(self, text: Text, bos: int | None, checkpoints: Sequence[Path | None]) -> None:
+    def __init__(
+        self, text: EvaluationText, bos: int | None, checkpoints: Sequence[Path | None]
+    ) -> None:
         import torch
 
         ids = text.ids if bos is None else np.concatenate([[bos], text.ids])
         self.stream, self.bos, self.protocol = torch.from_numpy(ids), bos, text.protocol
-        self.windows = lay_windows(len(ids), text.protocol)
+        self.windows = make_windows(len(ids), text.protocol)
         count = len(self.windows)
         #: Numbers of the windows that begin at the same token, shortest first: one pass reads them.
         self.passes = [
             list(numbers)
             for _, numbers in itertools.groupby(range(count), lambda k: self.windows[k].start)
         ]
-        self.tallies = [(WindowSums(count), WindowSums(count)) for _ in checkpoints]
-        pairs = zip(checkpoints, self.tallies, strict=True)
-        self.files = [Checkpoint(path, tallies) for path, tallies in pairs]
+        self.model_totals = [(WindowSums(count), WindowSums(count)) for _ in checkpoints]
+        pairs = zip(checkpoints, self.model_totals, strict=True)
+        self.files = [Checkpoint(path, model_totals) for path, model_totals in pairs]
         for file in self.files:
             file.restore()
 
     @property
-    def left(self) -> list[int]:
+    def pending(self) -> list[int]:
         """Passes over windows that some model has not scored yet."""
-        counts = np.stack([own.counts for own, _ in self.tallies])
+        counts = np.stack([own.counts for own, _ in self.model_totals])
         unread = (counts == 0).any(axis=0)
         return [number for number, windows in enumerate(self.passes) if unread[windows].any()]
 
     @property
-    def is_read(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether every window is scored."""
-        return not self.left
+        return not self.pending
 
     def shape(self, number: int) -> tuple[int, int]:
         """Tokens that a pass reads, and how many of them it scores."""
@@ -171,31 +177,33 @@ class _TextPass:
             ids[0] = self.bos
         return ids
 
-    def put(self, number: int, tally: WindowSums, figures: dict[str, np.ndarray]) -> None:
+    def record(self, number: int, totals: WindowSums, figures: dict[str, np.ndarray]) -> None:
         """Take up the figures of a pass, (scored,), for each of its windows."""
         begin = 0
         for window in self.passes[number]:
             scored = self.windows[window].scored
             end = begin + scored
-            tally.put(window, scored, {name: own[begin:end].sum() for name, own in figures.items()})
+            totals.record(
+                window, scored, {name: own[begin:end].sum() for name, own in figures.items()}
+            )
             begin = end
 
     def save(self) -> None:
         """Keep what was scored so far, every few seconds and in the end."""
         for file in self.files:
-            file.save(last=self.is_read)
+            file.save(last=self.is_complete)
 
-    def finish(self, compared: bool) -> list[Pair]:
+    def finish(self, compared: bool) -> list[EvaluationPair]:
         """What came of it, a pair for each model."""
         name = self.protocol.name
         return [
             (own.finish(name, compared), other.finish(name) if compared else None)
-            for own, other in self.tallies
+            for own, other in self.model_totals
         ]
 
 
 def _batches(
-    walks: Sequence[_TextPass], vocabulary: int, device: str
+    text_passes: Sequence[_TextPass], vocabulary: int, device: str
 ) -> list[list[tuple[int, int]]]:
     """What is left to score as (text, pass), in batches of passes of one length and one count.
 
@@ -203,15 +211,15 @@ def _batches(
     first, so that its figures are there before the next one is read.
     """
     shapes: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    for text, walk in enumerate(walks):
-        for number in walk.left:
-            shapes.setdefault(walk.shape(number), []).append((text, number))
+    for text, text_pass in enumerate(text_passes):
+        for number in text_pass.pending:
+            shapes.setdefault(text_pass.shape(number), []).append((text, number))
     batches = []
-    for (length, scored), places in shapes.items():
-        most = min(_TOKENS_AT_ONCE[device] // length, _LOGITS_AT_ONCE // (scored * vocabulary))
+    for (length, scored), batch_items in shapes.items():
+        most = min(_MAX_BATCH_TOKENS[device] // length, _MAX_BATCH_LOGITS // (scored * vocabulary))
         size = max(1, most)
-        batches += [places[i : i + size] for i in range(0, len(places), size)]
-    return sorted(batches, key=lambda places: places[0][0])
+        batches += [batch_items[i : i + size] for i in range(0, len(batch_items), size)]
+    return sorted(batches, key=lambda batch_items: batch_items[0][0])
 
 
 def _score(
@@ -224,21 +232,25 @@ def _score(
     import torch
 
     with torch.inference_mode():
-        batch = torch.stack([walk.ids(number) for walk, number in passes]).to(device)
+        batch = torch.stack([text_pass.ids(number) for text_pass, number in passes]).to(device)
         first, number = passes[0]
         _, scored = first.shape(number)
         expected = None
         if reference is not None:
             expected = PredictedTokens.by(reference, batch, scored, "The full-precision model")
-        for place, model in enumerate(models):
+        for model_index, model in enumerate(models):
             predicted = PredictedTokens.by(model, batch, scored, "The model")
             figures = predicted.figures(expected)
             if not all(np.isfinite(values).all() for values in figures.values()):
                 raise LsqError(locate_not_finite(model, batch, "The model"))
-            for row, (walk, number) in enumerate(passes):
-                own, other = walk.tallies[place]
-                own.worked(predicted.working_bytes)
-                walk.put(number, own, {name: values[row] for name, values in figures.items()})
+            for row, (text_pass, number) in enumerate(passes):
+                own, other = text_pass.model_totals[model_index]
+                own.record_working_bytes(predicted.working_bytes)
+                text_pass.record(
+                    number, own, {name: values[row] for name, values in figures.items()}
+                )
                 if expected is not None:
                     known = expected.figures()
-                    walk.put(number, other, {name: values[row] for name, values in known.items()})
+                    text_pass.record(
+                        number, other, {name: values[row] for name, values in known.items()}
+                    )

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from lsq_core.store.store import Store
 
 #: Different plans that a prediction needs at least.
-NEEDED = 4
+MIN_PLANS = 4
 #: How often the band is meant to hold what is measured.
 CONFIDENCE = 0.90
 #: Metrics that the features are made of.
@@ -42,13 +42,13 @@ _SLOPES = np.array([0.5, 0.5])
 _SLOPE_VARIANCE = 0.25
 #: Log-normal priors (median, spread of the logarithm): of the distance in log features over which
 #: plans tell of each other (3 and 4 bits lie about 2 apart), and of the noise's share of variance.
-_LENGTH = (2.0, 0.7)
-_NOISE = (0.02, 2.0)
+_LENGTH_PRIOR = (2.0, 0.7)
+_NOISE_PRIOR = (0.02, 2.0)
 #: Variance of log costs below which runs count as agreeing exactly.
-_EXACT = 1e-9
+_MIN_VARIANCE = 1e-9
 #: Costs are held between these, in nats. Less than 0.1 % cannot be told from the noise of an
 #: evaluation; more than 16 is worse than guessing among any vocabulary.
-_LEAST, _MOST = 1e-3, 16.0
+_MIN_COST, _MAX_COST = 1e-3, 16.0
 
 
 class TooFewRuns(InputError):
@@ -97,7 +97,7 @@ def features(problem: Problem, choices: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True, eq=False)
-class Points:
+class MeasuredPoints:
     """Runs of one model on one corpus by one protocol, newest first.
 
     ``features`` is (n, 2); ``perplexity`` and ``full_precision``, that of the unquantized model in
@@ -108,7 +108,7 @@ class Points:
     features: np.ndarray
     perplexity: np.ndarray
     full_precision: np.ndarray
-    finest: np.ndarray
+    eight_bit: np.ndarray
     corpus: str = ""
     protocol: str = ""
     tokens: int | None = None
@@ -121,7 +121,7 @@ class Points:
         return np.log(self.perplexity / self.full_precision)
 
 
-def measured_points(
+def load_measured_points(
     store: Store,
     fingerprint: str,
     problem: Problem,
@@ -131,7 +131,7 @@ def measured_points(
     metadata: str,
     corpus: str | None = None,
     protocol: str | None = None,
-) -> Points:
+) -> MeasuredPoints:
     """The runs of a model that a prediction can learn from.
 
     Those by the same quantizer, grouping axis and metadata whose plan is known, on one text by one
@@ -153,11 +153,11 @@ def measured_points(
     stops = {config.name: i for i, config in enumerate(LADDER)}
     on_ladder = {run for run, plan in configs.items() if stops.keys() >= set(plan.values())}
     same &= runs["run"].isin(on_ladder)
-    runs = _most_measured(runs[same & runs["perplexity_full"].notna()], corpus, protocol)
+    runs = _largest_comparable_group(runs[same & runs["perplexity_full"].notna()], corpus, protocol)
     plans = [configs[run] for run in runs["run"]]
     choices = np.array([[stops[plan[m.name]] for m in problem.matrices] for plan in plans])
     first = runs.iloc[0]
-    return Points(
+    return MeasuredPoints(
         features(problem, choices),
         runs["perplexity"].to_numpy(float),
         runs["perplexity_full"].to_numpy(float),
@@ -169,7 +169,9 @@ def measured_points(
     )
 
 
-def _most_measured(runs: pd.DataFrame, corpus: str | None, protocol: str | None) -> pd.DataFrame:
+def _largest_comparable_group(
+    runs: pd.DataFrame, corpus: str | None, protocol: str | None
+) -> pd.DataFrame:
     """Of the runs on a corpus by a protocol, those of the evaluation that most of them share."""
     if corpus:
         runs = runs[runs["corpus"] == corpus]
@@ -177,19 +179,19 @@ def _most_measured(runs: pd.DataFrame, corpus: str | None, protocol: str | None)
         families = [name.partition("-")[0] for name in runs["protocol"]]
         runs = runs[np.array(families, dtype=object) == protocol.partition("-")[0]]
     if runs.empty:
-        raise too_few(0, corpus, protocol)
+        raise too_few_runs_error(0, corpus, protocol)
     # The name of a corpus is not its text: its hash and the tokens read tell evaluations apart.
     evaluations = runs.groupby(["corpus_sha256", "protocol", "tokens"], dropna=False, sort=False)
     return max((rows for _, rows in evaluations), key=len)
 
 
-def too_few(plans: int, corpus: str | None, protocol: str | None) -> TooFewRuns:
+def too_few_runs_error(plans: int, corpus: str | None, protocol: str | None) -> TooFewRuns:
     """What to say when so many different plans were run."""
     where = f" on {corpus}" if corpus else ""
     how = f" by {protocol}" if protocol else ""
     return TooFewRuns(
-        f"Too little to fit: {plans} different plans of this model have been run{where}{how} below "
-        f"8 bits, and a prediction needs {NEEDED}; run more, at budgets that lie apart."
+        f"Too few to fit: {plans} different plans of this model have been run{where}{how} below "
+        f"8 bits, and a prediction needs {MIN_PLANS}; run more, at different budgets."
     )
 
 
@@ -211,7 +213,7 @@ class _Process:
         self.ones = self._solve(np.ones(len(x)))
         self.constant = self.ones @ y / self.ones.sum()
         self.weights = self._solve(y - self.constant)
-        self.variance = (y - self.constant) @ self.weights / (len(x) - 1) + _EXACT
+        self.variance = (y - self.constant) @ self.weights / (len(x) - 1) + _MIN_VARIANCE
 
     def _solve(self, right: np.ndarray) -> np.ndarray:
         from scipy.linalg import cho_solve
@@ -220,16 +222,16 @@ class _Process:
 
     def _kernel(self, other: np.ndarray) -> np.ndarray:
         """Matérn 5/2 and a line through the centre, (n, k)."""
-        gap = np.linalg.norm(self.x[:, None] - other[None], axis=2) * np.sqrt(5) / self.length
+        distance = np.linalg.norm(self.x[:, None] - other[None], axis=2) * np.sqrt(5) / self.length
         line = (self.x - self.centre) @ (other - self.centre).T
-        return (1 + gap + gap**2 / 3) * np.exp(-gap) + _SLOPE_VARIANCE * line
+        return (1 + distance + distance**2 / 3) * np.exp(-distance) + _SLOPE_VARIANCE * line
 
     @property
-    def badness(self) -> float:
+    def negative_log_posterior(self) -> float:
         """Minus the log of the restricted likelihood times the priors, up to a constant."""
         likelihood = (len(self.x) - 1) * np.log(self.variance) / 2
         likelihood += np.log(np.diag(self.factor[0])).sum() + np.log(self.ones.sum()) / 2
-        pairs = ((self.length, _LENGTH), (self.noise, _NOISE))
+        pairs = ((self.length, _LENGTH_PRIOR), (self.noise, _NOISE_PRIOR))
         priors = [np.log(value / median) / spread for value, (median, spread) in pairs]
         return likelihood + np.square(priors).sum() / 2
 
@@ -242,7 +244,7 @@ class _Process:
         share = np.maximum(own - known + constant, 0) + self.noise
         return self.constant + kernel.T @ self.weights, np.sqrt(self.variance * share)
 
-    def left_out(self) -> tuple[np.ndarray, np.ndarray]:
+    def leave_one_out_moments(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation at each x from the others alone, (n,) each.
 
         Equal x are left out together. Dubrule, *Cross validation of kriging in a unique
@@ -251,13 +253,13 @@ class _Process:
         """
         inverse = self._solve(np.eye(len(self.x)))
         inverse -= np.outer(self.ones, self.ones) / self.ones.sum()
-        pull = inverse @ self.y
+        weighted_residual = inverse @ self.y
         mean, deviation = self.y.copy(), np.empty(len(self.y))
         _, groups = np.unique(self.x.round(9), axis=0, return_inverse=True)
         for group in range(groups.max() + 1):
             here = np.flatnonzero(groups.ravel() == group)
             spread = np.linalg.inv(inverse[np.ix_(here, here)])
-            mean[here] -= spread @ pull[here]
+            mean[here] -= spread @ weighted_residual[here]
             deviation[here] = np.sqrt(self.variance * np.diag(spread))
         return mean, deviation
 
@@ -280,7 +282,7 @@ class Predictor:
     none). No plan is predicted to cost less: however many bits are spent, this much remains.
     """
 
-    points: Points
+    points: MeasuredPoints
     process: _Process
     floor: tuple[float, float, float]
 
@@ -294,7 +296,7 @@ class Predictor:
         mean, deviation = self.process.at(x)
         run = self.process.x
         beyond = ((x < run.min(axis=0)) | (x > run.max(axis=0))).any(axis=1)
-        return self._told(mean + x @ _SLOPES, deviation, beyond)
+        return self._prediction_from_log_costs(mean + x @ _SLOPES, deviation, beyond)
 
     def leave_one_out(self) -> tuple[np.ndarray, Prediction]:
         """What each run below 8 bits would have been predicted to be, had it not been seen.
@@ -302,20 +304,25 @@ class Predictor:
         Runs of the same plan are left out together; length and noise stay as all runs have them.
         Gives which of ``points`` these are, (n,), and a prediction of each.
         """
-        coarse = ~self.points.finest
-        mean, deviation = self.process.left_out()
+        below_8bit = ~self.points.eight_bit
+        mean, deviation = self.process.leave_one_out_moments()
         none_beyond = np.zeros(len(mean), dtype=bool)
-        x = self.points.features[coarse]
-        return np.flatnonzero(coarse), self._told(mean + x @ _SLOPES, deviation, none_beyond)
+        x = self.points.features[below_8bit]
+        return np.flatnonzero(below_8bit), self._prediction_from_log_costs(
+            mean + x @ _SLOPES, deviation, none_beyond
+        )
 
-    def _told(self, mean: np.ndarray, deviation: np.ndarray, beyond: np.ndarray) -> Prediction:
+    def _prediction_from_log_costs(
+        self, mean: np.ndarray, deviation: np.ndarray, beyond: np.ndarray
+    ) -> Prediction:
         """Perplexity of log costs with these means and deviations."""
         from scipy.special import stdtrit  # Student's t; scipy.stats has the same, a second later
 
         width = stdtrit(len(self.process.x) - 1, (1 + CONFIDENCE) / 2) * deviation
         logs = (mean - width, mean, mean + width)
         low, middle, high = (
-            self.full_precision * np.exp(np.maximum(np.exp(np.minimum(log, np.log(_MOST))), floor))
+            self.full_precision
+            * np.exp(np.maximum(np.exp(np.minimum(log, np.log(_MAX_COST))), floor))
             for log, floor in zip(logs, self.floor, strict=True)
         )
         return Prediction(middle, low, high, beyond)
@@ -336,7 +343,7 @@ class Predictor:
         }
 
 
-def fit(points: Points) -> Predictor:
+def fit(points: MeasuredPoints) -> Predictor:
     """Learn from runs; length and noise are the most plausible ones.
 
     Runs with 8 bits everywhere give the floor and nothing else.
@@ -344,24 +351,24 @@ def fit(points: Points) -> Predictor:
     Raises
     ------
     TooFewRuns
-        When fewer than ``NEEDED`` different plans are left.
+        When fewer than ``MIN_PLANS`` different plans are left.
     """
     from scipy.optimize import minimize
 
-    coarse = ~points.finest
-    x = points.features[coarse]
+    below_8bit = ~points.eight_bit
+    x = points.features[below_8bit]
     plans = len(np.unique(x.round(9), axis=0))
-    if plans < NEEDED:
-        raise too_few(plans, points.corpus, points.protocol)
-    y = np.log(np.clip(points.cost[coarse], _LEAST, _MOST)) - x @ _SLOPES
+    if plans < MIN_PLANS:
+        raise too_few_runs_error(plans, points.corpus, points.protocol)
+    y = np.log(np.clip(points.cost[below_8bit], _MIN_COST, _MAX_COST)) - x @ _SLOPES
     found = minimize(
-        lambda logs: _Process(x, y, *np.exp(logs)).badness,
-        np.log([_LENGTH[0], _NOISE[0]]),
+        lambda logs: _Process(x, y, *np.exp(logs)).negative_log_posterior,
+        np.log([_LENGTH_PRIOR[0], _NOISE_PRIOR[0]]),
         method="L-BFGS-B",
         bounds=[(-3, 4), (-12, 3)],
     )
-    finest = np.maximum(points.cost[points.finest], 0)
-    floor = np.quantile(finest, (0, 0.5, 1)) if len(finest) else np.zeros(3)
+    eight_bit = np.maximum(points.cost[points.eight_bit], 0)
+    floor = np.quantile(eight_bit, (0, 0.5, 1)) if len(eight_bit) else np.zeros(3)
     return Predictor(points, _Process(x, y, *np.exp(found.x)), tuple(floor.tolist()))
 
 
@@ -379,12 +386,12 @@ def parse_loss(text: str) -> float:
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*%\s*", text)
     if not match or float(match[1]) <= 0:
         raise InputError(
-            f"'{text}' is not a loss; write a percentage of perplexity above zero, such as 1%."
+            f"'{text}' is not a valid loss; write a positive percentage of perplexity, such as 1%."
         )
     return float(match[1]) / 100
 
 
-def smallest_within(
+def smallest_budget_within(
     frontier: Frontier, predictor: Predictor, problem: Problem, max_loss: float
 ) -> float:
     """The least budget, in nominal bytes, whose plan is predicted within a loss.
@@ -410,7 +417,8 @@ def smallest_within(
     best = int(np.argmin(loss))
     raise InputError(
         f"No plan of this method is predicted within {100 * max_loss:.3g} % of full precision: the "
-        f"best, at {problem.in_words(budgets[best])}, is predicted {100 * loss[best]:.3g} % above "
+        f"best, at {problem.format_size(budgets[best])}, is predicted {100 * loss[best]:.3g} % "
+        "above "
         "it; allow more."
     )
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 PROTOCOLS = ("strided", "blocks")
 #: Context and scored tokens of a window, by protocol, where the model's context allows.
-_CONTEXT = {"strided": 1024, "blocks": 2048}
+_PROTOCOL_CONTEXT = {"strided": 1024, "blocks": 2048}
 #: Windows that an interval needs at least.
 MIN_WINDOWS = 8
 #: Predicted tokens that a perplexity is computed from at least; fewer tell of single words.
@@ -41,8 +41,8 @@ class Protocol:
         """
         if name not in PROTOCOLS:
             raise InputError(f"'{name}' is not a protocol; choose strided or blocks.")
-        context = min(_CONTEXT[name], model_context)
-        short = context < _CONTEXT[name]
+        context = min(_PROTOCOL_CONTEXT[name], model_context)
+        short = context < _PROTOCOL_CONTEXT[name]
         if name == "strided":
             return cls(
                 f"strided-{context}/{context // 2}" if short else name, context, context // 2
@@ -59,7 +59,7 @@ class Window:
     scored: int
 
 
-def lay_windows(tokens: int, protocol: Protocol) -> list[Window]:
+def make_windows(tokens: int, protocol: Protocol) -> list[Window]:
     """The windows of a stream of ``tokens`` tokens, its first included.
 
     ``strided``: window ``k`` scores the tokens after those of window ``k − 1``, the tail what is
@@ -92,7 +92,7 @@ def lay_windows(tokens: int, protocol: Protocol) -> list[Window]:
 
 
 @dataclass(frozen=True, eq=False)
-class Text:
+class EvaluationText:
     """A token stream to evaluate on: ids without special tokens, int64 (tokens,), and how."""
 
     ids: np.ndarray

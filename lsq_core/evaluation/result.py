@@ -56,4 +56,4 @@ class Evaluation:
 
 
 #: The evaluation of a model and, where there is a reference, that of the reference.
-Pair = tuple[Evaluation, Evaluation | None]
+EvaluationPair = tuple[Evaluation, Evaluation | None]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lsq_core.errors import LsqError
-from lsq_core.files import Damaged, read_arrays, write_arrays
+from lsq_core.files import DamagedFileError, read_arrays, write_arrays
 
 if TYPE_CHECKING:
     import torch
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 from lsq_core.evaluation.result import Evaluation
 
 #: Seconds between two times that an evaluation keeps what it has so far.
-_KEEP_EVERY = 2.0
+_CHECKPOINT_INTERVAL_S = 2.0
 #: Logits of one model held at once, in numbers (256 MiB of them): batches are no larger than this.
-_LOGITS_AT_ONCE = 2**26
+_MAX_BATCH_LOGITS = 2**26
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +33,7 @@ class PredictedTokens:
     took of a GPU's memory beyond what was there, None on a CPU.
     """
 
-    logs: Tensor
+    log_probs: Tensor
     nll: np.ndarray
     seconds: float
     working_bytes: int | None
@@ -49,23 +49,23 @@ class PredictedTokens:
         """
         from lsq_core.model.loading import last_logits
 
-        began, before = time.perf_counter(), _begin_memory(batch.device)
+        start_time, before = time.perf_counter(), _reset_peak_memory(batch.device)
         # The logits before a token predict it: one more is kept, and the very last is not used.
-        logs = last_logits(model, batch, scored + 1)[:, :-1].float().log_softmax(-1)
-        picked = -logs.gather(-1, batch[:, -scored:, None])[..., 0]
+        log_probs = last_logits(model, batch, scored + 1)[:, :-1].float().log_softmax(-1)
+        picked = -log_probs.gather(-1, batch[:, -scored:, None])[..., 0]
         nll = picked.double().cpu().numpy()
         if not np.isfinite(nll).all():
             raise LsqError(locate_not_finite(model, batch, what))
         working = None if before is None else _peak_memory(batch.device) - before
-        return cls(logs, nll, (time.perf_counter() - began) / nll.size, working)
+        return cls(log_probs, nll, (time.perf_counter() - start_time) / nll.size, working)
 
     def figures(self, expected: PredictedTokens | None = None) -> dict[str, np.ndarray]:
         """For each scored token (passes, scored), by the names of :class:`WindowSums`."""
         found = {"nll": self.nll, "seconds": np.full(self.nll.shape, self.seconds)}
         if expected is None:
             return found
-        kl = (expected.logs.exp() * (expected.logs - self.logs)).sum(-1).double()
-        agreed = self.logs.argmax(-1) == expected.logs.argmax(-1)
+        kl = (expected.log_probs.exp() * (expected.log_probs - self.log_probs)).sum(-1).double()
+        agreed = self.log_probs.argmax(-1) == expected.log_probs.argmax(-1)
         return found | {"kl": kl.cpu().numpy(), "agreed": agreed.cpu().numpy()}
 
 
@@ -77,13 +77,13 @@ class WindowSums:
         self.counts = np.zeros(windows, dtype=np.int64)
         self.sums = {name: np.zeros(windows) for name in ("nll", "seconds", "kl", "agreed")}
 
-    def put(self, window: int, scored: int, figures: dict[str, float]) -> None:
+    def record(self, window: int, scored: int, figures: dict[str, float]) -> None:
         """Set the figures of one window."""
         self.counts[window] = scored
         for name, value in figures.items():
             self.sums[name][window] = value
 
-    def worked(self, taken: int | None) -> None:
+    def record_working_bytes(self, taken: int | None) -> None:
         """Take up what a batch took of a GPU's memory."""
         if taken is not None:
             self.working_bytes = max(taken, self.working_bytes or 0)
@@ -93,10 +93,10 @@ class WindowSums:
         """Every array by name."""
         return {"counts": self.counts} | self.sums
 
-    def restore(self, kept: dict[str, np.ndarray]) -> None:
+    def restore(self, saved: dict[str, np.ndarray]) -> None:
         """Take up a state."""
-        self.counts = kept["counts"]
-        self.sums = {name: kept[name] for name in self.sums}
+        self.counts = saved["counts"]
+        self.sums = {name: saved[name] for name in self.sums}
 
     def finish(self, protocol: str, compared: bool = False) -> Evaluation:
         """The figures; KL and agreement only where it was compared."""
@@ -119,8 +119,8 @@ class Checkpoint:
     count.
     """
 
-    def __init__(self, path: Path | None, tallies: tuple[WindowSums, ...]) -> None:
-        self.path, self.tallies = path, tallies
+    def __init__(self, path: Path | None, model_totals: tuple[WindowSums, ...]) -> None:
+        self.path, self.model_totals = path, model_totals
         self.written = time.monotonic()
         #: Why what the file held is of no use, '' where it is.
         self.damage = ""
@@ -130,8 +130,8 @@ class Checkpoint:
         """Every tally's arrays, by name and the tally's number."""
         return {
             f"{name}_{number}": array
-            for number, tally in enumerate(self.tallies)
-            for name, array in tally.state.items()
+            for number, totals in enumerate(self.model_totals)
+            for name, array in totals.state.items()
         }
 
     def restore(self) -> None:
@@ -139,23 +139,25 @@ class Checkpoint:
         if self.path is None:
             return
         try:
-            kept = read_arrays(self.path, self.arrays)
-        except Damaged as error:
+            saved = read_arrays(self.path, self.arrays)
+        except DamagedFileError as error:
             self.damage = str(error)
             self.path.unlink(missing_ok=True)
             return
-        for number, tally in enumerate(self.tallies if kept else ()):
-            tally.restore({name: kept[f"{name}_{number}"] for name in tally.state})
+        for number, totals in enumerate(self.model_totals if saved else ()):
+            totals.restore({name: saved[f"{name}_{number}"] for name in totals.state})
 
     def save(self, last: bool) -> None:
         """Write the file every few seconds, and when the last window is scored."""
-        if self.path is None or not (last or time.monotonic() - self.written > _KEEP_EVERY):
+        if self.path is None or not (
+            last or time.monotonic() - self.written > _CHECKPOINT_INTERVAL_S
+        ):
             return
         write_arrays(self.path, self.arrays)
         self.written = time.monotonic()
 
 
-def _begin_memory(device: torch.device) -> int | None:
+def _reset_peak_memory(device: torch.device) -> int | None:
     """Bytes of a GPU's memory taken now, from which on the most is counted; None on a CPU."""
     if device.type != "cuda":
         return None
@@ -175,14 +177,14 @@ def locate_not_finite(model: nn.Module, batch: Tensor, what: str) -> str:
     """Which module is the first, in the order of computing, to put out NaN or infinity."""
     found: list[str] = []
 
-    def look(name: str) -> Callable:
+    def make_hook(name: str) -> Callable:
         def hook(module: nn.Module, arguments: tuple, output: object) -> None:
             if not found and not _all_finite(output):
                 found.append(name)
 
         return hook
 
-    hooks = [m.register_forward_hook(look(name)) for name, m in model.named_modules() if name]
+    hooks = [m.register_forward_hook(make_hook(name)) for name, m in model.named_modules() if name]
     try:
         model(batch, use_cache=False)
     finally:
@@ -190,10 +192,10 @@ def locate_not_finite(model: nn.Module, batch: Tensor, what: str) -> str:
             hook.remove()
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     first = f"the first not to be is that of {found[0]}" if found else "its logits are not"
-    instead = "bfloat16 or float32" if dtype == "float16" else "another plan or dtype"
+    suggestion = "bfloat16 or float32" if dtype == "float16" else "another plan or dtype"
     return (
         f"{what} has no perplexity: its outputs in {dtype} are not finite numbers, and {first}; "
-        f"try {instead}."
+        f"try {suggestion}."
     )
 
 

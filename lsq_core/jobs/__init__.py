@@ -2,15 +2,23 @@
 
 from lsq_core.jobs.control import cancel, delete, follow, resume, start
 from lsq_core.jobs.folder import find, list_jobs, read, read_state
-from lsq_core.jobs.job import ACTIVE, CANCEL, GRACE, PROGRESS_EVERY, STATES, WORKING, Job
+from lsq_core.jobs.job import (
+    ACTIVE_STATES,
+    CANCEL_FILE,
+    GRACE_S,
+    PROGRESS_EVERY,
+    STATES,
+    WORKING_LOCK,
+    Job,
+)
 
 __all__ = [
-    "ACTIVE",
-    "CANCEL",
-    "GRACE",
+    "ACTIVE_STATES",
+    "CANCEL_FILE",
+    "GRACE_S",
     "PROGRESS_EVERY",
     "STATES",
-    "WORKING",
+    "WORKING_LOCK",
     "Job",
     "cancel",
     "delete",

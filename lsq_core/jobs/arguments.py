@@ -16,26 +16,26 @@ from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.store.store import PUBLISHED
 
 #: Fields of a plan request that are options with a value.
-_VALUES = ("base", "budget", "boost_stop", "top_m", "metric", "seed")
+_REQUEST_OPTIONS = ("base", "budget", "boost_stop", "top_m", "metric", "seed")
 #: And those of high-impact rows.
-_ROW_VALUES = ("low_bits", "high_bits", "group_size", "loss", "ratios")
+_ROW_OPTIONS = ("low_bits", "high_bits", "group_size", "loss", "ratios")
 
 
 def model_arguments(source: ModelSource, device: str) -> list[str]:
     """Which model, and on which device."""
-    words = ["--model", source.name, "--device", device]
-    words += ["--revision", source.revision] if source.revision else []
-    words += ["--trust-remote-code"] if source.trust_remote_code else []
-    return words + (["--allow-pickle"] if source.allow_pickle else [])
+    argv = ["--model", source.name, "--device", device]
+    argv += ["--revision", source.revision] if source.revision else []
+    argv += ["--trust-remote-code"] if source.trust_remote_code else []
+    return argv + (["--allow-pickle"] if source.allow_pickle else [])
 
 
 def profile_arguments(settings: ProfileSettings) -> list[str]:
     """The options of ``profile``."""
-    words = ["--corpus", settings.calibration, "--quantizer", settings.quantizer]
-    return words + _grid(settings)
+    argv = ["--corpus", settings.calibration, "--quantizer", settings.quantizer]
+    return argv + _grid_arguments(settings)
 
 
-def _grid(settings: ProfileSettings) -> list[str]:
+def _grid_arguments(settings: ProfileSettings) -> list[str]:
     return [
         *("--axis", str(settings.axis), "--metadata", settings.metadata),
         *("--samples", str(settings.samples), "--block-tokens", str(settings.block_tokens)),
@@ -44,38 +44,38 @@ def _grid(settings: ProfileSettings) -> list[str]:
 
 def plan_arguments(request: PlanRequest, settings: ProfileSettings) -> list[str]:
     """The options of ``plan`` and ``run`` that say what to plan; defaults are left out."""
-    words = ["--method", request.method]
-    words += _changed(request, _VALUES)
-    words += ["--exact"] if request.exact else []
-    words += row_arguments(request)
+    argv = ["--method", request.method]
+    argv += _non_default_options(request, _REQUEST_OPTIONS)
+    argv += ["--exact"] if request.exact else []
+    argv += row_arguments(request)
     for pin in request.pins:
-        words += ["--pin", pin]
-    words += ["--calibration", settings.calibration, "--profile-quantizer", settings.quantizer]
-    return words + _grid(settings)
+        argv += ["--pin", pin]
+    argv += ["--calibration", settings.calibration, "--profile-quantizer", settings.quantizer]
+    return argv + _grid_arguments(settings)
 
 
 def row_arguments(request: PlanRequest) -> list[str]:
     """The options of ``plan``, ``run`` and ``sweep`` about high-impact rows."""
-    return _changed(request, _ROW_VALUES) + (["--clip"] if request.clip else [])
+    return _non_default_options(request, _ROW_OPTIONS) + (["--clip"] if request.clip else [])
 
 
-def _changed(request: PlanRequest, names: Sequence[str]) -> list[str]:
+def _non_default_options(request: PlanRequest, names: Sequence[str]) -> list[str]:
     """Options whose value isn't the default."""
     default = asdict(PlanRequest(request.method))
-    words = []
+    argv = []
     for name in names:
         if getattr(request, name) != default[name]:
-            words += [f"--{name.replace('_', '-')}", str(getattr(request, name))]
-    return words
+            argv += [f"--{name.replace('_', '-')}", str(getattr(request, name))]
+    return argv
 
 
 def evaluation_arguments(
     request: EvaluationRequest, quantizer: str, save: Path | None
 ) -> list[str]:
     """The options of ``run`` that say how to quantize, what to evaluate on and what to keep."""
-    words = ["--quantizer", quantizer, "--corpus", request.corpus, "--protocol", request.protocol]
-    words += ["--max-tokens", str(request.max_tokens)] if request.max_tokens else []
-    return words + (["--save", str(save)] if save else [])
+    argv = ["--quantizer", quantizer, "--corpus", request.corpus, "--protocol", request.protocol]
+    argv += ["--max-tokens", str(request.max_tokens)] if request.max_tokens else []
+    return argv + (["--save", str(save)] if save else [])
 
 
 def sweep_arguments(
@@ -85,12 +85,12 @@ def sweep_arguments(
     quantizers: Sequence[str],
     baselines: Sequence[str],
     corpora: Sequence[str],
-    like: EvaluationRequest,
+    evaluation: EvaluationRequest,
     settings: ProfileSettings,
     rows: PlanRequest | None = None,
 ) -> list[str]:
     """The options of ``sweep``; ``like`` says how each text is evaluated, ``rows`` how rows mix."""
-    listed = {
+    repeated = {
         "--method": methods,
         "--base": bases,
         "--budget": budgets,
@@ -98,15 +98,15 @@ def sweep_arguments(
         "--baseline": baselines,
         "--corpus": corpora,
     }
-    words = [word for option, values in listed.items() for v in values for word in (option, v)]
-    words += row_arguments(rows) if rows else []
-    words += ["--protocol", like.protocol]
-    words += ["--max-tokens", str(like.max_tokens)] if like.max_tokens else []
-    words += ["--calibration", settings.calibration, "--profile-quantizer", settings.quantizer]
-    return words + _grid(settings)
+    argv = [word for option, values in repeated.items() for v in values for word in (option, v)]
+    argv += row_arguments(rows) if rows else []
+    argv += ["--protocol", evaluation.protocol]
+    argv += ["--max-tokens", str(evaluation.max_tokens)] if evaluation.max_tokens else []
+    argv += ["--calibration", settings.calibration, "--profile-quantizer", settings.quantizer]
+    return argv + _grid_arguments(settings)
 
 
-def reproducing(record: Mapping[str, Mapping[str, Any]]) -> str:
+def reproduce_command(record: Mapping[str, Mapping[str, Any]]) -> str:
     """The command line that does a kept run again; of a published one, that makes its plan.
 
     A method that is not planned here, as others' published ones aren't, has none: a comment says
@@ -114,39 +114,41 @@ def reproducing(record: Mapping[str, Mapping[str, Any]]) -> str:
 
     ``record`` is of :meth:`lsq_core.store.store.Store.record`.
     """
-    run, own, model = record["run"], record["evaluation"], record["model"]
+    run, stored, model = record["run"], record["evaluation"], record["model"]
     if run["method"] not in PLANNERS:
-        return f"# {run['method']} is not among the methods here; this run was published."
+        return f"# {run['method']} is not implemented here; this is a published run."
     if not (record["plan"]["content"] or {}).get("request"):
-        return "# What this run's plan was asked for was not kept."
+        return "# The request of this run's plan was not stored."
     source = ModelSource(model["source"], model["revision"])
-    request, settings = _asked(record)
+    request, settings = _stored_request(record)
     if run["fingerprint"].startswith(PUBLISHED):
-        words = ["plan", "--model", source.name, *plan_arguments(request, settings)]
+        argv = ["plan", "--model", source.name, *plan_arguments(request, settings)]
         if not record["profile"]:
-            words = words[: words.index("--calibration")]  # that of the model's own profile
-        return f"{_typed(words)}  # the plan alone: the weights aren't here"
-    told = own["provenance"]
+            argv = argv[: argv.index("--calibration")]  # that of the model's own profile
+        return f"{_shell_command(argv)}  # the plan only: there are no local weights"
+    provenance = stored["provenance"]
     evaluation = EvaluationRequest(
-        own["corpus"], own["protocol"].partition("-")[0], told.get("max_tokens")
+        stored["corpus"], stored["protocol"].partition("-")[0], provenance.get("max_tokens")
     )
-    words = ["run", *model_arguments(source, run["device"]), "--dtype", run["dtype"]]
-    words += plan_arguments(request, settings)
-    return _typed(words + evaluation_arguments(evaluation, run["quantizer"], None))
+    argv = ["run", *model_arguments(source, run["device"]), "--dtype", run["dtype"]]
+    argv += plan_arguments(request, settings)
+    return _shell_command(argv + evaluation_arguments(evaluation, run["quantizer"], None))
 
 
-def _asked(record: Mapping[str, Mapping[str, Any]]) -> tuple[PlanRequest, ProfileSettings]:
+def _stored_request(record: Mapping[str, Mapping[str, Any]]) -> tuple[PlanRequest, ProfileSettings]:
     """What a run's plan was asked for, and by which profile; of one without, its grid alone."""
     content = record["plan"]["content"]
     names = {field.name for field in fields(PlanRequest)}
-    asked = {name: value for name, value in content["request"].items() if name in names}
-    request = PlanRequest(**asked | {"pins": tuple(asked.get("pins", ()))})
+    request_fields = {name: value for name, value in content["request"].items() if name in names}
+    request = PlanRequest(**request_fields | {"pins": tuple(request_fields.get("pins", ()))})
     names = {field.name for field in fields(ProfileSettings)}
     grid = {"metadata": content.get("metadata"), "axis": content.get("axis")}
-    known = grid | (record["profile"].get("settings") or {}) | (content.get("calibration") or {})
-    given = {k: v for k, v in known.items() if k in names and v is not None}
-    return request, ProfileSettings(**given)
+    stored_fields = (
+        grid | (record["profile"].get("settings") or {}) | (content.get("calibration") or {})
+    )
+    fields_given = {k: v for k, v in stored_fields.items() if k in names and v is not None}
+    return request, ProfileSettings(**fields_given)
 
 
-def _typed(words: list[str]) -> str:
-    return shlex.join(["lsq", *words])
+def _shell_command(argv: list[str]) -> str:
+    return shlex.join(["lsq", *argv])

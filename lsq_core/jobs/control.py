@@ -18,7 +18,7 @@ import psutil
 
 from lsq_core import paths
 from lsq_core.errors import InputError, LsqError
-from lsq_core.files import cannot_write, sync_folder
+from lsq_core.files import fsync_folder, write_error
 from lsq_core.jobs.folder import (
     list_jobs,
     locked,
@@ -28,7 +28,7 @@ from lsq_core.jobs.folder import (
     read_state,
     write_end,
 )
-from lsq_core.jobs.job import ACTIVE, CANCEL, GRACE, PROGRESS_EVERY, Job
+from lsq_core.jobs.job import ACTIVE_STATES, CANCEL_FILE, GRACE_S, PROGRESS_EVERY, Job
 from lsq_core.jsontext import write_json
 from lsq_core.memory import oom_kills
 
@@ -47,17 +47,17 @@ def start(folder: Path, arguments: list[str]) -> Job:
     LsqError
         When its folder cannot be made, or no process can be started.
     """
-    with _starting(folder):
-        same = _under_way(folder, arguments)
+    with _start_lock(folder):
+        same = _find_active(folder, arguments)
         if same is not None:
             return same
-        home = _new_folder(folder, arguments)
+        job_folder = _new_folder(folder, arguments)
         try:
-            _launch(home)
+            _launch(job_folder)
         except LsqError:
-            shutil.rmtree(home, ignore_errors=True)  # nothing was begun in it
+            shutil.rmtree(job_folder, ignore_errors=True)  # nothing was begun in it
             raise
-    return read(home)
+    return read(job_folder)
 
 
 def resume(job: Job) -> Job:
@@ -70,35 +70,35 @@ def resume(job: Job) -> Job:
     InputError
         When it has a result, goes on already, or its command can't be read any more.
     """
-    with _starting(job.folder.parent):
+    with _start_lock(job.folder.parent):
         job = read(job.folder)
         if not job.can_resume:
             raise InputError(f"Job {job.id} is {job.state}, so there is nothing to resume.")
-        same = _under_way(job.folder.parent, job.arguments)
+        same = _find_active(job.folder.parent, job.arguments)
         if same is not None:
             return same
         with locked(job.folder):
-            (job.folder / CANCEL).unlink(missing_ok=True)
+            (job.folder / CANCEL_FILE).unlink(missing_ok=True)
             before = {"state": "queued", "message": "Resuming.", "seconds": job.seconds}
             write_json(job.folder / "progress.json", before)
             _launch(job.folder)
     return read(job.folder)
 
 
-def _under_way(folder: Path, arguments: list[str] | tuple[str, ...]) -> Job | None:
+def _find_active(folder: Path, arguments: list[str] | tuple[str, ...]) -> Job | None:
     """The job of just this command that waits or runs."""
-    asked = tuple(arguments)
-    return next((job for job in list_jobs(folder) if job.active and job.arguments == asked), None)
+    spec = tuple(arguments)
+    return next((job for job in list_jobs(folder) if job.active and job.arguments == spec), None)
 
 
 @contextmanager
-def _starting(folder: Path) -> Iterator[None]:
+def _start_lock(folder: Path) -> Iterator[None]:
     """Have jobs of a folder started one after another, by whichever process."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / "start.lock").open("w")
     except OSError as error:
-        raise cannot_write(folder, error) from error
+        raise write_error(folder, error) from error
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -107,25 +107,25 @@ def _starting(folder: Path) -> Iterator[None]:
 def _new_folder(folder: Path, arguments: list[str]) -> Path:
     """A job's folder, which is seen with its ``job.json`` in it or not at all."""
     id = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
-    unfinished, home = folder / f".{id}", folder / id
+    unfinished, job_folder = folder / f".{id}", folder / id
     try:
         unfinished.mkdir()
-        asked = {"id": id, "arguments": list(arguments), "created": time.time()}
-        write_json(unfinished / "job.json", asked)
-        unfinished.rename(home)
+        spec = {"id": id, "arguments": list(arguments), "created": time.time()}
+        write_json(unfinished / "job.json", spec)
+        unfinished.rename(job_folder)
     except (OSError, LsqError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
-        raise error if isinstance(error, LsqError) else cannot_write(home, error) from error
-    sync_folder(folder)
-    return home
+        raise error if isinstance(error, LsqError) else write_error(job_folder, error) from error
+    fsync_folder(folder)
+    return job_folder
 
 
-def _launch(home: Path) -> None:
+def _launch(job_folder: Path) -> None:
     """Start the process that does a folder's job."""
     try:
-        with (home / "log.txt").open("ab") as log:
+        with (job_folder / "log.txt").open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "lsq_core", "job", str(home)],
+                [sys.executable, "-m", "lsq_core", "job", str(job_folder)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -133,8 +133,12 @@ def _launch(home: Path) -> None:
                 cwd=paths.IMPORT_FOLDER,
             )
     except OSError as error:
-        raise LsqError(f"No process could be started for {home} ({error.strerror}).") from error
-    write_json(home / "process.json", process_identity(process.pid) | {"oom_kills": oom_kills()})
+        raise LsqError(
+            f"No process could be started for {job_folder} ({error.strerror})."
+        ) from error
+    write_json(
+        job_folder / "process.json", process_identity(process.pid) | {"oom_kills": oom_kills()}
+    )
 
 
 def follow(job: Job, report: Callable[[str, int, int, str], None]) -> Job:
@@ -153,19 +157,19 @@ def cancel(job: Job) -> Job:
     """End a job: ask, wait, then kill. Returns it as it is then."""
     if job.active:
         with suppress(OSError):  # where it can't be written, the end is told as an interruption
-            (job.folder / CANCEL).touch()
+            (job.folder / CANCEL_FILE).touch()
     pid = process_id(job.folder) if job.active else None
     if pid is not None:
         with suppress(psutil.NoSuchProcess):
             process = psutil.Process(pid)
             _signal(pid, signal.SIGTERM)
             try:
-                process.wait(GRACE)
+                process.wait(GRACE_S)
             except psutil.TimeoutExpired:
                 _signal(pid, signal.SIGKILL)
-                process.wait(GRACE)
+                process.wait(GRACE_S)
     after = read(job.folder)
-    if after.state in (*ACTIVE, "interrupted"):
+    if after.state in (*ACTIVE_STATES, "interrupted"):
         write_end(job.folder, "cancelled", "Cancelled.")
     return read(job.folder)
 
@@ -178,8 +182,8 @@ def delete(job: Job) -> None:
     InputError
         When it waits or runs.
     """
-    if read_state(job.folder) in ACTIVE:
-        raise InputError(f"Job {job.id} is under way; cancel it first.")
+    if read_state(job.folder) in ACTIVE_STATES:
+        raise InputError(f"Job {job.id} is active; cancel it first.")
     try:
         shutil.rmtree(job.folder)
     except OSError as error:

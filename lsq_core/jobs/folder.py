@@ -24,21 +24,21 @@ from pathlib import Path
 import psutil
 
 from lsq_core.errors import InputError, LsqError
-from lsq_core.files import Damaged, read_json
-from lsq_core.jobs.job import CANCEL, STATES, WORKING, Job
+from lsq_core.files import DamagedFileError, read_json
+from lsq_core.jobs.job import CANCEL_FILE, STATES, WORKING_LOCK, Job
 from lsq_core.jsontext import write_json
 from lsq_core.memory import oom_kills
 
 #: Seconds that a job may take to have a process.
-_STARTING = 10.0
+_START_TIMEOUT_S = 10.0
 #: A time beyond this one, in the year 2255, is damage.
-_LATEST = 9e9
+_MAX_TIMESTAMP = 9e9
 
 
 # --- looking --------------------------------------------------------------------------------
 
 
-def read(home: Path) -> Job:
+def read(job_folder: Path) -> Job:
     """The job in a folder.
 
     Raises
@@ -47,29 +47,31 @@ def read(home: Path) -> Job:
         When the folder holds no job.
     """
     try:
-        job = _as_written(home)
-        if job.active and not _alive(home, job.created):
-            job = _settle(home)
-    except Damaged as error:
-        return _damaged(home, str(error))
-    if job.state == "done" and not _is_whole(home / "result.json", job.result_bytes):
-        return replace(job, state="damaged", message=f"{home / 'result.json'} is damaged or gone.")
+        job = _parse_job(job_folder)
+        if job.active and not _is_alive(job_folder, job.created):
+            job = _finalize_dead_job(job_folder)
+    except DamagedFileError as error:
+        return _damaged_job(job_folder, str(error))
+    if job.state == "done" and not _is_complete(job_folder / "result.json", job.result_bytes):
+        return replace(
+            job, state="damaged", message=f"{job_folder / 'result.json'} is damaged or gone."
+        )
     return job
 
 
 def list_jobs(folder: Path) -> list[Job]:
     """Every job, newest first; the damaged ones too."""
     try:
-        homes = [p for p in folder.iterdir() if not p.name.startswith(".") and p.is_dir()]
+        job_folders = [p for p in folder.iterdir() if not p.name.startswith(".") and p.is_dir()]
     except OSError:
         return []
     found = []
-    for home in sorted(homes, reverse=True):
+    for job_folder in sorted(job_folders, reverse=True):
         try:
-            found.append(read(home))
+            found.append(read(job_folder))
         except InputError as error:
-            if home.is_dir():  # else it was deleted meanwhile
-                found.append(_damaged(home, str(error)))
+            if job_folder.is_dir():  # else it was deleted meanwhile
+                found.append(_damaged_job(job_folder, str(error)))
     return found
 
 
@@ -83,28 +85,28 @@ def find(folder: Path, id: str | None = None) -> Job:
     """
     if id is not None:
         return read(folder / Path(id).name)
-    waiting = [job for job in list_jobs(folder) if job.state == "interrupted"]
-    if not waiting:
+    interrupted = [job for job in list_jobs(folder) if job.state == "interrupted"]
+    if not interrupted:
         raise InputError(f"No job in {folder} was interrupted; there is nothing to resume.")
-    return waiting[0]
+    return interrupted[0]
 
 
-def read_state(home: Path) -> str:
+def read_state(job_folder: Path) -> str:
     """How a job stands; damaged where there is nothing to tell it by."""
     try:
-        return read(home).state
+        return read(job_folder).state
     except InputError:
         return "damaged"
 
 
-def write_end(home: Path, state: str, message: str) -> None:
+def write_end(job_folder: Path, state: str, message: str) -> None:
     """Write how a job ended whose process didn't."""
     try:
-        progress = read_json(home / "progress.json") or {}
-    except Damaged:
+        progress = read_json(job_folder / "progress.json") or {}
+    except DamagedFileError:
         progress = {}
     progress |= {"state": state, "message": message, "eta": None}
-    write_json(home / "progress.json", progress)
+    write_json(job_folder / "progress.json", progress)
 
 
 # --- what a folder says ---------------------------------------------------------------------
@@ -125,7 +127,7 @@ _PROGRESS = {
 }
 
 
-def _as_written(home: Path) -> Job:
+def _parse_job(job_folder: Path) -> Job:
     """The job as its files have it, whether its process lives or not.
 
     Raises
@@ -135,59 +137,68 @@ def _as_written(home: Path) -> Job:
     Damaged
         When what it was asked to do cannot be read.
     """
-    asked = read_json(home / "job.json")
-    if asked is None:
-        raise InputError(f"There is no job in {home}.")
-    arguments, created = asked.get("arguments"), asked.get("created")
-    if not (isinstance(arguments, list) and arguments and all(_is_text(a) for a in arguments)):
-        raise Damaged(f"{home / 'job.json'} is damaged: it holds no command.")
-    if not (_is(created, _NUMBER) and created < _LATEST):
-        raise Damaged(f"{home / 'job.json'} is damaged: it holds no time.")
+    spec = read_json(job_folder / "job.json")
+    if spec is None:
+        raise InputError(f"There is no job in {job_folder}.")
+    arguments, created = spec.get("arguments"), spec.get("created")
+    if not (isinstance(arguments, list) and arguments and all(_is_argument(a) for a in arguments)):
+        raise DamagedFileError(f"{job_folder / 'job.json'} is damaged: it has no command.")
+    if not (_is_valid(created, _NUMBER) and created < _MAX_TIMESTAMP):
+        raise DamagedFileError(f"{job_folder / 'job.json'} is damaged: it has no time.")
     try:
-        progress = _read_progress(home)
-    except Damaged as error:
-        progress = _without_progress(home, str(error))
-    return Job(id=home.name, folder=home, arguments=tuple(arguments), created=created, **progress)
+        progress = _read_progress(job_folder)
+    except DamagedFileError as error:
+        progress = _recover_progress(job_folder, str(error))
+    return Job(
+        id=job_folder.name,
+        folder=job_folder,
+        arguments=tuple(arguments),
+        created=created,
+        **progress,
+    )
 
 
-def _is_text(value: object) -> bool:
+def _is_argument(value: object) -> bool:
     """Whether a value can be an argument of a process."""
     return isinstance(value, str) and "\0" not in value
 
 
-def _read_progress(home: Path) -> dict:
-    path = home / "progress.json"
+def _read_progress(job_folder: Path) -> dict:
+    path = job_folder / "progress.json"
     content = read_json(path)
     if content is None:
         return {"state": "queued"}
     progress = {name: content[name] for name in _PROGRESS if name in content}
-    wrong = [name for name, value in progress.items() if not _is(value, _PROGRESS[name])]
+    wrong = [name for name, value in progress.items() if not _is_valid(value, _PROGRESS[name])]
     if wrong or progress.get("state") not in STATES:
-        raise Damaged(f"{path} is damaged: its {(wrong or ['state'])[0]} cannot be.")
+        raise DamagedFileError(f"{path} is damaged: its {(wrong or ['state'])[0]} cannot be.")
     return progress
 
 
-def _is(value: object, types: tuple[type, ...]) -> bool:
+def _is_valid(value: object, types: tuple[type, ...]) -> bool:
     """Whether a value is of a type, and a number neither negative nor infinite."""
     if not isinstance(value, types) or isinstance(value, bool):
         return False
     return not isinstance(value, (int, float)) or (math.isfinite(value) and 0 <= value < 2**63)
 
 
-def _without_progress(home: Path, reason: str) -> dict:
+def _recover_progress(job_folder: Path, reason: str) -> dict:
     """What a job whose progress is damaged is: working, or ended with or without a result."""
-    if _alive(home, 0.0):
+    if _is_alive(job_folder, 0.0):
         return {"state": "running", "message": reason}
     try:
-        done = read_json(home / "result.json") is not None
-    except Damaged:
+        done = read_json(job_folder / "result.json") is not None
+    except DamagedFileError:
         done = False
     if done:
         return {"state": "done", "message": reason}
-    return {"state": "interrupted", "message": f"{reason} It can go on from what else it kept."}
+    return {
+        "state": "interrupted",
+        "message": f"{reason} It can resume from its other saved results.",
+    }
 
 
-def _is_whole(path: Path, size: int | None) -> bool:
+def _is_complete(path: Path, size: int | None) -> bool:
     """Whether a result has the size it was written with and the ends of an object.
 
     This is looked at often, and a result may be long: all of it is checked when it is read.
@@ -202,35 +213,35 @@ def _is_whole(path: Path, size: int | None) -> bool:
         return False
 
 
-def _damaged(home: Path, message: str) -> Job:
+def _damaged_job(job_folder: Path, message: str) -> Job:
     """A job of which nothing can be told but its name and time."""
     try:
-        created = home.stat().st_mtime
+        created = job_folder.stat().st_mtime
     except OSError:
         created = 0.0
-    return Job(home.name, home, (), created, "damaged", message=message)
+    return Job(job_folder.name, job_folder, (), created, "damaged", message=message)
 
 
-def _settle(home: Path) -> Job:
+def _finalize_dead_job(job_folder: Path) -> Job:
     """A job whose process is gone without having said how it ended; writes down how that was.
 
     It is written once, by whoever sees it first, since what tells the cause doesn't last.
     """
-    with locked(home):
-        job = _as_written(home)  # it may have ended, or gone on, between the two looks
-        if not job.active or _alive(home, job.created):
+    with locked(job_folder):
+        job = _parse_job(job_folder)  # it may have ended, or gone on, between the two looks
+        if not job.active or _is_alive(job_folder, job.created):
             return job
-        state, message = _how_it_ended(home, job)
+        state, message = _infer_end_state(job_folder, job)
         with suppress(LsqError):  # in a folder that can't be written it is told anew each time
-            write_end(home, state, message)
+            write_end(job_folder, state, message)
     return replace(job, state=state, message=message, eta=None)
 
 
 @contextmanager
-def locked(home: Path) -> Iterator[None]:
+def locked(job_folder: Path) -> Iterator[None]:
     """Have nobody else change how a job stands, as far as its folder can be written."""
     try:
-        lock = (home / "state.lock").open("w")
+        lock = (job_folder / "state.lock").open("w")
     except OSError:
         yield
         return
@@ -239,29 +250,29 @@ def locked(home: Path) -> Iterator[None]:
         yield
 
 
-def _how_it_ended(home: Path, job: Job) -> tuple[str, str]:
+def _infer_end_state(job_folder: Path, job: Job) -> tuple[str, str]:
     """State and message of a job whose process is gone without a word."""
-    if (home / CANCEL).exists():
+    if (job_folder / CANCEL_FILE).exists():
         return "cancelled", "Cancelled."
     during = f"during '{job.stage or 'start'}'"
-    before, now = _recorded_identity(home).get("oom_kills"), oom_kills()
+    before, now = _recorded_identity(job_folder).get("oom_kills"), oom_kills()
     if isinstance(before, int) and now is not None and now > before:
         return "interrupted", (
             f"Its process was killed {during}, most likely for lack of memory: the system killed "
             "a process for that since the job began. Free some memory or take a smaller model, "
             "then resume it."
         )
-    why = _why_no_word(home)
-    return "interrupted", f"Its process ended without a word {during}{why}."
+    why = _storage_problem(job_folder)
+    return "interrupted", f"Its process ended without a message {during}{why}."
 
 
-def _why_no_word(home: Path) -> str:
+def _storage_problem(job_folder: Path) -> str:
     """What in the job's folder keeps a process from saying how it ended, '' for nothing."""
     with suppress(OSError):
-        if shutil.disk_usage(home).free < 2**20:
-            return f": the disk of {home} is full"
-        if not os.access(home, os.W_OK) or os.statvfs(home).f_flag & os.ST_RDONLY:
-            return f": {home} can't be written"
+        if shutil.disk_usage(job_folder).free < 2**20:
+            return f": the disk of {job_folder} is full"
+        if not os.access(job_folder, os.W_OK) or os.statvfs(job_folder).f_flag & os.ST_RDONLY:
+            return f": {job_folder} can't be written"
     return ""
 
 
@@ -276,21 +287,21 @@ def process_identity(pid: int) -> dict:
         return {"pid": pid, "started": 0.0}
 
 
-def _recorded_identity(home: Path) -> dict:
+def _recorded_identity(job_folder: Path) -> dict:
     """What ``process.json`` says, as far as it can be read."""
     try:
-        content = read_json(home / "process.json") or {}
-    except Damaged:
+        content = read_json(job_folder / "process.json") or {}
+    except DamagedFileError:
         return {}
-    whole = _is(content.get("pid"), _COUNT) and _is(content.get("started"), _NUMBER)
+    whole = _is_valid(content.get("pid"), _COUNT) and _is_valid(content.get("started"), _NUMBER)
     return content if whole and 0 < content["pid"] < 2**31 else {}
 
 
-def process_id(home: Path) -> int | None:
+def process_id(job_folder: Path) -> int | None:
     """The number of a job's process, None where it has none any more."""
-    identity = _recorded_identity(home)
+    identity = _recorded_identity(job_folder)
     if not identity:
-        return _pid_working(home)
+        return _pid_from_lock(job_folder)
     try:
         process = psutil.Process(identity["pid"])
         same = abs(process.create_time() - identity["started"]) < 1.0
@@ -299,10 +310,10 @@ def process_id(home: Path) -> int | None:
         return None
 
 
-def _pid_working(home: Path) -> int | None:
+def _pid_from_lock(job_folder: Path) -> int | None:
     """The same where ``process.json`` can't be read, by the lock that the process holds."""
     try:
-        with (home / WORKING).open() as file:
+        with (job_folder / WORKING_LOCK).open() as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -312,8 +323,8 @@ def _pid_working(home: Path) -> int | None:
     return None
 
 
-def _alive(home: Path, created: float) -> bool:
+def _is_alive(job_folder: Path, created: float) -> bool:
     """Whether a job has a process, or is about to have one."""
-    if not (home / "process.json").exists() and time.time() - created < _STARTING:
+    if not (job_folder / "process.json").exists() and time.time() - created < _START_TIMEOUT_S:
         return True
-    return process_id(home) is not None
+    return process_id(job_folder) is not None

@@ -9,19 +9,19 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from lsq_core.files import Damaged, read_json
+from lsq_core.files import DamagedFileError, read_json
 
 #: Seconds a process has to end by itself before it is killed.
-GRACE = 1.0
+GRACE_S = 1.0
 #: Seconds between two writes of the progress file.
 PROGRESS_EVERY = 0.2
-ACTIVE = ("queued", "running")
-STATES = (*ACTIVE, "done", "failed", "cancelled", "interrupted", "damaged")
+ACTIVE_STATES = ("queued", "running")
+STATES = (*ACTIVE_STATES, "done", "failed", "cancelled", "interrupted", "damaged")
 #: The file that says that a person asked for the end; a process that is ended otherwise, by a
 #: shutdown say, was interrupted.
-CANCEL = "cancel"
+CANCEL_FILE = "cancel"
 #: The file that a job's process keeps locked while it works, and which holds its number.
-WORKING = "working.lock"
+WORKING_LOCK = "working.lock"
 #: Bytes at the end of a log that are read.
 _LOG_BYTES = 65536
 
@@ -54,7 +54,7 @@ class Job:
     @property
     def active(self) -> bool:
         """Whether it is still going to do something."""
-        return self.state in ACTIVE
+        return self.state in ACTIVE_STATES
 
     @property
     def can_resume(self) -> bool:
@@ -81,13 +81,13 @@ class Job:
         """Verb, method, base or budget, and model in a few words."""
         words = dict(itertools.pairwise(self.arguments))
         if self.verb == "sweep":
-            parts = ["sweep", *self.given("--method")]
+            parts = ["sweep", *self.option_values("--method")]
         else:
             named = ("--method", "--base", "--budget", "--run")
             parts = [self.verb or self.id, *(words.get(option, "") for option in named)]
         return " ".join(part for part in [*parts, words.get("--model", "")] if part)
 
-    def given(self, option: str) -> list[str]:
+    def option_values(self, option: str) -> list[str]:
         """Every value that an option was given in its command line."""
         return [value for name, value in itertools.pairwise(self.arguments) if name == option]
 
@@ -115,5 +115,5 @@ class Job:
             with path.open("rb") as file:
                 same = sha256(file.read()).hexdigest() == self.result_sha256
             if not same:
-                raise Damaged(f"{path} is damaged: it is not what was written.")
+                raise DamagedFileError(f"{path} is damaged: it is not what was written.")
         return found

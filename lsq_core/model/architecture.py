@@ -18,21 +18,26 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from lsq_core.bits import LADDER, divides
+from lsq_core.bits import LADDER, is_divisible
 from lsq_core.errors import InputError
 from lsq_core.model.info import Matrix, ModelInfo
 from lsq_core.model.source import ModelSource
 
 #: What configs call the number of positions.
-_CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
+_CONTEXT_LENGTH_KEYS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "max_target_positions",
+)
 #: Tokens of a context that a signed 32-bit column of the database holds.
-_LONGEST = 2**31 - 1
+_MAX_CONTEXT = 2**31 - 1
 #: Order of the computation where a block defines its modules in another one.
 _QKV_RANK = {"q_proj": 0, "k_proj": 1, "v_proj": 2}
 
 
 @dataclass(frozen=True, eq=False)
-class Weight:
+class BlockParameter:
     """A parameter of two or more dimensions in a decoder block.
 
     ``reason`` says why plans leave it alone; '' where they don't.
@@ -50,14 +55,14 @@ class Weight:
         return getattr(self.module, self.parameter_name)
 
     @property
-    def stacked(self) -> bool:
+    def is_stacked(self) -> bool:
         """Whether it holds the weights of several experts."""
         return self.parameter.dim() == 3
 
     @property
     def name(self) -> str:
         """Its name inside the block; that of its module where the module has just this one."""
-        if self.parameter_name == "weight" and not self.stacked:
+        if self.parameter_name == "weight" and not self.is_stacked:
             return self.module_name
         return f"{self.module_name}.{self.parameter_name}".lstrip(".")
 
@@ -70,7 +75,7 @@ class Weight:
 # --- what a model consists of ---------------------------------------------------------------
 
 
-def describe(model: nn.Module, source: ModelSource) -> ModelInfo:
+def describe_model(model: nn.Module, source: ModelSource) -> ModelInfo:
     """What the modules say: parameters (tied ones once), blocks and matrices.
 
     Raises
@@ -79,11 +84,11 @@ def describe(model: nn.Module, source: ModelSource) -> ModelInfo:
         When the model has no decoder blocks, or no matrix in them that can be planned.
     """
     prefix, blocks = find_blocks(model)
-    found = list(walk_matrices(prefix, blocks))
-    usable = [m for m in found if any(divides(m.numel, c.group_size) for c in LADDER)]
+    found = list(iter_matrices(prefix, blocks))
+    usable = [m for m in found if any(is_divisible(m.numel, c.group_size) for c in LADDER)]
     if not usable:
         raise InputError(
-            f"No matrix of {source.name} can be cut into groups of 32, 64 or 128 weights, so there "
+            f"No matrix of {source.name} divides into groups of 32, 64 or 128 weights, so there "
             f"is nothing to plan; the largest has {max(m.numel for m in found):,} weights."
         )
     planned = set(usable)  # a list would be searched once for each of many thousand experts
@@ -92,21 +97,21 @@ def describe(model: nn.Module, source: ModelSource) -> ModelInfo:
         revision=source.revision,
         architecture=type(model).__name__,
         layers=len(blocks),
-        context=context_of(model),
+        context=context_length(model),
         parameters=sum(p.numel() for p in model.parameters()),
         file_bytes=0,
         matrices=tuple(usable),
-        left_out=_left_out(model, blocks, [m for m in found if m not in planned]),
+        left_out=_list_excluded_weights(model, blocks, [m for m in found if m not in planned]),
         tied_embeddings=bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False)),
         other_bytes=_other_bytes(model, usable),
     )
 
 
-def context_of(model: nn.Module) -> int:
+def context_length(model: nn.Module) -> int:
     """Tokens that a model can read at once; 2048 where its config does not say."""
     text = model.config.get_text_config()
-    named = [getattr(text, name, None) for name in _CONTEXT]
-    context = min(next((n for n in named if isinstance(n, int) and n > 0), 2048), _LONGEST)
+    named = [getattr(text, name, None) for name in _CONTEXT_LENGTH_KEYS]
+    context = min(next((n for n in named if isinstance(n, int) and n > 0), 2048), _MAX_CONTEXT)
     for module in model.modules():  # learned positions may begin behind a padding index
         if isinstance(module, nn.Embedding) and module.num_embeddings == context:
             context -= 0 if module.padding_idx is None else module.padding_idx + 1
@@ -122,19 +127,25 @@ def _other_bytes(model: nn.Module, matrices: list[Matrix]) -> int:
     return itemsize * (total - sum(m.numel for m in matrices))
 
 
-def _left_out(model: nn.Module, blocks: nn.ModuleList, odd: list[Matrix]) -> tuple[str, ...]:
+def _list_excluded_weights(
+    model: nn.Module, blocks: nn.ModuleList, indivisible: list[Matrix]
+) -> tuple[str, ...]:
     """Which weights of the blocks plans don't touch, a line for each type: name, share, reason."""
     layers: Counter[tuple[str, str]] = Counter()
     weights: Counter[tuple[str, str]] = Counter()
-    odd_of: dict[int, list[Matrix]] = {}
-    for matrix in odd:
-        odd_of.setdefault(matrix.layer, []).append(matrix)
+    indivisible_by_layer: dict[int, list[Matrix]] = {}
+    for matrix in indivisible:
+        indivisible_by_layer.setdefault(matrix.layer, []).append(matrix)
     for layer, block in enumerate(blocks):
-        alone = [(w.type, w.reason, w.parameter.numel()) for w in walk_weights(block) if w.reason]
-        alone += [(m.type, _NOT_DIVISIBLE, m.numel) for m in odd_of.get(layer, ())]
-        for kind, reason, numel in alone:
+        excluded = [
+            (w.type, w.reason, w.parameter.numel())
+            for w in iter_block_parameters(block)
+            if w.reason
+        ]
+        excluded += [(m.type, _NOT_DIVISIBLE, m.numel) for m in indivisible_by_layer.get(layer, ())]
+        for kind, reason, numel in excluded:
             weights[kind, reason] += numel
-        layers.update({(kind, reason) for kind, reason, _ in alone})
+        layers.update({(kind, reason) for kind, reason, _ in excluded})
     total = sum(p.numel() for p in model.parameters())
     return tuple(
         f"{kind} in {layers[kind, reason]} of {len(blocks)} layers, "
@@ -162,7 +173,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
             continue
         if any(name.startswith(f"{outer}.") for outer in outermost):
             continue
-        if all(any(not w.reason for w in walk_weights(block)) for block in module):
+        if all(any(not w.reason for w in iter_block_parameters(block)) for block in module):
             outermost.append(name)
             size = sum(p.numel() for p in module.parameters())
             if best is None or size > best[0]:
@@ -177,39 +188,39 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 # --- the weights of a block -----------------------------------------------------------------
 
-_NOT_DIVISIBLE = "no group size of the ladder divides it"
-_OWN_FORWARD = "its module computes in a way of its own"
-_ONE_ROW = "a gate of one row"
+_NOT_DIVISIBLE = "no supported group size divides it"
+_CUSTOM_FORWARD = "its module computes in a way of its own"
+_SINGLE_ROW_GATE = "a gate of one row"
 _ROUTER = "it chooses experts"
-_NO_LINEAR = "it is not the weight of a linear module"
+_NOT_LINEAR = "it is not the weight of a linear module"
 
 
-def walk_weights(block: nn.Module) -> Iterator[Weight]:
+def iter_block_parameters(block: nn.Module) -> Iterator[BlockParameter]:
     """Every parameter of two or more dimensions in a block, in the order of its modules."""
-    stacks = [module for module in block.modules() if _is_stack(module)]
+    stacks = [module for module in block.modules() if _is_expert_stack(module)]
     experts = {p.shape[0] for s in stacks for p in s.parameters(recurse=False) if p.dim() == 3}
     for name, module in block.named_modules():
         for parameter_name, parameter in module.named_parameters(recurse=False):
             if parameter.dim() < 2:
                 continue
-            reason = _reason(name, module, parameter_name, parameter, experts)
-            yield Weight(name, parameter_name, module, reason)
+            reason = _exclusion_reason(name, module, parameter_name, parameter, experts)
+            yield BlockParameter(name, parameter_name, module, reason)
 
 
-def _reason(
+def _exclusion_reason(
     name: str, module: nn.Module, parameter_name: str, parameter: nn.Parameter, experts: set[int]
 ) -> str:
     """Why a parameter is left alone; '' where it is planned."""
-    if parameter.dim() == 3 and _is_stack(module):
-        return "" if min(parameter.shape[1:]) > 1 else _NO_LINEAR
+    if parameter.dim() == 3 and _is_expert_stack(module):
+        return "" if min(parameter.shape[1:]) > 1 else _NOT_LINEAR
     if parameter_name != "weight" or not isinstance(module, (nn.Linear, Conv1D)):
-        return _NO_LINEAR
+        return _NOT_LINEAR
     if not has_linear_forward(module):
-        return _OWN_FORWARD
+        return _CUSTOM_FORWARD
     if min(parameter.shape) == 1:
-        return _ONE_ROW
-    chooses = parameter.shape[0] in experts or (experts and "router" in name.split("."))
-    return _ROUTER if chooses else ""
+        return _SINGLE_ROW_GATE
+    is_router = parameter.shape[0] in experts or (experts and "router" in name.split("."))
+    return _ROUTER if is_router else ""
 
 
 def has_linear_forward(module: nn.Module) -> bool:
@@ -239,7 +250,7 @@ def has_linear_forward(module: nn.Module) -> bool:
     )
 
 
-def _is_stack(module: nn.Module) -> bool:
+def _is_expert_stack(module: nn.Module) -> bool:
     """Whether a module holds the weights of experts, (experts, …) in one parameter."""
     if isinstance(module, nn.modules.conv._ConvNd):
         return False
@@ -251,7 +262,7 @@ def is_transposed(module: nn.Module) -> bool:
     return isinstance(module, Conv1D) or bool(getattr(module, "is_transposed", False))
 
 
-def walk_matrices(
+def iter_matrices(
     prefix: str, blocks: nn.ModuleList, *, left_out: bool = False
 ) -> Iterator[Matrix]:
     """Every weight matrix of the decoder blocks, in the order of the computation as far as known.
@@ -262,7 +273,9 @@ def walk_matrices(
     """
     seen: set[int] = set()
     for layer, block in enumerate(blocks):
-        weights = [w for w in walk_weights(block) if not w.reason or (left_out and _is_linear(w))]
+        weights = [
+            w for w in iter_block_parameters(block) if not w.reason or (left_out and _is_linear(w))
+        ]
         for weight in sorted(weights, key=_computation_order):
             if id(weight.parameter) in seen:
                 continue
@@ -271,18 +284,18 @@ def walk_matrices(
             if is_transposed(weight.module):
                 out_features, in_features = in_features, out_features
             full, shape = f"{prefix}.{layer}.{weight.name}", (out_features, in_features)
-            if not weight.stacked:
+            if not weight.is_stacked:
                 yield Matrix(full, layer, weight.type, *shape)
                 continue
             for expert in range(weight.parameter.shape[0]):
                 yield Matrix(f"{full}.{expert}", layer, weight.type, *shape, expert)
 
 
-def _is_linear(weight: Weight) -> bool:
+def _is_linear(weight: BlockParameter) -> bool:
     return isinstance(weight.module, (nn.Linear, Conv1D)) and weight.parameter_name == "weight"
 
 
-def _computation_order(weight: Weight) -> tuple[int, int]:
+def _computation_order(weight: BlockParameter) -> tuple[int, int]:
     """Sort key that moves q, k, v to the front of their block and keeps all else in its place."""
     leaf = weight.module_name.rpartition(".")[2]
     return (0, _QKV_RANK[leaf]) if leaf in _QKV_RANK else (1, 0)
@@ -293,17 +306,17 @@ def _computation_order(weight: Weight) -> tuple[int, int]:
 
 def get_weight(model: nn.Module, matrix: Matrix) -> torch.Tensor:
     """A matrix's weight as a view of shape (out_features, in_features), in the model's dtype."""
-    holder, parameter = locate(model, matrix)
-    return matrix_of(getattr(holder, parameter), holder, matrix)
+    holder, parameter = locate_parameter(model, matrix)
+    return matrix_view(getattr(holder, parameter), holder, matrix)
 
 
-def matrix_of(tensor: torch.Tensor, holder: nn.Module, matrix: Matrix) -> torch.Tensor:
+def matrix_view(tensor: torch.Tensor, holder: nn.Module, matrix: Matrix) -> torch.Tensor:
     """A matrix's share of a tensor shaped as the parameter that holds it, (out, in), a view."""
     share = tensor if matrix.expert is None else tensor[matrix.expert]
     return share.T if is_transposed(holder) else share
 
 
-def locate(model: nn.Module, matrix: Matrix) -> tuple[nn.Module, str]:
+def locate_parameter(model: nn.Module, matrix: Matrix) -> tuple[nn.Module, str]:
     """The module that holds a matrix, and the name of its parameter."""
     if matrix.expert is None:
         return model.get_submodule(matrix.name), "weight"
@@ -316,6 +329,6 @@ def parameter_name(matrix: Matrix) -> str:
     return f"{matrix.name}.weight" if matrix.expert is None else matrix.name.rpartition(".")[0]
 
 
-def first_of(output: object) -> torch.Tensor:
+def first_tensor(output: object) -> torch.Tensor:
     """The tensor that a module gives, alone or first of a tuple or list."""
     return output[0] if isinstance(output, (tuple, list)) else output

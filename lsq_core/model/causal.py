@@ -7,15 +7,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lsq_core.errors import InputError, LsqError, reason_of
+from lsq_core.errors import InputError, LsqError, exception_reason
 
 #: Tokens that a model reads for the check; the second half of them is exchanged.
-_TOKENS = 8
+_CHECK_TOKENS = 8
 
 
 def check_causal(
     name: str,
-    read: Callable[[Tensor], Tensor],
+    forward: Callable[[Tensor], Tensor],
     *,
     vocabulary: int,
     context: int,
@@ -45,7 +45,7 @@ def check_causal(
     InputError
         When it depends on them, or the model cannot read a few tokens at all.
     """
-    length = min(_TOKENS, context)
+    length = min(_CHECK_TOKENS, context)
     common = length // 2
     if common < 1 or vocabulary < 2:
         return
@@ -54,23 +54,25 @@ def check_causal(
     second = first.clone()
     second[:, common:] = (second[:, common:] + 1 + vocabulary // 3) % vocabulary
     with torch.no_grad():  # tensors that a module stores stay usable for gradients
-        change = _read(name, read, first).float() - _read(name, read, second).float()
+        change = (
+            _run_forward(name, forward, first).float() - _run_forward(name, forward, second).float()
+        )
     tolerance = max(1e-4, 4 * torch.finfo(dtype).eps)
     if change[:, :common].norm() > tolerance * change[:, common:].norm():
         raise InputError(
-            f"'{name}' is no causal language model: exchanging later tokens changes what it says "
-            "of earlier ones, as in an encoder, so it has no perplexity; give a decoder, or set "
-            "is_decoder to true in its config.json if it was trained as one."
+            f"'{name}' is not a causal language model: changing later tokens changes its output "
+            "for earlier ones, as in an encoder, so it has no perplexity; give a decoder, or set "
+            "is_decoder to true in config.json if it was trained as one."
         )
 
 
-def _read(name: str, read: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
+def _run_forward(name: str, forward: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
     """What the model says of some tokens, or why it says nothing, as an error for people."""
     try:
-        return read(ids)
+        return forward(ids)
     except (LsqError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # the model's own code, whatever it does
         raise InputError(
-            f"'{name}' cannot be run on {ids.numel()} tokens: {reason_of(error)}."
+            f"'{name}' cannot be run on {ids.numel()} tokens: {exception_reason(error)}."
         ) from error

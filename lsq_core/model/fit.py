@@ -19,12 +19,12 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from lsq_core.errors import InputError
-from lsq_core.model.checkpoint import Entry, same_bytes
+from lsq_core.model.checkpoint import TensorEntry, have_same_content
 
 #: Floating-point dtypes that are weights as they stand, as safetensors names them.
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 #: Last parts of the names under which quantizing tools keep what turns codes into weights.
-_OF_CODES = re.compile(
+_QUANTIZATION_SUFFIXES = re.compile(
     r"(scale|scales|scale_inv|scale_2|scb|zero|zeros|zero_point|qweight|qzeros|g_idx|absmax|"
     r"quant_map|packed|blocks)$",
     re.IGNORECASE,
@@ -32,7 +32,7 @@ _OF_CODES = re.compile(
 
 
 def check_fit(
-    model: nn.Module, entries: Mapping[str, Entry], blocks: str, folder: Path
+    model: nn.Module, entries: Mapping[str, TensorEntry], blocks: str, folder: Path
 ) -> tuple[str, ...]:
     """What of a checkpoint the model doesn't use though its function is whole, a sentence each.
 
@@ -53,24 +53,25 @@ def check_fit(
     """
     expected = model.state_dict()
     targets = list(target_names(model, entries))
-    _check_one_each(targets, folder)
+    _check_unique_targets(targets, folder)
     _check_tied(model, targets, entries, folder)
     for key, name, _ in targets:
-        place, dtype = expected.get(name), entries[key].dtype
-        if place is not None and place.is_floating_point() and dtype not in _FLOATS:
-            raise InputError(_codes(key, dtype, entries, folder))
-    for key, name, alone in targets:
-        place, shape = expected.get(name), entries[key].shape
-        if alone and place is not None and tuple(place.shape) != shape:
+        parameter, dtype = expected.get(name), entries[key].dtype
+        if parameter is not None and parameter.is_floating_point() and dtype not in _FLOATS:
+            raise InputError(_quantized_codes_message(key, dtype, entries, folder))
+    for key, name, standalone in targets:
+        parameter, shape = expected.get(name), entries[key].shape
+        if standalone and parameter is not None and tuple(parameter.shape) != shape:
             raise InputError(
-                f"{key} in {folder} has the shape {_shape(shape)}, but {_shape(place.shape)} by "
+                f"{key} in {folder} has the shape {_shape(shape)}, but {_shape(parameter.shape)} "
+                "by "
                 "its config.json; give the config.json that belongs to these weights."
             )
-    unused = _unused(model, [name for _, name, _ in targets if name not in expected])
-    needed = [name for name in unused if _changes_function(name, model, blocks)]
-    if needed:
-        raise InputError(_refusal(needed, model, folder))
-    return (_note(unused, model),) if unused else ()
+    unused = _unused_names(model, [name for _, name, _ in targets if name not in expected])
+    required = [name for name in unused if _affects_output(name, model, blocks)]
+    if required:
+        raise InputError(_mismatch_message(required, model, folder))
+    return (_unused_note(unused, model),) if unused else ()
 
 
 def _shape(shape: Iterable[int]) -> str:
@@ -93,30 +94,30 @@ def target_names(model: nn.Module, keys: Iterable[str]) -> Iterator[tuple[str, s
         yield key, name, pattern is None
 
 
-def _check_one_each(targets: list[tuple[str, str, bool]], folder: Path) -> None:
+def _check_unique_targets(targets: list[tuple[str, str, bool]], folder: Path) -> None:
     seen: dict[str, str] = {}
-    for key, name, alone in targets:
-        if alone and name in seen:
+    for key, name, standalone in targets:
+        if standalone and name in seen:
             raise InputError(
                 f"{seen[name]} and {key} in {folder} both are {name} of the model, so it is not "
                 "known which holds; remove the one that is out of date."
             )
-        if alone:
+        if standalone:
             seen[name] = key
 
 
 def _check_tied(
     model: nn.Module,
     targets: list[tuple[str, str, bool]],
-    entries: Mapping[str, Entry],
+    entries: Mapping[str, TensorEntry],
     folder: Path,
 ) -> None:
     """Raise where the config ties two parameters that the files hold different values of."""
-    key_of = {name: key for key, name, alone in targets if alone}
+    key_by_name = {name: key for key, name, standalone in targets if standalone}
     for name, other in getattr(model, "all_tied_weights_keys", {}).items():
-        one, two = (entries.get(key_of.get(n, "")) for n in (name, other))
+        one, two = (entries.get(key_by_name.get(n, "")) for n in (name, other))
         # Pickled tensors have no place in their file; transformers compares those by itself.
-        if one and two and one.bytes and not same_bytes(one, two):
+        if one and two and one.bytes and not have_same_content(one, two):
             raise InputError(
                 f"config.json in {folder} ties {name} to {other}, but the files hold different "
                 "values of the two; set tie_word_embeddings to false if both are meant, else "
@@ -124,9 +125,11 @@ def _check_tied(
             )
 
 
-def _codes(key: str, dtype: str, entries: Mapping[str, Entry], folder: Path) -> str:
-    beside = [n for n in entries if n.startswith(key.removesuffix("weight")) and n != key]
-    scales = [n for n in beside if _OF_CODES.search(n)]
+def _quantized_codes_message(
+    key: str, dtype: str, entries: Mapping[str, TensorEntry], folder: Path
+) -> str:
+    siblings = [n for n in entries if n.startswith(key.removesuffix("weight")) and n != key]
+    scales = [n for n in siblings if _QUANTIZATION_SUFFIXES.search(n)]
     with_scales = f", with {scales[0]} beside it" if scales else ""
     return (
         f"{key} in {folder} is stored as {dtype}{with_scales}: these are codes of a quantized "
@@ -135,7 +138,7 @@ def _codes(key: str, dtype: str, entries: Mapping[str, Entry], folder: Path) -> 
     )
 
 
-def _unused(model: nn.Module, names: Iterable[str]) -> list[str]:
+def _unused_names(model: nn.Module, names: Iterable[str]) -> list[str]:
     """Of names that are no parameters those that the architecture doesn't leave out knowingly."""
     found = LoadStateDictInfo(set(), set(names), set(), [], {}, set())
     model._adjust_missing_and_unexpected_keys(found)
@@ -143,7 +146,7 @@ def _unused(model: nn.Module, names: Iterable[str]) -> list[str]:
     return sorted(found.unexpected_keys - computed)
 
 
-def _changes_function(name: str, model: nn.Module, blocks: str) -> bool:
+def _affects_output(name: str, model: nn.Module, blocks: str) -> bool:
     """Whether a tensor without a place belongs to what the model computes.
 
     It does inside the decoder blocks, or beside a parameter of a module that the model has. It
@@ -161,32 +164,32 @@ def _changes_function(name: str, model: nn.Module, blocks: str) -> bool:
     return parent in {path for path, _ in model.named_modules()}
 
 
-def _refusal(needed: list[str], model: nn.Module, folder: Path) -> str:
-    more = f" and {len(needed) - 1} more" if needed[1:] else ""
+def _mismatch_message(required: list[str], model: nn.Module, folder: Path) -> str:
+    more = f" and {len(required) - 1} more" if required[1:] else ""
     architecture = type(model).__name__
-    if all(_OF_CODES.search(name) for name in needed):
+    if all(_QUANTIZATION_SUFFIXES.search(name) for name in required):
         return (
-            f"{folder} holds {needed[0]}{more}, which turn codes of a quantized model into "
+            f"{folder} holds {required[0]}{more}, which turn codes of a quantized model into "
             "weights, though config.json doesn't say that it is one; give the full-precision "
             "model instead."
         )
     return (
-        f"{folder} holds {needed[0]}{more}, for which {architecture} as its config.json "
+        f"{folder} holds {required[0]}{more}, for which {architecture} as its config.json "
         "describes it has no place, so it would compute something else; give the config.json "
         "that belongs to these weights."
     )
 
 
-def _note(unused: list[str], model: nn.Module) -> str:
-    tops = sorted({name.partition(".")[0] for name in unused})
+def _unused_note(unused: list[str], model: nn.Module) -> str:
+    top_modules = sorted({name.partition(".")[0] for name in unused})
     count = f"{len(unused)} stored tensors are" if unused[1:] else "One stored tensor is"
     return (
-        f"{count} not used: {type(model).__name__} has no {', '.join(tops)[:80]} "
+        f"{count} not used: {type(model).__name__} has no {', '.join(top_modules)[:80]} "
         f"({unused[0]}{', …' if unused[1:] else ''})."
     )
 
 
-def pickled_entries(files: Iterable[Path]) -> dict[str, Entry]:
+def read_pickled_entries(files: Iterable[Path]) -> dict[str, TensorEntry]:
     """Every tensor of pickled weight files, by name; needs leave to open them.
 
     Files that hold something else (an optimizer's state, say) are passed over.
@@ -200,11 +203,11 @@ def pickled_entries(files: Iterable[Path]) -> dict[str, Entry]:
             "BF16": torch.bfloat16,
         }.items()
     }
-    found: dict[str, Entry] = {}
+    found: dict[str, TensorEntry] = {}
     for path in files:
         content = torch.load(path, map_location="meta", weights_only=True)
         for name, tensor in content.items() if isinstance(content, dict) else ():
             if isinstance(tensor, torch.Tensor):
                 short = names.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
-                found[name] = Entry(path, short, tuple(tensor.shape))
+                found[name] = TensorEntry(path, short, tuple(tensor.shape))
     return found

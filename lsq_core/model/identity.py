@@ -20,7 +20,7 @@ from lsq_core.model.source import (
     fingerprint,
     read_config,
 )
-from lsq_core.untrusted import MOST_TOKENIZER, check_size, read_object
+from lsq_core.untrusted import MAX_TOKENIZER_BYTES, check_size, read_json_object
 
 #: Names of the files that a tokenizer is loaded from, of any kind that transformers knows.
 _TOKENIZER_FILES = (
@@ -72,16 +72,16 @@ def identify(source: ModelSource) -> ModelIdentity | None:
     if folder is None:
         return None
     check_model_folder(folder, source)
-    return identity_of(folder, source.trust_remote_code)
+    return compute_identity(folder, source.trust_remote_code)
 
 
-def identity_of(folder: Path, trust_remote_code: bool = False) -> ModelIdentity:
+def compute_identity(folder: Path, trust_remote_code: bool = False) -> ModelIdentity:
     """The identity of the model in a folder that was checked (:func:`find_model`)."""
     code = code_hash(folder) if trust_remote_code else ""
     return ModelIdentity(fingerprint(folder), tokenizer_hash(folder), code)
 
 
-def under_name(info: ModelInfo, source: ModelSource, identity: ModelIdentity) -> ModelInfo:
+def with_source(info: ModelInfo, source: ModelSource, identity: ModelIdentity) -> ModelInfo:
     """A description of the same weights, under the name and with the tokenizer asked for."""
     return replace(
         info,
@@ -113,7 +113,7 @@ def tokenizer_hash(folder: Path) -> str:
 
 def _tokenizer_content(path: Path) -> bytes:
     """A hash of one file: of a settings file by its entries, of any other by its bytes."""
-    check_size(path, MOST_TOKENIZER)
+    check_size(path, MAX_TOKENIZER_BYTES)
     raw = path.read_bytes()
     if path.name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
         try:
@@ -121,8 +121,8 @@ def _tokenizer_content(path: Path) -> bytes:
         except (ValueError, RecursionError):
             content = None  # transformers will say what is wrong with it
         if isinstance(content, dict):
-            kept = {k: v for k, v in content.items() if k not in _VOLATILE_TOKENIZER_KEYS}
-            raw = json.dumps(kept, sort_keys=True).encode()
+            stable_entries = {k: v for k, v in content.items() if k not in _VOLATILE_TOKENIZER_KEYS}
+            raw = json.dumps(stable_entries, sort_keys=True).encode()
     return hashlib.sha256(raw).digest()
 
 
@@ -131,16 +131,16 @@ def code_hash(folder: Path) -> str:
 
     Only files that ``auto_map`` can reach count: those in the folder itself.
     """
-    paths = sorted(folder.glob("*.py")) if has_own_code(folder) else []
+    paths = sorted(folder.glob("*.py")) if has_custom_code(folder) else []
     digest = hashlib.sha256()
     for path in paths:
         digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest() if paths else ""
 
 
-def has_own_code(folder: Path) -> bool:
+def has_custom_code(folder: Path) -> bool:
     """Whether a model or its tokenizer is built by Python code that comes with it."""
     if "auto_map" in read_config(folder):
         return True
     path = folder / "tokenizer_config.json"
-    return path.is_file() and "auto_map" in read_object(path)
+    return path.is_file() and "auto_map" in read_json_object(path)

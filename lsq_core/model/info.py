@@ -63,6 +63,6 @@ class ModelInfo:
         return sum(m.numel for m in self.matrices)
 
     @property
-    def covered(self) -> float:
+    def coverage(self) -> float:
         """Share of the model's parameters that plans decide about, 0 to 1."""
         return self.linear_parameters / self.parameters

@@ -21,16 +21,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
-from lsq_core.devices import canonical
+from lsq_core.devices import canonical_device
 from lsq_core.errors import InputError, LsqError
-from lsq_core.memory import available_memory, limit_in_words
-from lsq_core.model.architecture import describe, find_blocks
+from lsq_core.memory import available_memory, describe_memory_limit
+from lsq_core.model.architecture import describe_model, find_blocks
 from lsq_core.model.causal import check_causal
 from lsq_core.model.checkpoint import read_entries
-from lsq_core.model.fit import check_fit, pickled_entries
-from lsq_core.model.identity import identity_of, tokenizer_files, under_name
+from lsq_core.model.fit import check_fit, read_pickled_entries
+from lsq_core.model.identity import compute_identity, tokenizer_files, with_source
 from lsq_core.model.info import ModelInfo
-from lsq_core.model.sizes import odd_sizes
+from lsq_core.model.sizes import find_invalid_sizes
 from lsq_core.model.source import (
     ModelSource,
     cached_folder,
@@ -41,7 +41,7 @@ from lsq_core.model.source import (
     weight_files,
 )
 from lsq_core.units import format_bytes
-from lsq_core.untrusted import MOST_TOKENIZER, check_size, refusing
+from lsq_core.untrusted import MAX_TOKENIZER_BYTES, check_size, wrap_library_errors
 
 transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()
@@ -56,7 +56,7 @@ _STORED_DTYPES = {
 }
 #: Tensors, matrices in them and weights of the largest model that is built; published ones have
 #: up to 10¹² weights.
-_MOST_TENSORS, _MOST_MATRICES, _MOST_WEIGHTS = 50_000, 200_000, 10**13
+_MAX_TENSORS, _MAX_MATRICES, _MAX_WEIGHTS = 50_000, 200_000, 10**13
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,11 +77,11 @@ class LoadedModel:
         """The decoder blocks, in order."""
         return find_blocks(self.model)[1]
 
-    def holding(self, name: str) -> AbstractContextManager:
+    def materialize(self, name: str) -> AbstractContextManager:
         """Have the weights of a block, or of one parameter in it, in memory; all are, here."""
         return nullcontext()
 
-    def holding_entry(self) -> AbstractContextManager:
+    def materialize_embeddings(self) -> AbstractContextManager:
         """Have what comes before the first block in memory; it is, here."""
         return nullcontext()
 
@@ -100,13 +100,13 @@ def pick_device(name: str = "auto") -> torch.device:
     if name == "auto":
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(canonical(name))
+        device = torch.device(canonical_device(name))
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError("only these two have been tried")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(
-            f"There is no device '{name}' that this can use; give cpu, cuda, cuda:1 or auto."
+            f"Device '{name}' is not available; give cpu, cuda, cuda:1 or auto."
         ) from error
     return device
 
@@ -145,12 +145,14 @@ def inspect_model(source: ModelSource) -> ModelInfo:
         When there is no such model, or it has no linear decoder blocks.
     """
     folder = find_config(source)
-    model = skeleton(source, folder)
+    model = build_meta_model(source, folder)
     local = find_model(source) if source.is_local else cached_folder(source)
     if local is not None:
         return describe_files(model, source, local)
     return replace(
-        describe(model, source), file_bytes=remote_file_bytes(source), config=read_config(folder)
+        describe_model(model, source),
+        file_bytes=remote_file_bytes(source),
+        config=read_config(folder),
     )
 
 
@@ -164,21 +166,21 @@ def describe_files(model: nn.Module, source: ModelSource, folder: Path) -> Model
     InputError
         When the files are not the weights of this model (:func:`lsq_core.model.fit.check_fit`).
     """
-    info = describe(model, source)
+    info = describe_model(model, source)
     files = weight_files(folder)
     pickled = files[0].suffix != ".safetensors"
-    entries = pickled_entries(files) if pickled else read_entries(folder, files)
-    identity = identity_of(folder, source.trust_remote_code)
+    entries = read_pickled_entries(files) if pickled else read_entries(folder, files)
+    identity = compute_identity(folder, source.trust_remote_code)
     return replace(
-        under_name(info, source, identity),
+        with_source(info, source, identity),
         fingerprint=identity.fingerprint,
         file_bytes=sum(path.stat().st_size for path in files),
-        config=_with_dtype(folder),
+        config=_config_with_dtype(folder),
         notes=check_fit(model, entries, find_blocks(model)[0], folder),
     )
 
 
-def skeleton(source: ModelSource, folder: Path, **settings: object) -> nn.Module:
+def build_meta_model(source: ModelSource, folder: Path, **settings: object) -> nn.Module:
     """The model's modules on the meta device: shapes without memory.
 
     ``settings`` are those of transformers' ``from_config``, such as ``dtype``.
@@ -188,7 +190,7 @@ def skeleton(source: ModelSource, folder: Path, **settings: object) -> nn.Module
     InputError
         When transformers cannot build a causal language model from the config.
     """
-    with building(source, folder):
+    with translate_build_errors(source, folder):
         config = model_config(source, folder)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
@@ -211,13 +213,13 @@ def model_config(source: ModelSource, folder: Path) -> object:
     InputError
         When transformers cannot read it, or it needs code that is not trusted.
     """
-    with building(source, folder):
+    with translate_build_errors(source, folder):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
     config.dtype = config.dtype or stored_dtype(folder)
     return config
 
 
-def _with_dtype(folder: Path) -> dict:
+def _config_with_dtype(folder: Path) -> dict:
     """The folder's config; where it names no dtype, with the one that the weights have."""
     config, dtype = read_config(folder), stored_dtype(folder)
     named = any(config.get(key) for key in ("dtype", "torch_dtype"))
@@ -250,7 +252,7 @@ def stored_dtype(folder: Path) -> torch.dtype | None:
 
 
 @contextmanager
-def building(source: ModelSource, folder: Path) -> Iterator[None]:
+def translate_build_errors(source: ModelSource, folder: Path) -> Iterator[None]:
     """Turn what transformers raises while it builds a model into a sentence, and limit its size.
 
     Raises
@@ -260,25 +262,25 @@ def building(source: ModelSource, folder: Path) -> Iterator[None]:
     """
     config = read_config(folder)
 
-    def refusal(reason: str) -> str:
+    def make_message(reason: str) -> str:
         if not source.trust_remote_code and "auto_map" in config:
             return (
                 f"'{source.name}' is built by Python code of its own, which only runs if you trust "
                 "it: read its .py files, then give --trust-remote-code (in the app: Trust remote "
                 "code)."
             )
-        odd = ", ".join(odd_sizes(config)[:3])
+        suspicious_sizes = ", ".join(find_invalid_sizes(config)[:3])
         return (
             f"'{source.name}' is not a decoder-only language model that transformers can build: "
-            f"{reason}{f' (in its config.json {odd})' if odd else ''}."
+            f"{reason}{f' (in its config.json {suspicious_sizes})' if suspicious_sizes else ''}."
         )
 
-    with refusing(refusal), limited_modules(source.name):
+    with wrap_library_errors(make_message), limit_model_size(source.name):
         yield
 
 
 @contextmanager
-def limited_modules(name: str) -> Iterator[None]:
+def limit_model_size(name: str) -> Iterator[None]:
     """Within the ``with``, stop a model that is being built when it becomes larger than any.
 
     Raises
@@ -295,12 +297,12 @@ def limited_modules(name: str) -> Iterator[None]:
         count["tensors"] += 1
         count["matrices"] += tensor.shape[0] if tensor.dim() > 2 else 1  # experts in a stack
         count["weights"] += tensor.numel()
-        most = {"tensors": _MOST_TENSORS, "matrices": _MOST_MATRICES, "weights": _MOST_WEIGHTS}
-        over = next((kind for kind in most if count[kind] > most[kind]), None)
-        if over:
+        most = {"tensors": _MAX_TENSORS, "matrices": _MAX_MATRICES, "weights": _MAX_WEIGHTS}
+        exceeded = next((kind for kind in most if count[kind] > most[kind]), None)
+        if exceeded:
             raise InputError(
                 f"'{name}' is larger than any model that can be planned: its config.json describes "
-                f"more than {most[over]:,} {over}."
+                f"more than {most[exceeded]:,} {exceeded}."
             )
 
     hooks = [
@@ -331,13 +333,15 @@ def load_model(source: ModelSource, device: str = "auto", dtype: str = "auto") -
     """
     target = pick_device(device)
     folder = find_model(source)
-    info = describe_files(skeleton(source, folder), source, folder)
+    info = describe_files(build_meta_model(source, folder), source, folder)
     compute_dtype = pick_dtype(dtype, target, model_config(source, folder))
     check_memory(info.source, info.parameters, target, compute_dtype)
     if weight_files(folder)[0].suffix != ".safetensors":  # those are read as a whole first
         check_memory(info.source, info.parameters, torch.device("cpu"), compute_dtype)
     try:
-        with refusing(lambda reason: f"The weights in {folder} cannot be loaded: {reason}."):
+        with wrap_library_errors(
+            lambda reason: f"The weights in {folder} cannot be loaded: {reason}."
+        ):
             model, found = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=compute_dtype,
@@ -350,13 +354,13 @@ def load_model(source: ModelSource, device: str = "auto", dtype: str = "auto") -
         model = model.eval().requires_grad_(False)
     except torch.OutOfMemoryError as error:
         need = info.parameters * compute_dtype.itemsize
-        form = str(compute_dtype)[6:]
-        raise LsqError(_too_large(info.source, need, form, target)) from error
-    lacking = sorted(found["missing_keys"])
-    if lacking:  # transformers would go on with random ones
+        format_name = str(compute_dtype)[6:]
+        raise LsqError(_too_large_message(info.source, need, format_name, target)) from error
+    missing = sorted(found["missing_keys"])
+    if missing:  # transformers would go on with random ones
         raise InputError(
-            f"The weights in {folder} have no {lacking[0]}"
-            + (f" and {len(lacking) - 1} more" if lacking[1:] else "")
+            f"The weights in {folder} have no {missing[0]}"
+            + (f" and {len(missing) - 1} more" if missing[1:] else "")
             + "; fetch or save the model again."
         )
     check_causal(
@@ -380,8 +384,10 @@ def load_tokenizer(source: ModelSource, folder: Path) -> object:
         When the folder has none that can be loaded.
     """
     for path in tokenizer_files(folder):
-        check_size(path, MOST_TOKENIZER)
-    with refusing(lambda reason: f"{folder} has no tokenizer that can be loaded: {reason}."):
+        check_size(path, MAX_TOKENIZER_BYTES)
+    with wrap_library_errors(
+        lambda reason: f"{folder} has no tokenizer that can be loaded: {reason}."
+    ):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
 
 
@@ -393,22 +399,22 @@ def _free_bytes(device: torch.device) -> int:
 
 def check_memory(name: str, parameters: int, device: torch.device, dtype: torch.dtype) -> None:
     """Raise :class:`LsqError` when a device has too little memory for so many parameters."""
-    check_bytes(name, parameters * dtype.itemsize, str(dtype)[6:], device)
+    check_free_memory(name, parameters * dtype.itemsize, str(dtype)[6:], device)
 
 
-def check_bytes(name: str, need: int, form: str, device: torch.device) -> None:
+def check_free_memory(name: str, need: int, format_name: str, device: torch.device) -> None:
     """Raise :class:`LsqError` when a device has less than ``need`` bytes of memory free.
 
     ``form`` says what they are: a dtype, or packed matrices.
     """
     if need > _free_bytes(device):
-        raise LsqError(_too_large(name, need, form, device))
+        raise LsqError(_too_large_message(name, need, format_name, device))
 
 
-def _too_large(name: str, need: int, form: str, device: torch.device) -> str:
-    limit = limit_in_words(format_bytes) if device.type == "cpu" else ""
+def _too_large_message(name: str, need: int, format_name: str, device: torch.device) -> str:
+    limit = describe_memory_limit(format_bytes) if device.type == "cpu" else ""
     return (
-        f"'{name}' needs {format_bytes(need)} in {form} and {device} has "
+        f"'{name}' needs {format_bytes(need)} in {format_name} and {device} has "
         f"{format_bytes(_free_bytes(device))} free{limit and f' ({limit})'}: choose another device "
         "or a smaller model."
     )
@@ -429,7 +435,7 @@ def embedding_rows(model: nn.Module) -> int:
     return model.get_input_embeddings().weight.shape[0]
 
 
-def check_tokens(model: nn.Module, ids: Iterable[int]) -> None:
+def check_token_ids(model: nn.Module, ids: Iterable[int]) -> None:
     """Raise :class:`InputError` when a token has no row in the model's embedding.
 
     A tokenizer may well be larger than the embedding; only what it gives for a text counts.

@@ -20,7 +20,7 @@ _COUNTS = {
 }
 
 
-def too_many(config: dict) -> str:
+def find_excessive_count(config: dict) -> str:
     """The count of layers or experts that is larger than any model's, as ``name is value``, or ''.
 
     >>> too_many({"num_hidden_layers": 32})
@@ -36,7 +36,7 @@ def too_many(config: dict) -> str:
     return ""
 
 
-def odd_sizes(config: dict) -> list[str]:
+def find_invalid_sizes(config: dict) -> list[str]:
     """Sizes that are no whole positive number of 31 bits, each as ``name is value``.
 
     Some of them are right in some models (null for a default, 0 for none), so this only tells

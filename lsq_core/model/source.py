@@ -12,30 +12,30 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lsq_core import hub, paths
-from lsq_core.errors import InputError, LsqError, reason_of
-from lsq_core.files import disk_error, known_sha256, write_bytes
+from lsq_core.errors import InputError, LsqError, exception_reason
+from lsq_core.files import cached_sha256, translate_disk_error, write_bytes
 from lsq_core.model.checkpoint import INDEX, check_not_quantized, read_entries, read_index
 from lsq_core.model.info import Matrix, ModelInfo
-from lsq_core.model.sizes import too_many
-from lsq_core.untrusted import check_links, read_object
+from lsq_core.model.sizes import find_excessive_count
+from lsq_core.untrusted import check_links, read_json_object
 
 #: The model that ships with the project.
 DEMO_FOLDER = paths.RESOURCES / "data" / "demo_model"
 
 #: What a repository is asked for: weights as safetensors, and the small text files beside them.
-_WANTED_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+_DOWNLOAD_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 #: What says what a model is: its config, what a quantizer said of it, and the index of its weights.
-_DESCRIBING_FILES = ["config.json", "*quant*.json", INDEX]
+_CONFIG_PATTERNS = ["config.json", "*quant*.json", INDEX]
 #: Folders inside a repository, and a second copy of the weights that some carry.
-_UNWANTED_FILES = ["*/*", "consolidated*.safetensors"]
+_IGNORE_PATTERNS = ["*/*", "consolidated*.safetensors"]
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 #: The file that marks a folder as a quantized model saved by this project.
-MANIFEST = "lsq.json"
+MANIFEST_FILE = "lsq.json"
 #: The file beside the embedded model that says of it what
 #: :func:`lsq_core.model.loading.inspect_model` does.
-_DESCRIPTION = "description.json"
+_DESCRIPTION_FILE = "description.json"
 #: Characters of a model's name that a message quotes.
-_LONGEST_SHOWN = 120
+_MAX_SHOWN_CHARS = 120
 #: Keys of config.json that say nothing about what the model computes.
 _VOLATILE_CONFIG_KEYS = ("_name_or_path", "transformers_version")
 
@@ -70,10 +70,10 @@ class ModelSource:
         """The folder it names, resolved, or None for a Hugging Face id."""
         if self.name == "demo":
             return DEMO_FOLDER
-        looks_like_a_path = self.name.startswith((".", "/", "~")) or self.name.count("/") > 1
+        looks_like_path = self.name.startswith((".", "/", "~")) or self.name.count("/") > 1
         try:
             path = Path(self.name).expanduser()
-            return path.resolve() if looks_like_a_path or path.is_dir() else None
+            return path.resolve() if looks_like_path or path.is_dir() else None
         except (OSError, ValueError, RuntimeError):
             return None  # no path at all: too long, a null byte, the home of nobody
 
@@ -90,15 +90,15 @@ def find_model(source: ModelSource) -> Path:
     """
     folder = source.local_folder
     if folder is None:
-        patterns = _WANTED_FILES + (["*.bin"] if source.allow_pickle else [])
+        patterns = _DOWNLOAD_PATTERNS + (["*.bin"] if source.allow_pickle else [])
         if source.trust_remote_code:
             patterns.append("*.py")
         folder = Path(
-            _ask_hub(
+            _download_from_hub(
                 source,
                 "snapshot_download",
                 allow_patterns=patterns,
-                ignore_patterns=_UNWANTED_FILES,
+                ignore_patterns=_IGNORE_PATTERNS,
             )
         )
     check_model_folder(folder, source)
@@ -113,9 +113,9 @@ def find_config(source: ModelSource) -> Path:
     """
     folder = source.local_folder
     if folder is None:
-        patterns = [*_DESCRIBING_FILES, *(["*.py"] if source.trust_remote_code else [])]
-        found = _ask_hub(
-            source, "snapshot_download", allow_patterns=patterns, ignore_patterns=_UNWANTED_FILES
+        patterns = [*_CONFIG_PATTERNS, *(["*.py"] if source.trust_remote_code else [])]
+        found = _download_from_hub(
+            source, "snapshot_download", allow_patterns=patterns, ignore_patterns=_IGNORE_PATTERNS
         )
         folder = Path(found)
         if not (folder / "config.json").is_file():
@@ -159,21 +159,21 @@ def remote_file_bytes(source: ModelSource) -> int:
     return sum(s.size or 0 for s in names)
 
 
-def _ask_hub(source: ModelSource, function: str, **kwargs: object) -> str:
+def _download_from_hub(source: ModelSource, function: str, **kwargs: object) -> str:
     """Call a download function of ``huggingface_hub`` and say in a sentence what went wrong."""
     import huggingface_hub
     from huggingface_hub import errors
 
-    name = source.name if len(source.name) <= _LONGEST_SHOWN else source.name[:60] + "…"
+    name = source.name if len(source.name) <= _MAX_SHOWN_CHARS else source.name[:60] + "…"
     where = f"'{name}'" + (f" at revision '{source.revision}'" if source.revision else "")
     if source.name.lower() == "demo":
-        raise InputError(f"There is no model {where}; the embedded one is 'demo'.")
+        raise InputError(f"There is no model {where}; the built-in one is 'demo'.")
     try:
-        kwargs["local_files_only"] = not hub.answers(source.name, source.revision)
+        kwargs["local_files_only"] = not hub.is_reachable(source.name, source.revision)
         return getattr(huggingface_hub, function)(source.name, revision=source.revision, **kwargs)
     except errors.HFValidationError as error:
         raise InputError(
-            f"{where} is neither a folder here nor a Hugging Face id such as org/name."
+            f"{where} is neither a local folder nor a Hugging Face id such as org/name."
         ) from error
     except errors.GatedRepoError as error:
         raise InputError(
@@ -196,8 +196,8 @@ def _ask_hub(source: ModelSource, function: str, **kwargs: object) -> str:
     except Exception as error:
         if not hub.is_network_error(error):
             raise
-        reason = reason_of(error)
-        raise disk_error(error) or LsqError(
+        reason = exception_reason(error)
+        raise translate_disk_error(error) or LsqError(
             f"{where} could not be downloaded: {reason}."
         ) from error
 
@@ -210,7 +210,7 @@ def read_config(folder: Path) -> dict:
     InputError
         When it cannot be read as a JSON object, or is larger than any.
     """
-    return read_object(folder / "config.json")
+    return read_json_object(folder / "config.json")
 
 
 def check_config(folder: Path, saved: bool = False) -> None:
@@ -219,22 +219,22 @@ def check_config(folder: Path, saved: bool = False) -> None:
     With ``saved`` it is one that was quantized and saved here.
     """
     try:
-        there = folder.is_dir()
+        exists = folder.is_dir()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{str(folder)[:60]}… cannot be a model folder: {reason}.") from error
-    if not there:
+    if not exists:
         raise InputError(f"There is no folder {folder}; give a model folder or a Hugging Face id.")
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} is not a model folder: it has no config.json.")
-    if (folder / MANIFEST).is_file() and not saved:
+    if (folder / MANIFEST_FILE).is_file() and not saved:
         raise InputError(
             f"{folder} is a quantized model that LSQ Explorer saved; evaluate it with eval, or "
             "give the full-precision model it was made from."
         )
     check_links(folder)
     config = read_config(folder)
-    if large := too_many(config):  # it would be built for ever
+    if large := find_excessive_count(config):  # it would be built for ever
         raise InputError(f"In {folder / 'config.json'} {large}, more than any model has.")
     check_not_quantized(folder, config)
 
@@ -300,7 +300,7 @@ def _file_sha256(path: Path) -> str:
     target = path.resolve()
     if target.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", target.name):
         return target.name
-    return known_sha256(target)
+    return cached_sha256(target)
 
 
 # --- the embedded model's description ---------------------------------------------------------
@@ -312,15 +312,15 @@ def write_description(info: ModelInfo, folder: Path) -> None:
     for name in ("config", "tokenizer", "code", "notes"):
         del content[name]
     text = json.dumps(content, separators=(",", ":"))
-    write_bytes(folder / _DESCRIPTION, (text.replace("],", "],\n") + "\n").encode("utf8"))
+    write_bytes(folder / _DESCRIPTION_FILE, (text.replace("],", "],\n") + "\n").encode("utf8"))
 
 
-def described_demo(source: ModelSource) -> ModelInfo | None:
+def read_demo_description(source: ModelSource) -> ModelInfo | None:
     """The embedded model as it was described; None for another, or when its files were changed.
 
     Building it from its config would import torch, for which the first page does not wait.
     """
-    path = DEMO_FOLDER / _DESCRIPTION
+    path = DEMO_FOLDER / _DESCRIPTION_FILE
     if source.local_folder != DEMO_FOLDER or not path.is_file():
         return None
     content = json.loads(path.read_text("utf8"))

@@ -22,11 +22,12 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
 from lsq_core.errors import InputError
-from lsq_core.model.architecture import find_blocks, first_of
+from lsq_core.model.architecture import find_blocks, first_tensor
 from lsq_core.model.causal import check_causal
 from lsq_core.model.fit import target_names
 from lsq_core.model.loading import (
     LoadedModel,
+    build_meta_model,
     check_memory,
     describe_files,
     embedding_rows,
@@ -35,15 +36,14 @@ from lsq_core.model.loading import (
     model_config,
     pick_device,
     pick_dtype,
-    skeleton,
 )
 from lsq_core.model.source import ModelSource, find_model, read_config, weight_files
 
 #: ``mallopt``'s number of the size from which memory is mapped by itself, and that size in bytes.
-_M_MMAP_THRESHOLD, _LARGE = -3, 8 * 2**20
+_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES = -3, 8 * 2**20
 
 
-class _Reached(Exception):
+class _StopForward(Exception):
     """All that was to be run has run."""
 
 
@@ -59,38 +59,42 @@ class StreamedModel(LoadedModel):
     streamed: ClassVar[bool] = True
 
     @contextmanager
-    def holding(self, name: str) -> Iterator[None]:
+    def materialize(self, name: str) -> Iterator[None]:
         """The weights of a block, or of one parameter in it, on the device for a while."""
         block = ".".join(name.split(".")[: self._block_depth])
         found = _meta_tensors(self.model.get_submodule(block), block)
-        with self._held(name if name in self.checkpoint.keys_of else block, found):
+        with self._materialized(name if name in self.checkpoint.keys_by_name else block, found):
             yield
 
     @contextmanager
-    def holding_entry(self) -> Iterator[None]:
+    def materialize_embeddings(self) -> Iterator[None]:
         """What comes before the first block on the device for a while: embeddings, mostly."""
         prefix = find_blocks(self.model)[0]
         head = self.checkpoint.head
         found = {
-            name: place
-            for name, place in _meta_tensors(self.model, "").items()
+            name: slot
+            for name, slot in _meta_tensors(self.model, "").items()
             if not name.startswith(f"{prefix}.") and name not in head
         }
-        with self._held("", found):
+        with self._materialized("", found):
             yield
 
-    def first_states(self, ids: torch.Tensor) -> torch.Tensor:
+    def first_block_output(self, ids: torch.Tensor) -> torch.Tensor:
         """What the first block gives (1, tokens, features) for ids (1, tokens); no more is read."""
         prefix, blocks = find_blocks(self.model)
         found: list[torch.Tensor] = []
 
         def stop(_module: nn.Module, _args: tuple, output: object) -> None:
-            found.append(first_of(output))
-            raise _Reached
+            found.append(first_tensor(output))
+            raise _StopForward
 
         hook = blocks[0].register_forward_hook(stop)
         try:
-            with self.holding_entry(), self.holding(f"{prefix}.0"), suppress(_Reached):
+            with (
+                self.materialize_embeddings(),
+                self.materialize(f"{prefix}.0"),
+                suppress(_StopForward),
+            ):
                 last_logits(self.model, ids, ids.shape[1])
         finally:
             hook.remove()
@@ -101,39 +105,39 @@ class StreamedModel(LoadedModel):
         return find_blocks(self.model)[0].count(".") + 2
 
     @contextmanager
-    def _held(self, below: str, found: dict[str, _Place]) -> Iterator[None]:
+    def _materialized(self, below: str, found: dict[str, _TensorSlot]) -> Iterator[None]:
         """Fill the tensors that were ``found`` on the meta device and lie below a name."""
         wanted = [n for n in found if not below or n == below or n.startswith(f"{below}.")]
         try:
             self.checkpoint.fill(self.model, wanted)
             yield
         finally:
-            for place in found.values():
-                place.put_back()
+            for slot in found.values():
+                slot.restore()
 
 
 @dataclass(frozen=True, eq=False)
-class _Place:
+class _TensorSlot:
     """A tensor without content, and where it belongs."""
 
     module: nn.Module
     name: str
     empty: torch.Tensor
 
-    def put_back(self) -> None:
+    def restore(self) -> None:
         tensors = self.module._parameters
         if self.name not in tensors:
             tensors = self.module._buffers
         tensors[self.name] = self.empty
 
 
-def _meta_tensors(module: nn.Module, prefix: str) -> dict[str, _Place]:
+def _meta_tensors(module: nn.Module, prefix: str) -> dict[str, _TensorSlot]:
     """Every parameter and buffer below a module that has no content, by its full name."""
     found = {}
     for path, child in module.named_modules(prefix=prefix):
         for name, tensor in [*child._parameters.items(), *child._buffers.items()]:
             if tensor is not None and tensor.is_meta:
-                found[f"{path}.{name}".lstrip(".")] = _Place(child, name, tensor)
+                found[f"{path}.{name}".lstrip(".")] = _TensorSlot(child, name, tensor)
     return found
 
 
@@ -157,14 +161,14 @@ class Checkpoint:
             device_map={"": device},
         )
         #: Checkpoint keys by the (first) name in the model that they become.
-        self.keys_of: dict[str, list[str]] = {}
+        self.keys_by_name: dict[str, list[str]] = {}
         for key, name, _ in target_names(model, self.slices):
-            self.keys_of.setdefault(name, []).append(key)
+            self.keys_by_name.setdefault(name, []).append(key)
         #: Names in the output head, which is never read.
-        self.head = _names_in(model, model.get_output_embeddings())
-        self._rehearse(model)
+        self.head = _parameter_names_in(model, model.get_output_embeddings())
+        self._dry_run(model)
 
-    def _rehearse(self, model: nn.Module) -> None:
+    def _dry_run(self, model: nn.Module) -> None:
         """Load everything without content, to see beforehand that all of it is there and fits."""
         empty = {
             key: torch.empty(part.get_shape(), dtype=_dtype_of(part), device="meta")
@@ -184,7 +188,7 @@ class Checkpoint:
 
     def fill(self, model: nn.Module, names: Iterable[str]) -> None:
         """Read these tensors of the model, or rather all that come out of the same keys."""
-        keys = {key for name in names for key in self.keys_of.get(name, ())}
+        keys = {key for name in names for key in self.keys_by_name.get(name, ())}
         parts = {key: self.slices[key] for key in keys}
         convert_and_load_state_dict_in_model(model, parts, self._config)
         for name in names:
@@ -193,7 +197,7 @@ class Checkpoint:
                 tensor.requires_grad_(False)
 
 
-def _names_in(model: nn.Module, module: nn.Module | None) -> set[str]:
+def _parameter_names_in(model: nn.Module, module: nn.Module | None) -> set[str]:
     """Full names of what a module of the model holds."""
     paths = [path for path, found in model.named_modules() if found is module]
     return {name for name in model.state_dict() for path in paths if name.startswith(f"{path}.")}
@@ -235,17 +239,17 @@ def open_streamed(source: ModelSource, device: str = "auto", dtype: str = "auto"
     InputError
         When the source, device or dtype is wrong, or the model is no causal one.
     """
-    _return_what_is_freed()
+    _release_freed_memory()
     target, folder = pick_device(device), find_model(source)
     if weight_files(folder)[0].suffix != ".safetensors":
         raise NotStreamable("The weights are pickled")
     if source.trust_remote_code and "auto_map" in read_config(folder):
         raise NotStreamable("The model is built by code of its own")
     compute_dtype = pick_dtype(dtype, target, model_config(source, folder))
-    model = skeleton(source, folder, dtype=compute_dtype, experts_implementation="eager")
+    model = build_meta_model(source, folder, dtype=compute_dtype, experts_implementation="eager")
     # The dtype that it computes in is not that of the checkpoint, which sizes are told in.
-    info = describe_files(skeleton(source, folder), source, folder)
-    check_memory(source.name, _most_held(model), target, compute_dtype)
+    info = describe_files(build_meta_model(source, folder), source, folder)
+    check_memory(source.name, _max_resident_parameters(model), target, compute_dtype)
     files = [safe_open(path, framework="pt") for path in weight_files(folder)]
     checkpoint = Checkpoint(model, files, compute_dtype, target)
     _compute_buffers(model, target)
@@ -260,7 +264,7 @@ def open_streamed(source: ModelSource, device: str = "auto", dtype: str = "auto"
     )
     check_causal(
         source.name,
-        streamed.first_states,
+        streamed.first_block_output,
         vocabulary=embedding_rows(model),
         context=info.context,
         dtype=compute_dtype,
@@ -269,7 +273,7 @@ def open_streamed(source: ModelSource, device: str = "auto", dtype: str = "auto"
     return streamed
 
 
-def _most_held(model: nn.Module) -> int:
+def _max_resident_parameters(model: nn.Module) -> int:
     """Parameters of the largest block, or of all that is outside the blocks if that is more."""
     sizes = [sum(p.numel() for p in block.parameters()) for block in find_blocks(model)[1]]
     return max(*sizes, sum(p.numel() for p in model.parameters()) - sum(sizes))
@@ -289,11 +293,11 @@ def _compute_buffers(model: nn.Module, device: torch.device) -> None:
         model.get_submodule(path)._buffers[leaf] = buffer.to(device)
 
 
-def _return_what_is_freed() -> None:
+def _release_freed_memory() -> None:
     """Have large tensors go back to the system as soon as they are freed.
 
     By and by glibc keeps freed memory of up to 32 MiB a piece for itself. Between tensors of other
     sizes it can't be used again, and a profile would grow from block to block.
     """
     with suppress(OSError, AttributeError):  # another C library does as it does
-        ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, _LARGE)
+        ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES)

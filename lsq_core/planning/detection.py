@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 #: The share cut at each end before mean and deviation are taken, and the z-score to exceed.
-TRIM = 0.05
+TRIM_FRACTION = 0.05
 THRESHOLD = 3.0
 
 
@@ -50,14 +50,14 @@ def detect_outliers(
         return Detection(np.zeros(0), np.nan, np.nan, np.zeros(0), ())
     with np.errstate(divide="ignore", invalid="ignore"):
         differences = series[1:] / series[:-1] if ratios else np.diff(series)
-        cut = int(TRIM * len(differences))
+        cut = int(TRIM_FRACTION * len(differences))
         trimmed = np.sort(differences)[cut : len(differences) - cut]
         mean, deviation = float(trimmed.mean()), float(trimmed.std(ddof=1))
         z = np.abs(differences - mean) / deviation
-    over = np.flatnonzero(z > threshold)
-    strongest = over[np.argsort(-z[over], kind="stable")]
-    kept = strongest[:top_m] if top_m else strongest
-    return Detection(differences, mean, deviation, z, tuple(int(i) + 1 for i in kept))
+    above_threshold = np.flatnonzero(z > threshold)
+    strongest = above_threshold[np.argsort(-z[above_threshold], kind="stable")]
+    selected = strongest[:top_m] if top_m else strongest
+    return Detection(differences, mean, deviation, z, tuple(int(i) + 1 for i in selected))
 
 
 def largest_possible_z(layers: int) -> float:
@@ -69,7 +69,7 @@ def largest_possible_z(layers: int) -> float:
     return (n - 1) / np.sqrt(n) if n > 1 else 0.0
 
 
-def shallowness(layers: int) -> str:
+def shallow_model_note(layers: int) -> str:
     """A plain word for a model too shallow for Algorithm 1, or '' for one deep enough."""
     if largest_possible_z(layers) <= THRESHOLD:
         return (
@@ -80,6 +80,6 @@ def shallowness(layers: int) -> str:
     if layers - 1 < 20:
         return (
             f"With {layers} layers Algorithm 1 trims nothing and hardly ever flags a layer; "
-            "read its plans with care."
+            "interpret its plans with care."
         )
     return ""

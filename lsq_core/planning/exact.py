@@ -14,19 +14,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lsq_core.planning.frontier import Answer, Frontier
+from lsq_core.planning.frontier import Frontier, FrontierPoint
 from lsq_core.planning.greedy import total
 from lsq_core.planning.problem import TOLERANCE
 
 #: Relative gap at which CBC may stop, and seconds that all of it may take.
-GAP = 1e-4
+RELATIVE_GAP = 1e-4
 TIME_LIMIT = 60
 #: States that the search may remember altogether, at five bytes each.
 MAX_STATES = 40_000_000
 
 
 @dataclass(frozen=True, eq=False)
-class Exact:
+class ExactSolution:
     """The outcome of an exact solve: a choice, its cost, and a bound that is proven.
 
     ``proven`` is False when the time ran out; then ``reason`` says so.
@@ -43,31 +43,31 @@ def solve_exactly(
     frontier: Frontier,
     budget: float,
     *,
-    gap: float = GAP,
+    gap: float = RELATIVE_GAP,
     time_limit: float = TIME_LIMIT,
     max_states: int = MAX_STATES,
-) -> Exact:
+) -> ExactSolution:
     """The optimum within a budget in nominal bytes: by search, and by CBC where that is too much.
 
     A plan that the search finished is optimal to rounding; one that CBC finished is within ``gap``.
     """
-    began = time.monotonic()
-    found = frontier.at(budget)
-    choice, finished = _Search(frontier, found, budget, max_states).run(began + time_limit / 2)
+    start_time = time.monotonic()
+    point = frontier.at(budget)
+    choice, finished = _Search(frontier, point, budget, max_states).run(start_time + time_limit / 2)
     objective = frontier.objective(choice)
     if finished:
-        bound = max(found.lower_bound, objective - 1e-9 * abs(objective))
-        return Exact(choice, objective, min(bound, objective), True)
-    left = time_limit - (time.monotonic() - began)
-    return _by_program(frontier, found, choice, budget, gap, left, time_limit)
+        bound = max(point.lower_bound, objective - 1e-9 * abs(objective))
+        return ExactSolution(choice, objective, min(bound, objective), True)
+    left = time_limit - (time.monotonic() - start_time)
+    return _solve_with_cbc(frontier, point, choice, budget, gap, left, time_limit)
 
 
-def _reduced(frontier: Frontier, found: Answer) -> np.ndarray:
+def _reduced_costs(frontier: Frontier, point: FrontierPoint) -> np.ndarray:
     """How far each stop's ``cost + price·bytes`` lies above its matrix's least, (n, 12), ≥ 0.
 
     A plan that uses a stop costs at least the Lagrangian bound plus this.
     """
-    relaxed = frontier.cost + found.segment.price(found.taken) * frontier.nominal
+    relaxed = frontier.cost + point.segment.price(point.taken) * frontier.nominal
     return relaxed - relaxed.min(axis=1, keepdims=True)
 
 
@@ -78,41 +78,43 @@ class _Search:
     state each came from and by which stop, so that the best one's stops can be read back.
     """
 
-    def __init__(self, frontier: Frontier, found: Answer, budget: float, max_states: int) -> None:
-        segment = found.segment
-        self.start = segment.after(found.taken)
+    def __init__(
+        self, frontier: Frontier, point: FrontierPoint, budget: float, max_states: int
+    ) -> None:
+        segment = point.segment
+        self.start = segment.after(point.taken)
         rows = np.arange(len(self.start))
-        self.more = frontier.nominal - frontier.nominal[rows, self.start][:, None]
-        self.added = frontier.cost - frontier.cost[rows, self.start][:, None]
-        self.reduced = _reduced(frontier, found)
+        self.extra_bytes = frontier.nominal - frontier.nominal[rows, self.start][:, None]
+        self.extra_cost = frontier.cost - frontier.cost[rows, self.start][:, None]
+        self.reduced = _reduced_costs(frontier, point)
         self.reduced[rows, self.start] = np.inf  # staying is no change
-        self.price = segment.price(found.taken)
+        self.price = segment.price(point.taken)
         self.room = budget * (1 + TOLERANCE) - total(frontier.nominal, self.start)
-        self.best = found.objective - frontier.objective(self.start)
-        self.found, self.max_states = found.choice, max_states
+        self.best = point.objective - frontier.objective(self.start)
+        self.point, self.max_states = point.choice, max_states
         self.trace: list[tuple[int, np.ndarray, np.ndarray]] = []
 
     def run(self, deadline: float) -> tuple[np.ndarray, bool]:
         """The best choice found, and whether nothing was left to search."""
         size, cost = np.zeros(1), np.zeros(1)
-        least, end, remembered = self.reduced.min(axis=1), None, 0
+        min_reduced, best_state, num_states = self.reduced.min(axis=1), None, 0
         for matrix in self._order():
-            if least[matrix] >= self._slack:
+            if min_reduced[matrix] >= self._slack:
                 continue
-            if time.monotonic() > deadline or remembered > self.max_states:
-                return self._read_back(end), False
+            if time.monotonic() > deadline or num_states > self.max_states:
+                return self._backtrack(best_state), False
             size, cost = self._extend(int(matrix), size, cost)
-            remembered += len(size)
+            num_states += len(size)
             fits = int(np.searchsorted(size, self.room, side="right")) - 1
             if fits >= 0 and cost[fits] < self.best:
-                self.best, end = float(cost[fits]), (len(self.trace) - 1, fits)
+                self.best, best_state = float(cost[fits]), (len(self.trace) - 1, fits)
             if len(size) == 0:
                 break
-        return self._read_back(end), True
+        return self._backtrack(best_state), True
 
     def _order(self) -> np.ndarray:
         """Matrices by the least reduced cost per byte changed: the nearest to the break first."""
-        changed = np.where(self.more == 0, 1.0, np.abs(self.more))
+        changed = np.where(self.extra_bytes == 0, 1.0, np.abs(self.extra_bytes))
         return np.argsort((self.reduced / changed).min(axis=1), kind="stable")
 
     @property
@@ -126,39 +128,39 @@ class _Search:
         """The states after one more matrix, by size, each cheaper than all smaller ones."""
         stops = np.flatnonzero(self.reduced[matrix] < self._slack)
         options = np.concatenate([[self.start[matrix]], stops])
-        sizes = (size[None, :] + self.more[matrix, options][:, None]).ravel()
-        costs = (cost[None, :] + self.added[matrix, options][:, None]).ravel()
-        kept = np.flatnonzero(costs + self.price * (sizes - self.room) < self.best)
-        kept = kept[np.lexsort((costs[kept], sizes[kept]))]
-        cheapest = np.minimum.accumulate(costs[kept])
-        kept = kept[np.r_[True, costs[kept][1:] < cheapest[:-1]][: len(kept)]]
-        came_from, option = (kept % len(size)).astype(np.int32), kept // len(size)
-        self.trace.append((matrix, came_from, options[option].astype(np.int8)))
-        return sizes[kept], costs[kept]
+        sizes = (size[None, :] + self.extra_bytes[matrix, options][:, None]).ravel()
+        costs = (cost[None, :] + self.extra_cost[matrix, options][:, None]).ravel()
+        selected = np.flatnonzero(costs + self.price * (sizes - self.room) < self.best)
+        selected = selected[np.lexsort((costs[selected], sizes[selected]))]
+        cheapest = np.minimum.accumulate(costs[selected])
+        selected = selected[np.r_[True, costs[selected][1:] < cheapest[:-1]][: len(selected)]]
+        parent, option = (selected % len(size)).astype(np.int32), selected // len(size)
+        self.trace.append((matrix, parent, options[option].astype(np.int8)))
+        return sizes[selected], costs[selected]
 
-    def _read_back(self, end: tuple[int, int] | None) -> np.ndarray:
-        if end is None:
-            return self.found
-        choice, (last, state) = self.start.copy(), end
-        for matrix, came_from, stop in reversed(self.trace[: last + 1]):
+    def _backtrack(self, best_state: tuple[int, int] | None) -> np.ndarray:
+        if best_state is None:
+            return self.point
+        choice, (last, state) = self.start.copy(), best_state
+        for matrix, parent, stop in reversed(self.trace[: last + 1]):
             choice[matrix] = stop[state]
-            state = came_from[state]
+            state = parent[state]
         return choice
 
 
-def _by_program(
+def _solve_with_cbc(
     frontier: Frontier,
-    found: Answer,
+    point: FrontierPoint,
     best: np.ndarray,
     budget: float,
     gap: float,
     seconds: float,
     time_limit: float,
-) -> Exact:
+) -> ExactSolution:
     """What the search left open, by an integer program; ``best`` is the best choice so far."""
     import pulp
 
-    usable = _open_stops(frontier, found, best)
+    usable = _open_stops(frontier, point, best)
     # CBC keeps to a bound only within its tolerance: where that let the plan slip over the
     # budget, it is solved again a millionth tighter, and only the bound of the first holds.
     first = _solve(frontier, usable, budget, gap, seconds)
@@ -170,18 +172,18 @@ def _by_program(
     objective = frontier.objective(choice)
     # CBC calls an answer optimal when it stopped for time, too; the solution's status tells.
     proven = status == pulp.LpSolutionOptimal and first[0] is not None
-    bound = found.lower_bound
+    bound = point.lower_bound
     if proven:
         bound = max(bound, frontier.objective(first[0]) * (1 - gap))
     reason = "" if proven else f"the solver was stopped after {time_limit:g} s"
-    return Exact(choice, objective, min(bound, objective), proven, reason)
+    return ExactSolution(choice, objective, min(bound, objective), proven, reason)
 
 
-def _open_stops(frontier: Frontier, found: Answer, best: np.ndarray) -> np.ndarray:
+def _open_stops(frontier: Frontier, point: FrontierPoint, best: np.ndarray) -> np.ndarray:
     """Stops (n, 12) that a plan cheaper than the best so far may use, and that plan's own."""
     objective = frontier.objective(best)
     slack = 1e-9 * abs(objective)
-    usable = found.lower_bound + _reduced(frontier, found) <= objective + slack
+    usable = point.lower_bound + _reduced_costs(frontier, point) <= objective + slack
     usable[np.arange(len(best)), best] = True
     return usable & np.isfinite(frontier.cost)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from lsq_core.planning.detection import THRESHOLD
-from lsq_core.planning.methods.boost import detect
+from lsq_core.planning.methods.boost import detect_by_type
 from lsq_core.planning.problem import Problem
 from lsq_core.planning.request import PlanRequest
 from lsq_core.profiling.metrics import TITLES
@@ -28,7 +28,7 @@ def facts(problem: Problem, request: PlanRequest) -> dict[str, np.ndarray]:
 
 def z_scores(problem: Problem, metric: str) -> np.ndarray:
     """Algorithm 1's z for each matrix (n,): how unusual the step to its layer is."""
-    found = detect(problem, metric, top_m=0)
+    found = detect_by_type(problem, metric, top_m=0)
     z = np.full(len(problem.matrices), np.nan)
     for i, matrix in enumerate(problem.matrices):
         layers, detection = found[matrix.type]

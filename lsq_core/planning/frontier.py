@@ -19,7 +19,14 @@ import numpy as np
 
 from lsq_core.bits import Budget
 from lsq_core.errors import InputError
-from lsq_core.planning.greedy import Steps, fill, give_back, repair, take_what_fits, total
+from lsq_core.planning.greedy import (
+    MoveSteps,
+    fill_budget,
+    repair_budget,
+    take_fitting_moves,
+    total,
+    undo_moves,
+)
 from lsq_core.planning.problem import TOLERANCE, Problem
 
 
@@ -33,7 +40,7 @@ class Move:
     matrix: int
     stop: int
     bytes_after: float
-    worth: float
+    priority: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +52,7 @@ class Segment:
     moves: tuple[Move, ...] = ()
 
     @cached_property
-    def _columns(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _move_arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         return (
             np.array([m.matrix for m in self.moves], dtype=np.int64),
             np.array([m.stop for m in self.moves], dtype=np.int64),
@@ -53,21 +60,21 @@ class Segment:
         )
 
     @cached_property
-    def steps(self) -> Steps:
+    def steps(self) -> MoveSteps:
         """The moves as the greedy search reads them."""
-        now, left = self.start.tolist(), []
+        current, left = self.start.tolist(), []
         for move in self.moves:
-            left.append(now[move.matrix])
-            now[move.matrix] = move.stop
-        matrices, stops, after = self._columns
+            left.append(current[move.matrix])
+            current[move.matrix] = move.stop
+        matrices, stops, after = self._move_arrays
         size = np.diff(after, prepend=self.start_bytes)
-        return Steps(matrices.tolist(), left, stops.tolist(), size.tolist())
+        return MoveSteps(matrices.tolist(), left, stops.tolist(), size.tolist())
 
     def price(self, taken: int) -> float:
         """Cost saved per byte by the first move not taken; 0 when all are."""
         if taken == len(self.moves):
             return 0.0
-        return self.moves[taken].worth / self.steps.size[taken]
+        return self.moves[taken].priority / self.steps.size[taken]
 
     def bytes_after(self, count: int) -> float:
         """Nominal bytes of the plan after so many moves."""
@@ -75,18 +82,18 @@ class Segment:
 
     def count_within(self, budget: float) -> int:
         """How many moves fit: they are taken in order, up to the first that does not."""
-        return int(np.searchsorted(self._columns[2], budget * (1 + TOLERANCE), side="right"))
+        return int(np.searchsorted(self._move_arrays[2], budget * (1 + TOLERANCE), side="right"))
 
     def after(self, count: int) -> np.ndarray:
         """The choice of stops (n,) after so many moves."""
-        matrices, stops, _ = self._columns
+        matrices, stops, _ = self._move_arrays
         choice = self.start.copy()
         choice[matrices[:count]] = stops[:count]  # of several moves of a matrix the last counts
         return choice
 
 
 @dataclass(frozen=True, eq=False)
-class Answer:
+class FrontierPoint:
     """What a frontier says to a budget.
 
     ``objective`` and ``lower_bound`` are in the unit of the method's cost, and None where it has
@@ -124,23 +131,23 @@ class Frontier:
         """Nominal bytes of the smallest plan."""
         return self.segments[0].start_bytes
 
-    def reaches(self, budget: float) -> bool:
+    def can_reach(self, budget: float) -> bool:
         """Whether some plan is within a budget in nominal bytes."""
         return self.smallest <= budget * (1 + TOLERANCE)
 
-    def check_reaches(self, budget: Budget, problem: Problem) -> None:
+    def check_reachable(self, budget: Budget, problem: Problem) -> None:
         """Raise :class:`InputError` where no plan is within the budget."""
-        if not self.reaches(budget.nominal_bytes):
+        if not self.can_reach(budget.nominal_bytes):
             raise InputError(
                 f"A budget of {budget.text} does not reach the smallest plan from this base, "
-                f"{problem.in_words(self.smallest)}."
+                f"{problem.format_size(self.smallest)}."
             )
 
     @cached_property
     def _starts(self) -> np.ndarray:
         return np.array([s.start_bytes for s in self.segments])
 
-    def at(self, budget: float) -> Answer:
+    def at(self, budget: float) -> FrontierPoint:
         """The plan within a budget in nominal bytes; an infinite one takes every move.
 
         Raises
@@ -149,7 +156,7 @@ class Frontier:
             When the budget is below the smallest plan.
         """
         limit = budget * (1 + TOLERANCE)
-        if not self.reaches(budget):
+        if not self.can_reach(budget):
             raise ValueError("the budget is below the smallest plan")
         index = int(np.searchsorted(self._starts, limit, side="right")) - 1
         segment = self.segments[index]
@@ -157,27 +164,27 @@ class Frontier:
         choice = segment.after(taken)
         if self.losses is not None:
             loss, least = float(self.losses[index]), float(self.lower_bounds[index])
-            return Answer(choice, segment, taken, loss, least)
+            return FrontierPoint(choice, segment, taken, loss, least)
         if self.cost is None:
-            return Answer(choice, segment, taken)
+            return FrontierPoint(choice, segment, taken)
         bound = self._lower_bound(segment, taken, choice, budget)
         if np.isfinite(budget):
-            choice = self._spend(segment, taken, limit)
-        return Answer(choice, segment, taken, self.objective(choice), bound)
+            choice = self._spend_budget(segment, taken, limit)
+        return FrontierPoint(choice, segment, taken, self.objective(choice), bound)
 
-    def _spend(self, segment: Segment, taken: int, limit: float) -> np.ndarray:
+    def _spend_budget(self, segment: Segment, taken: int, limit: float) -> np.ndarray:
         """The better of two ways to end: short of the budget, or over it by a move and back."""
         steps, tables = segment.steps, (self.nominal, self.cost, limit)
         room = limit - segment.bytes_after(taken)
-        best = fill(take_what_fits(steps, taken, segment.after(taken), room), *tables)
+        best = fill_budget(take_fitting_moves(steps, taken, segment.after(taken), room), *tables)
         if taken == len(segment.moves):
             return best
         room = limit - segment.bytes_after(taken + 1)
-        back = give_back(steps, taken + 1, segment.after(taken + 1), room)
-        back = repair(back, *tables)
+        back = undo_moves(steps, taken + 1, segment.after(taken + 1), room)
+        back = repair_budget(back, *tables)
         if back is None:
             return best
-        back = fill(back, *tables)
+        back = fill_budget(back, *tables)
         return back if self.objective(back) < self.objective(best) else best
 
     def objective(self, choice: np.ndarray) -> float:
@@ -199,20 +206,20 @@ class Frontier:
         return bound - 1e-12 * abs(bound)
 
 
-def moves_from(
-    start: np.ndarray, raised: list[tuple[int, int, float]], nominal: np.ndarray
+def build_moves(
+    start: np.ndarray, requested_moves: list[tuple[int, int, float]], nominal: np.ndarray
 ) -> tuple[Move, ...]:
     """Moves ``(matrix, stop, worth)`` in order, with the bytes of the plan after each.
 
     ``nominal`` is (n, 12). Moves that change nothing are left out.
     """
-    now = start.copy()
+    current = start.copy()
     total = float(nominal[np.arange(len(start)), start].sum())
     moves = []
-    for matrix, stop, worth in raised:
-        if stop == now[matrix]:
+    for matrix, stop, priority in requested_moves:
+        if stop == current[matrix]:
             continue
-        total += float(nominal[matrix, stop] - nominal[matrix, now[matrix]])
-        now[matrix] = stop
-        moves.append(Move(int(matrix), int(stop), total, float(worth)))
+        total += float(nominal[matrix, stop] - nominal[matrix, current[matrix]])
+        current[matrix] = stop
+        moves.append(Move(int(matrix), int(stop), total, float(priority)))
     return tuple(moves)

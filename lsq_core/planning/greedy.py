@@ -1,9 +1,9 @@
 """Spending a knapsack's budget well where the hull's moves end.
 
 Moves are taken by price, so the last one that fits leaves a rest of the budget. Two ways out are
-tried: skip what doesn't fit and take later moves (:func:`take_what_fits`), or take the move that
-doesn't fit and give earlier ones back (:func:`give_back`). What is left then goes to single
-changes off the hull (:func:`fill`).
+tried: skip what doesn't fit and take later moves (:func:`take_fitting_moves`), or take the move
+that doesn't fit and give earlier ones back (:func:`undo_moves`). What is left then goes to single
+changes off the hull (:func:`fill_budget`).
 
 Every step is the first or the best there is, ties going to the first matrix and then the lowest
 stop, and every sum runs from first to last, so that the browser, taking the same steps in the same
@@ -19,7 +19,7 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class Steps:
+class MoveSteps:
     """The moves of a segment in order: the matrix, the stops left and reached, the bytes added."""
 
     matrix: list[int]
@@ -28,7 +28,7 @@ class Steps:
     size: list[float]
 
 
-def take_what_fits(steps: Steps, taken: int, choice: np.ndarray, room: float) -> np.ndarray:
+def take_fitting_moves(steps: MoveSteps, taken: int, choice: np.ndarray, room: float) -> np.ndarray:
     """Go on after the moves taken: each that fits, none of a matrix that missed one."""
     choice, missed = choice.copy(), set()
     for k in range(taken, len(steps.matrix)):
@@ -43,36 +43,38 @@ def take_what_fits(steps: Steps, taken: int, choice: np.ndarray, room: float) ->
     return choice
 
 
-def give_back(steps: Steps, taken: int, choice: np.ndarray, room: float) -> np.ndarray:
+def undo_moves(steps: MoveSteps, taken: int, choice: np.ndarray, room: float) -> np.ndarray:
     """Undo moves before the last one taken, latest first, while the room is negative.
 
     Only moves that are no larger than what is missing are undone, and of a matrix none before one
     that was kept; the last move stays. The choice may still be over the budget in the end.
     """
-    choice, kept = choice.copy(), {steps.matrix[taken - 1]}
+    choice, locked = choice.copy(), {steps.matrix[taken - 1]}
     for k in range(taken - 2, -1, -1):
         if room >= 0:
             break
         matrix, size = steps.matrix[k], steps.size[k]
-        if matrix in kept:
+        if matrix in locked:
             continue
         if size <= -room:
             choice[matrix] = steps.left[k]
             room += size
         else:
-            kept.add(matrix)
+            locked.add(matrix)
     return choice
 
 
-def fill(choice: np.ndarray, nominal: np.ndarray, cost: np.ndarray, limit: float) -> np.ndarray:
+def fill_budget(
+    choice: np.ndarray, nominal: np.ndarray, cost: np.ndarray, limit: float
+) -> np.ndarray:
     """Spend what is left: again and again the change that saves most cost and fits."""
     choice = choice.copy()
     left = limit - total(nominal, choice)
     more, saved = _changes(nominal, cost, choice)
     while True:
-        worth = np.where((more > 0) & (more <= left), saved, 0.0)
-        row, stop = divmod(int(worth.argmax()), worth.shape[1])
-        if worth[row, stop] <= 0:
+        gain = np.where((more > 0) & (more <= left), saved, 0.0)
+        row, stop = divmod(int(gain.argmax()), gain.shape[1])
+        if gain[row, stop] <= 0:
             return choice
         left -= more[row, stop]
         choice[row] = stop
@@ -80,7 +82,7 @@ def fill(choice: np.ndarray, nominal: np.ndarray, cost: np.ndarray, limit: float
         saved[row] = cost[row, stop] - cost[row]
 
 
-def repair(
+def repair_budget(
     choice: np.ndarray, nominal: np.ndarray, cost: np.ndarray, limit: float
 ) -> np.ndarray | None:
     """A choice over the budget after the cheapest single change that brings it within, or None."""

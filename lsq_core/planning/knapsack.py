@@ -10,13 +10,13 @@ from itertools import pairwise
 
 import numpy as np
 
-from lsq_core.planning.frontier import Frontier, Segment, moves_from
-from lsq_core.planning.methods.base import OnLadder
+from lsq_core.planning.frontier import Frontier, Segment, build_moves
+from lsq_core.planning.methods.base import LadderPlanner
 from lsq_core.planning.problem import Problem
 from lsq_core.planning.request import PlanRequest
 
 
-class Knapsack(OnLadder):
+class Knapsack(LadderPlanner):
     """A method that minimises a cost; a new one says what each matrix costs at each stop."""
 
     has_base = False
@@ -52,12 +52,12 @@ def hull_frontier(cost: np.ndarray, problem: Problem) -> Frontier:
         stops = np.flatnonzero(np.isfinite(row))
         hull = lower_hull(problem.bytes[i], row, stops)
         start[i] = hull[0]
-        for here, there in pairwise(hull):
-            saved = row[here] - row[there]
-            more = problem.bytes[i, there] - problem.bytes[i, here]
-            steps.append((-saved / more, i, there, saved))
+        for smaller, larger in pairwise(hull):
+            saved = row[smaller] - row[larger]
+            more = problem.bytes[i, larger] - problem.bytes[i, smaller]
+            steps.append((-saved / more, i, larger, saved))
     steps.sort(key=lambda step: step[:3])
-    moves = moves_from(start, [(i, stop, saved) for _, i, stop, saved in steps], problem.bytes)
+    moves = build_moves(start, [(i, stop, saved) for _, i, stop, saved in steps], problem.bytes)
     segment = Segment(start, problem.nominal(start), moves)
     notes = _unmeasured_note([problem.matrices[i].name for i in unmeasured])
     return Frontier((segment,), problem.bytes, cost, notes=notes)
@@ -91,5 +91,5 @@ def lower_hull(size: np.ndarray, cost: np.ndarray, stops: np.ndarray) -> list[in
     return hull
 
 
-def _price(size: np.ndarray, cost: np.ndarray, here: int, there: int) -> float:
-    return (cost[here] - cost[there]) / (size[there] - size[here])
+def _price(size: np.ndarray, cost: np.ndarray, smaller: int, larger: int) -> float:
+    return (cost[smaller] - cost[larger]) / (size[larger] - size[smaller])

@@ -11,14 +11,14 @@ from lsq_core.bits import (
     stop_index,
 )
 from lsq_core.errors import InputError, LsqError
-from lsq_core.planning.detection import shallowness
+from lsq_core.planning.detection import shallow_model_note
 from lsq_core.planning.exact import solve_exactly
 from lsq_core.planning.frontier import Frontier, Segment
 from lsq_core.planning.methods import get_planner
 from lsq_core.planning.methods.base import Planner
 from lsq_core.planning.methods.high_impact import high_rows
 from lsq_core.planning.methods.uniform import uniform_start, usable_bases
-from lsq_core.planning.pins import with_pins
+from lsq_core.planning.pins import apply_pins
 from lsq_core.planning.plan import Plan
 from lsq_core.planning.problem import Problem
 from lsq_core.planning.request import PlanRequest
@@ -46,20 +46,24 @@ def make_plan(
     """
     planner = get_planner(request.method)
     problem = problem.with_options(planner.options(request))
-    pinned = with_pins(problem, request.pins)
-    budget = request.budget_for(pinned)
+    pinned = apply_pins(problem, request.pins)
+    budget = request.resolve_budget(pinned)
     if budget is None and request.base is None:
-        raise InputError("Give a base stop (such as 3.13), a budget (such as 3.2bpp), or both.")
+        raise InputError(
+            "Give a base configuration (such as 3.13), a budget (such as 3.2bpp), or both."
+        )
     if not planner.has_base and (budget is None or request.base is not None):
         raise InputError(f"{planner.title} takes a budget (such as 3.2bpp), not a base.")
     if request.exact and planner.has_base:
-        raise InputError(f"{planner.title} has no cost to minimise; only knapsacks can be exact.")
+        raise InputError(
+            f"{planner.title} minimizes no cost; only knapsacks can be solved exactly."
+        )
     frontier = frontier or make_frontier(pinned, request)
     if request.exact and frontier.cost is None:
         raise InputError(
             f"{planner.title} chooses matrices together; its search has no exact variant."
         )
-    chosen = _look_up(planner, pinned, frontier, request, budget)
+    chosen = _select_plan(planner, pinned, frontier, request, budget)
     pinned.check_allowed(chosen.stops)
     return Plan(
         request=request,
@@ -68,8 +72,8 @@ def make_plan(
         metadata=metadata,
         axis=axis,
         base=chosen.base,
-        reasons=chosen.reasons,
-        notes=chosen.notes + _price_of_pins(problem, request, chosen, frontier),
+        ranking_scores=chosen.ranking_scores,
+        notes=chosen.notes + _pin_cost_notes(problem, request, chosen, frontier),
         other_bytes=other_bytes,
         objective=chosen.objective,
         lower_bound=chosen.lower_bound,
@@ -92,7 +96,7 @@ def make_frontier(problem: Problem, request: PlanRequest) -> Frontier:
     bases = [stop_index(request.base)] if request.base else usable_bases(problem)
     if not bases:
         raise InputError(
-            "No single group size fills every matrix of this model; use mxq, which gives each "
+            "No single group size divides every matrix of this model; use mxq, which gives each "
             "matrix a configuration that fits."
         )
     for base in bases:
@@ -101,56 +105,56 @@ def make_frontier(problem: Problem, request: PlanRequest) -> Frontier:
 
 
 @dataclass(frozen=True, eq=False)
-class _Chosen:
+class _Selection:
     """Stops (n,), the base they start from, what ranked each moved matrix, and plain words."""
 
     stops: np.ndarray
     base: str | None = None
-    reasons: dict[str, float] = field(default_factory=dict)
+    ranking_scores: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     objective: float | None = None
     lower_bound: float | None = None
 
 
-def _look_up(
+def _select_plan(
     planner: Planner,
     problem: Problem,
     frontier: Frontier,
     request: PlanRequest,
     budget: Budget | None,
-) -> _Chosen:
+) -> _Selection:
     """The frontier's plan for a budget, or all of a fixed base's moves."""
     limit = budget.nominal_bytes if budget else np.inf
     if budget is not None:
-        frontier.check_reaches(budget, problem)
-    answer = frontier.at(limit)
+        frontier.check_reachable(budget, problem)
+    point = frontier.at(limit)
     if not planner.has_base:
         if request.exact:
-            return _exactly(frontier, limit)
-        return _Chosen(
-            answer.choice,
+            return _solve_exact(frontier, limit)
+        return _Selection(
+            point.choice,
             notes=frontier.notes,
-            objective=answer.objective,
-            lower_bound=answer.lower_bound,
+            objective=point.objective,
+            lower_bound=point.lower_bound,
         )
-    moves = answer.segment.moves[: answer.taken]
-    start = answer.segment.start
+    moves = point.segment.moves[: point.taken]
+    start = point.segment.start
     free = np.flatnonzero((problem.low < start) | (start < problem.high))
     base = problem.options[start[free[0]]].stop_name if len(free) else request.base
-    return _Chosen(
-        answer.choice,
+    return _Selection(
+        point.choice,
         request.base if request.base else base,
-        {problem.matrices[move.matrix].name: move.worth for move in moves},
-        _notes(planner, problem, answer.segment, len(moves), budget),
+        {problem.matrices[move.matrix].name: move.priority for move in moves},
+        _notes(planner, problem, point.segment, len(moves), budget),
     )
 
 
-def _exactly(frontier: Frontier, limit: float) -> _Chosen:
+def _solve_exact(frontier: Frontier, limit: float) -> _Selection:
     exact = solve_exactly(frontier, limit)
     notes = frontier.notes
     if exact.reason:
         notes += (f"Not proven optimal: {exact.reason}.",)
-    return _Chosen(
+    return _Selection(
         exact.choice, notes=notes, objective=exact.objective, lower_bound=exact.lower_bound
     )
 
@@ -161,7 +165,7 @@ def _notes(
     """Plain words about what a boost could not do, and what of the budget it leaves."""
     if not planner.metrics:
         return ()
-    shallow = shallowness(1 + max(m.layer for m in problem.matrices))
+    shallow = shallow_model_note(1 + max(m.layer for m in problem.matrices))
     notes = [shallow] if shallow else []
     if not segment.moves:
         notes.append(f"{planner.title} boosts no layer here, so this is the uniform plan.")
@@ -170,14 +174,14 @@ def _notes(
     elif budget is not None and taken == len(segment.moves):
         left = budget.nominal_bytes - segment.moves[-1].bytes_after
         notes.append(
-            f"{8 * left / problem.total:.3f} bpp of the budget stay unspent: "
-            f"{planner.title} has nothing more to raise from this base."
+            f"{8 * left / problem.total:.3f} bpp of the budget remain unspent: "
+            f"{planner.title} has no more layers to promote from this base."
         )
     return tuple(notes)
 
 
-def _price_of_pins(
-    problem: Problem, request: PlanRequest, chosen: _Chosen, frontier: Frontier
+def _pin_cost_notes(
+    problem: Problem, request: PlanRequest, chosen: _Selection, frontier: Frontier
 ) -> tuple[str, ...]:
     """What the pins cost: bytes where they were added to a base, else cost at the same budget."""
     if not request.pins:
@@ -186,15 +190,15 @@ def _price_of_pins(
         free = make_frontier(problem, request)
     except LsqError:
         return ("Without the pins this method has no plan.",)
-    budget = request.budget_for(problem)
+    budget = request.resolve_budget(problem)
     limit = budget.nominal_bytes if budget else np.inf
-    if not free.reaches(limit):
+    if not free.can_reach(limit):
         return ("Without the pins no plan from this base is within the budget.",)
-    answer = free.at(limit)
+    point = free.at(limit)
     if frontier.cost is None and frontier.losses is None:
-        more = 8 * (problem.nominal(chosen.stops) - problem.nominal(answer.choice)) / problem.total
+        more = 8 * (problem.nominal(chosen.stops) - problem.nominal(point.choice)) / problem.total
         return (f"The pins change the plan by {more:+.4f} bpp.",)
-    without = answer.objective
+    without = point.objective
     if without is None or chosen.objective is None:
         return ()
     share = 100 * (chosen.objective / without - 1) if without else 0.0

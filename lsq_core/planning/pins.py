@@ -36,21 +36,21 @@ class Pin:
             When it is not of that form, the method has no such option, or the range runs
             backwards.
         """
-        pattern, sign, configs = text.rpartition("=")
-        if not sign or not pattern.strip():
+        pattern, separator, configs = text.rpartition("=")
+        if not separator or not pattern.strip():
             raise InputError(
                 f"'{text}' is not a pin; write a pattern of module names and a configuration, "
                 "such as '*.layers.0.self_attn.*=b8g64' or '*.down_proj=b3g128..b4g64'."
             )
         first, _, last = configs.partition("..")
-        low = _index(first, options)
-        high = _index(last, options) if last else low
+        low = _option_index(first, options)
+        high = _option_index(last, options) if last else low
         if low > high:
-            raise InputError(f"The pin '{text}' runs from more bits to fewer; turn it around.")
+            raise InputError(f"The pin '{text}' runs from more bits to fewer; reverse it.")
         return cls(pattern.strip(), low, high, options)
 
     @classmethod
-    def of(
+    def from_matrix(
         cls,
         matrix: Matrix,
         scope: str,
@@ -71,7 +71,7 @@ class Pin:
         return f"{self.pattern}={low}" + ("" if low == high else f"..{high}")
 
 
-def _index(name: str, options: tuple[Config, ...]) -> int:
+def _option_index(name: str, options: tuple[Config, ...]) -> int:
     config = parse_config(name)
     if config not in options:
         kind = "mixed rows" if isinstance(options[0], MixedRows) else "the ladder"
@@ -82,7 +82,7 @@ def _index(name: str, options: tuple[Config, ...]) -> int:
     return options.index(config)
 
 
-def with_pins(problem: Problem, pins: tuple[str, ...]) -> Problem:
+def apply_pins(problem: Problem, pins: tuple[str, ...]) -> Problem:
     """The problem with what the pins allow; several pins of one module must agree on something.
 
     Raises

@@ -9,13 +9,13 @@ from functools import cached_property
 from lsq_core.bits import (
     Config,
     fp16_metadata_bytes,
+    matrix_bytes,
     nominal_bytes,
-    of_matrix,
     weight_only_bytes,
 )
 from lsq_core.model.info import Matrix
 from lsq_core.planning.request import PlanRequest
-from lsq_core.planning.saved import read_plan, rows_text
+from lsq_core.planning.saved import encode_rows, read_plan
 from lsq_core.quantization.registry import planned_bytes
 
 
@@ -33,7 +33,7 @@ class Plan:
     metadata: str = "8bit"
     axis: int = 1
     base: str | None = None
-    reasons: dict[str, float] = field(default_factory=dict)
+    ranking_scores: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     #: Bytes of what plans don't touch, in the checkpoint's dtype.
     other_bytes: int = 0
@@ -59,8 +59,8 @@ class Plan:
         """The configuration of each matrix."""
         return dict(zip(self.matrices, self.configs, strict=True))
 
-    def _total(self, account: Callable[..., float]) -> float:
-        return sum(of_matrix(account, m, c) for m, c in self.choice.items())
+    def _sum_bytes(self, count_bytes: Callable[..., float]) -> float:
+        return sum(matrix_bytes(count_bytes, m, c) for m, c in self.choice.items())
 
     @cached_property
     def parameters(self) -> int:
@@ -70,7 +70,7 @@ class Plan:
     @cached_property
     def nominal_bytes(self) -> float:
         """Bytes of the linear weights by the papers' formula."""
-        return self._total(nominal_bytes)
+        return self._sum_bytes(nominal_bytes)
 
     @property
     def bits_per_param(self) -> float:
@@ -81,12 +81,12 @@ class Plan:
     def weight_only_bits(self) -> float:
         """Bits per planned parameter of the codes alone."""
         index = sum(c.index_bytes(m) for m, c in self.choice.items())
-        return 8 * (self._total(weight_only_bytes) - index) / self.parameters
+        return 8 * (self._sum_bytes(weight_only_bytes) - index) / self.parameters
 
     @cached_property
     def bits_with_fp16_metadata(self) -> float:
         """Bits per planned parameter if scale and zero stayed fp16."""
-        return 8 * self._total(fp16_metadata_bytes) / self.parameters
+        return 8 * self._sum_bytes(fp16_metadata_bytes) / self.parameters
 
     @cached_property
     def planned_bytes(self) -> int:
@@ -104,9 +104,9 @@ class Plan:
     def modules(self) -> dict[str, dict]:
         """Full module name to its configuration, as the command line prints it."""
         return {
-            m.name: c.stored_as
+            m.name: c.json_fields
             | {"config": c.name, "layer": m.layer, "type": m.type}
-            | ({"rows": rows_text(self.rows[m.name], m)} if m.name in self.rows else {})
+            | ({"rows": encode_rows(self.rows[m.name], m)} if m.name in self.rows else {})
             for m, c in self.choice.items()
         }
 
@@ -124,11 +124,11 @@ class Plan:
             "metadata": self.metadata,
             "axis": self.axis,
             "quantizer": self.quantizer,
-            "flagged": self.reasons,
+            "flagged": self.ranking_scores,
             "notes": list(self.notes),
-        } | self._knapsack()
+        } | self._knapsack_bounds()
 
-    def _knapsack(self) -> dict:
+    def _knapsack_bounds(self) -> dict:
         """What only a knapsack's plan has: its cost, the certified bound and the relative gap."""
         if self.objective is None:
             return {}
@@ -137,8 +137,8 @@ class Plan:
 
     def to_json(self) -> dict:
         """Everything needed to apply the plan again; :meth:`from_json` reads it."""
-        told = {"request": asdict(self.request), "modules": self.modules}
-        return self.summary() | {"calibration": self.calibration} | told
+        definition = {"request": asdict(self.request), "modules": self.modules}
+        return self.summary() | {"calibration": self.calibration} | definition
 
     @classmethod
     def from_json(cls, content: dict, matrices: tuple[Matrix, ...], other_bytes: int) -> Plan:

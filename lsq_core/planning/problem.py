@@ -7,7 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
-from lsq_core.bits import LADDER, Config, MixedRows, nominal_bytes, of_matrix
+from lsq_core.bits import LADDER, Config, MixedRows, matrix_bytes, nominal_bytes
 from lsq_core.errors import InputError
 from lsq_core.model.info import Matrix
 from lsq_core.quantization.registry import planned_bytes
@@ -100,7 +100,7 @@ class Problem:
     def bytes(self) -> np.ndarray:
         """Nominal bytes of each option, float64 (n, options)."""
         return np.array(
-            [[of_matrix(nominal_bytes, m, c) for c in self.options] for m in self.matrices]
+            [[matrix_bytes(nominal_bytes, m, c) for c in self.options] for m in self.matrices]
         )
 
     def planned(self, metadata: str) -> list[list[int]]:
@@ -127,7 +127,7 @@ class Problem:
             if not self.options[stop].fits(matrix):
                 raise InputError(
                     f"{matrix.name} ({matrix.out_features}×{matrix.in_features}) cannot be cut "
-                    f"into groups of {self.options[stop].group_size}; choose a stop with a smaller "
+                    f"into groups of {self.options[stop].group_size}; choose one with a smaller "
                     "group size, or mxq, which gives each matrix one that fits."
                 )
 
@@ -157,6 +157,6 @@ class Problem:
         largest = np.where(self.allowed, self.bytes, -np.inf).max(axis=1).sum()
         return float(smallest), float(largest)
 
-    def in_words(self, nominal: float) -> str:
+    def format_size(self, nominal: float) -> str:
         """Bytes of the linear weights as people read them: ``3.18 bpp (9.02 MiB)``."""
         return f"{8 * nominal / self.total:.4g} bpp ({format_bytes(nominal)})"

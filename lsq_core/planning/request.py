@@ -16,7 +16,7 @@ LOSSES = ("block", "model")
 #: What SensiBoost can read: the sensitivity by part, or by module.
 SENSITIVITIES = ("sensitivity", "sensitivity_module")
 #: How they are chosen: one for all, each matrix for itself, or as they act together in a block.
-RATIO_CHOICES = ("uniform", "diagonal", "full")
+RATIO_MODES = ("uniform", "diagonal", "full")
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,13 @@ class PlanRequest:
         self._check_types()
         object.__setattr__(self, "pins", tuple(self.pins))  # JSON gives a list
         if self.boost_stop < 0 or self.top_m < 0:
-            raise InputError("boost-stop and top-m are counts; they cannot be negative.")
+            raise InputError("boost-stop and top-m cannot be negative.")
         if self.seed < 0:
             raise InputError(f"A seed cannot be negative, and {self.seed} is.")
         mixed_rows(self.low_bits, self.high_bits, self.group_size)
         for name, value, offered in (
             ("loss", self.loss, LOSSES),
-            ("ratios", self.ratios, RATIO_CHOICES),
+            ("ratios", self.ratios, RATIO_MODES),
             ("metric", self.metric, SENSITIVITIES),
         ):
             if value not in offered:
@@ -66,13 +66,15 @@ class PlanRequest:
         for each in fields(self):
             value, kind = getattr(self, each.name), type(each.default)
             if each.name == "pins":
-                fine = isinstance(value, list | tuple) and all(isinstance(p, str) for p in value)
+                is_valid = isinstance(value, list | tuple) and all(
+                    isinstance(p, str) for p in value
+                )
             elif each.default is None:
-                fine = value is None or isinstance(value, str)
+                is_valid = value is None or isinstance(value, str)
             else:
                 kind = str if each.name == "method" else kind
-                fine = type(value) is kind
-            if not fine:
+                is_valid = type(value) is kind
+            if not is_valid:
                 raise InputError(f"A request's {each.name} cannot be {reprlib.repr(value)}.")
 
     @classmethod
@@ -91,7 +93,7 @@ class PlanRequest:
             raise InputError("The plan's request lacks its method.")
         return cls(**content)
 
-    def budget_for(self, problem: Problem) -> Budget | None:
+    def resolve_budget(self, problem: Problem) -> Budget | None:
         """The budget in nominal bytes, checked against what is feasible for this model."""
         if self.budget is None:
             return None
@@ -103,7 +105,8 @@ class PlanRequest:
             remedy = "drop a pin, or choose" if self.pins else "choose"
             raise InputError(
                 f"A budget of {self.budget} is out of reach: plans for this model{under} take from "
-                f"{problem.in_words(smallest)} to {problem.in_words(largest)}; {remedy} a budget "
+                f"{problem.format_size(smallest)} to {problem.format_size(largest)}; {remedy} a "
+                "budget "
                 "between them."
             )
         return budget

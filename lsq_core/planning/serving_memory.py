@@ -11,7 +11,7 @@ from lsq_core.planning.problem import Problem
 from lsq_core.units import GIB
 
 #: Memories that people have, in GiB as cards count them.
-MEMORIES = (8, 12, 16, 24, 80)
+MEMORY_SIZES_GIB = (8, 12, 16, 24, 80)
 #: Tokens of context to keep room for, or the model's whole context where that is shorter.
 CONTEXT_TOKENS = 4096
 #: Left free for activations and the runtime, in bytes.
@@ -19,7 +19,7 @@ WORKING_BYTES = GIB // 2
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryBudget:
     """A memory, and the budget of linear weights (nominal bits a parameter) that fits it.
 
     ``bits`` may lie outside of what any plan takes, and even below zero. ``context_bytes`` is None
@@ -30,34 +30,38 @@ class Memory:
     bits: float
     tokens: int
     context_bytes: int | None
-    rest_known: bool = True
+    other_bytes_known: bool = True
 
     @property
-    def about(self) -> str:
+    def summary(self) -> str:
         """What fits, in words."""
-        rest = "" if self.rest_known else " Embeddings and head, of unknown size, come on top."
+        rest = (
+            "" if self.other_bytes_known else " Embeddings and LM head, of unknown size, are extra."
+        )
         if self.context_bytes is None:
-            without = "without context: the model doesn't tell its KV heads"
+            without = "without context, because its number of KV heads is unknown"
             return f"Fits in {self.gib} GiB {without}.{rest}"
         return (
             f"Fits in {self.gib} GiB with {self.tokens:,} tokens of fp16 context "
-            f"({self.context_bytes / GIB:.2f} GiB) and {WORKING_BYTES / GIB:g} GiB to work in."
+            f"({self.context_bytes / GIB:.2f} GiB) and {WORKING_BYTES / GIB:g} GiB workspace."
             f"{rest}"
         )
 
 
-def memories(info: ModelInfo, problem: Problem, metadata: str) -> list[Memory]:
-    """The budget that fits each of :data:`MEMORIES`, whatever plan is made of it."""
+def memory_budgets(info: ModelInfo, problem: Problem, metadata: str) -> list[MemoryBudget]:
+    """The budget that fits each of :data:`MEMORY_SIZES_GIB`, whatever plan is made of it."""
     tokens = min(CONTEXT_TOKENS, info.context or CONTEXT_TOKENS)
     per_token = context_bytes_per_token(info)
     context = None if per_token is None else per_token * tokens
     overhead = _stored_per_nominal(problem, metadata)
-    found = []
-    for gib in MEMORIES:
+    budgets = []
+    for gib in MEMORY_SIZES_GIB:
         room = gib * GIB - info.other_bytes - WORKING_BYTES - (context or 0)
         bits = 8 * room / overhead / problem.total
-        found.append(Memory(gib, bits, tokens, context, rest_known=info.other_bytes > 0))
-    return found
+        budgets.append(
+            MemoryBudget(gib, bits, tokens, context, other_bytes_known=info.other_bytes > 0)
+        )
+    return budgets
 
 
 def context_bytes_per_token(info: ModelInfo) -> int | None:

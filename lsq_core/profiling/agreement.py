@@ -14,7 +14,7 @@ from lsq_core.profiling.metrics import PROXIES
 from lsq_core.profiling.profile import Profile
 
 #: Fewer layers in common than this have no rank correlation worth telling.
-FEWEST = 4
+MIN_COMMON_LAYERS = 4
 
 
 def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
@@ -27,7 +27,7 @@ def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
     """
     both = np.isfinite(x) & np.isfinite(y)
     x, y = x[both], y[both]
-    if len(x) < FEWEST or np.ptp(x) == 0 or np.ptp(y) == 0:
+    if len(x) < MIN_COMMON_LAYERS or np.ptp(x) == 0 or np.ptp(y) == 0:
         return np.nan
     return round(float(spearmanr(x, y).statistic), 12)
 
@@ -44,15 +44,15 @@ def pattern_correlations(frame: pd.DataFrame) -> pd.DataFrame:
         part: rows.pivot_table(index="layer", columns="line", values="value")
         for part, rows in frame.groupby("part", sort=False)
     }
-    found = pd.DataFrame(np.eye(len(lines)), lines, lines)
+    result = pd.DataFrame(np.eye(len(lines)), lines, lines)
     for a, b in combinations(lines, 2):
-        each = [_of_part(table, a, b) for table in wide.values()]
-        known = [rho for rho in each if np.isfinite(rho)]
-        found.loc[a, b] = found.loc[b, a] = np.mean(known) if known else np.nan
-    return found
+        each = [_part_correlation(table, a, b) for table in wide.values()]
+        finite = [rho for rho in each if np.isfinite(rho)]
+        result.loc[a, b] = result.loc[b, a] = np.mean(finite) if finite else np.nan
+    return result
 
 
-def _of_part(table: pd.DataFrame, a: str, b: str) -> float:
+def _part_correlation(table: pd.DataFrame, a: str, b: str) -> float:
     if a not in table or b not in table or (table[a].isna() != table[b].isna()).any():
         return np.nan
     return rank_correlation(table[a].to_numpy(), table[b].to_numpy())
@@ -79,7 +79,7 @@ def proxy_agreement(profile: Profile) -> pd.DataFrame:
 
 
 @dataclass(frozen=True)
-class Extreme:
+class LinePair:
     """Two lines and their correlation."""
 
     first: str
@@ -87,7 +87,7 @@ class Extreme:
     value: float
 
 
-def lowest(correlations: pd.DataFrame) -> Extreme | None:
+def lowest_correlation(correlations: pd.DataFrame) -> LinePair | None:
     """The two lines that agree least; None where no two can be compared."""
     values = correlations.to_numpy(copy=True)
     values[np.tril_indices(len(values))] = np.nan
@@ -95,12 +95,12 @@ def lowest(correlations: pd.DataFrame) -> Extreme | None:
         return None
     row, column = np.unravel_index(np.nanargmin(values), values.shape)
     names = correlations.index
-    return Extreme(names[row], names[column], float(values[row, column]))
+    return LinePair(names[row], names[column], float(values[row, column]))
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
     """Rank of each of (n,), 1 the largest, ties at their mean; NaN where there is no value."""
-    found = np.full(len(values), np.nan)
-    known = np.isfinite(values)
-    found[known] = rankdata(-values[known])
-    return found
+    result = np.full(len(values), np.nan)
+    finite = np.isfinite(values)
+    result[finite] = rankdata(-values[finite])
+    return result

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from lsq_core.model.architecture import first_of, get_weight
+from lsq_core.model.architecture import first_tensor, get_weight
 from lsq_core.model.info import Matrix
 from lsq_core.model.loading import LoadedModel
 from lsq_core.profiling.replay import Call
@@ -31,7 +31,7 @@ class Block:
         """The full-precision weight (out, in), a view."""
         return get_weight(self.loaded.model, matrix)
 
-    def local(self, matrix: Matrix) -> str:
+    def name_in_block(self, matrix: Matrix) -> str:
         """The name, inside the block, of the module that holds a matrix."""
         name = matrix.name.removeprefix(f"{self.prefix}.")
         return name if matrix.expert is None else name.rsplit(".", 2)[0]
@@ -39,4 +39,4 @@ class Block:
     def run(self) -> Iterator[Tensor]:
         """The block's output for each calibration batch."""
         for hidden, call in zip(self.hidden, self.calls, strict=True):
-            yield first_of(self.block(hidden, *call.args, **call.kwargs))
+            yield first_tensor(self.block(hidden, *call.args, **call.kwargs))

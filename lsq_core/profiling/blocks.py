@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lsq_core.errors import InputError, reason_of
+from lsq_core.errors import InputError, exception_reason
 from lsq_core.model.architecture import find_blocks
 from lsq_core.model.loading import LoadedModel, last_logits
 from lsq_core.profiling.replay import Call
@@ -18,7 +18,7 @@ from lsq_core.profiling.replay import Call
 BATCH = 8
 
 
-class _Reached(Exception):
+class _StopForward(Exception):
     """Ends a forward pass that has shown what it was run for."""
 
 
@@ -33,7 +33,7 @@ class OutputForm:
     length: int = 1
 
     @classmethod
-    def of(cls, output: object) -> OutputForm:
+    def from_output(cls, output: object) -> OutputForm:
         """The form of what a block returned."""
         if isinstance(output, (tuple, list)):
             return cls(type(output), len(output))
@@ -54,27 +54,27 @@ def record_calls(loaded: LoadedModel, ids: Tensor) -> tuple[list[list[Call]], li
     Raises
     ------
     InputError
-        As :func:`output_forms`.
+        As :func:`detect_output_forms`.
     """
-    forms = output_forms(loaded, ids)
+    forms = detect_output_forms(loaded, ids)
     calls: list[list[Call]] = [[] for _ in forms]
     hidden: list[Tensor] = []
 
-    def note(layer: int, states: Tensor, args: tuple, kwargs: dict) -> object:
+    def record(layer: int, states: Tensor, args: tuple, kwargs: dict) -> object:
         if layer == 0:
             hidden.append(states)
         calls[layer].append(Call(args, kwargs))
         if layer + 1 == len(calls):
-            raise _Reached
+            raise _StopForward
         return forms[layer].around(states)
 
-    with loaded.holding_entry():
+    with loaded.materialize_embeddings():
         for batch in ids.split(BATCH):
-            _run_to_the_end(loaded, batch, note)
+            _run_with_stubs(loaded, batch, record)
     return calls, hidden
 
 
-def resume(
+def run_from_block(
     loaded: LoadedModel, layer: int, hidden: Tensor, ids: Tensor, forms: list[OutputForm]
 ) -> Tensor:
     """Logits (sequences, tokens, vocabulary), run from one block on.
@@ -84,14 +84,14 @@ def resume(
     the last one runs. The model's own code does the rest, whatever its architecture.
     """
 
-    def given(layer: int, *_: object) -> object:
+    def stub_output(layer: int, *_: object) -> object:
         return forms[layer].around(hidden)
 
-    with _in_place_of_blocks(loaded, layer, given):
+    with _stubbed_blocks(loaded, layer, stub_output):
         return last_logits(loaded.model, ids, ids.shape[1])
 
 
-def output_forms(loaded: LoadedModel, ids: Tensor) -> list[OutputForm]:
+def detect_output_forms(loaded: LoadedModel, ids: Tensor) -> list[OutputForm]:
     """In which form each block returns, seen by running one of each class on a few tokens.
 
     Raises
@@ -104,70 +104,72 @@ def output_forms(loaded: LoadedModel, ids: Tensor) -> list[OutputForm]:
     forms: dict[type, OutputForm] = {}
     #: What one block of each class returned, and what of it isn't hidden states.
     tails: dict[type, object] = {}
-    beside: set[int] = set()
+    extra_outputs: set[int] = set()
 
     def run(layer: int, states: Tensor, args: tuple, kwargs: dict) -> object:
-        if any(id(value) in beside for value in (*args, *kwargs.values())):
-            raise InputError(_not_walkable(loaded, "more than hidden states goes between them"))
+        if any(id(value) in extra_outputs for value in (*args, *kwargs.values())):
+            raise InputError(
+                _not_sequential_message(loaded, "more than hidden states goes between them")
+            )
         block = blocks[layer]
         kind = type(block)
         if kind not in forms:
-            with loaded.holding(f"{prefix}.{layer}"):
+            with loaded.materialize(f"{prefix}.{layer}"):
                 output = kind.forward(block, states, *args, **kwargs)
-            forms[kind] = OutputForm.of(output)
+            forms[kind] = OutputForm.from_output(output)
             tails[kind] = output
             if forms[kind].kind is not None:
-                beside.update(id(value) for value in output[1:] if torch.is_tensor(value))
+                extra_outputs.update(id(value) for value in output[1:] if torch.is_tensor(value))
         if layer + 1 == len(blocks):
-            raise _Reached
-        return _with_states(tails.get(kind, states), states)
+            raise _StopForward
+        return _replace_states(tails.get(kind, states), states)
 
-    with loaded.holding_entry():
+    with loaded.materialize_embeddings():
         try:
-            _run_to_the_end(loaded, ids[:1, :8], run)
+            _run_with_stubs(loaded, ids[:1, :8], run)
         except torch.OutOfMemoryError:
             raise
         except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
-            reason = f"{type(error).__name__}: {reason_of(error)}"
-            raise InputError(_not_walkable(loaded, reason)) from error
+            reason = f"{type(error).__name__}: {exception_reason(error)}"
+            raise InputError(_not_sequential_message(loaded, reason)) from error
     if any(type(block) not in forms for block in blocks):
-        raise InputError(_not_walkable(loaded, "text does not pass through all of them"))
+        raise InputError(_not_sequential_message(loaded, "text does not pass through all of them"))
     return [forms[type(block)] for block in blocks]
 
 
-def _with_states(output: object, states: Tensor) -> object:
+def _replace_states(output: object, states: Tensor) -> object:
     """What a block returned with other hidden states in it."""
     if isinstance(output, (tuple, list)):
         return type(output)([states, *output[1:]])
     return states
 
 
-def _not_walkable(loaded: LoadedModel, reason: str) -> str:
+def _not_sequential_message(loaded: LoadedModel, reason: str) -> str:
     return (
         f"The decoder blocks of {type(loaded.model).__name__} cannot be run one by one ({reason}), "
         "so its sensitivity cannot be measured; kurtosis and weight error can."
     )
 
 
-def _run_to_the_end(loaded: LoadedModel, ids: Tensor, output: Callable) -> None:
+def _run_with_stubs(loaded: LoadedModel, ids: Tensor, output: Callable) -> None:
     """Run the model with ``output`` in place of every block, until that raises `_Reached`."""
-    with suppress(_Reached), _in_place_of_blocks(loaded, len(loaded.blocks), output):
+    with suppress(_StopForward), _stubbed_blocks(loaded, len(loaded.blocks), output):
         last_logits(loaded.model, ids, 1)
 
 
 @contextmanager
-def _in_place_of_blocks(
+def _stubbed_blocks(
     loaded: LoadedModel, count: int, output: Callable[..., object]
 ) -> Iterator[None]:
     """Have ``output(layer, states, args, kwargs)`` give what the first blocks would."""
 
-    def stand_in(layer: int) -> Callable:
+    def make_stub(layer: int) -> Callable:
         return lambda states, *args, **kwargs: output(layer, states, args, kwargs)
 
     blocks = loaded.blocks[:count]
     try:
         for layer, block in enumerate(blocks):
-            block.forward = stand_in(layer)
+            block.forward = make_stub(layer)
         yield
     finally:
         for block in blocks:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from lsq_core.corpus.registry import load_corpus
-from lsq_core.corpus.tokens import TokenBlocks, calibration_blocks
-from lsq_core.model.loading import LoadedModel, check_tokens
+from lsq_core.corpus.tokens import TokenBlocks, build_calibration_blocks
+from lsq_core.model.loading import LoadedModel, check_token_ids
 from lsq_core.settings import CalibrationSettings
 
 
-def calibration_of(loaded: LoadedModel, text: CalibrationSettings) -> TokenBlocks:
+def load_calibration(loaded: LoadedModel, text: CalibrationSettings) -> TokenBlocks:
     """The calibration blocks, no longer than the model's context.
 
     Raises
@@ -17,7 +17,7 @@ def calibration_of(loaded: LoadedModel, text: CalibrationSettings) -> TokenBlock
         When there is no such corpus, it is too short, or a token has no row in the embedding.
     """
     corpus = load_corpus(text.corpus, "calibration")
-    blocks = calibration_blocks(
+    blocks = build_calibration_blocks(
         corpus,
         loaded.tokenizer,
         samples=text.samples,
@@ -25,5 +25,5 @@ def calibration_of(loaded: LoadedModel, text: CalibrationSettings) -> TokenBlock
         block_tokens=min(text.block_tokens, loaded.info.context),
         seed=text.seed,
     )
-    check_tokens(loaded.model, [int(blocks.ids.max())])
+    check_token_ids(loaded.model, [int(blocks.ids.max())])
     return blocks

@@ -13,7 +13,7 @@ from functools import cached_property
 
 from torch import Tensor, nn
 
-from lsq_core.model.architecture import is_transposed, locate
+from lsq_core.model.architecture import is_transposed, locate_parameter
 from lsq_core.model.info import Matrix
 from lsq_core.profiling.block import Block
 from lsq_core.profiling.grams import GramCollector, MomentCollector
@@ -22,7 +22,7 @@ from lsq_core.profiling.replay import Replay
 
 
 @dataclass(frozen=True, eq=False)
-class Observed:
+class BlockObservations:
     """What one pass of a block over the calibration inputs shows."""
 
     #: ``H = XᵀX`` (in, in) in float32 and the number of tokens, by matrix. Modules that read the
@@ -39,7 +39,7 @@ class BlockContext(Block):
     """A decoder block with what its metrics read, each measured once."""
 
     @cached_property
-    def observed(self) -> Observed:
+    def observations(self) -> BlockObservations:
         """Gram matrices, what is replayed and what the next block gets, of one pass."""
         collector = GramCollector(self)
         replays = {
@@ -49,21 +49,21 @@ class BlockContext(Block):
         }
         following = []
         with ExitStack() as stack:
-            stack.enter_context(collector.watching())
+            stack.enter_context(collector.collecting_inputs())
             for replay in replays.values():
                 stack.enter_context(replay.recording())
             for output in self.run():
                 following.append(output)
                 collector.end_batch()
-        return Observed(collector.result(), replays, following)
+        return BlockObservations(collector.result(), replays, following)
 
     @cached_property
-    def moments(self) -> dict[Matrix, tuple[Tensor, int]]:
+    def second_moments(self) -> dict[Matrix, tuple[Tensor, int]]:
         """The diagonal (in,) of each Gram matrix, and the number of tokens; no Gram is needed."""
         if "observed" in self.__dict__:
-            return {m: (gram.diagonal(), n) for m, (gram, n) in self.observed.grams.items()}
+            return {m: (gram.diagonal(), n) for m, (gram, n) in self.observations.grams.items()}
         collector = MomentCollector(self)
-        with collector.watching():
+        with collector.collecting_inputs():
             for _ in self.run():
                 collector.end_batch()
         return collector.result()
@@ -79,7 +79,7 @@ class BlockContext(Block):
         return [part.matrices for part in self.parts] if self.hidden else list(zip(self.matrices))
 
     @contextmanager
-    def replaced(self, weights: dict[Matrix, Tensor]) -> Iterator[None]:
+    def replaced_weights(self, weights: dict[Matrix, Tensor]) -> Iterator[None]:
         """Put other weights in for a while; the original ones are put back, never read again."""
         with ExitStack() as stack:
             for matrix, weight in weights.items():
@@ -88,16 +88,16 @@ class BlockContext(Block):
 
     def _replace(self, matrix: Matrix, weight: Tensor) -> Callable[[], None]:
         """Put one weight in; returns what puts the original one back."""
-        holder, name = locate(self.loaded.model, matrix)
+        holder, name = locate_parameter(self.loaded.model, matrix)
         before = getattr(holder, name)
         if matrix.expert is None:
             after = (weight.T if is_transposed(holder) else weight).to(before.dtype)
             setattr(holder, name, nn.Parameter(after, requires_grad=False))
             return lambda: setattr(holder, name, before)
         place = self.weight(matrix)
-        kept = place.clone()
+        original = place.clone()
         place.copy_(weight)
-        return lambda: place.copy_(kept)
+        return lambda: place.copy_(original)
 
     def advance(self) -> None:
         """Make the hidden states those that leave the block, for the block after it."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from lsq_core.model.architecture import get_weight, locate
+from lsq_core.model.architecture import get_weight, locate_parameter
 from lsq_core.model.info import Matrix
 from lsq_core.profiling.block import Block
 
@@ -23,21 +23,21 @@ class GramCollector:
         self.context = context
         self.sums: dict[object, tuple[Tensor, int]] = {}
         #: Which sum belongs to a matrix; matrices that are fed the same tensor share one.
-        self.key_of: dict[Matrix, object] = {}
+        self.key_by_matrix: dict[Matrix, object] = {}
         self.key_by_input: dict[int, object] = {}
         self.alive: list[Tensor] = []
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
+    def collecting_inputs(self) -> Iterator[None]:
         stacked = [m for m in self.context.matrices if m.expert is not None]
         with ExitStack() as stack:
             for matrix in self.context.matrices:
                 if matrix.expert is None:
-                    holder, _ = locate(self.context.loaded.model, matrix)
+                    holder, _ = locate_parameter(self.context.loaded.model, matrix)
                     handle = holder.register_forward_pre_hook(self._hook(matrix))
                     stack.callback(handle.remove)
             if stacked:
-                stack.enter_context(_ExpertWatcher(self, stacked))
+                stack.enter_context(_ExpertInputRecorder(self, stacked))
             yield
 
     def _hook(self, matrix: Matrix) -> Callable:
@@ -47,9 +47,9 @@ class GramCollector:
         """Count the inputs of one call, once however many matrices share them."""
         shared = self.key_by_input.get(id(inputs)) if matrix.expert is None else None
         if shared is not None:
-            self.key_of[matrix] = shared
+            self.key_by_matrix[matrix] = shared
             return
-        self.key_of[matrix] = matrix
+        self.key_by_matrix[matrix] = matrix
         self.key_by_input[id(inputs)] = matrix
         self.alive.append(inputs)  # an id is only an identity while its object lives
         rows = inputs.reshape(-1, inputs.shape[-1]).float()
@@ -67,11 +67,11 @@ class GramCollector:
     def result(self) -> dict[Matrix, tuple[Tensor, int]]:
         none = {}
         for matrix in self.context.matrices:
-            if matrix not in self.key_of:
+            if matrix not in self.key_by_matrix:
                 device = self.context.weight(matrix).device
                 size = matrix.in_features
                 none[matrix] = (torch.zeros(size, size, device=device), 0)
-        return none | {m: self.sums[key] for m, key in self.key_of.items()}
+        return none | {m: self.sums[key] for m, key in self.key_by_matrix.items()}
 
 
 class MomentCollector(GramCollector):
@@ -82,7 +82,7 @@ class MomentCollector(GramCollector):
         return squares if before is None else before.add_(squares)
 
 
-class _ExpertWatcher(TorchFunctionMode):
+class _ExpertInputRecorder(TorchFunctionMode):
     """Sees what each expert of a stack is multiplied by.
 
     Experts are no modules: their module calls ``linear`` or a matrix product with a slice of the

@@ -12,12 +12,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from lsq_core.bits import QuantConfig, divides
+from lsq_core.bits import QuantConfig, is_divisible
 from lsq_core.model.architecture import find_blocks, parameter_name
 from lsq_core.model.info import Matrix, ModelInfo
 from lsq_core.model.loading import LoadedModel
 from lsq_core.profiling.blocks import record_calls
-from lsq_core.profiling.calibration import calibration_of
+from lsq_core.profiling.calibration import load_calibration
 from lsq_core.profiling.context import BlockContext
 from lsq_core.profiling.metrics import DEFAULT_METRICS, METRICS
 from lsq_core.profiling.metrics.base import Metric, Score
@@ -26,15 +26,20 @@ from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.progress import Progress, no_progress
 from lsq_core.provenance import machine, versions
 from lsq_core.quantization.packed import check_finite, check_range
-from lsq_core.quantization.registry import about, check_choice, get_quantizer, packages
+from lsq_core.quantization.registry import (
+    check_choice,
+    get_quantizer,
+    quantizer_spec,
+    required_packages,
+)
 
 
 def make_metrics(names: Sequence[str]) -> list[Metric]:
     """One of each of these metrics, in the order of the registry."""
     found = []
-    for name, place in METRICS.items():
+    for name, import_path in METRICS.items():
         if name in names:
-            module, _, kind = place.partition(":")
+            module, _, kind = import_path.partition(":")
             found.append(getattr(import_module(module), kind)())
     return found
 
@@ -57,18 +62,18 @@ def measure_profile(
     LsqError
         When a weight is NaN or infinite.
     """
-    began = time.perf_counter()
+    start_time = time.perf_counter()
     check_choice(settings.quantizer, {}, settings.axis)
-    blocks = calibration_of(loaded, settings.text)
-    made = make_metrics(metrics)
-    ids = torch.from_numpy(blocks.ids).to(loaded.device)[: _most_sequences(made)]
+    blocks = load_calibration(loaded, settings.text)
+    metric_objects = make_metrics(metrics)
+    ids = torch.from_numpy(blocks.ids).to(loaded.device)[: _max_sequences(metric_objects)]
     scores: list[Score] = []
-    done, total = 0, _effort(made, loaded.info)
-    reading = any(metric.needs_text for metric in made)
-    for context in walk(loaded, ids) if reading else _weights_alone(loaded, ids):
+    done, total = 0, _effort(metric_objects, loaded.info)
+    uses_text = any(metric.needs_calibration for metric in metric_objects)
+    for context in iter_blocks(loaded, ids) if uses_text else _iter_weights_only(loaded, ids):
         layer = f"layer {context.layer + 1} of {loaded.info.layers}"
         progress(min(done, total), total, layer)
-        for metric, score in _score_block(context, settings, made):
+        for metric, score in _score_block(context, settings, metric_objects):
             scores.append(score)
             done += metric.effort(context.layer, loaded.info.layers)
             progress(min(done, total), total, f"{layer}, {score.matrix.type}")
@@ -89,13 +94,13 @@ def measure_profile(
             "machine": machine(loaded.device),
             "dtype": loaded.dtype,
             "streamed": loaded.streamed,
-            "versions": versions(*packages([settings.quantizer])),
-            "seconds": time.perf_counter() - began,
+            "versions": versions(*required_packages([settings.quantizer])),
+            "seconds": time.perf_counter() - start_time,
         },
     )
 
 
-def _most_sequences(metrics: list[Metric]) -> int | None:
+def _max_sequences(metrics: list[Metric]) -> int | None:
     """How many calibration blocks the metrics read, None for all."""
     wanted = [metric.sequences for metric in metrics]
     return None if None in wanted else max(wanted)
@@ -110,7 +115,7 @@ def _effort(metrics: list[Metric], info: ModelInfo) -> int:
     )
 
 
-def walk(loaded: LoadedModel, ids: Tensor) -> Iterator[BlockContext]:
+def iter_blocks(loaded: LoadedModel, ids: Tensor) -> Iterator[BlockContext]:
     """Each block in turn with the inputs that the full-precision blocks before it produce."""
     prefix, blocks = find_blocks(loaded.model)
     calls, hidden = record_calls(loaded, ids)
@@ -118,20 +123,20 @@ def walk(loaded: LoadedModel, ids: Tensor) -> Iterator[BlockContext]:
         matrices = tuple(m for m in loaded.info.matrices if m.layer == layer)
         name = f"{prefix}.{layer}"
         context = BlockContext(loaded, layer, name, block, matrices, ids, hidden, calls[layer])
-        with loaded.holding(name):
+        with loaded.materialize(name):
             if matrices:
                 yield context
             if layer + 1 < len(blocks):
                 context.advance()
 
 
-def _weights_alone(loaded: LoadedModel, ids: Tensor) -> Iterator[BlockContext]:
+def _iter_weights_only(loaded: LoadedModel, ids: Tensor) -> Iterator[BlockContext]:
     """Each parameter in turn without any inputs, for metrics that need no text."""
     prefix, blocks = find_blocks(loaded.model)
     for name, found in groupby(loaded.info.matrices, parameter_name):
         matrices = tuple(found)
         layer = matrices[0].layer
-        with loaded.holding(name):
+        with loaded.materialize(name):
             yield BlockContext(loaded, layer, f"{prefix}.{layer}", blocks[layer], matrices, ids)
 
 
@@ -141,16 +146,16 @@ def _score_block(
     for matrix in context.matrices:
         check_finite(context.weight(matrix), matrix.name)
     for metric in metrics:
-        for score in metric.once(context):
+        for score in metric.score_unquantized(context):
             yield metric, score
     if not any(metric.configs for metric in metrics):
         return
     for unit in context.units:
-        for config in about(settings.quantizer).configs:
-            asking = [metric for metric in metrics if config in metric.configs]
-            quantized = _quantize(context, unit, config, settings) if asking else {}
-            for metric in asking:
-                for score in metric.at_config(context, config, quantized):
+        for config in quantizer_spec(settings.quantizer).configs:
+            active_metrics = [metric for metric in metrics if config in metric.configs]
+            quantized = _quantize(context, unit, config, settings) if active_metrics else {}
+            for metric in active_metrics:
+                for score in metric.score_at_config(context, config, quantized):
                     yield metric, score
 
 
@@ -161,7 +166,7 @@ def _quantize(
     quantizer = get_quantizer(settings.quantizer)
     quantized = {}
     for matrix in unit:
-        if divides(matrix.numel, config.group_size):
+        if is_divisible(matrix.numel, config.group_size):
             weight = context.weight(matrix).float()
             check_range(weight, config, settings.axis, matrix.name)
             quantized[matrix] = quantizer.round_trip(

@@ -56,7 +56,7 @@ def find_parts(context: Block) -> tuple[Part, ...]:
         before = tuple(m for m in matrices if m.type != last_type)
         single = len(last) == 1 and last[0].expert is None
         around = container if single or container == "" else container.split(".")[0]
-        output = context.local(last[0]) if single else around
+        output = context.name_in_block(last[0]) if single else around
         first_name, last_name = names[container]
         if before:
             parts.append(Part(first_name, before, around, output))
@@ -66,8 +66,8 @@ def find_parts(context: Block) -> tuple[Part, ...]:
 
 def _container(context: Block, matrix: Matrix) -> str:
     """The module that directly holds a matrix's module, or the stack itself; without indices."""
-    local = context.local(matrix)
-    holder = local if matrix.expert is not None else local.rpartition(".")[0]
+    name_in_block = context.name_in_block(matrix)
+    holder = name_in_block if matrix.expert is not None else name_in_block.rpartition(".")[0]
     return re.sub(r"\.\d+(?=\.|$)", "", holder)
 
 
@@ -93,7 +93,7 @@ def _execution_order(context: Block) -> dict[str, int]:
         def add(self, matrix: Matrix, inputs: Tensor) -> None:
             seen.setdefault(matrix.name, len(seen))
 
-    with Order(context).watching():
+    with Order(context).collecting_inputs():
         call = context.calls[0]
         context.block(context.hidden[0], *call.args, **call.kwargs)
     return seen

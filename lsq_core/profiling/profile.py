@@ -35,7 +35,7 @@ class Profile:
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """The metrics it holds; others can be added (:meth:`Store.keep_profile`)."""
+        """The metrics it holds; others can be added (:meth:`Store.merge_profile`)."""
         return tuple(self.values["metric"].unique())
 
     def scores(self, metric: str, config: QuantConfig | None = None) -> np.ndarray:

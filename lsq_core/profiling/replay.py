@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lsq_core.model.architecture import first_of
+from lsq_core.model.architecture import first_tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,35 +32,35 @@ class Replay:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Keep the calls and outputs of what runs meanwhile."""
-        noting = self.container.register_forward_pre_hook(
+        call_hook = self.container.register_forward_pre_hook(
             lambda module, args, kwargs: self.calls.append(Call(args, kwargs)), with_kwargs=True
         )
         try:
-            with self._reading(self.outputs):
+            with self._collecting_outputs(self.outputs):
                 yield
         finally:
-            noting.remove()
+            call_hook.remove()
 
     def run(self) -> Iterator[Tensor]:
         """The output for each batch, with the weights as they are now."""
-        found: list[Tensor] = []
-        with self._reading(found):
+        outputs_so_far: list[Tensor] = []
+        with self._collecting_outputs(outputs_so_far):
             for call in self.calls:
                 self.container(*call.args, **call.kwargs)
-                yield found.pop()
+                yield outputs_so_far.pop()
 
     @contextmanager
-    def _reading(self, into: list[Tensor]) -> Iterator[None]:
+    def _collecting_outputs(self, into: list[Tensor]) -> Iterator[None]:
         """Add what ``output`` gives to a list, one tensor for each call of the container."""
-        found: list[Tensor] = []
+        outputs_so_far: list[Tensor] = []
 
         def end(*_: object) -> None:
-            into.append(_joined(found))
-            found.clear()
+            into.append(_concatenate_outputs(outputs_so_far))
+            outputs_so_far.clear()
 
         handles = [
             self.output.register_forward_hook(
-                lambda module, args, output: found.append(first_of(output))
+                lambda module, args, output: outputs_so_far.append(first_tensor(output))
             ),
             self.container.register_forward_hook(end),
         ]
@@ -71,7 +71,7 @@ class Replay:
                 handle.remove()
 
 
-def _joined(outputs: list[Tensor]) -> Tensor:
+def _concatenate_outputs(outputs: list[Tensor]) -> Tensor:
     """What a module gave in one or several calls, as one tensor."""
     if len(outputs) == 1:
         return outputs[0]

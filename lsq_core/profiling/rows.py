@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from lsq_core.files import Damaged, read_arrays, write_arrays
-from lsq_core.model.architecture import is_transposed, locate
+from lsq_core.files import DamagedFileError, read_arrays, write_arrays
+from lsq_core.model.architecture import is_transposed, locate_parameter
 from lsq_core.model.info import Matrix
 from lsq_core.model.loading import LoadedModel, last_logits
 from lsq_core.progress import Progress, no_progress
 
 #: Sequences between two writes of what there is so far.
-_KEEP_EVERY = 16
+_CHECKPOINT_SEQUENCES = 16
 #: The entry of a checkpoint that says how many sequences were read.
 _DONE = "done"
 
@@ -36,13 +36,13 @@ def measure_row_scores(
     """
     scores = _RowScores(loaded)
     done = scores.read(checkpoint, len(ids), progress)
-    with torch.inference_mode(False), torch.enable_grad(), scores.collecting():
+    with torch.inference_mode(False), torch.enable_grad(), scores.collect_gradients():
         for number in range(done, len(ids)):
             progress(number, len(ids), f"row scores, sequence {number + 1} of {len(ids)}")
             sequence = ids[number : number + 1].clone()
             logits = last_logits(loaded.model, sequence, sequence.shape[1])
             cross_entropy(logits[0, :-1].float(), sequence[0, 1:]).backward()
-            if checkpoint is not None and (number + 1) % _KEEP_EVERY == 0:
+            if checkpoint is not None and (number + 1) % _CHECKPOINT_SEQUENCES == 0:
                 scores.write(checkpoint, number + 1)
     progress(len(ids), len(ids), "row scores")
     return {matrix.name: total / len(ids) for matrix, total in scores.sums.items()}
@@ -53,18 +53,20 @@ class _RowScores:
 
     def __init__(self, loaded: LoadedModel) -> None:
         self.sums = {m: np.zeros(m.out_features) for m in loaded.info.matrices}
-        self.holders: dict[nn.Parameter, tuple[bool, list[Matrix]]] = {}
+        self.matrices_by_parameter: dict[nn.Parameter, tuple[bool, list[Matrix]]] = {}
         for matrix in loaded.info.matrices:
-            holder, name = locate(loaded.model, matrix)
-            entry = self.holders.setdefault(getattr(holder, name), (is_transposed(holder), []))
+            holder, name = locate_parameter(loaded.model, matrix)
+            entry = self.matrices_by_parameter.setdefault(
+                getattr(holder, name), (is_transposed(holder), [])
+            )
             entry[1].append(matrix)
 
-    def collecting(self) -> _Collecting:
+    def collect_gradients(self) -> _GradientCollection:
         """Gradients of the planned weights alone, within a ``with``."""
-        return _Collecting(self)
+        return _GradientCollection(self)
 
     def add(self, parameter: nn.Parameter) -> None:
-        transposed, matrices = self.holders[parameter]
+        transposed, matrices = self.matrices_by_parameter[parameter]
         squares = parameter.grad.float().square()
         parameter.grad = None
         for matrix in matrices:
@@ -78,38 +80,42 @@ class _RowScores:
         """
         if checkpoint is None:
             return 0
-        like = {m.name: total for m, total in self.sums.items()} | {_DONE: np.zeros((), np.int64)}
+        expected = {m.name: total for m, total in self.sums.items()} | {
+            _DONE: np.zeros((), np.int64)
+        }
         try:
-            kept = read_arrays(checkpoint, like)
-            if kept is not None and not 0 < kept[_DONE] <= sequences:
-                raise Damaged(f"{checkpoint} is damaged: it is of {kept[_DONE]} sequences.")
-        except Damaged as error:
+            saved = read_arrays(checkpoint, expected)
+            if saved is not None and not 0 < saved[_DONE] <= sequences:
+                raise DamagedFileError(
+                    f"{checkpoint} is damaged: it is of {saved[_DONE]} sequences."
+                )
+        except DamagedFileError as error:
             progress(0, sequences, f"{error} Its sequences are read again.")
             checkpoint.unlink(missing_ok=True)
             return 0
-        if kept is None:
+        if saved is None:
             return 0
-        self.sums = {matrix: kept[matrix.name] for matrix in self.sums}
-        return int(kept[_DONE])
+        self.sums = {matrix: saved[matrix.name] for matrix in self.sums}
+        return int(saved[_DONE])
 
     def write(self, checkpoint: Path, done: int) -> None:
         sums = {m.name: total for m, total in self.sums.items()}
         write_arrays(checkpoint, sums | {_DONE: np.array(done, np.int64)})
 
 
-class _Collecting:
+class _GradientCollection:
     def __init__(self, scores: _RowScores) -> None:
         self.scores = scores
 
     def __enter__(self) -> None:
         self.handles = []
-        for parameter in self.scores.holders:
+        for parameter in self.scores.matrices_by_parameter:
             parameter.requires_grad_(True)
             self.handles.append(parameter.register_post_accumulate_grad_hook(self.scores.add))
 
     def __exit__(self, *_: object) -> None:
         for handle in self.handles:
             handle.remove()
-        for parameter in self.scores.holders:
+        for parameter in self.scores.matrices_by_parameter:
             parameter.requires_grad_(False)
             parameter.grad = None

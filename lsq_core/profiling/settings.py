@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from lsq_core.errors import InputError
-from lsq_core.quantization.registry import MATRIX_WISE, about
+from lsq_core.quantization.registry import MATRIX_QUANTIZERS, quantizer_spec
 from lsq_core.settings import CalibrationSettings, GridSettings
 
 
@@ -29,10 +29,11 @@ class ProfileSettings:
     seed: int = 42
 
     def __post_init__(self) -> None:
-        if about(self.quantizer).calibrated:
+        if quantizer_spec(self.quantizer).calibrated:
             raise InputError(
-                f"A profile quantizes one matrix at a time, which {about(self.quantizer).title} "
-                f"cannot; choose one of {', '.join(MATRIX_WISE)}."
+                "A profile quantizes one matrix at a time, which "
+                f"{quantizer_spec(self.quantizer).title} "
+                f"cannot; choose one of {', '.join(MATRIX_QUANTIZERS)}."
             )
         _ = self.grid  # checks axis and metadata
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lsq_core.bits import QuantConfig, divides
+from lsq_core.bits import QuantConfig, is_divisible
 from lsq_core.errors import InputError
 from lsq_core.model.checkpoint import read_entries
 from lsq_core.model.info import Matrix
@@ -23,9 +23,9 @@ from lsq_core.model.source import ModelSource, weight_files
 #: Percentiles that are drawn over the layers.
 PERCENTILES = (0.1, 1.0, 25.0, 50.0, 75.0, 99.0, 99.9)
 #: Cells of a surface along one side: more cannot be told apart.
-MOST_CELLS = 128
+MAX_CELLS = 128
 #: Groups of a matrix that are looked at where all of them are asked for.
-MOST_GROUPS = 4096
+MAX_GROUPS = 4096
 _TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 #: What checkpoints of some models leave out in front of a module's name.
 _PREFIX = re.compile(r"^(model|transformer)\.")
@@ -46,7 +46,7 @@ def weights_folder(source: ModelSource) -> Path | None:
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """Where a tensor lies: its file, dtype, shape and the byte it begins at."""
 
     path: Path
@@ -64,7 +64,7 @@ class Stored:
         return np.memmap(self.path, _TYPES[self.dtype], "r", self.offset, self.shape)
 
 
-class Weights:
+class WeightReader:
     """The matrices of a model in a folder of safetensors files.
 
     Raises
@@ -75,16 +75,16 @@ class Weights:
 
     def __init__(self, folder: Path, matrices: Iterable[Matrix]) -> None:
         self._tensors = dict(_tensors(folder))
-        self.matrices = tuple(m for m in matrices if self._find(m) is not None)
+        self.matrices = tuple(m for m in matrices if self._find_tensor(m) is not None)
 
-    def _find(self, matrix: Matrix) -> Stored | None:
+    def _find_tensor(self, matrix: Matrix) -> StoredTensor | None:
         """The tensor that holds a matrix, alone or in a stack; None where it has another name."""
         whole, expert = matrix.name, matrix.expert is not None
         name = whole.rpartition(".")[0] if expert else f"{whole}.weight"
-        found = self._tensors.get(name) or self._tensors.get(_PREFIX.sub("", name))
+        tensor = self._tensors.get(name) or self._tensors.get(_PREFIX.sub("", name))
         sides = {matrix.out_features, matrix.in_features}
-        fits = found and len(found.shape) == 2 + expert and set(found.shape[-2:]) == sides
-        return found if fits else None
+        fits = tensor and len(tensor.shape) == 2 + expert and set(tensor.shape[-2:]) == sides
+        return tensor if fits else None
 
     @cached_property
     def _transposed(self) -> dict[bool, bool]:
@@ -96,7 +96,7 @@ class Weights:
         for matrix in self.matrices:
             if matrix.out_features != matrix.in_features:
                 shape = (matrix.out_features, matrix.in_features)
-                seen[matrix.expert is not None] |= self._find(matrix).shape[-2:] != shape
+                seen[matrix.expert is not None] |= self._find_tensor(matrix).shape[-2:] != shape
         return seen
 
     def region(
@@ -110,7 +110,7 @@ class Weights:
             When the matrix is not in the files under its module's name, or is of a dtype that
             cannot be read.
         """
-        stored = self._find(matrix)
+        stored = self._find_tensor(matrix)
         if stored is None:
             raise InputError(
                 f"The files of this model keep {matrix.name} under another name or shape, so its "
@@ -125,9 +125,9 @@ class Weights:
         return part.astype(np.float32)
 
 
-def _tensors(folder: Path) -> Iterator[tuple[str, Stored]]:
+def _tensors(folder: Path) -> Iterator[tuple[str, StoredTensor]]:
     for name, entry in read_entries(folder, weight_files(folder)).items():
-        yield name, Stored(entry.file, entry.dtype, entry.shape, entry.start)
+        yield name, StoredTensor(entry.file, entry.dtype, entry.shape, entry.start)
 
 
 # --- what is drawn --------------------------------------------------------------------------
@@ -176,7 +176,7 @@ def percentiles(weight: np.ndarray) -> np.ndarray:
     return np.percentile(weight, PERCENTILES)
 
 
-def coarse(weight: np.ndarray, cells: int = MOST_CELLS) -> tuple[np.ndarray, int, int]:
+def downsample_max(weight: np.ndarray, cells: int = MAX_CELLS) -> tuple[np.ndarray, int, int]:
     """Absolute values in at most ``cells`` × ``cells`` cells, each the largest of a block.
 
     The largest, so that an outlier stays. Returns the cells and how many rows and columns of
@@ -188,17 +188,17 @@ def coarse(weight: np.ndarray, cells: int = MOST_CELLS) -> tuple[np.ndarray, int
     (array([[5., 0.],
            [0., 2.]]), 2, 2)
     """
-    down, across = (-(-length // cells) for length in weight.shape)
+    row_step, column_step = (-(-length // cells) for length in weight.shape)
     values = np.abs(weight)
-    values = np.maximum.reduceat(values, np.arange(0, values.shape[0], down), axis=0)
-    values = np.maximum.reduceat(values, np.arange(0, values.shape[1], across), axis=1)
-    return values, down, across
+    values = np.maximum.reduceat(values, np.arange(0, values.shape[0], row_step), axis=0)
+    values = np.maximum.reduceat(values, np.arange(0, values.shape[1], column_step), axis=1)
+    return values, row_step, column_step
 
 
 # --- the quantization grid ------------------------------------------------------------------
 
 
-def groups_of(weight: np.ndarray, config: QuantConfig, axis: int) -> np.ndarray:
+def split_into_groups(weight: np.ndarray, config: QuantConfig, axis: int) -> np.ndarray:
     """A matrix as (groups, group size), as :func:`lsq_core.quantization.base.to_groups` cuts it.
 
     Raises
@@ -206,7 +206,7 @@ def groups_of(weight: np.ndarray, config: QuantConfig, axis: int) -> np.ndarray:
     InputError
         When the group size doesn't divide the matrix.
     """
-    if not divides(weight.size, config.group_size):
+    if not is_divisible(weight.size, config.group_size):
         raise InputError(
             f"A matrix of {weight.shape[0]}×{weight.shape[1]} cannot be cut into groups of "
             f"{config.group_size}; choose a configuration with a smaller group."
@@ -241,11 +241,11 @@ def grid_values(groups: np.ndarray, config: QuantConfig, quantizer: str) -> np.n
 
     from lsq_core.quantization.registry import get_quantizer
 
-    asked = torch.from_numpy(np.ascontiguousarray(groups, dtype=np.float32))
-    return get_quantizer(quantizer).levels(asked, config).numpy()
+    group_tensor = torch.from_numpy(np.ascontiguousarray(groups, dtype=np.float32))
+    return get_quantizer(quantizer).levels(group_tensor, config).numpy()
 
 
-def some_groups(groups: np.ndarray) -> np.ndarray:
+def sample_groups(groups: np.ndarray) -> np.ndarray:
     """All groups, or ``MOST_GROUPS`` of them, evenly spread, where there are more."""
-    step = -(-len(groups) // MOST_GROUPS)
+    step = -(-len(groups) // MAX_GROUPS)
     return groups[::step]

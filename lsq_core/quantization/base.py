@@ -12,7 +12,7 @@ from torch import Tensor
 from lsq_core.bits import Config, QuantConfig
 
 #: The high-impact rows of each matrix that has mixed rows, by its name.
-Rows = Mapping[str, Sequence[int]]
+HighImpactRows = Mapping[str, Sequence[int]]
 
 
 @dataclass(frozen=True, eq=False)

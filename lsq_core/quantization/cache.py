@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable
 from lsq_core.quantization.base import StoredMatrix
 
 
-class Remembered:
+class PackedMatrixCache:
     """What plans of one model share: each packed matrix by everything that it depends on.
 
     Beyond ``limit`` bytes the least recently used ones are let go. Models that hold a matrix share
@@ -19,21 +19,21 @@ class Remembered:
 
     def __init__(self, limit: int) -> None:
         self.limit, self.bytes, self.saved_seconds = limit, 0, 0.0
-        self._kept: OrderedDict[Hashable, tuple[StoredMatrix, float]] = OrderedDict()
+        self._entries: OrderedDict[Hashable, tuple[StoredMatrix, float]] = OrderedDict()
 
     def get(self, key: Hashable, make: Callable[[], StoredMatrix]) -> StoredMatrix:
         """The matrix of a key, made now if it isn't remembered."""
-        if key in self._kept:
-            self._kept.move_to_end(key)
-            packed, seconds = self._kept[key]
+        if key in self._entries:
+            self._entries.move_to_end(key)
+            packed, seconds = self._entries[key]
             self.saved_seconds += seconds
             return packed
-        began = time.perf_counter()
+        start_time = time.perf_counter()
         packed = make()
         if packed.nbytes <= self.limit:
-            self._kept[key] = packed, time.perf_counter() - began
+            self._entries[key] = packed, time.perf_counter() - start_time
             self.bytes += packed.nbytes
         while self.bytes > self.limit:
-            _, (oldest, _) = self._kept.popitem(last=False)
+            _, (oldest, _) = self._entries.popitem(last=False)
             self.bytes -= oldest.nbytes
         return packed

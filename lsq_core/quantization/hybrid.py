@@ -21,24 +21,30 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lsq_core.bits import Config, QuantConfig
-from lsq_core.errors import reason_of
+from lsq_core.errors import exception_reason
 from lsq_core.files import write_bytes
-from lsq_core.model.architecture import find_blocks, first_of, get_weight, is_transposed, locate
+from lsq_core.model.architecture import (
+    find_blocks,
+    first_tensor,
+    get_weight,
+    is_transposed,
+    locate_parameter,
+)
 from lsq_core.model.info import Matrix
 from lsq_core.model.loading import LoadedModel
 from lsq_core.profiling.blocks import record_calls
-from lsq_core.profiling.calibration import calibration_of
+from lsq_core.profiling.calibration import load_calibration
 from lsq_core.profiling.replay import Call
 from lsq_core.progress import Progress
 from lsq_core.quantization.base import (
     Grid,
-    Rows,
+    HighImpactRows,
     StoredMatrix,
     from_groups,
     round_to_grid,
     to_groups,
 )
-from lsq_core.quantization.magnitude import exponent_of, times_power_of_two
+from lsq_core.quantization.magnitude import normalizing_exponent, scale_by_power_of_two
 from lsq_core.quantization.packed import (
     PackedMatrix,
     check_finite,
@@ -47,12 +53,12 @@ from lsq_core.quantization.packed import (
     store_grid,
     stored_grid,
 )
-from lsq_core.quantization.registry import matrix_kind
+from lsq_core.quantization.registry import stored_matrix_class
 from lsq_core.quantization.rows import pack_rows
 from lsq_core.quantization.rtn import Rtn
 from lsq_core.quantization.task import QuantizationTask
 from lsq_core.quantized.convert import install, shallow_copy
-from lsq_core.quantized.manifest import FORMAT
+from lsq_core.quantized.manifest import FORMAT_VERSION
 
 if TYPE_CHECKING:
     from lsq_core.settings import GridSettings
@@ -61,12 +67,12 @@ if TYPE_CHECKING:
 SEQUENCES = 32
 _ROUNDING_RATE, _CLIPPING_RATE = 1e-3, 1e-2
 #: Share of the steps before rounding is pushed to either side, and γ from there to the end.
-_FREE, _GAMMA = 0.2, (20.0, 2.0)
+_WARMUP_FRACTION, _GAMMA = 0.2, (20.0, 2.0)
 #: How much the mean regulariser counts beside the relative squared output error. The paper gives
 #: no figure; AdaRound's is 0.01, of a sum.
-_PUSH = 0.01
+_REGULARIZER_WEIGHT = 0.01
 #: What clipping starts at, before the sigmoid.
-_UNCLIPPED = 4.0
+_INITIAL_CLIP_LOGIT = 4.0
 
 
 # --- what is learned -------------------------------------------------------------------------
@@ -82,36 +88,38 @@ class LearnedRounding(nn.Module):
     def __init__(self, weight: Tensor, config: QuantConfig, axis: int, metadata: str) -> None:
         super().__init__()
         self.shape, self.config, self.axis = tuple(weight.shape), config, axis
-        self.exponent = exponent_of(weight)
-        ordinary = times_power_of_two(weight.float(), -self.exponent)
-        groups = to_groups(ordinary, config.group_size, axis)
-        grid = Rtn().solve(ordinary, config, axis)
+        self.exponent = normalizing_exponent(weight)
+        normalized = scale_by_power_of_two(weight.float(), -self.exponent)
+        groups = to_groups(normalized, config.group_size, axis)
+        grid = Rtn().solve(normalized, config, axis)
         self.scale, self.zero = store_grid(groups, grid, config, metadata)
         self.grid = stored_grid(self.scale, self.zero)
         scaled = groups / self.grid.scale[:, None] + self.grid.zero[:, None]
-        self.down = scaled.floor()
-        left = (scaled - self.down + 0.1) / 1.2
+        self.rounded_down = scaled.floor()
+        left = (scaled - self.rounded_down + 0.1) / 1.2
         self.a = nn.Parameter(torch.logit(left))
 
     @property
-    def up(self) -> Tensor:
+    def round_up(self) -> Tensor:
         """``V``, 0 to 1 for each weight."""
         return (1.2 * torch.sigmoid(self.a) - 0.1).clamp(0, 1)
 
     def forward(self) -> Tensor:
         """The weights (rows, in) that are differentiable."""
-        codes = (self.down + self.up).clamp(0, 2**self.config.bits - 1)
+        codes = (self.rounded_down + self.round_up).clamp(0, 2**self.config.bits - 1)
         groups = (codes - self.grid.zero[:, None]) * self.grid.scale[:, None]
-        return times_power_of_two(from_groups(groups, self.shape, self.axis), self.exponent)
+        return scale_by_power_of_two(from_groups(groups, self.shape, self.axis), self.exponent)
 
-    def undecided(self, gamma: float) -> Tensor:
+    def rounding_regularizer(self, gamma: float) -> Tensor:
         """The regulariser ``1 − |2V − 1|^γ``, its mean."""
-        return (1 - (2 * self.up - 1).abs().pow(gamma)).mean()
+        return (1 - (2 * self.round_up - 1).abs().pow(gamma)).mean()
 
     @torch.no_grad()
     def pack(self) -> PackedMatrix:
         """The rows as stored."""
-        codes = (self.down + (self.a >= 0)).clamp(0, 2**self.config.bits - 1).to(torch.uint8)
+        codes = (
+            (self.rounded_down + (self.a >= 0)).clamp(0, 2**self.config.bits - 1).to(torch.uint8)
+        )
         packed = pack_bits(codes.flatten(), self.config.bits)
         scale = self.scale.scaled(self.exponent)
         return PackedMatrix(self.shape, self.config, self.axis, packed, scale, self.zero)
@@ -124,12 +132,12 @@ class LearnedClipping(nn.Module):
         super().__init__()
         self.shape, self.config = tuple(weight.shape), config
         self.axis, self.metadata = axis, metadata
-        self.exponent = exponent_of(weight)
-        ordinary = times_power_of_two(weight.float(), -self.exponent)
-        self.groups = to_groups(ordinary, config.group_size, axis)
+        self.exponent = normalizing_exponent(weight)
+        normalized = scale_by_power_of_two(weight.float(), -self.exponent)
+        self.groups = to_groups(normalized, config.group_size, axis)
         self.lowest, self.highest = self.groups.amin(1), self.groups.amax(1)
-        self.low = nn.Parameter(torch.full_like(self.lowest, _UNCLIPPED))
-        self.high = nn.Parameter(torch.full_like(self.highest, _UNCLIPPED))
+        self.low = nn.Parameter(torch.full_like(self.lowest, _INITIAL_CLIP_LOGIT))
+        self.high = nn.Parameter(torch.full_like(self.highest, _INITIAL_CLIP_LOGIT))
 
     def learned_grid(self) -> Grid:
         """Scale and zero of the weights at their ordinary magnitude, less the exponent.
@@ -139,15 +147,17 @@ class LearnedClipping(nn.Module):
         low = torch.sigmoid(self.low) * self.lowest
         high = torch.sigmoid(self.high) * self.highest
         scale = ((high - low) / (2**self.config.bits - 1)).clamp(min=1e-8)
-        return Grid(scale, _rounded(-low / scale))
+        return Grid(scale, _round_straight_through(-low / scale))
 
     def forward(self) -> Tensor:
         """The weights (rows, in) that are differentiable."""
         grid = self.learned_grid()
         scale, zero = grid.scale[:, None], grid.zero[:, None]
-        codes = (_rounded(self.groups / scale) + zero).clamp(0, 2**self.config.bits - 1)
+        codes = (_round_straight_through(self.groups / scale) + zero).clamp(
+            0, 2**self.config.bits - 1
+        )
         groups = from_groups((codes - zero) * scale, self.shape, self.axis)
-        return times_power_of_two(groups, self.exponent)
+        return scale_by_power_of_two(groups, self.exponent)
 
     @torch.no_grad()
     def pack(self) -> PackedMatrix:
@@ -159,7 +169,7 @@ class LearnedClipping(nn.Module):
         return PackedMatrix(self.shape, self.config, self.axis, packed, scale, zero)
 
 
-def _rounded(values: Tensor) -> Tensor:
+def _round_straight_through(values: Tensor) -> Tensor:
     """Rounded, with the gradient of what was not."""
     return values + (values.round() - values).detach()
 
@@ -185,14 +195,14 @@ class LearnedMatrix(nn.Module):
             self.clipping = LearnedClipping(part, own, axis, metadata)
             return self.clipping.pack()
 
-        self.begun = pack_rows(weight, config, rows, axis, high, low)
-        self.is_high = self.begun.is_high
+        self.initial = pack_rows(weight, config, rows, axis, high, low)
+        self.is_high = self.initial.is_high
 
     def forward(self) -> Tensor:
         """The weights (out, in) that are differentiable."""
-        if isinstance(self.config, QuantConfig) or self.begun.high is None:
+        if isinstance(self.config, QuantConfig) or self.initial.high is None:
             return self.clipping()
-        fixed = self.begun.high
+        fixed = self.initial.high
         high = self.rounding() if self.rounding else fixed.dequantize(torch.float32)
         weight = torch.empty(self.shape, device=high.device)
         return weight.masked_scatter(self.is_high[:, None], high).masked_scatter(
@@ -203,15 +213,15 @@ class LearnedMatrix(nn.Module):
         """The matrix as stored."""
         if isinstance(self.config, QuantConfig):
             return self.clipping.pack()
-        high = self.rounding.pack() if self.rounding else self.begun.high
-        return replace(self.begun, high=high, low=self.clipping.pack())
+        high = self.rounding.pack() if self.rounding else self.initial.high
+        return replace(self.initial, high=high, low=self.clipping.pack())
 
 
 # --- a block ---------------------------------------------------------------------------------
 
 
 @dataclass(eq=False)
-class _Stream:
+class _BlockInputs:
     """What enters a block for each calibration sequence, and how it is called."""
 
     hidden: list[Tensor]
@@ -219,15 +229,15 @@ class _Stream:
 
     def run(self, layer: int, block: Callable, number: int) -> Tensor:
         call = self.calls[number][layer]
-        return first_of(block(self.hidden[number], *call.args, **call.kwargs))
+        return first_tensor(block(self.hidden[number], *call.args, **call.kwargs))
 
     @torch.no_grad()
-    def through(self, layer: int, block: Callable) -> list[Tensor]:
+    def run_all(self, layer: int, block: Callable) -> list[Tensor]:
         """What leaves the block for each sequence."""
         return [self.run(layer, block, k) for k in range(len(self.hidden))]
 
 
-class _Block:
+class _LearnableBlock:
     """A full-precision block whose planned weights are learned."""
 
     def __init__(
@@ -238,20 +248,20 @@ class _Block:
         learned: dict[Matrix, LearnedMatrix],
     ) -> None:
         self.block, self.learned = block, learned
-        self.places: dict[str, list[Matrix]] = {}
+        self.matrices_by_parameter: dict[str, list[Matrix]] = {}
         self.transposed, self.dtypes = {}, {}
         for matrix in learned:
-            holder, parameter = locate(model, matrix)
+            holder, parameter = locate_parameter(model, matrix)
             module = matrix.name if matrix.expert is None else matrix.name.rsplit(".", 2)[0]
             name = f"{module.removeprefix(prefix).lstrip('.')}.{parameter}"
-            self.places.setdefault(name, []).append(matrix)
+            self.matrices_by_parameter.setdefault(name, []).append(matrix)
             self.transposed[name] = is_transposed(holder)
             self.dtypes[name] = getattr(holder, parameter).dtype
 
     def __call__(self, hidden: Tensor, *args: object, **kwargs: object) -> object:
         """The block with the weights as they are learned so far."""
         weights = {}
-        for name, matrices in self.places.items():
+        for name, matrices in self.matrices_by_parameter.items():
             parts = [self.learned[m]() for m in matrices]
             parts = [part.T for part in parts] if self.transposed[name] else parts
             whole = parts[0] if matrices[0].expert is None else torch.stack(parts)
@@ -270,55 +280,66 @@ class Hybrid:
     def quantize_model(self, task: QuantizationTask) -> nn.Module:
         """See :class:`ModelQuantizer`: of the calibration text :data:`SEQUENCES` are read."""
         loaded, choice = task.loaded, task.choice
-        ids = torch.from_numpy(calibration_of(loaded, task.text).ids).to(loaded.device)
+        ids = torch.from_numpy(load_calibration(loaded, task.text).ids).to(loaded.device)
         prefix, blocks = find_blocks(loaded.model)
         quantized = shallow_copy(loaded.model)
         copies = list(find_blocks(quantized)[1])
         with torch.inference_mode(False), torch.no_grad():
-            full, ours = _streams(loaded, ids)
+            full, quantized_stream = _initial_inputs(loaded, ids)
             for layer, block in enumerate(blocks):
                 own = {m: c for m, c in choice.items() if m.layer == layer}
-                targets = full.through(layer, block)
+                targets = full.run_all(layer, block)
                 file = task.folder and task.folder / f"block-{layer}.safetensors"
-                report = self._report(task.progress, layer, len(blocks))
-                packed, seconds = _read(file, own, task.grid.axis, loaded.device, report)
+                report = self._step_reporter(task.progress, layer, len(blocks))
+                packed, seconds = _read_block(file, own, task.grid.axis, loaded.device, report)
                 task.cache.saved_seconds += seconds
                 if not packed and own:
-                    began = time.perf_counter()
-                    learned = _learnable(loaded, own, task.rows, task.grid)
-                    learning = _Block(loaded.model, block, f"{prefix}.{layer}", learned)
-                    _learn(learning, ours, layer, targets, self.steps, task.text.seed, report)
+                    start_time = time.perf_counter()
+                    learned = _learnable_matrices(loaded, own, task.rows, task.grid)
+                    learning = _LearnableBlock(loaded.model, block, f"{prefix}.{layer}", learned)
+                    _learn(
+                        learning,
+                        quantized_stream,
+                        layer,
+                        targets,
+                        self.steps,
+                        task.text.seed,
+                        report,
+                    )
                     packed = {m: matrix.pack() for m, matrix in learned.items()}
-                    _write(file, packed, time.perf_counter() - began)
+                    _write_block(file, packed, time.perf_counter() - start_time)
                 install(quantized, packed)
-                ours.hidden, full.hidden = ours.through(layer, copies[layer]), targets
+                quantized_stream.hidden, full.hidden = (
+                    quantized_stream.run_all(layer, copies[layer]),
+                    targets,
+                )
         total = len(blocks) * self.steps
         task.progress(total, total, "quantized")
         return quantized
 
-    def _report(self, progress: Progress, layer: int, layers: int) -> Callable[..., None]:
+    def _step_reporter(self, progress: Progress, layer: int, layers: int) -> Callable[..., None]:
         """Tells a step of a layer as one of them all, or something else in its place."""
 
-        def report(step: int, instead: str = "") -> None:
-            text = instead or f"layer {layer + 1} of {layers}, step {step} of {self.steps}"
+        def report(step: int, message: str = "") -> None:
+            text = message or f"layer {layer + 1} of {layers}, step {step} of {self.steps}"
             progress(layer * self.steps + step, layers * self.steps, text)
 
         return report
 
 
-def _streams(loaded: LoadedModel, ids: Tensor) -> tuple[_Stream, _Stream]:
+def _initial_inputs(loaded: LoadedModel, ids: Tensor) -> tuple[_BlockInputs, _BlockInputs]:
     """What enters the first block, for the full-precision stream and for the quantized one."""
     sequences = [ids[k : k + 1].clone() for k in range(min(len(ids), SEQUENCES))]
     recorded = [record_calls(loaded, sequence) for sequence in sequences]
     calls = [[layer[0] for layer in own] for own, _ in recorded]
     hidden = [own[0] for _, own in recorded]
-    return _Stream(hidden, calls), _Stream(list(hidden), calls)
+    return _BlockInputs(hidden, calls), _BlockInputs(list(hidden), calls)
 
 
-def _learnable(
+def _learnable_matrices(
     loaded: LoadedModel,
     choice: Mapping[Matrix, Config],
-    rows: Rows,
+    rows: HighImpactRows,
     grid: GridSettings,
 ) -> dict[Matrix, LearnedMatrix]:
     learned = {}
@@ -334,8 +355,8 @@ def _learnable(
 
 @torch.enable_grad()
 def _learn(
-    block: _Block,
-    stream: _Stream,
+    block: _LearnableBlock,
+    stream: _BlockInputs,
     layer: int,
     targets: list[Tensor],
     steps: int,
@@ -359,7 +380,9 @@ def _learn(
         loss = (output.float() - targets[number].float()).square().mean() / energy
         gamma = _gamma(step, steps)
         if rounding and gamma is not None:
-            loss = loss + _PUSH * sum(part.undecided(gamma) for part in rounding) / len(rounding)
+            loss = loss + _REGULARIZER_WEIGHT * sum(
+                part.rounding_regularizer(gamma) for part in rounding
+            ) / len(rounding)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -371,7 +394,7 @@ def _gamma(step: int, steps: int) -> float | None:
     >>> _gamma(0, 10), _gamma(2, 10), _gamma(9, 10)
     (None, 20.0, 2.0)
     """
-    free = int(_FREE * steps)
+    free = int(_WARMUP_FRACTION * steps)
     if step < free:
         return None
     start, end = _GAMMA
@@ -381,7 +404,7 @@ def _gamma(step: int, steps: int) -> float | None:
 # --- what is kept ----------------------------------------------------------------------------
 
 
-def _write(file: Path | None, packed: Mapping[Matrix, StoredMatrix], seconds: float) -> None:
+def _write_block(file: Path | None, packed: Mapping[Matrix, StoredMatrix], seconds: float) -> None:
     if file is None:
         return
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -390,11 +413,11 @@ def _write(file: Path | None, packed: Mapping[Matrix, StoredMatrix], seconds: fl
         for matrix, own in packed.items()
         for name, tensor in own.tensors.items()
     }
-    about = {"seconds": repr(seconds), "format": str(FORMAT)}
-    write_bytes(file, save(tensors, metadata=about))
+    header = {"seconds": repr(seconds), "format": str(FORMAT_VERSION)}
+    write_bytes(file, save(tensors, metadata=header))
 
 
-def _read(
+def _read_block(
     file: Path | None,
     choice: Mapping[Matrix, Config],
     axis: int,
@@ -408,27 +431,29 @@ def _read(
     if file is None or not file.is_file():
         return {}, 0.0
     try:
-        return _kept(file, choice, axis, device)
+        return _load_block(file, choice, axis, device)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        report(0, f"{file} is damaged ({reason_of(error)}), so its block is learned again")
+        report(0, f"{file} is damaged ({exception_reason(error)}), so its block is learned again")
         file.unlink(missing_ok=True)
         return {}, 0.0
 
 
-def _kept(
+def _load_block(
     file: Path, choice: Mapping[Matrix, Config], axis: int, device: str
 ) -> tuple[dict[Matrix, StoredMatrix], float]:
     tensors: dict[str, dict[str, Tensor]] = {}
-    with safe_open(file, "pt", device) as kept:
-        about = kept.metadata() or {}
-        if about.get("format", "2") != str(FORMAT):  # stored in another layout than is planned
+    with safe_open(file, "pt", device) as saved:
+        header = saved.metadata() or {}
+        if header.get("format", "2") != str(
+            FORMAT_VERSION
+        ):  # stored in another layout than is planned
             return {}, 0.0
-        seconds = float(about["seconds"])
-        for key in kept.keys():  # noqa: SIM118
+        seconds = float(header["seconds"])
+        for key in saved.keys():  # noqa: SIM118
             module, _, name = key.rpartition("/")
-            tensors.setdefault(module, {})[name] = kept.get_tensor(key)
+            tensors.setdefault(module, {})[name] = saved.get_tensor(key)
     packed = {}
     for matrix, config in choice.items():
-        kind = matrix_kind("hybrid", config)
+        kind = stored_matrix_class("hybrid", config)
         packed[matrix] = kind.from_tensors(tensors[matrix.name], matrix.shape, config, axis)
     return packed, seconds

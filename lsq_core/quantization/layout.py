@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from math import ceil, prod
 
-from lsq_core.bits import HALF, Config, MixedRows, QuantConfig
+from lsq_core.bits import FP16_BITS, Config, MixedRows, QuantConfig
 
 #: Shape of each stored tensor of a matrix and its dtype's name in a safetensors header.
-Stored = dict[str, tuple[tuple[int, ...], str]]
+TensorLayout = dict[str, tuple[tuple[int, ...], str]]
 #: (out, in), configuration, metadata format to what is stored.
-Layout = Callable[[tuple[int, int], Config, str], Stored]
+Layout = Callable[[tuple[int, int], Config, str], TensorLayout]
 
 #: Bytes of a number by its dtype's name.
 ITEMSIZE = {
@@ -32,7 +32,7 @@ ITEMSIZE = {
 NESTED_BLOCK = 256
 
 
-def packed(shape: tuple[int, int], config: Config, metadata: str) -> Stored:
+def packed(shape: tuple[int, int], config: Config, metadata: str) -> TensorLayout:
     """This project's packing: codes to the bit; scale and zero in 8 bits or fp16.
 
     The scales, and weights kept in fp16, have a power of two in common, 2 bytes a matrix.
@@ -40,11 +40,11 @@ def packed(shape: tuple[int, int], config: Config, metadata: str) -> Stored:
     """
     if isinstance(config, MixedRows):
         return _packed_rows(shape, config, metadata)
-    if config.bits == HALF:
+    if config.bits == FP16_BITS:
         return {"weights": (shape, "F16"), "exponent": ((1,), "I16")}
     numel = prod(shape)
     groups = ceil(numel / config.group_size)
-    tensors: Stored = {"codes": ((ceil(numel * config.bits / 8),), "U8")}
+    tensors: TensorLayout = {"codes": ((ceil(numel * config.bits / 8),), "U8")}
     for part in ("scale", "zero"):
         if metadata == "fp16":
             tensors[f"{part}_values"] = ((groups,), "F16")
@@ -55,17 +55,17 @@ def packed(shape: tuple[int, int], config: Config, metadata: str) -> Stored:
     return tensors
 
 
-def _packed_rows(shape: tuple[int, int], config: MixedRows, metadata: str) -> Stored:
+def _packed_rows(shape: tuple[int, int], config: MixedRows, metadata: str) -> TensorLayout:
     (out, width), count = shape, config.high_rows(shape[0])
-    tensors: Stored = {"rows": row_index(out, config)}
+    tensors: TensorLayout = {"rows": row_index_layout(out, config)}
     for part, rows, own in (("high", count, config.high), ("low", out - count, config.low)):
         if rows:
-            held = packed((rows, width), own, metadata)
-            tensors |= {f"{part}_{name}": entry for name, entry in held.items()}
+            part_tensors = packed((rows, width), own, metadata)
+            tensors |= {f"{part}_{name}": entry for name, entry in part_tensors.items()}
     return tensors
 
 
-def row_index(out_features: int, config: MixedRows) -> tuple[tuple[int], str]:
+def row_index_layout(out_features: int, config: MixedRows) -> tuple[tuple[int], str]:
     """What says which rows are high-impact: a bitmap or their sorted numbers, the smaller one."""
     bitmap, listed = config.index_sizes(out_features)
     if bitmap < listed:
@@ -74,14 +74,14 @@ def row_index(out_features: int, config: MixedRows) -> tuple[tuple[int], str]:
     return (count,), "I32" if listed > ITEMSIZE["I16"] * count else "I16"
 
 
-def nf4(shape: tuple[int, int], config: QuantConfig, metadata: str) -> Stored:
+def nf4(shape: tuple[int, int], config: QuantConfig, metadata: str) -> TensorLayout:
     """Two codes a byte, and the largest magnitude of each block in float32."""
     numel = prod(shape)
     blocks = ceil(numel / config.group_size)
     return {"codes": ((ceil(numel / 2),), "U8"), "absmax": ((blocks,), "F32")}
 
 
-def nf4_dq(shape: tuple[int, int], config: QuantConfig, metadata: str) -> Stored:
+def nf4_dq(shape: tuple[int, int], config: QuantConfig, metadata: str) -> TensorLayout:
     """As :func:`nf4`, the largest magnitudes less their mean in 8 bits, in blocks of 256."""
     codes, (blocks, _) = nf4(shape, config, metadata).values()
     return {
@@ -92,7 +92,7 @@ def nf4_dq(shape: tuple[int, int], config: QuantConfig, metadata: str) -> Stored
     }
 
 
-def gptq(shape: tuple[int, int], config: QuantConfig, metadata: str) -> Stored:
+def gptq(shape: tuple[int, int], config: QuantConfig, metadata: str) -> TensorLayout:
     """``gptqmodel``'s GPTQ: words down the inputs, zeros along the outputs, a group an input."""
     (out, width), groups = shape, ceil(shape[1] / config.group_size)
     return {
@@ -103,7 +103,7 @@ def gptq(shape: tuple[int, int], config: QuantConfig, metadata: str) -> Stored:
     }
 
 
-def awq(shape: tuple[int, int], config: QuantConfig, metadata: str) -> Stored:
+def awq(shape: tuple[int, int], config: QuantConfig, metadata: str) -> TensorLayout:
     """``gptqmodel``'s AWQ in its GEMM format: words and zeros both along the outputs."""
     (out, width), groups = shape, ceil(shape[1] / config.group_size)
     return {
@@ -113,13 +113,13 @@ def awq(shape: tuple[int, int], config: QuantConfig, metadata: str) -> Stored:
     }
 
 
-def as_saved(stored: Stored, format: int) -> Stored:
+def layout_for_format(stored: TensorLayout, format: int) -> TensorLayout:
     """The tensors of a layout that a saved model of some format has: exponents are since 3."""
     if format >= 3:
         return stored
     return {name: entry for name, entry in stored.items() if not name.endswith("exponent")}
 
 
-def stored_bytes(stored: Stored) -> int:
+def stored_bytes(stored: TensorLayout) -> int:
     """Bytes of all tensors together."""
     return sum(prod(shape) * ITEMSIZE[dtype] for shape, dtype in stored.values())

@@ -21,18 +21,18 @@ from torch import Tensor
 
 #: Binary exponents (``frexp``'s) of a matrix's mean magnitude while it is quantized, and of the
 #: largest number that is stored in fp16.
-ORDINARY, LARGEST = -5, 15
+TARGET_EXPONENT, MAX_STORED_EXPONENT = -5, 15
 #: The least exponent of a normal float32.
 _LEAST_NORMAL = -126
 
 
-def exponent_of(weight: Tensor) -> int:
+def normalizing_exponent(weight: Tensor) -> int:
     """The power of two that a matrix of any float dtype is divided by to have an ordinary size.
 
     It is found from the mean magnitude, which one outlier moves little; a matrix of zeros has 0.
     """
     mean = weight.abs().mean(dtype=torch.float64)
-    return int(torch.frexp(mean).exponent) - ORDINARY if mean > 0 else 0
+    return int(torch.frexp(mean).exponent) - TARGET_EXPONENT if mean > 0 else 0
 
 
 def storage_exponent(values: Tensor) -> Tensor:
@@ -41,11 +41,11 @@ def storage_exponent(values: Tensor) -> Tensor:
     0 where all values are.
     """
     largest = values.abs().amax().view(1)
-    exponent = torch.frexp(largest).exponent - LARGEST
+    exponent = torch.frexp(largest).exponent - MAX_STORED_EXPONENT
     return torch.where(largest > 0, exponent, 0).to(torch.int16)
 
 
-def times_power_of_two(values: Tensor, exponent: Tensor | int) -> Tensor:
+def scale_by_power_of_two(values: Tensor, exponent: Tensor | int) -> Tensor:
     """``values · 2^exponent``, exact unless the result leaves the range of the dtype.
 
     In two steps: 2¹³⁰ is no float32, and 2⁻¹³⁰ no normal one, but both can be what is missing.

@@ -18,7 +18,7 @@ from torch import Tensor
 from lsq_core.bits import QuantConfig
 from lsq_core.quantization.base import MatrixQuantizer, StoredMatrix
 from lsq_core.quantization.layout import NESTED_BLOCK
-from lsq_core.quantization.magnitude import exponent_of, times_power_of_two
+from lsq_core.quantization.magnitude import normalizing_exponent, scale_by_power_of_two
 
 
 def _bitsandbytes() -> ModuleType:
@@ -106,19 +106,19 @@ class Nf4(MatrixQuantizer):
         Magnitudes are float32, so they hold a matrix's power of two themselves; it is taken out
         for the package's arithmetic, in which sums and inverses of any magnitude would not last.
         """
-        exponent = exponent_of(weight)
+        exponent = normalizing_exponent(weight)
         codes, state = _bitsandbytes().quantize_4bit(
-            times_power_of_two(weight, -exponent).contiguous(),
+            scale_by_power_of_two(weight, -exponent).contiguous(),
             blocksize=config.group_size,
             quant_type="nf4",
             compress_statistics=self.double,
         )
         tensors = {"codes": codes.flatten(), "absmax": state.absmax}
         if self.double:
-            tensors["absmax_scale"] = times_power_of_two(state.state2.absmax, exponent)
-            tensors["absmax_mean"] = times_power_of_two(state.offset.reshape(1), exponent)
+            tensors["absmax_scale"] = scale_by_power_of_two(state.state2.absmax, exponent)
+            tensors["absmax_mean"] = scale_by_power_of_two(state.offset.reshape(1), exponent)
         else:
-            tensors["absmax"] = times_power_of_two(state.absmax, exponent)
+            tensors["absmax"] = scale_by_power_of_two(state.absmax, exponent)
         return self.matrix.from_tensors(tensors, tuple(weight.shape), config, axis)
 
     def levels(self, groups: Tensor, config: QuantConfig) -> Tensor:

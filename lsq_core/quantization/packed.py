@@ -15,7 +15,7 @@ from math import ceil, gcd
 import torch
 from torch import Tensor
 
-from lsq_core.bits import QuantConfig, divides
+from lsq_core.bits import QuantConfig, is_divisible
 from lsq_core.errors import InputError, LsqError
 from lsq_core.quantization.base import (
     Grid,
@@ -25,20 +25,24 @@ from lsq_core.quantization.base import (
     round_to_grid,
     to_groups,
 )
-from lsq_core.quantization.magnitude import exponent_of, storage_exponent, times_power_of_two
+from lsq_core.quantization.magnitude import (
+    normalizing_exponent,
+    scale_by_power_of_two,
+    storage_exponent,
+)
 
 #: A zero point further out than this says that the group is almost constant.
 _FAR_ZERO = 1024.0
 #: So is one that is this much narrower than those that share its 8-bit range: with them it would
 #: take range from them, and be no better off. In fp16 each group has a scale to itself.
-_NARROW = 2.0**-10
+_NARROW_RATIO = 2.0**-10
 #: And one no wider than this, of a matrix of ordinary magnitude: too little to be divided by.
-CONSTANT = 2.0**-100
+CONSTANT_SPREAD = 2.0**-100
 #: A matrix whose largest weight is so many times that of a typical group is refused: the typical
 #: group's scale would be no normal fp16 number beside the other's.
-_TOO_FAR_APART = 2.0**29
+_MAX_SCALE_RATIO = 2.0**29
 #: Weights decoded at a time on the CPU: 2 MiB of float32, which stay in cache.
-_PIECE = 2**19
+_CHUNK_WEIGHTS = 2**19
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
@@ -51,7 +55,7 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     count = codes.numel()
     eights = torch.nn.functional.pad(codes, (0, -count % 8)).view(-1, 8)
     packed = eights.new_zeros(len(eights), bits)
-    for i, byte, shift in _places(bits):
+    for i, byte, shift in _bit_offsets(bits):
         packed[:, byte] |= eights[:, i] << shift
         if shift + bits > 8:
             packed[:, byte + 1] |= eights[:, i] >> (8 - shift)
@@ -66,18 +70,18 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
     """
     if bits == 8:
         return packed[:count]
-    together = 8 // gcd(8, bits)  # the fewest codes that fill whole bytes
-    length = bits * together // 8
+    codes_per_run = 8 // gcd(8, bits)  # the fewest codes that fill whole bytes
+    length = bits * codes_per_run // 8
     missing = -packed.numel() % length
     padded = torch.nn.functional.pad(packed, (0, missing)) if missing else packed
     first, *others = padded.view(-1, length).unbind(1)
-    words = first.new_empty(len(first), dtype=_WORDS[together]).copy_(first)
+    words = first.new_empty(len(first), dtype=_WORDS[codes_per_run]).copy_(first)
     moved = torch.empty_like(words)
     for i, byte in enumerate(others, 1):
         words |= moved.copy_(byte).bitwise_left_shift_(8 * i)
-    run = together // 2
+    run = codes_per_run // 2
     while run:  # of each run of codes, the upper half moves to where its own bytes begin
-        torch.bitwise_and(words, _upper_halves(bits * run, 16 * run, 8 * together), out=moved)
+        torch.bitwise_and(words, _upper_halves(bits * run, 16 * run, 8 * codes_per_run), out=moved)
         words ^= moved
         words |= moved.bitwise_left_shift_((8 - bits) * run)
         run //= 2
@@ -93,7 +97,7 @@ def _upper_halves(half: int, lane: int, width: int) -> int:
     return sum((2**half - 1) << start + half for start in range(0, width, lane))
 
 
-def _places(bits: int) -> list[tuple[int, int, int]]:
+def _bit_offsets(bits: int) -> list[tuple[int, int, int]]:
     """For each of eight codes the byte it begins in and how far up there."""
     return [(i, bits * i // 8, bits * i % 8) for i in range(8)]
 
@@ -116,10 +120,10 @@ class Metadata:
     def store_scale(cls, values: Tensor, metadata: str, group_size: int = 128) -> Metadata:
         """Store scales, float32 (groups,) of any magnitude, as ``fp16`` or ``8bit``."""
         exponent = storage_exponent(values)
-        held = times_power_of_two(values, -exponent)
+        scaled_values = scale_by_power_of_two(values, -exponent)
         if metadata == "8bit":
-            held = _none_cut_off(held, group_size)
-        return replace(cls.store(held, metadata, group_size), exponent=exponent)
+            scaled_values = _avoid_clipping(scaled_values, group_size)
+        return replace(cls.store(scaled_values, metadata, group_size), exponent=exponent)
 
     @classmethod
     def store(cls, values: Tensor, metadata: str, group_size: int = 128) -> Metadata:
@@ -128,7 +132,7 @@ class Metadata:
             return cls(values.half(), None, group_size)
         padded = _pad_with_last(values, group_size)
         lowest, highest = padded.amin(1), padded.amax(1)
-        ranges = torch.stack([_half_below(lowest), -_half_below(-highest)], dim=1)
+        ranges = torch.stack([_round_down_to_fp16(lowest), -_round_down_to_fp16(-highest)], dim=1)
         low, step = _range_steps(ranges)
         codes = ((padded - low) / step).round_().clamp_(0, 255).to(torch.uint8)
         return cls(codes.flatten()[: values.numel()].contiguous(), ranges, group_size)
@@ -144,7 +148,7 @@ class Metadata:
             low, step = _range_steps(self.ranges)
             padded = _pad_with_last(values, self.group_size)
             values = (padded * step + low).flatten()[: self.values.numel()]
-        return values if self.exponent is None else times_power_of_two(values, self.exponent)
+        return values if self.exponent is None else scale_by_power_of_two(values, self.exponent)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -153,7 +157,7 @@ class Metadata:
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
-def _none_cut_off(scales: Tensor, group_size: int) -> Tensor:
+def _avoid_clipping(scales: Tensor, group_size: int) -> Tensor:
     """Scales (groups,) that share a range too wide for 256 codes, the least of them raised.
 
     All that would get a range's first code get the largest of them: a grid coarser than a group
@@ -181,7 +185,7 @@ def _range_steps(ranges: Tensor) -> tuple[Tensor, Tensor]:
     return low[:, None], torch.where(step > 0, step, torch.ones_like(step))[:, None]
 
 
-def _half_below(values: Tensor) -> Tensor:
+def _round_down_to_fp16(values: Tensor) -> Tensor:
     """The largest fp16 number that is no greater, so that a range holds all its values."""
     half = values.half()
     below = torch.nextafter(half, torch.full_like(half, -torch.inf))
@@ -213,17 +217,19 @@ class PackedMatrix(StoredMatrix):
         size, bits = self.config.group_size, self.config.bits
         groups = weights.view(-1, size) if self.axis == 1 else weights.view(size, -1).T
         scale, zero = self.scale.decode()[:, None], self.zero.decode()[:, None]
-        piece = 8 * max(_PIECE // size // 8, 1) if weights.device.type == "cpu" else len(groups)
-        for start in range(0, len(groups), piece):
-            some = slice(start, start + piece)
-            out = groups[some]
+        chunk_length = (
+            8 * max(_CHUNK_WEIGHTS // size // 8, 1) if weights.device.type == "cpu" else len(groups)
+        )
+        for start in range(0, len(groups), chunk_length):
+            chunk = slice(start, start + chunk_length)
+            out = groups[chunk]
             packed = self.codes[start * size * bits // 8 :]
             codes = unpack_bits(packed[: ceil(out.numel() * bits / 8)], bits, out.numel())
             codes = codes.view(out.shape)
             if self.axis == 0:
                 codes = codes.T.contiguous().T  # in memory as the weights are
             exact = out if dtype == torch.float32 else torch.empty_like(codes, dtype=torch.float32)
-            torch.mul(torch.sub(codes, zero[some], out=exact), scale[some], out=out)
+            torch.mul(torch.sub(codes, zero[chunk], out=exact), scale[chunk], out=out)
         return weights
 
     @classmethod
@@ -261,32 +267,32 @@ class GridQuantizer(MatrixQuantizer):
         The codes are rounded on the grid *as stored*, so that rounding scale and zero costs as
         little as it can.
         """
-        codes, scale, zero = self._on_stored_grid(weight, config, axis, metadata)
+        codes, scale, zero = self._quantize_on_stored_grid(weight, config, axis, metadata)
         packed = pack_bits(codes.flatten(), config.bits)
         return PackedMatrix(tuple(weight.shape), config, axis, packed, scale, zero)
 
     def round_trip(self, weight: Tensor, config: QuantConfig, axis: int, metadata: str) -> Tensor:
         """See :class:`lsq_core.quantization.base.MatrixQuantizer`; nothing is packed in between."""
-        codes, scale, zero = self._on_stored_grid(weight, config, axis, metadata)
+        codes, scale, zero = self._quantize_on_stored_grid(weight, config, axis, metadata)
         return from_groups(_decode(codes, scale, zero), tuple(weight.shape), axis)
 
-    def _on_stored_grid(
+    def _quantize_on_stored_grid(
         self, weight: Tensor, config: QuantConfig, axis: int, metadata: str
     ) -> tuple[Tensor, Metadata, Metadata]:
         """Codes (groups, group_size), scale and zero of a float32 matrix of any magnitude."""
-        exponent = exponent_of(weight)
-        ordinary = times_power_of_two(weight, -exponent)
-        groups = to_groups(ordinary, config.group_size, axis)
-        scale, zero = store_grid(groups, self.solve(ordinary, config, axis), config, metadata)
+        exponent = normalizing_exponent(weight)
+        normalized = scale_by_power_of_two(weight, -exponent)
+        groups = to_groups(normalized, config.group_size, axis)
+        scale, zero = store_grid(groups, self.solve(normalized, config, axis), config, metadata)
         codes = round_to_grid(groups, stored_grid(scale, zero), config.bits)
         return codes, scale.scaled(exponent), zero
 
     def levels(self, groups: Tensor, config: QuantConfig) -> Tensor:
         """See :class:`lsq_core.quantization.base.MatrixQuantizer`."""
-        exponent = exponent_of(groups)
-        grid = self.solve(times_power_of_two(groups, -exponent), config, axis=1)
+        exponent = normalizing_exponent(groups)
+        grid = self.solve(scale_by_power_of_two(groups, -exponent), config, axis=1)
         codes = torch.arange(2**config.bits, dtype=torch.float32)
-        return times_power_of_two((codes - grid.zero[:, None]) * grid.scale[:, None], exponent)
+        return scale_by_power_of_two((codes - grid.zero[:, None]) * grid.scale[:, None], exponent)
 
 
 def quantize_matrix(
@@ -307,7 +313,7 @@ def quantize_matrix(
     LsqError
         When a weight is NaN or infinite, or one is too large beside the rest.
     """
-    if not divides(weight.numel(), config.group_size):
+    if not is_divisible(weight.numel(), config.group_size):
         raise InputError(
             f"{name} ({weight.shape[0]}×{weight.shape[1]}) cannot be cut into groups of "
             f"{config.group_size}; choose a configuration with a smaller group size for it."
@@ -328,14 +334,14 @@ def store_grid(
 ) -> tuple[Metadata, Metadata]:
     """Scale and zero as stored, for (groups, group_size) weights of ordinary magnitude."""
     shared = 1 if metadata == "fp16" else config.meta_group_size
-    grid = _steady_constant_groups(groups, grid, config.bits, shared)
+    grid = _stabilize_constant_groups(groups, grid, config.bits, shared)
     scale = Metadata.store_scale(grid.scale, metadata, config.meta_group_size)
     return scale, Metadata.store(grid.zero, metadata, config.meta_group_size)
 
 
 def stored_grid(scale: Metadata, zero: Metadata) -> Grid:
     """The grid that weights are rounded on: what scale and zero decode to."""
-    return Grid(_divisor(scale.decode()), zero.decode())
+    return Grid(_nonzero_scale(scale.decode()), zero.decode())
 
 
 def check_finite(weight: Tensor, name: str) -> None:
@@ -356,7 +362,7 @@ def check_range(weight: Tensor, config: QuantConfig, axis: int, name: str) -> No
     """
     groups = to_groups(weight, config.group_size, axis).abs().amax(1)
     groups = groups[groups > 0]
-    if len(groups) and bool(groups.median() * _TOO_FAR_APART < groups.amax()):
+    if len(groups) and bool(groups.median() * _MAX_SCALE_RATIO < groups.amax()):
         raise LsqError(
             f"{name} holds a weight of {float(groups.amax()):.3g} in one group of "
             f"{config.group_size} where the largest of a typical one is "
@@ -365,12 +371,12 @@ def check_range(weight: Tensor, config: QuantConfig, axis: int, name: str) -> No
         )
 
 
-def _divisor(scale: Tensor) -> Tensor:
+def _nonzero_scale(scale: Tensor) -> Tensor:
     """A scale that fp16 or 8 bits rounded to zero gives zero weights, not infinite codes."""
     return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 
-def _steady_constant_groups(groups: Tensor, grid: Grid, bits: int, shared: int) -> Grid:
+def _stabilize_constant_groups(groups: Tensor, grid: Grid, bits: int, shared: int) -> Grid:
     """Give groups that are (almost) constant a scale like their neighbours'.
 
     A constant group has the scale 1 and one far from zero a zero point of thousands. Either would
@@ -378,15 +384,15 @@ def _steady_constant_groups(groups: Tensor, grid: Grid, bits: int, shared: int) 
     the value alone matters, so it is put into a zero point of ordinary size.
     """
     spread = groups.amax(1) - groups.amin(1)
-    constant = (spread <= CONSTANT) | (grid.zero.abs() > _FAR_ZERO)
+    constant = (spread <= CONSTANT_SPREAD) | (grid.zero.abs() > _FAR_ZERO)
     if shared > 1:
-        usual = _neighbours_median(spread, ~constant, shared)
-        constant |= spread <= _NARROW * usual
+        usual = _neighbor_median(spread, ~constant, shared)
+        constant |= spread <= _NARROW_RATIO * usual
     if not bool(constant.any()):
         return grid
     value = groups.mean(1)
     top = 2**bits - 1
-    typical = _neighbours_median(grid.scale, ~constant, shared)
+    typical = _neighbor_median(grid.scale, ~constant, shared)
     own = value.abs() / top
     # Without neighbours any scale would do for a value of zero; this one is like the matrix's.
     fallback = torch.where(constant, own, grid.scale).amax()
@@ -398,12 +404,12 @@ def _steady_constant_groups(groups: Tensor, grid: Grid, bits: int, shared: int) 
     )
 
 
-def _neighbours_median(values: Tensor, counted: Tensor, shared: int) -> Tensor:
+def _neighbor_median(values: Tensor, mask: Tensor, shared: int) -> Tensor:
     """For each of (groups,) the median of those counted among the ``shared`` that it is one of.
 
     0 where none is.
     """
-    known = torch.where(counted, values, torch.nan)
+    known = torch.where(mask, values, torch.nan)
     missing = -len(known) % shared
     padded = torch.nn.functional.pad(known, (0, missing), value=torch.nan).view(-1, shared)
     return padded.nanmedian(1).values.nan_to_num(0).repeat_interleave(shared)[: len(values)]

@@ -21,7 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lsq_core.bits import LADDER, MIXED, Config, MixedRows, QuantConfig, divides
+from lsq_core.bits import LADDER, MIXED_ROW_CONFIGS, Config, MixedRows, QuantConfig, is_divisible
 from lsq_core.errors import InputError
 from lsq_core.paths import IN_CHECKOUT
 from lsq_core.quantization import layout
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class About:
+class QuantizerSpec:
     """What is known of a quantizer before it is imported."""
 
     title: str
     #: Module and class.
-    place: str
+    import_path: str
     #: Which tensors it stores a matrix in.
     layout: layout.Layout
     bits: tuple[int, ...] = (2, 3, 4, 8)
@@ -59,12 +59,12 @@ class About:
     install: str = ""
 
     @property
-    def takes_metadata(self) -> bool:
+    def supports_metadata(self) -> bool:
         """Whether scale and zero are stored in a format that can be chosen."""
         return self.layout is layout.packed
 
     @property
-    def takes_mixed_rows(self) -> bool:
+    def supports_mixed_rows(self) -> bool:
         """Whether rows of a matrix can have different bits: this project's packing knows them."""
         return self.layout is layout.packed
 
@@ -76,7 +76,7 @@ class About:
     @property
     def options(self) -> tuple[Config, ...]:
         """All that it can give a matrix: those stops, and mixed rows where it takes them."""
-        return self.configs + (MIXED if self.takes_mixed_rows else ())
+        return self.configs + (MIXED_ROW_CONFIGS if self.supports_mixed_rows else ())
 
 
 #: The Makefile and requirements.txt are in a checkout only.
@@ -84,23 +84,24 @@ _BITSANDBYTES = {
     "package": "bitsandbytes",
     "install": "pip install " + ("-r requirements.txt" if IN_CHECKOUT else "bitsandbytes"),
 }
+_GPTQMODEL_REQUIREMENTS = Path(__file__).parent / "gptqmodel" / "requirements.txt"
 _GPTQMODEL = {
     "calibrated": True,
     "words": True,
     "package": "gptqmodel",
     "install": "make gptqmodel"
     if IN_CHECKOUT
-    else f"pip install --no-deps -r {shlex.quote(str(Path(__file__).with_name('gptqmodel') / 'requirements.txt'))}",
+    else f"pip install --no-deps -r {shlex.quote(str(_GPTQMODEL_REQUIREMENTS))}",
 }
 
 #: Names on the command line and in the app; the classes are imported when asked for.
 QUANTIZERS = {
-    "hqq": About("HQQ", "lsq_core.quantization.hqq.quantizer:Hqq", layout.packed, steps=20),
-    "rtn": About("RTN", "lsq_core.quantization.rtn:Rtn", layout.packed),
-    "nf4": About(
+    "hqq": QuantizerSpec("HQQ", "lsq_core.quantization.hqq.quantizer:Hqq", layout.packed, steps=20),
+    "rtn": QuantizerSpec("RTN", "lsq_core.quantization.rtn:Rtn", layout.packed),
+    "nf4": QuantizerSpec(
         "NF4", "lsq_core.quantization.nf4:Nf4", layout.nf4, bits=(4,), axes=(1,), **_BITSANDBYTES
     ),
-    "nf4-dq": About(
+    "nf4-dq": QuantizerSpec(
         "NF4, double-quantized",
         "lsq_core.quantization.nf4:Nf4Double",
         layout.nf4_dq,
@@ -108,14 +109,14 @@ QUANTIZERS = {
         axes=(1,),
         **_BITSANDBYTES,
     ),
-    "gptq": About(
+    "gptq": QuantizerSpec(
         "GPTQ",
         "lsq_core.quantization.gptqmodel.gptq:Gptq",
         layout.gptq,
         axes=(1,),
         **_GPTQMODEL,
     ),
-    "awq": About(
+    "awq": QuantizerSpec(
         "AWQ",
         "lsq_core.quantization.gptqmodel.awq:Awq",
         layout.awq,
@@ -124,7 +125,7 @@ QUANTIZERS = {
         uniform=True,
         **_GPTQMODEL,
     ),
-    "hybrid": About(
+    "hybrid": QuantizerSpec(
         "Hybrid",
         "lsq_core.quantization.hybrid:Hybrid",
         layout.packed,
@@ -134,12 +135,14 @@ QUANTIZERS = {
     ),
 }
 #: Those that take a matrix by itself, so that a profile can be measured with them.
-MATRIX_WISE = tuple(name for name, about in QUANTIZERS.items() if not about.calibrated)
+MATRIX_QUANTIZERS = tuple(
+    name for name, quantizer_spec in QUANTIZERS.items() if not quantizer_spec.calibrated
+)
 #: Those that people compare with; learning takes hours and is for those who ask for it by name.
-BASELINES = tuple(name for name, about in QUANTIZERS.items() if not about.learned)
+BASELINES = tuple(name for name, quantizer_spec in QUANTIZERS.items() if not quantizer_spec.learned)
 
 
-def about(name: str) -> About:
+def quantizer_spec(name: str) -> QuantizerSpec:
     """What is known of the quantizer of that name; ``hybrid-500`` is ``hybrid`` in 500 steps.
 
     Raises
@@ -149,11 +152,11 @@ def about(name: str) -> About:
     """
     if name in QUANTIZERS:
         return QUANTIZERS[name]
-    asked = re.fullmatch(r"(.+)-([1-9]\d*)", name)
-    known = QUANTIZERS.get(asked[1]) if asked else None
-    if known is None or not known.learned:
+    match = re.fullmatch(r"(.+)-([1-9]\d*)", name)
+    spec = QUANTIZERS.get(match[1]) if match else None
+    if spec is None or not spec.learned:
         raise InputError(f"'{name}' is not a quantizer; choose one of {', '.join(QUANTIZERS)}.")
-    return replace(known, title=f"{known.title}, {int(asked[2]):,} steps", steps=int(asked[2]))
+    return replace(spec, title=f"{spec.title}, {int(match[2]):,} steps", steps=int(match[2]))
 
 
 def get_quantizer(name: str) -> MatrixQuantizer | ModelQuantizer:
@@ -164,30 +167,30 @@ def get_quantizer(name: str) -> MatrixQuantizer | ModelQuantizer:
     InputError
         When there is none, or it cannot run here.
     """
-    reason = unavailable(name)
+    reason = unavailable_reason(name)
     if reason:
         raise InputError(reason)
-    known = about(name)
-    return _class_of(name)(*([known.steps] if known.learned else []))
+    spec = quantizer_spec(name)
+    return _quantizer_class(name)(*([spec.steps] if spec.learned else []))
 
 
-def matrix_kind(name: str, config: Config) -> type[StoredMatrix]:
+def stored_matrix_class(name: str, config: Config) -> type[StoredMatrix]:
     """What a quantizer stores a matrix as; what it needs to quantize need not be here."""
     if isinstance(config, MixedRows):
         from lsq_core.quantization.rows import PackedRows
 
         return PackedRows
-    return _class_of(name).matrix
+    return _quantizer_class(name).matrix
 
 
-def _class_of(name: str) -> type[MatrixQuantizer] | type[ModelQuantizer]:
+def _quantizer_class(name: str) -> type[MatrixQuantizer] | type[ModelQuantizer]:
     from importlib import import_module
 
-    module, _, attribute = about(name).place.partition(":")
+    module, _, attribute = quantizer_spec(name).import_path.partition(":")
     return getattr(import_module(module), attribute)
 
 
-def unavailable(name: str) -> str:
+def unavailable_reason(name: str) -> str:
     """Why a quantizer cannot run on this machine, in a sentence; '' where it can.
 
     Raises
@@ -195,73 +198,75 @@ def unavailable(name: str) -> str:
     InputError
         When there is none of that name.
     """
-    known = about(name)
-    if not known.package or find_spec(known.package) is not None:
+    spec = quantizer_spec(name)
+    if not spec.package or find_spec(spec.package) is not None:
         return ""
-    return f"{known.title} needs {known.package}, which is not installed; {known.install} adds it."
+    return f"{spec.title} needs {spec.package}, which is not installed; {spec.install} adds it."
 
 
-def refusal(name: str, choice: Mapping[Matrix, Config], axis: int = 1) -> str:
+def incompatibility_reason(name: str, choice: Mapping[Matrix, Config], axis: int = 1) -> str:
     """Why a quantizer cannot make a plan's choice here, in a sentence; '' where it can.
 
     Told before any work, and the same in the app and on the command line.
     """
-    known, reason = about(name), unavailable(name)
+    spec, reason = quantizer_spec(name), unavailable_reason(name)
     if reason:
         return reason
-    if axis not in known.axes:
-        return f"{known.title} groups weights along rows alone; plan with axis {known.axes[0]}."
+    if axis not in spec.axes:
+        return f"{spec.title} only groups weights along rows; plan with axis {spec.axes[0]}."
     for matrix, config in choice.items():
-        reason = _matrix_refusal(known, matrix, config)
+        reason = _matrix_incompatibility(spec, matrix, config)
         if reason:
             return reason
     different = sorted({config.name for config in choice.values()})
-    if known.uniform and len(different) > 1:
+    if spec.uniform and len(different) > 1:
         return (
-            f"{known.title} takes one configuration for all matrices, and this plan has "
-            f"{', '.join(different)}; take a uniform plan."
+            f"{spec.title} takes one configuration for all matrices, and this plan has "
+            f"{', '.join(different)}; use a uniform plan."
         )
     return ""
 
 
-def _matrix_refusal(known: About, matrix: Matrix, config: Config) -> str:
+def _matrix_incompatibility(spec: QuantizerSpec, matrix: Matrix, config: Config) -> str:
     shape = f"{matrix.name} ({matrix.out_features}×{matrix.in_features})"
     if isinstance(config, MixedRows):
-        return "" if known.takes_mixed_rows else mixed_rows_refusal(known)
-    if config not in known.configs:
+        return "" if spec.supports_mixed_rows else mixed_rows_incompatibility(spec)
+    if config not in spec.configs:
         return (
-            f"{known.title} has no {config.name}, which the plan gives {matrix.name}; it supports "
-            f"{', '.join(c.name for c in known.configs)}."
+            f"{spec.title} has no {config.name}, which the plan gives {matrix.name}; it supports "
+            f"{', '.join(c.name for c in spec.configs)}."
         )
-    if not known.words:
+    if not spec.words:
         return ""
     if matrix.expert is not None:
         return (
-            f"{known.title} takes linear modules alone, and {matrix.name} is one of a stack of "
+            f"{spec.title} only takes linear modules, and {matrix.name} is one of a stack of "
             "experts; choose a quantizer that takes matrices one by one."
         )
-    if not divides(matrix.in_features, config.group_size):
+    if not is_divisible(matrix.in_features, config.group_size):
         return (
-            f"{known.title} keeps groups within a row, and {shape} has rows that groups of "
+            f"{spec.title} keeps groups within a row, and {shape} has rows that groups of "
             f"{config.group_size} do not fill; choose a smaller group size."
         )
-    if not (divides(matrix.out_features, 32) and divides(matrix.in_features, 32)):
-        return f"{known.title} packs 32 codes at a time, and {shape} has no multiple of 32."
+    if not (is_divisible(matrix.out_features, 32) and is_divisible(matrix.in_features, 32)):
+        return f"{spec.title} packs 32 codes at a time, and {shape} has no multiple of 32."
     return ""
 
 
-def mixed_rows_refusal(known: About) -> str:
+def mixed_rows_incompatibility(spec: QuantizerSpec) -> str:
     """That a quantizer does not take mixed rows, and which ones do."""
-    able = [name for name, other in QUANTIZERS.items() if other.takes_mixed_rows]
+    supporting = [name for name, other in QUANTIZERS.items() if other.supports_mixed_rows]
     return (
-        f"{known.title} gives all rows of a matrix the same bits, and this plan mixes them; "
-        f"choose {', '.join(able[:-1])} or {able[-1]}."
+        f"{spec.title} gives all rows of a matrix the same bits, and this plan mixes them; "
+        f"choose {', '.join(supporting[:-1])} or {supporting[-1]}."
     )
 
 
 def check_choice(name: str, choice: Mapping[Matrix, Config], axis: int = 1) -> None:
-    """Raise :class:`InputError` with the sentence of :func:`refusal` where there is one."""
-    reason = refusal(name, choice, axis)
+    """Raise :class:`InputError` with the sentence of :func:`incompatibility_reason` where there
+    is one.
+    """
+    reason = incompatibility_reason(name, choice, axis)
     if reason:
         raise InputError(reason)
 
@@ -269,16 +274,16 @@ def check_choice(name: str, choice: Mapping[Matrix, Config], axis: int = 1) -> N
 @cache
 def planned_bytes(name: str, shape: tuple[int, int], config: Config, metadata: str) -> int:
     """What a quantizer will store for an (out, in) matrix, exactly; a bias is not counted."""
-    return layout.stored_bytes(about(name).layout(shape, config, metadata))
+    return layout.stored_bytes(quantizer_spec(name).layout(shape, config, metadata))
 
 
-def computes_with(name: str) -> list[str]:
+def arithmetic_packages(name: str) -> list[str]:
     """The packages whose releases may change what a quantizer stores for given weights."""
-    known = about(name)
-    return ["hqq"] * known.takes_metadata + [known.package] * bool(known.package)
+    spec = quantizer_spec(name)
+    return ["hqq"] * spec.supports_metadata + [spec.package] * bool(spec.package)
 
 
-def packages(names: Iterable[str]) -> list[str]:
+def required_packages(names: Iterable[str]) -> list[str]:
     """The packages, beside those of every figure, that figures by these quantizers depend on."""
-    found = [about(name).package for name in names]
+    found = [quantizer_spec(name).package for name in names]
     return list(dict.fromkeys(package for package in found if package))

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lsq_core.bits import HALF, Config, MixedRows, QuantConfig
+from lsq_core.bits import FP16_BITS, Config, MixedRows, QuantConfig
 from lsq_core.errors import InputError
 from lsq_core.quantization.base import MatrixQuantizer, StoredMatrix
-from lsq_core.quantization.layout import row_index
-from lsq_core.quantization.magnitude import storage_exponent, times_power_of_two
+from lsq_core.quantization.layout import row_index_layout
+from lsq_core.quantization.magnitude import scale_by_power_of_two, storage_exponent
 from lsq_core.quantization.packed import (
     PackedMatrix,
     check_finite,
@@ -48,22 +48,22 @@ class HalfMatrix(StoredMatrix):
     @property
     def tensors(self) -> dict[str, Tensor]:
         """Every stored tensor by name."""
-        held = {"weights": self.weights, "exponent": self.exponent}
-        return {name: tensor for name, tensor in held.items() if tensor is not None}
+        part_tensors = {"weights": self.weights, "exponent": self.exponent}
+        return {name: tensor for name, tensor in part_tensors.items() if tensor is not None}
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weights (rows, in), computed in float32 and then cast."""
         if self.exponent is None:
             return self.weights.to(dtype)
-        return times_power_of_two(self.weights.float(), self.exponent).to(dtype)
+        return scale_by_power_of_two(self.weights.float(), self.exponent).to(dtype)
 
     @classmethod
     def store(cls, weight: Tensor, config: QuantConfig, axis: int) -> HalfMatrix:
         """Keep (rows, in) weights of any float dtype, exactly where they were fp16."""
         weight = weight.float()
         exponent = storage_exponent(weight)
-        held = times_power_of_two(weight, -exponent).half()
-        return cls(tuple(weight.shape), config, axis, held, exponent)
+        part_tensors = scale_by_power_of_two(weight, -exponent).half()
+        return cls(tuple(weight.shape), config, axis, part_tensors, exponent)
 
     @classmethod
     def from_tensors(
@@ -88,11 +88,11 @@ class PackedRows(StoredMatrix):
     @property
     def tensors(self) -> dict[str, Tensor]:
         """Every stored tensor by name."""
-        named = {"rows": self.index}
+        row_list = {"rows": self.index}
         for name, part in (("high", self.high), ("low", self.low)):
-            held = part.tensors if part is not None else {}
-            named |= {f"{name}_{key}": tensor for key, tensor in held.items()}
-        return named
+            part_tensors = part.tensors if part is not None else {}
+            row_list |= {f"{name}_{key}": tensor for key, tensor in part_tensors.items()}
+        return row_list
 
     @property
     def is_high(self) -> Tensor:
@@ -118,17 +118,17 @@ class PackedRows(StoredMatrix):
         cls, tensors: Mapping[str, Tensor], shape: tuple[int, int], config: MixedRows, axis: int
     ) -> PackedRows:
         """The inverse of :attr:`tensors`."""
-        held: dict[str, dict[str, Tensor]] = {"high": {}, "low": {}}
+        part_tensors: dict[str, dict[str, Tensor]] = {"high": {}, "low": {}}
         for name, tensor in tensors.items():
             part, _, key = name.partition("_")
             if key:
-                held[part][key] = tensor
+                part_tensors[part][key] = tensor
         (out, width), count = shape, config.high_rows(shape[0])
         high = None
         if count:
-            kind = HalfMatrix if config.high_bits == HALF else PackedMatrix
-            high = kind.from_tensors(held["high"], (count, width), config.high, axis)
-        low = PackedMatrix.from_tensors(held["low"], (out - count, width), config.low, axis)
+            kind = HalfMatrix if config.high_bits == FP16_BITS else PackedMatrix
+            high = kind.from_tensors(part_tensors["high"], (count, width), config.high, axis)
+        low = PackedMatrix.from_tensors(part_tensors["low"], (out - count, width), config.low, axis)
         return cls(shape, config, axis, tensors["rows"], high, low)
 
 
@@ -185,27 +185,30 @@ def pack_rows(
             f"{config.group_size}; choose a smaller group size."
         )
     count = config.high_rows(shape[0])
-    named = [] if rows is None else sorted(set(map(int, rows)))
-    if len(named) != count:
+    row_list = [] if rows is None else sorted(set(map(int, rows)))
+    if len(row_list) != count:
         raise InputError(
-            f"{name} needs {count} high-impact rows for {config.name}, and {len(named)} are named."
+            f"{name} needs {count} high-impact rows for {config.name}, and {len(row_list)} are "
+            "named."
         )
     check_finite(weight, name)
-    numbers = torch.tensor(named, dtype=torch.int64, device=weight.device)
+    row_numbers = torch.tensor(row_list, dtype=torch.int64, device=weight.device)
     marked = torch.zeros(shape[0], dtype=torch.bool, device=weight.device)
-    marked[numbers] = True
+    marked[row_numbers] = True
     high: StoredMatrix | None = None
-    if count and config.high_bits == HALF:
-        high = HalfMatrix.store(weight[numbers], config.high, axis)
+    if count and config.high_bits == FP16_BITS:
+        high = HalfMatrix.store(weight[row_numbers], config.high, axis)
     elif count:
-        high = pack_high(weight[numbers], config.high)
+        high = pack_high(weight[row_numbers], config.high)
     low = pack_low(weight[~marked], config.low)
-    return PackedRows(shape, config, axis, _store_index(numbers, marked, config), high, low)
+    return PackedRows(
+        shape, config, axis, _encode_row_index(row_numbers, marked, config), high, low
+    )
 
 
-def _store_index(numbers: Tensor, marked: Tensor, config: MixedRows) -> Tensor:
+def _encode_row_index(row_numbers: Tensor, marked: Tensor, config: MixedRows) -> Tensor:
     """Which rows are high-impact, as the layout has it: a bitmap or their numbers."""
-    _, dtype = row_index(len(marked), config)
+    _, dtype = row_index_layout(len(marked), config)
     if dtype == "U8":
         return pack_bits(marked.to(torch.uint8), 1)
-    return numbers.to(torch.int16 if dtype == "I16" else torch.int32)
+    return row_numbers.to(torch.int16 if dtype == "I16" else torch.int32)

@@ -13,8 +13,8 @@ from lsq_core.bits import Config
 from lsq_core.model.info import Matrix
 from lsq_core.model.loading import LoadedModel
 from lsq_core.progress import Progress, no_progress
-from lsq_core.quantization.base import Rows, StoredMatrix
-from lsq_core.quantization.cache import Remembered
+from lsq_core.quantization.base import HighImpactRows, StoredMatrix
+from lsq_core.quantization.cache import PackedMatrixCache
 from lsq_core.settings import CalibrationSettings, GridSettings
 
 
@@ -33,9 +33,9 @@ class QuantizationTask:
     choice: Mapping[Matrix, Config]
     grid: GridSettings
     text: CalibrationSettings = field(default_factory=CalibrationSettings)
-    rows: Rows = field(default_factory=dict)
+    rows: HighImpactRows = field(default_factory=dict)
     progress: Progress = no_progress
-    cache: Remembered = field(default_factory=lambda: Remembered(0))
+    cache: PackedMatrixCache = field(default_factory=lambda: PackedMatrixCache(0))
     folder: Path | None = None
 
 

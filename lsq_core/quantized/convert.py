@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from lsq_core.bits import Config
-from lsq_core.model.architecture import get_weight, is_transposed, locate
+from lsq_core.model.architecture import get_weight, is_transposed, locate_parameter
 from lsq_core.model.info import Matrix
 from lsq_core.progress import Progress, no_progress
-from lsq_core.quantization.base import MatrixQuantizer, Rows, StoredMatrix
-from lsq_core.quantization.cache import Remembered
+from lsq_core.quantization.base import HighImpactRows, MatrixQuantizer, StoredMatrix
+from lsq_core.quantization.cache import PackedMatrixCache
 from lsq_core.quantization.rows import quantize_config
 from lsq_core.quantization.task import ModelQuantizer, QuantizationTask
 from lsq_core.quantized.modules import PackedLinear, PackedStack, decode_stacks, drop_stacks
@@ -31,10 +31,10 @@ def install(
     Modules that share a parameter (in blocks that are used more than once) share what takes its
     place. ``dtype`` is what the model computes in; None where its parameters have it already.
     """
-    users = _users(model)
+    users = _modules_by_parameter(model)
     stacks: dict[tuple[nn.Module, str], list[PackedLinear]] = {}
     for matrix, weights in packed.items():
-        holder, name = locate(model, matrix)
+        holder, name = locate_parameter(model, matrix)
         parameter = getattr(holder, name)
         if matrix.expert is not None:
             made = PackedLinear(weights, dtype=dtype or parameter.dtype)
@@ -58,13 +58,13 @@ def install(
             user.register_forward_hook(drop_stacks, always_call=True)
 
 
-def _users(model: nn.Module) -> dict[int, dict[str, nn.Module]]:
+def _modules_by_parameter(model: nn.Module) -> dict[int, dict[str, nn.Module]]:
     """By the identity of each parameter the modules that hold it, by their full names."""
-    found: dict[int, dict[str, nn.Module]] = {}
+    modules_of: dict[int, dict[str, nn.Module]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         for parameter in module.parameters(recurse=False):
-            found.setdefault(id(parameter), {})[path] = module
-    return found
+            modules_of.setdefault(id(parameter), {})[path] = module
+    return modules_of
 
 
 def shallow_copy(model: nn.Module) -> nn.Module:
@@ -91,7 +91,7 @@ def run_task(task: QuantizationTask, quantizer: MatrixQuantizer | ModelQuantizer
         axis=task.grid.axis,
         metadata=task.grid.metadata,
         progress=task.progress,
-        remembered=task.cache,
+        matrix_cache=task.cache,
     )
 
 
@@ -100,11 +100,11 @@ def quantize_model(
     choice: Mapping[Matrix, Config],
     quantizer: MatrixQuantizer,
     *,
-    rows: Rows | None = None,
+    rows: HighImpactRows | None = None,
     axis: int = 1,
     metadata: str = "8bit",
     progress: Progress = no_progress,
-    remembered: Remembered | None = None,
+    matrix_cache: PackedMatrixCache | None = None,
 ) -> nn.Module:
     """A quantized copy of ``model``; the original stays as it was and shares what isn't planned.
 
@@ -115,7 +115,7 @@ def quantize_model(
     InputError, LsqError
         As :func:`lsq_core.quantization.rows.quantize_config`.
     """
-    rows, remembered = rows or {}, remembered or Remembered(0)
+    rows, matrix_cache = rows or {}, matrix_cache or PackedMatrixCache(0)
 
     def pack(matrix: Matrix, config: Config) -> StoredMatrix:
         return quantize_config(
@@ -133,12 +133,12 @@ def quantize_model(
         progress(done, len(choice), matrix.name)
         own = tuple(rows.get(matrix.name, ()))
         key = matrix.name, config, own, type(quantizer), axis, metadata
-        packed[matrix] = remembered.get(key, partial(pack, matrix, config))
+        packed[matrix] = matrix_cache.get(key, partial(pack, matrix, config))
     progress(len(choice), len(choice), "quantized")
-    return with_stored(model, packed)
+    return replace_matrices(model, packed)
 
 
-def with_stored(
+def replace_matrices(
     model: nn.Module,
     packed: Mapping[Matrix, StoredMatrix],
     changed: Mapping[str, Tensor] | None = None,

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from lsq_core.bits import LADDER, QuantConfig, named_stop
+from lsq_core.bits import LADDER, QuantConfig, find_stop
 from lsq_core.errors import InputError
 from lsq_core.jsontext import json_text
 from lsq_core.model.info import ModelInfo
@@ -73,7 +73,7 @@ class _Setting:
         if self.algo == "mxq":
             plain = self.attempt.rstrip("0123456789") in ("", "mxq")
             budget = f"{self.bits:g}bpp"
-            if named_stop(budget):  # here the number that the toolkit spent, not the stop's size
+            if find_stop(budget):  # here the number that the toolkit spent, not the stop's size
                 budget = f"{self.bits:.3f}bpp"
             return PlanRequest("mxq" if plain else self.attempt, budget=budget)
         return PlanRequest("uniform" if self.algo == "hqq" else self.algo, self.label)
@@ -94,7 +94,7 @@ def read_plans(checkout: Checkout) -> tuple[pd.DataFrame, dict[str, int]]:
     Columns ``attempt, label, model, layer, module, config, path``; ``index`` is the file's row.
     """
     tables, sizes = [], {}
-    for path in checkout.under(PLANS, "*/*.csv"):
+    for path in checkout.list_files(PLANS, "*/*.csv"):
         where, table = checkout.root / path, checkout.table(path, PLAN_COLUMNS)
         table["config"] = config_names(where, table, ("b1", "g1", "b2", "g2"))
         table["label"] = table["bit_budget"].map("{:.2f}".format)
@@ -104,7 +104,7 @@ def read_plans(checkout: Checkout) -> tuple[pd.DataFrame, dict[str, int]]:
             if sizes.setdefault(row.model, size) != size:
                 raise InputError(
                     f"{where}, row {row.Index}: {row.model} has {size} parameters in "
-                    f"params_all_tot and {sizes[row.model]} in another plan; mend the wrong one, "
+                    f"params_all_tot and {sizes[row.model]} in another plan; correct one of them, "
                     "or fetch the files again."
                 )
     if not tables:
@@ -243,7 +243,7 @@ def _run_row(run: tuple, info: ModelInfo) -> dict:
 def _evaluation_rows(checkout: Checkout, run: tuple, info: ModelInfo) -> Iterator[dict]:
     """Rows of the table ``evaluations``: one a corpus; fp16's are the model's own."""
     setting = run.setting
-    provenance = _place(checkout, run) | {"origin": "published", "dtype": _DTYPE}
+    provenance = _provenance(checkout, run) | {"origin": "published", "dtype": _DTYPE}
     for column, corpus in PERPLEXITIES.items():
         perplexity = getattr(run, column)
         if np.isnan(perplexity):
@@ -264,7 +264,7 @@ def _evaluation_rows(checkout: Checkout, run: tuple, info: ModelInfo) -> Iterato
         }
 
 
-def _place(checkout: Checkout, run: tuple) -> dict:
+def _provenance(checkout: Checkout, run: tuple) -> dict:
     return {"file": RUNS, "sha256": checkout.files[RUNS], "row": run.Index}
 
 
@@ -286,7 +286,7 @@ def outcomes(
         words = {"load_gib": run.load_mem_allot, "storage_gib": run.model_storage_size}
         if run.setting.request.method == "mxq":
             words["objective"] = objectives.get((run.model, run.setting.label))
-        published[run.setting] = _place(checkout, run) | words
+        published[run.setting] = _provenance(checkout, run) | words
     frames = {
         "plans": _plan_frame(checkout, models, plans, published),
         "runs": pd.DataFrame(runs).astype({"model_bytes": "Int64"}),

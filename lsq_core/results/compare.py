@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lsq_core.bits import LADDER, is_mixed, named_stop, parse_config
+from lsq_core.bits import LADDER, find_stop, is_mixed, parse_config
 
 #: Methods whose runs differ by ``boost_stop`` and ``top_m``; every other has one run a budget.
-BOOSTS = ("sensiboost", "kurtboost", "sensiboost-ablation", "kurtboost-ablation")
+BOOST_METHODS = ("sensiboost", "kurtboost", "sensiboost-ablation", "kurtboost-ablation")
 #: Methods whose runs differ by how rows are mixed.
-ROWS = ("high-impact",)
+ROW_METHODS = ("high-impact",)
 #: What two runs must share to be compared: a perplexity means nothing without these.
-_SAME = ("fingerprint", "corpus", "corpus_sha256", "protocol", "tokens")
+_COMPARISON_KEY = ("fingerprint", "corpus", "corpus_sha256", "protocol", "tokens")
 
 
 @dataclass(frozen=True)
@@ -45,26 +45,26 @@ class WinTieLoss:
         return tuple(round(100 * count / self.total) if self.total else 0 for count in shares)
 
 
-def with_labels(runs: pd.DataFrame) -> pd.DataFrame:
+def add_labels(runs: pd.DataFrame) -> pd.DataFrame:
     """Runs with ``label``, ``boost_stop`` and ``top_m`` beside them, as they were asked for.
 
     ``label`` is the name of the base stop (``3.13``); of a method without one its budget in bits
     per parameter with two decimals, or None where that was given in bytes. ``runs`` has the
     columns ``base`` and ``request`` of :meth:`lsq_core.store.store.Store.results`.
     """
-    asked = [json.loads(text) if isinstance(text, str) else {} for text in runs["request"]]
+    request_fields = [json.loads(text) if isinstance(text, str) else {} for text in runs["request"]]
     bases = runs["base"].astype(object).where(runs["base"].notna(), None)
-    labels = [base or _label(request) for base, request in zip(bases, asked, strict=True)]
+    labels = [base or _label(request) for base, request in zip(bases, request_fields, strict=True)]
     return runs.assign(
         label=labels,
-        boost_stop=[request.get("boost_stop") for request in asked],
-        top_m=[request.get("top_m") for request in asked],
+        boost_stop=[request.get("boost_stop") for request in request_fields],
+        top_m=[request.get("top_m") for request in request_fields],
     )
 
 
 def _label(request: dict) -> str | None:
     budget = request.get("budget") or ""
-    stop = named_stop(budget)
+    stop = find_stop(budget)
     if stop is not None:
         return stop.stop_name
     return f"{float(budget.removesuffix('bpp')):.2f}" if budget.endswith("bpp") else None
@@ -91,31 +91,31 @@ def win_tie_loss(runs: pd.DataFrame, method: str, other: str) -> WinTieLoss:
     >>> win_tie_loss(runs, "sensiboost", "uniform").percentages  # doctest: +SKIP
     (98, 1, 1)
     """
-    labelled = with_labels(runs)
+    labelled = add_labels(runs)
     labelled = labelled[labelled["perplexity"].notna() & labelled["label"].notna()]
-    key = [*_SAME, "label"] + (["boost_stop", "top_m"] if other in BOOSTS else [])
+    key = [*_COMPARISON_KEY, "label"] + (["boost_stop", "top_m"] if other in BOOST_METHODS else [])
     columns = [*key, "perplexity"]
     mine = labelled.loc[labelled["method"] == method, columns]
     theirs = labelled.loc[labelled["method"] == other, columns]
     pairs = mine.merge(theirs, on=key, suffixes=("", "_other"))
-    return _count(pairs["perplexity"], pairs["perplexity_other"])
+    return _count_outcomes(pairs["perplexity"], pairs["perplexity_other"])
 
 
 #: Neighbours further apart than this share of their size say nothing about what lies between.
-NEAR = 0.10
+MAX_INTERPOLATION_GAP = 0.10
 #: Sizes that differ by less than this share are the same size.
 SAME_SIZE = 0.001
 #: Fewer comparisons than this say nothing about which method is better.
-FEWEST = 5
+MIN_COMPARISONS = 5
 
 
 def win_tie_loss_at_equal_bytes(runs: pd.DataFrame, method: str, other: str) -> WinTieLoss:
     """Every run of a method against what the other method reaches at the same size.
 
-    That is :func:`perplexity_at` of the other's runs of the same model, corpus and protocol, at
-    this run's nominal bits per parameter, to which the same model's bytes are in proportion. A run
-    to which the other method has no run of its size, nor neighbours near enough, is left out.
-    Perplexities are rounded to two decimals as in :func:`win_tie_loss`.
+    That is :func:`interpolate_perplexity` of the other's runs of the same model, corpus and
+    protocol, at this run's nominal bits per parameter, to which the same model's bytes are in
+    proportion. A run to which the other method has no run of its size, nor neighbours near enough,
+    is left out. Perplexities are rounded to two decimals as in :func:`win_tie_loss`.
 
     Where a run's plan was not published its bits are the label it was reported under, which
     differs from the plan's size by up to 0.2 % and counts as it is.
@@ -127,24 +127,26 @@ def win_tie_loss_at_equal_bytes(runs: pd.DataFrame, method: str, other: str) -> 
     """
     total = WinTieLoss(0, 0, 0)
     known = runs[runs["perplexity"].notna() & runs["bits_per_param"].notna()]
-    for _, group in known.groupby(list(_SAME), dropna=False):
+    for _, group in known.groupby(list(_COMPARISON_KEY), dropna=False):
         mine, theirs = (
             group.loc[group["method"] == name, ["bits_per_param", "perplexity"]].to_numpy(float)
             for name in (method, other)
         )
-        reached = np.array([perplexity_at(theirs, bits) for bits in mine[:, 0]], dtype=float)
-        met = ~np.isnan(reached)
-        total += _count(mine[met, 1], reached[met])
+        reached = np.array(
+            [interpolate_perplexity(theirs, bits) for bits in mine[:, 0]], dtype=float
+        )
+        comparable = ~np.isnan(reached)
+        total += _count_outcomes(mine[comparable, 1], reached[comparable])
     return total
 
 
-def perplexity_at(runs: np.ndarray, size: float) -> float:
+def interpolate_perplexity(runs: np.ndarray, size: float) -> float:
     """The perplexity that a method's runs reach at a size; NaN where they don't tell.
 
     The best run within :data:`SAME_SIZE` of the size counts as it is. Else the logarithm of
     perplexity is interpolated over the size between the neighbours on the method's front (runs
-    that no smaller or equal one beats), which have to lie within :data:`NEAR` of each other.
-    Nothing is extrapolated.
+    that no smaller or equal one beats), which have to lie within :data:`MAX_INTERPOLATION_GAP` of
+    each other. Nothing is extrapolated.
 
     Perplexity falls ever more slowly with size, so that what is interpolated lies a little above
     what a run there would reach.
@@ -167,12 +169,12 @@ def perplexity_at(runs: np.ndarray, size: float) -> float:
     if not len(below) or not len(above):
         return float("nan")
     low, high = below[below[:, 0].argmax()], above[above[:, 0].argmin()]
-    if high[0] / low[0] - 1 > NEAR:
+    if high[0] / low[0] - 1 > MAX_INTERPOLATION_GAP:
         return float("nan")
     return float(np.exp(np.interp(size, [low[0], high[0]], np.log([low[1], high[1]]))))
 
 
-def _count(own: pd.Series | np.ndarray, others: pd.Series | np.ndarray) -> WinTieLoss:
+def _count_outcomes(own: pd.Series | np.ndarray, others: pd.Series | np.ndarray) -> WinTieLoss:
     own, others = np.round(own, 2), np.round(others, 2)
     return WinTieLoss(
         int((own < others).sum()), int((own == others).sum()), int((own > others).sum())
@@ -195,20 +197,20 @@ def figure_6(runs: pd.DataFrame) -> pd.DataFrame:
     """The comparisons of :data:`FIGURE_6` of which there are both methods' runs.
 
     Gives a row each: ``method, against, equal`` (bytes, or the label in their place), ``wins``,
-    ``ties``, ``losses``, ``total``, and whether they are ``enough`` (:data:`FEWEST`) to be drawn
-    and given as shares.
+    ``ties``, ``losses``, ``total``, and whether they are ``enough`` (:data:`MIN_COMPARISONS`) to be
+    drawn and given as shares.
     """
-    there = set(runs["method"])
+    available = set(runs["method"])
     counts = {False: win_tie_loss, True: win_tie_loss_at_equal_bytes}
     rows = [
-        (*pair, equal, found.wins, found.ties, found.losses, found.total)
+        (*pair, equal, outcome.wins, outcome.ties, outcome.losses, outcome.total)
         for pair in FIGURE_6
-        if there.issuperset(pair)
+        if available.issuperset(pair)
         for equal, count in counts.items()
-        if (found := count(runs, *pair)).total
+        if (outcome := count(runs, *pair)).total
     ]
     names = ["method", "against", "equal", "wins", "ties", "losses", "total"]
-    return pd.DataFrame(rows, columns=names).assign(enough=lambda f: f["total"] >= FEWEST)
+    return pd.DataFrame(rows, columns=names).assign(enough=lambda f: f["total"] >= MIN_COMPARISONS)
 
 
 def uniform_bases(runs: pd.DataFrame) -> dict[str, pd.Series]:
@@ -222,7 +224,7 @@ def uniform_bases(runs: pd.DataFrame) -> dict[str, pd.Series]:
     return {stop.stop_name: by_stop[stop.stop_name] for stop in LADDER if stop.stop_name in by_stop}
 
 
-def against_base(runs: pd.DataFrame, base: Mapping[str, Any]) -> pd.DataFrame:
+def relative_to_base(runs: pd.DataFrame, base: Mapping[str, Any]) -> pd.DataFrame:
     """Runs with ``extra``, the share of bits above a run's, and ``drop``, that of perplexity below.
 
     Both are relative to ``base``, a row of ``runs``: ``extra`` 0.018 and ``drop`` 0.094 is a
@@ -246,8 +248,8 @@ def pareto(size: pd.Series, perplexity: pd.Series) -> pd.Series:
     best = frame.groupby("size")["perplexity"].min()  # in the order of sizes
     before = best.cummin().shift(fill_value=np.inf)
     front = best[best < before]
-    there = (frame["size"].map(front) == frame["perplexity"]).reindex(size.index)
-    return there.fillna(False).astype(bool)
+    available = (frame["size"].map(front) == frame["perplexity"]).reindex(size.index)
+    return available.fillna(False).astype(bool)
 
 
 def largest_gain(runs: pd.DataFrame) -> tuple[str, str] | None:
@@ -257,7 +259,7 @@ def largest_gain(runs: pd.DataFrame) -> tuple[str, str] | None:
     several with the same plan the one that took every outlier is given. ``runs`` are of one
     model, corpus and protocol.
     """
-    labelled = with_labels(runs).dropna(subset=["perplexity", "label"])
+    labelled = add_labels(runs).dropna(subset=["perplexity", "label"])
     uniform = labelled[(labelled["method"] == "uniform") & (labelled["quantizer"] == "hqq")]
     boosted = labelled[labelled["method"].isin(["sensiboost", "kurtboost"])]
     columns = ["evaluation", "label", "perplexity"]
@@ -272,7 +274,7 @@ def largest_gain(runs: pd.DataFrame) -> tuple[str, str] | None:
 # --- two runs -------------------------------------------------------------------------------
 
 
-def plan_modules(content: Mapping[str, Any]) -> pd.DataFrame:
+def plan_to_frame(content: Mapping[str, Any]) -> pd.DataFrame:
     """A kept plan as a frame: ``module, layer, type, config, z``; no rows if it wasn't published.
 
     ``content`` is what :meth:`Plan.to_json` gave; ``z`` is what ranked a module
@@ -287,10 +289,10 @@ def plan_modules(content: Mapping[str, Any]) -> pd.DataFrame:
     return frame.astype({"z": float})
 
 
-def shares_of_bytes(modules: pd.DataFrame, parameters: Mapping[str, int]) -> pd.Series:
+def byte_shares(modules: pd.DataFrame, parameters: Mapping[str, int]) -> pd.Series:
     """The share of a plan's nominal bytes that each configuration takes, by its name ([A] Fig. 8).
 
-    ``modules`` is of :func:`plan_modules`; ``parameters`` says how many weights a module has.
+    ``modules`` is of :func:`plan_to_frame`; ``parameters`` says how many weights a module has.
     """
     known = [config.name for config in LADDER]
     names = [name for name in modules["config"].unique() if name in known or is_mixed(name)]
@@ -303,40 +305,42 @@ def shares_of_bytes(modules: pd.DataFrame, parameters: Mapping[str, int]) -> pd.
 def plan_difference(a: pd.DataFrame, b: pd.DataFrame) -> pd.DataFrame:
     """The modules that two plans of one model treat differently, in the order of the first.
 
-    Both are of :func:`plan_modules`; gives ``module, layer, type, config, config_other``.
+    Both are of :func:`plan_to_frame`; gives ``module, layer, type, config, config_other``.
     """
     both = a.merge(b[["module", "config"]], on="module", suffixes=("", "_other"))
     different = both[both["config"] != both["config_other"]]
     return different[["module", "layer", "type", "config", "config_other"]].reset_index(drop=True)
 
 
-def settings_of(record: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+def run_settings(record: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """What a run was asked to do and was made with, by name, in words.
 
     ``record`` is of :meth:`lsq_core.store.store.Store.record`. What isn't known is left out.
     """
     run, plan, own = record["run"], record["plan"], record["evaluation"]
     content = plan.get("content") or {}
-    asked = content.get("request") or {}
+    request_fields = content.get("request") or {}
     # A text that rows were scored on or a quantizer reads tells more of the run than a profile's.
     profile = (record["profile"].get("settings") or {}) | (content.get("calibration") or {})
-    rows = run["method"] in ROWS
-    boosts = run["method"] in BOOSTS
+    rows = run["method"] in ROW_METHODS
+    boosts = run["method"] in BOOST_METHODS
     known = {
         "method": run["method"],
         "base": content.get("base"),
-        "budget": asked.get("budget"),
-        "boost stops": asked.get("boost_stop") if boosts else None,
-        "outliers kept": (asked.get("top_m") or "all") if boosts else None,
-        "metric": asked.get("metric") if run["method"].startswith("sensiboost") else None,
-        "seed": asked.get("seed") if run["method"].endswith("-ablation") else None,
-        "bits of rows": f"{asked['low_bits']} and {asked['high_bits']}" if rows else None,
-        "group size": asked.get("group_size") if rows else None,
-        "ratios": asked.get("ratios") if rows else None,
-        "loss of ratios": asked.get("loss") if rows else None,
-        "negative curvature": "taken out" if rows and asked.get("clip") else None,
-        "solved": "to the optimum" if asked.get("exact") else None,
-        "pins": ", ".join(asked.get("pins") or []),
+        "budget": request_fields.get("budget"),
+        "boost stops": request_fields.get("boost_stop") if boosts else None,
+        "outliers kept": (request_fields.get("top_m") or "all") if boosts else None,
+        "metric": request_fields.get("metric") if run["method"].startswith("sensiboost") else None,
+        "seed": request_fields.get("seed") if run["method"].endswith("-ablation") else None,
+        "bits of rows": f"{request_fields['low_bits']} and {request_fields['high_bits']}"
+        if rows
+        else None,
+        "group size": request_fields.get("group_size") if rows else None,
+        "ratios": request_fields.get("ratios") if rows else None,
+        "loss of ratios": request_fields.get("loss") if rows else None,
+        "negative curvature": "taken out" if rows and request_fields.get("clip") else None,
+        "solved": "to the optimum" if request_fields.get("exact") else None,
+        "pins": ", ".join(request_fields.get("pins") or []),
         "quantizer": run["quantizer"],
         "axis": content.get("axis"),
         "metadata": content.get("metadata"),

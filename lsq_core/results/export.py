@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lsq_core.charts.style import CONFIG, inert_figure
+from lsq_core.charts.style import CONFIG, sanitize_figure
 from lsq_core.store import database
 
 if TYPE_CHECKING:
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 #: An exported page may draw what is in it and fetch nothing, whatever a library would like to.
-_CLOSED = (
+_CONTENT_SECURITY_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:"
 )
 #: The colour of a figure's text on the white paper of an exported page.
-_INK = "#1c2530"
+_TEXT_COLOUR = "#1c2530"
 
 
 # --- tables ---------------------------------------------------------------------------------
@@ -30,14 +30,16 @@ _INK = "#1c2530"
 
 def csv_bytes(frame: pd.DataFrame) -> bytes:
     """A table as CSV, in UTF-8, its numbers to all their digits and its texts no formulas."""
-    safe = frame.rename(columns=_no_formula)
-    for place, kind in enumerate(frame.dtypes):
+    safe = frame.rename(columns=_escape_formula)
+    for column_index, kind in enumerate(frame.dtypes):
         if kind.kind == "O":  # texts; categories, and pandas' own strings, are of this kind too
-            safe.isetitem(place, frame.iloc[:, place].astype(object).map(_no_formula))
+            safe.isetitem(
+                column_index, frame.iloc[:, column_index].astype(object).map(_escape_formula)
+            )
     return safe.to_csv(index=False).encode("utf8")
 
 
-def _no_formula(value: object) -> object:
+def _escape_formula(value: object) -> object:
     """A text that a spreadsheet takes for text: behind an apostrophe where it begins a formula.
 
     A carriage return ends a row where it isn't quoted, which pandas doesn't do: it becomes a line
@@ -58,7 +60,7 @@ def parquet_bytes(frame: pd.DataFrame) -> bytes:
     """A table as Parquet, by DuckDB."""
     with (
         tempfile.TemporaryDirectory() as folder,
-        database.in_memory(files=Path(folder)) as connection,
+        database.connect_in_memory(files=Path(folder)) as connection,
     ):
         path = Path(folder) / "table.parquet"
         connection.register("frame", frame.reset_index(drop=True))
@@ -71,29 +73,31 @@ def parquet_bytes(frame: pd.DataFrame) -> bytes:
 
 def figure_html(figure: go.Figure, title: str) -> str:
     """A figure as a page of its own that needs no network; it saves itself as PNG and SVG."""
-    return document(title, figure_block(figure, title))
+    return html_document(title, figure_block(figure, title))
 
 
 def figure_block(figure: go.Figure, name: str) -> str:
-    """A figure for :func:`document`, with buttons that save it under a name as PNG or SVG."""
+    """A figure for :func:`html_document`, with buttons that save it under a name as PNG or SVG."""
     from plotly.io import to_html
 
-    paper = type(figure)(inert_figure(figure)).update_layout(
-        font_color=_INK, template="plotly_white"
+    print_figure = type(figure)(sanitize_figure(figure)).update_layout(
+        font_color=_TEXT_COLOUR, template="plotly_white"
     )
-    drawn = to_html(paper, config=CONFIG, include_plotlyjs=False, full_html=False)
+    plot_html = to_html(print_figure, config=CONFIG, include_plotlyjs=False, full_html=False)
     stem = html.escape(re.sub(r"[^A-Za-z0-9.-]+", "-", name).strip("-").lower())
-    saves = "".join(
+    save_buttons = "".join(
         f'<button data-format="{kind}" data-name="{stem}">{kind.upper()}</button>'
         for kind in ("png", "svg")
     )
-    return f'<figure>{drawn}<figcaption class="saves">Save as {saves}</figcaption></figure>'
+    return (
+        f'<figure>{plot_html}<figcaption class="saves">Save as {save_buttons}</figcaption></figure>'
+    )
 
 
-def _on_paper(figure: go.Figure) -> go.Figure:
+def _print_style(figure: go.Figure) -> go.Figure:
     """A copy of the figure in dark ink on white, inert as on a page of the app."""
-    copied = type(figure)(inert_figure(figure))
-    return copied.update_layout(font_color=_INK, template="plotly_white")
+    copied = type(figure)(sanitize_figure(figure))
+    return copied.update_layout(font_color=_TEXT_COLOUR, template="plotly_white")
 
 
 def can_draw_images() -> bool:
@@ -103,10 +107,10 @@ def can_draw_images() -> bool:
 
 def figure_image(figure: go.Figure, kind: str) -> bytes:
     """A figure as ``png`` or ``svg``; needs kaleido (see :func:`can_draw_images`) and a Chrome."""
-    paper = type(figure)(inert_figure(figure)).update_layout(
-        font_color=_INK, template="plotly_white"
+    print_figure = type(figure)(sanitize_figure(figure)).update_layout(
+        font_color=_TEXT_COLOUR, template="plotly_white"
     )
-    return paper.to_image(kind, width=1100, scale=2 if kind == "png" else 1)
+    return print_figure.to_image(kind, width=1100, scale=2 if kind == "png" else 1)
 
 
 _SAVE = """
@@ -132,13 +136,13 @@ button { font: inherit; margin-left: .4rem; padding: .05rem .6rem; cursor: point
 """
 
 
-def document(title: str, body: str) -> str:
+def html_document(title: str, body: str) -> str:
     """An HTML page with Plotly inside, which asks for nothing from anywhere."""
     from plotly.offline import get_plotlyjs
 
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_CLOSED}">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_CONTENT_SECURITY_POLICY}">'
         '<meta name="viewport" content="width=device-width">'
         f"<title>{html.escape(title)}</title><style>{_STYLE}</style>"
         f"<script>{get_plotlyjs()}</script></head><body>{body}<script>{_SAVE}</script>"
@@ -181,7 +185,7 @@ def bibtex(record: Mapping[str, Mapping[str, Any]]) -> str:
     """
     run, own, plan = record["run"], record["evaluation"], record["plan"]
     versions = ", ".join(f"{name} {text}" for name, text in (run["versions"] or {}).items())
-    told = {
+    details = {
         "model": record["model"].get("source"),
         "model fingerprint": run["fingerprint"],
         "plan": f"{run['method']}, {plan['bits_per_param']:.4f} bits per parameter",
@@ -189,17 +193,16 @@ def bibtex(record: Mapping[str, Mapping[str, Any]]) -> str:
         "corpus SHA-256": own["corpus_sha256"],
         "versions": versions,
     }
-    note = "; ".join(f"{name}: {_tex(str(text))}" for name, text in told.items() if text)
+    note = "; ".join(f"{name}: {_escape_tex(str(text))}" for name, text in details.items() if text)
     entry = f"""@misc{{lsq-run-{run["id"]},
-  title        = {{{_tex(run["method"])} at {plan["bits_per_param"]:.4f} bits per parameter}},
-  year         = {{{run["created"].year}}},
-  howpublished = {{LSQ Explorer, run {run["id"]}}},
-  note         = {{{note}}}
+  title        = {{{_escape_tex(run["method"])} at {plan["bits_per_param"]:.4f} bits per
+  parameter}}, year         = {{{run["created"].year}}}, howpublished = {{LSQ Explorer, run
+  {run["id"]}}}, note         = {{{note}}}
 }}"""
     return "\n\n".join([*_PAPERS.values(), entry]) + "\n"
 
 
-def _tex(text: str) -> str:
+def _escape_tex(text: str) -> str:
     r"""Text in which TeX finds nothing to do: ``my_model`` as ``my\_model``."""
     escaped = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
     return re.sub(r"[\\~^#$%&_{}]", lambda m: escaped.get(m[0], "\\" + m[0]), text)

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lsq_core import charts
-from lsq_core.results.compare import plan_modules, settings_of, shares_of_bytes
-from lsq_core.results.export import bibtex, document, figure_block
+from lsq_core.results.compare import byte_shares, plan_to_frame, run_settings
+from lsq_core.results.export import bibtex, figure_block, html_document
 from lsq_core.units import format_bytes
 
 if TYPE_CHECKING:
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Report:
+class HtmlReport:
     """A page that is written from top to bottom; everything said is escaped."""
 
     title: str
     parts: list[str] = field(default_factory=list)
 
-    def say(self, text: str) -> None:
+    def paragraph(self, text: str) -> None:
         """A paragraph in small print."""
         self.parts.append(f'<p class="under">{html.escape(text)}</p>')
 
@@ -53,18 +53,18 @@ class Report:
             f"<tbody>{rows}</tbody></table></div>"
         )
 
-    def facts(self, facts: Mapping[str, str]) -> None:
+    def definition_table(self, definition_table: Mapping[str, str]) -> None:
         """Names and what they are."""
         rows = "".join(
             f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(text))}</td></tr>"
-            for name, text in facts.items()
+            for name, text in definition_table.items()
         )
         self.parts.append(f"<table>{rows}</table>")
 
     def page(self) -> str:
         """The whole page, which needs nothing but a browser."""
         heading = f"<h1>{html.escape(self.title)}</h1>"
-        return document(self.title, heading + "\n".join(self.parts))
+        return html_document(self.title, heading + "\n".join(self.parts))
 
 
 def _cell(value: object) -> str:
@@ -76,14 +76,14 @@ def _cell(value: object) -> str:
     return f"<td{number}>{html.escape(str(value))}</td>"
 
 
-def figures_of(record: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+def format_run_figures(record: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """A run's figures by name, in words; ``record`` is of :meth:`Store.record`."""
     own, run, plan = record["evaluation"], record["run"], record["plan"]
     known = {
         "perplexity": _number(own["perplexity"], ".4f"),
         "full precision": _full_precision(record),
         "KL divergence, nats": _number(own["kl"], ".4f"),
-        "same top token": _number(own["top1"], ".1%"),
+        "top-1 agreement": _number(own["top1"], ".1%"),
         "bits per parameter": _number(plan.get("bits_per_param"), ".4f"),
         "linear weights, planned": _bytes(plan.get("planned_bytes")),
         "linear weights, measured": _bytes(run["measured_bytes"]),
@@ -141,24 +141,24 @@ def run_report(
     run, own, plan = record["run"], record["evaluation"], record["plan"]
     method = charts.method_style(run["method"]).title
     bits = plan.get("bits_per_param")
-    report = Report(
+    report = HtmlReport(
         f"{method}, {bits:.2f} bits: perplexity {own['perplexity']:.2f} on {own['corpus']}"
     )
-    report.say(
+    report.paragraph(
         f"{record['model'].get('source')}, run {run['id']} of {run['created']:%Y-%m-%d %H:%M} UTC, "
         + ("published by the methods' authors" if run["origin"] == "published" else "measured")
         + f", {own['protocol']}. Written by LSQ Explorer."
     )
     if run["note"]:
-        report.say(f"Note: {run['note']}")
+        report.paragraph(f"Note: {run['note']}")
     report.section("Figures")
-    report.facts(figures_of(record))
+    report.definition_table(format_run_figures(record))
     if beside is not None:
         report.figure(beside, f"run {run['id']} among others")
     _plan_section(report, record, matrices)
     report.section("Settings and provenance")
-    report.facts(settings_of(record))
-    report.section("The command line that does it again")
+    report.definition_table(run_settings(record))
+    report.section("Command line to reproduce this run")
     report.code(command)
     report.section("To cite")
     report.code(bibtex(record))
@@ -166,17 +166,17 @@ def run_report(
 
 
 def _plan_section(
-    report: Report, record: Mapping[str, Mapping[str, Any]], matrices: Iterable[Matrix]
+    report: HtmlReport, record: Mapping[str, Mapping[str, Any]], matrices: Iterable[Matrix]
 ) -> None:
-    modules = plan_modules(record["plan"].get("content") or {})
+    modules = plan_to_frame(record["plan"].get("content") or {})
     report.section("Plan")
     if modules.empty:
-        report.say("The plan, module by module, was not published.")
+        report.paragraph("The plan, module by module, was not published.")
         return
     name = f"plan of run {record['run']['id']}"
     report.figure(charts.plan_heatmap(modules), name)
     weights = {m.name: m.numel for m in matrices}
-    report.figure(charts.plan_ring(shares_of_bytes(modules, weights), "bytes"), f"{name} ring")
+    report.figure(charts.plan_ring(byte_shares(modules, weights), "bytes"), f"{name} ring")
     report.table(modules.rename(columns={"z": "ranked by"}))
 
 
@@ -184,8 +184,8 @@ def comparison_report(
     title: str, under: str, figures: Mapping[str, go.Figure], runs: pd.DataFrame
 ) -> str:
     """Runs side by side as one HTML page: figures by their headings, and the table of all runs."""
-    report = Report(title)
-    report.say(under)
+    report = HtmlReport(title)
+    report.paragraph(under)
     for heading, figure in figures.items():
         report.section(heading)
         report.figure(figure, heading)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from lsq_core.evaluation.protocol import EvaluationRequest
 from lsq_core.jsontext import json_text
-from lsq_core.progress import Report, silent
+from lsq_core.progress import ProgressCallback, ignore_progress
 from lsq_core.provenance import (
     machine,
     run_dependencies,
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from torch import nn
 
     from lsq_core.corpus.tokens import TokenStream
-    from lsq_core.evaluation.result import Evaluation, Pair
-from lsq_core.errors import in_a_sentence
+    from lsq_core.evaluation.result import Evaluation, EvaluationPair
+from lsq_core.errors import translate_resource_errors
 from lsq_core.stages.model import OpenModel
 
 
-def evaluate_on(
+def evaluate_on_texts(
     models: Sequence[nn.Module],
     tokenizer: object,
     context: int,
@@ -35,21 +35,21 @@ def evaluate_on(
     *,
     reference: nn.Module | None = None,
     where: dict[str, str],
-    report: Report = silent,
+    report: ProgressCallback = ignore_progress,
     checkpoints: Sequence[Sequence[Path | None]] | None = None,
-) -> Iterator[list[Pair]]:
+) -> Iterator[list[EvaluationPair]]:
     """Evaluate any causal models on texts, with the provenance of the figures filled in.
 
-    Yields as :func:`lsq_core.evaluation.perplexity.evaluate_together`.
+    Yields as :func:`lsq_core.evaluation.perplexity.evaluate_models`.
     """
-    from lsq_core.evaluation.perplexity import evaluate_together
-    from lsq_core.evaluation.protocol import Protocol, Text
+    from lsq_core.evaluation.perplexity import evaluate_models
+    from lsq_core.evaluation.protocol import EvaluationText, Protocol
 
     texts = [
-        Text(stream.ids, Protocol.named(request.protocol, context))
+        EvaluationText(stream.ids, Protocol.named(request.protocol, context))
         for request, stream in zip(requests, streams, strict=True)
     ]
-    found = evaluate_together(
+    found = evaluate_models(
         models,
         texts,
         bos=tokenizer.bos_token_id,
@@ -58,21 +58,23 @@ def evaluate_on(
         checkpoints=checkpoints,
     )
     for request, stream in zip(requests, streams, strict=True):
-        with in_a_sentence(where["device"]):
+        with translate_resource_errors(where["device"]):
             pairs = next(found)
         known = {
             "corpus": stream.corpus,
             "corpus_sha256": stream.sha256,
             "corpus_source": stream.source,
             "truncated": stream.truncated,
-            "provenance": provenance_of(where, request, tokenizer),
+            "provenance": evaluation_provenance(where, request, tokenizer),
         }
         yield [
             (replace(own, **known), replace(full, **known) if full else None) for own, full in pairs
         ]
 
 
-def provenance_of(where: dict[str, str], request: EvaluationRequest, tokenizer: object) -> dict:
+def evaluation_provenance(
+    where: dict[str, str], request: EvaluationRequest, tokenizer: object
+) -> dict:
     """What an evaluation is made with, beside its corpus and protocol."""
     return where | {
         "machine": machine(where["device"]),
@@ -88,21 +90,21 @@ def evaluate_models(
     requests: Sequence[EvaluationRequest],
     reference: nn.Module | None = None,
     identities: Sequence[Sequence[object]] | None = None,
-) -> Iterator[list[Pair]]:
+) -> Iterator[list[EvaluationPair]]:
     """Evaluate models with this one's tokenizer, beside a reference where there is one.
 
     ``identities`` tell a model each from others that are evaluated in the same folder. Yields
-    as :func:`lsq_core.evaluation.perplexity.evaluate_together`.
+    as :func:`lsq_core.evaluation.perplexity.evaluate_models`.
     """
     identities = identities or [()] * len(models)
-    return evaluate_on(
+    return evaluate_on_texts(
         models,
         model.tokenizer,
         model.info.context,
         requests,
         [model.stream(request) for request in requests],
         reference=reference,
-        where=model.place,
+        where=model.device_and_dtype,
         report=model.report,
         checkpoints=[[_checkpoint(model, r, i) for i in identities] for r in requests],
     )
@@ -112,13 +114,13 @@ def _checkpoint(
     model: OpenModel, request: EvaluationRequest, identity: Sequence[object]
 ) -> Path | None:
     """The file for what was scored so far of a model on a text, where there is a folder."""
-    if model.folder_to_keep is None:
+    if model.checkpoint_folder is None:
         return None
     made_by = run_dependencies(versions())
-    asked = (model.stream(request).sha256, asdict(request), model.place, made_by)
+    request_key = (model.stream(request).sha256, asdict(request), model.device_and_dtype, made_by)
     # A file's form is part of its name: an older version may have been cut off.
-    name = digest("by window", model.info.fingerprint, *identity, *asked)[:16]
-    return model.folder_to_keep / f"evaluation-{name}.npz"
+    name = digest("by window", model.info.fingerprint, *identity, *request_key)[:16]
+    return model.checkpoint_folder / f"evaluation-{name}.npz"
 
 
 def evaluate_full(model: OpenModel, request: EvaluationRequest) -> dict:

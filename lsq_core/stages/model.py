@@ -10,17 +10,17 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from lsq_core.corpus.registry import load_corpus
-from lsq_core.corpus.tokens import token_stream
+from lsq_core.corpus.tokens import build_token_stream
 from lsq_core.errors import InputError
 from lsq_core.evaluation.protocol import EvaluationRequest
-from lsq_core.model.identity import ModelIdentity, identify, identity_of, under_name
+from lsq_core.model.identity import ModelIdentity, compute_identity, identify, with_source
 from lsq_core.model.info import ModelInfo
-from lsq_core.model.source import ModelSource, described_demo, find_model
+from lsq_core.model.source import ModelSource, find_model, read_demo_description
 from lsq_core.planning.problem import Problem
 from lsq_core.profiling.settings import PUBLISHED_SETTINGS, ProfileSettings
-from lsq_core.progress import Clock, Report, silent, timed
+from lsq_core.progress import Clock, ProgressCallback, ignore_progress, timed
 from lsq_core.provenance import (
-    Place,
+    DeviceAndDtype,
     device_kind,
 )
 from lsq_core.store.store import PUBLISHED, Store
@@ -29,11 +29,11 @@ from lsq_core.units import GIB
 if TYPE_CHECKING:
     from lsq_core.corpus.tokens import TokenStream
     from lsq_core.model.loading import LoadedModel
-    from lsq_core.quantization.cache import Remembered
-from lsq_core.errors import in_a_sentence
+    from lsq_core.quantization.cache import PackedMatrixCache
+from lsq_core.errors import translate_resource_errors
 
 #: Bytes of quantized matrices that are kept for the plans to come, unless one says otherwise.
-REMEMBERED_BYTES = GIB
+DEFAULT_CACHE_BYTES = GIB
 
 
 @dataclass(eq=False)
@@ -43,16 +43,16 @@ class OpenModel:
     ``source`` may be given as a name or folder, and ``store`` as the path of a database (None for
     the usual one). A job gives a folder in which it keeps what it has so far: one that was cut off
     and starts again resumes from there. Matrices quantized for one plan serve the next ones, up to
-    ``remembered_bytes`` of them, on the device that the model is on.
+    ``cache_bytes`` of them, on the device that the model is on.
     """
 
     source: ModelSource | str | Path = "demo"
     store: Store | str | Path | None = None
     device: str = "auto"
     dtype: str = "auto"
-    report: Report = silent
-    folder_to_keep: Path | None = None
-    remembered_bytes: int = REMEMBERED_BYTES
+    report: ProgressCallback = ignore_progress
+    checkpoint_folder: Path | None = None
+    cache_bytes: int = DEFAULT_CACHE_BYTES
     clock: Clock = field(default_factory=Clock, init=False)
     problems: dict[object, Problem] = field(default_factory=dict, init=False)
     _streams: dict[EvaluationRequest, TokenStream] = field(default_factory=dict, init=False)
@@ -91,7 +91,7 @@ class OpenModel:
         return find_model(self.source)
 
     @cached_property
-    def outline(self) -> ModelInfo:
+    def config_info(self) -> ModelInfo:
         """What the model's config alone says of it, by which what cannot be is refused.
 
         Of a remote model that isn't here nothing but its config is fetched.
@@ -100,7 +100,7 @@ class OpenModel:
             return self.info
         from lsq_core.model.loading import inspect_model
 
-        return known_info(self.source, self.store) or inspect_model(self.source)
+        return find_model_info(self.source, self.store) or inspect_model(self.source)
 
     @cached_property
     @timed("load")
@@ -108,13 +108,13 @@ class OpenModel:
         """What is known of the model, whose files are all here; a remote one is fetched."""
         if self.published:
             return self.published
-        identity = identity_of(self.folder, self.source.trust_remote_code)
-        info = self.store.model(identity.fingerprint) or described_demo(self.source)
+        identity = compute_identity(self.folder, self.source.trust_remote_code)
+        info = self.store.model(identity.fingerprint) or read_demo_description(self.source)
         if info is None:
             from lsq_core.model.loading import inspect_model
 
             info = inspect_model(self.source)
-        info = replace(under_name(info, self.source, identity), fingerprint=identity.fingerprint)
+        info = replace(with_source(info, self.source, identity), fingerprint=identity.fingerprint)
         self.store.save_model(info)
         return info
 
@@ -126,7 +126,7 @@ class OpenModel:
         from lsq_core.model.loading import load_model
 
         self.report("load", 0, 1, f"loading {self.source.name}")
-        with in_a_sentence(self.device):
+        with translate_resource_errors(self.device):
             loaded = load_model(self.source, self.device, self.dtype)
         self.store.save_model(loaded.info)
         self.report("load", 1, 1, f"loaded on {loaded.device} in {loaded.dtype}")
@@ -141,7 +141,7 @@ class OpenModel:
         from lsq_core.model.streaming import NotStreamable, open_streamed
 
         try:
-            with in_a_sentence(self.device):
+            with translate_resource_errors(self.device):
                 streamed = open_streamed(self.source, self.device, self.dtype)
         except NotStreamable as reason:
             self.report("load", 0, 1, f"{reason}, so the whole model is loaded")
@@ -158,7 +158,7 @@ class OpenModel:
 
     @cached_property
     @timed("load")
-    def place(self) -> dict[str, str]:
+    def device_and_dtype(self) -> dict[str, str]:
         """The device and the dtype that the model computes on and in; needs no weights."""
         from lsq_core.model.loading import model_config, pick_device, pick_dtype
 
@@ -179,15 +179,15 @@ class OpenModel:
         """The tokens that a request evaluates on, remembered."""
         if request not in self._streams:
             self.report("evaluate", 0, 1, f"reading {request.corpus}")
-            self._streams[request] = stream_of(request, self.tokenizer)
+            self._streams[request] = load_tokens(request, self.tokenizer)
         return self._streams[request]
 
     @cached_property
-    def remembered(self) -> Remembered:
+    def matrix_cache(self) -> PackedMatrixCache:
         """The matrices quantized so far."""
-        from lsq_core.quantization.cache import Remembered
+        from lsq_core.quantization.cache import PackedMatrixCache
 
-        return Remembered(self.remembered_bytes)
+        return PackedMatrixCache(self.cache_bytes)
 
 
 def find_published(source: ModelSource, store: Store) -> ModelInfo | None:
@@ -218,25 +218,27 @@ def known_identity(source: ModelSource, store: Store) -> ModelIdentity | None:
 
     Raises as :func:`lsq_core.model.identity.identify`.
     """
-    found = identify(source)
-    if found is not None or source.local_folder:
-        return found
-    named = store.named_model(source.name, source.revision)
+    record = identify(source)
+    if record is not None or source.local_folder:
+        return record
+    named = store.find_model_by_name(source.name, source.revision)
     return None if named is None else ModelIdentity(*named)
 
 
-def known_info(source: ModelSource, store: Store) -> ModelInfo | None:
+def find_model_info(source: ModelSource, store: Store) -> ModelInfo | None:
     """What the store has of the model that a source names, under the name it is asked for by.
 
     One whose files are not here is the newest that the store has of that name and revision. None
     where the model is not known yet. Raises as :func:`lsq_core.model.identity.identify`.
     """
     identity = known_identity(source, store)
-    found = store.model(identity.fingerprint) if identity else None
-    return None if found is None else under_name(found, source, identity)
+    record = store.model(identity.fingerprint) if identity else None
+    return None if record is None else with_source(record, source, identity)
 
 
-def place_of(info: ModelInfo, device: str = "auto", dtype: str = "auto") -> Place:
+def resolve_device_and_dtype(
+    info: ModelInfo, device: str = "auto", dtype: str = "auto"
+) -> DeviceAndDtype:
     """Where a model computes when it is asked for on a device in a dtype, as loading has it.
 
     torch is imported only where there may be a GPU.
@@ -244,7 +246,7 @@ def place_of(info: ModelInfo, device: str = "auto", dtype: str = "auto") -> Plac
     if device == "auto" and not _may_have_gpu():
         device = "cpu"
     if device_kind(device) == "cpu" and dtype == "auto":
-        return Place("cpu", "float32")
+        return DeviceAndDtype("cpu", "float32")
     import torch
 
     from lsq_core.model.loading import pick_device, pick_dtype
@@ -254,7 +256,7 @@ def place_of(info: ModelInfo, device: str = "auto", dtype: str = "auto") -> Plac
     named = next(filter(None, (p.get("dtype") or p.get("torch_dtype") for p in parts)), None)
     stored = getattr(torch, str(named).removeprefix("torch."), None)
     chosen = pick_dtype(dtype, target, SimpleNamespace(dtype=stored))
-    return Place(target.type, str(chosen).removeprefix("torch."))
+    return DeviceAndDtype(target.type, str(chosen).removeprefix("torch."))
 
 
 def _may_have_gpu() -> bool:
@@ -265,6 +267,8 @@ def _may_have_gpu() -> bool:
     return any(any(Path("/dev").glob(pattern)) for pattern in drivers)
 
 
-def stream_of(request: EvaluationRequest, tokenizer: object) -> TokenStream:
+def load_tokens(request: EvaluationRequest, tokenizer: object) -> TokenStream:
     """The tokens that a request evaluates on."""
-    return token_stream(load_corpus(request.corpus, "evaluation"), tokenizer, request.max_tokens)
+    return build_token_stream(
+        load_corpus(request.corpus, "evaluation"), tokenizer, request.max_tokens
+    )

@@ -11,8 +11,8 @@ from lsq_core.bits import (
     DETECTION_CONFIG,
     LADDER,
     QuantConfig,
+    matrix_bytes,
     nominal_bytes,
-    of_matrix,
     stop_index,
 )
 from lsq_core.corpus.registry import corpus_identity
@@ -20,7 +20,7 @@ from lsq_core.errors import InputError
 from lsq_core.model.info import ModelInfo
 from lsq_core.planning.make import make_plan
 from lsq_core.planning.methods import PLANNERS, get_planner
-from lsq_core.planning.pins import with_pins
+from lsq_core.planning.pins import apply_pins
 from lsq_core.planning.plan import Plan
 from lsq_core.planning.problem import TOLERANCE, Problem
 from lsq_core.planning.request import PlanRequest
@@ -28,9 +28,9 @@ from lsq_core.profiling.profile import Profile
 from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.progress import timed
 from lsq_core.quantization.registry import (
-    about,
-    mixed_rows_refusal,
-    refusal,
+    incompatibility_reason,
+    mixed_rows_incompatibility,
+    quantizer_spec,
 )
 from lsq_core.settings import CalibrationSettings
 
@@ -56,13 +56,13 @@ def plan_model(model: OpenModel, request: PlanRequest, settings: ProfileSettings
     planner = get_planner(request.method)
     # A budget out of reach is told before anything is measured, or weights are fetched.
     options = planner.options(request)
-    request.budget_for(Problem(model.outline.matrices).with_options(options))
+    request.resolve_budget(Problem(model.config_info.matrices).with_options(options))
     profile = profile_model(model, settings, planner.metrics) if planner.metrics else None
     problem = _cached_problem(model, profile).with_options(options)
     if planner.reads_rows:
         problem = replace(problem, impact=row_impact(model, request, settings))
     model.report("plan", 0, 1, planner.title)
-    plan = plan_for(model.info, problem, request, settings)
+    plan = make_model_plan(model.info, problem, request, settings)
     model.report("plan", 1, 1, f"{plan.bits_per_param:.3f} bits per parameter")
     return replace(plan, profile=profile.id) if profile else plan
 
@@ -71,11 +71,11 @@ def _cached_problem(model: OpenModel, profile: Profile | None) -> Problem:
     """What planners see of a profile, remembered: a sweep plans from one again and again."""
     key = (profile.id, profile.metrics) if profile else None
     if key not in model.problems:
-        model.problems[key] = problem_of(model.info, profile)
+        model.problems[key] = build_problem(model.info, profile)
     return model.problems[key]
 
 
-def problem_of(info: ModelInfo, profile: Profile | None) -> Problem:
+def build_problem(info: ModelInfo, profile: Profile | None) -> Problem:
     """What planners see: matrices, and those of a profile's scores that it holds.
 
     A published profile may lack metrics, or a metric at some stops (NaN there).
@@ -84,10 +84,10 @@ def problem_of(info: ModelInfo, profile: Profile | None) -> Problem:
         return Problem(info.matrices)
     held = set(zip(profile.values["metric"], profile.values["config"], strict=True))
     metrics = {metric for metric, _ in held}
-    nothing = np.full(len(info.matrices), np.nan)
+    all_nan = np.full(len(info.matrices), np.nan)
 
     def at(metric: str, config: QuantConfig) -> np.ndarray:
-        return profile.scores(metric, config) if (metric, config.name) in held else nothing
+        return profile.scores(metric, config) if (metric, config.name) in held else all_nan
 
     scores = {m: profile.scores(m) for m in ("kurtosis", "loss_impact") if m in metrics}
     for metric in ("sensitivity", "sensitivity_module"):
@@ -126,7 +126,7 @@ def check_metrics(info: ModelInfo, problem: Problem, request: PlanRequest) -> No
         )
 
 
-def plan_for(
+def make_model_plan(
     info: ModelInfo,
     problem: Problem,
     request: PlanRequest,
@@ -151,10 +151,10 @@ def plan_for(
         other_bytes=info.other_bytes,
         frontier=frontier,
     )
-    return replace(plan, calibration=_text_of(settings)) if plan.rows else plan
+    return replace(plan, calibration=_calibration_source(settings)) if plan.rows else plan
 
 
-def by_quantizer(plan: Plan, quantizer: str, settings: ProfileSettings) -> Plan:
+def with_quantizer(plan: Plan, quantizer: str, settings: ProfileSettings) -> Plan:
     """The plan as a quantizer will carry it out: its bytes, and the text that it reads, if any.
 
     A plan of mixed rows has the text that they were scored on with it, and that of a run that is
@@ -162,11 +162,11 @@ def by_quantizer(plan: Plan, quantizer: str, settings: ProfileSettings) -> Plan:
     """
     if plan.calibration and (plan.rows or plan.quantizer == quantizer):
         return replace(plan, quantizer=quantizer)
-    text = _text_of(settings) if about(quantizer).calibrated else None
+    text = _calibration_source(settings) if quantizer_spec(quantizer).calibrated else None
     return replace(plan, quantizer=quantizer, calibration=text)
 
 
-def _text_of(settings: ProfileSettings) -> dict:
+def _calibration_source(settings: ProfileSettings) -> dict:
     """Which text settings name, and how much of it is read, as a plan tells it."""
     text = {name: getattr(settings, name) for name in _CALIBRATION}
     return text | {"corpus": corpus_identity(settings.calibration)}
@@ -181,7 +181,9 @@ def calibration_of_plan(plan: Plan) -> CalibrationSettings:
     return CalibrationSettings(**named)
 
 
-def refusal_of(problem: Problem, request: PlanRequest, quantizer: str, axis: int) -> str:
+def request_incompatibility(
+    problem: Problem, request: PlanRequest, quantizer: str, axis: int
+) -> str:
     """Why no plan of a request can be carried out by a quantizer, as far as that is known now.
 
     In a sentence, '' where nothing stands against it; the plan itself has to be checked as well
@@ -193,28 +195,28 @@ def refusal_of(problem: Problem, request: PlanRequest, quantizer: str, axis: int
         When the request itself is wrong.
     """
     problem = problem.with_options(get_planner(request.method).options(request))
-    known, reason = about(quantizer), refusal(quantizer, {}, axis)
+    known, reason = quantizer_spec(quantizer), incompatibility_reason(quantizer, {}, axis)
     offered = [option for option in problem.options if option in known.options]
     if reason or not offered:
-        return reason or mixed_rows_refusal(known)
+        return reason or mixed_rows_incompatibility(known)
     if request.base:
         base = LADDER[stop_index(request.base)]
-        pinned = with_pins(problem, request.pins)
+        pinned = apply_pins(problem, request.pins)
         stop = LADDER.index(base)
         free = (pinned.low <= stop) & (stop <= pinned.high)
         kept = [m for m, is_free in zip(problem.matrices, free, strict=True) if is_free]
-        return refusal(quantizer, dict.fromkeys(kept, base) if kept else {}, axis)
-    budget = request.budget_for(problem)
+        return incompatibility_reason(quantizer, dict.fromkeys(kept, base) if kept else {}, axis)
+    budget = request.resolve_budget(problem)
     if budget is None:
         return ""
     smallest = sum(
-        min(of_matrix(nominal_bytes, m, option) for option in offered) for m in problem.matrices
+        min(matrix_bytes(nominal_bytes, m, option) for option in offered) for m in problem.matrices
     )
     if budget.nominal_bytes * (1 + TOLERANCE) >= smallest:
         return ""
     return (
         f"{known.title} supports {', '.join(c.name for c in offered)}, which take at "
-        f"least {problem.in_words(smallest)}; a budget of {budget.text} is below that."
+        f"least {problem.format_size(smallest)}; a budget of {budget.text} is below that."
     )
 
 

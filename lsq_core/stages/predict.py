@@ -14,7 +14,7 @@ from lsq_core.errors import InputError
 from lsq_core.evaluation import prediction
 from lsq_core.planning.make import make_frontier
 from lsq_core.planning.methods import get_planner
-from lsq_core.planning.pins import with_pins
+from lsq_core.planning.pins import apply_pins
 from lsq_core.planning.plan import Plan
 from lsq_core.planning.problem import Problem
 from lsq_core.planning.request import PlanRequest
@@ -23,12 +23,12 @@ from lsq_core.profiling.settings import ProfileSettings
 if TYPE_CHECKING:
     from lsq_core.evaluation.prediction import Predictor
 from lsq_core.stages.model import OpenModel
-from lsq_core.stages.plan import check_metrics, problem_of
+from lsq_core.stages.plan import build_problem, check_metrics
 from lsq_core.stages.profile import find_profile, profile_model
 
 #: Why a plan of mixed rows has no predicted perplexity.
-NOT_PREDICTED = (
-    "Perplexity is predicted from errors at the ladder's stops, and there are none of matrices "
+NO_PREDICTION_REASON = (
+    "Perplexity is predicted from weight errors by configuration, which are unknown for matrices "
     "whose rows have different bits."
 )
 
@@ -50,7 +50,7 @@ def fit_predictor(
     InputError
         When there are too few runs, or the profile lacks what predictions need.
     """
-    points = prediction.measured_points(
+    points = prediction.load_measured_points(
         model.store,
         model.info.fingerprint,
         problem,
@@ -76,19 +76,19 @@ def predict_plan(
     """
     settings = replace(settings, axis=plan.axis, metadata=plan.metadata)
     if plan.rows:
-        return {"reason": NOT_PREDICTED}
+        return {"reason": NO_PREDICTION_REASON}
     try:
         profile = find_profile(model, settings)
         if profile is None:
             return {"reason": "This model has no profile under these settings yet."}
-        problem = problem_of(model.info, profile)
+        problem = build_problem(model.info, profile)
         predictor = fit_predictor(model, problem, settings, corpus, protocol)
     except InputError as error:
         return {"reason": str(error)}
     return predictor.summary(problem, np.array([LADDER.index(c) for c in plan.configs]))
 
 
-def request_within(
+def request_for_max_loss(
     model: OpenModel,
     request: PlanRequest,
     settings: ProfileSettings,
@@ -105,13 +105,13 @@ def request_within(
     """
     planner = get_planner(request.method)
     if planner.reads_rows:
-        raise InputError(f"{NOT_PREDICTED} Give a budget in place of max-loss.")
+        raise InputError(f"{NO_PREDICTION_REASON} Give a budget in place of max-loss.")
     profile = profile_model(model, settings, [*prediction.METRICS, *planner.metrics])
-    problem = problem_of(model.info, profile)
+    problem = build_problem(model.info, profile)
     check_metrics(model.info, problem, request)
-    pinned = with_pins(problem, request.pins)
+    pinned = apply_pins(problem, request.pins)
     predictor = fit_predictor(model, problem, settings, corpus, protocol)
     frontier = make_frontier(pinned, request)
-    budget = prediction.smallest_within(frontier, predictor, pinned, max_loss)
+    budget = prediction.smallest_budget_within(frontier, predictor, pinned, max_loss)
     # 17 digits write any float exactly, so the same plan is found again.
     return replace(request, budget=f"{budget:.17g}B")

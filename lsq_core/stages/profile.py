@@ -15,23 +15,25 @@ from lsq_core.profiling.profile import Profile, missing_metrics
 from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.progress import timed
 from lsq_core.provenance import (
-    Place,
+    DeviceAndDtype,
     profile_dependencies,
     versions,
 )
 from lsq_core.quantization.registry import (
-    about,
-    computes_with,
+    arithmetic_packages,
+    quantizer_spec,
 )
 from lsq_core.store.store import Store
 
 if TYPE_CHECKING:
     pass
-from lsq_core.errors import in_a_sentence
-from lsq_core.stages.model import OpenModel, place_of
+from lsq_core.errors import translate_resource_errors
+from lsq_core.stages.model import OpenModel, resolve_device_and_dtype
 
 
-def profile_key(info: ModelInfo, settings: ProfileSettings, place: Place | None = None) -> str:
+def profile_key(
+    info: ModelInfo, settings: ProfileSettings, device_and_dtype: DeviceAndDtype | None = None
+) -> str:
     """The identity of a model's profile under some settings, found or not.
 
     ``place`` is where it is measured, None for where this machine computes by itself.
@@ -41,37 +43,51 @@ def profile_key(info: ModelInfo, settings: ProfileSettings, place: Place | None 
     InputError
         When the calibration corpus is nothing known.
     """
-    corpus, packages = corpus_identity(settings.calibration), computes_with(settings.quantizer)
-    place = place or place_of(info)
-    made_with = profile_dependencies(place, versions(*packages), packages)
+    corpus, required_packages = (
+        corpus_identity(settings.calibration),
+        arithmetic_packages(settings.quantizer),
+    )
+    device_and_dtype = device_and_dtype or resolve_device_and_dtype(info)
+    made_with = profile_dependencies(
+        device_and_dtype, versions(*required_packages), required_packages
+    )
     return settings.key(info.fingerprint, corpus, info.tokenizer, info.code, made_with)
 
 
 def find_profile_key(
-    store: Store, info: ModelInfo, settings: ProfileSettings, place: Place | None = None
+    store: Store,
+    info: ModelInfo,
+    settings: ProfileSettings,
+    device_and_dtype: DeviceAndDtype | None = None,
 ) -> str:
     """The same; a profile kept before it depended on place and versions is put under it.
 
     That is done only where what was recorded with the profile says that it was measured in this
     place, by these versions of what it depends on.
     """
-    key, place = profile_key(info, settings, place), place or place_of(info)
-    packages = computes_with(settings.quantizer)
-    wanted = profile_dependencies(place, versions(*packages), packages)
+    key, device_and_dtype = (
+        profile_key(info, settings, device_and_dtype),
+        device_and_dtype or resolve_device_and_dtype(info),
+    )
+    required_packages = arithmetic_packages(settings.quantizer)
+    wanted = profile_dependencies(device_and_dtype, versions(*required_packages), required_packages)
 
     def same(recorded: dict) -> bool:
         made_by = recorded.get("versions") or {}
-        return profile_dependencies(Place.of(recorded), made_by, packages) == wanted
+        return (
+            profile_dependencies(DeviceAndDtype.from_record(recorded), made_by, required_packages)
+            == wanted
+        )
 
     older = settings.key(info.fingerprint, corpus_identity(settings.calibration))
-    store.adopt_profile(older, key, same)
+    store.rekey_profile(older, key, same)
     return key
 
 
 def model_profile_key(model: OpenModel, settings: ProfileSettings) -> str:
     """The identity of this model's profile under these settings."""
-    place = place_of(model.info, model.device, model.dtype)
-    return find_profile_key(model.store, model.info, settings, place)
+    device_and_dtype = resolve_device_and_dtype(model.info, model.device, model.dtype)
+    return find_profile_key(model.store, model.info, settings, device_and_dtype)
 
 
 def find_profile(model: OpenModel, settings: ProfileSettings) -> Profile | None:
@@ -102,7 +118,7 @@ def profile_model(
     unknown = [metric for metric in metrics if metric not in METRICS]
     if unknown:
         raise InputError(f"'{unknown[0]}' is not a metric; choose one of {', '.join(METRICS)}.")
-    known = about(settings.quantizer)
+    known = quantizer_spec(settings.quantizer)
     if "loss_impact" in metrics and LOSS_PROBE not in known.configs:
         raise InputError(
             f"Loss impact is measured at {LOSS_PROBE.name}, which {known.title} doesn't have; "
@@ -111,11 +127,11 @@ def profile_model(
     found = find_profile(model, settings)
     if model.published:
         if found is None:
-            raise InputError(_no_such_profile(model.published, settings, model.store))
+            raise InputError(_missing_profile_message(model.published, settings, model.store))
         return found
     missing = missing_metrics(found, metrics)
     if not missing:
-        model.report("profile", 1, 1, "found in the store")
+        model.report("profile", 1, 1, "already stored")
         return found
     alone = [metric for metric in missing if metric in WEIGHT_METRICS]
     for stage, part in (
@@ -123,15 +139,15 @@ def profile_model(
         ("profile", [metric for metric in missing if metric not in alone]),
     ):
         if part:
-            keep_profile(model, _measure(model, settings, part, stage))
+            merge_profile(model, _measure(model, settings, part, stage))
     return find_profile(model, settings)
 
 
-def keep_profile(model: OpenModel, measured: Profile) -> None:
+def merge_profile(model: OpenModel, measured: Profile) -> None:
     """Add metrics to the profile, or keep them as a new one."""
-    model.store.keep_profile(measured)
+    model.store.merge_profile(measured)
     names = ", ".join(measured.metrics)
-    model.report("store", 1, 1, f"{names} kept in profile {measured.id}")
+    model.report("store", 1, 1, f"{names} stored in profile {measured.id}")
 
 
 def _measure(
@@ -140,9 +156,9 @@ def _measure(
     """A profile of these metrics alone, measured now."""
     from lsq_core.profiling.measure import make_metrics, measure_profile
 
-    whole = "loaded" in model.__dict__ or any(m.needs_whole for m in make_metrics(metrics))
+    whole = "loaded" in model.__dict__ or any(m.needs_full_model for m in make_metrics(metrics))
     loaded = model.loaded if whole else model.streamed
-    with in_a_sentence(loaded.device):
+    with translate_resource_errors(loaded.device):
         return measure_profile(
             loaded,
             settings,
@@ -152,7 +168,7 @@ def _measure(
         )
 
 
-def _no_such_profile(info: ModelInfo, settings: ProfileSettings, store: Store) -> str:
+def _missing_profile_message(info: ModelInfo, settings: ProfileSettings, store: Store) -> str:
     """What a published model has instead of the profile that was asked for."""
     kept = [ProfileSettings(**json.loads(s)) for s in store.profiles(info.fingerprint)["settings"]]
     there = sorted({f"{s.calibration} ({s.quantizer}, axis {s.axis})" for s in kept})

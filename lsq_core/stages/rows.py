@@ -11,7 +11,7 @@ import numpy as np
 from lsq_core.errors import InputError
 from lsq_core.model.info import ModelInfo
 from lsq_core.planning.methods import get_planner
-from lsq_core.planning.methods.high_impact import impact_of
+from lsq_core.planning.methods.high_impact import build_impact
 from lsq_core.planning.problem import Impact, Problem
 from lsq_core.planning.request import PlanRequest
 from lsq_core.profiling.settings import ProfileSettings
@@ -20,27 +20,27 @@ from lsq_core.provenance import (
     machine,
     versions,
 )
-from lsq_core.store.store import InteractionKind, Store
+from lsq_core.store.store import InteractionKey, Store
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-from lsq_core.errors import in_a_sentence
+from lsq_core.errors import translate_resource_errors
 from lsq_core.stages.model import OpenModel
 from lsq_core.stages.profile import model_profile_key
 
 
-def kind_of(request: PlanRequest) -> InteractionKind:
+def interaction_key(request: PlanRequest) -> InteractionKey:
     """Which interactions a request reads."""
-    return InteractionKind(request.loss, request.low_bits, request.high_bits, request.group_size)
+    return InteractionKey(request.loss, request.low_bits, request.high_bits, request.group_size)
 
 
-def known_impact(info: ModelInfo, store: Store, key: str, request: PlanRequest) -> Impact | None:
+def load_impact(info: ModelInfo, store: Store, key: str, request: PlanRequest) -> Impact | None:
     """What the store has of a profile's rows for a request; None without row scores."""
     scores = store.row_scores(key)
     if not scores:
         return None
-    return impact_of(info.matrices, scores, store.interactions(key, kind_of(request)))
+    return build_impact(info.matrices, scores, store.interactions(key, interaction_key(request)))
 
 
 @timed("profile")
@@ -64,25 +64,25 @@ def row_impact(model: OpenModel, request: PlanRequest, settings: ProfileSettings
     key = model_profile_key(model, settings)
     scores = model.store.row_scores(key) or _measure_row_scores(model, settings, key)
     if request.ratios == "uniform":
-        kept = model.store.interactions(key, kind_of(request))
-        return impact_of(model.info.matrices, scores, kept)
+        kept = model.store.interactions(key, interaction_key(request))
+        return build_impact(model.info.matrices, scores, kept)
     _measure_interactions(model, request, settings, key, scores)
-    return known_impact(model.info, model.store, key, request)
+    return load_impact(model.info, model.store, key, request)
 
 
-def _calibration(
+def _load_calibration(
     model: OpenModel, settings: ProfileSettings, loss: str | None = None
 ) -> tuple[Tensor, dict]:
     """Calibration tokens (sequences, tokens), few of them for a loss, and where from."""
     import torch
 
-    from lsq_core.profiling.calibration import calibration_of
-    from lsq_core.profiling.interactions import few_tokens
+    from lsq_core.profiling.calibration import load_calibration
+    from lsq_core.profiling.interactions import limit_tokens
 
-    blocks = calibration_of(model.loaded, settings.text)
+    blocks = load_calibration(model.loaded, settings.text)
     ids = torch.from_numpy(blocks.ids).to(model.loaded.device)
-    ids = ids if loss is None else few_tokens(ids, loss)
-    told = {
+    ids = ids if loss is None else limit_tokens(ids, loss)
+    details = {
         "corpus": blocks.corpus,
         "corpus_source": blocks.source,
         "corpus_sha256": blocks.sha256,
@@ -94,7 +94,7 @@ def _calibration(
         "dtype": model.loaded.dtype,
         "versions": versions(),
     }
-    return ids, told
+    return ids, details
 
 
 def _measure_row_scores(
@@ -102,17 +102,19 @@ def _measure_row_scores(
 ) -> dict[str, np.ndarray]:
     from lsq_core.profiling.rows import measure_row_scores
 
-    began = time.perf_counter()
-    loaded, folder = model.loaded, model.folder_to_keep
-    ids, told = _calibration(model, settings)
-    with in_a_sentence(loaded.device):
+    start_time = time.perf_counter()
+    loaded, folder = model.loaded, model.checkpoint_folder
+    ids, details = _load_calibration(model, settings)
+    with translate_resource_errors(loaded.device):
         scores = measure_row_scores(
             loaded,
             ids,
             lambda done, total, message: model.report("rows", done, total, message),
             None if folder is None else folder / f"row-scores-{key}.npz",
         )
-    model.store.save_row_scores(key, scores, told | {"seconds": time.perf_counter() - began})
+    model.store.save_row_scores(
+        key, scores, details | {"seconds": time.perf_counter() - start_time}
+    )
     return scores
 
 
@@ -123,15 +125,15 @@ def _measure_interactions(
     key: str,
     scores: dict[str, np.ndarray],
 ) -> None:
-    kind = kind_of(request)
+    kind = interaction_key(request)
     known = model.store.interactions(key, kind)
     if len(known) == len({matrix.layer for matrix in model.info.matrices}):
         return
     from lsq_core.profiling.interactions import measure_interactions
 
     loaded = model.loaded
-    ids, told = _calibration(model, settings, kind.loss)
-    with in_a_sentence(loaded.device):
+    ids, details = _load_calibration(model, settings, kind.loss)
+    with translate_resource_errors(loaded.device):
         for block in measure_interactions(
             loaded,
             ids,
@@ -143,4 +145,6 @@ def _measure_interactions(
             known=list(known),
             progress=lambda done, total, message: model.report("rows", done, total, message),
         ):
-            model.store.save_interactions(key, kind, block.layer, block.units, block.matrix, told)
+            model.store.save_interactions(
+                key, kind, block.layer, block.units, block.matrix, details
+            )

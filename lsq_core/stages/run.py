@@ -20,11 +20,11 @@ from lsq_core.provenance import (
     versions,
 )
 from lsq_core.quantization.registry import (
+    arithmetic_packages,
     check_choice,
-    computes_with,
-    packages,
+    required_packages,
 )
-from lsq_core.quantized.manifest import RUN, is_quantized_folder, read_manifest
+from lsq_core.quantized.manifest import RUN_KEYS, is_quantized_folder, read_manifest
 from lsq_core.settings import GridSettings
 from lsq_core.store.store import new_id
 from lsq_core.targets import check_folder_target
@@ -33,15 +33,15 @@ from lsq_core.units import format_bytes
 if TYPE_CHECKING:
     from torch import nn
 
-    from lsq_core.evaluation.result import Evaluation, Pair
-from lsq_core.errors import in_a_sentence
+    from lsq_core.evaluation.result import Evaluation, EvaluationPair
+from lsq_core.errors import translate_resource_errors
 from lsq_core.stages.evaluate import digest, evaluate_models, figures
 from lsq_core.stages.model import OpenModel
-from lsq_core.stages.plan import by_quantizer, calibration_of_plan, plan_identity
+from lsq_core.stages.plan import calibration_of_plan, plan_identity, with_quantizer
 
 
 @dataclass(frozen=True, eq=False)
-class Quantized:
+class QuantizedRun:
     """A model quantized by a plan: the run that it is, and the row that the store keeps of it."""
 
     run: str
@@ -84,7 +84,7 @@ def quantize_plan(
     plan_name: str = "",
     run: str | None = None,
     settings: ProfileSettings | None = None,
-) -> Quantized:
+) -> QuantizedRun:
     """Quantize by a plan, and save the model where that is asked for.
 
     ``run`` is that of a run kept before, to which more evaluations are to be added;
@@ -96,7 +96,7 @@ def quantize_plan(
         When an input is wrong, the device has too little memory, or the disk is full.
     """
     check_choice(quantizer, plan.choice, plan.axis)
-    plan = by_quantizer(plan, quantizer, settings or model.default_settings)
+    plan = with_quantizer(plan, quantizer, settings or model.default_settings)
     run = run or _run_id(model, plan, quantizer)
     saved = save is not None and _is_saved(save, run)
     if save is not None and not saved:
@@ -105,11 +105,11 @@ def quantize_plan(
     if save is not None and not saved:
         _save(model, quantized, plan, run, save)
     row = _run_row(model, plan, quantized, seconds, save)
-    return Quantized(run, quantized, plan, row, plan_name)
+    return QuantizedRun(run, quantized, plan, row, plan_name)
 
 
 def measure(
-    model: OpenModel, made: Sequence[Quantized], requests: Sequence[EvaluationRequest]
+    model: OpenModel, made: Sequence[QuantizedRun], requests: Sequence[EvaluationRequest]
 ) -> Iterator[dict]:
     """Evaluate quantized models beside full precision, in one pass, and keep their runs.
 
@@ -119,22 +119,22 @@ def measure(
     models = [one.model for one in made]
     identities = [[one.run, plan_identity(one.plan), one.row["quantizer"]] for one in made]
     found = evaluate_models(model, models, requests, model.loaded.model, identities)
-    for pairs, seconds in _timed_passes(model, found):
+    for pairs, seconds in _with_stage_seconds(model, found):
         for one, (own, full) in zip(made, pairs, strict=True):
-            yield _keep_run(model, one, own, full, seconds)
+            yield _save_run(model, one, own, full, seconds)
 
 
-def _timed_passes(
-    model: OpenModel, found: Iterator[list[Pair]]
-) -> Iterator[tuple[list[Pair], dict[str, float]]]:
+def _with_stage_seconds(
+    model: OpenModel, found: Iterator[list[EvaluationPair]]
+) -> Iterator[tuple[list[EvaluationPair], dict[str, float]]]:
     """Evaluations with the seconds by stage so far, of which full precision's are apart."""
     while True:
-        began = model.clock.seconds.get("evaluate", 0.0)
+        start_time = model.clock.seconds.get("evaluate", 0.0)
         with model.clock.stage("evaluate"):
             pairs = next(found, None)
         if pairs is None:
             return
-        taken = model.clock.seconds["evaluate"] - began
+        taken = model.clock.seconds["evaluate"] - start_time
         # What is read before a text is done is of the next one too, so it may be less.
         full = min(taken, pairs[0][1].seconds) if pairs[0][1] else 0.0
         model.clock.add("evaluate", -full)
@@ -143,18 +143,22 @@ def _timed_passes(
 
 
 @timed("store")
-def _keep_run(
-    model: OpenModel, made: Quantized, own: Evaluation, full: Evaluation, seconds: dict[str, float]
+def _save_run(
+    model: OpenModel,
+    made: QuantizedRun,
+    own: Evaluation,
+    full: Evaluation,
+    seconds: dict[str, float],
 ) -> dict:
     own = replace(own, times=seconds | {"whole": model.clock.total})
     with model.store.held():
         if "plan" not in made.row:
-            made.row["plan"] = model.store.plan_of(made.run) or model.store.save_plan(
+            made.row["plan"] = model.store.find_run_plan(made.run) or model.store.save_plan(
                 made.plan, model.info.fingerprint, made.plan.profile, made.plan_name
             )
         model.store.save_full_precision(model.info.fingerprint, full)
         model.store.save_run(made.run, made.row, [own])
-    model.report("store", 1, 1, f"kept as run {made.run}")
+    model.report("store", 1, 1, f"stored as run {made.run}")
     return (
         made.plan.to_json()
         | {"profile": made.plan.profile}
@@ -164,14 +168,14 @@ def _keep_run(
 
 def _run_id(model: OpenModel, plan: Plan, quantizer: str) -> str:
     """A new run's id; a job that begins again gives the same plan the same id again."""
-    if model.folder_to_keep is None:
+    if model.checkpoint_folder is None:
         return new_id()
-    return digest(model.folder_to_keep.name, plan_identity(plan), quantizer)[:12]
+    return digest(model.checkpoint_folder.name, plan_identity(plan), quantizer)[:12]
 
 
 def _is_saved(save: Path, run: str) -> bool:
     """Whether this very run saved its model here before it was cut off."""
-    return is_quantized_folder(save) and read_manifest(save, RUN)["run"] == run
+    return is_quantized_folder(save) and read_manifest(save, RUN_KEYS)["run"] == run
 
 
 @timed("quantize")
@@ -183,8 +187,8 @@ def _quantize(model: OpenModel, plan: Plan) -> tuple[nn.Module, float]:
     from lsq_core.quantized.modules import measured_bytes
 
     loaded = model.loaded
-    began, saved = time.perf_counter(), model.remembered.saved_seconds
-    with in_a_sentence(loaded.device):
+    start_time, saved = time.perf_counter(), model.matrix_cache.saved_seconds
+    with translate_resource_errors(loaded.device):
         task = QuantizationTask(
             loaded,
             plan.choice,
@@ -192,8 +196,8 @@ def _quantize(model: OpenModel, plan: Plan) -> tuple[nn.Module, float]:
             calibration_of_plan(plan),
             plan.rows,
             lambda done, total, name: model.report("quantize", done, total, name),
-            model.remembered,
-            _folder_of(model, plan),
+            model.matrix_cache,
+            _quantizer_folder(model, plan),
         )
         quantized = run_task(task, get_quantizer(plan.quantizer))
     measured = measured_bytes(quantized)
@@ -202,17 +206,17 @@ def _quantize(model: OpenModel, plan: Plan) -> tuple[nn.Module, float]:
             f"The quantized model takes {measured} bytes and the plan promised "
             f"{plan.planned_bytes}; this is a defect of LSQ Explorer, please report it."
         )
-    seconds = time.perf_counter() - began + model.remembered.saved_seconds - saved
+    seconds = time.perf_counter() - start_time + model.matrix_cache.saved_seconds - saved
     return quantized, seconds
 
 
-def _folder_of(model: OpenModel, plan: Plan) -> Path | None:
+def _quantizer_folder(model: OpenModel, plan: Plan) -> Path | None:
     """Where a quantizer keeps what it has of this plan so far, where there is a folder."""
-    if model.folder_to_keep is None:
+    if model.checkpoint_folder is None:
         return None
-    made_by = run_dependencies(versions(), computes_with(plan.quantizer))
-    made_from = (*plan_identity(plan), plan.quantizer, model.place, made_by)
-    return model.folder_to_keep / f"quantized-{digest(model.info.fingerprint, *made_from)[:16]}"
+    made_by = run_dependencies(versions(), arithmetic_packages(plan.quantizer))
+    made_from = (*plan_identity(plan), plan.quantizer, model.device_and_dtype, made_by)
+    return model.checkpoint_folder / f"quantized-{digest(model.info.fingerprint, *made_from)[:16]}"
 
 
 @timed("save")
@@ -236,7 +240,7 @@ def _save(
         "fingerprint": model.info.fingerprint,
         "device": model.loaded.device,
         "dtype": model.loaded.dtype,
-        "versions": versions(*packages([plan.quantizer])),
+        "versions": versions(*required_packages([plan.quantizer])),
     }
     size = save_quantized(quantized, model.loaded.tokenizer, manifest, folder, model.loaded.folder)
     model.report("save", 1, 1, f"{format_bytes(size)} on disk")
@@ -264,14 +268,14 @@ def _run_row(
         "machine": machine(model.loaded.device),
         "dtype": model.loaded.dtype,
         "seed": plan.request.seed,
-        "versions": json_text(versions(*packages([plan.quantizer]))),
+        "versions": json_text(versions(*required_packages([plan.quantizer]))),
     }
 
 
 def _outcome(run_id: str, row: dict, own: Evaluation, full: Evaluation) -> dict:
-    from lsq_core.evaluation.bootstrap import compare_windows
+    from lsq_core.evaluation.bootstrap import bootstrap_difference
 
-    difference = compare_windows(own.nll, full.nll, own.counts)
+    difference = bootstrap_difference(own.nll, full.nll, own.counts)
     return figures(own) | {
         "run": run_id,
         "quantizer": row["quantizer"],

@@ -9,17 +9,22 @@ from lsq_core.errors import InputError
 from lsq_core.evaluation.protocol import EvaluationRequest
 from lsq_core.model.source import ModelSource
 from lsq_core.planning.plan import Plan
-from lsq_core.progress import Report, silent
-from lsq_core.quantized.manifest import EVALUATED, RUN, is_quantized_folder, read_manifest
+from lsq_core.progress import ProgressCallback, ignore_progress
+from lsq_core.quantized.manifest import (
+    EVALUATION_KEYS,
+    RUN_KEYS,
+    is_quantized_folder,
+    read_manifest,
+)
 from lsq_core.store.store import Store
 
 if TYPE_CHECKING:
     from torch import nn
 
     from lsq_core.quantized.artifact import QuantizedModel
-from lsq_core.errors import in_a_sentence
-from lsq_core.stages.evaluate import evaluate_on, figures
-from lsq_core.stages.model import OpenModel, stream_of
+from lsq_core.errors import translate_resource_errors
+from lsq_core.stages.evaluate import evaluate_on_texts, figures
+from lsq_core.stages.model import OpenModel, load_tokens
 from lsq_core.stages.run import quantize_plan
 
 
@@ -27,14 +32,14 @@ def load_saved(
     folder: Path,
     device: str = "auto",
     dtype: str = "auto",
-    report: Report = silent,
+    report: ProgressCallback = ignore_progress,
     trust_remote_code: bool = False,
 ) -> QuantizedModel:
     """A saved quantized model; too little memory is told in a sentence."""
     from lsq_core.quantized.artifact import load_quantized
 
     report("load", 0, 1, f"loading {folder}")
-    with in_a_sentence(device):
+    with translate_resource_errors(device):
         return load_quantized(folder, device, dtype, trust_remote_code)
 
 
@@ -44,25 +49,25 @@ def evaluate_saved(
     store: Store,
     device: str = "auto",
     dtype: str = "auto",
-    report: Report = silent,
+    report: ProgressCallback = ignore_progress,
     trust_remote_code: bool = False,
 ) -> dict:
     """Load a saved quantized model, evaluate it, and keep the result with the run it came from.
 
     A run that this store doesn't know (the folder came from elsewhere) is added to it.
     """
-    from lsq_core.model.architecture import context_of
+    from lsq_core.model.architecture import context_length
     from lsq_core.quantized.modules import measured_bytes
 
-    manifest = read_manifest(folder, EVALUATED)
+    manifest = read_manifest(folder, EVALUATION_KEYS)
     quantized = load_saved(folder, device, dtype, report, trust_remote_code)
     report("evaluate", 0, 1, f"reading {request.corpus}")
-    [[(evaluation, _)]] = evaluate_on(
+    [[(evaluation, _)]] = evaluate_on_texts(
         [quantized.model],
         quantized.tokenizer,
-        context_of(quantized.model),
+        context_length(quantized.model),
         [request],
-        [stream_of(request, quantized.tokenizer)],
+        [load_tokens(request, quantized.tokenizer)],
         where={"device": quantized.device, "dtype": quantized.dtype},
         report=report,
     )
@@ -77,13 +82,13 @@ def evaluate_saved(
     } | figures(evaluation)
 
 
-def remake(
+def rebuild_run(
     run: str,
     source: ModelSource | None,
     store: Store,
     device: str = "auto",
     dtype: str = "auto",
-    report: Report = silent,
+    report: ProgressCallback = ignore_progress,
     trust_remote_code: bool = False,
 ) -> tuple[OpenModel, nn.Module]:
     """The full-precision model of a run, and its quantized one: as saved, else made once more.
@@ -99,22 +104,22 @@ def remake(
     kept = store.run(run)
     dtype = kept["dtype"] if dtype == "auto" else dtype
     source = source or ModelSource(kept["source"], kept["revision"], trust_remote_code)
-    bench = original(source, kept["fingerprint"], store, device, dtype, report)
+    session = open_original(source, kept["fingerprint"], store, device, dtype, report)
     folder = saved_folder(kept)
     if folder is not None:
         trusted = source.trust_remote_code
-        return bench, load_saved(folder, device, dtype, report, trusted).model
-    plan = Plan.from_json(kept["content"], bench.info.matrices, bench.info.other_bytes)
-    return bench, quantize_plan(bench, plan, kept["quantizer"], run=run).model
+        return session, load_saved(folder, device, dtype, report, trusted).model
+    plan = Plan.from_json(kept["content"], session.info.matrices, session.info.other_bytes)
+    return session, quantize_plan(session, plan, kept["quantizer"], run=run).model
 
 
-def original(
+def open_original(
     source: ModelSource,
     fingerprint: str,
     store: Store,
     device: str = "auto",
     dtype: str = "auto",
-    report: Report = silent,
+    report: ProgressCallback = ignore_progress,
 ) -> OpenModel:
     """The model that something was made from.
 
@@ -123,13 +128,13 @@ def original(
     InputError
         When another model is there now.
     """
-    bench = OpenModel(source, store, device, dtype, report)
-    if bench.info.fingerprint != fingerprint:
+    session = OpenModel(source, store, device, dtype, report)
+    if session.info.fingerprint != fingerprint:
         raise InputError(
             f"{source.name} is not the model that was quantized: its weights or its config have "
             "changed; say with --model where the original is."
         )
-    return bench
+    return session
 
 
 def saved_folder(run: dict) -> Path | None:
@@ -137,4 +142,4 @@ def saved_folder(run: dict) -> Path | None:
     folder = Path(run["saved_to"]) if run["saved_to"] else None
     if folder is None or not is_quantized_folder(folder):
         return None
-    return folder if read_manifest(folder, RUN)["run"] == run["id"] else None
+    return folder if read_manifest(folder, RUN_KEYS)["run"] == run["id"] else None

@@ -20,7 +20,7 @@ from typing import TypeVar
 
 import duckdb
 
-from lsq_core.errors import InputError, LsqError, reason_of
+from lsq_core.errors import InputError, LsqError, exception_reason
 
 #: Settings of every connection. One process can open a file twice only with the same settings.
 CONFIG = {
@@ -34,17 +34,17 @@ CONFIG = {
 #: A file of DuckDB begins with a checksum of 8 bytes and this.
 _MAGIC = b"DUCK"
 #: What DuckDB raises for what it can't read. A bare ``Error`` is a checksum that doesn't match.
-_STORAGE = (
+_STORAGE_ERRORS = (
     duckdb.IOException,
     duckdb.InternalException,
     duckdb.FatalException,
     duckdb.SerializationException,
 )
 T = TypeVar("T")
-_ELSEWHERE = "give another path with --db or LSQ_DB"
+_OTHER_PATH_HINT = "give another path with --db or LSQ_DB"
 
 
-def log_of(path: Path) -> Path:
+def wal_path(path: Path) -> Path:
     """DuckDB's write-ahead log of a database."""
     return path.with_name(f"{path.name}.wal")
 
@@ -70,19 +70,19 @@ def connect(path: Path, wait: float) -> duckdb.DuckDBPyConnection:
         When another process keeps it for longer.
     """
     if not path.exists():
-        raise InputError(f"{path} is not there any more; {_ELSEWHERE}.")
+        raise InputError(f"{path} no longer exists; {_OTHER_PATH_HINT}.")
     if not os.access(path, os.R_OK):
-        raise InputError(f"{path} cannot be read: permission denied; {_ELSEWHERE}.")
+        raise InputError(f"{path} cannot be read: permission denied; {_OTHER_PATH_HINT}.")
     read_only = is_read_only(path)
-    connection = in_turn(
+    connection = retry_while_locked(
         path, wait, lambda: duckdb.connect(str(path), read_only=read_only, config=CONFIG)
     )
     connection.execute("SET enable_progress_bar = false")  # it would go to standard output
     return connection
 
 
-def in_memory(
-    *attached: str, files: Path | None = None, path: Path | None = None, wait: float = 0.0
+def connect_in_memory(
+    *attach_clauses: str, files: Path | None = None, path: Path | None = None, wait: float = 0.0
 ) -> duckdb.DuckDBPyConnection:
     """A connection to no file but those of ``attached``, clauses of ATTACH.
 
@@ -93,10 +93,12 @@ def in_memory(
         connection.execute("SET enable_progress_bar = false")
         connection.execute("SET autoinstall_known_extensions = false")
         connection.execute("SET autoload_known_extensions = false")
-        for clause in attached:
-            in_turn(path or Path(), wait, lambda clause=clause: connection.execute(clause))
+        for clause in attach_clauses:
+            retry_while_locked(
+                path or Path(), wait, lambda clause=clause: connection.execute(clause)
+            )
         if files is not None:
-            connection.execute(f"SET allowed_directories = [{quoted(str(files))}]")
+            connection.execute(f"SET allowed_directories = [{quote_sql(str(files))}]")
         connection.execute("SET enable_external_access = false")
         connection.execute("SET lock_configuration = true")
     except BaseException:
@@ -105,21 +107,21 @@ def in_memory(
     return connection
 
 
-def in_turn(path: Path, wait: float, open: Callable[[], T]) -> T:
+def retry_while_locked(path: Path, wait: float, open: Callable[[], T]) -> T:
     """What ``open`` gives, once no other process has the file; its errors in sentences."""
     deadline = time.monotonic() + wait
     while True:
         try:
             return open()
         except duckdb.Error as error:
-            if not _in_use(error):
-                raise why_not_opened(error, path) from error
+            if not _is_lock_error(error):
+                raise explain_open_error(error, path) from error
             if time.monotonic() > deadline:
-                holder = re.search(r"\(PID (\d+)\)", _text(error, path))
+                holder = re.search(r"\(PID (\d+)\)", _error_text(error, path))
                 who = f" (process {holder[1]})" if holder else ""
                 raise LsqError(
                     f"{path} has been in use by another process{who} for {wait:.0f} s; "
-                    f"close that one or {_ELSEWHERE}."
+                    f"close that one or {_OTHER_PATH_HINT}."
                 ) from error
             time.sleep(random.uniform(0.01, 0.06))
 
@@ -130,28 +132,30 @@ def create(path: Path, fill: Callable[[duckdb.DuckDBPyConnection], None]) -> Non
     It is written under another name and then given its own, so that other processes see it whole
     or not at all, and nothing is left of it on a full disk.
     """
-    if log_of(path).exists():
+    if wal_path(path).exists():
         raise InputError(
-            f"{path} is missing and its log {log_of(path)} is there: bring the database back, or "
+            f"{path} is missing and its log {wal_path(path)} is there: bring the database back, or "
             "move the log away."
         )
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.new")
     try:
-        connection = in_turn(path, 0.0, lambda: duckdb.connect(str(draft), config=CONFIG))
-        with in_sentences(path):
+        connection = retry_while_locked(
+            path, 0.0, lambda: duckdb.connect(str(draft), config=CONFIG)
+        )
+        with translate_duckdb_errors(path):
             try:
                 fill(connection)
                 connection.execute("CHECKPOINT")
             finally:
                 connection.close()
-        _give_name(draft, path)
+        _link_into_place(draft, path)
     finally:
-        for left in (draft, log_of(draft)):
+        for left in (draft, wal_path(draft)):
             with suppress(OSError):  # not there, or the folder can only be read
                 left.unlink()
 
 
-def _give_name(draft: Path, path: Path) -> None:
+def _link_into_place(draft: Path, path: Path) -> None:
     with suppress(FileExistsError):  # another process was first
         try:
             os.link(draft, path)
@@ -162,7 +166,7 @@ def _give_name(draft: Path, path: Path) -> None:
                 draft.replace(path)
 
 
-def quoted(text: str, mark: str = "'") -> str:
+def quote_sql(text: str, mark: str = "'") -> str:
     """A string in SQL, or with ``"`` a name, where a parameter is not allowed."""
     return mark + text.replace(mark, 2 * mark) + mark
 
@@ -171,26 +175,26 @@ def quoted(text: str, mark: str = "'") -> str:
 
 
 @contextmanager
-def in_sentences(path: Path) -> Iterator[None]:
+def translate_duckdb_errors(path: Path) -> Iterator[None]:
     """Turn what a disk, a damaged file or a read-only one raises into a sentence."""
     try:
         yield
     except duckdb.Error as error:
-        text = _text(error, path)
+        text = _error_text(error, path)
         if isinstance(error, duckdb.InvalidInputException) and "read-only mode" in text:
             raise LsqError(
-                f"{path} can only be read, so nothing can be kept in it: make it and its folder "
-                f"writable, or {_ELSEWHERE}."
+                f"{path} is read-only, so nothing can be stored in it: make it and its folder "
+                f"writable, or {_OTHER_PATH_HINT}."
             ) from error
-        if _is_storage(error) or is_full(error, path):
-            raise why_not_opened(error, path) from error
+        if _is_storage_error(error) or is_disk_full(error, path):
+            raise explain_open_error(error, path) from error
         raise
 
 
-def why_not_opened(error: duckdb.Error, path: Path) -> LsqError:
+def explain_open_error(error: duckdb.Error, path: Path) -> LsqError:
     """What to tell a person when a database can't be opened or read."""
-    text = _text(error, path)
-    if is_full(error, path):
+    text = _error_text(error, path)
+    if is_disk_full(error, path):
         return LsqError(
             f"The disk is full, so {path} could not take the result: make room and try again; "
             "what it held before is whole."
@@ -200,26 +204,27 @@ def why_not_opened(error: duckdb.Error, path: Path) -> LsqError:
             if reason in text:
                 return InputError(
                     f"{path} cannot be used: {reason.lower()}; make it and its folder writable, "
-                    f"or {_ELSEWHERE}."
+                    f"or {_OTHER_PATH_HINT}."
                 )
         if "Trying to read a database file with version number" in text:
             return InputError(
                 f"{path} was written by a newer DuckDB than {duckdb.__version__}; update, or "
-                f"{_ELSEWHERE}."
+                f"{_OTHER_PATH_HINT}."
             )
     if text.removeprefix("IO Error: ").startswith("Failure while replaying WAL"):
-        log = log_of(path)
+        log = wal_path(path)
         return InputError(
             f"The log {log} is damaged: move it aside (mv {log.name} {log.name}.damaged) and "
             f"{path.name} opens as it was before the log."
         )
-    return _of_header(path) or InputError(
-        f"{path} is damaged ({reason_of(error)}): 'repair' copies what can be read of it into a "
-        f"new file; or {_ELSEWHERE}."
+    return _diagnose_header(path) or InputError(
+        f"{path} is damaged ({exception_reason(error)}): 'repair' copies what can be read of it "
+        "into a "
+        f"new file; or {_OTHER_PATH_HINT}."
     )
 
 
-def _of_header(path: Path) -> InputError | None:
+def _diagnose_header(path: Path) -> InputError | None:
     """What a file is that isn't a database of DuckDB, or None.
 
     Only read when it couldn't be opened: closing a file lets go of this process's locks on it.
@@ -228,21 +233,21 @@ def _of_header(path: Path) -> InputError | None:
         with path.open("rb") as file:
             head = file.read(12)
     except OSError as error:
-        return InputError(f"{path} cannot be read: {error.strerror}; {_ELSEWHERE}.")
+        return InputError(f"{path} cannot be read: {error.strerror}; {_OTHER_PATH_HINT}.")
     if not head:
         return InputError(
             f"{path} is empty and no DuckDB database: delete it and it is made anew, or "
-            f"{_ELSEWHERE}."
+            f"{_OTHER_PATH_HINT}."
         )
     if head[8:12] != _MAGIC:
         return InputError(
             f"{path} cannot be opened as a DuckDB database: it is another kind of file, or its "
-            f"beginning is damaged; {_ELSEWHERE}."
+            f"beginning is damaged; {_OTHER_PATH_HINT}."
         )
     return None
 
 
-def _in_use(error: duckdb.Error) -> bool:
+def _is_lock_error(error: duckdb.Error) -> bool:
     """Whether another process, or another thread with other settings, has the file."""
     text = str(error)
     return (
@@ -258,18 +263,18 @@ def _in_use(error: duckdb.Error) -> bool:
     )
 
 
-def _is_storage(error: duckdb.Error) -> bool:
-    return type(error) is duckdb.Error or isinstance(error, _STORAGE)
+def _is_storage_error(error: duckdb.Error) -> bool:
+    return type(error) is duckdb.Error or isinstance(error, _STORAGE_ERRORS)
 
 
-def is_full(error: duckdb.Error, path: Path) -> bool:
+def is_disk_full(error: duckdb.Error, path: Path) -> bool:
     """Whether a write, or the commit that it was part of, found no room."""
-    text = _text(error, path)
+    text = _error_text(error, path)
     full = "No space left on device" in text or "Disk quota exceeded" in text
-    return full and (_is_storage(error) or isinstance(error, duckdb.TransactionException))
+    return full and (_is_storage_error(error) or isinstance(error, duckdb.TransactionException))
 
 
-def _text(error: duckdb.Error, path: Path) -> str:
+def _error_text(error: duckdb.Error, path: Path) -> str:
     """What DuckDB says, without the path: a folder may be called anything."""
     return str(error).replace(str(path), "").strip()
 
@@ -277,7 +282,7 @@ def _text(error: duckdb.Error, path: Path) -> str:
 # --- schema ---------------------------------------------------------------------------------
 
 
-def schema_version(connection: duckdb.DuckDBPyConnection, path: Path, known: int) -> int:
+def schema_version(connection: duckdb.DuckDBPyConnection, path: Path, latest: int) -> int:
     """Which of our schemas a database has; 0 for one that is empty.
 
     Raises
@@ -296,24 +301,24 @@ def schema_version(connection: duckdb.DuckDBPyConnection, path: Path, known: int
         if kind != "table":
             raise InputError(
                 f"{path} holds the {kind} {name!r}, which no database of LSQ Explorer has: it was "
-                f"made or changed by another program; {_ELSEWHERE}."
+                f"made or changed by another program; {_OTHER_PATH_HINT}."
             )
     if not objects:
         return 0
-    foreign = InputError(f"{path} is a database of another program; {_ELSEWHERE}.")
+    foreign_error = InputError(f"{path} is a database of another program; {_OTHER_PATH_HINT}.")
     if ("main.schema_version", "table") not in objects:
-        raise foreign
+        raise foreign_error
     try:
         rows = connection.execute("SELECT version FROM main.schema_version").fetchall()
     except duckdb.BinderException as error:
-        raise foreign from error
+        raise foreign_error from error
     versions = [row[0] for row in rows]
     if not versions or not all(type(v) is int and v > 0 for v in versions):
-        raise foreign
-    if max(versions) > known:
+        raise foreign_error
+    if max(versions) > latest:
         raise InputError(
             f"{path} was written by a newer LSQ Explorer (schema {max(versions)}, this one knows "
-            f"{known}); update, or {_ELSEWHERE}."
+            f"{latest}); update, or {_OTHER_PATH_HINT}."
         )
     return max(versions)
 
@@ -322,17 +327,17 @@ def check_schema(
     connection: duckdb.DuckDBPyConnection, path: Path, migrations: Sequence[str]
 ) -> None:
     """Raise :class:`InputError` when a database lacks a column that these migrations make."""
-    lacking = _columns_after(tuple(migrations)) - _columns(connection)
-    if lacking:
-        table, column, type = min(lacking)
+    missing_columns = _expected_columns(tuple(migrations)) - _columns(connection)
+    if missing_columns:
+        table, column, type = min(missing_columns)
         raise InputError(
             f"{path} lacks the column {column} ({type}) of the table {table}: it was made or "
-            f"changed by another program; {_ELSEWHERE}."
+            f"changed by another program; {_OTHER_PATH_HINT}."
         )
 
 
 @lru_cache(maxsize=8)
-def _columns_after(migrations: tuple[str, ...]) -> frozenset[tuple[str, str, str]]:
+def _expected_columns(migrations: tuple[str, ...]) -> frozenset[tuple[str, str, str]]:
     """Table, column and type of all that the migrations make."""
     with duckdb.connect(config=CONFIG) as connection:
         for script in migrations:

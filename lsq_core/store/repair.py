@@ -21,7 +21,7 @@ _STEP = 2048
 
 
 @dataclass(frozen=True)
-class Copied:
+class CopiedTable:
     """How many rows of a table were copied, and how many there were as far as is known."""
 
     table: str
@@ -29,7 +29,7 @@ class Copied:
     lost: int
 
 
-def repair(path: Path, out: Path) -> list[Copied]:
+def repair(path: Path, out: Path) -> list[CopiedTable]:
     """Copy each table of ``path`` into a new database ``out``; what can't be read is left out.
 
     ``path`` stays as it is. Where its log is damaged, it is read as it was before the log.
@@ -42,39 +42,39 @@ def repair(path: Path, out: Path) -> list[Copied]:
         When not even its list of tables can be read.
     """
     if not path.is_file():
-        raise InputError(f"{path} is no file; give the path of a database.")
+        raise InputError(f"{path} is not a file; give the path of a database.")
     if out.exists():
-        raise InputError(f"{out} is there already; give a new file with --out.")
-    with _readable(path) as source:
+        raise InputError(f"{out} already exists; give a new file with --out.")
+    with _readable_copy(path) as source:
         new = Store(out)
         try:
-            return [_copy(source, new, table) for table in _tables(source, new)]
+            return [_copy(source, new, table) for table in _shared_tables(source, new)]
         except BaseException:
             out.unlink()
             raise
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[Path]:
+def _readable_copy(path: Path) -> Iterator[Path]:
     """A copy of the database that opens: with its log, or else without."""
     with tempfile.TemporaryDirectory(prefix="lsq-repair-") as folder:
         copy = Path(folder) / "damaged.duckdb"
-        _copy_unused(path, copy)
-        if database.log_of(copy).exists():
+        _copy_database_files(path, copy)
+        if database.wal_path(copy).exists():
             try:
-                _attached(copy).close()
+                _attach(copy).close()
             except LsqError:
-                database.log_of(copy).unlink()
+                database.wal_path(copy).unlink()
         try:
-            _attached(copy).close()
+            _attach(copy).close()
         except LsqError as error:
             raise LsqError(
-                f"Nothing can be read of {path}: {str(error).replace(str(copy), path.name)}"
+                f"Nothing can be recovered from {path}: {str(error).replace(str(copy), path.name)}"
             ) from error
         yield copy
 
 
-def _copy_unused(path: Path, copy: Path) -> None:
+def _copy_database_files(path: Path, copy: Path) -> None:
     """Copy a database and its log while no other process has it."""
     with path.open("rb") as file:
         try:
@@ -82,19 +82,19 @@ def _copy_unused(path: Path, copy: Path) -> None:
         except BlockingIOError as error:
             raise LsqError(f"{path} is in use by another process; close that one.") from error
         shutil.copyfile(path, copy)
-        if database.log_of(path).exists():
-            shutil.copyfile(database.log_of(path), database.log_of(copy))
+        if database.wal_path(path).exists():
+            shutil.copyfile(database.wal_path(path), database.wal_path(copy))
 
 
-def _attached(source: Path, *more: str) -> duckdb.DuckDBPyConnection:
-    old = f"ATTACH {database.quoted(str(source))} AS old (READ_ONLY)"
-    return database.in_memory(old, *more, path=source)
+def _attach(source: Path, *more: str) -> duckdb.DuckDBPyConnection:
+    old = f"ATTACH {database.quote_sql(str(source))} AS old (READ_ONLY)"
+    return database.connect_in_memory(old, *more, path=source)
 
 
-def _tables(source: Path, new: Store) -> list[str]:
+def _shared_tables(source: Path, new: Store) -> list[str]:
     """Tables that both have, but for the number of the schema, which the new one has by itself."""
     listed = "SELECT table_name FROM duckdb_tables() WHERE NOT internal AND schema_name = 'main'"
-    with _attached(source) as connection:
+    with _attach(source) as connection:
         there = {row[0] for row in connection.execute(listed).fetchall()}
     if "schema_version" not in there:
         raise InputError(f"{source.name} is a database of another program.")
@@ -103,20 +103,20 @@ def _tables(source: Path, new: Store) -> list[str]:
     return [name for name in ours if name in there and name != "schema_version"]
 
 
-def _copy(source: Path, new: Store, table: str) -> Copied:
+def _copy(source: Path, new: Store, table: str) -> CopiedTable:
     whole = _count(source, table)
     copied = _insert(source, new, table, "true")
     if copied is None:
         spans = range(0, max(whole, 1), _STEP)
         copied = sum(
-            _insert(source, new, table, f"rowid >= {at} AND rowid < {at + _STEP}") or 0
-            for at in spans
+            _insert(source, new, table, f"rowid >= {offset} AND rowid < {offset + _STEP}") or 0
+            for offset in spans
         )
-    return Copied(table, copied, max(whole - copied, 0))
+    return CopiedTable(table, copied, max(whole - copied, 0))
 
 
 def _count(source: Path, table: str) -> int:
-    with _attached(source) as connection:
+    with _attach(source) as connection:
         sql = f"SELECT estimated_size FROM duckdb_tables() WHERE table_name = '{table}'"
         return connection.execute(sql).fetchone()[0]
 
@@ -126,24 +126,24 @@ def _insert(source: Path, new: Store, table: str, where: str) -> int | None:
 
     A connection of its own: DuckDB uses none again that found damage.
     """
-    into = f"ATTACH {database.quoted(str(new.path))} AS new"
-    with _attached(source, into) as connection:
-        shared = _shared(connection, table)
+    into = f"ATTACH {database.quote_sql(str(new.path))} AS new"
+    with _attach(source, into) as connection:
+        shared = _shared_columns(connection, table)
         try:
             return connection.execute(
                 f"INSERT INTO new.{table} ({shared}) SELECT {shared} FROM old.{table} WHERE {where}"
             ).fetchone()[0]
         except duckdb.Error as error:
-            if database.is_full(error, new.path):
-                raise database.why_not_opened(error, new.path) from error
+            if database.is_disk_full(error, new.path):
+                raise database.explain_open_error(error, new.path) from error
             return None
 
 
-def _shared(connection: duckdb.DuckDBPyConnection, table: str) -> str:
+def _shared_columns(connection: duckdb.DuckDBPyConnection, table: str) -> str:
     """The columns that the old and the new table have by the same name."""
     rows = connection.execute(
         "SELECT column_name FROM duckdb_columns() WHERE table_name = ? "
         "AND database_name IN ('old', 'new') GROUP BY ALL HAVING count(*) = 2",
         [table],
     ).fetchall()
-    return ", ".join(database.quoted(row[0], '"') for row in rows)
+    return ", ".join(database.quote_sql(row[0], '"') for row in rows)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from lsq_core import paths
 from lsq_core.errors import InputError, LsqError
 from lsq_core.memory import available_memory
-from lsq_core.store.sql_limits import too_long, too_much_memory
+from lsq_core.store.sql_limits import memory_message, timeout_message
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,11 +36,11 @@ BYTE_LIMIT = 64 << 20
 #: Bytes of memory that DuckDB may take for it, where there are so many.
 MEMORY_LIMIT = 1 << 30
 #: Seconds that its process may take to start.
-_START = 60.0
+_START_TIMEOUT_S = 60.0
 #: Seconds beyond the time limit after which a process that doesn't stop by itself is killed.
-_GRACE = 0.5
+_GRACE_S = 0.5
 #: Seconds between two looks at it.
-_LOOK = 0.05
+_POLL_INTERVAL_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -102,21 +102,21 @@ ORDER BY table_name, column_index""",
 
 
 @dataclass(frozen=True, eq=False)
-class Answer:
+class QueryResult:
     """The rows of a query; ``cut`` when there were more than the limit."""
 
     rows: pd.DataFrame
-    cut: bool
+    truncated: bool
 
 
-def ask(
+def run_query(
     snapshot: Path,
     sql: str,
     time_limit: float = TIME_LIMIT,
     row_limit: int = ROW_LIMIT,
     byte_limit: int = BYTE_LIMIT,
-    waiting: Callable[[], object] = lambda: None,
-) -> Answer:
+    on_wait: Callable[[], object] = lambda: None,
+) -> QueryResult:
     """The answer to one SELECT, from a copy that :meth:`lsq_core.store.store.Store.snapshot` wrote.
 
     ``waiting`` is called several times a second; what it raises stops the query.
@@ -138,49 +138,51 @@ def ask(
         "bytes": byte_limit,
         "memory": memory,
     }
-    with _Child(request, 2 * byte_limit) as child:
-        began = time.monotonic()
-        while child.reading.is_alive():
-            child.reading.join(_LOOK)
-            waiting()
+    with _QueryProcess(request, 2 * byte_limit) as child:
+        start_time = time.monotonic()
+        while child.reader.is_alive():
+            child.reader.join(_POLL_INTERVAL_S)
+            on_wait()
             if child.ready is None:
-                if time.monotonic() - began > _START:
-                    raise LsqError(f"The process for the query did not start in {_START:.0f} s.")
-            elif time.monotonic() - child.ready > time_limit + _GRACE:
-                raise InputError(too_long(time_limit))
+                if time.monotonic() - start_time > _START_TIMEOUT_S:
+                    raise LsqError(
+                        f"The process for the query did not start in {_START_TIMEOUT_S:.0f} s."
+                    )
+            elif time.monotonic() - child.ready > time_limit + _GRACE_S:
+                raise InputError(timeout_message(time_limit))
     if child.ready is None:
         raise LsqError("The process for the query could not be started; try again.")
     head, _, rest = child.output.partition(b"\n")
     if not head:
-        raise InputError(_ended_by(child.process.returncode, memory, time_limit))
-    told = json.loads(head)
-    if "error" in told:
-        raise InputError(told["error"])
-    if "failure" in told:
-        raise LsqError(f"The process for the query failed ({told['failure']}).")
+        raise InputError(_explain_exit(child.process.returncode, memory, time_limit))
+    header = json.loads(head)
+    if "error" in header:
+        raise InputError(header["error"])
+    if "failure" in header:
+        raise LsqError(f"The process for the query failed ({header['failure']}).")
     rows = _frame(rest)
-    return Answer(rows.head(row_limit), cut=len(rows) > row_limit)
+    return QueryResult(rows.head(row_limit), truncated=len(rows) > row_limit)
 
 
-def _ended_by(status: int, memory: int, seconds: float) -> str:
+def _explain_exit(status: int, memory: int, seconds: float) -> str:
     """What is said of a process that a signal ended."""
     if status == -signal.SIGXCPU:
-        return too_long(seconds)
+        return timeout_message(seconds)
     if status in (-signal.SIGKILL, -signal.SIGABRT):  # by the kernel; by an allocation that failed
-        return too_much_memory(memory)
+        return memory_message(memory)
     return f"DuckDB failed at this query (exit status {status}); write it more simply."
 
 
-class _Child:
+class _QueryProcess:
     """The process of one query; it ends with the ``with``, whatever it is doing."""
 
-    def __init__(self, request: dict, most: int) -> None:
-        self.request, self.most = json.dumps(request).encode(), most
+    def __init__(self, request: dict, max_output_bytes: int) -> None:
+        self.request, self.max_output_bytes = json.dumps(request).encode(), max_output_bytes
         #: When it began with the query (``time.monotonic``); None before that.
         self.ready: float | None = None
         self.output = b""
 
-    def __enter__(self) -> _Child:
+    def __enter__(self) -> _QueryProcess:
         try:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "lsq_core.store.sql_child"],
@@ -193,15 +195,15 @@ class _Child:
             raise LsqError(
                 f"The process for the query could not be started ({error.strerror})."
             ) from error
-        self.reading = threading.Thread(target=self._read, daemon=True)
-        self.reading.start()
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.reading.is_alive() or len(self.output) == self.most:
+        if self.reader.is_alive() or len(self.output) == self.max_output_bytes:
             self.process.kill()
         self.process.wait()
-        self.reading.join()
+        self.reader.join()
         self.process.stdout.close()
 
     def _read(self) -> None:
@@ -212,7 +214,7 @@ class _Child:
             return  # it ended before it read
         if self.process.stdout.readline() == b"ready\n":
             self.ready = time.monotonic()
-            self.output = self.process.stdout.read(self.most)
+            self.output = self.process.stdout.read(self.max_output_bytes)
 
 
 def _frame(stream: bytes) -> pd.DataFrame:
@@ -220,5 +222,5 @@ def _frame(stream: bytes) -> pd.DataFrame:
 
     from lsq_core.store import database
 
-    with database.in_memory() as connection:
+    with database.connect_in_memory() as connection:
         return connection.from_arrow(pa.ipc.open_stream(stream).read_all()).df()

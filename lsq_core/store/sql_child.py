@@ -1,4 +1,5 @@
-"""The process that answers one query for :func:`lsq_core.store.sql.ask`, within limits of its own.
+"""The process that answers one query for :func:`lsq_core.store.sql.run_query`, within limits of its
+own.
 
 It reads a JSON request from standard input. To standard output go a line as soon as it is ready, a
 line of JSON, and the answer as an Arrow stream. It imports neither torch nor pandas.
@@ -20,7 +21,7 @@ import pyarrow as pa
 
 from lsq_core.errors import InputError
 from lsq_core.store.database import CONFIG
-from lsq_core.store.sql_limits import too_long, too_much_memory
+from lsq_core.store.sql_limits import memory_message, timeout_message
 
 #: Rows of a piece of the answer; the size of the answer is looked at after each.
 _BATCH = 2048
@@ -35,11 +36,11 @@ def main() -> None:
     out.write(b"ready\n")
     out.flush()
     try:
-        head, rows = {}, answer(request)
+        head, rows = {}, execute_query(request)
     except InputError as error:
         head, rows = {"error": str(error)}, b""
     except MemoryError:
-        head, rows = {"error": too_much_memory(request["memory"])}, b""
+        head, rows = {"error": memory_message(request["memory"])}, b""
     except Exception as error:
         head, rows = {"failure": f"{type(error).__name__}: {error}"}, b""
     out.write(json.dumps(head).encode() + b"\n" + rows)
@@ -59,7 +60,7 @@ def _limit(memory: int, seconds: float) -> None:
         Path("/proc/self/oom_score_adj").write_text("1000", "utf8")
 
 
-def answer(request: dict) -> bytes:
+def execute_query(request: dict) -> bytes:
     settings = CONFIG | {
         "access_mode": "READ_ONLY",
         "memory_limit": f"{request['memory']}B",
@@ -73,41 +74,42 @@ def answer(request: dict) -> bytes:
         timer.daemon = True
         timer.start()
         try:
-            statement = _only_statement(connection, request["sql"])
+            statement = _parse_single_select(connection, request["sql"])
             rows = connection.from_query(statement.query).limit(request["rows"] + 1)
             return _stream(rows.to_arrow_reader(_BATCH), request["bytes"])
         except duckdb.InterruptException:
-            raise InputError(too_long(seconds)) from None
+            raise InputError(timeout_message(seconds)) from None
         except duckdb.PermissionException:
             raise InputError(
-                "The query would read or write a file, or load an extension; here it can only "
+                "The query would access a file or load an extension; it may only "
                 "read the tables of this database."
             ) from None
         except duckdb.OutOfMemoryException:
-            raise InputError(too_much_memory(request["memory"])) from None
+            raise InputError(memory_message(request["memory"])) from None
         except (duckdb.Error, pa.ArrowException, ValueError) as error:
             if "bad_alloc" in str(error) or "Failed to allocate" in str(error):
-                raise InputError(too_much_memory(request["memory"])) from None
-            raise InputError(_sentence(error)) from None
+                raise InputError(memory_message(request["memory"])) from None
+            raise InputError(_first_sentence(error)) from None
         finally:
             timer.cancel()
 
 
-def _stream(reader: pa.RecordBatchReader, most: int) -> bytes:
+def _stream(reader: pa.RecordBatchReader, max_bytes: int) -> bytes:
     buffer, size = io.BytesIO(), 0
     with pa.ipc.new_stream(buffer, reader.schema) as writer:
         for batch in reader:
             size += batch.nbytes
-            if size > most:
+            if size > max_bytes:
                 raise InputError(
-                    f"The answer is larger than {most >> 20} MiB; name the columns that you need, "
+                    f"The answer is larger than {max_bytes >> 20} MiB; name the columns that you "
+                    "need, "
                     "or count in place of listing."
                 )
             writer.write_batch(batch)
     return buffer.getvalue()
 
 
-def _only_statement(connection: duckdb.DuckDBPyConnection, sql: str) -> duckdb.Statement:
+def _parse_single_select(connection: duckdb.DuckDBPyConnection, sql: str) -> duckdb.Statement:
     statements = connection.extract_statements(sql)
     if len(statements) != 1:
         raise InputError(
@@ -116,13 +118,13 @@ def _only_statement(connection: duckdb.DuckDBPyConnection, sql: str) -> duckdb.S
         )
     if statements[0].type != duckdb.StatementType.SELECT:
         raise InputError(
-            f"{statements[0].type.name} is not a question; give a single SELECT, which reads and "
+            f"{statements[0].type.name} is not a query; give a single SELECT, which reads and "
             "changes nothing."
         )
     return statements[0]
 
 
-def _sentence(error: Exception) -> str:
+def _first_sentence(error: Exception) -> str:
     """What DuckDB says of an error, in one sentence."""
     first = re.split(r"\n|LINE \d+:", str(error).strip())[0].strip().rstrip(".!")
     return f"{first}."

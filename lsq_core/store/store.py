@@ -39,14 +39,14 @@ if TYPE_CHECKING:
 from lsq_core.store.schema import MIGRATIONS
 
 #: Seconds to wait for another process to let go of the file.
-WAIT = 20.0
+LOCK_TIMEOUT_S = 20.0
 #: Times that a transaction is tried which another thread's may have overtaken.
 _ATTEMPTS = 20
 #: What the fingerprint of a model without weights begins with: its measurements were published.
 PUBLISHED = "published:"
 
 #: Every evaluation of a quantized run that wasn't deleted, with full precision beside it.
-_RESULTS = """
+_RESULTS_SQL = """
     SELECT e.id AS evaluation, r.id AS run, r.plan, m.source AS model, r.fingerprint,
            r.method, p.asked[1] ->> '$' AS base,
            p.bits_per_param, p.planned_bytes, r.measured_bytes, r.model_bytes,
@@ -79,7 +79,7 @@ def database_path() -> Path:
 
 
 @dataclass(frozen=True)
-class InteractionKind:
+class InteractionKey:
     """Which interactions: by which loss, of which widths and groups."""
 
     loss: str
@@ -98,7 +98,8 @@ class Store:
     InputError
         When the file is not one of ours, or was written by a newer version.
     LsqError
-        When another process keeps it for longer than ``WAIT`` seconds, or the disk is full.
+        When another process keeps it for longer than ``LOCK_TIMEOUT_S`` seconds, or the disk is
+        full.
     """
 
     def __init__(self, path: str | Path | None = None) -> None:
@@ -108,7 +109,7 @@ class Store:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InputError(f"{self.path.parent} cannot be made: {error.strerror}.") from error
+            raise InputError(f"{self.path.parent} cannot be created: {error.strerror}.") from error
         if not self.path.exists():
             database.create(self.path, self._migrate)
         with self.connect() as connection:
@@ -119,9 +120,9 @@ class Store:
     @contextmanager
     def connect(self) -> Iterator[duckdb.DuckDBPyConnection]:
         """A connection for the length of a ``with``; waits while another process has the file."""
-        connection = database.connect(self.path, WAIT)
+        connection = database.connect(self.path, LOCK_TIMEOUT_S)
         try:
-            with database.in_sentences(self.path):
+            with database.translate_duckdb_errors(self.path):
                 yield connection
         finally:
             connection.close()
@@ -131,7 +132,7 @@ class Store:
         """Keep the file open for the length of a ``with``, so that methods within only use it.
 
         Opening takes forty times as long as a short question. Other processes wait meanwhile, so
-        it is for what takes no longer than they do (``WAIT``).
+        it is for what takes no longer than they do (``LOCK_TIMEOUT_S``).
         """
         _import_pandas()
         with self.connect():
@@ -151,7 +152,7 @@ class Store:
                     connection.rollback()
                 raise
 
-    def _retrying(self, work: Callable[[duckdb.DuckDBPyConnection], None]) -> None:
+    def _retry_transaction(self, work: Callable[[duckdb.DuckDBPyConnection], None]) -> None:
         """Do work in a transaction, again where another thread of this process was faster."""
         for attempt in range(_ATTEMPTS):
             try:
@@ -192,7 +193,7 @@ class Store:
         with self.connect() as connection:
             return connection.execute(sql, parameters or []).df()
 
-    def _row(self, sql: str, parameters: list) -> dict[str, Any] | None:
+    def _fetch_row(self, sql: str, parameters: list) -> dict[str, Any] | None:
         with self.connect() as connection:
             cursor = connection.execute(sql, parameters)
             names = [column[0] for column in cursor.description]
@@ -235,7 +236,7 @@ class Store:
                 seen=now(),
             )
 
-    def named_model(self, source: str, revision: str | None) -> tuple[str, str, str] | None:
+    def find_model_by_name(self, source: str, revision: str | None) -> tuple[str, str, str] | None:
         """(fingerprint, tokenizer, code) of the model last seen under a name and revision."""
         with self.connect() as connection:
             return connection.execute(
@@ -247,7 +248,7 @@ class Store:
     def model(self, fingerprint: str) -> ModelInfo | None:
         """What is known of a model, or None."""
         with self.connect() as connection:
-            row = self._row("SELECT * FROM models WHERE fingerprint = ?", [fingerprint])
+            row = self._fetch_row("SELECT * FROM models WHERE fingerprint = ?", [fingerprint])
             if row is None:
                 return None
             matrices = connection.execute(
@@ -281,7 +282,7 @@ class Store:
 
     # --- profiles ---------------------------------------------------------------------------
 
-    def keep_profile(self, measured: Profile) -> None:
+    def merge_profile(self, measured: Profile) -> None:
         """Add metrics to the profile of the same identity, in the place of the same ones.
 
         One that isn't there yet begins with them. Looking and writing are one transaction, so
@@ -290,9 +291,9 @@ class Store:
         calibration text has become another one, as a dataset may at a revision that moves, the
         scores on the text before it are dropped: a profile is of one text.
         """
-        self._retrying(lambda connection: _keep_profile(connection, measured))
+        self._retry_transaction(lambda connection: _merge_profile(connection, measured))
 
-    def adopt_profile(self, old: str, new: str, same: Callable[[dict], bool]) -> bool:
+    def rekey_profile(self, old: str, new: str, same: Callable[[dict], bool]) -> bool:
         """Put what is kept under a profile's older identity under its new one; whether any was.
 
         ``same`` says of a provenance whether what was measured with it belongs there. Metrics
@@ -300,15 +301,15 @@ class Store:
         profile under the new identity.
         """
         with self.connect() as connection:
-            if not _any_of_profile(connection, old) or _any_of_profile(connection, new):
+            if not _has_profile_data(connection, old) or _has_profile_data(connection, new):
                 return False
         with self.transaction() as connection:
-            return _adopt(connection, old, new, same)
+            return _rekey_profile(connection, old, new, same)
 
     def profile(self, id: str) -> Profile | None:
         """A profile by its identity, or None."""
         with self.held():
-            row = self._row("SELECT * FROM profiles WHERE id = ?", [id])
+            row = self._fetch_row("SELECT * FROM profiles WHERE id = ?", [id])
             if row is None:
                 return None
             info = self.model(row["fingerprint"])
@@ -336,13 +337,13 @@ class Store:
         self, profile: str, scores: Mapping[str, np.ndarray], provenance: dict
     ) -> None:
         """Keep each module's row scores (out,) under a profile's identity."""
-        about, at = json_text(provenance), now()
+        provenance_json, written_at = json_text(provenance), now()
         with self.transaction() as connection:
             connection.execute("DELETE FROM row_scores WHERE profile = ?", [profile])
             connection.executemany(
                 "INSERT INTO row_scores VALUES (?, ?, ?, ?, ?)",
                 [
-                    [profile, module, values.tolist(), about, at]
+                    [profile, module, values.tolist(), provenance_json, written_at]
                     for module, values in scores.items()
                 ],
             )
@@ -358,7 +359,7 @@ class Store:
     def save_interactions(
         self,
         profile: str,
-        kind: InteractionKind,
+        kind: InteractionKey,
         layer: int,
         units: Sequence[str],
         matrix: np.ndarray,
@@ -380,7 +381,7 @@ class Store:
                 created=now(),
             )
 
-    def interactions(self, profile: str, kind: InteractionKind) -> dict[int, np.ndarray]:
+    def interactions(self, profile: str, kind: InteractionKey) -> dict[int, np.ndarray]:
         """Each layer's M (u·r, u·r) so far."""
         key = {"profile": profile} | asdict(kind)
         where = " AND ".join(f"{column} = ?" for column in key)
@@ -389,9 +390,9 @@ class Store:
                 f"SELECT layer, matrix FROM interactions WHERE {where} ORDER BY layer",
                 list(key.values()),
             ).fetchall()
-        return {layer: _square(matrix) for layer, matrix in rows}
+        return {layer: _to_square_matrix(matrix) for layer, matrix in rows}
 
-    def rows_written(self, profile: str, kind: InteractionKind) -> str:
+    def row_data_version(self, profile: str, kind: InteractionKey) -> str:
         """When row scores and interactions of a kind were last written, and how many.
 
         '' where there are no row scores: what is planned from them changes with this text.
@@ -433,7 +434,7 @@ class Store:
 
     def plan_content(self, id: str) -> dict | None:
         """What :meth:`lsq_core.planning.plan.Plan.to_json` gave for a kept plan, or None."""
-        row = self._row("SELECT content FROM plans WHERE id = ?", [id])
+        row = self._fetch_row("SELECT content FROM plans WHERE id = ?", [id])
         return json.loads(row["content"]) if row else None
 
     def save_run(self, id: str, run: dict, evaluations: list[Evaluation]) -> None:
@@ -458,7 +459,7 @@ class Store:
         InputError
             When there is no such run, or it was published.
         """
-        row = self._row(
+        row = self._fetch_row(
             "SELECT r.*, p.content, m.source, m.revision FROM runs r "
             "JOIN plans p ON r.plan = p.id LEFT JOIN models m ON r.fingerprint = m.fingerprint "
             "WHERE r.id = ? AND r.origin = 'measured'",
@@ -468,12 +469,12 @@ class Store:
             raise InputError(f"There is no run '{id}' in {self.path}; 'results' lists them.")
         return row | {"content": json.loads(row["content"])}
 
-    def plan_of(self, run: str) -> str | None:
+    def find_run_plan(self, run: str) -> str | None:
         """The plan that a run was made by, or None where there is no such run."""
-        row = self._row("SELECT plan FROM runs WHERE id = ?", [run])
+        row = self._fetch_row("SELECT plan FROM runs WHERE id = ?", [run])
         return row["plan"] if row else None
 
-    def evaluated(self, fingerprint: str, method: str, quantizer: str) -> pd.DataFrame:
+    def find_evaluations(self, fingerprint: str, method: str, quantizer: str) -> pd.DataFrame:
         """One row an evaluation of these runs, newest first, by what makes two of them the same.
 
         ``run, plan, content, device, dtype, versions, evaluation, corpus_sha256, protocol,
@@ -535,14 +536,14 @@ class Store:
         Evaluations of runs that were made the same way and stand beside none get this one.
         """
         with self.transaction() as connection:
-            if _alike(connection, fingerprint, evaluation, "run IS NULL"):
+            if _matching_evaluations(connection, fingerprint, evaluation, "run IS NULL"):
                 return
             full = _insert_evaluation(connection, evaluation, None, fingerprint)
             alone = "run IS NOT NULL AND full_precision IS NULL"
             connection.execute(
                 "UPDATE evaluations SET full_precision = ?, pairing = 'measured' "
                 "WHERE list_contains(?, id)",
-                [full, _alike(connection, fingerprint, evaluation, alone)],
+                [full, _matching_evaluations(connection, fingerprint, evaluation, alone)],
             )
 
     def results(
@@ -563,7 +564,7 @@ class Store:
         chosen = {column: value for column, value in chosen.items() if value}
         where = "".join(f" AND {column} = ?" for column in chosen)
         return self.query(
-            f"SELECT * FROM ({_RESULTS}) WHERE true{where} ORDER BY created DESC",
+            f"SELECT * FROM ({_RESULTS_SQL}) WHERE true{where} ORDER BY created DESC",
             list(chosen.values()),
         )
 
@@ -595,7 +596,7 @@ class Store:
         return self.query(
             f"SELECT r.run, CAST(p.content ->> '$.objective' AS DOUBLE) AS objective, r.kl, "
             f"r.perplexity, r.increase, r.corpus, r.protocol, r.quantizer, r.bits_per_param, "
-            f"r.request FROM ({_RESULTS}) r JOIN plans p ON r.plan = p.id "
+            f"r.request FROM ({_RESULTS_SQL}) r JOIN plans p ON r.plan = p.id "
             "WHERE r.fingerprint = ? AND r.method = ? AND p.content ->> '$.objective' IS NOT NULL",
             [fingerprint, method],
         )
@@ -613,7 +614,7 @@ class Store:
         InputError
             When there is no such evaluation, or it was published as one figure.
         """
-        row = self._row("SELECT nll, counts FROM evaluations WHERE id = ?", [evaluation])
+        row = self._fetch_row("SELECT nll, counts FROM evaluations WHERE id = ?", [evaluation])
         if row is None:
             raise InputError(f"There is no evaluation '{evaluation}' in {self.path}.")
         if row["nll"] is None:
@@ -635,33 +636,35 @@ class Store:
         InputError
             When there is no such evaluation.
         """
-        own = self._row(
+        own = self._fetch_row(
             "SELECT * EXCLUDE (nll, counts) FROM evaluations WHERE id = ?", [evaluation]
         )
         if own is None or own["run"] is None:
             raise InputError(f"There is no evaluated run '{evaluation}' in {self.path}.")
-        run = self._row("SELECT * FROM runs WHERE id = ?", [own["run"]])
-        plan = self._row("SELECT * FROM plans WHERE id = ?", [run["plan"]]) or {}
-        model = self._row(
+        run = self._fetch_row("SELECT * FROM runs WHERE id = ?", [own["run"]])
+        plan = self._fetch_row("SELECT * FROM plans WHERE id = ?", [run["plan"]]) or {}
+        model = self._fetch_row(
             "SELECT * EXCLUDE (config) FROM models WHERE fingerprint = ?", [run["fingerprint"]]
         )
-        profile = self._row("SELECT * FROM profiles WHERE id = ?", [plan.get("profile")]) or {}
-        full = self._row(
+        profile = (
+            self._fetch_row("SELECT * FROM profiles WHERE id = ?", [plan.get("profile")]) or {}
+        )
+        full = self._fetch_row(
             "SELECT * EXCLUDE (nll, counts) FROM evaluations WHERE id = ?", [own["full_precision"]]
         )
-        found = {"evaluation": own, "full": full or {}, "run": run, "plan": plan}
-        found |= {"model": model or {}, "profile": profile}
-        return {name: _decoded(row) for name, row in found.items()}
+        rows_by_table = {"evaluation": own, "full": full or {}, "run": run, "plan": plan}
+        rows_by_table |= {"model": model or {}, "profile": profile}
+        return {name: _decode_json_columns(row) for name, row in rows_by_table.items()}
 
     # --- what a person says of a run ------------------------------------------------------------
 
     def star(self, run: str, starred: bool) -> None:
         """Mark a run, or take the mark away."""
-        self._write("UPDATE runs SET starred = ? WHERE id = ?", [starred, run])
+        self._execute("UPDATE runs SET starred = ? WHERE id = ?", [starred, run])
 
     def annotate(self, run: str, note: str) -> None:
         """Keep a note with a run, in the place of the one before."""
-        self._write("UPDATE runs SET note = ? WHERE id = ?", [note.strip(), run])
+        self._execute("UPDATE runs SET note = ? WHERE id = ?", [note.strip(), run])
 
     def delete_runs(self, runs: Sequence[str]) -> None:
         """Leave runs out everywhere, with all their evaluations, until they are restored.
@@ -685,7 +688,7 @@ class Store:
 
     def restore_runs(self, runs: Sequence[str]) -> None:
         """Bring deleted runs back, with their evaluations, stars and notes."""
-        self._write("UPDATE runs SET deleted = NULL WHERE list_contains(?, id)", [list(runs)])
+        self._execute("UPDATE runs SET deleted = NULL WHERE list_contains(?, id)", [list(runs)])
 
     def deleted_runs(self) -> pd.DataFrame:
         """Deleted runs, the last deleted first: ``run, model, method, deleted``.
@@ -698,7 +701,7 @@ class Store:
             "WHERE r.deleted IS NOT NULL ORDER BY r.deleted DESC, r.id"
         )
 
-    def _write(self, sql: str, parameters: list) -> None:
+    def _execute(self, sql: str, parameters: list) -> None:
         with self.transaction() as connection:
             connection.execute(sql, parameters)
 
@@ -709,15 +712,15 @@ class Store:
 
         Whoever reads the copy keeps no one waiting.
         """
-        copying = database.in_memory(
-            f"ATTACH {database.quoted(str(self.path))} AS kept (READ_ONLY)",
-            f"ATTACH {database.quoted(str(path))} AS snapshot",
+        copying = database.connect_in_memory(
+            f"ATTACH {database.quote_sql(str(self.path))} AS kept (READ_ONLY)",
+            f"ATTACH {database.quote_sql(str(path))} AS snapshot",
             path=self.path,
-            wait=WAIT,
+            wait=LOCK_TIMEOUT_S,
         )
-        with copying, database.in_sentences(self.path):
+        with copying, database.translate_duckdb_errors(self.path):
             copying.execute("COPY FROM DATABASE kept TO snapshot; DETACH kept; USE snapshot")
-            copying.execute(f"CREATE VIEW results AS {_RESULTS}")
+            copying.execute(f"CREATE VIEW results AS {_RESULTS_SQL}")
 
     # --- published measurements -----------------------------------------------------------------
 
@@ -729,7 +732,7 @@ class Store:
         that is there again under the same identity keeps its star and note.
         """
         with self.transaction() as connection:
-            said = connection.execute(
+            marked_runs = connection.execute(
                 "SELECT starred, note, id FROM runs WHERE origin = 'published' "
                 "AND (starred OR note <> '')"
             ).fetchall()
@@ -742,7 +745,7 @@ class Store:
                 connection.execute(f"INSERT INTO {table} BY NAME SELECT * FROM frame")
                 connection.unregister("frame")
             connection.execute(_PAIR_PUBLISHED)
-            for row in said:
+            for row in marked_runs:
                 connection.execute("UPDATE runs SET starred = ?, note = ? WHERE id = ?", list(row))
 
 
@@ -827,20 +830,20 @@ def _insert_scores(connection: duckdb.DuckDBPyConnection, profile: Profile) -> N
     )
 
 
-def _keep_profile(connection: duckdb.DuckDBPyConnection, measured: Profile) -> None:
-    kept = connection.execute(
+def _merge_profile(connection: duckdb.DuckDBPyConnection, measured: Profile) -> None:
+    existing = connection.execute(
         "SELECT provenance FROM profiles WHERE id = ?", [measured.id]
     ).fetchone()
-    before = json.loads(kept[0]) if kept else {}
-    of_another_text = before.get("corpus_sha256") != measured.provenance.get("corpus_sha256")
-    if kept is None or of_another_text:
+    before = json.loads(existing[0]) if existing else {}
+    text_changed = before.get("corpus_sha256") != measured.provenance.get("corpus_sha256")
+    if existing is None or text_changed:
         connection.execute("DELETE FROM scores WHERE profile = ?", [measured.id])
         provenance = measured.provenance
     else:
         facts = measured.provenance | {"created": now().isoformat()}
         added = before.get("added", {}) | dict.fromkeys(measured.metrics, facts)
         provenance = before | {"added": added}
-    if kept is None:
+    if existing is None:
         _insert(
             connection,
             "profiles",
@@ -862,22 +865,22 @@ def _keep_profile(connection: duckdb.DuckDBPyConnection, measured: Profile) -> N
 
 
 #: The tables with a provenance that keep something under a profile's identity, and its column.
-_OF_PROFILE = {"profiles": "id", "row_scores": "profile", "interactions": "profile"}
+_PROFILE_TABLES = {"profiles": "id", "row_scores": "profile", "interactions": "profile"}
 
 
-def _any_of_profile(connection: duckdb.DuckDBPyConnection, id: str) -> bool:
+def _has_profile_data(connection: duckdb.DuckDBPyConnection, id: str) -> bool:
     return any(
         connection.execute(f"SELECT 1 FROM {table} WHERE {column} = ? LIMIT 1", [id]).fetchone()
-        for table, column in _OF_PROFILE.items()
+        for table, column in _PROFILE_TABLES.items()
     )
 
 
-def _adopt(
+def _rekey_profile(
     connection: duckdb.DuckDBPyConnection, old: str, new: str, same: Callable[[dict], bool]
 ) -> bool:
-    """Move what belongs under the new identity; see :meth:`Store.adopt_profile`."""
+    """Move what belongs under the new identity; see :meth:`Store.rekey_profile`."""
     moved = False
-    for table, column in _OF_PROFILE.items():
+    for table, column in _PROFILE_TABLES.items():
         recorded = connection.execute(
             f"SELECT DISTINCT CAST(provenance AS VARCHAR) FROM {table} WHERE {column} = ?", [old]
         ).fetchall()
@@ -900,7 +903,7 @@ def _adopt(
     return moved
 
 
-def _alike(
+def _matching_evaluations(
     connection: duckdb.DuckDBPyConnection,
     fingerprint: str,
     evaluation: Evaluation,
@@ -935,7 +938,9 @@ def _add_evaluation(
     A saved model's, which was made without full precision beside it, is one of its own.
     """
     alone = "IS NULL" if evaluation.kl is None else "IS NOT NULL"
-    if not _alike(connection, fingerprint, evaluation, f"run = ? AND kl {alone}", run):
+    if not _matching_evaluations(
+        connection, fingerprint, evaluation, f"run = ? AND kl {alone}", run
+    ):
         _insert_evaluation(connection, evaluation, run, fingerprint)
 
 
@@ -950,7 +955,9 @@ def _insert_evaluation(
     Returns its identity.
     """
     id = new_id()
-    full = next(iter(_alike(connection, fingerprint, evaluation, "run IS NULL")), None)
+    full = next(
+        iter(_matching_evaluations(connection, fingerprint, evaluation, "run IS NULL")), None
+    )
     _insert(
         connection,
         "evaluations",
@@ -979,21 +986,21 @@ def _insert_evaluation(
     return id
 
 
-def _square(flat: Sequence[float]) -> np.ndarray:
+def _to_square_matrix(flat: Sequence[float]) -> np.ndarray:
     side = math.isqrt(len(flat))
     return np.array(flat).reshape(side, side)
 
 
-def _decoded(row: dict[str, Any]) -> dict[str, Any]:
+def _decode_json_columns(row: dict[str, Any]) -> dict[str, Any]:
     """A row with its JSON columns as what they hold."""
     return {
-        name: json.loads(value) if name in _JSON and isinstance(value, str) else value
+        name: json.loads(value) if name in _JSON_COLUMNS and isinstance(value, str) else value
         for name, value in row.items()
     }
 
 
 #: Columns that hold JSON.
-_JSON = ("content", "provenance", "seconds", "settings", "versions")
+_JSON_COLUMNS = ("content", "provenance", "seconds", "settings", "versions")
 
 
 def new_id() -> str:

@@ -9,9 +9,9 @@ from urllib.parse import quote
 
 import pytest
 
-from tests.browser.conftest import Person, Server, serve
-from tests.test_app import _fill
-from tests.test_names import make_hostile
+from tests.browser.conftest import Server, User, serve
+from tests.test_app import _populate
+from tests.test_names import insert_hostile_names
 
 pytestmark = pytest.mark.browser
 
@@ -28,16 +28,16 @@ return [...own, ...drawn, ...performance.getEntriesByType('resource').map(e => e
 @pytest.fixture(scope="module")
 def canary() -> Iterator[tuple[int, list]]:
     """A port on this machine, and each connection that was made to it."""
-    seen: list = []
+    received: list = []
 
-    class Seen(socketserver.BaseRequestHandler):
+    class Recorder(socketserver.BaseRequestHandler):
         def handle(self) -> None:
-            seen.append(self.request.recv(200))
+            received.append(self.request.recv(200))
 
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Seen) as listening:
-        threading.Thread(target=listening.serve_forever, daemon=True).start()
-        yield listening.server_address[1], seen
-        listening.shutdown()
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Recorder) as listener:
+        threading.Thread(target=listener.serve_forever, daemon=True).start()
+        yield listener.server_address[1], received
+        listener.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -52,23 +52,23 @@ def hostile(canary) -> str:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, hostile: str) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("hostile")
-    _fill(folder)
-    with serve("app.py", folder) as started:
-        make_hostile(started.store, folder, hostile)
-        yield started
+    _populate(folder)
+    with serve("app.py", folder) as running:
+        insert_hostile_names(running.store, folder, hostile)
+        yield running
 
 
 @pytest.mark.parametrize("page", PAGES)
 @pytest.mark.parametrize("model", ["known", "hostile"])
-def test_hostile_names_fetch_and_link_nothing(person: Person, page, model, canary, hostile):
-    folder = person.server.database.parent
+def test_hostile_names_cause_no_links_or_requests(user: User, page, model, canary, hostile):
+    folder = user.server.database.parent
     name = str(folder / "model") if model == "known" else hostile
-    person.open(f"{page}?model={quote(name)}")
-    person.wait(lambda: person.first_line and person.settled(), 90)
-    body = person.driver.find_element("tag name", "body").text
+    user.open(f"{page}?model={quote(name)}")
+    user.wait(lambda: user.first_line and user.is_idle(), 90)
+    body = user.driver.find_element("tag name", "body").text
     if model == "hostile" and page not in ("/Run", "/SQL", "/Compare"):
         assert "![x](" in body, "the name is there, as it is written"
-    addresses = person.driver.execute_script(_ADDRESSES)
+    addresses = user.driver.execute_script(_ADDRESSES)
     assert len(addresses) > 3
-    assert [a for a in addresses if not a.startswith((person.server.url, "data:", "blob:"))] == []
+    assert [a for a in addresses if not a.startswith((user.server.url, "data:", "blob:"))] == []
     assert canary[1] == []

@@ -22,7 +22,7 @@ class Planner(Protocol):
     metrics: tuple[str, ...]
     #: Whether its plans start from a base stop; one that does not has a cost to minimise.
     has_base: bool
-    #: Whether it reads :class:`~lsq_core.planning.problem.Impact`.
+    #: Whether it reads :class:`lsq_core.planning.problem.Impact`.
     reads_rows: bool
 
     def options(self, request: PlanRequest) -> tuple[Config, ...]:
@@ -34,7 +34,7 @@ class Planner(Protocol):
         ...
 
 
-class OnLadder:
+class LadderPlanner:
     """A planner that gives each matrix a stop of the ladder, as all but one do."""
 
     reads_rows = False

@@ -8,9 +8,9 @@ import numpy as np
 
 from lsq_core.errors import LsqError
 from lsq_core.planning.detection import Detection, detect_outliers
-from lsq_core.planning.frontier import Frontier, Segment, moves_from
-from lsq_core.planning.methods.base import OnLadder
-from lsq_core.planning.methods.uniform import by_bytes, uniform_start
+from lsq_core.planning.frontier import Frontier, Segment, build_moves
+from lsq_core.planning.methods.base import LadderPlanner
+from lsq_core.planning.methods.uniform import sort_by_bytes, uniform_start
 from lsq_core.planning.problem import Problem
 from lsq_core.planning.request import PlanRequest
 
@@ -34,7 +34,9 @@ def layer_series(problem: Problem, metric: str) -> dict[str, tuple[list[int], np
     return series
 
 
-def detect(problem: Problem, metric: str, top_m: int) -> dict[str, tuple[list[int], Detection]]:
+def detect_by_type(
+    problem: Problem, metric: str, top_m: int
+) -> dict[str, tuple[list[int], Detection]]:
     """Algorithm 1 for each module type: its layers and what was found among them."""
     ratios = metric in _RATIO_METRICS
     return {
@@ -46,29 +48,29 @@ def detect(problem: Problem, metric: str, top_m: int) -> dict[str, tuple[list[in
 def flagged_layers(problem: Problem, metric: str, top_m: int) -> dict[str, dict[int, float]]:
     """For each module type the flagged layers with their z-scores, strongest first."""
     return {
-        kind: {layers[i]: float(found.z[i - 1]) for i in found.flagged}
-        for kind, (layers, found) in detect(problem, metric, top_m).items()
+        kind: {layers[i]: float(detection.z[i - 1]) for i in detection.flagged}
+        for kind, (layers, detection) in detect_by_type(problem, metric, top_m).items()
     }
 
 
-class _Boost(OnLadder):
+class _Boost(LadderPlanner):
     """A base stop for all, and more bits for chosen layers of each module type."""
 
     has_base = True
     metrics: tuple[str, ...] = ()
 
-    def boosted(self, problem: Problem, request: PlanRequest) -> dict[str, dict[int, float]]:
+    def boosted_layers(self, problem: Problem, request: PlanRequest) -> dict[str, dict[int, float]]:
         """For each module type the layers to boost and what ranks them, first to last."""
         raise NotImplementedError
 
     def frontier(self, problem: Problem, request: PlanRequest, bases: list[int]) -> Frontier:
         """A start for each base, then the boosted matrices, largest z first."""
-        boosted = self.boosted(problem, request)
+        boosted_layers = self.boosted_layers(problem, request)
         ranked = sorted(
             (
-                (boosted[m.type][m.layer], index)
+                (boosted_layers[m.type][m.layer], index)
                 for index, m in enumerate(problem.matrices)
-                if m.layer in boosted.get(m.type, {})
+                if m.layer in boosted_layers.get(m.type, {})
             ),
             key=lambda pair: (-pair[0], pair[1]),
         )
@@ -76,11 +78,11 @@ class _Boost(OnLadder):
         for base in bases:
             start = uniform_start(problem, base)
             top = min(base + request.boost_stop, len(problem.options) - 1)
-            aims = np.clip(top, problem.low, problem.high)
-            raised = [(index, int(aims[index]), worth) for worth, index in ranked]
-            moves = moves_from(start, raised, problem.bytes)
+            target_stops = np.clip(top, problem.low, problem.high)
+            raised = [(index, int(target_stops[index]), priority) for priority, index in ranked]
+            moves = build_moves(start, raised, problem.bytes)
             segments.append(Segment(start, problem.nominal(start), moves))
-        return Frontier(by_bytes(segments), problem.bytes)
+        return Frontier(sort_by_bytes(segments), problem.bytes)
 
 
 class SensiBoost(_Boost):
@@ -90,7 +92,7 @@ class SensiBoost(_Boost):
     title = "SensiBoost"
     metrics = ("sensitivity",)
 
-    def boosted(self, problem: Problem, request: PlanRequest) -> dict[str, dict[int, float]]:
+    def boosted_layers(self, problem: Problem, request: PlanRequest) -> dict[str, dict[int, float]]:
         """Flagged layers by type; see :class:`_Boost`."""
         return flagged_layers(problem, request.metric, request.top_m)
 
@@ -102,7 +104,7 @@ class KurtBoost(_Boost):
     title = "KurtBoost"
     metrics = ("kurtosis",)
 
-    def boosted(self, problem: Problem, request: PlanRequest) -> dict[str, dict[int, float]]:
+    def boosted_layers(self, problem: Problem, request: PlanRequest) -> dict[str, dict[int, float]]:
         """Flagged layers by type; see :class:`_Boost`."""
         return flagged_layers(problem, "kurtosis", request.top_m)
 
@@ -113,7 +115,7 @@ class _Ablation(_Boost):
     metrics = ("sensitivity", "kurtosis")
     method: type[_Boost]
 
-    def boosted(self, problem: Problem, request: PlanRequest) -> dict[str, dict[int, float]]:
+    def boosted_layers(self, problem: Problem, request: PlanRequest) -> dict[str, dict[int, float]]:
         """Drawn layers by type; the order of the draw ranks them.
 
         Raises
@@ -121,13 +123,13 @@ class _Ablation(_Boost):
         LsqError
             When a type has fewer layers left than the method boosts.
         """
-        wanted = self.method().boosted(problem, request)
+        wanted = self.method().boosted_layers(problem, request)
         sensitive = flagged_layers(problem, request.metric, 0)
-        heavy = flagged_layers(problem, "kurtosis", 0)
+        heavy_tailed = flagged_layers(problem, "kurtosis", 0)
         random = np.random.default_rng(request.seed)
         drawn = {}
         for kind, (layers, _) in layer_series(problem, "kurtosis").items():
-            free = [i for i in layers if i not in sensitive[kind] and i not in heavy[kind]]
+            free = [i for i in layers if i not in sensitive[kind] and i not in heavy_tailed[kind]]
             count = len(wanted[kind])
             if count > len(free):
                 raise LsqError(

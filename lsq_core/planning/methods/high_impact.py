@@ -11,10 +11,10 @@ from lsq_core.bits import Config, MixedRows, mixed_rows
 from lsq_core.errors import InputError
 from lsq_core.model.info import Matrix
 from lsq_core.planning.block_plans import (
-    MOST_UNITS,
-    Front,
+    MAX_UNITS,
+    ParetoFront,
     block_front,
-    clipped,
+    clip_negative_eigenvalues,
     combine,
     diagonal_only,
     predicted_loss,
@@ -51,22 +51,22 @@ class HighImpact:
         InputError
             When row scores or interactions are missing, or a group doesn't fit into some row.
         """
-        impact = check_impact(problem, request)
+        impact = require_impact(problem, request)
         problem.check_options()
         if request.ratios == "uniform":
-            return _uniform(problem, impact, request)
-        groups = [part for block in impact.blocks for part in _enumerable(block, problem)]
-        fronts = [_front_of(part, problem, request) for part in groups]
-        found = combine(fronts)
-        choices = np.empty((len(found.size), len(problem.matrices)), dtype=np.int64)
-        for picks, front, part in zip(found.picks.T, fronts, groups, strict=True):
+            return _uniform_frontier(problem, impact, request)
+        groups = [part for block in impact.blocks for part in _split_large_block(block, problem)]
+        fronts = [_block_front(part, problem, request) for part in groups]
+        combined = combine(fronts)
+        choices = np.empty((len(combined.size), len(problem.matrices)), dtype=np.int64)
+        for picks, front, part in zip(combined.picks.T, fronts, groups, strict=True):
             for column, members in zip(front.choice[picks].T, part.units, strict=True):
                 choices[:, list(members)] = column[:, None]
-        notes = _left_out(problem, request)
-        return _complete(problem, choices, found.loss, found.lower_bound, notes)
+        notes = _truncation_notes(problem, request)
+        return _frontier_of_plans(problem, choices, combined.loss, combined.lower_bound, notes)
 
 
-def check_impact(problem: Problem, request: PlanRequest) -> Impact:
+def require_impact(problem: Problem, request: PlanRequest) -> Impact:
     """What is known of the rows, where it is enough for a request.
 
     Raises
@@ -89,7 +89,7 @@ def check_impact(problem: Problem, request: PlanRequest) -> Impact:
     return impact
 
 
-def _uniform(problem: Problem, impact: Impact, request: PlanRequest) -> Frontier:
+def _uniform_frontier(problem: Problem, impact: Impact, request: PlanRequest) -> Frontier:
     """One ratio for all; a pinned matrix gets the nearest that its pin allows."""
     stops = range(len(problem.options))
     choices = np.stack([np.clip(stop, problem.low, problem.high) for stop in stops])
@@ -97,52 +97,52 @@ def _uniform(problem: Problem, impact: Impact, request: PlanRequest) -> Frontier
         sizes = [problem.nominal(choice) for choice in choices]
         segments = map(partial(Segment, moves=()), choices, sizes)
         return Frontier(tuple(segments), problem.bytes)
-    losses = sum(predictions(block, problem, request, choices) for block in impact.blocks)
-    return _complete(problem, choices, losses, losses)
+    losses = sum(predict_block_losses(block, problem, request, choices) for block in impact.blocks)
+    return _frontier_of_plans(problem, choices, losses, losses)
 
 
-def predictions(
+def predict_block_losses(
     block: Interactions, problem: Problem, request: PlanRequest, choices: np.ndarray
 ) -> np.ndarray:
     """The loss that a block adds by its M, for plans (k, n) of the model; (k,)."""
     own = choices[:, [members[0] for members in block.units]]
-    return predicted_loss(read_matrix(block, request), own, len(problem.options))
+    return predicted_loss(effective_matrix(block, request), own, len(problem.options))
 
 
-def read_matrix(block: Interactions, request: PlanRequest) -> np.ndarray:
+def effective_matrix(block: Interactions, request: PlanRequest) -> np.ndarray:
     """A block's M as a request reads it: whole or its diagonal, clipped or raw."""
     matrix = diagonal_only(block.matrix) if request.ratios == "diagonal" else block.matrix
-    return clipped(matrix) if request.clip else matrix
+    return clip_negative_eigenvalues(matrix) if request.clip else matrix
 
 
-def _enumerable(block: Interactions, problem: Problem) -> list[Interactions]:
+def _split_large_block(block: Interactions, problem: Problem) -> list[Interactions]:
     """A block, or where it has too many units groups of them in the order of the computation.
 
     What units of different groups do to one another is left out then.
     """
     count, options = len(block.units), len(problem.options)
-    if count <= MOST_UNITS:
+    if count <= MAX_UNITS:
         return [block]
     parts = []
-    for group in np.array_split(np.arange(count), -(-count // MOST_UNITS)):
-        places = (group[:, None] * options + np.arange(options)).ravel()
+    for group in np.array_split(np.arange(count), -(-count // MAX_UNITS)):
+        indices = (group[:, None] * options + np.arange(options)).ravel()
         units = tuple(block.units[u] for u in group)
-        parts.append(Interactions(block.layer, units, block.matrix[np.ix_(places, places)]))
+        parts.append(Interactions(block.layer, units, block.matrix[np.ix_(indices, indices)]))
     return parts
 
 
-def _left_out(problem: Problem, request: PlanRequest) -> tuple[str, ...]:
+def _truncation_notes(problem: Problem, request: PlanRequest) -> tuple[str, ...]:
     """A plain word where blocks have too many units to be enumerated."""
     most = max(len(block.units) for block in problem.impact.blocks)
-    if request.ratios != "full" or most <= MOST_UNITS:
+    if request.ratios != "full" or most <= MAX_UNITS:
         return ()
     return (
         f"Blocks here have {most} module types, too many to try together: interactions are kept "
-        f"within groups of at most {MOST_UNITS}, in the order of the computation.",
+        f"within groups of at most {MAX_UNITS}, in the order of the computation.",
     )
 
 
-def _front_of(block: Interactions, problem: Problem, request: PlanRequest) -> Front:
+def _block_front(block: Interactions, problem: Problem, request: PlanRequest) -> ParetoFront:
     size = np.stack([problem.bytes[list(members)].sum(axis=0) for members in block.units])
     allowed = np.stack([problem.allowed[list(members)].all(axis=0) for members in block.units])
     if not allowed.any(axis=1).all():
@@ -150,10 +150,10 @@ def _front_of(block: Interactions, problem: Problem, request: PlanRequest) -> Fr
             f"The pins of layer {block.layer} give experts of one module type different ratios, "
             "which share theirs; pin them alike."
         )
-    return block_front(read_matrix(block, request), size, allowed)
+    return block_front(effective_matrix(block, request), size, allowed)
 
 
-def _complete(
+def _frontier_of_plans(
     problem: Problem,
     choices: np.ndarray,
     losses: np.ndarray,
@@ -184,7 +184,7 @@ def top_rows(scores: np.ndarray, count: int) -> np.ndarray:
     return np.sort(np.argsort(-scores, kind="stable")[:count])
 
 
-def units_of(matrices: Sequence[Matrix]) -> dict[str, tuple[int, ...]]:
+def group_into_units(matrices: Sequence[Matrix]) -> dict[str, tuple[int, ...]]:
     """What shares a ratio in one block: the matrices of a module type, as indices.
 
     That is a single one, or the experts of a layer, of which there are too many to choose for
@@ -196,7 +196,7 @@ def units_of(matrices: Sequence[Matrix]) -> dict[str, tuple[int, ...]]:
     return {kind: tuple(members) for kind, members in units.items()}
 
 
-def impact_of(
+def build_impact(
     matrices: Sequence[Matrix],
     row_scores: Mapping[str, np.ndarray],
     interactions: Mapping[int, np.ndarray],
@@ -205,7 +205,7 @@ def impact_of(
     blocks = []
     for layer in dict.fromkeys(matrix.layer for matrix in matrices):
         own = [i for i, matrix in enumerate(matrices) if matrix.layer == layer]
-        units = units_of([matrices[i] for i in own]).values()
+        units = group_into_units([matrices[i] for i in own]).values()
         members = tuple(tuple(own[k] for k in unit) for unit in units)
         blocks.append(Interactions(layer, members, interactions.get(layer)))
     return Impact(tuple(row_scores[matrix.name] for matrix in matrices), tuple(blocks))

@@ -6,7 +6,7 @@ import numpy as np
 
 from lsq_core.errors import InputError
 from lsq_core.planning.knapsack import Knapsack
-from lsq_core.planning.methods.sensi_knapsack import with_unreached
+from lsq_core.planning.methods.sensi_knapsack import fill_unreached_experts
 from lsq_core.planning.problem import Problem
 
 
@@ -30,5 +30,5 @@ class LossAware(Knapsack):
                 "Loss-aware reads loss_impact, which this profile does not have yet; add it with "
                 "profile --metric loss_impact."
             )
-        impact = with_unreached(problem.scores["loss_impact"][:, None], problem.matrices)
+        impact = fill_unreached_experts(problem.scores["loss_impact"][:, None], problem.matrices)
         return impact * problem.by_config["weight_error"] ** 2

@@ -18,12 +18,12 @@ class SensiKnapsack(Knapsack):
 
     def cost(self, problem: Problem) -> np.ndarray:
         """``s(i, c) · d_out``: the mean squared output change, summed over the outputs."""
-        scores = with_unreached(problem.by_config["sensitivity_module"], problem.matrices)
+        scores = fill_unreached_experts(problem.by_config["sensitivity_module"], problem.matrices)
         outputs = np.array([m.out_features for m in problem.matrices])
         return scores * outputs[:, None]
 
 
-def with_unreached(scores: np.ndarray, matrices: tuple[Matrix, ...]) -> np.ndarray:
+def fill_unreached_experts(scores: np.ndarray, matrices: tuple[Matrix, ...]) -> np.ndarray:
     """Scores (n, k) in which an expert that no calibration token reached has one as well.
 
     It is counted like the least sensitive of its layer and type that one did reach.
@@ -32,11 +32,11 @@ def with_unreached(scores: np.ndarray, matrices: tuple[Matrix, ...]) -> np.ndarr
     unreached = np.isnan(scores).all(axis=1)
     for i in np.flatnonzero(unreached):
         matrix = matrices[i]
-        fellows = [
+        peers = [
             j
             for j, m in enumerate(matrices)
             if (m.layer, m.type) == (matrix.layer, matrix.type) and not unreached[j]
         ]
-        if fellows:
-            scores[i] = scores[fellows].min(axis=0)
+        if peers:
+            scores[i] = scores[peers].min(axis=0)
     return scores

@@ -7,12 +7,12 @@ from collections.abc import Iterable
 import numpy as np
 
 from lsq_core.planning.frontier import Frontier, Segment
-from lsq_core.planning.methods.base import OnLadder
+from lsq_core.planning.methods.base import LadderPlanner
 from lsq_core.planning.problem import Problem
 from lsq_core.planning.request import PlanRequest
 
 
-class Uniform(OnLadder):
+class Uniform(LadderPlanner):
     """Plain quantization, what a model is compared against."""
 
     name = "uniform"
@@ -24,7 +24,7 @@ class Uniform(OnLadder):
         """One start for each base, no moves."""
         starts = [uniform_start(problem, base) for base in bases]
         segments = [Segment(start, problem.nominal(start)) for start in starts]
-        return Frontier(by_bytes(segments), problem.bytes)
+        return Frontier(sort_by_bytes(segments), problem.bytes)
 
 
 def uniform_start(problem: Problem, base: int) -> np.ndarray:
@@ -32,7 +32,7 @@ def uniform_start(problem: Problem, base: int) -> np.ndarray:
     return np.clip(base, problem.low, problem.high)
 
 
-def by_bytes(segments: Iterable[Segment]) -> tuple[Segment, ...]:
+def sort_by_bytes(segments: Iterable[Segment]) -> tuple[Segment, ...]:
     """Segments in the order of their starts' bytes."""
     return tuple(sorted(segments, key=lambda segment: segment.start_bytes))
 

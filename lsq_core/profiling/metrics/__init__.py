@@ -61,7 +61,7 @@ TITLES = {
     ),
     "loss_impact": MetricTitle(
         "Loss impact",
-        "KL (nats a token) per ‖W − Ŵ‖²",
+        "KL (nats per token) per ‖W − Ŵ‖²",
         "How far the model's predictions move for each unit of squared weight error in one "
         "matrix, all else at full precision.",
     ),

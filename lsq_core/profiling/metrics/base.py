@@ -34,9 +34,9 @@ class Metric:
 
     name: str
     #: Whether it needs calibration text (hidden states and Gram matrices in the context).
-    needs_text: bool
+    needs_calibration: bool
     #: Whether it runs more than the block it scores, so that all weights have to be loaded.
-    needs_whole: bool = False
+    needs_full_model: bool = False
     #: The configurations it is measured at; none for one that needs no quantized weights.
     configs: Sequence[QuantConfig] = ()
     #: How many calibration blocks it reads, the first of them; None for all.
@@ -46,11 +46,11 @@ class Metric:
         """What a score in one layer costs beside the others', so that time left can be told."""
         return 1
 
-    def once(self, context: BlockContext) -> Iterator[Score]:
+    def score_unquantized(self, context: BlockContext) -> Iterator[Score]:
         """Scores that depend on no configuration; none unless overridden."""
         return iter(())
 
-    def at_config(
+    def score_at_config(
         self, context: BlockContext, config: QuantConfig, quantized: dict[Matrix, Tensor]
     ) -> Iterator[Score]:
         """Scores at one of ``configs``; ``quantized`` holds what the weights become, float32.

@@ -34,9 +34,9 @@ class Kurtosis(Metric):
     """How heavy the tails of each matrix are; needs no quantizer and no calibration text."""
 
     name = "kurtosis"
-    needs_text = False
+    needs_calibration = False
 
-    def once(self, context: BlockContext) -> Iterator[Score]:
+    def score_unquantized(self, context: BlockContext) -> Iterator[Score]:
         """One score for each matrix."""
         for matrix in context.matrices:
             yield Score(matrix, self.name, None, kurtosis(context.weight(matrix)))

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from lsq_core.bits import QuantConfig
 from lsq_core.model.info import Matrix
-from lsq_core.profiling.blocks import BATCH, output_forms, resume
+from lsq_core.profiling.blocks import BATCH, detect_output_forms, run_from_block
 from lsq_core.profiling.context import BlockContext
 from lsq_core.profiling.metrics import LOSS_PROBE
 from lsq_core.profiling.metrics.base import Metric, Score
 from lsq_core.profiling.metrics.weight_error import squared_norm
 
 #: Logits held at once, in numbers: sequences are batched up to this.
-_LOGITS_AT_ONCE = 2**25
+_MAX_BATCH_LOGITS = 2**25
 #: In the place of no error at all, which moves no prediction either.
 _TINY = sys.float_info.min
 
@@ -36,8 +36,8 @@ class LossImpact(Metric):
     """
 
     name = "loss_impact"
-    needs_text = True
-    needs_whole = True
+    needs_calibration = True
+    needs_full_model = True
     #: The probe: groups of 32 fill every matrix that can be planned, and a budget is lost at two
     #: bits first. One will do, as KL is near enough to linear in the squared error: on the demo
     #: model the impact at 2.51 and 4.51 bits is 1.01 and 1.00 times that at 3.25 in the median.
@@ -50,29 +50,29 @@ class LossImpact(Metric):
         """Blocks that are run again, and as much as one more for the head."""
         return layers - layer + 1
 
-    def at_config(
+    def score_at_config(
         self, context: BlockContext, config: QuantConfig, quantized: dict[Matrix, Tensor]
     ) -> Iterator[Score]:
         """One score for each matrix."""
-        rest = _rest_of(context, self.sequences)
+        tail = _model_tail(context, self.sequences)
         for matrix, weight in quantized.items():
             error = squared_norm(context.weight(matrix).float() - weight)
-            with context.replaced({matrix: weight}):
-                divergence = rest.divergence()
+            with context.replaced_weights({matrix: weight}):
+                divergence = tail.divergence()
             unreached = divergence == 0 and matrix.expert is not None
             value = math.nan if unreached else divergence / max(error, _TINY)
             yield Score(matrix, self.name, None, value)
 
 
-def _rest_of(context: BlockContext, sequences: int) -> _Rest:
+def _model_tail(context: BlockContext, sequences: int) -> _ModelTail:
     """The rest of the model, kept with the block at which it begins."""
-    kept = context.__dict__
-    if "_rest" not in kept:
-        kept["_rest"] = _Rest(context, sequences)
-    return kept["_rest"]
+    cache = context.__dict__
+    if "_rest" not in cache:
+        cache["_rest"] = _ModelTail(context, sequences)
+    return cache["_rest"]
 
 
-class _Rest:
+class _ModelTail:
     """Runs the model again from one block on and compares its predictions with the first time's."""
 
     def __init__(self, context: BlockContext, sequences: int) -> None:
@@ -80,11 +80,11 @@ class _Rest:
         ids = context.ids[:sequences]
         hidden = torch.cat(context.hidden[: -(-len(ids) // BATCH)])[: len(ids)]
         vocabulary = self.loaded.model.config.get_text_config().vocab_size
-        rows = max(1, min(BATCH, _LOGITS_AT_ONCE // (ids.shape[1] * vocabulary)))
+        rows = max(1, min(BATCH, _MAX_BATCH_LOGITS // (ids.shape[1] * vocabulary)))
         self.tokens = ids.numel()
         #: Tokens and the hidden states that enter the block, a few sequences at once.
         self.batches = list(zip(ids.split(rows), hidden.split(rows), strict=True))
-        self.forms = output_forms(self.loaded, ids)
+        self.forms = detect_output_forms(self.loaded, ids)
         #: What leaves the last block; its logits, which take far more room, are made again.
         self.last: list[Tensor] = []
         handle = self.loaded.blocks[-1].register_forward_hook(
@@ -107,7 +107,7 @@ class _Rest:
         return total / self.tokens
 
     def _log_probabilities(self, layer: int, ids: Tensor, hidden: Tensor) -> Tensor:
-        logits = resume(self.loaded, layer, hidden, ids, self.forms)
+        logits = run_from_block(self.loaded, layer, hidden, ids, self.forms)
         return logits.float().log_softmax(-1)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lsq_core.bits import LADDER, QuantConfig
-from lsq_core.model.architecture import locate, matrix_of, parameter_name
+from lsq_core.model.architecture import locate_parameter, matrix_view, parameter_name
 from lsq_core.model.info import Matrix
 from lsq_core.profiling.context import BlockContext
 from lsq_core.profiling.metrics.base import Metric, Score
@@ -28,15 +28,15 @@ class GramDiagonal(Metric):
     """
 
     name = "gram_diagonal"
-    needs_text = True
+    needs_calibration = True
     configs = LADDER
 
-    def at_config(
+    def score_at_config(
         self, context: BlockContext, config: QuantConfig, quantized: dict[Matrix, Tensor]
     ) -> Iterator[Score]:
         """One score for each matrix."""
         for matrix, weight in quantized.items():
-            squares, tokens = context.moments[matrix]
+            squares, tokens = context.second_moments[matrix]
             by_input = (context.weight(matrix).float() - weight).square_().sum(0)
             value = float(by_input.double() @ squares.double()) if tokens else math.nan
             yield Score(matrix, self.name, config, value / max(tokens * matrix.out_features, 1))
@@ -50,14 +50,14 @@ class DiagonalFisher(Metric):
     """
 
     name = "fisher_diagonal"
-    needs_text = True
-    needs_whole = True
+    needs_calibration = True
+    needs_full_model = True
     configs = LADDER
 
     def __init__(self) -> None:
         self.squares: dict[str, Tensor] = {}
 
-    def at_config(
+    def score_at_config(
         self, context: BlockContext, config: QuantConfig, quantized: dict[Matrix, Tensor]
     ) -> Iterator[Score]:
         """One score for each matrix; the first asks for the gradients of all of them."""
@@ -66,8 +66,8 @@ class DiagonalFisher(Metric):
             names = dict.fromkeys(map(parameter_name, context.loaded.info.matrices))
             self.squares = mean_squared_gradients(model, names, context.ids)
         for matrix, weight in quantized.items():
-            holder, _ = locate(model, matrix)
-            squares = matrix_of(self.squares[parameter_name(matrix)], holder, matrix)
+            holder, _ = locate_parameter(model, matrix)
+            squares = matrix_view(self.squares[parameter_name(matrix)], holder, matrix)
             change = (context.weight(matrix).float() - weight).square_().mul_(squares)
             value = float(change.sum(1).double().sum())
             unreached = matrix.expert is not None and not bool(squares.any())

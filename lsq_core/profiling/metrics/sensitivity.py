@@ -31,16 +31,16 @@ class ModuleSensitivity(Metric):
     """Eq. 10 literally: each linear module on its own, from one Gram matrix for all configs."""
 
     name = "sensitivity_module"
-    needs_text = True
+    needs_calibration = True
     configs = LADDER
 
-    def at_config(
+    def score_at_config(
         self, context: BlockContext, config: QuantConfig, quantized: dict[Matrix, Tensor]
     ) -> Iterator[Score]:
         """One score for each matrix."""
         for matrix, weight in quantized.items():
             difference = context.weight(matrix).float() - weight
-            value = module_sensitivity(difference, *context.observed.grams[matrix])
+            value = module_sensitivity(difference, *context.observations.grams[matrix])
             yield Score(matrix, self.name, config, value)
 
 
@@ -48,10 +48,10 @@ class PartSensitivity(Metric):
     """The authors' parts: weights quantized together, the output of their block compared."""
 
     name = "sensitivity"
-    needs_text = True
+    needs_calibration = True
     configs = LADDER
 
-    def at_config(
+    def score_at_config(
         self, context: BlockContext, config: QuantConfig, quantized: dict[Matrix, Tensor]
     ) -> Iterator[Score]:
         """One score a part, shared by its matrices."""
@@ -67,10 +67,10 @@ def _part_score(context: BlockContext, part: Part, quantized: dict[Matrix, Tenso
     if part.linear:
         ((matrix, weight),) = quantized.items()
         difference = context.weight(matrix).float() - weight
-        return module_sensitivity(difference, *context.observed.grams[matrix])
-    replay = context.observed.replays[part.place]
+        return module_sensitivity(difference, *context.observations.grams[matrix])
+    replay = context.observations.replays[part.place]
     total, count = 0.0, 0
-    with context.replaced(quantized):
+    with context.replaced_weights(quantized):
         for before, after in zip(replay.outputs, replay.run(), strict=True):
             total += squared_norm(after.float().sub_(before))
             count += before.numel()

@@ -13,7 +13,7 @@ from lsq_core.profiling.context import BlockContext
 from lsq_core.profiling.metrics.base import Metric, Score
 
 #: Sums of squares between these were made of squares that float32 can hold.
-_LEAST_SQUARES, _MOST_SQUARES = 1e-24, 1e36
+_MIN_SQUARES, _MAX_SQUARES = 1e-24, 1e36
 
 
 def squared_norm(values: Tensor) -> float:
@@ -22,7 +22,7 @@ def squared_norm(values: Tensor) -> float:
     Where squares could leave the range of float32, all of it is in float64, which takes longer.
     """
     total = float(torch.linalg.vector_norm(values, dim=-1).double().square().sum())
-    if _LEAST_SQUARES < total < _MOST_SQUARES:
+    if _MIN_SQUARES < total < _MAX_SQUARES:
         return total
     norms = torch.linalg.vector_norm(values, dim=-1, dtype=torch.float64)
     return float(norms.square().sum())
@@ -32,10 +32,10 @@ class WeightError(Metric):
     """``‖W − Ŵ_c‖_F`` of each matrix at each configuration; needs no calibration text."""
 
     name = "weight_error"
-    needs_text = False
+    needs_calibration = False
     configs = LADDER
 
-    def at_config(
+    def score_at_config(
         self, context: BlockContext, config: QuantConfig, quantized: dict[Matrix, Tensor]
     ) -> Iterator[Score]:
         """One score for each matrix; ``quantized`` holds float32 (out, in)."""

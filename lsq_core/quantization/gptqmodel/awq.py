@@ -62,6 +62,6 @@ class Awq(GptqmodelQuantizer):
     method = "awq"
 
     @staticmethod
-    def bounds(bits: int) -> tuple[float, float]:
+    def scale_range(bits: int) -> tuple[float, float]:
         """Scales are bfloat16, but the package takes no group to be narrower than 10⁻⁵."""
         return 1e-5, torch.finfo(torch.bfloat16).max

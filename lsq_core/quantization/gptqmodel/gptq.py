@@ -69,6 +69,6 @@ class Gptq(GptqmodelQuantizer):
     method = "gptq"
 
     @staticmethod
-    def bounds(bits: int) -> tuple[float, float]:
+    def scale_range(bits: int) -> tuple[float, float]:
         """Scales are fp16: below 2⁻¹⁸ they have less than six bits left, above 65,504 none."""
         return (2**bits - 1) * 2.0**-18, (2**bits - 1) * 65504.0

@@ -26,12 +26,12 @@ from lsq_core import paths
 from lsq_core.bits import QuantConfig
 from lsq_core.errors import LsqError
 from lsq_core.model.architecture import get_weight
-from lsq_core.profiling.calibration import calibration_of
+from lsq_core.profiling.calibration import load_calibration
 from lsq_core.progress import Progress
 from lsq_core.quantization.base import StoredMatrix, to_groups
-from lsq_core.quantization.registry import about
+from lsq_core.quantization.registry import quantizer_spec
 from lsq_core.quantization.task import QuantizationTask
-from lsq_core.quantized.convert import with_stored
+from lsq_core.quantized.convert import replace_matrices
 
 if TYPE_CHECKING:
     from lsq_core.model.info import Matrix
@@ -41,7 +41,7 @@ _CHILD = "lsq_core.quantization.gptqmodel.child"
 
 
 @dataclass(frozen=True)
-class Asked:
+class GptqmodelRequest:
     """What the child process is asked to do; paths of folders and of the calibration tokens."""
 
     method: str
@@ -60,7 +60,7 @@ class GptqmodelQuantizer:
     method: ClassVar[str]
 
     @staticmethod
-    def bounds(bits: int) -> tuple[float, float]:
+    def scale_range(bits: int) -> tuple[float, float]:
         """The least and the greatest width of a group that the format's scales can hold."""
         raise NotImplementedError
 
@@ -72,13 +72,13 @@ class GptqmodelQuantizer:
             self._check_magnitude(get_weight(loaded.model, matrix), matrix, config)
         with tempfile.TemporaryDirectory(prefix="lsq-gptqmodel-") as own:
             out = Path(own) / "quantized"
-            _ask(self._asked(task, Path(own), out), loaded, task.progress)
-            stored = _tensors(out)
+            _run_child(self._build_request(task, Path(own), out), loaded, task.progress)
+            stored = _read_tensors(out)
         packed = {
             matrix: self._matrix(matrix, config, stored, loaded)
             for matrix, config in choice.items()
         }
-        return with_stored(loaded.model, packed, _changed(stored, loaded.model))
+        return replace_matrices(loaded.model, packed, _changed_parameters(stored, loaded.model))
 
     def _check_magnitude(self, weight: Tensor, matrix: Matrix, config: QuantConfig) -> None:
         """Raise :class:`LsqError` where the package's format would lose most of a matrix.
@@ -89,7 +89,7 @@ class GptqmodelQuantizer:
         largest = largest[largest > 0]
         if not len(largest):
             return
-        least, greatest = self.bounds(config.bits)
+        least, greatest = self.scale_range(config.bits)
         typical, most = 2 * float(largest.median()), 2 * float(largest.amax())
         if typical < least or most > greatest:
             size = f"as small as {typical:.2g}" if typical < least else f"as large as {most:.2g}"
@@ -100,10 +100,10 @@ class GptqmodelQuantizer:
                 "matrix of any magnitude."
             )
 
-    def _asked(self, task: QuantizationTask, folder: Path, out: Path) -> Asked:
+    def _build_request(self, task: QuantizationTask, folder: Path, out: Path) -> GptqmodelRequest:
         ids = folder / "ids.npy"
-        np.save(ids, calibration_of(task.loaded, task.text).ids)
-        return Asked(
+        np.save(ids, load_calibration(task.loaded, task.text).ids)
+        return GptqmodelRequest(
             method=self.method,
             model=str(task.loaded.folder),
             device=task.loaded.device,
@@ -116,7 +116,7 @@ class GptqmodelQuantizer:
         self, matrix: Matrix, config: QuantConfig, stored: dict[str, Tensor], loaded: LoadedModel
     ) -> StoredMatrix:
         """One matrix, its tensors taken out of ``stored``."""
-        names = about(self.method).layout(matrix.shape, config, "its own")
+        names = quantizer_spec(self.method).layout(matrix.shape, config, "its own")
         missing = [name for name in names if f"{matrix.name}.{name}" not in stored]
         if missing:
             raise LsqError(
@@ -127,11 +127,11 @@ class GptqmodelQuantizer:
         return self.matrix.from_tensors(tensors, matrix.shape, config, axis=1)
 
 
-def _ask(asked: Asked, loaded: LoadedModel, progress: Progress) -> None:
+def _run_child(child_request: GptqmodelRequest, loaded: LoadedModel, progress: Progress) -> None:
     """Run the child process; its progress is a layer's number a line."""
-    folder = Path(asked.ids).parent
+    folder = Path(child_request.ids).parent
     request, log = folder / "asked.json", folder / "log.txt"
-    request.write_text(json.dumps(asdict(asked)), "utf8")
+    request.write_text(json.dumps(asdict(child_request)), "utf8")
     layers = loaded.info.layers
     progress(0, layers, "reading the model")
     # Its pool of readers has two threads, which a machine of two cores would not give it.
@@ -159,27 +159,27 @@ def _ask(asked: Asked, loaded: LoadedModel, progress: Progress) -> None:
         finally:
             child.kill()
     if status != 0:
-        raise LsqError(f"gptqmodel could not quantize {asked.model}: {_last_error(log)}")
+        raise LsqError(f"gptqmodel could not quantize {child_request.model}: {_last_error(log)}")
 
 
 def _last_error(log: Path) -> str:
     """The last line that says what went wrong; the log is mostly progress."""
     lines = log.read_text("utf8", errors="replace").replace("\r", "\n").splitlines()
     lines = [line.strip() for line in lines if line.strip()]
-    told = [line for line in lines if "Error" in line.partition(":")[0]]
-    return (told or lines or ["it ended without saying why"])[-1]
+    error_lines = [line for line in lines if "Error" in line.partition(":")[0]]
+    return (error_lines or lines or ["it ended without saying why"])[-1]
 
 
-def _tensors(folder: Path) -> dict[str, Tensor]:
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
     """Every tensor of the safetensors files in a folder."""
-    found = {}
+    tensors_by_name = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
-            found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    return found
+            tensors_by_name |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return tensors_by_name
 
 
-def _changed(stored: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def _changed_parameters(stored: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """The other parameters that were changed, in the dtype and on the device of the model's own."""
     own = model.state_dict()
     return {

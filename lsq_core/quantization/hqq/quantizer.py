@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lsq_core.bits import QuantConfig
 from lsq_core.quantization.base import Grid
-from lsq_core.quantization.hqq.solver import solve_zero
-from lsq_core.quantization.packed import CONSTANT, GridQuantizer
+from lsq_core.quantization.hqq.solver import solve_zero_points
+from lsq_core.quantization.packed import CONSTANT_SPREAD, GridQuantizer
 
 
 def min_max_grid(weight: Tensor, config: QuantConfig, axis: int, optimize: bool) -> Grid:
@@ -25,10 +25,10 @@ def min_max_grid(weight: Tensor, config: QuantConfig, axis: int, optimize: bool)
     groups = weight.reshape(-1, size) if axis == 1 else weight.reshape(size, -1)
     low, high = groups.amin(axis, keepdim=True), groups.amax(axis, keepdim=True)
     spread = high - low
-    inverse = torch.where(spread > CONSTANT, top / spread, 1.0)
+    inverse = torch.where(spread > CONSTANT_SPREAD, top / spread, 1.0)
     zero = -low * inverse
     if optimize:
-        zero = solve_zero(groups, inverse, zero, top, axis)
+        zero = solve_zero_points(groups, inverse, zero, top, axis)
     return Grid((1.0 / inverse).flatten(), zero.flatten())
 
 

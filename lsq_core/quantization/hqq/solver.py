@@ -11,7 +11,7 @@ the error towards a sparse one, take the mean. Three things make that fast witho
   then the step is ``zero ← mean(code) − scale·mean(weight)``: no power, no dequantized weights.
   Groups with a larger error take the step in full.
 * The steps are compiled where that pays: :mod:`solver_compiled` on the CPU, :mod:`solver_triton` on
-  a GPU. :func:`engine` says which runs.
+  a GPU. :func:`backend` says which runs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from hqq.core.quantize import Quantizer as HqqPackage
 from torch import Tensor
 
 from lsq_core.quantization.hqq import solver_triton
-from lsq_core.quantization.hqq.solver_compiled import Engine, Steps
+from lsq_core.quantization.hqq.solver_compiled import AdaptiveSteps, SolverBackend
 
 #: ``hqq``'s own parameters of the solver: the norm p, β, and the steps.
 LP_NORM = 0.7
@@ -36,9 +36,9 @@ STEPS = 20
 #: at an ordinary magnitude (:mod:`lsq_core.quantization.magnitude`).
 THRESHOLD = BETA ** (-1 / (2 - LP_NORM))
 #: Weights worked on at a time: 1 MiB of float32, which stays in a core's cache.
-PIECE = 2**18
+CHUNK_WEIGHTS = 2**18
 
-_plugging = Lock()
+_patch_lock = Lock()
 
 
 def optimize_weights(
@@ -56,21 +56,21 @@ def optimize_weights(
     ``scale`` is the inverse of what is stored. Returns codes, scale and zero.
     """
     top = min_max[1]
-    zero = solve_zero(tensor, scale, zero, top, axis)
+    zero = solve_zero_points(tensor, scale, zero, top, axis)
     codes = torch.addcmul(zero, tensor, scale).round_().clamp_(0, top)
     return codes, scale, zero
 
 
 @torch.inference_mode()
-def solve_zero(weight: Tensor, scale: Tensor, zero: Tensor, top: int, axis: int) -> Tensor:
+def solve_zero_points(weight: Tensor, scale: Tensor, zero: Tensor, top: int, axis: int) -> Tensor:
     """The zero points, float32 and shaped as they came: (groups, 1) for axis 1, (1, groups) for 0.
 
     ``weight`` may be float32, bfloat16 or float16. A group that holds a NaN or an infinity gets
     zero points that are none; it has no say in when the others stop.
     """
     scale, zero = scale.float(), zero.float()
-    if _on_triton(weight.device):
-        zeros, errors = solver_triton.all_steps(
+    if _uses_triton(weight.device):
+        zeros, errors = solver_triton.run_all_steps(
             weight, scale, zero, top, axis, steps=STEPS, lp_norm=LP_NORM, beta=BETA
         )
     else:
@@ -83,17 +83,19 @@ def solve_zero(weight: Tensor, scale: Tensor, zero: Tensor, top: int, axis: int)
     return zeros.index_select(0, stopping_step((errors / weight.numel()).float()))[0]
 
 
-def engine(device: torch.device | str) -> Engine:
+def backend(device: torch.device | str) -> SolverBackend:
     """What runs the steps on a device: ``triton``, ``compiled`` or ``eager``, and why."""
     device = torch.device(device)
     if device.type == "cpu":
-        return steps.engine
-    if _on_triton(device):
-        return Engine("triton")
-    return Engine("eager", f"there is no kernel for {device.type} here (needs CUDA and Triton)")
+        return steps.backend
+    if _uses_triton(device):
+        return SolverBackend("triton")
+    return SolverBackend(
+        "eager", f"there is no kernel for {device.type} here (needs CUDA and Triton)"
+    )
 
 
-def _on_triton(device: torch.device) -> bool:
+def _uses_triton(device: torch.device) -> bool:
     return device.type == "cuda" and solver_triton.available()
 
 
@@ -112,11 +114,11 @@ def stopping_step(errors: Tensor) -> Tensor:
 def _pieces(weight: Tensor, axis: int) -> Iterator[tuple[slice, slice]]:
     """Slices of whole groups, small enough for the cache."""
     groups, group_size = weight.shape[1 - axis], weight.shape[axis]
-    length = max(PIECE // group_size, 1)
+    length = max(CHUNK_WEIGHTS // group_size, 1)
     everything = slice(None)
     for start in range(0, groups, length):
-        some = slice(start, start + length)
-        yield (some, everything) if axis == 1 else (everything, some)
+        chunk = slice(start, start + length)
+        yield (chunk, everything) if axis == 1 else (everything, chunk)
 
 
 def _solve_piece(
@@ -131,14 +133,18 @@ def _solve_piece(
     mean = scaled.mean(axis, keepdim=True)
     if bool((scale < 0.5 / THRESHOLD).all()):  # half a step survives the shrinking everywhere
         zeros, errors = steps(scaled, mean, scale, zero, top, axis, True)
-        return zeros, _total(errors)
+        return zeros, _sum_finite(errors)
     zeros, errors = steps(scaled, mean, scale, zero, top, axis, False)
-    survives = ~(_largest_error(scaled, scale, zeros, top, axis) <= THRESHOLD)  # or not a number
-    if bool(survives.any()):
-        some = (survives, slice(None)) if axis == 1 else (slice(None), survives)
-        part = (scaled[some], mean[some], scale[some], zero[some])
-        zeros[(slice(None), *some)], errors[(slice(None), *some)] = _steps(*part, top, axis, True)
-    return zeros, _total(errors)
+    exceeds_threshold = ~(
+        _largest_error(scaled, scale, zeros, top, axis) <= THRESHOLD
+    )  # or not a number
+    if bool(exceeds_threshold.any()):
+        chunk = (exceeds_threshold, slice(None)) if axis == 1 else (slice(None), exceeds_threshold)
+        part = (scaled[chunk], mean[chunk], scale[chunk], zero[chunk])
+        zeros[(slice(None), *chunk)], errors[(slice(None), *chunk)] = _eager_steps(
+            *part, top, axis, True
+        )
+    return zeros, _sum_finite(errors)
 
 
 def _largest_error(scaled: Tensor, scale: Tensor, zeros: Tensor, top: int, axis: int) -> Tensor:
@@ -151,12 +157,12 @@ def _largest_error(scaled: Tensor, scale: Tensor, zeros: Tensor, top: int, axis:
     return (torch.maximum(above, below).clamp_min_(0.5) / scale).flatten()
 
 
-def _total(errors: Tensor) -> Tensor:
+def _sum_finite(errors: Tensor) -> Tensor:
     """Errors (steps, …) of groups as (steps,), those that are no numbers left out."""
     return torch.where(errors.isfinite(), errors, 0).flatten(1).sum(1, dtype=torch.float64)
 
 
-def _steps(
+def _eager_steps(
     scaled: Tensor,
     mean: Tensor,
     scale: Tensor,
@@ -187,13 +193,13 @@ def _steps(
 
 
 #: The steps on the CPU: as they are, or compiled.
-steps = Steps(_steps)
+steps = AdaptiveSteps(_eager_steps)
 
 
 @contextmanager
-def plugged_in() -> Iterator[None]:
+def patched_hqq() -> Iterator[None]:
     """``hqq``'s ``Quantizer`` with this solver in place of its own, within the block."""
-    with _plugging:
+    with _patch_lock:
         own = HqqPackage.optimize_weights
         HqqPackage.optimize_weights = staticmethod(optimize_weights)
         try:

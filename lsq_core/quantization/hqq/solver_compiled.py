@@ -23,26 +23,26 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from lsq_core.errors import reason_of
+from lsq_core.errors import exception_reason
 
 #: Weights that one variant of the steps has to have solved before it is compiled.
-PAYS_AFTER = 2**31
+COMPILE_AFTER_WEIGHTS = 2**31
 #: Pieces of fewer weights always run as they are: they gain nothing, and single groups would be
 #: compiled for apart.
-SMALLEST = 2**14
+MIN_COMPILED_WEIGHTS = 2**14
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Engine:
+class SolverBackend:
     """What runs the solver's steps, and why it is not something faster."""
 
     name: str
     reason: str = ""
 
 
-class Steps:
+class AdaptiveSteps:
     """The steps, called often and compiled when that pays.
 
     They are compiled, and counted, apart for each axis, with the shrinking and without.
@@ -51,7 +51,7 @@ class Steps:
     def __init__(self, eager: Callable) -> None:
         self.eager = eager
         self._compiled: Callable | None = None
-        self._solved: Counter[tuple[int, bool]] = Counter()
+        self._weights_solved: Counter[tuple[int, bool]] = Counter()
         self._forced: bool | None = None
         self._failure = ""
 
@@ -68,36 +68,36 @@ class Steps:
         """See ``_steps`` in :mod:`lsq_core.quantization.hqq.solver`."""
         inputs = (scaled, mean, scale, zero, top, axis, shrinks)
         variant = (axis, shrinks)
-        self._solved[variant] += scaled.numel()
-        if scaled.numel() < SMALLEST or not self._compiles(variant):
+        self._weights_solved[variant] += scaled.numel()
+        if scaled.numel() < MIN_COMPILED_WEIGHTS or not self._should_compile(variant):
             return self.eager(*inputs)
         if self._compiled is None:
             self._compiled = torch.compile(self.eager, dynamic=True)
         try:
             return self._compiled(*inputs)
         except Exception as error:  # whatever a compiler can't do here, the steps still can
-            self._failure = f"compiling failed: {reason_of(error)}"
+            self._failure = f"compiling failed: {exception_reason(error)}"
             _log.warning("%s; the solver goes on without", self._failure)
             return self.eager(*inputs)
 
     @property
-    def engine(self) -> Engine:
+    def backend(self) -> SolverBackend:
         """What runs now, ``compiled`` or ``eager``, and why it is eager."""
-        if any(self._compiles(variant) for variant in [*self._solved, (1, False)]):
-            return Engine("compiled")
+        if any(self._should_compile(variant) for variant in [*self._weights_solved, (1, False)]):
+            return SolverBackend("compiled")
         if self._forced is False:
-            return Engine("eager", "asked for")
-        solved = max(self._solved.values(), default=0)
-        return Engine(
+            return SolverBackend("eager", "asked for")
+        solved = max(self._weights_solved.values(), default=0)
+        return SolverBackend(
             "eager",
             self._failure
             or _missing_compiler()
-            or f"compiling pays after {PAYS_AFTER / 1e6:,.0f} million weights; "
+            or f"compiling pays after {COMPILE_AFTER_WEIGHTS / 1e6:,.0f} million weights; "
             f"{solved / 1e6:,.0f} million were solved so far",
         )
 
     @contextmanager
-    def forced(self, compiled: bool) -> Iterator[None]:
+    def force_compiled(self, compiled: bool) -> Iterator[None]:
         """Compiled from the first weight on, or never, within the block."""
         before, self._forced = self._forced, compiled
         try:
@@ -105,19 +105,19 @@ class Steps:
         finally:
             self._forced = before
 
-    def _compiles(self, variant: tuple[int, bool]) -> bool:
+    def _should_compile(self, variant: tuple[int, bool]) -> bool:
         if self._forced is False or self._failure or _missing_compiler():
             return False
-        return bool(self._forced) or self._solved[variant] >= PAYS_AFTER
+        return bool(self._forced) or self._weights_solved[variant] >= COMPILE_AFTER_WEIGHTS
 
 
 def _missing_compiler() -> str:
     """Why nothing can be compiled on this machine, or an empty string."""
-    return _not_found(os.environ.get("CXX"), os.environ.get("PATH"))
+    return _find_missing_compiler(os.environ.get("CXX"), os.environ.get("PATH"))
 
 
 @cache
-def _not_found(named: str | None, path: str | None) -> str:
+def _find_missing_compiler(named: str | None, path: str | None) -> str:
     """Looked for once: it takes as long as a few steps of a small matrix."""
     if any(shutil.which(name, path=path) for name in ([named] if named else ["g++", "clang++"])):
         return ""

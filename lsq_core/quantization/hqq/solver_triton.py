@@ -26,7 +26,7 @@ def available() -> bool:
     return find_spec("triton") is not None
 
 
-def all_steps(
+def run_all_steps(
     weight: Tensor,
     scale: Tensor,
     zero: Tensor,
@@ -113,10 +113,10 @@ def _kernel():
         items = tl.arange(0, PADDED)
         real = rows < groups
         inside = real[:, None] & (items < SIZE)[None, :]
-        place = rows[:, None] * group_stride + items[None, :] * item_stride
+        offsets = rows[:, None] * group_stride + items[None, :] * item_stride
         s = tl.load(scale + rows, mask=real, other=1.0)
         z = tl.load(zero + rows, mask=real, other=0.0)
-        scaled = tl.load(weight + place, mask=inside, other=0.0).to(tl.float32) * s[:, None]
+        scaled = tl.load(weight + offsets, mask=inside, other=0.0).to(tl.float32) * s[:, None]
         mean = tl.sum(scaled, 1) / SIZE
         strength = (2 - NORM) * tl.log2(s) - LOG_BETA
         zeros += rows
@@ -128,11 +128,11 @@ def _kernel():
             codes = (codes + 12582912.0) - 12582912.0
             error = shifted - codes
             size = tl.abs(error)
-            kept = tl.maximum(size - tl.exp2(strength[:, None] + (NORM - 1) * tl.log2(size)), 0.0)
-            moved = codes + tl.where(error < 0, -kept, kept)
-            lost = tl.sum(tl.where(inside, size, 0.0), 1) / s
-            tl.store(errors, tl.sum(tl.where(real & (lost < 3.0e38), lost, 0.0), 0))
-            z = tl.sum(tl.where(inside, moved, 0.0), 1) / SIZE - mean
+            shrunk = tl.maximum(size - tl.exp2(strength[:, None] + (NORM - 1) * tl.log2(size)), 0.0)
+            shifted_codes = codes + tl.where(error < 0, -shrunk, shrunk)
+            total_error = tl.sum(tl.where(inside, size, 0.0), 1) / s
+            tl.store(errors, tl.sum(tl.where(real & (total_error < 3.0e38), total_error, 0.0), 0))
+            z = tl.sum(tl.where(inside, shifted_codes, 0.0), 1) / SIZE - mean
             tl.store(zeros, z, mask=real)
             zeros += groups
             errors += blocks

@@ -16,12 +16,12 @@ from lsq_core.ui.safe import st
 _FORMATS = ("png", "svg")
 
 
-def stem(name: str) -> str:
+def file_stem(name: str) -> str:
     """A name as a file's: ``published:Llama-2-7b c4`` as ``published-Llama-2-7b-c4``."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-")
 
 
-def chart(
+def render_chart(
     figure: go.Figure,
     key: str,
     name: str,
@@ -31,7 +31,7 @@ def chart(
     """A chart with an alternative text, whose camera saves it under a name."""
     camera = {
         "format": st.session_state.get(f"camera-{key}", "png"),
-        "filename": stem(name),
+        "filename": file_stem(name),
         "scale": 2,
     }
     st.plotly_chart(
@@ -44,38 +44,44 @@ def chart(
     )
 
 
-def offer(figure: go.Figure, key: str, name: str, report: Callable[[], str] | None = None) -> None:
+def render_save_menu(
+    figure: go.Figure, key: str, name: str, report: Callable[[], str] | None = None
+) -> None:
     """The chart with a key as a page, as an image, and with what it belongs to as a report."""
     with st.popover("Save", icon=":material/download:"):
-        _download("Chart (HTML)", lambda: export.figure_html(figure, name), f"{stem(name)}.html")
+        _download_button(
+            "Chart (HTML)", lambda: export.figure_html(figure, name), f"{file_stem(name)}.html"
+        )
         if export.can_draw_images():
             for kind in _FORMATS:
-                _download(
+                _download_button(
                     f"Chart ({kind.upper()})",
                     lambda kind=kind: export.figure_image(figure, kind),
-                    f"{stem(name)}.{kind}",
+                    f"{file_stem(name)}.{kind}",
                 )
         st.segmented_control(
-            "The camera beside the chart saves",
+            "Format of the chart's camera button",
             _FORMATS,
             default="png",
             format_func=str.upper,
             key=f"camera-{key}",
             required=True,
             persist_state="session",
-            help="Your browser draws the image, as large as the chart is on the page.",
+            help="Your browser renders the image at the size of the chart on the page.",
         )
         if report is not None:
-            _download("Report of this comparison (HTML)", report, f"{stem(name)}-report.html")
+            _download_button(
+                "Report of this comparison (HTML)", report, f"{file_stem(name)}-report.html"
+            )
 
 
-def offer_table(frame: pd.DataFrame, name: str) -> None:
+def table_downloads(frame: pd.DataFrame, name: str) -> None:
     """A table as CSV and Parquet."""
-    _download("CSV", lambda: export.csv_bytes(frame), f"{stem(name)}.csv")
-    _download("Parquet", lambda: export.parquet_bytes(frame), f"{stem(name)}.parquet")
+    _download_button("CSV", lambda: export.csv_bytes(frame), f"{file_stem(name)}.csv")
+    _download_button("Parquet", lambda: export.parquet_bytes(frame), f"{file_stem(name)}.parquet")
 
 
-def _download(label: str, data: Callable[[], str | bytes], file_name: str) -> None:
+def _download_button(label: str, data: Callable[[], str | bytes], file_name: str) -> None:
     """A button that makes its file when it is clicked, not before."""
     st.download_button(
         label,

@@ -10,18 +10,18 @@ from lsq_core import charts
 from lsq_core.results.compare import largest_gain
 from lsq_core.store.store import PUBLISHED
 from lsq_core.ui import cached, words
-from lsq_core.ui.page import Here, headline
+from lsq_core.ui.page import PageContext, headline
 from lsq_core.ui.safe import st
 from lsq_core.units import format_bytes
 
 #: What has to agree for two figures to be in one chart.
-_SAME = ["fingerprint", "corpus_sha256", "protocol", "tokens"]
+_SAME_MEASUREMENT = ["fingerprint", "corpus_sha256", "protocol", "tokens"]
 #: The accounts of size that published runs have; measured ones have their measured bytes.
 _PUBLISHED_SIZES = {
     size.unit + size.column: size for size in (charts.NOMINAL, charts.BITS, charts.STORED)
 }
 #: Of how many runs on there is a choice among their methods.
-_MANY = 40
+_METHOD_FILTER_MIN_RUNS = 40
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,17 +29,17 @@ class Choice:
     """What is compared: the runs of one measurement, the account of their size, and the limit."""
 
     #: Every run of the model; those of ``runs`` are of one corpus and protocol.
-    of_model: pd.DataFrame
+    model_runs: pd.DataFrame
     runs: pd.DataFrame
-    size: charts.Size
+    size: charts.SizeMeasure
     published: bool
     #: Runs of the other origin, drawn over these in the chart and nowhere else.
     overlay: pd.DataFrame | None = None
 
     @property
-    def mark(self) -> str:
+    def fingerprint(self) -> str:
         """The model's fingerprint."""
-        return self.of_model["fingerprint"].iloc[0]
+        return self.model_runs["fingerprint"].iloc[0]
 
     @property
     def best(self) -> pd.Series:
@@ -64,9 +64,9 @@ class Choice:
         return f"{first['model']} {first['corpus']} {first['protocol']}"
 
 
-def models_with_runs(here: Here) -> pd.Series:
+def models_with_runs(ctx: PageContext) -> pd.Series:
     """The models that have runs, measured ones first: fingerprint to the name shown."""
-    both = [cached.results(here.store, origin) for origin in ("measured", "published")]
+    both = [cached.results(ctx.store, origin) for origin in ("measured", "published")]
     models = pd.concat(
         [frame[["fingerprint", "model"]] for frame in both if not frame.empty]
         or [both[0][["fingerprint", "model"]]]
@@ -74,71 +74,73 @@ def models_with_runs(here: Here) -> pd.Series:
     return models.drop_duplicates("fingerprint").set_index("fingerprint")["model"]
 
 
-def choose_model(here: Here, names: pd.Series) -> str | None:
+def choose_model(ctx: PageContext, names: pd.Series) -> str | None:
     """The model that is compared: the page's own where it has runs, or what the person takes.
 
     Published runs are never shown in the place of a model that has none.
     """
-    published = cached.published(here.store, here.source)
-    ours = names.index == published.fingerprint if published else names == here.source.name
-    if ours.any():
-        index = int(ours.argmax())
+    published = cached.published(ctx.store, ctx.source)
+    is_current = names.index == published.fingerprint if published else names == ctx.source.name
+    if is_current.any():
+        index = int(is_current.argmax())
     else:
         index = None if published or names.index[0].startswith(PUBLISHED) else 0
     return st.selectbox(
         "Model",
         list(names.index),
         index=index,
-        format_func=lambda mark: names[mark] or mark[:12],
+        format_func=lambda fingerprint: names[fingerprint] or fingerprint[:12],
         placeholder="Choose one with runs",
     )
 
 
-def choose(here: Here, mark: str, middle: object, right: object, filters: bool = True) -> Choice:
+def choose(
+    ctx: PageContext, fingerprint: str, middle: object, right: object, filters: bool = True
+) -> Choice:
     """The model's runs on one corpus by one protocol, as the person filters them.
 
     Without ``filters`` all methods are in it: a view that counts them all has none to offer.
     """
-    published = mark.startswith(PUBLISHED)
-    everything = cached.results(here.store, "published" if published else "measured")
-    of_model = everything[everything["fingerprint"] == mark]
-    groups = dict(list(of_model.groupby(_SAME, sort=False, dropna=False)))
-    keys = {"|".join(map(str, same)): same for same in groups}
+    published = fingerprint.startswith(PUBLISHED)
+    all_runs = cached.results(ctx.store, "published" if published else "measured")
+    model_runs = all_runs[all_runs["fingerprint"] == fingerprint]
+    groups = dict(list(model_runs.groupby(_SAME_MEASUREMENT, sort=False, dropna=False)))
+    keys = {"|".join(map(str, key_values)): key_values for key_values in groups}
     key = middle.selectbox(
-        "Measured on", list(keys), format_func=lambda key: _measure(groups[keys[key]])
+        "Measurement", list(keys), format_func=lambda key: _describe_measurement(groups[keys[key]])
     )
     frame, size = groups[keys[key]], charts.MEASURED
-    others, names = _overlays(here, frame, published)
+    others, names = _overlays(ctx, frame, published)
     if published:
-        frame, size = published_view(here, mark, frame, filters)
+        frame, size = select_published_runs(ctx, fingerprint, frame, filters)
     overlay = choose_overlay(others, names, published) if filters else None
     if overlay is not None:
         size = charts.BITS  # the one account that both have
     frame = frame.dropna(subset=[size.column])
     with right:
         frame = frame.assign(fits=frame[size.column] <= _limit(frame, size))
-    return Choice(of_model, frame, size, published, overlay)
+    return Choice(model_runs, frame, size, published, overlay)
 
 
-def published_view(
-    here: Here, mark: str, frame: pd.DataFrame, filters: bool
-) -> tuple[pd.DataFrame, charts.Size]:
+def select_published_runs(
+    ctx: PageContext, fingerprint: str, frame: pd.DataFrame, filters: bool
+) -> tuple[pd.DataFrame, charts.SizeMeasure]:
     """Published runs of the methods chosen, with their nominal bytes, and the account to draw."""
-    linear = cached.models(here.store, "published").set_index("fingerprint")["linear_parameters"]
-    frame = frame.assign(nominal_bytes=frame["bits_per_param"] * linear[mark] / 8)
+    linear = cached.models(ctx.store, "published").set_index("fingerprint")["linear_parameters"]
+    frame = frame.assign(nominal_bytes=frame["bits_per_param"] * linear[fingerprint] / 8)
     if not filters:
         return frame, charts.NOMINAL
     left, right = st.columns([3.2, 1.4])
     methods = list(frame["method"].value_counts().index)
     chosen = methods
-    if len(frame) > _MANY:
+    if len(frame) > _METHOD_FILTER_MIN_RUNS:
         chosen = left.pills(
             "Methods",
             methods,
             selection_mode="multi",
             default=methods,
             format_func=lambda method: charts.method_style(method).title,
-            key=f"methods-{mark}",
+            key=f"methods-{fingerprint}",
             persist_state="session",
             wrap=True,
         )
@@ -148,16 +150,18 @@ def published_view(
         format_func=lambda name: f"{_PUBLISHED_SIZES[name].title} ({_PUBLISHED_SIZES[name].unit})",
         key="account",
         persist_state="session",
-        help="Nominal sizes are the papers' formula, metadata included. Runs whose plan was not "
-        "published are placed by the bits they are labelled with.",
+        help="Nominal sizes follow the papers' formula, metadata included. Runs whose plan was not "
+        "published are placed by their labelled bits.",
     )
     frame = frame[frame["method"].isin(chosen or methods)]
     return frame, _PUBLISHED_SIZES[account]
 
 
-def _overlays(here: Here, frame: pd.DataFrame, published: bool) -> tuple[pd.DataFrame, pd.Series]:
+def _overlays(
+    ctx: PageContext, frame: pd.DataFrame, published: bool
+) -> tuple[pd.DataFrame, pd.Series]:
     """Runs of the other origin on the corpus and by the protocol of the same names, by model."""
-    others = cached.results(here.store, "measured" if published else "published")
+    others = cached.results(ctx.store, "measured" if published else "published")
     first = frame.iloc[0]
     others = others[
         (others["corpus"] == first["corpus"]) & (others["protocol"] == first["protocol"])
@@ -169,16 +173,16 @@ def choose_overlay(others: pd.DataFrame, names: pd.Series, published: bool) -> p
     """Runs of the other origin over these, if wanted."""
     if names.empty:
         return None
-    mark = st.selectbox(
+    fingerprint = st.selectbox(
         f"Overlay {'your own' if published else 'published'} runs",
         [None, *names.index],
-        format_func=lambda mark: "none" if mark is None else names[mark],
+        format_func=lambda fingerprint: "none" if fingerprint is None else names[fingerprint],
         key=f"overlay-{'measured' if published else 'published'}",
     )
-    return others[others["fingerprint"] == mark] if mark else None
+    return others[others["fingerprint"] == fingerprint] if fingerprint else None
 
 
-def _limit(frame: pd.DataFrame, size: charts.Size) -> float:
+def _limit(frame: pd.DataFrame, size: charts.SizeMeasure) -> float:
     """The largest size, or a smaller one that the person sets; in the column's own unit."""
     values = frame[size.column].astype(float) / size.scale
     low, high = round(values.min(), 2), round(values.max() + 0.005, 2)
@@ -188,40 +192,42 @@ def _limit(frame: pd.DataFrame, size: charts.Size) -> float:
     return (chosen + 0.005) * size.scale
 
 
-def _measure(part: pd.DataFrame) -> str:
+def _describe_measurement(part: pd.DataFrame) -> str:
     row = part.iloc[0]
     number = words.plural(len(part), "run")
     if pd.isna(row["tokens"]):
         return f"{row['corpus']}, {row['protocol']}, as published ({number})"
-    cut = ", cut" if row["truncated"] else ""
+    cut = ", truncated" if row["truncated"] else ""
     return f"{row['corpus']}, {row['protocol']}, {row['tokens']:,} tokens{cut} ({number})"
 
 
-def say_what_is_best(choice: Choice) -> None:
+def render_best_run(choice: Choice) -> None:
     """The first line: the lowest perplexity of the runs that fit."""
     size, best = choice.size, choice.best
-    style = charts.method_style(charts.drawn_as(best["method"], best["quantizer"]))
+    style = charts.method_style(charts.style_key(best["method"], best["quantizer"]))
     name = f"{style.title} {best['bits_per_param']:.2f}"
-    under = [f"{written(best[size.column], size)} {'measured' if size == charts.MEASURED else ''}"]
+    caption = [
+        f"{size_text(best[size.column], size)} {'measured' if size == charts.MEASURED else ''}"
+    ]
     if pd.notna(best["perplexity_full"]):
         more = words.signed_percent(best["increase"])
-        under.append(f"full precision {best['perplexity_full']:.2f}, so {more}")
-    under.append(f"{words.plural(len(choice.runs), 'run')} of this measurement")
+        caption.append(f"full precision {best['perplexity_full']:.2f}, so {more}")
+    caption.append(f"{words.plural(len(choice.runs), 'run')} of this measurement")
     if choice.published:
-        under.append("published by the methods' authors, not measured here")
+        caption.append("published by the authors, not measured here")
     within = choice.runs.loc[choice.runs["fits"], size.column].max()
     headline(
-        f"Best within {written(within, size)}: {name}, perplexity {best['perplexity']:.2f}.",
-        " · ".join(part.strip() for part in under),
+        f"Best within {size_text(within, size)}: {name}, perplexity {best['perplexity']:.2f}.",
+        " · ".join(part.strip() for part in caption),
     )
 
 
-def written(value: float, size: charts.Size) -> str:
+def size_text(value: float, size: charts.SizeMeasure) -> str:
     """A size in the unit of its account."""
     return f"{value:.2f} bits" if size.scale == 1 else format_bytes(value)
 
 
-def begin_pair(choice: Choice) -> None:
+def init_pair(choice: Choice) -> None:
     """Start with the two newest runs, and again where the chosen ones aren't of this chart.
 
     Published ones are all of one day: there it is the run that gains most over uniform.
@@ -234,6 +240,6 @@ def begin_pair(choice: Choice) -> None:
     st.session_state["run_a"], st.session_state["run_b"] = pair
 
 
-def pair_of(choice: Choice) -> list[str]:
+def selected_pair(choice: Choice) -> list[str]:
     """The two runs compared, or none where there is but one."""
     return [st.session_state["run_a"], st.session_state["run_b"]] if len(choice.runs) > 1 else []

@@ -7,9 +7,9 @@ import pandas as pd
 from lsq_core import charts
 from lsq_core.results.compare import pareto
 from lsq_core.ui import cached, words
-from lsq_core.ui.compare.export import offer_table
+from lsq_core.ui.compare.export import table_downloads
 from lsq_core.ui.compare.selection import Choice
-from lsq_core.ui.page import Here
+from lsq_core.ui.page import PageContext
 from lsq_core.ui.safe import st
 from lsq_core.units import GIB, MIB
 
@@ -21,21 +21,30 @@ _FORMATS = {
     "nominal GiB": "%.2f",
     "on disk GiB": "%.2f",
     "perplexity": "%.4f",
-    "over full %": "%.2f",
+    "vs. full %": "%.2f",
     "KL": "%.4f",
     "top-1 %": "%.1f",
     "tokens/s": "%.0f",
-    "quantized in s": "%.1f",
+    "quantize s": "%.1f",
 }
 #: Columns that there are on demand.
-_MORE = ("method", "quantizer", "corpus", "protocol", "tokens", "device", "dtype", "run id")
+_OPTIONAL_COLUMNS = (
+    "method",
+    "quantizer",
+    "corpus",
+    "protocol",
+    "tokens",
+    "device",
+    "dtype",
+    "run id",
+)
 
 
-def show(here: Here, choice: Choice) -> None:
+def show(ctx: PageContext, choice: Choice) -> None:
     """Every run of the measurement, or of the model; what is filtered is what is taken along."""
     st.subheader("Runs", anchor=False)
-    frame = filtered(choice)
-    table = as_table(frame, choice)
+    frame = filter_runs(choice)
+    table = build_table(frame, choice)
     shown = table.drop(columns="evaluation")
     picked = st.dataframe(
         shown,
@@ -54,16 +63,16 @@ def show(here: Here, choice: Choice) -> None:
         alt=f"{words.plural(len(table), 'run')} with bits, sizes and perplexity.",
     )
     rows = [row for row in picked["selection"]["rows"] if row < len(table)]
-    _actions(here, frame.loc[table.index[rows]], choice)
+    _actions(ctx, frame.loc[table.index[rows]], choice)
     with st.container(horizontal=True):
-        offer_table(shown, f"{choice.measurement} runs")
-    offer_undo(here)
+        table_downloads(shown, f"{choice.measurement} runs")
+    render_undo(ctx)
 
 
-def filtered(choice: Choice) -> pd.DataFrame:
+def filter_runs(choice: Choice) -> pd.DataFrame:
     """The runs that the person's filters leave."""
-    wide = st.session_state.get("all_measurements", False)
-    frame = choice.of_model if wide else choice.runs
+    all_measurements = st.session_state.get("all_measurements", False)
+    frame = choice.model_runs if all_measurements else choice.runs
     cells = st.columns([1.3, 1.3, 1, 1, 1, 0.8, 1], vertical_alignment="bottom")
     text = cells[0].text_input("Search", key="table_text", placeholder="name, note, device")
     for cell, column in zip(cells[1:5], ("method", "quantizer", "corpus", "protocol"), strict=True):
@@ -80,15 +89,15 @@ def filtered(choice: Choice) -> pd.DataFrame:
     if cells[5].toggle("Starred", key="table_starred"):
         frame = frame[frame["starred"]]
     cells[6].toggle(
-        "All texts",
+        "All corpora",
         key="all_measurements",
-        help="Runs of this model on every text and by every protocol, which are not comparable.",
+        help="Runs of this model on every corpus and protocol, which are not comparable.",
     )
     if text.strip():
-        said = (
+        searchable = (
             frame[["label", "note", "device", "run", "saved_to"]].fillna("").agg(" ".join, axis=1)
         )
-        frame = frame[said.str.contains(text.strip(), case=False, regex=False)]
+        frame = frame[searchable.str.contains(text.strip(), case=False, regex=False)]
     return frame
 
 
@@ -96,7 +105,7 @@ def _method_title(method: str) -> str:
     return charts.method_style(method).title
 
 
-def as_table(frame: pd.DataFrame, choice: Choice) -> pd.DataFrame:
+def build_table(frame: pd.DataFrame, choice: Choice) -> pd.DataFrame:
     """Runs with the columns that a person reads, lowest perplexity first."""
     published = choice.published
     columns = {
@@ -105,44 +114,44 @@ def as_table(frame: pd.DataFrame, choice: Choice) -> pd.DataFrame:
         "bits": frame["bits_per_param"],
     }
     if published:
-        whole = known_nominal(choice)
-        columns["nominal GiB"] = frame["bits_per_param"] * whole / GIB
+        bytes_per_bit = nominal_bytes_per_bit(choice)
+        columns["nominal GiB"] = frame["bits_per_param"] * bytes_per_bit / GIB
         columns["on disk GiB"] = frame["model_bytes"] / GIB
     else:
         columns["MiB"] = frame["measured_bytes"] / MIB
         columns["model MiB"] = frame["model_bytes"] / MIB
     columns |= {
         "perplexity": frame["perplexity"],
-        "over full %": (100 * frame["increase"]).round(2) + 0.0,  # -0.0 has a sign
-        "best for its size": _best(frame, choice),
+        "vs. full %": (100 * frame["increase"]).round(2) + 0.0,  # -0.0 has a sign
+        "Pareto-optimal": _pareto_mask(frame, choice),
     }
     if published:
         columns |= {
             "bits are": frame["planned_bytes"].isna().map({True: "the label", False: "exact"}),
             # where nothing was timed the file has 0
-            "quantized in s": frame["quantize_seconds"].replace(0, None),
+            "quantize s": frame["quantize_seconds"].replace(0, None),
         }
     else:
         columns |= {
             "KL": frame["kl"],
             "top-1 %": 100 * frame["top1"],
             "tokens/s": frame["tokens_per_second"],
-            "quantized in s": frame["quantize_seconds"],
+            "quantize s": frame["quantize_seconds"],
             "when": frame["created"],
         }
     columns |= {"note": frame["note"], "method": frame["method"].map(_method_title)}
-    columns |= {name: frame[name] for name in _MORE[1:-1]}
+    columns |= {name: frame[name] for name in _OPTIONAL_COLUMNS[1:-1]}
     columns |= {"run id": frame["run"], "evaluation": frame["evaluation"]}
     return pd.DataFrame(columns).sort_values("perplexity")
 
 
-def known_nominal(choice: Choice) -> float:
+def nominal_bytes_per_bit(choice: Choice) -> float:
     """Bytes that one bit per parameter takes in this model's linear weights, nominally."""
     row = choice.runs.iloc[0]
     return row["nominal_bytes"] / row["bits_per_param"]
 
 
-def _best(frame: pd.DataFrame, choice: Choice) -> pd.Series:
+def _pareto_mask(frame: pd.DataFrame, choice: Choice) -> pd.Series:
     """Which runs no other beats, by the account of the chart, within each measurement."""
     size = choice.size.column if choice.size.column in frame else "bits_per_param"
     groups = frame.groupby(["corpus_sha256", "protocol", "tokens"], dropna=False)
@@ -152,46 +161,46 @@ def _best(frame: pd.DataFrame, choice: Choice) -> pd.Series:
 
 def chosen_columns(table: pd.DataFrame, choice: Choice) -> list[str]:
     """The columns that the person wants to see."""
-    usual = [name for name in table.columns if name not in _MORE]
+    default_columns = [name for name in table.columns if name not in _OPTIONAL_COLUMNS]
     if st.session_state.get("all_measurements"):
-        usual += ["corpus", "protocol", "tokens"]
+        default_columns += ["corpus", "protocol", "tokens"]
     with st.popover("Columns", icon=":material/view_column:"):
         chosen = st.multiselect(
             "Shown",
             list(table.columns),
-            default=usual,
-            key=f"columns-{choice.published}-{len(usual)}",
+            default=default_columns,
+            key=f"columns-{choice.published}-{len(default_columns)}",
         )
     return [name for name in table.columns if name in chosen]
 
 
-def _actions(here: Here, picked: pd.DataFrame, choice: Choice) -> None:
+def _actions(ctx: PageContext, picked: pd.DataFrame, choice: Choice) -> None:
     """What can be done with the rows that are ticked."""
     if picked.empty:
         return
     runs = list(picked["run"].unique())
     with st.container(horizontal=True, vertical_alignment="center"):
-        st.markdown(f"{words.plural(len(runs), 'run')} ticked")
+        st.markdown(f"{words.plural(len(runs), 'run')} selected")
         starred = bool(picked["starred"].all())
-        if st.button("Take the star away" if starred else "Star", key="star_ticked"):
+        if st.button("Remove the star" if starred else "Star", key="star_selected"):
             for run in runs:
-                here.store.star(run, not starred)
+                ctx.store.star(run, not starred)
             st.rerun()
-        if not choice.published and st.button("Delete", key="delete_ticked"):
-            here.store.delete_runs(runs)
+        if not choice.published and st.button("Delete", key="delete_selected"):
+            ctx.store.delete_runs(runs)
             st.rerun()
 
 
-def offer_undo(here: Here) -> None:
+def render_undo(ctx: PageContext) -> None:
     """Bring back what was deleted last; again, what was deleted before that."""
-    gone = cached.deleted_runs(here.store)
-    if gone.empty:
+    deleted = cached.deleted_runs(ctx.store)
+    if deleted.empty:
         return
-    last = gone[gone["deleted"] == gone["deleted"].iloc[0]]
-    more = f", and {len(gone) - len(last)} before" if len(gone) > len(last) else ""
+    last = deleted[deleted["deleted"] == deleted["deleted"].iloc[0]]
+    more = f", and {len(deleted) - len(last)} earlier" if len(deleted) > len(last) else ""
     models = words.listed(sorted({str(name) for name in last["model"]}))
     with st.container(horizontal=True, vertical_alignment="center"):
-        st.markdown(f"{words.plural(len(last), 'run')} of {words.literal(models)} deleted{more}.")
+        st.markdown(f"{words.plural(len(last), 'run')} of {words.escape(models)} deleted{more}.")
         if st.button("Undo", key="undo", icon=":material/undo:"):
-            here.store.restore_runs(list(last["run"]))
+            ctx.store.restore_runs(list(last["run"]))
             st.rerun()

@@ -8,13 +8,18 @@ from scipy.stats import mstats
 
 from lsq_core import charts
 from lsq_core.bits import DETECTION_CONFIG
-from lsq_core.charts import Steps
-from lsq_core.planning.detection import THRESHOLD, TRIM, detect_outliers, shallowness
+from lsq_core.charts import DetectionSteps
+from lsq_core.planning.detection import (
+    THRESHOLD,
+    TRIM_FRACTION,
+    detect_outliers,
+    shallow_model_note,
+)
 from lsq_core.planning.methods.boost import layer_series
 from lsq_core.profiling.metrics import TITLES
 from lsq_core.ui import words
-from lsq_core.ui.explore.layers import keep_to, labels
-from lsq_core.ui.explore.profile import Seen
+from lsq_core.ui.explore.layers import ensure_valid_choice, legend_labels
+from lsq_core.ui.explore.profile import ExploreView
 from lsq_core.ui.safe import st
 
 _METRICS = {
@@ -24,20 +29,20 @@ _METRICS = {
 }
 
 
-def show(seen: Seen) -> None:
+def show(view: ExploreView) -> None:
     """One module type's series and its steps; threshold and m are controls, all else follows."""
-    offered = [metric for metric in _METRICS if metric in seen.problem.scores]
-    if not offered:
-        seen.say(
-            "There is nothing for Algorithm 1 to read.",
-            f"Neither kurtosis nor sensitivity at {DETECTION_CONFIG.name} is here.",
+    available = [metric for metric in _METRICS if metric in view.problem.scores]
+    if not available:
+        view.render_headline(
+            "No metric for Algorithm 1.",
+            f"This profile has neither kurtosis nor sensitivity at {DETECTION_CONFIG.name}.",
         )
         return
-    keep_to("detect", offered)
-    with seen.row:
+    ensure_valid_choice("detect", available)
+    with view.row:
         metric = st.segmented_control(
             "Metric",
-            offered,
+            available,
             format_func=_METRICS.get,
             required=True,
             key="detect",
@@ -46,44 +51,46 @@ def show(seen: Seen) -> None:
         )
     left, right = st.columns([1.15, 3.2], gap="medium")
     with left:
-        threshold, top_m = _controls()
+        threshold, top_m = _render_controls()
     found = {
-        kind: steps_of(layers, scores, metric != "kurtosis", top_m, threshold)
-        for kind, (layers, scores) in layer_series(seen.problem, metric).items()
+        kind: run_detection(layers, scores, metric != "kurtosis", top_m, threshold)
+        for kind, (layers, scores) in layer_series(view.problem, metric).items()
     }
-    names = {kind: name for kind, name in labels(seen.found, metric).items() if kind in found}
+    names = {
+        kind: name for kind, name in legend_labels(view.profile, metric).items() if kind in found
+    }
     with left:
-        kind = _module_type(names, found)
-        _table(names, found)
-    _say(seen, metric, names[kind], found[kind], found)
+        kind = _select_module_type(names, found)
+        _show_table(names, found)
+    _render_headline(view, metric, names[kind], found[kind], found)
     with right:
-        _chart(metric, kind, names[kind], found[kind])
+        _show_chart(metric, kind, names[kind], found[kind])
 
 
-def steps_of(
+def run_detection(
     layers: list[int], scores: np.ndarray, ratios: bool, top_m: int, threshold: float
-) -> Steps:
+) -> DetectionSteps:
     """Algorithm 1 on one series, and which of its differences the trimming leaves out."""
-    found = detect_outliers(scores, ratios=ratios, top_m=top_m, threshold=threshold)
-    trimmed = np.zeros(len(found.differences), dtype=bool)
+    detected = detect_outliers(scores, ratios=ratios, top_m=top_m, threshold=threshold)
+    trimmed = np.zeros(len(detected.differences), dtype=bool)
     if len(trimmed):
-        kept = mstats.trimr(found.differences, limits=(TRIM, TRIM))
+        kept = mstats.trimr(detected.differences, limits=(TRIM_FRACTION, TRIM_FRACTION))
         trimmed = np.ma.getmaskarray(kept)
-    return Steps(
+    return DetectionSteps(
         layers=np.array(layers),
         values=scores,
-        differences=found.differences,
+        differences=detected.differences,
         trimmed=trimmed,
-        z=found.z,
-        mean=found.mean,
-        deviation=found.deviation,
+        z=detected.z,
+        mean=detected.mean,
+        deviation=detected.deviation,
         threshold=threshold,
-        flagged=found.flagged,
+        flagged=detected.flagged,
         ratios=ratios,
     )
 
 
-def _controls() -> tuple[float, int]:
+def _render_controls() -> tuple[float, int]:
     threshold = st.slider(
         "Threshold (z)",
         0.5,
@@ -91,26 +98,26 @@ def _controls() -> tuple[float, int]:
         THRESHOLD,
         0.1,
         key="detect_threshold",
-        help="A step is an outlier when its z-score is greater. Plans use 3.",
+        help="A change is an outlier if its z-score is above this. Plans use 3.",
         persist_state="session",
     )
     top_m = st.number_input(
         "Top m",
         0,
         key="detect_m",
-        help="Flagged layers kept of a module type, the strongest; 0 keeps all.",
+        help="Strongest outlier layers kept per module type; 0 keeps all.",
         persist_state="session",
     )
     return threshold, top_m
 
 
-def _module_type(names: dict[str, str], found: dict[str, Steps]) -> str:
+def _select_module_type(names: dict[str, str], found: dict[str, DetectionSteps]) -> str:
     """The module type to look at; at first the one whose strongest step stands out most."""
 
     def strongest(kind: str) -> float:
         return max(found[kind].z, default=0.0)
 
-    keep_to("detect_type", list(names), max(names, key=strongest))
+    ensure_valid_choice("detect_type", list(names), max(names, key=strongest))
     return st.selectbox(
         "Module type",
         list(names),
@@ -120,16 +127,16 @@ def _module_type(names: dict[str, str], found: dict[str, Steps]) -> str:
     )
 
 
-def _table(names: dict[str, str], found: dict[str, Steps]) -> None:
+def _show_table(names: dict[str, str], found: dict[str, DetectionSteps]) -> None:
     """What is flagged of every module type at this threshold and m."""
     rows = {
         "module": [name.replace("_proj", "") for name in names.values()],
-        "flagged (z)": [_in_words(found[kind]) or "–" for kind in names],
+        "flagged (z)": [_describe_flagged(found[kind]) or "–" for kind in names],
     }
     st.dataframe(pd.DataFrame(rows), hide_index=True)
 
 
-def _in_words(steps: Steps) -> str:
+def _describe_flagged(steps: DetectionSteps) -> str:
     """``1 (12.3), 14 (4.1)``: layers and z-scores, the strongest first."""
     return ", ".join(f"{steps.layers[i]} ({_digits(steps.z[i - 1])})" for i in steps.flagged)
 
@@ -139,33 +146,46 @@ def _digits(z: float) -> str:
     return f"{float(f'{z:.3g}'):,.0f}" if z >= 100 else f"{z:.3g}"
 
 
-def _say(seen: Seen, metric: str, name: str, steps: Steps, found: dict[str, Steps]) -> None:
+def _render_headline(
+    view: ExploreView,
+    metric: str,
+    name: str,
+    steps: DetectionSteps,
+    found: dict[str, DetectionSteps],
+) -> None:
     layers = sorted(int(steps.layers[i]) for i in steps.flagged)
-    every = sorted({int(s.layers[i]) for s in found.values() for i in s.flagged})
+    all_flagged = sorted({int(s.layers[i]) for s in found.values() for i in s.flagged})
     at = f"at a threshold of {steps.threshold:g}"
     if layers:
         are = "is" if len(layers) == 1 else "are"
-        text = f"{words.a_layer(layers)} {are} flagged for {name} {at}."
+        text = f"{words.name_layers(layers)} {are} flagged for {name} {at}."
     else:
         text = f"No layer is flagged for {name} {at}."
-    whole = f"Over all module types: {words.a_layer(every).lower()}." if every else ""
-    seen.say(text, " ".join(filter(None, [whole, _how(steps), shallowness(len(steps.layers))])))
-
-
-def _how(steps: Steps) -> str:
-    """What the algorithm did, with its figures."""
-    if not len(steps.z):
-        return "Too few layers, or one of them without a score, so there is nothing to compare."
-    cut = int(steps.trimmed.sum()) // 2
-    verb = "divided by" if steps.ratios else "less"
-    trimmed = f"{cut} cut at each end" if cut else "too few for any to be cut"
-    return (
-        f"Each score is {verb} the one of the layer before; of these {len(steps.z)} steps "
-        f"({trimmed}) the mean is {steps.mean:.4g} and the deviation {steps.deviation:.4g}."
+    summary = (
+        f"Over all module types: {words.name_layers(all_flagged).lower()}." if all_flagged else ""
+    )
+    view.render_headline(
+        text,
+        " ".join(
+            filter(None, [summary, _describe_steps(steps), shallow_model_note(len(steps.layers))])
+        ),
     )
 
 
-def _chart(metric: str, kind: str, name: str, steps: Steps) -> None:
+def _describe_steps(steps: DetectionSteps) -> str:
+    """What the algorithm did, with its figures."""
+    if not len(steps.z):
+        return "Too few layers, or a layer without a score, so nothing can be compared."
+    cut = int(steps.trimmed.sum()) // 2
+    verb = "divided by" if steps.ratios else "minus"
+    trimmed = f"{cut} trimmed at each end" if cut else "too few to trim"
+    return (
+        f"Each score is {verb} that of the previous layer; these {len(steps.z)} changes "
+        f"({trimmed}) have mean {steps.mean:.4g} and standard deviation {steps.deviation:.4g}."
+    )
+
+
+def _show_chart(metric: str, kind: str, name: str, steps: DetectionSteps) -> None:
     if not len(steps.z):
         return
     title = TITLES[metric]
@@ -181,5 +201,5 @@ def _chart(metric: str, kind: str, name: str, steps: Steps) -> None:
         config=charts.CONFIG,
         key="algorithm",
         alt=f"{title.title} of {name} over the layers, the steps between neighbours with their "
-        f"trimmed band, and their z-scores; flagged: {_in_words(steps) or 'none'}.",
+        f"trimmed band, and their z-scores; flagged: {_describe_flagged(steps) or 'none'}.",
     )

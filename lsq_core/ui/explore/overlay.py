@@ -8,11 +8,11 @@ import pandas as pd
 
 from lsq_core import charts
 from lsq_core.bits import DETECTION_CONFIG, LADDER, QuantConfig
-from lsq_core.profiling.agreement import lowest, pattern_correlations
+from lsq_core.profiling.agreement import lowest_correlation, pattern_correlations
 from lsq_core.profiling.metrics import TITLES
 from lsq_core.ui import cached, words
-from lsq_core.ui.explore.layers import keep_to
-from lsq_core.ui.explore.profile import Seen
+from lsq_core.ui.explore.layers import ensure_valid_choice
+from lsq_core.ui.explore.profile import ExploreView
 from lsq_core.ui.safe import st
 
 _METRICS = {
@@ -24,33 +24,33 @@ _METRICS = {
 #: What a person picks several of: the column of the held profiles, and how the box is called.
 _BOXES = {
     "model": "Models",
-    "calibration": "Calibration texts",
+    "calibration": "Calibration corpora",
     "quantizer": "Quantizers",
     "config": "Configurations",
 }
 #: How wide the boxes are, in pixels: what is picked can be read, and a row breaks where it must.
 _WIDTHS = {"model": 260, "calibration": 280, "quantizer": 200, "config": 200, "part": 118}
 #: What a line's name can be made of, in this order; what all lines share is left out.
-_FACTS = (*_BOXES, "axis", "metadata", "samples", "block_tokens", "seed")
+_NAME_FIELDS = (*_BOXES, "axis", "metadata", "samples", "block_tokens", "seed")
 #: What can be laid over one another in one click; all else is as in the chosen profile.
 _PRESETS = {
-    "calibration": "Texts",
+    "calibration": "Corpora",
     "quantizer": "Quantizers",
     "config": "Bits",
     "model": "Models of this size",
 }
 #: More lines than these can't be told apart.
-_MOST = 16
+_MAX_LINES = 16
 _ALL = "all parts"
 
 
-def show(seen: Seen) -> None:
+def show(view: ExploreView) -> None:
     """Boxes to choose by, the lines, and how alike they are."""
-    there = cached.held(seen.here.store)
-    metric = _metric(seen, there)
-    there = there[there["metric"] == metric]
-    _begin(seen, there)
-    with seen.row:
+    available = cached.profile_contents(view.ctx.store)
+    metric = _select_metric(view, available)
+    available = available[available["metric"] == metric]
+    _init_choice(view, available)
+    with view.row:
         st.segmented_control(
             "Compare across",
             list(_PRESETS),
@@ -58,32 +58,32 @@ def show(seen: Seen) -> None:
             key="overlay_preset",
             label_visibility="collapsed",
             on_change=_apply_preset,
-            args=(seen, there),
+            args=(view, available),
         )
     boxes = st.container(horizontal=True, gap="small")
     with boxes:
-        picked = _boxes(there)
-    lines = lines_of(there, picked)
-    frame = frame_of(seen, metric, lines)
+        selected = _select_values(available)
+    lines = select_lines(available, selected)
+    frame = load_lines(view, metric, lines)
     if frame.empty:
-        seen.say("Nothing is chosen to compare.", "Pick at least one of each above.")
+        view.render_headline("Nothing selected to compare.", "Choose at least one of each above.")
         return
     with boxes:
-        frame = _one_part(frame)
+        frame = _select_part(frame)
     correlations = pattern_correlations(frame)
-    _say(seen, metric, correlations, len(lines))
-    _charts(metric, frame, lines, correlations)
-    _notes(lines)
+    _render_headline(view, metric, correlations, len(lines))
+    _show_charts(metric, frame, lines, correlations)
+    _show_notes(lines)
 
 
-def _metric(seen: Seen, there: pd.DataFrame) -> str:
-    own = set(there.loc[there["id"] == seen.found.id, "metric"])
-    offered = [metric for metric in _METRICS if metric in own]
-    keep_to("overlay_metric", offered)
-    with seen.row:
+def _select_metric(view: ExploreView, available: pd.DataFrame) -> str:
+    own_rows = set(available.loc[available["id"] == view.profile.id, "metric"])
+    metrics = [metric for metric in _METRICS if metric in own_rows]
+    ensure_valid_choice("overlay_metric", metrics)
+    with view.row:
         return st.selectbox(
             "Metric",
-            offered,
+            metrics,
             format_func=_METRICS.get,
             key="overlay_metric",
             label_visibility="collapsed",
@@ -95,12 +95,12 @@ def _metric(seen: Seen, there: pd.DataFrame) -> str:
 # --- choosing -------------------------------------------------------------------------------
 
 
-def own_choice(seen: Seen, there: pd.DataFrame) -> dict[str, list[str]]:
+def profile_choice(view: ExploreView, available: pd.DataFrame) -> dict[str, list[str]]:
     """The chosen profile alone, at b4g64 where it has that."""
-    own = there[there["id"] == seen.found.id]
-    configs = own["config"].tolist()
+    own_rows = available[available["id"] == view.profile.id]
+    configs = own_rows["config"].tolist()
     config = DETECTION_CONFIG.name if DETECTION_CONFIG.name in configs else configs[0]
-    row = own.iloc[0]
+    row = own_rows.iloc[0]
     return {
         "model": [row["model"]],
         "calibration": [row["calibration"]],
@@ -109,120 +109,120 @@ def own_choice(seen: Seen, there: pd.DataFrame) -> dict[str, list[str]]:
     }
 
 
-def preset(seen: Seen, there: pd.DataFrame, across: str) -> dict[str, list[str]]:
+def preset_choice(view: ExploreView, available: pd.DataFrame, across: str) -> dict[str, list[str]]:
     """The chosen profile, with all that there is of ``across`` beside it.
 
     Files that disagree with the main ones are left out, and of models those of another size or
     origin: a person can add them.
     """
-    picked = own_choice(seen, there)
-    rows = there
-    for column, values in picked.items():
+    selected = profile_choice(view, available)
+    rows = available
+    for column, values in selected.items():
         if column != across:
             rows = rows[rows[column].isin(values)]
     if across == "calibration":
         rows = rows[~rows["calibration"].str.contains("@")]
     if across == "model":
-        own = there[there["id"] == seen.found.id].iloc[0]
-        rows = rows[rows["linear_parameters"] == own["linear_parameters"]]
-        rows = rows[rows["origin"] == own["origin"]]
-    values = _ordered(across, rows[across])
-    own_first = [] if across == "config" else picked[across]
-    return picked | {across: list(dict.fromkeys([*own_first, *values]))}
+        own_rows = available[available["id"] == view.profile.id].iloc[0]
+        rows = rows[rows["linear_parameters"] == own_rows["linear_parameters"]]
+        rows = rows[rows["origin"] == own_rows["origin"]]
+    values = _order_values(across, rows[across])
+    own_first = [] if across == "config" else selected[across]
+    return selected | {across: list(dict.fromkeys([*own_first, *values]))}
 
 
-def _begin(seen: Seen, there: pd.DataFrame) -> None:
+def _init_choice(view: ExploreView, available: pd.DataFrame) -> None:
     """Begin with the texts of the chosen profile; keep what was chosen while it is there."""
-    mark = f"{seen.found.id}/{st.session_state['overlay_metric']}"
-    if st.session_state.get("overlay_of") != mark:
-        st.session_state["overlay_of"] = mark
+    choice_key = f"{view.profile.id}/{st.session_state['overlay_metric']}"
+    if st.session_state.get("overlay_of") != choice_key:
+        st.session_state["overlay_of"] = choice_key
         st.session_state["overlay_preset"] = next(
-            (p for p in _PRESETS if len(preset(seen, there, p)[p]) > 1), "calibration"
+            (p for p in _PRESETS if len(preset_choice(view, available, p)[p]) > 1), "calibration"
         )
-        _apply_preset(seen, there)
+        _apply_preset(view, available)
     for column in _BOXES:
         key = f"overlay_{column}"
-        options = set(there[column])
+        options = set(available[column])
         kept = [value for value in st.session_state.get(key, []) if value in options]
         st.session_state[key] = kept
 
 
-def _apply_preset(seen: Seen, there: pd.DataFrame) -> None:
+def _apply_preset(view: ExploreView, available: pd.DataFrame) -> None:
     across = st.session_state["overlay_preset"]
     if across:
-        for column, values in preset(seen, there, across).items():
+        for column, values in preset_choice(view, available, across).items():
             st.session_state[f"overlay_{column}"] = values
 
 
-def _boxes(there: pd.DataFrame) -> dict[str, list[str]]:
+def _select_values(available: pd.DataFrame) -> dict[str, list[str]]:
     """What is chosen of each kind."""
-    picked = {}
+    selected = {}
     for column, label in _BOXES.items():
-        options = _ordered(column, there[column])
+        options = _order_values(column, available[column])
         if options == [""]:
-            picked[column] = [""]  # a metric that has no configuration
+            selected[column] = [""]  # a metric that has no configuration
             continue
-        picked[column] = st.multiselect(
+        selected[column] = st.multiselect(
             label,
             options,
             key=f"overlay_{column}",
             persist_state="session",
             width=_WIDTHS[column],
         )
-    return picked
+    return selected
 
 
-def _ordered(column: str, values: pd.Series) -> list[str]:
-    there = set(values)
+def _order_values(column: str, values: pd.Series) -> list[str]:
+    available = set(values)
     if column == "config":
-        return [c.name for c in LADDER if c.name in there] or sorted(there)
-    return list(dict.fromkeys(values)) if column == "quantizer" else sorted(there)
+        return [c.name for c in LADDER if c.name in available] or sorted(available)
+    return list(dict.fromkeys(values)) if column == "quantizer" else sorted(available)
 
 
 # --- the lines ------------------------------------------------------------------------------
 
 
-def lines_of(there: pd.DataFrame, picked: dict[str, list[str]]) -> pd.DataFrame:
+def select_lines(available: pd.DataFrame, selected: dict[str, list[str]]) -> pd.DataFrame:
     """A row a line that was picked and exists, in the order of the picks; ``line`` is its name."""
-    rows = there
-    for column, values in picked.items():
+    rows = available
+    for column, values in selected.items():
         rows = rows[rows[column].isin(values)]
     rows = rows.sort_values(
-        list(picked), key=lambda values: values.map(picked[values.name].index), kind="stable"
+        list(selected), key=lambda values: values.map(selected[values.name].index), kind="stable"
     )
-    varying = [fact for fact in _FACTS if rows[fact].nunique() > 1] or ["calibration"]
+    varying = [field for field in _NAME_FIELDS if rows[field].nunique() > 1] or ["calibration"]
     names = [
-        ", ".join(_fact(name, value) for name, value in zip(varying, row, strict=True))
+        ", ".join(_format_field(name, value) for name, value in zip(varying, row, strict=True))
         for row in rows[varying].itertuples(index=False)
     ]
-    return rows.assign(line=names).head(_MOST)
+    return rows.assign(line=names).head(_MAX_LINES)
 
 
-def _fact(name: str, value: object) -> str:
+def _format_field(name: str, value: object) -> str:
     """A fact of a line as its name has it: plain, or with what it is about."""
     if name in _BOXES or name == "metadata":
         return str(value).removeprefix("published:") if name == "model" else str(value)
     return f"{name.replace('_', ' ')} {value}"
 
 
-def frame_of(seen: Seen, metric: str, lines: pd.DataFrame) -> pd.DataFrame:
+def load_lines(view: ExploreView, metric: str, lines: pd.DataFrame) -> pd.DataFrame:
     """``line, part, layer, value`` of the lines, parts in the order of the computation."""
     ids = tuple(dict.fromkeys(lines["id"]))
-    values = cached.over_layers(seen.here.store, ids, metric)
+    values = cached.over_layers(view.ctx.store, ids, metric)
     frame = lines[["line", "id", "config"]].merge(values, on=["id", "config"], how="inner")
-    order = {kind: i for i, kind in enumerate(dict.fromkeys(m.type for m in seen.info.matrices))}
+    order = {kind: i for i, kind in enumerate(dict.fromkeys(m.type for m in view.info.matrices))}
     rank = {line: i for i, line in enumerate(lines["line"])}
     frame["at"] = frame["type"].map(order).fillna(len(order))
     frame["of"] = frame["line"].map(rank)
     frame = frame.sort_values(["at", "of", "layer"], kind="stable")
     if metric == "sensitivity":
-        frame = _by_part(frame)
+        frame = _merge_part_types(frame)
     else:
         frame["part"] = frame["type"].map(charts.short_type)
     return frame[["line", "part", "layer", "value"]].reset_index(drop=True)
 
 
-def _by_part(frame: pd.DataFrame) -> pd.DataFrame:
+def _merge_part_types(frame: pd.DataFrame) -> pd.DataFrame:
     """One row a part and layer, for all module types that share its score."""
     names = (
         {
@@ -236,17 +236,17 @@ def _by_part(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.assign(part=frame["part"].map(lambda part: names.get(part, part)))
 
 
-def _one_part(frame: pd.DataFrame) -> pd.DataFrame:
+def _select_part(frame: pd.DataFrame) -> pd.DataFrame:
     """All parts side by side, or the one that is chosen."""
     parts = [_ALL, *dict.fromkeys(frame["part"])]
-    keep_to("overlay_part", parts)
+    ensure_valid_choice("overlay_part", parts)
     chosen = st.selectbox(
         "Part", parts, key="overlay_part", persist_state="session", width=_WIDTHS["part"]
     )
     return frame if chosen == _ALL else frame[frame["part"] == chosen]
 
 
-def styles_of(lines: pd.DataFrame) -> dict[str, charts.LineStyle]:
+def line_styles(lines: pd.DataFrame) -> dict[str, charts.LineStyle]:
     """Bits have their own colours, where nothing but the configuration differs; else by number."""
     by_bits = lines["config"].nunique() == len(lines) > 1
     style: Callable[[int, str], charts.LineStyle] = (
@@ -261,38 +261,46 @@ def styles_of(lines: pd.DataFrame) -> dict[str, charts.LineStyle]:
 # --- what is shown --------------------------------------------------------------------------
 
 
-def _say(seen: Seen, metric: str, correlations: pd.DataFrame, lines: int) -> None:
+def _render_headline(
+    view: ExploreView, metric: str, correlations: pd.DataFrame, lines: int
+) -> None:
     """Whether the patterns agree, by the two that do so least."""
     title = TITLES[metric].title.lower()
     if lines == 1:
-        seen.say("One pattern so far.", "Pick more texts, quantizers, configurations or models.")
-        return
-    worst = lowest(correlations)
-    if worst is None:
-        seen.say(
-            "These patterns cannot be compared layer by layer.",
-            "A rank correlation needs the same layers in both, and four of them at least.",
+        view.render_headline(
+            "One pattern selected.", "Choose more corpora, quantizers, configurations or models."
         )
         return
-    verdict = "agree" if worst.value >= 0.9 else "agree in part" if worst.value >= 0.7 else "differ"
-    seen.say(
-        f"The patterns {verdict}: lowest rank correlation {worst.value:.2f}.",
-        words.literal(
-            f"Between {worst.first} and {worst.second}. Spearman's ρ of {title} over the layers, "
+    least = lowest_correlation(correlations)
+    if least is None:
+        view.render_headline(
+            "These patterns cannot be compared layer by layer.",
+            "A rank correlation needs the same layers in both, at least four.",
+        )
+        return
+    verdict = "agree" if least.value >= 0.9 else "agree partly" if least.value >= 0.7 else "differ"
+    view.render_headline(
+        f"The patterns {verdict}: lowest rank correlation {least.value:.2f}.",
+        words.escape(
+            f"Between {least.first} and {least.second}. Spearman's ρ of {title} over the layers, "
             "within each part, averaged over the parts shown; 1 is the same order of layers."
         ),
     )
 
 
-def _charts(
+def _show_charts(
     metric: str, frame: pd.DataFrame, lines: pd.DataFrame, correlations: pd.DataFrame
 ) -> None:
     left, right = st.columns([3, 2], gap="medium")
     names = words.listed(list(correlations.index))
     with left:
         st.plotly_chart(
-            charts.overlaid(
-                frame, styles_of(lines), TITLES[metric].axis, metric.startswith("sensitivity"), 500
+            charts.overlay_lines(
+                frame,
+                line_styles(lines),
+                TITLES[metric].axis,
+                metric.startswith("sensitivity"),
+                500,
             ),
             config=charts.CONFIG,
             key="overlay",
@@ -307,11 +315,11 @@ def _charts(
         )
 
 
-def _notes(lines: pd.DataFrame) -> None:
+def _show_notes(lines: pd.DataFrame) -> None:
     notes = []
-    if len(lines) == _MOST:
-        notes.append(f"No more than {_MOST} lines are drawn.")
+    if len(lines) == _MAX_LINES:
+        notes.append(f"Only the first {_MAX_LINES} lines are drawn.")
     if lines["origin"].nunique() > 1:
-        notes.append("Published and measured figures are together, as you picked both.")
+        notes.append("Published and measured values are shown together because you selected both.")
     if notes:
         st.caption(" ".join(notes))

@@ -12,73 +12,77 @@ from lsq_core.planning.plan import Plan
 from lsq_core.planning.request import PlanRequest
 from lsq_core.profiling.profile import Profile
 from lsq_core.ui import cached, state
-from lsq_core.ui.page import Here
-from lsq_core.ui.plan.prediction import ask_by_loss
-from lsq_core.ui.plan.query import Asked
+from lsq_core.ui.page import PageContext
+from lsq_core.ui.plan.prediction import render_loss_search
+from lsq_core.ui.plan.query import PlanQuery
 from lsq_core.ui.safe import st
 
 # --- where it can go ------------------------------------------------------------------------
 
 
-def actions(asked: Asked, plan: Plan) -> None:
+def render_actions(query: PlanQuery, plan: Plan) -> None:
     """Run it, take it along, keep it, ask the other way round, or do the same in a terminal."""
-    here, info, found = asked.here, asked.info, asked.found
+    ctx, info, profile = query.ctx, query.info, query.profile
     with st.container(horizontal=True):
         if not cached.is_published(info) and st.button(
             "Quantize and evaluate", type="primary", icon=":material/arrow_forward:"
         ):
             st.switch_page("pages/3_Run.py")
-        with st.popover("By predicted loss"):
-            ask_by_loss(asked)
+        with st.popover("Search by loss"):
+            render_loss_search(query)
         st.download_button(
             "Download plan",
-            lambda: plan_text(asked, plan),
+            lambda: plan_json(query, plan),
             f"plan-{plan.method}-{plan.bits_per_param:.2f}.json",
             "application/json",
             on_click="ignore",
         )
         with st.popover("Save or open"):
-            save(here, info, plan, found)
+            render_save_form(ctx, info, plan, profile)
         with st.popover("Command line"):
-            words_of = ["plan", *arguments.model_arguments(here.source, here.device)]
-            words_of += [
-                *arguments.plan_arguments(asked.request, asked.settings),
+            argv = ["plan", *arguments.model_arguments(ctx.source, ctx.device)]
+            argv += [
+                *arguments.plan_arguments(query.request, query.settings),
                 "--out",
                 "plan.json",
             ]
-            st.code(f"lsq {shlex.join(words_of)}", language="bash", wrap_lines=True)
+            st.code(f"lsq {shlex.join(argv)}", language="bash", wrap_lines=True)
 
 
-def plan_text(asked: Asked, plan: Plan) -> str:
+def plan_json(query: PlanQuery, plan: Plan) -> str:
     """The plan as a file."""
     content = plan.to_json() | {
-        "model": asked.here.source.name,
-        "fingerprint": asked.info.fingerprint,
-        "profile": asked.found.id if asked.found else None,
-        "covered": asked.info.covered,
+        "model": query.ctx.source.name,
+        "fingerprint": query.info.fingerprint,
+        "profile": query.profile.id if query.profile else None,
+        "covered": query.info.coverage,
     }
     return json_text(content, indent=1)
 
 
-def save(here: Here, info: ModelInfo, plan: Plan, found: Profile | None) -> None:
+def render_save_form(
+    ctx: PageContext, info: ModelInfo, plan: Plan, profile: Profile | None
+) -> None:
     """Keep the plan under a name, or set the controls to one that was kept."""
     if not info.fingerprint:
-        st.write("A plan can be kept once the model has been fetched; profiling or a run does.")
+        st.write(
+            "A plan can be saved once the model has been downloaded, by profiling it or by a run."
+        )
         return
     name = st.text_input("Name", key="plan_name").strip()
     if st.button("Save the plan", disabled=not name):
-        here.store.save_plan(plan, info.fingerprint, found.id if found else None, name)
-        st.success(f"Kept as '{name}'.")
-    kept = cached.named_plans(here.store, info.fingerprint)
-    if len(kept):
-        titles = dict(zip(kept["id"], kept["name"], strict=True))
-        id = st.selectbox("Kept plans", list(titles), format_func=titles.get)
-        st.button("Open", on_click=open_plan, args=(here, info, id))
+        ctx.store.save_plan(plan, info.fingerprint, profile.id if profile else None, name)
+        st.success(f"Saved as '{name}'.")
+    saved_plans = cached.named_plans(ctx.store, info.fingerprint)
+    if len(saved_plans):
+        titles = dict(zip(saved_plans["id"], saved_plans["name"], strict=True))
+        id = st.selectbox("Saved plans", list(titles), format_func=titles.get)
+        st.button("Open", on_click=open_plan, args=(ctx, info, id))
 
 
-def open_plan(here: Here, info: ModelInfo, id: str) -> None:
+def open_plan(ctx: PageContext, info: ModelInfo, id: str) -> None:
     """Set the controls to what a kept plan was asked for."""
-    content = here.store.plan_content(id)
+    content = ctx.store.plan_content(id)
     state.set_plan(PlanRequest.from_json(content["request"]), info.linear_parameters)
     grid = {"metadata": content["metadata"], "axis": content["axis"]}
     state.set_settings(replace(state.settings(), **grid))

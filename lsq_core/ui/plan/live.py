@@ -13,27 +13,27 @@ from lsq_core.evaluation.prediction import (
 )
 from lsq_core.planning.facts import facts
 from lsq_core.planning.methods import PLANNERS, get_planner
-from lsq_core.planning.pins import with_pins
+from lsq_core.planning.pins import apply_pins
 from lsq_core.planning.plan import Plan
 from lsq_core.planning.problem import Problem
 from lsq_core.planning.request import PlanRequest
-from lsq_core.planning.serving_memory import memories
+from lsq_core.planning.serving_memory import memory_budgets
 from lsq_core.ui import cached, state, words
 from lsq_core.ui.plan.controls import feasible
-from lsq_core.ui.plan.query import Asked
+from lsq_core.ui.plan.query import PlanQuery
 from lsq_core.ui.planner import (
     Curve,
-    Facts,
+    ExactPlan,
     LiveMethod,
+    MatrixFacts,
     Preset,
-    Solved,
     live_planner,
-    take_commit,
+    read_committed_budget,
 )
 from lsq_core.ui.safe import st
 
 #: What a knapsack's cost is, as the planner's details say it.
-_UNITS = {
+_COST_UNITS = {
     "high-impact": "predicted change of the output",
     "mxq": "weight error",
     "kurt-scaled": "scaled weight error",
@@ -44,84 +44,86 @@ _UNITS = {
 }
 
 
-def take_budget(problem: Problem, request: PlanRequest) -> str:
+def set_budget(problem: Problem, request: PlanRequest) -> str:
     """What the slider settled on is the budget from here on, within what is feasible.
 
     Gives a sentence where the nearest feasible one takes its place, as when a pin needs more.
     """
-    settled = take_commit()
+    committed = read_committed_budget()
     if request.budget is None:
         return ""
     low, high = feasible(problem, request.method, request.base)
-    wanted = st.session_state["budget"] if settled is None else settled
-    taken = st.session_state["budget"] = max(
-        min(wanted, high), low
+    requested = st.session_state["budget"] if committed is None else committed
+    clamped = st.session_state["budget"] = max(
+        min(requested, high), low
     )  # low may be rounded above high
-    if abs(taken - wanted) <= 0.005:  # the rounding of an end
+    if abs(clamped - requested) <= 0.005:  # the rounding of an end
         return ""
     pinned = " with these pins" if request.pins else ""
-    end = "smallest" if taken > wanted else "largest"
-    return f"{wanted:.2f} bits is out of reach{pinned}: the {end} plan, {taken:.2f} bits, is shown."
+    end = "smallest" if clamped > requested else "largest"
+    return (
+        f"{requested:.2f} bits is out of reach{pinned}; showing the {end} plan, {clamped:.2f} bits."
+    )
 
 
-def show_live(asked: Asked, plan: Plan) -> None:
+def show_live_plan(query: PlanQuery, plan: Plan) -> None:
     """The slider and the plans that it redraws; a plan asked for by its base has no slider."""
-    problem = with_pins(asked.problem, asked.request.pins)
+    problem = apply_pins(query.problem, query.request.pins)
     stops = np.array([problem.options.index(c) for c in plan.configs])
-    by_base = asked.request.budget is None
-    methods = [live_method(asked, stops)]
-    if asked.request.exact:
-        methods = [replace(methods[0], solved=Solved(stops, plan.lower_bound))]
+    by_base = query.request.budget is None
+    methods = [live_method(query, stops)]
+    if query.request.exact:
+        methods = [replace(methods[0], solved=ExactPlan(stops, plan.lower_bound))]
     against = st.session_state["against"]
-    if not by_base and against in state.alike(asked.request.method, PLANNERS):
+    if not by_base and against in state.alike(query.request.method, PLANNERS):
         try:
-            other = asked.by(against)
-            frontier = cached.frontier(other.info, other.found, other.request)
-            budget = other.request.budget_for(problem)
-            frontier.check_reaches(budget, problem)
+            other = query.with_method(against)
+            frontier = cached.frontier(other.info, other.profile, other.request)
+            budget = other.request.resolve_budget(problem)
+            frontier.check_reachable(budget, problem)
             methods.append(live_method(other, frontier.at(budget.nominal_bytes).choice))
         except LsqError as error:
-            st.caption(words.literal(f"Nothing to compare with: {error}"))
+            st.caption(words.escape(f"Nothing to compare with: {error}"))
     live_planner(
         problem,
         methods,
         budget=None if by_base else st.session_state["budget"],
-        other_bytes=asked.info.other_bytes or None,
-        metadata=asked.settings.metadata,
+        other_bytes=query.info.other_bytes or None,
+        metadata=query.settings.metadata,
         presets=[
-            Preset(f"{m.gib} GB", m.bits, m.about)
-            for m in memories(asked.info, problem, asked.settings.metadata)
+            Preset(f"{m.gib} GB", m.bits, m.summary)
+            for m in memory_budgets(query.info, problem, query.settings.metadata)
         ],
-        facts=[Facts(*pair) for pair in facts(problem, asked.request).items()],
+        facts=[MatrixFacts(*pair) for pair in facts(problem, query.request).items()],
         fixed=stops if by_base else None,
-        feasible=feasible(problem, asked.request.method, asked.request.base),
-        pins=asked.request.pins,
-        on_pins=lambda pins: take_pins(asked, pins),
+        feasible=feasible(problem, query.request.method, query.request.base),
+        pins=query.request.pins,
+        on_pins=lambda pins: set_pins(query, pins),
     )
     if "pins_refused" in st.session_state:
-        st.warning(words.literal(st.session_state.pop("pins_refused")))
+        st.warning(words.escape(st.session_state.pop("pins_refused")))
 
 
-def take_pins(asked: Asked, pins: Sequence[str]) -> None:
+def set_pins(query: PlanQuery, pins: Sequence[str]) -> None:
     """Pins set on the plan itself; those that contradict the others are not taken."""
     try:
-        with_pins(asked.problem, tuple(pins))
+        apply_pins(query.problem, tuple(pins))
     except InputError as error:
         st.session_state["pins_refused"] = f"Not pinned. {error}"
         return
     st.session_state["pins"] = "\n".join(pins)
 
 
-def live_method(asked: Asked, stops: np.ndarray) -> LiveMethod:
+def live_method(query: PlanQuery, stops: np.ndarray) -> LiveMethod:
     """A method as the live planner draws it; ``stops`` (n,) is its plan at the budget."""
-    name = asked.request.method
-    frontier = cached.frontier(asked.info, asked.found, asked.request, asked.rows)
-    said = asked.along
-    curve, here = None, None
-    if said is not None:
-        p = said.prediction
-        curve = Curve(said.bits, p.perplexity, p.low, p.high, said.full_precision)
-        p = asked.predictor.predict(features(asked.problem, stops[None]))
-        here = float(p.perplexity[0]), float(p.low[0]), float(p.high[0])
-    unit = _UNITS.get(name, "cost")
-    return LiveMethod(name, get_planner(name).title, frontier, unit, curve, here)
+    name = query.request.method
+    frontier = cached.frontier(query.info, query.profile, query.request, query.rows)
+    predicted = query.prediction_curve
+    curve, at_budget = None, None
+    if predicted is not None:
+        p = predicted.prediction
+        curve = Curve(predicted.bits, p.perplexity, p.low, p.high, predicted.full_precision)
+        p = query.predictor.predict(features(query.problem, stops[None]))
+        at_budget = float(p.perplexity[0]), float(p.low[0]), float(p.high[0])
+    unit = _COST_UNITS.get(name, "cost")
+    return LiveMethod(name, get_planner(name).title, frontier, unit, curve, at_budget)

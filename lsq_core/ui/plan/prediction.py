@@ -13,42 +13,42 @@ from lsq_core.evaluation.prediction import (
     Prediction,
     Predictor,
     parse_loss,
-    smallest_within,
+    smallest_budget_within,
 )
 from lsq_core.model.info import ModelInfo
 from lsq_core.planning.methods import get_planner
-from lsq_core.planning.pins import with_pins
+from lsq_core.planning.pins import apply_pins
 from lsq_core.planning.plan import Plan
-from lsq_core.stages.predict import NOT_PREDICTED
+from lsq_core.stages.predict import NO_PREDICTION_REASON
 from lsq_core.ui import cached, state, words
-from lsq_core.ui.page import Here
-from lsq_core.ui.plan.query import Asked
+from lsq_core.ui.page import PageContext
+from lsq_core.ui.plan.query import PlanQuery
 from lsq_core.ui.safe import st
 
 
-def band(said: Prediction) -> str:
+def format_band(predicted: Prediction) -> str:
     """The first of some predictions with the wider side of its band: ``61.70 ±0.42``.
 
     A wide band is told by its ends, without decimals that nobody knows: ``11.1 (7.52 to 23.5)``.
     """
-    middle, low, high = said.perplexity[0], said.low[0], said.high[0]
+    middle, low, high = predicted.perplexity[0], predicted.low[0], predicted.high[0]
     wider = max(high - middle, middle - low)
     if wider > middle / 10:
         return f"{words.rounded(middle)} ({words.rounded(low)} to {words.rounded(high)})"
     return f"{middle:.2f} ±{wider:.2f}"
 
 
-def how_predicted(predictor: Predictor, extrapolated: bool) -> str:
+def describe_prediction_basis(predictor: Predictor, extrapolated: bool) -> str:
     """What a prediction rests on."""
     points = predictor.points
-    beyond = "; this plan lies beyond them" if extrapolated else ""
+    beyond = "; this plan is an extrapolation" if extrapolated else ""
     return (
         f"Predicted from {words.plural(len(points.perplexity), 'run')} on {points.corpus} "
         f"({points.protocol}), 90 % band{beyond}."
     )
 
 
-def gap(plan: Plan) -> str:
+def describe_gap(plan: Plan) -> str:
     """How far a knapsack's plan can be from the optimum, or nothing for another method."""
     if not plan.objective:
         return ""
@@ -56,16 +56,16 @@ def gap(plan: Plan) -> str:
     if plan.objective == plan.lower_bound:
         return ""  # one of a few plans, with nothing to choose
     if share < 1e-6:
-        return "No plan within the budget costs less."
-    return f"At most {share:.2g} % above the least possible cost at this budget."
+        return "Provably optimal at this budget."
+    return f"At most {share:.2g} % above the optimal cost at this budget."
 
 
 # --- the live plan --------------------------------------------------------------------------
 
 
-def begin_prediction(here: Here, info: ModelInfo) -> None:
+def init_prediction(ctx: PageContext, info: ModelInfo) -> None:
     """Predict on the corpus chosen, or on WikiText-2 or the one with most runs, if any."""
-    corpora = cached.evaluated_on(here.store, info)
+    corpora = cached.evaluated_corpora(ctx.store, info)
     if st.session_state.get("predict_on") not in corpora:
         usual = "wikitext2" if "wikitext2" in corpora else (corpora or [None])[0]
         st.session_state["predict_on"] = usual
@@ -74,27 +74,29 @@ def begin_prediction(here: Here, info: ModelInfo) -> None:
 # --- beside other plans ---------------------------------------------------------------------
 
 
-def show_frontiers(asked: Asked) -> None:
+def show_frontiers(query: PlanQuery) -> None:
     """The methods along the budget, in what they are predicted to give, with what was measured.
 
     The budget isn't marked here: the planner's own strip does, and a chart that stays the same
     isn't drawn anew at every release.
     """
-    methods = dict.fromkeys([asked.request.method, st.session_state["against"], "uniform"])
-    if state.reads_rows(asked.request.method):
+    methods = dict.fromkeys([query.request.method, st.session_state["against"], "uniform"])
+    if state.reads_rows(query.request.method):
         st.caption(
-            "Mixed rows have neither a predicted perplexity nor a weight error at the ladder's "
-            "stops, so only their runs are in this chart."
+            "Mixed-row plans have neither a predicted perplexity nor a weight error per "
+            "configuration, so this chart shows only their runs."
         )
-    choose_corpus(asked)
-    predictor = asked.predictor
-    lines = [line for m in methods if m != "none" for line in frontier_line(asked.by(m))]
-    runs = measured(asked, predictor)
+    choose_corpus(query)
+    predictor = query.predictor
+    lines = [
+        line for m in methods if m != "none" for line in build_frontier_line(query.with_method(m))
+    ]
+    runs = measured_runs(query, predictor)
     if not lines and runs.empty:
-        st.info("There is no profile to tell plans apart by; Explore measures one.")
+        st.info("There is no profile to compare plans by; measure one on the Explore page.")
         return
     if isinstance(predictor, str):
-        st.caption(words.literal(predictor))
+        st.caption(words.escape(predictor))
     axis = (
         "squared weight error" if isinstance(predictor, str) else "predicted perplexity (90 % band)"
     )
@@ -104,34 +106,36 @@ def show_frontiers(asked: Asked) -> None:
     st.plotly_chart(figure, config=charts.CONFIG, key="frontiers", alt=alt)
 
 
-def choose_corpus(asked: Asked) -> None:
+def choose_corpus(query: PlanQuery) -> None:
     """The text to predict perplexity on, where runs were evaluated on several."""
-    corpora = cached.evaluated_on(asked.here.store, asked.info)
+    corpora = cached.evaluated_corpora(query.ctx.store, query.info)
     if len(corpora) > 1:
         st.segmented_control(
             "Predict perplexity on", corpora, key="predict_on", persist_state="session"
         )
 
 
-def frontier_line(asked: Asked) -> list[charts.FrontierLine]:
+def build_frontier_line(query: PlanQuery) -> list[charts.FrontierLine]:
     """A method's line: predicted perplexity, or else the squared weight error; none without."""
-    name = asked.request.method
+    name = query.request.method
     if name == "none" or state.reads_rows(name):
         return []
     try:
-        cached.frontier(asked.info, asked.found, asked.request)
+        cached.frontier(query.info, query.profile, query.request)
     except LsqError:
         return []
-    said = asked.along
-    if said is not None:
-        p = said.prediction
-        return [charts.FrontierLine(name, said.bits, p.perplexity, p.low, p.high)]
-    if "weight_error" not in asked.problem.by_config:
+    predicted = query.prediction_curve
+    if predicted is not None:
+        p = predicted.prediction
+        return [charts.FrontierLine(name, predicted.bits, p.perplexity, p.low, p.high)]
+    if "weight_error" not in query.problem.by_config:
         return []
-    return [charts.FrontierLine(name, *cached.error_along(asked.info, asked.found, asked.request))]
+    return [
+        charts.FrontierLine(name, *cached.error_curve(query.info, query.profile, query.request))
+    ]
 
 
-def measured(asked: Asked, predictor: Predictor | str) -> pd.DataFrame:
+def measured_runs(query: PlanQuery, predictor: Predictor | str) -> pd.DataFrame:
     """Runs for the chart, by any quantizer: those of the evaluation that is predicted.
 
     None without a prediction.
@@ -140,20 +144,20 @@ def measured(asked: Asked, predictor: Predictor | str) -> pd.DataFrame:
     if isinstance(predictor, str):
         return empty
     points = predictor.points
-    origin = "published" if cached.is_published(asked.info) else "measured"
-    runs = cached.results(asked.here.store, origin)
-    same = (runs["fingerprint"] == asked.info.fingerprint) & (runs["corpus"] == points.corpus)
+    origin = "published" if cached.is_published(query.info) else "measured"
+    runs = cached.results(query.ctx.store, origin)
+    same = (runs["fingerprint"] == query.info.fingerprint) & (runs["corpus"] == points.corpus)
     same &= (runs["protocol"] == points.protocol) & runs["bits_per_param"].notna()
     if points.tokens is not None:
         same &= runs["tokens"] == points.tokens
     runs = runs[same]
-    made = list(zip(runs["method"], runs["quantizer"], runs["run"], strict=True))
+    keys = list(zip(runs["method"], runs["quantizer"], runs["run"], strict=True))
     return pd.DataFrame(
         {
-            "method": [charts.drawn_as(method, by) for method, by, _ in made],
+            "method": [charts.style_key(method, by) for method, by, _ in keys],
             "label": [
                 f"{charts.method_style(method).title} by {by}, run {run}"
-                for method, by, run in made
+                for method, by, run in keys
             ],
             "bits_per_param": runs["bits_per_param"],
             "value": runs["perplexity"],
@@ -161,29 +165,29 @@ def measured(asked: Asked, predictor: Predictor | str) -> pd.DataFrame:
     )
 
 
-def ask_by_loss(asked: Asked) -> None:
+def render_loss_search(query: PlanQuery) -> None:
     """The inverse question: the smallest plan that is predicted to lose so little."""
     st.write(
-        "The smallest plan whose perplexity is predicted at most this much above full precision:"
+        "The smallest plan predicted to be at most this much above full precision in perplexity:"
     )
     text = st.text_input("Loss", "1%", key="max_loss", persist_state="session")
-    st.button("Find it", on_click=find_by_loss, args=(asked, text))
+    st.button("Find", on_click=apply_loss_search, args=(query, text))
     if "loss_answer" in st.session_state:
-        st.write(words.literal(st.session_state.pop("loss_answer")))
+        st.write(words.escape(st.session_state.pop("loss_answer")))
 
 
-def find_by_loss(asked: Asked, text: str) -> None:
+def apply_loss_search(query: PlanQuery, text: str) -> None:
     """Set the budget to the answer, or say why there is none."""
-    predictor = asked.predictor
+    predictor = query.predictor
     try:
-        if state.reads_rows(asked.request.method):
-            raise InputError(NOT_PREDICTED)
+        if state.reads_rows(query.request.method):
+            raise InputError(NO_PREDICTION_REASON)
         if isinstance(predictor, str):
             raise InputError(predictor)
-        request = replace(asked.request, base=None)
-        frontier = cached.frontier(asked.info, asked.found, request)
-        problem = with_pins(asked.problem, request.pins)
-        nominal = smallest_within(frontier, predictor, problem, parse_loss(text))
+        request = replace(query.request, base=None)
+        frontier = cached.frontier(query.info, query.profile, request)
+        problem = apply_pins(query.problem, request.pins)
+        nominal = smallest_budget_within(frontier, predictor, problem, parse_loss(text))
     except LsqError as error:
         st.session_state["loss_answer"] = str(error)
         return

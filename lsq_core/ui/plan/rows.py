@@ -13,24 +13,24 @@ from lsq_core.planning.plan import Plan
 from lsq_core.planning.problem import Impact, Interactions, Problem
 from lsq_core.planning.request import PlanRequest
 from lsq_core.ui import cached, words
-from lsq_core.ui.page import Here
+from lsq_core.ui.page import PageContext
 from lsq_core.ui.safe import st
 
 #: What of a request decides which interactions a plan was made from.
-_KIND = ("loss", "low_bits", "high_bits", "group_size", "clip")
+_INTERACTION_FIELDS = ("loss", "low_bits", "high_bits", "group_size", "clip")
 
 
-def show_rows(here: Here, problem: Problem, plan: Plan, rows: Impact) -> None:
+def show_rows(ctx: PageContext, problem: Problem, plan: Plan, rows: Impact) -> None:
     """Where the rows at more bits are, and what says so."""
     ratios, interactions, predicted = st.tabs(
-        ["Ratios by layer", "Interactions in a block", "Predicted and measured"], key="rows_tab"
+        ["Ratios by layer", "Interactions within a block", "Predicted vs. measured"], key="rows_tab"
     )
     with ratios:
         show_ratios(plan)
     with interactions:
         show_interactions(problem, rows)
     with predicted:
-        show_predicted(here, plan.request)
+        show_predicted(ctx, plan.request)
 
 
 def show_ratios(plan: Plan) -> None:
@@ -46,17 +46,17 @@ def show_interactions(problem: Problem, rows: Impact) -> None:
     """M of one block."""
     measured = {block.layer: block for block in rows.blocks if block.matrix is not None}
     if not measured:
-        st.info("Uniform ratios need no interactions; choose ratios together to measure them.")
+        st.info("Uniform ratios need no interactions; choose joint ratios to measure them.")
         return
     layer = st.select_slider("Layer", list(measured), key="rows_layer", persist_state="session")
     block = measured[layer]
-    st.caption(interactions_in_words(block, problem))
+    st.caption(describe_interactions(block, problem))
     units = [problem.matrices[members[0]].type for members in block.units]
     figure = charts.interaction_heatmap(block.matrix, units, RATIOS)
     st.plotly_chart(figure, config=charts.CONFIG, key="interactions")
 
 
-def interactions_in_words(block: Interactions, problem: Problem) -> str:
+def describe_interactions(block: Interactions, problem: Problem) -> str:
     """Which two act most on one another, against what they do alone."""
     tiles = block.matrix.reshape(len(block.units), len(RATIOS), len(block.units), len(RATIOS))
     names = [charts.short_type(problem.matrices[members[0]].type) for members in block.units]
@@ -67,25 +67,29 @@ def interactions_in_words(block: Interactions, problem: Problem) -> str:
         if tiles[a, 0, a, 0] > 0 and tiles[b, 0, b, 0] > 0
     }
     if not pairs:
-        return "No two matrices of this block act on one another."
-    (a, b), most = max(pairs.items(), key=lambda pair: abs(pair[1]))
-    kind = "add to" if most > 0 else "make up for"
+        return "The matrices of this block do not interact."
+    (a, b), effect = max(pairs.items(), key=lambda pair: abs(pair[1]))
+    verb = "amplify" if effect > 0 else "compensate"
     return (
-        f"At {100 * RATIOS[0]:.0f} % each, {names[b]} and {names[a]} {kind} each other's error "
-        f"most: {words.signed_percent(most)} of the geometric mean of what they do alone."
+        f"At {100 * RATIOS[0]:.0f} % each, {names[b]} and {names[a]} {verb} each other's error "
+        f"most: {words.signed_percent(effect)} of the geometric mean of their own effects."
     )
 
 
-def show_predicted(here: Here, request: PlanRequest) -> None:
+def show_predicted(ctx: PageContext, request: PlanRequest) -> None:
     """Runs of plans by these interactions: the loss that was predicted, and what was measured."""
-    runs = cached.objectives(here.store, here.info, request.method)
-    asked = [PlanRequest.from_json(json.loads(text)) for text in runs["request"]]
-    same = [all(getattr(a, k) == getattr(request, k) for k in _KIND) for a in asked]
-    runs = runs.assign(ratios=[a.ratios for a in asked])[np.array(same, dtype=bool)]
+    runs = cached.objectives(ctx.store, ctx.info, request.method)
+    requests = [PlanRequest.from_json(json.loads(text)) for text in runs["request"]]
+    matching = [
+        all(getattr(a, k) == getattr(request, k) for k in _INTERACTION_FIELDS) for a in requests
+    ]
+    runs = runs.assign(ratios=[a.ratios for a in requests])[np.array(matching, dtype=bool)]
     runs = runs.dropna(subset=["kl"])
     runs = runs[runs["ratios"] != "diagonal"] if request.ratios == "uniform" else runs
     if runs.empty:
-        st.info("There is no run of such a plan yet; runs show here what the prediction is worth.")
+        st.info(
+            "There are no runs of such a plan yet; they will show here how good the prediction is."
+        )
         return
     frame = pd.DataFrame(
         {
@@ -100,9 +104,9 @@ def show_predicted(here: Here, request: PlanRequest) -> None:
         }
     )
     st.caption(
-        "The prediction is the loss that ratios were measured by, of rounding to nearest, summed "
-        "over the blocks (diagonal ratios: without what matrices do to one another). What was "
-        "measured is the divergence of the model's predictions from full precision."
+        "Predicted: the loss by which ratios were chosen, under round-to-nearest, summed "
+        "over the blocks (diagonal ratios: without interactions). "
+        "Measured: KL divergence of the model's predictions from full precision."
     )
-    figure = charts.loss_as_predicted(frame, "KL to full precision (nats a token)")
+    figure = charts.predicted_loss_scatter(frame, "KL to full precision (nats per token)")
     st.plotly_chart(figure, config=charts.CONFIG, key="rows_predicted")

@@ -12,7 +12,7 @@ function formatBytes(count) {
 /** 636459991 as "607 MiB": three digits, where there is little room. */
 function shortBytes(count) {
   const [name, size] = SIZES.find(([, size]) => count >= 0.9995 * size) ?? ["B", 1];
-  return `${plain(count / size, 3)} ${name}`;
+  return `${formatNumber(count / size, 3)} ${name}`;
 }
 
 /** 0.0412 as "+4.1 %". */
@@ -22,14 +22,14 @@ function signedPercent(share) {
 }
 
 /** A share of one, with two digits, as "0.012 %". */
-function percent(share) {
+function formatPercent(share) {
   if (!(share > 0)) return "0 %";
   const value = 100 * share;
-  return `${plain(value, 2)} %`;
+  return `${formatNumber(value, 2)} %`;
 }
 
 /** So many significant digits without an exponent where that stays short. */
-function plain(value, digits) {
+function formatNumber(value, digits) {
   if (value === 0 || !Number.isFinite(value)) return String(value);
   value = Number(value.toPrecision(digits));
   const size = Math.floor(Math.log10(Math.abs(value)));

@@ -9,102 +9,105 @@ from pathlib import Path
 from streamlit.delta_generator import DeltaGenerator
 
 from lsq_core import disk, jobs
-from lsq_core.corpus.registry import BUILT_IN
+from lsq_core.corpus.registry import BUILT_IN_CORPORA
 from lsq_core.errors import InputError, LsqError
 from lsq_core.evaluation.protocol import PROTOCOLS, EvaluationRequest, Protocol
 from lsq_core.jobs import arguments
 from lsq_core.planning.methods import get_planner
 from lsq_core.planning.request import PlanRequest
 from lsq_core.profiling.settings import ProfileSettings
-from lsq_core.quantization.registry import about, refusal
+from lsq_core.quantization.registry import incompatibility_reason, quantizer_spec
 from lsq_core.store.store import Store
 from lsq_core.ui import cached as known
 from lsq_core.ui import state, words
-from lsq_core.ui.page import Here
-from lsq_core.ui.run.quantizer import RUN_QUANTIZERS, about_quantizers, label, why_not
+from lsq_core.ui.page import PageContext
+from lsq_core.ui.run.quantizer import (
+    RUN_QUANTIZERS,
+    describe_quantizers,
+    label,
+    run_incompatibility,
+)
 from lsq_core.ui.safe import st
 from lsq_core.units import format_bytes
 
 
-def ask(here: Here, folder: Path) -> None:
+def render_form(ctx: PageContext, folder: Path) -> None:
     """What to quantize and evaluate, and the button."""
-    info, settings = here.info, state.settings()
+    info, settings = ctx.info, state.settings()
     request = state.plan_request()
     top, change = st.columns([5, 1], vertical_alignment="center")
-    top.markdown(f"**Next:** {plan_in_words(here, request)}")
+    top.markdown(f"**Next:** {describe_plan(ctx, request)}")
     change.page_link("pages/2_Plan.py", label="Change the plan")
-    quantizer, evaluation, save = options(here.store, info.context)
-    reason = why_not(here, request, settings, quantizer)
-    pressed = st.button(
+    quantizer, evaluation, save = select_run_options(ctx.store, info.context)
+    reason = run_incompatibility(ctx, request, settings, quantizer)
+    clicked = st.button(
         "Quantize and evaluate",
         type="primary",
         icon=":material/play_arrow:",
         disabled=bool(reason),
     )
-    said = reason or _reads(quantizer, settings)
-    if said:
-        st.caption(words.literal(said))
-    if pressed:
-        words_of = ["run", *arguments.model_arguments(here.source, here.device)]
-        words_of += arguments.plan_arguments(request, settings)
-        words_of += arguments.evaluation_arguments(
-            evaluation, quantizer, save_folder(here.store, save)
-        )
-        start(here, folder, words_of)
+    note = reason or _calibration_note(quantizer, settings)
+    if note:
+        st.caption(words.escape(note))
+    if clicked:
+        argv = ["run", *arguments.model_arguments(ctx.source, ctx.device)]
+        argv += arguments.plan_arguments(request, settings)
+        argv += arguments.evaluation_arguments(evaluation, quantizer, save_folder(ctx.store, save))
+        start(ctx, folder, argv)
 
 
-def _reads(quantizer: str, settings: ProfileSettings) -> str:
+def _calibration_note(quantizer: str, settings: ProfileSettings) -> str:
     """What a calibrated quantizer reads, which is not what the run is evaluated on."""
-    known = about(quantizer)
+    known = quantizer_spec(quantizer)
     if not known.calibrated:
         return ""
     if known.learned:
         return (
-            f"{known.title} is learned on {settings.calibration}, {known.steps:,} steps for each "
-            "block, and goes on from the last block that was finished when it is resumed."
+            f"{known.title} is trained on {settings.calibration}, {known.steps:,} steps per "
+            "block, and resumes from the last finished block."
         )
     return (
         f"{known.title} is calibrated on {settings.calibration}: up to "
-        f"{settings.samples} blocks of {settings.block_tokens} tokens. It takes minutes and, for "
+        f"{settings.samples} blocks of {settings.block_tokens} tokens. This takes minutes and, for "
         "a while, the memory of a second model."
     )
 
 
-def start(here: Here, folder: Path, words_of: list[str]) -> None:
+def start(ctx: PageContext, folder: Path, argv: list[str]) -> None:
     """Start a job on this database, and show it."""
-    jobs.start(folder, [*words_of, "--db", str(here.store.path)])
+    jobs.start(folder, [*argv, "--db", str(ctx.store.path)])
     st.session_state.pop("jobs", None)  # show the new one
     st.rerun()
 
 
-def plan_in_words(here: Here, request: PlanRequest) -> str:
+def describe_plan(ctx: PageContext, request: PlanRequest) -> str:
     """The plan that a run would make, in a sentence."""
-    info, settings = here.info, state.settings()
+    info, settings = ctx.info, state.settings()
     planner = get_planner(request.method)
-    wanted = " and ".join(
+    size = " and ".join(
         [f"base {request.base}"] * bool(request.base)
         + [f"at most {(request.budget or '').removesuffix('bpp')} bits"] * bool(request.budget)
     )
-    found = known.profile(here.store, info, settings, here.device)
-    text = f"{planner.title} on {here.source.name}, {wanted}"
-    rows = known.impact(here.store, info, settings, request, here.device)
+    profile = known.profile(ctx.store, info, settings, ctx.device)
+    text = f"{planner.title} on {ctx.source.name}, {size}"
+    rows = known.impact(ctx.store, info, settings, request, ctx.device)
     if planner.reads_rows and rows is None:
-        return f"{text}; the run will measure the scores of its rows first."
-    if planner.metrics and found is None:
-        return f"{text}; the run will measure the profile first."
-    if not set(planner.metrics) <= set(found.metrics if found else ()):
-        return f"{text}; the run will first measure what the profile lacks for it."
+        return f"{text}; the run will first measure row scores."
+    if planner.metrics and profile is None:
+        return f"{text}; the run will first measure the profile."
+    if not set(planner.metrics) <= set(profile.metrics if profile else ()):
+        return f"{text}; the run will first measure the missing metrics."
     try:
-        plan = known.plan(info, found, request, settings, rows)
+        plan = known.plan(info, profile, request, settings, rows)
     except LsqError as error:
         return f"{text}. {error}"
     quantizer = st.session_state.get("quantizer", "hqq")
-    if not refusal(quantizer, plan.choice, plan.axis):
+    if not incompatibility_reason(quantizer, plan.choice, plan.axis):
         plan = replace(plan, quantizer=quantizer)
     return f"{text}: {plan.bits_per_param:.2f} bits, {format_bytes(plan.planned_bytes)} planned."
 
 
-def options(store: Store, context: int) -> tuple[str, EvaluationRequest, str]:
+def select_run_options(store: Store, context: int) -> tuple[str, EvaluationRequest, str]:
     """Quantizer, evaluation and the name to save under."""
     columns = st.columns([1, 1.4, 1.8, 1.2, 1.6])
     quantizer = columns[0].selectbox(
@@ -113,11 +116,11 @@ def options(store: Store, context: int) -> tuple[str, EvaluationRequest, str]:
         format_func=label,
         key="quantizer",
         persist_state="session",
-        help=about_quantizers(RUN_QUANTIZERS),
+        help=describe_quantizers(RUN_QUANTIZERS),
     )
     corpus = columns[1].selectbox(
-        "Evaluation text",
-        list(dict.fromkeys([*BUILT_IN, st.session_state.get("corpus") or "stdlib"])),
+        "Evaluation corpus",
+        list(dict.fromkeys([*BUILT_IN_CORPORA, st.session_state.get("corpus") or "stdlib"])),
         key="corpus",
         accept_new_options=True,
         persist_state="session",
@@ -127,9 +130,9 @@ def options(store: Store, context: int) -> tuple[str, EvaluationRequest, str]:
     save = columns[4].text_input(
         "Save the model as",
         key="save",
-        placeholder="don't save",
+        placeholder="not saved",
         persist_state="session",
-        help=f"A folder in {disk.models_folder(store)}.",
+        help=f"Name of a folder in {disk.models_folder(store)}.",
     )
     return quantizer, EvaluationRequest(corpus, protocol, tokens), save
 
@@ -143,7 +146,7 @@ def choose_protocol(column: DeltaGenerator, label: str, key: str, context: int) 
         key=key,
         persist_state="session",
         help="strided: windows of 1,024 tokens of which the last 512 are scored. blocks: windows "
-        "of 2,048 side by side. A shorter context gets shorter windows under a name of their own.",
+        "of 2,048 side by side. A shorter context gets shorter windows and its own protocol name.",
     )
 
 
@@ -155,7 +158,7 @@ def choose_tokens(column: DeltaGenerator, label: str, key: str) -> int | None:
         step=1000,
         key=key,
         persist_state="session",
-        help="0 evaluates the whole text.",
+        help="0 evaluates the whole corpus.",
     )
     return chosen or None
 
@@ -172,8 +175,8 @@ def save_folder(store: Store, name: str) -> Path | None:
     if not name:
         return None
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", name):
-        raise InputError(f"'{name}' is not a name to save under; use letters, digits, . _ and -.")
+        raise InputError(f"'{name}' is not a valid name; use letters, digits, '.', '_' and '-'.")
     folder = disk.models_folder(store) / name
     if folder.exists():
-        raise InputError(f"A saved model named '{name}' exists; choose another name.")
+        raise InputError(f"A saved model named '{name}' already exists; choose another name.")
     return folder

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from lsq_core import charts, sweep
-from lsq_core.corpus.registry import BUILT_IN
+from lsq_core.corpus.registry import BUILT_IN_CORPORA
 from lsq_core.errors import InputError
 from lsq_core.evaluation.protocol import EvaluationRequest
 from lsq_core.jobs import Job, arguments
@@ -16,11 +16,11 @@ from lsq_core.planning.methods import PLANNERS, get_planner
 from lsq_core.planning.problem import Problem
 from lsq_core.planning.request import PlanRequest
 from lsq_core.quantization.registry import BASELINES
-from lsq_core.stages.plan import refusal_of
+from lsq_core.stages.plan import request_incompatibility
 from lsq_core.ui import cached, jobs_panel, state, words
-from lsq_core.ui.page import Here, headline, next_step
+from lsq_core.ui.page import PageContext, headline, next_step
 from lsq_core.ui.run.plan import choose_protocol, choose_tokens, start
-from lsq_core.ui.run.quantizer import RUN_QUANTIZERS, about_quantizers, label, reasons
+from lsq_core.ui.run.quantizer import RUN_QUANTIZERS, describe_quantizers, label, reasons
 from lsq_core.ui.safe import st
 
 _DEFAULTS = {
@@ -32,11 +32,11 @@ _DEFAULTS = {
     "sweep_corpora": ["stdlib"],
 }
 #: States as the table says them.
-_STATES = {"waiting": "…", "done": "done", "found": "there already", "failed": "not made"}
+_STATE_LABELS = {"waiting": "…", "done": "done", "found": "already stored", "failed": "failed"}
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _SweepForm:
     """What the form says."""
 
     methods: list[str]
@@ -45,7 +45,7 @@ class _Asked:
     quantizers: list[str]
     baselines: list[str]
     corpora: list[str]
-    like: EvaluationRequest
+    template: EvaluationRequest
 
     @property
     def rows(self) -> PlanRequest | None:
@@ -53,69 +53,69 @@ class _Asked:
         with_rows = [name for name in self.methods if state.reads_rows(name)]
         if not with_rows:
             return None
-        return replace(state.request_of(with_rows[0]), base=None, budget=None, pins=())
+        return replace(state.request_for_method(with_rows[0]), base=None, budget=None, pins=())
 
     @property
-    def items(self) -> list[sweep.Item]:
+    def items(self) -> list[sweep.SweepItem]:
         """The runs of the product; none while something is missing."""
         if not (self.methods and (self.bases or self.budgets)):
             return []
-        like = self.rows or PlanRequest(self.methods[0])
-        asked = sweep.requests(like, self.methods, self.bases, self.budgets)
+        template = self.rows or PlanRequest(self.methods[0])
+        requests = sweep.requests(template, self.methods, self.bases, self.budgets)
         texts = [
-            EvaluationRequest(name, self.like.protocol, self.like.max_tokens)
+            EvaluationRequest(name, self.template.protocol, self.template.max_tokens)
             for name in self.corpora
         ]
-        others = sweep.all_baselines(self.baselines, self.quantizers)
-        return sweep.items(asked, self.quantizers, texts) + sweep.baselines(
-            like, self.bases, self.budgets, others, texts
+        others = sweep.expand_baselines(self.baselines, self.quantizers)
+        return sweep.items(requests, self.quantizers, texts) + sweep.baselines(
+            template, self.bases, self.budgets, others, texts
         )
 
 
-def ask(here: Here, folder: Path) -> None:
+def render_form(ctx: PageContext, folder: Path) -> None:
     """Methods, sizes, quantizers and texts; how many runs, about how long; the buttons."""
     for key, default in _DEFAULTS.items():
         st.session_state.setdefault(key, default)
-    asked = _form(here.info.context)
-    cannot = _refused(here, asked.items)
-    everything = _everything(asked)
+    form = _render_inputs(ctx.info.context)
+    reasons_against = _incompatibilities(ctx, form.items)
+    full_sweep = _full_sweep(form)
     with st.container(horizontal=True, vertical_alignment="center"):
-        pressed = st.button(
+        start_clicked = st.button(
             "Start the sweep",
             type="primary",
             icon=":material/playlist_play:",
-            disabled=all(cannot),
+            disabled=all(reasons_against),
         )
-        all_pressed = st.button(
+        full_clicked = st.button(
             "Everything at 2.2, 3.2 and 4.2 bits",
             icon=":material/select_all:",
-            disabled=not asked.corpora,
-            help=f"Every method by {sweep.EVERYTHING_QUANTIZER}, and the uniform plan by every "
-            f"other quantizer, on the texts chosen above: {len(everything.items)} runs. Those "
-            "that can't be made say why.",
+            disabled=not form.corpora,
+            help=f"Every method with {sweep.EVERYTHING_QUANTIZER}, and the uniform plan with every "
+            f"other quantizer, on the corpora above: {len(full_sweep.items)} runs. Combinations "
+            "that are not possible are listed with the reason.",
         )
-        st.caption(_in_words(here, asked, cannot))
-    if pressed or all_pressed:
-        asked = everything if all_pressed else asked
-        words_of = ["sweep", *arguments.model_arguments(here.source, here.device)]
-        words_of += arguments.sweep_arguments(
-            asked.methods,
-            asked.bases,
-            asked.budgets,
-            asked.quantizers,
-            asked.baselines,
-            asked.corpora,
-            asked.like,
+        st.caption(_describe_sweep(ctx, form, reasons_against))
+    if start_clicked or full_clicked:
+        form = full_sweep if full_clicked else form
+        argv = ["sweep", *arguments.model_arguments(ctx.source, ctx.device)]
+        argv += arguments.sweep_arguments(
+            form.methods,
+            form.bases,
+            form.budgets,
+            form.quantizers,
+            form.baselines,
+            form.corpora,
+            form.template,
             state.settings(),
-            asked.rows,
+            form.rows,
         )
-        start(here, folder, words_of)
+        start(ctx, folder, argv)
 
 
-def _everything(asked: _Asked) -> _Asked:
+def _full_sweep(form: _SweepForm) -> _SweepForm:
     """Every method and every baseline at the usual sizes, on the texts of the form."""
     return replace(
-        asked,
+        form,
         methods=list(PLANNERS),
         bases=(),
         budgets=sweep.EVERYTHING_BUDGETS,
@@ -124,7 +124,7 @@ def _everything(asked: _Asked) -> _Asked:
     )
 
 
-def _form(context: int) -> _Asked:
+def _render_inputs(context: int) -> _SweepForm:
     columns = st.columns([2.6, 1.5, 1.2])
     methods = columns[0].multiselect(
         "Methods",
@@ -140,11 +140,11 @@ def _form(context: int) -> _Asked:
         help="Bits per parameter, such as 2.25, 2.51, 3.13, or bytes of the linear weights: 9MiB.",
     )
     bases = columns[2].text_input(
-        "Base stops",
+        "Base configurations",
         key="sweep_bases",
         placeholder="none",
         persist_state="session",
-        help="Stops of the ladder, such as 3.13, for methods that start from a base.",
+        help="Configurations by their bits, such as 3.13, for methods that start from a base.",
     )
     columns = st.columns([1.1, 1.1, 1.5, 1.4, 0.9])
     quantizers = columns[0].multiselect(
@@ -153,7 +153,7 @@ def _form(context: int) -> _Asked:
         format_func=label,
         key="sweep_quantizers",
         persist_state="session",
-        help=about_quantizers(RUN_QUANTIZERS),
+        help=describe_quantizers(RUN_QUANTIZERS),
     )
     others = columns[1].multiselect(
         "Baselines",
@@ -162,99 +162,111 @@ def _form(context: int) -> _Asked:
         key="sweep_baselines",
         placeholder="none",
         persist_state="session",
-        help="The uniform plan at every size by these quantizers as well, to compare with. "
+        help="Also run the uniform plan at every size with these quantizers, for comparison. "
         + reasons(BASELINES),
     )
     chosen = st.session_state["sweep_corpora"]
     corpora = columns[2].multiselect(
-        "Evaluation texts",
-        list(dict.fromkeys([*BUILT_IN, *chosen])),
+        "Evaluation corpora",
+        list(dict.fromkeys([*BUILT_IN_CORPORA, *chosen])),
         key="sweep_corpora",
         accept_new_options=True,
         persist_state="session",
     )
-    protocol = choose_protocol(columns[3], "Each by protocol", "sweep_protocol", context)
-    tokens = choose_tokens(columns[4], "At most tokens", "sweep_tokens")
-    like = EvaluationRequest("stdlib", protocol, tokens)
+    protocol = choose_protocol(columns[3], "Protocol", "sweep_protocol", context)
+    tokens = choose_tokens(columns[4], "Max tokens", "sweep_tokens")
+    template = EvaluationRequest("stdlib", protocol, tokens)
     bases = tuple(base.removesuffix("bpp") for base in sweep.parse_budgets(bases))
-    return _Asked(methods, bases, sweep.parse_budgets(budgets), quantizers, others, corpora, like)
+    return _SweepForm(
+        methods, bases, sweep.parse_budgets(budgets), quantizers, others, corpora, template
+    )
 
 
-def _refused(here: Here, asked: list[sweep.Item]) -> list[str]:
+def _incompatibilities(ctx: PageContext, items: list[sweep.SweepItem]) -> list[str]:
     """Why each item can't be made, as far as that is known before any work; else ''."""
-    problem, axis = Problem(here.info.matrices), state.settings().axis
-    pairs = {(item.request, item.quantizer) for item in asked}
-    reasons = {pair: _refusal(problem, *pair, axis) for pair in pairs}
-    return [reasons[item.request, item.quantizer] for item in asked]
+    problem, axis = Problem(ctx.info.matrices), state.settings().axis
+    pairs = {(item.request, item.quantizer) for item in items}
+    reasons = {pair: _incompatibility(problem, *pair, axis) for pair in pairs}
+    return [reasons[item.request, item.quantizer] for item in items]
 
 
-def _refusal(problem: Problem, request: PlanRequest, quantizer: str, axis: int) -> str:
+def _incompatibility(problem: Problem, request: PlanRequest, quantizer: str, axis: int) -> str:
     planner = get_planner(request.method)
     try:
-        reason = refusal_of(problem, request, quantizer, axis)
+        reason = request_incompatibility(problem, request, quantizer, axis)
     except InputError as error:
         return str(error)
-    takes_none = request.base is not None and not planner.has_base
-    return f"{planner.title} takes a budget, not a base." if takes_none else reason
+    needs_budget = request.base is not None and not planner.has_base
+    return f"{planner.title} takes a budget, not a base." if needs_budget else reason
 
 
-def _in_words(here: Here, asked: _Asked, cannot: list[str]) -> str:
-    """How many runs, about how long, and what can't be made; ``cannot`` is of :func:`_refused`."""
-    found = asked.items
-    if not found:
-        return "Choose at least one method, one budget or base, one quantizer and one text."
-    text = f"{words.plural(len(found), 'run')}; those that are there already are not made again."
-    runs = cached.results(here.store)
-    runs = runs[runs["fingerprint"] == here.info.fingerprint]
-    possible = [item for item, reason in zip(found, cannot, strict=True) if not reason]
-    seconds = sweep.estimate(runs, possible)
+def _describe_sweep(ctx: PageContext, form: _SweepForm, reasons_against: list[str]) -> str:
+    """How many runs, about how long, and what can't be made; ``cannot`` is of
+    :func:`_incompatibilities`.
+    """
+    items = form.items
+    if not items:
+        return "Choose at least one method, one budget or base, one quantizer and one corpus."
+    text = f"{words.plural(len(items), 'run')}; stored runs are reused."
+    runs = cached.results(ctx.store)
+    runs = runs[runs["fingerprint"] == ctx.info.fingerprint]
+    possible = [item for item, reason in zip(items, reasons_against, strict=True) if not reason]
+    seconds = sweep.estimate_seconds(runs, possible)
     if seconds is not None:
-        text += f" About {words.seconds(seconds)}, by this model's runs so far."
-    reasons = [reason for reason in cannot if reason]
+        text += f" About {words.seconds(seconds)}, estimated from this model's earlier runs."
+    reasons = [reason for reason in reasons_against if reason]
     if reasons:
-        text += f" {len(reasons)} of them can't be made: {words.literal(reasons[0])}"
+        text += f" {len(reasons)} are not possible: {words.escape(reasons[0])}"
     return text
 
 
 # --- following ------------------------------------------------------------------------------
 
 
-def rows_of(job: Job) -> list[dict]:
+def read_rows(job: Job) -> list[dict]:
     """What came of each item so far."""
-    return sweep.rows_kept(job.folder)
+    return sweep.read_sweep_rows(job.folder)
 
 
-def say(job: Job) -> None:
+def render_headline(job: Job) -> None:
     """The first line: how far it is, or how many runs came of it."""
     if job.active:
-        jobs_panel.say(job)
+        jobs_panel.render_headline(job)
         return
-    rows = rows_of(job)
-    counts = {state: sum(row["state"] == state for row in rows) for state in _STATES}
-    made = f"{counts['done']} made, {counts['found']} there already, {counts['failed']} not made"
+    rows = read_rows(job)
+    counts = {state: sum(row["state"] == state for row in rows) for state in _STATE_LABELS}
+    counts_text = (
+        f"{counts['done']} new, {counts['found']} already stored, {counts['failed']} failed"
+    )
     if job.state == "done":
-        headline(f"{words.plural(len(rows), 'run')} swept: {made}.", best(rows))
+        headline(
+            f"Sweep of {words.plural(len(rows), 'run')} finished: {counts_text}.",
+            describe_best(rows),
+        )
     else:
-        headline(f"The sweep {jobs_panel.ENDED[job.state]}.", f"{job.title} · {made} so far")
+        headline(
+            f"The sweep {jobs_panel.ENDED_PHRASES[job.state]}.",
+            f"{job.title} · {counts_text} so far",
+        )
 
 
-def best(rows: list[dict]) -> str:
+def describe_best(rows: list[dict]) -> str:
     """The least perplexity on each text."""
     finished = [r for r in rows if r["state"] in sweep.FINISHED and r["perplexity"] is not None]
     lines = []
     for corpus in dict.fromkeys(row["corpus"] for row in finished):
-        least = min((r for r in finished if r["corpus"] == corpus), key=lambda r: r["perplexity"])
-        style = charts.method_style(charts.drawn_as(least["method"], least["quantizer"]))
+        lowest = min((r for r in finished if r["corpus"] == corpus), key=lambda r: r["perplexity"])
+        style = charts.method_style(charts.style_key(lowest["method"], lowest["quantizer"]))
         lines.append(
-            f"{words.literal(Path(corpus).name)}: {style.title} at "
-            f"{least['bits_per_param']:.2f} bits, perplexity {least['perplexity']:.2f}"
+            f"{words.escape(Path(corpus).name)}: {style.title} at "
+            f"{lowest['bits_per_param']:.2f} bits, perplexity {lowest['perplexity']:.2f}"
         )
-    return f"Least on {'; on '.join(lines)}." if lines else ""
+    return f"Best on {'; on '.join(lines)}." if lines else ""
 
 
 def show_rows(job: Job) -> None:
     """The rows as they fill."""
-    rows = rows_of(job)
+    rows = read_rows(job)
     if not rows:
         return
     st.dataframe(
@@ -266,13 +278,13 @@ def show_rows(job: Job) -> None:
             "method": st.column_config.TextColumn(width="medium"),
             "bits": st.column_config.NumberColumn(format="%.3f"),
             "measured bytes": st.column_config.NumberColumn(
-                format="localized", help="Of the linear weights as they were stored."
+                format="localized", help="Bytes of the linear weights as stored."
             ),
             "seconds": st.column_config.NumberColumn(
-                format="%.1f", help="Time to quantize, evaluation not counted."
+                format="%.1f", help="Time to quantize, without evaluation."
             ),
             "steps": st.column_config.NumberColumn(
-                help="Optimisation steps that a matrix gets at most."
+                help="Largest number of optimization steps per matrix."
             ),
             "perplexity": st.column_config.NumberColumn(format="%.3f"),
             "over full precision": st.column_config.NumberColumn(format="percent"),
@@ -288,10 +300,10 @@ def table(rows: list[dict]) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "method": [PLANNERS[row["method"]].title for row in rows],
-            "asked": [(row["base"] and f"base {row['base']}") or row["budget"] for row in rows],
+            "size": [(row["base"] and f"base {row['base']}") or row["budget"] for row in rows],
             "quantizer": [row["quantizer"] for row in rows],
-            "text": [Path(row["corpus"]).name for row in rows],
-            "state": [_STATES[row["state"]] for row in rows],
+            "corpus": [Path(row["corpus"]).name for row in rows],
+            "state": [_STATE_LABELS[row["state"]] for row in rows],
             "bits": [row.get("bits_per_param") for row in rows],
             "steps": [row.get("steps") for row in rows],
             "measured bytes": [row.get("measured_bytes") for row in rows],

@@ -37,86 +37,92 @@ def show(store: Store, job: Job, model: list[str]) -> None:
         columns = st.columns([3.4, 0.9, 0.9, 0.8, 0.9], vertical_alignment="bottom")
         prompt = columns[0].text_area("Prompt", _PROMPT, key="prompt", height=68)
         tokens = columns[1].number_input("Tokens", 1, 2000, 60, key="prompt_tokens")
-        heat = columns[2].number_input(
+        temperature = columns[2].number_input(
             "Temperature",
             0.0,
             5.0,
             0.0,
             0.1,
             key="prompt_temperature",
-            help="0 takes the most probable token each time. Above, both models draw with the "
-            "same noise, so that they part only where their predictions do.",
+            help="0 always takes the most probable token. Above 0, both models sample with the "
+            "same noise, so that they diverge only where their predictions do.",
         )
         seed = columns[3].number_input("Seed", 0, key="prompt_seed")
-        asked = columns[4].form_submit_button("Write", icon=":material/edit_note:", type="primary")
-    if asked:
-        words_of = ["generate", "--run", run, f"--prompt={prompt}"]
-        words_of += ["--max-new-tokens", str(tokens)]
-        words_of += ["--temperature", f"{heat:g}", "--seed", str(seed), *model]
-        jobs.start(folder, [*words_of, "--db", str(store.path)])
+        submitted = columns[4].form_submit_button(
+            "Generate", icon=":material/edit_note:", type="primary"
+        )
+    if submitted:
+        argv = ["generate", "--run", run, f"--prompt={prompt}"]
+        argv += ["--max-new-tokens", str(tokens)]
+        argv += ["--temperature", f"{temperature:g}", "--seed", str(seed), *model]
+        jobs.start(folder, [*argv, "--db", str(store.path)])
         st.rerun()
-    found = latest(folder, run)
-    if found is None:
-        st.caption("Both models go on from the prompt; the texts appear here side by side.")
-    elif found.state == "done":
-        show_texts(found.result())
+    texts = latest(folder, run)
+    if texts is None:
+        st.caption("Both models continue the prompt; their texts appear here side by side.")
+    elif texts.state == "done":
+        show_texts(texts.result())
     else:
-        jobs_panel.follow(found)
+        jobs_panel.follow(texts)
 
 
 def latest(folder: object, run: str) -> Job | None:
     """The newest texts that were asked of a run."""
     written = (job for job in jobs.list_jobs(folder) if job.verb == "generate")
-    return next((job for job in written if run in job.given("--run")), None)
+    return next((job for job in written if run in job.option_values("--run")), None)
 
 
-def show_texts(found: dict) -> None:
+def show_texts(texts: dict) -> None:
     """Both texts, where they part, and how alike the two models are along the first."""
-    at = found["parts_at"]
-    same = "The two texts are the same." if at is None else f"They part at token {at + 1}."
+    divergence = texts["parts_at"]
+    verdict = (
+        "The two texts are identical."
+        if divergence is None
+        else f"They diverge at token {divergence + 1}."
+    )
     st.markdown(
-        f"**{same}** Along the full-precision text both hold the same token most probable "
-        f"{100 * found['agreement']:.0f} % of the time; KL {found['kl']:.4f} nats a token."
+        f"**{verdict}** Along the full-precision text, both have the same top token "
+        f"{100 * texts['agreement']:.0f} % of the time; KL {texts['kl']:.4f} nats per token."
     )
     titles = {"full": "Full precision", "quantized": "Quantized"}
     for column, (name, title) in zip(st.columns(2), titles.items(), strict=True):
         with column:
-            st.markdown(f"**{title}** · {words.plural(len(found[name]), 'token')}")
-            st.html(_STYLE + text_html(found["prompt"], found[name], at))
-    drawn = f"at temperature {found['temperature']:g}, seed {found['seed']}"
-    how = drawn if found["temperature"] else "greedily"
+            st.markdown(f"**{title}** · {words.plural(len(texts[name]), 'token')}")
+            st.html(_STYLE + render_text_html(texts["prompt"], texts[name], divergence))
+    drawn = f"at temperature {texts['temperature']:g}, seed {texts['seed']}"
+    how = drawn if texts["temperature"] else "greedily"
     st.caption(
-        "Boxed and underlined: where the texts part. Dotted: the two models hold different tokens "
-        "most probable. Hover, tap or tab to a token for the probability each gives it, at "
-        f"temperature 1, after the same text. Written {how}."
+        "Boxed and underlined: where the texts diverge. Dotted: the models' top tokens differ. "
+        "Hover, tap or tab to a token for the probability that each model gives it, at "
+        f"temperature 1, after the same text. Generated {how}."
     )
 
 
-def text_html(prompt: str, tokens: list[dict], parts_at: int | None) -> str:
+def render_text_html(prompt: str, tokens: list[dict], divergence_index: int | None) -> str:
     """A text of which every token tells its odds; nothing of it is taken for markup."""
     spans = [f'<span class="prompt">{escape(prompt)}</span>']
     for number, token in enumerate(tokens):
-        kinds = ["token"]
-        kinds += ["other"] if token["full_top"] != token["quantized_top"] else []
-        kinds += ["parts"] if number == parts_at else []
-        odds = escape(odds_of(token), quote=True)
+        css_classes = ["token"]
+        css_classes += ["other"] if token["full_top"] != token["quantized_top"] else []
+        css_classes += ["parts"] if number == divergence_index else []
+        probabilities = escape(describe_probabilities(token), quote=True)
         spans.append(
-            f'<span class="{" ".join(kinds)}" tabindex="0" data-odds="{odds}" '
-            f'aria-label="{odds}">{escape(shown(token["text"]))}</span>'
+            f'<span class="{" ".join(css_classes)}" tabindex="0" data-odds="{probabilities}" '
+            f'aria-label="{probabilities}">{escape(visible_text(token["text"]))}</span>'
         )
     return f'<div class="lsq-text">{"".join(spans)}</div>'
 
 
-def shown(text: str) -> str:
+def visible_text(text: str) -> str:
     """A token's text; a line's end can be seen, and one without text is a dot."""
     return text.replace("\n", "↵\n") if text else "·"
 
 
-def odds_of(token: dict) -> str:
+def describe_probabilities(token: dict) -> str:
     """Both probabilities of a token, and what each model holds most probable instead."""
     lines = [f"“{token['text']}”"]
     for name, title in (("full", "full precision"), ("quantized", "quantized")):
         top = token[f"{name}_top"]
-        instead = "" if top == token["text"] else f", most probable “{top}”"
+        instead = "" if top == token["text"] else f", top token “{top}”"
         lines.append(f"{title} {100 * token[name]:.1f} %{instead}")
     return "\n".join(lines)

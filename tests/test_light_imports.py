@@ -18,7 +18,7 @@ from tests.test_app import PAGES, filled_once  # noqa: F401 - a fixture
 from tests.test_audit import make_run
 from tests.test_published_pages import SEVEN
 
-_PROCESS = """
+_SCRIPT = """
 import json, os, sys
 
 def pages(database, model):
@@ -40,7 +40,7 @@ for name, code in steps:
 """
 _LIBRARY = ("pipeline", "plan", "store", "jobs", "cli", "profile", "disk", "corpus", "bench")
 #: What a step may load; pages are Streamlit's.
-MAY_LOAD = {
+ALLOWED_PACKAGES = {
     "library": set(),
     "audit": set(),
     "fresh": {"streamlit"},
@@ -50,7 +50,7 @@ MAY_LOAD = {
 
 
 @pytest.fixture(scope="module")
-def loaded(filled_once, random_model, request, tmp_path_factory) -> dict[str, set[str]]:  # noqa: F811
+def loaded_packages(filled_once, random_model, request, tmp_path_factory) -> dict[str, set[str]]:  # noqa: F811
     """The heavy packages that each step loaded."""
     folder = tmp_path_factory.mktemp("without-torch")
     with pytest.MonkeyPatch.context() as patch:
@@ -73,21 +73,21 @@ def loaded(filled_once, random_model, request, tmp_path_factory) -> dict[str, se
     }
     if REFERENCE.is_dir():
         steps["published"] = f"pages({str(request.getfixturevalue('published'))!r}, {SEVEN!r})"
-    done = subprocess.run(
-        [sys.executable, "-c", _PROCESS],
+    completed = subprocess.run(
+        [sys.executable, "-c", _SCRIPT],
         input=json.dumps([list(PAGES.values()), list(steps.items())]),
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    lines = (line.split() for line in done.stdout.splitlines() if line.startswith("loaded "))
+    assert completed.returncode == 0, completed.stderr
+    lines = (line.split() for line in completed.stdout.splitlines() if line.startswith("loaded "))
     return {name: set(packages) for _, name, *packages in lines}
 
 
-@pytest.mark.parametrize("step", MAY_LOAD)
-def test_nothing_heavy_is_loaded(loaded, step):
+@pytest.mark.parametrize("step", ALLOWED_PACKAGES)
+def test_step_loads_no_heavy_packages(loaded_packages, step):
     if step == "published" and not REFERENCE.is_dir():
         pytest.skip(f"the published measurements are not at {REFERENCE}")
-    assert loaded[step] <= MAY_LOAD[step]
+    assert loaded_packages[step] <= ALLOWED_PACKAGES[step]

@@ -15,13 +15,13 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from lsq_core import sweep
-from lsq_core.bits import LADDER, MIXED, Budget, parse_config, stop_index
+from lsq_core.bits import LADDER, MIXED_ROW_CONFIGS, Budget, parse_config, stop_index
 from lsq_core.cli import verbs
 from lsq_core.errors import InputError, LsqError
 from lsq_core.model.info import Matrix
 from lsq_core.planning.make import make_frontier, make_plan
 from lsq_core.planning.methods import PLANNERS
-from lsq_core.planning.pins import Pin, with_pins
+from lsq_core.planning.pins import Pin, apply_pins
 from lsq_core.planning.plan import Plan
 from lsq_core.planning.problem import TOLERANCE, Problem
 from lsq_core.planning.request import PlanRequest
@@ -32,7 +32,7 @@ from tests.test_plan import problem
 
 SMALL, MIXED_ROWS = problem(layers=6), mixed_problem()
 #: One matrix that groups of 128 don't fill, as the second.
-UNEVEN = Problem(
+INDIVISIBLE = Problem(
     (
         Matrix("model.layers.0.mlp.up", 0, "mlp.up", 128, 128),
         Matrix("model.layers.0.mlp.odd", 0, "mlp.odd", 33, 32),
@@ -44,7 +44,7 @@ fuzz = settings(
     max_examples=40,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
-anything = st.recursive(
+any_json = st.recursive(
     st.none()
     | st.booleans()
     | st.integers()
@@ -62,7 +62,7 @@ anything = st.recursive(
 numbers = st.floats(2, 9).map(lambda bits: f"{bits:.4f}bpp")
 sizes = st.sampled_from([c.stop_name for c in LADDER] + [c.name for c in LADDER])
 budgets = st.none() | numbers | sizes | sizes.map("{}bpp".format) | st.text(max_size=6)
-configs = st.sampled_from([c.name for c in (*LADDER, *MIXED)])
+configs = st.sampled_from([c.name for c in (*LADDER, *MIXED_ROW_CONFIGS)])
 patterns = st.sampled_from(["*", "*.mlp.*", "*.layers.0.*", "*.q_proj", "nowhere", "[", ""])
 pins = st.lists(
     st.builds("{}={}".format, patterns, configs)
@@ -94,68 +94,68 @@ requests = st.fixed_dictionaries(
 @example({"method": "uniform", "base": "4.13", "budget": "3.5bpp", "pins": ["*.mlp.*=b2g128"]})
 @example({"method": "sensiboost", "base": "4.13", "budget": "3.5bpp", "pins": ["*.mlp.*=b2g128"]})
 @given(requests)
-def test_a_request_gives_a_plan_within_its_budget_or_a_sentence(asked):
+def test_make_plan_any_request_within_budget_or_raises(request_fields):
     try:
-        request = PlanRequest(**asked)
-        here = MIXED_ROWS if request.method == "high-impact" else SMALL
-        plan = make_plan(here, request)
+        request = PlanRequest(**request_fields)
+        target = MIXED_ROWS if request.method == "high-impact" else SMALL
+        plan = make_plan(target, request)
     except LsqError:
         return
     if request.budget is not None:
         limit = Budget.parse(request.budget, plan.parameters).nominal_bytes
         assert plan.nominal_bytes <= limit * (1 + TOLERANCE)
-    again = Plan.from_json(json.loads(json.dumps(plan.to_json())), plan.matrices, 0)
-    assert again.choice == plan.choice
-    assert again.rows == plan.rows
+    restored = Plan.from_json(json.loads(json.dumps(plan.to_json())), plan.matrices, 0)
+    assert restored.choice == plan.choice
+    assert restored.rows == plan.rows
 
 
 @fuzz
-@given(st.dictionaries(st.sampled_from([f.name for f in fields(PlanRequest)]), anything))
-def test_a_request_with_values_of_any_type(asked):
+@given(st.dictionaries(st.sampled_from([f.name for f in fields(PlanRequest)]), any_json))
+def test_plan_request_from_json_any_types_no_crash(request_fields):
     try:
-        request = PlanRequest.from_json({"method": "uniform"} | asked)
+        request = PlanRequest.from_json({"method": "uniform"} | request_fields)
         make_frontier(SMALL, request)
         make_plan(SMALL, request)
     except LsqError:
         pass
 
 
-def test_pins_with_a_base_and_a_budget():
+def test_uniform_base_with_pins_meets_budget():
     """The base alone is above the budget, and its pins bring it below."""
     request = PlanRequest("uniform", base="4.13", budget="3.5bpp", pins=("*.mlp.*=b2g128",))
     plan = make_plan(SMALL, request)
-    given_to = {(m.type, c.name) for m, c in plan.choice.items()}
-    assert given_to == {("self_attn.q_proj", "b4g128"), ("mlp.down_proj", "b2g128")}
+    assigned = {(m.type, c.name) for m, c in plan.choice.items()}
+    assert assigned == {("self_attn.q_proj", "b4g128"), ("mlp.down_proj", "b2g128")}
     assert plan.bits_per_param <= 3.5
     assert any("Without the pins" in note for note in plan.notes)
     with pytest.raises(InputError, match="smallest plan"):  # but not below any
         make_plan(SMALL, PlanRequest("uniform", "4.13", "2.5bpp", pins=request.pins))
 
 
-def test_pins_that_make_a_base_possible():
+def test_pin_makes_indivisible_base_feasible():
     """Groups of 128 don't fill a matrix, which a pin gives another configuration."""
-    plan = make_plan(UNEVEN, PlanRequest("uniform", base="3.13", pins=("*.odd=b3g32",)))
+    plan = make_plan(INDIVISIBLE, PlanRequest("uniform", base="3.13", pins=("*.odd=b3g32",)))
     assert [c.name for c in plan.configs] == ["b3g128", "b3g32"]
 
 
 # --- plan files -----------------------------------------------------------------------------
 
 
-def _plan_file(here: Problem, **asked: object) -> dict:
-    return json.loads(json.dumps(make_plan(here, PlanRequest(**asked)).to_json()))
+def _plan_file(target: Problem, **request_fields: object) -> dict:
+    return json.loads(json.dumps(make_plan(target, PlanRequest(**request_fields)).to_json()))
 
 
 LADDER_PLAN = _plan_file(SMALL, method="mxq", budget="3.25bpp", pins=("*.layers.0.*=b8g64",))
 ROWS_PLAN = _plan_file(MIXED_ROWS, method="high-impact", budget="2.3bpp")
 
 
-def _places(content: object, path: tuple = ()) -> list[tuple]:
+def _json_paths(content: object, path: tuple = ()) -> list[tuple]:
     """Every place of a JSON value, as the keys that lead to it."""
     inner = content.items() if isinstance(content, dict) else ()
-    return [path, *(place for k, v in inner for place in _places(v, (*path, k)))]
+    return [path, *(json_path for k, v in inner for json_path in _json_paths(v, (*path, k)))]
 
 
-def _changed(content: dict, path: tuple, value: object, remove: bool, extra: bool) -> object:
+def _with_change(content: dict, path: tuple, value: object, remove: bool, extra: bool) -> object:
     if not path:
         return value
     content = copy.deepcopy(content)
@@ -174,21 +174,21 @@ def _changed(content: dict, path: tuple, value: object, remove: bool, extra: boo
 @fuzz
 @pytest.mark.parametrize("whole", [LADDER_PLAN, ROWS_PLAN], ids=["ladder", "rows"])
 @given(data=st.data())
-def test_a_damaged_plan_file_is_a_sentence(whole, data):
-    here = SMALL if whole is LADDER_PLAN else MIXED_ROWS
-    place = data.draw(st.sampled_from(_places(whole)))
-    content = _changed(
-        whole, place, data.draw(anything), *data.draw(st.tuples(*2 * [st.booleans()]))
+def test_plan_from_json_damaged_content_valid_or_raises(plan_file, data):
+    target = SMALL if plan_file is LADDER_PLAN else MIXED_ROWS
+    json_path = data.draw(st.sampled_from(_json_paths(plan_file)))
+    content = _with_change(
+        plan_file, json_path, data.draw(any_json), *data.draw(st.tuples(*2 * [st.booleans()]))
     )
     try:
-        plan = Plan.from_json(content, here.matrices, 0)
+        plan = Plan.from_json(content, target.matrices, 0)
     except InputError:
         return
-    assert len(plan.configs) == len(here.matrices)
+    assert len(plan.configs) == len(target.matrices)
     assert plan.planned_bytes > 0
     json.dumps(plan.to_json())
     for name, rows in plan.rows.items():
-        matrix = next(m for m in here.matrices if m.name == name)
+        matrix = next(m for m in target.matrices if m.name == name)
         assert len(rows) == plan.choice[matrix].high_rows(matrix.out_features)
 
 
@@ -211,16 +211,16 @@ def test_a_damaged_plan_file_is_a_sentence(whole, data):
         (("objective",), 10**400, "objective"),
     ],
 )
-def test_what_is_wrong_in_a_plan_file_is_named(path, value, names):
+def test_plan_from_json_bad_field_named_in_error(path, value, pattern):
     content = copy.deepcopy(LADDER_PLAN)
     parent = content["request"] if len(path) == 2 else content
     parent[path[-1]] = value
-    with pytest.raises(InputError, match=names):
+    with pytest.raises(InputError, match=pattern):
         Plan.from_json(content, SMALL.matrices, 0)
 
 
 @pytest.mark.parametrize("entry", [None, 3, {"bits": 3}, {"bits": [3], "group_size": 64}])
-def test_a_damaged_module_is_named(entry):
+def test_plan_from_json_bad_module_named_in_error(entry):
     content = copy.deepcopy(LADDER_PLAN)
     name = SMALL.matrices[3].name
     content["modules"][name] = entry
@@ -228,11 +228,11 @@ def test_a_damaged_module_is_named(entry):
         Plan.from_json(content, SMALL.matrices, 0)
 
 
-def test_a_plan_file_with_groups_that_do_not_fill_is_refused():
-    content = _plan_file(UNEVEN, method="uniform", base="3.51")
+def test_plan_from_json_indivisible_group_raises():
+    content = _plan_file(INDIVISIBLE, method="uniform", base="3.51")
     content["modules"]["model.layers.0.mlp.odd"] |= {"bits": 3, "group_size": 128}
     with pytest.raises(InputError, match=r"mlp\.odd .*b3g128"):
-        Plan.from_json(content, UNEVEN.matrices, 0)
+        Plan.from_json(content, INDIVISIBLE.matrices, 0)
 
 
 @pytest.mark.parametrize(
@@ -240,12 +240,12 @@ def test_a_plan_file_with_groups_that_do_not_fill_is_refused():
     ["", "{", "[" * 100_000, '{"axis": 1' + "0" * 5000 + "}", "\0", "[]", "null", '"modules"'],
     ids=["empty", "cut off", "nested", "huge number", "zero byte", "list", "null", "text"],
 )
-def test_a_file_that_holds_no_plan(text, tmp_path):
+def test_saved_plan_invalid_json_raises(text, tmp_path):
     path = tmp_path / "plan.json"
     path.write_text(text, "utf8")
-    bench = SimpleNamespace(outline=SimpleNamespace(matrices=SMALL.matrices, other_bytes=0))
+    session = SimpleNamespace(config_info=SimpleNamespace(matrices=SMALL.matrices, other_bytes=0))
     with pytest.raises(InputError, match="not a plan"):
-        verbs._saved_plan(path, bench)
+        verbs._load_plan(path, session)
 
 
 # --- text that means a number ---------------------------------------------------------------
@@ -260,20 +260,20 @@ texts = st.lists(_parts, max_size=6).map("".join) | st.text(max_size=12)
 @example("b" + "9" * 5000 + "g64")
 @example("b2h3r" + "9" * 5000 + "g64")
 @given(texts)
-def test_any_text_as_a_size_a_configuration_or_a_pin(text):
-    for read in (
+def test_text_parsers_any_text_parse_or_raise(text):
+    for parser in (
         lambda: parse_bytes(text),
         lambda: Budget.parse(text, 4096).nominal_bytes,
         lambda: parse_config(text),
         lambda: stop_index(text),
         lambda: Pin.parse(text),
-        lambda: Pin.parse(text, MIXED),
-        lambda: with_pins(SMALL, (text,)),
+        lambda: Pin.parse(text, MIXED_ROW_CONFIGS),
+        lambda: apply_pins(SMALL, (text,)),
         lambda: make_plan(SMALL, PlanRequest("uniform", budget=text)),
         lambda: make_plan(SMALL, PlanRequest("uniform", base=text)),
     ):
         with suppress(InputError):
-            read()
+            parser()
     for budget in sweep.parse_budgets(text):
         assert budget.strip()
 
@@ -281,16 +281,16 @@ def test_any_text_as_a_size_a_configuration_or_a_pin(text):
 # --- the address ----------------------------------------------------------------------------
 
 
-class _Session(dict):
+class _SessionState(dict):
     """In the place of Streamlit's session: what :mod:`lsq_core.ui.state` asks of it."""
 
 
 @pytest.fixture
-def address(monkeypatch):
+def url_query(monkeypatch):
     """What stands in the address, and an empty session beside it."""
     query: dict[str, str] = {}
     monkeypatch.setattr(st_app, "query_params", query)
-    monkeypatch.setattr(st_app, "session_state", _Session())
+    monkeypatch.setattr(st_app, "session_state", _SessionState())
     return query
 
 
@@ -305,11 +305,11 @@ _number_texts = texts | st.integers(-(10**20), 10**20).map(str) | st.floats().ma
 @example({"seed": "9" * 5000})
 @example({"budget": "1e999"})
 @given(st.dictionaries(st.sampled_from(list(state._PLAN_DEFAULTS)), _number_texts))
-def test_any_address_gives_values_that_the_controls_take(address, given_address):
+def test_begin_plan_any_url_gives_valid_control_values(url_query, query_values):
     st_app.session_state.clear()
-    address.clear()
-    address.update(given_address)
-    state.begin_plan(has_profile=True)
+    url_query.clear()
+    url_query.update(query_values)
+    state.init_plan(has_profile=True)
     chosen = st_app.session_state
     assert 0 <= chosen["boost_stop"] <= 11
     assert 0 <= chosen["top_m"] < 2**53

@@ -7,11 +7,11 @@ import pytest
 from lsq_core.bits import LADDER
 from lsq_core.model.loading import inspect_model
 from lsq_core.model.source import ModelSource
+from tests.architectures.run_end_to_end import run_end_to_end, save_small_model
 from tests.architectures.small import architectures
-from tests.architectures.whole_way import save_small_model, whole_way
 
 #: Model types, and how far each gets.
-KINDS = {
+EXPECTED_STATES = {
     "axk2": "works",  # latent attention, whose code reads a linear module's weight
     "bamba": "works",  # attention and state space in turn
     "bart": "works",  # a decoder whose cross-attention nothing reaches
@@ -35,10 +35,10 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("model_type", KINDS)
-def test_whole_way(model_type, tmp_path):
-    outcome = whole_way(model_type, architectures()[model_type], tmp_path)
-    assert (outcome.state, outcome.reason) == (KINDS[model_type], "")
+@pytest.mark.parametrize("model_type", EXPECTED_STATES)
+def test_architecture_end_to_end(model_type, tmp_path):
+    outcome = run_end_to_end(model_type, architectures()[model_type], tmp_path)
+    assert (outcome.state, outcome.reason) == (EXPECTED_STATES[model_type], "")
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_whole_way(model_type, tmp_path):
         ("mixtral", "mlp.gate", "not the weight of a linear module"),
     ],
 )
-def test_what_plans_leave_alone_is_listed_with_its_share(model_type, type, reason, tmp_path):
+def test_inspect_lists_unplanned_weights_with_share(model_type, type, reason, tmp_path):
     save_small_model(model_type, tmp_path)
     info = inspect_model(ModelSource(str(tmp_path)))
     (line,) = [line for line in info.left_out if line.startswith(f"{type} in ")]
@@ -58,7 +58,7 @@ def test_what_plans_leave_alone_is_listed_with_its_share(model_type, type, reaso
     assert not any(matrix.type == type for matrix in info.matrices)
 
 
-def test_a_shared_matrix_is_planned_once(tmp_path):
+def test_inspect_shared_matrix_listed_once(tmp_path):
     """Zamba 2 runs one block's weights in several layers."""
     save_small_model("zamba2", tmp_path)
     info = inspect_model(ModelSource(str(tmp_path)))
@@ -67,7 +67,7 @@ def test_a_shared_matrix_is_planned_once(tmp_path):
     assert info.linear_parameters < info.parameters
 
 
-def test_no_group_size_divides_the_matrices(tmp_path):
+def test_inspect_indivisible_matrices_raises(tmp_path):
     from lsq_core.errors import InputError
     from tests.conftest import save_random_model
 

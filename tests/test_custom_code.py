@@ -36,7 +36,7 @@ class OwnForCausalLM(LlamaForCausalLM):
 
 
 @pytest.fixture(autouse=True)
-def _modules_of_its_own(tmp_path, monkeypatch):
+def _isolated_modules_cache(tmp_path, monkeypatch):
     """transformers copies trusted code into a cache; not into the person's."""
     from transformers import dynamic_module_utils
 
@@ -63,53 +63,68 @@ def own(random_model, tmp_path) -> Path:
     return folder
 
 
-def run(*words: object) -> list[str]:
+def run(*options: object) -> list[str]:
     fixed = ["--device", "cpu", "--method", "uniform", "--base", "4.25", "--quantizer", "rtn"]
-    return ["run", *fixed, "--max-tokens", "100", "--json", *map(str, words)]
+    return ["run", *fixed, "--max-tokens", "100", "--json", *map(str, options)]
 
 
-def test_without_leave_it_is_a_sentence(own, capsys):
+def test_custom_code_without_trust_raises(own, capsys):
     source = ModelSource(str(own))
-    for look in (inspect_model, lambda s: load_model(s, "cpu"), lambda s: open_streamed(s, "cpu")):
+    for open_model in (
+        inspect_model,
+        lambda s: load_model(s, "cpu"),
+        lambda s: open_streamed(s, "cpu"),
+    ):
         with pytest.raises(InputError, match="--trust-remote-code"):
-            look(source)
+            open_model(source)
     assert cli.main(["inspect", "--model", str(own)]) == 2
-    told = capsys.readouterr()
-    assert told.out == "", "no question is asked there"
-    assert "--trust-remote-code" in told.err
+    captured = capsys.readouterr()
+    assert captured.out == "", "no question is asked there"
+    assert "--trust-remote-code" in captured.err
 
 
-def test_there_and_back(own, tmp_path, capsys, small_text):
+def test_custom_code_model_save_and_eval(own, tmp_path, capsys, small_text):
     saved, db = tmp_path / "saved", ("--db", tmp_path / "db", "--corpus", small_text)
     trusted = ["--model", own, "--trust-remote-code"]
     assert cli.main(run("--save", saved, *trusted, *db)) == 0
-    made = json.loads(capsys.readouterr().out)
+    result = json.loads(capsys.readouterr().out)
     assert {p.name for p in saved.glob("*.py")} == {"configuration_own.py", "modeling_own.py"}
     shutil.rmtree(own)
-    again = ["eval", "--model", str(saved), "--device", "cpu", "--max-tokens", "100", "--json"]
-    again += map(str, db)
-    assert cli.main([*again, "--trust-remote-code"]) == 0
+    eval_command = [
+        "eval",
+        "--model",
+        str(saved),
+        "--device",
+        "cpu",
+        "--max-tokens",
+        "100",
+        "--json",
+    ]
+    eval_command += map(str, db)
+    assert cli.main([*eval_command, "--trust-remote-code"]) == 0
     assert json.loads(capsys.readouterr().out)["perplexity"] == pytest.approx(
-        made["perplexity"], rel=1e-6
+        result["perplexity"], rel=1e-6
     )
-    assert cli.main(again) == 2, "a saved model's code runs no sooner than the original's"
+    assert cli.main(eval_command) == 2, "a saved model's code runs no sooner than the original's"
     assert "--trust-remote-code" in capsys.readouterr().err
 
 
-def test_a_saved_model_stops_where_the_original_does(own, random_model, tmp_path, capsys):
+def test_saved_model_keeps_eos_tokens(own, random_model, tmp_path, capsys):
     """Models of several end tokens keep them in generation_config.json alone."""
     folder = tmp_path / "chatty"
     shutil.copytree(random_model("llama-gqa"), folder)
     loaded = load_model(ModelSource(str(folder)), "cpu")
-    two = loaded.model, loaded.model
-    [first] = compare_generation(*two, loaded.tokenizer, "Return the", 1).full
+    model_pair = loaded.model, loaded.model
+    [first] = compare_generation(*model_pair, loaded.tokenizer, "Return the", 1).full
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, first.id]}))
     saved = tmp_path / "saved"
-    words = ["--model", folder, "--save", saved, "--db", tmp_path / "db", "--pin", "*=b8g32"]
-    assert cli.main(run(*words)) == 0
+    options = ["--model", folder, "--save", saved, "--db", tmp_path / "db", "--pin", "*=b8g32"]
+    assert cli.main(run(*options)) == 0
     original = load_model(ModelSource(str(folder)), "cpu").model
     quantized = load_quantized(saved, "cpu")
     assert quantized.model.generation_config.eos_token_id == [0, first.id]
-    compared = compare_generation(original, quantized.model, quantized.tokenizer, "Return the", 20)
-    assert len(compared.full) == 1
-    assert len(compared.quantized) == 1
+    comparison = compare_generation(
+        original, quantized.model, quantized.tokenizer, "Return the", 20
+    )
+    assert len(comparison.full) == 1
+    assert len(comparison.quantized) == 1
