@@ -461,7 +461,7 @@ def test_cli_max_loss_gives_smallest_plan(run_cli, method):
 
 
 @pytest.mark.parametrize(
-    ("options", "sentence"),
+    ("options", "message"),
     [
         (["--max-loss", "abc"], "'abc'"),
         (["--max-loss=-1%"], "'-1%'"),

@@ -69,7 +69,7 @@ def full_perplexities(store: Store) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(
-    "later",
+    "later_place",
     [{"device": "cuda:0"}, {"torch": "2.1"}, {"device": "cuda:0", "dtype": "bfloat16"}],
     ids=["another device", "another torch", "another device and dtype"],
 )

@@ -183,7 +183,7 @@ def test_prune_folder_outside_data_raises(saved, tmp_path, capsys):
     assert (elsewhere / WEIGHTS).exists()
 
 
-@pytest.mark.parametrize("inside", ["thesis.txt", "photos/"])
+@pytest.mark.parametrize("other_file", ["thesis.txt", "photos/"])
 def test_prune_folder_with_other_files_raises(saved, other_file):
     theirs = saved.parents[1] / "theirs"
     theirs.mkdir()
