@@ -13,7 +13,8 @@ from lsq_core.model.info import ModelInfo
 from lsq_core.planning.detection import shallow_model_note
 from lsq_core.quantization.registry import planned_bytes
 from lsq_core.reference import download, import_download, import_reference
-from lsq_core.store.store import PUBLISHED, Store
+from lsq_core.store.models import PUBLISHED
+from lsq_core.store.store import Store
 from lsq_core.ui import cached, sidebar, state, words
 from lsq_core.ui.page import NoModel, PageContext, headline, next_step, page, render_no_model
 from lsq_core.ui.safe import st

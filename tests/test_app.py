@@ -442,7 +442,7 @@ def test_compare_verdict_matches_paired_windows(filled, shift, verdict):
 
 
 def test_app_locked_database_shows_one_error(filled, monkeypatch):
-    monkeypatch.setattr("lsq_core.store.store.LOCK_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("lsq_core.store.connection.LOCK_TIMEOUT_S", 0.2)
     lock_script = (
         f"import duckdb; c = duckdb.connect({str(filled.path)!r}); print('held', flush=True); "
         "input()"

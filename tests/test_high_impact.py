@@ -38,7 +38,8 @@ from lsq_core.quantization.registry import get_quantizer
 from lsq_core.quantized.convert import quantize_model
 from lsq_core.session import Session
 from lsq_core.stages.plan import request_incompatibility
-from lsq_core.store.store import InteractionKey, Store
+from lsq_core.store.profiles import InteractionKey
+from lsq_core.store.store import Store
 
 OPTIONS = mixed_rows(2, 3, 128)
 

@@ -21,7 +21,7 @@ import pytest
 import lsq_core
 from lsq_core import paths
 from lsq_core.errors import InputError
-from lsq_core.store.store import database_path
+from lsq_core.store.connection import database_path
 from tests.conftest import ROOT
 
 #: Everything that a build reads, and the tests, which have to stay out of it.

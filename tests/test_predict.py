@@ -38,7 +38,8 @@ from lsq_core.profiling.settings import PUBLISHED_SETTINGS
 from lsq_core.provenance import now
 from lsq_core.session import Session
 from lsq_core.stages.plan import build_problem
-from lsq_core.store.store import PUBLISHED, Store
+from lsq_core.store.models import PUBLISHED
+from lsq_core.store.store import Store
 
 RUNS = {"quantizer": "hqq", "axis": 0, "metadata": "8bit"}
 FULL = 6.0

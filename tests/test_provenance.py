@@ -30,7 +30,7 @@ from lsq_core.results.report import format_run_figures
 from lsq_core.session import Session
 from lsq_core.stages.model import resolve_device_and_dtype
 from lsq_core.stages.profile import merge_profile, profile_key
-from lsq_core.store import store as store_module
+from lsq_core.store import connection as store_module
 from lsq_core.store.schema import MIGRATIONS
 from lsq_core.store.store import Store
 from lsq_core.sweep import items, sweep

@@ -31,7 +31,7 @@ from lsq_core.results.compare import (
     win_tie_loss_at_equal_bytes,
 )
 from lsq_core.session import Session
-from lsq_core.store import store as store_module
+from lsq_core.store import connection as store_module
 from lsq_core.store.schema import MIGRATIONS
 from lsq_core.store.store import Store
 from lsq_core.units import GIB

@@ -26,7 +26,8 @@ from lsq_core.profiling import interactions as measuring
 from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.results.compare import byte_shares, run_settings
 from lsq_core.session import Session
-from lsq_core.store.store import InteractionKey, Store
+from lsq_core.store.profiles import InteractionKey
+from lsq_core.store.store import Store
 from tests.conftest import save_random_model
 from tests.test_app import filled, filled_once, first_line, open_page  # noqa: F401 - fixtures
 from tests.test_plan_page import command_line_plan, planner_data, problem

@@ -18,7 +18,7 @@ from lsq_core.model.source import ModelSource
 from lsq_core.planning.make import make_plan
 from lsq_core.planning.problem import Problem
 from lsq_core.planning.request import PlanRequest
-from lsq_core.store import store as store_module
+from lsq_core.store import connection as store_module
 from lsq_core.store.schema import MIGRATIONS
 from lsq_core.store.store import Store
 
@@ -248,8 +248,8 @@ def test_store_waits_for_locked_file(tmp_path, monkeypatch):
 
 COUNT_SCRIPT = """
 import sys
-from lsq_core.store import store
-store.LOCK_TIMEOUT_S = 0.1
+from lsq_core.store import connection, store
+connection.LOCK_TIMEOUT_S = 0.1
 print(len(store.Store(sys.argv[1]).models()))
 """
 
@@ -268,7 +268,8 @@ def test_held_store_blocks_other_processes(tmp_path, info):
 
 WRITE_SCRIPT = """
 import sys
-from lsq_core.store.store import Store, new_id
+from lsq_core.store.store import Store
+from lsq_core.store.connection import new_id
 store = Store(sys.argv[1])
 for i in range(20):
     with store.transaction() as connection:
@@ -291,7 +292,8 @@ def test_store_concurrent_writers(tmp_path):
 
 KILL_SCRIPT = """
 import os, signal, sys
-from lsq_core.store.store import Store, new_id
+from lsq_core.store.store import Store
+from lsq_core.store.connection import new_id
 store = Store(sys.argv[1])
 with store.transaction() as connection:
     connection.execute("INSERT INTO runs (id, method) VALUES (?, 'kept')", [new_id()])

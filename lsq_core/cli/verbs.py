@@ -29,7 +29,9 @@ from lsq_core.session import Session
 from lsq_core.stages.model import find_published
 from lsq_core.stages.plan import request_incompatibility
 from lsq_core.stages.saved import evaluate_saved, load_saved
-from lsq_core.store.store import PUBLISHED, Store, database_path
+from lsq_core.store.connection import database_path
+from lsq_core.store.models import PUBLISHED
+from lsq_core.store.store import Store
 from lsq_core.targets import check_file_target, check_folder_target
 from lsq_core.units import parse_bytes
 

@@ -13,7 +13,7 @@ from lsq_core.model.source import ModelSource
 from lsq_core.planning.methods import PLANNERS
 from lsq_core.planning.request import PlanRequest
 from lsq_core.profiling.settings import ProfileSettings
-from lsq_core.store.store import PUBLISHED
+from lsq_core.store.models import PUBLISHED
 
 #: Fields of a plan request that are options with a value.
 _REQUEST_OPTIONS = ("base", "budget", "boost_stop", "top_m", "metric", "seed")

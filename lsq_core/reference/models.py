@@ -29,7 +29,7 @@ from lsq_core.reference.checkout import (
     config_names,
     drop_repeated_rows,
 )
-from lsq_core.store.store import PUBLISHED
+from lsq_core.store.models import PUBLISHED
 
 #: Fine-tuned variants of which only sensitivities are published: the model of the same shapes.
 _VARIANTS = {

@@ -31,7 +31,7 @@ from lsq_core.reference.checkout import (
     config_names,
 )
 from lsq_core.reference.models import PublishedModel, module_name, profile_key
-from lsq_core.store.store import PUBLISHED
+from lsq_core.store.models import PUBLISHED
 from lsq_core.units import GIB
 
 #: The toolkit's words for what this project has a word for.

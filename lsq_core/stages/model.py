@@ -23,7 +23,8 @@ from lsq_core.provenance import (
     DeviceAndDtype,
     device_kind,
 )
-from lsq_core.store.store import PUBLISHED, Store
+from lsq_core.store.models import PUBLISHED
+from lsq_core.store.store import Store
 from lsq_core.units import GIB
 
 if TYPE_CHECKING:

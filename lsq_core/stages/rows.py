@@ -20,7 +20,8 @@ from lsq_core.provenance import (
     machine,
     versions,
 )
-from lsq_core.store.store import InteractionKey, Store
+from lsq_core.store.profiles import InteractionKey
+from lsq_core.store.store import Store
 
 if TYPE_CHECKING:
     from torch import Tensor

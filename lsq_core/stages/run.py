@@ -26,7 +26,7 @@ from lsq_core.quantization.registry import (
 )
 from lsq_core.quantized.manifest import RUN_KEYS, is_quantized_folder, read_manifest
 from lsq_core.settings import GridSettings
-from lsq_core.store.store import new_id
+from lsq_core.store.connection import new_id
 from lsq_core.table import short_table
 from lsq_core.targets import check_folder_target
 from lsq_core.units import format_bytes

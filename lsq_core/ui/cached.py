@@ -38,7 +38,9 @@ from lsq_core.stages.model import find_published, known_identity, resolve_device
 from lsq_core.stages.plan import build_problem, check_metrics, make_model_plan
 from lsq_core.stages.profile import find_profile_key, profile_key
 from lsq_core.stages.rows import interaction_key, load_impact
-from lsq_core.store.store import PUBLISHED, InteractionKey, Store
+from lsq_core.store.models import PUBLISHED
+from lsq_core.store.profiles import InteractionKey
+from lsq_core.store.store import Store
 from lsq_core.ui.hub_lookup import look_up
 from lsq_core.ui.safe import st
 

@@ -15,7 +15,8 @@ from lsq_core.errors import LsqError
 from lsq_core.files import translate_disk_error
 from lsq_core.model.info import ModelInfo
 from lsq_core.model.source import ModelSource
-from lsq_core.store.store import Store, database_path
+from lsq_core.store.connection import database_path
+from lsq_core.store.store import Store
 from lsq_core.ui import cached, hub_lookup, sidebar, state, words
 from lsq_core.ui.safe import st
 

@@ -16,7 +16,7 @@ from lsq_core.model.source import ModelSource
 from lsq_core.planning.methods import PLANNERS, get_planner
 from lsq_core.planning.request import LOSSES, RATIO_MODES, PlanRequest
 from lsq_core.profiling.settings import ProfileSettings
-from lsq_core.store.store import PUBLISHED
+from lsq_core.store.models import PUBLISHED
 from lsq_core.ui.safe import st
 
 #: How a plan can be asked for.

@@ -8,7 +8,7 @@ import pandas as pd
 
 from lsq_core import charts
 from lsq_core.results.compare import largest_gain
-from lsq_core.store.store import PUBLISHED
+from lsq_core.store.models import PUBLISHED
 from lsq_core.ui import cached, words
 from lsq_core.ui.page import PageContext, headline
 from lsq_core.ui.safe import st

@@ -1,0 +1,174 @@
+"""The database file: connections, transactions, migrations.
+
+Connections are short, so that the app, jobs and the command line can share the file: DuckDB
+allows one process at a time to write, and another waits its turn here.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import duckdb
+
+from lsq_core import paths
+from lsq_core.errors import InputError
+from lsq_core.store import database
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+from lsq_core.store.schema import MIGRATIONS
+
+#: Seconds to wait for another process to let go of the file.
+LOCK_TIMEOUT_S = 20.0
+#: Times that a transaction is tried which another thread's may have overtaken.
+_ATTEMPTS = 20
+
+
+def database_path() -> Path:
+    """Where the database is unless another is given: ``LSQ_DB``, or in the data folder."""
+    path = os.environ.get("LSQ_DB") or paths.data_folder() / "lsq.duckdb"
+    return Path(path).expanduser().resolve()
+
+
+class DatabaseFile:
+    """One DuckDB file. Every method opens it, does its work and closes it again.
+
+    Where several follow each other, :meth:`held` opens it once for all of them.
+
+    Raises
+    ------
+    InputError
+        When the file is not a database of this project, or a newer version wrote it.
+    LsqError
+        When another process keeps it for longer than ``LOCK_TIMEOUT_S`` seconds, or the disk is
+        full.
+    """
+
+    def __init__(self, path: str | Path | None = None) -> None:
+        self.path = Path(path).expanduser().resolve() if path else database_path()
+        if self.path.is_dir():
+            raise InputError(f"{self.path} is a folder; give the path of a database file.")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{self.path.parent} cannot be created: {error.strerror}.") from error
+        if not self.path.exists():
+            database.create(self.path, self._migrate)
+        with self.connect() as connection:
+            self._migrate(connection)
+
+    @contextmanager
+    def connect(self) -> Iterator[duckdb.DuckDBPyConnection]:
+        """A connection for the length of a ``with``; waits while another process has the file."""
+        connection = database.connect(self.path, LOCK_TIMEOUT_S)
+        try:
+            with database.translate_duckdb_errors(self.path):
+                yield connection
+        finally:
+            connection.close()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep the file open for the length of a ``with``, so that methods within only use it.
+
+        Opening takes forty times as long as a short question. Other processes wait meanwhile, so
+        it is for what takes no longer than they do (``LOCK_TIMEOUT_S``).
+        """
+        import_pandas()
+        with self.connect():
+            yield
+
+    @contextmanager
+    def transaction(self) -> Iterator[duckdb.DuckDBPyConnection]:
+        """A connection of which all or nothing is kept."""
+        with self.connect() as connection:
+            connection.begin()
+            try:
+                yield connection
+                connection.commit()
+            except BaseException:
+                # A commit that failed, on a full disk say, has rolled back already.
+                with suppress(duckdb.TransactionException):
+                    connection.rollback()
+                raise
+
+    def _retry_transaction(self, work: Callable[[duckdb.DuckDBPyConnection], None]) -> None:
+        """Do work in a transaction, again where another thread of this process was faster."""
+        for attempt in range(_ATTEMPTS):
+            try:
+                with self.transaction() as connection:
+                    return work(connection)
+            except (duckdb.TransactionException, duckdb.ConstraintException):
+                if attempt == _ATTEMPTS - 1:
+                    raise
+                time.sleep(random.uniform(0.01, 0.06))
+        return None
+
+    def _migrate(self, connection: duckdb.DuckDBPyConnection) -> None:
+        version = database.schema_version(connection, self.path, len(MIGRATIONS))
+        database.check_schema(connection, self.path, MIGRATIONS[:version])
+        if version == len(MIGRATIONS):
+            return
+        if version and database.is_read_only(self.path):
+            raise InputError(
+                f"{self.path} is of an older LSQ Explorer (schema {version}) and can only be read, "
+                "so it can't be brought up to date: make it and its folder writable."
+            )
+        connection.begin()
+        try:
+            connection.execute("CREATE TABLE IF NOT EXISTS schema_version (version INTEGER)")
+            for number, script in enumerate(MIGRATIONS[version:], start=version + 1):
+                connection.execute(script)
+                connection.execute("INSERT INTO schema_version VALUES (?)", [number])
+            connection.commit()
+        except BaseException:
+            # A commit that failed, on a full disk say, has rolled back already.
+            with suppress(duckdb.TransactionException):
+                connection.rollback()
+            raise
+
+    def query(self, sql: str, parameters: list | None = None) -> pd.DataFrame:
+        """Rows of a SELECT as a data frame."""
+        import_pandas()
+        with self.connect() as connection:
+            return connection.execute(sql, parameters or []).df()
+
+    def _fetch_row(self, sql: str, parameters: list) -> dict[str, Any] | None:
+        with self.connect() as connection:
+            cursor = connection.execute(sql, parameters)
+            names = [column[0] for column in cursor.description]
+            row = cursor.fetchone()
+        return None if row is None else dict(zip(names, row, strict=True))
+
+    def _execute(self, sql: str, parameters: list) -> None:
+        with self.transaction() as connection:
+            connection.execute(sql, parameters)
+
+
+def insert_row(
+    connection: duckdb.DuckDBPyConnection, table: str, replace: bool = False, **values: object
+) -> None:
+    """One row; table and column names come from this file, values go in as parameters."""
+    marks = ", ".join("?" for _ in values)
+    verb = "INSERT OR REPLACE" if replace else "INSERT"
+    connection.execute(
+        f"{verb} INTO {table} ({', '.join(values)}) VALUES ({marks})", list(values.values())
+    )
+
+
+def new_id() -> str:
+    """A fresh identity for a plan, a run or an evaluation: 12 hexadecimal digits."""
+    return uuid.uuid4().hex[:12]
+
+
+def import_pandas() -> None:
+    """Have pandas before the file is opened: others would wait while it is imported."""
+    import pandas  # noqa: F401

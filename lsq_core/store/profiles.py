@@ -1,0 +1,250 @@
+"""Profiles, row scores and interactions."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import duckdb
+import numpy as np
+
+from lsq_core.bits import RATIOS
+from lsq_core.jsontext import json_text
+from lsq_core.profiling.profile import Profile
+from lsq_core.profiling.settings import ProfileSettings
+from lsq_core.provenance import now
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+from lsq_core.store.connection import insert_row
+from lsq_core.store.models import ModelTables
+
+
+@dataclass(frozen=True)
+class InteractionKey:
+    """Which interactions: by which loss, of which widths and groups."""
+
+    loss: str
+    low_bits: int
+    high_bits: int
+    group_size: int
+
+
+#: The tables with a provenance that keep something under a profile's identity, and its column.
+_PROFILE_TABLES = {"profiles": "id", "row_scores": "profile", "interactions": "profile"}
+
+
+class ProfileTables(ModelTables):
+    """Every score of every profile, with how it was measured."""
+
+    def merge_profile(self, measured: Profile) -> None:
+        """Add metrics to the profile of the same identity, in the place of the same ones.
+
+        One that isn't there yet begins with them. Looking and writing are one transaction, so
+        several processes and threads that measure one profile lose nothing of each other's.
+        How each metric was measured is kept under its name in ``provenance["added"]``. Where the
+        calibration text has become another one, as a dataset may at a revision that moves, the
+        scores on the text before it are dropped: a profile is of one text.
+        """
+        self._retry_transaction(lambda connection: _merge_profile(connection, measured))
+
+    def rekey_profile(self, old: str, new: str, same: Callable[[dict], bool]) -> bool:
+        """Put what is kept under a profile's older identity under its new one; whether any was.
+
+        ``same`` says of a provenance whether what was measured with it belongs there. Metrics
+        that were added on another device, say, are dropped, and nothing is done where there is a
+        profile under the new identity.
+        """
+        with self.connect() as connection:
+            if not _has_profile_data(connection, old) or _has_profile_data(connection, new):
+                return False
+        with self.transaction() as connection:
+            return _rekey_profile(connection, old, new, same)
+
+    def profile(self, id: str) -> Profile | None:
+        """A profile by its identity, or None."""
+        with self.held():
+            row = self._fetch_row("SELECT * FROM profiles WHERE id = ?", [id])
+            if row is None:
+                return None
+            info = self.model(row["fingerprint"])
+            values = self.query("SELECT * EXCLUDE (profile) FROM scores WHERE profile = ?", [id])
+        return Profile(
+            id=id,
+            fingerprint=row["fingerprint"],
+            settings=ProfileSettings(**json.loads(row["settings"])),
+            matrices=info.matrices,
+            values=values,
+            provenance=json.loads(row["provenance"]),
+        )
+
+    def profiles(self, fingerprint: str) -> pd.DataFrame:
+        """A model's profiles, newest first: ``id, settings, provenance, created``."""
+        return self.query(
+            "SELECT id, settings, provenance, created FROM profiles WHERE fingerprint = ? "
+            "ORDER BY created DESC",
+            [fingerprint],
+        )
+
+    def save_row_scores(
+        self, profile: str, scores: Mapping[str, np.ndarray], provenance: dict
+    ) -> None:
+        """Keep each module's row scores (out,) under a profile's identity."""
+        provenance_json, written_at = json_text(provenance), now()
+        with self.transaction() as connection:
+            connection.execute("DELETE FROM row_scores WHERE profile = ?", [profile])
+            connection.executemany(
+                "INSERT INTO row_scores VALUES (?, ?, ?, ?, ?)",
+                [
+                    [profile, module, values.tolist(), provenance_json, written_at]
+                    for module, values in scores.items()
+                ],
+            )
+
+    def row_scores(self, profile: str) -> dict[str, np.ndarray]:
+        """Row scores (out,) by module; none where they were not measured."""
+        with self.connect() as connection:
+            rows = connection.execute(
+                "SELECT module, scores FROM row_scores WHERE profile = ?", [profile]
+            ).fetchall()
+        return {module: np.array(scores) for module, scores in rows}
+
+    def save_interactions(
+        self,
+        profile: str,
+        kind: InteractionKey,
+        layer: int,
+        units: Sequence[str],
+        matrix: np.ndarray,
+        provenance: dict,
+    ) -> None:
+        """Keep one block's M (u·r, u·r) as it was measured, in the place of one before."""
+        key = {"profile": profile} | asdict(kind) | {"layer": layer}
+        with self.transaction() as connection:
+            where = " AND ".join(f"{column} = ?" for column in key)
+            connection.execute(f"DELETE FROM interactions WHERE {where}", list(key.values()))
+            insert_row(
+                connection,
+                "interactions",
+                **key,
+                units=list(units),
+                ratios=list(RATIOS),
+                matrix=matrix.ravel().tolist(),
+                provenance=json_text(provenance),
+                created=now(),
+            )
+
+    def interactions(self, profile: str, kind: InteractionKey) -> dict[int, np.ndarray]:
+        """Each layer's M (u·r, u·r) so far."""
+        key = {"profile": profile} | asdict(kind)
+        where = " AND ".join(f"{column} = ?" for column in key)
+        with self.connect() as connection:
+            rows = connection.execute(
+                f"SELECT layer, matrix FROM interactions WHERE {where} ORDER BY layer",
+                list(key.values()),
+            ).fetchall()
+        return {layer: _to_square_matrix(matrix) for layer, matrix in rows}
+
+    def row_data_version(self, profile: str, kind: InteractionKey) -> str:
+        """When row scores and interactions of a kind were last written, and how many.
+
+        '' where there are no row scores: what is planned from them changes with this text.
+        """
+        key = {"profile": profile} | asdict(kind)
+        where = " AND ".join(f"{column} = ?" for column in key)
+        with self.connect() as connection:
+            scores = connection.execute(
+                "SELECT max(created) FROM row_scores WHERE profile = ?", [profile]
+            ).fetchone()[0]
+            blocks = connection.execute(
+                f"SELECT count(*), max(created) FROM interactions WHERE {where}",
+                list(key.values()),
+            ).fetchone()
+        return f"{scores}/{blocks[0]}/{blocks[1]}" if scores else ""
+
+
+def _merge_profile(connection: duckdb.DuckDBPyConnection, measured: Profile) -> None:
+    existing = connection.execute(
+        "SELECT provenance FROM profiles WHERE id = ?", [measured.id]
+    ).fetchone()
+    before = json.loads(existing[0]) if existing else {}
+    text_changed = before.get("corpus_sha256") != measured.provenance.get("corpus_sha256")
+    if existing is None or text_changed:
+        connection.execute("DELETE FROM scores WHERE profile = ?", [measured.id])
+        provenance = measured.provenance
+    else:
+        facts = measured.provenance | {"created": now().isoformat()}
+        added = before.get("added", {}) | dict.fromkeys(measured.metrics, facts)
+        provenance = before | {"added": added}
+    if existing is None:
+        insert_row(
+            connection,
+            "profiles",
+            id=measured.id,
+            fingerprint=measured.fingerprint,
+            settings=json_text(asdict(measured.settings)),
+            provenance=json_text(provenance),
+            created=now(),
+        )
+    else:
+        connection.execute(
+            "UPDATE profiles SET provenance = ? WHERE id = ?", [json_text(provenance), measured.id]
+        )
+    connection.execute(
+        "DELETE FROM scores WHERE profile = ? AND list_contains(?, metric)",
+        [measured.id, list(measured.metrics)],
+    )
+    _insert_scores(connection, measured)
+
+
+def _insert_scores(connection: duckdb.DuckDBPyConnection, profile: Profile) -> None:
+    frame = profile.values.assign(profile=profile.id)
+    connection.register("frame", frame)
+    connection.execute(
+        "INSERT INTO scores SELECT profile, module, layer, type, metric, config, part, value "
+        "FROM frame"
+    )
+
+
+def _has_profile_data(connection: duckdb.DuckDBPyConnection, id: str) -> bool:
+    return any(
+        connection.execute(f"SELECT 1 FROM {table} WHERE {column} = ? LIMIT 1", [id]).fetchone()
+        for table, column in _PROFILE_TABLES.items()
+    )
+
+
+def _rekey_profile(
+    connection: duckdb.DuckDBPyConnection, old: str, new: str, same: Callable[[dict], bool]
+) -> bool:
+    """Move what belongs under the new identity; see :meth:`Store.rekey_profile`."""
+    moved = False
+    for table, column in _PROFILE_TABLES.items():
+        recorded = connection.execute(
+            f"SELECT DISTINCT CAST(provenance AS VARCHAR) FROM {table} WHERE {column} = ?", [old]
+        ).fetchall()
+        belonging = [text for (text,) in recorded if text and same(json.loads(text))]
+        if belonging:
+            connection.execute(
+                f"UPDATE {table} SET {column} = ? WHERE {column} = ? "
+                "AND list_contains(?, CAST(provenance AS VARCHAR))",
+                [new, old, belonging],
+            )
+            moved = True
+        if belonging and table == "profiles":
+            added = json.loads(belonging[0]).get("added", {})
+            others = [metric for metric, facts in added.items() if not same(facts)]
+            connection.execute(
+                "DELETE FROM scores WHERE profile = ? AND list_contains(?, metric)", [old, others]
+            )
+            connection.execute("UPDATE scores SET profile = ? WHERE profile = ?", [new, old])
+            connection.execute("UPDATE plans SET profile = ? WHERE profile = ?", [new, old])
+    return moved
+
+
+def _to_square_matrix(flat: Sequence[float]) -> np.ndarray:
+    side = math.isqrt(len(flat))
+    return np.array(flat).reshape(side, side)

@@ -1,0 +1,179 @@
+"""Results as tables, and copies of the database to read from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lsq_core.errors import InputError
+from lsq_core.store import database
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+from lsq_core.store.connection import LOCK_TIMEOUT_S, DatabaseFile
+
+#: Every evaluation of a quantized run that wasn't deleted, with full precision beside it.
+_RESULTS_SQL = """
+    SELECT e.id AS evaluation, r.id AS run, r.plan, m.source AS model, r.fingerprint,
+           r.method, p.asked[1] ->> '$' AS base,
+           p.bits_per_param, p.planned_bytes, r.measured_bytes, r.model_bytes,
+           r.quantizer, e.corpus, e.corpus_sha256, e.truncated, e.protocol, e.tokens,
+           e.perplexity, f.perplexity AS perplexity_full,
+           e.perplexity / f.perplexity - 1 AS increase,
+           e.full_precision, e.pairing, e.kl IS NULL AND r.origin = 'measured' AS saved_model,
+           e.kl, e.top1, e.tokens_per_second, e.working_bytes, r.quantize_seconds,
+           r.device, r.machine, r.dtype, r.saved_to,
+           CAST(p.asked[2] AS VARCHAR) AS request, p.profile, p.asked[3] ->> '$' AS metadata,
+           CAST(p.asked[4] ->> '$' AS INTEGER) AS axis, r.created, r.origin,
+           r.starred, r.note
+    FROM evaluations e
+    JOIN runs r ON e.run = r.id
+    LEFT JOIN (
+        SELECT id, profile, bits_per_param, planned_bytes, json_extract(
+            content, ['$.base', '$.request', '$.metadata', '$.axis']
+        ) AS asked FROM plans
+    ) p ON r.plan = p.id
+    LEFT JOIN models m ON r.fingerprint = m.fingerprint
+    LEFT JOIN evaluations f ON f.id = e.full_precision
+    WHERE r.deleted IS NULL
+"""
+
+
+#: Columns that hold JSON.
+_JSON_COLUMNS = ("content", "provenance", "seconds", "settings", "versions")
+
+
+class ResultTables(DatabaseFile):
+    """Runs with their evaluations, plans and profiles side by side."""
+
+    def results(
+        self, fingerprint: str | None = None, origin: str | None = "measured"
+    ) -> pd.DataFrame:
+        """One row an evaluation of a quantized run, newest first, with full precision beside it.
+
+        ``perplexity_full`` is of the evaluation that this one was paired with when it was made
+        (``full_precision``), of the same tokens, protocol, kind of device, dtype and versions; no
+        later one takes its place. ``pairing`` is ``measured`` or ``published``; ``inferred`` where
+        an older version kept no pair and versions may differ; None where there is none.
+        ``saved_model`` marks an evaluation of a saved model alone.
+        ``origin`` is ``measured``, ``published``, or None for both together. A published row has
+        no ``measured_bytes``; its ``model_bytes`` are the whole model's storage, as published.
+        Deleted runs are left out.
+        """
+        chosen = {"fingerprint": fingerprint, "origin": origin}
+        chosen = {column: value for column, value in chosen.items() if value}
+        where = "".join(f" AND {column} = ?" for column in chosen)
+        return self.query(
+            f"SELECT * FROM ({_RESULTS_SQL}) WHERE true{where} ORDER BY created DESC",
+            list(chosen.values()),
+        )
+
+    def run_configs(self, fingerprint: str) -> dict[str, dict[str, str]]:
+        """Each run of a model to the configurations of its plan, by module name.
+
+        Runs whose plan was not published, and deleted ones, are left out.
+        """
+        with self.connect() as connection:
+            rows = connection.execute(
+                "SELECT r.id, CAST(p.content -> '$.modules' AS VARCHAR) "
+                "FROM runs r JOIN plans p ON r.plan = p.id "
+                "WHERE r.fingerprint = ? AND r.deleted IS NULL",
+                [fingerprint],
+            ).fetchall()
+        modules = {run: json.loads(text) for run, text in rows if text}
+        return {
+            run: {name: entry["config"] for name, entry in plan.items()}
+            for run, plan in modules.items()
+            if plan
+        }
+
+    def objectives(self, fingerprint: str, method: str) -> pd.DataFrame:
+        """What a method minimised in the plan of each evaluated run: ``run, objective``, as kept.
+
+        ``kl, perplexity, increase, corpus, protocol, quantizer, bits_per_param, request`` are of
+        the run; those without an objective are left out.
+        """
+        return self.query(
+            f"SELECT r.run, CAST(p.content ->> '$.objective' AS DOUBLE) AS objective, r.kl, "
+            f"r.perplexity, r.increase, r.corpus, r.protocol, r.quantizer, r.bits_per_param, "
+            f"r.request FROM ({_RESULTS_SQL}) r JOIN plans p ON r.plan = p.id "
+            "WHERE r.fingerprint = ? AND r.method = ? AND p.content ->> '$.objective' IS NOT NULL",
+            [fingerprint, method],
+        )
+
+    def windows(self, evaluation: str) -> tuple[np.ndarray, np.ndarray]:
+        """Negative log-likelihood and token count of each window of an evaluation.
+
+        Raises
+        ------
+        InputError
+            When there is no such evaluation, or it was published as one figure.
+        """
+        row = self._fetch_row("SELECT nll, counts FROM evaluations WHERE id = ?", [evaluation])
+        if row is None:
+            raise InputError(f"There is no evaluation '{evaluation}' in {self.path}.")
+        if row["nll"] is None:
+            raise InputError(
+                f"Evaluation '{evaluation}' was published without its windows, so it has no "
+                "interval; compare its perplexity alone."
+            )
+        return np.array(row["nll"]), np.array(row["counts"])
+
+    def record(self, evaluation: str) -> dict[str, dict]:
+        """All that is kept of one evaluation: ``evaluation, run, plan, model``, and ``profile``.
+
+        ``full`` is the evaluation in full precision that this one is paired with. Each is a row by
+        its columns' names, without what takes long to read (windows, scores); JSON columns are
+        decoded. ``full``, ``plan`` and ``profile`` are empty where there is none.
+
+        Raises
+        ------
+        InputError
+            When there is no such evaluation.
+        """
+        own = self._fetch_row(
+            "SELECT * EXCLUDE (nll, counts) FROM evaluations WHERE id = ?", [evaluation]
+        )
+        if own is None or own["run"] is None:
+            raise InputError(f"There is no evaluated run '{evaluation}' in {self.path}.")
+        run = self._fetch_row("SELECT * FROM runs WHERE id = ?", [own["run"]])
+        plan = self._fetch_row("SELECT * FROM plans WHERE id = ?", [run["plan"]]) or {}
+        model = self._fetch_row(
+            "SELECT * EXCLUDE (config) FROM models WHERE fingerprint = ?", [run["fingerprint"]]
+        )
+        profile = (
+            self._fetch_row("SELECT * FROM profiles WHERE id = ?", [plan.get("profile")]) or {}
+        )
+        full = self._fetch_row(
+            "SELECT * EXCLUDE (nll, counts) FROM evaluations WHERE id = ?", [own["full_precision"]]
+        )
+        rows_by_table = {"evaluation": own, "full": full or {}, "run": run, "plan": plan}
+        rows_by_table |= {"model": model or {}, "profile": profile}
+        return {name: _decode_json_columns(row) for name, row in rows_by_table.items()}
+
+    def snapshot(self, path: Path) -> None:
+        """Write all there is at this moment into a new database file, with a view ``results``.
+
+        Whoever reads the copy keeps no one waiting.
+        """
+        copying = database.connect_in_memory(
+            f"ATTACH {database.quote_sql(str(self.path))} AS kept (READ_ONLY)",
+            f"ATTACH {database.quote_sql(str(path))} AS snapshot",
+            path=self.path,
+            wait=LOCK_TIMEOUT_S,
+        )
+        with copying, database.translate_duckdb_errors(self.path):
+            copying.execute("COPY FROM DATABASE kept TO snapshot; DETACH kept; USE snapshot")
+            copying.execute(f"CREATE VIEW results AS {_RESULTS_SQL}")
+
+
+def _decode_json_columns(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with its JSON columns as what they hold."""
+    return {
+        name: json.loads(value) if name in _JSON_COLUMNS and isinstance(value, str) else value
+        for name, value in row.items()
+    }

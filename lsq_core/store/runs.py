@@ -1,0 +1,299 @@
+"""Plans, runs and their evaluations."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import duckdb
+
+from lsq_core.errors import InputError
+from lsq_core.jsontext import json_text
+from lsq_core.provenance import evaluation_dependencies, now
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from lsq_core.evaluation.result import Evaluation
+    from lsq_core.planning.plan import Plan
+from lsq_core.store.connection import DatabaseFile, insert_row, new_id
+
+#: What a saved model's manifest knows of its plan and run, by the columns' own names.
+_PLAN_COLUMNS = ("method", "bits_per_param", "nominal_bytes", "planned_bytes", "model_bytes")
+_RUN_COLUMNS = ("method", "quantizer", "model_bytes", "device", "dtype")
+
+
+class RunTables(DatabaseFile):
+    """What was planned, quantized and evaluated, and what a person noted about it."""
+
+    def save_plan(self, plan: Plan, fingerprint: str, profile: str | None, name: str = "") -> str:
+        """Keep a plan; returns its id."""
+        id = new_id()
+        with self.transaction() as connection:
+            insert_row(
+                connection,
+                "plans",
+                id=id,
+                name=name,
+                fingerprint=fingerprint,
+                profile=profile,
+                method=plan.method,
+                bits_per_param=plan.bits_per_param,
+                nominal_bytes=plan.nominal_bytes,
+                planned_bytes=plan.planned_bytes,
+                model_bytes=plan.model_bytes,
+                content=json_text(plan.to_json()),
+                created=now(),
+            )
+        return id
+
+    def plan_content(self, id: str) -> dict | None:
+        """What :meth:`lsq_core.planning.plan.Plan.to_json` gave for a kept plan, or None."""
+        row = self._fetch_row("SELECT content FROM plans WHERE id = ?", [id])
+        return json.loads(row["content"]) if row else None
+
+    def save_run(self, id: str, run: dict, evaluations: list[Evaluation]) -> None:
+        """Keep a run and its evaluations, together or not at all.
+
+        ``run`` holds the columns of the table ``runs`` but its id and time. To a run that is
+        there already only those evaluations are added that it lacks; a run that was deleted is
+        there again.
+        """
+        with self.transaction() as connection:
+            if not connection.execute("SELECT 1 FROM runs WHERE id = ?", [id]).fetchone():
+                insert_row(connection, "runs", id=id, created=now(), **run)
+            connection.execute("UPDATE runs SET deleted = NULL WHERE id = ?", [id])
+            for evaluation in evaluations:
+                _add_evaluation(connection, evaluation, id, run["fingerprint"])
+
+    def run(self, id: str) -> dict:
+        """A run measured here: its columns, its plan's ``content``, and its model's ``source``.
+
+        Raises
+        ------
+        InputError
+            When there is no such run, or it was published.
+        """
+        row = self._fetch_row(
+            "SELECT r.*, p.content, m.source, m.revision FROM runs r "
+            "JOIN plans p ON r.plan = p.id LEFT JOIN models m ON r.fingerprint = m.fingerprint "
+            "WHERE r.id = ? AND r.origin = 'measured'",
+            [id],
+        )
+        if row is None:
+            raise InputError(f"There is no run '{id}' in {self.path}; 'results' lists them.")
+        return row | {"content": json.loads(row["content"])}
+
+    def find_run_plan(self, run: str) -> str | None:
+        """The plan that a run was made by, or None where there is no such run."""
+        row = self._fetch_row("SELECT plan FROM runs WHERE id = ?", [run])
+        return row["plan"] if row else None
+
+    def find_evaluations(self, fingerprint: str, method: str, quantizer: str) -> pd.DataFrame:
+        """One row an evaluation of these runs, newest first, by what makes two of them the same.
+
+        ``run, plan, content, device, dtype, versions, evaluation, corpus_sha256, protocol,
+        provenance, kl``; ``content`` is the plan's JSON, and ``kl`` is NaN where the model was
+        evaluated without full precision beside it.
+        """
+        return self.query(
+            "SELECT r.id AS run, r.plan, CAST(p.content AS VARCHAR) AS content, r.device, "
+            "r.dtype, CAST(r.versions AS VARCHAR) AS versions, e.id AS evaluation, "
+            "e.corpus_sha256, e.protocol, CAST(e.provenance AS VARCHAR) AS provenance, e.kl "
+            "FROM runs r JOIN plans p ON r.plan = p.id JOIN evaluations e ON e.run = r.id "
+            "WHERE r.fingerprint = ? AND r.method = ? AND r.quantizer = ? "
+            "AND r.origin = 'measured' AND r.deleted IS NULL "
+            "ORDER BY r.created DESC, e.created DESC",
+            [fingerprint, method, quantizer],
+        )
+
+    def add_evaluation(
+        self, manifest: dict, measured_bytes: int, folder: str, evaluation: Evaluation
+    ) -> None:
+        """Keep an evaluation of a saved model with its run; an unknown run is added first.
+
+        A run that was deleted is there again.
+
+        ``manifest`` is what :func:`lsq_core.quantized.manifest.read_manifest` gives.
+        """
+        run, fingerprint = manifest["run"], manifest["fingerprint"]
+        with self.transaction() as connection:
+            known = connection.execute("SELECT 1 FROM runs WHERE id = ?", [run]).fetchone()
+            if not known:
+                plan = new_id()
+                insert_row(
+                    connection,
+                    "plans",
+                    id=plan,
+                    fingerprint=fingerprint,
+                    content=json_text(manifest),
+                    created=now(),
+                    **{k: manifest[k] for k in _PLAN_COLUMNS},
+                )
+                insert_row(
+                    connection,
+                    "runs",
+                    id=run,
+                    plan=plan,
+                    fingerprint=fingerprint,
+                    measured_bytes=measured_bytes,
+                    saved_to=folder,
+                    versions=json_text(manifest["versions"]),
+                    created=now(),
+                    **{k: manifest[k] for k in _RUN_COLUMNS},
+                )
+            connection.execute("UPDATE runs SET deleted = NULL WHERE id = ?", [run])
+            _add_evaluation(connection, evaluation, run, fingerprint)
+
+    def save_full_precision(self, fingerprint: str, evaluation: Evaluation) -> None:
+        """Keep a model's own evaluation, one for each text, protocol, place and versions.
+
+        Evaluations of runs that were made the same way and stand beside none get this one.
+        """
+        with self.transaction() as connection:
+            if _matching_evaluations(connection, fingerprint, evaluation, "run IS NULL"):
+                return
+            full = _insert_evaluation(connection, evaluation, None, fingerprint)
+            alone = "run IS NOT NULL AND full_precision IS NULL"
+            connection.execute(
+                "UPDATE evaluations SET full_precision = ?, pairing = 'measured' "
+                "WHERE list_contains(?, id)",
+                [full, _matching_evaluations(connection, fingerprint, evaluation, alone)],
+            )
+
+    def saved_folders(self) -> list[str]:
+        """Folders that runs were saved to, whether or not they are still there."""
+        frame = self.query("SELECT DISTINCT saved_to FROM runs WHERE saved_to IS NOT NULL")
+        return frame["saved_to"].tolist()
+
+    def set_saved_folder(self, run: str, folder: Path) -> None:
+        """Record where a stored run's model was saved; does nothing for a run not stored yet."""
+        self._execute("UPDATE runs SET saved_to = ? WHERE id = ?", [str(folder), run])
+
+    def star(self, run: str, starred: bool) -> None:
+        """Mark a run, or take the mark away."""
+        self._execute("UPDATE runs SET starred = ? WHERE id = ?", [starred, run])
+
+    def annotate(self, run: str, note: str) -> None:
+        """Keep a note with a run, in the place of the one before."""
+        self._execute("UPDATE runs SET note = ? WHERE id = ?", [note.strip(), run])
+
+    def delete_runs(self, runs: Sequence[str]) -> None:
+        """Leave runs out everywhere, with all their evaluations, until they are restored.
+
+        Raises
+        ------
+        InputError
+            When one of them was published: importing again is how those change.
+        """
+        with self.transaction() as connection:
+            published = connection.execute(
+                "SELECT count(*) FROM runs WHERE list_contains(?, id) AND origin = 'published'",
+                [list(runs)],
+            ).fetchone()[0]
+            if published:
+                raise InputError("A published run can't be deleted; only your own runs can.")
+            connection.execute(
+                "UPDATE runs SET deleted = ? WHERE list_contains(?, id) AND deleted IS NULL",
+                [now(), list(runs)],
+            )
+
+    def restore_runs(self, runs: Sequence[str]) -> None:
+        """Bring deleted runs back, with their evaluations, stars and notes."""
+        self._execute("UPDATE runs SET deleted = NULL WHERE list_contains(?, id)", [list(runs)])
+
+    def deleted_runs(self) -> pd.DataFrame:
+        """Deleted runs, the last deleted first: ``run, model, method, deleted``.
+
+        Those that were deleted together have the same time.
+        """
+        return self.query(
+            "SELECT r.id AS run, m.source AS model, r.method, r.deleted FROM runs r "
+            "LEFT JOIN models m ON r.fingerprint = m.fingerprint "
+            "WHERE r.deleted IS NOT NULL ORDER BY r.deleted DESC, r.id"
+        )
+
+
+def _matching_evaluations(
+    connection: duckdb.DuckDBPyConnection,
+    fingerprint: str,
+    evaluation: Evaluation,
+    where: str,
+    *parameters: object,
+) -> list[str]:
+    """The evaluations of the same tokens, made the same way, newest first, by identity.
+
+    ``where`` narrows them, in SQL with ``parameters``.
+    """
+    rows = connection.execute(
+        "SELECT id, CAST(provenance AS VARCHAR) FROM evaluations WHERE fingerprint = ? "
+        f"AND corpus_sha256 = ? AND protocol = ? AND tokens = ? AND {where} "
+        "ORDER BY created DESC",
+        [
+            fingerprint,
+            evaluation.corpus_sha256,
+            evaluation.protocol,
+            evaluation.tokens,
+            *parameters,
+        ],
+    ).fetchall()
+    made_with = evaluation_dependencies(evaluation.provenance)
+    return [id for id, text in rows if evaluation_dependencies(json.loads(text)) == made_with]
+
+
+def _add_evaluation(
+    connection: duckdb.DuckDBPyConnection, evaluation: Evaluation, run: str, fingerprint: str
+) -> None:
+    """Add an evaluation to a run that has none of the same kind.
+
+    A saved model's, which was made without full precision beside it, is one of its own.
+    """
+    alone = "IS NULL" if evaluation.kl is None else "IS NOT NULL"
+    if not _matching_evaluations(
+        connection, fingerprint, evaluation, f"run = ? AND kl {alone}", run
+    ):
+        _insert_evaluation(connection, evaluation, run, fingerprint)
+
+
+def _insert_evaluation(
+    connection: duckdb.DuckDBPyConnection,
+    evaluation: Evaluation,
+    run: str | None,
+    fingerprint: str,
+) -> str:
+    """Add an evaluation, that of a run with full precision of the same kind beside it, if there is.
+
+    Returns its identity.
+    """
+    id = new_id()
+    full = next(
+        iter(_matching_evaluations(connection, fingerprint, evaluation, "run IS NULL")), None
+    )
+    insert_row(
+        connection,
+        "evaluations",
+        id=id,
+        full_precision=full if run else None,
+        pairing="measured" if run and full else None,
+        run=run,
+        fingerprint=fingerprint,
+        corpus=evaluation.corpus,
+        corpus_sha256=evaluation.corpus_sha256,
+        corpus_source=evaluation.corpus_source,
+        truncated=evaluation.truncated,
+        protocol=evaluation.protocol,
+        tokens=evaluation.tokens,
+        perplexity=evaluation.perplexity,
+        kl=evaluation.kl,
+        top1=evaluation.top1,
+        tokens_per_second=evaluation.tokens_per_second,
+        working_bytes=evaluation.working_bytes,
+        seconds=json_text(evaluation.times),
+        nll=evaluation.nll.tolist(),
+        counts=evaluation.counts.tolist(),
+        provenance=json_text(evaluation.provenance),
+        created=now(),
+    )
+    return id
