@@ -16,11 +16,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lsq_core.errors import LsqError
-from lsq_core.progress import Progress, no_progress
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
 from lsq_core.evaluation.protocol import EvaluationText, Protocol, make_windows
 from lsq_core.evaluation.result import EvaluationPair
 from lsq_core.evaluation.window_sums import (
@@ -30,6 +25,11 @@ from lsq_core.evaluation.window_sums import (
     WindowSums,
     locate_not_finite,
 )
+from lsq_core.progress import Progress, no_progress
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
 #: Tokens read at once by device: what the caches of a CPU are best with, and what fills a GPU.
 _MAX_BATCH_TOKENS = {"cpu": 2**11, "cuda": 2**15}

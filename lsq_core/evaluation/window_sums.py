@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lsq_core.errors import LsqError
+from lsq_core.evaluation.result import Evaluation
 from lsq_core.files import DamagedFileError, read_arrays, write_arrays
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
-from lsq_core.evaluation.result import Evaluation
 
 #: Seconds between two times that an evaluation keeps what it has so far.
 _CHECKPOINT_INTERVAL_S = 2.0

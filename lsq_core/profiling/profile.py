@@ -11,11 +11,11 @@ import numpy as np
 from lsq_core.bits import LADDER, QuantConfig
 from lsq_core.errors import LsqError
 from lsq_core.model.info import Matrix
+from lsq_core.profiling.metrics import DEFAULT_METRICS, METRICS
+from lsq_core.profiling.settings import ProfileSettings
 
 if TYPE_CHECKING:
     import pandas as pd
-from lsq_core.profiling.metrics import DEFAULT_METRICS, METRICS
-from lsq_core.profiling.settings import ProfileSettings
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lsq_core.errors import LsqError
+from lsq_core.errors import LsqError, translate_resource_errors
 from lsq_core.evaluation.protocol import EvaluationRequest
 from lsq_core.jsontext import json_text
 from lsq_core.planning.plan import Plan
@@ -26,6 +26,9 @@ from lsq_core.quantization.registry import (
 )
 from lsq_core.quantized.manifest import RUN_KEYS, is_quantized_folder, read_manifest
 from lsq_core.settings import GridSettings
+from lsq_core.stages.evaluate import digest, evaluate_models, figures
+from lsq_core.stages.model import OpenModel
+from lsq_core.stages.plan import calibration_of_plan, plan_identity, with_quantizer
 from lsq_core.store.store import new_id
 from lsq_core.targets import check_folder_target
 from lsq_core.units import format_bytes
@@ -34,10 +37,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from lsq_core.evaluation.result import Evaluation, EvaluationPair
-from lsq_core.errors import translate_resource_errors
-from lsq_core.stages.evaluate import digest, evaluate_models, figures
-from lsq_core.stages.model import OpenModel
-from lsq_core.stages.plan import calibration_of_plan, plan_identity, with_quantizer
 
 
 @dataclass(frozen=True, eq=False)

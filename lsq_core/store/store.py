@@ -30,13 +30,13 @@ from lsq_core.profiling.profile import Profile
 from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.provenance import evaluation_dependencies, now
 from lsq_core.store import database
+from lsq_core.store.schema import MIGRATIONS
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from lsq_core.evaluation.result import Evaluation
     from lsq_core.planning.plan import Plan
-from lsq_core.store.schema import MIGRATIONS
 
 #: Seconds to wait for another process to let go of the file.
 LOCK_TIMEOUT_S = 20.0
