@@ -18,6 +18,7 @@ from lsq_core.evaluation.protocol import MIN_PREDICTED, EvaluationText, Protocol
 from lsq_core.model.loading import load_model
 from lsq_core.model.source import ModelSource
 from lsq_core.quantization.registry import get_quantizer
+from lsq_core.quantization.task import QuantizationTask
 from lsq_core.quantized.convert import quantize_model
 
 
@@ -85,7 +86,7 @@ def test_perplexity_matches_plain_loop_other_architectures(random_model, ids, ar
 
 def test_kl_and_top1_match_logits(demo, ids):
     choice = dict.fromkeys(demo.info.matrices, LADDER[0])
-    quantized = quantize_model(demo.model, choice, get_quantizer("rtn"))
+    quantized = quantize_model(QuantizationTask(demo, choice), get_quantizer("rtn"))
     protocol = Protocol("blocks-100", 100, 100)
     own, full = evaluate(quantized, ids[:300], protocol, bos=None, reference=demo.model)
     with torch.inference_mode():
@@ -113,7 +114,9 @@ def test_kl_of_model_with_itself_is_zero(demo, ids):
 def models_and_texts(demo, ids):
     """Two models and two texts of different lengths, and each pair of them alone."""
     models = [
-        quantize_model(demo.model, dict.fromkeys(demo.info.matrices, stop), get_quantizer("rtn"))
+        quantize_model(
+            QuantizationTask(demo, dict.fromkeys(demo.info.matrices, stop)), get_quantizer("rtn")
+        )
         for stop in (LADDER[0], LADDER[5])
     ]
     texts = [

@@ -280,7 +280,7 @@ class Hybrid:
     def quantize_model(self, task: QuantizationTask) -> nn.Module:
         """See :class:`ModelQuantizer`: of the calibration text :data:`SEQUENCES` are read."""
         loaded, choice = task.loaded, task.choice
-        ids = torch.from_numpy(load_calibration(loaded, task.text).ids).to(loaded.device)
+        ids = torch.from_numpy(load_calibration(loaded, task.calibration).ids).to(loaded.device)
         prefix, blocks = find_blocks(loaded.model)
         quantized = shallow_copy(loaded.model)
         copies = list(find_blocks(quantized)[1])
@@ -303,7 +303,7 @@ class Hybrid:
                         layer,
                         targets,
                         self.steps,
-                        task.text.seed,
+                        task.calibration.seed,
                         report,
                     )
                     packed = {m: matrix.pack() for m, matrix in learned.items()}

@@ -182,7 +182,7 @@ def _quantize(model: OpenModel, plan: Plan) -> tuple[nn.Module, float]:
     """The quantized model and the seconds it takes, whatever of it was made before."""
     from lsq_core.quantization.registry import get_quantizer
     from lsq_core.quantization.task import QuantizationTask
-    from lsq_core.quantized.convert import run_task
+    from lsq_core.quantized.convert import quantize_model
     from lsq_core.quantized.modules import measured_bytes
 
     loaded = model.loaded
@@ -198,7 +198,7 @@ def _quantize(model: OpenModel, plan: Plan) -> tuple[nn.Module, float]:
             model.matrix_cache,
             _quantizer_folder(model, plan),
         )
-        quantized = run_task(task, get_quantizer(plan.quantizer))
+        quantized = quantize_model(task, get_quantizer(plan.quantizer))
     measured = measured_bytes(quantized)
     if measured != plan.planned_bytes:
         raise LsqError(

@@ -102,7 +102,7 @@ class GptqmodelQuantizer:
 
     def _build_request(self, task: QuantizationTask, folder: Path, out: Path) -> GptqmodelRequest:
         ids = folder / "ids.npy"
-        np.save(ids, load_calibration(task.loaded, task.text).ids)
+        np.save(ids, load_calibration(task.loaded, task.calibration).ids)
         return GptqmodelRequest(
             method=self.method,
             model=str(task.loaded.folder),
