@@ -28,7 +28,7 @@ from lsq_core.settings import GridSettings
 from lsq_core.store.store import Store
 from tests.conftest import ARCHITECTURES
 
-#: Share of parameters inside planned matrices: what is in the blocks, without norms and biases.
+#: Matrices to quantize of each small random model, all experts counted.
 MODULES_PER_MODEL = {
     "llama-gqa": 14,
     "qwen2-bias": 14,

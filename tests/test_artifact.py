@@ -23,6 +23,7 @@ from lsq_core.quantized.artifact import load_quantized, save_quantized
 from lsq_core.quantized.convert import quantize_model
 from lsq_core.settings import GridSettings
 from tests.conftest import ROOT, packed_bytes
+from tests.helpers import mount_small_disk
 
 
 @pytest.fixture(scope="module")
@@ -128,16 +129,7 @@ def test_load_quantized_invalid_folder_raises(saved, tmp_path):
 
 def test_save_quantized_small_disk_raises_and_cleans_up(demo, tmp_path):
     """On a real file system of 1 MiB; needs the right to mount one."""
-    small_disk = tmp_path / "small"
-    small_disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(small_disk)],
-        capture_output=True,
-        check=False,
-    )
-    if mounted.returncode:
-        pytest.skip("mounting a small tmpfs needs root")
-    try:
+    with mount_small_disk(tmp_path / "small", "1m") as small_disk:
         choice = dict.fromkeys(demo.info.matrices, QuantConfig(2, 128))
         quantized = quantize_model(QuantizationTask(demo, choice), get_quantizer("rtn"))
         with pytest.raises(LsqError, match=r"free .* needed"):
@@ -145,8 +137,6 @@ def test_save_quantized_small_disk_raises_and_cleans_up(demo, tmp_path):
                 quantized, demo.tokenizer, manifest(choice), small_disk / "x", demo.folder
             )
         assert list(small_disk.iterdir()) == []
-    finally:
-        subprocess.run(["umount", str(small_disk)], check=True)
 
 
 def test_save_quantized_disk_full_during_write_cleans_up(demo, saved, tmp_path, monkeypatch):

@@ -16,7 +16,6 @@ from lsq_core.bits import QuantConfig
 from lsq_core.cli import main
 from lsq_core.corpus.registry import corpus_identity
 from lsq_core.errors import InputError, LsqError
-from lsq_core.evaluation.perplexity import evaluate
 from lsq_core.evaluation.protocol import MIN_PREDICTED, EvaluationRequest, Protocol, make_windows
 from lsq_core.evaluation.result import Evaluation
 from lsq_core.model.loading import load_model
@@ -34,6 +33,7 @@ from lsq_core.store import store as store_module
 from lsq_core.store.schema import MIGRATIONS
 from lsq_core.store.store import Store
 from lsq_core.sweep import items, sweep
+from tests.helpers import evaluate_model
 
 PLACES = [("cpu", "float32"), ("cpu", "bfloat16"), ("cuda:0", "float32"), ("cuda:0", "bfloat16")]
 
@@ -298,15 +298,14 @@ def test_keep_profile_merges_concurrent_write(folder, monkeypatch):
 
     def save_concurrently(store: Store, id: str):
         found = original_profile(store, id)
-        if not concurrent_saves:  # another process keeps its metrics now
+        if not concurrent_saves:  # another process saves its metrics in between
             concurrent_saves.append(True)
             merge_profile(Session(session.source, Store()), first)
         return found
 
     monkeypatch.setattr(Store, "profile", save_concurrently)
     merge_profile(session, second)
-    if not concurrent_saves:
-        merge_profile(session, first)
+    assert concurrent_saves
     monkeypatch.undo()
     assert set(session.store.profile("p").metrics) == {"kurtosis", "weight_error"}
 
@@ -331,9 +330,9 @@ def test_evaluate_non_finite_raises_naming_module(folder, value):
     ids, protocol = np.arange(1, 200), Protocol.named("strided", 256)
     whole = load_model(ModelSource(folder), "cpu").model
     with pytest.raises(LsqError, match=r"model\.layers\.1\.mlp\.up_proj"):
-        evaluate(loaded.model, ids, protocol, bos=0, reference=whole)
+        evaluate_model(loaded.model, ids, protocol, bos=0, reference=whole)
     with pytest.raises(LsqError, match=r"full-precision .* model\.layers\.1\.mlp\.up_proj"):
-        evaluate(whole, ids, protocol, bos=0, reference=loaded.model)
+        evaluate_model(whole, ids, protocol, bos=0, reference=loaded.model)
 
 
 def test_cli_run_non_finite_exit_1_stores_nothing(random_model, small_text, tmp_path, capsys):
