@@ -124,7 +124,7 @@ def _array(values: object) -> list:
 
 
 @pytest.mark.parametrize(
-    ("title", "says"),
+    ("title", "headline"),
     [
         ("Model", "5.6 M parameters, 10.8 MiB"),
         ("Explore", "demo has not been profiled"),
@@ -140,7 +140,7 @@ def test_page_headline_empty_database(title, headline):
 
 
 @pytest.mark.parametrize(
-    ("title", "says"),
+    ("title", "headline"),
     [
         ("Model", "M parameters"),
         ("Explore", "stands out"),

@@ -93,7 +93,7 @@ def test_fp8_or_int8_weights_refused(model_copy):
     assert_refused(model_copy, DOWN, "I8", "weight_scale")
 
 
-@pytest.mark.parametrize("beside", ["weight_scale", "weight_scale_inv", "input_scale", "qzeros"])
+@pytest.mark.parametrize("suffix", ["weight_scale", "weight_scale_inv", "input_scale", "qzeros"])
 def test_scale_tensors_beside_weights_refused(model_copy, suffix):
     """Weights in a dtype that could be anything's, of which the scales would be dropped."""
     name = DOWN.replace("weight", suffix)

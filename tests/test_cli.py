@@ -48,7 +48,7 @@ except SystemExit:
 
 
 @pytest.mark.parametrize(
-    ("asked", "set_to"),
+    ("variables", "spincount"),
     [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")],
 )
 def test_startup_sets_gomp_spincount_unless_configured(variables, spincount):
@@ -189,7 +189,7 @@ def test_cli_run_interval_matches_stored_windows(run_cli, model, small_text):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    ("arguments", "message"),
     [
         (["plan", "--model", "M", "--method", "magic", "--base", "3.13"], "magic"),
         (["plan", "--model", "M"], "--method"),

@@ -167,7 +167,7 @@ def test_load_corpus_built_in_name_precedes_file(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (b"", "is empty"),
         (b" \n\t\n", "is empty"),
@@ -306,7 +306,7 @@ def test_load_corpus_text_column_found_or_columns_named(hub):
 
 
 @pytest.mark.parametrize(
-    ("cause", "told"),
+    ("cause", "message"),
     [
         (ValueError("Compression type zstd not supported"), "zstandard"),
         (
@@ -382,7 +382,7 @@ def hub_server(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [("hf:org/gone", "does not exist"), ("hf:org/name@v9", "'v9'")],
 )
 def test_load_corpus_missing_dataset_or_revision_raises(hub_server, name, message):
@@ -404,7 +404,7 @@ for name in ("wikitext2", "c4", "hf:org/name"):
 
 
 @pytest.mark.parametrize(
-    ("variable", "value", "told"),
+    ("variable", "value", "message"),
     [
         ("HF_HUB_OFFLINE", "1", "HF_HUB_OFFLINE forbids"),
         ("HF_ENDPOINT", "http://127.0.0.1:1", "HF_HUB_OFFLINE=1"),

@@ -240,7 +240,7 @@ INFEASIBLE_BUDGET = ["--method", "uniform", "--budget", "0.5bpp"]
 
 
 @pytest.mark.parametrize(
-    "words",
+    "command",
     [
         ["plan", *INFEASIBLE_BUDGET],
         ["run", *INFEASIBLE_BUDGET],

@@ -172,7 +172,7 @@ def _with_change(content: dict, path: tuple, value: object, remove: bool, extra:
 
 
 @fuzz
-@pytest.mark.parametrize("whole", [LADDER_PLAN, ROWS_PLAN], ids=["ladder", "rows"])
+@pytest.mark.parametrize("plan_file", [LADDER_PLAN, ROWS_PLAN], ids=["ladder", "rows"])
 @given(data=st.data())
 def test_plan_from_json_damaged_content_valid_or_raises(plan_file, data):
     target = SMALL if plan_file is LADDER_PLAN else MIXED_ROWS
@@ -193,7 +193,7 @@ def test_plan_from_json_damaged_content_valid_or_raises(plan_file, data):
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "names"),
+    ("path", "value", "pattern"),
     [
         (("modules",), [], "modules"),
         (("modules",), {}, "another model"),

@@ -514,7 +514,7 @@ def test_pin_of_scope_pattern(name, type, expert, patterns):
 
 
 @pytest.mark.parametrize(
-    ("pin", "sentence"),
+    ("pin", "message"),
     [
         ("nonsense", "not a pin"),
         ("*=b5g64", "not a configuration"),

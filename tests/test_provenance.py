@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
+import duckdb
 import numpy as np
 import pandas as pd
 import pytest
@@ -69,7 +72,7 @@ def full_perplexities(store: Store) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(
-    "later",
+    "later_place",
     [{"device": "cuda:0"}, {"torch": "2.1"}, {"device": "cuda:0", "dtype": "bfloat16"}],
     ids=["another device", "another torch", "another device and dtype"],
 )
@@ -290,23 +293,44 @@ def test_keep_profile_concurrent_threads_merge_metrics(folder):
     assert set(session.store.profile("p").metrics) == set(metrics)
 
 
-def test_keep_profile_merges_concurrent_write(folder, monkeypatch):
+class ConnectionWithConcurrentWrite:
+    """A DuckDB connection, after whose first read another connection writes and commits."""
+
+    def __init__(self, connection: duckdb.DuckDBPyConnection, write: Callable[[], None]) -> None:
+        self.connection, self.write = connection, write
+
+    def execute(self, sql: str, *parameters: object) -> duckdb.DuckDBPyConnection:
+        result = self.connection.execute(sql, *parameters)
+        if self.write is not None:
+            write, self.write = self.write, None
+            write()
+        return result
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.connection, name)
+
+
+def test_merge_profile_concurrent_write_between_read_and_write(folder, monkeypatch):
+    """The transaction that read an outdated profile is repeated, so no metric is lost."""
     session, recorded = open_session(folder), {"corpus_sha256": "abc"}
     first = make_profile(session, "p", recorded, ["kurtosis"])
     second = make_profile(session, "p", recorded, ["weight_error"])
-    original_profile, concurrent_saves = Store.profile, []
+    original, transactions = Store.transaction, []
 
-    def save_concurrently(store: Store, id: str):
-        found = original_profile(store, id)
-        if not concurrent_saves:  # another process saves its metrics in between
-            concurrent_saves.append(True)
-            merge_profile(Session(session.source, Store()), first)
-        return found
+    @contextmanager
+    def transaction(store: Store) -> Iterator[object]:
+        transactions.append(store)
+        with original(store) as connection:
+            if len(transactions) == 1:
+                connection = ConnectionWithConcurrentWrite(
+                    connection, lambda: Store().merge_profile(first)
+                )
+            yield connection
 
-    monkeypatch.setattr(Store, "profile", save_concurrently)
-    merge_profile(session, second)
-    assert concurrent_saves
+    monkeypatch.setattr(Store, "transaction", transaction)
+    session.store.merge_profile(second)
     monkeypatch.undo()
+    assert len(transactions) == 3, "the first attempt, the concurrent write, the second attempt"
     assert set(session.store.profile("p").metrics) == {"kurtosis", "weight_error"}
 
 
@@ -376,8 +400,8 @@ def test_add_evaluation_repeated_is_one_result():
     store = Store()
     save_evaluated_run(store, "r", evaluation(11))
     manifest = {"run": "r", "fingerprint": "f"}
-    for duckdb in ("1.0", "1.1"):
-        store.add_evaluation(manifest, 1, "x", evaluation(11, kl=None, duckdb=duckdb))
+    for release in ("1.0", "1.1"):
+        store.add_evaluation(manifest, 1, "x", evaluation(11, kl=None, duckdb=release))
     assert sorted(store.results()["saved_model"]) == [False, True]
     store.add_evaluation(manifest, 1, "x", evaluation(11, kl=None, torch="2.1"))
     assert len(store.results()) == 3, "by another torch it is another figure"

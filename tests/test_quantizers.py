@@ -220,7 +220,7 @@ def check_round_trip(run: dict, quantizer: str, tmp_path, model) -> None:
     assert run["quantizer"] == quantizer
     assert run["measured_bytes"] == run["planned_bytes"]
     found = audit_folder(tmp_path / "saved", Store())
-    assert not found.wrong
+    assert not found.mismatches
     assert found.stored_bytes == run["measured_bytes"]
     restored = load_saved(tmp_path / "saved", "cpu", "float32")
     modules = packed_modules(restored.model)
@@ -233,7 +233,7 @@ def check_round_trip(run: dict, quantizer: str, tmp_path, model) -> None:
     package = quantizer_spec(quantizer).package
     assert not package or json.loads(versions)[package] not in ("", "absent")
     requantized_audit = audit_run(run["run"], Store(), ModelSource(str(model)), "cpu")
-    assert not requantized_audit.wrong
+    assert not requantized_audit.mismatches
     ids = torch.arange(1, 60)[None]
     with torch.inference_mode():
         logits = restored.model(ids).logits

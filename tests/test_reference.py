@@ -728,7 +728,7 @@ BAD_CSV_EDITS = {
 }
 
 
-@pytest.mark.parametrize("what", BAD_CSV_EDITS)
+@pytest.mark.parametrize("case", BAD_CSV_EDITS)
 def test_import_bad_csv_raises_and_imports_nothing(small_checkout, case):
     path, change, message = BAD_CSV_EDITS[case]
     edit_file(small_checkout, path, change)

@@ -57,7 +57,7 @@ def test_changed_weights_fail_checksum(saved, capsys):
         load_quantized(saved, "cpu")
     report = audit_folder(saved, Store())
     assert (report.files, report.changed, report.agrees) == ("changed", (WEIGHTS,), False)
-    assert not report.wrong, "by shapes and dtypes alone nothing is wrong"
+    assert not report.mismatches, "by shapes and dtypes alone nothing is wrong"
     assert main(["audit", str(saved)]) == 0
     assert f"{WEIGHTS} has changed since it was saved" in capsys.readouterr().out
 
@@ -183,7 +183,7 @@ def test_prune_folder_outside_data_raises(saved, tmp_path, capsys):
     assert (elsewhere / WEIGHTS).exists()
 
 
-@pytest.mark.parametrize("inside", ["thesis.txt", "photos/"])
+@pytest.mark.parametrize("other_file", ["thesis.txt", "photos/"])
 def test_prune_folder_with_other_files_raises(saved, other_file):
     theirs = saved.parents[1] / "theirs"
     theirs.mkdir()

@@ -70,7 +70,7 @@ def test_cli_inspect_odd_config_value_exit_0_or_2(
 
 
 @pytest.mark.parametrize(
-    ("changes", "named"),
+    ("changes", "message"),
     [
         ({"num_attention_heads": 0}, "num_attention_heads is 0"),
         ({"head_dim": 0}, "head_dim is 0"),

@@ -37,7 +37,7 @@ def test_profile_scores_match_reference_method():
 @pytest.mark.bench
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
-@pytest.mark.parametrize(("text", "most"), [(False, 2.5), (True, 4.0)])
+@pytest.mark.parametrize(("text", "limit_gib"), [(False, 2.5), (True, 4.0)])
 def test_profile_peak_memory_within_limit(text, limit_gib, tmp_path):
     """Slow: 512 MiB of weights in 32 blocks, written, and profiled in a process of its own.
 
