@@ -1,4 +1,4 @@
-"""Perplexity of the demo model, and the strided loop that Hugging Face documents."""
+"""Perplexity of the demo model, against the strided loop that Hugging Face documents."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def perplexity(repeats: int) -> Row:
 
 
 def compare(model: nn.Module, ids: np.ndarray, bos: int | None, context: int, repeats: int) -> Row:
-    """Ours beside the plain loop, for any model and token ids (tokens,)."""
+    """Compare with the plain loop, for any model and token ids (tokens,)."""
     protocol = Protocol.named("strided", context)
     device = next(model.parameters()).device
     stream = torch.from_numpy(ids if bos is None else np.r_[bos, ids]).to(device)
