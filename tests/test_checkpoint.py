@@ -17,6 +17,7 @@ from lsq_core.model.source import ModelSource
 from lsq_core.model.streaming import open_streamed
 from lsq_core.session import Session
 from lsq_core.store.store import Store
+from tests.helpers import update_config
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
 
@@ -30,11 +31,6 @@ def replace_tensors(folder: Path, **tensors: torch.Tensor | None) -> None:
         if tensor is not None:
             state[name] = tensor
     save_file(state, path, metadata={"format": "pt"})
-
-
-def update_config(folder: Path, **entries: object) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
 
 
 def assert_refused(folder: Path, *expected_words: str) -> None:

@@ -21,6 +21,7 @@ from lsq_core.stages.model import find_model_info, known_identity
 from lsq_core.stages.profile import profile_key
 from lsq_core.store.schema import MIGRATIONS
 from lsq_core.store.store import Store
+from tests.helpers import update_config
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -89,12 +90,9 @@ def test_tokenizer_hash_covers_each_file(tmp_path, name):
 
 
 def test_identity_includes_remote_code_only_if_trusted(model_copy):
-    config = json.loads((model_copy / "config.json").read_text()) | {
-        "auto_map": {"AutoConfig": "m.C"}
-    }
     (model_copy / "m.py").write_text("x = 1")
     assert code_hash(model_copy) == "", "nothing reaches that file"
-    (model_copy / "config.json").write_text(json.dumps(config))
+    update_config(model_copy, auto_map={"AutoConfig": "m.C"})
     first = compute_identity(model_copy, trust_remote_code=True)
     (model_copy / "m.py").write_text("x = 2")
     second = compute_identity(model_copy, trust_remote_code=True)

@@ -24,6 +24,7 @@ from lsq_core.model.source import (
     read_demo_description,
 )
 from tests.conftest import save_random_model
+from tests.helpers import update_config
 
 
 def test_inspect_demo_model_sizes():
@@ -166,9 +167,7 @@ def test_load_pickled_weights_requires_allow_pickle(model_copy):
 
 
 def test_load_quantized_checkpoint_raises(model_copy):
-    config = json.loads((model_copy / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq"}
-    (model_copy / "config.json").write_text(json.dumps(config))
+    update_config(model_copy, quantization_config={"quant_method": "gptq"})
     assert_refused(str(model_copy), r"already quantized \(gptq")
 
 
@@ -192,16 +191,12 @@ def test_load_without_tokenizer_raises(model_copy):
 
 
 def test_load_weight_shape_mismatch_raises(model_copy):
-    config = json.loads((model_copy / "config.json").read_text())
-    config["intermediate_size"] = 384
-    (model_copy / "config.json").write_text(json.dumps(config))
+    update_config(model_copy, intermediate_size=384)
     assert_refused(str(model_copy), "shape 128 × 256, but 128 × 384 by its config.json")
 
 
 def test_load_remote_code_requires_trust(model_copy):
-    config = json.loads((model_copy / "config.json").read_text())
-    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}
-    (model_copy / "config.json").write_text(json.dumps(config))
+    update_config(model_copy, model_type="mine", auto_map={"AutoConfig": "mine.Config"})
     (model_copy / "mine.py").write_text("raise SystemExit('it was run')")
     assert_refused(str(model_copy), "--trust-remote-code")
 

@@ -16,13 +16,9 @@ from lsq_core.model.loading import inspect_model, load_model
 from lsq_core.model.source import ModelSource
 from lsq_core.untrusted import read_json_object, wrap_library_errors
 from tests.campaigns import hostile_models, hostile_saved
+from tests.helpers import update_config
 
 INDEX = "model.safetensors.index.json"
-
-
-def change_config(folder: Path, **changes: object) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def assert_refused(folder: Path, pattern: str, seconds: float = 10) -> None:
@@ -39,19 +35,19 @@ def assert_refused(folder: Path, pattern: str, seconds: float = 10) -> None:
 @pytest.mark.parametrize("layers", [10**5, 10**9, 1e9])
 @pytest.mark.parametrize("key", ["num_hidden_layers", "num_labels", "num_key_value_heads"])
 def test_inspect_huge_config_value_refused_quickly(model_copy, key, layers):
-    change_config(model_copy, **{key: 10 * layers})
+    update_config(model_copy, **{key: 10 * layers})
     assert_refused(model_copy, key)
 
 
 def test_inspect_oversized_model_refused(model_copy):
-    change_config(model_copy, vocab_size=10**9, hidden_size=2**20, head_dim=32)
+    update_config(model_copy, vocab_size=10**9, hidden_size=2**20, head_dim=32)
     assert_refused(model_copy, "larger than any model")
 
 
 def test_inspect_too_many_experts_refused(random_model, tmp_path):
     folder = tmp_path / "experts"
     shutil.copytree(random_model("mixtral-moe"), folder)
-    change_config(folder, num_local_experts=9_000, num_hidden_layers=20)
+    update_config(folder, num_local_experts=9_000, num_hidden_layers=20)
     assert_refused(folder, "larger than any model")
 
 
@@ -62,7 +58,7 @@ def test_describe_12000_experts_within_10_s(random_model, tmp_path):
 
     folder = tmp_path / "experts"
     shutil.copytree(random_model("mixtral-moe"), folder)
-    change_config(folder, num_local_experts=3_000)
+    update_config(folder, num_local_experts=3_000)
     source = ModelSource(str(folder))
     model, started = build_meta_model(source, folder), time.monotonic()
     assert len(describe_model(model, source).matrices) > 12_000
@@ -165,6 +161,6 @@ def test_hostile_saved_models_campaign_sample(tmp_path):
 
 
 def test_cli_inspect_too_many_layers_exit_2(model_copy, capsys):
-    change_config(model_copy, num_hidden_layers=10**9)
+    update_config(model_copy, num_hidden_layers=10**9)
     assert main(["inspect", "--model", str(model_copy)]) == 2
     assert "num_hidden_layers" in capsys.readouterr().err
