@@ -18,7 +18,7 @@ from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import lsq_core
+from lsq_core.version import __version__
 
 #: Version of this project's own arithmetic: what its quantizers store for given weights, and how
 #: its metrics and evaluation turn that into figures. Raise it when one of these comes out new.
@@ -36,7 +36,7 @@ def versions(*more: str) -> dict[str, str]:
 
     ``more`` are packages that only some figures depend on.
     """
-    recorded_versions = {"lsq": lsq_core.__version__, "arithmetic": str(ARITHMETIC)}
+    recorded_versions = {"lsq": __version__, "arithmetic": str(ARITHMETIC)}
     recorded_versions["python"] = platform.python_version()
     for package in (*_PACKAGES, *more):
         try:

@@ -7,17 +7,20 @@
     plan = session.plan("mxq", budget="3.2bpp")
     quantized = session.quantize(plan)
     result = session.evaluate(quantized, corpus="stdlib")
-    session.save(quantized, "my-model-3bit")
+    quantized.save("my-model-3bit")
 
 The command line, the app's jobs and the tests call the same methods; the stages do the work.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lsq_core.errors import InputError
 from lsq_core.evaluation.protocol import EvaluationRequest
 from lsq_core.planning.plan import Plan
 from lsq_core.planning.request import PlanRequest
@@ -26,18 +29,32 @@ from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.stages import evaluate, plan, predict, profile, rows
 from lsq_core.stages import run as runs
 from lsq_core.stages.model import OpenModel
+from lsq_core.stages.run import QuantizedRun, RunResult
+from lsq_core.table import short_table
 
 if TYPE_CHECKING:
     from lsq_core.evaluation.prediction import Predictor
     from lsq_core.planning.problem import Impact, Problem
-    from lsq_core.stages.run import QuantizedRun
 
 
 class Session(OpenModel):
-    """A model with everything that can be done with it; every result is kept in its store.
+    """A model with everything that can be done with it; every result goes to its store.
 
     Settings that are left out are :attr:`default_settings`.
     """
+
+    def __repr__(self) -> str:
+        info = self.config_info
+        return short_table(
+            f"Session with {self.source.name}",
+            {
+                "architecture": info.architecture,
+                "layers": info.layers,
+                "parameters": f"{info.parameters:,}, {info.linear_parameters:,} of them planned",
+                "device": self.device,
+                "database": self.store.path,
+            },
+        )
 
     def profile_key(self, settings: ProfileSettings | None = None) -> str:
         """The id that this model's profile has under these settings, measured or not."""
@@ -48,10 +65,26 @@ class Session(OpenModel):
         return profile.find_profile(self, settings or self.default_settings)
 
     def profile(
-        self, settings: ProfileSettings | None = None, metrics: Sequence[str] = ()
+        self,
+        settings: ProfileSettings | None = None,
+        metrics: Sequence[str] = (),
+        **fields: object,
     ) -> Profile:
-        """See :func:`lsq_core.stages.profile.profile_model`."""
-        return profile.profile_model(self, settings or self.default_settings, metrics)
+        """See :func:`lsq_core.stages.profile.profile_model`.
+
+        Fields of :class:`ProfileSettings` may be given as keywords.
+        """
+        return profile.profile_model(self, self._settings(settings, fields), metrics)
+
+    def _settings(
+        self, settings: ProfileSettings | None, fields: dict[str, object]
+    ) -> ProfileSettings:
+        unknown = sorted(
+            fields.keys() - {each.name for each in dataclasses.fields(ProfileSettings)}
+        )
+        if unknown:
+            raise InputError(f"Profile settings have no field '{unknown[0]}'.")
+        return replace(settings or self.default_settings, **fields)
 
     def impact(self, request: PlanRequest, settings: ProfileSettings | None = None) -> Impact:
         """See :func:`lsq_core.stages.rows.row_impact`."""
@@ -77,7 +110,7 @@ class Session(OpenModel):
         if isinstance(method, str):
             method = PlanRequest.from_json({"method": method, **request})
         elif request:
-            raise TypeError("Give a method with the fields of a request, or a whole request.")
+            raise InputError("Give a method with the fields of a request, or a whole request.")
         return plan.plan_model(self, method, settings or self.default_settings)
 
     def predictor(
@@ -137,6 +170,28 @@ class Session(OpenModel):
     ) -> dict:
         """See :func:`lsq_core.stages.run.run_plan`."""
         return runs.run_plan(self, made, quantizer, request, save, plan_name, settings)
+
+    def evaluate(
+        self,
+        quantized: QuantizedRun | None = None,
+        corpus: str = "stdlib",
+        protocol: str = "strided",
+        max_tokens: int | None = None,
+    ) -> RunResult:
+        """Measure perplexity of a quantized model and of full precision, and store both.
+
+        Without a quantized model, full precision alone is measured.
+
+        Raises
+        ------
+        InputError, LsqError
+            When the corpus or the protocol is wrong, or the device runs out of memory.
+        """
+        request = EvaluationRequest(corpus, protocol, max_tokens)
+        if quantized is None:
+            return RunResult(self.evaluate_full(request))
+        [outcome] = self.measure([quantized], [request])
+        return RunResult(outcome)
 
     def evaluate_full(self, request: EvaluationRequest) -> dict:
         """See :func:`lsq_core.stages.evaluate.evaluate_full`."""

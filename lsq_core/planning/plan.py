@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from lsq_core.bits import (
     Config,
@@ -17,6 +19,12 @@ from lsq_core.model.info import Matrix
 from lsq_core.planning.request import PlanRequest
 from lsq_core.planning.saved import encode_rows, read_plan
 from lsq_core.quantization.registry import planned_bytes
+from lsq_core.table import short_table
+from lsq_core.units import format_bytes
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +56,37 @@ class Plan:
     profile: str | None = None
     #: The high-impact rows of each matrix that has mixed rows, by its name.
     rows: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        counts = Counter(config.name for config in self.configs)
+        used = ", ".join(f"{count} × {name}" for name, count in sorted(counts.items()))
+        return short_table(
+            f"Plan by {self.method} for {len(self.matrices)} matrices",
+            {
+                "base": self.base,
+                "budget": self.request.budget,
+                "bits per parameter": f"{self.bits_per_param:.4f} nominal, "
+                f"{self.bits_with_fp16_metadata:.4f} with fp16 metadata",
+                "linear weights": f"{format_bytes(self.planned_bytes)} planned ({self.quantizer})",
+                "configurations": used,
+                "notes": " ".join(self.notes),
+            },
+        )
+
+    def to_frame(self) -> pd.DataFrame:
+        """The plan as a table: ``module, layer, type, config, z``, one row for each matrix.
+
+        ``z`` is what ranked a matrix that the method promoted, NaN for the others.
+        """
+        from lsq_core.planning.frame import plan_to_frame
+
+        return plan_to_frame(self.to_json())
+
+    def figure(self) -> go.Figure:
+        """The plan as a Plotly heat map of configurations, layers by module types."""
+        from lsq_core.charts.plans import plan_heatmap
+
+        return plan_heatmap(self.to_frame())
 
     @property
     def method(self) -> str:

@@ -11,11 +11,12 @@ import numpy as np
 from lsq_core.bits import LADDER, QuantConfig
 from lsq_core.errors import LsqError
 from lsq_core.model.info import Matrix
-from lsq_core.profiling.metrics import DEFAULT_METRICS, METRICS
-from lsq_core.profiling.settings import ProfileSettings
 
 if TYPE_CHECKING:
     import pandas as pd
+from lsq_core.profiling.metrics import DEFAULT_METRICS, METRICS
+from lsq_core.profiling.settings import ProfileSettings
+from lsq_core.table import short_table
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +33,22 @@ class Profile:
     matrices: tuple[Matrix, ...]
     values: pd.DataFrame
     provenance: dict = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return short_table(
+            f"Profile {self.id} of {len(self.matrices)} matrices",
+            {
+                "metrics": ", ".join(self.metrics),
+                "quantizer": f"{self.settings.quantizer}, axis {self.settings.axis}, "
+                f"{self.settings.metadata} metadata",
+                "calibration": f"{self.settings.calibration}, {self.settings.samples} samples, "
+                f"blocks of {self.settings.block_tokens} tokens",
+            },
+        )
+
+    def to_frame(self) -> pd.DataFrame:
+        """Every score: ``module, layer, type, metric, config, part, value``, a row for each."""
+        return self.values.copy()
 
     @property
     def metrics(self) -> tuple[str, ...]:

@@ -274,21 +274,6 @@ def largest_gain(runs: pd.DataFrame) -> tuple[str, str] | None:
 # --- two runs -------------------------------------------------------------------------------
 
 
-def plan_to_frame(content: Mapping[str, Any]) -> pd.DataFrame:
-    """A kept plan as a frame: ``module, layer, type, config, z``; no rows if it wasn't published.
-
-    ``content`` is what :meth:`Plan.to_json` gave; ``z`` is what ranked a module
-    that the method raised, else NaN.
-    """
-    flagged = content.get("flagged") or {}
-    rows = [
-        (name, entry["layer"], entry["type"], entry["config"], flagged.get(name, np.nan))
-        for name, entry in (content.get("modules") or {}).items()
-    ]
-    frame = pd.DataFrame(rows, columns=["module", "layer", "type", "config", "z"])
-    return frame.astype({"z": float})
-
-
 def byte_shares(modules: pd.DataFrame, parameters: Mapping[str, int]) -> pd.Series:
     """The share of a plan's nominal bytes that each configuration takes, by its name ([A] Fig. 8).
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lsq_core import charts
-from lsq_core.results.compare import byte_shares, plan_to_frame, run_settings
+from lsq_core.planning.frame import plan_to_frame
+from lsq_core.results.compare import byte_shares, run_settings
 from lsq_core.results.export import bibtex, figure_block, html_document
 from lsq_core.units import format_bytes
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +30,7 @@ from lsq_core.stages.evaluate import digest, evaluate_models, figures
 from lsq_core.stages.model import OpenModel
 from lsq_core.stages.plan import calibration_of_plan, plan_identity, with_quantizer
 from lsq_core.store.store import new_id
+from lsq_core.table import short_table
 from lsq_core.targets import check_folder_target
 from lsq_core.units import format_bytes
 
@@ -41,13 +42,108 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class QuantizedRun:
-    """A model quantized by a plan: the run that it is, and the row that the store keeps of it."""
+    """A model quantized by a plan, the id of its run, and the row that the store has of it."""
 
     run: str
     model: nn.Module
     plan: Plan
     row: dict
+    original: OpenModel
     plan_name: str = ""
+
+    def __repr__(self) -> str:
+        return short_table(
+            f"{self.original.source.name} quantized by {self.plan.quantizer}, run {self.run}",
+            {
+                "plan": f"{self.plan.method}, {self.plan.bits_per_param:.4f} bits per parameter",
+                "linear weights": f"{format_bytes(self.row['measured_bytes'])} measured",
+                "whole model": format_bytes(self.row["model_bytes"]),
+                "quantized in": f"{self.row['quantize_seconds']:.1f} s",
+                "saved to": self.row["saved_to"],
+            },
+        )
+
+    def save(self, folder: Path | str) -> Path:
+        """Save the model, its tokenizer and its plan; returns the folder.
+
+        Raises
+        ------
+        InputError, LsqError
+            When the folder holds something else, cannot be written, or the disk is full.
+        """
+        folder = Path(folder).expanduser().resolve()
+        if not _is_saved(folder, self.run):
+            check_folder_target(folder)
+            _save(self.original, self.model, self.plan, self.run, folder)
+        self.row["saved_to"] = str(folder)
+        self.original.store.set_saved_folder(self.run, folder)
+        return folder
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What an evaluation gave; ``record`` has every figure that the command line prints.
+
+    ``perplexity_full``, ``increase`` and ``kl`` (nats per token) compare with full precision on
+    the same windows; they are None where full precision itself was evaluated.
+    """
+
+    record: dict = field(repr=False)
+
+    @property
+    def run(self) -> str | None:
+        """The id under which the store has it, None for full precision."""
+        return self.record.get("run")
+
+    @property
+    def perplexity(self) -> float:
+        """Perplexity on the corpus, by the protocol."""
+        return self.record["perplexity"]
+
+    @property
+    def perplexity_full(self) -> float | None:
+        """Perplexity of the full-precision model on the same windows."""
+        return self.record.get("perplexity_full")
+
+    @property
+    def increase(self) -> dict | None:
+        """Relative increase of perplexity with its 95 % interval."""
+        return self.record.get("increase")
+
+    @property
+    def kl(self) -> float | None:
+        """KL divergence from full precision, nats per token."""
+        return self.record.get("kl")
+
+    @property
+    def bits_per_param(self) -> float | None:
+        """Nominal bits per planned parameter."""
+        return self.record.get("bits_per_param")
+
+    @property
+    def measured_bytes(self) -> int | None:
+        """Bytes of the stored linear weights."""
+        return self.record.get("measured_bytes")
+
+    def to_dict(self) -> dict:
+        """Every figure by its name, as ``lsq run --json`` prints them."""
+        return dict(self.record)
+
+    def __repr__(self) -> str:
+        increase = self.increase
+        return short_table(
+            f"Perplexity {self.perplexity:.4f} on {self.record['corpus']}",
+            {
+                "run": self.run,
+                "protocol": f"{self.record['protocol']}, {self.record['tokens']:,} tokens",
+                "full precision": self.perplexity_full and f"{self.perplexity_full:.4f}",
+                "increase": increase and f"{100 * increase['relative']:+.2f} %",
+                "KL divergence": self.kl and f"{self.kl:.5f} nats per token",
+                "bits per parameter": self.bits_per_param and f"{self.bits_per_param:.4f} nominal",
+                "linear weights": self.measured_bytes
+                and f"{format_bytes(self.measured_bytes)} measured",
+            },
+        )
 
 
 def run_plan(
@@ -104,7 +200,7 @@ def quantize_plan(
     if save is not None and not saved:
         _save(model, quantized, plan, run, save)
     row = _run_row(model, plan, quantized, seconds, save)
-    return QuantizedRun(run, quantized, plan, row, plan_name)
+    return QuantizedRun(run, quantized, plan, row, model, plan_name)
 
 
 def measure(

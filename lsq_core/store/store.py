@@ -658,6 +658,10 @@ class Store:
 
     # --- what a person says of a run ------------------------------------------------------------
 
+    def set_saved_folder(self, run: str, folder: Path) -> None:
+        """Record where a stored run's model was saved; does nothing for a run not stored yet."""
+        self._execute("UPDATE runs SET saved_to = ? WHERE id = ?", [str(folder), run])
+
     def star(self, run: str, starred: bool) -> None:
         """Mark a run, or take the mark away."""
         self._execute("UPDATE runs SET starred = ? WHERE id = ?", [starred, run])

@@ -10,14 +10,9 @@ from lsq_core import charts
 from lsq_core.errors import InputError
 from lsq_core.evaluation.bootstrap import bootstrap_difference
 from lsq_core.jobs import arguments
+from lsq_core.planning.frame import plan_to_frame
 from lsq_core.results import export, report
-from lsq_core.results.compare import (
-    figure_6,
-    plan_to_frame,
-    relative_to_base,
-    run_settings,
-    uniform_bases,
-)
+from lsq_core.results.compare import figure_6, relative_to_base, run_settings, uniform_bases
 from lsq_core.ui import cached, words
 from lsq_core.ui.compare.export import file_stem, render_chart, render_save_menu, table_downloads
 from lsq_core.ui.compare.selection import Choice, selected_pair, size_text

@@ -7,6 +7,7 @@ import pandas as pd
 
 from lsq_core import charts
 from lsq_core.evaluation.prediction import CONFIDENCE, Predictor
+from lsq_core.planning.frame import plan_to_frame
 from lsq_core.results.compare import (
     MAX_INTERPOLATION_GAP,
     MIN_COMPARISONS,
@@ -14,7 +15,6 @@ from lsq_core.results.compare import (
     byte_shares,
     figure_6,
     plan_difference,
-    plan_to_frame,
     relative_to_base,
     run_settings,
     settings_difference,
