@@ -221,6 +221,12 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
 
 
 @pytest.fixture
+def model_copy(random_model: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A copy of a small random model's folder, for a test to change."""
+    return Path(shutil.copytree(random_model("llama-gqa"), tmp_path / "copy"))
+
+
+@pytest.fixture
 def small_text(tmp_path: Path) -> Path:
     """A text file of a few thousand tokens, different on every line."""
     path = tmp_path / "text.txt"

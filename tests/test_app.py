@@ -7,7 +7,6 @@ import math
 import re
 import subprocess
 import sys
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from lsq_core.session import Session
 from lsq_core.store.store import Store
 from lsq_core.ui import words
 from tests.conftest import ROOT, save_random_model
+from tests.helpers import wait_for
 
 PAGES = {
     "Model": None,
@@ -215,7 +215,7 @@ def _click_button(app: AppTest, label: str) -> None:
 
 def test_prune_deletes_job_after_confirmation(filled):
     home = jobs.start(disk.jobs_folder(Store(filled.path)), ["results"]).folder
-    _wait_until(lambda: not jobs.read(home).active)
+    wait_for(lambda: not jobs.read(home).active)
     app = open_page("Model")
     app.multiselect(key="prune").set_value([home.name]).run()
     assert home.exists()
@@ -223,13 +223,6 @@ def test_prune_deletes_job_after_confirmation(filled):
     assert not app.exception
     assert not home.exists()
     assert "Deleted 1" in app.success[0].value
-
-
-def _wait_until(ready, seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
-    while not ready():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.1)
 
 
 # --- profiling ------------------------------------------------------------------------------
@@ -243,7 +236,7 @@ def test_explore_profile_job_runs_and_result_shown(filled):
     folder = disk.jobs_folder(Store(filled.path))
     (job,) = jobs.list_jobs(folder)
     assert job.arguments[0] == "profile"
-    _wait_until(lambda: not jobs.read(job.folder).active)
+    wait_for(lambda: not jobs.read(job.folder).active)
     assert jobs.read(job.folder).state == "done", jobs.read(job.folder).log_tail()
     assert "stands out" in first_line(app.run())
 
@@ -269,7 +262,7 @@ def test_explore_failed_job_message_shown(filled):
     app.number_input(key="block_tokens").set_value(4096).run()
     app.button(key="profile").click().run()
     (job,) = jobs.list_jobs(disk.jobs_folder(Store(filled.path)))
-    _wait_until(lambda: not jobs.read(job.folder).active)
+    wait_for(lambda: not jobs.read(job.folder).active)
     assert jobs.read(job.folder).state == "failed"
     assert words.escape(jobs.read(job.folder).message) in app.run().error[0].value
 
@@ -303,7 +296,7 @@ def test_run_page_runs_job_and_shows_result(filled):
     app.text_input(key="save").set_value("kept-1").run()
     _click_button(app, "Quantize and evaluate")
     (job,) = jobs.list_jobs(disk.jobs_folder(Store(filled.path)))
-    _wait_until(lambda: not jobs.read(job.folder).active)
+    wait_for(lambda: not jobs.read(job.folder).active)
     done = jobs.read(job.folder)
     assert done.state == "done", done.log_tail()
     app.run()

@@ -19,14 +19,16 @@ from lsq_core.model.source import ModelSource
 from lsq_core.planning.request import PlanRequest
 from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.quantization.registry import get_quantizer
+from lsq_core.quantization.task import QuantizationTask
 from lsq_core.quantized.artifact import load_quantized
 from lsq_core.quantized.convert import quantize_model
 from lsq_core.quantized.modules import packed_modules
 from lsq_core.session import Session
+from lsq_core.settings import GridSettings
 from lsq_core.store.store import Store
 from tests.conftest import ARCHITECTURES
 
-#: Share of parameters inside planned matrices: what is in the blocks, without norms and biases.
+#: Matrices to quantize of each small random model, all experts counted.
 MODULES_PER_MODEL = {
     "llama-gqa": 14,
     "qwen2-bias": 14,
@@ -91,7 +93,9 @@ def test_architecture_end_to_end(architecture, random_model, small_text, tmp_pat
 
     reloaded = load_quantized(saved, "cpu")
     ids = torch.arange(1, 65)[None]
-    requantized = quantize_model(session.loaded.model, plan.choice, get_quantizer(quantizer))
+    requantized = quantize_model(
+        QuantizationTask(session.loaded, plan.choice), get_quantizer(quantizer)
+    )
     with torch.inference_mode():
         assert torch.equal(reloaded.model(ids).logits, requantized(ids).logits)
         assert not torch.equal(requantized(ids).logits, session.loaded.model(ids).logits)
@@ -103,7 +107,9 @@ def test_hqq_error_matches_hqq_package(architecture, random_model):
     loaded = load_model(ModelSource(str(random_model(architecture))), "cpu")
     config = QuantConfig(4, 64)
     choice = dict.fromkeys(loaded.info.matrices, config)
-    quantized = quantize_model(loaded.model, choice, get_quantizer("hqq"), metadata="fp16")
+    quantized = quantize_model(
+        QuantizationTask(loaded, choice, grid=GridSettings(metadata="fp16")), get_quantizer("hqq")
+    )
     packed = packed_modules(quantized)
     for matrix in loaded.info.matrices:
         weight = get_weight(loaded.model, matrix)
@@ -127,7 +133,10 @@ def test_packed_forward_error_matches_hqq_linear(random_model):
     inputs = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
     for bits in (2, 3, 4, 8):
         quantized = quantize_model(
-            loaded.model, {matrix: QuantConfig(bits, 64)}, get_quantizer("hqq"), metadata="fp16"
+            QuantizationTask(
+                loaded, {matrix: QuantConfig(bits, 64)}, grid=GridSettings(metadata="fp16")
+            ),
+            get_quantizer("hqq"),
         )
         theirs = HQQLinear(
             copy.deepcopy(linear),
@@ -144,8 +153,7 @@ def test_quantize_model_does_not_modify_original(random_model):
     loaded = load_model(ModelSource(str(random_model("mixtral-moe"))), "cpu")
     before = {n: t.clone() for n, t in loaded.model.state_dict().items()}
     quantize_model(
-        loaded.model,
-        dict.fromkeys(loaded.info.matrices, QuantConfig(2, 128)),
+        QuantizationTask(loaded, dict.fromkeys(loaded.info.matrices, QuantConfig(2, 128))),
         get_quantizer("rtn"),
     )
     after = loaded.model.state_dict()

@@ -18,9 +18,12 @@ from lsq_core.errors import InputError, LsqError
 from lsq_core.model.loading import load_model
 from lsq_core.model.source import MANIFEST_FILE, ModelSource
 from lsq_core.quantization.registry import get_quantizer
+from lsq_core.quantization.task import QuantizationTask
 from lsq_core.quantized.artifact import load_quantized, save_quantized
 from lsq_core.quantized.convert import quantize_model
+from lsq_core.settings import GridSettings
 from tests.conftest import ROOT, packed_bytes
+from tests.helpers import mount_small_disk
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +46,8 @@ def manifest(choice, metadata="8bit", axis=1):
 @pytest.mark.parametrize("axis", [0, 1])
 def test_reloaded_logits_are_identical(demo, ladder_choice, tmp_path, metadata, axis):
     quantized = quantize_model(
-        demo.model, ladder_choice, get_quantizer("rtn"), axis=axis, metadata=metadata
+        QuantizationTask(demo, ladder_choice, grid=GridSettings(axis=axis, metadata=metadata)),
+        get_quantizer("rtn"),
     )
     folder = tmp_path / "saved"
     size = save_quantized(
@@ -68,7 +72,7 @@ def test_reloaded_logits_are_identical(demo, ladder_choice, tmp_path, metadata, 
 
 @pytest.fixture
 def saved(demo, ladder_choice, tmp_path):
-    quantized = quantize_model(demo.model, ladder_choice, get_quantizer("rtn"))
+    quantized = quantize_model(QuantizationTask(demo, ladder_choice), get_quantizer("rtn"))
     folder = tmp_path / "saved"
     save_quantized(quantized, demo.tokenizer, manifest(ladder_choice), folder, demo.folder)
     return folder
@@ -125,25 +129,14 @@ def test_load_quantized_invalid_folder_raises(saved, tmp_path):
 
 def test_save_quantized_small_disk_raises_and_cleans_up(demo, tmp_path):
     """On a real file system of 1 MiB; needs the right to mount one."""
-    small_disk = tmp_path / "small"
-    small_disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(small_disk)],
-        capture_output=True,
-        check=False,
-    )
-    if mounted.returncode:
-        pytest.skip("mounting a small tmpfs needs root")
-    try:
+    with mount_small_disk(tmp_path / "small", "1m") as small_disk:
         choice = dict.fromkeys(demo.info.matrices, QuantConfig(2, 128))
-        quantized = quantize_model(demo.model, choice, get_quantizer("rtn"))
+        quantized = quantize_model(QuantizationTask(demo, choice), get_quantizer("rtn"))
         with pytest.raises(LsqError, match=r"free .* needed"):
             save_quantized(
                 quantized, demo.tokenizer, manifest(choice), small_disk / "x", demo.folder
             )
         assert list(small_disk.iterdir()) == []
-    finally:
-        subprocess.run(["umount", str(small_disk)], check=True)
 
 
 def test_save_quantized_disk_full_during_write_cleans_up(demo, saved, tmp_path, monkeypatch):

@@ -17,15 +17,9 @@ from lsq_core.model.source import ModelSource
 from lsq_core.model.streaming import open_streamed
 from lsq_core.session import Session
 from lsq_core.store.store import Store
+from tests.helpers import update_config
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
-
-
-@pytest.fixture
-def copy(random_model, tmp_path):
-    folder = tmp_path / "copy"
-    shutil.copytree(random_model("llama-gqa"), folder)
-    return folder
 
 
 def replace_tensors(folder: Path, **tensors: torch.Tensor | None) -> None:
@@ -37,11 +31,6 @@ def replace_tensors(folder: Path, **tensors: torch.Tensor | None) -> None:
         if tensor is not None:
             state[name] = tensor
     save_file(state, path, metadata={"format": "pt"})
-
-
-def update_config(folder: Path, **entries: object) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
 
 
 def assert_refused(folder: Path, *expected_words: str) -> None:
@@ -70,9 +59,9 @@ def assert_refused(folder: Path, *expected_words: str) -> None:
         ("quant_config.json", {"w_bit": 4}, "some method"),
     ],
 )
-def test_foreign_quantizer_config_file_refused(copy, file, content, method):
-    (copy / file).write_text(json.dumps(content))
-    assert_refused(copy, method, file)
+def test_foreign_quantizer_config_file_refused(model_copy, file, content, method):
+    (model_copy / file).write_text(json.dumps(content))
+    assert_refused(model_copy, method, file)
 
 
 @pytest.mark.parametrize(
@@ -84,28 +73,28 @@ def test_foreign_quantizer_config_file_refused(copy, file, content, method):
         {"text_config": {"quantization_config": {"quant_method": "fp8"}}},
     ],
 )
-def test_config_with_quantization_entry_refused(copy, entries):
-    update_config(copy, **entries)
-    assert_refused(copy, "already quantized", "config.json")
+def test_config_with_quantization_entry_refused(model_copy, entries):
+    update_config(model_copy, **entries)
+    assert_refused(model_copy, "already quantized", "config.json")
 
 
-def test_fp8_or_int8_weights_refused(copy):
+def test_fp8_or_int8_weights_refused(model_copy):
     """Cast to floating point they gave a perplexity of 53 million."""
-    weight = load_file(copy / "model.safetensors")[DOWN]
-    replace_tensors(copy, **{DOWN: weight.to(torch.float8_e4m3fn)})
-    assert_refused(copy, DOWN, "F8_E4M3")
+    weight = load_file(model_copy / "model.safetensors")[DOWN]
+    replace_tensors(model_copy, **{DOWN: weight.to(torch.float8_e4m3fn)})
+    assert_refused(model_copy, DOWN, "F8_E4M3")
     scale = weight.abs().amax(1, keepdim=True) / 127
     codes = (weight / scale).round().to(torch.int8)
-    replace_tensors(copy, **{DOWN: codes, DOWN + "_scale": scale})
-    assert_refused(copy, DOWN, "I8", "weight_scale")
+    replace_tensors(model_copy, **{DOWN: codes, DOWN + "_scale": scale})
+    assert_refused(model_copy, DOWN, "I8", "weight_scale")
 
 
 @pytest.mark.parametrize("suffix", ["weight_scale", "weight_scale_inv", "input_scale", "qzeros"])
-def test_scale_tensors_beside_weights_refused(copy, suffix):
+def test_scale_tensors_beside_weights_refused(model_copy, suffix):
     """Weights in a dtype that could be anything's, of which the scales would be dropped."""
     name = DOWN.replace("weight", suffix)
-    replace_tensors(copy, **{name: torch.ones(1)})
-    assert_refused(copy, name, "quantized")
+    replace_tensors(model_copy, **{name: torch.ones(1)})
+    assert_refused(model_copy, name, "quantized")
 
 
 # --- what the architecture doesn't take ----------------------------------------------------------
@@ -120,16 +109,16 @@ def test_scale_tensors_beside_weights_refused(copy, suffix):
         "lm_head.bias",
     ],
 )
-def test_unexpected_tensors_in_decoder_refused(copy, name):
-    replace_tensors(copy, **{name: torch.ones(128)})
-    assert_refused(copy, name, "LlamaForCausalLM")
+def test_unexpected_tensors_in_decoder_refused(model_copy, name):
+    replace_tensors(model_copy, **{name: torch.ones(128)})
+    assert_refused(model_copy, name, "LlamaForCausalLM")
 
 
-def test_unused_tensors_reported_in_notes(copy, tmp_path, capsys):
+def test_unused_tensors_reported_in_notes(model_copy, tmp_path, capsys):
     replace_tensors(
-        copy, **{"vision_tower.patch.weight": torch.ones(8, 8), "score.weight": torch.ones(2)}
+        model_copy, **{"vision_tower.patch.weight": torch.ones(8, 8), "score.weight": torch.ones(2)}
     )
-    source, store = ModelSource(str(copy)), Store(tmp_path / "db")
+    source, store = ModelSource(str(model_copy)), Store(tmp_path / "db")
     loaded = load_model(source, "cpu").info
     assert len(loaded.notes) == 1
     assert "2 stored tensors" in loaded.notes[0]
@@ -137,28 +126,28 @@ def test_unused_tensors_reported_in_notes(copy, tmp_path, capsys):
     assert inspect_model(source).notes == loaded.notes == open_streamed(source, "cpu").info.notes
     assert Session(source, store).info.notes == loaded.notes
     assert store.model(loaded.fingerprint).notes == loaded.notes, "also where it is known already"
-    db = ["--db", str(tmp_path / "db"), "--model", str(copy)]
+    db = ["--db", str(tmp_path / "db"), "--model", str(model_copy)]
     assert cli.main(["inspect", "--json", *db]) == 0
     assert json.loads(capsys.readouterr().out)["notes"] == list(loaded.notes)
     assert cli.main(["inspect", *db]) == 0
     assert "score.weight" in capsys.readouterr().out
 
 
-def test_computed_buffers_not_reported(copy):
+def test_computed_buffers_not_reported(model_copy):
     replace_tensors(
-        copy,
+        model_copy,
         **{
             "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16),
             "model.rotary_emb.inv_freq": torch.ones(16),
         },
     )
-    assert inspect_model(ModelSource(str(copy))).notes == ()
+    assert inspect_model(ModelSource(str(model_copy))).notes == ()
 
 
-def test_multi_token_prediction_blocks_reported_in_notes(copy):
-    replace_tensors(copy, **{"model.layers.2.mlp.down_proj.weight": torch.ones(128, 256)})
-    update_config(copy, num_nextn_predict_layers=1)
-    [note] = inspect_model(ModelSource(str(copy))).notes
+def test_multi_token_prediction_blocks_reported_in_notes(model_copy):
+    replace_tensors(model_copy, **{"model.layers.2.mlp.down_proj.weight": torch.ones(128, 256)})
+    update_config(model_copy, num_nextn_predict_layers=1)
+    [note] = inspect_model(ModelSource(str(model_copy))).notes
     assert "model.layers.2.mlp.down_proj.weight" in note
 
 
@@ -176,13 +165,13 @@ def test_fp8_expert_weights_refused(random_model, tmp_path):
     assert_refused(folder, name, "F8_E4M3")
 
 
-def test_pickled_int8_weights_refused(copy):
-    state = load_file(copy / "model.safetensors")
+def test_pickled_int8_weights_refused(model_copy):
+    state = load_file(model_copy / "model.safetensors")
     state[DOWN] = state[DOWN].to(torch.int8)
-    torch.save(state, copy / "pytorch_model.bin")
-    (copy / "model.safetensors").unlink()
+    torch.save(state, model_copy / "pytorch_model.bin")
+    (model_copy / "model.safetensors").unlink()
     with pytest.raises(InputError, match="stored as int8"):
-        load_model(ModelSource(str(copy), allow_pickle=True), "cpu")
+        load_model(ModelSource(str(model_copy), allow_pickle=True), "cpu")
 
 
 # --- two of one thing -----------------------------------------------------------------------------
@@ -204,48 +193,48 @@ def shard(folder: Path, stale: torch.Tensor | None) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def test_conflicting_duplicate_in_shard_refused(copy):
-    weight = load_file(copy / "model.safetensors")[DOWN]
-    shard(copy, weight + 1)
-    assert_refused(copy, DOWN, "model-00002-of-00002.safetensors")
+def test_conflicting_duplicate_in_shard_refused(model_copy):
+    weight = load_file(model_copy / "model.safetensors")[DOWN]
+    shard(model_copy, weight + 1)
+    assert_refused(model_copy, DOWN, "model-00002-of-00002.safetensors")
 
 
-def test_identical_duplicate_in_shard_accepted(copy):
-    weight = load_file(copy / "model.safetensors")[DOWN]
-    shard(copy, weight.clone())
-    loaded = load_model(ModelSource(str(copy)), "cpu")
+def test_identical_duplicate_in_shard_accepted(model_copy):
+    weight = load_file(model_copy / "model.safetensors")[DOWN]
+    shard(model_copy, weight.clone())
+    loaded = load_model(ModelSource(str(model_copy)), "cpu")
     assert torch.equal(loaded.model.get_parameter(DOWN), weight)
 
 
-def test_index_beside_single_file_refused(copy, tmp_path):
+def test_index_beside_single_file_refused(model_copy, tmp_path):
     single_file = tmp_path / "whole"
-    shutil.copy(copy / "model.safetensors", single_file)
-    shard(copy, None)
-    shutil.move(single_file, copy / "model.safetensors")
-    assert_refused(copy, "model.safetensors and an index")
+    shutil.copy(model_copy / "model.safetensors", single_file)
+    shard(model_copy, None)
+    shutil.move(single_file, model_copy / "model.safetensors")
+    assert_refused(model_copy, "model.safetensors and an index")
 
 
-def test_index_with_missing_tensor_refused(copy):
-    shard(copy, None)
-    path = copy / "model.safetensors.index.json"
+def test_index_with_missing_tensor_refused(model_copy):
+    shard(model_copy, None)
+    path = model_copy / "model.safetensors.index.json"
     content = json.loads(path.read_text())
     content["weight_map"]["model.norm.extra"] = "model-00001-of-00002.safetensors"
     path.write_text(json.dumps(content))
-    assert_refused(copy, "model.norm.extra")
+    assert_refused(model_copy, "model.norm.extra")
 
 
-def test_parameter_under_two_names_refused(copy):
-    weight = load_file(copy / "model.safetensors")[DOWN]
-    replace_tensors(copy, **{DOWN.removeprefix("model."): weight + 1})
-    assert_refused(copy, DOWN, DOWN.removeprefix("model.") + " ")
+def test_parameter_under_two_names_refused(model_copy):
+    weight = load_file(model_copy / "model.safetensors")[DOWN]
+    replace_tensors(model_copy, **{DOWN.removeprefix("model."): weight + 1})
+    assert_refused(model_copy, DOWN, DOWN.removeprefix("model.") + " ")
 
 
-def test_tied_head_with_different_values_refused(copy):
-    embedding = load_file(copy / "model.safetensors")["model.embed_tokens.weight"]
-    replace_tensors(copy, **{"lm_head.weight": embedding.clone()})
-    assert inspect_model(ModelSource(str(copy))).tied_embeddings
-    replace_tensors(copy, **{"lm_head.weight": embedding + 1})
-    assert_refused(copy, "lm_head.weight", "tie_word_embeddings")
-    update_config(copy, tie_word_embeddings=False)
-    loaded = load_model(ModelSource(str(copy)), "cpu")
+def test_tied_head_with_different_values_refused(model_copy):
+    embedding = load_file(model_copy / "model.safetensors")["model.embed_tokens.weight"]
+    replace_tensors(model_copy, **{"lm_head.weight": embedding.clone()})
+    assert inspect_model(ModelSource(str(model_copy))).tied_embeddings
+    replace_tensors(model_copy, **{"lm_head.weight": embedding + 1})
+    assert_refused(model_copy, "lm_head.weight", "tie_word_embeddings")
+    update_config(model_copy, tie_word_embeddings=False)
+    loaded = load_model(ModelSource(str(model_copy)), "cpu")
     assert torch.equal(loaded.model.lm_head.weight, embedding + 1)

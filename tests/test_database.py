@@ -21,6 +21,7 @@ from lsq_core.store.schema import MIGRATIONS
 from lsq_core.store.store import Store
 from tests.campaigns.damage_database import campaign
 from tests.conftest import ROOT
+from tests.helpers import mount_small_disk
 from tests.test_compare import insert_synthetic_runs
 
 
@@ -217,13 +218,8 @@ def test_store_concurrent_creation(tmp_path):
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 256 KiB; needs the right to mount one."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("mounting a small tmpfs needs root")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with mount_small_disk(tmp_path / "small", "256k") as folder:
+        yield folder
 
 
 def test_store_full_disk_leaves_no_file(small_disk):

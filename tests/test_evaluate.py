@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 from lsq_core.bits import LADDER
 from lsq_core.errors import InputError
 from lsq_core.evaluation.bootstrap import bootstrap_difference
-from lsq_core.evaluation.perplexity import evaluate, evaluate_models
+from lsq_core.evaluation.perplexity import evaluate_models
 from lsq_core.evaluation.protocol import MIN_PREDICTED, EvaluationText, Protocol, make_windows
 from lsq_core.model.loading import load_model
 from lsq_core.model.source import ModelSource
 from lsq_core.quantization.registry import get_quantizer
+from lsq_core.quantization.task import QuantizationTask
 from lsq_core.quantized.convert import quantize_model
+from tests.helpers import evaluate_model
 
 
 def plain_loop(model, ids, context, step, bos, drop_tail):
@@ -65,7 +67,7 @@ def ids():
 def test_perplexity_matches_plain_loop(demo, ids, name, step, full_name, bos):
     protocol = Protocol.named(name, demo.info.context)
     assert protocol.name == full_name
-    ours, _ = evaluate(demo.model, ids, protocol, bos=bos)
+    ours, _ = evaluate_model(demo.model, ids, protocol, bos=bos)
     sums, counts = plain_loop(demo.model, ids, 512, step, bos, name == "blocks")
     assert ours.counts.tolist() == counts.tolist()
     assert ours.nll == pytest.approx(sums, rel=1e-4)
@@ -77,7 +79,7 @@ def test_perplexity_matches_plain_loop(demo, ids, name, step, full_name, bos):
 def test_perplexity_matches_plain_loop_other_architectures(random_model, ids, architecture):
     loaded = load_model(ModelSource(str(random_model(architecture))), "cpu")
     protocol = Protocol.named("strided", loaded.info.context)
-    ours, _ = evaluate(loaded.model, ids[:700], protocol, bos=0)
+    ours, _ = evaluate_model(loaded.model, ids[:700], protocol, bos=0)
     sums, counts = plain_loop(loaded.model, ids[:700], 256, 128, 0, False)
     assert ours.nll == pytest.approx(sums, rel=1e-4)
     assert ours.perplexity == pytest.approx(math.exp(sums.sum() / counts.sum()), rel=1e-4)
@@ -85,9 +87,9 @@ def test_perplexity_matches_plain_loop_other_architectures(random_model, ids, ar
 
 def test_kl_and_top1_match_logits(demo, ids):
     choice = dict.fromkeys(demo.info.matrices, LADDER[0])
-    quantized = quantize_model(demo.model, choice, get_quantizer("rtn"))
+    quantized = quantize_model(QuantizationTask(demo, choice), get_quantizer("rtn"))
     protocol = Protocol("blocks-100", 100, 100)
-    own, full = evaluate(quantized, ids[:300], protocol, bos=None, reference=demo.model)
+    own, full = evaluate_model(quantized, ids[:300], protocol, bos=None, reference=demo.model)
     with torch.inference_mode():
         p, q = (
             m(torch.tensor(ids[:300]).view(3, 100)).logits[:, :-1].log_softmax(-1)
@@ -98,14 +100,14 @@ def test_kl_and_top1_match_logits(demo, ids):
     same = (p.argmax(-1) == q.argmax(-1)).double().mean()
     assert own.top1 == pytest.approx(float(same))
     assert full.perplexity == pytest.approx(
-        evaluate(demo.model, ids[:300], protocol, bos=None)[0].perplexity, rel=1e-6
+        evaluate_model(demo.model, ids[:300], protocol, bos=None)[0].perplexity, rel=1e-6
     )
     assert full.kl is None
 
 
 def test_kl_of_model_with_itself_is_zero(demo, ids):
     protocol = Protocol.named("blocks", 512)
-    own, _ = evaluate(demo.model, ids[:600], protocol, bos=0, reference=demo.model)
+    own, _ = evaluate_model(demo.model, ids[:600], protocol, bos=0, reference=demo.model)
     assert own.kl == pytest.approx(0, abs=1e-9)
     assert own.top1 == 1
 
@@ -113,7 +115,9 @@ def test_kl_of_model_with_itself_is_zero(demo, ids):
 def models_and_texts(demo, ids):
     """Two models and two texts of different lengths, and each pair of them alone."""
     models = [
-        quantize_model(demo.model, dict.fromkeys(demo.info.matrices, stop), get_quantizer("rtn"))
+        quantize_model(
+            QuantizationTask(demo, dict.fromkeys(demo.info.matrices, stop)), get_quantizer("rtn")
+        )
         for stop in (LADDER[0], LADDER[5])
     ]
     texts = [
@@ -128,7 +132,7 @@ def test_evaluate_together_matches_separate_evaluation(demo, ids):
     results = list(evaluate_models(models, texts, bos=0, reference=demo.model))
     for pairs, text in zip(results, texts, strict=True):
         for (own, full), model in zip(pairs, models, strict=True):
-            single, full_single = evaluate(
+            single, full_single = evaluate_model(
                 model, text.ids, text.protocol, bos=0, reference=demo.model
             )
             assert own.protocol == text.protocol.name
@@ -196,16 +200,18 @@ def test_evaluate_together_resumes_from_checkpoint(demo, ids, tmp_path):
 @pytest.mark.parametrize("damage", ["empty", "cut", "zeroed", "another text's"])
 def test_evaluate_damaged_checkpoint_reported_and_rescored(demo, ids, tmp_path, damage):
     ids, protocol, file = ids[:400], Protocol.named("strided", 64), tmp_path / "evaluation-0.npz"
-    [first] = evaluate(demo.model, ids, protocol, bos=0, checkpoint=file)[:1]
+    [first] = evaluate_model(demo.model, ids, protocol, bos=0, checkpoint=file)[:1]
     content = file.read_bytes()
     if damage == "another text's":
-        evaluate(demo.model, ids[: len(ids) // 2], protocol, bos=0, checkpoint=tmp_path / "b.npz")
+        evaluate_model(
+            demo.model, ids[: len(ids) // 2], protocol, bos=0, checkpoint=tmp_path / "b.npz"
+        )
         content = (tmp_path / "b.npz").read_bytes()
     else:
         content = {"empty": b"", "cut": content[:-50], "zeroed": bytes(len(content))}[damage]
     file.write_bytes(content)
     reports = []
-    rescored, _ = evaluate(
+    rescored, _ = evaluate_model(
         demo.model, ids, protocol, bos=0, checkpoint=file, progress=lambda *a: reports.append(a)
     )
     assert "evaluation-0.npz is damaged" in reports[0][2]
@@ -213,7 +219,7 @@ def test_evaluate_damaged_checkpoint_reported_and_rescored(demo, ids, tmp_path, 
     assert rescored.nll.tolist() == first.nll.tolist()
     forward_calls = []
     hook = demo.model.register_forward_pre_hook(lambda m, args: forward_calls.append(1))
-    evaluate(demo.model, ids, protocol, bos=0, checkpoint=file)
+    evaluate_model(demo.model, ids, protocol, bos=0, checkpoint=file)
     hook.remove()
     assert not forward_calls, "what was scored again is kept again"
 

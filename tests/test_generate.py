@@ -17,6 +17,7 @@ from lsq_core.model.source import ModelSource
 from lsq_core.planning.request import PlanRequest
 from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.quantization.registry import get_quantizer
+from lsq_core.quantization.task import QuantizationTask
 from lsq_core.quantized.convert import quantize_model
 from lsq_core.session import Session
 from lsq_core.store.store import Store
@@ -29,7 +30,11 @@ def pair(request, random_model):
     """A model, the same at two bits, and their tokenizer."""
     loaded = load_model(ModelSource(str(random_model(request.param))), "cpu")
     choice = dict.fromkeys(loaded.info.matrices, QuantConfig(2, 64))
-    return loaded.model, quantize_model(loaded.model, choice, get_quantizer("rtn")), loaded
+    return (
+        loaded.model,
+        quantize_model(QuantizationTask(loaded, choice), get_quantizer("rtn")),
+        loaded,
+    )
 
 
 def prompt_ids(tokenizer) -> list[int]:

@@ -35,6 +35,7 @@ from lsq_core.profiling.interactions import limit_tokens, measure_interactions
 from lsq_core.profiling.rows import measure_row_scores
 from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.quantization.registry import get_quantizer
+from lsq_core.quantization.task import QuantizationTask
 from lsq_core.quantized.convert import quantize_model
 from lsq_core.session import Session
 from lsq_core.stages.plan import request_incompatibility
@@ -119,7 +120,7 @@ def quantized_outputs(loaded, ids, scores, chosen, layer, loss):
         m.name: np.argsort(-scores[m.name])[: option.high_rows(m.out_features)]
         for m, option in chosen.items()
     }
-    model = quantize_model(loaded.model, chosen, get_quantizer("rtn"), rows=rows)
+    model = quantize_model(QuantizationTask(loaded, chosen, rows=rows), get_quantizer("rtn"))
     with torch.inference_mode():
         if loss == "model":
             return model(ids).logits.double()

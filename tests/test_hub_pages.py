@@ -21,6 +21,7 @@ from lsq_core.store.store import Store
 from lsq_core.ui import cached, hub_lookup
 from lsq_core.ui.explore import weights
 from tests.conftest import save_random_model
+from tests.helpers import wait_for
 from tests.test_app import first_line, go_to_page, open_page
 
 
@@ -70,7 +71,7 @@ def test_page_does_not_block_on_hub(server, title):
     assert not app.error
     assert any("is being looked up" in title.value for title in app.title)
     server.may_answer.set()
-    _wait_until(lambda: not hub_lookup.is_pending(ModelSource(name)))
+    wait_for(lambda: not hub_lookup.is_pending(ModelSource(name)))
     app.run()
     assert not app.exception
     assert name in app.error[0].value
@@ -86,17 +87,10 @@ def test_page_does_not_block_on_hub(server, title):
     assert not app.error
 
 
-def _wait_until(ready, seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not ready():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def test_model_page_names_each_unknown_model(server):
     for name in ("org/first", "org/second"):
         app = open_page("Model", model=name)
-        _wait_until(lambda name=name: not hub_lookup.is_pending(ModelSource(name)))
+        wait_for(lambda name=name: not hub_lookup.is_pending(ModelSource(name)))
         app.run()
         assert name in app.error[0].value
         assert "org/first" not in app.error[0].value or name == "org/first"

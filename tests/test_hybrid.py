@@ -20,7 +20,6 @@ from lsq_core.model.source import ModelSource
 from lsq_core.planning.plan import Plan
 from lsq_core.planning.request import PlanRequest
 from lsq_core.profiling import interactions as measuring
-from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.quantization import hybrid
 from lsq_core.quantization.cache import PackedMatrixCache
 from lsq_core.quantization.hybrid import Hybrid, LearnedClipping, LearnedMatrix, LearnedRounding
@@ -29,6 +28,7 @@ from lsq_core.quantization.registry import get_quantizer, planned_bytes, quantiz
 from lsq_core.quantization.task import QuantizationTask
 from lsq_core.quantized.convert import quantize_model
 from lsq_core.quantized.modules import packed_modules
+from lsq_core.settings import GridSettings
 
 CONFIG = QuantConfig(3, 32)
 
@@ -134,19 +134,15 @@ def ids(monkeypatch) -> torch.Tensor:
     return plan_options
 
 
-def make_task(loaded, choice, settings: ProfileSettings | None = None, **options):
-    settings = settings or ProfileSettings()
-    return QuantizationTask(loaded, choice, settings.grid, settings.text, **options)
-
-
 @pytest.mark.parametrize("architecture", ["llama-gqa", "gpt2-conv1d", "mixtral-moe"])
 def test_hybrid_reduces_output_error(architecture, random_model, ids):
     """After the first block, whose inputs are those of full precision, on what it learned from."""
     loaded = load_model(ModelSource(str(random_model(architecture))), "cpu")
     plan = small_plan(loaded)
     before = {m: get_weight(loaded.model, m).clone() for m in loaded.info.matrices}
-    learned = Hybrid(40).quantize_model(make_task(loaded, plan.choice, rows=plan.rows))
-    rounded = quantize_model(loaded.model, plan.choice, get_quantizer("rtn"), rows=plan.rows)
+    task = QuantizationTask(loaded, plan.choice, rows=plan.rows)
+    learned = quantize_model(task, Hybrid(40))
+    rounded = quantize_model(task, get_quantizer("rtn"))
     assert output_error(loaded, learned, ids)[0] < 0.95 * output_error(loaded, rounded, ids)[0]
     assert sum(m.packed.nbytes for m in packed_modules(learned).values()) == plan.planned_bytes
     assert all(torch.equal(get_weight(loaded.model, m), w) for m, w in before.items())
@@ -155,10 +151,10 @@ def test_hybrid_reduces_output_error(architecture, random_model, ids):
 
 def test_hybrid_single_width_reduces_output_error(random_model, ids):
     loaded = load_model(ModelSource(str(random_model("llama-gqa"))), "cpu")
-    settings = ProfileSettings(metadata="fp16")
     choice = dict.fromkeys(loaded.info.matrices, QuantConfig(2, 32))
-    learned = Hybrid(30).quantize_model(make_task(loaded, choice, settings))
-    rounded = quantize_model(loaded.model, choice, get_quantizer("rtn"), metadata="fp16")
+    task = QuantizationTask(loaded, choice, GridSettings(metadata="fp16"))
+    learned = quantize_model(task, Hybrid(30))
+    rounded = quantize_model(task, get_quantizer("rtn"))
     assert output_error(loaded, learned, ids)[0] < output_error(loaded, rounded, ids)[0]
     expected = sum(planned_bytes("hybrid", m.shape, c, "fp16") for m, c in choice.items())
     assert sum(m.packed.nbytes for m in packed_modules(learned).values()) == expected
@@ -175,37 +171,37 @@ def test_hybrid_resumes_after_interruption(random_model, ids, tmp_path):
         if "layer 2 of 2, step 3" in text:
             raise Interrupted
 
-    task = make_task(loaded, plan.choice, rows=plan.rows)
+    task = QuantizationTask(loaded, plan.choice, rows=plan.rows)
     with pytest.raises(Interrupted):
-        Hybrid(6).quantize_model(replace(task, progress=interrupt, folder=tmp_path))
+        quantize_model(replace(task, progress=interrupt, folder=tmp_path), Hybrid(6))
     assert [p.name for p in tmp_path.iterdir()] == ["block-0.safetensors"]
-    done_counts, matrix_cache = [], PackedMatrixCache(0)
-    again = Hybrid(6).quantize_model(
-        replace(
-            task,
-            progress=lambda done, total, text: done_counts.append(done),
-            cache=matrix_cache,
-            folder=tmp_path,
-        )
+    done_counts, cache = [], PackedMatrixCache(0)
+    recording = replace(
+        task,
+        progress=lambda done, total, text: done_counts.append(done),
+        cache=cache,
+        folder=tmp_path,
     )
+    again = quantize_model(recording, Hybrid(6))
     assert done_counts == [6, 7, 8, 9, 10, 11, 12]
-    assert matrix_cache.saved_seconds > 0
-    uninterrupted = Hybrid(6).quantize_model(task)
+    assert cache.saved_seconds > 0
+    uninterrupted = quantize_model(task, Hybrid(6))
     with torch.inference_mode():
         assert torch.equal(again(ids).logits, uninterrupted(ids).logits)
     block = tmp_path / "block-0.safetensors"
     block.write_bytes(block.read_bytes()[:-100])
     messages = []
-    again = Hybrid(6).quantize_model(
-        replace(task, progress=lambda done, total, text: messages.append(text), folder=tmp_path)
+    recording = replace(
+        task, progress=lambda done, total, text: messages.append(text), folder=tmp_path
     )
+    again = quantize_model(recording, Hybrid(6))
     assert "block-0.safetensors is damaged" in messages[0]
     with torch.inference_mode():
         assert torch.equal(again(ids).logits, uninterrupted(ids).logits)
 
 
 def test_cli_hybrid_run_save_eval(random_model, small_text, tmp_path, capsys, monkeypatch):
-    """Learned, saved, kept under a name that tells its steps, and made again for its texts."""
+    """Learn, save under a name with the steps, and evaluate again from the saved model."""
     monkeypatch.setattr(measuring, "LOSS_TOKENS", {"block": 8, "model": 8})
     monkeypatch.setattr(hybrid, "SEQUENCES", 2)
     plan_options = ["--model", str(random_model("llama-gqa")), "--device", "cpu"]
@@ -241,8 +237,8 @@ def test_hybrid_ignores_checkpoint_of_older_format(tmp_path, monkeypatch):
     packed = {matrix: quantize_matrix(random_rows(), CONFIG, get_quantizer("rtn"))}
     file, choice = tmp_path / "block-0.safetensors", {matrix: CONFIG}
     hybrid._write_block(file, packed, 2.5)
-    kept, seconds = hybrid._read_block(file, choice, 1, "cpu", no_progress)
-    assert (list(kept), seconds) == ([matrix], 2.5)
+    restored, seconds = hybrid._read_block(file, choice, 1, "cpu", no_progress)
+    assert (list(restored), seconds) == ([matrix], 2.5)
     monkeypatch.setattr(hybrid, "FORMAT_VERSION", hybrid.FORMAT_VERSION - 1)
     hybrid._write_block(file, packed, 2.5)
     monkeypatch.undo()

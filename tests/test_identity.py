@@ -21,15 +21,9 @@ from lsq_core.stages.model import find_model_info, known_identity
 from lsq_core.stages.profile import profile_key
 from lsq_core.store.schema import MIGRATIONS
 from lsq_core.store.store import Store
+from tests.helpers import update_config
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-@pytest.fixture
-def copy(random_model, tmp_path):
-    folder = tmp_path / "copy"
-    shutil.copytree(random_model("llama-gqa"), folder)
-    return folder
 
 
 @pytest.fixture
@@ -63,26 +57,26 @@ def edit_tokenizer(folder: Path) -> None:
     path.write_text(json.dumps(content), "utf8")
 
 
-def test_profile_key_changes_with_tokenizer(copy, tmp_path):
+def test_profile_key_changes_with_tokenizer(model_copy, tmp_path):
     store, settings = Store(tmp_path / "db"), ProfileSettings()
-    before = Session(ModelSource(str(copy)), store)
+    before = Session(ModelSource(str(model_copy)), store)
     key = before.profile_key(settings)
-    edit_tokenizer(copy)
-    after = Session(ModelSource(str(copy)), store)
+    edit_tokenizer(model_copy)
+    after = Session(ModelSource(str(model_copy)), store)
     assert after.info.fingerprint == before.info.fingerprint, "weights and config are the same"
     assert after.profile_key(settings) != key
     assert profile_key(after.info, settings) == after.profile_key(settings), "as the pages have it"
 
 
-def test_tokenizer_hash_ignores_non_token_changes(copy):
-    before = tokenizer_hash(copy)
-    path = copy / "tokenizer_config.json"
+def test_tokenizer_hash_ignores_non_token_changes(model_copy):
+    before = tokenizer_hash(model_copy)
+    path = model_copy / "tokenizer_config.json"
     content = json.loads(path.read_text("utf8")) | {"name_or_path": "x", "chat_template": "{{ y }}"}
     path.write_text(json.dumps(content, indent=4), "utf8")
-    (copy / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
-    assert tokenizer_hash(copy) == before
+    (model_copy / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
+    assert tokenizer_hash(model_copy) == before
     path.write_text(json.dumps(content | {"add_bos_token": True}), "utf8")
-    assert tokenizer_hash(copy) != before
+    assert tokenizer_hash(model_copy) != before
 
 
 @pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "tokenizer.model", "vocab.txt"])
@@ -95,19 +89,18 @@ def test_tokenizer_hash_covers_each_file(tmp_path, name):
     assert tokenizer_hash(tmp_path) not in ("", first)
 
 
-def test_identity_includes_remote_code_only_if_trusted(copy):
-    config = json.loads((copy / "config.json").read_text()) | {"auto_map": {"AutoConfig": "m.C"}}
-    (copy / "m.py").write_text("x = 1")
-    assert code_hash(copy) == "", "nothing reaches that file"
-    (copy / "config.json").write_text(json.dumps(config))
-    first = compute_identity(copy, trust_remote_code=True)
-    (copy / "m.py").write_text("x = 2")
-    second = compute_identity(copy, trust_remote_code=True)
+def test_identity_includes_remote_code_only_if_trusted(model_copy):
+    (model_copy / "m.py").write_text("x = 1")
+    assert code_hash(model_copy) == "", "nothing reaches that file"
+    update_config(model_copy, auto_map={"AutoConfig": "m.C"})
+    first = compute_identity(model_copy, trust_remote_code=True)
+    (model_copy / "m.py").write_text("x = 2")
+    second = compute_identity(model_copy, trust_remote_code=True)
     assert first.fingerprint == second.fingerprint
     assert first.code
     assert second.code
     assert first.code != second.code
-    assert compute_identity(copy).code == "", "code that does not run changes no figure"
+    assert compute_identity(model_copy).code == "", "code that does not run changes no figure"
     keys = {
         ProfileSettings().key(one.fingerprint, "corpus", one.tokenizer, one.code)
         for one in (first, second)
@@ -115,23 +108,23 @@ def test_identity_includes_remote_code_only_if_trusted(copy):
     assert len(keys) == 2
 
 
-def test_model_source_relative_path_resolved(copy, tmp_path, monkeypatch):
-    monkeypatch.chdir(copy.parent)
-    for name in ("./copy", "copy", "../" + copy.parent.name + "/copy"):
-        assert ModelSource(name).name == str(copy)
+def test_model_source_relative_path_resolved(model_copy, tmp_path, monkeypatch):
+    monkeypatch.chdir(model_copy.parent)
+    for name in ("./copy", "copy", "../" + model_copy.parent.name + "/copy"):
+        assert ModelSource(name).name == str(model_copy)
     session = Session(ModelSource("./copy"), Store(tmp_path / "db"))
     mark = session.info.fingerprint
     monkeypatch.chdir("/")
     stored_sources = Store(tmp_path / "db").models()["source"].tolist()
-    assert stored_sources == [str(copy)]
+    assert stored_sources == [str(model_copy)]
     assert fingerprint(ModelSource(stored_sources[0]).local_folder) == mark
 
 
-def test_known_info_same_model_under_two_names(copy, cache, tmp_path):
+def test_known_info_same_model_under_two_names(model_copy, cache, tmp_path):
     """What was found out about it under one name is known under the other."""
     store = Store(tmp_path / "db")
-    mark = Session(ModelSource(str(copy)), store).info.fingerprint
-    cache("some-org/some-model", copy, "main", "v2")
+    mark = Session(ModelSource(str(model_copy)), store).info.fingerprint
+    cache("some-org/some-model", model_copy, "main", "v2")
     for source in (
         ModelSource("some-org/some-model"),
         ModelSource("some-org/some-model", "v2"),
@@ -143,9 +136,9 @@ def test_known_info_same_model_under_two_names(copy, cache, tmp_path):
     assert find_model_info(ModelSource("some-org/some-model", "v3"), store) is None
 
 
-def test_known_info_after_files_removed(copy, cache, tmp_path):
+def test_known_info_after_files_removed(model_copy, cache, tmp_path):
     store = Store(tmp_path / "db")
-    snapshot = cache("some-org/some-model", copy)
+    snapshot = cache("some-org/some-model", model_copy)
     info_before = Session(ModelSource("some-org/some-model"), store).info
     shutil.rmtree(snapshot)
     assert cached_folder(ModelSource("some-org/some-model")) is None
@@ -167,15 +160,15 @@ def test_identify_unknown_models_returns_none(tmp_path):
         store.save_model(info)
 
 
-def test_inspect_cached_model_offline(copy, cache):
-    cache("some-org/some-model", copy)
+def test_inspect_cached_model_offline(model_copy, cache):
+    cache("some-org/some-model", model_copy)
     info = inspect_model(ModelSource("some-org/some-model"))
-    assert info.file_bytes == (copy / "model.safetensors").stat().st_size
-    assert info.fingerprint == fingerprint(copy)
+    assert info.file_bytes == (model_copy / "model.safetensors").stat().st_size
+    assert info.fingerprint == fingerprint(model_copy)
 
 
-def test_cached_folder_incomplete_snapshot_is_none(copy, cache):
-    snapshot = cache("some-org/some-model", copy)
+def test_cached_folder_incomplete_snapshot_is_none(model_copy, cache):
+    snapshot = cache("some-org/some-model", model_copy)
     (snapshot / "model.safetensors").unlink()
     assert cached_folder(ModelSource("some-org/some-model")) is None
 
@@ -219,16 +212,16 @@ def test_known_info_demo_by_content(tmp_path):
 
 
 @pytest.fixture
-def hub(copy, cache, monkeypatch):
+def hub(model_copy, cache, monkeypatch):
     """A hub that holds one model, and a list of what was fetched of it."""
     import fnmatch
 
     fetched = []
 
     def download(name, revision=None, allow_patterns=(), **more):
-        home = cache(name, copy, revision or "main").parent / "fetched"
+        home = cache(name, model_copy, revision or "main").parent / "fetched"
         home.mkdir(exist_ok=True)
-        for path in copy.iterdir():
+        for path in model_copy.iterdir():
             if any(fnmatch.fnmatch(path.name, pattern) for pattern in allow_patterns):
                 shutil.copy(path, home)
                 fetched.append(path.name)
@@ -278,20 +271,20 @@ def test_cli_feasible_plan_fetches_config_before_weights(hub, capsys):
     assert hub.index("config.json") < hub.index("model.safetensors")
 
 
-def test_cli_inspect_remote_model_small_files_only(hub, copy, capsys):
+def test_cli_inspect_remote_model_small_files_only(hub, model_copy, capsys):
     """Its index names files that were not fetched, and its config no dtype."""
-    config = json.loads((copy / "config.json").read_text())
+    config = json.loads((model_copy / "config.json").read_text())
     config.pop("dtype", None)
-    (copy / "config.json").write_text(json.dumps(config))
+    (model_copy / "config.json").write_text(json.dumps(config))
     index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
-    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    (model_copy / "model.safetensors.index.json").write_text(json.dumps(index))
     assert cli.main(["inspect", "--model", "some-org/some-model", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["layers"] == 2
     assert set(hub) == {"config.json", "model.safetensors.index.json"}
 
 
-def test_cli_inspect_quantized_remote_model_exit_2(hub, copy, capsys):
-    (copy / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
+def test_cli_inspect_quantized_remote_model_exit_2(hub, model_copy, capsys):
+    (model_copy / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
     assert cli.main(["inspect", "--model", "some-org/some-model"]) == 2
     assert "FP8" in capsys.readouterr().err
     assert not [name for name in hub if name.endswith(".safetensors")]

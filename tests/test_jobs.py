@@ -17,15 +17,7 @@ from lsq_core.errors import InputError
 from lsq_core.model.loading import inspect_model
 from lsq_core.model.source import ModelSource
 from lsq_core.store.store import Store
-
-
-def wait_for(condition, seconds: float = 60):
-    """Poll until something is so; the deadline is for a hang, not a measure of speed."""
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "it did not come about"
-        time.sleep(0.02)
-    return value
+from tests.helpers import wait_for
 
 
 def wait_for_end(job: jobs.Job) -> jobs.Job:

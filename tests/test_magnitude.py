@@ -25,6 +25,7 @@ from lsq_core.quantization.magnitude import normalizing_exponent, scale_by_power
 from lsq_core.quantization.packed import quantize_matrix
 from lsq_core.quantization.registry import get_quantizer, planned_bytes
 from lsq_core.quantization.rows import quantize_config
+from lsq_core.quantization.task import QuantizationTask
 from lsq_core.quantized.artifact import load_quantized, save_quantized
 from lsq_core.quantized.convert import quantize_model
 from lsq_core.quantized.modules import PackedLinear
@@ -274,7 +275,7 @@ def test_rescaled_model_quantizes_to_same_outputs(name, k, tmp_path):
     ):
         loaded = load_model(ModelSource(str(folder)), "cpu", "float32")
         choice = dict.fromkeys(loaded.info.matrices, QuantConfig(4, 64))
-        result = quantize_model(loaded.model, choice, get_quantizer(name))
+        result = quantize_model(QuantizationTask(loaded, choice), get_quantizer(name))
         with torch.inference_mode():
             logits.append((loaded.model(ids).logits, result(ids).logits))
     (full, quantized), (full_scaled, quantized_scaled) = logits
@@ -329,7 +330,7 @@ def test_saved_model_small_weights_round_trip(architecture, random_model, tmp_pa
     matrices = loaded.info.matrices
     options = (QuantConfig(3, 32), QuantConfig(8, 64))
     choice = {m: options[i % 2] for i, m in enumerate(matrices)}
-    result = quantize_model(loaded.model, choice, get_quantizer("rtn"))
+    result = quantize_model(QuantizationTask(loaded, choice), get_quantizer("rtn"))
     modules = {m.name: {"bits": c.bits, "group_size": c.group_size} for m, c in choice.items()}
     manifest = {"modules": modules, "metadata": "8bit", "axis": 1, "quantizer": "rtn"}
     save_quantized(result, loaded.tokenizer, manifest, tmp_path / "saved", loaded.folder)

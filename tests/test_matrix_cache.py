@@ -10,8 +10,10 @@ from lsq_core.model.source import ModelSource
 from lsq_core.quantization.cache import PackedMatrixCache
 from lsq_core.quantization.packed import quantize_matrix
 from lsq_core.quantization.registry import get_quantizer
+from lsq_core.quantization.task import QuantizationTask
 from lsq_core.quantized.convert import quantize_model
 from lsq_core.quantized.modules import packed_modules
+from lsq_core.settings import GridSettings
 
 
 def packed(seed: int):
@@ -51,8 +53,12 @@ def test_quantize_model_with_cache_is_identical(random_model):
         for choice in (first, second):
             how = {"axis": axis, "metadata": metadata}
             by = get_quantizer(quantizer)
-            uncached = quantize_model(loaded.model, choice, by, **how)
-            cached = quantize_model(loaded.model, choice, by, **how, matrix_cache=matrix_cache)
+            uncached = quantize_model(
+                QuantizationTask(loaded, choice, grid=GridSettings(**how)), by
+            )
+            cached = quantize_model(
+                QuantizationTask(loaded, choice, grid=GridSettings(**how), cache=matrix_cache), by
+            )
             pairs = zip(
                 packed_modules(uncached).items(), packed_modules(cached).items(), strict=True
             )

@@ -38,6 +38,7 @@ from lsq_core.quantization.registry import (
     stored_matrix_class,
 )
 from lsq_core.quantization.rows import PackedRows, quantize_config
+from lsq_core.quantization.task import QuantizationTask
 from lsq_core.quantized.artifact import load_quantized, make_meta_tensors, save_quantized
 from lsq_core.quantized.convert import quantize_model
 from lsq_core.quantized.modules import measured_bytes, packed_modules
@@ -145,7 +146,9 @@ def test_saved_mixed_rows_model_same_logits(architecture, random_model, tmp_path
     }
     plan = Plan(PlanRequest("high-impact"), matrices, configs, rows=rows)
     assert Plan.from_json(plan.to_json(), matrices, 0).rows == rows
-    made = quantize_model(loaded.model, plan.choice, get_quantizer("rtn"), rows=plan.rows)
+    made = quantize_model(
+        QuantizationTask(loaded, plan.choice, rows=plan.rows), get_quantizer("rtn")
+    )
     assert measured_bytes(made) == plan.planned_bytes
     stored = model_stored_layout(made, plan.modules)
     assert all(stored[m.name] == layout.packed(m.shape, c, "8bit") for m, c in plan.choice.items())
@@ -181,11 +184,8 @@ def test_packed_matrix_cache_keyed_by_rows(random_model):
     def made(rows: range) -> PackedRows:
         return packed_modules(
             quantize_model(
-                loaded.model,
-                {matrix: config},
+                QuantizationTask(loaded, {matrix: config}, rows={matrix.name: rows}, cache=first),
                 get_quantizer("rtn"),
-                rows={matrix.name: rows},
-                matrix_cache=first,
             )
         )[matrix.name].packed
 

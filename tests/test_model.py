@@ -24,6 +24,7 @@ from lsq_core.model.source import (
     read_demo_description,
 )
 from tests.conftest import save_random_model
+from tests.helpers import update_config
 
 
 def test_inspect_demo_model_sizes():
@@ -117,100 +118,87 @@ def test_load_invalid_config_json_raises(tmp_path):
     assert_refused(str(tmp_path), "cannot be read as JSON")
 
 
-@pytest.fixture
-def copy(random_model, tmp_path):
-    folder = tmp_path / "copy"
-    shutil.copytree(random_model("llama-gqa"), folder)
-    return folder
+def test_load_without_weights_raises(model_copy):
+    (model_copy / "model.safetensors").unlink()
+    assert_refused(str(model_copy), "no .safetensors file")
 
 
-def test_load_without_weights_raises(copy):
-    (copy / "model.safetensors").unlink()
-    assert_refused(str(copy), "no .safetensors file")
-
-
-def test_load_truncated_weights_raises(copy):
-    path = copy / "model.safetensors"
+def test_load_truncated_weights_raises(model_copy):
+    path = model_copy / "model.safetensors"
     os.truncate(path, path.stat().st_size - 100)
-    assert_refused(str(copy), r"model\.safetensors is truncated or damaged")
+    assert_refused(str(model_copy), r"model\.safetensors is truncated or damaged")
     os.truncate(path, 4)
-    assert_refused(str(copy), r"model\.safetensors is not a complete safetensors file")
+    assert_refused(str(model_copy), r"model\.safetensors is not a complete safetensors file")
     path.write_bytes(b"x" * 1000)
-    assert_refused(str(copy), "not a complete safetensors file")
+    assert_refused(str(model_copy), "not a complete safetensors file")
 
 
-def test_load_missing_shard_raises(copy):
+def test_load_missing_shard_raises(model_copy):
     index = {"weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}}
-    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert_refused(str(copy), "lacks model-00002-of-00002.safetensors")
-    (copy / "model.safetensors.index.json").write_text("{}")
-    assert_refused(str(copy), "index.json cannot be read")
+    (model_copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert_refused(str(model_copy), "lacks model-00002-of-00002.safetensors")
+    (model_copy / "model.safetensors.index.json").write_text("{}")
+    assert_refused(str(model_copy), "index.json cannot be read")
 
 
-def test_load_missing_tensor_raises(copy):
+def test_load_missing_tensor_raises(model_copy):
     """Random ones in its place would give figures of another model."""
-    tensors = load_file(copy / "model.safetensors")
+    tensors = load_file(model_copy / "model.safetensors")
     norms = [name for name in tensors if name.endswith("input_layernorm.weight")]
     kept = {name: tensor for name, tensor in tensors.items() if name not in norms}
-    save_file(kept, copy / "model.safetensors", metadata={"format": "pt"})
-    assert_refused(str(copy), rf"have no {re.escape(norms[0])} and {len(norms) - 1} more")
+    save_file(kept, model_copy / "model.safetensors", metadata={"format": "pt"})
+    assert_refused(str(model_copy), rf"have no {re.escape(norms[0])} and {len(norms) - 1} more")
 
 
-def test_fingerprint_ignores_consolidated_copy(copy):
-    before = fingerprint(copy)
-    shutil.copy(copy / "model.safetensors", copy / "consolidated.safetensors")
-    assert fingerprint(copy) == before
-    info = inspect_model(ModelSource(str(copy)))
-    assert info.file_bytes == (copy / "model.safetensors").stat().st_size
+def test_fingerprint_ignores_consolidated_copy(model_copy):
+    before = fingerprint(model_copy)
+    shutil.copy(model_copy / "model.safetensors", model_copy / "consolidated.safetensors")
+    assert fingerprint(model_copy) == before
+    info = inspect_model(ModelSource(str(model_copy)))
+    assert info.file_bytes == (model_copy / "model.safetensors").stat().st_size
 
 
-def test_load_pickled_weights_requires_allow_pickle(copy):
-    path = copy / "model.safetensors"
-    torch.save(load_file(path), copy / "pytorch_model.bin")
+def test_load_pickled_weights_requires_allow_pickle(model_copy):
+    path = model_copy / "model.safetensors"
+    torch.save(load_file(path), model_copy / "pytorch_model.bin")
     path.unlink()
-    assert_refused(str(copy), "only pickled weights .*pytorch_model.bin.* allow pickle")
-    assert load_model(ModelSource(str(copy), allow_pickle=True), "cpu").info.layers == 2
+    assert_refused(str(model_copy), "only pickled weights .*pytorch_model.bin.* allow pickle")
+    assert load_model(ModelSource(str(model_copy), allow_pickle=True), "cpu").info.layers == 2
 
 
-def test_load_quantized_checkpoint_raises(copy):
-    config = json.loads((copy / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq"}
-    (copy / "config.json").write_text(json.dumps(config))
-    assert_refused(str(copy), r"already quantized \(gptq")
+def test_load_quantized_checkpoint_raises(model_copy):
+    update_config(model_copy, quantization_config={"quant_method": "gptq"})
+    assert_refused(str(model_copy), r"already quantized \(gptq")
 
 
-def test_load_encoder_raises(copy):
+def test_load_encoder_raises(model_copy):
     config = {"model_type": "vit", "architectures": ["ViTModel"]}
-    (copy / "config.json").write_text(json.dumps(config))
-    assert_refused(str(copy), "not a decoder-only language model")
+    (model_copy / "config.json").write_text(json.dumps(config))
+    assert_refused(str(model_copy), "not a decoder-only language model")
 
 
-def test_load_decoder_without_linear_modules_raises(copy):
+def test_load_decoder_without_linear_modules_raises(model_copy):
     from transformers import LlamaConfig
 
-    LlamaConfig(num_hidden_layers=0, vocab_size=64, hidden_size=32).save_pretrained(copy)
-    assert_refused(str(copy), "no decoder blocks with linear modules")
+    LlamaConfig(num_hidden_layers=0, vocab_size=64, hidden_size=32).save_pretrained(model_copy)
+    assert_refused(str(model_copy), "no decoder blocks with linear modules")
 
 
-def test_load_without_tokenizer_raises(copy):
-    for path in copy.glob("tokenizer*"):
+def test_load_without_tokenizer_raises(model_copy):
+    for path in model_copy.glob("tokenizer*"):
         path.unlink()
-    assert_refused(str(copy), "no tokenizer")
+    assert_refused(str(model_copy), "no tokenizer")
 
 
-def test_load_weight_shape_mismatch_raises(copy):
-    config = json.loads((copy / "config.json").read_text())
-    config["intermediate_size"] = 384
-    (copy / "config.json").write_text(json.dumps(config))
-    assert_refused(str(copy), "shape 128 × 256, but 128 × 384 by its config.json")
+def test_load_weight_shape_mismatch_raises(model_copy):
+    update_config(model_copy, intermediate_size=384)
+    assert_refused(str(model_copy), "shape 128 × 256, but 128 × 384 by its config.json")
 
 
-def test_load_remote_code_requires_trust(copy):
-    config = json.loads((copy / "config.json").read_text())
-    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}
-    (copy / "config.json").write_text(json.dumps(config))
-    (copy / "mine.py").write_text("raise SystemExit('it was run')")
-    assert_refused(str(copy), "--trust-remote-code")
+def test_load_remote_code_requires_trust(model_copy):
+    update_config(model_copy, model_type="mine", auto_map={"AutoConfig": "mine.Config"})
+    (model_copy / "mine.py").write_text("raise SystemExit('it was run')")
+    assert_refused(str(model_copy), "--trust-remote-code")
 
 
 def test_pick_device_and_dtype_unknown_raise():

@@ -68,7 +68,10 @@ def test_inert_and_literal_escape_hostile_text(text):
     assert words.sanitize("**bold** and 3 %, `x`") == "**bold** and 3 %, `x`"
 
 
-def test_literal_preserves_visible_text():
+def test_escape_preserves_visible_text():
+    """A pin in an error sentence has to be readable as it was typed."""
+    assert words.escape("*.layers_0.*") == r"\*.layers\_0.\*"
+    assert words.escape("plain words, 3") == "plain words, 3"
     escaped = words.escape("# my_*_model\n> **x** ~~y~~")
     assert not re.search(r"(?m)^[#>]|(?<!\\)[*_~]", escaped)
     assert re.sub(r"\\(.)", r"\1", escaped) == "# my_*_model\n> **x** ~~y~~"

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
+import duckdb
 import numpy as np
 import pandas as pd
 import pytest
@@ -16,7 +19,6 @@ from lsq_core.bits import QuantConfig
 from lsq_core.cli import main
 from lsq_core.corpus.registry import corpus_identity
 from lsq_core.errors import InputError, LsqError
-from lsq_core.evaluation.perplexity import evaluate
 from lsq_core.evaluation.protocol import MIN_PREDICTED, EvaluationRequest, Protocol, make_windows
 from lsq_core.evaluation.result import Evaluation
 from lsq_core.model.loading import load_model
@@ -34,6 +36,7 @@ from lsq_core.store import connection as store_module
 from lsq_core.store.schema import MIGRATIONS
 from lsq_core.store.store import Store
 from lsq_core.sweep import items, sweep
+from tests.helpers import evaluate_model
 
 PLACES = [("cpu", "float32"), ("cpu", "bfloat16"), ("cuda:0", "float32"), ("cuda:0", "bfloat16")]
 
@@ -290,24 +293,44 @@ def test_keep_profile_concurrent_threads_merge_metrics(folder):
     assert set(session.store.profile("p").metrics) == set(metrics)
 
 
-def test_keep_profile_merges_concurrent_write(folder, monkeypatch):
+class ConnectionWithConcurrentWrite:
+    """A DuckDB connection, after whose first read another connection writes and commits."""
+
+    def __init__(self, connection: duckdb.DuckDBPyConnection, write: Callable[[], None]) -> None:
+        self.connection, self.write = connection, write
+
+    def execute(self, sql: str, *parameters: object) -> duckdb.DuckDBPyConnection:
+        result = self.connection.execute(sql, *parameters)
+        if self.write is not None:
+            write, self.write = self.write, None
+            write()
+        return result
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.connection, name)
+
+
+def test_merge_profile_concurrent_write_between_read_and_write(folder, monkeypatch):
+    """The transaction that read an outdated profile is repeated, so no metric is lost."""
     session, recorded = open_session(folder), {"corpus_sha256": "abc"}
     first = make_profile(session, "p", recorded, ["kurtosis"])
     second = make_profile(session, "p", recorded, ["weight_error"])
-    original_profile, concurrent_saves = Store.profile, []
+    original, transactions = Store.transaction, []
 
-    def save_concurrently(store: Store, id: str):
-        found = original_profile(store, id)
-        if not concurrent_saves:  # another process keeps its metrics now
-            concurrent_saves.append(True)
-            merge_profile(Session(session.source, Store()), first)
-        return found
+    @contextmanager
+    def transaction(store: Store) -> Iterator[object]:
+        transactions.append(store)
+        with original(store) as connection:
+            if len(transactions) == 1:
+                connection = ConnectionWithConcurrentWrite(
+                    connection, lambda: Store().merge_profile(first)
+                )
+            yield connection
 
-    monkeypatch.setattr(Store, "profile", save_concurrently)
-    merge_profile(session, second)
-    if not concurrent_saves:
-        merge_profile(session, first)
+    monkeypatch.setattr(Store, "transaction", transaction)
+    session.store.merge_profile(second)
     monkeypatch.undo()
+    assert len(transactions) == 3, "the first attempt, the concurrent write, the second attempt"
     assert set(session.store.profile("p").metrics) == {"kurtosis", "weight_error"}
 
 
@@ -331,9 +354,9 @@ def test_evaluate_non_finite_raises_naming_module(folder, value):
     ids, protocol = np.arange(1, 200), Protocol.named("strided", 256)
     whole = load_model(ModelSource(folder), "cpu").model
     with pytest.raises(LsqError, match=r"model\.layers\.1\.mlp\.up_proj"):
-        evaluate(loaded.model, ids, protocol, bos=0, reference=whole)
+        evaluate_model(loaded.model, ids, protocol, bos=0, reference=whole)
     with pytest.raises(LsqError, match=r"full-precision .* model\.layers\.1\.mlp\.up_proj"):
-        evaluate(whole, ids, protocol, bos=0, reference=loaded.model)
+        evaluate_model(whole, ids, protocol, bos=0, reference=loaded.model)
 
 
 def test_cli_run_non_finite_exit_1_stores_nothing(random_model, small_text, tmp_path, capsys):
@@ -377,8 +400,8 @@ def test_add_evaluation_repeated_is_one_result():
     store = Store()
     save_evaluated_run(store, "r", evaluation(11))
     manifest = {"run": "r", "fingerprint": "f"}
-    for duckdb in ("1.0", "1.1"):
-        store.add_evaluation(manifest, 1, "x", evaluation(11, kl=None, duckdb=duckdb))
+    for release in ("1.0", "1.1"):
+        store.add_evaluation(manifest, 1, "x", evaluation(11, kl=None, duckdb=release))
     assert sorted(store.results()["saved_model"]) == [False, True]
     store.add_evaluation(manifest, 1, "x", evaluation(11, kl=None, torch="2.1"))
     assert len(store.results()) == 3, "by another torch it is another figure"

@@ -35,10 +35,11 @@ from lsq_core.quantization.registry import (
 )
 from lsq_core.quantization.task import QuantizationTask
 from lsq_core.quantized.artifact import make_meta_tensors
-from lsq_core.quantized.convert import run_task
+from lsq_core.quantized.convert import quantize_model
 from lsq_core.quantized.modules import packed_modules
 from lsq_core.results.audit import audit_folder, audit_run
 from lsq_core.session import Session
+from lsq_core.settings import CalibrationSettings
 from lsq_core.stages.plan import request_incompatibility
 from lsq_core.stages.saved import load_saved
 from lsq_core.store.store import Store
@@ -249,8 +250,8 @@ def test_nf4_run_save_load(random_model, small_text, settings, tmp_path, name, a
     assert run["perplexity"] == pytest.approx(run["perplexity_full"], rel=0.2)
     check_round_trip(run, name, tmp_path, folder)
     loaded = load_model(ModelSource(str(folder)), "cpu", "float32")
-    task = QuantizationTask(loaded, _choice(folder, run), settings.grid, settings.text)
-    quantized = run_task(task, get_quantizer(name))
+    task = QuantizationTask(loaded, _choice(folder, run))
+    quantized = quantize_model(task, get_quantizer(name))
     ids = torch.arange(1, 60)[None]
     with torch.inference_mode():
         reloaded = load_saved(tmp_path / "saved", "cpu", "float32").model(ids).logits
@@ -266,7 +267,7 @@ def _choice(folder, run) -> dict[Matrix, QuantConfig]:
 
 
 @pytest.mark.parametrize("name", ["gptq", "awq"])
-def test_gptqmodel_child_error_reported(random_model, settings, monkeypatch, name):
+def test_gptqmodel_child_error_reported(random_model, small_text, monkeypatch, name):
     """A child process that ends badly, as it does where the package isn't there."""
     from lsq_core.quantization.gptqmodel import process as through_gptqmodel
 
@@ -274,29 +275,25 @@ def test_gptqmodel_child_error_reported(random_model, settings, monkeypatch, nam
     monkeypatch.setattr(through_gptqmodel, "_CHILD", "lsq_core.no_such_module")
     loaded = load_model(ModelSource(str(random_model("llama-gqa"))), "cpu")
     choice = dict.fromkeys(loaded.info.matrices, QuantConfig(4, 64))
+    calibration = CalibrationSettings(str(small_text), samples=8, block_tokens=64)
+    task = QuantizationTask(loaded, choice, calibration=calibration)
     with pytest.raises(LsqError, match=r"gptqmodel .*No module named"):
-        run_task(
-            QuantizationTask(loaded, choice, settings.grid, settings.text), get_quantizer(name)
-        )
+        quantize_model(task, get_quantizer(name))
 
 
 @pytest.mark.parametrize(("name", "factor"), [("gptq", 2.0**-13), ("gptq", 2e7), ("awq", 1e-5)])
-def test_gptqmodel_scale_out_of_fp16_range_raises(
-    random_model, settings, monkeypatch, name, factor
-):
+def test_gptqmodel_scale_out_of_fp16_range_raises(random_model, monkeypatch, name, factor):
     """Its formats keep no power of two with a matrix, so fp16 scales run out."""
     from lsq_core.quantization.gptqmodel import process as through_gptqmodel
 
     monkeypatch.setattr(quantize, "find_spec", lambda name: object())
-    monkeypatch.setattr(through_gptqmodel, "_run_child", lambda *_: pytest.fail("asked"))
+    monkeypatch.setattr(through_gptqmodel, "_run_child", lambda *_: pytest.fail("child started"))
     loaded = load_model(ModelSource(str(random_model("llama-gqa"))), "cpu", "float32")
     matrix = loaded.info.matrices[-1]
     get_weight(loaded.model, matrix).mul_(factor)
     choice = dict.fromkeys(loaded.info.matrices, QuantConfig(4, 64))
     with pytest.raises(LsqError, match=rf"{re.escape(matrix.name)} has groups with a range as"):
-        run_task(
-            QuantizationTask(loaded, choice, settings.grid, settings.text), get_quantizer(name)
-        )
+        quantize_model(QuantizationTask(loaded, choice), get_quantizer(name))
 
 
 #: Decodes random words by the package's own code: GPTQ's kernel module, and AWQ's function.

@@ -97,7 +97,6 @@ class GitServer:
 
     def __init__(self, root: Path) -> None:
         self.tamper: Callable[[bytes], bytes] = lambda answer: answer
-        self.requested_paths: list[str] = []
         served = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -109,7 +108,6 @@ class GitServer:
 
             def answer(self, body: bytes) -> None:
                 path, _, query = self.path.partition("?")
-                served.requested_paths.append(path)
                 variables = {
                     "GIT_PROJECT_ROOT": str(root),
                     "GIT_HTTP_EXPORT_ALL": "1",

@@ -18,6 +18,7 @@ from lsq_core import serve
 from lsq_core.errors import InputError
 from lsq_core.serve import Access, Guard
 from tests.conftest import ROOT
+from tests.helpers import find_free_port
 
 OWN = "127.0.0.1:8501"
 LOCAL_ACCESS = Access(("127.0.0.1", "localhost"), "", 8501)
@@ -125,7 +126,7 @@ def test_guard_token_query_sets_cookie():
 
 
 def test_access_token_on_public_address():
-    port = _free_port()
+    port = find_free_port()
     assert serve.access("127.0.0.1", port, token=False).token == ""
     assert len(serve.access("127.0.0.1", port, token=True).token) >= 32
     everyone = serve.access("0.0.0.0", port, token=False)
@@ -151,14 +152,6 @@ def test_remove_old_snapshots(tmp_path, monkeypatch):
 # --- the real server ------------------------------------------------------------------------
 
 
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 def _status(port: int, path: str = "/_stcore/health", **headers: str) -> int | None:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
     try:
@@ -173,7 +166,7 @@ def _status(port: int, path: str = "/_stcore/health", **headers: str) -> int | N
 @pytest.fixture
 def server(tmp_path) -> Iterator[tuple[subprocess.Popen, int]]:
     """``lsq app`` with a temporary folder of its own, once it answers."""
-    port = _free_port()
+    port = find_free_port()
     process = subprocess.Popen(
         [sys.executable, "-m", "lsq_core", "app", "--port", str(port)],
         cwd=ROOT,

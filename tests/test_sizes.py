@@ -12,7 +12,6 @@ import pytest
 from lsq_core.cli import main
 from lsq_core.errors import InputError, exception_reason
 from lsq_core.evaluation.generation import compare_generation
-from lsq_core.evaluation.perplexity import evaluate
 from lsq_core.evaluation.protocol import Protocol
 from lsq_core.model.loading import check_token_ids, load_model
 from lsq_core.model.sizes import find_excessive_count, find_invalid_sizes
@@ -21,6 +20,7 @@ from lsq_core.profiling.calibration import load_calibration
 from lsq_core.profiling.measure import measure_profile
 from lsq_core.profiling.settings import ProfileSettings
 from tests.conftest import save_random_model
+from tests.helpers import evaluate_model
 
 ODD = (None, 0, -1, 1.5, "x", [], 10**30)
 #: Names of sizes by architecture, and of other entries that transformers computes with.
@@ -128,16 +128,16 @@ def test_evaluate_token_beyond_embedding_raises(small_vocab_model, small_text):
     ][0]
     assert ids.max() >= 512
     with pytest.raises(InputError, match=LAST_ROW_ERROR):
-        evaluate(small_vocab_model.model, ids, Protocol("blocks-64", 64, 64), bos=None)
+        evaluate_model(small_vocab_model.model, ids, Protocol("blocks-64", 64, 64), bos=None)
     fitting = ids[ids < 512]
     assert (
-        evaluate(small_vocab_model.model, fitting, Protocol("blocks-64", 64, 64), bos=None)[
+        evaluate_model(small_vocab_model.model, fitting, Protocol("blocks-64", 64, 64), bos=None)[
             0
         ].perplexity
         > 0
     )
     with pytest.raises(InputError, match=LAST_ROW_ERROR):
-        evaluate(small_vocab_model.model, fitting, Protocol("blocks-64", 64, 64), bos=600)
+        evaluate_model(small_vocab_model.model, fitting, Protocol("blocks-64", 64, 64), bos=600)
 
 
 def test_profile_token_beyond_embedding_raises(small_vocab_model, small_text):

@@ -21,6 +21,7 @@ from lsq_core.planning.request import PlanRequest
 from lsq_core.store import connection as store_module
 from lsq_core.store.schema import MIGRATIONS
 from lsq_core.store.store import Store
+from tests.helpers import mount_small_disk
 
 
 @pytest.fixture
@@ -337,12 +338,7 @@ def test_store_parameters_are_not_interpolated(info):
 
 def test_store_full_disk_raises_and_keeps_data(tmp_path, info):
     """On a real file system of 2 MiB; needs the right to mount one."""
-    small_disk = tmp_path / "small"
-    small_disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(small_disk)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("mounting a small tmpfs needs root")
-    try:
+    with mount_small_disk(tmp_path / "small", "2m") as small_disk:
         store = Store(small_disk / "lsq.duckdb")
         store.save_model(info)
         large_evaluation = evaluation(10)
@@ -361,5 +357,3 @@ def test_store_full_disk_raises_and_keeps_data(tmp_path, info):
         assert reopened.query("SELECT count(*) n FROM runs")["n"][0] == kept
         assert reopened.query("SELECT count(*) n FROM evaluations")["n"][0] == kept
         assert reopened.model(info.fingerprint) == info
-    finally:
-        subprocess.run(["umount", str(small_disk)], check=True)

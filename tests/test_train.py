@@ -7,6 +7,7 @@ import json
 import pickle
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -188,7 +189,7 @@ def test_default_recipe_matches_shipped_model(train):
     assert scaled == pytest.approx(config["initializer_range"] / 48**0.5, rel=0.05)
 
 
-def test_batch_at_deterministic_by_step(train, recipe):
+def test_batch_at_depends_on_seed_and_step(train, recipe):
     import numpy as np
 
     tokens = np.arange(1000)
@@ -196,6 +197,8 @@ def test_batch_at_deterministic_by_step(train, recipe):
     assert batch.shape == (4, 257)
     assert torch.equal(batch, train.batch_at(tokens, 7, recipe))
     assert not torch.equal(batch, train.batch_at(tokens, 8, recipe))
+    other_seed = replace(recipe, seed=recipe.seed + 1)
+    assert not torch.equal(batch, train.batch_at(tokens, 7, other_seed))
     assert (batch.diff(dim=1) == 1).all()
 
 

@@ -20,9 +20,3 @@ def test_signed_percent(share, text):
 def test_interval_or_too_few_windows():
     assert words.interval(0.015, 0.021) == "+1.50 % to +2.10 %"
     assert words.interval(None, None) == words.interval(math.nan, math.nan) == "too few windows"
-
-
-def test_literal_escapes_markdown():
-    """A pin in an error sentence has to be readable as it was typed."""
-    assert words.escape("*.layers_0.*") == r"\*.layers\_0.\*"
-    assert words.escape("plain words, 3") == "plain words, 3"

@@ -31,10 +31,10 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from lsq_core.corpus import docstrings_under, is_held_out, stdlib_docstrings
+from lsq_core.corpus.docstrings import is_held_out, iter_docstrings, stdlib_docstrings
 from lsq_core.errors import InputError, LsqError
-from lsq_core.model import ModelSource, write_description
 from lsq_core.model.loading import inspect_model
+from lsq_core.model.source import ModelSource, write_description
 
 PACKAGES = (
     *("numpy", "scipy", "pandas", "torch", "transformers", "datasets"),
@@ -93,11 +93,11 @@ def collect_texts(text_root: Path | None = None) -> tuple[list[str], list[str]]:
         If a package isn't installed or there is too little text to train on.
     """
     if text_root is not None:
-        texts = list(dict.fromkeys(docstrings_under(text_root)))
+        texts = list(dict.fromkeys(iter_docstrings(text_root)))
         held_out = [text for text in texts if is_held_out(text)]
     else:
         folders = [_package_folder(name) for name in PACKAGES]
-        packaged = (text for folder in folders for text in docstrings_under(folder))
+        packaged = (text for folder in folders for text in iter_docstrings(folder))
         texts = list(dict.fromkeys([*stdlib_docstrings(held_out=False), *packaged]))
         held_out = stdlib_docstrings(held_out=True)
     kept = [text for text in texts if not is_held_out(text)]

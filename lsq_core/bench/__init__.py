@@ -1,8 +1,9 @@
-"""How fast it is, beside what people use today, with the error beside the time.
+"""Benchmarks against the packages in use today: times, and the error of the result.
 
-Each row is one function in a file here and one entry in ``ROWS``. It measures ours and theirs in
-turns, in one process, so that a machine that slows down slows both. "Theirs" is the unmodified
-public call with the same threads, dtype and device, warm. Importing this package imports no torch.
+Each row is one function in a module here and one entry in ``ROWS``. It measures ours and theirs
+alternately in one process, so that a slowdown of the machine affects both. "Theirs" is the
+unmodified public call with the same threads, dtype and device, warm. Importing this package
+imports no torch.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from lsq_core.errors import InputError, LsqError
 from lsq_core.jsontext import write_json
 from lsq_core.provenance import machine, versions
 
-#: Where each row is measured, in the order of the table.
+#: The function that measures each row, in the order of the table.
 ROWS = {
     "solver_cpu": "lsq_core.bench.solver:compiled",
     "solver_cpu_eager": "lsq_core.bench.solver:eager",
@@ -35,11 +36,11 @@ ROWS = {
     "plan_cold": "lsq_core.bench.start:plan_cold",
     "frontier": "lsq_core.bench.frontier:frontier",
 }
-#: Times that each side is measured.
+#: Measurements of each side.
 REPEATS = 5
-#: Ratios as they were recorded, each with the machine: the least of its repeats.
+#: The recorded ratios, each the least of its repeats, with the machine.
 RECORDED = Path(__file__).with_name("recorded.json")
-#: The least share of a recorded ratio that a machine may fall to before it counts as slower.
+#: The least share of a recorded ratio that is not a regression.
 MIN_RATIO_SHARE = 0.8
 
 
@@ -50,23 +51,23 @@ class Row:
     Parameters
     ----------
     ours_s, theirs_s
-        Medians in seconds; ``theirs_s`` is None where nothing is there to compare with, and then
-        ``ratio`` is None and ``most_s`` says what it may take.
+        Medians in seconds; without a counterpart ``theirs_s`` and ``ratio`` are None, and
+        ``most_s`` is the limit of ``ours_s``.
     ratio
         Median over the repeats of theirs / ours, each pair measured back to back; how many times
         faster ours is.
     noise
-        Half the range of those ratios (of our times where there are none), over the median.
+        Half the range of those ratios (of our times without a counterpart), over the median.
     least
         The least of those ratios.
     processor_s
-        Median processor time of ours, where a neighbour on the machine would decide the clock's.
+        Median processor time of ours, for rows whose wall-clock time depends on other load.
     error, error_limit
-        How far ours is from theirs, in what ``error_is`` says; None where both do the same work.
+        The difference of ours from theirs, as ``error_is`` describes; None without a result.
     target
-        The ratio that was aimed at.
+        The target ratio.
     reason
-        Why it was not measured, where it wasn't: no GPU, say. Then there are no figures.
+        Why the row was not measured, such as a missing GPU; it has no figures then.
     """
 
     id: str
@@ -90,7 +91,7 @@ class Row:
 
     @property
     def wrong(self) -> bool:
-        """Whether the error is beyond its limit (or not a number)."""
+        """Whether the error exceeds its limit or is not a number."""
         return self.error is not None and not self.error <= self.error_limit
 
     @property
@@ -104,7 +105,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Pair:
-    """Seconds of ours and of theirs, (repeats,) each, measured in turns."""
+    """Seconds of ours and of theirs, (repeats,) each, measured alternately."""
 
     ours: np.ndarray
     theirs: np.ndarray
@@ -135,9 +136,9 @@ def time_interleaved(
     warm: int = 1,
     wait: Callable[[], None] = lambda: None,
 ) -> Pair:
-    """Time two calls in turns; ``wait`` returns when a device has finished what it was given.
+    """Time two calls alternately, each after ``warm`` calls that are not timed.
 
-    Each is called ``warm`` times before it counts.
+    ``wait`` returns when the device has finished its work.
     """
     for _ in range(warm):
         ours(), theirs()
@@ -147,7 +148,7 @@ def time_interleaved(
 
 
 def time_call(call: Callable[[], object], wait: Callable[[], None] = lambda: None) -> float:
-    """Seconds of the clock that a call takes, garbage collected before and not meanwhile."""
+    """Measure the wall-clock seconds of a call, without garbage collection during it."""
     gc.collect()
     gc.disable()
     try:
@@ -169,7 +170,7 @@ def measure(
     Raises
     ------
     InputError
-        When there is no such row, or nothing to repeat.
+        When there is no such row, or ``repeats`` is less than 1.
     """
     if repeats < 1:
         raise InputError("--repeats must be at least 1.")
@@ -187,14 +188,14 @@ def measure(
 
 
 def to_json(rows: Sequence[Row]) -> dict:
-    """The rows with where and by what they were measured."""
+    """Return the rows and the environment they were measured in."""
     return {
         "rows": [asdict(row) | {"missed": row.missed, "wrong": row.wrong} for row in rows],
     } | environment()
 
 
 def environment() -> dict:
-    """The machine with its GPU, where there is one, the threads, and the versions."""
+    """Describe the machine, its GPU if it has one, the threads and the package versions."""
     import torch
 
     gpu = {"gpu": machine("cuda")} if torch.cuda.is_available() else {}
@@ -208,7 +209,7 @@ def environment() -> dict:
 
 
 def _processor() -> str:
-    """The processor's own name, where the system tells it."""
+    """The processor's model name, if the system provides it."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text("utf8").splitlines() if cpuinfo.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -216,12 +217,12 @@ def _processor() -> str:
 
 
 def record(rows: Sequence[Row]) -> None:
-    """Keep the ratios of these rows, the least of the repeats, in the place of earlier ones.
+    """Record the least ratio of each of these rows, replacing earlier ones.
 
     Raises
     ------
     LsqError
-        When an error is beyond its limit: faster and different is no gain.
+        When an error exceeds its limit.
     """
     wrong = [row.id for row in rows if row.wrong]
     if wrong:
@@ -234,7 +235,7 @@ def record(rows: Sequence[Row]) -> None:
 
 
 def recorded() -> dict[str, float]:
-    """Ratio by id as recorded; a row that was never recorded has none."""
+    """Return the recorded ratios by row."""
     return {id: entry["ratio"] for id, entry in _recorded().items()}
 
 

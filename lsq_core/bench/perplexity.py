@@ -1,4 +1,4 @@
-"""Perplexity of the demo model, and the strided loop that Hugging Face documents."""
+"""Perplexity of the demo model, against the strided loop that Hugging Face documents."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from lsq_core.bench import Row, time_interleaved
 from lsq_core.corpus.registry import load_corpus
 from lsq_core.corpus.tokens import build_token_stream
-from lsq_core.evaluation.perplexity import evaluate
-from lsq_core.evaluation.protocol import Protocol
+from lsq_core.evaluation.perplexity import evaluate_models
+from lsq_core.evaluation.protocol import EvaluationText, Protocol
 from lsq_core.model.loading import load_model
 from lsq_core.model.source import ModelSource
 
@@ -31,14 +31,15 @@ def perplexity(repeats: int) -> Row:
 
 
 def compare(model: nn.Module, ids: np.ndarray, bos: int | None, context: int, repeats: int) -> Row:
-    """Ours beside the plain loop, for any model and token ids (tokens,)."""
+    """Compare with the plain loop, for any model and token ids (tokens,)."""
     protocol = Protocol.named("strided", context)
     device = next(model.parameters()).device
     stream = torch.from_numpy(ids if bos is None else np.r_[bos, ids]).to(device)
     results = {}
 
     def ours() -> None:
-        results["ours"] = evaluate(model, ids, protocol, bos=bos)[0].perplexity
+        [[(evaluation, _)]] = evaluate_models([model], [EvaluationText(ids, protocol)], bos=bos)
+        results["ours"] = evaluation.perplexity
 
     def theirs() -> None:
         results["theirs"] = plain_loop(model, stream, protocol, bos)

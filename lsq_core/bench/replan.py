@@ -1,4 +1,4 @@
-"""Ten plans of one model in a sweep, and the same ten in runs that know nothing of each other."""
+"""Ten plans of one model in a sweep, against the same ten in independent runs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SAME = ("perplexity", "kl", "top1", "measured_bytes")
 
 
 def replan10(repeats: int) -> Row:
-    """A sweep beside ten runs, each with a workbench of its own: load, plan, quantize, evaluate."""
+    """A sweep against ten runs, each with its own session: load, plan, quantize, evaluate."""
     items_to_run = items(
         [PlanRequest("mxq", budget=budget) for budget in BUDGETS],
         ["hqq"],

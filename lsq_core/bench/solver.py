@@ -1,4 +1,4 @@
-"""The half-quadratic solver beside the one of ``hqq``, in the package's own ``Quantizer``."""
+"""HQQ quantization by this project's grid and solver, against ``hqq``'s own ``Quantizer``."""
 
 from __future__ import annotations
 
@@ -11,11 +11,17 @@ from hqq.core.quantize import Quantizer
 from torch import Tensor
 
 from lsq_core.bench import REPEATS, Row, time_call, time_interleaved
-from lsq_core.quantization.hqq.solver import backend, patched_hqq, steps
+from lsq_core.bits import QuantConfig
+from lsq_core.quantization.base import round_to_grid, to_groups
+from lsq_core.quantization.hqq.quantizer import min_max_grid
+from lsq_core.quantization.hqq.solver import backend, steps
 
 #: Mean absolute and Frobenius error, relative to theirs.
 ERROR_LIMIT = 1e-3
 _ERROR_IS = "mean and Frobenius weight error against theirs, relative, the worst case"
+
+#: Codes (groups, group_size), scale and zero (groups, 1).
+Quantized = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -50,9 +56,16 @@ class Case:
             weights = {"normal": 0.02, "wide": 1.0}[self.kind] * torch.randn(shape)
         return weights.to(device, self.dtype)
 
-    def quantize(self, weights: Tensor) -> tuple[Tensor, dict]:
-        """The package's public call."""
-        return Quantizer.quantize(
+    def quantize_ours(self, weights: Tensor) -> Quantized:
+        """Quantize by this project's grid and solver; scale and zero stay float32."""
+        weights, config = weights.float(), QuantConfig(self.bits, self.group_size)
+        grid = min_max_grid(weights, config, self.axis, optimize=True)
+        codes = round_to_grid(to_groups(weights, self.group_size, self.axis), grid, self.bits)
+        return codes, grid.scale[:, None], grid.zero[:, None]
+
+    def quantize_theirs(self, weights: Tensor) -> Quantized:
+        """Quantize by the package's public call."""
+        codes, meta = Quantizer.quantize(
             weights,
             nbits=self.bits,
             group_size=self.group_size,
@@ -60,12 +73,13 @@ class Case:
             bitpack=False,
             device=str(weights.device),
         )
+        tensors = codes, meta["scale"], meta["zero"]
+        return tensors if self.axis == 1 else tuple(tensor.T for tensor in tensors)
 
-    def errors(self, weights: Tensor) -> Tensor:
-        """Mean absolute and Frobenius error of that call, float64 (2,)."""
-        codes, meta = self.quantize(weights.float())
-        groups = weights.double().reshape(codes.shape)
-        error = groups - (codes.double() - meta["zero"].double()) * meta["scale"].double()
+    def errors(self, weights: Tensor, quantize: Callable[[Tensor], Quantized]) -> Tensor:
+        """Mean absolute and Frobenius error of the float32 weights, float64 (2,)."""
+        codes, scale, zero = (tensor.double() for tensor in quantize(weights.float()))
+        error = to_groups(weights.double(), self.group_size, self.axis) - (codes - zero) * scale
         return torch.stack([error.abs().mean(), error.norm()])
 
 
@@ -90,7 +104,8 @@ def compiled(repeats: int = REPEATS) -> Row:
     with steps.force_compiled(compiled=True):
         start_time = time.perf_counter()
         for axis in (1, 0):
-            _ours(Case(side=1024, axis=axis))(Case(side=1024, axis=axis).weights())
+            small = Case(side=1024, axis=axis)
+            small.quantize_ours(small.weights())
         compiling = time.perf_counter() - start_time
         if backend("cpu").name != "compiled":
             return Row("solver_cpu", what, reason=backend("cpu").reason)
@@ -109,13 +124,15 @@ def _row(
 ) -> Row:
     first, *others = cases
     weights = first.weights()
-    pair = time_interleaved(lambda: _ours(first)(weights), lambda: first.quantize(weights), repeats)
+    pair = time_interleaved(
+        lambda: first.quantize_ours(weights), lambda: first.quantize_theirs(weights), repeats
+    )
     beside = {case.name: _compare(case) for case in others}
     beside[first.name] = {"ratio": pair.figures["ratio"], "error": _difference(first, weights)}
     return Row(
         id,
         f"{what}, {first.name}",
-        ours=f"this solver in hqq's Quantizer ({backend('cpu').name})",
+        ours=f"this project's HQQ grid and solver ({backend('cpu').name})",
         theirs="hqq's Quantizer.quantize",
         **pair.figures,
         error=max(case["error"] for case in beside.values()),
@@ -126,19 +143,11 @@ def _row(
     )
 
 
-def _ours(case: Case) -> Callable[[Tensor], object]:
-    def quantize(weights: Tensor) -> object:
-        with patched_hqq():
-            return case.quantize(weights)
-
-    return quantize
-
-
 def _compare(case: Case, device: str = "cpu") -> dict[str, float]:
-    """One time of each, and how far the errors are apart."""
+    """Time each once, and compare their errors."""
     weights = case.weights(device)
-    ours = time_call(lambda: _ours(case)(weights))
-    theirs = time_call(lambda: case.quantize(weights))
+    ours = time_call(lambda: case.quantize_ours(weights))
+    theirs = time_call(lambda: case.quantize_theirs(weights))
     return {
         "ours_s": ours,
         "theirs_s": theirs,
@@ -148,9 +157,8 @@ def _compare(case: Case, device: str = "cpu") -> dict[str, float]:
 
 
 def _difference(case: Case, weights: Tensor) -> float:
-    with patched_hqq():
-        ours = case.errors(weights)
-    theirs = case.errors(weights)
+    ours = case.errors(weights, case.quantize_ours)
+    theirs = case.errors(weights, case.quantize_theirs)
     # Where there is no error (constant weights) what counts is that ours has none either.
     return float(((ours - theirs).abs() / theirs.clamp_min(1e-6)).max())
 
@@ -184,18 +192,18 @@ def gpu(repeats: int = REPEATS) -> Row:
         for shape, count in SHAPES_7B
         for _ in range(count)
     ]
-    ours = _ours(case)
+    ours = case.quantize_ours
     wait = torch.cuda.synchronize
     pair = time_interleaved(
         lambda: [ours(w) for w in block],
-        lambda: [case.quantize(w) for w in block],
+        lambda: [case.quantize_theirs(w) for w in block],
         repeats,
         wait=wait,
     )
     return Row(
         "solver_gpu",
         what,
-        ours=f"this solver in hqq's Quantizer ({backend('cuda').name})",
+        ours=f"this project's HQQ grid and solver ({backend('cuda').name})",
         theirs="hqq's Quantizer.quantize",
         **pair.figures,
         error=max(_difference(case, w) for w in block),

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lsq_core.corpus.registry import Corpus
 from lsq_core.errors import InputError
 from lsq_core.untrusted import wrap_library_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-from lsq_core.corpus.registry import Corpus
 
 
 @dataclass(frozen=True, eq=False)

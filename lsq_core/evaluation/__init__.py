@@ -1,1 +1,1 @@
-"""Measuring models on text, and predicting what a plan will measure."""
+"""Evaluation of models on a corpus, and prediction of the perplexity of plans."""

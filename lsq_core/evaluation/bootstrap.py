@@ -1,24 +1,21 @@
-"""The difference between two evaluations on the same windows, with its interval."""
+"""Paired bootstrap of the difference between two evaluations on the same windows."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:
-    pass
 from lsq_core.evaluation.protocol import MIN_WINDOWS
 
 
 @dataclass(frozen=True)
 class PerplexityDifference:
-    """How much higher one run's perplexity is than another's, as a ratio minus one.
+    """The relative difference of one run's perplexity from another's: their ratio minus one.
 
-    ``low`` and ``high`` bound the 95 % paired bootstrap interval over windows; both are NaN where
-    there are fewer than ``MIN_WINDOWS`` of them, which tell nothing about chance.
+    ``low`` and ``high`` bound the 95 % paired bootstrap interval over windows; both are NaN with
+    fewer than ``MIN_WINDOWS`` windows, which are too few for an interval.
     """
 
     relative: float
@@ -27,16 +24,16 @@ class PerplexityDifference:
 
     @property
     def is_tie(self) -> bool:
-        """Whether no difference is within the interval, or there is none to tell them apart."""
+        """Whether zero lies within the interval, or there is no interval."""
         return not (self.low > 0 or self.high < 0)
 
 
 def bootstrap_difference(
     nll: np.ndarray, other: np.ndarray, counts: np.ndarray, *, draws: int = 2000, seed: int = 0
 ) -> PerplexityDifference:
-    """Paired bootstrap over windows: perplexity of ``nll`` against that of ``other``.
+    """Compare the perplexity of ``nll`` with that of ``other`` by a paired bootstrap over windows.
 
-    All three are (windows,), of the same windows in the same order.
+    All three arrays are (windows,), of the same windows in the same order.
 
     Raises
     ------

@@ -1,7 +1,7 @@
-"""One prompt, two models: what each of them writes, and what the other would have given for it.
+"""Compare the texts that two models generate after one prompt.
 
 Both texts are scored by both models with the same tokens before each position (teacher forcing),
-so the two probabilities of a token are of one and the same choice.
+so the two probabilities of a token have the same condition.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 class Token:
     """One generated token.
 
-    ``full`` and ``quantized`` are the probabilities that the two models give it after the text
-    before it, 0 to 1, at temperature 1; ``full_top`` and ``quantized_top`` what each of them
-    holds most probable there.
+    ``full`` and ``quantized`` are the probabilities, 0 to 1, that the two models assign to it
+    after the same preceding tokens, at temperature 1; ``full_top`` and ``quantized_top`` are the
+    texts of the most probable token of each model there.
     """
 
     id: int
@@ -38,11 +38,12 @@ class Token:
 
 @dataclass(frozen=True)
 class GenerationComparison:
-    """What the full-precision and the quantized model wrote after a prompt.
+    """The texts of the full-precision and the quantized model after a prompt.
 
-    ``parts_at`` is the first position at which the two differ, or None. ``agreement`` is the
-    share of positions of the full model's text at which both hold the same token most probable,
-    and ``kl`` the mean divergence there (nats a token) of the quantized model from the full.
+    ``parts_at`` is the first position at which the two differ, or None. Over the positions of the
+    full model's text, ``agreement`` is the share at which both models have the same most probable
+    token, and ``kl`` the mean KL divergence from the full-precision to the quantized model, in
+    nats per token.
     """
 
     prompt: str
@@ -56,7 +57,7 @@ class GenerationComparison:
     seed: int
 
     def to_json(self) -> dict:
-        """Everything, as the command line prints it."""
+        """Return all fields, as the command line prints them."""
         return asdict(self)
 
 
@@ -72,42 +73,35 @@ def compare_generation(
     context: int | None = None,
     progress: Progress = no_progress,
 ) -> GenerationComparison:
-    """Let both models go on from a prompt, and score each text by both.
+    """Generate a text after a prompt with both models, and score each text by both.
 
     Parameters
     ----------
     temperature
-        0 takes the most probable token each time. Above, tokens are drawn; both models draw with
-        the same noise, so that they part only where their predictions do.
+        0 takes the most probable token at each step. Above 0 tokens are sampled, by both models
+        with the same noise, so that the texts differ only where the predictions do.
     context
-        Tokens that the models can read at once, None for no limit.
+        The longest sequence of the models in tokens, None for no limit.
 
     Raises
     ------
     InputError
-        When the prompt is empty for a tokenizer without a beginning-of-sequence token or has a
-        token that the model doesn't know, prompt and text exceed the context, or a number is out
-        of range.
+        When the prompt is empty for a tokenizer without a beginning-of-sequence token or contains
+        a token outside the model's vocabulary, when prompt and text exceed the context, or when a
+        number is out of range.
     """
-    from lsq_core.model.loading import check_token_ids
-
     ids = _prompt_ids(tokenizer, prompt)
-    check_token_ids(full, ids)
-    _check(len(ids), max_new_tokens, temperature, context)
-    steps = 2 * max_new_tokens
+    _check(full, ids, max_new_tokens, temperature, context)
+    steps, texts = 2 * max_new_tokens, []
+    for name, model in (("full precision", full), ("quantized", quantized)):
+        sampler, before = _Sampler(temperature, seed), len(texts) * max_new_tokens
 
-    def write(model: nn.Module, name: str, before: int) -> list[int]:
-        return _generate(
-            model,
-            ids,
-            max_new_tokens,
-            _Sampler(temperature, seed),
-            _end_tokens(model, tokenizer),
-            lambda done: progress(before + done, steps, f"{name}: token {done}"),
-        )
+        def report(done: int, name: str = name, before: int = before) -> None:
+            progress(before + done, steps, f"{name}: token {done}")
 
-    own = write(full, "full precision", 0)
-    other = write(quantized, "quantized", max_new_tokens)
+        end_tokens = _end_tokens(model, tokenizer)
+        texts.append(_generate(model, ids, max_new_tokens, sampler, end_tokens, report))
+    own, other = texts
     tokens, agreement, kl = _score_text(full, quantized, tokenizer, ids, own)
     others, _, _ = _score_text(full, quantized, tokenizer, ids, other)
     progress(steps, steps, "compared")
@@ -125,7 +119,7 @@ def compare_generation(
 
 
 def first_difference(a: list[int], b: list[int]) -> int | None:
-    """The first position at which two sequences differ, or one has ended; None where none does.
+    """Return the first position at which two sequences differ or one has ended, else None.
 
     >>> first_difference([5, 6, 7], [5, 6, 8])
     2
@@ -136,7 +130,7 @@ def first_difference(a: list[int], b: list[int]) -> int | None:
 
 
 def _prompt_ids(tokenizer: object, prompt: str) -> list[int]:
-    """As evaluations read text: no special token but the beginning of the sequence."""
+    """Tokenize as evaluations do: no special token except the beginning of the sequence."""
     ids = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
     bos = tokenizer.bos_token_id
     ids = ids if bos is None else [bos, *ids]
@@ -147,29 +141,34 @@ def _prompt_ids(tokenizer: object, prompt: str) -> list[int]:
     return ids
 
 
-def _check(prompt: int, new: int, temperature: float, context: int | None) -> None:
+def _check(
+    model: nn.Module, prompt: list[int], new: int, temperature: float, context: int | None
+) -> None:
+    from lsq_core.model.loading import check_token_ids
+
+    check_token_ids(model, prompt)
     if new < 1:
         raise InputError("max-new-tokens must be at least 1.")
     if not 0 <= temperature < 100:
         raise InputError("The temperature must be at least 0 (greedy) and below 100.")
-    if context is not None and prompt + new > context:
+    if context is not None and len(prompt) + new > context:
         raise InputError(
-            f"The prompt has {prompt} tokens and {new} more requested, but the context is "
-            f"{context} tokens; shorten one of them."
+            f"The prompt has {len(prompt)} tokens and {new} more are requested, but the context "
+            f"is {context} tokens; shorten one of them."
         )
 
 
 def _end_tokens(model: nn.Module, tokenizer: object) -> set[int]:
-    """The tokens after which a model has nothing more to say."""
+    """The end-of-sequence tokens of a model and its tokenizer."""
     named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     listed = named if isinstance(named, list) else [named]
     return {token for token in (*listed, tokenizer.eos_token_id) if token is not None}
 
 
 class _Sampler:
-    """Picks the next token: the most probable, or one drawn by the Gumbel-max trick.
+    """Selects the next token: the most probable, or a sample by the Gumbel-max trick.
 
-    The noise of a step depends on the seed alone, not on the model.
+    The noise of a step depends only on the seed, not on the model.
     """
 
     def __init__(self, temperature: float, seed: int) -> None:
@@ -196,7 +195,7 @@ def _generate(
     end_tokens: set[int],
     report: Callable[[int], None],
 ) -> list[int]:
-    """At most ``count`` tokens after a prompt, one by one, up to and with an end token."""
+    """Generate at most ``count`` tokens, up to and including an end token."""
     import torch
 
     device = next(model.parameters()).device
@@ -208,7 +207,7 @@ def _generate(
             generated.append(sample(out.logits[0, -1]))
             report(len(generated))
             past = getattr(out, "past_key_values", None)
-            if past is None:  # a model without a cache reads everything again
+            if past is None:  # a model without a cache takes the complete sequence
                 inputs = torch.tensor([prompt + generated], device=device)
             else:
                 inputs = torch.tensor([generated[-1:]], device=device)
@@ -218,7 +217,7 @@ def _generate(
 def _score_text(
     full: nn.Module, quantized: nn.Module, tokenizer: object, prompt: list[int], text: list[int]
 ) -> tuple[tuple[Token, ...], float, float]:
-    """A text's tokens with both models' probabilities, their agreement and mean divergence."""
+    """Return a text's tokens with both models' probabilities, top-1 agreement and mean KL."""
     a, b = (_log_probabilities(model, prompt, text) for model in (full, quantized))
     tops = a.argmax(-1), b.argmax(-1)
     pieces = _token_texts(tokenizer, prompt, text)
@@ -251,21 +250,21 @@ def _log_probabilities(model: nn.Module, prompt: list[int], text: list[int]) -> 
 
 
 def _token_texts(tokenizer: object, prompt: list[int], ids: list[int]) -> list[str]:
-    """What each token adds to the text; a character of several tokens comes with its last.
+    """The text each token adds; a character of several tokens is shown with the last of them.
 
-    Read after the prompt, since some tokenizers drop the space that a text begins with.
+    Decoded after the prompt, since some tokenizers drop the space at the beginning of a text.
     """
     pieces, shown = [], _decode(tokenizer, prompt)
     for end in range(1, len(ids) + 1):
         text = _decode(tokenizer, [*prompt, *ids[:end]])
-        whole = text if not text.endswith("�") or end == len(ids) else shown
-        pieces.append(whole[len(shown) :])
-        shown = whole
+        complete = text if not text.endswith("�") or end == len(ids) else shown
+        pieces.append(complete[len(shown) :])
+        shown = complete
     return pieces
 
 
 def _token_text(tokenizer: object, before: list[int], id: int) -> str:
-    """What one token adds to the text before it."""
+    """The text that one token adds after others."""
     return _decode(tokenizer, [*before, id])[len(_decode(tokenizer, before)) :]
 
 

@@ -16,46 +16,23 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lsq_core.errors import LsqError
-from lsq_core.progress import Progress, no_progress
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
-from lsq_core.evaluation.protocol import EvaluationText, Protocol, make_windows
+from lsq_core.evaluation.protocol import EvaluationText, make_windows
 from lsq_core.evaluation.result import EvaluationPair
 from lsq_core.evaluation.window_sums import (
-    _MAX_BATCH_LOGITS,
+    MAX_BATCH_LOGITS,
     Checkpoint,
     PredictedTokens,
     WindowSums,
     locate_not_finite,
 )
+from lsq_core.progress import Progress, no_progress
 
-#: Tokens read at once by device: what the caches of a CPU are best with, and what fills a GPU.
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+#: Tokens of a batch by device: they fit the caches of a CPU, and fill a GPU.
 _MAX_BATCH_TOKENS = {"cpu": 2**11, "cuda": 2**15}
-
-
-def evaluate(
-    model: nn.Module,
-    ids: np.ndarray,
-    protocol: Protocol,
-    *,
-    bos: int | None,
-    reference: nn.Module | None = None,
-    progress: Progress = no_progress,
-    checkpoint: Path | None = None,
-) -> EvaluationPair:
-    """Perplexity of one model on one text; see :func:`evaluate_models`."""
-    texts, checkpoints = [EvaluationText(ids, protocol)], [[checkpoint]]
-    [[pair]] = evaluate_models(
-        [model],
-        texts,
-        bos=bos,
-        reference=reference,
-        progress=progress,
-        checkpoints=checkpoints,
-    )
-    return pair
 
 
 def evaluate_models(
@@ -67,11 +44,11 @@ def evaluate_models(
     progress: Progress = no_progress,
     checkpoints: Sequence[Sequence[Path | None]] | None = None,
 ) -> Iterator[list[EvaluationPair]]:
-    """Perplexity of several models, and of a reference beside them, in one pass over all texts.
+    """Measure the perplexity of several models, and of a reference, in one pass over the texts.
 
     A batch of windows, which may be of several texts, goes through the reference once and then
-    through each model; no logits outlive their batch. A window that another one begins with is
-    read as a part of it.
+    through each model; no logits outlive their batch. A window that is the beginning of another
+    one is scored with it.
 
     Parameters
     ----------
@@ -80,57 +57,67 @@ def evaluate_models(
     reference
         The full-precision model to compare the predictions with.
     checkpoints
-        For each text a file a model, or None. It takes what was scored so far every few seconds.
-        Where it is there already, of these models on this stream by this protocol, its windows
-        are not scored again.
-
-    Raises
-    ------
-    LsqError
-        When a model's predictions are not finite; names the first module whose output isn't.
+        For each text one file per model, or None. The windows scored so far are saved there every
+        few seconds, and windows of an existing file are not scored again; it must be of the same
+        models, token stream and protocol.
 
     Yields
     ------
-    A pair for each model: those of the first text as soon as it is read, then the next one's.
+    A pair for each model and one text: for the first text as soon as it is scored, then for the
+    next one.
 
     Raises
     ------
     InputError
         When a text has a token that the models' embedding has no row for.
+    LsqError
+        When a model's predictions are not finite; names the first module whose output isn't.
     """
     from lsq_core.model.loading import check_token_ids
 
     for text in texts:
         check_token_ids(models[0], [int(text.ids.max()), *([] if bos is None else [bos])])
-    device = next(models[0].parameters()).device
     files = checkpoints or [[None] * len(models)] * len(texts)
     text_passes = [_TextPass(text, bos, paths) for text, paths in zip(texts, files, strict=True)]
+    unfinished = list(text_passes)
+    for _ in _score_pending(models, reference, text_passes, progress):
+        while unfinished and unfinished[0].is_complete:
+            yield unfinished.pop(0).finish(reference is not None)
+
+
+def _score_pending(
+    models: Sequence[nn.Module],
+    reference: nn.Module | None,
+    text_passes: Sequence[_TextPass],
+    progress: Progress,
+) -> Iterator[None]:
+    """Score the windows that no checkpoint contains; yields before the first and after each batch.
+
+    Each batch's texts are checkpointed before the next one is scored.
+    """
+    device = next(models[0].parameters()).device
     pending = _batches(text_passes, models[0].config.get_text_config().vocab_size, device.type)
     total = sum(len(text_pass.windows) for text_pass in text_passes)
     done = total - sum(
-        len(text_passes[text].passes[number]) for batch in pending for text, number in batch
+        len(text_pass.passes[number]) for text_pass in text_passes for number in text_pass.pending
     )
-    yielded = 0
-    for damage in (
-        file.damage for text_pass in text_passes for file in text_pass.files if file.damage
-    ):
-        progress(done, total, f"{damage} Its windows are scored again.")
+    for file in (file for text_pass in text_passes for file in text_pass.files):
+        if file.damage:
+            progress(done, total, f"{file.damage} Its windows are scored again.")
     progress(done, total, f"window {done} of {total}")
-    for batch in [[], *pending]:
-        if batch:
-            passes = [(text_passes[text], number) for text, number in batch]
-            _score(models, reference, passes, device)
-            done += sum(len(text_pass.passes[number]) for text_pass, number in passes)
-            for text_pass in {text: text_passes[text] for text, _ in batch}.values():
-                text_pass.save()
-            progress(done, total, f"window {done} of {total}")
-        while yielded < len(text_passes) and text_passes[yielded].is_complete:
-            yield text_passes[yielded].finish(reference is not None)
-            yielded += 1
+    yield
+    for batch in pending:
+        passes = [(text_passes[text], number) for text, number in batch]
+        _score(models, reference, passes, device)
+        done += sum(len(text_pass.passes[number]) for text_pass, number in passes)
+        for text_pass in {text: text_passes[text] for text, _ in batch}.values():
+            text_pass.save()
+        progress(done, total, f"window {done} of {total}")
+        yield
 
 
 class _TextPass:
-    """One text's windows, and what each model (and the reference beside it) made of them."""
+    """One text's windows, and the sums of each model (and the reference) over them."""
 
     def __init__(
         self, text: EvaluationText, bos: int | None, checkpoints: Sequence[Path | None]
@@ -178,7 +165,7 @@ class _TextPass:
         return ids
 
     def record(self, number: int, totals: WindowSums, figures: dict[str, np.ndarray]) -> None:
-        """Take up the figures of a pass, (scored,), for each of its windows."""
+        """Record the figures of a pass, (scored,), in each of its windows."""
         begin = 0
         for window in self.passes[number]:
             scored = self.windows[window].scored
@@ -189,12 +176,12 @@ class _TextPass:
             begin = end
 
     def save(self) -> None:
-        """Keep what was scored so far, every few seconds and in the end."""
+        """Save the windows scored so far, every few seconds and at the end."""
         for file in self.files:
             file.save(last=self.is_complete)
 
     def finish(self, compared: bool) -> list[EvaluationPair]:
-        """What came of it, a pair for each model."""
+        """Return a pair of evaluations for each model."""
         name = self.protocol.name
         return [
             (own.finish(name, compared), other.finish(name) if compared else None)
@@ -205,10 +192,10 @@ class _TextPass:
 def _batches(
     text_passes: Sequence[_TextPass], vocabulary: int, device: str
 ) -> list[list[tuple[int, int]]]:
-    """What is left to score as (text, pass), in batches of passes of one length and one count.
+    """Group the pending passes, as (text, pass), into batches of equal length and scored tokens.
 
-    A batch holds as many as the device and the memory are best with. Those of the first text come
-    first, so that its figures are there before the next one is read.
+    The batch size depends on the device and is limited by the memory of the logits. Batches of
+    the first text come first, so that its figures are complete before the next text is scored.
     """
     shapes: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for text, text_pass in enumerate(text_passes):
@@ -216,7 +203,7 @@ def _batches(
             shapes.setdefault(text_pass.shape(number), []).append((text, number))
     batches = []
     for (length, scored), batch_items in shapes.items():
-        most = min(_MAX_BATCH_TOKENS[device] // length, _MAX_BATCH_LOGITS // (scored * vocabulary))
+        most = min(_MAX_BATCH_TOKENS[device] // length, MAX_BATCH_LOGITS // (scored * vocabulary))
         size = max(1, most)
         batches += [batch_items[i : i + size] for i in range(0, len(batch_items), size)]
     return sorted(batches, key=lambda batch_items: batch_items[0][0])
@@ -228,7 +215,7 @@ def _score(
     passes: Sequence[tuple[_TextPass, int]],
     device: torch.device,
 ) -> None:
-    """Run a batch through the reference and each model, and keep what they predict."""
+    """Run a batch through the reference and each model, and record their figures."""
     import torch
 
     with torch.inference_mode():

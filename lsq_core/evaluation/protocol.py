@@ -1,30 +1,25 @@
-"""How a text is cut into windows, and which of their tokens are predicted."""
+"""Evaluation protocols: how a corpus is cut into windows, and which of their tokens are scored."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lsq_core.errors import InputError
 
-if TYPE_CHECKING:
-    pass
-
-
 PROTOCOLS = ("strided", "blocks")
-#: Context and scored tokens of a window, by protocol, where the model's context allows.
+#: Tokens of a window by protocol, if the model's context allows them.
 _PROTOCOL_CONTEXT = {"strided": 1024, "blocks": 2048}
-#: Windows that an interval needs at least.
+#: The fewest windows for a bootstrap interval.
 MIN_WINDOWS = 8
-#: Predicted tokens that a perplexity is computed from at least; fewer tell of single words.
+#: The fewest predicted tokens for a perplexity; with fewer, single words decide it.
 MIN_PREDICTED = 64
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a token stream is cut: windows of ``context`` tokens, of which the last are scored."""
+    """Windows of ``context`` tokens, of which the last ``scored`` are scored."""
 
     name: str
     context: int
@@ -32,7 +27,9 @@ class Protocol:
 
     @classmethod
     def named(cls, name: str, model_context: int) -> Protocol:
-        """``strided`` or ``blocks`` for a model; shorter ones are called ``strided-512/256``.
+        """Return ``strided`` or ``blocks`` for a model's context, in tokens.
+
+        A context shorter than the protocol's own becomes part of the name: ``strided-512/256``.
 
         Raises
         ------
@@ -60,10 +57,10 @@ class Window:
 
 
 def make_windows(tokens: int, protocol: Protocol) -> list[Window]:
-    """The windows of a stream of ``tokens`` tokens, its first included.
+    """Cut a stream of ``tokens`` tokens, including its first, into windows.
 
-    ``strided``: window ``k`` scores the tokens after those of window ``k − 1``, the tail what is
-    left. ``blocks``: they do not overlap, and the tail is dropped.
+    ``strided``: window ``k`` scores the tokens after those of window ``k − 1``, and the last
+    window the remaining ones. ``blocks``: windows do not overlap, and the remainder is dropped.
 
     Raises
     ------
@@ -93,7 +90,7 @@ def make_windows(tokens: int, protocol: Protocol) -> list[Window]:
 
 @dataclass(frozen=True, eq=False)
 class EvaluationText:
-    """A token stream to evaluate on: ids without special tokens, int64 (tokens,), and how."""
+    """A token stream, ids without special tokens int64 (tokens,), and the protocol to use."""
 
     ids: np.ndarray
     protocol: Protocol
@@ -101,7 +98,7 @@ class EvaluationText:
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """What to evaluate on: a corpus, a protocol, and at most so many tokens (None: all)."""
+    """An evaluation: a corpus, a protocol, and the most tokens to read (None for all)."""
 
     corpus: str = "stdlib"
     protocol: str = "strided"
@@ -112,6 +109,6 @@ class EvaluationRequest:
             raise InputError(f"'{self.protocol}' is not a protocol; choose strided or blocks.")
         if self.max_tokens is not None and self.max_tokens <= MIN_PREDICTED:
             raise InputError(
-                f"max-tokens has to be at least {MIN_PREDICTED + 1}, and {self.max_tokens} were "
-                f"asked for: a perplexity needs {MIN_PREDICTED} predicted tokens."
+                f"max-tokens must be at least {MIN_PREDICTED + 1}, not {self.max_tokens}: a "
+                f"perplexity needs {MIN_PREDICTED} predicted tokens."
             )

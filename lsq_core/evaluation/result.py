@@ -1,15 +1,11 @@
-"""What evaluating a model on a text gives."""
+"""The result of evaluating a model on a corpus."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,8 +13,8 @@ class Evaluation:
     """One model measured on one corpus by one protocol.
 
     ``nll`` is the summed negative log-likelihood (nats) of each window, ``counts`` its predicted
-    tokens. ``kl`` (nats a token) and ``top1`` (share) compare with the reference model on the
-    same windows and are None where there was none.
+    tokens. ``kl`` (nats per token) and ``top1`` (share) compare with the reference model on the
+    same windows and are None without a reference.
     """
 
     protocol: str
@@ -31,10 +27,10 @@ class Evaluation:
     corpus_sha256: str = ""
     corpus_source: str = ""
     truncated: bool = False
-    #: Most memory of a GPU that one batch took beyond what was there before it: logits, attention
-    #: and the weights it decodes; None on a CPU, where no such figure can be had of one model.
+    #: Peak GPU memory of a batch in bytes above that allocated before it: logits, attention and
+    #: decoded weights; None on a CPU, where it cannot be measured for one model.
     working_bytes: int | None = None
-    #: Seconds of the run by stage, where it was one (:class:`lsq_core.progress.Clock`).
+    #: Seconds by stage, if the evaluation is part of a run (:class:`lsq_core.progress.Clock`).
     times: dict[str, float] = field(default_factory=dict)
     provenance: dict = field(default_factory=dict)
 
@@ -55,5 +51,5 @@ class Evaluation:
         return self.tokens / self.seconds
 
 
-#: The evaluation of a model and, where there is a reference, that of the reference.
+#: The evaluation of a model, and that of the reference if there is one.
 EvaluationPair = tuple[Evaluation, Evaluation | None]

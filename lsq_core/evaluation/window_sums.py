@@ -11,26 +11,26 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lsq_core.errors import LsqError
+from lsq_core.evaluation.result import Evaluation
 from lsq_core.files import DamagedFileError, read_arrays, write_arrays
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
-from lsq_core.evaluation.result import Evaluation
 
-#: Seconds between two times that an evaluation keeps what it has so far.
+#: Seconds between two checkpoints of an evaluation.
 _CHECKPOINT_INTERVAL_S = 2.0
-#: Logits of one model held at once, in numbers (256 MiB of them): batches are no larger than this.
-_MAX_BATCH_LOGITS = 2**26
+#: The most logits of one model in memory at a time (256 MiB in float32), which limits batches.
+MAX_BATCH_LOGITS = 2**26
 
 
 @dataclass(frozen=True, eq=False)
 class PredictedTokens:
-    """What a model predicts for a batch of passes.
+    """A model's predictions for a batch of passes.
 
-    ``logs`` are log-probabilities (passes, scored, vocabulary), float32; ``nll`` is (passes,
-    scored). ``seconds`` are those of the clock for each scored token; ``working_bytes`` what it
-    took of a GPU's memory beyond what was there, None on a CPU.
+    ``log_probs`` (passes, scored, vocabulary) is float32; ``nll`` (passes, scored) is float64, in
+    nats. ``seconds`` is the wall-clock time per scored token; ``working_bytes`` the peak GPU
+    memory above that allocated before, None on a CPU.
     """
 
     log_probs: Tensor
@@ -40,12 +40,12 @@ class PredictedTokens:
 
     @classmethod
     def by(cls, model: nn.Module, batch: Tensor, scored: int, what: str) -> PredictedTokens:
-        """Run a batch (passes, tokens) through a model, ``what`` it is in words.
+        """Run a batch (passes, tokens) through a model; error messages begin with ``what``.
 
         Raises
         ------
         LsqError
-            When a predicted token's probability is no finite number.
+            When a scored token's log-probability is not finite.
         """
         from lsq_core.model.loading import last_logits
 
@@ -60,7 +60,7 @@ class PredictedTokens:
         return cls(log_probs, nll, (time.perf_counter() - start_time) / nll.size, working)
 
     def figures(self, expected: PredictedTokens | None = None) -> dict[str, np.ndarray]:
-        """For each scored token (passes, scored), by the names of :class:`WindowSums`."""
+        """Return figures per scored token (passes, scored), by the names in :class:`WindowSums`."""
         found = {"nll": self.nll, "seconds": np.full(self.nll.shape, self.seconds)}
         if expected is None:
             return found
@@ -70,7 +70,7 @@ class PredictedTokens:
 
 
 class WindowSums:
-    """What one model predicts, summed over the scored tokens of each window (windows,)."""
+    """One model's figures, summed over the scored tokens of each window (windows,)."""
 
     def __init__(self, windows: int) -> None:
         self.working_bytes: int | None = None
@@ -84,22 +84,22 @@ class WindowSums:
             self.sums[name][window] = value
 
     def record_working_bytes(self, taken: int | None) -> None:
-        """Take up what a batch took of a GPU's memory."""
+        """Record the peak GPU memory of a batch, in bytes."""
         if taken is not None:
             self.working_bytes = max(taken, self.working_bytes or 0)
 
     @property
     def state(self) -> dict[str, np.ndarray]:
-        """Every array by name."""
+        """All arrays by name, to checkpoint."""
         return {"counts": self.counts} | self.sums
 
     def restore(self, saved: dict[str, np.ndarray]) -> None:
-        """Take up a state."""
+        """Restore a checkpointed state."""
         self.counts = saved["counts"]
         self.sums = {name: saved[name] for name in self.sums}
 
     def finish(self, protocol: str, compared: bool = False) -> Evaluation:
-        """The figures; KL and agreement only where it was compared."""
+        """Return the evaluation; KL divergence and agreement only if it was compared."""
         tokens = self.counts.sum()
         return Evaluation(
             protocol=protocol,
@@ -113,21 +113,21 @@ class WindowSums:
 
 
 class Checkpoint:
-    """A file with the tallies so far, replaced whole, so that a killed process leaves a whole one.
+    """A file of the sums so far, replaced atomically so that a killed process leaves it intact.
 
-    Windows come in an order of their own (:func:`_batches`), so a window is scored when it has a
-    count.
+    Windows are scored out of order (in batches of equal length), so a window is complete if its
+    count is not zero.
     """
 
     def __init__(self, path: Path | None, model_totals: tuple[WindowSums, ...]) -> None:
         self.path, self.model_totals = path, model_totals
         self.written = time.monotonic()
-        #: Why what the file held is of no use, '' where it is.
+        #: Why the file could not be restored, an empty string if it could.
         self.damage = ""
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
-        """Every tally's arrays, by name and the tally's number."""
+        """The arrays of all sums, by name and number."""
         return {
             f"{name}_{number}": array
             for number, totals in enumerate(self.model_totals)
@@ -135,7 +135,7 @@ class Checkpoint:
         }
 
     def restore(self) -> None:
-        """Take up what the file holds; one that is damaged is deleted, and costs what it held."""
+        """Restore the sums from the file, if it exists; a damaged file is deleted."""
         if self.path is None:
             return
         try:
@@ -158,7 +158,7 @@ class Checkpoint:
 
 
 def _reset_peak_memory(device: torch.device) -> int | None:
-    """Bytes of a GPU's memory taken now, from which on the most is counted; None on a CPU."""
+    """Reset the peak and return the GPU memory allocated now, in bytes; None on a CPU."""
     if device.type != "cuda":
         return None
     import torch
@@ -174,7 +174,7 @@ def _peak_memory(device: torch.device) -> int:
 
 
 def locate_not_finite(model: nn.Module, batch: Tensor, what: str) -> str:
-    """Which module is the first, in the order of computing, to put out NaN or infinity."""
+    """Explain which module is the first, in execution order, whose output is not finite."""
     found: list[str] = []
 
     def make_hook(name: str) -> Callable:
@@ -200,7 +200,7 @@ def locate_not_finite(model: nn.Module, batch: Tensor, what: str) -> str:
 
 
 def _all_finite(output: object) -> bool:
-    """Whether every float of a module's output is finite, however it is wrapped."""
+    """Whether every float of a module's output is finite, in nested tuples, lists or dicts."""
     import torch
 
     if isinstance(output, torch.Tensor):

@@ -1,4 +1,4 @@
-"""What a quantizer of matrices is, and what it stores a matrix as."""
+"""The interface of quantizers that quantize a matrix at a time, and of stored matrices."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HighImpactRows = Mapping[str, Sequence[int]]
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """The grid a quantizer chose for a matrix: ``weight ≈ (code − zero) · scale`` in each group.
+    """The quantization grid of a matrix: ``weight ≈ (code − zero) · scale`` in each group.
 
     ``scale`` and ``zero`` are float32 of shape (groups,).
     """
@@ -28,7 +28,7 @@ class Grid:
 
 @dataclass(frozen=True, eq=False)
 class StoredMatrix:
-    """One (out, in) matrix as stored; a subclass's fields beside these are its tensors."""
+    """One (out, in) matrix as stored; the further fields of a subclass are its tensors."""
 
     shape: tuple[int, int]
     config: Config
@@ -36,12 +36,12 @@ class StoredMatrix:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """Every stored tensor by name, as the quantizer's layout names them."""
+        """All stored tensors, by their names in the quantizer's layout."""
         raise NotImplementedError
 
     @property
     def nbytes(self) -> int:
-        """Measured bytes: of the tensors themselves."""
+        """Measured bytes of all tensors."""
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -57,31 +57,31 @@ class StoredMatrix:
 
 
 class MatrixQuantizer:
-    """A quantizer that takes a matrix by itself: one file, and one entry in ``QUANTIZERS``."""
+    """A quantizer of single matrices: one file, and one entry in ``QUANTIZERS``."""
 
     matrix: ClassVar[type[StoredMatrix]]
 
     def store(self, weight: Tensor, config: QuantConfig, axis: int, metadata: str) -> StoredMatrix:
-        """Quantize a (out, in) float32 matrix that groups of the configuration fill.
+        """Quantize a (out, in) float32 matrix whose size is a multiple of the group size.
 
         Raises nothing for finite weights.
         """
         raise NotImplementedError
 
     def round_trip(self, weight: Tensor, config: QuantConfig, axis: int, metadata: str) -> Tensor:
-        """What :meth:`store` and dequantizing make of a matrix, float32 (out, in)."""
+        """Quantize and dequantize a matrix, float32 (out, in)."""
         return self.store(weight, config, axis, metadata).dequantize()
 
     def levels(self, groups: Tensor, config: QuantConfig) -> Tensor:
-        """What each code of float32 (groups, group_size) stands for, (groups, codes), ascending.
+        """The value of each code in each of float32 (groups, group_size), ascending.
 
-        Scale and zero are those before they are stored.
+        Returns (groups, codes), by scale and zero before they are rounded for storage.
         """
         raise NotImplementedError
 
 
 def to_groups(weight: Tensor, group_size: int, axis: int) -> Tensor:
-    """A matrix as (groups, group_size), the way ``hqq`` groups.
+    """Reshape a matrix to (groups, group_size), in ``hqq``'s grouping.
 
     Axis 1 takes ``group_size`` weights in row order (a group may cross rows where it does not
     divide the width); axis 0 takes every ``numel / group_size``-th weight.
@@ -92,11 +92,11 @@ def to_groups(weight: Tensor, group_size: int, axis: int) -> Tensor:
 
 
 def from_groups(groups: Tensor, shape: tuple[int, int], axis: int) -> Tensor:
-    """The matrix of :func:`to_groups`, put together again."""
+    """Reshape groups back to the matrix; the inverse of :func:`to_groups`."""
     return (groups if axis == 1 else groups.T).reshape(shape)
 
 
 def round_to_grid(groups: Tensor, grid: Grid, bits: int) -> Tensor:
-    """The nearest code (uint8) for each weight of (groups, group_size) on the grid."""
+    """Round each weight of (groups, group_size) to the nearest code of the grid, uint8."""
     codes = groups / grid.scale[:, None] + grid.zero[:, None]
     return codes.round_().clamp_(0, 2**bits - 1).to(torch.uint8)

@@ -1,4 +1,4 @@
-"""Packed matrices that were made before, kept up to so many bytes."""
+"""A least-recently-used cache of packed matrices, limited in bytes."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from lsq_core.quantization.base import StoredMatrix
 
 
 class PackedMatrixCache:
-    """What plans of one model share: each packed matrix by everything that it depends on.
+    """Packed matrices for all plans of one model, by everything they depend on.
 
-    Beyond ``limit`` bytes the least recently used ones are let go. Models that hold a matrix share
-    its tensors, so what is remembered takes memory of its own only once no model holds it.
-    ``saved_seconds`` is the time that those which were asked for again took when they were made.
+    Above ``limit`` bytes the least recently used ones are evicted. Quantized models share the
+    tensors of their matrices with the cache. ``saved_seconds`` is the time that quantizing the
+    matrices returned from the cache took originally.
     """
 
     def __init__(self, limit: int) -> None:
@@ -22,7 +22,7 @@ class PackedMatrixCache:
         self._entries: OrderedDict[Hashable, tuple[StoredMatrix, float]] = OrderedDict()
 
     def get(self, key: Hashable, make: Callable[[], StoredMatrix]) -> StoredMatrix:
-        """The matrix of a key, made now if it isn't remembered."""
+        """Return the matrix of a key, computed by ``make`` if it is not cached."""
         if key in self._entries:
             self._entries.move_to_end(key)
             packed, seconds = self._entries[key]

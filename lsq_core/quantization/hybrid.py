@@ -1,9 +1,9 @@
 """Hybrid quantization ([C]; method §7): learned rounding of high-impact rows, clipping of the rest.
 
-Block by block, on how far the block's output is from full precision: its inputs come from the
-prefix that was quantized already, its targets from the full-precision stream. High-impact rows
-learn whether each weight is rounded up or down (AdaRound, Nagel et al. 2020), on a grid that stays;
-the rest learn how far each group's range is clipped (OmniQuant, Shao et al. 2024).
+Each block minimizes the error of its output: its inputs come from the blocks quantized before it,
+its targets from the full-precision model. High-impact rows learn whether each weight is rounded up
+or down (AdaRound, Nagel et al. 2020), on a fixed grid; the other rows learn how far each group's
+range is clipped (OmniQuant, Shao et al. 2024).
 """
 
 from __future__ import annotations
@@ -63,26 +63,26 @@ from lsq_core.quantized.manifest import FORMAT_VERSION
 if TYPE_CHECKING:
     from lsq_core.settings import GridSettings
 
-#: Calibration sequences that are learned from, one at a step.
+#: Calibration sequences to learn from, one per step.
 SEQUENCES = 32
 _ROUNDING_RATE, _CLIPPING_RATE = 1e-3, 1e-2
-#: Share of the steps before rounding is pushed to either side, and γ from there to the end.
+#: Share of the steps without the rounding regularizer, and γ from there to the end.
 _WARMUP_FRACTION, _GAMMA = 0.2, (20.0, 2.0)
-#: How much the mean regulariser counts beside the relative squared output error. The paper gives
-#: no figure; AdaRound's is 0.01, of a sum.
+#: Weight of the mean regularizer against the relative squared output error. The paper gives no
+#: figure; AdaRound's is 0.01, of a sum.
 _REGULARIZER_WEIGHT = 0.01
-#: What clipping starts at, before the sigmoid.
+#: Initial clipping parameter, before the sigmoid.
 _INITIAL_CLIP_LOGIT = 4.0
 
 
-# --- what is learned -------------------------------------------------------------------------
+# --- learned parameters ----------------------------------------------------------------------
 
 
 class LearnedRounding(nn.Module):
-    """Rows on a grid that stays, each weight rounded down plus ``V = clip(1.2·σ(a) − 0.1, 0, 1)``.
+    """Rows on a fixed grid, each weight rounded down plus ``V = clip(1.2·σ(a) − 0.1, 0, 1)``.
 
-    The grid is that of the weights at an ordinary magnitude, 2^exponent times smaller. ``V`` starts
-    at what rounding down leaves; in the end it is ``a ≥ 0``.
+    The grid is that of the weights divided by 2^exponent, which have an ordinary magnitude. ``V``
+    is initialized with the remainder of rounding down; packing rounds it to ``a ≥ 0``.
     """
 
     def __init__(self, weight: Tensor, config: QuantConfig, axis: int, metadata: str) -> None:
@@ -111,7 +111,7 @@ class LearnedRounding(nn.Module):
         return scale_by_power_of_two(from_groups(groups, self.shape, self.axis), self.exponent)
 
     def rounding_regularizer(self, gamma: float) -> Tensor:
-        """The regulariser ``1 − |2V − 1|^γ``, its mean."""
+        """The mean of the regularizer ``1 − |2V − 1|^γ``, which is 0 if all ``V`` are 0 or 1."""
         return (1 - (2 * self.round_up - 1).abs().pow(gamma)).mean()
 
     @torch.no_grad()
@@ -126,7 +126,7 @@ class LearnedRounding(nn.Module):
 
 
 class LearnedClipping(nn.Module):
-    """Rows whose groups run from ``σ(l)·min`` to ``σ(u)·max``, rounded to nearest between."""
+    """Rows rounded to nearest on grids from ``σ(l)·min`` to ``σ(u)·max`` of each group."""
 
     def __init__(self, weight: Tensor, config: QuantConfig, axis: int, metadata: str) -> None:
         super().__init__()
@@ -140,9 +140,9 @@ class LearnedClipping(nn.Module):
         self.high = nn.Parameter(torch.full_like(self.highest, _INITIAL_CLIP_LOGIT))
 
     def learned_grid(self) -> Grid:
-        """Scale and zero of the weights at their ordinary magnitude, less the exponent.
+        """Scale and zero, differentiable, of the weights divided by 2^exponent.
 
-        They are differentiable, the zero rounded with its gradient passed through.
+        The zero point is rounded with a straight-through gradient.
         """
         low = torch.sigmoid(self.low) * self.lowest
         high = torch.sigmoid(self.high) * self.highest
@@ -170,12 +170,12 @@ class LearnedClipping(nn.Module):
 
 
 def _round_straight_through(values: Tensor) -> Tensor:
-    """Rounded, with the gradient of what was not."""
+    """Round with a straight-through gradient."""
     return values + (values.round() - values).detach()
 
 
 class LearnedMatrix(nn.Module):
-    """One matrix: its high-impact rows, if it has any, and the rest."""
+    """One matrix: learned rounding of its high-impact rows, if any, and clipping of the others."""
 
     def __init__(
         self, weight: Tensor, config: Config, rows: Sequence[int] | None, axis: int, metadata: str
@@ -222,7 +222,7 @@ class LearnedMatrix(nn.Module):
 
 @dataclass(eq=False)
 class _BlockInputs:
-    """What enters a block for each calibration sequence, and how it is called."""
+    """The inputs of a block for each calibration sequence, and the arguments of its calls."""
 
     hidden: list[Tensor]
     calls: list[list[Call]]
@@ -233,7 +233,7 @@ class _BlockInputs:
 
     @torch.no_grad()
     def run_all(self, layer: int, block: Callable) -> list[Tensor]:
-        """What leaves the block for each sequence."""
+        """The block's output for each sequence."""
         return [self.run(layer, block, k) for k in range(len(self.hidden))]
 
 
@@ -259,18 +259,18 @@ class _LearnableBlock:
             self.dtypes[name] = getattr(holder, parameter).dtype
 
     def __call__(self, hidden: Tensor, *args: object, **kwargs: object) -> object:
-        """The block with the weights as they are learned so far."""
+        """Run the block with the current learned weights."""
         weights = {}
         for name, matrices in self.matrices_by_parameter.items():
             parts = [self.learned[m]() for m in matrices]
             parts = [part.T for part in parts] if self.transposed[name] else parts
-            whole = parts[0] if matrices[0].expert is None else torch.stack(parts)
-            weights[name] = whole.to(self.dtypes[name])
+            weight = parts[0] if matrices[0].expert is None else torch.stack(parts)
+            weights[name] = weight.to(self.dtypes[name])
         return functional_call(self.block, weights, (hidden, *args), kwargs)
 
 
 class Hybrid:
-    """Learned block by block, each in ``steps``; a matrix of one width learns clipping alone."""
+    """Learns block by block, in ``steps`` each; matrices of one bit width learn only clipping."""
 
     matrix = PackedMatrix
 
@@ -278,9 +278,9 @@ class Hybrid:
         self.steps = steps
 
     def quantize_model(self, task: QuantizationTask) -> nn.Module:
-        """See :class:`ModelQuantizer`: of the calibration text :data:`SEQUENCES` are read."""
+        """See :class:`ModelQuantizer`; learns from :data:`SEQUENCES` calibration sequences."""
         loaded, choice = task.loaded, task.choice
-        ids = torch.from_numpy(load_calibration(loaded, task.text).ids).to(loaded.device)
+        ids = torch.from_numpy(load_calibration(loaded, task.calibration).ids).to(loaded.device)
         prefix, blocks = find_blocks(loaded.model)
         quantized = shallow_copy(loaded.model)
         copies = list(find_blocks(quantized)[1])
@@ -303,7 +303,7 @@ class Hybrid:
                         layer,
                         targets,
                         self.steps,
-                        task.text.seed,
+                        task.calibration.seed,
                         report,
                     )
                     packed = {m: matrix.pack() for m, matrix in learned.items()}
@@ -318,7 +318,7 @@ class Hybrid:
         return quantized
 
     def _step_reporter(self, progress: Progress, layer: int, layers: int) -> Callable[..., None]:
-        """Tells a step of a layer as one of them all, or something else in its place."""
+        """Return a callback that reports a layer's step as one of all steps, or a message."""
 
         def report(step: int, message: str = "") -> None:
             text = message or f"layer {layer + 1} of {layers}, step {step} of {self.steps}"
@@ -328,7 +328,7 @@ class Hybrid:
 
 
 def _initial_inputs(loaded: LoadedModel, ids: Tensor) -> tuple[_BlockInputs, _BlockInputs]:
-    """What enters the first block, for the full-precision stream and for the quantized one."""
+    """The first block's inputs, for the full-precision and for the quantized model."""
     sequences = [ids[k : k + 1].clone() for k in range(min(len(ids), SEQUENCES))]
     recorded = [record_calls(loaded, sequence) for sequence in sequences]
     calls = [[layer[0] for layer in own] for own, _ in recorded]
@@ -346,8 +346,8 @@ def _learnable_matrices(
     for matrix, config in choice.items():
         weight = get_weight(loaded.model, matrix)
         check_finite(weight, matrix.name)
-        whole = config if isinstance(config, QuantConfig) else config.low
-        check_range(weight, whole, grid.axis, matrix.name)
+        low = config if isinstance(config, QuantConfig) else config.low
+        check_range(weight, low, grid.axis, matrix.name)
         own = rows.get(matrix.name)
         learned[matrix] = LearnedMatrix(weight, config, own, grid.axis, grid.metadata)
     return learned
@@ -363,7 +363,7 @@ def _learn(
     seed: int,
     report: Callable[[int], None],
 ) -> None:
-    """Adam on the relative squared error of the block's output, one sequence a step."""
+    """Minimize the relative squared error of the block's output by Adam, a sequence per step."""
     rounding = [m.rounding for m in block.learned.values() if m.rounding is not None]
     clipping = [m.clipping for m in block.learned.values()]
     groups = [
@@ -389,7 +389,7 @@ def _learn(
 
 
 def _gamma(step: int, steps: int) -> float | None:
-    """γ of the regulariser at a step: none at first, then from 20 down to 2.
+    """Return γ of the regularizer at a step: None during warm-up, then from 20 down to 2.
 
     >>> _gamma(0, 10), _gamma(2, 10), _gamma(9, 10)
     (None, 20.0, 2.0)
@@ -401,7 +401,7 @@ def _gamma(step: int, steps: int) -> float | None:
     return start + (end - start) * (step - free) / max(steps - free - 1, 1)
 
 
-# --- what is kept ----------------------------------------------------------------------------
+# --- checkpoints -----------------------------------------------------------------------------
 
 
 def _write_block(file: Path | None, packed: Mapping[Matrix, StoredMatrix], seconds: float) -> None:
@@ -424,9 +424,9 @@ def _read_block(
     device: str,
     report: Callable[..., None],
 ) -> tuple[dict[Matrix, StoredMatrix], float]:
-    """What was kept of a block, and the seconds it took; nothing where nothing was.
+    """Load a block's checkpoint and the seconds it took, or nothing if there is none.
 
-    What is damaged is deleted, and its block is learned again.
+    A damaged file is deleted, and its block is learned again.
     """
     if file is None or not file.is_file():
         return {}, 0.0
@@ -444,9 +444,7 @@ def _load_block(
     tensors: dict[str, dict[str, Tensor]] = {}
     with safe_open(file, "pt", device) as saved:
         header = saved.metadata() or {}
-        if header.get("format", "2") != str(
-            FORMAT_VERSION
-        ):  # stored in another layout than is planned
+        if header.get("format", "2") != str(FORMAT_VERSION):  # of another layout
             return {}, 0.0
         seconds = float(header["seconds"])
         for key in saved.keys():  # noqa: SIM118

@@ -1,7 +1,6 @@
-"""Which tensors a matrix is stored in: names, shapes and dtypes, told without torch.
+"""The tensors that a matrix is stored in: their names, shapes and dtypes. Needs no torch.
 
-What a plan will occupy, what a saved file is audited against, and the empty tensors that a file
-is read into all come from here.
+The planned bytes, the audit of saved files, and loading all use these layouts.
 """
 
 from __future__ import annotations
@@ -28,15 +27,15 @@ ITEMSIZE = {
     "I64": 8,
     "F64": 8,
 }
-#: Scales of NF4 blocks that share one of their own, when they are quantized in turn.
+#: Number of NF4 scales that share a second-level scale in double quantization.
 NESTED_BLOCK = 256
 
 
 def packed(shape: tuple[int, int], config: Config, metadata: str) -> TensorLayout:
-    """This project's packing: codes to the bit; scale and zero in 8 bits or fp16.
+    """This project's packing: codes without padding bits; scale and zero in 8 bits or fp16.
 
-    The scales, and weights kept in fp16, have a power of two in common, 2 bytes a matrix.
-    Mixed rows are both parts packed by themselves, and which rows are the high-impact ones.
+    The scales, and weights stored in fp16, share a power of two, 2 bytes per matrix. Mixed rows
+    are two packed matrices and an index of the high-impact rows.
     """
     if isinstance(config, MixedRows):
         return _packed_rows(shape, config, metadata)
@@ -66,7 +65,7 @@ def _packed_rows(shape: tuple[int, int], config: MixedRows, metadata: str) -> Te
 
 
 def row_index_layout(out_features: int, config: MixedRows) -> tuple[tuple[int], str]:
-    """What says which rows are high-impact: a bitmap or their sorted numbers, the smaller one."""
+    """The index of the high-impact rows: a bitmap or sorted row numbers, whichever is smaller."""
     bitmap, listed = config.index_sizes(out_features)
     if bitmap < listed:
         return (bitmap,), "U8"
@@ -75,14 +74,14 @@ def row_index_layout(out_features: int, config: MixedRows) -> tuple[tuple[int], 
 
 
 def nf4(shape: tuple[int, int], config: QuantConfig, metadata: str) -> TensorLayout:
-    """Two codes a byte, and the largest magnitude of each block in float32."""
+    """Two codes per byte, and the largest magnitude of each block in float32."""
     numel = prod(shape)
     blocks = ceil(numel / config.group_size)
     return {"codes": ((ceil(numel / 2),), "U8"), "absmax": ((blocks,), "F32")}
 
 
 def nf4_dq(shape: tuple[int, int], config: QuantConfig, metadata: str) -> TensorLayout:
-    """As :func:`nf4`, the largest magnitudes less their mean in 8 bits, in blocks of 256."""
+    """As :func:`nf4`, with the magnitudes minus their mean in 8 bits, in blocks of 256."""
     codes, (blocks, _) = nf4(shape, config, metadata).values()
     return {
         "codes": codes,

@@ -211,7 +211,7 @@ class PackedMatrix(StoredMatrix):
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weights (out, in), computed in float32 and then cast.
 
-        On the CPU it is done for a piece of groups at a time, which stays in cache.
+        On the CPU it is done in chunks of groups that fit the cache.
         """
         weights = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
         size, bits = self.config.group_size, self.config.bits
@@ -250,12 +250,12 @@ class PackedMatrix(StoredMatrix):
 
 
 class GridQuantizer(MatrixQuantizer):
-    """A quantizer whose codes lie evenly; it finds their scale and zero in :meth:`solve`."""
+    """A quantizer with a uniform grid, whose scale and zero :meth:`solve` computes."""
 
     matrix = PackedMatrix
 
     def solve(self, weight: Tensor, config: QuantConfig, axis: int) -> Grid:
-        """Find the grid of a (out, in) float32 matrix of ordinary magnitude.
+        """Compute the grid of a (out, in) float32 matrix of ordinary magnitude.
 
         Groups are those of :func:`to_groups`. Raises nothing for finite weights.
         """
@@ -264,15 +264,15 @@ class GridQuantizer(MatrixQuantizer):
     def store(self, weight: Tensor, config: QuantConfig, axis: int, metadata: str) -> PackedMatrix:
         """Quantize and pack.
 
-        The codes are rounded on the grid *as stored*, so that rounding scale and zero costs as
-        little as it can.
+        The codes are rounded on the grid *as stored*, which compensates for the rounding of scale
+        and zero.
         """
         codes, scale, zero = self._quantize_on_stored_grid(weight, config, axis, metadata)
         packed = pack_bits(codes.flatten(), config.bits)
         return PackedMatrix(tuple(weight.shape), config, axis, packed, scale, zero)
 
     def round_trip(self, weight: Tensor, config: QuantConfig, axis: int, metadata: str) -> Tensor:
-        """See :class:`lsq_core.quantization.base.MatrixQuantizer`; nothing is packed in between."""
+        """See :class:`lsq_core.quantization.base.MatrixQuantizer`; without packing."""
         codes, scale, zero = self._quantize_on_stored_grid(weight, config, axis, metadata)
         return from_groups(_decode(codes, scale, zero), tuple(weight.shape), axis)
 
@@ -311,7 +311,7 @@ def quantize_matrix(
     InputError
         When groups of ``config.group_size`` do not fill the matrix.
     LsqError
-        When a weight is NaN or infinite, or one is too large beside the rest.
+        When a weight is NaN or infinite, or too large compared with the others.
     """
     if not is_divisible(weight.numel(), config.group_size):
         raise InputError(
@@ -355,10 +355,10 @@ def check_finite(weight: Tensor, name: str) -> None:
 
 
 def check_range(weight: Tensor, config: QuantConfig, axis: int, name: str) -> None:
-    """Raise :class:`LsqError` when one number format cannot hold a matrix's scales together.
+    """Raise :class:`LsqError` when the range of a matrix's scales exceeds that of fp16.
 
-    That is when its largest weight is further from those of a typical group than in any language
-    model: two scales so far apart are not both fp16 numbers, whatever they are multiplied by.
+    This is when its largest weight is further from those of a typical group than in any language
+    model: no common factor makes both scales fp16 numbers.
     """
     groups = to_groups(weight, config.group_size, axis).abs().amax(1)
     groups = groups[groups > 0]
@@ -372,16 +372,16 @@ def check_range(weight: Tensor, config: QuantConfig, axis: int, name: str) -> No
 
 
 def _nonzero_scale(scale: Tensor) -> Tensor:
-    """A scale that fp16 or 8 bits rounded to zero gives zero weights, not infinite codes."""
+    """Replace scales that fp16 or 8 bits rounded to zero by 1, so that codes stay finite."""
     return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 
 def _stabilize_constant_groups(groups: Tensor, grid: Grid, bits: int, shared: int) -> Grid:
     """Give groups that are (almost) constant a scale like their neighbours'.
 
-    A constant group has the scale 1 and one far from zero a zero point of thousands. Either would
-    take the range of the 8-bit metadata that ``shared`` groups have together, or overflow fp16;
-    the value alone matters, so it is put into a zero point of ordinary size.
+    A constant group has the scale 1, and if it is far from zero a zero point of thousands. Either
+    would dominate the range of the 8-bit metadata of ``shared`` groups, or overflow fp16. Only the
+    value matters, so it is expressed by a zero point of ordinary size.
     """
     spread = groups.amax(1) - groups.amin(1)
     constant = (spread <= CONSTANT_SPREAD) | (grid.zero.abs() > _FAR_ZERO)
@@ -405,9 +405,9 @@ def _stabilize_constant_groups(groups: Tensor, grid: Grid, bits: int, shared: in
 
 
 def _neighbor_median(values: Tensor, mask: Tensor, shared: int) -> Tensor:
-    """For each of (groups,) the median of those counted among the ``shared`` that it is one of.
+    """The median of the masked values of each run of ``shared`` groups, for each of (groups,).
 
-    0 where none is.
+    It is 0 for a run without masked values.
     """
     known = torch.where(mask, values, torch.nan)
     missing = -len(known) % shared

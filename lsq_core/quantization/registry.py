@@ -1,7 +1,7 @@
 """Quantizers, the storage they fill, and models made of it.
 
-A new quantizer is one file beside these and one entry in ``QUANTIZERS``, which says what can be
-known of it without importing torch: what it supports, what it stores, whether it can run here.
+A new quantizer is one file in this package and one entry in ``QUANTIZERS``, which describes it
+without importing torch: its configurations, its storage layout, the package it needs.
 
 Load a saved quantized model in a script of your own with::
 
@@ -34,48 +34,48 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class QuantizerSpec:
-    """What is known of a quantizer before it is imported."""
+    """The description of a quantizer, which needs no import of its module."""
 
     title: str
     #: Module and class.
     import_path: str
-    #: Which tensors it stores a matrix in.
+    #: The tensors in which it stores a matrix.
     layout: layout.Layout
     bits: tuple[int, ...] = (2, 3, 4, 8)
     #: Grouping axes, of :func:`lsq_core.quantization.base.to_groups`.
     axes: tuple[int, ...] = (0, 1)
-    #: Optimisation steps that a matrix gets at most; 0 where the result comes at once.
+    #: The most optimization steps per matrix; 0 for a closed-form quantizer.
     steps: int = 0
-    #: Whether a name can ask for other steps, as ``hybrid-500`` does; so many take long.
+    #: Whether its name may set the steps, as in ``hybrid-500``.
     learned: bool = False
-    #: Whether it reads calibration text and works on the whole model, not matrix by matrix.
+    #: Whether it reads calibration text and quantizes complete models instead of single matrices.
     calibrated: bool = False
-    #: Whether it takes linear modules alone, and stores their codes in words of 32 bits.
+    #: Whether it supports only linear modules, whose codes it stores in words of 32 bits.
     words: bool = False
-    #: Whether all matrices have to have the same configuration.
+    #: Whether all matrices must have the same configuration.
     uniform: bool = False
-    #: The package it needs beside what every installation has for sure, and what brings it.
+    #: The optional package it needs, and the command that installs it.
     package: str = ""
     install: str = ""
 
     @property
     def supports_metadata(self) -> bool:
-        """Whether scale and zero are stored in a format that can be chosen."""
+        """Whether the format of scale and zero can be chosen."""
         return self.layout is layout.packed
 
     @property
     def supports_mixed_rows(self) -> bool:
-        """Whether rows of a matrix can have different bits: this project's packing knows them."""
+        """Whether rows of a matrix can have different bits, as in this project's packing."""
         return self.layout is layout.packed
 
     @property
     def configs(self) -> tuple[QuantConfig, ...]:
-        """The stops of the ladder that it supports."""
+        """The configurations of the ladder that it supports."""
         return tuple(config for config in LADDER if config.bits in self.bits)
 
     @property
     def options(self) -> tuple[Config, ...]:
-        """All that it can give a matrix: those stops, and mixed rows where it takes them."""
+        """All configurations of a matrix, including mixed rows if it supports them."""
         return self.configs + (MIXED_ROW_CONFIGS if self.supports_mixed_rows else ())
 
 
@@ -94,7 +94,7 @@ _GPTQMODEL = {
     else f"pip install --no-deps -r {shlex.quote(str(_GPTQMODEL_REQUIREMENTS))}",
 }
 
-#: Names on the command line and in the app; the classes are imported when asked for.
+#: By name on the command line and in the app; the classes are imported on first use.
 QUANTIZERS = {
     "hqq": QuantizerSpec("HQQ", "lsq_core.quantization.hqq.quantizer:Hqq", layout.packed, steps=20),
     "rtn": QuantizerSpec("RTN", "lsq_core.quantization.rtn:Rtn", layout.packed),
@@ -134,21 +134,21 @@ QUANTIZERS = {
         calibrated=True,
     ),
 }
-#: Those that take a matrix by itself, so that a profile can be measured with them.
+#: Quantizers of single matrices, with which a profile can be measured.
 MATRIX_QUANTIZERS = tuple(
     name for name, quantizer_spec in QUANTIZERS.items() if not quantizer_spec.calibrated
 )
-#: Those that people compare with; learning takes hours and is for those who ask for it by name.
+#: Quantizers that every comparison runs; learned ones take hours and run only on request.
 BASELINES = tuple(name for name, quantizer_spec in QUANTIZERS.items() if not quantizer_spec.learned)
 
 
 def quantizer_spec(name: str) -> QuantizerSpec:
-    """What is known of the quantizer of that name; ``hybrid-500`` is ``hybrid`` in 500 steps.
+    """Return the description of a quantizer; ``hybrid-500`` is ``hybrid`` in 500 steps.
 
     Raises
     ------
     InputError
-        When there is none.
+        When there is no quantizer of that name.
     """
     if name in QUANTIZERS:
         return QUANTIZERS[name]
@@ -160,12 +160,12 @@ def quantizer_spec(name: str) -> QuantizerSpec:
 
 
 def get_quantizer(name: str) -> MatrixQuantizer | ModelQuantizer:
-    """The quantizer of that name.
+    """Create the quantizer of that name.
 
     Raises
     ------
     InputError
-        When there is none, or it cannot run here.
+        When there is no such quantizer, or its package is not installed.
     """
     reason = unavailable_reason(name)
     if reason:
@@ -175,7 +175,7 @@ def get_quantizer(name: str) -> MatrixQuantizer | ModelQuantizer:
 
 
 def stored_matrix_class(name: str, config: Config) -> type[StoredMatrix]:
-    """What a quantizer stores a matrix as; what it needs to quantize need not be here."""
+    """Return the class of a quantizer's stored matrices, without its optional package."""
     if isinstance(config, MixedRows):
         from lsq_core.quantization.rows import PackedRows
 
@@ -191,12 +191,12 @@ def _quantizer_class(name: str) -> type[MatrixQuantizer] | type[ModelQuantizer]:
 
 
 def unavailable_reason(name: str) -> str:
-    """Why a quantizer cannot run on this machine, in a sentence; '' where it can.
+    """Explain why a quantizer cannot run on this machine; an empty string if it can.
 
     Raises
     ------
     InputError
-        When there is none of that name.
+        When there is no quantizer of that name.
     """
     spec = quantizer_spec(name)
     if not spec.package or find_spec(spec.package) is not None:
@@ -205,9 +205,9 @@ def unavailable_reason(name: str) -> str:
 
 
 def incompatibility_reason(name: str, choice: Mapping[Matrix, Config], axis: int = 1) -> str:
-    """Why a quantizer cannot make a plan's choice here, in a sentence; '' where it can.
+    """Explain why a quantizer cannot quantize by a plan; an empty string if it can.
 
-    Told before any work, and the same in the app and on the command line.
+    The app and the command line check this before any work.
     """
     spec, reason = quantizer_spec(name), unavailable_reason(name)
     if reason:
@@ -254,7 +254,7 @@ def _matrix_incompatibility(spec: QuantizerSpec, matrix: Matrix, config: Config)
 
 
 def mixed_rows_incompatibility(spec: QuantizerSpec) -> str:
-    """That a quantizer does not take mixed rows, and which ones do."""
+    """Explain that a quantizer does not support mixed rows, and which ones do."""
     supporting = [name for name, other in QUANTIZERS.items() if other.supports_mixed_rows]
     return (
         f"{spec.title} gives all rows of a matrix the same bits, and this plan mixes them; "
@@ -263,9 +263,7 @@ def mixed_rows_incompatibility(spec: QuantizerSpec) -> str:
 
 
 def check_choice(name: str, choice: Mapping[Matrix, Config], axis: int = 1) -> None:
-    """Raise :class:`InputError` with the sentence of :func:`incompatibility_reason` where there
-    is one.
-    """
+    """Raise :class:`InputError` with the :func:`incompatibility_reason`, if there is one."""
     reason = incompatibility_reason(name, choice, axis)
     if reason:
         raise InputError(reason)
@@ -273,17 +271,17 @@ def check_choice(name: str, choice: Mapping[Matrix, Config], axis: int = 1) -> N
 
 @cache
 def planned_bytes(name: str, shape: tuple[int, int], config: Config, metadata: str) -> int:
-    """What a quantizer will store for an (out, in) matrix, exactly; a bias is not counted."""
+    """Return the exact bytes of an (out, in) matrix as a quantizer stores it, without a bias."""
     return layout.stored_bytes(quantizer_spec(name).layout(shape, config, metadata))
 
 
 def arithmetic_packages(name: str) -> list[str]:
-    """The packages whose releases may change what a quantizer stores for given weights."""
+    """The packages whose releases may change a quantizer's output for the same weights."""
     spec = quantizer_spec(name)
     return ["hqq"] * spec.supports_metadata + [spec.package] * bool(spec.package)
 
 
 def required_packages(names: Iterable[str]) -> list[str]:
-    """The packages, beside those of every figure, that figures by these quantizers depend on."""
-    found = [quantizer_spec(name).package for name in names]
-    return list(dict.fromkeys(package for package in found if package))
+    """The optional packages on which the results of these quantizers depend."""
+    packages = [quantizer_spec(name).package for name in names]
+    return list(dict.fromkeys(package for package in packages if package))

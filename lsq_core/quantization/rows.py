@@ -1,7 +1,7 @@
 """Mixed rows: a matrix whose high-impact rows are stored at more bits than the rest ([C]).
 
-Both parts are packed as any matrix is; beside them lies which rows are the high-impact ones, and
-its bytes count.
+Both parts are packed like any matrix. The index of the high-impact rows is stored with them and
+counted in the bytes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class _Shape:
 
 @dataclass(frozen=True, eq=False)
 class HalfMatrix(StoredMatrix):
-    """Rows kept in fp16, times 2^exponent, int16 (1,), so that none is too large or small for it.
+    """Rows stored in fp16 and scaled by 2^exponent, int16 (1,), so that any magnitude fits.
 
     Saved models of format 2 have no exponent.
     """
@@ -59,7 +59,7 @@ class HalfMatrix(StoredMatrix):
 
     @classmethod
     def store(cls, weight: Tensor, config: QuantConfig, axis: int) -> HalfMatrix:
-        """Keep (rows, in) weights of any float dtype, exactly where they were fp16."""
+        """Store (rows, in) weights of any float dtype; lossless for fp16 weights."""
         weight = weight.float()
         exponent = storage_exponent(weight)
         part_tensors = scale_by_power_of_two(weight, -exponent).half()
@@ -75,10 +75,10 @@ class HalfMatrix(StoredMatrix):
 
 @dataclass(frozen=True, eq=False)
 class PackedRows(StoredMatrix):
-    """A matrix of mixed rows: the high-impact ones, the rest, and which rows are which.
+    """A matrix of mixed rows: the high-impact rows, the other rows, and the index.
 
     ``index`` is a bitmap, uint8 (ceil(out / 8),), or the sorted row numbers, int16 or int32
-    (rows,). ``high`` is None where the ratio of the rows rounds to none.
+    (rows,). ``high`` is None if the ratio rounds to no rows.
     """
 
     index: Tensor
@@ -144,12 +144,12 @@ def quantize_config(
 ) -> StoredMatrix:
     """Quantize a (out, in) matrix at any configuration.
 
-    ``rows`` are the numbers of the high-impact rows; only mixed rows read them.
+    ``rows`` are the numbers of the high-impact rows, for a configuration of mixed rows.
 
     Raises
     ------
     InputError, LsqError
-        As :func:`lsq_core.quantization.packed.quantize_matrix`; and when rows are missing.
+        As :func:`lsq_core.quantization.packed.quantize_matrix` and :func:`pack_rows`.
     """
 
     def pack(part: Tensor, own: QuantConfig) -> StoredMatrix:
@@ -169,12 +169,12 @@ def pack_rows(
     pack_low: PackPart,
     name: str = "the matrix",
 ) -> PackedRows:
-    """Part a (out, in) matrix into high-impact ``rows`` and the rest, and pack each its own way.
+    """Split a (out, in) matrix into high-impact ``rows`` and the others, and pack each part.
 
     Raises
     ------
     InputError
-        When there are not as many rows as the ratio says, or groups don't fill a row.
+        When the number of rows is not that of the ratio, or groups don't fill a row.
     LsqError
         When a weight is NaN or infinite.
     """
@@ -207,7 +207,7 @@ def pack_rows(
 
 
 def _encode_row_index(row_numbers: Tensor, marked: Tensor, config: MixedRows) -> Tensor:
-    """Which rows are high-impact, as the layout has it: a bitmap or their numbers."""
+    """Encode the high-impact rows as the layout does: as a bitmap or by their numbers."""
     _, dtype = row_index_layout(len(marked), config)
     if dtype == "U8":
         return pack_bits(marked.to(torch.uint8), 1)

@@ -1,4 +1,4 @@
-"""A model to quantize, and what a quantizer of whole models is."""
+"""A quantization task, and the interface of quantizers that work on a complete model."""
 
 from __future__ import annotations
 
@@ -20,19 +20,27 @@ from lsq_core.settings import CalibrationSettings, GridSettings
 
 @dataclass(frozen=True, eq=False)
 class QuantizationTask:
-    """What a quantizer needs to quantize a model.
+    """A model and how to quantize it.
 
-    ``choice`` has the configuration of each matrix, and ``rows`` the high-impact rows of those
-    that mix two. ``text`` is read by calibrated quantizers alone. One that takes long keeps what
-    it has so far in ``folder``, which is for this task alone, and resumes from there; the
-    ``cache`` counts the seconds that this saves, and holds the matrices of other plans of this
-    very model.
+    Parameters
+    ----------
+    choice
+        The configuration of each matrix to quantize.
+    calibration
+        The calibration text; only calibrated quantizers read it.
+    rows
+        The high-impact rows of each matrix whose configuration mixes two widths, by its name.
+    cache
+        Matrices quantized for other plans of the same model. It also counts the seconds saved by
+        resuming.
+    folder
+        Where a slow quantizer checkpoints this task, to resume from; None for no checkpoints.
     """
 
     loaded: LoadedModel
     choice: Mapping[Matrix, Config]
-    grid: GridSettings
-    text: CalibrationSettings = field(default_factory=CalibrationSettings)
+    grid: GridSettings = field(default_factory=GridSettings)
+    calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
     rows: HighImpactRows = field(default_factory=dict)
     progress: Progress = no_progress
     cache: PackedMatrixCache = field(default_factory=lambda: PackedMatrixCache(0))
@@ -40,17 +48,17 @@ class QuantizationTask:
 
 
 class ModelQuantizer(Protocol):
-    """A quantizer that works on the whole model: one file, and one entry in ``QUANTIZERS``."""
+    """A quantizer of complete models: one file, and one entry in ``QUANTIZERS``."""
 
-    #: What it stores a matrix as that has one configuration.
+    #: The class in which it stores a matrix of a single bit width.
     matrix: ClassVar[type[StoredMatrix]]
 
     def quantize_model(self, task: QuantizationTask) -> nn.Module:
-        """A quantized copy of the task's model; the original stays as it was.
+        """Return a quantized copy of the task's model; the original is not modified.
 
         Raises
         ------
         InputError, LsqError
-            When the model or the text cannot be taken.
+            When the quantizer does not support the model or the calibration text.
         """
         ...

@@ -1,8 +1,8 @@
-"""Save a quantized model as safetensors with its plan and provenance inside, and load it again.
+"""Save a quantized model as safetensors with its plan and provenance, and load it again.
 
-A folder holds ``packed.safetensors`` (packed matrices, and everything else in the dtype of the
-original checkpoint), ``config.json``, the tokenizer, and ``lsq.json``: the plan, what it was made
-from, and the format's version. No pickle.
+The folder contains ``packed.safetensors`` (packed matrices, and all other tensors in the dtype of
+the original checkpoint), ``config.json``, the tokenizer, and ``lsq.json``: the plan, its
+provenance and the format's version. No pickle.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ from lsq_core.targets import check_folder_target
 from lsq_core.units import format_bytes
 from lsq_core.untrusted import wrap_library_errors
 
-#: How a model generates: the tokens that end a text, most of all.
+#: Generation settings, such as the end-of-sequence tokens.
 GENERATION_CONFIG_FILE = "generation_config.json"
 _FLOATS = {"F64", "F32", "F16", "BF16"}
-#: torch's dtypes by their names in a safetensors header, of those that layouts use.
+#: The dtypes that layouts use, by their names in a safetensors header.
 _DTYPES = {
     "U8": torch.uint8,
     "I16": torch.int16,
@@ -87,18 +87,15 @@ class QuantizedModel:
 def save_quantized(
     model: nn.Module, tokenizer: object, manifest: dict, folder: Path, source_folder: Path
 ) -> int:
-    """Write a quantized model into a new folder, all of it or nothing.
-
-    Returns the bytes it takes on disk.
+    """Save a quantized model in a new folder, atomically, and return its bytes on disk.
 
     Parameters
     ----------
     manifest
-        ``modules`` maps full module names to ``bits``, ``group_size``; ``axis`` and ``metadata``
-        say how to read them; whatever else it holds is kept as provenance.
+        ``modules`` maps full module names to ``bits`` and ``group_size``; ``axis`` and
+        ``metadata`` describe their grouping and format. All other entries are provenance.
     source_folder
-        The original model's folder, whose config, generation settings and own Python code go
-        with the copy.
+        The original model's folder, whose config, generation settings and Python code are copied.
 
     Raises
     ------
@@ -121,7 +118,7 @@ def save_quantized(
 
 
 def _copy_model_files(source: Path, target: Path) -> None:
-    """Copy what a model needs beside its weights: config, generation settings, its own code."""
+    """Copy a model's config, generation settings and Python code."""
     shutil.copy(source / "config.json", target)
     if (source / GENERATION_CONFIG_FILE).is_file():
         shutil.copy(source / GENERATION_CONFIG_FILE, target)
@@ -132,9 +129,10 @@ def _copy_model_files(source: Path, target: Path) -> None:
 
 @contextmanager
 def _atomic_folder(folder: Path, need: int) -> Iterator[Path]:
-    """A hidden folder beside the target that becomes the target when all went well.
+    """Yield a hidden folder next to the target, which is renamed to the target on success.
 
-    It is locked as long as it is written to; what a kill left of the same target goes before.
+    It is locked while it is written. Unfinished folders of the same target that a killed process
+    left behind are deleted first.
     """
     disk_full = LsqError(
         f"The disk at {folder.parent} has {format_bytes(shutil.disk_usage(folder.parent).free)} "
@@ -168,7 +166,7 @@ def _atomic_folder(folder: Path, need: int) -> Iterator[Path]:
 
 
 def _unify_file_modes(folder: Path) -> None:
-    """Give all files the mode that the umask gives; libraries and copies come with their own."""
+    """Set the mode of all files by the umask, whatever libraries and copying have set."""
     mode = stat.S_IMODE((folder / MANIFEST_FILE).stat().st_mode)
     for path in folder.rglob("*"):
         if path.is_file():
@@ -176,7 +174,7 @@ def _unify_file_modes(folder: Path) -> None:
 
 
 def _stored_state(model: nn.Module, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
-    """Every stored tensor once, but for matrices in the checkpoint's dtype where that is exact."""
+    """Each tensor once; unpacked ones in the checkpoint's dtype if the cast is exact."""
     packed, state = _packed_names(model), {}
     for names in _tied_names(model):
         name, tensor = names[0], _tensor(model, names[0]).detach()
@@ -189,7 +187,7 @@ def _stored_state(model: nn.Module, dtype: torch.dtype | None) -> dict[str, torc
 
 
 def _tied_names(model: nn.Module) -> list[list[str]]:
-    """Names in the state dict, those that are one tensor together (tied weights)."""
+    """Group the names in the state dict by tensor (tied weights share one)."""
     names: dict[int, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         names.setdefault(id(tensor), []).append(name)
@@ -213,7 +211,7 @@ def load_quantized(
     Raises
     ------
     InputError
-        When it is no such folder, or a file in it is missing, damaged, or another than was saved.
+        When the folder is not a saved model, or a file in it is missing, damaged or was changed.
     """
     folder = Path(folder).expanduser().resolve()
     manifest = read_manifest(folder)
@@ -224,7 +222,7 @@ def load_quantized(
     source = ModelSource(str(folder), trust_remote_code=trust_remote_code)
     config = model_config(source, folder)
     compute_dtype = pick_dtype(dtype, target, config)
-    # Buffers that no file holds (rotary frequencies) are computed; parameters stay empty.
+    # Buffers that are not stored (rotary frequencies) are computed; parameters stay empty.
     with translate_build_errors(source, folder), init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(
             config, trust_remote_code=trust_remote_code, experts_implementation="eager"
@@ -247,18 +245,20 @@ def load_quantized(
 
 
 def _packed_names(model: nn.Module) -> set[str]:
-    """Full names of the tensors that matrices are stored in."""
+    """Full names of the tensors of packed matrices."""
     return {f"{name}.{part}" for name, m in packed_modules(model).items() for part in m.names}
 
 
 def _empty_matrices(
     model: nn.Module, source: ModelSource, manifest: dict
 ) -> dict[Matrix, StoredMatrix]:
-    """Stored matrices without content for every module the manifest names."""
+    """Create matrices on the meta device for all modules in the manifest."""
     known = {m.name: m for m in iter_matrices(*find_blocks(model), left_out=True)}
     missing = sorted(set(manifest["modules"]) - set(known))
     if missing:
-        raise InputError(f"{source.name} plans {missing[0]}, which its config.json doesn't have.")
+        raise InputError(
+            f"{source.name} has a plan for {missing[0]}, which its config.json does not have."
+        )
     quantizer, empty = manifest.get("quantizer", "hqq"), {}
     layout = quantizer_spec(quantizer).layout
     for name, entry in manifest["modules"].items():
@@ -273,7 +273,7 @@ def _empty_matrices(
 
 
 def _tie(model: nn.Module, tied: list[list[str]]) -> None:
-    """Give tensors that were one, and are stored once, their content under every name."""
+    """Assign tied tensors, which are stored once, under each of their names."""
     for names in tied:
         filled = [name for name in names if not _tensor(model, name).is_meta]
         for name in names if filled else ():
@@ -287,7 +287,7 @@ def _tensor(model: nn.Module, name: str) -> torch.Tensor:
 
 
 def make_meta_tensors(stored: TensorLayout) -> dict[str, torch.Tensor]:
-    """Tensors of the right shapes and dtypes on the meta device, to be filled from a file."""
+    """Create tensors on the meta device with the shapes and dtypes of a layout."""
     return {
         name: torch.empty(shape, dtype=_DTYPES[dtype], device="meta")
         for name, (shape, dtype) in stored.items()
@@ -295,12 +295,12 @@ def make_meta_tensors(stored: TensorLayout) -> dict[str, torch.Tensor]:
 
 
 def _check_stored(model: nn.Module, header: dict[str, dict]) -> None:
-    """Raise unless the stored tensors are of the shapes, and matrices of the dtypes, that fit."""
+    """Raise :class:`InputError` unless the stored shapes and dtypes match the model's."""
     packed = _packed_names(model)
     for name, tensor in model.state_dict().items():
         entry = header.get(name)
         if entry is None:
-            continue  # tied to another, or lacking, which is told when all is filled
+            continue  # tied to another tensor, or missing, which _assign_tensors reports
         shape, dtype = tuple(entry["shape"]), entry["dtype"]
         wrong = _DTYPES.get(dtype) != tensor.dtype if name in packed else dtype not in _FLOATS
         wrong = wrong and tensor.is_floating_point() if name not in packed else wrong
@@ -313,7 +313,7 @@ def _check_stored(model: nn.Module, header: dict[str, dict]) -> None:
 
 
 def _assign_tensors(model: nn.Module, state: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
-    """Assign the stored tensors; packed ones as they are, all else in the compute dtype."""
+    """Assign the stored tensors: packed ones unchanged, all others in the compute dtype."""
     packed = _packed_names(model)
     cast = {
         n: t if n in packed or not t.is_floating_point() else t.to(dtype) for n, t in state.items()

@@ -1,10 +1,9 @@
-"""From a full-precision model to a quantized copy of it."""
+"""Quantize a full-precision model into a copy that shares its unquantized parameters."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from functools import partial
 from itertools import chain
 
 import torch
@@ -13,9 +12,7 @@ from torch import Tensor, nn
 from lsq_core.bits import Config
 from lsq_core.model.architecture import get_weight, is_transposed, locate_parameter
 from lsq_core.model.info import Matrix
-from lsq_core.progress import Progress, no_progress
-from lsq_core.quantization.base import HighImpactRows, MatrixQuantizer, StoredMatrix
-from lsq_core.quantization.cache import PackedMatrixCache
+from lsq_core.quantization.base import MatrixQuantizer, StoredMatrix
 from lsq_core.quantization.rows import quantize_config
 from lsq_core.quantization.task import ModelQuantizer, QuantizationTask
 from lsq_core.quantized.modules import PackedLinear, PackedStack, decode_stacks, drop_stacks
@@ -26,10 +23,10 @@ def install(
     packed: Mapping[Matrix, StoredMatrix],
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Replace the modules of ``model`` that hold these matrices, in place.
+    """Replace the modules of ``model`` that use these matrices by packed ones, in place.
 
-    Modules that share a parameter (in blocks that are used more than once) share what takes its
-    place. ``dtype`` is what the model computes in; None where its parameters have it already.
+    Modules that share a parameter (in blocks that are used more than once) share the packed
+    matrix. ``dtype`` is the dtype the model computes in, None for that of its parameters.
     """
     users = _modules_by_parameter(model)
     stacks: dict[tuple[nn.Module, str], list[PackedLinear]] = {}
@@ -59,7 +56,7 @@ def install(
 
 
 def _modules_by_parameter(model: nn.Module) -> dict[int, dict[str, nn.Module]]:
-    """By the identity of each parameter the modules that hold it, by their full names."""
+    """Map the identity of each parameter to the modules that use it, by their full names."""
     modules_of: dict[int, dict[str, nn.Module]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         for parameter in module.parameters(recurse=False):
@@ -68,74 +65,54 @@ def _modules_by_parameter(model: nn.Module) -> dict[int, dict[str, nn.Module]]:
 
 
 def shallow_copy(model: nn.Module) -> nn.Module:
-    """A copy whose modules are its own and whose parameters and buffers are the original's."""
+    """Copy the modules of a model and share its parameters and buffers."""
     shared = {id(t): t for t in chain(model.parameters(), model.buffers())}
     return copy.deepcopy(model, shared)
 
 
-def run_task(task: QuantizationTask, quantizer: MatrixQuantizer | ModelQuantizer) -> nn.Module:
-    """A quantized copy of a task's model, matrix by matrix where the quantizer works like that.
+def quantize_model(
+    task: QuantizationTask, quantizer: MatrixQuantizer | ModelQuantizer
+) -> nn.Module:
+    """Return a quantized copy of a task's model, which shares the parameters not in the plan.
+
+    A :class:`MatrixQuantizer` quantizes the planned matrices one by one, except those in the
+    task's cache; a :class:`ModelQuantizer` quantizes the model its own way. The original model
+    is not modified.
 
     Raises
     ------
     InputError, LsqError
-        As :func:`quantize_model` and :meth:`ModelQuantizer.quantize_model`.
+        As :func:`lsq_core.quantization.rows.quantize_config` and
+        :meth:`ModelQuantizer.quantize_model`.
     """
     if not isinstance(quantizer, MatrixQuantizer):
         return quantizer.quantize_model(task)
-    return quantize_model(
-        task.loaded.model,
-        task.choice,
-        quantizer,
-        rows=task.rows,
-        axis=task.grid.axis,
-        metadata=task.grid.metadata,
-        progress=task.progress,
-        matrix_cache=task.cache,
-    )
+    packed = {}
+    for done, (matrix, config) in enumerate(task.choice.items()):
+        task.progress(done, len(task.choice), matrix.name)
+        packed[matrix] = _quantize_matrix(task, quantizer, matrix, config)
+    task.progress(len(packed), len(packed), "quantized")
+    return replace_matrices(task.loaded.model, packed)
 
 
-def quantize_model(
-    model: nn.Module,
-    choice: Mapping[Matrix, Config],
-    quantizer: MatrixQuantizer,
-    *,
-    rows: HighImpactRows | None = None,
-    axis: int = 1,
-    metadata: str = "8bit",
-    progress: Progress = no_progress,
-    matrix_cache: PackedMatrixCache | None = None,
-) -> nn.Module:
-    """A quantized copy of ``model``; the original stays as it was and shares what isn't planned.
-
-    Matrices that are ``remembered``, of this very model, are not quantized again.
-
-    Raises
-    ------
-    InputError, LsqError
-        As :func:`lsq_core.quantization.rows.quantize_config`.
-    """
-    rows, matrix_cache = rows or {}, matrix_cache or PackedMatrixCache(0)
-
-    def pack(matrix: Matrix, config: Config) -> StoredMatrix:
-        return quantize_config(
-            get_weight(model, matrix),
+def _quantize_matrix(
+    task: QuantizationTask, quantizer: MatrixQuantizer, matrix: Matrix, config: Config
+) -> StoredMatrix:
+    """Quantize one matrix of a task, or take it from the task's cache."""
+    rows, grid = task.rows.get(matrix.name), task.grid
+    key = matrix.name, config, tuple(rows or ()), type(quantizer), grid.axis, grid.metadata
+    return task.cache.get(
+        key,
+        lambda: quantize_config(
+            get_weight(task.loaded.model, matrix),
             config,
             quantizer,
-            rows=rows.get(matrix.name),
-            axis=axis,
-            metadata=metadata,
+            rows=rows,
+            axis=grid.axis,
+            metadata=grid.metadata,
             name=matrix.name,
-        )
-
-    packed = {}
-    for done, (matrix, config) in enumerate(choice.items()):
-        progress(done, len(choice), matrix.name)
-        own = tuple(rows.get(matrix.name, ()))
-        key = matrix.name, config, own, type(quantizer), axis, metadata
-        packed[matrix] = matrix_cache.get(key, partial(pack, matrix, config))
-    progress(len(choice), len(choice), "quantized")
-    return replace_matrices(model, packed)
+        ),
+    )
 
 
 def replace_matrices(
@@ -143,9 +120,9 @@ def replace_matrices(
     packed: Mapping[Matrix, StoredMatrix],
     changed: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
-    """A copy of ``model`` that holds these matrices, and shares what isn't among them.
+    """Return a copy of ``model`` with these matrices, which shares all other parameters.
 
-    ``changed`` are other parameters, by full name, that the quantizer changed as well.
+    ``changed`` are further parameters, by full name, that the quantizer changed.
     """
     quantized = shallow_copy(model)
     install(quantized, packed)

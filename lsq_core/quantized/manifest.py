@@ -1,7 +1,4 @@
-"""What a saved quantized model says of itself, and whether its files are those that were saved.
-
-Needs no torch.
-"""
+"""The manifest of a saved quantized model, and the checksums of its files. Needs no torch."""
 
 from __future__ import annotations
 
@@ -19,17 +16,17 @@ from lsq_core.model.identity import tokenizer_files
 from lsq_core.model.source import MANIFEST_FILE
 from lsq_core.untrusted import check_links, read_json_object, resolve_inside
 
-#: 3 since a matrix's scales have a power of two of their own (:func:`layout.layout_for_format`);
-#: 2 since quantizers store matrices in layouts of their own, and matrices may have mixed rows;
-#: 1 had this project's packing alone, at one width a matrix.
+#: 3: the scales of a matrix share a power of two (:func:`layout.layout_for_format`);
+#: 2: each quantizer has its own layout, and matrices may have mixed rows;
+#: 1: only this project's packing, with one bit width per matrix.
 FORMAT_VERSION = 3
 #: Not ``model.safetensors``: transformers alone would load that with random packed modules.
 WEIGHTS_FILE = "packed.safetensors"
-#: What a saved model is loaded by, whoever made it.
+#: Entries needed to load a saved model.
 LOAD_KEYS = ("modules", "metadata", "axis")
-#: What tells a saved model's run and plan, beside the format.
+#: Entries that identify a saved model's run and plan.
 RUN_KEYS = ("run", "fingerprint", "modules", "metadata")
-#: What a result is kept with.
+#: Entries that are stored with a result.
 EVALUATION_KEYS = (
     *RUN_KEYS,
     "axis",
@@ -43,15 +40,15 @@ EVALUATION_KEYS = (
     "dtype",
     "versions",
 )
-#: SHA-256 of each file by its name; that of the manifest is of all else in it. Absent in models
-#: that earlier versions saved.
+#: SHA-256 of each file by name; the manifest's own covers all its other entries. Absent in models
+#: saved by earlier versions.
 CHECKSUMS = "sha256"
 
-#: Files of a saved model that decide no result: how texts are generated and chats are laid out.
+#: Files of a saved model that affect no result: generation settings and chat templates.
 _AUXILIARY_FILES = ("generation_config.json", "chat_template.jinja", "chat_template.json")
-#: The beginning of the name that safetensors gives a file until it is whole.
+#: Prefix of the name that safetensors gives a file until it is complete.
 _TEMPORARY_PREFIX = ".tmp"
-#: The end of the hidden folder's name in which a model lies until it is whole.
+#: Suffix of the hidden folder in which a model is written until it is complete.
 UNFINISHED_SUFFIX = ".unfinished"
 
 
@@ -63,7 +60,7 @@ def _is_size(value: object) -> bool:
     return type(value) in (int, float) and math.isfinite(value) and 0 <= value < 2**63
 
 
-#: What an entry has to be, where it is there.
+#: Validators of entries; all are optional.
 _VALIDATORS: dict[str, Callable[[object], bool]] = {
     **dict.fromkeys(("run", "fingerprint", "method", "quantizer", "source"), _is_text),
     **dict.fromkeys(("device", "dtype"), _is_text),
@@ -94,12 +91,13 @@ def is_quantized_folder(folder: Path) -> bool:
 
 
 def read_manifest(folder: Path, required_keys: Sequence[str] = LOAD_KEYS) -> dict:
-    """The plan and provenance inside a saved model; ``needed`` keys have to be there.
+    """Read the plan and provenance of a saved model.
 
     Raises
     ------
     InputError
-        When the folder holds none, a damaged one, or one of a newer format.
+        When the folder has no manifest, or one that is damaged, lacks a required key or is of a
+        newer format.
     """
     path = folder / MANIFEST_FILE
     if not is_quantized_folder(folder):
@@ -121,7 +119,7 @@ def read_manifest(folder: Path, required_keys: Sequence[str] = LOAD_KEYS) -> dic
         if key in manifest and not _passes(valid, manifest[key])
     ]
     if missing or wrong:
-        what = f"has no {missing[0]}" if missing else f"says of {wrong[0]} what can't be"
+        what = f"has no {missing[0]}" if missing else f"has an invalid {wrong[0]}"
         raise InputError(f"{path} is damaged: it {what}; save the model again.")
     if CHECKSUMS in manifest and manifest[CHECKSUMS].get(MANIFEST_FILE) != _manifest_sha256(
         manifest
@@ -133,12 +131,12 @@ def read_manifest(folder: Path, required_keys: Sequence[str] = LOAD_KEYS) -> dic
 def _passes(valid: Callable[[object], bool], value: object) -> bool:
     try:
         return valid(value)
-    except TypeError:  # a list in the place of a name
+    except TypeError:  # a list instead of a name
         return False
 
 
 def unfinished_folders(parent: Path, prefix: str = ".") -> list[Path]:
-    """What saving left in a folder when it was killed, or writes at this moment."""
+    """List the folders in which a model is being saved, or was when the process was killed."""
     folders = parent.glob(f"{glob.escape(prefix)}*{UNFINISHED_SUFFIX}")
     return sorted(path for path in folders if path.is_dir() and not path.is_symlink())
 
@@ -151,7 +149,7 @@ _CHECKSUM_MISMATCH = (
 
 
 def with_checksums(manifest: dict, folder: Path) -> dict:
-    """A manifest as it is written, with the SHA-256 of the folder's files that decide a result."""
+    """Return the manifest to write, with the SHA-256 of all files that affect a result."""
     complete = json.loads(json.dumps({"format": FORMAT_VERSION} | manifest))
     complete[CHECKSUMS] = {path.name: file_sha256(path) for path in _checksummed_files(folder)}
     complete[CHECKSUMS][MANIFEST_FILE] = _manifest_sha256(complete)
@@ -165,14 +163,14 @@ def _checksummed_files(folder: Path) -> list[Path]:
 
 
 def _manifest_sha256(manifest: dict) -> str:
-    """SHA-256 of all that a manifest says, and of the checksums of the other files."""
+    """SHA-256 of all entries of a manifest, including the checksums of the other files."""
     sums = {name: value for name, value in manifest[CHECKSUMS].items() if name != MANIFEST_FILE}
     text = json.dumps(manifest | {CHECKSUMS: sums}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def changed_files(folder: Path, manifest: dict) -> list[str] | None:
-    """Files that are not as they were saved, or gone; None where the manifest has no checksums."""
+    """List the files that were changed or deleted; None if the manifest has no checksums."""
     if CHECKSUMS not in manifest:
         return None
     sums = {name: value for name, value in manifest[CHECKSUMS].items() if name != MANIFEST_FILE}
@@ -185,14 +183,14 @@ def changed_files(folder: Path, manifest: dict) -> list[str] | None:
 
 
 def check_files(folder: Path, manifest: dict) -> None:
-    """Raise :class:`InputError` unless the files are those that were saved, as far as known."""
+    """Raise :class:`InputError` when a file was changed or deleted since it was saved."""
     changed = changed_files(folder, manifest)
     if changed:
         raise InputError(f"{folder / changed[0]} is damaged or gone: {_CHECKSUM_MISMATCH}.")
 
 
 def unrelated_files(folder: Path) -> list[str]:
-    """What lies in a folder and is no part of a saved model, whole or unfinished; names."""
+    """List the names of files in a folder that are not part of a saved model."""
     own = {*_AUXILIARY_FILES, MANIFEST_FILE, *(path.name for path in _checksummed_files(folder))}
     return sorted(
         path.name

@@ -1,9 +1,8 @@
-"""Modules of a quantized model, whose weights stay packed until they are used."""
+"""Modules of a quantized model, whose weights are decoded when they are used."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +12,11 @@ from lsq_core.quantization.base import StoredMatrix
 
 
 class PackedLinear(nn.Module):
-    """A linear module that holds a :class:`StoredMatrix` and multiplies by what it decodes to.
+    """A linear module that stores its weight packed and decodes it in each forward pass.
 
-    It takes the place of ``nn.Linear`` and of transformers' ``Conv1D``. The bias stays as it was.
+    It replaces ``nn.Linear`` and transformers' ``Conv1D``; the bias stays in full precision. The
+    product is PyTorch's: the fused kernels that ``hqq`` offers (gemlite, torchao) need their own
+    layouts, and so a second copy of the weights.
     """
 
     def __init__(
@@ -39,10 +40,10 @@ class PackedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The decoded weight (out, in), for code that multiplies by it in its own way.
+        """The decoded weight (out, in), for code that does not call the module.
 
-        Some architectures (Mamba, latent attention) read a linear module's weight instead of
-        calling the module. It is decoded anew each time.
+        Some architectures (Mamba, latent attention) read a linear module's weight. It is decoded
+        on each access.
         """
         decoded = self.packed.dequantize(self._as.dtype)
         return decoded.T if self.transposed else decoded
@@ -53,11 +54,6 @@ class PackedLinear(nn.Module):
         tensors = {name: getattr(self, name) for name in self.names}
         shape = (self.out_features, self.in_features)
         return self.kind.from_tensors(tensors, shape, self.config, self.axis)
-
-    @property
-    def kernel(self) -> str:
-        """What multiplies, for :func:`kernels`."""
-        return "decoded, then multiplied by PyTorch"
 
     def forward(self, inputs: Tensor) -> Tensor:
         """``inputs`` (…, in) to (…, out), in the dtype of the inputs."""
@@ -71,8 +67,8 @@ class PackedLinear(nn.Module):
 class PackedStack(nn.ModuleList):
     """The packed experts of one stacked parameter.
 
-    The experts' module reads its parameter as a tensor (experts, …) in ways of its own, so the
-    stack is decoded into that attribute just before the module runs and dropped right after.
+    The experts' module reads its parameter as a tensor (experts, …), so the stack is decoded into
+    that attribute just before the module runs and the attribute is deleted right after.
     """
 
     def __init__(self, experts: Iterable[PackedLinear], transposed: bool) -> None:
@@ -86,38 +82,25 @@ class PackedStack(nn.ModuleList):
 
 
 def decode_stacks(module: nn.Module, args: tuple) -> None:
+    """Decode the stacks of an experts' module; a forward pre-hook."""
     for name, child in module.named_children():
         if isinstance(child, PackedStack):
             module.__dict__[name] = child.decode()
 
 
 def drop_stacks(module: nn.Module, *_: object) -> None:
+    """Delete the decoded stacks of an experts' module; a forward hook."""
     for name, child in module.named_children():
         if isinstance(child, PackedStack):
             module.__dict__.pop(name, None)
 
 
 def packed_modules(model: nn.Module) -> dict[str, PackedLinear]:
-    """Every packed module by full name."""
+    """Return every packed module by full name."""
     return {n: m for n, m in model.named_modules() if isinstance(m, PackedLinear)}
 
 
-def kernels(model: nn.Module) -> dict[str, str]:
-    """What multiplies by each packed module, by full name.
-
-    It is the same everywhere: the fast kernels that ``hqq`` can patch in (gemlite, torchao) want
-    layouts of their own, and a second copy of the weights beside the one that was measured.
-    """
-    return {name: module.kernel for name, module in packed_modules(model).items()}
-
-
 def measured_bytes(model: nn.Module) -> int:
-    """Bytes of the stored tensors of all packed matrices, shared ones once, without biases."""
+    """Count the bytes of all packed matrices, shared tensors once, without biases."""
     modules = packed_modules(model).values()
     return sum({id(t): t.nbytes for m in modules for t in m.packed.tensors.values()}.values())
-
-
-def model_bytes(model: nn.Module) -> int:
-    """Bytes of every stored tensor of a model in memory, shared ones once."""
-    seen = {t.data_ptr(): t.nbytes for t in chain(model.parameters(), model.buffers())}
-    return sum(seen.values())

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lsq_core.errors import translate_resource_errors
 from lsq_core.evaluation.protocol import EvaluationRequest
 from lsq_core.jsontext import json_text
 from lsq_core.progress import ProgressCallback, ignore_progress
@@ -16,14 +17,13 @@ from lsq_core.provenance import (
     run_dependencies,
     versions,
 )
+from lsq_core.stages.model import OpenModel
 
 if TYPE_CHECKING:
     from torch import nn
 
     from lsq_core.corpus.tokens import TokenStream
     from lsq_core.evaluation.result import Evaluation, EvaluationPair
-from lsq_core.errors import translate_resource_errors
-from lsq_core.stages.model import OpenModel
 
 
 def evaluate_on_texts(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from lsq_core.corpus.registry import load_corpus
 from lsq_core.corpus.tokens import build_token_stream
-from lsq_core.errors import InputError
+from lsq_core.errors import InputError, translate_resource_errors
 from lsq_core.evaluation.protocol import EvaluationRequest
 from lsq_core.model.identity import ModelIdentity, compute_identity, identify, with_source
 from lsq_core.model.info import ModelInfo
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from lsq_core.corpus.tokens import TokenStream
     from lsq_core.model.loading import LoadedModel
     from lsq_core.quantization.cache import PackedMatrixCache
-from lsq_core.errors import translate_resource_errors
 
 #: Bytes of quantized matrices that are kept for the plans to come, unless one says otherwise.
 DEFAULT_CACHE_BYTES = GIB

@@ -33,12 +33,12 @@ from lsq_core.quantization.registry import (
     quantizer_spec,
 )
 from lsq_core.settings import CalibrationSettings
-
-if TYPE_CHECKING:
-    from lsq_core.planning.frontier import Frontier
 from lsq_core.stages.model import OpenModel
 from lsq_core.stages.profile import profile_model
 from lsq_core.stages.rows import row_impact
+
+if TYPE_CHECKING:
+    from lsq_core.planning.frontier import Frontier
 
 #: The settings of a profile that name its calibration text, and how much of it is read.
 _CALIBRATION = ("calibration", "samples", "block_tokens", "seed")

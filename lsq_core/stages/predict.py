@@ -19,12 +19,12 @@ from lsq_core.planning.plan import Plan
 from lsq_core.planning.problem import Problem
 from lsq_core.planning.request import PlanRequest
 from lsq_core.profiling.settings import ProfileSettings
-
-if TYPE_CHECKING:
-    from lsq_core.evaluation.prediction import Predictor
 from lsq_core.stages.model import OpenModel
 from lsq_core.stages.plan import build_problem, check_metrics
 from lsq_core.stages.profile import find_profile, profile_model
+
+if TYPE_CHECKING:
+    from lsq_core.evaluation.prediction import Predictor
 
 #: Why a plan of mixed rows has no predicted perplexity.
 NO_PREDICTION_REASON = (

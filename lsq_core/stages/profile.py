@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 from lsq_core.corpus.registry import corpus_identity
-from lsq_core.errors import InputError
+from lsq_core.errors import InputError, translate_resource_errors
 from lsq_core.model.info import ModelInfo
 from lsq_core.profiling.metrics import LOSS_PROBE, METRICS, WEIGHT_METRICS
 from lsq_core.profiling.profile import Profile, missing_metrics
@@ -23,12 +22,8 @@ from lsq_core.quantization.registry import (
     arithmetic_packages,
     quantizer_spec,
 )
-from lsq_core.store.store import Store
-
-if TYPE_CHECKING:
-    pass
-from lsq_core.errors import translate_resource_errors
 from lsq_core.stages.model import OpenModel, resolve_device_and_dtype
+from lsq_core.store.store import Store
 
 
 def profile_key(

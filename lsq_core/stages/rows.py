@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lsq_core.errors import InputError
+from lsq_core.errors import InputError, translate_resource_errors
 from lsq_core.model.info import ModelInfo
 from lsq_core.planning.methods import get_planner
 from lsq_core.planning.methods.high_impact import build_impact
@@ -20,15 +20,13 @@ from lsq_core.provenance import (
     machine,
     versions,
 )
+from lsq_core.stages.model import OpenModel
+from lsq_core.stages.profile import model_profile_key
 from lsq_core.store.profiles import InteractionKey
 from lsq_core.store.store import Store
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-from lsq_core.errors import translate_resource_errors
-from lsq_core.stages.model import OpenModel
-from lsq_core.stages.profile import model_profile_key
 
 
 def interaction_key(request: PlanRequest) -> InteractionKey:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lsq_core.errors import LsqError
+from lsq_core.errors import LsqError, translate_resource_errors
 from lsq_core.evaluation.protocol import EvaluationRequest
 from lsq_core.jsontext import json_text
 from lsq_core.planning.plan import Plan
@@ -26,6 +26,9 @@ from lsq_core.quantization.registry import (
 )
 from lsq_core.quantized.manifest import RUN_KEYS, is_quantized_folder, read_manifest
 from lsq_core.settings import GridSettings
+from lsq_core.stages.evaluate import digest, evaluate_models, figures
+from lsq_core.stages.model import OpenModel
+from lsq_core.stages.plan import calibration_of_plan, plan_identity, with_quantizer
 from lsq_core.store.connection import new_id
 from lsq_core.table import short_table
 from lsq_core.targets import check_folder_target
@@ -35,10 +38,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from lsq_core.evaluation.result import Evaluation, EvaluationPair
-from lsq_core.errors import translate_resource_errors
-from lsq_core.stages.evaluate import digest, evaluate_models, figures
-from lsq_core.stages.model import OpenModel
-from lsq_core.stages.plan import calibration_of_plan, plan_identity, with_quantizer
 
 
 @dataclass(frozen=True, eq=False)
@@ -279,7 +278,7 @@ def _quantize(model: OpenModel, plan: Plan) -> tuple[nn.Module, float]:
     """The quantized model and the seconds it takes, whatever of it was made before."""
     from lsq_core.quantization.registry import get_quantizer
     from lsq_core.quantization.task import QuantizationTask
-    from lsq_core.quantized.convert import run_task
+    from lsq_core.quantized.convert import quantize_model
     from lsq_core.quantized.modules import measured_bytes
 
     loaded = model.loaded
@@ -295,7 +294,7 @@ def _quantize(model: OpenModel, plan: Plan) -> tuple[nn.Module, float]:
             model.matrix_cache,
             _quantizer_folder(model, plan),
         )
-        quantized = run_task(task, get_quantizer(plan.quantizer))
+        quantized = quantize_model(task, get_quantizer(plan.quantizer))
     measured = measured_bytes(quantized)
     if measured != plan.planned_bytes:
         raise LsqError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lsq_core.errors import InputError
+from lsq_core.errors import InputError, translate_resource_errors
 from lsq_core.evaluation.protocol import EvaluationRequest
 from lsq_core.model.source import ModelSource
 from lsq_core.planning.plan import Plan
@@ -16,16 +16,15 @@ from lsq_core.quantized.manifest import (
     is_quantized_folder,
     read_manifest,
 )
+from lsq_core.stages.evaluate import evaluate_on_texts, figures
+from lsq_core.stages.model import OpenModel, load_tokens
+from lsq_core.stages.run import quantize_plan
 from lsq_core.store.store import Store
 
 if TYPE_CHECKING:
     from torch import nn
 
     from lsq_core.quantized.artifact import QuantizedModel
-from lsq_core.errors import translate_resource_errors
-from lsq_core.stages.evaluate import evaluate_on_texts, figures
-from lsq_core.stages.model import OpenModel, load_tokens
-from lsq_core.stages.run import quantize_plan
 
 
 def load_saved(

@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
-
 #: Forward migrations: the n-th brings schema version n to n + 1. Never edit one that has shipped.
 MIGRATIONS = [
     """

@@ -15,6 +15,7 @@ from lsq_core.model.source import ModelSource
 from lsq_core.planning.request import PlanRequest
 from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.quantization.registry import get_quantizer
+from lsq_core.quantization.task import QuantizationTask
 from lsq_core.quantized.artifact import load_quantized
 from lsq_core.quantized.convert import quantize_model
 from lsq_core.session import Session
@@ -95,7 +96,9 @@ def _run_stages(folder: Path) -> tuple[str, ...]:
     assert result["measured_bytes"] == plan.planned_bytes
 
     reloaded = load_quantized(saved, "cpu")
-    requantized = quantize_model(session.loaded.model, plan.choice, get_quantizer("rtn"))
+    requantized = quantize_model(
+        QuantizationTask(session.loaded, plan.choice), get_quantizer("rtn")
+    )
     ids = torch.arange(1, 33)[None]
     with torch.inference_mode():
         full_logits, expected_logits, reloaded_logits = (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.session import Session
 from lsq_core.store.store import Store
 from tests.conftest import REFERENCE, ROOT
+from tests.helpers import find_free_port
 from tests.test_compare import insert_synthetic_runs
 
 INSTALL = "apt-get install -y chromium chromium-driver"
@@ -89,7 +89,7 @@ def populated_server(
 def serve(script: str, folder: Path) -> Iterator[Server]:
     """A Streamlit script of this project, served on a free port until the block ends."""
     _require_chromium()
-    database, port = folder / "lsq.duckdb", _free_port()
+    database, port = folder / "lsq.duckdb", find_free_port()
     if script == "app.py":  # as people do
         command = [sys.executable, "-m", "lsq_core", "app", "--port", str(port)]
     else:
@@ -116,12 +116,6 @@ def _require_chromium() -> None:
     missing = [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]
     if missing:
         pytest.skip(f"{' and '.join(missing)} not found; install with: {INSTALL}")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _wait_until_healthy(url: str, process: subprocess.Popen, log: Path) -> None:

@@ -1,7 +1,7 @@
-"""AWQ (arXiv 2306.00978): inputs that matter are scaled up before rounding, and down before that.
+"""AWQ (arXiv 2306.00978): salient input channels are scaled up before rounding.
 
-Quantized by ``gptqmodel``; read and multiplied by here, so a saved model doesn't need it. The
-scales go into the norms and matrices before, so more than the matrices changes.
+``gptqmodel`` quantizes; this module decodes, so a saved model does not need the package. The
+inverse channel scales are merged into the preceding norms and matrices, which change as well.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lsq_core.quantization.base import StoredMatrix
 from lsq_core.quantization.gptqmodel.gptq import unpack_words
 from lsq_core.quantization.gptqmodel.process import GptqmodelQuantizer
 
-#: Where each of eight 4-bit codes lies in its word; other widths lie in order.
+#: Position of each of eight 4-bit codes in its word; codes of other widths are in order.
 _ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
@@ -56,12 +56,12 @@ class AwqMatrix(StoredMatrix):
 
 
 class Awq(GptqmodelQuantizer):
-    """Zero points beside scales, as its authors have it, computed in bfloat16."""
+    """AWQ with zero points, as published, computed in bfloat16."""
 
     matrix = AwqMatrix
     method = "awq"
 
     @staticmethod
     def scale_range(bits: int) -> tuple[float, float]:
-        """Scales are bfloat16, but the package takes no group to be narrower than 10⁻⁵."""
+        """Scales are bfloat16, but the package clamps the range of a group at 10⁻⁵."""
         return 1e-5, torch.finfo(torch.bfloat16).max

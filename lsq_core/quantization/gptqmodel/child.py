@@ -1,8 +1,8 @@
-"""The process that imports ``gptqmodel``: quantizes a model as asked, and saves what it stored.
+"""The process that imports ``gptqmodel``, quantizes a model and saves it.
 
-Started by :mod:`lsq_core.quantization.gptqmodel.process`; takes a JSON file, writes the number
-of each finished layer to standard output and everything else to standard error, and ends when its
-standard input does.
+Started by :mod:`lsq_core.quantization.gptqmodel.process`; reads a JSON request, prints the number
+of each finished layer to standard output and everything else to standard error, and exits when
+its standard input is closed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections import Counter
 from pathlib import Path
 from threading import Thread
 
-#: Calibration sequences that run through a block at once; they are all of one length.
+#: Calibration sequences per batch; all have the same length.
 _BATCH = 8
 
 
@@ -46,20 +46,20 @@ def main(request: Path) -> None:
 
 
 def _exit_with_parent() -> None:
-    """End when the other end of standard input is closed: nobody waits for the result then."""
+    """Exit when standard input is closed, since the parent process has ended then."""
     sys.stdin.read()
     os._exit(1)
 
 
 def _dtype(spec: dict, torch: object) -> object:
-    """AWQ has no float32; GPTQ is computed in it where there is memory for it, on a CPU."""
+    """AWQ does not support float32; GPTQ uses it on a CPU, where memory suffices."""
     if spec["method"] == "awq":
         return torch.bfloat16
     return torch.float32 if spec["device"] == "cpu" else torch.float16
 
 
 def _settings(spec: dict) -> object:
-    """The package's defaults, for the configurations that were asked for."""
+    """The package's default settings for the requested configurations."""
     from gptqmodel import QuantizeConfig
 
     modules = {name: tuple(config) for name, config in spec["modules"].items()}

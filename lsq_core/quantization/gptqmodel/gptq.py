@@ -1,6 +1,6 @@
-"""GPTQ (arXiv 2210.17323): weights rounded one input after another, the rest making up for it.
+"""GPTQ (arXiv 2210.17323): rounds one input channel at a time and compensates in the others.
 
-Quantized by ``gptqmodel``; read and multiplied by here, so a saved model doesn't need it.
+``gptqmodel`` quantizes; this module decodes, so a saved model does not need the package.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from lsq_core.quantization.packed import unpack_bits
 
 
 def unpack_words(words: Tensor, bits: int) -> Tensor:
-    """Codes (rows, n), uint8, of int32 (rows, n·bits/32) that hold them lowest bits first.
+    """Unpack codes (rows, n), uint8, from int32 (rows, n·bits/32), lowest bits first.
 
-    A code may lie across two words, as one of three bits does.
+    A code may cross two words, as 3-bit codes do.
     """
     count = words.shape[1] * 32 // bits
     stream = words.contiguous().view(torch.uint8).flatten()

@@ -1,8 +1,8 @@
-"""Quantize with ``gptqmodel``, in a process of its own, and take what it stored.
+"""Quantize with ``gptqmodel`` in a separate process, and read the tensors it saves.
 
-The package changes transformers when it is imported, starts threads and prints much; in a process
-of its own none of that reaches this one. It reads the model from its folder, so for a while the
-weights are in memory twice.
+The package modifies transformers when it is imported, starts threads and prints much; a separate
+process isolates that. It loads the model from its folder, so the weights are in memory twice in
+the meantime.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _CHILD = "lsq_core.quantization.gptqmodel.child"
 
 @dataclass(frozen=True)
 class GptqmodelRequest:
-    """What the child process is asked to do; paths of folders and of the calibration tokens."""
+    """A request to the child process, with the paths of folders and of the calibration tokens."""
 
     method: str
     model: str
@@ -54,14 +54,14 @@ class GptqmodelRequest:
 
 
 class GptqmodelQuantizer:
-    """A quantizer of the whole model; a subclass names the method and what it stores."""
+    """A quantizer of complete models; a subclass defines the method and the stored matrix."""
 
     matrix: ClassVar[type[StoredMatrix]]
     method: ClassVar[str]
 
     @staticmethod
     def scale_range(bits: int) -> tuple[float, float]:
-        """The least and the greatest width of a group that the format's scales can hold."""
+        """The least and the greatest range of a group that the format's scales support."""
         raise NotImplementedError
 
     def quantize_model(self, task: QuantizationTask) -> nn.Module:
@@ -81,9 +81,9 @@ class GptqmodelQuantizer:
         return replace_matrices(loaded.model, packed, _changed_parameters(stored, loaded.model))
 
     def _check_magnitude(self, weight: Tensor, matrix: Matrix, config: QuantConfig) -> None:
-        """Raise :class:`LsqError` where the package's format would lose most of a matrix.
+        """Raise :class:`LsqError` when the scales of a matrix exceed the range of the format.
 
-        It stores no power of two with a matrix, as this project's packing does.
+        Unlike this project's packing, it stores no power of two with a matrix.
         """
         largest = to_groups(weight.abs(), config.group_size, 1).amax(1).float()
         largest = largest[largest > 0]
@@ -102,7 +102,7 @@ class GptqmodelQuantizer:
 
     def _build_request(self, task: QuantizationTask, folder: Path, out: Path) -> GptqmodelRequest:
         ids = folder / "ids.npy"
-        np.save(ids, load_calibration(task.loaded, task.text).ids)
+        np.save(ids, load_calibration(task.loaded, task.calibration).ids)
         return GptqmodelRequest(
             method=self.method,
             model=str(task.loaded.folder),
@@ -128,13 +128,13 @@ class GptqmodelQuantizer:
 
 
 def _run_child(child_request: GptqmodelRequest, loaded: LoadedModel, progress: Progress) -> None:
-    """Run the child process; its progress is a layer's number a line."""
+    """Run the child process, which prints the number of each finished layer."""
     folder = Path(child_request.ids).parent
-    request, log = folder / "asked.json", folder / "log.txt"
+    request, log = folder / "request.json", folder / "log.txt"
     request.write_text(json.dumps(asdict(child_request)), "utf8")
     layers = loaded.info.layers
     progress(0, layers, "reading the model")
-    # Its pool of readers has two threads, which a machine of two cores would not give it.
+    # Its pool of readers needs two threads, more than it takes on a machine with two cores.
     environment = os.environ | {
         "PYTHONPATH": str(paths.IMPORT_FOLDER),
         "GPTQMODEL_CPU_WORKERS": "2",
@@ -145,7 +145,7 @@ def _run_child(child_request: GptqmodelRequest, loaded: LoadedModel, progress: P
             [sys.executable, "-m", _CHILD, str(request)],
             stdout=subprocess.PIPE,
             stderr=errors,
-            stdin=subprocess.PIPE,  # it ends when this process does, and closes it
+            stdin=subprocess.PIPE,  # closes when this process ends, and then the child exits
             text=True,
             cwd=folder,  # the package writes logs where it runs
             env=environment,
@@ -163,7 +163,7 @@ def _run_child(child_request: GptqmodelRequest, loaded: LoadedModel, progress: P
 
 
 def _last_error(log: Path) -> str:
-    """The last line that says what went wrong; the log is mostly progress."""
+    """Return the last line of the log that reports an error; most lines are progress."""
     lines = log.read_text("utf8", errors="replace").replace("\r", "\n").splitlines()
     lines = [line.strip() for line in lines if line.strip()]
     error_lines = [line for line in lines if "Error" in line.partition(":")[0]]
@@ -171,7 +171,7 @@ def _last_error(log: Path) -> str:
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of the safetensors files in a folder."""
+    """Load all tensors of the safetensors files in a folder."""
     tensors_by_name = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
@@ -180,7 +180,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _changed_parameters(stored: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The other parameters that were changed, in the dtype and on the device of the model's own."""
+    """Other parameters that were changed, in the dtype and on the device of the model's."""
     own = model.state_dict()
     return {
         name: tensor.to(own[name].device, own[name].dtype)

@@ -4,8 +4,8 @@
 the error towards a sparse one, take the mean. Three things make that fast without changing it:
 
 * Groups are independent but for the early stop, which looks at the error of the whole tensor. So
-  a piece runs all its steps while it is in cache (or registers), remembers the zero points of each,
-  and the step at which ``hqq`` would have stopped is looked up in the end.
+  a piece runs all its steps while it is in cache (or registers) and records the zero points after
+  each; the step at which ``hqq`` would have stopped is selected at the end.
 * The shrinking operator ``sign(e)·relu(|e| − |e|^(p−1)/β)`` is zero for every error below
   ``β^(−1/(2−p))``, 0.17 for its parameters. Weights of language models stay far below that, and
   then the step is ``zero ← mean(code) − scale·mean(weight)``: no power, no dequantized weights.
@@ -17,12 +17,9 @@ the error towards a sparse one, take the mean. Three things make that fast witho
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from math import log2
-from threading import Lock
 
 import torch
-from hqq.core.quantize import Quantizer as HqqPackage
 from torch import Tensor
 
 from lsq_core.quantization.hqq import solver_triton
@@ -38,35 +35,26 @@ THRESHOLD = BETA ** (-1 / (2 - LP_NORM))
 #: Weights worked on at a time: 1 MiB of float32, which stays in a core's cache.
 CHUNK_WEIGHTS = 2**18
 
-_patch_lock = Lock()
-
-
-def optimize_weights(
-    tensor: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    min_max: list[int],
-    axis: int = 0,
-    device: object = None,
-    **_: object,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What ``hqq``'s ``optimize_weights_proximal`` does, in its signature.
-
-    ``tensor`` is float32 (groups, group_size) for axis 1, (group_size, groups) for axis 0;
-    ``scale`` is the inverse of what is stored. Returns codes, scale and zero.
-    """
-    top = min_max[1]
-    zero = solve_zero_points(tensor, scale, zero, top, axis)
-    codes = torch.addcmul(zero, tensor, scale).round_().clamp_(0, top)
-    return codes, scale, zero
-
 
 @torch.inference_mode()
 def solve_zero_points(weight: Tensor, scale: Tensor, zero: Tensor, top: int, axis: int) -> Tensor:
-    """The zero points, float32 and shaped as they came: (groups, 1) for axis 1, (1, groups) for 0.
+    """Optimize the zero point of every group, as ``hqq``'s ``optimize_weights_proximal`` does.
 
-    ``weight`` may be float32, bfloat16 or float16. A group that holds a NaN or an infinity gets
-    zero points that are none; it has no say in when the others stop.
+    Parameters
+    ----------
+    weight
+        (groups, group_size) for axis 1, (group_size, groups) for axis 0; float32, bfloat16 or
+        float16.
+    scale, zero
+        The min-max grid, (groups, 1) for axis 1 and (1, groups) for axis 0. ``scale`` is the
+        inverse of the stored scale: ``code = weight · scale + zero``.
+    top
+        The highest code.
+
+    Returns
+    -------
+    The zero points, float32 in the shape of ``zero``. A group that contains a NaN or an infinity
+    gets zero points that are not finite, and does not affect when the other groups stop.
     """
     scale, zero = scale.float(), zero.float()
     if _uses_triton(weight.device):
@@ -194,15 +182,3 @@ def _eager_steps(
 
 #: The steps on the CPU: as they are, or compiled.
 steps = AdaptiveSteps(_eager_steps)
-
-
-@contextmanager
-def patched_hqq() -> Iterator[None]:
-    """``hqq``'s ``Quantizer`` with this solver in place of its own, within the block."""
-    with _patch_lock:
-        own = HqqPackage.optimize_weights
-        HqqPackage.optimize_weights = staticmethod(optimize_weights)
-        try:
-            yield
-        finally:
-            HqqPackage.optimize_weights = own
