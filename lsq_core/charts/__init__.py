@@ -38,7 +38,6 @@ from lsq_core.charts.runs import (
 from lsq_core.charts.style import (
     BIT_COLORS,
     CONFIG,
-    METHOD_STYLES,
     MODULE_COLORS,
     NEUTRAL,
     MethodStyle,
@@ -63,7 +62,6 @@ __all__ = [
     "CONFIG",
     "KL",
     "MEASURED",
-    "METHOD_STYLES",
     "MODULE_COLORS",
     "NEUTRAL",
     "NOMINAL",

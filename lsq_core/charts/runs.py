@@ -19,7 +19,8 @@ from lsq_core.charts.style import (
     ring_markers,
     style_key,
 )
-from lsq_core.results.compare import BOOST_METHODS, ROW_METHODS, pareto
+from lsq_core.planning.methods import mixes_rows, reads_field
+from lsq_core.results.compare import pareto
 from lsq_core.units import GIB, MIB
 
 
@@ -269,12 +270,12 @@ def add_run_labels(frame: pd.DataFrame) -> pd.DataFrame:
 def _label(row: dict) -> str:
     request = json.loads(row["request"]) if isinstance(row["request"], str) else {}
     parts = [f"{method_style(row['method']).title} {row['bits_per_param']:.2f}"]
-    if row["method"] in BOOST_METHODS:
+    if reads_field(row["method"], "boost_stop"):
         parts.append(f"base {row['base']}")
         parts.append(f"+{request.get('boost_stop', 0)}")
         parts += [f"top {request['top_m']}"] if request.get("top_m") else []
-        parts += [f"seed {request['seed']}"] if row["method"].endswith("-ablation") else []
-    if row["method"] in ROW_METHODS:
+        parts += [f"seed {request['seed']}"] if reads_field(row["method"], "seed") else []
+    if mixes_rows(row["method"]):
         parts.append(f"{request['low_bits']}+{request['high_bits']} g{request['group_size']}")
         parts.append(f"{request['ratios']} ratios")
         parts += [f"by the {request['loss']} loss"] if request["loss"] != "block" else []

@@ -11,6 +11,8 @@ import numpy as np
 import plotly.graph_objects as go
 
 from lsq_core.bits import FP16_BITS, RATIOS, Config, MixedRows
+from lsq_core.planning.methods import PLANNERS
+from lsq_core.quantization.registry import QUANTIZERS
 
 #: What every chart is shown with: no logo, nothing that sends data away.
 CONFIG = {
@@ -43,52 +45,36 @@ _OTHER_COLORS = tuple(MODULE_COLORS.values())
 
 @dataclass(frozen=True)
 class MethodStyle:
-    """How a method is drawn wherever it is drawn."""
+    """How every chart draws a method."""
 
     title: str
     color: str
     symbol: str
 
 
-METHOD_STYLES = {
-    "uniform": MethodStyle("Uniform", "#8a929c", "circle"),
-    "sensiboost": MethodStyle("SensiBoost", "#CC6699", "diamond"),
-    "kurtboost": MethodStyle("KurtBoost", "#3D9BD1", "square"),
-    "sensiboost-ablation": MethodStyle("SensiBoost ablation", "#CC6699", "diamond-open"),
-    "kurtboost-ablation": MethodStyle("KurtBoost ablation", "#3D9BD1", "square-open"),
-    "mxq": MethodStyle("MXQ", "#7A5BB5", "triangle-up"),
-    "kurt-scaled": MethodStyle("Kurtosis-scaled MXQ", "#A58BD6", "triangle-down"),
-    "sensi-milp": MethodStyle("Sensitivity MILP", "#C0812B", "star"),
-    "kurt-milp": MethodStyle("Kurtosis MILP", "#8C6D31", "hexagon"),
-    "sensi-knapsack": MethodStyle("Sensitivity knapsack", "#3FA34D", "pentagon"),
-    # What others use: published runs, and uniform plans by another quantizer than HQQ.
-    "gptq": MethodStyle("GPTQ", "#B8860B", "cross"),
-    "awq": MethodStyle("AWQ", "#2F8F8F", "x"),
-    "rtn": MethodStyle("RTN", "#6E7B3A", "triangle-left"),
-    "nf4": MethodStyle("NF4", "#B0543C", "star-triangle-down"),
-    "nf4-dq": MethodStyle("NF4, double-quantized", "#B0543C", "star-triangle-down-open"),
-    "hybrid": MethodStyle("Hybrid", "#5B7F2B", "bowtie-open"),
-    "bnb": MethodStyle("bitsandbytes", "#B0543C", "star-triangle-up"),
-    "loss-aware": MethodStyle("Loss-aware", "#D1495B", "hexagram"),
-    "high-impact": MethodStyle("High-impact rows", "#5B7F2B", "bowtie"),
-}
+#: Baselines of published runs that have no quantizer here.
+_PUBLISHED_STYLES = {"bnb": MethodStyle("bitsandbytes", "#B0543C", "star-triangle-up")}
 
 
 def method_style(name: str) -> MethodStyle:
-    """A method's style; one not listed is a neutral cross under its own name."""
-    return METHOD_STYLES.get(name, MethodStyle(name, NEUTRAL, "x"))
+    """Return the style of a method or of a baseline quantizer; an unknown one is a grey cross."""
+    entry = PLANNERS.get(name) or QUANTIZERS.get(name)
+    if entry is not None and entry.color:
+        return MethodStyle(entry.title, entry.color, entry.symbol)
+    return _PUBLISHED_STYLES.get(name) or MethodStyle(name, NEUTRAL, "x")
 
 
 def style_key(method: str, quantizer: str) -> str:
-    """The style's name of a run: its method's, or for a baseline that of its quantizer.
+    """Return the name of a run's style: its method, or for a baseline its quantizer.
 
-    >>> drawn_as("uniform", "nf4"), drawn_as("uniform", "hqq"), drawn_as("mxq", "nf4")
+    >>> style_key("uniform", "nf4"), style_key("uniform", "hqq"), style_key("mxq", "nf4")
     ('nf4', 'uniform', 'mxq')
-    >>> drawn_as("uniform", "hybrid-500")
+    >>> style_key("uniform", "hybrid-500")
     'hybrid'
     """
     name = "hybrid" if quantizer.startswith("hybrid-") else quantizer
-    return name if method == "uniform" and name in METHOD_STYLES else method
+    is_baseline = name in _PUBLISHED_STYLES or (name in QUANTIZERS and QUANTIZERS[name].color)
+    return name if method == "uniform" and is_baseline else method
 
 
 def config_color(config: Config) -> str:

@@ -20,7 +20,8 @@ class Knapsack(LadderPlanner):
     """A method that minimises a cost; a new one says what each matrix costs at each stop."""
 
     has_base = False
-    metrics: tuple[str, ...] = ()
+    fields = ("exact",)
+    cost_unit = "cost"
 
     def cost(self, problem: Problem) -> np.ndarray:
         """Cost (n, 12) of each matrix at each stop; NaN where it cannot be chosen."""

@@ -10,7 +10,7 @@ import pandas as pd
 from scipy.stats import rankdata, spearmanr
 
 from lsq_core.bits import LADDER
-from lsq_core.profiling.metrics import PROXIES
+from lsq_core.profiling.metrics import proxies
 from lsq_core.profiling.profile import Profile
 
 #: Fewer layers in common than this have no rank correlation worth telling.
@@ -71,7 +71,7 @@ def proxy_agreement(profile: Profile) -> pd.DataFrame:
             config.name,
             rank_correlation(profile.scores(proxy, config), profile.scores(exact, config)),
         )
-        for proxy, exact in PROXIES.items()
+        for proxy, exact in proxies().items()
         for config in LADDER
         if {(proxy, config.name), (exact, config.name)} <= held
     ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from importlib import import_module
 from itertools import groupby
 
 import pandas as pd
@@ -19,7 +18,7 @@ from lsq_core.model.loading import LoadedModel
 from lsq_core.profiling.blocks import record_calls
 from lsq_core.profiling.calibration import load_calibration
 from lsq_core.profiling.context import BlockContext
-from lsq_core.profiling.metrics import DEFAULT_METRICS, METRICS
+from lsq_core.profiling.metrics import METRICS, default_metrics
 from lsq_core.profiling.metrics.base import Metric, Score
 from lsq_core.profiling.profile import Profile
 from lsq_core.profiling.settings import ProfileSettings
@@ -35,13 +34,8 @@ from lsq_core.quantization.registry import (
 
 
 def make_metrics(names: Sequence[str]) -> list[Metric]:
-    """One of each of these metrics, in the order of the registry."""
-    found = []
-    for name, import_path in METRICS.items():
-        if name in names:
-            module, _, kind = import_path.partition(":")
-            found.append(getattr(import_module(module), kind)())
-    return found
+    """Create one of each of these metrics, in the order of the registry."""
+    return [metric() for name, metric in METRICS.items() if name in names]
 
 
 @torch.inference_mode()
@@ -50,9 +44,9 @@ def measure_profile(
     settings: ProfileSettings,
     key: str,
     progress: Progress = no_progress,
-    metrics: Sequence[str] = DEFAULT_METRICS,
+    metrics: Sequence[str] | None = None,
 ) -> Profile:
-    """Measure metrics on every matrix of a loaded model; the profile holds those alone.
+    """Measure metrics on every matrix of a loaded model; None for the default ones.
 
     Raises
     ------
@@ -65,7 +59,7 @@ def measure_profile(
     start_time = time.perf_counter()
     check_choice(settings.quantizer, {}, settings.axis)
     blocks = load_calibration(loaded, settings.text)
-    metric_objects = make_metrics(metrics)
+    metric_objects = make_metrics(default_metrics() if metrics is None else metrics)
     ids = torch.from_numpy(blocks.ids).to(loaded.device)[: _max_sequences(metric_objects)]
     scores: list[Score] = []
     done, total = 0, _effort(metric_objects, loaded.info)

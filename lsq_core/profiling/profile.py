@@ -14,7 +14,7 @@ from lsq_core.model.info import Matrix
 
 if TYPE_CHECKING:
     import pandas as pd
-from lsq_core.profiling.metrics import DEFAULT_METRICS, METRICS
+from lsq_core.profiling.metrics import METRICS, default_metrics
 from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.table import short_table
 
@@ -83,4 +83,4 @@ def missing_metrics(found: Profile | None, wanted: Sequence[str] = ()) -> list[s
     A profile lacks some while it is being measured, and where that was cut short.
     """
     held = found.metrics if found else ()
-    return [m for m in METRICS if m in {*DEFAULT_METRICS, *wanted} and m not in held]
+    return [m for m in METRICS if m in {*default_metrics(), *wanted} and m not in held]

@@ -12,10 +12,15 @@ from lsq_core.planning.frontier import Frontier, Segment, build_moves
 from lsq_core.planning.methods.base import LadderPlanner
 from lsq_core.planning.methods.uniform import sort_by_bytes, uniform_start
 from lsq_core.planning.problem import Problem
-from lsq_core.planning.request import PlanRequest
+from lsq_core.planning.request import SENSITIVITIES, PlanRequest
 
-#: Metrics whose neighbours are divided; the others' are subtracted.
-_RATIO_METRICS = ("sensitivity", "sensitivity_module")
+
+def compares_by_ratio(metric: str) -> bool:
+    """Return whether Algorithm 1 divides neighbouring layers' scores rather than subtracting them.
+
+    [A] divides sensitivities, which span orders of magnitude, and subtracts kurtosis.
+    """
+    return metric in SENSITIVITIES
 
 
 def layer_series(problem: Problem, metric: str) -> dict[str, tuple[list[int], np.ndarray]]:
@@ -38,7 +43,7 @@ def detect_by_type(
     problem: Problem, metric: str, top_m: int
 ) -> dict[str, tuple[list[int], Detection]]:
     """Algorithm 1 for each module type: its layers and what was found among them."""
-    ratios = metric in _RATIO_METRICS
+    ratios = compares_by_ratio(metric)
     return {
         kind: (layers, detect_outliers(scores, ratios=ratios, top_m=top_m))
         for kind, (layers, scores) in layer_series(problem, metric).items()
@@ -57,7 +62,7 @@ class _Boost(LadderPlanner):
     """A base stop for all, and more bits for chosen layers of each module type."""
 
     has_base = True
-    metrics: tuple[str, ...] = ()
+    fields = ("boost_stop", "top_m")
 
     def boosted_layers(self, problem: Problem, request: PlanRequest) -> dict[str, dict[int, float]]:
         """For each module type the layers to boost and what ranks them, first to last."""
@@ -90,7 +95,10 @@ class SensiBoost(_Boost):
 
     name = "sensiboost"
     title = "SensiBoost"
+    meaning = "More bits for the layers that Algorithm 1 flags by activation sensitivity."
+    color, symbol = "#CC6699", "diamond"
     metrics = ("sensitivity",)
+    fields = ("boost_stop", "top_m", "metric")
 
     def boosted_layers(self, problem: Problem, request: PlanRequest) -> dict[str, dict[int, float]]:
         """Flagged layers by type; see :class:`_Boost`."""
@@ -102,6 +110,8 @@ class KurtBoost(_Boost):
 
     name = "kurtboost"
     title = "KurtBoost"
+    meaning = "More bits for the layers that Algorithm 1 flags by weight kurtosis."
+    color, symbol = "#3D9BD1", "square"
     metrics = ("kurtosis",)
 
     def boosted_layers(self, problem: Problem, request: PlanRequest) -> dict[str, dict[int, float]]:
@@ -113,6 +123,7 @@ class _Ablation(_Boost):
     """As many layers of each type as the method boosts, drawn from those neither method picked."""
 
     metrics = ("sensitivity", "kurtosis")
+    fields = ("boost_stop", "top_m", "metric", "seed")
     method: type[_Boost]
 
     def boosted_layers(self, problem: Problem, request: PlanRequest) -> dict[str, dict[int, float]]:
@@ -142,16 +153,20 @@ class _Ablation(_Boost):
 
 
 class SensiBoostAblation(_Ablation):
-    """The control for SensiBoost: as many layers, others."""
+    """The control for SensiBoost: the same number of other layers."""
 
     name = "sensiboost-ablation"
     title = "SensiBoost ablation"
+    meaning = "The control for SensiBoost: the same number of layers, drawn at random."
+    color, symbol = "#CC6699", "diamond-open"
     method = SensiBoost
 
 
 class KurtBoostAblation(_Ablation):
-    """The control for KurtBoost: as many layers, others."""
+    """The control for KurtBoost: the same number of other layers."""
 
     name = "kurtboost-ablation"
     title = "KurtBoost ablation"
+    meaning = "The control for KurtBoost: the same number of layers, drawn at random."
+    color, symbol = "#3D9BD1", "square-open"
     method = KurtBoost

@@ -35,9 +35,13 @@ class HighImpact:
 
     name = "high-impact"
     title = "High-impact rows"
+    meaning = "More bits for the rows of each matrix that change the loss most."
+    color, symbol = "#5B7F2B", "bowtie"
     metrics: tuple[str, ...] = ()
+    fields = ("low_bits", "high_bits", "group_size", "loss", "ratios", "clip")
     has_base = False
     reads_rows = True
+    cost_unit = "predicted change of the output"
 
     def options(self, request: PlanRequest) -> tuple[Config, ...]:
         """Mixed rows at each ratio."""

@@ -15,6 +15,9 @@ class LossAware(Knapsack):
 
     name = "loss-aware"
     title = "Loss-aware"
+    meaning = "The least expected KL divergence of the predictions from full precision."
+    color, symbol = "#D1495B", "hexagram"
+    cost_unit = "expected KL"
     metrics = ("weight_error", "loss_impact")
 
     def cost(self, problem: Problem) -> np.ndarray:

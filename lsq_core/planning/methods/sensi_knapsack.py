@@ -14,6 +14,9 @@ class SensiKnapsack(Knapsack):
 
     name = "sensi-knapsack"
     title = "Sensitivity knapsack"
+    meaning = "The least squared change of the modules' own outputs."
+    color, symbol = "#3FA34D", "pentagon"
+    cost_unit = "squared output error"
     metrics = ("sensitivity_module",)
 
     def cost(self, problem: Problem) -> np.ndarray:

@@ -17,7 +17,8 @@ class Uniform(LadderPlanner):
 
     name = "uniform"
     title = "Uniform"
-    metrics: tuple[str, ...] = ()
+    meaning = "The same configuration for every matrix."
+    color, symbol = "#8a929c", "circle"
     has_base = True
 
     def frontier(self, problem: Problem, request: PlanRequest, bases: list[int]) -> Frontier:
