@@ -138,7 +138,7 @@ def test_new_method_plans_from_its_metric(session, settings, method, capsys):
     assert method.name in sweep.expand_methods(["all"])
     line = frontier_line(session, settings, method.name)
     (trace,) = charts.frontiers([line], no_runs(), "cost").data
-    assert (trace.name, trace.line.color) == (method.title, method.color)
+    assert (trace.name, trace.line.color) == ("Largest step, cost", method.color)
 
 
 def frontier_line(session: Session, settings: ProfileSettings, name: str) -> charts.FrontierLine:
