@@ -18,10 +18,10 @@ from lsq_core.planning.frontier import Frontier, FrontierPoint
 from lsq_core.planning.greedy import total
 from lsq_core.planning.problem import TOLERANCE
 
-#: Relative gap at which CBC may stop, and seconds that all of it may take.
+#: Relative gap at which CBC may stop, and the time limit in seconds.
 RELATIVE_GAP = 1e-4
 TIME_LIMIT = 60
-#: States that the search may remember altogether, at five bytes each.
+#: Most states that the search stores, at five bytes each.
 MAX_STATES = 40_000_000
 
 
@@ -47,7 +47,7 @@ def solve_exactly(
     time_limit: float = TIME_LIMIT,
     max_states: int = MAX_STATES,
 ) -> ExactSolution:
-    """The optimum within a budget in nominal bytes: by search, and by CBC where that is too much.
+    """Find the optimum within a budget in nominal bytes: by search, or by CBC if that is too large.
 
     A plan that the search finished is optimal to rounding; one that CBC finished is within ``gap``.
     """

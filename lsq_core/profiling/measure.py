@@ -1,4 +1,4 @@
-"""Measure a profile: one load of the model, one walk over its blocks, every metric."""
+"""Measure a profile: load the model once, visit its blocks in order, score every metric."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ def measure_profile(
     Raises
     ------
     InputError
-        When the quantizer cannot run here or group like this, or the calibration corpus cannot be
-        had or is too short.
+        If the quantizer cannot run here or group like this, or the calibration corpus cannot be
+        loaded or is too short.
     LsqError
-        When a weight is NaN or infinite.
+        If a weight is NaN or infinite.
     """
     start_time = time.perf_counter()
     check_choice(settings.quantizer, {}, settings.axis)
@@ -95,13 +95,13 @@ def measure_profile(
 
 
 def _max_sequences(metrics: list[Metric]) -> int | None:
-    """How many calibration blocks the metrics read, None for all."""
+    """Return the number of calibration blocks that the metrics read, None for all."""
     wanted = [metric.sequences for metric in metrics]
     return None if None in wanted else max(wanted)
 
 
 def _effort(metrics: list[Metric], info: ModelInfo) -> int:
-    """The effort of all scores together; fewer come where a group size does not fill a matrix."""
+    """Return the total effort of all scores, at most: some group sizes do not fill a matrix."""
     return sum(
         metric.effort(matrix.layer, info.layers) * max(len(metric.configs), 1)
         for metric in metrics
@@ -110,7 +110,7 @@ def _effort(metrics: list[Metric], info: ModelInfo) -> int:
 
 
 def iter_blocks(loaded: LoadedModel, ids: Tensor) -> Iterator[BlockContext]:
-    """Each block in turn with the inputs that the full-precision blocks before it produce."""
+    """Yield each block with the inputs that the full-precision blocks before it produce."""
     prefix, blocks = find_blocks(loaded.model)
     calls, hidden = record_calls(loaded, ids)
     for layer, block in enumerate(blocks):
@@ -125,7 +125,7 @@ def iter_blocks(loaded: LoadedModel, ids: Tensor) -> Iterator[BlockContext]:
 
 
 def _iter_weights_only(loaded: LoadedModel, ids: Tensor) -> Iterator[BlockContext]:
-    """Each parameter in turn without any inputs, for metrics that need no text."""
+    """Yield each parameter without inputs, for metrics that need no calibration text."""
     prefix, blocks = find_blocks(loaded.model)
     for name, found in groupby(loaded.info.matrices, parameter_name):
         matrices = tuple(found)
@@ -156,7 +156,7 @@ def _score_block(
 def _quantize(
     context: BlockContext, unit: Sequence[Matrix], config: QuantConfig, settings: ProfileSettings
 ) -> dict[Matrix, Tensor]:
-    """What each matrix becomes, float32, for those that the group size divides."""
+    """Return dequantized weights, float32, of the matrices that the group size divides."""
     quantizer = get_quantizer(settings.quantizer)
     quantized = {}
     for matrix in unit:

@@ -20,12 +20,12 @@ class Mxq(Knapsack):
     metrics = ("weight_error",)
 
     def cost(self, problem: Problem) -> np.ndarray:
-        """``‖W − Ŵ_c‖_F``."""
+        """Return ``‖W − Ŵ_c‖_F``."""
         return problem.by_config["weight_error"]
 
 
 class KurtScaled(Knapsack):
-    """MXQ whose errors weigh up to twice as much where the weights have heavy tails."""
+    """MXQ with errors weighted up to twice as much where the weights have heavy tails."""
 
     name = "kurt-scaled"
     title = "Kurtosis-scaled MXQ"
@@ -35,7 +35,7 @@ class KurtScaled(Knapsack):
     metrics = ("weight_error", "kurtosis")
 
     def cost(self, problem: Problem) -> np.ndarray:
-        """``‖W − Ŵ_c‖_F · (1 + k)``, ``k`` the kurtosis scaled to 0–1 within its module type."""
+        """Return ``‖W − Ŵ_c‖_F · (1 + k)``, ``k`` the kurtosis scaled to 0–1 by module type."""
         kurtosis = problem.scores["kurtosis"]
         types = np.array([m.type for m in problem.matrices])
         scaled = np.zeros(len(types))

@@ -76,10 +76,9 @@ class LossImpact(Metric):
 
 def _model_tail(context: BlockContext, sequences: int) -> _ModelTail:
     """Return the rest of the model, cached in the context of the block at which it begins."""
-    cache = context.__dict__
-    if "_rest" not in cache:
-        cache["_rest"] = _ModelTail(context, sequences)
-    return cache["_rest"]
+    if LossImpact.name not in context.cache:
+        context.cache[LossImpact.name] = _ModelTail(context, sequences)
+    return context.cache[LossImpact.name]
 
 
 class _ModelTail:

@@ -87,7 +87,7 @@ def _part_score(context: BlockContext, part: Part, quantized: dict[Matrix, Tenso
         ((matrix, weight),) = quantized.items()
         difference = context.weight(matrix).float() - weight
         return module_sensitivity(difference, *context.observations.grams[matrix])
-    replay = context.observations.replays[part.place]
+    replay = context.observations.replays[part.comparison]
     total, count = 0.0, 0
     with context.replaced_weights(quantized):
         for before, after in zip(replay.outputs, replay.run(), strict=True):
