@@ -127,11 +127,12 @@ def test_profile_concurrent_measurements_are_merged(session, monkeypatch):
     """The second began before the first had kept anything, and ends after it."""
     first, settings = session
     late = Session(first.source, first.store, "cpu")
-    monkeypatch.setattr(late, "find_profile", lambda settings: None)
     whole = first.profile(settings)
+    monkeypatch.setattr("lsq_core.stages.profile.find_profile", lambda model, settings: None)
     late.report = interrupt_in("profile")
     with pytest.raises(KeyboardInterrupt):
         late.profile(settings)
+    monkeypatch.undo()
     assert set(first.find_profile(settings).metrics) == set(whole.metrics)
 
 
@@ -353,7 +354,7 @@ def test_rank_correlation_constant_or_short_is_nan():
 
 def test_ranks_view_offers_proxies_and_shows_agreement(filled, monkeypatch):  # noqa: F811
     started = []
-    monkeypatch.setattr("lsq_core.jobs.control.start", lambda folder, words: started.append(words))
+    monkeypatch.setattr("lsq_core.jobs.start", lambda folder, words: started.append(words))
     app = open_page("Explore", model=filled.model, see="ranks")
     app.button(key="proxies").click().run()
     (words,) = started
