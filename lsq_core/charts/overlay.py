@@ -144,7 +144,7 @@ def rank_scatter(
 ) -> go.Figure:
     """Plot ranks of matrices by two metrics: ``module, type, layer, x, y, x_rank, y_rank``.
 
-    Rank 1 is the largest and lies right and above. Each point gives its module as
+    Rank 1 is the largest, at the right and top. Each point has its module as
     ``customdata[0]``; the module ``picked`` is ringed. On the dotted line the metrics agree.
     """
     figure = go.Figure()

@@ -107,7 +107,7 @@ def interaction_heatmap(
 def predicted_loss_scatter(frame: pd.DataFrame, measured: str) -> go.Figure:
     """Plot the measured against the predicted loss of runs: ``predicted, measured``.
 
-    ``ratios`` and ``quantizer`` tell them apart; ``label`` is what the pointer is told.
+    ``ratios`` and ``quantizer`` set the marker; ``label`` is the hover text.
     """
     figure = go.Figure()
     symbols = {"full": "circle", "diagonal": "diamond", "uniform": "square"}

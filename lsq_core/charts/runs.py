@@ -116,14 +116,14 @@ def perplexity_by_size(
 ) -> go.Figure:
     """Plot perplexity, or another quality, against size; a marker and colour per method.
 
-    A uniform plan by another quantizer than HQQ is a baseline, with a marker of its own.
+    A uniform plan by another quantizer than HQQ is a baseline, with its own marker.
 
     ``frame`` has ``evaluation, method, label, perplexity, perplexity_full, quantizer`` and the
     columns of ``size`` and ``quality``, all of one model, corpus and protocol. Uniform HQQ runs
-    are joined as the reference curve, and so are the runs that no other beats; full precision's
-    perplexity is a level line; ``selected`` evaluations are ringed. Where there are many runs the
-    view is that of :func:`view_limit`: what lies above is there when the axes are reset.
-    ``overlay`` has runs of another origin, with the same columns and ``origin``, drawn hollow.
+    are joined as the reference curve, and so are the Pareto-optimal runs; full precision's
+    perplexity is a horizontal line; ``selected`` evaluations are ringed. With many runs the initial
+    view is that of :func:`view_limit`; resetting the axes shows all of them. ``overlay`` has runs of
+    another origin, with the same columns and ``origin``, drawn hollow.
     """
     figure = go.Figure()
     many = len(frame) > _SMALL_MARKER_RUNS
