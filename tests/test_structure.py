@@ -26,7 +26,7 @@ LIGHT = (
 )
 #: A package, and the packages that it doesn't import, type checking included.
 FORBIDDEN = {
-    "planning": ("profiling", "store", "stages", "session", "jobs", "cli", "charts", "ui"),
+    "planning": ("profiling", "store", "stages", "session", "jobs", "cli", "ui"),
     "profiling": ("store", "stages", "session", "jobs", "cli", "charts", "ui"),
     "quantization": ("planning", "store", "stages", "session", "jobs", "cli", "charts", "ui"),
     "store": ("stages", "session", "jobs", "cli", "charts", "ui"),

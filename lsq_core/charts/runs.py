@@ -122,8 +122,8 @@ def perplexity_by_size(
     columns of ``size`` and ``quality``, all of one model, corpus and protocol. Uniform HQQ runs
     are joined as the reference curve, and so are the Pareto-optimal runs; full precision's
     perplexity is a horizontal line; ``selected`` evaluations are ringed. With many runs the initial
-    view is that of :func:`view_limit`; resetting the axes shows all of them. ``overlay`` has runs of
-    another origin, with the same columns and ``origin``, drawn hollow.
+    view is that of :func:`view_limit`; resetting the axes shows all of them. ``overlay`` has runs
+    of another origin, with the same columns and ``origin``, drawn hollow.
     """
     figure = go.Figure()
     many = len(frame) > _SMALL_MARKER_RUNS
