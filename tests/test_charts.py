@@ -9,6 +9,7 @@ import pytest
 from lsq_core import charts
 from lsq_core.bits import LADDER, QuantConfig
 from lsq_core.planning.methods import PLANNERS
+from lsq_core.quantization.registry import QUANTIZERS
 from lsq_core.units import MIB
 
 
@@ -198,9 +199,12 @@ def test_perplexity_axis_log_only_for_wide_range(runs):
 
 
 def test_method_styles_are_distinct():
-    styles = {(s.color, s.symbol) for s in charts.METHOD_STYLES.values()}
-    assert len(styles) == len(charts.METHOD_STYLES)
-    assert set(PLANNERS) <= set(charts.METHOD_STYLES)
+    names = [*PLANNERS, *(name for name, spec in QUANTIZERS.items() if spec.color), "bnb"]
+    styles = [charts.method_style(name) for name in names]
+    assert len({(style.color, style.symbol) for style in styles}) == len(names)
+    assert all(
+        style.title and style.title != name for style, name in zip(styles, names, strict=True)
+    )
 
 
 def test_size_bars_stack_to_model_size():

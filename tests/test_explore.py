@@ -33,7 +33,7 @@ from lsq_core.profiling.agreement import (
     rank_correlation,
     ranks,
 )
-from lsq_core.profiling.metrics import DEFAULT_METRICS, PROXIES, WEIGHT_METRICS
+from lsq_core.profiling.metrics import default_metrics, proxies, weight_metrics
 from lsq_core.profiling.profile import missing_metrics
 from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.profiling.weights import WeightReader
@@ -85,7 +85,7 @@ def test_profile_interrupted_keeps_weight_metrics(session):
     with pytest.raises(KeyboardInterrupt):
         session.profile(settings)
     stored_profile = session.find_profile(settings)
-    assert set(stored_profile.metrics) == set(WEIGHT_METRICS)
+    assert set(stored_profile.metrics) == set(weight_metrics())
     assert missing_metrics(stored_profile) == ["sensitivity", "sensitivity_module"]
     assert len(stored_profile.values) == len(session.info.matrices) * (1 + len(LADDER))
 
@@ -108,7 +108,7 @@ def test_profile_resumes_missing_metrics_only(session, monkeypatch):
     )
     whole = session.profile(settings)
     assert measured == ["sensitivity", "sensitivity_module"], "what was there is not redone"
-    assert set(whole.metrics) == set(DEFAULT_METRICS)
+    assert set(whole.metrics) == set(default_metrics())
     assert whole.id == early.id
     np.testing.assert_array_equal(whole.scores("kurtosis"), early.scores("kurtosis"))
     assert session.profile(settings).values.equals(whole.values)
@@ -127,11 +127,12 @@ def test_profile_concurrent_measurements_are_merged(session, monkeypatch):
     """The second began before the first had kept anything, and ends after it."""
     first, settings = session
     late = Session(first.source, first.store, "cpu")
-    monkeypatch.setattr(late, "find_profile", lambda settings: None)
     whole = first.profile(settings)
+    monkeypatch.setattr("lsq_core.stages.profile.find_profile", lambda model, settings: None)
     late.report = interrupt_in("profile")
     with pytest.raises(KeyboardInterrupt):
         late.profile(settings)
+    monkeypatch.undo()
     assert set(first.find_profile(settings).metrics) == set(whole.metrics)
 
 
@@ -353,14 +354,14 @@ def test_rank_correlation_constant_or_short_is_nan():
 
 def test_ranks_view_offers_proxies_and_shows_agreement(filled, monkeypatch):  # noqa: F811
     started = []
-    monkeypatch.setattr("lsq_core.jobs.control.start", lambda folder, words: started.append(words))
+    monkeypatch.setattr("lsq_core.jobs.start", lambda folder, words: started.append(words))
     app = open_page("Explore", model=filled.model, see="ranks")
     app.button(key="proxies").click().run()
     (words,) = started
     assert words[-4:] == ["--metric", "gram_diagonal", "--metric", "fisher_diagonal"]
 
     session = Session(ModelSource(filled.model), Store(filled.path), "cpu")
-    profile = session.profile(filled.settings, list(PROXIES))
+    profile = session.profile(filled.settings, list(proxies()))
     table = proxy_agreement(profile)
     gram, fisher = table[table["config"] == "b4g64"]["rank_correlation"]
     app = open_page("Explore", model=filled.model, see="ranks")
@@ -550,7 +551,7 @@ def test_nf4_profile_has_only_4_bit_stops(nf4_profile):
     session, settings = nf4_profile
     found = session.profile(settings)
     by_metric = found.values.groupby("metric")["config"].unique()
-    assert set(by_metric.index) == set(DEFAULT_METRICS)
+    assert set(by_metric.index) == set(default_metrics())
     for metric in ("weight_error", "sensitivity", "sensitivity_module"):
         assert set(by_metric[metric]) == {"b4g128", "b4g64", "b4g32"}
     hqq = session.find_profile(replace(settings, quantizer="rtn"))

@@ -20,7 +20,7 @@ from lsq_core.planning.problem import Problem
 from lsq_core.planning.request import PlanRequest
 from lsq_core.profiling.calibration import load_calibration
 from lsq_core.profiling.measure import measure_profile
-from lsq_core.profiling.metrics import DEFAULT_METRICS, METRICS, PROXIES, TITLES
+from lsq_core.profiling.metrics import METRICS, default_metrics, proxies
 from lsq_core.profiling.metrics.loss_impact import LossImpact, kl_sum
 from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.quantization.packed import quantize_matrix
@@ -169,9 +169,8 @@ def test_check_metrics_missing_loss_impact_suggests_methods():
 
 
 def test_default_profile_excludes_loss_impact(session, settings):
-    assert set(DEFAULT_METRICS) == set(METRICS) - {"loss_impact", *PROXIES}
-    assert set(TITLES) == set(METRICS)
-    assert set(session.profile(settings).metrics) == set(DEFAULT_METRICS)
+    assert set(default_metrics()) == set(METRICS) - {"loss_impact", *proxies()}
+    assert set(session.profile(settings).metrics) == set(default_metrics())
 
 
 def test_plan_adds_missing_metric_to_profile(session, settings, monkeypatch):
@@ -180,7 +179,7 @@ def test_plan_adds_missing_metric_to_profile(session, settings, monkeypatch):
     used = session.find_profile(settings)
     assert plan.bits_per_param <= 3.2
     assert plan.profile == used.id == first.id
-    assert set(used.metrics) == {*DEFAULT_METRICS, "loss_impact"}
+    assert set(used.metrics) == {*default_metrics(), "loss_impact"}
     for metric in ("weight_error", "sensitivity", "sensitivity_module"):
         np.testing.assert_array_equal(first.by_config(metric), used.by_config(metric))
     added, before = used.provenance.pop("added"), first.provenance.pop("added")
@@ -205,7 +204,7 @@ def test_interrupted_metric_addition_keeps_profile(session, settings):
     with pytest.raises(KeyboardInterrupt):
         interrupted.profile(settings, IMPACT)
     saved = session.find_profile(settings)
-    assert set(saved.metrics) == set(DEFAULT_METRICS)
+    assert set(saved.metrics) == set(default_metrics())
     assert saved.provenance == first.provenance
     assert len(saved.values) == len(first.values)
     assert "loss_impact" in session.profile(settings, IMPACT).metrics
@@ -226,6 +225,6 @@ def test_cli_profile_adds_loss_impact(session, settings, capsys):
     command += ["--quantizer", "rtn", "--metadata", "fp16", "--samples", "24"]
     command += ["--block-tokens", "48", "--device", "cpu", "--db", str(session.store.path)]
     assert main([*command, "--metric", "loss_impact"]) == 0
-    assert set(session.find_profile(settings).metrics) == {*DEFAULT_METRICS, "loss_impact"}
+    assert set(session.find_profile(settings).metrics) == {*default_metrics(), "loss_impact"}
     assert main([*command, "--metric", "loss"]) == 2
     assert re.search("'loss' .*kurtosis,", capsys.readouterr().err)

@@ -15,7 +15,7 @@ from lsq_core.model.source import ModelSource
 from lsq_core.profiling.agreement import proxy_agreement, rank_correlation
 from lsq_core.profiling.calibration import load_calibration
 from lsq_core.profiling.measure import measure_profile
-from lsq_core.profiling.metrics import DEFAULT_METRICS, PROXIES
+from lsq_core.profiling.metrics import default_metrics, proxies
 from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.quantization.packed import quantize_matrix
 from lsq_core.quantization.registry import get_quantizer
@@ -103,8 +103,8 @@ def test_proxies_of_unreached_expert_are_nan(tmp_path, settings):
     router = loaded.model.model.layers[0].mlp.gate
     router.weight.zero_()
     router.weight[0, 0], router.weight[1, 0] = 1.0, -1.0
-    profile = measure_profile(loaded, settings, "key", metrics=tuple(PROXIES))
-    for proxy in PROXIES:
+    profile = measure_profile(loaded, settings, "key", metrics=tuple(proxies()))
+    for proxy in proxies():
         scores = dict(
             zip((m.name for m in profile.matrices), profile.scores(proxy, B2G64), strict=True)
         )
@@ -120,7 +120,7 @@ def test_cli_profile_proxies_prints_rank_correlation(random_model, settings, cap
     assert main([*command, "--metric", "gram_diagonal", "--metric", "fisher_diagonal"]) == 0
     output = capsys.readouterr().out
     profile = Session(ModelSource(folder), store, "cpu").find_profile(settings)
-    assert set(profile.metrics) == {*DEFAULT_METRICS, *PROXIES}
+    assert set(profile.metrics) == {*default_metrics(), *proxies()}
     table = proxy_agreement(profile)
     assert len(table) == 2 * 12
     for row in table[table["config"] == "b4g64"].itertuples():

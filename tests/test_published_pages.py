@@ -216,9 +216,9 @@ def test_explore_published_metrics(store, model, panels):
 
 
 def metric_titles() -> dict[str, str]:
-    from lsq_core.profiling.metrics import TITLES
+    from lsq_core.profiling.metrics import METRICS
 
-    return {metric: title.title for metric, title in TITLES.items()}
+    return {metric: title.title for metric, title in METRICS.items()}
 
 
 def scores(store: Store, app: AppTest, model: str, metric: str, kind: str) -> list[float]:

@@ -17,7 +17,7 @@ from lsq_core.model.loading import load_model
 from lsq_core.model.source import ModelSource
 from lsq_core.model.streaming import NotStreamable, open_streamed
 from lsq_core.profiling.measure import measure_profile
-from lsq_core.profiling.metrics import DEFAULT_METRICS, WEIGHT_METRICS
+from lsq_core.profiling.metrics import default_metrics, weight_metrics
 from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.session import Session
 from lsq_core.store.store import Store
@@ -75,9 +75,9 @@ def test_streamed_profile_matches_loaded_model(architecture, random_model, setti
     assert loaded.values.equals(streamed.values)
     assert (loaded.provenance["streamed"], streamed.provenance["streamed"]) == (False, True)
     weights_only = measure_profile(
-        open_streamed(source, "cpu"), settings, "key", metrics=WEIGHT_METRICS
+        open_streamed(source, "cpu"), settings, "key", metrics=weight_metrics()
     )
-    for metric in WEIGHT_METRICS:
+    for metric in weight_metrics():
         rows = [p.values[p.values["metric"] == metric] for p in (loaded, weights_only)]
         by_name = [r.set_index(["module", "config"])["value"].sort_index() for r in rows]
         assert by_name[0].equals(by_name[1])
@@ -131,7 +131,7 @@ def test_profile_pickled_weights_falls_back_to_loading(random_model, settings, t
     session = Session(source, Store(), "cpu", report=lambda *report: messages.append(report[3]))
     profile = session.profile(settings)
     assert any(reason in line and "whole model" in line for line in messages)
-    assert set(profile.metrics) == set(DEFAULT_METRICS)
+    assert set(profile.metrics) == set(default_metrics())
     assert not profile.provenance["streamed"]
 
 

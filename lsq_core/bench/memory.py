@@ -23,7 +23,7 @@ from pathlib import Path
 
 from lsq_core import paths
 from lsq_core.model.source import DEMO_FOLDER, ModelSource
-from lsq_core.profiling.metrics import DEFAULT_METRICS, WEIGHT_METRICS
+from lsq_core.profiling.metrics import default_metrics, weight_metrics
 from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.units import format_bytes
 
@@ -166,7 +166,7 @@ def profile(folder: Path, options: Options) -> dict[str, float]:
         open_streamed(ModelSource(str(folder)), "cpu"),
         ProfileSettings(options.quantizer, samples=options.samples),
         "memory",
-        metrics=DEFAULT_METRICS if options.text else WEIGHT_METRICS,
+        metrics=default_metrics() if options.text else weight_metrics(),
     )
     return {"base": base, "seconds": time.process_time() - start_time}
 

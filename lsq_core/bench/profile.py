@@ -27,7 +27,7 @@ from lsq_core.model.streaming import StreamedModel, open_streamed
 from lsq_core.profiling.agreement import rank_correlation
 from lsq_core.profiling.calibration import load_calibration
 from lsq_core.profiling.measure import measure_profile
-from lsq_core.profiling.metrics import DEFAULT_METRICS
+from lsq_core.profiling.metrics import default_metrics
 from lsq_core.profiling.profile import Profile
 from lsq_core.profiling.settings import ProfileSettings
 
@@ -100,7 +100,7 @@ def open_demo() -> StreamedModel:
 
 
 def measure_ours(settings: ProfileSettings) -> Profile:
-    return measure_profile(open_demo(), settings, "bench", metrics=DEFAULT_METRICS)
+    return measure_profile(open_demo(), settings, "bench", metrics=default_metrics())
 
 
 def compared(ours: Profile, theirs: dict[QuantConfig, Scores]) -> Iterator[tuple]:

@@ -1,7 +1,7 @@
-"""Plotly figures out of data frames. Knows neither Streamlit nor torch.
+"""Plotly figures from data frames; imports neither Streamlit nor torch.
 
-A bit width, a module type and a method each have one colour in every figure. Backgrounds are
-clear and neutral lines are mid-grey, so that a figure reads on light and on dark paper.
+Each bit width, module type and method has one colour in all figures. Backgrounds are transparent
+and neutral lines mid-grey, so that figures are readable in the light and the dark theme.
 """
 
 from lsq_core.charts.compared import (
@@ -38,7 +38,6 @@ from lsq_core.charts.runs import (
 from lsq_core.charts.style import (
     BIT_COLORS,
     CONFIG,
-    METHOD_STYLES,
     MODULE_COLORS,
     NEUTRAL,
     MethodStyle,
@@ -63,7 +62,6 @@ __all__ = [
     "CONFIG",
     "KL",
     "MEASURED",
-    "METHOD_STYLES",
     "MODULE_COLORS",
     "NEUTRAL",
     "NOMINAL",

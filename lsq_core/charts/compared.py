@@ -1,4 +1,4 @@
-"""Methods against each other: what more bits buy, wins and losses, predicted against measured."""
+"""Comparisons of methods: gain for extra bits, wins and losses, predicted against measured."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import plotly.graph_objects as go
 from lsq_core.charts.runs import view_limit
 from lsq_core.charts.style import LEGEND_ABOVE, NEUTRAL, MethodStyle, apply_layout, method_style
 
-#: Wins, ties and losses, told apart by colour-blind eyes and by lightness.
+#: Wins, ties and losses, distinguishable by colour-blind readers and by lightness.
 OUTCOMES = {"wins": "#0072B2", "ties": "#b9bfc6", "losses": "#D55E00"}
 
 
 def gain_for_bits(frame: pd.DataFrame, base: str) -> go.Figure:
-    """How far perplexity falls for how many more bits than a uniform base ([A] Fig. 9).
+    """Plot the fall in perplexity against the extra bits over a uniform base ([A] Fig. 9).
 
     ``frame`` has ``evaluation, method, label, extra, drop`` of
     :func:`lsq_core.results.compare.relative_to_base`; ``base`` names the run at the origin.
@@ -55,7 +55,7 @@ def _marker(style: MethodStyle, size: int) -> dict:
 
 
 def win_tie_loss_bars(frame: pd.DataFrame) -> go.Figure:
-    """How often a method beats another, as bars of 100 % ([A] Fig. 6).
+    """Plot how often a method wins, ties and loses, as bars of 100 % ([A] Fig. 6).
 
     ``frame`` is of :func:`lsq_core.results.compare.figure_6`, for one account of the budget.
     Bars are in whole percents of all comparisons, their lengths exact.
@@ -93,7 +93,7 @@ def win_tie_loss_bars(frame: pd.DataFrame) -> go.Figure:
 
 
 def predicted_against_measured(frame: pd.DataFrame) -> go.Figure:
-    """Predicted perplexity with its band against what was measured, about the line of equality.
+    """Plot predicted perplexity with its band against measured perplexity and the identity line.
 
     ``frame`` has ``evaluation, method, label, perplexity, predicted, low, high``. Runs above
     :func:`lsq_core.charts.view_limit` are there when the axes are reset.

@@ -1,4 +1,4 @@
-"""Algorithm 1, step by step."""
+"""The steps of Algorithm 1."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from plotly.subplots import make_subplots
 
 from lsq_core.charts.style import NEUTRAL, apply_layout, ring_markers
 
-#: What Algorithm 1 flags, and the line it has to pass.
+#: Colours of flagged layers and of the threshold.
 FLAGGED = "#CC3311"
 _BAND = "rgba(138, 146, 156, 0.18)"
-#: From so many times what is usual on, an axis is logarithmic.
+#: Ratio of the largest to the usual value from which an axis is logarithmic.
 _LOG_AXIS_RATIO = 12
 
 
@@ -40,7 +40,7 @@ class DetectionSteps:
 def algorithm_steps(
     steps: DetectionSteps, title: str, axis: str, color: str, log: bool, height: int = 560
 ) -> go.Figure:
-    """The scores, their differences with the trimmed band, and the z-scores with the threshold.
+    """Plot scores, their differences with the trimmed band, and z-scores with the threshold.
 
     ``title`` and ``axis`` are the metric's, ``color`` the module type's.
     """
@@ -89,7 +89,7 @@ def algorithm_steps(
 
 
 def _is_far(values: np.ndarray, typical: float) -> bool:
-    """Whether some value is so far out that the others could not be told apart beside it."""
+    """Return whether a value is so large that the others would be indistinguishable."""
     return bool(values.max() > _LOG_AXIS_RATIO * typical)
 
 
@@ -120,7 +120,7 @@ def _differences(x: np.ndarray, y: np.ndarray, symbol: str, name: str, color: st
 
 
 def _add_band(figure: go.Figure, steps: DetectionSteps) -> None:
-    """The trimmed mean, and how far from it the threshold lies on either side."""
+    """Draw the trimmed mean and the threshold on either side of it."""
     half_width = steps.threshold * steps.deviation
     low, high = steps.mean - half_width, steps.mean + half_width
     if steps.ratios:  # none is below zero, and a logarithmic axis knows no zero
@@ -176,7 +176,7 @@ def _add_threshold(figure: go.Figure, steps: DetectionSteps) -> None:
 
 
 def _add_rings(figure: go.Figure, steps: DetectionSteps) -> None:
-    """Ring what is flagged, in the scores and in the differences."""
+    """Ring the flagged layers in the scores and in the differences."""
     flagged_indices = list(steps.flagged)
     places = (
         (steps.layers[flagged_indices], steps.values[flagged_indices], 1),

@@ -24,9 +24,9 @@ class Panel:
 
 
 def over_layers(panels: Sequence[Panel], height: int = 570) -> go.Figure:
-    """Panels above one another with the layers in common; flagged points are ringed.
+    """Stack panels with a common layer axis; flagged points are ringed.
 
-    Panels that draw the same lines share a legend, beside the first of them.
+    Panels with the same lines share a legend, next to the first of them.
     """
     figure = make_subplots(
         rows=len(panels),

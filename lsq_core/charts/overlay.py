@@ -1,4 +1,4 @@
-"""Patterns over layers laid over one another, how alike they are, and where metrics disagree."""
+"""Patterns over layers in one chart, their correlations, and ranks by two metrics."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from plotly.subplots import make_subplots
 from lsq_core.charts.style import NEUTRAL, apply_layout, module_color, ring_markers, short_type
 
 #: Colours of lines that are neither bits nor modules nor methods (after Tol's bright and vibrant
-#: schemes); where they come round again the line is dashed.
+#: schemes); when they repeat the line is dashed.
 LINE_COLORS = (
     "#4477AA",
     "#EE6677",
@@ -25,7 +25,7 @@ LINE_COLORS = (
     "#8a929c",
 )
 _DASHES = ("solid", "dash", "dot")
-#: Red below zero, blue above; most of the blue is spent on high correlations, which are common.
+#: Red below zero, blue above; high correlations, which are common, get most of the blue range.
 _DIVERGING = [
     [0.0, "#B2182B"],
     [0.5, "#F7F7F7"],
@@ -37,14 +37,14 @@ _DIVERGING = [
 
 @dataclass(frozen=True)
 class LineStyle:
-    """How one line is drawn in every facet."""
+    """The style of one line in every facet."""
 
     color: str
     dash: str = "solid"
 
 
 def line_style(number: int) -> LineStyle:
-    """The style of the n-th line."""
+    """Return the style of the n-th line."""
     cycle, index = divmod(number, len(LINE_COLORS))
     return LineStyle(LINE_COLORS[index], _DASHES[cycle % len(_DASHES)])
 
@@ -56,7 +56,7 @@ def overlay_lines(
     log: bool,
     height: int = 520,
 ) -> go.Figure:
-    """Lines over layers, a facet for each part.
+    """Plot lines over layers, one facet per part.
 
     ``frame`` has ``line, part, layer, value``; ``styles`` has a style for each line.
     """
@@ -106,7 +106,7 @@ def _line(points: pd.DataFrame, name: str, style: LineStyle, in_legend: bool) ->
 
 
 def correlation_heatmap(correlations: pd.DataFrame, height: int = 520) -> go.Figure:
-    """Spearman's ρ of every two lines, −1 red to 1 blue; empty where two cannot be compared."""
+    """Plot Spearman's ρ of all pairs of lines; empty if two cannot be compared."""
     names = list(correlations.index)
     values = correlations.to_numpy()
     figure = go.Figure(
@@ -142,9 +142,9 @@ def correlation_heatmap(correlations: pd.DataFrame, height: int = 520) -> go.Fig
 def rank_scatter(
     frame: pd.DataFrame, x_title: str, y_title: str, picked: str | None = None, height: int = 520
 ) -> go.Figure:
-    """Ranks of matrices by two metrics: ``module, type, layer, x, y, x_rank, y_rank`` a row.
+    """Plot ranks of matrices by two metrics: ``module, type, layer, x, y, x_rank, y_rank``.
 
-    Rank 1 is the largest and lies right and above. Each point gives its module as
+    Rank 1 is the largest, at the right and top. Each point has its module as
     ``customdata[0]``; the module ``picked`` is ringed. On the dotted line the metrics agree.
     """
     figure = go.Figure()
@@ -188,7 +188,7 @@ def _rank_points(kind: str, points: pd.DataFrame, x_title: str, y_title: str) ->
             "size": 8,
             "symbol": "circle" if "attn" in kind or "attention" in kind else "diamond",
         },
-        # What is not picked stays as it is: the ring shows what is.
+        # Unselected points keep their style; a ring marks the selected one.
         unselected={"marker": {"opacity": 1}},
         customdata=points[["module", "layer", "x", "y"]],
         hovertemplate=f"{name}, layer %{{customdata[1]}}<br>{x_title}: rank %{{x:.0f}} "

@@ -1,4 +1,4 @@
-"""Plans: which matrix has which configuration, and methods along the budget."""
+"""Plans: the configuration of each matrix, and methods over the budget."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lsq_core.charts.style import (
 
 
 def plan_heatmap(frame: pd.DataFrame, narrow: bool = False) -> go.Figure:
-    """A plan as layers (left to right) by module types (in the order of the computation).
+    """Plot a plan as layers (left to right) by module types (in the order of the computation).
 
     ``frame`` has a row for each matrix: ``type, layer, config, z`` (``z`` what ranked a moved
     matrix, else NaN). Experts of a layer share a cell, which shows the commonest configuration.
@@ -69,7 +69,7 @@ def _axis_range(layers: list[int]) -> list[float]:
 
 
 def _cells(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row a cell: the commonest configuration, and what the pointer is told."""
+    """Return one row per cell: the most common configuration and the hover text."""
     rows = []
     for (kind, layer), part in frame.groupby(["type", "layer"], sort=False):
         counts = part["config"].value_counts()
@@ -85,7 +85,7 @@ def _cells(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _used_configs(configs: pd.Series) -> list[Config]:
-    """The ladder, or where rows are mixed the configurations in use, from few bits to many."""
+    """Return the ladder, or for mixed rows the configurations in use, from few bits to many."""
     mixed = [name for name in configs.unique() if isinstance(name, str) and is_mixed(name)]
     if not mixed:
         return list(LADDER)
@@ -94,7 +94,7 @@ def _used_configs(configs: pd.Series) -> list[Config]:
 
 
 def _cell_text(configs: pd.DataFrame, layers: int) -> list[list[str]]:
-    """Full names where there is room, the stop's number where there is less, else nothing."""
+    """Return cell labels: full names if there is room, short ones if there is less, else none."""
     stops = {c.name: c.stop_name for c in _used_configs(configs.stack())}
 
     def words(name: object) -> str:
@@ -106,7 +106,7 @@ def _cell_text(configs: pd.DataFrame, layers: int) -> list[list[str]]:
 
 
 def _steps(options: Sequence[Config]) -> list[list[float | str]]:
-    """A colour scale of one flat step for each option."""
+    """Return a colour scale with one flat step per option."""
     steps: list[list[float | str]] = []
     for index, config in enumerate(options):
         color = config_color(config)
@@ -115,7 +115,7 @@ def _steps(options: Sequence[Config]) -> list[list[float | str]]:
 
 
 def _config_legend(figure: go.Figure, configs: pd.Series) -> None:
-    """A legend entry for each configuration in use, with how many matrices have it."""
+    """Return a legend entry per configuration in use, with its number of matrices."""
     counts = configs.value_counts()
     for config in _used_configs(configs):
         if config.name in counts:
@@ -133,15 +133,15 @@ def _config_legend(figure: go.Figure, configs: pd.Series) -> None:
 # --- frontiers ------------------------------------------------------------------------------
 
 
-#: Perplexities up to so many times the least are worth a look at first.
+#: Perplexities up to this multiple of the smallest are in the initial view.
 _VISIBLE_VALUE_RATIO = 1.5
 
 
 @dataclass(frozen=True, eq=False)
 class FrontierLine:
-    """A method's plans along the budget: ``bits`` (k,) a parameter and a ``value`` (k,) of each.
+    """A method's plans over the budget: ``bits`` (k,) per parameter and the ``value`` (k,) of each.
 
-    ``low`` and ``high`` (k,) are the ends of its band, where the value is a prediction.
+    ``low`` and ``high`` (k,) are the ends of its band if the value is a prediction.
     """
 
     method: str
@@ -152,7 +152,7 @@ class FrontierLine:
 
 
 def frontiers(lines: Sequence[FrontierLine], runs: pd.DataFrame, axis: str) -> go.Figure:
-    """Methods' frontiers in one chart, with the runs that were measured on it.
+    """Plot the frontiers of methods, with the measured runs on them.
 
     ``runs`` has ``method, label, bits_per_param, value``.
     """
@@ -188,7 +188,7 @@ def frontiers(lines: Sequence[FrontierLine], runs: pd.DataFrame, axis: str) -> g
 
 
 def _limit_view(figure: go.Figure, bits: np.ndarray, values: np.ndarray, max_ratio: float) -> None:
-    """Values up to so many times the least at first; what is left out is there on a reset.
+    """Limit the initial view to small values; resetting the axes shows the rest.
 
     A model broken at 2 bits would else press everything else into a line.
     """
@@ -235,11 +235,11 @@ def _measured_on_frontier(method: str, part: pd.DataFrame) -> go.Scatter:
     )
 
 
-# --- what a plan consists of ----------------------------------------------------------------
+# --- shares of a plan ----------------------------------------------------------------
 
 
 def plan_ring(shares: pd.Series, title: str) -> go.Figure:
-    """The share of a plan's bytes that each configuration takes ([A] Fig. 8), as a ring.
+    """Plot the share of each configuration in a plan's bytes ([A] Fig. 8), as a ring.
 
     ``shares`` is of :func:`lsq_core.results.compare.byte_shares`; ``title``, in the middle, is
     short.
@@ -256,7 +256,7 @@ def plan_ring(shares: pd.Series, title: str) -> go.Figure:
             hole=0.62,
             sort=False,
             direction="clockwise",
-            # Names stand outside, where text and ground are the theme's own.
+            # Names stand outside, on the theme's own background.
             textposition="outside",
             texttemplate="%{label}<br>%{percent:.1%}",
             hovertemplate="%{label}: %{percent:.2%} of the bytes<extra></extra>",

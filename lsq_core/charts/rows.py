@@ -19,7 +19,7 @@ from lsq_core.charts.style import (
 
 
 def ratio_lines(frame: pd.DataFrame) -> go.Figure:
-    """The ratio of high-impact rows over the layers, a line for each module type ([C] Fig. A.2).
+    """Plot the ratio of high-impact rows over layers, one line per module type ([C] Fig. A.2).
 
     ``frame`` has ``type, layer, ratio`` a row.
     """
@@ -61,7 +61,7 @@ def ratio_lines(frame: pd.DataFrame) -> go.Figure:
 def interaction_heatmap(
     matrix: np.ndarray, units: Sequence[str], ratios: Sequence[float]
 ) -> go.Figure:
-    """A block's M (u·r, u·r), each entry by its diagonal: ``M_ij / √(M_ii·M_jj)``, −1 to 1.
+    """Plot a block's M (u·r, u·r), normalized by its diagonal: ``M_ij / √(M_ii·M_jj)``, −1 to 1.
 
     Red is worse together than alone, blue better; 0 on the diagonal's own tiles, of whose options
     only one holds at a time.
@@ -105,9 +105,9 @@ def interaction_heatmap(
 
 
 def predicted_loss_scatter(frame: pd.DataFrame, measured: str) -> go.Figure:
-    """Runs by what their interactions predicted and what was measured: ``predicted, measured``.
+    """Plot the measured against the predicted loss of runs: ``predicted, measured``.
 
-    ``ratios`` and ``quantizer`` tell them apart; ``label`` is what the pointer is told.
+    ``ratios`` and ``quantizer`` set the marker; ``label`` is the hover text.
     """
     figure = go.Figure()
     symbols = {"full": "circle", "diagonal": "diamond", "uniform": "square"}

@@ -19,12 +19,13 @@ from lsq_core.charts.style import (
     ring_markers,
     style_key,
 )
-from lsq_core.results.compare import BOOST_METHODS, ROW_METHODS, pareto
+from lsq_core.planning.methods import mixes_rows, reads_field
+from lsq_core.results.compare import pareto
 from lsq_core.units import GIB, MIB
 
 
 def size_bars(frame: pd.DataFrame) -> go.Figure:
-    """What a model takes at each stop: ``name, config, linear_bytes, other_bytes`` a row.
+    """Plot a model's size by configuration: ``name, config, linear_bytes, other_bytes``.
 
     The row without a configuration is the model as it is.
     """
@@ -59,7 +60,7 @@ def size_bars(frame: pd.DataFrame) -> go.Figure:
 
 @dataclass(frozen=True)
 class SizeMeasure:
-    """An account of a run's size: the column that holds it, and how it is written on an axis.
+    """A measure of a run's size: its column and axis title.
 
     Accounts are never mixed in one chart.
     """
@@ -78,7 +79,7 @@ BITS = SizeMeasure("bits_per_param", "nominal bits per linear weight, metadata i
 
 @dataclass(frozen=True)
 class QualityMeasure:
-    """What is good or bad about a run: its column, how an axis says it, and which way is better."""
+    """A quality measure of a run: its column, axis title, and whether higher is better."""
 
     column: str
     title: str
@@ -88,12 +89,12 @@ class QualityMeasure:
 
     @property
     def axis(self) -> str:
-        """What the axis reads."""
+        """The axis title."""
         unit = f"{self.unit}, " if self.unit else ""
         return f"{self.title} ({unit}{'higher' if self.higher_is_better else 'lower'} is better)"
 
     def cost(self, frame: pd.DataFrame) -> pd.Series:
-        """The column, or its negative where higher is better: less is better always."""
+        """The column, negated if higher is better, so that lower is always better."""
         values = frame[self.column].astype(float)
         return -values if self.higher_is_better else values
 
@@ -102,7 +103,7 @@ PERPLEXITY = QualityMeasure("perplexity", "perplexity")
 KL = QualityMeasure("kl", "KL divergence from full precision", "nats")
 TOP1 = QualityMeasure("top1", "same top token as full precision", "%", 0.01, higher_is_better=True)
 
-#: Of how many runs on markers are smaller, so that each can be told from its neighbours.
+#: Number of runs from which markers are smaller, so that they overlap less.
 _SMALL_MARKER_RUNS = 60
 
 
@@ -113,16 +114,16 @@ def perplexity_by_size(
     overlay: pd.DataFrame | None = None,
     quality: QualityMeasure = PERPLEXITY,
 ) -> go.Figure:
-    """Perplexity, or another quality, against size; a marker and colour for each method.
+    """Plot perplexity, or another quality, against size; a marker and colour per method.
 
-    A uniform plan by another quantizer than HQQ is a baseline, with a marker of its own.
+    A uniform plan by another quantizer than HQQ is a baseline, with its own marker.
 
     ``frame`` has ``evaluation, method, label, perplexity, perplexity_full, quantizer`` and the
     columns of ``size`` and ``quality``, all of one model, corpus and protocol. Uniform HQQ runs
-    are joined as the reference curve, and so are the runs that no other beats; full precision's
-    perplexity is a level line; ``selected`` evaluations are ringed. Where there are many runs the
-    view is that of :func:`view_limit`: what lies above is there when the axes are reset.
-    ``overlay`` has runs of another origin, with the same columns and ``origin``, drawn hollow.
+    are joined as the reference curve, and so are the Pareto-optimal runs; full precision's
+    perplexity is a horizontal line; ``selected`` evaluations are ringed. With many runs the initial
+    view is that of :func:`view_limit`; resetting the axes shows all of them. ``overlay`` has runs
+    of another origin, with the same columns and ``origin``, drawn hollow.
     """
     figure = go.Figure()
     many = len(frame) > _SMALL_MARKER_RUNS
@@ -162,12 +163,12 @@ def perplexity_by_size(
     return apply_layout(figure, _HEIGHT)
 
 
-#: The same for few and many runs, so that nothing jumps when the measurement is changed.
+#: The same for few and many runs, so that the layout is stable when the measure changes.
 _HEIGHT = 430
 
 
 def view_limit(perplexity: pd.Series) -> float:
-    """Up to which perplexity a chart of many runs shows at first: about all but the highest 5 %.
+    """Return the upper limit of the initial view: about all but the highest 5 % of perplexities.
 
     A few broken runs would else press the others, which differ by little, into a line.
     """
@@ -176,7 +177,7 @@ def view_limit(perplexity: pd.Series) -> float:
 
 
 def _limit_view(figure: go.Figure, frame: pd.DataFrame, full: pd.Series, size: SizeMeasure) -> None:
-    """Show the runs up to :func:`view_limit` at first, on plain axes."""
+    """Limit the initial view to :func:`view_limit`, on linear axes."""
     limit = view_limit(frame["perplexity"])
     low = min(frame["perplexity"].min(), *full, 1e300)
     shown = frame.loc[frame["perplexity"] <= limit, size.column] / size.scale
@@ -231,7 +232,7 @@ def _runs(
         hovertemplate="%{customdata[0]}<br>%{x:.2f} "
         + f"{size.unit}, {quality.title} %{{y:.4f}}{quality.unit and ' ' + quality.unit}"
         + "<extra></extra>",
-        # The one picked is told by its neighbours' paleness; they stay readable.
+        # The other markers are paler, but still readable, when one is selected.
         unselected={"marker": {"opacity": 0.4}},
     )
 
@@ -241,7 +242,7 @@ def _groups(frame: pd.DataFrame | None, columns: list[str]) -> list[tuple]:
 
 
 def _hollow(runs: go.Scatter, origin: str) -> go.Scatter:
-    """The markers of runs of another origin, told apart by look and by name."""
+    """Return the markers of runs of another origin, distinguished by style and name."""
     symbol = runs.marker.symbol.removesuffix("-open")
     runs.update(name=f"{runs.name} ({origin})")
     runs.update(marker={"symbol": f"{symbol}-open", "line": {"width": 2}})
@@ -259,7 +260,7 @@ def _add_full_precision_line(figure: go.Figure, perplexity: float) -> None:
 
 
 def add_run_labels(frame: pd.DataFrame) -> pd.DataFrame:
-    """Runs with ``label``, a name for each that a person can tell from the others.
+    """Add ``label``, a distinguishing name for each run.
 
     ``frame`` has the columns of :meth:`lsq_core.store.store.Store.results`.
     """
@@ -269,12 +270,12 @@ def add_run_labels(frame: pd.DataFrame) -> pd.DataFrame:
 def _label(row: dict) -> str:
     request = json.loads(row["request"]) if isinstance(row["request"], str) else {}
     parts = [f"{method_style(row['method']).title} {row['bits_per_param']:.2f}"]
-    if row["method"] in BOOST_METHODS:
+    if reads_field(row["method"], "boost_stop"):
         parts.append(f"base {row['base']}")
         parts.append(f"+{request.get('boost_stop', 0)}")
         parts += [f"top {request['top_m']}"] if request.get("top_m") else []
-        parts += [f"seed {request['seed']}"] if row["method"].endswith("-ablation") else []
-    if row["method"] in ROW_METHODS:
+        parts += [f"seed {request['seed']}"] if reads_field(row["method"], "seed") else []
+    if mixes_rows(row["method"]):
         parts.append(f"{request['low_bits']}+{request['high_bits']} g{request['group_size']}")
         parts.append(f"{request['ratios']} ratios")
         parts += [f"by the {request['loss']} loss"] if request["loss"] != "block" else []

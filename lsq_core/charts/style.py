@@ -1,4 +1,4 @@
-"""What all figures have in common: one colour for a bit width, a module type and a method each."""
+"""Common style of all figures: one colour per bit width, module type and method."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import numpy as np
 import plotly.graph_objects as go
 
 from lsq_core.bits import FP16_BITS, RATIOS, Config, MixedRows
+from lsq_core.planning.methods import PLANNERS
+from lsq_core.quantization.registry import QUANTIZERS
 
-#: What every chart is shown with: no logo, nothing that sends data away.
+#: Plotly configuration of every chart: no logo, nothing that sends data away.
 CONFIG = {
     "displaylogo": False,
     "showSendToCloud": False,
@@ -22,9 +24,9 @@ CONFIG = {
 NEUTRAL = "#8a929c"
 GRID = "rgba(138, 146, 156, 0.25)"
 
-#: One hue a bit width, told apart by colour-blind eyes (after Okabe and Ito).
+#: One hue per bit width, distinguishable by colour-blind readers (after Okabe and Ito).
 BIT_COLORS = {2: "#D55E00", 3: "#E69F00", 4: "#009E73", 8: "#0072B2", FP16_BITS: NEUTRAL}
-#: How much white is in the colour of a group size: coarse groups are light.
+#: Share of white in the colour of a group size: large groups are light.
 _WHITENESS = {128: 0.5, 64: 0.25, 32: 0.0}
 
 #: Colour of a module type by the last part of its name (after Tol's bright scheme); attention is
@@ -43,58 +45,42 @@ _OTHER_COLORS = tuple(MODULE_COLORS.values())
 
 @dataclass(frozen=True)
 class MethodStyle:
-    """How a method is drawn wherever it is drawn."""
+    """How every chart draws a method."""
 
     title: str
     color: str
     symbol: str
 
 
-METHOD_STYLES = {
-    "uniform": MethodStyle("Uniform", "#8a929c", "circle"),
-    "sensiboost": MethodStyle("SensiBoost", "#CC6699", "diamond"),
-    "kurtboost": MethodStyle("KurtBoost", "#3D9BD1", "square"),
-    "sensiboost-ablation": MethodStyle("SensiBoost ablation", "#CC6699", "diamond-open"),
-    "kurtboost-ablation": MethodStyle("KurtBoost ablation", "#3D9BD1", "square-open"),
-    "mxq": MethodStyle("MXQ", "#7A5BB5", "triangle-up"),
-    "kurt-scaled": MethodStyle("Kurtosis-scaled MXQ", "#A58BD6", "triangle-down"),
-    "sensi-milp": MethodStyle("Sensitivity MILP", "#C0812B", "star"),
-    "kurt-milp": MethodStyle("Kurtosis MILP", "#8C6D31", "hexagon"),
-    "sensi-knapsack": MethodStyle("Sensitivity knapsack", "#3FA34D", "pentagon"),
-    # What others use: published runs, and uniform plans by another quantizer than HQQ.
-    "gptq": MethodStyle("GPTQ", "#B8860B", "cross"),
-    "awq": MethodStyle("AWQ", "#2F8F8F", "x"),
-    "rtn": MethodStyle("RTN", "#6E7B3A", "triangle-left"),
-    "nf4": MethodStyle("NF4", "#B0543C", "star-triangle-down"),
-    "nf4-dq": MethodStyle("NF4, double-quantized", "#B0543C", "star-triangle-down-open"),
-    "hybrid": MethodStyle("Hybrid", "#5B7F2B", "bowtie-open"),
-    "bnb": MethodStyle("bitsandbytes", "#B0543C", "star-triangle-up"),
-    "loss-aware": MethodStyle("Loss-aware", "#D1495B", "hexagram"),
-    "high-impact": MethodStyle("High-impact rows", "#5B7F2B", "bowtie"),
-}
+#: Baselines of published runs that have no quantizer here.
+_PUBLISHED_STYLES = {"bnb": MethodStyle("bitsandbytes", "#B0543C", "star-triangle-up")}
 
 
 def method_style(name: str) -> MethodStyle:
-    """A method's style; one not listed is a neutral cross under its own name."""
-    return METHOD_STYLES.get(name, MethodStyle(name, NEUTRAL, "x"))
+    """Return the style of a method or of a baseline quantizer; an unknown one is a grey cross."""
+    entry = PLANNERS.get(name) or QUANTIZERS.get(name)
+    if entry is not None and entry.color:
+        return MethodStyle(entry.title, entry.color, entry.symbol)
+    return _PUBLISHED_STYLES.get(name) or MethodStyle(name, NEUTRAL, "x")
 
 
 def style_key(method: str, quantizer: str) -> str:
-    """The style's name of a run: its method's, or for a baseline that of its quantizer.
+    """Return the name of a run's style: its method, or for a baseline its quantizer.
 
-    >>> drawn_as("uniform", "nf4"), drawn_as("uniform", "hqq"), drawn_as("mxq", "nf4")
+    >>> style_key("uniform", "nf4"), style_key("uniform", "hqq"), style_key("mxq", "nf4")
     ('nf4', 'uniform', 'mxq')
-    >>> drawn_as("uniform", "hybrid-500")
+    >>> style_key("uniform", "hybrid-500")
     'hybrid'
     """
-    name = "hybrid" if quantizer.startswith("hybrid-") else quantizer
-    return name if method == "uniform" and name in METHOD_STYLES else method
+    name = quantizer if quantizer in QUANTIZERS else re.sub(r"-\d+$", "", quantizer)
+    is_baseline = name in _PUBLISHED_STYLES or (name in QUANTIZERS and QUANTIZERS[name].color)
+    return name if method == "uniform" and is_baseline else method
 
 
 def config_color(config: Config) -> str:
-    """Hue for the bits, lightness for the group: 128 lightest, 32 full.
+    """Return the colour of a configuration: hue by bits, lightness by group size (128 lightest).
 
-    Of mixed rows, hue for the high-impact ones' bits, lightness for their ratio.
+    For mixed rows, hue by the high-impact rows' bits, lightness by their ratio.
 
     >>> from lsq_core.bits import QuantConfig
     >>> config_color(QuantConfig(4, 32))
@@ -110,13 +96,13 @@ def config_color(config: Config) -> str:
 
 
 def module_color(type_name: str) -> str:
-    """The colour of a module type such as ``self_attn.q_proj``."""
+    """Return the colour of a module type such as ``self_attn.q_proj``."""
     last = type_name.split(".")[-1]
     return MODULE_COLORS.get(last) or _OTHER_COLORS[crc32(last.encode()) % len(_OTHER_COLORS)]
 
 
 def short_type(type_name: str) -> str:
-    """``self_attn.q_proj`` as ``q_proj``; experts keep the word that tells them apart."""
+    """Shorten ``self_attn.q_proj`` to ``q_proj``; experts keep two parts, to be distinguishable."""
     parts = type_name.split(".")
     return ".".join(parts[-2:]) if "expert" in type_name else parts[-1]
 
@@ -128,7 +114,7 @@ LEGEND_ABOVE = {"orientation": "h", "yanchor": "bottom", "y": 1.02, "xanchor": "
 def ring_markers(
     x: object, y: object, name: str, *, size: float, color: str = NEUTRAL
 ) -> go.Scatter:
-    """Rings around points, so that what stands out does so without colour alone."""
+    """Return rings around points, which mark them by more than colour."""
     return go.Scatter(
         x=x,
         y=y,
@@ -140,7 +126,7 @@ def ring_markers(
 
 
 def apply_layout(figure: go.Figure, height: int) -> go.Figure:
-    """What all figures have in common."""
+    """Apply the layout of all figures."""
     figure.update_layout(
         height=height,
         margin={"l": 60, "r": 34, "t": 30, "b": 45},
@@ -160,20 +146,20 @@ def apply_layout(figure: go.Figure, height: int) -> go.Figure:
     return figure
 
 
-#: Plotly draws some HTML: of it, what breaks a line or is bold, and no tag with an attribute,
-#: which may hold an address.
+#: Plotly renders some HTML tags: allowed are line breaks and simple formatting, but no tag with an
+#: attribute, which may hold a URL.
 _FOREIGN_TAG = re.compile(r"<(?!/?(?:br|b|i|sub|sup|extra)>)", re.IGNORECASE)
 
 
 def sanitize_figure(figure: go.Figure) -> go.Figure:
-    """The figure with no link and no style in any of its texts, which names may have brought."""
+    """Remove links and styles from a figure's texts, into which names may have brought them."""
     content = figure.to_plotly_json()
     sanitize = _sanitize(content)
     return figure if sanitize is content else type(figure)(sanitize)
 
 
 def _sanitize(value: Any) -> Any:
-    """A part of a figure without foreign tags; the very same where there are none."""
+    """Escape foreign tags in a part of a figure; returns the same object if there are none."""
     if isinstance(value, str):
         return _FOREIGN_TAG.sub("&lt;", value) if "<" in value else value
     if isinstance(value, np.ndarray):

@@ -1,4 +1,4 @@
-"""The weights of one matrix, and of one module type over the layers."""
+"""Charts of the weights of one matrix, and of one module type over the layers."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import plotly.graph_objects as go
 from lsq_core.charts.style import GRID, NEUTRAL, apply_layout
 
 _NORMAL_COLOR = "#CC6699"
-#: Fewest weights a bin can hold on a logarithmic axis and be seen.
+#: Smallest count of a bin that is visible on a logarithmic axis.
 _MIN_COUNT = 0.5
 
 
 @dataclass(frozen=True, eq=False)
 class GridLines:
-    """What the codes stand for, (2^bits,), or a span for each, (2^bits, 2), and their colour."""
+    """The values of the codes, (2^bits,), or a range for each, (2^bits, 2), and their colour."""
 
     values: np.ndarray
     color: str
@@ -33,7 +33,7 @@ def weight_histogram(
     log: bool = True,
     height: int = 400,
 ) -> go.Figure:
-    """How many weights lie where, with the normal fit ``expected`` and a quantization grid.
+    """Plot the histogram of weights with the normal fit ``expected`` and a quantization grid.
 
     ``edges`` is (bins + 1,), the others (bins,).
     """
@@ -73,7 +73,7 @@ def weight_histogram(
 
 
 def _grid_lines(grid: GridLines, top: float, bottom: float) -> go.Scatter:
-    """An upright line for each code, or a filled span; one trace, so that one click hides it."""
+    """Return a vertical line or filled range per code, in one trace, so that one click hides it."""
     values = np.asarray(grid.values, dtype=float)
     if values.ndim == 1:
         x = np.column_stack([values, values, np.full(len(values), np.nan)]).ravel()
@@ -101,7 +101,7 @@ def weight_bands(
     color: str,
     height: int = 400,
 ) -> go.Figure:
-    """Percentiles (layers, k) of one module type's weights over the layers, as nested bands.
+    """Plot percentiles (layers, k) of one module type's weights over the layers as nested bands.
 
     ``percentiles`` is symmetrical about 50, such as 1, 25, 50, 75, 99.
     """
@@ -168,7 +168,7 @@ class Region:
 
 
 def weight_surface(region: Region, height: int = 560) -> go.Figure:
-    """Absolute weights over a region of a matrix as a surface ([A] Fig. 1)."""
+    """Plot absolute weights of a region of a matrix as a surface ([A] Fig. 1)."""
     figure = go.Figure(
         go.Surface(
             x=region.columns,
@@ -198,7 +198,7 @@ def weight_surface(region: Region, height: int = 560) -> go.Figure:
 
 
 def weight_map(region: Region, height: int = 560) -> go.Figure:
-    """The same, flat: for a machine without 3-D graphics, and to read rows and columns off."""
+    """Plot the same as a heatmap: without 3-D graphics, and with readable rows and columns."""
     figure = go.Figure(
         go.Heatmap(
             x=region.columns,

@@ -11,7 +11,7 @@ from lsq_core.cli import show, verbs
 from lsq_core.corpus.registry import BUILT_IN_CORPORA
 from lsq_core.errors import InputError
 from lsq_core.planning.methods import PLANNERS
-from lsq_core.profiling.metrics import DEFAULT_METRICS, METRICS, PROXIES
+from lsq_core.profiling.metrics import METRICS, proxies
 from lsq_core.quantization.registry import MATRIX_QUANTIZERS, QUANTIZERS
 
 
@@ -59,13 +59,14 @@ def _add_model_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     _add_device(sub)
     sub.add_argument("--corpus", help=f"calibration corpus: {_corpus_choices()} (stdlib)")
     sub.add_argument("--quantizer", help=f"one of {', '.join(MATRIX_QUANTIZERS)} (hqq)")
-    extra = [name for name in METRICS if name not in DEFAULT_METRICS]
+    extra = [name for name, metric in METRICS.items() if not metric.default]
+    exact = [name for name in extra if name not in proxies()]
     sub.add_argument(
         "--metric",
         action="append",
         default=[],
-        help=f"also measure {' or '.join(extra)}: loss_impact is added by plans that need it, "
-        f"{' and '.join(PROXIES)} are fast proxies of the exact score",
+        help=f"also measure {' or '.join(extra)}: {' and '.join(exact)} is added by plans that "
+        f"need it, {' and '.join(proxies())} are fast proxies of the exact score",
     )
     _add_profile(sub)
 

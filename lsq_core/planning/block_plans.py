@@ -1,8 +1,8 @@
-"""Options that act together within a block: every plan of a block, and the best of all blocks.
+"""Options that interact within a block: the Pareto front of each block, and their combination.
 
-The quadratic problem of [C] is block-diagonal. So a block's plans are enumerated, 5⁷ = 78,125 for
-seven matrices of five options, those kept that no other beats in bytes and loss, and a dynamic
-program over the blocks puts them together for every budget at once (method §7).
+The quadratic problem of [C] is block-diagonal. So all plans of a block are enumerated, 5⁷ = 78,125
+for seven matrices of five options, reduced to the Pareto front of bytes and loss, and combined by
+a dynamic program over the blocks for every budget at once (method §7).
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ import numpy as np
 
 from lsq_core.planning.knapsack import lower_hull
 
-#: Units that are enumerated together; of a block with more, groups of at most so many are.
+#: Most units that are enumerated together; a block with more is split into groups.
 MAX_UNITS = 8
-#: Plans kept of a block, and of the blocks put together so far: where there are more, one of each
-#: of so many equal ranges of bytes.
+#: Most plans on the front of a block, and of the blocks combined so far; a larger front is reduced
+#: to one plan in each of this number of equal ranges of bytes.
 _MAX_BLOCK_PLANS = 256
 _MAX_STATES = 1024
 
 
 @dataclass(frozen=True, eq=False)
 class ParetoFront:
-    """Plans of a block that no other beats, by size: ``choice`` (f, units), ``size``, ``loss``."""
+    """Pareto-optimal plans of a block by size: ``choice`` (f, units), ``size``, ``loss``."""
 
     choice: np.ndarray
     size: np.ndarray
@@ -39,30 +39,30 @@ class CombinedFront:
     picks: np.ndarray
     size: np.ndarray
     loss: np.ndarray
-    #: What no plan of at most this size can lose less than, (s,).
+    #: A lower bound on the loss of all plans of at most this size, (s,).
     lower_bound: np.ndarray
 
 
 def predicted_loss(matrix: np.ndarray, choice: np.ndarray, options: int) -> np.ndarray:
-    """½·δᵀMδ of plans (k, units), for M (units·options, units·options); (k,)."""
+    """Return ½·δᵀMδ, (k,), of plans (k, units) for M (units·options, units·options)."""
     choice = np.atleast_2d(choice)
     indices = choice + np.arange(choice.shape[1]) * options
     return 0.5 * matrix[indices[:, :, None], indices[:, None, :]].sum(axis=(1, 2))
 
 
 def clip_negative_eigenvalues(matrix: np.ndarray) -> np.ndarray:
-    """The nearest matrix without negative eigenvalues."""
+    """Return the nearest matrix without negative eigenvalues."""
     values, vectors = np.linalg.eigh(matrix)
     return (vectors * np.maximum(values, 0)) @ vectors.T
 
 
 def diagonal_only(matrix: np.ndarray) -> np.ndarray:
-    """Without what units do to one another."""
+    """Return the matrix without interactions between units."""
     return np.diag(np.diag(matrix))
 
 
 def block_front(matrix: np.ndarray, size: np.ndarray, allowed: np.ndarray) -> ParetoFront:
-    """Enumerate a block's plans and keep those that no smaller one equals or beats.
+    """Enumerate a block's plans and return the Pareto-optimal ones.
 
     ``matrix`` is M (u·r, u·r); ``size`` and ``allowed`` are (u, r), bytes and whether a unit may
     have an option.
@@ -90,10 +90,10 @@ def block_front(matrix: np.ndarray, size: np.ndarray, allowed: np.ndarray) -> Pa
 
 
 def _pareto_indices(size: np.ndarray, loss: np.ndarray, max_plans: int) -> np.ndarray:
-    """Which plans to keep, by size: none beaten by a smaller one, and of near ones the best.
+    """Return the Pareto-optimal plans by size, at most about ``max_plans``.
 
-    Of the plans in one range of bytes the one is kept that lies lowest under the line through the
-    ends of the front, which is nearest to what a Lagrangian would pick.
+    In each range of bytes the plan is selected that lies lowest against the front's slope there,
+    close to the choice of a Lagrangian relaxation.
     """
     order = np.lexsort((loss, size))
     best = np.minimum.accumulate(loss[order])
@@ -103,7 +103,7 @@ def _pareto_indices(size: np.ndarray, loss: np.ndarray, max_plans: int) -> np.nd
     s, value = size[selected], loss[selected]
     bucket = np.minimum(((s - s[0]) / (s[-1] - s[0]) * max_plans).astype(int), max_plans - 1)
     slope = np.gradient(value, s)
-    # Within a range the front is all but straight: its slope there tells which plan lies lowest.
+    # Within a range the front is almost straight, so its slope identifies the lowest plan.
     start = np.searchsorted(bucket, bucket)
     excess = value - value[start] - slope[start] * (s - s[start])
     by_range = np.lexsort((excess, bucket))
@@ -112,7 +112,7 @@ def _pareto_indices(size: np.ndarray, loss: np.ndarray, max_plans: int) -> np.nd
 
 
 def combine(fronts: Sequence[ParetoFront]) -> CombinedFront:
-    """Put blocks together: for every total size the least loss found, and its bound."""
+    """Combine blocks: for every total size the least loss found, and its bound."""
     size, loss = np.zeros(1), np.zeros(1)
     trace: list[tuple[np.ndarray, np.ndarray]] = []
     for front in fronts:
@@ -131,7 +131,7 @@ def combine(fronts: Sequence[ParetoFront]) -> CombinedFront:
 
 
 def lower_bounds(fronts: Sequence[ParetoFront], budgets: np.ndarray) -> np.ndarray:
-    """The Lagrangian bound at budgets (k,): steps of the fronts' hulls, in part where they end."""
+    """Return the Lagrangian bound at budgets (k,): steps of the fronts' hulls, the last in part."""
     start = sum(front.loss[0] for front in fronts), sum(front.size[0] for front in fronts)
     steps = []
     for front in fronts:

@@ -1,4 +1,4 @@
-"""Algorithm 1 of [A]: which layers stand out, by the differences between neighbours."""
+"""Algorithm 1 of [A]: outlier layers by the differences between neighbours."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-#: The share cut at each end before mean and deviation are taken, and the z-score to exceed.
+#: Share trimmed at each end before mean and deviation are computed, and the z-score threshold.
 TRIM_FRACTION = 0.05
 THRESHOLD = 3.0
 
@@ -29,7 +29,7 @@ class Detection:
 def detect_outliers(
     series: np.ndarray, *, ratios: bool, top_m: int = 0, threshold: float = THRESHOLD
 ) -> Detection:
-    """Flag the layers whose score departs from that of the layer before.
+    """Flag the layers whose score differs unusually from that of the previous layer.
 
     Parameters
     ----------
@@ -61,7 +61,7 @@ def detect_outliers(
 
 
 def largest_possible_z(layers: int) -> float:
-    """The largest z-score that ``layers`` scores can give while nothing is trimmed.
+    """Return the largest z-score that ``layers`` scores can have if nothing is trimmed.
 
     With ``n`` differences it is ``(n − 1)/√n``; below 20 differences a 5 % cut removes none.
     """
@@ -70,7 +70,7 @@ def largest_possible_z(layers: int) -> float:
 
 
 def shallow_model_note(layers: int) -> str:
-    """A plain word for a model too shallow for Algorithm 1, or '' for one deep enough."""
+    """Return a note on a model too shallow for Algorithm 1; '' for one that is deep enough."""
     if largest_possible_z(layers) <= THRESHOLD:
         return (
             f"With {layers} layers no score can pass Algorithm 1's threshold of 3 "

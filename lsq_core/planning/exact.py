@@ -1,10 +1,10 @@
-"""The exact optimum of a multiple-choice knapsack at one budget, with a bound that is proven.
+"""The exact optimum of a multiple-choice knapsack at one budget, with a proven bound.
 
-The Lagrangian bound decides most matrices: a stop whose best plan costs no less than the one the
-frontier already gives is closed. What is open is searched by dynamic programming, the matrices
-nearest to the break first, keeping the states that no other dominates and that the bound allows
-(the idea of Pisinger's minimal core, EJOR 83, 1995). On language models that takes milliseconds to
-a second. Where it grows too large, PuLP's CBC gets what the better bound leaves open.
+The Lagrangian bound fixes most matrices: an option is excluded if its best plan costs no less than
+the frontier's. The remaining ones are searched by dynamic programming, the matrices nearest to the
+break first, over undominated states within the bound (Pisinger's minimal core, EJOR 83, 1995). On
+language models that takes milliseconds to a second. If it grows too large, PuLP's CBC solves what
+the improved bound leaves open.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from lsq_core.planning.frontier import Frontier, FrontierPoint
 from lsq_core.planning.greedy import total
 from lsq_core.planning.problem import TOLERANCE
 
-#: Relative gap at which CBC may stop, and seconds that all of it may take.
+#: Relative gap at which CBC may stop, and the time limit in seconds.
 RELATIVE_GAP = 1e-4
 TIME_LIMIT = 60
-#: States that the search may remember altogether, at five bytes each.
+#: Most states that the search stores, at five bytes each.
 MAX_STATES = 40_000_000
 
 
@@ -47,7 +47,7 @@ def solve_exactly(
     time_limit: float = TIME_LIMIT,
     max_states: int = MAX_STATES,
 ) -> ExactSolution:
-    """The optimum within a budget in nominal bytes: by search, and by CBC where that is too much.
+    """Find the optimum within a budget in nominal bytes: by search, or by CBC if that is too large.
 
     A plan that the search finished is optimal to rounding; one that CBC finished is within ``gap``.
     """
@@ -63,7 +63,7 @@ def solve_exactly(
 
 
 def _reduced_costs(frontier: Frontier, point: FrontierPoint) -> np.ndarray:
-    """How far each stop's ``cost + price·bytes`` lies above its matrix's least, (n, 12), ≥ 0.
+    """Return each option's ``cost + price·bytes`` less its matrix's minimum, (n, 12), ≥ 0.
 
     A plan that uses a stop costs at least the Lagrangian bound plus this.
     """
@@ -95,7 +95,7 @@ class _Search:
         self.trace: list[tuple[int, np.ndarray, np.ndarray]] = []
 
     def run(self, deadline: float) -> tuple[np.ndarray, bool]:
-        """The best choice found, and whether nothing was left to search."""
+        """Return the best choice found, and whether the search was completed."""
         size, cost = np.zeros(1), np.zeros(1)
         min_reduced, best_state, num_states = self.reduced.min(axis=1), None, 0
         for matrix in self._order():
@@ -113,19 +113,19 @@ class _Search:
         return self._backtrack(best_state), True
 
     def _order(self) -> np.ndarray:
-        """Matrices by the least reduced cost per byte changed: the nearest to the break first."""
+        """Sort matrices by the least reduced cost per byte changed, nearest to the break first."""
         changed = np.where(self.extra_bytes == 0, 1.0, np.abs(self.extra_bytes))
         return np.argsort((self.reduced / changed).min(axis=1), kind="stable")
 
     @property
     def _slack(self) -> float:
-        """How far the best plan so far lies above the bound."""
+        """Return the gap between the best plan so far and the bound."""
         return self.best + self.price * self.room
 
     def _extend(
         self, matrix: int, size: np.ndarray, cost: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The states after one more matrix, by size, each cheaper than all smaller ones."""
+        """Return the states after one more matrix, by size, each cheaper than all smaller ones."""
         stops = np.flatnonzero(self.reduced[matrix] < self._slack)
         options = np.concatenate([[self.start[matrix]], stops])
         sizes = (size[None, :] + self.extra_bytes[matrix, options][:, None]).ravel()
@@ -157,12 +157,12 @@ def _solve_with_cbc(
     seconds: float,
     time_limit: float,
 ) -> ExactSolution:
-    """What the search left open, by an integer program; ``best`` is the best choice so far."""
+    """Solve what the search left open by an integer program; ``best`` is the best choice so far."""
     import pulp
 
     usable = _open_stops(frontier, point, best)
-    # CBC keeps to a bound only within its tolerance: where that let the plan slip over the
-    # budget, it is solved again a millionth tighter, and only the bound of the first holds.
+    # CBC satisfies a constraint only within its tolerance: if the plan exceeds the budget by it,
+    # it is solved again with a budget tighter by 1e-6, and only the first bound is valid.
     first = _solve(frontier, usable, budget, gap, seconds)
     choice, status = first
     if choice is not None and total(frontier.nominal, choice) > budget * (1 + TOLERANCE):
@@ -170,7 +170,7 @@ def _solve_with_cbc(
     if choice is None or frontier.objective(choice) > frontier.objective(best):
         choice = best
     objective = frontier.objective(choice)
-    # CBC calls an answer optimal when it stopped for time, too; the solution's status tells.
+    # CBC also reports an optimum when it ran out of time; the solution's status distinguishes them.
     proven = status == pulp.LpSolutionOptimal and first[0] is not None
     bound = point.lower_bound
     if proven:
@@ -180,7 +180,7 @@ def _solve_with_cbc(
 
 
 def _open_stops(frontier: Frontier, point: FrontierPoint, best: np.ndarray) -> np.ndarray:
-    """Stops (n, 12) that a plan cheaper than the best so far may use, and that plan's own."""
+    """Return the options (n, 12) that a plan cheaper than the best so far may use, and its own."""
     objective = frontier.objective(best)
     slack = 1e-9 * abs(objective)
     usable = point.lower_bound + _reduced_costs(frontier, point) <= objective + slack
@@ -191,7 +191,7 @@ def _open_stops(frontier: Frontier, point: FrontierPoint, best: np.ndarray) -> n
 def _solve(
     frontier: Frontier, usable: np.ndarray, budget: float, gap: float, seconds: float
 ) -> tuple[np.ndarray | None, int]:
-    """One integer program in which the budget is 1; the choice, or None, and PuLP's status."""
+    """Solve an integer program scaled to a budget of 1; the choice or None, and PuLP's status."""
     import pulp
 
     rows = [[int(j) for j in np.flatnonzero(row)] for row in usable]

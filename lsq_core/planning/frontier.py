@@ -1,7 +1,7 @@
-"""Every budget's plan at once: starting points, and the moves from each in order.
+"""The plans of a method for every budget: starting points, and the moves from each in order.
 
-A budget is answered by a look-up: the dearest start that fits, then its moves as far as they fit,
-then, for the knapsack methods, a deterministic fill of what is left. Uniform is twelve starts
+The plan for a budget is looked up: the largest start that fits, then its moves as far as they fit,
+then, for the knapsack methods, a deterministic fill of the rest. Uniform is twelve starts
 without moves; a boost with a fixed base is one start with its moves; a boost with an automatic
 base is twelve of those; a knapsack is one start with the moves of its convex hull; high-impact
 ratios, which are chosen together, are complete plans one after another.
@@ -32,9 +32,9 @@ from lsq_core.planning.problem import TOLERANCE, Problem
 
 @dataclass(frozen=True)
 class Move:
-    """One change of a matrix: to which stop, the nominal bytes of the plan after it, its worth.
+    """A change of one matrix to ``stop``, and the nominal bytes of the plan after it.
 
-    The worth is what ranks the move: a z-score, the order of a draw, or the cost it saves.
+    ``priority`` ranks the move: a z-score, the order of a draw, or the cost that it saves.
     """
 
     matrix: int
@@ -45,7 +45,7 @@ class Move:
 
 @dataclass(frozen=True, eq=False)
 class Segment:
-    """A complete plan (n,) of stops and the moves from it, in the order they are taken."""
+    """A complete choice (n,) and the moves from it, in the order in which they are taken."""
 
     start: np.ndarray
     start_bytes: float
@@ -61,7 +61,7 @@ class Segment:
 
     @cached_property
     def steps(self) -> MoveSteps:
-        """The moves as the greedy search reads them."""
+        """The moves in the form of the greedy search."""
         current, left = self.start.tolist(), []
         for move in self.moves:
             left.append(current[move.matrix])
@@ -71,21 +71,21 @@ class Segment:
         return MoveSteps(matrices.tolist(), left, stops.tolist(), size.tolist())
 
     def price(self, taken: int) -> float:
-        """Cost saved per byte by the first move not taken; 0 when all are."""
+        """Return the cost saved per byte by the first move not taken; 0 if all are taken."""
         if taken == len(self.moves):
             return 0.0
         return self.moves[taken].priority / self.steps.size[taken]
 
     def bytes_after(self, count: int) -> float:
-        """Nominal bytes of the plan after so many moves."""
+        """Return the nominal bytes of the plan after ``count`` moves."""
         return self.moves[count - 1].bytes_after if count else self.start_bytes
 
     def count_within(self, budget: float) -> int:
-        """How many moves fit: they are taken in order, up to the first that does not."""
+        """Return the number of moves that fit, taken in order up to the first that does not."""
         return int(np.searchsorted(self._move_arrays[2], budget * (1 + TOLERANCE), side="right"))
 
     def after(self, count: int) -> np.ndarray:
-        """The choice of stops (n,) after so many moves."""
+        """Return the choice (n,) after ``count`` moves."""
         matrices, stops, _ = self._move_arrays
         choice = self.start.copy()
         choice[matrices[:count]] = stops[:count]  # of several moves of a matrix the last counts
@@ -94,10 +94,10 @@ class Segment:
 
 @dataclass(frozen=True, eq=False)
 class FrontierPoint:
-    """What a frontier says to a budget.
+    """A frontier's plan for a budget.
 
-    ``objective`` and ``lower_bound`` are in the unit of the method's cost, and None where it has
-    none; no plan within the budget costs less than ``lower_bound``.
+    ``objective`` and ``lower_bound`` are in the unit of the method's cost, None if it has none; no
+    plan within the budget costs less than ``lower_bound``.
     """
 
     choice: np.ndarray
@@ -109,13 +109,12 @@ class FrontierPoint:
 
 @dataclass(frozen=True, eq=False)
 class Frontier:
-    """Segments in the order of their starts' bytes, and what the fill needs.
+    """Segments in the order of their starts' bytes, and the tables of the fill.
 
     ``nominal`` and ``cost`` are (n, 12); ``cost`` is None for methods that leave the rest of a
-    budget unspent, and infinite for stops that may not be chosen. Where matrices cost something
-    together, so that no table holds it, every segment is a complete plan without moves, and
-    ``losses`` (segments,) says what each costs; ``lower_bounds`` what no plan of as many bytes
-    costs less than.
+    budget unspent, and infinite for configurations that may not be chosen. If the cost is not a
+    sum over matrices, every segment is a complete plan without moves, ``losses`` (segments,) holds
+    their costs and ``lower_bounds`` a bound for all plans of at most the same size.
     """
 
     segments: tuple[Segment, ...]
@@ -123,7 +122,7 @@ class Frontier:
     cost: np.ndarray | None = field(default=None)
     losses: np.ndarray | None = None
     lower_bounds: np.ndarray | None = None
-    #: Plain words about every plan of it.
+    #: Notes that apply to every plan of the frontier.
     notes: tuple[str, ...] = ()
 
     @property
@@ -132,11 +131,11 @@ class Frontier:
         return self.segments[0].start_bytes
 
     def can_reach(self, budget: float) -> bool:
-        """Whether some plan is within a budget in nominal bytes."""
+        """Return whether some plan is within a budget in nominal bytes."""
         return self.smallest <= budget * (1 + TOLERANCE)
 
     def check_reachable(self, budget: Budget, problem: Problem) -> None:
-        """Raise :class:`InputError` where no plan is within the budget."""
+        """Raise :class:`InputError` if no plan is within the budget."""
         if not self.can_reach(budget.nominal_bytes):
             raise InputError(
                 f"A budget of {budget.text} does not reach the smallest plan from this base, "
@@ -148,12 +147,12 @@ class Frontier:
         return np.array([s.start_bytes for s in self.segments])
 
     def at(self, budget: float) -> FrontierPoint:
-        """The plan within a budget in nominal bytes; an infinite one takes every move.
+        """Return the plan for a budget in nominal bytes; an infinite budget takes every move.
 
         Raises
         ------
         ValueError
-            When the budget is below the smallest plan.
+            If the budget is below the smallest plan.
         """
         limit = budget * (1 + TOLERANCE)
         if not self.can_reach(budget):
@@ -173,7 +172,7 @@ class Frontier:
         return FrontierPoint(choice, segment, taken, self.objective(choice), bound)
 
     def _spend_budget(self, segment: Segment, taken: int, limit: float) -> np.ndarray:
-        """The better of two ways to end: short of the budget, or over it by a move and back."""
+        """Return the better of two ends: below the budget, or over it by a move and repaired."""
         steps, tables = segment.steps, (self.nominal, self.cost, limit)
         room = limit - segment.bytes_after(taken)
         best = fill_budget(take_fitting_moves(steps, taken, segment.after(taken), room), *tables)
@@ -188,16 +187,16 @@ class Frontier:
         return back if self.objective(back) < self.objective(best) else best
 
     def objective(self, choice: np.ndarray) -> float:
-        """Total cost of a choice (n,)."""
+        """Return the total cost of a choice (n,)."""
         return total(self.cost, choice)
 
     def _lower_bound(
         self, segment: Segment, taken: int, choice: np.ndarray, budget: float
     ) -> float:
-        """The Lagrangian bound: the next move at its own price for all that is left.
+        """Return the Lagrangian bound: the next move at its own price for the rest of the budget.
 
         Moves are ordered by price, so this is the optimum of the relaxed problem, in which a move
-        may be taken in part; a rounding error's width is taken off.
+        may be taken in part, less a margin for rounding errors.
         """
         bound = self.objective(choice)
         if taken < len(segment.moves):
@@ -209,7 +208,7 @@ class Frontier:
 def build_moves(
     start: np.ndarray, requested_moves: list[tuple[int, int, float]], nominal: np.ndarray
 ) -> tuple[Move, ...]:
-    """Moves ``(matrix, stop, worth)`` in order, with the bytes of the plan after each.
+    """Make moves from ``(matrix, stop, priority)`` in order, with the bytes after each.
 
     ``nominal`` is (n, 12). Moves that change nothing are left out.
     """

@@ -1,14 +1,13 @@
-"""Spending a knapsack's budget well where the hull's moves end.
+"""Greedy search that spends the rest of a knapsack's budget after the hull's moves.
 
-Moves are taken by price, so the last one that fits leaves a rest of the budget. Two ways out are
-tried: skip what doesn't fit and take later moves (:func:`take_fitting_moves`), or take the move
-that doesn't fit and give earlier ones back (:func:`undo_moves`). What is left then goes to single
-changes off the hull (:func:`fill_budget`).
+Moves are taken by price, so the last one that fits leaves part of the budget. Two alternatives are
+tried: skip moves that don't fit and take later ones (:func:`take_fitting_moves`), or take the move
+that doesn't fit and undo earlier ones (:func:`undo_moves`). The rest then goes to single changes
+off the hull (:func:`fill_budget`).
 
-Every step is the first or the best there is, ties going to the first matrix and then the lowest
-stop, and every sum runs from first to last, so that the browser, taking the same steps in the same
-order, finds the same plan to the last bit. Tables are (n, 12) nominal bytes and costs; a choice is
-(n,) stops, and none given is changed.
+Ties go to the first matrix and then to the lowest configuration, and every sum runs from first to
+last, so that the browser, taking the same steps in the same order, finds the same plan to the last
+bit. Tables are (n, 12) nominal bytes and costs; a choice is (n,); no argument is modified.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ class MoveSteps:
 
 
 def take_fitting_moves(steps: MoveSteps, taken: int, choice: np.ndarray, room: float) -> np.ndarray:
-    """Go on after the moves taken: each that fits, none of a matrix that missed one."""
+    """Take each later move that fits, except those of a matrix with a skipped move."""
     choice, missed = choice.copy(), set()
     for k in range(taken, len(steps.matrix)):
         matrix, size = steps.matrix[k], steps.size[k]
@@ -46,8 +45,8 @@ def take_fitting_moves(steps: MoveSteps, taken: int, choice: np.ndarray, room: f
 def undo_moves(steps: MoveSteps, taken: int, choice: np.ndarray, room: float) -> np.ndarray:
     """Undo moves before the last one taken, latest first, while the room is negative.
 
-    Only moves that are no larger than what is missing are undone, and of a matrix none before one
-    that was kept; the last move stays. The choice may still be over the budget in the end.
+    Only moves that are no larger than the deficit are undone, and none of a matrix before one that
+    stays; the last move stays. The result may still be over the budget.
     """
     choice, locked = choice.copy(), {steps.matrix[taken - 1]}
     for k in range(taken - 2, -1, -1):
@@ -67,7 +66,7 @@ def undo_moves(steps: MoveSteps, taken: int, choice: np.ndarray, room: float) ->
 def fill_budget(
     choice: np.ndarray, nominal: np.ndarray, cost: np.ndarray, limit: float
 ) -> np.ndarray:
-    """Spend what is left: again and again the change that saves most cost and fits."""
+    """Spend the rest of the budget: repeat the change that saves most cost among those that fit."""
     choice = choice.copy()
     left = limit - total(nominal, choice)
     more, saved = _changes(nominal, cost, choice)
@@ -85,7 +84,7 @@ def fill_budget(
 def repair_budget(
     choice: np.ndarray, nominal: np.ndarray, cost: np.ndarray, limit: float
 ) -> np.ndarray | None:
-    """A choice over the budget after the cheapest single change that brings it within, or None."""
+    """Bring a choice within the budget by the cheapest single change; None if there is none."""
     over = total(nominal, choice) - limit
     if over <= 0:
         return choice
@@ -100,14 +99,14 @@ def repair_budget(
 
 
 def total(table: np.ndarray, choice: np.ndarray) -> float:
-    """The sum of a table's entries at a choice, added from first to last."""
+    """Return the sum of a table's entries at a choice, added from first to last."""
     return float(np.add.accumulate(table[np.arange(len(choice)), choice])[-1])
 
 
 def _changes(
     nominal: np.ndarray, cost: np.ndarray, choice: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """For every matrix and stop the bytes more and the cost saved against the choice."""
+    """Return the bytes added and the cost saved by every change of the choice, both (n, 12)."""
     rows = np.arange(len(choice))
     return (
         nominal - nominal[rows, choice][:, None],

@@ -1,6 +1,6 @@
-"""Multiple-choice knapsacks: one stop a matrix, least total cost within a budget.
+"""Multiple-choice knapsacks: one configuration per matrix, least total cost within a budget.
 
-The whole frontier comes from the lower convex hulls of each matrix's (bytes, cost) points, merged
+The frontier is computed from the lower convex hulls of each matrix's (bytes, cost) points, merged
 by price (method §5).
 """
 
@@ -17,30 +17,31 @@ from lsq_core.planning.request import PlanRequest
 
 
 class Knapsack(LadderPlanner):
-    """A method that minimises a cost; a new one says what each matrix costs at each stop."""
+    """A method that minimises a cost: a subclass defines it for each matrix and configuration."""
 
     has_base = False
-    metrics: tuple[str, ...] = ()
+    fields = ("exact",)
+    cost_unit = "cost"
 
     def cost(self, problem: Problem) -> np.ndarray:
-        """Cost (n, 12) of each matrix at each stop; NaN where it cannot be chosen."""
+        """Return the cost (n, 12) of each matrix at each configuration; NaN if unavailable."""
         raise NotImplementedError
 
     def frontier(self, problem: Problem, request: PlanRequest, bases: list[int]) -> Frontier:
-        """Every budget's plan; bases don't matter."""
+        """Return the plans for every budget; ``bases`` is not used."""
         return hull_frontier(self.cost(problem), problem)
 
 
 def hull_frontier(cost: np.ndarray, problem: Problem) -> Frontier:
-    """The frontier of a cost (n, 12): each matrix's cheapest stop, then hull steps by price.
+    """Return the frontier of a cost (n, 12): the smallest configurations, then hull steps by price.
 
-    A matrix without any cost (nothing was measured of it) keeps the most bits that it may have,
-    and the frontier's notes name it.
+    A matrix without any cost, as it was not measured, gets the most bits that it may have, and the
+    frontier's notes name it.
 
     Raises
     ------
     InputError
-        When no group size fills a matrix, or none that its pin allows.
+        If no group size fills a matrix, or none that its pin allows.
     """
     problem.check_options()
     cost = np.where(problem.allowed & np.isfinite(cost), cost, np.inf)
@@ -74,10 +75,10 @@ def _unmeasured_note(names: list[str]) -> tuple[str, ...]:
 
 
 def lower_hull(size: np.ndarray, cost: np.ndarray, stops: np.ndarray) -> list[int]:
-    """The stops on the lower convex hull, from the smallest on, each cheaper than the last.
+    """Return the options on the lower convex hull by size, each cheaper than the previous one.
 
-    Prices fall strictly from step to step, so taking all matrices' steps by price takes each
-    matrix's own in order.
+    Prices fall strictly from step to step, so sorting all matrices' steps by price keeps each
+    matrix's own steps in order.
     """
     hull: list[int] = []
     for stop in sorted(stops, key=lambda j: (size[j], cost[j])):

@@ -1,4 +1,4 @@
-"""From a problem and a request to a plan, or to the frontier of all budgets."""
+"""Make a plan, or the frontier of all budgets, from a problem and a request."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ def make_plan(
     other_bytes: int = 0,
     frontier: Frontier | None = None,
 ) -> Plan:
-    """The plan that a method makes for a base stop, a budget, or a base capped by a budget.
+    """Make a method's plan for a base configuration, a budget, or a base capped by a budget.
 
-    ``frontier`` is what :func:`make_frontier` gave for the same request with its pins, where it is
-    at hand; else it is made.
+    ``frontier`` is the result of :func:`make_frontier` for the same request with its pins; it is
+    computed if not given.
 
     Raises
     ------
     InputError
-        When the method is unknown, neither base nor budget is given, the budget is out of reach,
+        If the method is unknown, neither base nor budget is given, the budget is out of reach,
         or the base's groups don't fill a matrix.
     """
     planner = get_planner(request.method)
@@ -82,12 +82,12 @@ def make_plan(
 
 
 def make_frontier(problem: Problem, request: PlanRequest) -> Frontier:
-    """Every budget's plan by a method; its pins, if any, are in the problem already.
+    """Compute a method's plans for every budget; pins are already part of the problem.
 
     Raises
     ------
     InputError
-        When the base's groups, or every stop's, fail to fill some matrix.
+        If the groups of the base, or of every configuration, fail to fill some matrix.
     """
     planner = get_planner(request.method)
     problem = problem.with_options(planner.options(request))
@@ -106,7 +106,7 @@ def make_frontier(problem: Problem, request: PlanRequest) -> Frontier:
 
 @dataclass(frozen=True, eq=False)
 class _Selection:
-    """Stops (n,), the base they start from, what ranked each moved matrix, and plain words."""
+    """A choice (n,), its base, the score that ranked each moved matrix, and notes."""
 
     stops: np.ndarray
     base: str | None = None
@@ -123,7 +123,7 @@ def _select_plan(
     request: PlanRequest,
     budget: Budget | None,
 ) -> _Selection:
-    """The frontier's plan for a budget, or all of a fixed base's moves."""
+    """Return the frontier's plan for a budget, or for a base alone all of its moves."""
     limit = budget.nominal_bytes if budget else np.inf
     if budget is not None:
         frontier.check_reachable(budget, problem)
@@ -162,7 +162,7 @@ def _solve_exact(frontier: Frontier, limit: float) -> _Selection:
 def _notes(
     planner: Planner, problem: Problem, segment: Segment, taken: int, budget: Budget | None
 ) -> tuple[str, ...]:
-    """Plain words about what a boost could not do, and what of the budget it leaves."""
+    """Return notes on a boost that has no effect, or that leaves part of the budget unspent."""
     if not planner.metrics:
         return ()
     shallow = shallow_model_note(1 + max(m.layer for m in problem.matrices))
@@ -183,7 +183,7 @@ def _notes(
 def _pin_cost_notes(
     problem: Problem, request: PlanRequest, chosen: _Selection, frontier: Frontier
 ) -> tuple[str, ...]:
-    """What the pins cost: bytes where they were added to a base, else cost at the same budget."""
+    """Return a note on the cost of the pins: bits for a base, else cost at the same budget."""
     if not request.pins:
         return ()
     try:
@@ -202,4 +202,6 @@ def _pin_cost_notes(
     if without is None or chosen.objective is None:
         return ()
     share = 100 * (chosen.objective / without - 1) if without else 0.0
-    return (f"The pins cost {share:+.2f} % of what the method minimises, at the same budget.",)
+    return (
+        f"The pins cost {share:+.2f} % of the cost that the method minimises, at the same budget.",
+    )

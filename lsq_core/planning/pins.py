@@ -1,4 +1,4 @@
-"""Pins: modules fixed by hand to a configuration or a range; the rest is planned around them."""
+"""Pins: modules that the user fixes to a configuration or a range; the rest is planned."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from lsq_core.errors import InputError
 from lsq_core.model.info import Matrix
 from lsq_core.planning.problem import Problem
 
-#: What a pin may be about, seen from one matrix.
+#: The scopes of a pin that is made from one matrix.
 SCOPES = ("module", "layer", "type")
 
 
 @dataclass(frozen=True)
 class Pin:
-    """A pattern of full module names and the first and last of the options they may have."""
+    """A pattern of full module names, and the lowest and highest option that they may get."""
 
     pattern: str
     low: int
@@ -33,8 +33,7 @@ class Pin:
         Raises
         ------
         InputError
-            When it is not of that form, the method has no such option, or the range runs
-            backwards.
+            If it has another form, the method has no such option, or the range is reversed.
         """
         pattern, separator, configs = text.rpartition("=")
         if not separator or not pattern.strip():
@@ -58,7 +57,7 @@ class Pin:
         high: int,
         options: tuple[Config, ...] = LADDER,
     ) -> Pin:
-        """A pin of a matrix's module with all its experts, of its layer, or of its module type."""
+        """Make a pin of a matrix's module (with all experts), of its layer or of its type."""
         before, _, inside = matrix.name.partition(f".{matrix.layer}.")
         inside = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", inside)
         layer = f"{before}.{matrix.layer}."
@@ -66,7 +65,7 @@ class Pin:
         return cls(patterns[scope], low, high, options)
 
     def __str__(self) -> str:
-        """As it is typed."""
+        """The text that :meth:`parse` reads."""
         low, high = self.options[self.low].name, self.options[self.high].name
         return f"{self.pattern}={low}" + ("" if low == high else f"..{high}")
 
@@ -83,12 +82,12 @@ def _option_index(name: str, options: tuple[Config, ...]) -> int:
 
 
 def apply_pins(problem: Problem, pins: tuple[str, ...]) -> Problem:
-    """The problem with what the pins allow; several pins of one module must agree on something.
+    """Restrict a problem to what the pins allow; pins of one module must overlap.
 
     Raises
     ------
     InputError
-        When a pin matches no module, two contradict each other, or a group size doesn't fill.
+        If a pin matches no module, two contradict each other, or no group size fills a matrix.
     """
     if not pins:
         return problem

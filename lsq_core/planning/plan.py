@@ -1,4 +1,4 @@
-"""A plan: one configuration for each matrix, and why."""
+"""A plan: one configuration for each matrix."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """One configuration for each matrix, and why.
+    """One configuration for each matrix.
 
-    ``reasons`` holds, for each matrix that was moved from its base, what ranked it (its z-score;
-    for an ablation the order of the draw).
+    ``ranking_scores`` holds, for each matrix that was promoted from the base, the score that
+    ranked it (its z-score; for an ablation the order of the draw).
     """
 
     request: PlanRequest
@@ -43,16 +43,16 @@ class Plan:
     base: str | None = None
     ranking_scores: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    #: Bytes of what plans don't touch, in the checkpoint's dtype.
+    #: Bytes of the parameters outside of plans, in the checkpoint's dtype.
     other_bytes: int = 0
-    #: A knapsack's cost of this plan, and what no plan within the budget can cost less than.
+    #: A knapsack's cost of this plan, and a lower bound for all plans within the budget.
     objective: float | None = None
     lower_bound: float | None = None
-    #: Whose storage the planned bytes are of.
+    #: The quantizer whose storage format the planned bytes refer to.
     quantizer: str = "hqq"
-    #: The text that its rows were scored on or that its quantizer reads, by its settings' names.
+    #: Settings of the calibration corpus for the row scores or for the quantizer.
     calibration: dict | None = None
-    #: The id of the profile that it was made from, None where its method needs none.
+    #: The id of the profile that it was made from, None if its method needs none.
     profile: str | None = None
     #: The high-impact rows of each matrix that has mixed rows, by its name.
     rows: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -129,19 +129,19 @@ class Plan:
 
     @cached_property
     def planned_bytes(self) -> int:
-        """What the quantizer will store for the linear weights, exactly."""
+        """Exact bytes that the quantizer will store for the linear weights."""
         return sum(
             planned_bytes(self.quantizer, m.shape, c, self.metadata) for m, c in self.choice.items()
         )
 
     @property
     def model_bytes(self) -> int:
-        """The whole model: planned bytes, and the rest in the checkpoint's dtype."""
+        """Bytes of the model: planned bytes, and the rest in the checkpoint's dtype."""
         return self.planned_bytes + self.other_bytes
 
     @property
     def modules(self) -> dict[str, dict]:
-        """Full module name to its configuration, as the command line prints it."""
+        """The configuration of each module by full name, as the command line prints it."""
         return {
             m.name: c.json_fields
             | {"config": c.name, "layer": m.layer, "type": m.type}
@@ -150,7 +150,7 @@ class Plan:
         }
 
     def summary(self) -> dict:
-        """Method and every account of its size, by the names the command line prints."""
+        """Return the method and all sizes, by the names that the command line prints."""
         return {
             "method": self.method,
             "base": self.base,
@@ -168,25 +168,25 @@ class Plan:
         } | self._knapsack_bounds()
 
     def _knapsack_bounds(self) -> dict:
-        """What only a knapsack's plan has: its cost, the certified bound and the relative gap."""
+        """Return the cost, certified bound and relative gap of a knapsack's plan, else nothing."""
         if self.objective is None:
             return {}
         gap = (self.objective - self.lower_bound) / abs(self.objective) if self.objective else 0.0
         return {"objective": self.objective, "lower_bound": self.lower_bound, "gap": gap}
 
     def to_json(self) -> dict:
-        """Everything needed to apply the plan again; :meth:`from_json` reads it."""
+        """Return all that is needed to apply the plan again; :meth:`from_json` reads it."""
         definition = {"request": asdict(self.request), "modules": self.modules}
         return self.summary() | {"calibration": self.calibration} | definition
 
     @classmethod
     def from_json(cls, content: dict, matrices: tuple[Matrix, ...], other_bytes: int) -> Plan:
-        """A saved plan for the model that these matrices belong to.
+        """Read a saved plan for the model that these matrices belong to.
 
         Raises
         ------
         InputError
-            When it is not a plan, or one for another model; see
+            If it is not a plan, or one for another model; see
             :func:`lsq_core.planning.saved.read_plan`.
         """
         saved = read_plan(content, matrices)

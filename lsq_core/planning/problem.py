@@ -1,4 +1,4 @@
-"""What a planner is given and what it is asked: no torch, no store, no model in memory."""
+"""The input of a planner: no torch, no store, no model in memory."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from lsq_core.model.info import Matrix
 from lsq_core.quantization.registry import planned_bytes
 from lsq_core.units import format_bytes
 
-#: Budgets are typed with few digits; a plan that exceeds one by less than this is within it.
+#: Relative tolerance of budgets, which are typed with few digits.
 TOLERANCE = 1e-9
 
 
 @dataclass(frozen=True, eq=False)
 class Interactions:
-    """How the ratios in one decoder block act on a loss, alone and together (M of method §7).
+    """The effect of the ratios in one decoder block on a loss, alone and in pairs (M of method §7).
 
-    ``units`` are what shares a ratio, as indices of matrices: single ones, or the experts of one
-    module type. ``matrix`` is (u·r, u·r), the options of a unit side by side; the loss that it
-    predicts of a one-hot δ is ½·δᵀMδ. None where only row scores were asked for.
+    ``units`` holds the matrices that share a ratio, as indices: single ones, or the experts of one
+    module type. ``matrix`` is (u·r, u·r), the options of a unit adjacent; for a one-hot δ it
+    predicts the loss ½·δᵀMδ. None if only row scores were requested.
     """
 
     layer: int
@@ -33,7 +33,7 @@ class Interactions:
 
 @dataclass(frozen=True, eq=False)
 class Impact:
-    """What is known of a model's rows, for planning them at two widths.
+    """Measurements of a model's rows, for planning them at two bit widths.
 
     ``row_scores`` holds the mean squared gradient of each output row, (out,), in the order of the
     matrices.
@@ -41,17 +41,16 @@ class Impact:
 
     row_scores: tuple[np.ndarray, ...]
     blocks: tuple[Interactions, ...]
-    #: What tells it from another, where it is remembered by that.
+    #: Identifies the measurements in cache keys.
     mark: str = ""
 
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """The matrices of a model, what each can be given, and what has been measured of them.
+    """The matrices of a model, the configurations that each can get, and their scores.
 
-    ``scores`` maps a metric to (n,) figures, ``by_config`` to (n, 12), both in the order of
-    ``matrices`` and NaN where there is none. A choice (n,) holds indices into ``options``; on the
-    ladder they are called stops.
+    ``scores`` maps a metric to (n,) values, ``by_config`` to (n, 12), both in the order of
+    ``matrices`` and NaN for a missing value. A choice (n,) holds indices into ``options``.
     """
 
     matrices: tuple[Matrix, ...]
@@ -60,26 +59,26 @@ class Problem:
     #: First and last option that pins allow each matrix, int64 (n,); None without pins.
     pinned_low: np.ndarray | None = None
     pinned_high: np.ndarray | None = None
-    #: From few bits to many.
+    #: Configurations, from few bits to many.
     options: tuple[Config, ...] = LADDER
     impact: Impact | None = None
 
     def with_options(self, options: tuple[Config, ...]) -> Problem:
-        """The same with other options; pins are of the options that they were made with."""
+        """Return the problem with other options, without pins unless the options are the same."""
         if options == self.options:
             return self
         return replace(self, options=options, pinned_low=None, pinned_high=None)
 
     @cached_property
     def low(self) -> np.ndarray:
-        """The lowest stop that may be chosen for each matrix, int64 (n,)."""
+        """The lowest option that each matrix may get, int64 (n,)."""
         if self.pinned_low is not None:
             return self.pinned_low
         return np.zeros(len(self.matrices), dtype=np.int64)
 
     @cached_property
     def high(self) -> np.ndarray:
-        """The highest stop that may be chosen for each matrix, int64 (n,)."""
+        """The highest option that each matrix may get, int64 (n,)."""
         if self.pinned_high is not None:
             return self.pinned_high
         return np.full(len(self.matrices), len(self.options) - 1)
@@ -104,7 +103,7 @@ class Problem:
         )
 
     def planned(self, metadata: str) -> list[list[int]]:
-        """Bytes of each option in this project's packing, (n, options)."""
+        """Return the bytes of each option in this project's packing, (n, options)."""
         shapes = [m.shape for m in self.matrices]
         sizes = {
             shape: [planned_bytes("hqq", shape, option, metadata) for option in self.options]
@@ -118,11 +117,11 @@ class Problem:
         return int(self.numel.sum())
 
     def nominal(self, choice: np.ndarray) -> float:
-        """Nominal bytes of a choice of stops (n,)."""
+        """Return the nominal bytes of a choice (n,)."""
         return float(self.bytes[np.arange(len(choice)), choice].sum())
 
     def check_allowed(self, choice: np.ndarray) -> None:
-        """Raise :class:`InputError` naming the first matrix that its stop's groups don't fill."""
+        """Raise :class:`InputError` for the first matrix that its option's groups don't fill."""
         for matrix, stop in zip(self.matrices, choice, strict=True):
             if not self.options[stop].fits(matrix):
                 raise InputError(
@@ -132,7 +131,7 @@ class Problem:
                 )
 
     def check_options(self) -> None:
-        """Raise :class:`InputError` naming the first matrix that no option's groups fill."""
+        """Raise :class:`InputError` for the first matrix that no option's groups fill."""
         for matrix, allowed in zip(self.matrices, self.allowed, strict=True):
             if not allowed.any():
                 sizes = sorted({option.group_size for option in self.options}, reverse=True)
@@ -150,7 +149,7 @@ class Problem:
         Raises
         ------
         InputError
-            When there is none, because no option's groups fill some matrix.
+            If there is no plan because no option's groups fill some matrix.
         """
         self.check_options()
         smallest = np.where(self.allowed, self.bytes, np.inf).min(axis=1).sum()
@@ -158,5 +157,5 @@ class Problem:
         return float(smallest), float(largest)
 
     def format_size(self, nominal: float) -> str:
-        """Bytes of the linear weights as people read them: ``3.18 bpp (9.02 MiB)``."""
+        """Format nominal bytes of the linear weights: ``3.18 bpp (9.02 MiB)``."""
         return f"{8 * nominal / self.total:.4g} bpp ({format_bytes(nominal)})"

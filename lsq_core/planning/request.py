@@ -1,4 +1,4 @@
-"""What a person asks a planning method for."""
+"""The request for a plan."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from lsq_core.bits import Budget, mixed_rows
 from lsq_core.errors import InputError
 from lsq_core.planning.problem import TOLERANCE, Problem
 
-#: What high-impact ratios are measured by: the block's own output, or the whole model's.
+#: Losses that high-impact ratios are measured by: on the block's own output, or on the model's.
 LOSSES = ("block", "model")
-#: What SensiBoost can read: the sensitivity by part, or by module.
+#: Metrics that SensiBoost can read: the sensitivity by part, or by module.
 SENSITIVITIES = ("sensitivity", "sensitivity_module")
-#: How they are chosen: one for all, each matrix for itself, or as they act together in a block.
+#: How ratios are chosen: one for all, per matrix, or jointly for the matrices of a block.
 RATIO_MODES = ("uniform", "diagonal", "full")
 
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What a person asks for: a method, and a base stop, a budget, or both.
+    """A method, and a base configuration, a budget, or both.
 
-    ``top_m`` 0 keeps every outlier; ``metric`` is what SensiBoost reads; ``seed`` is for the
-    ablations; ``exact`` has a knapsack solved to the optimum; ``pins`` are read by
-    :class:`lsq_core.planning.pins.Pin`. The last six are those of the high-impact ratio:
-    :class:`lsq_core.planning.methods.high_impact.HighImpact` says what they mean.
+    ``top_m`` 0 promotes every outlier; ``metric`` is the one that SensiBoost reads; ``seed`` is
+    that of the ablations; ``exact`` solves a knapsack to the optimum; ``pins`` are parsed by
+    :class:`lsq_core.planning.pins.Pin`. The last six fields are documented in
+    :class:`lsq_core.planning.methods.high_impact.HighImpact`. Each method declares the fields that
+    it reads (:attr:`lsq_core.planning.methods.base.Planner.fields`).
     """
 
     method: str
@@ -51,7 +52,7 @@ class PlanRequest:
         if self.boost_stop < 0 or self.top_m < 0:
             raise InputError("boost-stop and top-m cannot be negative.")
         if self.seed < 0:
-            raise InputError(f"A seed cannot be negative, and {self.seed} is.")
+            raise InputError(f"A seed cannot be negative ({self.seed}).")
         mixed_rows(self.low_bits, self.high_bits, self.group_size)
         for name, value, offered in (
             ("loss", self.loss, LOSSES),
@@ -62,7 +63,7 @@ class PlanRequest:
                 raise InputError(f"{name} is one of {', '.join(offered)}, not '{value}'.")
 
     def _check_types(self) -> None:
-        """A request may come from a file: a field of another type is named, not met later."""
+        """Raise :class:`InputError` for a field of the wrong type, as a file may have one."""
         for each in fields(self):
             value, kind = getattr(self, each.name), type(each.default)
             if each.name == "pins":
@@ -79,12 +80,12 @@ class PlanRequest:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> PlanRequest:
-        """A request as a plan's JSON has it.
+        """Read a request from the JSON of a plan.
 
         Raises
         ------
         InputError
-            When it lacks the method, has a field that no request has, or a value it cannot have.
+            If it lacks the method, or has an unknown field or an invalid value.
         """
         unknown = sorted(set(content) - {each.name for each in fields(cls)})
         if unknown:
@@ -94,7 +95,7 @@ class PlanRequest:
         return cls(**content)
 
     def resolve_budget(self, problem: Problem) -> Budget | None:
-        """The budget in nominal bytes, checked against what is feasible for this model."""
+        """Return the budget in nominal bytes, checked against the sizes that plans can have."""
         if self.budget is None:
             return None
         budget = Budget.parse(self.budget, problem.total)

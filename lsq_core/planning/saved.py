@@ -1,4 +1,4 @@
-"""Reading a plan's JSON: every field is checked, so that a damaged file is named as one."""
+"""Reading a plan's JSON; every field is checked, so that a damaged file is reported."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lsq_core.quantization.registry import quantizer_spec
 
 @dataclass(frozen=True)
 class SavedPlan:
-    """What a plan's JSON holds, checked against the model's matrices and in their order."""
+    """The contents of a plan's JSON, checked against the model's matrices and in their order."""
 
     request: PlanRequest
     configs: tuple[Config, ...]
@@ -36,15 +36,15 @@ class SavedPlan:
 
 
 def read_plan(content: object, matrices: Sequence[Matrix]) -> SavedPlan:
-    """The fields of :meth:`lsq_core.planning.plan.Plan.to_json`, for the model of these matrices.
+    """Read the fields of :meth:`lsq_core.planning.plan.Plan.to_json` for these matrices.
 
-    Accounts of the plan's size are computed anew; what else the file holds is left alone.
+    Sizes are recomputed by the plan; other fields of the file are ignored.
 
     Raises
     ------
     InputError
-        When a field is missing or has a value that no plan has, the plan is for another model, or
-        a group size doesn't fill its matrix.
+        If a field is missing or invalid, the plan is for another model, or a group size doesn't
+        fill its matrix.
     """
     if not isinstance(content, Mapping):
         raise _invalid_plan("it is not a JSON object")
@@ -94,14 +94,14 @@ def _invalid_plan(why: str) -> InputError:
     return InputError(f"This is not a plan that LSQ Explorer wrote: {why}.")
 
 
-#: Beyond this a sum or a difference of two numbers of a file might overflow.
+#: Largest number in a file: a sum or difference of two larger ones might overflow.
 _MAX_NUMBER = 1e300
 _REQUIRED = object()
 _TYPE_NAMES = {dict: "an object", list: "a list", str: "text", int: "a whole number"}
 
 
 def _read_field(content: Mapping, name: str, kind: type, default: object = _REQUIRED) -> object:
-    """A field of that type; one that may be missing may also be null."""
+    """Return a field of that type; a field with a default may be missing or null."""
     value = content.get(name, default)
     if value is _REQUIRED:
         raise _invalid_plan(f"'{name}' is missing")
@@ -143,14 +143,14 @@ def _config(entry: object, matrix: Matrix) -> Config:
 
 
 def encode_rows(rows: Sequence[int], matrix: Matrix) -> str:
-    """Row numbers as a plan's JSON has them: a bitmap of all rows, lowest bits first, in base64."""
+    """Encode row numbers as a bitmap of all rows, lowest bits first, in base64."""
     marked = np.zeros(matrix.out_features, dtype=np.uint8)
     marked[list(rows)] = 1
     return b64encode(np.packbits(marked, bitorder="little").tobytes()).decode("ascii")
 
 
 def _decode_rows(entry: Mapping, matrix: Matrix) -> tuple[int, ...]:
-    """The row numbers of :func:`encode_rows`, ascending, as many as the configuration has."""
+    """Decode the row numbers of :func:`encode_rows`, ascending, and check their number."""
     where, config = f"rows of {matrix.name}", config_from_json(entry)
     text = _read_field(entry, "rows", str)
     try:

@@ -1,4 +1,4 @@
-"""What a memory buys: the budget that fits a card of a given size with room for context."""
+"""The budget that fits a device's memory with room for the context."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from lsq_core.model.info import ModelInfo
 from lsq_core.planning.problem import Problem
 from lsq_core.units import GIB
 
-#: Memories that people have, in GiB as cards count them.
+#: Common memory sizes of accelerators, in GiB.
 MEMORY_SIZES_GIB = (8, 12, 16, 24, 80)
-#: Tokens of context to keep room for, or the model's whole context where that is shorter.
+#: Tokens of context that memory is reserved for, at most the model's context length.
 CONTEXT_TOKENS = 4096
-#: Left free for activations and the runtime, in bytes.
+#: Reserved for activations and the runtime, in bytes.
 WORKING_BYTES = GIB // 2
 
 
 @dataclass(frozen=True)
 class MemoryBudget:
-    """A memory, and the budget of linear weights (nominal bits a parameter) that fits it.
+    """A memory size, and the budget of linear weights (nominal bits per parameter) that fits it.
 
-    ``bits`` may lie outside of what any plan takes, and even below zero. ``context_bytes`` is None
-    where the model doesn't tell its key-value heads; then no room is kept for context.
+    ``bits`` may be out of reach for any plan, and even negative. ``context_bytes`` is None if the
+    config lacks the key-value heads; then no memory is reserved for the context.
     """
 
     gib: int
@@ -49,7 +49,7 @@ class MemoryBudget:
 
 
 def memory_budgets(info: ModelInfo, problem: Problem, metadata: str) -> list[MemoryBudget]:
-    """The budget that fits each of :data:`MEMORY_SIZES_GIB`, whatever plan is made of it."""
+    """Return the budget that fits each of :data:`MEMORY_SIZES_GIB` with any plan."""
     tokens = min(CONTEXT_TOKENS, info.context or CONTEXT_TOKENS)
     per_token = context_bytes_per_token(info)
     context = None if per_token is None else per_token * tokens
@@ -65,10 +65,10 @@ def memory_budgets(info: ModelInfo, problem: Problem, metadata: str) -> list[Mem
 
 
 def context_bytes_per_token(info: ModelInfo) -> int | None:
-    """Bytes of keys and values that a token keeps, in fp16; None where the model doesn't tell.
+    """Return the bytes of a token's keys and values in fp16, None if unknown.
 
-    They are the outputs of ``k_proj`` and ``v_proj`` where there are such, else what the config
-    says of heads.
+    They are the outputs of ``k_proj`` and ``v_proj`` if there are such, else computed from the
+    heads in the config.
     """
     own = [m.out_features for m in info.matrices if m.type.endswith(("k_proj", "v_proj"))]
     if own:
@@ -83,6 +83,6 @@ def context_bytes_per_token(info: ModelInfo) -> int | None:
 
 
 def _stored_per_nominal(problem: Problem, metadata: str) -> float:
-    """The most that a matrix occupies against its nominal bytes, by any allowed option."""
+    """Return the largest ratio of stored to nominal bytes over matrices and allowed options."""
     stored = np.array(problem.planned(metadata))
     return float(np.where(problem.allowed, stored / problem.bytes, 1.0).max())

@@ -1,4 +1,4 @@
-"""How alike patterns over layers are, and where metrics put matrices in another order."""
+"""Rank correlations between patterns over layers and between metrics."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import pandas as pd
 from scipy.stats import rankdata, spearmanr
 
 from lsq_core.bits import LADDER
-from lsq_core.profiling.metrics import PROXIES
+from lsq_core.profiling.metrics import proxies
 from lsq_core.profiling.profile import Profile
 
-#: Fewer layers in common than this have no rank correlation worth telling.
+#: Fewest common layers for which a rank correlation is reported.
 MIN_COMMON_LAYERS = 4
 
 
 def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
-    """Spearman's ρ of two (n,) arrays where both are finite; NaN where too little is.
+    """Return Spearman's ρ of two (n,) arrays over the entries finite in both; NaN if too few.
 
     Example
     -------
@@ -33,11 +33,11 @@ def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def pattern_correlations(frame: pd.DataFrame) -> pd.DataFrame:
-    """Spearman's ρ between lines: over the layers of each part, averaged over the parts.
+    """Return Spearman's ρ between lines: over the layers of each part, averaged over the parts.
 
     ``frame`` has ``line, part, layer, value``. Ranks are taken within a part, since parts differ
-    by orders of magnitude and would agree by that alone. Lines with other layers in a part
-    (models of another depth) have no correlation there; NaN where no part has one.
+    by orders of magnitude, which alone would make lines agree. Lines with different layers in a
+    part (models of different depth) have no correlation there; NaN if no part has one.
     """
     lines = list(dict.fromkeys(frame["line"]))
     wide = {
@@ -59,9 +59,9 @@ def _part_correlation(table: pd.DataFrame, a: str, b: str) -> float:
 
 
 def proxy_agreement(profile: Profile) -> pd.DataFrame:
-    """Spearman's ρ of each proxy and its exact score over all matrices, at every stop.
+    """Return Spearman's ρ of each proxy and its exact score over all matrices, by configuration.
 
-    ``proxy, exact, config, rank_correlation``; no rows for what the profile doesn't hold.
+    Columns ``proxy, exact, config, rank_correlation``; no row for scores that the profile lacks.
     """
     held = set(zip(profile.values["metric"], profile.values["config"], strict=True))
     rows = [
@@ -71,7 +71,7 @@ def proxy_agreement(profile: Profile) -> pd.DataFrame:
             config.name,
             rank_correlation(profile.scores(proxy, config), profile.scores(exact, config)),
         )
-        for proxy, exact in PROXIES.items()
+        for proxy, exact in proxies().items()
         for config in LADDER
         if {(proxy, config.name), (exact, config.name)} <= held
     ]
@@ -88,7 +88,7 @@ class LinePair:
 
 
 def lowest_correlation(correlations: pd.DataFrame) -> LinePair | None:
-    """The two lines that agree least; None where no two can be compared."""
+    """Return the two lines that agree least; None if no two can be compared."""
     values = correlations.to_numpy(copy=True)
     values[np.tril_indices(len(values))] = np.nan
     if not np.isfinite(values).any():
@@ -99,7 +99,7 @@ def lowest_correlation(correlations: pd.DataFrame) -> LinePair | None:
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
-    """Rank of each of (n,), 1 the largest, ties at their mean; NaN where there is no value."""
+    """Return ranks (n,): 1 for the largest, the mean rank for ties, NaN for a missing value."""
     result = np.full(len(values), np.nan)
     finite = np.isfinite(values)
     result[finite] = rankdata(-values[finite])

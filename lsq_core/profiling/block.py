@@ -22,21 +22,21 @@ class Block:
     prefix: str
     block: nn.Module
     matrices: tuple[Matrix, ...]
-    #: The calibration tokens, int64 (sequences, tokens), of which ``hidden`` has batches.
+    #: The calibration tokens, int64 (sequences, tokens), which ``hidden`` holds in batches.
     ids: Tensor
     hidden: list[Tensor] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
 
     def weight(self, matrix: Matrix) -> Tensor:
-        """The full-precision weight (out, in), a view."""
+        """Return the full-precision weight (out, in), a view."""
         return get_weight(self.loaded.model, matrix)
 
     def name_in_block(self, matrix: Matrix) -> str:
-        """The name, inside the block, of the module that holds a matrix."""
+        """Return the name, inside the block, of the module that holds a matrix."""
         name = matrix.name.removeprefix(f"{self.prefix}.")
         return name if matrix.expert is None else name.rsplit(".", 2)[0]
 
     def run(self) -> Iterator[Tensor]:
-        """The block's output for each calibration batch."""
+        """Yield the block's output for each calibration batch."""
         for hidden, call in zip(self.hidden, self.calls, strict=True):
             yield first_tensor(self.block(hidden, *call.args, **call.kwargs))

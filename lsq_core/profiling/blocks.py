@@ -19,42 +19,42 @@ BATCH = 8
 
 
 class _StopForward(Exception):
-    """Ends a forward pass that has shown what it was run for."""
+    """Ends a forward pass once the calls have been recorded."""
 
 
-# --- the walk ----------------------------------------------------------------------------------
+# --- block by block --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class OutputForm:
-    """How a block returns its hidden states: alone, or first of a tuple or list."""
+    """How a block returns its hidden states: alone, or as the first of a tuple or list."""
 
     kind: type | None = None
     length: int = 1
 
     @classmethod
     def from_output(cls, output: object) -> OutputForm:
-        """The form of what a block returned."""
+        """Return the form of a block's output."""
         if isinstance(output, (tuple, list)):
             return cls(type(output), len(output))
         return cls()
 
     def around(self, states: Tensor) -> object:
-        """Hidden states in this form, with nothing in the other places."""
+        """Return hidden states in this form, with None for the other values."""
         return states if self.kind is None else self.kind([states] + [None] * (self.length - 1))
 
 
 def record_calls(loaded: LoadedModel, ids: Tensor) -> tuple[list[list[Call]], list[Tensor]]:
-    """How each block is called for each batch, and the hidden states that enter the first one.
+    """Record the arguments of each block for each batch, and the hidden states of the first one.
 
-    ``ids`` is int64 (sequences, tokens). Blocks are passed through without computing and nothing
-    runs after them, so this costs the embedding alone; each keeps its own masks and positions,
-    which differ between the layers of some models.
+    ``ids`` is int64 (sequences, tokens). Blocks are replaced by stubs and nothing runs after them,
+    so only the embedding is computed. Masks and positions are recorded for each block, since they
+    differ between the layers of some models.
 
     Raises
     ------
     InputError
-        As :func:`detect_output_forms`.
+        See :func:`detect_output_forms`.
     """
     forms = detect_output_forms(loaded, ids)
     calls: list[list[Call]] = [[] for _ in forms]
@@ -77,11 +77,11 @@ def record_calls(loaded: LoadedModel, ids: Tensor) -> tuple[list[list[Call]], li
 def run_from_block(
     loaded: LoadedModel, layer: int, hidden: Tensor, ids: Tensor, forms: list[OutputForm]
 ) -> Tensor:
-    """Logits (sequences, tokens, vocabulary), run from one block on.
+    """Return logits (sequences, tokens, vocabulary), computed from one block on.
 
-    ``hidden`` is what enters block ``layer`` for the tokens ``ids`` (sequences, tokens); the
-    blocks before it are passed by. With ``layer`` the number of blocks, only what comes after
-    the last one runs. The model's own code does the rest, whatever its architecture.
+    ``hidden`` are the inputs of block ``layer`` for the tokens ``ids`` (sequences, tokens); the
+    blocks before it are skipped. If ``layer`` is the number of blocks, only the final norm and the
+    LM head run. The rest is the model's own forward pass, so any architecture works.
     """
 
     def stub_output(layer: int, *_: object) -> object:
@@ -92,24 +92,24 @@ def run_from_block(
 
 
 def detect_output_forms(loaded: LoadedModel, ids: Tensor) -> list[OutputForm]:
-    """In which form each block returns, seen by running one of each class on a few tokens.
+    """Detect the output form of each block by running one of each class on a few tokens.
 
     Raises
     ------
     InputError
-        When the blocks can't be run one by one: more than hidden states goes from one to the
+        If the blocks can't be run one by one: more than hidden states is passed from one to the
         next, or the model doesn't call all of them in order.
     """
     prefix, blocks = find_blocks(loaded.model)
     forms: dict[type, OutputForm] = {}
-    #: What one block of each class returned, and what of it isn't hidden states.
+    #: The output of one block of each class, and the ids of its tensors besides hidden states.
     tails: dict[type, object] = {}
     extra_outputs: set[int] = set()
 
     def run(layer: int, states: Tensor, args: tuple, kwargs: dict) -> object:
         if any(id(value) in extra_outputs for value in (*args, *kwargs.values())):
             raise InputError(
-                _not_sequential_message(loaded, "more than hidden states goes between them")
+                _not_sequential_message(loaded, "more than hidden states is passed between them")
             )
         block = blocks[layer]
         kind = type(block)
@@ -138,7 +138,7 @@ def detect_output_forms(loaded: LoadedModel, ids: Tensor) -> list[OutputForm]:
 
 
 def _replace_states(output: object, states: Tensor) -> object:
-    """What a block returned with other hidden states in it."""
+    """Return a block's output with its hidden states replaced."""
     if isinstance(output, (tuple, list)):
         return type(output)([states, *output[1:]])
     return states
@@ -152,7 +152,7 @@ def _not_sequential_message(loaded: LoadedModel, reason: str) -> str:
 
 
 def _run_with_stubs(loaded: LoadedModel, ids: Tensor, output: Callable) -> None:
-    """Run the model with ``output`` in place of every block, until that raises `_Reached`."""
+    """Run the model with ``output`` in place of every block, until it raises `_StopForward`."""
     with suppress(_StopForward), _stubbed_blocks(loaded, len(loaded.blocks), output):
         last_logits(loaded.model, ids, 1)
 
@@ -161,7 +161,7 @@ def _run_with_stubs(loaded: LoadedModel, ids: Tensor, output: Callable) -> None:
 def _stubbed_blocks(
     loaded: LoadedModel, count: int, output: Callable[..., object]
 ) -> Iterator[None]:
-    """Have ``output(layer, states, args, kwargs)`` give what the first blocks would."""
+    """Replace the forward of the first blocks by ``output(layer, states, args, kwargs)``."""
 
     def make_stub(layer: int) -> Callable:
         return lambda states, *args, **kwargs: output(layer, states, args, kwargs)

@@ -9,12 +9,12 @@ from lsq_core.settings import CalibrationSettings
 
 
 def load_calibration(loaded: LoadedModel, text: CalibrationSettings) -> TokenBlocks:
-    """The calibration blocks, no longer than the model's context.
+    """Load the calibration blocks, no longer than the model's context.
 
     Raises
     ------
     InputError
-        When there is no such corpus, it is too short, or a token has no row in the embedding.
+        If there is no such corpus, it is too short, or a token has no row in the embedding.
     """
     corpus = load_corpus(text.corpus, "calibration")
     blocks = build_calibration_blocks(

@@ -1,14 +1,14 @@
 """One decoder block and its calibration inputs, as the metrics see it.
 
-Blocks are visited in order. What a block is called with besides the hidden states (masks,
-positions) is recorded once; the hidden states flow from the full-precision block before it.
+Blocks are visited in order. The arguments of a block besides the hidden states (masks, positions)
+are recorded once; the hidden states come from the full-precision block before it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from torch import Tensor, nn
@@ -23,27 +23,36 @@ from lsq_core.profiling.replay import Replay
 
 @dataclass(frozen=True, eq=False)
 class BlockObservations:
-    """What one pass of a block over the calibration inputs shows."""
+    """What is collected in one pass of a block over the calibration inputs."""
 
     #: ``H = XᵀX`` (in, in) in float32 and the number of tokens, by matrix. Modules that read the
     #: same input share one; an expert that no token reached has 0 tokens.
     grams: dict[Matrix, tuple[Tensor, int]]
-    #: By :attr:`Part.place`, for parts that aren't linear.
+    #: By :attr:`Part.comparison`, for parts of several matrices.
     replays: dict[tuple[str, str], Replay]
-    #: The hidden states that leave the block, a tensor a batch.
+    #: The hidden states that leave the block, one tensor per batch.
     following: list[Tensor]
 
 
 @dataclass(eq=False)
 class BlockContext(Block):
-    """A decoder block with what its metrics read, each measured once."""
+    """A decoder block and what its metrics read, each measured once."""
 
-    @cached_property
+    #: Results that a metric reuses for other matrices of the block; freed with the context.
+    cache: dict[str, object] = field(default_factory=dict, init=False, repr=False)
+    _observations: BlockObservations | None = field(default=None, init=False, repr=False)
+
+    @property
     def observations(self) -> BlockObservations:
-        """Gram matrices, what is replayed and what the next block gets, of one pass."""
+        """Gram matrices, replays and the block's outputs, collected in one pass on first use."""
+        if self._observations is None:
+            self._observations = self._observe()
+        return self._observations
+
+    def _observe(self) -> BlockObservations:
         collector = GramCollector(self)
         replays = {
-            part.place: Replay(*map(self.block.get_submodule, part.place))
+            part.comparison: Replay(*map(self.block.get_submodule, part.comparison))
             for part in self.parts
             if not part.linear
         }
@@ -59,8 +68,11 @@ class BlockContext(Block):
 
     @cached_property
     def second_moments(self) -> dict[Matrix, tuple[Tensor, int]]:
-        """The diagonal (in,) of each Gram matrix, and the number of tokens; no Gram is needed."""
-        if "observed" in self.__dict__:
+        """The diagonal (in,) of each Gram matrix and the number of tokens.
+
+        Computed without Gram matrices, unless these were collected already.
+        """
+        if self._observations is not None:
             return {m: (gram.diagonal(), n) for m, (gram, n) in self.observations.grams.items()}
         collector = MomentCollector(self)
         with collector.collecting_inputs():
@@ -70,37 +82,37 @@ class BlockContext(Block):
 
     @cached_property
     def parts(self) -> tuple[Part, ...]:
-        """The authors' parts of this block, found from its structure (see :func:`find_parts`)."""
+        """The authors' parts of this block, by its structure (see :func:`find_parts`)."""
         return find_parts(self)
 
     @cached_property
     def units(self) -> list[tuple[Matrix, ...]]:
-        """Matrices that are quantized together: those of a part, or each alone without inputs."""
+        """Matrices that are quantized together: a part's, or each alone if there are no inputs."""
         return [part.matrices for part in self.parts] if self.hidden else list(zip(self.matrices))
 
     @contextmanager
     def replaced_weights(self, weights: dict[Matrix, Tensor]) -> Iterator[None]:
-        """Put other weights in for a while; the original ones are put back, never read again."""
+        """Replace weights within a ``with`` block, and restore the original ones after it."""
         with ExitStack() as stack:
             for matrix, weight in weights.items():
                 stack.callback(self._replace(matrix, weight))
             yield
 
     def _replace(self, matrix: Matrix, weight: Tensor) -> Callable[[], None]:
-        """Put one weight in; returns what puts the original one back."""
+        """Replace one weight; returns the function that restores the original one."""
         holder, name = locate_parameter(self.loaded.model, matrix)
         before = getattr(holder, name)
         if matrix.expert is None:
             after = (weight.T if is_transposed(holder) else weight).to(before.dtype)
             setattr(holder, name, nn.Parameter(after, requires_grad=False))
             return lambda: setattr(holder, name, before)
-        place = self.weight(matrix)
-        original = place.clone()
-        place.copy_(weight)
-        return lambda: place.copy_(original)
+        view = self.weight(matrix)
+        original = view.clone()
+        view.copy_(weight)
+        return lambda: view.copy_(original)
 
     def advance(self) -> None:
-        """Make the hidden states those that leave the block, for the block after it."""
-        seen = self.__dict__.pop("observed", None)
+        """Replace the hidden states by the block's outputs, the inputs of the next block."""
+        seen, self._observations = self._observations, None
         for batch, output in enumerate(seen.following if seen else self.run()):
             self.hidden[batch] = output

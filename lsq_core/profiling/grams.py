@@ -1,4 +1,4 @@
-"""Second moments of what enters the linear modules of a block."""
+"""Second moments of the inputs of a block's linear modules."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from lsq_core.profiling.block import Block
 
 
 class GramCollector:
-    """Adds up XᵀX over everything that linear modules and experts of a block are given."""
+    """Sums XᵀX over all inputs of the linear modules and experts of a block."""
 
     def __init__(self, context: Block) -> None:
         self.context = context
         self.sums: dict[object, tuple[Tensor, int]] = {}
-        #: Which sum belongs to a matrix; matrices that are fed the same tensor share one.
+        #: The key of each matrix's sum; matrices with the same input tensor share one.
         self.key_by_matrix: dict[Matrix, object] = {}
         self.key_by_input: dict[int, object] = {}
         self.alive: list[Tensor] = []
@@ -44,7 +44,7 @@ class GramCollector:
         return lambda module, args: self.add(matrix, args[0])
 
     def add(self, matrix: Matrix, inputs: Tensor) -> None:
-        """Count the inputs of one call, once however many matrices share them."""
+        """Add the inputs of one call, once for all matrices that share them."""
         shared = self.key_by_input.get(id(inputs)) if matrix.expert is None else None
         if shared is not None:
             self.key_by_matrix[matrix] = shared
@@ -57,7 +57,7 @@ class GramCollector:
         self.sums[matrix] = (self.sum(before, rows), tokens + len(rows))
 
     def sum(self, before: Tensor | None, rows: Tensor) -> Tensor:
-        """What there was and what rows (n, in) add to it."""
+        """Return the sum so far plus that of rows (n, in)."""
         return rows.T @ rows if before is None else before.addmm_(rows.T, rows)
 
     def end_batch(self) -> None:
@@ -75,7 +75,7 @@ class GramCollector:
 
 
 class MomentCollector(GramCollector):
-    """Adds up the diagonals alone."""
+    """Sums only the diagonals of XᵀX."""
 
     def sum(self, before: Tensor | None, rows: Tensor) -> Tensor:
         squares = rows.square().sum(0)
@@ -83,10 +83,10 @@ class MomentCollector(GramCollector):
 
 
 class _ExpertInputRecorder(TorchFunctionMode):
-    """Sees what each expert of a stack is multiplied by.
+    """Records the inputs of each expert of a stack.
 
-    Experts are no modules: their module calls ``linear`` or a matrix product with a slice of the
-    stacked parameter, which is known by where it lies in memory.
+    Experts are not modules: their module calls ``linear`` or a matrix product with a slice of the
+    stacked parameter, which is identified by its address in memory.
     """
 
     def __init__(self, collector: GramCollector, matrices: list[Matrix]) -> None:

@@ -1,8 +1,8 @@
-"""How high-impact ratios act on a loss, alone and two at a time (M of [C]; method §7).
+"""The effect of high-impact ratios on a loss, alone and in pairs (M of [C]; method §7).
 
-For each matrix of a block and each ratio the matrix alone is rounded to nearest, its high-impact
-rows at more bits, all else at full precision; and then each two matrices of the block at each two
-ratios. For seven matrices and five ratios that is 1 + 35 + 525 evaluations of a block.
+Each matrix of a block alone is rounded to nearest at each ratio, its high-impact rows at more bits
+and all else at full precision; then each pair of matrices at each pair of ratios. For seven
+matrices and five ratios that is 1 + 35 + 525 evaluations of a block.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from lsq_core.progress import Progress, no_progress
 from lsq_core.quantization.registry import get_quantizer
 from lsq_core.quantization.rows import quantize_config
 
-#: Calibration tokens that each loss is measured on. The block's own output is cheap; the whole
-#: model's costs every block from there on, and the head, 560 times for each block of a Llama.
+#: Calibration tokens that each loss is measured on. The block's own output is cheap; the model's
+#: output takes every later block and the LM head, 560 times for each block of a Llama.
 LOSS_TOKENS = {"block": 1024, "model": 256}
-#: Logits held at once, in numbers: so many changed models run together.
+#: Most logits computed at once (a count); it limits how many changed models run together.
 _MAX_BATCH_LOGITS = 2**24
 
-#: Weights in the place of the full-precision ones.
+#: Weights that replace the full-precision ones.
 WeightChange = dict[Matrix, Tensor]
 
 
@@ -58,12 +58,12 @@ def measure_interactions(
     known: Sequence[int] = (),
     progress: Progress = no_progress,
 ) -> Iterator[BlockInteractions]:
-    """M of each block in turn, those of ``known`` layers left out.
+    """Yield M of each block in turn, except of ``known`` layers.
 
-    ``loss`` is ``block``: the squared change of the block's own output by its energy; or
+    ``loss`` is ``block``: the squared change of the block's own output over its energy; or
     ``model``: the mean squared change of the model's logits. ``ids`` are int64 (sequences,
-    tokens), as :func:`limit_tokens` gives them. Differences are taken in float32 and
-    added up in float64; with a model in 16 bits, its outputs are rounded to those.
+    tokens), from :func:`limit_tokens`. Differences are taken in float32 and summed in float64; the
+    outputs of a 16-bit model are rounded to its dtype.
     """
     by_layer: dict[int, list[Matrix]] = {}
     for matrix in loaded.info.matrices:
@@ -90,7 +90,7 @@ def measure_interactions(
 
 
 def limit_tokens(ids: Tensor, loss: str) -> Tensor:
-    """The first of calibration tokens (sequences, tokens), as many as a loss is measured on."""
+    """Return the first calibration tokens (sequences, tokens), at most what a loss needs."""
     wanted = LOSS_TOKENS[loss]
     return ids[: max(1, wanted // ids.shape[1]), :wanted]
 
@@ -106,7 +106,7 @@ def _quantized_units(
     axis: int,
     metadata: str,
 ) -> dict[str, list[WeightChange]]:
-    """For each unit what its weights become at each option."""
+    """Return the quantized weights of each unit at each option."""
     quantizer = get_quantizer("rtn")
 
     def rounded(matrix: Matrix, option: MixedRows) -> Tensor:
@@ -135,10 +135,10 @@ def _interactions(
     losses: Callable[[list[WeightChange], Callable[[int], None]], list[float]],
     report: Callable[[int], None],
 ) -> np.ndarray:
-    """M out of the losses of no change, of each change alone, and of each two of a block.
+    """Return M from the losses of no change, of each change alone, and of each pair in a block.
 
-    The diagonal is 2·(L(Δ) − L(0)); two of different units have L(Δ1+Δ2) + L(0) − L(Δ1) − L(Δ2),
-    and two options of one unit, of which never both hold, have nothing.
+    The diagonal is 2·(L(Δ) − L(0)); a pair of different units has L(Δ1+Δ2) + L(0) − L(Δ1) − L(Δ2),
+    and two options of one unit, which exclude each other, have 0.
     """
     unit_options = list(product(range(len(changed)), range(options)))
     changes = list(changed.values())
@@ -165,7 +165,7 @@ class _BlockLoss:
         self.energy = sum(float(output.double().square().sum()) for output in self.expected)
 
     def compute(self, changes: list[WeightChange], report: Callable[[int], None]) -> list[float]:
-        """The loss of each change."""
+        """Return the loss of each change."""
         found = []
         for done, change in enumerate(changes):
             report(done)
@@ -190,13 +190,13 @@ class _ModelLoss:
         self.expected = self._logits(torch.cat(list(context.run())))
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        """Logits (models, sequences, tokens, vocabulary) of what leaves the block, in float32."""
+        """Return float32 logits (models, sequences, tokens, vocabulary) for the block's outputs."""
         ids = self.ids.repeat(len(hidden) // len(self.ids), 1)
         logits = run_from_block(self.loaded, self.context.layer + 1, hidden, ids, self.forms)
         return logits.float().view(-1, *self.ids.shape, logits.shape[-1])
 
     def compute(self, changes: list[WeightChange], report: Callable[[int], None]) -> list[float]:
-        """The loss of each change."""
+        """Return the loss of each change."""
         found: list[float] = []
         for start in range(0, len(changes), self.batch_size):
             report(start)

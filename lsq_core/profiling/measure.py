@@ -1,11 +1,10 @@
-"""Measure a profile: one load of the model, one walk over its blocks, every metric."""
+"""Measure a profile: load the model once, visit its blocks in order, score every metric."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from importlib import import_module
 from itertools import groupby
 
 import pandas as pd
@@ -19,7 +18,7 @@ from lsq_core.model.loading import LoadedModel
 from lsq_core.profiling.blocks import record_calls
 from lsq_core.profiling.calibration import load_calibration
 from lsq_core.profiling.context import BlockContext
-from lsq_core.profiling.metrics import DEFAULT_METRICS, METRICS
+from lsq_core.profiling.metrics import METRICS, default_metrics
 from lsq_core.profiling.metrics.base import Metric, Score
 from lsq_core.profiling.profile import Profile
 from lsq_core.profiling.settings import ProfileSettings
@@ -35,13 +34,8 @@ from lsq_core.quantization.registry import (
 
 
 def make_metrics(names: Sequence[str]) -> list[Metric]:
-    """One of each of these metrics, in the order of the registry."""
-    found = []
-    for name, import_path in METRICS.items():
-        if name in names:
-            module, _, kind = import_path.partition(":")
-            found.append(getattr(import_module(module), kind)())
-    return found
+    """Create one of each of these metrics, in the order of the registry."""
+    return [metric() for name, metric in METRICS.items() if name in names]
 
 
 @torch.inference_mode()
@@ -50,22 +44,22 @@ def measure_profile(
     settings: ProfileSettings,
     key: str,
     progress: Progress = no_progress,
-    metrics: Sequence[str] = DEFAULT_METRICS,
+    metrics: Sequence[str] | None = None,
 ) -> Profile:
-    """Measure metrics on every matrix of a loaded model; the profile holds those alone.
+    """Measure metrics on every matrix of a loaded model; None for the default ones.
 
     Raises
     ------
     InputError
-        When the quantizer cannot run here or group like this, or the calibration corpus cannot be
-        had or is too short.
+        If the quantizer cannot run here or group like this, or the calibration corpus cannot be
+        loaded or is too short.
     LsqError
-        When a weight is NaN or infinite.
+        If a weight is NaN or infinite.
     """
     start_time = time.perf_counter()
     check_choice(settings.quantizer, {}, settings.axis)
     blocks = load_calibration(loaded, settings.text)
-    metric_objects = make_metrics(metrics)
+    metric_objects = make_metrics(default_metrics() if metrics is None else metrics)
     ids = torch.from_numpy(blocks.ids).to(loaded.device)[: _max_sequences(metric_objects)]
     scores: list[Score] = []
     done, total = 0, _effort(metric_objects, loaded.info)
@@ -101,13 +95,13 @@ def measure_profile(
 
 
 def _max_sequences(metrics: list[Metric]) -> int | None:
-    """How many calibration blocks the metrics read, None for all."""
+    """Return the number of calibration blocks that the metrics read, None for all."""
     wanted = [metric.sequences for metric in metrics]
     return None if None in wanted else max(wanted)
 
 
 def _effort(metrics: list[Metric], info: ModelInfo) -> int:
-    """The effort of all scores together; fewer come where a group size does not fill a matrix."""
+    """Return the total effort of all scores, at most: some group sizes do not fill a matrix."""
     return sum(
         metric.effort(matrix.layer, info.layers) * max(len(metric.configs), 1)
         for metric in metrics
@@ -116,7 +110,7 @@ def _effort(metrics: list[Metric], info: ModelInfo) -> int:
 
 
 def iter_blocks(loaded: LoadedModel, ids: Tensor) -> Iterator[BlockContext]:
-    """Each block in turn with the inputs that the full-precision blocks before it produce."""
+    """Yield each block with the inputs that the full-precision blocks before it produce."""
     prefix, blocks = find_blocks(loaded.model)
     calls, hidden = record_calls(loaded, ids)
     for layer, block in enumerate(blocks):
@@ -131,7 +125,7 @@ def iter_blocks(loaded: LoadedModel, ids: Tensor) -> Iterator[BlockContext]:
 
 
 def _iter_weights_only(loaded: LoadedModel, ids: Tensor) -> Iterator[BlockContext]:
-    """Each parameter in turn without any inputs, for metrics that need no text."""
+    """Yield each parameter without inputs, for metrics that need no calibration text."""
     prefix, blocks = find_blocks(loaded.model)
     for name, found in groupby(loaded.info.matrices, parameter_name):
         matrices = tuple(found)
@@ -162,7 +156,7 @@ def _score_block(
 def _quantize(
     context: BlockContext, unit: Sequence[Matrix], config: QuantConfig, settings: ProfileSettings
 ) -> dict[Matrix, Tensor]:
-    """What each matrix becomes, float32, for those that the group size divides."""
+    """Return dequantized weights, float32, of the matrices that the group size divides."""
     quantizer = get_quantizer(settings.quantizer)
     quantized = {}
     for matrix in unit:

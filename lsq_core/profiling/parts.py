@@ -14,10 +14,10 @@ from lsq_core.profiling.grams import GramCollector
 
 @dataclass(frozen=True)
 class Part:
-    """Matrices that the authors quantize together, and where the output is compared.
+    """Matrices that the authors quantize together, and the output by which they are scored.
 
     ``container`` and ``output`` are module names inside the block ('' is the block itself).
-    ``linear`` is a part of one linear module, compared at its own output.
+    ``linear`` marks a part of one linear module, scored by its own output.
     """
 
     name: str
@@ -27,8 +27,8 @@ class Part:
     linear: bool = False
 
     @property
-    def place(self) -> tuple[str, str]:
-        """What is run again for it, and where the output is read."""
+    def comparison(self) -> tuple[str, str]:
+        """The module that is run again for it, and the one whose output is compared."""
         return self.container, self.output
 
 
@@ -36,7 +36,7 @@ class Part:
 
 
 def find_parts(context: Block) -> tuple[Part, ...]:
-    """The parts of a block: in each container the last linear module is one, the others another.
+    """Return the parts of a block: per container the last linear module, and the others together.
 
     This gives the authors' four parts on a Llama - q, k, v against the attention's output, o,
     gate and up against the MLP's output, down - and their counterparts elsewhere, without a list
@@ -65,14 +65,14 @@ def find_parts(context: Block) -> tuple[Part, ...]:
 
 
 def _container(context: Block, matrix: Matrix) -> str:
-    """The module that directly holds a matrix's module, or the stack itself; without indices."""
+    """Return the parent of a matrix's module, or the stack of experts itself; without indices."""
     name_in_block = context.name_in_block(matrix)
     holder = name_in_block if matrix.expert is not None else name_in_block.rpartition(".")[0]
     return re.sub(r"\.\d+(?=\.|$)", "", holder)
 
 
 def _container_names(context: Block, containers: dict) -> dict[str, tuple[str, str]]:
-    """The authors' part names for the first attention and the first MLP, paths for the rest."""
+    """Return the authors' part names for the first attention and the first MLP, else paths."""
     names, taken = {}, set()
     for container in containers:
         kind = "attn" if "attn" in container or "attention" in container else "mlp"
@@ -86,7 +86,7 @@ def _container_names(context: Block, containers: dict) -> dict[str, tuple[str, s
 
 
 def _execution_order(context: Block) -> dict[str, int]:
-    """When each matrix was first used, seen by running the first sequence through the block."""
+    """Return the rank of each matrix's first use when the first batch runs through the block."""
     seen: dict[str, int] = {}
 
     class Order(GramCollector):

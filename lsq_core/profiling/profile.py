@@ -11,20 +11,20 @@ import numpy as np
 from lsq_core.bits import LADDER, QuantConfig
 from lsq_core.errors import LsqError
 from lsq_core.model.info import Matrix
+from lsq_core.profiling.metrics import METRICS, default_metrics
+from lsq_core.profiling.settings import ProfileSettings
+from lsq_core.table import short_table
 
 if TYPE_CHECKING:
     import pandas as pd
-from lsq_core.profiling.metrics import DEFAULT_METRICS, METRICS
-from lsq_core.profiling.settings import ProfileSettings
-from lsq_core.table import short_table
 
 
 @dataclass(frozen=True, eq=False)
 class Profile:
     """Every score of one model under one :class:`ProfileSettings`.
 
-    ``values`` has a row for each figure: ``module, layer, type, metric, config, part, value``;
-    ``config`` is '' where a metric has none.
+    ``values`` has a row per score: ``module, layer, type, metric, config, part, value``;
+    ``config`` is '' for a score that depends on no configuration.
     """
 
     id: str
@@ -56,12 +56,12 @@ class Profile:
         return tuple(self.values["metric"].unique())
 
     def scores(self, metric: str, config: QuantConfig | None = None) -> np.ndarray:
-        """One score for each matrix (n,), NaN where there is none.
+        """Return one score per matrix (n,), NaN for a missing one.
 
         Raises
         ------
         LsqError
-            When the profile has no such metric.
+            If the profile has no such metric.
         """
         config_name = config.name if config else ""
         rows = self.values[
@@ -73,14 +73,14 @@ class Profile:
         return np.array([by_name.get(m.name, np.nan) for m in self.matrices], dtype=float)
 
     def by_config(self, metric: str, ladder: Sequence[QuantConfig] = LADDER) -> np.ndarray:
-        """Scores of a metric at every stop, (n, stops); NaN where a stop cannot be."""
+        """Return a metric's scores at every configuration, (n, ladder); NaN for a missing one."""
         return np.stack([self.scores(metric, config) for config in ladder], axis=1)
 
 
 def missing_metrics(found: Profile | None, wanted: Sequence[str] = ()) -> list[str]:
-    """The usual metrics and those ``wanted`` that a profile hasn't, in the order of measuring.
+    """Return the default and the ``wanted`` metrics that a profile lacks, in measuring order.
 
-    A profile lacks some while it is being measured, and where that was cut short.
+    A profile lacks some while it is being measured, or if that was interrupted.
     """
     held = found.metrics if found else ()
-    return [m for m in METRICS if m in {*DEFAULT_METRICS, *wanted} and m not in held]
+    return [m for m in METRICS if m in {*default_metrics(), *wanted} and m not in held]

@@ -1,4 +1,4 @@
-"""One module of a block, run again with the inputs it had when the block ran."""
+"""One module of a block, run again with the inputs that were recorded when the block ran."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lsq_core.model.architecture import first_tensor
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """What a module is called with for one batch (a block: besides the hidden states)."""
+    """The arguments of a module for one batch (of a block: those besides the hidden states)."""
 
     args: tuple
     kwargs: dict
@@ -22,7 +22,7 @@ class Call:
 
 @dataclass(eq=False)
 class Replay:
-    """The calls of a ``container``, a batch each, and what the module ``output`` inside it gave."""
+    """The calls of ``container``, one per batch, and the outputs of the module ``output`` in it."""
 
     container: nn.Module
     output: nn.Module
@@ -31,7 +31,7 @@ class Replay:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Keep the calls and outputs of what runs meanwhile."""
+        """Record calls and outputs within a ``with`` block."""
         call_hook = self.container.register_forward_pre_hook(
             lambda module, args, kwargs: self.calls.append(Call(args, kwargs)), with_kwargs=True
         )
@@ -42,7 +42,7 @@ class Replay:
             call_hook.remove()
 
     def run(self) -> Iterator[Tensor]:
-        """The output for each batch, with the weights as they are now."""
+        """Yield the output for each batch with the present weights."""
         outputs_so_far: list[Tensor] = []
         with self._collecting_outputs(outputs_so_far):
             for call in self.calls:
@@ -51,7 +51,7 @@ class Replay:
 
     @contextmanager
     def _collecting_outputs(self, into: list[Tensor]) -> Iterator[None]:
-        """Add what ``output`` gives to a list, one tensor for each call of the container."""
+        """Append the outputs of ``output`` to a list, one tensor per call of the container."""
         outputs_so_far: list[Tensor] = []
 
         def end(*_: object) -> None:
@@ -72,7 +72,7 @@ class Replay:
 
 
 def _concatenate_outputs(outputs: list[Tensor]) -> Tensor:
-    """What a module gave in one or several calls, as one tensor."""
+    """Return the outputs of one or several calls as one tensor."""
     if len(outputs) == 1:
         return outputs[0]
     return torch.cat([output.flatten() for output in outputs]) if outputs else torch.empty(0)

@@ -15,9 +15,9 @@ from lsq_core.model.info import Matrix
 from lsq_core.model.loading import LoadedModel, last_logits
 from lsq_core.progress import Progress, no_progress
 
-#: Sequences between two writes of what there is so far.
+#: Number of sequences between two writes of the checkpoint.
 _CHECKPOINT_SEQUENCES = 16
-#: The entry of a checkpoint that says how many sequences were read.
+#: The entry of a checkpoint with the number of sequences read.
 _DONE = "done"
 
 
@@ -27,12 +27,12 @@ def measure_row_scores(
     progress: Progress = no_progress,
     checkpoint: Path | None = None,
 ) -> dict[str, np.ndarray]:
-    """Mean squared gradient of each output row of each matrix, float64 (out,) by its name.
+    """Measure the mean squared gradient of each output row, float64 (out,) by matrix name.
 
     The loss is the language model's, the mean over the tokens of one sequence; its gradients are
     taken for one sequence of ``ids`` (sequences, tokens) at a time, since the square of a batch's
     mean gradient is not Fisher information, and their squares in float32 are averaged over a row
-    and over the sequences. ``checkpoint`` is a file to go on from.
+    and over the sequences. ``checkpoint`` is a file to resume from.
     """
     scores = _RowScores(loaded)
     done = scores.read(checkpoint, len(ids), progress)
@@ -49,7 +49,7 @@ def measure_row_scores(
 
 
 class _RowScores:
-    """Adds up squared gradients as soon as a parameter has its own, and drops them."""
+    """Sums squared gradients, freeing each gradient as soon as it is computed."""
 
     def __init__(self, loaded: LoadedModel) -> None:
         self.sums = {m: np.zeros(m.out_features) for m in loaded.info.matrices}
@@ -62,7 +62,7 @@ class _RowScores:
             entry[1].append(matrix)
 
     def collect_gradients(self) -> _GradientCollection:
-        """Gradients of the planned weights alone, within a ``with``."""
+        """Compute gradients of only the planned weights within a ``with`` block."""
         return _GradientCollection(self)
 
     def add(self, parameter: nn.Parameter) -> None:
@@ -74,9 +74,9 @@ class _RowScores:
             self.sums[matrix] += own.mean(0 if transposed else 1).double().cpu().numpy()
 
     def read(self, checkpoint: Path | None, sequences: int, progress: Progress) -> int:
-        """Take over what was kept; how many of the sequences that was.
+        """Resume from a checkpoint; returns the number of sequences that it covers.
 
-        What is damaged is deleted, and costs what it held.
+        A damaged checkpoint is deleted and its sequences are read again.
         """
         if checkpoint is None:
             return 0
@@ -87,7 +87,7 @@ class _RowScores:
             saved = read_arrays(checkpoint, expected)
             if saved is not None and not 0 < saved[_DONE] <= sequences:
                 raise DamagedFileError(
-                    f"{checkpoint} is damaged: it is of {saved[_DONE]} sequences."
+                    f"{checkpoint} is damaged: it covers {saved[_DONE]} sequences."
                 )
         except DamagedFileError as error:
             progress(0, sequences, f"{error} Its sequences are read again.")

@@ -1,4 +1,4 @@
-"""What a profile is measured with."""
+"""The settings of a profile."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from lsq_core.settings import CalibrationSettings, GridSettings
 
 @dataclass(frozen=True)
 class ProfileSettings:
-    """What the figures of a profile depend on, besides the model.
+    """What the scores of a profile depend on, besides the model.
 
-    ``calibration`` names a corpus; of it ``samples`` texts, shuffled with ``seed``, are cut to
-    blocks of ``block_tokens`` (method §2).
+    ``calibration`` names a corpus, from which ``samples`` texts, shuffled with ``seed``, are cut
+    into blocks of ``block_tokens`` (method §2).
     """
 
     quantizer: str = "hqq"
@@ -55,18 +55,18 @@ class ProfileSettings:
         code: str = "",
         made_with: Mapping[str, object] | None = None,
     ) -> str:
-        """The identity of a profile: the same key means the same figures.
+        """Return the key of a profile: equal keys mean equal scores.
 
         ``tokenizer`` and ``code`` are hashes (:class:`lsq_core.model.identity.ModelIdentity`), and
-        ``made_with`` is of :func:`lsq_core.provenance.profile_dependencies`. A published profile
-        has none of these, and neither had one from before they were part of the key.
+        ``made_with`` comes from :func:`lsq_core.provenance.profile_dependencies`. The key of a
+        published profile has none of these, nor has one stored before they were part of the key.
         """
         content = asdict(self) | {"model": fingerprint, "corpus": corpus_identity}
         content |= {"made_with": dict(made_with)} if made_with else {}
         content |= {k: v for k, v in (("tokenizer", tokenizer), ("code", code)) if v}
-        del content["calibration"]  # two names of one text are one corpus
+        del content["calibration"]  # two names of one corpus give the same key
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-#: How the profiles were measured that published plans were made from (method §2).
+#: The settings of the profiles behind the published plans (method §2).
 PUBLISHED_SETTINGS = ProfileSettings(axis=0, calibration="pileval")

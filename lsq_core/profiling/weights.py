@@ -1,6 +1,6 @@
-"""The weights of one matrix, read from its file as they are looked at; none of this needs torch.
+"""The weights of one matrix, read from its file on demand without torch.
 
-Matrices are found in the safetensors files by name, so that a histogram or a region of a model of
+Matrices are located in the safetensors files by name, so that a histogram or a region of a model of
 any size is read without loading the model.
 """
 
@@ -20,19 +20,19 @@ from lsq_core.model.checkpoint import read_entries
 from lsq_core.model.info import Matrix
 from lsq_core.model.source import ModelSource, weight_files
 
-#: Percentiles that are drawn over the layers.
+#: Percentiles in charts over the layers.
 PERCENTILES = (0.1, 1.0, 25.0, 50.0, 75.0, 99.0, 99.9)
-#: Cells of a surface along one side: more cannot be told apart.
+#: Most cells along one side of a surface: more are indistinguishable.
 MAX_CELLS = 128
-#: Groups of a matrix that are looked at where all of them are asked for.
+#: Most groups of a matrix in a sample.
 MAX_GROUPS = 4096
 _TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-#: What checkpoints of some models leave out in front of a module's name.
+#: Prefix of module names that the checkpoints of some models omit.
 _PREFIX = re.compile(r"^(model|transformer)\.")
 
 
 def weights_folder(source: ModelSource) -> Path | None:
-    """The folder with a model's weights, where they are on this machine already; else None."""
+    """Return the folder with a model's weights, None if they are not on this machine."""
     folder = source.local_folder
     if folder is None:
         from huggingface_hub import try_to_load_from_cache
@@ -47,7 +47,7 @@ def weights_folder(source: ModelSource) -> Path | None:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: its file, dtype, shape and the byte it begins at."""
+    """The location of a tensor: its file, dtype, shape and byte offset."""
 
     path: Path
     dtype: str
@@ -55,7 +55,7 @@ class StoredTensor:
     offset: int
 
     def read(self) -> np.ndarray:
-        """The tensor as it is in the file, mapped and not read; bfloat16 as its 16 bits."""
+        """Map the tensor from the file without reading it; bfloat16 as uint16."""
         if self.dtype not in _TYPES:
             raise InputError(
                 f"{self.path} holds weights as {self.dtype}, which can't be shown; choose a model "
@@ -70,7 +70,7 @@ class WeightReader:
     Raises
     ------
     InputError
-        When a file is damaged.
+        If a file is damaged.
     """
 
     def __init__(self, folder: Path, matrices: Iterable[Matrix]) -> None:
@@ -78,7 +78,7 @@ class WeightReader:
         self.matrices = tuple(m for m in matrices if self._find_tensor(m) is not None)
 
     def _find_tensor(self, matrix: Matrix) -> StoredTensor | None:
-        """The tensor that holds a matrix, alone or in a stack; None where it has another name."""
+        """Return the tensor that holds a matrix, alone or in a stack; None if there is none."""
         whole, expert = matrix.name, matrix.expert is not None
         name = whole.rpartition(".")[0] if expert else f"{whole}.weight"
         tensor = self._tensors.get(name) or self._tensors.get(_PREFIX.sub("", name))
@@ -88,9 +88,9 @@ class WeightReader:
 
     @cached_property
     def _transposed(self) -> dict[bool, bool]:
-        """Whether matrices (alone, or in a stack) are kept as (in, out).
+        """Whether matrices (alone, or in a stack) are stored as (in, out).
 
-        What is square does not show it, so it is as the others of its kind are.
+        Square matrices don't show it, so they are read like the others of their kind.
         """
         seen = {False: False, True: False}
         for matrix in self.matrices:
@@ -102,13 +102,13 @@ class WeightReader:
     def region(
         self, matrix: Matrix, rows: slice = slice(None), columns: slice = slice(None)
     ) -> np.ndarray:
-        """A matrix or a part of it, float32 (out, in); only that part is read.
+        """Read a matrix or a region of it, float32 (out, in); only that region is read.
 
         Raises
         ------
         InputError
-            When the matrix is not in the files under its module's name, or is of a dtype that
-            cannot be read.
+            If the matrix is not in the files under its module's name, or has a dtype that cannot
+            be read.
         """
         stored = self._find_tensor(matrix)
         if stored is None:
@@ -130,14 +130,14 @@ def _tensors(folder: Path) -> Iterator[tuple[str, StoredTensor]]:
         yield name, StoredTensor(entry.file, entry.dtype, entry.shape, entry.start)
 
 
-# --- what is drawn --------------------------------------------------------------------------
+# --- distributions --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class Histogram:
-    """How many weights lie between ``edges`` (bins + 1,), and what a normal fit needs.
+    """Counts of weights between ``edges`` (bins + 1,), and the parameters of a normal fit.
 
-    ``deviation`` is the population's.
+    ``deviation`` is the population standard deviation.
     """
 
     edges: np.ndarray
@@ -147,7 +147,7 @@ class Histogram:
 
     @property
     def expected(self) -> np.ndarray:
-        """Counts (bins,) of as many draws from the normal distribution of same mean and spread."""
+        """Expected counts (bins,) under the normal distribution of the same mean and deviation."""
         from scipy.stats import norm
 
         share = np.diff(norm.cdf(self.edges, self.mean, self.deviation or 1.0))
@@ -155,12 +155,12 @@ class Histogram:
 
 
 def histogram(weight: np.ndarray, bins: int = 240) -> Histogram:
-    """The histogram of all weights of a matrix, from the least to the greatest.
+    """Compute the histogram of all weights of a matrix, from the smallest to the largest.
 
     Raises
     ------
     InputError
-        When a weight is NaN or infinite.
+        If a weight is NaN or infinite.
     """
     bad = weight.size - int(np.isfinite(weight).sum())
     if bad:
@@ -172,19 +172,19 @@ def histogram(weight: np.ndarray, bins: int = 240) -> Histogram:
 
 
 def percentiles(weight: np.ndarray) -> np.ndarray:
-    """``PERCENTILES`` of all weights of a matrix, (7,)."""
+    """Compute ``PERCENTILES`` of all weights of a matrix, (7,)."""
     return np.percentile(weight, PERCENTILES)
 
 
 def downsample_max(weight: np.ndarray, cells: int = MAX_CELLS) -> tuple[np.ndarray, int, int]:
-    """Absolute values in at most ``cells`` × ``cells`` cells, each the largest of a block.
+    """Downsample absolute values to at most ``cells`` × ``cells`` cells by the maximum of a block.
 
-    The largest, so that an outlier stays. Returns the cells and how many rows and columns of
-    weights are in one.
+    The maximum preserves outliers. Returns the cells, and the number of rows and columns of
+    weights in one cell.
 
     Example
     -------
-    >>> coarse(np.diag([1.0, -5.0, 2.0]), cells=2)
+    >>> downsample_max(np.diag([1.0, -5.0, 2.0]), cells=2)
     (array([[5., 0.],
            [0., 2.]]), 2, 2)
     """
@@ -199,12 +199,12 @@ def downsample_max(weight: np.ndarray, cells: int = MAX_CELLS) -> tuple[np.ndarr
 
 
 def split_into_groups(weight: np.ndarray, config: QuantConfig, axis: int) -> np.ndarray:
-    """A matrix as (groups, group size), as :func:`lsq_core.quantization.base.to_groups` cuts it.
+    """Split a matrix into (groups, group size) as :func:`lsq_core.quantization.base.to_groups`.
 
     Raises
     ------
     InputError
-        When the group size doesn't divide the matrix.
+        If the group size doesn't divide the matrix.
     """
     if not is_divisible(weight.size, config.group_size):
         raise InputError(
@@ -217,21 +217,21 @@ def split_into_groups(weight: np.ndarray, config: QuantConfig, axis: int) -> np.
 
 
 def typical_group(groups: np.ndarray) -> int:
-    """The group whose range is the median of all groups' ranges."""
+    """Return the index of the group whose range is the median of all groups' ranges."""
     spread = np.ptp(groups, axis=1)
     return int(np.argsort(spread, kind="stable")[len(spread) // 2])
 
 
 def widest_group(groups: np.ndarray) -> int:
-    """The group with the widest range: the one that an outlier stretched most."""
+    """Return the index of the group with the widest range, usually that of an outlier."""
     return int(np.argmax(np.ptp(groups, axis=1)))
 
 
 def grid_values(groups: np.ndarray, config: QuantConfig, quantizer: str) -> np.ndarray:
-    """What each code of each group stands for, (groups, 2^bits), ascending.
+    """Return the value of each code of each group, (groups, 2^bits), ascending.
 
-    RTN's grid runs evenly from the least to the greatest weight of a group; any other quantizer
-    is asked, which needs torch. Scale and zero are those before they are stored.
+    RTN's grid is even from the smallest to the largest weight of a group; any other quantizer
+    computes its own, which needs torch. Scale and zero point are those before their quantization.
     """
     codes = np.arange(2**config.bits)
     if quantizer == "rtn":
@@ -246,6 +246,6 @@ def grid_values(groups: np.ndarray, config: QuantConfig, quantizer: str) -> np.n
 
 
 def sample_groups(groups: np.ndarray) -> np.ndarray:
-    """All groups, or ``MOST_GROUPS`` of them, evenly spread, where there are more."""
+    """Return all groups, or at most ``MAX_GROUPS`` evenly spread ones."""
     step = -(-len(groups) // MAX_GROUPS)
     return groups[::step]

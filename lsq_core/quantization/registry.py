@@ -57,6 +57,10 @@ class QuantizerSpec:
     #: The optional package it needs, and the command that installs it.
     package: str = ""
     install: str = ""
+    #: Colour and Plotly symbol of its uniform plans in charts, as a baseline; none for HQQ, whose
+    #: plans have the style of their method.
+    color: str = ""
+    symbol: str = ""
 
     @property
     def supports_metadata(self) -> bool:
@@ -97,9 +101,22 @@ _GPTQMODEL = {
 #: By name on the command line and in the app; the classes are imported on first use.
 QUANTIZERS = {
     "hqq": QuantizerSpec("HQQ", "lsq_core.quantization.hqq.quantizer:Hqq", layout.packed, steps=20),
-    "rtn": QuantizerSpec("RTN", "lsq_core.quantization.rtn:Rtn", layout.packed),
+    "rtn": QuantizerSpec(
+        "RTN",
+        "lsq_core.quantization.rtn:Rtn",
+        layout.packed,
+        color="#6E7B3A",
+        symbol="triangle-left",
+    ),
     "nf4": QuantizerSpec(
-        "NF4", "lsq_core.quantization.nf4:Nf4", layout.nf4, bits=(4,), axes=(1,), **_BITSANDBYTES
+        "NF4",
+        "lsq_core.quantization.nf4:Nf4",
+        layout.nf4,
+        bits=(4,),
+        axes=(1,),
+        color="#B0543C",
+        symbol="star-triangle-down",
+        **_BITSANDBYTES,
     ),
     "nf4-dq": QuantizerSpec(
         "NF4, double-quantized",
@@ -107,6 +124,8 @@ QUANTIZERS = {
         layout.nf4_dq,
         bits=(4,),
         axes=(1,),
+        color="#B0543C",
+        symbol="star-triangle-down-open",
         **_BITSANDBYTES,
     ),
     "gptq": QuantizerSpec(
@@ -114,6 +133,8 @@ QUANTIZERS = {
         "lsq_core.quantization.gptqmodel.gptq:Gptq",
         layout.gptq,
         axes=(1,),
+        color="#B8860B",
+        symbol="cross",
         **_GPTQMODEL,
     ),
     "awq": QuantizerSpec(
@@ -123,6 +144,8 @@ QUANTIZERS = {
         bits=(2, 3, 4),
         axes=(1,),
         uniform=True,
+        color="#2F8F8F",
+        symbol="x",
         **_GPTQMODEL,
     ),
     "hybrid": QuantizerSpec(
@@ -132,6 +155,8 @@ QUANTIZERS = {
         steps=5000,
         learned=True,
         calibrated=True,
+        color="#5B7F2B",
+        symbol="bowtie-open",
     ),
 }
 #: Quantizers of single matrices, with which a profile can be measured.

@@ -12,11 +12,8 @@ import numpy as np
 import pandas as pd
 
 from lsq_core.bits import LADDER, find_stop, is_mixed, parse_config
+from lsq_core.planning.methods import mixes_rows, reads_field
 
-#: Methods whose runs differ by ``boost_stop`` and ``top_m``; every other has one run a budget.
-BOOST_METHODS = ("sensiboost", "kurtboost", "sensiboost-ablation", "kurtboost-ablation")
-#: Methods whose runs differ by how rows are mixed.
-ROW_METHODS = ("high-impact",)
 #: What two runs must share to be compared: a perplexity means nothing without these.
 _COMPARISON_KEY = ("fingerprint", "corpus", "corpus_sha256", "protocol", "tokens")
 
@@ -93,7 +90,9 @@ def win_tie_loss(runs: pd.DataFrame, method: str, other: str) -> WinTieLoss:
     """
     labelled = add_labels(runs)
     labelled = labelled[labelled["perplexity"].notna() & labelled["label"].notna()]
-    key = [*_COMPARISON_KEY, "label"] + (["boost_stop", "top_m"] if other in BOOST_METHODS else [])
+    key = [*_COMPARISON_KEY, "label"] + [
+        field for field in ("boost_stop", "top_m") if reads_field(other, field)
+    ]
     columns = [*key, "perplexity"]
     mine = labelled.loc[labelled["method"] == method, columns]
     theirs = labelled.loc[labelled["method"] == other, columns]
@@ -307,16 +306,17 @@ def run_settings(record: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     request_fields = content.get("request") or {}
     # A text that rows were scored on or a quantizer reads tells more of the run than a profile's.
     profile = (record["profile"].get("settings") or {}) | (content.get("calibration") or {})
-    rows = run["method"] in ROW_METHODS
-    boosts = run["method"] in BOOST_METHODS
+    method = run["method"]
+    rows = mixes_rows(method)
+    boosts = reads_field(method, "boost_stop")
     known = {
         "method": run["method"],
         "base": content.get("base"),
         "budget": request_fields.get("budget"),
         "boost stops": request_fields.get("boost_stop") if boosts else None,
         "outliers kept": (request_fields.get("top_m") or "all") if boosts else None,
-        "metric": request_fields.get("metric") if run["method"].startswith("sensiboost") else None,
-        "seed": request_fields.get("seed") if run["method"].endswith("-ablation") else None,
+        "metric": request_fields.get("metric") if reads_field(method, "metric") else None,
+        "seed": request_fields.get("seed") if reads_field(method, "seed") else None,
         "bits of rows": f"{request_fields['low_bits']} and {request_fields['high_bits']}"
         if rows
         else None,

@@ -24,6 +24,7 @@ from lsq_core.planning.pins import apply_pins
 from lsq_core.planning.plan import Plan
 from lsq_core.planning.problem import TOLERANCE, Problem
 from lsq_core.planning.request import PlanRequest
+from lsq_core.profiling.metrics import METRICS
 from lsq_core.profiling.profile import Profile
 from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.progress import timed
@@ -89,17 +90,18 @@ def build_problem(info: ModelInfo, profile: Profile | None) -> Problem:
     def at(metric: str, config: QuantConfig) -> np.ndarray:
         return profile.scores(metric, config) if (metric, config.name) in held else all_nan
 
-    scores = {m: profile.scores(m) for m in ("kurtosis", "loss_impact") if m in metrics}
-    for metric in ("sensitivity", "sensitivity_module"):
-        if (metric, DETECTION_CONFIG.name) in held:
-            scores[metric] = profile.scores(metric, DETECTION_CONFIG)
-    # Without its figure at the detection stop, a sensitivity is not what methods mean by it.
-    whole = scores.keys() | ({"weight_error"} & metrics)
-    by_config = {
-        metric: np.stack([at(metric, config) for config in LADDER], axis=1)
-        for metric in ("weight_error", "sensitivity", "sensitivity_module")
-        if metric in whole
-    }
+    scores, by_config = {}, {}
+    for name, metric in METRICS.items():
+        if metric.proxy_of or name not in metrics:
+            continue
+        if not metric.by_config:
+            scores[name] = profile.scores(name)
+            continue
+        if metric.detects_outliers:
+            if (name, DETECTION_CONFIG.name) not in held:
+                continue  # methods need its score at the detection configuration
+            scores[name] = profile.scores(name, DETECTION_CONFIG)
+        by_config[name] = np.stack([at(name, config) for config in LADDER], axis=1)
     return Problem(info.matrices, scores, by_config)
 
 
@@ -112,7 +114,7 @@ def check_metrics(info: ModelInfo, problem: Problem, request: PlanRequest) -> No
 
     def lacks(method: str) -> list[str]:
         planner = get_planner(method)
-        read = {"sensitivity": request.metric} if planner.has_base else {}
+        read = {"sensitivity": request.metric} if "metric" in planner.fields else {}
         return [m for m in (read.get(m, m) for m in planner.metrics) if m not in held]
 
     missing = lacks(request.method)

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from lsq_core.corpus.registry import corpus_identity
 from lsq_core.errors import InputError, translate_resource_errors
 from lsq_core.model.info import ModelInfo
-from lsq_core.profiling.metrics import LOSS_PROBE, METRICS, WEIGHT_METRICS
+from lsq_core.profiling.metrics import METRICS, get_metric, weight_metrics
 from lsq_core.profiling.profile import Profile, missing_metrics
 from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.progress import timed
@@ -110,15 +110,8 @@ def profile_model(
         When a metric is unknown, the model or the calibration corpus cannot be had, or a
         weight is not finite.
     """
-    unknown = [metric for metric in metrics if metric not in METRICS]
-    if unknown:
-        raise InputError(f"'{unknown[0]}' is not a metric; choose one of {', '.join(METRICS)}.")
-    known = quantizer_spec(settings.quantizer)
-    if "loss_impact" in metrics and LOSS_PROBE not in known.configs:
-        raise InputError(
-            f"Loss impact is measured at {LOSS_PROBE.name}, which {known.title} doesn't have; "
-            "plan with a profile by hqq or rtn (--profile-quantizer)."
-        )
+    for name in metrics:
+        _check_measurable(name, settings.quantizer)
     found = find_profile(model, settings)
     if model.published:
         if found is None:
@@ -128,7 +121,7 @@ def profile_model(
     if not missing:
         model.report("profile", 1, 1, "already stored")
         return found
-    alone = [metric for metric in missing if metric in WEIGHT_METRICS]
+    alone = [metric for metric in missing if metric in weight_metrics()]
     for stage, part in (
         ("weights", alone),
         ("profile", [metric for metric in missing if metric not in alone]),
@@ -136,6 +129,17 @@ def profile_model(
         if part:
             merge_profile(model, _measure(model, settings, part, stage))
     return find_profile(model, settings)
+
+
+def _check_measurable(name: str, quantizer: str) -> None:
+    """Raise :class:`InputError` for an unknown metric, or one whose probe a quantizer lacks."""
+    metric, spec = get_metric(name), quantizer_spec(quantizer)
+    absent = [] if metric.by_config else [c for c in metric.configs if c not in spec.configs]
+    if absent:
+        raise InputError(
+            f"{metric.title} is measured at {absent[0].name}, which {spec.title} doesn't have; "
+            "plan with a profile by hqq or rtn (--profile-quantizer)."
+        )
 
 
 def merge_profile(model: OpenModel, measured: Profile) -> None:
@@ -149,9 +153,9 @@ def _measure(
     model: OpenModel, settings: ProfileSettings, metrics: Sequence[str], stage: str
 ) -> Profile:
     """A profile of these metrics alone, measured now."""
-    from lsq_core.profiling.measure import make_metrics, measure_profile
+    from lsq_core.profiling.measure import measure_profile
 
-    whole = "loaded" in model.__dict__ or any(m.needs_full_model for m in make_metrics(metrics))
+    whole = "loaded" in model.__dict__ or any(METRICS[m].needs_full_model for m in metrics)
     loaded = model.loaded if whole else model.streamed
     with translate_resource_errors(loaded.device):
         return measure_profile(

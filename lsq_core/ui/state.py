@@ -13,8 +13,8 @@ from dataclasses import asdict
 
 from lsq_core.bits import GROUP_SIZES, HIGH_BITS, LADDER, LOW_BITS, Budget
 from lsq_core.model.source import ModelSource
-from lsq_core.planning.methods import PLANNERS, get_planner
-from lsq_core.planning.request import LOSSES, RATIO_MODES, PlanRequest
+from lsq_core.planning.methods import PLANNERS, get_planner, mixes_rows
+from lsq_core.planning.request import LOSSES, RATIO_MODES, SENSITIVITIES, PlanRequest
 from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.store.models import PUBLISHED
 from lsq_core.ui.safe import st
@@ -52,7 +52,7 @@ _PLAN_OPTIONS: dict[str, Sequence] = {
     "method": list(PLANNERS),
     "ask": list(SIZE_MODES),
     "base": CONFIGURATIONS,
-    "metric": ["sensitivity", "sensitivity_module"],
+    "metric": SENSITIVITIES,
     "against": ["none", *PLANNERS],
     "widths": BIT_WIDTH_PAIRS,
     "group_size": list(GROUP_SIZES),
@@ -216,19 +216,9 @@ def request_for_method(method: str) -> PlanRequest:
     chosen = st.session_state
     planner = get_planner(method)
     size_mode = chosen["ask"] if planner.has_base else "budget"
-    used = {}
-    if boosts(planner.name):
-        used |= {"boost_stop": chosen["boost_stop"], "top_m": chosen["top_m"]}
-    if reads_sensitivity(planner.name):
-        used |= {"metric": chosen["metric"]}
-    if is_ablation(planner.name):
-        used |= {"seed": chosen["seed"]}
-    if planner.reads_rows:
-        low, high = map(int, chosen["widths"].split("+"))
-        used |= {"low_bits": low, "high_bits": high}
-        used |= {name: chosen[name] for name in ("group_size", "loss", "ratios", "clip")}
-    elif not planner.has_base:
-        used |= {"exact": chosen["exact"]}
+    low, high = map(int, chosen["widths"].split("+"))
+    bits = {"low_bits": low, "high_bits": high}
+    used = {name: bits[name] if name in bits else chosen[name] for name in planner.fields}
     return PlanRequest(
         method=planner.name,
         base=chosen["base"] if size_mode != "budget" else None,
@@ -248,30 +238,8 @@ def pins() -> tuple[str, ...]:
     return tuple(line.strip() for line in st.session_state["pins"].splitlines() if line.strip())
 
 
-def boosts(method: str) -> bool:
-    """Whether a method, if it is known here, raises detected layers above a base."""
-    planner = PLANNERS.get(method)
-    return planner is not None and planner.has_base and bool(planner.metrics)
-
-
-def reads_sensitivity(method: str) -> bool:
-    """Whether a method reads the sensitivity of the person's choice, by part or by module."""
-    planner = get_planner(method)
-    return planner.has_base and "sensitivity" in planner.metrics
-
-
-def reads_rows(method: str) -> bool:
-    """Whether a method gives the rows of a matrix different bits."""
-    return get_planner(method).reads_rows
-
-
 def alike(method: str, others: Sequence[str]) -> list[str]:
     """Of other methods those that choose from the same, so that one picture can hold both."""
-    if reads_rows(method):
+    if mixes_rows(method):
         return []
-    return [name for name in others if name != method and not reads_rows(name)]
-
-
-def is_ablation(method: str) -> bool:
-    """Whether a method draws its layers at random."""
-    return method.endswith("-ablation")
+    return [name for name in others if name != method and not mixes_rows(name)]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+from lsq_core.profiling.metrics import METRICS
 from lsq_core.units import GIB, MIB
 
 
@@ -28,6 +29,17 @@ def size(bytes: float) -> str:
 def figure(value: float | None, decimals: int) -> str:
     """A figure, or that it is not finite: JSON has none then."""
     return f"{value:.{decimals}f}" if value is not None and math.isfinite(value) else "not finite"
+
+
+def metric_label(name: str) -> str:
+    """``sensitivity_module`` as ``Sensitivity by module``: a metric as a control lists it."""
+    label = METRICS[name].label
+    return f"{label[0].upper()}{label[1:]}"
+
+
+def metric_labels(names: Iterable[str]) -> str:
+    """Metrics as a sentence lists them: ``kurtosis and sensitivity by part``."""
+    return listed([METRICS[name].label for name in names])
 
 
 def rounded(value: float, digits: int = 3) -> str:

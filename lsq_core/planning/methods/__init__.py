@@ -1,6 +1,7 @@
 """Planning methods. Nothing here imports torch.
 
-A new method is one file beside these and one entry in ``PLANNERS``.
+A new method is one file in this package and one entry in ``PLANNERS``: its class declares what
+the command line, pages and charts need to know of it (:class:`.base.Planner`).
 """
 
 from __future__ import annotations
@@ -39,13 +40,23 @@ PLANNERS: dict[str, Planner] = {
 
 
 def get_planner(name: str) -> Planner:
-    """The planner of that name.
+    """Return the planner of that name.
 
     Raises
     ------
     InputError
-        When there is none.
+        If there is none.
     """
     if name not in PLANNERS:
         raise InputError(f"'{name}' is not a method; choose one of {', '.join(PLANNERS)}.")
     return PLANNERS[name]
+
+
+def reads_field(method: str, field: str) -> bool:
+    """Return whether a method reads a field of a request; no method of another program does."""
+    return method in PLANNERS and field in PLANNERS[method].fields
+
+
+def mixes_rows(method: str) -> bool:
+    """Return whether a method gives the rows of a matrix different bits."""
+    return method in PLANNERS and PLANNERS[method].reads_rows

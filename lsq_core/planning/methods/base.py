@@ -1,44 +1,54 @@
-"""What a planning method is."""
+"""The interface of a planning method."""
 
 from __future__ import annotations
 
 from typing import Protocol
 
-from lsq_core.bits import (
-    LADDER,
-    Config,
-)
+from lsq_core.bits import LADDER, Config
 from lsq_core.planning.frontier import Frontier
 from lsq_core.planning.problem import Problem
 from lsq_core.planning.request import PlanRequest
 
 
 class Planner(Protocol):
-    """One file a planner, one entry in ``PLANNERS``: it answers every budget by a frontier."""
+    """A method: attributes that describe it, and the frontier of its plans for every budget."""
 
+    #: Identifier on the command line, in plans and in the database.
     name: str
     title: str
-    #: What the profile must hold: names of ``lsq_core.profiling.metrics.METRICS``.
+    #: One sentence on what it does.
+    meaning: str
+    #: Colour and Plotly marker symbol in charts.
+    color: str
+    symbol: str
+    #: Metrics that the profile must hold: names of ``lsq_core.profiling.metrics.METRICS``.
     metrics: tuple[str, ...]
-    #: Whether its plans start from a base stop; one that does not has a cost to minimise.
+    #: Fields of :class:`PlanRequest` that it reads besides method, base, budget and pins.
+    fields: tuple[str, ...]
+    #: Whether its plans start from a base configuration; otherwise it minimises a cost.
     has_base: bool
     #: Whether it reads :class:`lsq_core.planning.problem.Impact`.
     reads_rows: bool
+    #: The quantity that it minimises, with its unit if any; empty for a method with a base.
+    cost_unit: str
 
     def options(self, request: PlanRequest) -> tuple[Config, ...]:
-        """What a matrix can be given, from few bits to many."""
+        """Return the configurations that a matrix can get, from few bits to many."""
         ...
 
     def frontier(self, problem: Problem, request: PlanRequest, bases: list[int]) -> Frontier:
-        """Every budget's plan, from each of the given base stops where it starts from one."""
+        """Return the plans for every budget, from each of the given bases if it has one."""
         ...
 
 
 class LadderPlanner:
-    """A planner that gives each matrix a stop of the ladder, as all but one do."""
+    """A planner that gives each matrix a configuration of the ladder, as all but one do."""
 
+    metrics: tuple[str, ...] = ()
+    fields: tuple[str, ...] = ()
     reads_rows = False
+    cost_unit = ""
 
     def options(self, request: PlanRequest) -> tuple[Config, ...]:
-        """What a matrix can be given."""
+        """Return the ladder."""
         return LADDER

@@ -12,16 +12,21 @@ from lsq_core.planning.frontier import Frontier, Segment, build_moves
 from lsq_core.planning.methods.base import LadderPlanner
 from lsq_core.planning.methods.uniform import sort_by_bytes, uniform_start
 from lsq_core.planning.problem import Problem
-from lsq_core.planning.request import PlanRequest
+from lsq_core.planning.request import SENSITIVITIES, PlanRequest
 
-#: Metrics whose neighbours are divided; the others' are subtracted.
-_RATIO_METRICS = ("sensitivity", "sensitivity_module")
+
+def compares_by_ratio(metric: str) -> bool:
+    """Return whether Algorithm 1 divides neighbouring layers' scores rather than subtracting them.
+
+    [A] divides sensitivities, which span orders of magnitude, and subtracts kurtosis.
+    """
+    return metric in SENSITIVITIES
 
 
 def layer_series(problem: Problem, metric: str) -> dict[str, tuple[list[int], np.ndarray]]:
-    """For each module type the layers that have it, in order, and the metric of each.
+    """Return for each module type the layers that have it, in order, and their scores.
 
-    Experts of a layer count as one: their mean, leaving out those that no token reached.
+    Experts of a layer count as one: their mean, except those that no token reached.
     """
     by_type: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for matrix, score in zip(problem.matrices, problem.scores[metric], strict=True):
@@ -37,8 +42,8 @@ def layer_series(problem: Problem, metric: str) -> dict[str, tuple[list[int], np
 def detect_by_type(
     problem: Problem, metric: str, top_m: int
 ) -> dict[str, tuple[list[int], Detection]]:
-    """Algorithm 1 for each module type: its layers and what was found among them."""
-    ratios = metric in _RATIO_METRICS
+    """Run Algorithm 1 for each module type; returns its layers and the detection."""
+    ratios = compares_by_ratio(metric)
     return {
         kind: (layers, detect_outliers(scores, ratios=ratios, top_m=top_m))
         for kind, (layers, scores) in layer_series(problem, metric).items()
@@ -46,7 +51,7 @@ def detect_by_type(
 
 
 def flagged_layers(problem: Problem, metric: str, top_m: int) -> dict[str, dict[int, float]]:
-    """For each module type the flagged layers with their z-scores, strongest first."""
+    """Return the flagged layers of each module type with their z-scores, strongest first."""
     return {
         kind: {layers[i]: float(detection.z[i - 1]) for i in detection.flagged}
         for kind, (layers, detection) in detect_by_type(problem, metric, top_m).items()
@@ -54,17 +59,17 @@ def flagged_layers(problem: Problem, metric: str, top_m: int) -> dict[str, dict[
 
 
 class _Boost(LadderPlanner):
-    """A base stop for all, and more bits for chosen layers of each module type."""
+    """A base configuration, and more bits for selected layers of each module type."""
 
     has_base = True
-    metrics: tuple[str, ...] = ()
+    fields = ("boost_stop", "top_m")
 
     def boosted_layers(self, problem: Problem, request: PlanRequest) -> dict[str, dict[int, float]]:
-        """For each module type the layers to boost and what ranks them, first to last."""
+        """Return the layers to boost of each module type with their priorities, in order."""
         raise NotImplementedError
 
     def frontier(self, problem: Problem, request: PlanRequest, bases: list[int]) -> Frontier:
-        """A start for each base, then the boosted matrices, largest z first."""
+        """Return a start for each base with moves of the boosted matrices, largest z first."""
         boosted_layers = self.boosted_layers(problem, request)
         ranked = sorted(
             (
@@ -90,10 +95,13 @@ class SensiBoost(_Boost):
 
     name = "sensiboost"
     title = "SensiBoost"
+    meaning = "More bits for the layers that Algorithm 1 flags by activation sensitivity."
+    color, symbol = "#CC6699", "diamond"
     metrics = ("sensitivity",)
+    fields = ("boost_stop", "top_m", "metric")
 
     def boosted_layers(self, problem: Problem, request: PlanRequest) -> dict[str, dict[int, float]]:
-        """Flagged layers by type; see :class:`_Boost`."""
+        """Return the flagged layers by type."""
         return flagged_layers(problem, request.metric, request.top_m)
 
 
@@ -102,26 +110,29 @@ class KurtBoost(_Boost):
 
     name = "kurtboost"
     title = "KurtBoost"
+    meaning = "More bits for the layers that Algorithm 1 flags by weight kurtosis."
+    color, symbol = "#3D9BD1", "square"
     metrics = ("kurtosis",)
 
     def boosted_layers(self, problem: Problem, request: PlanRequest) -> dict[str, dict[int, float]]:
-        """Flagged layers by type; see :class:`_Boost`."""
+        """Return the flagged layers by type."""
         return flagged_layers(problem, "kurtosis", request.top_m)
 
 
 class _Ablation(_Boost):
-    """As many layers of each type as the method boosts, drawn from those neither method picked."""
+    """As many layers per type as the method boosts, drawn from those that neither method flags."""
 
     metrics = ("sensitivity", "kurtosis")
+    fields = ("boost_stop", "top_m", "metric", "seed")
     method: type[_Boost]
 
     def boosted_layers(self, problem: Problem, request: PlanRequest) -> dict[str, dict[int, float]]:
-        """Drawn layers by type; the order of the draw ranks them.
+        """Return randomly drawn layers by type, ranked by the order of the draw.
 
         Raises
         ------
         LsqError
-            When a type has fewer layers left than the method boosts.
+            If a type has fewer layers left than the method boosts.
         """
         wanted = self.method().boosted_layers(problem, request)
         sensitive = flagged_layers(problem, request.metric, 0)
@@ -142,16 +153,20 @@ class _Ablation(_Boost):
 
 
 class SensiBoostAblation(_Ablation):
-    """The control for SensiBoost: as many layers, others."""
+    """The control for SensiBoost: the same number of other layers."""
 
     name = "sensiboost-ablation"
     title = "SensiBoost ablation"
+    meaning = "The control for SensiBoost: the same number of layers, drawn at random."
+    color, symbol = "#CC6699", "diamond-open"
     method = SensiBoost
 
 
 class KurtBoostAblation(_Ablation):
-    """The control for KurtBoost: as many layers, others."""
+    """The control for KurtBoost: the same number of other layers."""
 
     name = "kurtboost-ablation"
     title = "KurtBoost ablation"
+    meaning = "The control for KurtBoost: the same number of layers, drawn at random."
+    color, symbol = "#3D9BD1", "square-open"
     method = KurtBoost

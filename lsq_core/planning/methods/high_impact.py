@@ -1,4 +1,4 @@
-"""High-impact parameter ratios ([C]; method §7): rows at two widths, a ratio for each matrix."""
+"""High-impact parameter ratios ([C]; method §7): rows at two bit widths, a ratio per matrix."""
 
 from __future__ import annotations
 
@@ -27,29 +27,33 @@ from lsq_core.planning.request import PlanRequest
 class HighImpact:
     """The ratio of rows at more bits, chosen for all matrices of a block together.
 
-    A request's ``low_bits``, ``high_bits`` and ``group_size`` say what there is to choose from,
-    ``loss`` which interactions are read. By ``ratios``, one ratio holds for all matrices
-    (``uniform``), each is chosen for itself (``diagonal``, that of M), or all of a block together
-    (``full``). ``clip`` takes the negative eigenvalues out of each block's M.
+    A request's ``low_bits``, ``high_bits`` and ``group_size`` define the options, ``loss`` the
+    interactions. ``ratios`` is ``uniform`` (one ratio for all matrices), ``diagonal`` (each matrix
+    by itself, from the diagonal of M) or ``full`` (all matrices of a block jointly). ``clip``
+    removes the negative eigenvalues of each block's M.
     """
 
     name = "high-impact"
     title = "High-impact rows"
+    meaning = "More bits for the rows of each matrix that change the loss most."
+    color, symbol = "#5B7F2B", "bowtie"
     metrics: tuple[str, ...] = ()
+    fields = ("low_bits", "high_bits", "group_size", "loss", "ratios", "clip")
     has_base = False
     reads_rows = True
+    cost_unit = "predicted change of the output"
 
     def options(self, request: PlanRequest) -> tuple[Config, ...]:
-        """Mixed rows at each ratio."""
+        """Return mixed rows at each ratio."""
         return mixed_rows(request.low_bits, request.high_bits, request.group_size)
 
     def frontier(self, problem: Problem, request: PlanRequest, bases: list[int]) -> Frontier:
-        """Complete plans one after another; bases don't matter.
+        """Return complete plans by size; ``bases`` is not used.
 
         Raises
         ------
         InputError
-            When row scores or interactions are missing, or a group doesn't fit into some row.
+            If row scores or interactions are missing, or a group doesn't fit into some row.
         """
         impact = require_impact(problem, request)
         problem.check_options()
@@ -67,12 +71,12 @@ class HighImpact:
 
 
 def require_impact(problem: Problem, request: PlanRequest) -> Impact:
-    """What is known of the rows, where it is enough for a request.
+    """Return the row measurements, checked to be sufficient for a request.
 
     Raises
     ------
     InputError
-        When it isn't.
+        If row scores or interactions are missing.
     """
     impact = problem.impact
     if impact is None:
@@ -90,7 +94,7 @@ def require_impact(problem: Problem, request: PlanRequest) -> Impact:
 
 
 def _uniform_frontier(problem: Problem, impact: Impact, request: PlanRequest) -> Frontier:
-    """One ratio for all; a pinned matrix gets the nearest that its pin allows."""
+    """Return plans of one ratio for all; a pinned matrix gets the nearest that is allowed."""
     stops = range(len(problem.options))
     choices = np.stack([np.clip(stop, problem.low, problem.high) for stop in stops])
     if any(block.matrix is None for block in impact.blocks):
@@ -104,21 +108,21 @@ def _uniform_frontier(problem: Problem, impact: Impact, request: PlanRequest) ->
 def predict_block_losses(
     block: Interactions, problem: Problem, request: PlanRequest, choices: np.ndarray
 ) -> np.ndarray:
-    """The loss that a block adds by its M, for plans (k, n) of the model; (k,)."""
+    """Return the loss (k,) that a block's M predicts for plans (k, n) of the model."""
     own = choices[:, [members[0] for members in block.units]]
     return predicted_loss(effective_matrix(block, request), own, len(problem.options))
 
 
 def effective_matrix(block: Interactions, request: PlanRequest) -> np.ndarray:
-    """A block's M as a request reads it: whole or its diagonal, clipped or raw."""
+    """Return a block's M for a request: all of it or its diagonal, clipped or raw."""
     matrix = diagonal_only(block.matrix) if request.ratios == "diagonal" else block.matrix
     return clip_negative_eigenvalues(matrix) if request.clip else matrix
 
 
 def _split_large_block(block: Interactions, problem: Problem) -> list[Interactions]:
-    """A block, or where it has too many units groups of them in the order of the computation.
+    """Split a block with too many units into groups in the order of the computation.
 
-    What units of different groups do to one another is left out then.
+    Interactions between units of different groups are ignored.
     """
     count, options = len(block.units), len(problem.options)
     if count <= MAX_UNITS:
@@ -132,13 +136,13 @@ def _split_large_block(block: Interactions, problem: Problem) -> list[Interactio
 
 
 def _truncation_notes(problem: Problem, request: PlanRequest) -> tuple[str, ...]:
-    """A plain word where blocks have too many units to be enumerated."""
+    """Return a note if blocks have too many units to be enumerated."""
     most = max(len(block.units) for block in problem.impact.blocks)
     if request.ratios != "full" or most <= MAX_UNITS:
         return ()
     return (
-        f"Blocks here have {most} module types, too many to try together: interactions are kept "
-        f"within groups of at most {MAX_UNITS}, in the order of the computation.",
+        f"Blocks here have {most} module types, too many to enumerate together: interactions are "
+        f"limited to groups of at most {MAX_UNITS}, in the order of the computation.",
     )
 
 
@@ -148,7 +152,7 @@ def _block_front(block: Interactions, problem: Problem, request: PlanRequest) ->
     if not allowed.any(axis=1).all():
         raise InputError(
             f"The pins of layer {block.layer} give experts of one module type different ratios, "
-            "which share theirs; pin them alike."
+            "but these experts share a ratio; pin them to the same one."
         )
     return block_front(effective_matrix(block, request), size, allowed)
 
@@ -160,13 +164,13 @@ def _frontier_of_plans(
     bounds: np.ndarray,
     notes: tuple[str, ...] = (),
 ) -> Frontier:
-    """Plans (s, n) by size as a frontier."""
+    """Return the frontier of plans (s, n), sorted by size."""
     segments = tuple(Segment(choice, problem.nominal(choice)) for choice in choices)
     return Frontier(segments, problem.bytes, losses=losses, lower_bounds=bounds, notes=notes)
 
 
 def high_rows(problem: Problem, choice: np.ndarray) -> dict[str, tuple[int, ...]]:
-    """The high-impact rows of each matrix at a choice (n,): its highest scores, sorted.
+    """Return the high-impact rows of each matrix at a choice (n,): its highest scores, sorted.
 
     The rows of a smaller ratio are among those of a larger one.
     """
@@ -180,15 +184,14 @@ def high_rows(problem: Problem, choice: np.ndarray) -> dict[str, tuple[int, ...]
 
 
 def top_rows(scores: np.ndarray, count: int) -> np.ndarray:
-    """The rows with the highest of (out,) scores, sorted; of equal ones the first."""
+    """Return the rows with the highest of (out,) scores, sorted; the first of equal ones."""
     return np.sort(np.argsort(-scores, kind="stable")[:count])
 
 
 def group_into_units(matrices: Sequence[Matrix]) -> dict[str, tuple[int, ...]]:
-    """What shares a ratio in one block: the matrices of a module type, as indices.
+    """Return the matrices of a block that share a ratio, as indices by module type.
 
-    That is a single one, or the experts of a layer, of which there are too many to choose for
-    each.
+    A unit is a single matrix, or the experts of a layer, which are too many to choose for each.
     """
     units: dict[str, list[int]] = {}
     for i, matrix in enumerate(matrices):
@@ -201,7 +204,7 @@ def build_impact(
     row_scores: Mapping[str, np.ndarray],
     interactions: Mapping[int, np.ndarray],
 ) -> Impact:
-    """What planning needs, from row scores by module and each layer's M; layers may lack theirs."""
+    """Build the planner's input from row scores by module and M by layer, if measured."""
     blocks = []
     for layer in dict.fromkeys(matrix.layer for matrix in matrices):
         own = [i for i, matrix in enumerate(matrices) if matrix.layer == layer]

@@ -1,4 +1,4 @@
-"""The knapsack on the measured rise of the loss (ours after [E]; method §5)."""
+"""The knapsack on the measured increase of the loss (ours after [E]; method §5)."""
 
 from __future__ import annotations
 
@@ -11,19 +11,22 @@ from lsq_core.planning.problem import Problem
 
 
 class LossAware(Knapsack):
-    """Least summed KL to full precision, each matrix's growing with its squared weight error."""
+    """Least summed KL to full precision, proportional to each matrix's squared weight error."""
 
     name = "loss-aware"
     title = "Loss-aware"
+    meaning = "The least expected KL divergence of the predictions from full precision."
+    color, symbol = "#D1495B", "hexagram"
+    cost_unit = "expected KL"
     metrics = ("weight_error", "loss_impact")
 
     def cost(self, problem: Problem) -> np.ndarray:
-        """``α · t²(c)`` in nats a token: the loss impact times the squared weight error.
+        """Return ``α · t²(c)`` in nats per token: loss impact times squared weight error.
 
         Raises
         ------
         InputError
-            When the profile has no loss impact yet.
+            If the profile has no loss impact yet.
         """
         if "loss_impact" not in problem.scores:
             raise InputError(

@@ -1,4 +1,4 @@
-"""MXQ [B] and its relatives: what a matrix costs at a stop, told from the weights alone."""
+"""MXQ [B] and its variants: knapsacks on costs that are cheap to measure."""
 
 from __future__ import annotations
 
@@ -14,22 +14,28 @@ class Mxq(Knapsack):
 
     name = "mxq"
     title = "MXQ"
+    meaning = "The least summed Frobenius error of the weights."
+    color, symbol = "#7A5BB5", "triangle-up"
+    cost_unit = "weight error"
     metrics = ("weight_error",)
 
     def cost(self, problem: Problem) -> np.ndarray:
-        """``‖W − Ŵ_c‖_F``."""
+        """Return ``‖W − Ŵ_c‖_F``."""
         return problem.by_config["weight_error"]
 
 
 class KurtScaled(Knapsack):
-    """MXQ whose errors weigh up to twice as much where the weights have heavy tails."""
+    """MXQ with errors weighted up to twice as much where the weights have heavy tails."""
 
     name = "kurt-scaled"
     title = "Kurtosis-scaled MXQ"
+    meaning = "MXQ with errors weighted up to twice as much where the weights have heavy tails."
+    color, symbol = "#A58BD6", "triangle-down"
+    cost_unit = "scaled weight error"
     metrics = ("weight_error", "kurtosis")
 
     def cost(self, problem: Problem) -> np.ndarray:
-        """``‖W − Ŵ_c‖_F · (1 + k)``, ``k`` the kurtosis scaled to 0–1 within its module type."""
+        """Return ``‖W − Ŵ_c‖_F · (1 + k)``, ``k`` the kurtosis scaled to 0–1 by module type."""
         kurtosis = problem.scores["kurtosis"]
         types = np.array([m.type for m in problem.matrices])
         scaled = np.zeros(len(types))
@@ -45,6 +51,7 @@ class _Penalised(Knapsack):
 
     #: What Algorithm 1 reads.
     metric: str
+    cost_unit = "penalty"
 
     def cost(self, problem: Problem) -> np.ndarray:
         """``100 · penalty(b1) · f / bpp(c) · p/P``; penalty 4 for 2 bits, 2 for 3, else 1."""
@@ -61,6 +68,8 @@ class SensiMilp(_Penalised):
 
     name = "sensi-milp"
     title = "Sensitivity MILP"
+    meaning = "The least sum of fixed penalties on low bits, doubled in layers of high sensitivity."
+    color, symbol = "#C0812B", "star"
     metric = "sensitivity"
     metrics = ("sensitivity",)
 
@@ -70,5 +79,7 @@ class KurtMilp(_Penalised):
 
     name = "kurt-milp"
     title = "Kurtosis MILP"
+    meaning = "The least sum of fixed penalties on low bits, doubled in layers of high kurtosis."
+    color, symbol = "#8C6D31", "hexagon"
     metric = "kurtosis"
     metrics = ("kurtosis",)

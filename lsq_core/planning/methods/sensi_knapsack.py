@@ -1,4 +1,4 @@
-"""The knapsack on measured output error (ours; method §5)."""
+"""The knapsack on the measured output error (ours; method §5)."""
 
 from __future__ import annotations
 
@@ -14,19 +14,22 @@ class SensiKnapsack(Knapsack):
 
     name = "sensi-knapsack"
     title = "Sensitivity knapsack"
+    meaning = "The least squared change of the modules' own outputs."
+    color, symbol = "#3FA34D", "pentagon"
+    cost_unit = "squared output error"
     metrics = ("sensitivity_module",)
 
     def cost(self, problem: Problem) -> np.ndarray:
-        """``s(i, c) · d_out``: the mean squared output change, summed over the outputs."""
+        """Return ``s(i, c) · d_out``: the mean squared output change, summed over the outputs."""
         scores = fill_unreached_experts(problem.by_config["sensitivity_module"], problem.matrices)
         outputs = np.array([m.out_features for m in problem.matrices])
         return scores * outputs[:, None]
 
 
 def fill_unreached_experts(scores: np.ndarray, matrices: tuple[Matrix, ...]) -> np.ndarray:
-    """Scores (n, k) in which an expert that no calibration token reached has one as well.
+    """Fill in the scores (n, k) of experts that no calibration token reached.
 
-    It is counted like the least sensitive of its layer and type that one did reach.
+    They get the lowest scores among the experts of their layer and type that were reached.
     """
     scores = scores.copy()
     unreached = np.isnan(scores).all(axis=1)

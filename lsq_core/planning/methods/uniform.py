@@ -1,4 +1,4 @@
-"""The same stop for every matrix."""
+"""The same configuration for every matrix."""
 
 from __future__ import annotations
 
@@ -13,32 +13,33 @@ from lsq_core.planning.request import PlanRequest
 
 
 class Uniform(LadderPlanner):
-    """Plain quantization, what a model is compared against."""
+    """Uniform quantization, the reference for all other methods."""
 
     name = "uniform"
     title = "Uniform"
-    metrics: tuple[str, ...] = ()
+    meaning = "The same configuration for every matrix."
+    color, symbol = "#8a929c", "circle"
     has_base = True
 
     def frontier(self, problem: Problem, request: PlanRequest, bases: list[int]) -> Frontier:
-        """One start for each base, no moves."""
+        """Return one start for each base, without moves."""
         starts = [uniform_start(problem, base) for base in bases]
         segments = [Segment(start, problem.nominal(start)) for start in starts]
         return Frontier(sort_by_bytes(segments), problem.bytes)
 
 
 def uniform_start(problem: Problem, base: int) -> np.ndarray:
-    """A stop for all matrices (n,); a pinned one gets the nearest that its pin allows."""
+    """Return a base for all matrices (n,); a pinned one gets the nearest that its pin allows."""
     return np.clip(base, problem.low, problem.high)
 
 
 def sort_by_bytes(segments: Iterable[Segment]) -> tuple[Segment, ...]:
-    """Segments in the order of their starts' bytes."""
+    """Sort segments by the bytes of their starts."""
     return tuple(sorted(segments, key=lambda segment: segment.start_bytes))
 
 
 def usable_bases(problem: Problem) -> list[int]:
-    """Options whose group size fills every matrix, by index."""
+    """Return the indices of the options whose group size divides every matrix."""
     rows = np.arange(len(problem.matrices))
     return [
         stop

@@ -1,78 +1,70 @@
-"""Metrics of how hard a matrix is to quantize.
+"""Metrics of how hard a matrix is to quantize. Importing them does not import torch.
 
-A new metric is one file beside these and one entry in ``METRICS``.
+A new metric is one file in this package and one entry in ``METRICS``: its class declares what
+pages, the command line and planners need to know of it (:class:`.base.Metric`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
 
-from lsq_core.bits import QuantConfig
+from lsq_core.errors import InputError
+from lsq_core.profiling.metrics.base import Metric
+from lsq_core.profiling.metrics.kurtosis import Kurtosis
+from lsq_core.profiling.metrics.loss_impact import LossImpact
+from lsq_core.profiling.metrics.proxies import DiagonalFisher, GramDiagonal
+from lsq_core.profiling.metrics.sensitivity import ModuleSensitivity, PartSensitivity
+from lsq_core.profiling.metrics.weight_error import WeightError
 
-#: Where each metric is measured: the module that holds it, in the order of measuring.
-METRICS = {
-    "kurtosis": "lsq_core.profiling.metrics.kurtosis:Kurtosis",
-    "weight_error": "lsq_core.profiling.metrics.weight_error:WeightError",
-    "sensitivity": "lsq_core.profiling.metrics.sensitivity:PartSensitivity",
-    "sensitivity_module": "lsq_core.profiling.metrics.sensitivity:ModuleSensitivity",
-    "loss_impact": "lsq_core.profiling.metrics.loss_impact:LossImpact",
-    "gram_diagonal": "lsq_core.profiling.metrics.proxies:GramDiagonal",
-    "fisher_diagonal": "lsq_core.profiling.metrics.proxies:DiagonalFisher",
+#: Every metric by name, in the order of measuring.
+METRICS: dict[str, type[Metric]] = {
+    metric.name: metric
+    for metric in (
+        Kurtosis,
+        WeightError,
+        PartSensitivity,
+        ModuleSensitivity,
+        LossImpact,
+        GramDiagonal,
+        DiagonalFisher,
+    )
 }
-#: Fast stand-ins for an exact score: which one. They are for looking at; no method reads them.
-PROXIES = {"gram_diagonal": "sensitivity_module", "fisher_diagonal": "sensitivity_module"}
-#: What a profile holds from the start; the others are dear, and added when a method needs them.
-DEFAULT_METRICS = tuple(name for name in METRICS if name not in {"loss_impact", *PROXIES})
-#: What the weights alone tell, without any text: cheap, and measured first.
-WEIGHT_METRICS = ("kurtosis", "weight_error")
-#: The one configuration that loss impact is measured at; a quantizer without it has none.
-LOSS_PROBE = QuantConfig(2, 32)
 
 
-@dataclass(frozen=True)
-class MetricTitle:
-    """How a metric is written on a page: its name, its axis, and what it means in a sentence."""
+def get_metric(name: str) -> type[Metric]:
+    """Return the metric of that name.
 
-    title: str
-    axis: str
-    meaning: str
+    Raises
+    ------
+    InputError
+        If there is none.
+    """
+    if name not in METRICS:
+        raise InputError(f"'{name}' is not a metric; choose one of {', '.join(METRICS)}.")
+    return METRICS[name]
 
 
-TITLES = {
-    "kurtosis": MetricTitle(
-        "Weight kurtosis",
-        "kurtosis (normal = 3)",
-        "How heavy the tails of a matrix's weights are; a normal distribution has 3.",
-    ),
-    "weight_error": MetricTitle(
-        "Weight error",
-        "‖W − Ŵ‖ (Frobenius)",
-        "How far the weights move when they are quantized.",
-    ),
-    "sensitivity": MetricTitle(
-        "Activation sensitivity by part",
-        "mean squared output change",
-        "How far the output of an attention or MLP part moves when its weights are quantized.",
-    ),
-    "sensitivity_module": MetricTitle(
-        "Activation sensitivity by module",
-        "mean squared output change",
-        "How far one linear module's own output moves when its weights are quantized.",
-    ),
-    "loss_impact": MetricTitle(
-        "Loss impact",
-        "KL (nats per token) per ‖W − Ŵ‖²",
-        "How far the model's predictions move for each unit of squared weight error in one "
-        "matrix, all else at full precision.",
-    ),
-    "gram_diagonal": MetricTitle(
-        "Gram diagonal (proxy)",
-        "mean squared output change",
-        "What sensitivity by module would be if no two inputs of a module were correlated.",
-    ),
-    "fisher_diagonal": MetricTitle(
-        "Diagonal Fisher (proxy)",
-        "Σ E[g²]·ΔW²",
-        "The squared weight error, each weight by the square of the loss's gradient to it.",
-    ),
-}
+def default_metrics() -> tuple[str, ...]:
+    """Return the metrics that every profile has; a method that needs another one adds it."""
+    return tuple(name for name, metric in METRICS.items() if metric.default)
+
+
+def weight_metrics() -> tuple[str, ...]:
+    """Return the default metrics that need no calibration text: cheap, and measured first."""
+    return tuple(name for name in default_metrics() if not METRICS[name].needs_calibration)
+
+
+def proxies() -> dict[str, str]:
+    """Return each fast proxy with the exact metric that it approximates."""
+    return {name: metric.proxy_of for name, metric in METRICS.items() if metric.proxy_of}
+
+
+def detection_metrics() -> tuple[str, ...]:
+    """Return the metrics over which Algorithm 1 looks for outlier layers, in display order."""
+    return in_display_order(name for name, metric in METRICS.items() if metric.detects_outliers)
+
+
+def in_display_order(names: Iterable[str]) -> tuple[str, ...]:
+    """Sort metrics as pages list them: those of activations first, then as registered."""
+    order = list(METRICS)
+    return tuple(sorted(names, key=lambda m: (not METRICS[m].needs_calibration, order.index(m))))

@@ -1,4 +1,4 @@
-"""What a metric is: it scores the matrices of one block, once or at each configuration."""
+"""The interface of a metric: it scores the matrices of a block, once or at each configuration."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Score:
-    """One figure: of a matrix, by a metric, at a configuration or (None) at none.
+    """One score of a matrix; ``config`` is None for a score that depends on no configuration.
 
-    ``part`` names what was quantized together with the matrix, where it was not alone.
+    ``part`` names the part of the block whose matrices were quantized together, if any.
     """
 
     matrix: Matrix
@@ -30,31 +30,60 @@ class Score:
 
 
 class Metric:
-    """One file a metric, one entry in ``METRICS``; it overrides what it can."""
+    """A metric: class attributes that describe it, and methods that measure it.
 
+    The attributes are read without importing torch, so a metric's file imports torch inside the
+    functions that compute. A subclass overrides one of the two ``score_*`` methods or both.
+    """
+
+    #: Identifier in profiles, in the database and on the command line.
     name: str
+    #: Heading of charts and tables.
+    title: str
+    #: Name within a sentence, in lower case.
+    label: str
+    #: Name in a column or control that already says what kind of metric it is.
+    short: str
+    #: Axis title, with the unit.
+    axis: str
+    #: One sentence on what it measures.
+    meaning: str
+    #: Whether charts draw it on a logarithmic axis.
+    log_scale: bool = False
+
+    #: Whether every profile has it; otherwise it is measured on request.
+    default: bool = True
+    #: The metric that it approximates, if it is a fast proxy. Planners read no proxy.
+    proxy_of: str = ""
+    #: Whether Algorithm 1 runs over it.
+    detects_outliers: bool = False
+    #: Whether matrices of one part of a block share a score.
+    shared_by_part: bool = False
+
     #: Whether it needs calibration text (hidden states and Gram matrices in the context).
     needs_calibration: bool
     #: Whether it runs more than the block it scores, so that all weights have to be loaded.
     needs_full_model: bool = False
-    #: The configurations it is measured at; none for one that needs no quantized weights.
+    #: The configurations it is measured at; empty if it needs no quantized weights.
     configs: Sequence[QuantConfig] = ()
-    #: How many calibration blocks it reads, the first of them; None for all.
+    #: Whether there is one score for each of ``configs``, rather than one for the matrix.
+    by_config: bool = False
+    #: Number of calibration blocks it reads, from the first on; None for all.
     sequences: int | None = None
 
     def effort(self, layer: int, layers: int) -> int:
-        """What a score in one layer costs beside the others', so that time left can be told."""
+        """Return the relative cost of one score in a layer, from which time left is estimated."""
         return 1
 
     def score_unquantized(self, context: BlockContext) -> Iterator[Score]:
-        """Scores that depend on no configuration; none unless overridden."""
+        """Yield the scores that depend on no configuration; none unless overridden."""
         return iter(())
 
     def score_at_config(
         self, context: BlockContext, config: QuantConfig, quantized: dict[Matrix, Tensor]
     ) -> Iterator[Score]:
-        """Scores at one of ``configs``; ``quantized`` holds what the weights become, float32.
+        """Yield the scores at one of ``configs``; none unless overridden.
 
-        None unless overridden.
+        ``quantized`` holds the dequantized weights, float32 (out, in), by matrix.
         """
         return iter(())

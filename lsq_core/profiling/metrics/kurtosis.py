@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from lsq_core.profiling.context import BlockContext
 from lsq_core.profiling.metrics.base import Metric, Score
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lsq_core.profiling.context import BlockContext
 
 _CHUNK = 2**22
 
 
 def kurtosis(weight: Tensor) -> float:
-    """Pearson's kurtosis (normal = 3) with population moments, accumulated in float64.
+    """Return Pearson's kurtosis (normal = 3) with population moments, accumulated in float64.
 
-    The same as ``scipy.stats.kurtosis(w, axis=None, fisher=False, bias=True)``; NaN for a
-    constant matrix.
+    Equals ``scipy.stats.kurtosis(w, axis=None, fisher=False, bias=True)``; NaN for a constant
+    matrix.
     """
+    import torch
+
     chunks = weight.reshape(-1).split(_CHUNK)
     count = weight.numel()
     mean = sum(chunk.double().sum() for chunk in chunks) / count
@@ -31,12 +35,17 @@ def kurtosis(weight: Tensor) -> float:
 
 
 class Kurtosis(Metric):
-    """How heavy the tails of each matrix are; needs no quantizer and no calibration text."""
+    """Heaviness of each matrix's tails; needs no quantizer and no calibration text."""
 
     name = "kurtosis"
+    title = "Weight kurtosis"
+    label = short = "kurtosis"
+    axis = "kurtosis (normal = 3)"
+    meaning = "How heavy the tails of a matrix's weights are; a normal distribution has 3."
+    detects_outliers = True
     needs_calibration = False
 
     def score_unquantized(self, context: BlockContext) -> Iterator[Score]:
-        """One score for each matrix."""
+        """Yield one score for each matrix."""
         for matrix in context.matrices:
             yield Score(matrix, self.name, None, kurtosis(context.weight(matrix)))

@@ -1,40 +1,49 @@
-"""Fast stand-ins for the exact scores, for looking rather than for planning (method §8).
+"""Fast proxies of the exact scores, for exploration rather than planning (method §8).
 
-Both weigh the squared error of every single weight and leave out how errors act together:
-the diagonal of the Gram matrix for a module's own output, the diagonal of the Fisher information
-for the model's loss. Either costs the same however many configurations there are.
+Both weight the squared error of each single weight and ignore interactions between errors:
+by the diagonal of the Gram matrix for a module's own output, by the diagonal of the Fisher
+information for the model's loss. The cost hardly depends on the number of configurations.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from typing import TYPE_CHECKING
 
 from lsq_core.bits import LADDER, QuantConfig
-from lsq_core.model.architecture import locate_parameter, matrix_view, parameter_name
 from lsq_core.model.info import Matrix
-from lsq_core.profiling.context import BlockContext
 from lsq_core.profiling.metrics.base import Metric, Score
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from lsq_core.profiling.context import BlockContext
 
 
 class GramDiagonal(Metric):
     """``Σ_ij H_jj·ΔW_ij²/(T·d_out)``: module sensitivity if no two inputs were correlated.
 
-    ``H_jj`` is the squared sum of input j over T tokens. NaN for an expert that none reached.
+    ``H_jj`` is the sum of squares of input j over T tokens. NaN for an expert that no token
+    reached.
     """
 
     name = "gram_diagonal"
+    title = "Gram diagonal (proxy)"
+    label = short = "Gram diagonal"
+    axis = "mean squared output change"
+    meaning = "What sensitivity by module would be if no two inputs of a module were correlated."
+    log_scale = True
+    default = False
+    proxy_of = "sensitivity_module"
     needs_calibration = True
     configs = LADDER
+    by_config = True
 
     def score_at_config(
         self, context: BlockContext, config: QuantConfig, quantized: dict[Matrix, Tensor]
     ) -> Iterator[Score]:
-        """One score for each matrix."""
+        """Yield one score for each matrix."""
         for matrix, weight in quantized.items():
             squares, tokens = context.second_moments[matrix]
             by_input = (context.weight(matrix).float() - weight).square_().sum(0)
@@ -45,14 +54,22 @@ class GramDiagonal(Metric):
 class DiagonalFisher(Metric):
     """``Σ_ij E[g_ij²]·ΔW_ij²``, ``g`` the gradient of a sequence's mean next-token loss.
 
-    One forward and one backward pass for each calibration sequence by itself, since the squared
-    mean of gradients is no Fisher information. NaN for an expert that no token reached.
+    One forward and one backward pass per calibration sequence, since the square of a mean gradient
+    is not the Fisher information. NaN for an expert that no token reached.
     """
 
     name = "fisher_diagonal"
+    title = "Diagonal Fisher (proxy)"
+    label = short = "diagonal Fisher"
+    axis = "Σ E[g²]·ΔW²"
+    meaning = "The squared weight error, each weight by the square of the loss's gradient to it."
+    log_scale = True
+    default = False
+    proxy_of = "sensitivity_module"
     needs_calibration = True
     needs_full_model = True
     configs = LADDER
+    by_config = True
 
     def __init__(self) -> None:
         self.squares: dict[str, Tensor] = {}
@@ -60,7 +77,9 @@ class DiagonalFisher(Metric):
     def score_at_config(
         self, context: BlockContext, config: QuantConfig, quantized: dict[Matrix, Tensor]
     ) -> Iterator[Score]:
-        """One score for each matrix; the first asks for the gradients of all of them."""
+        """Yield one score for each matrix; the first call computes all gradients."""
+        from lsq_core.model.architecture import locate_parameter, matrix_view, parameter_name
+
         model = context.loaded.model
         if not self.squares:
             names = dict.fromkeys(map(parameter_name, context.loaded.info.matrices))
@@ -77,11 +96,14 @@ class DiagonalFisher(Metric):
 def mean_squared_gradients(
     model: nn.Module, names: Iterable[str], ids: Tensor
 ) -> dict[str, Tensor]:
-    """``E[g²]`` of these parameters over sequences (n, tokens), float32 in each one's shape.
+    """Return ``E[g²]`` of parameters over sequences (n, tokens), float32 in each one's shape.
 
-    Squares are added up as each gradient is made, so that no two gradients are kept. The model
-    is left as it was.
+    Each gradient is squared, added and freed as soon as it is computed, so that no two are in
+    memory at once. The model is not changed.
     """
+    import torch
+    from torch.nn import functional as F
+
     parameters = {name: model.get_parameter(name) for name in names}
     with torch.inference_mode(False), torch.enable_grad():
         sums = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in parameters.items()}

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from lsq_core.bits import LADDER, QuantConfig
 from lsq_core.model.info import Matrix
-from lsq_core.profiling.context import BlockContext
 from lsq_core.profiling.metrics.base import Metric, Score
 from lsq_core.profiling.metrics.weight_error import squared_norm
-from lsq_core.profiling.parts import Part
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lsq_core.profiling.context import BlockContext
+    from lsq_core.profiling.parts import Part
 
 
 def module_sensitivity(difference: Tensor, gram: Tensor, tokens: int) -> float:
-    """``tr(ΔW·H·ΔWᵀ)/(T·d_out)``: the mean squared output change of one linear module, exactly.
+    """Return ``tr(ΔW·H·ΔWᵀ)/(T·d_out)``, the exact mean squared output change of a linear module.
 
-    ``difference`` is (out, in), ``gram`` is ``XᵀX`` (in, in) over ``tokens`` tokens. NaN where no
-    token reached the module (an expert that was never chosen).
+    ``difference`` is (out, in), ``gram`` is ``XᵀX`` (in, in) over ``tokens`` tokens. NaN if no
+    token reached the module (an expert that was never routed to).
     """
+    import torch
+
     if tokens == 0:
         return float("nan")
     rows = torch.linalg.vecdot(difference @ gram, difference)
@@ -28,16 +32,23 @@ def module_sensitivity(difference: Tensor, gram: Tensor, tokens: int) -> float:
 
 
 class ModuleSensitivity(Metric):
-    """Eq. 10 literally: each linear module on its own, from one Gram matrix for all configs."""
+    """Eq. 10 for each linear module alone, from one Gram matrix for all configurations."""
 
     name = "sensitivity_module"
+    title = "Activation sensitivity by module"
+    label, short = "sensitivity by module", "by module"
+    axis = "mean squared output change"
+    meaning = "How far one linear module's own output moves when its weights are quantized."
+    log_scale = True
+    detects_outliers = True
     needs_calibration = True
     configs = LADDER
+    by_config = True
 
     def score_at_config(
         self, context: BlockContext, config: QuantConfig, quantized: dict[Matrix, Tensor]
     ) -> Iterator[Score]:
-        """One score for each matrix."""
+        """Yield one score for each matrix."""
         for matrix, weight in quantized.items():
             difference = context.weight(matrix).float() - weight
             value = module_sensitivity(difference, *context.observations.grams[matrix])
@@ -45,16 +56,24 @@ class ModuleSensitivity(Metric):
 
 
 class PartSensitivity(Metric):
-    """The authors' parts: weights quantized together, the output of their block compared."""
+    """Eq. 10 for the authors' parts: matrices quantized together, their block's output compared."""
 
     name = "sensitivity"
+    title = "Activation sensitivity by part"
+    label, short = "sensitivity by part", "by part"
+    axis = "mean squared output change"
+    meaning = "How far the output of an attention or MLP part moves when its weights are quantized."
+    log_scale = True
+    detects_outliers = True
+    shared_by_part = True
     needs_calibration = True
     configs = LADDER
+    by_config = True
 
     def score_at_config(
         self, context: BlockContext, config: QuantConfig, quantized: dict[Matrix, Tensor]
     ) -> Iterator[Score]:
-        """One score a part, shared by its matrices."""
+        """Yield the score of each part for all of its matrices."""
         for part in context.parts:
             if any(m not in quantized for m in part.matrices):
                 continue  # a group size that does not divide one of them
@@ -68,10 +87,10 @@ def _part_score(context: BlockContext, part: Part, quantized: dict[Matrix, Tenso
         ((matrix, weight),) = quantized.items()
         difference = context.weight(matrix).float() - weight
         return module_sensitivity(difference, *context.observations.grams[matrix])
-    replay = context.observations.replays[part.place]
+    replay = context.observations.replays[part.comparison]
     total, count = 0.0, 0
     with context.replaced_weights(quantized):
         for before, after in zip(replay.outputs, replay.run(), strict=True):
             total += squared_norm(after.float().sub_(before))
             count += before.numel()
-    return total / count if count else float("nan")  # no token came through it
+    return total / count if count else float("nan")  # no token reached the part

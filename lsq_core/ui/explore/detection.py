@@ -15,23 +15,17 @@ from lsq_core.planning.detection import (
     detect_outliers,
     shallow_model_note,
 )
-from lsq_core.planning.methods.boost import layer_series
-from lsq_core.profiling.metrics import TITLES
+from lsq_core.planning.methods.boost import compares_by_ratio, layer_series
+from lsq_core.profiling.metrics import METRICS, detection_metrics
 from lsq_core.ui import words
 from lsq_core.ui.explore.layers import ensure_valid_choice, legend_labels
 from lsq_core.ui.explore.profile import ExploreView
 from lsq_core.ui.safe import st
 
-_METRICS = {
-    "sensitivity": "Sensitivity by part",
-    "sensitivity_module": "by module",
-    "kurtosis": "Kurtosis",
-}
-
 
 def show(view: ExploreView) -> None:
     """One module type's series and its steps; threshold and m are controls, all else follows."""
-    available = [metric for metric in _METRICS if metric in view.problem.scores]
+    available = [metric for metric in detection_metrics() if metric in view.problem.scores]
     if not available:
         view.render_headline(
             "No metric for Algorithm 1.",
@@ -43,7 +37,7 @@ def show(view: ExploreView) -> None:
         metric = st.segmented_control(
             "Metric",
             available,
-            format_func=_METRICS.get,
+            format_func=words.metric_label,
             required=True,
             key="detect",
             label_visibility="collapsed",
@@ -53,7 +47,7 @@ def show(view: ExploreView) -> None:
     with left:
         threshold, top_m = _render_controls()
     found = {
-        kind: run_detection(layers, scores, metric != "kurtosis", top_m, threshold)
+        kind: run_detection(layers, scores, compares_by_ratio(metric), top_m, threshold)
         for kind, (layers, scores) in layer_series(view.problem, metric).items()
     }
     names = {
@@ -188,18 +182,18 @@ def _describe_steps(steps: DetectionSteps) -> str:
 def _show_chart(metric: str, kind: str, name: str, steps: DetectionSteps) -> None:
     if not len(steps.z):
         return
-    title = TITLES[metric]
-    at = f" at {DETECTION_CONFIG.name}" if metric != "kurtosis" else ""
+    spec = METRICS[metric]
+    at = f" at {DETECTION_CONFIG.name}" if spec.by_config else ""
     st.plotly_chart(
         charts.algorithm_steps(
             steps,
-            f"{title.title}{at}, {name}",
-            title.axis,
+            f"{spec.title}{at}, {name}",
+            spec.axis,
             charts.module_color(kind),
-            log=metric != "kurtosis",
+            log=spec.log_scale,
         ),
         config=charts.CONFIG,
         key="algorithm",
-        alt=f"{title.title} of {name} over the layers, the steps between neighbours with their "
+        alt=f"{spec.title} of {name} over the layers, the steps between neighbours with their "
         f"trimmed band, and their z-scores; flagged: {_describe_flagged(steps) or 'none'}.",
     )

@@ -13,7 +13,13 @@ from lsq_core.model.info import ModelInfo
 from lsq_core.planning.detection import shallow_model_note
 from lsq_core.planning.methods.boost import flagged_layers
 from lsq_core.planning.problem import Problem
-from lsq_core.profiling.metrics import TITLES
+from lsq_core.planning.request import SENSITIVITIES
+from lsq_core.profiling.metrics import (
+    METRICS,
+    default_metrics,
+    detection_metrics,
+    in_display_order,
+)
 from lsq_core.profiling.profile import Profile
 from lsq_core.quantization.registry import quantizer_spec
 from lsq_core.ui import cached as known
@@ -22,7 +28,6 @@ from lsq_core.ui.explore.profile import ExploreView
 from lsq_core.ui.page import next_step
 from lsq_core.ui.safe import st
 
-_SENSITIVITY_VIEWS = {"sensitivity": "Sensitivity by part", "sensitivity_module": "by module"}
 _DETECTION_RULE = (
     "Algorithm 1 flags a layer whose change from the previous layer has a z-score above 3."
 )
@@ -89,9 +94,9 @@ def flagged_set(problem: Problem, metric: str) -> list[int]:
 
 
 def show_charts(view: ExploreView, problem: Problem) -> None:
-    """Sensitivity, kurtosis and weight error above one another, those of them that there are."""
+    """Draw the chosen sensitivity and the other default metrics of the profile over the layers."""
     profile = view.profile
-    sensitivity_metrics = [metric for metric in _SENSITIVITY_VIEWS if metric in profile.metrics]
+    sensitivity_metrics = [metric for metric in SENSITIVITIES if metric in profile.metrics]
     configs = measured_configs(profile)
     sensitivity_metric = config_name = None
     with view.row:
@@ -100,7 +105,7 @@ def show_charts(view: ExploreView, problem: Problem) -> None:
             sensitivity_metric = st.segmented_control(
                 "Sensitivity",
                 sensitivity_metrics,
-                format_func=_SENSITIVITY_VIEWS.get,
+                format_func=words.metric_label,
                 required=True,
                 key="layers_view",
                 label_visibility="collapsed",
@@ -118,11 +123,15 @@ def show_charts(view: ExploreView, problem: Problem) -> None:
                 width=130,
             )
     config = QuantConfig.parse(config_name) if config_name else None
-    wanted = {sensitivity_metric: config, "kurtosis": None, "weight_error": config}
+    wanted = {
+        metric: config if METRICS[metric].by_config else None
+        for metric in in_display_order(default_metrics())
+        if metric == sensitivity_metric or metric not in SENSITIVITIES
+    }
     panels = [
         build_panel(profile, problem, metric, at)
         for metric, at in wanted.items()
-        if metric and has_scores(profile, metric, at)
+        if has_scores(profile, metric, at)
     ]
     if panels:
         names = words.listed([p.title for p in panels])
@@ -168,7 +177,7 @@ def has_scores(profile: Profile, metric: str, config: QuantConfig | None) -> boo
 
 
 def _describe_absent(metrics: list[str], config_name: str | None) -> str:
-    names = " and ".join(TITLES[metric].title.lower() for metric in metrics)
+    names = " and ".join(METRICS[metric].title.lower() for metric in metrics)
     return f"There is no {names} at {config_name}." if names else ""
 
 
@@ -219,16 +228,15 @@ def build_panel(
         flags.get(kind, {}).get(layer, np.nan)
         for kind, layer in zip(frame["type"], frame["layer"], strict=True)
     ]
-    title = TITLES[metric]
+    spec = METRICS[metric]
     at = f" at {config.name}" if config else ""
-    log = metric.startswith("sensitivity")
-    return charts.Panel(frame, f"{title.title}{at}", title.axis, log)
+    return charts.Panel(frame, f"{spec.title}{at}", spec.axis, spec.log_scale)
 
 
 def legend_labels(profile: Profile, metric: str) -> dict[str, str]:
     """Module type to its name in the legend; of types that share a part only the first is drawn."""
     kinds = list(dict.fromkeys(m.type for m in profile.matrices))
-    if metric != "sensitivity":
+    if not METRICS[metric].shared_by_part:
         return {kind: charts.short_type(kind) for kind in kinds}
     rows = profile.values[profile.values["metric"] == metric]
     parts = rows.drop_duplicates("type").set_index("type")["part"]
@@ -242,10 +250,9 @@ def legend_labels(profile: Profile, metric: str) -> dict[str, str]:
 def show_flagged(problem: Problem) -> None:
     """Which layers each metric flags, by module type, with their z-scores."""
     st.subheader("Outlier layers (z-score)", anchor=False)
-    columns = {"sensitivity": "by part", "sensitivity_module": "by module", "kurtosis": "kurtosis"}
     flagged = {
-        name: flagged_layers(problem, metric, 0)
-        for metric, name in columns.items()
+        METRICS[metric].short: flagged_layers(problem, metric, 0)
+        for metric in detection_metrics()
         if metric in problem.scores
     }
     kinds = list(dict.fromkeys(m.type for m in problem.matrices))
@@ -262,7 +269,7 @@ def show_flagged(problem: Problem) -> None:
 def show_missing(info: ModelInfo, profile: Profile, problem: Problem) -> None:
     """What the published files don't give, and the methods that can't plan for want of it."""
     st.subheader("Not published", anchor=False)
-    missing = {TITLES[metric].title: _describe_missing(profile, metric) for metric in TITLES}
+    missing = {METRICS[metric].title: _describe_missing(profile, metric) for metric in METRICS}
     methods = known.unavailable_methods(info, problem)
     if methods:
         missing["Plans that need them"] = "none by " + words.listed(

@@ -9,18 +9,12 @@ import pandas as pd
 from lsq_core import charts
 from lsq_core.bits import DETECTION_CONFIG, LADDER, QuantConfig
 from lsq_core.profiling.agreement import lowest_correlation, pattern_correlations
-from lsq_core.profiling.metrics import TITLES
+from lsq_core.profiling.metrics import METRICS, default_metrics, in_display_order
 from lsq_core.ui import cached, words
 from lsq_core.ui.explore.layers import ensure_valid_choice
 from lsq_core.ui.explore.profile import ExploreView
 from lsq_core.ui.safe import st
 
-_METRICS = {
-    "sensitivity": "Sensitivity by part",
-    "sensitivity_module": "Sensitivity by module",
-    "kurtosis": "Kurtosis",
-    "weight_error": "Weight error",
-}
 #: What a person picks several of: the column of the held profiles, and how the box is called.
 _BOXES = {
     "model": "Models",
@@ -78,13 +72,13 @@ def show(view: ExploreView) -> None:
 
 def _select_metric(view: ExploreView, available: pd.DataFrame) -> str:
     own_rows = set(available.loc[available["id"] == view.profile.id, "metric"])
-    metrics = [metric for metric in _METRICS if metric in own_rows]
+    metrics = in_display_order(metric for metric in default_metrics() if metric in own_rows)
     ensure_valid_choice("overlay_metric", metrics)
     with view.row:
         return st.selectbox(
             "Metric",
             metrics,
-            format_func=_METRICS.get,
+            format_func=words.metric_label,
             key="overlay_metric",
             label_visibility="collapsed",
             width=210,
@@ -215,7 +209,7 @@ def load_lines(view: ExploreView, metric: str, lines: pd.DataFrame) -> pd.DataFr
     frame["at"] = frame["type"].map(order).fillna(len(order))
     frame["of"] = frame["line"].map(rank)
     frame = frame.sort_values(["at", "of", "layer"], kind="stable")
-    if metric == "sensitivity":
+    if METRICS[metric].shared_by_part:
         frame = _merge_part_types(frame)
     else:
         frame["part"] = frame["type"].map(charts.short_type)
@@ -265,7 +259,7 @@ def _render_headline(
     view: ExploreView, metric: str, correlations: pd.DataFrame, lines: int
 ) -> None:
     """Whether the patterns agree, by the two that do so least."""
-    title = TITLES[metric].title.lower()
+    title = METRICS[metric].title.lower()
     if lines == 1:
         view.render_headline(
             "One pattern selected.", "Choose more corpora, quantizers, configurations or models."
@@ -298,13 +292,13 @@ def _show_charts(
             charts.overlay_lines(
                 frame,
                 line_styles(lines),
-                TITLES[metric].axis,
-                metric.startswith("sensitivity"),
+                METRICS[metric].axis,
+                METRICS[metric].log_scale,
                 500,
             ),
             config=charts.CONFIG,
             key="overlay",
-            alt=f"{TITLES[metric].title} over the layers of {names}, by part.",
+            alt=f"{METRICS[metric].title} over the layers of {names}, by part.",
         )
     with right:
         st.plotly_chart(

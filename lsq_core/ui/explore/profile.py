@@ -14,6 +14,7 @@ from lsq_core.corpus.registry import BUILT_IN_CORPORA
 from lsq_core.jobs import Job, arguments
 from lsq_core.model.info import ModelInfo
 from lsq_core.planning.problem import Problem
+from lsq_core.profiling.metrics import weight_metrics
 from lsq_core.profiling.profile import Profile, missing_metrics
 from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.quantization.registry import MATRIX_QUANTIZERS, incompatibility_reason, quantizer_spec
@@ -21,17 +22,6 @@ from lsq_core.store.store import Store
 from lsq_core.ui import cached, jobs_panel, state, words
 from lsq_core.ui.page import PageContext, headline
 from lsq_core.ui.safe import st
-
-#: Metrics as a sentence names them.
-LABELS = {
-    "kurtosis": "kurtosis",
-    "weight_error": "weight error",
-    "sensitivity": "sensitivity by part",
-    "sensitivity_module": "sensitivity by module",
-    "loss_impact": "loss impact",
-    "gram_diagonal": "Gram diagonal",
-    "fisher_diagonal": "diagonal Fisher",
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,14 +194,14 @@ def _render_progress_headline(view: ExploreView, job: Job) -> None:
     left = f"; about {words.seconds(job.eta)} left" if job.eta else ""
     if view.profile is None and job.stage == "weights":
         headline(
-            f"Measuring kurtosis and weight error{share}{left}.",
+            f"Measuring {words.metric_labels(weight_metrics())}{share}{left}.",
             "They are shown as soon as they are available; activation sensitivity follows.",
         )
         return
     if view.profile is None:
         jobs_panel.render_headline(job)
         return
-    names = words.listed([LABELS[metric] for metric in view.profile.metrics])
+    names = words.metric_labels(view.profile.metrics)
     headline(
         f"Measuring activation sensitivity{share}{left}.",
         f"{names[0].upper()}{names[1:]} are available already.",
@@ -232,7 +222,7 @@ def _render_missing(view: ExploreView) -> str:
         return "Profile"
     headline(
         f"The profile of {name} is incomplete.",
-        f"It lacks {words.listed([LABELS[m] for m in view.lacking])}: measuring was interrupted. "
+        f"It lacks {words.metric_labels(view.lacking)}: measuring was interrupted. "
         "Existing scores are kept; only the rest will be measured.",
     )
     return "Measure the rest"

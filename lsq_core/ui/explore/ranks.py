@@ -9,14 +9,12 @@ from streamlit.delta_generator import DeltaGenerator
 from lsq_core import charts, disk, jobs
 from lsq_core.bits import DETECTION_CONFIG, LADDER
 from lsq_core.profiling.agreement import proxy_agreement, rank_correlation, ranks
-from lsq_core.profiling.metrics import PROXIES, TITLES
+from lsq_core.profiling.metrics import METRICS, proxies
 from lsq_core.ui import jobs_panel, words
 from lsq_core.ui.explore.layers import ensure_valid_choice, has_scores, measured_configs
-from lsq_core.ui.explore.profile import LABELS, ExploreView, profile_argv
+from lsq_core.ui.explore.profile import ExploreView, profile_argv
 from lsq_core.ui.safe import st
 
-#: Metrics of a configuration; the others have one figure a matrix.
-_CONFIG_METRICS = ("sensitivity", "sensitivity_module", "weight_error", *PROXIES)
 _TABLE_ROWS = 8
 
 
@@ -26,11 +24,11 @@ def show(view: ExploreView) -> None:
     with view.row:
         config_name = _select_config(configs)
     table = metric_table(view, config_name)
-    available = [metric for metric in TITLES if metric in table]
+    available = [metric for metric in METRICS if metric in table]
     if len(available) < 2:
         view.render_headline(
             "Only one metric is available, so there is nothing to compare.",
-            f"Of {view.ctx.source.name} there is {words.listed([LABELS[m] for m in available])}.",
+            f"Of {view.ctx.source.name} there is {words.metric_labels(available)}.",
         )
         return
     left, right = st.columns([3, 2], gap="medium")
@@ -68,7 +66,12 @@ def _select_metric(
 ) -> str:
     ensure_valid_choice(key, available, default)
     return container.selectbox(
-        label, available, format_func=LABELS.get, key=key, persist_state="session"
+        label,
+        available,
+        format_func=lambda name: METRICS[name].label,
+        help="\n".join(f"- **{METRICS[m].title}**: {METRICS[m].meaning}" for m in available),
+        key=key,
+        persist_state="session",
     )
 
 
@@ -80,18 +83,20 @@ def metric_table(view: ExploreView, config_name: str) -> pd.DataFrame:
     )
     config = next((c for c in LADDER if c.name == config_name), None)
     for metric in profile.metrics:
-        at = config if metric in _CONFIG_METRICS else None
-        if metric in TITLES and has_scores(profile, metric, at):
+        if metric not in METRICS:
+            continue
+        at = config if METRICS[metric].by_config else None
+        if has_scores(profile, metric, at):
             table[metric] = profile.scores(metric, at)
     return table
 
 
 def _render_headline(view: ExploreView, frame: pd.DataFrame, x: str, y: str) -> None:
     rho = rank_correlation(frame["x"].to_numpy(), frame["y"].to_numpy())
-    name = LABELS[x]
+    name = words.metric_label(x)
     value = f"{rho:.2f}".replace("-", "−")
     view.render_headline(
-        f"{name[0].upper()}{name[1:]} and {LABELS[y]} {_verdict(rho)}: rank correlation {value}.",
+        f"{name} and {METRICS[y].label} {_verdict(rho)}: rank correlation {value}.",
         f"Spearman's ρ over {len(frame):,} weight matrices. "
         "Rank 1 is the largest value, the hardest by that metric. Click a point to see its "
         "figures.",
@@ -132,12 +137,13 @@ def _as_list(customdata: object) -> list:
 
 def _show_scatter(frame: pd.DataFrame, x: str, y: str, module: str) -> None:
     st.plotly_chart(
-        charts.rank_scatter(frame, LABELS[x], LABELS[y], module),
+        charts.rank_scatter(frame, METRICS[x].label, METRICS[y].label, module),
         config=charts.CONFIG,
         key="rank_scatter",
         on_select=_select_clicked,
         selection_mode="points",
-        alt=f"Ranks of {len(frame)} modules by {LABELS[x]} and by {LABELS[y]}; {module} is ringed.",
+        alt=f"Ranks of {len(frame)} modules by {METRICS[x].label} and by {METRICS[y].label}; "
+        f"{module} is ringed.",
     )
 
 
@@ -147,19 +153,19 @@ def _show_proxies(view: ExploreView, config_name: str) -> None:
     table = table[table["config"] == config_name]
     for exact, rows in table.groupby("exact", sort=False):
         correlations = [
-            f"{LABELS[row.proxy]} {row.rank_correlation:.3f}".replace("-", "−")
+            f"{METRICS[row.proxy].label} {row.rank_correlation:.3f}".replace("-", "−")
             for row in rows.itertuples()
         ]
         st.caption(
-            f"Fast proxies of {LABELS[exact]} at {config_name}, by rank correlation with it: "
-            f"{words.listed(correlations)}."
+            f"Fast proxies of {METRICS[exact].label} at {config_name}, by rank correlation with "
+            f"it: {words.listed(correlations)}."
         )
     if table.empty and not view.published and not view.lacking:
         _show_proxy_button(view)
 
 
 def _show_proxy_button(view: ExploreView) -> None:
-    folder, argv = disk.jobs_folder(view.ctx.store), profile_argv(view, list(PROXIES))
+    folder, argv = disk.jobs_folder(view.ctx.store), profile_argv(view, list(proxies()))
     job = jobs_panel.find(folder, argv)
     if job is not None and job.active:
         jobs_panel.follow(job)
@@ -167,7 +173,7 @@ def _show_proxy_button(view: ExploreView) -> None:
     if st.button(
         "Measure the fast proxies",
         key="proxies",
-        help=f"{words.listed([LABELS[proxy] for proxy in PROXIES])}, to see how well they rank the "
+        help=f"{words.metric_labels(proxies())}, to see how well they rank the "
         "modules. Needs all weights in memory, and gradients.",
     ):
         jobs.start(folder, argv)
@@ -183,7 +189,7 @@ def _show_figures(table: pd.DataFrame, module: str, available: list[str]) -> Non
     index = table.index[table["module"] == module][0]
     st.dataframe(
         {
-            "metric": [LABELS[metric] for metric in available],
+            "metric": [METRICS[metric].label for metric in available],
             "value": [row[metric] for metric in available],
             "rank": [all_ranks[metric][index] for metric in available],
         },

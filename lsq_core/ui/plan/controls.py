@@ -7,10 +7,12 @@ from collections.abc import Sequence
 
 from lsq_core.bits import GROUP_SIZES, LADDER
 from lsq_core.errors import InputError
-from lsq_core.planning.methods import PLANNERS, get_planner
+from lsq_core.planning.methods import PLANNERS, get_planner, mixes_rows, reads_field
 from lsq_core.planning.methods.uniform import uniform_start, usable_bases
 from lsq_core.planning.pins import apply_pins
 from lsq_core.planning.problem import Problem
+from lsq_core.planning.request import SENSITIVITIES
+from lsq_core.profiling.metrics import METRICS
 from lsq_core.ui import state
 from lsq_core.ui.safe import st
 
@@ -20,7 +22,6 @@ _RATIOS = {
     "uniform": "same for all",
 }
 _LOSSES = {"block": "block output", "model": "model output"}
-_METRICS = {"sensitivity": "by part", "sensitivity_module": "by module"}
 
 
 def render_controls(problem: Problem, available_methods: Sequence[str]) -> None:
@@ -33,6 +34,10 @@ def render_controls(problem: Problem, available_methods: Sequence[str]) -> None:
             format_func=lambda name: PLANNERS[name].title,
             key="method",
             persist_state="session",
+            help="\n".join(
+                f"- **{PLANNERS[name].title}**: {PLANNERS[name].meaning}"
+                for name in available_methods
+            ),
         )
     method = st.session_state["method"]
     with columns[1]:
@@ -40,14 +45,14 @@ def render_controls(problem: Problem, available_methods: Sequence[str]) -> None:
     with columns[2]:
         if size_mode != "budget":
             select_base(with_typed_pins(problem))
-        elif state.boosts(method):
+        elif reads_field(method, "boost_stop"):
             input_boost()
-        elif state.reads_rows(method):
+        elif mixes_rows(method):
             select_bit_widths()
     with columns[3]:
-        if state.boosts(method):
+        if reads_field(method, "boost_stop"):
             input_top_m()
-        elif state.reads_rows(method):
+        elif mixes_rows(method):
             select_group_size()
     with columns[4]:
         select_comparison(state.alike(method, available_methods), size_mode)
@@ -57,7 +62,7 @@ def render_controls(problem: Problem, available_methods: Sequence[str]) -> None:
 
 def select_size_mode(method: str) -> str:
     """By base, by budget, or by a base that a budget caps; some methods know budgets only."""
-    if state.reads_rows(method):
+    if mixes_rows(method):
         st.selectbox(
             "Ratios",
             list(_RATIOS),
@@ -151,21 +156,21 @@ def select_comparison(methods: Sequence[str], size_mode: str) -> None:
 def render_more_options(method: str, size_mode: str) -> None:
     """What is seldom changed."""
     with st.popover("More", width="stretch"):
-        if size_mode != "budget" and state.boosts(method):
+        if size_mode != "budget" and reads_field(method, "boost_stop"):
             input_boost()
-        if state.reads_sensitivity(method):
+        if reads_field(method, "metric"):
             st.selectbox(
                 "Sensitivity",
-                list(_METRICS),
-                format_func=_METRICS.get,
+                SENSITIVITIES,
+                format_func=lambda name: METRICS[name].short,
                 key="metric",
                 persist_state="session",
             )
-        if state.is_ablation(method):
+        if reads_field(method, "seed"):
             st.number_input("Random seed", 0, key="seed", persist_state="session")
-        if state.reads_rows(method):
+        if mixes_rows(method):
             select_loss()
-        elif not get_planner(method).has_base:
+        elif reads_field(method, "exact"):
             st.checkbox(
                 "Solve exactly",
                 key="exact",
@@ -176,7 +181,7 @@ def render_more_options(method: str, size_mode: str) -> None:
         st.text_area(
             "Pins",
             key="pins",
-            placeholder="*.layers.0.*=" + ("b2h3r20g128" if state.reads_rows(method) else "b8g64"),
+            placeholder="*.layers.0.*=" + ("b2h3r20g128" if mixes_rows(method) else "b8g64"),
             persist_state="session",
             help="One per line: a module name pattern and its configuration or range, such "
             "as *.down_proj=b3g128..b4g64.",

@@ -18,6 +18,7 @@ from lsq_core.planning.plan import Plan
 from lsq_core.planning.problem import Problem
 from lsq_core.planning.request import PlanRequest
 from lsq_core.planning.serving_memory import memory_budgets
+from lsq_core.profiling.metrics import METRICS
 from lsq_core.ui import cached, state, words
 from lsq_core.ui.plan.controls import feasible
 from lsq_core.ui.plan.query import PlanQuery
@@ -31,17 +32,6 @@ from lsq_core.ui.planner import (
     read_committed_budget,
 )
 from lsq_core.ui.safe import st
-
-#: What a knapsack's cost is, as the planner's details say it.
-_COST_UNITS = {
-    "high-impact": "predicted change of the output",
-    "mxq": "weight error",
-    "kurt-scaled": "scaled weight error",
-    "sensi-milp": "penalty",
-    "kurt-milp": "penalty",
-    "sensi-knapsack": "squared output error",
-    "loss-aware": "expected KL",
-}
 
 
 def set_budget(problem: Problem, request: PlanRequest) -> str:
@@ -84,6 +74,7 @@ def show_live_plan(query: PlanQuery, plan: Plan) -> None:
             methods.append(live_method(other, frontier.at(budget.nominal_bytes).choice))
         except LsqError as error:
             st.caption(words.escape(f"Nothing to compare with: {error}"))
+    titles = {name: metric.title for name, metric in METRICS.items()}
     live_planner(
         problem,
         methods,
@@ -94,7 +85,7 @@ def show_live_plan(query: PlanQuery, plan: Plan) -> None:
             Preset(f"{m.gib} GB", m.bits, m.summary)
             for m in memory_budgets(query.info, problem, query.settings.metadata)
         ],
-        facts=[MatrixFacts(*pair) for pair in facts(problem, query.request).items()],
+        facts=[MatrixFacts(*pair) for pair in facts(problem, query.request, titles).items()],
         fixed=stops if by_base else None,
         feasible=feasible(problem, query.request.method, query.request.base),
         pins=query.request.pins,
@@ -125,5 +116,5 @@ def live_method(query: PlanQuery, stops: np.ndarray) -> LiveMethod:
         curve = Curve(predicted.bits, p.perplexity, p.low, p.high, predicted.full_precision)
         p = query.predictor.predict(features(query.problem, stops[None]))
         at_budget = float(p.perplexity[0]), float(p.low[0]), float(p.high[0])
-    unit = _COST_UNITS.get(name, "cost")
-    return LiveMethod(name, get_planner(name).title, frontier, unit, curve, at_budget)
+    planner = get_planner(name)
+    return LiveMethod(name, planner.title, frontier, planner.cost_unit, curve, at_budget)

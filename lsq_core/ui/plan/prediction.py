@@ -16,11 +16,11 @@ from lsq_core.evaluation.prediction import (
     smallest_budget_within,
 )
 from lsq_core.model.info import ModelInfo
-from lsq_core.planning.methods import get_planner
+from lsq_core.planning.methods import get_planner, mixes_rows
 from lsq_core.planning.pins import apply_pins
 from lsq_core.planning.plan import Plan
 from lsq_core.stages.predict import NO_PREDICTION_REASON
-from lsq_core.ui import cached, state, words
+from lsq_core.ui import cached, words
 from lsq_core.ui.page import PageContext
 from lsq_core.ui.plan.query import PlanQuery
 from lsq_core.ui.safe import st
@@ -81,7 +81,7 @@ def show_frontiers(query: PlanQuery) -> None:
     isn't drawn anew at every release.
     """
     methods = dict.fromkeys([query.request.method, st.session_state["against"], "uniform"])
-    if state.reads_rows(query.request.method):
+    if mixes_rows(query.request.method):
         st.caption(
             "Mixed-row plans have neither a predicted perplexity nor a weight error per "
             "configuration, so this chart shows only their runs."
@@ -118,7 +118,7 @@ def choose_corpus(query: PlanQuery) -> None:
 def build_frontier_line(query: PlanQuery) -> list[charts.FrontierLine]:
     """A method's line: predicted perplexity, or else the squared weight error; none without."""
     name = query.request.method
-    if name == "none" or state.reads_rows(name):
+    if name == "none" or mixes_rows(name):
         return []
     try:
         cached.frontier(query.info, query.profile, query.request)
@@ -180,7 +180,7 @@ def apply_loss_search(query: PlanQuery, text: str) -> None:
     """Set the budget to the answer, or say why there is none."""
     predictor = query.predictor
     try:
-        if state.reads_rows(query.request.method):
+        if mixes_rows(query.request.method):
             raise InputError(NO_PREDICTION_REASON)
         if isinstance(predictor, str):
             raise InputError(predictor)

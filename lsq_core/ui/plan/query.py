@@ -13,10 +13,10 @@ from lsq_core.evaluation.prediction import (
 )
 from lsq_core.jobs import arguments
 from lsq_core.model.info import ModelInfo
-from lsq_core.planning.methods import PLANNERS, get_planner
+from lsq_core.planning.methods import PLANNERS, get_planner, mixes_rows
 from lsq_core.planning.problem import Impact, Problem
 from lsq_core.planning.request import PlanRequest
-from lsq_core.profiling.metrics import TITLES
+from lsq_core.profiling.metrics import METRICS
 from lsq_core.profiling.profile import Profile
 from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.ui import cached, jobs_panel, state, words
@@ -55,7 +55,7 @@ class PlanQuery:
     @property
     def prediction_curve(self) -> cached.PredictionCurve | None:
         """What is predicted at every budget; nothing of mixed rows."""
-        if state.reads_rows(self.request.method):
+        if mixes_rows(self.request.method):
             return None
         args = self.ctx.store, self.info, self.profile, self.request, self.settings
         return cached.prediction_curve(*args, st.session_state["predict_on"])
@@ -80,7 +80,7 @@ def available_methods(info: ModelInfo, profile: Profile | None) -> list[str]:
 
 def missing_metrics(query: PlanQuery) -> list[str]:
     """What the method reads and the profile doesn't hold."""
-    if state.reads_rows(query.request.method):
+    if mixes_rows(query.request.method):
         return missing_rows(query)
     metrics = query.profile.metrics if query.profile else ()
     return [name for name in get_planner(query.request.method).metrics if name not in metrics]
@@ -97,11 +97,11 @@ def missing_rows(query: PlanQuery) -> list[str]:
 
 def render_missing_metrics(query: PlanQuery, missing: Sequence[str]) -> None:
     """A method whose metrics haven't been measured, and the way to measure them."""
-    if state.reads_rows(query.request.method):
+    if mixes_rows(query.request.method):
         render_missing_rows(query)
         return
     planner, settings = get_planner(query.request.method), query.settings
-    titles = words.listed([TITLES[name].title.lower() for name in missing])
+    titles = words.listed([METRICS[name].title.lower() for name in missing])
     headline(
         f"{planner.title} needs the {titles} of {query.ctx.source.name}.",
         f"With {settings.calibration}, {settings.quantizer}, axis {settings.axis} and "

@@ -9,8 +9,9 @@ from lsq_core.bits import LADDER
 from lsq_core.evaluation.prediction import (
     features,
 )
+from lsq_core.planning.methods import reads_field
 from lsq_core.planning.plan import Plan
-from lsq_core.ui import state, words
+from lsq_core.ui import words
 from lsq_core.ui.page import headline
 from lsq_core.ui.plan.prediction import describe_gap, describe_prediction_basis, format_band
 from lsq_core.ui.plan.query import PlanQuery
@@ -92,7 +93,7 @@ def show_flagged(plan: Plan) -> None:
     if not plan.ranking_scores:
         return
     configs = {m.name: c for m, c in plan.choice.items()}
-    rank_column = "draw" if state.is_ablation(plan.method) else "z"
+    rank_column = "draw" if reads_field(plan.method, "seed") else "z"
     with st.expander(f"{len(plan.ranking_scores)} matrices promoted above the base"):
         st.dataframe(
             pd.DataFrame(

@@ -12,7 +12,7 @@ from lsq_core.corpus.registry import BUILT_IN_CORPORA
 from lsq_core.errors import InputError
 from lsq_core.evaluation.protocol import EvaluationRequest
 from lsq_core.jobs import Job, arguments
-from lsq_core.planning.methods import PLANNERS, get_planner
+from lsq_core.planning.methods import PLANNERS, get_planner, mixes_rows
 from lsq_core.planning.problem import Problem
 from lsq_core.planning.request import PlanRequest
 from lsq_core.quantization.registry import BASELINES
@@ -50,7 +50,7 @@ class _SweepForm:
     @property
     def rows(self) -> PlanRequest | None:
         """How mixed rows are chosen, as on the Plan page, where a method has such."""
-        with_rows = [name for name in self.methods if state.reads_rows(name)]
+        with_rows = [name for name in self.methods if mixes_rows(name)]
         if not with_rows:
             return None
         return replace(state.request_for_method(with_rows[0]), base=None, budget=None, pins=())
