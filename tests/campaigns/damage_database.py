@@ -1,6 +1,6 @@
 """Damage a database in many ways and count what is said of it.
 
-``python -m tests.campaigns.damage_database [COUNT]`` damages COUNT (120) copies of a filled
+``python -m tests.campaigns.damage_database [COUNT] [SEED]`` damages COUNT (120) copies of a filled
 database, opens each and reads all of it. An outcome is what it read, or one sentence; anything
 else is a traceback, and there should be none.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 import random
 import shutil
 import sys
-import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from pathlib import Path
 from lsq_core.database import log_of
 from lsq_core.errors import LsqError
 from lsq_core.store import Store
+from tests.campaigns.harness import Tally, run_campaign
 
 
 def flip(content: bytearray, source: random.Random) -> bytearray:
@@ -112,20 +112,18 @@ def campaign(whole: Path, folder: Path, count: int, seed: int = 0) -> Counter[st
     return found
 
 
-def main() -> int:
-    """Run the campaign on a database of the test suite's making."""
+def tallied(count: int, folder: Path, seed: int, tell: Callable[[str], None]) -> Tally:
+    """The campaign's row, on a database of the test suite's making."""
     from tests.test_compare import fill
 
-    count = int(sys.argv[1]) if sys.argv[1:] else 120
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        store = Store(folder / "whole.duckdb")
-        fill(store, 72)
-        found = campaign(store.path, folder, count)
+    store = Store(folder / "whole.duckdb")
+    fill(store, 72)
+    found = campaign(store.path, folder, count, seed)
     for kind, number in found.most_common():
-        print(f"{number:5} {kind}")
-    return int(any(kind.startswith(("traceback", "wrong", "other")) for kind in found))
+        tell(f"{number:5} {kind}")
+    wrong = {k: n for k, n in found.items() if k.startswith(("traceback", "wrong", "other"))}
+    return Tally.of("damaged databases", count, Counter(wrong))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_campaign(tallied, 120))

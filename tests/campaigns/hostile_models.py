@@ -10,23 +10,17 @@ folder is a failure, and there should be none.
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
-import signal
 import struct
 import sys
-import tempfile
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 
-#: Seconds that a command may take.
-LIMIT_S = 20
+from tests.campaigns.harness import Tally, failed, outcome, run_campaign
+
 #: A file beside the model's folder that nothing may read.
 SECRET = "secret.safetensors"
 #: Values where a config has a number, a list, an object or a text.
@@ -311,26 +305,6 @@ def change_header(path: Path, source: random.Random) -> str:
 # --- how it ends ------------------------------------------------------------------------------
 
 
-class TooLong(BaseException):
-    """A command took longer than it may."""
-
-
-@contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Raise :class:`TooLong` in the main thread after some seconds."""
-
-    def stop(*_: object) -> None:
-        raise TooLong
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
 @dataclass
 class Watch:
     """Files that were opened outside the folders where a command may read a model."""
@@ -344,35 +318,6 @@ class Watch:
 
 
 WATCH = Watch()
-
-
-def outcome(arguments: list[str], limit: float = LIMIT_S) -> str:
-    """How a command ends: an exit status with a sentence, or what is wrong with its ending."""
-    from lsq_core.cli import main
-
-    said, printed = StringIO(), StringIO()
-    try:
-        with time_limit(limit), redirect_stderr(said), redirect_stdout(printed):
-            status = main(arguments)
-    except TooLong:
-        return "hang"
-    except SystemExit as error:
-        return f"usage {error.code}"
-    except BaseException:
-        lines = traceback.format_exc().strip().splitlines()
-        place = next((line for line in reversed(lines) if "lsq_core" in line), "")
-        return f"traceback {lines[-1][:160]} {place.strip()[:120]}"
-    sentences = [line for line in said.getvalue().splitlines() if line.startswith("lsq: ")]
-    if status == 0:
-        return "exit 0"
-    if len(sentences) != 1 or "Traceback" in said.getvalue():
-        return f"exit {status} with {len(sentences)} sentences: {said.getvalue()[-300:]!r}"
-    return f"exit {status}"
-
-
-def failed(kind: str) -> bool:
-    """Whether an outcome is none that a command may have."""
-    return kind not in ("exit 0", "exit 1", "exit 2")
 
 
 def make_model(folder: Path) -> Path:
@@ -420,17 +365,22 @@ def campaign(
     return found
 
 
-def main() -> int:
-    """Run the campaign in a temporary folder and print its counts."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    count = int(sys.argv[1]) if sys.argv[1:] else 142
-    seed = int(sys.argv[2]) if sys.argv[2:] else 0
-    with tempfile.TemporaryDirectory() as name:
-        found = campaign(count, Path(name), seed, lambda line: print(line, flush=True))
-    for kind, number in sorted(found.items()):
-        print(f"{number:5} {kind}")
-    return int(bool(found["failed"] or found["reads outside"]))
+def tallied(count: int, folder: Path, seed: int, tell: Callable[[str], None]) -> Tally:
+    """The campaign's row."""
+    return Tally.of("hostile models", count, bad_endings(campaign(count, folder, seed, tell)))
+
+
+def bad_endings(found: Counter[str]) -> Counter[str]:
+    """Those of a campaign's endings that no command may have."""
+    by_ending: Counter[str] = Counter()
+    for name, count in found.items():
+        verb, _, kind = name.partition(": ")
+        if verb == "reads outside":
+            by_ending["fetched from outside the folder"] += count
+        elif kind and failed(kind):
+            by_ending[kind] += count
+    return by_ending
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_campaign(tallied, 142))

@@ -3,23 +3,22 @@
 ``python -m tests.campaigns.hostile_saved [COUNT] [SEED]`` mutates COUNT (139) copies of a small
 saved model by its manifest, weights, config and tokenizer, half of them with checksums that agree
 with the change again, and gives each to ``eval`` and ``audit`` through the command line's own
-entry. Outcomes are as in :mod:`tests.campaigns.hostile_models`; a changed file whose checksum
+entry. Outcomes are as in :mod:`tests.campaigns.harness`; a changed file whose checksum
 doesn't agree may not be evaluated.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 from tests.campaigns import hostile_models as models
+from tests.campaigns.harness import Tally, failed, outcome, run_campaign
 
 MANIFEST, WEIGHTS = "lsq.json", "packed.safetensors"
 
@@ -212,29 +211,23 @@ def campaign(
             "audit": ["audit", str(copy), *database],
         }
         for verb, arguments in verbs.items():
-            kind = models.outcome(arguments)
+            kind = outcome(arguments)
             unsigned = not signed and "generation" not in what and "sha256" not in what
             if verb == "eval" and kind == "exit 0" and unsigned:
-                kind = "changed files were evaluated"
+                kind = "lost: changed files were evaluated"
             found[f"{verb}: {kind}"] += 1
-            found["failed"] += models.failed(kind)
+            found["failed"] += failed(kind)
             tell(f"{number:4} {verb:6} {what}{', signed again' if signed else ''}: {kind}")
     found["reads outside"] = models.WATCH.seen
     models.WATCH.secret = ""
     return found
 
 
-def main() -> int:
-    """Run the campaign in a temporary folder and print its counts."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    count = int(sys.argv[1]) if sys.argv[1:] else 139
-    seed = int(sys.argv[2]) if sys.argv[2:] else 0
-    with tempfile.TemporaryDirectory() as name:
-        found = campaign(count, Path(name), seed, lambda line: print(line, flush=True))
-    for kind, number in sorted(found.items()):
-        print(f"{number:5} {kind}")
-    return int(bool(found["failed"] or found["reads outside"]))
+def tallied(count: int, folder: Path, seed: int, tell: Callable[[str], None]) -> Tally:
+    """The campaign's row."""
+    endings = models.bad_endings(campaign(count, folder, seed, tell))
+    return Tally.of("hostile saved models", count, endings)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_campaign(tallied, 139))
