@@ -50,14 +50,14 @@ def main(arguments: list[str] | None = None) -> int:
         if options.json:
             output.print_json(result)
         else:
-            options.show(result)
+            output.show(options.show, result)
     return 0
 
 
 def _failed(reason: str, status: int) -> int:
     """Say why on standard error, where it still goes anywhere."""
     with suppress(OSError):
-        print(f"lsq: {reason}", file=sys.stderr)
+        print(f"lsq: {output.printable(reason)}", file=sys.stderr)
     return status
 
 
@@ -88,6 +88,7 @@ class _Console:
             self._write(stage, done, total, message)
 
     def _write(self, stage: str, done: int, total: int, message: str) -> None:
+        message = output.printable(message)
         tenth = 10 * done // total if total else 0
         if not self.terminal and (stage, tenth) == self.shown:
             return

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lsq_core.cli import show, verbs
+from lsq_core.cli.output import printable
 from lsq_core.config import METADATA_FORMATS
 from lsq_core.corpus import BUILT_IN
 from lsq_core.errors import InputError
@@ -20,7 +21,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         if self.exit_on_error:
-            super().error(message)
+            super().error(printable(message))
         raise InputError(message)
 
 

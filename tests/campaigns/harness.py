@@ -7,6 +7,7 @@ import signal
 import sys
 import tempfile
 import traceback
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -75,7 +76,7 @@ def _fault(errors: str, sign: str) -> str:
         return f"{len(sentences)} sentences: {errors[-300:]!r}"
     if lines[-1] != sentences[0]:
         return f"a sentence of several lines: {errors[-300:]!r}"
-    if any(not c.isprintable() for c in lines[-1]):
+    if any(unicodedata.category(c) == "Cc" for c in lines[-1]):
         return f"control characters: {lines[-1]!r}"
     return ""
 
