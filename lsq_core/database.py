@@ -21,6 +21,7 @@ from typing import TypeVar
 import duckdb
 
 from lsq_core.errors import InputError, LsqError, reason_of
+from lsq_core.files import given_path
 
 #: Settings of every connection. One process can open a file twice only with the same settings.
 CONFIG = {
@@ -47,6 +48,22 @@ _ELSEWHERE = "give another path with --db or LSQ_DB"
 def log_of(path: Path) -> Path:
     """DuckDB's write-ahead log of a database."""
     return path.with_name(f"{path.name}.wal")
+
+
+def given_database(path: str | Path) -> Path:
+    """The absolute path of a database that a person gave.
+
+    Raises
+    ------
+    InputError
+        When no file can have it, or DuckDB can't open a file of such a name.
+    """
+    whole = given_path(path)
+    try:
+        str(whole).encode("utf8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"DuckDB takes no path that isn't UTF-8: {str(whole)!a}.") from error
+    return whole
 
 
 def is_read_only(path: Path) -> bool:

@@ -179,7 +179,7 @@ _RESULTS = """
 
 def database_path() -> Path:
     """Where the database is unless another is given: ``LSQ_DB``, or ``data/lsq.duckdb``."""
-    return Path(os.environ.get("LSQ_DB") or DEFAULT_PATH).expanduser().resolve()
+    return database.given_database(os.environ.get("LSQ_DB") or DEFAULT_PATH)
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ class Store:
     """
 
     def __init__(self, path: str | Path | None = None) -> None:
-        self.path = Path(path).expanduser().resolve() if path else database_path()
+        self.path = database.given_database(path) if path else database_path()
         if self.path.is_dir():
             raise InputError(f"{self.path} is a folder; give the path of a database file.")
         try:

@@ -14,6 +14,7 @@ import duckdb
 import pytest
 
 from lsq_core import cli, database
+from lsq_core.cli import main
 from lsq_core.errors import InputError, LsqError
 from lsq_core.repair import repair
 from lsq_core.store import MIGRATIONS, Store
@@ -358,3 +359,12 @@ def test_threads_that_open_and_close_one_file_wait_for_each_other(tmp_path):
     for thread in threads:
         thread.join()
     assert not failed
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "~no-such-person/x", "loop/x.duckdb", "\udcff"])
+def test_a_path_that_no_database_can_have_is_bad_input(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    for arguments in (["results", "--db", name], ["repair", name]):
+        assert main(arguments) == 2
+        assert capsys.readouterr().err.count("\n") == 1

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 from lsq_core import disk, jobs
 from lsq_core.config import parse_bytes
 from lsq_core.corpus import corpus_identity
+from lsq_core.database import given_database
 from lsq_core.errors import InputError, LsqError, reason_of
-from lsq_core.files import write_bytes
+from lsq_core.files import given_path, write_bytes
 from lsq_core.jsontext import write_json
 from lsq_core.model import MANIFEST, ModelSource
 from lsq_core.pipeline import (
@@ -185,7 +186,7 @@ def run(options: argparse.Namespace, report: Report) -> dict:
     """Plan or take a saved plan, quantize, evaluate, keep."""
     evaluation = _evaluation(options)
     corpus_identity(evaluation.corpus)  # a wrong path is told before anything is measured
-    save = options.save.expanduser().resolve() if options.save else None
+    save = given_path(options.save) if options.save else None
     resumed = getattr(options, "folder_to_keep", None) and save and is_quantized_folder(save)
     if save and not resumed:  # one that is may have saved its model already
         check_folder_target(save)
@@ -307,9 +308,9 @@ def audit(options: argparse.Namespace, report: Report) -> dict:
     """What was stored, matrix by matrix, against what was planned."""
     from lsq_core.audit import audit_folder, audit_run
 
-    store, folder = Store(options.db), Path(options.target).expanduser()
+    store, folder = Store(options.db), given_path(options.target)
     if folder.is_dir() or "/" in options.target:
-        return audit_folder(folder.resolve(), store).to_json()
+        return audit_folder(folder, store).to_json()
     place = options.device, options.dtype, report, options.trust_remote_code
     found = audit_run(options.target, store, _source_if_given(options), *place)
     return found.to_json() | {"run": options.target}
@@ -323,7 +324,7 @@ def generate(options: argparse.Namespace, report: Report) -> dict:
     store, source = Store(options.db), _source_if_given(options)
     place, trusted = (options.device, options.dtype, report), options.trust_remote_code
     if options.saved is not None:
-        manifest = read_manifest(options.saved.expanduser().resolve(), RUN)
+        manifest = read_manifest(given_path(options.saved), RUN)
         run, fingerprint = manifest["run"], manifest["fingerprint"]
         source = source or ModelSource(manifest["source"], manifest["revision"], trusted)
         bench = original(source, fingerprint, store, *place)
@@ -468,9 +469,9 @@ def repair(options: argparse.Namespace, report: Report) -> dict:
     """Copy what can be read of a damaged database into a new one."""
     from lsq_core import repair as repairs
 
-    path = options.database.expanduser().resolve()
+    path = given_database(options.database)
     out = options.out or path.with_name(f"{path.name}.repaired")
-    tables = repairs.repair(path, out.expanduser().resolve())
+    tables = repairs.repair(path, given_database(out))
     return {"out": str(out), "tables": [asdict(table) for table in tables]}
 
 

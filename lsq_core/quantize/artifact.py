@@ -28,7 +28,7 @@ from lsq_core.architecture import find_blocks, walk_matrices
 from lsq_core.checkpoint import safetensors_header
 from lsq_core.config import config_of, format_bytes
 from lsq_core.errors import InputError, LsqError
-from lsq_core.files import in_use, lock_folder, sync_folder, sync_tree
+from lsq_core.files import given_path, in_use, lock_folder, sync_folder, sync_tree
 from lsq_core.foreign import refusing
 from lsq_core.identity import has_own_code
 from lsq_core.load import (
@@ -212,7 +212,7 @@ def load_quantized(
     InputError
         When it is no such folder, or a file in it is missing, damaged, or another than was saved.
     """
-    folder = Path(folder).expanduser().resolve()
+    folder = given_path(folder)
     manifest = read_manifest(folder)
     check_config(folder, saved=True)
     header = safetensors_header(folder / WEIGHTS)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from lsq_core.files import given_path
 from lsq_core.jsontext import json_text
 from lsq_core.pipeline import PUBLISHED_SETTINGS, Report, silent
 from lsq_core.profile import Profile
@@ -49,7 +50,7 @@ def import_reference(folder: str | Path, store: Store, report: Report = silent) 
         When the database cannot be written.
     """
     began = time.perf_counter()
-    checkout = Checkout(Path(folder).expanduser().resolve())
+    checkout = Checkout(given_path(folder))
     report("import", 0, 3, "reading plans")
     plans, sizes = read_plans(checkout)
     report("import", 1, 3, "reading models and profiles")

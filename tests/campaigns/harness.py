@@ -99,6 +99,11 @@ class Connections:
         """Begin; an audit hook stays until the process ends."""
         sys.addaudithook(self)
 
+    def take(self) -> list[str]:
+        """What was seen since the last time."""
+        taken, self.seen = self.seen, []
+        return taken
+
     def __call__(self, event: str, arguments: tuple) -> None:
         """The audit hook."""
         if event == "socket.getaddrinfo":
