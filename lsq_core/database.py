@@ -56,13 +56,15 @@ def given_database(path: str | Path) -> Path:
     Raises
     ------
     InputError
-        When no file can have it, or DuckDB can't open a file of such a name.
+        When no file can have it, there is a device or a pipe, or the name is not UTF-8.
     """
     whole = given_path(path)
     try:
         str(whole).encode("utf8")
     except UnicodeEncodeError as error:
         raise InputError(f"DuckDB takes no path that isn't UTF-8: {str(whole)!a}.") from error
+    if whole.exists() and not (whole.is_file() or whole.is_dir()):
+        raise InputError(f"{whole} is a device or a pipe; give the path of a database file.")
     return whole
 
 

@@ -240,6 +240,11 @@ def test_options_argparse_refuses_are_status_2_too(capsys):
         main(["plan", "--model", "demo", "--top-m", "many"])
     assert ended.value.code == 2
     assert "invalid int value" in capsys.readouterr().err
+    for option in ("--out", "--db"):
+        with pytest.raises(SystemExit) as ended:
+            main(["export", "--out", "x.csv", f"{option}=--"])
+        assert ended.value.code == 2
+        assert f"argument {option}: expected one argument" in capsys.readouterr().err
 
 
 def test_a_corpus_too_short_says_how_much_is_needed(lsq, model, tmp_path):

@@ -361,10 +361,13 @@ def test_threads_that_open_and_close_one_file_wait_for_each_other(tmp_path):
     assert not failed
 
 
-@pytest.mark.parametrize("name", ["x" * 300, "~no-such-person/x", "loop/x.duckdb", "\udcff"])
+@pytest.mark.parametrize(
+    "name", ["x" * 300, "~no-such-person/x", "loop/x.duckdb", "\udcff", "pipe"]
+)
 def test_a_path_that_no_database_can_have_is_bad_input(tmp_path, monkeypatch, capsys, name):
     monkeypatch.chdir(tmp_path)
     Path("loop").symlink_to("loop")
+    os.mkfifo("pipe")
     for arguments in (["results", "--db", name], ["repair", name]):
         assert main(arguments) == 2
         assert capsys.readouterr().err.count("\n") == 1

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lsq_core.cli import show, verbs
@@ -18,6 +19,16 @@ from lsq_core.quantize import MATRIX_WISE, QUANTIZERS
 
 class _Parser(argparse.ArgumentParser):
     """Bad options end as every other bad input does."""
+
+    def parse_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
+        """Parse as argparse does, which takes the ``--`` of ``--out=--`` for no value at all."""
+        given = sys.argv[1:] if args is None else args
+        for argument in given:
+            if argument.startswith("-") and argument.endswith("=--"):
+                self.error(f"argument {argument.removesuffix('=--')}: expected one argument")
+        return super().parse_args(given, namespace)
 
     def error(self, message: str) -> None:
         if self.exit_on_error:
