@@ -240,6 +240,11 @@ def test_options_argparse_refuses_are_status_2_too(capsys):
         main(["plan", "--model", "demo", "--top-m", "many"])
     assert ended.value.code == 2
     assert "invalid int value" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        main(["job"])
+    assert ended.value.code == 2
+    assert main(["job", "no-such-folder"]) == 2
+    assert capsys.readouterr().err.endswith("lsq: There is no job in no-such-folder.\n")
     for option in ("--out", "--db"):
         with pytest.raises(SystemExit) as ended:
             main(["export", "--out", "x.csv", f"{option}=--"])

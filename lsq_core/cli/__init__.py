@@ -8,13 +8,14 @@ it in :mod:`~lsq_core.cli.show`.
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import suppress
 from pathlib import Path
 
 from lsq_core.cli import output
 from lsq_core.cli.parser import build_parser
-from lsq_core.errors import LsqError
+from lsq_core.errors import InputError, LsqError
 from lsq_core.files import disk_error
 from lsq_core.pipeline import Report
 from lsq_core.worker import work
@@ -27,8 +28,11 @@ def main(arguments: list[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     output.prepare()
-    if arguments[:1] == ["job"]:
-        return work(Path(arguments[1]), execute)
+    if arguments[:1] == ["job"] and len(arguments) == 2:
+        home = Path(arguments[1])
+        if not os.path.isfile(home / "job.json"):  # unlike Path.is_file, no name makes it raise
+            return _failed(f"There is no job in {home}.", InputError.exit_code)
+        return work(home, execute)
     with output.until_nobody_reads():
         options = build_parser().parse_args(arguments)
     console = _Console()
