@@ -56,13 +56,14 @@ def given_database(path: str | Path) -> Path:
     Raises
     ------
     InputError
-        When no file can have it, there is a device or a pipe, or the name is not UTF-8.
+        When no file can have it, there is a device or a pipe, or DuckDB can't take the name.
     """
     whole = given_path(path)
-    try:
-        str(whole).encode("utf8")
-    except UnicodeEncodeError as error:
-        raise InputError(f"DuckDB takes no path that isn't UTF-8: {str(whole)!a}.") from error
+    utf8 = str(whole).encode("utf8", "replace").decode("utf8")
+    if utf8 != str(whole) or "\\" in utf8:  # DuckDB reads a backslash as a slash
+        raise InputError(
+            f"DuckDB opens no path with a backslash, nor one that isn't UTF-8: {str(whole)!a}."
+        )
     if whole.exists() and not (whole.is_file() or whole.is_dir()):
         raise InputError(f"{whole} is a device or a pipe; give the path of a database file.")
     return whole

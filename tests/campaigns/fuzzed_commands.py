@@ -219,8 +219,9 @@ def _verbs() -> dict[str, list[argparse.Action]]:
 def _value(action: argparse.Action, place: Place, source: random.Random, valid: float) -> str:
     """A value for an option: with a probability of ``valid`` one that it is meant to have."""
     meant = _VALID.get(action.dest, _NUMBERS[:8])
-    pool = meant if source.random() < valid else (_NUMBERS, _TEXTS, _PATHS, _NAMES, meant)
-    value = source.choice(source.choice(pool) if pool is not meant else meant)
+    others = (_NUMBERS,) if action.type in (int, float) else (_NUMBERS, _PATHS, _NAMES, meant)
+    pool = meant if source.random() < valid else source.choice([*others, *others, _TEXTS])
+    value = source.choice(pool)
     return place.run if value == "RUN" else value
 
 
