@@ -275,8 +275,8 @@ def held(database: Path) -> dict[str, list]:
 
     store = Store(database)
     tables = ("models", "matrices", "profiles", "scores", "plans", "runs", "evaluations")
-    frames = {table: store.query(f"SELECT * FROM {table}") for table in tables}
-    return {table: sorted(map(repr, f.to_dict("records"))) for table, f in frames.items()}
+    rows = {table: store.query(f"SELECT t::VARCHAR AS row FROM {table} t") for table in tables}
+    return {table: sorted(frame["row"]) for table, frame in rows.items()}
 
 
 def lost(before: dict[str, list], after: dict[str, list]) -> list[str]:

@@ -207,7 +207,7 @@ def kill_job(
                 break
             job = jobs.resume(job)
         wrong += _faults_of_end(_ended(job), wanted)
-        wrong += [f"after resuming, {fault}" for fault in faults_of_place(folder, before)]
+        wrong += faults_of_place(folder, before)
         wrong += _unfinished(folder)
     return wrong, f"{verb}: {', '.join(said)}"
 
