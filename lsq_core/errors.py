@@ -8,10 +8,12 @@ _LONGEST = 400
 _FRAMES = re.compile(
     r" (?:Exception raised from |/\S+\.(?:h|cpp|cu):\d+ \(most recent call first\)).*"
 )
-#: Sentences of libraries that point to what they printed elsewhere, which isn't shown here.
+_SENTENCES = re.compile(r"[^.!?]+[.!?]?|[.!?]")
+#: What libraries say in sentences that point to what they printed elsewhere, which isn't shown
+#: here.
 _POINTERS = re.compile(
-    r"[^.!?]*\b(?:above (?:report|exception|error|message)|report above|see above|"
-    r"set_verbosity|Stack trace below)\b[^.!?]*[.!?]?",
+    r"\b(?:above (?:report|exception|error|message)|report above|see above|"
+    r"set_verbosity|Stack trace below)\b",
     re.IGNORECASE,
 )
 
@@ -47,7 +49,7 @@ def reason_of(error: BaseException) -> str:
     """
     text = "".join(c if c.isprintable() else " " for c in str(error))
     text = _FRAMES.sub("", " ".join(text.split()))
-    text = _POINTERS.sub("", text).strip()
+    text = "".join(s for s in _SENTENCES.findall(text) if not _POINTERS.search(s)).strip()
     if not text and error.__cause__ is not None:
         return reason_of(error.__cause__)
     if not text and getattr(error, "strerror", None):
