@@ -188,16 +188,26 @@ def faults_of_message(job: jobs.Job) -> Iterator[str]:
 
 
 def kill_job(
-    verb: str, wanted: Expected, whole: Path, folder: Path, source: random.Random
+    verb: str,
+    wanted: Expected,
+    whole: Path,
+    folder: Path,
+    source: random.Random,
+    latest: float = 0.95,
 ) -> tuple[list[str], str]:
-    """Kill a job once or twice and resume it; what was wrong, and what was done in words."""
+    """Kill a job once or twice and resume it; what was wrong, and what was done in words.
+
+    ``latest`` is the share of its usual time after which it is killed at the latest. A job that
+    is done by then was faster, and another one is killed sooner.
+    """
     with own_place(whole, folder):
         before = held(folder / "lsq.duckdb")
         arguments = command(verb, folder, whole.parent / "text.txt")
         job, said, wrong = jobs.start(folder / "jobs", arguments), [], []
+        killed = False
         for _ in range(source.choice([1, 1, 2])):
             number = source.choice(SIGNALS)
-            moment = source.uniform(0.02, 0.95) * wanted.seconds
+            moment = source.uniform(0.02, latest) * wanted.seconds
             said.append(f"{number.name} after {moment:.1f} s")
             job = _killed(job, number, moment)
             said.append(f"{job.state} in {job.stage or 'start'}")
@@ -205,10 +215,12 @@ def kill_job(
             wrong += faults_of_place(folder, before)
             if job.state == "done":
                 break
-            job = jobs.resume(job)
+            killed, job = True, jobs.resume(job)
         wrong += _faults_of_end(_ended(job), wanted)
         wrong += faults_of_place(folder, before)
         wrong += _unfinished(folder)
+    if not killed and not wrong:
+        return kill_job(verb, wanted, whole, folder, source, latest / 2)
     return wrong, f"{verb}: {', '.join(said)}"
 
 
