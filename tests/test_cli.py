@@ -223,6 +223,7 @@ def test_the_interval_printed_is_that_of_the_stored_windows(lsq, model, small_te
         (["run", "--model", "M", "--plan", "/no/plan.json"], "cannot be read"),
         (["disk", "--prune", "nothing"], "'nothing'"),
         (["results", "--db", "/"], "is a folder"),
+        (["repair", "/"], "/ is no file"),
     ],
 )
 def test_bad_input_is_status_2_and_one_sentence(lsq, model, arguments, sentence):

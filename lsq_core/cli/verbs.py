@@ -470,7 +470,7 @@ def repair(options: argparse.Namespace, report: Report) -> dict:
     from lsq_core import repair as repairs
 
     path = given_database(options.database)
-    out = options.out or path.with_name(f"{path.name}.repaired")
+    out = options.out or Path(f"{path}.repaired")
     tables = repairs.repair(path, given_database(out))
     return {"out": str(out), "tables": [asdict(table) for table in tables]}
 
