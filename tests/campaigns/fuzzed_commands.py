@@ -26,8 +26,8 @@ from pathlib import Path
 
 from tests.campaigns.harness import Connections, Tally, outcome, run_campaign
 
-#: Seconds that a command may take; a machine that does other work too is slow.
-LIMIT_S = 180
+#: Seconds of processor time that a command may take; some profile or quantize a model.
+LIMIT_S = 40
 #: Address space of this process, so that an endless file ends in an error and not the machine.
 _MEMORY = 16 << 30
 

@@ -257,7 +257,7 @@ def change_json(path: Path, source: random.Random) -> str:
     content = json.loads(path.read_text("utf8"))
     places = list(_places(content))
     holder, key, name = source.choice(places)
-    holder[key] = source.choice(ODD)
+    holder[key] = source.choice([odd for odd in ODD if repr(odd) != repr(holder[key])])
     path.write_text(json.dumps(content), "utf8")
     return f"{path.name}: {name} = {str(holder[key])[:40]}"
 
