@@ -14,7 +14,7 @@ run: $(READY)  ## Serve the app on http://127.0.0.1:8501
 	$(BIN)/python -m lsq_core app
 
 gptqmodel: $(READY)  ## Add GPTQ and AWQ, by gptqmodel; nothing else needs it
-	$(BIN)/python -m pip install --disable-pip-version-check --no-deps -r lsq_core/quantize/gptqmodel.txt
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps -r lsq_core/quantization/gptqmodel/requirements.txt
 
 test: $(READY)  ## Run every test, two at a time; browser tests are skipped by name without Chromium
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not bench"
@@ -39,12 +39,13 @@ format: $(READY)  ## Mend style and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:  ## Remove the virtual environment and caches; data stays
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+clean:  ## Remove the virtual environment, caches and builds; data stays
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
 
-$(READY): requirements.txt tests/requirements.txt
+$(READY): requirements.txt tests/requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "LSQ Explorer needs Python 3.11 or newer; set PYTHON=/path/to/python3."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r tests/requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $(READY)

@@ -7,113 +7,118 @@ from collections.abc import Callable
 import pandas as pd
 
 from lsq_core import charts, disk
-from lsq_core.config import LADDER, MIB, QuantConfig, divides, format_bytes
+from lsq_core.bits import LADDER, QuantConfig, is_divisible
 from lsq_core.errors import LsqError
-from lsq_core.model import ModelInfo
-from lsq_core.plan.outliers import shallowness
-from lsq_core.quantize import planned_bytes
+from lsq_core.model.info import ModelInfo
+from lsq_core.planning.detection import shallow_model_note
+from lsq_core.quantization.registry import planned_bytes
 from lsq_core.reference import download, import_download, import_reference
-from lsq_core.store import PUBLISHED, Store
-from lsq_core.ui import known, sidebar, state, words
-from lsq_core.ui.page import Here, NoModel, headline, next_step, page, say_no_model
+from lsq_core.store.store import PUBLISHED, Store
+from lsq_core.ui import cached, sidebar, state, words
+from lsq_core.ui.page import NoModel, PageContext, headline, next_step, page, render_no_model
 from lsq_core.ui.safe import st
+from lsq_core.units import MIB, format_bytes
 
 #: The stop that the first line speaks of.
-_COMMON = QuantConfig(4, 64)
+_TYPICAL = QuantConfig(4, 64)
 
 
-def first_page(here: Here) -> None:
+def render_model_page(ctx: PageContext) -> None:
     """The chosen model, ways to choose another, and what is kept on disk."""
     try:
-        if known.is_published(here.info):
-            show_published(here.store, here.info)
+        if cached.is_published(ctx.info):
+            show_published(ctx.store, ctx.info)
         else:
-            show_model(here.info)
+            show_model(ctx.info)
     except NoModel as error:
-        say_no_model(error)
+        render_no_model(error)
     except LsqError as error:
-        headline(f"{words.literal(here.source.name)} cannot be opened.")
-        st.error(words.literal(str(error)))
+        headline(f"{words.escape(ctx.source.name)} cannot be opened.")
+        st.error(words.escape(str(error)))
     left, right = st.columns(2, gap="large")
     with left:
-        choose(here.store)
-        offer_import(here.store)
+        show_model_picker(ctx.store)
+        show_import(ctx.store)
     with right:
-        show_disk(here.store)
+        show_disk(ctx.store)
 
 
 def show_model(info: ModelInfo) -> None:
     """What the model is, what it takes at each stop, and what to know before going on."""
     sizes = size_frame(info)
-    at = sizes[sizes["config"] == _COMMON.name]
+    common = sizes[sizes["config"] == _TYPICAL.name]
     size = f", {words.size(info.file_bytes)}" if info.file_bytes else ""
-    small = words.size(float((at["linear_bytes"] + at["other_bytes"]).iloc[0])) if len(at) else ""
+    quantized_size = (
+        words.size(float((common["linear_bytes"] + common["other_bytes"]).iloc[0]))
+        if len(common)
+        else ""
+    )
     headline(
         f"{words.count(info.parameters)} parameters{size}"
-        + (f"; at {_COMMON.stop_name} bits {small}." if small else "."),
+        + (f"; {quantized_size} at {_TYPICAL.stop_name} bits." if quantized_size else "."),
         f"{state.model_text(_source(info))} · {info.architecture} · read from its config and file "
-        "headers, no weights loaded",
+        "headers; no weights loaded",
     )
     facts = st.columns(5)
     facts[0].metric("Layers", info.layers)
     facts[1].metric("Parameters", f"{info.parameters:,}")
     facts[2].metric("On disk", format_bytes(info.file_bytes) if info.file_bytes else "unknown")
-    facts[3].metric("Covered", f"{100 * info.covered:.1f} %", help=_covered(info))
+    facts[3].metric("Quantizable", f"{100 * info.coverage:.1f} %", help=_coverage_help(info))
     facts[4].metric("Context", f"{info.context:,} tokens")
     show_sizes(sizes)
-    if shallowness(info.layers):
-        st.warning(shallowness(info.layers), icon=":material/layers:")
+    if shallow_model_note(info.layers):
+        st.warning(shallow_model_note(info.layers), icon=":material/layers:")
     for note in info.notes:
-        st.warning(words.literal(note), icon=":material/rule:")
+        st.warning(words.escape(note), icon=":material/rule:")
     if info.left_out:
-        with st.expander(f"{len(info.left_out)} matrices stay at full precision"):
-            st.write("No group size of the ladder divides these:")
+        with st.expander(f"{len(info.left_out)} matrices stay in full precision"):
+            st.write("No supported group size divides these:")
             st.code("\n".join(info.left_out), language=None)
-    next_step("pages/1_Explore.py", "Explore which layers are hard to quantize")
+    next_step("pages/1_Explore.py", "See which layers are hard to quantize")
 
 
-def _covered(info: ModelInfo) -> str:
+def _coverage_help(info: ModelInfo) -> str:
     return (
         f"{info.linear_parameters:,} parameters in {len(info.matrices)} weight matrices of the "
-        "decoder blocks; embeddings, norms and the head stay as they are."
+        "decoder blocks; embeddings, norms and the LM head are not quantized."
     )
 
 
 def show_published(store: Store, info: ModelInfo) -> None:
     """What publications tell of a model whose weights aren't here."""
     whole = bool(info.file_bytes)  # else nothing is known beside the linear weights
-    sizes = size_frame(info).replace({"name": {"as it is": "16 bits"}})
-    at = sizes[sizes["config"] == _COMMON.name].iloc[0]
+    sizes = size_frame(info).replace({"name": {"original": "16 bits"}})
+    common = sizes[sizes["config"] == _TYPICAL.name].iloc[0]
     headline(
         f"{words.count(info.parameters)} {'' if whole else 'linear '}parameters; "
-        f"at {_COMMON.stop_name} bits {words.size(at['linear_bytes'] + at['other_bytes'])}"
-        + ("." if whole else " without embeddings and head."),
-        f"{info.source} · published measurements, no weights here: explore, plan and compare",
+        f"at {_TYPICAL.stop_name} bits {words.size(common['linear_bytes'] + common['other_bytes'])}"
+        + ("." if whole else " without embeddings and LM head."),
+        f"{info.source} · published measurements, no local weights: explore, plan and compare",
     )
-    profiles = len(known.published_settings(store, info))
-    runs = known.results(store, "published")
+    profiles = len(cached.published_settings(store, info))
+    runs = cached.results(store, "published")
     facts = st.columns(6)
     facts[0].metric("Layers", info.layers)
     facts[1].metric("Parameters", f"{info.parameters:,}" if whole else "not published")
-    facts[2].metric("Linear parameters", f"{info.linear_parameters:,}", help=_covered(info))
-    facts[3].metric("Covered", f"{100 * info.covered:.1f} %" if whole else "not known")
+    facts[2].metric("Linear parameters", f"{info.linear_parameters:,}", help=_coverage_help(info))
+    facts[3].metric("Quantizable", f"{100 * info.coverage:.1f} %" if whole else "unknown")
     facts[4].metric("Published profiles", profiles)
     facts[5].metric("Published runs", runs.loc[runs["model"] == info.source, "run"].nunique())
     show_sizes(sizes)
     if not whole:
-        st.caption("The bars are the linear weights alone: the size of the rest isn't published.")
-    next_step("pages/1_Explore.py", "Explore which layers are hard to quantize")
+        st.caption("The bars show linear weights only; the size of the rest was not published.")
+    next_step("pages/1_Explore.py", "See which layers are hard to quantize")
 
 
 def show_sizes(sizes: pd.DataFrame) -> None:
     """The whole model's bytes as bars."""
     whole = sizes["linear_bytes"] + sizes["other_bytes"]
-    told = [f"{name} {words.size(size)}" for name, size in zip(sizes["name"], whole, strict=True)]
+    labels = [f"{name} {words.size(size)}" for name, size in zip(sizes["name"], whole, strict=True)]
     st.plotly_chart(
         charts.size_bars(sizes),
         config=charts.CONFIG,
         key="sizes",
-        alt=f"Size of the model by bits per linear weight: {', '.join(told)}.",
+        alt=f"Size of the model by bits per linear weight: {', '.join(labels)}.",
     )
 
 
@@ -124,9 +129,9 @@ def _source(info: ModelInfo) -> state.ModelSource:
 def size_frame(info: ModelInfo) -> pd.DataFrame:
     """Bytes of the whole model as it is and at each stop that fits all its matrices."""
     now = max(info.file_bytes - info.other_bytes, 0)
-    rows = [("as it is", "", now, info.other_bytes)] if info.file_bytes else []
+    rows = [("original", "", now, info.other_bytes)] if info.file_bytes else []
     for config in LADDER:
-        if all(divides(m.numel, config.group_size) for m in info.matrices):
+        if all(is_divisible(m.numel, config.group_size) for m in info.matrices):
             linear = sum(planned_bytes("hqq", m.shape, config, "8bit") for m in info.matrices)
             rows.append((config.stop_name, config.name, linear, info.other_bytes))
     return pd.DataFrame(rows, columns=["name", "config", "linear_bytes", "other_bytes"])
@@ -135,30 +140,30 @@ def size_frame(info: ModelInfo) -> pd.DataFrame:
 # --- choosing -------------------------------------------------------------------------------
 
 
-def choose(store: Store) -> None:
+def show_model_picker(store: Store) -> None:
     """The embedded model, those already known, an id, or a folder."""
     st.subheader("Choose a model", anchor=False)
-    texts = list(dict.fromkeys(["demo", *sidebar.known_texts(store)]))[:8]
-    _buttons(texts, lambda text: "Demo model" if text == "demo" else text)
-    published = sidebar.published_texts(store)
+    texts = list(dict.fromkeys(["demo", *sidebar.known_model_names(store)]))[:8]
+    _show_model_buttons(texts, lambda text: "Demo model" if text == "demo" else text)
+    published = sidebar.published_model_names(store)
     if published:
         st.caption("Published measurements, without weights:")
-        _buttons(published, lambda text: text.removeprefix(PUBLISHED))
+        _show_model_buttons(published, lambda text: text.removeprefix(PUBLISHED))
     with st.form("other", border=False):
         name, revision = st.columns([3, 1])
         name.text_input("Hugging Face id or local folder", key="name", placeholder="org/name")
         revision.text_input("Revision", key="revision", placeholder="main")
         with st.expander("For models you trust"):
             st.warning(
-                "Both run code that comes with the model, with your rights on this machine.",
+                "Both run code shipped with the model, with your permissions on this machine.",
                 icon=":material/warning:",
             )
             st.checkbox("Trust remote code", key="trust")
             st.checkbox("Allow pickled weights", key="pickle")
-        st.form_submit_button("Look at it", on_click=_choose_typed)
+        st.form_submit_button("Open", on_click=_choose_typed)
 
 
-def _buttons(texts: list[str], label: Callable[[str], str]) -> None:
+def _show_model_buttons(texts: list[str], label: Callable[[str], str]) -> None:
     with st.container(horizontal=True):
         for text in texts:
             chosen = text == st.session_state["model"]
@@ -184,35 +189,35 @@ def _choose_typed() -> None:
 # --- published measurements -------------------------------------------------------------------
 
 
-def offer_import(store: Store) -> None:
+def show_import(store: Store) -> None:
     """Take in the authors' published measurements, from a folder or from their repository."""
     with st.expander("Import published measurements", expanded="imported" in st.session_state):
         st.write(
-            "What the authors of SensiBoost, KurtBoost and MXQ measured on Llama models: explore, "
-            "plan and compare them without weights or a GPU. It stays apart from your own figures."
+            "What the authors of SensiBoost, KurtBoost and MXQ measured on Llama models. Explore, "
+            "plan and compare them without weights or a GPU. They stay separate from your results."
         )
         folder = st.text_input(
-            "Folder with a checkout of lm-quant-toolkit",
+            "lm-quant-toolkit checkout",
             key="toolkit",
-            placeholder="the folder that holds src and data-vis",
+            placeholder="folder containing src and data-vis",
         ).strip()
         with st.container(horizontal=True):
-            wanted = st.button("Import", type="primary", key="import", disabled=not folder)
-            fetched = st.button(
+            import_clicked = st.button("Import", type="primary", key="import", disabled=not folder)
+            download_clicked = st.button(
                 "Download and import",
                 icon=":material/download:",
                 key="download",
-                help=f"Fetches commit {download.COMMIT[:12]} of {download.URL} by git, which "
-                "checks the hash of all it receives.",
+                help=f"Fetches commit {download.COMMIT[:12]} of {download.URL} with git, which "
+                "verifies the hash of everything it receives.",
             )
-        if wanted or fetched:
+        if import_clicked or download_clicked:
             st.session_state.pop("imported", None)
-            _import(store, None if fetched else folder)
+            _run_import(store, None if download_clicked else folder)
         if "imported" in st.session_state:
-            _tell_import(st.session_state["imported"])
+            _show_import_result(st.session_state["imported"])
 
 
-def _import(store: Store, folder: str | None) -> None:
+def _run_import(store: Store, folder: str | None) -> None:
     """Import a folder, or the download; what came of it is told after the page is drawn anew."""
     bar = st.progress(0.0, text="Starting…")
 
@@ -221,33 +226,33 @@ def _import(store: Store, folder: str | None) -> None:
 
     try:
         if folder is None:
-            told = import_download(store, report)
+            imported = import_download(store, report)
         else:
-            told = import_reference(folder, store, report)
+            imported = import_reference(folder, store, report)
     except LsqError as error:
         bar.empty()
-        st.error(words.literal(str(error)))
+        st.error(words.escape(str(error)))
         return
-    st.session_state["imported"] = told
+    st.session_state["imported"] = imported
     st.rerun()
 
 
-def _tell_import(told: dict) -> None:
+def _show_import_result(imported: dict) -> None:
     """What an import took in, and what it left out and why."""
-    counts = told["counts"]
+    counts = imported["counts"]
     st.success(
-        words.literal(
+        words.escape(
             f"{words.plural(counts['models'], 'model')}, "
             f"{words.plural(counts['profiles'], 'profile')}, "
             f"{words.plural(counts['plans'], 'plan')} and {words.plural(counts['runs'], 'run')} "
-            f"from {words.plural(len(told['files']), 'file')} of {told['source']}, "
-            f"in {words.seconds(told['seconds'])}."
+            f"from {words.plural(len(imported['files']), 'file')} of {imported['source']}, "
+            f"in {words.seconds(imported['seconds'])}."
         )
     )
-    lacks = [*told["flawed"], *told["missing"]]
-    if lacks:
-        st.caption(f"{words.plural(len(lacks), 'thing')} the files lack or have wrong:")
-        st.dataframe({"not offered, and why": lacks}, hide_index=True, height=220)
+    problems = [*imported["flawed"], *imported["missing"]]
+    if problems:
+        st.caption(f"{words.plural(len(problems), 'item')} missing or wrong in the files:")
+        st.dataframe({"left out, and why": problems}, hide_index=True, height=220)
 
 
 # --- what is kept ---------------------------------------------------------------------------
@@ -255,23 +260,23 @@ def _tell_import(told: dict) -> None:
 
 def show_disk(store: Store) -> None:
     """What is kept on disk, largest first, and how to let go of it."""
-    st.subheader("Kept on disk", anchor=False)
+    st.subheader("Disk usage", anchor=False)
     if "pruned" in st.session_state:
         st.success(st.session_state.pop("pruned"))
-    kept = sorted(disk.kept_on_disk(store), key=lambda item: -item.bytes)
+    items = sorted(disk.list_disk_items(store), key=lambda item: -item.bytes)
     st.dataframe(
         pd.DataFrame(
             {
-                "what": [item.kind for item in kept],
-                "name": [item.name for item in kept],
-                "MiB": [item.bytes / MIB for item in kept],
+                "kind": [item.kind for item in items],
+                "name": [item.name for item in items],
+                "MiB": [item.bytes / MIB for item in items],
             }
         ),
         column_config={"MiB": st.column_config.NumberColumn(format="%.3f")},
         hide_index=True,
-        height=220 if len(kept) > 5 else "auto",
+        height=220 if len(items) > 5 else "auto",
     )
-    sizes = {item.name: item.bytes for item in kept if item.prunable}
+    sizes = {item.name: item.bytes for item in items if item.prunable}
     if sizes:
         _prune(store, sizes)
 
@@ -289,13 +294,13 @@ def _prune(store: Store, sizes: dict[str, int]) -> None:
         return
     freed = format_bytes(sum(sizes[name] for name in chosen))
     with st.popover(f"Delete {len(chosen)}, freeing {freed}…"):
-        st.write("Results in the database stay. Files deleted here cannot be brought back.")
-        if st.button("Delete for good", type="primary", key="prune-sure"):
+        st.write("Results in the database are kept. Deleted files cannot be restored.")
+        if st.button("Delete permanently", type="primary", key="prune-sure"):
             for name in chosen:
                 disk.prune(store, name)
-            st.session_state["pruned"] = f"Deleted {len(chosen)}; {freed} are free again."
+            st.session_state["pruned"] = f"Deleted {len(chosen)}, freeing {freed}."
             del st.session_state["prune"]
             st.rerun()
 
 
-page("Model", first_page)
+page("Model", render_model_page)

@@ -8,10 +8,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 #: Where the driver's device nodes are, one a card that this process may use.
-_NODES = Path("/dev")
+_DEV_FOLDER = Path("/dev")
 
 
-def cards() -> int:
+def count_gpus() -> int:
     """How many GPUs torch will see: they are numbered from 0, whatever their nodes' numbers.
 
     A container may hold ``/dev/nvidia3`` alone, and ``CUDA_VISIBLE_DEVICES`` may hide some. 0 with
@@ -19,14 +19,16 @@ def cards() -> int:
     """
     if "+cpu" in version("torch"):
         return 0
-    there = sum(bool(re.fullmatch(r"nvidia\d+", path.name)) for path in _NODES.glob("nvidia*"))
+    node_count = sum(
+        bool(re.fullmatch(r"nvidia\d+", path.name)) for path in _DEV_FOLDER.glob("nvidia*")
+    )
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None or not there:
-        return there
+    if visible is None or not node_count:
+        return node_count
     count = 0
     for entry in visible.split(","):  # as CUDA does it: up to the first that is none
         entry = entry.strip()
-        if (entry.isdigit() and int(entry) < there) or entry.startswith(("GPU-", "MIG-")):
+        if (entry.isdigit() and int(entry) < node_count) or entry.startswith(("GPU-", "MIG-")):
             count += 1
         else:
             break
@@ -35,19 +37,19 @@ def cards() -> int:
 
 def device_names() -> list[str]:
     """The CPU, and every GPU that torch will see."""
-    return ["cpu", *(f"cuda:{number}" for number in range(cards()))]
+    return ["cpu", *(f"cuda:{number}" for number in range(count_gpus()))]
 
 
-def canonical(name: str) -> str:
+def canonical_device(name: str) -> str:
     """The one name of a device: ``auto`` is what it will mean here, ``cuda`` is ``cuda:0``.
 
     What names no device stays as it is.
     """
     if name == "auto":
-        return device_names()[1] if cards() else "cpu"
+        return device_names()[1] if count_gpus() else "cpu"
     if name == "cuda":
         return "cuda:0"
     if re.fullmatch(r"cpu(:\d+)?", name):
         return "cpu"
-    found = re.fullmatch(r"cuda:0*(\d+)", name)
-    return f"cuda:{found[1]}" if found else name
+    match = re.fullmatch(r"cuda:0*(\d+)", name)
+    return f"cuda:{match[1]}" if match else name

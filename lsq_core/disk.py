@@ -12,14 +12,14 @@ from pathlib import Path
 
 from lsq_core import jobs
 from lsq_core.errors import InputError
-from lsq_core.files import cannot_write, in_use
-from lsq_core.model import MANIFEST, folder_bytes
-from lsq_core.quantize.manifest import foreign_files, unfinished_folders
-from lsq_core.store import Store
+from lsq_core.files import is_locked, write_error
+from lsq_core.model.source import MANIFEST_FILE, folder_bytes
+from lsq_core.quantized.manifest import unfinished_folders, unrelated_files
+from lsq_core.store.store import Store
 
 
 @dataclass(frozen=True)
-class Kept:
+class DiskItem:
     """Something on disk: what it is, where, how large, and whether it can be pruned from here.
 
     ``reason`` says why it can't be.
@@ -43,53 +43,59 @@ def jobs_folder(store: Store) -> Path:
     return store.path.parent / "jobs"
 
 
-def kept_on_disk(store: Store) -> list[Kept]:
+def list_disk_items(store: Store) -> list[DiskItem]:
     """The database, saved models, ended jobs, and models fetched from Hugging Face.
 
     Of saved models also those that were not finished.
     """
     size = store.path.stat().st_size
-    found = [Kept("database", "database", store.path, size, False, "it is the database")]
-    named = [path for path in map(Path, store.saved_folders()) if _is_there(path / MANIFEST)]
-    saved = {p.parent for p in models_folder(store).glob(f"*/{MANIFEST}")} | set(named)
+    items = [DiskItem("database", "database", store.path, size, False, "it is the database")]
+    named = [
+        path for path in map(Path, store.saved_folders()) if _file_exists(path / MANIFEST_FILE)
+    ]
+    saved = {p.parent for p in models_folder(store).glob(f"*/{MANIFEST_FILE}")} | set(named)
     parents = {models_folder(store), store.path.parent, *(path.parent for path in saved)}
     unfinished = {path for parent in parents for path in unfinished_folders(parent)}
     # Earlier versions wrote into folders of the system's temporary names.
     unfinished |= {p for p in models_folder(store).glob(".*-????????") if p.is_dir()}
-    found += [_saved(store, path, "saved model") for path in sorted(saved)]
-    found += [_saved(store, path, "unfinished model") for path in sorted(unfinished)]
-    found += [
-        _kept(job.id, "job", job.folder, "it is a job still running" if job.active else "")
+    items += [_saved_model_item(store, path, "saved model") for path in sorted(saved)]
+    items += [_saved_model_item(store, path, "unfinished model") for path in sorted(unfinished)]
+    items += [
+        _disk_item(job.id, "job", job.folder, "its job is still running" if job.active else "")
         for job in jobs.list_jobs(jobs_folder(store))
     ]
-    return found + _fetched_models()
+    return items + _hub_cache_items()
 
 
-def _is_there(path: Path) -> bool:
+def _file_exists(path: Path) -> bool:
     try:
         return path.is_file()
     except (OSError, ValueError):
         return False  # a name that no file can have
 
 
-def _kept(name: str, kind: str, path: Path, reason: str) -> Kept:
-    return Kept(name, kind, path, folder_bytes(path), not reason, reason)
+def _disk_item(name: str, kind: str, path: Path, reason: str) -> DiskItem:
+    return DiskItem(name, kind, path, folder_bytes(path), not reason, reason)
 
 
-def _saved(store: Store, path: Path, kind: str) -> Kept:
+def _saved_model_item(store: Store, path: Path, kind: str) -> DiskItem:
     """A saved model; one in another place, or among other files, is listed and no more."""
-    home, reason = store.path.parent.resolve(), ""
-    if path.is_symlink() or not path.resolve().is_relative_to(home) or path.resolve() == home:
-        reason = f"it is outside {home}, so it is yours to delete"
-    elif beside := foreign_files(path):
-        reason = f"it holds other files too ({beside[0][:80]}), so it is yours to delete"
-    elif in_use(path):
+    data_folder, reason = store.path.parent.resolve(), ""
+    if (
+        path.is_symlink()
+        or not path.resolve().is_relative_to(data_folder)
+        or path.resolve() == data_folder
+    ):
+        reason = f"it is outside {data_folder}, so it is yours to delete"
+    elif unrelated := unrelated_files(path):
+        reason = f"it holds other files too ({unrelated[0][:80]}), so it is yours to delete"
+    elif is_locked(path):
         reason = "it is being written"
     bytes = sum(p.lstat().st_size for p in path.iterdir() if p.is_file())
-    return Kept(str(path), kind, path, bytes, not reason, reason)
+    return DiskItem(str(path), kind, path, bytes, not reason, reason)
 
 
-def _fetched_models() -> list[Kept]:
+def _hub_cache_items() -> list[DiskItem]:
     from huggingface_hub import scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
@@ -98,28 +104,30 @@ def _fetched_models() -> list[Kept]:
     except CacheNotFound:
         return []
     return [
-        Kept(f"hf:{repo.repo_id}", "fetched model", Path(repo.repo_path), repo.size_on_disk, True)
+        DiskItem(
+            f"hf:{repo.repo_id}", "fetched model", Path(repo.repo_path), repo.size_on_disk, True
+        )
         for repo in sorted(cache.repos, key=lambda repo: repo.repo_id)
         if repo.repo_type == "model"
     ]
 
 
-def prune(store: Store, name: str) -> Kept:
-    """Delete one of :func:`kept_on_disk` by name; results in the database stay.
+def prune(store: Store, name: str) -> DiskItem:
+    """Delete one of :func:`list_disk_items` by name; results in the database stay.
 
     Raises
     ------
     InputError
         When there is no such thing, it is in use, or it is not this project's to delete.
     """
-    known = {item.name: item for item in kept_on_disk(store)}
-    item = known.get(name)
+    by_name = {item.name: item for item in list_disk_items(store)}
+    item = by_name.get(name)
     if item is None:
-        raise InputError(f"Nothing named '{name}' is kept; 'disk' lists what is.")
+        raise InputError(f"There is no stored item named '{name}'; 'disk' lists them.")
     if not item.prunable:
-        raise InputError(f"'{name}' is not pruned: {item.reason}.")
+        raise InputError(f"'{name}' cannot be pruned: {item.reason}.")
     try:
         shutil.rmtree(item.path)
     except OSError as error:
-        raise cannot_write(item.path, error) from error
+        raise write_error(item.path, error) from error
     return item

@@ -1,9 +1,12 @@
 """The two ways a request can end badly, each told to the person in one sentence."""
 
+import errno
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 #: Characters of a foreign message that a sentence quotes.
-_LONGEST = 400
+_MAX_REASON_CHARS = 400
 #: Where torch goes on with its own source lines and the frames of a stack.
 _FRAMES = re.compile(
     r" (?:Exception raised from |/\S+\.(?:h|cpp|cu):\d+ \(most recent call first\)).*"
@@ -36,7 +39,7 @@ class InputError(LsqError):
     exit_code = 2
 
 
-def reason_of(error: BaseException) -> str:
+def exception_reason(error: BaseException) -> str:
     """What an exception of a library says, as a clause to quote: one line, whole, without a stop.
 
     All its lines are joined, because the first alone often ends before the reason does ("one
@@ -44,17 +47,42 @@ def reason_of(error: BaseException) -> str:
     reason is that of the exception's cause, or else its type. A long message ends after a
     sentence or with an ellipsis.
 
-    >>> reason_of(ValueError("Couldn't load it from one of: \\n(1) a file,\\n(2) a class."))
+    >>> exception_reason(ValueError("Couldn't load it from one of: \\n(1) a file,\\n(2) a class."))
     "Couldn't load it from one of: (1) a file, (2) a class"
     """
     text = "".join(c if c.isprintable() else " " for c in str(error))
     text = _FRAMES.sub("", " ".join(text.split()))
     text = "".join(s for s in _SENTENCES.findall(text) if not _POINTERS.search(s)).strip()
     if not text and error.__cause__ is not None:
-        return reason_of(error.__cause__)
+        return exception_reason(error.__cause__)
     if not text and getattr(error, "strerror", None):
         text = error.strerror
-    if len(text) > _LONGEST:
-        whole = max(text.rfind(mark, 0, _LONGEST) for mark in (". ", "! ", "; "))
-        text = text[:whole] if whole > _LONGEST // 3 else text[:_LONGEST].rsplit(" ", 1)[0] + " …"
+    if len(text) > _MAX_REASON_CHARS:
+        sentence_end = max(text.rfind(mark, 0, _MAX_REASON_CHARS) for mark in (". ", "! ", "; "))
+        text = (
+            text[:sentence_end]
+            if sentence_end > _MAX_REASON_CHARS // 3
+            else text[:_MAX_REASON_CHARS].rsplit(" ", 1)[0] + " …"
+        )
     return text.rstrip(".!:;, ") or type(error).__name__
+
+
+@contextmanager
+def translate_resource_errors(device: str) -> Iterator[None]:
+    """Turn running out of memory or disk into a sentence that says what to do."""
+    try:
+        yield
+    except LsqError:
+        raise
+    except MemoryError as error:
+        raise LsqError(f"There is not enough memory on {device}; use a smaller model.") from error
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise LsqError(f"The disk is full ({error.filename}); make room and try again.") from error
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError" and "not enough memory" not in str(error):
+            raise
+        raise LsqError(
+            f"{device} ran out of memory; free some, use --device cpu, or choose a smaller model."
+        ) from error

@@ -2,7 +2,7 @@
 
 A file that is written here is found as it was or as it is now, never half of it, also after a
 power cut, a kill or on a full disk. What is read back is checked: a file that is empty, cut or
-not what its reader expects is :class:`Damaged`, which costs what it held and nothing else.
+not what its reader expects is :class:`DamagedFileError`, which costs what it held and nothing else.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from lsq_core.errors import InputError, LsqError, reason_of
+from lsq_core.errors import InputError, LsqError, exception_reason
 
 if TYPE_CHECKING:
     import numpy as np
 
 #: Error numbers of a disk that takes no more, and of one that can't be written whatever is asked.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
+_DENIED = (errno.EROFS, errno.EACCES, errno.EPERM)
 #: Bytes of the largest JSON file that is read back.
-_MOST_JSON = 256 * 2**20
+_MAX_JSON_BYTES = 256 * 2**20
 
 
-class Damaged(LsqError):
+class DamagedFileError(LsqError):
     """A file that was read back isn't what was written; the message says which, and how."""
 
 
@@ -41,13 +41,13 @@ class Damaged(LsqError):
 
 
 def write_bytes(path: Path, content: bytes, *, new: bool = False) -> None:
-    """Write a file whole; see :func:`writing`."""
-    with writing(path, new=new) as file:
+    """Write a file whole; see :func:`atomic_writer`."""
+    with atomic_writer(path, new=new) as file:
         file.write(content)
 
 
 @contextmanager
-def writing(path: Path, *, new: bool = False) -> Iterator[BinaryIO]:
+def atomic_writer(path: Path, *, new: bool = False) -> Iterator[BinaryIO]:
     """A binary file to write within a ``with``, which takes its place when that ends well.
 
     It is synced before it takes its place, and its folder after; where anything goes wrong
@@ -67,12 +67,12 @@ def writing(path: Path, *, new: bool = False) -> Iterator[BinaryIO]:
             with target.open("wb") as device:
                 yield device
         else:
-            with _taking_the_place_of(target, new) as file:
+            with _atomic_replacement(target, new) as file:
                 yield file
     except FileExistsError as error:
-        raise InputError(f"{path} is there already; give a new file.") from error
+        raise InputError(f"{path} already exists; give a new file.") from error
     except OSError as error:
-        raise cannot_write(path, error) from error
+        raise write_error(path, error) from error
 
 
 def _target(path: Path, new: bool) -> Path:
@@ -80,7 +80,7 @@ def _target(path: Path, new: bool) -> Path:
     try:
         target = Path(os.path.realpath(path))
     except ValueError as error:  # a null byte
-        raise cannot_write(path, error) from error
+        raise write_error(path, error) from error
     if not path.name or target.is_dir():
         raise InputError(f"'{path}' is a folder; give the path of a file.")
     if new and target.is_file():
@@ -89,75 +89,75 @@ def _target(path: Path, new: bool) -> Path:
 
 
 @contextmanager
-def _taking_the_place_of(target: Path, new: bool) -> Iterator[BinaryIO]:
-    unfinished = target.with_name(f".{uuid.uuid4().hex[:12]}.new")
+def _atomic_replacement(target: Path, new: bool) -> Iterator[BinaryIO]:
+    temporary = target.with_name(f".{uuid.uuid4().hex[:12]}.new")
     try:
-        with unfinished.open("xb") as file:
+        with temporary.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         if new:
-            _link(unfinished, target)
+            _link(temporary, target)
         else:
-            unfinished.replace(target)
-        sync_folder(target.parent)
+            temporary.replace(target)
+        fsync_folder(target.parent)
     finally:
         with suppress(OSError):
-            unfinished.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
 
-def _link(unfinished: Path, target: Path) -> None:
+def _link(temporary: Path, target: Path) -> None:
     """Give a file its name, which unlike renaming it takes no other file's place."""
     try:
-        os.link(unfinished, target)
+        os.link(temporary, target)
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS) or target.exists():
             raise
-        unfinished.replace(target)  # a file system without links
+        temporary.replace(target)  # a file system without links
 
 
 def lock_folder(folder: Path) -> int:
     """A descriptor that marks a folder as in use until it is closed, or its process ends."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     with suppress(OSError):  # a file system without locks
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return handle
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return descriptor
 
 
-def in_use(folder: Path) -> bool:
+def is_locked(folder: Path) -> bool:
     """Whether a process holds the lock of a folder (:func:`lock_folder`)."""
     try:
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError:
         return False
     try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError:
         return False
     finally:
-        os.close(handle)
+        os.close(descriptor)
     return False
 
 
-def sync_folder(folder: Path) -> None:
+def fsync_folder(folder: Path) -> None:
     """Have the names in a folder on the disk, where its file system can do that."""
     with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            os.fsync(handle)
+            os.fsync(descriptor)
         finally:
-            os.close(handle)
+            os.close(descriptor)
 
 
-def sync_tree(folder: Path) -> None:
+def fsync_tree(folder: Path) -> None:
     """Have every file of a folder that others wrote on the disk, and the folder's own names."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-    sync_folder(folder)
+    fsync_folder(folder)
 
 
 def file_sha256(path: Path) -> str:
@@ -166,33 +166,33 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def known_sha256(path: Path) -> str:
+def cached_sha256(path: Path) -> str:
     """The same, computed once in a process for as long as nobody writes to the file."""
     path = path.resolve()
-    now = path.stat()
-    return _sha256_at(path, now.st_size, now.st_mtime_ns, now.st_ctime_ns)
+    status = path.stat()
+    return _sha256_of_version(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 @lru_cache(maxsize=256)
-def _sha256_at(path: Path, size: int, modified_ns: int, changed_ns: int) -> str:
+def _sha256_of_version(path: Path, size: int, modified_ns: int, changed_ns: int) -> str:
     return file_sha256(path)
 
 
-def cannot_write(path: Path, error: Exception) -> LsqError:
+def write_error(path: Path, error: Exception) -> LsqError:
     """What to tell a person whose file could not be written."""
     number = getattr(error, "errno", None)
     if number in _FULL:
         return LsqError(f"The disk is full, so {path} was not written: make room and try again.")
     if number == errno.EIO:
         return LsqError(f"{path} was not written, because the disk failed; check it.")
-    reason = getattr(error, "strerror", None) or reason_of(error)
+    reason = getattr(error, "strerror", None) or exception_reason(error)
     return InputError(f"{path} cannot be written ({reason}); give another path.")
 
 
-def disk_error(error: BaseException) -> LsqError | None:
+def translate_disk_error(error: BaseException) -> LsqError | None:
     """The sentence for a disk that is full or can't be written, whoever wrote; None otherwise."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in (*_FULL, *_REFUSED, errno.EIO):
+        if isinstance(error, OSError) and error.errno in (*_FULL, *_DENIED, errno.EIO):
             where = error.filename or "a file"
             if error.errno in _FULL:
                 return LsqError(f"The disk is full ({where}); make room and try again.")
@@ -201,7 +201,7 @@ def disk_error(error: BaseException) -> LsqError | None:
     return None
 
 
-def given_path(path: str | Path) -> Path:
+def resolve_path(path: str | Path) -> Path:
     """The absolute path that a person gave, ``~`` being a home.
 
     Raises
@@ -214,7 +214,7 @@ def given_path(path: str | Path) -> Path:
         whole.exists()  # what is only missing is no error
     except (OSError, RuntimeError, ValueError) as error:
         shown = str(path) if len(str(path)) <= 200 else f"{str(path)[:60]}…"
-        reason = getattr(error, "strerror", None) or reason_of(error)
+        reason = getattr(error, "strerror", None) or exception_reason(error)
         raise InputError(f"'{shown}' can be no path ({reason}); give another.") from error
     return whole
 
@@ -231,19 +231,19 @@ def read_json(path: Path) -> dict | None:
         When it holds anything else, or cannot be read.
     """
     try:
-        if path.stat().st_size > _MOST_JSON:
-            raise Damaged(f"{path} is larger than any file of its kind.")
-        content = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise DamagedFileError(f"{path} is larger than any valid file of its kind.")
+        content = json.loads(path.read_bytes(), parse_constant=_reject_constant)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError, MemoryError) as error:
-        raise Damaged(f"{path} is damaged: {reason_of(error)}.") from error
+        raise DamagedFileError(f"{path} is damaged: {exception_reason(error)}.") from error
     if not isinstance(content, dict):
-        raise Damaged(f"{path} is damaged: it holds no JSON object.")
+        raise DamagedFileError(f"{path} is damaged: it is not a JSON object.")
     return content
 
 
-def _refuse_constant(name: str) -> None:
+def _reject_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
 
 
@@ -251,11 +251,11 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write arrays into a ``.npz`` file, whole."""
     import numpy as np
 
-    with writing(path) as file:
+    with atomic_writer(path) as file:
         np.savez(file, **arrays)
 
 
-def read_arrays(path: Path, like: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | None:
+def read_arrays(path: Path, expected: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | None:
     """Arrays that :func:`write_arrays` wrote, or None where there is no file.
 
     ``like`` has an array of the expected shape and dtype for each; values have to be finite.
@@ -267,16 +267,18 @@ def read_arrays(path: Path, like: Mapping[str, np.ndarray]) -> dict[str, np.ndar
     """
     import numpy as np
 
-    broken = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
+    read_errors = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
     try:
         with np.load(path, allow_pickle=False) as file:
-            found = {name: file[name] for name in like}
+            found = {name: file[name] for name in expected}
     except FileNotFoundError:
         return None
-    except (*broken, NotImplementedError, RuntimeError, MemoryError, SyntaxError) as error:
-        raise Damaged(f"{path} is damaged: {reason_of(error)}.") from error
-    for name, array in like.items():
+    except (*read_errors, NotImplementedError, RuntimeError, MemoryError, SyntaxError) as error:
+        raise DamagedFileError(f"{path} is damaged: {exception_reason(error)}.") from error
+    for name, array in expected.items():
         own = found[name]
         if (own.shape, own.dtype) != (array.shape, array.dtype) or not np.isfinite(own).all():
-            raise Damaged(f"{path} is damaged: its {name} is not what was written.")
+            raise DamagedFileError(
+                f"{path} is damaged: its {name} does not match what was written."
+            )
     return found

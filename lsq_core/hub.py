@@ -17,7 +17,7 @@ def is_network_error(error: BaseException) -> bool:
     return any(kind.__module__.partition(".")[0] in _CLIENTS for kind in type(error).__mro__)
 
 
-def answers(name: str, revision: str | None) -> bool:
+def is_reachable(name: str, revision: str | None) -> bool:
     """Whether the hub can be asked for a model now; one short request, which isn't repeated.
 
     Downloads repeat theirs for 24 seconds where nothing answers.

@@ -39,5 +39,5 @@ def json_bytes(content: object) -> bytes:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write a JSON file whole; raises as :func:`lsq_core.files.writing`."""
+    """Write a JSON file whole; raises as :func:`lsq_core.files.atomic_writer`."""
     write_bytes(path, json_bytes(content))

@@ -36,25 +36,25 @@ def versions(*more: str) -> dict[str, str]:
 
     ``more`` are packages that only some figures depend on.
     """
-    found = {"lsq": lsq_core.__version__, "arithmetic": str(ARITHMETIC)}
-    found["python"] = platform.python_version()
+    recorded_versions = {"lsq": lsq_core.__version__, "arithmetic": str(ARITHMETIC)}
+    recorded_versions["python"] = platform.python_version()
     for package in (*_PACKAGES, *more):
         try:
-            found[package] = version(package)
+            recorded_versions[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "absent"
-    return found
+            recorded_versions[package] = "absent"
+    return recorded_versions
 
 
 @dataclass(frozen=True)
-class Place:
+class DeviceAndDtype:
     """Where a model computes: the kind of device, ``cpu`` or ``cuda``, and the dtype."""
 
     device: str
     dtype: str
 
     @classmethod
-    def of(cls, recorded: Mapping[str, object]) -> Place:
+    def from_record(cls, recorded: Mapping[str, object]) -> DeviceAndDtype:
         """That of a record with ``device`` (``cuda:1``) and ``dtype``, '' where it has none."""
         return cls(device_kind(str(recorded.get("device") or "")), str(recorded.get("dtype") or ""))
 
@@ -64,13 +64,13 @@ def device_kind(device: str) -> str:
     return device.partition(":")[0]
 
 
-def arithmetic(recorded: Mapping[str, str]) -> str:
+def arithmetic_version(recorded: Mapping[str, str]) -> str:
     """The version of this project's arithmetic in recorded versions; before it was recorded, 1."""
     return recorded.get("arithmetic", "1")
 
 
 def profile_dependencies(
-    place: Place, recorded: Mapping[str, str], packages: Sequence[str]
+    device_and_dtype: DeviceAndDtype, recorded: Mapping[str, str], packages: Sequence[str]
 ) -> dict[str, object]:
     """What the scores of a profile depend on beside its settings, its model and its text.
 
@@ -79,9 +79,9 @@ def profile_dependencies(
     them.
     """
     return {
-        "device": place.device,
-        "dtype": place.dtype,
-        "arithmetic": arithmetic(recorded),
+        "device": device_and_dtype.device,
+        "dtype": device_and_dtype.dtype,
+        "arithmetic": arithmetic_version(recorded),
         "packages": {name: recorded.get(name, "absent") for name in packages},
     }
 
@@ -91,8 +91,8 @@ def run_dependencies(recorded: Mapping[str, str], packages: Sequence[str] = ()) 
 
     ``packages`` are those that its quantizer computes with.
     """
-    found = {name: recorded.get(name, "absent") for name in (*_FORWARD, *packages)}
-    return found | {"arithmetic": arithmetic(recorded)}
+    recorded_versions = {name: recorded.get(name, "absent") for name in (*_FORWARD, *packages)}
+    return recorded_versions | {"arithmetic": arithmetic_version(recorded)}
 
 
 def evaluation_dependencies(recorded: Mapping[str, Any]) -> dict[str, object]:
@@ -101,11 +101,11 @@ def evaluation_dependencies(recorded: Mapping[str, Any]) -> dict[str, object]:
     ``recorded`` is the provenance kept with it. Equal results of this function mean figures that
     may be paired, and that need not be computed twice.
     """
-    place = Place.of(recorded)
+    device_and_dtype = DeviceAndDtype.from_record(recorded)
     return {
-        "device": place.device,
-        "gpu": recorded.get("machine") if place.device == "cuda" else None,
-        "dtype": place.dtype,
+        "device": device_and_dtype.device,
+        "gpu": recorded.get("machine") if device_and_dtype.device == "cuda" else None,
+        "dtype": device_and_dtype.dtype,
         "bos": recorded.get("bos"),
         "versions": run_dependencies(recorded.get("versions") or {}),
     }

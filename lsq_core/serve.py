@@ -24,13 +24,13 @@ from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 import psutil
 
+from lsq_core import paths
 from lsq_core.errors import InputError, LsqError
 
-ROOT = Path(__file__).resolve().parents[1]
 #: What a folder with a snapshot of the database is called, before the process that made it.
 SNAPSHOT = "lsq-snapshot-"
 #: Seconds that open connections have to end once the server was asked to.
-GRACE = 3.0
+GRACE_S = 3.0
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 #: A page shows what is here and what it was given: no frame around it, nothing from elsewhere,
 #: whatever a name or a note in the database would like to load.
@@ -86,7 +86,7 @@ def access(address: str, port: int, token: bool) -> Access:
             test.bind(found[4][:2])
     except (OSError, UnicodeError) as error:
         raise InputError(
-            f"{address}:{port} cannot be listened on ({error}); give another --port or --address."
+            f"{address}:{port} cannot be bound ({error}); give another --port or --address."
         ) from error
     ip = ipaddress.ip_address(found[4][0])
     if ip.is_loopback:
@@ -109,11 +109,11 @@ class Guard:
             await self.app(scope, receive, send)
             return
         headers = {key.decode("latin1"): value.decode("latin1") for key, value in scope["headers"]}
-        reason = self.refusal(headers)
-        given = dict(parse_qsl(scope["query_string"].decode("latin1"))).get("token", "")
-        if not reason and self.access.token and not self._same(self._cookie(headers)):
-            if scope["type"] == "http" and scope["method"] == "GET" and self._same(given):
-                await self._admit(scope, send)
+        reason = self.rejection_reason(headers)
+        query_token = dict(parse_qsl(scope["query_string"].decode("latin1"))).get("token", "")
+        if not reason and self.access.token and not self._is_token(self._cookie(headers)):
+            if scope["type"] == "http" and scope["method"] == "GET" and self._is_token(query_token):
+                await self._set_token_cookie(scope, send)
                 return
             reason = "Open the address with the token that the server printed when it started."
         if not reason:
@@ -122,9 +122,9 @@ class Guard:
             await receive()
             await send({"type": "websocket.close", "code": 1008})  # before accepting: status 403
         else:
-            await _answer(send, 403, reason)
+            await _respond(send, 403, reason)
 
-    def refusal(self, headers: dict[str, str]) -> str:
+    def rejection_reason(self, headers: dict[str, str]) -> str:
         """Why a request is not for this server or not from its own pages; '' when it is."""
         host = headers.get("host", "")
         name = urlsplit(f"//{host}").hostname or ""
@@ -146,10 +146,10 @@ class Guard:
             return ""
         return found.value if found else ""
 
-    def _same(self, given: str) -> bool:
-        return hmac.compare_digest(given.encode(), self.access.token.encode())
+    def _is_token(self, query_token: str) -> bool:
+        return hmac.compare_digest(query_token.encode(), self.access.token.encode())
 
-    async def _admit(self, scope: Scope, send: Send) -> None:
+    async def _set_token_cookie(self, scope: Scope, send: Send) -> None:
         """Keep the token in a cookie and take it out of the address."""
         query = parse_qsl(scope["query_string"].decode("latin1"), keep_blank_values=True)
         rest = urlencode([(key, value) for key, value in query if key != "token"])
@@ -157,7 +157,7 @@ class Guard:
         path = "/" + quote(scope["path"].lstrip("/\\"))
         cookie = f"{self.access.cookie}={self.access.token}; Path=/; HttpOnly; SameSite=Lax"
         extra = {"Location": path + (f"?{rest}" if rest else ""), "Set-Cookie": cookie}
-        await _answer(send, 303, "", extra)
+        await _respond(send, 303, "", extra)
 
 
 def _with_headers(send: Send) -> Send:
@@ -173,7 +173,7 @@ def _with_headers(send: Send) -> Send:
     return wrapped
 
 
-async def _answer(send: Send, status: int, text: str, extra: dict[str, str] | None = None) -> None:
+async def _respond(send: Send, status: int, text: str, extra: dict[str, str] | None = None) -> None:
     headers = {"Content-Type": "text/plain; charset=utf-8", "Cache-Control": "no-store"}
     pairs = [(k.lower().encode(), v.encode()) for k, v in (headers | (extra or {})).items()]
     send = _with_headers(send)
@@ -202,7 +202,7 @@ def serve(address: str, port: int, token: bool) -> None:
 
     allowed = access(address, port, token)
     remove_old_snapshots()
-    os.chdir(ROOT)
+    os.chdir(paths.IMPORT_FOLDER)  # where jobs run, so that relative paths mean the same
     config = uvicorn.Config(
         _application(address, allowed),
         host=address,
@@ -210,12 +210,12 @@ def serve(address: str, port: int, token: bool) -> None:
         log_level="warning",
         access_log=False,  # it would tell the token
         ws_max_size=200 * 1024 * 1024,
-        timeout_graceful_shutdown=int(GRACE),
+        timeout_graceful_shutdown=int(GRACE_S),
     )
     server = uvicorn.Server(config)
     # uvicorn raises again what it was ended by; so this process ends as programs do.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    print(f"LSQ Explorer is at {_url(address, allowed)} (Ctrl+C ends it)", file=sys.stderr)
+    print(f"LSQ Explorer is at {_url(address, allowed)} (press Ctrl+C to stop)", file=sys.stderr)
     server.run()
     if not server.started:
         raise LsqError("The app could not be started; its own message is above.")
@@ -232,7 +232,7 @@ def _application(address: str, allowed: Access) -> Application:
     from streamlit.starlette import App
     from streamlit.web.bootstrap import load_config_options
 
-    app = App(ROOT / "app.py", middleware=[Middleware(Guard, access=allowed)])
+    app = App(paths.RESOURCES / "app.py", middleware=[Middleware(Guard, access=allowed)])
     # The guard knows the names; Streamlit's own list is of this machine alone.
     load_config_options(
         {"server.address": address, "server.port": allowed.port, "server.allowedHosts": []}

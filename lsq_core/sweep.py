@@ -20,48 +20,55 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from lsq_core.errors import InputError, LsqError, reason_of
-from lsq_core.evaluate import Protocol
-from lsq_core.files import Damaged, read_json
+from lsq_core.errors import InputError, LsqError, exception_reason
+from lsq_core.evaluation.protocol import EvaluationRequest, Protocol
+from lsq_core.files import DamagedFileError, read_json
 from lsq_core.jsontext import write_json
-from lsq_core.pipeline import (
-    EvaluationRequest,
-    Quantized,
-    Report,
-    Workbench,
-    by_quantizer,
-    content_identity,
-    plan_identity,
-    provenance_of,
-    refusal_of,
-)
-from lsq_core.plan import PLANNERS, Plan, PlanRequest, Problem
-from lsq_core.profile import Profile, ProfileSettings
+from lsq_core.planning.methods import PLANNERS
+from lsq_core.planning.plan import Plan
+from lsq_core.planning.problem import Problem
+from lsq_core.planning.request import PlanRequest
+from lsq_core.profiling.settings import ProfileSettings
+from lsq_core.progress import ProgressCallback
 from lsq_core.provenance import (
     device_kind,
     evaluation_dependencies,
     run_dependencies,
     versions,
 )
-from lsq_core.quantize import BASELINES, about, check_choice, computes_with
+from lsq_core.quantization.registry import (
+    BASELINES,
+    arithmetic_packages,
+    check_choice,
+    quantizer_spec,
+)
+from lsq_core.session import Session
+from lsq_core.stages.evaluate import evaluation_provenance
+from lsq_core.stages.plan import (
+    content_identity,
+    plan_identity,
+    request_incompatibility,
+    with_quantizer,
+)
+from lsq_core.stages.run import QuantizedRun
 
 #: The file, in the folder a job keeps things in, that tells what came of each item so far.
-ITEMS = "items.json"
+ITEMS_FILE = "items.json"
 #: States of an item that has its figures, and of one that will never have any.
 FINISHED, FAILED = ("done", "found"), "failed"
 #: Plans that read the texts together: five times the work of one evaluation and a sixth for full
 #: precision, where they read alone ten. More would save little and make the first figures late.
-PLANS_AT_ONCE = 5
+MAX_CONCURRENT_PLANS = 5
 #: In the place of methods or quantizers: all of them.
 ALL = "all"
 #: What "everything" is: about the sizes at which papers compare, and one quantizer for methods.
 EVERYTHING_BUDGETS, EVERYTHING_QUANTIZER = ("2.2bpp", "3.2bpp", "4.2bpp"), "hqq"
 #: Parts that an item's progress is told in.
-_PARTS = 1000
+_PROGRESS_STEPS = 1000
 
 
 @dataclass(frozen=True)
-class Item:
+class SweepItem:
     """One run of a sweep: what to plan for, how to quantize, what to evaluate on."""
 
     request: PlanRequest
@@ -71,11 +78,11 @@ class Item:
     @property
     def title(self) -> str:
         """``mxq 2.25bpp, hqq, on stdlib``."""
-        asked = " ".join(filter(None, (self.request.base, self.request.budget)))
-        return f"{self.request.method} {asked}, {self.quantizer}, on {self.evaluation.corpus}"
+        requested = " ".join(filter(None, (self.request.base, self.request.budget)))
+        return f"{self.request.method} {requested}, {self.quantizer}, on {self.evaluation.corpus}"
 
     @property
-    def asked(self) -> dict:
+    def requested(self) -> dict:
         """What tells its row from the others'."""
         return {
             "method": self.request.method,
@@ -90,13 +97,13 @@ def items(
     requests: Sequence[PlanRequest],
     quantizers: Sequence[str],
     evaluations: Sequence[EvaluationRequest],
-) -> list[Item]:
+) -> list[SweepItem]:
     """Their product; the texts of one plan and quantizer come together."""
-    return [Item(*parts) for parts in itertools.product(requests, quantizers, evaluations)]
+    return [SweepItem(*parts) for parts in itertools.product(requests, quantizers, evaluations)]
 
 
 def requests(
-    like: PlanRequest, methods: Sequence[str], bases: Sequence[str], budgets: Sequence[str]
+    template: PlanRequest, methods: Sequence[str], bases: Sequence[str], budgets: Sequence[str]
 ) -> list[PlanRequest]:
     """Each method at each base and at each budget, all else as in ``like``.
 
@@ -111,15 +118,15 @@ def requests(
         raise InputError("Give at least one --budget (such as 3.25bpp) or --base (such as 3.13).")
     sizes = [{"base": b} for b in bases] + [{"budget": b} for b in budgets]
     nothing = {"base": None, "budget": None}
-    return [replace(like, method=m, **(nothing | size)) for m in methods for size in sizes]
+    return [replace(template, method=m, **(nothing | size)) for m in methods for size in sizes]
 
 
-def all_methods(names: Sequence[str]) -> list[str]:
+def expand_methods(names: Sequence[str]) -> list[str]:
     """Method names, with ``all`` as every one of them."""
     return list(PLANNERS) if ALL in names else list(names)
 
 
-def all_baselines(names: Sequence[str], quantizers: Sequence[str]) -> list[str]:
+def expand_baselines(names: Sequence[str], quantizers: Sequence[str]) -> list[str]:
     """Quantizers whose uniform plans are baselines; ``all`` are the usual ones not yet in a sweep.
 
     Raises
@@ -129,21 +136,21 @@ def all_baselines(names: Sequence[str], quantizers: Sequence[str]) -> list[str]:
     """
     wanted = list(BASELINES) if ALL in names else list(names)
     for name in wanted:
-        about(name)
+        quantizer_spec(name)
     return [name for name in wanted if name not in quantizers]
 
 
 def baselines(
-    like: PlanRequest,
+    template: PlanRequest,
     bases: Sequence[str],
     budgets: Sequence[str],
     quantizers: Sequence[str],
     evaluations: Sequence[EvaluationRequest],
-) -> list[Item]:
+) -> list[SweepItem]:
     """The uniform plan at each base and budget, by each of these quantizers."""
     if not quantizers:
         return []
-    return items(requests(like, ["uniform"], bases, budgets), quantizers, evaluations)
+    return items(requests(template, ["uniform"], bases, budgets), quantizers, evaluations)
 
 
 def parse_budgets(text: str) -> tuple[str, ...]:
@@ -156,7 +163,9 @@ def parse_budgets(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(f"{w}bpp" if re.fullmatch(r"[\d.]+", w) else w for w in found))
 
 
-def sweep(bench: Workbench, asked: Sequence[Item], settings: ProfileSettings) -> list[dict]:
+def sweep(
+    session: Session, requested: Sequence[SweepItem], settings: ProfileSettings
+) -> list[dict]:
     """Make the runs that are not there yet; gives a row an item, in their order.
 
     A row has what was asked, its ``state`` (done, found, failed), and the figures of its run or
@@ -167,16 +176,16 @@ def sweep(bench: Workbench, asked: Sequence[Item], settings: ProfileSettings) ->
     InputError, LsqError
         When every one of them failed; the former when what was asked for was wrong in each.
     """
-    sweeping = _Sweep(bench, asked, settings)
+    sweeping = _Sweep(session, requested, settings)
     sweeping.run()
     if all(row["state"] == FAILED for row in sweeping.rows):
         reason = sweeping.rows[0]["reason"]
-        kind = InputError if len(sweeping.bad_input) == len(asked) else LsqError
-        raise kind(f"None of the {len(asked)} runs could be made; the first: {reason}")
+        kind = InputError if len(sweeping.bad_input) == len(requested) else LsqError
+        raise kind(f"None of the {len(requested)} runs succeeded; the first failed: {reason}")
     return sweeping.rows
 
 
-def rows_kept(folder: Path) -> list[dict]:
+def read_sweep_rows(folder: Path) -> list[dict]:
     """What came so far of each item of the sweep that keeps in a folder; none where nothing did.
 
     Raises
@@ -184,50 +193,54 @@ def rows_kept(folder: Path) -> list[dict]:
     Damaged
         When that cannot be read.
     """
-    path = folder / ITEMS
+    path = folder / ITEMS_FILE
     rows = (read_json(path) or {"items": []}).get("items")
-    asked = {"method", "base", "budget", "quantizer", "corpus", "state"}
-    if isinstance(rows, list) and all(isinstance(row, dict) and asked <= set(row) for row in rows):
+    requested = {"method", "base", "budget", "quantizer", "corpus", "state"}
+    if isinstance(rows, list) and all(
+        isinstance(row, dict) and requested <= set(row) for row in rows
+    ):
         return rows
-    raise Damaged(f"{path} is damaged: it holds no rows of a sweep.")
+    raise DamagedFileError(f"{path} is damaged: it has no rows of a sweep.")
 
 
 class _Sweep:
     """The rows of a sweep, as they fill."""
 
-    def __init__(self, bench: Workbench, asked: Sequence[Item], settings: ProfileSettings) -> None:
-        self.bench, self.asked, self.settings = bench, asked, settings
-        self.rows = [item.asked | {"state": "waiting"} for item in asked]
-        self.plans: dict[PlanRequest, tuple[Plan, Profile | None]] = {}
+    def __init__(
+        self, session: Session, requested: Sequence[SweepItem], settings: ProfileSettings
+    ) -> None:
+        self.session, self.requested, self.settings = session, requested, settings
+        self.rows = [item.requested | {"state": "waiting"} for item in requested]
+        self.plans: dict[PlanRequest, Plan] = {}
         #: Why a request has no plan; trying again could measure a whole profile again.
-        self.refused: dict[PlanRequest, LsqError] = {}
+        self.plan_errors: dict[PlanRequest, LsqError] = {}
         #: Items that failed because of what was asked for.
         self.bad_input: set[int] = set()
         self.total = 0
 
     def run(self) -> None:
         """Plan everything, look up what is there, make the rest."""
-        self._keep()
-        for number in range(len(self.asked)):
-            self._trying(number, self._plan)
-            self._trying(number, self._look_up)
-        self.total = len(self._waiting())
-        self._keep()
-        while self._waiting():
-            self._make(self._next())
+        self._write_items()
+        for number in range(len(self.requested)):
+            self._attempt(number, self._plan)
+            self._attempt(number, self._find_existing_run)
+        self.total = len(self._pending())
+        self._write_items()
+        while self._pending():
+            self._run_batch(self._next_batch())
 
     @property
     def done(self) -> int:
         """Items made, found or failed of those that had to be made."""
-        return self.total - len(self._waiting())
+        return self.total - len(self._pending())
 
-    def _waiting(self) -> list[int]:
+    def _pending(self) -> list[int]:
         return [n for n, row in enumerate(self.rows) if row["state"] == "waiting"]
 
-    def _quantized_alike(self, number: int) -> tuple[PlanRequest, str]:
-        return self.asked[number].request, self.asked[number].quantizer
+    def _plan_key(self, number: int) -> tuple[PlanRequest, str]:
+        return self.requested[number].request, self.requested[number].quantizer
 
-    def _trying(self, number: int, step: Callable[[int], None]) -> None:
+    def _attempt(self, number: int, step: Callable[[int], None]) -> None:
         """Take a step for an item that has not failed; what goes wrong is its reason."""
         if self.rows[number]["state"] != "waiting":
             return
@@ -239,97 +252,99 @@ class _Sweep:
             self._fail(number, str(error))
         except Exception as error:  # a defect in one must not cost the others
             traceback.print_exc()
-            self._fail(number, f"{type(error).__name__}: {reason_of(error)} (see the log)")
+            self._fail(number, f"{type(error).__name__}: {exception_reason(error)} (see the log)")
 
     def _fail(self, number: int, reason: str) -> None:
         self.rows[number] |= {"state": FAILED, "reason": reason}
 
     def _plan(self, number: int) -> None:
-        request, quantizer = self.asked[number].request, self.asked[number].quantizer
-        problem = Problem(self.bench.outline.matrices)
-        reason = refusal_of(problem, request, quantizer, self.settings.axis)
+        request, quantizer = self.requested[number].request, self.requested[number].quantizer
+        problem = Problem(self.session.config_info.matrices)
+        reason = request_incompatibility(problem, request, quantizer, self.settings.axis)
         if reason:  # before a profile is measured for a plan that is of no use
             raise InputError(reason)
-        if request in self.refused:  # what it was for another item, it is for this one
-            raise self.refused[request]
+        if request in self.plan_errors:  # what it was for another item, it is for this one
+            raise self.plan_errors[request]
         if request not in self.plans:
             try:
-                self.plans[request] = self.bench.plan(request, self.settings)
+                self.plans[request] = self.session.plan(request, self.settings)
             except LsqError as error:
-                self.refused[request] = error
+                self.plan_errors[request] = error
                 raise
-        plan = self.plans[request][0]
+        plan = self.plans[request]
         check_choice(quantizer, plan.choice, plan.axis)
-        plan = by_quantizer(plan, quantizer, self.settings)
+        plan = with_quantizer(plan, quantizer, self.settings)
         self.rows[number] |= {
             "bits_per_param": plan.bits_per_param,
             "planned_bytes": plan.planned_bytes,
-            "steps": about(quantizer).steps,
+            "steps": quantizer_spec(quantizer).steps,
         }
 
     # --- what is there already --------------------------------------------------------------
 
-    def _look_up(self, number: int) -> None:
+    def _find_existing_run(self, number: int) -> None:
         """Fill the row from a run that was kept, if it is the same."""
-        item, bench = self.asked[number], self.bench
-        stream = bench.stream(item.evaluation)  # a text that isn't there is told here
-        there = self._same_plan(item)
-        if there.empty:
+        item, session = self.requested[number], self.session
+        stream = session.stream(item.evaluation)  # a text that isn't there is told here
+        existing = self._same_plan(item)
+        if existing.empty:
             return
-        protocol = Protocol.named(item.evaluation.protocol, bench.info.context).name
+        protocol = Protocol.named(item.evaluation.protocol, session.info.context).name
         made_with = evaluation_dependencies(
-            provenance_of(bench.place, item.evaluation, bench.tokenizer)
+            evaluation_provenance(session.device_and_dtype, item.evaluation, session.tokenizer)
         )
-        same = there[
-            (there["corpus_sha256"] == stream.sha256)
-            & (there["protocol"] == protocol)
-            & there["kl"].notna()
+        same = existing[
+            (existing["corpus_sha256"] == stream.sha256)
+            & (existing["protocol"] == protocol)
+            & existing["kl"].notna()
         ]
-        same = _those(
+        same = _filter_rows(
             same, [evaluation_dependencies(json.loads(t)) == made_with for t in same["provenance"]]
         )
         if not same.empty:
             self.rows[number] |= {"state": "found"} | self._figures(same["evaluation"].iloc[0])
 
-    def _same_plan(self, item: Item) -> pd.DataFrame:
+    def _same_plan(self, item: SweepItem) -> pd.DataFrame:
         """The evaluations of runs with the same plan, made the same way."""
-        plan = by_quantizer(self.plans[item.request][0], item.quantizer, self.settings)
-        rows = self.bench.store.evaluated(self.bench.info.fingerprint, plan.method, item.quantizer)
-        place = self.bench.place
+        plan = with_quantizer(self.plans[item.request], item.quantizer, self.settings)
+        rows = self.session.store.find_evaluations(
+            self.session.info.fingerprint, plan.method, item.quantizer
+        )
+        device_and_dtype = self.session.device_and_dtype
         rows = rows[
-            (rows["device"].map(device_kind) == device_kind(place["device"]))
-            & (rows["dtype"] == place["dtype"])
+            (rows["device"].map(device_kind) == device_kind(device_and_dtype["device"]))
+            & (rows["dtype"] == device_and_dtype["dtype"])
         ]
-        made_by = computes_with(item.quantizer)
+        made_by = arithmetic_packages(item.quantizer)
         own = run_dependencies(versions(*made_by), made_by)
-        rows = _those(
+        rows = _filter_rows(
             rows, [run_dependencies(json.loads(text), made_by) == own for text in rows["versions"]]
         )
         same = plan_identity(plan)
         alike = [content_identity(json.loads(content)) == same for content in rows["content"]]
-        return _those(rows, alike)
+        return _filter_rows(rows, alike)
 
     def _figures(self, evaluation: str) -> dict:
-        rows = self.bench.store.results(self.bench.info.fingerprint)
+        rows = self.session.store.results(self.session.info.fingerprint)
         row = rows[rows["evaluation"] == evaluation].iloc[0]
-        return {name: _plain(row[name]) for name in _FIGURES}
+        return {name: _plain(row[name]) for name in _OUTCOME_COLUMNS}
 
     # --- what has to be made ----------------------------------------------------------------
 
-    def _next(self) -> list[list[int]]:
+    def _next_batch(self) -> list[list[int]]:
         """The items to make together next: those of some plans, a list a plan, on the same texts.
 
         There are as many plans as may be at once and as there is room for in memory. No two store
         the same: the second is found once the first is kept.
         """
         chosen: list[list[int]] = []
-        identities, texts, room = [], [], self.bench.remembered_bytes
-        for _, alike in itertools.groupby(self._waiting(), self._quantized_alike):
+        identities, texts, room = [], [], self.session.cache_bytes
+        for _, alike in itertools.groupby(self._pending(), self._plan_key):
             items = {}
             for number in alike:
-                items.setdefault(self.asked[number].evaluation, number)
-            request, quantizer = self._quantized_alike(next(iter(items.values())))
-            plan = self.plans[request][0]
+                items.setdefault(self.requested[number].evaluation, number)
+            request, quantizer = self._plan_key(next(iter(items.values())))
+            plan = self.plans[request]
             identity = [*plan_identity(plan), quantizer]
             if identity in identities:
                 continue
@@ -339,75 +354,77 @@ class _Sweep:
             chosen.append(list(items.values()))
             identities.append(identity)
             texts = list(items)
-            if len(chosen) == PLANS_AT_ONCE:
+            if len(chosen) == MAX_CONCURRENT_PLANS:
                 break
         return chosen
 
-    def _make(self, together: list[list[int]]) -> None:
+    def _run_batch(self, batch: list[list[int]]) -> None:
         """Make some plans' items; where that fails for all at once, each is tried alone."""
-        items = list(itertools.chain(*together))
-        with self.bench.store.held():
+        items = list(itertools.chain(*batch))
+        with self.session.store.held():
             for number in items:
-                self._trying(number, self._look_up)  # an item before may have had the same plan
-        self._keep()
+                self._attempt(
+                    number, self._find_existing_run
+                )  # an item before may have had the same plan
+        self._write_items()
         if any(self.rows[number]["state"] != "waiting" for number in items):
             return  # what is left of them comes next
         if len(items) > 1:
             try:
-                self._measure(together)
+                self._measure(batch)
             except Exception as error:
                 if not isinstance(error, LsqError):
                     traceback.print_exc()  # alone each may go well, and the defect stay unseen
-                reason = reason_of(error)
-                self.bench.report("sweep", self.done, self.total, f"one by one, since {reason}")
+                reason = exception_reason(error)
+                self.session.report("sweep", self.done, self.total, f"one by one, since {reason}")
         for number in items:
-            self._trying(number, lambda alone: self._measure([[alone]]))
-            self._keep()
+            self._attempt(number, lambda alone: self._measure([[alone]]))
+            self._write_items()
 
-    def _measure(self, together: list[list[int]]) -> None:
+    def _measure(self, batch: list[list[int]]) -> None:
         """Quantize each plan and evaluate them on their texts, full precision beside them all."""
-        order = [number for text in zip(*together, strict=True) for number in text]
-        outer = self.bench.report
-        told = _Round(outer, self.done, len(order), len(together), self.total)
-        told.title = self.asked[order[0]].title
-        self.bench.report = told.report
+        order = [number for text in zip(*batch, strict=True) for number in text]
+        outer = self.session.report
+        progress = _BatchProgress(outer, self.done, len(order), len(batch), self.total)
+        progress.title = self.requested[order[0]].title
+        self.session.report = progress.report
         try:
             made = []
-            for numbers in together:
-                made.append(self._quantize(self.asked[numbers[0]]))
-                told.quantized += 1
-            outcomes = self.bench.measure(made, [self.asked[n].evaluation for n in together[0]])
+            for numbers in batch:
+                made.append(self._quantize(self.requested[numbers[0]]))
+                progress.quantized += 1
+            outcomes = self.session.measure(made, [self.requested[n].evaluation for n in batch[0]])
             for number in order:
-                told.number, told.title = self.done + 1, self.asked[number].title
+                progress.number, progress.title = self.done + 1, self.requested[number].title
                 outcome = next(outcomes)
                 outcome["increase"] = outcome["increase"]["relative"]
-                self.rows[number] |= {"state": "done"} | {n: outcome[n] for n in _FIGURES}
-                self._keep()
+                self.rows[number] |= {"state": "done"} | {n: outcome[n] for n in _OUTCOME_COLUMNS}
+                self._write_items()
         finally:
-            self.bench.report = outer
+            self.session.report = outer
 
-    def _quantize(self, item: Item) -> Quantized:
+    def _quantize(self, item: SweepItem) -> QuantizedRun:
         """The item's quantized model, of the run that has the same plan where one was kept."""
-        plan, profile = self.plans[item.request]
-        kept = self._same_plan(item)["run"].tolist()
-        run = kept[0] if kept else None
-        return self.bench.quantize(plan, profile, item.quantizer, run=run, settings=self.settings)
+        plan = self.plans[item.request]
+        existing_runs = self._same_plan(item)["run"].tolist()
+        run = existing_runs[0] if existing_runs else None
+        return self.session.quantize(plan, item.quantizer, run=run, settings=self.settings)
 
-    def _keep(self) -> None:
+    def _write_items(self) -> None:
         """Tell those who watch the job what came of each item so far."""
-        if self.bench.folder_to_keep is not None:
-            write_json(self.bench.folder_to_keep / ITEMS, {"items": self.rows})
+        if self.session.checkpoint_folder is not None:
+            write_json(self.session.checkpoint_folder / ITEMS_FILE, {"items": self.rows})
 
 
 @dataclass
-class _Round:
+class _BatchProgress:
     """Tells the progress of items that are made together as a part of the sweep's.
 
     ``before`` of the ``total`` items were made before them; ``number`` and ``title`` are those of
     the item that is finished next.
     """
 
-    outer: Report
+    outer: ProgressCallback
     before: int
     size: int
     plans: int
@@ -422,18 +439,21 @@ class _Round:
         part = done / total if total else 0.0
         if stage == "quantize":
             part = (self.quantized + part) / self.plans
-        self.reached = max(self.reached, _share(stage, part))
-        at = int(_PARTS * (self.before + self.reached * self.size))
+        self.reached = max(self.reached, _stage_fraction(stage, part))
+        at = int(_PROGRESS_STEPS * (self.before + self.reached * self.size))
         number = self.number or self.before + 1
         more = self.before + self.size - number
         title = f"{self.title} and {more} more" if more else self.title
         self.outer(
-            "sweep", at, _PARTS * self.total, f"{number} of {self.total}: {title} · {message}"
+            "sweep",
+            at,
+            _PROGRESS_STEPS * self.total,
+            f"{number} of {self.total}: {title} · {message}",
         )
 
 
 #: What a row tells of its run, by the names of a run's outcome and of the store's results.
-_FIGURES = (
+_OUTCOME_COLUMNS = (
     "run",
     "perplexity",
     "perplexity_full",
@@ -447,7 +467,7 @@ _FIGURES = (
 )
 
 
-def _those(rows: pd.DataFrame, wanted: Sequence[bool]) -> pd.DataFrame:
+def _filter_rows(rows: pd.DataFrame, wanted: Sequence[bool]) -> pd.DataFrame:
     """The rows that are wanted, none of none."""
     return rows[np.array(wanted, dtype=bool)]
 
@@ -458,28 +478,28 @@ def _plain(value: object) -> object:
     return None if pd.isna(value) else value
 
 
-def _share(stage: str, done: float) -> float:
+def _stage_fraction(stage: str, done: float) -> float:
     """How much of a round is done, told by its stage; quantizing is short beside evaluating."""
     shares = {"quantize": 0.05 * done, "evaluate": 0.05 + 0.95 * done}
     return shares.get(stage, 0.0)
 
 
-def estimate(runs: pd.DataFrame, asked: Sequence[Item]) -> float | None:
+def estimate_seconds(runs: pd.DataFrame, requested: Sequence[SweepItem]) -> float | None:
     """Seconds that items will take by a model's runs so far; None where those don't tell.
 
-    ``runs`` are of :meth:`lsq_core.store.Store.results`. A few plans share what full precision
+    ``runs`` are of :meth:`Store.results`. A few plans share what full precision
     reads.
     """
     runs = runs[runs["tokens_per_second"] > 0]
-    if runs.empty or not asked:
+    if runs.empty or not requested:
         return None
     whole = runs[~runs["truncated"].astype(bool)].groupby("corpus")["tokens"].max()
     tokens = [
         min(item.evaluation.max_tokens or np.inf, whole.get(item.evaluation.corpus, np.inf))
-        for item in asked
+        for item in requested
     ]
-    quantized = len({(item.request, item.quantizer) for item in asked})
+    quantized = len({(item.request, item.quantizer) for item in requested})
     seconds = quantized * runs["quantize_seconds"].median()
-    full = 1 / min(PLANS_AT_ONCE, quantized)
+    full = 1 / min(MAX_CONCURRENT_PLANS, quantized)
     seconds += (1 + full) * sum(tokens) / runs["tokens_per_second"].median()
     return float(seconds) if np.isfinite(seconds) else None

@@ -15,7 +15,7 @@ def check_folder_target(folder: Path) -> None:
 
     It has to be new or empty, and its place writable; nothing stays behind from finding out.
     """
-    place = folder
+    existing_parent = folder
     try:
         if folder.is_dir():
             if any(folder.iterdir()):
@@ -25,10 +25,10 @@ def check_folder_target(folder: Path) -> None:
             _check_replaceable(folder)
         elif folder.exists():
             raise InputError(f"{folder} is a file; choose a new folder to save to.")
-        place = next(parent for parent in folder.parents if parent.exists())
-        _try_to_write(place)
+        existing_parent = next(parent for parent in folder.parents if parent.exists())
+        _check_writable(existing_parent)
     except OSError as error:
-        raise InputError(_refusal(folder, place, error)) from error
+        raise InputError(_unwritable_message(folder, existing_parent, error)) from error
 
 
 def check_file_target(path: Path) -> None:
@@ -36,19 +36,22 @@ def check_file_target(path: Path) -> None:
     try:
         if path.is_dir():
             raise InputError(f"{path} is a folder; give the name of a file in it.")
-        _try_to_write(path.parent)
+        _check_writable(path.parent)
     except OSError as error:
-        raise InputError(_refusal(path, path.parent, error)) from error
+        raise InputError(_unwritable_message(path, path.parent, error)) from error
 
 
-def _try_to_write(folder: Path) -> None:
+def _check_writable(folder: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=".lsq-", dir=folder):
         pass
 
 
-def _refusal(target: Path, place: Path, error: OSError) -> str:
+def _unwritable_message(target: Path, existing_parent: Path, error: OSError) -> str:
     """One sentence, without what the system adds, and with a long name cut."""
-    shown = [text if len(text) <= 200 else f"{text[:60]}…" for text in map(str, (target, place))]
+    shown = [
+        text if len(text) <= 200 else f"{text[:60]}…"
+        for text in map(str, (target, existing_parent))
+    ]
     return f"{shown[0]} cannot be written ({shown[1]}: {error.strerror or error})."
 
 
@@ -57,6 +60,6 @@ def _check_replaceable(folder: Path) -> None:
     user, parent = os.geteuid(), folder.parent.stat()
     sticky = bool(parent.st_mode & stat.S_ISVTX)
     owners = {folder.stat().st_uid, parent.st_uid}
-    theirs = not os.access(folder, os.W_OK, effective_ids=True)
-    if user and (theirs or (sticky and user not in owners)):
+    not_writable = not os.access(folder, os.W_OK, effective_ids=True)
+    if user and (not_writable or (sticky and user not in owners)):
         raise InputError(f"{folder} belongs to another user; choose another folder to save to.")

@@ -2,55 +2,48 @@
 
 from __future__ import annotations
 
-from lsq_core.ui import (
-    explore_detection,
-    explore_layers,
-    explore_overlay,
-    explore_ranks,
-    explore_weights,
-    known,
-    state,
-)
-from lsq_core.ui.explore_profile import Seen, follow, profile_bar
-from lsq_core.ui.page import Here, page
+from lsq_core.ui import cached, state
+from lsq_core.ui.explore import detection, layers, overlay, ranks, weights
+from lsq_core.ui.explore.profile import ExploreView, follow, profile_bar
+from lsq_core.ui.page import PageContext, page
 from lsq_core.ui.safe import st
 
 #: The views by their word in the address: a name, what draws it, and whether it needs a profile.
 _VIEWS = {
-    "layers": ("Layers", explore_layers.show, True),
-    "algorithm": ("Algorithm 1", explore_detection.show, True),
-    "overlay": ("Overlay", explore_overlay.show, True),
-    "ranks": ("Where metrics disagree", explore_ranks.show, True),
-    "weights": ("Weights", explore_weights.show, False),
+    "layers": ("Layers", layers.show, True),
+    "algorithm": ("Algorithm 1", detection.show, True),
+    "overlay": ("Overlay", overlay.show, True),
+    "ranks": ("Metric agreement", ranks.show, True),
+    "weights": ("Weights", weights.show, False),
 }
 
 
-def explore(here: Here) -> None:
+def explore(ctx: PageContext) -> None:
     """The profile under the chosen settings in the chosen view, or the way to it."""
-    info = here.info
-    state.begin_settings(known.identity(info), known.newest_settings(here.store, info))
-    state.begin("see", "layers", list(_VIEWS))
-    first = st.container()
-    settings = profile_bar(here.store, info)
+    info = ctx.info
+    state.init_settings(cached.identity(info), cached.newest_settings(ctx.store, info))
+    state.init_key("see", "layers", list(_VIEWS))
+    header = st.container()
+    settings = profile_bar(ctx.store, info)
     row = st.container(horizontal=True)
     with row:
-        see = st.segmented_control(
+        view_name = st.segmented_control(
             "View",
             list(_VIEWS),
-            format_func=lambda view: _VIEWS[view][0],
+            format_func=lambda name: _VIEWS[name][0],
             required=True,
             key="see",
             label_visibility="collapsed",
             persist_state="session",
         )
-    state.share_unless_default("see", "layers")
-    found = known.profile(here.store, info, settings, here.device)
-    seen = Seen(here, info, settings, found, first, row)
-    _, show, needs_profile = _VIEWS[see]
-    if seen.lacking and (needs_profile or seen.found is not None):
-        follow(seen)
-    if seen.found is not None or not needs_profile:
-        show(seen)
+    state.sync_url_unless_default("see", "layers")
+    profile = cached.profile(ctx.store, info, settings, ctx.device)
+    view = ExploreView(ctx, info, settings, profile, header, row)
+    _, show, needs_profile = _VIEWS[view_name]
+    if view.lacking and (needs_profile or view.profile is not None):
+        follow(view)
+    if view.profile is not None or not needs_profile:
+        show(view)
 
 
 page("Explore", explore)

@@ -4,54 +4,60 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from lsq_core.ui.plan.render_controls import render_controls
+
 from lsq_core.errors import LsqError
-from lsq_core.plan.pins import with_pins
-from lsq_core.ui import known, plan_panels, plan_rows, state, words
-from lsq_core.ui.page import Here, headline, page
-from lsq_core.ui.plan_controls import controls
+from lsq_core.planning.pins import apply_pins
+from lsq_core.ui import cached, state, words
+from lsq_core.ui.page import PageContext, headline, page
+from lsq_core.ui.plan import actions, live, prediction, query, rows, summary
 from lsq_core.ui.safe import st
 
 
-def plan_page(here: Here) -> None:
+def plan_page(ctx: PageContext) -> None:
     """Controls, the plan's first line, its live picture, and what else there is to know of it."""
-    info = here.info
-    state.begin_settings(info.fingerprint, known.newest_settings(here.store, info))
+    info = ctx.info
+    state.init_settings(info.fingerprint, cached.newest_settings(ctx.store, info))
     settings = state.settings()
-    found = known.profile(here.store, info, settings)
-    offered = plan_panels.offered(info, found)
-    state.begin_plan(found is not None)
-    state.choose_among(offered)
-    plan_panels.begin_prediction(here, info)
-    first = st.container()
-    controls(known.problem(info, found), offered)
-    asked = plan_panels.Asked(here, info, found, settings, state.plan_request())
-    missing = plan_panels.missing_metrics(asked)
+    profile = cached.profile(ctx.store, info, settings)
+    available_methods = query.available_methods(info, profile)
+    state.init_plan(profile is not None)
+    state.restrict_methods(available_methods)
+    prediction.init_prediction(ctx, info)
+    header = st.container()
+    render_controls(cached.problem(info, profile), available_methods)
+    plan_query = query.PlanQuery(ctx, info, profile, settings, state.plan_request())
+    missing = query.missing_metrics(plan_query)
     if missing:
-        with first:
-            plan_panels.say_what_is_missing(asked, missing)
+        with header:
+            query.render_missing_metrics(plan_query, missing)
         return
     try:
-        moved = plan_panels.take_budget(with_pins(asked.problem, asked.request.pins), asked.request)
-        asked = replace(asked, request=state.plan_request())  # the budget the slider settled on
-        plan = known.plan(info, found, asked.request, settings, asked.rows)
-        if moved:
-            st.warning(moved)
-        plan_panels.show_live(asked, plan)
+        notice = live.set_budget(
+            apply_pins(plan_query.problem, plan_query.request.pins), plan_query.request
+        )
+        plan_query = replace(
+            plan_query, request=state.plan_request()
+        )  # the budget the slider settled on
+        plan = cached.plan(info, profile, plan_query.request, settings, plan_query.rows)
+        if notice:
+            st.warning(notice)
+        live.show_live_plan(plan_query, plan)
     except LsqError as error:
-        with first:
-            headline("There is no such plan.")
-        st.error(words.literal(str(error)))
+        with header:
+            headline("No such plan.")
+        st.error(words.escape(str(error)))
         return
     finally:
-        state.share_plan()
-    with first:
-        plan_panels.say_what_it_takes(asked, plan)
-    plan_panels.actions(asked, plan)
-    if asked.rows is not None:
-        plan_rows.show_rows(here, asked.problem, plan, asked.rows)
-    plan_panels.show_frontiers(asked)
-    plan_panels.show_accounts(plan)
-    plan_panels.show_flagged(plan)
+        state.sync_plan_url()
+    with header:
+        summary.render_summary(plan_query, plan)
+    actions.render_actions(plan_query, plan)
+    if plan_query.rows is not None:
+        rows.show_rows(ctx, plan_query.problem, plan, plan_query.rows)
+    prediction.show_frontiers(plan_query)
+    summary.show_sizes(plan)
+    summary.show_flagged(plan)
 
 
 page("Plan", plan_page)

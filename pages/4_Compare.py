@@ -2,41 +2,42 @@
 
 from __future__ import annotations
 
-from lsq_core.ui import compare_choice, compare_runs, compare_table, compare_views, state, words
-from lsq_core.ui.page import Here, headline, next_step, page
+from lsq_core.ui import state, words
+from lsq_core.ui.compare import runs, selection, table, views
+from lsq_core.ui.page import PageContext, headline, next_step, page
 from lsq_core.ui.safe import st
 
 #: What can be looked at, by the name in the address.
 VIEWS = {
-    "size": ("By size", compare_runs.show),
-    "bits": ("Gain for bits", compare_views.show_gain),
-    "wins": ("Win, tie, loss", compare_views.show_win_tie_loss),
-    "two": ("Two runs", compare_views.show_two),
-    "predicted": ("Predicted", compare_views.show_predicted),
+    "size": ("Perplexity by size", runs.show),
+    "bits": ("Gain over uniform", views.show_gain),
+    "wins": ("Win / tie / loss", views.show_win_tie_loss),
+    "two": ("Two runs", views.show_two),
+    "predicted": ("Predicted", views.show_predicted),
 }
 
 
-def compare(here: Here) -> None:
+def compare(ctx: PageContext) -> None:
     """The best run under a size, a view of all runs of one measurement, and their table."""
-    marks = compare_choice.models_with_runs(here)
-    if marks.empty:
-        headline("There is nothing to compare yet.", "Each run appears here with its size.")
+    model_names = selection.models_with_runs(ctx)
+    if model_names.empty:
+        headline("No runs to compare yet.", "Every run appears here with its size.")
         next_step("pages/2_Plan.py", "Make a plan and run it")
-        compare_table.offer_undo(here)
+        table.render_undo(ctx)
         return
-    first = st.container()
+    header = st.container()
     left, middle, right = st.columns([1.2, 2, 1.4])
     with left:
-        mark = compare_choice.choose_model(here, marks)
-    if mark is None:
-        with first:
+        fingerprint = selection.choose_model(ctx, model_names)
+    if fingerprint is None:
+        with header:
             headline(
-                f"There are no runs of {words.literal(here.source.name)} to compare.",
-                "Models that have some can be chosen below.",
+                f"No runs of {words.escape(ctx.source.name)} to compare.",
+                "Choose a model with runs below.",
             )
-        compare_table.offer_undo(here)
+        table.render_undo(ctx)
         return
-    state.begin("view", "size", list(VIEWS))
+    state.init_key("view", "size", list(VIEWS))
     view = st.segmented_control(
         "View",
         list(VIEWS),
@@ -46,13 +47,13 @@ def compare(here: Here) -> None:
         label_visibility="collapsed",
         persist_state="session",
     )
-    state.share("view")
-    choice = compare_choice.choose(here, mark, middle, right, filters=view != "wins")
-    with first:
-        compare_choice.say_what_is_best(choice)
-    compare_choice.begin_pair(choice)
-    VIEWS[view][1](here, choice)
-    compare_table.show(here, choice)
+    state.sync_url("view")
+    choice = selection.choose(ctx, fingerprint, middle, right, filters=view != "wins")
+    with header:
+        selection.render_best_run(choice)
+    selection.init_pair(choice)
+    VIEWS[view][1](ctx, choice)
+    table.show(ctx, choice)
 
 
 page("Compare", compare)

@@ -4,44 +4,51 @@ from __future__ import annotations
 
 import time
 
-from lsq_core import sql
 from lsq_core.errors import LsqError
-from lsq_core.ui import known, words
-from lsq_core.ui.compare_export import offer_table
-from lsq_core.ui.page import Here, headline, page
+from lsq_core.store import sql
+from lsq_core.ui import cached, words
+from lsq_core.ui.compare.export import table_downloads
+from lsq_core.ui.page import PageContext, headline, page
 from lsq_core.ui.safe import st
 
 
-def query(here: Here) -> None:
+def query(ctx: PageContext) -> None:
     """Examples, a field for the query, and its answer."""
-    first = st.container()
+    header = st.container()
     st.session_state.setdefault("sql", sql.EXAMPLES[0].sql)
     with st.container(horizontal=True):
         for example in sql.EXAMPLES:
-            st.button(example.title, key=f"example-{example.title}", on_click=_take, args=[example])
+            st.button(
+                example.title,
+                key=f"example-{example.title}",
+                on_click=_load_example,
+                args=[example],
+            )
     text = st.text_area(
         "SQL",
         key="sql",
         height=170,
         persist_state="session",
-        help="One SELECT. The view results has a row for each evaluation of a run; the tables are "
+        help="One SELECT. The view results has one row per evaluation of a run; the tables are "
         "models, matrices, profiles, scores, plans, runs and evaluations. Ctrl+Enter runs it.",
     )
-    st.button("Run", type="primary", key="ask", icon=":material/play_arrow:", on_click=_run_again)
+    st.button(
+        "Run", type="primary", key="ask", icon=":material/play_arrow:", on_click=_clear_cancelled
+    )
     if st.session_state.get(_CANCELLED) == text:
-        with first:
-            headline("The query was cancelled.", _RULES)
+        with header:
+            headline("The query was cancelled.", _LIMITS)
         return
-    copy = known.snapshot(here.store)
+    copy = cached.snapshot(ctx.store)
     try:
-        answer = _ask(copy, text)
+        answer = _run_query(copy, text)
     except LsqError as error:
-        with first:
-            headline("There is no answer to this query.", _RULES)
-        st.error(words.literal(str(error)))
+        with header:
+            headline("The query failed.", _LIMITS)
+        st.error(words.escape(str(error)))
         return
-    with first:
-        headline(_found(answer), _RULES)
+    with header:
+        headline(_describe_row_count(answer), _LIMITS)
     st.dataframe(
         answer.rows,
         hide_index=True,
@@ -50,53 +57,53 @@ def query(here: Here) -> None:
     )
     if len(answer.rows):
         with st.container(horizontal=True):
-            offer_table(answer.rows, "query")
+            table_downloads(answer.rows, "query")
 
 
 #: Under which the query that was cancelled is kept: it is not asked again by itself.
 _CANCELLED = "sql-cancelled"
 
 
-def _ask(copy: known.Snapshot, text: str) -> sql.Answer:
+def _run_query(copy: cached.Snapshot, text: str) -> sql.QueryResult:
     """The answer; meanwhile there is a button that stops the query."""
-    place, began = st.empty(), time.monotonic()
-    with place.container(horizontal=True):
+    placeholder, start_time = st.empty(), time.monotonic()
+    with placeholder.container(horizontal=True):
         st.button("Cancel", key="cancel", on_click=_cancel, args=[text])
         elapsed = st.empty()
 
     def show_time() -> None:
         # To write to the page is where Streamlit ends a run whose person asked for another.
-        elapsed.caption(f"Asking… {time.monotonic() - began:.1f} s")
+        elapsed.caption(f"Running… {time.monotonic() - start_time:.1f} s")
 
     try:
-        return sql.ask(copy.path, text, waiting=show_time)
+        return sql.run_query(copy.path, text, on_wait=show_time)
     finally:
-        place.empty()
+        placeholder.empty()
 
 
 def _cancel(text: str) -> None:
     st.session_state[_CANCELLED] = text
 
 
-def _run_again() -> None:
+def _clear_cancelled() -> None:
     st.session_state.pop(_CANCELLED, None)
 
 
-_RULES = (
-    f"One SELECT on a copy of the database: it changes nothing and reaches no file. At most "
+_LIMITS = (
+    f"A single read-only SELECT on a copy of the database, with no file access. At most "
     f"{sql.TIME_LIMIT:.0f} s, {sql.ROW_LIMIT:,} rows and {sql.BYTE_LIMIT >> 20} MiB. "
-    "Deleted runs are in runs, not in results."
+    "Deleted runs are in the table runs but not in the view results."
 )
 
 
-def _found(answer: sql.Answer) -> str:
+def _describe_row_count(answer: sql.QueryResult) -> str:
     number = words.plural(len(answer.rows), "row")
-    if answer.cut:
-        return f"The first {number}; there are more."
-    return f"{number} found." if len(answer.rows) else "No row answers this query."
+    if answer.truncated:
+        return f"First {number} of more."
+    return f"{number}." if len(answer.rows) else "No rows match this query."
 
 
-def _take(example: sql.Example) -> None:
+def _load_example(example: sql.Example) -> None:
     st.session_state["sql"] = example.sql
 
 

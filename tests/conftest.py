@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from lsq_core.config import HALF, QuantConfig
+from lsq_core.bits import FP16_BITS, QuantConfig
 from lsq_core.reference import import_reference
-from lsq_core.store import Store
+from lsq_core.store.store import Store
 
 # Nothing here may reach the network, whatever a machine has cached or is logged in to.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -37,7 +37,7 @@ def packed_bytes(numel: int, config: QuantConfig, metadata: str = "8bit") -> int
     The 8-bit format keeps a code for scale and one for zero per group, and an fp16 pair for each
     of them per metadata group, the last of which may be short.
     """
-    groups = ceil(numel / config.group_size) if config.bits != HALF else 0
+    groups = ceil(numel / config.group_size) if config.bits != FP16_BITS else 0
     codes = ceil(numel * config.bits / 8) + 2
     if metadata == "fp16":
         return codes + 4 * groups
@@ -45,13 +45,13 @@ def packed_bytes(numel: int, config: QuantConfig, metadata: str = "8bit") -> int
 
 
 @pytest.fixture(autouse=True)
-def _own_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _isolated_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test touches the person's own database."""
     monkeypatch.setenv("LSQ_DB", str(tmp_path / "lsq.duckdb"))
 
 
 @pytest.fixture(scope="session")
-def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable], Path]:
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable], Path]:
     """A folder of a name, filled by whichever worker asks first and read by all."""
     base = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
@@ -59,39 +59,41 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callab
 
     def make(name: str, fill: Callable[[Path], object]) -> Path:
         folder = base / f"made-{name}"
-        whole = folder / "whole"
+        complete_marker = folder / "whole"
         with FileLock(base / f"made-{name}.lock"):
-            if not whole.exists():
+            if not complete_marker.exists():
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir()
                 fill(folder)
-                whole.touch()
+                complete_marker.touch()
         return folder
 
     return make
 
 
 @pytest.fixture(scope="session")
-def published_once(made_once: Callable) -> Path:
-    """A database with all published measurements, and in ``said.json`` beside it what the import
+def published_database(shared_folder: Callable) -> Path:
+    """A database with all published measurements, and in ``summary.json`` beside it what the import
     said of them. For copying: one process at a time can open a database."""
     if not REFERENCE.is_dir():
         pytest.skip(f"the published measurements are not at {REFERENCE}")
 
     def fill(folder: Path) -> None:
-        said = import_reference(REFERENCE, Store(folder / "lsq.duckdb"))
-        (folder / "said.json").write_text(json.dumps(said), "utf8")
+        summary = import_reference(REFERENCE, Store(folder / "lsq.duckdb"))
+        (folder / "said.json").write_text(json.dumps(summary), "utf8")
 
-    return made_once("published", fill) / "lsq.duckdb"
+    return shared_folder("published", fill) / "lsq.duckdb"
 
 
 @pytest.fixture(scope="module")
-def published(published_once: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def published(published_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of that database for a module's tests, for reading only."""
-    return Path(shutil.copy(published_once, tmp_path_factory.mktemp("published") / "lsq.duckdb"))
+    return Path(
+        shutil.copy(published_database, tmp_path_factory.mktemp("published") / "lsq.duckdb")
+    )
 
 
-def _sizes(**more: object) -> dict:
+def _small_sizes(**overrides: object) -> dict:
     return {
         "hidden_size": 128,
         "num_hidden_layers": 2,
@@ -101,25 +103,29 @@ def _sizes(**more: object) -> dict:
         "bos_token_id": 0,
         "eos_token_id": 0,
         "pad_token_id": 0,
-    } | more
+    } | overrides
 
 
-def _architectures() -> dict[str, Callable]:
+def _config_factories() -> dict[str, Callable]:
     import transformers as t
 
     return {
         # grouped queries, tied embeddings
         "llama-gqa": lambda: t.LlamaConfig(
-            **_sizes(num_key_value_heads=2, intermediate_size=256, tie_word_embeddings=True)
+            **_small_sizes(num_key_value_heads=2, intermediate_size=256, tie_word_embeddings=True)
         ),
         # biases on q, k, v
-        "qwen2-bias": lambda: t.Qwen2Config(**_sizes(num_key_value_heads=2, intermediate_size=256)),
+        "qwen2-bias": lambda: t.Qwen2Config(
+            **_small_sizes(num_key_value_heads=2, intermediate_size=256)
+        ),
         # fused QKV, LayerNorm, parallel blocks, biases
-        "gpt-neox-fused": lambda: t.GPTNeoXConfig(**_sizes(intermediate_size=512)),
+        "gpt-neox-fused": lambda: t.GPTNeoXConfig(**_small_sizes(intermediate_size=512)),
         # fused QKV and fused gate/up
-        "phi3-fused": lambda: t.Phi3Config(**_sizes(num_key_value_heads=4, intermediate_size=256)),
+        "phi3-fused": lambda: t.Phi3Config(
+            **_small_sizes(num_key_value_heads=4, intermediate_size=256)
+        ),
         # linear modules directly in the block, learned positions
-        "opt": lambda: t.OPTConfig(**_sizes(ffn_dim=512, word_embed_proj_dim=128)),
+        "opt": lambda: t.OPTConfig(**_small_sizes(ffn_dim=512, word_embed_proj_dim=128)),
         # transposed Conv1D weights, tied embeddings
         "gpt2-conv1d": lambda: t.GPT2Config(
             n_embd=128,
@@ -132,15 +138,17 @@ def _architectures() -> dict[str, Callable]:
         ),
         # sliding and full attention in turn, four norms, soft-capped logits
         "gemma2": lambda: t.Gemma2Config(
-            **_sizes(num_key_value_heads=2, intermediate_size=256, head_dim=32, sliding_window=64)
+            **_small_sizes(
+                num_key_value_heads=2, intermediate_size=256, head_dim=32, sliding_window=64
+            )
         ),
         # a mixture of experts, stacked weights
         "mixtral-moe": lambda: t.MixtralConfig(
-            **_sizes(num_key_value_heads=2, intermediate_size=128, num_local_experts=4)
+            **_small_sizes(num_key_value_heads=2, intermediate_size=128, num_local_experts=4)
         ),
         # experts beside a shared one, and a block without experts before them
         "qwen2-moe": lambda: t.Qwen2MoeConfig(
-            **_sizes(
+            **_small_sizes(
                 num_key_value_heads=2,
                 intermediate_size=256,
                 moe_intermediate_size=128,
@@ -152,7 +160,7 @@ def _architectures() -> dict[str, Callable]:
         ),
         # experts with (in, out) weights and biases of their own
         "gpt-oss-moe": lambda: t.GptOssConfig(
-            **_sizes(
+            **_small_sizes(
                 num_key_value_heads=2,
                 intermediate_size=128,
                 head_dim=32,
@@ -185,7 +193,7 @@ def save_random_model(folder: Path, architecture: str, seed: int = 0, **changes:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.manual_seed(seed)
-    config = _architectures()[architecture]()
+    config = _config_factories()[architecture]()
     for name, value in changes.items():
         setattr(config, name, value)
     model = AutoModelForCausalLM.from_config(config)
@@ -201,13 +209,13 @@ def save_random_model(folder: Path, architecture: str, seed: int = 0, **changes:
 @pytest.fixture(scope="session")
 def random_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The folder of a small random model of an architecture, made once."""
-    made: dict[str, Path] = {}
+    folders: dict[str, Path] = {}
 
     def make(architecture: str) -> Path:
-        if architecture not in made:
+        if architecture not in folders:
             folder = tmp_path_factory.mktemp("models") / architecture
-            made[architecture] = save_random_model(folder, architecture)
-        return made[architecture]
+            folders[architecture] = save_random_model(folder, architecture)
+        return folders[architecture]
 
     return make
 

@@ -17,14 +17,16 @@ import pytest
 from streamlit.testing.v1 import AppTest
 
 from lsq_core import disk, jobs
+from lsq_core.bits import LADDER
 from lsq_core.cli.parser import build_parser
-from lsq_core.config import LADDER
-from lsq_core.evaluate import compare_windows
-from lsq_core.pipeline import EvaluationRequest, Workbench
-from lsq_core.plan import PLANNERS, PlanRequest
-from lsq_core.profile import ProfileSettings
-from lsq_core.quantize import BASELINES, unavailable
-from lsq_core.store import Store
+from lsq_core.evaluation.bootstrap import bootstrap_difference
+from lsq_core.evaluation.protocol import EvaluationRequest
+from lsq_core.planning.methods import PLANNERS
+from lsq_core.planning.request import PlanRequest
+from lsq_core.profiling.settings import ProfileSettings
+from lsq_core.quantization.registry import BASELINES, unavailable_reason
+from lsq_core.session import Session
+from lsq_core.store.store import Store
 from lsq_core.ui import words
 from tests.conftest import ROOT, save_random_model
 
@@ -47,9 +49,9 @@ class Filled:
 
 
 @pytest.fixture(scope="session")
-def filled_once(made_once) -> Filled:
+def filled_once(shared_folder) -> Filled:
     """One for all modules: pytest makes an imported fixture again in each that imports it."""
-    folder = made_once("app", _fill)
+    folder = shared_folder("app", _populate)
     return Filled(folder / "lsq.duckdb", str(folder / "model"), _settings(folder))
 
 
@@ -58,19 +60,19 @@ def _settings(folder: Path) -> ProfileSettings:
     return ProfileSettings("rtn", calibration=text, samples=8, block_tokens=64)
 
 
-def _fill(folder: Path) -> None:
+def _populate(folder: Path) -> None:
     text = folder / "text.txt"
     text.write_text("\n".join(f"Return the {i}-th item of the list." for i in range(300)), "utf8")
     model = save_random_model(folder / "model", "llama-gqa", num_hidden_layers=4)
     settings = _settings(folder)
-    bench = Workbench(_source(str(model)), Store(folder / "lsq.duckdb"), "cpu")
+    session = Session(_source(str(model)), Store(folder / "lsq.duckdb"), "cpu")
     for base, tokens in (("3.51", 600), ("4.25", 600), ("3.51", 300)):
-        plan, profile = bench.plan(PlanRequest("sensiboost", base=base), settings)
-        bench.run(plan, profile, "rtn", EvaluationRequest(str(text), max_tokens=tokens))
+        plan = session.plan(PlanRequest("sensiboost", base=base), settings)
+        session.run(plan, "rtn", EvaluationRequest(str(text), max_tokens=tokens))
 
 
 def _source(model: str):
-    from lsq_core.model import ModelSource
+    from lsq_core.model.source import ModelSource
 
     return ModelSource(model)
 
@@ -87,10 +89,10 @@ def open_page(title: str, **address: str) -> AppTest:
     app = AppTest.from_file(str(ROOT / "app.py"), default_timeout=60)
     app.query_params.update(address)
     app.run()
-    return go(app, title)
+    return go_to_page(app, title)
 
 
-def go(app: AppTest, title: str) -> AppTest:
+def go_to_page(app: AppTest, title: str) -> AppTest:
     if PAGES[title]:
         app.switch_page(PAGES[title])
     app.run()
@@ -127,13 +129,13 @@ def _array(values: object) -> list:
         ("Model", "5.6 M parameters, 10.8 MiB"),
         ("Explore", "demo has not been profiled"),
         ("Plan", "3.25 bits: 1.99 MiB"),
-        ("Run", "Nothing has run"),
-        ("Compare", "nothing to compare"),
+        ("Run", "No runs yet"),
+        ("Compare", "No runs to compare"),
     ],
 )
-def test_pages_on_an_empty_database(title, says):
+def test_page_headline_empty_database(title, headline):
     app = open_page(title)
-    assert says in first_line(app)
+    assert headline in first_line(app)
     assert not app.error
 
 
@@ -147,16 +149,16 @@ def test_pages_on_an_empty_database(title, says):
         ("Compare", "Best within"),
     ],
 )
-def test_pages_on_a_database_with_a_profile_and_runs(filled, title, says):
+def test_page_headline_populated_database(filled, title, headline):
     app = open_page(title, model=filled.model)
-    assert says in first_line(app)
+    assert headline in first_line(app)
     assert not app.error
 
 
 # --- the model ------------------------------------------------------------------------------
 
 
-def test_a_wrong_path_is_one_sentence():
+def test_model_page_unknown_path_shows_one_error():
     app = open_page("Model", model="/nowhere/at/all")
     assert [e.value.count(". ") for e in app.error] == [0]
     assert "/nowhere/at/all" in app.error[0].value
@@ -164,27 +166,27 @@ def test_a_wrong_path_is_one_sentence():
 
 
 @pytest.mark.parametrize("title", ["Explore", "Plan", "Run"])
-def test_a_wrong_path_is_one_sentence_on_every_page(title):
+def test_pages_unknown_path_show_one_error(title):
     assert len(open_page(title, model="/nowhere/at/all").error) == 1
 
 
-def test_an_id_without_a_network_is_one_sentence():
+def test_model_page_hub_id_offline_shows_one_error():
     (error,) = open_page("Model", model="org/not-cached").error
     assert "org/not-cached" in error.value
     assert "network" in error.value
 
 
-def test_a_typed_model_is_chosen_and_goes_into_the_address(filled):
+def test_model_page_typed_model_selected_and_in_url(filled):
     app = open_page("Model")
     app.text_input(key="name").set_value(filled.model)
-    _press(app, "Look at it")
+    _click_button(app, "Open")
     assert app.query_params["model"] in (filled.model, [filled.model])
     assert app.metric[0].value == "4", "layers"
-    assert "bits" in first_line(go(app, "Plan"))
+    assert "bits" in first_line(go_to_page(app, "Plan"))
     assert app.session_state["model"] == filled.model
 
 
-def test_trust_is_off_and_holds_for_one_model_only(filled):
+def test_trust_remote_code_default_off_and_per_model(filled):
     from lsq_core.ui import state
 
     app = open_page("Model")
@@ -192,28 +194,28 @@ def test_trust_is_off_and_holds_for_one_model_only(filled):
     assert not app.checkbox(key="pickle").value
     app.text_input(key="name").set_value(filled.model)
     app.checkbox(key="trust").check()
-    _press(app, "Look at it")
+    _click_button(app, "Open")
     assert app.session_state["allowed"] == {filled.model: (True, False)}
     assert not app.checkbox(key="trust").value, "off again for the next one"
-    assert state.source_of("demo").trust_remote_code is False
+    assert state.parse_source("demo").trust_remote_code is False
 
 
-def test_a_revision_is_part_of_the_address():
+def test_source_of_parses_revision():
     from lsq_core.ui import state
 
-    source = state.source_of("org/name@v2")
+    source = state.parse_source("org/name@v2")
     assert (source.name, source.revision) == ("org/name", "v2")
     assert state.model_text(source) == "org/name@v2"
 
 
-def _press(app: AppTest, label: str) -> None:
+def _click_button(app: AppTest, label: str) -> None:
     next(b for b in app.button if b.label == label).click().run()
     assert not app.exception
 
 
-def test_what_is_kept_can_be_deleted_after_a_second_question(filled):
+def test_prune_deletes_job_after_confirmation(filled):
     home = jobs.start(disk.jobs_folder(Store(filled.path)), ["results"]).folder
-    _wait(lambda: not jobs.read(home).active)
+    _wait_until(lambda: not jobs.read(home).active)
     app = open_page("Model")
     app.multiselect(key="prune").set_value([home.name]).run()
     assert home.exists()
@@ -223,7 +225,7 @@ def test_what_is_kept_can_be_deleted_after_a_second_question(filled):
     assert "Deleted 1" in app.success[0].value
 
 
-def _wait(ready, seconds: float = 90) -> None:
+def _wait_until(ready, seconds: float = 90) -> None:
     deadline = time.monotonic() + seconds
     while not ready():
         assert time.monotonic() < deadline, "waited too long"
@@ -233,7 +235,7 @@ def _wait(ready, seconds: float = 90) -> None:
 # --- profiling ------------------------------------------------------------------------------
 
 
-def test_profiling_runs_in_the_background_and_its_result_is_shown(filled):
+def test_explore_profile_job_runs_and_result_shown(filled):
     app = open_page("Explore", model=filled.model)
     app.selectbox(key="axis").set_value(0).run()
     assert "has not been profiled" in first_line(app)
@@ -241,45 +243,45 @@ def test_profiling_runs_in_the_background_and_its_result_is_shown(filled):
     folder = disk.jobs_folder(Store(filled.path))
     (job,) = jobs.list_jobs(folder)
     assert job.arguments[0] == "profile"
-    _wait(lambda: not jobs.read(job.folder).active)
+    _wait_until(lambda: not jobs.read(job.folder).active)
     assert jobs.read(job.folder).state == "done", jobs.read(job.folder).log_tail()
     assert "stands out" in first_line(app.run())
 
 
-def test_two_formats_of_metadata_show_what_eight_bits_cost(filled):
+def test_explore_metadata_comparison_table(filled):
     app = open_page("Explore", model=filled.model)
     assert any("fp16" in m.value for m in app.markdown), "says how to get the table"
     store = Store(filled.path)
-    bench = Workbench(_source(filled.model), store, "cpu")
-    pair = [bench.profile(replace(filled.settings, metadata=kind)) for kind in ("8bit", "fp16")]
+    session = Session(_source(filled.model), store, "cpu")
+    pair = [session.profile(replace(filled.settings, metadata=kind)) for kind in ("8bit", "fp16")]
     eight, sixteen = (p.values.query("metric == 'weight_error'") for p in pair)
-    at = [
+    error_norms = [
         (frame[frame["config"] == "b4g64"]["value"] ** 2).sum() ** 0.5 for frame in (eight, sixteen)
     ]
     table = next(d.value for d in app.run().dataframe if "added %" in d.value.columns)
-    assert table["added %"][7] == pytest.approx(100 * (at[0] / at[1] - 1))
+    assert table["added %"][7] == pytest.approx(100 * (error_norms[0] / error_norms[1] - 1))
     assert len(table) == len(LADDER)
 
 
-def test_a_job_that_failed_says_why(filled):
+def test_explore_failed_job_message_shown(filled):
     app = open_page("Explore", model=filled.model)
     app.number_input(key="samples").set_value(1).run()
     app.number_input(key="block_tokens").set_value(4096).run()
     app.button(key="profile").click().run()
     (job,) = jobs.list_jobs(disk.jobs_folder(Store(filled.path)))
-    _wait(lambda: not jobs.read(job.folder).active)
+    _wait_until(lambda: not jobs.read(job.folder).active)
     assert jobs.read(job.folder).state == "failed"
-    assert words.literal(jobs.read(job.folder).message) in app.run().error[0].value
+    assert words.escape(jobs.read(job.folder).message) in app.run().error[0].value
 
 
-def test_an_unknown_calibration_text_is_one_sentence():
+def test_explore_unknown_calibration_shows_one_error():
     app = open_page("Model")
     app.session_state["calibration"] = "/no/such/text"
-    (error,) = go(app, "Explore").error
+    (error,) = go_to_page(app, "Explore").error
     assert "/no/such/text" in error.value
 
 
-def test_the_chart_shows_the_profiles_values(filled):
+def test_explore_chart_matches_profile(filled):
     app = open_page("Explore", model=filled.model)
     store = Store(filled.path)
     value = store.query(
@@ -292,16 +294,16 @@ def test_the_chart_shows_the_profiles_values(filled):
 # --- running --------------------------------------------------------------------------------
 
 
-def test_a_run_goes_from_the_button_to_its_figures(filled):
+def test_run_page_runs_job_and_shows_result(filled):
     app = open_page("Model", model=filled.model, method="uniform", ask="base", base="4.51")
     app.session_state["corpus"] = filled.settings.calibration
-    go(app, "Run")
+    go_to_page(app, "Run")
     app.number_input(key="max_tokens").set_value(400)
     app.selectbox(key="quantizer").set_value("rtn")
     app.text_input(key="save").set_value("kept-1").run()
-    _press(app, "Quantize and evaluate")
+    _click_button(app, "Quantize and evaluate")
     (job,) = jobs.list_jobs(disk.jobs_folder(Store(filled.path)))
-    _wait(lambda: not jobs.read(job.folder).active)
+    _wait_until(lambda: not jobs.read(job.folder).active)
     done = jobs.read(job.folder)
     assert done.state == "done", done.log_tail()
     app.run()
@@ -315,17 +317,17 @@ def test_a_run_goes_from_the_button_to_its_figures(filled):
 
 
 @pytest.mark.parametrize("name", ["../away", "a/b", "with space", ".hidden", "/abs"])
-def test_a_model_is_saved_inside_its_folder_only(filled, name):
+def test_run_page_invalid_save_name_shows_error(filled, name):
     app = open_page("Run", model=filled.model, method="uniform")
     app.text_input(key="save").set_value(name).run()
-    _press(app, "Quantize and evaluate")
-    assert "not a name" in app.error[0].value
+    _click_button(app, "Quantize and evaluate")
+    assert "not a valid name" in app.error[0].value
     assert not jobs.list_jobs(disk.jobs_folder(Store(filled.path)))
 
 
-def test_a_quantizer_that_cannot_do_the_plan_is_greyed_out_with_the_reason(filled):
+def test_run_page_incompatible_quantizer_disabled_with_reason(filled):
     app = open_page("Model", model=filled.model, method="uniform", ask="base", base="3.13")
-    go(app, "Run")
+    go_to_page(app, "Run")
     button = next(b for b in app.button if b.label == "Quantize and evaluate")
     assert not button.disabled
     app.selectbox(key="quantizer").set_value("nf4").run()
@@ -335,35 +337,35 @@ def test_a_quantizer_that_cannot_do_the_plan_is_greyed_out_with_the_reason(fille
     assert not jobs.list_jobs(disk.jobs_folder(Store(filled.path)))
 
 
-@pytest.mark.skipif(not unavailable("gptq"), reason="gptqmodel is installed here")
-def test_a_quantizer_whose_package_is_missing_says_so_in_the_app(filled):
+@pytest.mark.skipif(not unavailable_reason("gptq"), reason="gptqmodel is installed here")
+def test_run_page_unavailable_quantizer_disabled_with_reason(filled):
     app = open_page("Model", model=filled.model, method="uniform", ask="base", base="4.25")
-    go(app, "Run")
+    go_to_page(app, "Run")
     choice = app.selectbox(key="quantizer")
     assert [o for o in choice.options if o.startswith("gptq (")], "marked"
     choice.set_value("gptq").run()
     assert next(b for b in app.button if b.label == "Quantize and evaluate").disabled
-    assert any(unavailable("gptq") in c.value for c in app.caption)
+    assert any(unavailable_reason("gptq") in c.value for c in app.caption)
 
 
-def test_everything_is_swept_in_one_click(filled, monkeypatch):
+def test_run_page_full_sweep_command(filled, monkeypatch):
     started = []
     monkeypatch.setattr(jobs, "start", lambda folder, words: started.append(words))
     app = open_page("Run", model=filled.model)
     app.multiselect(key="sweep_corpora").set_value(["stdlib"])
     app.number_input(key="sweep_tokens").set_value(300).run()
-    _press(app, "Everything at 2.2, 3.2 and 4.2 bits")
-    (words_of,) = started
-    told = build_parser().parse_args(words_of)
-    assert told.verb == "sweep"
-    assert told.method == list(PLANNERS)
-    assert told.budget == ["2.2bpp", "3.2bpp", "4.2bpp"]
-    assert (told.quantizer, told.base) == (["hqq"], [])
-    assert told.baseline == [q for q in BASELINES if q != "hqq"]
-    assert (told.corpus, told.max_tokens) == (["stdlib"], 300)
+    _click_button(app, "Everything at 2.2, 3.2 and 4.2 bits")
+    (command,) = started
+    parsed = build_parser().parse_args(command)
+    assert parsed.verb == "sweep"
+    assert parsed.method == list(PLANNERS)
+    assert parsed.budget == ["2.2bpp", "3.2bpp", "4.2bpp"]
+    assert (parsed.quantizer, parsed.base) == (["hqq"], [])
+    assert parsed.baseline == [q for q in BASELINES if q != "hqq"]
+    assert (parsed.corpus, parsed.max_tokens) == (["stdlib"], 300)
 
 
-def test_a_sweep_of_budgets_out_of_reach_says_so(filled):
+def test_sweep_infeasible_budgets_disable_start(filled):
     app = open_page("Run", model=filled.model)
     app.multiselect(key="sweep_methods").set_value(["uniform"])
     app.multiselect(key="sweep_quantizers").set_value(["rtn"])
@@ -371,55 +373,55 @@ def test_a_sweep_of_budgets_out_of_reach_says_so(filled):
     assert not app.exception
     start = next(b for b in app.button if b.label == "Start the sweep")
     assert start.disabled
-    assert any("2 of them can't be made" in c.value for c in app.caption)
+    assert any("2 are not possible" in c.value for c in app.caption)
     app.text_input(key="sweep_budgets").set_value("1.5, 2.25").run()
     assert not next(b for b in app.button if b.label == "Start the sweep").disabled
-    assert any("1 of them can't be made" in c.value for c in app.caption)
+    assert any("1 are not possible" in c.value for c in app.caption)
 
 
 # --- comparing ------------------------------------------------------------------------------
 
 
-def test_only_runs_of_one_measurement_are_in_a_chart(filled):
+def test_compare_chart_has_one_measurement_only(filled):
     app = open_page("Compare", model=filled.model)
-    measured = next(b for b in app.selectbox if b.label == "Measured on")
+    measured = next(b for b in app.selectbox if b.label == "Measurement")
     assert len(measured.options) == 2
     sizes = []
     for option in measured.options:
-        next(b for b in app.selectbox if b.label == "Measured on").select(option).run()
+        next(b for b in app.selectbox if b.label == "Measurement").select(option).run()
         points = [t for t in chart(app)["data"] if t["mode"] == "markers" and "customdata" in t]
         sizes.append(sum(len(_array(t["x"])) for t in points))
     assert sorted(sizes) == [1, 2]
 
 
-def test_two_runs_are_compared_in_pairs(filled):
+def test_compare_two_runs_paired_difference(filled):
     app = open_page("Compare", model=filled.model)
-    measured = next(b for b in app.selectbox if b.label == "Measured on")
+    measured = next(b for b in app.selectbox if b.label == "Measurement")
     measured.select(next(o for o in measured.options if "2 runs" in o)).run()
     store = Store(filled.path)
     a, b = app.session_state["run_a"], app.session_state["run_b"]
     nll, counts = store.windows(a)
-    found = compare_windows(nll, store.windows(b)[0], counts)
-    said = next(m.value for m in app.markdown if m.value.startswith("Perplexity"))
-    assert f"{100 * found.relative:+.2f}".replace("-", "−") in said
+    found = bootstrap_difference(nll, store.windows(b)[0], counts)
+    summary = next(m.value for m in app.markdown if m.value.startswith("Perplexity"))
+    assert f"{100 * found.relative:+.2f}".replace("-", "−") in summary
     assert math.isnan(found.low)  # so short a text has too few windows for an interval,
-    assert "too few windows" in said
-    assert not re.search(VERDICT, said)  # and without one no verdict
+    assert "too few windows" in summary
+    assert not re.search(VERDICT, summary)  # and without one no verdict
 
 
 VERDICT = r"\*\*(tie|lower|higher)\*\*"
 
 
-def _open_the_pair(filled: Filled) -> AppTest:
+def _open_pair(filled: Filled) -> AppTest:
     app = open_page("Compare", model=filled.model)
-    measured = next(b for b in app.selectbox if b.label == "Measured on")
+    measured = next(b for b in app.selectbox if b.label == "Measurement")
     return measured.select(next(o for o in measured.options if "2 runs" in o)).run()
 
 
 @pytest.mark.parametrize(("shift", "verdict"), [(0.0, "tie"), (-20.0, "lower"), (20.0, "higher")])
-def test_the_verdict_on_two_runs_is_that_of_their_windows(filled, shift, verdict):
+def test_compare_verdict_matches_paired_windows(filled, shift, verdict):
     """As many windows as an interval needs, in nats a window, which differ by shift and noise."""
-    app = _open_the_pair(filled)
+    app = _open_pair(filled)
     a, b = app.session_state["run_a"], app.session_state["run_b"]
     counts = np.full(60, 128)
     theirs = np.full(60, 256.0)
@@ -428,25 +430,28 @@ def test_the_verdict_on_two_runs_is_that_of_their_windows(filled, shift, verdict
         for id, nll in ((a, mine), (b, theirs)):
             values = [nll.tolist(), counts.tolist(), id]
             database.execute("UPDATE evaluations SET nll = ?, counts = ? WHERE id = ?", values)
-    found = compare_windows(mine, theirs, counts)
+    found = bootstrap_difference(mine, theirs, counts)
     assert found.low < found.high
-    app = _open_the_pair(filled)
+    app = _open_pair(filled)
     assert (app.session_state["run_a"], app.session_state["run_b"]) == (a, b)
-    said = next(m.value for m in app.markdown if m.value.startswith("Perplexity"))
-    assert re.findall(VERDICT, said) == [verdict]
+    summary = next(m.value for m in app.markdown if m.value.startswith("Perplexity"))
+    assert re.findall(VERDICT, summary) == [verdict]
 
 
 # --- the database ---------------------------------------------------------------------------
 
 
-def test_a_locked_database_is_one_sentence(filled, monkeypatch):
-    monkeypatch.setattr("lsq_core.store.WAIT", 0.2)
-    hold = (
+def test_app_locked_database_shows_one_error(filled, monkeypatch):
+    monkeypatch.setattr("lsq_core.store.store.LOCK_TIMEOUT_S", 0.2)
+    lock_script = (
         f"import duckdb; c = duckdb.connect({str(filled.path)!r}); print('held', flush=True); "
         "input()"
     )
     with subprocess.Popen(
-        [sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", lock_script],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     ) as holder:
         assert holder.stdout.readline().strip() == "held"
         app = AppTest.from_file(str(ROOT / "app.py"), default_timeout=60).run()
@@ -455,9 +460,9 @@ def test_a_locked_database_is_one_sentence(filled, monkeypatch):
     assert "in use" in app.error[0].value
 
 
-def test_the_headline_is_of_the_budget_that_the_slider_settled_on(monkeypatch):
+def test_plan_headline_uses_committed_budget(monkeypatch):
     """It is of this very run of the page, not of the next."""
     app = open_page("Plan", model="demo", method="uniform")
     assert "3.25 bits" in first_line(app)
-    monkeypatch.setattr("lsq_core.ui.plan_panels.take_commit", lambda: 4.26)
+    monkeypatch.setattr("lsq_core.ui.plan.actions.read_committed_budget", lambda: 4.26)
     assert "4.25 bits" in first_line(app.run())

@@ -11,17 +11,19 @@ from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 from hqq.core.quantize import Quantizer as HqqPackage
 from torch import nn
 
-from lsq_core.architecture import find_blocks, get_weight
-from lsq_core.config import LADDER, QuantConfig
-from lsq_core.load import load_model
-from lsq_core.model import ModelSource
-from lsq_core.pipeline import EvaluationRequest, Workbench
-from lsq_core.plan import PlanRequest
-from lsq_core.profile import ProfileSettings
-from lsq_core.quantize import get_quantizer
-from lsq_core.quantize.apply import packed_modules, quantize_model
-from lsq_core.quantize.artifact import load_quantized
-from lsq_core.store import Store
+from lsq_core.bits import LADDER, QuantConfig
+from lsq_core.evaluation.protocol import EvaluationRequest
+from lsq_core.model.architecture import find_blocks, get_weight
+from lsq_core.model.loading import load_model
+from lsq_core.model.source import ModelSource
+from lsq_core.planning.request import PlanRequest
+from lsq_core.profiling.settings import ProfileSettings
+from lsq_core.quantization.registry import get_quantizer
+from lsq_core.quantized.artifact import load_quantized
+from lsq_core.quantized.convert import quantize_model
+from lsq_core.quantized.modules import packed_modules
+from lsq_core.session import Session
+from lsq_core.store.store import Store
 from tests.conftest import ARCHITECTURES
 
 #: Share of parameters inside planned matrices: what is in the blocks, without norms and biases.
@@ -39,35 +41,35 @@ MODULES_PER_MODEL = {
 }
 
 
-def weights_in_blocks(model: nn.Module) -> int:
+def count_block_weights(model: nn.Module) -> int:
     """Independent count: every parameter of two or more dimensions in the decoder blocks."""
-    kept = ("router", "mlp.gate.weight", "shared_expert_gate", "bias", "sinks")
+    excluded = ("router", "mlp.gate.weight", "shared_expert_gate", "bias", "sinks")
     return sum(
         p.numel()
         for name, p in find_blocks(model)[1].named_parameters()
-        if p.dim() > 1 and not any(word in name for word in kept)
+        if p.dim() > 1 and not any(word in name for word in excluded)
     )
 
 
 #: One of plain matrices and one of stacked experts; the others take the quicker quantizer.
-WHOLE_WAY_BY_HQQ = ("llama-gqa", "mixtral-moe")
+HQQ_ARCHITECTURES = ("llama-gqa", "mixtral-moe")
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_whole_way(architecture, random_model, small_text, tmp_path):
+def test_architecture_end_to_end(architecture, random_model, small_text, tmp_path):
     folder = random_model(architecture)
-    bench = Workbench(ModelSource(str(folder)), Store(), "cpu")
-    quantizer = "hqq" if architecture in WHOLE_WAY_BY_HQQ else "rtn"
+    session = Session(ModelSource(str(folder)), Store(), "cpu")
+    quantizer = "hqq" if architecture in HQQ_ARCHITECTURES else "rtn"
     settings = ProfileSettings(quantizer, calibration=str(small_text), samples=16, block_tokens=64)
 
-    assert len(bench.info.matrices) == MODULES_PER_MODEL[architecture]
-    assert bench.info.linear_parameters == weights_in_blocks(bench.loaded.model)
-    assert bench.info.covered == pytest.approx(
-        weights_in_blocks(bench.loaded.model)
-        / sum(p.numel() for p in bench.loaded.model.parameters())
+    assert len(session.info.matrices) == MODULES_PER_MODEL[architecture]
+    assert session.info.linear_parameters == count_block_weights(session.loaded.model)
+    assert session.info.coverage == pytest.approx(
+        count_block_weights(session.loaded.model)
+        / sum(p.numel() for p in session.loaded.model.parameters())
     )
 
-    profile = bench.profile(settings)
+    profile = session.profile(settings)
     kurtosis = profile.scores("kurtosis")
     assert kurtosis.shape == (MODULES_PER_MODEL[architecture],)
     assert (abs(kurtosis - 3) < 0.3).all(), "the weights are normal"
@@ -77,27 +79,27 @@ def test_whole_way(architecture, random_model, small_text, tmp_path):
         assert (scores > 0).all(), "every module was reached"
         assert (scores[:, 2] > scores[:, 11]).all(), "2 bits hurt more than 8"
 
-    plan, used = bench.plan(PlanRequest("mxq", budget="3.6bpp"), settings)
-    assert used.id == profile.id
+    plan = session.plan(PlanRequest("mxq", budget="3.6bpp"), settings)
+    assert plan.profile == profile.id
     assert plan.bits_per_param <= 3.6
     saved = tmp_path / "saved"
     request = EvaluationRequest(str(small_text), max_tokens=600)
-    outcome = bench.run(plan, used, quantizer, request, save=saved)
-    assert outcome["measured_bytes"] == outcome["planned_bytes"] == plan.planned_bytes
-    assert outcome["perplexity"] > 0
-    assert outcome["kl"] > 0
+    result = session.run(plan, quantizer, request, save=saved)
+    assert result["measured_bytes"] == result["planned_bytes"] == plan.planned_bytes
+    assert result["perplexity"] > 0
+    assert result["kl"] > 0
 
     reloaded = load_quantized(saved, "cpu")
     ids = torch.arange(1, 65)[None]
-    again = quantize_model(bench.loaded.model, plan.choice, get_quantizer(quantizer))
+    requantized = quantize_model(session.loaded.model, plan.choice, get_quantizer(quantizer))
     with torch.inference_mode():
-        assert torch.equal(reloaded.model(ids).logits, again(ids).logits)
-        assert not torch.equal(again(ids).logits, bench.loaded.model(ids).logits)
+        assert torch.equal(reloaded.model(ids).logits, requantized(ids).logits)
+        assert not torch.equal(requantized(ids).logits, session.loaded.model(ids).logits)
     assert set(packed_modules(reloaded.model)) == set(plan.modules)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_error_is_that_of_hqq(architecture, random_model):
+def test_hqq_error_matches_hqq_package(architecture, random_model):
     loaded = load_model(ModelSource(str(random_model(architecture))), "cpu")
     config = QuantConfig(4, 64)
     choice = dict.fromkeys(loaded.info.matrices, config)
@@ -115,7 +117,7 @@ def test_error_is_that_of_hqq(architecture, random_model):
         assert ours / theirs == pytest.approx(1, abs=0.01), matrix.name
 
 
-def test_forward_is_as_close_as_that_of_hqq_linear(random_model):
+def test_packed_forward_error_matches_hqq_linear(random_model):
     """The packed module and ``hqq``'s own, with a bias: equally far from full precision."""
     loaded = load_model(ModelSource(str(random_model("qwen2-bias"))), "cpu")
     matrix = next(m for m in loaded.info.matrices if m.type == "mlp.gate_proj")
@@ -138,7 +140,7 @@ def test_forward_is_as_close_as_that_of_hqq_linear(random_model):
             assert ours / (theirs(inputs) - linear(inputs)).norm() == pytest.approx(1, abs=0.02)
 
 
-def test_the_original_model_is_left_alone(random_model):
+def test_quantize_model_does_not_modify_original(random_model):
     loaded = load_model(ModelSource(str(random_model("mixtral-moe"))), "cpu")
     before = {n: t.clone() for n, t in loaded.model.state_dict().items()}
     quantize_model(
@@ -151,10 +153,10 @@ def test_the_original_model_is_left_alone(random_model):
     assert all(torch.equal(before[n], after[n]) for n in before)
 
 
-def test_part_names_on_a_llama_are_the_authors(random_model, small_text):
-    bench = Workbench(ModelSource(str(random_model("llama-gqa"))), Store(), "cpu")
+def test_llama_part_names_match_paper(random_model, small_text):
+    session = Session(ModelSource(str(random_model("llama-gqa"))), Store(), "cpu")
     settings = ProfileSettings(calibration=str(small_text), samples=16, block_tokens=64)
-    values = bench.profile(settings).values
+    values = session.profile(settings).values
     parts = values[(values["metric"] == "sensitivity") & (values["config"] == "b4g64")]
     by_part = parts[parts["layer"] == 0].groupby("part")["type"].apply(set).to_dict()
     assert by_part == {
@@ -163,4 +165,4 @@ def test_part_names_on_a_llama_are_the_authors(random_model, small_text):
         "mlp_gate": {"mlp.gate_proj", "mlp.up_proj"},
         "mlp_down": {"mlp.down_proj"},
     }
-    assert Path(bench.folder).is_dir()
+    assert Path(session.folder).is_dir()

@@ -13,13 +13,13 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from lsq_core.config import LADDER, QuantConfig
+from lsq_core.bits import LADDER, QuantConfig
 from lsq_core.errors import InputError, LsqError
-from lsq_core.load import load_model
-from lsq_core.model import MANIFEST, ModelSource
-from lsq_core.quantize import get_quantizer
-from lsq_core.quantize.apply import quantize_model
-from lsq_core.quantize.artifact import load_quantized, save_quantized
+from lsq_core.model.loading import load_model
+from lsq_core.model.source import MANIFEST_FILE, ModelSource
+from lsq_core.quantization.registry import get_quantizer
+from lsq_core.quantized.artifact import load_quantized, save_quantized
+from lsq_core.quantized.convert import quantize_model
 from tests.conftest import ROOT, packed_bytes
 
 
@@ -29,7 +29,7 @@ def demo():
 
 
 @pytest.fixture(scope="module")
-def mixed(demo):
+def ladder_choice(demo):
     """A plan that uses every stop of the ladder in turn."""
     return {m: LADDER[i % 12] for i, m in enumerate(demo.info.matrices)}
 
@@ -41,19 +41,19 @@ def manifest(choice, metadata="8bit", axis=1):
 
 @pytest.mark.parametrize("metadata", ["8bit", "fp16"])
 @pytest.mark.parametrize("axis", [0, 1])
-def test_reloaded_logits_are_identical(demo, mixed, tmp_path, metadata, axis):
+def test_reloaded_logits_are_identical(demo, ladder_choice, tmp_path, metadata, axis):
     quantized = quantize_model(
-        demo.model, mixed, get_quantizer("rtn"), axis=axis, metadata=metadata
+        demo.model, ladder_choice, get_quantizer("rtn"), axis=axis, metadata=metadata
     )
     folder = tmp_path / "saved"
     size = save_quantized(
-        quantized, demo.tokenizer, manifest(mixed, metadata, axis), folder, demo.folder
+        quantized, demo.tokenizer, manifest(ladder_choice, metadata, axis), folder, demo.folder
     )
     assert size == sum(p.stat().st_size for p in folder.rglob("*"))
-    again = load_quantized(folder, "cpu")
+    reloaded = load_quantized(folder, "cpu")
     ids = torch.arange(1, 200)[None]
     with torch.inference_mode():
-        assert torch.equal(again.model(ids).logits, quantized(ids).logits)
+        assert torch.equal(reloaded.model(ids).logits, quantized(ids).logits)
     with safe_open(folder / "packed.safetensors", "pt") as file:
         stored = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
     linear = sum(
@@ -61,74 +61,74 @@ def test_reloaded_logits_are_identical(demo, mixed, tmp_path, metadata, axis):
         for n, t in stored.items()
         if n.rpartition(".")[2].startswith(("codes", "scale", "zero"))
     )
-    assert linear == sum(packed_bytes(m.numel, c, metadata) for m, c in mixed.items())
+    assert linear == sum(packed_bytes(m.numel, c, metadata) for m, c in ladder_choice.items())
     assert stored["model.embed_tokens.weight"].dtype == torch.bfloat16, "as in the checkpoint"
     assert "lm_head.weight" not in stored, "tied weights once"
 
 
 @pytest.fixture
-def saved(demo, mixed, tmp_path):
-    quantized = quantize_model(demo.model, mixed, get_quantizer("rtn"))
+def saved(demo, ladder_choice, tmp_path):
+    quantized = quantize_model(demo.model, ladder_choice, get_quantizer("rtn"))
     folder = tmp_path / "saved"
-    save_quantized(quantized, demo.tokenizer, manifest(mixed), folder, demo.folder)
+    save_quantized(quantized, demo.tokenizer, manifest(ladder_choice), folder, demo.folder)
     return folder
 
 
-def test_a_folder_with_something_in_it_is_not_overwritten(demo, mixed, saved):
-    before = (saved / MANIFEST).read_bytes()
+def test_save_quantized_nonempty_folder_raises(demo, ladder_choice, saved):
+    before = (saved / MANIFEST_FILE).read_bytes()
     with pytest.raises(InputError, match="not empty"):
-        save_quantized(demo.model, demo.tokenizer, manifest(mixed), saved, demo.folder)
-    assert (saved / MANIFEST).read_bytes() == before
+        save_quantized(demo.model, demo.tokenizer, manifest(ladder_choice), saved, demo.folder)
+    assert (saved / MANIFEST_FILE).read_bytes() == before
 
 
-def test_transformers_alone_refuses_the_folder(saved):
+def test_from_pretrained_saved_folder_raises(saved):
     """It would otherwise fill the packed modules with random weights and say little about it."""
     with pytest.raises(OSError, match=r"no file named model\.safetensors"):
         AutoModelForCausalLM.from_pretrained(saved)
 
 
-def test_a_saved_model_is_not_quantized_again(saved):
+def test_load_model_saved_folder_raises(saved):
     with pytest.raises(InputError, match="is a quantized model"):
         load_model(ModelSource(str(saved)), "cpu")
 
 
-def test_a_damaged_folder_is_refused(saved):
+def test_load_quantized_truncated_weights_raises(saved):
     path = saved / "packed.safetensors"
     os.truncate(path, path.stat().st_size - 10)
     with pytest.raises(InputError, match="truncated or damaged"):
         load_quantized(saved, "cpu")
 
 
-def test_a_plan_that_does_not_fit_the_weights_is_refused(saved):
-    content = json.loads((saved / MANIFEST).read_text())
+def test_load_quantized_plan_weight_mismatch_raises(saved):
+    content = json.loads((saved / MANIFEST_FILE).read_text())
     del content["sha256"]  # as earlier versions saved it
     del content["modules"]["model.layers.3.mlp.up_proj"]
-    (saved / MANIFEST).write_text(json.dumps(content))
+    (saved / MANIFEST_FILE).write_text(json.dumps(content))
     with pytest.raises(InputError, match=r"plan .*model\.layers\.3\.mlp\.up_proj"):
         load_quantized(saved, "cpu")
     content["modules"]["model.layers.99.mlp.up_proj"] = {"bits": 2, "group_size": 64}
-    (saved / MANIFEST).write_text(json.dumps(content))
+    (saved / MANIFEST_FILE).write_text(json.dumps(content))
     with pytest.raises(InputError, match=r"plans model\.layers\.99"):
         load_quantized(saved, "cpu")
 
 
-def test_other_folders_are_refused(saved, tmp_path):
+def test_load_quantized_invalid_folder_raises(saved, tmp_path):
     with pytest.raises(InputError, match=r"not a model .* saved"):
         load_quantized(tmp_path, "cpu")
-    (saved / MANIFEST).write_text('{"format": 99}')
+    (saved / MANIFEST_FILE).write_text('{"format": 99}')
     with pytest.raises(InputError, match="newer LSQ Explorer"):
         load_quantized(saved, "cpu")
-    (saved / MANIFEST).write_text("{")
+    (saved / MANIFEST_FILE).write_text("{")
     with pytest.raises(InputError, match="damaged"):
         load_quantized(saved, "cpu")
 
 
-def test_a_full_disk_leaves_nothing_behind(demo, tmp_path):
+def test_save_quantized_small_disk_raises_and_cleans_up(demo, tmp_path):
     """On a real file system of 1 MiB; needs the right to mount one."""
-    small = tmp_path / "small"
-    small.mkdir()
+    small_disk = tmp_path / "small"
+    small_disk.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(small)],
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(small_disk)],
         capture_output=True,
         check=False,
     )
@@ -138,16 +138,18 @@ def test_a_full_disk_leaves_nothing_behind(demo, tmp_path):
         choice = dict.fromkeys(demo.info.matrices, QuantConfig(2, 128))
         quantized = quantize_model(demo.model, choice, get_quantizer("rtn"))
         with pytest.raises(LsqError, match=r"free .* needed"):
-            save_quantized(quantized, demo.tokenizer, manifest(choice), small / "x", demo.folder)
-        assert list(small.iterdir()) == []
+            save_quantized(
+                quantized, demo.tokenizer, manifest(choice), small_disk / "x", demo.folder
+            )
+        assert list(small_disk.iterdir()) == []
     finally:
-        subprocess.run(["umount", str(small)], check=True)
+        subprocess.run(["umount", str(small_disk)], check=True)
 
 
-def test_a_disk_that_fills_while_saving_leaves_nothing_behind(demo, saved, tmp_path, monkeypatch):
+def test_save_quantized_disk_full_during_write_cleans_up(demo, saved, tmp_path, monkeypatch):
     import errno
 
-    from lsq_core.quantize import artifact
+    from lsq_core.quantized import artifact
 
     def fail(state, path, **more):
         path.write_bytes(b"half")
@@ -160,14 +162,14 @@ def test_a_disk_that_fills_while_saving_leaves_nothing_behind(demo, saved, tmp_p
     assert list(target.parent.iterdir()) == []
 
 
-def test_a_script_of_ones_own_loads_it(saved):
+def test_load_quantized_from_separate_script(saved):
     code = (
-        "import torch; from lsq_core.quantize.artifact import load_quantized; "
+        "import torch; from lsq_core.quantized.artifact import load_quantized; "
         f"q = load_quantized({str(saved)!r}, device='cpu'); "
         "print(q.model(**q.tokenizer('Return the', return_tensors='pt')).logits.shape[-1])"
     )
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert done.stdout.strip() == "4096"
+    assert completed.stdout.strip() == "4096"
     shutil.rmtree(saved)

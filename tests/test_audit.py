@@ -8,31 +8,32 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from lsq_core.audit import audit_folder, audit_run
+from lsq_core.bits import LADDER, QuantConfig
 from lsq_core.cli import main
-from lsq_core.config import LADDER, QuantConfig
 from lsq_core.errors import InputError
-from lsq_core.model import ModelSource
-from lsq_core.pipeline import EvaluationRequest, Workbench
-from lsq_core.plan import PlanRequest
-from lsq_core.profile import ProfileSettings
-from lsq_core.quantize import layout
-from lsq_core.store import Store
+from lsq_core.evaluation.protocol import EvaluationRequest
+from lsq_core.model.source import ModelSource
+from lsq_core.planning.request import PlanRequest
+from lsq_core.profiling.settings import ProfileSettings
+from lsq_core.quantization import layout
+from lsq_core.results.audit import audit_folder, audit_run
+from lsq_core.session import Session
+from lsq_core.store.store import Store
 from tests.conftest import packed_bytes
 
 MODULE = "model.layers.1.self_attn.q_proj"
 
 
 def make_run(model: Path, text: Path, save: Path | None, metadata: str = "8bit") -> dict:
-    bench = Workbench(ModelSource(str(model)), Store(), "cpu")
+    session = Session(ModelSource(str(model)), Store(), "cpu")
     pins = ("*.1.*=b4g64",)
     request = PlanRequest("uniform", base="3.51", pins=pins)
-    plan, profile = bench.plan(request, ProfileSettings("rtn", metadata=metadata))
-    return bench.run(plan, profile, "rtn", EvaluationRequest(str(text), max_tokens=200), save)
+    plan = session.plan(request, ProfileSettings("rtn", metadata=metadata))
+    return session.run(plan, "rtn", EvaluationRequest(str(text), max_tokens=200), save)
 
 
 @pytest.fixture
-def saved(random_model, small_text, tmp_path) -> tuple[Path, dict]:
+def saved_run(random_model, small_text, tmp_path) -> tuple[Path, dict]:
     folder = tmp_path / "saved"
     return folder, make_run(random_model("llama-gqa"), small_text, folder)
 
@@ -41,86 +42,86 @@ def tamper(folder: Path, config: QuantConfig | None) -> None:
     """Store one module in another configuration, or as plain weights, and say nothing of it."""
     import torch
 
-    from lsq_core.quantize import get_quantizer
-    from lsq_core.quantize.packed import quantize_matrix
+    from lsq_core.quantization.packed import quantize_matrix
+    from lsq_core.quantization.registry import get_quantizer
 
     path = folder / "packed.safetensors"
     state = load_file(path)
-    kept = {n: t for n, t in state.items() if not n.startswith(f"{MODULE}.")}
+    remaining = {n: t for n, t in state.items() if not n.startswith(f"{MODULE}.")}
     if config is None:
-        kept[f"{MODULE}.weight"] = torch.zeros(128, 128, dtype=torch.bfloat16)
+        remaining[f"{MODULE}.weight"] = torch.zeros(128, 128, dtype=torch.bfloat16)
     else:
         weight = torch.randn(128, 128, generator=torch.Generator().manual_seed(0))
         packed = quantize_matrix(weight, config, get_quantizer("rtn"))
-        kept |= {f"{MODULE}.{n}": t for n, t in packed.tensors.items()}
-    save_file(kept, path, metadata={"format": "pt"})
+        remaining |= {f"{MODULE}.{n}": t for n, t in packed.tensors.items()}
+    save_file(remaining, path, metadata={"format": "pt"})
 
 
-def test_a_saved_model_is_as_planned(saved):
-    folder, run = saved
-    found = audit_folder(folder, Store())
-    assert found.verdict.startswith("All 14")
-    assert f"{run['planned_bytes']:,} bytes" in found.verdict
-    assert found.stored_bytes == run["measured_bytes"] == run["planned_bytes"]
-    assert {line.stored for line in found.lines} == {"b3g32", "b4g64"}
-    assert all(line.stored_bytes == line.planned_bytes for line in found.lines)
-    assert audit_run(run["run"], Store()).verdict == found.verdict
+def test_audit_saved_model_matches_plan(saved_run):
+    folder, run = saved_run
+    report = audit_folder(folder, Store())
+    assert report.verdict.startswith("All 14")
+    assert f"{run['planned_bytes']:,} bytes" in report.verdict
+    assert report.stored_bytes == run["measured_bytes"] == run["planned_bytes"]
+    assert {line.stored for line in report.lines} == {"b3g32", "b4g64"}
+    assert all(line.stored_bytes == line.planned_bytes for line in report.lines)
+    assert audit_run(run["run"], Store()).verdict == report.verdict
 
 
 @pytest.mark.parametrize("bits", [2, 3, 8])
-def test_a_module_with_other_bits_is_found(saved, bits):
-    folder, run = saved
+def test_audit_detects_wrong_bits(saved_run, bits):
+    folder, run = saved_run
     config = QuantConfig(bits, 64)
     tamper(folder, config)
-    for found in (audit_folder(folder, Store()), audit_run(run["run"], Store())):
-        (line,) = found.wrong
+    for report in (audit_folder(folder, Store()), audit_run(run["run"], Store())):
+        (line,) = report.mismatches
         assert (line.module, line.planned, line.stored) == (MODULE, "b4g64", config.name)
         assert line.stored_bytes == packed_bytes(128 * 128, config)
-        assert found.verdict.startswith("1 of 14")
-        assert f"{MODULE} holds b{bits}" in found.verdict
+        assert report.verdict.startswith("1 of 14")
+        assert f"{MODULE} holds b{bits}" in report.verdict
 
 
-def test_groups_and_bits_of_equal_product_are_told_apart(saved):
+def test_audit_distinguishes_b2g128_from_b4g64(saved_run):
     """b2g128 has as many codes to a group as b4g64 to half of one."""
-    folder, _ = saved
+    folder, _ = saved_run
     tamper(folder, QuantConfig(2, 128))
-    assert [line.stored for line in audit_folder(folder, Store()).wrong] == ["b2g128"]
+    assert [line.stored for line in audit_folder(folder, Store()).mismatches] == ["b2g128"]
 
 
-def test_plain_weights_and_missing_ones_are_found(saved):
-    folder, _ = saved
+def test_audit_detects_plain_and_missing_weights(saved_run):
+    folder, _ = saved_run
     tamper(folder, None)
-    (line,) = audit_folder(folder, Store()).wrong
+    (line,) = audit_folder(folder, Store()).mismatches
     assert (line.stored, line.stored_bytes) == ("BF16 weights", 2 * 128 * 128)
     path = folder / "packed.safetensors"
     rest = {n: t for n, t in load_file(path).items() if not n.startswith(f"{MODULE}.")}
     save_file(rest, path, metadata={"format": "pt"})
-    (line,) = audit_folder(folder, Store()).wrong
+    (line,) = audit_folder(folder, Store()).mismatches
     assert (line.stored, line.stored_bytes) == ("nothing", 0)
 
 
-def test_a_changed_manifest_is_held_against_the_kept_plan(saved):
-    folder, _ = saved
+def test_audit_changed_manifest_uses_stored_plan(saved_run):
+    folder, _ = saved_run
     path = folder / "lsq.json"
     manifest = json.loads(path.read_text())
     del manifest["sha256"]  # as earlier versions saved it
     manifest["modules"][MODULE] |= {"bits": 3, "config": "b3g64"}
     path.write_text(json.dumps(manifest))
-    assert not audit_folder(folder, Store()).wrong, "the plan that was kept still holds"
+    assert not audit_folder(folder, Store()).mismatches, "the plan that was kept still holds"
 
 
-def test_a_folder_from_elsewhere_is_held_against_its_own_plan(saved, tmp_path):
-    folder, _ = saved
+def test_audit_unknown_run_uses_manifest_plan(saved_run, tmp_path):
+    folder, _ = saved_run
     elsewhere = Store(tmp_path / "elsewhere.duckdb")
-    found = audit_folder(folder, elsewhere)
-    assert found.verdict.startswith("All 14 matrices")
-    assert found.source.endswith("against lsq.json")
+    report = audit_folder(folder, elsewhere)
+    assert report.verdict.startswith("All 14 matrices")
+    assert report.source.endswith("against lsq.json")
     tamper(folder, QuantConfig(8, 128))
-    assert [line.module for line in audit_folder(folder, elsewhere).wrong] == [MODULE]
+    assert [line.module for line in audit_folder(folder, elsewhere).mismatches] == [MODULE]
 
 
-def test_metadata_of_another_format_is_found(saved):
-    folder, _ = saved
+def test_audit_detects_wrong_metadata_format(saved_run):
+    folder, _ = saved_run
     import torch
 
     path = folder / "packed.safetensors"
@@ -130,24 +131,24 @@ def test_metadata_of_another_format_is_found(saved):
         values = state[f"{MODULE}.{part}_values"]
         state[f"{MODULE}.{part}_values"] = values.to(torch.float16)
     save_file(state, path, metadata={"format": "pt"})
-    assert [line.stored for line in audit_folder(folder, Store()).wrong] == [
+    assert [line.stored for line in audit_folder(folder, Store()).mismatches] == [
         "b4g64 with other metadata"
     ]
 
 
 @pytest.mark.parametrize("architecture", ["llama-gqa", "gpt2-conv1d", "mixtral-moe"])
 @pytest.mark.parametrize("metadata", ["8bit", "fp16"])
-def test_a_run_that_was_not_saved_is_made_again(random_model, small_text, architecture, metadata):
+def test_audit_run_unsaved_requantizes(random_model, small_text, architecture, metadata):
     run = make_run(random_model(architecture), small_text, None, metadata)
-    found = audit_run(run["run"], Store(), device="cpu")
-    assert not found.wrong
-    assert found.stored_bytes == run["planned_bytes"]
-    assert len(found.lines) == len(run["modules"])
-    assert "made again" in found.source
+    report = audit_run(run["run"], Store(), device="cpu")
+    assert not report.mismatches
+    assert report.stored_bytes == run["planned_bytes"]
+    assert len(report.lines) == len(run["modules"])
+    assert "rebuilt" in report.source
 
 
 @pytest.mark.parametrize("metadata", ["8bit", "fp16"])
-def test_expected_tensors_take_the_planned_bytes(metadata):
+def test_layout_packed_bytes_match_formula(metadata):
     sizes = {"U8": 1, "F16": 2, "I16": 2}
     for config in LADDER:
         tensors = layout.packed((96, 128), config, metadata)
@@ -157,8 +158,8 @@ def test_expected_tensors_take_the_planned_bytes(metadata):
         assert count == packed_bytes(96 * 128, config, metadata)
 
 
-def test_the_command_line(saved, capsys, tmp_path):
-    folder, run = saved
+def test_cli_audit(saved_run, capsys, tmp_path):
+    folder, run = saved_run
     assert main(["audit", str(folder), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["agrees"], result["matrices"]) == (True, 14)
@@ -172,8 +173,8 @@ def test_the_command_line(saved, capsys, tmp_path):
     assert "'nosuchrun'" in capsys.readouterr().err
 
 
-def test_a_damaged_manifest_is_one_sentence(saved):
-    folder, _ = saved
+def test_audit_damaged_manifest_raises(saved_run):
+    folder, _ = saved_run
     (folder / "lsq.json").write_text("{")
     with pytest.raises(InputError, match="damaged"):
         audit_folder(folder, Store())

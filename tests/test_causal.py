@@ -9,12 +9,12 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lsq_core.causal import check_causal
 from lsq_core.cli import main
 from lsq_core.errors import InputError
-from lsq_core.load import load_model
-from lsq_core.model import DEMO_FOLDER, ModelSource
-from lsq_core.stream import open_streamed
+from lsq_core.model.causal import check_causal
+from lsq_core.model.loading import load_model
+from lsq_core.model.source import DEMO_FOLDER, ModelSource
+from lsq_core.model.streaming import open_streamed
 from tests.conftest import ARCHITECTURES
 
 
@@ -31,64 +31,64 @@ def save_encoder(folder: Path, family: str, **changes: object) -> Path:
 
 @pytest.mark.parametrize("open_model", [load_model, open_streamed])
 @pytest.mark.parametrize("family", ["Bert", "Roberta", "Electra"])
-def test_an_encoder_is_refused(family, open_model, tmp_path):
+def test_open_encoder_raises(family, open_model, tmp_path):
     source = ModelSource(str(save_encoder(tmp_path / "m", family)))
-    with pytest.raises(InputError, match="no causal language model"):
+    with pytest.raises(InputError, match="not a causal language model"):
         open_model(source, "cpu")
 
 
 @pytest.mark.parametrize("open_model", [load_model, open_streamed])
-def test_what_counts_is_the_attention_and_not_the_name(open_model, tmp_path):
+def test_open_bert_as_decoder_succeeds(open_model, tmp_path):
     as_decoder = save_encoder(tmp_path / "m", "Bert", is_decoder=True)
     assert open_model(ModelSource(str(as_decoder)), "cpu").info.layers == 2
 
 
-def test_an_encoder_is_not_evaluated(tmp_path, small_text, capsys):
+def test_cli_eval_encoder_exit_2(tmp_path, small_text, capsys):
     folder = save_encoder(tmp_path / "m", "Bert")
     command = ["eval", "--db", str(tmp_path / "db"), "--model", str(folder), "--device", "cpu"]
     assert main([*command, "--corpus", str(small_text), "--max-tokens", "600"]) == 2
-    assert "no causal language model" in capsys.readouterr().err
+    assert "not a causal language model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_decoders_are_not_refused(architecture, dtype, random_model):
+def test_open_decoder_succeeds(architecture, dtype, random_model):
     source = ModelSource(str(random_model(architecture)))
     assert load_model(source, "cpu", dtype).dtype == dtype
     assert open_streamed(source, "cpu", dtype).dtype == dtype
 
 
-def check(read, dtype=torch.float32, context=2048):
+def run_check(forward, dtype=torch.float32, context=2048):
     sizes = {"vocabulary": 100, "context": context, "device": torch.device("cpu")}
-    check_causal("m", read, dtype=dtype, **sizes)
+    check_causal("m", forward, dtype=dtype, **sizes)
 
 
-def states_of(ids: torch.Tensor) -> torch.Tensor:
+def make_states(ids: torch.Tensor) -> torch.Tensor:
     """States (1, tokens, 4) that differ for each token."""
     return torch.sin(ids[..., None] * torch.tensor([0.1, 0.3, 0.7, 1.1]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rounding_is_no_sight_of_what_follows(dtype):
+def test_check_causal_ignores_rounding_noise(dtype):
     noise = torch.Generator().manual_seed(0)
     step = torch.finfo(dtype).eps / 2
 
-    def read(ids):
-        states = states_of(ids)
+    def forward(ids):
+        states = make_states(ids)
         return states + step * torch.randn(states.shape, generator=noise)
 
-    check(read, dtype)
-    with pytest.raises(InputError, match="no causal"):
-        check(lambda ids: read(ids) + 0.3 * states_of(ids).mean(1, keepdim=True), dtype)
+    run_check(forward, dtype)
+    with pytest.raises(InputError, match="not a causal"):
+        run_check(lambda ids: forward(ids) + 0.3 * make_states(ids).mean(1, keepdim=True), dtype)
 
 
-def test_a_model_of_one_token_at_once_is_let_through():
-    check(states_of, context=1)
+def test_check_causal_context_1_passes():
+    run_check(make_states, context=1)
 
 
-def test_a_model_that_cannot_run_is_no_traceback():
-    def read(ids):
+def test_check_causal_forward_error_raises_input_error():
+    def forward(ids):
         raise RuntimeError("shapes cannot be multiplied")
 
     with pytest.raises(InputError, match="cannot be run on 8 tokens: shapes cannot be multiplied"):
-        check(read)
+        run_check(forward)

@@ -7,11 +7,12 @@ import pandas as pd
 import pytest
 
 from lsq_core import charts
-from lsq_core.config import LADDER, MIB, QuantConfig
-from lsq_core.plan import PLANNERS
+from lsq_core.bits import LADDER, QuantConfig
+from lsq_core.planning.methods import PLANNERS
+from lsq_core.units import MIB
 
 
-def series(type_name: str, values: list[float], flagged: dict[int, float]) -> pd.DataFrame:
+def make_series(type_name: str, values: list[float], flagged: dict[int, float]) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "type": type_name,
@@ -25,8 +26,8 @@ def series(type_name: str, values: list[float], flagged: dict[int, float]) -> pd
 
 @pytest.fixture
 def panels() -> list[charts.Panel]:
-    q = series("self_attn.q_proj", [1e-6, 1e-4, 1e-3], {1: 4.5})
-    down = series("mlp.down_proj", [3.0, 3.5, 9.0], {})
+    q = make_series("self_attn.q_proj", [1e-6, 1e-4, 1e-3], {1: 4.5})
+    down = make_series("mlp.down_proj", [3.0, 3.5, 9.0], {})
     both = pd.concat([q, down])
     return [
         charts.Panel(q, "Sensitivity", "mse", log=True),
@@ -39,7 +40,7 @@ def lines(figure, panel: int) -> list:
     return [t for t in figure.data if t.yaxis == axis and t.mode == "lines+markers"]
 
 
-def test_lines_are_the_frames_values(panels):
+def test_over_layers_lines_match_frame(panels):
     figure = charts.over_layers(panels)
     (q,) = lines(figure, 1)
     assert list(q.x) == [0, 1, 2]
@@ -47,29 +48,29 @@ def test_lines_are_the_frames_values(panels):
     assert [list(t.y) for t in lines(figure, 2)] == [[1e-6, 1e-4, 1e-3], [3.0, 3.5, 9.0]]
 
 
-def test_only_a_log_panel_has_a_log_axis(panels):
+def test_over_layers_log_axis_only_for_log_panel(panels):
     figure = charts.over_layers(panels)
     assert figure.layout.yaxis.type == "log"
     assert figure.layout.yaxis2.type is None
     assert figure.layout.yaxis.title.text == "mse"
 
 
-def test_rings_are_at_the_flagged_points(panels):
+def test_over_layers_rings_at_flagged_points(panels):
     rings = [t for t in charts.over_layers(panels).data if t.name == "flagged"]
     assert [(list(t.x), list(t.y)) for t in rings] == [([1], [1e-4]), ([1], [1e-4])]
     assert rings[0].customdata.tolist() == [["q_proj", 4.5]]
 
 
-def test_a_module_has_one_colour_in_every_panel(panels):
+def test_over_layers_same_module_color_in_panels(panels):
     figure = charts.over_layers(panels)
     assert lines(figure, 1)[0].line.color == lines(figure, 2)[0].line.color
 
 
-def test_no_two_of_the_common_modules_share_a_colour():
+def test_module_colors_are_distinct():
     assert len(set(charts.MODULE_COLORS.values())) == len(charts.MODULE_COLORS)
 
 
-def test_an_unknown_module_always_gets_the_same_colour():
+def test_module_color_unknown_type_is_stable():
     assert charts.module_color("block.c_fc") == charts.module_color("other.c_fc")
 
 
@@ -85,7 +86,7 @@ def plan() -> pd.DataFrame:
     return frame
 
 
-def test_a_cell_is_its_configuration(plan):
+def test_plan_heatmap_cells_match_configs(plan):
     heatmap = charts.plan_heatmap(plan).data[0]
     names = [c.name for c in LADDER]
     shown = [[names[int(code)] for code in row] for row in heatmap.z]
@@ -95,7 +96,7 @@ def test_a_cell_is_its_configuration(plan):
     assert "4.25" in heatmap.customdata[1][1]
 
 
-def test_a_cell_has_the_colour_of_its_configuration(plan):
+def test_plan_heatmap_cell_colors_match_configs(plan):
     heatmap = charts.plan_heatmap(plan).data[0]
     scale = [color for _, color in heatmap.colorscale]
     low, high = heatmap.zmin, heatmap.zmax
@@ -104,22 +105,22 @@ def test_a_cell_has_the_colour_of_its_configuration(plan):
         assert scale[2 * int(share * len(LADDER))] == charts.config_color(config)
 
 
-def test_the_legend_counts_the_configurations(plan):
+def test_plan_heatmap_legend_counts_configs(plan):
     names = [t.name for t in charts.plan_heatmap(plan).data[1:]]
     assert names == ["b3g128 (3.13) × 7", "b8g32 (8.51) × 1"]
 
 
-def test_cells_say_their_name_only_where_there_is_room(plan):
-    def words(layers: int) -> str:
+def test_plan_heatmap_cell_text_depends_on_layer_count(plan):
+    def cell_text(layers: int) -> str:
         frame = pd.DataFrame(
             {"type": "q_proj", "layer": range(layers), "config": "b4g64", "z": np.nan}
         )
         return charts.plan_heatmap(frame).data[0].text[0][0]
 
-    assert [words(n) for n in (8, 24, 80)] == ["b4g64", "4.25", ""]
+    assert [cell_text(n) for n in (8, 24, 80)] == ["b4g64", "4.25", ""]
 
 
-def test_experts_share_a_cell_and_the_pointer_is_told():
+def test_plan_heatmap_experts_share_cell():
     frame = pd.DataFrame(
         {
             "type": "mlp.experts.gate_proj",
@@ -133,19 +134,19 @@ def test_experts_share_a_cell_and_the_pointer_is_told():
     assert heatmap.customdata[0][0] == "3 experts: 2 × b3g64, 1 × b4g64"
 
 
-def test_a_layer_without_a_module_leaves_its_cell_empty(plan):
+def test_plan_heatmap_missing_module_is_nan(plan):
     heatmap = charts.plan_heatmap(plan.drop(index=0)).data[0]
     kinds = list(heatmap.y)
     assert np.isnan(heatmap.z[kinds.index("q_proj")][0])
 
 
-def test_coarser_groups_are_lighter_and_full_colour_is_the_palette():
-    def light(config: QuantConfig) -> int:
+def test_config_color_lighter_for_larger_groups():
+    def brightness(config: QuantConfig) -> int:
         color = charts.config_color(config)
         return sum(int(color[i : i + 2], 16) for i in (1, 3, 5))
 
     for bits in (2, 3, 4, 8):
-        shades = [light(QuantConfig(bits, group)) for group in (128, 64, 32)]
+        shades = [brightness(QuantConfig(bits, group)) for group in (128, 64, 32)]
         assert shades == sorted(shades, reverse=True)
         assert charts.config_color(QuantConfig(bits, 32)) == charts.BIT_COLORS[bits].lower()
 
@@ -165,7 +166,7 @@ def runs() -> pd.DataFrame:
     )
 
 
-def test_points_are_the_runs_and_uniform_hqq_is_joined_in_order(runs):
+def test_perplexity_by_size_points_and_lines(runs):
     figure = charts.perplexity_by_size(runs)
     points = {t.name: t for t in figure.data if t.mode == "markers"}
     assert list(points["SensiBoost"].x) == [2.1]
@@ -173,36 +174,36 @@ def test_points_are_the_runs_and_uniform_hqq_is_joined_in_order(runs):
     assert list(points["Uniform"].y) == [60.0, 62.1]
     assert list(points["RTN"].y) == [63.0], "a baseline under its own name"
     lines = {t.name: t for t in figure.data if t.mode == "lines"}
-    uniform, front = lines.pop("Uniform HQQ, joined"), lines.pop("best for its size")
+    uniform, front = lines.pop("Uniform HQQ"), lines.pop("Pareto front")
     assert (list(uniform.x), list(uniform.y)) == ([2.0, 3.0], [62.1, 60.0])
     assert (list(front.x), list(front.y)) == ([2.0, 2.1, 3.0], [62.1, 61.8, 60.0])
     assert not lines
     assert all(t.showlegend is not False for t in (uniform, front)), "a line says what it is"
 
 
-def test_full_precision_is_a_level_line(runs):
-    (level,) = charts.perplexity_by_size(runs).layout.shapes
-    assert level.y0 == level.y1 == 58.6
+def test_perplexity_by_size_full_precision_line(runs):
+    (full_precision_line,) = charts.perplexity_by_size(runs).layout.shapes
+    assert full_precision_line.y0 == full_precision_line.y1 == 58.6
 
 
-def test_compared_runs_are_ringed(runs):
-    ring = next(t for t in charts.perplexity_by_size(runs, ["b"]).data if "compared" in t.name)
+def test_perplexity_by_size_rings_selected_runs(runs):
+    ring = next(t for t in charts.perplexity_by_size(runs, ["b"]).data if "selected pair" in t.name)
     assert list(ring.y) == [61.8]
 
 
-def test_the_perplexity_axis_is_logarithmic_only_over_a_wide_range(runs):
+def test_perplexity_axis_log_only_for_wide_range(runs):
     assert charts.perplexity_by_size(runs).layout.yaxis.type is None
     wide = runs.assign(perplexity=[60.0, 61.0, 900.0, 62.0])
     assert charts.perplexity_by_size(wide).layout.yaxis.type == "log"
 
 
-def test_every_method_has_a_look_of_its_own():
-    looks = {(s.color, s.symbol) for s in charts.METHOD_STYLES.values()}
-    assert len(looks) == len(charts.METHOD_STYLES)
+def test_method_styles_are_distinct():
+    styles = {(s.color, s.symbol) for s in charts.METHOD_STYLES.values()}
+    assert len(styles) == len(charts.METHOD_STYLES)
     assert set(PLANNERS) <= set(charts.METHOD_STYLES)
 
 
-def test_bars_stack_to_the_whole_model():
+def test_size_bars_stack_to_model_size():
     frame = pd.DataFrame(
         {
             "name": ["as it is", "4.25"],
@@ -217,7 +218,7 @@ def test_bars_stack_to_the_whole_model():
     assert linear.marker.color[1] == charts.config_color(QuantConfig(4, 64))
 
 
-def test_nothing_offers_to_send_data_away():
+def test_chart_config_disables_cloud_upload():
     assert charts.CONFIG["showSendToCloud"] is False
 
 
@@ -227,7 +228,7 @@ def frontier_lines():
     return [charts.FrontierLine("mxq", bits, value, 0.9 * value, 1.1 * value)]
 
 
-def test_frontiers_show_the_runs_and_what_is_worth_seeing():
+def test_frontiers_show_runs_and_limit_axis_range():
     runs = pd.DataFrame(
         {
             "method": ["mxq", "uniform", "mxq"],
@@ -237,14 +238,14 @@ def test_frontiers_show_the_runs_and_what_is_worth_seeing():
         }
     )
     figure = charts.frontiers(frontier_lines(), runs, "predicted perplexity (90 % band)")
-    drawn = [t for t in figure.data if t.mode == "markers"]
-    assert sorted(y for t in drawn for y in t.y) == [5.1, 6.8, 90.0]
+    marker_traces = [t for t in figure.data if t.mode == "markers"]
+    assert sorted(y for t in marker_traces for y in t.y) == [5.1, 6.8, 90.0]
     low, high = figure.layout.yaxis.range
     assert low < 5.0 < 6.8 < high < 90, "a broken run doesn't press the rest into a line"
     assert figure.layout.xaxis.range[0] > 2.1
 
 
-def test_frontiers_without_a_prediction_take_a_log_axis():
+def test_frontiers_without_prediction_use_log_axis():
     line = charts.FrontierLine("uniform", np.array([2.0, 4.0, 8.0]), np.array([1e5, 1e3, 1.0]))
     empty = pd.DataFrame(columns=["method", "label", "bits_per_param", "value"])
     figure = charts.frontiers([line], empty, "squared weight error")

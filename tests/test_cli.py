@@ -11,8 +11,8 @@ import sys
 import pytest
 
 from lsq_core.cli import main
-from lsq_core.evaluate import compare_windows
-from lsq_core.store import Store
+from lsq_core.evaluation.bootstrap import bootstrap_difference
+from lsq_core.store.store import Store
 from tests.conftest import ROOT
 
 PROFILE = ["--samples", "8", "--block-tokens", "64"]
@@ -20,7 +20,7 @@ RTN = ["--profile-quantizer", "rtn"]
 
 
 @pytest.fixture
-def lsq(capsys):
+def run_cli(capsys):
     """Run a command in this process; gives (status, JSON or text, standard error)."""
 
     def call(*arguments: str) -> tuple[int, dict | str, str]:
@@ -37,7 +37,7 @@ def model(random_model) -> str:
     return str(random_model("llama-gqa"))
 
 
-STARTED = """
+STARTUP_SCRIPT = """
 import os, runpy, sys
 sys.argv = ["lsq_core", "--help"]
 try:
@@ -51,14 +51,16 @@ except SystemExit:
     ("asked", "set_to"),
     [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")],
 )
-def test_waiting_threads_give_their_core_away_unless_asked_not_to(asked, set_to):
+def test_startup_sets_gomp_spincount_unless_configured(variables, spincount):
     free = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    command = [sys.executable, "-c", STARTED]
-    told = subprocess.run(command, env=free | asked, capture_output=True, text=True, cwd=ROOT)
-    assert told.stderr.split() == [set_to, "False"]
+    command = [sys.executable, "-c", STARTUP_SCRIPT]
+    completed = subprocess.run(
+        command, env=free | variables, capture_output=True, text=True, cwd=ROOT
+    )
+    assert completed.stderr.split() == [spincount, "False"]
 
 
-def test_json_is_all_that_standard_output_gets(model, small_text, tmp_path):
+def test_cli_json_is_only_stdout(model, small_text, tmp_path):
     """A process of its own, from the repository root, as in the README."""
     command = [sys.executable, "-m", "lsq_core", "run", "--model", model, "--method", "sensiboost"]
     command += ["--base", "3.51", "--calibration", str(small_text), "--corpus", str(small_text)]
@@ -88,8 +90,8 @@ def test_json_is_all_that_standard_output_gets(model, small_text, tmp_path):
     assert Store(tmp_path / "own.duckdb").results()["run"].tolist() == [result["run"]]
 
 
-def test_the_whole_way_in_steps(lsq, model, small_text, tmp_path):
-    status, profile, _ = lsq(
+def test_cli_profile_plan_run_eval_workflow(run_cli, model, small_text, tmp_path):
+    status, profile, _ = run_cli(
         "profile", "--model", model, "--corpus", str(small_text), "--json", *PROFILE
     )
     assert status == 0
@@ -102,7 +104,7 @@ def test_the_whole_way_in_steps(lsq, model, small_text, tmp_path):
 
     shared = ["--model", model, "--calibration", str(small_text), *PROFILE]
     plan_file = tmp_path / "plan.json"
-    status, plan, _ = lsq(
+    status, plan, _ = run_cli(
         "plan", *shared, "--method", "mxq", "--budget", "3.4bpp", "--out", str(plan_file), "--json"
     )
     assert status == 0
@@ -111,40 +113,40 @@ def test_the_whole_way_in_steps(lsq, model, small_text, tmp_path):
 
     saved = tmp_path / "saved"
     run = ["run", *shared, "--plan", str(plan_file), "--corpus", str(small_text)]
-    status, outcome, _ = lsq(*run, "--max-tokens", "400", "--save", str(saved), "--json")
+    status, outcome, _ = run_cli(*run, "--max-tokens", "400", "--save", str(saved), "--json")
     assert status == 0
     assert outcome["modules"] == plan["modules"]
     assert outcome["truncated"]
 
     evaluate = ["eval", "--corpus", str(small_text), "--max-tokens", "400", "--json"]
-    status, again, _ = lsq(*evaluate, "--model", str(saved))
+    status, again, _ = run_cli(*evaluate, "--model", str(saved))
     assert status == 0
     assert again["perplexity"] == pytest.approx(outcome["perplexity"], rel=1e-6)
     assert again["run"] == outcome["run"]
-    status, full, _ = lsq(*evaluate, "--model", model)
+    status, full, _ = run_cli(*evaluate, "--model", model)
     assert full["perplexity"] == pytest.approx(outcome["perplexity_full"], rel=1e-6)
 
-    status, results, _ = lsq("results", "--json")
+    status, results, _ = run_cli("results", "--json")
     assert [r["run"] for r in results["results"]] == [outcome["run"]] * 2
     assert results["results"][0]["perplexity_full"] == pytest.approx(full["perplexity"])
 
-    status, kept, _ = lsq("disk", "--json")
+    status, kept, _ = run_cli("disk", "--json")
     entry = next(item for item in kept["kept"] if item["name"] == str(saved))
     assert entry["bytes"] == sum(p.stat().st_size for p in saved.rglob("*"))
-    status, kept, _ = lsq("disk", "--prune", str(saved), "--json")
+    status, kept, _ = run_cli("disk", "--prune", str(saved), "--json")
     assert kept["pruned"]["bytes"] == entry["bytes"]
     assert not saved.exists()
-    assert len(lsq("results", "--json")[1]["results"]) == 2, "what was measured stays"
+    assert len(run_cli("results", "--json")[1]["results"]) == 2, "what was measured stays"
 
 
-def test_a_saved_model_from_elsewhere_is_added_to_the_results(lsq, model, small_text, tmp_path):
+def test_cli_eval_saved_model_adds_result_to_other_database(run_cli, model, small_text, tmp_path):
     saved = tmp_path / "saved"
     run = ["run", "--model", model, "--method", "uniform", "--base", "4.25", "--save", str(saved)]
     text = ["--corpus", str(small_text), "--max-tokens", "300", "--json"]
-    _, outcome, _ = lsq(*run, *text)
+    _, outcome, _ = run_cli(*run, *text)
     other = str(tmp_path / "other.duckdb")
     for _ in range(2):
-        status, again, _ = lsq("eval", "--model", str(saved), *text, "--db", other)
+        status, again, _ = run_cli("eval", "--model", str(saved), *text, "--db", other)
         assert status == 0
     rows = Store(other).results()
     assert rows["run"].tolist() == [outcome["run"]], "evaluated twice, it is one line"
@@ -152,24 +154,24 @@ def test_a_saved_model_from_elsewhere_is_added_to_the_results(lsq, model, small_
     assert rows["perplexity"].tolist() == [again["perplexity"]]
 
 
-def test_people_read_words(lsq, model, small_text):
-    status, text, _ = lsq("plan", "--model", model, "--method", "uniform", "--base", "b4g64")
+def test_cli_text_output(run_cli, model, small_text):
+    status, text, _ = run_cli("plan", "--model", model, "--method", "uniform", "--base", "b4g64")
     assert status == 0
     assert "4.2539" in text
     assert "14 × b4g64" in text
-    status, text, _ = lsq("inspect", "--model", model)
+    status, text, _ = run_cli("inspect", "--model", model)
     assert "2 layers" in text
-    status, text, _ = lsq(
+    status, text, _ = run_cli(
         *["run", "--model", model, "--method", "uniform", "--budget", "128KiB"],
         *["--corpus", str(small_text), "--max-tokens", "300"],
     )
     assert "perplexity" in text
     assert "too few windows" in text
-    assert lsq("results")[1].count("uniform") == 1
+    assert run_cli("results")[1].count("uniform") == 1
 
 
-def test_the_interval_printed_is_that_of_the_stored_windows(lsq, model, small_text):
-    _, outcome, _ = lsq(
+def test_cli_run_interval_matches_stored_windows(run_cli, model, small_text):
+    _, outcome, _ = run_cli(
         *["run", "--model", model, "--method", "uniform", "--base", "2.13", "--json"],
         *["--corpus", str(small_text), "--max-tokens", "2000"],
     )
@@ -177,7 +179,7 @@ def test_the_interval_printed_is_that_of_the_stored_windows(lsq, model, small_te
     row = store.results().iloc[0]
     nll, counts = store.windows(row["evaluation"])
     full = store.query("SELECT nll FROM evaluations WHERE run IS NULL")["nll"][0]
-    difference = compare_windows(nll, full, counts)
+    difference = bootstrap_difference(nll, full, counts)
     assert outcome["increase"]["relative"] == pytest.approx(difference.relative)
     assert outcome["increase"]["low"] == pytest.approx(difference.low)
     assert row["increase"] == pytest.approx(difference.relative)
@@ -191,7 +193,7 @@ def test_the_interval_printed_is_that_of_the_stored_windows(lsq, model, small_te
     [
         (["plan", "--model", "M", "--method", "magic", "--base", "3.13"], "magic"),
         (["plan", "--model", "M"], "--method"),
-        (["plan", "--model", "M", "--method", "uniform"], "base stop"),
+        (["plan", "--model", "M", "--method", "uniform"], "base configuration"),
         (["plan", "--model", "M", "--method", "uniform", "--base", "3.14"], "3.14"),
         (["plan", "--model", "M", "--method", "uniform", "--budget", "1bpp"], "out of reach"),
         (["plan", "--model", "M", "--method", "uniform", "--budget", "9MB"], "not a budget"),
@@ -226,17 +228,17 @@ def test_the_interval_printed_is_that_of_the_stored_windows(lsq, model, small_te
         (["repair", "/"], "/ is no file"),
     ],
 )
-def test_bad_input_is_status_2_and_one_sentence(lsq, model, arguments, sentence):
+def test_cli_bad_input_exit_2_one_line(run_cli, model, arguments, message):
     arguments = [model if a == "M" else a for a in arguments]
-    status, out, err = lsq(*arguments, "--json")
+    status, out, err = run_cli(*arguments, "--json")
     assert status == 2
     assert out == ""
     (line,) = [line for line in err.splitlines() if line.startswith("lsq: ")]
-    assert sentence in line
+    assert message in line
     assert "Traceback" not in err
 
 
-def test_options_argparse_refuses_are_status_2_too(capsys):
+def test_cli_argparse_error_exit_2(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["plan", "--model", "demo", "--top-m", "many"])
     assert ended.value.code == 2
@@ -253,13 +255,13 @@ def test_options_argparse_refuses_are_status_2_too(capsys):
         assert f"argument {option}: expected one argument" in capsys.readouterr().err
 
 
-def test_a_corpus_too_short_says_how_much_is_needed(lsq, model, tmp_path):
+def test_cli_short_corpus_error_states_minimum(run_cli, model, tmp_path):
     tiny = tmp_path / "tiny.txt"
     tiny.write_text("Too short.", "utf8")
-    status, _, err = lsq("profile", "--model", model, "--corpus", str(tiny))
+    status, _, err = run_cli("profile", "--model", model, "--corpus", str(tiny))
     assert status == 2
     assert re.search(r"\b4 calibration tokens\b.*\b256\b", err)
-    status, _, err = lsq(
+    status, _, err = run_cli(
         *["run", "--model", model, "--method", "uniform", "--base", "3.13"],
         *["--corpus", str(tiny), "--protocol", "blocks"],
     )
@@ -268,23 +270,23 @@ def test_a_corpus_too_short_says_how_much_is_needed(lsq, model, tmp_path):
     assert Store().results().empty
 
 
-def test_what_cannot_be_had_is_status_1(lsq):
-    status, _, err = lsq("profile", "--model", "some-org/some-model")
+def test_cli_unreachable_model_exit_1(run_cli):
+    status, _, err = run_cli("profile", "--model", "some-org/some-model")
     assert status == 1
     assert "Hugging Face" in err
 
 
-def test_a_wrong_corpus_is_told_before_anything_is_measured(lsq, model):
+def test_cli_unknown_corpus_fails_before_profiling(run_cli, model):
     run = ["run", "--model", model, "--method", "sensiboost", "--base", "3.13"]
-    status, _, err = lsq(*run, "--corpus", "/no/such/file.txt")
+    status, _, err = run_cli(*run, "--corpus", "/no/such/file.txt")
     assert status == 2
     assert "'/no/such/file.txt'" in err
     assert "profile" not in err.replace("lsq: ", "")
 
 
-def test_a_target_that_exists_is_refused_before_any_work(lsq, model, tmp_path):
+def test_cli_save_to_nonempty_folder_fails_early(run_cli, model, tmp_path):
     (tmp_path / "something").write_text("precious")
-    status, _, err = lsq(
+    status, _, err = run_cli(
         *["run", "--model", model, "--method", "uniform", "--base", "3.13"],
         *["--save", str(tmp_path)],
     )
@@ -294,7 +296,7 @@ def test_a_target_that_exists_is_refused_before_any_work(lsq, model, tmp_path):
     assert (tmp_path / "something").read_text() == "precious"
 
 
-def test_every_verb_has_help():
+def test_cli_help_lists_commands():
     done = subprocess.run(
         [sys.executable, "-m", "lsq_core", "--help"],
         cwd=ROOT,
@@ -306,12 +308,12 @@ def test_every_verb_has_help():
         assert verb in done.stdout
 
 
-def test_the_database_is_where_it_was_asked_for(lsq, model, tmp_path, monkeypatch):
+def test_cli_database_path_from_option_or_environment(run_cli, model, tmp_path, monkeypatch):
     chosen = tmp_path / "deep" / "er" / "x.duckdb"
-    assert lsq("inspect", "--model", model, "--db", str(chosen))[0] == 0
+    assert run_cli("inspect", "--model", model, "--db", str(chosen))[0] == 0
     assert chosen.is_file()
     monkeypatch.setenv("LSQ_DB", str(tmp_path / "env.duckdb"))
-    assert lsq("inspect", "--model", model)[0] == 0
+    assert run_cli("inspect", "--model", model)[0] == 0
     assert (tmp_path / "env.duckdb").is_file()
     for path in (chosen, tmp_path / "env.duckdb"):
         assert Store(path).models()["source"].tolist() == [model]

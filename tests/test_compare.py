@@ -12,21 +12,24 @@ import pandas as pd
 import pytest
 from scipy.linalg import cho_factor, cho_solve
 
-from lsq_core import compare, disk
-from lsq_core.config import LADDER
+from lsq_core import disk
+from lsq_core.bits import LADDER
 from lsq_core.errors import InputError
+from lsq_core.evaluation.prediction import MIN_PLANS, MeasuredPoints, fit
 from lsq_core.jsontext import json_text
-from lsq_core.load import inspect_model
-from lsq_core.model import ModelSource
-from lsq_core.plan import PlanRequest, Problem, make_plan
-from lsq_core.predict import NEEDED, Points, fit
-from lsq_core.store import Store
-from tests.test_app import _array, chart, first_line, go, open_page
+from lsq_core.model.loading import inspect_model
+from lsq_core.model.source import ModelSource
+from lsq_core.planning.make import make_plan
+from lsq_core.planning.problem import Problem
+from lsq_core.planning.request import PlanRequest
+from lsq_core.results import compare
+from lsq_core.store.store import Store
+from tests.test_app import _array, chart, first_line, go_to_page, open_page
 
 CORPUS, PROTOCOL = "stdlib", "strided-512/256"
 
 
-def fill(
+def insert_synthetic_runs(
     store: Store, count: int, methods: tuple[str, ...] = ("uniform", "mxq"), first: int = 0
 ) -> pd.DataFrame:
     """Made-up runs of the demo model, ``first`` to ``count``; their bits, perplexity and id."""
@@ -69,7 +72,7 @@ def store() -> Store:
 
 @pytest.fixture
 def runs(store) -> pd.DataFrame:
-    return fill(store, 24)
+    return insert_synthetic_runs(store, 24)
 
 
 def values(app, column: str) -> list[float]:
@@ -79,10 +82,10 @@ def values(app, column: str) -> list[float]:
 
 
 def table(app) -> pd.DataFrame:
-    return next(d.value for d in app.dataframe if "best for its size" in d.value)
+    return next(d.value for d in app.dataframe if "Pareto-optimal" in d.value)
 
 
-def told(app) -> str:
+def page_text(app) -> str:
     return " ".join([*(c.value for c in app.caption), *(m.value for m in app.markdown)])
 
 
@@ -90,7 +93,7 @@ def told(app) -> str:
 
 
 @pytest.mark.parametrize(("quality", "scale"), [("perplexity", 1), ("kl", 1), ("top1", 100)])
-def test_runs_are_judged_by_what_was_measured(store, runs, quality, scale):
+def test_compare_chart_by_quality_matches_store(store, runs, quality, scale):
     app = open_page("Compare")
     app.segmented_control(key="quality").set_value(quality).run()
     assert not app.exception
@@ -100,15 +103,15 @@ def test_runs_are_judged_by_what_was_measured(store, runs, quality, scale):
     assert ("higher is better" in title) == (quality == "top1")
 
 
-def test_a_figure_that_was_not_measured_is_not_offered(store, runs):
+def test_compare_unmeasured_quality_not_offered(store, runs):
     with store.connect() as connection:
         connection.execute("UPDATE evaluations SET kl = NULL, top1 = NULL")
     app = open_page("Compare")
     assert "quality" not in {c.key for c in app.segmented_control}
-    assert "Click a point" in told(app)
+    assert "Click a point" in page_text(app)
 
 
-def test_the_best_run_is_open_and_another_can_be_opened(store, runs):
+def test_compare_best_run_open_by_default(store, runs):
     app = open_page("Compare")
     best = runs.loc[runs["perplexity"].idxmin()]
     assert app.selectbox(key="opened").value == best["id"]
@@ -118,13 +121,13 @@ def test_the_best_run_is_open_and_another_can_be_opened(store, runs):
     assert card["perplexity"] == f"{row['perplexity']:.4f}"
     assert card["KL divergence, nats"] == f"{row['kl']:.4f}"
     assert "--base 3.13" in app.code[0].value
-    assert app.code[0].value.startswith("python -m lsq_core run --model demo")
+    assert app.code[0].value.startswith("lsq run --model demo")
 
 
 # --- what bits buy, wins, two runs -----------------------------------------------------------
 
 
-def test_gain_is_relative_to_the_uniform_base(store, runs):
+def test_bits_view_gain_relative_to_uniform_base(store, runs):
     app = open_page("Compare", view="bits")
     app.toggle(key="raised").set_value(False).run()
     (stop,) = [b.value for b in app.selectbox if b.label == "Uniform base"]
@@ -139,15 +142,15 @@ def test_gain_is_relative_to_the_uniform_base(store, runs):
     assert values(app, "x") == pytest.approx(sorted(100 * (near["bits"] / base["bits"] - 1)))
 
 
-def test_without_a_uniform_run_there_is_nothing_to_hold_against(store):
-    fill(store, 3, ("mxq",))
+def test_bits_view_without_uniform_run_shows_info(store):
+    insert_synthetic_runs(store, 3, ("mxq",))
     app = open_page("Compare", view="bits")
     assert "no uniform" in app.info[0].value
     assert not app.get("plotly_chart")
 
 
-def test_wins_are_those_of_the_stored_runs(store):
-    fill(store, 60, ("uniform", "sensiboost", "mxq", "uniform", "mxq"))
+def test_wins_view_matches_figure_6(store):
+    insert_synthetic_runs(store, 60, ("uniform", "sensiboost", "mxq", "uniform", "mxq"))
     app = open_page("Compare", view="wins")
     runs = Store().results()
     found = compare.figure_6(runs)
@@ -160,7 +163,7 @@ def test_wins_are_those_of_the_stored_runs(store):
             assert by_name[outcome] == pytest.approx(shares.tolist())
 
 
-def test_two_plans_are_side_by_side_with_what_differs(store, runs):
+def test_two_runs_view_shows_plans_and_differences(store, runs):
     app = open_page("Compare", view="two")
     app.selectbox(key="run_a").set_value(runs["id"][0]).run()
     app.selectbox(key="run_b").set_value(runs["id"][3]).run()
@@ -178,9 +181,9 @@ def test_two_plans_are_side_by_side_with_what_differs(store, runs):
     assert dict(zip(settings["setting"], settings["against"], strict=True))["base"] == "3.13"
 
 
-def test_a_ring_is_shares_of_bytes():
+def test_shares_of_bytes():
     modules = pd.DataFrame({"module": ["a", "b"], "config": ["b2g128", "b4g64"]})
-    shares = compare.shares_of_bytes(modules, {"a": 300, "b": 100})
+    shares = compare.byte_shares(modules, {"a": 300, "b": 100})
     two, four = (c.nominal_bits for c in LADDER if c.name in ("b2g128", "b4g64"))
     assert shares.to_dict() == pytest.approx(
         {"b2g128": 3 * two / (3 * two + four), "b4g64": four / (3 * two + four)}
@@ -190,35 +193,35 @@ def test_a_ring_is_shares_of_bytes():
 # --- predictions ----------------------------------------------------------------------------
 
 
-def _points(count: int = 12) -> Points:
+def _points(count: int = 12) -> MeasuredPoints:
     rng = np.random.default_rng(1)
     x = rng.normal(size=(count, 2)).cumsum(axis=0)
     x[1] = x[0]  # the same plan run twice
     cost = np.exp(x.sum(axis=1) / 2 - 2 + 0.1 * rng.normal(size=count))
     full = np.full(count, 10.0)
     ids = tuple(map(str, range(count)))
-    return Points(x, full * np.exp(cost), full, np.zeros(count, bool), evaluations=ids)
+    return MeasuredPoints(x, full * np.exp(cost), full, np.zeros(count, bool), evaluations=ids)
 
 
-def test_a_run_is_predicted_as_if_it_had_not_been_seen():
+def test_leave_one_out_matches_refit():
     """Against the process made anew without the run, by the same length and noise."""
     predictor = fit(_points())
     mean, deviation = predictor.process.left_out()
     own = predictor.process
     for i in range(len(mean)):
         kept = ~(own.x == own.x[i]).all(axis=1)
-        again = type(own)(own.x[kept], own.y[kept], own.length, own.noise)
-        expected, spread = again.at(own.x[[i]])
+        refit = type(own)(own.x[kept], own.y[kept], own.length, own.noise)
+        expected, spread = refit.at(own.x[[i]])
         assert mean[i] == pytest.approx(expected[0], rel=1e-6)
-        ratio = np.sqrt(own.variance / again.variance)
+        ratio = np.sqrt(own.variance / refit.variance)
         assert deviation[i] == pytest.approx(spread[0] * ratio, rel=1e-6)
-    which, said = predictor.leave_one_out()
-    assert which.tolist() == list(range(len(mean)))
-    assert (said.low < said.perplexity).all()
-    assert (said.perplexity < said.high).all()
+    indices, predicted = predictor.leave_one_out()
+    assert indices.tolist() == list(range(len(mean)))
+    assert (predicted.low < predicted.perplexity).all()
+    assert (predicted.perplexity < predicted.high).all()
 
 
-def test_the_kernel_is_that_of_the_process():
+def test_projected_kernel_inverse_orthogonal_to_constant():
     """The inverse that is used has no part along the constant."""
     own = fit(_points()).process
     inverse = cho_solve(cho_factor(own._kernel(own.x) + own.noise * np.eye(len(own.x))), np.eye(12))
@@ -226,8 +229,8 @@ def test_the_kernel_is_that_of_the_process():
     assert np.abs(projected.sum(axis=0)).max() < 1e-6 * np.abs(inverse).max()
 
 
-def test_too_few_runs_are_told(store):
-    fill(store, NEEDED - 1)
+def test_predicted_view_too_few_runs_shows_info(store):
+    insert_synthetic_runs(store, MIN_PLANS - 1)
     app = open_page("Compare", view="predicted")
     assert "profile" in app.info[0].value
     assert not app.get("plotly_chart")
@@ -236,7 +239,7 @@ def test_too_few_runs_are_told(store):
 # --- the table ------------------------------------------------------------------------------
 
 
-def test_the_table_is_filtered(store, runs):
+def test_compare_table_filters(store, runs):
     app = open_page("Compare")
     assert sorted(table(app)["perplexity"]) == pytest.approx(sorted(runs["perplexity"]))
     app.multiselect(key="table_method").set_value(["mxq"]).run()
@@ -249,7 +252,7 @@ def test_the_table_is_filtered(store, runs):
     assert not app.exception
 
 
-def test_stars_and_notes_are_kept(store, runs):
+def test_compare_star_and_note_stored(store, runs):
     app = open_page("Compare")
     opened = app.selectbox(key="opened").value
     app.button(key="star").click().run()
@@ -264,7 +267,7 @@ def test_stars_and_notes_are_kept(store, runs):
     assert store.query("SELECT count(*) n FROM runs WHERE starred")["n"][0] == 0
 
 
-def test_deleted_runs_vanish_and_come_back(store, runs):
+def test_compare_delete_and_undo(store, runs):
     app = open_page("Compare")
     opened = app.selectbox(key="opened").value
     app.button(key="delete").click().run()
@@ -272,9 +275,9 @@ def test_deleted_runs_vanish_and_come_back(store, runs):
     assert opened not in table(app)["run id"].tolist()
     assert opened not in app.selectbox(key="opened").options
     assert len(values(app, "y")) == len(runs) - 1
-    assert opened not in store.run_configs(store.model(_demo()).fingerprint)
+    assert opened not in store.run_configs(store.model(_demo_fingerprint()).fingerprint)
     app.button(key="delete").click().run()
-    assert "and 1 before" in told(app)
+    assert "and 1 before" in page_text(app)
     app = open_page("Compare")  # another session finds what can be undone
     app.button(key="undo").click().run()
     app.button(key="undo").click().run()
@@ -282,20 +285,20 @@ def test_deleted_runs_vanish_and_come_back(store, runs):
     assert "undo" not in {b.key for b in app.button}
 
 
-def _demo() -> str:
+def _demo_fingerprint() -> str:
     return inspect_model(ModelSource("demo")).fingerprint
 
 
-def test_when_all_is_deleted_it_can_still_be_undone(store):
-    runs = fill(store, 2)
+def test_compare_undo_after_deleting_all_runs(store):
+    runs = insert_synthetic_runs(store, 2)
     store.delete_runs(list(runs["id"]))
     app = open_page("Compare")
-    assert "nothing to compare" in first_line(app)
+    assert "No runs to compare" in first_line(app)
     app.button(key="undo").click().run()
     assert first_line(app).startswith("Best within")
 
 
-def test_published_runs_cannot_be_deleted(store, runs):
+def test_delete_runs_published_raises(store, runs):
     with store.connect() as connection:
         connection.execute("UPDATE runs SET origin = 'published' WHERE id = ?", [runs["id"][0]])
     with pytest.raises(InputError, match="can't be deleted"):
@@ -313,23 +316,23 @@ def test_compare_opens_in_time_with_5000_runs(store):
 
     The first page of a process imports what all need, so it is opened before the time is taken.
     """
-    fill(store, 5000, ("uniform", "sensiboost", "kurtboost", "mxq"))
+    insert_synthetic_runs(store, 5000, ("uniform", "sensiboost", "kurtboost", "mxq"))
     app = open_page("Model")
-    begin = time.perf_counter()
-    go(app, "Compare")
-    first = time.perf_counter() - begin
+    started = time.perf_counter()
+    go_to_page(app, "Compare")
+    first = time.perf_counter() - started
     assert len(values(app, "y")) == 5000
     assert len(table(app)) == 5000
-    begin = time.perf_counter()
+    started = time.perf_counter()
     app.run()
-    assert time.perf_counter() - begin < 3, "drawn again"
+    assert time.perf_counter() - started < 3, "drawn again"
     assert first < 6
 
 
-def test_jobs_do_not_live_in_the_database(store):
+def test_delete_runs_keeps_job_folders(store):
     """Deleting a run touches no job's folder."""
     folder = disk.jobs_folder(store)
-    fill(store, 1)
+    insert_synthetic_runs(store, 1)
     (folder / "kept").mkdir(parents=True)
     store.delete_runs(["000000000000"])
     assert (folder / "kept").is_dir()

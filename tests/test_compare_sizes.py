@@ -8,9 +8,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lsq_core import compare
-from lsq_core.compare import FEWEST, WinTieLoss, perplexity_at, win_tie_loss_at_equal_bytes
-from lsq_core.ui.compare_views import too_few
+from lsq_core.results import compare
+from lsq_core.results.compare import (
+    MIN_COMPARISONS,
+    WinTieLoss,
+    interpolate_perplexity,
+    win_tie_loss_at_equal_bytes,
+)
+from lsq_core.ui.compare.views import describe_too_few
 
 FRONT = np.array([[2.25, 40.0], [3.13, 12.0], [3.25, 10.0], [3.51, 9.0], [3.4, 20.0]])
 
@@ -33,11 +38,11 @@ def runs(*rows: tuple[str, float, float]) -> pd.DataFrame:
         (4.0, math.nan),
     ],
 )
-def test_what_a_method_reaches_at_a_size(size, perplexity):
-    assert perplexity_at(FRONT, size) == pytest.approx(perplexity, nan_ok=True)
+def test_perplexity_at_size(size, perplexity):
+    assert interpolate_perplexity(FRONT, size) == pytest.approx(perplexity, nan_ok=True)
 
 
-def test_unlike_sizes_do_not_meet():
+def test_win_tie_loss_ignores_distant_sizes():
     """A plan of 3.129 bits once met one of 2.510, as the nearest was 0.0006 bits larger."""
     uniform = [("uniform", 2.5078, 30.0), ("uniform", 3.1296, 9.0)]
     found = runs(("sensiboost", 3.129, 10.0), *uniform)
@@ -46,13 +51,13 @@ def test_unlike_sizes_do_not_meet():
     assert win_tie_loss_at_equal_bytes(found, "sensiboost", "uniform").total == 0
 
 
-def test_few_comparisons_are_counted_and_called_too_few():
+def test_figure_6_marks_too_few_comparisons():
     uniform = [("uniform", 3.13, 12.0), ("uniform", 3.25, 11.0)]
-    mine = [("sensiboost", 3.13 + 0.02 * k, 8.0) for k in range(FEWEST - 1)]
-    found = compare.figure_6(runs(*mine, *uniform))
-    assert found["total"].tolist() == [FEWEST - 1]
+    boosted_runs = [("sensiboost", 3.13 + 0.02 * k, 8.0) for k in range(MIN_COMPARISONS - 1)]
+    found = compare.figure_6(runs(*boosted_runs, *uniform))
+    assert found["total"].tolist() == [MIN_COMPARISONS - 1]
     assert not found["enough"].any()
-    assert f"n = {FEWEST - 1}" in too_few(found)
-    found = compare.figure_6(runs(*mine, ("sensiboost", 3.24, 8.0), *uniform))
+    assert f"n = {MIN_COMPARISONS - 1}" in describe_too_few(found)
+    found = compare.figure_6(runs(*boosted_runs, ("sensiboost", 3.24, 8.0), *uniform))
     assert found["enough"].all()
-    assert too_few(found) == ""
+    assert describe_too_few(found) == ""

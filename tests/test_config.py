@@ -6,21 +6,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lsq_core.config import (
+from lsq_core.bits import (
     LADDER,
     Budget,
     QuantConfig,
-    divides,
     fp16_metadata_bytes,
+    is_divisible,
     nominal_bytes,
     stop_index,
     weight_only_bytes,
 )
 from lsq_core.errors import InputError
-from lsq_core.quantize import planned_bytes
+from lsq_core.quantization.registry import planned_bytes
 
 
-def test_ladder_has_the_papers_twelve_stops():
+def test_ladder_has_twelve_stops():
     names = ["2.13", "2.25", "2.51", "3.13", "3.25", "3.51"]
     names += ["4.13", "4.25", "4.51", "8.13", "8.25", "8.51"]
     assert [c.stop_name for c in LADDER] == names
@@ -28,29 +28,29 @@ def test_ladder_has_the_papers_twelve_stops():
     assert [stop_index(c.name) for c in LADDER] == list(range(12))
 
 
-def test_nominal_bits_are_the_formula():
+def test_nominal_bits_formula():
     assert QuantConfig(3, 128).nominal_bits == 3 + 2 * 8 / 128 + 32 / (128 * 128)
     assert QuantConfig(4, 64).nominal_bits == 4 + 2 * 8 / 64 + 32 / (64 * 128)
 
 
-def test_a_published_matrix_size():
+def test_nominal_bytes_matches_published_size():
     """The authors give 6.25390625 MiB for a 4096×4096 matrix at 3.13 bits."""
     assert nominal_bytes(4096 * 4096, QuantConfig(3, 128)) == 6.25390625 * 2**20
 
 
 @pytest.mark.parametrize("config", LADDER, ids=lambda c: c.name)
-def test_names_are_read_back(config):
+def test_config_name_round_trip(config):
     assert QuantConfig.parse(config.name) == config
 
 
 @pytest.mark.parametrize("text", ["b5g64", "b4g16", "4g64", "b4", "", "b4g64x", "4.25"])
-def test_other_names_are_refused(text):
+def test_parse_config_invalid_name_raises(text):
     with pytest.raises(InputError, match="not a configuration"):
         QuantConfig.parse(text)
 
 
 @given(st.integers(1, 64), st.integers(1, 64), st.sampled_from(LADDER))
-def test_planned_bytes_are_nominal_but_for_the_second_pair(rows, columns, config):
+def test_planned_bytes_exceed_nominal_by_zero_ranges(rows, columns, config):
     """Ours counts a range for scale *and* one for zero, and starts a new one for the remainder.
 
     Two bytes are the power of two that the scales of a matrix have in common.
@@ -64,31 +64,31 @@ def test_planned_bytes_are_nominal_but_for_the_second_pair(rows, columns, config
 
 
 def test_divides():
-    assert divides(172 * 64, 128)
-    assert not divides(172 * 172, 32)
+    assert is_divisible(172 * 64, 128)
+    assert not is_divisible(172 * 172, 32)
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [("3.2bpp", 400), ("9MiB", 9 * 2**20), ("1.5GiB", 1.5 * 2**30), (" 800KiB", 800 * 1024)],
 )
-def test_budgets(text, expected):
+def test_budget_parse_units(text, expected):
     assert Budget.parse(text, 1000).nominal_bytes == expected
 
 
 @pytest.mark.parametrize("text", ["3.2", "bpp", "-1MiB", "0bpp", "9MB", "nanbpp", "1e3MiB", ""])
-def test_bad_budgets(text):
+def test_budget_parse_invalid_raises(text):
     with pytest.raises(InputError, match="not a budget"):
         Budget.parse(text, 1000)
 
 
-def test_unknown_stop_lists_the_ladder():
+def test_stop_index_unknown_lists_ladder():
     with pytest.raises(InputError, match=r"2\.13, .*8\.51"):
         stop_index("3.14")
 
 
 @pytest.mark.parametrize("stop", LADDER, ids=lambda c: c.stop_name)
-def test_the_name_of_a_stop_as_a_budget_is_that_stop(stop):
+def test_budget_parse_stop_name_is_exact_size(stop):
     """Its exact size, by every name it has and by what is shown of it; a number is a number."""
     four = round(stop.nominal_bits, 4)
     for text in (stop.stop_name, f"{stop.stop_name}bpp", stop.name, f" {stop.name} ", f"{four}bpp"):

@@ -18,18 +18,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lsq_core import corpus as corpora
-from lsq_core.corpus import (
-    BUILT_IN,
-    Corpus,
-    calibration_blocks,
-    corpus_identity,
-    docstrings_under,
-    is_held_out,
-    load_corpus,
-    stdlib_docstrings,
-    token_stream,
-)
+from lsq_core.corpus import registry as corpora
+from lsq_core.corpus.docstrings import is_held_out, iter_docstrings, stdlib_docstrings
+from lsq_core.corpus.registry import BUILT_IN_CORPORA, Corpus, corpus_identity, load_corpus
+from lsq_core.corpus.tokens import build_calibration_blocks, build_token_stream
 from lsq_core.errors import InputError, LsqError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,7 +36,7 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(ROOT / "data" / "demo_model")
 
 
-def corpus_of(*texts: str) -> Corpus:
+def make_corpus(*texts: str) -> Corpus:
     return Corpus("mine", "calibration", texts, "made up")
 
 
@@ -55,7 +47,7 @@ def encode(tokenizer, text: str) -> list[int]:
 # --- Docstrings ----------------------------------------------------------------------------
 
 
-def test_the_standard_library_is_divided_by_hash():
+def test_stdlib_docstrings_split_by_hash():
     held_out, kept = stdlib_docstrings(True), stdlib_docstrings(False)
     for text in held_out:
         assert hashlib.sha256(text.encode()).digest()[0] < 32
@@ -69,16 +61,16 @@ def test_the_standard_library_is_divided_by_hash():
 @pytest.mark.skipif(
     platform.python_version() != "3.11.7", reason="the figures are those of Python 3.11.7"
 )
-def test_the_held_out_docstrings_are_those_the_demo_model_never_saw(tokenizer):
+def test_stdlib_held_out_tokens_match_demo_training(tokenizer):
     texts = stdlib_docstrings(True)
     assert len(texts) == 319
     assert sum(len(text.encode()) for text in texts) == 163_491
-    stream = token_stream(load_corpus("stdlib", "evaluation"), tokenizer)
+    stream = build_token_stream(load_corpus("stdlib", "evaluation"), tokenizer)
     assert stream.ids.shape == (51_770,)
     assert stream.sha256.startswith("c2ec56598232")
 
 
-def test_stdlib_corpus_names_its_source():
+def test_load_corpus_stdlib_source():
     corpus = load_corpus("stdlib", "evaluation")
     assert corpus.texts == tuple(stdlib_docstrings(True))
     assert corpus.source == (
@@ -91,7 +83,7 @@ def docstring(text: str) -> str:
     return f'"""{text}"""\n'
 
 
-def test_docstrings_come_by_file_then_by_line(tmp_path):
+def test_docstrings_under_order(tmp_path):
     (tmp_path / "b.py").write_text(docstring(LONG + "b module"))
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "z.py").write_text(
@@ -105,20 +97,20 @@ def test_docstrings_come_by_file_then_by_line(tmp_path):
         + "finally:\n    pass\n"
         + f"def last():\n    {docstring(LONG + 'last')}"
     )
-    ends = [text.removeprefix(LONG) for text in docstrings_under(tmp_path)]
+    ends = [text.removeprefix(LONG) for text in iter_docstrings(tmp_path)]
     assert ends == ["module", "class", "method", "nested", "last", "b module"]
 
 
-def test_docstrings_are_cleaned_before_they_are_measured(tmp_path):
+def test_docstrings_under_cleans_before_length_check(tmp_path):
     (tmp_path / "just_enough.py").write_text(docstring("x" * 201))
     (tmp_path / "too_short.py").write_text(docstring("x" * 200))
     (tmp_path / "indented.py").write_text(
         f"def f():\n    {docstring('First.' + chr(10) + '    second ' + LONG)}"
     )
-    assert list(docstrings_under(tmp_path)) == ["First.\nsecond " + LONG, "x" * 201]
+    assert list(iter_docstrings(tmp_path)) == ["First.\nsecond " + LONG, "x" * 201]
 
 
-def test_tests_installed_packages_and_broken_files_give_no_docstrings(tmp_path):
+def test_docstrings_under_skips_tests_packages_broken_files(tmp_path):
     for name in ("test", "tests", "site-packages", "dist-packages"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "module.py").write_text(docstring(LONG + name))
@@ -130,14 +122,14 @@ def test_tests_installed_packages_and_broken_files_give_no_docstrings(tmp_path):
     (tmp_path / "latin.py").write_bytes(
         b'# -*- coding: latin-1 -*-\n"""' + LONG.encode() + b'\xe9"""\n'
     )
-    assert list(docstrings_under(tmp_path)) == [LONG + "é"]
-    everything = list(docstrings_under(tmp_path, skip=()))
+    assert list(iter_docstrings(tmp_path)) == [LONG + "é"]
+    everything = list(iter_docstrings(tmp_path, skip=()))
     assert {LONG + name for name in ("test", "tests", "site-packages", "test file")} < set(
         everything
     )
 
 
-def test_one_text_in_eight_is_held_out():
+def test_is_held_out_fraction():
     assert sum(is_held_out(f"text {i}") for i in range(8000)) == pytest.approx(1000, rel=0.1)
     assert is_held_out("same") == is_held_out("same")
 
@@ -145,7 +137,7 @@ def test_one_text_in_eight_is_held_out():
 # --- Local files ---------------------------------------------------------------------------
 
 
-def test_a_file_is_read_whole_to_evaluate_and_by_line_to_calibrate(tmp_path):
+def test_load_corpus_file_whole_or_by_line(tmp_path):
     path = tmp_path / "mine.txt"
     path.write_bytes("\ufeffone\r\n\r\n  two é\r\n".encode())
     evaluation = load_corpus(str(path), "evaluation")
@@ -157,7 +149,7 @@ def test_a_file_is_read_whole_to_evaluate_and_by_line_to_calibrate(tmp_path):
     assert load_corpus(str(path), "calibration").texts == ("one", "  two é")
 
 
-def test_an_identity_changes_with_the_text(tmp_path):
+def test_corpus_identity_changes_with_content(tmp_path):
     path = tmp_path / "mine.txt"
     path.write_text("one")
     first = corpus_identity(str(path))
@@ -167,7 +159,7 @@ def test_an_identity_changes_with_the_text(tmp_path):
     assert corpus_identity("wikitext2") == "wikitext2@main"
 
 
-def test_a_built_in_name_wins_over_a_file(tmp_path, monkeypatch):
+def test_load_corpus_built_in_name_precedes_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("stdlib").write_text("a file")
     assert len(load_corpus("stdlib", "evaluation").texts) > 100
@@ -183,41 +175,41 @@ def test_a_built_in_name_wins_over_a_file(tmp_path, monkeypatch):
         (b"a\0b", "binary"),
     ],
 )
-def test_a_file_without_text_is_refused(tmp_path, content, told):
+def test_load_corpus_file_without_text_raises(tmp_path, content, message):
     path = tmp_path / "mine.txt"
     path.write_bytes(content)
-    with pytest.raises(InputError, match=told) as error:
+    with pytest.raises(InputError, match=message) as error:
         load_corpus(str(path), "evaluation")
     assert str(path) in str(error.value)
 
 
-def test_a_folder_is_refused(tmp_path):
+def test_load_corpus_folder_raises(tmp_path):
     with pytest.raises(InputError, match="is a folder"):
         load_corpus(str(tmp_path), "calibration")
 
 
 @pytest.mark.parametrize("name", ["wikitex2", "", "no/such/file.txt", "x" * 5000, "a\0b"])
-def test_an_unknown_name_lists_the_known_ones(name):
-    for ask in (corpus_identity, lambda name: load_corpus(name, "evaluation")):
+def test_corpus_unknown_name_lists_built_in(name):
+    for lookup in (corpus_identity, lambda name: load_corpus(name, "evaluation")):
         with pytest.raises(InputError) as error:
-            ask(name)
-        assert all(known in str(error.value) for known in BUILT_IN)
+            lookup(name)
+        assert all(known in str(error.value) for known in BUILT_IN_CORPORA)
 
 
 @pytest.mark.parametrize("name", ["hf:", "hf:one", "hf:a/b/c", "hf:a/b:", "hf:a/b@", "hf:a/b#"])
-def test_a_broken_dataset_name_shows_the_form(name):
+def test_load_corpus_malformed_dataset_name_raises(name):
     with pytest.raises(InputError, match=r"hf:org/name\[:config\]"):
         load_corpus(name, "evaluation")
 
 
-def test_a_part_and_a_count_that_cannot_be(tmp_path):
+def test_load_corpus_invalid_part_or_count_raises(tmp_path):
     with pytest.raises(InputError, match="calibration or evaluation"):
         load_corpus("stdlib", "test")
     with pytest.raises(InputError, match="1 or more"):
         load_corpus("stdlib", "evaluation", max_texts=0)
 
 
-def test_max_texts_counts_those_with_text(tmp_path):
+def test_load_corpus_max_texts(tmp_path):
     first = load_corpus("stdlib", "evaluation", max_texts=3)
     assert first.texts == tuple(stdlib_docstrings(True)[:3])
 
@@ -231,15 +223,15 @@ SHA = "0123456789abcdef0123456789abcdef01234567"
 def hub(monkeypatch):
     """Stands in for what crosses the network; the datasets themselves are real ones.
 
-    ``hub.splits`` are the rows of each split, ``hub.asked`` what was asked for.
+    ``hub.splits`` are the rows of each split, ``hub.requests`` what was asked for.
     """
     import datasets
     import huggingface_hub
 
-    state = SimpleNamespace(splits={}, asked=[])
+    state = SimpleNamespace(splits={}, requests=[])
 
     def load_dataset(path, config=None, *, split, revision=None, data_files=None):
-        state.asked.append((path, config, revision, split))
+        state.requests.append((path, config, revision, split))
         return datasets.Dataset.from_dict(state.splits[split])
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
@@ -252,17 +244,17 @@ def hub(monkeypatch):
     return state
 
 
-def test_wikitext_calibrates_on_validation_and_evaluates_on_test(hub):
+def test_load_corpus_wikitext_splits(hub):
     hub.splits = {"validation": {"text": ["", "v"]}, "test": {"text": ["", " = T = \n", "t"]}}
     assert load_corpus("wikitext2", "calibration").texts == ("", "v")
     corpus = load_corpus("wikitext2", "evaluation")
     assert corpus.texts == ("", " = T = \n", "t")
     assert corpus.source == "Salesforce/wikitext@0123456789ab wikitext-2-raw-v1 test"
     url = "hf://datasets/Salesforce/wikitext"
-    assert hub.asked[-1] == (url, "wikitext-2-raw-v1", SHA, "test")
+    assert hub.requests[-1] == (url, "wikitext-2-raw-v1", SHA, "test")
 
 
-def test_c4_evaluates_on_the_first_1100_texts_and_calibrates_on_the_others(hub):
+def test_load_corpus_c4_split_at_1100_texts(hub):
     texts = [f"text {i}" for i in range(1500)]
     hub.splits = {"validation": {"text": texts}}
     assert load_corpus("c4", "evaluation").texts == tuple(texts[:1100])
@@ -273,7 +265,7 @@ def test_c4_evaluates_on_the_first_1100_texts_and_calibrates_on_the_others(hub):
 
 
 @pytest.mark.parametrize(("name", "split"), [("pileval", "validation"), ("bos", "train")])
-def test_a_single_split_is_divided_by_hash_and_keeps_its_rows(hub, name, split):
+def test_load_corpus_single_split_divided_by_hash(hub, name, split):
     texts = [f"text {i}" for i in range(200)]
     hub.splits = {split: {"meta": ["m"] * 200, "text": texts}}
     evaluation = load_corpus(name, "evaluation").texts
@@ -292,22 +284,20 @@ def test_a_single_split_is_divided_by_hash_and_keeps_its_rows(hub, name, split):
         (["train", "validation"], "train", "validation"),
     ],
 )
-def test_any_dataset_is_calibrated_and_evaluated_on_different_splits(
-    hub, splits, calibration, evaluation
-):
+def test_load_corpus_hub_dataset_split_choice(hub, splits, calibration, evaluation):
     hub.splits = {split: {"text": [split]} for split in splits}
     assert load_corpus("hf:org/name", "calibration").texts == (calibration,)
     assert load_corpus("hf:org/name", "evaluation").texts == (evaluation,)
 
 
-def test_configuration_revision_and_split_are_passed_on(hub):
+def test_load_corpus_passes_config_revision_and_split(hub):
     hub.splits = {"dev": {"content": [f"text {i}" for i in range(50)]}}
     corpus = load_corpus("hf:org/na.me:con-fig@v1#dev", "evaluation")
-    assert hub.asked == [("hf://datasets/org/na.me", "con-fig", SHA, "dev")]
+    assert hub.requests == [("hf://datasets/org/na.me", "con-fig", SHA, "dev")]
     assert corpus.source == "org/na.me@0123456789ab con-fig dev (evaluation part)"
 
 
-def test_the_text_column_is_found_or_the_columns_are_named(hub):
+def test_load_corpus_text_column_found_or_columns_named(hub):
     hub.splits = {"train": {"id": [1]}, "test": {"id": [1, 2], "line": ["a", None]}}
     assert load_corpus("hf:org/name", "evaluation").texts == ("a", "")
     hub.splits = {"test": {"question": ["q"], "answer": ["a"]}}
@@ -327,14 +317,14 @@ def test_the_text_column_is_found_or_the_columns_are_named(hub):
         (OSError(errno.ENOSPC, "No space left on device", "/cache"), "disk is full"),
     ],
 )
-def test_what_goes_wrong_while_reading_is_one_sentence(hub, monkeypatch, cause, told):
+def test_load_corpus_read_error_translated(hub, monkeypatch, cause, message):
     import datasets
 
     def load_dataset(*_, **__):
         raise cause
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(LsqError, match=told) as error:
+    with pytest.raises(LsqError, match=message) as error:
         load_corpus("pileval", "calibration")
     assert "\n" not in str(error.value)
     assert error.value.__cause__ is cause
@@ -342,7 +332,7 @@ def test_what_goes_wrong_while_reading_is_one_sentence(hub, monkeypatch, cause, 
 
 @pytest.mark.parametrize("kind", [TypeError, AttributeError, KeyError, ZeroDivisionError])
 @pytest.mark.parametrize("step", ["load_dataset", "_text_column", "_choose_splits"])
-def test_a_defect_while_reading_is_not_blamed_on_the_network(hub, monkeypatch, kind, step):
+def test_load_corpus_programming_error_propagates(hub, monkeypatch, kind, step):
     """It keeps its type and traceback, wherever in reading it is."""
     import datasets
 
@@ -355,12 +345,12 @@ def test_a_defect_while_reading_is_not_blamed_on_the_network(hub, monkeypatch, k
         load_corpus("hf:org/name", "evaluation")
 
 
-def test_lines_too_long_to_calibrate_on_are_named(tokenizer, tmp_path):
+def test_calibration_blocks_long_lines_raises(tokenizer, tmp_path):
     """One long line is text enough, but no line of it can be used."""
     path = tmp_path / "long.txt"
     path.write_text("Return the item of the list. " * 400, "utf8")
     with pytest.raises(InputError, match=r"1 of its lines .* 512 tokens") as error:
-        calibration_blocks(load_corpus(str(path), "calibration"), tokenizer, block_tokens=64)
+        build_calibration_blocks(load_corpus(str(path), "calibration"), tokenizer, block_tokens=64)
     assert "longer text" not in str(error.value)
 
 
@@ -395,15 +385,15 @@ def hub_server(monkeypatch):
     ("name", "told"),
     [("hf:org/gone", "does not exist"), ("hf:org/name@v9", "'v9'")],
 )
-def test_what_the_hub_has_not_is_an_input_error(hub_server, name, told):
-    with pytest.raises(InputError, match=told) as error:
+def test_load_corpus_missing_dataset_or_revision_raises(hub_server, name, message):
+    with pytest.raises(InputError, match=message) as error:
         load_corpus(name, "evaluation")
     assert "stdlib" in str(error.value)
     assert error.value.__cause__ is not None
 
 
 SCRIPT = """
-from lsq_core.corpus import load_corpus
+from lsq_core.corpus.registry import load_corpus
 from lsq_core.errors import LsqError
 for name in ("wikitext2", "c4", "hf:org/name"):
     try:
@@ -420,7 +410,9 @@ for name in ("wikitext2", "c4", "hf:org/name"):
         ("HF_ENDPOINT", "http://127.0.0.1:1", "HF_HUB_OFFLINE=1"),
     ],
 )
-def test_without_a_network_the_dataset_and_the_way_out_are_named(tmp_path, variable, value, told):
+def test_load_corpus_offline_error_names_dataset_and_alternative(
+    tmp_path, variable, value, message
+):
     """In a process of its own, as these variables are read when the libraries are imported."""
     home = {"HF_HOME": str(tmp_path), "HF_DATASETS_CACHE": str(tmp_path), "PYTHONPATH": str(ROOT)}
     clean = {key: text for key, text in os.environ.items() if "OFFLINE" not in key}
@@ -437,7 +429,7 @@ def test_without_a_network_the_dataset_and_the_way_out_are_named(tmp_path, varia
     for line, name in zip(lines, ("Salesforce/wikitext", "allenai/c4", "org/name"), strict=True):
         assert line.startswith("1 ")
         assert name in line
-        assert told in line
+        assert message in line
         assert "'stdlib'" in line
     assert "NoneType" not in done.stdout  # the cause is chained
 
@@ -466,28 +458,30 @@ def reference_blocks(texts, tokenizer, samples, max_line_tokens, block_tokens, s
     ("samples", "max_line_tokens", "block_tokens", "seed"),
     [(128, 512, 512, 42), (40, 100, 64, 42), (10_000, 512, 512, 7)],
 )
-def test_blocks_are_those_the_authors_draw(tokenizer, samples, max_line_tokens, block_tokens, seed):
+def test_calibration_blocks_match_reference_sampling(
+    tokenizer, samples, max_line_tokens, block_tokens, seed
+):
     corpus = load_corpus("stdlib", "calibration", max_texts=700)
     texts = [" \n" if i % 7 == 0 else f"  {text}\n" for i, text in enumerate(corpus.texts)]
-    blocks = calibration_blocks(
-        corpus_of(*texts),
+    blocks = build_calibration_blocks(
+        make_corpus(*texts),
         tokenizer,
         samples=samples,
         max_line_tokens=max_line_tokens,
         block_tokens=block_tokens,
         seed=seed,
     )
-    wanted = reference_blocks(texts, tokenizer, samples, max_line_tokens, block_tokens, seed)
+    expected = reference_blocks(texts, tokenizer, samples, max_line_tokens, block_tokens, seed)
     assert blocks.ids.dtype == np.int64
     assert len(blocks.ids) > 1
-    np.testing.assert_array_equal(blocks.ids, wanted)
+    np.testing.assert_array_equal(blocks.ids, expected)
 
 
-def test_blocks_carry_what_was_fed_to_the_model(tokenizer):
+def test_calibration_blocks_hash_and_source(tokenizer):
     corpus = load_corpus("stdlib", "calibration", max_texts=20)
-    wide = calibration_blocks(corpus, tokenizer, block_tokens=64)
-    again = calibration_blocks(corpus, tokenizer, block_tokens=64)
-    narrow = calibration_blocks(corpus, tokenizer, block_tokens=32)
+    wide = build_calibration_blocks(corpus, tokenizer, block_tokens=64)
+    again = build_calibration_blocks(corpus, tokenizer, block_tokens=64)
+    narrow = build_calibration_blocks(corpus, tokenizer, block_tokens=32)
     shape = np.array(wide.ids.shape, dtype="<i8").tobytes()
     assert wide.sha256 == again.sha256
     assert wide.sha256 == hashlib.sha256(shape + wide.ids.astype("<i8").tobytes()).hexdigest()
@@ -496,34 +490,34 @@ def test_blocks_carry_what_was_fed_to_the_model(tokenizer):
     assert 0 not in wide.ids  # no end-of-text token between the samples
 
 
-def test_a_line_of_just_the_limit_is_kept(tokenizer):
+def test_calibration_blocks_line_at_limit_kept(tokenizer):
     text = "one two three four five six seven eight"
     count = len(encode(tokenizer, text))
     sizes = {"block_tokens": count}
-    kept = calibration_blocks(corpus_of(text), tokenizer, max_line_tokens=count, **sizes)
+    kept = build_calibration_blocks(make_corpus(text), tokenizer, max_line_tokens=count, **sizes)
     assert kept.ids.tolist() == [encode(tokenizer, text)]
     with pytest.raises(InputError, match="0 calibration tokens"):
-        calibration_blocks(corpus_of(text), tokenizer, max_line_tokens=count - 1, **sizes)
+        build_calibration_blocks(make_corpus(text), tokenizer, max_line_tokens=count - 1, **sizes)
 
 
-def test_too_little_for_a_block_says_how_little(tokenizer):
+def test_calibration_blocks_short_text_raises(tokenizer):
     text = "one two three"
     count = len(encode(tokenizer, text))
     with pytest.raises(InputError, match=rf"'mine' .* {count} calibration tokens .*512"):
-        calibration_blocks(corpus_of(text), tokenizer)
+        build_calibration_blocks(make_corpus(text), tokenizer)
 
 
 @pytest.mark.parametrize("size", ["samples", "max_line_tokens", "block_tokens"])
-def test_sizes_below_one_are_refused(tokenizer, size):
+def test_calibration_blocks_size_below_1_raises(tokenizer, size):
     with pytest.raises(InputError, match="1 or more"):
-        calibration_blocks(corpus_of(LONG), tokenizer, **{size: 0})
+        build_calibration_blocks(make_corpus(LONG), tokenizer, **{size: 0})
 
 
 # --- Evaluation streams --------------------------------------------------------------------
 
 
-def test_texts_are_joined_by_a_blank_line(tokenizer):
-    stream = token_stream(corpus_of("one two", "", "three"), tokenizer)
+def test_token_stream_joins_texts_with_blank_line(tokenizer):
+    stream = build_token_stream(make_corpus("one two", "", "three"), tokenizer)
     assert stream.ids.tolist() == encode(tokenizer, "one two\n\n\n\nthree")
     assert stream.ids.dtype == np.int64
     assert not stream.truncated
@@ -536,15 +530,15 @@ def test_texts_are_joined_by_a_blank_line(tokenizer):
     max_tokens=st.integers(2, 300),
 )
 @settings(max_examples=60, deadline=None, derandomize=True)
-def test_a_truncated_stream_is_the_beginning_of_the_whole(tokenizer, unit, repeats, max_tokens):
-    corpus = corpus_of("ab " + unit * repeats)
-    whole = token_stream(corpus, tokenizer)
-    part = token_stream(corpus, tokenizer, max_tokens)
+def test_token_stream_truncated_is_prefix(tokenizer, unit, repeats, max_tokens):
+    corpus = make_corpus("ab " + unit * repeats)
+    whole = build_token_stream(corpus, tokenizer)
+    part = build_token_stream(corpus, tokenizer, max_tokens)
     np.testing.assert_array_equal(part.ids, whole.ids[:max_tokens])
     assert part.truncated == (len(whole.ids) > max_tokens)
 
 
-def test_a_long_text_is_not_tokenized_beyond_what_is_needed(tokenizer):
+def test_token_stream_tokenizes_only_needed_prefix(tokenizer):
     class Counting:
         longest = 0
 
@@ -553,35 +547,37 @@ def test_a_long_text_is_not_tokenized_beyond_what_is_needed(tokenizer):
             return tokenizer(text, **options)
 
     counting = Counting()
-    token_stream(corpus_of(LONG * 10_000), counting, max_tokens=100)
+    build_token_stream(make_corpus(LONG * 10_000), counting, max_tokens=100)
     assert counting.longest < 10_000
 
 
 @pytest.mark.parametrize("max_tokens", [0, 1, -5])
-def test_a_stream_of_one_token_predicts_nothing(tokenizer, max_tokens):
+def test_token_stream_max_tokens_below_2_raises(tokenizer, max_tokens):
     with pytest.raises(InputError, match="2 or more"):
-        token_stream(corpus_of(LONG), tokenizer, max_tokens)
+        build_token_stream(make_corpus(LONG), tokenizer, max_tokens)
 
 
-def test_a_text_of_one_token_predicts_nothing(tokenizer):
+def test_token_stream_single_token_text_raises(tokenizer):
     with pytest.raises(InputError, match="gives 1 tokens"):
-        token_stream(corpus_of("a"), tokenizer)
+        build_token_stream(make_corpus("a"), tokenizer)
 
 
-def test_long_texts_raise_no_warning(capfd):
+def test_token_stream_long_text_no_warning(capfd):
     from transformers import AutoTokenizer
 
     fresh = AutoTokenizer.from_pretrained(ROOT / "data" / "demo_model")  # it warns only once
-    assert len(token_stream(corpus_of(LONG * 100), fresh).ids) > fresh.model_max_length
+    assert len(build_token_stream(make_corpus(LONG * 100), fresh).ids) > fresh.model_max_length
     assert "longer than" not in capfd.readouterr().err
 
 
 @pytest.mark.skipif(not WIKITEXT.is_file(), reason="../shared/corpus/wikitext-2 is not here")
-def test_wikitext_from_a_local_file(tokenizer):
-    stream = token_stream(load_corpus(str(WIKITEXT), "evaluation"), tokenizer)
+def test_wikitext_local_file_token_counts(tokenizer):
+    stream = build_token_stream(load_corpus(str(WIKITEXT), "evaluation"), tokenizer)
     assert stream.ids.shape == (460_970,)
-    part = token_stream(load_corpus(str(WIKITEXT), "evaluation"), tokenizer, max_tokens=20_000)
+    part = build_token_stream(
+        load_corpus(str(WIKITEXT), "evaluation"), tokenizer, max_tokens=20_000
+    )
     np.testing.assert_array_equal(part.ids, stream.ids[:20_000])
     assert part.truncated
-    blocks = calibration_blocks(load_corpus(str(WIKITEXT), "calibration"), tokenizer)
+    blocks = build_calibration_blocks(load_corpus(str(WIKITEXT), "calibration"), tokenizer)
     assert blocks.ids.shape[1] == 512

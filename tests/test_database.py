@@ -13,29 +13,31 @@ from pathlib import Path
 import duckdb
 import pytest
 
-from lsq_core import cli, database
+from lsq_core import cli
 from lsq_core.cli import main
 from lsq_core.errors import InputError, LsqError
-from lsq_core.repair import repair
-from lsq_core.store import MIGRATIONS, Store
+from lsq_core.store import database
+from lsq_core.store.repair import repair
+from lsq_core.store.schema import MIGRATIONS
+from lsq_core.store.store import Store
 from tests.campaigns.damage_database import campaign
 from tests.conftest import ROOT
-from tests.test_compare import fill
+from tests.test_compare import insert_synthetic_runs
 
 
 @pytest.fixture(scope="module")
-def filled(tmp_path_factory) -> Path:
+def populated(tmp_path_factory) -> Path:
     """A database with runs; tests work on copies."""
     store = Store(tmp_path_factory.mktemp("filled") / "lsq.duckdb")
-    fill(store, 12)
+    insert_synthetic_runs(store, 12)
     return store.path
 
 
-def with_log(path: Path) -> Path:
+def add_wal(path: Path) -> Path:
     """A database with a log that was not written into it yet."""
     code = (
         "import os, signal, sys\n"
-        "from lsq_core.store import Store\n"
+        "from lsq_core.store.store import Store\n"
         "with Store(sys.argv[1]).connect() as connection:\n"
         "    for number in range(30):\n"
         "        values = [f'late{number}']\n"
@@ -43,28 +45,28 @@ def with_log(path: Path) -> Path:
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, check=False)
-    assert database.log_of(path).stat().st_size > 100
+    assert database.wal_path(path).stat().st_size > 100
     return path
 
 
 # --- damage ---------------------------------------------------------------------------------
 
 
-def test_a_damaged_database_is_read_or_told(filled, tmp_path):
-    found = campaign(filled, tmp_path, 20)
+def test_damaged_database_read_or_error(populated, tmp_path):
+    found = campaign(populated, tmp_path, 20)
     assert found["damaged"] > 5
     assert sum(found.values()) == 20
     assert not set(found) - {"read", "damaged", "header", "empty", "newer", "foreign"}
 
 
-def test_a_database_with_a_damaged_log_is_read_or_told(filled, tmp_path):
-    whole = with_log(Path(shutil.copy(filled, tmp_path / "logged.duckdb")))
+def test_damaged_wal_read_or_error(populated, tmp_path):
+    whole = add_wal(Path(shutil.copy(populated, tmp_path / "logged.duckdb")))
     found = campaign(whole, tmp_path, 10)
     assert found["log"]
     assert not set(found) - {"read", "damaged", "header", "empty", "log"}
 
 
-def test_damage_in_a_folder_of_any_name_is_no_lock(tmp_path):
+def test_damaged_database_not_reported_as_locked(tmp_path):
     """The error says "block", and the path says "lock"."""
     folder = tmp_path / "Could not set lock on file"
     folder.mkdir()
@@ -76,9 +78,9 @@ def test_damage_in_a_folder_of_any_name_is_no_lock(tmp_path):
 
 
 @pytest.mark.parametrize("at", [20, 215], ids=["header", "entry"])
-def test_a_damaged_log_moved_aside_opens_what_was_there(filled, tmp_path, at):
-    path = with_log(Path(shutil.copy(filled, tmp_path / "logged.duckdb")))
-    log = database.log_of(path)
+def test_store_opens_after_damaged_wal_removed(populated, tmp_path, at):
+    path = add_wal(Path(shutil.copy(populated, tmp_path / "logged.duckdb")))
+    log = database.wal_path(path)
     content = bytearray(log.read_bytes())
     content[at] ^= 1
     log.write_bytes(content)
@@ -91,7 +93,7 @@ def test_a_damaged_log_moved_aside_opens_what_was_there(filled, tmp_path, at):
 # --- strangers' files -----------------------------------------------------------------------
 
 
-def changed(path: Path, *statements: str) -> Path:
+def execute_sql(path: Path, *statements: str) -> Path:
     with duckdb.connect(str(path)) as connection:
         for statement in statements:
             connection.execute(statement)
@@ -115,15 +117,15 @@ def changed(path: Path, *statements: str) -> Path:
     ],
     ids=lambda statements: statements[-1],
 )
-def test_a_foreign_schema_is_one_sentence(tmp_path, statements):
-    path = changed(Store(tmp_path / "foreign.duckdb").path, *statements)
+def test_store_foreign_schema_raises(tmp_path, statements):
+    path = execute_sql(Store(tmp_path / "foreign.duckdb").path, *statements)
     with pytest.raises(InputError, match="another program"):
         Store(path)
 
 
-def test_an_older_schema_that_lacks_a_table_is_foreign(tmp_path):
+def test_store_old_schema_missing_table_raises(tmp_path):
     path = tmp_path / "old.duckdb"
-    changed(
+    execute_sql(
         path,
         MIGRATIONS[0],
         "CREATE TABLE schema_version (version INTEGER)",
@@ -135,7 +137,7 @@ def test_an_older_schema_that_lacks_a_table_is_foreign(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["view", "macro"])
-def test_a_foreign_database_reads_no_file(tmp_path, capsys, kind):
+def test_cli_foreign_view_or_macro_reads_no_file(tmp_path, capsys, kind):
     """With ``runs`` a view of a file, the results held it."""
     secret = tmp_path / "secret.txt"
     secret.write_text("verysecret", "utf8")
@@ -146,9 +148,9 @@ def test_a_foreign_database_reads_no_file(tmp_path, capsys, kind):
         as_runs = ", ".join(
             f"(SELECT content FROM read_text('{secret}')) AS {name}" for name in names
         )
-        changed(path, "DROP TABLE runs", f"CREATE VIEW runs AS SELECT {as_runs}")
+        execute_sql(path, "DROP TABLE runs", f"CREATE VIEW runs AS SELECT {as_runs}")
     else:
-        changed(path, f"CREATE MACRO max(x) AS (SELECT content FROM read_text('{secret}'))")
+        execute_sql(path, f"CREATE MACRO max(x) AS (SELECT content FROM read_text('{secret}'))")
     status = cli.main(["results", "--json", "--db", str(path)])
     printed = capsys.readouterr()
     assert status == 2
@@ -156,7 +158,7 @@ def test_a_foreign_database_reads_no_file(tmp_path, capsys, kind):
     assert kind in printed.err
 
 
-REACHING = [
+FORBIDDEN_SQL = [
     "SELECT * FROM read_text('{secret}')",
     "SELECT * FROM '{secret}'",
     "COPY runs TO '{out}'",
@@ -169,19 +171,19 @@ REACHING = [
 ]
 
 
-@pytest.mark.parametrize("text", REACHING)
-def test_no_connection_reaches_another_file(tmp_path, text):
+@pytest.mark.parametrize("text", FORBIDDEN_SQL)
+def test_connection_external_access_blocked(tmp_path, text):
     secret, out = tmp_path / "secret.csv", tmp_path / "out"
     secret.write_text("a\nverysecret\n", "utf8")
     text = text.format(secret=secret, out=out)
     with pytest.raises(duckdb.Error), Store().connect() as connection:
         connection.execute(text)
-    with pytest.raises(duckdb.Error), database.in_memory() as connection:
+    with pytest.raises(duckdb.Error), database.connect_in_memory() as connection:
         connection.execute(text)
     assert not out.exists()
 
 
-def test_no_other_module_opens_a_database():
+def test_only_database_module_calls_duckdb_connect():
     """Every connection has the settings of one function."""
     own = {"database.py", "sql_child.py"}
     for path in (ROOT / "lsq_core").rglob("*.py"):
@@ -192,10 +194,13 @@ def test_no_other_module_opens_a_database():
 # --- sharing, disks, rights -----------------------------------------------------------------
 
 
-def test_several_processes_make_a_new_database_at_once(tmp_path):
-    code = "import sys\nfrom lsq_core.store import Store\nprint(len(Store(sys.argv[1]).models()))"
+def test_store_concurrent_creation(tmp_path):
+    code = (
+        "import sys\nfrom lsq_core.store.store import Store\n"
+        "print(len(Store(sys.argv[1]).models()))"
+    )
     path = tmp_path / "new.duckdb"
-    makers = [
+    processes = [
         subprocess.Popen(
             [sys.executable, "-c", code, str(path)],
             stdout=subprocess.PIPE,
@@ -205,8 +210,8 @@ def test_several_processes_make_a_new_database_at_once(tmp_path):
         )
         for _ in range(6)
     ]
-    said = [maker.communicate() for maker in makers]
-    assert [out for out, _ in said] == ["0\n"] * 6, said
+    outputs = [maker.communicate() for maker in processes]
+    assert [out for out, _ in outputs] == ["0\n"] * 6, outputs
     assert os.listdir(tmp_path) == ["new.duckdb"]
 
 
@@ -222,23 +227,23 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_full_disk_is_left_without_half_a_database(small_disk):
+def test_store_full_disk_leaves_no_file(small_disk):
     with pytest.raises(LsqError, match="disk is full"):
         Store(small_disk / "lsq.duckdb")
     assert os.listdir(small_disk) == []
 
 
-def test_a_read_only_database_is_read(filled, tmp_path):
+def test_store_read_only_database(populated, tmp_path):
     folder = tmp_path / "kept"
     folder.mkdir()
-    path = with_log(Path(shutil.copy(filled, folder / "lsq.duckdb")))
+    path = add_wal(Path(shutil.copy(populated, folder / "lsq.duckdb")))
     if subprocess.run(["mount", "--bind", "-o", "ro", folder, folder], check=False).returncode:
         pytest.skip("mounting a folder read-only needs root")
     try:
         store = Store(path)
         assert len(store.results()) == 12
         assert store.query("SELECT count(*) AS n FROM runs")["n"][0] == 42, "with its log"
-        with pytest.raises(LsqError, match="can only be read"):
+        with pytest.raises(LsqError, match="read-only"):
             store.star("late1", True)
         store.snapshot(tmp_path / "snapshot.duckdb")
         with pytest.raises(InputError, match=r"[Rr]ead-only"):
@@ -247,43 +252,43 @@ def test_a_read_only_database_is_read(filled, tmp_path):
         subprocess.run(["umount", folder], check=True)
 
 
-def test_an_empty_file_is_told(tmp_path):
+def test_store_empty_file_raises(tmp_path):
     path = tmp_path / "lsq.duckdb"
     path.touch()
     with pytest.raises(InputError, match="is empty"):
         Store(path)
 
 
-def test_a_database_that_is_gone_is_not_made_again_without_its_log(filled, tmp_path):
-    path = with_log(Path(shutil.copy(filled, tmp_path / "lsq.duckdb")))
+def test_store_missing_database_with_wal_raises(populated, tmp_path):
+    path = add_wal(Path(shutil.copy(populated, tmp_path / "lsq.duckdb")))
     path.unlink()
     with pytest.raises(InputError, match="its log"):
         Store(path)
 
 
-def test_pandas_is_there_before_the_file_is_opened(filled):
+def test_results_imports_pandas_before_connecting(populated):
     code = (
-        "import sys\nfrom lsq_core import database, store\nopen = database.connect\n"
+        "import sys\nfrom lsq_core.store import database, store\nopen = database.connect\n"
         "def connect(*given):\n"
         "    seen.append('pandas' in sys.modules)\n"
         "    return open(*given)\n"
         "database.connect, seen = connect, []\n"
         "kept = store.Store(sys.argv[1])\nseen.clear()\nkept.results()\nprint(seen)"
     )
-    command = [sys.executable, "-c", code, str(filled)]
+    command = [sys.executable, "-c", code, str(populated)]
     found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     assert found.stdout == "[True]\n"
 
 
-def test_no_progress_bar_goes_to_standard_output(filled):
+def test_connection_progress_bar_disabled(populated):
     """DuckDB shows one where there is no script file, as in ``python -c``."""
     code = (
-        "import sys\nfrom lsq_core.store import Store\n"
+        "import sys\nfrom lsq_core.store.store import Store\n"
         "with Store(sys.argv[1]).connect() as connection:\n"
         "    asked = \"SELECT current_setting('enable_progress_bar')\"\n"
         "    print(connection.execute(asked).fetchall())"
     )
-    command = [sys.executable, "-c", code, str(filled)]
+    command = [sys.executable, "-c", code, str(populated)]
     found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     assert found.stdout == "[(False,)]\n"
 
@@ -291,25 +296,25 @@ def test_no_progress_bar_goes_to_standard_output(filled):
 # --- repair ---------------------------------------------------------------------------------
 
 
-def rows_of(path: Path) -> dict[str, int]:
+def row_counts(path: Path) -> dict[str, int]:
     tables = ("models", "matrices", "plans", "runs", "evaluations", "scores")
     store = Store(path)
     return {t: int(store.query(f"SELECT count(*) AS n FROM {t}")["n"][0]) for t in tables}
 
 
-def test_repair_copies_a_whole_database_whole(filled, tmp_path):
-    copied = repair(filled, tmp_path / "new.duckdb")
-    assert rows_of(tmp_path / "new.duckdb") == rows_of(filled)
+def test_repair_intact_database_copies_all_rows(populated, tmp_path):
+    copied = repair(populated, tmp_path / "new.duckdb")
+    assert row_counts(tmp_path / "new.duckdb") == row_counts(populated)
     assert sum(table.lost for table in copied) == 0
-    assert Store(tmp_path / "new.duckdb").results().equals(Store(filled).results())
+    assert Store(tmp_path / "new.duckdb").results().equals(Store(populated).results())
 
 
-def test_repair_leaves_out_what_cannot_be_read(filled, tmp_path, capsys):
+def test_repair_damaged_database_skips_unreadable_rows(populated, tmp_path, capsys):
     """A table's block is damaged, the others are whole."""
-    source, whole = random.Random(2), rows_of(filled)
+    source, whole = random.Random(2), row_counts(populated)
     path, partial = tmp_path / "damaged.duckdb", 0
     for _ in range(8):
-        content = bytearray(filled.read_bytes())
+        content = bytearray(populated.read_bytes())
         content[source.randrange(12288, len(content))] ^= 1
         path.write_bytes(content)
         out = tmp_path / "new.duckdb"
@@ -322,23 +327,23 @@ def test_repair_leaves_out_what_cannot_be_read(filled, tmp_path, capsys):
             assert not out.exists()
             continue
         tables = {row["table"]: row for row in json.loads(printed.out)["tables"]}
-        for name, number in rows_of(out).items():
+        for name, number in row_counts(out).items():
             assert number == tables[name]["copied"] <= whole[name]
             assert number + tables[name]["lost"] == whole[name]
         partial += any(row["lost"] for row in tables.values())
     assert partial, "one of them lost rows of a table and kept the rest"
 
 
-def test_repair_writes_over_nothing(filled, tmp_path):
+def test_repair_existing_output_raises(populated, tmp_path):
     out = tmp_path / "there"
     out.touch()
-    with pytest.raises(InputError, match="there already"):
-        repair(filled, out)
-    with pytest.raises(InputError, match="no file"):
+    with pytest.raises(InputError, match="already exists"):
+        repair(populated, out)
+    with pytest.raises(InputError, match="not a file"):
         repair(tmp_path / "none", tmp_path / "new")
 
 
-def test_threads_that_open_and_close_one_file_wait_for_each_other(tmp_path):
+def test_store_concurrent_threads_no_lock_error(tmp_path):
     """One that opens a file just as another closes it is told "in use", which is no damage."""
     import threading
 

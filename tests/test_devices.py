@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lsq_core import devices, worker
+from lsq_core import devices
 from lsq_core.errors import LsqError
-from lsq_core.load import (
+from lsq_core.jobs import worker
+from lsq_core.model.loading import (
     inspect_model,
     load_model,
     model_config,
@@ -20,7 +21,7 @@ from lsq_core.load import (
     pick_dtype,
     stored_dtype,
 )
-from lsq_core.model import ModelSource
+from lsq_core.model.source import ModelSource
 
 GPU = torch.device("cuda:0")
 
@@ -34,7 +35,7 @@ def machine(tmp_path, monkeypatch):
         folder.mkdir(exist_ok=True)
         for node in (*nodes, "null", "nvidiactl", "nvidia-uvm"):
             (folder / node).touch()
-        monkeypatch.setattr(devices, "_NODES", folder)
+        monkeypatch.setattr(devices, "_DEV_FOLDER", folder)
         monkeypatch.setattr(devices, "version", lambda package: torch_version)
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         if visible is not None:
@@ -59,34 +60,34 @@ def machine(tmp_path, monkeypatch):
         ([], "0", 0),
     ],
 )
-def test_cards_are_counted_as_torch_counts_them(machine, nodes, visible, count):
+def test_card_count_by_nodes_and_visible_devices(machine, nodes, visible, count):
     machine(*nodes, visible=visible)
-    assert devices.cards() == count
+    assert devices.count_gpus() == count
     assert devices.device_names() == ["cpu", *(f"cuda:{n}" for n in range(count))]
-    assert devices.canonical("auto") == ("cuda:0" if count else "cpu")
+    assert devices.canonical_device("auto") == ("cuda:0" if count else "cpu")
 
 
-def test_a_torch_without_cuda_sees_no_card(machine):
+def test_device_names_cpu_torch(machine):
     machine("nvidia0", torch_version="2.13.0+cpu")
     assert devices.device_names() == ["cpu"]
 
 
-def test_one_name_a_device(machine):
+def test_canonical_device_names(machine):
     machine("nvidia3")
-    names = {name: devices.canonical(name) for name in ("auto", "cuda", "cuda:0", "cuda:00")}
+    names = {name: devices.canonical_device(name) for name in ("auto", "cuda", "cuda:0", "cuda:00")}
     assert set(names.values()) == {"cuda:0"}
-    assert devices.canonical("cuda:1") == "cuda:1"
-    assert {devices.canonical(name) for name in ("cpu", "cpu:0")} == {"cpu"}
-    assert devices.canonical("warp") == "warp"
+    assert devices.canonical_device("cuda:1") == "cuda:1"
+    assert {devices.canonical_device(name) for name in ("cpu", "cpu:0")} == {"cpu"}
+    assert devices.canonical_device("warp") == "warp"
     assert str(pick_device("cpu:0")) == "cpu", "what figures name is what the lock names"
 
 
-def test_one_lock_a_device(machine, tmp_path):
+def test_device_lock_shared_by_aliases(machine, tmp_path):
     machine("nvidia3")
     home = tmp_path / "jobs" / "one"
     home.mkdir(parents=True)
     for name in ("auto", "cuda", "cuda:0"):
-        with worker._device_turn(
+        with worker._device_lock(
             home.parent, ["run", "--device", name], worker._ProgressFile(home)
         ):
             pass
@@ -106,7 +107,7 @@ def test_one_lock_a_device(machine, tmp_path):
         (None, torch.float32),
     ],
 )
-def test_auto_on_a_gpu_is_the_checkpoints_own(stored, computed):
+def test_pick_dtype_auto_on_gpu(stored, computed):
     config = SimpleNamespace(dtype=stored)
     assert pick_dtype("auto", GPU, config) == computed
     assert pick_dtype("auto", torch.device("cpu"), config) == torch.float32
@@ -114,7 +115,7 @@ def test_auto_on_a_gpu_is_the_checkpoints_own(stored, computed):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_where_the_config_names_none_the_weights_tell(random_model, tmp_path, dtype):
+def test_stored_dtype_read_from_weights(random_model, tmp_path, dtype):
     folder = tmp_path / "model"
     shutil.copytree(random_model("llama-gqa"), folder)
     config = json.loads((folder / "config.json").read_text())
@@ -125,33 +126,35 @@ def test_where_the_config_names_none_the_weights_tell(random_model, tmp_path, dt
     state = {n: t if "norm" in n else t.to(dtype) for n, t in state.items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     assert stored_dtype(folder) == dtype
-    found = model_config(ModelSource(str(folder)), folder)
-    assert pick_dtype("auto", GPU, found) == dtype
+    config_found = model_config(ModelSource(str(folder)), folder)
+    assert pick_dtype("auto", GPU, config_found) == dtype
     assert inspect_model(ModelSource(str(folder))).config["dtype"] == str(dtype)[6:]
 
 
 # --- memory ------------------------------------------------------------------------------------
 
 
-def test_weights_go_straight_to_the_device(random_model, monkeypatch):
+def test_load_model_no_host_copy(random_model, monkeypatch):
     """Not into host memory and from there, which nobody checked for room."""
-    moved = []
-    move = torch.nn.Module.to
+    to_calls = []
+    original_to = torch.nn.Module.to
     monkeypatch.setattr(
-        torch.nn.Module, "to", lambda self, *a, **k: moved.append(a) or move(self, *a, **k)
+        torch.nn.Module,
+        "to",
+        lambda self, *a, **k: to_calls.append(a) or original_to(self, *a, **k),
     )
     loaded = load_model(ModelSource(str(random_model("llama-gqa"))), "cpu")
-    assert moved == []
+    assert to_calls == []
     assert {p.device.type for p in loaded.model.parameters()} == {"cpu"}
 
 
-def test_pickled_weights_need_room_on_the_host_too(random_model, tmp_path, monkeypatch):
+def test_load_pickled_weights_checks_host_memory(random_model, tmp_path, monkeypatch):
     folder = tmp_path / "model"
     shutil.copytree(random_model("llama-gqa"), folder)
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     room = {"cuda": 2**40, "cpu": 1000}
-    monkeypatch.setattr("lsq_core.load.pick_device", lambda name: GPU)
-    monkeypatch.setattr("lsq_core.load._free_bytes", lambda device: room[device.type])
+    monkeypatch.setattr("lsq_core.model.loading.pick_device", lambda name: GPU)
+    monkeypatch.setattr("lsq_core.model.loading._free_bytes", lambda device: room[device.type])
     with pytest.raises(LsqError, match="cpu has 1000 B free"):
         load_model(ModelSource(str(folder), allow_pickle=True), "cuda")

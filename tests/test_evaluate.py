@@ -10,21 +10,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lsq_core.config import LADDER
+from lsq_core.bits import LADDER
 from lsq_core.errors import InputError
-from lsq_core.evaluate import (
-    MIN_PREDICTED,
-    Protocol,
-    Text,
-    compare_windows,
-    evaluate,
-    evaluate_together,
-    lay_windows,
-)
-from lsq_core.load import load_model
-from lsq_core.model import ModelSource
-from lsq_core.quantize import get_quantizer
-from lsq_core.quantize.apply import quantize_model
+from lsq_core.evaluation.bootstrap import bootstrap_difference
+from lsq_core.evaluation.perplexity import evaluate, evaluate_models
+from lsq_core.evaluation.protocol import MIN_PREDICTED, EvaluationText, Protocol, make_windows
+from lsq_core.model.loading import load_model
+from lsq_core.model.source import ModelSource
+from lsq_core.quantization.registry import get_quantizer
+from lsq_core.quantized.convert import quantize_model
 
 
 def plain_loop(model, ids, context, step, bos, drop_tail):
@@ -68,7 +62,7 @@ def ids():
     ("name", "step", "full_name"),
     [("strided", 256, "strided-512/256"), ("blocks", 512, "blocks-512")],
 )
-def test_perplexity_is_that_of_a_plain_loop(demo, ids, name, step, full_name, bos):
+def test_perplexity_matches_plain_loop(demo, ids, name, step, full_name, bos):
     protocol = Protocol.named(name, demo.info.context)
     assert protocol.name == full_name
     ours, _ = evaluate(demo.model, ids, protocol, bos=bos)
@@ -80,7 +74,7 @@ def test_perplexity_is_that_of_a_plain_loop(demo, ids, name, step, full_name, bo
 
 
 @pytest.mark.parametrize("architecture", ["opt", "gemma2", "mixtral-moe", "gpt2-conv1d"])
-def test_other_architectures_too(random_model, ids, architecture):
+def test_perplexity_matches_plain_loop_other_architectures(random_model, ids, architecture):
     loaded = load_model(ModelSource(str(random_model(architecture))), "cpu")
     protocol = Protocol.named("strided", loaded.info.context)
     ours, _ = evaluate(loaded.model, ids[:700], protocol, bos=0)
@@ -89,7 +83,7 @@ def test_other_architectures_too(random_model, ids, architecture):
     assert ours.perplexity == pytest.approx(math.exp(sums.sum() / counts.sum()), rel=1e-4)
 
 
-def test_kl_and_agreement_are_those_of_the_logits(demo, ids):
+def test_kl_and_top1_match_logits(demo, ids):
     choice = dict.fromkeys(demo.info.matrices, LADDER[0])
     quantized = quantize_model(demo.model, choice, get_quantizer("rtn"))
     protocol = Protocol("blocks-100", 100, 100)
@@ -109,89 +103,98 @@ def test_kl_and_agreement_are_those_of_the_logits(demo, ids):
     assert full.kl is None
 
 
-def test_a_model_is_no_distance_from_itself(demo, ids):
+def test_kl_of_model_with_itself_is_zero(demo, ids):
     protocol = Protocol.named("blocks", 512)
     own, _ = evaluate(demo.model, ids[:600], protocol, bos=0, reference=demo.model)
     assert own.kl == pytest.approx(0, abs=1e-9)
     assert own.top1 == 1
 
 
-def together(demo, ids):
+def models_and_texts(demo, ids):
     """Two models and two texts of different lengths, and each pair of them alone."""
     models = [
         quantize_model(demo.model, dict.fromkeys(demo.info.matrices, stop), get_quantizer("rtn"))
         for stop in (LADDER[0], LADDER[5])
     ]
-    texts = [Text(ids[:700], Protocol("a", 128, 64)), Text(ids[700:1000], Protocol("b", 128, 128))]
+    texts = [
+        EvaluationText(ids[:700], Protocol("a", 128, 64)),
+        EvaluationText(ids[700:1000], Protocol("b", 128, 128)),
+    ]
     return models, texts
 
 
-def test_several_models_and_texts_in_one_pass_are_as_each_alone(demo, ids):
-    models, texts = together(demo, ids)
-    found = list(evaluate_together(models, texts, bos=0, reference=demo.model))
-    for pairs, text in zip(found, texts, strict=True):
+def test_evaluate_together_matches_separate_evaluation(demo, ids):
+    models, texts = models_and_texts(demo, ids)
+    results = list(evaluate_models(models, texts, bos=0, reference=demo.model))
+    for pairs, text in zip(results, texts, strict=True):
         for (own, full), model in zip(pairs, models, strict=True):
-            alone, full_alone = evaluate(
+            single, full_single = evaluate(
                 model, text.ids, text.protocol, bos=0, reference=demo.model
             )
             assert own.protocol == text.protocol.name
-            assert own.counts.tolist() == alone.counts.tolist()
-            assert own.nll == pytest.approx(alone.nll, rel=1e-5)
-            assert full.nll == pytest.approx(full_alone.nll, rel=1e-5)
-            assert (own.kl, own.top1) == pytest.approx((alone.kl, alone.top1), rel=1e-4)
+            assert own.counts.tolist() == single.counts.tolist()
+            assert own.nll == pytest.approx(single.nll, rel=1e-5)
+            assert full.nll == pytest.approx(full_single.nll, rel=1e-5)
+            assert (own.kl, own.top1) == pytest.approx((single.kl, single.top1), rel=1e-4)
             assert full.kl is None
 
 
-def test_full_precision_runs_once_a_batch_whatever_is_beside_it(demo, ids):
-    models, texts = together(demo, ids)
-    read = []
+def test_evaluate_together_runs_reference_once_per_batch(demo, ids):
+    models, texts = models_and_texts(demo, ids)
+    forward_calls = []
     hooks = [
-        m.register_forward_pre_hook(lambda m, args: read.append((id(m), args[0].numel())))
+        m.register_forward_pre_hook(lambda m, args: forward_calls.append((id(m), args[0].numel())))
         for m in (demo.model, *models)
     ]
-    list(evaluate_together(models, texts, bos=0, reference=demo.model))
+    list(evaluate_models(models, texts, bos=0, reference=demo.model))
     for hook in hooks:
         hook.remove()
-    tokens = [sum(n for at, n in read if at == id(m)) for m in (demo.model, *models)]
-    windows = [w for text in texts for w in lay_windows(len(text.ids) + 1, text.protocol)]
-    begun = 64  # the first text's first window, which its second one begins with
-    assert tokens == [sum(w.stop - w.start for w in windows) - begun] * 3
+    tokens = [sum(n for at, n in forward_calls if at == id(m)) for m in (demo.model, *models)]
+    windows = [w for text in texts for w in make_windows(len(text.ids) + 1, text.protocol)]
+    shared_prefix = 64  # the first text's first window, which its second one begins with
+    assert tokens == [sum(w.stop - w.start for w in windows) - shared_prefix] * 3
 
 
-def test_figures_of_the_first_text_come_before_the_second_is_read(demo, ids):
-    models, [first, second] = together(demo, ids)
-    texts = [first, Text(second.ids, Protocol("other lengths", 96, 96))]
-    done = []
-    found = evaluate_together(
-        models, texts, bos=0, progress=lambda done_, total, message: done.append(done_ / total)
+def test_evaluate_together_yields_texts_in_order(demo, ids):
+    models, [first, second] = models_and_texts(demo, ids)
+    texts = [first, EvaluationText(second.ids, Protocol("other lengths", 96, 96))]
+    progress_shares = []
+    results = evaluate_models(
+        models,
+        texts,
+        bos=0,
+        progress=lambda done_, total, message: progress_shares.append(done_ / total),
     )
-    next(found)
-    assert done[-1] < 1
-    next(found)
-    assert done[-1] == 1
+    next(results)
+    assert progress_shares[-1] < 1
+    next(results)
+    assert progress_shares[-1] == 1
 
 
-def test_an_evaluation_cut_off_goes_on_with_the_windows_that_are_left(demo, ids, tmp_path):
+def test_evaluate_together_resumes_from_checkpoint(demo, ids, tmp_path):
     """Also when no other model or text is beside it the second time."""
-    models, texts = together(demo, ids)
+    models, texts = models_and_texts(demo, ids)
     files = [[tmp_path / f"{t}-{m}.npz" for m in range(2)] for t in range(2)]
 
-    first = evaluate_together(models, texts, bos=0, reference=demo.model, checkpoints=files)
-    whole = next(first)  # the first text is kept whole, and so are the windows read with it
+    first = evaluate_models(models, texts, bos=0, reference=demo.model, checkpoints=files)
+    first_results = next(first)  # the first text is kept whole, and so are the windows read with it
     first.close()
-    read = []
-    hook = models[1].register_forward_pre_hook(lambda m, args: read.append(len(args[0])))
-    [[pair]] = evaluate_together(
+    forward_calls = []
+    hook = models[1].register_forward_pre_hook(lambda m, args: forward_calls.append(len(args[0])))
+    [[pair]] = evaluate_models(
         models[1:], texts[:1], bos=0, reference=demo.model, checkpoints=[[files[0][1]]]
     )
-    assert not read
-    assert pair[0].nll.tolist() == whole[1][0].nll.tolist()
-    assert (pair[0].kl, pair[1].perplexity) == (whole[1][0].kl, whole[1][1].perplexity)
+    assert not forward_calls
+    assert pair[0].nll.tolist() == first_results[1][0].nll.tolist()
+    assert (pair[0].kl, pair[1].perplexity) == (
+        first_results[1][0].kl,
+        first_results[1][1].perplexity,
+    )
     hook.remove()
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "zeroed", "another text's"])
-def test_a_damaged_checkpoint_is_said_and_its_windows_are_scored_again(demo, ids, tmp_path, damage):
+def test_evaluate_damaged_checkpoint_reported_and_rescored(demo, ids, tmp_path, damage):
     ids, protocol, file = ids[:400], Protocol.named("strided", 64), tmp_path / "evaluation-0.npz"
     [first] = evaluate(demo.model, ids, protocol, bos=0, checkpoint=file)[:1]
     content = file.read_bytes()
@@ -201,18 +204,18 @@ def test_a_damaged_checkpoint_is_said_and_its_windows_are_scored_again(demo, ids
     else:
         content = {"empty": b"", "cut": content[:-50], "zeroed": bytes(len(content))}[damage]
     file.write_bytes(content)
-    told = []
-    again, _ = evaluate(
-        demo.model, ids, protocol, bos=0, checkpoint=file, progress=lambda *a: told.append(a)
+    reports = []
+    rescored, _ = evaluate(
+        demo.model, ids, protocol, bos=0, checkpoint=file, progress=lambda *a: reports.append(a)
     )
-    assert "evaluation-0.npz is damaged" in told[0][2]
-    assert told[0][0] == 0
-    assert again.nll.tolist() == first.nll.tolist()
-    read = []
-    hook = demo.model.register_forward_pre_hook(lambda m, args: read.append(1))
+    assert "evaluation-0.npz is damaged" in reports[0][2]
+    assert reports[0][0] == 0
+    assert rescored.nll.tolist() == first.nll.tolist()
+    forward_calls = []
+    hook = demo.model.register_forward_pre_hook(lambda m, args: forward_calls.append(1))
     evaluate(demo.model, ids, protocol, bos=0, checkpoint=file)
     hook.remove()
-    assert not read, "what was scored again is kept again"
+    assert not forward_calls, "what was scored again is kept again"
 
 
 @given(
@@ -220,16 +223,16 @@ def test_a_damaged_checkpoint_is_said_and_its_windows_are_scored_again(demo, ids
     half=st.integers(1, 300),
     name=st.sampled_from(["strided", "blocks"]),
 )
-def test_windows_score_each_token_once(tokens, half, name):
+def test_lay_windows_score_each_token_once(tokens, half, name):
     context = 2 * half
     step = half if name == "strided" else context
     protocol = Protocol("x", context, step)
     predicted = tokens - 1 if name == "strided" else tokens // context * (context - 1)
     if predicted < MIN_PREDICTED:
         with pytest.raises(InputError, match=rf"\b{predicted}\b.*\b{MIN_PREDICTED}\b"):
-            lay_windows(tokens, protocol)
+            make_windows(tokens, protocol)
         return
-    windows = lay_windows(tokens, protocol)
+    windows = make_windows(tokens, protocol)
     scored = [t for w in windows for t in range(w.stop - w.scored, w.stop)]
     assert len(scored) == len(set(scored))
     assert all(w.stop - w.start <= context and w.start >= 0 for w in windows)
@@ -239,7 +242,7 @@ def test_windows_score_each_token_once(tokens, half, name):
         assert scored == [t for t in range(tokens // context * context) if t % context]
 
 
-def test_names_of_protocols():
+def test_protocol_named():
     assert Protocol.named("strided", 4096) == Protocol("strided", 1024, 512)
     assert Protocol.named("blocks", 4096) == Protocol("blocks", 2048, 2048)
     assert Protocol.named("blocks", 512).name == "blocks-512"
@@ -247,21 +250,21 @@ def test_names_of_protocols():
         Protocol.named("sliding", 512)
 
 
-def test_bootstrap_ties_what_noise_explains_and_separates_what_it_does_not():
+def test_compare_windows_tie_and_difference():
     random = np.random.default_rng(0)
     counts = np.full(100, 256)
     base = random.normal(1000, 100, 100)
-    noise = compare_windows(base + random.normal(0, 5, 100), base, counts)
-    assert noise.tie
-    worse = compare_windows(base + 5 + random.normal(0, 5, 100), base, counts)
-    assert not worse.tie
+    noise = bootstrap_difference(base + random.normal(0, 5, 100), base, counts)
+    assert noise.is_tie
+    worse = bootstrap_difference(base + 5 + random.normal(0, 5, 100), base, counts)
+    assert not worse.is_tie
     assert worse.low < worse.relative < worse.high
     assert worse.relative == pytest.approx(math.expm1(5 / 256), rel=0.3)
-    same = compare_windows(base, base, counts)
+    same = bootstrap_difference(base, base, counts)
     assert (same.relative, same.low, same.high) == (0, 0, 0)
-    few = compare_windows(base[:7] + 5, base[:7], counts[:7])
+    few = bootstrap_difference(base[:7] + 5, base[:7], counts[:7])
     assert few.relative == pytest.approx(math.expm1(5 / 256))
     assert math.isnan(few.low)
-    assert few.tie, "seven windows tell nothing about chance"
+    assert few.is_tie, "seven windows tell nothing about chance"
     with pytest.raises(ValueError, match="same windows"):
-        compare_windows(base, base[:50], counts)
+        bootstrap_difference(base, base[:50], counts)

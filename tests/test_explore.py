@@ -15,35 +15,35 @@ from safetensors.torch import load_file
 from safetensors.torch import save_file as save_torch
 from scipy.stats import spearmanr
 
-from lsq_core import charts, weights
-from lsq_core.architecture import get_weight
-from lsq_core.config import LADDER, QuantConfig
+from lsq_core import charts
+from lsq_core.bits import LADDER, QuantConfig
 from lsq_core.errors import InputError
-from lsq_core.load import load_model
-from lsq_core.model import DEMO_FOLDER, Matrix, ModelSource
-from lsq_core.pipeline import Workbench, problem_of
-from lsq_core.plan import PlanRequest
-from lsq_core.plan.boost import flagged_layers
-from lsq_core.plan.outliers import detect_outliers
-from lsq_core.profile import (
-    DEFAULT_METRICS,
-    PROXIES,
-    WEIGHT_METRICS,
-    ProfileSettings,
-    missing_metrics,
-)
-from lsq_core.profile.agreement import (
-    lowest,
+from lsq_core.model.architecture import get_weight
+from lsq_core.model.info import Matrix
+from lsq_core.model.loading import load_model
+from lsq_core.model.source import DEMO_FOLDER, ModelSource
+from lsq_core.planning.detection import detect_outliers
+from lsq_core.planning.methods.boost import flagged_layers
+from lsq_core.planning.request import PlanRequest
+from lsq_core.profiling import weights
+from lsq_core.profiling.agreement import (
+    lowest_correlation,
     pattern_correlations,
     proxy_agreement,
     rank_correlation,
     ranks,
 )
-from lsq_core.quantize import get_quantizer
-from lsq_core.quantize.base import to_groups
-from lsq_core.store import Store
-from lsq_core.ui.explore_detection import steps_of
-from lsq_core.weights import Weights
+from lsq_core.profiling.metrics import DEFAULT_METRICS, PROXIES, WEIGHT_METRICS
+from lsq_core.profiling.profile import missing_metrics
+from lsq_core.profiling.settings import ProfileSettings
+from lsq_core.profiling.weights import WeightReader
+from lsq_core.quantization.base import to_groups
+from lsq_core.quantization.registry import get_quantizer
+from lsq_core.session import Session
+from lsq_core.stages import profile as profile_stage
+from lsq_core.stages.plan import build_problem
+from lsq_core.store.store import Store
+from lsq_core.ui.explore.detection import run_detection
 from tests.test_app import (  # noqa: F401 - fixtures
     Filled,
     _array,
@@ -53,7 +53,7 @@ from tests.test_app import (  # noqa: F401 - fixtures
     first_line,
     open_page,
 )
-from tests.test_published_pages import CHAT, SEVEN, SEVENTY, store, told  # noqa: F401
+from tests.test_published_pages import CHAT, SEVEN, SEVENTY, page_text, store  # noqa: F401
 
 
 def figure(app, number: int) -> dict:
@@ -64,12 +64,12 @@ def figure(app, number: int) -> dict:
 
 
 @pytest.fixture
-def bench(random_model, small_text) -> tuple[Workbench, ProfileSettings]:
+def session(random_model, small_text) -> tuple[Session, ProfileSettings]:
     settings = ProfileSettings("rtn", calibration=str(small_text), samples=8, block_tokens=48)
-    return Workbench(ModelSource(str(random_model("llama-gqa"))), Store(), "cpu"), settings
+    return Session(ModelSource(str(random_model("llama-gqa"))), Store(), "cpu"), settings
 
 
-def stop_in(stage: str):
+def interrupt_in(stage: str):
     """A report that ends the process's work in a stage, as a kill does."""
 
     def report(at, done, total, message):
@@ -79,74 +79,76 @@ def stop_in(stage: str):
     return report
 
 
-def test_what_the_weights_tell_is_kept_before_any_text_is_read(bench):
-    bench, settings = bench
-    bench.report = stop_in("profile")
+def test_profile_interrupted_keeps_weight_metrics(session):
+    session, settings = session
+    session.report = interrupt_in("profile")
     with pytest.raises(KeyboardInterrupt):
-        bench.profile(settings)
-    kept = bench.find_profile(settings)
-    assert set(kept.metrics) == set(WEIGHT_METRICS)
-    assert missing_metrics(kept) == ["sensitivity", "sensitivity_module"]
-    assert len(kept.values) == len(bench.info.matrices) * (1 + len(LADDER))
+        session.profile(settings)
+    stored_profile = session.find_profile(settings)
+    assert set(stored_profile.metrics) == set(WEIGHT_METRICS)
+    assert missing_metrics(stored_profile) == ["sensitivity", "sensitivity_module"]
+    assert len(stored_profile.values) == len(session.info.matrices) * (1 + len(LADDER))
 
 
-def test_a_profile_cut_short_is_never_taken_for_whole(bench, monkeypatch):
-    bench, settings = bench
-    bench.report = stop_in("profile")
+def test_profile_resumes_missing_metrics_only(session, monkeypatch):
+    session, settings = session
+    session.report = interrupt_in("profile")
     with pytest.raises(KeyboardInterrupt):
-        bench.profile(settings)
-    early = bench.find_profile(settings)
-    bench.report = lambda *_: None
+        session.profile(settings)
+    early = session.find_profile(settings)
+    session.report = lambda *_: None
     measured = []
-    measure = Workbench._measure
+    measure = profile_stage._measure
     monkeypatch.setattr(
-        Workbench,
+        profile_stage,
         "_measure",
-        lambda self, settings, metrics, stage: (
-            measured.extend(metrics) or measure(self, settings, metrics, stage)
+        lambda model, settings, metrics, stage: (
+            measured.extend(metrics) or measure(model, settings, metrics, stage)
         ),
     )
-    whole = bench.profile(settings)
+    whole = session.profile(settings)
     assert measured == ["sensitivity", "sensitivity_module"], "what was there is not redone"
     assert set(whole.metrics) == set(DEFAULT_METRICS)
     assert whole.id == early.id
     np.testing.assert_array_equal(whole.scores("kurtosis"), early.scores("kurtosis"))
-    assert bench.profile(settings).values.equals(whole.values)
+    assert session.profile(settings).values.equals(whole.values)
     assert len(measured) == 2, "a whole profile is found"
 
 
-def test_one_cut_short_in_its_first_part_leaves_nothing(bench):
-    bench, settings = bench
-    bench.report = stop_in("weights")
+def test_profile_interrupted_in_weights_stores_nothing(session):
+    session, settings = session
+    session.report = interrupt_in("weights")
     with pytest.raises(KeyboardInterrupt):
-        bench.profile(settings)
-    assert bench.find_profile(settings) is None
+        session.profile(settings)
+    assert session.find_profile(settings) is None
 
 
-def test_two_processes_measuring_the_same_lose_nothing(bench, monkeypatch):
+def test_profile_concurrent_measurements_are_merged(session, monkeypatch):
     """The second began before the first had kept anything, and ends after it."""
-    first, settings = bench
-    late = Workbench(first.source, first.store, "cpu")
+    first, settings = session
+    late = Session(first.source, first.store, "cpu")
     monkeypatch.setattr(late, "find_profile", lambda settings: None)
     whole = first.profile(settings)
-    late.report = stop_in("profile")
+    late.report = interrupt_in("profile")
     with pytest.raises(KeyboardInterrupt):
         late.profile(settings)
     assert set(first.find_profile(settings).metrics) == set(whole.metrics)
 
 
-def test_the_parts_together_are_what_one_pass_measures(bench):
-    from lsq_core.profile.measure import measure_profile
+def test_profile_in_parts_matches_single_pass(session):
+    from lsq_core.profiling.measure import measure_profile
 
-    bench, settings = bench
-    kept = bench.profile(settings)
-    at_once = measure_profile(bench.loaded, settings, kept.id)
+    session, settings = session
+    stored_profile = session.profile(settings)
+    at_once = measure_profile(session.loaded, settings, stored_profile.id)
     for metric in ("weight_error", "sensitivity", "sensitivity_module"):
-        np.testing.assert_allclose(kept.by_config(metric), at_once.by_config(metric), rtol=1e-6)
-    np.testing.assert_array_equal(kept.scores("kurtosis"), at_once.scores("kurtosis"))
+        np.testing.assert_allclose(
+            stored_profile.by_config(metric), at_once.by_config(metric), rtol=1e-6
+        )
+    np.testing.assert_array_equal(stored_profile.scores("kurtosis"), at_once.scores("kurtosis"))
 
 
-def partial(filled: Filled) -> Store:  # noqa: F811
+def leave_partial_profile(filled: Filled) -> Store:  # noqa: F811
     """The database as a job leaves it that is killed after its first part."""
     found = Store(filled.path)
     with found.connect() as connection:
@@ -154,18 +156,18 @@ def partial(filled: Filled) -> Store:  # noqa: F811
     return found
 
 
-def test_a_profile_that_is_not_whole_says_so_and_shows_what_is_there(filled):  # noqa: F811
-    partial(filled)
+def test_explore_partial_profile_shown_as_incomplete(filled):  # noqa: F811
+    leave_partial_profile(filled)
     app = open_page("Explore", model=filled.model)
-    assert first_line(app).endswith("is not whole.")
-    assert re.search("lacks .*by part .*by module", told(app))
+    assert first_line(app).endswith("is incomplete.")
+    assert re.search("lacks .*by part .*by module", page_text(app))
     assert app.button(key="profile").label == "Measure the rest"
     titles = [note["text"] for note in chart(app)["layout"]["annotations"]]
     assert titles == ["Weight kurtosis", "Weight error at b4g64"]
     for see in ("algorithm", "overlay", "ranks", "weights"):
         app = open_page("Explore", model=filled.model, see=see)
         assert not app.error
-        assert first_line(app).endswith("is not whole.")
+        assert first_line(app).endswith("is incomplete.")
 
 
 # --- Algorithm 1 ----------------------------------------------------------------------------
@@ -188,7 +190,7 @@ def steps_shown(app) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize(("metric", "ratios"), [("sensitivity", True), ("kurtosis", False)])
-def test_algorithm_1_is_drawn_from_the_stores_scores(store, metric, ratios):  # noqa: F811
+def test_algorithm_view_matches_detect_outliers(store, metric, ratios):  # noqa: F811
     app = open_page("Explore", model=SEVEN, see="algorithm")
     next(g for g in app.get("button_group") if g.key == "detect").set_value(metric).run()
     app.selectbox(key="detect_type").set_value("mlp.down_proj").run()
@@ -212,12 +214,12 @@ def test_algorithm_1_is_drawn_from_the_stores_scores(store, metric, ratios):  # 
     assert set(found.flagged) <= named
 
 
-def test_threshold_and_m_are_followed_by_what_is_flagged(store):  # noqa: F811
+def test_algorithm_view_threshold_and_m_change_flags(store):  # noqa: F811
     app = open_page("Explore", model=SEVEN, see="algorithm")
     app.selectbox(key="detect_type").set_value("mlp.down_proj").run()
-    bench = Workbench(ModelSource(SEVEN), store)
-    settings = bench.default_settings
-    problem = problem_of(bench.info, bench.find_profile(settings))
+    session = Session(ModelSource(SEVEN), store)
+    settings = session.default_settings
+    problem = build_problem(session.info, session.find_profile(settings))
     whole = flagged_layers(problem, "sensitivity", 0)["mlp.down_proj"]
     assert len(whole) > 1
     assert all(str(layer) in first_line(app) for layer in whole)
@@ -239,9 +241,9 @@ def test_threshold_and_m_are_followed_by_what_is_flagged(store):  # noqa: F811
     assert len(lower.set_index("module").loc["down", "flagged (z)"]) > len(row)
 
 
-def test_what_is_trimmed_is_what_the_mean_leaves_out():
+def test_steps_of_trimmed_values_excluded_from_mean():
     series = np.cumsum(np.r_[1.0, np.random.default_rng(0).uniform(1, 2, 40)])
-    steps = steps_of(list(range(41)), series, False, 0, 3.0)
+    steps = run_detection(list(range(41)), series, False, 0, 3.0)
     assert steps.trimmed.sum() == 4, "5 % of 40 at each end"
     assert steps.differences[~steps.trimmed].mean() == pytest.approx(steps.mean)
     assert steps.differences[steps.trimmed].max() == steps.differences.max()
@@ -250,24 +252,24 @@ def test_what_is_trimmed_is_what_the_mean_leaves_out():
 # --- overlay --------------------------------------------------------------------------------
 
 
-def overlaid(app) -> dict[tuple[str, str], list[float]]:
+def overlay_lines(app) -> dict[tuple[str, str], list[float]]:
     """(line, part) to values, as drawn."""
     spec = figure(app, 0)
     parts = [note["text"] for note in spec["layout"]["annotations"]]
     return {(t["name"], parts[int(t["yaxis"][1:] or 1) - 1]): _array(t["y"]) for t in spec["data"]}
 
 
-def test_texts_are_overlaid_and_their_correlation_is_spearmans(store):  # noqa: F811
+def test_overlay_texts_and_spearman_match_store(store):  # noqa: F811
     app = open_page("Explore", model=SEVEN, see="overlay")
-    shown = overlaid(app)
+    shown = overlay_lines(app)
     texts = {line for line, _ in shown}
-    there = store.query(
+    stored_texts = store.query(
         "SELECT DISTINCT settings ->> '$.calibration' AS text FROM profiles p "
         "JOIN scores s ON s.profile = p.id WHERE fingerprint = ? AND metric = 'sensitivity' "
         "AND config = 'b4g64' AND settings ->> '$.quantizer' = 'hqq'",
         [SEVEN],
     )["text"]
-    assert texts == {text for text in there if "@" not in text}
+    assert texts == {text for text in stored_texts if "@" not in text}
     table = store.query(
         "SELECT settings ->> '$.calibration' AS text, s.part, s.layer, any_value(s.value) AS value "
         "FROM scores s JOIN profiles p ON s.profile = p.id WHERE fingerprint = ? "
@@ -294,7 +296,7 @@ def test_texts_are_overlaid_and_their_correlation_is_spearmans(store):  # noqa: 
     assert f"lowest rank correlation {least:.2f}" in first_line(app)
 
 
-def test_bits_have_their_colours_and_models_are_overlaid_by_choice(store):  # noqa: F811
+def test_overlay_config_colors_and_model_selection(store):  # noqa: F811
     app = open_page("Explore", model=SEVEN, see="overlay")
     app.multiselect(key="overlay_calibration").set_value(["pileval"]).run()
     app.multiselect(key="overlay_config").set_value(["b2g64", "b4g64", "b8g64"]).run()
@@ -302,10 +304,10 @@ def test_bits_have_their_colours_and_models_are_overlaid_by_choice(store):  # no
     assert colors == {
         name: charts.config_color(QuantConfig.parse(name)) for name in ("b2g64", "b4g64", "b8g64")
     }
-    assert not any(name.startswith("published") for name, _ in overlaid(app))
+    assert not any(name.startswith("published") for name, _ in overlay_lines(app))
     app.multiselect(key="overlay_config").set_value(["b4g64"]).run()
     app.multiselect(key="overlay_model").set_value([SEVEN, CHAT]).run()
-    lines = overlaid(app)
+    lines = overlay_lines(app)
     assert {line for line, _ in lines} == {"Llama-2-7b-hf", "Llama-2-7b-chat-hf"}
     chat = store.query(
         "SELECT s.value FROM scores s JOIN profiles p ON s.profile = p.id WHERE fingerprint = ? "
@@ -315,13 +317,13 @@ def test_bits_have_their_colours_and_models_are_overlaid_by_choice(store):  # no
     )["value"].tolist()
     assert lines["Llama-2-7b-chat-hf", "down_proj"] == pytest.approx(chat)
     app.selectbox(key="overlay_part").set_value("o_proj").run()
-    assert set(overlaid(app)) == {(line, "o_proj") for line, _ in lines}
+    assert set(overlay_lines(app)) == {(line, "o_proj") for line, _ in lines}
     app.multiselect(key="overlay_model").set_value([]).run()
     assert "Nothing" in first_line(app)
     assert not app.get("plotly_chart")
 
 
-def test_ranks_are_compared_within_a_part():
+def test_pattern_correlations_computed_per_part():
     """Two parts of different size whose layers run the other way round don't agree."""
     frame = pd.DataFrame(
         [
@@ -334,13 +336,13 @@ def test_ranks_are_compared_within_a_part():
     )
     found = pattern_correlations(frame)
     assert found.loc["up", "down"] == -1
-    assert lowest(found).value == -1
+    assert lowest_correlation(found).value == -1
     short = frame[(frame["line"] == "up") | (frame["layer"] < 5)]
     assert np.isnan(pattern_correlations(short).loc["up", "down"]), "models of other depths"
-    assert lowest(pattern_correlations(short)) is None
+    assert lowest_correlation(pattern_correlations(short)) is None
 
 
-def test_rank_correlation_needs_something_to_rank():
+def test_rank_correlation_constant_or_short_is_nan():
     assert np.isnan(rank_correlation(np.ones(9), np.arange(9.0)))
     assert np.isnan(rank_correlation(np.arange(3.0), np.arange(3.0)))
     assert ranks(np.array([1.0, 5.0, np.nan, 5.0])).tolist()[:2] == [3.0, 1.5]
@@ -349,27 +351,27 @@ def test_rank_correlation_needs_something_to_rank():
 # --- where metrics disagree -----------------------------------------------------------------
 
 
-def test_fast_proxies_are_offered_and_how_they_rank_is_told(filled, monkeypatch):  # noqa: F811
+def test_ranks_view_offers_proxies_and_shows_agreement(filled, monkeypatch):  # noqa: F811
     started = []
-    monkeypatch.setattr("lsq_core.jobs.start", lambda folder, words: started.append(words))
+    monkeypatch.setattr("lsq_core.jobs.control.start", lambda folder, words: started.append(words))
     app = open_page("Explore", model=filled.model, see="ranks")
     app.button(key="proxies").click().run()
     (words,) = started
     assert words[-4:] == ["--metric", "gram_diagonal", "--metric", "fisher_diagonal"]
 
-    bench = Workbench(ModelSource(filled.model), Store(filled.path), "cpu")
-    profile = bench.profile(filled.settings, list(PROXIES))
+    session = Session(ModelSource(filled.model), Store(filled.path), "cpu")
+    profile = session.profile(filled.settings, list(PROXIES))
     table = proxy_agreement(profile)
     gram, fisher = table[table["config"] == "b4g64"]["rank_correlation"]
     app = open_page("Explore", model=filled.model, see="ranks")
     expected = f"Gram diagonal {gram:.3f} and diagonal Fisher {fisher:.3f}.".replace("-", "−")
-    assert expected in told(app)
-    assert "b4g64" in told(app)
+    assert expected in page_text(app)
+    assert "b4g64" in page_text(app)
     assert not [button for button in app.button if button.key == "proxies"]
     assert any("Gram diagonal" in option for option in app.selectbox(key="ranks_x").options)
 
 
-def test_ranks_are_those_of_the_store_and_one_module_is_shown(store):  # noqa: F811
+def test_ranks_view_matches_store_and_selected_module(store):  # noqa: F811
     app = open_page("Explore", model=SEVEN, see="ranks")
     table = store.query(
         "SELECT module, max(s.value) FILTER (metric = 'kurtosis') AS k, "
@@ -400,9 +402,9 @@ def test_ranks_are_those_of_the_store_and_one_module_is_shown(store):  # noqa: F
     assert _array(ring["x"]) == [expected.loc[module, "s"]]
 
 
-def test_one_metric_alone_is_told(store):  # noqa: F811
+def test_ranks_view_single_metric_shows_message(store):  # noqa: F811
     app = open_page("Explore", model=CHAT, see="ranks")
-    assert "nothing to compare" in first_line(app)
+    assert "so there is nothing to compare" in first_line(app)
     assert not app.get("plotly_chart")
 
 
@@ -410,10 +412,10 @@ def test_one_metric_alone_is_told(store):  # noqa: F811
 
 
 @pytest.mark.parametrize("architecture", ["llama-gqa", "gpt2-conv1d", "opt", "gpt-oss-moe"])
-def test_a_matrix_is_read_as_the_model_has_it(random_model, architecture):
+def test_weights_region_matches_loaded_model(random_model, architecture):
     folder = random_model(architecture)
     loaded = load_model(ModelSource(str(folder)), "cpu")
-    opened = Weights(folder, loaded.info.matrices)
+    opened = WeightReader(folder, loaded.info.matrices)
     assert opened.matrices == loaded.info.matrices
     for matrix in opened.matrices:
         expected = get_weight(loaded.model, matrix).numpy()
@@ -423,19 +425,19 @@ def test_a_matrix_is_read_as_the_model_has_it(random_model, architecture):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_every_dtype_is_read_exactly(tmp_path, dtype):
+def test_weights_region_dtypes_exact(tmp_path, dtype):
     matrix = Matrix("model.layers.0.mlp.up_proj", 0, "mlp.up_proj", 6, 4)
     weight = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
     save_torch({f"{matrix.name}.weight": weight}, tmp_path / "model.safetensors")
-    read = Weights(tmp_path, [matrix]).region(matrix)
+    read = WeightReader(tmp_path, [matrix]).region(matrix)
     assert read.dtype == np.float32
     np.testing.assert_array_equal(read, weight.float().numpy())
 
 
-def test_what_is_not_there_under_its_name_is_told(tmp_path):
+def test_weights_region_missing_tensor_raises(tmp_path):
     save_file({"other.weight": np.zeros((4, 4), np.float32)}, tmp_path / "model.safetensors")
     matrix = Matrix("model.layers.0.mlp.up_proj", 0, "mlp.up_proj", 6, 4)
-    opened = Weights(tmp_path, [matrix])
+    opened = WeightReader(tmp_path, [matrix])
     assert opened.matrices == ()
     with pytest.raises(InputError, match="another name or shape"):
         opened.region(matrix)
@@ -443,10 +445,10 @@ def test_what_is_not_there_under_its_name_is_told(tmp_path):
 
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("quantizer", ["rtn", "hqq"])
-def test_the_grid_is_the_quantizers(quantizer, axis):
+def test_grid_values_match_quantizer(quantizer, axis):
     weight = np.random.default_rng(0).normal(0, 0.05, (64, 128)).astype(np.float32)
     config = QuantConfig(3, 64)
-    groups = weights.groups_of(weight, config, axis)
+    groups = weights.split_into_groups(weight, config, axis)
     tensor = torch.from_numpy(weight)
     np.testing.assert_array_equal(groups, to_groups(tensor, 64, axis).numpy())
     found = weights.grid_values(groups, config, quantizer)
@@ -456,16 +458,16 @@ def test_the_grid_is_the_quantizers(quantizer, axis):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_a_group_that_does_not_fit_is_told():
+def test_groups_of_indivisible_raises():
     with pytest.raises(InputError, match="groups of 128"):
-        weights.groups_of(np.zeros((3, 32), np.float32), QuantConfig(2, 128), 1)
+        weights.split_into_groups(np.zeros((3, 32), np.float32), QuantConfig(2, 128), 1)
 
 
-def test_outliers_survive_in_a_coarse_region():
+def test_coarse_keeps_outliers():
     weight = np.zeros((1000, 300), np.float32)
     weight[777, 123] = -5
-    cells, down, across = weights.coarse(weight)
-    assert max(cells.shape) <= weights.MOST_CELLS
+    cells, down, across = weights.downsample_max(weight)
+    assert max(cells.shape) <= weights.MAX_CELLS
     assert cells[777 // down, 123 // across] == 5
     assert np.count_nonzero(cells) == 1
 
@@ -474,7 +476,7 @@ def demo_weight(name: str) -> np.ndarray:
     return load_file(DEMO_FOLDER / "model.safetensors")[f"{name}.weight"].float().numpy()
 
 
-def test_the_histogram_is_of_the_weights_in_the_file():
+def test_weights_view_histogram_matches_checkpoint():
     app = open_page("Explore", model="demo", see="weights")
     app.selectbox(key="weights_type").set_value("mlp.down_proj").run()
     app.selectbox(key="weights_layer").set_value(3).run()
@@ -493,10 +495,10 @@ def test_the_histogram_is_of_the_weights_in_the_file():
         lines, np.linspace(groups[middle].min(), groups[middle].max(), 16), rtol=1e-5
     )
     out = np.abs(weight - weight.mean()).max() / weight.std()
-    assert f"lies {out:.1f} deviations out" in first_line(app)
+    assert f"lies {out:.1f} standard deviations from the mean" in first_line(app)
 
 
-def test_percentiles_over_the_layers_are_those_of_the_file():
+def test_weights_view_percentiles_match_checkpoint():
     app = open_page("Explore", model="demo", see="weights")
     app.session_state["weights_show"] = "bands"
     for _ in range(20):
@@ -510,7 +512,7 @@ def test_percentiles_over_the_layers_are_those_of_the_file():
     np.testing.assert_allclose(shown[23], np.percentile(weight, weights.PERCENTILES), rtol=1e-5)
 
 
-def test_the_surface_is_of_the_chosen_rows_and_columns():
+def test_weights_view_surface_region():
     app = open_page("Explore", model="demo", see="weights")
     app.session_state["weights_show"] = "surface"
     app.run()
@@ -522,10 +524,10 @@ def test_the_surface_is_of_the_chosen_rows_and_columns():
     assert surface["type"] == "surface"
     np.testing.assert_array_equal(np.array(_array(surface["z"])), weight)
     assert _array(surface["y"]) == [7, 8, 9, 10, 11]
-    assert "Rows 7 to 11" in told(app)
+    assert "Rows 7 to 11" in page_text(app)
 
 
-def test_no_weights_are_shown_of_a_published_model(store):  # noqa: F811
+def test_weights_view_published_model_shows_message(store):  # noqa: F811
     app = open_page("Explore", model=SEVENTY, see="weights")
     assert f"weights of {SEVENTY}" in first_line(app)
     assert not app.get("plotly_chart")
@@ -536,37 +538,37 @@ def test_no_weights_are_shown_of_a_published_model(store):  # noqa: F811
 
 
 @pytest.fixture
-def by_nf4(filled: Filled) -> tuple[Workbench, ProfileSettings]:  # noqa: F811
+def nf4_profile(filled: Filled) -> tuple[Session, ProfileSettings]:  # noqa: F811
     """The model of the other tests, profiled with NF4 as well."""
     settings = replace(filled.settings, quantizer="nf4")
-    bench = Workbench(ModelSource(filled.model), Store(filled.path), "cpu")
-    bench.profile(settings)
-    return bench, settings
+    session = Session(ModelSource(filled.model), Store(filled.path), "cpu")
+    session.profile(settings)
+    return session, settings
 
 
-def test_a_profile_by_nf4_holds_its_stops_and_no_others(by_nf4):
-    bench, settings = by_nf4
-    found = bench.profile(settings)
+def test_nf4_profile_has_only_4_bit_stops(nf4_profile):
+    session, settings = nf4_profile
+    found = session.profile(settings)
     by_metric = found.values.groupby("metric")["config"].unique()
     assert set(by_metric.index) == set(DEFAULT_METRICS)
     for metric in ("weight_error", "sensitivity", "sensitivity_module"):
         assert set(by_metric[metric]) == {"b4g128", "b4g64", "b4g32"}
-    hqq = bench.find_profile(replace(settings, quantizer="rtn"))
+    hqq = session.find_profile(replace(settings, quantizer="rtn"))
     ratio = found.scores("weight_error", QuantConfig(4, 64)) / hqq.scores(
         "weight_error", QuantConfig(4, 64)
     )
     assert np.all((ratio > 0.5) & (ratio < 1.5)), "normal weights suit NF4 about as well"
-    plan, _ = bench.plan(PlanRequest("mxq", budget="4.3bpp"), settings)
+    plan = session.plan(PlanRequest("mxq", budget="4.3bpp"), settings)
     assert {config.bits for config in plan.configs} == {4}, "no stop that wasn't measured"
     with pytest.raises(InputError, match=r"b2g32.* NF4"):
-        bench.plan(PlanRequest("loss-aware", budget="4.3bpp"), settings)
+        session.plan(PlanRequest("loss-aware", budget="4.3bpp"), settings)
     with pytest.raises(InputError, match="axis 1"):
-        bench.profile(replace(settings, axis=0))
+        session.profile(replace(settings, axis=0))
 
 
-def test_explore_shows_a_profile_by_nf4_and_says_its_stops(by_nf4):
-    bench, _ = by_nf4
-    app = open_page("Explore", model=bench.source.name)
+def test_explore_nf4_profile_lists_its_stops(nf4_profile):
+    session, _ = nf4_profile
+    app = open_page("Explore", model=session.source.name)
     app.selectbox(key="profile_quantizer").set_value("nf4").run()
     assert not app.exception
     assert "b4g128, b4g64 and b4g32" in " ".join(c.value for c in app.caption)

@@ -11,19 +11,20 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lsq_core import charts, export, report
+from lsq_core import charts
 from lsq_core.cli import main
 from lsq_core.cli.parser import build_parser
-from lsq_core.store import Store
-from lsq_core.ui import arguments
+from lsq_core.jobs import arguments
+from lsq_core.results import export, report
+from lsq_core.store.store import Store
 from tests.browser.conftest import open_browser
-from tests.test_compare import fill
+from tests.test_compare import insert_synthetic_runs
 
 
 @pytest.fixture
 def store() -> Store:
     store = Store()
-    fill(store, 13)
+    insert_synthetic_runs(store, 13)
     return store
 
 
@@ -40,7 +41,7 @@ def frame() -> pd.DataFrame:
     )
 
 
-def test_csv_and_parquet_hold_the_table(frame, tmp_path):
+def test_csv_and_parquet_round_trip(frame, tmp_path):
     for name, data in (("t.csv", export.csv_bytes(frame)), ("t.parquet", None)):
         path = tmp_path / name
         path.write_bytes(data or export.parquet_bytes(frame))
@@ -54,13 +55,13 @@ def test_csv_and_parquet_hold_the_table(frame, tmp_path):
         assert back["when"].tolist() == frame["when"].tolist()
 
 
-def test_an_empty_table_keeps_its_columns(frame, tmp_path):
+def test_parquet_empty_table_keeps_columns(frame, tmp_path):
     path = tmp_path / "t.parquet"
     path.write_bytes(export.parquet_bytes(frame.head(0)))
     assert duckdb.sql(f"SELECT * FROM '{path}'").columns == list(frame)
 
 
-def test_bibtex_has_the_papers_and_the_run(store):
+def test_bibtex_entries(store):
     row = store.results().iloc[0]
     text = export.bibtex(store.record(row["evaluation"]))
     assert {"2503.06518", "10.5220/0013159100003890", "hqq_blog"} <= set(
@@ -72,18 +73,18 @@ def test_bibtex_has_the_papers_and_the_run(store):
     assert text.count("{") == text.count("}")
 
 
-def test_what_tex_would_read_is_escaped():
-    assert export._tex("a_b & 5%") == r"a\_b \& 5\%"
+def test_tex_escapes_special_characters():
+    assert export._escape_tex("a_b & 5%") == r"a\_b \& 5\%"
 
 
-def test_the_command_line_asks_for_the_run(store):
+def test_reproducing_command_parses_back(store):
     """The words are read back by the command line's own parser."""
     with store.connect() as connection:
         connection.execute("UPDATE evaluations SET provenance = '{\"max_tokens\": 4000}'")
     record = store.record("000000000003")
-    words = shlex.split(arguments.reproducing(record))
-    assert words[:3] == ["python", "-m", "lsq_core"]
-    options = build_parser().parse_args(words[3:])
+    words = shlex.split(arguments.reproduce_command(record))
+    assert words[0] == "lsq"
+    options = build_parser().parse_args(words[1:])
     content = record["plan"]["content"]
     assert (options.verb, options.method, options.base) == ("run", "uniform", content["base"])
     assert (options.quantizer, options.corpus, options.protocol) == ("hqq", "stdlib", "strided")
@@ -91,41 +92,46 @@ def test_the_command_line_asks_for_the_run(store):
     assert (options.axis, options.metadata) == (content["axis"], content["metadata"])
 
 
-def test_a_method_that_is_not_here_has_no_command(store):
+def test_reproducing_unknown_method_is_comment(store):
     with store.connect() as connection:
         connection.execute("UPDATE runs SET method = 'gptq'")
-    assert arguments.reproducing(store.record("000000000003")).startswith("# gptq ")
+    assert arguments.reproduce_command(store.record("000000000003")).startswith("# gptq ")
 
 
 # --- pages ----------------------------------------------------------------------------------
 
-NASTY = '<script>alert("x")</script> & <img src=http://evil.example/x>'
+HTML_INJECTION = '<script>alert("x")</script> & <img src=http://evil.example/x>'
 
 
-def written_report(store: Store, evaluation: str = "000000000003") -> str:
-    store.annotate(evaluation, NASTY)
+def render_report(store: Store, evaluation: str = "000000000003") -> str:
+    store.annotate(evaluation, HTML_INJECTION)
     record = store.record(evaluation)
     info = store.model(record["run"]["fingerprint"])
-    runs = charts.labelled(store.results())
-    beside = charts.perplexity_by_size(runs, [evaluation])
-    return report.run_report(record, info.matrices, arguments.reproducing(record), beside)
+    runs = charts.add_run_labels(store.results())
+    size_chart = charts.perplexity_by_size(runs, [evaluation])
+    return report.run_report(record, info.matrices, arguments.reproduce_command(record), size_chart)
 
 
-def test_a_report_tells_all_that_is_known_of_a_run(store):
-    text = written_report(store)
+def test_run_report_contains_run_data(store):
+    text = render_report(store)
     row = store.query("SELECT * FROM evaluations WHERE id = '000000000003'").iloc[0]
     matrices = store.query("SELECT name FROM matrices")["name"]
-    for told in (f"{row['perplexity']:.4f}", row["corpus_sha256"], row["fingerprint"], *matrices):
-        assert told in text
-    assert "python -m lsq_core run --model demo" in text
+    for expected_text in (
+        f"{row['perplexity']:.4f}",
+        row["corpus_sha256"],
+        row["fingerprint"],
+        *matrices,
+    ):
+        assert expected_text in text
+    assert "lsq run --model demo" in text
     assert "<script>alert" not in text
     assert "<img src=http" not in text
 
 
 @pytest.mark.browser
-def test_a_report_opened_offline_draws_and_asks_for_nothing(store, tmp_path):
+def test_run_report_offline_renders_without_requests(store, tmp_path):
     path = tmp_path / "report.html"
-    path.write_text(written_report(store), "utf8")
+    path.write_text(render_report(store), "utf8")
     with open_browser(tmp_path / "chromium") as driver:
         driver.execute_cdp_cmd("Network.enable", {})
         driver.execute_cdp_cmd(
@@ -133,23 +139,23 @@ def test_a_report_opened_offline_draws_and_asks_for_nothing(store, tmp_path):
             {"offline": True, "latency": 0, "downloadThroughput": 0, "uploadThroughput": 0},
         )
         driver.get(path.as_uri())
-        drawn = driver.execute_script(
+        mark_counts = driver.execute_script(
             "return [...document.querySelectorAll('.js-plotly-plot')].map("
             "p => p.querySelectorAll('.point, .hm image, .hm rect, .slice').length)"
         )
-        asked = driver.execute_script(
+        requested_urls = driver.execute_script(
             "return performance.getEntriesByType('resource').map(e => e.name)"
         )
         title = driver.find_element("css selector", "h1").text
         errors = [e for e in driver.get_log("browser") if e["level"] == "SEVERE"]
-    assert len(drawn) == 3
-    assert all(drawn), drawn
-    assert [name for name in asked if not name.startswith(("data:", "blob:"))] == []
+    assert len(mark_counts) == 3
+    assert all(mark_counts), mark_counts
+    assert [name for name in requested_urls if not name.startswith(("data:", "blob:"))] == []
     assert errors == []
     assert "3.13 bits" in title
 
 
-def test_a_figure_is_one_page_that_fetches_nothing():
+def test_figure_html_is_self_contained():
     figure = charts.plan_ring(pd.Series({"b3g128": 1.0}), "bytes")
     text = export.figure_html(figure, "a ring")
     assert 'src="http' not in text
@@ -160,8 +166,8 @@ def test_a_figure_is_one_page_that_fetches_nothing():
     assert figure.layout.font.color is None, "the page's own figure stays as it was"
 
 
-def test_a_comparison_is_one_page(store):
-    runs = charts.labelled(store.results())
+def test_comparison_report_lists_runs(store):
+    runs = charts.add_run_labels(store.results())
     figure = charts.perplexity_by_size(runs)
     text = report.comparison_report("Best", "under", {"By size": figure}, runs[["run", "note"]])
     assert all(run in text for run in runs["run"])
@@ -170,7 +176,7 @@ def test_a_comparison_is_one_page(store):
 # --- the command line -----------------------------------------------------------------------
 
 
-def test_the_command_line_exports_the_same(store, tmp_path, capsys):
+def test_cli_export(store, tmp_path, capsys):
     for kind in ("csv", "parquet"):
         path = tmp_path / f"runs.{kind}"
         assert main(["export", "--out", str(path)]) == 0

@@ -13,20 +13,29 @@ import sys
 import numpy as np
 import pytest
 
-from lsq_core.errors import InputError, reason_of
-from lsq_core.files import Damaged, read_arrays, read_json, write_arrays, write_bytes, writing
+from lsq_core.errors import InputError, exception_reason
+from lsq_core.files import (
+    DamagedFileError,
+    atomic_writer,
+    read_arrays,
+    read_json,
+    write_arrays,
+    write_bytes,
+)
 from lsq_core.jsontext import write_json
 from tests.conftest import ROOT
 
 
-def on_a_small_disk(script: str, tmp_path) -> str:
+def run_on_small_disk(script: str, tmp_path) -> str:
     """What a Python script prints in a process whose folder is a disk of 1 MiB."""
-    prepare = f'mount -t tmpfs -o size=1m none {tmp_path} && exec {sys.executable} -c "$0"'
+    configure_streams = (
+        f'mount -t tmpfs -o size=1m none {tmp_path} && exec {sys.executable} -c "$0"'
+    )
     command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
     if shutil.which("unshare") is None or subprocess.run([*command, "true"]).returncode:
         pytest.skip("no disk of its own can be mounted here")
     done = subprocess.run(
-        [*command, prepare, script],
+        [*command, configure_streams, script],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT), "FOLDER": str(tmp_path)},
@@ -35,8 +44,8 @@ def on_a_small_disk(script: str, tmp_path) -> str:
     return done.stdout
 
 
-def test_a_file_that_does_not_fit_leaves_the_old_one_and_no_other(tmp_path):
-    said = on_a_small_disk(
+def test_write_bytes_disk_full_keeps_old_file(tmp_path):
+    message = run_on_small_disk(
         """
 import os
 from pathlib import Path
@@ -53,16 +62,17 @@ print(sorted(p.name for p in folder.iterdir()), (folder / "a").read_bytes())
 """,
         tmp_path,
     )
-    assert said.splitlines() == ["1 True", "1 True", "['a'] b'old'"]
+    assert message.splitlines() == ["1 True", "1 True", "['a'] b'old'"]
 
 
-def test_a_job_says_on_a_full_disk_that_it_is_full(tmp_path):
+def test_job_disk_full_reports_failure(tmp_path):
     """Its last word goes over what was there before, where nothing more can be written."""
-    said = on_a_small_disk(
+    message = run_on_small_disk(
         """
 import json, os, subprocess, sys
 from pathlib import Path
-from lsq_core import jobs, worker
+from lsq_core import jobs
+from lsq_core.jobs import worker
 from lsq_core.jsontext import write_json
 home = Path(os.environ["FOLDER"]) / "one"
 home.mkdir()
@@ -83,29 +93,29 @@ print(job.state, "disk is full" in job.message)
 """,
         tmp_path,
     )
-    assert said.splitlines()[-2:] == ["status 1", "failed True"]
+    assert message.splitlines()[-2:] == ["status 1", "failed True"]
 
 
-def test_a_new_file_takes_no_other_ones_place(tmp_path):
+def test_write_bytes_new_existing_file_raises(tmp_path):
     write_bytes(tmp_path / "a", b"first", new=True)
-    with pytest.raises(InputError, match="there already"):
+    with pytest.raises(InputError, match="already exists"):
         write_bytes(tmp_path / "a", b"second", new=True)
     assert (tmp_path / "a").read_bytes() == b"first"
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
-def test_what_fails_while_it_is_written_leaves_nothing(tmp_path):
-    def half() -> None:
-        with writing(tmp_path / "a") as file:
+def test_writing_exception_leaves_no_file(tmp_path):
+    def write_half() -> None:
+        with atomic_writer(tmp_path / "a") as file:
             file.write(b"half")
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        half()
+        write_half()
     assert not list(tmp_path.iterdir())
 
 
-def test_modes_follow_the_umask_and_links_and_devices_stay(tmp_path):
+def test_write_bytes_respects_umask_links_and_devices(tmp_path):
     before = os.umask(0o027)
     try:
         write_bytes(tmp_path / "a", b"1")
@@ -121,7 +131,7 @@ def test_modes_follow_the_umask_and_links_and_devices_stay(tmp_path):
 
 
 @pytest.mark.parametrize("path", ["", "/proc/x", "/no/such/folder/x", "a\0b", "n" * 300])
-def test_a_path_that_cannot_be_is_bad_input(tmp_path, monkeypatch, path):
+def test_write_json_invalid_path_raises(tmp_path, monkeypatch, path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError):
         write_json(type(tmp_path)(path), {})
@@ -132,38 +142,44 @@ def test_a_path_that_cannot_be_is_bad_input(tmp_path, monkeypatch, path):
     "content",
     [b"", b"\0" * 300, b'{"a": 1', b"[1]", b"null", b'{"a": NaN}', b"\xff\xfe{}", b"[" * 100_000],
 )
-def test_a_damaged_json_file_is_named(tmp_path, content):
+def test_read_json_damaged_file_raises(tmp_path, content):
     (tmp_path / "a.json").write_bytes(content)
-    with pytest.raises(Damaged, match=r"a\.json is damaged"):
+    with pytest.raises(DamagedFileError, match=r"a\.json is damaged"):
         read_json(tmp_path / "a.json")
     assert read_json(tmp_path / "none.json") is None
 
 
-def test_names_that_no_encoding_can_write_come_back(tmp_path):
+def test_json_round_trip_undecodable_name(tmp_path):
     name = os.fsdecode(b"caf\xe9")
     write_json(tmp_path / "a.json", {"name": name})
     assert read_json(tmp_path / "a.json") == {"name": name}
 
 
-def test_arrays_come_back_or_are_damaged(tmp_path):
+def test_arrays_round_trip_or_damaged(tmp_path):
     path, arrays = tmp_path / "a.npz", {"x": np.arange(5.0), "n": np.array(3)}
     assert read_arrays(path, arrays) is None
     write_arrays(path, arrays)
     found = read_arrays(path, arrays)
     assert all((found[name] == own).all() for name, own in arrays.items())
-    whole = path.read_bytes()
-    flipped = bytearray(whole)
-    flipped[whole.index(arrays["x"].tobytes()) + 3] ^= 4
-    for content in (b"", whole[:-30], whole[:40], bytes(len(whole)), bytes(flipped)):
+    original_bytes = path.read_bytes()
+    flipped = bytearray(original_bytes)
+    flipped[original_bytes.index(arrays["x"].tobytes()) + 3] ^= 4
+    for content in (
+        b"",
+        original_bytes[:-30],
+        original_bytes[:40],
+        bytes(len(original_bytes)),
+        bytes(flipped),
+    ):
         path.write_bytes(content)
-        with pytest.raises(Damaged, match=r"a\.npz is damaged"):
+        with pytest.raises(DamagedFileError, match=r"a\.npz is damaged"):
             read_arrays(path, arrays)
     write_arrays(path, arrays)
     for like in ({"y": np.zeros(5)}, {"x": np.zeros(4)}, {"x": np.zeros(5, np.int64)}):
-        with pytest.raises(Damaged):
+        with pytest.raises(DamagedFileError):
             read_arrays(path, like)
     write_arrays(path, {"x": np.full(5, np.nan)})
-    with pytest.raises(Damaged, match="its x"):
+    with pytest.raises(DamagedFileError, match="its x"):
         read_arrays(path, {"x": np.zeros(5)})
 
 
@@ -180,36 +196,36 @@ def test_arrays_come_back_or_are_damaged(tmp_path):
         ("  \n ", "ValueError", "\n"),
     ],
 )
-def test_a_librarys_message_is_quoted_whole(said, has, has_not):
-    quoted = reason_of(ValueError(said))
-    assert has in quoted
-    assert has_not not in quoted
-    assert 0 < len(quoted) <= 402
-    assert quoted[-1] not in ".:!,"
+def test_reason_of_keeps_message(message, expected, excluded):
+    quote_sql = exception_reason(ValueError(message))
+    assert expected in quote_sql
+    assert excluded not in quote_sql
+    assert 0 < len(quote_sql) <= 402
+    assert quote_sql[-1] not in ".:!,"
 
 
-def test_an_empty_message_is_that_of_its_cause():
+def test_reason_of_empty_message_uses_cause():
     error = ValueError()
     error.__cause__ = OSError(errno.ENOENT, "No such file or directory")
-    assert "No such file" in reason_of(error)
+    assert "No such file" in exception_reason(error)
 
 
 @pytest.mark.parametrize("part", ["x", "x ", "see ", "/a.h:1 ", " /"])
-def test_a_message_of_any_length_is_quoted_at_once(part):
+def test_exception_reason_of_long_message_in_linear_time(part):
     """In a fraction of a second; the square of its length would take hours."""
-    assert len(reason_of(ValueError(part * 10**6))) <= 402
+    assert len(exception_reason(ValueError(part * 10**6))) <= 402
 
 
-def test_no_module_cuts_a_message_at_its_first_line():
-    cut = ('.split("\\n")[0]', ".splitlines()[0]", "splitlines()), ")
+def test_no_module_truncates_error_messages():
+    patterns = ('.split("\\n")[0]', ".splitlines()[0]", "splitlines()), ")
     found = [
         path.name
         for path in (ROOT / "lsq_core").rglob("*.py")
-        if any(sign in path.read_text("utf8") for sign in cut)
+        if any(sign in path.read_text("utf8") for sign in patterns)
     ]
     assert not found
 
 
-def test_every_json_file_is_written_by_one_function(tmp_path):
+def test_write_json_nan_becomes_null(tmp_path):
     write_json(tmp_path / "a.json", {"x": float("nan"), "y": [1, 2]})
     assert json.loads((tmp_path / "a.json").read_text()) == {"x": None, "y": [1, 2]}

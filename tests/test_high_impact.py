@@ -11,24 +11,34 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from lsq_core.architecture import get_weight
+from lsq_core.bits import RATIOS, mixed_rows
 from lsq_core.cli import main
-from lsq_core.config import RATIOS, mixed_rows
 from lsq_core.errors import InputError
-from lsq_core.load import load_model
-from lsq_core.model import Matrix, ModelSource
-from lsq_core.pipeline import Workbench, refusal_of
-from lsq_core.plan import PlanRequest, Problem, make_frontier, make_plan
-from lsq_core.plan.blocks import block_front, clipped, combine, diagonal_only, predicted_loss
-from lsq_core.plan.high_impact import impact_of, read_matrix, units_of
-from lsq_core.profile import ProfileSettings
-from lsq_core.profile import interactions as measuring
-from lsq_core.profile.interactions import few_tokens, measure_interactions
-from lsq_core.profile.measure import calibration_of
-from lsq_core.profile.rows import measure_row_scores
-from lsq_core.quantize import get_quantizer
-from lsq_core.quantize.apply import quantize_model
-from lsq_core.store import InteractionKind, Store
+from lsq_core.model.architecture import get_weight
+from lsq_core.model.info import Matrix
+from lsq_core.model.loading import load_model
+from lsq_core.model.source import ModelSource
+from lsq_core.planning.block_plans import (
+    block_front,
+    clip_negative_eigenvalues,
+    combine,
+    diagonal_only,
+    predicted_loss,
+)
+from lsq_core.planning.make import make_frontier, make_plan
+from lsq_core.planning.methods.high_impact import build_impact, effective_matrix, group_into_units
+from lsq_core.planning.problem import Problem
+from lsq_core.planning.request import PlanRequest
+from lsq_core.profiling import interactions as measuring
+from lsq_core.profiling.calibration import load_calibration
+from lsq_core.profiling.interactions import limit_tokens, measure_interactions
+from lsq_core.profiling.rows import measure_row_scores
+from lsq_core.profiling.settings import ProfileSettings
+from lsq_core.quantization.registry import get_quantizer
+from lsq_core.quantized.convert import quantize_model
+from lsq_core.session import Session
+from lsq_core.stages.plan import request_incompatibility
+from lsq_core.store.store import InteractionKey, Store
 
 OPTIONS = mixed_rows(2, 3, 128)
 
@@ -37,7 +47,7 @@ OPTIONS = mixed_rows(2, 3, 128)
 
 
 @pytest.mark.parametrize("architecture", ["llama-gqa", "gpt2-conv1d", "gpt-oss-moe"])
-def test_row_scores_are_the_mean_of_each_sequences_squared_gradients(random_model, architecture):
+def test_row_scores_match_mean_squared_gradients(random_model, architecture):
     loaded = load_model(ModelSource(str(random_model(architecture))), "cpu")
     ids = torch.randint(0, 4096, (3, 24), generator=torch.Generator().manual_seed(0))
     found = measure_row_scores(loaded, ids)
@@ -65,30 +75,30 @@ def _gradient(parameters: dict, matrix: Matrix, model: torch.nn.Module) -> torch
     return grad.T if grad.shape[0] == matrix.in_features else grad
 
 
-def test_row_scores_go_on_from_where_they_were_cut_off(random_model, tmp_path):
+def test_row_scores_resume_from_checkpoint(random_model, tmp_path):
     loaded = load_model(ModelSource(str(random_model("llama-gqa"))), "cpu")
     ids = torch.randint(0, 4096, (20, 8), generator=torch.Generator().manual_seed(0))
     whole = measure_row_scores(loaded, ids)
 
-    class Cut(Exception):
+    class Interrupted(Exception):
         pass
 
-    def cut(done: int, total: int, message: str) -> None:
+    def interrupt(done: int, total: int, message: str) -> None:
         if done == 18:
-            raise Cut
+            raise Interrupted
 
     path = tmp_path / "scores.npz"
-    with pytest.raises(Cut):
-        measure_row_scores(loaded, ids, cut, path)
-    began = []
-    again = measure_row_scores(loaded, ids, lambda done, *_: began.append(done), path)
-    assert began[0] == 16
+    with pytest.raises(Interrupted):
+        measure_row_scores(loaded, ids, interrupt, path)
+    done_counts = []
+    again = measure_row_scores(loaded, ids, lambda done, *_: done_counts.append(done), path)
+    assert done_counts[0] == 16
     assert all((again[name] == whole[name]).all() for name in whole)
     path.write_bytes(path.read_bytes()[:-40])
-    told = []
-    again = measure_row_scores(loaded, ids, lambda *said: told.append(said), path)
-    assert "scores.npz is damaged" in told[0][2]
-    assert told[1][0] == 0
+    observed = []
+    again = measure_row_scores(loaded, ids, lambda *update: observed.append(update), path)
+    assert "scores.npz is damaged" in observed[0][2]
+    assert observed[1][0] == 0
     assert all((again[name] == whole[name]).all() for name in whole)
 
 
@@ -102,7 +112,7 @@ def small(random_model):
     return loaded, ids, measure_row_scores(loaded, ids)
 
 
-def changed_outputs(loaded, ids, scores, chosen, layer, loss):
+def quantized_outputs(loaded, ids, scores, chosen, layer, loss):
     """Outputs of a model in which some matrices are mixed rows, by ways of its own."""
     rows = {
         m.name: np.argsort(-scores[m.name])[: option.high_rows(m.out_features)]
@@ -117,7 +127,7 @@ def changed_outputs(loaded, ids, scores, chosen, layer, loss):
 
 
 @pytest.mark.parametrize("loss", ["block", "model"])
-def test_interactions_are_those_of_the_formula(small, loss):
+def test_interactions_match_whole_model_losses(small, loss):
     """Layer 0, whose output no norm follows: M from whole quantized models."""
     loaded, ids, scores = small
     first = next(measure_interactions(loaded, ids, scores, OPTIONS, loss))
@@ -125,29 +135,31 @@ def test_interactions_are_those_of_the_formula(small, loss):
     own = [m for m in loaded.info.matrices if m.layer == 0]
     assert first.units == tuple(m.type for m in own)
     assert (first.matrix == first.matrix.T).all()
-    full = changed_outputs(loaded, ids, scores, {}, 0, loss)
+    full = quantized_outputs(loaded, ids, scores, {}, 0, loss)
     scale = full.square().mean() if loss == "block" else 1.0
 
-    def lost(*places: tuple[int, int]) -> float:
+    def loss_increase(*places: tuple[int, int]) -> float:
         chosen = {own[u]: OPTIONS[m] for u, m in places}
-        output = changed_outputs(loaded, ids, scores, chosen, 0, loss)
+        output = quantized_outputs(loaded, ids, scores, chosen, 0, loss)
         return float((output - full).square().mean() / scale)
 
     for u, m in ((0, 0), (3, 2), (6, 4)):
-        assert first.matrix[5 * u + m, 5 * u + m] == pytest.approx(2 * lost((u, m)), rel=1e-3)
+        assert first.matrix[5 * u + m, 5 * u + m] == pytest.approx(
+            2 * loss_increase((u, m)), rel=1e-3
+        )
     for a, b in (((4, 0), (5, 1)), ((3, 4), (6, 0))):
-        expected = lost(a, b) - lost(a) - lost(b)
+        expected = loss_increase(a, b) - loss_increase(a) - loss_increase(b)
         place = 5 * a[0] + a[1], 5 * b[0] + b[1]
-        assert first.matrix[place] == pytest.approx(expected, rel=1e-2, abs=1e-4 * lost(a))
+        assert first.matrix[place] == pytest.approx(expected, rel=1e-2, abs=1e-4 * loss_increase(a))
     tiles = first.matrix.reshape(7, 5, 7, 5)
     for u in range(7):
         assert not (tiles[u, :, u, :] - np.diag(np.diag(tiles[u, :, u, :]))).any()
 
 
-def test_the_weights_are_as_before_and_known_layers_are_left_out(small):
+def test_interactions_restore_weights_and_skip_known_layers(small):
     loaded, ids, scores = small
     before = {m: get_weight(loaded.model, m).clone() for m in loaded.info.matrices}
-    told = []
+    observed = []
     found = list(
         measure_interactions(
             loaded,
@@ -156,28 +168,28 @@ def test_the_weights_are_as_before_and_known_layers_are_left_out(small):
             OPTIONS,
             "block",
             known=[0],
-            progress=lambda done, total, _: told.append((done, total)),
+            progress=lambda done, total, _: observed.append((done, total)),
         )
     )
     assert [block.layer for block in found] == [1]
-    assert told[0] == (561, 1122)
+    assert observed[0] == (561, 1122)
     assert all(torch.equal(get_weight(loaded.model, m), w) for m, w in before.items())
 
 
-def test_few_tokens_are_read():
+def test_few_tokens_shape():
     ids = torch.arange(6 * 512).view(6, 512)
-    assert few_tokens(ids, "block").shape == (2, 512)
-    assert few_tokens(ids, "model").shape == (1, 256)
+    assert limit_tokens(ids, "block").shape == (2, 512)
+    assert limit_tokens(ids, "model").shape == (1, 256)
 
 
-def test_experts_share_a_ratio(random_model):
+def test_interactions_group_experts_into_units(random_model):
     """The experts of a layer are changed together."""
     loaded = load_model(ModelSource(str(random_model("mixtral-moe"))), "cpu")
     ids = torch.randint(0, 4096, (1, 8), generator=torch.Generator().manual_seed(1))
     scores = measure_row_scores(loaded, ids)
     first = next(measure_interactions(loaded, ids, scores, OPTIONS[::4], "block"))
     own = [m for m in loaded.info.matrices if m.layer == 0]
-    units = units_of(own)
+    units = group_into_units(own)
     assert first.units == tuple(units)
     assert max(len(members) for members in units.values()) == 4
     assert first.matrix.shape == (2 * len(units),) * 2
@@ -187,14 +199,14 @@ def test_experts_share_a_ratio(random_model):
 def demo():
     """The demo model with row scores of four sequences."""
     loaded = load_model(ModelSource("demo"), "cpu")
-    blocks = calibration_of(loaded, ProfileSettings())
+    blocks = load_calibration(loaded, ProfileSettings().text)
     ids = torch.from_numpy(blocks.ids)
     return loaded, ids[4:5, :256], measure_row_scores(loaded, ids[:4, :256])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("loss", "layer"), [("block", 12), ("model", 21)])
-def test_what_is_predicted_ranks_ratios_as_what_is_measured(demo, loss, layer):
+def test_predicted_loss_ranks_like_measured_loss(demo, loss, layer):
     """Slow: M of a block of the demo model takes 561 evaluations, each check one of the model.
 
     M is symmetric, the loss falls as ratios grow, a slack budget takes nearly all to the largest,
@@ -211,11 +223,11 @@ def test_what_is_predicted_ranks_ratios_as_what_is_measured(demo, loss, layer):
     random = np.random.default_rng(0)
     choices = np.concatenate([random.integers(0, 5, (40, 7)), np.full((1, 7), 4)])
     own = [m for m in loaded.info.matrices if m.layer == layer]
-    full = changed_outputs(loaded, ids, scores, {}, layer, loss)
+    full = quantized_outputs(loaded, ids, scores, {}, layer, loss)
     measured = []
     for choice in choices:
         chosen = {m: OPTIONS[option] for m, option in zip(own, choice, strict=True)}
-        output = changed_outputs(loaded, ids, scores, chosen, layer, loss)
+        output = quantized_outputs(loaded, ids, scores, chosen, layer, loss)
         measured.append(float((output - full).square().mean()))
     predicted = predicted_loss(block.matrix, choices, 5)
     rho = spearmanr(predicted, measured).statistic
@@ -226,7 +238,7 @@ def test_what_is_predicted_ranks_ratios_as_what_is_measured(demo, loss, layer):
         np.testing.assert_allclose(predicted, np.array(measured) / float(scale), rtol=0.25)
     matrices = tuple(own)
     slack = Problem(matrices, options=OPTIONS)
-    slack = replace(slack, impact=impact_of(matrices, scores, {layer: block.matrix}))
+    slack = replace(slack, impact=build_impact(matrices, scores, {layer: block.matrix}))
     widest = make_frontier(slack, PlanRequest("high-impact")).segments[-1].start
     assert widest.mean() > 3.5
 
@@ -234,7 +246,9 @@ def test_what_is_predicted_ranks_ratios_as_what_is_measured(demo, loss, layer):
 # --- plans --------------------------------------------------------------------------------------
 
 
-def random_m(units: int, random: np.random.Generator, together: float = 0.3) -> np.ndarray:
+def random_interactions(
+    units: int, random: np.random.Generator, coupling: float = 0.3
+) -> np.ndarray:
     """An M like measured ones: it falls with the ratio, and units act on one another."""
     fall = np.array([0.98, 0.93, 0.85, 0.78, 0.72])
     base = np.exp(random.normal(size=units))
@@ -242,7 +256,7 @@ def random_m(units: int, random: np.random.Generator, together: float = 0.3) -> 
     for u in range(units):
         tiles[u, :, u, :] = np.diag(2 * base[u] * fall ** random.uniform(1, 2))
     for u, v in itertools.combinations(range(units), 2):
-        both = together * random.normal() * np.sqrt(base[u] * base[v]) * np.outer(fall, fall)
+        both = coupling * random.normal() * np.sqrt(base[u] * base[v]) * np.outer(fall, fall)
         tiles[u, :, v, :] = both * random.normal(1, 0.05, (5, 5))
         tiles[v, :, u, :] = tiles[u, :, v, :].T
     return tiles.reshape(5 * units, 5 * units)
@@ -256,8 +270,8 @@ def problem(layers: int = 3, seed: int = 0, types: int = 3, **more: object) -> P
         for u in range(types)
     )
     scores = {m.name: random.random(m.out_features) for m in matrices}
-    found = {k: random_m(types, random, **more) for k in range(layers)}
-    return Problem(matrices, options=OPTIONS, impact=impact_of(matrices, scores, found))
+    found = {k: random_interactions(types, random, **more) for k in range(layers)}
+    return Problem(matrices, options=OPTIONS, impact=build_impact(matrices, scores, found))
 
 
 def all_plans(small: Problem) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -274,7 +288,7 @@ def all_plans(small: Problem) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_plans_are_within_a_thousandth_of_the_best(seed):
+def test_plan_within_0_1_percent_of_brute_force(seed):
     small = problem(layers=4, types=2, seed=seed)
     _, size, loss = all_plans(small)
     for budget in np.linspace(size.min(), size.max(), 60):
@@ -284,14 +298,14 @@ def test_plans_are_within_a_thousandth_of_the_best(seed):
         assert plan.objective <= best + 1e-3 * abs(best)
         assert plan.lower_bound <= best + 1e-9 * abs(best)
         choice = [OPTIONS.index(c) for c in plan.configs]
-        told = sum(
+        observed = sum(
             predicted_loss(b.matrix, np.array([choice[i] for (i,) in b.units]), 5)[0]
             for b in small.impact.blocks
         )
-        assert plan.objective == pytest.approx(told)
+        assert plan.objective == pytest.approx(observed)
 
 
-def test_a_large_model_is_near_its_bound():
+def test_frontier_large_model_gap_to_bound():
     """32 blocks of seven, where thinning sets in; most budgets within 0.1 % of the bound."""
     large = problem(layers=32, types=7)
     frontier = make_frontier(large, PlanRequest("high-impact"))
@@ -302,9 +316,12 @@ def test_a_large_model_is_near_its_bound():
     assert (np.diff(frontier.losses) < 0).all()
 
 
-def test_a_block_is_enumerated_whole():
+def test_block_front_matches_brute_force():
     random = np.random.default_rng(3)
-    matrix, size = random_m(3, random), random.integers(1, 50, (3, 5)).cumsum(axis=1) * 1.0
+    matrix, size = (
+        random_interactions(3, random),
+        random.integers(1, 50, (3, 5)).cumsum(axis=1) * 1.0,
+    )
     front = block_front(matrix, size, np.ones((3, 5), dtype=bool))
     choices = np.array(list(itertools.product(range(5), repeat=3)))
     sizes = size[np.arange(3), choices].sum(axis=1)
@@ -315,7 +332,7 @@ def test_a_block_is_enumerated_whole():
     assert front.loss[-1] == pytest.approx(losses.min())
 
 
-def test_diagonal_ratios_need_no_search():
+def test_diagonal_ratios_loss_is_sum_of_diagonal():
     """Each matrix for itself is a plain knapsack: the sum of its own losses."""
     small = problem(layers=2, types=3)
     frontier = make_frontier(small, PlanRequest("high-impact", ratios="diagonal"))
@@ -327,11 +344,11 @@ def test_diagonal_ratios_need_no_search():
         assert loss == pytest.approx(own)
 
 
-def test_uniform_ratios_are_five_plans():
+def test_uniform_ratios_give_five_plans():
     small = problem()
     frontier = make_frontier(small, PlanRequest("high-impact", ratios="uniform"))
     assert [set(s.start.tolist()) for s in frontier.segments] == [{i} for i in range(5)]
-    unmeasured = replace(small, impact=impact_of(small.matrices, _scores(small), {}))
+    unmeasured = replace(small, impact=build_impact(small.matrices, _scores(small), {}))
     bare = make_frontier(unmeasured, PlanRequest("high-impact", ratios="uniform"))
     assert bare.losses is None
     with pytest.raises(InputError, match=r"interactions .*model loss .*b2h3g128"):
@@ -342,13 +359,13 @@ def _scores(small: Problem) -> dict[str, np.ndarray]:
     return {m.name: s for m, s in zip(small.matrices, small.impact.row_scores, strict=True)}
 
 
-def test_a_slack_budget_takes_nearly_every_matrix_to_the_largest_ratio():
-    large = problem(layers=12, types=7, together=0.02)
+def test_large_budget_assigns_largest_ratio():
+    large = problem(layers=12, types=7, coupling=0.02)
     widest = make_frontier(large, PlanRequest("high-impact")).segments[-1].start
     assert (widest == 4).mean() > 0.95
 
 
-def test_pins_hold():
+def test_pins_are_respected():
     small = problem(layers=4)
     request = PlanRequest(
         "high-impact",
@@ -366,7 +383,7 @@ def test_pins_hold():
         make_plan(small, replace(request, budget=f"{high:.0f}B", pins=("*=b4g64",)))
 
 
-def test_rows_are_the_highest_scores_and_nested():
+def test_plan_rows_have_highest_scores_and_nest():
     small = problem()
     plans = [
         make_plan(small, PlanRequest("high-impact", ratios="uniform", budget=f"{size}B"))
@@ -379,7 +396,7 @@ def test_rows_are_the_highest_scores_and_nested():
         assert min(scores[list(many)]) >= max(np.delete(scores, list(many)))
 
 
-def test_requests_that_cannot_be_met():
+def test_infeasible_requests_raise():
     small = problem()
     with pytest.raises(InputError, match="takes a budget"):
         make_plan(small, PlanRequest("high-impact", base="3.13"))
@@ -394,56 +411,56 @@ def test_requests_that_cannot_be_met():
     with pytest.raises(InputError, match="need row scores"):
         make_frontier(replace(small, impact=None), PlanRequest("high-impact"))
     odd = Problem((Matrix("m.0.odd", 0, "odd", 64, 96),), options=OPTIONS)
-    odd = replace(odd, impact=impact_of(odd.matrices, {"m.0.odd": np.ones(64)}, {}))
+    odd = replace(odd, impact=build_impact(odd.matrices, {"m.0.odd": np.ones(64)}, {}))
     with pytest.raises(InputError, match=r"m\.0\.odd \(64×96\)"):
         make_frontier(odd, PlanRequest("high-impact", ratios="uniform"))
 
 
-def rows_of_576(group_size: int) -> tuple[Problem, PlanRequest]:
+def problem_with_576_columns(group_size: int) -> tuple[Problem, PlanRequest]:
     """A model with a matrix of 576 columns, and uniform ratios at a group size."""
     matrices = (Matrix("m.0.q", 0, "q", 128, 128), Matrix("m.0.k", 0, "k", 192, 576))
-    impact = impact_of(matrices, {m.name: np.ones(m.out_features) for m in matrices}, {})
+    impact = build_impact(matrices, {m.name: np.ones(m.out_features) for m in matrices}, {})
     request = PlanRequest("high-impact", budget="2.4bpp", group_size=group_size, ratios="uniform")
     return Problem(matrices, options=mixed_rows(2, 3, group_size), impact=impact), request
 
 
-def test_rows_that_no_group_fills_are_named_before_any_budget():
+def test_indivisible_rows_raise_before_budget():
     """576 columns and groups of 128: plans took "from inf bpp (inf GiB) to -inf bpp"."""
-    whole, request = rows_of_576(128)
-    for refused in (
+    whole, request = problem_with_576_columns(128)
+    for call in (
         lambda: whole.feasible,
-        lambda: request.budget_for(whole),
+        lambda: request.resolve_budget(whole),
         lambda: make_plan(whole, request),
-        lambda: refusal_of(whole, request, "hqq", 1),
+        lambda: request_incompatibility(whole, request, "hqq", 1),
     ):
         with pytest.raises(InputError, match=r"m\.0\.k \(192×576\) .*groups of 128") as error:
-            refused()
+            call()
         assert "inf" not in str(error.value)
 
 
-def test_rows_that_groups_of_64_fill_are_planned():
-    whole, request = rows_of_576(64)
+def test_rows_divisible_by_64_are_planned():
+    whole, request = problem_with_576_columns(64)
     low, high = whole.feasible
     assert 0 < low < high < np.inf
     assert make_plan(whole, request).rows["m.0.k"]
 
 
-def test_clipping_takes_out_what_is_negative_alone():
-    matrix = random_m(4, np.random.default_rng(0), together=2.0)
+def test_clipped_removes_negative_eigenvalues():
+    matrix = random_interactions(4, np.random.default_rng(0), coupling=2.0)
     assert np.linalg.eigvalsh(matrix).min() < 0
-    near = clipped(matrix)
-    assert np.linalg.eigvalsh(near).min() > -1e-12
-    assert np.linalg.norm(near - matrix) == pytest.approx(
+    clipped_matrix = clip_negative_eigenvalues(matrix)
+    assert np.linalg.eigvalsh(clipped_matrix).min() > -1e-12
+    assert np.linalg.norm(clipped_matrix - matrix) == pytest.approx(
         np.linalg.norm(np.minimum(np.linalg.eigvalsh(matrix), 0))
     )
-    small = problem(together=2.0)
+    small = problem(coupling=2.0)
     block, request = small.impact.blocks[0], PlanRequest("high-impact", clip=True)
-    assert (read_matrix(block, request) == clipped(block.matrix)).all()
+    assert (effective_matrix(block, request) == clip_negative_eigenvalues(block.matrix)).all()
     diagonal = replace(request, ratios="diagonal", clip=False)
-    assert (read_matrix(block, diagonal) == diagonal_only(block.matrix)).all()
+    assert (effective_matrix(block, diagonal) == diagonal_only(block.matrix)).all()
 
 
-def test_too_many_module_types_are_told():
+def test_plan_eleven_module_types_adds_note():
     """Eleven in a block: enumerated in groups, and the plan says so."""
     many = problem(layers=2, types=11)
     plan = make_plan(many, PlanRequest("high-impact", budget=f"{many.feasible[1]:.0f}B"))
@@ -453,13 +470,15 @@ def test_too_many_module_types_are_told():
     assert make_plan(seven, PlanRequest("high-impact", budget=budget)).notes == ()
 
 
-def test_experts_get_one_ratio():
+def test_plan_experts_share_ratio():
     random = np.random.default_rng(0)
     matrices = tuple(
         Matrix(f"m.0.{kind}.{e}", 0, kind, 64, 128, e) for kind in ("up", "down") for e in range(3)
     )
     scores = {m.name: random.random(64) for m in matrices}
-    moe = Problem(matrices, impact=impact_of(matrices, scores, {0: random_m(2, random)}))
+    moe = Problem(
+        matrices, impact=build_impact(matrices, scores, {0: random_interactions(2, random)})
+    )
     moe = moe.with_options(OPTIONS)
     for segment in make_frontier(moe, PlanRequest("high-impact")).segments:
         assert len(set(segment.start[:3])) == len(set(segment.start[3:])) == 1
@@ -472,10 +491,12 @@ def test_experts_get_one_ratio():
         make_plan(moe, both)
 
 
-def test_blocks_are_put_together_in_any_order():
+def test_combine_is_order_independent():
     random = np.random.default_rng(5)
     size = np.tile(np.arange(1.0, 6) ** 2, (2, 1))
-    fronts = [block_front(random_m(2, random), size, np.ones((2, 5), bool)) for _ in range(3)]
+    fronts = [
+        block_front(random_interactions(2, random), size, np.ones((2, 5), bool)) for _ in range(3)
+    ]
     one, other = combine(fronts), combine(fronts[::-1])
     np.testing.assert_allclose(one.size, other.size)
     np.testing.assert_allclose(one.loss, other.loss)
@@ -497,11 +518,11 @@ def few(monkeypatch) -> None:
     monkeypatch.setattr(measuring, "TOKENS", {"block": 8, "model": 8})
 
 
-def test_the_command_line(random_model, small_text, tmp_path, capsys, few):
+def test_cli_high_impact_plan_run_audit_eval(random_model, small_text, tmp_path, capsys, few):
     model, saved = random_model("llama-gqa"), tmp_path / "saved"
     out = tmp_path / "plan.json"
-    words = command(model, small_text, "--budget", "2.24bpp")
-    assert main(["plan", *words, "--out", str(out), "--json"]) == 0
+    options_given = command(model, small_text, "--budget", "2.24bpp")
+    assert main(["plan", *options_given, "--out", str(out), "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     entry = next(iter(plan["modules"].values()))
     assert entry["bits"] == 2
@@ -511,8 +532,8 @@ def test_the_command_line(random_model, small_text, tmp_path, capsys, few):
     assert plan["gap"] >= 0
     assert "rows have different bits" in plan["predicted"]["reason"]
     evaluation = ["--corpus", str(small_text), "--max-tokens", "600"]
-    words = ["--model", str(model), "--device", "cpu", *evaluation, "--quantizer", "rtn"]
-    assert main(["run", *words, "--plan", str(out), "--save", str(saved), "--json"]) == 0
+    options_given = ["--model", str(model), "--device", "cpu", *evaluation, "--quantizer", "rtn"]
+    assert main(["run", *options_given, "--plan", str(out), "--save", str(saved), "--json"]) == 0
     run = json.loads(capsys.readouterr().out)
     assert run["measured_bytes"] == plan["planned_bytes"]
     assert run["modules"] == plan["modules"]
@@ -522,7 +543,7 @@ def test_the_command_line(random_model, small_text, tmp_path, capsys, few):
     assert json.loads(capsys.readouterr().out)["perplexity"] == pytest.approx(run["perplexity"])
 
 
-def test_the_command_line_says_what_is_wrong(random_model, small_text, capsys, few):
+def test_cli_high_impact_bad_options_exit_2(random_model, small_text, capsys, few):
     model = random_model("llama-gqa")
     for more, sentence in {
         ("--budget", "3bpp"): "take from",
@@ -534,46 +555,46 @@ def test_the_command_line_says_what_is_wrong(random_model, small_text, capsys, f
         assert sentence in capsys.readouterr().err
 
 
-def test_a_sweep_takes_it_beside_others(random_model, small_text, capsys, few):
-    words = command(random_model("llama-gqa"), small_text, "--method", "uniform")
-    words += ["--budget", "2.24bpp", "--corpus", str(small_text), "--max-tokens", "300"]
+def test_cli_sweep_high_impact_with_uniform(random_model, small_text, capsys, few):
+    options_given = command(random_model("llama-gqa"), small_text, "--method", "uniform")
+    options_given += ["--budget", "2.24bpp", "--corpus", str(small_text), "--max-tokens", "300"]
     for state in ("done", "found"):
-        assert main(["sweep", *words, "--json"]) == 0
+        assert main(["sweep", *options_given, "--json"]) == 0
         result = json.loads(capsys.readouterr().out)
         assert result["counts"][state] == 2
 
 
-def test_interactions_are_kept_block_by_block(random_model, small_text, few):
+def test_interactions_resume_block_by_block(random_model, small_text, few):
     """What was cut off after a block goes on with the next, and is found the next time."""
     source = ModelSource(str(random_model("llama-gqa")))
     settings = ProfileSettings(calibration=str(small_text), samples=60, block_tokens=128)
     request = PlanRequest("high-impact", budget="2.24bpp", loss="model")
 
-    class Cut(Exception):
+    class Interrupted(Exception):
         pass
 
-    def cut(stage: str, done: int, total: int, message: str) -> None:
+    def interrupt(stage: str, done: int, total: int, message: str) -> None:
         if "layer 2 of 2" in message:
-            raise Cut
+            raise Interrupted
 
-    with pytest.raises(Cut):
-        Workbench(source, Store(), "cpu", report=cut).plan(request, settings)
-    bench = Workbench(source, Store(), "cpu")
-    key, kind = bench.profile_key(settings), InteractionKind("model", 2, 3, 128)
+    with pytest.raises(Interrupted):
+        Session(source, Store(), "cpu", report=interrupt).plan(request, settings)
+    session = Session(source, Store(), "cpu")
+    key, kind = session.profile_key(settings), InteractionKey("model", 2, 3, 128)
     first = Store().interactions(key, kind)
     assert list(first) == [0]
     messages = []
-    bench.report = lambda stage, done, total, message: messages.append((stage, message))
-    plan, profile = bench.plan(request, settings)
-    assert profile is None
+    session.report = lambda stage, done, total, message: messages.append((stage, message))
+    plan = session.plan(request, settings)
+    assert plan.profile is None
     rows = [message for stage, message in messages if stage == "rows"]
     assert rows
     assert not any("layer 1 of 2" in message or "sequence" in message for message in rows)
     kept = Store().interactions(key, kind)
     assert (kept[0] == first[0]).all()
-    told = Store().query("SELECT provenance FROM interactions")["provenance"]
-    assert {json.loads(text)["tokens"] for text in told} == {8}
+    observed = Store().query("SELECT provenance FROM interactions")["provenance"]
+    assert {json.loads(text)["tokens"] for text in observed} == {8}
     messages.clear()
-    again, _ = bench.plan(request, settings)
+    again = session.plan(request, settings)
     assert again.modules == plan.modules
     assert not [1 for stage, _ in messages if stage == "rows"]

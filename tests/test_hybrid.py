@@ -9,31 +9,35 @@ import numpy as np
 import pytest
 import torch
 
-from lsq_core.architecture import find_blocks, get_weight
+from lsq_core.bits import QuantConfig, mixed_rows
 from lsq_core.cli import main
-from lsq_core.config import QuantConfig, mixed_rows
 from lsq_core.errors import InputError
-from lsq_core.load import load_model
-from lsq_core.model import Matrix, ModelSource
-from lsq_core.plan import Plan, PlanRequest
-from lsq_core.profile import ProfileSettings
-from lsq_core.profile import interactions as measuring
-from lsq_core.quantize import about, get_quantizer, hybrid, planned_bytes
-from lsq_core.quantize.apply import packed_modules, quantize_model
-from lsq_core.quantize.hybrid import Hybrid, LearnedClipping, LearnedMatrix, LearnedRounding
-from lsq_core.quantize.packed import quantize_matrix
-from lsq_core.quantize.remembered import Remembered
+from lsq_core.model.architecture import find_blocks, get_weight
+from lsq_core.model.info import Matrix
+from lsq_core.model.loading import load_model
+from lsq_core.model.source import ModelSource
+from lsq_core.planning.plan import Plan
+from lsq_core.planning.request import PlanRequest
+from lsq_core.profiling import interactions as measuring
+from lsq_core.profiling.settings import ProfileSettings
+from lsq_core.quantization import hybrid
+from lsq_core.quantization.cache import PackedMatrixCache
+from lsq_core.quantization.hybrid import Hybrid, LearnedClipping, LearnedMatrix, LearnedRounding
+from lsq_core.quantization.packed import quantize_matrix
+from lsq_core.quantization.registry import get_quantizer, planned_bytes, quantizer_spec
+from lsq_core.quantized.convert import quantize_model
+from lsq_core.quantized.modules import packed_modules
 
 CONFIG = QuantConfig(3, 32)
 
 
-def some_rows(count: int = 8, seed: int = 0) -> torch.Tensor:
+def random_rows(count: int = 8, seed: int = 0) -> torch.Tensor:
     return 0.05 * torch.randn(count, 64, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-def test_rounding_starts_where_nothing_is_lost_and_ends_on_the_grid(axis):
-    weight = some_rows()
+def test_learned_rounding_initial_and_final_values(axis):
+    weight = random_rows()
     rounding = LearnedRounding(weight, CONFIG, axis, "8bit")
     nearest = quantize_matrix(weight, CONFIG, get_quantizer("rtn"), axis=axis)
     inside = (rounding() - weight).abs() < 1e-5  # but where the stored grid ends short of it
@@ -43,14 +47,14 @@ def test_rounding_starts_where_nothing_is_lost_and_ends_on_the_grid(axis):
     with torch.no_grad():
         rounding.a.copy_(torch.where(torch.rand_like(rounding.a) > 0.5, 9.0, -9.0))
     assert torch.allclose(rounding(), rounding.pack().dequantize(), atol=1e-6)
-    assert rounding.undecided(2.0).item() == pytest.approx(0)
+    assert rounding.rounding_regularizer(2.0).item() == pytest.approx(0)
     with torch.no_grad():
         rounding.a.zero_()
-    assert rounding.undecided(2.0).item() == pytest.approx(1)
+    assert rounding.rounding_regularizer(2.0).item() == pytest.approx(1)
 
 
-def test_clipping_starts_all_but_open_and_follows_its_gradient():
-    weight = some_rows()
+def test_learned_clipping_initial_grid_and_gradient():
+    weight = random_rows()
     clipping = LearnedClipping(weight, CONFIG, 1, "fp16")
     assert torch.allclose(clipping(), clipping.pack().dequantize(), atol=1e-3)
     low = torch.sigmoid(torch.tensor(4.0)) * weight.view(-1, 32).amin(1)
@@ -68,30 +72,30 @@ def test_clipping_starts_all_but_open_and_follows_its_gradient():
 
 
 @pytest.mark.parametrize("high", [3, 4, 16])
-def test_a_matrix_is_both_parts_in_their_places(high):
-    weight = some_rows(20)
+def test_learned_matrix_combines_high_and_low_rows(high):
+    weight = random_rows(20)
     (config,) = mixed_rows(2, high, 32)[-1:]
     learned = LearnedMatrix(weight, config, [3, 19, 7, 0], 1, "fp16")
     packed = learned.pack()
     assert packed.is_high.nonzero().flatten().tolist() == [0, 3, 7, 19]
-    found = learned().detach()
-    assert (found[packed.is_high] - weight[packed.is_high]).abs().mean() < 1e-3
-    torch.testing.assert_close(found[~packed.is_high], learned.clipping().detach(), atol=0, rtol=0)
+    actual = learned().detach()
+    assert (actual[packed.is_high] - weight[packed.is_high]).abs().mean() < 1e-3
+    torch.testing.assert_close(actual[~packed.is_high], learned.clipping().detach(), atol=0, rtol=0)
     trainable = {name.split(".")[0] for name, _ in learned.named_parameters()}
     assert trainable == ({"clipping"} if high == 16 else {"rounding", "clipping"})
 
 
-def test_the_schedule():
+def test_hybrid_schedule_and_names():
     assert hybrid._gamma(0, 5000) is None
     assert hybrid._gamma(999, 5000) is None
     assert hybrid._gamma(1000, 5000) == 20
     assert hybrid._gamma(4999, 5000) == 2
-    assert about("hybrid").steps == get_quantizer("hybrid").steps == 5000
-    assert about("hybrid-500").steps == get_quantizer("hybrid-500").steps == 500
-    assert about("hybrid-500").title == "Hybrid, 500 steps"
+    assert quantizer_spec("hybrid").steps == get_quantizer("hybrid").steps == 5000
+    assert quantizer_spec("hybrid-500").steps == get_quantizer("hybrid-500").steps == 500
+    assert quantizer_spec("hybrid-500").title == "Hybrid, 500 steps"
     for name in ("hybrid-0", "hybrid-x", "rtn-20", "magic"):
         with pytest.raises(InputError, match=r"one of .*hybrid"):
-            about(name)
+            quantizer_spec(name)
 
 
 def small_plan(loaded, group: int = 32) -> Plan:
@@ -112,27 +116,29 @@ def output_error(loaded, model, ids) -> list[float]:
     return [float((a - b).square().mean()) for a, b in zip(*states, strict=True)][1:-1]
 
 
-def silent(done: int, total: int, text: str) -> None:
+def no_progress(done: int, total: int, text: str) -> None:
     """Report nothing."""
 
 
 @pytest.fixture
 def ids(monkeypatch) -> torch.Tensor:
     """Random words to learn from in the place of a text, int64 (2, 32)."""
-    words = torch.randint(0, 4096, (2, 32), generator=torch.Generator().manual_seed(0))
+    plan_options = torch.randint(0, 4096, (2, 32), generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(
-        hybrid, "calibration_of", lambda loaded, settings: SimpleNamespace(ids=words.numpy())
+        hybrid,
+        "load_calibration",
+        lambda loaded, settings: SimpleNamespace(ids=plan_options.numpy()),
     )
-    return words
+    return plan_options
 
 
 @pytest.mark.parametrize("architecture", ["llama-gqa", "gpt2-conv1d", "mixtral-moe"])
-def test_learning_brings_the_output_nearer(architecture, random_model, ids):
+def test_hybrid_reduces_output_error(architecture, random_model, ids):
     """After the first block, whose inputs are those of full precision, on what it learned from."""
     loaded = load_model(ModelSource(str(random_model(architecture))), "cpu")
     plan, settings = small_plan(loaded), ProfileSettings()
     before = {m: get_weight(loaded.model, m).clone() for m in loaded.info.matrices}
-    learned = Hybrid(40).quantize_model(loaded, plan.choice, settings, silent, rows=plan.rows)
+    learned = Hybrid(40).quantize_model(loaded, plan.choice, settings, no_progress, rows=plan.rows)
     rounded = quantize_model(loaded.model, plan.choice, get_quantizer("rtn"), rows=plan.rows)
     assert output_error(loaded, learned, ids)[0] < 0.95 * output_error(loaded, rounded, ids)[0]
     assert sum(m.packed.nbytes for m in packed_modules(learned).values()) == plan.planned_bytes
@@ -140,67 +146,77 @@ def test_learning_brings_the_output_nearer(architecture, random_model, ids):
     assert len(find_blocks(loaded.model)[1]) == loaded.info.layers
 
 
-def test_one_width_learns_clipping_alone(random_model, ids):
+def test_hybrid_single_width_reduces_output_error(random_model, ids):
     loaded = load_model(ModelSource(str(random_model("llama-gqa"))), "cpu")
     settings = ProfileSettings(metadata="fp16")
     choice = dict.fromkeys(loaded.info.matrices, QuantConfig(2, 32))
-    learned = Hybrid(30).quantize_model(loaded, choice, settings, silent)
+    learned = Hybrid(30).quantize_model(loaded, choice, settings, no_progress)
     rounded = quantize_model(loaded.model, choice, get_quantizer("rtn"), metadata="fp16")
     assert output_error(loaded, learned, ids)[0] < output_error(loaded, rounded, ids)[0]
     expected = sum(planned_bytes("hybrid", m.shape, c, "fp16") for m, c in choice.items())
     assert sum(m.packed.nbytes for m in packed_modules(learned).values()) == expected
 
 
-def test_what_was_cut_off_goes_on_with_the_next_block(random_model, ids, tmp_path):
+def test_hybrid_resumes_after_interruption(random_model, ids, tmp_path):
     loaded = load_model(ModelSource(str(random_model("llama-gqa"))), "cpu")
     plan = small_plan(loaded)
 
-    class Cut(Exception):
+    class Interrupted(Exception):
         pass
 
-    def cut(done: int, total: int, text: str) -> None:
+    def interrupt(done: int, total: int, text: str) -> None:
         if "layer 2 of 2, step 3" in text:
-            raise Cut
+            raise Interrupted
 
-    asked = (loaded, plan.choice, ProfileSettings())
-    with pytest.raises(Cut):
-        Hybrid(6).quantize_model(*asked, cut, rows=plan.rows, folder=tmp_path)
+    quantize_args = (loaded, plan.choice, ProfileSettings())
+    with pytest.raises(Interrupted):
+        Hybrid(6).quantize_model(*quantize_args, interrupt, rows=plan.rows, folder=tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["block-0.safetensors"]
-    told, remembered = [], Remembered(0)
+    done_counts, matrix_cache = [], PackedMatrixCache(0)
     again = Hybrid(6).quantize_model(
-        *asked,
-        lambda done, total, text: told.append(done),
+        *quantize_args,
+        lambda done, total, text: done_counts.append(done),
         rows=plan.rows,
-        remembered=remembered,
+        matrix_cache=matrix_cache,
         folder=tmp_path,
     )
-    assert told == [6, 7, 8, 9, 10, 11, 12]
-    assert remembered.saved_seconds > 0
-    whole = Hybrid(6).quantize_model(*asked, silent, rows=plan.rows)
+    assert done_counts == [6, 7, 8, 9, 10, 11, 12]
+    assert matrix_cache.saved_seconds > 0
+    uninterrupted = Hybrid(6).quantize_model(*quantize_args, no_progress, rows=plan.rows)
     with torch.inference_mode():
-        assert torch.equal(again(ids).logits, whole(ids).logits)
+        assert torch.equal(again(ids).logits, uninterrupted(ids).logits)
     block = tmp_path / "block-0.safetensors"
     block.write_bytes(block.read_bytes()[:-100])
-    said = []
+    messages = []
     again = Hybrid(6).quantize_model(
-        *asked, lambda done, total, text: said.append(text), rows=plan.rows, folder=tmp_path
+        *quantize_args,
+        lambda done, total, text: messages.append(text),
+        rows=plan.rows,
+        folder=tmp_path,
     )
-    assert "block-0.safetensors is damaged" in said[0]
+    assert "block-0.safetensors is damaged" in messages[0]
     with torch.inference_mode():
-        assert torch.equal(again(ids).logits, whole(ids).logits)
+        assert torch.equal(again(ids).logits, uninterrupted(ids).logits)
 
 
-def test_the_command_line(random_model, small_text, tmp_path, capsys, monkeypatch):
+def test_cli_hybrid_run_save_eval(random_model, small_text, tmp_path, capsys, monkeypatch):
     """Learned, saved, kept under a name that tells its steps, and made again for its texts."""
     monkeypatch.setattr(measuring, "TOKENS", {"block": 8, "model": 8})
     monkeypatch.setattr(hybrid, "SEQUENCES", 2)
-    words = ["--model", str(random_model("llama-gqa")), "--device", "cpu"]
-    words += ["--method", "high-impact", "--budget", "2.24bpp", "--calibration", str(small_text)]
-    words += ["--samples", "60", "--block-tokens", "64", "--ratios", "uniform"]
+    plan_options = ["--model", str(random_model("llama-gqa")), "--device", "cpu"]
+    plan_options += [
+        "--method",
+        "high-impact",
+        "--budget",
+        "2.24bpp",
+        "--calibration",
+        str(small_text),
+    ]
+    plan_options += ["--samples", "60", "--block-tokens", "64", "--ratios", "uniform"]
     evaluation = ["--corpus", str(small_text), "--max-tokens", "300"]
     saved = ["--save", str(tmp_path / "saved")]
     more = ["--quantizer", "hybrid-3", *evaluation, *saved, "--json"]
-    assert main(["run", *words, *more]) == 0
+    assert main(["run", *plan_options, *more]) == 0
     run = json.loads(capsys.readouterr().out)
     assert run["quantizer"] == "hybrid-3"
     assert run["measured_bytes"] == run["planned_bytes"]
@@ -209,20 +225,20 @@ def test_the_command_line(random_model, small_text, tmp_path, capsys, monkeypatc
     again = ["eval", "--model", str(tmp_path / "saved"), "--device", "cpu", *evaluation, "--json"]
     assert main(again) == 0
     assert json.loads(capsys.readouterr().out)["perplexity"] == pytest.approx(run["perplexity"])
-    assert main(["run", *words, "--hybrid", "--quantizer", "rtn", *evaluation]) == 2
+    assert main(["run", *plan_options, "--hybrid", "--quantizer", "rtn", *evaluation]) == 2
     assert "--hybrid or --quantizer rtn" in capsys.readouterr().err
-    assert main(["run", *words, "--quantizer", "magic", *evaluation]) == 2
+    assert main(["run", *plan_options, "--quantizer", "magic", *evaluation]) == 2
     assert "hqq, rtn, nf4, nf4-dq, gptq, awq, hybrid" in capsys.readouterr().err
 
 
-def test_blocks_that_were_kept_in_an_older_layout_are_learned_again(tmp_path, monkeypatch):
+def test_hybrid_ignores_checkpoint_of_older_format(tmp_path, monkeypatch):
     matrix = Matrix("m.0.up", 0, "up", 8, 64)
-    packed = {matrix: quantize_matrix(some_rows(), CONFIG, get_quantizer("rtn"))}
+    packed = {matrix: quantize_matrix(random_rows(), CONFIG, get_quantizer("rtn"))}
     file, choice = tmp_path / "block-0.safetensors", {matrix: CONFIG}
-    hybrid._write(file, packed, 2.5)
-    kept, seconds = hybrid._read(file, choice, 1, "cpu", silent)
+    hybrid._write_block(file, packed, 2.5)
+    kept, seconds = hybrid._read_block(file, choice, 1, "cpu", no_progress)
     assert (list(kept), seconds) == ([matrix], 2.5)
-    monkeypatch.setattr(hybrid, "FORMAT", hybrid.FORMAT - 1)
-    hybrid._write(file, packed, 2.5)
+    monkeypatch.setattr(hybrid, "FORMAT_VERSION", hybrid.FORMAT_VERSION - 1)
+    hybrid._write_block(file, packed, 2.5)
     monkeypatch.undo()
-    assert hybrid._read(file, choice, 1, "cpu", silent) == ({}, 0.0)
+    assert hybrid._read_block(file, choice, 1, "cpu", no_progress) == ({}, 0.0)

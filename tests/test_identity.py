@@ -12,12 +12,15 @@ import pytest
 
 from lsq_core import cli
 from lsq_core.errors import InputError
-from lsq_core.identity import code_hash, identify, identity_of, known_info, tokenizer_hash
-from lsq_core.load import inspect_model
-from lsq_core.model import DEMO_FOLDER, ModelSource, cached_folder, fingerprint
-from lsq_core.pipeline import Workbench, profile_key
-from lsq_core.profile import ProfileSettings
-from lsq_core.store import MIGRATIONS, Store
+from lsq_core.model.identity import code_hash, compute_identity, tokenizer_hash
+from lsq_core.model.loading import inspect_model
+from lsq_core.model.source import DEMO_FOLDER, ModelSource, cached_folder, fingerprint
+from lsq_core.profiling.settings import ProfileSettings
+from lsq_core.session import Session
+from lsq_core.stages.model import find_model_info, known_identity
+from lsq_core.stages.profile import profile_key
+from lsq_core.store.schema import MIGRATIONS
+from lsq_core.store.store import Store
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -37,7 +40,7 @@ def cache(tmp_path, monkeypatch):
     folder = tmp_path / "hub"
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
 
-    def put(name: str, model: Path, *revisions: str) -> Path:
+    def add_model(name: str, model: Path, *revisions: str) -> Path:
         home = folder / f"models--{name.replace('/', '--')}"
         snapshot = home / "snapshots" / COMMIT
         if not snapshot.is_dir():
@@ -47,7 +50,7 @@ def cache(tmp_path, monkeypatch):
             (home / "refs" / revision).write_text(COMMIT)
         return snapshot
 
-    return put
+    return add_model
 
 
 def edit_tokenizer(folder: Path) -> None:
@@ -60,18 +63,18 @@ def edit_tokenizer(folder: Path) -> None:
     path.write_text(json.dumps(content), "utf8")
 
 
-def test_an_edited_tokenizer_finds_no_old_scores(copy, tmp_path):
+def test_profile_key_changes_with_tokenizer(copy, tmp_path):
     store, settings = Store(tmp_path / "db"), ProfileSettings()
-    before = Workbench(ModelSource(str(copy)), store)
+    before = Session(ModelSource(str(copy)), store)
     key = before.profile_key(settings)
     edit_tokenizer(copy)
-    after = Workbench(ModelSource(str(copy)), store)
+    after = Session(ModelSource(str(copy)), store)
     assert after.info.fingerprint == before.info.fingerprint, "weights and config are the same"
     assert after.profile_key(settings) != key
     assert profile_key(after.info, settings) == after.profile_key(settings), "as the pages have it"
 
 
-def test_what_changes_no_token_changes_no_hash(copy):
+def test_tokenizer_hash_ignores_non_token_changes(copy):
     before = tokenizer_hash(copy)
     path = copy / "tokenizer_config.json"
     content = json.loads(path.read_text("utf8")) | {"name_or_path": "x", "chat_template": "{{ y }}"}
@@ -83,7 +86,7 @@ def test_what_changes_no_token_changes_no_hash(copy):
 
 
 @pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "tokenizer.model", "vocab.txt"])
-def test_every_kind_of_tokenizer_file_counts(tmp_path, name):
+def test_tokenizer_hash_covers_each_file(tmp_path, name):
     assert tokenizer_hash(tmp_path) == ""
     (tmp_path / name).write_text("a")
     first = tokenizer_hash(tmp_path)
@@ -92,19 +95,19 @@ def test_every_kind_of_tokenizer_file_counts(tmp_path, name):
     assert tokenizer_hash(tmp_path) not in ("", first)
 
 
-def test_the_code_counts_where_it_is_trusted(copy):
+def test_identity_includes_remote_code_only_if_trusted(copy):
     config = json.loads((copy / "config.json").read_text()) | {"auto_map": {"AutoConfig": "m.C"}}
     (copy / "m.py").write_text("x = 1")
     assert code_hash(copy) == "", "nothing reaches that file"
     (copy / "config.json").write_text(json.dumps(config))
-    first = identity_of(copy, trust_remote_code=True)
+    first = compute_identity(copy, trust_remote_code=True)
     (copy / "m.py").write_text("x = 2")
-    second = identity_of(copy, trust_remote_code=True)
+    second = compute_identity(copy, trust_remote_code=True)
     assert first.fingerprint == second.fingerprint
     assert first.code
     assert second.code
     assert first.code != second.code
-    assert identity_of(copy).code == "", "code that does not run changes no figure"
+    assert compute_identity(copy).code == "", "code that does not run changes no figure"
     keys = {
         ProfileSettings().key(one.fingerprint, "corpus", one.tokenizer, one.code)
         for one in (first, second)
@@ -112,80 +115,83 @@ def test_the_code_counts_where_it_is_trusted(copy):
     assert len(keys) == 2
 
 
-def test_a_relative_path_means_the_same_from_elsewhere(copy, tmp_path, monkeypatch):
+def test_model_source_relative_path_resolved(copy, tmp_path, monkeypatch):
     monkeypatch.chdir(copy.parent)
     for name in ("./copy", "copy", "../" + copy.parent.name + "/copy"):
         assert ModelSource(name).name == str(copy)
-    bench = Workbench(ModelSource("./copy"), Store(tmp_path / "db"))
-    mark = bench.info.fingerprint
+    session = Session(ModelSource("./copy"), Store(tmp_path / "db"))
+    mark = session.info.fingerprint
     monkeypatch.chdir("/")
-    kept = Store(tmp_path / "db").models()["source"].tolist()
-    assert kept == [str(copy)]
-    assert fingerprint(ModelSource(kept[0]).local_folder) == mark
+    stored_sources = Store(tmp_path / "db").models()["source"].tolist()
+    assert stored_sources == [str(copy)]
+    assert fingerprint(ModelSource(stored_sources[0]).local_folder) == mark
 
 
-def test_one_model_under_two_names(copy, cache, tmp_path):
+def test_known_info_same_model_under_two_names(copy, cache, tmp_path):
     """What was found out about it under one name is known under the other."""
     store = Store(tmp_path / "db")
-    mark = Workbench(ModelSource(str(copy)), store).info.fingerprint
+    mark = Session(ModelSource(str(copy)), store).info.fingerprint
     cache("some-org/some-model", copy, "main", "v2")
     for source in (
         ModelSource("some-org/some-model"),
         ModelSource("some-org/some-model", "v2"),
         ModelSource("some-org/some-model", COMMIT),
     ):
-        found = known_info(source, store)
-        assert (found.fingerprint, found.source) == (mark, source.name)
-        assert found.revision == source.revision
-    assert known_info(ModelSource("some-org/some-model", "v3"), store) is None
+        info_found = find_model_info(source, store)
+        assert (info_found.fingerprint, info_found.source) == (mark, source.name)
+        assert info_found.revision == source.revision
+    assert find_model_info(ModelSource("some-org/some-model", "v3"), store) is None
 
 
-def test_a_model_whose_files_are_gone_is_known_by_its_name(copy, cache, tmp_path):
+def test_known_info_after_files_removed(copy, cache, tmp_path):
     store = Store(tmp_path / "db")
     snapshot = cache("some-org/some-model", copy)
-    here = Workbench(ModelSource("some-org/some-model"), store).info
+    info_before = Session(ModelSource("some-org/some-model"), store).info
     shutil.rmtree(snapshot)
     assert cached_folder(ModelSource("some-org/some-model")) is None
-    gone = known_info(ModelSource("some-org/some-model"), store)
-    assert (gone.fingerprint, gone.tokenizer) == (here.fingerprint, here.tokenizer)
-    assert profile_key(gone, ProfileSettings()) == profile_key(here, ProfileSettings())
+    info_after = find_model_info(ModelSource("some-org/some-model"), store)
+    assert (info_after.fingerprint, info_after.tokenizer) == (
+        info_before.fingerprint,
+        info_before.tokenizer,
+    )
+    assert profile_key(info_after, ProfileSettings()) == profile_key(info_before, ProfileSettings())
 
 
-def test_two_unknown_models_are_two(tmp_path):
+def test_identify_unknown_models_returns_none(tmp_path):
     """Neither has a fingerprint, and no cache may take an empty one for an identity."""
     store = Store(tmp_path / "db")
-    assert identify(ModelSource("some-org/one"), store) is None
-    assert identify(ModelSource("some-org/two"), store) is None
+    assert known_identity(ModelSource("some-org/one"), store) is None
+    assert known_identity(ModelSource("some-org/two"), store) is None
     info = replace(inspect_model(ModelSource("demo")), fingerprint="")
     with pytest.raises(ValueError, match="no identity"):
         store.save_model(info)
 
 
-def test_a_cached_model_has_its_size_without_a_network(copy, cache):
+def test_inspect_cached_model_offline(copy, cache):
     cache("some-org/some-model", copy)
     info = inspect_model(ModelSource("some-org/some-model"))
     assert info.file_bytes == (copy / "model.safetensors").stat().st_size
     assert info.fingerprint == fingerprint(copy)
 
 
-def test_half_a_model_in_the_cache_is_none(copy, cache):
+def test_cached_folder_incomplete_snapshot_is_none(copy, cache):
     snapshot = cache("some-org/some-model", copy)
     (snapshot / "model.safetensors").unlink()
     assert cached_folder(ModelSource("some-org/some-model")) is None
 
 
 @pytest.mark.parametrize("name", ["x" * 5000, "/" + "x" * 5000, "a\0b", "~nobody-here/x", "DEMO"])
-def test_a_name_that_no_path_can_have(name, tmp_path):
+def test_model_name_invalid_path_raises(name, tmp_path):
     """One sentence, and the status of bad input."""
     assert huggingface_hub.constants.HF_HUB_OFFLINE
     with pytest.raises(InputError) as caught:
-        Workbench(ModelSource(name), Store(tmp_path / "db")).info  # noqa: B018
+        Session(ModelSource(name), Store(tmp_path / "db")).info  # noqa: B018
     assert caught.value.exit_code == 2
     assert len(str(caught.value)) < 400
     assert "\n" not in str(caught.value)
 
 
-def test_models_of_an_older_database_keep_their_names(tmp_path):
+def test_migration_keeps_model_names(tmp_path):
     import duckdb
 
     path = tmp_path / "old.duckdb"
@@ -200,13 +206,13 @@ def test_models_of_an_older_database_keep_their_names(tmp_path):
         connection.execute(
             "INSERT INTO models (fingerprint, source, revision) VALUES ('f', 'org/x', NULL)"
         )
-    assert Store(path).named_model("org/x", None) == ("f", "", "")
+    assert Store(path).find_model_by_name("org/x", None) == ("f", "", "")
 
 
-def test_the_demo_is_known_by_content(tmp_path):
+def test_known_info_demo_by_content(tmp_path):
     store = Store(tmp_path / "db")
-    Workbench(ModelSource("demo"), store).info  # noqa: B018
-    assert known_info(ModelSource(str(DEMO_FOLDER)), store).source == str(DEMO_FOLDER)
+    Session(ModelSource("demo"), store).info  # noqa: B018
+    assert find_model_info(ModelSource(str(DEMO_FOLDER)), store).source == str(DEMO_FOLDER)
 
 
 # --- what a remote model is asked for -------------------------------------------------------------
@@ -229,42 +235,50 @@ def hub(copy, cache, monkeypatch):
         return str(home)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    monkeypatch.setattr("lsq_core.model.remote_file_bytes", lambda source: 0)
-    monkeypatch.setattr("lsq_core.identity.cached_folder", lambda source: None)
-    monkeypatch.setattr("lsq_core.load.cached_folder", lambda source: None)
+    monkeypatch.setattr("lsq_core.model.source.remote_file_bytes", lambda source: 0)
+    monkeypatch.setattr("lsq_core.model.identity.cached_folder", lambda source: None)
+    monkeypatch.setattr("lsq_core.model.loading.cached_folder", lambda source: None)
     return fetched
 
 
-UNREACHABLE = ["--method", "uniform", "--budget", "0.5bpp"]
+INFEASIBLE_BUDGET = ["--method", "uniform", "--budget", "0.5bpp"]
 
 
 @pytest.mark.parametrize(
     "words",
     [
-        ["plan", *UNREACHABLE],
-        ["run", *UNREACHABLE],
+        ["plan", *INFEASIBLE_BUDGET],
+        ["run", *INFEASIBLE_BUDGET],
         ["run", "--method", "mxq", "--budget", "0.5bpp"],
         ["run", "--plan", "{plan}"],
         ["sweep", "--method", "uniform", "--budget", "0.5bpp"],
     ],
 )
-def test_what_cannot_be_is_refused_before_weights_are_fetched(hub, words, tmp_path, capsys):
+def test_cli_infeasible_request_fetches_no_weights(hub, command, tmp_path, capsys):
     plan = tmp_path / "plan.json"
     plan.write_text(json.dumps({"modules": {"model.layers.99.x": {"bits": 2, "group_size": 64}}}))
-    words = [word.format(plan=plan) for word in words]
-    assert cli.main([*words, "--model", "some-org/some-model"]) in (1, 2)
+    command = [word.format(plan=plan) for word in command]
+    assert cli.main([*command, "--model", "some-org/some-model"]) in (1, 2)
     assert "config.json" in hub
     assert not [name for name in hub if name.endswith(".safetensors")]
     assert "lsq:" in capsys.readouterr().err
 
 
-def test_a_possible_plan_fetches_the_weights_then(hub, capsys):
-    words = ["plan", "--method", "uniform", "--budget", "3.2bpp", "--model", "some-org/some-model"]
-    assert cli.main(words) == 0
+def test_cli_feasible_plan_fetches_config_before_weights(hub, capsys):
+    command = [
+        "plan",
+        "--method",
+        "uniform",
+        "--budget",
+        "3.2bpp",
+        "--model",
+        "some-org/some-model",
+    ]
+    assert cli.main(command) == 0
     assert hub.index("config.json") < hub.index("model.safetensors")
 
 
-def test_a_remote_model_of_which_only_small_files_are_here(hub, copy, capsys):
+def test_cli_inspect_remote_model_small_files_only(hub, copy, capsys):
     """Its index names files that were not fetched, and its config no dtype."""
     config = json.loads((copy / "config.json").read_text())
     config.pop("dtype", None)
@@ -276,7 +290,7 @@ def test_a_remote_model_of_which_only_small_files_are_here(hub, copy, capsys):
     assert set(hub) == {"config.json", "model.safetensors.index.json"}
 
 
-def test_a_quantized_model_is_refused_by_its_small_files(hub, copy, capsys):
+def test_cli_inspect_quantized_remote_model_exit_2(hub, copy, capsys):
     (copy / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
     assert cli.main(["inspect", "--model", "some-org/some-model"]) == 2
     assert "FP8" in capsys.readouterr().err

@@ -14,9 +14,9 @@ import pytest
 from lsq_core import disk, jobs
 from lsq_core.cli import main
 from lsq_core.errors import InputError
-from lsq_core.load import inspect_model
-from lsq_core.model import ModelSource
-from lsq_core.store import Store
+from lsq_core.model.loading import inspect_model
+from lsq_core.model.source import ModelSource
+from lsq_core.store.store import Store
 
 
 def wait_for(condition, seconds: float = 60):
@@ -28,27 +28,27 @@ def wait_for(condition, seconds: float = 60):
     return value
 
 
-def ended(job: jobs.Job) -> jobs.Job:
+def wait_for_end(job: jobs.Job) -> jobs.Job:
     return wait_for(lambda: (now := jobs.read(job.folder)) and not now.active and now)
 
 
-def in_stage(job: jobs.Job, stage: str) -> jobs.Job:
-    def look():
+def wait_for_stage(job: jobs.Job, stage: str) -> jobs.Job:
+    def check_stage():
         now = jobs.read(job.folder)
         assert now.active, now.message
         return now.stage == stage and now
 
-    return wait_for(look)
+    return wait_for(check_stage)
 
 
-def pid_of(job: jobs.Job) -> int:
+def job_pid(job: jobs.Job) -> int:
     return json.loads((job.folder / "process.json").read_text())["pid"]
 
 
-def gone(job: jobs.Job) -> bool:
+def process_ended(job: jobs.Job) -> bool:
     """Whether the job's process has ended; one that nobody has waited for yet is a zombie."""
     try:
-        return psutil.Process(pid_of(job)).status() == psutil.STATUS_ZOMBIE
+        return psutil.Process(job_pid(job)).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
 
@@ -64,7 +64,7 @@ def folder(tmp_path) -> Path:
 
 
 @pytest.fixture
-def quick(random_model, small_text, store) -> list[str]:
+def quick_run(random_model, small_text, store) -> list[str]:
     """A command that takes seconds."""
     return [
         *["run", "--model", str(random_model("llama-gqa")), "--method", "uniform"],
@@ -74,7 +74,7 @@ def quick(random_model, small_text, store) -> list[str]:
 
 
 @pytest.fixture
-def evaluation(store) -> list[str]:
+def long_evaluation(store) -> list[str]:
     """A run whose evaluation takes seconds."""
     return [
         *["run", "--model", "demo", "--device", "cpu", "--method", "uniform", "--base", "3.13"],
@@ -83,17 +83,17 @@ def evaluation(store) -> list[str]:
 
 
 @pytest.fixture
-def long(store) -> list[str]:
+def long_profile(store) -> list[str]:
     """A command that would take a minute or more."""
     command = ["profile", "--model", "demo", "--device", "cpu", "--quantizer", "rtn"]
     return [*command, "--db", str(store.path)]
 
 
-def test_a_job_does_what_the_command_does(folder, quick, store):
-    job = jobs.start(folder, quick)
+def test_job_result_matches_command(folder, quick_run, store):
+    job = jobs.start(folder, quick_run)
     assert job.active
     assert job.title.startswith("run uniform ")
-    done = ended(job)
+    done = wait_for_end(job)
     assert done.state == "done", done.log_tail()
     result = done.result()
     row = store.results().iloc[0]
@@ -101,97 +101,97 @@ def test_a_job_does_what_the_command_does(folder, quick, store):
     assert row["perplexity"] == result["perplexity"]
     assert done.memory > 50e6
     assert done.seconds > 0
-    assert done.command == "python -m lsq_core " + " ".join(quick)
+    assert done.command == "lsq " + " ".join(quick_run)
     assert [j.id for j in jobs.list_jobs(folder)] == [job.id]
 
 
-def test_bad_input_fails_with_its_sentence(folder, quick):
-    done = ended(jobs.start(folder, [*quick, "--protocol", "sliding"]))
+def test_job_bad_input_failed_with_message(folder, quick_run):
+    done = wait_for_end(jobs.start(folder, [*quick_run, "--protocol", "sliding"]))
     assert (done.state, done.result()) == ("failed", None)
     assert "'sliding'" in done.message
     assert "strided or blocks" in done.message
-    done = ended(jobs.start(folder, [*quick, "--no-such-option"]))
+    done = wait_for_end(jobs.start(folder, [*quick_run, "--no-such-option"]))
     assert done.state == "failed"
     assert "--no-such-option" in done.message
 
 
-def test_a_defect_fails_with_its_name_and_leaves_a_log(folder, quick, store):
+def test_job_exception_failed_with_traceback_in_log(folder, quick_run, store):
     """What no version ever wrote, in a database of ours, is nobody's input."""
-    store.save_model(inspect_model(ModelSource(quick[quick.index("--model") + 1])))
+    store.save_model(inspect_model(ModelSource(quick_run[quick_run.index("--model") + 1])))
     with store.connect() as connection:
         connection.execute("UPDATE models SET left_out = NULL")
-    done = ended(jobs.start(folder, quick))
+    done = wait_for_end(jobs.start(folder, quick_run))
     assert done.state == "failed"
     assert "TypeError" in done.message
     assert "Traceback" in done.log_tail(400)
     assert store.query("SELECT count(*) n FROM runs")["n"][0] == 0
 
 
-def test_cancel_takes_less_than_two_seconds(folder, long, store):
-    job = in_stage(jobs.start(folder, long), "weights")
-    began = time.monotonic()
+def test_cancel_within_2_s(folder, long_profile, store):
+    job = wait_for_stage(jobs.start(folder, long_profile), "weights")
+    started_at = time.monotonic()
     after = jobs.cancel(job)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - started_at < 2
     assert after.state == "cancelled"
-    assert gone(job)
+    assert process_ended(job)
     assert store.query("SELECT count(*) AS n FROM profiles")["n"][0] == 0
     assert jobs.cancel(after).state == "cancelled", "twice does no harm"
 
 
-def test_a_process_that_will_not_listen_is_killed(folder, long):
-    job = in_stage(jobs.start(folder, long), "weights")
-    os.kill(pid_of(job), signal.SIGSTOP)  # a stopped process does not act on a request to end
-    began = time.monotonic()
+def test_cancel_stopped_process_is_killed(folder, long_profile):
+    job = wait_for_stage(jobs.start(folder, long_profile), "weights")
+    os.kill(job_pid(job), signal.SIGSTOP)  # a stopped process does not act on a request to end
+    started_at = time.monotonic()
     after = jobs.cancel(job)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - started_at < 2
     assert after.state == "cancelled"
-    assert gone(job)
+    assert process_ended(job)
 
 
 @pytest.mark.parametrize("stage", ["start", "load", "quantize", "evaluate"])
-def test_a_run_is_cancelled_within_two_seconds_in_every_stage(folder, evaluation, stage):
+def test_cancel_run_within_2_s_in_each_stage(folder, long_evaluation, stage):
     if stage == "quantize":  # round-to-nearest is over before it is seen
-        evaluation += ["--quantizer", "hqq"]
-    started = jobs.start(folder, evaluation)
-    job = started if stage == "start" else in_stage(started, stage)
-    began = time.monotonic()
+        long_evaluation += ["--quantizer", "hqq"]
+    started = jobs.start(folder, long_evaluation)
+    job = started if stage == "start" else wait_for_stage(started, stage)
+    started_at = time.monotonic()
     assert jobs.cancel(job).state == "cancelled"
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - started_at < 2
     assert not jobs.read(job.folder).active
-    assert gone(job)
+    assert process_ended(job)
 
 
-def test_a_killed_job_is_shown_as_interrupted_and_the_database_reads(folder, long, store):
-    job = in_stage(jobs.start(folder, long), "weights")
-    os.kill(pid_of(job), signal.SIGKILL)
-    after = ended(job)
+def test_killed_job_interrupted_and_database_readable(folder, long_profile, store):
+    job = wait_for_stage(jobs.start(folder, long_profile), "weights")
+    os.kill(job_pid(job), signal.SIGKILL)
+    after = wait_for_end(job)
     assert after.state == "interrupted"
     assert "'weights'" in after.message
     assert Store(store.path).results().empty
     assert jobs.list_jobs(folder)[0].state == "interrupted"
 
 
-def test_jobs_on_one_device_wait_for_each_other(folder, long, quick):
-    first = in_stage(jobs.start(folder, long), "weights")
-    second = jobs.start(folder, [*quick, "--device", "cpu"])
+def test_jobs_on_same_device_are_queued(folder, long_profile, quick_run):
+    first = wait_for_stage(jobs.start(folder, long_profile), "weights")
+    second = jobs.start(folder, [*quick_run, "--device", "cpu"])
     waiting = wait_for(
         lambda: (now := jobs.read(second.folder)).message.startswith("Waiting") and now
     )
     assert waiting.state == "queued"
-    os.kill(pid_of(first), signal.SIGKILL)  # the lock goes with the process
-    assert ended(second).state == "done"
+    os.kill(job_pid(first), signal.SIGKILL)  # the lock goes with the process
+    assert wait_for_end(second).state == "done"
 
 
-def test_a_queued_job_can_be_cancelled(folder, long, quick):
-    first = in_stage(jobs.start(folder, long), "weights")
-    second = jobs.start(folder, [*quick, "--device", "cpu"])
+def test_cancel_queued_job(folder, long_profile, quick_run):
+    first = wait_for_stage(jobs.start(folder, long_profile), "weights")
+    second = jobs.start(folder, [*quick_run, "--device", "cpu"])
     wait_for(lambda: jobs.read(second.folder).message.startswith("Waiting"))
     assert jobs.cancel(jobs.read(second.folder)).state == "cancelled"
     assert jobs.cancel(first).state == "cancelled"
 
 
-def test_a_number_used_again_is_not_the_job(folder, quick):
-    job = ended(jobs.start(folder, quick))
+def test_reused_pid_is_not_the_job(folder, quick_run):
+    job = wait_for_end(jobs.start(folder, quick_run))
     identity = {"pid": os.getpid(), "started": 1.0}  # this very process, which started later
     (job.folder / "process.json").write_text(json.dumps(identity))
     progress = json.loads((job.folder / "progress.json").read_text()) | {"state": "running"}
@@ -200,7 +200,7 @@ def test_a_number_used_again_is_not_the_job(folder, quick):
     assert jobs.cancel(jobs.read(job.folder)).state == "cancelled"
 
 
-def test_a_folder_without_a_job(tmp_path):
+def test_read_folder_without_job_raises(tmp_path):
     with pytest.raises(InputError, match="no job"):
         jobs.read(tmp_path)
     assert jobs.list_jobs(tmp_path / "none") == []
@@ -209,23 +209,23 @@ def test_a_folder_without_a_job(tmp_path):
 # --- resuming -------------------------------------------------------------------------------
 
 
-def killed_in_evaluation(folder: Path, arguments: list[str]) -> jobs.Job:
+def kill_during_evaluation(folder: Path, arguments: list[str]) -> jobs.Job:
     """A job whose process was killed after it had kept some windows."""
-    job = in_stage(jobs.start(folder, arguments), "evaluate")
+    job = wait_for_stage(jobs.start(folder, arguments), "evaluate")
     wait_for(lambda: list(job.folder.glob("evaluation-*.npz")))
-    os.kill(pid_of(job), signal.SIGKILL)
-    return ended(job)
+    os.kill(job_pid(job), signal.SIGKILL)
+    return wait_for_end(job)
 
 
-def test_a_killed_run_goes_on_where_it_was(folder, evaluation, store, tmp_path):
+def test_resume_killed_run_continues_from_checkpoint(folder, long_evaluation, store, tmp_path):
     """Windows scored before aren't scored again, and the figures are those of a run in one go."""
-    job = killed_in_evaluation(folder, [*evaluation, "--save", str(tmp_path / "saved")])
+    job = kill_during_evaluation(folder, [*long_evaluation, "--save", str(tmp_path / "saved")])
     assert job.state == "interrupted"
     assert job.can_resume
     assert store.results().empty
     saved = (tmp_path / "saved" / "lsq.json").stat().st_mtime_ns
     scored = job.done
-    after = ended(jobs.resume(job))
+    after = wait_for_end(jobs.resume(job))
     assert after.state == "done", after.log_tail()
     assert after.id == job.id
     assert (tmp_path / "saved" / "lsq.json").stat().st_mtime_ns == saved, "saved twice"
@@ -236,33 +236,33 @@ def test_a_killed_run_goes_on_where_it_was(folder, evaluation, store, tmp_path):
     assert scored > 0
     (row,) = store.results().itertuples()
     assert row.run == after.result()["run"]
-    assert main([*evaluation, "--json"]) == 0
-    whole = store.results().iloc[0]
-    assert whole["perplexity"] == pytest.approx(row.perplexity, rel=1e-9)
-    assert whole["kl"] == pytest.approx(row.kl, rel=1e-6)
-    assert whole["tokens"] == row.tokens
+    assert main([*long_evaluation, "--json"]) == 0
+    uninterrupted = store.results().iloc[0]
+    assert uninterrupted["perplexity"] == pytest.approx(row.perplexity, rel=1e-9)
+    assert uninterrupted["kl"] == pytest.approx(row.kl, rel=1e-6)
+    assert uninterrupted["tokens"] == row.tokens
 
 
-def test_a_run_that_was_kept_is_not_kept_twice(folder, quick, store):
+def test_resume_after_run_stored_does_not_duplicate(folder, quick_run, store):
     """Killed after the last stage, before it could say so."""
-    job = ended(jobs.start(folder, quick))
+    job = wait_for_end(jobs.start(folder, quick_run))
     (job.folder / "result.json").unlink()
     progress = json.loads((job.folder / "progress.json").read_text()) | {"state": "running"}
     (job.folder / "progress.json").write_text(json.dumps(progress))
-    interrupted = ended(job)
+    interrupted = wait_for_end(job)
     assert interrupted.state == "interrupted"
-    done = ended(jobs.resume(interrupted))
+    done = wait_for_end(jobs.resume(interrupted))
     assert done.state == "done", done.log_tail()
     rows = store.query("SELECT run FROM evaluations WHERE run IS NOT NULL")
     assert rows["run"].tolist() == [done.result()["run"]]
     assert len(store.query("SELECT id FROM runs")) == 1
 
 
-def test_only_what_has_no_result_can_be_resumed(folder, quick, long):
-    done = ended(jobs.start(folder, quick))
+def test_resume_done_or_running_job_raises(folder, quick_run, long_profile):
+    done = wait_for_end(jobs.start(folder, quick_run))
     with pytest.raises(InputError, match=r"done.* resume"):
         jobs.resume(done)
-    running = in_stage(jobs.start(folder, long), "weights")
+    running = wait_for_stage(jobs.start(folder, long_profile), "weights")
     with pytest.raises(InputError, match="is running"):
         jobs.resume(running)
     cancelled = jobs.cancel(running)
@@ -272,9 +272,9 @@ def test_only_what_has_no_result_can_be_resumed(folder, quick, long):
     assert jobs.cancel(first).state == "cancelled"
 
 
-def test_a_job_resumes_from_the_command_line(quick, store, capsys):
+def test_cli_resume_job_by_id(quick_run, store, capsys):
     folder = disk.jobs_folder(store)
-    job = jobs.start(folder, [*quick, "--method", "uniform"])
+    job = jobs.start(folder, [*quick_run, "--method", "uniform"])
     jobs.cancel(job)
     database = ["--db", str(store.path)]
     assert main(["jobs", *database, "--json"]) == 0
@@ -282,17 +282,17 @@ def test_a_job_resumes_from_the_command_line(quick, store, capsys):
     assert (listed["id"], listed["state"]) == (job.id, "cancelled")
     assert main(["resume", *database]) == 2, "what was cancelled on purpose goes on only by name"
     assert main(["resume", job.id, *database]) == 0
-    told = capsys.readouterr().out
-    assert f"job {job.id} is done" in told
-    assert "too few windows" in told
+    output = capsys.readouterr().out
+    assert f"job {job.id} is done" in output
+    assert "too few windows" in output
     assert main(["resume", job.id, *database]) == 2, "it is done"
 
 
-def test_the_command_line_resumes_the_newest_interrupted(quick, store, capsys):
+def test_cli_resume_newest_interrupted(quick_run, store, capsys):
     folder = disk.jobs_folder(store)
-    job = in_stage(jobs.start(folder, [*quick, "--method", "uniform"]), "load")
-    os.kill(pid_of(job), signal.SIGKILL)
-    assert ended(job).state == "interrupted"
+    job = wait_for_stage(jobs.start(folder, [*quick_run, "--method", "uniform"]), "load")
+    os.kill(job_pid(job), signal.SIGKILL)
+    assert wait_for_end(job).state == "interrupted"
     database = ["--db", str(store.path)]
     assert main(["resume", *database, "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
@@ -301,19 +301,19 @@ def test_the_command_line_resumes_the_newest_interrupted(quick, store, capsys):
     assert main(["resume", *database]) == 2, "nothing was interrupted any more"
 
 
-def test_auto_waits_for_the_device_that_it_means(folder, long, quick, monkeypatch):
+def test_auto_device_queues_behind_cpu_job(folder, long_profile, quick_run, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    first = in_stage(jobs.start(folder, long), "weights")
-    second = jobs.start(folder, quick)  # on auto
+    first = wait_for_stage(jobs.start(folder, long_profile), "weights")
+    second = jobs.start(folder, quick_run)  # on auto
     wait_for(lambda: jobs.read(second.folder).message.startswith("Waiting"))
     assert jobs.cancel(jobs.read(first.folder)).state == "cancelled"
-    assert ended(second).state == "done"
+    assert wait_for_end(second).state == "done"
 
 
-def test_a_waiting_job_has_nothing_of_the_one_before(folder, long, quick):
+def test_queued_job_progress_is_empty(folder, long_profile, quick_run):
     """Neither a share done nor a stage: its bar begins empty."""
-    first = in_stage(jobs.start(folder, long), "weights")
-    second = jobs.start(folder, [*quick, "--device", "cpu"])
+    first = wait_for_stage(jobs.start(folder, long_profile), "weights")
+    second = jobs.start(folder, [*quick_run, "--device", "cpu"])
     waiting = wait_for(
         lambda: (now := jobs.read(second.folder)).message.startswith("Waiting") and now
     )

@@ -9,19 +9,25 @@ import numpy as np
 import pytest
 import torch
 
-from lsq_core.architecture import get_weight
 from lsq_core.cli import main
 from lsq_core.errors import InputError
-from lsq_core.load import load_model
-from lsq_core.model import Matrix, ModelSource
-from lsq_core.pipeline import Workbench, check_metrics, problem_of
-from lsq_core.plan import PLANNERS, PlanRequest, Problem
-from lsq_core.profile import DEFAULT_METRICS, METRICS, PROXIES, TITLES, ProfileSettings
-from lsq_core.profile.loss_impact import LossImpact, kl_sum
-from lsq_core.profile.measure import calibration_of, measure_profile
-from lsq_core.quantize import get_quantizer
-from lsq_core.quantize.packed import quantize_matrix
-from lsq_core.store import Store
+from lsq_core.model.architecture import get_weight
+from lsq_core.model.info import Matrix
+from lsq_core.model.loading import load_model
+from lsq_core.model.source import ModelSource
+from lsq_core.planning.methods import PLANNERS
+from lsq_core.planning.problem import Problem
+from lsq_core.planning.request import PlanRequest
+from lsq_core.profiling.calibration import load_calibration
+from lsq_core.profiling.measure import measure_profile
+from lsq_core.profiling.metrics import DEFAULT_METRICS, METRICS, PROXIES, TITLES
+from lsq_core.profiling.metrics.loss_impact import LossImpact, kl_sum
+from lsq_core.profiling.settings import ProfileSettings
+from lsq_core.quantization.packed import quantize_matrix
+from lsq_core.quantization.registry import get_quantizer
+from lsq_core.session import Session
+from lsq_core.stages.plan import build_problem, check_metrics
+from lsq_core.store.store import Store
 from tests.conftest import ARCHITECTURES, save_random_model
 
 IMPACT = ("loss_impact",)
@@ -35,8 +41,8 @@ def settings(small_text):
 
 
 @pytest.fixture
-def bench(random_model):
-    return Workbench(ModelSource(str(random_model("llama-gqa"))), Store(), "cpu")
+def session(random_model):
+    return Session(ModelSource(str(random_model("llama-gqa"))), Store(), "cpu")
 
 
 def log_probabilities(model, ids):
@@ -45,30 +51,30 @@ def log_probabilities(model, ids):
 
 @torch.inference_mode()
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_impact_is_that_of_a_plain_loop(architecture, random_model, settings):
+def test_loss_impact_matches_plain_loop(architecture, random_model, settings):
     """Each matrix's weight replaced in the model, all of the model run, KL in float64."""
     loaded = load_model(ModelSource(str(random_model(architecture))), "cpu")
     profile = measure_profile(loaded, settings, "key", metrics=IMPACT)
     assert profile.metrics == IMPACT
-    ids = torch.from_numpy(calibration_of(loaded, settings).ids)[: LossImpact.sequences]
+    ids = torch.from_numpy(load_calibration(loaded, settings.text).ids)[: LossImpact.sequences]
     assert len(ids) == LossImpact.sequences
     assert profile.provenance["tokens"] == ids.numel()
     expected = log_probabilities(loaded.model, ids)
     for matrix, score in zip(profile.matrices, profile.scores("loss_impact"), strict=True):
         weight = get_weight(loaded.model, matrix)
-        kept = weight.clone()
+        saved = weight.clone()
         changed = quantize_matrix(
-            kept, LossImpact.configs[0], get_quantizer("rtn"), axis=1, metadata="fp16"
+            saved, LossImpact.configs[0], get_quantizer("rtn"), axis=1, metadata="fp16"
         ).dequantize()
         weight.copy_(changed)
-        found = log_probabilities(loaded.model, ids)
-        weight.copy_(kept)
-        divergence = float((expected.exp() * (expected - found)).sum(-1).mean())
-        error = float((changed - kept).double().square().sum())
+        perturbed = log_probabilities(loaded.model, ids)
+        weight.copy_(saved)
+        divergence = float((expected.exp() * (expected - perturbed)).sum(-1).mean())
+        error = float((changed - saved).double().square().sum())
         assert score == pytest.approx(divergence / error, rel=1e-5), matrix.name
 
 
-def test_measuring_leaves_the_model_as_it_was(random_model, settings):
+def test_loss_impact_does_not_modify_model(random_model, settings):
     loaded = load_model(ModelSource(str(random_model("mixtral-moe"))), "cpu")
     before = {n: t.clone() for n, t in loaded.model.state_dict().items()}
     measure_profile(loaded, settings, "key", metrics=IMPACT)
@@ -77,15 +83,15 @@ def test_measuring_leaves_the_model_as_it_was(random_model, settings):
     assert not any("forward" in m.__dict__ for m in loaded.model.modules())
 
 
-def test_few_logits_at_once_give_the_same(random_model, settings, monkeypatch):
+def test_loss_impact_independent_of_logit_chunk_size(random_model, settings, monkeypatch):
     loaded = load_model(ModelSource(str(random_model("gpt2-conv1d"))), "cpu")
     whole = measure_profile(loaded, settings, "key", metrics=IMPACT).scores("loss_impact")
-    monkeypatch.setattr("lsq_core.profile.loss_impact._LOGITS_AT_ONCE", 1)
+    monkeypatch.setattr("lsq_core.profiling.metrics.loss_impact._MAX_BATCH_LOGITS", 1)
     single = measure_profile(loaded, settings, "key", metrics=IMPACT).scores("loss_impact")
     np.testing.assert_allclose(single, whole, rtol=1e-4)
 
 
-def test_a_small_divergence_is_not_drowned():
+def test_kl_sum_accurate_for_small_divergence():
     """In float32 the plain sum of p·(log p − log q) is off by a sixth and more here."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(20, 4096, generator=generator, dtype=torch.float64)
@@ -98,23 +104,23 @@ def test_a_small_divergence_is_not_drowned():
     assert kl_sum(p, p) == 0
 
 
-def test_progress_grows_and_names_each_matrix(random_model, settings):
+def test_loss_impact_progress_increases_and_names_matrices(random_model, settings):
     loaded = load_model(ModelSource(str(random_model("llama-gqa"))), "cpu")
-    seen = []
-    measure_profile(loaded, settings, "key", lambda *report: seen.append(report), IMPACT)
-    done = [report[0] for report in seen]
+    reports = []
+    measure_profile(loaded, settings, "key", lambda *report: reports.append(report), IMPACT)
+    done = [report[0] for report in reports]
     assert done == sorted(done)
     assert done[0] == 0
-    assert {total for _, total, _ in seen} == {done[-1]}
+    assert {total for _, total, _ in reports} == {done[-1]}
     assert done[-1] == 7 * (3 + 2), "seven matrices in each of two layers, and the head"
-    messages = [message for _, _, message in seen]
+    messages = [message for _, _, message in reports]
     assert "layer 2 of 2, mlp.up_proj" in messages
 
 
 # --- experts that no token reached ---------------------------------------------------------------
 
 
-def test_an_expert_that_no_token_reached_is_not_free_to_crush(tmp_path, settings):
+def test_loss_aware_cost_of_unreached_expert_positive(tmp_path, settings):
     folder = save_random_model(tmp_path / "moe", "mixtral-moe", num_experts_per_tok=1)
     loaded = load_model(ModelSource(str(folder)), "cpu")
     # Experts 0 and 1 share the tokens by a sign, so that 2 and 3 never win.
@@ -123,7 +129,7 @@ def test_an_expert_that_no_token_reached_is_not_free_to_crush(tmp_path, settings
     router.weight[0, 0], router.weight[1, 0] = 1.0, -1.0
     profile = measure_profile(loaded, settings, "key", metrics=("weight_error", *IMPACT))
     scores = profile.scores("loss_impact")
-    cost = PLANNERS["loss-aware"].cost(problem_of(loaded.info, profile))
+    cost = PLANNERS["loss-aware"].cost(build_problem(loaded.info, profile))
     assert (cost > 0).all()
     for kind in ("gate_up_proj", "down_proj"):
         rows = [
@@ -140,7 +146,7 @@ def test_an_expert_that_no_token_reached_is_not_free_to_crush(tmp_path, settings
 # --- planning by it ------------------------------------------------------------------------------
 
 
-def test_the_cost_is_impact_times_squared_error():
+def test_loss_aware_cost_is_impact_times_squared_error():
     matrices = tuple(Matrix(f"m.{i}", i, "x", 128, 128) for i in range(3))
     error = np.random.default_rng(0).random((3, 12))
     impact = np.array([1.0, 20.0, 0.5])
@@ -151,7 +157,7 @@ def test_the_cost_is_impact_times_squared_error():
         PLANNERS["loss-aware"].cost(replace(problem, scores={}))
 
 
-def test_a_model_that_lacks_it_is_told_what_it_can_use():
+def test_check_metrics_missing_loss_impact_suggests_methods():
     matrices = (Matrix("m.0", 0, "x", 128, 128),)
     problem = Problem(matrices, {}, {"weight_error": np.ones((1, 12))})
     info = type("Info", (), {"source": "Llama"})()
@@ -162,17 +168,18 @@ def test_a_model_that_lacks_it_is_told_what_it_can_use():
 # --- added to a profile --------------------------------------------------------------------------
 
 
-def test_a_default_profile_does_without_it(bench, settings):
+def test_default_profile_excludes_loss_impact(session, settings):
     assert set(DEFAULT_METRICS) == set(METRICS) - {"loss_impact", *PROXIES}
     assert set(TITLES) == set(METRICS)
-    assert set(bench.profile(settings).metrics) == set(DEFAULT_METRICS)
+    assert set(session.profile(settings).metrics) == set(DEFAULT_METRICS)
 
 
-def test_a_plan_adds_what_it_needs_to_the_profile_that_is_there(bench, settings, monkeypatch):
-    first = bench.profile(settings)
-    plan, used = bench.plan(PlanRequest("loss-aware", budget="3.2bpp"), settings)
+def test_plan_adds_missing_metric_to_profile(session, settings, monkeypatch):
+    first = session.profile(settings)
+    plan = session.plan(PlanRequest("loss-aware", budget="3.2bpp"), settings)
+    used = session.find_profile(settings)
     assert plan.bits_per_param <= 3.2
-    assert used.id == first.id
+    assert plan.profile == used.id == first.id
     assert set(used.metrics) == {*DEFAULT_METRICS, "loss_impact"}
     for metric in ("weight_error", "sensitivity", "sensitivity_module"):
         np.testing.assert_array_equal(first.by_config(metric), used.by_config(metric))
@@ -181,44 +188,44 @@ def test_a_plan_adds_what_it_needs_to_the_profile_that_is_there(bench, settings,
     assert set(added) == {"loss_impact", *before}
     for known in ("tokens", "seconds", "device", "dtype", "created", "versions"):
         assert added["loss_impact"][known]
-    monkeypatch.setattr("lsq_core.profile.measure.measure_profile", None)  # not measured again
-    again, _ = bench.plan(PlanRequest("loss-aware", budget="3.2bpp"), settings)
+    monkeypatch.setattr("lsq_core.profiling.measure.measure_profile", None)  # not measured again
+    again = session.plan(PlanRequest("loss-aware", budget="3.2bpp"), settings)
     assert again.modules == plan.modules
-    assert len(bench.store.profiles(bench.info.fingerprint)) == 1
+    assert len(session.store.profiles(session.info.fingerprint)) == 1
 
 
-def test_an_interrupted_addition_leaves_the_profile_whole(bench, settings):
-    first = bench.profile(settings)
+def test_interrupted_metric_addition_keeps_profile(session, settings):
+    first = session.profile(settings)
 
-    def stop(stage, done, total, message):
+    def interrupt(stage, done, total, message):
         if stage == "profile" and 0 < done < total:
             raise KeyboardInterrupt
 
-    interrupted = Workbench(bench.source, bench.store, "cpu", report=stop)
+    interrupted = Session(session.source, session.store, "cpu", report=interrupt)
     with pytest.raises(KeyboardInterrupt):
         interrupted.profile(settings, IMPACT)
-    kept = bench.find_profile(settings)
-    assert set(kept.metrics) == set(DEFAULT_METRICS)
-    assert kept.provenance == first.provenance
-    assert len(kept.values) == len(first.values)
-    assert "loss_impact" in bench.profile(settings, IMPACT).metrics
+    saved = session.find_profile(settings)
+    assert set(saved.metrics) == set(DEFAULT_METRICS)
+    assert saved.provenance == first.provenance
+    assert len(saved.values) == len(first.values)
+    assert "loss_impact" in session.profile(settings, IMPACT).metrics
 
 
-def test_a_metric_measured_again_takes_the_place_of_its_own_rows_alone(bench, settings):
-    whole = bench.profile(settings, IMPACT)
+def test_keep_profile_replaces_only_same_metric(session, settings):
+    whole = session.profile(settings, IMPACT)
     rows = whole.values[whole.values["metric"] == "loss_impact"]
-    bench.store.keep_profile(replace(whole, values=rows.assign(value=7.0)))
-    kept = bench.find_profile(settings)
-    assert len(kept.values) == len(whole.values)
-    assert (kept.scores("loss_impact") == 7.0).all()
-    np.testing.assert_array_equal(kept.scores("kurtosis"), whole.scores("kurtosis"))
+    session.store.merge_profile(replace(whole, values=rows.assign(value=7.0)))
+    saved = session.find_profile(settings)
+    assert len(saved.values) == len(whole.values)
+    assert (saved.scores("loss_impact") == 7.0).all()
+    np.testing.assert_array_equal(saved.scores("kurtosis"), whole.scores("kurtosis"))
 
 
-def test_the_command_line_adds_it(bench, settings, capsys):
-    words = ["profile", "--model", bench.source.name, "--corpus", settings.calibration]
-    words += ["--quantizer", "rtn", "--metadata", "fp16", "--samples", "24"]
-    words += ["--block-tokens", "48", "--device", "cpu", "--db", str(bench.store.path)]
-    assert main([*words, "--metric", "loss_impact"]) == 0
-    assert set(bench.find_profile(settings).metrics) == {*DEFAULT_METRICS, "loss_impact"}
-    assert main([*words, "--metric", "loss"]) == 2
+def test_cli_profile_adds_loss_impact(session, settings, capsys):
+    command = ["profile", "--model", session.source.name, "--corpus", settings.calibration]
+    command += ["--quantizer", "rtn", "--metadata", "fp16", "--samples", "24"]
+    command += ["--block-tokens", "48", "--device", "cpu", "--db", str(session.store.path)]
+    assert main([*command, "--metric", "loss_impact"]) == 0
+    assert set(session.find_profile(settings).metrics) == {*DEFAULT_METRICS, "loss_impact"}
+    assert main([*command, "--metric", "loss"]) == 2
     assert re.search("'loss' .*kurtosis,", capsys.readouterr().err)

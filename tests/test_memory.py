@@ -14,19 +14,20 @@ import psutil
 import pytest
 import torch
 
-from lsq_core import load, memory
+from lsq_core import memory
 from lsq_core.errors import LsqError
+from lsq_core.model import loading
 from tests.conftest import ROOT
 
 GIB = 1 << 30
 
 
 @pytest.fixture
-def machine(tmp_path, monkeypatch):
+def write_cgroup(tmp_path, monkeypatch):
     """A place for cgroup files; ``put`` writes them, and what ``/proc`` says of them."""
     mount = tmp_path / "cgroup"
 
-    def put(version: int, path: str, files: dict[str, str], root: str = "/") -> None:
+    def write_files(version: int, path: str, files: dict[str, str], root: str = "/") -> None:
         membership = {1: f"4:memory:{path}\n0::/other\n", 2: f"0::{path}\n"}[version]
         kind, options = {1: ("cgroup", "rw,memory"), 2: ("cgroup2", "rw")}[version]
         (tmp_path / "self").write_text(membership, "utf8")
@@ -40,11 +41,11 @@ def machine(tmp_path, monkeypatch):
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(content, "utf8")
 
-    return put
+    return write_files
 
 
-def test_a_limit_of_version_2_is_what_is_left(machine):
-    machine(
+def test_available_memory_cgroup_v2(write_cgroup):
+    write_cgroup(
         2,
         "/box",
         {
@@ -59,8 +60,8 @@ def test_a_limit_of_version_2_is_what_is_left(machine):
     assert memory.oom_kills() == 3
 
 
-def test_a_limit_of_version_1_is_what_is_left(machine):
-    machine(
+def test_available_memory_cgroup_v1(write_cgroup):
+    write_cgroup(
         1,
         "/box",
         {
@@ -74,8 +75,8 @@ def test_a_limit_of_version_1_is_what_is_left(machine):
     assert memory.oom_kills() == 2
 
 
-def test_the_nearest_limit_counts_wherever_it_is_set(machine):
-    machine(
+def test_available_memory_uses_outer_cgroup_limit(write_cgroup):
+    write_cgroup(
         2,
         "/outer/inner",
         {
@@ -88,41 +89,41 @@ def test_the_nearest_limit_counts_wherever_it_is_set(machine):
     assert memory.available_memory() == 1000
 
 
-def test_within_a_container_the_mount_is_its_own_group(machine):
+def test_memory_limit_container_mount_root(write_cgroup):
     """The path in /proc/self/cgroup is of the machine; what is mounted begins at the container."""
     files = {"memory.limit_in_bytes": f"{GIB}", "memory.usage_in_bytes": "0"}
-    machine(1, "/docker/abc", files, root="/docker/abc")
+    write_cgroup(1, "/docker/abc", files, root="/docker/abc")
     assert memory.available_memory() == min(GIB, psutil.virtual_memory().available)
-    machine(1, "/docker/abc", files, root="/")
+    write_cgroup(1, "/docker/abc", files, root="/")
     assert memory.memory_limit() == GIB
 
 
-def test_without_a_limit_it_is_the_machines(machine, tmp_path, monkeypatch):
-    machine(2, "/", {"memory.stat": "anon 1\n"})
+def test_memory_limit_without_cgroup_limit(write_cgroup, tmp_path, monkeypatch):
+    write_cgroup(2, "/", {"memory.stat": "anon 1\n"})
     assert memory.memory_limit() == psutil.virtual_memory().total
     (tmp_path / "vmstat").write_text("nr_free_pages 9\noom_kill 7\n", "utf8")
-    monkeypatch.setattr(memory, "_MACHINE", tmp_path / "vmstat")
+    monkeypatch.setattr(memory, "_VMSTAT", tmp_path / "vmstat")
     assert memory.oom_kills() == 7, "the machine's count"
-    monkeypatch.setattr(memory, "_MACHINE", tmp_path / "none")
+    monkeypatch.setattr(memory, "_VMSTAT", tmp_path / "none")
     assert memory.oom_kills() is None
 
 
-def test_a_limit_of_version_1_that_is_none_is_none(machine):
+def test_memory_limit_cgroup_v1_unlimited(write_cgroup):
     files = {"memory.limit_in_bytes": f"{2**63 - 4096}", "memory.usage_in_bytes": "5"}
-    machine(1, "/", files)
+    write_cgroup(1, "/", files)
     assert memory.memory_limit() == psutil.virtual_memory().total
 
 
-def test_a_model_beyond_the_limit_is_refused(machine):
-    machine(2, "/", {"memory.max": "4000", "memory.current": "0"})
-    load.check_memory("small", 900, torch.device("cpu"), torch.float32)
+def test_check_memory_above_cgroup_limit_raises(write_cgroup):
+    write_cgroup(2, "/", {"memory.max": "4000", "memory.current": "0"})
+    loading.check_memory("small", 900, torch.device("cpu"), torch.float32)
     with pytest.raises(LsqError, match=r"needs .* and cpu has .*limit.*cgroup.*is 3.91 KiB"):
-        load.check_memory("large", 1100, torch.device("cpu"), torch.float32)
+        loading.check_memory("large", 1100, torch.device("cpu"), torch.float32)
 
 
 #: Where a cgroup with a limit can be made for a test, by version.
 _PLACES = {1: Path("/sys/fs/cgroup/memory"), 2: Path("/sys/fs/cgroup")}
-ASK = """
+OOM_SCRIPT = """
 import os, sys
 from lsq_core import memory
 before = memory.oom_kills()
@@ -135,7 +136,7 @@ print(os.wait()[1], memory.oom_kills() - before)
 
 
 @contextmanager
-def limited(limit: int) -> Iterator[list[str]]:
+def limited_cgroup(limit: int) -> Iterator[list[str]]:
     """What to put before a command so that it runs in a cgroup with a limit of so many bytes."""
     version = 1 if (_PLACES[1] / memory._FILES[1][0]).exists() else 2
     group = _PLACES[version] / f"lsq-test-{os.getpid()}"
@@ -160,21 +161,21 @@ def _remove(group: Path) -> None:
     group.rmdir()
 
 
-def in_group(limit: int, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run_in_cgroup(limit: int, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """A Python script, run in a cgroup with a limit until all it started has ended."""
-    with limited(limit) as join:
+    with limited_cgroup(limit) as join:
         command = [*join, sys.executable, "-c", script, *arguments]
         return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
 
 
-def test_in_a_real_cgroup_the_limit_is_known_and_a_kill_is_counted():
+def test_real_cgroup_limit_and_oom_kill_count():
     """The kernel itself, where this process may make a cgroup."""
-    found = in_group(64 << 20, ASK)
-    assert found.stdout.split() == ["True", "9", "1"], found.stderr
+    completed = run_in_cgroup(64 << 20, OOM_SCRIPT)
+    assert completed.stdout.split() == ["True", "9", "1"], completed.stderr
 
 
 #: A job whose process takes more than there is, by the worker's own way in.
-JOB = """
+JOB_SCRIPT = """
 import sys, time
 from pathlib import Path
 from lsq_core import jobs
@@ -190,20 +191,20 @@ print(job.state, job.message)
 """
 
 
-def test_a_job_killed_by_a_real_cgroup_says_that_it_was_for_memory(tmp_path):
-    found = in_group(256 << 20, JOB, str(tmp_path / "jobs"))
-    assert found.stdout.startswith("interrupted"), found.stderr
-    assert "lack of memory" in found.stdout
+def test_real_cgroup_oom_killed_job_message(tmp_path):
+    completed = run_in_cgroup(256 << 20, JOB_SCRIPT, str(tmp_path / "jobs"))
+    assert completed.stdout.startswith("interrupted"), completed.stderr
+    assert "lack of memory" in completed.stdout
 
 
-def test_a_run_beyond_a_real_cgroups_limit_is_refused_and_the_limit_named():
-    found = in_group(512 << 20, REFUSED)
-    assert "cgroup's, is 512.00 MiB" in found.stdout, found.stderr
+def test_real_cgroup_check_memory_names_limit():
+    completed = run_in_cgroup(512 << 20, CHECK_MEMORY_SCRIPT)
+    assert "cgroup's, is 512.00 MiB" in completed.stdout, completed.stderr
 
 
-REFUSED = """
+CHECK_MEMORY_SCRIPT = """
 import torch
-from lsq_core import load
+from lsq_core.model import loading as load
 try:
     load.check_memory("large", 10**9, torch.device("cpu"), torch.float32)
 except load.LsqError as error:

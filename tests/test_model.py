@@ -15,38 +15,44 @@ from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
 
 from lsq_core.errors import InputError, LsqError
-from lsq_core.load import inspect_model, load_model, pick_device, pick_dtype
-from lsq_core.model import DEMO_FOLDER, ModelSource, described_demo, find_model, fingerprint
+from lsq_core.model.loading import inspect_model, load_model, pick_device, pick_dtype
+from lsq_core.model.source import (
+    DEMO_FOLDER,
+    ModelSource,
+    find_model,
+    fingerprint,
+    read_demo_description,
+)
 from tests.conftest import save_random_model
 
 
-def test_the_demo_model_in_numbers():
+def test_inspect_demo_model_sizes():
     info = inspect_model(ModelSource("demo"))
     assert (info.layers, info.parameters, len(info.matrices)) == (24, 5_642_368, 168)
     assert info.linear_parameters == 5_111_808
-    assert info.covered == pytest.approx(5_111_808 / 5_642_368)
+    assert info.coverage == pytest.approx(5_111_808 / 5_642_368)
     assert info.file_bytes == (DEMO_FOLDER / "model.safetensors").stat().st_size
     assert info.tied_embeddings
     assert info.other_bytes == 2 * (5_642_368 - 5_111_808)
     assert info.left_out == ()
 
 
-def test_the_demo_model_is_described_as_it_is(monkeypatch):
-    described, info = described_demo(ModelSource("demo")), inspect_model(ModelSource("demo"))
+def test_described_demo_matches_inspection(monkeypatch):
+    described, info = read_demo_description(ModelSource("demo")), inspect_model(ModelSource("demo"))
     assert described == info
     assert described.config == info.config
-    monkeypatch.setattr("lsq_core.model.fingerprint", lambda folder: "of other weights")
-    assert described_demo(ModelSource("demo")) is None, "changed files are looked at anew"
+    monkeypatch.setattr("lsq_core.model.source.fingerprint", lambda folder: "of other weights")
+    assert read_demo_description(ModelSource("demo")) is None, "changed files are looked at anew"
 
 
-def test_modules_come_in_the_order_of_the_computation(random_model):
+def test_inspect_matrices_in_computation_order(random_model):
     for architecture in ("llama-gqa", "opt"):
         info = inspect_model(ModelSource(str(random_model(architecture))))
         types = [m.type.rpartition(".")[2] for m in info.matrices if m.layer == 0]
         assert types[:3] == ["q_proj", "k_proj", "v_proj"]
 
 
-def test_each_expert_is_a_matrix_and_its_index_no_part_of_the_type(random_model):
+def test_inspect_experts_are_separate_matrices(random_model):
     info = inspect_model(ModelSource(str(random_model("mixtral-moe"))))
     experts = [m for m in info.matrices if m.expert is not None]
     assert {m.type for m in experts} == {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
@@ -54,14 +60,14 @@ def test_each_expert_is_a_matrix_and_its_index_no_part_of_the_type(random_model)
     assert (experts[3].out_features, experts[3].in_features) == (256, 128)
 
 
-def test_transposed_weights_have_out_by_in_shapes(random_model):
+def test_inspect_conv1d_shapes_are_out_by_in(random_model):
     info = inspect_model(ModelSource(str(random_model("gpt2-conv1d"))))
     shapes = {m.type: (m.out_features, m.in_features) for m in info.matrices}
     assert shapes["attn.c_attn"] == (384, 128)
     assert shapes["mlp.c_proj"] == (128, 512)
 
 
-def test_matrices_that_no_group_fills_are_left_out_by_name(tmp_path):
+def test_inspect_lists_indivisible_matrices_as_left_out(tmp_path):
     sizes = {"hidden_size": 44, "num_attention_heads": 4, "head_dim": 12, "intermediate_size": 172}
     folder = save_random_model(tmp_path / "odd", "llama-gqa", **sizes)
     info = inspect_model(ModelSource(str(folder)))
@@ -69,10 +75,10 @@ def test_matrices_that_no_group_fills_are_left_out_by_name(tmp_path):
     assert {m.type for m in info.matrices} == {f"self_attn.{n}_proj" for n in ("q", "k", "v", "o")}
     left = {line.split(" in 2 of 2 layers, ")[0] for line in info.left_out}
     assert left == {f"mlp.{n}_proj" for n in ("gate", "up", "down")}
-    assert info.covered < 1
+    assert info.coverage < 1
 
 
-def test_a_fingerprint_is_of_the_content(tmp_path):
+def test_fingerprint_depends_on_content(tmp_path):
     folder = save_random_model(tmp_path / "a", "llama-gqa")
     shutil.copytree(folder, tmp_path / "b")
     assert fingerprint(tmp_path / "a") == fingerprint(tmp_path / "b")
@@ -91,24 +97,24 @@ def test_a_fingerprint_is_of_the_content(tmp_path):
 # --- what can be wrong ------------------------------------------------------------------------
 
 
-def refused(source: ModelSource | str, pattern: str, kind=InputError):
+def assert_refused(source: ModelSource | str, pattern: str, kind=InputError):
     source = ModelSource(source) if isinstance(source, str) else source
     with pytest.raises(kind, match=pattern) as caught:
         load_model(source, "cpu")
     assert "\n" not in str(caught.value), "one sentence"
 
 
-def test_a_folder_that_is_not_there(tmp_path):
-    refused(str(tmp_path / "nothing"), "There is no folder .*nothing")
+def test_load_missing_folder_raises(tmp_path):
+    assert_refused(str(tmp_path / "nothing"), "There is no folder .*nothing")
 
 
-def test_a_folder_that_is_no_model(tmp_path):
-    refused(str(tmp_path), "no config.json")
+def test_load_folder_without_config_raises(tmp_path):
+    assert_refused(str(tmp_path), "no config.json")
 
 
-def test_a_config_that_is_no_json(tmp_path):
+def test_load_invalid_config_json_raises(tmp_path):
     (tmp_path / "config.json").write_text("{")
-    refused(str(tmp_path), "cannot be read as JSON")
+    assert_refused(str(tmp_path), "cannot be read as JSON")
 
 
 @pytest.fixture
@@ -118,39 +124,39 @@ def copy(random_model, tmp_path):
     return folder
 
 
-def test_no_weights(copy):
+def test_load_without_weights_raises(copy):
     (copy / "model.safetensors").unlink()
-    refused(str(copy), "no .safetensors file")
+    assert_refused(str(copy), "no .safetensors file")
 
 
-def test_truncated_weights(copy):
+def test_load_truncated_weights_raises(copy):
     path = copy / "model.safetensors"
     os.truncate(path, path.stat().st_size - 100)
-    refused(str(copy), r"model\.safetensors is truncated or damaged")
+    assert_refused(str(copy), r"model\.safetensors is truncated or damaged")
     os.truncate(path, 4)
-    refused(str(copy), r"model\.safetensors is not a whole safetensors file")
+    assert_refused(str(copy), r"model\.safetensors is not a complete safetensors file")
     path.write_bytes(b"x" * 1000)
-    refused(str(copy), "not a whole safetensors file")
+    assert_refused(str(copy), "not a complete safetensors file")
 
 
-def test_a_missing_shard(copy):
+def test_load_missing_shard_raises(copy):
     index = {"weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}}
     (copy / "model.safetensors.index.json").write_text(json.dumps(index))
-    refused(str(copy), "lacks model-00002-of-00002.safetensors")
+    assert_refused(str(copy), "lacks model-00002-of-00002.safetensors")
     (copy / "model.safetensors.index.json").write_text("{}")
-    refused(str(copy), "index.json cannot be read")
+    assert_refused(str(copy), "index.json cannot be read")
 
 
-def test_a_weight_that_the_checkpoint_lacks(copy):
+def test_load_missing_tensor_raises(copy):
     """Random ones in its place would give figures of another model."""
     tensors = load_file(copy / "model.safetensors")
     norms = [name for name in tensors if name.endswith("input_layernorm.weight")]
     kept = {name: tensor for name, tensor in tensors.items() if name not in norms}
     save_file(kept, copy / "model.safetensors", metadata={"format": "pt"})
-    refused(str(copy), rf"have no {re.escape(norms[0])} and {len(norms) - 1} more")
+    assert_refused(str(copy), rf"have no {re.escape(norms[0])} and {len(norms) - 1} more")
 
 
-def test_a_second_copy_of_the_weights_is_not_counted(copy):
+def test_fingerprint_ignores_consolidated_copy(copy):
     before = fingerprint(copy)
     shutil.copy(copy / "model.safetensors", copy / "consolidated.safetensors")
     assert fingerprint(copy) == before
@@ -158,74 +164,74 @@ def test_a_second_copy_of_the_weights_is_not_counted(copy):
     assert info.file_bytes == (copy / "model.safetensors").stat().st_size
 
 
-def test_pickled_weights_only_when_allowed(copy):
+def test_load_pickled_weights_requires_allow_pickle(copy):
     path = copy / "model.safetensors"
     torch.save(load_file(path), copy / "pytorch_model.bin")
     path.unlink()
-    refused(str(copy), "only pickled weights .*pytorch_model.bin.* allow pickle")
+    assert_refused(str(copy), "only pickled weights .*pytorch_model.bin.* allow pickle")
     assert load_model(ModelSource(str(copy), allow_pickle=True), "cpu").info.layers == 2
 
 
-def test_a_model_that_is_quantized_already(copy):
+def test_load_quantized_checkpoint_raises(copy):
     config = json.loads((copy / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq"}
     (copy / "config.json").write_text(json.dumps(config))
-    refused(str(copy), r"already quantized \(gptq")
+    assert_refused(str(copy), r"already quantized \(gptq")
 
 
-def test_an_encoder_is_no_decoder(copy):
+def test_load_encoder_raises(copy):
     config = {"model_type": "vit", "architectures": ["ViTModel"]}
     (copy / "config.json").write_text(json.dumps(config))
-    refused(str(copy), "not a decoder-only language model")
+    assert_refused(str(copy), "not a decoder-only language model")
 
 
-def test_a_decoder_without_linear_blocks(copy):
+def test_load_decoder_without_linear_modules_raises(copy):
     from transformers import LlamaConfig
 
     LlamaConfig(num_hidden_layers=0, vocab_size=64, hidden_size=32).save_pretrained(copy)
-    refused(str(copy), "no decoder blocks with linear modules")
+    assert_refused(str(copy), "no decoder blocks with linear modules")
 
 
-def test_a_folder_without_a_tokenizer(copy):
+def test_load_without_tokenizer_raises(copy):
     for path in copy.glob("tokenizer*"):
         path.unlink()
-    refused(str(copy), "no tokenizer")
+    assert_refused(str(copy), "no tokenizer")
 
 
-def test_weights_of_another_shape(copy):
+def test_load_weight_shape_mismatch_raises(copy):
     config = json.loads((copy / "config.json").read_text())
     config["intermediate_size"] = 384
     (copy / "config.json").write_text(json.dumps(config))
-    refused(str(copy), "shape 128 × 256, but 128 × 384 by its config.json")
+    assert_refused(str(copy), "shape 128 × 256, but 128 × 384 by its config.json")
 
 
-def test_remote_code_is_not_run_unasked(copy):
+def test_load_remote_code_requires_trust(copy):
     config = json.loads((copy / "config.json").read_text())
     config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}
     (copy / "config.json").write_text(json.dumps(config))
     (copy / "mine.py").write_text("raise SystemExit('it was run')")
-    refused(str(copy), "--trust-remote-code")
+    assert_refused(str(copy), "--trust-remote-code")
 
 
-def test_no_such_device():
-    with pytest.raises(InputError, match="no device 'warp'"):
+def test_pick_device_and_dtype_unknown_raise():
+    with pytest.raises(InputError, match="Device 'warp' is not available"):
         pick_device("warp")
     with pytest.raises(InputError, match="not a dtype"):
         pick_dtype("int3", torch.device("cpu"), None)
 
 
-def test_too_little_memory(monkeypatch, random_model):
-    monkeypatch.setattr("lsq_core.load._free_bytes", lambda device: 1000)
-    refused(str(random_model("llama-gqa")), r"needs .* and cpu has 1000 B free", LsqError)
+def test_load_too_little_memory_raises(monkeypatch, random_model):
+    monkeypatch.setattr("lsq_core.model.loading._free_bytes", lambda device: 1000)
+    assert_refused(str(random_model("llama-gqa")), r"needs .* and cpu has 1000 B free", LsqError)
 
 
-def test_no_network():
+def test_find_model_offline_raises():
     """Offline is how the test environment runs; the hub's own error is translated."""
     with pytest.raises(LsqError, match=r"some-org/some-model.* Hugging Face"):
         find_model(ModelSource("some-org/some-model"))
 
 
-def test_what_is_no_id_either():
+def test_find_model_invalid_id_raises():
     with pytest.raises(InputError, match="Hugging Face id"):
         find_model(ModelSource("not an id!"))
 
@@ -243,10 +249,10 @@ def hub_error(kind: type[Exception]) -> Exception:
         (errors.RevisionNotFoundError, "no such revision"),
     ],
 )
-def test_what_the_hub_says_becomes_a_sentence(monkeypatch, kind, pattern):
-    def answer(*args, **kwargs):
+def test_find_model_hub_error_translated(monkeypatch, kind, pattern):
+    def raise_hub_error(*args, **kwargs):
         raise hub_error(kind)
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", answer)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", raise_hub_error)
     with pytest.raises(InputError, match=pattern):
         find_model(ModelSource("x/y", revision="z"))

@@ -16,10 +16,10 @@ import pytest
 from google.protobuf.message import Message
 from streamlit.testing.v1 import AppTest
 
-from lsq_core.charts.style import inert_figure
-from lsq_core.export import csv_bytes, figure_block
+from lsq_core.charts.style import sanitize_figure
 from lsq_core.jsontext import write_json
-from lsq_core.store import Store
+from lsq_core.results.export import csv_bytes, figure_block
+from lsq_core.store.store import Store
 from lsq_core.ui import words
 from tests.conftest import ROOT
 from tests.test_app import filled, filled_once  # noqa: F401
@@ -49,7 +49,7 @@ _NO_MARKDOWN_IN = {"arrow_data_frame", "code", "html", "bidi_component", "plotly
 _ADDRESS = re.compile(r"://|www\.")
 
 
-def active(markdown: str) -> list[str]:
+def find_active_markdown(markdown: str) -> list[str]:
     """What of a text Markdown would act on."""
     bare = re.sub(r"\\.", "", markdown)
     return [*re.findall(r"[\[<]", bare), *_ADDRESS.findall(markdown)]
@@ -61,36 +61,36 @@ def active(markdown: str) -> list[str]:
 @pytest.mark.parametrize(
     "text", [HOSTILE, r"\[a](b)", r"\\[a](b)", "`\\`[a](http://b)", "<http:b>"]
 )
-def test_nothing_of_a_hostile_name_is_active(text):
-    for markdown in (words.inert(text), words.literal(text)):
-        assert active(markdown) == []
-        assert words.inert(markdown) == markdown, "twice is as good as once"
-    assert words.inert("**bold** and 3 %, `x`") == "**bold** and 3 %, `x`"
+def test_inert_and_literal_escape_hostile_text(text):
+    for markdown in (words.sanitize(text), words.escape(text)):
+        assert find_active_markdown(markdown) == []
+        assert words.sanitize(markdown) == markdown, "twice is as good as once"
+    assert words.sanitize("**bold** and 3 %, `x`") == "**bold** and 3 %, `x`"
 
 
-def test_a_literal_name_reads_as_it_is_written():
-    shown = words.literal("# my_*_model\n> **x** ~~y~~")
-    assert not re.search(r"(?m)^[#>]|(?<!\\)[*_~]", shown)
-    assert re.sub(r"\\(.)", r"\1", shown) == "# my_*_model\n> **x** ~~y~~"
+def test_literal_preserves_visible_text():
+    escaped = words.escape("# my_*_model\n> **x** ~~y~~")
+    assert not re.search(r"(?m)^[#>]|(?<!\\)[*_~]", escaped)
+    assert re.sub(r"\\(.)", r"\1", escaped) == "# my_*_model\n> **x** ~~y~~"
 
 
-def test_only_one_module_of_the_app_speaks_to_streamlit():
+def test_only_safe_module_imports_streamlit():
     """A page that takes ``st`` from Streamlit itself would show a name as Markdown."""
-    found = []
+    importing_modules = []
     for path in [*map(ROOT.joinpath, PAGES), *(ROOT / "lsq_core" / "ui").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text("utf8"))):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and node.module != "streamlit.delta_generator":
                 names = [node.module or ""]
             if any(name.split(".")[0] == "streamlit" for name in names):
-                found.append(path.name)
-    assert found == ["safe.py"]
+                importing_modules.append(path.name)
+    assert importing_modules == ["safe.py"]
 
 
 # --- figures and files ------------------------------------------------------------------------
 
 
-def test_a_figure_draws_no_tag_that_a_name_brought():
+def test_inert_figure_escapes_html_tags():
     figure = go.Figure(
         go.Scatter(
             x=[HOSTILE, "b"],
@@ -102,16 +102,16 @@ def test_a_figure_draws_no_tag_that_a_name_brought():
         ),
         {"title": {"text": f"<b>{HOSTILE}</b>"}, "annotations": [{"text": HOSTILE}]},
     )
-    spec = inert_figure(figure).to_json().replace("\\u003c", "<").replace("\\u002f", "/")
+    spec = sanitize_figure(figure).to_json().replace("\\u003c", "<").replace("\\u002f", "/")
     assert set(re.findall(r"</?\w+", spec)) == {"<b", "</b", "<br", "<extra", "</extra"}
     page = figure_block(figure, HOSTILE).replace("\\u003c", "<").replace("\\u002f", "/")
     assert "<a href='http" not in page
     assert "<img src='http" not in page
     plain = go.Figure(go.Scatter(x=["a"], y=[1]))
-    assert inert_figure(plain) is plain
+    assert sanitize_figure(plain) is plain
 
 
-def test_a_csv_holds_no_formula_and_numbers_stay_numbers():
+def test_csv_bytes_escapes_formulas():
     frame = pd.DataFrame(
         {
             "=cmd": ["=1+1", "@x", "+x", "-x", "\t=1", "\r=1", "-1.5", None, "a=b"],
@@ -130,7 +130,7 @@ def test_a_csv_holds_no_formula_and_numbers_stay_numbers():
 # --- the pages --------------------------------------------------------------------------------
 
 
-def make_hostile(store: Store, folder: Path, text: str) -> None:
+def insert_hostile_names(store: Store, folder: Path, text: str) -> None:
     """Give everything that has a name a hostile one: notes, corpora, plans, methods, jobs."""
     with store.transaction() as connection:
         connection.execute("UPDATE runs SET note = $1", [text])
@@ -148,18 +148,23 @@ def make_hostile(store: Store, folder: Path, text: str) -> None:
             "UPDATE runs SET method = $1 WHERE id = (SELECT min(id) FROM runs)", [text]
         )
     for number, state in enumerate(("failed", "cancelled", "interrupted")):
-        home = folder / "jobs" / f"2026010{number}-000000-0000"
-        home.mkdir(parents=True)
+        job_folder = folder / "jobs" / f"2026010{number}-000000-0000"
+        job_folder.mkdir(parents=True)
         arguments = ["run", "--model", text, "--method", text, "--corpus", text]
-        write_json(home / "job.json", {"id": home.name, "arguments": arguments, "created": 1.7e9})
+        write_json(
+            job_folder / "job.json",
+            {"id": job_folder.name, "arguments": arguments, "created": 1.7e9},
+        )
         progress = {"state": state, "message": text, "stage": "store", "done": 1, "total": 2}
-        write_json(home / "progress.json", progress | {"seconds": 2.0, "memory": 1, "eta": None})
-        (home / "log.txt").write_text(text)
+        write_json(
+            job_folder / "progress.json", progress | {"seconds": 2.0, "memory": 1, "eta": None}
+        )
+        (job_folder / "log.txt").write_text(text)
     (folder / "jobs" / "20260107-000000-0000").mkdir()
     (folder / "jobs" / "20260107-000000-0000" / "job.json").write_text("")
 
 
-def _texts(message: Message) -> Iterator[tuple[str, str]]:
+def _message_texts(message: Message) -> Iterator[tuple[str, str]]:
     """By field, every text of an element that a browser takes for Markdown."""
     for field, value in message.ListFields():
         if field.name in _NOT_MARKDOWN or field.name in _NO_MARKDOWN_IN:
@@ -167,30 +172,30 @@ def _texts(message: Message) -> Iterator[tuple[str, str]]:
         parts = value if field.is_repeated else [value]
         for part in parts:
             if isinstance(part, Message):
-                yield from _texts(part)
+                yield from _message_texts(part)
             elif isinstance(part, str):
                 yield field.name, part
 
 
-def _shown(app: AppTest) -> Iterator[tuple[str, str]]:
+def _markdown_texts(app: AppTest) -> Iterator[tuple[str, str]]:
     for node in app:
         proto = getattr(node, "proto", None)
         if isinstance(proto, Message) and getattr(node, "type", "") not in _NO_MARKDOWN_IN:
-            yield from ((f"{node.type}.{field}", text) for field, text in _texts(proto))
+            yield from ((f"{node.type}.{field}", text) for field, text in _message_texts(proto))
 
 
 @pytest.mark.parametrize("page", PAGES)
 @pytest.mark.parametrize("model", ["known", "hostile"])
-def test_no_page_shows_a_hostile_name_as_markdown(page, model, filled):  # noqa: F811
-    make_hostile(Store(filled.path), filled.path.parent, HOSTILE)
+def test_pages_show_no_active_markdown(page, model, filled):  # noqa: F811
+    insert_hostile_names(Store(filled.path), filled.path.parent, HOSTILE)
     app = AppTest.from_file(str(ROOT / "app.py"), default_timeout=60)
     app.query_params["model"] = filled.model if model == "known" else HOSTILE
     app.run()
     if page != "app.py":
         app.switch_page(page).run()
     assert not app.exception
-    texts = list(_shown(app))
+    texts = list(_markdown_texts(app))
     assert len(texts) > 5
-    assert [(at, text) for at, text in texts if active(text)] == []
+    assert [(field_path, text) for field_path, text in texts if find_active_markdown(text)] == []
     if model == "hostile" and page in ("app.py", "pages/2_Plan.py"):
         assert any("127.0.0.1" in text for _, text in texts), "nothing hostile was shown"

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from lsq_core.cli import main
-from lsq_core.store import Store
+from lsq_core.store.store import Store
 from tests.conftest import ROOT
 
 
-def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+def run_lsq(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", "lsq_core", *arguments],
         cwd=ROOT,
@@ -33,28 +33,28 @@ ASCII = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONC
     "arguments",
     [["plan", "--model", "demo", "--method", "uniform", "--base", "3.13"], ["run", "--help"], []],
 )
-def test_a_terminal_of_ascii_shows_what_it_can(tmp_path, arguments):
-    done = command(*arguments, **ASCII, LSQ_DB=str(tmp_path / "x.duckdb"))
-    assert done.returncode == (0 if arguments else 2)
-    assert b"Traceback" not in done.stderr
-    assert (done.stdout + done.stderr).isascii()
+def test_cli_ascii_terminal_output(tmp_path, arguments):
+    completed = run_lsq(*arguments, **ASCII, LSQ_DB=str(tmp_path / "x.duckdb"))
+    assert completed.returncode == (0 if arguments else 2)
+    assert b"Traceback" not in completed.stderr
+    assert (completed.stdout + completed.stderr).isascii()
 
 
-def test_json_on_a_terminal_of_ascii_is_the_same_document(tmp_path):
+def test_cli_json_ascii_terminal_same_document(tmp_path):
     arguments = ["export", "--out", str(tmp_path / "läufe.csv"), "--json"]
-    done = command(*arguments, PYTHONIOENCODING="ascii", LSQ_DB=str(tmp_path / "x.duckdb"))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.isascii()
-    assert json.loads(done.stdout)["out"] == str(tmp_path / "läufe.csv")
+    completed = run_lsq(*arguments, PYTHONIOENCODING="ascii", LSQ_DB=str(tmp_path / "x.duckdb"))
+    assert completed.returncode == 0, completed.stderr
+    assert completed.stdout.isascii()
+    assert json.loads(completed.stdout)["out"] == str(tmp_path / "läufe.csv")
 
 
-def test_a_name_that_no_encoding_has_can_be_told(tmp_path):
+def test_cli_undecodable_file_name_in_output(tmp_path):
     out = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.csv")
     for more in ([], ["--json"]):
         Path(out).unlink(missing_ok=True)
-        done = command("export", "--out", out, *more, LSQ_DB=str(tmp_path / "x.duckdb"))
-        assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["out"] == out
+        completed = run_lsq("export", "--out", out, *more, LSQ_DB=str(tmp_path / "x.duckdb"))
+        assert completed.returncode == 0, completed.stderr
+    assert json.loads(completed.stdout)["out"] == out
 
 
 def test_no_name_acts_on_the_terminal(tmp_path, capsys, random_model):
@@ -76,37 +76,37 @@ def test_no_name_acts_on_the_terminal(tmp_path, capsys, random_model):
 
 
 @pytest.mark.parametrize("more", [[], ["--json"]])
-def test_a_reader_that_leaves_is_no_failure(tmp_path, more):
+def test_cli_closed_stdout_exit_0(tmp_path, more):
     """As ``head -1`` does; what was to be done is done."""
     arguments = [sys.executable, "-m", "lsq_core", "disk", *more]
     arguments += ["--db", str(tmp_path / "x.duckdb")]
     reading, writing = os.pipe()
     os.close(reading)  # nobody reads from the beginning
-    with os.fdopen(writing, "wb") as gone:
-        done = subprocess.run(arguments, cwd=ROOT, stdout=gone, stderr=subprocess.PIPE)
-    assert done.returncode == 0
-    assert done.stderr == b""
+    with os.fdopen(writing, "wb") as closed_pipe:
+        completed = subprocess.run(arguments, cwd=ROOT, stdout=closed_pipe, stderr=subprocess.PIPE)
+    assert completed.returncode == 0
+    assert completed.stderr == b""
 
 
-def test_a_run_goes_on_when_nobody_watches_it(tmp_path):
+def test_cli_closed_stderr_continues(tmp_path):
     """Its progress goes to a pipe that was closed, and its result is kept."""
     reading, writing = os.pipe()
     os.close(reading)
     out = tmp_path / "plan.json"
     plan = ["plan", "--model", "demo", "--method", "uniform", "--base", "3.13", "--out", str(out)]
-    with os.fdopen(writing, "wb") as gone:
-        done = subprocess.run(
+    with os.fdopen(writing, "wb") as closed_pipe:
+        completed = subprocess.run(
             [sys.executable, "-m", "lsq_core", *plan, "--db", str(tmp_path / "x.duckdb")],
             cwd=ROOT,
             stdout=subprocess.PIPE,
-            stderr=gone,
+            stderr=closed_pipe,
         )
-    assert done.returncode == 0
-    assert b"bits per parameter" in done.stdout
+    assert completed.returncode == 0
+    assert b"bits per parameter" in completed.stdout
     assert json.loads(out.read_text())["method"] == "uniform"
 
 
-BAD = [
+BAD_COMMANDS = [
     "results --db /proc/x",
     "results --db /proc/x/y.duckdb",
     "plan --model demo --method uniform --base 3.13 --out /proc/x",
@@ -129,24 +129,24 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("line", BAD)
-def test_bad_input_ends_with_two_and_one_line(line, capsys):
+@pytest.mark.parametrize("line", BAD_COMMANDS)
+def test_cli_bad_input_exit_2_one_line(line, capsys):
     assert main(line.split(" ")) == 2
-    said = capsys.readouterr().err.splitlines()
-    assert said[-1].startswith("lsq: ")
-    assert not any("Traceback" in line for line in said)
+    errors = capsys.readouterr().err.splitlines()
+    assert errors[-1].startswith("lsq: ")
+    assert not any("Traceback" in line for line in errors)
 
 
-def test_an_export_is_whole_or_not_there(tmp_path, capsys):
+def test_cli_export_is_atomic(tmp_path, capsys):
     database = ["--db", str(tmp_path / "x.duckdb")]
     Store(tmp_path / "x.duckdb")
     out = tmp_path / "runs.csv"
     assert main(["export", "--out", str(out), *database]) == 0
     content = out.read_bytes()
     assert main(["export", "--out", str(out), *database]) == 2
-    assert "there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert out.read_bytes() == content
-    limited = f"""
+    script = f"""
 import resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20))
 import signal
@@ -159,5 +159,5 @@ try:
 except LsqError as error:
     sys.exit(error.exit_code)
 """
-    assert subprocess.run([sys.executable, "-c", limited], cwd=ROOT).returncode == 1
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 1
     assert not (tmp_path / "cut.csv").exists()

@@ -8,20 +8,21 @@ from hqq.core.quantize import Quantizer as HqqPackage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lsq_core.config import LADDER, QuantConfig
+from lsq_core.bits import LADDER, QuantConfig
 from lsq_core.errors import InputError, LsqError
-from lsq_core.load import load_model
-from lsq_core.model import DEMO_FOLDER, ModelSource
-from lsq_core.quantize import get_quantizer, layout
-from lsq_core.quantize.artifact import empty_tensors
-from lsq_core.quantize.base import from_groups, to_groups
-from lsq_core.quantize.packed import (
+from lsq_core.model.loading import load_model
+from lsq_core.model.source import DEMO_FOLDER, ModelSource
+from lsq_core.quantization import layout
+from lsq_core.quantization.base import from_groups, to_groups
+from lsq_core.quantization.packed import (
     Metadata,
     PackedMatrix,
     pack_bits,
     quantize_matrix,
     unpack_bits,
 )
+from lsq_core.quantization.registry import get_quantizer
+from lsq_core.quantized.artifact import make_meta_tensors
 from tests.conftest import packed_bytes
 
 
@@ -30,7 +31,7 @@ from tests.conftest import packed_bytes
     count=st.integers(1, 300),
     seed=st.integers(0, 2**31),
 )
-def test_packing_is_undone_and_wastes_nothing(bits, count, seed):
+def test_pack_bits_round_trip_and_size(bits, count, seed):
     random = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 2**bits, (count,), generator=random, dtype=torch.uint8)
     packed = pack_bits(codes, bits)
@@ -38,7 +39,7 @@ def test_packing_is_undone_and_wastes_nothing(bits, count, seed):
     assert torch.equal(unpack_bits(packed, bits, count), codes)
 
 
-def test_packed_layout_is_lowest_bits_first():
+def test_pack_bits_lowest_bits_first():
     """The layout is part of the file format, so it is written down by value."""
     assert pack_bits(torch.tensor([1, 2, 3], dtype=torch.uint8), 4).tolist() == [0x21, 0x03]
     eight = torch.tensor([1, 0, 0, 0, 0, 0, 0, 7], dtype=torch.uint8)
@@ -46,7 +47,7 @@ def test_packed_layout_is_lowest_bits_first():
 
 
 @given(axis=st.sampled_from([0, 1]), rows=st.integers(1, 9), columns=st.integers(1, 9))
-def test_grouping_is_undone(axis, rows, columns):
+def test_to_groups_round_trip(axis, rows, columns):
     weight = torch.arange(rows * columns * 32.0).view(rows * 32, columns)
     groups = to_groups(weight, 32, axis)
     assert groups.shape == (rows * columns, 32)
@@ -58,7 +59,7 @@ def test_grouping_is_undone(axis, rows, columns):
     seed=st.integers(0, 2**31),
     size=st.sampled_from([1e-4, 1.0, 100.0]),
 )
-def test_metadata_in_8_bits_are_within_half_a_step(count, seed, size):
+def test_8_bit_metadata_error_within_half_step(count, seed, size):
     random = torch.Generator().manual_seed(seed)
     values = torch.randn(count, generator=random) * size
     stored = Metadata.store(values, "8bit")
@@ -81,7 +82,7 @@ def test_metadata_in_8_bits_are_within_half_a_step(count, seed, size):
     rows=st.integers(1, 12),
     columns=st.sampled_from([32, 96, 128, 172, 384]),
 )
-def test_measured_bytes_are_the_planned_ones(config, metadata, axis, rows, columns):
+def test_packed_nbytes_match_plan(config, metadata, axis, rows, columns):
     shape = (rows * 32, columns)
     weight = torch.randn(*shape, generator=torch.Generator().manual_seed(rows))
     numel = weight.numel()
@@ -91,22 +92,22 @@ def test_measured_bytes_are_the_planned_ones(config, metadata, axis, rows, colum
         return
     packed = quantize_matrix(weight, config, get_quantizer("rtn"), axis=axis, metadata=metadata)
     assert packed.nbytes == packed_bytes(numel, config, metadata)
-    empty = empty_tensors(layout.packed(shape, config, metadata))
+    empty = make_meta_tensors(layout.packed(shape, config, metadata))
     kinds = {n: (t.shape, t.dtype) for n, t in packed.tensors.items()}
     assert kinds == {n: (t.shape, t.dtype) for n, t in empty.items()}
-    again = PackedMatrix.from_tensors(packed.tensors, shape, config, axis)
-    assert torch.equal(again.dequantize(), packed.dequantize())
+    restored = PackedMatrix.from_tensors(packed.tensors, shape, config, axis)
+    assert torch.equal(restored.dequantize(), packed.dequantize())
 
 
 @pytest.fixture(scope="module")
 def demo_weights():
-    from lsq_core.architecture import get_weight
+    from lsq_core.model.architecture import get_weight
 
     loaded = load_model(ModelSource("demo"), "cpu")
     return [get_weight(loaded.model, m) for m in loaded.info.matrices[::17]]
 
 
-def relative_error(weights, config, axis, metadata, name="hqq"):
+def frobenius_error(weights, config, axis, metadata, name="hqq"):
     """Frobenius error of our storage over several matrices."""
     quantizer = get_quantizer(name)
     return sum(
@@ -117,7 +118,7 @@ def relative_error(weights, config, axis, metadata, name="hqq"):
     )
 
 
-def error_of_hqq(weights, config, axis, optimize=True):
+def hqq_error(weights, config, axis, optimize=True):
     """The same, by the package's own quantize and dequantize."""
     total = 0.0
     for weight in weights:
@@ -136,22 +137,22 @@ def error_of_hqq(weights, config, axis, optimize=True):
 
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("config", LADDER, ids=lambda c: c.name)
-def test_with_fp16_metadata_the_error_is_that_of_hqq(demo_weights, config, axis):
-    ours = relative_error(demo_weights, config, axis, "fp16")
-    assert ours / error_of_hqq(demo_weights, config, axis) == pytest.approx(1, abs=0.01)
+def test_fp16_metadata_error_matches_hqq(demo_weights, config, axis):
+    ours = frobenius_error(demo_weights, config, axis, "fp16")
+    assert ours / hqq_error(demo_weights, config, axis) == pytest.approx(1, abs=0.01)
 
 
 @pytest.mark.parametrize("config", LADDER[::4], ids=lambda c: c.name)
-def test_rtn_is_the_grid_of_hqq_without_its_solver(demo_weights, config):
-    ours = relative_error(demo_weights, config, 1, "fp16", "rtn")
-    assert ours / error_of_hqq(demo_weights, config, 1, False) == pytest.approx(1, abs=0.01)
+def test_rtn_error_matches_hqq_without_solver(demo_weights, config):
+    ours = frobenius_error(demo_weights, config, 1, "fp16", "rtn")
+    assert ours / hqq_error(demo_weights, config, 1, False) == pytest.approx(1, abs=0.01)
 
 
 @pytest.mark.parametrize("config", LADDER, ids=lambda c: c.name)
-def test_8_bit_metadata_add_little_error(demo_weights, config):
+def test_8_bit_metadata_adds_little_error(demo_weights, config):
     """Rounding codes on the grid as stored keeps it far below the quantization error itself."""
-    fp16 = relative_error(demo_weights, config, 1, "fp16")
-    added = relative_error(demo_weights, config, 1, "8bit") / fp16 - 1
+    fp16 = frobenius_error(demo_weights, config, 1, "fp16")
+    added = frobenius_error(demo_weights, config, 1, "8bit") / fp16 - 1
     assert added < (0.06 if config.bits == 8 else 0.001)
 
 
@@ -175,30 +176,30 @@ def test_degenerate_matrices(weight, metadata, name):
     assert error <= 5e-3 * weight.abs().max() + 1e-6
 
 
-def test_a_dead_row_does_not_spoil_its_neighbours(demo_weights):
+def test_zero_row_does_not_affect_other_groups(demo_weights):
     """Without care a constant group's scale of 1 takes the 8-bit range of 127 others."""
     weight = demo_weights[0].clone()
     config, quantizer = QuantConfig(4, 128), get_quantizer("hqq")
-    alive = (quantize_matrix(weight, config, quantizer).dequantize() - weight)[1:].norm()
+    error_before = (quantize_matrix(weight, config, quantizer).dequantize() - weight)[1:].norm()
     weight[0] = 0
-    dead = (quantize_matrix(weight, config, quantizer).dequantize() - weight)[1:].norm()
-    assert dead / alive == pytest.approx(1, abs=0.01)
+    error_after = (quantize_matrix(weight, config, quantizer).dequantize() - weight)[1:].norm()
+    assert error_after / error_before == pytest.approx(1, abs=0.01)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_weights_that_are_no_numbers_are_named(bad):
+def test_quantize_matrix_non_finite_raises(bad):
     weight = torch.randn(32, 128)
     weight[3, 4] = bad
     with pytest.raises(LsqError, match=r"layers\.3\.up_proj .*\b1 NaN"):
         quantize_matrix(weight, QuantConfig(4, 64), get_quantizer("hqq"), name="layers.3.up_proj")
 
 
-def test_unknown_quantizer():
+def test_get_quantizer_unknown_raises():
     with pytest.raises(InputError, match="hqq, rtn"):
         get_quantizer("gptq2")
 
 
-def test_demo_model_has_the_shape_the_mission_asks_for():
+def test_demo_model_shape_and_size():
     loaded = load_model(ModelSource("demo"), "cpu")
     assert loaded.info.layers >= 24
     assert all(m.in_features % 128 == 0 for m in loaded.info.matrices)

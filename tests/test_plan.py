@@ -15,15 +15,18 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from scipy.stats import mstats
 
-from lsq_core.config import LADDER
+from lsq_core.bits import LADDER
 from lsq_core.errors import InputError, LsqError
-from lsq_core.model import Matrix
-from lsq_core.plan import PLANNERS, Plan, PlanRequest, Problem, make_frontier, make_plan
-from lsq_core.plan.boost import flagged_layers, layer_series
-from lsq_core.plan.exact import solve_exactly
-from lsq_core.plan.outliers import detect_outliers, largest_possible_z, shallowness
-from lsq_core.plan.pins import SCOPES, Pin
-from lsq_core.plan.problem import TOLERANCE
+from lsq_core.model.info import Matrix
+from lsq_core.planning.detection import detect_outliers, largest_possible_z, shallow_model_note
+from lsq_core.planning.exact import solve_exactly
+from lsq_core.planning.make import make_frontier, make_plan
+from lsq_core.planning.methods import PLANNERS
+from lsq_core.planning.methods.boost import flagged_layers, layer_series
+from lsq_core.planning.pins import SCOPES, Pin
+from lsq_core.planning.plan import Plan
+from lsq_core.planning.problem import TOLERANCE, Problem
+from lsq_core.planning.request import PlanRequest
 from tests.conftest import REFERENCE
 
 TYPES = ("self_attn.q_proj", "mlp.down_proj")
@@ -68,14 +71,14 @@ def published_problem(model: str) -> Problem:
 # --- Algorithm 1 --------------------------------------------------------------------------------
 
 
-def by_hand(series: list[float], ratios: bool, limit: float = 3.0) -> list[int]:
+def reference_outliers(series: list[float], ratios: bool, limit: float = 3.0) -> list[int]:
     """Algorithm 1 in plain Python: sort, cut 5 % at each end, mean and ddof-1 deviation."""
     pairs = list(itertools.pairwise(series))
     differences = [b / a if ratios else b - a for a, b in pairs]
     cut = int(0.05 * len(differences))
-    kept = sorted(differences)[cut : len(differences) - cut]
-    mean = sum(kept) / len(kept)
-    deviation = (sum((d - mean) ** 2 for d in kept) / (len(kept) - 1)) ** 0.5
+    trimmed = sorted(differences)[cut : len(differences) - cut]
+    mean = sum(trimmed) / len(trimmed)
+    deviation = (sum((d - mean) ** 2 for d in trimmed) / (len(trimmed) - 1)) ** 0.5
     assume(deviation > 1e-9 * max(map(abs, differences)))
     z = {i + 1: abs(d - mean) / deviation for i, d in enumerate(differences)}
     near = sorted([*z.values(), limit])
@@ -84,11 +87,13 @@ def by_hand(series: list[float], ratios: bool, limit: float = 3.0) -> list[int]:
 
 
 @given(st.lists(st.floats(0.01, 100), min_size=24, max_size=80, unique=True), st.booleans())
-def test_outliers_are_those_of_the_definition(series, ratios):
-    assert list(detect_outliers(np.array(series), ratios=ratios).flagged) == by_hand(series, ratios)
+def test_detect_outliers_matches_reference(series, ratios):
+    assert list(detect_outliers(np.array(series), ratios=ratios).flagged) == reference_outliers(
+        series, ratios
+    )
 
 
-def test_top_m_keeps_the_strongest():
+def test_detect_outliers_top_m():
     series = np.ones(40)
     series[10], series[20], series[30] = 4, 9, 6
     everything = detect_outliers(series, ratios=False).flagged
@@ -96,34 +101,34 @@ def test_top_m_keeps_the_strongest():
     assert detect_outliers(series, ratios=False, top_m=1).flagged == everything[:1]
 
 
-def test_a_flat_series_flags_nothing():
+def test_detect_outliers_constant_series_empty():
     assert detect_outliers(np.ones(32), ratios=True).flagged == ()
 
 
 @given(st.lists(st.floats(0.01, 100), min_size=3, max_size=90))
-def test_what_is_trimmed_is_what_scipy_trims(series):
-    found = detect_outliers(np.array(series), ratios=False)
+def test_detect_outliers_trimming_matches_scipy(series):
+    detection = detect_outliers(np.array(series), ratios=False)
     limits = (0.05, 0.05)
-    mean = mstats.trimmed_mean(found.differences, limits=limits)
-    assert found.mean == pytest.approx(float(mean), abs=1e-9)
-    deviation = mstats.trimmed_std(found.differences, limits=limits, ddof=1)
-    assert found.deviation == pytest.approx(float(deviation), abs=1e-9)
+    mean = mstats.trimmed_mean(detection.differences, limits=limits)
+    assert detection.mean == pytest.approx(float(mean), abs=1e-9)
+    deviation = mstats.trimmed_std(detection.differences, limits=limits, ddof=1)
+    assert detection.deviation == pytest.approx(float(deviation), abs=1e-9)
 
 
-def test_shallow_models_are_told():
+def test_shallow_model_adds_note():
     """With n differences the largest possible z-score is (n - 1)/√n."""
     one_spike = np.r_[np.zeros(10), 1.0]
-    found = detect_outliers(one_spike, ratios=False)
-    assert found.z.max() == pytest.approx(largest_possible_z(11))
-    assert "no score" in shallowness(11)
-    assert "hardly ever" in shallowness(15)
-    assert shallowness(24) == ""
+    detection = detect_outliers(one_spike, ratios=False)
+    assert detection.z.max() == pytest.approx(largest_possible_z(11))
+    assert "no score" in shallow_model_note(11)
+    assert "hardly ever" in shallow_model_note(15)
+    assert shallow_model_note(24) == ""
     plan = make_plan(problem(layers=8, spikes={4: 50}), PlanRequest("sensiboost", base="3.13"))
-    assert not plan.reasons
+    assert not plan.ranking_scores
     assert any("no score" in note for note in plan.notes)
 
 
-def test_experts_of_a_layer_count_as_one():
+def test_layer_series_averages_experts():
     matrices = tuple(
         Matrix(f"m.{i}.mlp.experts.up.{e}", i, "mlp.experts.up", 128, 128, e)
         for i in range(4)
@@ -139,7 +144,7 @@ def test_experts_of_a_layer_count_as_one():
 
 
 @needs_reference
-def test_published_plans_are_reproduced():
+def test_boost_plans_match_published():
     """Every SensiBoost and KurtBoost plan the authors published, but the one known to be flawed."""
     compared, different = 0, []
     for model in ("Llama-2-7b-hf", "Meta-Llama-3-8B"):
@@ -165,24 +170,26 @@ def test_published_plans_are_reproduced():
     assert reproduced == 191
 
 
-def test_a_boost_raises_the_flagged_layers_and_no_other():
+def test_boost_raises_only_flagged_layers():
     spiky = problem(spikes={7: 9.0})
     plan = make_plan(spiky, PlanRequest("sensiboost", base="3.13", boost_stop=3))
     flagged = flagged_layers(spiky, "sensitivity", 0)["self_attn.q_proj"]
     assert 7 in flagged
     for name, entry in plan.modules.items():
-        boosted = entry["type"] == "self_attn.q_proj" and entry["layer"] in flagged
-        assert entry["config"] == ("b4g128" if boosted else "b3g128"), name
-    assert set(plan.reasons) == {n for n, e in plan.modules.items() if e["config"] == "b4g128"}
+        boosted_layers = entry["type"] == "self_attn.q_proj" and entry["layer"] in flagged
+        assert entry["config"] == ("b4g128" if boosted_layers else "b3g128"), name
+    assert set(plan.ranking_scores) == {
+        n for n, e in plan.modules.items() if e["config"] == "b4g128"
+    }
 
 
-def test_a_boost_is_capped_at_the_last_stop():
+def test_boost_capped_at_last_stop():
     plan = make_plan(problem(spikes={7: 9.0}), PlanRequest("kurtboost", base="8.25", boost_stop=3))
     assert {e["config"] for e in plan.modules.values()} == {"b8g64", "b8g32"}
 
 
 @pytest.mark.parametrize("method", ["sensiboost-ablation", "kurtboost-ablation"])
-def test_ablations_draw_as_many_layers_from_the_others(method):
+def test_ablation_draws_equal_count_from_unflagged(method):
     spiky = problem(spikes={7: 9.0, 20: 5.0})
     picked = {
         (kind, layer)
@@ -193,9 +200,11 @@ def test_ablations_draw_as_many_layers_from_the_others(method):
     counts = {}
     for seed in range(5):
         plan = make_plan(spiky, PlanRequest(method, base="3.13", seed=seed))
-        drawn = {(plan.modules[n]["type"], plan.modules[n]["layer"]) for n in plan.reasons}
-        boosted = make_plan(spiky, PlanRequest(method.removesuffix("-ablation"), base="3.13"))
-        assert len(drawn) == len(boosted.reasons)
+        drawn = {(plan.modules[n]["type"], plan.modules[n]["layer"]) for n in plan.ranking_scores}
+        boosted_layers = make_plan(
+            spiky, PlanRequest(method.removesuffix("-ablation"), base="3.13")
+        )
+        assert len(drawn) == len(boosted_layers.ranking_scores)
         assert not drawn & picked
         counts[seed] = drawn
         again = make_plan(spiky, PlanRequest(method, base="3.13", seed=seed))
@@ -203,7 +212,7 @@ def test_ablations_draw_as_many_layers_from_the_others(method):
     assert len(set(map(frozenset, counts.values()))) > 1, "another seed draws other layers"
 
 
-def test_an_ablation_without_enough_layers_says_so():
+def test_ablation_too_few_layers_raises():
     # every second layer stands out, so the rest has too few
     spiky = problem(layers=24, spikes=dict.fromkeys(range(1, 24, 2), 1.0))
     spiky.scores["kurtosis"][:] = 3.0
@@ -224,16 +233,16 @@ def test_an_ablation_without_enough_layers_says_so():
 
 def _ablation_of_everything(small: Problem) -> None:
     """An ablation of a method that picked every layer."""
-    from lsq_core.plan.boost import SensiBoost, SensiBoostAblation
+    from lsq_core.planning.methods.boost import SensiBoost, SensiBoostAblation
 
     class Greedy(SensiBoost):
-        def boosted(self, problem, request):
+        def boosted_layers(self, problem, request):
             return {kind: dict.fromkeys(range(24), 9.0) for kind in TYPES}
 
     class Control(SensiBoostAblation):
         method = Greedy
 
-    Control().boosted(small, PlanRequest("sensiboost-ablation", base="3.13"))
+    Control().boosted_layers(small, PlanRequest("sensiboost-ablation", base="3.13"))
 
 
 # --- budgets ----------------------------------------------------------------------------------
@@ -245,7 +254,7 @@ def _ablation_of_everything(small: Problem) -> None:
     bits=st.floats(2.2, 8.5),
     boost_stop=st.integers(0, 4),
 )
-def test_a_budget_is_never_exceeded(method, bits, boost_stop):
+def test_plan_within_budget_and_base_is_highest_fitting(method, bits, boost_stop):
     spiky = problem(spikes={7: 9.0, 20: 5.0})
     request = PlanRequest(method, budget=f"{bits:.6f}bpp", boost_stop=boost_stop)
     plan = make_plan(spiky, request)
@@ -255,14 +264,14 @@ def test_a_budget_is_never_exceeded(method, bits, boost_stop):
     assert plan.base == next(c.stop_name for c in LADDER if c.nominal_bits == best)
 
 
-def test_a_budget_caps_a_fixed_base():
+def test_budget_limits_boosts_of_fixed_base():
     spiky = problem(layers=60, spikes={7: 9.0, 20: 5.0, 33: 4.0, 47: 7.0})
     free = make_plan(spiky, PlanRequest("kurtboost", base="3.13"))
     tight = f"{(free.bits_per_param + LADDER[3].nominal_bits) / 2:.6f}bpp"
     capped = make_plan(spiky, PlanRequest("kurtboost", base="3.13", budget=tight))
-    assert 0 < len(capped.reasons) < len(free.reasons)
-    strongest = sorted(free.reasons, key=lambda n: -free.reasons[n])
-    assert list(capped.reasons) == strongest[: len(capped.reasons)]
+    assert 0 < len(capped.ranking_scores) < len(free.ranking_scores)
+    strongest = sorted(free.ranking_scores, key=lambda n: -free.ranking_scores[n])
+    assert list(capped.ranking_scores) == strongest[: len(capped.ranking_scores)]
     assert not capped.notes
     nothing = make_plan(spiky, PlanRequest("kurtboost", base="3.13", budget="3.127bpp"))
     assert len(nothing.notes) == 1
@@ -276,13 +285,13 @@ def test_a_budget_caps_a_fixed_base():
 
 @pytest.mark.parametrize("budget", ["2.1bpp", "9bpp", "1KiB", "1GiB"])
 @pytest.mark.parametrize("method", [n for n, p in PLANNERS.items() if not p.reads_rows])
-def test_a_budget_out_of_reach_says_the_range(method, budget):
+def test_budget_out_of_range_error_states_range(method, budget):
     with pytest.raises(InputError, match=r"from 2\.127 bpp .* to 8\.508 bpp"):
         make_plan(problem(), PlanRequest(method, budget=budget))
 
 
-def test_requests_that_say_too_little_or_too_much():
-    with pytest.raises(InputError, match="base stop"):
+def test_incomplete_or_conflicting_requests_raise():
+    with pytest.raises(InputError, match="base configuration"):
         make_plan(problem(), PlanRequest("uniform"))
     with pytest.raises(InputError, match="takes a budget"):
         make_plan(problem(), PlanRequest("mxq", base="3.13"))
@@ -292,7 +301,7 @@ def test_requests_that_say_too_little_or_too_much():
         PlanRequest("sensiboost", boost_stop=-1)
 
 
-def test_a_group_that_does_not_fill_is_refused_by_name():
+def test_indivisible_matrix_raises_naming_it():
     odd = Problem((Matrix("model.layers.0.odd", 0, "odd", 32, 33),))
     with pytest.raises(InputError, match=r"layers\.0\.odd \(32×33\) .* groups of 128"):
         make_plan(odd, PlanRequest("uniform", base="3.13"))
@@ -314,7 +323,7 @@ def knapsack(seed: int, modules: int = 3) -> Problem:
     return Problem(matrices, {}, {"weight_error": cost})
 
 
-def best_of_all(small: Problem, budget: float) -> float:
+def brute_force_cost(small: Problem, budget: float) -> float:
     """Brute force: the least cost of every choice within the budget, as loosely as planners."""
     cost, rows = small.by_config["weight_error"], range(len(small.matrices))
     return min(
@@ -327,13 +336,13 @@ def best_of_all(small: Problem, budget: float) -> float:
 @settings(deadline=None, max_examples=40)
 @example(seed=0, share=0.9999999999999999)
 @given(seed=st.integers(0, 10**6), share=st.floats(0.0, 1.0))
-def test_mxq_against_brute_force(seed, share):
+def test_mxq_matches_brute_force(seed, share):
     """Within the budget, no better than the optimum, never below the bound; exact is optimal."""
     small = knapsack(seed)
     low, high = small.feasible
     budget = low + share * (high - low)
     frontier = make_frontier(small, PlanRequest("mxq"))
-    best = best_of_all(small, budget)
+    best = brute_force_cost(small, budget)
     greedy = frontier.at(budget)
     assert small.nominal(greedy.choice) <= budget * (1 + 1e-9)
     assert greedy.lower_bound <= best * (1 + 1e-12)
@@ -347,7 +356,7 @@ def test_mxq_against_brute_force(seed, share):
 
 @settings(deadline=None, max_examples=20)
 @given(seed=st.integers(0, 10**6), shares=st.lists(st.floats(0, 1), min_size=2, max_size=8))
-def test_a_larger_budget_never_costs_more(seed, shares):
+def test_mxq_lower_bound_monotonic_in_budget(seed, shares):
     small = knapsack(seed, modules=20)
     low, high = small.feasible
     frontier = make_frontier(small, PlanRequest("mxq"))
@@ -355,16 +364,16 @@ def test_a_larger_budget_never_costs_more(seed, shares):
     assert all(a >= b - 1e-12 for a, b in itertools.pairwise(bounds))
 
 
-def test_moves_of_a_knapsack_come_by_price():
+def test_frontier_moves_sorted_by_price():
     frontier = make_frontier(knapsack(1, modules=30), PlanRequest("mxq"))
     (segment,) = frontier.segments
     sizes = np.diff([segment.start_bytes, *(m.bytes_after for m in segment.moves)])
-    prices = np.array([m.worth for m in segment.moves]) / sizes
+    prices = np.array([m.priority for m in segment.moves]) / sizes
     assert (sizes > 0).all()
     assert (np.diff(prices) <= 1e-9 * prices[:-1]).all()
 
 
-def test_an_exact_plan_carries_its_gap():
+def test_exact_plan_reports_gap():
     small = knapsack(3, modules=40)
     greedy = make_plan(small, PlanRequest("mxq", budget="3.3bpp")).to_json()
     exact = make_plan(small, PlanRequest("mxq", budget="3.3bpp", exact=True)).to_json()
@@ -377,25 +386,27 @@ def test_an_exact_plan_carries_its_gap():
         make_plan(small, PlanRequest("uniform", base="3.13", exact=True))
 
 
-def test_a_solver_out_of_time_says_so(monkeypatch):
+def test_exact_solver_timeout_falls_back_with_note(monkeypatch):
     """It then gives the frontier's plan and bound, and claims no more than those."""
     small = knapsack(5, modules=300)
     frontier = make_frontier(small, PlanRequest("mxq"))
     budget = 3.3 * small.total / 8
     greedy = frontier.at(budget)
-    monkeypatch.setattr("lsq_core.plan.exact._solve", lambda *a: (None, 0))
+    monkeypatch.setattr("lsq_core.planning.exact._solve", lambda *a: (None, 0))
     stopped = solve_exactly(frontier, budget, time_limit=7, max_states=0)
     assert not stopped.proven
     assert "7 s" in stopped.reason
     assert stopped.choice.tolist() == greedy.choice.tolist()
     assert stopped.lower_bound == greedy.lower_bound < stopped.objective
-    monkeypatch.setattr("lsq_core.plan.solve_exactly", partial(solve_exactly, max_states=0))
+    monkeypatch.setattr(
+        "lsq_core.planning.make.solve_exactly", partial(solve_exactly, max_states=0)
+    )
     plan = make_plan(small, PlanRequest("mxq", budget="3.3bpp", exact=True))
     assert len(plan.notes) == 1
     assert re.search("[Nn]ot proven .*60 s", plan.notes[0])
 
 
-def test_an_exact_search_too_large_goes_to_the_program(monkeypatch):
+def test_exact_solver_milp_matches_search(monkeypatch):
     """CBC, started from where the search ended, finds what the search finds when it may finish."""
     small = knapsack(11, modules=40)
     frontier = make_frontier(small, PlanRequest("mxq"))
@@ -410,7 +421,7 @@ def test_an_exact_search_too_large_goes_to_the_program(monkeypatch):
 
 
 @needs_reference
-def test_published_mxq_objectives_are_reached():
+def test_exact_objectives_reach_published():
     """All 526: within the budget no costlier than published, and proven to be the least."""
     table = pd.read_csv(REFERENCE / "data-vis/data/mxq-objectives.csv")
     assert table.groupby("model").size().to_dict() == {"Llama-2-7b-hf": 263, "Meta-Llama-3-8B": 263}
@@ -433,7 +444,7 @@ def test_published_mxq_objectives_are_reached():
     print(f"526 objectives: at most {max(saved):.2%} below the published ones")
 
 
-def test_relatives_of_mxq_cost_what_the_method_says():
+def test_kurt_scaled_and_sensi_milp_costs():
     spiky = problem(spikes={7: 9.0})
     error, kurtosis = spiky.by_config["weight_error"], spiky.scores["kurtosis"]
     scaled = PLANNERS["kurt-scaled"].cost(spiky)
@@ -448,7 +459,7 @@ def test_relatives_of_mxq_cost_what_the_method_says():
     assert milp[0, 6] == pytest.approx(100 * 1 * 1 / LADDER[6].nominal_bits * share)
 
 
-def test_sensi_knapsack_sums_over_the_outputs_and_minds_unreached_experts():
+def test_sensi_knapsack_cost_with_unreached_expert():
     matrices = (
         Matrix("a.0", 0, "a", 256, 128, 0),
         Matrix("a.1", 0, "a", 256, 128, 1),
@@ -465,7 +476,7 @@ def test_sensi_knapsack_sums_over_the_outputs_and_minds_unreached_experts():
 # --- pins ---------------------------------------------------------------------------------------
 
 
-def test_pins_are_kept_and_the_rest_is_planned_around_them():
+def test_pins_are_respected_by_each_method():
     spiky = problem(spikes={7: 9.0})
     pins = ("*.layers.0.*=b8g64", "*.down_proj=b3g128..b4g64")
     with pytest.raises(InputError, match=r"'\*\.layers\.0\.\*=b8g64' and '\*\.down_proj"):
@@ -482,7 +493,7 @@ def test_pins_are_kept_and_the_rest_is_planned_around_them():
         assert any("pins" in note for note in plan.notes)
 
 
-def test_a_budget_that_the_pins_leave_out_of_reach_names_them():
+def test_budget_infeasible_with_pins_raises():
     request = PlanRequest("mxq", budget="3bpp", pins=("*.down_proj=b8g64",))
     with pytest.raises(InputError, match="pins"):
         make_plan(problem(), request)
@@ -519,11 +530,11 @@ def test_a_budget_that_the_pins_leave_out_of_reach_names_them():
         ),
     ],
 )
-def test_a_pin_of_a_module_its_layer_or_its_type(name, type, expert, patterns):
+def test_pin_of_scope_pattern(name, type, expert, patterns):
     """All experts of a layer count as one module."""
     matrix = Matrix(name, 1, type, 128, 128, expert)
     for scope, pattern in zip(SCOPES, patterns, strict=True):
-        pin = Pin.of(matrix, scope, 3, 7)
+        pin = Pin.from_matrix(matrix, scope, 3, 7)
         assert str(pin) == f"{pattern}=b3g128..b4g64"
         assert Pin.parse(str(pin)) == pin
         assert fnmatchcase(name, pattern)
@@ -534,26 +545,26 @@ def test_a_pin_of_a_module_its_layer_or_its_type(name, type, expert, patterns):
     [
         ("nonsense", "not a pin"),
         ("*=b5g64", "not a configuration"),
-        ("*=b4g64..b3g64", "turn it around"),
+        ("*=b4g64..b3g64", "reverse it"),
         ("nothing.*=b4g64", "matches no module"),
     ],
 )
-def test_bad_pins(pin, sentence):
-    with pytest.raises(InputError, match=sentence):
+def test_invalid_pin_raises(pin, message):
+    with pytest.raises(InputError, match=message):
         make_plan(problem(), PlanRequest("mxq", budget="4bpp", pins=(pin,)))
 
 
 # --- MXQ's edges ------------------------------------------------------------------------------
 
 
-def test_mxq_gives_each_matrix_a_configuration_that_fills():
+def test_mxq_indivisible_matrix_gets_smaller_groups():
     matrices = (Matrix("a", 0, "x", 32, 33), Matrix("b", 0, "y", 128, 128))
     odd = Problem(matrices, {}, {"weight_error": np.tile(np.arange(12.0)[::-1], (2, 1))})
     plan = make_plan(odd, PlanRequest("mxq", budget="4bpp"))
     assert plan.modules["a"]["group_size"] == 32
 
 
-def test_mxq_at_its_smallest_budget_is_the_smallest_plan():
+def test_mxq_smallest_budget_gives_smallest_plan():
     flat = problem()
     plan = make_plan(flat, PlanRequest("mxq", budget=f"{flat.feasible[0]:.0f}B"))
     assert {e["config"] for e in plan.modules.values()} == {"b2g128"}
@@ -562,7 +573,7 @@ def test_mxq_at_its_smallest_budget_is_the_smallest_plan():
 # --- plans as files ---------------------------------------------------------------------------
 
 
-def test_a_plan_is_read_back_as_it_was():
+def test_plan_json_round_trip():
     spiky = problem(spikes={7: 9.0})
     plan = make_plan(spiky, PlanRequest("sensiboost", base="3.13"), metadata="fp16", other_bytes=5)
     again = Plan.from_json(json.loads(json.dumps(plan.to_json())), spiky.matrices, 5)
@@ -571,7 +582,7 @@ def test_a_plan_is_read_back_as_it_was():
     assert plan.model_bytes == plan.planned_bytes + 5
 
 
-def test_a_plan_for_another_model_is_refused():
+def test_plan_from_json_other_model_raises():
     content = make_plan(problem(24), PlanRequest("uniform", base="3.13")).to_json()
     with pytest.raises(InputError, match="another model"):
         Plan.from_json(content, problem(32).matrices, 0)
@@ -581,7 +592,7 @@ def test_a_plan_for_another_model_is_refused():
 
 @pytest.mark.parametrize("stop", LADDER, ids=lambda c: c.stop_name)
 @pytest.mark.parametrize("method", ["uniform", "mxq"])
-def test_a_stop_by_its_name_is_reached(method, stop):
+def test_budget_by_stop_name_reaches_stop(method, stop):
     plan = make_plan(problem(layers=4), PlanRequest(method, budget=f"{stop.stop_name}bpp"))
     assert plan.bits_per_param <= stop.nominal_bits
     if method == "uniform":

@@ -14,16 +14,25 @@ import pytest
 from streamlit.testing.v1 import AppTest
 
 from lsq_core import disk, jobs
-from lsq_core.config import GIB, LADDER
-from lsq_core.model import ModelSource
-from lsq_core.pipeline import EvaluationRequest, Workbench, problem_of
-from lsq_core.plan import PlanRequest, Problem, make_frontier, make_plan
-from lsq_core.plan.boost import detect
-from lsq_core.plan.facts import z_scores
-from lsq_core.plan.memory import MEMORIES, context_bytes_per_token, memories
-from lsq_core.predict import Prediction
-from lsq_core.store import Store
-from lsq_core.ui import plan_panels
+from lsq_core.bits import LADDER
+from lsq_core.evaluation.prediction import Prediction
+from lsq_core.evaluation.protocol import EvaluationRequest
+from lsq_core.model.source import ModelSource
+from lsq_core.planning.facts import z_scores
+from lsq_core.planning.make import make_frontier, make_plan
+from lsq_core.planning.methods.boost import detect_by_type
+from lsq_core.planning.problem import Problem
+from lsq_core.planning.request import PlanRequest
+from lsq_core.planning.serving_memory import (
+    MEMORY_SIZES_GIB,
+    context_bytes_per_token,
+    memory_budgets,
+)
+from lsq_core.session import Session
+from lsq_core.stages.plan import build_problem
+from lsq_core.store.store import Store
+from lsq_core.ui.plan import actions, prediction
+from lsq_core.units import GIB
 from tests.test_app import (  # noqa: F401 - fixtures
     Filled,
     _array,
@@ -35,7 +44,7 @@ from tests.test_app import (  # noqa: F401 - fixtures
 )
 
 
-def live(app: AppTest) -> dict:
+def planner_data(app: AppTest) -> dict:
     """What the live planner was sent."""
     (planner,) = [
         c.proto
@@ -47,20 +56,20 @@ def live(app: AppTest) -> dict:
 
 def fixed(app: AppTest) -> list[str]:
     """The configurations of a plan that a base alone asked for."""
-    return [LADDER[i].name for i in b64decode(live(app)["fixed"])]
+    return [LADDER[i].name for i in b64decode(planner_data(app)["fixed"])]
 
 
 def problem(filled: Filled) -> Problem:  # noqa: F811
-    bench = Workbench(ModelSource(filled.model), Store(filled.path))
-    return problem_of(bench.info, bench.find_profile(filled.settings))
+    model_session = Session(ModelSource(filled.model), Store(filled.path))
+    return build_problem(model_session.info, model_session.find_profile(filled.settings))
 
 
-def planned(app: AppTest) -> dict[str, str]:
+def command_line_plan(app: AppTest) -> dict[str, str]:
     """The plan that the copied command line makes: module to configuration."""
     from lsq_core.cli import execute
 
-    words = shlex.split(next(c.value for c in app.code))
-    arguments = [w for w in words[3:] if w not in ("--out", "plan.json")]
+    command = shlex.split(next(c.value for c in app.code))
+    arguments = [w for w in command[1:] if w not in ("--out", "plan.json")]
     result = execute(arguments, lambda *report: None)
     return {name: entry["config"] for name, entry in result["modules"].items()}
 
@@ -68,7 +77,7 @@ def planned(app: AppTest) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("method", "more"), [("uniform", {}), ("sensiboost", {}), ("kurtboost", {"boost_stop": 2})]
 )
-def test_a_base_gives_the_librarys_plan(filled, method, more):  # noqa: F811
+def test_plan_page_base_matches_make_plan(filled, method, more):  # noqa: F811
     app = open_page("Plan", model=filled.model, method=method, ask="base")
     before = fixed(app)
     app.selectbox(key="base").set_value("4.51").run()
@@ -78,9 +87,9 @@ def test_a_base_gives_the_librarys_plan(filled, method, more):  # noqa: F811
 
 
 @pytest.mark.parametrize("method", ["mxq", "sensiboost", "sensi-knapsack"])
-def test_the_live_planner_has_the_librarys_frontier(filled, method):  # noqa: F811
+def test_live_planner_frontier_matches_make_frontier(filled, method):  # noqa: F811
     app = open_page("Plan", model=filled.model, method=method, budget="3.4")
-    sent = live(app)
+    sent = planner_data(app)
     assert sent["budget"] == pytest.approx(3.4)
     assert sent["fixed"] is None
     frontier = make_frontier(problem(filled), PlanRequest(method))
@@ -90,36 +99,40 @@ def test_the_live_planner_has_the_librarys_frontier(filled, method):  # noqa: F8
     assert shown["frontier"]["counts"] == [len(s.moves) for s in frontier.segments]
     plan = make_plan(problem(filled), PlanRequest(method, budget="3.4bpp"))
     assert first_line(app).startswith(f"{plan.bits_per_param:.2f} bits")
-    assert planned(app) == {m.name: c.name for m, c in plan.choice.items()}
+    assert command_line_plan(app) == {m.name: c.name for m, c in plan.choice.items()}
 
 
-def test_the_slider_spans_what_is_feasible(filled):  # noqa: F811
+def test_live_planner_feasible_range(filled):  # noqa: F811
     app = open_page("Plan", model=filled.model, method="mxq", budget="99")
-    low, high = live(app)["feasible"]
+    low, high = planner_data(app)["feasible"]
     assert (low, high) == pytest.approx((2.127, LADDER[-1].nominal_bits))
-    assert live(app)["budget"] == pytest.approx(high)
+    assert planner_data(app)["budget"] == pytest.approx(high)
     assert not app.error
     capped = open_page("Plan", model=filled.model, method="kurtboost", ask="both", base="4.25")
-    assert live(capped)["feasible"][0] == live(capped)["budget"] == pytest.approx(4.254)
+    assert (
+        planner_data(capped)["feasible"][0]
+        == planner_data(capped)["budget"]
+        == pytest.approx(4.254)
+    )
     assert not capped.error
 
 
-def test_two_methods_share_the_budget(filled):  # noqa: F811
+def test_plan_page_two_methods_share_budget(filled):  # noqa: F811
     app = open_page("Plan", model=filled.model, method="mxq", budget="3.4", against="uniform")
-    assert [m["name"] for m in live(app)["methods"]] == ["mxq", "uniform"]
+    assert [m["name"] for m in planner_data(app)["methods"]] == ["mxq", "uniform"]
     names = {t.get("name", "") for t in chart(app)["data"]}
     assert {"MXQ, squared weight error", "Uniform, squared weight error"} <= names
-    told = " ".join(c.value for c in app.caption)
-    assert "Too little" in told, "two runs are too few to predict from"
+    captions = " ".join(c.value for c in app.caption)
+    assert "Too few" in captions, "two runs are too few to predict from"
 
 
-def test_a_method_without_its_profile_says_so():
+def test_plan_page_missing_profile_message():
     app = open_page("Plan", method="sensiboost")
     assert re.match("SensiBoost .*sensitivity by part of demo", first_line(app))
     assert not app.get("bidi_component")
 
 
-def test_what_a_method_lacks_is_measured_by_a_job(filled, monkeypatch):  # noqa: F811
+def test_plan_page_measure_missing_metric_starts_job(filled, monkeypatch):  # noqa: F811
     app = open_page("Plan", model=filled.model, method="loss-aware")
     assert re.match("Loss-aware .*loss impact", first_line(app))
     started = []
@@ -131,79 +144,79 @@ def test_what_a_method_lacks_is_measured_by_a_job(filled, monkeypatch):  # noqa:
     assert order[order.index("--metric") + 1] == "loss_impact"
 
 
-def test_pins_hold_and_a_wrong_one_is_one_sentence(filled):  # noqa: F811
+def test_plan_page_pins_applied_and_invalid_pin_shows_error(filled):  # noqa: F811
     app = open_page("Plan", model=filled.model, method="mxq", budget="5.00")
     pin = "*.layers.2.*=b8g64"
     app.text_area(key="pins").set_value(pin).run()
     plan = make_plan(problem(filled), PlanRequest("mxq", budget="5bpp", pins=(pin,)))
-    assert planned(app) == {m.name: c.name for m, c in plan.choice.items()}
+    assert command_line_plan(app) == {m.name: c.name for m, c in plan.choice.items()}
     assert {plan.choice[m].name for m in plan.matrices if m.layer == 2} == {"b8g64"}
     assert any("pins cost" in c.value for c in app.caption)
     app.text_area(key="pins").set_value("no pin").run()
     assert ["not a pin" in e.value for e in app.error] == [True]
 
 
-def test_another_method_is_given_the_same_budget_and_base(filled):  # noqa: F811
+def test_plan_page_second_method_ignores_unsupported_base(filled):  # noqa: F811
     """MXQ takes no base: one left over from another method is not the other method's either."""
     app = open_page(
         "Plan", model=filled.model, method="mxq", ask="both", base="4.25", against="sensiboost"
     )
-    ours, theirs = live(app)["methods"]
+    ours, theirs = planner_data(app)["methods"]
     assert (ours["name"], theirs["name"]) == ("mxq", "sensiboost")
     assert not app.error
 
 
-def test_an_address_with_numbers_that_no_control_takes_is_the_default(filled):  # noqa: F811
+def test_plan_page_invalid_url_numbers_use_defaults(filled):  # noqa: F811
     numbers = {"boost_stop": "-5", "top_m": "-1", "seed": "9" * 30, "budget": "inf"}
     app = open_page("Plan", model=filled.model, method="sensiboost-ablation", **numbers)
     chosen = app.session_state
     assert (chosen["boost_stop"], chosen["top_m"], chosen["seed"]) == (2, 0, 0)
 
 
-def test_a_stops_name_as_the_budget_is_that_stop(filled):  # noqa: F811
+def test_plan_page_budget_stop_name(filled):  # noqa: F811
     app = open_page("Plan", model=filled.model, method="uniform", budget="3.25")
-    assert set(planned(app).values()) == {"b3g64"}
+    assert set(command_line_plan(app).values()) == {"b3g64"}
 
 
-def test_a_budget_out_of_reach_is_moved_and_says_so(filled):  # noqa: F811
+def test_plan_page_budget_out_of_range_clamped_with_warning(filled):  # noqa: F811
     app = open_page("Plan", model=filled.model, method="mxq", budget="100")
     assert first_line(app).startswith("8.51 bits"), "the largest plan itself"
-    (said,) = [w.value for w in app.warning]
-    assert re.search(r"100\.00 bits .*out of reach.*8\.51 bits", said)
+    (message,) = [w.value for w in app.warning]
+    assert re.search(r"100\.00 bits .*out of reach.*8\.51 bits", message)
     app.run()
     assert not app.warning, "it is said once"
     app.text_area(key="pins").set_value("*=b4g64").run()
-    (said,) = [w.value for w in app.warning]
-    assert re.search(r"8\.51 bits .*out of reach .*pins.* 4\.25", said)
+    (message,) = [w.value for w in app.warning]
+    assert re.search(r"8\.51 bits .*out of reach .*pins.* 4\.25", message)
     again = open_page("Plan", model=filled.model, method="mxq", budget="nan")
     assert first_line(again).startswith("3.25 bits"), "what is no number is the default"
 
 
-def test_pins_of_the_planner_are_kept_unless_they_contradict(filled, monkeypatch):  # noqa: F811
+def test_take_pins_rejects_contradicting_pins(filled, monkeypatch):  # noqa: F811
     """The component's answer in place of a click: the browser's tests do the clicking."""
-    asked = SimpleNamespace(problem=problem(filled))
+    plan_query = SimpleNamespace(problem=problem(filled))
     session = {"pins": ""}
-    monkeypatch.setattr(plan_panels.st, "session_state", session)
+    monkeypatch.setattr(actions.st, "session_state", session)
     layer = "model.layers.0.*=b4g64"
-    plan_panels.take_pins(asked, (layer,))
+    planner_data.set_pins(plan_query, (layer,))
     assert session == {"pins": layer}
-    plan_panels.take_pins(asked, (layer, "*.q_proj=b8g64"))
+    planner_data.set_pins(plan_query, (layer, "*.q_proj=b8g64"))
     assert session["pins"] == layer
     assert "contradict" in session["pins_refused"]
-    plan_panels.take_pins(asked, ())
+    planner_data.set_pins(plan_query, ())
     assert session["pins"] == ""
 
 
-def test_a_wide_band_is_told_by_its_ends():
-    def said(*figures: float) -> str:
-        return plan_panels.band(Prediction(*np.array(figures)[:, None], np.array([False])))
+def test_prediction_band_format():
+    def message(*figures: float) -> str:
+        return prediction.format_band(Prediction(*np.array(figures)[:, None], np.array([False])))
 
-    assert said(61.7, 61.3, 62.12) == "61.70 ±0.42"
-    assert said(11.11, 7.523, 23.53) == "11.1 (7.52 to 23.5)"
-    assert said(8383.03, 1189.2, 451101.7) == "8,380 (1,190 to 451,000)"
+    assert message(61.7, 61.3, 62.12) == "61.70 ±0.42"
+    assert message(11.11, 7.523, 23.53) == "11.1 (7.52 to 23.5)"
+    assert message(8383.03, 1189.2, 451101.7) == "8,380 (1,190 to 451,000)"
 
 
-def test_only_what_differs_from_the_defaults_is_in_the_address(filled):  # noqa: F811
+def test_plan_page_url_has_only_non_defaults(filled):  # noqa: F811
     app = open_page("Plan", model=filled.model, method="sensiboost", ask="base")
     app.selectbox(key="base").set_value("4.51").run()
     assert set(app.query_params) == {"model", "method", "ask", "base"}
@@ -211,36 +224,36 @@ def test_only_what_differs_from_the_defaults_is_in_the_address(filled):  # noqa:
     assert set(app.query_params) == {"model", "method", "ask"}
 
 
-def test_a_plan_is_kept_and_opened_again(filled):  # noqa: F811
+def test_plan_page_save_and_open_plan(filled):  # noqa: F811
     app = open_page("Plan", model=filled.model, method="mxq", budget="4.2", against="uniform")
     app.text_input(key="plan_name").set_value("mine").run()
-    _press(app, "Save the plan")
+    _click_button(app, "Save the plan")
     app.session_state["budget"] = 2.5
     app.run()
-    _press(app, "Open")
+    _click_button(app, "Open")
     assert app.session_state["budget"] == pytest.approx(4.2)
-    assert live(app)["budget"] == pytest.approx(4.2)
+    assert planner_data(app)["budget"] == pytest.approx(4.2)
 
 
-def test_a_plan_kept_in_bytes_is_opened_as_bits(filled):  # noqa: F811
+def test_plan_page_open_plan_with_byte_budget(filled):  # noqa: F811
     store, total = Store(filled.path), problem(filled).total
-    bench = Workbench(ModelSource(filled.model), store)
+    model_session = Session(ModelSource(filled.model), store)
     plan = make_plan(problem(filled), PlanRequest("mxq", budget=f"{total / 2:.0f}B"))
-    store.save_plan(plan, bench.info.fingerprint, None, "four bits")
+    store.save_plan(plan, model_session.info.fingerprint, None, "four bits")
     app = open_page("Plan", model=filled.model, method="mxq", budget="2.5")
-    _press(app, "Open")
+    _click_button(app, "Open")
     assert app.session_state["budget"] == pytest.approx(4.0)
 
 
-def test_solved_to_the_optimum_says_so(filled):  # noqa: F811
+def test_plan_page_exact_plan_shown(filled):  # noqa: F811
     app = open_page("Plan", model=filled.model, method="mxq", budget="3.3", exact="True")
-    assert any("No plan" in c.value and "costs less" in c.value for c in app.caption)
+    assert any("Provably optimal" in c.value for c in app.caption)
     plan = make_plan(problem(filled), PlanRequest("mxq", budget="3.3bpp", exact=True))
-    (method,) = live(app)["methods"]
+    (method,) = planner_data(app)["methods"]
     assert [LADDER[i] for i in b64decode(method["solved"]["choice"])] == list(plan.configs)
 
 
-def _press(app: AppTest, label: str) -> None:
+def _click_button(app: AppTest, label: str) -> None:
     next(b for b in app.button if b.label == label).click().run()
     assert not app.exception
 
@@ -248,12 +261,12 @@ def _press(app: AppTest, label: str) -> None:
 # --- what stands behind the panels ----------------------------------------------------------
 
 
-def test_a_baselines_run_is_drawn_by_its_own_name(filled):  # noqa: F811
-    bench = Workbench(ModelSource(filled.model), Store(filled.path), "cpu")
+def test_plan_page_baseline_runs_in_chart(filled):  # noqa: F811
+    model_session = Session(ModelSource(filled.model), Store(filled.path), "cpu")
     text = EvaluationRequest(filled.settings.calibration, max_tokens=600)
     for base, quantizer in [("2.13", "rtn"), ("3.13", "rtn"), ("4.13", "rtn"), ("4.25", "nf4")]:
-        plan, profile = bench.plan(PlanRequest("uniform", base=base), filled.settings)
-        bench.run(plan, profile, quantizer, text)
+        plan = model_session.plan(PlanRequest("uniform", base=base), filled.settings)
+        model_session.run(plan, quantizer, text)
     app = open_page("Plan", model=filled.model, method="mxq")
     charts = [json.loads(drawn.proto.spec) for drawn in app.get("plotly_chart")]
     lines = [line for drawn in charts for line in drawn["data"]]
@@ -262,26 +275,26 @@ def test_a_baselines_run_is_drawn_by_its_own_name(filled):  # noqa: F811
     assert runs["NF4, measured"] == 1
 
 
-def test_a_memory_preset_fits_whatever_plan_is_made_of_it(filled):  # noqa: F811
-    bench = Workbench(ModelSource(filled.model), Store(filled.path))
-    seen = problem(filled)
+def test_memory_presets_fit_plan_and_context(filled):  # noqa: F811
+    model_session = Session(ModelSource(filled.model), Store(filled.path))
+    model_problem = problem(filled)
     # The model as if its MLPs had 40 billion weights, so that some presets are in range.
-    mlp = [m.numel for m in seen.matrices if m.type.startswith("mlp")]
+    mlp = [m.numel for m in model_problem.matrices if m.type.startswith("mlp")]
     scale = 40e9 / sum(mlp)
     wide = [
         replace(m, out_features=128 * int(m.out_features * scale / 128))
         if m.type.startswith("mlp")
         else m
-        for m in seen.matrices
+        for m in model_problem.matrices
     ]
-    large = replace(seen, matrices=tuple(wide))
-    info = replace(bench.info, matrices=large.matrices)
+    large = replace(model_problem, matrices=tuple(wide))
+    info = replace(model_session.info, matrices=large.matrices)
     context = context_bytes_per_token(info)
     assert context == 2 * sum(
         m.out_features for m in large.matrices if m.type.endswith(("k_proj", "v_proj"))
     )
     in_range = 0
-    for memory in memories(info, large, "8bit"):
+    for memory in memory_budgets(info, large, "8bit"):
         low, high = (8 * size / large.total for size in large.feasible)
         if low <= memory.bits <= high:
             in_range += 1
@@ -290,15 +303,15 @@ def test_a_memory_preset_fits_whatever_plan_is_made_of_it(filled):  # noqa: F811
             assert used <= memory.gib * GIB
             assert used >= 0.9 * memory.gib * GIB - GIB
     assert in_range
-    assert [m.gib for m in memories(info, large, "8bit")] == list(MEMORIES)
+    assert [m.gib for m in memory_budgets(info, large, "8bit")] == list(MEMORY_SIZES_GIB)
 
 
-def test_the_z_of_a_matrix_is_that_of_its_layer(filled):  # noqa: F811
-    seen = problem(filled)
-    z = z_scores(seen, "kurtosis")
-    found = detect(seen, "kurtosis", 0)
-    for matrix, value in zip(seen.matrices, z, strict=True):
-        layers, detection = found[matrix.type]
+def test_z_scores_match_layer_detection(filled):  # noqa: F811
+    model_problem = problem(filled)
+    z = z_scores(model_problem, "kurtosis")
+    detections = detect_by_type(model_problem, "kurtosis", 0)
+    for matrix, value in zip(model_problem.matrices, z, strict=True):
+        layers, detection = detections[matrix.type]
         if matrix.layer == layers[0]:
             assert np.isnan(value)
         else:

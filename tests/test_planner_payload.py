@@ -10,25 +10,27 @@ import numpy as np
 import pytest
 from streamlit.testing.v1 import AppTest
 
-from lsq_core.config import LADDER, mixed_rows
-from lsq_core.model import Matrix
-from lsq_core.plan import PlanRequest, Problem, make_frontier
-from lsq_core.plan.frontier import moves_from
-from lsq_core.plan.pins import with_pins
+from lsq_core.bits import LADDER, mixed_rows
+from lsq_core.model.info import Matrix
+from lsq_core.planning.frontier import build_moves
+from lsq_core.planning.make import make_frontier
+from lsq_core.planning.pins import apply_pins
+from lsq_core.planning.problem import Problem
+from lsq_core.planning.request import PlanRequest
 from lsq_core.ui import planner
-from lsq_core.ui.planner import Curve, Facts, LiveMethod, Preset
+from lsq_core.ui.planner import Curve, LiveMethod, MatrixFacts, Preset
 from tests.browser.planner_app import random_model
 from tests.conftest import packed_bytes
 from tests.test_plan import problem
 
 
-def unpacked(text: str, kind: str) -> np.ndarray:
+def decode_array(text: str, kind: str) -> np.ndarray:
     return np.frombuffer(b64decode(text), dtype=kind)
 
 
-def sent(small: Problem, methods: list[LiveMethod], **more: object) -> dict:
+def make_payload(small: Problem, methods: list[LiveMethod], **more: object) -> dict:
     """A payload with what doesn't matter left at its plainest."""
-    plain = {
+    defaults = {
         "budget": 3.25,
         "other_bytes": 7,
         "metadata": "8bit",
@@ -38,48 +40,50 @@ def sent(small: Problem, methods: list[LiveMethod], **more: object) -> dict:
         "feasible": (2.127, 8.508),
         "pins": [],
     }
-    return planner.payload(small, methods, **plain | more)
+    return planner.payload(small, methods, **defaults | more)
 
 
 @pytest.mark.parametrize("method", ["mxq", "kurtboost", "uniform"])
-def test_a_frontier_is_sent_whole(method):
+def test_frontier_payload_round_trip(method):
     """Starts, moves and costs come out as they went in, and give the same bytes."""
     small = problem(spikes={7: 9.0})
     frontier = make_frontier(small, PlanRequest(method))
     content = planner.frontier_payload(frontier)
-    starts = unpacked(content["starts"], "u1").reshape(-1, len(small.matrices))
-    matrices, stops = unpacked(content["matrices"], "<i2"), unpacked(content["stops"], "u1")
+    starts = decode_array(content["starts"], "u1").reshape(-1, len(small.matrices))
+    matrices, stops = decode_array(content["matrices"], "<i2"), decode_array(content["stops"], "u1")
     ends = np.cumsum(content["counts"])
     assert len(starts) == len(frontier.segments)
     assert ends[-1] == len(matrices) == len(stops)
     for segment, start, end in zip(frontier.segments, starts, ends, strict=True):
         moves = segment.moves
         assert start.tolist() == segment.start.tolist()
-        mine = slice(end - len(moves), end)
-        raised = [(i, s, 0.0) for i, s in zip(matrices[mine], stops[mine], strict=True)]
-        again = moves_from(segment.start, raised, small.bytes)
-        assert [m.bytes_after for m in again] == [m.bytes_after for m in moves]
+        span = slice(end - len(moves), end)
+        raised = [(i, s, 0.0) for i, s in zip(matrices[span], stops[span], strict=True)]
+        restored = build_moves(segment.start, raised, small.bytes)
+        assert [m.bytes_after for m in restored] == [m.bytes_after for m in moves]
     if frontier.cost is None:
         assert content["costs"] is None
     else:
-        assert (unpacked(content["costs"], "<f8").reshape(-1, 12) == frontier.cost).all()
+        assert (decode_array(content["costs"], "<f8").reshape(-1, 12) == frontier.cost).all()
 
 
-def test_infinity_and_nan_survive_strict_json():
+def test_payload_nan_and_inf_survive_strict_json():
     small = problem(layers=4)
     small.by_config["weight_error"][3, 5] = np.nan
     frontier = make_frontier(small, PlanRequest("mxq"))
     values = np.r_[np.nan, np.arange(1.0, 8)]
     method = LiveMethod("mxq", "MXQ", frontier, "weight error")
-    data = sent(small, [method], facts=[Facts("z", values)], presets=[Preset("8 GB", -0.5, "")])
-    again = json.loads(json.dumps(data, allow_nan=False))
-    costs = unpacked(again["methods"][0]["frontier"]["costs"], "<f8")
+    data = make_payload(
+        small, [method], facts=[MatrixFacts("z", values)], presets=[Preset("8 GB", -0.5, "")]
+    )
+    restored = json.loads(json.dumps(data, allow_nan=False))
+    costs = decode_array(restored["methods"][0]["frontier"]["costs"], "<f8")
     assert np.isposinf(costs[3 * 12 + 5])
-    np.testing.assert_array_equal(unpacked(again["facts"][0]["values"], "<f8"), values)
-    assert again["presets"][0]["bits"] == -0.5
+    np.testing.assert_array_equal(decode_array(restored["facts"][0]["values"], "<f8"), values)
+    assert restored["presets"][0]["bits"] == -0.5
 
 
-def test_a_model_is_described_in_the_order_of_its_computation():
+def test_payload_model_order_and_sizes():
     """Sizes whose groups are short at the end have their own planned bytes."""
     matrices = (
         Matrix("m.0.mlp.up_proj", 0, "mlp.up_proj", 32, 33),
@@ -89,23 +93,23 @@ def test_a_model_is_described_in_the_order_of_its_computation():
     odd = Problem(matrices, {}, {"weight_error": np.tile(np.arange(12.0)[::-1], (3, 1))})
     method = LiveMethod("mxq", "MXQ", make_frontier(odd, PlanRequest("mxq")))
     for metadata in ("8bit", "fp16"):
-        model = sent(odd, [method], metadata=metadata)["model"]
+        model = make_payload(odd, [method], metadata=metadata)["model"]
         assert model["names"].split("\n") == [m.name for m in matrices]
         assert model["types"] == ["up_proj", "down_proj"]
-        assert unpacked(model["typeOf"], "<i4").tolist() == [0, 1, 0]
-        assert unpacked(model["layers"], "<i4").tolist() == [0, 0, 1]
-        table = unpacked(model["planned"], "<f8").reshape(-1, 12)
-        for matrix, row in zip(matrices, unpacked(model["sizeOf"], "<i4"), strict=True):
+        assert decode_array(model["typeOf"], "<i4").tolist() == [0, 1, 0]
+        assert decode_array(model["layers"], "<i4").tolist() == [0, 0, 1]
+        table = decode_array(model["planned"], "<f8").reshape(-1, 12)
+        for matrix, row in zip(matrices, decode_array(model["sizeOf"], "<i4"), strict=True):
             assert table[row].tolist() == [packed_bytes(matrix.numel, c, metadata) for c in LADDER]
 
 
-def test_a_rerun_encodes_nothing_again_and_keeps_nothing_alive():
+def test_frontier_payload_cached_and_released():
     small = problem()
     frontier = make_frontier(small, PlanRequest("mxq"))
     first = planner.frontier_payload(frontier)
     assert planner.frontier_payload(frontier) is first
     method = LiveMethod("mxq", "MXQ", frontier)
-    assert sent(small, [method])["model"] is sent(small, [method])["model"]
+    assert make_payload(small, [method])["model"] is make_payload(small, [method])["model"]
     other = planner.frontier_payload(make_frontier(problem(seed=1), PlanRequest("mxq")))
     assert other["id"] != first["id"]
     same = planner.frontier_payload(make_frontier(problem(), PlanRequest("mxq")))
@@ -117,41 +121,42 @@ def test_a_rerun_encodes_nothing_again_and_keeps_nothing_alive():
     assert len(planner._frontiers) == before - 1
 
 
-def test_a_model_of_560_matrices_is_small_to_send():
+def test_payload_of_560_matrices_below_150_kb():
     large = random_model(80)
     method = LiveMethod("mxq", "MXQ", make_frontier(large, PlanRequest("mxq")), "weight error")
-    size = len(json.dumps(sent(large, [method])))
+    size = len(json.dumps(make_payload(large, [method])))
     print(f"560 × 12: {size / 1000:.0f} kB")
     assert size < 150_000
 
 
-def test_more_matrices_than_sixteen_bits_count():
+def test_payload_more_than_32767_matrices():
     matrices = tuple(Matrix(f"m.0.e.{i}", 0, "e", 128, 128, i) for i in range(33_000))
     many = Problem(matrices, {}, {"weight_error": np.tile(np.arange(12.0)[::-1], (33_000, 1))})
     content = planner.frontier_payload(make_frontier(many, PlanRequest("mxq")))
-    assert unpacked(content["matrices"], "<i4").max() == 32_999
+    assert decode_array(content["matrices"], "<i4").max() == 32_999
 
 
-def test_a_commit_is_told_once(monkeypatch):
+def test_take_commit_returns_each_commit_once(monkeypatch):
     session: dict[str, object] = {}
     monkeypatch.setattr(planner.st, "session_state", session)
-    assert planner.take_commit() is None
+    assert planner.read_committed_budget() is None
     session["planner"] = {"commit": {"bits": 3.50004, "serial": 1}}
-    assert planner.take_commit() == 3.5
-    assert planner.take_commit() is None
+    assert planner.read_committed_budget() == 3.5
+    assert planner.read_committed_budget() is None
     session["planner"] = {"commit": {"bits": 3.50004, "serial": 2}}
-    assert planner.take_commit() == 3.5, "the same budget again is a new commit"
+    assert planner.read_committed_budget() == 3.5, "the same budget again is a new commit"
     del session["planner"]
-    assert planner.take_commit() is None, "another page was shown between"
+    assert planner.read_committed_budget() is None, "another page was shown between"
     assert session["planner_serial"] == 2
 
 
-def test_the_component_mounts_in_a_page():
+def test_live_planner_mounts():
     def page():
         import numpy as np
         import streamlit as st
 
-        from lsq_core.plan import PlanRequest, make_frontier
+        from lsq_core.planning.make import make_frontier
+        from lsq_core.planning.request import PlanRequest
         from lsq_core.ui.planner import Curve, LiveMethod, live_planner
         from tests.test_plan import problem
 
@@ -173,46 +178,46 @@ def test_the_component_mounts_in_a_page():
     assert app.markdown[0].value == "mounted"
 
 
-def test_a_curve_goes_along():
+def test_payload_includes_curve():
     small, bits = problem(layers=4), np.array([2.0, 9.0])
     curve = Curve(bits, 9 - bits, 8 - bits, 10 - bits, 7.0)
     method = LiveMethod("mxq", "MXQ", make_frontier(small, PlanRequest("mxq")), "error", curve)
-    content = sent(small, [method])["methods"][0]["curve"]
-    assert unpacked(content["low"], "<f8").tolist() == [6.0, -1.0]
+    content = make_payload(small, [method])["methods"][0]["curve"]
+    assert decode_array(content["low"], "<f8").tolist() == [6.0, -1.0]
     assert content["full"] == 7.0
 
 
-def test_what_is_predicted_here_and_what_nobody_knows_go_along():
+def test_payload_includes_prediction_and_unknown_size():
     small = problem(layers=4)
     frontier = make_frontier(small, PlanRequest("mxq"))
-    method = LiveMethod("mxq", "MXQ", frontier, here=(6.5, 6.3, 6.8))
-    content = sent(small, [method], other_bytes=None)
+    method = LiveMethod("mxq", "MXQ", frontier, at_budget=(6.5, 6.3, 6.8))
+    content = make_payload(small, [method], other_bytes=None)
     assert content["methods"][0]["here"] == (6.5, 6.3, 6.8)
     assert content["otherBytes"] is None
 
 
-def test_pins_go_along_and_come_back():
+def test_payload_pins_and_changed_pins():
     """What they allow is sent; one that is set or dropped in the browser gives all there are."""
     pins = ("*.layers.0.*=b8g64", "*.down_proj=b3g128..b8g32")
-    small = with_pins(problem(layers=4), pins)
+    small = apply_pins(problem(layers=4), pins)
     method = LiveMethod("mxq", "MXQ", make_frontier(small, PlanRequest("mxq")))
-    content = sent(small, [method], pins=pins)
+    content = make_payload(small, [method], pins=pins)
     assert content["pins"] == [*pins]
-    assert unpacked(content["allowed"]["low"], "u1").tolist() == small.low.tolist()
-    assert unpacked(content["allowed"]["high"], "u1").tolist() == small.high.tolist()
-    wanted = {"matrix": 2, "scope": "layer", "low": 7, "high": 11}
-    assert planner.changed_pins(small, pins, wanted) == (*pins, "model.layers.1.*=b4g64..b8g32")
-    assert planner.changed_pins(small, pins, {"drop": 0}) == pins[1:]
-    mixed, wanted = small.with_options(mixed_rows(2, 3, 32)), wanted | {"low": 1, "high": 4}
-    (pin,) = planner.changed_pins(mixed, (), wanted)
+    assert decode_array(content["allowed"]["low"], "u1").tolist() == small.low.tolist()
+    assert decode_array(content["allowed"]["high"], "u1").tolist() == small.high.tolist()
+    edit = {"matrix": 2, "scope": "layer", "low": 7, "high": 11}
+    assert planner.update_pins(small, pins, edit) == (*pins, "model.layers.1.*=b4g64..b8g32")
+    assert planner.update_pins(small, pins, {"drop": 0}) == pins[1:]
+    mixed, edit = small.with_options(mixed_rows(2, 3, 32)), edit | {"low": 1, "high": 4}
+    (pin,) = planner.update_pins(mixed, (), edit)
     assert pin == "model.layers.1.*=b2h3r05g32..b2h3r20g32"
-    assert with_pins(mixed, (pin,)).low.max() == 1
+    assert apply_pins(mixed, (pin,)).low.max() == 1
 
 
-def test_a_solved_plan_goes_along():
+def test_payload_includes_solved_plan():
     small = problem(layers=4)
-    solved = planner.Solved(np.arange(8) % 12, 1.5)
+    solved = planner.ExactPlan(np.arange(8) % 12, 1.5)
     method = LiveMethod("mxq", "MXQ", make_frontier(small, PlanRequest("mxq")), solved=solved)
-    (content,) = sent(small, [method])["methods"]
-    assert unpacked(content["solved"]["choice"], "u1").tolist() == list(range(8))
+    (content,) = make_payload(small, [method])["methods"]
+    assert decode_array(content["solved"]["choice"], "u1").tolist() == list(range(8))
     assert content["solved"]["bound"] == 1.5

@@ -11,36 +11,41 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import spearmanr
-
-from lsq_core.cli import main
-from lsq_core.config import DETECTION_CONFIG, LADDER
-from lsq_core.errors import InputError
-from lsq_core.jsontext import json_text
-from lsq_core.model import Matrix, ModelInfo, ModelSource
-from lsq_core.pipeline import PUBLISHED_SETTINGS, Workbench, problem_of
-from lsq_core.plan import PlanRequest, Problem, make_frontier, make_plan
-from lsq_core.plan.pins import with_pins
-from lsq_core.predict import (
-    NEEDED,
-    Points,
+from lsq_core.evaluation_row.prediction import (
+    MIN_PLANS,
+    MeasuredPoints,
     TooFewRuns,
     feature_tables,
     features,
     fit,
-    measured_points,
+    load_measured_points,
     parse_loss,
-    smallest_within,
+    smallest_budget_within,
 )
+from scipy.stats import spearmanr
+
+from lsq_core.bits import DETECTION_CONFIG, LADDER
+from lsq_core.cli import main
+from lsq_core.errors import InputError
+from lsq_core.jsontext import json_text
+from lsq_core.model.info import Matrix, ModelInfo
+from lsq_core.model.source import ModelSource
+from lsq_core.planning.make import make_frontier, make_plan
+from lsq_core.planning.pins import apply_pins
+from lsq_core.planning.problem import Problem
+from lsq_core.planning.request import PlanRequest
+from lsq_core.profiling.settings import PUBLISHED_SETTINGS
 from lsq_core.provenance import now
-from lsq_core.store import PUBLISHED, Store
+from lsq_core.session import Session
+from lsq_core.stages.plan import build_problem
+from lsq_core.store.store import PUBLISHED, Store
 
 RUNS = {"quantizer": "hqq", "axis": 0, "metadata": "8bit"}
 FULL = 6.0
 STOPS = len(LADDER)
 
 
-def some(points: Points, chosen: np.ndarray) -> Points:
+def select_points(points: MeasuredPoints, chosen: np.ndarray) -> MeasuredPoints:
     """Some of the points, by index or mask."""
     names = ("features", "perplexity", "full_precision", "finest")
     return replace(points, **{name: getattr(points, name)[chosen] for name in names})
@@ -50,26 +55,26 @@ def some(points: Points, chosen: np.ndarray) -> Points:
 
 
 @pytest.mark.parametrize("model", ["Llama-2-7b-hf", "Meta-Llama-3-8B"])
-def test_thirty_published_runs_predict_the_others(published, model):
+def test_predict_published_runs_from_30(published, model):
     """Medians over 20 draws, WikiText-2, of the runs at 3 bits and more with a published plan."""
     published = Store(published)
-    bench = Workbench(ModelSource(model), published)
-    problem = problem_of(bench.info, bench.profile(bench.default_settings))
-    points = measured_points(published, PUBLISHED + model, problem, **RUNS, corpus="wikitext2")
+    session = Session(ModelSource(model), published)
+    problem = build_problem(session.info, session.profile(session.default_settings))
+    points = load_measured_points(published, PUBLISHED + model, problem, **RUNS, corpus="wikitext2")
     rows = published.results(PUBLISHED + model, origin="published").set_index("run")
     rows = rows[(rows["corpus"] == "wikitext2") & rows["planned_bytes"].notna()]
     assert len(points.perplexity) == len(rows) >= 209
-    coarse = some(points, rows["bits_per_param"].to_numpy() >= 3)
+    coarse = select_points(points, rows["bits_per_param"].to_numpy() >= 3)
     assert len(coarse.perplexity) == 207
 
     figures = []
     for seed in range(20):
         order = np.random.default_rng(seed).permutation(len(coarse.perplexity))
-        predictor, rest = fit(some(coarse, order[:30])), some(coarse, order[30:])
-        found, truth = predictor.predict(rest.features), rest.perplexity
-        error = np.abs(found.perplexity / truth - 1)
-        held = (found.low <= truth) & (truth <= found.high)
-        figures.append([spearmanr(found.perplexity, truth)[0], np.median(error), held.mean()])
+        predictor, rest = fit(select_points(coarse, order[:30])), select_points(coarse, order[30:])
+        actual, truth = predictor.predict(rest.features), rest.perplexity
+        error = np.abs(actual.perplexity / truth - 1)
+        held = (actual.low <= truth) & (truth <= actual.high)
+        figures.append([spearmanr(actual.perplexity, truth)[0], np.median(error), held.mean()])
     rank, error, held = np.median(figures, axis=0)
     print(
         f"{model}: Spearman {rank:.4f}, median error {100 * error:.3f} %, held {100 * held:.1f} %"
@@ -105,10 +110,12 @@ def law(x: np.ndarray) -> np.ndarray:
     return FULL * np.exp(0.01 * np.exp(x.mean(axis=1)))
 
 
-def points_at(problem: Problem, choices: np.ndarray) -> Points:
+def make_points(problem: Problem, choices: np.ndarray) -> MeasuredPoints:
     """What would be measured of these plans, if all followed the law."""
     x = features(problem, choices)
-    return Points(x, law(x), np.full(len(x), FULL), (choices >= 9).all(axis=1), "text", "blocks")
+    return MeasuredPoints(
+        x, law(x), np.full(len(x), FULL), (choices >= 9).all(axis=1), "text", "blocks"
+    )
 
 
 def uniform(problem: Problem, *stops: int) -> np.ndarray:
@@ -121,54 +128,54 @@ def problem() -> Problem:
     return random_problem()
 
 
-def test_the_law_is_recovered_from_four_runs(problem):
-    predictor = fit(points_at(problem, uniform(problem, 0, 3, 5, 8)))
+def test_fit_recovers_law_from_four_runs(problem):
+    predictor = fit(make_points(problem, uniform(problem, 0, 3, 5, 8)))
     x = features(problem, np.random.default_rng(1).integers(0, STOPS, (200, 12)))
-    found = predictor.predict(x)
-    assert found.perplexity == pytest.approx(law(x), rel=1e-4)
-    assert (found.low <= law(x)).all()
-    assert (law(x) <= found.high).all()
-    assert (found.high / found.low < 1.01).all()
+    actual = predictor.predict(x)
+    assert actual.perplexity == pytest.approx(law(x), rel=1e-4)
+    assert (actual.low <= law(x)).all()
+    assert (law(x) <= actual.high).all()
+    assert (actual.high / actual.low < 1.01).all()
 
 
-def test_what_the_runs_show_beside_the_law_is_learned(problem):
+def test_fit_follows_runs_off_the_law(problem):
     """Runs of half the expected slope: between them their own line counts, not the expected."""
     random = np.random.default_rng(2)
     choices = uniform(problem, *range(9)) + random.integers(0, 2, (9, 12))
     x = features(problem, choices)
     own = FULL * np.exp(0.05 * np.exp(x.mean(axis=1) / 2))
-    predictor = fit(replace(points_at(problem, choices), perplexity=own))
+    predictor = fit(replace(make_points(problem, choices), perplexity=own))
     between = features(problem, uniform(problem, 2, 4, 6))
     truth = FULL * np.exp(0.05 * np.exp(between.mean(axis=1) / 2))
     assert predictor.predict(between).perplexity == pytest.approx(truth, rel=0.005)
     assert predictor.predict(between).perplexity != pytest.approx(law(between), rel=0.02)
 
 
-def test_too_few_runs_are_told(problem):
-    points = points_at(problem, uniform(problem, 3, 4, 5, 9, 10, 11))
-    with pytest.raises(TooFewRuns, match=f"3 different plans .*text .*blocks .*{NEEDED}"):
+def test_fit_too_few_runs_raises(problem):
+    points = make_points(problem, uniform(problem, 3, 4, 5, 9, 10, 11))
+    with pytest.raises(TooFewRuns, match=f"3 different plans .*text .*blocks .*{MIN_PLANS}"):
         fit(points)
-    again = points_at(problem, uniform(problem, 3, 4, 5, 3, 4, 5, 3))
+    again = make_points(problem, uniform(problem, 3, 4, 5, 3, 4, 5, 3))
     with pytest.raises(TooFewRuns, match="3 different plans"):
         fit(again)
-    fit(points_at(problem, uniform(problem, 3, 4, 5, 6)))
+    fit(make_points(problem, uniform(problem, 3, 4, 5, 6)))
 
 
-def noisy(problem: Problem, spread: float, seed: int) -> Points:
-    points = points_at(problem, uniform(problem, *range(9)))
+def noisy(problem: Problem, spread: float, seed: int) -> MeasuredPoints:
+    points = make_points(problem, uniform(problem, *range(9)))
     noise = np.random.default_rng(seed).normal(0, spread, 9)
     return replace(points, perplexity=FULL * np.exp(points.cost * np.exp(noise)))
 
 
-def test_the_band_widens_away_from_the_runs_and_beyond_is_flagged(problem):
-    points = some(noisy(problem, 0.1, 3), np.array([3, 4, 5, 6, 7, 8]))
-    found = fit(points).predict(features(problem, uniform(problem, 0, 4, 5, 8)))
-    assert found.extrapolated.tolist() == [True, False, False, False]
-    width = np.log(np.log(found.high / FULL) / np.log(found.low / FULL))
+def test_band_wider_when_extrapolating(problem):
+    points = select_points(noisy(problem, 0.1, 3), np.array([3, 4, 5, 6, 7, 8]))
+    actual = fit(points).predict(features(problem, uniform(problem, 0, 4, 5, 8)))
+    assert actual.extrapolated.tolist() == [True, False, False, False]
+    width = np.log(np.log(actual.high / FULL) / np.log(actual.low / FULL))
     assert width[0] > 1.5 * width[1:].max()
 
 
-def test_noise_widens_the_band(problem):
+def test_band_wider_with_noise(problem):
     x = features(problem, uniform(problem, 4))
     calm, wild = (fit(noisy(problem, spread, 3)).predict(x) for spread in (0.02, 0.4))
     assert (wild.high - wild.low > 5 * (calm.high - calm.low)).all()
@@ -176,36 +183,36 @@ def test_noise_widens_the_band(problem):
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
-    costs=st.lists(st.floats(-0.5, 12), min_size=NEEDED, max_size=12),
+    costs=st.lists(st.floats(-0.5, 12), min_size=MIN_PLANS, max_size=12),
     query=st.lists(st.tuples(st.floats(-30, 30), st.floats(-30, 30)), min_size=1, max_size=5),
-    finest=st.lists(st.floats(-0.1, 0.1), max_size=3),
+    eight_bit=st.lists(st.floats(-0.1, 0.1), max_size=3),
     seed=st.integers(0, 99),
 )
-def test_no_prediction_is_below_full_precision_or_outside_its_band(costs, query, finest, seed):
-    cost = np.array(costs + finest)
+def test_prediction_at_least_full_precision_and_in_band(costs, query, eight_bit, seed):
+    cost = np.array(costs + eight_bit)
     x = np.random.default_rng(seed).normal(0, 3, (len(cost), 2))
     marks = np.arange(len(cost)) >= len(costs)
     full = np.full(len(cost), FULL)
-    found = fit(Points(x, FULL * np.exp(cost), full, marks)).predict(np.array(query))
-    assert np.isfinite(found.high).all()
-    assert (found.low >= FULL).all()
-    assert (found.low <= found.perplexity).all()
-    assert (found.perplexity <= found.high).all()
+    actual = fit(MeasuredPoints(x, FULL * np.exp(cost), full, marks)).predict(np.array(query))
+    assert np.isfinite(actual.high).all()
+    assert (actual.low >= FULL).all()
+    assert (actual.low <= actual.perplexity).all()
+    assert (actual.perplexity <= actual.high).all()
 
 
-def test_eight_bit_runs_give_the_floor_and_nothing_else(problem):
+def test_fit_8_bit_runs_set_floor_only(problem):
     plans = uniform(problem, 3, 4, 5, 6, 7, 8, 9, 10, 11)
-    points = points_at(problem, plans)
-    without = fit(some(points, ~points.finest))
+    points = make_points(problem, plans)
+    without = fit(select_points(points, ~points.eight_bit))
     assert without.floor == (0, 0, 0)
-    measured = np.where(points.finest, FULL * np.array([1] * 6 + [1.01, 1.02, 1.05]), 0)
+    measured = np.where(points.eight_bit, FULL * np.array([1] * 6 + [1.01, 1.02, 1.05]), 0)
     predictor = fit(replace(points, perplexity=np.maximum(points.perplexity, measured)))
-    found = predictor.predict(points.features)
-    assert found.perplexity[-3:] == pytest.approx([1.02 * FULL] * 3)
-    assert (found.low[-1], found.high[-1]) == pytest.approx((1.01 * FULL, 1.05 * FULL))
-    assert found.perplexity[0] == pytest.approx(without.predict(points.features).perplexity[0])
+    actual = predictor.predict(points.features)
+    assert actual.perplexity[-3:] == pytest.approx([1.02 * FULL] * 3)
+    assert (actual.low[-1], actual.high[-1]) == pytest.approx((1.01 * FULL, 1.05 * FULL))
+    assert actual.perplexity[0] == pytest.approx(without.predict(points.features).perplexity[0])
     # Below full precision by the noise of an evaluation: as good as full precision, no better.
-    below = replace(points, perplexity=np.where(points.finest, 0.999 * FULL, points.perplexity))
+    below = replace(points, perplexity=np.where(points.eight_bit, 0.999 * FULL, points.perplexity))
     assert fit(below).predict(points.features[-1:]).perplexity[0] == pytest.approx(FULL, rel=1e-3)
 
 
@@ -224,22 +231,22 @@ def test_features_are_logs_of_sums(problem):
     )
 
 
-def test_sensitivity_not_measured_at_a_stop_is_scaled_and_an_unreached_expert_adds_nothing(problem):
-    whole = problem.by_config["sensitivity"]
-    only = np.full_like(whole, np.nan)
+def test_feature_tables_fill_missing_sensitivity(problem):
+    full_table = problem.by_config["sensitivity"]
+    sparse = np.full_like(full_table, np.nan)
     reference = LADDER.index(DETECTION_CONFIG)
-    only[1:, reference] = whole[1:, reference]
-    lacking = replace(problem, by_config=problem.by_config | {"sensitivity": only})
-    tables = feature_tables(lacking)[..., 0]
+    sparse[1:, reference] = full_table[1:, reference]
+    incomplete = replace(problem, by_config=problem.by_config | {"sensitivity": sparse})
+    tables = feature_tables(incomplete)[..., 0]
     # Here sensitivity is a multiple of the squared error, so that scaling is exact.
-    assert tables[1:] == pytest.approx(whole[1:])
+    assert tables[1:] == pytest.approx(full_table[1:])
     assert (tables[0] == 0).all()
 
 
-def test_a_profile_without_what_is_needed_is_told(problem):
-    lacking = replace(problem, by_config={"weight_error": problem.by_config["weight_error"]})
+def test_features_without_sensitivity_raises(problem):
+    incomplete = replace(problem, by_config={"weight_error": problem.by_config["weight_error"]})
     with pytest.raises(InputError, match="no sensitivity"):
-        features(lacking, uniform(problem, 3))
+        features(incomplete, uniform(problem, 3))
 
 
 # --- the inverse question ---------------------------------------------------------------------
@@ -248,13 +255,13 @@ def test_a_profile_without_what_is_needed_is_told(problem):
 @pytest.mark.parametrize("method", ["uniform", "sensiboost", "mxq"])
 @pytest.mark.parametrize("loss", [0.5, 0.05, 0.012])
 @pytest.mark.parametrize("pins", [(), ("*.layers.0.*=b4g64..b8g32",)])
-def test_the_smallest_plan_within_a_loss(method, loss, pins):
+def test_smallest_within_loss(method, loss, pins):
     problem = random_problem(layers=24)
     predictor = fit(noisy(problem, 0.1, 4))
     request = PlanRequest(method, pins=pins)
-    pinned = with_pins(problem, pins)
+    pinned = apply_pins(problem, pins)
     frontier = make_frontier(pinned, request)
-    budget = smallest_within(frontier, predictor, pinned, loss)
+    budget = smallest_budget_within(frontier, predictor, pinned, loss)
 
     def predicted(limit: float) -> float:
         x = features(pinned, frontier.at(limit).choice[None])
@@ -270,16 +277,16 @@ def test_the_smallest_plan_within_a_loss(method, loss, pins):
     assert plan.nominal_bytes == budget, "a budget with nothing to spare"
 
 
-def test_a_loss_out_of_reach_names_the_best(problem):
-    points = points_at(problem, uniform(problem, *range(12)))
-    perplexity = np.where(points.finest, 1.04 * FULL, points.perplexity)
+def test_smallest_within_infeasible_loss_raises(problem):
+    points = make_points(problem, uniform(problem, *range(12)))
+    perplexity = np.where(points.eight_bit, 1.04 * FULL, points.perplexity)
     predictor = fit(replace(points, perplexity=perplexity))
     frontier = make_frontier(problem, PlanRequest("mxq"))
     with pytest.raises(InputError, match=r"within 1 % .* bpp .*4 %"):
-        smallest_within(frontier, predictor, problem, 0.01)
+        smallest_budget_within(frontier, predictor, problem, 0.01)
 
 
-def test_losses_are_percentages():
+def test_parse_loss():
     assert parse_loss("1%") == 0.01
     assert parse_loss(" .5 % ") == 0.005
     for text in ("abc", "-1%", "0", "0%", "1", "%", "nan%"):
@@ -290,7 +297,7 @@ def test_losses_are_percentages():
 # --- from the store, and on the command line --------------------------------------------------
 
 
-def described(problem: Problem, name: str) -> ModelInfo:
+def make_model_info(problem: Problem, name: str) -> ModelInfo:
     linear = sum(m.numel for m in problem.matrices)
     return ModelInfo(
         source=PUBLISHED + name,
@@ -306,7 +313,7 @@ def described(problem: Problem, name: str) -> ModelInfo:
     )
 
 
-def scores_of(problem: Problem, profile: str) -> pd.DataFrame:
+def make_scores(problem: Problem, profile: str) -> pd.DataFrame:
     return pd.DataFrame(
         {"profile": profile, "module": m.name, "layer": m.layer, "type": m.type}
         | {"metric": metric, "config": config.name, "part": "", "value": table[i, j]}
@@ -316,7 +323,9 @@ def scores_of(problem: Problem, profile: str) -> pd.DataFrame:
     )
 
 
-def evaluation(run: str | None, model: str, corpus: str, perplexity: float, text: str = "") -> dict:
+def evaluation_row(
+    run: str | None, model: str, corpus: str, perplexity: float, text: str = ""
+) -> dict:
     return {
         "id": f"{run}-{corpus}-{text}",
         "run": run,
@@ -332,74 +341,76 @@ def evaluation(run: str | None, model: str, corpus: str, perplexity: float, text
 
 
 @pytest.fixture
-def kept(problem: Problem, tmp_path) -> Store:
+def law_store(problem: Problem, tmp_path) -> Store:
     """A model made up of the law: nine uniform runs on ``text``, three of them on ``other``."""
     store = Store(tmp_path / "law.duckdb")
-    info = described(problem, "law")
-    model, points = info.fingerprint, points_at(problem, uniform(problem, *range(9)))
+    info = make_model_info(problem, "law")
+    model, points = info.fingerprint, make_points(problem, uniform(problem, *range(9)))
     plans, runs = [], []
-    evaluations = [evaluation(None, model, corpus, FULL) for corpus in ("text", "other")]
+    evaluations = [evaluation_row(None, model, corpus, FULL) for corpus in ("text", "other")]
     for stop, perplexity in enumerate(points.perplexity):
         request = PlanRequest("uniform", base=LADDER[stop].name)
         content = make_plan(problem, request, axis=0).to_json()
         plans.append({"id": f"p{stop}", "fingerprint": model, "content": json_text(content)})
         runs.append({"id": f"r{stop}", "plan": f"p{stop}", "fingerprint": model} | QUANTIZED)
-        evaluations.append(evaluation(f"r{stop}", model, "text", perplexity))
+        evaluations.append(evaluation_row(f"r{stop}", model, "text", perplexity))
         if stop < 3:
-            evaluations.append(evaluation(f"r{stop}", model, "other", 2 * perplexity))
+            evaluations.append(evaluation_row(f"r{stop}", model, "other", 2 * perplexity))
     profile = PUBLISHED_SETTINGS.key(model, "made up")
-    asked = json_text(asdict(PUBLISHED_SETTINGS))
-    profiles = [{"id": profile, "fingerprint": model, "settings": asked, "provenance": "{}"}]
+    settings_json = json_text(asdict(PUBLISHED_SETTINGS))
+    profiles = [
+        {"id": profile, "fingerprint": model, "settings": settings_json, "provenance": "{}"}
+    ]
     rows = {"profiles": profiles, "plans": plans, "runs": runs, "evaluations": evaluations}
     frames = {table: pd.DataFrame(row).assign(created=now()) for table, row in rows.items()}
     frames["profiles"]["origin"] = "published"
-    store.replace_published([info], frames | {"scores": scores_of(problem, profile)})
+    store.replace_published([info], frames | {"scores": make_scores(problem, profile)})
     return store
 
 
 QUANTIZED = {"quantizer": "hqq", "dtype": "float16", "origin": "published", "method": "uniform"}
 
 
-def test_only_runs_of_one_kind_count(kept, problem):
-    found = measured_points(kept, "published:law", problem, **RUNS)
-    assert (found.corpus, found.protocol, found.tokens) == ("text", "strided-512/256", 1000)
-    order = np.argsort(-found.perplexity)
-    expected = points_at(problem, uniform(problem, *range(9)))
-    assert found.features[order] == pytest.approx(expected.features)
-    assert found.perplexity[order] == pytest.approx(expected.perplexity)
-    other = measured_points(kept, "published:law", problem, **RUNS, corpus="other")
+def test_measured_points_filter_by_kind(law_store, problem):
+    actual = load_measured_points(law_store, "published:law", problem, **RUNS)
+    assert (actual.corpus, actual.protocol, actual.tokens) == ("text", "strided-512/256", 1000)
+    order = np.argsort(-actual.perplexity)
+    expected = make_points(problem, uniform(problem, *range(9)))
+    assert actual.features[order] == pytest.approx(expected.features)
+    assert actual.perplexity[order] == pytest.approx(expected.perplexity)
+    other = load_measured_points(law_store, "published:law", problem, **RUNS, corpus="other")
     assert len(other.perplexity) == 3
-    short = measured_points(kept, "published:law", problem, **RUNS, protocol="strided")
+    short = load_measured_points(law_store, "published:law", problem, **RUNS, protocol="strided")
     assert len(short.perplexity) == 9
     for changed in ({"axis": 1}, {"quantizer": "rtn"}, {"metadata": "fp16"}):
         with pytest.raises(TooFewRuns, match=r"\b0 different plans"):
-            measured_points(kept, "published:law", problem, **(RUNS | changed))
+            load_measured_points(law_store, "published:law", problem, **(RUNS | changed))
     for wanted in ({"corpus": "c4"}, {"protocol": "blocks"}):
         with pytest.raises(TooFewRuns, match=r"\b0 different plans"):
-            measured_points(kept, "published:law", problem, **RUNS, **wanted)
+            load_measured_points(law_store, "published:law", problem, **RUNS, **wanted)
     with pytest.raises(TooFewRuns):
-        measured_points(kept, "published:stranger", problem, **RUNS)
+        load_measured_points(law_store, "published:stranger", problem, **RUNS)
 
 
-def test_two_texts_of_one_name_stay_apart(kept, problem):
+def test_measured_points_separate_corpora_of_same_name(law_store, problem):
     """Of ``other`` there is a second text, with one run more than the first."""
     model = "published:law"
-    rows = [evaluation(None, model, "other", FULL, "b")]
-    rows += [evaluation(f"r{stop}", model, "other", 50.0, "b") for stop in range(4)]
+    rows = [evaluation_row(None, model, "other", FULL, "b")]
+    rows += [evaluation_row(f"r{stop}", model, "other", 50.0, "b") for stop in range(4)]
     frame = pd.DataFrame(rows).assign(created=now())
-    with kept.transaction() as connection:
+    with law_store.transaction() as connection:
         connection.register("frame", frame)
         connection.execute("INSERT INTO evaluations BY NAME SELECT * FROM frame")
-    found = measured_points(kept, model, problem, **RUNS, corpus="other")
-    assert found.perplexity.tolist() == [50.0] * 4
+    actual = load_measured_points(law_store, model, problem, **RUNS, corpus="other")
+    assert actual.perplexity.tolist() == [50.0] * 4
 
 
 @pytest.fixture
-def lsq(kept, capsys):
+def run_cli(law_store, capsys):
     """Run a command on the made-up model; gives (status, JSON or text, standard error)."""
 
     def call(verb: str, *arguments: str) -> tuple[int, dict | str, str]:
-        status = main([verb, "--model", "law", "--db", str(kept.path), *arguments])
+        status = main([verb, "--model", "law", "--db", str(law_store.path), *arguments])
         printed = capsys.readouterr()
         wants_json = "--json" in arguments and status == 0
         return status, json.loads(printed.out) if wants_json else printed.out, printed.err
@@ -407,8 +418,8 @@ def lsq(kept, capsys):
     return call
 
 
-def test_a_plan_tells_its_predicted_perplexity(lsq):
-    status, plan, _ = lsq("plan", "--method", "uniform", "--base", "3.51", "--json")
+def test_cli_plan_predicted_perplexity(run_cli):
+    status, plan, _ = run_cli("plan", "--method", "uniform", "--base", "3.51", "--json")
     assert status == 0
     predicted = plan["predicted"]
     expected = law(features(random_problem(), uniform(random_problem(), 5)))[0]
@@ -421,31 +432,31 @@ def test_a_plan_tells_its_predicted_perplexity(lsq):
         "tokens": 1000,
     }
     assert (predicted["corpus"], predicted["protocol"]) == ("text", "strided-512/256")
-    status, text, _ = lsq("plan", "--method", "uniform", "--base", "8.51")
+    status, text, _ = run_cli("plan", "--method", "uniform", "--base", "8.51")
     assert re.search(r"9 runs, beyond .*6\.0000", text)
 
 
-def test_a_plan_tells_why_there_is_no_prediction(lsq):
+def test_cli_plan_prediction_unavailable_reason(run_cli):
     options = ("--method", "uniform", "--base", "3.51")
-    _, plan, _ = lsq("plan", *options, "--corpus", "other", "--json")
+    _, plan, _ = run_cli("plan", *options, "--corpus", "other", "--json")
     assert list(plan["predicted"]) == ["reason"]
     assert "3 different plans" in plan["predicted"]["reason"]
-    _, plan, _ = lsq("plan", *options, "--calibration", "c4", "--json")
+    _, plan, _ = run_cli("plan", *options, "--calibration", "c4", "--json")
     assert "no profile" in plan["predicted"]["reason"]
-    _, text, _ = lsq("plan", *options, "--protocol", "blocks")
+    _, text, _ = run_cli("plan", *options, "--protocol", "blocks")
     assert "0 different plans" in text
 
 
 @pytest.mark.parametrize("method", ["mxq", "uniform"])
-def test_max_loss_gives_the_smallest_plan_within_it(lsq, method):
-    status, plan, _ = lsq("plan", "--method", method, "--max-loss", "3%", "--json")
+def test_cli_max_loss_gives_smallest_plan(run_cli, method):
+    status, plan, _ = run_cli("plan", "--method", method, "--max-loss", "3%", "--json")
     assert status == 0
     assert plan["predicted"]["perplexity"] <= 1.03 * FULL
     assert plan["nominal_bytes"] == float(plan["request"]["budget"].removesuffix("B"))
     again = ["--budget", plan["request"]["budget"], "--json"]
-    assert lsq("plan", "--method", method, *again)[1]["modules"] == plan["modules"]
+    assert run_cli("plan", "--method", method, *again)[1]["modules"] == plan["modules"]
     less = 0.9 * plan["nominal_bytes"]
-    _, smaller, _ = lsq("plan", "--method", method, "--budget", f"{less:.3f}B", "--json")
+    _, smaller, _ = run_cli("plan", "--method", method, "--budget", f"{less:.3f}B", "--json")
     assert smaller["predicted"]["perplexity"] > 1.03 * FULL
 
 
@@ -461,14 +472,14 @@ def test_max_loss_gives_the_smallest_plan_within_it(lsq, method):
         (["--max-loss", "1%", "--pin", "*=b2g128"], "allow more"),
     ],
 )
-def test_bad_losses_are_status_2_and_one_sentence(lsq, options, sentence):
-    status, out, err = lsq("plan", "--method", "mxq", *options, "--json")
+def test_cli_invalid_max_loss_exit_2(run_cli, options, message):
+    status, out, err = run_cli("plan", "--method", "mxq", *options, "--json")
     assert (status, out) == (2, "")
     (line,) = [line for line in err.splitlines() if line.startswith("lsq: ")]
-    assert sentence in line
+    assert message in line
 
 
-def test_a_run_predicts_from_the_runs_before_it(random_model, small_text, capsys):
+def test_cli_run_prediction_from_earlier_runs(random_model, small_text, capsys):
     """Runs of a random model cost next to nothing: predictions stay by full precision."""
     run = ["run", "--model", str(random_model("llama-gqa")), "--json", "--samples", "8"]
     run += ["--block-tokens", "64", "--calibration", str(small_text)]
@@ -495,4 +506,4 @@ def test_a_run_predicts_from_the_runs_before_it(random_model, small_text, capsys
     assert predicted["perplexity"] <= 1.5 * outcome["perplexity_full"]
     refused = ("--method", "mxq", "--max-loss", "50%", "--quantizer", "rtn")
     assert "--profile-quantizer rtn" in call(*refused)[2]
-    assert "not both" in call("--plan", "x.json", "--max-loss", "1%")[2]
+    assert "Give either" in call("--plan", "x.json", "--max-loss", "1%")[2]

@@ -7,18 +7,19 @@ import pytest
 import scipy.stats
 import torch
 
-from lsq_core.architecture import get_weight
-from lsq_core.config import LADDER, QuantConfig
+from lsq_core.bits import LADDER, QuantConfig
 from lsq_core.errors import InputError, LsqError
-from lsq_core.load import load_model
-from lsq_core.model import ModelSource
-from lsq_core.pipeline import Workbench
-from lsq_core.profile import ProfileSettings
-from lsq_core.profile.kurtosis import kurtosis
-from lsq_core.profile.measure import calibration_of, measure_profile
-from lsq_core.quantize import get_quantizer
-from lsq_core.quantize.packed import quantize_matrix
-from lsq_core.store import Store
+from lsq_core.model.architecture import get_weight
+from lsq_core.model.loading import load_model
+from lsq_core.model.source import ModelSource
+from lsq_core.profiling.calibration import load_calibration
+from lsq_core.profiling.measure import measure_profile
+from lsq_core.profiling.metrics.kurtosis import kurtosis
+from lsq_core.profiling.settings import ProfileSettings
+from lsq_core.quantization.packed import quantize_matrix
+from lsq_core.quantization.registry import get_quantizer
+from lsq_core.session import Session
+from lsq_core.store.store import Store
 from tests.conftest import save_random_model
 
 B2G64 = QuantConfig(2, 64)
@@ -35,7 +36,7 @@ def quantized_weight(weight, settings, config=B2G64):
 
 
 @pytest.mark.parametrize("shape", [(7, 13), (128, 256), (3000, 1500)])
-def test_kurtosis_is_that_of_scipy(shape):
+def test_kurtosis_matches_scipy(shape):
     weight = torch.from_numpy(np.random.default_rng(0).standard_t(5, shape)).float()
     expected = scipy.stats.kurtosis(weight.double().numpy(), axis=None, fisher=False, bias=True)
     assert kurtosis(weight) == pytest.approx(expected, rel=1e-9)
@@ -54,40 +55,40 @@ def settings(small_text):
     )
 
 
-def record(module, run):
+def record_calls(module, run):
     """Inputs and outputs of one module while something runs."""
-    seen = []
+    recorded = []
     handle = module.register_forward_hook(
-        lambda m, args, kwargs, output: seen.append((args, kwargs, output)), with_kwargs=True
+        lambda m, args, kwargs, output: recorded.append((args, kwargs, output)), with_kwargs=True
     )
     run()
     handle.remove()
-    return seen
+    return recorded
 
 
 @pytest.fixture
 def measured(llama, settings):
     profile = measure_profile(llama, settings, "key")
-    ids = torch.from_numpy(calibration_of(llama, settings).ids)
+    ids = torch.from_numpy(load_calibration(llama, settings.text).ids)
     assert len(ids) > 8, "more than one batch"
     return profile, ids
 
 
 @torch.inference_mode()
-def test_module_sensitivity_is_eq_10(llama, settings, measured):
+def test_module_sensitivity_matches_eq_10(llama, settings, measured):
     """The plain loop: each module's own output, full-precision inputs, mean squared change."""
     profile, ids = measured
     scores = profile.scores("sensitivity_module", B2G64)
     for matrix, score in zip(profile.matrices, scores, strict=True):
         linear = llama.model.get_submodule(matrix.name)
-        calls = record(linear, lambda: llama.model(ids, use_cache=False))
+        calls = record_calls(linear, lambda: llama.model(ids, use_cache=False))
         ((inputs,), _, output) = calls[0]
         changed = inputs @ quantized_weight(linear.weight, settings).T
         assert score == pytest.approx(float((changed - output).square().mean()), rel=1e-4)
 
 
 @torch.inference_mode()
-def test_part_sensitivity_is_the_authors_way(llama, settings, measured):
+def test_part_sensitivity_matches_reference(llama, settings, measured):
     """q, k, v (gate, up) quantized together; the attention's (the MLP's) output compared."""
     profile, ids = measured
     scores = dict(
@@ -95,25 +96,27 @@ def test_part_sensitivity_is_the_authors_way(llama, settings, measured):
     )
     for layer in range(2):
         block = f"model.layers.{layer}"
-        for container, together in (
+        for container, group in (
             ("self_attn", ("q_proj", "k_proj", "v_proj")),
             ("mlp", ("gate_proj", "up_proj")),
         ):
             module = llama.model.get_submodule(f"{block}.{container}")
-            ((args, kwargs, output),) = record(module, lambda: llama.model(ids, use_cache=False))
-            kept = {n: getattr(module, n).weight.clone() for n in together}
-            for n in together:
-                getattr(module, n).weight.copy_(quantized_weight(kept[n], settings))
+            ((args, kwargs, output),) = record_calls(
+                module, lambda: llama.model(ids, use_cache=False)
+            )
+            originals = {n: getattr(module, n).weight.clone() for n in group}
+            for n in group:
+                getattr(module, n).weight.copy_(quantized_weight(originals[n], settings))
             changed = module(*args, **kwargs)
-            for n in together:
-                getattr(module, n).weight.copy_(kept[n])
+            for n in group:
+                getattr(module, n).weight.copy_(originals[n])
             first, second = (o[0] if isinstance(o, tuple) else o for o in (changed, output))
             expected = float((first - second).square().mean())
-            for n in together:
+            for n in group:
                 assert scores[f"{block}.{container}.{n}"] == pytest.approx(expected, rel=1e-3)
 
 
-def test_weight_error_is_the_frobenius_norm(llama, settings, measured):
+def test_weight_error_is_frobenius_norm(llama, settings, measured):
     profile, _ = measured
     errors = profile.by_config("weight_error")
     for row, matrix in enumerate(profile.matrices):
@@ -123,34 +126,34 @@ def test_weight_error_is_the_frobenius_norm(llama, settings, measured):
             assert errors[row, column] == pytest.approx(float(difference.norm()), rel=1e-5)
 
 
-def test_profiling_leaves_the_model_as_it_was(llama, settings):
+def test_measure_profile_does_not_modify_model(llama, settings):
     before = {n: t.clone() for n, t in llama.model.state_dict().items()}
     measure_profile(llama, settings, "key")
     assert all(torch.equal(t, before[n]) for n, t in llama.model.state_dict().items())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in llama.model.modules())
 
 
-def test_each_block_keeps_its_own_masks(random_model, settings):
+def test_walk_uses_attention_mask_of_each_block(random_model, settings):
     """Gemma 2 alternates sliding and full attention; the walk has to end where the model does."""
     loaded = load_model(ModelSource(str(random_model("gemma2"))), "cpu")
-    from lsq_core.profile.measure import walk
+    from lsq_core.profiling.measure import iter_blocks
 
     ids = torch.arange(1, 201)[None]  # longer than the sliding window of 64
     with torch.inference_mode():
-        *_, last = walk(loaded, ids)
-        ((_, _, expected),) = record(last.block, lambda: loaded.model(ids, use_cache=False))
-        (walked,) = last.run()
-    torch.testing.assert_close(walked, expected[0] if isinstance(expected, tuple) else expected)
+        *_, last = iter_blocks(loaded, ids)
+        ((_, _, expected),) = record_calls(last.block, lambda: loaded.model(ids, use_cache=False))
+        (actual,) = last.run()
+    torch.testing.assert_close(actual, expected[0] if isinstance(expected, tuple) else expected)
 
 
-def test_experts_are_measured_on_what_was_routed_to_them(random_model, settings):
+def test_expert_sensitivity_uses_routed_tokens(random_model, settings):
     """Eq. 10 for one expert, its inputs taken by hand from the router's choice."""
     loaded = load_model(ModelSource(str(random_model("mixtral-moe"))), "cpu")
     profile = measure_profile(loaded, settings, "key")
-    ids = torch.from_numpy(calibration_of(loaded, settings).ids)
+    ids = torch.from_numpy(load_calibration(loaded, settings.text).ids)
     experts = loaded.model.model.layers[0].mlp.experts
     with torch.inference_mode():
-        ((args, _, _),) = record(experts, lambda: loaded.model(ids, use_cache=False))
+        ((args, _, _),) = record_calls(experts, lambda: loaded.model(ids, use_cache=False))
         states, chosen, _ = args
         for expert in range(4):
             inputs = states[(chosen == expert).any(-1)]
@@ -162,7 +165,7 @@ def test_experts_are_measured_on_what_was_routed_to_them(random_model, settings)
             assert score == pytest.approx(float(change.square().mean()), rel=1e-3)
 
 
-def test_an_expert_that_no_token_reached_has_no_score(tmp_path, settings):
+def test_unreached_expert_sensitivity_is_nan(tmp_path, settings):
     folder = save_random_model(tmp_path / "moe", "mixtral-moe", num_experts_per_tok=1)
     loaded = load_model(ModelSource(str(folder)), "cpu")
     # Experts 0 and 1 share the tokens by a sign, so that 2 and 3 never win.
@@ -185,11 +188,11 @@ def test_an_expert_that_no_token_reached_has_no_score(tmp_path, settings):
 # --- kept and found again -----------------------------------------------------------------------
 
 
-def test_a_profile_is_measured_once(llama, settings, monkeypatch):
+def test_profile_found_in_store_without_loading(llama, settings, monkeypatch):
     store = Store()
-    first = Workbench(ModelSource(str(llama.folder)), store, "cpu").profile(settings)
-    monkeypatch.setattr("lsq_core.load.load_model", None)  # would fail if it were called
-    second = Workbench(ModelSource(str(llama.folder)), store, "cpu").profile(settings)
+    first = Session(ModelSource(str(llama.folder)), store, "cpu").profile(settings)
+    monkeypatch.setattr("lsq_core.model.loading.load_model", None)  # would fail if it were called
+    second = Session(ModelSource(str(llama.folder)), store, "cpu").profile(settings)
     assert second.id == first.id
     assert second.matrices == first.matrices
     for metric in ("sensitivity", "sensitivity_module", "weight_error"):
@@ -199,12 +202,12 @@ def test_a_profile_is_measured_once(llama, settings, monkeypatch):
         assert second.provenance[known]
 
 
-def test_other_settings_are_another_profile(llama, settings, small_text):
-    bench = Workbench(ModelSource(str(llama.folder)), Store(), "cpu")
+def test_profile_key_depends_on_settings_and_corpus(llama, settings, small_text):
+    session = Session(ModelSource(str(llama.folder)), Store(), "cpu")
     from dataclasses import replace
 
     keys = {
-        bench.profile_key(s)
+        session.profile_key(s)
         for s in (
             settings,
             replace(settings, quantizer="hqq"),
@@ -216,14 +219,14 @@ def test_other_settings_are_another_profile(llama, settings, small_text):
         )
     }
     assert len(keys) == 7
-    before = bench.profile_key(settings)
+    before = session.profile_key(settings)
     small_text.write_text(small_text.read_text("utf8") + "\nmore", "utf8")
-    assert bench.profile_key(settings) != before, "the file's content is part of the identity"
+    assert session.profile_key(settings) != before, "the file's content is part of the identity"
 
 
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("quantizer", ["hqq", "rtn"])
-def test_both_quantizers_on_both_axes(llama, settings, quantizer, axis):
+def test_weight_error_by_quantizer_and_axis(llama, settings, quantizer, axis):
     from dataclasses import replace
 
     chosen = replace(settings, quantizer=quantizer, axis=axis)
@@ -233,13 +236,13 @@ def test_both_quantizers_on_both_axes(llama, settings, quantizer, axis):
     assert profile.scores("weight_error", B2G64)[0] == pytest.approx(expected, rel=1e-5)
 
 
-def test_bad_settings_are_refused():
+def test_profile_settings_invalid_raise():
     for wrong in ({"quantizer": "x"}, {"axis": 2}, {"metadata": "4bit"}):
         with pytest.raises(InputError):
             ProfileSettings(**wrong)
 
 
-def test_weights_that_are_no_numbers_stop_the_profile(tmp_path, settings):
+def test_measure_profile_non_finite_weight_raises(tmp_path, settings):
     folder = save_random_model(tmp_path / "m", "llama-gqa")
     loaded = load_model(ModelSource(str(folder)), "cpu")
     loaded.model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan

@@ -7,20 +7,22 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lsq_core.architecture import get_weight
+from lsq_core.bits import QuantConfig
 from lsq_core.cli import main
-from lsq_core.config import QuantConfig
-from lsq_core.load import load_model
-from lsq_core.model import ModelSource
-from lsq_core.pipeline import Workbench
-from lsq_core.profile import DEFAULT_METRICS, PROXIES, ProfileSettings
-from lsq_core.profile.agreement import proxy_agreement, rank_correlation
-from lsq_core.profile.measure import calibration_of, measure_profile
-from lsq_core.quantize import get_quantizer
-from lsq_core.quantize.packed import quantize_matrix
-from lsq_core.store import Store
+from lsq_core.model.architecture import get_weight
+from lsq_core.model.loading import load_model
+from lsq_core.model.source import ModelSource
+from lsq_core.profiling.agreement import proxy_agreement, rank_correlation
+from lsq_core.profiling.calibration import load_calibration
+from lsq_core.profiling.measure import measure_profile
+from lsq_core.profiling.metrics import DEFAULT_METRICS, PROXIES
+from lsq_core.profiling.settings import ProfileSettings
+from lsq_core.quantization.packed import quantize_matrix
+from lsq_core.quantization.registry import get_quantizer
+from lsq_core.session import Session
+from lsq_core.store.store import Store
 from tests.conftest import save_random_model
-from tests.test_profile import record
+from tests.test_profile import record_calls
 
 B2G64 = QuantConfig(2, 64)
 
@@ -32,40 +34,42 @@ def settings(small_text):
     )
 
 
-def changes(loaded, config=B2G64):
+def weight_changes(loaded, config=B2G64):
     """W − Ŵ of each matrix, float64."""
-    found = {}
+    differences = {}
     for matrix in loaded.info.matrices:
         weight = get_weight(loaded.model, matrix)
         packed = quantize_matrix(weight, config, get_quantizer("rtn"), metadata="fp16")
-        found[matrix] = (weight - packed.dequantize()).double()
-    return found
+        differences[matrix] = (weight - packed.dequantize()).double()
+    return differences
 
 
 @torch.inference_mode()
-def test_gram_diagonal_is_the_plain_sum(random_model, settings):
+def test_gram_diagonal_matches_plain_sum(random_model, settings):
     loaded = load_model(ModelSource(str(random_model("qwen2-bias"))), "cpu")
     profile = measure_profile(loaded, settings, "key", metrics=("gram_diagonal",))
-    ids = torch.from_numpy(calibration_of(loaded, settings).ids)
+    ids = torch.from_numpy(load_calibration(loaded, settings.text).ids)
     scores = profile.scores("gram_diagonal", B2G64)
-    for (matrix, change), score in zip(changes(loaded).items(), scores, strict=True):
+    for (matrix, change), score in zip(weight_changes(loaded).items(), scores, strict=True):
         linear = loaded.model.get_submodule(matrix.name)
-        (((inputs,), _, _),) = record(linear, lambda: loaded.model(ids, use_cache=False))
+        (((inputs,), _, _),) = record_calls(linear, lambda: loaded.model(ids, use_cache=False))
         squares = inputs.double().square().flatten(0, -2)
         expected = (squares @ change.T.square()).mean()
         assert score == pytest.approx(float(expected), rel=1e-4), matrix.name
 
 
-def test_gram_diagonal_is_the_same_beside_the_exact_score(random_model, settings):
+def test_gram_diagonal_independent_of_other_metrics(random_model, settings):
     loaded = load_model(ModelSource(str(random_model("mixtral-moe"))), "cpu")
-    both = measure_profile(loaded, settings, "key", metrics=("sensitivity_module", "gram_diagonal"))
-    alone = measure_profile(loaded, settings, "key", metrics=("gram_diagonal",))
-    first, second = (p.scores("gram_diagonal", B2G64) for p in (both, alone))
+    combined = measure_profile(
+        loaded, settings, "key", metrics=("sensitivity_module", "gram_diagonal")
+    )
+    single = measure_profile(loaded, settings, "key", metrics=("gram_diagonal",))
+    first, second = (p.scores("gram_diagonal", B2G64) for p in (combined, single))
     np.testing.assert_allclose(first, second, rtol=1e-5)
 
 
 @pytest.mark.parametrize("architecture", ["llama-gqa", "gpt2-conv1d", "gpt-oss-moe"])
-def test_fisher_is_the_plain_loop(architecture, random_model, settings):
+def test_fisher_diagonal_matches_plain_loop(architecture, random_model, settings):
     """Gradients of each sequence by itself, squared, averaged; whatever holds the weights."""
     source = ModelSource(str(random_model(architecture)))
     loaded = load_model(source, "cpu")
@@ -74,7 +78,7 @@ def test_fisher_is_the_plain_loop(architecture, random_model, settings):
     assert all(torch.equal(t, before[n]) for n, t in loaded.model.state_dict().items())
     assert not any(p.requires_grad or p.grad is not None for p in loaded.model.parameters())
 
-    ids = torch.from_numpy(calibration_of(loaded, settings).ids)
+    ids = torch.from_numpy(load_calibration(loaded, settings.text).ids)
     other = load_model(source, "cpu")
     other.model.requires_grad_(True)
     squares = {n: 0.0 for n, _ in other.model.named_parameters()}
@@ -88,12 +92,12 @@ def test_fisher_is_the_plain_loop(architecture, random_model, settings):
         for name, parameter in other.model.named_parameters():
             parameter.copy_(squares[name])
     scores = profile.scores("fisher_diagonal", B2G64)
-    for (matrix, change), score in zip(changes(loaded).items(), scores, strict=True):
+    for (matrix, change), score in zip(weight_changes(loaded).items(), scores, strict=True):
         expected = (get_weight(other.model, matrix).detach().double() * change.square()).sum()
         assert score == pytest.approx(float(expected), rel=1e-4), matrix.name
 
 
-def test_an_expert_that_no_token_reached_has_no_proxy(tmp_path, settings):
+def test_proxies_of_unreached_expert_are_nan(tmp_path, settings):
     folder = save_random_model(tmp_path / "moe", "mixtral-moe", num_experts_per_tok=1)
     loaded = load_model(ModelSource(str(folder)), "cpu")
     router = loaded.model.model.layers[0].mlp.gate
@@ -108,16 +112,14 @@ def test_an_expert_that_no_token_reached_has_no_proxy(tmp_path, settings):
         assert np.isfinite(scores["model.layers.0.mlp.experts.gate_up_proj.0"])
 
 
-def test_the_command_line_measures_them_and_tells_their_rank_correlation(
-    random_model, settings, capsys
-):
+def test_cli_profile_proxies_prints_rank_correlation(random_model, settings, capsys):
     store, folder = Store(), str(random_model("llama-gqa"))
-    words = ["profile", "--model", folder, "--corpus", settings.calibration]
-    words += ["--quantizer", "rtn", "--metadata", "fp16", "--samples", "14"]
-    words += ["--block-tokens", "48", "--device", "cpu", "--db", str(store.path)]
-    assert main([*words, "--metric", "gram_diagonal", "--metric", "fisher_diagonal"]) == 0
-    said = capsys.readouterr().out
-    profile = Workbench(ModelSource(folder), store, "cpu").find_profile(settings)
+    command = ["profile", "--model", folder, "--corpus", settings.calibration]
+    command += ["--quantizer", "rtn", "--metadata", "fp16", "--samples", "14"]
+    command += ["--block-tokens", "48", "--device", "cpu", "--db", str(store.path)]
+    assert main([*command, "--metric", "gram_diagonal", "--metric", "fisher_diagonal"]) == 0
+    output = capsys.readouterr().out
+    profile = Session(ModelSource(folder), store, "cpu").find_profile(settings)
     assert set(profile.metrics) == {*DEFAULT_METRICS, *PROXIES}
     table = proxy_agreement(profile)
     assert len(table) == 2 * 12
@@ -127,5 +129,5 @@ def test_the_command_line_measures_them_and_tells_their_rank_correlation(
             profile.scores(row.proxy, config), profile.scores(row.exact, config)
         )
         assert row.rank_correlation == expected
-        assert f"{row.proxy} ranks the modules as {row.exact} does at b4g64" in said
-        assert f"rank correlation {expected:.3f}" in said
+        assert f"{row.proxy} ranks the modules as {row.exact} does at b4g64" in output
+        assert f"rank correlation {expected:.3f}" in output

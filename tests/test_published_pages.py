@@ -13,16 +13,16 @@ import pytest
 from streamlit.testing.v1 import AppTest
 
 from lsq_core import charts
-from lsq_core.compare import win_tie_loss, win_tie_loss_at_equal_bytes
-from lsq_core.config import LADDER
+from lsq_core.bits import LADDER
 from lsq_core.errors import InputError
-from lsq_core.model import ModelSource
-from lsq_core.plan import PlanRequest
-from lsq_core.profile import ProfileSettings
+from lsq_core.model.source import ModelSource
+from lsq_core.planning.request import PlanRequest
+from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.reference import import_download, import_reference
-from lsq_core.store import Store
-from lsq_core.ui import known
-from tests.test_app import _array, chart, first_line, go, open_page
+from lsq_core.results.compare import win_tie_loss, win_tie_loss_at_equal_bytes
+from lsq_core.store.store import Store
+from lsq_core.ui import cached
+from tests.test_app import _array, chart, first_line, go_to_page, open_page
 from tests.test_reference_download import write_toolkit
 
 SEVEN, EIGHT, SEVENTY, CHAT = (
@@ -48,7 +48,7 @@ def toolkit(tmp_path: Path) -> Path:
     return tmp_path / "toolkit"
 
 
-def box(app: AppTest, label: str):
+def select_box(app: AppTest, label: str):
     """The page's box of that name; the sidebar has one named Model too."""
     return next(b for b in app.main.selectbox if b.label == label)
 
@@ -57,7 +57,7 @@ def figures(app: AppTest) -> dict[str, str]:
     return {metric.label: metric.value for metric in app.metric}
 
 
-def told(app: AppTest) -> str:
+def page_text(app: AppTest) -> str:
     return " ".join([*(c.value for c in app.caption), *(m.value for m in app.markdown)])
 
 
@@ -65,7 +65,7 @@ def told(app: AppTest) -> str:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_the_first_page_tells_what_is_published(store, model):
+def test_model_page_published_model_facts(store, model):
     app = open_page("Model", model=model)
     row = store.query("SELECT * FROM models WHERE fingerprint = ?", [model]).iloc[0]
     profiles, runs = (
@@ -82,16 +82,16 @@ def test_the_first_page_tells_what_is_published(store, model):
     if row["file_bytes"]:
         assert shown["Parameters"] == f"{row['parameters']:,}"
     else:
-        assert (shown["Parameters"], shown["Covered"]) == ("not published", "not known")
+        assert (shown["Parameters"], shown["Quantizable"]) == ("not published", "unknown")
         assert "without embeddings" in first_line(app)
-    assert "no weights here" in told(app)
+    assert "no local weights" in page_text(app)
     linear = _array(chart(app)["data"][0]["y"])
     assert len(linear) == len(LADDER) + bool(row["file_bytes"])
     smallest = row["linear_parameters"] * LADDER[0].nominal_bits / 8 / 2**30
     assert linear[-len(LADDER)] == pytest.approx(smallest, rel=1e-3)
 
 
-def test_published_models_are_in_the_picker_and_have_a_button(store):
+def test_model_page_lists_published_models(store):
     app = open_page("Model")
     published = set(store.models("published")["source"])
     assert published < set(app.sidebar.selectbox(key="model").options)
@@ -103,7 +103,7 @@ def test_published_models_are_in_the_picker_and_have_a_button(store):
 
 
 @pytest.mark.parametrize("title", ["Model", "Explore", "Run", "Compare"])
-def test_the_bare_name_is_the_same_model(store, title):
+def test_published_model_name_without_prefix(store, title):
     whole, bare = (
         open_page(title, model=name) for name in (SEVEN, SEVEN.removeprefix("published:"))
     )
@@ -111,7 +111,7 @@ def test_the_bare_name_is_the_same_model(store, title):
     assert not bare.error
 
 
-def test_a_model_that_was_not_imported_is_one_sentence(store):
+def test_model_page_unimported_model_shows_error(store):
     app = open_page("Model", model="published:nothing")
     assert "'nothing'" in app.error[0].value.replace("\\", "")
 
@@ -119,22 +119,22 @@ def test_a_model_that_was_not_imported_is_one_sentence(store):
 # --- the import -----------------------------------------------------------------------------
 
 
-def test_a_folder_is_imported_and_what_it_lacks_is_told(toolkit):
+def test_model_page_import_folder_lists_missing(toolkit):
     app = open_page("Model")
     assert app.button(key="import").disabled
     app.text_input(key="toolkit").set_value(str(toolkit)).run()
     app.button(key="import").click().run()
     assert not app.exception
-    said = app.success[0].value.replace("\\", "")
-    assert said.startswith("1 model, 3 profiles, 2 plans and 1 run ")
-    assert str(toolkit) in said
-    lacks = next(d.value for d in app.dataframe if "not offered, and why" in d.value)
+    message = app.success[0].value.replace("\\", "")
+    assert message.startswith("1 model, 3 profiles, 2 plans and 1 run ")
+    assert str(toolkit) in message
+    missing = next(d.value for d in app.dataframe if "left out, and why" in d.value)
     expected = import_reference(toolkit, Store())["missing"]
-    assert lacks["not offered, and why"].tolist() == expected
+    assert missing["left out, and why"].tolist() == expected
     assert "published:tiny" in app.sidebar.selectbox(key="model").options
 
 
-def test_a_folder_that_is_no_checkout_is_one_sentence(tmp_path):
+def test_model_page_import_non_checkout_shows_error(tmp_path):
     app = open_page("Model")
     app.text_input(key="toolkit").set_value(str(tmp_path)).run()
     app.button(key="import").click().run()
@@ -143,18 +143,18 @@ def test_a_folder_that_is_no_checkout_is_one_sentence(tmp_path):
     assert Store().models("published").empty
 
 
-def test_a_damaged_file_imports_nothing(toolkit):
+def test_model_page_import_damaged_file_shows_error(toolkit):
     runs = toolkit / "data-vis/endeavors/boost/data/combined.csv"
     runs.write_text(runs.read_text("utf8").replace(",6.0,", ",six,"), "utf8")
     app = open_page("Model")
     app.text_input(key="toolkit").set_value(str(toolkit)).run()
     app.button(key="import").click().run()
-    said = app.error[0].value.replace("\\", "")
-    assert re.search("combined.csv, row 3: ppl_wikitext .*'six'", said)
+    message = app.error[0].value.replace("\\", "")
+    assert re.search("combined.csv, row 3: ppl_wikitext .*'six'", message)
     assert Store().models("published").empty
 
 
-def test_a_download_without_a_network_is_one_sentence(monkeypatch):
+def test_model_page_download_offline_shows_error(monkeypatch):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{closed.getsockname()[1]}/toolkit"
@@ -170,7 +170,7 @@ def test_a_download_without_a_network_is_one_sentence(monkeypatch):
 # --- Explore --------------------------------------------------------------------------------
 
 
-def drawn(app: AppTest) -> dict[str, list[tuple[str, list[float]]]]:
+def drawn_lines(app: AppTest) -> dict[str, list[tuple[str, list[float]]]]:
     """Panel title to the lines in it: name and values."""
     spec = chart(app)
     titles = [note["text"] for note in spec["layout"]["annotations"]]
@@ -197,26 +197,26 @@ def drawn(app: AppTest) -> dict[str, list[tuple[str, list[float]]]]:
         (CHAT, ["Activation sensitivity by part at b4g64"]),
     ],
 )
-def test_explore_shows_the_metrics_that_are_published(store, model, panels):
+def test_explore_published_metrics(store, model, panels):
     app = open_page("Explore", model=model)
-    shown = drawn(app)
+    shown = drawn_lines(app)
     assert list(shown) == panels
     for title, lines in shown.items():
         assert lines, title
-        metric = next(m for m, t in charts_titles().items() if title.startswith(t))
+        metric = next(m for m, t in metric_titles().items() if title.startswith(t))
         for name, values in lines:
             kind = name.split(",")[0]
             assert values == pytest.approx(scores(store, app, model, metric, kind), rel=1e-12)
     if model == SEVENTY:
-        assert "No activation sensitivity" in told(app)
-        assert "Flagged by kurtosis" in told(app)
+        assert "No activation sensitivity" in page_text(app)
+        assert "Flagged by kurtosis" in page_text(app)
     if model == CHAT:
-        assert "No kurtosis" in told(app)
+        assert "No kurtosis" in page_text(app)
     assert not [b for b in app.button if b.label == "Profile"]
 
 
-def charts_titles() -> dict[str, str]:
-    from lsq_core.profile import TITLES
+def metric_titles() -> dict[str, str]:
+    from lsq_core.profiling.metrics import TITLES
 
     return {metric: title.title for metric, title in TITLES.items()}
 
@@ -235,55 +235,57 @@ def scores(store: Store, app: AppTest, model: str, metric: str, kind: str) -> li
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_explore_offers_the_profiles_that_are_there(store, model):
+def test_explore_published_profile_choices(store, model):
     app = open_page("Explore", model=model)
-    there = store.query(
+    stored_profiles = store.query(
         "SELECT settings ->> '$.calibration' AS text, settings ->> '$.quantizer' AS quantizer "
         "FROM profiles WHERE fingerprint = ?",
         [model],
     )
-    texts = box(app, "Calibration text")
-    assert len(texts.options) == there["text"].nunique()
-    for text in sorted(set(there["text"])):
-        box(app, "Calibration text").set_value(text).run()
+    texts = select_box(app, "Calibration corpus")
+    assert len(texts.options) == stored_profiles["text"].nunique()
+    for text in sorted(set(stored_profiles["text"])):
+        select_box(app, "Calibration corpus").set_value(text).run()
         assert not app.exception
-        offered = box(app, "Quantizer").options
-        assert set(offered) == set(there.loc[there["text"] == text, "quantizer"])
+        quantizers = select_box(app, "Quantizer").options
+        assert set(quantizers) == set(
+            stored_profiles.loc[stored_profiles["text"] == text, "quantizer"]
+        )
 
 
-def test_another_text_and_quantizer_are_drawn(store):
+def test_explore_change_corpus_and_quantizer(store):
     app = open_page("Explore", model=SEVEN)
-    box(app, "Calibration text").set_value("c4").run()
-    box(app, "Quantizer").set_value("rtn").run()
-    shown = drawn(app)
+    select_box(app, "Calibration corpus").set_value("c4").run()
+    select_box(app, "Quantizer").set_value("rtn").run()
+    shown = drawn_lines(app)
     assert list(shown) == ["Activation sensitivity by part at b4g64", "Weight kurtosis"]
     (line,) = [v for name, v in shown["Activation sensitivity by part at b4g64"] if name[0] == "d"]
     assert line == pytest.approx(scores(store, app, SEVEN, "sensitivity", "down_proj"))
-    assert "b2g128" not in box(app, "Configuration shown").options[0]
+    assert "b2g128" not in select_box(app, "Configuration shown").options[0]
     # a text that has no RTN falls back to a quantizer that it has
-    box(app, "Calibration text").set_value("c4@variant-sensi").run()
+    select_box(app, "Calibration corpus").set_value("c4@variant-sensi").run()
     assert app.session_state["profile_quantizer"] == "hqq"
     assert not app.exception
-    box(app, "Configuration shown").set_value("b2g128").run()
-    assert re.search("no activation sensitivity by part at b2g128", told(app))
-    assert list(drawn(app)) == ["Weight kurtosis", "Weight error at b2g128"]
+    select_box(app, "Configuration shown").set_value("b2g128").run()
+    assert re.search("no activation sensitivity by part at b2g128", page_text(app))
+    assert list(drawn_lines(app)) == ["Weight kurtosis", "Weight error at b2g128"]
 
 
-def test_what_is_not_published_is_listed(store):
-    lacks = {}
+def test_explore_lists_unpublished_metrics(store):
+    missing = {}
     for model in (SEVENTY, CHAT):
         app = open_page("Explore", model=model)
         table = next(d.value for d in app.dataframe if "published" in d.value)
-        lacks[model] = dict(zip(table["metric"], table["published"], strict=True))
-    assert "Activation sensitivity by part" in lacks[SEVENTY]
-    assert "Weight error" not in lacks[SEVENTY]
-    assert "SensiBoost" in lacks[SEVENTY]["Plans that need them"]
-    assert {"Weight kurtosis", "Weight error"} < set(lacks[CHAT])
-    assert "b2g128" in lacks[CHAT]["Activation sensitivity by part"]
-    assert "KurtBoost" in lacks[CHAT]["Plans that need them"]
+        missing[model] = dict(zip(table["metric"], table["published"], strict=True))
+    assert "Activation sensitivity by part" in missing[SEVENTY]
+    assert "Weight error" not in missing[SEVENTY]
+    assert "SensiBoost" in missing[SEVENTY]["Plans that need them"]
+    assert {"Weight kurtosis", "Weight error"} < set(missing[CHAT])
+    assert "b2g128" in missing[CHAT]["Activation sensitivity by part"]
+    assert "KurtBoost" in missing[CHAT]["Plans that need them"]
 
 
-def test_profiles_that_hold_next_to_nothing_are_shown_for_what_they_are(toolkit):
+def test_explore_sparse_published_profiles(toolkit):
     """One of kurtosis alone, and one of which every part was left out."""
     for path in toolkit.rglob("*.csv"):
         path.write_text(path.read_text("utf8").replace("tiny", "Llama-2-7b-hf"), "utf8")
@@ -296,18 +298,18 @@ def test_profiles_that_hold_next_to_nothing_are_shown_for_what_they_are(toolkit)
     variants.write_text(variants.read_text("utf8").replace("7b-hf", "7b-chat-hf"), "utf8")
     import_reference(toolkit, Store())
     app = open_page("Explore", model=SEVEN)
-    box(app, "Quantizer").set_value("rtn").run()
+    select_box(app, "Quantizer").set_value("rtn").run()
     assert not app.exception
-    assert list(drawn(app)) == ["Weight kurtosis"]
+    assert list(drawn_lines(app)) == ["Weight kurtosis"]
     app = open_page("Explore", model=CHAT)
     assert re.search("sensitivity nor kurtosis .*b4g64", first_line(app))
     assert not app.get("plotly_chart")
     assert not app.error
 
 
-def test_the_demo_after_a_published_model_has_its_own_settings(store):
+def test_explore_demo_after_published_model_resets_settings(store):
     app = open_page("Explore", model=SEVEN)
-    box(app, "Calibration text").set_value("c4@variant-sensi").run()
+    select_box(app, "Calibration corpus").set_value("c4@variant-sensi").run()
     app.sidebar.selectbox(key="model").set_value("demo").run()
     assert first_line(app).startswith("demo has not been profiled")
     assert app.session_state["calibration"] == ProfileSettings().calibration
@@ -317,12 +319,12 @@ def test_the_demo_after_a_published_model_has_its_own_settings(store):
 # --- Plan and Run ---------------------------------------------------------------------------
 
 
-def test_a_plan_is_the_published_one(store):
-    info = known.model_info(store, ModelSource("Llama-2-7b-hf"))
-    settings = next(iter(known.published_settings(store, info)))
-    found = known.profile(store, info, settings)
+def test_plan_matches_published_sensiboost(store):
+    info = cached.model_info(store, ModelSource("Llama-2-7b-hf"))
+    settings = next(iter(cached.published_settings(store, info)))
+    found = cached.profile(store, info, settings)
     request = PlanRequest("sensiboost", "3.13", boost_stop=2)
-    plan = known.plan(info, found, request, settings)
+    plan = cached.plan(info, found, request, settings)
     (content,) = store.query(
         "SELECT content FROM plans WHERE fingerprint = ? AND method = 'sensiboost' "
         "AND content ->> '$.published.attempt' = 'sensi-boost-2-0' "
@@ -337,19 +339,19 @@ def test_a_plan_is_the_published_one(store):
     }
 
 
-def test_a_plan_that_the_measurements_cannot_give_is_refused(store):
-    info = known.model_info(store, ModelSource(SEVENTY))
-    settings = next(iter(known.published_settings(store, info)))
-    found = known.profile(store, info, settings)
+def test_plan_without_published_sensitivity_raises(store):
+    info = cached.model_info(store, ModelSource(SEVENTY))
+    settings = next(iter(cached.published_settings(store, info)))
+    found = cached.profile(store, info, settings)
     with pytest.raises(InputError, match=r"sensitivity.* SensiBoost .*kurtboost"):
-        known.plan(info, found, PlanRequest("sensiboost", "3.13"), settings)
-    assert known.plan(info, found, PlanRequest("mxq", budget="3.2bpp"), settings).matrices
+        cached.plan(info, found, PlanRequest("sensiboost", "3.13"), settings)
+    assert cached.plan(info, found, PlanRequest("mxq", budget="3.2bpp"), settings).matrices
 
 
 @pytest.mark.parametrize("model", [SEVEN, SEVENTY])
-def test_there_is_nothing_to_run(store, model):
+def test_run_page_published_model_has_no_weights(store, model):
     app = open_page("Run", model=model)
-    assert first_line(app).startswith(f"{model} has no weights")
+    assert first_line(app).startswith(f"{model} has no local weights")
     assert not app.main.button
     assert not app.error
 
@@ -378,9 +380,9 @@ def points(app: AppTest) -> list[tuple[float, float]]:
 
 @pytest.mark.parametrize("model", [SEVEN, EIGHT])
 @pytest.mark.parametrize("corpus", ["wikitext2", "c4"])
-def test_compare_shows_every_published_run(store, model, corpus):
+def test_compare_shows_all_published_runs(store, model, corpus):
     app = open_page("Compare", model=model)
-    measured = box(app, "Measured on")
+    measured = select_box(app, "Measurement")
     assert {option.split(",")[0] for option in measured.options} == {"wikitext2", "c4"}
     measured.select(next(o for o in measured.options if o.startswith(corpus))).run()
     runs = runs_of(store, model, corpus)
@@ -396,28 +398,28 @@ def test_compare_shows_every_published_run(store, model, corpus):
     assert [x for x, _ in points(app)] == pytest.approx([x for x, _ in expected])
     assert [y for _, y in points(app)] == [y for _, y in expected]
     assert "nominal size" in chart(app)["layout"]["xaxis"]["title"]["text"]
-    assert "No interval" in told(app)
+    assert "No interval" in page_text(app)
 
 
-def test_each_account_of_size_has_an_axis_of_its_own(store):
+def test_compare_size_axis_choices(store):
     app = open_page("Compare", model=SEVEN)
     runs = runs_of(store, SEVEN, app_corpus(app))
-    sizes = box(app, "Size")
+    sizes = select_box(app, "Size")
     for option, column, scale in (("bits", "bits", 1), ("on disk", "model_bytes", 2**30)):
-        box(app, "Size").select(next(o for o in sizes.options if option in o)).run()
+        select_box(app, "Size").select(next(o for o in sizes.options if option in o)).run()
         known_runs = runs.dropna(subset=[column])
         assert [x for x, _ in points(app)] == pytest.approx(sorted(known_runs[column] / scale))
         assert option in chart(app)["layout"]["xaxis"]["title"]["text"]
 
 
 def app_corpus(app: AppTest) -> str:
-    value = box(app, "Measured on").value
+    value = select_box(app, "Measurement").value
     return value.split("|")[1].removeprefix("published:")
 
 
-def test_the_headline_of_the_paper_is_read_from_two_runs(store):
+def test_compare_two_runs_shows_paper_headline(store):
     app = open_page("Compare", model=EIGHT)
-    measured = box(app, "Measured on")
+    measured = select_box(app, "Measurement")
     measured.select(next(o for o in measured.options if o.startswith("wikitext2"))).run()
     (boosted, uniform) = (
         store.query(
@@ -428,21 +430,21 @@ def test_the_headline_of_the_paper_is_read_from_two_runs(store):
         )["id"].item()
         for method, attempt in (("sensiboost", "sensi-boost-3-0"), ("uniform", ""))
     )
-    said = (
+    message = (
         "Perplexity **−9.4 %** (8.4326 against 9.3077) for **+1.8 %** bits "
         "(3.1834 against 3.1270). No interval: published without windows."
     )
-    assert said in told(app), "the run that gains most is there from the start"
+    assert message in page_text(app), "the run that gains most is there from the start"
     other = app.session_state["run_a"]
     app.selectbox(key="run_a").set_value(uniform).run()
-    assert "two different runs" in told(app)
+    assert "two different runs" in page_text(app)
     app.selectbox(key="run_a").set_value(boosted).run()
     app.selectbox(key="run_b").set_value(uniform).run()
-    assert said in told(app)
+    assert message in page_text(app)
     assert other == boosted
 
 
-def test_win_tie_loss_is_the_papers_with_equal_bytes_beside_it(store):
+def test_wins_view_matches_paper_and_equal_bytes(store):
     app = open_page("Compare", model=SEVEN, view="wins")
     shown = next(d.value for d in app.dataframe if d.value.columns.nlevels == 2)
     label, equal = dict.fromkeys(column[0] for column in shown.columns)
@@ -458,26 +460,26 @@ def test_win_tie_loss_is_the_papers_with_equal_bytes_beside_it(store):
             assert shown.loc[names, how].tolist() == [*found.percentages, found.total]
 
 
-def test_methods_can_be_left_out(store):
+def test_compare_method_filter(store):
     app = open_page("Compare", model=SEVEN)
     methods = next(g for g in app.get("button_group") if g.key == f"methods-{SEVEN}")
     methods.set_value(["uniform", "sensiboost"]).run()
     runs = runs_of(store, SEVEN, app_corpus(app))
-    kept = runs[runs["method"].isin(["uniform", "sensiboost"])]
-    assert sorted(table(app)["perplexity"]) == sorted(kept["perplexity"])
+    expected_runs = runs[runs["method"].isin(["uniform", "sensiboost"])]
+    assert sorted(table(app)["perplexity"]) == sorted(expected_runs["perplexity"])
     assert not app.exception
 
 
 @pytest.mark.parametrize("model", [SEVENTY, CHAT, "demo"])
-def test_no_other_models_published_runs_stand_in(store, model):
+def test_compare_model_without_runs_shows_message(store, model):
     app = open_page("Compare", model=model)
-    assert f"no runs of {model}" in first_line(app)
+    assert f"No runs of {model}" in first_line(app)
     assert not app.get("plotly_chart")
-    box(app, "Model").select(SEVEN).run()
+    select_box(app, "Model").select(SEVEN).run()
     assert first_line(app).startswith("Best within")
 
 
-def test_measured_runs_are_overlaid_only_by_choice(published, tmp_path, monkeypatch):
+def test_compare_overlay_of_measured_runs(published, tmp_path, monkeypatch):
     path = tmp_path / "both.duckdb"
     path.write_bytes(published.read_bytes())
     monkeypatch.setenv("LSQ_DB", str(path))
@@ -497,32 +499,32 @@ def test_measured_runs_are_overlaid_only_by_choice(published, tmp_path, monkeypa
             """
         )
     app = open_page("Compare", model=SEVEN)
-    box(app, "Measured on").select(
-        next(o for o in box(app, "Measured on").options if o.startswith("wikitext2"))
+    select_box(app, "Measurement").select(
+        next(o for o in select_box(app, "Measurement").options if o.startswith("wikitext2"))
     ).run()
-    alone = points(app)
-    assert 7.125 not in {y for _, y in alone}
-    overlay = box(app, "Overlay your own runs")
+    before_overlay = points(app)
+    assert 7.125 not in {y for _, y in before_overlay}
+    overlay = select_box(app, "Overlay your own runs")
     assert overlay.options == ["none", "org/mine"]
     overlay.select("org/mine").run()
-    both = points(app)
-    assert len(both) == len(alone) + 1
-    assert (3.5, 7.125) in both, "by the bits that both have"
+    after_overlay = points(app)
+    assert len(after_overlay) == len(before_overlay) + 1
+    assert (3.5, 7.125) in after_overlay, "by the bits that both have"
     names = [t["name"] for t in chart(app)["data"] if t["mode"] == "markers"]
     assert "MXQ (measured)" in names
-    assert re.search("1 run of org/mine", told(app))
+    assert re.search("1 run of org/mine", page_text(app))
     assert 7.125 not in set(table(app)["perplexity"])
     # and the other way round
     app = open_page("Compare", model="org/mine")
     assert len(points(app)) == 1
-    strided = next(o for o in box(app, "Measured on").options if "strided" in o)
-    box(app, "Measured on").select(strided).run()
+    strided = next(o for o in select_box(app, "Measurement").options if "strided" in o)
+    select_box(app, "Measurement").select(strided).run()
     assert [y for _, y in points(app)] == [7.125]
-    box(app, "Overlay published runs").select(SEVEN).run()
-    assert len(points(app)) == len(both)
+    select_box(app, "Overlay published runs").select(SEVEN).run()
+    assert len(points(app)) == len(after_overlay)
     # a protocol of another name is never beside
-    blocks = next(o for o in box(app, "Measured on").options if "blocks" in o)
-    box(app, "Measured on").select(blocks).run()
+    blocks = next(o for o in select_box(app, "Measurement").options if "blocks" in o)
+    select_box(app, "Measurement").select(blocks).run()
     assert [y for _, y in points(app)] == [7.25]
     assert "Overlay published runs" not in {b.label for b in app.selectbox}
 
@@ -545,7 +547,7 @@ def many_runs(count: int = 100) -> pd.DataFrame:
     )
 
 
-def test_many_runs_are_seen_up_to_where_they_can_be_told_apart():
+def test_perplexity_by_size_limits_view_of_many_runs():
     frame = many_runs()
     figure = charts.perplexity_by_size(frame, size=charts.BITS)
     low, high = figure.layout.yaxis.range
@@ -553,21 +555,21 @@ def test_many_runs_are_seen_up_to_where_they_can_be_told_apart():
     assert 7.0 < high < 8.0
     assert charts.view_limit(frame["perplexity"]) == pytest.approx(7.0, abs=0.1)
     assert sum(len(t.x) for t in figure.data if t.mode == "markers") == 100
-    (front,) = [t for t in figure.data if t.name == "best for its size"]
+    (front,) = [t for t in figure.data if t.name == "Pareto front"]
     assert list(front.y)[:2] == [900.0, 800.0]
     assert list(front.x) == sorted(front.x)
 
 
-def test_an_overlay_is_hollow_and_says_where_it_is_from():
+def test_perplexity_by_size_overlay_markers():
     frame = many_runs(3)
-    over = frame.iloc[:1].assign(origin="measured", evaluation="o", perplexity=6.5)
-    figure = charts.perplexity_by_size(frame, size=charts.BITS, overlay=over)
+    overlay_runs = frame.iloc[:1].assign(origin="measured", evaluation="o", perplexity=6.5)
+    figure = charts.perplexity_by_size(frame, size=charts.BITS, overlay=overlay_runs)
     (trace,) = [t for t in figure.data if t.name == "Uniform (measured)"]
     assert trace.marker.symbol == "circle-open"
     assert list(trace.y) == [6.5]
 
 
-def test_sizes_of_large_models_are_in_gib():
+def test_size_bars_large_model_in_gib():
     frame = pd.DataFrame(
         {"name": ["16 bits"], "config": [""], "linear_bytes": [8 * 2**30], "other_bytes": [2**30]}
     )
@@ -576,9 +578,9 @@ def test_sizes_of_large_models_are_in_gib():
     assert figure.layout.yaxis.title.text == "GiB"
 
 
-def test_going_from_page_to_page(store):
+def test_page_navigation_published_model(store):
     """The person's way through, in one session."""
     app = open_page("Model", model=EIGHT)
     for title in ("Explore", "Run", "Compare", "Model"):
-        app = go(app, title)
+        app = go_to_page(app, title)
         assert not app.error

@@ -13,22 +13,33 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lsq_core import quantize
-from lsq_core.architecture import get_weight
-from lsq_core.audit import audit_folder, audit_run
+from lsq_core.bits import LADDER, QuantConfig
 from lsq_core.cli import main
-from lsq_core.config import LADDER, QuantConfig
 from lsq_core.errors import InputError, LsqError
-from lsq_core.load import load_model
-from lsq_core.model import Matrix, ModelSource
-from lsq_core.pipeline import EvaluationRequest, Workbench, load_saved, refusal_of
-from lsq_core.plan import PlanRequest, Problem
-from lsq_core.profile import ProfileSettings
-from lsq_core.quantize import QUANTIZERS, about, get_quantizer, refusal, unavailable
-from lsq_core.quantize.apply import packed_modules
-from lsq_core.quantize.artifact import empty_tensors
-from lsq_core.quantize.packed import quantize_matrix
-from lsq_core.store import Store
+from lsq_core.evaluation.protocol import EvaluationRequest
+from lsq_core.model.architecture import get_weight
+from lsq_core.model.info import Matrix
+from lsq_core.model.loading import load_model
+from lsq_core.model.source import ModelSource
+from lsq_core.planning.problem import Problem
+from lsq_core.planning.request import PlanRequest
+from lsq_core.profiling.settings import ProfileSettings
+from lsq_core.quantization import registry as quantize
+from lsq_core.quantization.packed import quantize_matrix
+from lsq_core.quantization.registry import (
+    QUANTIZERS,
+    get_quantizer,
+    incompatibility_reason,
+    quantizer_spec,
+    unavailable_reason,
+)
+from lsq_core.quantized.artifact import make_meta_tensors
+from lsq_core.quantized.modules import packed_modules
+from lsq_core.results.audit import audit_folder, audit_run
+from lsq_core.session import Session
+from lsq_core.stages.plan import request_incompatibility
+from lsq_core.stages.saved import load_saved
+from lsq_core.store.store import Store
 from tests.conftest import ROOT
 
 NF4 = ("nf4", "nf4-dq")
@@ -40,9 +51,9 @@ def weights(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 0.03
 
 
-def installed(name: str) -> pytest.MarkDecorator:
+def requires_quantizer(name: str) -> pytest.MarkDecorator:
     """Skips, by the sentence a person would read, what needs a package that isn't here."""
-    return pytest.mark.skipif(bool(unavailable(name)), reason=unavailable(name))
+    return pytest.mark.skipif(bool(unavailable_reason(name)), reason=unavailable_reason(name))
 
 
 # --- NF4 against bitsandbytes ---------------------------------------------------------------
@@ -50,7 +61,7 @@ def installed(name: str) -> pytest.MarkDecorator:
 
 @pytest.mark.parametrize("config", FOUR_BITS, ids=lambda c: c.name)
 @pytest.mark.parametrize("name", NF4)
-def test_nf4_is_what_bitsandbytes_makes_of_it(name, config):
+def test_nf4_matches_bitsandbytes(name, config):
     """Their quantizing and their dequantizing, to the bit; 344 columns let blocks cross rows."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
@@ -68,19 +79,19 @@ def test_nf4_is_what_bitsandbytes_makes_of_it(name, config):
 @pytest.mark.parametrize("config", FOUR_BITS, ids=lambda c: c.name)
 @pytest.mark.parametrize("shape", [(96, 128), (384, 128), (32, 96), (4, 32)])
 @pytest.mark.parametrize("name", NF4)
-def test_nf4_stores_what_its_layout_says(name, shape, config):
+def test_nf4_tensors_match_layout(name, shape, config):
     if shape[0] * shape[1] % config.group_size:
         pytest.skip("the groups don't fill the matrix")
     matrix = quantize_matrix(weights(*shape), config, get_quantizer(name))
     assert matrix.nbytes == quantize.planned_bytes(name, shape, config, "8bit")
-    empty = empty_tensors(about(name).layout(shape, config, "8bit"))
+    empty = make_meta_tensors(quantizer_spec(name).layout(shape, config, "8bit"))
     kinds = {n: (t.shape, t.dtype) for n, t in matrix.tensors.items()}
     assert kinds == {n: (t.shape, t.dtype) for n, t in empty.items()}
-    again = type(matrix).from_tensors(matrix.tensors, shape, config, 1)
-    assert torch.equal(again.dequantize(), matrix.dequantize())
+    restored = type(matrix).from_tensors(matrix.tensors, shape, config, 1)
+    assert torch.equal(restored.dequantize(), matrix.dequantize())
 
 
-def test_double_quantization_takes_a_quarter_of_the_magnitudes():
+def test_double_quantization_bytes():
     """[QLoRA §3]: 0.127 bits a weight where 0.5 were, in blocks of 64; with a mean beside it."""
     shape, config = (1024, 1024), QuantConfig(4, 64)
     plain, double = (quantize.planned_bytes(name, shape, config, "8bit") for name in NF4)
@@ -90,13 +101,13 @@ def test_double_quantization_takes_a_quarter_of_the_magnitudes():
 
 @pytest.mark.parametrize("name", NF4)
 @pytest.mark.parametrize("value", [0.0, 0.25, -300.0])
-def test_nf4_of_a_constant_matrix(name, value):
+def test_nf4_constant_matrix(name, value):
     weight = torch.full((64, 128), value)
     matrix = quantize_matrix(weight, QuantConfig(4, 64), get_quantizer(name))
     torch.testing.assert_close(matrix.dequantize(), weight, rtol=1e-3, atol=1e-6)
 
 
-def test_levels_of_a_grid_are_what_codes_decode_to():
+def test_nf4_levels_cover_decoded_values():
     groups = weights(3, 64)
     levels = get_quantizer("nf4").levels(groups, QuantConfig(4, 64))
     matrix = quantize_matrix(groups, QuantConfig(4, 64), get_quantizer("nf4"))
@@ -110,66 +121,77 @@ def test_levels_of_a_grid_are_what_codes_decode_to():
 # --- what a quantizer refuses ---------------------------------------------------------------
 
 
-def test_every_quantizer_says_what_it_supports():
-    for name, known in QUANTIZERS.items():
-        assert known.configs, name
-        assert known.title
-        assert quantize.matrix_kind(name, known.configs[0]).from_tensors is not None
-    assert [c.name for c in about("nf4").configs] == ["b4g128", "b4g64", "b4g32"]
+def test_quantizer_registry_entries_complete():
+    for name, spec in QUANTIZERS.items():
+        assert spec.configs, name
+        assert spec.title
+        assert quantize.stored_matrix_class(name, spec.configs[0]).from_tensors is not None
+    assert [c.name for c in quantizer_spec("nf4").configs] == ["b4g128", "b4g64", "b4g32"]
 
 
-def test_refusals_name_what_is_supported():
+def test_incompatibility_reason_names_supported_configs():
     three = {MATRIX: QuantConfig(3, 64)}
-    said = refusal("nf4", three)
-    for told in ("NF4", "b3g64", MATRIX.name, "b4g128, b4g64, b4g32"):
-        assert told in said
-    assert refusal("nf4", {MATRIX: QuantConfig(4, 64)}) == ""
-    assert "axis 1" in refusal("nf4", {MATRIX: QuantConfig(4, 64)}, axis=0)
-    assert refusal("hqq", three, axis=0) == ""
+    explanation = incompatibility_reason("nf4", three)
+    for part in ("NF4", "b3g64", MATRIX.name, "b4g128, b4g64, b4g32"):
+        assert part in explanation
+    assert incompatibility_reason("nf4", {MATRIX: QuantConfig(4, 64)}) == ""
+    assert "axis 1" in incompatibility_reason("nf4", {MATRIX: QuantConfig(4, 64)}, axis=0)
+    assert incompatibility_reason("hqq", three, axis=0) == ""
     with pytest.raises(InputError, match=r"'nf5' .*hqq, rtn, nf4"):
-        refusal("nf5", three)
+        incompatibility_reason("nf5", three)
 
 
-def test_refusals_of_whole_model_quantizers(monkeypatch):
+def test_incompatibility_reason_of_gptq_and_awq(monkeypatch):
     monkeypatch.setattr(quantize, "find_spec", lambda name: object())
     four, narrow = QuantConfig(4, 128), replace(MATRIX, in_features=96)
-    assert refusal("gptq", {MATRIX: four, replace(MATRIX, name="other"): QuantConfig(2, 32)}) == ""
-    assert "groups of 128" in refusal("gptq", {narrow: four})
-    assert "multiple of 32" in refusal("awq", {replace(MATRIX, out_features=40): four})
-    assert "experts" in refusal("gptq", {replace(MATRIX, expert=0): four})
+    assert (
+        incompatibility_reason(
+            "gptq", {MATRIX: four, replace(MATRIX, name="other"): QuantConfig(2, 32)}
+        )
+        == ""
+    )
+    assert "groups of 128" in incompatibility_reason("gptq", {narrow: four})
+    assert "multiple of 32" in incompatibility_reason(
+        "awq", {replace(MATRIX, out_features=40): four}
+    )
+    assert "experts" in incompatibility_reason("gptq", {replace(MATRIX, expert=0): four})
     mixed = {MATRIX: four, replace(MATRIX, name="other"): QuantConfig(4, 64)}
-    assert re.search("one configuration .*b4g128, b4g64", refusal("awq", mixed))
-    assert "b8g64" in refusal("awq", {MATRIX: QuantConfig(8, 64)})
+    assert re.search("one configuration .*b4g128, b4g64", incompatibility_reason("awq", mixed))
+    assert "b8g64" in incompatibility_reason("awq", {MATRIX: QuantConfig(8, 64)})
 
 
-def test_a_package_that_is_missing_is_named_with_what_brings_it(monkeypatch):
+def test_unavailable_quantizer_names_install_command(monkeypatch):
     monkeypatch.setattr(quantize, "find_spec", lambda name: None)
-    assert unavailable("hqq") == unavailable("rtn") == ""
-    assert unavailable("gptq") == refusal("gptq", {})
-    assert re.search("GPTQ .*make gptqmodel", unavailable("gptq"))
+    assert unavailable_reason("hqq") == unavailable_reason("rtn") == ""
+    assert unavailable_reason("gptq") == incompatibility_reason("gptq", {})
+    assert re.search("GPTQ .*make gptqmodel", unavailable_reason("gptq"))
     with pytest.raises(InputError, match=r"AWQ .*gptqmodel"):
         get_quantizer("awq")
 
 
-def test_what_no_plan_can_be_is_told_before_there_is_one():
+def test_incompatibility_reason_of_infeasible_request():
     problem = Problem((MATRIX,))
-    assert "3.2bpp is below" in refusal_of(problem, PlanRequest("mxq", budget="3.2bpp"), "nf4", 1)
-    assert refusal_of(problem, PlanRequest("mxq", budget="4.2bpp"), "nf4", 1) == ""
-    assert "b3g128" in refusal_of(problem, PlanRequest("uniform", base="3.13"), "nf4", 1)
+    assert "3.2bpp is below" in request_incompatibility(
+        problem, PlanRequest("mxq", budget="3.2bpp"), "nf4", 1
+    )
+    assert request_incompatibility(problem, PlanRequest("mxq", budget="4.2bpp"), "nf4", 1) == ""
+    assert "b3g128" in request_incompatibility(
+        problem, PlanRequest("uniform", base="3.13"), "nf4", 1
+    )
     pinned = PlanRequest("uniform", base="3.13", pins=("*=b4g64",))
-    assert refusal_of(problem, pinned, "nf4", 1) == ""
+    assert request_incompatibility(problem, pinned, "nf4", 1) == ""
 
 
-def test_the_command_line_refuses_before_any_work(capsys, monkeypatch):
-    monkeypatch.setattr(Workbench, "loaded", property(lambda self: pytest.fail("loaded")))
-    asked = ["run", "--model", "demo", "--quantizer", "nf4", "--method", "sensiboost"]
-    assert main([*asked, "--base", "3.13"]) == 2
+def test_cli_incompatible_quantizer_exit_2_before_loading(capsys, monkeypatch):
+    monkeypatch.setattr(Session, "loaded", property(lambda self: pytest.fail("loaded")))
+    command = ["run", "--model", "demo", "--quantizer", "nf4", "--method", "sensiboost"]
+    assert main([*command, "--base", "3.13"]) == 2
     assert "b4g128, b4g64, b4g32" in capsys.readouterr().err
-    assert main([*asked, "--budget", "2.2bpp"]) == 2
+    assert main([*command, "--budget", "2.2bpp"]) == 2
     assert "2.2bpp is below" in capsys.readouterr().err
 
 
-def test_a_profile_by_a_whole_model_quantizer_is_refused():
+def test_profile_settings_gptq_raises():
     with pytest.raises(InputError, match=r"GPTQ .*hqq, rtn, nf4, nf4-dq"):
         ProfileSettings("gptq")
 
@@ -183,11 +205,11 @@ def settings(small_text) -> ProfileSettings:
 
 
 def run_and_save(folder, text, settings, quantizer, tmp_path, pins=(), base="4.25") -> dict:
-    bench = Workbench(ModelSource(str(folder)), Store(), "cpu", "float32")
-    plan, profile = bench.plan(PlanRequest("uniform", base=base, pins=pins), settings)
+    session = Session(ModelSource(str(folder)), Store(), "cpu", "float32")
+    plan = session.plan(PlanRequest("uniform", base=base, pins=pins), settings)
     evaluation = EvaluationRequest(str(text), max_tokens=200)
     saved = tmp_path / "saved"
-    return bench.run(plan, profile, quantizer, evaluation, saved, settings=settings)
+    return session.run(plan, quantizer, evaluation, saved, settings=settings)
 
 
 def check_round_trip(run: dict, quantizer: str, tmp_path, model) -> None:
@@ -197,26 +219,28 @@ def check_round_trip(run: dict, quantizer: str, tmp_path, model) -> None:
     found = audit_folder(tmp_path / "saved", Store())
     assert not found.wrong
     assert found.stored_bytes == run["measured_bytes"]
-    again = load_saved(tmp_path / "saved", "cpu", "float32")
-    kept = packed_modules(again.model)
-    kinds = {type(m.packed): quantize.matrix_kind(quantizer, m.config) for m in kept.values()}
+    restored = load_saved(tmp_path / "saved", "cpu", "float32")
+    modules = packed_modules(restored.model)
+    kinds = {
+        type(m.packed): quantize.stored_matrix_class(quantizer, m.config) for m in modules.values()
+    }
     assert all(found is expected for found, expected in kinds.items())
-    assert again.manifest["quantizer"] == quantizer
+    assert restored.manifest["quantizer"] == quantizer
     (versions,) = Store().query("SELECT CAST(versions AS VARCHAR) AS v FROM runs")["v"]
-    package = about(quantizer).package
+    package = quantizer_spec(quantizer).package
     assert not package or json.loads(versions)[package] not in ("", "absent")
-    remade = audit_run(run["run"], Store(), ModelSource(str(model)), "cpu")
-    assert not remade.wrong
+    requantized_audit = audit_run(run["run"], Store(), ModelSource(str(model)), "cpu")
+    assert not requantized_audit.wrong
     ids = torch.arange(1, 60)[None]
     with torch.inference_mode():
-        logits = again.model(ids).logits
+        logits = restored.model(ids).logits
         second = load_saved(tmp_path / "saved", "cpu", "float32").model(ids).logits
     assert torch.equal(logits, second)
 
 
 @pytest.mark.parametrize("name", NF4)
 @pytest.mark.parametrize("architecture", ["llama-gqa", "gpt2-conv1d", "mixtral-moe"])
-def test_nf4_runs_saves_and_loads(random_model, small_text, settings, tmp_path, name, architecture):
+def test_nf4_run_save_load(random_model, small_text, settings, tmp_path, name, architecture):
     folder = random_model(architecture)
     pins = ("*.1.*=b4g32",)
     run = run_and_save(folder, small_text, settings, name, tmp_path, pins)
@@ -243,9 +267,9 @@ def _choice(folder, run) -> dict[Matrix, QuantConfig]:
 
 
 @pytest.mark.parametrize("name", ["gptq", "awq"])
-def test_what_gptqmodel_says_went_wrong_is_told(random_model, settings, monkeypatch, name):
+def test_gptqmodel_child_error_reported(random_model, settings, monkeypatch, name):
     """A child process that ends badly, as it does where the package isn't there."""
-    from lsq_core.quantize import through_gptqmodel
+    from lsq_core.quantization.gptqmodel import process as through_gptqmodel
 
     monkeypatch.setattr(quantize, "find_spec", lambda name: object())
     monkeypatch.setattr(through_gptqmodel, "_CHILD", "lsq_core.no_such_module")
@@ -256,11 +280,11 @@ def test_what_gptqmodel_says_went_wrong_is_told(random_model, settings, monkeypa
 
 
 @pytest.mark.parametrize(("name", "factor"), [("gptq", 2.0**-13), ("gptq", 2e7), ("awq", 1e-5)])
-def test_magnitudes_that_gptqmodel_would_lose_are_refused_by_name(
+def test_gptqmodel_scale_out_of_fp16_range_raises(
     random_model, settings, monkeypatch, name, factor
 ):
     """Its formats keep no power of two with a matrix, so fp16 scales run out."""
-    from lsq_core.quantize import through_gptqmodel
+    from lsq_core.quantization.gptqmodel import process as through_gptqmodel
 
     monkeypatch.setattr(quantize, "find_spec", lambda name: object())
     monkeypatch.setattr(through_gptqmodel, "_ask", lambda *_: pytest.fail("asked"))
@@ -273,7 +297,7 @@ def test_magnitudes_that_gptqmodel_would_lose_are_refused_by_name(
 
 
 #: Decodes random words by the package's own code: GPTQ's kernel module, and AWQ's function.
-_THEIRS = """
+_REFERENCE_SCRIPT = """
 import sys
 import torch
 from safetensors.torch import save_file
@@ -313,11 +337,13 @@ save_file(found, sys.argv[1])
 
 
 @pytest.mark.slow
-@installed("gptq")
-def test_words_decode_as_gptqmodel_decodes_them(tmp_path):
+@requires_quantizer("gptq")
+def test_gptq_and_awq_decoding_matches_gptqmodel(tmp_path):
     """Slow: importing the package alone takes ten seconds and more, in a process of its own."""
     path = tmp_path / "words.safetensors"
-    subprocess.run([sys.executable, "-c", _THEIRS, str(path)], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-c", _REFERENCE_SCRIPT, str(path)], check=True, capture_output=True
+    )
     found = load_file(path)
     for case in dict.fromkeys(name.partition(".")[0] for name in found):
         name, bits = case[:-1], int(case[-1])
@@ -325,16 +351,17 @@ def test_words_decode_as_gptqmodel_decodes_them(tmp_path):
         theirs = parts.pop("theirs")
         config = QuantConfig(bits, 32)
         kinds = {
-            n: t.dtype for n, t in empty_tensors(about(name).layout((64, 96), config, "")).items()
+            n: t.dtype
+            for n, t in make_meta_tensors(quantizer_spec(name).layout((64, 96), config, "")).items()
         }
         assert {n: t.dtype for n, t in parts.items()} == kinds
-        kind = quantize.matrix_kind(name, config)
+        kind = quantize.stored_matrix_class(name, config)
         ours = kind.from_tensors(parts, (64, 96), config, 1).dequantize()
         # Their GPTQ multiplies in half precision.
         torch.testing.assert_close(ours, theirs, rtol=2e-3 if name == "gptq" else 1e-6, atol=1e-6)
 
 
-def test_the_child_process_ends_with_its_parent(tmp_path):
+def test_gptqmodel_child_exits_when_stdin_closes(tmp_path):
     """As when a job is killed: its standard input closes, whatever it is doing."""
     package = tmp_path / "gptqmodel"
     package.mkdir()
@@ -342,7 +369,7 @@ def test_the_child_process_ends_with_its_parent(tmp_path):
     request = tmp_path / "asked.json"
     request.write_text("{}")
     child = subprocess.Popen(
-        [sys.executable, "-m", "lsq_core.quantize.gptqmodel_child", str(request)],
+        [sys.executable, "-m", "lsq_core.quantization.gptqmodel.child", str(request)],
         stdin=subprocess.PIPE,
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
@@ -359,12 +386,14 @@ def test_the_child_process_ends_with_its_parent(tmp_path):
 @pytest.mark.parametrize(
     ("name", "pins"),
     [
-        pytest.param("gptq", ("*.1.*=b3g32", "*.0.*down_proj=b8g128"), marks=installed("gptq")),
-        pytest.param("gptq", ("*.1.*=b2g64",), marks=installed("gptq")),
-        pytest.param("awq", (), marks=installed("awq")),
+        pytest.param(
+            "gptq", ("*.1.*=b3g32", "*.0.*down_proj=b8g128"), marks=requires_quantizer("gptq")
+        ),
+        pytest.param("gptq", ("*.1.*=b2g64",), marks=requires_quantizer("gptq")),
+        pytest.param("awq", (), marks=requires_quantizer("awq")),
     ],
 )
-def test_gptqmodel_runs_saves_and_loads(random_model, small_text, settings, tmp_path, name, pins):
+def test_gptqmodel_run_save_load(random_model, small_text, settings, tmp_path, name, pins):
     """Slow: importing the package alone takes ten seconds and more, in a process of its own."""
     folder = random_model("llama-gqa")
     run = run_and_save(folder, small_text, settings, name, tmp_path, pins)

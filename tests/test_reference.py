@@ -13,23 +13,28 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lsq_core import store as store_module
+from lsq_core.bits import LADDER
 from lsq_core.cli import main
-from lsq_core.compare import (
+from lsq_core.errors import InputError
+from lsq_core.evaluation.protocol import EvaluationRequest
+from lsq_core.model.info import Matrix
+from lsq_core.model.source import ModelSource
+from lsq_core.planning.plan import Plan
+from lsq_core.planning.request import PlanRequest
+from lsq_core.reference import import_reference
+from lsq_core.results.compare import (
     WinTieLoss,
+    add_labels,
     largest_gain,
     pareto,
     win_tie_loss,
     win_tie_loss_at_equal_bytes,
-    with_labels,
 )
-from lsq_core.config import GIB, LADDER
-from lsq_core.errors import InputError
-from lsq_core.model import Matrix, ModelSource
-from lsq_core.pipeline import EvaluationRequest, Workbench
-from lsq_core.plan import Plan, PlanRequest
-from lsq_core.reference import import_reference
-from lsq_core.store import MIGRATIONS, Store
+from lsq_core.session import Session
+from lsq_core.store import store as store_module
+from lsq_core.store.schema import MIGRATIONS
+from lsq_core.store.store import Store
+from lsq_core.units import GIB
 from tests.conftest import REFERENCE
 
 SEVEN, EIGHT, SEVENTY = (
@@ -51,22 +56,22 @@ def reference() -> Path:
 
 
 @pytest.fixture(scope="module")
-def imported(published: Path, published_once: Path) -> tuple[Store, dict]:
+def imported_reference(published: Path, published_database: Path) -> tuple[Store, dict]:
     """The whole reference in a database, and what the import said; for reading only."""
-    return Store(published), json.loads(published_once.with_name("said.json").read_text("utf8"))
+    return Store(published), json.loads(published_database.with_name("said.json").read_text("utf8"))
 
 
 @pytest.fixture(scope="module")
-def store(imported: tuple[Store, dict]) -> Store:
-    return imported[0]
+def store(imported_reference: tuple[Store, dict]) -> Store:
+    return imported_reference[0]
 
 
 def csv(path: str) -> pd.DataFrame:
     return pd.read_csv(REFERENCE / path)
 
 
-def bench(store: Store, model: str) -> Workbench:
-    return Workbench(ModelSource(model), store)
+def open_session(store: Store, model: str) -> Session:
+    return Session(ModelSource(model), store)
 
 
 def rows_by_table(store: Store) -> dict[str, int]:
@@ -77,8 +82,8 @@ def rows_by_table(store: Store) -> dict[str, int]:
 # --- against the files ------------------------------------------------------------------------
 
 
-def test_every_row_is_counted(imported):
-    store, result = imported
+def test_import_counts_match_files(imported_reference):
+    store, result = imported_reference
     assert result["counts"] == rows_by_table(store)
     runs = csv(COMBINED)
     quantized = runs[runs["algo"] != "fp16"]
@@ -98,8 +103,8 @@ def test_every_row_is_counted(imported):
     assert len(result["files"]) == 3 + 1 + 3 + 1 + 33 + 1
 
 
-def test_what_the_files_lack_is_told(imported):
-    _, result = imported
+def test_import_reports_missing_data(imported_reference):
+    _, result = imported_reference
     assert [s for s in result["flawed"] if "sensi-boost-3-3 at 3.13" in s] == result["flawed"]
     missing = "\n".join(result["missing"])
     assert re.search(rf"{SEVENTY} .*pileval .*hqq .*no sensitivity\.", missing)
@@ -111,7 +116,7 @@ def test_what_the_files_lack_is_told(imported):
     assert f"{SEVEN} on pileval with hqq" not in missing, "nothing is missing there"
 
 
-def test_models_are_described(store):
+def test_imported_models_have_shapes_and_sizes(store):
     seven, seventy = store.model(SEVEN), store.model(SEVENTY)
     assert (seven.layers, seven.parameters, len(seven.matrices)) == (32, 6738415616, 224)
     assert seven.linear_parameters == 6476005376
@@ -132,9 +137,9 @@ def test_models_are_described(store):
 
 
 @pytest.mark.parametrize("model", [SEVEN, EIGHT, SEVENTY])
-def test_a_main_profile_holds_the_csvs_figures(store, model):
-    work = bench(store, model)
-    profile = work.profile(work.default_settings)
+def test_default_profile_matches_csv(store, model):
+    session = open_session(store, model)
+    profile = session.profile(session.default_settings)
     name = model.removeprefix("published:")
     table = csv(f"src/data/fnorm-{name}.csv")
     table.index = "model.layers." + table["layer"].astype(str) + "." + table["module"]
@@ -155,25 +160,27 @@ def test_a_main_profile_holds_the_csvs_figures(store, model):
     assert profile.provenance["files"].keys() >= {f"src/data/fnorm-{name}.csv"}
 
 
-def test_part_scores_are_shared_by_their_modules(store):
+def test_part_sensitivity_shared_by_modules(store):
     table = csv("data-vis/data/llama-sensitivity.csv")
     table = table[(table["dataset"] == "pileval") & (table["nbits"] == 3)]
     table = table[table["group_size"] == 64].set_index(["model", "part", "layer"])["sensitivity"]
-    for model, of_o in ((SEVEN, "attn_out"), (EIGHT, "attn_in")):
-        values = bench(store, model).profile(bench(store, model).default_settings).values
+    for model, o_proj_part in ((SEVEN, "attn_out"), (EIGHT, "attn_in")):
+        values = (
+            open_session(store, model).profile(open_session(store, model).default_settings).values
+        )
         values = values[(values["metric"] == "sensitivity") & (values["config"] == "b3g64")]
         assert len(values) == 224
         for row in values.itertuples():
             key = (model.removeprefix("published:"), row.part, row.layer)
             assert row.value == table[key]
         parts = values.groupby("type")["part"].unique().str[0]
-        assert parts["self_attn.o_proj"] == of_o
+        assert parts["self_attn.o_proj"] == o_proj_part
         assert parts["self_attn.v_proj"] == "attn_in"
         assert parts["mlp.up_proj"] == "mlp_gate"
         assert parts["mlp.down_proj"] == "mlp_down"
 
 
-def test_files_that_disagree_stay_apart(store):
+def test_conflicting_files_stored_as_separate_profiles(store):
     key = {"dataset": "pileval", "part": "attn_in", "model": "Llama-2-7b-hf"}
     key |= {"nbits": 3, "group_size": 64, "layer": 5}
     found = {}
@@ -184,20 +191,20 @@ def test_files_that_disagree_stay_apart(store):
         row = csv(f"data-vis/data/{file}")
         for column, value in key.items():
             row = row[row[column] == value]
-        kept = store.query(
+        stored_rows = store.query(
             "SELECT s.value, p.provenance FROM scores s JOIN profiles p ON s.profile = p.id "
             "WHERE p.fingerprint = ? AND p.settings ->> '$.calibration' = ? "
             "AND p.settings ->> '$.quantizer' = 'hqq' AND s.config = 'b3g64' "
             "AND s.metric = 'sensitivity' AND s.module = 'model.layers.5.self_attn.k_proj'",
             [SEVEN, calibration],
         )
-        assert kept["value"].tolist() == row["sensitivity"].tolist()
-        assert f"data-vis/data/{file}" in json.loads(kept["provenance"][0])["files"]
-        found[file] = kept["value"][0]
+        assert stored_rows["value"].tolist() == row["sensitivity"].tolist()
+        assert f"data-vis/data/{file}" in json.loads(stored_rows["provenance"][0])["files"]
+        found[file] = stored_rows["value"][0]
     assert len(set(found.values())) == 2
 
 
-def test_profiles_of_other_texts_and_quantizers_and_variants(store):
+def test_import_profiles_by_calibration_and_quantizer(store):
     frame = store.query(
         "SELECT fingerprint, settings ->> '$.calibration' AS calibration, "
         "settings ->> '$.quantizer' AS quantizer, origin FROM profiles"
@@ -214,15 +221,15 @@ def test_profiles_of_other_texts_and_quantizers_and_variants(store):
         "quant_method == 'rtn' and dataset == 'bos' and part == 'mlp_down' and nbits == 4 "
         "and group_size == 64 and layer == 31"
     )
-    kept = store.query(
+    stored_rows = store.query(
         "SELECT value FROM scores s JOIN profiles p ON s.profile = p.id "
         "WHERE p.settings ->> '$.calibration' = 'bos' AND p.settings ->> '$.quantizer' = 'rtn' "
         "AND s.config = 'b4g64' AND s.module = 'model.layers.31.mlp.down_proj'"
     )
-    assert kept["value"].tolist() == rtn["sensitivity"].tolist()
-    medical = bench(store, "meditron-7b")
+    assert stored_rows["value"].tolist() == rtn["sensitivity"].tolist()
+    medical = open_session(store, "meditron-7b")
     plan, profile = medical.plan(PlanRequest("sensiboost", base="3.13"), medical.default_settings)
-    assert plan.reasons
+    assert plan.ranking_scores
     assert profile.provenance["missing"], "it says what was never published"
 
 
@@ -240,14 +247,14 @@ def test_profiles_of_other_texts_and_quantizers_and_variants(store):
         ("Llama-2-7b-hf", "mxq", "kurt-abl-2-0", 3.25, "kurtboost-ablation", "hqq"),
     ],
 )
-def test_a_run_is_as_published(store, model, algo, attempt, bits, method, quantizer):
+def test_imported_run_matches_csv(store, model, algo, attempt, bits, method, quantizer):
     table = csv(COMBINED)
     same = (table["model"] == model) & (table["algo"] == algo) & (table["bpp"] == bits)
     same &= table["attempt"].isna() if attempt is None else table["attempt"] == attempt
     (row,) = table[same].itertuples()
     (full,) = table[(table["model"] == model) & (table["algo"] == "fp16")].itertuples()
     runs = store.results(f"published:{model}", origin="published")
-    runs = with_labels(runs[runs["method"] == method])
+    runs = add_labels(runs[runs["method"] == method])
     runs = runs[runs["label"] == f"{bits:.2f}"]
     if attempt and attempt != "mxq1":
         stop, top = map(int, attempt[-3:].split("-"))
@@ -262,21 +269,21 @@ def test_a_run_is_as_published(store, model, algo, attempt, bits, method, quanti
     assert first["protocol"] == "strided"
     assert pd.isna(first["measured_bytes"]), "nothing of it was measured"
     content = store.plan_content(first["plan"])
-    known = content["published"]
-    assert known["row"] == row.Index + 2
-    assert (known["attempt"], known["bits_label"]) == (attempt, bits)
+    published_entry = content["published"]
+    assert published_entry["row"] == row.Index + 2
+    assert (published_entry["attempt"], published_entry["bits_label"]) == (attempt, bits)
     if np.isnan(row.model_storage_size):
         assert pd.isna(first["model_bytes"])
-        assert known["storage_gib"] is None
+        assert published_entry["storage_gib"] is None
     else:
         assert first["model_bytes"] == round(row.model_storage_size * GIB)
-        assert known["load_gib"] == row.load_mem_allot
-    assert known["bits_exact"] == bool(content["modules"])
+        assert published_entry["load_gib"] == row.load_mem_allot
+    assert published_entry["bits_exact"] == bool(content["modules"])
     if not content["modules"]:
         assert first["bits_per_param"] == bits
 
 
-def test_a_published_plan_can_be_read_back(store):
+def test_published_plan_from_json_matches_csv(store):
     table = csv(PLAN_FILE)
     table = table[(table["model"] == "Llama-2-7b-hf") & (table["bit_budget"] == 4.13)]
     content = _published_plan(store, SEVEN, "sensi-boost-2-0", "4.13")
@@ -300,7 +307,7 @@ def _published_plan(store: Store, model: str, attempt: str, base: str) -> dict:
     return store.plan_content(frame["id"][0])
 
 
-def test_the_flawed_plan_is_there_and_says_so(store):
+def test_flawed_plan_imported_with_note(store):
     content = _published_plan(store, SEVEN, "sensi-boost-3-3", "3.13")
     assert min(entry["bits"] for entry in content["modules"].values()) == 2
     assert "Flawed as published" in content["notes"][0]
@@ -308,24 +315,24 @@ def test_the_flawed_plan_is_there_and_says_so(store):
     assert notes["n"][0] == 1
 
 
-def test_mxq_objectives_stand_with_their_runs(store):
+def test_mxq_objectives_stored_with_plans(store):
     table = csv("data-vis/data/mxq-objectives.csv").drop_duplicates()
-    kept = store.query(
+    stored_rows = store.query(
         "SELECT fingerprint, CAST(content ->> '$.published.bits_label' AS DOUBLE) AS bpp, "
         "CAST(content ->> '$.published.objective' AS DOUBLE) AS objective "
         "FROM plans WHERE method = 'mxq'"
     )
-    assert len(kept) == len(table) == 518
+    assert len(stored_rows) == len(table) == 518
     table = table.assign(fingerprint="published:" + table["model"])
-    both = kept.merge(table, on=["fingerprint", "bpp"])
+    both = stored_rows.merge(table, on=["fingerprint", "bpp"])
     assert len(both) == 518
     assert (both["objective"] == both["fnorm"]).all()
 
 
-def test_mxq_objectives_are_the_summed_errors_of_their_plans(store):
+def test_mxq_objectives_equal_summed_weight_errors(store):
     """To the digit for seven budgets; two of the plans came from another solve."""
-    work = bench(store, SEVEN)
-    profile = work.profile(work.default_settings)
+    session = open_session(store, SEVEN)
+    profile = session.profile(session.default_settings)
     frame = store.query(
         "SELECT content FROM plans WHERE method = 'mxq' AND fingerprint = ? "
         "AND content ->> '$.published.bits_exact' = 'true'",
@@ -334,35 +341,35 @@ def test_mxq_objectives_are_the_summed_errors_of_their_plans(store):
     assert len(frame) == 9
     errors = profile.by_config("weight_error")
     names = [c.name for c in LADDER]
-    off = {}
+    relative_gap = {}
     for content in map(json.loads, frame["content"]):
         total = sum(
             errors[i, names.index(content["modules"][m.name]["config"])]
             for i, m in enumerate(profile.matrices)
         )
-        off[content["request"]["budget"]] = total / content["published"]["objective"] - 1
-    exact = [budget for budget, share in off.items() if abs(share) < 1e-12]
+        relative_gap[content["request"]["budget"]] = total / content["published"]["objective"] - 1
+    exact = [budget for budget, share in relative_gap.items() if abs(share) < 1e-12]
     assert len(exact) == 7
-    assert off["2.250bpp"] == pytest.approx(-0.00127, abs=1e-5)  # and 2.2513 bits for it
-    assert off["3.130bpp"] == pytest.approx(0.00060, abs=1e-5)
+    assert relative_gap["2.250bpp"] == pytest.approx(-0.00127, abs=1e-5)  # and 2.2513 bits for it
+    assert relative_gap["3.130bpp"] == pytest.approx(0.00060, abs=1e-5)
 
 
 # --- planning from what was published -----------------------------------------------------------
 
 
-def test_published_boosts_are_reproduced_from_the_store(store):
+def test_published_boost_plans_reproduced(store):
     """192 plans of SensiBoost and KurtBoost: all but the one known to be flawed."""
     reproduced, different = 0, []
     for model in (SEVEN, EIGHT):
-        work = bench(store, model)
-        work.find_profile = functools.cache(work.find_profile)  # else read 96 times
+        session = open_session(store, model)
+        session.find_profile = functools.cache(session.find_profile)  # else read 96 times
         published = store.query(
             "SELECT content FROM plans WHERE fingerprint = ? "
             "AND method IN ('sensiboost', 'kurtboost')",
             [model],
         )
         for content in map(json.loads, published["content"]):
-            ours, _ = work.plan(PlanRequest(**content["request"]), work.default_settings)
+            ours = session.plan(PlanRequest(**content["request"]), session.default_settings)
             if ours.modules == content["modules"]:
                 reproduced += 1
                 assert ours.bits_per_param == content["bits_per_param"]
@@ -372,35 +379,37 @@ def test_published_boosts_are_reproduced_from_the_store(store):
     assert different == [(SEVEN, "sensi-boost-3-3", "3.13")]
 
 
-def test_what_was_not_published_is_refused_in_a_sentence(store):
-    work = bench(store, SEVENTY)
+def test_plan_without_published_scores_raises(store):
+    session = open_session(store, SEVENTY)
     request = PlanRequest("sensiboost", base="3.13")
     with pytest.raises(InputError, match=r"70b-hf .*sensitivity.* SensiBoost"):
-        work.plan(request, work.default_settings)
-    plan, _ = work.plan(PlanRequest("kurtboost", base="3.13"), work.default_settings)
-    assert plan.reasons
+        session.plan(request, session.default_settings)
+    plan, _ = session.plan(PlanRequest("kurtboost", base="3.13"), session.default_settings)
+    assert plan.ranking_scores
     with pytest.raises(InputError, match=r"stdlib .*\bbos"):
-        bench(store, SEVEN).plan(request, Workbench(ModelSource("demo"), store).default_settings)
+        open_session(store, SEVEN).plan(
+            request, Session(ModelSource("demo"), store).default_settings
+        )
     with pytest.raises(InputError, match="'nothing'"):
-        bench(store, "published:nothing").info  # noqa: B018
+        open_session(store, "published:nothing").info  # noqa: B018
     with pytest.raises(InputError, match=r"without .*windows"):
         store.windows(store.results(SEVEN, origin="published")["evaluation"][0])
 
 
-def test_a_published_model_has_no_weights_to_run(store):
-    work = bench(store, SEVEN)
-    plan, profile = work.plan(PlanRequest("uniform", base="3.13"), work.default_settings)
-    assert profile is None
-    refused = pytest.raises(InputError, match="no weights")
-    with refused:
-        work.run(plan, None, "hqq", EvaluationRequest())
-    with refused:
-        work.evaluate_full(EvaluationRequest())
-    with refused:
-        work.folder  # noqa: B018
+def test_published_model_run_raises_no_weights(store):
+    session = open_session(store, SEVEN)
+    plan = session.plan(PlanRequest("uniform", base="3.13"), session.default_settings)
+    assert plan.profile is None
+    raises_no_weights = pytest.raises(InputError, match="no weights")
+    with raises_no_weights:
+        session.run(plan, "hqq", EvaluationRequest())
+    with raises_no_weights:
+        session.evaluate_full(EvaluationRequest())
+    with raises_no_weights:
+        session.folder  # noqa: B018
 
 
-def test_published_and_measured_do_not_meet(store):
+def test_results_separate_published_and_measured(store):
     assert store.results().empty
     assert store.results(SEVEN).empty
     assert len(store.results(origin="published")) == 1895 - 4
@@ -409,12 +418,12 @@ def test_published_and_measured_do_not_meet(store):
     assert sorted(store.query(own, [SEVEN])["corpus"]) == ["c4", "wikitext2"]
 
 
-def test_a_folder_of_that_name_comes_first(store, tmp_path, monkeypatch):
+def test_local_folder_precedes_published_name(store, tmp_path, monkeypatch):
     (tmp_path / "Llama-2-7b-hf").mkdir()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=r"no config\.json"):
-        bench(store, "Llama-2-7b-hf").info  # noqa: B018
-    assert bench(store, SEVEN).info.fingerprint == SEVEN
+        open_session(store, "Llama-2-7b-hf").info  # noqa: B018
+    assert open_session(store, SEVEN).info.fingerprint == SEVEN
 
 
 # --- the paper's own comparisons -----------------------------------------------------------------
@@ -432,13 +441,13 @@ def test_a_folder_of_that_name_comes_first(store, tmp_path, monkeypatch):
         ("sensiboost", "kurtboost", (19, 25, 56)),
     ],
 )
-def test_win_tie_loss_of_figure_6(store, method, other, percentages):
+def test_win_tie_loss_matches_figure_6(store, method, other, percentages):
     found = win_tie_loss(store.results(SEVEN, origin="published"), method, other)
     assert found.total == 96
     assert found.percentages == percentages
 
 
-def test_win_tie_loss_by_hand():
+def test_win_tie_loss_small_example():
     runs = pd.DataFrame(
         {
             "fingerprint": "m",
@@ -463,15 +472,15 @@ def test_win_tie_loss_by_hand():
     assert win_tie_loss(runs, "kurtboost", "gptq").percentages == (0, 0, 0)
 
 
-def by_hand(rows: list[tuple[str, float, float]], **more: object) -> pd.DataFrame:
+def make_runs(rows: list[tuple[str, float, float]], **more: object) -> pd.DataFrame:
     """Runs of one measurement out of method, bits and perplexity."""
     same = {"fingerprint": "m", "corpus": "c", "corpus_sha256": "x", "protocol": "strided"}
     frame = pd.DataFrame(rows, columns=["method", "bits_per_param", "perplexity"])
     return frame.assign(**same, tokens=None, **more)
 
 
-def test_equal_bytes_by_hand():
-    runs = by_hand(
+def test_win_tie_loss_at_equal_bytes_small_example():
+    runs = make_runs(
         [
             ("uniform", 3.1, 9.0),
             ("uniform", 3.3, 8.0),
@@ -486,15 +495,15 @@ def test_equal_bytes_by_hand():
     )
     assert win_tie_loss_at_equal_bytes(runs, "mxq", "uniform") == WinTieLoss(1, 1, 2)
     assert win_tie_loss_at_equal_bytes(runs, "mxq", "gptq") == WinTieLoss(0, 0, 0)
-    other_text = by_hand([("uniform", 2.0, 0.5)]).assign(corpus_sha256="y")
+    other_text = make_runs([("uniform", 2.0, 0.5)]).assign(corpus_sha256="y")
     both = pd.concat([runs, other_text])
     assert win_tie_loss_at_equal_bytes(both, "mxq", "uniform") == WinTieLoss(1, 1, 2)
     assert win_tie_loss_at_equal_bytes(both.iloc[::-1], "mxq", "uniform") == WinTieLoss(1, 1, 2)
-    apart = by_hand([("uniform", 2.5, 9.0), ("uniform", 3.1, 8.0), ("mxq", 2.9, 1.0)])
+    apart = make_runs([("uniform", 2.5, 9.0), ("uniform", 3.1, 8.0), ("mxq", 2.9, 1.0)])
     assert win_tie_loss_at_equal_bytes(apart, "mxq", "uniform") == WinTieLoss(0, 0, 0)
 
 
-def reached_by_definition(runs: list[tuple[float, float]], bits: float) -> float | None:
+def reference_perplexity_at(runs: list[tuple[float, float]], bits: float) -> float | None:
     """What runs (bits, perplexity) reach at so many bits, in loops."""
     same = [ppl for b, ppl in runs if abs(b / bits - 1) <= 0.001]
     if same:
@@ -512,7 +521,7 @@ def reached_by_definition(runs: list[tuple[float, float]], bits: float) -> float
     return high_ppl ** (1 - share) * low_ppl**share
 
 
-def test_a_win_at_equal_bytes_is_by_definition(store):
+def test_win_tie_loss_at_equal_bytes_matches_loops(store):
     """Against loops over the published runs."""
     runs = store.results(SEVEN, origin="published").dropna(subset=["perplexity"])
     wins = ties = losses = 0
@@ -522,7 +531,7 @@ def test_a_win_at_equal_bytes_is_by_definition(store):
             for run in runs[runs["method"] == "mxq"].itertuples()
             if run.corpus == mine.corpus
         ]
-        best = reached_by_definition(theirs, mine.bits_per_param)
+        best = reference_perplexity_at(theirs, mine.bits_per_param)
         if best is not None:
             own, best = round(mine.perplexity, 2), round(best, 2)
             wins, ties, losses = wins + (own < best), ties + (own == best), losses + (own > best)
@@ -531,15 +540,15 @@ def test_a_win_at_equal_bytes_is_by_definition(store):
     assert found.total > 50
 
 
-def test_the_front_by_hand():
+def test_pareto_small_example():
     size = pd.Series([3.0, 1.0, 2.0, 3.0, 4.0, np.nan], index=list("abcdef"))
     perplexity = pd.Series([5.0, 9.0, 9.0, 5.0, 6.0, 1.0], index=list("abcdef"))
     front = pareto(size, perplexity)
     assert front[front].index.tolist() == ["a", "b", "d"], "both of two equal runs"
 
 
-def test_the_largest_gain_by_hand():
-    runs = by_hand(
+def test_largest_gain_small_example():
+    runs = make_runs(
         [
             ("uniform", 3.13, 10.0),
             ("uniform", 4.13, 8.0),
@@ -556,9 +565,9 @@ def test_the_largest_gain_by_hand():
     assert largest_gain(runs[runs["method"] != "uniform"]) is None
 
 
-def test_the_headline(store):
+def test_llama3_8b_headline_gain(store):
     """Llama-3-8B at 3.13 bits on WikiText-2: −9.4 % perplexity for +1.8 % bits."""
-    runs = with_labels(store.results(EIGHT, origin="published"))
+    runs = add_labels(store.results(EIGHT, origin="published"))
     runs = runs[(runs["label"] == "3.13") & (runs["corpus"] == "wikitext2")]
     (uniform,) = runs[runs["method"] == "uniform"].itertuples()
     boosted = runs[(runs["method"] == "sensiboost") & (runs["boost_stop"] == 3)]
@@ -573,12 +582,12 @@ def test_the_headline(store):
 # --- importing again, and bad input ---------------------------------------------------------------
 
 
-def test_importing_twice_replaces_and_keeps_what_is_ones_own(store, tmp_path):
+def test_reimport_replaces_published_and_keeps_own_plans(store, tmp_path):
     again = Store(shutil.copy(store.path, tmp_path / "again.duckdb"))
     before = rows_by_table(again)
-    work = bench(again, SEVEN)
-    plan, profile = work.plan(PlanRequest("kurtboost", base="3.13"), work.default_settings)
-    own = again.save_plan(plan, SEVEN, profile.id, "mine")
+    session = open_session(again, SEVEN)
+    plan = session.plan(PlanRequest("kurtboost", base="3.13"), session.default_settings)
+    own = again.save_plan(plan, SEVEN, plan.profile, "mine")
     ids = again.query("SELECT id FROM runs ORDER BY id")["id"].tolist()
     import_reference(REFERENCE, again)
     assert rows_by_table(again) == before | {"plans": before["plans"] + 1}
@@ -587,7 +596,7 @@ def test_importing_twice_replaces_and_keeps_what_is_ones_own(store, tmp_path):
 
 
 @pytest.fixture
-def small(reference: Path, tmp_path: Path) -> Path:
+def small_checkout(reference: Path, tmp_path: Path) -> Path:
     """A checkout of one model and one plan file; the files are links to the reference."""
     root = tmp_path / "checkout"
     names = ("llama-sensitivity", "qnt-mtd-sensi", "variant-sensi", "mxq-objectives")
@@ -603,14 +612,14 @@ def small(reference: Path, tmp_path: Path) -> Path:
     return root
 
 
-def mend(root: Path, path: str, change: Callable[[list[str]], list[str]]) -> None:
+def edit_file(root: Path, path: str, change: Callable[[list[str]], list[str]]) -> None:
     """Put a changed copy in the place of a link; ``change`` gets and gives the lines."""
     lines = (root / path).read_text("utf8").splitlines()
     (root / path).unlink()
     (root / path).write_text("\n".join(change(lines)) + "\n", "utf8")
 
 
-def cell(row: int, column: int, text: str) -> Callable[[list[str]], list[str]]:
+def set_cell(row: int, column: int, text: str) -> Callable[[list[str]], list[str]]:
     """A change of one cell; rows count from 1 as in the file, columns from 0."""
 
     def change(lines: list[str]) -> list[str]:
@@ -621,31 +630,31 @@ def cell(row: int, column: int, text: str) -> Callable[[list[str]], list[str]]:
     return change
 
 
-def test_a_smaller_checkout_says_what_it_leaves_out(small, tmp_path):
+def test_import_partial_checkout_reports_missing(small_checkout, tmp_path):
     store = Store()
-    vision = small / "src/data/fnorm-CLIP.csv"
+    vision = small_checkout / "src/data/fnorm-CLIP.csv"
     vision.write_text("model_type,layer,module\nvision,0,attn.out_proj\n", "utf8")
-    (small / "data-vis/data/wdist/wdist-Llama-2-7b-hf.csv").unlink()
-    mend(
-        small,
+    (small_checkout / "data-vis/data/wdist/wdist-Llama-2-7b-hf.csv").unlink()
+    edit_file(
+        small_checkout,
         "src/data/fnorm-Llama-2-7b-hf.csv",
         lambda lines: [",".join(line.split(",")[:9]) for line in lines],
     )
-    result = import_reference(small, store)
+    result = import_reference(small_checkout, store)
     missing = "\n".join(result["missing"])
     assert re.search(r"fnorm-CLIP\.csv .*vision", missing)
     assert re.search(rf"{FNORM} .*\b0 of 224 modules", missing)
     assert re.search("Meta-Llama-3-8B: .*matrices.* runs are left out", missing)
     assert re.search("shape of Meta-Llama-3-8B .*not known", missing)
     assert re.search(rf"{SEVEN} .*pileval .*hqq .*no kurtosis\.", missing)
-    work = bench(store, SEVEN)
-    plan, _ = work.plan(PlanRequest("sensiboost", base="3.13"), work.default_settings)
-    assert plan.reasons, "another file has the sensitivity"
+    session = open_session(store, SEVEN)
+    plan, _ = session.plan(PlanRequest("sensiboost", base="3.13"), session.default_settings)
+    assert plan.ranking_scores, "another file has the sensitivity"
     with pytest.raises(InputError, match=r"kurtosis.* KurtBoost .*sensiboost"):
-        work.plan(PlanRequest("kurtboost", base="3.13"), work.default_settings)
+        session.plan(PlanRequest("kurtboost", base="3.13"), session.default_settings)
 
 
-def test_shapes_that_cannot_be_derived_keep_the_size(small):
+def test_import_underivable_shape_keeps_parameter_count(small_checkout):
     """A query of another width than hidden: rows of 128, since only the product is told."""
 
     def widen(lines: list[str]) -> list[str]:
@@ -654,35 +663,47 @@ def test_shapes_that_cannot_be_derived_keep_the_size(small):
             row[8] = "33554432" if row[1] == "self_attn.q_proj" else row[8]
         return [",".join(row) for row in cells]
 
-    mend(small, "src/data/fnorm-Llama-2-7b-hf.csv", widen)
+    edit_file(small_checkout, "src/data/fnorm-Llama-2-7b-hf.csv", widen)
     store = Store()
-    import_reference(small, store)
+    import_reference(small_checkout, store)
     assert store.model(SEVEN).matrices[0] == Matrix(
         "model.layers.0.self_attn.q_proj", 0, "self_attn.q_proj", 262144, 128
     )
 
 
 FNORM, SENSI = "src/data/fnorm-Llama-2-7b-hf.csv", "data-vis/data/llama-sensitivity.csv"
-BAD = {
-    "a required column renamed": (FNORM, cell(1, 6, "norm"), "no column fnorm"),
-    "a perplexity column renamed": (COMBINED, cell(1, 5, "ppl"), "no column ppl_wikitext"),
-    "a plan's column renamed": (PLAN_FILE, cell(1, 6, "bits"), "no column b1"),
-    "text for a number": (FNORM, cell(7, 6, "tiny"), "row 7: fnorm is 'tiny' where a number"),
-    "text for an optional number": (COMBINED, cell(9, 6, "?"), r"row 9: ppl_c4 is '\?'"),
-    "a fraction for a layer": (SENSI, cell(12, 5, "0.5"), "row 12: layer is '0.5' where a whole"),
-    "a negative number": (SENSI, cell(12, 6, "-1"), "row 12: sensitivity is '-1'"),
-    "NaN": (SENSI, cell(30, 6, "NaN"), "row 30: sensitivity is empty or NaN"),
-    "an empty cell": (PLAN_FILE, cell(5, 6, ""), "row 5: b1 is empty or NaN"),
-    "an empty name": (COMBINED, cell(5, 1, ""), "row 5: algo is empty"),
-    "infinity": (FNORM, cell(8, 6, "inf"), "row 8: fnorm is 'inf'"),
-    "an unknown configuration": (FNORM, cell(4, 3, "48"), r"row 4: .* = 2, 48, 8, 128 is no stop"),
-    "an unknown part": (SENSI, cell(6, 1, "attn"), "row 6: 'attn' is not a part"),
+BAD_CSV_EDITS = {
+    "a required column renamed": (FNORM, set_cell(1, 6, "norm"), "no column fnorm"),
+    "a perplexity column renamed": (COMBINED, set_cell(1, 5, "ppl"), "no column ppl_wikitext"),
+    "a plan's column renamed": (PLAN_FILE, set_cell(1, 6, "bits"), "no column b1"),
+    "text for a number": (FNORM, set_cell(7, 6, "tiny"), "row 7: fnorm is 'tiny' where a number"),
+    "text for an optional number": (COMBINED, set_cell(9, 6, "?"), r"row 9: ppl_c4 is '\?'"),
+    "a fraction for a layer": (
+        SENSI,
+        set_cell(12, 5, "0.5"),
+        "row 12: layer is '0.5' where a whole",
+    ),
+    "a negative number": (SENSI, set_cell(12, 6, "-1"), "row 12: sensitivity is '-1'"),
+    "NaN": (SENSI, set_cell(30, 6, "NaN"), "row 30: sensitivity is empty or NaN"),
+    "an empty cell": (PLAN_FILE, set_cell(5, 6, ""), "row 5: b1 is empty or NaN"),
+    "an empty name": (COMBINED, set_cell(5, 1, ""), "row 5: algo is empty"),
+    "infinity": (FNORM, set_cell(8, 6, "inf"), "row 8: fnorm is 'inf'"),
+    "an unknown configuration": (
+        FNORM,
+        set_cell(4, 3, "48"),
+        r"row 4: .* = 2, 48, 8, 128 is not a known",
+    ),
+    "an unknown part": (SENSI, set_cell(6, 1, "attn"), "row 6: 'attn' is not a part"),
     "a contradiction": (
         SENSI,
         lambda lines: [*lines, lines[9][: lines[9].rindex(",")] + ",7"],
         r"row 8066: the same quant_method, .* as row 10 but other values",
     ),
-    "two kurtoses of a module": (FNORM, cell(9, 9, "3"), r"row 9: the same layer, module as row 2"),
+    "two kurtoses of a module": (
+        FNORM,
+        set_cell(9, 9, "3"),
+        r"row 9: the same layer, module as row 2",
+    ),
     "two perplexities of a run": (
         COMBINED,
         lambda lines: [*lines, lines[3].replace("6.3173", "6.5")],
@@ -704,52 +725,52 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("what", BAD)
-def test_bad_input_is_named_and_nothing_is_imported(small, what):
-    path, change, message = BAD[what]
-    mend(small, path, change)
+@pytest.mark.parametrize("what", BAD_CSV_EDITS)
+def test_import_bad_csv_raises_and_imports_nothing(small_checkout, case):
+    path, change, message = BAD_CSV_EDITS[case]
+    edit_file(small_checkout, path, change)
     store = Store()
     with pytest.raises(InputError, match=message) as caught:
-        import_reference(small, store)
-    assert str(small / path) in str(caught.value)
+        import_reference(small_checkout, store)
+    assert str(small_checkout / path) in str(caught.value)
     assert str(caught.value).count("\n") == 0
     assert set(rows_by_table(store).values()) == {0}
 
 
-def test_the_same_row_twice_counts_once(small):
-    mend(small, SENSI, lambda lines: [*lines, "", lines[9]])
+def test_import_duplicate_row_ignored(small_checkout):
+    edit_file(small_checkout, SENSI, lambda lines: [*lines, "", lines[9]])
     store = Store()
-    import_reference(small, store)
+    import_reference(small_checkout, store)
     again = len(store.query("SELECT 1 FROM scores"))
-    mend(small, SENSI, lambda lines: lines[:-2])
-    import_reference(small, store)
+    edit_file(small_checkout, SENSI, lambda lines: lines[:-2])
+    import_reference(small_checkout, store)
     assert len(store.query("SELECT 1 FROM scores")) == again
 
 
-def test_a_failed_import_leaves_the_earlier_one(small):
+def test_import_failure_keeps_previous_import(small_checkout):
     store = Store()
-    import_reference(small, store)
+    import_reference(small_checkout, store)
     before = rows_by_table(store)
-    mend(small, COMBINED, cell(9, 5, "none of it"))
+    edit_file(small_checkout, COMBINED, set_cell(9, 5, "none of it"))
     with pytest.raises(InputError, match=r"row 9: ppl_wikitext .*'none of it'"):
-        import_reference(small, store)
+        import_reference(small_checkout, store)
     assert rows_by_table(store) == before
 
 
-def test_a_folder_that_is_no_checkout(small, tmp_path):
+def test_import_non_checkout_raises(small_checkout, tmp_path):
     with pytest.raises(InputError, match=r"not a checkout .*src/data"):
         import_reference(tmp_path, Store())
     with pytest.raises(InputError, match="not a checkout"):
         import_reference(tmp_path / "nothing", Store())
-    (small / FNORM).unlink()
+    (small_checkout / FNORM).unlink()
     with pytest.raises(InputError, match=r"no src/data/fnorm-\*\.csv"):
-        import_reference(small, Store())
-    (small / COMBINED).unlink()
+        import_reference(small_checkout, Store())
+    (small_checkout / COMBINED).unlink()
     with pytest.raises(InputError, match=r"no data-vis/endeavors/boost/data/combined\.csv"):
-        import_reference(small, Store())
+        import_reference(small_checkout, Store())
 
 
-def test_an_older_database_learns_what_is_measured(tmp_path, monkeypatch):
+def test_store_migration_adds_origin_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(store_module, "MIGRATIONS", MIGRATIONS[:1])
     old = Store()
     with old.transaction() as connection:
@@ -767,7 +788,7 @@ def test_an_older_database_learns_what_is_measured(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def lsq(capsys):
+def run_cli(capsys):
     def call(*arguments: str) -> tuple[int, dict | str, str]:
         status = main(list(arguments))
         printed = capsys.readouterr()
@@ -777,49 +798,53 @@ def lsq(capsys):
     return call
 
 
-def test_import_by_the_command_line(lsq, small, tmp_path):
+def test_cli_import_reference(run_cli, small_checkout, tmp_path):
     database = str(tmp_path / "own.duckdb")
-    status, result, log = lsq("import-reference", str(small), "--json", "--db", database)
+    status, result, log = run_cli(
+        "import-reference", str(small_checkout), "--json", "--db", database
+    )
     assert status == 0
     assert "import" in log
     assert result["counts"] == rows_by_table(Store(database))
     assert result["models"][0] == SEVEN
     assert len(result["files"][COMBINED]) == 64
-    status, text, _ = lsq("import-reference", str(small), "--db", database)
+    status, text, _ = run_cli("import-reference", str(small_checkout), "--db", database)
     assert status == 0
     assert "has no ppl_wikitext" in text
-    status, _, log = lsq("import-reference", str(tmp_path), "--json", "--db", database)
+    status, _, log = run_cli("import-reference", str(tmp_path), "--json", "--db", database)
     assert status == 2
     assert "not a checkout" in log
 
 
-def test_planning_and_results_by_the_command_line(lsq, store):
+def test_cli_plan_and_results_for_published_model(run_cli, store):
     database = ("--db", str(store.path))
-    asked = ("plan", "--method", "sensiboost", "--base", "3.13", "--json", *database)
+    plan_command = ("plan", "--method", "sensiboost", "--base", "3.13", "--json", *database)
     plans = {}
     for model in ("Llama-2-7b-hf", SEVEN):
-        status, plan, _ = lsq(*asked, "--model", model)
+        status, plan, _ = run_cli(*plan_command, "--model", model)
         assert status == 0
         assert plan["fingerprint"] == SEVEN
         plans[model] = plan["modules"]
     published = _published_plan(store, SEVEN, "sensi-boost-2-0", "3.13")
     assert plans["Llama-2-7b-hf"] == plans[SEVEN] == published["modules"]
-    status, result, _ = lsq("results", "--json", *database)
+    status, result, _ = run_cli("results", "--json", *database)
     assert (status, result) == (0, {"results": []})
-    shown = ("--published", "--model", "Llama-2-7b-hf", *database)
-    status, result, _ = lsq("results", "--json", *shown)
+    results_options = ("--published", "--model", "Llama-2-7b-hf", *database)
+    status, result, _ = run_cli("results", "--json", *results_options)
     assert {row["origin"] for row in result["results"]} == {"published"}
     assert {row["model"] for row in result["results"]} == {SEVEN}
-    assert lsq("results", *shown)[0] == 0
-    status, profile, _ = lsq("profile", "--model", SEVEN, "--corpus", "c4", "--json", *database)
+    assert run_cli("results", *results_options)[0] == 0
+    status, profile, _ = run_cli("profile", "--model", SEVEN, "--corpus", "c4", "--json", *database)
     assert profile["settings"]["axis"] == 0
-    assert "published, on c4" in lsq("profile", "--model", SEVEN, "--corpus", "c4", *database)[1]
-    status, model, _ = lsq("inspect", "--model", SEVEN, "--json", *database)
+    assert (
+        "published, on c4" in run_cli("profile", "--model", SEVEN, "--corpus", "c4", *database)[1]
+    )
+    status, model, _ = run_cli("inspect", "--model", SEVEN, "--json", *database)
     assert model["layers"] == 32
 
 
-def test_running_a_published_model_is_refused(lsq, store):
-    status, _, log = lsq(
+def test_cli_run_published_model_exit_2(run_cli, store):
+    status, _, log = run_cli(
         *("run", "--model", "Llama-2-7b-hf", "--method", "uniform", "--base", "3.13"),
         *("--json", "--db", str(store.path)),
     )

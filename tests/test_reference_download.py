@@ -15,13 +15,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from lsq_core.bits import LADDER
 from lsq_core.cli import main
-from lsq_core.config import LADDER
 from lsq_core.errors import InputError, LsqError
 from lsq_core.reference import download as downloads
 from lsq_core.reference import import_download
 from lsq_core.reference.checkout import ERRORS, OBJECTIVES, PLANS, RUNS, SENSITIVITIES, STATISTICS
-from lsq_core.store import Store
+from lsq_core.store.store import Store
 
 pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
 
@@ -92,12 +92,12 @@ def commit_all(folder: Path) -> str:
     return git(folder, "rev-parse", "HEAD")
 
 
-class Served:
+class GitServer:
     """Repositories served over HTTP, as a host does it: what it answers can be tampered with."""
 
     def __init__(self, root: Path) -> None:
         self.tamper: Callable[[bytes], bytes] = lambda answer: answer
-        self.asked: list[str] = []
+        self.requested_paths: list[str] = []
         served = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -109,7 +109,7 @@ class Served:
 
             def answer(self, body: bytes) -> None:
                 path, _, query = self.path.partition("?")
-                served.asked.append(path)
+                served.requested_paths.append(path)
                 variables = {
                     "GIT_PROJECT_ROOT": str(root),
                     "GIT_HTTP_EXPORT_ALL": "1",
@@ -162,8 +162,8 @@ class Served:
 
 
 @pytest.fixture
-def host(toolkit: tuple[Path, str]) -> Iterator[Served]:
-    served = Served(toolkit[0].parent)
+def host(toolkit: tuple[Path, str]) -> Iterator[GitServer]:
+    served = GitServer(toolkit[0].parent)
     yield served
     served.close()
 
@@ -173,23 +173,23 @@ def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "data" / "lsq.duckdb")
 
 
-def untouched(store: Store) -> bool:
+def nothing_imported(store: Store) -> bool:
     """Whether nothing was imported, and no folder of a checkout was left behind."""
     return store.models("published").empty and os.listdir(store.path.parent) == [store.path.name]
 
 
-def test_the_pinned_commit_is_imported(toolkit, host, store):
-    said = []
-    result = import_download(store, lambda *words: said.append(words), host.url, toolkit[1])
+def test_import_download_pinned_commit(toolkit, host, store):
+    updates = []
+    result = import_download(store, lambda *words: updates.append(words), host.url, toolkit[1])
     assert result["source"] == f"{host.url} at {toolkit[1][:12]}"
     assert result["models"] == ["published:tiny"]
     assert store.results(origin="published")["perplexity"].tolist() == [6.0, 8.0]
     assert os.listdir(store.path.parent) == [store.path.name]
-    assert [stage for stage, *_ in said].count("import") == 4
-    assert {"download", "import"} == {stage for stage, *_ in said}
+    assert [stage for stage, *_ in updates].count("import") == 4
+    assert {"download", "import"} == {stage for stage, *_ in updates}
 
 
-def test_only_what_is_read_is_fetched(toolkit, host, tmp_path):
+def test_download_fetches_only_needed_files(toolkit, host, tmp_path):
     folder = downloads.download(tmp_path / "data", url=host.url, commit=toolkit[1])
     files = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
     files = {name for name in files if not name.startswith(".git/")}
@@ -198,14 +198,14 @@ def test_only_what_is_read_is_fetched(toolkit, host, tmp_path):
     for name in files:
         assert (folder / name).read_bytes() == (toolkit[0] / name).read_bytes()
     unwanted = git(toolkit[0], "rev-parse", "HEAD:data-vis/pdfs/large.csv")
-    kept = git(folder, "cat-file", "--batch-check", "--batch-all-objects")
-    assert unwanted not in kept
+    stored_objects = git(folder, "cat-file", "--batch-check", "--batch-all-objects")
+    assert unwanted not in stored_objects
 
 
-def test_what_was_changed_on_the_way_is_refused(toolkit, host, store):
+def test_import_download_corrupted_pack_raises(toolkit, host, store):
     """One bit of a pack is another content, and so another name than the one asked for."""
 
-    def flip(answer: bytes) -> bytes:
+    def corrupt_pack(answer: bytes) -> bytes:
         at = answer.find(b"PACK")
         if at < 0:
             return answer
@@ -213,43 +213,43 @@ def test_what_was_changed_on_the_way_is_refused(toolkit, host, store):
         changed[at + 20] ^= 1
         return bytes(changed)
 
-    host.tamper = flip
+    host.tamper = corrupt_pack
     with pytest.raises(LsqError, match=f"{toolkit[1][:12]}.*nothing was imported"):
         import_download(store, url=host.url, commit=toolkit[1])
-    assert untouched(store)
+    assert nothing_imported(store)
 
 
-def test_a_file_that_rotted_at_the_source_is_refused(toolkit, host, store):
+def test_import_download_corrupted_source_raises(toolkit, host, store):
     name = git(toolkit[0], "rev-parse", f"HEAD:{RUNS}")
     blob = toolkit[0] / ".git" / "objects" / name[:2] / name[2:]
     blob.chmod(0o644)
     blob.write_bytes(b"something else")
     with pytest.raises(LsqError, match=toolkit[1][:12]):
         import_download(store, url=host.url, commit=toolkit[1])
-    assert untouched(store)
+    assert nothing_imported(store)
 
 
-def test_a_repository_that_moved_on_still_gives_the_pin(toolkit, host, store):
+def test_import_download_pinned_commit_after_new_commits(toolkit, host, store):
     (toolkit[0] / RUNS).write_text("rewritten", "utf8")
     commit_all(toolkit[0])
     result = import_download(store, url=host.url, commit=toolkit[1])
     assert result["counts"]["runs"] == 1
 
 
-def test_a_commit_that_is_not_there_is_refused(host, store):
+def test_import_download_unknown_commit_raises(host, store):
     with pytest.raises(LsqError, match=r"\b0{12}\b"):
         import_download(store, url=host.url, commit="0" * 40)
-    assert untouched(store)
+    assert nothing_imported(store)
 
 
-def test_a_file_that_the_commit_lacks_is_named(toolkit, host, store):
+def test_import_download_missing_file_raises(toolkit, host, store):
     git(toolkit[0], "rm", "--quiet", RUNS)
     with pytest.raises(InputError, match=f"not a checkout .*{RUNS}"):
         import_download(store, url=host.url, commit=commit_all(toolkit[0]))
-    assert untouched(store)
+    assert nothing_imported(store)
 
 
-def test_no_network_is_one_sentence(store):
+def test_import_download_offline_raises(store):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{closed.getsockname()[1]}/toolkit"
@@ -257,23 +257,23 @@ def test_no_network_is_one_sentence(store):
             import_download(store, url=url)
     assert "cannot be reached" in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert untouched(store)
+    assert nothing_imported(store)
 
 
-def test_without_git_it_says_so(store, monkeypatch):
+def test_import_download_without_git_raises(store, monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(LsqError, match=r"git.* not installed"):
         import_download(store)
-    assert untouched(store)
+    assert nothing_imported(store)
 
 
-def test_the_address_is_https_and_the_pin_a_whole_commit():
+def test_download_url_and_commit_constants():
     assert downloads.URL.startswith("https://github.com/")
     assert len(downloads.COMMIT) == 40
     assert int(downloads.COMMIT, 16)
 
 
-def test_the_command_line_takes_a_folder_or_the_download(toolkit, host, store, monkeypatch, capsys):
+def test_cli_import_reference_download(toolkit, host, store, monkeypatch, capsys):
     pinned = functools.partial(import_download, url=host.url, commit=toolkit[1])
     monkeypatch.setattr("lsq_core.reference.import_download", pinned)
     assert main(["import-reference", "--download", "--db", str(store.path)]) == 0

@@ -11,23 +11,25 @@ import pandas as pd
 import pytest
 
 from lsq_core import charts
+from lsq_core.bits import RATIOS, mixed_rows
 from lsq_core.cli import execute
 from lsq_core.cli.parser import build_parser
 from lsq_core.cli.verbs import _plan_request
-from lsq_core.compare import settings_of, shares_of_bytes
-from lsq_core.config import RATIOS, mixed_rows
-from lsq_core.model import ModelSource
-from lsq_core.pipeline import EvaluationRequest, Workbench
-from lsq_core.plan import PlanRequest, make_frontier, make_plan
-from lsq_core.plan.high_impact import impact_of
-from lsq_core.predict import measured_points
-from lsq_core.profile import ProfileSettings
-from lsq_core.profile import interactions as measuring
-from lsq_core.store import InteractionKind, Store
-from lsq_core.ui import arguments
+from lsq_core.evaluation.prediction import load_measured_points
+from lsq_core.evaluation.protocol import EvaluationRequest
+from lsq_core.jobs import arguments
+from lsq_core.model.source import ModelSource
+from lsq_core.planning.make import make_frontier, make_plan
+from lsq_core.planning.methods.high_impact import build_impact
+from lsq_core.planning.request import PlanRequest
+from lsq_core.profiling import interactions as measuring
+from lsq_core.profiling.settings import ProfileSettings
+from lsq_core.results.compare import byte_shares, run_settings
+from lsq_core.session import Session
+from lsq_core.store.store import InteractionKey, Store
 from tests.conftest import save_random_model
 from tests.test_app import filled, filled_once, first_line, open_page  # noqa: F401 - fixtures
-from tests.test_plan_page import live, planned, problem
+from tests.test_plan_page import command_line_plan, planner_data, problem
 
 
 @pytest.fixture
@@ -35,12 +37,12 @@ def measured(filled, monkeypatch):  # noqa: F811
     """The model with interactions, of a few tokens."""
     monkeypatch.setattr(measuring, "TOKENS", {"block": 8, "model": 8})
     request = PlanRequest("high-impact", budget="2.24bpp")
-    words = ["plan", "--model", filled.model, "--device", "cpu"]
-    execute(words + arguments.plan_arguments(request, filled.settings), lambda *report: None)
+    command = ["plan", "--model", filled.model, "--device", "cpu"]
+    execute(command + arguments.plan_arguments(request, filled.settings), lambda *report: None)
     return filled
 
 
-def test_what_is_missing_can_be_measured(filled):  # noqa: F811
+def test_rows_page_offers_missing_measurements(filled):  # noqa: F811
     app = open_page("Plan", model=filled.model, method="high-impact", budget="3.4")
     assert not app.exception
     assert re.match("High-impact rows .*row scores and interactions", first_line(app))
@@ -49,45 +51,45 @@ def test_what_is_missing_can_be_measured(filled):  # noqa: F811
     ]
 
 
-def test_rows_that_no_group_fills_are_named_in_place_of_a_measurement(tmp_path):
+def test_rows_page_indivisible_rows_show_error(tmp_path):
     model = save_random_model(tmp_path / "narrow", "llama-gqa", hidden_size=96)
     app = open_page("Plan", model=str(model), method="high-impact", budget="2.3")
     assert not app.exception
-    assert first_line(app) == "There is no such plan."
+    assert first_line(app) == "No such plan."
     (error,) = app.error
     assert "proj (128×96) has rows that cannot be cut into groups of 128" in error.value
     assert not [b.label for b in app.button if b.label.startswith("Measure")]
 
 
-def test_the_page_shows_the_librarys_plan(measured):
+def test_rows_page_plan_matches_library(measured):
     app = open_page("Plan", model=measured.model, method="high-impact", budget="2.24")
     assert not app.exception
-    sent = live(app)
+    sent = planner_data(app)
     assert sent["model"]["reference"]["name"] == "2.13"
     stops = [stop["stop"] for stop in sent["model"]["ladder"]]
     assert stops == ["2 %", "5 %", "10 %", "15 %", "20 %"]
-    bench = Workbench(ModelSource(measured.model), Store(measured.path))
-    key = bench.profile_key(measured.settings)
-    kept = bench.store.interactions(key, InteractionKind("block", 2, 3, 128))
-    impact = impact_of(bench.info.matrices, bench.store.row_scores(key), kept)
-    seen = replace(problem(measured), impact=impact)
-    frontier = make_frontier(seen, PlanRequest("high-impact"))
+    session = Session(ModelSource(measured.model), Store(measured.path))
+    key = session.profile_key(measured.settings)
+    stored_interactions = session.store.interactions(key, InteractionKey("block", 2, 3, 128))
+    impact = build_impact(session.info.matrices, session.store.row_scores(key), stored_interactions)
+    model_problem = replace(problem(measured), impact=impact)
+    frontier = make_frontier(model_problem, PlanRequest("high-impact"))
     (shown,) = sent["methods"]
     starts = np.frombuffer(b64decode(shown["frontier"]["starts"]), "u1")
     assert starts.tolist() == np.concatenate([s.start for s in frontier.segments]).tolist()
     losses = np.frombuffer(b64decode(shown["frontier"]["losses"]), "<f8")
     assert losses.tolist() == frontier.losses.tolist()
     assert "of the rows at 3 bits" in first_line(app)
-    plan = make_plan(seen, PlanRequest("high-impact", budget="2.24bpp"))
-    assert planned(app) == {m.name: c.name for m, c in plan.choice.items()}
+    plan = make_plan(model_problem, PlanRequest("high-impact", budget="2.24bpp"))
+    assert command_line_plan(app) == {m.name: c.name for m, c in plan.choice.items()}
     tabs = [tab.label for tab in app.tabs]
-    assert tabs == ["Ratios by layer", "Interactions in a block", "Predicted and measured"]
-    told = " ".join(caption.value for caption in app.caption)
-    assert "error most" in told
+    assert tabs == ["Ratios by layer", "Interactions within a block", "Predicted vs. measured"]
+    actual = " ".join(caption.value for caption in app.caption)
+    assert "error most" in actual
     assert "no run" in " ".join(info.value for info in app.info)
 
 
-def test_other_widths_are_measured_first(measured):
+def test_rows_page_other_widths_need_measurement(measured):
     app = open_page("Plan", model=measured.model, method="high-impact", widths="2+16")
     assert first_line(app).startswith("High-impact rows need")
     app.selectbox(key="ratios").set_value("uniform").run()
@@ -95,17 +97,17 @@ def test_other_widths_are_measured_first(measured):
     assert "of the rows at 16 bits" in first_line(app)
 
 
-def test_a_picture_holds_methods_that_choose_from_the_same(measured):
+def test_rows_page_no_comparison_with_ladder_methods(measured):
     app = open_page("Plan", model=measured.model, method="high-impact", against="mxq")
     assert not app.exception
-    assert len(live(app)["methods"]) == 1
+    assert len(planner_data(app)["methods"]) == 1
     assert app.selectbox(key="against").disabled
     other = open_page("Plan", model=measured.model, method="mxq")
     assert "high-impact" not in other.selectbox(key="against").options
     assert "High-impact rows" not in other.selectbox(key="against").options
 
 
-def test_figures_hold_what_they_are_given():
+def test_interaction_heatmap_values():
     random = np.random.default_rng(0)
     half = random.random((10, 10))
     matrix = half @ half.T
@@ -116,9 +118,9 @@ def test_figures_hold_what_they_are_given():
     assert shown[0, 7] == shown[7, 0] == pytest.approx(expected)
 
 
-def test_a_sweep_is_asked_with_the_rows_that_were_chosen():
+def test_sweep_arguments_round_trip_row_options():
     rows = PlanRequest("high-impact", low_bits=3, high_bits=16, group_size=64, ratios="diagonal")
-    words = arguments.sweep_arguments(
+    command = arguments.sweep_arguments(
         ["high-impact", "uniform"],
         [],
         ["3.4bpp"],
@@ -129,15 +131,15 @@ def test_a_sweep_is_asked_with_the_rows_that_were_chosen():
         ProfileSettings(),
         rows,
     )
-    options = build_parser(exit_on_error=False).parse_args(["sweep", "--model", "demo", *words])
-    asked = _plan_request(options, "high-impact")
-    assert asked == rows
+    options = build_parser(exit_on_error=False).parse_args(["sweep", "--model", "demo", *command])
+    parsed = _plan_request(options, "high-impact")
+    assert parsed == rows
     assert options.quantizer == ["hybrid-50"]
-    again = ["plan", "--model", "demo", *arguments.plan_arguments(rows, ProfileSettings())]
-    assert _plan_request(build_parser(exit_on_error=False).parse_args(again)) == rows
+    plan_command = ["plan", "--model", "demo", *arguments.plan_arguments(rows, ProfileSettings())]
+    assert _plan_request(build_parser(exit_on_error=False).parse_args(plan_command)) == rows
 
 
-def test_plans_of_mixed_rows_are_drawn():
+def test_plan_heatmap_mixed_rows():
     """Each ratio has a colour of its own, the cells say it, and the ring adds up."""
     options = mixed_rows(2, 3, 128)
     assert len({charts.config_color(option) for option in options}) == len(options)
@@ -155,31 +157,35 @@ def test_plans_of_mixed_rows_are_drawn():
     assert legend[0].name == "b2h3r02g128 (2 %) × 2"
     steps = [color for _, color in heatmap.colorscale]
     assert steps[::2] == [charts.config_color(option) for option in options]
-    shares = shares_of_bytes(frame, dict.fromkeys(frame["module"], 128))
+    shares = byte_shares(frame, dict.fromkeys(frame["module"], 128))
     assert shares.index.tolist() == [option.name for option in options]
     assert shares.sum() == pytest.approx(1)
     assert charts.plan_ring(shares, "2.24").data[0].labels[0] == "b2h3r02g128 (2 %)"
 
 
-def test_runs_of_mixed_rows_are_told_apart(measured):
+def test_mixed_rows_runs_distinguished_in_compare(measured):
     """In Compare by how rows were mixed, and none of them is learned from as a stop's."""
     store, source = Store(measured.path), ModelSource(measured.model)
-    bench = Workbench(source, store, "cpu")
+    session = Session(source, store, "cpu")
     text = measured.settings.calibration
     request = PlanRequest("high-impact", budget="2.24bpp")
-    plan, profile = bench.plan(request, measured.settings)
-    bench.run(plan, profile, "rtn", EvaluationRequest(text, max_tokens=300))
-    runs = charts.labelled(store.results())
+    plan = session.plan(request, measured.settings)
+    session.run(plan, "rtn", EvaluationRequest(text, max_tokens=300))
+    runs = charts.add_run_labels(store.results())
     label = runs.loc[runs["method"] == "high-impact", "label"].item()
     assert "2+3 g128, full ratios, rtn" in label
     (evaluation,) = runs.loc[runs["method"] == "high-impact", "evaluation"]
-    told = settings_of(store.record(evaluation))
-    assert (told["bits of rows"], told["ratios"], told["calibration"]) == ("2 and 3", "full", text)
-    points = measured_points(
-        store, bench.info.fingerprint, problem(measured), quantizer="rtn", axis=1, metadata="8bit"
+    actual = run_settings(store.record(evaluation))
+    assert (actual["bits of rows"], actual["ratios"], actual["calibration"]) == (
+        "2 and 3",
+        "full",
+        text,
+    )
+    points = load_measured_points(
+        store, session.info.fingerprint, problem(measured), quantizer="rtn", axis=1, metadata="8bit"
     )
     assert evaluation not in points.evaluations
-    objectives = store.objectives(bench.info.fingerprint, "high-impact")
+    objectives = store.objectives(session.info.fingerprint, "high-impact")
     assert objectives["objective"].tolist() == [plan.objective]
     assert objectives["kl"].item() > 0
     app = open_page("Plan", model=measured.model, method="high-impact", budget="2.24")

@@ -13,20 +13,20 @@ from pathlib import Path
 import pytest
 
 from lsq_core import disk
-from lsq_core.audit import audit_folder
 from lsq_core.cli import main
 from lsq_core.errors import InputError
-from lsq_core.model import MANIFEST
-from lsq_core.quantize.artifact import load_quantized
-from lsq_core.quantize.manifest import EVALUATED, UNFINISHED, read_manifest
-from lsq_core.store import Store
+from lsq_core.model.source import MANIFEST_FILE
+from lsq_core.quantized.artifact import load_quantized
+from lsq_core.quantized.manifest import EVALUATION_KEYS, UNFINISHED_SUFFIX, read_manifest
+from lsq_core.results.audit import audit_folder
+from lsq_core.store.store import Store
 from tests.conftest import ROOT
 
 WEIGHTS = "packed.safetensors"
 
 
 @pytest.fixture(scope="module")
-def whole(random_model, tmp_path_factory) -> Path:
+def saved_template(random_model, tmp_path_factory) -> Path:
     """A saved model, made by the command line in a data folder with its database."""
     from tests.campaigns.hostile_saved import make_saved
 
@@ -35,10 +35,10 @@ def whole(random_model, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def saved(whole, tmp_path, monkeypatch) -> Path:
+def saved(saved_template, tmp_path, monkeypatch) -> Path:
     """A copy of it, in a data folder of its own."""
     data = tmp_path / "data"
-    shutil.copytree(whole.parents[1], data)
+    shutil.copytree(saved_template.parents[1], data)
     monkeypatch.setenv("LSQ_DB", str(data / "lsq.duckdb"))
     return data / "models" / "saved"
 
@@ -51,55 +51,55 @@ def flip_every_37th_byte(path: Path) -> None:
     path.write_bytes(content)
 
 
-def test_changed_weights_are_neither_evaluated_nor_as_planned(saved, capsys):
+def test_changed_weights_fail_checksum(saved, capsys):
     flip_every_37th_byte(saved / WEIGHTS)
     with pytest.raises(InputError, match=f"{WEIGHTS} is damaged.*SHA-256"):
         load_quantized(saved, "cpu")
-    found = audit_folder(saved, Store())
-    assert (found.files, found.changed, found.agrees) == ("changed", (WEIGHTS,), False)
-    assert not found.wrong, "by shapes and dtypes alone nothing is wrong"
+    report = audit_folder(saved, Store())
+    assert (report.files, report.changed, report.agrees) == ("changed", (WEIGHTS,), False)
+    assert not report.wrong, "by shapes and dtypes alone nothing is wrong"
     assert main(["audit", str(saved)]) == 0
-    assert f"{WEIGHTS} isn't what was saved" in capsys.readouterr().out
+    assert f"{WEIGHTS} has changed since it was saved" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", MANIFEST])
-def test_what_else_decides_a_result_has_a_checksum_too(saved, name):
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", MANIFEST_FILE])
+def test_changed_config_tokenizer_or_manifest_raises(saved, name):
     content = json.loads((saved / name).read_text())
-    content["bits_per_param" if name == MANIFEST else "added"] = 2.5
+    content["bits_per_param" if name == MANIFEST_FILE else "added"] = 2.5
     (saved / name).write_text(json.dumps(content))
     with pytest.raises(InputError, match=f"{name} is damaged.*SHA-256"):
         load_quantized(saved, "cpu")
 
 
-def test_how_texts_are_generated_may_be_changed(saved):
+def test_changed_generation_config_is_accepted(saved):
     (saved / "generation_config.json").write_text('{"temperature": 0.5, "do_sample": true}')
     assert load_quantized(saved, "cpu").model.generation_config.temperature == 0.5
 
 
-def test_a_whole_model_is_said_to_be_whole(saved):
-    found = audit_folder(saved, Store())
-    assert (found.files, found.changed, found.agrees) == ("intact", (), True)
-    assert len(read_manifest(saved, EVALUATED)["sha256"]) >= 4
+def test_audit_intact_model(saved):
+    report = audit_folder(saved, Store())
+    assert (report.files, report.changed, report.agrees) == ("intact", (), True)
+    assert len(read_manifest(saved, EVALUATION_KEYS)["sha256"]) >= 4
 
 
-def test_a_model_of_an_earlier_version_opens_and_has_no_checksums(saved):
-    content = json.loads((saved / MANIFEST).read_text())
+def test_load_quantized_without_checksums(saved):
+    content = json.loads((saved / MANIFEST_FILE).read_text())
     del content["sha256"]
-    (saved / MANIFEST).write_text(json.dumps(content))
+    (saved / MANIFEST_FILE).write_text(json.dumps(content))
     assert load_quantized(saved, "cpu").manifest == content
-    found = audit_folder(saved, Store())
-    assert (found.files, found.agrees) == ("unknown", True)
-    assert "no checksums" in found.verdict
+    report = audit_folder(saved, Store())
+    assert (report.files, report.agrees) == ("unknown", True)
+    assert "no checksums" in report.verdict
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, "config.json", "tokenizer.json"])
-def test_a_missing_part_is_named(saved, name):
+def test_load_quantized_missing_file_raises(saved, name):
     (saved / name).unlink()
     with pytest.raises(InputError, match=name):
         load_quantized(saved, "cpu")
 
 
-def test_files_have_the_mode_of_the_umask(random_model, tmp_path):
+def test_saved_files_respect_umask(random_model, tmp_path):
     from tests.campaigns.hostile_saved import make_saved
 
     before = os.umask(0o027)
@@ -114,10 +114,10 @@ def test_files_have_the_mode_of_the_umask(random_model, tmp_path):
 
 # --- what a kill leaves -----------------------------------------------------------------------
 
-_KILLED = """
+_KILL_DURING_SAVE = """
 import os, sys
 from pathlib import Path
-from lsq_core.quantize import artifact
+from lsq_core.quantization.registry import artifact
 
 def killed(state, path, **more):
     path.write_bytes(b"half")
@@ -129,18 +129,20 @@ make_saved(*map(Path, sys.argv[1:]))
 """
 
 
-def test_what_a_killed_save_leaves_is_listed_and_goes(random_model, saved):
+def test_killed_save_leftovers_listed_and_prunable(random_model, saved):
     data, target = saved.parents[1], saved.parent / "again"
     model = random_model("llama-gqa")
-    command = [sys.executable, "-c", _KILLED, str(model), str(target), str(data)]
+    command = [sys.executable, "-c", _KILL_DURING_SAVE, str(model), str(target), str(data)]
     assert subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == -9
     assert not target.exists()
-    (left,) = (item for item in disk.kept_on_disk(Store()) if item.kind == "unfinished model")
-    assert left.path.parent == saved.parent
-    assert left.bytes == 4
-    assert left.prunable
-    assert main(["disk", "--prune", left.name, "--json"]) == 0
-    assert not left.path.exists()
+    (leftover,) = (
+        item for item in disk.list_disk_items(Store()) if item.kind == "unfinished model"
+    )
+    assert leftover.path.parent == saved.parent
+    assert leftover.bytes == 4
+    assert leftover.prunable
+    assert main(["disk", "--prune", leftover.name, "--json"]) == 0
+    assert not leftover.path.exists()
     assert subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == -9
     from tests.campaigns.hostile_saved import make_saved
 
@@ -148,10 +150,10 @@ def test_what_a_killed_save_leaves_is_listed_and_goes(random_model, saved):
     assert sorted(p.name for p in saved.parent.iterdir()) == ["again", "saved"], "it healed itself"
 
 
-def test_a_model_that_is_being_written_is_not_pruned(saved):
+def test_prune_model_being_written_raises(saved):
     from lsq_core.files import lock_folder
 
-    unfinished = saved.parent / f".other-1{UNFINISHED}"
+    unfinished = saved.parent / f".other-1{UNFINISHED_SUFFIX}"
     unfinished.mkdir()
     lock = lock_folder(unfinished)
     try:
@@ -165,16 +167,16 @@ def test_a_model_that_is_being_written_is_not_pruned(saved):
 # --- what is deleted --------------------------------------------------------------------------
 
 
-def name_in_database(folder: Path) -> None:
+def set_saved_path(folder: Path) -> None:
     with Store().transaction() as connection:
         connection.execute("UPDATE runs SET saved_to = ?", [str(folder)])
 
 
-def test_a_folder_elsewhere_that_a_database_names_is_listed_and_stays(saved, tmp_path, capsys):
+def test_prune_folder_outside_data_raises(saved, tmp_path, capsys):
     elsewhere = tmp_path / "elsewhere"
     shutil.copytree(saved, elsewhere)
-    name_in_database(elsewhere)
-    (item,) = (item for item in disk.kept_on_disk(Store()) if item.path == elsewhere)
+    set_saved_path(elsewhere)
+    (item,) = (item for item in disk.list_disk_items(Store()) if item.path == elsewhere)
     assert not item.prunable
     assert main(["disk", "--prune", str(elsewhere)]) == 2
     assert "yours to delete" in capsys.readouterr().err
@@ -182,18 +184,20 @@ def test_a_folder_elsewhere_that_a_database_names_is_listed_and_stays(saved, tmp
 
 
 @pytest.mark.parametrize("inside", ["thesis.txt", "photos/"])
-def test_a_folder_with_other_files_stays(saved, inside):
+def test_prune_folder_with_other_files_raises(saved, other_file):
     theirs = saved.parents[1] / "theirs"
     theirs.mkdir()
-    (theirs / MANIFEST).write_text("{}")
-    (theirs / inside).mkdir() if inside.endswith("/") else (theirs / inside).write_text("x")
-    name_in_database(theirs)
-    with pytest.raises(InputError, match=inside.strip("/")):
+    (theirs / MANIFEST_FILE).write_text("{}")
+    (theirs / other_file).mkdir() if other_file.endswith("/") else (theirs / other_file).write_text(
+        "x"
+    )
+    set_saved_path(theirs)
+    with pytest.raises(InputError, match=other_file.strip("/")):
         disk.prune(Store(), str(theirs))
-    assert (theirs / MANIFEST).exists()
+    assert (theirs / MANIFEST_FILE).exists()
 
 
-def test_a_link_among_saved_models_is_not_followed(saved, tmp_path):
+def test_prune_link_raises(saved, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     shutil.copytree(saved, elsewhere)
     link = saved.parent / "link"
@@ -203,10 +207,10 @@ def test_a_link_among_saved_models_is_not_followed(saved, tmp_path):
     assert (elsewhere / WEIGHTS).exists()
 
 
-def test_the_data_folder_itself_is_never_pruned(saved):
+def test_prune_data_folder_raises(saved):
     data = saved.parents[1]
-    (data / MANIFEST).write_text("{}")
-    name_in_database(data)
+    (data / MANIFEST_FILE).write_text("{}")
+    set_saved_path(data)
     with pytest.raises(InputError, match="yours to delete"):
         disk.prune(Store(), str(data))
     assert saved.exists()

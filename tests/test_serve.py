@@ -20,11 +20,11 @@ from lsq_core.serve import Access, Guard
 from tests.conftest import ROOT
 
 OWN = "127.0.0.1:8501"
-OPEN = Access(("127.0.0.1", "localhost"), "", 8501)
-CLOSED = Access((), "secret", 8501)
+LOCAL_ACCESS = Access(("127.0.0.1", "localhost"), "", 8501)
+TOKEN_ACCESS = Access((), "secret", 8501)
 
 
-async def _passed(scope, receive, send) -> None:
+async def _inner_app(scope, receive, send) -> None:
     """An application that answers everything."""
     if scope["type"] == "websocket":
         await send({"type": "websocket.accept"})
@@ -34,9 +34,11 @@ async def _passed(scope, receive, send) -> None:
     await send({"type": "http.response.body", "body": b"passed"})
 
 
-def ask(access: Access, kind: str = "http", query: str = "", path: str = "/", **headers: str):
+def send_request(
+    access: Access, kind: str = "http", query: str = "", path: str = "/", **headers: str
+):
     """What comes of a request: the first message that is sent."""
-    sent: list[dict] = []
+    messages: list[dict] = []
     headers = {"host": OWN} | {name.replace("_", "-"): text for name, text in headers.items()}
     scope = {
         "type": kind,
@@ -50,14 +52,14 @@ def ask(access: Access, kind: str = "http", query: str = "", path: str = "/", **
         return {"type": "websocket.connect"}
 
     async def send(message: dict) -> None:
-        sent.append(message)
+        messages.append(message)
 
-    asyncio.run(Guard(_passed, access)(scope, receive, send))
-    return sent[0]
+    asyncio.run(Guard(_inner_app, access)(scope, receive, send))
+    return messages[0]
 
 
-def let_in(answer: dict) -> bool:
-    return answer.get("status") == 200 or answer["type"] == "websocket.accept"
+def is_allowed(response: dict) -> bool:
+    return response.get("status") == 200 or response["type"] == "websocket.accept"
 
 
 @pytest.mark.parametrize("kind", ["http", "websocket"])
@@ -80,50 +82,56 @@ def let_in(answer: dict) -> bool:
         ({"sec_fetch_site": "same-origin", "sec_fetch_mode": "websocket"}, True),
     ],
 )
-def test_own_names_and_own_origin_alone_are_let_in(kind, headers, passes):
-    assert let_in(ask(OPEN, kind, **headers)) == passes
+def test_guard_host_and_origin(kind, headers, allowed):
+    assert is_allowed(send_request(LOCAL_ACCESS, kind, **headers)) == allowed
 
 
-def test_every_answer_forbids_frames_and_what_is_elsewhere():
-    for answer in (ask(OPEN), ask(OPEN, host="evil.example"), ask(CLOSED, query="token=secret")):
-        headers = dict(answer["headers"])
+def test_guard_security_headers():
+    for response in (
+        send_request(LOCAL_ACCESS),
+        send_request(LOCAL_ACCESS, host="evil.example"),
+        send_request(TOKEN_ACCESS, query="token=secret"),
+    ):
+        headers = dict(response["headers"])
         policy = headers[b"content-security-policy"].decode()
         assert "frame-ancestors 'none'" in policy
         assert policy.startswith("default-src 'self'")
-        assert [value for name, value in answer["headers"] if name == b"x-frame-options"] == [
+        assert [value for name, value in response["headers"] if name == b"x-frame-options"] == [
             b"DENY"
         ]
         assert headers[b"x-content-type-options"] == b"nosniff"
 
 
 @pytest.mark.parametrize("kind", ["http", "websocket"])
-def test_a_token_is_asked_for(kind):
-    assert not let_in(ask(CLOSED, kind))
-    assert not let_in(ask(CLOSED, kind, query="token=wrong"))
-    assert not let_in(ask(CLOSED, kind, cookie="lsq-token-8501=wrong"))
-    assert not let_in(
-        ask(CLOSED, kind, cookie="lsq-token-9999=secret"),
+def test_guard_requires_token(kind):
+    assert not is_allowed(send_request(TOKEN_ACCESS, kind))
+    assert not is_allowed(send_request(TOKEN_ACCESS, kind, query="token=wrong"))
+    assert not is_allowed(send_request(TOKEN_ACCESS, kind, cookie="lsq-token-8501=wrong"))
+    assert not is_allowed(
+        send_request(TOKEN_ACCESS, kind, cookie="lsq-token-9999=secret"),
     ), "another port's"
-    assert let_in(ask(CLOSED, kind, cookie="other=1; lsq-token-8501=secret"))
+    assert is_allowed(send_request(TOKEN_ACCESS, kind, cookie="other=1; lsq-token-8501=secret"))
 
 
-def test_a_token_in_the_address_becomes_a_cookie():
-    answer = ask(CLOSED, query="model=demo&token=secret", path="//evil.example/Plan")
-    headers = dict(answer["headers"])
-    assert answer["status"] == 303
+def test_guard_token_query_sets_cookie():
+    response = send_request(
+        TOKEN_ACCESS, query="model=demo&token=secret", path="//evil.example/Plan"
+    )
+    headers = dict(response["headers"])
+    assert response["status"] == 303
     assert headers[b"location"] == b"/evil.example/Plan?model=demo"
     assert headers[b"set-cookie"].startswith(b"lsq-token-8501=secret;")
     assert b"HttpOnly" in headers[b"set-cookie"]
 
 
-def test_a_token_is_on_where_others_can_reach_the_address():
+def test_access_token_on_public_address():
     port = _free_port()
     assert serve.access("127.0.0.1", port, token=False).token == ""
     assert len(serve.access("127.0.0.1", port, token=True).token) >= 32
     everyone = serve.access("0.0.0.0", port, token=False)
     assert everyone.token
     assert everyone.hosts == ()
-    with pytest.raises(InputError, match="cannot be listened on"):
+    with pytest.raises(InputError, match="cannot be bound"):
         serve.access("192.0.2.1", port, token=False)
     with pytest.raises(InputError, match="cannot be listened on"):
         serve.access("\udcff" * 300, port, token=False)
@@ -135,17 +143,17 @@ def test_a_number_that_is_no_port_is_refused(port):
         serve.access("127.0.0.1", port, token=False)
 
 
-def test_snapshots_of_killed_processes_are_removed(tmp_path, monkeypatch):
+def test_remove_old_snapshots(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    kept = [tmp_path / f"{serve.SNAPSHOT}{os.getpid()}-a", tmp_path / "lsq-other"]
-    gone = tmp_path / f"{serve.SNAPSHOT}{ended.pid}-b"
-    for folder in (*kept, gone):
+    kept_folders = [tmp_path / f"{serve.SNAPSHOT}{os.getpid()}-a", tmp_path / "lsq-other"]
+    removed_folder = tmp_path / f"{serve.SNAPSHOT}{ended.pid}-b"
+    for folder in (*kept_folders, removed_folder):
         folder.mkdir()
         (folder / "snapshot.duckdb").touch()
     serve.remove_old_snapshots()
-    assert sorted(tmp_path.iterdir()) == sorted(kept)
+    assert sorted(tmp_path.iterdir()) == sorted(kept_folders)
 
 
 # --- the real server ------------------------------------------------------------------------
@@ -198,14 +206,14 @@ _UPGRADE = {
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_ending_the_command_ends_the_server(server, number):
+def test_signal_stops_server(server, number):
     process, port = server
     assert _status(port) == 200
     assert _status(port, Origin="http://localhost:3000") == 403
-    own = f"http://127.0.0.1:{port}"
-    assert _status(port, "/_stcore/stream", **_UPGRADE, Origin=own) == 101
-    other = "http://localhost:3000"
-    assert _status(port, "/_stcore/stream", **_UPGRADE, Origin=other) == 403
+    same_origin = f"http://127.0.0.1:{port}"
+    assert _status(port, "/_stcore/stream", **_UPGRADE, Origin=same_origin) == 101
+    cross_origin = "http://localhost:3000"
+    assert _status(port, "/_stcore/stream", **_UPGRADE, Origin=cross_origin) == 403
     process.send_signal(number)
     process.wait(20)
     assert _status(port) is None, "nothing listens on its port any more"

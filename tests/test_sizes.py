@@ -10,14 +10,16 @@ from pathlib import Path
 import pytest
 
 from lsq_core.cli import main
-from lsq_core.errors import InputError, reason_of
-from lsq_core.evaluate import Protocol, evaluate
-from lsq_core.generate import compare_generation
-from lsq_core.load import check_tokens, load_model
-from lsq_core.model import ModelSource
-from lsq_core.profile import ProfileSettings
-from lsq_core.profile.measure import calibration_of, measure_profile
-from lsq_core.sizes import odd_sizes, too_many
+from lsq_core.errors import InputError, exception_reason
+from lsq_core.evaluation.generation import compare_generation
+from lsq_core.evaluation.perplexity import evaluate
+from lsq_core.evaluation.protocol import Protocol
+from lsq_core.model.loading import check_token_ids, load_model
+from lsq_core.model.sizes import find_excessive_count, find_invalid_sizes
+from lsq_core.model.source import ModelSource
+from lsq_core.profiling.calibration import load_calibration
+from lsq_core.profiling.measure import measure_profile
+from lsq_core.profiling.settings import ProfileSettings
 from tests.conftest import save_random_model
 
 ODD = (None, 0, -1, 1.5, "x", [], 10**30)
@@ -40,7 +42,7 @@ ENTRIES = {
 }
 
 
-def edited(folder: Path, target: Path, **changes: object) -> Path:
+def copy_with_config(folder: Path, target: Path, **changes: object) -> Path:
     """A copy of a model's folder with other entries in its config."""
     shutil.copytree(folder, target, copy_function=os.link)
     config = json.loads((folder / "config.json").read_text()) | changes
@@ -52,15 +54,19 @@ def edited(folder: Path, target: Path, **changes: object) -> Path:
 @pytest.mark.parametrize(
     ("architecture", "name"), [(a, name) for a, names in ENTRIES.items() for name in names]
 )
-def test_inspect_of_an_odd_config(architecture, name, random_model, tmp_path, capsys):
+def test_cli_inspect_odd_config_value_exit_0_or_2(
+    architecture, name, random_model, tmp_path, capsys
+):
     """A description or one sentence, and never anything else."""
     for number, value in enumerate(ODD):
-        folder = edited(random_model(architecture), tmp_path / str(number), **{name: value})
+        folder = copy_with_config(
+            random_model(architecture), tmp_path / str(number), **{name: value}
+        )
         status = main(["inspect", "--db", str(tmp_path / "db"), "--model", str(folder)])
-        said = capsys.readouterr()
+        captured = capsys.readouterr()
         assert status in (0, 2), (name, value)
-        assert (said.err.count("\n") == 1) == (status == 2), said.err
-        assert bool(said.out) == (status == 0)
+        assert (captured.err.count("\n") == 1) == (status == 2), captured.err
+        assert bool(captured.out) == (status == 0)
 
 
 @pytest.mark.parametrize(
@@ -77,64 +83,83 @@ def test_inspect_of_an_odd_config(architecture, name, random_model, tmp_path, ca
         ({"vocab_size": 10**30}, "vocab_size is 1000"),
     ],
 )
-def test_the_odd_value_is_named(changes, named, random_model, tmp_path, capsys):
-    folder = edited(random_model("llama-gqa"), tmp_path / "m", **changes)
+def test_cli_inspect_odd_config_value_named(changes, message, random_model, tmp_path, capsys):
+    folder = copy_with_config(random_model("llama-gqa"), tmp_path / "m", **changes)
     assert main(["inspect", "--db", str(tmp_path / "db"), "--model", str(folder)]) == 2
-    assert named in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-def test_sizes_inside_other_configs():
-    assert too_many({"text_config": {"num_experts": 10**6}}) == "text_config.num_experts is 1000000"
-    assert too_many({"num_hidden_layers": 126, "num_experts": 512, "vocab_size": 10**6}) == ""
-    assert odd_sizes({"text_config": {"n_head": 0}}) == ["text_config.n_head is 0"]
-    assert odd_sizes({"hidden_size": 64, "layer_norm_eps": 0.0, "patch_size": [1, 2]}) == []
+def test_size_checks_nested_configs():
+    assert (
+        find_excessive_count({"text_config": {"num_experts": 10**6}})
+        == "text_config.num_experts is 1000000"
+    )
+    assert (
+        find_excessive_count({"num_hidden_layers": 126, "num_experts": 512, "vocab_size": 10**6})
+        == ""
+    )
+    assert find_invalid_sizes({"text_config": {"n_head": 0}}) == ["text_config.n_head is 0"]
+    assert (
+        find_invalid_sizes({"hidden_size": 64, "layer_norm_eps": 0.0, "patch_size": [1, 2]}) == []
+    )
 
 
-def test_frames_of_a_stack_are_not_quoted():
+def test_reason_of_drops_stack_frames():
     error = RuntimeError("a size overflows\nException raised from empty at /x/y.h:79\nframe #0: z")
-    assert reason_of(error) == "a size overflows"
+    assert exception_reason(error) == "a size overflows"
 
 
 # --- a tokenizer that is larger than the embedding ------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def narrow(tmp_path_factory):
+def small_vocab_model(tmp_path_factory):
     """A model with rows for an eighth of its tokenizer's tokens."""
     folder = tmp_path_factory.mktemp("models") / "narrow"
     return load_model(ModelSource(str(save_random_model(folder, "llama-gqa", vocab_size=512))))
 
 
-NAMES_THE_LAST_ROW = "embedding ends at 511"
+LAST_ROW_ERROR = "embedding ends at 511"
 
 
-def test_no_evaluation_on_tokens_without_a_row(narrow, small_text):
-    ids = narrow.tokenizer(small_text.read_text()[:4000], return_tensors="np")["input_ids"][0]
+def test_evaluate_token_beyond_embedding_raises(small_vocab_model, small_text):
+    ids = small_vocab_model.tokenizer(small_text.read_text()[:4000], return_tensors="np")[
+        "input_ids"
+    ][0]
     assert ids.max() >= 512
-    with pytest.raises(InputError, match=NAMES_THE_LAST_ROW):
-        evaluate(narrow.model, ids, Protocol("blocks-64", 64, 64), bos=None)
+    with pytest.raises(InputError, match=LAST_ROW_ERROR):
+        evaluate(small_vocab_model.model, ids, Protocol("blocks-64", 64, 64), bos=None)
     fitting = ids[ids < 512]
     assert (
-        evaluate(narrow.model, fitting, Protocol("blocks-64", 64, 64), bos=None)[0].perplexity > 0
+        evaluate(small_vocab_model.model, fitting, Protocol("blocks-64", 64, 64), bos=None)[
+            0
+        ].perplexity
+        > 0
     )
-    with pytest.raises(InputError, match=NAMES_THE_LAST_ROW):
-        evaluate(narrow.model, fitting, Protocol("blocks-64", 64, 64), bos=600)
+    with pytest.raises(InputError, match=LAST_ROW_ERROR):
+        evaluate(small_vocab_model.model, fitting, Protocol("blocks-64", 64, 64), bos=600)
 
 
-def test_no_profile_on_tokens_without_a_row(narrow, small_text):
+def test_profile_token_beyond_embedding_raises(small_vocab_model, small_text):
     settings = ProfileSettings("rtn", calibration=str(small_text), samples=4, block_tokens=32)
-    with pytest.raises(InputError, match=NAMES_THE_LAST_ROW):
-        calibration_of(narrow, settings)
-    with pytest.raises(InputError, match=NAMES_THE_LAST_ROW):
-        measure_profile(narrow, settings, "p")
+    with pytest.raises(InputError, match=LAST_ROW_ERROR):
+        load_calibration(small_vocab_model, settings.text)
+    with pytest.raises(InputError, match=LAST_ROW_ERROR):
+        measure_profile(small_vocab_model, settings, "p")
 
 
-def test_no_generation_from_tokens_without_a_row(narrow):
-    with pytest.raises(InputError, match=NAMES_THE_LAST_ROW):
-        compare_generation(narrow.model, narrow.model, narrow.tokenizer, "Return the item", 2)
+def test_generate_token_beyond_embedding_raises(small_vocab_model):
+    with pytest.raises(InputError, match=LAST_ROW_ERROR):
+        compare_generation(
+            small_vocab_model.model,
+            small_vocab_model.model,
+            small_vocab_model.tokenizer,
+            "Return the item",
+            2,
+        )
 
 
-def test_a_larger_tokenizer_may_give_tokens_that_fit(narrow):
-    assert len(narrow.tokenizer) > 512
-    check_tokens(narrow.model, [0, 511])
-    check_tokens(narrow.model, [])
+def test_check_tokens_within_embedding(small_vocab_model):
+    assert len(small_vocab_model.tokenizer) > 512
+    check_token_ids(small_vocab_model.model, [0, 511])
+    check_token_ids(small_vocab_model.model, [])

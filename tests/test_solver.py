@@ -12,9 +12,14 @@ import torch
 from hqq.core.optimize import optimize_weights_proximal
 from hqq.core.quantize import Quantizer
 
-from lsq_core.quantize import solver, solver_compiled, solver_triton
-from lsq_core.quantize.solver import THRESHOLD, plugged_in, solve_zero, stopping_step
-from lsq_core.quantize.solver_compiled import Engine, Steps
+from lsq_core.quantization.hqq import solver, solver_compiled, solver_triton
+from lsq_core.quantization.hqq.solver import (
+    THRESHOLD,
+    patched_hqq,
+    solve_zero_points,
+    stopping_step,
+)
+from lsq_core.quantization.hqq.solver_compiled import AdaptiveSteps, SolverBackend
 
 SHAPE = (256, 384)
 
@@ -54,16 +59,16 @@ def errors(weight: torch.Tensor, bits: int, group_size: int, axis: int) -> tuple
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 @pytest.mark.parametrize("axis", [0, 1])
-def test_errors_are_those_of_the_package(kind, bits, group_size, axis, monkeypatch):
-    monkeypatch.setattr(solver, "PIECE", 2**14)  # several pieces, the last one short
+def test_solver_errors_match_hqq(kind, bits, group_size, axis, monkeypatch):
+    monkeypatch.setattr(solver, "CHUNK_WEIGHTS", 2**14)  # several pieces, the last one short
     weight = weights(kind)
     theirs = errors(weight, bits, group_size, axis)
-    with plugged_in():
+    with patched_hqq():
         ours = errors(weight, bits, group_size, axis)
     assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-12)
 
 
-def test_the_shrinking_decides_something_in_the_tests():
+def test_student_t_weights_exceed_threshold():
     """Errors above the threshold occur in the heavy-tailed weights, in some groups only."""
     groups = weights("student-t").reshape(-1, 64)
     spread = (groups.amax(1) - groups.amin(1)) / 3 / 2
@@ -71,32 +76,32 @@ def test_the_shrinking_decides_something_in_the_tests():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_weights(dtype):
+def test_solver_half_precision_matches_hqq(dtype):
     weight = weights("normal").to(dtype)
     theirs = errors(weight, 4, 64, 1)
-    with plugged_in():
+    with patched_hqq():
         assert errors(weight, 4, 64, 1) == pytest.approx(theirs, rel=1e-3)
 
 
-def test_an_infinite_weight_harms_its_own_group_alone():
+def test_solver_infinite_weight_affects_only_its_group():
     weight = weights("normal").reshape(-1, 64)
     scale = 15 / (weight.amax(1, keepdim=True) - weight.amin(1, keepdim=True))
     zero = -weight.amin(1, keepdim=True) * scale
-    clean = solve_zero(weight, scale, zero, 15, axis=1)
+    clean = solve_zero_points(weight, scale, zero, 15, axis=1)
     weight = weight.clone()
     weight[3, 5] = torch.inf
-    broken = solve_zero(weight, scale, zero, 15, axis=1)
+    broken = solve_zero_points(weight, scale, zero, 15, axis=1)
     assert not torch.isfinite(broken[3]).all()
     others = torch.arange(len(weight)) != 3
     assert torch.isfinite(broken[others]).all()
     assert clean.isfinite().all()
 
 
-def test_the_package_is_left_as_it_was():
+def test_plugged_in_restores_hqq():
     assert Quantizer.optimize_weights is optimize_weights_proximal
-    with plugged_in():
+    with patched_hqq():
         assert Quantizer.optimize_weights is solver.optimize_weights
-    with pytest.raises(AssertionError), plugged_in():
+    with pytest.raises(AssertionError), patched_hqq():
         Quantizer.quantize(torch.zeros(3, 5), group_size=64)  # refuses what groups don't fill
     assert Quantizer.optimize_weights is optimize_weights_proximal
 
@@ -108,18 +113,18 @@ def grid(weight: torch.Tensor, bits: int, axis: int = 1) -> tuple[torch.Tensor, 
     return scale, -low * scale, 2**bits - 1
 
 
-def test_an_infinite_weight_does_not_stop_the_others():
+def test_solver_infinite_weight_does_not_stop_others():
     """``hqq`` stops every group at the first step, because the error of all is no number."""
     weight = weights("normal").reshape(-1, 64)
     broken = weight.clone()
     broken[3, 5] = torch.inf
     others = torch.arange(len(weight)) != 3
-    ours = solve_zero(broken, *grid(broken, 4), axis=1)[others]
-    alone = solve_zero(weight[others], *grid(weight[others], 4), axis=1)
-    assert torch.equal(ours, alone)
+    ours = solve_zero_points(broken, *grid(broken, 4), axis=1)[others]
+    separate = solve_zero_points(weight[others], *grid(weight[others], 4), axis=1)
+    assert torch.equal(ours, separate)
 
 
-def test_the_step_at_which_it_stops():
+def test_stopping_step():
     def stop(*errors):
         return int(stopping_step(torch.tensor(errors)))
 
@@ -129,14 +134,14 @@ def test_the_step_at_which_it_stops():
     assert stop(float("nan"), 2.0, 1.0) == 0
 
 
-def test_small_jobs_are_not_compiled():
-    with solver.steps.forced(compiled=False):
-        assert solver.engine("cpu") == Engine("eager", "asked for")
-    assert solver.engine("cpu").name == "eager"
-    assert solver.engine("cpu").reason
+def test_engine_eager_for_small_work():
+    with solver.steps.force_compiled(compiled=False):
+        assert solver.backend("cpu") == SolverBackend("eager", "asked for")
+    assert solver.backend("cpu").name == "eager"
+    assert solver.backend("cpu").reason
 
 
-def test_enough_work_is_compiled_and_a_compiler_that_fails_is_named(monkeypatch):
+def test_engine_compiler_failure_falls_back_to_eager(monkeypatch):
     def broken(function, **_):
         def call(*inputs):
             raise RuntimeError("no headers\nand more")
@@ -144,40 +149,40 @@ def test_enough_work_is_compiled_and_a_compiler_that_fails_is_named(monkeypatch)
         return call
 
     monkeypatch.setattr(torch, "compile", broken)
-    monkeypatch.setattr(solver_compiled, "PAYS_AFTER", 2**16)
+    monkeypatch.setattr(solver_compiled, "COMPILE_AFTER_WEIGHTS", 2**16)
     monkeypatch.setattr(solver_compiled, "_missing_compiler", lambda: "")
-    steps = Steps(solver._steps)
+    steps = AdaptiveSteps(solver._eager_steps)
     weight = weights("normal").reshape(-1, 64)
     scale, zero, top = grid(weight, 4)
     scaled = weight * scale
     inputs = (scaled, scaled.mean(1, keepdim=True), scale, zero, top, 1, False)
-    assert steps.engine.name == "eager"
+    assert steps.backend.name == "eager"
     zeros, _ = steps(*inputs)
-    assert steps.engine.name == "eager"
-    assert "no headers" in steps.engine.reason
-    assert torch.equal(zeros, solver._steps(*inputs)[0])
+    assert steps.backend.name == "eager"
+    assert "no headers" in steps.backend.reason
+    assert torch.equal(zeros, solver._eager_steps(*inputs)[0])
 
 
-def test_a_machine_without_a_compiler_says_so(monkeypatch):
+def test_engine_missing_compiler_reported(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with solver.steps.forced(compiled=True):
-        assert "no-such-compiler" in solver.engine("cpu").reason
+    with solver.steps.force_compiled(compiled=True):
+        assert "no-such-compiler" in solver.backend("cpu").reason
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++ on the CPU")
-def test_compiled_steps_are_the_same_to_the_last_bit():
+def test_compiled_steps_identical_to_eager():
     """Compiling takes most of the time."""
     weight = weights("normal").reshape(-1, 64)
-    plain = solve_zero(weight, *grid(weight, 4), axis=1)
-    with solver.steps.forced(compiled=True):
-        compiled = solve_zero(weight, *grid(weight, 4), axis=1)
-        assert solver.engine("cpu").name == "compiled"  # and it did not fail meanwhile
+    plain = solve_zero_points(weight, *grid(weight, 4), axis=1)
+    with solver.steps.force_compiled(compiled=True):
+        compiled = solve_zero_points(weight, *grid(weight, 4), axis=1)
+        assert solver.backend("cpu").name == "compiled"  # and it did not fail meanwhile
     assert torch.equal(compiled, plain)
 
 
 @pytest.mark.skipif(not solver_triton.available(), reason="Triton is not installed")
-def test_the_kernel_of_the_gpu_in_tritons_interpreter():
+def test_triton_kernel_in_interpreter():
     """In a process of its own, because Triton reads the variable when it is imported."""
     run = subprocess.run(
         [sys.executable, "-m", "tests.triton_kernel"],

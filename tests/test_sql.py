@@ -16,51 +16,51 @@ import pandas as pd
 import psutil
 import pytest
 
-from lsq_core import sql, sql_child
 from lsq_core.errors import InputError
-from lsq_core.store import Store
+from lsq_core.store import sql, sql_child
+from lsq_core.store.store import Store
 from tests.conftest import ROOT
 from tests.test_app import first_line
-from tests.test_compare import fill
+from tests.test_compare import insert_synthetic_runs
 
 
 @pytest.fixture(scope="module")
-def made_once(tmp_path_factory) -> tuple[Path, Path]:
+def database_and_snapshot(tmp_path_factory) -> tuple[Path, Path]:
     """A database with runs and its snapshot; each test has a copy of both files."""
     folder = tmp_path_factory.mktemp("sql")
     store = Store(folder / "lsq.duckdb")
-    fill(store, 12)
+    insert_synthetic_runs(store, 12)
     store.snapshot(folder / "copy.duckdb")
     return store.path, folder / "copy.duckdb"
 
 
 @pytest.fixture
-def store(made_once) -> Store:
-    return Store(Path(shutil.copy(made_once[0], os.environ["LSQ_DB"])))
+def store(database_and_snapshot) -> Store:
+    return Store(Path(shutil.copy(database_and_snapshot[0], os.environ["LSQ_DB"])))
 
 
 @pytest.fixture
-def copy(made_once, tmp_path) -> Path:
-    return Path(shutil.copy(made_once[1], tmp_path / "copy.duckdb"))
+def copy(database_and_snapshot, tmp_path) -> Path:
+    return Path(shutil.copy(database_and_snapshot[1], tmp_path / "copy.duckdb"))
 
 
-def test_an_answer_is_what_the_store_says(store, copy):
+def test_ask_matches_store(store, copy):
     text = "SELECT method, count(*) AS n FROM results GROUP BY ALL ORDER BY method"
-    answer = sql.ask(copy, text)
+    answer = sql.run_query(copy, text)
     expected = store.results().groupby("method").size()
     assert dict(answer.rows.itertuples(index=False)) == expected.to_dict()
-    assert not answer.cut
+    assert not answer.truncated
 
 
-def test_the_view_is_the_results_of_the_store(store, copy):
+def test_results_view_matches_store(store, copy):
     ordered = "SELECT * FROM results ORDER BY evaluation"
-    rows = sql.ask(copy, ordered).rows
+    rows = sql.run_query(copy, ordered).rows
     expected = store.results().sort_values("evaluation").reset_index(drop=True)
     pd.testing.assert_frame_equal(rows, expected)
 
 
 @pytest.fixture(scope="module")
-def known(tmp_path_factory) -> Path:
+def known_snapshot(tmp_path_factory) -> Path:
     """A copy of a store of two models, of which each example's answer is known."""
     folder = tmp_path_factory.mktemp("known")
     store = Store(folder / "known.duckdb")
@@ -85,24 +85,24 @@ def known(tmp_path_factory) -> Path:
             runs
         ):
             content = json.dumps({"modules": plan if run == "f" else {}})
-            shared, at = f"of {model}", f"2026-01-01 00:00:{second:02d}"
+            shared, created = f"of {model}", f"2026-01-01 00:00:{second:02d}"
             connection.execute(
                 "INSERT INTO plans (id, fingerprint, bits_per_param, content, created) "
                 "VALUES (?, ?, ?, ?, ?)",
-                [run, shared, bits, content, at],
+                [run, shared, bits, content, created],
             )
             connection.execute(
                 "INSERT INTO runs (id, plan, fingerprint, method, created) VALUES (?, ?, ?, ?, ?)",
-                [run, run, shared, method, at],
+                [run, run, shared, method, created],
             )
             connection.execute(
                 "INSERT INTO evaluations (id, run, fingerprint, corpus, corpus_sha256, protocol, "
                 "tokens, perplexity, created) VALUES (?, ?, ?, 'stdlib', ?, ?, ?, ?, ?)",
-                [run, run, shared, sha, protocol, tokens, perplexity, at],
+                [run, run, shared, sha, protocol, tokens, perplexity, created],
             )
-        told = json.dumps({"dtype": "float32", "corpus": "stdlib"})
+        detail = json.dumps({"dtype": "float32", "corpus": "stdlib"})
         connection.execute(
-            "INSERT INTO profiles (id, fingerprint, provenance) VALUES ('p', 'of one', ?)", [told]
+            "INSERT INTO profiles (id, fingerprint, provenance) VALUES ('p', 'of one', ?)", [detail]
         )
         for module, metric, config, value in [
             ("l.0.q", "sensitivity", "b4g64", 0.5),
@@ -120,7 +120,7 @@ def known(tmp_path_factory) -> Path:
     return folder / "copy.duckdb"
 
 
-#: What each example answers on the store of :func:`known`, in the order of its rows.
+#: What each example answers on the store of :func:`known_snapshot`, in the order of its rows.
 ANSWERS = {
     "Best run of each model": (
         ["model", "protocol", "tokens", "method", "bits", "perplexity"],
@@ -150,8 +150,8 @@ ANSWERS = {
 
 
 @pytest.mark.parametrize("example", sql.EXAMPLES, ids=lambda example: example.title)
-def test_examples_are_right(known, example):
-    rows = sql.ask(known, example.sql).rows
+def test_example_queries_results(known_snapshot, example):
+    rows = sql.run_query(known_snapshot, example.sql).rows
     if example.title == "What there is":
         listed = set(rows["table_name"])
         assert {"models", "profiles", "scores", "plans", "runs", "evaluations", "results"} <= listed
@@ -162,11 +162,11 @@ def test_examples_are_right(known, example):
     assert list(rows[columns].itertuples(index=False, name=None)) == expected
 
 
-def test_a_copy_is_of_one_moment_and_nobody_waits_for_it(store, copy):
+def test_snapshot_unaffected_by_later_writes(store, copy):
     with duckdb.connect(str(copy), read_only=True):
         store.delete_runs(["000000000000"])  # a writer, while the copy is open
         assert len(store.results()) == 11
-        assert sql.ask(copy, "SELECT count(*) FROM results").rows.iloc[0, 0] == 12
+        assert sql.run_query(copy, "SELECT count(*) FROM results").rows.iloc[0, 0] == 12
 
 
 ATTACKS = [
@@ -223,7 +223,7 @@ ATTACKS = [
 ]
 
 
-def _said(copy: Path, text: str) -> str:
+def _query_output(copy: Path, text: str) -> str:
     """What is shown for a query: its rows, or its error; asked here, for a process takes longer."""
     request = {"snapshot": str(copy), "sql": text, "rows": 100, "seconds": 10.0}
     try:
@@ -234,27 +234,27 @@ def _said(copy: Path, text: str) -> str:
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_nothing_is_changed_or_reached(store, copy, tmp_path, attack):
+def test_attack_changes_and_reads_nothing(store, copy, tmp_path, attack):
     secret, out = tmp_path / "secret.csv", tmp_path / "out.csv"
     secret.write_text("a\nverysecret\n", "utf8")
     before = copy.read_bytes(), store.path.read_bytes(), set(tmp_path.iterdir())
-    places = {"secret": secret, "out": out, "copy": copy, "store": store.path, "folder": tmp_path}
-    text = attack.format(**places)
-    said = _said(copy, text)
-    assert "verysecret" not in said
-    assert "\n" not in said, "an error is a sentence"
+    paths = {"secret": secret, "out": out, "copy": copy, "store": store.path, "folder": tmp_path}
+    text = attack.format(**paths)
+    output = _query_output(copy, text)
+    assert "verysecret" not in output
+    assert "\n" not in output, "an error is a sentence"
     after = copy.read_bytes(), store.path.read_bytes(), set(tmp_path.iterdir())
     assert after == before
 
 
-def test_a_variable_of_the_program_is_no_table(copy):
+def test_ask_does_not_see_python_variables(copy):
     secret = pd.DataFrame({"a": [1]})
     assert len(secret)
     with pytest.raises(InputError, match="secret"):
-        sql.ask(copy, "SELECT * FROM secret")
+        sql.run_query(copy, "SELECT * FROM secret")
 
 
-ENDLESS = (
+SLOW_QUERIES = (
     "WITH RECURSIVE n AS (SELECT 1 AS x UNION ALL SELECT x + 1 FROM n) SELECT count(*) FROM n",
     "SELECT count(*) FROM range(1000000000000)",
     "SELECT max(a.range * b.range) FROM range(10000000) a, range(10000000) b",
@@ -263,68 +263,73 @@ ENDLESS = (
 
 
 @pytest.fixture
-def no_process_stays():
+def no_leftover_processes():
     """Other tests of the same process may have a browser open, so only new ones count."""
     before = set(psutil.Process().children())
     yield
     assert not set(psutil.Process().children()) - before
 
 
-@pytest.mark.usefixtures("no_process_stays")
-@pytest.mark.parametrize("text", ENDLESS)
-def test_a_long_query_is_stopped(copy, text):
-    begin = time.monotonic()
+@pytest.mark.usefixtures("no_leftover_processes")
+@pytest.mark.parametrize("text", SLOW_QUERIES)
+def test_ask_time_limit_raises(copy, text):
+    started = time.monotonic()
     with pytest.raises(InputError, match=r"longer than 0\.5 s"):
-        sql.ask(copy, text, time_limit=0.5)
-    assert time.monotonic() - begin < 20
+        sql.run_query(copy, text, time_limit=0.5)
+    assert time.monotonic() - started < 20
     assert threading.active_count() < 20
 
 
-def test_a_long_answer_is_cut_and_says_so(copy):
-    answer = sql.ask(copy, "SELECT * FROM range(1000000) ORDER BY 1 DESC", row_limit=100)
-    assert answer.cut
+def test_ask_row_limit_cuts_result(copy):
+    answer = sql.run_query(copy, "SELECT * FROM range(1000000) ORDER BY 1 DESC", row_limit=100)
+    assert answer.truncated
     assert answer.rows.iloc[:, 0].tolist() == list(range(999_999, 999_899, -1))
-    whole = sql.ask(copy, "SELECT * FROM range(100)", row_limit=100)
-    assert (len(whole.rows), whole.cut) == (100, False)
+    uncut = sql.run_query(copy, "SELECT * FROM range(100)", row_limit=100)
+    assert (len(uncut.rows), uncut.truncated) == (100, False)
 
 
 @pytest.mark.parametrize("text", ["SELECT range(1000000000)", "SELECT repeat('x', 2000000000)"])
-def test_too_much_memory_is_one_sentence(copy, text):
+def test_ask_memory_limit_raises(copy, text):
     """DuckDB counts neither against its own limit."""
-    with pytest.raises(InputError, match=r"memory than the \d+ MiB") as told:
-        sql.ask(copy, text, time_limit=60)
-    assert "\n" not in str(told.value)
+    with pytest.raises(InputError, match=r"memory than the \d+ MiB") as detail:
+        sql.run_query(copy, text, time_limit=60)
+    assert "\n" not in str(detail.value)
 
 
-def test_an_answer_of_many_bytes_is_one_sentence(copy):
+def test_ask_byte_limit_raises(copy):
     text = "SELECT repeat('x', 10000) FROM range(1000)"
     with pytest.raises(InputError, match=r"larger than 1 MiB"):
-        sql.ask(copy, text, byte_limit=1 << 20)
-    assert len(sql.ask(copy, text, byte_limit=32 << 20).rows) == 1000
+        sql.run_query(copy, text, byte_limit=1 << 20)
+    assert len(sql.run_query(copy, text, byte_limit=32 << 20).rows) == 1000
 
 
-class Elsewhere(Exception):
+class PageChanged(Exception):
     """Whatever ends the run of a page."""
 
 
-@pytest.mark.usefixtures("no_process_stays")
-def test_a_query_ends_with_the_run_of_its_page(copy):
-    looks = 0
+@pytest.mark.usefixtures("no_leftover_processes")
+def test_ask_stops_when_page_run_ends(copy):
+    polls = 0
 
-    def go_elsewhere() -> None:
-        nonlocal looks
-        looks += 1
-        if looks > 3:
-            raise Elsewhere
+    def change_page() -> None:
+        nonlocal polls
+        polls += 1
+        if polls > 3:
+            raise PageChanged
 
-    with pytest.raises(Elsewhere):
-        sql.ask(copy, ENDLESS[0], time_limit=60, waiting=go_elsewhere)
+    with pytest.raises(PageChanged):
+        sql.run_query(copy, SLOW_QUERIES[0], time_limit=60, on_wait=change_page)
 
 
-def test_the_process_of_a_query_needs_neither_torch_nor_pandas():
-    code = "import sys, lsq_core.sql_child; print(sorted({'torch', 'pandas'} & set(sys.modules)))"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert found.stdout == "[]\n"
+def test_sql_child_imports_no_torch_or_pandas():
+    code = (
+        "import sys, lsq_core.store.sql_child; "
+        "print(sorted({'torch', 'pandas'} & set(sys.modules)))"
+    )
+    completed = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT
+    )
+    assert completed.stdout == "[]\n"
 
 
 # --- the page -------------------------------------------------------------------------------
@@ -339,18 +344,18 @@ def open_query():
     return app
 
 
-def test_the_page_answers(store):
+def test_sql_page_shows_result(store):
     app = open_query()
-    assert first_line(app) == "1 row found."
+    assert first_line(app) == "1 row."
     app.text_area(key="sql").set_value("SELECT id FROM runs ORDER BY id").run()
-    assert first_line(app) == "12 rows found."
+    assert first_line(app) == "12 rows."
     assert app.dataframe[0].value["id"].tolist() == sorted(store.results()["run"])
     store.delete_runs(["000000000003"])
     app.text_area(key="sql").set_value("SELECT count(*) AS n FROM results").run()
     assert app.dataframe[0].value["n"].tolist() == [11], "what is asked is what is there now"
 
 
-def test_every_example_has_a_button(store):
+def test_sql_page_example_buttons(store):
     app = open_query()
     for example in sql.EXAMPLES:
         app.button(key=f"example-{example.title}").click().run()
@@ -358,20 +363,20 @@ def test_every_example_has_a_button(store):
         assert not app.error
 
 
-def test_a_slip_is_one_sentence(store):
+def test_sql_typo_error(store):
     app = open_query()
     app.text_area(key="sql").set_value("SELEC 1").run()
-    assert "no answer" in first_line(app)
+    assert "query failed" in first_line(app)
     assert len(app.error) == 1
     assert "\n" not in app.error[0].value
     assert not app.dataframe
 
 
-def test_a_cancelled_query_is_not_asked_again_by_itself(store):
+def test_sql_page_cancelled_query_not_rerun(store):
     app = open_query()
     app.session_state["sql-cancelled"] = app.text_area(key="sql").value
     app.run()
     assert "cancelled" in first_line(app)
     assert not app.dataframe
     app.button(key="ask").click().run()
-    assert first_line(app) == "1 row found."
+    assert first_line(app) == "1 row."

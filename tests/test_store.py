@@ -11,13 +11,16 @@ import duckdb
 import numpy as np
 import pytest
 
-from lsq_core import store as store_module
 from lsq_core.errors import InputError, LsqError
-from lsq_core.evaluate import Evaluation
-from lsq_core.load import inspect_model
-from lsq_core.model import ModelSource
-from lsq_core.plan import PlanRequest, Problem, make_plan
-from lsq_core.store import MIGRATIONS, Store
+from lsq_core.evaluation.result import Evaluation
+from lsq_core.model.loading import inspect_model
+from lsq_core.model.source import ModelSource
+from lsq_core.planning.make import make_plan
+from lsq_core.planning.problem import Problem
+from lsq_core.planning.request import PlanRequest
+from lsq_core.store import store as store_module
+from lsq_core.store.schema import MIGRATIONS
+from lsq_core.store.store import Store
 
 
 @pytest.fixture
@@ -40,7 +43,7 @@ def evaluation(perplexity: float, corpus: str = "c", protocol: str = "strided") 
     )
 
 
-def keep_run(store: Store, info, perplexity: float = 20.0, **more) -> str:
+def save_test_run(store: Store, info, perplexity: float = 20.0, **more) -> str:
     plan = make_plan(Problem(info.matrices), PlanRequest("uniform", base="3.13"))
     run = store_module.new_id()
     row = {
@@ -62,7 +65,7 @@ def keep_run(store: Store, info, perplexity: float = 20.0, **more) -> str:
     return run
 
 
-def test_a_model_is_read_back(info):
+def test_save_model_round_trip(info):
     store = Store()
     store.save_model(info)
     store.save_model(info)
@@ -71,14 +74,14 @@ def test_a_model_is_read_back(info):
     assert store.model("unknown") is None
 
 
-def test_results_stand_beside_full_precision_of_the_same_protocol_and_corpus(info):
+def test_results_paired_with_full_precision(info):
     store = Store()
     store.save_model(info)
     store.save_full_precision(info.fingerprint, evaluation(10))
     store.save_full_precision(info.fingerprint, evaluation(10))
     store.save_full_precision(info.fingerprint, evaluation(15, protocol="blocks"))
-    run = keep_run(store, info)
-    keep_run(store, info, corpus="other")
+    run = save_test_run(store, info)
+    save_test_run(store, info, corpus="other")
     rows = Store().results().set_index("corpus")
     assert rows.loc["c", "run"] == run
     assert rows.loc["c", "perplexity"] == pytest.approx(20)
@@ -95,7 +98,7 @@ def test_results_stand_beside_full_precision_of_the_same_protocol_and_corpus(inf
         store.windows("x")
 
 
-def test_a_failed_run_leaves_nothing_behind(info):
+def test_save_run_failure_rolls_back(info):
     store = Store()
     store.save_model(info)
     with pytest.raises(duckdb.Error):
@@ -107,7 +110,7 @@ def test_a_failed_run_leaves_nothing_behind(info):
     assert store.query("SELECT count(*) n FROM runs")["n"][0] == 0
 
 
-def test_another_programs_database_is_left_alone(tmp_path):
+def test_store_foreign_database_raises(tmp_path):
     path = tmp_path / "other.duckdb"
     with duckdb.connect(str(path)) as connection:
         connection.execute("CREATE TABLE theirs (x INTEGER)")
@@ -117,7 +120,7 @@ def test_another_programs_database_is_left_alone(tmp_path):
         assert connection.execute("SHOW TABLES").fetchall() == [("theirs",)]
 
 
-def test_what_is_no_database_is_refused(tmp_path):
+def test_store_invalid_file_or_folder_raises(tmp_path):
     path = tmp_path / "text.duckdb"
     path.write_text("not a database, and long enough to be looked at " * 200)
     with pytest.raises(InputError, match="DuckDB database"):
@@ -126,7 +129,7 @@ def test_what_is_no_database_is_refused(tmp_path):
         Store(tmp_path)
 
 
-def test_a_newer_schema_is_refused(tmp_path):
+def test_store_newer_schema_raises(tmp_path):
     path = tmp_path / "new.duckdb"
     Store(path)
     with duckdb.connect(str(path)) as connection:
@@ -135,7 +138,7 @@ def test_a_newer_schema_is_refused(tmp_path):
         Store(path)
 
 
-def test_an_older_schema_is_migrated_and_keeps_its_rows(tmp_path, monkeypatch, info):
+def test_store_migrates_older_schema(tmp_path, monkeypatch, info):
     path = tmp_path / "old.duckdb"
     Store(path).save_model(info)
     added = [*MIGRATIONS, "ALTER TABLE models ADD COLUMN starred BOOLEAN DEFAULT false"]
@@ -145,7 +148,7 @@ def test_an_older_schema_is_migrated_and_keeps_its_rows(tmp_path, monkeypatch, i
     assert models["source"].tolist() == ["demo"]
 
 
-def test_runs_of_the_second_schema_get_their_stars(tmp_path, monkeypatch, info):
+def test_store_migrates_schema_2_runs(tmp_path, monkeypatch, info):
     path = tmp_path / "old.duckdb"
     monkeypatch.setattr(store_module, "MIGRATIONS", MIGRATIONS[:2])
     old = Store(path)
@@ -158,10 +161,10 @@ def test_runs_of_the_second_schema_get_their_stars(tmp_path, monkeypatch, info):
     assert Store(path).deleted_runs().empty
 
 
-def test_a_deleted_run_that_is_evaluated_again_is_back(info):
+def test_add_evaluation_restores_deleted_run(info):
     store = Store()
     store.save_model(info)
-    run = keep_run(store, info)
+    run = save_test_run(store, info)
     store.delete_runs([run])
     assert store.results().empty
     assert store.run_configs(info.fingerprint) == {}
@@ -172,23 +175,25 @@ def test_a_deleted_run_that_is_evaluated_again_is_back(info):
     assert store.deleted_runs().empty
 
 
-def test_what_was_deleted_together_is_undone_together(info):
+def test_deleted_runs_share_timestamp_per_deletion(info):
     store = Store()
     store.save_model(info)
-    runs = [keep_run(store, info) for _ in range(3)]
+    runs = [save_test_run(store, info) for _ in range(3)]
     store.delete_runs(runs[:1])
     store.delete_runs(runs)
-    gone = store.deleted_runs()
-    assert gone["deleted"].nunique() == 2
-    assert set(gone[gone["deleted"] == gone["deleted"].iloc[0]]["run"]) == set(runs[1:])
+    deleted_rows = store.deleted_runs()
+    assert deleted_rows["deleted"].nunique() == 2
+    assert set(
+        deleted_rows[deleted_rows["deleted"] == deleted_rows["deleted"].iloc[0]]["run"]
+    ) == set(runs[1:])
 
 
-def test_a_record_is_all_that_is_kept_of_a_run(info):
+def test_record_contains_run_plan_and_model(info):
     store = Store()
     store.save_model(info)
-    run = keep_run(store, info)
-    (own,) = store.results()["evaluation"]
-    record = store.record(own)
+    run = save_test_run(store, info)
+    (evaluation_id,) = store.results()["evaluation"]
+    record = store.record(evaluation_id)
     assert record["run"]["id"] == run
     assert record["plan"]["content"]["base"] == "3.13"
     assert record["evaluation"]["provenance"]["dtype"] == "float32"
@@ -198,7 +203,7 @@ def test_a_record_is_all_that_is_kept_of_a_run(info):
         store.record("x")
 
 
-def test_a_failed_migration_changes_nothing(tmp_path, monkeypatch):
+def test_store_failed_migration_rolls_back(tmp_path, monkeypatch):
     path = tmp_path / "old.duckdb"
     Store(path)
     bad = [*MIGRATIONS, "CREATE TABLE half (x INTEGER); SELECT no_such_function()"]
@@ -210,7 +215,7 @@ def test_a_failed_migration_changes_nothing(tmp_path, monkeypatch):
     assert "half" not in tables
 
 
-HOLD = """
+HOLD_SCRIPT = """
 import duckdb, sys
 connection = duckdb.connect(sys.argv[1])
 print("held", flush=True)
@@ -218,18 +223,20 @@ sys.stdin.readline()
 """
 
 
-def test_a_locked_file_is_waited_for(tmp_path, monkeypatch):
+def test_store_waits_for_locked_file(tmp_path, monkeypatch):
     path = tmp_path / "shared.duckdb"
     Store(path)
     holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-c", HOLD_SCRIPT, str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     )
     try:
         assert holder.stdout.readline() == b"held\n"
-        monkeypatch.setattr(store_module, "WAIT", 0.2)
+        monkeypatch.setattr(store_module, "LOCK_TIMEOUT_S", 0.2)
         with pytest.raises(LsqError, match=rf"in use .*\(process {holder.pid}\)"):
             Store(path)
-        monkeypatch.setattr(store_module, "WAIT", 30)
+        monkeypatch.setattr(store_module, "LOCK_TIMEOUT_S", 30)
         opened = threading.Thread(target=Store, args=[path])
         opened.start()
         holder.communicate(b"\n")
@@ -239,29 +246,29 @@ def test_a_locked_file_is_waited_for(tmp_path, monkeypatch):
         holder.kill()
 
 
-ASK = """
+COUNT_SCRIPT = """
 import sys
-from lsq_core import store
-store.WAIT = 0.1
+from lsq_core.store import store
+store.LOCK_TIMEOUT_S = 0.1
 print(len(store.Store(sys.argv[1]).models()))
 """
 
 
-def test_others_wait_for_a_held_file_and_then_find_what_was_kept(tmp_path, info):
+def test_held_store_blocks_other_processes(tmp_path, info):
     store = Store(tmp_path / "shared.duckdb")
-    ask = [sys.executable, "-c", ASK, str(store.path)]
+    command = [sys.executable, "-c", COUNT_SCRIPT, str(store.path)]
     with store.held():
         store.save_model(info)
         assert store.model(info.fingerprint) == info
-        early = subprocess.run(ask, capture_output=True, text=True, check=False)
-    late = subprocess.run(ask, capture_output=True, text=True, check=False)
+        early = subprocess.run(command, capture_output=True, text=True, check=False)
+    late = subprocess.run(command, capture_output=True, text=True, check=False)
     assert "in use" in early.stderr
     assert late.stdout == "1\n"
 
 
-WRITE = """
+WRITE_SCRIPT = """
 import sys
-from lsq_core.store import Store, new_id
+from lsq_core.store.store import Store, new_id
 store = Store(sys.argv[1])
 for i in range(20):
     with store.transaction() as connection:
@@ -269,10 +276,10 @@ for i in range(20):
 """
 
 
-def test_two_processes_write_at_once(tmp_path):
+def test_store_concurrent_writers(tmp_path):
     path = tmp_path / "shared.duckdb"
     Store(path)
-    writers = [subprocess.Popen([sys.executable, "-c", WRITE, str(path), n]) for n in "ab"]
+    writers = [subprocess.Popen([sys.executable, "-c", WRITE_SCRIPT, str(path), n]) for n in "ab"]
     counts = []
     while any(w.poll() is None for w in writers):
         counts.append(Store(path).query("SELECT count(*) n FROM runs")["n"][0])
@@ -282,9 +289,9 @@ def test_two_processes_write_at_once(tmp_path):
     assert rows["n"].tolist() == [20, 20]
 
 
-KILL = """
+KILL_SCRIPT = """
 import os, signal, sys
-from lsq_core.store import Store, new_id
+from lsq_core.store.store import Store, new_id
 store = Store(sys.argv[1])
 with store.transaction() as connection:
     connection.execute("INSERT INTO runs (id, method) VALUES (?, 'kept')", [new_id()])
@@ -294,63 +301,63 @@ with store.transaction() as connection:
 """
 
 
-def test_a_killed_writer_leaves_a_readable_database(tmp_path):
+def test_store_readable_after_killed_writer(tmp_path):
     path = tmp_path / "shared.duckdb"
     for round in range(3):
-        killed = subprocess.run([sys.executable, "-c", KILL, str(path)], check=False)
+        killed = subprocess.run([sys.executable, "-c", KILL_SCRIPT, str(path)], check=False)
         assert killed.returncode == -9
         rows = Store(path).query("SELECT method FROM runs")
         assert rows["method"].tolist() == ["kept"] * (round + 1)
 
 
-def test_threads_share_a_store(info):
+def test_store_concurrent_reads(info):
     """As a page's sessions do: each opens and closes the file while others have it."""
     store = Store()
     store.save_model(info)
 
-    def look(_: int) -> list:
+    def read_model(_: int) -> list:
         return [store.model(info.fingerprint) for _ in range(25)]
 
     with ThreadPoolExecutor(8) as pool:
-        seen = [known for looked in pool.map(look, range(8)) for known in looked]
-    assert len(seen) == 200
-    assert all(known == info for known in seen)
+        models_read = [known for looked in pool.map(read_model, range(8)) for known in looked]
+    assert len(models_read) == 200
+    assert all(known == info for known in models_read)
 
 
-def test_values_never_become_sql(info):
+def test_store_parameters_are_not_interpolated(info):
     store = Store()
     store.save_model(info)
-    nasty = "'; DROP TABLE runs; --"
-    assert store.results(nasty).empty
-    assert store.model(nasty) is None
+    sql_injection = "'; DROP TABLE runs; --"
+    assert store.results(sql_injection).empty
+    assert store.model(sql_injection) is None
     assert store.query("SELECT count(*) n FROM runs")["n"][0] == 0
 
 
-def test_a_full_disk_is_told_and_keeps_what_was_there(tmp_path, info):
+def test_store_full_disk_raises_and_keeps_data(tmp_path, info):
     """On a real file system of 2 MiB; needs the right to mount one."""
-    small = tmp_path / "small"
-    small.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(small)]
+    small_disk = tmp_path / "small"
+    small_disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(small_disk)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("mounting a small tmpfs needs root")
     try:
-        store = Store(small / "lsq.duckdb")
+        store = Store(small_disk / "lsq.duckdb")
         store.save_model(info)
-        big = evaluation(10)
-        object.__setattr__(big, "nll", np.random.default_rng(0).random(20_000))
+        large_evaluation = evaluation(10)
+        object.__setattr__(large_evaluation, "nll", np.random.default_rng(0).random(20_000))
         kept = 0
 
         def fill_the_disk() -> None:
             nonlocal kept
             for kept in range(100):
-                store.save_run(f"run {kept}", {"fingerprint": info.fingerprint}, [big])
+                store.save_run(f"run {kept}", {"fingerprint": info.fingerprint}, [large_evaluation])
 
         with pytest.raises(LsqError, match="disk is full"):
             fill_the_disk()
         assert kept > 0
-        again = Store(small / "lsq.duckdb")
-        assert again.query("SELECT count(*) n FROM runs")["n"][0] == kept
-        assert again.query("SELECT count(*) n FROM evaluations")["n"][0] == kept
-        assert again.model(info.fingerprint) == info
+        reopened = Store(small_disk / "lsq.duckdb")
+        assert reopened.query("SELECT count(*) n FROM runs")["n"][0] == kept
+        assert reopened.query("SELECT count(*) n FROM evaluations")["n"][0] == kept
+        assert reopened.model(info.fingerprint) == info
     finally:
-        subprocess.run(["umount", str(small)], check=True)
+        subprocess.run(["umount", str(small_disk)], check=True)

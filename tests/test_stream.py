@@ -11,15 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lsq_core.architecture import find_blocks, parameter_name
 from lsq_core.errors import InputError, LsqError
-from lsq_core.load import load_model
-from lsq_core.model import ModelSource
-from lsq_core.pipeline import Workbench
-from lsq_core.profile import DEFAULT_METRICS, WEIGHT_METRICS, ProfileSettings
-from lsq_core.profile.measure import measure_profile
-from lsq_core.store import Store
-from lsq_core.stream import NotStreamable, open_streamed
+from lsq_core.model.architecture import find_blocks, parameter_name
+from lsq_core.model.loading import load_model
+from lsq_core.model.source import ModelSource
+from lsq_core.model.streaming import NotStreamable, open_streamed
+from lsq_core.profiling.measure import measure_profile
+from lsq_core.profiling.metrics import DEFAULT_METRICS, WEIGHT_METRICS
+from lsq_core.profiling.settings import ProfileSettings
+from lsq_core.session import Session
+from lsq_core.store.store import Store
 from tests.conftest import ARCHITECTURES
 
 
@@ -36,51 +37,53 @@ def tensors(model) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in named if not tensor.is_meta}
 
 
-def same(found: dict, expected: dict, names: set[str]) -> bool:
-    return found.keys() == names and all(
-        t.dtype == expected[n].dtype and torch.equal(t, expected[n]) for n, t in found.items()
+def same_tensors(actual: dict, expected: dict, names: set[str]) -> bool:
+    return actual.keys() == names and all(
+        t.dtype == expected[n].dtype and torch.equal(t, expected[n]) for n, t in actual.items()
     )
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_what_is_held_is_what_loading_gives(architecture, random_model):
+def test_streamed_tensors_match_loaded_model(architecture, random_model):
     source = ModelSource(str(random_model(architecture)))
-    whole, streamed = load_model(source, "cpu"), open_streamed(source, "cpu")
-    assert streamed.info == whole.info
-    expected, always = tensors(whole.model), set(tensors(streamed.model))
-    assert not always & {name for name, _ in whole.model.named_parameters()}
-    prefix, blocks = find_blocks(whole.model)
+    loaded, streamed = load_model(source, "cpu"), open_streamed(source, "cpu")
+    assert streamed.info == loaded.info
+    expected, permanent = tensors(loaded.model), set(tensors(streamed.model))
+    assert not permanent & {name for name, _ in loaded.model.named_parameters()}
+    prefix, blocks = find_blocks(loaded.model)
     for layer in range(len(blocks)):
-        inside = {n for n in expected if n.startswith(f"{prefix}.{layer}.")}
-        with streamed.holding(f"{prefix}.{layer}"):
-            assert same(tensors(streamed.model), expected, always | inside)
-    for name in {parameter_name(matrix) for matrix in whole.info.matrices}:
-        with streamed.holding(name):
-            assert same(tensors(streamed.model), expected, always | {name})
-    with streamed.holding_entry():
-        entry = set(tensors(streamed.model)) - always
-        assert whole.model.get_input_embeddings().weight.numel() in {
+        block_names = {n for n in expected if n.startswith(f"{prefix}.{layer}.")}
+        with streamed.materialize(f"{prefix}.{layer}"):
+            assert same_tensors(tensors(streamed.model), expected, permanent | block_names)
+    for name in {parameter_name(matrix) for matrix in loaded.info.matrices}:
+        with streamed.materialize(name):
+            assert same_tensors(tensors(streamed.model), expected, permanent | {name})
+    with streamed.materialize_embeddings():
+        entry = set(tensors(streamed.model)) - permanent
+        assert loaded.model.get_input_embeddings().weight.numel() in {
             expected[n].numel() for n in entry
         }
-        assert same(tensors(streamed.model), expected, always | entry)
-    assert set(tensors(streamed.model)) == always, "what was held is let go"
+        assert same_tensors(tensors(streamed.model), expected, permanent | entry)
+    assert set(tensors(streamed.model)) == permanent, "what was held is let go"
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_streamed_profile_is_that_of_the_loaded_model(architecture, random_model, settings):
+def test_streamed_profile_matches_loaded_model(architecture, random_model, settings):
     source = ModelSource(str(random_model(architecture)))
-    whole = measure_profile(load_model(source, "cpu"), settings, "key")
+    loaded = measure_profile(load_model(source, "cpu"), settings, "key")
     streamed = measure_profile(open_streamed(source, "cpu"), settings, "key")
-    assert whole.values.equals(streamed.values)
-    assert (whole.provenance["streamed"], streamed.provenance["streamed"]) == (False, True)
-    alone = measure_profile(open_streamed(source, "cpu"), settings, "key", metrics=WEIGHT_METRICS)
+    assert loaded.values.equals(streamed.values)
+    assert (loaded.provenance["streamed"], streamed.provenance["streamed"]) == (False, True)
+    weights_only = measure_profile(
+        open_streamed(source, "cpu"), settings, "key", metrics=WEIGHT_METRICS
+    )
     for metric in WEIGHT_METRICS:
-        rows = [p.values[p.values["metric"] == metric] for p in (whole, alone)]
+        rows = [p.values[p.values["metric"] == metric] for p in (loaded, weights_only)]
         by_name = [r.set_index(["module", "config"])["value"].sort_index() for r in rows]
         assert by_name[0].equals(by_name[1])
 
 
-def test_shards_and_other_dtypes(random_model, tmp_path):
+def test_stream_sharded_checkpoint_in_other_dtype(random_model, tmp_path):
     """A sharded bfloat16 checkpoint, computed in float16."""
     weights = load_file(random_model("mixtral-moe") / "model.safetensors")
     folder = tmp_path / "sharded"
@@ -93,74 +96,72 @@ def test_shards_and_other_dtypes(random_model, tmp_path):
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": shards}), "utf8")
     source = ModelSource(str(folder))
-    whole = load_model(source, "cpu", "float16")
-    expected = tensors(whole.model)
+    loaded = load_model(source, "cpu", "float16")
+    expected = tensors(loaded.model)
     streamed = open_streamed(source, "cpu", "float16")
-    assert streamed.info == whole.info
-    with streamed.holding("model.layers.1"):
-        held = tensors(streamed.model)
-    assert {t.dtype for n, t in held.items() if ".layers." in n} == {torch.float16}
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in held.items())
+    assert streamed.info == loaded.info
+    with streamed.materialize("model.layers.1"):
+        block_tensors = tensors(streamed.model)
+    assert {t.dtype for n, t in block_tensors.items() if ".layers." in n} == {torch.float16}
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in block_tensors.items())
 
 
 # --- where it can't be ----------------------------------------------------------------------
 
 
-def pickled(folder: Path) -> None:
+def pickle_weights(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     torch.save(weights, folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
 
 
-def without_a_norm(folder: Path) -> None:
+def remove_norm(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     del weights["model.layers.1.input_layernorm.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def test_a_model_that_cannot_be_streamed_is_loaded_and_that_is_told(
-    random_model, settings, tmp_path
-):
-    folder, told = tmp_path / "model", "The weights are pickled"
+def test_profile_pickled_weights_falls_back_to_loading(random_model, settings, tmp_path):
+    folder, reason = tmp_path / "model", "The weights are pickled"
     shutil.copytree(random_model("llama-gqa"), folder)
-    pickled(folder)
-    source, said = ModelSource(str(folder), allow_pickle=True), []
-    with pytest.raises(NotStreamable, match=told):
+    pickle_weights(folder)
+    source, messages = ModelSource(str(folder), allow_pickle=True), []
+    with pytest.raises(NotStreamable, match=reason):
         open_streamed(source, "cpu")
-    bench = Workbench(source, Store(), "cpu", report=lambda *report: said.append(report[3]))
-    profile = bench.profile(settings)
-    assert any(told in line and "whole model" in line for line in said)
+    session = Session(source, Store(), "cpu", report=lambda *report: messages.append(report[3]))
+    profile = session.profile(settings)
+    assert any(reason in line and "whole model" in line for line in messages)
     assert set(profile.metrics) == set(DEFAULT_METRICS)
     assert not profile.provenance["streamed"]
 
 
-def test_a_weight_that_is_lacking_is_not_made_up(random_model, settings, tmp_path):
+def test_stream_missing_tensor_raises(random_model, settings, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(random_model("llama-gqa"), folder)
-    without_a_norm(folder)
-    lacking = "has no model.layers.1.input_layernorm.weight"
-    with pytest.raises(NotStreamable, match=lacking):
+    remove_norm(folder)
+    expected_error = "has no model.layers.1.input_layernorm.weight"
+    with pytest.raises(NotStreamable, match=expected_error):
         open_streamed(ModelSource(str(folder)), "cpu")
     with pytest.raises(InputError, match=r"have no model\.layers\.1\.input_layernorm\.weight;"):
-        Workbench(ModelSource(str(folder)), Store(), "cpu").profile(settings)
+        Session(ModelSource(str(folder)), Store(), "cpu").profile(settings)
 
 
-def test_a_profile_needs_no_whole_model(random_model, settings, monkeypatch):
-    monkeypatch.setattr("lsq_core.load.load_model", None)  # would fail if it were called
-    said = []
-    bench = Workbench(
+def test_profile_streams_without_loading_model(random_model, settings, monkeypatch):
+    monkeypatch.setattr("lsq_core.model.loading.load_model", None)  # would fail if it were called
+    messages = []
+    session = Session(
         ModelSource(str(random_model("llama-gqa"))),
         Store(),
         "cpu",
-        report=lambda *report: said.append(report[3]),
+        report=lambda *report: messages.append(report[3]),
     )
-    profile = bench.profile(settings)
+    profile = session.profile(settings)
     assert np.isfinite(profile.scores("kurtosis")).all()
     assert profile.provenance["streamed"]
-    assert any("one decoder block" in line and "cpu in float32" in line for line in said)
+    assert any("one decoder block" in line and "cpu in float32" in line for line in messages)
 
 
-def test_too_little_memory_for_a_block_is_told_at_once(random_model, monkeypatch):
-    monkeypatch.setattr("lsq_core.load._free_bytes", lambda device: 1000)
+def test_open_streamed_too_little_memory_raises(random_model, monkeypatch):
+    monkeypatch.setattr("lsq_core.model.loading._free_bytes", lambda device: 1000)
     with pytest.raises(LsqError, match=r"needs .* float32 .*cpu .*1000 B"):
         open_streamed(ModelSource(str(random_model("llama-gqa"))), "cpu")

@@ -11,14 +11,14 @@ import pytest
 
 from lsq_core import cli
 from lsq_core.errors import InputError
-from lsq_core.pipeline import Workbench
+from lsq_core.session import Session
 from lsq_core.targets import check_file_target, check_folder_target
 
 NOBODY = 65534
 
 
 @contextmanager
-def as_nobody() -> Iterator[None]:
+def as_unprivileged_user() -> Iterator[None]:
     """With the rights of a user who owns nothing here."""
     if os.geteuid() != 0:
         pytest.skip("becoming another user needs root")
@@ -41,7 +41,7 @@ def open_folder(tmp_path) -> Path:
     return shared
 
 
-def test_what_can_be_saved_to(tmp_path):
+def test_check_target_valid_paths(tmp_path):
     (tmp_path / "empty").mkdir()
     before = sorted(tmp_path.rglob("*"))
     check_folder_target(tmp_path / "new")
@@ -51,9 +51,9 @@ def test_what_can_be_saved_to(tmp_path):
     assert sorted(tmp_path.rglob("*")) == before, "nothing stays behind"
 
 
-def test_another_users_folder(open_folder):
+def test_check_target_other_users_folder_raises(open_folder):
     (open_folder / "theirs").mkdir(mode=0o755)
-    with as_nobody():
+    with as_unprivileged_user():
         check_folder_target(open_folder / "mine")
         with pytest.raises(InputError, match="belongs to another user"):
             check_folder_target(open_folder / "theirs")
@@ -62,22 +62,22 @@ def test_another_users_folder(open_folder):
         with pytest.raises(InputError, match="cannot be written"):
             check_file_target(open_folder / "theirs" / "plan.json")
     (open_folder / "theirs").chmod(0o777)
-    with as_nobody(), pytest.raises(InputError, match="belongs to another user"):
+    with as_unprivileged_user(), pytest.raises(InputError, match="belongs to another user"):
         check_folder_target(open_folder / "theirs")  # sticky: it can't be replaced
 
 
 @pytest.fixture
-def work(monkeypatch) -> list:
+def started_work(monkeypatch) -> list:
     """What was begun in spite of all."""
-    begun = []
-    monkeypatch.setattr(Workbench, "profile", lambda *a, **k: begun.append("profile"))
-    monkeypatch.setattr(Workbench, "run", lambda *a, **k: begun.append("run"))
-    monkeypatch.setattr(Workbench, "plan", lambda *a, **k: begun.append("plan"))
-    return begun
+    calls = []
+    monkeypatch.setattr(Session, "profile", lambda *a, **k: calls.append("profile"))
+    monkeypatch.setattr(Session, "run", lambda *a, **k: calls.append("run"))
+    monkeypatch.setattr(Session, "plan", lambda *a, **k: calls.append("plan"))
+    return calls
 
 
 @pytest.mark.parametrize("kind", ["file", "full", "in a file", "proc", "long", "empty name"])
-def test_a_run_is_refused_before_its_work(tmp_path, capsys, work, kind):
+def test_cli_run_invalid_save_target_fails_early(tmp_path, capsys, started_work, kind):
     (tmp_path / "file").write_text("")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("")
@@ -89,9 +89,9 @@ def test_a_run_is_refused_before_its_work(tmp_path, capsys, work, kind):
         "long": tmp_path / ("x" * 300),
         "empty name": "",
     }[kind]
-    words = ["run", "--model", "demo", "--method", "mxq", "--budget", "3.2bpp"]
-    assert cli.main([*words, "--save", str(target)]) == 2
-    assert work == []
+    command = ["run", "--model", "demo", "--method", "mxq", "--budget", "3.2bpp"]
+    assert cli.main([*command, "--save", str(target)]) == 2
+    assert started_work == []
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
@@ -99,14 +99,14 @@ LONG = "x" * 300
 
 
 @pytest.mark.parametrize("out", ["", "/proc/x.json", "{tmp}", "{tmp}/no/x.json", f"{{tmp}}/{LONG}"])
-def test_a_plans_file_is_refused_before_the_work(tmp_path, capsys, work, out):
-    words = ["plan", "--model", "demo", "--method", "mxq", "--budget", "3.2bpp"]
-    assert cli.main([*words, "--out", out.format(tmp=tmp_path)]) == 2
-    assert work == []
+def test_cli_plan_invalid_out_file_fails_early(tmp_path, capsys, started_work, out):
+    command = ["plan", "--model", "demo", "--method", "mxq", "--budget", "3.2bpp"]
+    assert cli.main([*command, "--out", out.format(tmp=tmp_path)]) == 2
+    assert started_work == []
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize("out", ["", "/proc/x.csv", "{tmp}/no/x.csv", f"{{tmp}}/{LONG}.csv"])
-def test_a_tables_file_is_refused(tmp_path, capsys, out):
+def test_cli_export_invalid_out_file_exit_2(tmp_path, capsys, out):
     assert cli.main(["export", "--out", out.format(tmp=tmp_path)]) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1

@@ -57,7 +57,7 @@ def recipe(train: ModuleType):
 
 
 @pytest.fixture(scope="module")
-def whole(train, recipe, text_root, tmp_path_factory):
+def trained(train, recipe, text_root, tmp_path_factory):
     """An uninterrupted run: its model, its folder, and what it reported."""
     out, lines = tmp_path_factory.mktemp("whole") / "model", []
     run = train.Run(out=out, checkpoint_every=4)
@@ -68,16 +68,16 @@ def held_out_losses(lines: list[str]) -> list[float]:
     return [float(line.split("held out ")[1].split()[0]) for line in lines if "loss" in line]
 
 
-def test_held_out_loss_falls(whole):
-    losses = held_out_losses(whole[2])
+def test_held_out_loss_falls(trained):
+    losses = held_out_losses(trained[2])
     assert len(losses) == STEPS // 4
     assert losses[-1] < losses[0] - 1.0
 
 
-def test_the_saved_folder_is_a_bf16_model_with_its_tokenizer(whole):
+def test_train_saves_bf16_model_and_tokenizer(trained):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model, out, _ = whole
+    model, out, _ = trained
     loaded = AutoModelForCausalLM.from_pretrained(out)
     assert loaded.dtype is torch.bfloat16
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
@@ -89,8 +89,8 @@ def test_the_saved_folder_is_a_bf16_model_with_its_tokenizer(whole):
     assert not (out / "checkpoint.pt").exists()
 
 
-def test_a_stopped_run_goes_on_to_the_identical_weights(
-    train, recipe, text_root, whole, tmp_path, monkeypatch
+def test_train_resume_gives_identical_weights(
+    train, recipe, text_root, trained, tmp_path, monkeypatch
 ):
     advance = train.Trainer.advance
 
@@ -106,26 +106,26 @@ def test_a_stopped_run_goes_on_to_the_identical_weights(
     monkeypatch.undo()
 
     lines = []
-    again = train.Run(tmp_path, checkpoint_every=4, resume=True)
-    model = train.train(recipe, again, text_root, lines.append)
+    resumed_run = train.Run(tmp_path, checkpoint_every=4, resume=True)
+    model = train.train(recipe, resumed_run, text_root, lines.append)
 
     assert "going on after step 4" in lines
-    assert held_out_losses(lines) == held_out_losses(whole[2])[1:]
-    for name, weight in whole[0].named_parameters():
+    assert held_out_losses(lines) == held_out_losses(trained[2])[1:]
+    for name, weight in trained[0].named_parameters():
         assert torch.equal(model.get_parameter(name), weight), name
     assert (tmp_path / "model.safetensors").read_bytes() == (
-        whole[1] / "model.safetensors"
+        trained[1] / "model.safetensors"
     ).read_bytes()
 
 
-def test_a_model_is_not_overwritten(train, whole, text_root, capsys):
-    before = (whole[1] / "model.safetensors").read_bytes()
-    assert train.main(["--out", str(whole[1]), "--text-root", str(text_root)]) == 2
-    assert str(whole[1]) in capsys.readouterr().err
-    assert (whole[1] / "model.safetensors").read_bytes() == before
+def test_train_existing_model_not_overwritten(train, trained, text_root, capsys):
+    before = (trained[1] / "model.safetensors").read_bytes()
+    assert train.main(["--out", str(trained[1]), "--text-root", str(text_root)]) == 2
+    assert str(trained[1]) in capsys.readouterr().err
+    assert (trained[1] / "model.safetensors").read_bytes() == before
 
 
-def test_a_checkpoint_is_not_overwritten_unasked(train, tmp_path):
+def test_check_out_existing_checkpoint_raises(train, tmp_path):
     (tmp_path / "checkpoint.pt").touch()
     with pytest.raises(InputError, match="--resume"):
         train.check_out(train.Run(tmp_path))
@@ -133,7 +133,7 @@ def test_a_checkpoint_is_not_overwritten_unasked(train, tmp_path):
     train.check_out(train.Run(tmp_path, force=True))
 
 
-def test_resume_needs_a_checkpoint_of_the_same_run(train, tmp_path):
+def test_load_checkpoint_other_run_raises(train, tmp_path):
     run = train.Run(tmp_path, resume=True)
     with pytest.raises(InputError, match="no checkpoint in"):
         train.load_checkpoint(run, "mine")
@@ -154,7 +154,7 @@ class Payload:
         return Path.touch, (self.path,)
 
 
-def test_a_checkpoint_is_never_executed(train, tmp_path):
+def test_load_checkpoint_pickle_not_executed(train, tmp_path):
     run, made = train.Run(tmp_path, resume=True), tmp_path / "made"
     torch.save({"identity": "mine", "step": Payload(made)}, run.checkpoint)
     with pytest.raises(InputError, match="damaged") as error:
@@ -164,18 +164,18 @@ def test_a_checkpoint_is_never_executed(train, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"nonsense", b"PK\x03\x04"])
-def test_a_damaged_checkpoint_is_named(train, tmp_path, content):
+def test_load_checkpoint_damaged_raises(train, tmp_path, content):
     (tmp_path / "checkpoint.pt").write_bytes(content)
     with pytest.raises(InputError, match="damaged"):
         train.load_checkpoint(train.Run(tmp_path, resume=True), "mine")
 
 
-def test_too_little_text_is_named(train, recipe, tmp_path):
+def test_train_too_little_text_raises(train, recipe, tmp_path):
     with pytest.raises(InputError, match="Too few docstrings"):
         train.train(recipe, train.Run(tmp_path / "out"), tmp_path, lambda _: None)
 
 
-def test_the_default_recipe_is_the_shipped_model(train):
+def test_default_recipe_matches_shipped_model(train):
     config = json.loads((DEMO / "config.json").read_text())
     model = train.make_model(train.Recipe())
     made = model.config.to_dict()
@@ -188,7 +188,7 @@ def test_the_default_recipe_is_the_shipped_model(train):
     assert scaled == pytest.approx(config["initializer_range"] / 48**0.5, rel=0.05)
 
 
-def test_batches_depend_on_seed_and_step_alone(train, recipe):
+def test_batch_at_deterministic_by_step(train, recipe):
     import numpy as np
 
     tokens = np.arange(1000)
@@ -199,7 +199,7 @@ def test_batches_depend_on_seed_and_step_alone(train, recipe):
     assert (batch.diff(dim=1) == 1).all()
 
 
-def test_the_rate_warms_up_and_comes_down_to_three_percent(train):
+def test_learning_rate_schedule(train):
     rates = [train.learning_rate(step, 1810) for step in range(1810)]
     assert rates[0] == pytest.approx(4e-3 / 150)
     assert max(rates) == rates[149] == pytest.approx(4e-3)
@@ -207,6 +207,6 @@ def test_the_rate_warms_up_and_comes_down_to_three_percent(train):
     assert rates[150:] == sorted(rates[150:], reverse=True)
 
 
-def test_a_width_of_broken_heads_is_refused(train):
+def test_make_model_invalid_width_raises(train):
     with pytest.raises(InputError, match="multiple of 32"):
         train.make_model(train.Recipe(width=100))

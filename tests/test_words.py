@@ -17,12 +17,12 @@ def test_signed_percent(share, text):
     assert words.signed_percent(share) == text
 
 
-def test_an_interval_or_none():
+def test_interval_or_too_few_windows():
     assert words.interval(0.015, 0.021) == "+1.50 % to +2.10 %"
     assert words.interval(None, None) == words.interval(math.nan, math.nan) == "too few windows"
 
 
-def test_patterns_survive_markdown():
+def test_literal_escapes_markdown():
     """A pin in an error sentence has to be readable as it was typed."""
-    assert words.literal("*.layers_0.*") == r"\*.layers\_0.\*"
-    assert words.literal("plain words, 3") == "plain words, 3"
+    assert words.escape("*.layers_0.*") == r"\*.layers\_0.\*"
+    assert words.escape("plain words, 3") == "plain words, 3"

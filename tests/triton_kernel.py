@@ -6,10 +6,10 @@ from itertools import product
 
 import torch
 
-from lsq_core.quantize import solver, solver_triton
+from lsq_core.quantization.hqq import solver, solver_triton
 
 
-def compare(dtype: torch.dtype, axis: int, group_size: int, bits: int, spread: float) -> None:
+def check_kernel(dtype: torch.dtype, axis: int, group_size: int, bits: int, spread: float) -> None:
     """Zero points of 75 groups, more than a block and not a multiple of one."""
     torch.manual_seed(0)
     weight = (spread * torch.randn(75 * group_size)).to(dtype)
@@ -17,11 +17,13 @@ def compare(dtype: torch.dtype, axis: int, group_size: int, bits: int, spread: f
     low = weight.float().amin(axis, keepdim=True)
     scale = (2**bits - 1) / (weight.float().amax(axis, keepdim=True) - low)
     inputs = (weight, scale, -low * scale, 2**bits - 1, axis)
-    zeros, errors = solver_triton.all_steps(
+    zeros, errors = solver_triton.run_all_steps(
         *inputs, steps=solver.STEPS, lp_norm=solver.LP_NORM, beta=solver.BETA
     )
     stop = solver.stopping_step((errors / weight.numel()).float())
-    torch.testing.assert_close(zeros[stop][0], solver.solve_zero(*inputs), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(
+        zeros[stop][0], solver.solve_zero_points(*inputs), rtol=1e-5, atol=1e-4
+    )
 
 
 if __name__ == "__main__":
@@ -29,5 +31,5 @@ if __name__ == "__main__":
     # the second spread has errors that survive the shrinking; 24 does not fill a power of two
     cases = list(product(dtypes, (0, 1), (32, 128, 24), ((8, 0.02), (2, 2.0))))
     for dtype, axis, group_size, (bits, spread) in cases:
-        compare(dtype, axis, group_size, bits, spread)
+        check_kernel(dtype, axis, group_size, bits, spread)
     print(len(cases), "cases")

@@ -40,7 +40,7 @@ REPEATS = 5
 #: Ratios as they were recorded, each with the machine: the least of its repeats.
 RECORDED = Path(__file__).with_name("recorded.json")
 #: The least share of a recorded ratio that a machine may fall to before it counts as slower.
-SHARE_OF_RECORDED = 0.8
+MIN_RATIO_SHARE = 0.8
 
 
 @dataclass(frozen=True)
@@ -117,17 +117,17 @@ class Pair:
             "ours_s": float(np.median(self.ours)),
             "theirs_s": float(np.median(self.theirs)),
             "ratio": float(np.median(ratios)),
-            "noise": spread(ratios),
+            "noise": relative_half_range(ratios),
             "least": float(ratios.min()),
         }
 
 
-def spread(values: np.ndarray) -> float:
+def relative_half_range(values: np.ndarray) -> float:
     """Half the range of (n,) over their median."""
     return float(np.ptp(values) / 2 / np.median(values))
 
 
-def in_turns(
+def time_interleaved(
     ours: Callable[[], object],
     theirs: Callable[[], object],
     repeats: int = REPEATS,
@@ -142,19 +142,19 @@ def in_turns(
     for _ in range(warm):
         ours(), theirs()
     wait()
-    seconds = [(timed(ours, wait), timed(theirs, wait)) for _ in range(repeats)]
+    seconds = [(time_call(ours, wait), time_call(theirs, wait)) for _ in range(repeats)]
     return Pair(*np.array(seconds).T)
 
 
-def timed(call: Callable[[], object], wait: Callable[[], None] = lambda: None) -> float:
+def time_call(call: Callable[[], object], wait: Callable[[], None] = lambda: None) -> float:
     """Seconds of the clock that a call takes, garbage collected before and not meanwhile."""
     gc.collect()
     gc.disable()
     try:
-        began = time.perf_counter()
+        start_time = time.perf_counter()
         call()
         wait()
-        return time.perf_counter() - began
+        return time.perf_counter() - start_time
     finally:
         gc.enable()
 
@@ -172,7 +172,7 @@ def measure(
         When there is no such row, or nothing to repeat.
     """
     if repeats < 1:
-        raise InputError("repeats has to be at least 1.")
+        raise InputError("--repeats must be at least 1.")
     unknown = [id for id in ids if id not in ROWS]
     if unknown:
         raise InputError(f"'{unknown[0]}' is not a benchmark; choose one of {', '.join(ROWS)}.")
@@ -190,10 +190,10 @@ def to_json(rows: Sequence[Row]) -> dict:
     """The rows with where and by what they were measured."""
     return {
         "rows": [asdict(row) | {"missed": row.missed, "wrong": row.wrong} for row in rows],
-    } | circumstances()
+    } | environment()
 
 
-def circumstances() -> dict:
+def environment() -> dict:
     """The machine with its GPU, where there is one, the threads, and the versions."""
     import torch
 
@@ -209,8 +209,8 @@ def circumstances() -> dict:
 
 def _processor() -> str:
     """The processor's own name, where the system tells it."""
-    told = Path("/proc/cpuinfo")
-    lines = told.read_text("utf8").splitlines() if told.is_file() else []
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text("utf8").splitlines() if cpuinfo.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
 
@@ -225,14 +225,12 @@ def record(rows: Sequence[Row]) -> None:
     """
     wrong = [row.id for row in rows if row.wrong]
     if wrong:
-        raise LsqError(
-            f"Nothing was recorded: the error of {', '.join(wrong)} is beyond its limit."
-        )
-    kept = _recorded()
+        raise LsqError(f"Nothing was recorded: the error of {', '.join(wrong)} exceeds its limit.")
+    entries = _recorded()
     for row in rows:
         if row.least is not None:
-            kept[row.id] = {"ratio": row.least} | circumstances()
-    write_json(RECORDED, kept)
+            entries[row.id] = {"ratio": row.least} | environment()
+    write_json(RECORDED, entries)
 
 
 def recorded() -> dict[str, float]:

@@ -11,11 +11,14 @@ import time
 import numpy as np
 import pulp
 
-from lsq_core.bench import Pair, Row, in_turns
-from lsq_core.config import LADDER
-from lsq_core.model import Matrix
-from lsq_core.plan import Frontier, PlanRequest, Problem, make_frontier
-from lsq_core.plan.exact import GAP, solve_exactly
+from lsq_core.bench import Pair, Row, time_interleaved
+from lsq_core.bits import LADDER
+from lsq_core.model.info import Matrix
+from lsq_core.planning.exact import RELATIVE_GAP, solve_exactly
+from lsq_core.planning.frontier import Frontier
+from lsq_core.planning.make import make_frontier
+from lsq_core.planning.problem import Problem
+from lsq_core.planning.request import PlanRequest
 
 #: Llama-2-70B's modules in a decoder block, (out, in), and its blocks.
 SHAPES = {
@@ -31,38 +34,40 @@ BLOCKS = 80
 #: The budget that both sides plan for, in bits per parameter.
 BUDGET = 3.2
 #: Budgets of which the worst gap counts, and those of which the time of one plan is taken.
-COMPARED, ASKED = 10, 1000
+GAP_BUDGETS, TIMED_BUDGETS = 10, 1000
 #: Plans that ours makes in the time of one: one alone is too short for a clock.
-AT_ONCE = 100
+PLANS_PER_TIMING = 100
 
 
 def frontier(repeats: int) -> Row:
     """The plan of MXQ for a budget, from the frontier and from CBC through PuLP."""
-    problem = made_problem()
-    began = time.process_time()
-    made = make_frontier(problem, PlanRequest("mxq"))
-    made.at(BUDGET * problem.total / 8)
-    build_ms = 1000 * (time.process_time() - began)
+    problem = make_problem()
+    start_time = time.process_time()
+    plans = make_frontier(problem, PlanRequest("mxq"))
+    plans.at(BUDGET * problem.total / 8)
+    build_ms = 1000 * (time.process_time() - start_time)
     budget = BUDGET * problem.total / 8
-    pair = in_turns(
-        lambda: [made.at(budget) for _ in range(AT_ONCE)],
-        lambda: solve_with_cbc(made, budget),
+    pair = time_interleaved(
+        lambda: [plans.at(budget) for _ in range(PLANS_PER_TIMING)],
+        lambda: solve_with_cbc(plans, budget),
         repeats,
     )
-    pair = Pair(pair.ours / AT_ONCE, pair.theirs)
+    pair = Pair(pair.ours / PLANS_PER_TIMING, pair.theirs)
     random = np.random.default_rng(0)
-    query_ms = [_milliseconds(made, b) for b in random.uniform(2.2, 8, ASKED) * problem.total / 8]
-    gaps = [_gap(made, b) for b in random.uniform(2.2, 8, COMPARED) * problem.total / 8]
+    query_ms = [
+        _milliseconds(plans, b) for b in random.uniform(2.2, 8, TIMED_BUDGETS) * problem.total / 8
+    ]
+    gaps = [_gap(plans, b) for b in random.uniform(2.2, 8, GAP_BUDGETS) * problem.total / 8]
     return Row(
         id="frontier",
         what="plan for a budget, 560 matrices × 12",
         ours="from the frontier, built once",
-        theirs=f"CBC through PuLP, gap {GAP:g}",
+        theirs=f"CBC through PuLP, gap {RELATIVE_GAP:g}",
         **pair.figures,
         processor_s=float(np.median(query_ms)) / 1000,
         error=max(gaps),
         error_limit=0.005,
-        error_is=f"gap to the optimum, worst of {COMPARED} budgets",
+        error_is=f"gap to the optimum, worst of {GAP_BUDGETS} budgets",
         most_s=0.001,
         details={
             "build_ms": build_ms,
@@ -83,14 +88,14 @@ def solve_with_cbc(frontier: Frontier, budget: float) -> np.ndarray:
     for i in matrices:
         program += pulp.lpSum(take[i].values()) == 1
     program += pulp.lpSum(size[i, j] * take[i][j] for i in matrices for j in stops) <= budget
-    program.solve(pulp.PULP_CBC_CMD(msg=False, gapRel=GAP))
+    program.solve(pulp.PULP_CBC_CMD(msg=False, gapRel=RELATIVE_GAP))
     return np.array([max(stops, key=lambda j: take[i][j].value()) for i in matrices])
 
 
 def _milliseconds(frontier: Frontier, budget: float) -> float:
-    began = time.process_time()
+    start_time = time.process_time()
     frontier.at(budget)
-    return 1000 * (time.process_time() - began)
+    return 1000 * (time.process_time() - start_time)
 
 
 def _gap(frontier: Frontier, budget: float) -> float:
@@ -98,7 +103,7 @@ def _gap(frontier: Frontier, budget: float) -> float:
     return frontier.at(budget).objective / solve_exactly(frontier, budget).objective - 1
 
 
-def made_problem(seed: int = 0) -> Problem:
+def make_problem(seed: int = 0) -> Problem:
     """Weight errors as rounding to nearest gives them to normal weights, some matrices wider."""
     random = np.random.default_rng(seed)
     matrices = tuple(

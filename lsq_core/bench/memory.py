@@ -21,13 +21,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lsq_core.config import format_bytes
-from lsq_core.model import DEMO_FOLDER, ModelSource
-from lsq_core.profile import DEFAULT_METRICS, WEIGHT_METRICS, ProfileSettings
+from lsq_core import paths
+from lsq_core.model.source import DEMO_FOLDER, ModelSource
+from lsq_core.profiling.metrics import DEFAULT_METRICS, WEIGHT_METRICS
+from lsq_core.profiling.settings import ProfileSettings
+from lsq_core.units import format_bytes
 
 GIB = 2**30
 #: Seconds between two looks at the process: a matrix takes longer than that.
-_BETWEEN = 0.005
+_POLL_SECONDS = 0.005
 
 
 @dataclass(frozen=True)
@@ -80,14 +82,14 @@ def write_random_model(folder: Path, weight_bytes: int, layers: int = 32) -> int
     import torch
     from safetensors.torch import save_file
 
-    from lsq_core.architecture import find_blocks
-    from lsq_core.load import skeleton
+    from lsq_core.model.architecture import find_blocks
+    from lsq_core.model.loading import build_meta_model
 
     folder.mkdir(parents=True)
     random_config(weight_bytes, layers).save_pretrained(folder)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(DEMO_FOLDER / file, folder / file)
-    model = skeleton(ModelSource(str(folder)), folder, dtype=torch.bfloat16)
+    model = build_meta_model(ModelSource(str(folder)), folder, dtype=torch.bfloat16)
     prefix = find_blocks(model)[0]
     shards: dict[str, dict] = {}
     for name, parameter in model.named_parameters():
@@ -95,15 +97,15 @@ def write_random_model(folder: Path, weight_bytes: int, layers: int = 32) -> int
         shard = name.removeprefix(f"{prefix}.").partition(".")[0] if inside else "other"
         shards.setdefault(f"model-{shard}.safetensors", {})[name] = parameter.shape
     generator = torch.Generator().manual_seed(0)
-    where, held = {}, 0
+    where, block_bytes = {}, 0
     for file, shapes in shards.items():
         tensors = {name: _random(shape, generator) for name, shape in shapes.items()}
         save_file(tensors, folder / file, metadata={"format": "pt"})
         where |= dict.fromkeys(shapes, file)
-        held += 0 if "other" in file else sum(t.nbytes for t in tensors.values())
+        block_bytes += 0 if "other" in file else sum(t.nbytes for t in tensors.values())
     index = {"metadata": {}, "weight_map": where}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), "utf8")
-    return held
+    return block_bytes
 
 
 def _random(shape: Sequence[int], generator: object) -> object:
@@ -125,26 +127,25 @@ def measure(folder: Path, weight_bytes: int, options: Options) -> Peak:
     command = [sys.executable, "-m", "lsq_core.bench.memory", "--profile", str(folder.resolve())]
     command += ["--quantizer", options.quantizer, "--samples", str(options.samples)]
     command += ["--text"] if options.text else []
-    root = Path(__file__).resolve().parents[2]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=paths.IMPORT_FOLDER)
     peak = 0
-    for now in _anonymous(process):
+    for now in _watch_rss_anon(process):
         peak = max(peak, now)
     output, _ = process.communicate()
     if process.returncode:
         raise RuntimeError(f"profiling {folder} failed; see above")
-    told = json.loads(output)
-    return Peak(weight_bytes, told["base"], max(peak, told["base"]), told["seconds"])
+    report = json.loads(output)
+    return Peak(weight_bytes, report["base"], max(peak, report["base"]), report["seconds"])
 
 
-def _anonymous(process: subprocess.Popen) -> Iterator[int]:
+def _watch_rss_anon(process: subprocess.Popen) -> Iterator[int]:
     """RssAnon of a process in bytes, over and over until it ends."""
     while process.poll() is None:
         try:
             yield rss_anon(process.pid)
         except (OSError, StopIteration):
             return
-        time.sleep(_BETWEEN)
+        time.sleep(_POLL_SECONDS)
 
 
 def rss_anon(pid: int | str = "self") -> int:
@@ -157,20 +158,20 @@ def profile(folder: Path, options: Options) -> dict[str, float]:
     """Profile a model in this process, its blocks streamed; seconds, and memory before it."""
     import torch  # noqa: F401 - what it takes by itself is no part of a model's
 
-    from lsq_core.profile.measure import measure_profile
-    from lsq_core.stream import open_streamed
+    from lsq_core.model.streaming import open_streamed
+    from lsq_core.profiling.measure import measure_profile
 
-    base, began = rss_anon(), time.process_time()
+    base, start_time = rss_anon(), time.process_time()
     measure_profile(
         open_streamed(ModelSource(str(folder)), "cpu"),
         ProfileSettings(options.quantizer, samples=options.samples),
         "memory",
         metrics=DEFAULT_METRICS if options.text else WEIGHT_METRICS,
     )
-    return {"base": base, "seconds": time.process_time() - began}
+    return {"base": base, "seconds": time.process_time() - start_time}
 
 
-def main(words: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Print a line for each size."""
     parser = argparse.ArgumentParser(prog="python -m lsq_core.bench.memory", description=__doc__)
     parser.add_argument("gib", nargs="*", type=float, help="GiB of weights in the decoder blocks")
@@ -180,21 +181,21 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=128, help="calibration texts")
     parser.add_argument("--folder", help="where models are made; the system's temporary folder")
     parser.add_argument("--profile", type=Path, help=argparse.SUPPRESS)
-    asked = parser.parse_args(words)
-    options = Options(asked.text, asked.quantizer, asked.samples)
-    if asked.profile:
-        print(json.dumps(profile(asked.profile, options)))
+    args = parser.parse_args(argv)
+    options = Options(args.text, args.quantizer, args.samples)
+    if args.profile:
+        print(json.dumps(profile(args.profile, options)))
         return 0
     print("weights     RssAnon: before     peak   CPU seconds   s/GiB")
-    for gib in asked.gib:
-        with tempfile.TemporaryDirectory(dir=asked.folder) as made:
+    for gib in args.gib:
+        with tempfile.TemporaryDirectory(dir=args.folder) as made:
             folder = Path(made) / "model"
-            held = write_random_model(folder, int(gib * GIB), asked.layers)
-            found = measure(folder, held, options)
+            block_bytes = write_random_model(folder, int(gib * GIB), args.layers)
+            result = measure(folder, block_bytes, options)
         print(
-            f"{format_bytes(held):>9} {format_bytes(found.base):>16} "
-            f"{format_bytes(found.peak):>10} {found.seconds:>12.1f} "
-            f"{found.seconds / held * GIB:>7.1f}",
+            f"{format_bytes(block_bytes):>9} {format_bytes(result.base):>16} "
+            f"{format_bytes(result.peak):>10} {result.seconds:>12.1f} "
+            f"{result.seconds / block_bytes * GIB:>7.1f}",
             flush=True,
         )
     return 0

@@ -9,11 +9,11 @@ import torch
 from hqq.core.quantize import BaseQuantizeConfig, HQQBackend, HQQLinear
 from torch import Tensor, nn
 
-from lsq_core.bench import REPEATS, Row, in_turns
-from lsq_core.config import QuantConfig
-from lsq_core.quantize import get_quantizer
-from lsq_core.quantize.apply import PackedLinear
-from lsq_core.quantize.packed import quantize_matrix
+from lsq_core.bench import REPEATS, Row, time_interleaved
+from lsq_core.bits import QuantConfig
+from lsq_core.quantization.packed import quantize_matrix
+from lsq_core.quantization.registry import get_quantizer
+from lsq_core.quantized.modules import PackedLinear
 
 SIDE = 2048
 BITS = (2, 3, 4, 8)
@@ -35,14 +35,14 @@ def forward(repeats: int = REPEATS) -> Row:
             for dtype in (torch.float32, torch.bfloat16)
         }
         plain = [pair for (_, dtype), pair in pairs.items() if dtype == "float32"]
-        figures = in_turns(
+        figures = time_interleaved(
             lambda: [ours(x) for ours, _, inputs in plain for x in inputs],
             lambda: [theirs(x) for _, theirs, inputs in plain for x in inputs],
             repeats,
         ).figures
         error = max(_added_error(weight, bits, pairs[bits, "float32"]) for bits in BITS)
         cases = {
-            f"b{bits}g64 {dtype}, {len(x)} tokens": in_turns(
+            f"b{bits}g64 {dtype}, {len(x)} tokens": time_interleaved(
                 lambda f=ours, x=x: f(x), lambda f=theirs, x=x: f(x), repeats
             ).figures
             for (bits, dtype), (ours, theirs, inputs) in pairs.items()

@@ -8,11 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lsq_core.bench import Row, in_turns
-from lsq_core.corpus import load_corpus, token_stream
-from lsq_core.evaluate import Protocol, evaluate
-from lsq_core.load import load_model
-from lsq_core.model import ModelSource
+from lsq_core.bench import Row, time_interleaved
+from lsq_core.corpus.registry import load_corpus
+from lsq_core.corpus.tokens import build_token_stream
+from lsq_core.evaluation.perplexity import evaluate
+from lsq_core.evaluation.protocol import Protocol
+from lsq_core.model.loading import load_model
+from lsq_core.model.source import ModelSource
 
 #: Tokens of the built-in text that both read on a CPU and on a GPU.
 TOKENS = {"cpu": 4096, "cuda": 65536}
@@ -23,7 +25,7 @@ def perplexity(repeats: int) -> Row:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     loaded = load_model(ModelSource("demo"), device, "float32")
     corpus = load_corpus("stdlib", "evaluation")
-    ids = token_stream(corpus, loaded.tokenizer, TOKENS[device]).ids
+    ids = build_token_stream(corpus, loaded.tokenizer, TOKENS[device]).ids
     bos = loaded.tokenizer.bos_token_id
     return compare(loaded.model, ids, bos, loaded.info.context, repeats)
 
@@ -33,16 +35,16 @@ def compare(model: nn.Module, ids: np.ndarray, bos: int | None, context: int, re
     protocol = Protocol.named("strided", context)
     device = next(model.parameters()).device
     stream = torch.from_numpy(ids if bos is None else np.r_[bos, ids]).to(device)
-    found = {}
+    results = {}
 
     def ours() -> None:
-        found["ours"] = evaluate(model, ids, protocol, bos=bos)[0].perplexity
+        results["ours"] = evaluate(model, ids, protocol, bos=bos)[0].perplexity
 
     def theirs() -> None:
-        found["theirs"] = plain_loop(model, stream, protocol, bos)
+        results["theirs"] = plain_loop(model, stream, protocol, bos)
 
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    pair = in_turns(ours, theirs, repeats, wait=wait)
+    pair = time_interleaved(ours, theirs, repeats, wait=wait)
     parameters = sum(p.numel() for p in model.parameters())
     return Row(
         id="perplexity",
@@ -50,12 +52,12 @@ def compare(model: nn.Module, ids: np.ndarray, bos: int | None, context: int, re
         ours="windows in batches, the head where tokens are scored",
         theirs="transformers' strided loop",
         **pair.figures,
-        error=abs(found["ours"] / found["theirs"] - 1),
+        error=abs(results["ours"] / results["theirs"] - 1),
         error_limit=1e-4,
         error_is="relative difference of the perplexity",
         target=1.3 if device.type == "cpu" else 3.0,
         device=str(device),
-        details={"protocol": protocol.name, "perplexity": found["ours"]},
+        details={"protocol": protocol.name, "perplexity": results["ours"]},
     )
 
 

@@ -19,14 +19,17 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from lsq_core.bench import Pair, Row, timed
-from lsq_core.config import LADDER, QuantConfig
-from lsq_core.load import load_tokenizer
-from lsq_core.model import DEMO_FOLDER, ModelSource
-from lsq_core.profile import DEFAULT_METRICS, Profile, ProfileSettings
-from lsq_core.profile.agreement import rank_correlation
-from lsq_core.profile.measure import calibration_of, measure_profile
-from lsq_core.stream import StreamedModel, open_streamed
+from lsq_core.bench import Pair, Row, time_call
+from lsq_core.bits import LADDER, QuantConfig
+from lsq_core.model.loading import load_tokenizer
+from lsq_core.model.source import DEMO_FOLDER, ModelSource
+from lsq_core.model.streaming import StreamedModel, open_streamed
+from lsq_core.profiling.agreement import rank_correlation
+from lsq_core.profiling.calibration import load_calibration
+from lsq_core.profiling.measure import measure_profile
+from lsq_core.profiling.metrics import DEFAULT_METRICS
+from lsq_core.profiling.profile import Profile
+from lsq_core.profiling.settings import ProfileSettings
 
 #: Texts of the demo's calibration corpus: few, so that ten runs of both sides take a minute. Scale
 #: and zero as hqq's layers keep them, so that both sides measure the same weights.
@@ -50,7 +53,7 @@ _PARTS = (
     (_LINEAR[4:6], "mlp"),
     (_LINEAR[6:], "mlp.down_proj"),
 )
-_ALONE = tuple(((name,), name) for name in _LINEAR)
+_SINGLE_MODULES = tuple(((name,), name) for name in _LINEAR)
 
 
 def profile(repeats: int, settings: ProfileSettings = SETTINGS) -> Row:
@@ -61,14 +64,14 @@ def profile(repeats: int, settings: ProfileSettings = SETTINGS) -> Row:
     """
     ours: list[Profile] = []
     theirs: dict[QuantConfig, Scores] = {}
-    ids = torch.from_numpy(calibration_of(open_demo(), settings).ids)
+    ids = torch.from_numpy(load_calibration(open_demo(), settings.text).ids)
     seconds = []
     theirs_at(LADDER[0], ids), measure_ours(settings)
     for repeat in range(repeats):
         config = LADDER[(7 + 5 * repeat) % len(LADDER)]  # every one of them in twelve repeats
-        one = timed(lambda: ours.append(measure_ours(settings)))
-        each = timed(lambda c=config: theirs.update({c: theirs_at(c, ids)}))
-        seconds.append((one, each * len(LADDER) + timed(_their_kurtosis)))
+        one = time_call(lambda: ours.append(measure_ours(settings)))
+        each = time_call(lambda c=config: theirs.update({c: theirs_at(c, ids)}))
+        seconds.append((one, each * len(LADDER) + time_call(_their_kurtosis)))
     pairs = list(compared(ours[-1], theirs))
     error = max(float(np.max(np.abs(a / b - 1))) for a, b in pairs)
     ranks = min(rank_correlation(a, b) for a, b in pairs)
@@ -120,7 +123,7 @@ def theirs_at(config: QuantConfig, ids: Tensor) -> Scores:
     return (
         _weight_errors(config)
         | _sensitivities("sensitivity", _PARTS, config, ids)
-        | _sensitivities("sensitivity_module", _ALONE, config, ids)
+        | _sensitivities("sensitivity_module", _SINGLE_MODULES, config, ids)
     )
 
 
@@ -138,7 +141,7 @@ def _quantized(weight: Tensor, config: QuantConfig) -> Tensor:
     return ((codes - zero) * scale).view_as(weight)
 
 
-def _stored() -> Iterator[tuple[str, Tensor]]:
+def _stored_weights() -> Iterator[tuple[str, Tensor]]:
     """Name and float32 weight of every linear module in the demo's file."""
     with safe_open(DEMO_FOLDER / "model.safetensors", framework="pt") as file:
         for key in file.keys():  # noqa: SIM118 - it is no dictionary
@@ -149,14 +152,14 @@ def _stored() -> Iterator[tuple[str, Tensor]]:
 def _weight_errors(config: QuantConfig) -> Scores:
     return {
         ("weight_error", name): float(torch.norm(weight - _quantized(weight, config)))
-        for name, weight in _stored()
+        for name, weight in _stored_weights()
     }
 
 
 def _their_kurtosis() -> dict[str, float]:
     return {
         name: scipy.stats.kurtosis(weight.double().numpy(), axis=None, fisher=False)
-        for name, weight in _stored()
+        for name, weight in _stored_weights()
     }
 
 
@@ -167,15 +170,15 @@ def _sensitivities(metric: str, parts: tuple, config: QuantConfig, ids: Tensor) 
     hidden, kwargs = _first_inputs(model, ids)
     scores = {}
     for layer, block in enumerate(model.model.layers):
-        hidden, inputs = _features(block, hidden, kwargs)
+        hidden, inputs = _capture_inputs(block, hidden, kwargs)
         for names, output in parts:
             module = block.get_submodule(output)
             given = kwargs if output == "self_attn" else {}
-            before = _first(module(inputs[names[0]], **given))
+            before = _first_output(module(inputs[names[0]], **given))
             for name in names:
                 linear = block.get_submodule(name)
                 linear.weight.data = _quantized(linear.weight.data, config)
-            after = _first(module(inputs[names[0]], **given))
+            after = _first_output(module(inputs[names[0]], **given))
             value = (before - after).float().pow(2).mean().item()
             scores |= {(metric, f"model.layers.{layer}.{name}"): value for name in names}
     return scores
@@ -185,11 +188,11 @@ def _first_inputs(model: nn.Module, ids: Tensor) -> tuple[Tensor, dict]:
     """What the first block is called with."""
     found: list[tuple[Tensor, dict]] = []
 
-    def catch(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def capture(module: nn.Module, args: tuple, kwargs: dict) -> None:
         found.append((args[0], kwargs))
         raise StopIteration
 
-    handle = model.model.layers[0].register_forward_pre_hook(catch, with_kwargs=True)
+    handle = model.model.layers[0].register_forward_pre_hook(capture, with_kwargs=True)
     try:
         with suppress(StopIteration):  # the rest of the model isn't needed
             model(ids, use_cache=False)
@@ -198,7 +201,9 @@ def _first_inputs(model: nn.Module, ids: Tensor) -> tuple[Tensor, dict]:
     return found[0]
 
 
-def _features(block: nn.Module, hidden: Tensor, kwargs: dict) -> tuple[Tensor, dict[str, Tensor]]:
+def _capture_inputs(
+    block: nn.Module, hidden: Tensor, kwargs: dict
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The block's output, and what each of its linear modules was given."""
     inputs: dict[str, Tensor] = {}
 
@@ -206,11 +211,11 @@ def _features(block: nn.Module, hidden: Tensor, kwargs: dict) -> tuple[Tensor, d
         return lambda module, args: inputs.update({name: args[0].detach()})
 
     handles = [block.get_submodule(name).register_forward_pre_hook(keep(name)) for name in _LINEAR]
-    output = _first(block(hidden, **kwargs))
+    output = _first_output(block(hidden, **kwargs))
     for handle in handles:
         handle.remove()
     return output, inputs
 
 
-def _first(output: object) -> Tensor:
+def _first_output(output: object) -> Tensor:
     return output[0] if isinstance(output, tuple) else output

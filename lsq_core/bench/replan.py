@@ -10,13 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
-from lsq_core.bench import Row, in_turns
-from lsq_core.model import ModelSource
-from lsq_core.pipeline import EvaluationRequest, Workbench
-from lsq_core.plan import PlanRequest
-from lsq_core.profile import ProfileSettings
-from lsq_core.store import Store
-from lsq_core.sweep import Item, items, sweep
+from lsq_core.bench import Row, time_interleaved
+from lsq_core.evaluation.protocol import EvaluationRequest
+from lsq_core.model.source import ModelSource
+from lsq_core.planning.request import PlanRequest
+from lsq_core.profiling.settings import ProfileSettings
+from lsq_core.session import Session
+from lsq_core.store.store import Store
+from lsq_core.sweep import SweepItem, items, sweep
 
 #: MXQ at ten sizes a tenth of a bit apart, as one drags the slider from 3.0 to 3.9 bits.
 BUDGETS = tuple(f"{3 + tenths / 10:.1f}bpp" for tenths in range(10))
@@ -30,7 +31,7 @@ SAME = ("perplexity", "kl", "top1", "measured_bytes")
 
 def replan10(repeats: int) -> Row:
     """A sweep beside ten runs, each with a workbench of its own: load, plan, quantize, evaluate."""
-    asked = items(
+    items_to_run = items(
         [PlanRequest("mxq", budget=budget) for budget in BUDGETS],
         ["hqq"],
         [EvaluationRequest(max_tokens=TOKENS)],
@@ -38,11 +39,13 @@ def replan10(repeats: int) -> Row:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepared = Store(folder / "prepared.duckdb")
-        bench = Workbench(ModelSource("demo"), prepared, "cpu")
+        bench = Session(ModelSource("demo"), prepared, "cpu")
         bench.profile(SETTINGS)
-        plans = [bench.plan(item.request, SETTINGS)[0] for item in asked]
-        both = _Both(asked, folder)
-        pair = in_turns(both.sweep, both.runs, repeats, warm=0)  # planning has warmed up both
+        plans = [bench.plan(item.request, SETTINGS) for item in items_to_run]
+        both = _Both(items_to_run, folder)
+        pair = time_interleaved(
+            both.sweep, both.runs, repeats, warm=0
+        )  # planning has warmed up both
     stops = [(matrix.name, config) for plan in plans for matrix, config in plan.choice.items()]
     return Row(
         id="replan10",
@@ -65,31 +68,31 @@ def replan10(repeats: int) -> Row:
 class _Both:
     """Both sides, each on a copy of its own of the prepared database."""
 
-    def __init__(self, asked: Sequence[Item], folder: Path) -> None:
-        self.asked, self.folder = asked, folder
+    def __init__(self, items_to_run: Sequence[SweepItem], folder: Path) -> None:
+        self.items_to_run, self.folder = items_to_run, folder
         self.number = 0
         self.swept: list[dict] = []
         self.run: list[dict] = []
         self.seconds = 0.0
 
-    def _bench(self) -> Workbench:
+    def _bench(self) -> Session:
         self.number += 1
         copy = self.folder / f"{self.number}.duckdb"
         shutil.copy(self.folder / "prepared.duckdb", copy)
-        return Workbench(ModelSource("demo"), Store(copy), "cpu")
+        return Session(ModelSource("demo"), Store(copy), "cpu")
 
     def sweep(self) -> None:
         """Ours."""
-        self.swept = sweep(self._bench(), self.asked, SETTINGS)
+        self.swept = sweep(self._bench(), self.items_to_run, SETTINGS)
 
     def runs(self) -> None:
         """Theirs."""
-        self.run, began = [], time.perf_counter()
-        for item in self.asked:
+        self.run, start_time = [], time.perf_counter()
+        for item in self.items_to_run:
             bench = self._bench()
-            plan, profile = bench.plan(item.request, SETTINGS)
-            self.run.append(bench.run(plan, profile, item.quantizer, item.evaluation))
-        self.seconds = time.perf_counter() - began
+            plan = bench.plan(item.request, SETTINGS)
+            self.run.append(bench.run(plan, item.quantizer, item.evaluation))
+        self.seconds = time.perf_counter() - start_time
 
     @property
     def quantizing(self) -> float:

@@ -10,8 +10,8 @@ import torch
 from hqq.core.quantize import Quantizer
 from torch import Tensor
 
-from lsq_core.bench import REPEATS, Row, in_turns, timed
-from lsq_core.quantize.solver import engine, plugged_in, steps
+from lsq_core.bench import REPEATS, Row, time_call, time_interleaved
+from lsq_core.quantization.hqq.solver import backend, patched_hqq, steps
 
 #: Mean absolute and Frobenius error, relative to theirs.
 ERROR_LIMIT = 1e-3
@@ -87,19 +87,19 @@ CASES = (
 def compiled(repeats: int = REPEATS) -> Row:
     """The solver as compiled for this machine."""
     what = "HQQ solver, compiled"
-    with steps.forced(compiled=True):
-        began = time.perf_counter()
+    with steps.force_compiled(compiled=True):
+        start_time = time.perf_counter()
         for axis in (1, 0):
             _ours(Case(side=1024, axis=axis))(Case(side=1024, axis=axis).weights())
-        compiling = time.perf_counter() - began
-        if engine("cpu").name != "compiled":
-            return Row("solver_cpu", what, reason=engine("cpu").reason)
+        compiling = time.perf_counter() - start_time
+        if backend("cpu").name != "compiled":
+            return Row("solver_cpu", what, reason=backend("cpu").reason)
         return _row("solver_cpu", what, CASES, repeats, 5.0, {"compiling_s": compiling})
 
 
 def eager(repeats: int = REPEATS) -> Row:
     """The solver without a compiler, and where errors are so large that they survive shrinking."""
-    with steps.forced(compiled=False):
+    with steps.force_compiled(compiled=False):
         cases = (*CASES, Case("wide", bits=2))
         return _row("solver_cpu_eager", "HQQ solver, no compiler", cases, repeats, 3.0, {})
 
@@ -109,26 +109,26 @@ def _row(
 ) -> Row:
     first, *others = cases
     weights = first.weights()
-    pair = in_turns(lambda: _ours(first)(weights), lambda: first.quantize(weights), repeats)
+    pair = time_interleaved(lambda: _ours(first)(weights), lambda: first.quantize(weights), repeats)
     beside = {case.name: _compare(case) for case in others}
     beside[first.name] = {"ratio": pair.figures["ratio"], "error": _difference(first, weights)}
     return Row(
         id,
         f"{what}, {first.name}",
-        ours=f"this solver in hqq's Quantizer ({engine('cpu').name})",
+        ours=f"this solver in hqq's Quantizer ({backend('cpu').name})",
         theirs="hqq's Quantizer.quantize",
         **pair.figures,
         error=max(case["error"] for case in beside.values()),
         error_limit=ERROR_LIMIT,
         error_is=_ERROR_IS,
         target=target,
-        details={"engine": engine("cpu").name, "cases": beside, **details},
+        details={"engine": backend("cpu").name, "cases": beside, **details},
     )
 
 
 def _ours(case: Case) -> Callable[[Tensor], object]:
     def quantize(weights: Tensor) -> object:
-        with plugged_in():
+        with patched_hqq():
             return case.quantize(weights)
 
     return quantize
@@ -137,8 +137,8 @@ def _ours(case: Case) -> Callable[[Tensor], object]:
 def _compare(case: Case, device: str = "cpu") -> dict[str, float]:
     """One time of each, and how far the errors are apart."""
     weights = case.weights(device)
-    ours = timed(lambda: _ours(case)(weights))
-    theirs = timed(lambda: case.quantize(weights))
+    ours = time_call(lambda: _ours(case)(weights))
+    theirs = time_call(lambda: case.quantize(weights))
     return {
         "ours_s": ours,
         "theirs_s": theirs,
@@ -148,7 +148,7 @@ def _compare(case: Case, device: str = "cpu") -> dict[str, float]:
 
 
 def _difference(case: Case, weights: Tensor) -> float:
-    with plugged_in():
+    with patched_hqq():
         ours = case.errors(weights)
     theirs = case.errors(weights)
     # Where there is no error (constant weights) what counts is that ours has none either.
@@ -157,9 +157,9 @@ def _difference(case: Case, weights: Tensor) -> float:
 
 def _demo_weights() -> Tensor:
     """All matrices of one block of the demo model, cut into rows of 128."""
-    from lsq_core.architecture import get_weight
-    from lsq_core.load import load_model
-    from lsq_core.model import ModelSource
+    from lsq_core.model.architecture import get_weight
+    from lsq_core.model.loading import load_model
+    from lsq_core.model.source import ModelSource
 
     loaded = load_model(ModelSource("demo"), "cpu")
     matrices = [get_weight(loaded.model, m).float() for m in loaded.info.matrices if m.layer == 3]
@@ -186,7 +186,7 @@ def gpu(repeats: int = REPEATS) -> Row:
     ]
     ours = _ours(case)
     wait = torch.cuda.synchronize
-    pair = in_turns(
+    pair = time_interleaved(
         lambda: [ours(w) for w in block],
         lambda: [case.quantize(w) for w in block],
         repeats,
@@ -195,7 +195,7 @@ def gpu(repeats: int = REPEATS) -> Row:
     return Row(
         "solver_gpu",
         what,
-        ours=f"this solver in hqq's Quantizer ({engine('cuda').name})",
+        ours=f"this solver in hqq's Quantizer ({backend('cuda').name})",
         theirs="hqq's Quantizer.quantize",
         **pair.figures,
         error=max(_difference(case, w) for w in block),
@@ -203,31 +203,34 @@ def gpu(repeats: int = REPEATS) -> Row:
         error_is=f"{_ERROR_IS}; hqq works in float16 on a GPU, ours in float32",
         target=20.0,
         device="cuda",
-        details={"engine": engine("cuda").name} | _whole_model(ours, block) | _bandwidth(block),
+        details={"engine": backend("cuda").name} | _whole_model(ours, block) | _bandwidth(block),
     )
 
 
 def _whole_model(ours: Callable, block: list[Tensor]) -> dict[str, float]:
     """Seconds for the 32 blocks, from weights on the card (the same block again and again)."""
-    seconds = timed(lambda: [ours(w) for _ in range(32) for w in block], torch.cuda.synchronize)
+    seconds = time_call(lambda: [ours(w) for _ in range(32) for w in block], torch.cuda.synchronize)
     return {"model_7b_s": seconds, "model_7b_most_s": MOST_7B}
 
 
 def _bandwidth(block: list[Tensor]) -> dict[str, float]:
     """Bytes over time of the kernel alone and of a plain copy, GB/s."""
-    from lsq_core.quantize.solver import solve_zero
+    from lsq_core.quantization.hqq.solver import solve_zero_points
 
     weight = max(block, key=Tensor.numel).view(-1, 64)
     low, high = weight.float().amin(1, keepdim=True), weight.float().amax(1, keepdim=True)
     scale = 15 / (high - low)
     target = torch.empty_like(weight)
     calls = {
-        "kernel_gb_s": (lambda: solve_zero(weight, scale, -low * scale, 15, 1), weight.nbytes),
+        "kernel_gb_s": (
+            lambda: solve_zero_points(weight, scale, -low * scale, 15, 1),
+            weight.nbytes,
+        ),
         "copy_gb_s": (lambda: target.copy_(weight), 2 * weight.nbytes),
     }
     moved = {}
     for name, (call, nbytes) in calls.items():
         call()
         torch.cuda.synchronize()
-        moved[name] = nbytes / min(timed(call, torch.cuda.synchronize) for _ in range(5)) / 1e9
+        moved[name] = nbytes / min(time_call(call, torch.cuda.synchronize) for _ in range(5)) / 1e9
     return moved

@@ -15,12 +15,18 @@ from pathlib import Path
 
 import numpy as np
 
-import lsq_core
-from lsq_core.bench import Row, in_turns, spread, timed
+from lsq_core import paths
+from lsq_core.bench import Row, relative_half_range, time_call, time_interleaved
 from lsq_core.errors import LsqError
 
 #: What must come without torch and without Streamlit.
-LIGHT = ("lsq_core", "lsq_core.plan", "lsq_core.store", "lsq_core.profile", "lsq_core.quantize")
+LIGHT = (
+    "lsq_core",
+    "lsq_core.planning.make",
+    "lsq_core.store.store",
+    "lsq_core.profiling.profile",
+    "lsq_core.quantization.registry",
+)
 HEAVY = ("torch", "transformers", "streamlit")
 #: What a script of one's own begins with.
 TRANSFORMERS = ("-c", "import torch, transformers; transformers.AutoModelForCausalLM")
@@ -29,7 +35,7 @@ TRANSFORMERS = ("-c", "import torch, transformers; transformers.AutoModelForCaus
 def import_time(repeats: int) -> Row:
     """``import lsq_core``; the error counts heavy packages that came with it or its parts."""
     ours = _Process("-c", "import lsq_core")
-    seconds = np.array([timed(ours) for _ in range(repeats)])
+    seconds = np.array([time_call(ours) for _ in range(repeats)])
     names = f"import sys, {', '.join(LIGHT)}; print(len(set({HEAVY}) & set(sys.modules)))"
     parts = {}
     for name in LIGHT:
@@ -41,7 +47,7 @@ def import_time(repeats: int) -> Row:
         what="import of the library",
         ours="import lsq_core",
         ours_s=float(np.median(seconds)),
-        noise=spread(seconds),
+        noise=relative_half_range(seconds),
         processor_s=ours.processor_s,
         error=float(_Process("-c", names)()),
         error_limit=0.0,
@@ -53,21 +59,42 @@ def import_time(repeats: int) -> Row:
 
 def plan_cold(repeats: int) -> Row:
     """``python -m lsq_core plan`` for a model whose profile is stored."""
-    from lsq_core.model import ModelSource
-    from lsq_core.pipeline import Workbench
-    from lsq_core.profile import ProfileSettings
-    from lsq_core.store import Store
+    from lsq_core.model.source import ModelSource
+    from lsq_core.profiling.settings import ProfileSettings
+    from lsq_core.session import Session
+    from lsq_core.store.store import Store
 
     settings = ProfileSettings("rtn", samples=4, block_tokens=64)
-    asked = ["--method", "mxq", "--budget", "3.2bpp", "--profile-quantizer", settings.quantizer]
-    asked += ["--samples", str(settings.samples), "--block-tokens", str(settings.block_tokens)]
+    plan_options = [
+        "--method",
+        "mxq",
+        "--budget",
+        "3.2bpp",
+        "--profile-quantizer",
+        settings.quantizer,
+    ]
+    plan_options += [
+        "--samples",
+        str(settings.samples),
+        "--block-tokens",
+        str(settings.block_tokens),
+    ]
     with tempfile.TemporaryDirectory() as folder:
         database = Path(folder) / "lsq.duckdb"
-        bench = Workbench(ModelSource("demo"), Store(database), "cpu")
+        bench = Session(ModelSource("demo"), Store(database), "cpu")
         profile = bench.profile(settings)
-        command = ["-m", "lsq_core", "plan", "--model", "demo", "--db", str(database), *asked]
+        command = [
+            "-m",
+            "lsq_core",
+            "plan",
+            "--model",
+            "demo",
+            "--db",
+            str(database),
+            *plan_options,
+        ]
         ours, theirs = _Process(*command, "--json"), _Process(*TRANSFORMERS)
-        pair = in_turns(ours, theirs, repeats)
+        pair = time_interleaved(ours, theirs, repeats)
     return Row(
         id="plan_cold",
         what="plan on a stored profile, as a whole process",
@@ -98,7 +125,7 @@ class _Process:
         before = _children_s()
         done = subprocess.run(
             [sys.executable, *self.arguments],
-            cwd=Path(lsq_core.__file__).parents[1],
+            cwd=paths.IMPORT_FOLDER,
             env=os.environ | {"HF_HUB_OFFLINE": "1"},
             capture_output=True,
             text=True,

@@ -9,17 +9,17 @@ from lsq_core.charts.compared import (
     predicted_against_measured,
     win_tie_loss_bars,
 )
-from lsq_core.charts.detection import Steps, algorithm_steps
+from lsq_core.charts.detection import DetectionSteps, algorithm_steps
 from lsq_core.charts.layers import Panel, over_layers
 from lsq_core.charts.overlay import (
     LineStyle,
     correlation_heatmap,
     line_style,
-    overlaid,
+    overlay_lines,
     rank_scatter,
 )
 from lsq_core.charts.plans import FrontierLine, frontiers, plan_heatmap, plan_ring
-from lsq_core.charts.rows import interaction_heatmap, loss_as_predicted, ratio_lines
+from lsq_core.charts.rows import interaction_heatmap, predicted_loss_scatter, ratio_lines
 from lsq_core.charts.runs import (
     BITS,
     KL,
@@ -28,9 +28,9 @@ from lsq_core.charts.runs import (
     PERPLEXITY,
     STORED,
     TOP1,
-    Quality,
-    Size,
-    labelled,
+    QualityMeasure,
+    SizeMeasure,
+    add_run_labels,
     perplexity_by_size,
     size_bars,
     view_limit,
@@ -43,10 +43,10 @@ from lsq_core.charts.style import (
     NEUTRAL,
     MethodStyle,
     config_color,
-    drawn_as,
     method_style,
     module_color,
     short_type,
+    style_key,
 )
 from lsq_core.charts.weights import (
     GridLines,
@@ -75,24 +75,24 @@ __all__ = [
     "LineStyle",
     "MethodStyle",
     "Panel",
-    "Quality",
+    "QualityMeasure",
     "Region",
-    "Size",
-    "Steps",
+    "SizeMeasure",
+    "DetectionSteps",
     "algorithm_steps",
     "config_color",
     "correlation_heatmap",
     "frontiers",
     "gain_for_bits",
     "interaction_heatmap",
-    "labelled",
+    "add_run_labels",
     "line_style",
-    "loss_as_predicted",
-    "drawn_as",
+    "predicted_loss_scatter",
+    "style_key",
     "method_style",
     "module_color",
     "over_layers",
-    "overlaid",
+    "overlay_lines",
     "perplexity_by_size",
     "plan_heatmap",
     "plan_ring",

@@ -6,7 +6,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from lsq_core.charts.runs import view_limit
-from lsq_core.charts.style import ABOVE, NEUTRAL, MethodStyle, finish, method_style
+from lsq_core.charts.style import LEGEND_ABOVE, NEUTRAL, MethodStyle, apply_layout, method_style
 
 #: Wins, ties and losses, told apart by colour-blind eyes and by lightness.
 OUTCOMES = {"wins": "#0072B2", "ties": "#b9bfc6", "losses": "#D55E00"}
@@ -16,7 +16,7 @@ def gain_for_bits(frame: pd.DataFrame, base: str) -> go.Figure:
     """How far perplexity falls for how many more bits than a uniform base ([A] Fig. 9).
 
     ``frame`` has ``evaluation, method, label, extra, drop`` of
-    :func:`lsq_core.compare.against_base`; ``base`` names the run at the origin.
+    :func:`lsq_core.results.compare.relative_to_base`; ``base`` names the run at the origin.
     """
     figure = go.Figure()
     for method in frame["method"].value_counts().index:
@@ -29,10 +29,10 @@ def gain_for_bits(frame: pd.DataFrame, base: str) -> go.Figure:
         )
     figure.add_hline(y=0, line={"color": NEUTRAL, "width": 1.2})
     figure.add_vline(x=0, line={"color": NEUTRAL, "width": 1.2})
-    figure.update_layout(legend=ABOVE)
-    figure.update_xaxes(title_text=f"bits more than {base} (%)", ticksuffix=" %")
-    figure.update_yaxes(title_text="perplexity lower by (%)", ticksuffix=" %")
-    return finish(figure, 430)
+    figure.update_layout(legend=LEGEND_ABOVE)
+    figure.update_xaxes(title_text=f"additional bits over {base} (%)", ticksuffix=" %")
+    figure.update_yaxes(title_text="perplexity reduction (%)", ticksuffix=" %")
+    return apply_layout(figure, 430)
 
 
 def _points(method: str, part: pd.DataFrame, x: pd.Series, y: pd.Series) -> go.Scatter:
@@ -57,8 +57,8 @@ def _marker(style: MethodStyle, size: int) -> dict:
 def win_tie_loss_bars(frame: pd.DataFrame) -> go.Figure:
     """How often a method beats another, as bars of 100 % ([A] Fig. 6).
 
-    ``frame`` is of :func:`lsq_core.compare.figure_6`, for one account of the budget. Bars are in
-    whole percents of all comparisons, their lengths exact.
+    ``frame`` is of :func:`lsq_core.results.compare.figure_6`, for one account of the budget.
+    Bars are in whole percents of all comparisons, their lengths exact.
     """
     names = [
         f"{method_style(row.method).title}<br>against {method_style(row.against).title}"
@@ -84,10 +84,12 @@ def win_tie_loss_bars(frame: pd.DataFrame) -> go.Figure:
             + f"{outcome} (%{{x:.1f}} %)<extra></extra>",
         )
     figure.update_layout(uniformtext={"minsize": 10, "mode": "hide"})
-    figure.update_layout(barmode="stack", bargap=0.3, legend=ABOVE | {"traceorder": "normal"})
-    figure.update_xaxes(range=[0, 100], ticksuffix=" %", title_text="of the comparisons")
+    figure.update_layout(
+        barmode="stack", bargap=0.3, legend=LEGEND_ABOVE | {"traceorder": "normal"}
+    )
+    figure.update_xaxes(range=[0, 100], ticksuffix=" %", title_text="share of comparisons")
     figure.update_yaxes(autorange="reversed", automargin=True)
-    return finish(figure, 110 + 56 * len(frame))
+    return apply_layout(figure, 110 + 56 * len(frame))
 
 
 def predicted_against_measured(frame: pd.DataFrame) -> go.Figure:
@@ -103,7 +105,7 @@ def predicted_against_measured(frame: pd.DataFrame) -> go.Figure:
             x=ends,
             y=ends,
             mode="lines",
-            name="predicted as measured",
+            name="predicted = measured",
             line={"color": NEUTRAL, "width": 1.2, "dash": "dash"},
             hoverinfo="skip",
         )
@@ -125,10 +127,10 @@ def predicted_against_measured(frame: pd.DataFrame) -> go.Figure:
         figure.add_trace(trace)
     limit = view_limit(frame["perplexity"])
     if ends[1] > limit:
-        beside = 0.04 * (limit - ends[0])
-        figure.update_xaxes(range=[ends[0] - beside, limit])
-        figure.update_yaxes(range=[ends[0] - beside, limit])
-    figure.update_layout(legend=ABOVE)
+        padding = 0.04 * (limit - ends[0])
+        figure.update_xaxes(range=[ends[0] - padding, limit])
+        figure.update_yaxes(range=[ends[0] - padding, limit])
+    figure.update_layout(legend=LEGEND_ABOVE)
     figure.update_xaxes(title_text="measured perplexity")
     figure.update_yaxes(title_text="predicted perplexity (90 % band)")
-    return finish(figure, 430)
+    return apply_layout(figure, 430)

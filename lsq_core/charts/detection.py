@@ -8,17 +8,17 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from lsq_core.charts.style import NEUTRAL, finish, rings
+from lsq_core.charts.style import NEUTRAL, apply_layout, ring_markers
 
 #: What Algorithm 1 flags, and the line it has to pass.
 FLAGGED = "#CC3311"
 _BAND = "rgba(138, 146, 156, 0.18)"
 #: From so many times what is usual on, an axis is logarithmic.
-_FAR = 12
+_LOG_AXIS_RATIO = 12
 
 
 @dataclass(frozen=True, eq=False)
-class Steps:
+class DetectionSteps:
     """Algorithm 1 on one module type: scores at ``layers`` (n,), and for each layer but the first
     the difference to the one before, its z-score, and whether it was trimmed (n − 1,).
 
@@ -38,13 +38,13 @@ class Steps:
 
 
 def algorithm_steps(
-    steps: Steps, title: str, axis: str, color: str, log: bool, height: int = 560
+    steps: DetectionSteps, title: str, axis: str, color: str, log: bool, height: int = 560
 ) -> go.Figure:
     """The scores, their differences with the trimmed band, and the z-scores with the threshold.
 
     ``title`` and ``axis`` are the metric's, ``color`` the module type's.
     """
-    step = "ratio to the layer before" if steps.ratios else "difference to the layer before"
+    step = "ratio to the previous layer" if steps.ratios else "difference from the previous layer"
     figure = make_subplots(
         rows=3,
         shared_xaxes=True,
@@ -52,7 +52,7 @@ def algorithm_steps(
         subplot_titles=[
             title,
             step[0].upper() + step[1:],
-            f"z-score of each step; dashed: the threshold, {steps.threshold:g}",
+            f"z-score of each change; dashed: threshold {steps.threshold:g}",
         ],
     )
     line = {"color": color, "width": 1.6}
@@ -61,7 +61,7 @@ def algorithm_steps(
     at = steps.layers[1:]
     for chosen, symbol, name in (
         (~steps.trimmed, "circle", "within the trimmed sample"),
-        (steps.trimmed, "x-thin", "trimmed: left out of mean and deviation"),
+        (steps.trimmed, "x-thin", "trimmed: excluded from mean and deviation"),
     ):
         figure.add_trace(_differences(at[chosen], steps.differences[chosen], symbol, name, color))
     figure.add_trace(_bars(steps, color), 3, 1)
@@ -71,26 +71,26 @@ def algorithm_steps(
         figure.update_yaxes(title_text=text, row=row, col=1)
     if log:
         figure.update_yaxes(type="log", exponentformat="power", dtick=1, row=1, col=1)
-    if steps.ratios and _far(steps.differences, steps.mean):
+    if steps.ratios and _is_far(steps.differences, steps.mean):
         low = steps.differences[steps.differences > 0].min()
         limits = [np.log10(low) - 0.3, np.log10(steps.differences.max()) + 0.6]
         figure.update_yaxes(type="log", range=limits, row=2, col=1)
-    if _far(steps.z, steps.threshold):
+    if _is_far(steps.z, steps.threshold):
         limits = [-1, np.log10(steps.z.max()) + 0.3]
         figure.update_yaxes(type="log", range=limits, dtick=1, row=3, col=1)
     figure.update_xaxes(title_text="layer", title_standoff=4, row=3, col=1)
     for note in figure.layout.annotations[:3]:
         note.update(x=0, xanchor="left", font_size=13)
-    finish(figure, height)
+    apply_layout(figure, height)
     legend = {"orientation": "h", "x": 0, "xanchor": "left", "y": -0.1, "yanchor": "top"}
     return figure.update_layout(
         legend=legend, margin={"t": 46, "b": 90}, modebar_orientation="h", bargap=0.45
     )
 
 
-def _far(values: np.ndarray, usual: float) -> bool:
+def _is_far(values: np.ndarray, typical: float) -> bool:
     """Whether some value is so far out that the others could not be told apart beside it."""
-    return bool(values.max() > _FAR * usual)
+    return bool(values.max() > _LOG_AXIS_RATIO * typical)
 
 
 def _points(x: np.ndarray, y: np.ndarray, line: dict, name: str, form: str) -> go.Scatter:
@@ -119,10 +119,10 @@ def _differences(x: np.ndarray, y: np.ndarray, symbol: str, name: str, color: st
     )
 
 
-def _add_band(figure: go.Figure, steps: Steps) -> None:
+def _add_band(figure: go.Figure, steps: DetectionSteps) -> None:
     """The trimmed mean, and how far from it the threshold lies on either side."""
-    reach = steps.threshold * steps.deviation
-    low, high = steps.mean - reach, steps.mean + reach
+    half_width = steps.threshold * steps.deviation
+    low, high = steps.mean - half_width, steps.mean + half_width
     if steps.ratios:  # none is below zero, and a logarithmic axis knows no zero
         low = max(low, 1e-9)
     ends = [steps.layers[0], steps.layers[-1]]
@@ -154,7 +154,7 @@ def _add_band(figure: go.Figure, steps: Steps) -> None:
     )
 
 
-def _bars(steps: Steps, color: str) -> go.Bar:
+def _bars(steps: DetectionSteps, color: str) -> go.Bar:
     flagged = set(steps.flagged)
     return go.Bar(
         x=steps.layers[1:],
@@ -166,7 +166,7 @@ def _bars(steps: Steps, color: str) -> go.Bar:
     )
 
 
-def _add_threshold(figure: go.Figure, steps: Steps) -> None:
+def _add_threshold(figure: go.Figure, steps: DetectionSteps) -> None:
     figure.add_hline(
         y=steps.threshold,
         line={"color": FLAGGED, "width": 1.4, "dash": "dash"},
@@ -175,14 +175,14 @@ def _add_threshold(figure: go.Figure, steps: Steps) -> None:
     )
 
 
-def _add_rings(figure: go.Figure, steps: Steps) -> None:
+def _add_rings(figure: go.Figure, steps: DetectionSteps) -> None:
     """Ring what is flagged, in the scores and in the differences."""
-    some = list(steps.flagged)
+    flagged_indices = list(steps.flagged)
     places = (
-        (steps.layers[some], steps.values[some], 1),
-        (steps.layers[some], steps.differences[[i - 1 for i in some]], 2),
+        (steps.layers[flagged_indices], steps.values[flagged_indices], 1),
+        (steps.layers[flagged_indices], steps.differences[[i - 1 for i in flagged_indices]], 2),
     )
     for x, y, row in places:
-        if some:
-            ring = rings(x, y, "flagged", size=14, color=FLAGGED)
+        if flagged_indices:
+            ring = ring_markers(x, y, "flagged", size=14, color=FLAGGED)
             figure.add_trace(ring.update(showlegend=row == 2), row, 1)

@@ -9,7 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from lsq_core.charts.style import finish, module_color, rings
+from lsq_core.charts.style import apply_layout, module_color, ring_markers
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +54,7 @@ def over_layers(panels: Sequence[Panel], height: int = 570) -> go.Figure:
     figure.update_xaxes(title_text="layer", row=len(panels), col=1)
     for note in figure.layout.annotations:  # the panels' titles, to the left
         note.update(x=0, xanchor="left", font_size=13)
-    finish(figure, height)
+    apply_layout(figure, height)
     return figure.update_layout(margin={"t": 24, "b": 40}, modebar_orientation="h")
 
 
@@ -87,8 +87,8 @@ def _dash(kind: str) -> str:
 
 
 def _rings(flagged: pd.DataFrame, legend: str, in_legend: bool) -> go.Scatter:
-    found = rings(flagged["layer"], flagged["value"], "flagged", size=13)
-    return found.update(
+    markers = ring_markers(flagged["layer"], flagged["value"], "flagged", size=13)
+    return markers.update(
         legend=legend,
         legendgroup=f"{legend} flagged",
         showlegend=in_legend,

@@ -10,7 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from lsq_core.charts.style import NEUTRAL, finish, module_color, rings, short_type
+from lsq_core.charts.style import NEUTRAL, apply_layout, module_color, ring_markers, short_type
 
 #: Colours of lines that are neither bits nor modules nor methods (after Tol's bright and vibrant
 #: schemes); where they come round again the line is dashed.
@@ -45,11 +45,11 @@ class LineStyle:
 
 def line_style(number: int) -> LineStyle:
     """The style of the n-th line."""
-    turn, place = divmod(number, len(LINE_COLORS))
-    return LineStyle(LINE_COLORS[place], _DASHES[turn % len(_DASHES)])
+    cycle, index = divmod(number, len(LINE_COLORS))
+    return LineStyle(LINE_COLORS[index], _DASHES[cycle % len(_DASHES)])
 
 
-def overlaid(
+def overlay_lines(
     frame: pd.DataFrame,
     styles: Mapping[str, LineStyle],
     axis: str,
@@ -86,7 +86,7 @@ def overlaid(
         figure.update_yaxes(type="log", exponentformat="power", dtick=1 if decades < 6 else 2)
     for note in figure.layout.annotations:
         note.update(font_size=13)
-    finish(figure, max(height, 190 * rows + 90))
+    apply_layout(figure, max(height, 190 * rows + 90))
     legend = {"orientation": "h", "x": 0, "xanchor": "left", "y": 1.06, "yanchor": "bottom"}
     return figure.update_layout(legend=legend, margin={"t": 70, "b": 44, "r": 40})
 
@@ -131,7 +131,7 @@ def correlation_heatmap(correlations: pd.DataFrame, height: int = 520) -> go.Fig
     ticks = {"tickmode": "array", "tickvals": list(range(len(names))), "ticktext": names}
     figure.update_xaxes(**ticks, tickangle=-40 if len(names) > 2 else 0, automargin=True)
     figure.update_yaxes(**ticks, autorange="reversed", automargin=True)
-    finish(figure, height)
+    apply_layout(figure, height)
     figure.update_xaxes(showgrid=False)
     figure.update_yaxes(showgrid=False)
     return figure.update_layout(
@@ -155,20 +155,20 @@ def rank_scatter(
             y=[1, last],
             mode="lines",
             line={"color": NEUTRAL, "width": 1.2, "dash": "dot"},
-            name="same rank",
+            name="equal rank",
             hoverinfo="skip",
         )
     )
     for kind, points in frame.groupby("type", sort=False):
-        figure.add_trace(_ranked(str(kind), points, x_title, y_title))
+        figure.add_trace(_rank_points(str(kind), points, x_title, y_title))
     ring = frame[frame["module"] == picked]
     if not ring.empty:
-        figure.add_trace(rings(ring["x_rank"], ring["y_rank"], "picked", size=18))
+        figure.add_trace(ring_markers(ring["x_rank"], ring["y_rank"], "picked", size=18))
     for update, title in ((figure.update_xaxes, x_title), (figure.update_yaxes, y_title)):
         update(
             title_text=f"rank by {title} (1 is the largest)", range=[1.03 * last + 1, -0.03 * last]
         )
-    finish(figure, height)
+    apply_layout(figure, height)
     return figure.update_layout(
         margin={"t": 40},
         modebar_orientation="h",
@@ -176,7 +176,7 @@ def rank_scatter(
     )
 
 
-def _ranked(kind: str, points: pd.DataFrame, x_title: str, y_title: str) -> go.Scatter:
+def _rank_points(kind: str, points: pd.DataFrame, x_title: str, y_title: str) -> go.Scatter:
     name = short_type(kind)
     return go.Scatter(
         x=points["x_rank"],

@@ -9,16 +9,16 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from lsq_core.bits import LADDER, Config, is_mixed, parse_config
 from lsq_core.charts.style import (
-    ABOVE,
+    LEGEND_ABOVE,
     NEUTRAL,
     MethodStyle,
+    apply_layout,
     config_color,
-    finish,
     method_style,
     short_type,
 )
-from lsq_core.config import LADDER, Config, is_mixed, parse_config
 
 
 def plan_heatmap(frame: pd.DataFrame, narrow: bool = False) -> go.Figure:
@@ -29,7 +29,7 @@ def plan_heatmap(frame: pd.DataFrame, narrow: bool = False) -> go.Figure:
     A ``narrow`` figure is half a page wide: its cells say a name only where 7 layers leave room.
     """
     cells = _cells(frame)
-    options = _options(frame["config"])
+    options = _used_configs(frame["config"])
     names = [c.name for c in options]
     kinds = list(dict.fromkeys(frame["type"]))
     layers = sorted(frame["layer"].unique())
@@ -53,16 +53,18 @@ def plan_heatmap(frame: pd.DataFrame, narrow: bool = False) -> go.Figure:
         )
     )
     _config_legend(figure, frame["config"])
-    figure.update_xaxes(title_text="layer", showgrid=False, zeroline=False, range=_ends(layers))
+    figure.update_xaxes(
+        title_text="layer", showgrid=False, zeroline=False, range=_axis_range(layers)
+    )
     figure.update_yaxes(autorange="reversed", showgrid=False, zeroline=False)
     if len(layers) <= 48:
         few = len(layers) <= (24 if narrow else 32)
         figure.update_xaxes(dtick=(2 if few else 4) if narrow else (1 if few else 2))
-    figure.update_layout(legend=ABOVE, showlegend=True)  # of a single configuration, too
-    return finish(figure, 96 + max((22 if narrow else 30) * len(kinds), 60))
+    figure.update_layout(legend=LEGEND_ABOVE, showlegend=True)  # of a single configuration, too
+    return apply_layout(figure, 96 + max((22 if narrow else 30) * len(kinds), 60))
 
 
-def _ends(layers: list[int]) -> list[float]:
+def _axis_range(layers: list[int]) -> list[float]:
     return [min(layers) - 0.5, max(layers) + 0.5]
 
 
@@ -76,13 +78,13 @@ def _cells(frame: pd.DataFrame) -> pd.DataFrame:
             if len(part) == 1
             else f"{len(part)} experts: " + ", ".join(f"{n} × {c}" for c, n in counts.items())
         )
-        worth = part["z"].max()
-        hover += f"<br>flagged, ranked by {worth:.2f}" if pd.notna(worth) else ""
+        rank_value = part["z"].max()
+        hover += f"<br>flagged, ranked by {rank_value:.2f}" if pd.notna(rank_value) else ""
         rows.append({"type": kind, "layer": layer, "config": counts.index[0], "hover": hover})
     return pd.DataFrame(rows)
 
 
-def _options(configs: pd.Series) -> list[Config]:
+def _used_configs(configs: pd.Series) -> list[Config]:
     """The ladder, or where rows are mixed the configurations in use, from few bits to many."""
     mixed = [name for name in configs.unique() if isinstance(name, str) and is_mixed(name)]
     if not mixed:
@@ -93,7 +95,7 @@ def _options(configs: pd.Series) -> list[Config]:
 
 def _cell_text(configs: pd.DataFrame, layers: int) -> list[list[str]]:
     """Full names where there is room, the stop's number where there is less, else nothing."""
-    stops = {c.name: c.stop_name for c in _options(configs.stack())}
+    stops = {c.name: c.stop_name for c in _used_configs(configs.stack())}
 
     def words(name: object) -> str:
         if not isinstance(name, str) or layers > 32:
@@ -115,7 +117,7 @@ def _steps(options: Sequence[Config]) -> list[list[float | str]]:
 def _config_legend(figure: go.Figure, configs: pd.Series) -> None:
     """A legend entry for each configuration in use, with how many matrices have it."""
     counts = configs.value_counts()
-    for config in _options(configs):
+    for config in _used_configs(configs):
         if config.name in counts:
             figure.add_trace(
                 go.Scatter(
@@ -132,7 +134,7 @@ def _config_legend(figure: go.Figure, configs: pd.Series) -> None:
 
 
 #: Perplexities up to so many times the least are worth a look at first.
-_WORTH_SEEING = 1.5
+_VISIBLE_VALUE_RATIO = 1.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,27 +178,29 @@ def frontiers(lines: Sequence[FrontierLine], runs: pd.DataFrame, axis: str) -> g
     values = np.concatenate([*(line.value for line in lines), runs["value"]]).astype(float)
     predicted = any(line.low is not None for line in lines)
     if len(values):
-        _view(figure, bits.astype(float), values, _WORTH_SEEING if predicted else np.inf)
-    figure.update_layout(legend=ABOVE)
+        _limit_view(
+            figure, bits.astype(float), values, _VISIBLE_VALUE_RATIO if predicted else np.inf
+        )
+    figure.update_layout(legend=LEGEND_ABOVE)
     figure.update_xaxes(title_text="bits per linear weight, metadata included")
     figure.update_yaxes(title_text=axis)
-    return finish(figure, 360)
+    return apply_layout(figure, 360)
 
 
-def _view(figure: go.Figure, bits: np.ndarray, values: np.ndarray, most: float) -> None:
+def _limit_view(figure: go.Figure, bits: np.ndarray, values: np.ndarray, max_ratio: float) -> None:
     """Values up to so many times the least at first; what is left out is there on a reset.
 
     A model broken at 2 bits would else press everything else into a line.
     """
-    limit = most * values.min()
+    limit = max_ratio * values.min()
     if values.max() <= limit:
         if values.max() > 5 * values.min():
             spread = values.max() / values.min()
             figure.update_yaxes(type="log", dtick="D2" if spread < 100 else 1)
         return
-    seen = bits[values <= limit]
+    visible = bits[values <= limit]
     figure.update_yaxes(range=[0.98 * values.min(), limit])
-    figure.update_xaxes(range=[seen.min() - 0.1, seen.max() + 0.1])
+    figure.update_xaxes(range=[visible.min() - 0.1, visible.max() + 0.1])
 
 
 def _band(line: FrontierLine, style: MethodStyle) -> go.Scatter:
@@ -237,7 +241,8 @@ def _measured_on_frontier(method: str, part: pd.DataFrame) -> go.Scatter:
 def plan_ring(shares: pd.Series, title: str) -> go.Figure:
     """The share of a plan's bytes that each configuration takes ([A] Fig. 8), as a ring.
 
-    ``shares`` is of :func:`lsq_core.compare.shares_of_bytes`; ``title``, in the middle, is short.
+    ``shares`` is of :func:`lsq_core.results.compare.byte_shares`; ``title``, in the middle, is
+    short.
     """
     configs = [parse_config(name) for name in shares.index]
     figure = go.Figure(
@@ -259,5 +264,5 @@ def plan_ring(shares: pd.Series, title: str) -> go.Figure:
     )
     figure.add_annotation(text=title, x=0.5, y=0.5, showarrow=False, font_size=15)
     figure.update_layout(showlegend=False)
-    finish(figure, 210)
+    apply_layout(figure, 210)
     return figure.update_layout(margin={"l": 20, "r": 20, "t": 34, "b": 34})

@@ -8,7 +8,14 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from lsq_core.charts.style import ABOVE, NEUTRAL, finish, method_style, module_color, short_type
+from lsq_core.charts.style import (
+    LEGEND_ABOVE,
+    NEUTRAL,
+    apply_layout,
+    method_style,
+    module_color,
+    short_type,
+)
 
 
 def ratio_lines(frame: pd.DataFrame) -> go.Figure:
@@ -44,9 +51,11 @@ def ratio_lines(frame: pd.DataFrame) -> go.Figure:
         hovertemplate="mean of layer %{x}: %{y:.1%}<extra></extra>",
     )
     figure.update_xaxes(title_text="layer")
-    figure.update_yaxes(title_text="rows at more bits", tickformat=".0%", rangemode="tozero")
-    figure.update_layout(legend=ABOVE)
-    return finish(figure, 340)
+    figure.update_yaxes(
+        title_text="share of high-impact rows", tickformat=".0%", rangemode="tozero"
+    )
+    figure.update_layout(legend=LEGEND_ABOVE)
+    return apply_layout(figure, 340)
 
 
 def interaction_heatmap(
@@ -61,24 +70,24 @@ def interaction_heatmap(
     scale = np.where(scale > 0, scale, 1.0)
     shown = matrix / np.outer(scale, scale)
     names = [f"{short_type(unit)} {ratio:.0%}" for unit in units for ratio in ratios]
-    own = np.kron(np.eye(len(units), dtype=bool), np.ones((len(ratios),) * 2, dtype=bool))
-    told = [
+    same_unit = np.kron(np.eye(len(units), dtype=bool), np.ones((len(ratios),) * 2, dtype=bool))
+    hover = [
         [
             f"{a} with {b}<br>{shown[i, j]:+.3f} of what they do alone, M = {matrix[i, j]:.3g}"
             for j, b in enumerate(names)
         ]
         for i, a in enumerate(names)
     ]
-    most = float(np.abs(shown[~own]).max()) if (~own).any() else 1.0
+    largest = float(np.abs(shown[~same_unit]).max()) if (~same_unit).any() else 1.0
     figure = go.Figure(
         go.Heatmap(
-            z=np.where(own, np.nan, shown),
+            z=np.where(same_unit, np.nan, shown),
             zmid=0,
-            zmin=-most or -1.0,
-            zmax=most or 1.0,
+            zmin=-largest or -1.0,
+            zmax=largest or 1.0,
             colorscale="RdBu_r",
             colorbar={"thickness": 12, "title": {"text": "share", "side": "right"}},
-            customdata=told,
+            customdata=hover,
             hovertemplate="%{customdata}<extra></extra>",
         )
     )
@@ -92,10 +101,10 @@ def interaction_heatmap(
         edge = u * len(ratios) - 0.5
         figure.add_hline(edge, line={"color": NEUTRAL, "width": 1})
         figure.add_vline(edge, line={"color": NEUTRAL, "width": 1})
-    return finish(figure, 420)
+    return apply_layout(figure, 420)
 
 
-def loss_as_predicted(frame: pd.DataFrame, measured: str) -> go.Figure:
+def predicted_loss_scatter(frame: pd.DataFrame, measured: str) -> go.Figure:
     """Runs by what their interactions predicted and what was measured: ``predicted, measured``.
 
     ``ratios`` and ``quantizer`` tell them apart; ``label`` is what the pointer is told.
@@ -121,5 +130,5 @@ def loss_as_predicted(frame: pd.DataFrame, measured: str) -> go.Figure:
         )
     figure.update_xaxes(title_text="predicted loss ½·δᵀMδ", type="log")
     figure.update_yaxes(title_text=measured, type="log")
-    figure.update_layout(legend=ABOVE, showlegend=True)
-    return finish(figure, 420)
+    figure.update_layout(legend=LEGEND_ABOVE, showlegend=True)
+    return apply_layout(figure, 420)

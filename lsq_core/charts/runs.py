@@ -9,17 +9,18 @@ from dataclasses import dataclass
 import pandas as pd
 import plotly.graph_objects as go
 
+from lsq_core.bits import LADDER
 from lsq_core.charts.style import (
-    ABOVE,
+    LEGEND_ABOVE,
     NEUTRAL,
+    apply_layout,
     config_color,
-    drawn_as,
-    finish,
     method_style,
-    rings,
+    ring_markers,
+    style_key,
 )
-from lsq_core.compare import BOOSTS, ROWS, pareto
-from lsq_core.config import GIB, LADDER, MIB
+from lsq_core.results.compare import BOOST_METHODS, ROW_METHODS, pareto
+from lsq_core.units import GIB, MIB
 
 
 def size_bars(frame: pd.DataFrame) -> go.Figure:
@@ -42,7 +43,7 @@ def size_bars(frame: pd.DataFrame) -> go.Figure:
     figure.add_bar(
         x=frame["name"],
         y=frame["other_bytes"] / scale,
-        name="embeddings, norms, head",
+        name="embeddings, norms, LM head",
         marker={"color": "rgba(138, 146, 156, 0.35)"},
         text=[f"{value:#.3g}" for value in whole / scale],
         textposition="outside",
@@ -53,11 +54,11 @@ def size_bars(frame: pd.DataFrame) -> go.Figure:
     figure.update_layout(barmode="stack", bargap=0.25)
     figure.update_xaxes(type="category", title_text="bits per linear weight, metadata included")
     figure.update_yaxes(title_text=unit)
-    return finish(figure, 300)
+    return apply_layout(figure, 300)
 
 
 @dataclass(frozen=True)
-class Size:
+class SizeMeasure:
     """An account of a run's size: the column that holds it, and how it is written on an axis.
 
     Accounts are never mixed in one chart.
@@ -69,14 +70,14 @@ class Size:
     scale: float
 
 
-MEASURED = Size("measured_bytes", "measured size of the linear weights", "MiB", MIB)
-NOMINAL = Size("nominal_bytes", "nominal size of the linear weights", "GiB", GIB)
-STORED = Size("model_bytes", "whole model on disk, as published", "GiB", GIB)
-BITS = Size("bits_per_param", "nominal bits per linear weight, metadata included", "bits", 1)
+MEASURED = SizeMeasure("measured_bytes", "measured size of the linear weights", "MiB", MIB)
+NOMINAL = SizeMeasure("nominal_bytes", "nominal size of the linear weights", "GiB", GIB)
+STORED = SizeMeasure("model_bytes", "whole model on disk, as published", "GiB", GIB)
+BITS = SizeMeasure("bits_per_param", "nominal bits per linear weight, metadata included", "bits", 1)
 
 
 @dataclass(frozen=True)
-class Quality:
+class QualityMeasure:
     """What is good or bad about a run: its column, how an axis says it, and which way is better."""
 
     column: str
@@ -97,20 +98,20 @@ class Quality:
         return -values if self.higher_is_better else values
 
 
-PERPLEXITY = Quality("perplexity", "perplexity")
-KL = Quality("kl", "KL divergence from full precision", "nats")
-TOP1 = Quality("top1", "same top token as full precision", "%", 0.01, higher_is_better=True)
+PERPLEXITY = QualityMeasure("perplexity", "perplexity")
+KL = QualityMeasure("kl", "KL divergence from full precision", "nats")
+TOP1 = QualityMeasure("top1", "same top token as full precision", "%", 0.01, higher_is_better=True)
 
 #: Of how many runs on markers are smaller, so that each can be told from its neighbours.
-_MANY = 60
+_SMALL_MARKER_RUNS = 60
 
 
 def perplexity_by_size(
     frame: pd.DataFrame,
     selected: Sequence[str] = (),
-    size: Size = MEASURED,
+    size: SizeMeasure = MEASURED,
     overlay: pd.DataFrame | None = None,
-    quality: Quality = PERPLEXITY,
+    quality: QualityMeasure = PERPLEXITY,
 ) -> go.Figure:
     """Perplexity, or another quality, against size; a marker and colour for each method.
 
@@ -124,39 +125,41 @@ def perplexity_by_size(
     ``overlay`` has runs of another origin, with the same columns and ``origin``, drawn hollow.
     """
     figure = go.Figure()
-    many = len(frame) > _MANY
+    many = len(frame) > _SMALL_MARKER_RUNS
     reference = frame[(frame["method"] == "uniform") & (frame["quantizer"] == "hqq")]
     if len(reference) > 1:
-        figure.add_trace(_joined(reference, size, quality))
+        figure.add_trace(_uniform_line(reference, size, quality))
     front = frame[pareto(frame[size.column], quality.cost(frame))]
     if len(front) > 1:
-        figure.add_trace(_front(front, size, quality))
+        figure.add_trace(_pareto_line(front, size, quality))
     drawn = frame.assign(
-        drawn_as=[drawn_as(*pair) for pair in zip(frame["method"], frame["quantizer"], strict=True)]
+        style_key=[
+            style_key(*pair) for pair in zip(frame["method"], frame["quantizer"], strict=True)
+        ]
     )
-    commonest = drawn["drawn_as"].value_counts().index if many else drawn["drawn_as"].unique()
-    for style in commonest:  # the rest over it
-        part = drawn[drawn["drawn_as"] == style]
+    styles = drawn["style_key"].value_counts().index if many else drawn["style_key"].unique()
+    for style in styles:  # the rest over it
+        part = drawn[drawn["style_key"] == style]
         figure.add_trace(_runs(style, part, size, quality, 7 if many else 11))
     for (method, origin), part in _groups(overlay, ["method", "origin"]):
         figure.add_trace(_hollow(_runs(method, part, size, quality, 9), origin))
     ringed = frame[frame["evaluation"].isin(list(selected))]
     if not ringed.empty:
         x, y = ringed[size.column] / size.scale, ringed[quality.column] / quality.scale
-        figure.add_trace(rings(x, y, "compared in pairs", size=20))
+        figure.add_trace(ring_markers(x, y, "selected pair", size=20))
     full = frame["perplexity_full"].dropna() if quality == PERPLEXITY else pd.Series(dtype=float)
     if not full.empty:
-        _level(figure, float(full.iloc[0]))
+        _add_full_precision_line(figure, float(full.iloc[0]))
     values = frame[quality.column].dropna()
     least = min(values.min(), *full, 1e300)
     if not quality.higher_is_better and least > 0 and values.max() / least > 5:
         figure.update_yaxes(type="log", dtick="D2" if quality == PERPLEXITY else 1)
     if many and quality == PERPLEXITY and values.max() > view_limit(values):
-        _view(figure, frame, full, size)
-    figure.update_layout(legend=ABOVE)
+        _limit_view(figure, frame, full, size)
+    figure.update_layout(legend=LEGEND_ABOVE)
     figure.update_xaxes(title_text=f"{size.title} ({size.unit})")
     figure.update_yaxes(title_text=quality.axis)
-    return finish(figure, _HEIGHT)
+    return apply_layout(figure, _HEIGHT)
 
 
 #: The same for few and many runs, so that nothing jumps when the measurement is changed.
@@ -168,45 +171,49 @@ def view_limit(perplexity: pd.Series) -> float:
 
     A few broken runs would else press the others, which differ by little, into a line.
     """
-    most = perplexity.quantile(0.95)
-    return float(most + 0.1 * (most - perplexity.min()))
+    high = perplexity.quantile(0.95)
+    return float(high + 0.1 * (high - perplexity.min()))
 
 
-def _view(figure: go.Figure, frame: pd.DataFrame, full: pd.Series, size: Size) -> None:
+def _limit_view(figure: go.Figure, frame: pd.DataFrame, full: pd.Series, size: SizeMeasure) -> None:
     """Show the runs up to :func:`view_limit` at first, on plain axes."""
     limit = view_limit(frame["perplexity"])
     low = min(frame["perplexity"].min(), *full, 1e300)
     shown = frame.loc[frame["perplexity"] <= limit, size.column] / size.scale
-    beside = 0.03 * float(shown.max() - shown.min())
+    padding = 0.03 * float(shown.max() - shown.min())
     figure.update_yaxes(type="linear", dtick=None, range=[low - 0.06 * (limit - low), limit])
-    figure.update_xaxes(range=[float(shown.min()) - beside, float(shown.max()) + beside])
+    figure.update_xaxes(range=[float(shown.min()) - padding, float(shown.max()) + padding])
 
 
-def _joined(reference: pd.DataFrame, size: Size, quality: Quality) -> go.Scatter:
+def _uniform_line(
+    reference: pd.DataFrame, size: SizeMeasure, quality: QualityMeasure
+) -> go.Scatter:
     reference = reference.sort_values(size.column)
     return go.Scatter(
         x=reference[size.column] / size.scale,
         y=reference[quality.column] / quality.scale,
         mode="lines",
         line={"color": method_style("uniform").color, "width": 1.2},
-        name="Uniform HQQ, joined",
+        name="Uniform HQQ",
         hoverinfo="skip",
     )
 
 
-def _front(front: pd.DataFrame, size: Size, quality: Quality) -> go.Scatter:
+def _pareto_line(front: pd.DataFrame, size: SizeMeasure, quality: QualityMeasure) -> go.Scatter:
     front = front.sort_values(size.column)
     return go.Scatter(
         x=front[size.column] / size.scale,
         y=front[quality.column] / quality.scale,
         mode="lines",
         line={"color": NEUTRAL, "width": 1.2, "dash": "dot", "shape": "hv"},
-        name="best for its size",
+        name="Pareto front",
         hoverinfo="skip",
     )
 
 
-def _runs(method: str, part: pd.DataFrame, size: Size, quality: Quality, width: int) -> go.Scatter:
+def _runs(
+    method: str, part: pd.DataFrame, size: SizeMeasure, quality: QualityMeasure, width: int
+) -> go.Scatter:
     style = method_style(method)
     hollow = style.symbol.endswith("open")
     return go.Scatter(
@@ -241,7 +248,7 @@ def _hollow(runs: go.Scatter, origin: str) -> go.Scatter:
     return runs
 
 
-def _level(figure: go.Figure, perplexity: float) -> None:
+def _add_full_precision_line(figure: go.Figure, perplexity: float) -> None:
     figure.add_hline(
         y=perplexity,
         line={"color": NEUTRAL, "width": 1.2, "dash": "dash"},
@@ -251,26 +258,26 @@ def _level(figure: go.Figure, perplexity: float) -> None:
     )
 
 
-def labelled(frame: pd.DataFrame) -> pd.DataFrame:
+def add_run_labels(frame: pd.DataFrame) -> pd.DataFrame:
     """Runs with ``label``, a name for each that a person can tell from the others.
 
-    ``frame`` has the columns of :meth:`lsq_core.store.Store.results`.
+    ``frame`` has the columns of :meth:`lsq_core.store.store.Store.results`.
     """
     return frame.assign(label=[_label(row) for row in frame.to_dict("records")])
 
 
 def _label(row: dict) -> str:
-    asked = json.loads(row["request"]) if isinstance(row["request"], str) else {}
+    request = json.loads(row["request"]) if isinstance(row["request"], str) else {}
     parts = [f"{method_style(row['method']).title} {row['bits_per_param']:.2f}"]
-    if row["method"] in BOOSTS:
+    if row["method"] in BOOST_METHODS:
         parts.append(f"base {row['base']}")
-        parts.append(f"+{asked.get('boost_stop', 0)}")
-        parts += [f"top {asked['top_m']}"] if asked.get("top_m") else []
-        parts += [f"seed {asked['seed']}"] if row["method"].endswith("-ablation") else []
-    if row["method"] in ROWS:
-        parts.append(f"{asked['low_bits']}+{asked['high_bits']} g{asked['group_size']}")
-        parts.append(f"{asked['ratios']} ratios")
-        parts += [f"by the {asked['loss']} loss"] if asked["loss"] != "block" else []
+        parts.append(f"+{request.get('boost_stop', 0)}")
+        parts += [f"top {request['top_m']}"] if request.get("top_m") else []
+        parts += [f"seed {request['seed']}"] if row["method"].endswith("-ablation") else []
+    if row["method"] in ROW_METHODS:
+        parts.append(f"{request['low_bits']}+{request['high_bits']} g{request['group_size']}")
+        parts.append(f"{request['ratios']} ratios")
+        parts += [f"by the {request['loss']} loss"] if request["loss"] != "block" else []
     if row["origin"] != "published":  # those are all by one quantizer, grid and metadata
         parts += [row["quantizer"]]
         parts += ["fp16 metadata"] if row["metadata"] == "fp16" else []

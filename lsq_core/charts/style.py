@@ -10,7 +10,7 @@ from zlib import crc32
 import numpy as np
 import plotly.graph_objects as go
 
-from lsq_core.config import HALF, RATIOS, Config, MixedRows
+from lsq_core.bits import FP16_BITS, RATIOS, Config, MixedRows
 
 #: What every chart is shown with: no logo, nothing that sends data away.
 CONFIG = {
@@ -23,9 +23,9 @@ NEUTRAL = "#8a929c"
 GRID = "rgba(138, 146, 156, 0.25)"
 
 #: One hue a bit width, told apart by colour-blind eyes (after Okabe and Ito).
-BIT_COLORS = {2: "#D55E00", 3: "#E69F00", 4: "#009E73", 8: "#0072B2", HALF: NEUTRAL}
+BIT_COLORS = {2: "#D55E00", 3: "#E69F00", 4: "#009E73", 8: "#0072B2", FP16_BITS: NEUTRAL}
 #: How much white is in the colour of a group size: coarse groups are light.
-_WHITE = {128: 0.5, 64: 0.25, 32: 0.0}
+_WHITENESS = {128: 0.5, 64: 0.25, 32: 0.0}
 
 #: Colour of a module type by the last part of its name (after Tol's bright scheme); attention is
 #: drawn solid and the rest dashed, so that hue is not the only difference.
@@ -79,7 +79,7 @@ def method_style(name: str) -> MethodStyle:
     return METHOD_STYLES.get(name, MethodStyle(name, NEUTRAL, "x"))
 
 
-def drawn_as(method: str, quantizer: str) -> str:
+def style_key(method: str, quantizer: str) -> str:
     """The style's name of a run: its method's, or for a baseline that of its quantizer.
 
     >>> drawn_as("uniform", "nf4"), drawn_as("uniform", "hqq"), drawn_as("mxq", "nf4")
@@ -96,14 +96,14 @@ def config_color(config: Config) -> str:
 
     Of mixed rows, hue for the high-impact ones' bits, lightness for their ratio.
 
-    >>> from lsq_core.config import QuantConfig
+    >>> from lsq_core.bits import QuantConfig
     >>> config_color(QuantConfig(4, 32))
     '#009e73'
     """
     if isinstance(config, MixedRows):
         white, bits = 0.75 * (1 - config.ratio / max(RATIOS)), config.high_bits
     else:
-        white, bits = _WHITE[config.group_size], config.bits
+        white, bits = _WHITENESS[config.group_size], config.bits
     hue = BIT_COLORS[bits].lstrip("#")
     parts = (int(hue[i : i + 2], 16) for i in (0, 2, 4))
     return "#" + "".join(f"{round(p + (255 - p) * white):02x}" for p in parts)
@@ -122,10 +122,12 @@ def short_type(type_name: str) -> str:
 
 
 #: A legend in a row above the figure, to the right.
-ABOVE = {"orientation": "h", "yanchor": "bottom", "y": 1.02, "xanchor": "right", "x": 1}
+LEGEND_ABOVE = {"orientation": "h", "yanchor": "bottom", "y": 1.02, "xanchor": "right", "x": 1}
 
 
-def rings(x: object, y: object, name: str, *, size: float, color: str = NEUTRAL) -> go.Scatter:
+def ring_markers(
+    x: object, y: object, name: str, *, size: float, color: str = NEUTRAL
+) -> go.Scatter:
     """Rings around points, so that what stands out does so without colour alone."""
     return go.Scatter(
         x=x,
@@ -137,7 +139,7 @@ def rings(x: object, y: object, name: str, *, size: float, color: str = NEUTRAL)
     )
 
 
-def finish(figure: go.Figure, height: int) -> go.Figure:
+def apply_layout(figure: go.Figure, height: int) -> go.Figure:
     """What all figures have in common."""
     figure.update_layout(
         height=height,
@@ -163,14 +165,14 @@ def finish(figure: go.Figure, height: int) -> go.Figure:
 _FOREIGN_TAG = re.compile(r"<(?!/?(?:br|b|i|sub|sup|extra)>)", re.IGNORECASE)
 
 
-def inert_figure(figure: go.Figure) -> go.Figure:
+def sanitize_figure(figure: go.Figure) -> go.Figure:
     """The figure with no link and no style in any of its texts, which names may have brought."""
     content = figure.to_plotly_json()
-    inert = _inert(content)
-    return figure if inert is content else type(figure)(inert)
+    sanitize = _sanitize(content)
+    return figure if sanitize is content else type(figure)(sanitize)
 
 
-def _inert(value: Any) -> Any:
+def _sanitize(value: Any) -> Any:
     """A part of a figure without foreign tags; the very same where there are none."""
     if isinstance(value, str):
         return _FOREIGN_TAG.sub("&lt;", value) if "<" in value else value
@@ -178,13 +180,13 @@ def _inert(value: Any) -> Any:
         if value.dtype.kind not in "OUS":
             return value
         parts = value.tolist()
-        changed = _inert(parts)
+        changed = _sanitize(parts)
         return value if changed is parts else changed
     if isinstance(value, dict):
-        changed = {key: _inert(part) for key, part in value.items()}
+        changed = {key: _sanitize(part) for key, part in value.items()}
         same = all(changed[key] is part for key, part in value.items())
         return value if same else changed
     if isinstance(value, list | tuple):
-        changed = [_inert(part) for part in value]
+        changed = [_sanitize(part) for part in value]
         return value if all(a is b for a, b in zip(changed, value, strict=True)) else changed
     return value

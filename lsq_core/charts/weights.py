@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 import plotly.graph_objects as go
 
-from lsq_core.charts.style import GRID, NEUTRAL, finish
+from lsq_core.charts.style import GRID, NEUTRAL, apply_layout
 
-_NORMAL = "#CC6699"
+_NORMAL_COLOR = "#CC6699"
 #: Fewest weights a bin can hold on a logarithmic axis and be seen.
-_LEAST = 0.5
+_MIN_COUNT = 0.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,26 +48,26 @@ def weight_histogram(
             hovertemplate="%{y:,} weights about %{x:.4g}<extra></extra>",
         )
     )
-    shown = np.where(expected >= _LEAST, expected, np.nan) if log else expected
+    shown = np.where(expected >= _MIN_COUNT, expected, np.nan) if log else expected
     figure.add_trace(
         go.Scatter(
             x=middles,
             y=shown,
             mode="lines",
-            line={"color": _NORMAL, "width": 2},
-            name="normal of the same mean and deviation",
+            line={"color": _NORMAL_COLOR, "width": 2},
+            name="normal with the same mean and deviation",
             hovertemplate="a normal has %{y:,.1f} about %{x:.4g}<extra></extra>",
         )
     )
     top = float(counts.max())
     if grid is not None:
-        figure.add_trace(_grid_lines(grid, top, _LEAST if log else 0.0))
+        figure.add_trace(_grid_lines(grid, top, _MIN_COUNT if log else 0.0))
     if log:
-        limits = [np.log10(_LEAST), np.log10(top * 1.6)]
+        limits = [np.log10(_MIN_COUNT), np.log10(top * 1.6)]
         figure.update_yaxes(type="log", range=limits, dtick=1)
     figure.update_xaxes(title_text="weight")
-    figure.update_yaxes(title_text="weights in a bin", tickformat=",d" if not log else None)
-    finish(figure, height)
+    figure.update_yaxes(title_text="weights per bin", tickformat=",d" if not log else None)
+    apply_layout(figure, height)
     legend = {"orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"}
     return figure.update_layout(legend=legend, bargap=0, margin={"t": 50})
 
@@ -78,18 +78,18 @@ def _grid_lines(grid: GridLines, top: float, bottom: float) -> go.Scatter:
     if values.ndim == 1:
         x = np.column_stack([values, values, np.full(len(values), np.nan)]).ravel()
         y = np.tile([bottom, top, np.nan], len(values))
-        look = {"line": {"color": grid.color, "width": 1.4}, "mode": "lines"}
+        style = {"line": {"color": grid.color, "width": 1.4}, "mode": "lines"}
     else:
         low, high = values.T
         gap = np.full(len(values), np.nan)
         x = np.column_stack([low, low, high, high, low, gap]).ravel()
         y = np.tile([bottom, top, top, bottom, bottom, np.nan], len(values))
-        look = {"line": {"width": 0.6, "color": grid.color}, "fill": "toself", "mode": "lines"}
-        look["fillcolor"] = _faint(grid.color)
-    return go.Scatter(x=x, y=y, name=grid.name, hoverinfo="skip", **look)
+        style = {"line": {"width": 0.6, "color": grid.color}, "fill": "toself", "mode": "lines"}
+        style["fillcolor"] = _translucent(grid.color)
+    return go.Scatter(x=x, y=y, name=grid.name, hoverinfo="skip", **style)
 
 
-def _faint(color: str) -> str:
+def _translucent(color: str) -> str:
     red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
     return f"rgba({red}, {green}, {blue}, 0.25)"
 
@@ -113,7 +113,7 @@ def weight_bands(
                 x=[*layers, *layers[::-1]],
                 y=[*high, *low[::-1]],
                 fill="toself",
-                fillcolor=_faint(color),
+                fillcolor=_translucent(color),
                 line={"width": 0.8, "color": color},
                 mode="lines",
                 name=f"{percentiles[i]:g} to {percentiles[count - 1 - i]:g} %",
@@ -137,7 +137,7 @@ def weight_bands(
         )
     figure.update_xaxes(title_text="layer")
     figure.update_yaxes(title_text="weight")
-    finish(figure, height)
+    apply_layout(figure, height)
     legend = {"orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"}
     return figure.update_layout(legend=legend, margin={"t": 50})
 
@@ -193,7 +193,7 @@ def weight_surface(region: Region, height: int = 560) -> go.Figure:
             },
         }
     )
-    finish(figure, height)
+    apply_layout(figure, height)
     return figure.update_layout(margin={"l": 0, "r": 0, "t": 30, "b": 0}, modebar_orientation="h")
 
 
@@ -211,4 +211,4 @@ def weight_map(region: Region, height: int = 560) -> go.Figure:
     )
     figure.update_xaxes(title_text="input column")
     figure.update_yaxes(title_text="output row", autorange="reversed")
-    return finish(figure, height).update_layout(modebar_orientation="h")
+    return apply_layout(figure, height).update_layout(modebar_orientation="h")

@@ -1,9 +1,9 @@
-"""The command line: ``python -m lsq_core VERB``.
+"""The command line: ``lsq VERB``.
 
 With ``--json`` exactly one JSON document goes to standard output; progress and messages always go
 to standard error. Exit status 0, 2 for bad input, 1 for a failure. What a verb is asked is in
-:mod:`~lsq_core.cli.parser`, what it does in :mod:`~lsq_core.cli.verbs`, and what a person reads of
-it in :mod:`~lsq_core.cli.show`.
+:mod:`lsq_core.cli.parser`, what it does in :mod:`lsq_core.cli.verbs`, and what a person reads of
+it in :mod:`lsq_core.cli.show`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from pathlib import Path
 from lsq_core.cli import output
 from lsq_core.cli.parser import build_parser
 from lsq_core.errors import InputError, LsqError
-from lsq_core.files import disk_error
-from lsq_core.pipeline import Report
-from lsq_core.worker import work
+from lsq_core.files import translate_disk_error
+from lsq_core.jobs.worker import run_job
+from lsq_core.progress import ProgressCallback
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,13 +27,13 @@ def main(arguments: list[str] | None = None) -> int:
     ``job FOLDER`` is how :func:`lsq_core.jobs.start` has a command run; people don't type it.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    output.prepare()
+    output.configure_streams()
     if arguments[:1] == ["job"] and len(arguments) == 2:
-        home = Path(arguments[1])
-        if not os.path.isfile(home / "job.json"):  # unlike Path.is_file, no name makes it raise
-            return _failed(f"There is no job in {home}.", InputError.exit_code)
-        return work(home, execute)
-    with output.until_nobody_reads():
+        folder = Path(arguments[1])
+        if not os.path.isfile(folder / "job.json"):  # never raises, unlike Path.is_file
+            return _report_failure(f"There is no job in {folder}.", InputError.exit_code)
+        return run_job(folder, execute)
+    with output.ignore_broken_pipe():
         options = build_parser().parse_args(arguments)
     console = _Console()
     try:
@@ -42,30 +42,30 @@ def main(arguments: list[str] | None = None) -> int:
         finally:
             console.close()
     except LsqError as error:
-        return _failed(str(error), error.exit_code)
+        return _report_failure(str(error), error.exit_code)
     except OSError as error:
-        known = disk_error(error)
+        known = translate_disk_error(error)
         if known is None:
             raise
-        return _failed(str(known), known.exit_code)
+        return _report_failure(str(known), known.exit_code)
     except KeyboardInterrupt:
-        return _failed("stopped", 1)
-    with output.until_nobody_reads():
+        return _report_failure("interrupted", 1)
+    with output.ignore_broken_pipe():
         if options.json:
             output.print_json(result)
         else:
-            output.show(options.show, result)
+            output.print_result(options.show, result)
     return 0
 
 
-def _failed(reason: str, status: int) -> int:
+def _report_failure(reason: str, status: int) -> int:
     """Say why on standard error, where it still goes anywhere."""
     with suppress(OSError):
-        print(f"lsq: {output.printable(reason)}", file=sys.stderr)
+        print(f"lsq: {output.escape_controls(reason)}", file=sys.stderr)
     return status
 
 
-def execute(arguments: list[str], report: Report, folder: Path | None = None) -> dict:
+def execute(arguments: list[str], report: ProgressCallback, folder: Path | None = None) -> dict:
     """Run one command and give its result, reporting to ``report``; for jobs.
 
     In ``folder`` it keeps what it has so far, and finds it when it is run again.
@@ -76,7 +76,7 @@ def execute(arguments: list[str], report: Report, folder: Path | None = None) ->
         As the command does.
     """
     options = build_parser(exit_on_error=False).parse_args(arguments)
-    options.folder_to_keep = folder
+    options.checkpoint_folder = folder
     return options.call(options, report)
 
 
@@ -92,7 +92,7 @@ class _Console:
             self._write(stage, done, total, message)
 
     def _write(self, stage: str, done: int, total: int, message: str) -> None:
-        message = output.printable(message)
+        message = output.escape_controls(message)
         tenth = 10 * done // total if total else 0
         if not self.terminal and (stage, tenth) == self.shown:
             return

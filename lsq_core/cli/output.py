@@ -44,17 +44,17 @@ def _plain(error: UnicodeError) -> tuple[str, int]:
     """Replace what an encoding lacks by characters that every one has."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
-    lacking = error.object[error.start : error.end]
-    text = "".join(_PLAIN.get(c, ascii(c)[1:-1]) for c in lacking)
+    missing = error.object[error.start : error.end]
+    text = "".join(_PLAIN.get(c, ascii(c)[1:-1]) for c in missing)
     return text, error.end
 
 
-def printable(text: str, allowed: str = "") -> str:
+def escape_controls(text: str, allowed: str = "") -> str:
     """A text with its control characters, except those in ``allowed``, as Python's escapes."""
     return _CONTROLS.sub(lambda c: c[0] if c[0] in allowed else repr(c[0])[1:-1], text)
 
 
-def prepare() -> None:
+def configure_streams() -> None:
     """Let standard output and error take any character."""
     codecs.register_error(_HANDLER, _plain)
     for stream in (sys.stdout, sys.stderr):
@@ -72,16 +72,16 @@ def print_json(content: object) -> None:
     print(text)
 
 
-def show(call: Callable[[Any], None], result: object) -> None:
+def print_result(call: Callable[[Any], None], result: object) -> None:
     """Have ``call`` print what a person reads of a result, without control characters of names."""
     text = StringIO()
     with redirect_stdout(text):
         call(result)
-    print(printable(text.getvalue(), "\n\t"), end="")
+    print(escape_controls(text.getvalue(), "\n\t"), end="")
 
 
 @contextmanager
-def until_nobody_reads() -> Iterator[None]:
+def ignore_broken_pipe() -> Iterator[None]:
     """End printing when the reader has gone, as ``head`` does; what was asked for is done by then.
 
     Raises

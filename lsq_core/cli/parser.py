@@ -7,14 +7,14 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from lsq_core.bits import METADATA_FORMATS
 from lsq_core.cli import show, verbs
-from lsq_core.cli.output import printable
-from lsq_core.config import METADATA_FORMATS
-from lsq_core.corpus import BUILT_IN
+from lsq_core.cli.output import escape_controls
+from lsq_core.corpus.registry import BUILT_IN_CORPORA
 from lsq_core.errors import InputError
-from lsq_core.plan import PLANNERS
-from lsq_core.profile import DEFAULT_METRICS, METRICS, PROXIES
-from lsq_core.quantize import MATRIX_WISE, QUANTIZERS
+from lsq_core.planning.methods import PLANNERS
+from lsq_core.profiling.metrics import DEFAULT_METRICS, METRICS, PROXIES
+from lsq_core.quantization.registry import MATRIX_QUANTIZERS, QUANTIZERS
 
 
 class _Parser(argparse.ArgumentParser):
@@ -32,15 +32,15 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         if self.exit_on_error:
-            super().error(printable(message))
+            super().error(escape_controls(message))
         raise InputError(message)
 
 
 def build_parser(exit_on_error: bool = True) -> argparse.ArgumentParser:
     """The parser of every verb and option."""
     parser = _Parser(
-        prog="python -m lsq_core",
-        description="Explore where the bits should go, without writing code.",
+        prog="lsq",
+        description="Layer-sensitive mixed-precision quantization of LLMs.",
         exit_on_error=exit_on_error,
     )
     subparsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -48,20 +48,20 @@ def build_parser(exit_on_error: bool = True) -> argparse.ArgumentParser:
     def verb(name: str, call: Callable, show: Callable, text: str) -> argparse.ArgumentParser:
         sub = subparsers.add_parser(name, help=text, description=text, exit_on_error=exit_on_error)
         sub.add_argument("--json", action="store_true", help="print one JSON document")
-        sub.add_argument("--db", help="database file (default: LSQ_DB, or data/lsq.duckdb)")
+        sub.add_argument("--db", help="database file (default: LSQ_DB, or lsq.duckdb in LSQ_HOME)")
         sub.set_defaults(call=call, show=show)
         return sub
 
     _add_model_verbs(verb)
-    _add_comparing_verbs(verb)
-    _add_keeping_verbs(verb)
+    _add_run_verbs(verb)
+    _add_storage_verbs(verb)
     return parser
 
 
 def _add_model_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     """Verbs about one model, in the order of the way through."""
     _add_model(
-        verb("inspect", verbs.inspect, show.model, "what a model is, before any weight is read")
+        verb("inspect", verbs.inspect, show.model, "describe a model without reading its weights")
     )
 
     sub = verb(
@@ -69,15 +69,15 @@ def _add_model_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     )
     _add_model(sub)
     _add_device(sub)
-    sub.add_argument("--corpus", help=f"calibration text: {_corpora()} (stdlib)")
-    sub.add_argument("--quantizer", help=f"one of {', '.join(MATRIX_WISE)} (hqq)")
-    dear = [name for name in METRICS if name not in DEFAULT_METRICS]
+    sub.add_argument("--corpus", help=f"calibration corpus: {_corpus_choices()} (stdlib)")
+    sub.add_argument("--quantizer", help=f"one of {', '.join(MATRIX_QUANTIZERS)} (hqq)")
+    extra = [name for name in METRICS if name not in DEFAULT_METRICS]
     sub.add_argument(
         "--metric",
         action="append",
         default=[],
-        help=f"also measure {' or '.join(dear)}: loss_impact is added by a plan that needs it, "
-        f"{' and '.join(PROXIES)} are fast proxies, compared with the exact score",
+        help=f"also measure {' or '.join(extra)}: loss_impact is added by plans that need it, "
+        f"{' and '.join(PROXIES)} are fast proxies of the exact score",
     )
     _add_profile(sub)
 
@@ -85,19 +85,24 @@ def _add_model_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     _add_model(sub)
     _add_device(sub)
     _add_plan(sub)
-    sub.add_argument("--corpus", help="text to predict perplexity on (that of most runs)")
-    sub.add_argument("--protocol", help="strided or blocks, to predict it by (that of most runs)")
-    sub.add_argument("--out", type=Path, help="write the plan into a file, for run --plan")
+    sub.add_argument(
+        "--corpus", help="corpus to predict perplexity on (default: that of most runs)"
+    )
+    sub.add_argument(
+        "--protocol",
+        help="protocol to predict it for, strided or blocks (default: that of most runs)",
+    )
+    sub.add_argument("--out", type=Path, help="write the plan to a file, for run --plan")
 
-    sub = verb("run", verbs.run, show.run, "plan, quantize, evaluate, keep the result")
+    sub = verb("run", verbs.run, show.run, "plan, quantize, evaluate and store the result")
     _add_model(sub)
     _add_device(sub)
     _add_plan(sub)
-    sub.add_argument("--plan", type=Path, help="apply a plan that plan --out wrote")
+    sub.add_argument("--plan", type=Path, help="apply a plan written by plan --out")
     sub.add_argument("--quantizer", help=f"one of {', '.join(QUANTIZERS)} (hqq)")
     _add_hybrid(sub)
     _add_evaluation(sub)
-    sub.add_argument("--save", type=Path, help="keep the quantized model in this new folder")
+    sub.add_argument("--save", type=Path, help="save the quantized model to this new folder")
 
     sub = verb(
         "eval", verbs.evaluate, show.figures, "perplexity of a saved or a full-precision model"
@@ -107,116 +112,144 @@ def _add_model_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     _add_evaluation(sub)
 
 
-def _add_comparing_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
+def _add_run_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     """Verbs about many runs, or about one that was made."""
-    sub = verb("sweep", verbs.sweep, show.sweep, "every method at every size, on every text")
+    sub = verb("sweep", verbs.sweep, show.sweep, "run every method at every size on every corpus")
     _add_model(sub)
     _add_device(sub)
     for option, text in {
         "--method": f"one of {', '.join(PLANNERS)}, or all (repeatable)",
-        "--base": "a ladder stop, such as 3.13 (repeatable)",
-        "--budget": "3.2bpp, or bytes of the linear weights: 9MiB (repeatable)",
+        "--base": "base configuration, such as 3.13 or b3g128 (repeatable)",
+        "--budget": "3.2bpp (bits per parameter) or 9MiB (bytes of the linear weights); repeatable",
         "--quantizer": f"one of {', '.join(QUANTIZERS)} (hqq; repeatable)",
-        "--baseline": "a quantizer whose uniform plans are added, or all (repeatable)",
-        "--corpus": f"evaluation text: {_corpora()} (stdlib; repeatable)",
+        "--baseline": "also run uniform plans with this quantizer, or all (repeatable)",
+        "--corpus": f"evaluation corpus: {_corpus_choices()} (stdlib; repeatable)",
     }.items():
         sub.add_argument(option, action="append", default=[], help=text)
     _add_hybrid(sub)
     sub.add_argument(
+        "--cache-size",
         "--remember",
+        dest="remember",
         default="1GiB",
         metavar="BYTES",
-        help="quantized matrices kept in memory for the plans to come (1GiB)",
+        help="memory for quantized matrices reused by later plans (1GiB); formerly --remember",
     )
     _add_protocol(sub)
     _add_plan_details(sub)
 
-    sub = verb("audit", verbs.audit, show.audit, "what was stored, against what was planned")
+    sub = verb("audit", verbs.audit, show.audit, "compare what was stored with what was planned")
     sub.add_argument("target", metavar="FOLDER|RUN", help="a saved model, or the id of a run")
     _add_model(sub, required=False)
     _add_device(sub)
 
-    sub = verb("generate", verbs.generate, show.generated, "one prompt, both models' texts")
-    of = sub.add_mutually_exclusive_group(required=True)
-    of.add_argument("--saved", type=Path, metavar="FOLDER", help="a saved quantized model")
-    of.add_argument("--run", metavar="ID", help="a run, quantized again unless it was saved")
-    sub.add_argument("--prompt", required=True, help="the text to go on from")
-    sub.add_argument("--max-new-tokens", type=int, default=60, help="tokens to write (60)")
+    sub = verb(
+        "generate", verbs.generate, show.generated, "generate from one prompt with both models"
+    )
+    quantized_model = sub.add_mutually_exclusive_group(required=True)
+    quantized_model.add_argument(
+        "--saved", type=Path, metavar="FOLDER", help="a saved quantized model"
+    )
+    quantized_model.add_argument(
+        "--run", metavar="ID", help="a run; its model is rebuilt unless it was saved"
+    )
+    sub.add_argument("--prompt", required=True, help="text to continue")
+    sub.add_argument("--max-new-tokens", type=int, default=60, help="tokens to generate (60)")
     sub.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (0)")
-    sub.add_argument("--seed", type=int, default=0, help="seed of the draws above 0 (0)")
+    sub.add_argument(
+        "--seed", type=int, default=0, help="sampling seed for temperatures above 0 (0)"
+    )
     _add_model(sub, required=False)
     _add_device(sub)
 
 
-def _add_keeping_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
+def _add_storage_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     """Verbs about what is kept, and the app."""
-    sub = verb("results", verbs.results, show.results, "every run in the database")
+    sub = verb("results", verbs.results, show.results, "list the runs in the database")
     sub.add_argument("--model", help="only runs of this model")
     sub.add_argument(
-        "--published", action="store_true", help="the imported runs in place of your own"
+        "--published", action="store_true", help="the imported runs instead of your own"
     )
 
-    sub = verb("export", verbs.export, show.exported, "runs as a table, or one of them whole")
+    sub = verb(
+        "export", verbs.export, show.exported, "export all runs as a table, or one run as a report"
+    )
     sub.add_argument(
         "--out",
         type=Path,
         required=True,
         help="a new file: .csv or .parquet for all runs; .html (a report) or .bib for one",
     )
-    sub.add_argument("--run", metavar="ID", help="the run that a report or BibTeX is of")
+    sub.add_argument("--run", metavar="ID", help="run to write a report or BibTeX of")
     sub.add_argument("--model", help="only runs of this model")
     sub.add_argument(
-        "--published", action="store_true", help="the imported runs in place of your own"
+        "--published", action="store_true", help="the imported runs instead of your own"
     )
 
     sub = verb(
         "import-reference",
         verbs.import_reference,
         show.imported,
-        "take in the published measurements of a checkout of lm-quant-toolkit",
+        "import the published measurements from a checkout of lm-quant-toolkit",
     )
     what = sub.add_mutually_exclusive_group(required=True)
-    what.add_argument("folder", type=Path, metavar="DIR", nargs="?", help="holds src and data-vis")
     what.add_argument(
-        "--download", action="store_true", help="fetch its pinned revision, by git, in place of DIR"
+        "folder",
+        type=Path,
+        metavar="DIR",
+        nargs="?",
+        help="the checkout, containing src and data-vis",
+    )
+    what.add_argument(
+        "--download",
+        action="store_true",
+        help="fetch its pinned revision with git instead of reading DIR",
     )
 
-    sub = verb("jobs", verbs.jobs_verb, show.jobs, "background jobs, running and ended")
-    sub.add_argument("--cancel", metavar="ID", help="end this one")
+    sub = verb("jobs", verbs.jobs_verb, show.jobs, "list background jobs, running and finished")
+    sub.add_argument("--cancel", metavar="ID", help="cancel this job")
 
-    sub = verb("resume", verbs.resume, show.resumed, "let an interrupted job go on")
-    sub.add_argument("id", nargs="?", help="a job as 'jobs' lists it (the newest interrupted)")
-
-    sub = verb("disk", verbs.on_disk, show.disk, "what is kept on disk, and pruning it")
-    sub.add_argument("--prune", metavar="NAME", help="delete one of what disk lists")
-
-    sub = verb("repair", verbs.repair, show.repaired, "copy what can be read of a damaged database")
-    sub.add_argument("database", type=Path, help="stays as it is")
-    sub.add_argument("--out", type=Path, help="a new file (beside it, named *.repaired)")
-
-    _add_bench(
-        verb("bench", verbs.bench, show.bench, "how fast this is, beside what people use today")
+    sub = verb("resume", verbs.resume, show.resumed, "resume an interrupted job")
+    sub.add_argument(
+        "id", nargs="?", help="job id as listed by 'jobs' (default: the newest interrupted job)"
     )
+
+    sub = verb("disk", verbs.disk_usage, show.disk, "show and prune what is stored on disk")
+    sub.add_argument("--prune", metavar="NAME", help="delete one of the listed items")
+
+    sub = verb(
+        "repair", verbs.repair, show.repaired, "recover what can be read from a damaged database"
+    )
+    sub.add_argument("database", type=Path, help="the damaged database, which is not modified")
+    sub.add_argument(
+        "--out", type=Path, help="file to create (default: next to it, named *.repaired)"
+    )
+
+    _add_bench(verb("bench", verbs.bench, show.bench, "benchmark against the usual tools"))
 
     sub = verb("app", verbs.app, lambda result: None, "serve the app on this machine")
     sub.add_argument("--port", type=int, default=8501)
     sub.add_argument(
         "--address",
         default="127.0.0.1",
-        help="address to listen on; any but this machine's own needs the token (127.0.0.1)",
+        help="address to listen on; any but localhost requires the token (127.0.0.1)",
     )
     sub.add_argument(
         "--token",
         action="store_true",
-        help="ask for a token, which the address that is printed holds, on this machine too",
+        help="require the token in the printed URL, even on localhost",
     )
 
 
 def _add_bench(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
-        "--only", action="append", default=[], metavar="ID", help="one row (repeatable; all rows)"
+        "--only",
+        action="append",
+        default=[],
+        metavar="ID",
+        help="run only this benchmark (repeatable)",
     )
-    sub.add_argument("--repeats", type=int, default=5, help="times that each side is measured (5)")
+    sub.add_argument("--repeats", type=int, default=5, help="number of measurements per side (5)")
     sub.add_argument(
         "--markdown",
         dest="show",
@@ -225,12 +258,14 @@ def _add_bench(sub: argparse.ArgumentParser) -> None:
         help="print the table as Markdown",
     )
     sub.add_argument(
-        "--record", action="store_true", help="keep the ratios that tests hold later ones against"
+        "--record",
+        action="store_true",
+        help="record the ratios as the reference for the regression tests",
     )
 
 
-def _corpora() -> str:
-    return f"{', '.join(BUILT_IN)}, hf:org/name, or a text file"
+def _corpus_choices() -> str:
+    return f"{', '.join(BUILT_IN_CORPORA)}, hf:org/name, or a text file"
 
 
 def _add_model(sub: argparse.ArgumentParser, required: bool = True) -> None:
@@ -239,18 +274,18 @@ def _add_model(sub: argparse.ArgumentParser, required: bool = True) -> None:
         required=required,
         help="demo, a Hugging Face id, a local folder, or an imported model"
         if required
-        else "where the full-precision model is now (where it was)",
+        else "current location of the full-precision model (default: the original location)",
     )
     sub.add_argument("--revision", help="branch, tag or commit of a Hugging Face id")
     sub.add_argument(
         "--trust-remote-code",
         action="store_true",
-        help="run Python code that comes with the model; only for models you trust",
+        help="run Python code shipped with the model; only for models you trust",
     )
     sub.add_argument(
         "--allow-pickle",
         action="store_true",
-        help="open pickled weights, which can run code; only for models you trust",
+        help="load pickled weights, which can run code; only for models you trust",
     )
 
 
@@ -264,75 +299,92 @@ def _add_profile(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--axis", type=int, help="grouping axis, 0 or 1 (1)")
     sub.add_argument(
         "--metadata",
-        help=f"how scale and zero are stored: {' or '.join(METADATA_FORMATS)} (8bit)",
+        help=f"format of scales and zero points: {' or '.join(METADATA_FORMATS)} (8bit)",
     )
-    sub.add_argument("--samples", type=int, help="calibration texts (128)")
-    sub.add_argument("--block-tokens", type=int, help="tokens of a calibration block (512)")
+    sub.add_argument("--samples", type=int, help="number of calibration samples (128)")
+    sub.add_argument("--block-tokens", type=int, help="tokens per calibration block (512)")
 
 
 def _add_plan(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--method", help=f"one of {', '.join(PLANNERS)}")
-    sub.add_argument("--base", help="a ladder stop, such as 3.13 or b3g128")
-    sub.add_argument("--budget", help="3.2bpp, or bytes of the linear weights: 9MiB, 1.5GiB")
+    sub.add_argument("--base", help="base configuration, such as 3.13 or b3g128")
+    sub.add_argument(
+        "--budget", help="3.2bpp (bits per parameter) or 9MiB, 1.5GiB (bytes of the linear weights)"
+    )
     sub.add_argument(
         "--max-loss",
         metavar="PERCENT",
-        help="in place of base and budget: the smallest plan with predicted perplexity at most so "
-        "far above full precision, such as 1%%",
+        help="instead of base and budget: the smallest plan whose predicted perplexity is at most "
+        "this much above full precision, such as 1%%",
     )
     _add_plan_details(sub)
 
 
 def _add_plan_details(sub: argparse.ArgumentParser) -> None:
     """What a plan depends on beside its method and size."""
-    sub.add_argument("--boost-stop", type=int, default=2, help="stops a flagged layer gains (2)")
-    sub.add_argument("--top-m", type=int, default=0, help="outliers to keep, 0 for all (0)")
-    sub.add_argument("--calibration", help=f"calibration text: {_corpora()} (stdlib)")
+    sub.add_argument(
+        "--boost-stop",
+        type=int,
+        default=2,
+        help="configurations by which an outlier layer is promoted (2)",
+    )
+    sub.add_argument(
+        "--top-m",
+        type=int,
+        default=0,
+        help="outlier layers to promote per module type, 0 for all (0)",
+    )
+    sub.add_argument("--calibration", help=f"calibration corpus: {_corpus_choices()} (stdlib)")
     sub.add_argument(
         "--metric",
         default="sensitivity",
-        help="what SensiBoost reads: sensitivity (by part) or sensitivity_module",
+        help="metric of SensiBoost: sensitivity (by part) or sensitivity_module",
     )
     sub.add_argument(
-        "--profile-quantizer", help=f"quantizer of the profile: {', '.join(MATRIX_WISE)} (hqq)"
+        "--profile-quantizer",
+        help=f"quantizer of the profile: {', '.join(MATRIX_QUANTIZERS)} (hqq)",
     )
     sub.add_argument("--seed", type=int, default=0, help="seed of the ablations (0)")
     sub.add_argument(
-        "--exact", action="store_true", help="solve a knapsack to the optimum, with its gap"
+        "--exact",
+        action="store_true",
+        help="solve a knapsack exactly and report the optimality gap",
     )
-    rows = "of high-impact"
+    rows = "high-impact rows"
     sub.add_argument(
-        "--low-bits", type=int, default=2, help=f"bits of most rows, {rows}: 2 or 3 (2)"
+        "--low-bits", type=int, default=2, help=f"{rows}: bits of the other rows, 2 or 3 (2)"
     )
     sub.add_argument(
         "--high-bits",
         type=int,
         default=3,
-        help=f"bits of the rows that matter, {rows}: 3, 4, 16 (3)",
+        help=f"{rows}: their bits, 3, 4 or 16 (3)",
     )
-    sub.add_argument("--group-size", type=int, default=128, help=f"{rows}: 128, 64 or 32 (128)")
+    sub.add_argument(
+        "--group-size", type=int, default=128, help=f"{rows}: group size, 128, 64 or 32 (128)"
+    )
     sub.add_argument(
         "--loss",
         default="block",
-        help=f"what ratios are measured by, {rows}: block (its own output), or model (all "
-        "blocks from there on; many times dearer) (block)",
+        help=f"{rows}: loss by which ratios are chosen, block (the block's output) or model (all "
+        "later blocks; many times as expensive) (block)",
     )
     sub.add_argument(
         "--ratios",
         default="full",
-        help=f"{rows}: uniform, diagonal (each matrix for itself), or full (a block's together)",
+        help=f"{rows}: ratios uniform, diagonal (per matrix) or full (jointly per block) (full)",
     )
     sub.add_argument(
         "--clip",
         action="store_true",
-        help=f"{rows}: without the negative eigenvalues of each block's interactions",
+        help=f"{rows}: clip negative eigenvalues of each block's interaction matrix",
     )
     sub.add_argument(
         "--pin",
         action="append",
         default=[],
         metavar="PATTERN=CONFIG",
-        help="fix modules to a configuration or range: '*.layers.0.*=b8g64' (repeatable)",
+        help="pin modules to a configuration or range: '*.layers.0.*=b8g64' (repeatable)",
     )
     _add_profile(sub)
 
@@ -341,17 +393,19 @@ def _add_hybrid(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--hybrid",
         action="store_true",
-        help="the same as --quantizer hybrid: rounding learned for high-impact rows and clipping "
-        f"for the rest, {QUANTIZERS['hybrid'].steps:,} steps a block; --quantizer hybrid-500 "
+        help="same as --quantizer hybrid: learned rounding for high-impact rows, learned clipping "
+        f"for the rest, {QUANTIZERS['hybrid'].steps:,} steps per block; --quantizer hybrid-500 "
         "takes fewer",
     )
 
 
 def _add_evaluation(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--corpus", default="stdlib", help=f"evaluation text: {_corpora()}")
+    sub.add_argument(
+        "--corpus", default="stdlib", help=f"evaluation corpus: {_corpus_choices()} (stdlib)"
+    )
     _add_protocol(sub)
 
 
 def _add_protocol(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--protocol", default="strided", help="strided or blocks (strided)")
-    sub.add_argument("--max-tokens", type=int, help="evaluate on at most so many tokens")
+    sub.add_argument("--max-tokens", type=int, help="evaluate on at most this many tokens")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from lsq_core.config import DETECTION_CONFIG, format_bytes
+from lsq_core.bits import DETECTION_CONFIG
+from lsq_core.units import format_bytes
 
 
 def _finite(value: float | None) -> bool:
@@ -30,7 +31,7 @@ def model(result: dict) -> None:
         f"{100 * result['covered']:.1f} % of them in {len(result['modules'])} planned modules"
     )
     for name in result["left_out"]:
-        print(f"left at full precision, since no group size divides it: {name}")
+        print(f"kept in full precision because no group size divides it: {name}")
     for note in result["notes"]:
         print(f"note: {note}")
 
@@ -59,32 +60,34 @@ def plan(result: dict) -> None:
         f"{format_bytes(result['planned_bytes'])} planned for the linear weights, "
         f"{format_bytes(result['model_bytes'])} for the model"
     )
-    for name, worth in result["flagged"].items():
-        print(f"  {result['modules'][name]['config']:>7}  {name}  ({worth:.2f})")
+    for name, rank_value in result["flagged"].items():
+        print(f"  {result['modules'][name]['config']:>7}  {name}  ({rank_value:.2f})")
     counts: dict[str, int] = {}
     for entry in result["modules"].values():
         counts[entry["config"]] = counts.get(entry["config"], 0) + 1
     print("  " + ", ".join(f"{n} × {config}" for config, n in sorted(counts.items())))
     if "gap" in result:
-        print(f"at most {100 * result['gap']:.2g} % above the least possible cost at this budget")
+        print(f"at most {100 * result['gap']:.2g} % above the optimal cost at this budget")
     if any("rows" in entry for entry in result["modules"].values()):
         ratios = [entry["ratio"] for entry in result["modules"].values()]
-        print(f"high-impact rows: {100 * sum(ratios) / len(ratios):.1f} % of a matrix's on average")
+        print(
+            f"high-impact rows: {100 * sum(ratios) / len(ratios):.1f} % of each matrix on average"
+        )
     for note in result["notes"]:
         print(note)
     predicted(result["predicted"])
 
 
-def predicted(found: dict) -> None:
+def predicted(result: dict) -> None:
     """Print a predicted perplexity with its band, or why there is none."""
-    if "reason" in found:
-        print(f"no predicted perplexity: {found['reason']}")
+    if "reason" in result:
+        print(f"no predicted perplexity: {result['reason']}")
         return
-    beyond = ", beyond what was run" if found["extrapolated"] else ""
+    beyond = ", extrapolated" if result["extrapolated"] else ""
     print(
-        f"predicted perplexity {found['perplexity']:.4f} ({found['low']:.4f} to "
-        f"{found['high']:.4f}, 9 times in 10) on {found['corpus']} ({found['protocol']}), from "
-        f"{found['runs']} runs{beyond}; full precision {found['full_precision']:.4f}"
+        f"predicted perplexity {result['perplexity']:.4f} ({result['low']:.4f} to "
+        f"{result['high']:.4f}, 90 % band) on {result['corpus']} ({result['protocol']}), from "
+        f"{result['runs']} runs{beyond}; full precision {result['full_precision']:.4f}"
     )
 
 
@@ -99,7 +102,7 @@ def run(result: dict) -> None:
     print(
         f"full precision {number(result['perplexity_full'])}: {percent(change['relative'])} "
         f"({interval}), "
-        f"KL {number(result['kl'])} nats, same top token {100 * result['top1']:.1f} %"
+        f"KL {number(result['kl'])} nats, top-1 agreement {100 * result['top1']:.1f} %"
     )
     if "seconds" in result:  # a job of an older version did not keep them
         times(result["seconds"])
@@ -109,14 +112,16 @@ def times(seconds: dict) -> None:
     """Print where the time of a run went, the longest first."""
     whole = seconds["whole"]
     parts = {name: taken for name, taken in seconds.items() if name != "whole"}
-    told = sorted(parts.items(), key=lambda part: -part[1])
-    listed = ", ".join(f"{name} {duration(taken)}" for name, taken in told if taken >= 0.01 * whole)
+    ordered = sorted(parts.items(), key=lambda part: -part[1])
+    listed = ", ".join(
+        f"{name} {duration(taken)}" for name, taken in ordered if taken >= 0.01 * whole
+    )
     print(f"took {duration(whole)}: {listed}")
 
 
 def figures(result: dict) -> None:
     """Print a perplexity with what it was measured on."""
-    cut = ", cut by max-tokens" if result["truncated"] else ""
+    cut = ", limited by max-tokens" if result["truncated"] else ""
     print(
         f"perplexity {number(result['perplexity'])} on {result['tokens']:,} tokens of "
         f"{result['corpus']} ({result['protocol']}{cut})"
@@ -129,20 +134,20 @@ def sweep(result: dict) -> None:
     head += ("change", "seconds", "")
     print("{:<20} {:<9} {:<6} {:<12} {:>7} {:>5} {:>10} {:>11} {:>9} {:>8}  {}".format(*head))
     for row in result["items"]:
-        asked = f"{row['method']:<20} {row['base'] or row['budget']:<9} {row['quantizer']:<6}"
-        asked += f" {str(row['corpus'])[-12:]:<12}"
+        prefix = f"{row['method']:<20} {row['base'] or row['budget']:<9} {row['quantizer']:<6}"
+        prefix += f" {str(row['corpus'])[-12:]:<12}"
         if row["state"] == "failed":
-            print(f"{asked} failed: {row['reason']}")
+            print(f"{prefix} failed: {row['reason']}")
             continue
         print(
-            f"{asked} {row['bits_per_param']:>7.4f} {row['steps']:>5} "
+            f"{prefix} {row['bits_per_param']:>7.4f} {row['steps']:>5} "
             f"{format_bytes(row['measured_bytes']):>10} {number(row['perplexity']):>11} "
             f"{percent(row['increase']):>9} {row['quantize_seconds']:>8.1f}  "
             f"{row['state']} as run {row['run']}"
         )
     counts = result["counts"]
     print(
-        f"{counts['done']} made, {counts['found']} there already, {counts['failed']} failed, on "
+        f"{counts['done']} new, {counts['found']} already stored, {counts['failed']} failed, on "
         f"{result['model']}"
     )
 
@@ -168,18 +173,18 @@ def generated(result: dict) -> None:
         rest = [] if at is None else texts[at + 1 :]
         print(f"--- {title}\n{result['prompt']}{''.join([*parted, *rest])}")
     if at is None:
-        print("--- the two texts are the same")
+        print("--- the two texts are identical")
     else:
-        print(f"--- they part at token {at + 1}:")
+        print(f"--- they diverge at token {at + 1}:")
         for name, title in (("full", "full precision"), ("quantized", "quantized")):
             for token in result[name][at : at + 1]:
                 print(
-                    f"  {title} wrote {token['text']!r}: {100 * token['full']:.1f} % in full "
+                    f"  {title} generated {token['text']!r}: {100 * token['full']:.1f} % in full "
                     f"precision, {100 * token['quantized']:.1f} % quantized"
                 )
     print(
-        f"along the full model's text: same top token {100 * result['agreement']:.0f} %, "
-        f"KL {result['kl']:.4f} nats a token"
+        f"along the full-precision text: top-1 agreement {100 * result['agreement']:.0f} %, "
+        f"KL {result['kl']:.4f} nats per token"
     )
 
 
@@ -215,7 +220,7 @@ def results(result: dict) -> None:
         print(
             f"{str(row['model'])[-24:]:<24} {row['method']:<20} {row['bits_per_param']:>7.4f} "
             f"{mib:>9} {number(row['perplexity']):>11}  {row['corpus']} ({row['protocol']})"
-            + (", the saved model again" if row["saved_model"] else "")
+            + (", saved model re-evaluated" if row["saved_model"] else "")
         )
 
 
@@ -236,7 +241,7 @@ def imported(result: dict) -> None:
 def disk(result: dict) -> None:
     """Print what is kept."""
     for item in result["kept"]:
-        reason = f"  (not pruned: {item['reason']})" if item["reason"] else ""
+        reason = f"  (cannot be pruned: {item['reason']})" if item["reason"] else ""
         print(f"{format_bytes(item['bytes']):>12}  {item['kind']:<16} {item['name']}{reason}")
 
 
@@ -249,32 +254,32 @@ def repaired(result: dict) -> None:
 
 
 #: Heads of the table of benchmarks.
-_BENCH = ("", "ours", "theirs", "ratio", "error", "noise", "target")
+_BENCH_HEADERS = ("", "ours", "theirs", "ratio", "error", "noise", "target")
 
 
 def bench(result: dict) -> None:
     """Print a row a benchmark, and where it was measured."""
-    print("{:<52} {:>9} {:>9} {:>8}  {:<22} {:>6}  {}".format(*_BENCH))
+    print("{:<52} {:>9} {:>9} {:>8}  {:<22} {:>6}  {}".format(*_BENCH_HEADERS))
     for row in result["rows"]:
         if row["reason"]:
             print(f"{row['what']:<52} not measured: {row['reason']}")
             continue
         print("{:<52} {:>9} {:>9} {:>8}  {:<22} {:>6}  {}".format(*_bench_cells(row)))
-        beside = f"{row['ours']}; theirs: {row['theirs']}" if row["theirs"] else row["ours"]
-        print(f"    {row['id']}: {beside}" + (f"; {row['error_is']}" if row["error_is"] else ""))
+        sides = f"{row['ours']}; theirs: {row['theirs']}" if row["theirs"] else row["ours"]
+        print(f"    {row['id']}: {sides}" + (f"; {row['error_is']}" if row["error_is"] else ""))
     print(_bench_machine(result))
 
 
 def bench_markdown(result: dict) -> None:
     """Print the same as a Markdown table."""
-    print(f"| {' | '.join(_BENCH)} |\n|---|{'---:|' * 3}---|---:|---|")
+    print(f"| {' | '.join(_BENCH_HEADERS)} |\n|---|{'---:|' * 3}---|---:|---|")
     for row in result["rows"]:
         if row["reason"]:
             print(f"| {row['what']} | not measured: {row['reason']} | | | | | |")
             continue
         what, *figures = _bench_cells(row)
-        beside = f"{row['ours']}, against {row['theirs']}" if row["theirs"] else row["ours"]
-        print(f"| {what}: {beside} | {' | '.join(figures)} |")
+        sides = f"{row['ours']}, against {row['theirs']}" if row["theirs"] else row["ours"]
+        print(f"| {what}: {sides} | {' | '.join(figures)} |")
     print(f"\n{_bench_machine(result)}")
 
 
@@ -285,7 +290,7 @@ def _bench_cells(row: dict) -> list[str]:
     verdict = " (missed)" if row["missed"] else ""
     error = "–"
     if row["error"] is not None:
-        beyond = ", BEYOND IT" if row["wrong"] else ""
+        beyond = ", EXCEEDED" if row["wrong"] else ""
         error = f"{row['error']:.2g} (limit {row['error_limit']:g}{beyond})"
     return [
         row["what"],
@@ -299,9 +304,11 @@ def _bench_cells(row: dict) -> list[str]:
 
 
 def _bench_machine(result: dict) -> str:
-    places = ", ".join(filter(None, (result.get("gpu"), result["processor"], result["machine"])))
+    machine_parts = ", ".join(
+        filter(None, (result.get("gpu"), result["processor"], result["machine"]))
+    )
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    return f"Measured with {result['threads']} threads on {places}; {versions}."
+    return f"Measured with {result['threads']} threads on {machine_parts}; {versions}."
 
 
 def duration(seconds: float) -> str:

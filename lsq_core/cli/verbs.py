@@ -10,39 +10,38 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lsq_core import disk, jobs
-from lsq_core.config import parse_bytes
-from lsq_core.corpus import corpus_identity
-from lsq_core.database import given_database
-from lsq_core.errors import InputError, LsqError, reason_of
-from lsq_core.files import given_path, write_bytes
+from lsq_core.corpus.registry import corpus_identity
+from lsq_core.errors import InputError, LsqError, exception_reason, translate_resource_errors
+from lsq_core.evaluation.prediction import parse_loss
+from lsq_core.evaluation.protocol import EvaluationRequest
+from lsq_core.files import resolve_path, write_bytes
 from lsq_core.jsontext import write_json
-from lsq_core.model import MANIFEST, ModelSource
-from lsq_core.pipeline import (
-    EvaluationRequest,
-    Report,
-    Workbench,
-    evaluate_saved,
-    find_published,
-    in_a_sentence,
-    load_saved,
-    refusal_of,
-)
-from lsq_core.plan import PLANNERS, Plan, PlanRequest, Problem
-from lsq_core.predict import parse_loss
-from lsq_core.profile import Profile, ProfileSettings
-from lsq_core.quantize import about, check_choice
-from lsq_core.quantize.manifest import RUN, is_quantized_folder, read_manifest
-from lsq_core.store import PUBLISHED, Store
+from lsq_core.model.source import MANIFEST_FILE, ModelSource
+from lsq_core.planning.methods import PLANNERS
+from lsq_core.planning.plan import Plan
+from lsq_core.planning.problem import Problem
+from lsq_core.planning.request import PlanRequest
+from lsq_core.profiling.settings import ProfileSettings
+from lsq_core.progress import ProgressCallback
+from lsq_core.quantization.registry import check_choice, quantizer_spec
+from lsq_core.quantized.manifest import RUN_KEYS, is_quantized_folder, read_manifest
+from lsq_core.session import Session
+from lsq_core.stages.model import find_published
+from lsq_core.stages.plan import request_incompatibility
+from lsq_core.stages.saved import evaluate_saved, load_saved
+from lsq_core.store.database import resolve_database_path
+from lsq_core.store.store import PUBLISHED, Store, database_path
 from lsq_core.targets import check_file_target, check_folder_target
+from lsq_core.units import parse_bytes
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-def _workbench(options: argparse.Namespace, report: Report) -> Workbench:
-    keep = getattr(options, "folder_to_keep", None)
+def _workbench(options: argparse.Namespace, report: ProgressCallback) -> Session:
+    keep = getattr(options, "checkpoint_folder", None)
     device = options.device, options.dtype
-    return Workbench(_source(options), Store(options.db), *device, report, keep)
+    return Session(_source(options), Store(options.db), *device, report, keep)
 
 
 def _source(options: argparse.Namespace) -> ModelSource:
@@ -52,7 +51,7 @@ def _source(options: argparse.Namespace) -> ModelSource:
 
 
 def _settings(
-    options: argparse.Namespace, bench: Workbench, quantizer: str | None, calibration: str | None
+    options: argparse.Namespace, bench: Session, quantizer: str | None, calibration: str | None
 ) -> ProfileSettings:
     """The profile settings that were given, and the model's defaults for the others."""
     chosen = {
@@ -63,11 +62,11 @@ def _settings(
         "samples": options.samples,
         "block_tokens": options.block_tokens,
     }
-    given = {name: value for name, value in chosen.items() if value is not None}
-    return replace(bench.default_settings, **given)
+    options_given = {name: value for name, value in chosen.items() if value is not None}
+    return replace(bench.default_settings, **options_given)
 
 
-def _source_if_given(options: argparse.Namespace) -> ModelSource | None:
+def _optional_source(options: argparse.Namespace) -> ModelSource | None:
     return _source(options) if options.model else None
 
 
@@ -96,16 +95,16 @@ def _plan_request(options: argparse.Namespace, method: str | None = None) -> Pla
     )
 
 
-def _plan(
-    options: argparse.Namespace, bench: Workbench, settings: ProfileSettings
-) -> tuple[Plan, Profile | None]:
-    """The plan that was asked for, by a base, a budget or a loss, and its profile."""
+def _plan(options: argparse.Namespace, bench: Session, settings: ProfileSettings) -> Plan:
+    """The plan that was asked for, by a base, a budget or a loss."""
     request = _plan_request(options)
     if options.max_loss is not None:
         if options.base or options.budget:
-            raise InputError("Give --max-loss, or a base or budget, but not both.")
+            raise InputError("Give either --max-loss or a base or budget.")
         loss = parse_loss(options.max_loss)
-        request = bench.request_within(request, settings, loss, options.corpus, options.protocol)
+        request = bench.request_for_max_loss(
+            request, settings, loss, options.corpus, options.protocol
+        )
     return bench.plan(request, settings)
 
 
@@ -116,20 +115,20 @@ def _evaluation(options: argparse.Namespace) -> EvaluationRequest:
 # --- verbs ----------------------------------------------------------------------------------
 
 
-def inspect(options: argparse.Namespace, report: Report) -> dict:
+def inspect(options: argparse.Namespace, report: ProgressCallback) -> dict:
     """Layers, parameters, bytes and modules, from the config alone for a remote model."""
-    from lsq_core.load import inspect_model
+    from lsq_core.model.loading import inspect_model
 
     source, store = _source(options), Store(options.db)
     info = find_published(source, store) or inspect_model(source)
     if info.fingerprint:
         store.save_model(info)
-    return _described(info) | {
+    return _describe_model(info) | {
         "modules": {m.name: [m.out_features, m.in_features] for m in info.matrices}
     }
 
 
-def _described(info: object) -> dict:
+def _describe_model(info: object) -> dict:
     return {
         "model": info.source,
         "fingerprint": info.fingerprint or None,
@@ -138,7 +137,7 @@ def _described(info: object) -> dict:
         "context": info.context,
         "parameters": info.parameters,
         "linear_parameters": info.linear_parameters,
-        "covered": info.covered,
+        "covered": info.coverage,
         "left_out": list(info.left_out),
         "notes": list(info.notes),
         "file_bytes": info.file_bytes,
@@ -146,48 +145,48 @@ def _described(info: object) -> dict:
     }
 
 
-def profile(options: argparse.Namespace, report: Report) -> dict:
+def profile(options: argparse.Namespace, report: ProgressCallback) -> dict:
     """Measure or find a profile."""
-    from lsq_core.profile.agreement import proxy_agreement
+    from lsq_core.profiling.agreement import proxy_agreement
 
     bench = _workbench(options, report)
     settings = _settings(options, bench, options.quantizer, options.corpus)
-    found = bench.profile(settings, options.metric)
+    result = bench.profile(settings, options.metric)
     return {
-        "profile": found.id,
-        "model": _described(bench.info),
-        "settings": asdict(found.settings),
-        "provenance": found.provenance,
-        "proxies": proxy_agreement(found).to_dict("records"),
-        "scores": found.values.to_dict("records"),
+        "profile": result.id,
+        "model": _describe_model(bench.info),
+        "settings": asdict(result.settings),
+        "provenance": result.provenance,
+        "proxies": proxy_agreement(result).to_dict("records"),
+        "scores": result.values.to_dict("records"),
     }
 
 
-def plan(options: argparse.Namespace, report: Report) -> dict:
+def plan(options: argparse.Namespace, report: ProgressCallback) -> dict:
     """Make a plan, measuring what it needs first."""
     if options.out:
         check_file_target(options.out)
     bench = _workbench(options, report)
     settings = _settings(options, bench, options.profile_quantizer, options.calibration)
-    made, used = _plan(options, bench, settings)
+    made = _plan(options, bench, settings)
     content = made.to_json() | {
         "predicted": bench.predicted(made, settings, options.corpus, options.protocol),
         "model": bench.source.name,
         "fingerprint": bench.info.fingerprint,
-        "profile": used.id if used else None,
-        "covered": bench.info.covered,
+        "profile": made.profile,
+        "covered": bench.info.coverage,
     }
     if options.out:
         write_json(options.out, content)
     return content
 
 
-def run(options: argparse.Namespace, report: Report) -> dict:
+def run(options: argparse.Namespace, report: ProgressCallback) -> dict:
     """Plan or take a saved plan, quantize, evaluate, keep."""
     evaluation = _evaluation(options)
     corpus_identity(evaluation.corpus)  # a wrong path is told before anything is measured
-    save = given_path(options.save) if options.save else None
-    resumed = getattr(options, "folder_to_keep", None) and save and is_quantized_folder(save)
+    save = resolve_path(options.save) if options.save else None
+    resumed = getattr(options, "checkpoint_folder", None) and save and is_quantized_folder(save)
     if save and not resumed:  # one that is may have saved its model already
         check_folder_target(save)
     (quantizer,) = _quantizers(options, [options.quantizer] if options.quantizer else [])
@@ -195,22 +194,20 @@ def run(options: argparse.Namespace, report: Report) -> dict:
     settings = _settings(options, bench, options.profile_quantizer, options.calibration)
     if options.plan:
         if options.method or options.base or options.budget or options.max_loss:
-            raise InputError(
-                "Give a saved plan, or a method with base, budget or max-loss, but not both."
-            )
-        made, used = _saved_plan(options.plan, bench), None
+            raise InputError("Give either a saved plan or a method with base, budget or max-loss.")
+        made = _load_plan(options.plan, bench)
     else:
         if options.max_loss and quantizer != settings.quantizer:
             raise InputError(
-                f"--max-loss predicts by the profile of {settings.quantizer}; give "
-                f"--profile-quantizer {quantizer} to run by that quantizer."
+                f"--max-loss predicts from the profile of {settings.quantizer}; give "
+                f"--profile-quantizer {quantizer} to run with that quantizer."
             )
         if not options.max_loss:
-            _refuse_early(options, bench, settings, quantizer)
-        made, used = _plan(options, bench, settings)
+            _check_compatibility(options, bench, settings, quantizer)
+        made = _plan(options, bench, settings)
     check_choice(quantizer, made.choice, made.axis)
     predicted = _predicted(bench, made, quantizer, settings, evaluation)
-    outcome = bench.run(made, used, quantizer, evaluation, save, settings=settings)
+    outcome = bench.run(made, quantizer, evaluation, save, settings=settings)
     return {
         "model": bench.source.name,
         "fingerprint": bench.info.fingerprint,
@@ -223,78 +220,82 @@ def _quantizers(options: argparse.Namespace, named: list[str]) -> list[str]:
     if options.hybrid and "hybrid" in named:
         named = [name for name in named if name != "hybrid"]
     if options.hybrid and named and options.verb == "run":
-        raise InputError(f"Give --hybrid or --quantizer {named[0]}, but not both.")
+        raise InputError(f"Give either --hybrid or --quantizer {named[0]}.")
     return [*named, "hybrid"] if options.hybrid else named or ["hqq"]
 
 
-def _refuse_early(
-    options: argparse.Namespace, bench: Workbench, settings: ProfileSettings, quantizer: str
+def _check_compatibility(
+    options: argparse.Namespace, bench: Session, settings: ProfileSettings, quantizer: str
 ) -> None:
     """Tell what the quantizer can't do before a profile is measured for the plan."""
-    request, problem = _plan_request(options), Problem(bench.outline.matrices)
-    reason = refusal_of(problem, request, quantizer, settings.axis)
+    request, problem = _plan_request(options), Problem(bench.config_info.matrices)
+    reason = request_incompatibility(problem, request, quantizer, settings.axis)
     if reason:
         raise InputError(reason)
 
 
 def _predicted(
-    bench: Workbench,
+    bench: Session,
     made: Plan,
     quantizer: str,
     settings: ProfileSettings,
     evaluation: EvaluationRequest,
 ) -> dict:
     """What is predicted of a plan by a quantizer, from the profile measured with that one."""
-    if about(quantizer).calibrated:
-        reason = f"{about(quantizer).title} has no profile, which predictions are made from."
+    if quantizer_spec(quantizer).calibrated:
+        reason = f"{quantizer_spec(quantizer).title} has no profile to predict from."
         return {"reason": reason}
     measured_by = replace(settings, quantizer=quantizer)
     return bench.predicted(made, measured_by, evaluation.corpus, evaluation.protocol)
 
 
-def _saved_plan(path: Path, bench: Workbench) -> Plan:
+def _load_plan(path: Path, bench: Session) -> Plan:
     try:
         content = json.loads(path.read_text("utf8"))
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:  # also a number or nesting beyond Python's limits
-        raise InputError(f"{path} is not a plan: it holds no JSON ({reason_of(error)}).") from error
-    return Plan.from_json(content, bench.outline.matrices, bench.outline.other_bytes)
+        raise InputError(
+            f"{path} is not a plan: it is not valid JSON ({exception_reason(error)})."
+        ) from error
+    return Plan.from_json(content, bench.config_info.matrices, bench.config_info.other_bytes)
 
 
-def evaluate(options: argparse.Namespace, report: Report) -> dict:
+def evaluate(options: argparse.Namespace, report: ProgressCallback) -> dict:
     """Evaluate a folder that ``run --save`` wrote, or a model in full precision."""
     request = _evaluation(options)
     source = _source(options)
     folder = source.local_folder
-    if folder is not None and (folder / MANIFEST).is_file():
-        place = options.device, options.dtype
+    if folder is not None and (folder / MANIFEST_FILE).is_file():
+        device_and_dtype = options.device, options.dtype
         trusted = source.trust_remote_code
-        return evaluate_saved(folder, request, Store(options.db), *place, report, trusted)
+        return evaluate_saved(
+            folder, request, Store(options.db), *device_and_dtype, report, trusted
+        )
     return _workbench(options, report).evaluate_full(request)
 
 
-def sweep(options: argparse.Namespace, report: Report) -> dict:
+def sweep(options: argparse.Namespace, report: ProgressCallback) -> dict:
     """Methods × bases and budgets × quantizers × texts, each run kept as it finishes."""
     from lsq_core import sweep as sweeps
 
-    methods = sweeps.all_methods(options.method)
+    methods = sweeps.expand_methods(options.method)
     quantizers = _quantizers(options, options.quantizer)
-    others = sweeps.all_baselines(options.baseline, quantizers)
+    baseline_quantizers = sweeps.expand_baselines(options.baseline, quantizers)
 
     bench = _workbench(options, report)
-    bench.remembered_bytes = parse_bytes(options.remember)
+    bench.cache_bytes = parse_bytes(options.remember)
     settings = _settings(options, bench, options.profile_quantizer, options.calibration)
-    like = _plan_request(options, methods[0] if methods else "")
+    template = _plan_request(options, methods[0] if methods else "")
     texts = [
         EvaluationRequest(corpus, options.protocol, options.max_tokens)
         for corpus in options.corpus or ["stdlib"]
     ]
-    asked = sweeps.items(
-        sweeps.requests(like, methods, options.base, options.budget), quantizers, texts
+    items = sweeps.items(
+        sweeps.requests(template, methods, options.base, options.budget), quantizers, texts
     )
-    asked += sweeps.baselines(like, options.base, options.budget, others, texts)
-    rows = sweeps.sweep(bench, asked, settings)
+    items += sweeps.baselines(template, options.base, options.budget, baseline_quantizers, texts)
+    rows = sweeps.sweep(bench, items, settings)
     states = [row["state"] for row in rows]
     return {
         "model": bench.source.name,
@@ -304,36 +305,36 @@ def sweep(options: argparse.Namespace, report: Report) -> dict:
     }
 
 
-def audit(options: argparse.Namespace, report: Report) -> dict:
+def audit(options: argparse.Namespace, report: ProgressCallback) -> dict:
     """What was stored, matrix by matrix, against what was planned."""
-    from lsq_core.audit import audit_folder, audit_run
+    from lsq_core.results.audit import audit_folder, audit_run
 
-    store, folder = Store(options.db), given_path(options.target)
+    store, folder = Store(options.db), resolve_path(options.target)
     if folder.is_dir() or "/" in options.target:
         return audit_folder(folder, store).to_json()
-    place = options.device, options.dtype, report, options.trust_remote_code
-    found = audit_run(options.target, store, _source_if_given(options), *place)
-    return found.to_json() | {"run": options.target}
+    device_and_dtype = options.device, options.dtype, report, options.trust_remote_code
+    result = audit_run(options.target, store, _optional_source(options), *device_and_dtype)
+    return result.to_json() | {"run": options.target}
 
 
-def generate(options: argparse.Namespace, report: Report) -> dict:
+def generate(options: argparse.Namespace, report: ProgressCallback) -> dict:
     """What the full-precision and the quantized model write after a prompt."""
-    from lsq_core.generate import compare_generation
-    from lsq_core.pipeline import original, remake
+    from lsq_core.evaluation.generation import compare_generation
+    from lsq_core.stages.saved import open_original, rebuild_run
 
-    store, source = Store(options.db), _source_if_given(options)
-    place, trusted = (options.device, options.dtype, report), options.trust_remote_code
+    store, source = Store(options.db), _optional_source(options)
+    device_and_dtype, trusted = (options.device, options.dtype, report), options.trust_remote_code
     if options.saved is not None:
-        manifest = read_manifest(given_path(options.saved), RUN)
+        manifest = read_manifest(resolve_path(options.saved), RUN_KEYS)
         run, fingerprint = manifest["run"], manifest["fingerprint"]
         source = source or ModelSource(manifest["source"], manifest["revision"], trusted)
-        bench = original(source, fingerprint, store, *place)
-        quantized = load_saved(options.saved, *place, trusted).model
+        bench = open_original(source, fingerprint, store, *device_and_dtype)
+        quantized = load_saved(options.saved, *device_and_dtype, trusted).model
     else:
         run = options.run
-        bench, quantized = remake(run, source, store, *place, trusted)
+        bench, quantized = rebuild_run(run, source, store, *device_and_dtype, trusted)
     loaded = bench.loaded
-    with in_a_sentence(loaded.device):
+    with translate_resource_errors(loaded.device):
         compared = compare_generation(
             loaded.model,
             quantized,
@@ -345,10 +346,10 @@ def generate(options: argparse.Namespace, report: Report) -> dict:
             context=bench.info.context,
             progress=lambda done, total, message: report("generate", done, total, message),
         )
-    return {"run": run, "model": bench.source.name} | bench.place | compared.to_json()
+    return {"run": run, "model": bench.source.name} | bench.device_and_dtype | compared.to_json()
 
 
-def jobs_verb(options: argparse.Namespace, report: Report) -> dict:
+def jobs_verb(options: argparse.Namespace, report: ProgressCallback) -> dict:
     """The background jobs, newest first; ``--cancel`` ends one of them."""
     folder = disk.jobs_folder(Store(options.db))
     if options.cancel:
@@ -359,7 +360,7 @@ def jobs_verb(options: argparse.Namespace, report: Report) -> dict:
     }
 
 
-def resume(options: argparse.Namespace, report: Report) -> dict:
+def resume(options: argparse.Namespace, report: ProgressCallback) -> dict:
     """Let an interrupted job go on in the background, and follow it to its end."""
     folder = disk.jobs_folder(Store(options.db))
     job = jobs.follow(jobs.resume(jobs.find(folder, options.id)), report)
@@ -368,7 +369,7 @@ def resume(options: argparse.Namespace, report: Report) -> dict:
     return {"job": job.id, "verb": job.verb, "result": job.result()}
 
 
-def results(options: argparse.Namespace, report: Report) -> dict:
+def results(options: argparse.Namespace, report: ProgressCallback) -> dict:
     """Every run, newest first: measured here, or published."""
     frame = _results(options)
     frame = frame.assign(created=frame["created"].astype(str))
@@ -383,17 +384,17 @@ def _results(options: argparse.Namespace) -> pd.DataFrame:
     return frame
 
 
-def export(options: argparse.Namespace, report: Report) -> dict:
+def export(options: argparse.Namespace, report: ProgressCallback) -> dict:
     """All runs into a table, or one run into a report or BibTeX, as the file's name ends."""
-    from lsq_core import export as exports
+    from lsq_core.results import export as exports
 
     tables = {".csv": exports.csv_bytes, ".parquet": exports.parquet_bytes}
-    pages = {".html": _report_of, ".bib": lambda store, record: exports.bibtex(record)}
+    pages = {".html": _render_report, ".bib": lambda store, record: exports.bibtex(record)}
     kind = options.out.suffix.lower()
     if kind not in tables | pages:
-        raise InputError(f"{options.out} ends in none of {', '.join(tables | pages)}.")
+        raise InputError(f"{options.out} must end in one of {', '.join(tables | pages)}.")
     if (kind in pages) != bool(options.run):
-        needs = "a run with --run" if kind in pages else "no --run: it holds all runs"
+        needs = "a run with --run" if kind in pages else "no --run, because it contains all runs"
         raise InputError(f"A {kind} file needs {needs}.")
     check_file_target(options.out)
     if kind in tables:
@@ -401,37 +402,37 @@ def export(options: argparse.Namespace, report: Report) -> dict:
         content, count = tables[kind](frame), len(frame)
     else:
         store = Store(options.db)
-        record = store.record(_evaluation_of(store, options.run))
+        record = store.record(_latest_evaluation(store, options.run))
         content, count = pages[kind](store, record).encode("utf8"), 1
     write_bytes(options.out, content, new=True)
     return {"out": str(options.out), "runs": count, "bytes": len(content)}
 
 
-def _evaluation_of(store: Store, run: str) -> str:
+def _latest_evaluation(store: Store, run: str) -> str:
     """The newest evaluation of a run that wasn't deleted."""
     frame = store.results(origin=None)
-    found = frame.loc[frame["run"] == run, "evaluation"]
-    if found.empty:
+    result = frame.loc[frame["run"] == run, "evaluation"]
+    if result.empty:
         raise InputError(f"There is no run '{run}'; results --json lists them.")
-    return found.iloc[0]
+    return result.iloc[0]
 
 
-def _report_of(store: Store, record: dict) -> str:
+def _render_report(store: Store, record: dict) -> str:
     from lsq_core import charts
-    from lsq_core.report import run_report
-    from lsq_core.ui.arguments import reproducing
+    from lsq_core.jobs.arguments import reproduce_command
+    from lsq_core.results.report import run_report
 
     own, run = record["evaluation"], record["run"]
     runs = store.results(run["fingerprint"], origin=run["origin"])
     same = ["corpus_sha256", "protocol", "tokens"]
     mine = runs.loc[runs["evaluation"] == own["id"], same].iloc[0]
     beside = runs[[row.equals(mine) for _, row in runs[same].iterrows()]]
-    figure = charts.perplexity_by_size(charts.labelled(beside), [own["id"]], charts.BITS)
+    figure = charts.perplexity_by_size(charts.add_run_labels(beside), [own["id"]], charts.BITS)
     matrices = store.model(run["fingerprint"]).matrices
-    return run_report(record, matrices, reproducing(record), figure)
+    return run_report(record, matrices, reproduce_command(record), figure)
 
 
-def import_reference(options: argparse.Namespace, report: Report) -> dict:
+def import_reference(options: argparse.Namespace, report: ProgressCallback) -> dict:
     """Take in published measurements, in the place of those taken in before."""
     from lsq_core import reference
 
@@ -441,17 +442,17 @@ def import_reference(options: argparse.Namespace, report: Report) -> dict:
     return reference.import_reference(options.folder, store, report)
 
 
-def on_disk(options: argparse.Namespace, report: Report) -> dict:
+def disk_usage(options: argparse.Namespace, report: ProgressCallback) -> dict:
     """What is kept on disk; ``--prune`` deletes one of it."""
     store = Store(options.db)
     pruned = disk.prune(store, options.prune) if options.prune else None
     return {
         "pruned": asdict(pruned) if pruned else None,
-        "kept": [asdict(item) for item in disk.kept_on_disk(store)],
+        "kept": [asdict(item) for item in disk.list_disk_items(store)],
     }
 
 
-def bench(options: argparse.Namespace, report: Report) -> dict:
+def bench(options: argparse.Namespace, report: ProgressCallback) -> dict:
     """Measure ours and theirs in turns; ``--record`` keeps the ratios."""
     from lsq_core import bench as benchmarks
 
@@ -465,21 +466,21 @@ def bench(options: argparse.Namespace, report: Report) -> dict:
     return benchmarks.to_json(rows)
 
 
-def repair(options: argparse.Namespace, report: Report) -> dict:
+def repair(options: argparse.Namespace, report: ProgressCallback) -> dict:
     """Copy what can be read of a damaged database into a new one."""
-    from lsq_core import repair as repairs
+    from lsq_core.store import repair as repairs
 
-    path = given_database(options.database)
+    path = resolve_database_path(options.database)
     out = options.out or Path(f"{path}.repaired")
-    tables = repairs.repair(path, given_database(out))
+    tables = repairs.repair(path, resolve_database_path(out))
     return {"out": str(out), "tables": [asdict(table) for table in tables]}
 
 
-def app(options: argparse.Namespace, report: Report) -> dict:
+def app(options: argparse.Namespace, report: ProgressCallback) -> dict:
     """Serve the app until stopped."""
     from lsq_core import serve
 
-    if options.db:
-        os.environ["LSQ_DB"] = str(Store(options.db).path)
+    # Absolute, since the server changes its working directory.
+    os.environ["LSQ_DB"] = str(Store(options.db).path if options.db else database_path())
     serve.serve(options.address, options.port, options.token)
     return {}

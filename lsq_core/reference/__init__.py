@@ -16,21 +16,24 @@ from pathlib import Path
 
 import pandas as pd
 
-from lsq_core.files import given_path
+from lsq_core.files import resolve_path
 from lsq_core.jsontext import json_text
-from lsq_core.pipeline import PUBLISHED_SETTINGS, Report, silent
-from lsq_core.profile import Profile
+from lsq_core.profiling.profile import Profile
+from lsq_core.profiling.settings import PUBLISHED_SETTINGS
+from lsq_core.progress import ProgressCallback, ignore_progress
 from lsq_core.provenance import now
 from lsq_core.reference import download
 from lsq_core.reference.checkout import Checkout
 from lsq_core.reference.models import read_models, read_profiles
 from lsq_core.reference.outcomes import outcomes, read_plans
-from lsq_core.store import Store
+from lsq_core.store.store import Store
 
 __all__ = ["import_download", "import_reference"]
 
 
-def import_reference(folder: str | Path, store: Store, report: Report = silent) -> dict:
+def import_reference(
+    folder: str | Path, store: Store, report: ProgressCallback = ignore_progress
+) -> dict:
     """Read a checkout of lm-quant-toolkit and keep it in the place of an earlier import.
 
     Everything is checked before anything is kept, in one transaction.
@@ -49,8 +52,8 @@ def import_reference(folder: str | Path, store: Store, report: Report = silent) 
     LsqError
         When the database cannot be written.
     """
-    began = time.perf_counter()
-    checkout = Checkout(given_path(folder))
+    start_time = time.perf_counter()
+    checkout = Checkout(resolve_path(folder))
     report("import", 0, 3, "reading plans")
     plans, sizes = read_plans(checkout)
     report("import", 1, 3, "reading models and profiles")
@@ -70,13 +73,13 @@ def import_reference(folder: str | Path, store: Store, report: Report = silent) 
         "missing": checkout.missing,
         "flawed": checkout.flawed,
         "files": checkout.files,
-        "seconds": time.perf_counter() - began,
+        "seconds": time.perf_counter() - start_time,
     }
 
 
 def import_download(
     store: Store,
-    report: Report = silent,
+    report: ProgressCallback = ignore_progress,
     url: str = download.URL,
     commit: str = download.COMMIT,
 ) -> dict:

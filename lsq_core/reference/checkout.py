@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from lsq_core.config import LADDER
+from lsq_core.bits import LADDER
 from lsq_core.errors import InputError
 
 #: Where the toolkit keeps what is read, under the checkout.
@@ -104,19 +104,19 @@ class Checkout:
     flawed: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        wanted = [ERRORS, STATISTICS, *SENSITIVITIES, OBJECTIVES, PLANS, RUNS]
-        absent = [path for path in wanted if not (self.root / path).exists()]
-        if absent or not self.under(ERRORS, "fnorm-*.csv"):
+        expected = [ERRORS, STATISTICS, *SENSITIVITIES, OBJECTIVES, PLANS, RUNS]
+        absent = [path for path in expected if not (self.root / path).exists()]
+        if absent or not self.list_files(ERRORS, "fnorm-*.csv"):
             raise InputError(
                 f"{self.root} is not a checkout of lm-quant-toolkit: it has no "
                 f"{absent[0] if absent else ERRORS + '/fnorm-*.csv'}; give the folder that holds "
                 "src and data-vis."
             )
 
-    def under(self, folder: str, pattern: str) -> list[str]:
+    def list_files(self, folder: str, pattern: str) -> list[str]:
         """The files of a folder that match, as paths under the root, in name order."""
-        found = sorted((self.root / folder).glob(pattern))
-        return [path.relative_to(self.root).as_posix() for path in found]
+        value = sorted((self.root / folder).glob(pattern))
+        return [path.relative_to(self.root).as_posix() for path in value]
 
     def raw(self, path: str) -> pd.DataFrame:
         """A file's cells as text; the index is the row in the file, the header being row 1."""
@@ -152,16 +152,16 @@ class Checkout:
                 f"{where} has no column {', '.join(absent)} (row 1 names {', '.join(raw)}); "
                 "rename the column, or fetch the file again."
             )
-        cells = {name: _filled(where, raw[name]) for name in columns.text}
+        cells = {name: _check_filled(where, raw[name]) for name in columns.text}
         cells |= {name: raw[name].fillna("") for name in columns.sparse_text}
         for name in columns.whole + columns.real:
             cells[name] = _numbers(where, raw[name], whole=name in columns.whole)
         for name in columns.sparse + columns.optional:
             cells[name] = _numbers(where, raw[name], required=False) if name in raw else np.nan
-        return distinct(where, pd.DataFrame(cells, index=raw.index), columns.key)
+        return drop_repeated_rows(where, pd.DataFrame(cells, index=raw.index), columns.key)
 
 
-def _filled(where: Path, column: pd.Series) -> pd.Series:
+def _check_filled(where: Path, column: pd.Series) -> pd.Series:
     if column.isna().any():
         row = column.isna().idxmax()
         raise InputError(f"{where}, row {row}: {column.name} is empty; fill it or fetch it again.")
@@ -180,16 +180,16 @@ def _numbers(
         wrong |= numbers != numbers.round()
     if wrong.any():
         row = wrong.idxmax()
-        found = "empty or NaN" if pd.isna(column[row]) else f"'{column[row]}'"
+        value = "empty or NaN" if pd.isna(column[row]) else f"'{column[row]}'"
         kind = "whole number" if whole else "number"
         raise InputError(
-            f"{where}, row {row}: {column.name} is {found} where a {kind} from 0 up belongs; "
-            "mend the cell, or fetch the file again."
+            f"{where}, row {row}: {column.name} is {value} instead of a non-negative {kind}; "
+            "correct the cell, or fetch the file again."
         )
     return numbers.astype("int64") if whole else numbers.where(np.isfinite(numbers))
 
 
-def distinct(where: Path, frame: pd.DataFrame, key: Sequence[str]) -> pd.DataFrame:
+def drop_repeated_rows(where: Path, frame: pd.DataFrame, key: Sequence[str]) -> pd.DataFrame:
     """The rows without repetition.
 
     Raises
@@ -198,9 +198,9 @@ def distinct(where: Path, frame: pd.DataFrame, key: Sequence[str]) -> pd.DataFra
         When two rows of the same key differ.
     """
     frame, key = frame.drop_duplicates(), list(key)
-    again = frame.duplicated(key)
-    if again.any():
-        row = again.idxmax()
+    repeated = frame.duplicated(key)
+    if repeated.any():
+        row = repeated.idxmax()
         first = (frame[key] == frame.loc[row, key]).all(axis=1).idxmax()
         raise InputError(
             f"{where}, row {row}: the same {', '.join(key)} as row {first} but other values; "
@@ -220,7 +220,7 @@ def config_names(where: Path, frame: pd.DataFrame, columns: Sequence[str]) -> pd
         row = (names == "").idxmax()
         cells = ", ".join(str(frame.loc[row, c]) for c in columns)
         raise InputError(
-            f"{where}, row {row}: {', '.join(columns)} = {cells} is no stop of the ladder; "
-            "mend the row, or fetch the file again."
+            f"{where}, row {row}: {', '.join(columns)} = {cells} is not a known configuration; "
+            "correct the row, or fetch the file again."
         )
     return names

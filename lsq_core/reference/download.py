@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 from lsq_core.errors import LsqError
-from lsq_core.pipeline import Report, silent
+from lsq_core.progress import ProgressCallback, ignore_progress
 from lsq_core.reference.checkout import ERRORS, OBJECTIVES, PLANS, RUNS, SENSITIVITIES, STATISTICS
 
 URL = "https://github.com/schnell18/lm-quant-toolkit"
@@ -33,7 +33,9 @@ STEP, STALL = 300, 20
 _NO_NETWORK = ("Could not resolve", "Failed to connect", "Couldn't connect", "timed out", "unreach")
 
 
-def download(folder: Path, report: Report = silent, url: str = URL, commit: str = COMMIT) -> Path:
+def download(
+    folder: Path, report: ProgressCallback = ignore_progress, url: str = URL, commit: str = COMMIT
+) -> Path:
     """Fetch what an import reads into a new folder under ``folder``; returns that.
 
     The caller deletes it. Needs git, and reads nothing of the person's but git's own settings
@@ -53,17 +55,17 @@ def download(folder: Path, report: Report = silent, url: str = URL, commit: str 
     folder.mkdir(parents=True, exist_ok=True)
     checkout = Path(tempfile.mkdtemp(prefix="lm-quant-toolkit-", dir=folder))
     steps = (
-        ("asking the repository", ["init", "--quiet"]),
-        ("asking the repository", ["remote", "add", "origin", url]),
+        ("contacting the repository", ["init", "--quiet"]),
+        ("contacting the repository", ["remote", "add", "origin", url]),
         ("finding the files", ["sparse-checkout", "set", "--no-cone", *WANTED]),
         # Names of files first, then the content of those wanted: the repository is large.
         ("finding the files", [*_FETCH, commit]),
         ("fetching the files", ["checkout", "--quiet", "--detach", commit]),
     )
     try:
-        for done, (message, words) in enumerate(steps):
+        for done, (message, arguments) in enumerate(steps):
             report("download", done, len(steps), message)
-            _git(checkout, words, url, commit)
+            _git(checkout, arguments, url, commit)
     except BaseException:
         shutil.rmtree(checkout, ignore_errors=True)
         raise
@@ -83,7 +85,7 @@ _SETTINGS = {
 }
 
 
-def _git(checkout: Path, words: list[str], url: str, commit: str) -> None:
+def _git(checkout: Path, arguments: list[str], url: str, commit: str) -> None:
     settings = [word for key, value in _SETTINGS.items() for word in ("-c", f"{key}={value}")]
     # Never a question for a password, never another protocol than the address's own.
     scheme = url.partition(":")[0]
@@ -91,7 +93,7 @@ def _git(checkout: Path, words: list[str], url: str, commit: str) -> None:
     outer = {key: value for key, value in os.environ.items() if key not in _REPOSITORY}
     try:
         done = subprocess.run(
-            ["git", "-C", str(checkout), *settings, *words],
+            ["git", "-C", str(checkout), *settings, *arguments],
             env=outer | quiet,
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -100,18 +102,18 @@ def _git(checkout: Path, words: list[str], url: str, commit: str) -> None:
             timeout=STEP,
         )
     except subprocess.TimeoutExpired as error:
-        raise LsqError(_sentence(url, commit, "connection timed out")) from error
+        raise LsqError(_error_message(url, commit, "connection timed out")) from error
     if done.returncode:
-        raise LsqError(_sentence(url, commit, done.stderr))
+        raise LsqError(_error_message(url, commit, done.stderr))
 
 
 #: What would point git at a repository that it happens to run inside.
 _REPOSITORY = {"GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY"}
 
 
-def _sentence(url: str, commit: str, said: str) -> str:
+def _error_message(url: str, commit: str, stderr: str) -> str:
     """What went wrong, in one sentence, from what git said."""
-    lines = [line.partition(": ")[2] or line for line in said.strip().splitlines()]
+    lines = [line.partition(": ")[2] or line for line in stderr.strip().splitlines()]
     reason = next((line for line in lines if any(sign in line for sign in _NO_NETWORK)), None)
     if reason is not None:
         reason = reason.rpartition("': ")[2]  # git names the address once more
@@ -121,6 +123,6 @@ def _sentence(url: str, commit: str, said: str) -> str:
         )
     reason = lines[0] if lines else "git said nothing"
     return (
-        f"{url} did not give commit {commit[:12]} unharmed ({reason}), so nothing was imported; "
+        f"{url} did not deliver commit {commit[:12]} intact ({reason}), so nothing was imported; "
         "try again, or give a folder with a checkout of it."
     )

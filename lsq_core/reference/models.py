@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from lsq_core.config import DETECTION_CONFIG, LADDER
-from lsq_core.corpus import BUILT_IN, corpus_identity
+from lsq_core.bits import DETECTION_CONFIG, LADDER
+from lsq_core.corpus.registry import BUILT_IN_CORPORA, corpus_identity
 from lsq_core.errors import InputError
-from lsq_core.model import Matrix, ModelInfo
-from lsq_core.pipeline import PUBLISHED_SETTINGS
-from lsq_core.profile import Profile, ProfileSettings
-from lsq_core.quantize import MATRIX_WISE
+from lsq_core.model.info import Matrix, ModelInfo
+from lsq_core.profiling.profile import Profile
+from lsq_core.profiling.settings import PUBLISHED_SETTINGS, ProfileSettings
+from lsq_core.quantization.registry import MATRIX_QUANTIZERS
 from lsq_core.reference.checkout import (
     BY_HQQ,
     CONFIG_COLUMNS,
@@ -27,9 +27,9 @@ from lsq_core.reference.checkout import (
     STATISTICS_COLUMNS,
     Checkout,
     config_names,
-    distinct,
+    drop_repeated_rows,
 )
-from lsq_core.store import PUBLISHED
+from lsq_core.store.store import PUBLISHED
 
 #: Fine-tuned variants of which only sensitivities are published: the model of the same shapes.
 _VARIANTS = {
@@ -74,7 +74,7 @@ _SCORES = ("module", "layer", "type", "metric", "config", "part", "value")
 def read_models(checkout: Checkout, sizes: dict[str, int]) -> dict[str, PublishedModel]:
     """A model for each file of weight errors."""
     models = {}
-    for path in checkout.under(ERRORS, "fnorm-*.csv"):
+    for path in checkout.list_files(ERRORS, "fnorm-*.csv"):
         raw, name = checkout.raw(path), Path(path).stem.removeprefix("fnorm-")
         if "model_type" in raw:
             checkout.missing.append(f"{path} is of a vision model, not of a language model.")
@@ -89,8 +89,8 @@ def _read_model(
     where, table = checkout.root / path, checkout.table(path, ERROR_COLUMNS, raw)
     table["config"] = config_names(where, table, CONFIG_COLUMNS)
     once = ["layer", "module", "params", "kurtosis", "sensitivity"]
-    modules = distinct(where, table[once], ("layer", "module"))
-    _check_whole(where, table, modules)
+    modules = drop_repeated_rows(where, table[once], ("layer", "module"))
+    _check_complete(where, table, modules)
     rank = {kind: i for i, kind in enumerate(_TYPES)}
     modules = modules.assign(rank=modules["module"].map(rank).fillna(len(rank)))
     modules = modules.sort_values(["layer", "rank", "module"]).rename(columns={"module": "type"})
@@ -104,11 +104,11 @@ def _read_model(
             f"{info.source}: no plan file tells the whole model's size, so embeddings, norms and "
             "head are left unknown, and its parameters and model bytes count linear weights only."
         )
-    scores = _own_scores(checkout, path, info, table, modules)
+    scores = _model_scores(checkout, path, info, table, modules)
     return PublishedModel(name, info, scores, tuple(files))
 
 
-def _own_scores(
+def _model_scores(
     checkout: Checkout, path: str, info: ModelInfo, table: pd.DataFrame, modules: pd.DataFrame
 ) -> pd.DataFrame:
     """Weight error, and kurtosis and sensitivity where every module has them."""
@@ -127,7 +127,7 @@ def _own_scores(
     return pd.concat(scores, ignore_index=True)
 
 
-def _check_whole(where: Path, table: pd.DataFrame, modules: pd.DataFrame) -> None:
+def _check_complete(where: Path, table: pd.DataFrame, modules: pd.DataFrame) -> None:
     """Raise :class:`InputError` when a module lacks configurations that others have."""
     counts = table.groupby(["layer", "module"])["config"].transform("size")
     short = counts < counts.max()
@@ -143,7 +143,7 @@ def _check_whole(where: Path, table: pd.DataFrame, modules: pd.DataFrame) -> Non
         row = empty.idxmax()
         raise InputError(
             f"{where}, row {row}: params is {modules.loc[row, 'params']}, which is no multiple of "
-            "128; mend the cell, or fetch the file again."
+            "128; correct the cell, or fetch the file again."
         )
 
 
@@ -247,9 +247,9 @@ def _read_sensitivities(checkout: Checkout) -> Iterator[_Sensitivities]:
             raw = raw.assign(quant_method="hqq")
         table = checkout.table(path, SENSITIVITY_COLUMNS, raw)
         table["config"] = config_names(checkout.root / path, table, ("nbits", "group_size"))
-        strange = ~table["part"].isin(_PARTS)
-        if strange.any():
-            row = strange.idxmax()
+        unknown = ~table["part"].isin(_PARTS)
+        if unknown.any():
+            row = unknown.idxmax()
             raise InputError(
                 f"{checkout.root / path}, row {row}: '{table.loc[row, 'part']}' is not a part; "
                 f"it has to be one of {', '.join(_PARTS)}."
@@ -268,11 +268,13 @@ def read_profiles(checkout: Checkout, models: dict[str, PublishedModel]) -> list
     for group in _read_sensitivities(checkout):
         if group.model not in models and _VARIANTS.get(group.model) in models:
             models[group.model] = _variant(checkout, group.model, models[_VARIANTS[group.model]])
-        if group.model not in models or group.quantizer not in MATRIX_WISE:
-            stranger = group.quantizer if group.model in models else f"the shape of {group.model}"
+        if group.model not in models or group.quantizer not in MATRIX_QUANTIZERS:
+            unknown_name = (
+                group.quantizer if group.model in models else f"the shape of {group.model}"
+            )
             checkout.missing.append(
                 f"{group.path}: {group.model} on {group.dataset} with {group.quantizer} is left "
-                f"out, since {stranger} is not known here."
+                f"out, since {unknown_name} is not known here."
             )
             continue
         # Files that disagree on a key stay apart: the reference has the plain name.
@@ -315,7 +317,7 @@ def _profile(
         taken = set(own.loc[own["metric"] == "sensitivity", "config"])
         # What the published plans were made from wins over the same figure in another file.
         values = pd.concat([own, scores[~scores["config"].isin(taken)]], ignore_index=True)
-    missing += _lacks(model.info.source, settings, values)
+    missing += _describe_missing(model.info.source, settings, values)
     checkout.missing += missing
     return Profile(
         id=profile_key(model.info, settings),
@@ -336,7 +338,7 @@ def _profile(
 
 def profile_key(info: ModelInfo, settings: ProfileSettings) -> str:
     """A profile's identity, found as a measured one's is where the corpus is known here."""
-    known = settings.calibration in BUILT_IN
+    known = settings.calibration in BUILT_IN_CORPORA
     corpus = corpus_identity(settings.calibration) if known else settings.calibration
     return settings.key(info.fingerprint, corpus)
 
@@ -362,15 +364,15 @@ def _part_scores(info: ModelInfo, group: _Sensitivities) -> tuple[pd.DataFrame, 
     return scores, missing
 
 
-def _lacks(source: str, settings: ProfileSettings, values: pd.DataFrame) -> list[str]:
+def _describe_missing(source: str, settings: ProfileSettings, values: pd.DataFrame) -> list[str]:
     """A sentence about what a profile has nowhere, or not at every configuration, if anything."""
     stops = [config.name for config in LADDER]
-    lacks = []
+    missing_parts = []
     for metric, configs in (("kurtosis", [""]), ("weight_error", stops), ("sensitivity", stops)):
         there = set(values.loc[values["metric"] == metric, "config"])
         absent = [config for config in configs if config not in there]
         if absent:
             at = "" if len(absent) == len(configs) else f" at {', '.join(absent)}"
-            lacks.append(f"no {metric}{at}")
+            missing_parts.append(f"no {metric}{at}")
     profile = f"{source} on {settings.calibration} with {settings.quantizer}"
-    return [f"{profile} has {' and '.join(lacks)}."] if lacks else []
+    return [f"{profile} has {' and '.join(missing_parts)}."] if missing_parts else []

@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from lsq_core.config import GIB, LADDER, QuantConfig, named_stop
+from lsq_core.bits import LADDER, QuantConfig, find_stop
 from lsq_core.errors import InputError
 from lsq_core.jsontext import json_text
-from lsq_core.model import ModelInfo
-from lsq_core.pipeline import PUBLISHED_SETTINGS
-from lsq_core.plan import Plan, PlanRequest
+from lsq_core.model.info import ModelInfo
+from lsq_core.planning.plan import Plan
+from lsq_core.planning.request import PlanRequest
+from lsq_core.profiling.settings import PUBLISHED_SETTINGS
 from lsq_core.provenance import now
 from lsq_core.reference.checkout import (
     OBJECTIVE_COLUMNS,
@@ -30,7 +31,8 @@ from lsq_core.reference.checkout import (
     config_names,
 )
 from lsq_core.reference.models import PublishedModel, module_name, profile_key
-from lsq_core.store import PUBLISHED
+from lsq_core.store.store import PUBLISHED
+from lsq_core.units import GIB
 
 #: The toolkit's words for what this project has a word for.
 _METHODS = {
@@ -71,7 +73,7 @@ class _Setting:
         if self.algo == "mxq":
             plain = self.attempt.rstrip("0123456789") in ("", "mxq")
             budget = f"{self.bits:g}bpp"
-            if named_stop(budget):  # here the number that the toolkit spent, not the stop's size
+            if find_stop(budget):  # here the number that the toolkit spent, not the stop's size
                 budget = f"{self.bits:.3f}bpp"
             return PlanRequest("mxq" if plain else self.attempt, budget=budget)
         return PlanRequest("uniform" if self.algo == "hqq" else self.algo, self.label)
@@ -92,7 +94,7 @@ def read_plans(checkout: Checkout) -> tuple[pd.DataFrame, dict[str, int]]:
     Columns ``attempt, label, model, layer, module, config, path``; ``index`` is the file's row.
     """
     tables, sizes = [], {}
-    for path in checkout.under(PLANS, "*/*.csv"):
+    for path in checkout.list_files(PLANS, "*/*.csv"):
         where, table = checkout.root / path, checkout.table(path, PLAN_COLUMNS)
         table["config"] = config_names(where, table, ("b1", "g1", "b2", "g2"))
         table["label"] = table["bit_budget"].map("{:.2f}".format)
@@ -102,7 +104,7 @@ def read_plans(checkout: Checkout) -> tuple[pd.DataFrame, dict[str, int]]:
             if sizes.setdefault(row.model, size) != size:
                 raise InputError(
                     f"{where}, row {row.Index}: {row.model} has {size} parameters in "
-                    f"params_all_tot and {sizes[row.model]} in another plan; mend the wrong one, "
+                    f"params_all_tot and {sizes[row.model]} in another plan; correct one of them, "
                     "or fetch the files again."
                 )
     if not tables:
@@ -159,7 +161,7 @@ _ACCOUNTS = ("bits_per_param", "nominal_bytes", "planned_bytes", "model_bytes")
 
 
 def _content(setting: _Setting, info: ModelInfo, choice: dict[str, str] | None) -> dict:
-    """A plan as :meth:`lsq_core.plan.Plan.to_json` gives it.
+    """A plan as :meth:`lsq_core.planning.plan.Plan.to_json` gives it.
 
     Where the authors kept none it has no modules, and of its size only the bits it was reported
     under.
@@ -241,7 +243,7 @@ def _run_row(run: tuple, info: ModelInfo) -> dict:
 def _evaluation_rows(checkout: Checkout, run: tuple, info: ModelInfo) -> Iterator[dict]:
     """Rows of the table ``evaluations``: one a corpus; fp16's are the model's own."""
     setting = run.setting
-    provenance = _place(checkout, run) | {"origin": "published", "dtype": _DTYPE}
+    provenance = _provenance(checkout, run) | {"origin": "published", "dtype": _DTYPE}
     for column, corpus in PERPLEXITIES.items():
         perplexity = getattr(run, column)
         if np.isnan(perplexity):
@@ -262,7 +264,7 @@ def _evaluation_rows(checkout: Checkout, run: tuple, info: ModelInfo) -> Iterato
         }
 
 
-def _place(checkout: Checkout, run: tuple) -> dict:
+def _provenance(checkout: Checkout, run: tuple) -> dict:
     return {"file": RUNS, "sha256": checkout.files[RUNS], "row": run.Index}
 
 
@@ -284,7 +286,7 @@ def outcomes(
         words = {"load_gib": run.load_mem_allot, "storage_gib": run.model_storage_size}
         if run.setting.request.method == "mxq":
             words["objective"] = objectives.get((run.model, run.setting.label))
-        published[run.setting] = _place(checkout, run) | words
+        published[run.setting] = _provenance(checkout, run) | words
     frames = {
         "plans": _plan_frame(checkout, models, plans, published),
         "runs": pd.DataFrame(runs).astype({"model_bytes": "Int64"}),

@@ -16,7 +16,7 @@ from lsq_core.ui import sidebar, words
 from lsq_core.ui.page import headline
 from lsq_core.ui.safe import st
 
-STATES = {
+STATE_LABELS = {
     "queued": "waiting",
     "running": "running",
     "done": "done",
@@ -26,15 +26,15 @@ STATES = {
     "damaged": "damaged",
 }
 #: How a sentence about one that ended goes on.
-ENDED = {
-    "done": "is done",
+ENDED_PHRASES = {
+    "done": "finished",
     "failed": "failed",
     "cancelled": "was cancelled",
     "interrupted": "was interrupted",
     "damaged": "is damaged",
 }
 #: Stages as a sentence begins.
-_STAGES = {
+_STAGE_LABELS = {
     "start": "Starting",
     "load": "Loading",
     "weights": "Measuring the weights",
@@ -44,9 +44,9 @@ _STAGES = {
     "quantize": "Quantizing",
     "save": "Saving",
     "evaluate": "Evaluating",
-    "store": "Keeping the result",
+    "store": "Storing the result",
     "sweep": "Sweeping",
-    "generate": "Writing",
+    "generate": "Generating",
 }
 #: What a run goes through, in order; a profile that is there takes no time.
 _RUN_STEPS = ("profile", "plan", "load", "quantize", "save", "evaluate", "store")
@@ -59,7 +59,7 @@ def find(folder: Path, arguments: list[str]) -> Job | None:
 
 def follow(
     job: Job,
-    say: Callable[[Job], None] | None = None,
+    render_headline: Callable[[Job], None] | None = None,
     detail: Callable[[Job], None] | None = None,
 ) -> None:
     """Show a job, looking again while it is active.
@@ -67,21 +67,21 @@ def follow(
     ``say`` is drawn first, each time, and ``detail`` under the bar; the sidebar redraws the page
     when the job has ended.
     """
-    every = sidebar.EVERY if job.active else None
-    st.fragment(_panel, run_every=every)(job.folder, say, detail)
+    every = sidebar.POLL_SECONDS if job.active else None
+    st.fragment(_panel, run_every=every)(job.folder, render_headline, detail)
 
 
 def _panel(
     folder: Path,
-    say: Callable[[Job], None] | None,
+    render_headline: Callable[[Job], None] | None,
     detail: Callable[[Job], None] | None,
 ) -> None:
     try:
         job = jobs.read(folder)
-        if say is not None and job.state != "damaged":
-            say(job)
+        if render_headline is not None and job.state != "damaged":
+            render_headline(job)
     except LsqError as error:  # it was deleted elsewhere, or what it kept is damaged
-        st.error(words.literal(str(error)))
+        st.error(words.escape(str(error)))
         return
     if job.state == "damaged":
         show_damaged(job)
@@ -89,9 +89,9 @@ def _panel(
     if job.active:
         _progress(job)
     elif job.state in ("failed", "interrupted"):
-        st.error(words.literal(f"{job.title} {ENDED[job.state]}: {job.message}"))
+        st.error(words.escape(f"{job.title} {ENDED_PHRASES[job.state]}: {job.message}"))
     elif job.state == "cancelled":
-        st.info(words.literal(f"{job.title} was cancelled after {words.seconds(job.seconds)}."))
+        st.info(words.escape(f"{job.title} was cancelled after {words.seconds(job.seconds)}."))
     if job.can_resume:
         _resume(job)
     if detail is not None:
@@ -104,23 +104,23 @@ def _panel(
 
 def show_damaged(job: Job) -> None:
     """What of a job can't be read, and ways to do without: to make it again, or to delete it."""
-    st.error(words.literal(f"The job {job.title} is damaged. {job.message}"))
+    st.error(words.escape(f"The job {job.title} is damaged. {job.message}"))
     with st.container(horizontal=True):
-        again = job.can_resume and st.button("Make it again", key=f"again-{job.id}")
-        if again and _ended_well(lambda: jobs.resume(job)):
+        retry_clicked = job.can_resume and st.button("Run again", key=f"again-{job.id}")
+        if retry_clicked and _report_errors(lambda: jobs.resume(job)):
             st.rerun()
-        gone = st.button("Delete it", key=f"delete-{job.id}", icon=":material/delete:")
-        if gone and _ended_well(lambda: jobs.delete(job)):
+        delete_clicked = st.button("Delete", key=f"delete-{job.id}", icon=":material/delete:")
+        if delete_clicked and _report_errors(lambda: jobs.delete(job)):
             st.session_state.pop("jobs", None)
             st.rerun(scope="app")
 
 
-def _ended_well(step: Callable[[], object]) -> bool:
+def _report_errors(step: Callable[[], object]) -> bool:
     """Take a step; where that fails, say why."""
     try:
         step()
     except LsqError as error:
-        st.error(words.literal(str(error)))
+        st.error(words.escape(str(error)))
         return False
     return True
 
@@ -130,27 +130,27 @@ def _resume(job: Job) -> None:
     with st.container(horizontal=True, vertical_alignment="center"):
         label = "Try again" if job.state == "failed" else "Resume"
         pressed = st.button(label, icon=":material/resume:", key=f"resume-{job.id}", type="primary")
-        if pressed and _ended_well(lambda: jobs.resume(job)):
+        if pressed and _report_errors(lambda: jobs.resume(job)):
             st.rerun()
-        at = f"It stopped while {stage(job).lower()}" if job.stage else "It stopped at once"
-        share = f", {100 * job.fraction:.0f} % of that done" if job.total > 1 else ""
-        kept = job.verb in ("run", "sweep", "profile", "plan")
+        at = f"It stopped while {stage(job).lower()}" if job.stage else "It stopped immediately"
+        share = f", {100 * job.fraction:.0f} % of it done" if job.total > 1 else ""
+        keeps_progress = job.verb in ("run", "sweep", "profile", "plan")
         st.caption(
             f"{at}{share}, after {words.seconds(job.seconds)}. "
-            + ("Profiles, finished runs and evaluated windows are kept." if kept else "")
+            + ("Profiles, finished runs and evaluated windows are kept." if keeps_progress else "")
         )
 
 
 def _progress(job: Job) -> None:
-    facts = [f"{words.seconds(time.time() - job.created)} so far"]
+    facts = [f"{words.seconds(time.time() - job.created)} elapsed"]
     if job.memory:
-        facts.append(f"{words.size(job.memory)} of memory")
+        facts.append(f"{words.size(job.memory)} memory")
     bar(job, job.message or "…")
     if job.verb == "run" and job.stage in _RUN_STEPS:
         st.caption(" · ".join(_steps(job)))
     with st.container(horizontal=True, vertical_alignment="center"):
-        end = st.button("Cancel", icon=":material/stop_circle:", key=f"cancel-{job.id}")
-        if end and _ended_well(lambda: jobs.cancel(job)):
+        cancel_clicked = st.button("Cancel", icon=":material/stop_circle:", key=f"cancel-{job.id}")
+        if cancel_clicked and _report_errors(lambda: jobs.cancel(job)):
             st.rerun()
         st.caption(" · ".join(facts))
 
@@ -179,28 +179,28 @@ def follow_queue(folder: Path, shown: Job) -> None:
     """The other jobs that run or wait, looking again while there are any."""
     others = any(job.active and job.id != shown.id for job in jobs.list_jobs(folder))
     if others:
-        st.fragment(_queue, run_every=sidebar.EVERY)(folder, shown.id)
+        st.fragment(_queue, run_every=sidebar.POLL_SECONDS)(folder, shown.id)
 
 
 def _queue(folder: Path, shown: str) -> None:
     """One line for each, in the order in which they began, with a way to end it."""
-    found = reversed(jobs.list_jobs(folder))
-    others = [job for job in found if job.active and job.id != shown]
+    job_list = reversed(jobs.list_jobs(folder))
+    others = [job for job in job_list if job.active and job.id != shown]
     if not others:
         return
     with st.container(key="queue", gap="xxsmall"):
-        for place, job in enumerate(others, start=1):
+        for index, job in enumerate(others, start=1):
             with st.container(horizontal=True, vertical_alignment="center", key=f"next-{job.id}"):
                 st.markdown(
-                    f":material/hourglass_empty: **{stage(job)}** ({place} of {len(others)}, one "
-                    f"job at a time on each device): {words.literal(job.title)}"
+                    f":material/hourglass_empty: **{stage(job)}** ({index} of {len(others)}, one "
+                    f"job at a time per device): {words.escape(job.title)}"
                 )
-                end = st.button("Cancel", key=f"cancel-queued-{job.id}", type="tertiary")
-                if end and _ended_well(partial(jobs.cancel, job)):
+                cancel_clicked = st.button("Cancel", key=f"cancel-queued-{job.id}", type="tertiary")
+                if cancel_clicked and _report_errors(partial(jobs.cancel, job)):
                     st.rerun()
 
 
-def say(job: Job) -> None:
+def render_headline(job: Job) -> None:
     """A page's first line about a job that is active."""
     share = f", {100 * job.fraction:.0f} %" if job.total > 1 else ""
     rest = "left" if job.stage == "sweep" else "left in this stage"
@@ -210,18 +210,22 @@ def say(job: Job) -> None:
 
 def stage(job: Job) -> str:
     """What a job is doing, as a sentence begins."""
-    return "Waiting" if job.state == "queued" else _STAGES.get(job.stage, job.stage or "Starting")
+    return (
+        "Waiting"
+        if job.state == "queued"
+        else _STAGE_LABELS.get(job.stage, job.stage or "Starting")
+    )
 
 
-def table(found: list[Job]) -> pd.DataFrame:
+def table(job_list: list[Job]) -> pd.DataFrame:
     """Jobs as rows for a person to read."""
     return pd.DataFrame(
         {
-            "started": [pd.Timestamp(j.created, unit="s").floor("s") for j in found],
-            "job": [j.title for j in found],
+            "started": [pd.Timestamp(j.created, unit="s").floor("s") for j in job_list],
+            "job": [j.title for j in job_list],
             # what an active one says would be out of date at once
-            "state": ["under way" if j.active else STATES[j.state] for j in found],
-            "took": ["" if j.active else words.seconds(j.seconds) for j in found],
-            "message": ["" if j.active else j.message for j in found],
+            "state": ["active" if j.active else STATE_LABELS[j.state] for j in job_list],
+            "took": ["" if j.active else words.seconds(j.seconds) for j in job_list],
+            "message": ["" if j.active else j.message for j in job_list],
         }
     )

@@ -12,10 +12,11 @@ from PIL import Image
 
 from lsq_core.charts.style import BIT_COLORS
 from lsq_core.errors import LsqError
-from lsq_core.files import disk_error
-from lsq_core.model import ModelInfo, ModelSource
-from lsq_core.store import Store, database_path
-from lsq_core.ui import hub_lookup, known, sidebar, state, words
+from lsq_core.files import translate_disk_error
+from lsq_core.model.info import ModelInfo
+from lsq_core.model.source import ModelSource
+from lsq_core.store.store import Store, database_path
+from lsq_core.ui import cached, hub_lookup, sidebar, state, words
 from lsq_core.ui.safe import st
 
 #: Streamlit leaves five rems free on either side, which a small screen needs; and it writes what
@@ -29,7 +30,7 @@ _STYLE = """<style>
 
 
 @dataclass(frozen=True)
-class Here:
+class PageContext:
     """What every page is about: the database, the chosen model, the chosen device."""
 
     store: Store
@@ -46,7 +47,7 @@ class Here:
             When there is none, or it is still being looked up.
         """
         try:
-            return known.model_info(self.store, self.source)
+            return cached.model_info(self.store, self.source)
         except LsqError as error:
             raise NoModel(str(error), self.source) from error
 
@@ -59,54 +60,54 @@ class NoModel(LsqError):
         self.source = source
 
 
-def page(title: str, body: Callable[[Here], None]) -> None:
+def page(title: str, body: Callable[[PageContext], None]) -> None:
     """Set the page up, draw the sidebar, then the body; what goes wrong is one sentence."""
     st.set_page_config(
         page_title=f"{title} · LSQ Explorer",
         page_icon=_icon(),
         layout="wide",
         initial_sidebar_state=230,
-        menu_items={"about": "LSQ Explorer: where the bits should go."},
+        menu_items={"about": "LSQ Explorer: layer-sensitive mixed-precision quantization of LLMs."},
     )
     st.html(_STYLE)
     try:
         with st.spinner("Opening the database…"):
             store = _open_database()
         text, device = sidebar.show(store)
-        body(Here(store, state.source_of(text), device))
+        body(PageContext(store, state.parse_source(text), device))
     except NoModel as error:
-        say_no_model(error)
+        render_no_model(error)
         next_step("app.py", "Choose another model")
     except LsqError as error:
-        st.error(words.literal(str(error)))
+        st.error(words.escape(str(error)))
     except OSError as error:
-        known_error = disk_error(error)
+        known_error = translate_disk_error(error)
         if known_error is None:
             raise
-        st.error(words.literal(str(known_error)))
+        st.error(words.escape(str(known_error)))
 
 
-def say_no_model(error: NoModel) -> None:
+def render_no_model(error: NoModel) -> None:
     """Why there is no model to show, and the ways on; while it is looked up, that it is."""
-    source, looking = error.source, isinstance(error.__cause__, hub_lookup.Looking)
-    if looking:
+    source, pending = error.source, isinstance(error.__cause__, hub_lookup.LookupPending)
+    if pending:
         headline(
-            f"{words.literal(source.name)} is being looked up on Hugging Face.",
-            "Only its config is fetched. This page goes on by itself; it can be left meanwhile.",
+            f"{words.escape(source.name)} is being looked up on the Hugging Face Hub.",
+            "Only its config is fetched. This page updates by itself; you can leave it meanwhile.",
         )
-        st.fragment(_wait_for, run_every=sidebar.EVERY)(source)
+        st.fragment(_rerun_when_ready, run_every=sidebar.POLL_SECONDS)(source)
     else:
-        headline(f"{words.literal(source.name)} cannot be opened.")
-        st.error(words.literal(str(error)))
+        headline(f"{words.escape(source.name)} cannot be opened.")
+        st.error(words.escape(str(error)))
     with st.container(horizontal=True):
-        if not source.is_local and not looking:
-            st.button("Try again", key="look-again", on_click=hub_lookup.forget, args=(source,))
+        if not source.is_local and not pending:
+            st.button("Try again", key="look-again", on_click=hub_lookup.invalidate, args=(source,))
         st.button("Use the demo model", key="use-demo", on_click=state.choose_model, args=("demo",))
 
 
-def _wait_for(source: ModelSource) -> None:
+def _rerun_when_ready(source: ModelSource) -> None:
     """Draw the page anew when a model was looked up."""
-    if not hub_lookup.is_looking(source):
+    if not hub_lookup.is_pending(source):
         st.rerun(scope="app")
 
 
@@ -114,8 +115,8 @@ def _wait_for(source: ModelSource) -> None:
 def _icon() -> Image.Image:
     """Four bars as high as their bits; an icon by name would be fetched from elsewhere."""
     icon = np.zeros((32, 32, 4), dtype=np.uint8)
-    for place, (bits, color) in enumerate(BIT_COLORS.items()):
-        bar = icon[32 - 4 * bits :, 8 * place + 1 : 8 * place + 7]
+    for index, (bits, color) in enumerate(BIT_COLORS.items()):
+        bar = icon[32 - 4 * bits :, 8 * index + 1 : 8 * index + 7]
         bar[...] = [*bytes.fromhex(color[1:]), 255]
     return Image.fromarray(icon)
 
@@ -130,15 +131,15 @@ def _open_database() -> Store:
 
 
 @st.cache_resource(max_entries=4, show_spinner=False)
-def _open_file(path: Path, file: int, written: int) -> Store:
+def _open_file(path: Path, inode: int, mtime_ns: int) -> Store:
     return Store(path)
 
 
-def headline(text: str, under: str = "") -> None:
+def headline(text: str, caption: str = "") -> None:
     """The one thing that a page says first, and in small print why."""
     st.title(text, anchor=False)
-    if under:
-        st.caption(under)
+    if caption:
+        st.caption(caption)
 
 
 def next_step(page: str, label: str) -> None:

@@ -3,9 +3,9 @@
 Names of models, jobs, corpora and plans, notes and error messages come from outside, and most
 elements of Streamlit take Markdown, in which a name like ``![](http://host/x)`` is an image that
 the browser fetches. Every page imports ``st`` from here instead of from Streamlit; whatever text
-an element takes as Markdown passes through :func:`lsq_core.ui.words.inert` first, and every
-figure through :func:`lsq_core.charts.style.inert_figure`. A name that should also look as it is
-written (``my_*_model``) goes through :func:`lsq_core.ui.words.literal` where it is put in a
+an element takes as Markdown passes through :func:`lsq_core.ui.words.sanitize` first, and every
+figure through :func:`lsq_core.charts.style.sanitize_figure`. A name that should also look as it is
+written (``my_*_model``) goes through :func:`lsq_core.ui.words.escape` where it is put in a
 sentence.
 """
 
@@ -20,13 +20,13 @@ import pandas as pd
 import streamlit
 from streamlit.delta_generator import DeltaGenerator
 
-from lsq_core.charts.style import inert_figure
-from lsq_core.ui.words import inert
+from lsq_core.charts.style import sanitize_figure
+from lsq_core.ui.words import sanitize
 
 #: Parameters that hold Markdown, in every element that has one of the name.
-_EVERYWHERE = ("label", "help", "text", "tabs")
+_COMMON_TEXT_PARAMETERS = ("label", "help", "text", "tabs")
 #: Further ones, by element.
-_MORE = {
+_TEXT_PARAMETERS = {
     "metric": ("value", "delta", "delta_description"),
     "title": ("body",),
     "header": ("body",),
@@ -42,25 +42,25 @@ _MORE = {
     "table": ("data",),
 }
 #: Elements whose options are Markdown, as their ``format_func`` writes them.
-_OPTIONS = ("radio", "pills", "segmented_control", "select_slider")
+_MARKDOWN_OPTION_ELEMENTS = ("radio", "pills", "segmented_control", "select_slider")
 #: Elements that show text as it is.
-_PLAIN = ("text", "code", "html")
+_PLAIN_TEXT_ELEMENTS = ("text", "code", "html")
 
 
-class Guarded:
+class SafeStreamlit:
     """Streamlit, or a place on the page, whose elements take no Markdown but inert Markdown."""
 
     def __init__(self, target: Any) -> None:
         self._target = target
 
     def __getattr__(self, name: str) -> Any:
-        found = getattr(self._target, name)
-        if isinstance(found, DeltaGenerator):  # the sidebar
-            return Guarded(found)
+        attribute = getattr(self._target, name)
+        if isinstance(attribute, DeltaGenerator):  # the sidebar
+            return SafeStreamlit(attribute)
         is_element = name == "spinner" or hasattr(DeltaGenerator, name)
-        return _guard(name, found) if is_element and callable(found) else found
+        return _wrap_element(name, attribute) if is_element and callable(attribute) else attribute
 
-    def __enter__(self) -> Guarded:
+    def __enter__(self) -> SafeStreamlit:
         self._target.__enter__()
         return self
 
@@ -68,25 +68,25 @@ class Guarded:
         return self._target.__exit__(*raised)
 
 
-def _guard(name: str, element: Callable) -> Callable:
+def _wrap_element(name: str, element: Callable) -> Callable:
     """An element that makes its text inert, and whose places on the page do so too."""
 
     @functools.wraps(element)
-    def guarded(*args: Any, **options: Any) -> Any:
-        given = _signature(name, element).bind(*args, **options)
-        if name not in _PLAIN:
-            for key in (*_EVERYWHERE, *_MORE.get(name, ())):
-                if key in given.arguments:
-                    given.arguments[key] = _inert(given.arguments[key])
-        if name in _OPTIONS:
-            shown = given.arguments.get("format_func", str)
-            given.arguments["format_func"] = lambda option: inert(str(shown(option)))
+    def wrapped(*args: Any, **options: Any) -> Any:
+        bound = _signature(name, element).bind(*args, **options)
+        if name not in _PLAIN_TEXT_ELEMENTS:
+            for key in (*_COMMON_TEXT_PARAMETERS, *_TEXT_PARAMETERS.get(name, ())):
+                if key in bound.arguments:
+                    bound.arguments[key] = _sanitize(bound.arguments[key])
+        if name in _MARKDOWN_OPTION_ELEMENTS:
+            format_option = bound.arguments.get("format_func", str)
+            bound.arguments["format_func"] = lambda option: sanitize(str(format_option(option)))
         if name == "plotly_chart":
-            first = next(iter(given.arguments))
-            given.arguments[first] = inert_figure(given.arguments[first])
-        return _place(element(*given.args, **given.kwargs))
+            first = next(iter(bound.arguments))
+            bound.arguments[first] = sanitize_figure(bound.arguments[first])
+        return _wrap_result(element(*bound.args, **bound.kwargs))
 
-    return guarded
+    return wrapped
 
 
 _signatures: dict[str, inspect.Signature] = {}
@@ -98,26 +98,26 @@ def _signature(name: str, element: Callable) -> inspect.Signature:
     return _signatures[name]
 
 
-def _inert(value: Any) -> Any:
+def _sanitize(value: Any) -> Any:
     """Text, each of several texts, or a table's texts, made inert; anything else as it is."""
     if isinstance(value, str):
-        return inert(value)
+        return sanitize(value)
     if isinstance(value, list | tuple):
-        return type(value)(_inert(item) for item in value)
+        return type(value)(_sanitize(item) for item in value)
     if isinstance(value, pd.Series):
-        return _inert(value.to_frame())
+        return _sanitize(value.to_frame())
     if isinstance(value, pd.DataFrame):
-        return value.map(_inert).rename(index=_inert, columns=_inert)
+        return value.map(_sanitize).rename(index=_sanitize, columns=_sanitize)
     return value
 
 
-def _place(made: Any) -> Any:
+def _wrap_result(result: Any) -> Any:
     """What an element gave back; places on the page are guarded too."""
-    if isinstance(made, DeltaGenerator):
-        return Guarded(made)
-    if isinstance(made, list) and made and isinstance(made[0], DeltaGenerator):
-        return [Guarded(place) for place in made]
-    return made
+    if isinstance(result, DeltaGenerator):
+        return SafeStreamlit(result)
+    if isinstance(result, list) and result and isinstance(result[0], DeltaGenerator):
+        return [SafeStreamlit(item) for item in result]
+    return result
 
 
-st: Any = Guarded(streamlit)
+st: Any = SafeStreamlit(streamlit)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from lsq_core import devices, disk, jobs
-from lsq_core.model import ModelSource
-from lsq_core.store import Store
-from lsq_core.ui import known, state, words
+from lsq_core.model.source import ModelSource
+from lsq_core.store.store import Store
+from lsq_core.ui import cached, state, words
 from lsq_core.ui.safe import st
 
 PAGES = {
@@ -19,7 +19,7 @@ PAGES = {
     "pages/5_SQL.py": ("Query", ":material/database_search:"),
 }
 #: Seconds between two looks at running jobs.
-EVERY = 1.0
+POLL_SECONDS = 1.0
 
 
 def show(store: Store) -> tuple[str, str]:
@@ -35,60 +35,62 @@ def show(store: Store) -> tuple[str, str]:
 
 
 def _model(store: Store) -> str:
-    state.begin("model", "demo")
+    state.init_key("model", "demo")
     st.session_state["model"] = st.session_state["model"] or "demo"
-    there = ["demo", *known_texts(store), *published_texts(store)]
-    options = list(dict.fromkeys([*there, st.session_state["model"]]))
+    available = ["demo", *known_model_names(store), *published_model_names(store)]
+    options = list(dict.fromkeys([*available, st.session_state["model"]]))
     st.selectbox(
         "Model",
         options,
         key="model",
         accept_new_options=True,
         persist_state="session",
-        help="demo, a Hugging Face id (org/name, or org/name@revision), a folder here, or "
-        "published:NAME, imported measurements without weights.",
+        help="demo, a Hugging Face id (org/name or org/name@revision), a local folder, or "
+        "published:NAME for imported measurements without weights.",
     )
-    state.share("model")
+    state.sync_url("model")
     return st.session_state["model"]
 
 
-def known_texts(store: Store) -> list[str]:
+def known_model_names(store: Store) -> list[str]:
     """The models in the database as the picker names them, newest first."""
-    table = known.models(store)
+    table = cached.models(store)
     return [
         state.model_text(ModelSource(row.source, row.revision if row.revision else None))
         for row in table.astype(object).where(table.notna(), None).itertuples()
     ]
 
 
-def published_texts(store: Store) -> list[str]:
+def published_model_names(store: Store) -> list[str]:
     """The published models as the picker names them, ``published:NAME``, by name."""
-    return sorted(known.models(store, "published")["source"])
+    return sorted(cached.models(store, "published")["source"])
 
 
 def _device() -> str:
     options = ["auto", *devices.device_names()]
-    state.begin("device", "auto", options)
+    state.init_key("device", "auto", options)
     return st.selectbox("Device", options, key="device", persist_state="session")
 
 
 def _watch_jobs(folder: Path) -> None:
     """Show running jobs, looking again while there are any."""
     active = tuple(job.id for job in jobs.list_jobs(folder) if job.active)
-    st.fragment(_running, run_every=EVERY if active else None)(folder, active)
+    st.fragment(_show_running_jobs, run_every=POLL_SECONDS if active else None)(folder, active)
 
 
-def _running(folder: Path, watched: tuple[str, ...]) -> None:
+def _show_running_jobs(folder: Path, watched: tuple[str, ...]) -> None:
     """One line and a bar for each running job; when one has ended the page is drawn anew."""
     active = {job.id: job for job in jobs.list_jobs(folder) if job.active}
     if set(watched) - set(active):
         st.rerun(scope="app")
     for job in active.values():
-        left = f", {_unbroken(words.seconds(job.eta))} left" if job.eta else ""
+        remaining = f", {_non_breaking(words.seconds(job.eta))} left" if job.eta else ""
         with st.container(key=f"side-bar-{job.id}"):  # each job's bar is its own
-            st.progress(min(job.fraction, 1.0), text=f"{job.title}: {job.stage or job.state}{left}")
+            st.progress(
+                min(job.fraction, 1.0), text=f"{job.title}: {job.stage or job.state}{remaining}"
+            )
 
 
-def _unbroken(text: str) -> str:
+def _non_breaking(text: str) -> str:
     """With spaces that no line ends at."""
     return text.replace(" ", "\u00a0")

@@ -11,17 +11,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from lsq_core.config import GROUP_SIZES, HIGH_BITS, LADDER, LOW_BITS, Budget
-from lsq_core.model import ModelSource
-from lsq_core.plan import PLANNERS, PlanRequest, get_planner
-from lsq_core.plan.problem import LOSSES, RATIO_CHOICES
-from lsq_core.profile import ProfileSettings
-from lsq_core.store import PUBLISHED
+from lsq_core.bits import GROUP_SIZES, HIGH_BITS, LADDER, LOW_BITS, Budget
+from lsq_core.model.source import ModelSource
+from lsq_core.planning.methods import PLANNERS, get_planner
+from lsq_core.planning.request import LOSSES, RATIO_MODES, PlanRequest
+from lsq_core.profiling.settings import ProfileSettings
+from lsq_core.store.store import PUBLISHED
 from lsq_core.ui.safe import st
 
 #: How a plan can be asked for.
-ASKS = {"base": "base stop", "budget": "budget", "both": "base, capped by a budget"}
-STOPS = [c.stop_name for c in LADDER]
+SIZE_MODES = {"base": "base configuration", "budget": "budget", "both": "base, capped by a budget"}
+CONFIGURATIONS = [c.stop_name for c in LADDER]
 _PLAN_DEFAULTS = {
     "method": "sensiboost",
     "ask": "budget",
@@ -47,21 +47,21 @@ _PLAN_RANGES = {
     "seed": (0, 2**53 - 1),
 }
 #: Bits of most rows and of the high-impact ones.
-WIDTHS = [f"{low}+{high}" for low in LOW_BITS for high in HIGH_BITS if high > low]
+BIT_WIDTH_PAIRS = [f"{low}+{high}" for low in LOW_BITS for high in HIGH_BITS if high > low]
 _PLAN_OPTIONS: dict[str, Sequence] = {
     "method": list(PLANNERS),
-    "ask": list(ASKS),
-    "base": STOPS,
+    "ask": list(SIZE_MODES),
+    "base": CONFIGURATIONS,
     "metric": ["sensitivity", "sensitivity_module"],
     "against": ["none", *PLANNERS],
-    "widths": WIDTHS,
+    "widths": BIT_WIDTH_PAIRS,
     "group_size": list(GROUP_SIZES),
     "loss": list(LOSSES),
-    "ratios": list(RATIO_CHOICES),
+    "ratios": list(RATIO_MODES),
 }
 
 
-def begin(
+def init_key(
     key: str,
     default: object,
     options: Sequence | None = None,
@@ -88,7 +88,7 @@ def begin(
     st.session_state[key] = value
 
 
-def share(*keys: str) -> None:
+def sync_url(*keys: str) -> None:
     """Write keys into the address, where they aren't already."""
     for key in keys:
         text = str(st.session_state[key])
@@ -96,10 +96,10 @@ def share(*keys: str) -> None:
             st.query_params[key] = text
 
 
-def share_unless_default(key: str, default: object) -> None:
+def sync_url_unless_default(key: str, default: object) -> None:
     """Write a key into the address where it isn't the default, and out of it where it is."""
     if st.session_state[key] != default:
-        share(key)
+        sync_url(key)
     elif key in st.query_params:
         del st.query_params[key]
 
@@ -112,7 +112,7 @@ def model_text(source: ModelSource) -> str:
     return f"{source.name}@{source.revision}" if source.revision else source.name
 
 
-def source_of(text: str) -> ModelSource:
+def parse_source(text: str) -> ModelSource:
     """The source that a text names, with what this session allowed it to do."""
     name, _, revision = text.strip().rpartition("@")
     if not name or ModelSource(text.strip()).is_local:
@@ -139,10 +139,10 @@ _SETTINGS = {
 }
 
 
-def begin_settings(model: str, newest: ProfileSettings | None) -> None:
+def init_settings(model: str, newest: ProfileSettings | None) -> None:
     """Start from the newest profile that this model has, once for each model of a session.
 
-    ``model`` is its identity (:func:`lsq_core.ui.known.identity`).
+    ``model`` is its identity (:func:`lsq_core.ui.cached.identity`).
     """
     before = st.session_state.get("settings_of", "")
     fresh = before != model
@@ -171,26 +171,26 @@ def settings() -> ProfileSettings:
 # --- the plan -------------------------------------------------------------------------------
 
 
-def begin_plan(has_profile: bool) -> None:
+def init_plan(has_profile: bool) -> None:
     """Give the plan's controls their first values."""
     for key, default in _PLAN_DEFAULTS.items():
         if key == "method" and not has_profile:
             default = "uniform"
-        begin(key, default, _PLAN_OPTIONS.get(key), _PLAN_RANGES.get(key))
+        init_key(key, default, _PLAN_OPTIONS.get(key), _PLAN_RANGES.get(key))
 
 
-def choose_among(methods: Sequence[str]) -> None:
+def restrict_methods(methods: Sequence[str]) -> None:
     """Keep the chosen method where it is one of these; else MXQ, or the first of them."""
     if st.session_state["method"] not in methods:
         st.session_state["method"] = "mxq" if "mxq" in methods else methods[0]
 
 
-def share_plan() -> None:
+def sync_plan_url() -> None:
     """Write what the plan depends on into the address, where it isn't the default."""
-    share("method")
+    sync_url("method")
     for key, default in _PLAN_DEFAULTS.items():
         if key != "method":
-            share_unless_default(key, default)
+            sync_url_unless_default(key, default)
 
 
 def set_plan(request: PlanRequest, parameters: int) -> None:
@@ -198,24 +198,24 @@ def set_plan(request: PlanRequest, parameters: int) -> None:
     values = asdict(request) | {"pins": "\n".join(request.pins)}
     budget = values.pop("budget")
     values["widths"] = f"{values.pop('low_bits')}+{values.pop('high_bits')}"
-    ask = ("both" if request.base else "budget") if budget else "base"
+    size_mode = ("both" if request.base else "budget") if budget else "base"
     if budget:
         values["budget"] = 8 * Budget.parse(budget, parameters).nominal_bytes / parameters
-    for key, value in (values | {"ask": ask}).items():
+    for key, value in (values | {"ask": size_mode}).items():
         if value is not None:
             st.session_state[key] = value
 
 
 def plan_request() -> PlanRequest:
     """The plan asked for; what its method doesn't use keeps the default."""
-    return request_of(st.session_state["method"])
+    return request_for_method(st.session_state["method"])
 
 
-def request_of(method: str) -> PlanRequest:
+def request_for_method(method: str) -> PlanRequest:
     """The same by another method."""
     chosen = st.session_state
     planner = get_planner(method)
-    ask = chosen["ask"] if planner.has_base else "budget"
+    size_mode = chosen["ask"] if planner.has_base else "budget"
     used = {}
     if boosts(planner.name):
         used |= {"boost_stop": chosen["boost_stop"], "top_m": chosen["top_m"]}
@@ -231,8 +231,8 @@ def request_of(method: str) -> PlanRequest:
         used |= {"exact": chosen["exact"]}
     return PlanRequest(
         method=planner.name,
-        base=chosen["base"] if ask != "budget" else None,
-        budget=budget_text(chosen["budget"]) if ask != "base" else None,
+        base=chosen["base"] if size_mode != "budget" else None,
+        budget=budget_text(chosen["budget"]) if size_mode != "base" else None,
         pins=pins(),
         **used,
     )

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from lsq_core.config import GIB, MIB
+from lsq_core.units import GIB, MIB
 
 
 def count(number: float) -> str:
@@ -32,8 +32,12 @@ def figure(value: float | None, decimals: int) -> str:
 
 def rounded(value: float, digits: int = 3) -> str:
     """``451097.3`` as ``451,000``: so many significant digits, without an exponent."""
-    kept = float(f"{value:.{digits}g}")
-    return f"{kept:,.0f}" if kept >= 10 ** (digits - 1) else f"{kept:.{digits}g}"
+    rounded_value = float(f"{value:.{digits}g}")
+    return (
+        f"{rounded_value:,.0f}"
+        if rounded_value >= 10 ** (digits - 1)
+        else f"{rounded_value:.{digits}g}"
+    )
 
 
 def signed_percent(share: float | None, decimals: int = 1) -> str:
@@ -52,29 +56,29 @@ def interval(low: float | None, high: float | None) -> str:
 
 
 #: What an escape protects, and what begins an image, a link, HTML, a formula or a directive.
-_ACTIVE = re.compile(r"\\.|[\[\]<$]", re.DOTALL)
+_ACTIVE_MARKDOWN = re.compile(r"\\.|[\[\]<$]", re.DOTALL)
 #: Addresses that Markdown links without being asked, even where they are escaped: what comes
 #: before, and what comes after, the place to break.
-_ADDRESS = re.compile(r"(https?:|ftp:|\bwww|(?<=[\w.+-])@)(?=//|\.|(?<=@)[\w-]+\.)", re.IGNORECASE)
+_AUTOLINK = re.compile(r"(https?:|ftp:|\bwww|(?<=[\w.+-])@)(?=//|\.|(?<=@)[\w-]+\.)", re.IGNORECASE)
 #: The start of a line that makes it a heading, a list, a quotation or a table.
-_BLOCK = re.compile(r"^[ \t]*(?=[#>+=|-])", re.MULTILINE)
+_BLOCK_MARKER = re.compile(r"^[ \t]*(?=[#>+=|-])", re.MULTILINE)
 #: Takes no room, and breaks the word that it stands in.
-_JOINER = "\u2060"
+_WORD_JOINER = "\u2060"
 
 
-def inert(markdown: str) -> str:
+def sanitize(markdown: str) -> str:
     """Markdown of which nothing is left that links, fetches or is HTML; what is bold stays so.
 
     Once is as good as twice, and what was escaped stays escaped.
     """
-    escaped = _ACTIVE.sub(lambda m: m[0] if len(m[0]) > 1 else f"\\{m[0]}", markdown)
-    return _ADDRESS.sub(lambda m: m[0] + _JOINER, escaped)
+    escaped = _ACTIVE_MARKDOWN.sub(lambda m: m[0] if len(m[0]) > 1 else f"\\{m[0]}", markdown)
+    return _AUTOLINK.sub(lambda m: m[0] + _WORD_JOINER, escaped)
 
 
-def literal(text: str) -> str:
+def escape(text: str) -> str:
     """Text in which Markdown finds nothing to format: names and patterns stay as they are."""
     escaped = re.sub(r"([\\`*_\[\]$~<])", r"\\\1", text)
-    return inert(_BLOCK.sub(r"\\", escaped))
+    return sanitize(_BLOCK_MARKER.sub(r"\\", escaped))
 
 
 def seconds(time: float) -> str:
@@ -101,6 +105,6 @@ def listed(items: Sequence[object], most: int = 8) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
-def a_layer(layers: Sequence[int]) -> str:
+def name_layers(layers: Sequence[int]) -> str:
     """``Layer 3`` or ``Layers 1 and 14``."""
     return f"Layer{'s' if len(layers) > 1 else ''} {listed(layers)}"

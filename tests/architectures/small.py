@@ -11,7 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 HIDDEN, HEADS, KEY_VALUE_HEADS, LAYERS, EXPERTS, CONTEXT = 64, 4, 2, 3, 4, 256
 VOCABULARY = 4096
 #: Parameters that a small model may have.
-LARGEST = 20_000_000
+MAX_PARAMETERS = 20_000_000
 
 #: Size of a config's number by its name; the first pattern that fits holds.
 _RULES: list[tuple[str, int]] = [
@@ -55,13 +55,13 @@ _RULES: list[tuple[str, int]] = [
     (r".*(state_size|d_state|ssm_state_size|time_step_rank|dt_rank)$", 16),
 ]
 #: Lists with an entry a layer, which a config makes anew where it can.
-_A_LAYER = re.compile(
+_PER_LAYER_LIST = re.compile(
     r"layer_types|.*layers?_block_type|.*_pattern|layers|mlp_layer_types|"
     r".*_layer_list|no_rope_layers|.*_layer_ids|.*_layer_idx|block_types"
 )
 
 
-class NotBuilt(Exception):
+class BuildError(Exception):
     """Why a class can't be built small by rule."""
 
 
@@ -74,7 +74,7 @@ def architectures() -> dict[str, str]:
 
 
 #: What a config that has no default of its own for these is given, where it can't be built without.
-_WITHOUT_DEFAULT = {
+_REQUIRED_DEFAULTS = {
     "head_dim": HIDDEN // HEADS,
     "num_key_value_heads": KEY_VALUE_HEADS,
     "layer_types": ["full_attention"] * LAYERS,
@@ -82,9 +82,9 @@ _WITHOUT_DEFAULT = {
     "n_shared_experts": 1,
 }
 #: What a config computes from others, so that it must not be given.
-_DERIVED = ("qk_head_dim",)
+_DERIVED_FIELDS = ("qk_head_dim",)
 #: What no rule about single entries can know.
-_OWN = {
+_MODEL_TYPE_OVERRIDES = {
     "mamba2": {"num_heads": 8, "head_dim": 16, "expand": 2},
     "zamba": {
         "num_hidden_layers": 5,
@@ -111,33 +111,35 @@ def small_config(model_type: str) -> PreTrainedConfig:
     """The default config of a model type with every size shrunk by rule."""
     kind = type(AutoConfig.for_model(model_type))
     default = kind().to_dict()
-    changed = _shrunk(default) | _OWN.get(model_type, {})
+    changed = _shrink_config(default) | _MODEL_TYPE_OVERRIDES.get(model_type, {})
     config = kind(**changed)
-    lacking = {k: v for k, v in _WITHOUT_DEFAULT.items() if getattr(config, k, v) is None}
-    return kind(**changed | lacking) if lacking else config
+    missing = {k: v for k, v in _REQUIRED_DEFAULTS.items() if getattr(config, k, v) is None}
+    return kind(**changed | missing) if missing else config
 
 
-def _shrunk(values: dict) -> dict:
+def _shrink_config(values: dict) -> dict:
     """The entries that change, of a config and of those within it."""
     changed: dict[str, object] = {}
-    layers = next((v for k, v in values.items() if _size(k) == LAYERS and isinstance(v, int)), 0)
+    layers = next(
+        (v for k, v in values.items() if _size_for(k) == LAYERS and isinstance(v, int)), 0
+    )
     for name, value in values.items():
-        if name in _DERIVED:
+        if name in _DERIVED_FIELDS:
             continue
         if name.endswith("_config") and isinstance(value, dict) and "per_layer" not in name:
             changed[name] = {k: v for k, v in value.items() if k != "transformers_version"}
-            changed[name] |= _shrunk(value)
+            changed[name] |= _shrink_config(value)
         elif name.endswith("token_id"):
-            if _token(value) != value:
-                changed[name] = _token(value)
+            if _clamp_token_id(value) != value:
+                changed[name] = _clamp_token_id(value)
         elif isinstance(value, int) and not isinstance(value, bool):
-            size = _size(name)
+            size = _size_for(name)
             if size is not None and (size < value or name.endswith("vocab_size")):
                 changed[name] = size
         elif isinstance(value, list) and (
-            _A_LAYER.fullmatch(name) or len(value) == layers > LAYERS
+            _PER_LAYER_LIST.fullmatch(name) or len(value) == layers > LAYERS
         ):
-            changed[name] = _few(value)
+            changed[name] = _shorten_layer_list(value)
         elif isinstance(value, dict) and value and all(str(k).isdigit() for k in value):
             changed[name] = {k: v for k, v in value.items() if int(k) < LAYERS}
     if "kv_lora_rank" in values:  # latent attention has a key for each query
@@ -145,18 +147,18 @@ def _shrunk(values: dict) -> dict:
     return changed
 
 
-def _token(value: object) -> object:
+def _clamp_token_id(value: object) -> object:
     """A token's number, or several, that the vocabulary has."""
     if isinstance(value, list):
-        return [_token(v) for v in value]
+        return [_clamp_token_id(v) for v in value]
     return min(value, VOCABULARY - 1) if isinstance(value, int) else value
 
 
-def _size(name: str) -> int | None:
+def _size_for(name: str) -> int | None:
     return next((size for pattern, size in _RULES if re.fullmatch(pattern, name)), None)
 
 
-def _few(entries: list) -> list:
+def _shorten_layer_list(entries: list) -> list:
     """One entry a layer, with every kind that there is while there is room."""
     kinds = list(dict.fromkeys(map(str, entries)))
     first = [entries[[str(e) for e in entries].index(kind)] for kind in kinds]
@@ -164,19 +166,19 @@ def _few(entries: list) -> list:
 
 
 def small_model(model_type: str, seed: int = 0) -> torch.nn.Module:
-    """A random model in float32; raises :class:`NotBuilt` where the rules don't fit."""
+    """A random model in float32; raises :class:`BuildError` where the rules don't fit."""
     torch.manual_seed(seed)
     try:
         config = small_config(model_type)
         with torch.device("meta"):
             size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
-        if size > LARGEST:
-            raise NotBuilt(f"{size:,} parameters are left")
+        if size > MAX_PARAMETERS:
+            raise BuildError(f"{size:,} parameters are left")
         model = AutoModelForCausalLM.from_config(config)
-    except NotBuilt:
+    except BuildError:
         raise
     except Exception as error:
-        raise NotBuilt(f"{type(error).__name__}: {error}".split("\n")[0]) from error
+        raise BuildError(f"{type(error).__name__}: {error}".split("\n")[0]) from error
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

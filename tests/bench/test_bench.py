@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lsq_core import bench
-from lsq_core.bench import ROWS, SHARE_OF_RECORDED, Pair, Row, measure, recorded
+from lsq_core.bench import MIN_RATIO_SHARE, ROWS, Pair, Row, measure, recorded
 from lsq_core.cli import main
 from lsq_core.errors import InputError, LsqError
 
@@ -23,7 +23,7 @@ SLOW = ("solver_cpu_eager", "profile", "perplexity", "replan10", "plan_cold")
 ATTEMPTS = 3
 
 
-def shortfall(row: Row, known: dict[str, float]) -> str:
+def regression_message(row: Row, known: dict[str, float]) -> str:
     """What is too slow about a row, or ''."""
     if row.most_s is not None:
         spent = row.ours_s if row.processor_s is None else row.processor_s
@@ -32,7 +32,7 @@ def shortfall(row: Row, known: dict[str, float]) -> str:
     if row.ratio is not None and row.device == "cpu":
         if row.id not in known:
             return f"{row.id} was never recorded; run bench --only {row.id} --record"
-        if row.ratio < SHARE_OF_RECORDED * known[row.id]:
+        if row.ratio < MIN_RATIO_SHARE * known[row.id]:
             return f"{row.id} is {row.ratio:.3g}×, and was {known[row.id]:.3g}× when recorded"
     return ""
 
@@ -41,31 +41,31 @@ def shortfall(row: Row, known: dict[str, float]) -> str:
 @pytest.mark.parametrize(
     "id", [pytest.param(id, marks=pytest.mark.slow) if id in SLOW else id for id in ROWS]
 )
-def test_row(id):
+def test_bench_row_meets_limits(id):
     """Slow: a profile, ten runs, long texts and cold processes are measured side by side."""
     for _ in range(ATTEMPTS):
         (row,) = measure([id], repeats=1 if id in SLOW else 3)
         if row.reason:
             pytest.skip(f"{id}: {row.reason}")
         assert not row.wrong, f"{row.error_is} is {row.error}, limit {row.error_limit}"
-        slow = shortfall(row, recorded())
+        slow = regression_message(row, recorded())
         if not slow:
             return
     pytest.fail(slow)
 
 
-def test_what_is_too_slow():
+def test_regression_message_limit_and_recorded_ratio():
     known = {"x": 10.0}
     fast = Row("x", "", ours_s=1.0, theirs_s=8.5, ratio=8.5)
-    assert shortfall(fast, known) == ""
-    assert "never recorded" in shortfall(fast, {})
-    assert "was 10×" in shortfall(Row("x", "", ours_s=1.0, theirs_s=7.9, ratio=7.9), known)
-    assert shortfall(Row("x", "", ours_s=1.0, ratio=1.0, device="cuda"), known) == ""
-    assert "0.5 s" in shortfall(Row("x", "", ours_s=1.0, most_s=0.5), known)
-    assert shortfall(Row("x", "", ours_s=1.0, processor_s=0.4, most_s=0.5), known) == ""
+    assert regression_message(fast, known) == ""
+    assert "never recorded" in regression_message(fast, {})
+    assert "was 10×" in regression_message(Row("x", "", ours_s=1.0, theirs_s=7.9, ratio=7.9), known)
+    assert regression_message(Row("x", "", ours_s=1.0, ratio=1.0, device="cuda"), known) == ""
+    assert "0.5 s" in regression_message(Row("x", "", ours_s=1.0, most_s=0.5), known)
+    assert regression_message(Row("x", "", ours_s=1.0, processor_s=0.4, most_s=0.5), known) == ""
 
 
-def test_what_counts_as_wrong_and_as_missed():
+def test_row_wrong_and_missed_flags():
     assert not Row("x", "", error=0.001, error_limit=0.001).wrong
     assert Row("x", "", error=0.002, error_limit=0.001).wrong
     assert Row("x", "", error=float("nan"), error_limit=0.001).wrong
@@ -74,14 +74,14 @@ def test_what_counts_as_wrong_and_as_missed():
     assert Row("x", "", ours_s=1.0, most_s=0.5).missed
 
 
-def test_ratios_are_of_pairs():
+def test_pair_figures_use_pairwise_ratios():
     figures = Pair(np.array([1.0, 2.0, 1.0]), np.array([4.0, 8.0, 3.0])).figures
     assert (figures["ours_s"], figures["theirs_s"]) == (1.0, 4.0)
     assert (figures["ratio"], figures["least"]) == (4.0, 3.0)
     assert figures["noise"] == pytest.approx(1 / 8)
 
 
-def test_recording_keeps_the_slowest_and_the_machine(tmp_path, monkeypatch):
+def test_record_stores_least_ratio_and_machine(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "RECORDED", tmp_path / "recorded.json")
     assert recorded() == {}
     bench.record([Row("a", "", ratio=4.0, least=3.0), Row("b", "", reason="no GPU")])
@@ -93,7 +93,7 @@ def test_recording_keeps_the_slowest_and_the_machine(tmp_path, monkeypatch):
     assert recorded()["c"] == 1.5
 
 
-def test_the_verb_prints_the_table(monkeypatch, capsys):
+def test_cli_bench_prints_table(monkeypatch, capsys):
     rows = [
         Row("perplexity", "perplexity of a model", "batches", "a loop", 0.5, 1.0, 2.0, 0.1, 2.0),
         Row("solver_gpu", "the solver on a GPU", reason="there is no GPU here"),
@@ -101,21 +101,26 @@ def test_the_verb_prints_the_table(monkeypatch, capsys):
     monkeypatch.setattr(bench, "measure", lambda ids, repeats, progress: rows)
     assert main(["bench", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    told = result["rows"][0]
-    assert [told[n] for n in ("id", "ours_s", "theirs_s", "ratio")] == ["perplexity", 0.5, 1, 2]
+    first_row = result["rows"][0]
+    assert [first_row[n] for n in ("id", "ours_s", "theirs_s", "ratio")] == [
+        "perplexity",
+        0.5,
+        1,
+        2,
+    ]
     assert main(["bench"]) == 0
-    shown = capsys.readouterr().out
-    assert "500 ms" in shown
-    assert "2×" in shown
-    assert "there is no GPU here" in shown
-    assert "threads on" in shown
+    output = capsys.readouterr().out
+    assert "500 ms" in output
+    assert "2×" in output
+    assert "there is no GPU here" in output
+    assert "threads on" in output
     assert main(["bench", "--markdown"]) == 0
     assert "| perplexity of a model: batches, against a loop | 500 ms | 1 s | 2× |" in (
         capsys.readouterr().out
     )
 
 
-def test_a_row_that_is_not_there(capsys):
+def test_unknown_row_raises(capsys):
     with pytest.raises(InputError, match=r"'nothing' .*solver_cpu"):
         measure(["nothing"])
     assert main(["bench", "--only", "import", "--repeats", "0"]) == 2

@@ -18,12 +18,12 @@ from pathlib import Path
 import pytest
 
 from lsq_core import disk, jobs
-from lsq_core.model import ModelSource
-from lsq_core.pipeline import Workbench
-from lsq_core.profile import ProfileSettings
-from lsq_core.store import Store
+from lsq_core.model.source import ModelSource
+from lsq_core.profiling.settings import ProfileSettings
+from lsq_core.session import Session
+from lsq_core.store.store import Store
 from tests.conftest import REFERENCE, ROOT
-from tests.test_compare import fill
+from tests.test_compare import insert_synthetic_runs
 
 INSTALL = "apt-get install -y chromium chromium-driver"
 _OPTIONS = (
@@ -65,30 +65,30 @@ class Server:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The app, served on a free port with a database of its own."""
-    with serve("app.py", tmp_path_factory.mktemp("server")) as started:
-        yield started
+    with serve("app.py", tmp_path_factory.mktemp("server")) as running:
+        yield running
 
 
 @pytest.fixture(scope="session")
-def stocked(
+def populated_server(
     tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Iterator[Server]:
     """The app on a database with a profile and made-up runs of the demo model; and published
     measurements, where they are at hand."""
     folder = tmp_path_factory.mktemp("stocked")
     if REFERENCE.is_dir():
-        shutil.copy(request.getfixturevalue("published_once"), folder / "lsq.duckdb")
+        shutil.copy(request.getfixturevalue("published_database"), folder / "lsq.duckdb")
     store = Store(folder / "lsq.duckdb")
-    Workbench(ModelSource("demo"), store, "cpu").profile(ProfileSettings("rtn", samples=4))
-    fill(store, 72, ("uniform", "sensiboost", "mxq", "uniform", "mxq"))
-    with serve("app.py", folder) as started:
-        yield started
+    Session(ModelSource("demo"), store, "cpu").profile(ProfileSettings("rtn", samples=4))
+    insert_synthetic_runs(store, 72, ("uniform", "sensiboost", "mxq", "uniform", "mxq"))
+    with serve("app.py", folder) as running:
+        yield running
 
 
 @contextmanager
 def serve(script: str, folder: Path) -> Iterator[Server]:
     """A Streamlit script of this project, served on a free port until the block ends."""
-    _need_chromium()
+    _require_chromium()
     database, port = folder / "lsq.duckdb", _free_port()
     if script == "app.py":  # as people do
         command = [sys.executable, "-m", "lsq_core", "app", "--port", str(port)]
@@ -112,24 +112,24 @@ def serve(script: str, folder: Path) -> Iterator[Server]:
         process.wait(10)
 
 
-def _need_chromium() -> None:
+def _require_chromium() -> None:
     missing = [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]
     if missing:
         pytest.skip(f"{' and '.join(missing)} not found; install with: {INSTALL}")
 
 
 def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def _wait_until_healthy(url: str, process: subprocess.Popen, log: Path) -> None:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:
         try:
-            with urllib.request.urlopen(f"{url}/_stcore/health", timeout=2) as answer:
-                if answer.status == 200:
+            with urllib.request.urlopen(f"{url}/_stcore/health", timeout=2) as response:
+                if response.status == 200:
                     return
         except (urllib.error.URLError, OSError):
             time.sleep(0.1)
@@ -144,10 +144,10 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
 
 
 @pytest.fixture
-def person(server: Server, chromium: object) -> Iterator[Person]:
+def user(server: Server, chromium: object) -> Iterator[User]:
     """Someone in front of a new tab; a job that the test left behind is ended after it."""
     with new_tab(chromium):
-        yield Person(chromium, server)
+        yield User(chromium, server)
     for job in jobs.list_jobs(disk.jobs_folder(server.store)):
         if job.active:
             jobs.cancel(job)
@@ -171,7 +171,7 @@ def new_tab(driver: object) -> Iterator[None]:
 @contextmanager
 def open_browser(profile: Path) -> Iterator[object]:
     """A Chromium with a fresh profile, until the block ends."""
-    _need_chromium()
+    _require_chromium()
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 
@@ -186,7 +186,7 @@ def open_browser(profile: Path) -> Iterator[object]:
         driver.quit()
 
 
-class Person:
+class User:
     """What a person does with the app, in a person's words. Every wait has an end."""
 
     def __init__(self, driver: object, server: Server) -> None:
@@ -210,9 +210,9 @@ class Person:
         from selenium.webdriver.support.ui import WebDriverWait
 
         passing = [NoSuchElementException, StaleElementReferenceException, IndexError]
-        waiting = WebDriverWait(self.driver, seconds, 0.1, ignored_exceptions=passing)
+        waiter = WebDriverWait(self.driver, seconds, 0.1, ignored_exceptions=passing)
         try:
-            return waiting.until(lambda driver: condition())
+            return waiter.until(lambda driver: condition())
         except TimeoutException as late:
             seen = self.driver.find_element("tag name", "body").text
             raise AssertionError(f"{why or condition} within {seconds} s; seen: {seen}") from late
@@ -226,16 +226,16 @@ class Person:
         """The page's headline, or nothing while there is none."""
         return " ".join(e.text for e in self.all("[data-testid=stMain] h1"))
 
-    def reads(self, text: str, seconds: float = 30) -> str:
+    def wait_for_headline(self, text: str, seconds: float = 30) -> str:
         """Wait until the headline has a text; fails at once on an error shown instead."""
 
-        def there() -> str | None:
+        def headline_or_none() -> str | None:
             broken = self.all("[data-testid=stException], [data-testid=stAlertContentError]")
             assert not broken, broken[0].text
             line = self.first_line
-            return line if text in line and self.settled() else None
+            return line if text in line and self.is_idle() else None
 
-        return self.wait(there, seconds, f"the headline never said '{text}'")
+        return self.wait(headline_or_none, seconds, f"the headline never said '{text}'")
 
     @property
     def figures(self) -> list[list[dict]]:
@@ -245,13 +245,13 @@ class Person:
     def charts(self, number: int = 1) -> list[list[dict]]:
         """The traces of so many charts, once they are all there and nothing is being redrawn."""
 
-        def there() -> list | None:
-            found = self.figures
-            return found if len(found) == number and all(found) and self.settled() else None
+        def headline_or_none() -> list | None:
+            matches = self.figures
+            return matches if len(matches) == number and all(matches) and self.is_idle() else None
 
-        return self.wait(there, why=f"there never were {number} charts")
+        return self.wait(headline_or_none, why=f"there never were {number} charts")
 
-    def saves_to(self, folder: Path) -> None:
+    def set_download_folder(self, folder: Path) -> None:
         """Keep downloads in a folder."""
         folder.mkdir(exist_ok=True)
         self.driver.execute_cdp_cmd(
@@ -263,20 +263,20 @@ class Person:
         """The one file of a name that was downloaded, once it is whole."""
         return self.wait(lambda: next(self.folder.glob(pattern), None), why=f"no {pattern} came")
 
-    def settled(self) -> bool:
+    def is_idle(self) -> bool:
         """Whether the page is not being redrawn."""
         return not self.all("[data-testid=stApp][data-test-script-state=running]")
 
     def click(self, label: str, css: str = "button") -> None:
         """Click what bears a label."""
 
-        def clicked() -> bool:
-            found = [e for e in self.all(css) if label in e.text.split("\n")]
-            if found:
-                found[0].click()
-            return bool(found)
+        def try_click() -> bool:
+            matches = [e for e in self.all(css) if label in e.text.split("\n")]
+            if matches:
+                matches[0].click()
+            return bool(matches)
 
-        self.wait(clicked, why=f"nothing to click reads '{label}'")
+        self.wait(try_click, why=f"nothing to click reads '{label}'")
 
     def press(self, *keys: str) -> None:
         """Press keys, wherever the focus is."""
@@ -284,7 +284,7 @@ class Person:
 
         ActionChains(self.driver).send_keys(*keys).perform()
 
-    def go(self, page: str) -> None:
+    def navigate_to(self, page: str) -> None:
         """Follow a link of the sidebar."""
         self.click(page, "[data-testid=stSidebar] a")
 
@@ -293,7 +293,7 @@ class Person:
         box = f"[data-testid=stSelectbox] input[aria-label*='{label}']"
         self.wait(lambda: self.all(box), why=f"no select box '{label}'")[0].click()
         self.click(option, "[role=option]")
-        self.wait(self.settled)
+        self.wait(self.is_idle)
 
     def type(self, label: str, text: str) -> None:
         """Put a text into a field, and press Enter."""
@@ -302,14 +302,16 @@ class Person:
         field = self.wait(lambda: self.all(f"input[aria-label='{label}']"), why=label)[0]
         field.send_keys(Keys.CONTROL, "a")
         field.send_keys(text, Keys.ENTER)
-        self.wait(lambda: field.get_attribute("value") == text and self.settled())
+        self.wait(lambda: field.get_attribute("value") == text and self.is_idle())
 
     def metric(self, label: str) -> str:
         """The value of a figure with a label, once it is there."""
 
         def value() -> str | None:
-            found = [e for e in self.all("[data-testid=stMetric]") if label in e.text.split("\n")]
-            values = [e.find_element("css selector", "[data-testid=stMetricValue]") for e in found]
+            matches = [e for e in self.all("[data-testid=stMetric]") if label in e.text.split("\n")]
+            values = [
+                e.find_element("css selector", "[data-testid=stMetricValue]") for e in matches
+            ]
             return values[0].text if values else None
 
         return self.wait(value, why=f"there is no figure '{label}'")

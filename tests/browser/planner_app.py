@@ -8,17 +8,20 @@ from __future__ import annotations
 import numpy as np
 import streamlit as st
 
-from lsq_core.config import LADDER
-from lsq_core.model import Matrix
-from lsq_core.plan import PLANNERS, PlanRequest, Problem, make_frontier
-from lsq_core.plan.pins import with_pins
+from lsq_core.bits import LADDER
+from lsq_core.model.info import Matrix
+from lsq_core.planning.make import make_frontier
+from lsq_core.planning.methods import PLANNERS
+from lsq_core.planning.pins import apply_pins
+from lsq_core.planning.problem import Problem
+from lsq_core.planning.request import PlanRequest
 from lsq_core.ui.planner import (
     Curve,
-    Facts,
     LiveMethod,
+    MatrixFacts,
     Preset,
     live_planner,
-    take_commit,
+    read_committed_budget,
 )
 
 SIZES = {
@@ -39,22 +42,30 @@ def random_model(layers: int, experts: int = 1, seed: int = 0) -> Problem:
     random = np.random.default_rng(seed)
     matrices = []
     for layer in range(layers):
-        for kind, (out, into) in SIZES.items():
+        for kind, (out_features, in_features) in SIZES.items():
             each = experts if kind.startswith("mlp") else 1
             for expert in range(each):
                 name, number = f"model.layers.{layer}.{kind}", None
                 if each > 1:
                     name, number = f"{name}.{expert}", expert
-                matrices.append(Matrix(name, layer, kind, out, into, number))
+                matrices.append(Matrix(name, layer, kind, out_features, in_features, number))
     n = len(matrices)
-    place = np.array([m.layer for m in matrices])
-    ends = 1 + 6 * np.exp(-place) + 4 * np.exp(place - layers + 1)
-    hard = ends * np.exp(0.4 * random.standard_normal(n))
-    hard[random.choice(n, 9, replace=False)] *= 12
+    layer_index = np.array([m.layer for m in matrices])
+    ends = 1 + 6 * np.exp(-layer_index) + 4 * np.exp(layer_index - layers + 1)
+    difficulty = ends * np.exp(0.4 * random.standard_normal(n))
+    difficulty[random.choice(n, 9, replace=False)] *= 12
     size = np.array([m.numel for m in matrices]) / 2**24
-    fall = 2.0 ** -np.array([c.nominal_bits for c in LADDER])
-    cost = (hard * size)[:, None] * fall**1.5 * np.exp(0.05 * random.standard_normal((n, 12)))
-    scores = {"sensitivity": hard, "sensitivity_module": hard, "kurtosis": 3 * hard}
+    error_scale = 2.0 ** -np.array([c.nominal_bits for c in LADDER])
+    cost = (
+        (difficulty * size)[:, None]
+        * error_scale**1.5
+        * np.exp(0.05 * random.standard_normal((n, 12)))
+    )
+    scores = {
+        "sensitivity": difficulty,
+        "sensitivity_module": difficulty,
+        "kurtosis": 3 * difficulty,
+    }
     return Problem(tuple(matrices), scores, {"weight_error": cost, "sensitivity_module": cost})
 
 
@@ -66,11 +77,11 @@ def curve(shift: float) -> Curve:
 
 
 @st.cache_resource
-def prepared(
+def build_methods(
     layers: int, experts: int, names: tuple[str, ...], pins: tuple[str, ...]
 ) -> tuple[Problem, list[LiveMethod]]:
     """The model and the methods' frontiers, made once as the pages do."""
-    problem = with_pins(random_model(layers, experts), pins)
+    problem = apply_pins(random_model(layers, experts), pins)
     methods = []
     for k, name in enumerate(names):
         frontier = make_frontier(problem, PlanRequest(name, boost_stop=3))
@@ -82,21 +93,21 @@ def prepared(
 def app() -> None:
     """Mount it; what Python knows stands below."""
     st.set_page_config(layout="wide")
-    asked = st.query_params
-    names = tuple(asked.get("methods", "mxq").split(","))
+    query = st.query_params
+    names = tuple(query.get("methods", "mxq").split(","))
     pins = st.session_state.get("pins", ())
-    size = int(asked.get("layers", 80)), int(asked.get("experts", 1))
-    problem, methods = prepared(*size, names, pins)
+    size = int(query.get("layers", 80)), int(query.get("experts", 1))
+    problem, methods = build_methods(*size, names, pins)
     if "budget" not in st.session_state:
-        st.session_state["budget"] = float(asked.get("budget", 3.25))
+        st.session_state["budget"] = float(query.get("budget", 3.25))
     z = problem.scores["kurtosis"].copy()
     z[z < 20] = np.nan
     fixed = None
-    if "fixed" in asked:
-        fixed = np.full(len(problem.matrices), int(asked["fixed"]))
+    if "fixed" in query:
+        fixed = np.full(len(problem.matrices), int(query["fixed"]))
     st.session_state["runs"] = st.session_state.get("runs", 0) + 1
     low, high = (8 * size / problem.total for size in problem.feasible)
-    committed = take_commit()
+    committed = read_committed_budget()
     if committed is not None:
         st.session_state["budget"] = committed
     live_planner(
@@ -111,14 +122,14 @@ def app() -> None:
             Preset("80 GB", 40.0, "fits in 80 GB with room for 4,096 tokens"),
         ],
         facts=[
-            Facts("Sensitivity", problem.scores["sensitivity"]),
-            Facts("Kurtosis", problem.scores["kurtosis"]),
-            Facts("z of kurtosis", z),
+            MatrixFacts("Sensitivity", problem.scores["sensitivity"]),
+            MatrixFacts("Kurtosis", problem.scores["kurtosis"]),
+            MatrixFacts("z of kurtosis", z),
         ],
         fixed=fixed,
         feasible=(low, high),
         pins=pins,
-        on_pins=lambda wanted: st.session_state.update(pins=wanted),
+        on_pins=lambda new_pins: st.session_state.update(pins=new_pins),
     )
     st.button("Elsewhere", on_click=lambda: st.session_state.update(budget=5.0))
     st.caption(f"run {st.session_state['runs']}, budget {st.session_state['budget']:.4f}")

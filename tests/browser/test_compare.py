@@ -9,9 +9,9 @@ import duckdb
 import pandas as pd
 import pytest
 
-from lsq_core.config import LADDER
-from lsq_core.export import bibtex
-from tests.browser.conftest import Person, Server
+from lsq_core.bits import LADDER
+from lsq_core.results.export import bibtex
+from tests.browser.conftest import Server, User
 from tests.test_plan import needs_reference
 
 pytestmark = pytest.mark.browser
@@ -28,89 +28,91 @@ WHERE r.origin = 'measured' AND r.deleted IS NULL
 
 
 @pytest.fixture(scope="module")
-def server(stocked: Server) -> Server:
-    return stocked
+def server(populated_server: Server) -> Server:
+    return populated_server
 
 
 @pytest.fixture(autouse=True)
-def tidy(server: Server) -> Iterator[None]:
+def restore_runs(server: Server) -> Iterator[None]:
     """What one test deletes or marks is as it was for the next."""
     yield
     with server.store.transaction() as connection:
         connection.execute("UPDATE runs SET deleted = NULL, starred = false, note = ''")
 
 
-def stored(person: Person) -> pd.DataFrame:
-    return person.server.store.query(RUNS).set_index("evaluation")
+def stored_runs(user: User) -> pd.DataFrame:
+    return user.server.store.query(RUNS).set_index("evaluation")
 
 
-def look(person: Person, view: str, model: str = "demo") -> None:
-    person.open(f"/Compare?model={model}&view={view}")
-    person.reads("Best within", 60)
+def open_view(user: User, view: str, model: str = "demo") -> None:
+    user.open(f"/Compare?model={model}&view={view}")
+    user.wait_for_headline("Best within", 60)
 
 
 def points(figure: list[dict]) -> dict[str, tuple[float, float]]:
     """Where the marker of each evaluation is."""
     return {
-        known[1]: (x, y)
+        point_data[1]: (x, y)
         for line in figure
         if line["mode"] == "markers" and line["customdata"]
-        for known, x, y in zip(line["customdata"], line["x"], line["y"], strict=True)
+        for point_data, x, y in zip(line["customdata"], line["x"], line["y"], strict=True)
     }
 
 
-def agree(shown: dict[str, tuple], frame: pd.DataFrame, x: pd.Series, y: pd.Series) -> None:
+def assert_points_match(
+    shown: dict[str, tuple], frame: pd.DataFrame, x: pd.Series, y: pd.Series
+) -> None:
     """Every run is drawn, none twice, and where the store says."""
     assert set(shown) == set(frame.index)
     for evaluation, place in zip(frame.index, zip(x, y, strict=True), strict=True):
         assert shown[evaluation] == pytest.approx(place), evaluation
 
 
-def opened(person: Person) -> str:
+def opened_run(user: User) -> str:
     """Which run's card is shown, by the second it was kept in."""
-    boxes = person.all("[data-testid=stSelectbox]")
+    boxes = user.all("[data-testid=stSelectbox]")
     (box,) = [b for b in boxes if b.text.startswith("Open run")]
     shown = box.find_element("css selector", "input").get_attribute("value") or box.text
     minutes, seconds = shown.strip().split(":")[-2:]
     return f"{60 * int(minutes) + int(seconds):012x}"
 
 
-def page(person: Person) -> str:
-    return person.driver.find_element("css selector", "[data-testid=stMain]").text
+def page_text(user: User) -> str:
+    return user.driver.find_element("css selector", "[data-testid=stMain]").text
 
 
 # --- views ----------------------------------------------------------------------------------
 
 
-def test_runs_are_where_the_store_says_by_each_quality(person):
-    look(person, "size")
-    rows = stored(person)
-    (figure,) = person.charts()
-    agree(points(figure), rows, rows["measured_bytes"] / 2**20, rows["perplexity"])
-    (front,) = [line for line in figure if line["name"] == "best for its size"]
-    best = person.server.store.query(
+def test_size_view_points_match_store(user):
+    open_view(user, "size")
+    rows = stored_runs(user)
+    (figure,) = user.charts()
+    assert_points_match(points(figure), rows, rows["measured_bytes"] / 2**20, rows["perplexity"])
+    (front,) = [line for line in figure if line["name"] == "Pareto front"]
+    best = user.server.store.query(
         f"SELECT measured_bytes / 1048576 AS x, perplexity FROM ({RUNS}) QUALIFY perplexity < "
         "coalesce(min(perplexity) OVER (ORDER BY measured_bytes, perplexity "
         "ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), 1e9) ORDER BY x"
     )
     assert front["x"] == pytest.approx(best["x"].tolist())
     assert front["y"] == pytest.approx(best["perplexity"].tolist())
-    assert f"perplexity {rows['perplexity'].min():.2f}." in person.first_line
-    person.click("KL")
-    person.wait(
+    assert f"perplexity {rows['perplexity'].min():.2f}." in user.first_line
+    user.click("KL")
+    user.wait(
         lambda: (
-            points(person.figures[0]).get(rows.index[0], (0, 0))[1]
+            points(user.figures[0]).get(rows.index[0], (0, 0))[1]
             == pytest.approx(rows["kl"].iloc[0])
         ),
         why="KL was not drawn",
     )
-    agree(points(person.charts()[0]), rows, rows["measured_bytes"] / 2**20, rows["kl"])
+    assert_points_match(points(user.charts()[0]), rows, rows["measured_bytes"] / 2**20, rows["kl"])
 
 
-def test_gain_for_bits(person):
-    look(person, "bits")
-    (figure,) = person.charts()
-    expected = person.server.store.query(
+def test_bits_view_gain_matches_sql(user):
+    open_view(user, "bits")
+    (figure,) = user.charts()
+    expected = user.server.store.query(
         f"""
         WITH runs AS ({RUNS}), base AS (
             SELECT * FROM runs WHERE method = 'uniform' AND base = '3.13'
@@ -122,13 +124,13 @@ def test_gain_for_bits(person):
         """
     ).set_index("evaluation")
     assert len(expected) > 2
-    agree(points(figure), expected, expected["extra"], expected["dropped"])
+    assert_points_match(points(figure), expected, expected["extra"], expected["dropped"])
 
 
-def test_wins_ties_and_losses(person):
-    look(person, "wins")
-    label, _ = person.charts(2)
-    (row,) = person.server.store.query(
+def test_wins_view_counts_match_sql(user):
+    open_view(user, "wins")
+    label, _ = user.charts(2)
+    (row,) = user.server.store.query(
         f"""
         WITH runs AS (SELECT *, round(perplexity, 2) AS p FROM ({RUNS}))
         SELECT count(*) FILTER (a.p < b.p) AS wins, count(*) FILTER (a.p = b.p) AS ties,
@@ -144,11 +146,11 @@ def test_wins_ties_and_losses(person):
         assert bars["x"][place] == pytest.approx(100 * getattr(row, bars["name"]) / row.total)
 
 
-def test_two_plans_side_by_side(person):
-    look(person, "two")
-    store = person.server.store
+def test_two_runs_view_shows_both_plans(user):
+    open_view(user, "two")
+    store = user.server.store
     newest = store.query(f"{RUNS} ORDER BY e.created DESC LIMIT 2")
-    shown = person.charts(4)
+    shown = user.charts(4)
     names = [config.name for config in LADDER]
     for place, run in enumerate(newest["run"]):
         modules = store.query(
@@ -169,33 +171,33 @@ def test_two_plans_side_by_side(person):
         sizes = (modules["numel"] * bits).groupby(modules["config"]).sum()
         shares = dict(zip(ring["labels"], ring["values"], strict=True))
         assert sorted(shares.values()) == pytest.approx(sorted(sizes / sizes.sum()))
-    assert f"{len(modules)} modules differ of {len(modules)}" in page(person)
+    assert f"{len(modules)} modules differ of {len(modules)}" in page_text(user)
 
 
 @needs_reference
-def test_predictions_and_full_precision_of_published_runs(person):
-    store = person.server.store
+def test_predicted_view_published_runs_match_store(user):
+    store = user.server.store
     runs = store.query(
         "SELECT e.id, e.perplexity FROM evaluations e JOIN runs r ON e.run = r.id "
         "WHERE r.fingerprint LIKE 'published:%' AND e.corpus = 'wikitext2'"
     ).set_index("id")["perplexity"]
-    look(person, "predicted", PUBLISHED)
-    (figure,) = person.charts()
+    open_view(user, "predicted", PUBLISHED)
+    (figure,) = user.charts()
     shown = points(figure)
-    assert f"Each of {len(shown)} runs predicted" in page(person)
+    assert f"Each of {len(shown)} runs predicted" in page_text(user)
     assert len(shown) > 100
     assert {e: x for e, (x, _) in shown.items()} == pytest.approx(runs[list(shown)].to_dict())
     errors = [abs(predicted / measured - 1) for measured, predicted in shown.values()]
-    assert f"half of them within {100 * median(errors):.2f} %" in page(person)
-    person.click("By size")
-    person.wait(lambda: "Click a point" in page(person) and person.settled())
-    person.charts()
+    assert f"half of them within {100 * median(errors):.2f} %" in page_text(user)
+    user.click("Perplexity by size")
+    user.wait(lambda: "Click a point" in page_text(user) and user.is_idle())
+    user.charts()
     full = store.query(
         "SELECT perplexity FROM evaluations WHERE run IS NULL AND corpus = 'wikitext2' "
         "AND fingerprint = (SELECT fingerprint FROM models WHERE source = ?)",
         [PUBLISHED],
     )["perplexity"][0]
-    levels = person.driver.execute_script(
+    levels = user.driver.execute_script(
         "return document.querySelector('.js-plotly-plot').layout.shapes.map(line => line.y0)"
     )
     assert levels == [pytest.approx(full)]
@@ -204,156 +206,156 @@ def test_predictions_and_full_precision_of_published_runs(person):
 # --- one run --------------------------------------------------------------------------------
 
 
-def zoomed(person: Person) -> list[float]:
+def x_axis_range(user: User) -> list[float]:
     script = "return document.querySelector('.js-plotly-plot')._fullLayout.xaxis.range"
-    return person.driver.execute_script(script)
+    return user.driver.execute_script(script)
 
 
-def test_a_click_opens_a_run_and_the_zoom_stays(person):
+def test_point_click_opens_run_and_keeps_zoom(user):
     from selenium.webdriver.common.action_chains import ActionChains
 
-    look(person, "size")
-    person.charts()
-    before = opened(person)
-    assert before == stored(person)["perplexity"].idxmin()
-    person.driver.find_element("css selector", f"{PLOT} [data-title='Zoom out']").click()
-    person.wait(lambda: zoomed(person)[0] < 0, why="the chart did not zoom")
-    range_before = zoomed(person)
-    ActionChains(person.driver).move_to_element(in_view(person)).pause(0.3).click().perform()
-    person.wait(lambda: person.settled() and opened(person) != before, 15, "nothing was opened")
-    row = stored(person).loc[opened(person)]
-    told = f"perplexity {row['perplexity']:.4f}, KL"
-    person.wait(lambda: told in person.driver.page_source, why="the card is another run's")
-    assert zoomed(person) == pytest.approx(range_before), "a pick redraws nothing"
+    open_view(user, "size")
+    user.charts()
+    before = opened_run(user)
+    assert before == stored_runs(user)["perplexity"].idxmin()
+    user.driver.find_element("css selector", f"{PLOT} [data-title='Zoom out']").click()
+    user.wait(lambda: x_axis_range(user)[0] < 0, why="the chart did not zoom")
+    range_before = x_axis_range(user)
+    ActionChains(user.driver).move_to_element(central_marker(user)).pause(0.3).click().perform()
+    user.wait(lambda: user.is_idle() and opened_run(user) != before, 15, "nothing was opened")
+    row = stored_runs(user).loc[opened_run(user)]
+    expected_text = f"perplexity {row['perplexity']:.4f}, KL"
+    user.wait(lambda: expected_text in user.driver.page_source, why="the card is another run's")
+    assert x_axis_range(user) == pytest.approx(range_before), "a pick redraws nothing"
 
 
-def in_view(person: Person) -> object:
+def central_marker(user: User) -> object:
     """A marker in the middle of what the zoomed chart shows."""
-    frame = person.driver.find_element("css selector", ".js-plotly-plot .nsewdrag").rect
+    frame = user.driver.find_element("css selector", ".js-plotly-plot .nsewdrag").rect
 
-    def off(point: object) -> float:
+    def distance_to_center(point: object) -> float:
         x, y = (point.rect[a] + point.rect[s] / 2 for a, s in (("x", "width"), ("y", "height")))
         return abs(x - frame["x"] - frame["width"] / 2) + abs(y - frame["y"] - frame["height"] / 2)
 
-    return min(person.all(".js-plotly-plot .scatterlayer .point"), key=off)
+    return min(user.all(".js-plotly-plot .scatterlayer .point"), key=distance_to_center)
 
 
-def test_stars_and_notes_are_kept(person):
-    look(person, "size")
-    run = stored(person).loc[opened(person), "run"]
-    person.click("☆")
-    person.wait(lambda: [b for b in person.all("button") if b.text == "★"], why="no star")
-    person.type("Note", "worth a second look")
+def test_star_and_note_persist_after_reload(user):
+    open_view(user, "size")
+    run = stored_runs(user).loc[opened_run(user), "run"]
+    user.click("☆")
+    user.wait(lambda: [b for b in user.all("button") if b.text == "★"], why="no star")
+    user.type("Note", "worth a second look")
     kept = "SELECT starred, note FROM runs WHERE id = ?"
-    person.wait(
+    user.wait(
         lambda: (
-            person.server.store.query(kept, [run]).iloc[0].tolist() == [True, "worth a second look"]
+            user.server.store.query(kept, [run]).iloc[0].tolist() == [True, "worth a second look"]
         ),
         why="star or note was not kept",
     )
-    person.driver.refresh()
-    person.reads("Best within", 60)
-    (note,) = person.wait(lambda: person.all("input[aria-label=Note]"), why="no note")
+    user.driver.refresh()
+    user.wait_for_headline("Best within", 60)
+    (note,) = user.wait(lambda: user.all("input[aria-label=Note]"), why="no note")
     assert note.get_attribute("value") == "worth a second look"
-    assert "★" in [b.text for b in person.all("button")]
+    assert "★" in [b.text for b in user.all("button")]
 
 
-def test_deleting_and_undoing(person):
-    look(person, "size")
-    best = stored(person)["perplexity"].idxmin()
-    person.wait(lambda: opened(person) == best)
-    person.click("Delete")
-    person.wait(lambda: "1 run of demo deleted" in page(person) and person.settled())
-    assert best not in stored(person).index
-    next_best = stored(person)["perplexity"].idxmin()
-    person.wait(lambda: opened(person) == next_best, why="the next best is not open")
-    person.driver.refresh()
-    person.reads("Best within", 60)
-    person.click("Undo")
-    person.wait(lambda: "deleted" not in page(person) and person.settled())
-    assert best in stored(person).index
+def test_delete_run_and_undo(user):
+    open_view(user, "size")
+    best = stored_runs(user)["perplexity"].idxmin()
+    user.wait(lambda: opened_run(user) == best)
+    user.click("Delete")
+    user.wait(lambda: "1 run of demo deleted" in page_text(user) and user.is_idle())
+    assert best not in stored_runs(user).index
+    next_best = stored_runs(user)["perplexity"].idxmin()
+    user.wait(lambda: opened_run(user) == next_best, why="the next best is not open")
+    user.driver.refresh()
+    user.wait_for_headline("Best within", 60)
+    user.click("Undo")
+    user.wait(lambda: "deleted" not in page_text(user) and user.is_idle())
+    assert best in stored_runs(user).index
 
 
 # --- exports --------------------------------------------------------------------------------
 
 
-def test_the_table_is_downloaded_as_it_is_filtered(person, tmp_path):
-    person.saves_to(tmp_path / "downloads")
-    look(person, "size")
-    kept = stored(person).set_index("run")
-    first = person.wait(lambda: person.driver.find_element("css selector", "[id^=glide-cell-]"))
+def test_table_download_matches_filter(user, tmp_path):
+    user.set_download_folder(tmp_path / "downloads")
+    open_view(user, "size")
+    kept = stored_runs(user).set_index("run")
+    first = user.wait(lambda: user.driver.find_element("css selector", "[id^=glide-cell-]"))
     assert first.find_element("xpath", "ancestor::table"), "the table can be read by its rows"
     for kind in ("csv", "parquet"):
-        person.click("CSV" if kind == "csv" else "Parquet")
-        rows = duckdb.sql(f"SELECT * FROM '{person.saved(f'*.{kind}')}'").df().set_index("run id")
+        user.click("CSV" if kind == "csv" else "Parquet")
+        rows = duckdb.sql(f"SELECT * FROM '{user.saved(f'*.{kind}')}'").df().set_index("run id")
         assert set(rows.index) == set(kept.index)
         assert rows["perplexity"].to_dict() == pytest.approx(kept["perplexity"].to_dict())
         assert rows["perplexity"].is_monotonic_increasing, "numbers are sorted as numbers"
-    person.saved("*.csv").unlink()
-    person.type("Search", "sensiboost 3.")
-    person.wait(person.settled)
-    person.click("CSV")
-    rows = duckdb.sql(f"SELECT \"run id\", method FROM '{person.saved('*.csv')}'").df()
-    wanted = kept[(kept["method"] == "sensiboost") & kept["bits"].between(2.995, 3.995)]
-    assert set(rows["run id"]) == set(wanted.index) != set()
+    user.saved("*.csv").unlink()
+    user.type("Search", "sensiboost 3.")
+    user.wait(user.is_idle)
+    user.click("CSV")
+    rows = duckdb.sql(f"SELECT \"run id\", method FROM '{user.saved('*.csv')}'").df()
+    expected_rows = kept[(kept["method"] == "sensiboost") & kept["bits"].between(2.995, 3.995)]
+    assert set(rows["run id"]) == set(expected_rows.index) != set()
 
 
-def test_charts_are_saved_as_page_and_images(person, tmp_path):
+def test_chart_download_as_html_png_svg(user, tmp_path):
     from selenium.webdriver.common.keys import Keys
 
-    person.saves_to(tmp_path / "downloads")
-    look(person, "size")
-    (figure,) = person.charts()
+    user.set_download_folder(tmp_path / "downloads")
+    open_view(user, "size")
+    (figure,) = user.charts()
     format_of = f"return document.querySelector('{PLOT}')._context.toImageButtonOptions.format"
-    person.click("Save")
-    person.click("Chart (HTML)")
-    written = person.saved("*.html")
+    user.click("Save")
+    user.click("Chart (HTML)")
+    written = user.saved("*.html")
     camera = f"{PLOT} .modebar-btn[data-title*='Download']"
     for kind, begins in (("png", b"\x89PNG"), ("svg", b"<svg")):
         if kind == "svg":
-            person.click("Save")
-            person.click("SVG")
-            person.wait(
-                lambda: person.driver.execute_script(format_of) == "svg" and person.settled(),
+            user.click("Save")
+            user.click("SVG")
+            user.wait(
+                lambda: user.driver.execute_script(format_of) == "svg" and user.is_idle(),
                 why="the camera did not follow",
             )
-        person.press(Keys.ESCAPE)
-        person.wait(lambda: not person.all("[data-testid=stPopoverBody]"))
-        person.driver.find_element("css selector", camera).click()
-        assert person.saved(f"*.{kind}").read_bytes().startswith(begins)
-    person.driver.get(written.as_uri())
-    assert points(person.figures[0]) == points(figure)
+        user.press(Keys.ESCAPE)
+        user.wait(lambda: not user.all("[data-testid=stPopoverBody]"))
+        user.driver.find_element("css selector", camera).click()
+        assert user.saved(f"*.{kind}").read_bytes().startswith(begins)
+    user.driver.get(written.as_uri())
+    assert points(user.figures[0]) == points(figure)
 
 
-def test_a_run_is_taken_along(person, tmp_path):
+def test_run_export_report_and_bibtex(user, tmp_path):
     """Its report is opened from disk, with nothing to reach beyond; and its BibTeX."""
-    person.saves_to(tmp_path / "downloads")
-    look(person, "size")
-    evaluation = opened(person)
-    row = stored(person).loc[evaluation]
-    record = person.server.store.record(evaluation)
-    person.click("Export")
-    command = person.wait(lambda: person.all("[data-testid=stPopoverBody] code"))[0].text
-    assert command.startswith("python -m lsq_core run --model demo")
-    person.click("BibTeX")
-    assert person.saved("*.bib").read_text("utf8") == bibtex(record)
-    person.click("Report (HTML)")
-    written = person.saved("*.html")
-    person.driver.execute_cdp_cmd(
+    user.set_download_folder(tmp_path / "downloads")
+    open_view(user, "size")
+    evaluation = opened_run(user)
+    row = stored_runs(user).loc[evaluation]
+    record = user.server.store.record(evaluation)
+    user.click("Export")
+    command = user.wait(lambda: user.all("[data-testid=stPopoverBody] code"))[0].text
+    assert command.startswith("lsq run --model demo")
+    user.click("BibTeX")
+    assert user.saved("*.bib").read_text("utf8") == bibtex(record)
+    user.click("Report (HTML)")
+    written = user.saved("*.html")
+    user.driver.execute_cdp_cmd(
         "Network.emulateNetworkConditions",
         {"offline": True, "latency": 0, "downloadThroughput": 0, "uploadThroughput": 0},
     )
-    person.driver.get(written.as_uri())
-    text = person.driver.find_element("tag name", "body").text
+    user.driver.get(written.as_uri())
+    text = user.driver.find_element("tag name", "body").text
     assert f"{row['perplexity']:.4f}" in text
     assert " ".join(command.split()) in " ".join(text.split())
-    shown = points(person.figures[0])
+    shown = points(user.figures[0])
     assert shown[evaluation] == pytest.approx((row["measured_bytes"] / 2**20, row["perplexity"]))
-    assert len(person.figures) == 3
-    asked = "return performance.getEntriesByType('resource').map(e => e.name)"
+    assert len(user.figures) == 3
+    requested_script = "return performance.getEntriesByType('resource').map(e => e.name)"
     assert not [
         name
-        for name in person.driver.execute_script(asked)
+        for name in user.driver.execute_script(requested_script)
         if not name.startswith(("data:", "blob:"))
     ]
 
@@ -361,32 +363,32 @@ def test_a_run_is_taken_along(person, tmp_path):
 # --- SQL ------------------------------------------------------------------------------------
 
 
-def test_a_question_is_answered_and_files_are_out_of_reach(person, tmp_path):
-    person.saves_to(tmp_path / "downloads")
-    person.open("/SQL?model=demo")
-    person.reads("found", 60)
-    person.click("What there is")
-    store = person.server.store
+def test_sql_page_select_works_and_copy_is_refused(user, tmp_path):
+    user.set_download_folder(tmp_path / "downloads")
+    user.open("/SQL?model=demo")
+    user.wait_for_headline("found", 60)
+    user.click("What there is")
+    store = user.server.store
     tables = store.query("SELECT count(*) AS n FROM duckdb_columns() WHERE NOT internal")["n"][0]
-    person.reads(f"{tables + len(store.results().columns)} rows found.")
-    ask(person, "SELECT run, perplexity FROM results WHERE origin = 'measured' ORDER BY run")
-    kept = stored(person).sort_values("run")
-    person.reads(f"{len(kept)} rows found.")
-    person.click("CSV")
-    rows = duckdb.sql(f"SELECT * FROM '{person.saved('*.csv')}'").df()
+    user.wait_for_headline(f"{tables + len(store.results().columns)} rows.")
+    run_sql(user, "SELECT run, perplexity FROM results WHERE origin = 'measured' ORDER BY run")
+    kept = stored_runs(user).sort_values("run")
+    user.wait_for_headline(f"{len(kept)} rows.")
+    user.click("CSV")
+    rows = duckdb.sql(f"SELECT * FROM '{user.saved('*.csv')}'").df()
     assert rows["run"].tolist() == kept["run"].tolist()
     assert rows["perplexity"].tolist() == pytest.approx(kept["perplexity"].tolist())
     out = tmp_path / "out.csv"
-    ask(person, f"COPY runs TO '{out}'")
-    (told,) = person.wait(lambda: person.all("[data-testid=stAlertContentError]"))
-    assert "single SELECT" in told.text
+    run_sql(user, f"COPY runs TO '{out}'")
+    (expected_text,) = user.wait(lambda: user.all("[data-testid=stAlertContentError]"))
+    assert "single SELECT" in expected_text.text
     assert not out.exists()
 
 
-def ask(person: Person, sql: str) -> None:
+def run_sql(user: User, sql: str) -> None:
     from selenium.webdriver.common.keys import Keys
 
-    field = person.wait(lambda: person.all("textarea[aria-label=SQL]"))[0]
+    field = user.wait(lambda: user.all("textarea[aria-label=SQL]"))[0]
     field.send_keys(Keys.CONTROL, "a")
     field.send_keys(sql, Keys.CONTROL, Keys.ENTER)
-    person.wait(person.settled)
+    user.wait(user.is_idle)

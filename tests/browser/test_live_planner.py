@@ -10,12 +10,16 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 
-from lsq_core.config import LADDER, Budget, format_bytes
-from lsq_core.model import Matrix
-from lsq_core.plan import PLANNERS, PlanRequest, Problem, make_frontier, make_plan
-from lsq_core.plan.frontier import Frontier
-from lsq_core.plan.pins import with_pins
+from lsq_core.bits import LADDER, Budget
+from lsq_core.model.info import Matrix
+from lsq_core.planning.frontier import Frontier
+from lsq_core.planning.make import make_frontier, make_plan
+from lsq_core.planning.methods import PLANNERS
+from lsq_core.planning.pins import apply_pins
+from lsq_core.planning.problem import Problem
+from lsq_core.planning.request import PlanRequest
 from lsq_core.ui import planner
+from lsq_core.units import format_bytes
 from tests.browser import planner_app
 from tests.browser.conftest import open_browser, serve
 from tests.conftest import packed_bytes
@@ -29,7 +33,7 @@ TYPES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 
 # --- the engine alone -----------------------------------------------------------------------
 
-_ANSWERS = """
+_PLANS_SCRIPT = """
 const [payload, numel, bits, budgets] = arguments;
 const engine = window.engine;
 const nominal = engine.nominalTable(engine.unpack(numel, Float64Array), bits);
@@ -59,28 +63,33 @@ def engine(tmp_path_factory):
         yield driver
 
 
-def compare(engine, problem: Problem, frontier: Frontier, seed: int = 0) -> list[float]:
+def assert_same_plans(engine, problem: Problem, frontier: Frontier, seed: int = 0) -> list[float]:
     """Python's and the browser's answers at random budgets, matrix by matrix; the milliseconds."""
-    low, high = frontier.smallest, problem.feasible[1]
-    budgets = [*np.random.default_rng(seed).uniform(low, high, BUDGETS), low, high, np.inf]
-    numel = planner.packed(problem.numel, "<f8")
-    sent = [None if np.isinf(b) else float(b) for b in budgets]
+    low, cell_height = frontier.smallest, problem.feasible[1]
+    budgets = [
+        *np.random.default_rng(seed).uniform(low, cell_height, BUDGETS),
+        low,
+        cell_height,
+        np.inf,
+    ]
+    numel = planner.encode_array(problem.numel, "<f8")
+    budgets_json = [None if np.isinf(b) else float(b) for b in budgets]
     bits = [c.nominal_bits for c in LADDER]
-    there = engine.execute_script(
-        _ANSWERS, planner.frontier_payload(frontier), numel, bits, [*sent, 0.99 * low]
+    browser_plans = engine.execute_script(
+        _PLANS_SCRIPT, planner.frontier_payload(frontier), numel, bits, [*budgets_json, 0.99 * low]
     )
-    assert not there.pop()["found"], "a budget below the smallest plan has none"
-    for budget, theirs in zip(budgets, there, strict=True):
-        ours = frontier.at(budget)
-        assert theirs["choice"] == ours.choice.tolist(), budget
-        assert theirs["taken"] == ours.taken
-        assert frontier.segments[theirs["segment"]] is ours.segment
-        assert theirs["startBytes"] == ours.segment.start_bytes
+    assert not browser_plans.pop()["found"], "a budget below the smallest plan has none"
+    for budget, browser_plan in zip(budgets, browser_plans, strict=True):
+        python_plan = frontier.at(budget)
+        assert browser_plan["choice"] == python_plan.choice.tolist(), budget
+        assert browser_plan["taken"] == python_plan.taken
+        assert frontier.segments[browser_plan["segment"]] is python_plan.segment
+        assert browser_plan["startBytes"] == python_plan.segment.start_bytes
         if frontier.cost is not None:
-            assert theirs["objective"] == ours.objective
-            assert theirs["bound"] == ours.lower_bound
-            assert theirs["price"] == ours.segment.price(ours.taken)
-    return [theirs["ms"] for theirs in there]
+            assert browser_plan["objective"] == python_plan.objective
+            assert browser_plan["bound"] == python_plan.lower_bound
+            assert browser_plan["price"] == python_plan.segment.price(python_plan.taken)
+    return [browser_plan["ms"] for browser_plan in browser_plans]
 
 
 def requests(name: str) -> list[PlanRequest]:
@@ -108,15 +117,15 @@ def model(layers: int, seed: int, *, ties: bool = False, gaps: bool = False) -> 
     n = len(matrices)
     spread = np.exp(random.standard_normal(n))
     spread[random.integers(0, n, 6)] *= 30
-    fall = 2.0 ** -np.array([c.nominal_bits for c in LADDER])
-    cost = spread[:, None] * fall * np.exp(0.3 * random.standard_normal((n, 12)))
+    error_scale = 2.0 ** -np.array([c.nominal_bits for c in LADDER])
+    cost = spread[:, None] * error_scale * np.exp(0.3 * random.standard_normal((n, 12)))
     if ties:
         cost = np.ceil(20 * cost / cost.max())
     if gaps:
         cost[random.random(cost.shape) < 0.15] = np.nan
-        cost[:, 11] = fall[11]
-    read = ("sensitivity", "sensitivity_module", "kurtosis", "loss_impact")
-    scores = {name: (k + 1) * spread for k, name in enumerate(read)}
+        cost[:, 11] = error_scale[11]
+    score_names = ("sensitivity", "sensitivity_module", "kurtosis", "loss_impact")
+    scores = {name: (k + 1) * spread for k, name in enumerate(score_names)}
     return Problem(matrices, scores, {"weight_error": cost, "sensitivity_module": cost})
 
 
@@ -124,7 +133,7 @@ PROBLEMS = {
     "random": lambda: model(30, 1),
     "ties": lambda: model(24, 2, ties=True),
     "gaps": lambda: model(12, 3, gaps=True),
-    "pins": lambda: with_pins(
+    "pins": lambda: apply_pins(
         model(24, 4), ("*.layers.0.*=b8g64", "*.layers.[1-9].down_proj=b3g128..b4g64")
     ),
 }
@@ -132,18 +141,18 @@ PROBLEMS = {
 
 @pytest.mark.parametrize("name", PROBLEMS)
 @pytest.mark.parametrize("method", [n for n, p in PLANNERS.items() if not p.reads_rows])
-def test_the_browser_finds_pythons_plan(engine, method, name):
+def test_frontier_js_plans_match_python(engine, method, name):
     """Every matrix of 200 random budgets' plans, the objective and the bound, to the last bit."""
-    problem, compared = PROBLEMS[name](), 0
+    problem, request_count = PROBLEMS[name](), 0
     for request in requests(method):
         if name == "gaps" and PLANNERS[method].has_base:
             request = PlanRequest(method, base="3.51", boost_stop=0)  # all groups are of 32
-        compare(engine, problem, make_frontier(problem, request), seed=compared)
-        compared += 1
-    assert compared
+        assert_same_plans(engine, problem, make_frontier(problem, request), seed=request_count)
+        request_count += 1
+    assert request_count
 
 
-_MIXED = """
+_MIXED_ROWS_PLANS_SCRIPT = """
 const [model, payload, budgets] = arguments;
 const engine = window.engine;
 const shapes = engine.unpack(model.nominal, Float64Array);
@@ -158,37 +167,42 @@ return budgets.map((budget) => ({
 """
 
 
-def test_the_browser_finds_pythons_plan_of_mixed_rows(engine):
+def test_frontier_js_mixed_rows_plans_match_python(engine):
     """Complete plans one after another, whose bytes depend on the matrices' shapes."""
-    rows = mixed_problem(layers=24, types=7)
-    frontier = make_frontier(rows, PlanRequest("high-impact"))
-    low, high = rows.feasible
-    budgets = [low, high, *np.random.default_rng(0).uniform(low, high, BUDGETS)]
-    model = planner._model_payload(rows, "8bit")
+    mixed = mixed_problem(layers=24, types=7)
+    frontier = make_frontier(mixed, PlanRequest("high-impact"))
+    low, cell_height = mixed.feasible
+    budgets = [low, cell_height, *np.random.default_rng(0).uniform(low, cell_height, BUDGETS)]
+    model = planner._model_payload(mixed, "8bit")
     payload = planner.frontier_payload(frontier)
-    there = engine.execute_script(_MIXED, model, payload, [*map(float, budgets), 0.99 * low])
-    assert not there.pop()["found"]
-    for budget, theirs in zip(budgets, there, strict=True):
-        ours = frontier.at(budget)
-        assert theirs["choice"] == ours.choice.tolist(), budget
-        assert theirs["startBytes"] == ours.segment.start_bytes
-        assert (theirs["objective"], theirs["bound"]) == (ours.objective, ours.lower_bound)
+    browser_plans = engine.execute_script(
+        _MIXED_ROWS_PLANS_SCRIPT, model, payload, [*map(float, budgets), 0.99 * low]
+    )
+    assert not browser_plans.pop()["found"]
+    for budget, browser_plan in zip(budgets, browser_plans, strict=True):
+        python_plan = frontier.at(budget)
+        assert browser_plan["choice"] == python_plan.choice.tolist(), budget
+        assert browser_plan["startBytes"] == python_plan.segment.start_bytes
+        assert (browser_plan["objective"], browser_plan["bound"]) == (
+            python_plan.objective,
+            python_plan.lower_bound,
+        )
     size = len(json.dumps([model, payload]))
     print(f"168 matrices, {len(frontier.segments)} plans: {size / 1000:.0f} kB")
 
 
 @needs_reference
 @pytest.mark.parametrize("name", ["Llama-2-7b-hf", "Meta-Llama-3-8B", "Llama-2-70b-hf"])
-def test_the_browser_finds_pythons_plan_for_published_models(engine, name):
+def test_frontier_js_published_models_match_python(engine, name):
     """The same for what the authors measured, by every method that it suffices for."""
     problem, times, methods = published_problem(name), [], []
-    for method, about in PLANNERS.items():
+    for method, planner_class in PLANNERS.items():
         measured = {*problem.scores, *problem.by_config}
-        if about.reads_rows or not {*about.metrics} <= measured:
+        if planner_class.reads_rows or not {*planner_class.metrics} <= measured:
             continue
         methods.append(method)
         for request in requests(method):
-            times += compare(engine, problem, make_frontier(problem, request))
+            times += assert_same_plans(engine, problem, make_frontier(problem, request))
     assert {"uniform", "mxq"} <= {*methods}
     times = np.array(times)
     print(f"{name}: {len(methods)} methods, {np.median(times):.3f} ms median, "
@@ -206,7 +220,7 @@ def server(tmp_path_factory):
         yield started
 
 
-_FIND = """
+_FIND_PLANNER = """
 for (const element of document.querySelectorAll('*')) {
   const root = element.shadowRoot && element.shadowRoot.querySelector('.lsq');
   if (root && root.dataset.bits) return root;
@@ -215,21 +229,21 @@ return null;
 """
 
 
-class Live:
+class PlannerPage:
     """The planner as a person sees and handles it."""
 
-    def __init__(self, person, query: str = ""):
-        self.person, self.driver = person, person.driver
-        person.open(f"/?{query}")
-        self.root = person.wait(lambda: self.driver.execute_script(_FIND), 60, "no planner")
-        person.wait(lambda: self.runs)
+    def __init__(self, user, query: str = ""):
+        self.user, self.driver = user, user.driver
+        user.open(f"/?{query}")
+        self.root = user.wait(lambda: self.driver.execute_script(_FIND_PLANNER), 60, "no planner")
+        user.wait(lambda: self.runs)
 
-    def part(self, css: str):
+    def find_part(self, css: str):
         """An element of the planner."""
         return self.root.find_element("css selector", css)
 
     def text(self, css: str) -> str:
-        return self.part(css).text
+        return self.find_part(css).text
 
     def data(self, name: str) -> str:
         return self.root.get_attribute(f"data-{name}")
@@ -245,7 +259,7 @@ class Live:
     @property
     def python(self) -> str:
         """What the script below the planner says: its runs and the budget it knows."""
-        return self.person.all("[data-testid=stCaptionContainer]")[0].text
+        return self.user.all("[data-testid=stCaptionContainer]")[0].text
 
     @property
     def runs(self) -> int:
@@ -253,8 +267,8 @@ class Live:
 
     def committed(self, bits: float) -> None:
         """Wait until Python knows a budget."""
-        self.person.wait(
-            lambda: f"budget {bits:.4f}" in self.python and self.person.settled(),
+        self.user.wait(
+            lambda: f"budget {bits:.4f}" in self.python and self.user.is_idle(),
             why=f"Python never heard of {bits}",
         )
 
@@ -263,24 +277,24 @@ class Live:
 
         return ActionChains(self.driver, duration=10)
 
-    def grasp(self):
+    def hold_thumb(self):
         """Hold the slider's thumb."""
-        slider, [low, high] = self.part(".slider"), self.range
-        share = (self.bits - low) / (high - low)
+        slider, [low, cell_height] = self.find_part(".slider"), self.range
+        share = (self.bits - low) / (cell_height - low)
         width = slider.size["width"]
         offset = 9 + share * (width - 18) - width / 2
         return self.actions().move_to_element_with_offset(slider, offset, 0).click_and_hold()
 
     @property
     def range(self) -> list[float]:
-        return [float(self.part(".slider").get_attribute(end)) for end in ("min", "max")]
+        return [float(self.find_part(".slider").get_attribute(end)) for end in ("min", "max")]
 
     def press(self, *keys: str) -> None:
-        self.part(".slider").send_keys(*keys)
+        self.find_part(".slider").send_keys(*keys)
 
     def type(self, text: str, end: str = "\ue007") -> None:
         """Put a text into the number field, and press Enter."""
-        field = self.part(".typed input")
+        field = self.find_part(".typed input")
         field.send_keys("\ue009a\ue000", text, end)
 
     def click(self, css: str, label: str) -> None:
@@ -295,17 +309,17 @@ def plan_at(bits: float, method: str = "mxq", layers: int = 80) -> np.ndarray:
     return frontier.at(Budget.parse(f"{bits}bpp", problem.total).nominal_bytes).choice
 
 
-def test_cells_change_before_the_slider_is_released(person):
-    live = Live(person)
+def test_slider_drag_updates_cells_before_release(user):
+    live = PlannerPage(user)
     before, runs = live.choice(), live.runs
     assert before.tolist() == plan_at(3.25).tolist()
-    picture = live.part(".cells canvas").screenshot_as_base64
-    live.grasp().move_by_offset(64, 0).perform()
-    person.wait(lambda: live.bits > 3.5)
+    screenshot = live.find_part(".cells canvas").screenshot_as_base64
+    live.hold_thumb().move_by_offset(64, 0).perform()
+    user.wait(lambda: live.bits > 3.5)
     held, at = live.choice(), live.bits
     assert held.tolist() == plan_at(at).tolist()
     assert int(live.data("changed")) == (held != before).sum() > 0
-    assert live.part(".cells canvas").screenshot_as_base64 != picture
+    assert live.find_part(".cells canvas").screenshot_as_base64 != screenshot
     assert live.text(".readout td.bits span") == f"{at:.2f}"
     assert f"Since 3.254: {(held > before).sum()} matrices up" in live.text(".moves")
     assert live.runs == runs, "the script ran while the slider was held"
@@ -316,7 +330,7 @@ def test_cells_change_before_the_slider_is_released(person):
     assert live.bits == at == float(live.data("committed"))
 
 
-_WATCH = """
+_TIMING_OBSERVER = """
 const root = arguments[0];
 const slider = root.querySelector('.slider');
 window.steps = [];
@@ -343,16 +357,16 @@ new MutationObserver(() => {
 
 @pytest.mark.bench
 @pytest.mark.parametrize("methods", ["mxq", "mxq,sensiboost"])
-def test_a_drag_is_painted_at_once_and_committed_soon(person, methods):
+def test_slider_drag_latency_within_limits(user, methods):
     """80 layers by 7 types: p95 of a step ≤ 60 ms, of release to committed page ≤ 400 ms."""
-    live = Live(person, f"methods={methods}")
-    live.driver.execute_script(_WATCH, live.root)
+    live = PlannerPage(user, f"methods={methods}")
+    live.driver.execute_script(_TIMING_OBSERVER, live.root)
     for turn in range(12):
-        moves = live.grasp()
+        moves = live.hold_thumb()
         for _ in range(6):
             moves.move_by_offset(9 if turn % 4 < 2 else -9, 0)
         moves.release().perform()
-        person.wait(
+        user.wait(
             lambda turn=turn: live.driver.execute_script("return releases.length") > turn,
             why="a release was not committed",
         )
@@ -366,17 +380,21 @@ def test_a_drag_is_painted_at_once_and_committed_soon(person, methods):
     assert np.percentile(releases, 95) <= 400
 
 
-def test_the_figures_are_those_of_pythons_plan(person):
+def test_readout_matches_python_plan(user):
     """Sizes, the certified gap, and the price and worth of one more stop of a cell."""
-    live = Live(person, "layers=24&budget=3.4")
+    live = PlannerPage(user, "layers=24&budget=3.4")
     problem = planner_app.random_model(24)
     request = PlanRequest("mxq", budget="3.4bpp")
     plan = make_plan(problem, request, other_bytes=planner_app.OTHER_BYTES)
     answer = make_frontier(problem, request).at(3.4 * problem.total / 8)
-    read = {name: live.text(f".readout td.{name} span") for name in ("planned", "whole", "gap")}
-    assert read["planned"] == format_bytes(plan.planned_bytes)
-    assert read["whole"] == format_bytes(plan.model_bytes)
-    assert float(read["gap"].split()[1]) == pytest.approx(100 * plan.to_json()["gap"], rel=0.06)
+    score_names = {
+        name: live.text(f".readout td.{name} span") for name in ("planned", "whole", "gap")
+    }
+    assert score_names["planned"] == format_bytes(plan.planned_bytes)
+    assert score_names["whole"] == format_bytes(plan.model_bytes)
+    assert float(score_names["gap"].split()[1]) == pytest.approx(
+        100 * plan.to_json()["gap"], rel=0.06
+    )
     by_type = [
         bar.text.split("\n")[0] for bar in live.root.find_elements("css selector", ".bars div")
     ]
@@ -384,38 +402,38 @@ def test_the_figures_are_those_of_pythons_plan(person):
         packed_bytes(m.numel, c) for m, c in plan.choice.items() if m.type == "mlp.down_proj"
     )
     assert by_type[6] == f"{down / 2**20:.0f} MiB"
-    cells = live.part(".cells")
+    cells = live.find_part(".cells")
     cells.send_keys("\ue014" * 5, "\ue015")  # layer 5, k_proj
     i, cost = 5 * 7 + 1, problem.by_config["weight_error"]
     assert problem.matrices[i].name in live.text(".details .title")
     stop = int(live.choice()[i])
-    more = problem.bytes[i, stop + 1] - problem.bytes[i, stop]
+    extra_bytes = problem.bytes[i, stop + 1] - problem.bytes[i, stop]
     saved = (cost[i, stop] - cost[i, stop + 1]) / answer.objective
-    said = re.search(
-        r"to (\w+), takes ([\d.]+ \w+) and saves ([\d.]+) % .*, ([\d.]+) % per MiB.*"
-        r"moves stop at ([\d.]+) % per MiB",
+    message = re.search(
+        r"to (\w+) takes ([\d.]+ \w+) and saves ([\d.]+) % .*, ([\d.]+) % per MiB.*"
+        r"has to save ([\d.]+) % per MiB",
         live.text(".details .why").replace("\n", " "),
     )
-    assert said[1] == LADDER[stop + 1].name
-    assert said[2] == format_bytes(more)
-    shares = [saved, saved / more * 2**20, answer.segment.price(answer.taken) * 2**20]
+    assert message[1] == LADDER[stop + 1].name
+    assert message[2] == format_bytes(extra_bytes)
+    shares = [saved, saved / extra_bytes * 2**20, answer.segment.price(answer.taken) * 2**20]
     shares[2] /= answer.objective
-    assert [float(text) for text in said.group(3, 4, 5)] == pytest.approx(
+    assert [float(text) for text in message.group(3, 4, 5)] == pytest.approx(
         [100 * share for share in shares], rel=0.06
     )
 
 
-def test_the_keyboard_moves_the_slider(person):
+def test_slider_keyboard_steps(user):
     from selenium.webdriver.common.keys import Keys
 
-    live = Live(person)
+    live = PlannerPage(user)
     for key, bits in [
         (Keys.ARROW_RIGHT, 3.264), (Keys.ARROW_LEFT, 3.254), (Keys.ARROW_UP, 3.264),
         (Keys.PAGE_UP, 3.364), (Keys.PAGE_DOWN, 3.264),
         (Keys.HOME, live.range[0]), (Keys.END, live.range[1]),
     ]:  # fmt: skip
         live.press(key)
-        person.wait(lambda bits=bits: live.bits == pytest.approx(bits, abs=1e-9), why=f"not {bits}")
+        user.wait(lambda bits=bits: live.bits == pytest.approx(bits, abs=1e-9), why=f"not {bits}")
     assert set(live.choice()) == {11}, "the largest plan is within reach"
     live.committed(live.range[1])
     live.press(Keys.HOME)
@@ -423,32 +441,32 @@ def test_the_keyboard_moves_the_slider(person):
     assert live.choice().tolist() == plan_at(live.range[0]).tolist()
 
 
-def test_the_slider_snaps_to_stops_and_keys_do_not(person):
+def test_slider_drag_snaps_to_stops_and_keys_do_not(user):
     from selenium.webdriver.common.keys import Keys
 
-    live = Live(person, "methods=uniform&budget=3.4")
+    live = PlannerPage(user, "methods=uniform&budget=3.4")
     stop = LADDER[4]  # b3g64, 3.25
-    low, high = live.range
-    pixel = (high - low) / (live.part(".slider").size["width"] - 18)
-    there = round((stop.nominal_bits - 3.4) / pixel) - 1  # a pixel or two below the stop
-    live.grasp().move_by_offset(there, 0).release().perform()
-    person.wait(lambda: live.bits == pytest.approx(stop.nominal_bits, abs=1e-9), why="no snap")
+    low, cell_height = live.range
+    pixel = (cell_height - low) / (live.find_part(".slider").size["width"] - 18)
+    browser_plans = round((stop.nominal_bits - 3.4) / pixel) - 1  # a pixel or two below the stop
+    live.hold_thumb().move_by_offset(browser_plans, 0).release().perform()
+    user.wait(lambda: live.bits == pytest.approx(stop.nominal_bits, abs=1e-9), why="no snap")
     live.committed(round(stop.nominal_bits, 4))
     assert set(live.choice()) == {4}
     live.press(Keys.ARROW_LEFT)
-    person.wait(lambda: live.bits == pytest.approx(3.244, abs=1e-9), why="keys reach no number")
+    user.wait(lambda: live.bits == pytest.approx(3.244, abs=1e-9), why="keys reach no number")
     live.type("3.25")  # the name of the stop
     live.committed(round(stop.nominal_bits, 4))
     assert set(live.choice()) == {4}
 
 
-def test_a_budget_is_typed_in_any_unit(person):
-    live = Live(person)
+def test_budget_field_accepts_each_unit(user):
+    live = PlannerPage(user)
     total = planner_app.random_model(80).total
     live.type("3.4")
     live.committed(3.4)
     live.click(".segments label", "size")
-    assert live.part(".typed input").get_attribute("value") == f"{3.4 * total / 8 / 2**30:.3f}"
+    assert live.find_part(".typed input").get_attribute("value") == f"{3.4 * total / 8 / 2**30:.3f}"
     live.type("6 GiB")
     live.committed(round(8 * 6 * 2**30 / total, 4))
     live.click(".segments label", "whole model")
@@ -458,22 +476,22 @@ def test_a_budget_is_typed_in_any_unit(person):
     live.click(".segments label", "linear layers")
     live.type("10")
     live.committed(round(1.1 * LADDER[3].nominal_bits, 4))
-    person.driver.refresh()
-    live.root = person.wait(lambda: live.driver.execute_script(_FIND))
+    user.driver.refresh()
+    live.root = user.wait(lambda: live.driver.execute_script(_FIND_PLANNER))
     assert live.text(".typed span") == "%", "the unit outlives the page"
 
 
-def test_what_is_out_of_reach_or_no_number_says_so(person):
-    live = Live(person)
+def test_budget_field_invalid_or_infeasible_shows_message(user):
+    live = PlannerPage(user)
     live.type("plenty")
-    said = live.text(".message")
-    assert "“plenty”" in said
-    assert "3.254 bits" in said
+    message = live.text(".message")
+    assert "“plenty”" in message
+    assert "3.254 bits" in message
     assert live.bits == LADDER[4].nominal_bits
     live.type("9.5")
-    said = live.text(".message")
-    assert said.startswith("9.5 bits")
-    assert "8.508 bits" in said
+    message = live.text(".message")
+    assert message.startswith("9.5 bits")
+    assert "8.508 bits" in message
     live.committed(live.range[1])
     live.type("8.51")
     assert live.text(".message") == "", "the largest stop's name is within reach"
@@ -488,27 +506,27 @@ def test_what_is_out_of_reach_or_no_number_says_so(person):
     assert "showing the largest" in live.text(".message")
 
 
-def test_what_python_sets_moves_the_slider(person):
+def test_slider_follows_budget_set_by_python(user):
     """A budget from elsewhere counts, and so does going back to the one committed before it."""
-    live = Live(person)
-    canvas = live.part(".cells canvas")
+    live = PlannerPage(user)
+    canvas = live.find_part(".cells canvas")
     for _ in range(2):
         live.type("3.5")
         live.committed(3.5)
-        person.click("Elsewhere")
+        user.click("Elsewhere")
         live.committed(5.0)
-        person.wait(lambda: live.bits == 5.0, why="the slider stayed")
+        user.wait(lambda: live.bits == 5.0, why="the slider stayed")
         assert live.choice().tolist() == plan_at(5.0).tolist()
     assert canvas.is_displayed(), "a rerun draws in place"
 
 
-def test_a_rerun_does_not_take_the_slider_out_of_the_hand(person):
-    live = Live(person)
-    live.grasp().move_by_offset(60, 0).perform()
-    person.wait(lambda: live.bits > 3.5)
+def test_rerun_during_drag_keeps_slider_position(user):
+    live = PlannerPage(user)
+    live.hold_thumb().move_by_offset(60, 0).perform()
+    user.wait(lambda: live.bits > 3.5)
     held = live.bits
-    elsewhere = person.all("[data-testid=stButton] button")[0]
-    live.driver.execute_script("arguments[0].click()", elsewhere)
+    other_button = user.all("[data-testid=stButton] button")[0]
+    live.driver.execute_script("arguments[0].click()", other_button)
     live.committed(5.0)
     assert live.bits == held
     live.actions().release().perform()
@@ -516,99 +534,99 @@ def test_a_rerun_does_not_take_the_slider_out_of_the_hand(person):
     assert live.bits == float(live.data("committed")) == held
 
 
-def test_a_screen_reader_is_told(person):
+def test_planner_aria_labels_and_live_region(user):
     from selenium.webdriver.common.keys import Keys
 
-    live = Live(person)
-    slider = live.part(".slider")
+    live = PlannerPage(user)
+    slider = live.find_part(".slider")
     assert slider.aria_role == "slider"
     assert slider.accessible_name == "Budget in bits per parameter"
-    words = slider.get_attribute("aria-valuetext").split(", ")
-    assert words[0] == "3.25 bits per parameter"
-    assert words[1] == live.text(".readout td.planned span")
-    assert words[2] == f"{live.text('.readout td.perplexity span')} predicted"
-    assert live.part(".typed input").accessible_name == "Budget in bits"
-    assert live.part("input[name=unit]").aria_role == "radio"
-    cells = live.part(".cells")
+    value_text = slider.get_attribute("aria-valuetext").split(", ")
+    assert value_text[0] == "3.25 bits per parameter"
+    assert value_text[1] == live.text(".readout td.planned span")
+    assert value_text[2] == f"{live.text('.readout td.perplexity span')} predicted"
+    assert live.find_part(".typed input").accessible_name == "Budget in bits"
+    assert live.find_part("input[name=unit]").aria_role == "radio"
+    cells = live.find_part(".cells")
     assert cells.accessible_name.startswith("MXQ: 80 layers by 7 ")
     cells.send_keys(Keys.ARROW_RIGHT * 2, Keys.ARROW_DOWN)
     name = "model.layers.2.self_attn.k_proj"
-    spoken = live.part(".spoken").get_attribute("textContent")
-    assert name in spoken
-    assert live.part(".spoken").get_attribute("aria-live") == "polite"
+    announcement = live.find_part(".spoken").get_attribute("textContent")
+    assert name in announcement
+    assert live.find_part(".spoken").get_attribute("aria-live") == "polite"
     details, stop = live.text(".details"), LADDER[live.choice()[2 * 7 + 1]]
     assert name in details
     assert f"{stop.name}, {stop.nominal_bits:.3f} bits" in details
     assert "Kurtosis" in details
-    assert "one more stop" in details.lower()
+    assert "promoting it" in details.lower()
     live.press(Keys.PAGE_UP)
-    person.wait(lambda: live.bits == 3.354)
-    assert live.part(".spoken").get_attribute("textContent").startswith("Since 3.254: ")
+    user.wait(lambda: live.bits == 3.354)
+    assert live.find_part(".spoken").get_attribute("textContent").startswith("Since 3.254: ")
 
 
-def test_two_methods_at_the_same_budget_and_where_they_differ(person):
-    live = Live(person, "layers=24&methods=mxq,sensiboost")
-    live.grasp().move_by_offset(40, 0).release().perform()
+def test_two_methods_shown_with_differing_cells(user):
+    live = PlannerPage(user, "layers=24&methods=mxq,sensiboost")
+    live.hold_thumb().move_by_offset(40, 0).release().perform()
     live.committed(live.bits)
-    ours = [plan_at(live.bits, method, 24) for method in ("mxq", "sensiboost")]
+    python_plan = [plan_at(live.bits, method, 24) for method in ("mxq", "sensiboost")]
     for k in (0, 1):
-        assert live.choice(k).tolist() == ours[k].tolist()
-    different = (ours[0] != ours[1]).sum()
+        assert live.choice(k).tolist() == python_plan[k].tolist()
+    different = (python_plan[0] != python_plan[1]).sum()
     assert int(live.data("different")) == different > 0
     assert live.text(".differ").startswith(f"{different} of 168 ")
 
 
-def test_a_cell_is_pinned_where_it_is_shown(person):
+def test_cell_pin_and_unpin(user):
     """Clicked and pinned with its layer; the rest is planned around it; dropped again by its ×."""
     from selenium.webdriver.common.keys import Keys
     from selenium.webdriver.support.ui import Select
 
-    live = Live(person, "layers=24&methods=mxq,sensiboost")
-    free, cells = live.choice(), live.part(".cells")
-    form = live.part(".pin")
+    live = PlannerPage(user, "layers=24&methods=mxq,sensiboost")
+    free, cells = live.choice(), live.find_part(".cells")
+    form = live.find_part(".pin")
     assert not form.is_displayed()
-    side, high = cells.size["width"] / 24, cells.size["height"] / 7
-    at = [(5.5 - 12) * side, (1.5 - 3.5) * high]  # layer 5, k_proj
+    cell_width, cell_height = cells.size["width"] / 24, cells.size["height"] / 7
+    at = [(5.5 - 12) * cell_width, (1.5 - 3.5) * cell_height]  # layer 5, k_proj
     live.actions().move_to_element_with_offset(cells, *map(int, at)).click().perform()
     assert "model.layers.5.self_attn.k_proj" in live.text(".details .title")
-    pick = {name: Select(form.find_element("name", name)) for name in ("scope", "how", "stop")}
-    assert [o.text for o in pick["scope"].options] == ["this module", "layer 5", "every k_proj"]
-    assert pick["stop"].first_selected_option.text == LADDER[free[5 * 7 + 1]].name
-    pick["scope"].select_by_visible_text("layer 5")
-    pick["stop"].select_by_visible_text("b8g64")
+    selects = {name: Select(form.find_element("name", name)) for name in ("scope", "how", "stop")}
+    assert [o.text for o in selects["scope"].options] == ["this module", "layer 5", "every k_proj"]
+    assert selects["stop"].first_selected_option.text == LADDER[free[5 * 7 + 1]].name
+    selects["scope"].select_by_visible_text("layer 5")
+    selects["stop"].select_by_visible_text("b8g64")
     form.find_element("tag name", "button").click()
-    person.wait(lambda: (live.choice()[35:42] == 10).all(), why="layer 5 isn't pinned")
-    problem = with_pins(planner_app.random_model(24), ("model.layers.5.*=b8g64",))
-    wanted = make_frontier(problem, PlanRequest("mxq")).at(
+    user.wait(lambda: (live.choice()[35:42] == 10).all(), why="layer 5 isn't pinned")
+    problem = apply_pins(planner_app.random_model(24), ("model.layers.5.*=b8g64",))
+    expected = make_frontier(problem, PlanRequest("mxq")).at(
         LADDER[4].nominal_bits * problem.total / 8
     )
-    assert live.choice().tolist() == wanted.choice.tolist()
+    assert live.choice().tolist() == expected.choice.tolist()
     assert (live.choice(1)[35:42] == 10).all(), "both methods keep the pin"
     assert live.text(".pins li").startswith("model.layers.5.* = b8g64")
-    person.wait(person.settled)
+    user.wait(user.is_idle)
     cells.send_keys(Keys.ARROW_RIGHT, Keys.ARROW_LEFT)  # by the keyboard, too
     assert "Pinned to b8g64." in live.text(".details")
-    assert "Pinned to b8g64" in live.part(".spoken").get_attribute("textContent")
+    assert "Pinned to b8g64" in live.find_part(".spoken").get_attribute("textContent")
     live.actions().send_keys(Keys.TAB).perform()
     assert form.is_displayed(), "the form is the next stop from the plan"
-    drop = live.part(".pins button")
-    live.driver.execute_script("arguments[0].scrollIntoView({ block: 'center' })", drop)
-    drop.click()
-    person.wait(lambda: live.choice().tolist() == free.tolist(), why="the pin was not dropped")
+    remove_button = live.find_part(".pins button")
+    live.driver.execute_script("arguments[0].scrollIntoView({ block: 'center' })", remove_button)
+    remove_button.click()
+    user.wait(lambda: live.choice().tolist() == free.tolist(), why="the pin was not dropped")
     assert not live.root.find_elements("css selector", ".pins li")
 
 
-def test_a_fixed_plan_has_no_slider(person):
-    live = Live(person, "layers=24&methods=sensiboost&fixed=4")
-    assert not live.part(".slider").is_displayed()
+def test_fixed_plan_hides_slider(user):
+    live = PlannerPage(user, "layers=24&methods=sensiboost&fixed=4")
+    assert not live.find_part(".slider").is_displayed()
     assert set(live.choice()) == {4}
     assert live.text(".readout td.bits span") == "3.25"
-    assert live.part(".cells").is_displayed()
+    assert live.find_part(".cells").is_displayed()
 
 
-def test_experts_share_a_cell(person):
-    live = Live(person, "layers=4&experts=8")
-    live.part(".cells").send_keys("\ue015" * 4)  # down to gate_proj
+def test_expert_cell_shows_config_counts(user):
+    live = PlannerPage(user, "layers=4&experts=8")
+    live.find_part(".cells").send_keys("\ue015" * 4)  # down to gate_proj
     details = live.text(".details")
     assert "model.layers.0.mlp.gate_proj" in details
     assert "8 experts" in details
@@ -617,13 +635,13 @@ def test_experts_share_a_cell(person):
         assert f"{count} × {LADDER[stop].name}" in details
 
 
-def test_nothing_is_asked_of_another_host(person):
-    live = Live(person)
+def test_planner_makes_no_external_requests(user):
+    live = PlannerPage(user)
     live.type("3.3")
     live.committed(3.3)
-    asked = live.driver.execute_script(
+    requested_urls = live.driver.execute_script(
         "return performance.getEntriesByType('resource').map((entry) => entry.name)"
     )
-    assert asked
-    hosts = {urlsplit(address.removeprefix("blob:")).hostname for address in asked}
+    assert requested_urls
+    hosts = {urlsplit(address.removeprefix("blob:")).hostname for address in requested_urls}
     assert hosts <= {"localhost", None}

@@ -7,9 +7,9 @@ from urllib.parse import quote
 
 import pytest
 
-from tests.browser.conftest import Person, Server, serve
-from tests.campaigns.hostile_pages import PAGES, canary, faults_of_page, give_names, names
-from tests.test_app import _fill
+from tests.browser.conftest import Server, User, serve
+from tests.campaigns.hostile_pages import PAGES, canary, insert_names, names, page_faults
+from tests.test_app import _populate
 
 pytestmark = pytest.mark.browser
 
@@ -24,24 +24,24 @@ def elsewhere() -> Iterator[tuple[str, list]]:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, elsewhere) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("hostile")
-    _fill(folder)
-    with serve("app.py", folder) as started:
-        give_names(started.store, folder, names(elsewhere[0]))
-        yield started
+    _populate(folder)
+    with serve("app.py", folder) as running:
+        insert_names(running.store, folder, names(elsewhere[0]))
+        yield running
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_a_page_that_lists_hostile_names_fetches_and_links_nothing(person: Person, page, elsewhere):
-    model = str(person.server.database.parent / "model")
-    person.open(f"{page}?model={quote(model)}")
-    assert list(faults_of_page(person, elsewhere[1])) == []
+def test_listed_hostile_names_cause_no_links_or_requests(user: User, page, elsewhere):
+    model = str(user.server.database.parent / "model")
+    user.open(f"{page}?model={quote(model)}")
+    assert list(page_faults(user, elsewhere[1])) == []
 
 
-def test_a_model_of_a_hostile_name_fetches_and_links_nothing(person: Person, elsewhere):
-    at, seen = elsewhere
-    for name in names(at):
-        person.open(f"/?model={quote(name)}")
-        assert list(faults_of_page(person, seen)) == [], name
+def test_hostile_model_names_cause_no_links_or_requests(user: User, elsewhere):
+    address, requests = elsewhere
+    for name in names(address):
+        user.open(f"/?model={quote(name)}")
+        assert list(page_faults(user, requests)) == [], name
         if name.startswith("![x]"):
-            body = person.driver.find_element("tag name", "body").text
+            body = user.driver.find_element("tag name", "body").text
             assert "![x](" in body, "the name is there, as it is written"

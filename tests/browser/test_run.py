@@ -11,16 +11,16 @@ import pandas as pd
 import pytest
 
 from lsq_core import disk, jobs
-from lsq_core.audit import audit_run
-from lsq_core.store import Store
-from tests.browser.conftest import Person, open_browser, serve
+from lsq_core.results.audit import audit_run
+from lsq_core.store.store import Store
+from tests.browser.conftest import User, open_browser, serve
 
 pytestmark = pytest.mark.browser
 
 ADDRESS = "/Run?model=demo&method=uniform&ask=base&base=3.13"
 
 
-def newest(server, verb: str) -> jobs.Job:
+def newest_job(server, verb: str) -> jobs.Job:
     folder = disk.jobs_folder(Store(server.database))
     return next(job for job in jobs.list_jobs(folder) if job.arguments[0] == verb)
 
@@ -30,138 +30,140 @@ def kill(job: jobs.Job) -> None:
     os.kill(identity["pid"], signal.SIGKILL)
 
 
-def begin_a_run(person, tokens: int) -> None:
-    person.open(ADDRESS)
-    person.wait(lambda: person.all("input[aria-label='Max tokens']"))
-    person.type("Max tokens", str(tokens))
-    person.click("Quantize and evaluate")
+def start_run(user, tokens: int) -> None:
+    user.open(ADDRESS)
+    user.wait(lambda: user.all("input[aria-label='Max tokens']"))
+    user.type("Max tokens", str(tokens))
+    user.click("Quantize and evaluate")
 
 
-def begin_evaluating(person, tokens: int) -> None:
-    begin_a_run(person, tokens)
-    person.reads("Evaluating", 60)
+def start_evaluation(user, tokens: int) -> None:
+    start_run(user, tokens)
+    user.wait_for_headline("Evaluating", 60)
 
 
-def runs(server) -> pd.DataFrame:
+def evaluations(server) -> pd.DataFrame:
     return Store(server.database).query(
         "SELECT e.id AS evaluation, r.id AS run, r.method, e.perplexity "
         "FROM evaluations e JOIN runs r ON e.run = r.id"
     )
 
 
-def test_a_killed_worker_is_shown_and_resumed(person):
+def test_killed_worker_shown_as_interrupted_and_resumed(user):
     """Half a minute: the evaluation has to be cut off after it kept something."""
-    begin_evaluating(person, 16000)
-    job = newest(person.server, "run")
-    person.wait(lambda: list(job.folder.glob("evaluation-*.npz")), 60)
+    start_evaluation(user, 16000)
+    job = newest_job(user.server, "run")
+    user.wait(lambda: list(job.folder.glob("evaluation-*.npz")), 60)
     kill(job)
-    person.wait(lambda: "was interrupted" in person.first_line, why="nobody said it was killed")
-    (told,) = person.wait(lambda: person.all("[data-testid=stAlertContentError]"))
-    assert "'evaluate'" in told.text
-    person.driver.refresh()
-    person.wait(lambda: "was interrupted" in person.first_line, why="a reload forgot it")
-    person.click("Resume")
-    person.wait(lambda: "Perplexity" in person.first_line, 120)
-    (row,) = runs(person.server).itertuples()
-    assert person.metric("Perplexity") == f"{row.perplexity:.4f}"
+    user.wait(lambda: "was interrupted" in user.first_line, why="nobody said it was killed")
+    (alert,) = user.wait(lambda: user.all("[data-testid=stAlertContentError]"))
+    assert "'evaluate'" in alert.text
+    user.driver.refresh()
+    user.wait(lambda: "was interrupted" in user.first_line, why="a reload forgot it")
+    user.click("Resume")
+    user.wait(lambda: "Perplexity" in user.first_line, 120)
+    (row,) = evaluations(user.server).itertuples()
+    assert user.metric("Perplexity") == f"{row.perplexity:.4f}"
     windows = [line for line in job.log_tail(400).splitlines() if "window 0 of" in line]
     assert len(windows) == 1, "windows were scored twice"
 
 
-def test_a_job_outlives_the_server_and_is_seen_in_a_second_tab(tmp_path):
+def test_job_survives_server_restart(tmp_path):
     """Server killed without notice in mid-run; another one finds the job, still running."""
     with open_browser(tmp_path / "chromium") as driver:
         with serve("app.py", tmp_path) as server:
-            person = Person(driver, server)
-            begin_evaluating(person, 12000)
+            user = User(driver, server)
+            start_evaluation(user, 12000)
             driver.refresh()
-            person.reads("Evaluating", 60)
+            user.wait_for_headline("Evaluating", 60)
             driver.switch_to.new_window("tab")
-            person.open("/Run?model=demo")
-            person.reads("Evaluating", 60)
+            user.open("/Run?model=demo")
+            user.wait_for_headline("Evaluating", 60)
             server.process.kill()
-        job = newest(server, "run")
+        job = newest_job(server, "run")
         assert job.active, "it ended with the server"
         with serve("app.py", tmp_path) as server:
-            person = Person(driver, server)
-            person.open("/Run?model=demo")
-            person.reads("Perplexity", 120)
-            (row,) = runs(server).itertuples()
-            assert person.metric("Perplexity") == f"{row.perplexity:.4f}"
+            user = User(driver, server)
+            user.open("/Run?model=demo")
+            user.wait_for_headline("Perplexity", 120)
+            (row,) = evaluations(server).itertuples()
+            assert user.metric("Perplexity") == f"{row.perplexity:.4f}"
 
 
-def test_a_queue_is_seen_and_cancelled(person):
-    begin_evaluating(person, 0)
-    first = newest(person.server, "run")
-    person.type("Max tokens", "30000")  # the same again would be joined
-    person.click("Quantize and evaluate")
-    waiting = person.wait(lambda: person.all(".st-key-queue"), why="no queue is shown")[0]
-    second = newest(person.server, "run")
+def test_queued_and_running_jobs_can_be_cancelled(user):
+    start_evaluation(user, 0)
+    first = newest_job(user.server, "run")
+    user.type("Max tokens", "30000")  # the same again would be joined
+    user.click("Quantize and evaluate")
+    queue_panel = user.wait(lambda: user.all(".st-key-queue"), why="no queue is shown")[0]
+    second = newest_job(user.server, "run")
     assert second.id != first.id
-    assert second.title in waiting.text
-    assert "Waiting" in waiting.text
-    bar = person.wait(lambda: person.all(f".st-key-side-bar-{second.id} [role=progressbar]"))[0]
+    assert second.title in queue_panel.text
+    assert "Waiting" in queue_panel.text
+    bar = user.wait(lambda: user.all(f".st-key-side-bar-{second.id} [role=progressbar]"))[0]
     assert bar.get_attribute("aria-valuenow") == "0"
-    person.click("Cancel", ".st-key-queue button")
-    person.wait(lambda: not person.all(".st-key-queue"), why="it is still in the queue")
+    user.click("Cancel", ".st-key-queue button")
+    user.wait(lambda: not user.all(".st-key-queue"), why="it is still in the queue")
     assert jobs.read(second.folder).state == "cancelled"
     assert jobs.read(first.folder).state == "running"
-    person.wait(person.settled)
-    began = time.monotonic()
-    person.click("Cancel")
-    person.wait(lambda: jobs.read(first.folder).state == "cancelled", 10)
-    took = time.monotonic() - began
+    user.wait(user.is_idle)
+    started = time.monotonic()
+    user.click("Cancel")
+    user.wait(lambda: jobs.read(first.folder).state == "cancelled", 10)
+    took = time.monotonic() - started
     print(f"from the click to the end of the process: {took:.2f} s")
     assert took < 6, "may take 2 s; beside other tests 3 times that"
-    person.wait(lambda: "was cancelled" in person.first_line, 10)
+    user.wait(lambda: "was cancelled" in user.first_line, 10)
 
 
-def test_a_sweep_fills_its_rows_and_the_store(person):
+def test_sweep_fills_table_and_store(user):
     from selenium.webdriver.common.keys import Keys
 
-    before = set(runs(person.server)["evaluation"])
-    person.open("/Run?model=demo")
-    person.click("Sweep", "[role=tab]")
-    person.type("Budgets", "2.25, 3.2")
-    person.type("At most tokens", "1500")
+    before = set(evaluations(user.server)["evaluation"])
+    user.open("/Run?model=demo")
+    user.click("Sweep", "[role=tab]")
+    user.type("Budgets", "2.25, 3.2")
+    user.type("Max tokens", "1500")
     # SensiBoost and MXQ would measure a profile first
-    methods = person.all("[data-testid=stMultiSelect] input")[0]
+    methods = user.all("[data-testid=stMultiSelect] input")[0]
     methods.send_keys(Keys.BACKSPACE, Keys.BACKSPACE, Keys.ESCAPE)
     captions = "[data-testid=stCaptionContainer]"
-    person.wait(lambda: any(e.text.startswith("2 runs;") for e in person.all(captions)))
-    person.click("Start the sweep")
-    line = person.reads("2 made", 90)
-    rows = runs(person.server)
+    user.wait(lambda: any(e.text.startswith("2 runs;") for e in user.all(captions)))
+    user.click("Start the sweep")
+    line = user.wait_for_headline("2 made", 90)
+    rows = evaluations(user.server)
     rows = rows[~rows["evaluation"].isin(before)]
     assert len(rows) == 2, "a plan that was run before gets an evaluation more, not a run"
     assert rows["run"].nunique() == 2
     best = rows.loc[rows["perplexity"].idxmin()]
-    under = person.all("[data-testid=stCaptionContainer]")[0].text
-    assert f"perplexity {best['perplexity']:.2f}" in under
-    assert "0 not made" in line
+    caption = user.all("[data-testid=stCaptionContainer]")[0].text
+    assert f"perplexity {best['perplexity']:.2f}" in caption
+    assert "0 failed" in line
 
 
-def test_a_run_is_audited_and_writes_beside_full_precision(person):
-    store = Store(person.server.database)
-    begin_a_run(person, 1500)
-    person.wait(lambda: (job := newest(person.server, "run")).state == "done" and job, 90)
-    person.wait(lambda: "over full precision" in person.first_line)
-    run = newest(person.server, "run").result()["run"]
-    person.click("Plan against artifact", "[role=tab]")
-    person.click("Make it again and audit it")
-    told = person.wait(lambda: person.all("[data-testid=stAlertContentSuccess]"), 60)[0].text
-    assert told == audit_run(run, store, device="cpu").verdict
-    person.click("Try a prompt", "[role=tab]")
-    person.click("Write")
-    full, quantized = person.wait(
-        lambda: (found := person.all(".lsq-text")) and len(found) == 2 and found, 60
+def test_run_page_audit_and_generation_match_library(user):
+    store = Store(user.server.database)
+    start_run(user, 1500)
+    user.wait(lambda: (job := newest_job(user.server, "run")).state == "done" and job, 90)
+    user.wait(lambda: "over full precision" in user.first_line)
+    run = newest_job(user.server, "run").result()["run"]
+    user.click("Audit", "[role=tab]")
+    user.click("Rebuild and audit")
+    alert = user.wait(lambda: user.all("[data-testid=stAlertContentSuccess]"), 60)[0].text
+    assert alert == audit_run(run, store, device="cpu").verdict
+    user.click("Try a prompt", "[role=tab]")
+    user.click("Generate")
+    full, quantized = user.wait(
+        lambda: (text_boxes := user.all(".lsq-text")) and len(text_boxes) == 2 and text_boxes, 60
     )
-    kept = newest(person.server, "generate").result()
+    kept = newest_job(user.server, "generate").result()
     for shown, name in ((full, "full"), (quantized, "quantized")):
         tokens = shown.find_elements("css selector", ".token")
         assert len(tokens) == len(kept[name])
-        odds = tokens[0].get_attribute("data-odds")
-        assert f"quantized {100 * kept[name][0]['quantized']:.1f} %" in odds
-        parted = shown.find_elements("css selector", ".parts")
-        at = kept["parts_at"]
-        assert [tokens.index(p) for p in parted] == ([] if at is None else [at])
+        token_odds = tokens[0].get_attribute("data-odds")
+        assert f"quantized {100 * kept[name][0]['quantized']:.1f} %" in token_odds
+        divergence_marks = shown.find_elements("css selector", ".parts")
+        divergence_index = kept["parts_at"]
+        assert [tokens.index(p) for p in divergence_marks] == (
+            [] if divergence_index is None else [divergence_index]
+        )

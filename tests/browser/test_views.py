@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.browser.conftest import Person, Server
+from tests.browser.conftest import Server, User
 from tests.test_plan import needs_reference
 
 pytestmark = pytest.mark.browser
@@ -74,49 +74,49 @@ return { faint,
 
 
 @pytest.fixture(scope="module")
-def server(stocked: Server) -> Server:
-    return stocked
+def server(populated_server: Server) -> Server:
+    return populated_server
 
 
 @pytest.mark.parametrize(
     "view",
     [pytest.param(v, marks=needs_reference) if v.startswith("published") else v for v in VIEWS],
 )
-def test_it_can_be_read_and_reached(person, view):
+def test_view_contrast_keyboard_and_width(user, view):
     """In one visit: light, dark, then narrow."""
     address, number = VIEWS[view]
-    looks_like(person, "light", 1440)
-    person.open(address)
-    person.wait(lambda: person.first_line and person.settled(), 60, "no first line")
-    person.wait(lambda: len(person.figures) >= number and all(person.figures), why="no chart")
-    person.wait(person.settled)
-    seen = look(person)
-    assert sum(seen["ground"]) > 700, "it is light"
-    assert seen["bottom"] <= 900 or view == "plan", "the first chart is below the first view"
-    assert not seen["silent"], "charts without an alternative text"
-    assert not seen["unreachable"], "out of a keyboard's reach"
-    assert not person.all("[data-testid=stException], [data-testid=stAlertContentError]")
-    looks_like(person, "dark", 1440)
-    person.wait(lambda: sum(look(person)["ground"]) < 100, why="it never got dark")
-    looks_like(person, "dark", 1024)
-    person.wait(lambda: look(person)["beyond"] <= 0, 10, "wider than 1024 pixels")
+    emulate_display(user, "light", 1440)
+    user.open(address)
+    user.wait(lambda: user.first_line and user.is_idle(), 60, "no first line")
+    user.wait(lambda: len(user.figures) >= number and all(user.figures), why="no chart")
+    user.wait(user.is_idle)
+    report = accessibility_report(user)
+    assert sum(report["ground"]) > 700, "it is light"
+    assert report["bottom"] <= 900 or view == "plan", "the first chart is below the first view"
+    assert not report["silent"], "charts without an alternative text"
+    assert not report["unreachable"], "out of a keyboard's reach"
+    assert not user.all("[data-testid=stException], [data-testid=stAlertContentError]")
+    emulate_display(user, "dark", 1440)
+    user.wait(lambda: sum(accessibility_report(user)["ground"]) < 100, why="it never got dark")
+    emulate_display(user, "dark", 1024)
+    user.wait(lambda: accessibility_report(user)["beyond"] <= 0, 10, "wider than 1024 pixels")
 
 
-def looks_like(person: Person, scheme: str, width: int) -> None:
-    person.driver.execute_cdp_cmd(
+def emulate_display(user: User, scheme: str, width: int) -> None:
+    user.driver.execute_cdp_cmd(
         "Emulation.setEmulatedMedia",
         {"features": [{"name": "prefers-color-scheme", "value": scheme}]},
     )
-    person.driver.execute_cdp_cmd(
+    user.driver.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride",
         {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False},
     )
 
 
-def look(person: Person) -> dict:
+def accessibility_report(user: User) -> dict:
     """What there is to see, once every text can be read."""
-    return person.wait(
-        lambda: (seen := person.driver.execute_script(_LOOK)) and not seen["faint"] and seen,
+    return user.wait(
+        lambda: (report := user.driver.execute_script(_LOOK)) and not report["faint"] and report,
         10,
-        f"too faint: {person.driver.execute_script(_LOOK)['faint']}",
+        f"too faint: {user.driver.execute_script(_LOOK)['faint']}",
     )

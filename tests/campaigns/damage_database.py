@@ -15,51 +15,51 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from lsq_core.database import log_of
 from lsq_core.errors import LsqError
-from lsq_core.store import Store
+from lsq_core.store.database import wal_path
+from lsq_core.store.store import Store
 from tests.campaigns.harness import Tally, run_campaign
 
 
-def flip(content: bytearray, source: random.Random) -> bytearray:
+def flip_bit(content: bytearray, rng: random.Random) -> bytearray:
     """One bit turned over, anywhere."""
-    content[source.randrange(len(content))] ^= 1 << source.randrange(8)
+    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
     return content
 
 
-def flip_header(content: bytearray, source: random.Random) -> bytearray:
+def flip_header(content: bytearray, rng: random.Random) -> bytearray:
     """One bit turned over in the three headers of 4 KiB."""
-    content[source.randrange(min(len(content), 12288))] ^= 1 << source.randrange(8)
+    content[rng.randrange(min(len(content), 12288))] ^= 1 << rng.randrange(8)
     return content
 
 
-def cut(content: bytearray, source: random.Random) -> bytearray:
+def truncate(content: bytearray, rng: random.Random) -> bytearray:
     """Only the beginning."""
-    return content[: source.randrange(len(content))]
+    return content[: rng.randrange(len(content))]
 
 
-def zero(content: bytearray, source: random.Random) -> bytearray:
+def zero_page(content: bytearray, rng: random.Random) -> bytearray:
     """A page of zeros."""
-    at = source.randrange(len(content))
+    at = rng.randrange(len(content))
     size = min(4096, len(content) - at)
     content[at : at + size] = bytes(size)
     return content
 
 
-def noise(content: bytearray, source: random.Random) -> bytearray:
+def overwrite_with_noise(content: bytearray, rng: random.Random) -> bytearray:
     """64 random bytes."""
-    at = source.randrange(len(content))
+    at = rng.randrange(len(content))
     size = min(64, len(content) - at)
-    content[at : at + size] = source.randbytes(size)
+    content[at : at + size] = rng.randbytes(size)
     return content
 
 
 DAMAGES: tuple[Callable[[bytearray, random.Random], bytearray], ...] = (
-    flip,
+    flip_bit,
     flip_header,
-    cut,
-    zero,
-    noise,
+    truncate,
+    zero_page,
+    overwrite_with_noise,
 )
 
 
@@ -78,9 +78,9 @@ def outcome(path: Path) -> str:
     try:
         read_all(Store(path))
     except LsqError as error:
-        said = str(error)
-        if "\n" in said or "in use" in said:
-            return f"wrong sentence: {said}"
+        message = str(error)
+        if "\n" in message or "in use" in message:
+            return f"wrong sentence: {message}"
         kinds = {
             "log": "The log ",
             "damaged": "is damaged",
@@ -89,41 +89,43 @@ def outcome(path: Path) -> str:
             "newer": "newer DuckDB",
             "foreign": "another program",
         }
-        return next((kind for kind, sign in kinds.items() if sign in said), f"other: {said}")
+        return next(
+            (kind for kind, marker in kinds.items() if marker in message), f"other: {message}"
+        )
     except Exception:
         return f"traceback: {traceback.format_exc().strip().splitlines()[-1][:200]}"
     return "read"
 
 
-def campaign(whole: Path, folder: Path, count: int, seed: int = 0) -> Counter[str]:
+def campaign(source_database: Path, folder: Path, count: int, seed: int = 0) -> Counter[str]:
     """Outcomes of ``count`` damaged copies of a database, with its log where it has one."""
-    source, found = random.Random(seed), Counter()
+    rng, counts = random.Random(seed), Counter()
     for number in range(count):
         path = folder / "damaged.duckdb"
-        shutil.copy(whole, path)
-        log_of(path).unlink(missing_ok=True)
+        shutil.copy(source_database, path)
+        wal_path(path).unlink(missing_ok=True)
         target = path
-        if log_of(whole).exists():
-            shutil.copy(log_of(whole), log_of(path))
-            target = log_of(path) if number % 2 else path
+        if wal_path(source_database).exists():
+            shutil.copy(wal_path(source_database), wal_path(path))
+            target = wal_path(path) if number % 2 else path
         damage = DAMAGES[number % len(DAMAGES)]
-        target.write_bytes(damage(bytearray(target.read_bytes()), source))
-        found[outcome(path)] += 1
-    return found
+        target.write_bytes(damage(bytearray(target.read_bytes()), rng))
+        counts[outcome(path)] += 1
+    return counts
 
 
-def tallied(count: int, folder: Path, seed: int, tell: Callable[[str], None]) -> Tally:
+def run(count: int, folder: Path, seed: int, log: Callable[[str], None]) -> Tally:
     """The campaign's row, on a database of the test suite's making."""
-    from tests.test_compare import fill
+    from tests.test_compare import insert_synthetic_runs
 
     store = Store(folder / "whole.duckdb")
-    fill(store, 72)
-    found = campaign(store.path, folder, count, seed)
-    for kind, number in found.most_common():
-        tell(f"{number:5} {kind}")
-    wrong = {k: n for k, n in found.items() if k.startswith(("traceback", "wrong", "other"))}
-    return Tally.of("damaged databases", count, Counter(wrong))
+    insert_synthetic_runs(store, 72)
+    counts = campaign(store.path, folder, count, seed)
+    for kind, number in counts.most_common():
+        log(f"{number:5} {kind}")
+    faults = {k: n for k, n in counts.items() if k.startswith(("traceback", "wrong", "other"))}
+    return Tally.of("damaged databases", count, Counter(faults))
 
 
 if __name__ == "__main__":
-    sys.exit(run_campaign(tallied, 120))
+    sys.exit(run_campaign(run, 120))

@@ -151,7 +151,7 @@ def make_place(folder: Path) -> Place:
     """Fill a folder with what commands are given, by commands where ours writes it."""
     from tests.campaigns.hostile_models import make_model
     from tests.campaigns.hostile_saved import make_saved
-    from tests.test_job_folders import finished
+    from tests.test_job_folders import make_finished_job
 
     make_saved(make_model(folder / "model"), folder / "saved", folder)
     run = json.loads((folder / "saved" / "lsq.json").read_text("utf8"))["run"]
@@ -159,9 +159,9 @@ def make_place(folder: Path) -> Place:
     status = outcome(["plan", "--model", str(folder / "model"), *plan, "--db", _database(folder)])
     if status != "exit 0":
         raise RuntimeError(f"the plan could not be made: {status}")
-    home = finished(folder / "jobs", "20260101-000000-aaaaaa")
+    home = make_finished_job(folder / "jobs", "20260101-000000-aaaaaa")
     (home / "progress.json").write_text('{"state": "interrupted"}', "utf8")
-    finished(folder / "jobs", "20260102-000000-bbbbbb")
+    make_finished_job(folder / "jobs", "20260102-000000-bbbbbb")
     _foreign_files(folder)
     return Place(folder, run)
 
@@ -216,50 +216,50 @@ def _verbs() -> dict[str, list[argparse.Action]]:
     }
 
 
-def _value(action: argparse.Action, place: Place, source: random.Random, valid: float) -> str:
+def _value(action: argparse.Action, place: Place, rng: random.Random, valid: float) -> str:
     """A value for an option: with a probability of ``valid`` one that it is meant to have."""
     meant = _VALID.get(action.dest, _NUMBERS[:8])
     others = (_NUMBERS,) if action.type in (int, float) else (_NUMBERS, _PATHS, _NAMES, meant)
-    pool = meant if source.random() < valid else source.choice([*others, *others, _TEXTS])
-    value = source.choice(pool)
+    pool = meant if rng.random() < valid else rng.choice([*others, *others, _TEXTS])
+    value = rng.choice(pool)
     return place.run if value == "RUN" else value
 
 
 def command_line(
-    verbs: dict[str, list[argparse.Action]], place: Place, source: random.Random
+    verbs: dict[str, list[argparse.Action]], place: Place, rng: random.Random
 ) -> list[str]:
     """A random command line."""
-    verb = source.choice(sorted(verbs))
+    verb = rng.choice(sorted(verbs))
     actions = {action.dest: action for action in verbs[verb]}
-    bad = source.choice([0, 1, 1, 2, 5])
-    needed = [name for name in _NEEDED.get(verb, ()) if source.random() < 0.95]
-    more = source.sample(sorted(actions), min(source.choice([0, 0, 1, 2, 3]), len(actions)))
-    chosen = dict.fromkeys([*needed, *more, *source.choices(["db", "device"], k=1)])
-    spoiled = set(source.sample(sorted(chosen), min(bad, len(chosen))))
+    bad = rng.choice([0, 1, 1, 2, 5])
+    needed = [name for name in _NEEDED.get(verb, ()) if rng.random() < 0.95]
+    more = rng.sample(sorted(actions), min(rng.choice([0, 0, 1, 2, 3]), len(actions)))
+    chosen = dict.fromkeys([*needed, *more, *rng.choices(["db", "device"], k=1)])
+    spoiled = set(rng.sample(sorted(chosen), min(bad, len(chosen))))
     words: list[str] = []
     for name in chosen:
         action = actions.get(name)
         if action is None:
             continue
-        value = _value(action, place, source, 0.1 if name in spoiled else 1)
+        value = _value(action, place, rng, 0.1 if name in spoiled else 1)
         if not action.option_strings:
             words.append(value)
         elif action.nargs == 0:
             words.append(action.option_strings[-1])
         else:
-            words += source.choice(
+            words += rng.choice(
                 [[action.option_strings[-1], value]] * 3 + [[_joined(action, value)]]
             )
     words += _ONLY_BAD.get(verb, [])
-    if source.random() < 0.06:
-        words.insert(source.randrange(len(words) + 1), source.choice([*_TEXTS, "--no-such"]))
-    if source.random() < 0.02:
-        words.insert(source.randrange(len(words) + 1), "--help")
-    if source.random() < 0.03:
-        verb = source.choice([*_TEXTS, "no-such", "job", verb.upper(), verb[:3]])
+    if rng.random() < 0.06:
+        words.insert(rng.randrange(len(words) + 1), rng.choice([*_TEXTS, "--no-such"]))
+    if rng.random() < 0.02:
+        words.insert(rng.randrange(len(words) + 1), "--help")
+    if rng.random() < 0.03:
+        verb = rng.choice([*_TEXTS, "no-such", "job", verb.upper(), verb[:3]])
     if "--db" not in " ".join(words):
         words += ["--db", "lsq.duckdb"]
-    return [verb, *words, *source.choice([["--json"], []])]
+    return [verb, *words, *rng.choice([["--json"], []])]
 
 
 def _joined(action: argparse.Action, value: str) -> str:
@@ -269,9 +269,9 @@ def _joined(action: argparse.Action, value: str) -> str:
 # --- the campaign -----------------------------------------------------------------------------
 
 
-def held(database: Path) -> dict[str, list]:
+def read_rows(database: Path) -> dict[str, list]:
     """Every row of a database, as text, by table."""
-    from lsq_core.store import Store
+    from lsq_core.store.store import Store
 
     store = Store(database)
     tables = ("models", "matrices", "profiles", "scores", "plans", "runs", "evaluations")
@@ -279,35 +279,35 @@ def held(database: Path) -> dict[str, list]:
     return {table: sorted(frame["row"]) for table, frame in rows.items()}
 
 
-def lost(before: dict[str, list], after: dict[str, list]) -> list[str]:
+def tables_missing_rows(before: dict[str, list], after: dict[str, list]) -> list[str]:
     """Tables that lack a row which they had."""
     return [table for table, rows in before.items() if set(rows) - set(after[table])]
 
 
-def campaign(count: int, folder: Path, seed: int, tell: Callable[[str], None]) -> Tally:
+def campaign(count: int, folder: Path, seed: int, log: Callable[[str], None]) -> Tally:
     """The row of so many random command lines."""
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, resource.RLIM_INFINITY))
     tally, connections = Tally("fuzzed commands", count), Connections()
     place = make_place(folder / "place")
-    before = held(place.folder / "lsq.duckdb")
+    before = read_rows(place.folder / "lsq.duckdb")
     whole = folder / "whole"
     shutil.copytree(place.folder / "saved", whole)
     connections.watch()
     verbs = _verbs()
     for number in range(count):
-        source = random.Random(f"{seed}-{number}")
+        rng = random.Random(f"{seed}-{number}")
         os.chdir(place.folder)  # the server goes elsewhere
         _tidy(place.folder, whole)
-        words = command_line(verbs, place, source)
+        words = command_line(verbs, place, rng)
         kind = outcome(words, LIMIT_S)
         case = f"{number:4} {shlex.join(words)[:200].encode('unicode_escape').decode()}"
-        tell(f"{case}: {kind}")
+        log(f"{case}: {kind}")
         if kind not in ("exit 0", "exit 1", "exit 2", "usage 0", "usage 2"):
             tally.add(kind, case)
         fetched = connections.take()
         for connection in fetched if words[0] != "app" else []:  # it listens where it is told to
             tally.add(f"fetch: {connection}", case)
-    for table in lost(before, held(place.folder / "lsq.duckdb")):
+    for table in tables_missing_rows(before, read_rows(place.folder / "lsq.duckdb")):
         tally.add(f"lost: rows of {table}")
     return tally
 
@@ -325,13 +325,13 @@ def main() -> int:
     return run_campaign(_in_own_place, 800)
 
 
-def _in_own_place(count: int, folder: Path, seed: int, tell: Callable[[str], None]) -> Tally:
+def _in_own_place(count: int, folder: Path, seed: int, log: Callable[[str], None]) -> Tally:
     own = {"HOME": folder, "HF_HOME": folder / "hf", "LSQ_DB": folder / "own.duckdb"}
     os.environ.update({name: str(path) for name, path in own.items()})
     os.environ["GIT_ALLOW_PROTOCOL"] = "file"  # a download that was asked for fails
     (folder / "place").mkdir()
     os.chdir(folder / "place")
-    return campaign(count, folder, seed, tell)
+    return campaign(count, folder, seed, log)
 
 
 if __name__ == "__main__":

@@ -130,11 +130,11 @@ class Connections:
 
 @dataclass
 class Tally:
-    """A row of the table: how many cases a campaign had, and how many of them fell short.
+    """A row of the table: how many cases a campaign had, and how many of them were faulty.
 
     ``lost`` counts stored results that are gone or changed, ``silent`` the ends without a sentence
     (hangs too), and ``fetches`` connections to other hosts, scripts that ran and reads outside the
-    folders a command was given. ``details`` has a line for each case that fell short.
+    folders a command was given. ``details`` has a line for each fault.
     """
 
     campaign: str
@@ -167,8 +167,8 @@ class Tally:
         self.details.append(f"{case}: {ending}" if case else ending)
 
     @property
-    def fell_short(self) -> bool:
-        """Whether any case did."""
+    def has_faults(self) -> bool:
+        """Whether there were any faults."""
         return bool(self.lost or self.tracebacks or self.silent or self.fetches)
 
     def __str__(self) -> str:
@@ -176,14 +176,14 @@ class Tally:
         return f"| {self.campaign} | {' | '.join(map(str, counts))} |"
 
 
-def conclude(*tallies: Tally) -> int:
-    """Print what fell short and the table; the exit status is 1 where anything did."""
+def print_table(*tallies: Tally) -> int:
+    """Print the faults and the table; the exit status is 1 where there were any."""
     for line in (line for tally in tallies for line in tally.details):
-        print(f"fell short: {line}")
+        print(f"fault: {line}")
     print(_HEADER)
     for tally in tallies:
         print(tally)
-    return int(any(tally.fell_short for tally in tallies))
+    return int(any(tally.has_faults for tally in tallies))
 
 
 def run_campaign(
@@ -197,4 +197,4 @@ def run_campaign(
     count = int(sys.argv[1]) if sys.argv[1:] else count
     seed = int(sys.argv[2]) if sys.argv[2:] else 0
     with tempfile.TemporaryDirectory() as name:
-        return conclude(campaign(count, Path(name), seed, lambda line: print(line, flush=True)))
+        return print_table(campaign(count, Path(name), seed, lambda line: print(line, flush=True)))

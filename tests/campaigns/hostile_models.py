@@ -49,22 +49,22 @@ Mutation = Callable[[Path, random.Random], str]
 # --- what is mutated --------------------------------------------------------------------------
 
 
-def in_config(folder: Path, source: random.Random) -> str:
+def change_config_value(folder: Path, rng: random.Random) -> str:
     """One key of config.json, at any depth, gets an odd value."""
-    return change_json(folder / "config.json", source)
+    return change_json(folder / "config.json", rng)
 
 
-def without_key(folder: Path, source: random.Random) -> str:
+def remove_config_key(folder: Path, rng: random.Random) -> str:
     """config.json loses a key."""
     path = folder / "config.json"
     content = json.loads(path.read_text("utf8"))
-    key = source.choice(sorted(content))
+    key = rng.choice(sorted(content))
     del content[key]
     path.write_text(json.dumps(content), "utf8")
     return f"config.json without {key}"
 
 
-def more_in_config(folder: Path, source: random.Random) -> str:
+def add_config_key(folder: Path, rng: random.Random) -> str:
     """config.json gets a key that some architectures have."""
     keys = (
         ("layer_types", ["full_attention"] * 3),
@@ -75,21 +75,21 @@ def more_in_config(folder: Path, source: random.Random) -> str:
         ("rope_scaling", {"rope_type": "yarn", "factor": "x"}),
         ("tie_word_embeddings", "no"),
         ("architectures", 7),
-        ("model_type", source.choice(["bert", "t5", "llama4", "no-such", "mamba2", 5, "gpt2"])),
+        ("model_type", rng.choice(["bert", "t5", "llama4", "no-such", "mamba2", 5, "gpt2"])),
         ("torch_dtype", "complex64"),
         ("sliding_window", "x"),
         ("_attn_implementation", "flash_attention_2"),
         ("pruned_heads", {"0": [0]}),
         ("id2label", "x"),
     )
-    key, value = source.choice(keys)
+    key, value = rng.choice(keys)
     path = folder / "config.json"
     content = json.loads(path.read_text("utf8")) | {key: value}
     path.write_text(json.dumps(content), "utf8")
     return f"config.json with {key}={str(value)[:40]}"
 
 
-def sized(folder: Path, source: random.Random) -> str:
+def change_config_size(folder: Path, rng: random.Random) -> str:
     """One of the sizes in config.json is another number, so that modules have other shapes."""
     sizes = [
         "num_hidden_layers",
@@ -101,43 +101,43 @@ def sized(folder: Path, source: random.Random) -> str:
         "vocab_size",
         "max_position_embeddings",
     ]
-    key = source.choice(sizes)
-    value = source.choice([0, 1, 3, 7, 1000, 5000, 10**5, 10**6, 10**7, 10**9, 2**62, 2**63])
+    key = rng.choice(sizes)
+    value = rng.choice([0, 1, 3, 7, 1000, 5000, 10**5, 10**6, 10**7, 10**9, 2**62, 2**63])
     path = folder / "config.json"
     content = json.loads(path.read_text("utf8")) | {key: value}
     path.write_text(json.dumps(content), "utf8")
     return f"config.json with {key}={value}"
 
 
-def json_file(folder: Path, source: random.Random) -> str:
+def spoil_json_file(folder: Path, rng: random.Random) -> str:
     """A JSON file is no JSON object, deeply nested, cut, or not in UTF-8."""
-    path = folder / source.choice(["config.json", "tokenizer.json", "tokenizer_config.json"])
+    path = folder / rng.choice(["config.json", "tokenizer.json", "tokenizer_config.json"])
     if path.name != "config.json" and not path.is_file():
         path = folder / "config.json"
-    return spoil_text(path, source)
+    return spoil_text(path, rng)
 
 
-def spoil_text(path: Path, source: random.Random) -> str:
+def spoil_text(path: Path, rng: random.Random) -> str:
     """A text file is emptied, cut, replaced or made large."""
-    whole = path.read_bytes()
-    ways = {
+    original = path.read_bytes()
+    variants = {
         "empty": b"",
-        "cut": whole[: source.randrange(len(whole))],
+        "cut": original[: rng.randrange(len(original))],
         "a list": b"[1, 2]",
         "null": b"null",
         "a number": b"17",
         "nested": b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
         "nested lists": b"[" * 200_000,
-        "not UTF-8": whole[:20] + b"\xff\xfe" + whole[20:],
-        "zeros": bytes(len(whole)),
+        "not UTF-8": original[:20] + b"\xff\xfe" + original[20:],
+        "zeros": bytes(len(original)),
         "a long number": b'{"hidden_size": ' + b"9" * 10_000 + b"}",
     }
-    name = source.choice(sorted(ways))
-    path.write_bytes(ways[name])
+    name = rng.choice(sorted(variants))
+    path.write_bytes(variants[name])
     return f"{path.name} is {name}"
 
 
-def huge_file(folder: Path, source: random.Random) -> str:
+def write_huge_file(folder: Path, rng: random.Random) -> str:
     """A file of 2 GiB without content, as large as its name is."""
     names = [
         "config.json",
@@ -145,21 +145,21 @@ def huge_file(folder: Path, source: random.Random) -> str:
         "model.safetensors.index.json",
         "tokenizer_config.json",
     ]
-    name = source.choice(names)
+    name = rng.choice(names)
     with (folder / name).open("r+b" if (folder / name).is_file() else "wb") as file:
         file.truncate(2 * 2**30)
     return f"{name} of 2 GiB"
 
 
-def in_header(folder: Path, source: random.Random) -> str:
+def change_weights_header(folder: Path, rng: random.Random) -> str:
     """The safetensors header says something else of a tensor."""
-    return change_header(folder / "model.safetensors", source)
+    return change_header(folder / "model.safetensors", rng)
 
 
-def header_length(folder: Path, source: random.Random) -> str:
+def change_header_length(folder: Path, rng: random.Random) -> str:
     """The header's length is not what it was; for the largest the file is as long, but sparse."""
     path = folder / "model.safetensors"
-    length = source.choice([0, 1, 2**20, 200_000_000, 8 * 2**30, 2**63, 2**64 - 1])
+    length = rng.choice([0, 1, 2**20, 200_000_000, 8 * 2**30, 2**63, 2**64 - 1])
     with path.open("r+b") as file:
         file.write(struct.pack("<Q", length))
         if 2**20 < length < 2**40:
@@ -167,23 +167,23 @@ def header_length(folder: Path, source: random.Random) -> str:
     return f"header of {length} bytes"
 
 
-def flipped(folder: Path, source: random.Random) -> str:
+def flip_header_bit(folder: Path, rng: random.Random) -> str:
     """A bit of the header is turned over, or the file is cut."""
     path = folder / "model.safetensors"
     with path.open("r+b") as file:
-        if source.random() < 0.3:
-            size = source.randrange(path.stat().st_size)
+        if rng.random() < 0.3:
+            size = rng.randrange(path.stat().st_size)
             file.truncate(size)
             return f"model.safetensors cut to {size} bytes"
-        at = source.randrange(2000)
+        at = rng.randrange(2000)
         file.seek(at)
-        byte = file.read(1)[0] ^ 1 << source.randrange(8)
+        byte = file.read(1)[0] ^ 1 << rng.randrange(8)
         file.seek(at)
         file.write(bytes([byte]))
     return f"bit of byte {at} of model.safetensors"
 
 
-def in_index(folder: Path, source: random.Random) -> str:
+def write_bad_index(folder: Path, rng: random.Random) -> str:
     """An index that leads elsewhere, or is none."""
     names = [
         f"../{SECRET}",
@@ -204,7 +204,7 @@ def in_index(folder: Path, source: random.Random) -> str:
     with (folder / "model.safetensors").open("rb") as file:
         header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
     keys = [key for key in header if key != "__metadata__"]
-    where = source.choice(names)
+    where = rng.choice(names)
     contents = [
         {"weight_map": dict.fromkeys(keys, where)},
         {"weight_map": dict.fromkeys(keys, "model.safetensors") | {keys[0]: where}},
@@ -212,87 +212,87 @@ def in_index(folder: Path, source: random.Random) -> str:
         {"metadata": {}},
         where,
     ]
-    which = source.choice([0, 0, 0, 1, 1, 2, 3, 4])
+    which = rng.choice([0, 0, 0, 1, 1, 2, 3, 4])
     path = folder / "model.safetensors.index.json"
     path.write_text(json.dumps(contents[which]), "utf8")
     return f"index {which} with {str(where)[:40]!r}"
 
 
-def linked(folder: Path, source: random.Random) -> str:
+def replace_with_link(folder: Path, rng: random.Random) -> str:
     """A file of the model is a link to what lies outside, to a device, or to itself."""
-    name = source.choice(["model.safetensors", "config.json", "tokenizer.json"])
+    name = rng.choice(["model.safetensors", "config.json", "tokenizer.json"])
     targets = [folder.parent / SECRET, Path("/dev/zero"), Path("/etc/passwd"), folder / name]
-    target = source.choice(targets)
+    target = rng.choice(targets)
     (folder / name).unlink()
     (folder / name).symlink_to(target)
     return f"{name} is a link to {target.name}"
 
 
-def in_tokenizer(folder: Path, source: random.Random) -> str:
+def change_tokenizer_value(folder: Path, rng: random.Random) -> str:
     """A key of the tokenizer's files, at any depth, gets an odd value."""
-    return change_json(folder / source.choice(["tokenizer.json", "tokenizer_config.json"]), source)
+    return change_json(folder / rng.choice(["tokenizer.json", "tokenizer_config.json"]), rng)
 
 
 MUTATIONS: tuple[Mutation, ...] = (
-    in_config,
-    sized,
-    in_header,
-    in_index,
-    json_file,
-    in_config,
-    more_in_config,
-    header_length,
-    in_tokenizer,
-    flipped,
-    linked,
-    sized,
-    without_key,
-    in_tokenizer,
-    huge_file,
+    change_config_value,
+    change_config_size,
+    change_weights_header,
+    write_bad_index,
+    spoil_json_file,
+    change_config_value,
+    add_config_key,
+    change_header_length,
+    change_tokenizer_value,
+    flip_header_bit,
+    replace_with_link,
+    change_config_size,
+    remove_config_key,
+    change_tokenizer_value,
+    write_huge_file,
 )
 
 
-def change_json(path: Path, source: random.Random) -> str:
+def change_json(path: Path, rng: random.Random) -> str:
     """One entry of a JSON file, at any depth, gets an odd value."""
     content = json.loads(path.read_text("utf8"))
-    places = list(_places(content))
-    holder, key, name = source.choice(places)
-    holder[key] = source.choice([odd for odd in ODD if repr(odd) != repr(holder[key])])
+    entries_found = list(_walk_entries(content))
+    holder, key, name = rng.choice(entries_found)
+    holder[key] = rng.choice([odd for odd in ODD if repr(odd) != repr(holder[key])])
     path.write_text(json.dumps(content), "utf8")
     return f"{path.name}: {name} = {str(holder[key])[:40]}"
 
 
-def _places(content: object, name: str = "", depth: int = 0) -> Iterator[tuple]:
+def _walk_entries(content: object, name: str = "", depth: int = 0) -> Iterator[tuple]:
     entries = content.items() if isinstance(content, dict) else enumerate(content)
     for number, (key, value) in enumerate(list(entries)):
         if number > 60 or depth > 4:
             return
         yield content, key, f"{name}.{key}".lstrip(".")
         if isinstance(value, (dict, list)):
-            yield from _places(value, f"{name}.{key}", depth + 1)
+            yield from _walk_entries(value, f"{name}.{key}", depth + 1)
 
 
-def change_header(path: Path, source: random.Random) -> str:
+def change_header(path: Path, rng: random.Random) -> str:
     """Rewrite one entry of a safetensors header, its tensors as they are."""
     raw = path.read_bytes()
     (length,) = struct.unpack("<Q", raw[:8])
     header = json.loads(raw[8 : 8 + length])
     keys = sorted(key for key in header if key != "__metadata__")
-    key, other = source.sample(keys, 2)
+    key, other = rng.sample(keys, 2)
     changes = {
-        "shape": [source.choice([-1, "a", 0, 2**63, 3, None]), 4],
-        "dtype": source.choice(["F99", 5, None, "F32", "I64", "F8_E4M3", "BOOL"]),
-        "data_offsets": source.choice([[0, 4], [4, 0], [-8, 8], ["a", 1], [0, 2**63], [], None, 3]),
+        "shape": [rng.choice([-1, "a", 0, 2**63, 3, None]), 4],
+        "dtype": rng.choice(["F99", 5, None, "F32", "I64", "F8_E4M3", "BOOL"]),
+        "data_offsets": rng.choice([[0, 4], [4, 0], [-8, 8], ["a", 1], [0, 2**63], [], None, 3]),
     }
-    field = source.choice(sorted([*changes, "all", "removed", "renamed", "overlap", "swapped"]))
+    field = rng.choice(sorted([*changes, "all", "removed", "renamed", "overlap", "swapped"]))
     if field in changes:
         header[key][field] = changes[field]
     elif field == "all":
-        header[key] = source.choice([None, 3, "x", [], {}, {"dtype": "F32"}])
+        header[key] = rng.choice([None, 3, "x", [], {}, {"dtype": "F32"}])
     elif field == "removed":
         del header[key]
     elif field == "renamed":
-        header[key + source.choice(["x", ".weight", "\n", "/../a"])] = header.pop(key)
+        header[key + rng.choice(["x", ".weight", "\n", "/../a"])] = header.pop(key)
     elif field == "overlap":
         header[key]["data_offsets"] = header[other]["data_offsets"]
     else:
@@ -306,7 +306,7 @@ def change_header(path: Path, source: random.Random) -> str:
 
 
 @dataclass
-class Watch:
+class OpenWatch:
     """Files that were opened outside the folders where a command may read a model."""
 
     secret: str = ""
@@ -317,7 +317,7 @@ class Watch:
             self.seen += 1
 
 
-WATCH = Watch()
+WATCH = OpenWatch()
 
 
 def make_model(folder: Path) -> Path:
@@ -334,53 +334,53 @@ def make_text(path: Path) -> Path:
 
 
 def campaign(
-    count: int, folder: Path, seed: int = 0, tell: Callable[[str], None] = lambda _: None
+    count: int, folder: Path, seed: int = 0, log: Callable[[str], None] = lambda _: None
 ) -> Counter[str]:
     """Outcomes of ``inspect`` and ``eval`` of ``count`` hostile models, by verb and ending."""
     sys.addaudithook(WATCH)
     WATCH.secret, WATCH.seen = SECRET, 0
-    whole, text = make_model(folder / "whole"), make_text(folder / "text.txt")
-    shutil.copy(whole / "model.safetensors", folder / SECRET)
+    original, text = make_model(folder / "whole"), make_text(folder / "text.txt")
+    shutil.copy(original / "model.safetensors", folder / SECRET)
     WATCH.seen = 0
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for number in range(count):
-        source = random.Random(f"{seed}-{number}")
+        rng = random.Random(f"{seed}-{number}")
         copy = folder / "hostile"
         shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(whole, copy)
-        what = MUTATIONS[number % len(MUTATIONS)](copy, source)
+        shutil.copytree(original, copy)
+        what = MUTATIONS[number % len(MUTATIONS)](copy, rng)
         database = ["--db", str(folder / "lsq.duckdb"), "--json"]
-        given = ["--model", str(copy), *database]
+        options = ["--model", str(copy), *database]
         verbs = {
-            "inspect": ["inspect", *given],
-            "eval": ["eval", *given, "--corpus", str(text), "--max-tokens", "100"],
+            "inspect": ["inspect", *options],
+            "eval": ["eval", *options, "--corpus", str(text), "--max-tokens", "100"],
         }
         for verb, arguments in verbs.items():
             kind = outcome(arguments)
-            found[f"{verb}: {kind}"] += 1
-            found["failed"] += failed(kind)
-            tell(f"{number:4} {verb:8} {what}: {kind}")
-    found["reads outside"] = WATCH.seen
+            counts[f"{verb}: {kind}"] += 1
+            counts["failed"] += failed(kind)
+            log(f"{number:4} {verb:8} {what}: {kind}")
+    counts["reads outside"] = WATCH.seen
     WATCH.secret = ""
-    return found
+    return counts
 
 
-def tallied(count: int, folder: Path, seed: int, tell: Callable[[str], None]) -> Tally:
+def run(count: int, folder: Path, seed: int, log: Callable[[str], None]) -> Tally:
     """The campaign's row."""
-    return Tally.of("hostile models", count, bad_endings(campaign(count, folder, seed, tell)))
+    return Tally.of("hostile models", count, bad_endings(campaign(count, folder, seed, log)))
 
 
-def bad_endings(found: Counter[str]) -> Counter[str]:
+def bad_endings(counts: Counter[str]) -> Counter[str]:
     """Those of a campaign's endings that no command may have."""
-    by_ending: Counter[str] = Counter()
-    for name, count in found.items():
+    faults: Counter[str] = Counter()
+    for name, count in counts.items():
         verb, _, kind = name.partition(": ")
         if verb == "reads outside":
-            by_ending["fetched from outside the folder"] += count
+            faults["fetched from outside the folder"] += count
         elif kind and failed(kind):
-            by_ending[kind] += count
-    return by_ending
+            faults[kind] += count
+    return faults
 
 
 if __name__ == "__main__":
-    sys.exit(run_campaign(tallied, 142))
+    sys.exit(run_campaign(run, 142))

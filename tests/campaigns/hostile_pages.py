@@ -18,8 +18,8 @@ from pathlib import Path
 from urllib.parse import quote
 
 from lsq_core.jsontext import write_json
-from lsq_core.store import Store
-from tests.campaigns.harness import Tally, conclude
+from lsq_core.store.store import Store
+from tests.campaigns.harness import Tally, print_table
 
 PAGES = ("/", "/Explore", "/Plan", "/Run", "/Compare", "/SQL")
 #: Pages on which a model's own name stands, with the model's address.
@@ -83,7 +83,7 @@ def canary() -> Iterator[tuple[str, list]]:
         listening.shutdown()
 
 
-def give_names(store: Store, folder: Path, texts: Sequence[str]) -> None:
+def insert_names(store: Store, folder: Path, texts: Sequence[str]) -> None:
     """Give everything that has a name one of ``texts``, so that all of them are used."""
     with store.transaction() as connection:
         runs = [id for (id,) in connection.execute("SELECT id FROM runs ORDER BY id").fetchall()]
@@ -118,40 +118,40 @@ def _give_job(home: Path, text: str) -> None:
     (home / "log.txt").write_text(text, "utf8")
 
 
-def faults_of_page(person: object, seen: list) -> Iterator[str]:
-    """What is wrong with the page that a person sees."""
+def page_faults(user: object, seen: list) -> Iterator[str]:
+    """What is wrong with the page that a user sees."""
     from selenium.common.exceptions import NoAlertPresentException
 
     with suppress(NoAlertPresentException):
-        person.driver.switch_to.alert.dismiss()
+        user.driver.switch_to.alert.dismiss()
         yield "fetch: a dialog was opened"
-    person.wait(lambda: person.first_line and person.settled(), 120)
-    own = (person.server.url, "data:", "blob:", "about:")
-    addresses = person.driver.execute_script(_ADDRESSES)
+    user.wait(lambda: user.first_line and user.is_idle(), 120)
+    own = (user.server.url, "data:", "blob:", "about:")
+    addresses = user.driver.execute_script(_ADDRESSES)
     if not addresses:
         yield "the page is empty"
     yield from (f"fetch: {a[:80]}" for a in addresses if not a.startswith(own))
-    if not person.driver.current_url.startswith(person.server.url):
-        yield f"fetch: the page went to {person.driver.current_url[:80]}"
-    if person.driver.execute_script("return window.hostile"):
+    if not user.driver.current_url.startswith(user.server.url):
+        yield f"fetch: the page went to {user.driver.current_url[:80]}"
+    if user.driver.execute_script("return window.hostile"):
         yield "fetch: a script of a name ran"
     while seen:
         yield f"fetch: {seen.pop()[:80]!r}"
-    if person.all("[data-testid=stException]"):
-        yield f"traceback {person.all('[data-testid=stException]')[0].text[:200]}"
+    if user.all("[data-testid=stException]"):
+        yield f"traceback {user.all('[data-testid=stException]')[0].text[:200]}"
 
 
 def open_pages(
-    person: object, seen: list, model: str, texts: Sequence[str], tell: Callable[[str], None]
+    user: object, seen: list, model: str, texts: Sequence[str], log: Callable[[str], None]
 ) -> Tally:
     """Open each page for a known model, and pages for a model of each name."""
     tally = Tally("pages with hostile names")
     addresses = [f"{page}?model={quote(model)}" for page in PAGES]
     addresses += [f"{page}?model={quote(text)}" for text in texts for page in OF_A_MODEL]
     for address in addresses:
-        person.open(address)
-        wrong = list(faults_of_page(person, seen))
-        tell(f"{address[:120]}: {'; '.join(wrong) or 'nothing fetched or run'}")
+        user.open(address)
+        wrong = list(page_faults(user, seen))
+        log(f"{address[:120]}: {'; '.join(wrong) or 'nothing fetched or run'}")
         tally.n += 1
         for fault in wrong:
             tally.add(fault, address[:120])
@@ -160,18 +160,18 @@ def open_pages(
 
 def main() -> int:
     """Run the campaign in a temporary folder, with a Chromium and a server of its own."""
-    from tests.browser.conftest import Person, open_browser, serve
-    from tests.test_app import _fill
+    from tests.browser.conftest import User, open_browser, serve
+    from tests.test_app import _populate
 
     with tempfile.TemporaryDirectory() as name, canary() as (at, seen):
         folder, texts = Path(name), names(at)
-        _fill(folder)
+        _populate(folder)
         with serve("app.py", folder) as server, open_browser(folder / "chromium") as driver:
-            give_names(server.store, folder, texts)
-            person = Person(driver, server)
+            insert_names(server.store, folder, texts)
+            user = User(driver, server)
             model = str(folder / "model")
-            tally = open_pages(person, seen, model, texts, lambda line: print(line, flush=True))
-    return conclude(tally)
+            tally = open_pages(user, seen, model, texts, lambda line: print(line, flush=True))
+    return print_table(tally)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from pathlib import Path
 import psutil
 
 from lsq_core import jobs
-from tests.campaigns.fuzzed_commands import held, lost
+from tests.campaigns.fuzzed_commands import read_rows, tables_missing_rows
 from tests.campaigns.harness import Tally, run_campaign
 from tests.conftest import ROOT
 
@@ -67,13 +67,13 @@ class Expected:
 
 def fill_database(folder: Path) -> Path:
     """A database with made-up runs of the demo model, and a text beside it."""
-    from lsq_core.store import Store
-    from tests.test_compare import fill
+    from lsq_core.store.store import Store
+    from tests.test_compare import insert_synthetic_runs
 
     lines = (f"Return the {i}-th item, or raise IndexError beyond {i} of them." for i in range(400))
     (folder / "text.txt").write_text("\n".join(lines), "utf8")
     store = Store(folder / "whole.duckdb")
-    fill(store, 24)
+    insert_synthetic_runs(store, 24)
     return store.path
 
 
@@ -148,11 +148,11 @@ def _ended(job: jobs.Job) -> jobs.Job:
 def faults_of_place(folder: Path, before: dict[str, list]) -> Iterator[str]:
     """What of the database is lost, and what stayed behind."""
     try:
-        after = held(folder / "lsq.duckdb")
+        after = read_rows(folder / "lsq.duckdb")
     except Exception as error:
         yield f"lost: the database cannot be opened: {error}"
     else:
-        yield from (f"lost: rows of {table}" for table in lost(before, after))
+        yield from (f"lost: rows of {table}" for table in tables_missing_rows(before, after))
     deadline = time.monotonic() + 10
     while (alive := _working_in(folder)) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -192,7 +192,7 @@ def kill_job(
     wanted: Expected,
     whole: Path,
     folder: Path,
-    source: random.Random,
+    rng: random.Random,
     latest: float = 0.95,
 ) -> tuple[list[str], str]:
     """Kill a job once or twice and resume it; what was wrong, and what was done in words.
@@ -201,13 +201,13 @@ def kill_job(
     is done by then was faster, and another one is killed sooner.
     """
     with own_place(whole, folder):
-        before = held(folder / "lsq.duckdb")
+        before = read_rows(folder / "lsq.duckdb")
         arguments = command(verb, folder, whole.parent / "text.txt")
         job, said, wrong = jobs.start(folder / "jobs", arguments), [], []
         killed = False
-        for _ in range(source.choice([1, 1, 2])):
-            number = source.choice(SIGNALS)
-            moment = source.uniform(0.02, latest) * wanted.seconds
+        for _ in range(rng.choice([1, 1, 2])):
+            number = rng.choice(SIGNALS)
+            moment = rng.uniform(0.02, latest) * wanted.seconds
             said.append(f"{number.name} after {moment:.1f} s")
             job = _killed(job, number, moment)
             said.append(f"{job.state} in {job.stage or 'start'}")
@@ -220,7 +220,7 @@ def kill_job(
         wrong += faults_of_place(folder, before)
         wrong += _unfinished(folder)
     if not killed and not wrong:
-        return kill_job(verb, wanted, whole, folder, source, latest / 2)
+        return kill_job(verb, wanted, whole, folder, rng, latest / 2)
     return wrong, f"{verb}: {', '.join(said)}"
 
 
@@ -305,14 +305,14 @@ def kill_app(
     wanted: Expected,
     whole: Path,
     folder: Path,
-    source: random.Random,
+    rng: random.Random,
 ) -> tuple[list[str], str]:
     """Kill the app while it shows a page and a job runs, then start it again."""
     with own_place(whole, folder):
-        before, wrong = held(folder / "lsq.duckdb"), []
-        page, moment = source.choice(PAGES), source.uniform(0, 8)
+        before, wrong = read_rows(folder / "lsq.duckdb"), []
+        page, moment = rng.choice(PAGES), rng.uniform(0, 8)
         with app(folder) as (process, url):
-            if source.random() < 0.8 and not _wait_for(url, process):
+            if rng.random() < 0.8 and not _wait_for(url, process):
                 wrong.append("the app did not start")
             arguments = command("run", folder, whole.parent / "text.txt")
             job = jobs.start(folder / "jobs", arguments)
@@ -342,25 +342,25 @@ def kill_app(
 # --- the campaign -----------------------------------------------------------------------------
 
 
-def campaign(count: int, folder: Path, seed: int, tell: Callable[[str], None]) -> Tally:
+def campaign(count: int, folder: Path, seed: int, log: Callable[[str], None]) -> Tally:
     """The row of so many kills."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
     tally, whole = Tally("kills of jobs and the app", count), fill_database(folder)
     wanted = {verb: expected(verb, whole, folder / "expected") for verb in COMMANDS}
     for verb, one in wanted.items():
-        tell(f"{verb} takes {one.seconds:.1f} s and has {len(one.figures)} figures")
+        log(f"{verb} takes {one.seconds:.1f} s and has {len(one.figures)} figures")
     verbs = list(COMMANDS)
     with ExitStack() as stack:
         visit = stack.enter_context(browser(folder / "chromium")) if count >= 4 else None
         for case in range(count):
-            source, place = random.Random(f"{seed}-{case}"), folder / "place"
+            rng, place = random.Random(f"{seed}-{case}"), folder / "place"
             if case % 4 == 3:
                 number = SIGNALS[case // 4 % len(SIGNALS)]
-                wrong, done = kill_app(number, visit, wanted["run"], whole, place, source)
+                wrong, done = kill_app(number, visit, wanted["run"], whole, place, rng)
             else:
                 verb = verbs[case % 4]
-                wrong, done = kill_job(verb, wanted[verb], whole, place, source)
-            tell(f"{case:4} {done}: {'; '.join(wrong) or 'whole'}")
+                wrong, done = kill_job(verb, wanted[verb], whole, place, rng)
+            log(f"{case:4} {done}: {'; '.join(wrong) or 'whole'}")
             for fault in wrong:
                 tally.add(fault, f"{case} {done}")
     return tally

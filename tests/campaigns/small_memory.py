@@ -20,7 +20,7 @@ import pytest
 
 from tests.campaigns.harness import Tally, run_campaign
 from tests.conftest import ROOT, save_random_model
-from tests.test_memory import limited
+from tests.test_memory import limited_cgroup
 
 LIMIT = 3 << 29
 PATIENCE_S = 600
@@ -67,7 +67,7 @@ def large_model(folder: Path, hidden: int, layers: int) -> Path:
 
 def ended(folder: Path, arguments: list[str], stage: str) -> tuple[str, str, str]:
     """State, message and log of a job that ran within the limit."""
-    with limited(LIMIT) as join:
+    with limited_cgroup(LIMIT) as join:
         found = subprocess.run(
             [*join, sys.executable, "-c", _JOB, str(folder), stage, json.dumps(arguments)],
             capture_output=True,
@@ -82,7 +82,7 @@ def ended(folder: Path, arguments: list[str], stage: str) -> tuple[str, str, str
     return state, message, log
 
 
-def campaign(count: int, folder: Path, seed: int, tell: Callable[[str], None]) -> Tally:
+def campaign(count: int, folder: Path, seed: int, log: Callable[[str], None]) -> Tally:
     """The row of the cases, each with the ends that it may have."""
     text = folder / "text.txt"
     text.write_text("\n".join(f"Return the {i}-th item of the list." for i in range(300)), "utf8")
@@ -100,10 +100,10 @@ def campaign(count: int, folder: Path, seed: int, tell: Callable[[str], None]) -
         arguments += ["--base", "4.25", "--quantizer", "rtn", "--db", str(folder / "lsq.duckdb")]
         arguments += ["--max-tokens", "6000"] if stage else ["--max-tokens", "600"]
         arguments += [] if stage else ["--corpus", str(text)]
-        state, message, log = ended(folder / "jobs", arguments, stage)
-        tell(f"{name}: {state}: {message}")
-        if "Traceback" in log:
-            tally.add(f"traceback {log.strip().splitlines()[-1]}", name)
+        state, message, output = ended(folder / "jobs", arguments, stage)
+        log(f"{name}: {state}: {message}")
+        if "Traceback" in output:
+            tally.add(f"traceback {output.strip().splitlines()[-1]}", name)
         elif state not in states or _ENDS[state] not in message or "\n" in message:
             tally.add(f"{state or 'no end'}: {message}", name)
     return tally
@@ -113,7 +113,7 @@ def main() -> int:
     """Run the campaign where a cgroup can be made."""
     os.environ["OMP_NUM_THREADS"] = "1"
     try:
-        with limited(LIMIT):
+        with limited_cgroup(LIMIT):
             pass
     except pytest.skip.Exception as reason:
         print(f"Not possible here: {reason}.")

@@ -16,11 +16,11 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from lsq_core.bits import LADDER
 from lsq_core.charts import config_color, method_style, short_type
-from lsq_core.config import LADDER
-from lsq_core.plan.frontier import Frontier
-from lsq_core.plan.pins import Pin
-from lsq_core.plan.problem import Problem
+from lsq_core.planning.frontier import Frontier
+from lsq_core.planning.pins import Pin
+from lsq_core.planning.problem import Problem
 from lsq_core.ui.safe import st
 
 _FOLDER = Path(__file__).parent
@@ -40,7 +40,7 @@ class Curve:
 
 
 @dataclass(frozen=True, eq=False)
-class Solved:
+class ExactPlan:
     """A plan that is better than the frontier's at one budget: stops (n,), and its bound."""
 
     choice: np.ndarray
@@ -61,8 +61,8 @@ class LiveMethod:
     frontier: Frontier
     unit: str = ""
     curve: Curve | None = None
-    here: tuple[float, float, float] | None = None
-    solved: Solved | None = None
+    at_budget: tuple[float, float, float] | None = None
+    solved: ExactPlan | None = None
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Preset:
 
 
 @dataclass(frozen=True, eq=False)
-class Facts:
+class MatrixFacts:
     """What a cell's details tell of each matrix: values (n,), NaN where there are none."""
 
     label: str
@@ -102,7 +102,7 @@ def live_planner(
     other_bytes: int | None,
     metadata: str,
     presets: Sequence[Preset] = (),
-    facts: Sequence[Facts] = (),
+    facts: Sequence[MatrixFacts] = (),
     fixed: np.ndarray | None = None,
     feasible: tuple[float, float],
     pins: Sequence[str] = (),
@@ -114,7 +114,8 @@ def live_planner(
     Parameters
     ----------
     budget
-        Bits per parameter to show: after :func:`take_commit` what it gave, until it is changed.
+        Bits per parameter to show: after :func:`read_committed_budget` what it gave, until it is
+        changed.
     other_bytes
         Bytes of the rest of the model, in the checkpoint's dtype; None where nobody knows.
     metadata
@@ -143,32 +144,32 @@ def live_planner(
     serial = st.session_state.get(f"{key}_serial")
 
     def change_pins() -> None:
-        wanted = (st.session_state.get(key) or {}).get("pins")
-        if wanted and on_pins:
-            on_pins(changed_pins(problem, pins, wanted))
+        change = (st.session_state.get(key) or {}).get("pins")
+        if change and on_pins:
+            on_pins(update_pins(problem, pins, change))
 
     _mount(
         data=data | {"serial": serial},
         key=key,
-        on_commit_change=_nothing,
+        on_commit_change=_noop,
         on_pins_change=change_pins,
     )
 
 
-def _nothing() -> None:
+def _noop() -> None:
     """A component's state is only there where a callback is."""
 
 
-def changed_pins(problem: Problem, pins: Sequence[str], wanted: dict) -> tuple[str, ...]:
+def update_pins(problem: Problem, pins: Sequence[str], change: dict) -> tuple[str, ...]:
     """The pins after one was dropped (``{"drop": k}``) or added to a matrix, in the browser."""
-    if "drop" in wanted:
-        return tuple(pin for k, pin in enumerate(pins) if k != wanted["drop"])
-    matrix = problem.matrices[int(wanted["matrix"])]
-    low, high = int(wanted["low"]), int(wanted["high"])
-    return (*pins, str(Pin.of(matrix, wanted["scope"], low, high, problem.options)))
+    if "drop" in change:
+        return tuple(pin for k, pin in enumerate(pins) if k != change["drop"])
+    matrix = problem.matrices[int(change["matrix"])]
+    low, high = int(change["low"]), int(change["high"])
+    return (*pins, str(Pin.from_matrix(matrix, change["scope"], low, high, problem.options)))
 
 
-def take_commit(key: str = "planner") -> float | None:
+def read_committed_budget(key: str = "planner") -> float | None:
     """The budget that was settled on in the browser since the last run, else None.
 
     In bits per parameter with four decimals. The page asks before it draws, keeps the budget, and
@@ -194,7 +195,7 @@ def payload(
     other_bytes: int | None,
     metadata: str,
     presets: Sequence[Preset],
-    facts: Sequence[Facts],
+    facts: Sequence[MatrixFacts],
     fixed: np.ndarray | None,
     feasible: tuple[float, float],
     pins: Sequence[str],
@@ -203,14 +204,17 @@ def payload(
     return {
         "model": _model_payload(problem, metadata),
         "methods": [_method_payload(method) for method in methods],
-        "facts": [{"label": f.label, "values": packed(f.values, "<f8")} for f in facts],
+        "facts": [{"label": f.label, "values": encode_array(f.values, "<f8")} for f in facts],
         "presets": [{"label": p.label, "bits": p.bits, "about": p.about} for p in presets],
         "budget": budget,
         "feasible": list(feasible),
         "otherBytes": other_bytes,
-        "fixed": None if fixed is None else packed(fixed, "u1"),
+        "fixed": None if fixed is None else encode_array(fixed, "u1"),
         "pins": list(pins),
-        "allowed": {"low": packed(problem.low, "u1"), "high": packed(problem.high, "u1")},
+        "allowed": {
+            "low": encode_array(problem.low, "u1"),
+            "high": encode_array(problem.high, "u1"),
+        },
     }
 
 
@@ -221,19 +225,19 @@ def _method_payload(method: LiveMethod) -> dict:
         "color": method_style(method.name).color,
         "unit": method.unit,
         "curve": None if method.curve is None else _curve_payload(method.curve),
-        "here": method.here,
+        "here": method.at_budget,
         "frontier": frontier_payload(method.frontier),
         "solved": None if method.solved is None else _solved_payload(method.solved),
     }
 
 
-def _solved_payload(solved: Solved) -> dict:
-    return {"choice": packed(solved.choice, "u1"), "bound": solved.lower_bound}
+def _solved_payload(solved: ExactPlan) -> dict:
+    return {"choice": encode_array(solved.choice, "u1"), "bound": solved.lower_bound}
 
 
 def _curve_payload(curve: Curve) -> dict:
     columns = {name: getattr(curve, name) for name in ("bits", "perplexity", "low", "high")}
-    arrays = {name: packed(values, "<f8") for name, values in columns.items()}
+    arrays = {name: encode_array(values, "<f8") for name, values in columns.items()}
     return arrays | {"full": float(curve.full_precision)}
 
 
@@ -250,16 +254,16 @@ def frontier_payload(frontier: Frontier) -> dict:
         matrices = np.concatenate([np.array(s.matrix, dtype=np.int64) for s in steps])
         _frontiers[frontier] = _with_id(
             {
-                "costs": None if frontier.cost is None else packed(frontier.cost, "<f8"),
-                "losses": None if frontier.losses is None else packed(frontier.losses, "<f8"),
+                "costs": None if frontier.cost is None else encode_array(frontier.cost, "<f8"),
+                "losses": None if frontier.losses is None else encode_array(frontier.losses, "<f8"),
                 "lowerBounds": None
                 if frontier.lower_bounds is None
-                else packed(frontier.lower_bounds, "<f8"),
-                "starts": packed(np.stack([s.start for s in frontier.segments]), "u1"),
+                else encode_array(frontier.lower_bounds, "<f8"),
+                "starts": encode_array(np.stack([s.start for s in frontier.segments]), "u1"),
                 "counts": [len(s.matrix) for s in steps],
-                "matrices": packed(matrices, "<i4" if wide else "<i2"),
+                "matrices": encode_array(matrices, "<i4" if wide else "<i2"),
                 "wide": wide,
-                "stops": packed(np.concatenate([np.array(s.reached) for s in steps]), "u1"),
+                "stops": encode_array(np.concatenate([np.array(s.reached) for s in steps]), "u1"),
             }
         )
     return _frontiers[frontier]
@@ -271,30 +275,30 @@ def _model_payload(problem: Problem, metadata: str) -> dict:
     Tables have as many columns as the ladder has stops; those of a method with fewer options end
     in zeros.
     """
-    known = _models.setdefault(problem, {})
-    if metadata not in known:
+    cached = _models.setdefault(problem, {})
+    if metadata not in cached:
         matrices = problem.matrices
         types = list(dict.fromkeys(m.type for m in matrices))
         shapes = [m.shape for m in matrices]
         first = {shape: i for i, shape in reversed(list(enumerate(shapes)))}
-        place = {shape: k for k, shape in enumerate(first)}
+        shape_index = {shape: k for k, shape in enumerate(first)}
         one_of_each = list(first.values())
         planned = np.array(problem.planned(metadata))[one_of_each]
         on_ladder = problem.options == LADDER
         bits = 8 * problem.bytes.sum(axis=0) / problem.total
         reference = LADDER[3] if on_ladder else problem.options[0].low
-        known[metadata] = _with_id(
+        cached[metadata] = _with_id(
             {
                 "names": "\n".join(m.name for m in matrices),
-                "layers": packed([m.layer for m in matrices], "<i4"),
+                "layers": encode_array([m.layer for m in matrices], "<i4"),
                 "types": [short_type(kind) for kind in types],
-                "typeOf": packed([types.index(m.type) for m in matrices], "<i4"),
-                "numel": packed(problem.numel, "<f8"),
-                "sizeOf": packed([place[shape] for shape in shapes], "<i4"),
-                "planned": packed(_widened(planned), "<f8"),
+                "typeOf": encode_array([types.index(m.type) for m in matrices], "<i4"),
+                "numel": encode_array(problem.numel, "<f8"),
+                "sizeOf": encode_array([shape_index[shape] for shape in shapes], "<i4"),
+                "planned": encode_array(_pad_columns(planned), "<f8"),
                 "nominal": None
                 if on_ladder
-                else packed(_widened(problem.bytes[one_of_each]), "<f8"),
+                else encode_array(_pad_columns(problem.bytes[one_of_each]), "<f8"),
                 "stops": [{"name": c.stop_name, "bits": c.nominal_bits} for c in LADDER],
                 "reference": {"name": reference.stop_name, "bits": reference.nominal_bits},
                 "ladder": [
@@ -308,10 +312,10 @@ def _model_payload(problem: Problem, metadata: str) -> dict:
                 ],
             }
         )
-    return known[metadata]
+    return cached[metadata]
 
 
-def _widened(table: np.ndarray) -> np.ndarray:
+def _pad_columns(table: np.ndarray) -> np.ndarray:
     """A table (k, options) with as many columns as the ladder has stops."""
     return np.pad(table, [(0, 0), (0, len(LADDER) - table.shape[1])])
 
@@ -322,6 +326,6 @@ def _with_id(content: dict) -> dict:
     return content | {"id": digest.hexdigest()}
 
 
-def packed(values: np.typing.ArrayLike, kind: str) -> str:
+def encode_array(values: np.typing.ArrayLike, kind: str) -> str:
     """Base64 of the values' bytes; infinity and NaN go along, as JSON could not carry them."""
     return b64encode(np.ascontiguousarray(values, dtype=kind).tobytes()).decode("ascii")

@@ -99,10 +99,10 @@ function makeAnswer(frontier) {
 /** The plan within a budget in nominal bytes, into the answer; false below the smallest plan. */
 function planAt(frontier, budget, answer) {
   const limit = budget * (1 + TOLERANCE);
-  const index = countUpTo(frontier.startBytes, limit) - 1;
+  const index = upperBound(frontier.startBytes, limit) - 1;
   if (index < 0) return false;
   const segment = frontier.segments[index];
-  const taken = countUpTo(segment.after, limit);
+  const taken = upperBound(segment.after, limit);
   answer.segment = segment;
   answer.taken = taken;
   stopsAfter(segment, taken, answer.choice);
@@ -111,32 +111,32 @@ function planAt(frontier, budget, answer) {
     answer.lowerBound = frontier.lowerBounds[index];
   }
   if (frontier.cost === null) return true;
-  const price = priceOfNext(frontier, segment, taken);
+  const price = nextMovePrice(frontier, segment, taken);
   const left = Math.max(budget - bytesAfter(segment, taken), 0);
   let bound = total(frontier.cost, answer.choice);
   if (taken < segment.matrix.length) bound -= price * left;
   answer.price = price;
   answer.lowerBound = bound - 1e-12 * Math.abs(bound);
-  if (Number.isFinite(budget)) spend(frontier, segment, taken, limit, answer.choice);
+  if (Number.isFinite(budget)) spendRemainder(frontier, segment, taken, limit, answer.choice);
   answer.objective = total(frontier.cost, answer.choice);
   return true;
 }
 
 /** The better of two ways to end: short of the budget, or over it by a move and back. */
-function spend(frontier, segment, taken, limit, choice) {
-  takeWhatFits(frontier, segment, taken, choice, limit - bytesAfter(segment, taken));
+function spendRemainder(frontier, segment, taken, limit, choice) {
+  applyFittingMoves(frontier, segment, taken, choice, limit - bytesAfter(segment, taken));
   fill(frontier, choice, limit);
   if (taken === segment.matrix.length) return;
   const back = frontier.trial;
   stopsAfter(segment, taken + 1, back);
-  giveBack(frontier, segment, taken + 1, back, limit - bytesAfter(segment, taken + 1));
+  undoMoves(frontier, segment, taken + 1, back, limit - bytesAfter(segment, taken + 1));
   if (!repair(frontier, back, limit)) return;
   fill(frontier, back, limit);
   if (total(frontier.cost, back) < total(frontier.cost, choice)) choice.set(back);
 }
 
 /** Go on after the moves taken: each that fits, none of a matrix that missed one. */
-function takeWhatFits(frontier, segment, taken, choice, room) {
+function applyFittingMoves(frontier, segment, taken, choice, room) {
   const { matrix, reached, size } = segment;
   const missed = frontier.marked.fill(0);
   for (let k = taken; k < matrix.length; k++) {
@@ -151,7 +151,7 @@ function takeWhatFits(frontier, segment, taken, choice, room) {
 }
 
 /** Undo moves before the last one taken, latest first, while the room is negative. */
-function giveBack(frontier, segment, taken, choice, room) {
+function undoMoves(frontier, segment, taken, choice, room) {
   const { matrix, left, size } = segment;
   const kept = frontier.marked.fill(0);
   kept[matrix[taken - 1]] = 1;
@@ -221,7 +221,7 @@ function total(table, choice) {
 }
 
 /** Cost saved per byte by the first move not taken; 0 when all are. */
-function priceOfNext(frontier, segment, taken) {
+function nextMovePrice(frontier, segment, taken) {
   if (taken === segment.matrix.length) return 0;
   const row = segment.matrix[taken] * STOPS;
   const worth =
@@ -241,7 +241,7 @@ function stopsAfter(segment, count, choice) {
 }
 
 /** How many of the sorted values are no larger than a limit. */
-function countUpTo(sorted, limit) {
+function upperBound(sorted, limit) {
   let low = 0;
   let high = sorted.length;
   while (low < high) {

@@ -37,7 +37,7 @@ class Heatmap {
     this.canvas = canvas;
     this.pen = canvas.getContext("2d");
     this.cells = cells;
-    this.ladder = ladder.map((stop) => ({ ...stop, ink: inkOn(stop.color) }));
+    this.ladder = ladder.map((stop) => ({ ...stop, ink: contrastColor(stop.color) }));
     this.drawn = new Int32Array(cells.members.length);
     this.counts = new Int32Array(STOPS);
     this.pinned = null; // whether each matrix is, set by whoever knows
@@ -186,7 +186,7 @@ class Heatmap {
 }
 
 /** Dark or white, whichever is read more easily on a colour. */
-function inkOn(color) {
+function contrastColor(color) {
   const [r, g, b] = [1, 3, 5].map((at) => {
     const part = parseInt(color.slice(at, at + 2), 16) / 255;
     return part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4;

@@ -50,8 +50,8 @@ class Planner {
     this.serial = undefined; // of the last commit that was sent
     this.dragging = false;
     this.panels = [];
-    this.pointed = null; // the cell that the details are about: {panel, cell}
-    this.kept = null; // the one to go back to when the pointer leaves
+    this.hovered = null; // the cell that the details are about: {panel, cell}
+    this.selected = null; // the one to go back to when the pointer leaves
     this.#restoreUnit();
     this.#listen();
     this.resizing = new ResizeObserver(() => {
@@ -89,7 +89,7 @@ class Planner {
     this.#showScopes();
     this.#showPresets();
     if (anew || changed) {
-      this.pointed = this.kept = null;
+      this.hovered = this.selected = null;
       delete this.form.dataset.about;
     }
     this.#commitPlans(changed);
@@ -459,7 +459,7 @@ class Planner {
       const entry = make("li");
       const swatch = make("i");
       swatch.style.background = stop.color;
-      entry.title = `${stop.name} has ${plain(stop.bits, 4)} bits per parameter`;
+      entry.title = `${stop.name} has ${formatNumber(stop.bits, 4)} bits per parameter`;
       entry.append(swatch, make("span", "", stop.name), make("b"));
       return entry;
     });
@@ -525,7 +525,7 @@ class Planner {
     if (this.panels.some((p) => p.curve)) this.columns.push(["perplexity", "predicted perplexity"]);
     if (!this.fixed && costed.length) {
       const least = (units.length === 1 && units[0]) || "cost";
-      this.columns.push(["gap", `above the least possible ${least}`]);
+      this.columns.push(["gap", `above the optimal ${least}`]);
     }
     const head = this.columns.map(([, title]) => make("th", "", title));
     this.find(".readout thead tr").replaceChildren(...(pair ? [make("th")] : []), ...head);
@@ -565,7 +565,7 @@ class Planner {
     const scale = makeScale(curves, this.range, size.height);
     drawStrip(this.find(".strip canvas"), size, curves, scale, this.x, this.style);
     const labels = scale.values.map((value) => {
-      const label = make("span", "", plain(value, 3));
+      const label = make("span", "", formatNumber(value, 3));
       label.style.top = `${scale.y(value)}px`;
       return label;
     });
@@ -654,18 +654,18 @@ class Planner {
   }
 
   #paint(panel) {
-    const fellow = this.panels[1 - panel.index];
+    const otherPanel = this.panels[1 - panel.index];
     const { choice } = panel.answer;
     const committed = this.bits === this.committed ? null : panel.committed;
-    const other = fellow ? fellow.answer.choice : null;
-    const focused = this.pointed?.panel === panel ? this.pointed.cell : -1;
+    const other = otherPanel ? otherPanel.answer.choice : null;
+    const focused = this.hovered?.panel === panel ? this.hovered.cell : -1;
     panel.heatmap.paint(choice, committed, other, focused);
-    if (!fellow) return;
+    if (!otherPanel) return;
     let different = 0;
     for (let i = 0; i < choice.length; i++) if (choice[i] !== other[i]) different++;
     panel.different = different;
     setText(panel.differ, `${different} of ${counted(choice.length, "matrix", "matrices")} ` +
-      `${different === 1 ? "differs" : "differ"} from ${fellow.method.title}`);
+      `${different === 1 ? "differs" : "differ"} from ${otherPanel.method.title}`);
   }
 
   #writeReadout(panel) {
@@ -684,14 +684,14 @@ class Planner {
     write("more", signedPercent(bits / model.reference.bits - 1));
     const [perplexity, low, high] = this.#predicted(panel, this.fixed ? bits : this.bits);
     if (Number.isNaN(perplexity)) write("perplexity", "–");
-    else write("perplexity", plain(perplexity, 3), `${plain(low, 3)}–${plain(high, 3)}`);
-    write("gap", panel.frontier.cost || panel.frontier.losses ? `≤ ${percent(this.#gap(panel))}` : "–");
+    else write("perplexity", formatNumber(perplexity, 3), `${formatNumber(low, 3)}–${formatNumber(high, 3)}`);
+    write("gap", panel.frontier.cost || panel.frontier.losses ? `≤ ${formatPercent(this.#gap(panel))}` : "–");
   }
 
   #predicted({ curve, here }, bits) {
     if (!curve) return [NaN, NaN, NaN];
     if (here && (this.fixed || Math.abs(here.bits - bits) < 1e-4)) return here.values;
-    return [curve.perplexity, curve.low, curve.high].map((column) => along(curve, column, bits));
+    return [curve.perplexity, curve.low, curve.high].map((column) => interpolate(curve, column, bits));
   }
 
   /** How far a plan's cost can be above the least possible, as Plan.to_json has it. */
@@ -718,7 +718,7 @@ class Planner {
         strip.style.width = `calc((100% - var(--words)) * ${(row.sum / widest).toFixed(4)})`;
       }
       setText(size, shortBytes(row.sum));
-      setText(share, percent(row.sum / panel.planned));
+      setText(share, formatPercent(row.sum / panel.planned));
     });
   }
 
@@ -772,7 +772,7 @@ class Planner {
     const first = this.panels[0];
     const [perplexity] = this.#predicted(first, this.bits);
     const words = [`${this.bits.toFixed(2)} bits per parameter`, formatBytes(first.planned)];
-    if (!Number.isNaN(perplexity)) words.push(`${plain(perplexity, 3)} predicted`);
+    if (!Number.isNaN(perplexity)) words.push(`${formatNumber(perplexity, 3)} predicted`);
     slider.setAttribute("aria-valuetext", words.join(", "));
   }
 
@@ -797,10 +797,10 @@ class Planner {
       return panel.heatmap.cellAt(event.clientX - box.left, event.clientY - box.top);
     };
     grid.addEventListener("pointermove", (event) => this.#point(panel, cellUnder(event)));
-    grid.addEventListener("pointerleave", () => this.#point(this.kept?.panel, this.kept?.cell ?? -1));
+    grid.addEventListener("pointerleave", () => this.#point(this.selected?.panel, this.selected?.cell ?? -1));
     grid.addEventListener("pointerdown", (event) => {
-      this.kept = { panel, cell: cellUnder(event) };
-      panel.cursor = this.kept.cell;
+      this.selected = { panel, cell: cellUnder(event) };
+      panel.cursor = this.selected.cell;
       this.#offerPin();
     });
     grid.addEventListener("focus", () => {
@@ -813,7 +813,7 @@ class Planner {
   /** The cell is let go of once something else has the focus, other than its pin or a plan. */
   #leave({ relatedTarget: to }) {
     if (!to || this.form.contains(to) || to.classList.contains("cells")) return;
-    this.kept = null;
+    this.selected = null;
     this.#point(null, -1);
   }
 
@@ -836,27 +836,27 @@ class Planner {
 
   #moveCursor(panel, cell) {
     panel.cursor = cell;
-    this.kept = { panel, cell };
+    this.selected = { panel, cell };
     this.#point(panel, cell);
     this.#speak(this.find(".details").innerText.replace(/\n+/g, ". "));
   }
 
   #point(panel, cell) {
     const next = panel && cell >= 0 ? { panel, cell } : null;
-    if (next?.panel === this.pointed?.panel && next?.cell === this.pointed?.cell) return;
-    this.pointed = next;
+    if (next?.panel === this.hovered?.panel && next?.cell === this.hovered?.cell) return;
+    this.hovered = next;
     for (const each of this.panels) this.#paint(each);
     this.#writeDetails();
   }
 
   #writeDetails() {
     const details = this.find(".details");
-    if (!this.pointed) {
+    if (!this.hovered) {
       details.replaceChildren(...this.#hints().map((text) => make("p", "hint", text)));
       this.#offerPin();
       return;
     }
-    const { panel, cell } = this.pointed;
+    const { panel, cell } = this.hovered;
     const members = this.cells.members[cell];
     const parts = members.length
       ? [this.#title(panel, members), this.#factList(members), this.#why(panel, members)]
@@ -867,13 +867,13 @@ class Planner {
 
   /** What can be done with cells, and what the marks on them mean. */
   #hints() {
-    const marks = ["a frame or bar marks what moves since the budget was settled on"];
+    const marks = ["a frame or bar marks changes since the last committed budget"];
     if (this.panels.length === 2) marks.push("a dot where the two methods differ");
-    marks.push("a folded corner what is pinned");
+    marks.push("a folded corner marks a pin");
     const said = marks.join(", ");
     return [
-      "Point at a cell to see why it has its bits, and click it to pin it; or focus the plan and " +
-        "move with the arrow keys.",
+      "Hover over a cell to see why it has its bits and click it to pin it, or focus the plan and " +
+        "use the arrow keys.",
       `${said[0].toUpperCase()}${said.slice(1)}.`,
     ];
   }
@@ -882,11 +882,11 @@ class Planner {
 
   /** The form for the cell that was clicked or walked to; its words follow the cell. */
   #offerPin() {
-    const { form, kept, pointed } = this;
-    const members = kept && kept.cell >= 0 ? this.cells.members[kept.cell] : [];
-    const shown = members.length > 0 && kept.panel === pointed?.panel && kept.cell === pointed.cell;
+    const { form, selected, hovered } = this;
+    const members = selected && selected.cell >= 0 ? this.cells.members[selected.cell] : [];
+    const shown = members.length > 0 && selected.panel === hovered?.panel && selected.cell === hovered.cell;
     form.classList.toggle("idle", !shown);
-    const about = shown ? `${kept.panel.index} ${kept.cell}` : form.dataset.about;
+    const about = shown ? `${selected.panel.index} ${selected.cell}` : form.dataset.about;
     if (about === form.dataset.about) return;
     form.dataset.about = about;
     const { ladder, layers, types, typeOf } = this.model;
@@ -895,7 +895,7 @@ class Planner {
     const words = ["this module", `layer ${layers[first]}`, `every ${types[typeOf[first]]}`];
     words.forEach((text, k) => setText(scope.options[k], text));
     stop.replaceChildren(...ladder.map((each, j) => new Option(each.name, j)));
-    stop.value = String(kept.panel.answer.choice[first]);
+    stop.value = String(selected.panel.answer.choice[first]);
     scope.value = "module";
     how.value = "exactly";
   }
@@ -905,7 +905,7 @@ class Planner {
     const { scope, how, stop } = this.form.elements;
     const at = Number(stop.value);
     this.component.setTriggerValue("pins", {
-      matrix: this.cells.members[this.kept.cell][0],
+      matrix: this.cells.members[this.selected.cell][0],
       scope: scope.value,
       low: how.value === "most" ? 0 : at,
       high: how.value === "least" ? this.model.ladder.length - 1 : at,
@@ -940,15 +940,15 @@ class Planner {
       const swatch = make("span", "config");
       const color = make("i");
       color.style.background = ladder[stop].color;
-      const bits = `${ladder[stop].name}, ${plain(ladder[stop].bits, 4)} bits`;
+      const bits = `${ladder[stop].name}, ${formatNumber(ladder[stop].bits, 4)} bits`;
       swatch.append(color, members.length > 1 ? `${count} × ${ladder[stop].name}` : bits);
       title.append(swatch);
     }
     title.append(make("span", "", formatBytes(bytes)));
-    const fellow = this.panels[1 - panel.index];
-    if (fellow && members.length === 1) {
-      const theirs = ladder[fellow.answer.choice[members[0]]].name;
-      title.append(make("span", "quiet", `${fellow.method.title}: ${theirs}`));
+    const otherPanel = this.panels[1 - panel.index];
+    if (otherPanel && members.length === 1) {
+      const theirs = ladder[otherPanel.answer.choice[members[0]]].name;
+      title.append(make("span", "quiet", `${otherPanel.method.title}: ${theirs}`));
     }
     return title;
   }
@@ -958,7 +958,7 @@ class Planner {
     for (const { label, values } of this.facts) {
       const known = members.map((i) => values[i]).filter((value) => !Number.isNaN(value));
       const [low, high] = [Math.min(...known), Math.max(...known)];
-      const text = low === high ? plain(low, 4) : `${plain(low, 3)} to ${plain(high, 3)}`;
+      const text = low === high ? formatNumber(low, 4) : `${formatNumber(low, 3)} to ${formatNumber(high, 3)}`;
       const pair = make("div");
       pair.append(make("dt", "", label), make("dd", "", known.length ? text : "–"));
       list.append(pair);
@@ -984,7 +984,7 @@ class Planner {
   #together({ frontier, answer, method }, i) {
     const { ladder, total: weights } = this.model;
     const at = frontier.segments.indexOf(answer.segment);
-    const why = `The matrices of a block are chosen together, for the least ${method.unit}.`;
+    const why = `The matrices of a block are chosen jointly, to minimize the ${method.unit}.`;
     for (const { start, startBytes } of frontier.segments.slice(at + 1)) {
       if (start[i] === answer.choice[i]) continue;
       const bits = ((8 * startBytes) / weights).toFixed(3);
@@ -1016,16 +1016,16 @@ class Planner {
     const { answer, frontier, method } = panel;
     const { ladder, names } = this.model;
     const next = this.#nextStop(panel, i);
-    if (!next) return ["It has the most bits that it may have."];
+    if (!next) return ["It already has the most bits allowed."];
     const whole = Math.abs(answer.objective) || 1;
-    const perMib = (price) => `${percent((price * MIB) / whole)} per MiB`;
+    const perMib = (price) => `${formatPercent((price * MIB) / whole)} per MiB`;
     const expert = several ? `Of its experts ${names[i].match(/\d+$/)?.[0] ?? names[i]} gains most: ` : "";
     const saves =
       next.saved > 0
-        ? `saves ${percent(next.saved / whole)} of the total ${method.unit || "cost"}, ` +
+        ? `saves ${formatPercent(next.saved / whole)} of the total ${method.unit || "cost"}, ` +
           perMib(next.price)
         : "saves nothing";
-    const step = `${expert}one more stop, to ${ladder[next.stop].name}, takes ` +
+    const step = `${expert}promoting it to ${ladder[next.stop].name} takes ` +
       `${formatBytes(next.more)} and ${saves}.`;
     return [
       step[0].toUpperCase() + step.slice(1),
@@ -1035,11 +1035,11 @@ class Planner {
   }
 
   #verdict({ price, taken, segment }, next, perMib) {
-    if (taken === segment.matrix.length) return "The budget reaches every move that saves anything.";
-    const stop = `At this budget moves stop at ${perMib(price)}`;
+    if (taken === segment.matrix.length) return "No further promotion reduces the cost.";
+    const stop = `At this budget a promotion has to save ${perMib(price)}`;
     if (next.saved <= 0) return `${stop}.`;
     if (next.price < price) return `${stop}, so it is not worth its bytes yet.`;
-    return `${stop}: it would be worth its bytes, and does not fit in what is left.`;
+    return `${stop}: it would be worth its bytes but does not fit in the remaining budget.`;
   }
 
   /** Where on the slider the matrix moves next. */
@@ -1047,10 +1047,10 @@ class Planner {
     for (let k = taken; k < segment.matrix.length; k++) {
       if (segment.matrix[k] !== i || segment.reached[k] <= choice[i]) continue;
       const bits = (8 * segment.after[k]) / this.model.total;
-      return `Its next move, to ${this.model.ladder[segment.reached[k]].name}, comes at ` +
+      return `Its next promotion, to ${this.model.ladder[segment.reached[k]].name}, comes at ` +
         `${bits.toFixed(3)} bits.`;
     }
-    return "No larger budget moves it.";
+    return "No larger budget promotes it.";
   }
 
   /** For boosts: whether a matrix is flagged, and its place among those that are raised. */
@@ -1068,7 +1068,7 @@ class Planner {
       return [`${plan}, ${base}.${until}`];
     }
     const at = `${((8 * segment.after[k]) / weights).toFixed(3)} bits`;
-    const when = k < taken ? `raised from ${at} on` : `to be raised at ${at}`;
+    const when = k < taken ? `promoted from ${at} on` : `promoted at ${at}`;
     return [
       `Flagged, number ${k + 1} of ${segment.matrix.length}: ${when}, from ${base} to ` +
         `${ladder[segment.reached[k]].name}.${until}`,

@@ -9,11 +9,11 @@ function unpackCurve(payload) {
 }
 
 /** A column of a curve at so many bits, straight between its points; NaN outside of them. */
-function along(curve, column, bits) {
+function interpolate(curve, column, bits) {
   const { bits: at } = curve;
   const last = at.length - 1;
   if (last < 0 || bits < at[0] - 1e-3 || bits > at[last] + 1e-3) return NaN;
-  const k = Math.min(Math.max(countUpTo(at, bits), 1), last);
+  const k = Math.min(Math.max(upperBound(at, bits), 1), last);
   if (last === 0) return column[0];
   const share = Math.min(Math.max((bits - at[k - 1]) / (at[k] - at[k - 1]), 0), 1);
   return column[k - 1] + share * (column[k] - column[k - 1]);

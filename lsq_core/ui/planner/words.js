@@ -3,7 +3,7 @@
 const MIB = 2 ** 20;
 const SIZES = [["GiB", 2 ** 30], ["MiB", MIB], ["KiB", 1024]];
 
-/** 9437184 as "9.00 MiB", like lsq_core.config.format_bytes. */
+/** 9437184 as "9.00 MiB", like lsq_core.units.format_bytes. */
 function formatBytes(count) {
   const unit = SIZES.find(([, size]) => Math.abs(count) >= size);
   return unit ? `${(count / unit[1]).toFixed(2)} ${unit[0]}` : `${count.toFixed(0)} B`;
@@ -12,7 +12,7 @@ function formatBytes(count) {
 /** 636459991 as "607 MiB": three digits, where there is little room. */
 function shortBytes(count) {
   const [name, size] = SIZES.find(([, size]) => count >= 0.9995 * size) ?? ["B", 1];
-  return `${plain(count / size, 3)} ${name}`;
+  return `${formatNumber(count / size, 3)} ${name}`;
 }
 
 /** 0.0412 as "+4.1 %". */
@@ -22,14 +22,14 @@ function signedPercent(share) {
 }
 
 /** A share of one, with two digits, as "0.012 %". */
-function percent(share) {
+function formatPercent(share) {
   if (!(share > 0)) return "0 %";
   const value = 100 * share;
-  return `${plain(value, 2)} %`;
+  return `${formatNumber(value, 2)} %`;
 }
 
 /** So many significant digits without an exponent where that stays short. */
-function plain(value, digits) {
+function formatNumber(value, digits) {
   if (value === 0 || !Number.isFinite(value)) return String(value);
   value = Number(value.toPrecision(digits));
   const size = Math.floor(Math.log10(Math.abs(value)));

@@ -1,0 +1,383 @@
+"""Quantization configurations, the ladder of twelve stops, and the accounts of what they store.
+
+Three figures that must never be mixed (method §1):
+
+* **nominal** - the papers' formula; every budget in bits per parameter means this;
+* **planned bytes** - what a quantizer stores a matrix as occupies, exactly
+  (:func:`lsq_core.quantization.registry.planned_bytes`);
+* **measured bytes** - the bytes of the tensors that were really stored, which must equal it.
+
+A matrix has one :class:`QuantConfig`, or :class:`MixedRows`: one for its high-impact rows and
+another for the rest (method §7).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+from math import ceil
+from typing import Any, Protocol
+
+from lsq_core.errors import InputError
+from lsq_core.units import BYTE_UNITS
+
+#: How scale and zero are stored: 8-bit codes in groups of 128, or fp16 as they are.
+METADATA_FORMATS = ("8bit", "fp16")
+#: Weights of so many bits are kept in fp16 as they are, without scale and zero.
+FP16_BITS = 16
+
+
+class HasShape(Protocol):
+    """What has the shape of a matrix."""
+
+    out_features: int
+    in_features: int
+
+
+@dataclass(frozen=True, order=True)
+class QuantConfig:
+    """Weight bits, weight group size, metadata bits, metadata group size: ``(b1, g1, b2, g2)``."""
+
+    bits: int
+    group_size: int
+    meta_bits: int = 8
+    meta_group_size: int = 128
+
+    @property
+    def name(self) -> str:
+        """How a person types and reads it: ``b3g128``."""
+        return f"b{self.bits}g{self.group_size}"
+
+    @property
+    def nominal_bits(self) -> float:
+        """Bits per parameter by the papers' formula: ``b1 + 2·b2/g1 + 32/(g1·g2)``.
+
+        >>> QuantConfig(3, 128).nominal_bits
+        3.126953125
+        """
+        if self.bits == FP16_BITS:
+            return float(FP16_BITS)
+        g1, g2 = self.group_size, self.meta_group_size
+        return self.bits + 2 * self.meta_bits / g1 + 32 / (g1 * g2)
+
+    @property
+    def bits_with_fp16_metadata(self) -> float:
+        """Bits per parameter when scale and zero stay fp16, as ``hqq`` 0.2.8 keeps them."""
+        return self.bits if self.bits == FP16_BITS else self.bits + 32 / self.group_size
+
+    def parts(self, shape: HasShape) -> tuple[tuple[int, QuantConfig], ...]:
+        """What a matrix falls into: weights and their configuration; here all of it."""
+        return ((shape.out_features * shape.in_features, self),)
+
+    def index_bytes(self, shape: HasShape) -> int:
+        """Bytes that say which rows are which; none are needed."""
+        return 0
+
+    def fits(self, shape: HasShape) -> bool:
+        """Whether its groups fill a matrix."""
+        return is_divisible(shape.out_features * shape.in_features, self.group_size)
+
+    @property
+    def json_fields(self) -> dict[str, float]:
+        """How a plan's JSON says it, beside its name."""
+        return {"bits": self.bits, "group_size": self.group_size}
+
+    @property
+    def stop_name(self) -> str:
+        """The ladder's name for it: the nominal bits with two decimals, ``3.13``."""
+        return f"{self.nominal_bits:.2f}"
+
+    @classmethod
+    def parse(cls, text: str) -> QuantConfig:
+        """Read ``b3g128``.
+
+        Raises
+        ------
+        InputError
+            When the text is not of that form or is no stop of the ladder.
+        """
+        for config in LADDER:
+            if config.name == text.strip():
+                return config
+        raise InputError(
+            f"'{text}' is not a configuration; write bits and group size as one of "
+            f"{', '.join(c.name for c in LADDER)}."
+        )
+
+
+GROUP_SIZES = (128, 64, 32)
+
+#: Twelve stops, two to eight bits, the coarser group first (method §1).
+LADDER: tuple[QuantConfig, ...] = tuple(
+    QuantConfig(bits, group) for bits in (2, 3, 4, 8) for group in GROUP_SIZES
+)
+
+#: The shares of a matrix's rows that can be high-impact ([C]; 𝔹 of method §7).
+RATIOS = (0.02, 0.05, 0.10, 0.15, 0.20)
+#: What the other rows are stored at, and the high-impact ones; 16 keeps those in fp16.
+LOW_BITS = (2, 3)
+HIGH_BITS = (3, 4, FP16_BITS)
+#: Up to so many rows an index takes two bytes, above them four.
+_MAX_INT16_ROWS = 2**15
+
+
+@dataclass(frozen=True, order=True)
+class MixedRows:
+    """High-impact output rows, ``ratio`` of them, at ``high_bits`` and the rest at ``bits``.
+
+    Which rows those are is kept beside the codes: as a bitmap or a sorted list of row numbers,
+    whichever is smaller.
+    """
+
+    bits: int
+    high_bits: int
+    ratio: float
+    group_size: int
+
+    @cached_property
+    def low(self) -> QuantConfig:
+        """The configuration of the rest."""
+        return QuantConfig(self.bits, self.group_size)
+
+    @cached_property
+    def high(self) -> QuantConfig:
+        """The configuration of the high-impact rows."""
+        return QuantConfig(self.high_bits, self.group_size)
+
+    @property
+    def name(self) -> str:
+        """How a person types and reads it: ``b2h3r10g128``, ten per cent of the rows at 3 bits."""
+        return f"b{self.bits}h{self.high_bits}r{100 * self.ratio:02.0f}g{self.group_size}"
+
+    @property
+    def stop_name(self) -> str:
+        """The ratio, by which the options of a plan differ: ``10 %``."""
+        return f"{100 * self.ratio:.0f} %"
+
+    @property
+    def nominal_bits(self) -> float:
+        """Bits per parameter of a large matrix, without its row index."""
+        return (1 - self.ratio) * self.low.nominal_bits + self.ratio * self.high.nominal_bits
+
+    def high_rows(self, out_features: int) -> int:
+        """How many of so many rows are high-impact: the ratio of them, to the nearest."""
+        return int(self.ratio * out_features + 0.5)
+
+    def parts(self, shape: HasShape) -> tuple[tuple[int, QuantConfig], ...]:
+        """What a matrix falls into: weights and their configuration, the high-impact rows first."""
+        high = self.high_rows(shape.out_features)
+        both = ((high, self.high), (shape.out_features - high, self.low))
+        return tuple((rows * shape.in_features, config) for rows, config in both if rows)
+
+    def index_bytes(self, shape: HasShape) -> int:
+        """Bytes that say which rows are high-impact.
+
+        >>> from types import SimpleNamespace
+        >>> MixedRows(2, 3, 0.02, 128).index_bytes(SimpleNamespace(out_features=4096))
+        164
+        """
+        bitmap, listed = self.index_sizes(shape.out_features)
+        return min(bitmap, listed)
+
+    def index_sizes(self, out_features: int) -> tuple[int, int]:
+        """Bytes of a bitmap of the rows, and of a list of the high-impact ones."""
+        itemsize = 2 if out_features <= _MAX_INT16_ROWS else 4
+        return ceil(out_features / 8), itemsize * self.high_rows(out_features)
+
+    def fits(self, shape: HasShape) -> bool:
+        """Whether groups fill the rows: no group may cross from one kind into the other."""
+        return is_divisible(shape.in_features, self.group_size)
+
+    @property
+    def json_fields(self) -> dict[str, float]:
+        """How a plan's JSON says it, beside its name."""
+        return {
+            "bits": self.bits,
+            "high_bits": self.high_bits,
+            "ratio": self.ratio,
+            "group_size": self.group_size,
+        }
+
+
+#: What a matrix can be given.
+Config = QuantConfig | MixedRows
+
+
+def mixed_rows(low_bits: int, high_bits: int, group_size: int) -> tuple[MixedRows, ...]:
+    """A matrix's options at two widths, the smallest ratio first.
+
+    Raises
+    ------
+    InputError
+        When there are no such widths or group size.
+    """
+    above = [bits for bits in HIGH_BITS if bits > low_bits]
+    for name, value, offered in (
+        ("low-bits", low_bits, LOW_BITS),
+        ("high-bits", high_bits, above),
+        ("group-size", group_size, GROUP_SIZES),
+    ):
+        if value not in offered:
+            raise InputError(f"{name} must be one of {', '.join(map(str, offered))}, not {value}.")
+    return tuple(MixedRows(low_bits, high_bits, ratio, group_size) for ratio in RATIOS)
+
+
+#: Mixed rows at every two widths, group size and ratio.
+MIXED_ROW_CONFIGS: tuple[MixedRows, ...] = tuple(
+    option
+    for low, high, group in product(LOW_BITS, HIGH_BITS, GROUP_SIZES)
+    if high > low
+    for option in mixed_rows(low, high, group)
+)
+
+_MIXED_NAME = r"b([0-9]{1,2})h([0-9]{1,2})r([0-9]{1,3})g([0-9]{1,3})"
+
+
+def is_mixed(name: str) -> bool:
+    """Whether a configuration's name is that of mixed rows."""
+    return re.fullmatch(_MIXED_NAME, name) is not None
+
+
+def config_from_json(entry: Mapping[str, Any]) -> Config:
+    """The configuration that a module's entry in a plan's JSON says.
+
+    Raises
+    ------
+    InputError
+        When there is no such configuration.
+    KeyError
+        When the entry lacks bits or group size, or mixed rows their ratio.
+    """
+    if "high_bits" not in entry:
+        return QuantConfig.parse(f"b{entry['bits']}g{entry['group_size']}")
+    options = mixed_rows(entry["bits"], entry["high_bits"], entry["group_size"])
+    for config in options:
+        if config.ratio == entry["ratio"]:
+            return config
+    ratios = ", ".join(f"{r:g}" for r in RATIOS)
+    raise InputError(f"{entry['ratio']} is not a ratio; choose one of {ratios}.")
+
+
+def parse_config(text: str) -> Config:
+    """Read a configuration's name: ``b3g128`` or ``b2h3r10g128``.
+
+    Raises
+    ------
+    InputError
+        When there is no such configuration.
+    """
+    match = re.fullmatch(_MIXED_NAME, text.strip())
+    if match is None:
+        return QuantConfig.parse(text)
+    bits, high, percent, group = map(int, match.groups())
+    return config_from_json(
+        {"bits": bits, "high_bits": high, "ratio": percent / 100, "group_size": group}
+    )
+
+
+#: The configuration at which Algorithm 1 reads sensitivity.
+DETECTION_CONFIG = QuantConfig(4, 64)
+
+
+def stop_index(name: str) -> int:
+    """The ladder index (0 to 11) of a stop named ``3.13`` or ``b3g128``.
+
+    Raises
+    ------
+    InputError
+        When there is no such stop.
+    """
+    for index, config in enumerate(LADDER):
+        if name in (config.stop_name, config.name):
+            return index
+    raise InputError(
+        f"'{name}' is not a configuration; choose one of {', '.join(c.stop_name for c in LADDER)}."
+    )
+
+
+def is_divisible(numel: int, group_size: int) -> bool:
+    """Whether groups of ``group_size`` weights, taken in order, fill a matrix without padding."""
+    return numel % group_size == 0
+
+
+def nominal_bytes(numel: int, config: QuantConfig) -> float:
+    """Bytes of a matrix of ``numel`` weights by the papers' formula (may be a fraction)."""
+    return numel * config.nominal_bits / 8
+
+
+def fp16_metadata_bytes(numel: int, config: QuantConfig) -> float:
+    """Bytes of a matrix if every group kept scale and zero as fp16."""
+    return numel * config.bits_with_fp16_metadata / 8
+
+
+def weight_only_bytes(numel: int, config: QuantConfig) -> float:
+    """Bytes of the weight codes alone, without any metadata."""
+    return numel * config.bits / 8
+
+
+def matrix_bytes(
+    count_bytes: Callable[[int, QuantConfig], float], shape: HasShape, config: Config
+) -> float:
+    """An account of a whole matrix: of its parts, and of what says which row is which.
+
+    ``account`` is one of those above, of so many weights at a configuration.
+    """
+    parts = sum(count_bytes(numel, part) for numel, part in config.parts(shape))
+    return parts + config.index_bytes(shape)
+
+
+def snap_to_stop(bits: float) -> float:
+    """A stop's own size where ``bits`` is that rounded to four decimals, else ``bits``.
+
+    Sizes are shown and typed with at most four decimals, which may lie below the stop.
+
+    >>> exact_bits(3.2539)
+    3.25390625
+    """
+    return next((c.nominal_bits for c in LADDER if round(c.nominal_bits, 4) == bits), bits)
+
+
+def find_stop(text: str) -> QuantConfig | None:
+    """The stop that a size names (``3.25``, ``3.25bpp``, ``b3g64``), None where it is a number."""
+    name = text.strip().removesuffix("bpp").rstrip()
+    return next((c for c in LADDER if name in (c.stop_name, c.name)), None)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may be spent on the planned linear weights, in nominal bytes (metadata included)."""
+
+    nominal_bytes: float
+    text: str
+
+    @classmethod
+    def parse(cls, text: str, numel: int) -> Budget:
+        """Read ``3.2bpp``, ``9MiB``, ``1.5GiB``, ``800KiB``, ``9000000B`` for ``numel`` weights.
+
+        The name of a stop, ``3.25bpp``, ``3.25`` or ``b3g64``, means the size of that stop, which
+        differs from the two decimals of its name by up to 0.004 bits; ``3.250bpp`` is a number.
+
+        >>> Budget.parse("3.25bpp", 8).nominal_bytes, Budget.parse("3.250bpp", 8).nominal_bytes
+        (3.25390625, 3.25)
+
+        Raises
+        ------
+        InputError
+            When it is not a positive number with one of those units.
+        """
+        stop = find_stop(text)
+        if stop is not None:
+            return cls(stop.nominal_bits * numel / 8, text.strip())
+        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(bpp|B|KiB|MiB|GiB)\s*", text)
+        if not match or float(match[1]) <= 0:
+            raise InputError(
+                f"'{text}' is not a budget; write bits per parameter as 3.2bpp, a configuration as "
+                "3.25, or the bytes of the linear weights as 9MiB or 1.5GiB."
+            )
+        amount, unit = float(match[1]), match[2]
+        if unit == "bpp":
+            return cls(snap_to_stop(amount) * numel / 8, text.strip())
+        return cls(amount * BYTE_UNITS[unit], text.strip())

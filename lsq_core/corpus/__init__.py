@@ -1,0 +1,1 @@
+"""Text corpora, for calibration and for evaluation."""

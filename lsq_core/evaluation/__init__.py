@@ -1,0 +1,1 @@
+"""Measuring models on text, and predicting what a plan will measure."""

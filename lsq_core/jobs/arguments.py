@@ -1,0 +1,154 @@
+"""The command lines that jobs run and that a person can copy."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from lsq_core.evaluation.protocol import EvaluationRequest
+from lsq_core.model.source import ModelSource
+from lsq_core.planning.methods import PLANNERS
+from lsq_core.planning.request import PlanRequest
+from lsq_core.profiling.settings import ProfileSettings
+from lsq_core.store.store import PUBLISHED
+
+#: Fields of a plan request that are options with a value.
+_REQUEST_OPTIONS = ("base", "budget", "boost_stop", "top_m", "metric", "seed")
+#: And those of high-impact rows.
+_ROW_OPTIONS = ("low_bits", "high_bits", "group_size", "loss", "ratios")
+
+
+def model_arguments(source: ModelSource, device: str) -> list[str]:
+    """Which model, and on which device."""
+    argv = ["--model", source.name, "--device", device]
+    argv += ["--revision", source.revision] if source.revision else []
+    argv += ["--trust-remote-code"] if source.trust_remote_code else []
+    return argv + (["--allow-pickle"] if source.allow_pickle else [])
+
+
+def profile_arguments(settings: ProfileSettings) -> list[str]:
+    """The options of ``profile``."""
+    argv = ["--corpus", settings.calibration, "--quantizer", settings.quantizer]
+    return argv + _grid_arguments(settings)
+
+
+def _grid_arguments(settings: ProfileSettings) -> list[str]:
+    return [
+        *("--axis", str(settings.axis), "--metadata", settings.metadata),
+        *("--samples", str(settings.samples), "--block-tokens", str(settings.block_tokens)),
+    ]
+
+
+def plan_arguments(request: PlanRequest, settings: ProfileSettings) -> list[str]:
+    """The options of ``plan`` and ``run`` that say what to plan; defaults are left out."""
+    argv = ["--method", request.method]
+    argv += _non_default_options(request, _REQUEST_OPTIONS)
+    argv += ["--exact"] if request.exact else []
+    argv += row_arguments(request)
+    for pin in request.pins:
+        argv += ["--pin", pin]
+    argv += ["--calibration", settings.calibration, "--profile-quantizer", settings.quantizer]
+    return argv + _grid_arguments(settings)
+
+
+def row_arguments(request: PlanRequest) -> list[str]:
+    """The options of ``plan``, ``run`` and ``sweep`` about high-impact rows."""
+    return _non_default_options(request, _ROW_OPTIONS) + (["--clip"] if request.clip else [])
+
+
+def _non_default_options(request: PlanRequest, names: Sequence[str]) -> list[str]:
+    """Options whose value isn't the default."""
+    default = asdict(PlanRequest(request.method))
+    argv = []
+    for name in names:
+        if getattr(request, name) != default[name]:
+            argv += [f"--{name.replace('_', '-')}", str(getattr(request, name))]
+    return argv
+
+
+def evaluation_arguments(
+    request: EvaluationRequest, quantizer: str, save: Path | None
+) -> list[str]:
+    """The options of ``run`` that say how to quantize, what to evaluate on and what to keep."""
+    argv = ["--quantizer", quantizer, "--corpus", request.corpus, "--protocol", request.protocol]
+    argv += ["--max-tokens", str(request.max_tokens)] if request.max_tokens else []
+    return argv + (["--save", str(save)] if save else [])
+
+
+def sweep_arguments(
+    methods: Sequence[str],
+    bases: Sequence[str],
+    budgets: Sequence[str],
+    quantizers: Sequence[str],
+    baselines: Sequence[str],
+    corpora: Sequence[str],
+    evaluation: EvaluationRequest,
+    settings: ProfileSettings,
+    rows: PlanRequest | None = None,
+) -> list[str]:
+    """The options of ``sweep``; ``like`` says how each text is evaluated, ``rows`` how rows mix."""
+    repeated = {
+        "--method": methods,
+        "--base": bases,
+        "--budget": budgets,
+        "--quantizer": quantizers,
+        "--baseline": baselines,
+        "--corpus": corpora,
+    }
+    argv = [word for option, values in repeated.items() for v in values for word in (option, v)]
+    argv += row_arguments(rows) if rows else []
+    argv += ["--protocol", evaluation.protocol]
+    argv += ["--max-tokens", str(evaluation.max_tokens)] if evaluation.max_tokens else []
+    argv += ["--calibration", settings.calibration, "--profile-quantizer", settings.quantizer]
+    return argv + _grid_arguments(settings)
+
+
+def reproduce_command(record: Mapping[str, Mapping[str, Any]]) -> str:
+    """The command line that does a kept run again; of a published one, that makes its plan.
+
+    A method that is not planned here, as others' published ones aren't, has none: a comment says
+    so.
+
+    ``record`` is of :meth:`lsq_core.store.store.Store.record`.
+    """
+    run, stored, model = record["run"], record["evaluation"], record["model"]
+    if run["method"] not in PLANNERS:
+        return f"# {run['method']} is not implemented here; this is a published run."
+    if not (record["plan"]["content"] or {}).get("request"):
+        return "# The request of this run's plan was not stored."
+    source = ModelSource(model["source"], model["revision"])
+    request, settings = _stored_request(record)
+    if run["fingerprint"].startswith(PUBLISHED):
+        argv = ["plan", "--model", source.name, *plan_arguments(request, settings)]
+        if not record["profile"]:
+            argv = argv[: argv.index("--calibration")]  # that of the model's own profile
+        return f"{_shell_command(argv)}  # the plan only: there are no local weights"
+    provenance = stored["provenance"]
+    evaluation = EvaluationRequest(
+        stored["corpus"], stored["protocol"].partition("-")[0], provenance.get("max_tokens")
+    )
+    argv = ["run", *model_arguments(source, run["device"]), "--dtype", run["dtype"]]
+    argv += plan_arguments(request, settings)
+    return _shell_command(argv + evaluation_arguments(evaluation, run["quantizer"], None))
+
+
+def _stored_request(record: Mapping[str, Mapping[str, Any]]) -> tuple[PlanRequest, ProfileSettings]:
+    """What a run's plan was asked for, and by which profile; of one without, its grid alone."""
+    content = record["plan"]["content"]
+    names = {field.name for field in fields(PlanRequest)}
+    request_fields = {name: value for name, value in content["request"].items() if name in names}
+    request = PlanRequest(**request_fields | {"pins": tuple(request_fields.get("pins", ()))})
+    names = {field.name for field in fields(ProfileSettings)}
+    grid = {"metadata": content.get("metadata"), "axis": content.get("axis")}
+    stored_fields = (
+        grid | (record["profile"].get("settings") or {}) | (content.get("calibration") or {})
+    )
+    fields_given = {k: v for k, v in stored_fields.items() if k in names and v is not None}
+    return request, ProfileSettings(**fields_given)
+
+
+def _shell_command(argv: list[str]) -> str:
+    return shlex.join(["lsq", *argv])

@@ -1,0 +1,303 @@
+"""A model whose weights stay in its files and are read a decoder block, or a matrix, at a time.
+
+Its modules are on the meta device. What is held is read from memory-mapped safetensors files by
+transformers' own loading, so that checkpoints in other layouts (experts one by one, fused
+projections) become the parameters that a whole load would give, bit for bit.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.modeling_utils import LoadStateDictConfig
+
+from lsq_core.errors import InputError
+from lsq_core.model.architecture import find_blocks, first_tensor
+from lsq_core.model.causal import check_causal
+from lsq_core.model.fit import target_names
+from lsq_core.model.loading import (
+    LoadedModel,
+    build_meta_model,
+    check_memory,
+    describe_files,
+    embedding_rows,
+    last_logits,
+    load_tokenizer,
+    model_config,
+    pick_device,
+    pick_dtype,
+)
+from lsq_core.model.source import ModelSource, find_model, read_config, weight_files
+
+#: ``mallopt``'s number of the size from which memory is mapped by itself, and that size in bytes.
+_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES = -3, 8 * 2**20
+
+
+class _StopForward(Exception):
+    """All that was to be run has run."""
+
+
+class NotStreamable(InputError):
+    """Why a model has to be loaded as a whole, in a sentence."""
+
+
+@dataclass(frozen=True, eq=False)
+class StreamedModel(LoadedModel):
+    """A model of which only the weights that are held are in memory (see :func:`open_streamed`)."""
+
+    checkpoint: Checkpoint
+    streamed: ClassVar[bool] = True
+
+    @contextmanager
+    def materialize(self, name: str) -> Iterator[None]:
+        """The weights of a block, or of one parameter in it, on the device for a while."""
+        block = ".".join(name.split(".")[: self._block_depth])
+        found = _meta_tensors(self.model.get_submodule(block), block)
+        with self._materialized(name if name in self.checkpoint.keys_by_name else block, found):
+            yield
+
+    @contextmanager
+    def materialize_embeddings(self) -> Iterator[None]:
+        """What comes before the first block on the device for a while: embeddings, mostly."""
+        prefix = find_blocks(self.model)[0]
+        head = self.checkpoint.head
+        found = {
+            name: slot
+            for name, slot in _meta_tensors(self.model, "").items()
+            if not name.startswith(f"{prefix}.") and name not in head
+        }
+        with self._materialized("", found):
+            yield
+
+    def first_block_output(self, ids: torch.Tensor) -> torch.Tensor:
+        """What the first block gives (1, tokens, features) for ids (1, tokens); no more is read."""
+        prefix, blocks = find_blocks(self.model)
+        found: list[torch.Tensor] = []
+
+        def stop(_module: nn.Module, _args: tuple, output: object) -> None:
+            found.append(first_tensor(output))
+            raise _StopForward
+
+        hook = blocks[0].register_forward_hook(stop)
+        try:
+            with (
+                self.materialize_embeddings(),
+                self.materialize(f"{prefix}.0"),
+                suppress(_StopForward),
+            ):
+                last_logits(self.model, ids, ids.shape[1])
+        finally:
+            hook.remove()
+        return found[0]
+
+    @cached_property
+    def _block_depth(self) -> int:
+        return find_blocks(self.model)[0].count(".") + 2
+
+    @contextmanager
+    def _materialized(self, below: str, found: dict[str, _TensorSlot]) -> Iterator[None]:
+        """Fill the tensors that were ``found`` on the meta device and lie below a name."""
+        wanted = [n for n in found if not below or n == below or n.startswith(f"{below}.")]
+        try:
+            self.checkpoint.fill(self.model, wanted)
+            yield
+        finally:
+            for slot in found.values():
+                slot.restore()
+
+
+@dataclass(frozen=True, eq=False)
+class _TensorSlot:
+    """A tensor without content, and where it belongs."""
+
+    module: nn.Module
+    name: str
+    empty: torch.Tensor
+
+    def restore(self) -> None:
+        tensors = self.module._parameters
+        if self.name not in tensors:
+            tensors = self.module._buffers
+        tensors[self.name] = self.empty
+
+
+def _meta_tensors(module: nn.Module, prefix: str) -> dict[str, _TensorSlot]:
+    """Every parameter and buffer below a module that has no content, by its full name."""
+    found = {}
+    for path, child in module.named_modules(prefix=prefix):
+        for name, tensor in [*child._parameters.items(), *child._buffers.items()]:
+            if tensor is not None and tensor.is_meta:
+                found[f"{path}.{name}".lstrip(".")] = _TensorSlot(child, name, tensor)
+    return found
+
+
+class Checkpoint:
+    """The tensors of some safetensors files, and how they become a model's parameters.
+
+    Raises
+    ------
+    NotStreamable
+        When not every weight of the model is there in a shape that fits.
+    """
+
+    def __init__(
+        self, model: nn.Module, files: Iterable, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.slices = {key: file.get_slice(key) for file in files for key in file.keys()}  # noqa: SIM118
+        self._config = LoadStateDictConfig(
+            dtype=dtype,
+            dtype_plan=model._get_dtype_plan(dtype),
+            weight_mapping=get_model_conversion_mapping(model),
+            device_map={"": device},
+        )
+        #: Checkpoint keys by the (first) name in the model that they become.
+        self.keys_by_name: dict[str, list[str]] = {}
+        for key, name, _ in target_names(model, self.slices):
+            self.keys_by_name.setdefault(name, []).append(key)
+        #: Names in the output head, which is never read.
+        self.head = _parameter_names_in(model, model.get_output_embeddings())
+        self._dry_run(model)
+
+    def _dry_run(self, model: nn.Module) -> None:
+        """Load everything without content, to see beforehand that all of it is there and fits."""
+        empty = {
+            key: torch.empty(part.get_shape(), dtype=_dtype_of(part), device="meta")
+            for key, part in self.slices.items()
+        }
+        config = replace(self._config, device_map={"": "meta"})
+        found, _ = convert_and_load_state_dict_in_model(model, empty, config)
+        missing = sorted(found.missing_keys - self.head)
+        wrong = sorted(str(name) for name, *_ in found.mismatched_keys)
+        wrong += sorted(map(str, found.conversion_errors))
+        if missing or wrong:
+            raise NotStreamable(
+                f"The checkpoint has no {missing[0]}"
+                if missing
+                else f"The checkpoint has {wrong[0]} in another shape"
+            )
+
+    def fill(self, model: nn.Module, names: Iterable[str]) -> None:
+        """Read these tensors of the model, or rather all that come out of the same keys."""
+        keys = {key for name in names for key in self.keys_by_name.get(name, ())}
+        parts = {key: self.slices[key] for key in keys}
+        convert_and_load_state_dict_in_model(model, parts, self._config)
+        for name in names:
+            tensor = _tensor(model, name)
+            if tensor.is_floating_point():
+                tensor.requires_grad_(False)
+
+
+def _parameter_names_in(model: nn.Module, module: nn.Module | None) -> set[str]:
+    """Full names of what a module of the model holds."""
+    paths = [path for path, found in model.named_modules() if found is module]
+    return {name for name in model.state_dict() for path in paths if name.startswith(f"{path}.")}
+
+
+def _tensor(model: nn.Module, name: str) -> torch.Tensor:
+    path, _, leaf = name.rpartition(".")
+    return getattr(model.get_submodule(path), leaf)
+
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def _dtype_of(part: object) -> torch.dtype:
+    name = part.get_dtype()
+    if name not in _DTYPES:
+        raise NotStreamable(f"The checkpoint holds weights as {name}")
+    return _DTYPES[name]
+
+
+def open_streamed(source: ModelSource, device: str = "auto", dtype: str = "auto") -> StreamedModel:
+    """The model with its weights left in their files, and its tokenizer.
+
+    Raises
+    ------
+    NotStreamable
+        When the model has to be loaded as a whole (:func:`lsq_core.model.loading.load_model`).
+    InputError
+        When the source, device or dtype is wrong, or the model is no causal one.
+    """
+    _release_freed_memory()
+    target, folder = pick_device(device), find_model(source)
+    if weight_files(folder)[0].suffix != ".safetensors":
+        raise NotStreamable("The weights are pickled")
+    if source.trust_remote_code and "auto_map" in read_config(folder):
+        raise NotStreamable("The model is built by code of its own")
+    compute_dtype = pick_dtype(dtype, target, model_config(source, folder))
+    model = build_meta_model(source, folder, dtype=compute_dtype, experts_implementation="eager")
+    # The dtype that it computes in is not that of the checkpoint, which sizes are told in.
+    info = describe_files(build_meta_model(source, folder), source, folder)
+    check_memory(source.name, _max_resident_parameters(model), target, compute_dtype)
+    files = [safe_open(path, framework="pt") for path in weight_files(folder)]
+    checkpoint = Checkpoint(model, files, compute_dtype, target)
+    _compute_buffers(model, target)
+    streamed = StreamedModel(
+        model.eval().requires_grad_(False),
+        load_tokenizer(source, folder),
+        info,
+        folder,
+        str(target),
+        str(compute_dtype)[6:],
+        checkpoint,
+    )
+    check_causal(
+        source.name,
+        streamed.first_block_output,
+        vocabulary=embedding_rows(model),
+        context=info.context,
+        dtype=compute_dtype,
+        device=target,
+    )
+    return streamed
+
+
+def _max_resident_parameters(model: nn.Module) -> int:
+    """Parameters of the largest block, or of all that is outside the blocks if that is more."""
+    sizes = [sum(p.numel() for p in block.parameters()) for block in find_blocks(model)[1]]
+    return max(*sizes, sum(p.numel() for p in model.parameters()) - sum(sizes))
+
+
+def _compute_buffers(model: nn.Module, device: torch.device) -> None:
+    """Give buffers that no checkpoint holds (of rotary embeddings, say) their content.
+
+    The weights were marked as initialized when they were rehearsed, so they stay as they are.
+    """
+    for name, buffer in list(model.named_non_persistent_buffers()):
+        path, _, leaf = name.rpartition(".")
+        model.get_submodule(path)._buffers[leaf] = torch.empty_like(buffer, device="cpu")
+    model.initialize_weights()
+    for name, buffer in list(model.named_non_persistent_buffers()):
+        path, _, leaf = name.rpartition(".")
+        model.get_submodule(path)._buffers[leaf] = buffer.to(device)
+
+
+def _release_freed_memory() -> None:
+    """Have large tensors go back to the system as soon as they are freed.
+
+    By and by glibc keeps freed memory of up to 32 MiB a piece for itself. Between tensors of other
+    sizes it can't be used again, and a profile would grow from block to block.
+    """
+    with suppress(OSError, AttributeError):  # another C library does as it does
+        ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES)

@@ -1,0 +1,1 @@
+"""Plans: which matrix gets which configuration. Nothing here imports torch."""

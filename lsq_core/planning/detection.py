@@ -1,0 +1,85 @@
+"""Algorithm 1 of [A]: which layers stand out, by the differences between neighbours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+#: The share cut at each end before mean and deviation are taken, and the z-score to exceed.
+TRIM_FRACTION = 0.05
+THRESHOLD = 3.0
+
+
+@dataclass(frozen=True, eq=False)
+class Detection:
+    """Algorithm 1 applied to one series of scores, one for each layer that has the module type.
+
+    ``differences``, ``z`` are (layers − 1,); ``flagged`` holds indices into the series, the
+    strongest first.
+    """
+
+    differences: np.ndarray
+    mean: float
+    deviation: float
+    z: np.ndarray
+    flagged: tuple[int, ...]
+
+
+def detect_outliers(
+    series: np.ndarray, *, ratios: bool, top_m: int = 0, threshold: float = THRESHOLD
+) -> Detection:
+    """Flag the layers whose score departs from that of the layer before.
+
+    Parameters
+    ----------
+    series
+        Scores in layer order, (layers,).
+    ratios
+        SensiBoost divides neighbours (True), KurtBoost subtracts them (False).
+    top_m
+        Keep the strongest ``m``; 0 keeps all.
+
+    Example
+    -------
+    >>> detect_outliers(np.r_[np.ones(15), 9, np.ones(14)], ratios=False).flagged
+    (15, 16)
+    """
+    series = np.asarray(series, dtype=float)
+    if len(series) < 3 or not np.isfinite(series).all():
+        return Detection(np.zeros(0), np.nan, np.nan, np.zeros(0), ())
+    with np.errstate(divide="ignore", invalid="ignore"):
+        differences = series[1:] / series[:-1] if ratios else np.diff(series)
+        cut = int(TRIM_FRACTION * len(differences))
+        trimmed = np.sort(differences)[cut : len(differences) - cut]
+        mean, deviation = float(trimmed.mean()), float(trimmed.std(ddof=1))
+        z = np.abs(differences - mean) / deviation
+    above_threshold = np.flatnonzero(z > threshold)
+    strongest = above_threshold[np.argsort(-z[above_threshold], kind="stable")]
+    selected = strongest[:top_m] if top_m else strongest
+    return Detection(differences, mean, deviation, z, tuple(int(i) + 1 for i in selected))
+
+
+def largest_possible_z(layers: int) -> float:
+    """The largest z-score that ``layers`` scores can give while nothing is trimmed.
+
+    With ``n`` differences it is ``(n − 1)/√n``; below 20 differences a 5 % cut removes none.
+    """
+    n = layers - 1
+    return (n - 1) / np.sqrt(n) if n > 1 else 0.0
+
+
+def shallow_model_note(layers: int) -> str:
+    """A plain word for a model too shallow for Algorithm 1, or '' for one deep enough."""
+    if largest_possible_z(layers) <= THRESHOLD:
+        return (
+            f"With {layers} layers no score can pass Algorithm 1's threshold of 3 "
+            f"(the largest possible z is {largest_possible_z(layers):.2f}), so SensiBoost and "
+            "KurtBoost equal the uniform plan here."
+        )
+    if layers - 1 < 20:
+        return (
+            f"With {layers} layers Algorithm 1 trims nothing and hardly ever flags a layer; "
+            "interpret its plans with care."
+        )
+    return ""

@@ -1,0 +1,220 @@
+"""The exact optimum of a multiple-choice knapsack at one budget, with a bound that is proven.
+
+The Lagrangian bound decides most matrices: a stop whose best plan costs no less than the one the
+frontier already gives is closed. What is open is searched by dynamic programming, the matrices
+nearest to the break first, keeping the states that no other dominates and that the bound allows
+(the idea of Pisinger's minimal core, EJOR 83, 1995). On language models that takes milliseconds to
+a second. Where it grows too large, PuLP's CBC gets what the better bound leaves open.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from lsq_core.planning.frontier import Frontier, FrontierPoint
+from lsq_core.planning.greedy import total
+from lsq_core.planning.problem import TOLERANCE
+
+#: Relative gap at which CBC may stop, and seconds that all of it may take.
+RELATIVE_GAP = 1e-4
+TIME_LIMIT = 60
+#: States that the search may remember altogether, at five bytes each.
+MAX_STATES = 40_000_000
+
+
+@dataclass(frozen=True, eq=False)
+class ExactSolution:
+    """The outcome of an exact solve: a choice, its cost, and a bound that is proven.
+
+    ``proven`` is False when the time ran out; then ``reason`` says so.
+    """
+
+    choice: np.ndarray
+    objective: float
+    lower_bound: float
+    proven: bool
+    reason: str = ""
+
+
+def solve_exactly(
+    frontier: Frontier,
+    budget: float,
+    *,
+    gap: float = RELATIVE_GAP,
+    time_limit: float = TIME_LIMIT,
+    max_states: int = MAX_STATES,
+) -> ExactSolution:
+    """The optimum within a budget in nominal bytes: by search, and by CBC where that is too much.
+
+    A plan that the search finished is optimal to rounding; one that CBC finished is within ``gap``.
+    """
+    start_time = time.monotonic()
+    point = frontier.at(budget)
+    choice, finished = _Search(frontier, point, budget, max_states).run(start_time + time_limit / 2)
+    objective = frontier.objective(choice)
+    if finished:
+        bound = max(point.lower_bound, objective - 1e-9 * abs(objective))
+        return ExactSolution(choice, objective, min(bound, objective), True)
+    left = time_limit - (time.monotonic() - start_time)
+    return _solve_with_cbc(frontier, point, choice, budget, gap, left, time_limit)
+
+
+def _reduced_costs(frontier: Frontier, point: FrontierPoint) -> np.ndarray:
+    """How far each stop's ``cost + price·bytes`` lies above its matrix's least, (n, 12), ≥ 0.
+
+    A plan that uses a stop costs at least the Lagrangian bound plus this.
+    """
+    relaxed = frontier.cost + point.segment.price(point.taken) * frontier.nominal
+    return relaxed - relaxed.min(axis=1, keepdims=True)
+
+
+class _Search:
+    """Dynamic programming over changes from where the frontier's moves end.
+
+    A state is the bytes and cost added so far; ``trace`` remembers for each matrix searched which
+    state each came from and by which stop, so that the best one's stops can be read back.
+    """
+
+    def __init__(
+        self, frontier: Frontier, point: FrontierPoint, budget: float, max_states: int
+    ) -> None:
+        segment = point.segment
+        self.start = segment.after(point.taken)
+        rows = np.arange(len(self.start))
+        self.extra_bytes = frontier.nominal - frontier.nominal[rows, self.start][:, None]
+        self.extra_cost = frontier.cost - frontier.cost[rows, self.start][:, None]
+        self.reduced = _reduced_costs(frontier, point)
+        self.reduced[rows, self.start] = np.inf  # staying is no change
+        self.price = segment.price(point.taken)
+        self.room = budget * (1 + TOLERANCE) - total(frontier.nominal, self.start)
+        self.best = point.objective - frontier.objective(self.start)
+        self.point, self.max_states = point.choice, max_states
+        self.trace: list[tuple[int, np.ndarray, np.ndarray]] = []
+
+    def run(self, deadline: float) -> tuple[np.ndarray, bool]:
+        """The best choice found, and whether nothing was left to search."""
+        size, cost = np.zeros(1), np.zeros(1)
+        min_reduced, best_state, num_states = self.reduced.min(axis=1), None, 0
+        for matrix in self._order():
+            if min_reduced[matrix] >= self._slack:
+                continue
+            if time.monotonic() > deadline or num_states > self.max_states:
+                return self._backtrack(best_state), False
+            size, cost = self._extend(int(matrix), size, cost)
+            num_states += len(size)
+            fits = int(np.searchsorted(size, self.room, side="right")) - 1
+            if fits >= 0 and cost[fits] < self.best:
+                self.best, best_state = float(cost[fits]), (len(self.trace) - 1, fits)
+            if len(size) == 0:
+                break
+        return self._backtrack(best_state), True
+
+    def _order(self) -> np.ndarray:
+        """Matrices by the least reduced cost per byte changed: the nearest to the break first."""
+        changed = np.where(self.extra_bytes == 0, 1.0, np.abs(self.extra_bytes))
+        return np.argsort((self.reduced / changed).min(axis=1), kind="stable")
+
+    @property
+    def _slack(self) -> float:
+        """How far the best plan so far lies above the bound."""
+        return self.best + self.price * self.room
+
+    def _extend(
+        self, matrix: int, size: np.ndarray, cost: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The states after one more matrix, by size, each cheaper than all smaller ones."""
+        stops = np.flatnonzero(self.reduced[matrix] < self._slack)
+        options = np.concatenate([[self.start[matrix]], stops])
+        sizes = (size[None, :] + self.extra_bytes[matrix, options][:, None]).ravel()
+        costs = (cost[None, :] + self.extra_cost[matrix, options][:, None]).ravel()
+        selected = np.flatnonzero(costs + self.price * (sizes - self.room) < self.best)
+        selected = selected[np.lexsort((costs[selected], sizes[selected]))]
+        cheapest = np.minimum.accumulate(costs[selected])
+        selected = selected[np.r_[True, costs[selected][1:] < cheapest[:-1]][: len(selected)]]
+        parent, option = (selected % len(size)).astype(np.int32), selected // len(size)
+        self.trace.append((matrix, parent, options[option].astype(np.int8)))
+        return sizes[selected], costs[selected]
+
+    def _backtrack(self, best_state: tuple[int, int] | None) -> np.ndarray:
+        if best_state is None:
+            return self.point
+        choice, (last, state) = self.start.copy(), best_state
+        for matrix, parent, stop in reversed(self.trace[: last + 1]):
+            choice[matrix] = stop[state]
+            state = parent[state]
+        return choice
+
+
+def _solve_with_cbc(
+    frontier: Frontier,
+    point: FrontierPoint,
+    best: np.ndarray,
+    budget: float,
+    gap: float,
+    seconds: float,
+    time_limit: float,
+) -> ExactSolution:
+    """What the search left open, by an integer program; ``best`` is the best choice so far."""
+    import pulp
+
+    usable = _open_stops(frontier, point, best)
+    # CBC keeps to a bound only within its tolerance: where that let the plan slip over the
+    # budget, it is solved again a millionth tighter, and only the bound of the first holds.
+    first = _solve(frontier, usable, budget, gap, seconds)
+    choice, status = first
+    if choice is not None and total(frontier.nominal, choice) > budget * (1 + TOLERANCE):
+        choice, _ = _solve(frontier, usable, budget * (1 - 1e-6), gap, seconds)
+    if choice is None or frontier.objective(choice) > frontier.objective(best):
+        choice = best
+    objective = frontier.objective(choice)
+    # CBC calls an answer optimal when it stopped for time, too; the solution's status tells.
+    proven = status == pulp.LpSolutionOptimal and first[0] is not None
+    bound = point.lower_bound
+    if proven:
+        bound = max(bound, frontier.objective(first[0]) * (1 - gap))
+    reason = "" if proven else f"the solver was stopped after {time_limit:g} s"
+    return ExactSolution(choice, objective, min(bound, objective), proven, reason)
+
+
+def _open_stops(frontier: Frontier, point: FrontierPoint, best: np.ndarray) -> np.ndarray:
+    """Stops (n, 12) that a plan cheaper than the best so far may use, and that plan's own."""
+    objective = frontier.objective(best)
+    slack = 1e-9 * abs(objective)
+    usable = point.lower_bound + _reduced_costs(frontier, point) <= objective + slack
+    usable[np.arange(len(best)), best] = True
+    return usable & np.isfinite(frontier.cost)
+
+
+def _solve(
+    frontier: Frontier, usable: np.ndarray, budget: float, gap: float, seconds: float
+) -> tuple[np.ndarray | None, int]:
+    """One integer program in which the budget is 1; the choice, or None, and PuLP's status."""
+    import pulp
+
+    rows = [[int(j) for j in np.flatnonzero(row)] for row in usable]
+    decided = {i: stops[0] for i, stops in enumerate(rows) if len(stops) == 1}
+    left = budget - sum(frontier.nominal[i, j] for i, j in decided.items())
+    program = pulp.LpProblem("bits", pulp.LpMinimize)
+    take = {
+        (i, j): pulp.LpVariable(f"x_{i}_{j}", cat=pulp.LpBinary)
+        for i, stops in enumerate(rows)
+        if i not in decided
+        for j in stops
+    }
+    if not take:
+        return np.array([decided[i] for i in range(len(rows))]), pulp.LpSolutionOptimal
+    scale = max(abs(float(frontier.cost[key])) for key in take) or 1.0
+    program += pulp.lpSum(float(frontier.cost[key]) / scale * x for key, x in take.items())
+    for i, stops in enumerate(rows):
+        if i not in decided:
+            program += pulp.lpSum(take[i, j] for j in stops) == 1
+    program += pulp.lpSum(float(frontier.nominal[k]) / left * x for k, x in take.items()) <= 1
+    solver = pulp.PULP_CBC_CMD(msg=False, gapRel=gap, timeLimit=max(seconds, 1))
+    program.solve(solver)
+    chosen = decided | {i: j for (i, j), x in take.items() if (x.value() or 0) > 0.5}
+    if len(chosen) != len(rows):
+        return None, program.sol_status
+    return np.array([chosen[i] for i in range(len(rows))]), program.sol_status

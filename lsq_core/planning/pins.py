@@ -1,0 +1,119 @@
+"""Pins: modules fixed by hand to a configuration or a range; the rest is planned around them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+from lsq_core.bits import LADDER, Config, MixedRows, parse_config
+from lsq_core.errors import InputError
+from lsq_core.model.info import Matrix
+from lsq_core.planning.problem import Problem
+
+#: What a pin may be about, seen from one matrix.
+SCOPES = ("module", "layer", "type")
+
+
+@dataclass(frozen=True)
+class Pin:
+    """A pattern of full module names and the first and last of the options they may have."""
+
+    pattern: str
+    low: int
+    high: int
+    options: tuple[Config, ...] = LADDER
+
+    @classmethod
+    def parse(cls, text: str, options: tuple[Config, ...] = LADDER) -> Pin:
+        """Read ``*.layers.0.self_attn.*=b8g64`` or ``*.down_proj=b3g128..b4g64``.
+
+        With mixed rows among the options they read ``*.down_proj=b2h3r20g128``.
+
+        Raises
+        ------
+        InputError
+            When it is not of that form, the method has no such option, or the range runs
+            backwards.
+        """
+        pattern, separator, configs = text.rpartition("=")
+        if not separator or not pattern.strip():
+            raise InputError(
+                f"'{text}' is not a pin; write a pattern of module names and a configuration, "
+                "such as '*.layers.0.self_attn.*=b8g64' or '*.down_proj=b3g128..b4g64'."
+            )
+        first, _, last = configs.partition("..")
+        low = _option_index(first, options)
+        high = _option_index(last, options) if last else low
+        if low > high:
+            raise InputError(f"The pin '{text}' runs from more bits to fewer; reverse it.")
+        return cls(pattern.strip(), low, high, options)
+
+    @classmethod
+    def from_matrix(
+        cls,
+        matrix: Matrix,
+        scope: str,
+        low: int,
+        high: int,
+        options: tuple[Config, ...] = LADDER,
+    ) -> Pin:
+        """A pin of a matrix's module with all its experts, of its layer, or of its module type."""
+        before, _, inside = matrix.name.partition(f".{matrix.layer}.")
+        inside = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", inside)
+        layer = f"{before}.{matrix.layer}."
+        patterns = {"module": layer + inside, "layer": f"{layer}*", "type": f"*.{inside}"}
+        return cls(patterns[scope], low, high, options)
+
+    def __str__(self) -> str:
+        """As it is typed."""
+        low, high = self.options[self.low].name, self.options[self.high].name
+        return f"{self.pattern}={low}" + ("" if low == high else f"..{high}")
+
+
+def _option_index(name: str, options: tuple[Config, ...]) -> int:
+    config = parse_config(name)
+    if config not in options:
+        kind = "mixed rows" if isinstance(options[0], MixedRows) else "the ladder"
+        raise InputError(
+            f"'{name}' is no option of this method, which plans on {kind}; choose one of "
+            f"{', '.join(c.name for c in options)}."
+        )
+    return options.index(config)
+
+
+def apply_pins(problem: Problem, pins: tuple[str, ...]) -> Problem:
+    """The problem with what the pins allow; several pins of one module must agree on something.
+
+    Raises
+    ------
+    InputError
+        When a pin matches no module, two contradict each other, or a group size doesn't fill.
+    """
+    if not pins:
+        return problem
+    low, high = problem.low.copy(), problem.high.copy()
+    last: dict[int, Pin] = {}
+    for pin in (Pin.parse(text, problem.options) for text in pins):
+        matched = [i for i, m in enumerate(problem.matrices) if fnmatchcase(m.name, pin.pattern)]
+        if not matched:
+            raise InputError(
+                f"The pin '{pin}' matches no module; names look like {problem.matrices[0].name}."
+            )
+        for i in matched:
+            if pin.low > high[i] or pin.high < low[i]:
+                raise InputError(
+                    f"The pins '{last[i]}' and '{pin}' contradict each other at "
+                    f"{problem.matrices[i].name}; drop one of them."
+                )
+            low[i], high[i] = max(low[i], pin.low), min(high[i], pin.high)
+            last[i] = pin
+    pinned = replace(problem, pinned_low=low, pinned_high=high)
+    for i, pin in last.items():
+        if not pinned.allowed[i].any():
+            matrix = problem.matrices[i]
+            raise InputError(
+                f"The pin '{pin}' leaves nothing for {matrix.name}: no group size in it divides "
+                f"{matrix.out_features}×{matrix.in_features} weights."
+            )
+    return pinned

@@ -1,0 +1,1 @@
+"""Profiles: how hard each matrix of a model is to quantize."""

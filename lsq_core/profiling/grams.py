@@ -1,0 +1,115 @@
+"""Second moments of what enters the linear modules of a block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from lsq_core.model.architecture import get_weight, locate_parameter
+from lsq_core.model.info import Matrix
+from lsq_core.profiling.block import Block
+
+# --- Gram matrices ---------------------------------------------------------------------------
+
+
+class GramCollector:
+    """Adds up XᵀX over everything that linear modules and experts of a block are given."""
+
+    def __init__(self, context: Block) -> None:
+        self.context = context
+        self.sums: dict[object, tuple[Tensor, int]] = {}
+        #: Which sum belongs to a matrix; matrices that are fed the same tensor share one.
+        self.key_by_matrix: dict[Matrix, object] = {}
+        self.key_by_input: dict[int, object] = {}
+        self.alive: list[Tensor] = []
+
+    @contextmanager
+    def collecting_inputs(self) -> Iterator[None]:
+        stacked = [m for m in self.context.matrices if m.expert is not None]
+        with ExitStack() as stack:
+            for matrix in self.context.matrices:
+                if matrix.expert is None:
+                    holder, _ = locate_parameter(self.context.loaded.model, matrix)
+                    handle = holder.register_forward_pre_hook(self._hook(matrix))
+                    stack.callback(handle.remove)
+            if stacked:
+                stack.enter_context(_ExpertInputRecorder(self, stacked))
+            yield
+
+    def _hook(self, matrix: Matrix) -> Callable:
+        return lambda module, args: self.add(matrix, args[0])
+
+    def add(self, matrix: Matrix, inputs: Tensor) -> None:
+        """Count the inputs of one call, once however many matrices share them."""
+        shared = self.key_by_input.get(id(inputs)) if matrix.expert is None else None
+        if shared is not None:
+            self.key_by_matrix[matrix] = shared
+            return
+        self.key_by_matrix[matrix] = matrix
+        self.key_by_input[id(inputs)] = matrix
+        self.alive.append(inputs)  # an id is only an identity while its object lives
+        rows = inputs.reshape(-1, inputs.shape[-1]).float()
+        before, tokens = self.sums.get(matrix, (None, 0))
+        self.sums[matrix] = (self.sum(before, rows), tokens + len(rows))
+
+    def sum(self, before: Tensor | None, rows: Tensor) -> Tensor:
+        """What there was and what rows (n, in) add to it."""
+        return rows.T @ rows if before is None else before.addmm_(rows.T, rows)
+
+    def end_batch(self) -> None:
+        self.key_by_input.clear()
+        self.alive.clear()
+
+    def result(self) -> dict[Matrix, tuple[Tensor, int]]:
+        none = {}
+        for matrix in self.context.matrices:
+            if matrix not in self.key_by_matrix:
+                device = self.context.weight(matrix).device
+                size = matrix.in_features
+                none[matrix] = (torch.zeros(size, size, device=device), 0)
+        return none | {m: self.sums[key] for m, key in self.key_by_matrix.items()}
+
+
+class MomentCollector(GramCollector):
+    """Adds up the diagonals alone."""
+
+    def sum(self, before: Tensor | None, rows: Tensor) -> Tensor:
+        squares = rows.square().sum(0)
+        return squares if before is None else before.add_(squares)
+
+
+class _ExpertInputRecorder(TorchFunctionMode):
+    """Sees what each expert of a stack is multiplied by.
+
+    Experts are no modules: their module calls ``linear`` or a matrix product with a slice of the
+    stacked parameter, which is known by where it lies in memory.
+    """
+
+    def __init__(self, collector: GramCollector, matrices: list[Matrix]) -> None:
+        super().__init__()
+        self.collector = collector
+        model = collector.context.loaded.model
+        self.by_address = {get_weight(model, m).data_ptr(): m for m in matrices}
+
+    def __torch_function__(
+        self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        if func in _PRODUCTS and len(args) >= 2 and torch.is_tensor(args[1]):
+            matrix = self.by_address.get(args[1].data_ptr())
+            if matrix is not None and args[0].shape[-1] == matrix.in_features:
+                self.collector.add(matrix, args[0])
+        return func(*args, **(kwargs or {}))
+
+
+_PRODUCTS = {
+    torch.nn.functional.linear,
+    torch.matmul,
+    torch.Tensor.matmul,
+    torch.Tensor.__matmul__,
+    torch.mm,
+    torch.Tensor.mm,
+}

@@ -1,0 +1,212 @@
+"""How high-impact ratios act on a loss, alone and two at a time (M of [C]; method §7).
+
+For each matrix of a block and each ratio the matrix alone is rounded to nearest, its high-impact
+rows at more bits, all else at full precision; and then each two matrices of the block at each two
+ratios. For seven matrices and five ratios that is 1 + 35 + 525 evaluations of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations, product
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lsq_core.bits import MixedRows
+from lsq_core.model.info import Matrix
+from lsq_core.model.loading import LoadedModel
+from lsq_core.planning.methods.high_impact import group_into_units, top_rows
+from lsq_core.profiling.blocks import detect_output_forms, run_from_block
+from lsq_core.profiling.context import BlockContext
+from lsq_core.profiling.measure import iter_blocks
+from lsq_core.progress import Progress, no_progress
+from lsq_core.quantization.registry import get_quantizer
+from lsq_core.quantization.rows import quantize_config
+
+#: Calibration tokens that each loss is measured on. The block's own output is cheap; the whole
+#: model's costs every block from there on, and the head, 560 times for each block of a Llama.
+LOSS_TOKENS = {"block": 1024, "model": 256}
+#: Logits held at once, in numbers: so many changed models run together.
+_MAX_BATCH_LOGITS = 2**24
+
+#: Weights in the place of the full-precision ones.
+WeightChange = dict[Matrix, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class BlockInteractions:
+    """One block: the module types that share a ratio, and M (u·r, u·r) as it was measured."""
+
+    layer: int
+    units: tuple[str, ...]
+    matrix: np.ndarray
+
+
+@torch.inference_mode()
+def measure_interactions(
+    loaded: LoadedModel,
+    ids: Tensor,
+    row_scores: dict[str, np.ndarray],
+    options: Sequence[MixedRows],
+    loss: str,
+    *,
+    axis: int = 1,
+    metadata: str = "8bit",
+    known: Sequence[int] = (),
+    progress: Progress = no_progress,
+) -> Iterator[BlockInteractions]:
+    """M of each block in turn, those of ``known`` layers left out.
+
+    ``loss`` is ``block``: the squared change of the block's own output by its energy; or
+    ``model``: the mean squared change of the model's logits. ``ids`` are int64 (sequences,
+    tokens), as :func:`limit_tokens` gives them. Differences are taken in float32 and
+    added up in float64; with a model in 16 bits, its outputs are rounded to those.
+    """
+    by_layer: dict[int, list[Matrix]] = {}
+    for matrix in loaded.info.matrices:
+        by_layer.setdefault(matrix.layer, []).append(matrix)
+    counts = {
+        k: _count_evaluations(len(group_into_units(own)), len(options))
+        for k, own in by_layer.items()
+    }
+    total = sum(counts.values())
+    done = sum(counts[k] for k in known)
+    for context in iter_blocks(loaded, ids):
+        if context.layer in known:
+            continue
+        losses = _LOSSES[loss](context)
+        changed = _quantized_units(context, row_scores, options, axis, metadata)
+        layer = f"layer {context.layer + 1} of {loaded.info.layers}"
+
+        def report(more: int, before: int = done, layer: str = layer) -> None:
+            progress(before + more, total, f"{layer}, interactions by the {loss} loss")
+
+        matrix = _interactions(changed, len(options), losses.compute, report)
+        done += counts[context.layer]
+        yield BlockInteractions(context.layer, tuple(changed), matrix)
+
+
+def limit_tokens(ids: Tensor, loss: str) -> Tensor:
+    """The first of calibration tokens (sequences, tokens), as many as a loss is measured on."""
+    wanted = LOSS_TOKENS[loss]
+    return ids[: max(1, wanted // ids.shape[1]), :wanted]
+
+
+def _count_evaluations(units: int, options: int) -> int:
+    return 1 + units * options + units * (units - 1) // 2 * options**2
+
+
+def _quantized_units(
+    context: BlockContext,
+    row_scores: dict[str, np.ndarray],
+    options: Sequence[MixedRows],
+    axis: int,
+    metadata: str,
+) -> dict[str, list[WeightChange]]:
+    """For each unit what its weights become at each option."""
+    quantizer = get_quantizer("rtn")
+
+    def rounded(matrix: Matrix, option: MixedRows) -> Tensor:
+        weight = context.weight(matrix)
+        rows = top_rows(row_scores[matrix.name], option.high_rows(matrix.out_features))
+        packed = quantize_config(
+            weight,
+            option,
+            quantizer,
+            rows=torch.from_numpy(rows),
+            axis=axis,
+            metadata=metadata,
+            name=matrix.name,
+        )
+        return packed.dequantize(weight.dtype)
+
+    return {
+        kind: [{context.matrices[i]: rounded(context.matrices[i], o) for i in own} for o in options]
+        for kind, own in group_into_units(context.matrices).items()
+    }
+
+
+def _interactions(
+    changed: dict[str, list[WeightChange]],
+    options: int,
+    losses: Callable[[list[WeightChange], Callable[[int], None]], list[float]],
+    report: Callable[[int], None],
+) -> np.ndarray:
+    """M out of the losses of no change, of each change alone, and of each two of a block.
+
+    The diagonal is 2·(L(Δ) − L(0)); two of different units have L(Δ1+Δ2) + L(0) − L(Δ1) − L(Δ2),
+    and two options of one unit, of which never both hold, have nothing.
+    """
+    unit_options = list(product(range(len(changed)), range(options)))
+    changes = list(changed.values())
+    pairs = [(a, b) for a, b in combinations(unit_options, 2) if a[0] != b[0]]
+    all_changes = [{}, *(changes[u][m] for u, m in unit_options)]
+    all_changes += [changes[u][m] | changes[v][n] for (u, m), (v, n) in pairs]
+    found = losses(all_changes, report)
+    baseline_loss, alone = found[0], dict(zip(unit_options, found[1:], strict=False))
+    matrix = np.zeros((len(unit_options), len(unit_options)))
+    for k, unit_option in enumerate(unit_options):
+        matrix[k, k] = 2 * (alone[unit_option] - baseline_loss)
+    for (a, b), both in zip(pairs, found[1 + len(unit_options) :], strict=True):
+        i, j = unit_options.index(a), unit_options.index(b)
+        matrix[i, j] = matrix[j, i] = both + baseline_loss - alone[a] - alone[b]
+    return matrix
+
+
+class _BlockLoss:
+    """‖Y′ − Y‖²/‖Y‖² of the block's output over all calibration tokens."""
+
+    def __init__(self, context: BlockContext) -> None:
+        self.context = context
+        self.expected = [output.clone() for output in context.run()]
+        self.energy = sum(float(output.double().square().sum()) for output in self.expected)
+
+    def compute(self, changes: list[WeightChange], report: Callable[[int], None]) -> list[float]:
+        """The loss of each change."""
+        found = []
+        for done, change in enumerate(changes):
+            report(done)
+            with self.context.replaced_weights(change):
+                squares = sum(
+                    float((after.float() - before.float()).double().square().sum())
+                    for before, after in zip(self.expected, self.context.run(), strict=True)
+                )
+            found.append(squares / self.energy)
+        return found
+
+
+class _ModelLoss:
+    """Mean squared change of the model's logits; several changed models run together."""
+
+    def __init__(self, context: BlockContext) -> None:
+        self.context, self.loaded = context, context.loaded
+        self.ids = context.ids
+        vocabulary = self.loaded.model.config.get_text_config().vocab_size
+        self.batch_size = max(1, _MAX_BATCH_LOGITS // (self.ids.numel() * vocabulary))
+        self.forms = detect_output_forms(self.loaded, self.ids)
+        self.expected = self._logits(torch.cat(list(context.run())))
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """Logits (models, sequences, tokens, vocabulary) of what leaves the block, in float32."""
+        ids = self.ids.repeat(len(hidden) // len(self.ids), 1)
+        logits = run_from_block(self.loaded, self.context.layer + 1, hidden, ids, self.forms)
+        return logits.float().view(-1, *self.ids.shape, logits.shape[-1])
+
+    def compute(self, changes: list[WeightChange], report: Callable[[int], None]) -> list[float]:
+        """The loss of each change."""
+        found: list[float] = []
+        for start in range(0, len(changes), self.batch_size):
+            report(start)
+            hidden = []
+            for change in changes[start : start + self.batch_size]:
+                with self.context.replaced_weights(change):
+                    hidden += list(self.context.run())
+            error = self._logits(torch.cat(hidden)).sub_(self.expected).square_()
+            found += error.mean(-1, dtype=torch.float64).mean((1, 2)).tolist()
+        return found
+
+
+_LOSSES = {"block": _BlockLoss, "model": _ModelLoss}

@@ -1,0 +1,189 @@
+"""Measure a profile: one load of the model, one walk over its blocks, every metric."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from importlib import import_module
+from itertools import groupby
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from lsq_core.bits import QuantConfig, is_divisible
+from lsq_core.model.architecture import find_blocks, parameter_name
+from lsq_core.model.info import Matrix, ModelInfo
+from lsq_core.model.loading import LoadedModel
+from lsq_core.profiling.blocks import record_calls
+from lsq_core.profiling.calibration import load_calibration
+from lsq_core.profiling.context import BlockContext
+from lsq_core.profiling.metrics import DEFAULT_METRICS, METRICS
+from lsq_core.profiling.metrics.base import Metric, Score
+from lsq_core.profiling.profile import Profile
+from lsq_core.profiling.settings import ProfileSettings
+from lsq_core.progress import Progress, no_progress
+from lsq_core.provenance import machine, versions
+from lsq_core.quantization.packed import check_finite, check_range
+from lsq_core.quantization.registry import (
+    check_choice,
+    get_quantizer,
+    quantizer_spec,
+    required_packages,
+)
+
+
+def make_metrics(names: Sequence[str]) -> list[Metric]:
+    """One of each of these metrics, in the order of the registry."""
+    found = []
+    for name, import_path in METRICS.items():
+        if name in names:
+            module, _, kind = import_path.partition(":")
+            found.append(getattr(import_module(module), kind)())
+    return found
+
+
+@torch.inference_mode()
+def measure_profile(
+    loaded: LoadedModel,
+    settings: ProfileSettings,
+    key: str,
+    progress: Progress = no_progress,
+    metrics: Sequence[str] = DEFAULT_METRICS,
+) -> Profile:
+    """Measure metrics on every matrix of a loaded model; the profile holds those alone.
+
+    Raises
+    ------
+    InputError
+        When the quantizer cannot run here or group like this, or the calibration corpus cannot be
+        had or is too short.
+    LsqError
+        When a weight is NaN or infinite.
+    """
+    start_time = time.perf_counter()
+    check_choice(settings.quantizer, {}, settings.axis)
+    blocks = load_calibration(loaded, settings.text)
+    metric_objects = make_metrics(metrics)
+    ids = torch.from_numpy(blocks.ids).to(loaded.device)[: _max_sequences(metric_objects)]
+    scores: list[Score] = []
+    done, total = 0, _effort(metric_objects, loaded.info)
+    uses_text = any(metric.needs_calibration for metric in metric_objects)
+    for context in iter_blocks(loaded, ids) if uses_text else _iter_weights_only(loaded, ids):
+        layer = f"layer {context.layer + 1} of {loaded.info.layers}"
+        progress(min(done, total), total, layer)
+        for metric, score in _score_block(context, settings, metric_objects):
+            scores.append(score)
+            done += metric.effort(context.layer, loaded.info.layers)
+            progress(min(done, total), total, f"{layer}, {score.matrix.type}")
+    progress(total, total, "profiled")
+    return Profile(
+        id=key,
+        fingerprint=loaded.info.fingerprint,
+        settings=settings,
+        matrices=loaded.info.matrices,
+        values=_as_frame(scores),
+        provenance={
+            "corpus": blocks.corpus,
+            "corpus_source": blocks.source,
+            "corpus_sha256": blocks.sha256,
+            "tokens": ids.numel(),
+            "settings": asdict(settings),
+            "device": loaded.device,
+            "machine": machine(loaded.device),
+            "dtype": loaded.dtype,
+            "streamed": loaded.streamed,
+            "versions": versions(*required_packages([settings.quantizer])),
+            "seconds": time.perf_counter() - start_time,
+        },
+    )
+
+
+def _max_sequences(metrics: list[Metric]) -> int | None:
+    """How many calibration blocks the metrics read, None for all."""
+    wanted = [metric.sequences for metric in metrics]
+    return None if None in wanted else max(wanted)
+
+
+def _effort(metrics: list[Metric], info: ModelInfo) -> int:
+    """The effort of all scores together; fewer come where a group size does not fill a matrix."""
+    return sum(
+        metric.effort(matrix.layer, info.layers) * max(len(metric.configs), 1)
+        for metric in metrics
+        for matrix in info.matrices
+    )
+
+
+def iter_blocks(loaded: LoadedModel, ids: Tensor) -> Iterator[BlockContext]:
+    """Each block in turn with the inputs that the full-precision blocks before it produce."""
+    prefix, blocks = find_blocks(loaded.model)
+    calls, hidden = record_calls(loaded, ids)
+    for layer, block in enumerate(blocks):
+        matrices = tuple(m for m in loaded.info.matrices if m.layer == layer)
+        name = f"{prefix}.{layer}"
+        context = BlockContext(loaded, layer, name, block, matrices, ids, hidden, calls[layer])
+        with loaded.materialize(name):
+            if matrices:
+                yield context
+            if layer + 1 < len(blocks):
+                context.advance()
+
+
+def _iter_weights_only(loaded: LoadedModel, ids: Tensor) -> Iterator[BlockContext]:
+    """Each parameter in turn without any inputs, for metrics that need no text."""
+    prefix, blocks = find_blocks(loaded.model)
+    for name, found in groupby(loaded.info.matrices, parameter_name):
+        matrices = tuple(found)
+        layer = matrices[0].layer
+        with loaded.materialize(name):
+            yield BlockContext(loaded, layer, f"{prefix}.{layer}", blocks[layer], matrices, ids)
+
+
+def _score_block(
+    context: BlockContext, settings: ProfileSettings, metrics: list[Metric]
+) -> Iterator[tuple[Metric, Score]]:
+    for matrix in context.matrices:
+        check_finite(context.weight(matrix), matrix.name)
+    for metric in metrics:
+        for score in metric.score_unquantized(context):
+            yield metric, score
+    if not any(metric.configs for metric in metrics):
+        return
+    for unit in context.units:
+        for config in quantizer_spec(settings.quantizer).configs:
+            active_metrics = [metric for metric in metrics if config in metric.configs]
+            quantized = _quantize(context, unit, config, settings) if active_metrics else {}
+            for metric in active_metrics:
+                for score in metric.score_at_config(context, config, quantized):
+                    yield metric, score
+
+
+def _quantize(
+    context: BlockContext, unit: Sequence[Matrix], config: QuantConfig, settings: ProfileSettings
+) -> dict[Matrix, Tensor]:
+    """What each matrix becomes, float32, for those that the group size divides."""
+    quantizer = get_quantizer(settings.quantizer)
+    quantized = {}
+    for matrix in unit:
+        if is_divisible(matrix.numel, config.group_size):
+            weight = context.weight(matrix).float()
+            check_range(weight, config, settings.axis, matrix.name)
+            quantized[matrix] = quantizer.round_trip(
+                weight, config, settings.axis, settings.metadata
+            )
+    return quantized
+
+
+def _as_frame(scores: list[Score]) -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "module": [s.matrix.name for s in scores],
+            "layer": [s.matrix.layer for s in scores],
+            "type": [s.matrix.type for s in scores],
+            "metric": [s.metric for s in scores],
+            "config": [s.config.name if s.config else "" for s in scores],
+            "part": [s.part for s in scores],
+            "value": [s.value for s in scores],
+        }
+    )

@@ -1,0 +1,78 @@
+"""One module of a block, run again with the inputs it had when the block ran."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from lsq_core.model.architecture import first_tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """What a module is called with for one batch (a block: besides the hidden states)."""
+
+    args: tuple
+    kwargs: dict
+
+
+@dataclass(eq=False)
+class Replay:
+    """The calls of a ``container``, a batch each, and what the module ``output`` inside it gave."""
+
+    container: nn.Module
+    output: nn.Module
+    calls: list[Call] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Keep the calls and outputs of what runs meanwhile."""
+        call_hook = self.container.register_forward_pre_hook(
+            lambda module, args, kwargs: self.calls.append(Call(args, kwargs)), with_kwargs=True
+        )
+        try:
+            with self._collecting_outputs(self.outputs):
+                yield
+        finally:
+            call_hook.remove()
+
+    def run(self) -> Iterator[Tensor]:
+        """The output for each batch, with the weights as they are now."""
+        outputs_so_far: list[Tensor] = []
+        with self._collecting_outputs(outputs_so_far):
+            for call in self.calls:
+                self.container(*call.args, **call.kwargs)
+                yield outputs_so_far.pop()
+
+    @contextmanager
+    def _collecting_outputs(self, into: list[Tensor]) -> Iterator[None]:
+        """Add what ``output`` gives to a list, one tensor for each call of the container."""
+        outputs_so_far: list[Tensor] = []
+
+        def end(*_: object) -> None:
+            into.append(_concatenate_outputs(outputs_so_far))
+            outputs_so_far.clear()
+
+        handles = [
+            self.output.register_forward_hook(
+                lambda module, args, output: outputs_so_far.append(first_tensor(output))
+            ),
+            self.container.register_forward_hook(end),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _concatenate_outputs(outputs: list[Tensor]) -> Tensor:
+    """What a module gave in one or several calls, as one tensor."""
+    if len(outputs) == 1:
+        return outputs[0]
+    return torch.cat([output.flatten() for output in outputs]) if outputs else torch.empty(0)

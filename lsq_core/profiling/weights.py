@@ -1,0 +1,251 @@
+"""The weights of one matrix, read from its file as they are looked at; none of this needs torch.
+
+Matrices are found in the safetensors files by name, so that a histogram or a region of a model of
+any size is read without loading the model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from lsq_core.bits import QuantConfig, is_divisible
+from lsq_core.errors import InputError
+from lsq_core.model.checkpoint import read_entries
+from lsq_core.model.info import Matrix
+from lsq_core.model.source import ModelSource, weight_files
+
+#: Percentiles that are drawn over the layers.
+PERCENTILES = (0.1, 1.0, 25.0, 50.0, 75.0, 99.0, 99.9)
+#: Cells of a surface along one side: more cannot be told apart.
+MAX_CELLS = 128
+#: Groups of a matrix that are looked at where all of them are asked for.
+MAX_GROUPS = 4096
+_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+#: What checkpoints of some models leave out in front of a module's name.
+_PREFIX = re.compile(r"^(model|transformer)\.")
+
+
+def weights_folder(source: ModelSource) -> Path | None:
+    """The folder with a model's weights, where they are on this machine already; else None."""
+    folder = source.local_folder
+    if folder is None:
+        from huggingface_hub import try_to_load_from_cache
+
+        config = try_to_load_from_cache(source.name, "config.json", revision=source.revision)
+        folder = Path(config).parent if isinstance(config, str) else None
+    if folder is None or not folder.is_dir():
+        return None
+    files = weight_files(folder)
+    return folder if files and files[0].suffix == ".safetensors" else None
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies: its file, dtype, shape and the byte it begins at."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    def read(self) -> np.ndarray:
+        """The tensor as it is in the file, mapped and not read; bfloat16 as its 16 bits."""
+        if self.dtype not in _TYPES:
+            raise InputError(
+                f"{self.path} holds weights as {self.dtype}, which can't be shown; choose a model "
+                "in 16 or 32 bits."
+            )
+        return np.memmap(self.path, _TYPES[self.dtype], "r", self.offset, self.shape)
+
+
+class WeightReader:
+    """The matrices of a model in a folder of safetensors files.
+
+    Raises
+    ------
+    InputError
+        When a file is damaged.
+    """
+
+    def __init__(self, folder: Path, matrices: Iterable[Matrix]) -> None:
+        self._tensors = dict(_tensors(folder))
+        self.matrices = tuple(m for m in matrices if self._find_tensor(m) is not None)
+
+    def _find_tensor(self, matrix: Matrix) -> StoredTensor | None:
+        """The tensor that holds a matrix, alone or in a stack; None where it has another name."""
+        whole, expert = matrix.name, matrix.expert is not None
+        name = whole.rpartition(".")[0] if expert else f"{whole}.weight"
+        tensor = self._tensors.get(name) or self._tensors.get(_PREFIX.sub("", name))
+        sides = {matrix.out_features, matrix.in_features}
+        fits = tensor and len(tensor.shape) == 2 + expert and set(tensor.shape[-2:]) == sides
+        return tensor if fits else None
+
+    @cached_property
+    def _transposed(self) -> dict[bool, bool]:
+        """Whether matrices (alone, or in a stack) are kept as (in, out).
+
+        What is square does not show it, so it is as the others of its kind are.
+        """
+        seen = {False: False, True: False}
+        for matrix in self.matrices:
+            if matrix.out_features != matrix.in_features:
+                shape = (matrix.out_features, matrix.in_features)
+                seen[matrix.expert is not None] |= self._find_tensor(matrix).shape[-2:] != shape
+        return seen
+
+    def region(
+        self, matrix: Matrix, rows: slice = slice(None), columns: slice = slice(None)
+    ) -> np.ndarray:
+        """A matrix or a part of it, float32 (out, in); only that part is read.
+
+        Raises
+        ------
+        InputError
+            When the matrix is not in the files under its module's name, or is of a dtype that
+            cannot be read.
+        """
+        stored = self._find_tensor(matrix)
+        if stored is None:
+            raise InputError(
+                f"The files of this model keep {matrix.name} under another name or shape, so its "
+                "weights can't be shown."
+            )
+        values = stored.read()
+        values = values[matrix.expert] if matrix.expert is not None else values
+        values = values.T if self._transposed[matrix.expert is not None] else values
+        part = np.ascontiguousarray(values[rows, columns])
+        if stored.dtype == "BF16":  # the upper half of a float32
+            return (part.astype(np.uint32) << 16).view(np.float32)
+        return part.astype(np.float32)
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, StoredTensor]]:
+    for name, entry in read_entries(folder, weight_files(folder)).items():
+        yield name, StoredTensor(entry.file, entry.dtype, entry.shape, entry.start)
+
+
+# --- what is drawn --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Histogram:
+    """How many weights lie between ``edges`` (bins + 1,), and what a normal fit needs.
+
+    ``deviation`` is the population's.
+    """
+
+    edges: np.ndarray
+    counts: np.ndarray
+    mean: float
+    deviation: float
+
+    @property
+    def expected(self) -> np.ndarray:
+        """Counts (bins,) of as many draws from the normal distribution of same mean and spread."""
+        from scipy.stats import norm
+
+        share = np.diff(norm.cdf(self.edges, self.mean, self.deviation or 1.0))
+        return self.counts.sum() * share
+
+
+def histogram(weight: np.ndarray, bins: int = 240) -> Histogram:
+    """The histogram of all weights of a matrix, from the least to the greatest.
+
+    Raises
+    ------
+    InputError
+        When a weight is NaN or infinite.
+    """
+    bad = weight.size - int(np.isfinite(weight).sum())
+    if bad:
+        raise InputError(
+            f"The matrix holds {bad} NaN or infinite weights; check how the checkpoint was saved."
+        )
+    counts, edges = np.histogram(weight, bins)
+    return Histogram(edges, counts, *(float(f(weight, dtype=float)) for f in (np.mean, np.std)))
+
+
+def percentiles(weight: np.ndarray) -> np.ndarray:
+    """``PERCENTILES`` of all weights of a matrix, (7,)."""
+    return np.percentile(weight, PERCENTILES)
+
+
+def downsample_max(weight: np.ndarray, cells: int = MAX_CELLS) -> tuple[np.ndarray, int, int]:
+    """Absolute values in at most ``cells`` × ``cells`` cells, each the largest of a block.
+
+    The largest, so that an outlier stays. Returns the cells and how many rows and columns of
+    weights are in one.
+
+    Example
+    -------
+    >>> coarse(np.diag([1.0, -5.0, 2.0]), cells=2)
+    (array([[5., 0.],
+           [0., 2.]]), 2, 2)
+    """
+    row_step, column_step = (-(-length // cells) for length in weight.shape)
+    values = np.abs(weight)
+    values = np.maximum.reduceat(values, np.arange(0, values.shape[0], row_step), axis=0)
+    values = np.maximum.reduceat(values, np.arange(0, values.shape[1], column_step), axis=1)
+    return values, row_step, column_step
+
+
+# --- the quantization grid ------------------------------------------------------------------
+
+
+def split_into_groups(weight: np.ndarray, config: QuantConfig, axis: int) -> np.ndarray:
+    """A matrix as (groups, group size), as :func:`lsq_core.quantization.base.to_groups` cuts it.
+
+    Raises
+    ------
+    InputError
+        When the group size doesn't divide the matrix.
+    """
+    if not is_divisible(weight.size, config.group_size):
+        raise InputError(
+            f"A matrix of {weight.shape[0]}×{weight.shape[1]} cannot be cut into groups of "
+            f"{config.group_size}; choose a configuration with a smaller group."
+        )
+    if axis == 1:
+        return weight.reshape(-1, config.group_size)
+    return weight.reshape(config.group_size, -1).T
+
+
+def typical_group(groups: np.ndarray) -> int:
+    """The group whose range is the median of all groups' ranges."""
+    spread = np.ptp(groups, axis=1)
+    return int(np.argsort(spread, kind="stable")[len(spread) // 2])
+
+
+def widest_group(groups: np.ndarray) -> int:
+    """The group with the widest range: the one that an outlier stretched most."""
+    return int(np.argmax(np.ptp(groups, axis=1)))
+
+
+def grid_values(groups: np.ndarray, config: QuantConfig, quantizer: str) -> np.ndarray:
+    """What each code of each group stands for, (groups, 2^bits), ascending.
+
+    RTN's grid runs evenly from the least to the greatest weight of a group; any other quantizer
+    is asked, which needs torch. Scale and zero are those before they are stored.
+    """
+    codes = np.arange(2**config.bits)
+    if quantizer == "rtn":
+        low, high = groups.min(axis=1, keepdims=True), groups.max(axis=1, keepdims=True)
+        return low + (high - low) * codes / codes[-1]
+    import torch
+
+    from lsq_core.quantization.registry import get_quantizer
+
+    group_tensor = torch.from_numpy(np.ascontiguousarray(groups, dtype=np.float32))
+    return get_quantizer(quantizer).levels(group_tensor, config).numpy()
+
+
+def sample_groups(groups: np.ndarray) -> np.ndarray:
+    """All groups, or ``MOST_GROUPS`` of them, evenly spread, where there are more."""
+    step = -(-len(groups) // MAX_GROUPS)
+    return groups[::step]

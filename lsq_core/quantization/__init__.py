@@ -1,0 +1,1 @@
+"""Quantizers, and what they store a matrix as."""

@@ -1,0 +1,74 @@
+"""GPTQ (arXiv 2210.17323): weights rounded one input after another, the rest making up for it.
+
+Quantized by ``gptqmodel``; read and multiplied by here, so a saved model doesn't need it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lsq_core.bits import QuantConfig
+from lsq_core.quantization.base import StoredMatrix
+from lsq_core.quantization.gptqmodel.process import GptqmodelQuantizer
+from lsq_core.quantization.packed import unpack_bits
+
+
+def unpack_words(words: Tensor, bits: int) -> Tensor:
+    """Codes (rows, n), uint8, of int32 (rows, n·bits/32) that hold them lowest bits first.
+
+    A code may lie across two words, as one of three bits does.
+    """
+    count = words.shape[1] * 32 // bits
+    stream = words.contiguous().view(torch.uint8).flatten()
+    return unpack_bits(stream, bits, len(words) * count).view(len(words), count)
+
+
+@dataclass(frozen=True, eq=False)
+class GptqMatrix(StoredMatrix):
+    """The tensors of ``gptqmodel``'s ``gptq`` format, as :func:`..layout.gptq`."""
+
+    qweight: Tensor
+    qzeros: Tensor
+    scales: Tensor
+    g_idx: Tensor
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Every stored tensor by name."""
+        return {
+            "qweight": self.qweight,
+            "qzeros": self.qzeros,
+            "scales": self.scales,
+            "g_idx": self.g_idx,
+        }
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weights (out, in), computed in float32 and then cast."""
+        codes = unpack_words(self.qweight.T, self.config.bits)
+        # The format keeps zeros less one, in as many bits as a code.
+        zeros = (unpack_words(self.qzeros, self.config.bits) + 1) & (2**self.config.bits - 1)
+        zeros, scales = zeros.T[:, self.g_idx].float(), self.scales.T[:, self.g_idx].float()
+        return (codes.float().sub_(zeros).mul_(scales)).to(dtype)
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], shape: tuple[int, int], config: QuantConfig, axis: int
+    ) -> GptqMatrix:
+        """The inverse of :attr:`tensors`."""
+        return cls(shape, config, axis, **tensors)
+
+
+class Gptq(GptqmodelQuantizer):
+    """``gptqmodel``'s own defaults: symmetric, inputs in their order, damped by 5 %."""
+
+    matrix = GptqMatrix
+    method = "gptq"
+
+    @staticmethod
+    def scale_range(bits: int) -> tuple[float, float]:
+        """Scales are fp16: below 2⁻¹⁸ they have less than six bits left, above 65,504 none."""
+        return (2**bits - 1) * 2.0**-18, (2**bits - 1) * 65504.0

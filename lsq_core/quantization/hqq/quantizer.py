@@ -1,0 +1,40 @@
+"""Half-quadratic quantization [D]: the grid of ``hqq`` and this project's fast solver.
+
+``hqq`` itself gives every group narrower than 10⁻⁴ the scale 1 and no group a scale below
+1/20,000, which destroys matrices of small weights. The grid is the same here without these two.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lsq_core.bits import QuantConfig
+from lsq_core.quantization.base import Grid
+from lsq_core.quantization.hqq.solver import solve_zero_points
+from lsq_core.quantization.packed import CONSTANT_SPREAD, GridQuantizer
+
+
+def min_max_grid(weight: Tensor, config: QuantConfig, axis: int, optimize: bool) -> Grid:
+    """Scale and zero of each group of a (out, in) float32 matrix of ordinary magnitude.
+
+    The grid runs from the least weight of a group to the greatest; with ``optimize`` the
+    solver then moves the zero points. A constant group has the scale 1.
+    """
+    size, top = config.group_size, 2**config.bits - 1
+    groups = weight.reshape(-1, size) if axis == 1 else weight.reshape(size, -1)
+    low, high = groups.amin(axis, keepdim=True), groups.amax(axis, keepdim=True)
+    spread = high - low
+    inverse = torch.where(spread > CONSTANT_SPREAD, top / spread, 1.0)
+    zero = -low * inverse
+    if optimize:
+        zero = solve_zero_points(groups, inverse, zero, top, axis)
+    return Grid((1.0 / inverse).flatten(), zero.flatten())
+
+
+class Hqq(GridQuantizer):
+    """Min-max grid whose zero point the half-quadratic solver then moves."""
+
+    def solve(self, weight: Tensor, config: QuantConfig, axis: int) -> Grid:
+        """See :class:`lsq_core.quantization.packed.GridQuantizer`."""
+        return min_max_grid(weight, config, axis, optimize=True)

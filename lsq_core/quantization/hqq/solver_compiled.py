@@ -1,0 +1,124 @@
+"""The solver's steps on the CPU: compiled once a process has enough to do that it pays.
+
+Compiling takes 10 to 20 seconds the first time on a machine and a few when the compiler's cache
+has it (``TORCHINDUCTOR_CACHE_DIR``); it then saves about two thirds of the steps' time. Nobody
+knows beforehand how much a process will solve. So the steps run as they are until compiling would
+have cost as much as they did, and no job takes much more than twice its best time.
+
+The zero points are the same to the last bit either way unless errors are so large that they
+survive the shrinking: sums of codes are whole numbers, which add up alike in any order.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from lsq_core.errors import exception_reason
+
+#: Weights that one variant of the steps has to have solved before it is compiled.
+COMPILE_AFTER_WEIGHTS = 2**31
+#: Pieces of fewer weights always run as they are: they gain nothing, and single groups would be
+#: compiled for apart.
+MIN_COMPILED_WEIGHTS = 2**14
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SolverBackend:
+    """What runs the solver's steps, and why it is not something faster."""
+
+    name: str
+    reason: str = ""
+
+
+class AdaptiveSteps:
+    """The steps, called often and compiled when that pays.
+
+    They are compiled, and counted, apart for each axis, with the shrinking and without.
+    """
+
+    def __init__(self, eager: Callable) -> None:
+        self.eager = eager
+        self._compiled: Callable | None = None
+        self._weights_solved: Counter[tuple[int, bool]] = Counter()
+        self._forced: bool | None = None
+        self._failure = ""
+
+    def __call__(
+        self,
+        scaled: Tensor,
+        mean: Tensor,
+        scale: Tensor,
+        zero: Tensor,
+        top: int,
+        axis: int,
+        shrinks: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """See ``_steps`` in :mod:`lsq_core.quantization.hqq.solver`."""
+        inputs = (scaled, mean, scale, zero, top, axis, shrinks)
+        variant = (axis, shrinks)
+        self._weights_solved[variant] += scaled.numel()
+        if scaled.numel() < MIN_COMPILED_WEIGHTS or not self._should_compile(variant):
+            return self.eager(*inputs)
+        if self._compiled is None:
+            self._compiled = torch.compile(self.eager, dynamic=True)
+        try:
+            return self._compiled(*inputs)
+        except Exception as error:  # whatever a compiler can't do here, the steps still can
+            self._failure = f"compiling failed: {exception_reason(error)}"
+            _log.warning("%s; the solver goes on without", self._failure)
+            return self.eager(*inputs)
+
+    @property
+    def backend(self) -> SolverBackend:
+        """What runs now, ``compiled`` or ``eager``, and why it is eager."""
+        if any(self._should_compile(variant) for variant in [*self._weights_solved, (1, False)]):
+            return SolverBackend("compiled")
+        if self._forced is False:
+            return SolverBackend("eager", "asked for")
+        solved = max(self._weights_solved.values(), default=0)
+        return SolverBackend(
+            "eager",
+            self._failure
+            or _missing_compiler()
+            or f"compiling pays after {COMPILE_AFTER_WEIGHTS / 1e6:,.0f} million weights; "
+            f"{solved / 1e6:,.0f} million were solved so far",
+        )
+
+    @contextmanager
+    def force_compiled(self, compiled: bool) -> Iterator[None]:
+        """Compiled from the first weight on, or never, within the block."""
+        before, self._forced = self._forced, compiled
+        try:
+            yield
+        finally:
+            self._forced = before
+
+    def _should_compile(self, variant: tuple[int, bool]) -> bool:
+        if self._forced is False or self._failure or _missing_compiler():
+            return False
+        return bool(self._forced) or self._weights_solved[variant] >= COMPILE_AFTER_WEIGHTS
+
+
+def _missing_compiler() -> str:
+    """Why nothing can be compiled on this machine, or an empty string."""
+    return _find_missing_compiler(os.environ.get("CXX"), os.environ.get("PATH"))
+
+
+@cache
+def _find_missing_compiler(named: str | None, path: str | None) -> str:
+    """Looked for once: it takes as long as a few steps of a small matrix."""
+    if any(shutil.which(name, path=path) for name in ([named] if named else ["g++", "clang++"])):
+        return ""
+    return f"there is no C++ compiler ({named or 'g++ or clang++'})"

@@ -1,0 +1,140 @@
+"""The half-quadratic solver's steps on a GPU: one kernel, each group in registers for all of them.
+
+A weight is read once. What is written is each group's zero point after every step, because the
+step at which ``hqq`` stops is known only when all groups' errors are, and those errors, summed by
+block. That is 80 bytes for a group of 64 weights; the arithmetic between hides it.
+
+``TRITON_INTERPRET=1`` runs the same kernel on the CPU, which is how the tests check it.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+from math import log2
+
+import torch
+from torch import Tensor
+
+#: Weights that one block holds in registers, and its warps: 16 a thread.
+TILE = 2048
+WARPS = 4
+
+
+def available() -> bool:
+    """Whether Triton is installed; PyTorch for CUDA brings it."""
+    return find_spec("triton") is not None
+
+
+def run_all_steps(
+    weight: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    top: int,
+    axis: int,
+    *,
+    steps: int,
+    lp_norm: float,
+    beta: float,
+) -> tuple[Tensor, Tensor]:
+    """Run every step of every group.
+
+    Parameters
+    ----------
+    weight
+        (groups, group_size) for axis 1, (group_size, groups) for axis 0; float32, bfloat16 or
+        float16, any strides.
+    scale, zero
+        float32, one of each group: (groups, 1) or (1, groups).
+
+    Returns
+    -------
+    zeros, errors
+        The zero points after each step, float32 (steps, *zero.shape), and the summed absolute
+        error before each, float64 (steps,), without groups in which it is not a number.
+    """
+    import triton
+
+    groups, group_size = weight.shape[1 - axis], weight.shape[axis]
+    padded = triton.next_power_of_2(group_size)
+    block = max(TILE // padded, 1)
+    blocks = triton.cdiv(groups, block)
+    zeros = torch.empty(steps, *zero.shape, dtype=torch.float32, device=weight.device)
+    errors = torch.empty(steps, blocks, dtype=torch.float32, device=weight.device)
+    with torch.cuda.device(weight.device if weight.is_cuda else -1):
+        _kernel()[(blocks,)](
+            weight,
+            scale.contiguous(),
+            zero.contiguous(),
+            zeros,
+            errors,
+            groups,
+            blocks,
+            weight.stride(1 - axis),
+            weight.stride(axis),
+            float(top),
+            STEPS=steps,
+            NORM=lp_norm,
+            LOG_BETA=log2(beta),
+            SIZE=group_size,
+            PADDED=padded,
+            BLOCK=block,
+            num_warps=WARPS,
+        )
+    return zeros, errors.sum(1, dtype=torch.float64)
+
+
+@cache
+def _kernel():
+    """The kernel, made when it is needed: nothing else here imports Triton."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def solve(
+        weight,
+        scale,
+        zero,
+        zeros,
+        errors,
+        groups,
+        blocks,
+        group_stride,
+        item_stride,
+        top,
+        STEPS: tl.constexpr,
+        NORM: tl.constexpr,
+        LOG_BETA: tl.constexpr,
+        SIZE: tl.constexpr,
+        PADDED: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        items = tl.arange(0, PADDED)
+        real = rows < groups
+        inside = real[:, None] & (items < SIZE)[None, :]
+        offsets = rows[:, None] * group_stride + items[None, :] * item_stride
+        s = tl.load(scale + rows, mask=real, other=1.0)
+        z = tl.load(zero + rows, mask=real, other=0.0)
+        scaled = tl.load(weight + offsets, mask=inside, other=0.0).to(tl.float32) * s[:, None]
+        mean = tl.sum(scaled, 1) / SIZE
+        strength = (2 - NORM) * tl.log2(s) - LOG_BETA
+        zeros += rows
+        errors += tl.program_id(0)
+        for _ in range(STEPS):
+            shifted = scaled + z[:, None]
+            codes = tl.minimum(tl.maximum(shifted, 0.0), top)
+            # 1.5 · 2^23 leaves no place for a fraction: rounds halves to even, as torch does.
+            codes = (codes + 12582912.0) - 12582912.0
+            error = shifted - codes
+            size = tl.abs(error)
+            shrunk = tl.maximum(size - tl.exp2(strength[:, None] + (NORM - 1) * tl.log2(size)), 0.0)
+            shifted_codes = codes + tl.where(error < 0, -shrunk, shrunk)
+            total_error = tl.sum(tl.where(inside, size, 0.0), 1) / s
+            tl.store(errors, tl.sum(tl.where(real & (total_error < 3.0e38), total_error, 0.0), 0))
+            z = tl.sum(tl.where(inside, shifted_codes, 0.0), 1) / SIZE - mean
+            tl.store(zeros, z, mask=real)
+            zeros += groups
+            errors += blocks
+
+    return solve

@@ -1,0 +1,459 @@
+"""Hybrid quantization ([C]; method §7): learned rounding of high-impact rows, clipping of the rest.
+
+Block by block, on how far the block's output is from full precision: its inputs come from the
+prefix that was quantized already, its targets from the full-precision stream. High-impact rows
+learn whether each weight is rounded up or down (AdaRound, Nagel et al. 2020), on a grid that stays;
+the rest learn how far each group's range is clipped (OmniQuant, Shao et al. 2024).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lsq_core.bits import Config, QuantConfig
+from lsq_core.errors import exception_reason
+from lsq_core.files import write_bytes
+from lsq_core.model.architecture import (
+    find_blocks,
+    first_tensor,
+    get_weight,
+    is_transposed,
+    locate_parameter,
+)
+from lsq_core.model.info import Matrix
+from lsq_core.model.loading import LoadedModel
+from lsq_core.profiling.blocks import record_calls
+from lsq_core.profiling.calibration import load_calibration
+from lsq_core.profiling.replay import Call
+from lsq_core.progress import Progress
+from lsq_core.quantization.base import (
+    Grid,
+    HighImpactRows,
+    StoredMatrix,
+    from_groups,
+    round_to_grid,
+    to_groups,
+)
+from lsq_core.quantization.magnitude import normalizing_exponent, scale_by_power_of_two
+from lsq_core.quantization.packed import (
+    PackedMatrix,
+    check_finite,
+    check_range,
+    pack_bits,
+    store_grid,
+    stored_grid,
+)
+from lsq_core.quantization.registry import stored_matrix_class
+from lsq_core.quantization.rows import pack_rows
+from lsq_core.quantization.rtn import Rtn
+from lsq_core.quantization.task import QuantizationTask
+from lsq_core.quantized.convert import install, shallow_copy
+from lsq_core.quantized.manifest import FORMAT_VERSION
+
+if TYPE_CHECKING:
+    from lsq_core.settings import GridSettings
+
+#: Calibration sequences that are learned from, one at a step.
+SEQUENCES = 32
+_ROUNDING_RATE, _CLIPPING_RATE = 1e-3, 1e-2
+#: Share of the steps before rounding is pushed to either side, and γ from there to the end.
+_WARMUP_FRACTION, _GAMMA = 0.2, (20.0, 2.0)
+#: How much the mean regulariser counts beside the relative squared output error. The paper gives
+#: no figure; AdaRound's is 0.01, of a sum.
+_REGULARIZER_WEIGHT = 0.01
+#: What clipping starts at, before the sigmoid.
+_INITIAL_CLIP_LOGIT = 4.0
+
+
+# --- what is learned -------------------------------------------------------------------------
+
+
+class LearnedRounding(nn.Module):
+    """Rows on a grid that stays, each weight rounded down plus ``V = clip(1.2·σ(a) − 0.1, 0, 1)``.
+
+    The grid is that of the weights at an ordinary magnitude, 2^exponent times smaller. ``V`` starts
+    at what rounding down leaves; in the end it is ``a ≥ 0``.
+    """
+
+    def __init__(self, weight: Tensor, config: QuantConfig, axis: int, metadata: str) -> None:
+        super().__init__()
+        self.shape, self.config, self.axis = tuple(weight.shape), config, axis
+        self.exponent = normalizing_exponent(weight)
+        normalized = scale_by_power_of_two(weight.float(), -self.exponent)
+        groups = to_groups(normalized, config.group_size, axis)
+        grid = Rtn().solve(normalized, config, axis)
+        self.scale, self.zero = store_grid(groups, grid, config, metadata)
+        self.grid = stored_grid(self.scale, self.zero)
+        scaled = groups / self.grid.scale[:, None] + self.grid.zero[:, None]
+        self.rounded_down = scaled.floor()
+        left = (scaled - self.rounded_down + 0.1) / 1.2
+        self.a = nn.Parameter(torch.logit(left))
+
+    @property
+    def round_up(self) -> Tensor:
+        """``V``, 0 to 1 for each weight."""
+        return (1.2 * torch.sigmoid(self.a) - 0.1).clamp(0, 1)
+
+    def forward(self) -> Tensor:
+        """The weights (rows, in) that are differentiable."""
+        codes = (self.rounded_down + self.round_up).clamp(0, 2**self.config.bits - 1)
+        groups = (codes - self.grid.zero[:, None]) * self.grid.scale[:, None]
+        return scale_by_power_of_two(from_groups(groups, self.shape, self.axis), self.exponent)
+
+    def rounding_regularizer(self, gamma: float) -> Tensor:
+        """The regulariser ``1 − |2V − 1|^γ``, its mean."""
+        return (1 - (2 * self.round_up - 1).abs().pow(gamma)).mean()
+
+    @torch.no_grad()
+    def pack(self) -> PackedMatrix:
+        """The rows as stored."""
+        codes = (
+            (self.rounded_down + (self.a >= 0)).clamp(0, 2**self.config.bits - 1).to(torch.uint8)
+        )
+        packed = pack_bits(codes.flatten(), self.config.bits)
+        scale = self.scale.scaled(self.exponent)
+        return PackedMatrix(self.shape, self.config, self.axis, packed, scale, self.zero)
+
+
+class LearnedClipping(nn.Module):
+    """Rows whose groups run from ``σ(l)·min`` to ``σ(u)·max``, rounded to nearest between."""
+
+    def __init__(self, weight: Tensor, config: QuantConfig, axis: int, metadata: str) -> None:
+        super().__init__()
+        self.shape, self.config = tuple(weight.shape), config
+        self.axis, self.metadata = axis, metadata
+        self.exponent = normalizing_exponent(weight)
+        normalized = scale_by_power_of_two(weight.float(), -self.exponent)
+        self.groups = to_groups(normalized, config.group_size, axis)
+        self.lowest, self.highest = self.groups.amin(1), self.groups.amax(1)
+        self.low = nn.Parameter(torch.full_like(self.lowest, _INITIAL_CLIP_LOGIT))
+        self.high = nn.Parameter(torch.full_like(self.highest, _INITIAL_CLIP_LOGIT))
+
+    def learned_grid(self) -> Grid:
+        """Scale and zero of the weights at their ordinary magnitude, less the exponent.
+
+        They are differentiable, the zero rounded with its gradient passed through.
+        """
+        low = torch.sigmoid(self.low) * self.lowest
+        high = torch.sigmoid(self.high) * self.highest
+        scale = ((high - low) / (2**self.config.bits - 1)).clamp(min=1e-8)
+        return Grid(scale, _round_straight_through(-low / scale))
+
+    def forward(self) -> Tensor:
+        """The weights (rows, in) that are differentiable."""
+        grid = self.learned_grid()
+        scale, zero = grid.scale[:, None], grid.zero[:, None]
+        codes = (_round_straight_through(self.groups / scale) + zero).clamp(
+            0, 2**self.config.bits - 1
+        )
+        groups = from_groups((codes - zero) * scale, self.shape, self.axis)
+        return scale_by_power_of_two(groups, self.exponent)
+
+    @torch.no_grad()
+    def pack(self) -> PackedMatrix:
+        """The rows as stored, rounded on the grid as stored."""
+        scale, zero = store_grid(self.groups, self.learned_grid(), self.config, self.metadata)
+        codes = round_to_grid(self.groups, stored_grid(scale, zero), self.config.bits)
+        packed = pack_bits(codes.flatten(), self.config.bits)
+        scale = scale.scaled(self.exponent)
+        return PackedMatrix(self.shape, self.config, self.axis, packed, scale, zero)
+
+
+def _round_straight_through(values: Tensor) -> Tensor:
+    """Rounded, with the gradient of what was not."""
+    return values + (values.round() - values).detach()
+
+
+class LearnedMatrix(nn.Module):
+    """One matrix: its high-impact rows, if it has any, and the rest."""
+
+    def __init__(
+        self, weight: Tensor, config: Config, rows: Sequence[int] | None, axis: int, metadata: str
+    ) -> None:
+        super().__init__()
+        self.shape, self.config = tuple(weight.shape), config
+        self.rounding: LearnedRounding | None = None
+        if isinstance(config, QuantConfig):
+            self.clipping = LearnedClipping(weight, config, axis, metadata)
+            return
+
+        def high(part: Tensor, own: QuantConfig) -> PackedMatrix:
+            self.rounding = LearnedRounding(part, own, axis, metadata)
+            return self.rounding.pack()
+
+        def low(part: Tensor, own: QuantConfig) -> PackedMatrix:
+            self.clipping = LearnedClipping(part, own, axis, metadata)
+            return self.clipping.pack()
+
+        self.initial = pack_rows(weight, config, rows, axis, high, low)
+        self.is_high = self.initial.is_high
+
+    def forward(self) -> Tensor:
+        """The weights (out, in) that are differentiable."""
+        if isinstance(self.config, QuantConfig) or self.initial.high is None:
+            return self.clipping()
+        fixed = self.initial.high
+        high = self.rounding() if self.rounding else fixed.dequantize(torch.float32)
+        weight = torch.empty(self.shape, device=high.device)
+        return weight.masked_scatter(self.is_high[:, None], high).masked_scatter(
+            ~self.is_high[:, None], self.clipping()
+        )
+
+    def pack(self) -> StoredMatrix:
+        """The matrix as stored."""
+        if isinstance(self.config, QuantConfig):
+            return self.clipping.pack()
+        high = self.rounding.pack() if self.rounding else self.initial.high
+        return replace(self.initial, high=high, low=self.clipping.pack())
+
+
+# --- a block ---------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class _BlockInputs:
+    """What enters a block for each calibration sequence, and how it is called."""
+
+    hidden: list[Tensor]
+    calls: list[list[Call]]
+
+    def run(self, layer: int, block: Callable, number: int) -> Tensor:
+        call = self.calls[number][layer]
+        return first_tensor(block(self.hidden[number], *call.args, **call.kwargs))
+
+    @torch.no_grad()
+    def run_all(self, layer: int, block: Callable) -> list[Tensor]:
+        """What leaves the block for each sequence."""
+        return [self.run(layer, block, k) for k in range(len(self.hidden))]
+
+
+class _LearnableBlock:
+    """A full-precision block whose planned weights are learned."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        block: nn.Module,
+        prefix: str,
+        learned: dict[Matrix, LearnedMatrix],
+    ) -> None:
+        self.block, self.learned = block, learned
+        self.matrices_by_parameter: dict[str, list[Matrix]] = {}
+        self.transposed, self.dtypes = {}, {}
+        for matrix in learned:
+            holder, parameter = locate_parameter(model, matrix)
+            module = matrix.name if matrix.expert is None else matrix.name.rsplit(".", 2)[0]
+            name = f"{module.removeprefix(prefix).lstrip('.')}.{parameter}"
+            self.matrices_by_parameter.setdefault(name, []).append(matrix)
+            self.transposed[name] = is_transposed(holder)
+            self.dtypes[name] = getattr(holder, parameter).dtype
+
+    def __call__(self, hidden: Tensor, *args: object, **kwargs: object) -> object:
+        """The block with the weights as they are learned so far."""
+        weights = {}
+        for name, matrices in self.matrices_by_parameter.items():
+            parts = [self.learned[m]() for m in matrices]
+            parts = [part.T for part in parts] if self.transposed[name] else parts
+            whole = parts[0] if matrices[0].expert is None else torch.stack(parts)
+            weights[name] = whole.to(self.dtypes[name])
+        return functional_call(self.block, weights, (hidden, *args), kwargs)
+
+
+class Hybrid:
+    """Learned block by block, each in ``steps``; a matrix of one width learns clipping alone."""
+
+    matrix = PackedMatrix
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def quantize_model(self, task: QuantizationTask) -> nn.Module:
+        """See :class:`ModelQuantizer`: of the calibration text :data:`SEQUENCES` are read."""
+        loaded, choice = task.loaded, task.choice
+        ids = torch.from_numpy(load_calibration(loaded, task.text).ids).to(loaded.device)
+        prefix, blocks = find_blocks(loaded.model)
+        quantized = shallow_copy(loaded.model)
+        copies = list(find_blocks(quantized)[1])
+        with torch.inference_mode(False), torch.no_grad():
+            full, quantized_stream = _initial_inputs(loaded, ids)
+            for layer, block in enumerate(blocks):
+                own = {m: c for m, c in choice.items() if m.layer == layer}
+                targets = full.run_all(layer, block)
+                file = task.folder and task.folder / f"block-{layer}.safetensors"
+                report = self._step_reporter(task.progress, layer, len(blocks))
+                packed, seconds = _read_block(file, own, task.grid.axis, loaded.device, report)
+                task.cache.saved_seconds += seconds
+                if not packed and own:
+                    start_time = time.perf_counter()
+                    learned = _learnable_matrices(loaded, own, task.rows, task.grid)
+                    learning = _LearnableBlock(loaded.model, block, f"{prefix}.{layer}", learned)
+                    _learn(
+                        learning,
+                        quantized_stream,
+                        layer,
+                        targets,
+                        self.steps,
+                        task.text.seed,
+                        report,
+                    )
+                    packed = {m: matrix.pack() for m, matrix in learned.items()}
+                    _write_block(file, packed, time.perf_counter() - start_time)
+                install(quantized, packed)
+                quantized_stream.hidden, full.hidden = (
+                    quantized_stream.run_all(layer, copies[layer]),
+                    targets,
+                )
+        total = len(blocks) * self.steps
+        task.progress(total, total, "quantized")
+        return quantized
+
+    def _step_reporter(self, progress: Progress, layer: int, layers: int) -> Callable[..., None]:
+        """Tells a step of a layer as one of them all, or something else in its place."""
+
+        def report(step: int, message: str = "") -> None:
+            text = message or f"layer {layer + 1} of {layers}, step {step} of {self.steps}"
+            progress(layer * self.steps + step, layers * self.steps, text)
+
+        return report
+
+
+def _initial_inputs(loaded: LoadedModel, ids: Tensor) -> tuple[_BlockInputs, _BlockInputs]:
+    """What enters the first block, for the full-precision stream and for the quantized one."""
+    sequences = [ids[k : k + 1].clone() for k in range(min(len(ids), SEQUENCES))]
+    recorded = [record_calls(loaded, sequence) for sequence in sequences]
+    calls = [[layer[0] for layer in own] for own, _ in recorded]
+    hidden = [own[0] for _, own in recorded]
+    return _BlockInputs(hidden, calls), _BlockInputs(list(hidden), calls)
+
+
+def _learnable_matrices(
+    loaded: LoadedModel,
+    choice: Mapping[Matrix, Config],
+    rows: HighImpactRows,
+    grid: GridSettings,
+) -> dict[Matrix, LearnedMatrix]:
+    learned = {}
+    for matrix, config in choice.items():
+        weight = get_weight(loaded.model, matrix)
+        check_finite(weight, matrix.name)
+        whole = config if isinstance(config, QuantConfig) else config.low
+        check_range(weight, whole, grid.axis, matrix.name)
+        own = rows.get(matrix.name)
+        learned[matrix] = LearnedMatrix(weight, config, own, grid.axis, grid.metadata)
+    return learned
+
+
+@torch.enable_grad()
+def _learn(
+    block: _LearnableBlock,
+    stream: _BlockInputs,
+    layer: int,
+    targets: list[Tensor],
+    steps: int,
+    seed: int,
+    report: Callable[[int], None],
+) -> None:
+    """Adam on the relative squared error of the block's output, one sequence a step."""
+    rounding = [m.rounding for m in block.learned.values() if m.rounding is not None]
+    clipping = [m.clipping for m in block.learned.values()]
+    groups = [
+        {"params": [p for part in rounding for p in part.parameters()], "lr": _ROUNDING_RATE},
+        {"params": [p for part in clipping for p in part.parameters()], "lr": _CLIPPING_RATE},
+    ]
+    optimizer = torch.optim.Adam([group for group in groups if group["params"]])
+    energy = sum(float(t.double().square().mean()) for t in targets) / len(targets)
+    order = torch.Generator().manual_seed(seed)
+    for step in range(steps):
+        report(step)
+        number = int(torch.randint(len(targets), (1,), generator=order))
+        output = stream.run(layer, block, number)
+        loss = (output.float() - targets[number].float()).square().mean() / energy
+        gamma = _gamma(step, steps)
+        if rounding and gamma is not None:
+            loss = loss + _REGULARIZER_WEIGHT * sum(
+                part.rounding_regularizer(gamma) for part in rounding
+            ) / len(rounding)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def _gamma(step: int, steps: int) -> float | None:
+    """γ of the regulariser at a step: none at first, then from 20 down to 2.
+
+    >>> _gamma(0, 10), _gamma(2, 10), _gamma(9, 10)
+    (None, 20.0, 2.0)
+    """
+    free = int(_WARMUP_FRACTION * steps)
+    if step < free:
+        return None
+    start, end = _GAMMA
+    return start + (end - start) * (step - free) / max(steps - free - 1, 1)
+
+
+# --- what is kept ----------------------------------------------------------------------------
+
+
+def _write_block(file: Path | None, packed: Mapping[Matrix, StoredMatrix], seconds: float) -> None:
+    if file is None:
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        f"{matrix.name}/{name}": tensor.detach().cpu().contiguous()
+        for matrix, own in packed.items()
+        for name, tensor in own.tensors.items()
+    }
+    header = {"seconds": repr(seconds), "format": str(FORMAT_VERSION)}
+    write_bytes(file, save(tensors, metadata=header))
+
+
+def _read_block(
+    file: Path | None,
+    choice: Mapping[Matrix, Config],
+    axis: int,
+    device: str,
+    report: Callable[..., None],
+) -> tuple[dict[Matrix, StoredMatrix], float]:
+    """What was kept of a block, and the seconds it took; nothing where nothing was.
+
+    What is damaged is deleted, and its block is learned again.
+    """
+    if file is None or not file.is_file():
+        return {}, 0.0
+    try:
+        return _load_block(file, choice, axis, device)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        report(0, f"{file} is damaged ({exception_reason(error)}), so its block is learned again")
+        file.unlink(missing_ok=True)
+        return {}, 0.0
+
+
+def _load_block(
+    file: Path, choice: Mapping[Matrix, Config], axis: int, device: str
+) -> tuple[dict[Matrix, StoredMatrix], float]:
+    tensors: dict[str, dict[str, Tensor]] = {}
+    with safe_open(file, "pt", device) as saved:
+        header = saved.metadata() or {}
+        if header.get("format", "2") != str(
+            FORMAT_VERSION
+        ):  # stored in another layout than is planned
+            return {}, 0.0
+        seconds = float(header["seconds"])
+        for key in saved.keys():  # noqa: SIM118
+            module, _, name = key.rpartition("/")
+            tensors.setdefault(module, {})[name] = saved.get_tensor(key)
+    packed = {}
+    for matrix, config in choice.items():
+        kind = stored_matrix_class("hybrid", config)
+        packed[matrix] = kind.from_tensors(tensors[matrix.name], matrix.shape, config, axis)
+    return packed, seconds

@@ -1,0 +1,125 @@
+"""Which tensors a matrix is stored in: names, shapes and dtypes, told without torch.
+
+What a plan will occupy, what a saved file is audited against, and the empty tensors that a file
+is read into all come from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import ceil, prod
+
+from lsq_core.bits import FP16_BITS, Config, MixedRows, QuantConfig
+
+#: Shape of each stored tensor of a matrix and its dtype's name in a safetensors header.
+TensorLayout = dict[str, tuple[tuple[int, ...], str]]
+#: (out, in), configuration, metadata format to what is stored.
+Layout = Callable[[tuple[int, int], Config, str], TensorLayout]
+
+#: Bytes of a number by its dtype's name.
+ITEMSIZE = {
+    "U8": 1,
+    "I8": 1,
+    "I16": 2,
+    "F16": 2,
+    "BF16": 2,
+    "I32": 4,
+    "F32": 4,
+    "I64": 8,
+    "F64": 8,
+}
+#: Scales of NF4 blocks that share one of their own, when they are quantized in turn.
+NESTED_BLOCK = 256
+
+
+def packed(shape: tuple[int, int], config: Config, metadata: str) -> TensorLayout:
+    """This project's packing: codes to the bit; scale and zero in 8 bits or fp16.
+
+    The scales, and weights kept in fp16, have a power of two in common, 2 bytes a matrix.
+    Mixed rows are both parts packed by themselves, and which rows are the high-impact ones.
+    """
+    if isinstance(config, MixedRows):
+        return _packed_rows(shape, config, metadata)
+    if config.bits == FP16_BITS:
+        return {"weights": (shape, "F16"), "exponent": ((1,), "I16")}
+    numel = prod(shape)
+    groups = ceil(numel / config.group_size)
+    tensors: TensorLayout = {"codes": ((ceil(numel * config.bits / 8),), "U8")}
+    for part in ("scale", "zero"):
+        if metadata == "fp16":
+            tensors[f"{part}_values"] = ((groups,), "F16")
+        else:
+            tensors[f"{part}_values"] = ((groups,), "U8")
+            tensors[f"{part}_ranges"] = ((ceil(groups / config.meta_group_size), 2), "F16")
+    tensors["scale_exponent"] = ((1,), "I16")
+    return tensors
+
+
+def _packed_rows(shape: tuple[int, int], config: MixedRows, metadata: str) -> TensorLayout:
+    (out, width), count = shape, config.high_rows(shape[0])
+    tensors: TensorLayout = {"rows": row_index_layout(out, config)}
+    for part, rows, own in (("high", count, config.high), ("low", out - count, config.low)):
+        if rows:
+            part_tensors = packed((rows, width), own, metadata)
+            tensors |= {f"{part}_{name}": entry for name, entry in part_tensors.items()}
+    return tensors
+
+
+def row_index_layout(out_features: int, config: MixedRows) -> tuple[tuple[int], str]:
+    """What says which rows are high-impact: a bitmap or their sorted numbers, the smaller one."""
+    bitmap, listed = config.index_sizes(out_features)
+    if bitmap < listed:
+        return (bitmap,), "U8"
+    count = config.high_rows(out_features)
+    return (count,), "I32" if listed > ITEMSIZE["I16"] * count else "I16"
+
+
+def nf4(shape: tuple[int, int], config: QuantConfig, metadata: str) -> TensorLayout:
+    """Two codes a byte, and the largest magnitude of each block in float32."""
+    numel = prod(shape)
+    blocks = ceil(numel / config.group_size)
+    return {"codes": ((ceil(numel / 2),), "U8"), "absmax": ((blocks,), "F32")}
+
+
+def nf4_dq(shape: tuple[int, int], config: QuantConfig, metadata: str) -> TensorLayout:
+    """As :func:`nf4`, the largest magnitudes less their mean in 8 bits, in blocks of 256."""
+    codes, (blocks, _) = nf4(shape, config, metadata).values()
+    return {
+        "codes": codes,
+        "absmax": (blocks, "U8"),
+        "absmax_scale": ((ceil(blocks[0] / NESTED_BLOCK),), "F32"),
+        "absmax_mean": ((1,), "F32"),
+    }
+
+
+def gptq(shape: tuple[int, int], config: QuantConfig, metadata: str) -> TensorLayout:
+    """``gptqmodel``'s GPTQ: words down the inputs, zeros along the outputs, a group an input."""
+    (out, width), groups = shape, ceil(shape[1] / config.group_size)
+    return {
+        "qweight": ((width * config.bits // 32, out), "I32"),
+        "qzeros": ((groups, out * config.bits // 32), "I32"),
+        "scales": ((groups, out), "F16"),
+        "g_idx": ((width,), "I32"),
+    }
+
+
+def awq(shape: tuple[int, int], config: QuantConfig, metadata: str) -> TensorLayout:
+    """``gptqmodel``'s AWQ in its GEMM format: words and zeros both along the outputs."""
+    (out, width), groups = shape, ceil(shape[1] / config.group_size)
+    return {
+        "qweight": ((width, out * config.bits // 32), "I32"),
+        "qzeros": ((groups, out * config.bits // 32), "I32"),
+        "scales": ((groups, out), "BF16"),
+    }
+
+
+def layout_for_format(stored: TensorLayout, format: int) -> TensorLayout:
+    """The tensors of a layout that a saved model of some format has: exponents are since 3."""
+    if format >= 3:
+        return stored
+    return {name: entry for name, entry in stored.items() if not name.endswith("exponent")}
+
+
+def stored_bytes(stored: TensorLayout) -> int:
+    """Bytes of all tensors together."""
+    return sum(prod(shape) * ITEMSIZE[dtype] for shape, dtype in stored.values())

@@ -1,0 +1,415 @@
+"""What is stored: codes packed to the bit, and scale and zero in 8 bits or fp16.
+
+Scales have a power of two in common, which is stored with them
+(:mod:`lsq_core.quantization.magnitude`): a matrix of any magnitude is quantized alike.
+``layout.packed`` says beforehand what these tensors occupy, and :attr:`PackedMatrix.nbytes` counts
+what they do; the two are equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import ceil, gcd
+
+import torch
+from torch import Tensor
+
+from lsq_core.bits import QuantConfig, is_divisible
+from lsq_core.errors import InputError, LsqError
+from lsq_core.quantization.base import (
+    Grid,
+    MatrixQuantizer,
+    StoredMatrix,
+    from_groups,
+    round_to_grid,
+    to_groups,
+)
+from lsq_core.quantization.magnitude import (
+    normalizing_exponent,
+    scale_by_power_of_two,
+    storage_exponent,
+)
+
+#: A zero point further out than this says that the group is almost constant.
+_FAR_ZERO = 1024.0
+#: So is one that is this much narrower than those that share its 8-bit range: with them it would
+#: take range from them, and be no better off. In fp16 each group has a scale to itself.
+_NARROW_RATIO = 2.0**-10
+#: And one no wider than this, of a matrix of ordinary magnitude: too little to be divided by.
+CONSTANT_SPREAD = 2.0**-100
+#: A matrix whose largest weight is so many times that of a typical group is refused: the typical
+#: group's scale would be no normal fp16 number beside the other's.
+_MAX_SCALE_RATIO = 2.0**29
+#: Weights decoded at a time on the CPU: 2 MiB of float32, which stay in cache.
+_CHUNK_WEIGHTS = 2**19
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """Pack uint8 codes (n,) of ``bits`` each into uint8 (ceil(n·bits/8),), lowest bits first.
+
+    Eight codes share ``bits`` bytes, so 3-bit codes take 3 bits and not 3.2.
+    """
+    if bits == 8:
+        return codes.clone()
+    count = codes.numel()
+    eights = torch.nn.functional.pad(codes, (0, -count % 8)).view(-1, 8)
+    packed = eights.new_zeros(len(eights), bits)
+    for i, byte, shift in _bit_offsets(bits):
+        packed[:, byte] |= eights[:, i] << shift
+        if shift + bits > 8:
+            packed[:, byte + 1] |= eights[:, i] >> (8 - shift)
+    return packed.flatten()[: ceil(count * bits / 8)].contiguous()
+
+
+def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
+    """The ``count`` uint8 codes that :func:`pack_bits` packed.
+
+    Codes that share whole bytes are spread over a word of one byte each, halving the runs that
+    still stick together: a few operations on whole words instead of eight on single codes.
+    """
+    if bits == 8:
+        return packed[:count]
+    codes_per_run = 8 // gcd(8, bits)  # the fewest codes that fill whole bytes
+    length = bits * codes_per_run // 8
+    missing = -packed.numel() % length
+    padded = torch.nn.functional.pad(packed, (0, missing)) if missing else packed
+    first, *others = padded.view(-1, length).unbind(1)
+    words = first.new_empty(len(first), dtype=_WORDS[codes_per_run]).copy_(first)
+    moved = torch.empty_like(words)
+    for i, byte in enumerate(others, 1):
+        words |= moved.copy_(byte).bitwise_left_shift_(8 * i)
+    run = codes_per_run // 2
+    while run:  # of each run of codes, the upper half moves to where its own bytes begin
+        torch.bitwise_and(words, _upper_halves(bits * run, 16 * run, 8 * codes_per_run), out=moved)
+        words ^= moved
+        words |= moved.bitwise_left_shift_((8 - bits) * run)
+        run //= 2
+    return words.view(torch.uint8)[:count]
+
+
+#: The integer that has a byte for each of so many codes.
+_WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _upper_halves(half: int, lane: int, width: int) -> int:
+    """``width`` bits, set where the second ``half`` bits of every ``lane`` are."""
+    return sum((2**half - 1) << start + half for start in range(0, width, lane))
+
+
+def _bit_offsets(bits: int) -> list[tuple[int, int, int]]:
+    """For each of eight codes the byte it begins in and how far up there."""
+    return [(i, bits * i // 8, bits * i % 8) for i in range(8)]
+
+
+@dataclass(frozen=True, eq=False)
+class Metadata:
+    """Scale or zero of every group, as stored.
+
+    Either fp16 values (groups,), or uint8 codes (groups,) with the fp16 lowest and highest value
+    (metadata groups, 2) between which the codes run evenly. Scales are these times 2^exponent,
+    int16 (1,); zero points, which are counted in codes, have none, nor had scales in format 2.
+    """
+
+    values: Tensor
+    ranges: Tensor | None
+    group_size: int = 128
+    exponent: Tensor | None = None
+
+    @classmethod
+    def store_scale(cls, values: Tensor, metadata: str, group_size: int = 128) -> Metadata:
+        """Store scales, float32 (groups,) of any magnitude, as ``fp16`` or ``8bit``."""
+        exponent = storage_exponent(values)
+        scaled_values = scale_by_power_of_two(values, -exponent)
+        if metadata == "8bit":
+            scaled_values = _avoid_clipping(scaled_values, group_size)
+        return replace(cls.store(scaled_values, metadata, group_size), exponent=exponent)
+
+    @classmethod
+    def store(cls, values: Tensor, metadata: str, group_size: int = 128) -> Metadata:
+        """Store float32 values (groups,) within fp16's range as ``fp16`` or ``8bit``."""
+        if metadata == "fp16":
+            return cls(values.half(), None, group_size)
+        padded = _pad_with_last(values, group_size)
+        lowest, highest = padded.amin(1), padded.amax(1)
+        ranges = torch.stack([_round_down_to_fp16(lowest), -_round_down_to_fp16(-highest)], dim=1)
+        low, step = _range_steps(ranges)
+        codes = ((padded - low) / step).round_().clamp_(0, 255).to(torch.uint8)
+        return cls(codes.flatten()[: values.numel()].contiguous(), ranges, group_size)
+
+    def scaled(self, exponent: int) -> Metadata:
+        """The same values times 2^exponent, for those that have an exponent."""
+        return replace(self, exponent=self.exponent + exponent)
+
+    def decode(self) -> Tensor:
+        """The values as float32 (groups,)."""
+        values = self.values.float()
+        if self.ranges is not None:
+            low, step = _range_steps(self.ranges)
+            padded = _pad_with_last(values, self.group_size)
+            values = (padded * step + low).flatten()[: self.values.numel()]
+        return values if self.exponent is None else scale_by_power_of_two(values, self.exponent)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The stored tensors by name."""
+        named = {"values": self.values, "ranges": self.ranges, "exponent": self.exponent}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+def _avoid_clipping(scales: Tensor, group_size: int) -> Tensor:
+    """Scales (groups,) that share a range too wide for 256 codes, the least of them raised.
+
+    All that would get a range's first code get the largest of them: a grid coarser than a group
+    needs loses some precision, and one that ends short of its weights would cut them off.
+    """
+    padded = _pad_with_last(scales, group_size)
+    lowest, highest = padded.amin(1, keepdim=True), padded.amax(1, keepdim=True)
+    step = (highest - lowest) / 255
+    first = (padded < lowest + step / 2) & (step > lowest)
+    raised = torch.where(first, padded, 0).amax(1, keepdim=True)
+    return torch.where(first, raised, padded).flatten()[: len(scales)]
+
+
+def _pad_with_last(values: Tensor, group_size: int) -> Tensor:
+    """(n,) as (ceil(n / group_size), group_size), the last value filling the last row."""
+    missing = -values.numel() % group_size
+    if missing:
+        values = torch.cat([values, values[-1:].expand(missing)])
+    return values.view(-1, group_size)
+
+
+def _range_steps(ranges: Tensor) -> tuple[Tensor, Tensor]:
+    low, high = ranges.float().unbind(1)
+    step = (high - low) / 255
+    return low[:, None], torch.where(step > 0, step, torch.ones_like(step))[:, None]
+
+
+def _round_down_to_fp16(values: Tensor) -> Tensor:
+    """The largest fp16 number that is no greater, so that a range holds all its values."""
+    half = values.half()
+    below = torch.nextafter(half, torch.full_like(half, -torch.inf))
+    return torch.where(half.float() > values, below, half)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedMatrix(StoredMatrix):
+    """One matrix as this project packs it: codes, scale, zero."""
+
+    codes: Tensor
+    scale: Metadata
+    zero: Metadata
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Every stored tensor by name."""
+        named = {"codes": self.codes}
+        for part, metadata in (("scale", self.scale), ("zero", self.zero)):
+            named |= {f"{part}_{name}": tensor for name, tensor in metadata.tensors.items()}
+        return named
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weights (out, in), computed in float32 and then cast.
+
+        On the CPU it is done for a piece of groups at a time, which stays in cache.
+        """
+        weights = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
+        size, bits = self.config.group_size, self.config.bits
+        groups = weights.view(-1, size) if self.axis == 1 else weights.view(size, -1).T
+        scale, zero = self.scale.decode()[:, None], self.zero.decode()[:, None]
+        chunk_length = (
+            8 * max(_CHUNK_WEIGHTS // size // 8, 1) if weights.device.type == "cpu" else len(groups)
+        )
+        for start in range(0, len(groups), chunk_length):
+            chunk = slice(start, start + chunk_length)
+            out = groups[chunk]
+            packed = self.codes[start * size * bits // 8 :]
+            codes = unpack_bits(packed[: ceil(out.numel() * bits / 8)], bits, out.numel())
+            codes = codes.view(out.shape)
+            if self.axis == 0:
+                codes = codes.T.contiguous().T  # in memory as the weights are
+            exact = out if dtype == torch.float32 else torch.empty_like(codes, dtype=torch.float32)
+            torch.mul(torch.sub(codes, zero[chunk], out=exact), scale[chunk], out=out)
+        return weights
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], shape: tuple[int, int], config: QuantConfig, axis: int
+    ) -> PackedMatrix:
+        """The inverse of :attr:`tensors`."""
+        scale, zero = (
+            Metadata(
+                tensors[f"{part}_values"],
+                tensors.get(f"{part}_ranges"),
+                config.meta_group_size,
+                tensors.get(f"{part}_exponent"),
+            )
+            for part in ("scale", "zero")
+        )
+        return cls(shape, config, axis, tensors["codes"], scale, zero)
+
+
+class GridQuantizer(MatrixQuantizer):
+    """A quantizer whose codes lie evenly; it finds their scale and zero in :meth:`solve`."""
+
+    matrix = PackedMatrix
+
+    def solve(self, weight: Tensor, config: QuantConfig, axis: int) -> Grid:
+        """Find the grid of a (out, in) float32 matrix of ordinary magnitude.
+
+        Groups are those of :func:`to_groups`. Raises nothing for finite weights.
+        """
+        raise NotImplementedError
+
+    def store(self, weight: Tensor, config: QuantConfig, axis: int, metadata: str) -> PackedMatrix:
+        """Quantize and pack.
+
+        The codes are rounded on the grid *as stored*, so that rounding scale and zero costs as
+        little as it can.
+        """
+        codes, scale, zero = self._quantize_on_stored_grid(weight, config, axis, metadata)
+        packed = pack_bits(codes.flatten(), config.bits)
+        return PackedMatrix(tuple(weight.shape), config, axis, packed, scale, zero)
+
+    def round_trip(self, weight: Tensor, config: QuantConfig, axis: int, metadata: str) -> Tensor:
+        """See :class:`lsq_core.quantization.base.MatrixQuantizer`; nothing is packed in between."""
+        codes, scale, zero = self._quantize_on_stored_grid(weight, config, axis, metadata)
+        return from_groups(_decode(codes, scale, zero), tuple(weight.shape), axis)
+
+    def _quantize_on_stored_grid(
+        self, weight: Tensor, config: QuantConfig, axis: int, metadata: str
+    ) -> tuple[Tensor, Metadata, Metadata]:
+        """Codes (groups, group_size), scale and zero of a float32 matrix of any magnitude."""
+        exponent = normalizing_exponent(weight)
+        normalized = scale_by_power_of_two(weight, -exponent)
+        groups = to_groups(normalized, config.group_size, axis)
+        scale, zero = store_grid(groups, self.solve(normalized, config, axis), config, metadata)
+        codes = round_to_grid(groups, stored_grid(scale, zero), config.bits)
+        return codes, scale.scaled(exponent), zero
+
+    def levels(self, groups: Tensor, config: QuantConfig) -> Tensor:
+        """See :class:`lsq_core.quantization.base.MatrixQuantizer`."""
+        exponent = normalizing_exponent(groups)
+        grid = self.solve(scale_by_power_of_two(groups, -exponent), config, axis=1)
+        codes = torch.arange(2**config.bits, dtype=torch.float32)
+        return scale_by_power_of_two((codes - grid.zero[:, None]) * grid.scale[:, None], exponent)
+
+
+def quantize_matrix(
+    weight: Tensor,
+    config: QuantConfig,
+    quantizer: MatrixQuantizer,
+    *,
+    axis: int = 1,
+    metadata: str = "8bit",
+    name: str = "the matrix",
+) -> StoredMatrix:
+    """Quantize a (out, in) matrix of any float dtype and store it.
+
+    Raises
+    ------
+    InputError
+        When groups of ``config.group_size`` do not fill the matrix.
+    LsqError
+        When a weight is NaN or infinite, or one is too large beside the rest.
+    """
+    if not is_divisible(weight.numel(), config.group_size):
+        raise InputError(
+            f"{name} ({weight.shape[0]}×{weight.shape[1]}) cannot be cut into groups of "
+            f"{config.group_size}; choose a configuration with a smaller group size for it."
+        )
+    weight = weight.float()
+    check_finite(weight, name)
+    check_range(weight, config, axis, name)
+    return quantizer.store(weight, config, axis, metadata)
+
+
+def _decode(codes: Tensor, scale: Metadata, zero: Metadata) -> Tensor:
+    """Weights (groups, group_size) in float32."""
+    return codes.float().sub_(zero.decode()[:, None]).mul_(scale.decode()[:, None])
+
+
+def store_grid(
+    groups: Tensor, grid: Grid, config: QuantConfig, metadata: str
+) -> tuple[Metadata, Metadata]:
+    """Scale and zero as stored, for (groups, group_size) weights of ordinary magnitude."""
+    shared = 1 if metadata == "fp16" else config.meta_group_size
+    grid = _stabilize_constant_groups(groups, grid, config.bits, shared)
+    scale = Metadata.store_scale(grid.scale, metadata, config.meta_group_size)
+    return scale, Metadata.store(grid.zero, metadata, config.meta_group_size)
+
+
+def stored_grid(scale: Metadata, zero: Metadata) -> Grid:
+    """The grid that weights are rounded on: what scale and zero decode to."""
+    return Grid(_nonzero_scale(scale.decode()), zero.decode())
+
+
+def check_finite(weight: Tensor, name: str) -> None:
+    """Raise :class:`LsqError` naming the matrix when a weight is NaN or infinite."""
+    bad = int((~torch.isfinite(weight)).sum())
+    if bad:
+        raise LsqError(
+            f"{name} holds {bad} NaN or infinite weights, so it cannot be quantized; "
+            "check how the checkpoint was saved."
+        )
+
+
+def check_range(weight: Tensor, config: QuantConfig, axis: int, name: str) -> None:
+    """Raise :class:`LsqError` when one number format cannot hold a matrix's scales together.
+
+    That is when its largest weight is further from those of a typical group than in any language
+    model: two scales so far apart are not both fp16 numbers, whatever they are multiplied by.
+    """
+    groups = to_groups(weight, config.group_size, axis).abs().amax(1)
+    groups = groups[groups > 0]
+    if len(groups) and bool(groups.median() * _MAX_SCALE_RATIO < groups.amax()):
+        raise LsqError(
+            f"{name} holds a weight of {float(groups.amax()):.3g} in one group of "
+            f"{config.group_size} where the largest of a typical one is "
+            f"{float(groups.median()):.3g}: their scales are too far apart to be stored together; "
+            "check how the checkpoint was saved."
+        )
+
+
+def _nonzero_scale(scale: Tensor) -> Tensor:
+    """A scale that fp16 or 8 bits rounded to zero gives zero weights, not infinite codes."""
+    return torch.where(scale == 0, torch.ones_like(scale), scale)
+
+
+def _stabilize_constant_groups(groups: Tensor, grid: Grid, bits: int, shared: int) -> Grid:
+    """Give groups that are (almost) constant a scale like their neighbours'.
+
+    A constant group has the scale 1 and one far from zero a zero point of thousands. Either would
+    take the range of the 8-bit metadata that ``shared`` groups have together, or overflow fp16;
+    the value alone matters, so it is put into a zero point of ordinary size.
+    """
+    spread = groups.amax(1) - groups.amin(1)
+    constant = (spread <= CONSTANT_SPREAD) | (grid.zero.abs() > _FAR_ZERO)
+    if shared > 1:
+        usual = _neighbor_median(spread, ~constant, shared)
+        constant |= spread <= _NARROW_RATIO * usual
+    if not bool(constant.any()):
+        return grid
+    value = groups.mean(1)
+    top = 2**bits - 1
+    typical = _neighbor_median(grid.scale, ~constant, shared)
+    own = value.abs() / top
+    # Without neighbours any scale would do for a value of zero; this one is like the matrix's.
+    fallback = torch.where(constant, own, grid.scale).amax()
+    typical = torch.where(typical > 0, typical, torch.where(fallback > 0, fallback, 1.0))
+    scale = torch.maximum(typical, own)
+    return Grid(
+        torch.where(constant, scale, grid.scale),
+        torch.where(constant, -value / scale, grid.zero),
+    )
+
+
+def _neighbor_median(values: Tensor, mask: Tensor, shared: int) -> Tensor:
+    """For each of (groups,) the median of those counted among the ``shared`` that it is one of.
+
+    0 where none is.
+    """
+    known = torch.where(mask, values, torch.nan)
+    missing = -len(known) % shared
+    padded = torch.nn.functional.pad(known, (0, missing), value=torch.nan).view(-1, shared)
+    return padded.nanmedian(1).values.nan_to_num(0).repeat_interleave(shared)[: len(values)]

@@ -1,0 +1,18 @@
+"""Round to nearest: the min-max grid without the solver of HQQ."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lsq_core.bits import QuantConfig
+from lsq_core.quantization.base import Grid
+from lsq_core.quantization.hqq.quantizer import min_max_grid
+from lsq_core.quantization.packed import GridQuantizer
+
+
+class Rtn(GridQuantizer):
+    """Round to nearest on the min-max grid of each group."""
+
+    def solve(self, weight: Tensor, config: QuantConfig, axis: int) -> Grid:
+        """See :class:`lsq_core.quantization.packed.GridQuantizer`."""
+        return min_max_grid(weight, config, axis, optimize=False)

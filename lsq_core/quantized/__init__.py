@@ -1,0 +1,1 @@
+"""Quantized models: their modules, making them, saving and loading them."""

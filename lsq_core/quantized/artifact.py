@@ -1,0 +1,334 @@
+"""Save a quantized model as safetensors with its plan and provenance inside, and load it again.
+
+A folder holds ``packed.safetensors`` (packed matrices, and everything else in the dtype of the
+original checkpoint), ``config.json``, the tokenizer, and ``lsq.json``: the plan, what it was made
+from, and the format's version. No pickle.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import stat
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from lsq_core.bits import config_from_json
+from lsq_core.errors import InputError, LsqError
+from lsq_core.files import fsync_folder, fsync_tree, is_locked, lock_folder, resolve_path
+from lsq_core.model.architecture import find_blocks, iter_matrices
+from lsq_core.model.checkpoint import safetensors_header
+from lsq_core.model.identity import has_custom_code
+from lsq_core.model.info import Matrix
+from lsq_core.model.loading import (
+    check_free_memory,
+    load_tokenizer,
+    model_config,
+    pick_device,
+    pick_dtype,
+    stored_dtype,
+    translate_build_errors,
+)
+from lsq_core.model.source import MANIFEST_FILE, ModelSource, check_config, folder_bytes
+from lsq_core.quantization.base import StoredMatrix
+from lsq_core.quantization.layout import TensorLayout, layout_for_format
+from lsq_core.quantization.registry import quantizer_spec, stored_matrix_class
+from lsq_core.quantized.convert import install
+from lsq_core.quantized.manifest import (
+    UNFINISHED_SUFFIX,
+    WEIGHTS_FILE,
+    check_files,
+    read_manifest,
+    unfinished_folders,
+    with_checksums,
+)
+from lsq_core.quantized.modules import packed_modules
+from lsq_core.targets import check_folder_target
+from lsq_core.units import format_bytes
+from lsq_core.untrusted import wrap_library_errors
+
+#: How a model generates: the tokens that end a text, most of all.
+GENERATION_CONFIG_FILE = "generation_config.json"
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+#: torch's dtypes by their names in a safetensors header, of those that layouts use.
+_DTYPES = {
+    "U8": torch.uint8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedModel:
+    """A quantized model as loaded from its folder."""
+
+    model: nn.Module
+    tokenizer: object
+    manifest: dict
+    folder: Path
+    device: str
+    dtype: str
+
+
+def save_quantized(
+    model: nn.Module, tokenizer: object, manifest: dict, folder: Path, source_folder: Path
+) -> int:
+    """Write a quantized model into a new folder, all of it or nothing.
+
+    Returns the bytes it takes on disk.
+
+    Parameters
+    ----------
+    manifest
+        ``modules`` maps full module names to ``bits``, ``group_size``; ``axis`` and ``metadata``
+        say how to read them; whatever else it holds is kept as provenance.
+    source_folder
+        The original model's folder, whose config, generation settings and own Python code go
+        with the copy.
+
+    Raises
+    ------
+    InputError
+        When the folder exists and is not empty.
+    LsqError
+        When the disk is full or cannot be written.
+    """
+    check_folder_target(folder)
+    state = _stored_state(model, stored_dtype(source_folder))
+    need = sum(t.nbytes for t in state.values())
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _atomic_folder(folder, need) as unfinished:
+        save_file(state, unfinished / WEIGHTS_FILE, metadata={"format": "pt"})
+        _copy_model_files(source_folder, unfinished)
+        tokenizer.save_pretrained(unfinished)
+        text = json.dumps(with_checksums(manifest, unfinished), indent=1)
+        (unfinished / MANIFEST_FILE).write_text(text, "utf8")
+    return folder_bytes(folder)
+
+
+def _copy_model_files(source: Path, target: Path) -> None:
+    """Copy what a model needs beside its weights: config, generation settings, its own code."""
+    shutil.copy(source / "config.json", target)
+    if (source / GENERATION_CONFIG_FILE).is_file():
+        shutil.copy(source / GENERATION_CONFIG_FILE, target)
+    if has_custom_code(source):
+        for path in source.glob("*.py"):
+            shutil.copy(path, target)
+
+
+@contextmanager
+def _atomic_folder(folder: Path, need: int) -> Iterator[Path]:
+    """A hidden folder beside the target that becomes the target when all went well.
+
+    It is locked as long as it is written to; what a kill left of the same target goes before.
+    """
+    disk_full = LsqError(
+        f"The disk at {folder.parent} has {format_bytes(shutil.disk_usage(folder.parent).free)} "
+        f"free and {format_bytes(need)} are needed to save {folder.name}; make room and try again."
+    )
+    if shutil.disk_usage(folder.parent).free < need:
+        raise disk_full
+    prefix = f".{folder.name[:40]}-"
+    for leftover in unfinished_folders(folder.parent, prefix):
+        if not is_locked(leftover):
+            shutil.rmtree(leftover, ignore_errors=True)
+    unfinished = folder.parent / f"{prefix}{uuid.uuid4().hex[:12]}{UNFINISHED_SUFFIX}"
+    unfinished.mkdir()
+    lock = lock_folder(unfinished)
+    try:
+        yield unfinished
+        _unify_file_modes(unfinished)
+        fsync_tree(unfinished)
+        if folder.is_dir():
+            folder.rmdir()
+        unfinished.rename(folder)
+        fsync_folder(folder.parent)
+    except Exception as error:
+        no_space = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        if no_space:
+            raise disk_full from error
+        raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        os.close(lock)
+
+
+def _unify_file_modes(folder: Path) -> None:
+    """Give all files the mode that the umask gives; libraries and copies come with their own."""
+    mode = stat.S_IMODE((folder / MANIFEST_FILE).stat().st_mode)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
+
+
+def _stored_state(model: nn.Module, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+    """Every stored tensor once, but for matrices in the checkpoint's dtype where that is exact."""
+    packed, state = _packed_names(model), {}
+    for names in _tied_names(model):
+        name, tensor = names[0], _tensor(model, names[0]).detach()
+        as_is = name in packed or tensor.dtype != torch.float32
+        if dtype is not None and not as_is:
+            smaller = tensor.to(dtype)
+            tensor = smaller if torch.equal(smaller.float(), tensor) else tensor
+        state[name] = tensor.cpu().contiguous()
+    return state
+
+
+def _tied_names(model: nn.Module) -> list[list[str]]:
+    """Names in the state dict, those that are one tensor together (tied weights)."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+    return list(names.values())
+
+
+def load_quantized(
+    folder: str | Path,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> QuantizedModel:
+    """Load a folder that :func:`save_quantized` wrote.
+
+    Example
+    -------
+    >>> quantized = load_quantized("data/models/demo-sensiboost")      # doctest: +SKIP
+    >>> ids = quantized.tokenizer("Return the", return_tensors="pt")   # doctest: +SKIP
+    >>> quantized.model(**ids).logits.shape                            # doctest: +SKIP
+
+    Raises
+    ------
+    InputError
+        When it is no such folder, or a file in it is missing, damaged, or another than was saved.
+    """
+    folder = resolve_path(folder)
+    manifest = read_manifest(folder)
+    check_config(folder, saved=True)
+    header = safetensors_header(folder / WEIGHTS_FILE)
+    check_files(folder, manifest)
+    target = pick_device(device)
+    source = ModelSource(str(folder), trust_remote_code=trust_remote_code)
+    config = model_config(source, folder)
+    compute_dtype = pick_dtype(dtype, target, config)
+    # Buffers that no file holds (rotary frequencies) are computed; parameters stay empty.
+    with translate_build_errors(source, folder), init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(
+            config, trust_remote_code=trust_remote_code, experts_implementation="eager"
+        )
+    if (folder / GENERATION_CONFIG_FILE).is_file():
+        with wrap_library_errors(
+            lambda reason: f"{folder / GENERATION_CONFIG_FILE} cannot be read: {reason}."
+        ):
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.tie_weights()
+    install(model, _empty_matrices(model, source, manifest), compute_dtype)
+    check_free_memory(str(folder), (folder / WEIGHTS_FILE).stat().st_size, "packed form", target)
+    _check_stored(model, header)
+    with wrap_library_errors(lambda reason: f"{folder / WEIGHTS_FILE} cannot be loaded: {reason}."):
+        state = load_file(folder / WEIGHTS_FILE, device=str(target))
+    _assign_tensors(model, state, compute_dtype)
+    model = model.to(target).eval().requires_grad_(False)
+    tokenizer = load_tokenizer(source, folder)
+    return QuantizedModel(model, tokenizer, manifest, folder, str(target), str(compute_dtype)[6:])
+
+
+def _packed_names(model: nn.Module) -> set[str]:
+    """Full names of the tensors that matrices are stored in."""
+    return {f"{name}.{part}" for name, m in packed_modules(model).items() for part in m.names}
+
+
+def _empty_matrices(
+    model: nn.Module, source: ModelSource, manifest: dict
+) -> dict[Matrix, StoredMatrix]:
+    """Stored matrices without content for every module the manifest names."""
+    known = {m.name: m for m in iter_matrices(*find_blocks(model), left_out=True)}
+    missing = sorted(set(manifest["modules"]) - set(known))
+    if missing:
+        raise InputError(f"{source.name} plans {missing[0]}, which its config.json doesn't have.")
+    quantizer, empty = manifest.get("quantizer", "hqq"), {}
+    layout = quantizer_spec(quantizer).layout
+    for name, entry in manifest["modules"].items():
+        matrix, config = known[name], config_from_json(entry)
+        stored = layout_for_format(
+            layout(matrix.shape, config, manifest["metadata"]), manifest["format"]
+        )
+        tensors = make_meta_tensors(stored)
+        kind = stored_matrix_class(quantizer, config)
+        empty[matrix] = kind.from_tensors(tensors, matrix.shape, config, manifest["axis"])
+    return empty
+
+
+def _tie(model: nn.Module, tied: list[list[str]]) -> None:
+    """Give tensors that were one, and are stored once, their content under every name."""
+    for names in tied:
+        filled = [name for name in names if not _tensor(model, name).is_meta]
+        for name in names if filled else ():
+            path, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(path), leaf, _tensor(model, filled[0]))
+
+
+def _tensor(model: nn.Module, name: str) -> torch.Tensor:
+    path, _, leaf = name.rpartition(".")
+    return getattr(model.get_submodule(path), leaf)
+
+
+def make_meta_tensors(stored: TensorLayout) -> dict[str, torch.Tensor]:
+    """Tensors of the right shapes and dtypes on the meta device, to be filled from a file."""
+    return {
+        name: torch.empty(shape, dtype=_DTYPES[dtype], device="meta")
+        for name, (shape, dtype) in stored.items()
+    }
+
+
+def _check_stored(model: nn.Module, header: dict[str, dict]) -> None:
+    """Raise unless the stored tensors are of the shapes, and matrices of the dtypes, that fit."""
+    packed = _packed_names(model)
+    for name, tensor in model.state_dict().items():
+        entry = header.get(name)
+        if entry is None:
+            continue  # tied to another, or lacking, which is told when all is filled
+        shape, dtype = tuple(entry["shape"]), entry["dtype"]
+        wrong = _DTYPES.get(dtype) != tensor.dtype if name in packed else dtype not in _FLOATS
+        wrong = wrong and tensor.is_floating_point() if name not in packed else wrong
+        if shape != tuple(tensor.shape) or wrong:
+            raise InputError(
+                f"{WEIGHTS_FILE} does not fit its plan at {name}, which is {dtype} of shape "
+                f"{list(shape)} in it and {str(tensor.dtype)[6:]} of shape {list(tensor.shape)} by "
+                "the plan and config.json; save it again."
+            )
+
+
+def _assign_tensors(model: nn.Module, state: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+    """Assign the stored tensors; packed ones as they are, all else in the compute dtype."""
+    packed = _packed_names(model)
+    cast = {
+        n: t if n in packed or not t.is_floating_point() else t.to(dtype) for n, t in state.items()
+    }
+    tied = _tied_names(model)
+    result = model.load_state_dict(cast, strict=False, assign=True)
+    _tie(model, tied)
+    empty = [n for n, t in model.state_dict().items() if t.is_meta]
+    if empty or result.unexpected_keys:
+        name = (empty or result.unexpected_keys)[0]
+        raise InputError(f"{WEIGHTS_FILE} does not fit its plan at {name}; save it again.")
+
+
+__all__ = [
+    "QuantizedModel",
+    "load_quantized",
+    "save_quantized",
+]

@@ -1,0 +1,194 @@
+"""One file that tells a run, or a comparison: provenance, figures, plan, charts. Needs no torch."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lsq_core import charts
+from lsq_core.results.compare import byte_shares, plan_to_frame, run_settings
+from lsq_core.results.export import bibtex, figure_block, html_document
+from lsq_core.units import format_bytes
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+    from lsq_core.model.info import Matrix
+
+
+@dataclass
+class HtmlReport:
+    """A page that is written from top to bottom; everything said is escaped."""
+
+    title: str
+    parts: list[str] = field(default_factory=list)
+
+    def paragraph(self, text: str) -> None:
+        """A paragraph in small print."""
+        self.parts.append(f'<p class="under">{html.escape(text)}</p>')
+
+    def section(self, title: str) -> None:
+        """A heading."""
+        self.parts.append(f"<h2>{html.escape(title)}</h2>")
+
+    def figure(self, figure: go.Figure, name: str) -> None:
+        """A figure that can be saved from the page under a name."""
+        self.parts.append(figure_block(figure, name))
+
+    def code(self, text: str) -> None:
+        """Text to be copied as it is."""
+        self.parts.append(f"<pre>{html.escape(text)}</pre>")
+
+    def table(self, frame: pd.DataFrame) -> None:
+        """A table; numbers stand to the right, and what isn't there stays empty."""
+        head = "".join(f"<th>{html.escape(str(name))}</th>" for name in frame.columns)
+        rows = "".join(
+            "<tr>" + "".join(map(_cell, row)) + "</tr>" for row in frame.itertuples(index=False)
+        )
+        self.parts.append(
+            f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
+            f"<tbody>{rows}</tbody></table></div>"
+        )
+
+    def definition_table(self, definition_table: Mapping[str, str]) -> None:
+        """Names and what they are."""
+        rows = "".join(
+            f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(text))}</td></tr>"
+            for name, text in definition_table.items()
+        )
+        self.parts.append(f"<table>{rows}</table>")
+
+    def page(self) -> str:
+        """The whole page, which needs nothing but a browser."""
+        heading = f"<h1>{html.escape(self.title)}</h1>"
+        return html_document(self.title, heading + "\n".join(self.parts))
+
+
+def _cell(value: object) -> str:
+    if value is None or value != value:
+        return "<td></td>"
+    if isinstance(value, float):
+        return f'<td class="number">{value:.6g}</td>'
+    number = ' class="number"' if isinstance(value, int) else ""
+    return f"<td{number}>{html.escape(str(value))}</td>"
+
+
+def format_run_figures(record: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """A run's figures by name, in words; ``record`` is of :meth:`Store.record`."""
+    own, run, plan = record["evaluation"], record["run"], record["plan"]
+    known = {
+        "perplexity": _number(own["perplexity"], ".4f"),
+        "full precision": _full_precision(record),
+        "KL divergence, nats": _number(own["kl"], ".4f"),
+        "top-1 agreement": _number(own["top1"], ".1%"),
+        "bits per parameter": _number(plan.get("bits_per_param"), ".4f"),
+        "linear weights, planned": _bytes(plan.get("planned_bytes")),
+        "linear weights, measured": _bytes(run["measured_bytes"]),
+        "whole model": _bytes(run["model_bytes"]),
+        "quantized in": _number(run["quantize_seconds"] or None, ".1f", " s"),
+        "time by stage": _seconds(own.get("seconds") or {}),
+        "tokens a second": _number(own["tokens_per_second"], ".0f"),
+        "working memory": _bytes(own["working_bytes"]),
+    }
+    return {name: text for name, text in known.items() if text}
+
+
+def _full_precision(record: Mapping[str, Mapping[str, Any]]) -> str:
+    """The perplexity that the run stands beside, and by how much it is above that."""
+    full = record["full"].get("perplexity")
+    if not full:
+        return ""
+    own = record["evaluation"]
+    text = f"{full:.4f} (this run {own['perplexity'] / full - 1:+.2%})"
+    inferred = "; paired by an older version, whose packages may have been others"
+    return text + (inferred if own["pairing"] == "inferred" else "")
+
+
+def _seconds(times: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {taken:.1f} s" for name, taken in times.items())
+
+
+def _number(value: float | None, form: str, unit: str = "") -> str:
+    return "" if value is None or value != value else f"{value:{form}}{unit}"
+
+
+def _bytes(value: float | None) -> str:
+    return "" if value is None or value != value else f"{format_bytes(value)} ({int(value):,} B)"
+
+
+def run_report(
+    record: Mapping[str, Mapping[str, Any]],
+    matrices: Iterable[Matrix],
+    command: str,
+    beside: go.Figure | None = None,
+) -> str:
+    """A run as one HTML page.
+
+    Parameters
+    ----------
+    record
+        Of :meth:`lsq_core.store.store.Store.record`.
+    matrices
+        The model's, which tell how many weights each module has.
+    command
+        What to type to do the run again.
+    beside
+        The run among others of its measurement.
+    """
+    run, own, plan = record["run"], record["evaluation"], record["plan"]
+    method = charts.method_style(run["method"]).title
+    bits = plan.get("bits_per_param")
+    report = HtmlReport(
+        f"{method}, {bits:.2f} bits: perplexity {own['perplexity']:.2f} on {own['corpus']}"
+    )
+    report.paragraph(
+        f"{record['model'].get('source')}, run {run['id']} of {run['created']:%Y-%m-%d %H:%M} UTC, "
+        + ("published by the methods' authors" if run["origin"] == "published" else "measured")
+        + f", {own['protocol']}. Written by LSQ Explorer."
+    )
+    if run["note"]:
+        report.paragraph(f"Note: {run['note']}")
+    report.section("Figures")
+    report.definition_table(format_run_figures(record))
+    if beside is not None:
+        report.figure(beside, f"run {run['id']} among others")
+    _plan_section(report, record, matrices)
+    report.section("Settings and provenance")
+    report.definition_table(run_settings(record))
+    report.section("Command line to reproduce this run")
+    report.code(command)
+    report.section("To cite")
+    report.code(bibtex(record))
+    return report.page()
+
+
+def _plan_section(
+    report: HtmlReport, record: Mapping[str, Mapping[str, Any]], matrices: Iterable[Matrix]
+) -> None:
+    modules = plan_to_frame(record["plan"].get("content") or {})
+    report.section("Plan")
+    if modules.empty:
+        report.paragraph("The plan, module by module, was not published.")
+        return
+    name = f"plan of run {record['run']['id']}"
+    report.figure(charts.plan_heatmap(modules), name)
+    weights = {m.name: m.numel for m in matrices}
+    report.figure(charts.plan_ring(byte_shares(modules, weights), "bytes"), f"{name} ring")
+    report.table(modules.rename(columns={"z": "ranked by"}))
+
+
+def comparison_report(
+    title: str, under: str, figures: Mapping[str, go.Figure], runs: pd.DataFrame
+) -> str:
+    """Runs side by side as one HTML page: figures by their headings, and the table of all runs."""
+    report = HtmlReport(title)
+    report.paragraph(under)
+    for heading, figure in figures.items():
+        report.section(heading)
+        report.figure(figure, heading)
+    report.section("Runs")
+    report.table(runs)
+    return report.page()

@@ -1,0 +1,274 @@
+"""A model that is open: its files, its weights, its tokenizer, each loaded once."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+from lsq_core.corpus.registry import load_corpus
+from lsq_core.corpus.tokens import build_token_stream
+from lsq_core.errors import InputError
+from lsq_core.evaluation.protocol import EvaluationRequest
+from lsq_core.model.identity import ModelIdentity, compute_identity, identify, with_source
+from lsq_core.model.info import ModelInfo
+from lsq_core.model.source import ModelSource, find_model, read_demo_description
+from lsq_core.planning.problem import Problem
+from lsq_core.profiling.settings import PUBLISHED_SETTINGS, ProfileSettings
+from lsq_core.progress import Clock, ProgressCallback, ignore_progress, timed
+from lsq_core.provenance import (
+    DeviceAndDtype,
+    device_kind,
+)
+from lsq_core.store.store import PUBLISHED, Store
+from lsq_core.units import GIB
+
+if TYPE_CHECKING:
+    from lsq_core.corpus.tokens import TokenStream
+    from lsq_core.model.loading import LoadedModel
+    from lsq_core.quantization.cache import PackedMatrixCache
+from lsq_core.errors import translate_resource_errors
+
+#: Bytes of quantized matrices that are kept for the plans to come, unless one says otherwise.
+DEFAULT_CACHE_BYTES = GIB
+
+
+@dataclass(eq=False)
+class OpenModel:
+    """A model and what is known of it, loaded when something first needs its weights.
+
+    ``source`` may be given as a name or folder, and ``store`` as the path of a database (None for
+    the usual one). A job gives a folder in which it keeps what it has so far: one that was cut off
+    and starts again resumes from there. Matrices quantized for one plan serve the next ones, up to
+    ``cache_bytes`` of them, on the device that the model is on.
+    """
+
+    source: ModelSource | str | Path = "demo"
+    store: Store | str | Path | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    report: ProgressCallback = ignore_progress
+    checkpoint_folder: Path | None = None
+    cache_bytes: int = DEFAULT_CACHE_BYTES
+    clock: Clock = field(default_factory=Clock, init=False)
+    problems: dict[object, Problem] = field(default_factory=dict, init=False)
+    _streams: dict[EvaluationRequest, TokenStream] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.source, ModelSource):
+            self.source = ModelSource(str(self.source))
+        if not isinstance(self.store, Store):
+            self.store = Store(self.store)
+
+    @cached_property
+    def published(self) -> ModelInfo | None:
+        """The model, where its measurements were published and its weights are not here."""
+        return find_published(self.source, self.store)
+
+    @property
+    def default_settings(self) -> ProfileSettings:
+        """The profile settings that hold where a person gives none."""
+        return PUBLISHED_SETTINGS if self.published else ProfileSettings()
+
+    def need_weights(self) -> None:
+        """Raise :class:`InputError` for a model whose measurements alone are here."""
+        if self.published:
+            raise InputError(
+                f"{self.published.source} has published measurements but no weights, so it can be "
+                "planned for and no more; give a model folder or a Hugging Face id."
+            )
+
+    @cached_property
+    @timed("load")
+    def folder(self) -> Path:
+        """The model's local folder; a remote one is fetched."""
+        self.need_weights()
+        if not self.source.is_local:
+            self.report("load", 0, 1, f"fetching {self.source.name}")
+        return find_model(self.source)
+
+    @cached_property
+    def config_info(self) -> ModelInfo:
+        """What the model's config alone says of it, by which what cannot be is refused.
+
+        Of a remote model that isn't here nothing but its config is fetched.
+        """
+        if self.published or self.source.is_local:
+            return self.info
+        from lsq_core.model.loading import inspect_model
+
+        return find_model_info(self.source, self.store) or inspect_model(self.source)
+
+    @cached_property
+    @timed("load")
+    def info(self) -> ModelInfo:
+        """What is known of the model, whose files are all here; a remote one is fetched."""
+        if self.published:
+            return self.published
+        identity = compute_identity(self.folder, self.source.trust_remote_code)
+        info = self.store.model(identity.fingerprint) or read_demo_description(self.source)
+        if info is None:
+            from lsq_core.model.loading import inspect_model
+
+            info = inspect_model(self.source)
+        info = replace(with_source(info, self.source, identity), fingerprint=identity.fingerprint)
+        self.store.save_model(info)
+        return info
+
+    @cached_property
+    @timed("load")
+    def loaded(self) -> LoadedModel:
+        """The model with its weights."""
+        self.need_weights()
+        from lsq_core.model.loading import load_model
+
+        self.report("load", 0, 1, f"loading {self.source.name}")
+        with translate_resource_errors(self.device):
+            loaded = load_model(self.source, self.device, self.dtype)
+        self.store.save_model(loaded.info)
+        self.report("load", 1, 1, f"loaded on {loaded.device} in {loaded.dtype}")
+        self._report_notes(loaded.info)
+        return loaded
+
+    @cached_property
+    @timed("load")
+    def streamed(self) -> LoadedModel:
+        """The model with its weights left in their files; loaded where that can't be."""
+        self.need_weights()
+        from lsq_core.model.streaming import NotStreamable, open_streamed
+
+        try:
+            with translate_resource_errors(self.device):
+                streamed = open_streamed(self.source, self.device, self.dtype)
+        except NotStreamable as reason:
+            self.report("load", 0, 1, f"{reason}, so the whole model is loaded")
+            return self.loaded
+        self.store.save_model(streamed.info)
+        where = f"on {streamed.device} in {streamed.dtype}"
+        self.report("load", 1, 1, f"read one decoder block at a time, {where}")
+        self._report_notes(streamed.info)
+        return streamed
+
+    def _report_notes(self, info: ModelInfo) -> None:
+        for note in info.notes:
+            self.report("note", 0, 1, note)
+
+    @cached_property
+    @timed("load")
+    def device_and_dtype(self) -> dict[str, str]:
+        """The device and the dtype that the model computes on and in; needs no weights."""
+        from lsq_core.model.loading import model_config, pick_device, pick_dtype
+
+        device, config = pick_device(self.device), model_config(self.source, self.folder)
+        dtype = str(pick_dtype(self.dtype, device, config)).removeprefix("torch.")
+        return {"device": str(device), "dtype": dtype}
+
+    @cached_property
+    @timed("load")
+    def tokenizer(self) -> object:
+        """The model's tokenizer; needs no weights."""
+        from lsq_core.model.loading import load_tokenizer
+
+        return load_tokenizer(self.source, self.folder)
+
+    @timed("read text")
+    def stream(self, request: EvaluationRequest) -> TokenStream:
+        """The tokens that a request evaluates on, remembered."""
+        if request not in self._streams:
+            self.report("evaluate", 0, 1, f"reading {request.corpus}")
+            self._streams[request] = load_tokens(request, self.tokenizer)
+        return self._streams[request]
+
+    @cached_property
+    def matrix_cache(self) -> PackedMatrixCache:
+        """The matrices quantized so far."""
+        from lsq_core.quantization.cache import PackedMatrixCache
+
+        return PackedMatrixCache(self.cache_bytes)
+
+
+def find_published(source: ModelSource, store: Store) -> ModelInfo | None:
+    """The published model that a source names: ``published:NAME``, or ``NAME`` alone.
+
+    The name alone means a local folder where there is one of that name.
+
+    Raises
+    ------
+    InputError
+        When ``published:NAME`` was never imported.
+    """
+    if source.is_local:
+        return None
+    name = source.name.removeprefix(PUBLISHED)
+    known = store.model(PUBLISHED + name)
+    if known is None and source.name.startswith(PUBLISHED):
+        there = sorted(store.models(origin="published")["source"])
+        raise InputError(
+            f"{store.path} has no published measurements of '{name}'; "
+            + (f"choose one of {', '.join(there)}." if there else "import-reference brings them.")
+        )
+    return known
+
+
+def known_identity(source: ModelSource, store: Store) -> ModelIdentity | None:
+    """The identity of the model that a source names, by its files or else as the store has it.
+
+    Raises as :func:`lsq_core.model.identity.identify`.
+    """
+    record = identify(source)
+    if record is not None or source.local_folder:
+        return record
+    named = store.find_model_by_name(source.name, source.revision)
+    return None if named is None else ModelIdentity(*named)
+
+
+def find_model_info(source: ModelSource, store: Store) -> ModelInfo | None:
+    """What the store has of the model that a source names, under the name it is asked for by.
+
+    One whose files are not here is the newest that the store has of that name and revision. None
+    where the model is not known yet. Raises as :func:`lsq_core.model.identity.identify`.
+    """
+    identity = known_identity(source, store)
+    record = store.model(identity.fingerprint) if identity else None
+    return None if record is None else with_source(record, source, identity)
+
+
+def resolve_device_and_dtype(
+    info: ModelInfo, device: str = "auto", dtype: str = "auto"
+) -> DeviceAndDtype:
+    """Where a model computes when it is asked for on a device in a dtype, as loading has it.
+
+    torch is imported only where there may be a GPU.
+    """
+    if device == "auto" and not _may_have_gpu():
+        device = "cpu"
+    if device_kind(device) == "cpu" and dtype == "auto":
+        return DeviceAndDtype("cpu", "float32")
+    import torch
+
+    from lsq_core.model.loading import pick_device, pick_dtype
+
+    target, text = pick_device(device), info.config.get("text_config")
+    parts = (info.config, text if isinstance(text, dict) else {})
+    named = next(filter(None, (p.get("dtype") or p.get("torch_dtype") for p in parts)), None)
+    stored = getattr(torch, str(named).removeprefix("torch."), None)
+    chosen = pick_dtype(dtype, target, SimpleNamespace(dtype=stored))
+    return DeviceAndDtype(target.type, str(chosen).removeprefix("torch."))
+
+
+def _may_have_gpu() -> bool:
+    """Whether asking torch for a GPU is worth the seconds that its import takes."""
+    if "torch" in sys.modules or sys.platform != "linux":
+        return True
+    drivers = ("nvidia[0-9]*", "kfd", "dxg")
+    return any(any(Path("/dev").glob(pattern)) for pattern in drivers)
+
+
+def load_tokens(request: EvaluationRequest, tokenizer: object) -> TokenStream:
+    """The tokens that a request evaluates on."""
+    return build_token_stream(
+        load_corpus(request.corpus, "evaluation"), tokenizer, request.max_tokens
+    )

@@ -1,0 +1,117 @@
+"""Predicted perplexity of a plan, from the runs so far."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lsq_core.bits import (
+    LADDER,
+)
+from lsq_core.errors import InputError
+from lsq_core.evaluation import prediction
+from lsq_core.planning.make import make_frontier
+from lsq_core.planning.methods import get_planner
+from lsq_core.planning.pins import apply_pins
+from lsq_core.planning.plan import Plan
+from lsq_core.planning.problem import Problem
+from lsq_core.planning.request import PlanRequest
+from lsq_core.profiling.settings import ProfileSettings
+
+if TYPE_CHECKING:
+    from lsq_core.evaluation.prediction import Predictor
+from lsq_core.stages.model import OpenModel
+from lsq_core.stages.plan import build_problem, check_metrics
+from lsq_core.stages.profile import find_profile, profile_model
+
+#: Why a plan of mixed rows has no predicted perplexity.
+NO_PREDICTION_REASON = (
+    "Perplexity is predicted from weight errors by configuration, which are unknown for matrices "
+    "whose rows have different bits."
+)
+
+
+def fit_predictor(
+    model: OpenModel,
+    problem: Problem,
+    settings: ProfileSettings,
+    corpus: str | None = None,
+    protocol: str | None = None,
+) -> Predictor:
+    """What the runs so far tell of this model's perplexity on a corpus by a protocol.
+
+    Where neither is given, on those with the most runs. ``problem`` is of a profile of
+    ``settings``, and the runs are those by its quantizer, axis and metadata.
+
+    Raises
+    ------
+    InputError
+        When there are too few runs, or the profile lacks what predictions need.
+    """
+    points = prediction.load_measured_points(
+        model.store,
+        model.info.fingerprint,
+        problem,
+        quantizer=settings.quantizer,
+        axis=settings.axis,
+        metadata=settings.metadata,
+        corpus=corpus,
+        protocol=protocol,
+    )
+    return prediction.fit(points)
+
+
+def predict_plan(
+    model: OpenModel,
+    plan: Plan,
+    settings: ProfileSettings,
+    corpus: str | None = None,
+    protocol: str | None = None,
+) -> dict:
+    """The plan's predicted perplexity and band by name, or only the ``reason`` for none.
+
+    Nothing is measured for it.
+    """
+    settings = replace(settings, axis=plan.axis, metadata=plan.metadata)
+    if plan.rows:
+        return {"reason": NO_PREDICTION_REASON}
+    try:
+        profile = find_profile(model, settings)
+        if profile is None:
+            return {"reason": "This model has no profile under these settings yet."}
+        problem = build_problem(model.info, profile)
+        predictor = fit_predictor(model, problem, settings, corpus, protocol)
+    except InputError as error:
+        return {"reason": str(error)}
+    return predictor.summary(problem, np.array([LADDER.index(c) for c in plan.configs]))
+
+
+def request_for_max_loss(
+    model: OpenModel,
+    request: PlanRequest,
+    settings: ProfileSettings,
+    max_loss: float,
+    corpus: str | None = None,
+    protocol: str | None = None,
+) -> PlanRequest:
+    """The request with the least budget whose plan is predicted within a relative loss.
+
+    Raises
+    ------
+    InputError
+        When no plan is, there are too few runs to predict from, or the request is wrong.
+    """
+    planner = get_planner(request.method)
+    if planner.reads_rows:
+        raise InputError(f"{NO_PREDICTION_REASON} Give a budget in place of max-loss.")
+    profile = profile_model(model, settings, [*prediction.METRICS, *planner.metrics])
+    problem = build_problem(model.info, profile)
+    check_metrics(model.info, problem, request)
+    pinned = apply_pins(problem, request.pins)
+    predictor = fit_predictor(model, problem, settings, corpus, protocol)
+    frontier = make_frontier(pinned, request)
+    budget = prediction.smallest_budget_within(frontier, predictor, pinned, max_loss)
+    # 17 digits write any float exactly, so the same plan is found again.
+    return replace(request, budget=f"{budget:.17g}B")

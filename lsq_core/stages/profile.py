@@ -1,0 +1,180 @@
+"""Profiles: found in the store, or measured and kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from lsq_core.corpus.registry import corpus_identity
+from lsq_core.errors import InputError
+from lsq_core.model.info import ModelInfo
+from lsq_core.profiling.metrics import LOSS_PROBE, METRICS, WEIGHT_METRICS
+from lsq_core.profiling.profile import Profile, missing_metrics
+from lsq_core.profiling.settings import ProfileSettings
+from lsq_core.progress import timed
+from lsq_core.provenance import (
+    DeviceAndDtype,
+    profile_dependencies,
+    versions,
+)
+from lsq_core.quantization.registry import (
+    arithmetic_packages,
+    quantizer_spec,
+)
+from lsq_core.store.store import Store
+
+if TYPE_CHECKING:
+    pass
+from lsq_core.errors import translate_resource_errors
+from lsq_core.stages.model import OpenModel, resolve_device_and_dtype
+
+
+def profile_key(
+    info: ModelInfo, settings: ProfileSettings, device_and_dtype: DeviceAndDtype | None = None
+) -> str:
+    """The identity of a model's profile under some settings, found or not.
+
+    ``place`` is where it is measured, None for where this machine computes by itself.
+
+    Raises
+    ------
+    InputError
+        When the calibration corpus is nothing known.
+    """
+    corpus, required_packages = (
+        corpus_identity(settings.calibration),
+        arithmetic_packages(settings.quantizer),
+    )
+    device_and_dtype = device_and_dtype or resolve_device_and_dtype(info)
+    made_with = profile_dependencies(
+        device_and_dtype, versions(*required_packages), required_packages
+    )
+    return settings.key(info.fingerprint, corpus, info.tokenizer, info.code, made_with)
+
+
+def find_profile_key(
+    store: Store,
+    info: ModelInfo,
+    settings: ProfileSettings,
+    device_and_dtype: DeviceAndDtype | None = None,
+) -> str:
+    """The same; a profile kept before it depended on place and versions is put under it.
+
+    That is done only where what was recorded with the profile says that it was measured in this
+    place, by these versions of what it depends on.
+    """
+    key, device_and_dtype = (
+        profile_key(info, settings, device_and_dtype),
+        device_and_dtype or resolve_device_and_dtype(info),
+    )
+    required_packages = arithmetic_packages(settings.quantizer)
+    wanted = profile_dependencies(device_and_dtype, versions(*required_packages), required_packages)
+
+    def same(recorded: dict) -> bool:
+        made_by = recorded.get("versions") or {}
+        return (
+            profile_dependencies(DeviceAndDtype.from_record(recorded), made_by, required_packages)
+            == wanted
+        )
+
+    older = settings.key(info.fingerprint, corpus_identity(settings.calibration))
+    store.rekey_profile(older, key, same)
+    return key
+
+
+def model_profile_key(model: OpenModel, settings: ProfileSettings) -> str:
+    """The identity of this model's profile under these settings."""
+    device_and_dtype = resolve_device_and_dtype(model.info, model.device, model.dtype)
+    return find_profile_key(model.store, model.info, settings, device_and_dtype)
+
+
+def find_profile(model: OpenModel, settings: ProfileSettings) -> Profile | None:
+    """The profile if it was measured before, or published."""
+    if model.published:
+        kept = model.store.profiles(model.published.fingerprint)
+        same = [json.loads(text) == asdict(settings) for text in kept["settings"]]
+        return model.store.profile(kept["id"][same.index(True)]) if any(same) else None
+    return model.store.profile(model_profile_key(model, settings))
+
+
+@timed("profile")
+def profile_model(
+    model: OpenModel, settings: ProfileSettings, metrics: Sequence[str] = ()
+) -> Profile:
+    """The profile, with the usual metrics and these: found, or measured and kept.
+
+    What the weights alone tell is measured and kept first, so that it can be looked at while
+    the rest is measured. Of a profile that is there only the metrics that it lacks are
+    measured, so one that was cut short is completed; a published one stays as it is.
+
+    Raises
+    ------
+    InputError, LsqError
+        When a metric is unknown, the model or the calibration corpus cannot be had, or a
+        weight is not finite.
+    """
+    unknown = [metric for metric in metrics if metric not in METRICS]
+    if unknown:
+        raise InputError(f"'{unknown[0]}' is not a metric; choose one of {', '.join(METRICS)}.")
+    known = quantizer_spec(settings.quantizer)
+    if "loss_impact" in metrics and LOSS_PROBE not in known.configs:
+        raise InputError(
+            f"Loss impact is measured at {LOSS_PROBE.name}, which {known.title} doesn't have; "
+            "plan with a profile by hqq or rtn (--profile-quantizer)."
+        )
+    found = find_profile(model, settings)
+    if model.published:
+        if found is None:
+            raise InputError(_missing_profile_message(model.published, settings, model.store))
+        return found
+    missing = missing_metrics(found, metrics)
+    if not missing:
+        model.report("profile", 1, 1, "already stored")
+        return found
+    alone = [metric for metric in missing if metric in WEIGHT_METRICS]
+    for stage, part in (
+        ("weights", alone),
+        ("profile", [metric for metric in missing if metric not in alone]),
+    ):
+        if part:
+            merge_profile(model, _measure(model, settings, part, stage))
+    return find_profile(model, settings)
+
+
+def merge_profile(model: OpenModel, measured: Profile) -> None:
+    """Add metrics to the profile, or keep them as a new one."""
+    model.store.merge_profile(measured)
+    names = ", ".join(measured.metrics)
+    model.report("store", 1, 1, f"{names} stored in profile {measured.id}")
+
+
+def _measure(
+    model: OpenModel, settings: ProfileSettings, metrics: Sequence[str], stage: str
+) -> Profile:
+    """A profile of these metrics alone, measured now."""
+    from lsq_core.profiling.measure import make_metrics, measure_profile
+
+    whole = "loaded" in model.__dict__ or any(m.needs_full_model for m in make_metrics(metrics))
+    loaded = model.loaded if whole else model.streamed
+    with translate_resource_errors(loaded.device):
+        return measure_profile(
+            loaded,
+            settings,
+            model_profile_key(model, settings),
+            lambda done, total, message: model.report(stage, done, total, message),
+            metrics,
+        )
+
+
+def _missing_profile_message(info: ModelInfo, settings: ProfileSettings, store: Store) -> str:
+    """What a published model has instead of the profile that was asked for."""
+    kept = [ProfileSettings(**json.loads(s)) for s in store.profiles(info.fingerprint)["settings"]]
+    there = sorted({f"{s.calibration} ({s.quantizer}, axis {s.axis})" for s in kept})
+    return (
+        f"{info.source} has no published profile on {settings.calibration} ({settings.quantizer}, "
+        f"axis {settings.axis}, {settings.metadata} metadata, {settings.samples} samples of "
+        f"{settings.block_tokens} tokens); choose one of {', '.join(there)}, and leave the other "
+        "settings out."
+    )

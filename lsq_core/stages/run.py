@@ -1,0 +1,291 @@
+"""Runs: quantizing by a plan, measuring beside full precision, keeping the result."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lsq_core.errors import LsqError
+from lsq_core.evaluation.protocol import EvaluationRequest
+from lsq_core.jsontext import json_text
+from lsq_core.planning.plan import Plan
+from lsq_core.profiling.settings import ProfileSettings
+from lsq_core.progress import timed
+from lsq_core.provenance import (
+    machine,
+    run_dependencies,
+    versions,
+)
+from lsq_core.quantization.registry import (
+    arithmetic_packages,
+    check_choice,
+    required_packages,
+)
+from lsq_core.quantized.manifest import RUN_KEYS, is_quantized_folder, read_manifest
+from lsq_core.settings import GridSettings
+from lsq_core.store.store import new_id
+from lsq_core.targets import check_folder_target
+from lsq_core.units import format_bytes
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lsq_core.evaluation.result import Evaluation, EvaluationPair
+from lsq_core.errors import translate_resource_errors
+from lsq_core.stages.evaluate import digest, evaluate_models, figures
+from lsq_core.stages.model import OpenModel
+from lsq_core.stages.plan import calibration_of_plan, plan_identity, with_quantizer
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedRun:
+    """A model quantized by a plan: the run that it is, and the row that the store keeps of it."""
+
+    run: str
+    model: nn.Module
+    plan: Plan
+    row: dict
+    plan_name: str = ""
+
+
+def run_plan(
+    model: OpenModel,
+    plan: Plan,
+    quantizer: str,
+    request: EvaluationRequest,
+    save: Path | None = None,
+    plan_name: str = "",
+    settings: ProfileSettings | None = None,
+) -> dict:
+    """Quantize by a plan, evaluate beside full precision, keep everything.
+
+    ``settings`` name the text for a quantizer that is calibrated. Returns the plan's JSON
+    with ``perplexity``, ``perplexity_full``, ``measured_bytes``, ``kl``, ``top1`` and times
+    added.
+
+    Raises
+    ------
+    InputError, LsqError
+        When an input is wrong, the device has too little memory, or the disk is full.
+    """
+    made = quantize_plan(model, plan, quantizer, save, plan_name, settings=settings)
+    [outcome] = measure(model, [made], [request])
+    return outcome
+
+
+def quantize_plan(
+    model: OpenModel,
+    plan: Plan,
+    quantizer: str,
+    save: Path | None = None,
+    plan_name: str = "",
+    run: str | None = None,
+    settings: ProfileSettings | None = None,
+) -> QuantizedRun:
+    """Quantize by a plan, and save the model where that is asked for.
+
+    ``run`` is that of a run kept before, to which more evaluations are to be added;
+    ``settings`` name the text for a quantizer that is calibrated.
+
+    Raises
+    ------
+    InputError, LsqError
+        When an input is wrong, the device has too little memory, or the disk is full.
+    """
+    check_choice(quantizer, plan.choice, plan.axis)
+    plan = with_quantizer(plan, quantizer, settings or model.default_settings)
+    run = run or _run_id(model, plan, quantizer)
+    saved = save is not None and _is_saved(save, run)
+    if save is not None and not saved:
+        check_folder_target(save)
+    quantized, seconds = _quantize(model, plan)
+    if save is not None and not saved:
+        _save(model, quantized, plan, run, save)
+    row = _run_row(model, plan, quantized, seconds, save)
+    return QuantizedRun(run, quantized, plan, row, plan_name)
+
+
+def measure(
+    model: OpenModel, made: Sequence[QuantizedRun], requests: Sequence[EvaluationRequest]
+) -> Iterator[dict]:
+    """Evaluate quantized models beside full precision, in one pass, and keep their runs.
+
+    Yields what :meth:`run` returns: of each model on the first text, as soon as it is read,
+    then of each on the next one.
+    """
+    models = [one.model for one in made]
+    identities = [[one.run, plan_identity(one.plan), one.row["quantizer"]] for one in made]
+    found = evaluate_models(model, models, requests, model.loaded.model, identities)
+    for pairs, seconds in _with_stage_seconds(model, found):
+        for one, (own, full) in zip(made, pairs, strict=True):
+            yield _save_run(model, one, own, full, seconds)
+
+
+def _with_stage_seconds(
+    model: OpenModel, found: Iterator[list[EvaluationPair]]
+) -> Iterator[tuple[list[EvaluationPair], dict[str, float]]]:
+    """Evaluations with the seconds by stage so far, of which full precision's are apart."""
+    while True:
+        start_time = model.clock.seconds.get("evaluate", 0.0)
+        with model.clock.stage("evaluate"):
+            pairs = next(found, None)
+        if pairs is None:
+            return
+        taken = model.clock.seconds["evaluate"] - start_time
+        # What is read before a text is done is of the next one too, so it may be less.
+        full = min(taken, pairs[0][1].seconds) if pairs[0][1] else 0.0
+        model.clock.add("evaluate", -full)
+        model.clock.add("full precision", full)
+        yield pairs, dict(model.clock.seconds)
+
+
+@timed("store")
+def _save_run(
+    model: OpenModel,
+    made: QuantizedRun,
+    own: Evaluation,
+    full: Evaluation,
+    seconds: dict[str, float],
+) -> dict:
+    own = replace(own, times=seconds | {"whole": model.clock.total})
+    with model.store.held():
+        if "plan" not in made.row:
+            made.row["plan"] = model.store.find_run_plan(made.run) or model.store.save_plan(
+                made.plan, model.info.fingerprint, made.plan.profile, made.plan_name
+            )
+        model.store.save_full_precision(model.info.fingerprint, full)
+        model.store.save_run(made.run, made.row, [own])
+    model.report("store", 1, 1, f"stored as run {made.run}")
+    return (
+        made.plan.to_json()
+        | {"profile": made.plan.profile}
+        | _outcome(made.run, made.row, own, full)
+    )
+
+
+def _run_id(model: OpenModel, plan: Plan, quantizer: str) -> str:
+    """A new run's id; a job that begins again gives the same plan the same id again."""
+    if model.checkpoint_folder is None:
+        return new_id()
+    return digest(model.checkpoint_folder.name, plan_identity(plan), quantizer)[:12]
+
+
+def _is_saved(save: Path, run: str) -> bool:
+    """Whether this very run saved its model here before it was cut off."""
+    return is_quantized_folder(save) and read_manifest(save, RUN_KEYS)["run"] == run
+
+
+@timed("quantize")
+def _quantize(model: OpenModel, plan: Plan) -> tuple[nn.Module, float]:
+    """The quantized model and the seconds it takes, whatever of it was made before."""
+    from lsq_core.quantization.registry import get_quantizer
+    from lsq_core.quantization.task import QuantizationTask
+    from lsq_core.quantized.convert import run_task
+    from lsq_core.quantized.modules import measured_bytes
+
+    loaded = model.loaded
+    start_time, saved = time.perf_counter(), model.matrix_cache.saved_seconds
+    with translate_resource_errors(loaded.device):
+        task = QuantizationTask(
+            loaded,
+            plan.choice,
+            GridSettings(plan.axis, plan.metadata),
+            calibration_of_plan(plan),
+            plan.rows,
+            lambda done, total, name: model.report("quantize", done, total, name),
+            model.matrix_cache,
+            _quantizer_folder(model, plan),
+        )
+        quantized = run_task(task, get_quantizer(plan.quantizer))
+    measured = measured_bytes(quantized)
+    if measured != plan.planned_bytes:
+        raise LsqError(
+            f"The quantized model takes {measured} bytes and the plan promised "
+            f"{plan.planned_bytes}; this is a defect of LSQ Explorer, please report it."
+        )
+    seconds = time.perf_counter() - start_time + model.matrix_cache.saved_seconds - saved
+    return quantized, seconds
+
+
+def _quantizer_folder(model: OpenModel, plan: Plan) -> Path | None:
+    """Where a quantizer keeps what it has of this plan so far, where there is a folder."""
+    if model.checkpoint_folder is None:
+        return None
+    made_by = run_dependencies(versions(), arithmetic_packages(plan.quantizer))
+    made_from = (*plan_identity(plan), plan.quantizer, model.device_and_dtype, made_by)
+    return model.checkpoint_folder / f"quantized-{digest(model.info.fingerprint, *made_from)[:16]}"
+
+
+@timed("save")
+def _save(
+    model: OpenModel,
+    quantized: nn.Module,
+    plan: Plan,
+    run_id: str,
+    folder: Path,
+) -> None:
+    from lsq_core.quantized.artifact import save_quantized
+
+    model.report("save", 0, 1, f"saving to {folder}")
+    profile = model.store.profile(plan.profile) if plan.profile else None
+    manifest = plan.to_json() | {
+        "run": run_id,
+        "profile": plan.profile,
+        "profile_provenance": profile.provenance if profile else None,
+        "source": model.source.name,
+        "revision": model.source.revision,
+        "fingerprint": model.info.fingerprint,
+        "device": model.loaded.device,
+        "dtype": model.loaded.dtype,
+        "versions": versions(*required_packages([plan.quantizer])),
+    }
+    size = save_quantized(quantized, model.loaded.tokenizer, manifest, folder, model.loaded.folder)
+    model.report("save", 1, 1, f"{format_bytes(size)} on disk")
+
+
+def _run_row(
+    model: OpenModel,
+    plan: Plan,
+    quantized: nn.Module,
+    seconds: float,
+    save: Path | None,
+) -> dict:
+    from lsq_core.quantized.modules import measured_bytes
+
+    measured = measured_bytes(quantized)
+    return {
+        "fingerprint": model.info.fingerprint,
+        "method": plan.method,
+        "quantizer": plan.quantizer,
+        "measured_bytes": measured,
+        "model_bytes": measured + plan.other_bytes,
+        "quantize_seconds": seconds,
+        "saved_to": str(save) if save else None,
+        "device": model.loaded.device,
+        "machine": machine(model.loaded.device),
+        "dtype": model.loaded.dtype,
+        "seed": plan.request.seed,
+        "versions": json_text(versions(*required_packages([plan.quantizer]))),
+    }
+
+
+def _outcome(run_id: str, row: dict, own: Evaluation, full: Evaluation) -> dict:
+    from lsq_core.evaluation.bootstrap import bootstrap_difference
+
+    difference = bootstrap_difference(own.nll, full.nll, own.counts)
+    return figures(own) | {
+        "run": run_id,
+        "quantizer": row["quantizer"],
+        "measured_bytes": row["measured_bytes"],
+        "measured_model_bytes": row["model_bytes"],
+        "perplexity_full": full.perplexity,
+        "increase": asdict(difference),
+        "kl": own.kl,
+        "top1": own.top1,
+        "quantize_seconds": row["quantize_seconds"],
+        "seconds": own.times,
+        "saved_to": row["saved_to"],
+    }

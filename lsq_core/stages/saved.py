@@ -1,0 +1,145 @@
+"""Saved models, and the models of runs made once more."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lsq_core.errors import InputError
+from lsq_core.evaluation.protocol import EvaluationRequest
+from lsq_core.model.source import ModelSource
+from lsq_core.planning.plan import Plan
+from lsq_core.progress import ProgressCallback, ignore_progress
+from lsq_core.quantized.manifest import (
+    EVALUATION_KEYS,
+    RUN_KEYS,
+    is_quantized_folder,
+    read_manifest,
+)
+from lsq_core.store.store import Store
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lsq_core.quantized.artifact import QuantizedModel
+from lsq_core.errors import translate_resource_errors
+from lsq_core.stages.evaluate import evaluate_on_texts, figures
+from lsq_core.stages.model import OpenModel, load_tokens
+from lsq_core.stages.run import quantize_plan
+
+
+def load_saved(
+    folder: Path,
+    device: str = "auto",
+    dtype: str = "auto",
+    report: ProgressCallback = ignore_progress,
+    trust_remote_code: bool = False,
+) -> QuantizedModel:
+    """A saved quantized model; too little memory is told in a sentence."""
+    from lsq_core.quantized.artifact import load_quantized
+
+    report("load", 0, 1, f"loading {folder}")
+    with translate_resource_errors(device):
+        return load_quantized(folder, device, dtype, trust_remote_code)
+
+
+def evaluate_saved(
+    folder: Path,
+    request: EvaluationRequest,
+    store: Store,
+    device: str = "auto",
+    dtype: str = "auto",
+    report: ProgressCallback = ignore_progress,
+    trust_remote_code: bool = False,
+) -> dict:
+    """Load a saved quantized model, evaluate it, and keep the result with the run it came from.
+
+    A run that this store doesn't know (the folder came from elsewhere) is added to it.
+    """
+    from lsq_core.model.architecture import context_length
+    from lsq_core.quantized.modules import measured_bytes
+
+    manifest = read_manifest(folder, EVALUATION_KEYS)
+    quantized = load_saved(folder, device, dtype, report, trust_remote_code)
+    report("evaluate", 0, 1, f"reading {request.corpus}")
+    [[(evaluation, _)]] = evaluate_on_texts(
+        [quantized.model],
+        quantized.tokenizer,
+        context_length(quantized.model),
+        [request],
+        [load_tokens(request, quantized.tokenizer)],
+        where={"device": quantized.device, "dtype": quantized.dtype},
+        report=report,
+    )
+    measured = measured_bytes(quantized.model)
+    store.add_evaluation(manifest, measured, str(folder), evaluation)
+    return {
+        "model": str(folder),
+        "run": manifest["run"],
+        "method": manifest["method"],
+        "bits_per_param": manifest["bits_per_param"],
+        "measured_bytes": measured,
+    } | figures(evaluation)
+
+
+def rebuild_run(
+    run: str,
+    source: ModelSource | None,
+    store: Store,
+    device: str = "auto",
+    dtype: str = "auto",
+    report: ProgressCallback = ignore_progress,
+    trust_remote_code: bool = False,
+) -> tuple[OpenModel, nn.Module]:
+    """The full-precision model of a run, and its quantized one: as saved, else made once more.
+
+    ``source`` says where the model is, None where it was when the run was made; its own code
+    runs then only if ``trust_remote_code``.
+
+    Raises
+    ------
+    InputError
+        When there is no such run, or the model is another one now.
+    """
+    kept = store.run(run)
+    dtype = kept["dtype"] if dtype == "auto" else dtype
+    source = source or ModelSource(kept["source"], kept["revision"], trust_remote_code)
+    session = open_original(source, kept["fingerprint"], store, device, dtype, report)
+    folder = saved_folder(kept)
+    if folder is not None:
+        trusted = source.trust_remote_code
+        return session, load_saved(folder, device, dtype, report, trusted).model
+    plan = Plan.from_json(kept["content"], session.info.matrices, session.info.other_bytes)
+    return session, quantize_plan(session, plan, kept["quantizer"], run=run).model
+
+
+def open_original(
+    source: ModelSource,
+    fingerprint: str,
+    store: Store,
+    device: str = "auto",
+    dtype: str = "auto",
+    report: ProgressCallback = ignore_progress,
+) -> OpenModel:
+    """The model that something was made from.
+
+    Raises
+    ------
+    InputError
+        When another model is there now.
+    """
+    session = OpenModel(source, store, device, dtype, report)
+    if session.info.fingerprint != fingerprint:
+        raise InputError(
+            f"{source.name} is not the model that was quantized: its weights or its config have "
+            "changed; say with --model where the original is."
+        )
+    return session
+
+
+def saved_folder(run: dict) -> Path | None:
+    """Where a run of :meth:`Store.run` has its saved model, if it is still there."""
+    folder = Path(run["saved_to"]) if run["saved_to"] else None
+    if folder is None or not is_quantized_folder(folder):
+        return None
+    return folder if read_manifest(folder, RUN_KEYS)["run"] == run["id"] else None

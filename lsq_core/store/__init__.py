@@ -1,0 +1,1 @@
+"""The DuckDB database of models, profiles, plans and runs."""

@@ -1,0 +1,116 @@
+"""The tables of the database, as a list of migrations: append, never change."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
+
+
+#: Forward migrations: the n-th brings schema version n to n + 1. Never edit one that has shipped.
+MIGRATIONS = [
+    """
+    CREATE TABLE models (
+        fingerprint VARCHAR PRIMARY KEY, source VARCHAR, revision VARCHAR, architecture VARCHAR,
+        layers INTEGER, context INTEGER, parameters BIGINT, linear_parameters BIGINT,
+        file_bytes BIGINT, other_bytes BIGINT, tied_embeddings BOOLEAN, left_out VARCHAR[],
+        config JSON, created TIMESTAMP
+    );
+    CREATE TABLE matrices (
+        fingerprint VARCHAR, position INTEGER, name VARCHAR, layer INTEGER, type VARCHAR,
+        out_features INTEGER, in_features INTEGER, expert INTEGER
+    );
+    CREATE TABLE profiles (
+        id VARCHAR PRIMARY KEY, fingerprint VARCHAR, settings JSON, provenance JSON,
+        created TIMESTAMP
+    );
+    CREATE TABLE scores (
+        profile VARCHAR, module VARCHAR, layer INTEGER, type VARCHAR, metric VARCHAR,
+        config VARCHAR, part VARCHAR, value DOUBLE
+    );
+    CREATE TABLE plans (
+        id VARCHAR PRIMARY KEY, name VARCHAR, fingerprint VARCHAR, profile VARCHAR,
+        method VARCHAR, bits_per_param DOUBLE, nominal_bytes DOUBLE, planned_bytes BIGINT,
+        model_bytes BIGINT, content JSON, created TIMESTAMP
+    );
+    CREATE TABLE runs (
+        id VARCHAR PRIMARY KEY, plan VARCHAR, fingerprint VARCHAR, method VARCHAR,
+        quantizer VARCHAR, measured_bytes BIGINT, model_bytes BIGINT, quantize_seconds DOUBLE,
+        saved_to VARCHAR, device VARCHAR, machine VARCHAR, dtype VARCHAR, seed INTEGER,
+        versions JSON, created TIMESTAMP
+    );
+    CREATE TABLE evaluations (
+        id VARCHAR PRIMARY KEY, run VARCHAR, fingerprint VARCHAR, corpus VARCHAR,
+        corpus_sha256 VARCHAR, corpus_source VARCHAR, truncated BOOLEAN, protocol VARCHAR,
+        tokens BIGINT, perplexity DOUBLE, kl DOUBLE, top1 DOUBLE, tokens_per_second DOUBLE,
+        peak_bytes BIGINT, nll DOUBLE[], counts BIGINT[], provenance JSON, created TIMESTAMP
+    );
+    """,
+    # Published figures lie beside measured ones and are never taken for them.
+    """
+    ALTER TABLE models ADD COLUMN origin VARCHAR DEFAULT 'measured';
+    ALTER TABLE profiles ADD COLUMN origin VARCHAR DEFAULT 'measured';
+    ALTER TABLE runs ADD COLUMN origin VARCHAR DEFAULT 'measured';
+    """,
+    # What a person says of a run; a deleted one is left out everywhere until it is restored.
+    """
+    ALTER TABLE runs ADD COLUMN starred BOOLEAN DEFAULT false;
+    ALTER TABLE runs ADD COLUMN note VARCHAR DEFAULT '';
+    ALTER TABLE runs ADD COLUMN deleted TIMESTAMP;
+    """,
+    # What high-impact ratios are planned from. ``profile`` is the identity of what it depends on,
+    # whether or not the profile's other metrics were measured.
+    """
+    CREATE TABLE row_scores (
+        profile VARCHAR, module VARCHAR, scores DOUBLE[], provenance JSON, created TIMESTAMP
+    );
+    CREATE TABLE interactions (
+        profile VARCHAR, loss VARCHAR, low_bits INTEGER, high_bits INTEGER, group_size INTEGER,
+        layer INTEGER, units VARCHAR[], ratios DOUBLE[], matrix DOUBLE[], provenance JSON,
+        created TIMESTAMP
+    );
+    """,
+    # The names that a model was asked for by, and what tokenizer and code it had under each.
+    """
+    CREATE TABLE model_names (
+        source VARCHAR, revision VARCHAR, fingerprint VARCHAR, tokenizer VARCHAR, code VARCHAR,
+        seen TIMESTAMP
+    );
+    INSERT INTO model_names
+        SELECT source, revision, fingerprint, '', '', created FROM models
+        WHERE origin = 'measured';
+    ALTER TABLE models ADD COLUMN notes VARCHAR[];
+    """,
+    # Each evaluation of a run keeps the full-precision one that it stands beside. Those kept before
+    # get the one of their own time: with the same provenance, which is how they were told apart;
+    # else, marked as inferred, the latest until then on the same kind of device in the same dtype.
+    """
+    ALTER TABLE evaluations ADD COLUMN full_precision VARCHAR;
+    ALTER TABLE evaluations ADD COLUMN pairing VARCHAR;
+    ALTER TABLE evaluations ADD COLUMN working_bytes BIGINT;
+    ALTER TABLE evaluations ADD COLUMN seconds JSON;
+    UPDATE evaluations SET full_precision = found.pair, pairing = found.how
+    FROM (
+        SELECT e.id, first(f.id ORDER BY f.rank, f.created DESC) AS pair,
+               first(f.how ORDER BY f.rank, f.created DESC) AS how
+        FROM evaluations e, LATERAL (
+            SELECT full_.id, full_.created,
+                   CASE WHEN e.provenance ->> '$.origin' = 'published' THEN 'published'
+                        WHEN CAST(full_.provenance AS VARCHAR) = CAST(e.provenance AS VARCHAR)
+                        THEN 'measured' ELSE 'inferred' END AS how,
+                   CASE how WHEN 'inferred' THEN 1 ELSE 0 END AS rank
+            FROM evaluations full_
+            WHERE full_.run IS NULL AND full_.fingerprint = e.fingerprint
+              AND full_.corpus_sha256 = e.corpus_sha256 AND full_.protocol = e.protocol
+              AND full_.tokens IS NOT DISTINCT FROM e.tokens
+              AND full_.provenance ->> '$.dtype' = e.provenance ->> '$.dtype'
+              AND split_part(full_.provenance ->> '$.device', ':', 1)
+                  IS NOT DISTINCT FROM split_part(e.provenance ->> '$.device', ':', 1)
+        ) f
+        WHERE e.run IS NOT NULL AND (f.how <> 'inferred' OR f.created <= e.created)
+        GROUP BY e.id
+    ) found
+    WHERE evaluations.id = found.id;
+    """,
+]

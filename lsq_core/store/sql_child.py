@@ -1,0 +1,134 @@
+"""The process that answers one query for :func:`lsq_core.store.sql.run_query`, within limits of its
+own.
+
+It reads a JSON request from standard input. To standard output go a line as soon as it is ready, a
+line of JSON, and the answer as an Arrow stream. It imports neither torch nor pandas.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import resource
+import sys
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+import duckdb
+import pyarrow as pa
+
+from lsq_core.errors import InputError
+from lsq_core.store.database import CONFIG
+from lsq_core.store.sql_limits import memory_message, timeout_message
+
+#: Rows of a piece of the answer; the size of the answer is looked at after each.
+_BATCH = 2048
+_THREADS = 2
+
+
+def main() -> None:
+    """Answer the request on standard input."""
+    request = json.load(sys.stdin)
+    _limit(request["memory"], request["seconds"])
+    out = sys.stdout.buffer
+    out.write(b"ready\n")
+    out.flush()
+    try:
+        head, rows = {}, execute_query(request)
+    except InputError as error:
+        head, rows = {"error": str(error)}, b""
+    except MemoryError:
+        head, rows = {"error": memory_message(request["memory"])}, b""
+    except Exception as error:
+        head, rows = {"failure": f"{type(error).__name__}: {error}"}, b""
+    out.write(json.dumps(head).encode() + b"\n" + rows)
+    out.flush()
+
+
+def _limit(memory: int, seconds: float) -> None:
+    """Hold this process to memory and processor time; it writes no file and is the first to go."""
+    used = int(Path("/proc/self/statm").read_text("utf8").split()[0]) * resource.getpagesize()
+    # DuckDB doesn't count all that it takes, so the process has some more than DuckDB.
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2 * memory, used + 2 * memory))
+    time = int(seconds * _THREADS) + 5
+    resource.setrlimit(resource.RLIMIT_CPU, (time, time))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000", "utf8")
+
+
+def execute_query(request: dict) -> bytes:
+    settings = CONFIG | {
+        "access_mode": "READ_ONLY",
+        "memory_limit": f"{request['memory']}B",
+        "threads": str(_THREADS),
+        "temp_directory": "",
+    }
+    seconds = request["seconds"]
+    with duckdb.connect(request["snapshot"], config=settings) as connection:
+        connection.execute("SET enable_progress_bar = false")
+        timer = threading.Timer(seconds, connection.interrupt)
+        timer.daemon = True
+        timer.start()
+        try:
+            statement = _parse_single_select(connection, request["sql"])
+            rows = connection.from_query(statement.query).limit(request["rows"] + 1)
+            return _stream(rows.to_arrow_reader(_BATCH), request["bytes"])
+        except duckdb.InterruptException:
+            raise InputError(timeout_message(seconds)) from None
+        except duckdb.PermissionException:
+            raise InputError(
+                "The query would access a file or load an extension; it may only "
+                "read the tables of this database."
+            ) from None
+        except duckdb.OutOfMemoryException:
+            raise InputError(memory_message(request["memory"])) from None
+        except (duckdb.Error, pa.ArrowException, ValueError) as error:
+            if "bad_alloc" in str(error) or "Failed to allocate" in str(error):
+                raise InputError(memory_message(request["memory"])) from None
+            raise InputError(_first_sentence(error)) from None
+        finally:
+            timer.cancel()
+
+
+def _stream(reader: pa.RecordBatchReader, max_bytes: int) -> bytes:
+    buffer, size = io.BytesIO(), 0
+    with pa.ipc.new_stream(buffer, reader.schema) as writer:
+        for batch in reader:
+            size += batch.nbytes
+            if size > max_bytes:
+                raise InputError(
+                    f"The answer is larger than {max_bytes >> 20} MiB; name the columns that you "
+                    "need, "
+                    "or count in place of listing."
+                )
+            writer.write_batch(batch)
+    return buffer.getvalue()
+
+
+def _parse_single_select(connection: duckdb.DuckDBPyConnection, sql: str) -> duckdb.Statement:
+    statements = connection.extract_statements(sql)
+    if len(statements) != 1:
+        raise InputError(
+            f"There {'is no statement' if not statements else f'are {len(statements)} statements'} "
+            "in the query; give a single SELECT."
+        )
+    if statements[0].type != duckdb.StatementType.SELECT:
+        raise InputError(
+            f"{statements[0].type.name} is not a query; give a single SELECT, which reads and "
+            "changes nothing."
+        )
+    return statements[0]
+
+
+def _first_sentence(error: Exception) -> str:
+    """What DuckDB says of an error, in one sentence."""
+    first = re.split(r"\n|LINE \d+:", str(error).strip())[0].strip().rstrip(".!")
+    return f"{first}."
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,18 @@
+"""What is said of a query that takes too much, by both processes of :mod:`lsq_core.store.sql`."""
+
+
+def timeout_message(seconds: float) -> str:
+    """What is said of a query that takes too long."""
+    return (
+        f"The query took longer than {seconds:g} s and was stopped; narrow it with WHERE, or count "
+        "instead of listing rows."
+    )
+
+
+def memory_message(max_bytes: int) -> str:
+    """What is said of a query that takes too much memory."""
+    return (
+        f"The query needs more memory than the {max_bytes >> 20} MiB that it may have; narrow it "
+        "with "
+        "WHERE, or count in place of listing."
+    )

@@ -1,0 +1,614 @@
+"""What is known already: models, profiles and plans, looked up once and remembered.
+
+Reads of the database are remembered by its state on disk, so that what a job or another tab
+wrote is seen at once; problems and plans by the identity of what they are made from.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pandas as pd
+
+from lsq_core.bits import LADDER, Config
+from lsq_core.charts import add_run_labels
+from lsq_core.errors import InputError
+from lsq_core.evaluation.prediction import Prediction, Predictor, features
+from lsq_core.model.identity import with_source
+from lsq_core.model.info import ModelInfo
+from lsq_core.model.source import ModelSource
+from lsq_core.planning.frontier import Frontier
+from lsq_core.planning.make import make_frontier
+from lsq_core.planning.methods import PLANNERS, get_planner
+from lsq_core.planning.pins import apply_pins
+from lsq_core.planning.plan import Plan
+from lsq_core.planning.problem import Impact, Problem
+from lsq_core.planning.request import PlanRequest
+from lsq_core.profiling.profile import Profile
+from lsq_core.profiling.settings import ProfileSettings
+from lsq_core.provenance import DeviceAndDtype
+from lsq_core.serve import SNAPSHOT
+from lsq_core.session import Session
+from lsq_core.stages.model import find_published, known_identity, resolve_device_and_dtype
+from lsq_core.stages.plan import build_problem, check_metrics, make_model_plan
+from lsq_core.stages.profile import find_profile_key, profile_key
+from lsq_core.stages.rows import interaction_key, load_impact
+from lsq_core.store.store import PUBLISHED, InteractionKey, Store
+from lsq_core.ui.hub_lookup import look_up
+from lsq_core.ui.safe import st
+
+#: A file's path and when it was written last.
+FileVersion = tuple[str, int, int]
+#: Budgets at which perplexity is predicted along a frontier.
+CURVE_POINTS = 160
+
+
+def file_version(store: Store) -> FileVersion:
+    """What changes when anything in the database does."""
+    state = store.path.stat()
+    return str(store.path), state.st_mtime_ns, state.st_size
+
+
+# --- models ---------------------------------------------------------------------------------
+
+
+def models(store: Store, origin: str = "measured") -> pd.DataFrame:
+    """Every model of one origin in the database; see :meth:`lsq_core.store.store.Store.models`."""
+    return _models(store, file_version(store), origin)
+
+
+@st.cache_data(max_entries=4, show_spinner=False)
+def _models(_store: Store, at: FileVersion, origin: str) -> pd.DataFrame:
+    return _store.models(origin)
+
+
+def is_published(info: ModelInfo) -> bool:
+    """Whether a model's measurements were published, and its weights aren't here."""
+    return info.fingerprint.startswith(PUBLISHED)
+
+
+def published(store: Store, source: ModelSource) -> ModelInfo | None:
+    """The published model that a source names, or None.
+
+    Raises
+    ------
+    InputError
+        When ``published:NAME`` was never imported.
+    """
+    return _published(store, file_version(store), source)
+
+
+@st.cache_resource(max_entries=16, show_spinner=False)
+def _published(_store: Store, at: FileVersion, source: ModelSource) -> ModelInfo | None:
+    return find_published(source, _store)
+
+
+def model_info(store: Store, source: ModelSource) -> ModelInfo:
+    """What is known of a model, before any of its weights is loaded.
+
+    A model seen before comes out of the database; else its config is read, and for a remote one
+    nothing but its config is fetched.
+
+    Raises
+    ------
+    LsqError
+        When there is no such model; :class:`lsq_core.ui.hub_lookup.LookupPending` when it is still
+        being looked up.
+    """
+    without_weights = published(store, source)
+    if without_weights is not None:
+        return without_weights
+    found = known_identity(source, store)
+    known = _model(store, file_version(store), found.fingerprint) if found else None
+    if known is not None:
+        return with_source(known, source, found)
+    with st.spinner(f"Reading {source.name}…"):
+        if found:
+            return Session(source, store).info
+        return look_up(source)
+
+
+@st.cache_resource(max_entries=16, show_spinner=False)
+def _model(_store: Store, at: FileVersion, mark: str) -> ModelInfo | None:
+    return _store.model(mark)
+
+
+# --- profiles -------------------------------------------------------------------------------
+
+
+def newest_settings(store: Store, info: ModelInfo) -> ProfileSettings | None:
+    """The settings of the model's newest profile, if it has one."""
+    table = _profiles(store, file_version(store), info.fingerprint)
+    return ProfileSettings(**json.loads(table["settings"].iloc[0])) if len(table) else None
+
+
+@st.cache_data(max_entries=16, show_spinner=False)
+def _profiles(_store: Store, at: FileVersion, mark: str) -> pd.DataFrame:
+    return _store.profiles(mark)
+
+
+def profile(
+    store: Store, info: ModelInfo, settings: ProfileSettings, device: str = "auto"
+) -> Profile | None:
+    """The model's profile under these settings, if it was measured as this device computes.
+
+    Raises
+    ------
+    InputError
+        When the calibration corpus is nothing known.
+    """
+    if not info.fingerprint:
+        return None
+    if is_published(info):  # its text isn't here to be known by
+        key = published_settings(store, info).get(settings)
+    else:
+        key = _profile_key(store, info, settings, device)
+    if key not in set(_profiles(store, file_version(store), info.fingerprint)["id"]):
+        return None
+    return _profile(store, file_version(store), key)
+
+
+def _profile_key(store: Store, info: ModelInfo, settings: ProfileSettings, device: str) -> str:
+    device_and_dtype = resolve_device_and_dtype(info, device)
+    key = profile_key(info, settings, device_and_dtype)
+    _migrate_older_profile(store, file_version(store), key, info, settings, device_and_dtype)
+    return key
+
+
+@st.cache_data(max_entries=32, show_spinner=False)
+def _migrate_older_profile(
+    _store: Store,
+    at: FileVersion,
+    key: str,
+    _info: ModelInfo,
+    _settings: ProfileSettings,
+    _device_and_dtype: DeviceAndDtype,
+) -> None:
+    """Put a profile of an older version under its key, once for each state of the store."""
+    find_profile_key(_store, _info, _settings, _device_and_dtype)
+
+
+@st.cache_resource(max_entries=6, show_spinner=False)
+def _profile(_store: Store, at: FileVersion, key: str) -> Profile:
+    return _store.profile(key)
+
+
+def published_settings(store: Store, info: ModelInfo) -> dict[ProfileSettings, str]:
+    """The settings of a published model's profiles, the main one first, and their identities."""
+    table = _profiles(store, file_version(store), info.fingerprint)
+    settings = (ProfileSettings(**json.loads(text)) for text in table["settings"])
+    return dict(zip(settings, table["id"], strict=True))
+
+
+def profile_contents(store: Store) -> pd.DataFrame:
+    """What every profile of every model holds.
+
+    A row for each metric and configuration: ``id, model, origin, linear_parameters, metric,
+    config`` and the fields of its settings.
+    """
+    return _profile_contents(store, file_version(store))
+
+
+@st.cache_data(max_entries=2, show_spinner=False)
+def _profile_contents(_store: Store, at: FileVersion) -> pd.DataFrame:
+    rows = _store.query(
+        """
+        SELECT p.id, m.source AS model, p.origin, m.linear_parameters, p.settings,
+               s.metric, s.config
+        FROM (SELECT DISTINCT profile, metric, config FROM scores) s
+        JOIN profiles p ON s.profile = p.id JOIN models m ON p.fingerprint = m.fingerprint
+        ORDER BY p.created DESC, s.metric, s.config
+        """
+    )
+    settings = pd.DataFrame([json.loads(text) for text in rows.pop("settings")])
+    return pd.concat([rows, settings], axis=1)
+
+
+def over_layers(store: Store, ids: tuple[str, ...], metric: str) -> pd.DataFrame:
+    """A metric of some profiles over the layers, the experts of a layer averaged.
+
+    ``id, config, type, part, layer, value`` a row, in the order of layers.
+    """
+    return _over_layers(store, file_version(store), ids, metric)
+
+
+@st.cache_data(max_entries=32, show_spinner=False)
+def _over_layers(_store: Store, at: FileVersion, ids: tuple[str, ...], metric: str) -> pd.DataFrame:
+    return _store.query(
+        """
+        SELECT profile AS id, config, type, any_value(part) AS part, layer,
+               avg(value) FILTER (NOT isnan(value)) AS value
+        FROM scores WHERE list_contains(?, profile) AND metric = ?
+        GROUP BY profile, config, type, layer ORDER BY profile, config, type, layer
+        """,
+        [list(ids), metric],
+    )
+
+
+# --- plans ----------------------------------------------------------------------------------
+
+
+def problem(info: ModelInfo, found: Profile | None) -> Problem:
+    """What planners see, remembered by the model's and the profile's identity."""
+    return _problem(info, found, identity(info), _mark(found))
+
+
+@st.cache_resource(max_entries=6, show_spinner=False)
+def _problem(_info: ModelInfo, _found: Profile | None, model: str, key: str | None) -> Problem:
+    return build_problem(_info, _found)
+
+
+def impact(
+    store: Store,
+    info: ModelInfo,
+    settings: ProfileSettings,
+    request: PlanRequest,
+    device: str = "auto",
+) -> Impact | None:
+    """What is kept of a model's rows for a request; None where nothing is, or none is read."""
+    if not get_planner(request.method).reads_rows or is_published(info) or not info.fingerprint:
+        return None
+    key = _profile_key(store, info, settings, device)
+    kind = interaction_key(request)
+    found = _row_scores_version(store, file_version(store), key, kind)
+    if not found:
+        return None
+    return _impact(store, info, key, request, f"{key}/{kind}/{found}")
+
+
+@st.cache_data(max_entries=16, show_spinner=False)
+def _row_scores_version(_store: Store, at: FileVersion, key: str, kind: InteractionKey) -> str:
+    """When what is kept of a profile's rows was written, or '' where there are no row scores."""
+    return _store.row_data_version(key, kind)
+
+
+@st.cache_resource(max_entries=4, show_spinner=False)
+def _impact(_store: Store, _info: ModelInfo, _key: str, _request: PlanRequest, mark: str) -> Impact:
+    return replace(load_impact(_info, _store, _key, _request), mark=mark)
+
+
+def objectives(store: Store, info: ModelInfo, method: str) -> pd.DataFrame:
+    """What a method minimised beside what was measured; see :meth:`Store.objectives`."""
+    return _objectives(store, file_version(store), info.fingerprint, method)
+
+
+@st.cache_data(max_entries=4, show_spinner=False)
+def _objectives(_store: Store, at: FileVersion, mark: str, method: str) -> pd.DataFrame:
+    return _store.objectives(mark, method)
+
+
+def problem_of_rows(
+    info: ModelInfo, found: Profile | None, request: PlanRequest, rows: Impact | None
+) -> Problem:
+    """What a request's planner sees: the ladder, or mixed rows and what is known of them."""
+    options = get_planner(request.method).options(request)
+    if options == LADDER:
+        return problem(info, found)
+    mark = rows.mark if rows else ""
+    return _problem_of_rows(info, found, rows, options, identity(info), _mark(found), mark)
+
+
+@st.cache_resource(max_entries=6, show_spinner=False)
+def _problem_of_rows(
+    _info: ModelInfo,
+    _found: Profile | None,
+    _rows: Impact | None,
+    options: tuple[Config, ...],
+    model: str,
+    key: str | None,
+    mark: str,
+) -> Problem:
+    return replace(problem(_info, _found).with_options(options), impact=_rows)
+
+
+def unavailable_methods(info: ModelInfo, planning_problem: Problem) -> list[str]:
+    """The methods that a profile has too little for."""
+    unavailable = []
+    for method in PLANNERS:
+        if PLANNERS[method].reads_rows and is_published(info):
+            unavailable.append(method)
+            continue
+        try:
+            check_metrics(info, planning_problem, PlanRequest(method))
+        except InputError:
+            unavailable.append(method)
+    return unavailable
+
+
+def plan(
+    info: ModelInfo,
+    found: Profile | None,
+    request: PlanRequest,
+    settings: ProfileSettings,
+    rows: Impact | None = None,
+) -> Plan:
+    """The plan for a request, remembered by what it depends on.
+
+    ``rows`` is what :func:`impact` gave for it.
+
+    Raises
+    ------
+    LsqError
+        When the profile lacks what the method reads, or the request cannot be met; see
+        :func:`lsq_core.stages.plan.make_model_plan`.
+    """
+    request_key = (
+        json.dumps(asdict(request)),
+        settings.metadata,
+        settings.axis,
+        rows and rows.mark,
+    )
+    return _plan(info, found, request, settings, rows, identity(info), _mark(found), request_key)
+
+
+@st.cache_resource(max_entries=128, show_spinner="Planning…")
+def _plan(
+    _info: ModelInfo,
+    _found: Profile | None,
+    _request: PlanRequest,
+    _settings: ProfileSettings,
+    _rows: Impact | None,
+    model: str,
+    key: str | None,
+    request_key: tuple,
+) -> Plan:
+    planning_problem = problem_of_rows(_info, _found, _request, _rows)
+    return make_model_plan(
+        _info, planning_problem, _request, _settings, frontier(_info, _found, _request, _rows)
+    )
+
+
+def frontier(
+    info: ModelInfo, found: Profile | None, request: PlanRequest, rows: Impact | None = None
+) -> Frontier:
+    """Every budget's plan by a request's method, base and pins; its budget doesn't matter.
+
+    Raises
+    ------
+    LsqError
+        When the profile lacks what the method reads, or pins or base are wrong.
+    """
+    request_key = json.dumps(
+        [asdict(request) | {"budget": None, "exact": False}, rows and rows.mark]
+    )
+    return _frontier(info, found, request, rows, identity(info), _mark(found), request_key)
+
+
+@st.cache_resource(max_entries=16, show_spinner=False)
+def _frontier(
+    _info: ModelInfo,
+    _found: Profile | None,
+    _request: PlanRequest,
+    _rows: Impact | None,
+    model: str,
+    key: str | None,
+    request_key: str,
+) -> Frontier:
+    planning_problem = problem_of_rows(_info, _found, _request, _rows)
+    check_metrics(_info, planning_problem, _request)
+    return make_frontier(apply_pins(planning_problem, _request.pins), _request)
+
+
+def error_curve(
+    info: ModelInfo, found: Profile, request: PlanRequest
+) -> tuple[np.ndarray, np.ndarray]:
+    """Bits per parameter (k,) along a frontier, and each plan's summed squared weight error."""
+    request_key = json.dumps(asdict(request) | {"budget": None, "exact": False})
+    return _error_curve(info, found, request, identity(info), _mark(found), request_key)
+
+
+@st.cache_resource(max_entries=32, show_spinner=False)
+def _error_curve(
+    _info: ModelInfo,
+    _found: Profile,
+    _request: PlanRequest,
+    model: str,
+    key: str | None,
+    request_key: str,
+) -> tuple[np.ndarray, np.ndarray]:
+    planning_problem = problem(_info, _found)
+    bits, choices = _sample_frontier(planning_problem, frontier(_info, _found, _request))
+    errors = planning_problem.by_config["weight_error"] ** 2
+    return bits, errors[np.arange(len(errors)), choices].sum(axis=1)
+
+
+def _sample_frontier(planning_problem: Problem, plans: Frontier) -> tuple[np.ndarray, np.ndarray]:
+    """Bits per parameter (k,) over a frontier's range, and the plan (k, n) of each."""
+    ends = [s.moves[-1].bytes_after if s.moves else s.start_bytes for s in plans.segments]
+    budgets = np.linspace(plans.smallest, max(ends), CURVE_POINTS)
+    return 8 * budgets / planning_problem.total, np.stack(
+        [plans.at(budget).choice for budget in budgets]
+    )
+
+
+# --- predictions ----------------------------------------------------------------------------
+
+
+def evaluated_corpora(store: Store, info: ModelInfo) -> list[str]:
+    """The corpora that this model's runs were evaluated on, the one with most runs first."""
+    origin = "published" if is_published(info) else "measured"
+    runs = results(store, origin)
+    return runs[runs["fingerprint"] == info.fingerprint]["corpus"].value_counts().index.tolist()
+
+
+def predictor(
+    store: Store,
+    info: ModelInfo,
+    found: Profile | None,
+    settings: ProfileSettings,
+    corpus: str | None,
+) -> Predictor | str:
+    """What the runs so far tell of the perplexity on a corpus, or in a sentence why they don't."""
+    if found is None:
+        return "Perplexity can be predicted only with a profile."
+    request_key = json.dumps([asdict(settings), corpus])
+    args = (store, info, found, settings, corpus, file_version(store))
+    return _predictor(*args, identity(info), _mark(found), request_key)
+
+
+@st.cache_resource(max_entries=8, show_spinner=False)
+def _predictor(
+    _store: Store,
+    _info: ModelInfo,
+    _found: Profile,
+    _settings: ProfileSettings,
+    _corpus: str | None,
+    at: FileVersion,
+    model: str,
+    key: str,
+    request_key: str,
+) -> Predictor | str:
+    session = Session(ModelSource(_info.source, _info.revision), _store)
+    session.info = _info
+    try:
+        return session.predictor(problem(_info, _found), _settings, _corpus)
+    except InputError as error:
+        return str(error)
+
+
+@dataclass(frozen=True, eq=False)
+class PredictionCurve:
+    """What is predicted of the plans of a frontier, at ``bits`` (k,) per parameter, ascending."""
+
+    bits: np.ndarray
+    prediction: Prediction
+    full_precision: float
+
+
+def prediction_curve(
+    store: Store,
+    info: ModelInfo,
+    found: Profile | None,
+    request: PlanRequest,
+    settings: ProfileSettings,
+    corpus: str | None,
+) -> PredictionCurve | None:
+    """Predicted perplexity at every budget of a request's method; None where nothing is."""
+    plans = asdict(request) | {"budget": None, "exact": False}
+    request_key = json.dumps([plans, asdict(settings), corpus])
+    args = (store, info, found, request, settings, corpus, file_version(store))
+    return _prediction_curve(*args, identity(info), _mark(found), request_key)
+
+
+@st.cache_resource(max_entries=32, show_spinner=False)
+def _prediction_curve(
+    _store: Store,
+    _info: ModelInfo,
+    _found: Profile | None,
+    _request: PlanRequest,
+    _settings: ProfileSettings,
+    _corpus: str | None,
+    at: FileVersion,
+    model: str,
+    key: str | None,
+    request_key: str,
+) -> PredictionCurve | None:
+    fitted = predictor(_store, _info, _found, _settings, _corpus)
+    if isinstance(fitted, str):
+        return None
+    planning_problem = problem(_info, _found)
+    bits, choices = _sample_frontier(planning_problem, frontier(_info, _found, _request))
+    return PredictionCurve(
+        bits, fitted.predict(features(planning_problem, choices)), fitted.full_precision
+    )
+
+
+def identity(info: ModelInfo) -> str:
+    """What tells a model from every other: what is remembered of it is remembered by this.
+
+    It is the fingerprint; a model not fetched yet has none and is known by its name.
+
+    A published model's tells no content, and another import may know more of its other bytes.
+    """
+    mark = info.fingerprint or f"{info.source}@{info.revision}"
+    return f"{mark}/{info.other_bytes}" if is_published(info) else mark
+
+
+def _mark(found: Profile | None) -> str | None:
+    """A profile's identity, with what may change under it: metrics, and files imported from."""
+    if found is None:
+        return None
+    return "/".join([found.id, *sorted(found.metrics), *found.provenance.get("files", {}).values()])
+
+
+def stored_model(store: Store, mark: str) -> ModelInfo | None:
+    """What the database has of the model with a fingerprint, measured or published."""
+    return _model(store, file_version(store), mark)
+
+
+def named_plans(store: Store, mark: str) -> pd.DataFrame:
+    """Plans of a model that were kept under a name, newest first: ``id, name``."""
+    return _named_plans(store, file_version(store), mark)
+
+
+@st.cache_data(max_entries=4, show_spinner=False)
+def _named_plans(_store: Store, at: FileVersion, mark: str) -> pd.DataFrame:
+    return _store.query(
+        "SELECT id, name FROM plans WHERE fingerprint = ? AND name <> '' ORDER BY created DESC",
+        [mark],
+    )
+
+
+# --- results --------------------------------------------------------------------------------
+
+
+def results(store: Store, origin: str = "measured") -> pd.DataFrame:
+    """Every run of one origin in the database, each with a ``label`` that tells it from others.
+
+    See :meth:`lsq_core.store.store.Store.results`.
+    """
+    return _results(store, file_version(store), origin)
+
+
+@st.cache_data(max_entries=4, show_spinner=False)
+def _results(_store: Store, at: FileVersion, origin: str) -> pd.DataFrame:
+    return add_run_labels(_store.results(origin=origin))
+
+
+def record(store: Store, evaluation: str) -> dict[str, dict]:
+    """All that is kept of one evaluation; see :meth:`lsq_core.store.store.Store.record`."""
+    return _record(store, file_version(store), evaluation)
+
+
+@st.cache_data(max_entries=64, show_spinner=False)
+def _record(_store: Store, at: FileVersion, evaluation: str) -> dict[str, dict]:
+    return _store.record(evaluation)
+
+
+def deleted_runs(store: Store) -> pd.DataFrame:
+    """Runs that can be brought back; see :meth:`lsq_core.store.store.Store.deleted_runs`."""
+    return _deleted_runs(store, file_version(store))
+
+
+@st.cache_data(max_entries=2, show_spinner=False)
+def _deleted_runs(_store: Store, at: FileVersion) -> pd.DataFrame:
+    return _store.deleted_runs()
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """A copy of the database in a folder that goes when nobody has the copy any more."""
+
+    folder: TemporaryDirectory
+
+    @property
+    def path(self) -> Path:
+        """The copy."""
+        return Path(self.folder.name) / "snapshot.duckdb"
+
+
+def snapshot(store: Store) -> Snapshot:
+    """The database as it is now, to ask without keeping a job waiting."""
+    return _snapshot(store, file_version(store))
+
+
+@st.cache_resource(max_entries=1, show_spinner="Copying the database…")
+def _snapshot(_store: Store, at: FileVersion) -> Snapshot:
+    copy = Snapshot(TemporaryDirectory(prefix=f"{SNAPSHOT}{os.getpid()}-"))
+    _store.snapshot(copy.path)
+    return copy

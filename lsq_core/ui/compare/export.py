@@ -1,0 +1,93 @@
+"""Charts that can be saved, tables that can be taken along."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from lsq_core import charts
+from lsq_core.results import export
+from lsq_core.ui.safe import st
+
+#: What the camera beside a chart saves.
+_FORMATS = ("png", "svg")
+
+
+def file_stem(name: str) -> str:
+    """A name as a file's: ``published:Llama-2-7b c4`` as ``published-Llama-2-7b-c4``."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-")
+
+
+def render_chart(
+    figure: go.Figure,
+    key: str,
+    name: str,
+    alt: str,
+    on_select: Callable | str = "ignore",
+) -> None:
+    """A chart with an alternative text, whose camera saves it under a name."""
+    camera = {
+        "format": st.session_state.get(f"camera-{key}", "png"),
+        "filename": file_stem(name),
+        "scale": 2,
+    }
+    st.plotly_chart(
+        figure,
+        config=charts.CONFIG | {"toImageButtonOptions": camera},
+        key=key,
+        on_select=on_select,
+        selection_mode="points",
+        alt=alt,
+    )
+
+
+def render_save_menu(
+    figure: go.Figure, key: str, name: str, report: Callable[[], str] | None = None
+) -> None:
+    """The chart with a key as a page, as an image, and with what it belongs to as a report."""
+    with st.popover("Save", icon=":material/download:"):
+        _download_button(
+            "Chart (HTML)", lambda: export.figure_html(figure, name), f"{file_stem(name)}.html"
+        )
+        if export.can_draw_images():
+            for kind in _FORMATS:
+                _download_button(
+                    f"Chart ({kind.upper()})",
+                    lambda kind=kind: export.figure_image(figure, kind),
+                    f"{file_stem(name)}.{kind}",
+                )
+        st.segmented_control(
+            "Format of the chart's camera button",
+            _FORMATS,
+            default="png",
+            format_func=str.upper,
+            key=f"camera-{key}",
+            required=True,
+            persist_state="session",
+            help="Your browser renders the image at the size of the chart on the page.",
+        )
+        if report is not None:
+            _download_button(
+                "Report of this comparison (HTML)", report, f"{file_stem(name)}-report.html"
+            )
+
+
+def table_downloads(frame: pd.DataFrame, name: str) -> None:
+    """A table as CSV and Parquet."""
+    _download_button("CSV", lambda: export.csv_bytes(frame), f"{file_stem(name)}.csv")
+    _download_button("Parquet", lambda: export.parquet_bytes(frame), f"{file_stem(name)}.parquet")
+
+
+def _download_button(label: str, data: Callable[[], str | bytes], file_name: str) -> None:
+    """A button that makes its file when it is clicked, not before."""
+    st.download_button(
+        label,
+        data,
+        file_name,
+        key=f"save-{label}-{file_name}",
+        on_click="ignore",
+        icon=":material/download:",
+    )

@@ -1,0 +1,245 @@
+"""The Compare page's choices: the model, one measurement of it, the account of size, a limit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pandas as pd
+
+from lsq_core import charts
+from lsq_core.results.compare import largest_gain
+from lsq_core.store.store import PUBLISHED
+from lsq_core.ui import cached, words
+from lsq_core.ui.page import PageContext, headline
+from lsq_core.ui.safe import st
+from lsq_core.units import format_bytes
+
+#: What has to agree for two figures to be in one chart.
+_SAME_MEASUREMENT = ["fingerprint", "corpus_sha256", "protocol", "tokens"]
+#: The accounts of size that published runs have; measured ones have their measured bytes.
+_PUBLISHED_SIZES = {
+    size.unit + size.column: size for size in (charts.NOMINAL, charts.BITS, charts.STORED)
+}
+#: Of how many runs on there is a choice among their methods.
+_METHOD_FILTER_MIN_RUNS = 40
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """What is compared: the runs of one measurement, the account of their size, and the limit."""
+
+    #: Every run of the model; those of ``runs`` are of one corpus and protocol.
+    model_runs: pd.DataFrame
+    runs: pd.DataFrame
+    size: charts.SizeMeasure
+    published: bool
+    #: Runs of the other origin, drawn over these in the chart and nowhere else.
+    overlay: pd.DataFrame | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """The model's fingerprint."""
+        return self.model_runs["fingerprint"].iloc[0]
+
+    @property
+    def best(self) -> pd.Series:
+        """The run of lowest perplexity within the limit."""
+        fitting = self.runs[self.runs["fits"]]
+        return fitting.loc[fitting["perplexity"].idxmin()]
+
+    @property
+    def names(self) -> dict[str, str]:
+        """The runs by evaluation, as lists name them: in order, and told from each other."""
+        frame = self.runs.sort_values(["method", "bits_per_param"]) if self.published else self.runs
+        labels = dict(zip(frame["evaluation"], frame["label"], strict=True))
+        if self.published:
+            return labels
+        times = frame["created"].dt.strftime("%H:%M:%S")
+        return {e: f"{labels[e]} · {t}" for e, t in zip(frame["evaluation"], times, strict=True)}
+
+    @property
+    def measurement(self) -> str:
+        """What the runs were measured on, for a file's name."""
+        first = self.runs.iloc[0]
+        return f"{first['model']} {first['corpus']} {first['protocol']}"
+
+
+def models_with_runs(ctx: PageContext) -> pd.Series:
+    """The models that have runs, measured ones first: fingerprint to the name shown."""
+    both = [cached.results(ctx.store, origin) for origin in ("measured", "published")]
+    models = pd.concat(
+        [frame[["fingerprint", "model"]] for frame in both if not frame.empty]
+        or [both[0][["fingerprint", "model"]]]
+    )
+    return models.drop_duplicates("fingerprint").set_index("fingerprint")["model"]
+
+
+def choose_model(ctx: PageContext, names: pd.Series) -> str | None:
+    """The model that is compared: the page's own where it has runs, or what the person takes.
+
+    Published runs are never shown in the place of a model that has none.
+    """
+    published = cached.published(ctx.store, ctx.source)
+    is_current = names.index == published.fingerprint if published else names == ctx.source.name
+    if is_current.any():
+        index = int(is_current.argmax())
+    else:
+        index = None if published or names.index[0].startswith(PUBLISHED) else 0
+    return st.selectbox(
+        "Model",
+        list(names.index),
+        index=index,
+        format_func=lambda fingerprint: names[fingerprint] or fingerprint[:12],
+        placeholder="Choose one with runs",
+    )
+
+
+def choose(
+    ctx: PageContext, fingerprint: str, middle: object, right: object, filters: bool = True
+) -> Choice:
+    """The model's runs on one corpus by one protocol, as the person filters them.
+
+    Without ``filters`` all methods are in it: a view that counts them all has none to offer.
+    """
+    published = fingerprint.startswith(PUBLISHED)
+    all_runs = cached.results(ctx.store, "published" if published else "measured")
+    model_runs = all_runs[all_runs["fingerprint"] == fingerprint]
+    groups = dict(list(model_runs.groupby(_SAME_MEASUREMENT, sort=False, dropna=False)))
+    keys = {"|".join(map(str, key_values)): key_values for key_values in groups}
+    key = middle.selectbox(
+        "Measurement", list(keys), format_func=lambda key: _describe_measurement(groups[keys[key]])
+    )
+    frame, size = groups[keys[key]], charts.MEASURED
+    others, names = _overlays(ctx, frame, published)
+    if published:
+        frame, size = select_published_runs(ctx, fingerprint, frame, filters)
+    overlay = choose_overlay(others, names, published) if filters else None
+    if overlay is not None:
+        size = charts.BITS  # the one account that both have
+    frame = frame.dropna(subset=[size.column])
+    with right:
+        frame = frame.assign(fits=frame[size.column] <= _limit(frame, size))
+    return Choice(model_runs, frame, size, published, overlay)
+
+
+def select_published_runs(
+    ctx: PageContext, fingerprint: str, frame: pd.DataFrame, filters: bool
+) -> tuple[pd.DataFrame, charts.SizeMeasure]:
+    """Published runs of the methods chosen, with their nominal bytes, and the account to draw."""
+    linear = cached.models(ctx.store, "published").set_index("fingerprint")["linear_parameters"]
+    frame = frame.assign(nominal_bytes=frame["bits_per_param"] * linear[fingerprint] / 8)
+    if not filters:
+        return frame, charts.NOMINAL
+    left, right = st.columns([3.2, 1.4])
+    methods = list(frame["method"].value_counts().index)
+    chosen = methods
+    if len(frame) > _METHOD_FILTER_MIN_RUNS:
+        chosen = left.pills(
+            "Methods",
+            methods,
+            selection_mode="multi",
+            default=methods,
+            format_func=lambda method: charts.method_style(method).title,
+            key=f"methods-{fingerprint}",
+            persist_state="session",
+            wrap=True,
+        )
+    account = right.selectbox(
+        "Size",
+        list(_PUBLISHED_SIZES),
+        format_func=lambda name: f"{_PUBLISHED_SIZES[name].title} ({_PUBLISHED_SIZES[name].unit})",
+        key="account",
+        persist_state="session",
+        help="Nominal sizes follow the papers' formula, metadata included. Runs whose plan was not "
+        "published are placed by their labelled bits.",
+    )
+    frame = frame[frame["method"].isin(chosen or methods)]
+    return frame, _PUBLISHED_SIZES[account]
+
+
+def _overlays(
+    ctx: PageContext, frame: pd.DataFrame, published: bool
+) -> tuple[pd.DataFrame, pd.Series]:
+    """Runs of the other origin on the corpus and by the protocol of the same names, by model."""
+    others = cached.results(ctx.store, "measured" if published else "published")
+    first = frame.iloc[0]
+    others = others[
+        (others["corpus"] == first["corpus"]) & (others["protocol"] == first["protocol"])
+    ]
+    return others, others.drop_duplicates("fingerprint").set_index("fingerprint")["model"]
+
+
+def choose_overlay(others: pd.DataFrame, names: pd.Series, published: bool) -> pd.DataFrame | None:
+    """Runs of the other origin over these, if wanted."""
+    if names.empty:
+        return None
+    fingerprint = st.selectbox(
+        f"Overlay {'your own' if published else 'published'} runs",
+        [None, *names.index],
+        format_func=lambda fingerprint: "none" if fingerprint is None else names[fingerprint],
+        key=f"overlay-{'measured' if published else 'published'}",
+    )
+    return others[others["fingerprint"] == fingerprint] if fingerprint else None
+
+
+def _limit(frame: pd.DataFrame, size: charts.SizeMeasure) -> float:
+    """The largest size, or a smaller one that the person sets; in the column's own unit."""
+    values = frame[size.column].astype(float) / size.scale
+    low, high = round(values.min(), 2), round(values.max() + 0.005, 2)
+    if values.max() - values.min() < 0.01:
+        return float(values.max() * size.scale)
+    chosen = st.slider(f"Best within ({size.unit})", low, high, high, step=0.01, format="%.2f")
+    return (chosen + 0.005) * size.scale
+
+
+def _describe_measurement(part: pd.DataFrame) -> str:
+    row = part.iloc[0]
+    number = words.plural(len(part), "run")
+    if pd.isna(row["tokens"]):
+        return f"{row['corpus']}, {row['protocol']}, as published ({number})"
+    cut = ", truncated" if row["truncated"] else ""
+    return f"{row['corpus']}, {row['protocol']}, {row['tokens']:,} tokens{cut} ({number})"
+
+
+def render_best_run(choice: Choice) -> None:
+    """The first line: the lowest perplexity of the runs that fit."""
+    size, best = choice.size, choice.best
+    style = charts.method_style(charts.style_key(best["method"], best["quantizer"]))
+    name = f"{style.title} {best['bits_per_param']:.2f}"
+    caption = [
+        f"{size_text(best[size.column], size)} {'measured' if size == charts.MEASURED else ''}"
+    ]
+    if pd.notna(best["perplexity_full"]):
+        more = words.signed_percent(best["increase"])
+        caption.append(f"full precision {best['perplexity_full']:.2f}, so {more}")
+    caption.append(f"{words.plural(len(choice.runs), 'run')} of this measurement")
+    if choice.published:
+        caption.append("published by the authors, not measured here")
+    within = choice.runs.loc[choice.runs["fits"], size.column].max()
+    headline(
+        f"Best within {size_text(within, size)}: {name}, perplexity {best['perplexity']:.2f}.",
+        " · ".join(part.strip() for part in caption),
+    )
+
+
+def size_text(value: float, size: charts.SizeMeasure) -> str:
+    """A size in the unit of its account."""
+    return f"{value:.2f} bits" if size.scale == 1 else format_bytes(value)
+
+
+def init_pair(choice: Choice) -> None:
+    """Start with the two newest runs, and again where the chosen ones aren't of this chart.
+
+    Published ones are all of one day: there it is the run that gains most over uniform.
+    """
+    frame = choice.runs
+    chosen = {st.session_state.get(key) for key in ("run_a", "run_b")}
+    if len(frame) < 2 or chosen <= set(frame["evaluation"]):
+        return
+    pair = (largest_gain(frame) if choice.published else None) or list(frame["evaluation"][:2])
+    st.session_state["run_a"], st.session_state["run_b"] = pair
+
+
+def selected_pair(choice: Choice) -> list[str]:
+    """The two runs compared, or none where there is but one."""
+    return [st.session_state["run_a"], st.session_state["run_b"]] if len(choice.runs) > 1 else []

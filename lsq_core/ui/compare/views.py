@@ -1,0 +1,281 @@
+"""The Compare page's other views: what bits buy, who wins, two runs in detail, predictions."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from lsq_core import charts
+from lsq_core.evaluation.prediction import CONFIDENCE, Predictor
+from lsq_core.results.compare import (
+    MAX_INTERPOLATION_GAP,
+    MIN_COMPARISONS,
+    add_labels,
+    byte_shares,
+    figure_6,
+    plan_difference,
+    plan_to_frame,
+    relative_to_base,
+    run_settings,
+    settings_difference,
+    uniform_bases,
+)
+from lsq_core.ui import cached, words
+from lsq_core.ui.compare.export import render_chart, render_save_menu, table_downloads
+from lsq_core.ui.compare.runs import show_pair
+from lsq_core.ui.compare.selection import Choice, selected_pair
+from lsq_core.ui.page import PageContext
+from lsq_core.ui.safe import st
+
+# --- what more bits buy ---------------------------------------------------------------------
+
+#: How many more bits than the base's a run may have to be drawn beside it.
+_MAX_EXTRA_BITS = 0.30
+
+
+def show_gain(ctx: PageContext, choice: Choice) -> None:
+    """The drop of perplexity for the extra budget, relative to a uniform base ([A] Fig. 9)."""
+    bases = uniform_bases(choice.runs)
+    if not bases:
+        st.info("There is no uniform HQQ run of this measurement to compare the others with.")
+        return
+    left, middle, right = st.columns([1, 1.6, 0.6], vertical_alignment="bottom")
+    name = left.selectbox(
+        "Uniform base",
+        list(bases),
+        index=list(bases).index("3.13") if "3.13" in bases else 0,
+        key=f"base-{choice.fingerprint}",
+    )
+    runs = relative_to_base(add_labels(choice.runs.rename(columns={"label": "name"})), bases[name])
+    same_base = runs["label"] == name
+    is_boost = same_base & runs["method"].isin(["sensiboost", "kurtboost"])
+    only = middle.toggle("Only runs of this base", value=bool(is_boost.any()), key="raised")
+    is_near = same_base if only else runs["extra"].between(-0.001, _MAX_EXTRA_BITS)
+    is_near &= runs["method"].ne("uniform") | runs["evaluation"].eq(bases[name]["evaluation"])
+    runs = runs[is_near].drop(columns="label").rename(columns={"name": "label"})
+    best = runs.loc[runs["drop"].idxmax()]
+    figure = charts.gain_for_bits(runs, f"uniform {name}")
+    title = f"{choice.measurement} gain over {name}"
+    alt = (
+        f"{words.plural(len(runs), 'run')}: percentage of perplexity below uniform {name} against "
+        f"percentage of bits above it. Most: {best['label']}."
+    )
+    render_chart(figure, "gain", title, alt)
+    st.markdown(
+        f"Most: **{best['label']}**, perplexity **{words.signed_percent(-best['drop'])}** for "
+        f"**{words.signed_percent(best['extra'])}** bits against uniform {name} "
+        f"({bases[name]['perplexity']:.4f} at {bases[name]['bits_per_param']:.4f} bits)."
+    )
+    with right:
+        render_save_menu(figure, "gain", title)
+
+
+# --- win, tie, loss -------------------------------------------------------------------------
+
+_BUDGET_ACCOUNTS = {False: "same label, as in the paper", True: "equal bytes"}
+
+
+def show_win_tie_loss(ctx: PageContext, choice: Choice) -> None:
+    """How often a method beats another: at the same label as [A] has it, and at equal bytes."""
+    comparisons = figure_6(choice.model_runs)
+    if comparisons.empty:
+        st.info(
+            "Wins are counted where both a boosted plan and its baseline were run: add runs "
+            "of SensiBoost or KurtBoost and of uniform plans at the same base."
+        )
+        return
+    for place, (equal, account) in zip(st.columns(2), _BUDGET_ACCOUNTS.items(), strict=True):
+        part = comparisons[comparisons["equal"] == equal]
+        with place:
+            head, save = st.columns([2.4, 1], vertical_alignment="center")
+            head.subheader(account[0].upper() + account[1:], anchor=False)
+            few = describe_too_few(part)
+            part = part[part["enough"]]
+            if few:
+                st.caption(few)
+            if part.empty:
+                if not few:
+                    st.caption("No comparable runs.")
+                continue
+            figure = charts.win_tie_loss_bars(part)
+            name = f"{choice.model_runs['model'].iloc[0]} win tie loss {account.split(',')[0]}"
+            alt = "; ".join(
+                f"{row.method} against {row.against}: {row.wins} wins, {row.ties} ties, "
+                f"{row.losses} losses (n = {row.total})"
+                for row in part.itertuples()
+            )
+            render_chart(figure, f"wins-{equal}", name, alt)
+            with save:
+                render_save_menu(figure, f"wins-{equal}", name)
+    st.caption(
+        "Perplexities are rounded to two decimals, over all corpora. At the same label, a boost "
+        "spends up to 7 % more bits than its baseline. At equal bytes, each run is compared with "
+        "the other method's best run of the same size, or an interpolation of its neighbours (in "
+        f"the logarithm of perplexity) where they are at most {100 * MAX_INTERPOLATION_GAP:.0f} % "
+        "of their size "
+        f"apart. Pairs with fewer than {MIN_COMPARISONS} comparisons (n) are not drawn."
+    )
+    with st.expander("Numbers"):
+        st.dataframe(_percentages(comparisons), key="wins-numbers")
+        table_downloads(comparisons, f"{choice.model_runs['model'].iloc[0]} win tie loss")
+
+
+def describe_too_few(part: pd.DataFrame) -> str:
+    """A sentence that names the pairs of methods with too few comparisons, '' if there are none."""
+    pairs = [f"{_pair_title(row)} (n = {row.total})" for row in part[~part["enough"]].itertuples()]
+    return f"Too few comparisons: {'; '.join(pairs)}." if pairs else ""
+
+
+def _pair_title(row: tuple) -> str:
+    return " against ".join(charts.method_style(m).title for m in (row.method, row.against))
+
+
+def _percentages(comparisons: pd.DataFrame) -> pd.DataFrame:
+    """A row a pair of methods: whole percents and the number of comparisons, for both accounts.
+
+    Percents are left out where there are too few comparisons.
+    """
+    rows: dict[str, dict] = {}
+    for row in comparisons.itertuples():
+        pair = _pair_title(row)
+        shares = [
+            round(100 * n / row.total) if row.enough else None
+            for n in (row.wins, row.ties, row.losses)
+        ]
+        names = ("wins %", "ties %", "losses %", "n")
+        cells = zip(names, [*shares, row.total], strict=True)
+        rows.setdefault(pair, {}).update(
+            {(_BUDGET_ACCOUNTS[row.equal], name): n for name, n in cells}
+        )
+    return pd.DataFrame(rows).T.astype("Int64")
+
+
+# --- two runs -------------------------------------------------------------------------------
+
+
+def show_two(ctx: PageContext, choice: Choice) -> None:
+    """Two runs: how they differ in figures, settings and plan ([A] Fig. 8)."""
+    show_pair(ctx, choice)
+    pair = selected_pair(choice)
+    if len(set(pair)) < 2:
+        return
+    records = [cached.record(ctx.store, evaluation) for evaluation in pair]
+    plans = [plan_to_frame(record["plan"].get("content") or {}) for record in records]
+    labels = choice.runs.set_index("evaluation")["label"]
+    info = cached.stored_model(ctx.store, choice.fingerprint)
+    weights = {m.name: m.numel for m in info.matrices}
+    places = st.columns(2, gap="medium")
+    for number, (place, plan) in enumerate(zip(places, plans, strict=True)):
+        with place:
+            _show_plan(plan, f"{'ab'[number]}", labels[pair[number]], weights)
+    settings = settings_difference(*map(run_settings, records))
+    modules = plan_difference(*plans)
+    left, right = st.columns(2, gap="medium")
+    with left:
+        st.subheader(_count_differing(len(settings), "setting"), anchor=False)
+        if len(settings):
+            st.dataframe(settings, hide_index=True, key="different-settings")
+    with right:
+        if plans[0].empty or plans[1].empty:
+            st.caption("Plans can be compared only where both were published.")
+            return
+        st.subheader(f"{_count_differing(len(modules), 'module')} of {len(plans[0])}", anchor=False)
+        if len(modules):
+            shown = modules.rename(columns={"config": "run", "config_other": "against"})
+            st.dataframe(shown, hide_index=True, key="different-modules", height=320)
+            table_downloads(
+                modules, f"plans of {records[0]['run']['id']} {records[1]['run']['id']}"
+            )
+
+
+def _count_differing(number: int, what: str) -> str:
+    return f"{words.plural(number, what)} differ{'s' if number == 1 else ''}"
+
+
+def _show_plan(plan: pd.DataFrame, indices: str, label: str, weights: dict[str, int]) -> None:
+    st.markdown(f"**{words.escape(label)}**")
+    if plan.empty:
+        st.caption("Its plan was not published.")
+        return
+    shares = byte_shares(plan, weights)
+    shares_text = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
+    alt = f"Configurations of {label} by layer and module; by bytes: {shares_text}."
+    render_chart(charts.plan_heatmap(plan, narrow=True), f"plan-{indices}", f"plan {label}", alt)
+    alt = f"Share of the bytes of {label} by configuration: {shares_text}."
+    render_chart(charts.plan_ring(shares, "bytes"), f"ring-{indices}", f"ring {label}", alt)
+
+
+# --- predictions ----------------------------------------------------------------------------
+
+
+def show_predicted(ctx: PageContext, choice: Choice) -> None:
+    """What each run would have been predicted, had it not been seen, against what it was."""
+    corpus = choice.runs["corpus"].iloc[0]
+    predictor = _predictor(ctx, choice, corpus)
+    if isinstance(predictor, str):
+        st.info(words.escape(predictor))
+        return
+    frame = predict_left_out(choice, predictor)
+    if frame.empty:
+        points = predictor.points
+        st.info(
+            f"Predictions are based on the {words.plural(len(points.perplexity), 'run')} by "
+            f"{points.protocol}, none of which is of this measurement."
+        )
+        return
+    inside = frame["perplexity"].between(frame["low"], frame["high"]).mean()
+    error = (frame["predicted"] / frame["perplexity"] - 1).abs().median()
+    figure = charts.predicted_against_measured(frame)
+    name = f"{choice.measurement} predicted against measured"
+    first, save = st.columns([4, 1], vertical_alignment="center")
+    first.markdown(
+        f"Each of {words.plural(len(frame), 'run')} predicted from the others: half of them within "
+        f"**{100 * error:.2f} %**, **{inside:.0%}** inside the {CONFIDENCE:.0%} band."
+    )
+    with save:
+        render_save_menu(figure, "predicted", name)
+    alt = (
+        f"Predicted against measured perplexity of {words.plural(len(frame), 'run')}: median error "
+        f"{100 * error:.2f} %, {inside:.0%} inside the band."
+    )
+    render_chart(figure, "predicted", name, alt)
+    notes = []
+    limit = charts.view_limit(frame["perplexity"])
+    above = int((frame["perplexity"] > limit).sum())
+    if above:
+        notes.append(
+            f"{words.plural(above, 'run')} above a perplexity of {limit:.2f} out of view: "
+            "double-click the chart to see all."
+        )
+    skipped = len(choice.runs) - len(frame)
+    if skipped:
+        notes.append(
+            f"{words.plural(skipped, 'run')} not predicted: another quantizer, axis or "
+            "metadata format than the profile's, 8 bits everywhere, or no known plan."
+        )
+    st.caption(" ".join(notes))
+
+
+def _predictor(ctx: PageContext, choice: Choice, corpus: str) -> Predictor | str:
+    info = cached.stored_model(ctx.store, choice.fingerprint)
+    settings = cached.newest_settings(ctx.store, info)
+    if settings is None:
+        return (
+            "Predicting perplexity needs a profile of this model; measure one on the Explore page."
+        )
+    comparisons = cached.profile(ctx.store, info, settings, ctx.device)
+    return cached.predictor(ctx.store, info, comparisons, settings, corpus)
+
+
+def predict_left_out(choice: Choice, predictor: Predictor) -> pd.DataFrame:
+    """The choice's runs that were left out once: with ``predicted, low, high``."""
+    indices, predicted = predictor.leave_one_out()
+    predictions = pd.DataFrame(
+        {
+            "evaluation": np.array(predictor.points.evaluations, dtype=object)[indices],
+            "predicted": predicted.perplexity,
+            "low": predicted.low,
+            "high": predicted.high,
+        }
+    )
+    return choice.runs.merge(predictions, on="evaluation")

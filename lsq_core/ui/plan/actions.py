@@ -1,0 +1,88 @@
+"""What can be done with a plan: save it, copy its command, run it."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import replace
+
+from lsq_core.jobs import arguments
+from lsq_core.jsontext import json_text
+from lsq_core.model.info import ModelInfo
+from lsq_core.planning.plan import Plan
+from lsq_core.planning.request import PlanRequest
+from lsq_core.profiling.profile import Profile
+from lsq_core.ui import cached, state
+from lsq_core.ui.page import PageContext
+from lsq_core.ui.plan.prediction import render_loss_search
+from lsq_core.ui.plan.query import PlanQuery
+from lsq_core.ui.safe import st
+
+# --- where it can go ------------------------------------------------------------------------
+
+
+def render_actions(query: PlanQuery, plan: Plan) -> None:
+    """Run it, take it along, keep it, ask the other way round, or do the same in a terminal."""
+    ctx, info, profile = query.ctx, query.info, query.profile
+    with st.container(horizontal=True):
+        if not cached.is_published(info) and st.button(
+            "Quantize and evaluate", type="primary", icon=":material/arrow_forward:"
+        ):
+            st.switch_page("pages/3_Run.py")
+        with st.popover("Search by loss"):
+            render_loss_search(query)
+        st.download_button(
+            "Download plan",
+            lambda: plan_json(query, plan),
+            f"plan-{plan.method}-{plan.bits_per_param:.2f}.json",
+            "application/json",
+            on_click="ignore",
+        )
+        with st.popover("Save or open"):
+            render_save_form(ctx, info, plan, profile)
+        with st.popover("Command line"):
+            argv = ["plan", *arguments.model_arguments(ctx.source, ctx.device)]
+            argv += [
+                *arguments.plan_arguments(query.request, query.settings),
+                "--out",
+                "plan.json",
+            ]
+            st.code(f"lsq {shlex.join(argv)}", language="bash", wrap_lines=True)
+
+
+def plan_json(query: PlanQuery, plan: Plan) -> str:
+    """The plan as a file."""
+    content = plan.to_json() | {
+        "model": query.ctx.source.name,
+        "fingerprint": query.info.fingerprint,
+        "profile": query.profile.id if query.profile else None,
+        "covered": query.info.coverage,
+    }
+    return json_text(content, indent=1)
+
+
+def render_save_form(
+    ctx: PageContext, info: ModelInfo, plan: Plan, profile: Profile | None
+) -> None:
+    """Keep the plan under a name, or set the controls to one that was kept."""
+    if not info.fingerprint:
+        st.write(
+            "A plan can be saved once the model has been downloaded, by profiling it or by a run."
+        )
+        return
+    name = st.text_input("Name", key="plan_name").strip()
+    if st.button("Save the plan", disabled=not name):
+        ctx.store.save_plan(plan, info.fingerprint, profile.id if profile else None, name)
+        st.success(f"Saved as '{name}'.")
+    saved_plans = cached.named_plans(ctx.store, info.fingerprint)
+    if len(saved_plans):
+        titles = dict(zip(saved_plans["id"], saved_plans["name"], strict=True))
+        id = st.selectbox("Saved plans", list(titles), format_func=titles.get)
+        st.button("Open", on_click=open_plan, args=(ctx, info, id))
+
+
+def open_plan(ctx: PageContext, info: ModelInfo, id: str) -> None:
+    """Set the controls to what a kept plan was asked for."""
+    content = ctx.store.plan_content(id)
+    state.set_plan(PlanRequest.from_json(content["request"]), info.linear_parameters)
+    grid = {"metadata": content["metadata"], "axis": content["axis"]}
+    state.set_settings(replace(state.settings(), **grid))

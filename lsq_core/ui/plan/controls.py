@@ -1,0 +1,230 @@
+"""The Plan page's controls: a method, how to ask it, another to compare with, and the rest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from lsq_core.bits import GROUP_SIZES, LADDER
+from lsq_core.errors import InputError
+from lsq_core.planning.methods import PLANNERS, get_planner
+from lsq_core.planning.methods.uniform import uniform_start, usable_bases
+from lsq_core.planning.pins import apply_pins
+from lsq_core.planning.problem import Problem
+from lsq_core.ui import state
+from lsq_core.ui.safe import st
+
+_RATIOS = {
+    "full": "jointly per block",
+    "diagonal": "independently per matrix",
+    "uniform": "same for all",
+}
+_LOSSES = {"block": "block output", "model": "model output"}
+_METRICS = {"sensitivity": "by part", "sensitivity_module": "by module"}
+
+
+def render_controls(problem: Problem, available_methods: Sequence[str]) -> None:
+    """One row with the methods that are offered; the budget is on the live planner's slider."""
+    columns = st.columns([1.6, 1.5, 1.1, 1, 1.6, 0.85], vertical_alignment="bottom")
+    with columns[0]:
+        st.selectbox(
+            "Method",
+            list(available_methods),
+            format_func=lambda name: PLANNERS[name].title,
+            key="method",
+            persist_state="session",
+        )
+    method = st.session_state["method"]
+    with columns[1]:
+        size_mode = select_size_mode(method)
+    with columns[2]:
+        if size_mode != "budget":
+            select_base(with_typed_pins(problem))
+        elif state.boosts(method):
+            input_boost()
+        elif state.reads_rows(method):
+            select_bit_widths()
+    with columns[3]:
+        if state.boosts(method):
+            input_top_m()
+        elif state.reads_rows(method):
+            select_group_size()
+    with columns[4]:
+        select_comparison(state.alike(method, available_methods), size_mode)
+    with columns[5]:
+        render_more_options(method, size_mode)
+
+
+def select_size_mode(method: str) -> str:
+    """By base, by budget, or by a base that a budget caps; some methods know budgets only."""
+    if state.reads_rows(method):
+        st.selectbox(
+            "Ratios",
+            list(_RATIOS),
+            format_func=_RATIOS.get,
+            key="ratios",
+            persist_state="session",
+            help="How the share of high-impact rows is chosen: the same for all matrices, for each "
+            "matrix independently, or jointly for the matrices of a block.",
+        )
+        return "budget"
+    if not get_planner(method).has_base:
+        st.selectbox("Size by", ["budget"], format_func=state.SIZE_MODES.get, disabled=True)
+        return "budget"
+    return st.selectbox(
+        "Size by",
+        list(state.SIZE_MODES),
+        format_func=state.SIZE_MODES.get,
+        key="ask",
+        persist_state="session",
+    )
+
+
+def select_base(problem: Problem) -> None:
+    """The stop that every matrix gets at least."""
+    configurations = [LADDER[i].stop_name for i in usable_bases(problem)]
+    if not configurations:
+        st.info("No single group size divides every matrix; choose MXQ and a budget.")
+        return
+    if st.session_state["base"] not in configurations:
+        st.session_state["base"] = configurations[0]
+    st.selectbox("Base (bits)", configurations, key="base", persist_state="session")
+
+
+def input_boost() -> None:
+    """How far a flagged layer is raised."""
+    st.number_input(
+        "Boost by",
+        0,
+        11,
+        key="boost_stop",
+        persist_state="session",
+        help="How many configurations above the base an outlier layer is promoted.",
+    )
+
+
+def input_top_m() -> None:
+    """How many flagged layers are raised."""
+    st.number_input(
+        "Top m",
+        0,
+        key="top_m",
+        persist_state="session",
+        help="Outlier layers promoted per module type; 0 promotes all.",
+    )
+
+
+def select_bit_widths() -> None:
+    """The bits of most rows and of the high-impact ones."""
+    st.selectbox(
+        "Bits",
+        state.BIT_WIDTH_PAIRS,
+        format_func=lambda text: "{} and {}".format(*text.split("+")),
+        key="widths",
+        persist_state="session",
+        help="Bits of most rows and of high-impact rows; 16 keeps the latter in fp16.",
+    )
+
+
+def select_group_size() -> None:
+    """Weights that share a scale and zero."""
+    st.selectbox("Group size", GROUP_SIZES, key="group_size", persist_state="session")
+
+
+def select_comparison(methods: Sequence[str], size_mode: str) -> None:
+    """Another method on the same budget, drawn beneath; a base alone is no budget."""
+    others = ["none", *methods]
+    if st.session_state["against"] not in others:
+        st.session_state["against"] = "none"
+    st.selectbox(
+        "Compare with",
+        others,
+        format_func=lambda name: PLANNERS[name].title if name in PLANNERS else "nothing",
+        key="against",
+        persist_state="session",
+        disabled=size_mode == "base" or not methods,
+        help="Another method's plan for the same budget, which needs a budget. Mixed-row plans "
+        "cannot be drawn beside per-matrix plans; Compare shows their runs together.",
+    )
+
+
+def render_more_options(method: str, size_mode: str) -> None:
+    """What is seldom changed."""
+    with st.popover("More", width="stretch"):
+        if size_mode != "budget" and state.boosts(method):
+            input_boost()
+        if state.reads_sensitivity(method):
+            st.selectbox(
+                "Sensitivity",
+                list(_METRICS),
+                format_func=_METRICS.get,
+                key="metric",
+                persist_state="session",
+            )
+        if state.is_ablation(method):
+            st.number_input("Random seed", 0, key="seed", persist_state="session")
+        if state.reads_rows(method):
+            select_loss()
+        elif not get_planner(method).has_base:
+            st.checkbox(
+                "Solve exactly",
+                key="exact",
+                persist_state="session",
+                help="Solve to proven optimality instead of using the frontier; on a large model "
+                "this may take seconds.",
+            )
+        st.text_area(
+            "Pins",
+            key="pins",
+            placeholder="*.layers.0.*=" + ("b2h3r20g128" if state.reads_rows(method) else "b8g64"),
+            persist_state="session",
+            help="One per line: a module name pattern and its configuration or range, such "
+            "as *.down_proj=b3g128..b4g64.",
+        )
+        settings = state.settings()
+        st.caption(
+            f"Profile: {settings.calibration}, {settings.quantizer}, axis {settings.axis}, "
+            f"{settings.metadata} metadata."
+        )
+        st.page_link("pages/1_Explore.py", label="Choose another profile")
+
+
+def select_loss() -> None:
+    """The loss that ratios are measured by, and whether its curvature is mended."""
+    st.selectbox(
+        "Loss",
+        list(_LOSSES),
+        format_func=_LOSSES.get,
+        key="loss",
+        persist_state="session",
+        help="The loss that measures interactions. The model output needs every block from the "
+        "changed one on, and the LM head: many times as expensive.",
+    )
+    st.checkbox(
+        "Remove negative curvature",
+        key="clip",
+        persist_state="session",
+        help="Clip the negative eigenvalues of each block's interaction matrix to zero.",
+    )
+
+
+def with_typed_pins(problem: Problem) -> Problem:
+    """With the pins that were typed; where they are wrong the plan says so, not the controls."""
+    try:
+        return apply_pins(problem, state.pins())
+    except InputError:
+        return problem
+
+
+def feasible(problem: Problem, method: str, base: str | None) -> tuple[float, float]:
+    """Bits a parameter of the smallest and largest plan; a method with a base starts at one.
+
+    The lowest is rounded up to the four decimals that a budget is typed with.
+    """
+    low, high = problem.feasible
+    bases = usable_bases(problem)
+    if get_planner(method).has_base and bases:
+        configurations = {LADDER[i].stop_name: i for i in bases}
+        low = problem.nominal(uniform_start(problem, configurations.get(base, bases[0])))
+    lowest = math.ceil(round(8e4 * low / problem.total, 4)) / 1e4
+    return lowest, 8 * high / problem.total

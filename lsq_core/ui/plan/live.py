@@ -1,0 +1,129 @@
+"""The live planner, and the fields for budget and pins beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from lsq_core.errors import InputError, LsqError
+from lsq_core.evaluation.prediction import (
+    features,
+)
+from lsq_core.planning.facts import facts
+from lsq_core.planning.methods import PLANNERS, get_planner
+from lsq_core.planning.pins import apply_pins
+from lsq_core.planning.plan import Plan
+from lsq_core.planning.problem import Problem
+from lsq_core.planning.request import PlanRequest
+from lsq_core.planning.serving_memory import memory_budgets
+from lsq_core.ui import cached, state, words
+from lsq_core.ui.plan.controls import feasible
+from lsq_core.ui.plan.query import PlanQuery
+from lsq_core.ui.planner import (
+    Curve,
+    ExactPlan,
+    LiveMethod,
+    MatrixFacts,
+    Preset,
+    live_planner,
+    read_committed_budget,
+)
+from lsq_core.ui.safe import st
+
+#: What a knapsack's cost is, as the planner's details say it.
+_COST_UNITS = {
+    "high-impact": "predicted change of the output",
+    "mxq": "weight error",
+    "kurt-scaled": "scaled weight error",
+    "sensi-milp": "penalty",
+    "kurt-milp": "penalty",
+    "sensi-knapsack": "squared output error",
+    "loss-aware": "expected KL",
+}
+
+
+def set_budget(problem: Problem, request: PlanRequest) -> str:
+    """What the slider settled on is the budget from here on, within what is feasible.
+
+    Gives a sentence where the nearest feasible one takes its place, as when a pin needs more.
+    """
+    committed = read_committed_budget()
+    if request.budget is None:
+        return ""
+    low, high = feasible(problem, request.method, request.base)
+    requested = st.session_state["budget"] if committed is None else committed
+    clamped = st.session_state["budget"] = max(
+        min(requested, high), low
+    )  # low may be rounded above high
+    if abs(clamped - requested) <= 0.005:  # the rounding of an end
+        return ""
+    pinned = " with these pins" if request.pins else ""
+    end = "smallest" if clamped > requested else "largest"
+    return (
+        f"{requested:.2f} bits is out of reach{pinned}; showing the {end} plan, {clamped:.2f} bits."
+    )
+
+
+def show_live_plan(query: PlanQuery, plan: Plan) -> None:
+    """The slider and the plans that it redraws; a plan asked for by its base has no slider."""
+    problem = apply_pins(query.problem, query.request.pins)
+    stops = np.array([problem.options.index(c) for c in plan.configs])
+    by_base = query.request.budget is None
+    methods = [live_method(query, stops)]
+    if query.request.exact:
+        methods = [replace(methods[0], solved=ExactPlan(stops, plan.lower_bound))]
+    against = st.session_state["against"]
+    if not by_base and against in state.alike(query.request.method, PLANNERS):
+        try:
+            other = query.with_method(against)
+            frontier = cached.frontier(other.info, other.profile, other.request)
+            budget = other.request.resolve_budget(problem)
+            frontier.check_reachable(budget, problem)
+            methods.append(live_method(other, frontier.at(budget.nominal_bytes).choice))
+        except LsqError as error:
+            st.caption(words.escape(f"Nothing to compare with: {error}"))
+    live_planner(
+        problem,
+        methods,
+        budget=None if by_base else st.session_state["budget"],
+        other_bytes=query.info.other_bytes or None,
+        metadata=query.settings.metadata,
+        presets=[
+            Preset(f"{m.gib} GB", m.bits, m.summary)
+            for m in memory_budgets(query.info, problem, query.settings.metadata)
+        ],
+        facts=[MatrixFacts(*pair) for pair in facts(problem, query.request).items()],
+        fixed=stops if by_base else None,
+        feasible=feasible(problem, query.request.method, query.request.base),
+        pins=query.request.pins,
+        on_pins=lambda pins: set_pins(query, pins),
+    )
+    if "pins_refused" in st.session_state:
+        st.warning(words.escape(st.session_state.pop("pins_refused")))
+
+
+def set_pins(query: PlanQuery, pins: Sequence[str]) -> None:
+    """Pins set on the plan itself; those that contradict the others are not taken."""
+    try:
+        apply_pins(query.problem, tuple(pins))
+    except InputError as error:
+        st.session_state["pins_refused"] = f"Not pinned. {error}"
+        return
+    st.session_state["pins"] = "\n".join(pins)
+
+
+def live_method(query: PlanQuery, stops: np.ndarray) -> LiveMethod:
+    """A method as the live planner draws it; ``stops`` (n,) is its plan at the budget."""
+    name = query.request.method
+    frontier = cached.frontier(query.info, query.profile, query.request, query.rows)
+    predicted = query.prediction_curve
+    curve, at_budget = None, None
+    if predicted is not None:
+        p = predicted.prediction
+        curve = Curve(predicted.bits, p.perplexity, p.low, p.high, predicted.full_precision)
+        p = query.predictor.predict(features(query.problem, stops[None]))
+        at_budget = float(p.perplexity[0]), float(p.low[0]), float(p.high[0])
+    unit = _COST_UNITS.get(name, "cost")
+    return LiveMethod(name, get_planner(name).title, frontier, unit, curve, at_budget)

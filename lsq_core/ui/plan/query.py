@@ -1,0 +1,156 @@
+"""What is planned for on this page, and whether its profile has what that needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lsq_core import disk, jobs
+from lsq_core.errors import InputError
+from lsq_core.evaluation.prediction import (
+    Predictor,
+)
+from lsq_core.jobs import arguments
+from lsq_core.model.info import ModelInfo
+from lsq_core.planning.methods import PLANNERS, get_planner
+from lsq_core.planning.problem import Impact, Problem
+from lsq_core.planning.request import PlanRequest
+from lsq_core.profiling.metrics import TITLES
+from lsq_core.profiling.profile import Profile
+from lsq_core.profiling.settings import ProfileSettings
+from lsq_core.ui import cached, jobs_panel, state, words
+from lsq_core.ui.page import PageContext, headline, next_step
+from lsq_core.ui.plan.controls import feasible
+from lsq_core.ui.safe import st
+
+
+@dataclass(frozen=True, eq=False)
+class PlanQuery:
+    """What the page was asked: the model, its profile, and the request with its settings."""
+
+    ctx: PageContext
+    info: ModelInfo
+    profile: Profile | None
+    settings: ProfileSettings
+    request: PlanRequest
+
+    @property
+    def problem(self) -> Problem:
+        """What planners see, without pins."""
+        return cached.problem_of_rows(self.info, self.profile, self.request, self.rows)
+
+    @property
+    def rows(self) -> Impact | None:
+        """What is known of the model's rows, where the method reads that."""
+        ctx = self.ctx
+        return cached.impact(ctx.store, self.info, self.settings, self.request, ctx.device)
+
+    @property
+    def predictor(self) -> Predictor | str:
+        """What the runs so far tell, or why they don't."""
+        args = self.ctx.store, self.info, self.profile, self.settings
+        return cached.predictor(*args, st.session_state["predict_on"])
+
+    @property
+    def prediction_curve(self) -> cached.PredictionCurve | None:
+        """What is predicted at every budget; nothing of mixed rows."""
+        if state.reads_rows(self.request.method):
+            return None
+        args = self.ctx.store, self.info, self.profile, self.request, self.settings
+        return cached.prediction_curve(*args, st.session_state["predict_on"])
+
+    def with_method(self, method: str) -> PlanQuery:
+        """The same base and budget by another method; one without bases is given the budget."""
+        request, base = state.request_for_method(method), self.request.base
+        base = base if get_planner(method).has_base else None
+        return replace(self, request=replace(request, base=base, budget=self.request.budget))
+
+
+# --- the first line -------------------------------------------------------------------------
+
+
+def available_methods(info: ModelInfo, profile: Profile | None) -> list[str]:
+    """The methods to choose from: of a published model those that its measurements allow."""
+    if not cached.is_published(info):
+        return list(PLANNERS)
+    lacking = cached.unavailable_methods(info, cached.problem(info, profile))
+    return [name for name in PLANNERS if name not in lacking]
+
+
+def missing_metrics(query: PlanQuery) -> list[str]:
+    """What the method reads and the profile doesn't hold."""
+    if state.reads_rows(query.request.method):
+        return missing_rows(query)
+    metrics = query.profile.metrics if query.profile else ()
+    return [name for name in get_planner(query.request.method).metrics if name not in metrics]
+
+
+def missing_rows(query: PlanQuery) -> list[str]:
+    """What a plan of mixed rows needs and the store doesn't have."""
+    if query.rows is None:
+        return ["row scores"]
+    measured_runs = [block for block in query.rows.blocks if block.matrix is not None]
+    whole = query.request.ratios == "uniform" or len(measured_runs) == len(query.rows.blocks)
+    return [] if whole else ["interactions"]
+
+
+def render_missing_metrics(query: PlanQuery, missing: Sequence[str]) -> None:
+    """A method whose metrics haven't been measured, and the way to measure them."""
+    if state.reads_rows(query.request.method):
+        render_missing_rows(query)
+        return
+    planner, settings = get_planner(query.request.method), query.settings
+    titles = words.listed([TITLES[name].title.lower() for name in missing])
+    headline(
+        f"{planner.title} needs the {titles} of {query.ctx.source.name}.",
+        f"With {settings.calibration}, {settings.quantizer}, axis {settings.axis} and "
+        f"{settings.metadata} metadata it has not been measured yet. Uniform needs none; a run, on "
+        "the Run page, measures what is missing first.",
+    )
+    if query.profile is None:
+        next_step("pages/1_Explore.py", "Profile it on the Explore page")
+        return
+    folder = disk.jobs_folder(query.ctx.store)
+    argv = ["profile", *arguments.model_arguments(query.ctx.source, query.ctx.device)]
+    argv += arguments.profile_arguments(settings)
+    argv += [word for name in missing for word in ("--metric", name)]
+    argv += ["--db", str(query.ctx.store.path)]
+    measure_in_background(folder, argv, f"Measure the {titles}")
+
+
+def measure_in_background(folder: Path, argv: list[str], label: str) -> None:
+    """A button that starts a job, and the job where there is one."""
+    job = jobs_panel.find(folder, argv)
+    if job is not None and job.active:
+        jobs_panel.follow(job)
+    elif st.button(label, type="primary", icon=":material/play_arrow:"):
+        jobs.start(folder, argv)
+        st.rerun()
+    if job is not None and not job.active and job.state != "done":
+        jobs_panel.follow(job)
+
+
+def render_missing_rows(query: PlanQuery) -> None:
+    """What mixed rows are planned from, how dear it is, and a button to measure it."""
+    request, blocks = query.request, query.rows.blocks if query.rows else ()
+    try:
+        low, _ = feasible(query.problem, request.method, None)
+    except InputError as error:  # groups of this size fill no row of some matrix
+        headline("No such plan.")
+        st.error(words.escape(str(error)))
+        return
+    done = sum(block.matrix is not None for block in blocks)
+    what = "row scores" if request.ratios == "uniform" else "row scores and interactions"
+    so_far = f" {done} of {len(blocks)} blocks measured so far." if done else ""
+    headline(
+        f"High-impact rows need the {what} of {query.ctx.source.name}.",
+        f"Gradients of the loss on {query.settings.calibration} rank rows; each pair of matrices "
+        "of a block is then quantized at each two ratios, 560 times for a block of seven, by the "
+        f"{request.loss} loss. It is stored block by block and resumes where it stopped.{so_far}",
+    )
+    argv = ["plan", *arguments.model_arguments(query.ctx.source, query.ctx.device)]
+    smallest = replace(request, budget=state.budget_text(low), pins=())  # any that is in reach
+    argv += arguments.plan_arguments(smallest, query.settings)
+    argv += ["--db", str(query.ctx.store.path)]
+    measure_in_background(disk.jobs_folder(query.ctx.store), argv, f"Measure the {what}")

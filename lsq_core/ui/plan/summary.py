@@ -1,0 +1,111 @@
+"""A plan in figures: its size by each account of bytes, and the layers it flags."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from lsq_core.bits import LADDER
+from lsq_core.evaluation.prediction import (
+    features,
+)
+from lsq_core.planning.plan import Plan
+from lsq_core.ui import state, words
+from lsq_core.ui.page import headline
+from lsq_core.ui.plan.prediction import describe_gap, describe_prediction_basis, format_band
+from lsq_core.ui.plan.query import PlanQuery
+from lsq_core.ui.safe import st
+from lsq_core.units import format_bytes
+
+
+def render_summary(query: PlanQuery, plan: Plan) -> None:
+    """The first line: bits, what is predicted, and against its base or the nearest uniform plan."""
+    caption = [
+        "Bits per parameter of the linear layers, metadata included.",
+        *plan.notes,
+        describe_gap(plan),
+    ]
+    if plan.rows:
+        headline(f"{plan.bits_per_param:.2f} bits: {describe_rows(plan)}.", " ".join(caption))
+        return
+    same_base = [c for c in LADDER if c.stop_name == plan.base]
+    nearest = min(LADDER, key=lambda c: abs(plan.bits_per_param - c.nominal_bits))
+    reference = same_base[0] if same_base else nearest
+    more = words.signed_percent(plan.bits_per_param / reference.nominal_bits - 1)
+    size, against = format_bytes(plan.planned_bytes), f"uniform {reference.stop_name}"
+    alike, predictor = len(set(plan.configs)) == 1, query.predictor
+    if isinstance(predictor, str):
+        text = f"{size} planned, " + (
+            "the same configuration everywhere" if alike else f"{more} vs {against}"
+        )
+    else:
+        stops = np.array([[LADDER.index(c) for c in plan.configs]])
+        uniform = np.full_like(stops, LADDER.index(reference))
+        predicted = predictor.predict(features(query.problem, np.concatenate([stops, uniform])))
+        text = f"perplexity {format_band(predicted)} predicted, {size}"
+        if not alike:
+            less = words.signed_percent(predicted.perplexity[0] / predicted.perplexity[1] - 1)
+            text = f"perplexity {format_band(predicted)} predicted, {less} vs {against} for {more}"
+        caption.insert(1, describe_prediction_basis(predictor, bool(predicted.extrapolated[0])))
+    headline(f"{plan.bits_per_param:.2f} bits: {text}.", " ".join(filter(None, caption)))
+
+
+def describe_rows(plan: Plan) -> str:
+    """How many rows have more bits, and what that takes: ``9 % of the rows at 3 bits, 9 MiB``."""
+    high = sum(len(rows) for rows in plan.rows.values())
+    share = high / sum(m.out_features for m in plan.matrices)
+    width = plan.request.high_bits
+    base = plan.configs[0].low
+    more = words.signed_percent(plan.bits_per_param / base.nominal_bits - 1)
+    return (
+        f"{100 * share:.0f} % of the rows at {width} bits, {format_bytes(plan.planned_bytes)} "
+        f"planned, {more} vs uniform {base.stop_name}"
+    )
+
+
+# --- its sizes ------------------------------------------------------------------------------
+
+
+def show_sizes(plan: Plan) -> None:
+    """Every account of its size, each by its own name."""
+    accounts = [
+        ("Nominal", format_bytes(plan.nominal_bytes), f"{plan.bits_per_param:.4f} bits",
+         "The papers' formula, which budgets in bits per parameter refer to."),
+        ("Planned", format_bytes(plan.planned_bytes), f"{plan.metadata} metadata",
+         "Exact size of the linear weights as packed by this project."),
+        ("Whole model", format_bytes(plan.model_bytes) if plan.other_bytes else "unknown",
+         "everything included" if plan.other_bytes else "the rest was not published",
+         "Planned bytes plus embeddings, norms and LM head in the checkpoint's precision."),
+        ("Weight-only", f"{plan.weight_only_bits:.4f} bits", "codes only",
+         "Bits per parameter without any metadata."),
+        ("fp16 metadata", f"{plan.bits_with_fp16_metadata:.4f} bits", "as in hqq",
+         "Bits per parameter with scale and zero point in fp16."),
+    ]  # fmt: skip
+    for column, (label, value, caption, summary) in zip(
+        st.columns(len(accounts)), accounts, strict=True
+    ):
+        column.metric(label, value, caption, delta_color="off", delta_arrow="off", help=summary)
+
+
+def show_flagged(plan: Plan) -> None:
+    """The matrices that were moved from the base, strongest first."""
+    if not plan.ranking_scores:
+        return
+    configs = {m.name: c for m, c in plan.choice.items()}
+    rank_column = "draw" if state.is_ablation(plan.method) else "z"
+    with st.expander(f"{len(plan.ranking_scores)} matrices promoted above the base"):
+        st.dataframe(
+            pd.DataFrame(
+                {
+                    "module": list(plan.ranking_scores),
+                    rank_column: list(plan.ranking_scores.values()),
+                    "configuration": [configs[name].name for name in plan.ranking_scores],
+                    "bits": [configs[name].nominal_bits for name in plan.ranking_scores],
+                }
+            ),
+            column_config={
+                rank_column: st.column_config.NumberColumn(format="%.2f"),
+                "bits": st.column_config.NumberColumn(format="%.2f"),
+            },
+            hide_index=True,
+        )

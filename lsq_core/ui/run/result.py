@@ -1,0 +1,181 @@
+"""What came of a run: its figures, the audit of what it stored, and its text beside the full's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from lsq_core import disk, jobs
+from lsq_core.errors import InputError
+from lsq_core.files import DamagedFileError
+from lsq_core.jobs import Job
+from lsq_core.results.audit import audit_run
+from lsq_core.stages.saved import saved_folder
+from lsq_core.store.store import Store
+from lsq_core.ui import jobs_panel, words
+from lsq_core.ui.page import PageContext, headline, next_step
+from lsq_core.ui.run import texts
+from lsq_core.ui.safe import st
+from lsq_core.units import format_bytes
+
+#: Stages whose time a result tells.
+_TIMED_STAGES = ("quantize", "evaluate")
+_TABS = ("Figures", "Audit", "Try a prompt", "Log")
+#: Options of a run that its audit and its texts are made with too.
+_MODEL_OPTIONS = ("--model", "--revision", "--device")
+#: What the page shows of a result.
+_REQUIRED_FIGURES = {
+    *("run", "perplexity", "perplexity_full", "increase", "kl", "top1", "corpus", "protocol"),
+    *("tokens", "truncated", "measured_bytes", "measured_model_bytes", "saved_to"),
+    *(f"{stage}_seconds" for stage in _TIMED_STAGES),
+}
+_FLAGS = ("--trust-remote-code", "--allow-pickle")
+
+
+def read_result(job: Job) -> dict:
+    """What came of a run that is done.
+
+    Raises
+    ------
+    Damaged
+        When it can't be read, or figures are missing.
+    """
+    result = job.result() or {}
+    if not result.keys() >= _REQUIRED_FIGURES or not isinstance(result["increase"], dict):
+        raise DamagedFileError(
+            f"{job.folder / 'result.json'} is damaged: some of the run's figures are missing."
+        )
+    return result
+
+
+def render_headline(job: Job) -> None:
+    """The first line: how far it is, or what came of it."""
+    title = job.title.removeprefix("run ")
+    if job.active:
+        jobs_panel.render_headline(job)
+        return
+    result = read_result(job) if job.state == "done" else None
+    if result is None:
+        headline(f"The run {jobs_panel.ENDED_PHRASES[job.state]}.", title)
+        return
+    change = result["increase"]
+    headline(
+        f"Perplexity {words.figure(result['perplexity'], 2)}, "
+        f"{words.signed_percent(change['relative'])} over full precision.",
+        f"{title} · {result['corpus']}, {result['protocol']}, {result['tokens']:,} tokens"
+        + (", limited by max tokens" if result["truncated"] else ""),
+    )
+
+
+def show(ctx: PageContext, job: Job) -> None:
+    """A run that is done."""
+    figures, audited, prompt, log = st.tabs(_TABS, key="run_view")
+    with figures:
+        show_figures(job)
+    with audited:
+        show_audit(ctx.store, job)
+    with prompt:
+        texts.show(ctx.store, job, model_options(job))
+    with log:
+        st.caption(job.command)
+        st.code(job.log_tail(40), language=None, height=240)
+
+
+def show_figures(job: Job) -> None:
+    """What was measured."""
+    result = read_result(job)
+    change = result["increase"]
+    figures = {
+        "Perplexity": words.figure(result["perplexity"], 4),
+        "Full precision": words.figure(result["perplexity_full"], 4),
+        "Difference": words.signed_percent(change["relative"], 2),
+        "KL (nats)": words.figure(result["kl"], 4),
+        "Top-1 agreement": f"{100 * result['top1']:.1f} %",
+        "Measured size": format_bytes(result["measured_bytes"]),
+    }
+    for column, (label, value) in zip(st.columns(len(figures)), figures.items(), strict=True):
+        column.metric(label, value)
+    interval_text = words.interval(change["low"], change["high"])
+    parts = [f"{stage} {words.seconds(result[f'{stage}_seconds'])}" for stage in _TIMED_STAGES]
+    facts = [
+        f"95 % interval of the difference {interval_text}",
+        f"whole model {format_bytes(result['measured_model_bytes'])}",
+        f"took {words.seconds(job.seconds)}: {', '.join(parts)}",
+    ]
+    facts += [f"saved to {result['saved_to']}"] if result["saved_to"] else []
+    st.caption(" · ".join(facts))
+    next_step("pages/4_Compare.py", "Compare it with the other runs")
+
+
+def model_options(job: Job) -> list[str]:
+    """The options that say which model a run was of and where it ran, and its database."""
+    option_values = [
+        word
+        for option in _MODEL_OPTIONS
+        for value in job.option_values(option)
+        for word in (option, value)
+    ]
+    return option_values + [flag for flag in _FLAGS if flag in job.arguments]
+
+
+# --- plan against artifact --------------------------------------------------------------------
+
+
+def show_audit(store: Store, job: Job) -> None:
+    """Module by module what was stored: at once for a saved model, else by making it again."""
+    run = read_result(job)["run"]
+    try:
+        stored_run = store.run(run)
+    except InputError:
+        st.info("This run is no longer in the database.")
+        return
+    if saved_folder(stored_run) is not None:
+        show_audit_result(audit_run(run, store).to_json())
+        return
+    folder = disk.jobs_folder(store)
+    argv = ["audit", run, *model_options(job), "--db", str(store.path)]
+    auditing = jobs_panel.find(folder, argv)
+    if auditing is not None and auditing.state == "done":
+        show_audit_result(auditing.result())
+    elif auditing is not None:
+        jobs_panel.follow(auditing)
+    else:
+        st.caption(
+            "The quantized model was not saved. It can be rebuilt from its plan with the "
+            "same quantizer to audit its stored tensors; nothing is evaluated."
+        )
+        if st.button("Rebuild and audit", icon=":material/fact_check:"):
+            jobs.start(folder, argv)
+            st.rerun()
+
+
+def show_audit_result(audit: dict) -> None:
+    """The verdict first, then every matrix, those that are wrong on top."""
+    (st.success if audit["agrees"] else st.error)(words.escape(audit["verdict"]))
+    lines = pd.DataFrame(audit["modules"]).sort_values("agrees", kind="stable")
+    st.dataframe(
+        pd.DataFrame(
+            {
+                "module": lines["module"],
+                "layer": lines["layer"],
+                "planned": lines["planned"],
+                "planned bytes": lines["planned_bytes"],
+                "stored": lines["stored"],
+                "stored bytes": lines["stored_bytes"],
+                "verdict": ["as planned" if agrees else "differs" for agrees in lines["agrees"]],
+            }
+        ),
+        hide_index=True,
+        height=260,
+        column_config={
+            name: st.column_config.NumberColumn(format="localized")
+            for name in ("planned bytes", "stored bytes")
+        },
+    )
+    st.caption(f"Read from {words.escape(_abbreviate_home(audit['source']))}")
+
+
+def _abbreviate_home(source: str) -> str:
+    """With the person's own folder as ``~``."""
+    return source.replace(str(Path.home()), "~")

@@ -1,0 +1,35 @@
+"""Bytes: parsing what people write, and writing what they read."""
+
+from __future__ import annotations
+
+import re
+from math import inf
+
+from lsq_core.errors import InputError
+
+MIB = 2**20
+GIB = 2**30
+BYTE_UNITS = {"B": 1, "KiB": 1024, "MiB": MIB, "GiB": GIB}
+
+
+def parse_bytes(text: str) -> int:
+    """Read ``512MiB`` or ``2GiB``; ``0B`` is none.
+
+    Raises
+    ------
+    InputError
+        When it is not a number with a unit of bytes.
+    """
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(B|KiB|MiB|GiB)\s*", text)
+    amount = float(match[1]) * BYTE_UNITS[match[2]] if match else inf
+    if amount == inf:
+        raise InputError(f"'{text}' is not a memory size; write for example 512MiB or 2GiB.")
+    return int(amount)
+
+
+def format_bytes(count: float) -> str:
+    """``9437184`` as ``9.00 MiB``: binary units, three significant figures or so."""
+    for unit, size in (("GiB", GIB), ("MiB", MIB), ("KiB", 1024)):
+        if abs(count) >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count:.0f} B"

@@ -1,0 +1,92 @@
+"""How soon pages are there: the first one of a fresh server, and any among many runs."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from lsq_core.store.store import Store
+from tests.browser.conftest import User, new_tab, serve
+from tests.test_compare import insert_synthetic_runs
+
+pytestmark = [pytest.mark.browser, pytest.mark.bench]
+
+#: Pages by their link, and what their first line has in it when there are runs of the demo model.
+HEADLINES = {
+    "Model": "5.6 M parameters",
+    "Explore": "has not been profiled",
+    "Plan": "bits:",
+    "Run": "Nothing is running.",
+    "Compare": "Best within",
+    "Query": "found",
+}
+EMPTY_DATABASE_HEADLINES = {
+    "/": "5.6 M parameters, 10.8 MiB; at 4.25 bits 3.6 MiB.",
+    "/Explore": "demo has not been profiled",
+    "/Plan": "3.25 bits: 1.99 MiB planned",
+    "/Run": "No runs yet.",
+    "/Compare": "No runs to compare yet.",
+    "/SQL": "row",
+}
+#: Beside other tests, on few cores, everything may take so many times as long as for a person.
+_TIME_FACTOR = 3
+METHODS = ("uniform", "sensiboost", "kurtboost", "mxq")
+
+
+@pytest.mark.parametrize("address", EMPTY_DATABASE_HEADLINES)
+def test_deep_link_first_paint_within_limit(server, chromium, address):
+    """First paint within 3 s, and the first line is the page's own; the server is fresh for the
+    first address, and every page has its first visit."""
+    with new_tab(chromium):
+        user = User(chromium, server)
+        started = time.monotonic()
+        user.open(address)
+        painted = user.wait(
+            lambda: (
+                user.driver.execute_script(
+                    "return performance.getEntriesByName('first-contentful-paint').length"
+                )
+                and time.monotonic() - started
+            ),
+            60,
+        )
+        assert EMPTY_DATABASE_HEADLINES[address] in user.wait_for_headline(
+            EMPTY_DATABASE_HEADLINES[address], 60
+        )
+        whole = time.monotonic() - started
+        print(f"{address}: first paint {painted:.2f} s, first line {whole:.2f} s")
+        assert painted < 3 * _TIME_FACTOR
+        assert whole < 6 * _TIME_FACTOR
+
+
+@pytest.mark.slow
+def test_page_switch_with_many_runs_within_limit(chromium, tmp_path):
+    """Fills a store twice: a switch takes at most 1 s with 500 runs, Compare 2 s with 5,000."""
+    store = Store(tmp_path / "lsq.duckdb")
+    insert_synthetic_runs(store, 500, METHODS)
+    with serve("app.py", tmp_path) as server, new_tab(chromium):
+        user = User(chromium, server)
+        user.open("/?model=demo")
+        user.wait_for_headline(HEADLINES["Model"], 90)
+        for _ in range(2):  # a process imports what a page needs at its first visit
+            times = {name: time_page_switch(user, name) for name in reversed(HEADLINES)}
+            print(", ".join(f"{name} {took:.2f} s" for name, took in times.items()))
+        assert max(times.values()) < 1 * _TIME_FACTOR
+        insert_synthetic_runs(store, 5000, METHODS, first=500)
+        many = [time_page_switch(user, name) for name in ("Compare", "Model", "Compare")]
+        print(f"Compare with 5,000 runs: {many[0]:.2f} s at first, {many[2]:.2f} s again")
+        drawn = sum(len(line["customdata"] or []) for line in user.charts()[0])
+        assert drawn == len(store.results()) == 5000
+        assert max(many) < 2 * _TIME_FACTOR, "at first and again"
+
+
+def time_page_switch(user: User, page: str) -> float:
+    """Seconds from the click on a page's link to its first line and, on Compare, its chart."""
+    started = time.monotonic()
+    user.navigate_to(page)
+    user.wait_for_headline(HEADLINES[page], 60)
+    if page == "Compare":
+        drawn = "return document.querySelector('.js-plotly-plot .scatterlayer .point') !== null"
+        user.wait(lambda: user.driver.execute_script(drawn))
+    return time.monotonic() - started
