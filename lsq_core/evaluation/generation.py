@@ -93,7 +93,7 @@ def compare_generation(
 
     ids = _prompt_ids(tokenizer, prompt)
     check_token_ids(full, ids)
-    _check(len(ids), max_new_tokens, temperature, context)
+    _check(len(ids), max_new_tokens, temperature, context, seed)
     steps = 2 * max_new_tokens
 
     def write(model: nn.Module, name: str, before: int) -> list[int]:
@@ -147,7 +147,9 @@ def _prompt_ids(tokenizer: object, prompt: str) -> list[int]:
     return ids
 
 
-def _check(prompt: int, new: int, temperature: float, context: int | None) -> None:
+def _check(prompt: int, new: int, temperature: float, context: int | None, seed: int) -> None:
+    if not -(2**63) <= seed < 2**63:
+        raise InputError("The seed must fit into 64 bits, as -1 or 2026 do.")
     if new < 1:
         raise InputError("max-new-tokens must be at least 1.")
     if not 0 <= temperature < 100:

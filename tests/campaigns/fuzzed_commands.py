@@ -129,6 +129,8 @@ _NEEDED = {
     "import-reference": ("folder",),
     "repair": ("database",),
 }
+#: Options that print help, which is tried apart, or take minutes.
+_LEFT_OUT = ("help", "hybrid")
 #: Verbs that take minutes, or until they are stopped, unless an option is bad.
 _ONLY_BAD = {
     "app": ["--port", "99999"],
@@ -212,7 +214,8 @@ def _verbs() -> dict[str, list[argparse.Action]]:
 
     (choices,) = (a.choices for a in build_parser()._actions if isinstance(a.choices, dict))
     return {
-        verb: [a for a in parser._actions if a.dest != "help"] for verb, parser in choices.items()
+        verb: [a for a in parser._actions if a.dest not in _LEFT_OUT]
+        for verb, parser in choices.items()
     }
 
 
