@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lsq_core.ui.plan.render_controls import render_controls
-
 from lsq_core.errors import LsqError
 from lsq_core.planning.pins import apply_pins
 from lsq_core.ui import cached, state, words
 from lsq_core.ui.page import PageContext, headline, page
 from lsq_core.ui.plan import actions, live, prediction, query, rows, summary
+from lsq_core.ui.plan.controls import render_controls
 from lsq_core.ui.safe import st
 
 

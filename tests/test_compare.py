@@ -206,7 +206,7 @@ def _points(count: int = 12) -> MeasuredPoints:
 def test_leave_one_out_matches_refit():
     """Against the process made anew without the run, by the same length and noise."""
     predictor = fit(_points())
-    mean, deviation = predictor.process.left_out()
+    mean, deviation = predictor.process.leave_one_out_moments()
     own = predictor.process
     for i in range(len(mean)):
         kept = ~(own.x == own.x[i]).all(axis=1)
@@ -277,7 +277,7 @@ def test_compare_delete_and_undo(store, runs):
     assert len(values(app, "y")) == len(runs) - 1
     assert opened not in store.run_configs(store.model(_demo_fingerprint()).fingerprint)
     app.button(key="delete").click().run()
-    assert "and 1 before" in page_text(app)
+    assert "and 1 earlier" in page_text(app)
     app = open_page("Compare")  # another session finds what can be undone
     app.button(key="undo").click().run()
     app.button(key="undo").click().run()

@@ -515,7 +515,7 @@ def command(model: object, text: object, *more: str) -> list[str]:
 @pytest.fixture
 def few(monkeypatch) -> None:
     """Eight tokens are enough where figures don't matter."""
-    monkeypatch.setattr(measuring, "TOKENS", {"block": 8, "model": 8})
+    monkeypatch.setattr(measuring, "LOSS_TOKENS", {"block": 8, "model": 8})
 
 
 def test_cli_high_impact_plan_run_audit_eval(random_model, small_text, tmp_path, capsys, few):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,6 +26,7 @@ from lsq_core.quantization.cache import PackedMatrixCache
 from lsq_core.quantization.hybrid import Hybrid, LearnedClipping, LearnedMatrix, LearnedRounding
 from lsq_core.quantization.packed import quantize_matrix
 from lsq_core.quantization.registry import get_quantizer, planned_bytes, quantizer_spec
+from lsq_core.quantization.task import QuantizationTask
 from lsq_core.quantized.convert import quantize_model
 from lsq_core.quantized.modules import packed_modules
 
@@ -132,13 +134,18 @@ def ids(monkeypatch) -> torch.Tensor:
     return plan_options
 
 
+def make_task(loaded, choice, settings: ProfileSettings | None = None, **options):
+    settings = settings or ProfileSettings()
+    return QuantizationTask(loaded, choice, settings.grid, settings.text, **options)
+
+
 @pytest.mark.parametrize("architecture", ["llama-gqa", "gpt2-conv1d", "mixtral-moe"])
 def test_hybrid_reduces_output_error(architecture, random_model, ids):
     """After the first block, whose inputs are those of full precision, on what it learned from."""
     loaded = load_model(ModelSource(str(random_model(architecture))), "cpu")
-    plan, settings = small_plan(loaded), ProfileSettings()
+    plan = small_plan(loaded)
     before = {m: get_weight(loaded.model, m).clone() for m in loaded.info.matrices}
-    learned = Hybrid(40).quantize_model(loaded, plan.choice, settings, no_progress, rows=plan.rows)
+    learned = Hybrid(40).quantize_model(make_task(loaded, plan.choice, rows=plan.rows))
     rounded = quantize_model(loaded.model, plan.choice, get_quantizer("rtn"), rows=plan.rows)
     assert output_error(loaded, learned, ids)[0] < 0.95 * output_error(loaded, rounded, ids)[0]
     assert sum(m.packed.nbytes for m in packed_modules(learned).values()) == plan.planned_bytes
@@ -150,7 +157,7 @@ def test_hybrid_single_width_reduces_output_error(random_model, ids):
     loaded = load_model(ModelSource(str(random_model("llama-gqa"))), "cpu")
     settings = ProfileSettings(metadata="fp16")
     choice = dict.fromkeys(loaded.info.matrices, QuantConfig(2, 32))
-    learned = Hybrid(30).quantize_model(loaded, choice, settings, no_progress)
+    learned = Hybrid(30).quantize_model(make_task(loaded, choice, settings))
     rounded = quantize_model(loaded.model, choice, get_quantizer("rtn"), metadata="fp16")
     assert output_error(loaded, learned, ids)[0] < output_error(loaded, rounded, ids)[0]
     expected = sum(planned_bytes("hybrid", m.shape, c, "fp16") for m, c in choice.items())
@@ -168,31 +175,29 @@ def test_hybrid_resumes_after_interruption(random_model, ids, tmp_path):
         if "layer 2 of 2, step 3" in text:
             raise Interrupted
 
-    quantize_args = (loaded, plan.choice, ProfileSettings())
+    task = make_task(loaded, plan.choice, rows=plan.rows)
     with pytest.raises(Interrupted):
-        Hybrid(6).quantize_model(*quantize_args, interrupt, rows=plan.rows, folder=tmp_path)
+        Hybrid(6).quantize_model(replace(task, progress=interrupt, folder=tmp_path))
     assert [p.name for p in tmp_path.iterdir()] == ["block-0.safetensors"]
     done_counts, matrix_cache = [], PackedMatrixCache(0)
     again = Hybrid(6).quantize_model(
-        *quantize_args,
-        lambda done, total, text: done_counts.append(done),
-        rows=plan.rows,
-        matrix_cache=matrix_cache,
-        folder=tmp_path,
+        replace(
+            task,
+            progress=lambda done, total, text: done_counts.append(done),
+            cache=matrix_cache,
+            folder=tmp_path,
+        )
     )
     assert done_counts == [6, 7, 8, 9, 10, 11, 12]
     assert matrix_cache.saved_seconds > 0
-    uninterrupted = Hybrid(6).quantize_model(*quantize_args, no_progress, rows=plan.rows)
+    uninterrupted = Hybrid(6).quantize_model(task)
     with torch.inference_mode():
         assert torch.equal(again(ids).logits, uninterrupted(ids).logits)
     block = tmp_path / "block-0.safetensors"
     block.write_bytes(block.read_bytes()[:-100])
     messages = []
     again = Hybrid(6).quantize_model(
-        *quantize_args,
-        lambda done, total, text: messages.append(text),
-        rows=plan.rows,
-        folder=tmp_path,
+        replace(task, progress=lambda done, total, text: messages.append(text), folder=tmp_path)
     )
     assert "block-0.safetensors is damaged" in messages[0]
     with torch.inference_mode():
@@ -201,7 +206,7 @@ def test_hybrid_resumes_after_interruption(random_model, ids, tmp_path):
 
 def test_cli_hybrid_run_save_eval(random_model, small_text, tmp_path, capsys, monkeypatch):
     """Learned, saved, kept under a name that tells its steps, and made again for its texts."""
-    monkeypatch.setattr(measuring, "TOKENS", {"block": 8, "model": 8})
+    monkeypatch.setattr(measuring, "LOSS_TOKENS", {"block": 8, "model": 8})
     monkeypatch.setattr(hybrid, "SEQUENCES", 2)
     plan_options = ["--model", str(random_model("llama-gqa")), "--device", "cpu"]
     plan_options += [

@@ -360,15 +360,15 @@ def test_oom_kill_reported_and_stored(folder, monkeypatch):
     for one in (job_folder, other):
         update_json("progress.json", state="running", stage="quantize")(one)
         update_json("process.json", oom_kills=3)(one)
-    monkeypatch.setattr(jobs, "oom_kills", lambda: 3)
+    monkeypatch.setattr(jobs.folder, "oom_kills", lambda: 3)
     assert "lack of memory" not in jobs.read(other).message
-    monkeypatch.setattr(jobs, "oom_kills", lambda: 4)
+    monkeypatch.setattr(jobs.folder, "oom_kills", lambda: 4)
     job = jobs.read(job_folder)
     assert job.state == "interrupted"
     assert "lack of memory" in job.message
     assert "quantize" in job.message
     assert "lack of memory" not in jobs.read(other).message
-    monkeypatch.setattr(jobs, "oom_kills", lambda: 0)  # the machine was started anew
+    monkeypatch.setattr(jobs.folder, "oom_kills", lambda: 0)  # the machine was started anew
     assert "lack of memory" in jobs.read(job_folder).message
 
 

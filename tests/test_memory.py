@@ -179,10 +179,11 @@ JOB_SCRIPT = """
 import sys, time
 from pathlib import Path
 from lsq_core import jobs
-real = jobs.subprocess.Popen
+from lsq_core.jobs import control
+real = control.subprocess.Popen
 def hungry(command, **options):
     return real([sys.executable, "-c", "x = bytearray(2 << 30)"], **options)
-jobs.subprocess.Popen = hungry
+control.subprocess.Popen = hungry
 job = jobs.start(Path(sys.argv[1]), ["results"])
 deadline = time.monotonic() + 60
 while (job := jobs.read(job.folder)).active and time.monotonic() < deadline:

@@ -158,7 +158,7 @@ def test_saved_mixed_rows_model_same_logits(architecture, random_model, tmp_path
         full = loaded.model(ids).logits
     assert not torch.equal(full, made(ids).logits)
     audit_report = audit_folder(tmp_path / "saved", Store())
-    assert not audit_report.wrong
+    assert not audit_report.mismatches
     assert audit_report.stored_bytes == plan.planned_bytes
 
 

@@ -43,7 +43,7 @@ def _build(command: str, source: Path, out: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def checkout(made_once: Callable) -> Path:
+def checkout(shared_folder: Callable) -> Path:
     """A copy of the repository, with what an earlier build left there."""
 
     def fill(folder: Path) -> None:
@@ -59,21 +59,21 @@ def checkout(made_once: Callable) -> Path:
         stale.parent.mkdir(parents=True)
         stale.touch()
 
-    return made_once("checkout", fill)
+    return shared_folder("checkout", fill)
 
 
 @pytest.fixture(scope="module")
-def wheel(made_once: Callable, checkout: Path) -> Path:
+def wheel(shared_folder: Callable, checkout: Path) -> Path:
     """The wheel that ``pip install .`` builds."""
-    folder = made_once("wheel", lambda folder: _build("build_wheel", checkout, folder))
+    folder = shared_folder("wheel", lambda folder: _build("build_wheel", checkout, folder))
     (built,) = folder.glob("*.whl")
     return built
 
 
 @pytest.fixture(scope="module")
-def installed(made_once: Callable, wheel: Path) -> Path:
+def installed(shared_folder: Callable, wheel: Path) -> Path:
     """A folder with the wheel's files, as in site-packages."""
-    return made_once("installed", lambda folder: zipfile.ZipFile(wheel).extractall(folder))
+    return shared_folder("installed", lambda folder: zipfile.ZipFile(wheel).extractall(folder))
 
 
 def _environment(package: Path, **more: str) -> dict[str, str]:

@@ -31,7 +31,7 @@ from lsq_core.planning.serving_memory import (
 from lsq_core.session import Session
 from lsq_core.stages.plan import build_problem
 from lsq_core.store.store import Store
-from lsq_core.ui.plan import actions, prediction
+from lsq_core.ui.plan import actions, live, prediction
 from lsq_core.units import GIB
 from tests.test_app import (  # noqa: F401 - fixtures
     Filled,
@@ -198,12 +198,12 @@ def test_take_pins_rejects_contradicting_pins(filled, monkeypatch):  # noqa: F81
     session = {"pins": ""}
     monkeypatch.setattr(actions.st, "session_state", session)
     layer = "model.layers.0.*=b4g64"
-    planner_data.set_pins(plan_query, (layer,))
+    live.set_pins(plan_query, (layer,))
     assert session == {"pins": layer}
-    planner_data.set_pins(plan_query, (layer, "*.q_proj=b8g64"))
+    live.set_pins(plan_query, (layer, "*.q_proj=b8g64"))
     assert session["pins"] == layer
     assert "contradict" in session["pins_refused"]
-    planner_data.set_pins(plan_query, ())
+    live.set_pins(plan_query, ())
     assert session["pins"] == ""
 
 

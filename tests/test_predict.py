@@ -11,7 +11,12 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lsq_core.evaluation_row.prediction import (
+from scipy.stats import spearmanr
+
+from lsq_core.bits import DETECTION_CONFIG, LADDER
+from lsq_core.cli import main
+from lsq_core.errors import InputError
+from lsq_core.evaluation.prediction import (
     MIN_PLANS,
     MeasuredPoints,
     TooFewRuns,
@@ -22,11 +27,6 @@ from lsq_core.evaluation_row.prediction import (
     parse_loss,
     smallest_budget_within,
 )
-from scipy.stats import spearmanr
-
-from lsq_core.bits import DETECTION_CONFIG, LADDER
-from lsq_core.cli import main
-from lsq_core.errors import InputError
 from lsq_core.jsontext import json_text
 from lsq_core.model.info import Matrix, ModelInfo
 from lsq_core.model.source import ModelSource

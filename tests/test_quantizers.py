@@ -33,7 +33,9 @@ from lsq_core.quantization.registry import (
     quantizer_spec,
     unavailable_reason,
 )
+from lsq_core.quantization.task import QuantizationTask
 from lsq_core.quantized.artifact import make_meta_tensors
+from lsq_core.quantized.convert import run_task
 from lsq_core.quantized.modules import packed_modules
 from lsq_core.results.audit import audit_folder, audit_run
 from lsq_core.session import Session
@@ -217,7 +219,7 @@ def check_round_trip(run: dict, quantizer: str, tmp_path, model) -> None:
     assert run["quantizer"] == quantizer
     assert run["measured_bytes"] == run["planned_bytes"]
     found = audit_folder(tmp_path / "saved", Store())
-    assert not found.wrong
+    assert not found.mismatches
     assert found.stored_bytes == run["measured_bytes"]
     restored = load_saved(tmp_path / "saved", "cpu", "float32")
     modules = packed_modules(restored.model)
@@ -230,7 +232,7 @@ def check_round_trip(run: dict, quantizer: str, tmp_path, model) -> None:
     package = quantizer_spec(quantizer).package
     assert not package or json.loads(versions)[package] not in ("", "absent")
     requantized_audit = audit_run(run["run"], Store(), ModelSource(str(model)), "cpu")
-    assert not requantized_audit.wrong
+    assert not requantized_audit.mismatches
     ids = torch.arange(1, 60)[None]
     with torch.inference_mode():
         logits = restored.model(ids).logits
@@ -246,12 +248,9 @@ def test_nf4_run_save_load(random_model, small_text, settings, tmp_path, name, a
     run = run_and_save(folder, small_text, settings, name, tmp_path, pins)
     assert run["perplexity"] == pytest.approx(run["perplexity_full"], rel=0.2)
     check_round_trip(run, name, tmp_path, folder)
-    quantized = get_quantizer(name).quantize_model(
-        load_model(ModelSource(str(folder)), "cpu", "float32"),
-        _choice(folder, run),
-        settings,
-        lambda done, total, message: None,
-    )
+    loaded = load_model(ModelSource(str(folder)), "cpu", "float32")
+    task = QuantizationTask(loaded, _choice(folder, run), settings.grid, settings.text)
+    quantized = run_task(task, get_quantizer(name))
     ids = torch.arange(1, 60)[None]
     with torch.inference_mode():
         reloaded = load_saved(tmp_path / "saved", "cpu", "float32").model(ids).logits
@@ -276,7 +275,9 @@ def test_gptqmodel_child_error_reported(random_model, settings, monkeypatch, nam
     loaded = load_model(ModelSource(str(random_model("llama-gqa"))), "cpu")
     choice = dict.fromkeys(loaded.info.matrices, QuantConfig(4, 64))
     with pytest.raises(LsqError, match=r"gptqmodel .*No module named"):
-        get_quantizer(name).quantize_model(loaded, choice, settings, lambda *_: None)
+        run_task(
+            QuantizationTask(loaded, choice, settings.grid, settings.text), get_quantizer(name)
+        )
 
 
 @pytest.mark.parametrize(("name", "factor"), [("gptq", 2.0**-13), ("gptq", 2e7), ("awq", 1e-5)])
@@ -287,13 +288,15 @@ def test_gptqmodel_scale_out_of_fp16_range_raises(
     from lsq_core.quantization.gptqmodel import process as through_gptqmodel
 
     monkeypatch.setattr(quantize, "find_spec", lambda name: object())
-    monkeypatch.setattr(through_gptqmodel, "_ask", lambda *_: pytest.fail("asked"))
+    monkeypatch.setattr(through_gptqmodel, "_run_child", lambda *_: pytest.fail("asked"))
     loaded = load_model(ModelSource(str(random_model("llama-gqa"))), "cpu", "float32")
     matrix = loaded.info.matrices[-1]
     get_weight(loaded.model, matrix).mul_(factor)
     choice = dict.fromkeys(loaded.info.matrices, QuantConfig(4, 64))
     with pytest.raises(LsqError, match=rf"{re.escape(matrix.name)} has groups with a range as"):
-        get_quantizer(name).quantize_model(loaded, choice, settings, lambda *_: None)
+        run_task(
+            QuantizationTask(loaded, choice, settings.grid, settings.text), get_quantizer(name)
+        )
 
 
 #: Decodes random words by the package's own code: GPTQ's kernel module, and AWQ's function.

@@ -35,7 +35,7 @@ from tests.test_plan_page import command_line_plan, planner_data, problem
 @pytest.fixture
 def measured(filled, monkeypatch):  # noqa: F811
     """The model with interactions, of a few tokens."""
-    monkeypatch.setattr(measuring, "TOKENS", {"block": 8, "model": 8})
+    monkeypatch.setattr(measuring, "LOSS_TOKENS", {"block": 8, "model": 8})
     request = PlanRequest("high-impact", budget="2.24bpp")
     command = ["plan", "--model", filled.model, "--device", "cpu"]
     execute(command + arguments.plan_arguments(request, filled.settings), lambda *report: None)

@@ -57,7 +57,7 @@ def test_changed_weights_fail_checksum(saved, capsys):
         load_quantized(saved, "cpu")
     report = audit_folder(saved, Store())
     assert (report.files, report.changed, report.agrees) == ("changed", (WEIGHTS,), False)
-    assert not report.wrong, "by shapes and dtypes alone nothing is wrong"
+    assert not report.mismatches, "by shapes and dtypes alone nothing is wrong"
     assert main(["audit", str(saved)]) == 0
     assert f"{WEIGHTS} has changed since it was saved" in capsys.readouterr().out
 

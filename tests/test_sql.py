@@ -227,7 +227,7 @@ def _query_output(copy: Path, text: str) -> str:
     """What is shown for a query: its rows, or its error; asked here, for a process takes longer."""
     request = {"snapshot": str(copy), "sql": text, "rows": 100, "seconds": 10.0}
     try:
-        answer = sql_child.answer(request | {"memory": 1 << 30, "bytes": 1 << 20})
+        answer = sql_child.execute_query(request | {"memory": 1 << 30, "bytes": 1 << 20})
         return sql._frame(answer).to_string()
     except InputError as error:
         return str(error)

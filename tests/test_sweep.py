@@ -22,6 +22,7 @@ from lsq_core.quantization import registry as quantize
 from lsq_core.quantization.registry import BASELINES
 from lsq_core.session import Session
 from lsq_core.stages import evaluate
+from lsq_core.stages import run as runs
 from lsq_core.store.store import Store
 
 
@@ -75,15 +76,15 @@ def test_estimate_empty_items_returns_none():
     assert sweep.estimate_seconds(runs, [item]) == pytest.approx(1 + 2 * 300 / 100)
 
 
-def count_calls(monkeypatch, name: str) -> list:
-    """Notes every call of a Session method."""
-    calls, original = [], getattr(Session, name)
+def count_calls(monkeypatch, name: str, owner: object = Session) -> list:
+    """Record every call of a method of Session, or of a stage's function."""
+    calls, original = [], getattr(owner, name)
 
-    def wrapper(self, *args, **kwargs):
+    def wrapper(model, *args, **kwargs):
         calls.append(args)
-        return original(self, *args, **kwargs)
+        return original(model, *args, **kwargs)
 
-    monkeypatch.setattr(Session, name, wrapper)
+    monkeypatch.setattr(owner, name, wrapper)
     return calls
 
 
@@ -109,7 +110,7 @@ def test_sweep_loads_model_and_quantizes_each_plan_once(
 
     loads, original = [], load.load_model
     monkeypatch.setattr(load, "load_model", lambda *args: loads.append(args) or original(*args))
-    quantized = count_calls(monkeypatch, "_quantize")
+    quantized = count_calls(monkeypatch, "_quantize", runs)
     sweep.sweep(session, requested([small_text, other_text]), settings)
     assert (len(loads), len(quantized)) == (1, 4)
     assert len(session.store.profiles(session.info.fingerprint)) == 1
@@ -118,7 +119,7 @@ def test_sweep_loads_model_and_quantizes_each_plan_once(
 def test_sweep_finds_results_without_loading_model(session, settings, small_text, monkeypatch):
     first = sweep.sweep(session, requested([small_text]), settings)
     again = new_session(session)
-    quantized = count_calls(monkeypatch, "_quantize")
+    quantized = count_calls(monkeypatch, "_quantize", runs)
     second = sweep.sweep(again, requested([small_text]), settings)
     assert [row["state"] for row in second] == ["found"] * 4
     assert "loaded" not in vars(again)
@@ -209,7 +210,7 @@ def test_sweep_resumes_at_first_unfinished_item(
         row["state"] for row in json.loads((job_folder / sweep.ITEMS_FILE).read_text())["items"]
     ]
     assert states == ["done", "done", "waiting", "waiting"]
-    quantized = count_calls(monkeypatch, "_quantize")
+    quantized = count_calls(monkeypatch, "_quantize", runs)
     rows = sweep.sweep(new_session(session, checkpoint_folder=job_folder), items, settings)
     assert [row["state"] for row in rows] == ["found", "found", "done", "done"]
     assert len(quantized) == 2
@@ -255,7 +256,7 @@ def test_cli_sweep_row_per_item(random_model, small_text, capsys):
     ]
     assert main(command) == 0
     shown = capsys.readouterr().out
-    assert re.search("0 made, 3 .*, 1 failed", shown)
+    assert re.search("0 new, 3 already stored, 1 failed", shown)
     assert "takes a budget" in shown
     assert main(["sweep", "--model", "demo", "--method", "mxq"]) == 2
 

@@ -31,11 +31,10 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from lsq_core.load import inspect_model
-
 from lsq_core.corpus import docstrings_under, is_held_out, stdlib_docstrings
 from lsq_core.errors import InputError, LsqError
 from lsq_core.model import ModelSource, write_description
+from lsq_core.model.loading import inspect_model
 
 PACKAGES = (
     *("numpy", "scipy", "pandas", "torch", "transformers", "datasets"),
