@@ -48,7 +48,7 @@ except SystemExit:
 
 
 @pytest.mark.parametrize(
-    ("asked", "set_to"),
+    ("variables", "spincount"),
     [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")],
 )
 def test_startup_sets_gomp_spincount_unless_configured(variables, spincount):

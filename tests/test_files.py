@@ -187,7 +187,7 @@ def test_arrays_round_trip_or_damaged(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("said", "has", "has_not"),
+    ("message", "expected", "excluded"),
     [
         ("Couldn't load it from one of: \n(1) a file,\n(2) a class.", "(2) a class", "\n"),
         ("Sizes differ. For details look at the above report!", "Sizes differ", "report"),

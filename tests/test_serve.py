@@ -64,7 +64,7 @@ def is_allowed(response: dict) -> bool:
 
 @pytest.mark.parametrize("kind", ["http", "websocket"])
 @pytest.mark.parametrize(
-    ("headers", "passes"),
+    ("headers", "allowed"),
     [
         ({}, True),
         ({"origin": f"http://{OWN}"}, True),
