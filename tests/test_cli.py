@@ -189,7 +189,7 @@ def test_cli_run_interval_matches_stored_windows(run_cli, model, small_text):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    ("arguments", "message"),
     [
         (["plan", "--model", "M", "--method", "magic", "--base", "3.13"], "magic"),
         (["plan", "--model", "M"], "--method"),
