@@ -226,7 +226,7 @@ def test_cli_run_interval_matches_stored_windows(run_cli, model, small_text):
         (["run", "--model", "M", "--plan", "/no/plan.json"], "cannot be read"),
         (["disk", "--prune", "nothing"], "'nothing'"),
         (["results", "--db", "/"], "is a folder"),
-        (["repair", "/"], "/ is no file"),
+        (["repair", "/"], "/ is not a file"),
     ],
 )
 def test_cli_bad_input_exit_2_one_line(run_cli, model, arguments, message):
