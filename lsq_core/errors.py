@@ -11,10 +11,12 @@ _MAX_REASON_CHARS = 400
 _FRAMES = re.compile(
     r" (?:Exception raised from |/\S+\.(?:h|cpp|cu):\d+ \(most recent call first\)).*"
 )
-#: Sentences of libraries that point to what they printed elsewhere, which isn't shown here.
+_SENTENCES = re.compile(r"[^.!?]+[.!?]?|[.!?]")
+#: What libraries say in sentences that point to what they printed elsewhere, which isn't shown
+#: here.
 _POINTERS = re.compile(
-    r"[^.!?]*\b(?:above (?:report|exception|error|message)|report above|see above|"
-    r"set_verbosity|Stack trace below)\b[^.!?]*[.!?]?",
+    r"\b(?:above (?:report|exception|error|message)|report above|see above|"
+    r"set_verbosity|Stack trace below)\b",
     re.IGNORECASE,
 )
 
@@ -45,12 +47,12 @@ def exception_reason(error: BaseException) -> str:
     reason is that of the exception's cause, or else its type. A long message ends after a
     sentence or with an ellipsis.
 
-    >>> reason_of(ValueError("Couldn't load it from one of: \\n(1) a file,\\n(2) a class."))
+    >>> exception_reason(ValueError("Couldn't load it from one of: \\n(1) a file,\\n(2) a class."))
     "Couldn't load it from one of: (1) a file, (2) a class"
     """
     text = "".join(c if c.isprintable() else " " for c in str(error))
     text = _FRAMES.sub("", " ".join(text.split()))
-    text = _POINTERS.sub("", text).strip()
+    text = "".join(s for s in _SENTENCES.findall(text) if not _POINTERS.search(s)).strip()
     if not text and error.__cause__ is not None:
         return exception_reason(error.__cause__)
     if not text and getattr(error, "strerror", None):

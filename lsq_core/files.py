@@ -201,6 +201,24 @@ def translate_disk_error(error: BaseException) -> LsqError | None:
     return None
 
 
+def resolve_path(path: str | Path) -> Path:
+    """The absolute path that a person gave, ``~`` being a home.
+
+    Raises
+    ------
+    InputError
+        When no file can have it: it is too long, leads back to itself, or into nobody's home.
+    """
+    try:
+        whole = Path(path).expanduser().resolve()
+        whole.exists()  # what is only missing is no error
+    except (OSError, RuntimeError, ValueError) as error:
+        shown = str(path) if len(str(path)) <= 200 else f"{str(path)[:60]}…"
+        reason = getattr(error, "strerror", None) or exception_reason(error)
+        raise InputError(f"'{shown}' can be no path ({reason}); give another.") from error
+    return whole
+
+
 # --- reading back ---------------------------------------------------------------------------
 
 

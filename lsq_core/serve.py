@@ -77,12 +77,14 @@ def access(address: str, port: int, token: bool) -> Access:
     InputError
         When this machine can't listen there.
     """
+    if not 0 < port < 2**16:  # getaddrinfo drops the higher bits
+        raise InputError(f"{port} is no port; give --port a number from 1 to 65535.")
     try:
         found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(found[0]) as test:
             test.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             test.bind(found[4][:2])
-    except (OSError, OverflowError) as error:
+    except (OSError, UnicodeError) as error:
         raise InputError(
             f"{address}:{port} cannot be bound ({error}); give another --port or --address."
         ) from error

@@ -208,6 +208,7 @@ def test_cli_run_interval_matches_stored_windows(run_cli, model, small_text):
         (["profile", "--model", "M", "--quantizer", "awq9"], "awq9"),
         (["profile", "--model", "M", "--axis", "3"], "axis"),
         (["profile", "--model", "M", "--corpus", "no-such"], "'no-such'"),
+        (["profile", "--model", "M", "--samples", "1" + "0" * 30], "from 1 to 2147483647"),
         (["profile", "--model", "M", "--device", "warp"], "no device 'warp'"),
         (["profile", "--model", "/no/such/folder"], "/no/such/folder"),
         (
@@ -225,6 +226,7 @@ def test_cli_run_interval_matches_stored_windows(run_cli, model, small_text):
         (["run", "--model", "M", "--plan", "/no/plan.json"], "cannot be read"),
         (["disk", "--prune", "nothing"], "'nothing'"),
         (["results", "--db", "/"], "is a folder"),
+        (["repair", "/"], "/ is not a file"),
     ],
 )
 def test_cli_bad_input_exit_2_one_line(run_cli, model, arguments, message):
@@ -242,6 +244,16 @@ def test_cli_argparse_error_exit_2(capsys):
         main(["plan", "--model", "demo", "--top-m", "many"])
     assert ended.value.code == 2
     assert "invalid int value" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        main(["job"])
+    assert ended.value.code == 2
+    assert main(["job", "no-such-folder"]) == 2
+    assert capsys.readouterr().err.endswith("lsq: There is no job in no-such-folder.\n")
+    for option in ("--out", "--db"):
+        with pytest.raises(SystemExit) as ended:
+            main(["export", "--out", "x.csv", f"{option}=--"])
+        assert ended.value.code == 2
+        assert f"argument {option}: expected one argument" in capsys.readouterr().err
 
 
 def test_cli_short_corpus_error_states_minimum(run_cli, model, tmp_path):

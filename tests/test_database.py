@@ -14,6 +14,7 @@ import duckdb
 import pytest
 
 from lsq_core import cli
+from lsq_core.cli import main
 from lsq_core.errors import InputError, LsqError
 from lsq_core.store import database
 from lsq_core.store.repair import repair
@@ -359,3 +360,15 @@ def test_store_concurrent_threads_no_lock_error(tmp_path):
     for thread in threads:
         thread.join()
     assert not failed
+
+
+@pytest.mark.parametrize(
+    "name", ["x" * 300, "~no-such-person/x", "loop/x.duckdb", "\udcff", "pipe"]
+)
+def test_a_path_that_no_database_can_have_is_bad_input(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    os.mkfifo("pipe")
+    for arguments in (["results", "--db", name], ["repair", name]):
+        assert main(arguments) == 2
+        assert capsys.readouterr().err.count("\n") == 1

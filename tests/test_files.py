@@ -210,6 +210,12 @@ def test_reason_of_empty_message_uses_cause():
     assert "No such file" in exception_reason(error)
 
 
+@pytest.mark.parametrize("part", ["x", "x ", "see ", "/a.h:1 ", " /"])
+def test_exception_reason_of_long_message_in_linear_time(part):
+    """In a fraction of a second; the square of its length would take hours."""
+    assert len(exception_reason(ValueError(part * 10**6))) <= 402
+
+
 def test_no_module_truncates_error_messages():
     patterns = ('.split("\\n")[0]', ".splitlines()[0]", "splitlines()), ")
     found = [

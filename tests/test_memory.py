@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -149,7 +150,15 @@ def limited_cgroup(limit: int) -> Iterator[list[str]]:
     try:
         yield ["sh", "-c", f'echo $$ > {group}/cgroup.procs && exec "$@"', "sh"]
     finally:
-        group.rmdir()
+        _remove(group)
+
+
+def _remove(group: Path) -> None:
+    """Delete a cgroup, once the last process in it is gone."""
+    deadline = time.monotonic() + 30
+    while (group / "cgroup.procs").read_text() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    group.rmdir()
 
 
 def run_in_cgroup(limit: int, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,24 @@ def test_cli_undecodable_file_name_in_output(tmp_path):
         completed = run_lsq("export", "--out", out, *more, LSQ_DB=str(tmp_path / "x.duckdb"))
         assert completed.returncode == 0, completed.stderr
     assert json.loads(completed.stdout)["out"] == out
+
+
+def test_no_name_acts_on_the_terminal(tmp_path, capsys, random_model):
+    """Names come from files and databases of others too."""
+    name, shown = "\x1b]0;title\x07\x9b2J\u202e", r"\x1b]0;title\x07\x9b2J\u202e"
+    for arguments in (["audit", name], ["inspect", "--model", f"{name}/x"], ["jobs", "x", name]):
+        with suppress(SystemExit):
+            main([*arguments, "--db", str(tmp_path / "x.duckdb")])
+        printed = capsys.readouterr()
+        assert shown in printed.err, arguments
+        assert "\x1b" not in printed.err
+    model = tmp_path / name
+    shutil.copytree(random_model("llama-gqa"), model)
+    assert main(["inspect", "--model", str(model)]) == 0
+    printed = capsys.readouterr().out
+    assert shown in printed
+    assert not set(printed) & {"\x1b", "\x07", "\x9b", "\u202e"}
+    assert printed.endswith("\n")
 
 
 @pytest.mark.parametrize("more", [[], ["--json"]])

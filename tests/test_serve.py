@@ -134,6 +134,14 @@ def test_access_token_on_public_address():
     assert everyone.hosts == ()
     with pytest.raises(InputError, match="cannot be bound"):
         serve.access("192.0.2.1", port, token=False)
+    with pytest.raises(InputError, match="cannot be listened on"):
+        serve.access("\udcff" * 300, port, token=False)
+
+
+@pytest.mark.parametrize("port", [-1, 0, 2**16, 99999, 10**30])
+def test_a_number_that_is_no_port_is_refused(port):
+    with pytest.raises(InputError, match=f"{port} is no port"):
+        serve.access("127.0.0.1", port, token=False)
 
 
 def test_remove_old_snapshots(tmp_path, monkeypatch):

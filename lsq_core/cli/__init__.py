@@ -8,13 +8,14 @@ it in :mod:`lsq_core.cli.show`.
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import suppress
 from pathlib import Path
 
 from lsq_core.cli import output
 from lsq_core.cli.parser import build_parser
-from lsq_core.errors import LsqError
+from lsq_core.errors import InputError, LsqError
 from lsq_core.files import translate_disk_error
 from lsq_core.jobs.worker import run_job
 from lsq_core.progress import ProgressCallback
@@ -27,8 +28,11 @@ def main(arguments: list[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     output.configure_streams()
-    if arguments[:1] == ["job"]:
-        return run_job(Path(arguments[1]), execute)
+    if arguments[:1] == ["job"] and len(arguments) == 2:
+        folder = Path(arguments[1])
+        if not os.path.isfile(folder / "job.json"):  # never raises, unlike Path.is_file
+            return _report_failure(f"There is no job in {folder}.", InputError.exit_code)
+        return run_job(folder, execute)
     with output.ignore_broken_pipe():
         options = build_parser().parse_args(arguments)
     console = _Console()
@@ -50,14 +54,14 @@ def main(arguments: list[str] | None = None) -> int:
         if options.json:
             output.print_json(result)
         else:
-            options.show(result)
+            output.print_result(options.show, result)
     return 0
 
 
 def _report_failure(reason: str, status: int) -> int:
     """Say why on standard error, where it still goes anywhere."""
     with suppress(OSError):
-        print(f"lsq: {reason}", file=sys.stderr)
+        print(f"lsq: {output.escape_controls(reason)}", file=sys.stderr)
     return status
 
 
@@ -88,6 +92,7 @@ class _Console:
             self._write(stage, done, total, message)
 
     def _write(self, stage: str, done: int, total: int, message: str) -> None:
+        message = output.escape_controls(message)
         tenth = 10 * done // total if total else 0
         if not self.terminal and (stage, tenth) == self.shown:
             return

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import codecs
 import os
+import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
+from io import StringIO
+from typing import Any
 
 from lsq_core.jsontext import json_text
 
@@ -32,6 +35,9 @@ _PLAIN = {
     "\u00a0": " ",
 }
 _HANDLER = "lsq-plain"
+#: Characters that a terminal acts on, by which a name could move its cursor, and those that turn
+#: the direction of text.
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:
@@ -41,6 +47,11 @@ def _plain(error: UnicodeError) -> tuple[str, int]:
     missing = error.object[error.start : error.end]
     text = "".join(_PLAIN.get(c, ascii(c)[1:-1]) for c in missing)
     return text, error.end
+
+
+def escape_controls(text: str, allowed: str = "") -> str:
+    """A text with its control characters, except those in ``allowed``, as Python's escapes."""
+    return _CONTROLS.sub(lambda c: c[0] if c[0] in allowed else repr(c[0])[1:-1], text)
 
 
 def configure_streams() -> None:
@@ -59,6 +70,14 @@ def print_json(content: object) -> None:
     except UnicodeEncodeError:
         text = json_text(content, ascii=True)
     print(text)
+
+
+def print_result(call: Callable[[Any], None], result: object) -> None:
+    """Have ``call`` print what a person reads of a result, without control characters of names."""
+    text = StringIO()
+    with redirect_stdout(text):
+        call(result)
+    print(escape_controls(text.getvalue(), "\n\t"), end="")
 
 
 @contextmanager

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lsq_core.bits import METADATA_FORMATS
 from lsq_core.cli import show, verbs
+from lsq_core.cli.output import escape_controls
 from lsq_core.corpus.registry import BUILT_IN_CORPORA
 from lsq_core.errors import InputError
 from lsq_core.planning.methods import PLANNERS
@@ -18,9 +20,19 @@ from lsq_core.quantization.registry import MATRIX_QUANTIZERS, QUANTIZERS
 class _Parser(argparse.ArgumentParser):
     """Bad options end as every other bad input does."""
 
+    def parse_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
+        """Parse as argparse does, which takes the ``--`` of ``--out=--`` for no value at all."""
+        given = sys.argv[1:] if args is None else args
+        for argument in given:
+            if argument.startswith("-") and argument.endswith("=--"):
+                self.error(f"argument {argument.removesuffix('=--')}: expected one argument")
+        return super().parse_args(given, namespace)
+
     def error(self, message: str) -> None:
         if self.exit_on_error:
-            super().error(message)
+            super().error(escape_controls(message))
         raise InputError(message)
 
 

@@ -14,7 +14,7 @@ from lsq_core.corpus.registry import corpus_identity
 from lsq_core.errors import InputError, LsqError, exception_reason, translate_resource_errors
 from lsq_core.evaluation.prediction import parse_loss
 from lsq_core.evaluation.protocol import EvaluationRequest
-from lsq_core.files import write_bytes
+from lsq_core.files import resolve_path, write_bytes
 from lsq_core.jsontext import write_json
 from lsq_core.model.source import MANIFEST_FILE, ModelSource
 from lsq_core.planning.methods import PLANNERS
@@ -30,6 +30,7 @@ from lsq_core.stages.model import find_published
 from lsq_core.stages.plan import request_incompatibility
 from lsq_core.stages.saved import evaluate_saved, load_saved
 from lsq_core.store.connection import database_path
+from lsq_core.store.database import resolve_database_path
 from lsq_core.store.models import PUBLISHED
 from lsq_core.store.store import Store
 from lsq_core.targets import check_file_target, check_folder_target
@@ -186,7 +187,7 @@ def run(options: argparse.Namespace, report: ProgressCallback) -> dict:
     """Plan or take a saved plan, quantize, evaluate, keep."""
     evaluation = _evaluation(options)
     corpus_identity(evaluation.corpus)  # a wrong path is told before anything is measured
-    save = options.save.expanduser().resolve() if options.save else None
+    save = resolve_path(options.save) if options.save else None
     resumed = getattr(options, "checkpoint_folder", None) and save and is_quantized_folder(save)
     if save and not resumed:  # one that is may have saved its model already
         check_folder_target(save)
@@ -310,9 +311,9 @@ def audit(options: argparse.Namespace, report: ProgressCallback) -> dict:
     """What was stored, matrix by matrix, against what was planned."""
     from lsq_core.results.audit import audit_folder, audit_run
 
-    store, folder = Store(options.db), Path(options.target).expanduser()
+    store, folder = Store(options.db), resolve_path(options.target)
     if folder.is_dir() or "/" in options.target:
-        return audit_folder(folder.resolve(), store).to_json()
+        return audit_folder(folder, store).to_json()
     device_and_dtype = options.device, options.dtype, report, options.trust_remote_code
     result = audit_run(options.target, store, _optional_source(options), *device_and_dtype)
     return result.to_json() | {"run": options.target}
@@ -326,7 +327,7 @@ def generate(options: argparse.Namespace, report: ProgressCallback) -> dict:
     store, source = Store(options.db), _optional_source(options)
     device_and_dtype, trusted = (options.device, options.dtype, report), options.trust_remote_code
     if options.saved is not None:
-        manifest = read_manifest(options.saved.expanduser().resolve(), RUN_KEYS)
+        manifest = read_manifest(resolve_path(options.saved), RUN_KEYS)
         run, fingerprint = manifest["run"], manifest["fingerprint"]
         source = source or ModelSource(manifest["source"], manifest["revision"], trusted)
         bench = open_original(source, fingerprint, store, *device_and_dtype)
@@ -471,9 +472,9 @@ def repair(options: argparse.Namespace, report: ProgressCallback) -> dict:
     """Copy what can be read of a damaged database into a new one."""
     from lsq_core.store import repair as repairs
 
-    path = options.database.expanduser().resolve()
-    out = options.out or path.with_name(f"{path.name}.repaired")
-    tables = repairs.repair(path, out.expanduser().resolve())
+    path = resolve_database_path(options.database)
+    out = options.out or Path(f"{path}.repaired")
+    tables = repairs.repair(path, resolve_database_path(out))
     return {"out": str(out), "tables": [asdict(table) for table in tables]}
 
 

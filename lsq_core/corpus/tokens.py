@@ -68,10 +68,11 @@ def build_calibration_blocks(
     Raises
     ------
     InputError
-        If a size is below 1, or the samples don't fill one block.
+        If a size is below 1 or above 2^31 - 1, or the samples don't fill one block.
     """
-    if min(samples, max_line_tokens, block_tokens) < 1:
-        raise InputError("Calibration needs samples, line and block sizes of 1 or more.")
+    sizes = samples, max_line_tokens, block_tokens
+    if not 1 <= min(sizes) <= max(sizes) < 2**31:
+        raise InputError("Calibration needs samples, line and block sizes from 1 to 2147483647.")
     order = np.random.default_rng(seed).permutation(len(corpus.texts))
     lines = (corpus.texts[row].strip() for row in order)
     encoded = (_encode(tokenizer, line, max_line_tokens) for line in lines if line)

@@ -90,8 +90,11 @@ def compare_generation(
         a token outside the model's vocabulary, when prompt and text exceed the context, or when a
         number is out of range.
     """
+    from lsq_core.model.loading import check_token_ids
+
     ids = _prompt_ids(tokenizer, prompt)
-    _check(full, ids, max_new_tokens, temperature, context)
+    check_token_ids(full, ids)
+    _check(len(ids), max_new_tokens, temperature, context, seed)
     steps, texts = 2 * max_new_tokens, []
     for name, model in (("full precision", full), ("quantized", quantized)):
         sampler, before = _Sampler(temperature, seed), len(texts) * max_new_tokens
@@ -141,19 +144,16 @@ def _prompt_ids(tokenizer: object, prompt: str) -> list[int]:
     return ids
 
 
-def _check(
-    model: nn.Module, prompt: list[int], new: int, temperature: float, context: int | None
-) -> None:
-    from lsq_core.model.loading import check_token_ids
-
-    check_token_ids(model, prompt)
+def _check(prompt: int, new: int, temperature: float, context: int | None, seed: int) -> None:
+    if not -(2**63) <= seed < 2**63:
+        raise InputError("The seed must fit into 64 bits, as -1 or 2026 do.")
     if new < 1:
         raise InputError("max-new-tokens must be at least 1.")
     if not 0 <= temperature < 100:
         raise InputError("The temperature must be at least 0 (greedy) and below 100.")
-    if context is not None and len(prompt) + new > context:
+    if context is not None and prompt + new > context:
         raise InputError(
-            f"The prompt has {len(prompt)} tokens and {new} more are requested, but the context "
+            f"The prompt has {prompt} tokens and {new} more are requested, but the context "
             f"is {context} tokens; shorten one of them."
         )
 

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from lsq_core.bits import config_from_json
 from lsq_core.errors import InputError, LsqError
-from lsq_core.files import fsync_folder, fsync_tree, is_locked, lock_folder
+from lsq_core.files import fsync_folder, fsync_tree, is_locked, lock_folder, resolve_path
 from lsq_core.model.architecture import find_blocks, iter_matrices
 from lsq_core.model.checkpoint import safetensors_header
 from lsq_core.model.identity import has_custom_code
@@ -213,7 +213,7 @@ def load_quantized(
     InputError
         When the folder is not a saved model, or a file in it is missing, damaged or was changed.
     """
-    folder = Path(folder).expanduser().resolve()
+    folder = resolve_path(folder)
     manifest = read_manifest(folder)
     check_config(folder, saved=True)
     header = safetensors_header(folder / WEIGHTS_FILE)

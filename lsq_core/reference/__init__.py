@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from lsq_core.files import resolve_path
 from lsq_core.jsontext import json_text
 from lsq_core.profiling.profile import Profile
 from lsq_core.profiling.settings import PUBLISHED_SETTINGS
@@ -52,7 +53,7 @@ def import_reference(
         When the database cannot be written.
     """
     start_time = time.perf_counter()
-    checkout = Checkout(Path(folder).expanduser().resolve())
+    checkout = Checkout(resolve_path(folder))
     report("import", 0, 3, "reading plans")
     plans, sizes = read_plans(checkout)
     report("import", 1, 3, "reading models and profiles")

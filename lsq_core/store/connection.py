@@ -35,7 +35,7 @@ _ATTEMPTS = 20
 def database_path() -> Path:
     """Where the database is unless another is given: ``LSQ_DB``, or in the data folder."""
     path = os.environ.get("LSQ_DB") or paths.data_folder() / "lsq.duckdb"
-    return Path(path).expanduser().resolve()
+    return database.resolve_database_path(path)
 
 
 class DatabaseFile:
@@ -53,7 +53,7 @@ class DatabaseFile:
     """
 
     def __init__(self, path: str | Path | None = None) -> None:
-        self.path = Path(path).expanduser().resolve() if path else database_path()
+        self.path = database.resolve_database_path(path) if path else database_path()
         if self.path.is_dir():
             raise InputError(f"{self.path} is a folder; give the path of a database file.")
         try:

@@ -21,6 +21,7 @@ from typing import TypeVar
 import duckdb
 
 from lsq_core.errors import InputError, LsqError, exception_reason
+from lsq_core.files import resolve_path
 
 #: Settings of every connection. One process can open a file twice only with the same settings.
 CONFIG = {
@@ -47,6 +48,25 @@ _OTHER_PATH_HINT = "give another path with --db or LSQ_DB"
 def wal_path(path: Path) -> Path:
     """DuckDB's write-ahead log of a database."""
     return path.with_name(f"{path.name}.wal")
+
+
+def resolve_database_path(path: str | Path) -> Path:
+    """The absolute path of a database that a person gave.
+
+    Raises
+    ------
+    InputError
+        When no file can have it, there is a device or a pipe, or DuckDB can't take the name.
+    """
+    whole = resolve_path(path)
+    utf8 = str(whole).encode("utf8", "replace").decode("utf8")
+    if utf8 != str(whole) or "\\" in utf8:  # DuckDB reads a backslash as a slash
+        raise InputError(
+            f"DuckDB opens no path with a backslash, nor one that isn't UTF-8: {str(whole)!a}."
+        )
+    if whole.exists() and not (whole.is_file() or whole.is_dir()):
+        raise InputError(f"{whole} is a device or a pipe; give the path of a database file.")
+    return whole
 
 
 def is_read_only(path: Path) -> bool:

@@ -1,6 +1,6 @@
 """Damage a database in many ways and count what is said of it.
 
-``python -m tests.campaigns.damage_database [COUNT]`` damages COUNT (120) copies of a filled
+``python -m tests.campaigns.damage_database [COUNT] [SEED]`` damages COUNT (120) copies of a filled
 database, opens each and reads all of it. An outcome is what it read, or one sentence; anything
 else is a traceback, and there should be none.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 import random
 import shutil
 import sys
-import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from pathlib import Path
 from lsq_core.errors import LsqError
 from lsq_core.store.database import wal_path
 from lsq_core.store.store import Store
+from tests.campaigns.harness import Tally, run_campaign
 
 
 def flip_bit(content: bytearray, rng: random.Random) -> bytearray:
@@ -114,20 +114,18 @@ def campaign(source_database: Path, folder: Path, count: int, seed: int = 0) -> 
     return counts
 
 
-def main() -> int:
-    """Run the campaign on a database of the test suite's making."""
+def run(count: int, folder: Path, seed: int, log: Callable[[str], None]) -> Tally:
+    """The campaign's row, on a database of the test suite's making."""
     from tests.test_compare import insert_synthetic_runs
 
-    count = int(sys.argv[1]) if sys.argv[1:] else 120
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        store = Store(folder / "whole.duckdb")
-        insert_synthetic_runs(store, 72)
-        counts = campaign(store.path, folder, count)
+    store = Store(folder / "whole.duckdb")
+    insert_synthetic_runs(store, 72)
+    counts = campaign(store.path, folder, count, seed)
     for kind, number in counts.most_common():
-        print(f"{number:5} {kind}")
-    return int(any(kind.startswith(("traceback", "wrong", "other")) for kind in counts))
+        log(f"{number:5} {kind}")
+    faults = {k: n for k, n in counts.items() if k.startswith(("traceback", "wrong", "other"))}
+    return Tally.of("damaged databases", count, Counter(faults))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_campaign(run, 120))

@@ -3,23 +3,22 @@
 ``python -m tests.campaigns.hostile_saved [COUNT] [SEED]`` mutates COUNT (139) copies of a small
 saved model by its manifest, weights, config and tokenizer, half of them with checksums that agree
 with the change again, and gives each to ``eval`` and ``audit`` through the command line's own
-entry. Outcomes are as in :mod:`tests.campaigns.hostile_models`; a changed file whose checksum
+entry. Outcomes are as in :mod:`tests.campaigns.harness`; a changed file whose checksum
 doesn't agree may not be evaluated.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 from tests.campaigns import hostile_models as models
+from tests.campaigns.harness import Tally, failed, outcome, run_campaign
 
 MANIFEST_FILE, WEIGHTS = "lsq.json", "packed.safetensors"
 
@@ -184,6 +183,19 @@ def make_saved(model: Path, folder: Path, data: Path) -> Path:
     return folder
 
 
+def _is_unchanged(copy: Path, original: Path) -> bool:
+    """Whether a manifest says the same as another, and no file beside it was touched."""
+    rest = [path.name for path in original.iterdir() if path.name != MANIFEST_FILE]
+    try:
+        if any((copy / n).stat().st_size != (original / n).stat().st_size for n in rest):
+            return False
+        touched = [n for n in rest if (copy / n).read_bytes() != (original / n).read_bytes()]
+        manifests = [json.loads((f / MANIFEST_FILE).read_bytes()) for f in (copy, original)]
+    except (OSError, ValueError, RecursionError):
+        return False
+    return not touched and repr(manifests[0]) == repr(manifests[1])
+
+
 def campaign(
     count: int, folder: Path, seed: int = 0, log: Callable[[str], None] = lambda _: None
 ) -> Counter[str]:
@@ -199,6 +211,9 @@ def campaign(
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(original, copy)
         what = MUTATIONS[number % len(MUTATIONS)](copy, rng)
+        # Some changes put the value that is there already, or a file that nothing reads.
+        unused = "generation" in what or "sha256" in what
+        changed = not unused and not _is_unchanged(copy, original)
         signed = number % 2 == 1
         if signed:
             update_checksums(copy)
@@ -210,29 +225,22 @@ def campaign(
             "audit": ["audit", str(copy), *database],
         }
         for verb, arguments in verbs.items():
-            kind = models.outcome(arguments)
-            unsigned = not signed and "generation" not in what and "sha256" not in what
-            if verb == "eval" and kind == "exit 0" and unsigned:
-                kind = "changed files were evaluated"
+            kind = outcome(arguments)
+            if verb == "eval" and kind == "exit 0" and changed and not signed:
+                kind = "lost: changed files were evaluated"
             counts[f"{verb}: {kind}"] += 1
-            counts["failed"] += models.failed(kind)
+            counts["failed"] += failed(kind)
             log(f"{number:4} {verb:6} {what}{', signed again' if signed else ''}: {kind}")
     counts["reads outside"] = models.WATCH.seen
     models.WATCH.secret = ""
     return counts
 
 
-def main() -> int:
-    """Run the campaign in a temporary folder and print its counts."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    count = int(sys.argv[1]) if sys.argv[1:] else 139
-    seed = int(sys.argv[2]) if sys.argv[2:] else 0
-    with tempfile.TemporaryDirectory() as name:
-        counts = campaign(count, Path(name), seed, lambda line: print(line, flush=True))
-    for kind, number in sorted(counts.items()):
-        print(f"{number:5} {kind}")
-    return int(bool(counts["failed"] or counts["reads outside"]))
+def run(count: int, folder: Path, seed: int, log: Callable[[str], None]) -> Tally:
+    """The campaign's row."""
+    endings = models.bad_endings(campaign(count, folder, seed, log))
+    return Tally.of("hostile saved models", count, endings)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_campaign(run, 139))
