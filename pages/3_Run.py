@@ -26,7 +26,7 @@ def run_page(ctx: PageContext) -> None:
         render_no_weights(ctx.info.source)
     elif shown is None:
         headline(
-            "Nothing has run yet." if cached.results(ctx.store).empty else "Nothing is running.",
+            "No runs yet." if cached.results(ctx.store).empty else "Nothing is running.",
             "Runs continue in the background; you can close this page.",
         )
     if shown is not None and (has_weights or shown.active or _selected_job(job_list)):

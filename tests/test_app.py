@@ -457,5 +457,5 @@ def test_plan_headline_uses_committed_budget(monkeypatch):
     """It is of this very run of the page, not of the next."""
     app = open_page("Plan", model="demo", method="uniform")
     assert "3.25 bits" in first_line(app)
-    monkeypatch.setattr("lsq_core.ui.plan.actions.read_committed_budget", lambda: 4.26)
+    monkeypatch.setattr("lsq_core.ui.plan.live.read_committed_budget", lambda: 4.26)
     assert "4.25 bits" in first_line(app.run())

@@ -209,7 +209,7 @@ def test_cli_run_interval_matches_stored_windows(run_cli, model, small_text):
         (["profile", "--model", "M", "--axis", "3"], "axis"),
         (["profile", "--model", "M", "--corpus", "no-such"], "'no-such'"),
         (["profile", "--model", "M", "--samples", "1" + "0" * 30], "from 1 to 2147483647"),
-        (["profile", "--model", "M", "--device", "warp"], "no device 'warp'"),
+        (["profile", "--model", "M", "--device", "warp"], "Device 'warp' is not available"),
         (["profile", "--model", "/no/such/folder"], "/no/such/folder"),
         (
             ["run", "--model", "M", "--method", "uniform", "--base", "3.13", "--protocol", "p"],

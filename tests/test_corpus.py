@@ -18,7 +18,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lsq_core.corpus import registry as corpora
 from lsq_core.corpus.docstrings import is_held_out, iter_docstrings, stdlib_docstrings
 from lsq_core.corpus.registry import BUILT_IN_CORPORA, Corpus, corpus_identity, load_corpus
 from lsq_core.corpus.tokens import build_calibration_blocks, build_token_stream
@@ -334,12 +333,12 @@ def test_load_corpus_read_error_translated(hub, monkeypatch, cause, message):
 @pytest.mark.parametrize("step", ["load_dataset", "_text_column", "_choose_splits"])
 def test_load_corpus_programming_error_propagates(hub, monkeypatch, kind, step):
     """It keeps its type and traceback, wherever in reading it is."""
-    import datasets
 
     def defect(*_, **__):
         raise kind("a defect")
 
-    monkeypatch.setattr(datasets if step == "load_dataset" else corpora, step, defect)
+    module = "datasets" if step == "load_dataset" else "lsq_core.corpus.hub"
+    monkeypatch.setattr(f"{module}.{step}", defect)
     hub.splits = {"test": {"text": ["a"]}}
     with pytest.raises(kind, match="a defect"):
         load_corpus("hf:org/name", "evaluation")
@@ -553,7 +552,7 @@ def test_token_stream_tokenizes_only_needed_prefix(tokenizer):
 
 @pytest.mark.parametrize("max_tokens", [0, 1, -5])
 def test_token_stream_max_tokens_below_2_raises(tokenizer, max_tokens):
-    with pytest.raises(InputError, match="2 or more"):
+    with pytest.raises(InputError, match="at least 2 tokens"):
         build_token_stream(make_corpus(LONG), tokenizer, max_tokens)
 
 

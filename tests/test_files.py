@@ -87,7 +87,7 @@ def execute(arguments, report, folder):
             pass
     report("evaluate", 1, 2, "with nothing left")
     write_json(folder / "more.json", {"of": "it" * 4096})
-print("status", worker.work(home, execute))
+print("status", worker.run_job(home, execute))
 job = jobs.read(home)
 print(job.state, "disk is full" in job.message)
 """,

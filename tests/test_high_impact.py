@@ -549,9 +549,9 @@ def test_cli_high_impact_bad_options_exit_2(random_model, small_text, capsys, fe
     model = random_model("llama-gqa")
     for more, sentence in {
         ("--budget", "3bpp"): "take from",
-        ("--budget", "2.2bpp", "--high-bits", "2"): "high-bits is one of 3, 4, 16, not 2",
+        ("--budget", "2.2bpp", "--high-bits", "2"): "high-bits must be one of 3, 4, 16, not 2",
         ("--max-loss", "1%"): "Give a budget in place of max-loss",
-        ("--budget", "2.2bpp", "--ratios", "best"): "ratios is one of",
+        ("--budget", "2.2bpp", "--ratios", "best"): "ratios must be one of",
     }.items():
         assert main(["plan", *command(model, small_text, *more)]) == 2
         assert sentence in capsys.readouterr().err

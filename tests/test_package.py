@@ -188,7 +188,7 @@ def test_installed_job_and_query_processes(installed, tmp_path):
         print(jobs.read(job.folder).state, job.command)
         copy = Path("copy.duckdb").resolve()
         store.snapshot(copy)
-        print(sql.ask(copy, "SELECT count(*) FROM results").rows.iloc[0, 0])
+        print(sql.run_query(copy, "SELECT count(*) FROM results").rows.iloc[0, 0])
         print(store.path)
         """
     environment = _environment(installed, LSQ_HOME="mine")

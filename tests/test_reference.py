@@ -228,8 +228,9 @@ def test_import_profiles_by_calibration_and_quantizer(store):
     )
     assert stored_rows["value"].tolist() == rtn["sensitivity"].tolist()
     medical = open_session(store, "meditron-7b")
-    plan, profile = medical.plan(PlanRequest("sensiboost", base="3.13"), medical.default_settings)
+    plan = medical.plan(PlanRequest("sensiboost", base="3.13"), medical.default_settings)
     assert plan.ranking_scores
+    profile = store.profile(plan.profile)
     assert profile.provenance["missing"], "it says what was never published"
 
 
@@ -387,7 +388,7 @@ def test_plan_without_published_scores_raises(store):
     request = PlanRequest("sensiboost", base="3.13")
     with pytest.raises(InputError, match=r"70b-hf .*sensitivity.* SensiBoost"):
         session.plan(request, session.default_settings)
-    plan, _ = session.plan(PlanRequest("kurtboost", base="3.13"), session.default_settings)
+    plan = session.plan(PlanRequest("kurtboost", base="3.13"), session.default_settings)
     assert plan.ranking_scores
     with pytest.raises(InputError, match=r"stdlib .*\bbos"):
         open_session(store, SEVEN).plan(
@@ -651,7 +652,7 @@ def test_import_partial_checkout_reports_missing(small_checkout, tmp_path):
     assert re.search("shape of Meta-Llama-3-8B .*not known", missing)
     assert re.search(rf"{SEVEN} .*pileval .*hqq .*no kurtosis\.", missing)
     session = open_session(store, SEVEN)
-    plan, _ = session.plan(PlanRequest("sensiboost", base="3.13"), session.default_settings)
+    plan = session.plan(PlanRequest("sensiboost", base="3.13"), session.default_settings)
     assert plan.ranking_scores, "another file has the sensitivity"
     with pytest.raises(InputError, match=r"kurtosis.* KurtBoost .*sensiboost"):
         session.plan(PlanRequest("kurtboost", base="3.13"), session.default_settings)
@@ -679,12 +680,12 @@ BAD_CSV_EDITS = {
     "a required column renamed": (FNORM, set_cell(1, 6, "norm"), "no column fnorm"),
     "a perplexity column renamed": (COMBINED, set_cell(1, 5, "ppl"), "no column ppl_wikitext"),
     "a plan's column renamed": (PLAN_FILE, set_cell(1, 6, "bits"), "no column b1"),
-    "text for a number": (FNORM, set_cell(7, 6, "tiny"), "row 7: fnorm is 'tiny' where a number"),
+    "text for a number": (FNORM, set_cell(7, 6, "tiny"), "row 7: fnorm is 'tiny' instead of a "),
     "text for an optional number": (COMBINED, set_cell(9, 6, "?"), r"row 9: ppl_c4 is '\?'"),
     "a fraction for a layer": (
         SENSI,
         set_cell(12, 5, "0.5"),
-        "row 12: layer is '0.5' where a whole",
+        "row 12: layer is '0.5' instead of a ",
     ),
     "a negative number": (SENSI, set_cell(12, 6, "-1"), "row 12: sensitivity is '-1'"),
     "NaN": (SENSI, set_cell(30, 6, "NaN"), "row 30: sensitivity is empty or NaN"),

@@ -117,7 +117,7 @@ def test_saved_files_respect_umask(random_model, tmp_path):
 _KILL_DURING_SAVE = """
 import os, sys
 from pathlib import Path
-from lsq_core.quantization.registry import artifact
+from lsq_core.quantized import artifact
 
 def killed(state, path, **more):
     path.write_bytes(b"half")
