@@ -15,7 +15,7 @@ from lsq_core.quantization.registry import planned_bytes
 from lsq_core.reference import download, import_download, import_reference
 from lsq_core.store.models import PUBLISHED
 from lsq_core.store.store import Store
-from lsq_core.ui import cached, sidebar, state, words
+from lsq_core.ui import cached, cached_results, sidebar, state, words
 from lsq_core.ui.page import NoModel, PageContext, headline, next_step, page, render_no_model
 from lsq_core.ui.safe import st
 from lsq_core.units import MIB, format_bytes
@@ -97,7 +97,7 @@ def show_published(store: Store, info: ModelInfo) -> None:
         f"{info.source} · published measurements, no local weights: explore, plan and compare",
     )
     profiles = len(cached.published_settings(store, info))
-    runs = cached.results(store, "published")
+    runs = cached_results.results(store, "published")
     facts = st.columns(6)
     facts[0].metric("Layers", info.layers)
     facts[1].metric("Parameters", f"{info.parameters:,}" if whole else "not published")

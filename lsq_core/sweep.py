@@ -29,7 +29,6 @@ from lsq_core.planning.plan import Plan
 from lsq_core.planning.problem import Problem
 from lsq_core.planning.request import PlanRequest
 from lsq_core.profiling.settings import ProfileSettings
-from lsq_core.progress import ProgressCallback
 from lsq_core.provenance import (
     device_kind,
     evaluation_dependencies,
@@ -51,6 +50,7 @@ from lsq_core.stages.plan import (
     with_quantizer,
 )
 from lsq_core.stages.run import QuantizedRun
+from lsq_core.sweep_progress import BatchProgress
 
 #: The file, in the folder a job keeps things in, that tells what came of each item so far.
 ITEMS_FILE = "items.json"
@@ -63,8 +63,6 @@ MAX_CONCURRENT_PLANS = 5
 ALL = "all"
 #: What "everything" is: about the sizes at which papers compare, and one quantizer for methods.
 EVERYTHING_BUDGETS, EVERYTHING_QUANTIZER = ("2.2bpp", "3.2bpp", "4.2bpp"), "hqq"
-#: Parts that an item's progress is told in.
-_PROGRESS_STEPS = 1000
 
 
 @dataclass(frozen=True)
@@ -385,7 +383,7 @@ class _Sweep:
         """Quantize each plan and evaluate them on their texts, full precision beside them all."""
         order = [number for text in zip(*batch, strict=True) for number in text]
         outer = self.session.report
-        progress = _BatchProgress(outer, self.done, len(order), len(batch), self.total)
+        progress = BatchProgress(outer, self.done, len(order), len(batch), self.total)
         progress.title = self.requested[order[0]].title
         self.session.report = progress.report
         try:
@@ -416,42 +414,6 @@ class _Sweep:
             write_json(self.session.checkpoint_folder / ITEMS_FILE, {"items": self.rows})
 
 
-@dataclass
-class _BatchProgress:
-    """Tells the progress of items that are made together as a part of the sweep's.
-
-    ``before`` of the ``total`` items were made before them; ``number`` and ``title`` are those of
-    the item that is finished next.
-    """
-
-    outer: ProgressCallback
-    before: int
-    size: int
-    plans: int
-    total: int
-    number: int = 0
-    title: str = ""
-    quantized: int = 0
-    reached: float = 0.0
-
-    def report(self, stage: str, done: int, total: int, message: str) -> None:
-        """Pass on what is told of one stage."""
-        part = done / total if total else 0.0
-        if stage == "quantize":
-            part = (self.quantized + part) / self.plans
-        self.reached = max(self.reached, _stage_fraction(stage, part))
-        at = int(_PROGRESS_STEPS * (self.before + self.reached * self.size))
-        number = self.number or self.before + 1
-        more = self.before + self.size - number
-        title = f"{self.title} and {more} more" if more else self.title
-        self.outer(
-            "sweep",
-            at,
-            _PROGRESS_STEPS * self.total,
-            f"{number} of {self.total}: {title} · {message}",
-        )
-
-
 #: What a row tells of its run, by the names of a run's outcome and of the store's results.
 _OUTCOME_COLUMNS = (
     "run",
@@ -476,12 +438,6 @@ def _plain(value: object) -> object:
     """A data frame's value as JSON has it."""
     value = value.item() if hasattr(value, "item") else value
     return None if pd.isna(value) else value
-
-
-def _stage_fraction(stage: str, done: float) -> float:
-    """How much of a round is done, told by its stage; quantizing is short beside evaluating."""
-    shares = {"quantize": 0.05 * done, "evaluate": 0.05 + 0.95 * done}
-    return shares.get(stage, 0.0)
 
 
 def estimate_seconds(runs: pd.DataFrame, requested: Sequence[SweepItem]) -> float | None:

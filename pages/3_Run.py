@@ -7,7 +7,7 @@ from pathlib import Path
 from lsq_core import disk, jobs
 from lsq_core.files import DamagedFileError
 from lsq_core.jobs import Job
-from lsq_core.ui import cached, jobs_panel, state, words
+from lsq_core.ui import cached, cached_results, jobs_panel, state, words
 from lsq_core.ui.page import PageContext, headline, next_step, page
 from lsq_core.ui.run import plan, result, sweep
 from lsq_core.ui.safe import st
@@ -26,7 +26,7 @@ def run_page(ctx: PageContext) -> None:
         render_no_weights(ctx.info.source)
     elif shown is None:
         headline(
-            "No runs yet." if cached.results(ctx.store).empty else "Nothing is running.",
+            "No runs yet." if cached_results.results(ctx.store).empty else "Nothing is running.",
             "Runs continue in the background; you can close this page.",
         )
     if shown is not None and (has_weights or shown.active or _selected_job(job_list)):

@@ -6,7 +6,7 @@ import time
 
 from lsq_core.errors import LsqError
 from lsq_core.store import sql
-from lsq_core.ui import cached, words
+from lsq_core.ui import cached_results, words
 from lsq_core.ui.compare.export import table_downloads
 from lsq_core.ui.page import PageContext, headline, page
 from lsq_core.ui.safe import st
@@ -39,7 +39,7 @@ def query(ctx: PageContext) -> None:
         with header:
             headline("The query was cancelled.", _LIMITS)
         return
-    copy = cached.snapshot(ctx.store)
+    copy = cached_results.snapshot(ctx.store)
     try:
         answer = _run_query(copy, text)
     except LsqError as error:
@@ -64,7 +64,7 @@ def query(ctx: PageContext) -> None:
 _CANCELLED = "sql-cancelled"
 
 
-def _run_query(copy: cached.Snapshot, text: str) -> sql.QueryResult:
+def _run_query(copy: cached_results.Snapshot, text: str) -> sql.QueryResult:
     """The answer; meanwhile there is a button that stops the query."""
     placeholder, start_time = st.empty(), time.monotonic()
     with placeholder.container(horizontal=True):

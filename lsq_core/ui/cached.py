@@ -1,24 +1,19 @@
-"""What is known already: models, profiles and plans, looked up once and remembered.
+"""Cached models, profiles and plans.
 
-Reads of the database are remembered by its state on disk, so that what a job or another tab
-wrote is seen at once; problems and plans by the identity of what they are made from.
+Reads of the database are cached by its state on disk, so that what a job or another tab wrote is
+seen at once; problems and plans by the identity of what they are made from.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from dataclasses import asdict, replace
 
 import numpy as np
 import pandas as pd
 
 from lsq_core.bits import LADDER, Config
-from lsq_core.charts import add_run_labels
 from lsq_core.errors import InputError
-from lsq_core.evaluation.prediction import Prediction, Predictor, features
 from lsq_core.model.identity import with_source
 from lsq_core.model.info import ModelInfo
 from lsq_core.model.source import ModelSource
@@ -32,7 +27,6 @@ from lsq_core.planning.request import PlanRequest
 from lsq_core.profiling.profile import Profile
 from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.provenance import DeviceAndDtype
-from lsq_core.serve import SNAPSHOT
 from lsq_core.session import Session
 from lsq_core.stages.model import find_published, known_identity, resolve_device_and_dtype
 from lsq_core.stages.plan import build_problem, check_metrics, make_model_plan
@@ -46,6 +40,8 @@ from lsq_core.ui.safe import st
 
 #: A file's path and when it was written last.
 FileVersion = tuple[str, int, int]
+
+
 #: Budgets at which perplexity is predicted along a frontier.
 CURVE_POINTS = 160
 
@@ -106,7 +102,7 @@ def model_info(store: Store, source: ModelSource) -> ModelInfo:
     if without_weights is not None:
         return without_weights
     found = known_identity(source, store)
-    known = _model(store, file_version(store), found.fingerprint) if found else None
+    known = cached_model(store, file_version(store), found.fingerprint) if found else None
     if known is not None:
         return with_source(known, source, found)
     with st.spinner(f"Reading {source.name}…"):
@@ -116,7 +112,7 @@ def model_info(store: Store, source: ModelSource) -> ModelInfo:
 
 
 @st.cache_resource(max_entries=16, show_spinner=False)
-def _model(_store: Store, at: FileVersion, mark: str) -> ModelInfo | None:
+def cached_model(_store: Store, at: FileVersion, mark: str) -> ModelInfo | None:
     return _store.model(mark)
 
 
@@ -237,7 +233,7 @@ def _over_layers(_store: Store, at: FileVersion, ids: tuple[str, ...], metric: s
 
 def problem(info: ModelInfo, found: Profile | None) -> Problem:
     """What planners see, remembered by the model's and the profile's identity."""
-    return _problem(info, found, identity(info), _mark(found))
+    return _problem(info, found, identity(info), model_mark(found))
 
 
 @st.cache_resource(max_entries=6, show_spinner=False)
@@ -274,16 +270,6 @@ def _impact(_store: Store, _info: ModelInfo, _key: str, _request: PlanRequest, m
     return replace(load_impact(_info, _store, _key, _request), mark=mark)
 
 
-def objectives(store: Store, info: ModelInfo, method: str) -> pd.DataFrame:
-    """What a method minimised beside what was measured; see :meth:`Store.objectives`."""
-    return _objectives(store, file_version(store), info.fingerprint, method)
-
-
-@st.cache_data(max_entries=4, show_spinner=False)
-def _objectives(_store: Store, at: FileVersion, mark: str, method: str) -> pd.DataFrame:
-    return _store.objectives(mark, method)
-
-
 def problem_of_rows(
     info: ModelInfo, found: Profile | None, request: PlanRequest, rows: Impact | None
 ) -> Problem:
@@ -292,7 +278,7 @@ def problem_of_rows(
     if options == LADDER:
         return problem(info, found)
     mark = rows.mark if rows else ""
-    return _problem_of_rows(info, found, rows, options, identity(info), _mark(found), mark)
+    return _problem_of_rows(info, found, rows, options, identity(info), model_mark(found), mark)
 
 
 @st.cache_resource(max_entries=6, show_spinner=False)
@@ -345,7 +331,9 @@ def plan(
         settings.axis,
         rows and rows.mark,
     )
-    return _plan(info, found, request, settings, rows, identity(info), _mark(found), request_key)
+    return _plan(
+        info, found, request, settings, rows, identity(info), model_mark(found), request_key
+    )
 
 
 @st.cache_resource(max_entries=128, show_spinner="Planning…")
@@ -378,7 +366,7 @@ def frontier(
     request_key = json.dumps(
         [asdict(request) | {"budget": None, "exact": False}, rows and rows.mark]
     )
-    return _frontier(info, found, request, rows, identity(info), _mark(found), request_key)
+    return _frontier(info, found, request, rows, identity(info), model_mark(found), request_key)
 
 
 @st.cache_resource(max_entries=16, show_spinner=False)
@@ -401,7 +389,7 @@ def error_curve(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Bits per parameter (k,) along a frontier, and each plan's summed squared weight error."""
     request_key = json.dumps(asdict(request) | {"budget": None, "exact": False})
-    return _error_curve(info, found, request, identity(info), _mark(found), request_key)
+    return _error_curve(info, found, request, identity(info), model_mark(found), request_key)
 
 
 @st.cache_resource(max_entries=32, show_spinner=False)
@@ -414,110 +402,9 @@ def _error_curve(
     request_key: str,
 ) -> tuple[np.ndarray, np.ndarray]:
     planning_problem = problem(_info, _found)
-    bits, choices = _sample_frontier(planning_problem, frontier(_info, _found, _request))
+    bits, choices = sample_frontier(planning_problem, frontier(_info, _found, _request))
     errors = planning_problem.by_config["weight_error"] ** 2
     return bits, errors[np.arange(len(errors)), choices].sum(axis=1)
-
-
-def _sample_frontier(planning_problem: Problem, plans: Frontier) -> tuple[np.ndarray, np.ndarray]:
-    """Bits per parameter (k,) over a frontier's range, and the plan (k, n) of each."""
-    ends = [s.moves[-1].bytes_after if s.moves else s.start_bytes for s in plans.segments]
-    budgets = np.linspace(plans.smallest, max(ends), CURVE_POINTS)
-    return 8 * budgets / planning_problem.total, np.stack(
-        [plans.at(budget).choice for budget in budgets]
-    )
-
-
-# --- predictions ----------------------------------------------------------------------------
-
-
-def evaluated_corpora(store: Store, info: ModelInfo) -> list[str]:
-    """The corpora that this model's runs were evaluated on, the one with most runs first."""
-    origin = "published" if is_published(info) else "measured"
-    runs = results(store, origin)
-    return runs[runs["fingerprint"] == info.fingerprint]["corpus"].value_counts().index.tolist()
-
-
-def predictor(
-    store: Store,
-    info: ModelInfo,
-    found: Profile | None,
-    settings: ProfileSettings,
-    corpus: str | None,
-) -> Predictor | str:
-    """What the runs so far tell of the perplexity on a corpus, or in a sentence why they don't."""
-    if found is None:
-        return "Perplexity can be predicted only with a profile."
-    request_key = json.dumps([asdict(settings), corpus])
-    args = (store, info, found, settings, corpus, file_version(store))
-    return _predictor(*args, identity(info), _mark(found), request_key)
-
-
-@st.cache_resource(max_entries=8, show_spinner=False)
-def _predictor(
-    _store: Store,
-    _info: ModelInfo,
-    _found: Profile,
-    _settings: ProfileSettings,
-    _corpus: str | None,
-    at: FileVersion,
-    model: str,
-    key: str,
-    request_key: str,
-) -> Predictor | str:
-    session = Session(ModelSource(_info.source, _info.revision), _store)
-    session.info = _info
-    try:
-        return session.predictor(problem(_info, _found), _settings, _corpus)
-    except InputError as error:
-        return str(error)
-
-
-@dataclass(frozen=True, eq=False)
-class PredictionCurve:
-    """What is predicted of the plans of a frontier, at ``bits`` (k,) per parameter, ascending."""
-
-    bits: np.ndarray
-    prediction: Prediction
-    full_precision: float
-
-
-def prediction_curve(
-    store: Store,
-    info: ModelInfo,
-    found: Profile | None,
-    request: PlanRequest,
-    settings: ProfileSettings,
-    corpus: str | None,
-) -> PredictionCurve | None:
-    """Predicted perplexity at every budget of a request's method; None where nothing is."""
-    plans = asdict(request) | {"budget": None, "exact": False}
-    request_key = json.dumps([plans, asdict(settings), corpus])
-    args = (store, info, found, request, settings, corpus, file_version(store))
-    return _prediction_curve(*args, identity(info), _mark(found), request_key)
-
-
-@st.cache_resource(max_entries=32, show_spinner=False)
-def _prediction_curve(
-    _store: Store,
-    _info: ModelInfo,
-    _found: Profile | None,
-    _request: PlanRequest,
-    _settings: ProfileSettings,
-    _corpus: str | None,
-    at: FileVersion,
-    model: str,
-    key: str | None,
-    request_key: str,
-) -> PredictionCurve | None:
-    fitted = predictor(_store, _info, _found, _settings, _corpus)
-    if isinstance(fitted, str):
-        return None
-    planning_problem = problem(_info, _found)
-    bits, choices = _sample_frontier(planning_problem, frontier(_info, _found, _request))
-    return PredictionCurve(
-        bits, fitted.predict(features(planning_problem, choices)), fitted.full_precision
-    )
 
 
 def identity(info: ModelInfo) -> str:
@@ -531,86 +418,17 @@ def identity(info: ModelInfo) -> str:
     return f"{mark}/{info.other_bytes}" if is_published(info) else mark
 
 
-def _mark(found: Profile | None) -> str | None:
+def model_mark(found: Profile | None) -> str | None:
     """A profile's identity, with what may change under it: metrics, and files imported from."""
     if found is None:
         return None
     return "/".join([found.id, *sorted(found.metrics), *found.provenance.get("files", {}).values()])
 
 
-def stored_model(store: Store, mark: str) -> ModelInfo | None:
-    """What the database has of the model with a fingerprint, measured or published."""
-    return _model(store, file_version(store), mark)
-
-
-def named_plans(store: Store, mark: str) -> pd.DataFrame:
-    """Plans of a model that were kept under a name, newest first: ``id, name``."""
-    return _named_plans(store, file_version(store), mark)
-
-
-@st.cache_data(max_entries=4, show_spinner=False)
-def _named_plans(_store: Store, at: FileVersion, mark: str) -> pd.DataFrame:
-    return _store.query(
-        "SELECT id, name FROM plans WHERE fingerprint = ? AND name <> '' ORDER BY created DESC",
-        [mark],
+def sample_frontier(planning_problem: Problem, plans: Frontier) -> tuple[np.ndarray, np.ndarray]:
+    """Bits per parameter (k,) over a frontier's range, and the plan (k, n) of each."""
+    ends = [s.moves[-1].bytes_after if s.moves else s.start_bytes for s in plans.segments]
+    budgets = np.linspace(plans.smallest, max(ends), CURVE_POINTS)
+    return 8 * budgets / planning_problem.total, np.stack(
+        [plans.at(budget).choice for budget in budgets]
     )
-
-
-# --- results --------------------------------------------------------------------------------
-
-
-def results(store: Store, origin: str = "measured") -> pd.DataFrame:
-    """Every run of one origin in the database, each with a ``label`` that tells it from others.
-
-    See :meth:`lsq_core.store.store.Store.results`.
-    """
-    return _results(store, file_version(store), origin)
-
-
-@st.cache_data(max_entries=4, show_spinner=False)
-def _results(_store: Store, at: FileVersion, origin: str) -> pd.DataFrame:
-    return add_run_labels(_store.results(origin=origin))
-
-
-def record(store: Store, evaluation: str) -> dict[str, dict]:
-    """All that is kept of one evaluation; see :meth:`lsq_core.store.store.Store.record`."""
-    return _record(store, file_version(store), evaluation)
-
-
-@st.cache_data(max_entries=64, show_spinner=False)
-def _record(_store: Store, at: FileVersion, evaluation: str) -> dict[str, dict]:
-    return _store.record(evaluation)
-
-
-def deleted_runs(store: Store) -> pd.DataFrame:
-    """Runs that can be brought back; see :meth:`lsq_core.store.store.Store.deleted_runs`."""
-    return _deleted_runs(store, file_version(store))
-
-
-@st.cache_data(max_entries=2, show_spinner=False)
-def _deleted_runs(_store: Store, at: FileVersion) -> pd.DataFrame:
-    return _store.deleted_runs()
-
-
-@dataclass(frozen=True, eq=False)
-class Snapshot:
-    """A copy of the database in a folder that goes when nobody has the copy any more."""
-
-    folder: TemporaryDirectory
-
-    @property
-    def path(self) -> Path:
-        """The copy."""
-        return Path(self.folder.name) / "snapshot.duckdb"
-
-
-def snapshot(store: Store) -> Snapshot:
-    """The database as it is now, to ask without keeping a job waiting."""
-    return _snapshot(store, file_version(store))
-
-
-@st.cache_resource(max_entries=1, show_spinner="Copying the database…")
-def _snapshot(_store: Store, at: FileVersion) -> Snapshot:
-    copy = Snapshot(TemporaryDirectory(prefix=f"{SNAPSHOT}{os.getpid()}-"))
-    _store.snapshot(copy.path)
-    return copy

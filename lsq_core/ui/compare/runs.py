@@ -13,7 +13,7 @@ from lsq_core.jobs import arguments
 from lsq_core.planning.frame import plan_to_frame
 from lsq_core.results import export, report
 from lsq_core.results.compare import figure_6, relative_to_base, run_settings, uniform_bases
-from lsq_core.ui import cached, words
+from lsq_core.ui import cached_results, words
 from lsq_core.ui.compare.export import file_stem, render_chart, render_save_menu, table_downloads
 from lsq_core.ui.compare.selection import Choice, selected_pair, size_text
 from lsq_core.ui.page import PageContext
@@ -179,7 +179,7 @@ def show_run_details(ctx: PageContext, choice: Choice) -> None:
     opened = st.selectbox(
         "Open run", list(names), format_func=names.get, key="opened", persist_state="session"
     )
-    record = cached.record(ctx.store, opened)
+    record = cached_results.record(ctx.store, opened)
     run = record["run"]
     with st.container(horizontal=True):
         _actions(ctx, choice, record)
@@ -247,7 +247,7 @@ def render_run_export(ctx: PageContext, choice: Choice, record: dict) -> None:
         beside = charts.perplexity_by_size(
             choice.runs, [record["evaluation"]["id"]], choice.size, choice.overlay
         )
-        info = cached.stored_model(ctx.store, run["fingerprint"])
+        info = cached_results.stored_model(ctx.store, run["fingerprint"])
         return report.run_report(record, info.matrices, command, beside)
 
     with st.popover("Export", icon=":material/download:"):

@@ -9,7 +9,7 @@ import pandas as pd
 from lsq_core import charts
 from lsq_core.results.compare import largest_gain
 from lsq_core.store.models import PUBLISHED
-from lsq_core.ui import cached, words
+from lsq_core.ui import cached, cached_results, words
 from lsq_core.ui.page import PageContext, headline
 from lsq_core.ui.safe import st
 from lsq_core.units import format_bytes
@@ -66,7 +66,7 @@ class Choice:
 
 def models_with_runs(ctx: PageContext) -> pd.Series:
     """The models that have runs, measured ones first: fingerprint to the name shown."""
-    both = [cached.results(ctx.store, origin) for origin in ("measured", "published")]
+    both = [cached_results.results(ctx.store, origin) for origin in ("measured", "published")]
     models = pd.concat(
         [frame[["fingerprint", "model"]] for frame in both if not frame.empty]
         or [both[0][["fingerprint", "model"]]]
@@ -102,7 +102,7 @@ def choose(
     Without ``filters`` all methods are in it: a view that counts them all has none to offer.
     """
     published = fingerprint.startswith(PUBLISHED)
-    all_runs = cached.results(ctx.store, "published" if published else "measured")
+    all_runs = cached_results.results(ctx.store, "published" if published else "measured")
     model_runs = all_runs[all_runs["fingerprint"] == fingerprint]
     groups = dict(list(model_runs.groupby(_SAME_MEASUREMENT, sort=False, dropna=False)))
     keys = {"|".join(map(str, key_values)): key_values for key_values in groups}
@@ -161,7 +161,7 @@ def _overlays(
     ctx: PageContext, frame: pd.DataFrame, published: bool
 ) -> tuple[pd.DataFrame, pd.Series]:
     """Runs of the other origin on the corpus and by the protocol of the same names, by model."""
-    others = cached.results(ctx.store, "measured" if published else "published")
+    others = cached_results.results(ctx.store, "measured" if published else "published")
     first = frame.iloc[0]
     others = others[
         (others["corpus"] == first["corpus"]) & (others["protocol"] == first["protocol"])

@@ -6,7 +6,7 @@ import pandas as pd
 
 from lsq_core import charts
 from lsq_core.results.compare import pareto
-from lsq_core.ui import cached, words
+from lsq_core.ui import cached_results, words
 from lsq_core.ui.compare.export import table_downloads
 from lsq_core.ui.compare.selection import Choice
 from lsq_core.ui.page import PageContext
@@ -193,7 +193,7 @@ def _actions(ctx: PageContext, picked: pd.DataFrame, choice: Choice) -> None:
 
 def render_undo(ctx: PageContext) -> None:
     """Bring back what was deleted last; again, what was deleted before that."""
-    deleted = cached.deleted_runs(ctx.store)
+    deleted = cached_results.deleted_runs(ctx.store)
     if deleted.empty:
         return
     last = deleted[deleted["deleted"] == deleted["deleted"].iloc[0]]

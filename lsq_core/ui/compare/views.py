@@ -20,7 +20,7 @@ from lsq_core.results.compare import (
     settings_difference,
     uniform_bases,
 )
-from lsq_core.ui import cached, words
+from lsq_core.ui import cached, cached_results, words
 from lsq_core.ui.compare.export import render_chart, render_save_menu, table_downloads
 from lsq_core.ui.compare.runs import show_pair
 from lsq_core.ui.compare.selection import Choice, selected_pair
@@ -159,10 +159,10 @@ def show_two(ctx: PageContext, choice: Choice) -> None:
     pair = selected_pair(choice)
     if len(set(pair)) < 2:
         return
-    records = [cached.record(ctx.store, evaluation) for evaluation in pair]
+    records = [cached_results.record(ctx.store, evaluation) for evaluation in pair]
     plans = [plan_to_frame(record["plan"].get("content") or {}) for record in records]
     labels = choice.runs.set_index("evaluation")["label"]
-    info = cached.stored_model(ctx.store, choice.fingerprint)
+    info = cached_results.stored_model(ctx.store, choice.fingerprint)
     weights = {m.name: m.numel for m in info.matrices}
     places = st.columns(2, gap="medium")
     for number, (place, plan) in enumerate(zip(places, plans, strict=True)):
@@ -257,14 +257,14 @@ def show_predicted(ctx: PageContext, choice: Choice) -> None:
 
 
 def _predictor(ctx: PageContext, choice: Choice, corpus: str) -> Predictor | str:
-    info = cached.stored_model(ctx.store, choice.fingerprint)
+    info = cached_results.stored_model(ctx.store, choice.fingerprint)
     settings = cached.newest_settings(ctx.store, info)
     if settings is None:
         return (
             "Predicting perplexity needs a profile of this model; measure one on the Explore page."
         )
     comparisons = cached.profile(ctx.store, info, settings, ctx.device)
-    return cached.predictor(ctx.store, info, comparisons, settings, corpus)
+    return cached_results.predictor(ctx.store, info, comparisons, settings, corpus)
 
 
 def predict_left_out(choice: Choice, predictor: Predictor) -> pd.DataFrame:

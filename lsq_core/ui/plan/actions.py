@@ -11,7 +11,7 @@ from lsq_core.model.info import ModelInfo
 from lsq_core.planning.plan import Plan
 from lsq_core.planning.request import PlanRequest
 from lsq_core.profiling.profile import Profile
-from lsq_core.ui import cached, state
+from lsq_core.ui import cached, cached_results, state
 from lsq_core.ui.page import PageContext
 from lsq_core.ui.plan.prediction import render_loss_search
 from lsq_core.ui.plan.query import PlanQuery
@@ -73,7 +73,7 @@ def render_save_form(
     if st.button("Save the plan", disabled=not name):
         ctx.store.save_plan(plan, info.fingerprint, profile.id if profile else None, name)
         st.success(f"Saved as '{name}'.")
-    saved_plans = cached.named_plans(ctx.store, info.fingerprint)
+    saved_plans = cached_results.named_plans(ctx.store, info.fingerprint)
     if len(saved_plans):
         titles = dict(zip(saved_plans["id"], saved_plans["name"], strict=True))
         id = st.selectbox("Saved plans", list(titles), format_func=titles.get)

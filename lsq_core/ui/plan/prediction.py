@@ -20,7 +20,7 @@ from lsq_core.planning.methods import get_planner, mixes_rows
 from lsq_core.planning.pins import apply_pins
 from lsq_core.planning.plan import Plan
 from lsq_core.stages.predict import NO_PREDICTION_REASON
-from lsq_core.ui import cached, words
+from lsq_core.ui import cached, cached_results, words
 from lsq_core.ui.page import PageContext
 from lsq_core.ui.plan.query import PlanQuery
 from lsq_core.ui.safe import st
@@ -65,7 +65,7 @@ def describe_gap(plan: Plan) -> str:
 
 def init_prediction(ctx: PageContext, info: ModelInfo) -> None:
     """Predict on the corpus chosen, or on WikiText-2 or the one with most runs, if any."""
-    corpora = cached.evaluated_corpora(ctx.store, info)
+    corpora = cached_results.evaluated_corpora(ctx.store, info)
     if st.session_state.get("predict_on") not in corpora:
         usual = "wikitext2" if "wikitext2" in corpora else (corpora or [None])[0]
         st.session_state["predict_on"] = usual
@@ -108,7 +108,7 @@ def show_frontiers(query: PlanQuery) -> None:
 
 def choose_corpus(query: PlanQuery) -> None:
     """The text to predict perplexity on, where runs were evaluated on several."""
-    corpora = cached.evaluated_corpora(query.ctx.store, query.info)
+    corpora = cached_results.evaluated_corpora(query.ctx.store, query.info)
     if len(corpora) > 1:
         st.segmented_control(
             "Predict perplexity on", corpora, key="predict_on", persist_state="session"
@@ -145,7 +145,7 @@ def measured_runs(query: PlanQuery, predictor: Predictor | str) -> pd.DataFrame:
         return empty
     points = predictor.points
     origin = "published" if cached.is_published(query.info) else "measured"
-    runs = cached.results(query.ctx.store, origin)
+    runs = cached_results.results(query.ctx.store, origin)
     same = (runs["fingerprint"] == query.info.fingerprint) & (runs["corpus"] == points.corpus)
     same &= (runs["protocol"] == points.protocol) & runs["bits_per_param"].notna()
     if points.tokens is not None:

@@ -19,7 +19,7 @@ from lsq_core.planning.request import PlanRequest
 from lsq_core.profiling.metrics import METRICS
 from lsq_core.profiling.profile import Profile
 from lsq_core.profiling.settings import ProfileSettings
-from lsq_core.ui import cached, jobs_panel, state, words
+from lsq_core.ui import cached, cached_results, jobs_panel, state, words
 from lsq_core.ui.page import PageContext, headline, next_step
 from lsq_core.ui.plan.controls import feasible
 from lsq_core.ui.safe import st
@@ -50,15 +50,15 @@ class PlanQuery:
     def predictor(self) -> Predictor | str:
         """What the runs so far tell, or why they don't."""
         args = self.ctx.store, self.info, self.profile, self.settings
-        return cached.predictor(*args, st.session_state["predict_on"])
+        return cached_results.predictor(*args, st.session_state["predict_on"])
 
     @property
-    def prediction_curve(self) -> cached.PredictionCurve | None:
+    def prediction_curve(self) -> cached_results.PredictionCurve | None:
         """What is predicted at every budget; nothing of mixed rows."""
         if mixes_rows(self.request.method):
             return None
         args = self.ctx.store, self.info, self.profile, self.request, self.settings
-        return cached.prediction_curve(*args, st.session_state["predict_on"])
+        return cached_results.prediction_curve(*args, st.session_state["predict_on"])
 
     def with_method(self, method: str) -> PlanQuery:
         """The same base and budget by another method; one without bases is given the budget."""

@@ -12,7 +12,7 @@ from lsq_core.bits import RATIOS
 from lsq_core.planning.plan import Plan
 from lsq_core.planning.problem import Impact, Interactions, Problem
 from lsq_core.planning.request import PlanRequest
-from lsq_core.ui import cached, words
+from lsq_core.ui import cached_results, words
 from lsq_core.ui.page import PageContext
 from lsq_core.ui.safe import st
 
@@ -78,7 +78,7 @@ def describe_interactions(block: Interactions, problem: Problem) -> str:
 
 def show_predicted(ctx: PageContext, request: PlanRequest) -> None:
     """Runs of plans by these interactions: the loss that was predicted, and what was measured."""
-    runs = cached.objectives(ctx.store, ctx.info, request.method)
+    runs = cached_results.objectives(ctx.store, ctx.info, request.method)
     requests = [PlanRequest.from_json(json.loads(text)) for text in runs["request"]]
     matching = [
         all(getattr(a, k) == getattr(request, k) for k in _INTERACTION_FIELDS) for a in requests

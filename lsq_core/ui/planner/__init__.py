@@ -25,7 +25,15 @@ from lsq_core.ui.safe import st
 
 _FOLDER = Path(__file__).parent
 #: In the order in which they build on one another; together they are one module.
-_SCRIPTS = ("frontier.js", "words.js", "heatmap.js", "strip.js", "planner.js")
+_SCRIPTS = (
+    "frontier.js",
+    "words.js",
+    "heatmap.js",
+    "strip.js",
+    "drawing.js",
+    "details.js",
+    "planner.js",
+)
 
 
 @dataclass(frozen=True, eq=False)

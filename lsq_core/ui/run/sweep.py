@@ -17,7 +17,7 @@ from lsq_core.planning.problem import Problem
 from lsq_core.planning.request import PlanRequest
 from lsq_core.quantization.registry import BASELINES
 from lsq_core.stages.plan import request_incompatibility
-from lsq_core.ui import cached, jobs_panel, state, words
+from lsq_core.ui import cached_results, jobs_panel, state, words
 from lsq_core.ui.page import PageContext, headline, next_step
 from lsq_core.ui.run.plan import choose_protocol, choose_tokens, start
 from lsq_core.ui.run.quantizer import RUN_QUANTIZERS, describe_quantizers, label, reasons
@@ -208,7 +208,7 @@ def _describe_sweep(ctx: PageContext, form: _SweepForm, reasons_against: list[st
     if not items:
         return "Choose at least one method, one budget or base, one quantizer and one corpus."
     text = f"{words.plural(len(items), 'run')}; stored runs are reused."
-    runs = cached.results(ctx.store)
+    runs = cached_results.results(ctx.store)
     runs = runs[runs["fingerprint"] == ctx.info.fingerprint]
     possible = [item for item, reason in zip(items, reasons_against, strict=True) if not reason]
     seconds = sweep.estimate_seconds(runs, possible)

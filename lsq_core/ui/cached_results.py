@@ -1,0 +1,216 @@
+"""Cached answers of the store about runs, and predictions from them."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pandas as pd
+
+from lsq_core.charts import add_run_labels
+from lsq_core.errors import InputError
+from lsq_core.evaluation.prediction import Prediction, Predictor, features
+from lsq_core.model.info import ModelInfo
+from lsq_core.model.source import ModelSource
+from lsq_core.planning.request import PlanRequest
+from lsq_core.profiling.profile import Profile
+from lsq_core.profiling.settings import ProfileSettings
+from lsq_core.serve import SNAPSHOT
+from lsq_core.session import Session
+from lsq_core.store.store import Store
+from lsq_core.ui.cached import (
+    FileVersion,
+    cached_model,
+    file_version,
+    frontier,
+    identity,
+    is_published,
+    model_mark,
+    problem,
+    sample_frontier,
+)
+from lsq_core.ui.safe import st
+
+
+def objectives(store: Store, info: ModelInfo, method: str) -> pd.DataFrame:
+    """What a method minimised beside what was measured; see :meth:`Store.objectives`."""
+    return _objectives(store, file_version(store), info.fingerprint, method)
+
+
+@st.cache_data(max_entries=4, show_spinner=False)
+def _objectives(_store: Store, at: FileVersion, mark: str, method: str) -> pd.DataFrame:
+    return _store.objectives(mark, method)
+
+
+# --- predictions ----------------------------------------------------------------------------
+
+
+def evaluated_corpora(store: Store, info: ModelInfo) -> list[str]:
+    """The corpora that this model's runs were evaluated on, the one with most runs first."""
+    origin = "published" if is_published(info) else "measured"
+    runs = results(store, origin)
+    return runs[runs["fingerprint"] == info.fingerprint]["corpus"].value_counts().index.tolist()
+
+
+def predictor(
+    store: Store,
+    info: ModelInfo,
+    found: Profile | None,
+    settings: ProfileSettings,
+    corpus: str | None,
+) -> Predictor | str:
+    """What the runs so far tell of the perplexity on a corpus, or in a sentence why they don't."""
+    if found is None:
+        return "Perplexity can be predicted only with a profile."
+    request_key = json.dumps([asdict(settings), corpus])
+    args = (store, info, found, settings, corpus, file_version(store))
+    return _predictor(*args, identity(info), model_mark(found), request_key)
+
+
+@st.cache_resource(max_entries=8, show_spinner=False)
+def _predictor(
+    _store: Store,
+    _info: ModelInfo,
+    _found: Profile,
+    _settings: ProfileSettings,
+    _corpus: str | None,
+    at: FileVersion,
+    model: str,
+    key: str,
+    request_key: str,
+) -> Predictor | str:
+    session = Session(ModelSource(_info.source, _info.revision), _store)
+    session.info = _info
+    try:
+        return session.predictor(problem(_info, _found), _settings, _corpus)
+    except InputError as error:
+        return str(error)
+
+
+@dataclass(frozen=True, eq=False)
+class PredictionCurve:
+    """What is predicted of the plans of a frontier, at ``bits`` (k,) per parameter, ascending."""
+
+    bits: np.ndarray
+    prediction: Prediction
+    full_precision: float
+
+
+def prediction_curve(
+    store: Store,
+    info: ModelInfo,
+    found: Profile | None,
+    request: PlanRequest,
+    settings: ProfileSettings,
+    corpus: str | None,
+) -> PredictionCurve | None:
+    """Predicted perplexity at every budget of a request's method; None where nothing is."""
+    plans = asdict(request) | {"budget": None, "exact": False}
+    request_key = json.dumps([plans, asdict(settings), corpus])
+    args = (store, info, found, request, settings, corpus, file_version(store))
+    return _prediction_curve(*args, identity(info), model_mark(found), request_key)
+
+
+@st.cache_resource(max_entries=32, show_spinner=False)
+def _prediction_curve(
+    _store: Store,
+    _info: ModelInfo,
+    _found: Profile | None,
+    _request: PlanRequest,
+    _settings: ProfileSettings,
+    _corpus: str | None,
+    at: FileVersion,
+    model: str,
+    key: str | None,
+    request_key: str,
+) -> PredictionCurve | None:
+    fitted = predictor(_store, _info, _found, _settings, _corpus)
+    if isinstance(fitted, str):
+        return None
+    planning_problem = problem(_info, _found)
+    bits, choices = sample_frontier(planning_problem, frontier(_info, _found, _request))
+    return PredictionCurve(
+        bits, fitted.predict(features(planning_problem, choices)), fitted.full_precision
+    )
+
+
+def stored_model(store: Store, mark: str) -> ModelInfo | None:
+    """What the database has of the model with a fingerprint, measured or published."""
+    return cached_model(store, file_version(store), mark)
+
+
+def named_plans(store: Store, mark: str) -> pd.DataFrame:
+    """Plans of a model that were kept under a name, newest first: ``id, name``."""
+    return _named_plans(store, file_version(store), mark)
+
+
+@st.cache_data(max_entries=4, show_spinner=False)
+def _named_plans(_store: Store, at: FileVersion, mark: str) -> pd.DataFrame:
+    return _store.query(
+        "SELECT id, name FROM plans WHERE fingerprint = ? AND name <> '' ORDER BY created DESC",
+        [mark],
+    )
+
+
+# --- results --------------------------------------------------------------------------------
+
+
+def results(store: Store, origin: str = "measured") -> pd.DataFrame:
+    """Every run of one origin in the database, each with a ``label`` that tells it from others.
+
+    See :meth:`lsq_core.store.store.Store.results`.
+    """
+    return _results(store, file_version(store), origin)
+
+
+@st.cache_data(max_entries=4, show_spinner=False)
+def _results(_store: Store, at: FileVersion, origin: str) -> pd.DataFrame:
+    return add_run_labels(_store.results(origin=origin))
+
+
+def record(store: Store, evaluation: str) -> dict[str, dict]:
+    """All that is kept of one evaluation; see :meth:`lsq_core.store.store.Store.record`."""
+    return _record(store, file_version(store), evaluation)
+
+
+@st.cache_data(max_entries=64, show_spinner=False)
+def _record(_store: Store, at: FileVersion, evaluation: str) -> dict[str, dict]:
+    return _store.record(evaluation)
+
+
+def deleted_runs(store: Store) -> pd.DataFrame:
+    """Runs that can be brought back; see :meth:`lsq_core.store.store.Store.deleted_runs`."""
+    return _deleted_runs(store, file_version(store))
+
+
+@st.cache_data(max_entries=2, show_spinner=False)
+def _deleted_runs(_store: Store, at: FileVersion) -> pd.DataFrame:
+    return _store.deleted_runs()
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """A copy of the database in a folder that goes when nobody has the copy any more."""
+
+    folder: TemporaryDirectory
+
+    @property
+    def path(self) -> Path:
+        """The copy."""
+        return Path(self.folder.name) / "snapshot.duckdb"
+
+
+def snapshot(store: Store) -> Snapshot:
+    """The database as it is now, to ask without keeping a job waiting."""
+    return _snapshot(store, file_version(store))
+
+
+@st.cache_resource(max_entries=1, show_spinner="Copying the database…")
+def _snapshot(_store: Store, at: FileVersion) -> Snapshot:
+    copy = Snapshot(TemporaryDirectory(prefix=f"{SNAPSHOT}{os.getpid()}-"))
+    _store.snapshot(copy.path)
+    return copy

@@ -1,0 +1,446 @@
+// Drawing: sizes in the chosen unit, what is laid out once for a width, and what moves each frame.
+
+const THUMB = 18;
+const STORED = "lsq-planner-unit";
+const DIGITS = "0123456789ab";
+
+/** Change an element's text only where it is another, so that nothing is laid out for nothing. */
+function setText(element, text) {
+  if (element.textContent !== text) element.textContent = text;
+}
+
+function make(tag, className = "", text = "") {
+  const element = document.createElement(tag);
+  if (className) element.className = className;
+  if (text) element.textContent = text;
+  return element;
+}
+
+const round = (value, digits) => Math.round(value * 10 ** digits) / 10 ** digits;
+
+class PlannerDrawing {
+  // --- units --------------------------------------------------------------------------------------
+
+  _restoreUnit() {
+    const [unit, scope] = (sessionStorage.getItem(STORED) ?? "bits linear").split(" ");
+    this.unit = unit;
+    this.scope = scope;
+    for (const radio of this.root.querySelectorAll("input[type=radio]")) {
+      radio.checked = this[radio.name] === radio.value;
+    }
+  }
+
+  _storeUnit() {
+    sessionStorage.setItem(STORED, `${this.unit} ${this.scope}`);
+  }
+
+  /** Nominal bytes of a budget, with the rest of the model where that is counted. */
+  _bytes(bits, whole = this.scope === "whole") {
+    return (bits * this.model.total) / 8 + (whole ? this.data.otherBytes : 0);
+  }
+
+  /** The unit that sizes of this model are typed in. */
+  _sizeUnit() {
+    return SIZES.find(([, size]) => this._bytes(this.range[1]) >= size) ?? ["B", 1];
+  }
+
+  _unitWord() {
+    if (this.unit === "size") return this._sizeUnit()[0];
+    return this.unit === "bits" ? "bits" : "%";
+  }
+
+  _uniformBytes() {
+    return this._bytes(this.model.reference.bits);
+  }
+
+  /** A budget as a number of the chosen unit. */
+  _number(bits) {
+    if (this.unit === "bits") return bits.toFixed(3);
+    if (this.unit === "size") return (this._bytes(bits) / this._sizeUnit()[1]).toFixed(3);
+    return (100 * (this._bytes(bits) / this._uniformBytes() - 1)).toFixed(2).replace("-", "−");
+  }
+
+  _inUnit(bits) {
+    return `${this._number(bits)} ${this._unitWord()}`;
+  }
+
+  /** Bits per parameter of a number typed in the chosen unit; NaN where it is none. */
+  _readBits(text) {
+    const match = /^([+-]?\d*[.,]?\d+|[+-]?\d+[.,]?)\s*(bits|bpp|%|B|KiB|MiB|GiB)?$/.exec(
+      text.replace("−", "-")
+    );
+    if (!match) return NaN;
+    const value = Number(match[1].replace(",", "."));
+    const unit = match[2] ?? this._unitWord();
+    if (unit === "bits" || unit === "bpp") return value;
+    const bytes =
+      unit === "%"
+        ? (1 + value / 100) * this._uniformBytes()
+        : value * (SIZES.find(([name]) => name === unit)?.[1] ?? 1);
+    return (8 * (bytes - this._bytes(0))) / this.model.total;
+  }
+
+  _writeField() {
+    this.written = this._number(this.bits);
+    this.field.value = this.written;
+  }
+
+  // --- drawing: once for a width and data ---------------------------------------------------------
+
+  _makePanel(k) {
+    const element = this.find("template.panel").content.firstElementChild.cloneNode(true);
+    this.find(".panels").append(element);
+    const find = (css) => element.querySelector(css);
+    const panel = {
+      index: k,
+      element,
+      heading: find("h3"),
+      differ: find(".differ"),
+      grid: find(".cells"),
+      layers: find(".layers"),
+      moves: find(".moves"),
+      heatmap: new Heatmap(find("canvas"), this.cells, this.model.ladder),
+      cursor: -1,
+    };
+    find(".rows").replaceChildren(
+      ...this.model.types.map((type) => Object.assign(make("span", "", type), { title: type }))
+    );
+    panel.bars = this.model.types.map(() => {
+      const bar = make("div");
+      bar.append(make("i"), make("b"), make("small"));
+      return bar;
+    });
+    find(".bars").replaceChildren(...panel.bars);
+    panel.stops = this.model.ladder.map((stop) => {
+      const entry = make("li");
+      const swatch = make("i");
+      swatch.style.background = stop.color;
+      entry.title = `${stop.name} has ${formatNumber(stop.bits, 4)} bits per parameter`;
+      entry.append(swatch, make("span", "", stop.name), make("b"));
+      return entry;
+    });
+    find(".ladder").replaceChildren(...panel.stops);
+    panel.bytes = Array.from(this.model.types, () => new Float64Array(STOPS));
+    panel.counts = new Int32Array(STOPS);
+    this._listenToCells(panel);
+    return panel;
+  }
+
+  _arrangeAndDraw() {
+    const width = this.root.clientWidth;
+    if (!this.data || !width) return;
+    this.width = width;
+    this.root.classList.toggle("narrow", width < 1040);
+    const style = getComputedStyle(this.root);
+    this.style = {
+      text: style.color,
+      font: style.fontFamily,
+      primary: style.getPropertyValue("--st-primary-color").trim() || style.color,
+    };
+    const cells = this.panels[0].grid.clientWidth;
+    const rowHeight = this.cells.rows > 9 ? 20 : 26;
+    this.root.style.setProperty("--row", `${rowHeight}px`);
+    for (const panel of this.panels) {
+      panel.heatmap.arrange(cells, rowHeight, this.style);
+      this._labelLayers(panel, cells);
+      panel.heading.textContent = panel.method.title;
+      panel.grid.setAttribute("aria-label", `${panel.method.title}: ${this.cells.columns} layers ` +
+        `by ${this.cells.rows} module types. Arrow keys move from cell to cell.`);
+    }
+    this.root.classList.toggle("pair", this.panels.length === 2);
+    this._headReadout();
+    if (!this.fixed) this._arrangeTrack(cells);
+    this._draw();
+  }
+
+  _labelLayers(panel, width) {
+    const { layers, columns } = this.cells;
+    const step = [1, 2, 5, 10, 20].find((by) => (by * width) / columns >= 24) ?? 50;
+    panel.layers.replaceChildren(
+      ...layers.flatMap((layer, k) => {
+        if (layer % step) return [];
+        const label = make("span", "", String(layer));
+        label.style.left = `${((k + 0.5) * width) / columns}px`;
+        return label;
+      })
+    );
+  }
+
+  _headReadout() {
+    const { reference } = this.model;
+    setText(this.find("input[value=more] + span"), `% above uniform ${reference.name}`);
+    const pair = this.panels.length === 2;
+    const costed = this.panels.filter(({ frontier }) => frontier.cost || frontier.losses);
+    const units = [...new Set(costed.map((panel) => panel.method.unit))];
+    this.columns = [
+      ["bits", "bits per parameter"],
+      ["planned", "planned"],
+      ["whole", "whole model"],
+      ["more", `against uniform ${reference.name}`],
+    ];
+    if (this.panels.some((p) => p.curve)) this.columns.push(["perplexity", "predicted perplexity"]);
+    if (!this.fixed && costed.length) {
+      const least = (units.length === 1 && units[0]) || "cost";
+      this.columns.push(["gap", `above the optimal ${least}`]);
+    }
+    const head = this.columns.map(([, title]) => make("th", "", title));
+    this.find(".readout thead tr").replaceChildren(...(pair ? [make("th")] : []), ...head);
+    const rows = this.panels.map((panel) => {
+      const row = make("tr");
+      if (pair) {
+        const name = make("th", "", panel.method.title);
+        name.style.setProperty("--color", panel.method.color);
+        row.append(name);
+      }
+      panel.readout = {};
+      for (const [name] of this.columns) {
+        const cell = make("td", name);
+        cell.append(make("span"), make("small"));
+        panel.readout[name] = cell;
+        row.append(cell);
+      }
+      return row;
+    });
+    this.find(".readout tbody").replaceChildren(...rows);
+  }
+
+  _arrangeTrack(width) {
+    const [low, high] = this.range;
+    this.x = (bits) => THUMB / 2 + ((bits - low) / (high - low || 1)) * (width - THUMB);
+    Object.assign(this.x, { left: THUMB / 2, width: width - THUMB });
+    Object.assign(this.slider, { min: low, max: high });
+    const curves = this.panels.map((panel) => panel.curve).filter(Boolean);
+    this.root.classList.toggle("predicted", curves.length > 0);
+    if (curves.length) this._drawCurves(curves, width);
+    this._labelTicks(width);
+    this._writeLabels();
+  }
+
+  _drawCurves(curves, width) {
+    const size = { width, height: this.find(".strip").clientHeight };
+    const scale = makeScale(curves, this.range, size.height);
+    drawStrip(this.find(".strip canvas"), size, curves, scale, this.x, this.style);
+    const labels = scale.values.map((value) => {
+      const label = make("span", "", formatNumber(value, 3));
+      label.style.top = `${scale.y(value)}px`;
+      return label;
+    });
+    this.find(".scale").replaceChildren(...labels);
+    setText(this.find(".legend"), "predicted perplexity with its band; dashed: full precision");
+  }
+
+  /** The uniform stops, labelled as far as there is room, and the ends in the chosen unit. */
+  _labelTicks(width) {
+    const ticks = this.find(".ticks");
+    ticks.replaceChildren();
+    const taken = [];
+    const label = (text, x, className) => {
+      const element = make("span", className, text);
+      ticks.append(element);
+      const wide = element.offsetWidth;
+      const left = Math.min(Math.max(x - wide / 2, 0), width - wide);
+      if (taken.some(([from, to]) => left < to + 8 && left + wide > from - 8)) {
+        element.remove();
+        return;
+      }
+      taken.push([left, left + wide]);
+      element.style.left = `${left}px`;
+    };
+    for (const bits of this.range) label(this._end(bits), this.x(bits), "end");
+    const { ladder } = this.model;
+    for (const j of [3, 6, 9, 0, 5, 8, 11, 2, 4, 7, 10, 1].filter((j) => j < ladder.length)) {
+      if (ladder[j].bits < this.range[0] - 5e-4 || ladder[j].bits > this.range[1] + 5e-4) continue;
+      const mark = make("i");
+      mark.style.left = `${this.x(ladder[j].bits)}px`;
+      ticks.append(mark);
+      label(ladder[j].stop, this.x(ladder[j].bits), "");
+    }
+  }
+
+  _end(bits) {
+    if (this.unit === "bits") return `${bits.toFixed(2)} bits`;
+    return this.unit === "size" ? formatBytes(this._bytes(bits)) : this._inUnit(bits);
+  }
+
+  _writeLabels() {
+    setText(this.find(".typed span"), this._unitWord());
+    const scope = this.scope === "whole" ? ", whole model" : "";
+    this.field.setAttribute("aria-label", `Budget in ${this._unitWord()}${scope}`);
+    this.field.value = this.written = this._number(this.bits);
+  }
+
+  // --- drawing: once a frame ----------------------------------------------------------------------
+
+  _draw() {
+    cancelAnimationFrame(this.frame);
+    this.frame = 0;
+    for (const panel of this.panels) {
+      this._look(panel, this.bits);
+      this._measure(panel);
+    }
+    const widest = Math.max(...this.panels.flatMap((panel) => panel.bytes.map((b) => b.sum)));
+    for (const panel of this.panels) {
+      this._paint(panel);
+      this._writeReadout(panel);
+      this._writeBars(panel, widest);
+      this._writeLadder(panel);
+      this._writeMoves(panel);
+    }
+    if (!this.fixed) this._drawTrack();
+    this._writeDetails();
+    this._expose();
+  }
+
+  /** Nominal and planned bytes, by type and stop, and how many matrices have each stop. */
+  _measure(panel) {
+    const { planned, sizeOf, typeOf } = this.model;
+    const { choice } = panel.answer;
+    panel.counts.fill(0);
+    for (const row of panel.bytes) row.fill(0);
+    for (let i = 0; i < choice.length; i++) {
+      panel.counts[choice[i]]++;
+      panel.bytes[typeOf[i]][choice[i]] += planned[sizeOf[i] * STOPS + choice[i]];
+    }
+    panel.planned = 0;
+    for (const row of panel.bytes) {
+      row.sum = row.reduce((sum, bytes) => sum + bytes, 0);
+      panel.planned += row.sum;
+    }
+    panel.nominal = total(this.model.nominal, choice);
+  }
+
+  _paint(panel) {
+    const otherPanel = this.panels[1 - panel.index];
+    const { choice } = panel.answer;
+    const committed = this.bits === this.committed ? null : panel.committed;
+    const other = otherPanel ? otherPanel.answer.choice : null;
+    const focused = this.hovered?.panel === panel ? this.hovered.cell : -1;
+    panel.heatmap.paint(choice, committed, other, focused);
+    if (!otherPanel) return;
+    let different = 0;
+    for (let i = 0; i < choice.length; i++) if (choice[i] !== other[i]) different++;
+    panel.different = different;
+    setText(panel.differ, `${different} of ${counted(choice.length, "matrix", "matrices")} ` +
+      `${different === 1 ? "differs" : "differ"} from ${otherPanel.method.title}`);
+  }
+
+  _writeReadout(panel) {
+    const { data, model } = this;
+    const bits = (8 * panel.nominal) / model.total;
+    const write = (name, text, small = "") => {
+      const cell = panel.readout[name];
+      if (!cell) return;
+      setText(cell.firstChild, text);
+      setText(cell.lastChild, small);
+    };
+    const unspent = !this.fixed && this.bits - bits > 0.005;
+    write("bits", bits.toFixed(2), unspent ? `of ${this.bits.toFixed(2)}` : "");
+    write("planned", formatBytes(panel.planned));
+    write("whole", data.otherBytes === null ? "unknown" : formatBytes(panel.planned + data.otherBytes));
+    write("more", signedPercent(bits / model.reference.bits - 1));
+    const [perplexity, low, high] = this._predicted(panel, this.fixed ? bits : this.bits);
+    if (Number.isNaN(perplexity)) write("perplexity", "–");
+    else write("perplexity", formatNumber(perplexity, 3), `${formatNumber(low, 3)}–${formatNumber(high, 3)}`);
+    write("gap", panel.frontier.cost || panel.frontier.losses ? `≤ ${formatPercent(this._gap(panel))}` : "–");
+  }
+
+  _predicted({ curve, here }, bits) {
+    if (!curve) return [NaN, NaN, NaN];
+    if (here && (this.fixed || Math.abs(here.bits - bits) < 1e-4)) return here.values;
+    return [curve.perplexity, curve.low, curve.high].map((column) => interpolate(curve, column, bits));
+  }
+
+  /** How far a plan's cost can be above the least possible, as Plan.to_json has it. */
+  _gap({ answer }) {
+    return answer.objective ? (answer.objective - answer.lowerBound) / Math.abs(answer.objective) : 0;
+  }
+
+  _writeBars(panel, widest) {
+    panel.bars.forEach((bar, k) => {
+      const row = panel.bytes[k];
+      const parts = [];
+      let at = 0;
+      for (let j = 0; j < STOPS; j++) {
+        if (!row[j]) continue;
+        const to = at + (100 * row[j]) / row.sum;
+        parts.push(`${this.model.ladder[j].color} ${at.toFixed(2)}% ${to.toFixed(2)}%`);
+        at = to;
+      }
+      const [strip, size, share] = bar.children;
+      const image = `linear-gradient(90deg, ${parts.join(", ")})`;
+      if (bar.image !== image) {
+        bar.image = image;
+        strip.style.background = image;
+        strip.style.width = `calc((100% - var(--words)) * ${(row.sum / widest).toFixed(4)})`;
+      }
+      setText(size, shortBytes(row.sum));
+      setText(share, formatPercent(row.sum / panel.planned));
+    });
+  }
+
+  _writeLadder(panel) {
+    panel.stops.forEach((entry, j) => {
+      entry.classList.toggle("unused", panel.counts[j] === 0);
+      setText(entry.lastChild, panel.counts[j] ? String(panel.counts[j]) : "");
+    });
+  }
+
+  /** What has moved since the committed plan, or, once that is what is shown, since the one before. */
+  _writeMoves(panel) {
+    const moving = this.bits !== this.committed;
+    const since = moving ? this.committed : this.before;
+    if (since === null || this.fixed) {
+      panel.changed = 0;
+      setText(panel.moves, "");
+      return;
+    }
+    const from = moving ? panel.committed : panel.before;
+    const { choice } = panel.answer;
+    const { names, ladder, layers, types, typeOf } = this.model;
+    const first = [];
+    let [up, down] = [0, 0];
+    for (let i = 0; i < choice.length; i++) {
+      if (choice[i] === from[i]) continue;
+      if (choice[i] > from[i]) up++;
+      else down++;
+      if (first.length < 6) {
+        const expert = names[i].match(/\.(\d+)$/);
+        first.push(`layer ${layers[i]} ${types[typeOf[i]]}${expert ? `.${expert[1]}` : ""} ` +
+          `${ladder[from[i]].name}→${ladder[choice[i]].name}`);
+      }
+    }
+    panel.changed = up + down;
+    const rest = up + down - first.length;
+    const list = first.length ? `: ${first.join(", ")}${rest ? ` and ${rest} more` : ""}` : "";
+    const said = up + down ? `${counted(up, "matrix", "matrices")} up, ${down} down` : "no change";
+    const then = this.unit === "bits" ? this._number(since) : this._inUnit(since);
+    setText(panel.moves, `Since ${then}: ${said}${list}`);
+  }
+
+  _drawTrack() {
+    const { slider } = this;
+    if (!this.dragging) slider.value = this.bits;
+    const x = this.x(this.bits);
+    slider.style.setProperty("--filled", `${x}px`);
+    this.find(".mark.now").style.transform = `translateX(${x}px)`;
+    this.find(".mark.committed").style.transform = `translateX(${this.x(this.committed)}px)`;
+    if (this.root.getRootNode().activeElement !== this.field) this._writeField();
+    const first = this.panels[0];
+    const [perplexity] = this._predicted(first, this.bits);
+    const words = [`${this.bits.toFixed(2)} bits per parameter`, formatBytes(first.planned)];
+    if (!Number.isNaN(perplexity)) words.push(`${formatNumber(perplexity, 3)} predicted`);
+    slider.setAttribute("aria-valuetext", words.join(", "));
+  }
+
+  /** What the page is read by from outside. */
+  _expose() {
+    const { dataset } = this.root;
+    dataset.bits = this.bits;
+    dataset.committed = this.committed;
+    this.panels.forEach((panel, k) => {
+      dataset[`choice${k}`] = Array.from(panel.answer.choice, (stop) => DIGITS[stop]).join("");
+    });
+    dataset.changed = this.panels[0].changed;
+    if (this.panels[1]) dataset.different = this.panels[0].different;
+  }
+}
