@@ -55,6 +55,7 @@ def build_parser(exit_on_error: bool = True) -> argparse.ArgumentParser:
     _add_model_verbs(verb)
     _add_run_verbs(verb)
     _add_storage_verbs(verb)
+    _add_maintenance_verbs(verb)
     return parser
 
 
@@ -165,7 +166,7 @@ def _add_run_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def _add_storage_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
-    """Verbs about what is kept, and the app."""
+    """Verbs about stored results."""
     sub = verb("results", verbs.results, show.results, "list the runs in the database")
     sub.add_argument("--model", help="only runs of this model")
     sub.add_argument(
@@ -207,6 +208,9 @@ def _add_storage_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
         help="fetch its pinned revision with git instead of reading DIR",
     )
 
+
+def _add_maintenance_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
+    """Verbs about jobs and files, the benchmarks, and the app."""
     sub = verb("jobs", verbs.jobs_verb, show.jobs, "list background jobs, running and finished")
     sub.add_argument("--cancel", metavar="ID", help="cancel this job")
 
@@ -351,6 +355,19 @@ def _add_plan_details(sub: argparse.ArgumentParser) -> None:
         action="store_true",
         help="solve a knapsack exactly and report the optimality gap",
     )
+    _add_row_options(sub)
+    sub.add_argument(
+        "--pin",
+        action="append",
+        default=[],
+        metavar="PATTERN=CONFIG",
+        help="pin modules to a configuration or range: '*.layers.0.*=b8g64' (repeatable)",
+    )
+    _add_profile(sub)
+
+
+def _add_row_options(sub: argparse.ArgumentParser) -> None:
+    """What plans of high-impact rows depend on."""
     rows = "high-impact rows"
     sub.add_argument(
         "--low-bits", type=int, default=2, help=f"{rows}: bits of the other rows, 2 or 3 (2)"
@@ -380,14 +397,6 @@ def _add_plan_details(sub: argparse.ArgumentParser) -> None:
         action="store_true",
         help=f"{rows}: clip negative eigenvalues of each block's interaction matrix",
     )
-    sub.add_argument(
-        "--pin",
-        action="append",
-        default=[],
-        metavar="PATTERN=CONFIG",
-        help="pin modules to a configuration or range: '*.layers.0.*=b8g64' (repeatable)",
-    )
-    _add_profile(sub)
 
 
 def _add_hybrid(sub: argparse.ArgumentParser) -> None:

@@ -6,7 +6,6 @@ import html
 import re
 import tempfile
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,25 +91,6 @@ def figure_block(figure: go.Figure, name: str) -> str:
     return (
         f'<figure>{plot_html}<figcaption class="saves">Save as {save_buttons}</figcaption></figure>'
     )
-
-
-def _print_style(figure: go.Figure) -> go.Figure:
-    """A copy of the figure in dark ink on white, inert as on a page of the app."""
-    copied = type(figure)(sanitize_figure(figure))
-    return copied.update_layout(font_color=_TEXT_COLOUR, template="plotly_white")
-
-
-def can_draw_images() -> bool:
-    """Whether kaleido, which draws PNG and SVG without a page, is installed."""
-    return find_spec("kaleido") is not None
-
-
-def figure_image(figure: go.Figure, kind: str) -> bytes:
-    """A figure as ``png`` or ``svg``; needs kaleido (see :func:`can_draw_images`) and a Chrome."""
-    print_figure = type(figure)(sanitize_figure(figure)).update_layout(
-        font_color=_TEXT_COLOUR, template="plotly_white"
-    )
-    return print_figure.to_image(kind, width=1100, scale=2 if kind == "png" else 1)
 
 
 _SAVE = """

@@ -54,6 +54,8 @@ class OpenModel:
     checkpoint_folder: Path | None = None
     cache_bytes: int = DEFAULT_CACHE_BYTES
     clock: Clock = field(default_factory=Clock, init=False)
+    #: Whether all weights are in memory.
+    is_loaded: bool = field(default=False, init=False)
     problems: dict[object, Problem] = field(default_factory=dict, init=False)
     _streams: dict[EvaluationRequest, TokenStream] = field(default_factory=dict, init=False)
 
@@ -131,6 +133,7 @@ class OpenModel:
         self.store.save_model(loaded.info)
         self.report("load", 1, 1, f"loaded on {loaded.device} in {loaded.dtype}")
         self._report_notes(loaded.info)
+        self.is_loaded = True
         return loaded
 
     @cached_property

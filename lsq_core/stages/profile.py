@@ -155,7 +155,7 @@ def _measure(
     """A profile of these metrics alone, measured now."""
     from lsq_core.profiling.measure import measure_profile
 
-    whole = "loaded" in model.__dict__ or any(METRICS[m].needs_full_model for m in metrics)
+    whole = model.is_loaded or any(METRICS[m].needs_full_model for m in metrics)
     loaded = model.loaded if whole else model.streamed
     with translate_resource_errors(loaded.device):
         return measure_profile(

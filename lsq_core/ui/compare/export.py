@@ -47,18 +47,11 @@ def render_chart(
 def render_save_menu(
     figure: go.Figure, key: str, name: str, report: Callable[[], str] | None = None
 ) -> None:
-    """The chart with a key as a page, as an image, and with what it belongs to as a report."""
+    """Downloads of a chart: as a page that saves itself as an image, and in a report."""
     with st.popover("Save", icon=":material/download:"):
         _download_button(
             "Chart (HTML)", lambda: export.figure_html(figure, name), f"{file_stem(name)}.html"
         )
-        if export.can_draw_images():
-            for kind in _FORMATS:
-                _download_button(
-                    f"Chart ({kind.upper()})",
-                    lambda kind=kind: export.figure_image(figure, kind),
-                    f"{file_stem(name)}.{kind}",
-                )
         st.segmented_control(
             "Format of the chart's camera button",
             _FORMATS,
