@@ -170,7 +170,7 @@ def test_pickled_int8_weights_refused(model_copy):
     state[DOWN] = state[DOWN].to(torch.int8)
     torch.save(state, model_copy / "pytorch_model.bin")
     (model_copy / "model.safetensors").unlink()
-    with pytest.raises(InputError, match="stored as int8"):
+    with pytest.raises(InputError, match="stored as I8"):
         load_model(ModelSource(str(model_copy), allow_pickle=True), "cpu")
 
 

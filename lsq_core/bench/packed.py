@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lsq_core.bench import REPEATS, Row, time_interleaved
 from lsq_core.bits import QuantConfig
+from lsq_core.model.dtypes import torch_name
 from lsq_core.quantization.packed import quantize_matrix
 from lsq_core.quantization.registry import get_quantizer
 from lsq_core.quantized.modules import PackedLinear
@@ -26,7 +27,7 @@ def forward(repeats: int = REPEATS) -> Row:
     weight = 0.02 * torch.randn(SIDE, SIDE)
     with _pytorch_backend(), torch.inference_mode():
         pairs = {
-            (bits, str(dtype).removeprefix("torch.")): (
+            (bits, torch_name(dtype)): (
                 _ours(weight, bits, "8bit"),
                 _theirs(weight, bits, dtype),
                 [torch.randn(tokens, SIDE, dtype=dtype) for tokens in TOKENS],

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lsq_core.bench import REPEATS, Row, time_call, time_interleaved
 from lsq_core.bits import QuantConfig
+from lsq_core.model.dtypes import torch_name
 from lsq_core.quantization.base import round_to_grid, to_groups
 from lsq_core.quantization.hqq.quantizer import min_max_grid
 from lsq_core.quantization.hqq.solver import backend, steps
@@ -38,7 +39,7 @@ class Case:
     @property
     def name(self) -> str:
         """The case in a few words."""
-        dtype = str(self.dtype).removeprefix("torch.")
+        dtype = torch_name(self.dtype)
         where = self.kind if self.kind == "demo" else f"{self.kind} {self.side}²"
         return f"{where} {dtype} b{self.bits}g{self.group_size} axis {self.axis}"
 

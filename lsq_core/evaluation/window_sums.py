@@ -13,6 +13,7 @@ import numpy as np
 from lsq_core.errors import LsqError
 from lsq_core.evaluation.result import Evaluation
 from lsq_core.files import DamagedFileError, read_arrays, write_arrays
+from lsq_core.model.dtypes import torch_name
 
 if TYPE_CHECKING:
     import torch
@@ -190,7 +191,7 @@ def locate_not_finite(model: nn.Module, batch: Tensor, what: str) -> str:
     finally:
         for hook in hooks:
             hook.remove()
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    dtype = torch_name(next(model.parameters()).dtype)
     first = f"the first not to be is that of {found[0]}" if found else "its logits are not"
     suggestion = "bfloat16 or float32" if dtype == "float16" else "another plan or dtype"
     return (

@@ -15,6 +15,7 @@ from math import prod
 from pathlib import Path
 
 from lsq_core.errors import InputError, exception_reason
+from lsq_core.model.dtypes import BITS
 from lsq_core.untrusted import read_json_object, resolve_inside
 
 INDEX = "model.safetensors.index.json"
@@ -23,10 +24,6 @@ _QUANTIZER_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_confi
 #: Bytes of the longest header, which safetensors has set, and the most tensors in one.
 _MAX_HEADER_BYTES, _MAX_TENSORS = 100_000_000, 300_000
 _MAX_DIMENSIONS = 16
-#: Bits of a number by its dtype's name; what is no multiple of a byte is packed.
-_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F4": 4}
-_BITS |= {"F6_E2M3": 6, "F6_E3M2": 6, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32}
-_BITS |= {"U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64}
 #: Bytes of two tensors that are compared at a time.
 _CHUNK = 2**22
 
@@ -208,7 +205,7 @@ def _check_entry(name: str, entry: object) -> None:
     )
     if not (isinstance(dtype, str) and has_shape and has_offsets):
         raise ValueError(f"{name} has no dtype, shape and offsets")
-    bits = _BITS.get(dtype)
+    bits = BITS.get(dtype)
     if bits is not None and (offsets[1] - offsets[0]) * 8 != prod(shape) * bits:
         raise ValueError(
             f"{name} is {dtype} of shape {shape}, for which its bytes are too many or few"

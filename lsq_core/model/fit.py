@@ -20,9 +20,9 @@ from transformers.utils.loading_report import LoadStateDictInfo
 
 from lsq_core.errors import InputError
 from lsq_core.model.checkpoint import TensorEntry, have_same_content
+from lsq_core.model.dtypes import FLOATS, safetensors_name
 
 #: Floating-point dtypes that are weights as they stand, as safetensors names them.
-_FLOATS = {"F64", "F32", "F16", "BF16"}
 #: Last parts of the names under which quantizing tools keep what turns codes into weights.
 _QUANTIZATION_SUFFIXES = re.compile(
     r"(scale|scales|scale_inv|scale_2|scb|zero|zeros|zero_point|qweight|qzeros|g_idx|absmax|"
@@ -57,7 +57,7 @@ def check_fit(
     _check_tied(model, targets, entries, folder)
     for key, name, _ in targets:
         parameter, dtype = expected.get(name), entries[key].dtype
-        if parameter is not None and parameter.is_floating_point() and dtype not in _FLOATS:
+        if parameter is not None and parameter.is_floating_point() and dtype not in FLOATS:
             raise InputError(_quantized_codes_message(key, dtype, entries, folder))
     for key, name, standalone in targets:
         parameter, shape = expected.get(name), entries[key].shape
@@ -194,20 +194,11 @@ def read_pickled_entries(files: Iterable[Path]) -> dict[str, TensorEntry]:
 
     Files that hold something else (an optimizer's state, say) are passed over.
     """
-    names = {
-        dtype: short
-        for short, dtype in {
-            "F64": torch.float64,
-            "F32": torch.float32,
-            "F16": torch.float16,
-            "BF16": torch.bfloat16,
-        }.items()
-    }
     found: dict[str, TensorEntry] = {}
     for path in files:
         content = torch.load(path, map_location="meta", weights_only=True)
         for name, tensor in content.items() if isinstance(content, dict) else ():
             if isinstance(tensor, torch.Tensor):
-                short = names.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
+                short = safetensors_name(tensor.dtype)
                 found[name] = TensorEntry(path, short, tuple(tensor.shape))
     return found

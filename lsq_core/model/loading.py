@@ -27,6 +27,7 @@ from lsq_core.memory import available_memory, describe_memory_limit
 from lsq_core.model.architecture import describe_model, find_blocks
 from lsq_core.model.causal import check_causal
 from lsq_core.model.checkpoint import read_entries
+from lsq_core.model.dtypes import COMPUTE, FLOATS, config_dtype, torch_dtype, torch_name
 from lsq_core.model.fit import check_fit, read_pickled_entries
 from lsq_core.model.identity import compute_identity, tokenizer_files, with_source
 from lsq_core.model.info import ModelInfo
@@ -46,14 +47,6 @@ from lsq_core.untrusted import MAX_TOKENIZER_BYTES, check_size, wrap_library_err
 transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-#: Dtypes of checkpoints by the names that safetensors gives them.
-_STORED_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-}
 #: Tensors, matrices in them and weights of the largest model that is built; published ones have
 #: up to 10¹² weights.
 _MAX_TENSORS, _MAX_MATRICES, _MAX_WEIGHTS = 50_000, 200_000, 10**13
@@ -122,13 +115,13 @@ def pick_dtype(name: str, device: torch.device, config: object) -> torch.dtype:
         When ``name`` is neither ``auto`` nor float32, bfloat16 or float16.
     """
     if name != "auto":
-        if name not in _DTYPES:
+        if name not in COMPUTE:
             raise InputError(f"'{name}' is not a dtype; use auto, float32, bfloat16 or float16.")
-        return _DTYPES[name]
+        return getattr(torch, name)
     if device.type == "cpu":
         return torch.float32
     stored = getattr(config, "dtype", None)
-    return stored if stored in _DTYPES.values() else torch.float32
+    return stored if torch_name(stored) in COMPUTE else torch.float32
 
 
 # --- the skeleton of a model, without weights ---------------------------------------------
@@ -231,14 +224,10 @@ def stored_dtype(folder: Path) -> torch.dtype | None:
 
     None where nothing tells.
     """
-    config = read_config(folder)
-    text = config.get("text_config")
-    for part in (config, text if isinstance(text, dict) else {}):
-        named = part.get("dtype") or part.get("torch_dtype")
-        found = getattr(torch, str(named).removeprefix("torch."), None)
-        if isinstance(found, torch.dtype):
-            return found
-    sizes = dict.fromkeys(_STORED_DTYPES, 0)
+    named = config_dtype(read_config(folder))
+    if named is not None:
+        return named
+    sizes = dict.fromkeys(FLOATS, 0)
     try:
         files = [path for path in weight_files(folder) if path.suffix == ".safetensors"]
         entries = read_entries(folder, files)
@@ -248,7 +237,7 @@ def stored_dtype(folder: Path) -> torch.dtype | None:
         if entry.dtype in sizes:
             sizes[entry.dtype] += entry.bytes
     most = max(sizes, key=sizes.get)
-    return _STORED_DTYPES[most] if sizes[most] else None
+    return torch_dtype(most) if sizes[most] else None
 
 
 @contextmanager

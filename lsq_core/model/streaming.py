@@ -24,6 +24,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from lsq_core.errors import InputError
 from lsq_core.model.architecture import find_blocks, first_tensor
 from lsq_core.model.causal import check_causal
+from lsq_core.model.dtypes import torch_dtype
 from lsq_core.model.fit import target_names
 from lsq_core.model.loading import (
     LoadedModel,
@@ -208,25 +209,11 @@ def _tensor(model: nn.Module, name: str) -> torch.Tensor:
     return getattr(model.get_submodule(path), leaf)
 
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-
-
 def _dtype_of(part: object) -> torch.dtype:
-    name = part.get_dtype()
-    if name not in _DTYPES:
-        raise NotStreamable(f"The checkpoint holds weights as {name}")
-    return _DTYPES[name]
+    dtype = torch_dtype(part.get_dtype())
+    if dtype is None:
+        raise NotStreamable(f"The checkpoint holds weights as {part.get_dtype()}")
+    return dtype
 
 
 def open_streamed(source: ModelSource, device: str = "auto", dtype: str = "auto") -> StreamedModel:

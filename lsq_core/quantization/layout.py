@@ -9,24 +9,13 @@ from collections.abc import Callable
 from math import ceil, prod
 
 from lsq_core.bits import FP16_BITS, Config, MixedRows, QuantConfig
+from lsq_core.model.dtypes import item_bytes
 
 #: Shape of each stored tensor of a matrix and its dtype's name in a safetensors header.
 TensorLayout = dict[str, tuple[tuple[int, ...], str]]
 #: (out, in), configuration, metadata format to what is stored.
 Layout = Callable[[tuple[int, int], Config, str], TensorLayout]
 
-#: Bytes of a number by its dtype's name.
-ITEMSIZE = {
-    "U8": 1,
-    "I8": 1,
-    "I16": 2,
-    "F16": 2,
-    "BF16": 2,
-    "I32": 4,
-    "F32": 4,
-    "I64": 8,
-    "F64": 8,
-}
 #: Number of NF4 scales that share a second-level scale in double quantization.
 NESTED_BLOCK = 256
 
@@ -70,7 +59,7 @@ def row_index_layout(out_features: int, config: MixedRows) -> tuple[tuple[int], 
     if bitmap < listed:
         return (bitmap,), "U8"
     count = config.high_rows(out_features)
-    return (count,), "I32" if listed > ITEMSIZE["I16"] * count else "I16"
+    return (count,), "I32" if listed > item_bytes("I16") * count else "I16"
 
 
 def nf4(shape: tuple[int, int], config: QuantConfig, metadata: str) -> TensorLayout:
@@ -121,4 +110,4 @@ def layout_for_format(stored: TensorLayout, format: int) -> TensorLayout:
 
 def stored_bytes(stored: TensorLayout) -> int:
     """Bytes of all tensors together."""
-    return sum(prod(shape) * ITEMSIZE[dtype] for shape, dtype in stored.values())
+    return sum(prod(shape) * item_bytes(dtype) for shape, dtype in stored.values())

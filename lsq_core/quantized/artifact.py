@@ -29,6 +29,7 @@ from lsq_core.errors import InputError, LsqError
 from lsq_core.files import fsync_folder, fsync_tree, is_locked, lock_folder, resolve_path
 from lsq_core.model.architecture import find_blocks, iter_matrices
 from lsq_core.model.checkpoint import safetensors_header
+from lsq_core.model.dtypes import FLOATS, torch_dtype
 from lsq_core.model.identity import has_custom_code
 from lsq_core.model.info import Matrix
 from lsq_core.model.loading import (
@@ -60,16 +61,6 @@ from lsq_core.untrusted import wrap_library_errors
 
 #: Generation settings, such as the end-of-sequence tokens.
 GENERATION_CONFIG_FILE = "generation_config.json"
-_FLOATS = {"F64", "F32", "F16", "BF16"}
-#: The dtypes that layouts use, by their names in a safetensors header.
-_DTYPES = {
-    "U8": torch.uint8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -289,7 +280,7 @@ def _tensor(model: nn.Module, name: str) -> torch.Tensor:
 def make_meta_tensors(stored: TensorLayout) -> dict[str, torch.Tensor]:
     """Create tensors on the meta device with the shapes and dtypes of a layout."""
     return {
-        name: torch.empty(shape, dtype=_DTYPES[dtype], device="meta")
+        name: torch.empty(shape, dtype=torch_dtype(dtype), device="meta")
         for name, (shape, dtype) in stored.items()
     }
 
@@ -302,7 +293,7 @@ def _check_stored(model: nn.Module, header: dict[str, dict]) -> None:
         if entry is None:
             continue  # tied to another tensor, or missing, which _assign_tensors reports
         shape, dtype = tuple(entry["shape"]), entry["dtype"]
-        wrong = _DTYPES.get(dtype) != tensor.dtype if name in packed else dtype not in _FLOATS
+        wrong = torch_dtype(dtype) != tensor.dtype if name in packed else dtype not in FLOATS
         wrong = wrong and tensor.is_floating_point() if name not in packed else wrong
         if shape != tuple(tensor.shape) or wrong:
             raise InputError(

@@ -14,10 +14,11 @@ from pathlib import Path
 from lsq_core.bits import METADATA_FORMATS, config_from_json
 from lsq_core.errors import InputError
 from lsq_core.model.checkpoint import safetensors_header
+from lsq_core.model.dtypes import TORCH_NAMES, safetensors_name
 from lsq_core.model.info import Matrix
 from lsq_core.model.source import MANIFEST_FILE, ModelSource, check_config
 from lsq_core.progress import ProgressCallback, ignore_progress
-from lsq_core.quantization.layout import ITEMSIZE, TensorLayout, layout_for_format, stored_bytes
+from lsq_core.quantization.layout import TensorLayout, layout_for_format, stored_bytes
 from lsq_core.quantization.registry import QUANTIZERS, QuantizerSpec, quantizer_spec
 from lsq_core.quantized.manifest import (
     FORMAT_VERSION,
@@ -218,7 +219,7 @@ def read_stored_layout(path: Path, planned: Iterable[str]) -> dict[str, TensorLa
     )
     for module, stored in found.items():
         for part, (_, dtype) in stored.items():
-            if dtype not in ITEMSIZE:
+            if dtype not in TORCH_NAMES:
                 raise InputError(
                     f"{path} holds {module}.{part} as {dtype}, which no quantizer uses; save it "
                     "again."
@@ -228,17 +229,8 @@ def read_stored_layout(path: Path, planned: Iterable[str]) -> dict[str, TensorLa
 
 def model_stored_layout(model: object, planned: Iterable[str]) -> dict[str, TensorLayout]:
     """The same of a quantized model in memory."""
-    names = {
-        "uint8": "U8",
-        "int16": "I16",
-        "int32": "I32",
-        "float16": "F16",
-        "bfloat16": "BF16",
-        "float32": "F32",
-    }
-    kinds = {f"torch.{name}": short for name, short in names.items()}
     tensors = (
-        (name, tuple(tensor.shape), kinds.get(str(tensor.dtype), str(tensor.dtype)))
+        (name, tuple(tensor.shape), safetensors_name(tensor.dtype))
         for name, tensor in model.state_dict().items()
     )
     return _group_by_module(tensors, set(planned))

@@ -13,6 +13,7 @@ from lsq_core.corpus.registry import load_corpus
 from lsq_core.corpus.tokens import build_token_stream
 from lsq_core.errors import InputError, translate_resource_errors
 from lsq_core.evaluation.protocol import EvaluationRequest
+from lsq_core.model.dtypes import config_dtype, torch_name
 from lsq_core.model.identity import ModelIdentity, compute_identity, identify, with_source
 from lsq_core.model.info import ModelInfo
 from lsq_core.model.source import ModelSource, find_model, read_demo_description
@@ -166,7 +167,7 @@ class OpenModel:
         from lsq_core.model.loading import model_config, pick_device, pick_dtype
 
         device, config = pick_device(self.device), model_config(self.source, self.folder)
-        dtype = str(pick_dtype(self.dtype, device, config)).removeprefix("torch.")
+        dtype = torch_name(pick_dtype(self.dtype, device, config))
         return {"device": str(device), "dtype": dtype}
 
     @cached_property
@@ -250,16 +251,11 @@ def resolve_device_and_dtype(
         device = "cpu"
     if device_kind(device) == "cpu" and dtype == "auto":
         return DeviceAndDtype("cpu", "float32")
-    import torch
-
     from lsq_core.model.loading import pick_device, pick_dtype
 
-    target, text = pick_device(device), info.config.get("text_config")
-    parts = (info.config, text if isinstance(text, dict) else {})
-    named = next(filter(None, (p.get("dtype") or p.get("torch_dtype") for p in parts)), None)
-    stored = getattr(torch, str(named).removeprefix("torch."), None)
-    chosen = pick_dtype(dtype, target, SimpleNamespace(dtype=stored))
-    return DeviceAndDtype(target.type, str(chosen).removeprefix("torch."))
+    target = pick_device(device)
+    chosen = pick_dtype(dtype, target, SimpleNamespace(dtype=config_dtype(info.config)))
+    return DeviceAndDtype(target.type, torch_name(chosen))
 
 
 def _may_have_gpu() -> bool:
