@@ -219,7 +219,7 @@ def show_import(store: Store) -> None:
 
 
 def _run_import(store: Store, folder: str | None) -> None:
-    """Import a folder, or the download; what came of it is told after the page is drawn anew."""
+    """Import a folder, or the download; the outcome is shown after the rerun."""
     bar = st.progress(0.0, text="Starting…")
 
     def report(stage: str, done: int, total: int, message: str) -> None:

@@ -1,4 +1,4 @@
-"""The two ways a request can end badly, each told to the person in one sentence."""
+"""Errors that are reported to the user as one sentence."""
 
 import errno
 import re

@@ -190,7 +190,7 @@ def write_error(path: Path, error: Exception) -> LsqError:
 
 
 def translate_disk_error(error: BaseException) -> LsqError | None:
-    """The sentence for a disk that is full or can't be written, whoever wrote; None otherwise."""
+    """The error for a disk that is full or read-only, None for any other failure."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (*_FULL, *_DENIED, errno.EIO):
             where = error.filename or "a file"

@@ -283,7 +283,7 @@ class _Sweep:
     def _find_existing_run(self, number: int) -> None:
         """Fill the row from a run that was kept, if it is the same."""
         item, session = self.requested[number], self.session
-        stream = session.stream(item.evaluation)  # a text that isn't there is told here
+        stream = session.stream(item.evaluation)  # raises if the corpus is missing
         existing = self._same_plan(item)
         if existing.empty:
             return

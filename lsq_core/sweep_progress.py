@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from lsq_core.progress import ProgressCallback
 
-#: Parts that an item's progress is told in.
+#: Steps by which an item's progress is reported.
 _PROGRESS_STEPS = 1000
 
 
@@ -29,7 +29,7 @@ class BatchProgress:
     reached: float = 0.0
 
     def report(self, stage: str, done: int, total: int, message: str) -> None:
-        """Pass on what is told of one stage."""
+        """Forward the progress of one stage as progress of the sweep."""
         part = done / total if total else 0.0
         if stage == "quantize":
             part = (self.quantized + part) / self.plans
@@ -47,6 +47,8 @@ class BatchProgress:
 
 
 def _stage_fraction(stage: str, done: float) -> float:
-    """How much of a round is done, told by its stage; quantizing is short beside evaluating."""
+    """The fraction of a batch that is done, by stage; quantizing is short compared with
+    evaluating.
+    """
     shares = {"quantize": 0.05 * done, "evaluate": 0.05 + 0.95 * done}
     return shares.get(stage, 0.0)

@@ -1,4 +1,4 @@
-"""Can a result be written where it is asked for? Told before the work, not after it."""
+"""Check that a result can be written to its target before the work begins."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that strangers made: read up to a limit, from inside their folder, refused in a sentence.
+"""Reading untrusted files: up to a limit, from inside their folder, with clear errors.
 
 A model's files may come from anywhere. What is read of them is limited in size before it is read,
 names in them lead nowhere else, and what a library raises over them is an

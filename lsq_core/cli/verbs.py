@@ -186,7 +186,7 @@ def plan(options: argparse.Namespace, report: ProgressCallback) -> dict:
 def run(options: argparse.Namespace, report: ProgressCallback) -> dict:
     """Plan or take a saved plan, quantize, evaluate, keep."""
     evaluation = _evaluation(options)
-    corpus_identity(evaluation.corpus)  # a wrong path is told before anything is measured
+    corpus_identity(evaluation.corpus)  # reject a wrong path before anything is measured
     save = resolve_path(options.save) if options.save else None
     resumed = getattr(options, "checkpoint_folder", None) and save and is_quantized_folder(save)
     if save and not resumed:  # one that is may have saved its model already

@@ -17,7 +17,7 @@ from lsq_core.errors import InputError
 
 #: A docstring has to be longer than this many characters to count as text.
 MIN_DOCSTRING_CHARS = 200
-#: File and folder names that :func:`iter_docstrings` passes over unless told otherwise.
+#: File and folder names that :func:`iter_docstrings` skips by default.
 SKIP_PATTERNS = ("test*", "site-packages", "dist-packages")
 
 

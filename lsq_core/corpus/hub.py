@@ -98,7 +98,7 @@ def load_hub_corpus(dataset: _HubDataset, split: str) -> tuple[list[str], str]:
 
 @contextmanager
 def _translate_hub_errors(dataset: _HubDataset) -> Iterator[None]:
-    """Tell in a sentence what the hub, the network or the dataset's files failed at.
+    """Raise :class:`LsqError` for a failure of the hub, the network or the dataset's files.
 
     It is put around calls of the libraries alone, and what is neither of these passes through: a
     defect of this project is no reason to check the network.

@@ -5,7 +5,7 @@ A corpus is named by a person: one of :data:`BUILT_IN_CORPORA`,
 a UTF-8 text file. Its calibration and its evaluation part never share a text, except for a local
 file, which is used as it was given.
 
-Where a dataset has a single split, the two parts are told apart by :func:`is_held_out`, so the
+Where a dataset has a single split, the two parts are separated by :func:`is_held_out`, so the
 same text lands on the same side on every machine; C4 is the exception: its first 1,100 texts
 are the evaluation part, as in GPTQ's and the SensiBoost authors' evaluations.
 """
@@ -104,7 +104,8 @@ def _take_texts(texts: Sequence[str], count: int | None) -> Sequence[str]:
 
 
 def corpus_identity(name: str) -> str:
-    """What a corpus is, told without reading it all or asking the network: to find a profile by.
+    """The identity of a corpus, without reading all of it or using the network; part of a profile's
+    key.
 
     The hash of the content for a file, and a dataset's name with its commit where one is named,
     mean the same text. The interpreter's version for ``stdlib``, and a dataset's branch such as

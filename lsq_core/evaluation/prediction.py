@@ -46,7 +46,7 @@ _LENGTH_PRIOR = (2.0, 0.7)
 _NOISE_PRIOR = (0.02, 2.0)
 #: Variance of log costs below which runs count as agreeing exactly.
 _MIN_VARIANCE = 1e-9
-#: Costs are held between these, in nats. Less than 0.1 % cannot be told from the noise of an
+#: Costs are held between these, in nats. Less than 0.1 % is within the noise of an
 #: evaluation; more than 16 is worse than guessing among any vocabulary.
 _MIN_COST, _MAX_COST = 1e-3, 16.0
 
@@ -164,7 +164,7 @@ def load_measured_points(
         (choices >= stops[QuantConfig(8, 128).name]).all(axis=1),
         corpus=first["corpus"],
         protocol=first["protocol"],
-        tokens=next(map(int, runs["tokens"].dropna()), None),  # a published one is not told
+        tokens=next(map(int, runs["tokens"].dropna()), None),  # unknown for published runs
         evaluations=tuple(runs["evaluation"]),
     )
 

@@ -39,7 +39,7 @@ def start(folder: Path, arguments: list[str]) -> Job:
     """Start a job for a command line of this project, such as ``["run", "--model", "demo"]``.
 
     Where one of just this command waits or runs, that one is returned and none is started,
-    whoever asked for it. A job runs on when the caller ends; jobs on the same device wait for one
+    from whichever process. A job runs on when the caller ends; jobs on the same device wait for one
     another.
 
     Raises
@@ -156,7 +156,7 @@ def follow(job: Job, report: Callable[[str, int, int, str], None]) -> Job:
 def cancel(job: Job) -> Job:
     """End a job: ask, wait, then kill. Returns it as it is then."""
     if job.active:
-        with suppress(OSError):  # where it can't be written, the end is told as an interruption
+        with suppress(OSError):  # where it can't be written, the job shows as interrupted
             (job.folder / CANCEL_FILE).touch()
     pid = process_id(job.folder) if job.active else None
     if pid is not None:

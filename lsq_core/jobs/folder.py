@@ -214,7 +214,7 @@ def _is_complete(path: Path, size: int | None) -> bool:
 
 
 def _damaged_job(job_folder: Path, message: str) -> Job:
-    """A job of which nothing can be told but its name and time."""
+    """A job whose files are damaged; only its name and time are known."""
     try:
         created = job_folder.stat().st_mtime
     except OSError:
@@ -225,14 +225,14 @@ def _damaged_job(job_folder: Path, message: str) -> Job:
 def _finalize_dead_job(job_folder: Path) -> Job:
     """A job whose process is gone without having said how it ended; writes down how that was.
 
-    It is written once, by whoever sees it first, since what tells the cause doesn't last.
+    The first reader writes it, since the evidence of the cause does not last.
     """
     with locked(job_folder):
         job = _parse_job(job_folder)  # it may have ended, or gone on, between the two looks
         if not job.active or _is_alive(job_folder, job.created):
             return job
         state, message = _infer_end_state(job_folder, job)
-        with suppress(LsqError):  # in a folder that can't be written it is told anew each time
+        with suppress(LsqError):  # in a read-only folder it is inferred again each time
             write_end(job_folder, state, message)
     return replace(job, state=state, message=message, eta=None)
 

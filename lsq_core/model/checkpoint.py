@@ -1,6 +1,6 @@
 """The tensors that a model's files hold, by the files' headers: no weight is read, nor torch.
 
-Refused here is what can be told without the architecture: damaged files, one tensor in two
+Checks that need no knowledge of the architecture: damaged files, one tensor in two
 versions, and checkpoints that hold the codes of a quantized model. How tensors fit the
 architecture is in :mod:`lsq_core.model.fit`.
 """

@@ -160,7 +160,7 @@ def remote_file_bytes(source: ModelSource) -> int:
 
 
 def _download_from_hub(source: ModelSource, function: str, **kwargs: object) -> str:
-    """Call a download function of ``huggingface_hub`` and say in a sentence what went wrong."""
+    """Call a download function of ``huggingface_hub`` and translate its errors."""
     import huggingface_hub
     from huggingface_hub import errors
 

@@ -49,7 +49,7 @@ class _StopForward(Exception):
 
 
 class NotStreamable(InputError):
-    """Why a model has to be loaded as a whole, in a sentence."""
+    """The model cannot be streamed; the message is the reason."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,7 +234,7 @@ def open_streamed(source: ModelSource, device: str = "auto", dtype: str = "auto"
         raise NotStreamable("The model is built by code of its own")
     compute_dtype = pick_dtype(dtype, target, model_config(source, folder))
     model = build_meta_model(source, folder, dtype=compute_dtype, experts_implementation="eager")
-    # The dtype that it computes in is not that of the checkpoint, which sizes are told in.
+    # The dtype that it computes in is not that of the checkpoint, in which sizes are reported.
     info = describe_files(build_meta_model(source, folder), source, folder)
     check_memory(source.name, _max_resident_parameters(model), target, compute_dtype)
     files = [safe_open(path, framework="pt") for path in weight_files(folder)]

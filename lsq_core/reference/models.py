@@ -122,7 +122,7 @@ def _model_scores(
     else:
         checkout.missing.append(
             f"{path} has the sensitivity of {known.sum()} of {len(known)} modules, so what the "
-            "model's published plans would be made from is not told."
+            "model's published plans were made from is not known."
         )
     return pd.concat(scores, ignore_index=True)
 
@@ -328,7 +328,7 @@ def _profile(
         provenance={
             "origin": "published",
             "corpus": calibration.partition("@")[0],
-            "corpus_source": "as published; neither its texts nor its tokens are told",
+            "corpus_source": "as published; neither its texts nor its tokens are known",
             "settings": asdict(settings),
             "files": {path: checkout.files[path] for path in files},
             "missing": missing,

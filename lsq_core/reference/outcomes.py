@@ -257,7 +257,7 @@ def _evaluation_rows(checkout: Checkout, run: tuple, info: ModelInfo) -> Iterato
             "corpus": corpus,
             # No hash is published: the name stands for it and meets no measured one.
             "corpus_sha256": PUBLISHED + corpus,
-            "corpus_source": "as published; neither its hash nor its tokens are told",
+            "corpus_source": "as published; neither its hash nor its tokens are known",
             "protocol": "strided",
             "perplexity": perplexity,
             "provenance": json_text(provenance),

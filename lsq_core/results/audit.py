@@ -1,8 +1,8 @@
 """Was stored what was planned? A plan against a saved or re-made model, matrix by matrix.
 
-What is stored is told from the stored tensors alone: their names, dtypes and shapes, of a saved
-model by the header of its file. Whether its weights are still those that were saved is told by the
-checksums in its manifest.
+The stored configuration is derived from the stored tensors alone: names, dtypes and shapes, of a
+saved model by the header of its file. Whether its weights are still those that were saved is
+checked by the checksums in its manifest.
 """
 
 from __future__ import annotations

@@ -124,14 +124,14 @@ def _checkpoint(
 
 
 def evaluate_full(model: OpenModel, request: EvaluationRequest) -> dict:
-    """Evaluate the model as it is, and keep the result."""
+    """Evaluate the full-precision model and store the result."""
     [[(evaluation, _)]] = evaluate_models(model, [model.loaded.model], [request])
     model.store.save_full_precision(model.info.fingerprint, evaluation)
     return {"model": model.source.name, "fingerprint": model.info.fingerprint} | figures(evaluation)
 
 
 def figures(evaluation: Evaluation) -> dict:
-    """What an evaluation says, by the names the command line prints."""
+    """An evaluation's figures by the names that the command line prints."""
     return {
         "perplexity": evaluation.perplexity,
         "corpus": evaluation.corpus,

@@ -180,7 +180,7 @@ class OpenModel:
 
     @timed("read text")
     def stream(self, request: EvaluationRequest) -> TokenStream:
-        """The tokens that a request evaluates on, remembered."""
+        """Load the tokens that a request evaluates on (cached)."""
         if request not in self._streams:
             self.report("evaluate", 0, 1, f"reading {request.corpus}")
             self._streams[request] = load_tokens(request, self.tokenizer)

@@ -55,7 +55,7 @@ def plan_model(model: OpenModel, request: PlanRequest, settings: ProfileSettings
         When the request cannot be met; see :func:`lsq_core.planning.make.make_plan`.
     """
     planner = get_planner(request.method)
-    # A budget out of reach is told before anything is measured, or weights are fetched.
+    # A budget out of reach is rejected before anything is measured or downloaded.
     options = planner.options(request)
     request.resolve_budget(Problem(model.config_info.matrices).with_options(options))
     profile = profile_model(model, settings, planner.metrics) if planner.metrics else None
@@ -69,7 +69,7 @@ def plan_model(model: OpenModel, request: PlanRequest, settings: ProfileSettings
 
 
 def _cached_problem(model: OpenModel, profile: Profile | None) -> Problem:
-    """What planners see of a profile, remembered: a sweep plans from one again and again."""
+    """The planning problem of a profile, cached: a sweep plans from one many times."""
     key = (profile.id, profile.metrics) if profile else None
     if key not in model.problems:
         model.problems[key] = build_problem(model.info, profile)
@@ -188,7 +188,7 @@ def request_incompatibility(
 ) -> str:
     """Why no plan of a request can be carried out by a quantizer, as far as that is known now.
 
-    In a sentence, '' where nothing stands against it; the plan itself has to be checked as well
+    Returns an empty string if nothing does; the plan itself has to be checked as well
     (:func:`lsq_core.quantization.registry.check_choice`).
 
     Raises

@@ -1,4 +1,4 @@
-"""Profiles: found in the store, or measured and kept."""
+"""Load profiles from the store, or measure and save them."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def _check_measurable(name: str, quantizer: str) -> None:
 
 
 def merge_profile(model: OpenModel, measured: Profile) -> None:
-    """Add metrics to the profile, or keep them as a new one."""
+    """Add metrics to the stored profile, or save them as a new one."""
     model.store.merge_profile(measured)
     names = ", ".join(measured.metrics)
     model.report("store", 1, 1, f"{names} stored in profile {measured.id}")
@@ -152,7 +152,7 @@ def merge_profile(model: OpenModel, measured: Profile) -> None:
 def _measure(
     model: OpenModel, settings: ProfileSettings, metrics: Sequence[str], stage: str
 ) -> Profile:
-    """A profile of these metrics alone, measured now."""
+    """Measure a profile of these metrics alone."""
     from lsq_core.profiling.measure import measure_profile
 
     whole = model.is_loaded or any(METRICS[m].needs_full_model for m in metrics)

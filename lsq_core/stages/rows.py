@@ -1,4 +1,4 @@
-"""Row scores and interactions, for plans of mixed rows: found, or measured and kept."""
+"""Row scores and interactions for plans of mixed rows: loaded, or measured and saved."""
 
 from __future__ import annotations
 

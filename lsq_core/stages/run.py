@@ -1,4 +1,4 @@
-"""Runs: quantizing by a plan, measuring beside full precision, keeping the result."""
+"""Quantize by a plan, measure against full precision, store the result."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def run_plan(
     plan_name: str = "",
     settings: ProfileSettings | None = None,
 ) -> dict:
-    """Quantize by a plan, evaluate beside full precision, keep everything.
+    """Quantize by a plan, evaluate against full precision, store everything.
 
     ``settings`` name the text for a quantizer that is calibrated. Returns the plan's JSON
     with ``perplexity``, ``perplexity_full``, ``measured_bytes``, ``kl``, ``top1`` and times
@@ -206,7 +206,7 @@ def quantize_plan(
 def measure(
     model: OpenModel, made: Sequence[QuantizedRun], requests: Sequence[EvaluationRequest]
 ) -> Iterator[dict]:
-    """Evaluate quantized models beside full precision, in one pass, and keep their runs.
+    """Evaluate quantized models and full precision in one pass, and store the runs.
 
     Yields what :meth:`run` returns: of each model on the first text, as soon as it is read,
     then of each on the next one.
@@ -262,14 +262,14 @@ def _save_run(
 
 
 def _run_id(model: OpenModel, plan: Plan, quantizer: str) -> str:
-    """A new run's id; a job that begins again gives the same plan the same id again."""
+    """A new run's id; a resumed job gives the same plan the same id."""
     if model.checkpoint_folder is None:
         return new_id()
     return digest(model.checkpoint_folder.name, plan_identity(plan), quantizer)[:12]
 
 
 def _is_saved(save: Path, run: str) -> bool:
-    """Whether this very run saved its model here before it was cut off."""
+    """Whether this run saved its model here before it was interrupted."""
     return is_quantized_folder(save) and read_manifest(save, RUN_KEYS)["run"] == run
 
 

@@ -34,7 +34,7 @@ def load_saved(
     report: ProgressCallback = ignore_progress,
     trust_remote_code: bool = False,
 ) -> QuantizedModel:
-    """A saved quantized model; too little memory is told in a sentence."""
+    """Load a saved quantized model; running out of memory raises :class:`LsqError`."""
     from lsq_core.quantized.artifact import load_quantized
 
     report("load", 0, 1, f"loading {folder}")

@@ -1,7 +1,7 @@
 """How a DuckDB file is opened: with which settings, by whom, and what is said when it can't be.
 
 Every connection of this project is made here, so that none of them reaches a file other than its
-own, loads an extension or can be told to. What fails is told apart by the error's type and the
+own, loads an extension or can be told to. Failures are distinguished by the error's type and the
 file's header; each way has a sentence of its own.
 """
 

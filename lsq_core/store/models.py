@@ -25,7 +25,7 @@ class ModelTables(DatabaseFile):
     """What is known of each model without its weights."""
 
     def save_model(self, info: ModelInfo) -> None:
-        """Keep what is known of a model, and the name it was asked for by.
+        """Store a model's description and the name it was requested by.
 
         A model already there stays as it is, whatever its other names are.
         """

@@ -158,7 +158,7 @@ class ResultTables(DatabaseFile):
     def snapshot(self, path: Path) -> None:
         """Write all there is at this moment into a new database file, with a view ``results``.
 
-        Whoever reads the copy keeps no one waiting.
+        Readers of the copy do not block the database.
         """
         copying = database.connect_in_memory(
             f"ATTACH {database.quote_sql(str(self.path))} AS kept (READ_ONLY)",

@@ -232,7 +232,7 @@ def _over_layers(_store: Store, at: FileVersion, ids: tuple[str, ...], metric: s
 
 
 def problem(info: ModelInfo, found: Profile | None) -> Problem:
-    """What planners see, remembered by the model's and the profile's identity."""
+    """The planning problem, cached by the identities of model and profile."""
     return _problem(info, found, identity(info), model_mark(found))
 
 
@@ -315,7 +315,7 @@ def plan(
     settings: ProfileSettings,
     rows: Impact | None = None,
 ) -> Plan:
-    """The plan for a request, remembered by what it depends on.
+    """The plan for a request, cached by everything it depends on.
 
     ``rows`` is what :func:`impact` gave for it.
 
@@ -408,7 +408,7 @@ def _error_curve(
 
 
 def identity(info: ModelInfo) -> str:
-    """What tells a model from every other: what is remembered of it is remembered by this.
+    """The cache key of a model.
 
     It is the fingerprint; a model not fetched yet has none and is known by its name.
 

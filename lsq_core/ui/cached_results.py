@@ -63,7 +63,7 @@ def predictor(
     settings: ProfileSettings,
     corpus: str | None,
 ) -> Predictor | str:
-    """What the runs so far tell of the perplexity on a corpus, or in a sentence why they don't."""
+    """A predictor of perplexity on a corpus fitted to the runs so far, or the reason for none."""
     if found is None:
         return "Perplexity can be predicted only with a profile."
     request_key = json.dumps([asdict(settings), corpus])

@@ -1,4 +1,4 @@
-"""The frame of every page: its set-up, the sidebar, and errors told in a sentence."""
+"""The frame of every page: its set-up, the sidebar, and error messages."""
 
 from __future__ import annotations
 

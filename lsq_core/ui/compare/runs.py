@@ -310,7 +310,7 @@ def published_difference(a: pd.Series, b: pd.Series) -> str:
 
 
 def difference(ctx: PageContext, a: str, b: str) -> str:
-    """How two evaluations differ, in a sentence."""
+    """A sentence about the difference between two evaluations."""
     if a == b:
         return "Choose two different runs."
     try:

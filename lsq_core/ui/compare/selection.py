@@ -49,7 +49,7 @@ class Choice:
 
     @property
     def names(self) -> dict[str, str]:
-        """The runs by evaluation, as lists name them: in order, and told from each other."""
+        """The runs by evaluation with labels that are unique in a list, in order."""
         frame = self.runs.sort_values(["method", "bits_per_param"]) if self.published else self.runs
         labels = dict(zip(frame["evaluation"], frame["label"], strict=True))
         if self.published:

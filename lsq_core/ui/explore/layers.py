@@ -182,7 +182,7 @@ def _describe_absent(metrics: list[str], config_name: str | None) -> str:
 
 
 def describe_origin(profile: Profile) -> str:
-    """Where a profile's figures come from, in a sentence."""
+    """A sentence about how a profile was measured."""
     facts = profile.provenance
     if "files" in facts:
         files = words.listed([path.rpartition("/")[2] for path in facts["files"]])

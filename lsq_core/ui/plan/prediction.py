@@ -29,7 +29,7 @@ from lsq_core.ui.safe import st
 def format_band(predicted: Prediction) -> str:
     """The first of some predictions with the wider side of its band: ``61.70 ±0.42``.
 
-    A wide band is told by its ends, without decimals that nobody knows: ``11.1 (7.52 to 23.5)``.
+    A wide band is written by its ends, without meaningless decimals: ``11.1 (7.52 to 23.5)``.
     """
     middle, low, high = predicted.perplexity[0], predicted.low[0], predicted.high[0]
     wider = max(high - middle, middle - low)

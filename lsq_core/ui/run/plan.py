@@ -81,7 +81,7 @@ def start(ctx: PageContext, folder: Path, argv: list[str]) -> None:
 
 
 def describe_plan(ctx: PageContext, request: PlanRequest) -> str:
-    """The plan that a run would make, in a sentence."""
+    """A sentence about the plan that would be run."""
     info, settings = ctx.info, state.settings()
     planner = get_planner(request.method)
     size = " and ".join(
