@@ -15,12 +15,13 @@ The command line, the app's jobs and the tests call the same methods; the stages
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lsq_core.errors import InputError
+from lsq_core.errors import InputError, LsqError
 from lsq_core.evaluation.protocol import EvaluationRequest
 from lsq_core.planning.plan import Plan
 from lsq_core.planning.request import PlanRequest
@@ -28,7 +29,7 @@ from lsq_core.profiling.profile import Profile
 from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.stages import evaluate, plan, predict, profile, rows
 from lsq_core.stages import run as runs
-from lsq_core.stages.model import OpenModel
+from lsq_core.stages.model import OpenModel, find_model_info
 from lsq_core.stages.run import QuantizedRun, RunResult
 from lsq_core.table import short_table
 
@@ -44,17 +45,23 @@ class Session(OpenModel):
     """
 
     def __repr__(self) -> str:
-        info = self.config_info
-        return short_table(
-            f"Session with {self.source.name}",
-            {
-                "architecture": info.architecture,
-                "layers": info.layers,
-                "parameters": f"{info.parameters:,}, {info.linear_parameters:,} of them planned",
-                "device": self.device,
-                "database": self.store.path,
-            },
-        )
+        rows = self._model_rows() | {"device": self.device, "database": self.store.path}
+        return short_table(f"Session with {self.source.name}", rows)
+
+    def _model_rows(self) -> dict[str, object]:
+        """The model's part of the table; downloads nothing, and an error becomes a row."""
+        try:
+            known = self.published or self.source.is_local
+            info = self.config_info if known else find_model_info(self.source, self.store)
+        except LsqError as error:
+            return {"error": error}
+        if info is None:
+            return {"model": "not downloaded yet"}
+        return {
+            "architecture": info.architecture,
+            "layers": info.layers,
+            "parameters": f"{info.parameters:,}, {info.linear_parameters:,} of them planned",
+        }
 
     def profile_key(self, settings: ProfileSettings | None = None) -> str:
         """The id that this model's profile has under these settings, measured or not."""
@@ -84,6 +91,10 @@ class Session(OpenModel):
         )
         if unknown:
             raise InputError(f"Profile settings have no field '{unknown[0]}'.")
+        for name, value in fields.items():
+            kind = type(getattr(ProfileSettings(), name))
+            if type(value) is not kind:
+                raise InputError(f"The {name} of profile settings cannot be {reprlib.repr(value)}.")
         return replace(settings or self.default_settings, **fields)
 
     def impact(self, request: PlanRequest, settings: ProfileSettings | None = None) -> Impact:
@@ -145,7 +156,7 @@ class Session(OpenModel):
         self,
         made: Plan,
         quantizer: str = "hqq",
-        save: Path | None = None,
+        save: Path | str | None = None,
         plan_name: str = "",
         run: str | None = None,
         settings: ProfileSettings | None = None,
@@ -185,8 +196,13 @@ class Session(OpenModel):
         Raises
         ------
         InputError, LsqError
-            When the corpus or the protocol is wrong, or the device runs out of memory.
+            When the corpus or the protocol is wrong, the quantized model is not of this session's
+            model, or the device runs out of memory.
         """
+        if quantized is not None and not isinstance(quantized, QuantizedRun):
+            raise InputError(
+                f"A {type(quantized).__name__} cannot be evaluated; give what quantize returned."
+            )
         request = EvaluationRequest(corpus, protocol, max_tokens)
         if quantized is None:
             return RunResult(self.evaluate_full(request))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import lsq_core as lsq
 from lsq_core.results.audit import audit_folder
@@ -109,12 +112,61 @@ def test_plan_and_profile_as_frames_and_figure(session, profile, plan):
         (lambda s: s.plan("nothing"), "nothing"),
         (lambda s: s.plan(lsq.PlanRequest("uniform"), base="4.25"), "request"),
         (lambda s: s.profile(sample=3), "sample"),
+        (lambda s: s.profile(samples="many"), "samples"),
+        (lambda s: s.profile(metadata="none"), "none"),
+        (lambda s: s.evaluate(max_tokens="many"), "many"),
+        (lambda s: s.evaluate(s.plan("uniform", base="4.25")), "Plan"),
         (lambda s: s.evaluate(protocol="none"), "none"),
     ],
 )
 def test_bad_input_raises(session, call, named):
     with pytest.raises(lsq.InputError, match=named):
         call(session)
+
+
+def test_session_repr_reports_errors_and_downloads_nothing(tmp_path, monkeypatch):
+    store = lsq.Store(tmp_path / "lsq.duckdb")
+    assert "There is no folder" in repr(lsq.Session(tmp_path / "missing", store))
+
+    def download(*_: object, **__: object) -> str:
+        raise AssertionError("repr downloads")
+
+    monkeypatch.setattr("lsq_core.model.source._download_from_hub", download)
+    assert "not downloaded yet" in repr(lsq.Session("some-org/some-model", store))
+
+
+def test_model_of_the_same_shapes_is_told_apart(session, quantized, random_model, tmp_path):
+    """Its figures would be compared with the wrong full precision, without any error."""
+    copy = shutil.copytree(random_model("llama-gqa"), tmp_path / "tuned")
+    (weights,) = copy.glob("*.safetensors")
+    tensors = load_file(weights)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * 1.5
+    save_file(tensors, weights, {"format": "pt"})
+    tuned = lsq.Session(copy, session.store, "cpu")
+    assert tuned.info.matrices == session.info.matrices
+    with pytest.raises(lsq.InputError, match="session that quantized it"):
+        tuned.evaluate(quantized, session.corpus, max_tokens=300)
+    other_dtype = lsq.Session(session.source, session.store, "cpu", "bfloat16")
+    with pytest.raises(lsq.InputError, match="float32 and this session on cpu in bfloat16"):
+        other_dtype.evaluate(quantized, session.corpus, max_tokens=300)
+
+
+def test_plan_for_another_model_is_refused(session, plan):
+    with pytest.raises(lsq.InputError, match="another model"):
+        lsq.Session("demo", session.store, "cpu").quantize(plan, "rtn")
+
+
+def test_saving_while_quantizing_writes_what_save_writes(session, plan, quantized, tmp_path):
+    made = session.quantize(plan, "rtn", save=str(tmp_path / "at once"))
+    assert made.row["saved_to"] == str(tmp_path / "at once")
+    quantized.save(tmp_path / "later")
+    at_once, later = (
+        json.loads((tmp_path / name / "lsq.json").read_text()) for name in ("at once", "later")
+    )
+    for manifest in (at_once, later):
+        del manifest["run"], manifest["sha256"]["lsq.json"]  # the checksum covers the run's id
+    assert at_once == later
+    assert len(at_once["sha256"]) >= 4
 
 
 def test_readme_session_runs(tmp_path):

@@ -89,7 +89,7 @@ class PlanRequest:
         """
         unknown = sorted(set(content) - {each.name for each in fields(cls)})
         if unknown:
-            raise InputError(f"A request has no field '{unknown[0]}'; remove it from the plan.")
+            raise InputError(f"A request has no field '{unknown[0]}'; remove it.")
         if "method" not in content:
             raise InputError("The plan's request lacks its method.")
         return cls(**content)

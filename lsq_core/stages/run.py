@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lsq_core.errors import LsqError, translate_resource_errors
+from lsq_core.errors import InputError, LsqError, translate_resource_errors
 from lsq_core.evaluation.protocol import EvaluationRequest
+from lsq_core.files import resolve_path
 from lsq_core.jsontext import json_text
 from lsq_core.planning.plan import Plan
 from lsq_core.profiling.settings import ProfileSettings
@@ -71,7 +72,7 @@ class QuantizedRun:
         InputError, LsqError
             When the folder holds something else, cannot be written, or the disk is full.
         """
-        folder = Path(folder).expanduser().resolve()
+        folder = resolve_path(folder)
         if not _is_saved(folder, self.run):
             check_folder_target(folder)
             _save(self.original, self.model, self.plan, self.run, folder)
@@ -175,32 +176,66 @@ def quantize_plan(
     model: OpenModel,
     plan: Plan,
     quantizer: str,
-    save: Path | None = None,
+    save: Path | str | None = None,
     plan_name: str = "",
     run: str | None = None,
     settings: ProfileSettings | None = None,
 ) -> QuantizedRun:
-    """Quantize by a plan, and save the model where that is asked for.
+    """Quantize by a plan, and save the model to the folder ``save`` if one is given.
 
-    ``run`` is that of a run kept before, to which more evaluations are to be added;
-    ``settings`` name the text for a quantizer that is calibrated.
+    ``run`` is the id of a stored run to which more evaluations are to be added; ``settings``
+    name the corpus of a calibrated quantizer.
 
     Raises
     ------
     InputError, LsqError
-        When an input is wrong, the device has too little memory, or the disk is full.
+        When an input is wrong, the plan is for another model, the device has too little memory,
+        or the disk is full.
     """
+    _check_plan_fits(model, plan)
     check_choice(quantizer, plan.choice, plan.axis)
     plan = with_quantizer(plan, quantizer, settings or model.default_settings)
     run = run or _run_id(model, plan, quantizer)
-    saved = save is not None and _is_saved(save, run)
-    if save is not None and not saved:
-        check_folder_target(save)
+    folder = None if save is None else resolve_path(save)
+    if folder is not None and not _is_saved(folder, run):
+        check_folder_target(folder)  # before the work rather than after it
     quantized, seconds = _quantize(model, plan)
-    if save is not None and not saved:
-        _save(model, quantized, plan, run, save)
-    row = _run_row(model, plan, quantized, seconds, save)
-    return QuantizedRun(run, quantized, plan, row, model, plan_name)
+    row = _run_row(model, plan, quantized, seconds)
+    made = QuantizedRun(run, quantized, plan, row, model, plan_name)
+    if folder is not None:
+        made.save(folder)
+    return made
+
+
+def _check_plan_fits(model: OpenModel, plan: Plan) -> None:
+    """Raise :class:`InputError` for a plan with matrices that the model does not have."""
+    missing = set(plan.matrices) - set(model.info.matrices)
+    if missing:
+        first = min(matrix.name for matrix in missing)
+        raise InputError(
+            f"The plan is for another model: {model.source.name} has no matrix {first} of the "
+            "plan's shape; make a plan for this model."
+        )
+
+
+def _check_same_model(model: OpenModel, made: Sequence[QuantizedRun]) -> None:
+    """Raise :class:`InputError` unless the runs are of this model, on this device, in this dtype.
+
+    Their figures would otherwise be compared with the full precision of another model.
+    """
+    for one in made:
+        if one.row["fingerprint"] != model.info.fingerprint:
+            raise InputError(
+                f"Run {one.run} was quantized from {one.original.source.name}, which is not the "
+                f"model {model.source.name}; evaluate it in the session that quantized it."
+            )
+        own, here = one.original.device_and_dtype, model.device_and_dtype
+        if own != here:
+            raise InputError(
+                f"Run {one.run} is on {own['device']} in {own['dtype']} and this session on "
+                f"{here['device']} in {here['dtype']}; evaluate it in the session that "
+                "quantized it."
+            )
 
 
 def measure(
@@ -210,7 +245,13 @@ def measure(
 
     Yields what :meth:`run` returns: of each model on the first text, as soon as it is read,
     then of each on the next one.
+
+    Raises
+    ------
+    InputError
+        When a run was quantized from another model, or on another device or in another dtype.
     """
+    _check_same_model(model, made)
     models = [one.model for one in made]
     identities = [[one.run, plan_identity(one.plan), one.row["quantizer"]] for one in made]
     found = evaluate_models(model, models, requests, model.loaded.model, identities)
@@ -346,7 +387,6 @@ def _run_row(
     plan: Plan,
     quantized: nn.Module,
     seconds: float,
-    save: Path | None,
 ) -> dict:
     from lsq_core.quantized.modules import measured_bytes
 
@@ -358,7 +398,7 @@ def _run_row(
         "measured_bytes": measured,
         "model_bytes": measured + plan.other_bytes,
         "quantize_seconds": seconds,
-        "saved_to": str(save) if save else None,
+        "saved_to": None,
         "device": model.loaded.device,
         "machine": machine(model.loaded.device),
         "dtype": model.loaded.dtype,
