@@ -204,7 +204,7 @@ def test_load_corpus_malformed_dataset_name_raises(name):
 def test_load_corpus_invalid_part_or_count_raises(tmp_path):
     with pytest.raises(InputError, match="calibration or evaluation"):
         load_corpus("stdlib", "test")
-    with pytest.raises(InputError, match="1 or more"):
+    with pytest.raises(InputError, match="sizes from 1 to"):
         load_corpus("stdlib", "evaluation", max_texts=0)
 
 
