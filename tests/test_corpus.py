@@ -204,7 +204,7 @@ def test_load_corpus_malformed_dataset_name_raises(name):
 def test_load_corpus_invalid_part_or_count_raises(tmp_path):
     with pytest.raises(InputError, match="calibration or evaluation"):
         load_corpus("stdlib", "test")
-    with pytest.raises(InputError, match="sizes from 1 to"):
+    with pytest.raises(InputError, match="1 or more"):
         load_corpus("stdlib", "evaluation", max_texts=0)
 
 
@@ -508,7 +508,7 @@ def test_calibration_blocks_short_text_raises(tokenizer):
 
 @pytest.mark.parametrize("size", ["samples", "max_line_tokens", "block_tokens"])
 def test_calibration_blocks_size_below_1_raises(tokenizer, size):
-    with pytest.raises(InputError, match="1 or more"):
+    with pytest.raises(InputError, match="sizes from 1 to"):
         build_calibration_blocks(make_corpus(LONG), tokenizer, **{size: 0})
 
 
