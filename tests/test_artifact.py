@@ -112,7 +112,7 @@ def test_load_quantized_plan_weight_mismatch_raises(saved):
         load_quantized(saved, "cpu")
     content["modules"]["model.layers.99.mlp.up_proj"] = {"bits": 2, "group_size": 64}
     (saved / MANIFEST_FILE).write_text(json.dumps(content))
-    with pytest.raises(InputError, match=r"plans model\.layers\.99"):
+    with pytest.raises(InputError, match=r"plan for model\.layers\.99"):
         load_quantized(saved, "cpu")
 
 

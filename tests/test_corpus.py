@@ -508,7 +508,7 @@ def test_calibration_blocks_short_text_raises(tokenizer):
 
 @pytest.mark.parametrize("size", ["samples", "max_line_tokens", "block_tokens"])
 def test_calibration_blocks_size_below_1_raises(tokenizer, size):
-    with pytest.raises(InputError, match="1 or more"):
+    with pytest.raises(InputError, match="sizes from 1 to"):
         build_calibration_blocks(make_corpus(LONG), tokenizer, **{size: 0})
 
 

@@ -60,7 +60,7 @@ class PlanRequest:
             ("metric", self.metric, SENSITIVITIES),
         ):
             if value not in offered:
-                raise InputError(f"{name} is one of {', '.join(offered)}, not '{value}'.")
+                raise InputError(f"{name} must be one of {', '.join(offered)}, not '{value}'.")
 
     def _check_types(self) -> None:
         """Raise :class:`InputError` for a field of the wrong type, as a file may have one."""

@@ -52,7 +52,9 @@ def read_plan(content: object, matrices: Sequence[Matrix]) -> SavedPlan:
     request = PlanRequest.from_json(_read_field(content, "request", dict))
     metadata, axis = _read_field(content, "metadata", str), _read_field(content, "axis", int)
     if metadata not in METADATA_FORMATS:
-        raise _invalid_plan(f"metadata is one of {', '.join(METADATA_FORMATS)}, not '{metadata}'")
+        raise _invalid_plan(
+            f"metadata must be one of {', '.join(METADATA_FORMATS)}, not '{metadata}'"
+        )
     if axis not in (0, 1):
         raise _invalid_plan(f"axis is 0 or 1, not {axis}")
     different = {m.name for m in matrices} ^ set(modules)

@@ -100,7 +100,14 @@ def _quantize_matrix(
 ) -> StoredMatrix:
     """Quantize one matrix of a task, or take it from the task's cache."""
     rows, grid = task.rows.get(matrix.name), task.grid
-    key = matrix.name, config, tuple(rows or ()), type(quantizer), grid.axis, grid.metadata
+    key = (
+        matrix.name,
+        config,
+        tuple(() if rows is None else rows),
+        type(quantizer),
+        grid.axis,
+        grid.metadata,
+    )
     return task.cache.get(
         key,
         lambda: quantize_config(

@@ -366,7 +366,7 @@ def test_run_export_report_and_bibtex(user, tmp_path):
 def test_sql_page_select_works_and_copy_is_refused(user, tmp_path):
     user.set_download_folder(tmp_path / "downloads")
     user.open("/SQL?model=demo")
-    user.wait_for_headline("found", 60)
+    user.wait_for_headline("row", 60)
     user.click("What there is")
     store = user.server.store
     tables = store.query("SELECT count(*) AS n FROM duckdb_columns() WHERE NOT internal")["n"][0]

@@ -28,7 +28,7 @@ def test_full_workflow_on_demo_model(user):
 
 def choose_demo_model(user) -> None:
     user.open()
-    assert "at 4.25 bits 3.6 MiB" in user.wait_for_headline("5.6 M parameters", 90)
+    assert "3.6 MiB at 4.25 bits" in user.wait_for_headline("5.6 M parameters", 90)
     user.click("Demo model")
 
 

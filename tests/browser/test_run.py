@@ -130,7 +130,7 @@ def test_sweep_fills_table_and_store(user):
     captions = "[data-testid=stCaptionContainer]"
     user.wait(lambda: any(e.text.startswith("2 runs;") for e in user.all(captions)))
     user.click("Start the sweep")
-    line = user.wait_for_headline("2 made", 90)
+    line = user.wait_for_headline("2 new", 90)
     rows = evaluations(user.server)
     rows = rows[~rows["evaluation"].isin(before)]
     assert len(rows) == 2, "a plan that was run before gets an evaluation more, not a run"
