@@ -48,7 +48,7 @@ STOPS = len(LADDER)
 
 def select_points(points: MeasuredPoints, chosen: np.ndarray) -> MeasuredPoints:
     """Some of the points, by index or mask."""
-    names = ("features", "perplexity", "full_precision", "finest")
+    names = ("features", "perplexity", "full_precision", "eight_bit")
     return replace(points, **{name: getattr(points, name)[chosen] for name in names})
 
 
@@ -434,7 +434,7 @@ def test_cli_plan_predicted_perplexity(run_cli):
     }
     assert (predicted["corpus"], predicted["protocol"]) == ("text", "strided-512/256")
     status, text, _ = run_cli("plan", "--method", "uniform", "--base", "8.51")
-    assert re.search(r"9 runs, beyond .*6\.0000", text)
+    assert re.search(r"9 runs, extrapolated; .*6\.0000", text)
 
 
 def test_cli_plan_prediction_unavailable_reason(run_cli):
@@ -467,8 +467,8 @@ def test_cli_max_loss_gives_smallest_plan(run_cli, method):
         (["--max-loss", "abc"], "'abc'"),
         (["--max-loss=-1%"], "'-1%'"),
         (["--max-loss", "0"], "'0'"),
-        (["--max-loss", "1%", "--budget", "3bpp"], "not both"),
-        (["--max-loss", "1%", "--base", "3.13"], "not both"),
+        (["--max-loss", "1%", "--budget", "3bpp"], "either --max-loss or"),
+        (["--max-loss", "1%", "--base", "3.13"], "either --max-loss or"),
         (["--max-loss", "1%", "--corpus", "other"], "3 different plans"),
         (["--max-loss", "1%", "--pin", "*=b2g128"], "allow more"),
     ],

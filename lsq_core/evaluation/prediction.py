@@ -101,8 +101,8 @@ class MeasuredPoints:
     """Runs of one model on one corpus by one protocol, newest first.
 
     ``features`` is (n, 2); ``perplexity`` and ``full_precision``, that of the unquantized model in
-    the run's dtype, are (n,). ``finest`` (n,) marks plans with 8 bits everywhere: what they cost is
-    the rounding of scale and zero, and of the evaluation, of which the features know nothing.
+    the run's dtype, are (n,). ``eight_bit`` (n,) marks plans with 8 bits everywhere: what they cost
+    is the rounding of scale and zero, and of the evaluation, of which the features know nothing.
     """
 
     features: np.ndarray
