@@ -20,11 +20,11 @@ import duckdb
 from lsq_core import paths
 from lsq_core.errors import InputError
 from lsq_core.store import database
+from lsq_core.store.schema import MIGRATIONS
 
 if TYPE_CHECKING:
     import pandas as pd
 
-from lsq_core.store.schema import MIGRATIONS
 
 #: Seconds to wait for another process to let go of the file.
 LOCK_TIMEOUT_S = 20.0

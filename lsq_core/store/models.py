@@ -11,11 +11,11 @@ import duckdb
 from lsq_core.jsontext import json_text
 from lsq_core.model.info import Matrix, ModelInfo
 from lsq_core.provenance import now
+from lsq_core.store.connection import DatabaseFile, import_pandas, insert_row
 
 if TYPE_CHECKING:
     import pandas as pd
 
-from lsq_core.store.connection import DatabaseFile, import_pandas, insert_row
 
 #: What the fingerprint of a model without weights begins with: its measurements were published.
 PUBLISHED = "published:"

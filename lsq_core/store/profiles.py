@@ -16,12 +16,11 @@ from lsq_core.jsontext import json_text
 from lsq_core.profiling.profile import Profile
 from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.provenance import now
+from lsq_core.store.connection import insert_row
+from lsq_core.store.models import ModelTables
 
 if TYPE_CHECKING:
     import pandas as pd
-
-from lsq_core.store.connection import insert_row
-from lsq_core.store.models import ModelTables
 
 
 @dataclass(frozen=True)

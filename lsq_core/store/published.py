@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lsq_core.model.info import ModelInfo
+from lsq_core.store.connection import DatabaseFile
+from lsq_core.store.models import insert_model
 
 if TYPE_CHECKING:
     import pandas as pd
 
-from lsq_core.store.connection import DatabaseFile
-from lsq_core.store.models import insert_model
 
 #: Which rows of each table are published ones, what points to others before what is pointed to.
 #: Plans that a person made for a published model stay.

@@ -10,11 +10,11 @@ import numpy as np
 
 from lsq_core.errors import InputError
 from lsq_core.store import database
+from lsq_core.store.connection import LOCK_TIMEOUT_S, DatabaseFile
 
 if TYPE_CHECKING:
     import pandas as pd
 
-from lsq_core.store.connection import LOCK_TIMEOUT_S, DatabaseFile
 
 #: Every evaluation of a quantized run that wasn't deleted, with full precision beside it.
 _RESULTS_SQL = """

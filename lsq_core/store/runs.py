@@ -12,13 +12,13 @@ import duckdb
 from lsq_core.errors import InputError
 from lsq_core.jsontext import json_text
 from lsq_core.provenance import evaluation_dependencies, now
+from lsq_core.store.connection import DatabaseFile, insert_row, new_id
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from lsq_core.evaluation.result import Evaluation
     from lsq_core.planning.plan import Plan
-from lsq_core.store.connection import DatabaseFile, insert_row, new_id
 
 #: What a saved model's manifest knows of its plan and run, by the columns' own names.
 _PLAN_COLUMNS = ("method", "bits_per_param", "nominal_bytes", "planned_bytes", "model_bytes")
