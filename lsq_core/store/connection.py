@@ -73,7 +73,8 @@ class DatabaseFile:
             with database.translate_duckdb_errors(self.path):
                 yield connection
         finally:
-            connection.close()
+            with database.FILE_HANDLES:
+                connection.close()
 
     @contextmanager
     def held(self) -> Iterator[None]:

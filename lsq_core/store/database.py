@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -42,6 +43,9 @@ _STORAGE_ERRORS = (
     duckdb.SerializationException,
 )
 T = TypeVar("T")
+#: Held while a connection is opened or closed: DuckDB refuses to open a file that another thread is
+#: just closing, and where many threads do both, one could be refused again and again.
+FILE_HANDLES = threading.Lock()
 _OTHER_PATH_HINT = "give another path with --db or LSQ_DB"
 
 
@@ -94,9 +98,12 @@ def connect(path: Path, wait: float) -> duckdb.DuckDBPyConnection:
     if not os.access(path, os.R_OK):
         raise InputError(f"{path} cannot be read: permission denied; {_OTHER_PATH_HINT}.")
     read_only = is_read_only(path)
-    connection = retry_while_locked(
-        path, wait, lambda: duckdb.connect(str(path), read_only=read_only, config=CONFIG)
-    )
+
+    def open_file() -> duckdb.DuckDBPyConnection:
+        with FILE_HANDLES:
+            return duckdb.connect(str(path), read_only=read_only, config=CONFIG)
+
+    connection = retry_while_locked(path, wait, open_file)
     connection.execute("SET enable_progress_bar = false")  # it would go to standard output
     return connection
 
