@@ -24,9 +24,9 @@ from lsq_core.profiling.calibration import load_calibration
 def test_profile_scores_match_reference_method():
     """Slow: the demo's 168 matrices at twelve configurations, and at two of them the long way.
 
-    Weights in bfloat16 lie exactly between two codes now and then. Which way such a tie goes depends
-    on the order in which a machine adds float32 numbers, and HQQ's steps can carry one group to
-    another zero point: on one machine 1 of 32,768 groups did, which moved one matrix by 2.6 %.
+    Weights in bfloat16 lie exactly between two codes now and then. Which way such a tie goes
+    depends on the order in which a machine adds float32 numbers, and HQQ's steps can carry one
+    group to another zero point: on one machine that moved one of the 168 matrices by 2.6 %.
     """
     settings = replace(bench.SETTINGS, samples=5, block_tokens=256)
     ids = torch.from_numpy(load_calibration(bench.open_demo(), settings.text).ids)
