@@ -19,10 +19,10 @@ HEADLINES = {
     "Plan": "bits:",
     "Run": "Nothing is running.",
     "Compare": "Best within",
-    "Query": "found",
+    "Query": "row",
 }
 EMPTY_DATABASE_HEADLINES = {
-    "/": "5.6 M parameters, 10.8 MiB; at 4.25 bits 3.6 MiB.",
+    "/": "5.6 M parameters, 10.8 MiB; 3.6 MiB at 4.25 bits.",
     "/Explore": "demo has not been profiled",
     "/Plan": "3.25 bits: 1.99 MiB planned",
     "/Run": "No runs yet.",
