@@ -12,7 +12,8 @@ from lsq_core.errors import LsqError
 from lsq_core.model.info import ModelInfo
 from lsq_core.planning.detection import shallow_model_note
 from lsq_core.quantization.registry import planned_bytes
-from lsq_core.reference import download, import_download, import_reference
+from lsq_core.reference import download
+from lsq_core.reference.importing import import_download, import_reference
 from lsq_core.store.models import PUBLISHED
 from lsq_core.store.store import Store
 from lsq_core.ui import cached, cached_results, sidebar, state, words

@@ -1,9 +1,9 @@
-"""``lsq`` and ``python -m lsq_core``, the same program: see :mod:`lsq_core.cli`."""
+"""``lsq`` and ``python -m lsq_core``, the same program: see :mod:`lsq_core.cli.program`."""
 
 import os
 import sys
 
-from lsq_core.cli import main
+from lsq_core.cli.program import main
 
 
 def run() -> int:

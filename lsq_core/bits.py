@@ -321,9 +321,9 @@ def weight_only_bytes(numel: int, config: QuantConfig) -> float:
 def matrix_bytes(
     count_bytes: Callable[[int, QuantConfig], float], shape: HasShape, config: Config
 ) -> float:
-    """An account of a whole matrix: of its parts, and of what says which row is which.
+    """Bytes of a whole matrix: of its parts, and of the index of its high-impact rows.
 
-    ``account`` is one of those above, of so many weights at a configuration.
+    ``count_bytes`` is one of the functions above, of a number of weights at a configuration.
     """
     parts = sum(count_bytes(numel, part) for numel, part in config.parts(shape))
     return parts + config.index_bytes(shape)

@@ -227,7 +227,7 @@ def read_json(path: Path) -> dict | None:
 
     Raises
     ------
-    Damaged
+    DamagedFileError
         When it holds anything else, or cannot be read.
     """
     try:
@@ -258,11 +258,11 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 def read_arrays(path: Path, expected: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | None:
     """Arrays that :func:`write_arrays` wrote, or None where there is no file.
 
-    ``like`` has an array of the expected shape and dtype for each; values have to be finite.
+    ``expected`` has an array of the expected shape and dtype for each; values have to be finite.
 
     Raises
     ------
-    Damaged
+    DamagedFileError
         When one is missing or another than expected, or the file cannot be read.
     """
     import numpy as np

@@ -103,7 +103,7 @@ def items(
 def requests(
     template: PlanRequest, methods: Sequence[str], bases: Sequence[str], budgets: Sequence[str]
 ) -> list[PlanRequest]:
-    """Each method at each base and at each budget, all else as in ``like``.
+    """Each method at each base and at each budget, all else as in ``template``.
 
     Raises
     ------
@@ -188,7 +188,7 @@ def read_sweep_rows(folder: Path) -> list[dict]:
 
     Raises
     ------
-    Damaged
+    DamagedFileError
         When that cannot be read.
     """
     path = folder / ITEMS_FILE

@@ -43,7 +43,7 @@ _PACKAGE = f"{Path(__file__).parent}{os.sep}"
 
 
 def read_json_object(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict:
-    """The JSON object in a file of at most ``most`` bytes.
+    """The JSON object in a file of at most ``max_bytes`` bytes.
 
     Raises
     ------
@@ -132,9 +132,10 @@ def _strerror(error: Exception) -> str:
 def wrap_library_errors(make_message: Callable[[str], str]) -> Iterator[None]:
     """Within the ``with``, whatever a library raises over a model's files is an InputError.
 
-    ``refusal`` makes a sentence of the reason. The block is to hold calls of libraries and little
-    else. Errors of this project that are sentences already, too little memory, and what functions
-    of this project raise by themselves (which would be a defect in them) go on as they are.
+    ``make_message`` makes a sentence of the reason. The block is to hold calls of libraries and
+    little else. Errors of this project that are sentences already, too little memory, and what
+    functions of this project raise by themselves (which would be a defect in them) go on as they
+    are.
 
     Raises
     ------

@@ -13,7 +13,7 @@ import pytest
 from filelock import FileLock
 
 from lsq_core.bits import FP16_BITS, QuantConfig
-from lsq_core.reference import import_reference
+from lsq_core.reference.importing import import_reference
 from lsq_core.store.store import Store
 
 # Nothing here may reach the network, whatever a machine has cached or is logged in to.

@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from lsq_core.bits import LADDER, QuantConfig
-from lsq_core.cli import main
+from lsq_core.cli.program import main
 from lsq_core.errors import InputError
 from lsq_core.evaluation.protocol import EvaluationRequest
 from lsq_core.model.source import ModelSource

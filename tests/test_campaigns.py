@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from lsq_core import cli
+from lsq_core.cli import program as cli
 from tests.campaigns.harness import Tally, failed, outcome
 from tests.conftest import ROOT
 

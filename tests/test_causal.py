@@ -9,7 +9,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lsq_core.cli import main
+from lsq_core.cli.program import main
 from lsq_core.errors import InputError
 from lsq_core.model.causal import check_causal
 from lsq_core.model.loading import load_model
@@ -82,8 +82,10 @@ def test_check_causal_ignores_rounding_noise(dtype):
         run_check(lambda ids: forward(ids) + 0.3 * make_states(ids).mean(1, keepdim=True), dtype)
 
 
-def test_check_causal_context_1_passes():
-    run_check(make_states, context=1)
+def test_check_causal_context_1_runs_nothing():
+    calls = []
+    run_check(calls.append, context=1)
+    assert not calls
 
 
 def test_check_causal_forward_error_raises_input_error():

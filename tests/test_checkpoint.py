@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lsq_core import cli
+from lsq_core.cli import program
 from lsq_core.errors import InputError
 from lsq_core.model.loading import inspect_model, load_model
 from lsq_core.model.source import ModelSource
@@ -127,9 +127,9 @@ def test_unused_tensors_reported_in_notes(model_copy, tmp_path, capsys):
     assert Session(source, store).info.notes == loaded.notes
     assert store.model(loaded.fingerprint).notes == loaded.notes, "also where it is known already"
     db = ["--db", str(tmp_path / "db"), "--model", str(model_copy)]
-    assert cli.main(["inspect", "--json", *db]) == 0
+    assert program.main(["inspect", "--json", *db]) == 0
     assert json.loads(capsys.readouterr().out)["notes"] == list(loaded.notes)
-    assert cli.main(["inspect", *db]) == 0
+    assert program.main(["inspect", *db]) == 0
     assert "score.weight" in capsys.readouterr().out
 
 

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from lsq_core.cli import main
+from lsq_core.cli.program import main
 from lsq_core.evaluation.bootstrap import bootstrap_difference
 from lsq_core.store.store import Store
 from tests.conftest import ROOT

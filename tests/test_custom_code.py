@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lsq_core import cli
+from lsq_core.cli import program
 from lsq_core.errors import InputError
 from lsq_core.evaluation.generation import compare_generation
 from lsq_core.model.loading import inspect_model, load_model
@@ -77,7 +77,7 @@ def test_custom_code_without_trust_raises(own, capsys):
     ):
         with pytest.raises(InputError, match="--trust-remote-code"):
             open_model(source)
-    assert cli.main(["inspect", "--model", str(own)]) == 2
+    assert program.main(["inspect", "--model", str(own)]) == 2
     captured = capsys.readouterr()
     assert captured.out == "", "no question is asked there"
     assert "--trust-remote-code" in captured.err
@@ -86,7 +86,7 @@ def test_custom_code_without_trust_raises(own, capsys):
 def test_custom_code_model_save_and_eval(own, tmp_path, capsys, small_text):
     saved, db = tmp_path / "saved", ("--db", tmp_path / "db", "--corpus", small_text)
     trusted = ["--model", own, "--trust-remote-code"]
-    assert cli.main(run("--save", saved, *trusted, *db)) == 0
+    assert program.main(run("--save", saved, *trusted, *db)) == 0
     result = json.loads(capsys.readouterr().out)
     assert {p.name for p in saved.glob("*.py")} == {"configuration_own.py", "modeling_own.py"}
     shutil.rmtree(own)
@@ -101,11 +101,13 @@ def test_custom_code_model_save_and_eval(own, tmp_path, capsys, small_text):
         "--json",
     ]
     eval_command += map(str, db)
-    assert cli.main([*eval_command, "--trust-remote-code"]) == 0
+    assert program.main([*eval_command, "--trust-remote-code"]) == 0
     assert json.loads(capsys.readouterr().out)["perplexity"] == pytest.approx(
         result["perplexity"], rel=1e-6
     )
-    assert cli.main(eval_command) == 2, "a saved model's code runs no sooner than the original's"
+    assert program.main(eval_command) == 2, (
+        "a saved model's code runs no sooner than the original's"
+    )
     assert "--trust-remote-code" in capsys.readouterr().err
 
 
@@ -119,7 +121,7 @@ def test_saved_model_keeps_eos_tokens(own, random_model, tmp_path, capsys):
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, first.id]}))
     saved = tmp_path / "saved"
     options = ["--model", folder, "--save", saved, "--db", tmp_path / "db", "--pin", "*=b8g32"]
-    assert cli.main(run(*options)) == 0
+    assert program.main(run(*options)) == 0
     original = load_model(ModelSource(str(folder)), "cpu").model
     quantized = load_quantized(saved, "cpu")
     assert quantized.model.generation_config.eos_token_id == [0, first.id]

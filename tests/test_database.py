@@ -13,8 +13,8 @@ from pathlib import Path
 import duckdb
 import pytest
 
-from lsq_core import cli
-from lsq_core.cli import main
+from lsq_core.cli import program
+from lsq_core.cli.program import main
 from lsq_core.errors import InputError, LsqError
 from lsq_core.store import database
 from lsq_core.store.repair import repair
@@ -152,7 +152,7 @@ def test_cli_foreign_view_or_macro_reads_no_file(tmp_path, capsys, kind):
         execute_sql(path, "DROP TABLE runs", f"CREATE VIEW runs AS SELECT {as_runs}")
     else:
         execute_sql(path, f"CREATE MACRO max(x) AS (SELECT content FROM read_text('{secret}'))")
-    status = cli.main(["results", "--json", "--db", str(path)])
+    status = program.main(["results", "--json", "--db", str(path)])
     printed = capsys.readouterr()
     assert status == 2
     assert "verysecret" not in printed.out + printed.err
@@ -315,7 +315,7 @@ def test_repair_damaged_database_skips_unreadable_rows(populated, tmp_path, caps
         path.write_bytes(content)
         out = tmp_path / "new.duckdb"
         out.unlink(missing_ok=True)
-        status = cli.main(["repair", str(path), "--out", str(out), "--json"])
+        status = program.main(["repair", str(path), "--out", str(out), "--json"])
         printed = capsys.readouterr()
         assert path.read_bytes() == content, "the damaged file stays as it is"
         if status:

@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 
 from lsq_core import charts
-from lsq_core.cli import main
 from lsq_core.cli.parser import build_parser
+from lsq_core.cli.program import main
 from lsq_core.jobs import arguments
 from lsq_core.results import export, report
 from lsq_core.store.store import Store

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lsq_core.bits import QuantConfig
-from lsq_core.cli import main
+from lsq_core.cli.program import main
 from lsq_core.errors import InputError
 from lsq_core.evaluation.generation import _prompt_ids, compare_generation, first_difference
 from lsq_core.evaluation.protocol import EvaluationRequest

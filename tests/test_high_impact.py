@@ -12,7 +12,7 @@ import torch
 from scipy.stats import spearmanr
 
 from lsq_core.bits import RATIOS, mixed_rows
-from lsq_core.cli import main
+from lsq_core.cli.program import main
 from lsq_core.errors import InputError
 from lsq_core.model.architecture import get_weight
 from lsq_core.model.info import Matrix

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lsq_core.bits import QuantConfig, mixed_rows
-from lsq_core.cli import main
+from lsq_core.cli.program import main
 from lsq_core.errors import InputError
 from lsq_core.model.architecture import find_blocks, get_weight
 from lsq_core.model.info import Matrix

@@ -10,7 +10,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-from lsq_core import cli
+from lsq_core.cli import program
 from lsq_core.errors import InputError
 from lsq_core.model.identity import code_hash, compute_identity, tokenizer_hash
 from lsq_core.model.loading import inspect_model
@@ -251,7 +251,7 @@ def test_cli_infeasible_request_fetches_no_weights(hub, command, tmp_path, capsy
     plan = tmp_path / "plan.json"
     plan.write_text(json.dumps({"modules": {"model.layers.99.x": {"bits": 2, "group_size": 64}}}))
     command = [word.format(plan=plan) for word in command]
-    assert cli.main([*command, "--model", "some-org/some-model"]) in (1, 2)
+    assert program.main([*command, "--model", "some-org/some-model"]) in (1, 2)
     assert "config.json" in hub
     assert not [name for name in hub if name.endswith(".safetensors")]
     assert "lsq:" in capsys.readouterr().err
@@ -267,7 +267,7 @@ def test_cli_feasible_plan_fetches_config_before_weights(hub, capsys):
         "--model",
         "some-org/some-model",
     ]
-    assert cli.main(command) == 0
+    assert program.main(command) == 0
     assert hub.index("config.json") < hub.index("model.safetensors")
 
 
@@ -278,13 +278,13 @@ def test_cli_inspect_remote_model_small_files_only(hub, model_copy, capsys):
     (model_copy / "config.json").write_text(json.dumps(config))
     index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
     (model_copy / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert cli.main(["inspect", "--model", "some-org/some-model", "--json"]) == 0
+    assert program.main(["inspect", "--model", "some-org/some-model", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["layers"] == 2
     assert set(hub) == {"config.json", "model.safetensors.index.json"}
 
 
 def test_cli_inspect_quantized_remote_model_exit_2(hub, model_copy, capsys):
     (model_copy / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
-    assert cli.main(["inspect", "--model", "some-org/some-model"]) == 2
+    assert program.main(["inspect", "--model", "some-org/some-model"]) == 2
     assert "FP8" in capsys.readouterr().err
     assert not [name for name in hub if name.endswith(".safetensors")]

@@ -112,12 +112,16 @@ def test_make_plan_any_request_within_budget_or_raises(request_fields):
 @fuzz
 @given(st.dictionaries(st.sampled_from([f.name for f in fields(PlanRequest)]), any_json))
 def test_plan_request_from_json_any_types_no_crash(request_fields):
+    """A plan of every matrix, or an error that is one line."""
+    message, matrices = "", SMALL.matrices
     try:
         request = PlanRequest.from_json({"method": "uniform"} | request_fields)
         make_frontier(SMALL, request)
-        make_plan(SMALL, request)
-    except LsqError:
-        pass
+        matrices = make_plan(SMALL, request).matrices
+    except LsqError as error:
+        message = str(error) or "\n"
+    assert "\n" not in message
+    assert matrices == SMALL.matrices
 
 
 def test_uniform_base_with_pins_meets_budget():

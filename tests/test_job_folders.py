@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from lsq_core import disk, jobs
-from lsq_core.cli import main
+from lsq_core.cli.program import main
 from lsq_core.errors import InputError, LsqError
 from lsq_core.files import DamagedFileError
 from lsq_core.jobs import worker

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from lsq_core import disk, jobs
-from lsq_core.cli import main
+from lsq_core.cli.program import main
 from lsq_core.errors import InputError
 from lsq_core.model.loading import inspect_model
 from lsq_core.model.source import ModelSource

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from lsq_core.cli import main
+from lsq_core.cli.program import main
 from lsq_core.errors import InputError
 from lsq_core.model.architecture import get_weight
 from lsq_core.model.info import Matrix

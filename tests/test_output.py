@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lsq_core.cli import main
+from lsq_core.cli.program import main
 from lsq_core.store.store import Store
 from tests.conftest import ROOT
 

@@ -66,7 +66,7 @@ def problem(filled: Filled) -> Problem:  # noqa: F811
 
 def command_line_plan(app: AppTest) -> dict[str, str]:
     """The plan that the copied command line makes: module to configuration."""
-    from lsq_core.cli import execute
+    from lsq_core.cli.program import execute
 
     command = shlex.split(next(c.value for c in app.code))
     arguments = [w for w in command[1:] if w not in ("--out", "plan.json")]

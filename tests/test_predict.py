@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
 from lsq_core.bits import DETECTION_CONFIG, LADDER
-from lsq_core.cli import main
+from lsq_core.cli.program import main
 from lsq_core.errors import InputError
 from lsq_core.evaluation.prediction import (
     MIN_PLANS,

@@ -16,7 +16,7 @@ import torch
 
 from lsq_core import provenance
 from lsq_core.bits import QuantConfig
-from lsq_core.cli import main
+from lsq_core.cli.program import main
 from lsq_core.corpus.registry import corpus_identity
 from lsq_core.errors import InputError, LsqError
 from lsq_core.evaluation.protocol import MIN_PREDICTED, EvaluationRequest, Protocol, make_windows

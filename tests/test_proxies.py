@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from lsq_core.bits import QuantConfig
-from lsq_core.cli import main
+from lsq_core.cli.program import main
 from lsq_core.model.architecture import get_weight
 from lsq_core.model.loading import load_model
 from lsq_core.model.source import ModelSource

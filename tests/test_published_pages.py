@@ -18,7 +18,7 @@ from lsq_core.errors import InputError
 from lsq_core.model.source import ModelSource
 from lsq_core.planning.request import PlanRequest
 from lsq_core.profiling.settings import ProfileSettings
-from lsq_core.reference import import_download, import_reference
+from lsq_core.reference.importing import import_download, import_reference
 from lsq_core.results.compare import win_tie_loss, win_tie_loss_at_equal_bytes
 from lsq_core.store.store import Store
 from lsq_core.ui import cached
@@ -159,7 +159,7 @@ def test_model_page_download_offline_shows_error(monkeypatch):
         closed.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{closed.getsockname()[1]}/toolkit"
         offline = functools.partial(import_download, url=url)
-        monkeypatch.setattr("lsq_core.reference.import_download", offline)
+        monkeypatch.setattr("lsq_core.reference.importing.import_download", offline)
         app = open_page("Model")
         app.button(key="download").click().run()
     assert "cannot be reached" in app.error[0].value

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from lsq_core.bits import LADDER, QuantConfig
-from lsq_core.cli import main
+from lsq_core.cli.program import main
 from lsq_core.errors import InputError, LsqError
 from lsq_core.evaluation.protocol import EvaluationRequest
 from lsq_core.model.architecture import get_weight

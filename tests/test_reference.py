@@ -14,14 +14,14 @@ import pandas as pd
 import pytest
 
 from lsq_core.bits import LADDER
-from lsq_core.cli import main
+from lsq_core.cli.program import main
 from lsq_core.errors import InputError
 from lsq_core.evaluation.protocol import EvaluationRequest
 from lsq_core.model.info import Matrix
 from lsq_core.model.source import ModelSource
 from lsq_core.planning.plan import Plan
 from lsq_core.planning.request import PlanRequest
-from lsq_core.reference import import_reference
+from lsq_core.reference.importing import import_reference
 from lsq_core.results.compare import (
     WinTieLoss,
     add_labels,

@@ -16,11 +16,11 @@ import pandas as pd
 import pytest
 
 from lsq_core.bits import LADDER
-from lsq_core.cli import main
+from lsq_core.cli.program import main
 from lsq_core.errors import InputError, LsqError
 from lsq_core.reference import download as downloads
-from lsq_core.reference import import_download
 from lsq_core.reference.checkout import ERRORS, OBJECTIVES, PLANS, RUNS, SENSITIVITIES, STATISTICS
+from lsq_core.reference.importing import import_download
 from lsq_core.store.store import Store
 
 pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
@@ -273,7 +273,7 @@ def test_download_url_and_commit_constants():
 
 def test_cli_import_reference_download(toolkit, host, store, monkeypatch, capsys):
     pinned = functools.partial(import_download, url=host.url, commit=toolkit[1])
-    monkeypatch.setattr("lsq_core.reference.import_download", pinned)
+    monkeypatch.setattr("lsq_core.reference.importing.import_download", pinned)
     assert main(["import-reference", "--download", "--db", str(store.path)]) == 0
     assert f"{host.url} at {toolkit[1][:12]}: 1 models" in capsys.readouterr().out
     for words in ([], ["somewhere", "--download"]):

@@ -12,8 +12,8 @@ import pytest
 
 from lsq_core import charts
 from lsq_core.bits import RATIOS, mixed_rows
-from lsq_core.cli import execute
 from lsq_core.cli.parser import build_parser
+from lsq_core.cli.program import execute
 from lsq_core.cli.verbs import _plan_request
 from lsq_core.evaluation.prediction import load_measured_points
 from lsq_core.evaluation.protocol import EvaluationRequest

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from lsq_core import disk
-from lsq_core.cli import main
+from lsq_core.cli.program import main
 from lsq_core.errors import InputError
 from lsq_core.model.source import MANIFEST_FILE
 from lsq_core.quantized.artifact import load_quantized

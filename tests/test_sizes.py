@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lsq_core.cli import main
+from lsq_core.cli.program import main
 from lsq_core.errors import InputError, exception_reason
 from lsq_core.evaluation.generation import compare_generation
 from lsq_core.evaluation.protocol import Protocol

@@ -51,6 +51,15 @@ def module_name(path: Path) -> str:
 
 MODULES = {module_name(path): path for path in (ROOT / "lsq_core").rglob("*.py")}
 
+#: Packages whose ``__init__.py`` holds more than a docstring.
+PACKAGES_WITH_CODE = {
+    name
+    for name, path in MODULES.items()
+    if path.name == "__init__.py"
+    and name != "lsq_core"
+    and len(ast.parse(path.read_text("utf8")).body) > 1
+}
+
 
 def base_module(name: str, path: Path, node: ast.ImportFrom) -> str:
     """The absolute name of the module that ``from … import`` names."""
@@ -64,7 +73,8 @@ def base_module(name: str, path: Path, node: ast.ImportFrom) -> str:
 def imports(name: str, path: Path) -> set[str]:
     """The package's modules that a module imports anywhere: at its top, in a function, for types.
 
-    The packages above an imported module are left out, as they are empty or import it themselves.
+    ``from package import module`` counts as both where the package has code of its own, since that
+    runs first. The root is left out: its names are imported when they are first used.
     """
     found = set()
     for node in ast.walk(ast.parse(path.read_text("utf8"))):
@@ -74,7 +84,7 @@ def imports(name: str, path: Path) -> set[str]:
             base = base_module(name, path, node)
             members = {f"{base}.{alias.name}" for alias in node.names}
             found |= members & MODULES.keys()
-            if members - MODULES.keys():
+            if members - MODULES.keys() or base in PACKAGES_WITH_CODE:
                 found.add(base)
     return (found & MODULES.keys()) - {name}
 

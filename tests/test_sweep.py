@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from lsq_core import sweep
-from lsq_core.cli import main
+from lsq_core.cli.program import main
 from lsq_core.errors import InputError, LsqError
 from lsq_core.evaluation.protocol import EvaluationRequest
 from lsq_core.files import DamagedFileError

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lsq_core import cli
+from lsq_core.cli import program
 from lsq_core.errors import InputError
 from lsq_core.session import Session
 from lsq_core.targets import check_file_target, check_folder_target
@@ -90,7 +90,7 @@ def test_cli_run_invalid_save_target_fails_early(tmp_path, capsys, started_work,
         "empty name": "",
     }[kind]
     command = ["run", "--model", "demo", "--method", "mxq", "--budget", "3.2bpp"]
-    assert cli.main([*command, "--save", str(target)]) == 2
+    assert program.main([*command, "--save", str(target)]) == 2
     assert started_work == []
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
@@ -101,12 +101,12 @@ LONG = "x" * 300
 @pytest.mark.parametrize("out", ["", "/proc/x.json", "{tmp}", "{tmp}/no/x.json", f"{{tmp}}/{LONG}"])
 def test_cli_plan_invalid_out_file_fails_early(tmp_path, capsys, started_work, out):
     command = ["plan", "--model", "demo", "--method", "mxq", "--budget", "3.2bpp"]
-    assert cli.main([*command, "--out", out.format(tmp=tmp_path)]) == 2
+    assert program.main([*command, "--out", out.format(tmp=tmp_path)]) == 2
     assert started_work == []
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize("out", ["", "/proc/x.csv", "{tmp}/no/x.csv", f"{{tmp}}/{LONG}.csv"])
 def test_cli_export_invalid_out_file_exit_2(tmp_path, capsys, out):
-    assert cli.main(["export", "--out", out.format(tmp=tmp_path)]) == 2
+    assert program.main(["export", "--out", out.format(tmp=tmp_path)]) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lsq_core.cli import main
+from lsq_core.cli.program import main
 from lsq_core.errors import InputError
 from lsq_core.model.loading import inspect_model, load_model
 from lsq_core.model.source import ModelSource

@@ -436,12 +436,12 @@ def _render_report(store: Store, record: dict) -> str:
 
 def import_reference(options: argparse.Namespace, report: ProgressCallback) -> dict:
     """Take in published measurements, in the place of those taken in before."""
-    from lsq_core import reference
+    from lsq_core.reference import importing
 
     store = Store(options.db)
     if options.download:
-        return reference.import_download(store, report)
-    return reference.import_reference(options.folder, store, report)
+        return importing.import_download(store, report)
+    return importing.import_reference(options.folder, store, report)
 
 
 def disk_usage(options: argparse.Namespace, report: ProgressCallback) -> dict:

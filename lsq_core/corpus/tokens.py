@@ -130,7 +130,7 @@ def build_token_stream(
 def _encode(
     tokenizer: PreTrainedTokenizerBase, text: str, min_tokens: int | None = None
 ) -> list[int]:
-    """Token ids of a text without special tokens; more than ``enough``, if it has more.
+    """Token ids of a text without special tokens; at least ``min_tokens``, if it has as many.
 
     Text beyond that is not looked at: a prefix is tokenized, twice as long a one until there
     are tokens enough. Where a text is cut its last tokens may differ from those of the whole

@@ -89,7 +89,9 @@ def sweep_arguments(
     settings: ProfileSettings,
     rows: PlanRequest | None = None,
 ) -> list[str]:
-    """The options of ``sweep``; ``like`` says how each text is evaluated, ``rows`` how rows mix."""
+    """The options of ``sweep``; ``evaluation`` says how each corpus is evaluated, ``rows`` how
+    rows mix.
+    """
     repeated = {
         "--method": methods,
         "--base": bases,

@@ -134,7 +134,7 @@ def _parse_job(job_folder: Path) -> Job:
     ------
     InputError
         When there is no job.
-    Damaged
+    DamagedFileError
         When what it was asked to do cannot be read.
     """
     spec = read_json(job_folder / "job.json")
@@ -312,15 +312,12 @@ def process_id(job_folder: Path) -> int | None:
 
 def _pid_from_lock(job_folder: Path) -> int | None:
     """The same where ``process.json`` can't be read, by the lock that the process holds."""
-    try:
-        with (job_folder / WORKING_LOCK).open() as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return int(file.read())
-    except (OSError, ValueError):
-        pass
-    return None
+    with suppress(OSError, ValueError), (job_folder / WORKING_LOCK).open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:  # the job's process holds it
+            return int(file.read())
+    return None  # without the file, or its lock, there is no process
 
 
 def _is_alive(job_folder: Path, created: float) -> bool:

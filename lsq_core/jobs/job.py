@@ -106,7 +106,7 @@ class Job:
 
         Raises
         ------
-        Damaged
+        DamagedFileError
             When there is one and it isn't what was written.
         """
         path = self.folder / "result.json"

@@ -31,8 +31,8 @@ def check_causal(
 
     Parameters
     ----------
-    read
-        Logits, or any states, (1, tokens, features) for token ids (1, tokens).
+    forward
+        Gives logits, or any states, (1, tokens, features) for token ids (1, tokens).
     vocabulary
         Rows of the embedding.
     context

@@ -79,9 +79,10 @@ def _shape(shape: Iterable[int]) -> str:
 
 
 def target_names(model: nn.Module, keys: Iterable[str]) -> Iterator[tuple[str, str, bool]]:
-    """(key, name, alone) of each stored tensor: what transformers' loading calls it in the model.
+    """(key, name, standalone) of each stored tensor: what transformers' loading calls it in the
+    model.
 
-    ``alone`` tells that it becomes that parameter by itself, and isn't a part of it.
+    ``standalone`` says that it becomes that parameter by itself, and isn't a part of it.
     """
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]

@@ -394,7 +394,7 @@ def check_memory(name: str, parameters: int, device: torch.device, dtype: torch.
 def check_free_memory(name: str, need: int, format_name: str, device: torch.device) -> None:
     """Raise :class:`LsqError` when a device has less than ``need`` bytes of memory free.
 
-    ``form`` says what they are: a dtype, or packed matrices.
+    ``format_name`` says what they are: a dtype, or packed matrices.
     """
     if need > _free_bytes(device):
         raise LsqError(_too_large_message(name, need, format_name, device))

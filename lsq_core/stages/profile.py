@@ -31,7 +31,7 @@ def profile_key(
 ) -> str:
     """The identity of a model's profile under some settings, found or not.
 
-    ``place`` is where it is measured, None for where this machine computes by itself.
+    ``device_and_dtype`` is where it is measured, None for where this machine computes by itself.
 
     Raises
     ------

@@ -111,7 +111,7 @@ def connect(path: Path, wait: float) -> duckdb.DuckDBPyConnection:
 def connect_in_memory(
     *attach_clauses: str, files: Path | None = None, path: Path | None = None, wait: float = 0.0
 ) -> duckdb.DuckDBPyConnection:
-    """A connection to no file but those of ``attached``, clauses of ATTACH.
+    """A connection to no file but those of ``attach_clauses``.
 
     It may read and write in the folder ``files``. Waits for ``path`` as :func:`connect` does.
     """

@@ -6,10 +6,10 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
 
 import duckdb
 import numpy as np
+import pandas as pd
 
 from lsq_core.bits import RATIOS
 from lsq_core.jsontext import json_text
@@ -18,9 +18,6 @@ from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.provenance import now
 from lsq_core.store.connection import insert_row
 from lsq_core.store.models import ModelTables
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -87,6 +84,39 @@ class ProfileTables(ModelTables):
             "SELECT id, settings, provenance, created FROM profiles WHERE fingerprint = ? "
             "ORDER BY created DESC",
             [fingerprint],
+        )
+
+    def profile_contents(self) -> pd.DataFrame:
+        """What every profile of every model holds, newest profile first.
+
+        A row for each metric and configuration: ``id, model, origin, linear_parameters, metric,
+        config`` and the fields of its settings.
+        """
+        rows = self.query(
+            """
+            SELECT p.id, m.source AS model, p.origin, m.linear_parameters, p.settings,
+                   s.metric, s.config
+            FROM (SELECT DISTINCT profile, metric, config FROM scores) s
+            JOIN profiles p ON s.profile = p.id JOIN models m ON p.fingerprint = m.fingerprint
+            ORDER BY p.created DESC, s.metric, s.config
+            """
+        )
+        settings = pd.DataFrame([json.loads(text) for text in rows.pop("settings")])
+        return pd.concat([rows, settings], axis=1)
+
+    def scores_over_layers(self, ids: Sequence[str], metric: str) -> pd.DataFrame:
+        """A metric of some profiles over the layers, the experts of a layer averaged.
+
+        ``id, config, type, part, layer, value`` a row, in the order of layers.
+        """
+        return self.query(
+            """
+            SELECT profile AS id, config, type, any_value(part) AS part, layer,
+                   avg(value) FILTER (NOT isnan(value)) AS value
+            FROM scores WHERE list_contains(?, profile) AND metric = ?
+            GROUP BY profile, config, type, layer ORDER BY profile, config, type, layer
+            """,
+            [list(ids), metric],
         )
 
     def save_row_scores(

@@ -54,6 +54,13 @@ class RunTables(DatabaseFile):
         row = self._fetch_row("SELECT content FROM plans WHERE id = ?", [id])
         return json.loads(row["content"]) if row else None
 
+    def named_plans(self, fingerprint: str) -> pd.DataFrame:
+        """A model's saved plans that have a name, newest first: ``id, name``."""
+        return self.query(
+            "SELECT id, name FROM plans WHERE fingerprint = ? AND name <> '' ORDER BY created DESC",
+            [fingerprint],
+        )
+
     def save_run(self, id: str, run: dict, evaluations: list[Evaluation]) -> None:
         """Keep a run and its evaluations, together or not at all.
 

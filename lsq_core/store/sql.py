@@ -103,7 +103,7 @@ ORDER BY table_name, column_index""",
 
 @dataclass(frozen=True, eq=False)
 class QueryResult:
-    """The rows of a query; ``cut`` when there were more than the limit."""
+    """The rows of a query; ``truncated`` when there were more than the limit."""
 
     rows: pd.DataFrame
     truncated: bool
@@ -119,7 +119,7 @@ def run_query(
 ) -> QueryResult:
     """The answer to one SELECT, from a copy that :meth:`lsq_core.store.store.Store.snapshot` wrote.
 
-    ``waiting`` is called several times a second; what it raises stops the query.
+    ``on_wait`` is called several times a second; what it raises stops the query.
 
     Raises
     ------

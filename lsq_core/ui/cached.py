@@ -184,48 +184,23 @@ def published_settings(store: Store, info: ModelInfo) -> dict[ProfileSettings, s
 
 
 def profile_contents(store: Store) -> pd.DataFrame:
-    """What every profile of every model holds.
-
-    A row for each metric and configuration: ``id, model, origin, linear_parameters, metric,
-    config`` and the fields of its settings.
-    """
+    """What every profile of every model holds; see :meth:`Store.profile_contents`."""
     return _profile_contents(store, file_version(store))
 
 
 @st.cache_data(max_entries=2, show_spinner=False)
 def _profile_contents(_store: Store, at: FileVersion) -> pd.DataFrame:
-    rows = _store.query(
-        """
-        SELECT p.id, m.source AS model, p.origin, m.linear_parameters, p.settings,
-               s.metric, s.config
-        FROM (SELECT DISTINCT profile, metric, config FROM scores) s
-        JOIN profiles p ON s.profile = p.id JOIN models m ON p.fingerprint = m.fingerprint
-        ORDER BY p.created DESC, s.metric, s.config
-        """
-    )
-    settings = pd.DataFrame([json.loads(text) for text in rows.pop("settings")])
-    return pd.concat([rows, settings], axis=1)
+    return _store.profile_contents()
 
 
 def over_layers(store: Store, ids: tuple[str, ...], metric: str) -> pd.DataFrame:
-    """A metric of some profiles over the layers, the experts of a layer averaged.
-
-    ``id, config, type, part, layer, value`` a row, in the order of layers.
-    """
+    """A metric of some profiles over the layers; see :meth:`Store.scores_over_layers`."""
     return _over_layers(store, file_version(store), ids, metric)
 
 
 @st.cache_data(max_entries=32, show_spinner=False)
 def _over_layers(_store: Store, at: FileVersion, ids: tuple[str, ...], metric: str) -> pd.DataFrame:
-    return _store.query(
-        """
-        SELECT profile AS id, config, type, any_value(part) AS part, layer,
-               avg(value) FILTER (NOT isnan(value)) AS value
-        FROM scores WHERE list_contains(?, profile) AND metric = ?
-        GROUP BY profile, config, type, layer ORDER BY profile, config, type, layer
-        """,
-        [list(ids), metric],
-    )
+    return _store.scores_over_layers(ids, metric)
 
 
 # --- plans ----------------------------------------------------------------------------------

@@ -144,16 +144,13 @@ def stored_model(store: Store, mark: str) -> ModelInfo | None:
 
 
 def named_plans(store: Store, mark: str) -> pd.DataFrame:
-    """Plans of a model that were kept under a name, newest first: ``id, name``."""
+    """The saved plans of a model that have a name; see :meth:`Store.named_plans`."""
     return _named_plans(store, file_version(store), mark)
 
 
 @st.cache_data(max_entries=4, show_spinner=False)
 def _named_plans(_store: Store, at: FileVersion, mark: str) -> pd.DataFrame:
-    return _store.query(
-        "SELECT id, name FROM plans WHERE fingerprint = ? AND name <> '' ORDER BY created DESC",
-        [mark],
-    )
+    return _store.named_plans(mark)
 
 
 # --- results --------------------------------------------------------------------------------

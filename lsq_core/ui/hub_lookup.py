@@ -50,7 +50,7 @@ def look_up(source: ModelSource) -> ModelInfo:
 
     Raises
     ------
-    Looking
+    LookupPending
         When that takes longer than a page should wait.
     LsqError
         When there is no such model, or no way to it.

@@ -64,8 +64,8 @@ def follow(
 ) -> None:
     """Show a job, looking again while it is active.
 
-    ``say`` is drawn first, each time, and ``detail`` under the bar; the sidebar redraws the page
-    when the job has ended.
+    ``render_headline`` is called first, each time, and ``detail`` under the bar; the sidebar
+    redraws the page when the job has ended.
     """
     every = sidebar.POLL_SECONDS if job.active else None
     st.fragment(_panel, run_every=every)(job.folder, render_headline, detail)

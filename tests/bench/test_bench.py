@@ -13,7 +13,7 @@ import pytest
 
 from lsq_core import bench
 from lsq_core.bench import MIN_RATIO_SHARE, ROWS, Pair, Row, measure, recorded
-from lsq_core.cli import main
+from lsq_core.cli.program import main
 from lsq_core.errors import InputError, LsqError
 
 #: Rows that take more than ten seconds: each side is measured once an attempt, else three times.

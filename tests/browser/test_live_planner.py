@@ -19,6 +19,7 @@ from lsq_core.planning.pins import apply_pins
 from lsq_core.planning.problem import Problem
 from lsq_core.planning.request import PlanRequest
 from lsq_core.ui import planner
+from lsq_core.ui.words import signed_percent
 from lsq_core.units import format_bytes
 from tests.browser import planner_app
 from tests.browser.conftest import open_browser, serve
@@ -90,6 +91,19 @@ def assert_same_plans(engine, problem: Problem, frontier: Frontier, seed: int = 
             assert browser_plan["bound"] == python_plan.lower_bound
             assert browser_plan["price"] == python_plan.segment.price(python_plan.taken)
     return [browser_plan["ms"] for browser_plan in browser_plans]
+
+
+def test_browser_and_python_write_numbers_alike(engine):
+    """Exact ties, powers of two, signs and what rounds to zero among them."""
+    sizes = [0, 1, 1023, 1024, 15488, 15552, 2**20, 123456789, 2**30, 5 * 2**28 + 1]
+    sizes += [1024 + 128 * i for i in range(80)] + [int(1.37**i) for i in range(100)]
+    shares = [0, 1e-5, -1e-5, 0.0005, -0.0005, 0.0182, -0.0182, 0.0025, 1.5, -0.25]
+    shares += [i / 800 for i in range(-80, 80)] + [i / 2**12 for i in range(-40, 40)]
+    script = (Path(planner.__file__).parent / "words.js").read_text("utf8")
+    script += "return [arguments[0].map(formatBytes), arguments[1].map(signedPercent)];"
+    browser_sizes, browser_shares = engine.execute_script(script, sizes, shares)
+    assert browser_sizes == [format_bytes(size) for size in sizes]
+    assert browser_shares == [signed_percent(share) for share in shares]
 
 
 def requests(name: str) -> list[PlanRequest]:

@@ -164,4 +164,6 @@ def test_budget_by_predicted_loss_matches_library(user):
     total = sum(m.numel for m in bench.info.matrices)
     wanted = 8 * float(request.budget.removesuffix("B")) / total
     user.wait(lambda: abs(float(page.data("committed")) - wanted) < 2e-4)
-    user.wait(lambda: user.first_line.startswith(f"{wanted:.2f} bits"))
+    user.wait_for_headline(f"{wanted:.2f} bits")
+    assert float(page.data("committed")) == pytest.approx(wanted, abs=2e-4)
+    assert user.first_line.startswith(f"{wanted:.2f} bits")

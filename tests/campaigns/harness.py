@@ -57,7 +57,7 @@ def outcome(arguments: list[str], limit: float = LIMIT_S) -> str:
 
     ``usage N`` is an exit status of the argument parser.
     """
-    from lsq_core.cli import main
+    from lsq_core.cli.program import main
 
     errors, printed = StringIO(), StringIO()
     try:

@@ -172,7 +172,7 @@ def update_checksums(folder: Path) -> None:
 
 def make_saved(model: Path, folder: Path, data: Path) -> Path:
     """Save a model at 4 bits by the command line, its database in ``data``."""
-    from lsq_core.cli import main
+    from lsq_core.cli.program import main
 
     text = models.make_text(data / "text.txt")
     plan = ["--method", "uniform", "--budget", "b4g64", "--quantizer", "rtn"]

@@ -65,7 +65,7 @@ class AdaptiveSteps:
         axis: int,
         shrinks: bool,
     ) -> tuple[Tensor, Tensor]:
-        """See ``_steps`` in :mod:`lsq_core.quantization.hqq.solver`."""
+        """See ``_eager_steps`` in :mod:`lsq_core.quantization.hqq.solver`."""
         inputs = (scaled, mean, scale, zero, top, axis, shrinks)
         variant = (axis, shrinks)
         self._weights_solved[variant] += scaled.numel()

@@ -22,8 +22,7 @@ from lsq_core.profiling.metrics import (
 )
 from lsq_core.profiling.profile import Profile
 from lsq_core.quantization.registry import quantizer_spec
-from lsq_core.ui import cached as known
-from lsq_core.ui import words
+from lsq_core.ui import cached, words
 from lsq_core.ui.explore.profile import ExploreView
 from lsq_core.ui.page import next_step
 from lsq_core.ui.safe import st
@@ -201,10 +200,10 @@ def describe_origin(profile: Profile) -> str:
 
 def _describe_configs(quantizer: str) -> str:
     """That a quantizer has some stops alone, where it has."""
-    known = quantizer_spec(quantizer)
-    if known.configs == LADDER:
+    spec = quantizer_spec(quantizer)
+    if spec.configs == LADDER:
         return ""
-    return f" {known.title} supports only {words.listed([c.name for c in known.configs])}."
+    return f" {spec.title} supports only {words.listed([c.name for c in spec.configs])}."
 
 
 def _measuring_seconds(facts: dict) -> float:
@@ -270,7 +269,7 @@ def show_missing(info: ModelInfo, profile: Profile, problem: Problem) -> None:
     """What the published files don't give, and the methods that can't plan for want of it."""
     st.subheader("Not published", anchor=False)
     missing = {METRICS[metric].title: _describe_missing(profile, metric) for metric in METRICS}
-    methods = known.unavailable_methods(info, problem)
+    methods = cached.unavailable_methods(info, problem)
     if methods:
         missing["Plans that need them"] = "none by " + words.listed(
             [charts.method_style(m).title for m in methods], 99
@@ -304,7 +303,7 @@ def show_metadata_cost(view: ExploreView) -> None:
     st.subheader("Cost of 8-bit metadata", anchor=False)
     other = "fp16" if profile.settings.metadata == "8bit" else "8bit"
     wanted = replace(profile.settings, metadata=other)
-    other_profile = known.profile(view.ctx.store, view.info, wanted, view.ctx.device)
+    other_profile = cached.profile(view.ctx.store, view.info, wanted, view.ctx.device)
     if other_profile is None:
         st.write(
             f"Profile again with **{other}** metadata (above) to see here what "

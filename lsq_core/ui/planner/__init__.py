@@ -59,9 +59,9 @@ class ExactPlan:
 class LiveMethod:
     """A method whose plans are drawn; ``unit`` says what its cost is, empty where it has none.
 
-    ``here`` is the perplexity predicted of the plan at the budget settled on, with its band, where
-    the curve is straight between its points. ``solved`` takes the place of the frontier's plan at
-    that budget.
+    ``at_budget`` is the perplexity predicted of the plan at the budget settled on, with its band,
+    where the curve is straight between its points. ``solved`` takes the place of the frontier's
+    plan at that budget.
     """
 
     name: str

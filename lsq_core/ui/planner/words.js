@@ -3,10 +3,18 @@
 const MIB = 2 ** 20;
 const SIZES = [["GiB", 2 ** 30], ["MiB", MIB], ["KiB", 1024]];
 
+/** Like toFixed, but exact ties go to the even digit, as in Python: 15.125 is "15.12". */
+function toFixedEven(value, digits) {
+  const text = value.toFixed(digits);
+  const isTie = Math.abs(value * 2 ** (digits + 1)) % 2 === 1;  // only odd / 2^(digits + 1) ties
+  if (!isTie || text.at(-1) % 2 === 0) return text;
+  return (value - Math.sign(value) * 10 ** -digits / 2).toFixed(digits);
+}
+
 /** 9437184 as "9.00 MiB", like lsq_core.units.format_bytes. */
 function formatBytes(count) {
   const unit = SIZES.find(([, size]) => Math.abs(count) >= size);
-  return unit ? `${(count / unit[1]).toFixed(2)} ${unit[0]}` : `${count.toFixed(0)} B`;
+  return unit ? `${toFixedEven(count / unit[1], 2)} ${unit[0]}` : `${toFixedEven(count, 0)} B`;
 }
 
 /** 636459991 as "607 MiB": three digits, where there is little room. */
@@ -15,10 +23,10 @@ function shortBytes(count) {
   return `${formatNumber(count / size, 3)} ${name}`;
 }
 
-/** 0.0412 as "+4.1 %". */
+/** 0.0412 as "+4.1 %", like lsq_core.ui.words.signed_percent. */
 function signedPercent(share) {
-  const text = (100 * Math.abs(share)).toFixed(1);
-  return `${text === "0.0" ? "±" : share < 0 ? "−" : "+"}${text} %`;
+  const text = toFixedEven(100 * Math.abs(share), 1);
+  return `${text === "0.0" ? "" : share < 0 ? "−" : "+"}${text} %`;
 }
 
 /** A share of one, with two digits, as "0.012 %". */

@@ -18,8 +18,7 @@ from lsq_core.planning.request import PlanRequest
 from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.quantization.registry import incompatibility_reason, quantizer_spec
 from lsq_core.store.store import Store
-from lsq_core.ui import cached as known
-from lsq_core.ui import state, words
+from lsq_core.ui import cached, state, words
 from lsq_core.ui.page import PageContext
 from lsq_core.ui.run.quantizer import (
     RUN_QUANTIZERS,
@@ -58,16 +57,16 @@ def render_form(ctx: PageContext, folder: Path) -> None:
 
 def _calibration_note(quantizer: str, settings: ProfileSettings) -> str:
     """What a calibrated quantizer reads, which is not what the run is evaluated on."""
-    known = quantizer_spec(quantizer)
-    if not known.calibrated:
+    spec = quantizer_spec(quantizer)
+    if not spec.calibrated:
         return ""
-    if known.learned:
+    if spec.learned:
         return (
-            f"{known.title} is trained on {settings.calibration}, {known.steps:,} steps per "
+            f"{spec.title} is trained on {settings.calibration}, {spec.steps:,} steps per "
             "block, and resumes from the last finished block."
         )
     return (
-        f"{known.title} is calibrated on {settings.calibration}: up to "
+        f"{spec.title} is calibrated on {settings.calibration}: up to "
         f"{settings.samples} blocks of {settings.block_tokens} tokens. This takes minutes and, for "
         "a while, the memory of a second model."
     )
@@ -88,9 +87,9 @@ def describe_plan(ctx: PageContext, request: PlanRequest) -> str:
         [f"base {request.base}"] * bool(request.base)
         + [f"at most {(request.budget or '').removesuffix('bpp')} bits"] * bool(request.budget)
     )
-    profile = known.profile(ctx.store, info, settings, ctx.device)
+    profile = cached.profile(ctx.store, info, settings, ctx.device)
     text = f"{planner.title} on {ctx.source.name}, {size}"
-    rows = known.impact(ctx.store, info, settings, request, ctx.device)
+    rows = cached.impact(ctx.store, info, settings, request, ctx.device)
     if planner.reads_rows and rows is None:
         return f"{text}; the run will first measure row scores."
     if planner.metrics and profile is None:
@@ -98,7 +97,7 @@ def describe_plan(ctx: PageContext, request: PlanRequest) -> str:
     if not set(planner.metrics) <= set(profile.metrics if profile else ()):
         return f"{text}; the run will first measure the missing metrics."
     try:
-        plan = known.plan(info, profile, request, settings, rows)
+        plan = cached.plan(info, profile, request, settings, rows)
     except LsqError as error:
         return f"{text}. {error}"
     quantizer = st.session_state.get("quantizer", "hqq")

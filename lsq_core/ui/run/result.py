@@ -38,7 +38,7 @@ def read_result(job: Job) -> dict:
 
     Raises
     ------
-    Damaged
+    DamagedFileError
         When it can't be read, or figures are missing.
     """
     result = job.result() or {}

@@ -201,7 +201,7 @@ def _incompatibility(problem: Problem, request: PlanRequest, quantizer: str, axi
 
 
 def _describe_sweep(ctx: PageContext, form: _SweepForm, reasons_against: list[str]) -> str:
-    """How many runs, about how long, and what can't be made; ``cannot`` is of
+    """How many runs, about how long, and what can't be run; ``reasons_against`` is of
     :func:`_incompatibilities`.
     """
     items = form.items

@@ -1,0 +1,117 @@
+"""Published measurements: what the authors of [A] and [B] measured, beside what is measured here.
+
+:func:`import_reference` reads a checkout of their toolkit (github.com/schnell18/lm-quant-toolkit)
+into the store. A model comes without weights, as ``published:NAME``: it can be looked at, planned
+for and compared, never run. Every figure keeps the file it came from; where a file lacks
+something, the import says so and offers nothing in its place.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+
+import pandas as pd
+
+from lsq_core.files import resolve_path
+from lsq_core.jsontext import json_text
+from lsq_core.profiling.profile import Profile
+from lsq_core.profiling.settings import PUBLISHED_SETTINGS
+from lsq_core.progress import ProgressCallback, ignore_progress
+from lsq_core.provenance import now
+from lsq_core.reference import download
+from lsq_core.reference.checkout import Checkout
+from lsq_core.reference.models import read_models, read_profiles
+from lsq_core.reference.outcomes import outcomes, read_plans
+from lsq_core.store.store import Store
+
+__all__ = ["import_download", "import_reference"]
+
+
+def import_reference(
+    folder: str | Path, store: Store, report: ProgressCallback = ignore_progress
+) -> dict:
+    """Read a checkout of lm-quant-toolkit and keep it in the place of an earlier import.
+
+    Everything is checked before anything is kept, in one transaction.
+
+    Returns
+    -------
+    dict
+        ``source``; ``counts``, rows by table; ``models`` by name; ``missing``, sentences about
+        what the files lack; ``flawed``, about plans that aren't what they claim; ``files``, the
+        SHA-256 of each; ``seconds``.
+
+    Raises
+    ------
+    InputError
+        When the folder is no checkout, or a file is damaged: file, row and remedy are named.
+    LsqError
+        When the database cannot be written.
+    """
+    start_time = time.perf_counter()
+    checkout = Checkout(resolve_path(folder))
+    report("import", 0, 3, "reading plans")
+    plans, sizes = read_plans(checkout)
+    report("import", 1, 3, "reading models and profiles")
+    models = read_models(checkout, sizes)
+    profiles = read_profiles(checkout, models)
+    report("import", 2, 3, "reading runs")
+    rows = _profile_frames(profiles) | outcomes(checkout, models, plans)
+    infos = [model.info for model in models.values()]
+    store.replace_published(infos, rows)
+    counts = {"models": len(infos), "matrices": sum(len(info.matrices) for info in infos)}
+    counts |= {table: len(frame) for table, frame in rows.items()}
+    report("import", 3, 3, f"{counts['runs']} runs and {counts['profiles']} profiles")
+    return {
+        "source": str(checkout.root),
+        "counts": counts,
+        "models": [info.source for info in infos],
+        "missing": checkout.missing,
+        "flawed": checkout.flawed,
+        "files": checkout.files,
+        "seconds": time.perf_counter() - start_time,
+    }
+
+
+def import_download(
+    store: Store,
+    report: ProgressCallback = ignore_progress,
+    url: str = download.URL,
+    commit: str = download.COMMIT,
+) -> dict:
+    """Fetch the pinned revision of lm-quant-toolkit, import it, and let go of the files.
+
+    Returns what :func:`import_reference` does; ``source`` is the address and the commit.
+
+    Raises
+    ------
+    InputError, LsqError
+        As :func:`import_reference` and :func:`lsq_core.reference.download.download` do.
+    """
+    folder = download.download(store.path.parent, report, url, commit)
+    try:
+        return import_reference(folder, store, report) | {"source": f"{url} at {commit[:12]}"}
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _profile_frames(profiles: list[Profile]) -> dict[str, pd.DataFrame]:
+    """Rows of ``profiles`` and ``scores``; each model's main profile is its newest."""
+    created, main = now(), PUBLISHED_SETTINGS
+    rows = [
+        {
+            "id": profile.id,
+            "fingerprint": profile.fingerprint,
+            "settings": json_text(asdict(profile.settings)),
+            "provenance": json_text(profile.provenance),
+            "created": created - timedelta(microseconds=i),
+            "origin": "published",
+        }
+        for i, profile in enumerate(sorted(profiles, key=lambda p: p.settings != main))
+    ]
+    scores = [profile.values.assign(profile=profile.id) for profile in profiles]
+    return {"profiles": pd.DataFrame(rows), "scores": pd.concat(scores, ignore_index=True)}
