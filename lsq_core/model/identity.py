@@ -12,6 +12,8 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from lsq_core.files import cached_sha256
+from lsq_core.model import gguf
 from lsq_core.model.info import ModelInfo
 from lsq_core.model.source import (
     ModelSource,
@@ -68,6 +70,8 @@ def identify(source: ModelSource) -> ModelIdentity | None:
     InputError
         When the source names a folder that holds no usable model.
     """
+    if source.is_gguf:
+        return _gguf_identity(cached_sha256(gguf.find_file(source.name)))
     folder = source.local_folder or cached_folder(source)
     if folder is None:
         return None
@@ -77,8 +81,15 @@ def identify(source: ModelSource) -> ModelIdentity | None:
 
 def compute_identity(folder: Path, trust_remote_code: bool = False) -> ModelIdentity:
     """The identity of the model in a folder that was checked (:func:`find_model`)."""
+    origin = gguf.read_origin(folder)
+    if origin is not None:
+        return _gguf_identity(origin.sha256)
     code = code_hash(folder) if trust_remote_code else ""
     return ModelIdentity(fingerprint(folder), tokenizer_hash(folder), code)
+
+
+def _gguf_identity(sha256: str) -> ModelIdentity:
+    return ModelIdentity(*gguf.identity_hashes(sha256), code="")
 
 
 def with_source(info: ModelInfo, source: ModelSource, identity: ModelIdentity) -> ModelInfo:

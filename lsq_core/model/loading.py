@@ -29,6 +29,7 @@ from lsq_core.model.causal import check_causal
 from lsq_core.model.checkpoint import read_entries
 from lsq_core.model.dtypes import COMPUTE, FLOATS, config_dtype, torch_dtype, torch_name
 from lsq_core.model.fit import check_fit, read_pickled_entries
+from lsq_core.model.gguf import read_origin
 from lsq_core.model.identity import compute_identity, tokenizer_files, with_source
 from lsq_core.model.info import ModelInfo
 from lsq_core.model.sizes import find_invalid_sizes
@@ -163,13 +164,14 @@ def describe_files(model: nn.Module, source: ModelSource, folder: Path) -> Model
     files = weight_files(folder)
     pickled = files[0].suffix != ".safetensors"
     entries = read_pickled_entries(files) if pickled else read_entries(folder, files)
-    identity = compute_identity(folder, source.trust_remote_code)
+    identity, origin = compute_identity(folder, source.trust_remote_code), read_origin(folder)
+    notes = check_fit(model, entries, find_blocks(model)[0], folder)
     return replace(
         with_source(info, source, identity),
         fingerprint=identity.fingerprint,
-        file_bytes=sum(path.stat().st_size for path in files),
+        file_bytes=origin.bytes if origin else sum(path.stat().st_size for path in files),
         config=_config_with_dtype(folder),
-        notes=check_fit(model, entries, find_blocks(model)[0], folder),
+        notes=(*notes, origin.note) if origin and origin.note else notes,
     )
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from lsq_core import hub, paths
 from lsq_core.errors import InputError, LsqError, exception_reason
 from lsq_core.files import cached_sha256, translate_disk_error, write_bytes
+from lsq_core.model import gguf
 from lsq_core.model.checkpoint import INDEX, check_not_quantized, read_entries, read_index
 from lsq_core.model.info import Matrix, ModelInfo
 from lsq_core.model.sizes import find_excessive_count
@@ -22,6 +23,8 @@ from lsq_core.untrusted import check_links, read_json_object
 #: The model that ships with the project.
 DEMO_FOLDER = paths.RESOURCES / "data" / "demo_model"
 
+#: The models that a name alone stands for.
+BUILT_IN = (gguf.SMOLLM2, "demo")
 #: What a repository is asked for: weights as safetensors, and the small text files beside them.
 _DOWNLOAD_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 #: What says what a model is: its config, what a quantizer said of it, and the index of its weights.
@@ -44,9 +47,9 @@ _VOLATILE_CONFIG_KEYS = ("_name_or_path", "transformers_version")
 class ModelSource:
     """Where a model comes from.
 
-    ``name`` is ``demo``, a local folder, or a Hugging Face id; ``revision`` a branch, tag or
-    commit of the latter. A folder's name becomes its absolute path, so that it means the same
-    from every working directory. Remote code and pickled weights are off unless turned on
+    ``name`` is ``demo``, ``smollm2``, a local folder or GGUF file, or a Hugging Face id;
+    ``revision`` a branch, tag or commit of the latter. A path becomes absolute, so that it means
+    the same from every working directory. Remote code and pickled weights are off unless turned on
     knowingly.
     """
 
@@ -56,21 +59,38 @@ class ModelSource:
     allow_pickle: bool = False
 
     def __post_init__(self) -> None:
-        folder = self.local_folder
-        if folder is not None and self.name != "demo":
-            object.__setattr__(self, "name", str(folder))
+        path = self.local_path
+        if path is not None and self.name not in BUILT_IN:
+            object.__setattr__(self, "name", str(path))
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether it names a GGUF file."""
+        return gguf.is_gguf(self.name)
 
     @property
     def is_local(self) -> bool:
-        """Whether it names the embedded model or a folder rather than a Hugging Face id."""
-        return self.local_folder is not None
+        """Whether it names a built-in model or a path rather than a Hugging Face id."""
+        return self.local_path is not None
 
     @property
     def local_folder(self) -> Path | None:
-        """The folder it names, resolved, or None for a Hugging Face id."""
+        """The folder it names, resolved, or None for a Hugging Face id or a GGUF file."""
+        return None if self.is_gguf else self.local_path
+
+    @property
+    def local_path(self) -> Path | None:
+        """The folder or GGUF file it names, resolved, or None for a Hugging Face id.
+
+        A file need not be there, as a folder needn't.
+        """
         if self.name == "demo":
             return DEMO_FOLDER
-        looks_like_path = self.name.startswith((".", "/", "~")) or self.name.count("/") > 1
+        if self.name == gguf.SMOLLM2:
+            return gguf.smollm2_file() or Path(gguf.SMOLLM2)
+        looks_like_path = (
+            self.is_gguf or self.name.startswith((".", "/", "~")) or self.name.count("/") > 1
+        )
         try:
             path = Path(self.name).expanduser()
             return path.resolve() if looks_like_path or path.is_dir() else None
@@ -88,6 +108,8 @@ def find_model(source: ModelSource) -> Path:
     LsqError
         When the network cannot be reached and the model is not in the local cache.
     """
+    if source.is_gguf:
+        return gguf.dequantize(gguf.find_file(source.name))
     folder = source.local_folder
     if folder is None:
         patterns = _DOWNLOAD_PATTERNS + (["*.bin"] if source.allow_pickle else [])
@@ -111,6 +133,8 @@ def find_config(source: ModelSource) -> Path:
     Beside it are the small files that say what the weights are, and the model's own code where
     that is trusted. Raises as :func:`find_model`.
     """
+    if source.is_gguf:
+        return find_model(source)
     folder = source.local_folder
     if folder is None:
         patterns = [*_CONFIG_PATTERNS, *(["*.py"] if source.trust_remote_code else [])]
@@ -226,7 +250,9 @@ def check_config(folder: Path, saved: bool = False) -> None:
     if not exists:
         raise InputError(f"There is no folder {folder}; give a model folder or a Hugging Face id.")
     if not (folder / "config.json").is_file():
-        raise InputError(f"{folder} is not a model folder: it has no config.json.")
+        raise InputError(
+            f"{folder} is not a model folder: it has no config.json.{_gguf_hint(folder)}"
+        )
     if (folder / MANIFEST_FILE).is_file() and not saved:
         raise InputError(
             f"{folder} is a quantized model that LSQ Explorer saved; evaluate it with eval, or "
@@ -239,12 +265,20 @@ def check_config(folder: Path, saved: bool = False) -> None:
     check_not_quantized(folder, config)
 
 
+def _gguf_hint(folder: Path) -> str:
+    """Which file to give instead of a folder that holds GGUF files."""
+    files = sorted(folder.glob("*.gguf"))
+    return f" Give the GGUF file itself: {files[0]}" if files else ""
+
+
 def check_model_folder(folder: Path, source: ModelSource) -> None:
     """Raise :class:`InputError` unless the folder holds a config and whole weight files."""
     check_config(folder)
     weights = weight_files(folder)
     if not weights:
-        raise InputError(f"{folder} has no weights: no .safetensors file is in it.")
+        raise InputError(
+            f"{folder} has no weights: no .safetensors file is in it.{_gguf_hint(folder)}"
+        )
     if weights[0].suffix != ".safetensors":
         if not source.allow_pickle:
             raise InputError(

@@ -18,7 +18,7 @@ from lsq_core.bits import QuantConfig, is_divisible
 from lsq_core.errors import InputError
 from lsq_core.model.checkpoint import read_entries
 from lsq_core.model.info import Matrix
-from lsq_core.model.source import ModelSource, weight_files
+from lsq_core.model.source import ModelSource, find_model, weight_files
 
 #: Percentiles in charts over the layers.
 PERCENTILES = (0.1, 1.0, 25.0, 50.0, 75.0, 99.0, 99.9)
@@ -33,7 +33,7 @@ _PREFIX = re.compile(r"^(model|transformer)\.")
 
 def weights_folder(source: ModelSource) -> Path | None:
     """Return the folder with a model's weights, None if they are not on this machine."""
-    folder = source.local_folder
+    folder = find_model(source) if source.is_gguf else source.local_folder
     if folder is None:
         from huggingface_hub import try_to_load_from_cache
 

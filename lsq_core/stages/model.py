@@ -89,7 +89,9 @@ class OpenModel:
     def folder(self) -> Path:
         """The model's local folder; a remote one is fetched."""
         self.need_weights()
-        if not self.source.is_local:
+        if self.source.is_gguf:
+            self.report("load", 0, 1, f"dequantizing {self.source.name}")
+        elif not self.source.is_local:
             self.report("load", 0, 1, f"fetching {self.source.name}")
         return find_model(self.source)
 
@@ -111,7 +113,8 @@ class OpenModel:
         """What is known of the model, whose files are all here; a remote one is fetched."""
         if self.published:
             return self.published
-        identity = compute_identity(self.folder, self.source.trust_remote_code)
+        identity = identify(self.source) if self.source.is_gguf else None
+        identity = identity or compute_identity(self.folder, self.source.trust_remote_code)
         info = self.store.model(identity.fingerprint) or read_demo_description(self.source)
         if info is None:
             from lsq_core.model.loading import inspect_model
@@ -223,7 +226,7 @@ def known_identity(source: ModelSource, store: Store) -> ModelIdentity | None:
     Raises as :func:`lsq_core.model.identity.identify`.
     """
     record = identify(source)
-    if record is not None or source.local_folder:
+    if record is not None or source.is_local:
         return record
     named = store.find_model_by_name(source.name, source.revision)
     return None if named is None else ModelIdentity(*named)
