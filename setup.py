@@ -18,6 +18,7 @@ BUNDLED = [
     "data/demo_model/README.md",
     "data/demo_model/*.json",
     "data/demo_model/*.safetensors",
+    "data/measured/*.parquet",
 ]
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from lsq_core import jobs
 from lsq_core.errors import InputError
 from lsq_core.files import is_locked, write_error
+from lsq_core.model import gguf
 from lsq_core.model.source import MANIFEST_FILE, folder_bytes
 from lsq_core.quantized.manifest import unfinished_folders, unrelated_files
 from lsq_core.store.store import Store
@@ -44,7 +45,7 @@ def jobs_folder(store: Store) -> Path:
 
 
 def list_disk_items(store: Store) -> list[DiskItem]:
-    """The database, saved models, ended jobs, and models fetched from Hugging Face.
+    """The database, saved models, ended jobs, and models dequantized or fetched.
 
     Of saved models also those that were not finished.
     """
@@ -64,7 +65,7 @@ def list_disk_items(store: Store) -> list[DiskItem]:
         _disk_item(job.id, "job", job.folder, "its job is still running" if job.active else "")
         for job in jobs.list_jobs(jobs_folder(store))
     ]
-    return items + _hub_cache_items()
+    return items + _dequantized_items() + _hub_cache_items()
 
 
 def _file_exists(path: Path) -> bool:
@@ -93,6 +94,14 @@ def _saved_model_item(store: Store, path: Path, kind: str) -> DiskItem:
         reason = "it is being written"
     bytes = sum(p.lstat().st_size for p in path.iterdir() if p.is_file())
     return DiskItem(str(path), kind, path, bytes, not reason, reason)
+
+
+def _dequantized_items() -> list[DiskItem]:
+    """Folders made from GGUF files, which are made again when they are needed."""
+    return [
+        _disk_item(f"gguf:{origin.name}", "dequantized GGUF file", folder, "")
+        for folder, origin in gguf.dequantized_folders()
+    ]
 
 
 def _hub_cache_items() -> list[DiskItem]:

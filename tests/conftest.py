@@ -25,6 +25,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# What a page opens with is the same wherever the tests run.
+os.environ["LSQ_MODEL"] = "demo"
+
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT.parent / "shared" / "reference" / "lm-quant-toolkit"
 WIKITEXT = ROOT.parent / "shared" / "corpus" / "wikitext-2"

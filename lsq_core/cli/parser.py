@@ -244,6 +244,13 @@ def _add_maintenance_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None
         action="store_true",
         help="require the token in the printed URL, even on localhost",
     )
+    sub.add_argument("--model", help="model to open with (smollm2 if installed, else demo)")
+    sub.add_argument(
+        "--no-shipped",
+        dest="shipped",
+        action="store_false",
+        help="don't import the measurements that come with the project",
+    )
 
 
 def _add_bench(sub: argparse.ArgumentParser) -> None:

@@ -26,10 +26,10 @@ from lsq_core.progress import ProgressCallback
 from lsq_core.quantization.registry import check_choice, quantizer_spec
 from lsq_core.quantized.manifest import RUN_KEYS, is_quantized_folder, read_manifest
 from lsq_core.session import Session
+from lsq_core.shipped import import_measurements
 from lsq_core.stages.model import find_published
 from lsq_core.stages.plan import request_incompatibility
 from lsq_core.stages.saved import evaluate_saved, load_saved
-from lsq_core.store.connection import database_path
 from lsq_core.store.database import resolve_database_path
 from lsq_core.store.models import PUBLISHED
 from lsq_core.store.store import Store
@@ -482,7 +482,12 @@ def app(options: argparse.Namespace, report: ProgressCallback) -> dict:
     """Serve the app until stopped."""
     from lsq_core import serve
 
+    store = Store(options.db)
+    if options.shipped and import_measurements(store):
+        report("store", 1, 1, "imported the measurements that come with the project")
     # Absolute, since the server changes its working directory.
-    os.environ["LSQ_DB"] = str(Store(options.db).path if options.db else database_path())
+    os.environ["LSQ_DB"] = str(store.path)
+    if options.model:
+        os.environ["LSQ_MODEL"] = ModelSource(options.model).name  # absolute
     serve.serve(options.address, options.port, options.token)
     return {}

@@ -144,6 +144,13 @@ def read_origin(folder: Path) -> GgufFile | None:
         raise InputError(f"{path} is damaged; delete {folder}, and it is made again.") from error
 
 
+def dequantized_folders() -> list[tuple[Path, GgufFile]]:
+    """Every folder made from a GGUF file, and what it was made from."""
+    folders = sorted(_root().glob("[!.]*")) if _root().is_dir() else []
+    found = [(folder, read_origin(folder)) for folder in folders]
+    return [(folder, origin) for folder, origin in found if origin is not None]
+
+
 def dequantize(file: Path) -> Path:
     """The folder with the dequantized model of a GGUF file, made where it is not there yet.
 
@@ -225,4 +232,3 @@ def _describe(file: Path) -> tuple[GgufFile, int]:
         type=by_type.most_common(1)[0][0],
     )
     return origin, sum(prod(map(int, tensor.shape)) for tensor in tensors)
-

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,6 +42,16 @@ _DESCRIPTION_FILE = "description.json"
 _MAX_SHOWN_CHARS = 120
 #: Keys of config.json that say nothing about what the model computes.
 _VOLATILE_CONFIG_KEYS = ("_name_or_path", "transformers_version")
+
+
+def built_in_models() -> list[str]:
+    """The built-in models that are here, the real one first."""
+    return [name for name in BUILT_IN if name != gguf.SMOLLM2 or gguf.smollm2_file()]
+
+
+def default_model() -> str:
+    """The model that the app opens with: ``LSQ_MODEL``, else SmolLM2 where it is installed."""
+    return os.environ.get("LSQ_MODEL") or (gguf.SMOLLM2 if gguf.smollm2_file() else "demo")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from lsq_core.evaluation.protocol import EvaluationRequest
 from lsq_core.model.dtypes import config_dtype, torch_name
 from lsq_core.model.identity import ModelIdentity, compute_identity, identify, with_source
 from lsq_core.model.info import ModelInfo
-from lsq_core.model.source import ModelSource, find_model, read_demo_description
+from lsq_core.model.source import BUILT_IN, ModelSource, find_model, read_demo_description
 from lsq_core.planning.problem import Problem
 from lsq_core.profiling.settings import PUBLISHED_SETTINGS, ProfileSettings
 from lsq_core.progress import Clock, ProgressCallback, ignore_progress, timed
@@ -73,8 +73,16 @@ class OpenModel:
 
     @property
     def default_settings(self) -> ProfileSettings:
-        """The profile settings that hold where a person gives none."""
-        return PUBLISHED_SETTINGS if self.published else ProfileSettings()
+        """The profile settings that hold where a person gives none.
+
+        Those of the profile that came with the project for a built-in model, where it was imported.
+        """
+        if self.published:
+            return PUBLISHED_SETTINGS
+        if self.source.name in BUILT_IN:
+            for settings in self.store.shipped_profiles(self.info.fingerprint).values():
+                return ProfileSettings(**settings)
+        return ProfileSettings()
 
     def need_weights(self) -> None:
         """Raise :class:`InputError` for a model whose measurements alone are here."""

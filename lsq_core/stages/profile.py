@@ -58,12 +58,17 @@ def find_profile_key(
     """The same; a profile kept before it depended on place and versions is put under it.
 
     That is done only where what was recorded with the profile says that it was measured in this
-    place, by these versions of what it depends on.
+    place, by these versions of what it depends on. Where the calibration text is not here, it is
+    the key of the shipped profile with these settings.
     """
-    key, device_and_dtype = (
-        profile_key(info, settings, device_and_dtype),
-        device_and_dtype or resolve_device_and_dtype(info),
-    )
+    device_and_dtype = device_and_dtype or resolve_device_and_dtype(info)
+    try:
+        key = profile_key(info, settings, device_and_dtype)
+    except InputError:
+        shipped = store.find_shipped_profile(info.fingerprint, asdict(settings))
+        if shipped is None:
+            raise
+        return shipped
     required_packages = arithmetic_packages(settings.quantizer)
     wanted = profile_dependencies(device_and_dtype, versions(*required_packages), required_packages)
 

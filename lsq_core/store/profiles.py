@@ -79,10 +79,14 @@ class ProfileTables(ModelTables):
         )
 
     def profiles(self, fingerprint: str) -> pd.DataFrame:
-        """A model's profiles, newest first: ``id, settings, provenance, created``."""
+        """A model's profiles: ``id, settings, provenance, created, origin``.
+
+        The newest comes first; those that came with the project come last, HQQ's before others.
+        """
         return self.query(
-            "SELECT id, settings, provenance, created FROM profiles WHERE fingerprint = ? "
-            "ORDER BY created DESC",
+            "SELECT id, settings, provenance, created, origin FROM profiles WHERE fingerprint = ? "
+            "ORDER BY origin = 'shipped', "
+            "origin = 'shipped' AND settings ->> '$.quantizer' <> 'hqq', created DESC",
             [fingerprint],
         )
 

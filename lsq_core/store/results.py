@@ -24,7 +24,7 @@ _RESULTS_SQL = """
            r.quantizer, e.corpus, e.corpus_sha256, e.truncated, e.protocol, e.tokens,
            e.perplexity, f.perplexity AS perplexity_full,
            e.perplexity / f.perplexity - 1 AS increase,
-           e.full_precision, e.pairing, e.kl IS NULL AND r.origin = 'measured' AS saved_model,
+           e.full_precision, e.pairing, e.kl IS NULL AND r.origin <> 'published' AS saved_model,
            e.kl, e.top1, e.tokens_per_second, e.working_bytes, r.quantize_seconds,
            r.device, r.machine, r.dtype, r.saved_to,
            CAST(p.asked[2] AS VARCHAR) AS request, p.profile, p.asked[3] ->> '$' AS metadata,
@@ -60,16 +60,18 @@ class ResultTables(DatabaseFile):
         later one takes its place. ``pairing`` is ``measured`` or ``published``; ``inferred`` where
         an older version kept no pair and versions may differ; None where there is none.
         ``saved_model`` marks an evaluation of a saved model alone.
-        ``origin`` is ``measured``, ``published``, or None for both together. A published row has
+        ``origin`` is ``measured`` (by this project, here or shipped with it, as each row's own
+        ``origin`` says), ``published``, or None for both together. A published row has
         no ``measured_bytes``; its ``model_bytes`` are the whole model's storage, as published.
         Deleted runs are left out.
         """
-        chosen = {"fingerprint": fingerprint, "origin": origin}
-        chosen = {column: value for column, value in chosen.items() if value}
-        where = "".join(f" AND {column} = ?" for column in chosen)
+        where, values = "true", []
+        if fingerprint:
+            where, values = f"{where} AND fingerprint = ?", [fingerprint]
+        if origin:
+            where += f" AND origin {'=' if origin == 'published' else '<>'} 'published'"
         return self.query(
-            f"SELECT * FROM ({_RESULTS_SQL}) WHERE true{where} ORDER BY created DESC",
-            list(chosen.values()),
+            f"SELECT * FROM ({_RESULTS_SQL}) WHERE {where} ORDER BY created DESC", values
         )
 
     def run_configs(self, fingerprint: str) -> dict[str, dict[str, str]]:

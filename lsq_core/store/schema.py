@@ -107,4 +107,9 @@ MIGRATIONS = [
     ) found
     WHERE evaluations.id = found.id;
     """,
+    # Which measurements that come with the project were imported; what a person deleted of them
+    # since does not come back.
+    """
+    CREATE TABLE shipped (sha256 VARCHAR PRIMARY KEY, imported TIMESTAMP);
+    """,
 ]

@@ -6,7 +6,8 @@ from lsq_core.store.profiles import ProfileTables
 from lsq_core.store.published import PublishedTables
 from lsq_core.store.results import ResultTables
 from lsq_core.store.runs import RunTables
+from lsq_core.store.shipped import ShippedTables
 
 
-class Store(ProfileTables, RunTables, ResultTables, PublishedTables):
+class Store(ProfileTables, RunTables, ResultTables, PublishedTables, ShippedTables):
     """The database of this project; each base class has the methods of some tables."""

@@ -153,9 +153,22 @@ def profile(
 
 def _profile_key(store: Store, info: ModelInfo, settings: ProfileSettings, device: str) -> str:
     device_and_dtype = resolve_device_and_dtype(info, device)
-    key = profile_key(info, settings, device_and_dtype)
+    try:
+        key = profile_key(info, settings, device_and_dtype)
+    except InputError:  # the text isn't here; it needn't be for a shipped profile
+        shipped = _shipped_profile_key(store, file_version(store), info.fingerprint, settings)
+        if shipped is None:
+            raise
+        return shipped
     _migrate_older_profile(store, file_version(store), key, info, settings, device_and_dtype)
     return key
+
+
+@st.cache_data(max_entries=32, show_spinner=False)
+def _shipped_profile_key(
+    _store: Store, at: FileVersion, mark: str, settings: ProfileSettings
+) -> str | None:
+    return _store.find_shipped_profile(mark, asdict(settings))
 
 
 @st.cache_data(max_entries=32, show_spinner=False)

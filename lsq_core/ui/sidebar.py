@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lsq_core import devices, disk, jobs
-from lsq_core.model.source import ModelSource
+from lsq_core.model.source import ModelSource, built_in_models, default_model
 from lsq_core.store.store import Store
 from lsq_core.ui import cached, state, words
 from lsq_core.ui.safe import st
@@ -35,9 +35,9 @@ def show(store: Store) -> tuple[str, str]:
 
 
 def _model(store: Store) -> str:
-    state.init_key("model", "demo")
-    st.session_state["model"] = st.session_state["model"] or "demo"
-    available = ["demo", *known_model_names(store), *published_model_names(store)]
+    state.init_key("model", default_model())
+    st.session_state["model"] = st.session_state["model"] or default_model()
+    available = [*built_in_models(), *known_model_names(store), *published_model_names(store)]
     options = list(dict.fromkeys([*available, st.session_state["model"]]))
     st.selectbox(
         "Model",
@@ -45,8 +45,8 @@ def _model(store: Store) -> str:
         key="model",
         accept_new_options=True,
         persist_state="session",
-        help="demo, a Hugging Face id (org/name or org/name@revision), a local folder, or "
-        "published:NAME for imported measurements without weights.",
+        help="smollm2 or demo, a Hugging Face id (org/name or org/name@revision), a local folder "
+        "or GGUF file, or published:NAME for imported measurements without weights.",
     )
     state.sync_url("model")
     return st.session_state["model"]

@@ -91,7 +91,7 @@ def serve(script: str, folder: Path) -> Iterator[Server]:
     _require_chromium()
     database, port = folder / "lsq.duckdb", find_free_port()
     if script == "app.py":  # as people do
-        command = [sys.executable, "-m", "lsq_core", "app", "--port", str(port)]
+        command = [sys.executable, "-m", "lsq_core", "app", "--port", str(port), "--no-shipped"]
     else:
         command = [sys.executable, "-m", "streamlit", "run", script, "--server.port", str(port)]
         command += ["--server.fileWatcherType", "none"]

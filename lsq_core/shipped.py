@@ -1,0 +1,124 @@
+"""The measurements that come with the project, and how they are made again.
+
+``data/measured`` holds a profile of SmolLM2 and of the demo model by each quantizer that can make
+one, and runs of the planning methods at budgets from 2.5 to 6 bits, as Parquet files. The app
+imports them when it first starts, marked as shipped. ``make measured`` makes them again:
+
+    python -m lsq_core.shipped --calibration wikitext2-valid.txt --corpus wikitext2-test.txt
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from lsq_core import paths
+from lsq_core.evaluation.protocol import EvaluationRequest
+from lsq_core.files import cached_sha256
+from lsq_core.model.gguf import SMOLLM2
+from lsq_core.model.source import ModelSource
+from lsq_core.profiling.settings import ProfileSettings
+from lsq_core.progress import ProgressCallback, ignore_progress
+from lsq_core.store.store import Store
+
+#: Where the measurements are, in a checkout and installed.
+FOLDER = paths.RESOURCES / "data" / "measured"
+MODELS = (SMOLLM2, "demo")
+QUANTIZERS = ("hqq", "rtn", "nf4")
+BUDGETS = ("2.5bpp", "2.8bpp", "3.2bpp", "3.6bpp", "4.2bpp", "5bpp", "6bpp")
+BASES = ("2.25", "2.51", "3.13", "3.25", "3.51", "4.13", "4.25", "4.51", "8.13")
+METHODS = (
+    "sensiboost",
+    "kurtboost",
+    "sensiboost-ablation",
+    "kurtboost-ablation",
+    "mxq",
+    "sensi-knapsack",
+    "loss-aware",
+)
+#: Methods that take long, or that add little, are run at some of the budgets only.
+MORE_METHODS = ("kurt-scaled", "sensi-milp", "kurt-milp")
+FEWER_BUDGETS = ("3.2bpp", "4.2bpp")
+MAX_TOKENS = 8192
+
+
+def import_measurements(store: Store, folder: Path = FOLDER) -> bool:
+    """Import the shipped measurements where that was not done before; whether it was done now.
+
+    Raises
+    ------
+    LsqError
+        When the database cannot be written.
+    """
+    files = sorted(folder.glob("*.parquet"))
+    digest = hashlib.sha256("".join(map(cached_sha256, files)).encode()).hexdigest()
+    if not files or store.is_shipped_imported(digest):
+        return False
+    store.import_shipped(folder, digest)
+    return True
+
+
+def measure(
+    store: Store,
+    calibration: str,
+    corpus: str,
+    models: Sequence[str] = MODELS,
+    report: ProgressCallback = ignore_progress,
+) -> None:
+    """Measure all that is shipped; what the store has already is not measured again.
+
+    ``calibration`` and ``corpus`` are text files, given by their names alone, under which the
+    figures are shown: run it in their folder.
+    """
+    from lsq_core.session import Session
+
+    for name in models:
+        session = Session(ModelSource(name), store, report=report)
+        for quantizer in QUANTIZERS:
+            settings = ProfileSettings(quantizer, calibration=calibration)
+            session.profile(settings, ["loss_impact"] if quantizer == "hqq" else [])
+        _run_methods(session, ProfileSettings(calibration=calibration), corpus)
+
+
+def _run_methods(session: object, settings: ProfileSettings, corpus: str) -> None:
+    from lsq_core.planning.request import PlanRequest
+    from lsq_core.sweep import items, requests, sweep
+
+    template = PlanRequest("uniform")
+    plans = requests(template, ["uniform"], BASES, [])
+    plans += requests(template, METHODS, [], BUDGETS)
+    plans += requests(template, MORE_METHODS, [], FEWER_BUDGETS)
+    evaluation = EvaluationRequest(corpus, "strided", MAX_TOKENS)
+    sweep(session, items(plans, ["hqq"], [evaluation]), settings)
+
+
+def export(store: Store, folder: Path = FOLDER) -> dict[str, int]:
+    """Write the measurements of a store's models as the files that are shipped; rows by table."""
+    models = store.models()
+    chosen = models[models["source"].isin(MODELS)]["fingerprint"].tolist()
+    return store.export_measurements(chosen, folder)
+
+
+def main() -> None:
+    """Measure and export, as the module's description says."""
+    parser = argparse.ArgumentParser(prog="python -m lsq_core.shipped", description=__doc__)
+    parser.add_argument("--calibration", required=True, help="text file to calibrate on")
+    parser.add_argument("--corpus", required=True, help="text file to evaluate on")
+    parser.add_argument("--db", default="measured.duckdb", help="database to measure into")
+    parser.add_argument("--model", action="append", choices=MODELS, help="one of them only")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder for the Parquet files")
+    options = parser.parse_args()
+    store = Store(options.db)
+
+    def report(stage: str, done: int, total: int, message: str) -> None:
+        print(f"{stage:>9} {100 * done / max(total, 1):3.0f} %  {message}", flush=True)
+
+    measure(store, options.calibration, options.corpus, options.model or MODELS, report)
+    for table, count in export(store, options.out).items():
+        print(f"{table}: {count} rows")
+
+
+if __name__ == "__main__":
+    main()
