@@ -29,18 +29,13 @@ MODELS = (SMOLLM2, "demo")
 QUANTIZERS = ("hqq", "rtn", "nf4")
 BUDGETS = ("2.5bpp", "2.8bpp", "3.2bpp", "3.6bpp", "4.2bpp", "5bpp", "6bpp")
 BASES = ("2.25", "2.51", "3.13", "3.25", "3.51", "4.13", "4.25", "4.51", "8.13")
-METHODS = (
-    "sensiboost",
-    "kurtboost",
-    "sensiboost-ablation",
-    "kurtboost-ablation",
-    "mxq",
-    "sensi-knapsack",
-    "loss-aware",
-)
-#: Methods that take long, or that add little, are run at some of the budgets only.
-MORE_METHODS = ("kurt-scaled", "sensi-milp", "kurt-milp")
-FEWER_BUDGETS = ("3.2bpp", "4.2bpp")
+#: Methods that raise layers above a base are run at the bases in between, as their paper has it.
+BOOSTS = ("sensiboost", "kurtboost", "sensiboost-ablation", "kurtboost-ablation")
+BOOST_BASES = BASES[1:-1]
+KNAPSACKS = ("mxq", "loss-aware", "sensi-knapsack")
+#: Methods that add little are run at some of the budgets only.
+VARIANTS = ("kurt-scaled", "sensi-milp", "kurt-milp")
+VARIANT_BUDGETS = ("3.2bpp", "4.2bpp")
 MAX_TOKENS = 8192
 
 
@@ -88,8 +83,9 @@ def _run_methods(session: object, settings: ProfileSettings, corpus: str) -> Non
 
     template = PlanRequest("uniform")
     plans = requests(template, ["uniform"], BASES, [])
-    plans += requests(template, METHODS, [], BUDGETS)
-    plans += requests(template, MORE_METHODS, [], FEWER_BUDGETS)
+    plans += requests(template, BOOSTS, BOOST_BASES, [])
+    plans += requests(template, KNAPSACKS, [], BUDGETS)
+    plans += requests(template, VARIANTS, [], VARIANT_BUDGETS)
     evaluation = EvaluationRequest(corpus, "strided", MAX_TOKENS)
     sweep(session, items(plans, ["hqq"], [evaluation]), settings)
 
