@@ -143,7 +143,7 @@ def test_page_headline_empty_database(title, headline):
     ("title", "headline"),
     [
         ("Model", "M parameters"),
-        ("Explore", "stands out"),
+        ("Explore", "Most sensitive: layers"),
         ("Plan", "bits:"),
         ("Run", "Nothing is running."),
         ("Compare", "Best within"),
@@ -238,7 +238,7 @@ def test_explore_profile_job_runs_and_result_shown(filled):
     assert job.arguments[0] == "profile"
     wait_for(lambda: not jobs.read(job.folder).active)
     assert jobs.read(job.folder).state == "done", jobs.read(job.folder).log_tail()
-    assert "stands out" in first_line(app.run())
+    assert first_line(app.run()).startswith("Most sensitive: layers")
 
 
 def test_explore_metadata_comparison_table(filled):
@@ -280,7 +280,8 @@ def test_explore_chart_matches_profile(filled):
     value = store.query(
         "SELECT value FROM scores WHERE metric = 'kurtosis' AND layer = 2 AND type LIKE '%k_proj'"
     )["value"][0]
-    k = next(t for t in chart(app)["data"] if t.get("name") == "k_proj")
+    lines = json.loads(app.get("plotly_chart")[1].proto.spec)["data"]
+    k = next(t for t in lines if t.get("name") == "k_proj")
     assert _array(k["y"])[2] == pytest.approx(value, rel=1e-12)
 
 

@@ -67,6 +67,56 @@ def test_over_layers_same_module_color_in_panels(panels):
     assert lines(figure, 1)[0].line.color == lines(figure, 2)[0].line.color
 
 
+def test_over_layers_legends_stand_above_and_below(panels):
+    layout = charts.over_layers(panels).layout
+    assert layout.legend.y > 1
+    assert layout.legend2.y < 0
+    assert layout.xaxis.range == layout.xaxis2.range == (-0.5, 2.5)
+
+
+def heat_panel(values: list[float], flagged: dict[int, bool], log: bool = True) -> charts.Panel:
+    frame = make_series("self_attn.q_proj", values, dict.fromkeys(flagged, 4.5))
+    frame["rises"] = [flagged.get(i, False) for i in range(len(values))]
+    return charts.Panel(frame, "Sensitivity", "mean squared output change", log)
+
+
+def test_layer_heatmap_log_colors_and_labels_of_scores():
+    figure = charts.layer_heatmap(heat_panel([1e-6, 1e-4, 1e-3], {}))
+    (heat,) = figure.data
+    assert heat.z.tolist() == [pytest.approx([-6, -4, -3])]
+    assert heat.customdata.tolist() == [[1e-6, 1e-4, 1e-3]]
+    assert list(heat.colorbar.tickvals) == [-6, -5, -4, -3]
+    assert list(heat.colorbar.ticktext) == [f"10<sup>−{n}</sup>" for n in (6, 5, 4, 3)]
+    assert heat.colorbar.title.text == "mean squared output change"
+    assert (list(heat.x), list(heat.y)) == ([0, 1, 2], ["q"])
+
+
+def test_layer_heatmap_narrow_range_is_linear():
+    (heat,) = charts.layer_heatmap(heat_panel([3.0, 4.0, 9.0], {})).data
+    assert heat.z.tolist() == [[3.0, 4.0, 9.0]]
+    assert heat.colorbar.tickvals is None
+    (heat,) = charts.layer_heatmap(heat_panel([3.0, 4.0, 70.0], {})).data
+    assert list(heat.colorbar.ticktext) == ["5", "10", "20", "50"]
+
+
+def test_layer_heatmap_missing_and_zero_scores_have_no_color():
+    (heat,) = charts.layer_heatmap(heat_panel([0.0, np.nan, 1e-3, 1e-6], {})).data
+    assert np.isnan(heat.z[0]).tolist() == [True, True, False, False]
+
+
+def test_layer_heatmap_marks_direction_of_flags():
+    figure = charts.layer_heatmap(heat_panel([1e-6, 1e-3, 1e-6], {1: True, 2: False}))
+    marks = {t.name: (t.marker.symbol, list(t.x)) for t in figure.data[1:]}
+    assert marks == {"jump": ("triangle-up", [1]), "fall": ("triangle-down", [2])}
+
+
+@pytest.mark.parametrize("layers", [4, 32, 80])
+def test_layer_heatmap_axis_shows_whole_layers(layers):
+    axis = charts.layer_heatmap(heat_panel([1.0] * layers, {})).layout.xaxis
+    assert axis.range == (-0.5, layers - 0.5)
+    assert axis.dtick == (1 if layers == 4 else None)
+
+
 def test_module_colors_are_distinct():
     assert len(set(charts.MODULE_COLORS.values())) == len(charts.MODULE_COLORS)
 

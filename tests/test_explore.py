@@ -23,7 +23,13 @@ from lsq_core.model.info import Matrix
 from lsq_core.model.loading import load_model
 from lsq_core.model.source import DEMO_FOLDER, ModelSource
 from lsq_core.planning.detection import detect_outliers
-from lsq_core.planning.methods.boost import flagged_layers
+from lsq_core.planning.methods.boost import detect_by_type, flagged_layers
+from lsq_core.planning.ranking import (
+    FlaggedLayers,
+    flagged_by_direction,
+    flags_by_module,
+    rank_layers,
+)
 from lsq_core.planning.request import PlanRequest
 from lsq_core.profiling import weights
 from lsq_core.profiling.agreement import (
@@ -163,12 +169,93 @@ def test_explore_partial_profile_shown_as_incomplete(filled):  # noqa: F811
     assert first_line(app).endswith("is incomplete.")
     assert re.search("lacks .*by part .*by module", page_text(app))
     assert app.button(key="profile").label == "Measure the rest"
-    titles = [note["text"] for note in chart(app)["layout"]["annotations"]]
+    titles = [note["text"] for note in figure(app, 1)["layout"]["annotations"]]
     assert titles == ["Weight kurtosis", "Weight error at b4g64"]
+    assert chart(app)["data"][0]["type"] == "heatmap"
     for see in ("algorithm", "overlay", "ranks", "weights"):
         app = open_page("Explore", model=filled.model, see=see)
         assert not app.error
         assert first_line(app).endswith("is incomplete.")
+
+
+# --- the heatmap and the layers that are named ----------------------------------------------
+
+
+def select_metric(app, metric: str) -> None:
+    next(g for g in app.get("button_group") if g.key == "layers_view").set_value(metric).run()
+
+
+@pytest.mark.parametrize("metric", ["sensitivity", "kurtosis", "weight_error"])
+def test_heatmap_cells_match_store(store, metric):  # noqa: F811
+    app = open_page("Explore", model=SEVEN)
+    select_metric(app, metric)
+    stored = store.query(
+        "SELECT s.type, s.layer, s.value FROM scores s JOIN profiles p ON s.profile = p.id "
+        "WHERE fingerprint = ? AND settings ->> '$.calibration' = 'pileval' "
+        "AND settings ->> '$.quantizer' = 'hqq' AND metric = ? AND config = ?",
+        [SEVEN, metric, "" if metric == "kurtosis" else "b4g64"],
+    ).pivot(index="type", columns="layer", values="value")
+    heat = chart(app)["data"][0]
+    values = np.array(_array(heat["customdata"]))
+    assert values.shape == (4 if metric == "sensitivity" else 7, 32)
+    for row, names in zip(values, heat["y"], strict=True):
+        kind = next(k for k in stored.index if k.endswith(f".{names.split(',')[0]}_proj"))
+        assert row.tolist() == pytest.approx(stored.loc[kind].tolist())
+    log = stored.to_numpy().max() / stored.to_numpy().min() >= 10
+    shown = np.log10(values) if log else values
+    np.testing.assert_allclose(np.array(_array(heat["z"])), shown)
+    by_layer = stored.max().sort_values(ascending=False)
+    top, _, jumps = first_line(app).partition(". ")
+    assert [int(n) for n in re.findall(r"\d+", top)] == by_layer.index[:3].tolist()
+    assert ("Algorithm 1" in jumps) == (metric != "weight_error")
+
+
+def test_headline_names_sensitive_and_flagged_layers_apart(store):  # noqa: F811
+    """Kurtosis of Llama-2-7B is highest in layer 0, which Algorithm 1 cannot flag."""
+    app = open_page("Explore", model=SEVEN)
+    select_metric(app, "kurtosis")
+    top, _, jumps = first_line(app).partition(". ")
+    assert re.findall(r"\d+", top)[0] == "0"
+    session = Session(ModelSource(SEVEN), store)
+    problem = build_problem(session.info, session.find_profile(session.default_settings))
+    flagged = flagged_by_direction(detect_by_type(problem, "kurtosis", 0))
+    assert flagged.falls == (2,)
+    assert [int(n) for n in re.findall(r"\d+", jumps)[1:]] == list(flagged.jumps)
+    assert 0 not in flagged.jumps
+    caption = next(c.value for c in app.caption if "z > 3" in c.value)
+    assert "Layer 0 has no layer before it" in caption
+    assert "Layer 2 is flagged only because the score falls back" in caption
+
+
+def test_headline_does_not_mention_first_layer_below_the_top(store):  # noqa: F811
+    app = open_page("Explore", model=SEVEN)
+    assert "31" in first_line(app).partition(". ")[0]
+    assert "no layer before it" not in page_text(app)
+
+
+def test_flags_by_direction_of_a_spike():
+    spike = np.r_[np.ones(15), 9, np.ones(14)]
+    found = {"q": (list(range(30)), detect_outliers(spike, ratios=False))}
+    assert flagged_by_direction(found) == FlaggedLayers(jumps=(15,), falls=(16,))
+    assert {cell: rises for cell, (_, rises) in flags_by_module(found).items()} == {
+        ("q", 15): True,
+        ("q", 16): False,
+    }
+    start = np.r_[9, np.ones(29)]
+    found = {"q": (list(range(30)), detect_outliers(start, ratios=False))}
+    assert flagged_by_direction(found) == FlaggedLayers(jumps=(), falls=(1,)), "never layer 0"
+    both = found | {"k": (list(range(30)), detect_outliers(start[::-1], ratios=False))}
+    assert flagged_by_direction(both) == FlaggedLayers(jumps=(29,), falls=(1,))
+
+
+def test_rank_layers_by_largest_module():
+    scores = pd.DataFrame(
+        {"layer": [0, 0, 1, 1, 2], "type": ["q", "k", "q", "k", "q"]}
+        | {"value": [1.0, 5.0, 9.0, np.nan, 2.0]}
+    )
+    ranked = rank_layers(scores)
+    assert ranked["layer"].tolist() == [1, 0, 2]
+    assert ranked["type"].tolist() == ["q", "k", "q"]
 
 
 # --- Algorithm 1 ----------------------------------------------------------------------------

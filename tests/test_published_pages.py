@@ -170,9 +170,15 @@ def test_model_page_download_offline_shows_error(monkeypatch):
 # --- Explore --------------------------------------------------------------------------------
 
 
+def lines_chart(app: AppTest) -> dict:
+    """The chart of lines over the layers, which stands below the heatmap where there is one."""
+    charts_shown = [json.loads(c.proto.spec) for c in app.get("plotly_chart")]
+    return next(spec for spec in charts_shown if spec["data"][0]["type"] == "scatter")
+
+
 def drawn_lines(app: AppTest) -> dict[str, list[tuple[str, list[float]]]]:
     """Panel title to the lines in it: name and values."""
-    spec = chart(app)
+    spec = lines_chart(app)
     titles = [note["text"] for note in spec["layout"]["annotations"]]
     panels: dict[str, list] = {title: [] for title in titles}
     for trace in spec["data"]:
@@ -208,10 +214,10 @@ def test_explore_published_metrics(store, model, panels):
             kind = name.split(",")[0]
             assert values == pytest.approx(scores(store, app, model, metric, kind), rel=1e-12)
     if model == SEVENTY:
-        assert "No activation sensitivity" in page_text(app)
-        assert "Flagged by kurtosis" in page_text(app)
-    if model == CHAT:
-        assert "No kurtosis" in page_text(app)
+        assert first_line(app).startswith("Highest kurtosis: layers")
+    missing = next(d.value for d in app.dataframe if "published" in d.value)["metric"].tolist()
+    assert ("Activation sensitivity by part" in missing) == (model == SEVENTY) or model == CHAT
+    assert ("Weight kurtosis" in missing) == (model == CHAT)
     assert not [b for b in app.button if b.label == "Profile"]
 
 
@@ -268,6 +274,8 @@ def test_explore_change_corpus_and_quantizer(store):
     assert not app.exception
     select_box(app, "Configuration shown").set_value("b2g128").run()
     assert re.search("no activation sensitivity by part at b2g128", page_text(app))
+    assert first_line(app).startswith("No sensitivity by part at b2g128.")
+    assert len(app.get("plotly_chart")) == 1, "no heatmap of what is not there"
     assert list(drawn_lines(app)) == ["Weight kurtosis", "Weight error at b2g128"]
 
 

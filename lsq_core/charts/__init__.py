@@ -10,6 +10,7 @@ from lsq_core.charts.compared import (
     win_tie_loss_bars,
 )
 from lsq_core.charts.detection import DetectionSteps, algorithm_steps
+from lsq_core.charts.heatmap import layer_heatmap
 from lsq_core.charts.layers import Panel, over_layers
 from lsq_core.charts.overlay import (
     LineStyle,
@@ -84,6 +85,7 @@ __all__ = [
     "gain_for_bits",
     "interaction_heatmap",
     "add_run_labels",
+    "layer_heatmap",
     "line_style",
     "predicted_loss_scatter",
     "style_key",

@@ -9,13 +9,13 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from lsq_core.charts.style import apply_layout, module_color, ring_markers
+from lsq_core.charts.style import apply_layout, in_two_lines, layer_axis, module_color, ring_markers
 
 
 @dataclass(frozen=True, eq=False)
 class Panel:
-    """One chart over layers: ``frame`` has ``type, label, layer, value`` and, where Algorithm 1
-    flagged a point, its ``z`` (else NaN)."""
+    """One metric over layers: ``frame`` has ``type, label, layer, value`` and, where Algorithm 1
+    flagged a point, its ``z`` (else NaN) and whether the score ``rises`` there."""
 
     frame: pd.DataFrame
     title: str
@@ -23,10 +23,15 @@ class Panel:
     log: bool = False
 
 
-def over_layers(panels: Sequence[Panel], height: int = 570) -> go.Figure:
+#: Height of a panel, and of all that stands above and below the panels, in pixels.
+_PANEL_HEIGHT, _FRAME_HEIGHT = 170, 129
+
+
+def over_layers(panels: Sequence[Panel]) -> go.Figure:
     """Stack panels with a common layer axis; flagged points are ringed.
 
-    Panels with the same lines share a legend, next to the first of them.
+    Panels with the same lines share a legend: the first panel's stands above it, another below
+    all panels. Rows of a legend break where the screen is narrow.
     """
     figure = make_subplots(
         rows=len(panels),
@@ -46,24 +51,29 @@ def over_layers(panels: Sequence[Panel], height: int = 570) -> go.Figure:
         if not flagged.empty:
             figure.add_trace(_rings(flagged, legend, legend not in ringed), row, 1)
             ringed.add(legend)
-        figure.update_yaxes(title_text=panel.axis, row=row, col=1)
+        figure.update_yaxes(title_text=in_two_lines(panel.axis), row=row, col=1)
         if panel.log:
             figure.update_yaxes(type="log", exponentformat="power", dtick=1, row=row, col=1)
-        if first:
-            _place_legend(figure, legend, row)
+    layers = max(int(panel.frame["layer"].max()) for panel in panels) + 1
+    figure.update_xaxes(**layer_axis(layers))
     figure.update_xaxes(title_text="layer", row=len(panels), col=1)
     for note in figure.layout.annotations:  # the panels' titles, to the left
         note.update(x=0, xanchor="left", font_size=13)
-    apply_layout(figure, height)
-    return figure.update_layout(margin={"t": 24, "b": 40}, modebar_orientation="h")
+    height = _PANEL_HEIGHT * len(panels)
+    for number, legend in enumerate(legends.values()):
+        _place_legend(figure, legend, number, height)
+    apply_layout(figure, height + _FRAME_HEIGHT)
+    return figure.update_layout(margin={"l": 70, "t": 54, "b": 75})
 
 
-def _place_legend(figure: go.Figure, legend: str, row: int) -> None:
-    """Put a legend to the right of its panel, level with its top."""
-    top = figure.layout[f"yaxis{row if row > 1 else ''}"].domain[1]
-    figure.update_layout(
-        {legend: {"x": 1.01, "xanchor": "left", "y": top, "yanchor": "top", "tracegroupgap": 0}}
-    )
+def _place_legend(figure: go.Figure, legend: str, number: int, height: float) -> None:
+    """Put the first legend above the title of its panel, the n-th below the layer axis."""
+    if number == 0:
+        place = {"y": 1 + 22 / height, "yanchor": "bottom"}
+    else:
+        place = {"y": -(24 + 24 * number) / height, "yanchor": "top"}
+    row = {"orientation": "h", "x": 0, "xanchor": "left", "tracegroupgap": 0}
+    figure.update_layout({legend: row | place})
 
 
 def _line(part: pd.DataFrame, label: str, legend: str, in_legend: bool) -> go.Scatter:
@@ -92,6 +102,7 @@ def _rings(flagged: pd.DataFrame, legend: str, in_legend: bool) -> go.Scatter:
         legend=legend,
         legendgroup=f"{legend} flagged",
         showlegend=in_legend,
+        cliponaxis=False,
         customdata=flagged[["label", "z"]],
         hoverinfo=None,
         hovertemplate="%{customdata[0]}, layer %{x}<br>%{y:.4g}"

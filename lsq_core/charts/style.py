@@ -107,6 +107,33 @@ def short_type(type_name: str) -> str:
     return ".".join(parts[-2:]) if "expert" in type_name else parts[-1]
 
 
+def layer_axis(layers: int) -> dict[str, Any]:
+    """Return range and ticks of a layer axis: whole numbers, as many as its width has room for.
+
+    >>> layer_axis(4)
+    {'range': [-0.5, 3.5], 'tickangle': 0, 'dtick': 1}
+    """
+    ticks = {"dtick": 1} if layers <= _EVERY_LAYER else {}
+    return {"range": [-0.5, layers - 0.5], "tickangle": 0, **ticks}
+
+
+#: Up to so many layers each is labelled, which automatic ticks would do at halves too.
+_EVERY_LAYER = 10
+
+
+def in_two_lines(title: str) -> str:
+    """Break a long axis title at the space nearest its middle, for an axis that is short.
+
+    >>> in_two_lines("mean squared output change")
+    'mean squared<br>output change'
+    """
+    spaces = [i for i, letter in enumerate(title) if letter == " "]
+    if len(title) < 22 or not spaces:
+        return title
+    middle = min(spaces, key=lambda i: abs(i - len(title) / 2))
+    return f"{title[:middle]}<br>{title[middle + 1 :]}"
+
+
 #: A legend in a row above the figure, to the right.
 LEGEND_ABOVE = {"orientation": "h", "yanchor": "bottom", "y": 1.02, "xanchor": "right", "x": 1}
 

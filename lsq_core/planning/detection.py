@@ -15,11 +15,12 @@ THRESHOLD = 3.0
 class Detection:
     """Algorithm 1 applied to one series of scores, one for each layer that has the module type.
 
-    ``differences``, ``z`` are (layers − 1,); ``flagged`` holds indices into the series, the
-    strongest first.
+    ``differences``, ``z`` and ``rises``, whether the score is above the previous layer's, are
+    (layers − 1,); ``flagged`` holds indices into the series, the strongest first.
     """
 
     differences: np.ndarray
+    rises: np.ndarray
     mean: float
     deviation: float
     z: np.ndarray
@@ -47,7 +48,8 @@ def detect_outliers(
     """
     series = np.asarray(series, dtype=float)
     if len(series) < 3 or not np.isfinite(series).all():
-        return Detection(np.zeros(0), np.nan, np.nan, np.zeros(0), ())
+        nothing = np.zeros(0)
+        return Detection(nothing, nothing.astype(bool), np.nan, np.nan, nothing, ())
     with np.errstate(divide="ignore", invalid="ignore"):
         differences = series[1:] / series[:-1] if ratios else np.diff(series)
         cut = int(TRIM_FRACTION * len(differences))
@@ -57,7 +59,8 @@ def detect_outliers(
     above_threshold = np.flatnonzero(z > threshold)
     strongest = above_threshold[np.argsort(-z[above_threshold], kind="stable")]
     selected = strongest[:top_m] if top_m else strongest
-    return Detection(differences, mean, deviation, z, tuple(int(i) + 1 for i in selected))
+    rises = series[1:] > series[:-1]
+    return Detection(differences, rises, mean, deviation, z, tuple(int(i) + 1 for i in selected))
 
 
 def largest_possible_z(layers: int) -> float:

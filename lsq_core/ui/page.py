@@ -20,10 +20,11 @@ from lsq_core.store.store import Store
 from lsq_core.ui import cached, hub_lookup, sidebar, state, words
 from lsq_core.ui.safe import st
 
-#: Streamlit leaves five rems free on either side, which a small screen needs; and it writes what
-#: charts say in a grey too pale to read on white.
+#: Streamlit leaves five rems free on either side, which a small screen needs; and it writes
+#: captions and what charts say in a grey too pale to read (WCAG AA asks for a contrast of 4.5).
 _STYLE = """<style>
 .stMainBlockContainer { padding-left: 2.5rem; padding-right: 2.5rem; }
+[data-testid="stCaptionContainer"] { color: inherit; opacity: .8; }
 .js-plotly-plot :is([class$="tick"], [class$="title"], [class^="legend"], .annotation) text,
 .js-plotly-plot :is(.bartext-outside, .slicetext) {
   fill: currentColor !important; fill-opacity: .85; }

@@ -57,8 +57,8 @@ def lines(figure: list[dict]) -> dict[str, list]:
 
 
 def test_layers_view_matches_stored_scores(user):
-    open_view(user, "layers", "ayer")
-    (figure,) = user.charts()
+    open_view(user, "layers", "Most sensitive")
+    heat, figure = user.charts(2)
     panels = {
         "kurtosis": scores(user, "kurtosis"),
         "weight_error": scores(user, "weight_error", "b4g64"),
@@ -72,11 +72,18 @@ def test_layers_view_matches_stored_scores(user):
     for name in ("q_proj, k_proj, v_proj", "gate_proj, up_proj"):
         kind = next(kind for kind in parts if kind.endswith(name.split(",")[0]))
         assert shown[name] == pytest.approx(parts[kind].tolist())
-    axis = "return document.querySelector('.js-plotly-plot')._fullLayout.yaxis.type"
+    axis = "return document.querySelectorAll('.js-plotly-plot')[1]._fullLayout.yaxis.type"
     assert user.driver.execute_script(axis) == "log"
-    flagged = [int(n) for n in re.findall(r"\d+", user.first_line)]
+    top, _, jumps = user.first_line.partition(". Algorithm 1 flags")
+    largest = parts.max(axis=1).sort_values(ascending=False)
+    assert [int(n) for n in re.findall(r"\d+", top)] == largest.index[:3].tolist()
+    marked = {x for marks in heat if marks["name"] == "jump" for x in marks["x"]}
     ringed = {x for line in figure if line["name"] == "flagged" for x in line["x"]}
-    assert set(flagged) <= ringed
+    assert {int(n) for n in re.findall(r"\d+", jumps)} == marked <= ringed
+    assert heat[0]["y"] == ["q, k, v", "o", "gate, up", "down"]
+    kinds = ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"]
+    for kind, row in zip(kinds, heat[0]["z"], strict=True):
+        assert row == pytest.approx(np.log10(parts[kind]).tolist()), kind
 
 
 def test_threshold_slider_updates_flagged_layers(user):

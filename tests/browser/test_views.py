@@ -13,7 +13,7 @@ DEMO, PUBLISHED = "model=demo", "model=published:Llama-2-7b-hf"
 #: An address, and how many charts its view has at least.
 VIEWS = {
     "model": (f"/?{DEMO}", 1),
-    "layers": (f"/Explore?{DEMO}", 1),
+    "layers": (f"/Explore?{DEMO}", 2),
     "algorithm": (f"/Explore?{DEMO}&see=algorithm", 1),
     "overlay": (f"/Explore?{DEMO}&see=overlay", 2),
     "ranks": (f"/Explore?{DEMO}&see=ranks", 1),
@@ -25,7 +25,7 @@ VIEWS = {
     "wins": (f"/Compare?{DEMO}&view=wins", 2),
     "two": (f"/Compare?{DEMO}&view=two", 4),
     "query": (f"/SQL?{DEMO}", 0),
-    "published-layers": (f"/Explore?{PUBLISHED}", 1),
+    "published-layers": (f"/Explore?{PUBLISHED}", 2),
     "published-size": (f"/Compare?{PUBLISHED}", 1),
     "published-wins": (f"/Compare?{PUBLISHED}&view=wins", 2),
     "published-predicted": (f"/Compare?{PUBLISHED}&view=predicted", 1),

@@ -1,8 +1,8 @@
-"""The Explore page's first view: the hard layers, and every metric over the layers."""
+"""The Explore page's first view: a heatmap by layer and module, and metrics over the layers."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -10,9 +10,16 @@ import pandas as pd
 from lsq_core import charts
 from lsq_core.bits import DETECTION_CONFIG, LADDER, QuantConfig
 from lsq_core.model.info import ModelInfo
-from lsq_core.planning.detection import shallow_model_note
-from lsq_core.planning.methods.boost import flagged_layers
+from lsq_core.planning.detection import Detection, shallow_model_note
+from lsq_core.planning.methods.boost import detect_by_type
 from lsq_core.planning.problem import Problem
+from lsq_core.planning.ranking import (
+    TOP_LAYERS,
+    FlaggedLayers,
+    flagged_by_direction,
+    flags_by_module,
+    rank_layers,
+)
 from lsq_core.planning.request import SENSITIVITIES
 from lsq_core.profiling.metrics import (
     METRICS,
@@ -27,18 +34,35 @@ from lsq_core.ui.explore.profile import ExploreView
 from lsq_core.ui.page import next_step
 from lsq_core.ui.safe import st
 
-_DETECTION_RULE = (
-    "Algorithm 1 flags a layer whose change from the previous layer has a z-score above 3."
-)
-#: How the first line names a metric, the one it speaks of first.
-_METRIC_PHRASES = {"sensitivity": "activation sensitivity", "kurtosis": "kurtosis"}
+_DETECTION_RULE = "Algorithm 1 flags a layer whose change from the layer before has z > 3."
+#: How the headline names the top of the ranking by a metric; others are "highest" in it.
+_TOP_OF = dict.fromkeys(SENSITIVITIES, "Most sensitive")
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """The metric that is looked at, and the configuration by which scores are shown."""
+
+    metric: str
+    config: QuantConfig | None
+
+    def config_of(self, metric: str) -> QuantConfig | None:
+        """The configuration at which a metric is shown; None where it depends on none."""
+        return self.config if METRICS[metric].by_config else None
 
 
 def show(view: ExploreView) -> None:
-    """The hard layers, the charts, and what else there is to know of this profile."""
+    """The sensitive layers and the flagged ones, the heatmap and the lines, and what is behind."""
     problem = view.problem
-    render_hard_layers(view, problem)
-    show_charts(view, problem)
+    chosen = _choose(view)
+    if chosen is None:
+        view.render_headline(
+            "Neither sensitivity nor kurtosis was published at b4g64.", _DETECTION_RULE
+        )
+    else:
+        panels = build_panels(view.profile, problem, chosen)
+        render_headline(view, problem, chosen, panels.get(chosen.metric))
+        show_charts(view, chosen, panels)
     left, right = st.columns([3, 2], gap="large")
     with left:
         show_flagged(problem)
@@ -49,110 +73,160 @@ def show(view: ExploreView) -> None:
             show_metadata_cost(view)
 
 
-def render_hard_layers(view: ExploreView, problem: Problem) -> None:
-    """The first line: the layers that stand out, by sensitivity where there is any."""
-    flagged = {
-        metric: flagged_set(problem, metric)
-        for metric in _METRIC_PHRASES
-        if metric in problem.scores
-    }
-    if not flagged:
-        view.render_headline(
-            "Neither sensitivity nor kurtosis was published at b4g64.", _DETECTION_RULE
-        )
-        return
-    first, *others = flagged
-    layers = flagged[first]
-    rest = [
-        f"By {_METRIC_PHRASES[metric]}: "
-        + (words.name_layers(flagged[metric]).lower() if flagged[metric] else "none")
-        + "."
-        for metric in others
+def _choose(view: ExploreView) -> _Chosen | None:
+    """The metric of the heatmap and the configuration, of those that the profile has."""
+    profile = view.profile
+    metrics = [metric for metric in in_display_order(METRICS) if metric in profile.metrics]
+    configs = measured_configs(profile)
+    metrics = [
+        metric
+        for metric in metrics
+        if any(has_scores(profile, metric, QuantConfig.parse(name)) for name in configs)
+        or has_scores(profile, metric, None)
     ]
-    if view.published:
-        rest += [
-            f"No {_METRIC_PHRASES[metric]} was published."
-            for metric in _METRIC_PHRASES
-            if metric not in flagged
-        ]
-    caption = " ".join([*rest, _DETECTION_RULE])
-    if layers:
-        are = "is hard to quantize" if len(layers) == 1 else "are hard to quantize"
-        view.render_headline(
-            f"{words.name_layers(layers)} {are}.", f"Flagged by {_METRIC_PHRASES[first]}. {caption}"
+    if not metrics:
+        return None
+    ensure_valid_choice("layers_view", metrics)
+    with view.row:
+        metric = st.segmented_control(
+            "Metric",
+            metrics,
+            format_func=words.metric_label,
+            required=True,
+            key="layers_view",
+            label_visibility="collapsed",
+            persist_state="session",
         )
+        if not configs:
+            return _Chosen(metric, None)
+        ensure_valid_choice("shown", configs, DETECTION_CONFIG.name)
+        name = st.selectbox(
+            "Configuration shown",
+            configs,
+            format_func=lambda name: f"at {name}",
+            key="shown",
+            label_visibility="collapsed",
+            persist_state="session",
+            width=130,
+        )
+    return _Chosen(metric, QuantConfig.parse(name))
+
+
+# --- the first line -------------------------------------------------------------------------
+
+
+def render_headline(
+    view: ExploreView, problem: Problem, chosen: _Chosen, panel: charts.Panel | None
+) -> None:
+    """The layers at the top of the ranking, and apart from them those that Algorithm 1 flags."""
+    metric = chosen.metric
+    top = [] if panel is None else rank_layers(panel.frame)["layer"].tolist()[:TOP_LAYERS]
+    label = METRICS[metric].label
+    if top:
+        name = _TOP_OF.get(metric, f"Highest {label}")
+        text = f"{name}: {words.name_layers(top).lower()}."
     else:
-        view.render_headline(f"No layer stands out by {_METRIC_PHRASES[first]}.", caption)
+        text = f"No {label} at {chosen.config.name}."
+    caption = []
+    if panel is not None:
+        title = f"{panel.title[0].lower()}{panel.title[1:]}"
+        caption.append(f"Ranked by {title}, the largest of a layer's modules.")
+    if metric in problem.scores and METRICS[metric].detects_outliers:
+        found = detect_by_type(problem, metric, 0)
+        text += f" {_describe_jumps(flagged_by_direction(found))}"
+        caption += _describe_rule(found, top)
+    elif METRICS[metric].detects_outliers:
+        caption.append(f"Algorithm 1 needs {label} at {DETECTION_CONFIG.name}.")
+    else:
+        caption.append("Algorithm 1 applies to sensitivity and kurtosis only.")
+    view.render_headline(text, " ".join(caption))
     if shallow_model_note(view.info.layers):
         view.header.warning(shallow_model_note(view.info.layers), icon=":material/layers:")
 
 
-def flagged_set(problem: Problem, metric: str) -> list[int]:
-    """Layers that are flagged for any module type, in order."""
-    return sorted(set().union(*flagged_layers(problem, metric, 0).values()))
+def _describe_jumps(flagged: FlaggedLayers) -> str:
+    if flagged.jumps:
+        jump = "a jump" if len(flagged.jumps) == 1 else "jumps"
+        return f"Algorithm 1 flags {jump} at {words.name_layers(flagged.jumps).lower()}."
+    if flagged.falls:
+        return "Algorithm 1 flags no jump."
+    return "Algorithm 1 flags no layer."
 
 
-def show_charts(view: ExploreView, problem: Problem) -> None:
-    """Draw the chosen sensitivity and the other default metrics of the profile over the layers."""
-    profile = view.profile
-    sensitivity_metrics = [metric for metric in SENSITIVITIES if metric in profile.metrics]
-    configs = measured_configs(profile)
-    sensitivity_metric = config_name = None
-    with view.row:
-        if sensitivity_metrics:
-            ensure_valid_choice("layers_view", sensitivity_metrics)
-            sensitivity_metric = st.segmented_control(
-                "Sensitivity",
-                sensitivity_metrics,
-                format_func=words.metric_label,
-                required=True,
-                key="layers_view",
-                label_visibility="collapsed",
-                persist_state="session",
-            )
-        if configs:
-            ensure_valid_choice("shown", configs, DETECTION_CONFIG.name)
-            config_name = st.selectbox(
-                "Configuration shown",
-                configs,
-                format_func=lambda name: f"at {name}",
-                key="shown",
-                label_visibility="collapsed",
-                persist_state="session",
-                width=130,
-            )
-    config = QuantConfig.parse(config_name) if config_name else None
-    wanted = {
-        metric: config if METRICS[metric].by_config else None
-        for metric in in_display_order(default_metrics())
-        if metric == sensitivity_metric or metric not in SENSITIVITIES
+def _describe_rule(found: dict[str, tuple[list[int], Detection]], top: list[int]) -> list[str]:
+    """What Algorithm 1 flags, and what it flags for no high score or cannot flag."""
+    notes = [_DETECTION_RULE]
+    falls = flagged_by_direction(found).falls
+    if falls:
+        are = "is" if len(falls) == 1 else "are"
+        notes.append(
+            f"{words.name_layers(falls)} {are} flagged only because the score falls back from "
+            "the layer before."
+        )
+    firsts = {layers[0] for layers, _ in found.values()}
+    unflaggable = sorted(firsts.intersection(top))
+    if unflaggable:
+        notes.append(
+            f"{words.name_layers(unflaggable)} has no layer before it, so Algorithm 1 cannot flag "
+            "it."
+        )
+    return notes
+
+
+# --- charts ---------------------------------------------------------------------------------
+
+
+def build_panels(profile: Profile, problem: Problem, chosen: _Chosen) -> dict[str, charts.Panel]:
+    """The chosen metric and the other default ones that the profile has, in display order.
+
+    Of the sensitivities there is one: the chosen one, else the first.
+    """
+    usual = [m for m in in_display_order(default_metrics()) if m in profile.metrics]
+    if chosen.metric not in usual:
+        usual = [chosen.metric, *usual]
+    sensitivities = [m for m in usual if m in SENSITIVITIES]
+    kept = chosen.metric if chosen.metric in sensitivities else next(iter(sensitivities), None)
+    return {
+        metric: build_panel(profile, problem, metric, chosen.config_of(metric))
+        for metric in usual
+        if (metric == kept or metric not in sensitivities)
+        and has_scores(profile, metric, chosen.config_of(metric))
     }
-    panels = [
-        build_panel(profile, problem, metric, at)
-        for metric, at in wanted.items()
-        if has_scores(profile, metric, at)
-    ]
-    if panels:
-        names = words.listed([p.title for p in panels])
+
+
+def show_charts(view: ExploreView, chosen: _Chosen, panels: dict[str, charts.Panel]) -> None:
+    """The chosen metric as a heatmap, and below it every metric as lines over the layers."""
+    profile, panel = view.profile, panels.get(chosen.metric)
+    if panel is not None:
         st.plotly_chart(
-            charts.over_layers(panels, 550),
+            charts.layer_heatmap(panel),
+            config=charts.CONFIG,
+            key="heatmap",
+            alt=f"{panel.title} by layer and module; flagged cells are marked.",
+        )
+    if panels:
+        names = words.listed([p.title for p in panels.values()])
+        st.plotly_chart(
+            charts.over_layers(list(panels.values())),
             config=charts.CONFIG,
             key="layers",
             alt=f"{names} over {view.info.layers} layers; flagged points are ringed.",
         )
     absent_metrics = [
-        m for m in wanted if m in profile.metrics and not has_scores(profile, m, wanted[m])
+        m
+        for m in in_display_order(default_metrics())
+        if m in profile.metrics
+        and (m == chosen.metric or m not in SENSITIVITIES)
+        and m not in panels
     ]
-    st.caption(
-        " ".join(
-            [_describe_absent(absent_metrics, config_name), describe_origin(profile), _RINGS_NOTE]
-        ).strip()
-    )
+    absent = _describe_absent(absent_metrics, chosen.config.name if chosen.config else "")
+    st.caption(" ".join(filter(None, [absent, describe_origin(profile), _MARKS_NOTE])))
 
 
-_RINGS_NOTE = (
-    "Rings mark outlier layers at b4g64, whichever configuration is shown; experts of a layer are "
-    "averaged."
+_MARKS_NOTE = (
+    "Triangles (up: jump, down: fall) and rings mark what Algorithm 1 flags, at b4g64 whichever "
+    "configuration is shown. "
+    "Experts of a layer are averaged."
 )
 
 
@@ -217,16 +291,17 @@ def build_panel(
     """One metric over the layers, the points that Algorithm 1 flags marked."""
     rows = profile.values
     rows = rows[(rows["metric"] == metric) & (rows["config"] == (config.name if config else ""))]
-    flags = flagged_layers(problem, metric, 0) if metric in problem.scores else {}
+    flags = {}
+    if metric in problem.scores and METRICS[metric].detects_outliers:
+        flags = flags_by_module(detect_by_type(problem, metric, 0))
     order = list(dict.fromkeys(m.type for m in profile.matrices))
     rows = rows.sort_values("type", key=lambda kinds: kinds.map(order.index), kind="stable")
     frame = rows.groupby(["type", "layer"], sort=False)["value"].mean().reset_index()
     frame["label"] = frame["type"].map(legend_labels(profile, metric))
     frame = frame.dropna(subset=["label"])
-    frame["z"] = [
-        flags.get(kind, {}).get(layer, np.nan)
-        for kind, layer in zip(frame["type"], frame["layer"], strict=True)
-    ]
+    cells = list(zip(frame["type"], frame["layer"], strict=True))
+    frame["z"] = [flags.get(cell, (np.nan, False))[0] for cell in cells]
+    frame["rises"] = [flags.get(cell, (np.nan, False))[1] for cell in cells]
     spec = METRICS[metric]
     at = f" at {config.name}" if config else ""
     return charts.Panel(frame, f"{spec.title}{at}", spec.axis, spec.log_scale)
@@ -247,22 +322,28 @@ def legend_labels(profile: Profile, metric: str) -> dict[str, str]:
 
 
 def show_flagged(problem: Problem) -> None:
-    """Which layers each metric flags, by module type, with their z-scores."""
-    st.subheader("Outlier layers (z-score)", anchor=False)
-    flagged = {
-        METRICS[metric].short: flagged_layers(problem, metric, 0)
-        for metric in detection_metrics()
-        if metric in problem.scores
-    }
+    """Which layers Algorithm 1 flags by each metric, by module type, with their z-scores."""
+    st.subheader("Flagged by Algorithm 1 (z)", anchor=False)
     kinds = list(dict.fromkeys(m.type for m in problem.matrices))
     table = {"module": [charts.short_type(kind) for kind in kinds]}
-    for name, flags in flagged.items():
-        table[name] = [
-            ", ".join(f"{layer} ({z:.3g})" for layer, z in flags[kind].items()) or "–"
-            for kind in kinds
-        ]
+    for metric in detection_metrics():
+        if metric in problem.scores:
+            flags = flags_by_module(detect_by_type(problem, metric, 0))
+            table[METRICS[metric].short] = [_describe_flags(flags, kind) for kind in kinds]
     st.dataframe(pd.DataFrame(table), hide_index=True)
     next_step("pages/2_Plan.py", "Plan the bit allocation")
+
+
+def _describe_flags(flags: dict[tuple[str, int], tuple[float, bool]], kind: str) -> str:
+    """``14 (7.6), 15 (7.8, fall)``: the layers of a module type, the strongest first."""
+    return (
+        ", ".join(
+            f"{layer} ({z:.3g}{'' if rises else ', fall'})"
+            for (of_kind, layer), (z, rises) in flags.items()
+            if of_kind == kind
+        )
+        or "–"
+    )
 
 
 def show_missing(info: ModelInfo, profile: Profile, problem: Problem) -> None:
