@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from lsq_core import paths
@@ -26,7 +27,8 @@ from lsq_core.store.store import Store
 #: Where the measurements are, in a checkout and installed.
 FOLDER = paths.RESOURCES / "data" / "measured"
 MODELS = (SMOLLM2, "demo")
-QUANTIZERS = ("hqq", "rtn", "nf4")
+#: Beside HQQ, which the runs are quantized by too.
+OTHER_QUANTIZERS = ("rtn", "nf4")
 BUDGETS = ("2.5bpp", "2.8bpp", "3.2bpp", "3.6bpp", "4.2bpp", "5bpp", "6bpp")
 BASES = ("2.25", "2.51", "3.13", "3.25", "3.51", "4.13", "4.25", "4.51", "8.13")
 #: Methods that raise layers above a base are run at the bases in between, as their paper has it.
@@ -71,10 +73,11 @@ def measure(
 
     for name in models:
         session = Session(ModelSource(name), store, report=report)
-        for quantizer in QUANTIZERS:
-            settings = ProfileSettings(quantizer, calibration=calibration)
-            session.profile(settings, ["loss_impact"] if quantizer == "hqq" else [])
-        _run_methods(session, ProfileSettings(calibration=calibration), corpus)
+        settings = ProfileSettings(calibration=calibration)
+        session.profile(settings, ["loss_impact"])
+        _run_methods(session, settings, corpus)
+        for quantizer in OTHER_QUANTIZERS:
+            session.profile(replace(settings, quantizer=quantizer))
 
 
 def _run_methods(session: object, settings: ProfileSettings, corpus: str) -> None:

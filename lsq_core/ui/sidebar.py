@@ -17,6 +17,7 @@ PAGES = {
     "pages/3_Run.py": ("Run", ":material/play_circle:"),
     "pages/4_Compare.py": ("Compare", ":material/scatter_plot:"),
     "pages/5_SQL.py": ("Query", ":material/database_search:"),
+    "pages/6_Storage.py": ("Storage", ":material/hard_drive:"),
 }
 #: Seconds between two looks at running jobs.
 POLL_SECONDS = 1.0

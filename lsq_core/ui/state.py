@@ -8,7 +8,7 @@ choice back. Trust is never read from the address.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from lsq_core.bits import GROUP_SIZES, HIGH_BITS, LADDER, LOW_BITS, Budget
@@ -102,6 +102,12 @@ def sync_url_unless_default(key: str, default: object) -> None:
         sync_url(key)
     elif key in st.query_params:
         del st.query_params[key]
+
+
+def set_values(values: Mapping[str, object]) -> None:
+    """Set keys of this session, for the page that a link leads to."""
+    for key, value in values.items():
+        st.session_state[key] = value
 
 
 # --- the model ------------------------------------------------------------------------------

@@ -1,0 +1,105 @@
+"""What this project is for, told with the numbers of the model at hand, and the ways on."""
+
+from __future__ import annotations
+
+from lsq_core import charts
+from lsq_core.model.gguf import SMOLLM2
+from lsq_core.model.info import ModelInfo
+from lsq_core.planning.frame import plan_to_frame
+from lsq_core.results.story import largest_saving
+from lsq_core.store.models import PUBLISHED
+from lsq_core.ui import cached, cached_results, sidebar, state, words
+from lsq_core.ui.model import choose, tour
+from lsq_core.ui.page import PageContext, headline
+from lsq_core.ui.safe import st
+
+QUESTION = "Where should the bits go?"
+PURPOSE = (
+    "LSQ Explorer measures how sensitive each layer of a language model is to quantization, plans "
+    "the bits of every weight matrix under a memory budget, quantizes, and measures what is lost."
+)
+
+
+def render_welcome(ctx: PageContext, info: ModelInfo | None) -> None:
+    """The question, three ways on, and the model's story where it has been measured."""
+    headline(QUESTION, PURPOSE)
+    render_ways(ctx, info)
+    if info is None:
+        return
+    steps = tour.make_tour(ctx, info)
+    if not steps:
+        return
+    left, right = st.columns([1.25, 1], gap="large")
+    with left:
+        render_picture(ctx, info)
+    with right:
+        tour.render_tour(steps)
+
+
+def render_ways(ctx: PageContext, info: ModelInfo | None) -> None:
+    """Explore the model at hand, see the papers' results, or open another model."""
+    with st.container(horizontal=True):
+        if info is not None and st.button(
+            f"Explore {display_name(info)}",
+            type="primary",
+            icon=":material/query_stats:",
+            key="explore",
+        ):
+            st.switch_page("pages/1_Explore.py")
+        render_published_way(ctx)
+        with st.popover("Open my model", icon=":material/folder_open:"):
+            choose.show_model_picker(ctx.store)
+
+
+def render_published_way(ctx: PageContext) -> None:
+    """One click to the papers' Llama models: they are imported where they are not yet."""
+    published = sidebar.published_model_names(ctx.store)
+    label, icon = "See the papers' Llama results", ":material/article:"
+    if published:
+        newest = next((name for name in published if "Llama-2-7b" in name), published[0])
+        st.button(label, icon=icon, key="llama", on_click=state.choose_model, args=(newest,))
+    elif st.button(label, icon=icon, key="llama", help=choose.DOWNLOAD_HELP):
+        choose.run_import(ctx.store, None)
+
+
+def display_name(info: ModelInfo) -> str:
+    """The model's name in a sentence."""
+    name = info.source.removeprefix(PUBLISHED)
+    if name == SMOLLM2:
+        return "SmolLM2"
+    return "the demo model" if name == "demo" else words.escape(name.rstrip("/").rpartition("/")[2])
+
+
+def render_picture(ctx: PageContext, info: ModelInfo) -> None:
+    """A measured plan layer by layer, with what it saves: the largest saving of the runs."""
+    runs = tour.main_measurement(ctx, info)
+    saving = largest_saving(runs) if runs is not None else None
+    if saving is None:
+        return
+    planned, uniform = saving.planned, saving.uniform
+    style = charts.method_style(planned["method"])
+    st.markdown(
+        f"**{style.title}, {planned['bits_per_param']:.2f} bits: perplexity "
+        f"{planned['perplexity']:.2f}.** Uniform {uniform['base']} bits needs "
+        f"{100 * saving.bytes:.0f} % more to be no better ({uniform['perplexity']:.2f}); full "
+        f"precision has {planned['perplexity_full']:.2f}."
+    )
+    record = cached_results.record(ctx.store, planned["evaluation"])
+    frame = plan_to_frame(record["plan"].get("content") or {})
+    if frame.empty:
+        return
+    st.plotly_chart(
+        charts.plan_heatmap(frame, narrow=True),
+        config=charts.CONFIG,
+        key="welcome-plan",
+        alt=f"Bits of each matrix by layer in {style.title}'s plan of "
+        f"{planned['bits_per_param']:.2f} bits.",
+    )
+    if cached.is_published(info):
+        st.caption(f"Published by the methods' authors, on {words.escape(planned['corpus'])}.")
+    else:
+        shipped = " Comes with LSQ Explorer." if planned["origin"] == "shipped" else ""
+        st.caption(
+            f"Measured on {words.escape(planned['corpus'])}, {planned['tokens']:,} tokens, HQQ, "
+            f"{planned['machine']}.{shipped}"
+        )
