@@ -256,7 +256,7 @@ def test_cli_sweep_row_per_item(random_model, small_text, capsys):
     ]
     assert main(command) == 0
     shown = capsys.readouterr().out
-    assert re.search("0 new, 3 already stored, 1 failed", shown)
+    assert re.search("0 new, 3 reused, 1 failed", shown)
     assert "takes a budget" in shown
     assert main(["sweep", "--model", "demo", "--method", "mxq"]) == 2
 

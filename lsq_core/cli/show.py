@@ -67,7 +67,7 @@ def plan(result: dict) -> None:
         counts[entry["config"]] = counts.get(entry["config"], 0) + 1
     print("  " + ", ".join(f"{n} × {config}" for config, n in sorted(counts.items())))
     if "gap" in result:
-        print(f"at most {100 * result['gap']:.2g} % above the optimal cost at this budget")
+        print(f"within {100 * result['gap']:.2g} % of optimal at this budget")
     if any("rows" in entry for entry in result["modules"].values()):
         ratios = [entry["ratio"] for entry in result["modules"].values()]
         print(
@@ -147,7 +147,7 @@ def sweep(result: dict) -> None:
         )
     counts = result["counts"]
     print(
-        f"{counts['done']} new, {counts['found']} already stored, {counts['failed']} failed, on "
+        f"{counts['done']} new, {counts['found']} reused, {counts['failed']} failed, on "
         f"{result['model']}"
     )
 
@@ -175,7 +175,7 @@ def generated(result: dict) -> None:
     if at is None:
         print("--- the two texts are identical")
     else:
-        print(f"--- they diverge at token {at + 1}:")
+        print(f"--- first difference at token {at + 1}:")
         for name, title in (("full", "full precision"), ("quantized", "quantized")):
             for token in result[name][at : at + 1]:
                 print(

@@ -190,8 +190,8 @@ def too_few_runs_error(plans: int, corpus: str | None, protocol: str | None) -> 
     where = f" on {corpus}" if corpus else ""
     how = f" by {protocol}" if protocol else ""
     return TooFewRuns(
-        f"Too few to fit: {plans} different plans of this model have been run{where}{how} below "
-        f"8 bits, and a prediction needs {MIN_PLANS}; run more, at different budgets."
+        f"Predictions{where}{how} need {MIN_PLANS} runs of different plans below 8 bits "
+        f"({plans} so far). Run a sweep."
     )
 
 

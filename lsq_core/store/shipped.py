@@ -68,10 +68,10 @@ class ShippedTables(DatabaseFile):
         counts = {}
         with self.connect() as connection:
             for table, where in _ROWS.items():
-                rows = connection.execute(
+                rows = connection.sql(
                     f"SELECT * {_MARKS.get(table, '')} FROM {table} WHERE {where} ORDER BY ALL",
-                    {"models": list(fingerprints)},
-                ).fetch_arrow_table()
+                    params={"models": list(fingerprints)},
+                ).to_arrow_table()
                 parquet.write_table(rows, folder / f"{table}.parquet", compression="zstd")
                 counts[table] = rows.num_rows
         return counts

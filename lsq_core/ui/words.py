@@ -60,6 +60,30 @@ def signed_percent(share: float | None, decimals: int = 1) -> str:
     return f"{rounded:+.{decimals}f} %".replace("-", "−") if rounded else f"{0:.{decimals}f} %"
 
 
+#: Up to which perplexity over full precision (a ratio) a model is said to be what.
+_VERDICTS = (
+    (1.02, "close to full precision"),
+    (1.1, "a small loss"),
+    (1.5, "a clear loss"),
+    (3.0, "a heavy loss"),
+)
+
+
+def loss_verdict(increase: float | None) -> str:
+    """What a relative increase of perplexity means: ``+1.8 %: close to full precision``.
+
+    From three times full precision's perplexity on a model is said to be unusable, with the ratio
+    in the place of a percentage.
+    """
+    if increase is None or not math.isfinite(increase):
+        return "not finite: unusable"
+    ratio = 1 + increase
+    for limit, text in _VERDICTS:
+        if ratio <= limit:
+            return f"{signed_percent(increase)} over full precision: {text}"
+    return f"{rounded(ratio)} × full precision: unusable, try more bits"
+
+
 def interval(low: float | None, high: float | None) -> str:
     """``+1.50 % to +2.10 %``, or that there is none."""
     if low is None or high is None or math.isnan(low):

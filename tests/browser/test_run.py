@@ -147,11 +147,11 @@ def test_run_page_audit_and_generation_match_library(user):
     user.wait(lambda: (job := newest_job(user.server, "run")).state == "done" and job, 90)
     user.wait(lambda: "over full precision" in user.first_line)
     run = newest_job(user.server, "run").result()["run"]
-    user.click("Audit", "[role=tab]")
-    user.click("Rebuild and audit")
+    user.click("Verify size", "[role=tab]")
+    user.click("Rebuild and verify")
     alert = user.wait(lambda: user.all("[data-testid=stAlertContentSuccess]"), 60)[0].text
     assert alert == audit_run(run, store, device="cpu").verdict
-    user.click("Try a prompt", "[role=tab]")
+    user.click("Generate", "[role=tab]")
     user.click("Generate")
     full, quantized = user.wait(
         lambda: (text_boxes := user.all(".lsq-text")) and len(text_boxes) == 2 and text_boxes, 60

@@ -134,14 +134,15 @@ def render_tour(steps: list[Step]) -> None:
     """The steps as links, each with its answer beneath."""
     st.subheader("In five steps" if len(steps) == 5 else "First steps", anchor=False)
     for number, step in enumerate(steps, start=1):
-        if st.button(
-            f"{number}. {step.question}",
-            key=f"tour-{number}",
-            type="tertiary",
-            icon=":material/arrow_forward:",
-            icon_position="right",
-            on_click=state.set_values,
-            args=(step.state,),
-        ):
-            st.switch_page(step.page)
-        st.caption(step.answer)
+        with st.container(gap=None):
+            if st.button(
+                f"{number}. {step.question}",
+                key=f"tour-{number}",
+                type="tertiary",
+                icon=":material/arrow_forward:",
+                icon_position="right",
+                on_click=state.set_values,
+                args=(step.state,),
+            ):
+                st.switch_page(step.page)
+            st.caption(step.answer)

@@ -79,10 +79,10 @@ def render_picture(ctx: PageContext, info: ModelInfo) -> None:
     planned, uniform = saving.planned, saving.uniform
     style = charts.method_style(planned["method"])
     st.markdown(
-        f"**{style.title}, {planned['bits_per_param']:.2f} bits: perplexity "
-        f"{planned['perplexity']:.2f}.** Uniform {uniform['base']} bits needs "
-        f"{100 * saving.bytes:.0f} % more to be no better ({uniform['perplexity']:.2f}); full "
-        f"precision has {planned['perplexity_full']:.2f}."
+        f"**{style.title} at {planned['bits_per_param']:.2f} bits: perplexity "
+        f"{planned['perplexity']:.2f}.** Better than uniform {uniform['base']} "
+        f"({uniform['perplexity']:.2f}) with {100 * saving.bytes:.0f} % fewer bits; full "
+        f"precision: {planned['perplexity_full']:.2f}."
     )
     record = cached_results.record(ctx.store, planned["evaluation"])
     frame = plan_to_frame(record["plan"].get("content") or {})

@@ -56,8 +56,8 @@ def describe_gap(plan: Plan) -> str:
     if plan.objective == plan.lower_bound:
         return ""  # one of a few plans, with nothing to choose
     if share < 1e-6:
-        return "Provably optimal at this budget."
-    return f"At most {share:.2g} % above the optimal cost at this budget."
+        return "Optimal at this budget."
+    return f"Within {share:.2g} % of optimal at this budget."
 
 
 # --- the live plan --------------------------------------------------------------------------

@@ -11,7 +11,6 @@ from lsq_core.evaluation.prediction import (
 )
 from lsq_core.planning.methods import reads_field
 from lsq_core.planning.plan import Plan
-from lsq_core.ui import words
 from lsq_core.ui.page import headline
 from lsq_core.ui.plan.prediction import describe_gap, describe_prediction_basis, format_band
 from lsq_core.ui.plan.query import PlanQuery
@@ -32,12 +31,14 @@ def render_summary(query: PlanQuery, plan: Plan) -> None:
     same_base = [c for c in LADDER if c.stop_name == plan.base]
     nearest = min(LADDER, key=lambda c: abs(plan.bits_per_param - c.nominal_bits))
     reference = same_base[0] if same_base else nearest
-    more = words.signed_percent(plan.bits_per_param / reference.nominal_bits - 1)
+    extra = plan.bits_per_param / reference.nominal_bits - 1
     size, against = format_bytes(plan.planned_bytes), f"uniform {reference.stop_name}"
     alike, predictor = len(set(plan.configs)) == 1, query.predictor
     if isinstance(predictor, str):
         text = f"{size} planned, " + (
-            "the same configuration everywhere" if alike else f"{more} vs {against}"
+            "the same configuration everywhere"
+            if alike
+            else f"{_more_or_less(extra, 'more', 'less')} memory than {against}"
         )
     else:
         stops = np.array([[LADDER.index(c) for c in plan.configs]])
@@ -45,10 +46,19 @@ def render_summary(query: PlanQuery, plan: Plan) -> None:
         predicted = predictor.predict(features(query.problem, np.concatenate([stops, uniform])))
         text = f"perplexity {format_band(predicted)} predicted, {size}"
         if not alike:
-            less = words.signed_percent(predicted.perplexity[0] / predicted.perplexity[1] - 1)
-            text = f"perplexity {format_band(predicted)} predicted, {less} vs {against} for {more}"
+            change = predicted.perplexity[0] / predicted.perplexity[1] - 1
+            text = (
+                f"perplexity {format_band(predicted)} predicted, "
+                f"{_more_or_less(change, 'higher', 'lower')} for "
+                f"{_more_or_less(extra, 'more', 'less')} memory than {against}"
+            )
         caption.insert(1, describe_prediction_basis(predictor, bool(predicted.extrapolated[0])))
     headline(f"{plan.bits_per_param:.2f} bits: {text}.", " ".join(filter(None, caption)))
+
+
+def _more_or_less(change: float, more: str, less: str) -> str:
+    """``0.018`` as ``1.8 % more``."""
+    return f"{100 * abs(change):.1f} % {less if change < 0 else more}"
 
 
 def describe_rows(plan: Plan) -> str:
@@ -57,10 +67,10 @@ def describe_rows(plan: Plan) -> str:
     share = high / sum(m.out_features for m in plan.matrices)
     width = plan.request.high_bits
     base = plan.configs[0].low
-    more = words.signed_percent(plan.bits_per_param / base.nominal_bits - 1)
+    extra = plan.bits_per_param / base.nominal_bits - 1
     return (
         f"{100 * share:.0f} % of the rows at {width} bits, {format_bytes(plan.planned_bytes)} "
-        f"planned, {more} vs uniform {base.stop_name}"
+        f"planned, {_more_or_less(extra, 'more', 'less')} memory than uniform {base.stop_name}"
     )
 
 

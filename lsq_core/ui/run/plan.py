@@ -17,8 +17,10 @@ from lsq_core.planning.methods import get_planner
 from lsq_core.planning.request import PlanRequest
 from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.quantization.registry import incompatibility_reason, quantizer_spec
+from lsq_core.store.shipped import SHIPPED
 from lsq_core.store.store import Store
-from lsq_core.ui import cached, state, words
+from lsq_core.sweep import SweepItem, estimate_seconds
+from lsq_core.ui import cached, cached_results, state, words
 from lsq_core.ui.page import PageContext
 from lsq_core.ui.run.quantizer import (
     RUN_QUANTIZERS,
@@ -45,14 +47,31 @@ def render_form(ctx: PageContext, folder: Path) -> None:
         icon=":material/play_arrow:",
         disabled=bool(reason),
     )
-    note = reason or _calibration_note(quantizer, settings)
-    if note:
-        st.caption(words.escape(note))
+    notes = [reason] if reason else [_describe_time(ctx, request, quantizer, evaluation)]
+    notes += [] if reason else [_calibration_note(quantizer, settings)]
+    if any(notes):
+        st.caption(words.escape(" ".join(filter(None, notes))))
     if clicked:
         argv = ["run", *arguments.model_arguments(ctx.source, ctx.device)]
         argv += arguments.plan_arguments(request, settings)
         argv += arguments.evaluation_arguments(evaluation, quantizer, save_folder(ctx.store, save))
         start(ctx, folder, argv)
+
+
+def _describe_time(
+    ctx: PageContext, request: PlanRequest, quantizer: str, evaluation: EvaluationRequest
+) -> str:
+    """About how long the run takes by the model's runs so far, and what would shorten it."""
+    runs = cached_results.results(ctx.store)
+    runs = runs[runs["fingerprint"] == ctx.info.fingerprint]
+    seconds = estimate_seconds(runs, [SweepItem(request, quantizer, evaluation)])
+    if seconds is not None:
+        shipped = (runs["origin"] == SHIPPED).all()
+        whose = "of the runs that come with LSQ Explorer" if shipped else "of this model's runs"
+        return f"About {words.seconds(seconds)} at the speed {whose}."
+    if runs.empty or evaluation.max_tokens:
+        return ""
+    return f"The whole of {evaluation.corpus} is evaluated; max tokens, say 4,096, shortens it."
 
 
 def _calibration_note(quantizer: str, settings: ProfileSettings) -> str:

@@ -21,7 +21,7 @@ from lsq_core.units import format_bytes
 
 #: Stages whose time a result tells.
 _TIMED_STAGES = ("quantize", "evaluate")
-_TABS = ("Figures", "Audit", "Try a prompt", "Log")
+_TABS = ("Figures", "Verify size", "Generate", "Log")
 #: Options of a run that its audit and its texts are made with too.
 _MODEL_OPTIONS = ("--model", "--revision", "--device")
 #: What the page shows of a result.
@@ -62,7 +62,7 @@ def render_headline(job: Job) -> None:
     change = result["increase"]
     headline(
         f"Perplexity {words.figure(result['perplexity'], 2)}, "
-        f"{words.signed_percent(change['relative'])} over full precision.",
+        f"{words.loss_verdict(change['relative'])}.",
         f"{title} · {result['corpus']}, {result['protocol']}, {result['tokens']:,} tokens"
         + (", limited by max tokens" if result["truncated"] else ""),
     )
@@ -143,9 +143,9 @@ def show_audit(store: Store, job: Job) -> None:
     else:
         st.caption(
             "The quantized model was not saved. It can be rebuilt from its plan with the "
-            "same quantizer to audit its stored tensors; nothing is evaluated."
+            "same quantizer to verify its stored tensors; nothing is evaluated."
         )
-        if st.button("Rebuild and audit", icon=":material/fact_check:"):
+        if st.button("Rebuild and verify", icon=":material/fact_check:"):
             jobs.start(folder, argv)
             st.rerun()
 

@@ -32,7 +32,7 @@ _DEFAULTS = {
     "sweep_corpora": ["stdlib"],
 }
 #: States as the table says them.
-_STATE_LABELS = {"waiting": "…", "done": "done", "found": "already stored", "failed": "failed"}
+_STATE_LABELS = {"waiting": "…", "done": "done", "found": "reused", "failed": "failed"}
 
 
 @dataclass(frozen=True)
@@ -235,12 +235,10 @@ def render_headline(job: Job) -> None:
         return
     rows = read_rows(job)
     counts = {state: sum(row["state"] == state for row in rows) for state in _STATE_LABELS}
-    counts_text = (
-        f"{counts['done']} new, {counts['found']} already stored, {counts['failed']} failed"
-    )
+    counts_text = f"{counts['done']} new, {counts['found']} reused, {counts['failed']} failed"
     if job.state == "done":
         headline(
-            f"Sweep of {words.plural(len(rows), 'run')} finished: {counts_text}.",
+            f"Sweep finished: {counts_text}.",
             describe_best(rows),
         )
     else:

@@ -78,7 +78,7 @@ def show_texts(texts: dict) -> None:
     verdict = (
         "The two texts are identical."
         if divergence is None
-        else f"They diverge at token {divergence + 1}."
+        else f"First difference at token {divergence + 1}."
     )
     st.markdown(
         f"**{verdict}** Along the full-precision text, both have the same top token "
@@ -92,7 +92,7 @@ def show_texts(texts: dict) -> None:
     drawn = f"at temperature {texts['temperature']:g}, seed {texts['seed']}"
     how = drawn if texts["temperature"] else "greedily"
     st.caption(
-        "Boxed and underlined: where the texts diverge. Dotted: the models' top tokens differ. "
+        "Boxed and underlined: the first difference. Dotted: the models' top tokens differ. "
         "Hover, tap or tab to a token for the probability that each model gives it, at "
         f"temperature 1, after the same text. Generated {how}."
     )

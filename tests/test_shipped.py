@@ -1,0 +1,196 @@
+"""Measurements that come with the project: imported once, marked, used, and told in a tour."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from streamlit.testing.v1 import AppTest
+
+from lsq_core import shipped
+from lsq_core.errors import InputError
+from lsq_core.evaluation.protocol import EvaluationRequest
+from lsq_core.planning.request import PlanRequest
+from lsq_core.profiling.settings import ProfileSettings
+from lsq_core.results.story import boost_gain, largest_saving
+from lsq_core.session import Session
+from lsq_core.shipped import export, import_measurements
+from lsq_core.store.shipped import SHIPPED
+from lsq_core.store.store import Store
+from tests.conftest import ROOT
+
+
+@pytest.fixture(scope="session")
+def measured(shared_folder) -> Path:
+    """A folder with ``measured.duckdb`` of the demo model, and its export in ``files``."""
+    return shared_folder("shipped", _measure)
+
+
+def _measure(folder: Path) -> None:
+    text = folder / "calibration.txt"
+    text.write_text("\n".join(f"Return the {i}-th item of the list." for i in range(300)), "utf8")
+    store = Store(folder / "measured.duckdb")
+    session = Session("demo", store, "cpu")
+    settings = ProfileSettings("rtn", calibration=str(text), samples=16, block_tokens=64)
+    session.profile(settings)
+    session.profile(ProfileSettings("nf4", calibration=str(text), samples=16, block_tokens=64))
+    for method in ("uniform", "sensiboost", "sensiboost-ablation"):
+        plan = session.plan(PlanRequest(method, base="3.13"), settings)
+        session.run(plan, "hqq", EvaluationRequest(str(text), max_tokens=600))
+    export(store, folder / "files")
+    text.unlink()  # it isn't where the measurements are used
+
+
+@pytest.fixture
+def store(measured, tmp_path) -> Store:
+    """A new database with the shipped measurements."""
+    store = Store(tmp_path / "lsq.duckdb")
+    assert import_measurements(store, measured / "files")
+    return store
+
+
+def test_import_marks_origin_and_keeps_figures(measured, store):
+    own = Store(measured / "measured.duckdb").results()
+    runs = store.results()
+    assert (runs["origin"] == SHIPPED).all()
+    same = ["run", "method", "perplexity", "perplexity_full", "kl", "measured_bytes", "machine"]
+    pd.testing.assert_frame_equal(runs[same], own[same])
+    assert not runs["saved_model"].any()
+    for run in runs["evaluation"]:
+        assert store.record(run)["evaluation"]["provenance"]["origin"] == SHIPPED
+    fingerprint = runs["fingerprint"].iloc[0]
+    assert store.profiles(fingerprint)["origin"].eq(SHIPPED).all()
+
+
+def test_import_happens_once(measured, store):
+    assert not import_measurements(store, measured / "files")
+    store.delete_runs(store.results()["run"].tolist()[:1])
+    assert not import_measurements(store, measured / "files")
+    assert len(store.results()) == 2
+
+
+def test_newer_import_keeps_stars_notes_and_deletions(measured, store):
+    first, second, third = store.results()["run"]
+    store.star(first, True)
+    store.annotate(second, "good")
+    store.delete_runs([third])
+    store.import_shipped(measured / "files", "another release")
+    runs = store.results().set_index("run")
+    assert list(runs.index) == [first, second]
+    assert runs.loc[first, "starred"]
+    assert runs.loc[second, "note"] == "good"
+
+
+def test_import_never_replaces_own_rows(measured, tmp_path):
+    own = Store(tmp_path / "own.duckdb")
+    with own.transaction() as connection:
+        connection.execute(
+            "INSERT INTO runs (id, fingerprint, method, quantizer, origin, machine) "
+            "SELECT ?, 'x', 'uniform', 'hqq', 'measured', 'mine'",
+            [Store(measured / "measured.duckdb").results()["run"].iloc[0]],
+        )
+    import_measurements(own, measured / "files")
+    machines = own.query("SELECT machine FROM runs WHERE origin = 'measured'")["machine"]
+    assert machines.tolist() == ["mine"]
+
+
+def test_session_plans_from_shipped_profile_without_its_text(store):
+    session = Session("demo", store, "cpu")
+    assert session.default_settings.quantizer in ("rtn", "nf4")
+    plan = session.plan("mxq", budget="3.2bpp")
+    assert plan.profile in store.profiles(session.info.fingerprint)["id"].tolist()
+    assert not session.is_loaded
+    with pytest.raises(InputError, match="There is no corpus"):
+        session.find_profile(ProfileSettings(calibration="/nowhere.txt"))
+
+
+def test_measured_files_fit_the_schema(tmp_path):
+    """What is in the repository can be imported by this version."""
+    store = Store(tmp_path / "lsq.duckdb")
+    assert import_measurements(store)
+    runs = store.results()
+    models = set(runs["model"])
+    assert models <= set(shipped.MODELS)
+    assert (runs["origin"] == SHIPPED).all()
+    assert runs["perplexity_full"].notna().all()
+    assert runs.groupby("model").size().loc["smollm2"] >= 50
+    gain = boost_gain(runs[runs["model"] == "smollm2"])
+    assert gain.drop > 0.03 > gain.extra
+
+
+# --- the story --------------------------------------------------------------------------------
+
+
+def run_row(evaluation: str, method: str, base: str | None, bits: float, perplexity: float) -> dict:
+    request = f'{{"method": "{method}", "base": "{base}", "boost_stop": 2, "top_m": 0}}'
+    return {
+        "evaluation": evaluation, "method": method, "quantizer": "hqq", "base": base,
+        "request": request, "bits_per_param": bits, "perplexity": perplexity,
+        "increase": perplexity / 10 - 1, "created": pd.Timestamp("2026-01-01"),
+    }  # fmt: skip
+
+
+RUNS = pd.DataFrame(
+    [
+        run_row("u3", "uniform", "3.13", 3.13, 16.0),
+        run_row("u4", "uniform", "4.13", 4.13, 12.0),
+        run_row("s3", "sensiboost", "3.13", 3.20, 14.0),
+        run_row("a3", "sensiboost-ablation", "3.13", 3.20, 15.8),
+        run_row("k4", "kurtboost", "4.13", 4.20, 11.9),
+        run_row("m", "mxq", None, 3.60, 11.5),
+    ]
+)
+
+
+def test_boost_gain_is_largest_with_its_ablation():
+    gain = boost_gain(RUNS)
+    assert (gain.boosted["evaluation"], gain.uniform["evaluation"]) == ("s3", "u3")
+    assert gain.ablation["evaluation"] == "a3"
+    assert gain.drop == pytest.approx(0.125)
+    assert gain.extra == pytest.approx(3.20 / 3.13 - 1)
+    assert gain.ablation_drop == pytest.approx(0.0125)
+
+
+def test_no_gain_no_story():
+    worse = RUNS.assign(perplexity=[16, 12, 17, 15.8, 12.5, 20.0])
+    assert boost_gain(worse) is None
+    assert largest_saving(worse) is None
+    assert boost_gain(RUNS[RUNS["method"] != "uniform"]) is None
+
+
+def test_largest_saving_is_smaller_and_better():
+    saving = largest_saving(RUNS)
+    assert (saving.planned["evaluation"], saving.uniform["evaluation"]) == ("m", "u4")
+    assert saving.bytes == pytest.approx(1 - 3.6 / 4.13)
+
+
+def test_useless_uniform_is_no_saving():
+    """A uniform run of several times full precision's perplexity is beaten by anything."""
+    assert largest_saving(RUNS, max_increase=0.1) is None
+
+
+# --- the first page ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model_page(store, monkeypatch) -> AppTest:
+    monkeypatch.setenv("LSQ_DB", str(store.path))
+    return AppTest.from_file(str(ROOT / "app.py"), default_timeout=60).run()
+
+
+def test_tour_leads_to_pages_in_the_right_state(model_page, store):
+    """Every step draws its page without an error, with what the step spoke of."""
+    steps = [b.key for b in model_page.button if (b.key or "").startswith("tour-")]
+    assert len(steps) >= 2
+    for key in steps:
+        app = AppTest.from_file(str(ROOT / "app.py"), default_timeout=60).run()
+        app.button(key=key).click().run()
+        assert not app.exception, key
+        assert not app.error, key
+        assert app.title[0].value != model_page.title[0].value, key
+
+
+def test_model_page_shows_plan_and_ways(model_page):
+    assert not model_page.exception
+    assert {"explore", "llama"} <= {button.key for button in model_page.button}
