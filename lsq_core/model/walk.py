@@ -237,7 +237,9 @@ def _run_with_stubs(loaded: BlockModel, ids: Tensor, output: Callable) -> None:
 
 
 @contextmanager
-def _stubbed_blocks(loaded: BlockModel, count: int, output: Callable[..., object]) -> Iterator[None]:
+def _stubbed_blocks(
+    loaded: BlockModel, count: int, output: Callable[..., object]
+) -> Iterator[None]:
     """Replace the forward of the first blocks by ``output(layer, states, args, kwargs)``."""
 
     def make_stub(layer: int) -> Callable:

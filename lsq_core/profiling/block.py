@@ -12,7 +12,6 @@ from lsq_core.model.info import Matrix
 from lsq_core.model.loading import LoadedModel
 from lsq_core.model.walk import Call
 
-
 #: Token sequences that run through a block at once.
 BATCH = 8
 
