@@ -25,6 +25,7 @@ from lsq_core.errors import InputError, LsqError, exception_reason
 
 if TYPE_CHECKING:
     import numpy as np
+    from torch import Tensor
 
 #: Error numbers of a disk that takes no more, and of one that can't be written whatever is asked.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -253,6 +254,27 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
     with atomic_writer(path) as file:
         np.savez(file, **arrays)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
+    """Write tensors into a ``.safetensors`` file, whole, without a second copy of all of them."""
+    import torch
+
+    from lsq_core.model.dtypes import safetensors_name
+
+    entries: dict[str, dict] = {"__metadata__": dict(header)}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        dtype, shape = safetensors_name(tensor.dtype), list(tensor.shape)
+        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    head = json.dumps(entries).encode()
+    head += b" " * (-len(head) % 8)  # numbers begin at a multiple of their size
+    with atomic_writer(path) as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        for tensor in tensors.values():
+            content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+            file.write(memoryview(content.numpy()))
 
 
 def read_arrays(path: Path, expected: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | None:

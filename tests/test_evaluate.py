@@ -15,6 +15,7 @@ from lsq_core.errors import InputError
 from lsq_core.evaluation.bootstrap import bootstrap_difference
 from lsq_core.evaluation.perplexity import evaluate_models
 from lsq_core.evaluation.protocol import MIN_PREDICTED, EvaluationText, Protocol, make_windows
+from lsq_core.model.architecture import find_blocks
 from lsq_core.model.loading import load_model
 from lsq_core.model.source import ModelSource
 from lsq_core.quantization.registry import get_quantizer
@@ -145,15 +146,18 @@ def test_evaluate_together_matches_separate_evaluation(demo, ids):
 
 def test_evaluate_together_runs_reference_once_per_batch(demo, ids):
     models, texts = models_and_texts(demo, ids)
-    forward_calls = []
+    parts = [find_blocks(m)[1][-1].mlp for m in (demo.model, *models)]
+    calls = []
     hooks = [
-        m.register_forward_pre_hook(lambda m, args: forward_calls.append((id(m), args[0].numel())))
-        for m in (demo.model, *models)
+        part.register_forward_pre_hook(
+            lambda m, args: calls.append((id(m), args[0][..., 0].numel()))
+        )
+        for part in parts
     ]
     list(evaluate_models(models, texts, bos=0, reference=demo.model))
     for hook in hooks:
         hook.remove()
-    tokens = [sum(n for at, n in forward_calls if at == id(m)) for m in (demo.model, *models)]
+    tokens = [sum(n for at, n in calls if at == id(part)) for part in parts]
     windows = [w for text in texts for w in make_windows(len(text.ids) + 1, text.protocol)]
     shared_prefix = 64  # the first text's first window, which its second one begins with
     assert tokens == [sum(w.stop - w.start for w in windows) - shared_prefix] * 3

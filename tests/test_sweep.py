@@ -197,7 +197,7 @@ def test_sweep_resumes_at_first_unfinished_item(
         """What kills a process is no exception that anybody handles."""
 
     def report(stage, done, total, message):
-        if message.startswith("3 of 4") and "window 2 " in message:
+        if message.startswith("3 of 4") and "block 2 " in message:
             raise CutOff
 
     job_folder = tmp_path / "job"

@@ -8,31 +8,33 @@ is predicted at most once.
 
 from __future__ import annotations
 
-import itertools
+import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from torch import nn
 
-from lsq_core.errors import LsqError
-from lsq_core.evaluation.protocol import EvaluationText, make_windows
+from lsq_core.evaluation.branches import Walk
+from lsq_core.evaluation.protocol import EvaluationText
 from lsq_core.evaluation.result import EvaluationPair
-from lsq_core.evaluation.window_sums import (
-    MAX_BATCH_LOGITS,
-    Checkpoint,
-    PredictedTokens,
-    WindowSums,
-    locate_not_finite,
-)
+from lsq_core.evaluation.scoring import Figures, score_batch
+from lsq_core.evaluation.text_pass import TextPass, WindowGroup, make_groups
+from lsq_core.evaluation.walk_file import WalkFile
+from lsq_core.evaluation.walked import WalkedModel, as_walked
+from lsq_core.jsontext import json_text
+from lsq_core.model.loading import check_token_ids
 from lsq_core.progress import Progress, no_progress
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
 
 #: Tokens of a batch by device: they fit the caches of a CPU, and fill a GPU.
 _MAX_BATCH_TOKENS = {"cpu": 2**11, "cuda": 2**15}
+#: Tokens of a group by device. Decoding a block's weights once for so many is a small share of
+#: running it on them; more would make the first results and the checkpoints later.
+_MAX_GROUP_TOKENS = {"cpu": 2**13, "cuda": 2**18}
+#: Bytes that a group's hidden states may take on a CPU, and the share of a GPU's free memory.
+_MAX_STATES_BYTES, _MAX_STATES_SHARE = 2**30, 0.25
 
 
 def evaluate_models(
@@ -46,9 +48,11 @@ def evaluate_models(
 ) -> Iterator[list[EvaluationPair]]:
     """Measure the perplexity of several models, and of a reference, in one pass over the texts.
 
-    A batch of windows, which may be of several texts, goes through the reference once and then
-    through each model; no logits outlive their batch. A window that is the beginning of another
-    one is scored with it.
+    The hidden states of a group of windows go through the models block by block
+    (:mod:`lsq_core.evaluation.branches`): a block's weights are decoded once for all of them, and
+    what models have in common is computed once. The LM head runs on slices of the scored tokens,
+    whose logits do not outlive them. Models whose blocks cannot be run one by one run as wholes. A
+    window that is the beginning of another one is scored with it.
 
     Parameters
     ----------
@@ -56,15 +60,20 @@ def evaluate_models(
         The beginning-of-sequence token, or None where the tokenizer has none.
     reference
         The full-precision model to compare the predictions with.
+    progress
+        Is called with how many passes of a window through a block (or the head) of a model are
+        done, of how many, and with the windows and the block.
     checkpoints
-        For each text one file per model, or None. The windows scored so far are saved there every
-        few seconds, and windows of an existing file are not scored again; it must be of the same
-        models, token stream and protocol.
+        For each text one file per model, or None. The windows scored so far are saved there after
+        each group, and windows of an existing file are not scored again; it must be of the same
+        models, token stream and protocol. Beside the first model's file there is one of a group's
+        hidden states while these take long, from which a killed evaluation goes on.
 
     Yields
     ------
     A pair for each model and one text: for the first text as soon as it is scored, then for the
-    next one.
+    next one. ``seconds`` are what the model alone would need: work that it shares with others
+    counts for each of them.
 
     Raises
     ------
@@ -73,12 +82,10 @@ def evaluate_models(
     LsqError
         When a model's predictions are not finite; names the first module whose output isn't.
     """
-    from lsq_core.model.loading import check_token_ids
-
     for text in texts:
         check_token_ids(models[0], [int(text.ids.max()), *([] if bos is None else [bos])])
     files = checkpoints or [[None] * len(models)] * len(texts)
-    text_passes = [_TextPass(text, bos, paths) for text, paths in zip(texts, files, strict=True)]
+    text_passes = [TextPass(text, bos, paths) for text, paths in zip(texts, files, strict=True)]
     unfinished = list(text_passes)
     for _ in _score_pending(models, reference, text_passes, progress):
         while unfinished and unfinished[0].is_complete:
@@ -88,156 +95,110 @@ def evaluate_models(
 def _score_pending(
     models: Sequence[nn.Module],
     reference: nn.Module | None,
-    text_passes: Sequence[_TextPass],
+    text_passes: Sequence[TextPass],
     progress: Progress,
 ) -> Iterator[None]:
-    """Score the windows that no checkpoint contains; yields before the first and after each batch.
+    """Score the windows that no checkpoint contains; yields before the first and after each group.
 
-    Each batch's texts are checkpointed before the next one is scored.
+    Each group is checkpointed before the next one is scored.
     """
-    device = next(models[0].parameters()).device
-    pending = _batches(text_passes, models[0].config.get_text_config().vocab_size, device.type)
     total = sum(len(text_pass.windows) for text_pass in text_passes)
-    done = total - sum(
-        len(text_pass.passes[number]) for text_pass in text_passes for number in text_pass.pending
-    )
+    pending = sum(len(own.passes[number]) for own in text_passes for number in own.pending)
+    walked, reason = as_walked(models, reference) if pending else ([], "")
+    steps = len(walked) * (walked[0].layers + 1) if pending else 1
+    report = _WalkProgress(progress, total * steps, (total - pending) * steps)
     for file in (file for text_pass in text_passes for file in text_pass.files):
         if file.damage:
-            progress(done, total, f"{file.damage} Its windows are scored again.")
-    progress(done, total, f"window {done} of {total}")
+            report(0, f"{file.damage} Its windows are scored again.")
+    report(0, f"{total - pending} of {total} windows are scored")
+    if reason:
+        report(0, f"the models run as wholes, since {reason}")
     yield
-    for batch in pending:
-        passes = [(text_passes[text], number) for text, number in batch]
-        _score(models, reference, passes, device)
-        done += sum(len(text_pass.passes[number]) for text_pass, number in passes)
-        for text_pass in {text: text_passes[text] for text, _ in batch}.values():
-            text_pass.save()
-        progress(done, total, f"window {done} of {total}")
-        yield
+    for text_pass in text_passes if pending else ():
+        for group in _groups(text_pass, walked):
+            _score_group(walked, reference is not None, group, report)
+            yield
 
 
-class _TextPass:
-    """One text's windows, and the sums of each model (and the reference) over them."""
+@dataclass(eq=False)
+class _WalkProgress:
+    """Reports passes of one window through one block, or the head, of one model."""
 
-    def __init__(
-        self, text: EvaluationText, bos: int | None, checkpoints: Sequence[Path | None]
-    ) -> None:
-        import torch
+    progress: Progress
+    total: int
+    done: int
 
-        ids = text.ids if bos is None else np.concatenate([[bos], text.ids])
-        self.stream, self.bos, self.protocol = torch.from_numpy(ids), bos, text.protocol
-        self.windows = make_windows(len(ids), text.protocol)
-        count = len(self.windows)
-        #: Numbers of the windows that begin at the same token, shortest first: one pass reads them.
-        self.passes = [
-            list(numbers)
-            for _, numbers in itertools.groupby(range(count), lambda k: self.windows[k].start)
-        ]
-        self.model_totals = [(WindowSums(count), WindowSums(count)) for _ in checkpoints]
-        pairs = zip(checkpoints, self.model_totals, strict=True)
-        self.files = [Checkpoint(path, model_totals) for path, model_totals in pairs]
-        for file in self.files:
-            file.restore()
-
-    @property
-    def pending(self) -> list[int]:
-        """Passes over windows that some model has not scored yet."""
-        counts = np.stack([own.counts for own, _ in self.model_totals])
-        unread = (counts == 0).any(axis=0)
-        return [number for number, windows in enumerate(self.passes) if unread[windows].any()]
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether every window is scored."""
-        return not self.pending
-
-    def shape(self, number: int) -> tuple[int, int]:
-        """Tokens that a pass reads, and how many of them it scores."""
-        windows = [self.windows[k] for k in self.passes[number]]
-        return windows[-1].stop - windows[-1].start, sum(window.scored for window in windows)
-
-    def ids(self, number: int) -> Tensor:
-        """The tokens (length,) of a pass."""
-        longest = self.windows[self.passes[number][-1]]
-        ids = self.stream[longest.start : longest.stop].clone()
-        if self.bos is not None:
-            ids[0] = self.bos
-        return ids
-
-    def record(self, number: int, totals: WindowSums, figures: dict[str, np.ndarray]) -> None:
-        """Record the figures of a pass, (scored,), in each of its windows."""
-        begin = 0
-        for window in self.passes[number]:
-            scored = self.windows[window].scored
-            end = begin + scored
-            totals.record(
-                window, scored, {name: own[begin:end].sum() for name, own in figures.items()}
-            )
-            begin = end
-
-    def save(self) -> None:
-        """Save the windows scored so far, every few seconds and at the end."""
-        for file in self.files:
-            file.save(last=self.is_complete)
-
-    def finish(self, compared: bool) -> list[EvaluationPair]:
-        """Return a pair of evaluations for each model."""
-        name = self.protocol.name
-        return [
-            (own.finish(name, compared), other.finish(name) if compared else None)
-            for own, other in self.model_totals
-        ]
+    def __call__(self, steps: int, message: str) -> None:
+        self.done += steps
+        self.progress(self.done, self.total, message)
 
 
-def _batches(
-    text_passes: Sequence[_TextPass], vocabulary: int, device: str
-) -> list[list[tuple[int, int]]]:
-    """Group the pending passes, as (text, pass), into batches of equal length and scored tokens.
-
-    The batch size depends on the device and is limited by the memory of the logits. Batches of
-    the first text come first, so that its figures are complete before the next text is scored.
-    """
-    shapes: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    for text, text_pass in enumerate(text_passes):
-        for number in text_pass.pending:
-            shapes.setdefault(text_pass.shape(number), []).append((text, number))
-    batches = []
-    for (length, scored), batch_items in shapes.items():
-        most = min(_MAX_BATCH_TOKENS[device] // length, MAX_BATCH_LOGITS // (scored * vocabulary))
-        size = max(1, most)
-        batches += [batch_items[i : i + size] for i in range(0, len(batch_items), size)]
-    return sorted(batches, key=lambda batch_items: batch_items[0][0])
+def _groups(text_pass: TextPass, models: Sequence[WalkedModel]) -> list[WindowGroup]:
+    """Groups of a text's pending passes whose hidden states fit the device."""
+    model = models[0].model
+    parameter = next(model.parameters())
+    device = parameter.device
+    width = model.get_input_embeddings().weight.shape[1]
+    width = max(width, getattr(model.config.get_text_config(), "hidden_size", width))
+    room = _MAX_STATES_BYTES
+    if device.type == "cuda":
+        room = int(_MAX_STATES_SHARE * torch.cuda.mem_get_info(device)[0])
+    fit = room // (len(models) * width * parameter.dtype.itemsize)
+    most = min(fit, _MAX_GROUP_TOKENS[device.type])
+    return make_groups(text_pass, most, _MAX_BATCH_TOKENS[device.type])
 
 
-def _score(
-    models: Sequence[nn.Module],
-    reference: nn.Module | None,
-    passes: Sequence[tuple[_TextPass, int]],
-    device: torch.device,
+@torch.inference_mode()
+def _score_group(
+    models: Sequence[WalkedModel], compared: bool, group: WindowGroup, report: _WalkProgress
 ) -> None:
-    """Run a batch through the reference and each model, and record their figures."""
-    import torch
+    """Walk a group of windows, record the figures of each model, and checkpoint them."""
+    where = ""
 
-    with torch.inference_mode():
-        batch = torch.stack([text_pass.ids(number) for text_pass, number in passes]).to(device)
-        first, number = passes[0]
-        _, scored = first.shape(number)
-        expected = None
-        if reference is not None:
-            expected = PredictedTokens.by(reference, batch, scored, "The full-precision model")
-        for model_index, model in enumerate(models):
-            predicted = PredictedTokens.by(model, batch, scored, "The model")
-            figures = predicted.figures(expected)
-            if not all(np.isfinite(values).all() for values in figures.values()):
-                raise LsqError(locate_not_finite(model, batch, "The model"))
-            for row, (text_pass, number) in enumerate(passes):
-                own, other = text_pass.model_totals[model_index]
-                own.record_working_bytes(predicted.working_bytes)
-                text_pass.record(
-                    number, own, {name: values[row] for name, values in figures.items()}
-                )
-                if expected is not None:
-                    known = expected.figures()
-                    text_pass.record(
-                        number, other, {name: values[row] for name, values in known.items()}
-                    )
+    def advanced(batch: int, count: int) -> None:
+        report(count * group.count_windows(batch), f"{group.title}, {where}")
+
+    device = next(models[0].model.parameters()).device
+    walk = Walk(models, group.ids(device), advanced)
+    file = _walk_file(walk, compared, group)
+    unused = file.restore(walk)
+    if unused:
+        report(0, f"{unused} Its windows are walked from the start.")
+    report(walk.layer * len(models) * len(group.windows), group.title)
+    while walk.layer < walk.layers:
+        where = f"block {walk.layer + 1} of {walk.layers}"
+        walk.advance()
+        file.save(walk)
+    where = "LM head" if walk.layers else "whole model"
+    figures = []
+    for number, batch in enumerate(group.batches):
+        _, scored = group.text_pass.shape(batch[0])
+        figures.append(score_batch(walk, number, scored, compared))
+    _record(walk, compared, group, figures)
+    group.text_pass.save()
+    file.remove()
+
+
+def _walk_file(walk: Walk, compared: bool, group: WindowGroup) -> WalkFile:
+    """The file of a group's hidden states, where every model has a checkpoint."""
+    paths = [file.path for file in group.text_pass.files]
+    if None in paths:
+        return WalkFile(None, "")
+    made_of = [[path.name for path in paths], compared, walk.layers, group.batches]
+    identity = hashlib.sha256(json_text(made_of).encode()).hexdigest()
+    return WalkFile(paths[0].with_name(f"walk-{paths[0].stem}.safetensors"), identity)
+
+
+def _record(
+    walk: Walk, compared: bool, group: WindowGroup, figures: Sequence[Sequence[Figures]]
+) -> None:
+    """Record the figures of each batch and model; a group's time is spread over its tokens."""
+    seconds = walk.seconds / group.scored
+    for batch, found in zip(group.batches, figures, strict=True):
+        for row, number in enumerate(batch):
+            for model, (own, other) in enumerate(group.text_pass.model_totals):
+                for totals, member in [(own, model + compared), (other, 0)][: 1 + compared]:
+                    rows = {name: values[row] for name, values in found[member].items()}
+                    rows["seconds"] = np.full(len(rows["nll"]), seconds[member])
+                    group.text_pass.record(number, totals, rows)
+                    totals.record_working_bytes(walk.working_bytes[member])

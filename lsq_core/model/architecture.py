@@ -36,6 +36,15 @@ _MAX_CONTEXT = 2**31 - 1
 _QKV_RANK = {"q_proj": 0, "k_proj": 1, "v_proj": 2}
 
 
+class CompressedWeights(nn.Module):
+    """A module in the place of a planned matrix, whose weights are stored in another form."""
+
+    @property
+    def numel(self) -> int:
+        """Weights of the matrix."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True, eq=False)
 class BlockParameter:
     """A parameter of two or more dimensions in a decoder block.
@@ -158,8 +167,8 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The decoder blocks and their name in the model.
 
     They are the outermost ``ModuleList`` of which every member holds weights of its own, some of
-    them matrices to plan, and of several such lists (a vision tower beside the decoder, say) the
-    one with most parameters.
+    them matrices to plan (or compressed by a plan), and of several such lists (a vision tower
+    beside the decoder, say) the one with most weights.
 
     Raises
     ------
@@ -173,9 +182,9 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
             continue
         if any(name.startswith(f"{outer}.") for outer in outermost):
             continue
-        if all(any(not w.reason for w in iter_block_parameters(block)) for block in module):
+        if all(_holds_matrices(block) for block in module):
             outermost.append(name)
-            size = sum(p.numel() for p in module.parameters())
+            size = _count_weights(module)
             if best is None or size > best[0]:
                 best = (size, name, module)
     if best is None:
@@ -184,6 +193,19 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
             "nothing to plan."
         )
     return best[1], best[2]
+
+
+def _holds_matrices(block: nn.Module) -> bool:
+    """Whether a block has matrices that are planned, or that a plan has compressed."""
+    return any(isinstance(module, CompressedWeights) for module in block.modules()) or any(
+        not weights.reason for weights in iter_block_parameters(block)
+    )
+
+
+def _count_weights(module: nn.Module) -> int:
+    """Weights of a module, including those that are stored compressed."""
+    compressed = sum(m.numel for m in module.modules() if isinstance(m, CompressedWeights))
+    return compressed + sum(p.numel() for p in module.parameters())
 
 
 # --- the weights of a block -----------------------------------------------------------------

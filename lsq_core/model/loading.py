@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
@@ -54,22 +55,23 @@ _MAX_TENSORS, _MAX_MATRICES, _MAX_WEIGHTS = 50_000, 200_000, 10**13
 
 
 @dataclass(frozen=True, eq=False)
-class LoadedModel:
-    """A model with its weights, its tokenizer, and what is known of it."""
+class BlockModel:
+    """A model whose decoder blocks can be had in memory one by one."""
 
     model: nn.Module
-    tokenizer: object
-    info: ModelInfo
-    folder: Path
-    device: str
-    dtype: str
-    #: Whether weights are read as they are needed.
-    streamed: ClassVar[bool] = False
+
+    @cached_property
+    def _prefix_and_blocks(self) -> tuple[str, nn.ModuleList]:
+        return find_blocks(self.model)
 
     @property
     def blocks(self) -> nn.ModuleList:
         """The decoder blocks, in order."""
-        return find_blocks(self.model)[1]
+        return self._prefix_and_blocks[1]
+
+    def block_name(self, layer: int) -> str:
+        """The full name of a decoder block."""
+        return f"{self._prefix_and_blocks[0]}.{layer}"
 
     def materialize(self, name: str) -> AbstractContextManager:
         """Have the weights of a block, or of one parameter in it, in memory; all are, here."""
@@ -78,6 +80,19 @@ class LoadedModel:
     def materialize_embeddings(self) -> AbstractContextManager:
         """Have what comes before the first block in memory; it is, here."""
         return nullcontext()
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel(BlockModel):
+    """A model with its weights, its tokenizer, and what is known of it."""
+
+    tokenizer: object
+    info: ModelInfo
+    folder: Path
+    device: str
+    dtype: str
+    #: Whether weights are read as they are needed.
+    streamed: ClassVar[bool] = False
 
 
 # --- devices and dtypes -------------------------------------------------------------------

@@ -10,7 +10,10 @@ from torch import Tensor, nn
 from lsq_core.model.architecture import first_tensor, get_weight
 from lsq_core.model.info import Matrix
 from lsq_core.model.loading import LoadedModel
-from lsq_core.profiling.replay import Call
+from lsq_core.model.walk import Call
+
+#: Token sequences that run through a block at once.
+BATCH = 8
 
 
 @dataclass(eq=False)

@@ -18,8 +18,8 @@ from torch import Tensor
 from lsq_core.bits import MixedRows
 from lsq_core.model.info import Matrix
 from lsq_core.model.loading import LoadedModel
+from lsq_core.model.walk import detect_output_forms, run_from_block
 from lsq_core.planning.methods.high_impact import group_into_units, top_rows
-from lsq_core.profiling.blocks import detect_output_forms, run_from_block
 from lsq_core.profiling.context import BlockContext
 from lsq_core.profiling.measure import iter_blocks
 from lsq_core.progress import Progress, no_progress

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from lsq_core.bits import QuantConfig, is_divisible
-from lsq_core.model.architecture import find_blocks, parameter_name
+from lsq_core.model.architecture import parameter_name
 from lsq_core.model.info import Matrix, ModelInfo
 from lsq_core.model.loading import LoadedModel
-from lsq_core.profiling.blocks import record_calls
+from lsq_core.model.walk import record_calls
+from lsq_core.profiling.block import BATCH
 from lsq_core.profiling.calibration import load_calibration
 from lsq_core.profiling.context import BlockContext
 from lsq_core.profiling.metrics import METRICS, default_metrics
@@ -111,27 +112,26 @@ def _effort(metrics: list[Metric], info: ModelInfo) -> int:
 
 def iter_blocks(loaded: LoadedModel, ids: Tensor) -> Iterator[BlockContext]:
     """Yield each block with the inputs that the full-precision blocks before it produce."""
-    prefix, blocks = find_blocks(loaded.model)
-    calls, hidden = record_calls(loaded, ids)
-    for layer, block in enumerate(blocks):
+    calls, hidden = record_calls(loaded, ids.split(BATCH))
+    for layer, block in enumerate(loaded.blocks):
         matrices = tuple(m for m in loaded.info.matrices if m.layer == layer)
-        name = f"{prefix}.{layer}"
+        name = loaded.block_name(layer)
         context = BlockContext(loaded, layer, name, block, matrices, ids, hidden, calls[layer])
         with loaded.materialize(name):
             if matrices:
                 yield context
-            if layer + 1 < len(blocks):
+            if layer + 1 < len(loaded.blocks):
                 context.advance()
 
 
 def _iter_weights_only(loaded: LoadedModel, ids: Tensor) -> Iterator[BlockContext]:
     """Yield each parameter without inputs, for metrics that need no calibration text."""
-    prefix, blocks = find_blocks(loaded.model)
     for name, found in groupby(loaded.info.matrices, parameter_name):
         matrices = tuple(found)
         layer = matrices[0].layer
         with loaded.materialize(name):
-            yield BlockContext(loaded, layer, f"{prefix}.{layer}", blocks[layer], matrices, ids)
+            block = loaded.blocks[layer]
+            yield BlockContext(loaded, layer, loaded.block_name(layer), block, matrices, ids)
 
 
 def _score_block(

@@ -10,14 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lsq_core.model.architecture import first_tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Call:
-    """The arguments of a module for one batch (of a block: those besides the hidden states)."""
-
-    args: tuple
-    kwargs: dict
+from lsq_core.model.walk import Call
 
 
 @dataclass(eq=False)

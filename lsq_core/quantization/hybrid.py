@@ -32,9 +32,8 @@ from lsq_core.model.architecture import (
 )
 from lsq_core.model.info import Matrix
 from lsq_core.model.loading import LoadedModel
-from lsq_core.profiling.blocks import record_calls
+from lsq_core.model.walk import Call, record_calls
 from lsq_core.profiling.calibration import load_calibration
-from lsq_core.profiling.replay import Call
 from lsq_core.progress import Progress
 from lsq_core.quantization.base import (
     Grid,
@@ -222,13 +221,13 @@ class LearnedMatrix(nn.Module):
 
 @dataclass(eq=False)
 class _BlockInputs:
-    """The inputs of a block for each calibration sequence, and the arguments of its calls."""
+    """The inputs of a block for each calibration sequence, and every block's calls with them."""
 
     hidden: list[Tensor]
     calls: list[list[Call]]
 
     def run(self, layer: int, block: Callable, number: int) -> Tensor:
-        call = self.calls[number][layer]
+        call = self.calls[layer][number]
         return first_tensor(block(self.hidden[number], *call.args, **call.kwargs))
 
     @torch.no_grad()
@@ -330,9 +329,7 @@ class Hybrid:
 def _initial_inputs(loaded: LoadedModel, ids: Tensor) -> tuple[_BlockInputs, _BlockInputs]:
     """The first block's inputs, for the full-precision and for the quantized model."""
     sequences = [ids[k : k + 1].clone() for k in range(min(len(ids), SEQUENCES))]
-    recorded = [record_calls(loaded, sequence) for sequence in sequences]
-    calls = [[layer[0] for layer in own] for own, _ in recorded]
-    hidden = [own[0] for _, own in recorded]
+    calls, hidden = record_calls(loaded, sequences)
     return _BlockInputs(hidden, calls), _BlockInputs(list(hidden), calls)
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lsq_core.model.architecture import CompressedWeights
 from lsq_core.quantization.base import StoredMatrix
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(CompressedWeights):
     """A linear module that stores its weight packed and decodes it in each forward pass.
+
+    Within :func:`decoded_weights` it is decoded once.
 
     It replaces ``nn.Linear`` and transformers' ``Conv1D``; the bias stays in full precision. The
     product is PyTorch's: the fused kernels that ``hqq`` offers (gemlite, torchao) need their own
@@ -35,6 +39,8 @@ class PackedLinear(nn.Module):
         for name, tensor in packed.tensors.items():
             self.register_buffer(name, tensor)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        #: The decoded weight (out, in), while it is held.
+        self._held: Tensor | None = None
         # No values: it follows the model's dtype, in which `weight` is decoded.
         self.register_buffer("_as", torch.empty(0, dtype=dtype), persistent=False)
 
@@ -43,10 +49,15 @@ class PackedLinear(nn.Module):
         """The decoded weight (out, in), for code that does not call the module.
 
         Some architectures (Mamba, latent attention) read a linear module's weight. It is decoded
-        on each access.
+        on each access, unless it is held.
         """
-        decoded = self.packed.dequantize(self._as.dtype)
+        decoded = self._decoded(self._as.dtype)
         return decoded.T if self.transposed else decoded
+
+    @property
+    def numel(self) -> int:
+        """Weights of the matrix."""
+        return self.out_features * self.in_features
 
     @property
     def packed(self) -> StoredMatrix:
@@ -57,7 +68,21 @@ class PackedLinear(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """``inputs`` (…, in) to (…, out), in the dtype of the inputs."""
-        return F.linear(inputs, self.packed.dequantize(inputs.dtype), self.bias)
+        return F.linear(inputs, self._decoded(inputs.dtype), self.bias)
+
+    def hold(self) -> None:
+        """Decode the weight in the model's dtype and keep it until :meth:`release`."""
+        self._held = self.packed.dequantize(self._as.dtype)
+
+    def release(self) -> None:
+        """Drop the decoded weight."""
+        self._held = None
+
+    def _decoded(self, dtype: torch.dtype) -> Tensor:
+        """The decoded weight (out, in) in a dtype."""
+        if self._held is not None and self._held.dtype == dtype:
+            return self._held
+        return self.packed.dequantize(dtype)
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
@@ -68,15 +93,28 @@ class PackedStack(nn.ModuleList):
     """The packed experts of one stacked parameter.
 
     The experts' module reads its parameter as a tensor (experts, …), so the stack is decoded into
-    that attribute just before the module runs and the attribute is deleted right after.
+    that attribute just before the module runs and the attribute is deleted right after. Within
+    :func:`decoded_weights` it is decoded once.
     """
 
     def __init__(self, experts: Iterable[PackedLinear], transposed: bool) -> None:
         super().__init__(experts)
         self.transposed = transposed
+        #: The decoded parameter, while it is held.
+        self._held: Tensor | None = None
+
+    def hold(self) -> None:
+        """Decode the parameter and keep it until :meth:`release`."""
+        self._held = self.decode()
+
+    def release(self) -> None:
+        """Drop the decoded parameter."""
+        self._held = None
 
     def decode(self) -> Tensor:
         """The parameter as the experts' module expects it."""
+        if self._held is not None:
+            return self._held
         weights = [expert.weight for expert in self]
         return torch.stack([w.T for w in weights] if self.transposed else weights)
 
@@ -93,6 +131,26 @@ def drop_stacks(module: nn.Module, *_: object) -> None:
     for name, child in module.named_children():
         if isinstance(child, PackedStack):
             module.__dict__.pop(name, None)
+
+
+@contextmanager
+def decoded_weights(module: nn.Module) -> Iterator[None]:
+    """Hold the decoded weights of all packed modules in ``module`` within a ``with`` block.
+
+    They are decoded once, however often the module runs, and take its size in the dtype that it
+    computes in.
+    """
+    stacks = [child for child in module.modules() if isinstance(child, PackedStack)]
+    in_stacks = {id(expert) for stack in stacks for expert in stack}
+    linears = [m for m in module.modules() if isinstance(m, PackedLinear)]
+    holders = [*stacks, *(linear for linear in linears if id(linear) not in in_stacks)]
+    try:
+        for holder in holders:
+            holder.hold()
+        yield
+    finally:
+        for holder in holders:
+            holder.release()
 
 
 def packed_modules(model: nn.Module) -> dict[str, PackedLinear]:

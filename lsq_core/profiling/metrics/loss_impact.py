@@ -87,7 +87,8 @@ class _ModelTail:
     def __init__(self, context: BlockContext, sequences: int) -> None:
         import torch
 
-        from lsq_core.profiling.blocks import BATCH, detect_output_forms
+        from lsq_core.model.walk import detect_output_forms
+        from lsq_core.profiling.block import BATCH
 
         self.loaded, self.layer = context.loaded, context.layer
         ids = context.ids[:sequences]
@@ -120,7 +121,7 @@ class _ModelTail:
         return total / self.tokens
 
     def _log_probabilities(self, layer: int, ids: Tensor, hidden: Tensor) -> Tensor:
-        from lsq_core.profiling.blocks import run_from_block
+        from lsq_core.model.walk import run_from_block
 
         logits = run_from_block(self.loaded, layer, hidden, ids, self.forms)
         return logits.float().log_softmax(-1)

@@ -1,0 +1,158 @@
+"""Figures per scored token: negative log-likelihood, KL divergence from a reference, agreement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lsq_core.errors import LsqError
+from lsq_core.evaluation.branches import Branch, Walk
+from lsq_core.model.dtypes import torch_name
+
+#: The most logits of one model in memory at a time: in float32 256 MiB, which fill a GPU, and
+#: 16 MiB on a CPU, where more is slower.
+MAX_BATCH_LOGITS = {"cpu": 2**22, "cuda": 2**26}
+#: The same for models that run as wholes, where a slice is at least a window.
+_MAX_WHOLE_LOGITS = 2**26
+
+#: Figures by name, each (windows, scored) of one batch.
+Figures = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True, eq=False)
+class PredictedTokens:
+    """A model's predictions of some tokens.
+
+    ``log_probs`` (windows, tokens, vocabulary) is float32; ``nll`` (windows, tokens) is float64,
+    in nats.
+    """
+
+    log_probs: Tensor
+    nll: np.ndarray
+
+    @classmethod
+    def from_logits(cls, logits: Tensor, targets: Tensor) -> PredictedTokens:
+        """``logits`` (windows, tokens, vocabulary) predict ``targets`` (windows, tokens)."""
+        log_probs = logits.float().log_softmax(-1)
+        picked = -log_probs.gather(-1, targets[..., None])[..., 0]
+        return cls(log_probs, picked.double().cpu().numpy())
+
+    @cached_property
+    def _probs(self) -> Tensor:
+        return self.log_probs.exp()
+
+    @cached_property
+    def _likeliest(self) -> Tensor:
+        return self.log_probs.argmax(-1)
+
+    def compare(self, expected: PredictedTokens) -> Figures:
+        """KL divergence from the expected predictions, in nats, and whether the top-1 agrees."""
+        if expected is self:
+            return {"kl": np.zeros(self.nll.shape), "agreed": np.ones(self.nll.shape)}
+        change = expected.log_probs - self.log_probs
+        kl = change.mul_(expected._probs).sum(-1).double()
+        agreed = self._likeliest == expected._likeliest
+        return {"kl": kl.cpu().numpy(), "agreed": agreed.cpu().numpy()}
+
+
+def score_batch(walk: Walk, number: int, scored: int, compared: bool) -> list[Figures]:
+    """Return each model's figures of the last ``scored`` tokens of a batch's windows.
+
+    The final norm and the LM head run on slices of these tokens, so that the vocabulary does not
+    limit a batch. If ``compared``, the first model is the reference.
+
+    Raises
+    ------
+    LsqError
+        When a model's predictions are not finite; names the first module whose output isn't.
+    """
+    ids = walk.batches[number]
+    shape = (len(ids), scored)
+    names = ("nll", "kl", "agreed") if compared else ("nll",)
+    figures = [{name: np.zeros(shape) for name in names} for _ in walk.models]
+    for rows, tokens in _slices(walk, ids, scored):
+        expected = None
+        for branch in walk.branches:  # the reference is in the first one
+            predicted = _predict(walk, branch, number, rows, tokens)
+            found = {"nll": predicted.nll}
+            expected = expected or (predicted if compared else None)
+            if expected is not None:
+                found |= predicted.compare(expected)
+            if not all(np.isfinite(values).all() for values in found.values()):
+                model = walk.models[branch.members[0]]
+                raise LsqError(locate_not_finite(model.model, ids[rows], model.what))
+            first = tokens.start - (ids.shape[1] - scored - 1)
+            columns = slice(first, first + tokens.stop - tokens.start)
+            for member in branch.members:
+                for name, values in found.items():
+                    figures[member][name][rows, columns] = values
+    walk.report(number, len(walk.models))
+    return figures
+
+
+def _predict(
+    walk: Walk, branch: Branch, number: int, rows: slice, tokens: slice
+) -> PredictedTokens:
+    """Predict the tokens after those of a slice."""
+    ids = walk.batches[number][rows]
+    targets = ids[:, tokens.start + 1 : tokens.stop + 1]
+    model = walk.models[branch.members[0]]
+    with walk.measured(branch.members):
+        logits = model.logits(branch.hidden[number][rows], ids, tokens)
+        return PredictedTokens.from_logits(logits, targets)
+
+
+def _slices(walk: Walk, ids: Tensor, scored: int) -> Iterator[tuple[slice, slice]]:
+    """Slices of windows, and of the tokens whose logits predict the scored ones after them.
+
+    They are whole windows where one window's logits fit, else parts of one window.
+    """
+    model = walk.models[0]
+    vocabulary = model.model.config.get_text_config().vocab_size
+    most = MAX_BATCH_LOGITS[ids.device.type] if model.splits_tokens else _MAX_WHOLE_LOGITS
+    first, stop = ids.shape[1] - scored - 1, ids.shape[1] - 1
+    rows = max(1, most // (scored * vocabulary))
+    tokens = min(scored, max(1, most // vocabulary)) if model.splits_tokens else scored
+    for row in range(0, len(ids), rows):
+        for token in range(first, stop, tokens):
+            yield slice(row, min(row + rows, len(ids))), slice(token, min(token + tokens, stop))
+
+
+def locate_not_finite(model: nn.Module, batch: Tensor, what: str) -> str:
+    """Explain which module is the first, in execution order, whose output is not finite."""
+    found: list[str] = []
+
+    def make_hook(name: str) -> Callable:
+        def hook(module: nn.Module, arguments: tuple, output: object) -> None:
+            if not found and not _all_finite(output):
+                found.append(name)
+
+        return hook
+
+    hooks = [m.register_forward_hook(make_hook(name)) for name, m in model.named_modules() if name]
+    try:
+        model(batch, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    dtype = torch_name(next(model.parameters()).dtype)
+    first = f"the first not to be is that of {found[0]}" if found else "its logits are not"
+    suggestion = "bfloat16 or float32" if dtype == "float16" else "another plan or dtype"
+    return (
+        f"{what} has no perplexity: its outputs in {dtype} are not finite numbers, and {first}; "
+        f"try {suggestion}."
+    )
+
+
+def _all_finite(output: object) -> bool:
+    """Whether every float of a module's output is finite, in nested tuples, lists or dicts."""
+    if isinstance(output, Tensor):
+        return not output.is_floating_point() or bool(torch.isfinite(output).all())
+    if isinstance(output, dict):
+        output = tuple(output.values())
+    return all(map(_all_finite, output)) if isinstance(output, (tuple, list)) else True

@@ -1,0 +1,155 @@
+"""A text's windows, the sums over them, and groups of windows that are walked together."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lsq_core.evaluation.protocol import EvaluationText, make_windows
+from lsq_core.evaluation.result import EvaluationPair
+from lsq_core.evaluation.window_sums import Checkpoint, WindowSums
+
+
+class TextPass:
+    """One text's windows, and the sums of each model (and the reference) over them."""
+
+    def __init__(
+        self, text: EvaluationText, bos: int | None, checkpoints: Sequence[Path | None]
+    ) -> None:
+        ids = text.ids if bos is None else np.concatenate([[bos], text.ids])
+        self.stream, self.bos, self.protocol = torch.from_numpy(ids), bos, text.protocol
+        self.windows = make_windows(len(ids), text.protocol)
+        count = len(self.windows)
+        #: Numbers of the windows that begin at the same token, shortest first: one pass reads them.
+        self.passes = [
+            list(numbers)
+            for _, numbers in itertools.groupby(range(count), lambda k: self.windows[k].start)
+        ]
+        self.model_totals = [(WindowSums(count), WindowSums(count)) for _ in checkpoints]
+        pairs = zip(checkpoints, self.model_totals, strict=True)
+        self.files = [Checkpoint(path, model_totals) for path, model_totals in pairs]
+        for file in self.files:
+            file.restore()
+
+    @property
+    def pending(self) -> list[int]:
+        """Passes over windows that some model has not scored yet."""
+        counts = np.stack([own.counts for own, _ in self.model_totals])
+        unread = (counts == 0).any(axis=0)
+        return [number for number, windows in enumerate(self.passes) if unread[windows].any()]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every window is scored."""
+        return not self.pending
+
+    def shape(self, number: int) -> tuple[int, int]:
+        """Tokens that a pass reads, and how many of them it scores."""
+        windows = [self.windows[k] for k in self.passes[number]]
+        return windows[-1].stop - windows[-1].start, sum(window.scored for window in windows)
+
+    def ids(self, number: int) -> Tensor:
+        """The tokens (length,) of a pass."""
+        longest = self.windows[self.passes[number][-1]]
+        ids = self.stream[longest.start : longest.stop].clone()
+        if self.bos is not None:
+            ids[0] = self.bos
+        return ids
+
+    def record(self, number: int, totals: WindowSums, figures: dict[str, np.ndarray]) -> None:
+        """Record the figures of a pass, (scored,), in each of its windows."""
+        begin = 0
+        for window in self.passes[number]:
+            scored = self.windows[window].scored
+            end = begin + scored
+            totals.record(
+                window, scored, {name: own[begin:end].sum() for name, own in figures.items()}
+            )
+            begin = end
+
+    def save(self) -> None:
+        """Save the windows scored so far."""
+        for file in self.files:
+            file.save()
+
+    def finish(self, compared: bool) -> list[EvaluationPair]:
+        """Return a pair of evaluations for each model."""
+        name = self.protocol.name
+        return [
+            (own.finish(name, compared), other.finish(name) if compared else None)
+            for own, other in self.model_totals
+        ]
+
+
+@dataclass(frozen=True, eq=False)
+class WindowGroup:
+    """Passes over a text's windows that are walked together, in batches of equal shape."""
+
+    text_pass: TextPass
+    #: Numbers of passes.
+    batches: tuple[tuple[int, ...], ...]
+
+    @property
+    def windows(self) -> list[int]:
+        """Numbers of the windows, ascending."""
+        passes = itertools.chain.from_iterable(self.batches)
+        return sorted(window for number in passes for window in self.text_pass.passes[number])
+
+    @property
+    def scored(self) -> int:
+        """Scored tokens."""
+        return sum(self.text_pass.windows[window].scored for window in self.windows)
+
+    def count_windows(self, batch: int) -> int:
+        """Windows of a batch."""
+        return sum(len(self.text_pass.passes[number]) for number in self.batches[batch])
+
+    def ids(self, device: torch.device) -> list[Tensor]:
+        """Token ids (windows, tokens) of each batch."""
+        return [
+            torch.stack([self.text_pass.ids(number) for number in batch]).to(device)
+            for batch in self.batches
+        ]
+
+    @property
+    def title(self) -> str:
+        """``windows 1–16 of 62``."""
+        windows, total = self.windows, len(self.text_pass.windows)
+        return f"windows {windows[0] + 1}–{windows[-1] + 1} of {total}"
+
+
+def make_groups(text_pass: TextPass, max_tokens: int, batch_tokens: int) -> list[WindowGroup]:
+    """Group the pending passes of a text, of at most so many tokens, in batches of equal shape.
+
+    A pass that is longer is a group, or a batch, of its own.
+    """
+    groups: list[list[int]] = []
+    room = 0
+    for number in text_pass.pending:
+        length, _ = text_pass.shape(number)
+        if not groups or length > room:
+            groups.append([])
+            room = max_tokens
+        groups[-1].append(number)
+        room -= length
+    return [WindowGroup(text_pass, _batches(text_pass, own, batch_tokens)) for own in groups]
+
+
+def _batches(
+    text_pass: TextPass, passes: Sequence[int], batch_tokens: int
+) -> tuple[tuple[int, ...], ...]:
+    """Batch passes of equal length and scored tokens."""
+    shapes: dict[tuple[int, int], list[int]] = {}
+    for number in passes:
+        shapes.setdefault(text_pass.shape(number), []).append(number)
+    found = []
+    for (length, _), own in shapes.items():
+        size = max(1, batch_tokens // length)
+        found += [tuple(own[i : i + size]) for i in range(0, len(own), size)]
+    return tuple(found)
