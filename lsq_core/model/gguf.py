@@ -19,8 +19,10 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 from lsq_core import paths
-from lsq_core.errors import InputError
+from lsq_core.errors import InputError, LsqError
 from lsq_core.files import cached_sha256, fsync_tree, translate_disk_error, write_error
+from lsq_core.memory import available_memory, describe_memory_limit
+from lsq_core.units import format_bytes
 from lsq_core.untrusted import read_json_object, wrap_library_errors
 
 #: The real language model that is installed beside this project, and how to get it.
@@ -189,11 +191,9 @@ def _write_model(file: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from lsq_core.model.loading import check_memory
-
     with wrap_library_errors(lambda reason: f"{file} cannot be read: {reason}."):
         origin, weights = _describe(file)
-    check_memory(file.name, weights, torch.device("cpu"), torch.float32)
+    _check_memory(file, 4 * weights)
     where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
     with wrap_library_errors(
         lambda reason: f"{file} is not a language model that transformers can read: {reason}."
@@ -211,6 +211,17 @@ def _write_model(file: Path, folder: Path) -> None:
     config = read_json_object(path) | {"dtype": "bfloat16", "gguf": asdict(origin)}
     path.write_text(json.dumps(config, indent=2), "utf8")
     (folder / _ORIGIN_FILE).write_text(json.dumps(asdict(origin)), "utf8")
+
+
+def _check_memory(file: Path, need: int) -> None:
+    """Raise :class:`LsqError` when the float32 weights would not fit into memory."""
+    free = available_memory()
+    if need > free:
+        limit = describe_memory_limit(format_bytes)
+        raise LsqError(
+            f"{file} needs {format_bytes(need)} of memory to be dequantized and "
+            f"{format_bytes(free)} are free{limit and f' ({limit})'}: choose a smaller model."
+        )
 
 
 def _describe(file: Path) -> tuple[GgufFile, int]:
