@@ -36,6 +36,7 @@ PAGES = {
     "Plan": "pages/2_Plan.py",
     "Run": "pages/3_Run.py",
     "Compare": "pages/4_Compare.py",
+    "Storage": "pages/6_Storage.py",
 }
 
 
@@ -126,11 +127,12 @@ def _array(values: object) -> list:
 @pytest.mark.parametrize(
     ("title", "headline"),
     [
-        ("Model", "5.6 M parameters, 10.8 MiB"),
+        ("Model", "Where should the bits go?"),
         ("Explore", "demo has not been profiled"),
         ("Plan", "3.25 bits: 1.99 MiB"),
         ("Run", "No runs yet"),
         ("Compare", "No runs to compare"),
+        ("Storage", "on disk."),
     ],
 )
 def test_page_headline_empty_database(title, headline):
@@ -142,7 +144,7 @@ def test_page_headline_empty_database(title, headline):
 @pytest.mark.parametrize(
     ("title", "headline"),
     [
-        ("Model", "M parameters"),
+        ("Model", "Where should the bits go?"),
         ("Explore", "Most sensitive: layers"),
         ("Plan", "bits:"),
         ("Run", "Nothing is running."),
@@ -153,6 +155,12 @@ def test_page_headline_populated_database(filled, title, headline):
     app = open_page(title, model=filled.model)
     assert headline in first_line(app)
     assert not app.error
+
+
+def test_model_page_says_what_the_model_is():
+    app = open_page("Model")
+    assert "5.6 M parameters, 10.8 MiB" in app.subheader[0].value
+    assert [m.label for m in app.metric][0] == "Layers"
 
 
 # --- the model ------------------------------------------------------------------------------
@@ -216,7 +224,7 @@ def _click_button(app: AppTest, label: str) -> None:
 def test_prune_deletes_job_after_confirmation(filled):
     home = jobs.start(disk.jobs_folder(Store(filled.path)), ["results"]).folder
     wait_for(lambda: not jobs.read(home).active)
-    app = open_page("Model")
+    app = open_page("Storage")
     app.multiselect(key="prune").set_value([home.name]).run()
     assert home.exists()
     app.button(key="prune-sure").click().run()

@@ -177,10 +177,10 @@ def frontiers(lines: Sequence[FrontierLine], runs: pd.DataFrame, axis: str) -> g
     bits = np.concatenate([*(line.bits for line in lines), runs["bits_per_param"]])
     values = np.concatenate([*(line.value for line in lines), runs["value"]]).astype(float)
     predicted = any(line.low is not None for line in lines)
-    if len(values):
-        _limit_view(
-            figure, bits.astype(float), values, _VISIBLE_VALUE_RATIO if predicted else np.inf
-        )
+    known = np.isfinite(values)  # a profile by NF4 has errors at some configurations only
+    if known.any():
+        ratio = _VISIBLE_VALUE_RATIO if predicted else np.inf
+        _limit_view(figure, bits.astype(float)[known], values[known], ratio)
     figure.update_layout(legend=LEGEND_ABOVE)
     figure.update_xaxes(title_text="bits per linear weight, metadata included")
     figure.update_yaxes(title_text=axis)
