@@ -103,7 +103,7 @@ def _full_precision(record: Mapping[str, Mapping[str, Any]]) -> str:
     if not full:
         return ""
     own = record["evaluation"]
-    text = f"{full:.4f} (this run {own['perplexity'] / full - 1:+.2%})"
+    text = f"{full:.4f} (this run {100 * (own['perplexity'] / full - 1):+.2f} %)"
     inferred = "; paired by an older version, whose packages may have been others"
     return text + (inferred if own["pairing"] == "inferred" else "")
 

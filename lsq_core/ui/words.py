@@ -60,6 +60,11 @@ def signed_percent(share: float | None, decimals: int = 1) -> str:
     return f"{rounded:+.{decimals}f} %".replace("-", "−") if rounded else f"{0:.{decimals}f} %"
 
 
+def percent(share: float, decimals: int = 1) -> str:
+    """``0.0441`` as ``4.4 %``."""
+    return f"{100 * share:.{decimals}f} %".replace("-", "−")
+
+
 def interval(low: float | None, high: float | None) -> str:
     """``+1.50 % to +2.10 %``, or that there is none."""
     if low is None or high is None or math.isnan(low):

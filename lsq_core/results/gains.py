@@ -1,0 +1,105 @@
+"""What a run gains over the uniform run of nearest size. Needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from lsq_core.planning.methods import PLANNERS
+
+#: Sizes that differ by at most this share are called equal: a gain in perplexity is then not one
+#: of memory.
+EQUAL_SIZE = 0.03
+
+
+@dataclass(frozen=True)
+class Gain:
+    """A run against a uniform one, both by ``evaluation``.
+
+    ``drop`` is the share of perplexity below the uniform run's, ``extra`` the share of size above
+    it; ``candidates`` is the number of runs of which this one gains most.
+    """
+
+    evaluation: str
+    uniform: str
+    drop: float
+    extra: float
+    candidates: int
+
+
+def is_ablation(method: str) -> bool:
+    """Return whether a method is the control of another: as many layers, drawn at random."""
+    return method.endswith("-ablation")
+
+
+def against_nearest_uniform(runs: pd.DataFrame, size: str) -> pd.DataFrame:
+    """Pair each planned run with the uniform run of nearest size: ``evaluation, uniform, drop,
+    extra``.
+
+    Planned are the runs of methods that choose configurations by themselves, ablations excluded.
+    The uniform run is by the same quantizer; of several equally near that of lowest perplexity.
+
+    Parameters
+    ----------
+    runs
+        Rows of :meth:`lsq_core.store.store.Store.results` of one model, corpus and protocol.
+    size
+        The column that holds their size.
+    """
+    known = runs.dropna(subset=["perplexity", size])
+    uniform = known[known["method"] == "uniform"].sort_values("perplexity", kind="stable")
+    by_quantizer = dict(list(uniform.groupby("quantizer", sort=False)))
+    pairs = []
+    for row in known[known["method"].map(_is_planned)].to_dict("records"):
+        bases = by_quantizer.get(row["quantizer"])
+        if bases is None:
+            continue
+        ratios = float(row[size]) / bases[size].astype(float)
+        base = bases.loc[np.log(ratios).abs().idxmin()]
+        drop = 1 - float(row["perplexity"]) / float(base["perplexity"])
+        extra = float(row[size]) / float(base[size]) - 1
+        pairs.append((row["evaluation"], base["evaluation"], drop, extra))
+    return pd.DataFrame(pairs, columns=["evaluation", "uniform", "drop", "extra"])
+
+
+def _is_planned(method: str) -> bool:
+    return method in PLANNERS and method != "uniform" and not is_ablation(method)
+
+
+def gain_at_equal_size(runs: pd.DataFrame, size: str) -> Gain | None:
+    """Return the largest gain over a uniform run of equal size (:data:`EQUAL_SIZE`); None if no
+    run has a uniform one of its size.
+
+    Of equal gains the one with the least additional size is given. Arguments are as in
+    :func:`against_nearest_uniform`.
+    """
+    pairs = against_nearest_uniform(runs, size)
+    equal = pairs[pairs["extra"].abs() <= EQUAL_SIZE]
+    if equal.empty:
+        return None
+    best = equal.sort_values(["drop", "extra"], ascending=[False, True], kind="stable").iloc[0]
+    return Gain(
+        best["evaluation"],
+        best["uniform"],
+        float(best["drop"]),
+        float(best["extra"]),
+        len(equal),
+    )
+
+
+def first_pair(runs: pd.DataFrame, size: str) -> tuple[str, str] | None:
+    """Return the run to compare first and the uniform run of nearest size, by evaluation.
+
+    That is the pair of :func:`gain_at_equal_size`; where no sizes are equal, the pair of nearest
+    sizes; None where there is no uniform run or no other.
+    """
+    gain = gain_at_equal_size(runs, size)
+    if gain is not None:
+        return gain.evaluation, gain.uniform
+    pairs = against_nearest_uniform(runs, size)
+    if pairs.empty:
+        return None
+    nearest = pairs.loc[pairs["extra"].abs().idxmin()]
+    return nearest["evaluation"], nearest["uniform"]
