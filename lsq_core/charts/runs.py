@@ -132,9 +132,9 @@ def perplexity_by_size(
     figure = go.Figure()
     view = size_view(frame, size, quality)
     many = len(frame) > _SMALL_MARKER_RUNS
-    for line, above in _lines(frame, size, quality):
+    for rank, line in enumerate(_lines(frame, size, quality)):
         figure.add_trace(line)
-        label_line_end(figure, line, view, line.name, above=above)
+        label_line_end(figure, line, view, line.name, rank, above=not quality.higher_is_better)
     for style, part in _styles(frame, many):
         figure.add_trace(_runs(style, part, size, quality, 7 if many else 11))
     for (method, origin), part in _groups(overlay, ["method", "origin"]):
@@ -176,17 +176,15 @@ def _full_precision(frame: pd.DataFrame, quality: QualityMeasure) -> float | Non
     return float(full.iloc[0]) if quality == PERPLEXITY and not full.empty else None
 
 
-def _lines(
-    frame: pd.DataFrame, size: SizeMeasure, quality: QualityMeasure
-) -> list[tuple[go.Scatter, bool]]:
-    """Return the uniform and the Pareto line, and whether each lies above the other."""
+def _lines(frame: pd.DataFrame, size: SizeMeasure, quality: QualityMeasure) -> list[go.Scatter]:
+    """Return the uniform and the Pareto line, of those that have two runs."""
     lines = []
     reference = frame[(frame["method"] == "uniform") & (frame["quantizer"] == "hqq")]
     if len(reference) > 1:
-        lines.append((_uniform_line(reference, size, quality), not quality.higher_is_better))
+        lines.append(_uniform_line(reference, size, quality))
     front = frame[pareto(frame[size.column], quality.cost(frame))]
     if len(front) > 1:
-        lines.append((_pareto_line(front, size, quality), quality.higher_is_better))
+        lines.append(_pareto_line(front, size, quality))
     return lines
 
 
@@ -270,7 +268,7 @@ def _add_full_precision_line(figure: go.Figure, perplexity: float) -> None:
         y=perplexity,
         line={"color": NEUTRAL, "width": 1.2, "dash": "dash"},
         annotation_text=f"full precision {perplexity:.2f}",
-        annotation_position="bottom right",
+        annotation_position="bottom left",
         annotation_font_size=12,
     )
 

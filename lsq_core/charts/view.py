@@ -9,6 +9,8 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from lsq_core.charts.style import NEUTRAL
+
 #: Bits per parameter on which charts over size open: 3 to 4.5, up to the stop named 4.51.
 BITS_IN_VIEW = (3.0, 4.55)
 #: With fewer runs none is called an outlier.
@@ -17,6 +19,10 @@ _MIN_RUNS = 5
 _OUTLIER_RATIO = 3.0
 #: Ratio of the largest to the smallest value shown from which the axis is logarithmic.
 _LOG_RATIO = 5.0
+
+
+#: Share of a chart's height that a note below the runs takes.
+_NOTE_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -131,7 +137,9 @@ def apply_view(figure: go.Figure, view: View, note: str, *, top: bool = True) ->
     if view.x is not None:
         figure.update_xaxes(range=view.x)
     if view.y is not None:
-        figure.update_yaxes(range=view.y)
+        low, high = view.y
+        room = 0 if top else _NOTE_SHARE * (high - low)  # below the runs, where it covers none
+        figure.update_yaxes(range=(low - room, high))
     if note:
         figure.add_annotation(
             text=note,
@@ -149,9 +157,12 @@ def apply_view(figure: go.Figure, view: View, note: str, *, top: bool = True) ->
 
 
 def label_line_end(
-    figure: go.Figure, line: go.Scatter, view: View, text: str, *, above: bool
+    figure: go.Figure, line: go.Scatter, view: View, text: str, rank: int, *, above: bool
 ) -> None:
-    """Write a line's name at its right end, or where it leaves the view."""
+    """Write a line's name at its right end, or where it leaves the view, with a leader to it.
+
+    ``rank`` tells labels of lines that end near each other apart: each stands further away.
+    """
     x, y = np.asarray(line.x, dtype=float), np.asarray(line.y, dtype=float)
     shown = np.ones(len(x), dtype=bool)
     if view.x is not None:
@@ -167,9 +178,13 @@ def label_line_end(
         y=math.log10(y[at]) if view.log else y[at],
         text=text,
         name="line",
-        showarrow=False,
+        showarrow=True,
+        arrowhead=0,
+        arrowwidth=1,
+        arrowcolor=NEUTRAL,
+        standoff=3,
+        ax=-24,
+        ay=(-1 if above else 1) * (26 + 22 * rank),
         xanchor="right",
-        yanchor="bottom" if above else "top",
-        yshift=5 if above else -5,
         font={"size": 12},
     )

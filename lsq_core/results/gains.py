@@ -50,18 +50,37 @@ def against_nearest_uniform(runs: pd.DataFrame, size: str) -> pd.DataFrame:
     """
     known = runs.dropna(subset=["perplexity", size])
     uniform = known[known["method"] == "uniform"].sort_values("perplexity", kind="stable")
-    by_quantizer = dict(list(uniform.groupby("quantizer", sort=False)))
-    pairs = []
-    for row in known[known["method"].map(_is_planned)].to_dict("records"):
-        bases = by_quantizer.get(row["quantizer"])
-        if bases is None:
-            continue
-        ratios = float(row[size]) / bases[size].astype(float)
-        base = bases.loc[np.log(ratios).abs().idxmin()]
-        drop = 1 - float(row["perplexity"]) / float(base["perplexity"])
-        extra = float(row[size]) / float(base[size]) - 1
-        pairs.append((row["evaluation"], base["evaluation"], drop, extra))
-    return pd.DataFrame(pairs, columns=["evaluation", "uniform", "drop", "extra"])
+    planned = known[known["method"].map(_is_planned)]
+    parts = [
+        _pair_with_nearest(part, uniform[uniform["quantizer"] == quantizer], size)
+        for quantizer, part in planned.groupby("quantizer", sort=False)
+    ]
+    parts = parts or [_pair_with_nearest(planned, uniform, size)]
+    return pd.concat(parts, ignore_index=True)
+
+
+def _pair_with_nearest(planned: pd.DataFrame, uniform: pd.DataFrame, size: str) -> pd.DataFrame:
+    """Pair runs with the nearest of uniform ones, of equally near the first; none if none is."""
+    if uniform.empty:
+        planned = planned.iloc[:0]
+        at = np.zeros(0, dtype=int)
+    else:
+        own, bases = (np.log(frame[size].to_numpy(float)) for frame in (planned, uniform))
+        sizes, first = np.unique(bases, return_index=True)
+        above = np.searchsorted(sizes, own).clip(1, max(len(sizes) - 1, 1))
+        below = above - 1
+        above = np.minimum(above, len(sizes) - 1)
+        nearer = np.abs(sizes[above] - own) < np.abs(sizes[below] - own)
+        at = first[np.where(nearer, above, below)]
+    base = uniform.iloc[at]
+    return pd.DataFrame(
+        {
+            "evaluation": planned["evaluation"].to_numpy(),
+            "uniform": base["evaluation"].to_numpy(),
+            "drop": 1 - planned["perplexity"].to_numpy(float) / base["perplexity"].to_numpy(float),
+            "extra": planned[size].to_numpy(float) / base[size].to_numpy(float) - 1,
+        }
+    )
 
 
 def _is_planned(method: str) -> bool:

@@ -213,12 +213,11 @@ def render_headline(ctx: PageContext, choice: Choice) -> None:
     text = _describe_gain(choice, gain)
     if interval is not None and interval.difference.is_tie:
         text += ", a tie"
-    caption = [_describe_interval(interval)] if interval else []
-    within = words.percent(EQUAL_SIZE, 0)
-    caption.append(
-        f"largest gain of {words.plural(gain.candidates, 'run')} within {within} of a uniform "
-        "run's size"
-    )
+    caption = [
+        f"Largest gain of {words.plural(gain.candidates, 'run')} within "
+        f"{words.percent(EQUAL_SIZE, 0)} of a uniform run's size"
+    ]
+    caption += [_describe_interval(interval)] if interval else []
     caption += [_describe_best(choice), *_describe_runs(choice)]
     headline(f"{text}.", " · ".join(caption))
 

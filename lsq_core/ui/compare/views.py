@@ -21,6 +21,7 @@ from lsq_core.results.compare import (
     settings_difference,
     uniform_bases,
 )
+from lsq_core.results.gains import is_ablation
 from lsq_core.ui import cached, cached_results, words
 from lsq_core.ui.compare.export import render_chart, render_save_menu, table_downloads
 from lsq_core.ui.compare.runs import ALL_RUNS_NOTE, ablation_note, show_pair
@@ -57,16 +58,17 @@ def show_gain(ctx: PageContext, choice: Choice) -> None:
     is_near &= runs["method"].ne("uniform") | runs["evaluation"].eq(bases[name]["evaluation"])
     runs = runs[is_near].drop(columns="label").rename(columns={"name": "label"})
     runs = add_intervals(ctx, runs, bases[name]["evaluation"])
-    best = runs.loc[runs["drop"].idxmax()]
+    best = _largest_gain(runs)
     figure = charts.gain_for_bits(runs, f"uniform {name}")
     title = f"{choice.measurement} gain over {name}"
     alt = (
         f"{words.plural(len(runs), 'run')}: percentage of perplexity below uniform {name} against "
-        f"percentage of bits above it. Most: {best['label']}."
+        f"percentage of bits above it. Largest gain: {best['label']}."
     )
     render_chart(figure, "gain", title, alt)
     st.markdown(
-        f"Most: **{best['label']}**, perplexity **{words.signed_percent(-best['drop'])}** for "
+        f"Largest gain: **{best['label']}**, perplexity "
+        f"**{words.signed_percent(-best['drop'])}** for "
         f"**{words.signed_percent(best['extra'])}** bits against uniform {name} "
         f"({bases[name]['perplexity']:.4f} at {bases[name]['bits_per_param']:.4f} bits)."
     )
@@ -77,6 +79,14 @@ def show_gain(ctx: PageContext, choice: Choice) -> None:
         st.caption(" ".join(filter(None, notes)))
     with right:
         render_save_menu(figure, "gain", title)
+
+
+def _largest_gain(runs: pd.DataFrame) -> pd.Series:
+    """The run furthest below the base; a control or the base itself only if there is no other."""
+    methods = runs["method"]
+    planned = runs[~methods.map(is_ablation) & methods.ne("uniform")]
+    runs = runs if planned.empty else planned
+    return runs.loc[runs["drop"].idxmax()]
 
 
 def add_intervals(ctx: PageContext, runs: pd.DataFrame, base: str) -> pd.DataFrame:
