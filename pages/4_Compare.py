@@ -18,7 +18,7 @@ VIEWS = {
 
 
 def compare(ctx: PageContext) -> None:
-    """The best run under a size, a view of all runs of one measurement, and their table."""
+    """The gain over a uniform run of equal size, a view of the runs, and their table."""
     model_names = selection.models_with_runs(ctx)
     if model_names.empty:
         headline("No runs to compare yet.", "Every run appears here with its size.")
@@ -50,7 +50,7 @@ def compare(ctx: PageContext) -> None:
     state.sync_url("view")
     choice = selection.choose(ctx, fingerprint, middle, right, filters=view != "wins")
     with header:
-        selection.render_best_run(choice)
+        selection.render_headline(ctx, choice)
     selection.init_pair(choice)
     VIEWS[view][1](ctx, choice)
     table.show(ctx, choice)

@@ -209,6 +209,7 @@ def runs() -> pd.DataFrame:
             "evaluation": ["a", "b", "c", "d"],
             "method": ["uniform", "sensiboost", "uniform", "uniform"],
             "label": ["U 4.25", "S 3.15", "U 3.13", "U rtn"],
+            "bits_per_param": [4.25, 3.15, 3.13, 3.4],
             "measured_bytes": [3 * MIB, 2.1 * MIB, 2 * MIB, 2.5 * MIB],
             "perplexity": [60.0, 61.8, 62.1, 63.0],
             "perplexity_full": 58.6,
@@ -229,7 +230,13 @@ def test_perplexity_by_size_points_and_lines(runs):
     assert (list(uniform.x), list(uniform.y)) == ([2.0, 3.0], [62.1, 60.0])
     assert (list(front.x), list(front.y)) == ([2.0, 2.1, 3.0], [62.1, 61.8, 60.0])
     assert not lines
-    assert all(t.showlegend is not False for t in (uniform, front)), "a line says what it is"
+    labels = [note for note in figure.layout.annotations if note.name == "line"]
+    assert {note.text: (note.x, note.y) for note in labels} == {
+        "Uniform HQQ": (3.0, 60.0),
+        "Pareto front": (3.0, 60.0),
+    }
+    assert len({note.ay for note in labels}) == 2, "labels of lines that end together are apart"
+    assert not any(t.showlegend for t in (uniform, front)), "a line is named at its end"
 
 
 def test_perplexity_by_size_full_precision_line(runs):
@@ -246,6 +253,135 @@ def test_perplexity_axis_log_only_for_wide_range(runs):
     assert charts.perplexity_by_size(runs).layout.yaxis.type is None
     wide = runs.assign(perplexity=[60.0, 61.0, 900.0, 62.0])
     assert charts.perplexity_by_size(wide).layout.yaxis.type == "log"
+
+
+def many_runs(bits: list[float], perplexity: list[float]) -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "evaluation": [str(i) for i in range(len(bits))],
+            "method": "mxq",
+            "quantizer": "hqq",
+            "label": "x",
+            "bits_per_param": bits,
+            "nominal_bytes": [b * 2**30 for b in bits],
+            "perplexity": perplexity,
+            "perplexity_full": 5.0,
+            "kl": [p / 100 for p in perplexity],
+            "top1": [1 / p for p in perplexity],
+        }
+    )
+
+
+def outside_notes(figure) -> list[str]:
+    return [note.text for note in figure.layout.annotations if note.name == "outside"]
+
+
+@pytest.mark.parametrize("size", [charts.BITS, charts.NOMINAL])
+def test_perplexity_by_size_opens_on_3_to_4_5_bits(size):
+    frame = many_runs([2.13, 3.13, 3.5, 4.51, 8.5], [60.0, 9.3, 7.0, 6.1, 5.8])
+    figure = charts.perplexity_by_size(frame, size=size)
+    low, high = figure.layout.xaxis.range
+    assert 3.0 < low < 3.13
+    assert 4.51 < high < 4.6
+    low, high = figure.layout.yaxis.range
+    assert 4.5 < low < 5.0, "full precision stays in view"
+    assert 9.3 < high < 10
+    assert outside_notes(figure) == ["2 of 5 runs outside this view:<br>perplexity 5.8 to 60"]
+    shown = [x for t in figure.data if t.mode == "markers" for x in t.x]
+    assert len(shown) == 5, "resetting the axes shows all"
+
+
+def test_perplexity_by_size_shows_all_where_few_are_in_range():
+    frame = many_runs([2.13, 2.25, 2.51, 3.13], [60.0, 40.0, 30.0, 20.0])
+    figure = charts.perplexity_by_size(frame, size=charts.BITS)
+    assert figure.layout.xaxis.range is None
+    assert outside_notes(figure) == []
+
+
+def test_perplexity_by_size_clips_outliers_in_range():
+    bits = [3.1 + i / 10 for i in range(12)]
+    frame = many_runs(bits, [9.0 - i / 4 for i in range(11)] + [97.0])
+    figure = charts.perplexity_by_size(frame, size=charts.BITS)
+    assert figure.layout.yaxis.type is None
+    assert 9 < figure.layout.yaxis.range[1] < 10
+    assert outside_notes(figure) == ["1 of 12 runs outside this view:<br>perplexity 97"]
+
+
+def test_line_labels_stay_in_view():
+    frame = many_runs([2.13, 3.13, 3.5, 4.5, 8.5], [60.0, 9.3, 7.0, 6.1, 5.8])
+    frame = frame.assign(method="uniform")
+    figure = charts.perplexity_by_size(frame, size=charts.BITS)
+    labels = {n.text: (n.x, n.y) for n in figure.layout.annotations if n.name == "line"}
+    assert labels == {"Uniform HQQ": (4.5, 6.1), "Pareto front": (4.5, 6.1)}
+
+
+def test_top1_note_and_labels_below_the_runs():
+    frame = many_runs([2.13, 3.13, 3.5, 4.5, 8.5], [60.0, 9.3, 7.0, 6.1, 5.8])
+    figure = charts.perplexity_by_size(frame, size=charts.BITS, quality=charts.TOP1)
+    (note,) = [n for n in figure.layout.annotations if n.name == "outside"]
+    assert note.yanchor == "bottom"
+    assert note.text.endswith("%")
+    (label,) = [n for n in figure.layout.annotations if n.name == "line"]
+    assert label.ay > 0
+
+
+@pytest.mark.parametrize(
+    ("values", "kept"),
+    [
+        ([5.0, 5.5, 6.0, 6.2, 6.3, 97.0], (5.0, 6.3)),
+        ([5.0, 97.0], (5.0, 97.0)),
+        ([5.0, 5.0, 5.0, 5.0, 9.0], (5.0, 9.0)),
+        ([60.0, 62.0, 64.0, 70.0, 80.0], (60.0, 80.0)),
+    ],
+)
+def test_inlier_range(values, kept):
+    assert charts.inlier_range(pd.Series(values)) == kept
+    low, high = charts.inlier_range(-pd.Series(values), higher_is_better=True)
+    assert (-high, -low) == kept
+
+
+def test_ablations_are_faded_and_below(runs):
+    frame = runs.assign(method=["sensiboost", "sensiboost-ablation", "uniform", "uniform"])
+    traces = [t for t in charts.perplexity_by_size(frame).data if t.mode == "markers"]
+    assert [t.opacity < 0.5 for t in traces] == [True, False, False, False]
+    assert traces[0].name == "SensiBoost ablation"
+
+
+def gains(drops: list[float], **more) -> pd.DataFrame:
+    count = len(drops)
+    frame = {"evaluation": [str(i) for i in range(count)], "label": "x", "drop": drops}
+    return pd.DataFrame(frame | {"method": "mxq", "extra": [i / 100 for i in range(count)]} | more)
+
+
+def test_gain_chart_clips_broken_run():
+    figure = charts.gain_for_bits(gains([0.0, 0.02, 0.03, 0.01, 0.04, -4.7]), "uniform 3.13")
+    low, high = figure.layout.yaxis.range
+    assert -2 < low < 0
+    assert 4 < high < 5
+    assert outside_notes(figure) == [
+        "1 of 6 runs outside this view:<br>perplexity reduction −470 %"
+    ]
+
+
+def test_gain_chart_intervals_with_n():
+    frame = gains([0.0, 0.02], low=[np.nan, 0.01], high=[np.nan, 0.04], windows=[17, 17])
+    (trace,) = charts.gain_for_bits(frame, "uniform 3.13").data
+    assert list(trace.error_y.array)[1] == pytest.approx(2)
+    assert list(trace.error_y.arrayminus)[1] == pytest.approx(1)
+    assert list(trace.text) == ["", "<br>95 % interval 1.00 % to 4.00 %, n = 17 windows"]
+    (trace,) = charts.gain_for_bits(gains([0.0, 0.02]), "uniform 3.13").data
+    assert trace.error_y.array is None
+
+
+def test_predicted_chart_band_with_n():
+    frame = gains([0.0] * 3, perplexity=[9.0, 8.0, 7.0], predicted=8.0, low=7.5, high=8.5)
+    trace = charts.predicted_against_measured(frame).data[1]
+    assert list(trace.text) == ["7.5000 to 8.5000, n = 2 other runs"] * 3
+
+
+def test_plan_ring_percent_with_space():
+    (ring,) = charts.plan_ring(pd.Series({"b3g128": 0.783, "b4g64": 0.217}), "bytes").data
+    assert list(ring.text) == ["78.3 %", "21.7 %"]
 
 
 def test_method_styles_are_distinct():
@@ -305,3 +441,12 @@ def test_frontiers_without_prediction_use_log_axis():
     figure = charts.frontiers([line], empty, "squared weight error")
     assert figure.layout.yaxis.type == "log"
     assert figure.layout.yaxis.range is None
+
+
+def test_frontiers_without_finite_error():
+    """A profile by a quantizer of one configuration has no error at the others."""
+    runs = pd.DataFrame(columns=["method", "label", "bits_per_param", "value"])
+    for values in (np.full(3, np.nan), np.array([np.nan, 2.0, 1.0])):
+        line = charts.FrontierLine("uniform", np.array([2.0, 3.0, 4.0]), values)
+        figure = charts.frontiers([line], runs, "squared weight error")
+        assert len(figure.data[0].y) == 3

@@ -23,6 +23,7 @@ from lsq_core.planning.make import make_plan
 from lsq_core.planning.problem import Problem
 from lsq_core.planning.request import PlanRequest
 from lsq_core.results import compare
+from lsq_core.results.gains import first_pair, gain_at_equal_size
 from lsq_core.store.store import Store
 from tests.test_app import _array, chart, first_line, go_to_page, open_page
 
@@ -82,7 +83,7 @@ def values(app, column: str) -> list[float]:
 
 
 def table(app) -> pd.DataFrame:
-    return next(d.value for d in app.dataframe if "Pareto-optimal" in d.value)
+    return next(d.value for d in app.dataframe if "Pareto front" in d.value)
 
 
 def page_text(app) -> str:
@@ -125,6 +126,45 @@ def test_compare_best_run_open_by_default(store, runs):
 
 
 # --- what bits buy, wins, two runs -----------------------------------------------------------
+
+
+def test_headline_is_gain_at_equal_size(store, runs):
+    app = open_page("Compare")
+    frame = store.results()
+    gain = gain_at_equal_size(frame, "measured_bytes")
+    rows = frame.set_index("evaluation")
+    run, base = rows.loc[gain.evaluation], rows.loc[gain.uniform]
+    assert (run["method"], base["method"]) == ("mxq", "uniform")
+    share = 100 * (1 - run["perplexity"] / base["perplexity"])
+    assert first_line(app).startswith(f"MXQ: {share:.1f} % lower perplexity")
+    assert first_line(app).endswith(f"uniform {base['bits_per_param']:.2f}.")
+    best = runs["perplexity"].min()
+    assert f"perplexity {best:.2f} " in page_text(app)
+
+
+def test_first_pair_is_a_run_and_its_nearest_uniform_run(store, runs):
+    app = open_page("Compare")
+    pair = first_pair(store.results(), "measured_bytes")
+    assert (app.selectbox(key="run_a").value, app.selectbox(key="run_b").value) == pair
+    uniform = store.results().set_index("evaluation").loc[pair[1]]
+    assert uniform["method"] == "uniform"
+
+
+def test_first_pair_without_uniform_runs_is_the_newest(store):
+    insert_synthetic_runs(store, 4, ("mxq",))
+    app = open_page("Compare")
+    newest = store.results()["evaluation"].tolist()[:2]
+    assert [app.selectbox(key=key).value for key in ("run_a", "run_b")] == newest
+    assert first_line(app).startswith("Best within")
+
+
+def test_ablation_is_explained_where_there_is_one(store, runs):
+    assert "An ablation" not in page_text(open_page("Compare"))
+    insert_synthetic_runs(store, 26, ("sensiboost-ablation",), first=24)
+    app = open_page("Compare")
+    assert page_text(app).count("An ablation") == 1
+    faded = {t["name"]: t.get("opacity") for t in chart(app)["data"] if t["mode"] == "markers"}
+    assert faded["SensiBoost ablation"] < 0.5 < faded["MXQ"]
 
 
 def test_bits_view_gain_relative_to_uniform_base(store, runs):
@@ -249,6 +289,7 @@ def test_compare_table_filters(store, runs):
     assert table(app)["run id"].tolist() == [runs["id"][5]]
     app.text_input(key="table_text").set_value("no such thing").run()
     assert table(app).empty
+    assert "No results." in [c.value for c in app.caption]
     assert not app.exception
 
 
@@ -295,7 +336,7 @@ def test_compare_undo_after_deleting_all_runs(store):
     app = open_page("Compare")
     assert "No runs to compare" in first_line(app)
     app.button(key="undo").click().run()
-    assert first_line(app).startswith("Best within")
+    assert "perplexity" in first_line(app)
 
 
 def test_delete_runs_published_raises(store, runs):

@@ -295,11 +295,24 @@ def test_algorithm_view_matches_detect_outliers(store, metric, ratios):  # noqa:
     np.testing.assert_allclose(differences, expected)
     found = detect_outliers(series, ratios=ratios)
     np.testing.assert_allclose(z, found.z)
-    band = next(t for t in chart(app)["data"] if "deviations" in t.get("name", ""))
+    band = next(t for t in chart(app)["data"] if t.get("name", "").startswith("z ≤"))
     assert max(_array(band["y"])) == pytest.approx(found.mean + 3 * found.deviation)
     assert found.flagged
     named = {int(number) for number in re.findall(r"\d+", first_line(app).partition(" at ")[0])}
     assert set(found.flagged) <= named
+
+
+def test_algorithm_view_tells_falls_and_first_layer(store):  # noqa: F811
+    """Kurtosis of Llama-2-7B's q_proj is highest in layer 0, then falls back twice."""
+    app = open_page("Explore", model=SEVEN, see="algorithm")
+    next(g for g in app.get("button_group") if g.key == "detect").set_value("kurtosis").run()
+    app.selectbox(key="detect_type").set_value("self_attn.q_proj").run()
+    flags = next(d.value for d in app.dataframe if "flagged (z)" in d.value)
+    row = flags.set_index("module").loc["q", "flagged (z)"]
+    assert [part.endswith("fall)") for part in re.findall(r"\d+ \([^)]*\)", row)] == [True, True]
+    text = page_text(app)
+    assert "Layers 1 and 2 are flagged only because" in text
+    assert "Layer 0 has no layer before it" in text
 
 
 def test_algorithm_view_threshold_and_m_change_flags(store):  # noqa: F811
@@ -321,7 +334,7 @@ def test_algorithm_view_threshold_and_m_change_flags(store):  # noqa: F811
     assert still != sorted(whole)
     flags = next(d.value for d in app.dataframe if "flagged (z)" in d.value)
     row = flags.set_index("module").loc["down", "flagged (z)"]
-    assert [int(part.split(" ")[0]) for part in row.split(", ")] == [
+    assert [int(layer) for layer in re.findall(r"(\d+) \(", row)] == [
         layer for layer, z in whole.items() if z > 6
     ]
     app.slider(key="detect_threshold").set_value(0.5).run()

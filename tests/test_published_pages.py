@@ -395,7 +395,7 @@ def test_compare_shows_all_published_runs(store, model, corpus):
     measured.select(next(o for o in measured.options if o.startswith(corpus))).run()
     runs = runs_of(store, model, corpus)
     assert len(runs) > 300
-    assert f"{runs['perplexity'].min():.2f}." in first_line(app)
+    assert f"perplexity {runs['perplexity'].min():.2f} " in page_text(app)
     shown = table(app)
     assert sorted(shown["perplexity"]) == sorted(runs["perplexity"])
     assert sorted(shown["bits"]) == sorted(runs["bits"])
@@ -484,7 +484,7 @@ def test_compare_model_without_runs_shows_message(store, model):
     assert f"No runs of {model}" in first_line(app)
     assert not app.get("plotly_chart")
     select_box(app, "Model").select(SEVEN).run()
-    assert first_line(app).startswith("Best within")
+    assert "lower perplexity" in first_line(app)
 
 
 def test_compare_overlay_of_measured_runs(published, tmp_path, monkeypatch):
@@ -561,7 +561,9 @@ def test_perplexity_by_size_limits_view_of_many_runs():
     low, high = figure.layout.yaxis.range
     assert low < 5.0
     assert 7.0 < high < 8.0
-    assert charts.view_limit(frame["perplexity"]) == pytest.approx(7.0, abs=0.1)
+    assert charts.inlier_range(frame["perplexity"])[1] == 7.0
+    view = charts.size_view(frame, charts.BITS)
+    assert (view.outside, view.low, view.high) == (2, 800.0, 900.0)
     assert sum(len(t.x) for t in figure.data if t.mode == "markers") == 100
     (front,) = [t for t in figure.data if t.name == "Pareto front"]
     assert list(front.y)[:2] == [900.0, 800.0]

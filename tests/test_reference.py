@@ -25,7 +25,6 @@ from lsq_core.reference.importing import import_reference
 from lsq_core.results.compare import (
     WinTieLoss,
     add_labels,
-    largest_gain,
     pareto,
     win_tie_loss,
     win_tie_loss_at_equal_bytes,
@@ -549,24 +548,6 @@ def test_pareto_small_example():
     perplexity = pd.Series([5.0, 9.0, 9.0, 5.0, 6.0, 1.0], index=list("abcdef"))
     front = pareto(size, perplexity)
     assert front[front].index.tolist() == ["a", "b", "d"], "both of two equal runs"
-
-
-def test_largest_gain_small_example():
-    runs = make_runs(
-        [
-            ("uniform", 3.13, 10.0),
-            ("uniform", 4.13, 8.0),
-            ("sensiboost", 3.18, 9.0),  # -10 %
-            ("kurtboost", 4.2, 7.6),  # -5 %, though lower
-            ("sensiboost-ablation", 3.2, 1.0),  # no method to be proud of
-        ],
-        evaluation=list("abcde"),
-        quantizer="hqq",
-        base=["3.13", "4.13", "3.13", "4.13", "3.13"],
-        request='{"boost_stop": 2, "top_m": 0}',
-    )
-    assert largest_gain(runs) == ("c", "a")
-    assert largest_gain(runs[runs["method"] != "uniform"]) is None
 
 
 def test_llama3_8b_headline_gain(store):

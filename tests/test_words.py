@@ -17,6 +17,11 @@ def test_signed_percent(share, text):
     assert words.signed_percent(share) == text
 
 
+def test_percent_has_a_space():
+    assert words.percent(0.0441) == "4.4 %"
+    assert words.percent(-0.05, 0) == "−5 %"
+
+
 def test_interval_or_too_few_windows():
     assert words.interval(0.015, 0.021) == "+1.50 % to +2.10 %"
     assert words.interval(None, None) == words.interval(math.nan, math.nan) == "too few windows"

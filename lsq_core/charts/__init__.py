@@ -6,7 +6,9 @@ and neutral lines mid-grey, so that figures are readable in the light and the da
 
 from lsq_core.charts.compared import (
     gain_for_bits,
+    gain_view,
     predicted_against_measured,
+    predicted_view,
     win_tie_loss_bars,
 )
 from lsq_core.charts.detection import DetectionSteps, algorithm_steps
@@ -34,7 +36,7 @@ from lsq_core.charts.runs import (
     add_run_labels,
     perplexity_by_size,
     size_bars,
-    view_limit,
+    size_view,
 )
 from lsq_core.charts.style import (
     BIT_COLORS,
@@ -48,6 +50,7 @@ from lsq_core.charts.style import (
     short_type,
     style_key,
 )
+from lsq_core.charts.view import View, inlier_range
 from lsq_core.charts.weights import (
     GridLines,
     Region,
@@ -77,6 +80,7 @@ __all__ = [
     "QualityMeasure",
     "Region",
     "SizeMeasure",
+    "View",
     "DetectionSteps",
     "algorithm_steps",
     "config_color",
@@ -97,11 +101,14 @@ __all__ = [
     "plan_heatmap",
     "plan_ring",
     "predicted_against_measured",
+    "predicted_view",
     "rank_scatter",
     "ratio_lines",
     "short_type",
     "size_bars",
-    "view_limit",
+    "size_view",
+    "inlier_range",
+    "gain_view",
     "weight_bands",
     "weight_histogram",
     "weight_map",

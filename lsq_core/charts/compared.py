@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pandas as pd
 import plotly.graph_objects as go
 
-from lsq_core.charts.runs import view_limit
-from lsq_core.charts.style import LEGEND_ABOVE, NEUTRAL, MethodStyle, apply_layout, method_style
+from lsq_core.charts.style import (
+    FADED,
+    LEGEND_ABOVE,
+    NEUTRAL,
+    MethodStyle,
+    apply_layout,
+    method_style,
+)
+from lsq_core.charts.view import View, apply_view, initial_view, inlier_range
+from lsq_core.results.gains import is_ablation
 
 #: Wins, ties and losses, distinguishable by colour-blind readers and by lightness.
 OUTCOMES = {"wins": "#0072B2", "ties": "#b9bfc6", "losses": "#D55E00"}
@@ -16,23 +26,55 @@ def gain_for_bits(frame: pd.DataFrame, base: str) -> go.Figure:
     """Plot the fall in perplexity against the extra bits over a uniform base ([A] Fig. 9).
 
     ``frame`` has ``evaluation, method, label, extra, drop`` of
-    :func:`lsq_core.results.compare.relative_to_base`; ``base`` names the run at the origin.
+    :func:`lsq_core.results.compare.relative_to_base`, and where windows were kept ``low``, ``high``
+    and ``windows``: the 95 % interval of ``drop``, a share, and of how many windows it is. ``base``
+    names the run at the origin. The chart opens on :func:`gain_view`; ablations are faded.
     """
     figure = go.Figure()
-    for method in frame["method"].value_counts().index:
+    methods = sorted(frame["method"].value_counts().index, key=lambda m: not is_ablation(m))
+    for method in methods:
         part = frame[frame["method"] == method]
-        figure.add_trace(_points(method, part, 100 * part["extra"], 100 * part["drop"]))
-        figure.data[
-            -1
-        ].hovertemplate = (
-            "%{customdata[0]}<br>%{x:+.2f} % bits, perplexity %{y:.2f} % lower<extra></extra>"
+        trace = _points(method, part, 100 * part["extra"], 100 * part["drop"])
+        trace.hovertemplate = (
+            "%{customdata[0]}<br>%{x:+.2f} % bits, perplexity %{y:.2f} % lower%{text}"
+            "<extra></extra>"
         )
+        _add_intervals(trace, part)
+        figure.add_trace(trace)
     figure.add_hline(y=0, line={"color": NEUTRAL, "width": 1.2})
     figure.add_vline(x=0, line={"color": NEUTRAL, "width": 1.2})
+    view = gain_view(frame)
+    apply_view(figure, view, view.note("perplexity reduction", "%"), top=False)
     figure.update_layout(legend=LEGEND_ABOVE)
     figure.update_xaxes(title_text=f"additional bits over {base} (%)", ticksuffix=" %")
     figure.update_yaxes(title_text="perplexity reduction (%)", ticksuffix=" %")
     return apply_layout(figure, 430)
+
+
+def gain_view(frame: pd.DataFrame) -> View:
+    """Return the view on which :func:`gain_for_bits` opens, in percent."""
+    return initial_view(100 * frame["extra"], 100 * frame["drop"], higher_is_better=True)
+
+
+def _add_intervals(trace: go.Scatter, part: pd.DataFrame) -> None:
+    """Draw the intervals that are known as error bars, and give each with its n on hover."""
+    if "low" not in part:
+        trace.text = [""] * len(part)
+        return
+    trace.error_y = {
+        "type": "data",
+        "symmetric": False,
+        "array": 100 * (part["high"] - part["drop"]),
+        "arrayminus": 100 * (part["drop"] - part["low"]),
+        "thickness": 1,
+        "width": 3,
+    }
+    trace.text = [
+        f"<br>95 % interval {100 * low:.2f} % to {100 * high:.2f} %, n = {windows:.0f} windows"
+        if low == low
+        else ""
+        for low, high, windows in zip(part["low"], part["high"], part["windows"], strict=True)
+    ]
 
 
 def _points(method: str, part: pd.DataFrame, x: pd.Series, y: pd.Series) -> go.Scatter:
@@ -42,6 +84,7 @@ def _points(method: str, part: pd.DataFrame, x: pd.Series, y: pd.Series) -> go.S
         y=y,
         mode="markers",
         name=style.title,
+        opacity=FADED if is_ablation(method) else 1,
         marker=_marker(style, 9 if len(part) <= 60 else 7),
         customdata=part[["label", "evaluation"]],
         unselected={"marker": {"opacity": 0.4}},
@@ -95,8 +138,9 @@ def win_tie_loss_bars(frame: pd.DataFrame) -> go.Figure:
 def predicted_against_measured(frame: pd.DataFrame) -> go.Figure:
     """Plot predicted perplexity with its band against measured perplexity and the identity line.
 
-    ``frame`` has ``evaluation, method, label, perplexity, predicted, low, high``. Runs above
-    :func:`lsq_core.charts.view_limit` are there when the axes are reset.
+    ``frame`` has ``evaluation, method, label, perplexity, predicted, low, high``; each is
+    predicted from the others. Runs outside :func:`predicted_view` are there when the axes are
+    reset.
     """
     figure = go.Figure()
     ends = [frame["perplexity"].min(), frame["perplexity"].max()]
@@ -121,16 +165,29 @@ def predicted_against_measured(frame: pd.DataFrame) -> go.Figure:
             "thickness": 1,
             "width": 0,
         }
+        trace.text = [
+            f"{low:.4f} to {high:.4f}, n = {len(frame) - 1} other runs"
+            for low, high in zip(part["low"], part["high"], strict=True)
+        ]
         trace.hovertemplate = (
-            "%{customdata[0]}<br>measured %{x:.4f}, predicted %{y:.4f}<extra></extra>"
+            "%{customdata[0]}<br>measured %{x:.4f}, predicted %{y:.4f}"
+            "<br>90 % band %{text}<extra></extra>"
         )
         figure.add_trace(trace)
-    limit = view_limit(frame["perplexity"])
-    if ends[1] > limit:
-        padding = 0.04 * (limit - ends[0])
-        figure.update_xaxes(range=[ends[0] - padding, limit])
-        figure.update_yaxes(range=[ends[0] - padding, limit])
+    view = predicted_view(frame)
+    apply_view(figure, view, view.note("measured perplexity"), top=False)
+    if view.y is not None:  # both axes are of perplexity
+        figure.update_xaxes(range=view.y)
     figure.update_layout(legend=LEGEND_ABOVE)
     figure.update_xaxes(title_text="measured perplexity")
     figure.update_yaxes(title_text="predicted perplexity (90 % band)")
     return apply_layout(figure, 430)
+
+
+def predicted_view(frame: pd.DataFrame) -> View:
+    """Return the view on which :func:`predicted_against_measured` opens."""
+    view = initial_view(frame["perplexity"], frame["perplexity"])
+    ends = inlier_range(frame["perplexity"])
+    padding = 0.04 * (ends[1] - ends[0])
+    both = (ends[0] - padding, ends[1] + padding) if view.outside else None
+    return replace(view, y=both, log=False)

@@ -134,7 +134,7 @@ def _add_band(figure: go.Figure, steps: DetectionSteps) -> None:
             fillcolor=_BAND,
             line={"width": 0},
             mode="lines",
-            name=f"trimmed mean ± {steps.threshold:g} deviations",
+            name=f"z ≤ {steps.threshold:g}",
             hoverinfo="skip",
         ),
         2,

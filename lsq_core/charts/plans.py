@@ -258,11 +258,12 @@ def plan_ring(shares: pd.Series, title: str) -> go.Figure:
             direction="clockwise",
             # Names stand outside, on the theme's own background.
             textposition="outside",
-            texttemplate="%{label}<br>%{percent:.1%}",
-            hovertemplate="%{label}: %{percent:.2%} of the bytes<extra></extra>",
+            text=[f"{100 * share:.1f} %" for share in shares],
+            texttemplate="%{label}<br>%{text}",
+            hovertemplate="%{label}: %{text} of the bytes<extra></extra>",
         )
     )
     figure.add_annotation(text=title, x=0.5, y=0.5, showarrow=False, font_size=15)
     figure.update_layout(showlegend=False)
-    apply_layout(figure, 210)
-    return figure.update_layout(margin={"l": 20, "r": 20, "t": 34, "b": 34})
+    apply_layout(figure, 270)
+    return figure.update_layout(margin={"l": 20, "r": 20, "t": 64, "b": 64})

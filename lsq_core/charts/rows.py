@@ -38,7 +38,8 @@ def ratio_lines(frame: pd.DataFrame) -> go.Figure:
                 "shape": "hvh",
             },
             marker={"size": 5},
-            hovertemplate=f"{short_type(kind)}, layer %{{x}}: %{{y:.0%}}<extra></extra>",
+            customdata=100 * lines,
+            hovertemplate=f"{short_type(kind)}, layer %{{x}}: %{{customdata:.0f}} %<extra></extra>",
         )
     mean = frame.groupby("layer")["ratio"].mean()
     figure.add_scatter(
@@ -48,7 +49,8 @@ def ratio_lines(frame: pd.DataFrame) -> go.Figure:
         mode="lines",
         line={"color": NEUTRAL, "width": 4},
         opacity=0.5,
-        hovertemplate="mean of layer %{x}: %{y:.1%}<extra></extra>",
+        customdata=100 * mean,
+        hovertemplate="mean of layer %{x}: %{customdata:.1f} %<extra></extra>",
     )
     figure.update_xaxes(title_text="layer")
     figure.update_yaxes(
@@ -69,7 +71,7 @@ def interaction_heatmap(
     scale = np.sqrt(np.abs(np.diag(matrix)))
     scale = np.where(scale > 0, scale, 1.0)
     shown = matrix / np.outer(scale, scale)
-    names = [f"{short_type(unit)} {ratio:.0%}" for unit in units for ratio in ratios]
+    names = [f"{short_type(unit)} {100 * ratio:.0f} %" for unit in units for ratio in ratios]
     same_unit = np.kron(np.eye(len(units), dtype=bool), np.ones((len(ratios),) * 2, dtype=bool))
     hover = [
         [

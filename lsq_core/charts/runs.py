@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 
 from lsq_core.bits import LADDER
 from lsq_core.charts.style import (
+    FADED,
     LEGEND_ABOVE,
     NEUTRAL,
     apply_layout,
@@ -19,8 +20,10 @@ from lsq_core.charts.style import (
     ring_markers,
     style_key,
 )
+from lsq_core.charts.view import View, apply_view, initial_view, label_line_end
 from lsq_core.planning.methods import mixes_rows, reads_field
 from lsq_core.results.compare import pareto
+from lsq_core.results.gains import is_ablation
 from lsq_core.units import GIB, MIB
 
 
@@ -118,29 +121,21 @@ def perplexity_by_size(
 
     A uniform plan by another quantizer than HQQ is a baseline, with its own marker.
 
-    ``frame`` has ``evaluation, method, label, perplexity, perplexity_full, quantizer`` and the
-    columns of ``size`` and ``quality``, all of one model, corpus and protocol. Uniform HQQ runs
-    are joined as the reference curve, and so are the Pareto-optimal runs; full precision's
-    perplexity is a horizontal line; ``selected`` evaluations are ringed. With many runs the initial
-    view is that of :func:`view_limit`; resetting the axes shows all of them. ``overlay`` has runs
-    of another origin, with the same columns and ``origin``, drawn hollow.
+    ``frame`` has ``evaluation, method, label, bits_per_param, perplexity, perplexity_full,
+    quantizer`` and the columns of ``size`` and ``quality``, all of one model, corpus and protocol.
+    Uniform HQQ runs are joined as the reference curve, and so are the Pareto-optimal runs, each
+    named at its end; full precision's perplexity is a horizontal line; ablations are faded;
+    ``selected`` evaluations are ringed. The chart opens on :func:`size_view`; resetting the axes
+    shows all. ``overlay`` has runs of another origin, with the same columns and ``origin``, drawn
+    hollow.
     """
     figure = go.Figure()
+    view = size_view(frame, size, quality)
     many = len(frame) > _SMALL_MARKER_RUNS
-    reference = frame[(frame["method"] == "uniform") & (frame["quantizer"] == "hqq")]
-    if len(reference) > 1:
-        figure.add_trace(_uniform_line(reference, size, quality))
-    front = frame[pareto(frame[size.column], quality.cost(frame))]
-    if len(front) > 1:
-        figure.add_trace(_pareto_line(front, size, quality))
-    drawn = frame.assign(
-        style_key=[
-            style_key(*pair) for pair in zip(frame["method"], frame["quantizer"], strict=True)
-        ]
-    )
-    styles = drawn["style_key"].value_counts().index if many else drawn["style_key"].unique()
-    for style in styles:  # the rest over it
-        part = drawn[drawn["style_key"] == style]
+    for rank, line in enumerate(_lines(frame, size, quality)):
+        figure.add_trace(line)
+        label_line_end(figure, line, view, line.name, rank, above=not quality.higher_is_better)
+    for style, part in _styles(frame, many):
         figure.add_trace(_runs(style, part, size, quality, 7 if many else 11))
     for (method, origin), part in _groups(overlay, ["method", "origin"]):
         figure.add_trace(_hollow(_runs(method, part, size, quality, 9), origin))
@@ -148,15 +143,13 @@ def perplexity_by_size(
     if not ringed.empty:
         x, y = ringed[size.column] / size.scale, ringed[quality.column] / quality.scale
         figure.add_trace(ring_markers(x, y, "selected pair", size=20))
-    full = frame["perplexity_full"].dropna() if quality == PERPLEXITY else pd.Series(dtype=float)
-    if not full.empty:
-        _add_full_precision_line(figure, float(full.iloc[0]))
-    values = frame[quality.column].dropna()
-    least = min(values.min(), *full, 1e300)
-    if not quality.higher_is_better and least > 0 and values.max() / least > 5:
+    full = _full_precision(frame, quality)
+    if full is not None:
+        _add_full_precision_line(figure, full)
+    if view.log:
         figure.update_yaxes(type="log", dtick="D2" if quality == PERPLEXITY else 1)
-    if many and quality == PERPLEXITY and values.max() > view_limit(values):
-        _limit_view(figure, frame, full, size)
+    note = view.note(quality.title, quality.unit)
+    apply_view(figure, view, note, top=not quality.higher_is_better)
     figure.update_layout(legend=LEGEND_ABOVE)
     figure.update_xaxes(title_text=f"{size.title} ({size.unit})")
     figure.update_yaxes(title_text=quality.axis)
@@ -167,23 +160,41 @@ def perplexity_by_size(
 _HEIGHT = 430
 
 
-def view_limit(perplexity: pd.Series) -> float:
-    """Return the upper limit of the initial view: about all but the highest 5 % of perplexities.
+def size_view(frame: pd.DataFrame, size: SizeMeasure, quality: QualityMeasure = PERPLEXITY) -> View:
+    """Return the view on which :func:`perplexity_by_size` opens."""
+    return initial_view(
+        frame[size.column].astype(float) / size.scale,
+        frame[quality.column].astype(float) / quality.scale,
+        frame["bits_per_param"],
+        higher_is_better=quality.higher_is_better,
+        level=_full_precision(frame, quality),
+    )
 
-    A few broken runs would else press the others, which differ by little, into a line.
-    """
-    high = perplexity.quantile(0.95)
-    return float(high + 0.1 * (high - perplexity.min()))
+
+def _full_precision(frame: pd.DataFrame, quality: QualityMeasure) -> float | None:
+    full = frame["perplexity_full"].dropna()
+    return float(full.iloc[0]) if quality == PERPLEXITY and not full.empty else None
 
 
-def _limit_view(figure: go.Figure, frame: pd.DataFrame, full: pd.Series, size: SizeMeasure) -> None:
-    """Limit the initial view to :func:`view_limit`, on linear axes."""
-    limit = view_limit(frame["perplexity"])
-    low = min(frame["perplexity"].min(), *full, 1e300)
-    shown = frame.loc[frame["perplexity"] <= limit, size.column] / size.scale
-    padding = 0.03 * float(shown.max() - shown.min())
-    figure.update_yaxes(type="linear", dtick=None, range=[low - 0.06 * (limit - low), limit])
-    figure.update_xaxes(range=[float(shown.min()) - padding, float(shown.max()) + padding])
+def _lines(frame: pd.DataFrame, size: SizeMeasure, quality: QualityMeasure) -> list[go.Scatter]:
+    """Return the uniform and the Pareto line, of those that have two runs."""
+    lines = []
+    reference = frame[(frame["method"] == "uniform") & (frame["quantizer"] == "hqq")]
+    if len(reference) > 1:
+        lines.append(_uniform_line(reference, size, quality))
+    front = frame[pareto(frame[size.column], quality.cost(frame))]
+    if len(front) > 1:
+        lines.append(_pareto_line(front, size, quality))
+    return lines
+
+
+def _styles(frame: pd.DataFrame, many: bool) -> list[tuple[str, pd.DataFrame]]:
+    """Return the runs by style, ablations first: the others are drawn over them."""
+    pairs = zip(frame["method"], frame["quantizer"], strict=True)
+    drawn = frame.assign(style_key=[style_key(*pair) for pair in pairs])
+    styles = drawn["style_key"].value_counts().index if many else drawn["style_key"].unique()
+    ordered = sorted(styles, key=lambda style: not is_ablation(style))
+    return [(style, drawn[drawn["style_key"] == style]) for style in ordered]
 
 
 def _uniform_line(
@@ -196,6 +207,7 @@ def _uniform_line(
         mode="lines",
         line={"color": method_style("uniform").color, "width": 1.2},
         name="Uniform HQQ",
+        showlegend=False,
         hoverinfo="skip",
     )
 
@@ -208,6 +220,7 @@ def _pareto_line(front: pd.DataFrame, size: SizeMeasure, quality: QualityMeasure
         mode="lines",
         line={"color": NEUTRAL, "width": 1.2, "dash": "dot", "shape": "hv"},
         name="Pareto front",
+        showlegend=False,
         hoverinfo="skip",
     )
 
@@ -222,6 +235,7 @@ def _runs(
         y=part[quality.column] / quality.scale,
         mode="markers",
         name=style.title,
+        opacity=FADED if is_ablation(method) else 1,
         marker={
             "symbol": style.symbol,
             "color": style.color,
@@ -254,7 +268,7 @@ def _add_full_precision_line(figure: go.Figure, perplexity: float) -> None:
         y=perplexity,
         line={"color": NEUTRAL, "width": 1.2, "dash": "dash"},
         annotation_text=f"full precision {perplexity:.2f}",
-        annotation_position="bottom right",
+        annotation_position="bottom left",
         annotation_font_size=12,
     )
 

@@ -22,6 +22,8 @@ CONFIG = {
 }
 
 NEUTRAL = "#8a929c"
+#: Opacity of what is a control rather than a result.
+FADED = 0.35
 GRID = "rgba(138, 146, 156, 0.25)"
 
 #: One hue per bit width, distinguishable by colour-blind readers (after Okabe and Ito).

@@ -251,25 +251,6 @@ def pareto(size: pd.Series, perplexity: pd.Series) -> pd.Series:
     return available.fillna(False).astype(bool)
 
 
-def largest_gain(runs: pd.DataFrame) -> tuple[str, str] | None:
-    """The boosted run that is furthest below uniform HQQ at its own base, and that uniform run.
-
-    Both are given by ``evaluation``; None when no boosted run has a uniform one beside it. Of
-    several with the same plan the one that took every outlier is given. ``runs`` are of one
-    model, corpus and protocol.
-    """
-    labelled = add_labels(runs).dropna(subset=["perplexity", "label"])
-    uniform = labelled[(labelled["method"] == "uniform") & (labelled["quantizer"] == "hqq")]
-    boosted = labelled[labelled["method"].isin(["sensiboost", "kurtboost"])]
-    columns = ["evaluation", "label", "perplexity"]
-    pairs = boosted.merge(uniform[columns], on="label", suffixes=("", "_uniform"))
-    if pairs.empty:
-        return None
-    gain = pairs["perplexity"] / pairs["perplexity_uniform"]
-    best = pairs.assign(gain=gain).sort_values(["gain", "top_m"]).iloc[0]
-    return best["evaluation"], best["evaluation_uniform"]
-
-
 # --- two runs -------------------------------------------------------------------------------
 
 

@@ -84,7 +84,7 @@ def format_run_figures(record: Mapping[str, Mapping[str, Any]]) -> dict[str, str
         "perplexity": _number(own["perplexity"], ".4f"),
         "full precision": _full_precision(record),
         "KL divergence, nats": _number(own["kl"], ".4f"),
-        "top-1 agreement": _number(own["top1"], ".1%"),
+        "top-1 agreement": _percent(own["top1"]),
         "bits per parameter": _number(plan.get("bits_per_param"), ".4f"),
         "linear weights, planned": _bytes(plan.get("planned_bytes")),
         "linear weights, measured": _bytes(run["measured_bytes"]),
@@ -103,7 +103,7 @@ def _full_precision(record: Mapping[str, Mapping[str, Any]]) -> str:
     if not full:
         return ""
     own = record["evaluation"]
-    text = f"{full:.4f} (this run {own['perplexity'] / full - 1:+.2%})"
+    text = f"{full:.4f} (this run {100 * (own['perplexity'] / full - 1):+.2f} %)"
     inferred = "; paired by an older version, whose packages may have been others"
     return text + (inferred if own["pairing"] == "inferred" else "")
 
@@ -114,6 +114,10 @@ def _seconds(times: Mapping[str, float]) -> str:
 
 def _number(value: float | None, form: str, unit: str = "") -> str:
     return "" if value is None or value != value else f"{value:{form}}{unit}"
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None or share != share else f"{100 * share:.1f} %"
 
 
 def _bytes(value: float | None) -> str:

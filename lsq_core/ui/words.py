@@ -84,6 +84,11 @@ def loss_verdict(increase: float | None) -> str:
     return f"{rounded(ratio)} × full precision: unusable, try more bits"
 
 
+def percent(share: float, decimals: int = 1) -> str:
+    """``0.0441`` as ``4.4 %``."""
+    return f"{100 * share:.{decimals}f} %".replace("-", "−")
+
+
 def interval(low: float | None, high: float | None) -> str:
     """``+1.50 % to +2.10 %``, or that there is none."""
     if low is None or high is None or math.isnan(low):

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from lsq_core.bits import LADDER
+from lsq_core.charts import add_run_labels
 from lsq_core.results.export import bibtex
 from tests.browser.conftest import Server, User
 from tests.test_plan import needs_reference
@@ -46,7 +47,7 @@ def stored_runs(user: User) -> pd.DataFrame:
 
 def open_view(user: User, view: str, model: str = "demo") -> None:
     user.open(f"/Compare?model={model}&view={view}")
-    user.wait_for_headline("Best within", 60)
+    user.wait_for_headline("perplexity", 60)
 
 
 def points(figure: list[dict]) -> dict[str, tuple[float, float]]:
@@ -69,9 +70,14 @@ def assert_points_match(
 
 
 def opened_run(user: User) -> str:
-    """Which run's card is shown, by the second it was kept in."""
+    """Which run's card is shown."""
+    return run_by_time(user, "Open run")
+
+
+def run_by_time(user: User, label: str) -> str:
+    """Which run a box shows, by the second it was kept in."""
     boxes = user.all("[data-testid=stSelectbox]")
-    (box,) = [b for b in boxes if b.text.startswith("Open run")]
+    (box,) = [b for b in boxes if b.text.split("\n")[0] == label]
     shown = box.find_element("css selector", "input").get_attribute("value") or box.text
     minutes, seconds = shown.strip().split(":")[-2:]
     return f"{60 * int(minutes) + int(seconds):012x}"
@@ -97,7 +103,11 @@ def test_size_view_points_match_store(user):
     )
     assert front["x"] == pytest.approx(best["x"].tolist())
     assert front["y"] == pytest.approx(best["perplexity"].tolist())
-    assert f"perplexity {rows['perplexity'].min():.2f}." in user.first_line
+    assert f"perplexity {rows['perplexity'].min():.2f} " in page_text(user)
+    low, high = x_axis_range(user)
+    in_range = rows.loc[rows["bits"].between(3, 4.55), "measured_bytes"] / 2**20
+    assert low < in_range.min() < in_range.max() < high
+    assert high - low < 1.2 * (in_range.max() - in_range.min())
     user.click("KL")
     user.wait(
         lambda: (
@@ -149,10 +159,21 @@ def test_wins_view_counts_match_sql(user):
 def test_two_runs_view_shows_both_plans(user):
     open_view(user, "two")
     store = user.server.store
-    newest = store.query(f"{RUNS} ORDER BY e.created DESC LIMIT 2")
-    shown = user.charts(4)
+    rows = stored_runs(user)
+    pair = rows.loc[[run_by_time(user, "Run"), run_by_time(user, "against")]]
+    assert pair["method"].iloc[1] == "uniform" != pair["method"].iloc[0]
+    uniform = rows.loc[rows["method"] == "uniform", "measured_bytes"]
+    own = pair["measured_bytes"].iloc[0]
+    assert abs(pair["measured_bytes"].iloc[1] - own) == abs(uniform - own).min()
     names = [config.name for config in LADDER]
-    for place, run in enumerate(newest["run"]):
+    other = rows["created"].idxmax()  # of a long list only the first options are there
+    assert rows.loc[other, "base"] != pair["base"].iloc[0]
+    labels = add_run_labels(store.results()).set_index("evaluation")["label"]
+    user.choose("against", f"{labels[other]} · {rows.loc[other, 'created']:%H:%M:%S}")
+    user.wait(lambda: "168 modules differ of 168" in page_text(user), why="the same plans")
+    pair = rows.loc[[pair.index[0], other]]
+    shown = user.charts(4)
+    for place, run in enumerate(pair["run"]):
         modules = store.query(
             """
             SELECT m.name, m.layer, m.type, m.out_features * m.in_features AS numel,
@@ -171,7 +192,7 @@ def test_two_runs_view_shows_both_plans(user):
         sizes = (modules["numel"] * bits).groupby(modules["config"]).sum()
         shares = dict(zip(ring["labels"], ring["values"], strict=True))
         assert sorted(shares.values()) == pytest.approx(sorted(sizes / sizes.sum()))
-    assert f"{len(modules)} modules differ of {len(modules)}" in page_text(user)
+    assert len(modules) == 168
 
 
 @needs_reference
@@ -218,8 +239,9 @@ def test_point_click_opens_run_and_keeps_zoom(user):
     user.charts()
     before = opened_run(user)
     assert before == stored_runs(user)["perplexity"].idxmin()
+    opened_on = x_axis_range(user)
     user.driver.find_element("css selector", f"{PLOT} [data-title='Zoom out']").click()
-    user.wait(lambda: x_axis_range(user)[0] < 0, why="the chart did not zoom")
+    user.wait(lambda: x_axis_range(user)[0] < opened_on[0], why="the chart did not zoom")
     range_before = x_axis_range(user)
     ActionChains(user.driver).move_to_element(central_marker(user)).pause(0.3).click().perform()
     user.wait(lambda: user.is_idle() and opened_run(user) != before, 15, "nothing was opened")
@@ -254,7 +276,7 @@ def test_star_and_note_persist_after_reload(user):
         why="star or note was not kept",
     )
     user.driver.refresh()
-    user.wait_for_headline("Best within", 60)
+    user.wait_for_headline("perplexity", 60)
     (note,) = user.wait(lambda: user.all("input[aria-label=Note]"), why="no note")
     assert note.get_attribute("value") == "worth a second look"
     assert "★" in [b.text for b in user.all("button")]
@@ -270,7 +292,7 @@ def test_delete_run_and_undo(user):
     next_best = stored_runs(user)["perplexity"].idxmin()
     user.wait(lambda: opened_run(user) == next_best, why="the next best is not open")
     user.driver.refresh()
-    user.wait_for_headline("Best within", 60)
+    user.wait_for_headline("perplexity", 60)
     user.click("Undo")
     user.wait(lambda: "deleted" not in page_text(user) and user.is_idle())
     assert best in stored_runs(user).index

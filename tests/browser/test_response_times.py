@@ -18,7 +18,7 @@ HEADLINES = {
     "Explore": "has not been profiled",
     "Plan": "bits:",
     "Run": "Nothing is running.",
-    "Compare": "Best within",
+    "Compare": "lower perplexity",
     "Query": "row",
 }
 EMPTY_DATABASE_HEADLINES = {

@@ -8,17 +8,19 @@ import pandas as pd
 
 from lsq_core import charts
 from lsq_core.errors import InputError
-from lsq_core.evaluation.bootstrap import bootstrap_difference
 from lsq_core.jobs import arguments
 from lsq_core.planning.frame import plan_to_frame
 from lsq_core.results import export, report
 from lsq_core.results.compare import figure_6, relative_to_base, run_settings, uniform_bases
+from lsq_core.results.gains import is_ablation
 from lsq_core.ui import cached_results, words
 from lsq_core.ui.compare.export import file_stem, render_chart, render_save_menu, table_downloads
 from lsq_core.ui.compare.selection import Choice, selected_pair, size_text
 from lsq_core.ui.page import PageContext
 from lsq_core.ui.safe import st
 
+#: How runs outside the range on which a chart opens are seen.
+ALL_RUNS_NOTE = "Double-click the chart to see all runs."
 #: What a run can be judged by, where it was measured.
 QUALITIES = {"perplexity": charts.PERPLEXITY, "kl": charts.KL, "top1": charts.TOP1}
 _QUALITY_NAMES = {"perplexity": "Perplexity", "kl": "KL", "top1": "Top-1 agreement"}
@@ -108,26 +110,33 @@ def render_chart_notes(choice: Choice, quality: charts.QualityMeasure) -> None:
             "The hash of the published corpus is unknown, so the two corpora may differ."
         )
     notes += _published_notes(choice) if choice.published else []
+    known = choice.runs.dropna(subset=[quality.column])
+    if charts.size_view(known, choice.size, quality).outside:
+        notes.append(ALL_RUNS_NOTE)
+    notes.append(ablation_note(choice.runs))
+    notes = [note for note in notes if note]
     if notes:
         st.caption(" ".join(notes))
 
 
 def _published_notes(choice: Choice) -> list[str]:
-    frame, notes = choice.runs, []
-    limit = charts.view_limit(frame["perplexity"])
-    above = int((frame["perplexity"] > limit).sum())
-    if above:
-        notes.append(
-            f"{words.plural(above, 'run')} above a perplexity of {limit:.2f} out of view: "
-            "double-click the chart to see all."
-        )
-    labels = int(frame["planned_bytes"].isna().sum())
-    if labels and choice.size != charts.STORED:
-        notes.append(
-            f"{words.plural(labels, 'run')} without a published plan are placed by the bits of "
-            "their label."
-        )
-    return notes
+    labels = int(choice.runs["planned_bytes"].isna().sum())
+    if not labels or choice.size == charts.STORED:
+        return []
+    return [
+        f"{words.plural(labels, 'run')} without a published plan are placed by the bits of "
+        "their label."
+    ]
+
+
+def ablation_note(runs: pd.DataFrame) -> str:
+    """What an ablation is, where there are any; else ''."""
+    if not runs["method"].map(is_ablation).any():
+        return ""
+    return (
+        "An ablation (faded) is a control: it boosts as many layers as its method, drawn at random "
+        "from those that Algorithm 1 does not flag."
+    )
 
 
 def build_comparison_report(ctx: PageContext, choice: Choice) -> str:
@@ -314,20 +323,18 @@ def difference(ctx: PageContext, a: str, b: str) -> str:
     if a == b:
         return "Choose two different runs."
     try:
-        nll, counts = ctx.store.windows(a)
-        other, other_counts = ctx.store.windows(b)
+        found = cached_results.run_difference(ctx.store, a, b)
     except InputError as error:
         return words.escape(str(error))
-    if counts.shape != other_counts.shape or (counts != other_counts).any():
-        return "The two runs scored different windows, so they cannot be compared."
-    result = bootstrap_difference(nll, other, counts)
+    result, number = found.difference, words.plural(found.windows, "window")
     if math.isnan(result.low):
         return (
             f"Perplexity {words.signed_percent(result.relative, 2)}; too few windows for an "
-            "interval, so neither is significantly better."
+            f"interval (n = {number}), so neither is significantly better."
         )
     interval_text = words.interval(result.low, result.high)
     verdict = "**tie**" if result.is_tie else "**lower**" if result.relative < 0 else "**higher**"
     return (
-        f"Perplexity {words.signed_percent(result.relative, 2)} (95 %: {interval_text}): {verdict}."
+        f"Perplexity {words.signed_percent(result.relative, 2)} (95 % interval {interval_text}, "
+        f"n = {number}): {verdict}."
     )

@@ -62,6 +62,8 @@ def show(ctx: PageContext, choice: Choice) -> None:
         placeholder="",
         alt=f"{words.plural(len(table), 'run')} with bits, sizes and perplexity.",
     )
+    if table.empty:
+        st.caption("No results.")
     rows = [row for row in picked["selection"]["rows"] if row < len(table)]
     _actions(ctx, frame.loc[table.index[rows]], choice)
     with st.container(horizontal=True):
@@ -123,7 +125,7 @@ def build_table(frame: pd.DataFrame, choice: Choice) -> pd.DataFrame:
     columns |= {
         "perplexity": frame["perplexity"],
         "vs. full %": (100 * frame["increase"]).round(2) + 0.0,  # -0.0 has a sign
-        "Pareto-optimal": _pareto_mask(frame, choice),
+        "Pareto front": _pareto_mask(frame, choice),
     }
     if published:
         columns |= {

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from lsq_core import charts
+from lsq_core.errors import InputError
 from lsq_core.evaluation.prediction import CONFIDENCE, Predictor
 from lsq_core.planning.frame import plan_to_frame
 from lsq_core.results.compare import (
@@ -20,9 +21,10 @@ from lsq_core.results.compare import (
     settings_difference,
     uniform_bases,
 )
+from lsq_core.results.gains import is_ablation
 from lsq_core.ui import cached, cached_results, words
 from lsq_core.ui.compare.export import render_chart, render_save_menu, table_downloads
-from lsq_core.ui.compare.runs import show_pair
+from lsq_core.ui.compare.runs import ALL_RUNS_NOTE, ablation_note, show_pair
 from lsq_core.ui.compare.selection import Choice, selected_pair
 from lsq_core.ui.page import PageContext
 from lsq_core.ui.safe import st
@@ -31,6 +33,8 @@ from lsq_core.ui.safe import st
 
 #: How many more bits than the base's a run may have to be drawn beside it.
 _MAX_EXTRA_BITS = 0.30
+#: More runs than these have no intervals: each takes some milliseconds.
+_MAX_INTERVALS = 200
 
 
 def show_gain(ctx: PageContext, choice: Choice) -> None:
@@ -53,21 +57,60 @@ def show_gain(ctx: PageContext, choice: Choice) -> None:
     is_near = same_base if only else runs["extra"].between(-0.001, _MAX_EXTRA_BITS)
     is_near &= runs["method"].ne("uniform") | runs["evaluation"].eq(bases[name]["evaluation"])
     runs = runs[is_near].drop(columns="label").rename(columns={"name": "label"})
-    best = runs.loc[runs["drop"].idxmax()]
+    runs = add_intervals(ctx, runs, bases[name]["evaluation"])
+    best = _largest_gain(runs)
     figure = charts.gain_for_bits(runs, f"uniform {name}")
     title = f"{choice.measurement} gain over {name}"
     alt = (
         f"{words.plural(len(runs), 'run')}: percentage of perplexity below uniform {name} against "
-        f"percentage of bits above it. Most: {best['label']}."
+        f"percentage of bits above it. Largest gain: {best['label']}."
     )
     render_chart(figure, "gain", title, alt)
     st.markdown(
-        f"Most: **{best['label']}**, perplexity **{words.signed_percent(-best['drop'])}** for "
+        f"Largest gain: **{best['label']}**, perplexity "
+        f"**{words.signed_percent(-best['drop'])}** for "
         f"**{words.signed_percent(best['extra'])}** bits against uniform {name} "
         f"({bases[name]['perplexity']:.4f} at {bases[name]['bits_per_param']:.4f} bits)."
     )
+    notes = [ALL_RUNS_NOTE if charts.gain_view(runs).outside else "", ablation_note(runs)]
+    if "low" in runs and runs["low"].notna().any():
+        notes.append("Error bars are 95 % intervals of a paired bootstrap over windows.")
+    if any(notes):
+        st.caption(" ".join(filter(None, notes)))
     with right:
         render_save_menu(figure, "gain", title)
+
+
+def _largest_gain(runs: pd.DataFrame) -> pd.Series:
+    """The run furthest below the base; a control or the base itself only if there is no other."""
+    methods = runs["method"]
+    planned = runs[~methods.map(is_ablation) & methods.ne("uniform")]
+    runs = runs if planned.empty else planned
+    return runs.loc[runs["drop"].idxmax()]
+
+
+def add_intervals(ctx: PageContext, runs: pd.DataFrame, base: str) -> pd.DataFrame:
+    """Runs with ``low, high, windows``: the interval of ``drop``, NaN where there is none.
+
+    Without these columns where the runs are too many to resample while a person waits.
+    """
+    if len(runs) > _MAX_INTERVALS:
+        return runs
+    rows = [_interval_of_drop(ctx, run, base) for run in runs["evaluation"]]
+    return runs.assign(
+        **dict(zip(("low", "high", "windows"), zip(*rows, strict=True), strict=True))
+    )
+
+
+def _interval_of_drop(ctx: PageContext, run: str, base: str) -> tuple[float, float, float]:
+    """The interval of the share by which a run's perplexity is below another's, and its n."""
+    try:
+        found = cached_results.run_difference(ctx.store, run, base)
+    except InputError:  # no windows were kept
+        return np.nan, np.nan, np.nan
+    if run == base:
+        return np.nan, np.nan, found.windows
+    return -found.difference.high, -found.difference.low, found.windows
 
 
 # --- win, tie, loss -------------------------------------------------------------------------
@@ -95,7 +138,7 @@ def show_win_tie_loss(ctx: PageContext, choice: Choice) -> None:
                 st.caption(few)
             if part.empty:
                 if not few:
-                    st.caption("No comparable runs.")
+                    st.caption("No results.")
                 continue
             figure = charts.win_tie_loss_bars(part)
             name = f"{choice.model_runs['model'].iloc[0]} win tie loss {account.split(',')[0]}"
@@ -198,7 +241,7 @@ def _show_plan(plan: pd.DataFrame, indices: str, label: str, weights: dict[str, 
         st.caption("Its plan was not published.")
         return
     shares = byte_shares(plan, weights)
-    shares_text = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
+    shares_text = ", ".join(f"{name} {words.percent(share)}" for name, share in shares.items())
     alt = f"Configurations of {label} by layer and module; by bytes: {shares_text}."
     render_chart(charts.plan_heatmap(plan, narrow=True), f"plan-{indices}", f"plan {label}", alt)
     alt = f"Share of the bytes of {label} by configuration: {shares_text}."
@@ -230,23 +273,19 @@ def show_predicted(ctx: PageContext, choice: Choice) -> None:
     first, save = st.columns([4, 1], vertical_alignment="center")
     first.markdown(
         f"Each of {words.plural(len(frame), 'run')} predicted from the others: half of them within "
-        f"**{100 * error:.2f} %**, **{inside:.0%}** inside the {CONFIDENCE:.0%} band."
+        f"**{words.percent(error, 2)}**, **{words.percent(inside, 0)}** inside the "
+        f"{words.percent(CONFIDENCE, 0)} band."
     )
     with save:
         render_save_menu(figure, "predicted", name)
     alt = (
         f"Predicted against measured perplexity of {words.plural(len(frame), 'run')}: median error "
-        f"{100 * error:.2f} %, {inside:.0%} inside the band."
+        f"{words.percent(error, 2)}, {words.percent(inside, 0)} inside the band."
     )
     render_chart(figure, "predicted", name, alt)
     notes = []
-    limit = charts.view_limit(frame["perplexity"])
-    above = int((frame["perplexity"] > limit).sum())
-    if above:
-        notes.append(
-            f"{words.plural(above, 'run')} above a perplexity of {limit:.2f} out of view: "
-            "double-click the chart to see all."
-        )
+    if charts.predicted_view(frame).outside:
+        notes.append(ALL_RUNS_NOTE)
     skipped = len(choice.runs) - len(frame)
     if skipped:
         notes.append(

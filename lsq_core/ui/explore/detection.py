@@ -18,7 +18,12 @@ from lsq_core.planning.detection import (
 from lsq_core.planning.methods.boost import compares_by_ratio, layer_series
 from lsq_core.profiling.metrics import METRICS, detection_metrics
 from lsq_core.ui import words
-from lsq_core.ui.explore.layers import ensure_valid_choice, legend_labels
+from lsq_core.ui.explore.layers import (
+    describe_falls,
+    describe_unflaggable,
+    ensure_valid_choice,
+    legend_labels,
+)
 from lsq_core.ui.explore.profile import ExploreView
 from lsq_core.ui.safe import st
 
@@ -131,8 +136,16 @@ def _show_table(names: dict[str, str], found: dict[str, DetectionSteps]) -> None
 
 
 def _describe_flagged(steps: DetectionSteps) -> str:
-    """``1 (12.3), 14 (4.1)``: layers and z-scores, the strongest first."""
-    return ", ".join(f"{steps.layers[i]} ({_digits(steps.z[i - 1])})" for i in steps.flagged)
+    """``1 (12.3), 15 (4.1, fall)``: layers and z-scores, the strongest first."""
+    return ", ".join(
+        f"{steps.layers[i]} ({_digits(steps.z[i - 1])}{', fall' if _falls(steps, i) else ''})"
+        for i in steps.flagged
+    )
+
+
+def _falls(steps: DetectionSteps, index: int) -> bool:
+    """Whether the score at an index is no higher than the one before."""
+    return bool(steps.values[index] <= steps.values[index - 1])
 
 
 def _digits(z: float) -> str:
@@ -158,12 +171,16 @@ def _render_headline(
     summary = (
         f"Over all module types: {words.name_layers(all_flagged).lower()}." if all_flagged else ""
     )
-    view.render_headline(
-        text,
-        " ".join(
-            filter(None, [summary, _describe_steps(steps), shallow_model_note(len(steps.layers))])
-        ),
-    )
+    falls = sorted(int(steps.layers[i]) for i in steps.flagged if _falls(steps, i))
+    first_on_top = len(steps.z) and steps.values.argmax() == 0
+    notes = [
+        summary,
+        describe_falls(falls),
+        describe_unflaggable(int(steps.layers[0])) if first_on_top else "",
+        _describe_steps(steps),
+        shallow_model_note(len(steps.layers)),
+    ]
+    view.render_headline(text, " ".join(filter(None, notes)))
 
 
 def _describe_steps(steps: DetectionSteps) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -155,22 +156,30 @@ def _describe_jumps(flagged: FlaggedLayers) -> str:
 
 def _describe_rule(found: dict[str, tuple[list[int], Detection]], top: list[int]) -> list[str]:
     """What Algorithm 1 flags, and what it flags for no high score or cannot flag."""
-    notes = [_DETECTION_RULE]
-    falls = flagged_by_direction(found).falls
-    if falls:
-        are = "is" if len(falls) == 1 else "are"
-        notes.append(
-            f"{words.name_layers(falls)} {are} flagged only because the score falls back from "
-            "the layer before."
-        )
     firsts = {layers[0] for layers, _ in found.values()}
     unflaggable = sorted(firsts.intersection(top))
-    if unflaggable:
-        notes.append(
-            f"{words.name_layers(unflaggable)} has no layer before it, so Algorithm 1 cannot flag "
-            "it."
-        )
-    return notes
+    notes = [
+        _DETECTION_RULE,
+        describe_falls(flagged_by_direction(found).falls),
+        *map(describe_unflaggable, unflaggable),
+    ]
+    return [note for note in notes if note]
+
+
+def describe_falls(layers: Sequence[int]) -> str:
+    """That layers are flagged for no high score of their own; '' for none."""
+    if not layers:
+        return ""
+    are = "is" if len(layers) == 1 else "are"
+    return (
+        f"{words.name_layers(layers)} {are} flagged only because the score falls back from the "
+        "layer before."
+    )
+
+
+def describe_unflaggable(layer: int) -> str:
+    """Why the first layer is never flagged."""
+    return f"Layer {layer} has no layer before it, so Algorithm 1 cannot flag it."
 
 
 # --- charts ---------------------------------------------------------------------------------

@@ -1,0 +1,124 @@
+"""What a run gains over the uniform run of nearest size. Needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from lsq_core.planning.methods import PLANNERS
+
+#: Sizes that differ by at most this share are called equal: a gain in perplexity is then not one
+#: of memory.
+EQUAL_SIZE = 0.03
+
+
+@dataclass(frozen=True)
+class Gain:
+    """A run against a uniform one, both by ``evaluation``.
+
+    ``drop`` is the share of perplexity below the uniform run's, ``extra`` the share of size above
+    it; ``candidates`` is the number of runs of which this one gains most.
+    """
+
+    evaluation: str
+    uniform: str
+    drop: float
+    extra: float
+    candidates: int
+
+
+def is_ablation(method: str) -> bool:
+    """Return whether a method is the control of another: as many layers, drawn at random."""
+    return method.endswith("-ablation")
+
+
+def against_nearest_uniform(runs: pd.DataFrame, size: str) -> pd.DataFrame:
+    """Pair each planned run with the uniform run of nearest size: ``evaluation, uniform, drop,
+    extra``.
+
+    Planned are the runs of methods that choose configurations by themselves, ablations excluded.
+    The uniform run is by the same quantizer; of several equally near that of lowest perplexity.
+
+    Parameters
+    ----------
+    runs
+        Rows of :meth:`lsq_core.store.store.Store.results` of one model, corpus and protocol.
+    size
+        The column that holds their size.
+    """
+    known = runs.dropna(subset=["perplexity", size])
+    uniform = known[known["method"] == "uniform"].sort_values("perplexity", kind="stable")
+    planned = known[known["method"].map(_is_planned)]
+    parts = [
+        _pair_with_nearest(part, uniform[uniform["quantizer"] == quantizer], size)
+        for quantizer, part in planned.groupby("quantizer", sort=False)
+    ]
+    parts = parts or [_pair_with_nearest(planned, uniform, size)]
+    return pd.concat(parts, ignore_index=True)
+
+
+def _pair_with_nearest(planned: pd.DataFrame, uniform: pd.DataFrame, size: str) -> pd.DataFrame:
+    """Pair runs with the nearest of uniform ones, of equally near the first; none if none is."""
+    if uniform.empty:
+        planned = planned.iloc[:0]
+        at = np.zeros(0, dtype=int)
+    else:
+        own, bases = (np.log(frame[size].to_numpy(float)) for frame in (planned, uniform))
+        sizes, first = np.unique(bases, return_index=True)
+        above = np.searchsorted(sizes, own).clip(1, max(len(sizes) - 1, 1))
+        below = above - 1
+        above = np.minimum(above, len(sizes) - 1)
+        nearer = np.abs(sizes[above] - own) < np.abs(sizes[below] - own)
+        at = first[np.where(nearer, above, below)]
+    base = uniform.iloc[at]
+    return pd.DataFrame(
+        {
+            "evaluation": planned["evaluation"].to_numpy(),
+            "uniform": base["evaluation"].to_numpy(),
+            "drop": 1 - planned["perplexity"].to_numpy(float) / base["perplexity"].to_numpy(float),
+            "extra": planned[size].to_numpy(float) / base[size].to_numpy(float) - 1,
+        }
+    )
+
+
+def _is_planned(method: str) -> bool:
+    return method in PLANNERS and method != "uniform" and not is_ablation(method)
+
+
+def gain_at_equal_size(runs: pd.DataFrame, size: str) -> Gain | None:
+    """Return the largest gain over a uniform run of equal size (:data:`EQUAL_SIZE`); None if no
+    run has a uniform one of its size.
+
+    Of equal gains the one with the least additional size is given. Arguments are as in
+    :func:`against_nearest_uniform`.
+    """
+    pairs = against_nearest_uniform(runs, size)
+    equal = pairs[pairs["extra"].abs() <= EQUAL_SIZE]
+    if equal.empty:
+        return None
+    best = equal.sort_values(["drop", "extra"], ascending=[False, True], kind="stable").iloc[0]
+    return Gain(
+        best["evaluation"],
+        best["uniform"],
+        float(best["drop"]),
+        float(best["extra"]),
+        len(equal),
+    )
+
+
+def first_pair(runs: pd.DataFrame, size: str) -> tuple[str, str] | None:
+    """Return the run to compare first and the uniform run of nearest size, by evaluation.
+
+    That is the pair of :func:`gain_at_equal_size`; where no sizes are equal, the pair of nearest
+    sizes; None where there is no uniform run or no other.
+    """
+    gain = gain_at_equal_size(runs, size)
+    if gain is not None:
+        return gain.evaluation, gain.uniform
+    pairs = against_nearest_uniform(runs, size)
+    if pairs.empty:
+        return None
+    nearest = pairs.loc[pairs["extra"].abs().idxmin()]
+    return nearest["evaluation"], nearest["uniform"]

@@ -1,0 +1,78 @@
+"""What a run gains over the uniform run of nearest size."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+
+from lsq_core.results.gains import (
+    EQUAL_SIZE,
+    against_nearest_uniform,
+    first_pair,
+    gain_at_equal_size,
+    is_ablation,
+)
+
+SIZE = "bits_per_param"
+
+
+def runs(*rows: tuple[str, float, float], quantizer: str = "hqq") -> pd.DataFrame:
+    """Runs named a, b, c … of (method, bits, perplexity)."""
+    frame = pd.DataFrame(rows, columns=["method", SIZE, "perplexity"])
+    return frame.assign(evaluation=list("abcdefgh"[: len(rows)]), quantizer=quantizer)
+
+
+UNIFORM = [("uniform", 3.13, 10.0), ("uniform", 4.13, 8.0)]
+
+
+def test_gain_is_against_uniform_of_nearest_size():
+    found = gain_at_equal_size(
+        runs(
+            *UNIFORM,
+            ("sensiboost", 3.18, 9.0),  # -10 %
+            ("kurtboost", 4.2, 7.6),  # -5 %, though lower
+            ("sensiboost-ablation", 3.2, 1.0),  # a control
+            ("gptq", 3.13, 1.0),  # no plan
+        ),
+        SIZE,
+    )
+    assert (found.evaluation, found.uniform, found.candidates) == ("c", "a", 2)
+    assert found.drop == pytest.approx(0.1)
+    assert found.extra == pytest.approx(3.18 / 3.13 - 1)
+
+
+def test_gain_ignores_runs_of_other_sizes():
+    far = ("mxq", 3.13 * (1 + EQUAL_SIZE) + 0.01, 5.0)
+    near = ("mxq", 3.13 * (1 + EQUAL_SIZE) - 0.01, 9.9)
+    assert gain_at_equal_size(runs(*UNIFORM, far, near), SIZE).evaluation == "d"
+    assert gain_at_equal_size(runs(*UNIFORM, far), SIZE) is None
+    assert first_pair(runs(*UNIFORM, far), SIZE) == ("c", "a"), "the nearest in size"
+
+
+def test_gain_may_be_a_loss():
+    found = gain_at_equal_size(runs(*UNIFORM, ("mxq", 3.13, 11.0)), SIZE)
+    assert found.drop == pytest.approx(-0.1)
+    assert found.extra == 0
+
+
+def test_no_gain_without_uniform_runs_of_the_quantizer():
+    assert first_pair(runs(("mxq", 3.13, 9.0), ("sensiboost", 3.2, 8.0)), SIZE) is None
+    assert first_pair(runs(*UNIFORM), SIZE) is None
+    both = pd.concat([runs(*UNIFORM), runs(("mxq", 3.13, 9.0), quantizer="rtn")])
+    assert gain_at_equal_size(both, SIZE) is None
+    assert against_nearest_uniform(both, SIZE).empty
+
+
+def test_nearest_is_by_ratio_and_best_of_equal_uniform_runs():
+    frame = runs(("uniform", 3.0, 10.0), ("uniform", 3.0, 9.0), ("mxq", 3.01, 8.0))
+    assert first_pair(frame, SIZE) == ("c", "b")
+
+
+def test_missing_sizes_and_perplexities_are_left_out():
+    frame = runs(*UNIFORM, ("mxq", None, 1.0), ("mxq", 3.13, None), ("mxq", 3.14, 9.5))
+    assert gain_at_equal_size(frame, SIZE).evaluation == "e"
+
+
+def test_is_ablation():
+    assert is_ablation("kurtboost-ablation")
+    assert not is_ablation("kurtboost")
