@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from lsq_core.errors import LsqError
-from lsq_core.ui import cached, words
+from lsq_core.ui import cached
 from lsq_core.ui.model import choose, facts
-from lsq_core.ui.model.welcome import render_welcome
+from lsq_core.ui.model.welcome import render_ways, render_welcome
 from lsq_core.ui.page import NoModel, PageContext, next_step, page, render_no_model
 from lsq_core.ui.safe import st
 
@@ -23,11 +22,7 @@ def model_page(ctx: PageContext) -> None:
         next_step("pages/1_Explore.py", "See which layers are sensitive")
     except NoModel as error:
         render_no_model(error)
-        render_welcome(ctx, None)
-    except LsqError as error:
-        render_welcome(ctx, None)
-        st.subheader(f"{words.escape(ctx.source.name)} cannot be opened.", anchor=False)
-        st.error(words.escape(str(error)))
+        render_ways(ctx, None)
     choose.show_import(ctx.store)
 
 

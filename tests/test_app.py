@@ -160,7 +160,7 @@ def test_page_headline_populated_database(filled, title, headline):
 def test_model_page_says_what_the_model_is():
     app = open_page("Model")
     assert "5.6 M parameters, 10.8 MiB" in app.subheader[0].value
-    assert [m.label for m in app.metric][0] == "Layers"
+    assert app.metric[0].label == "Layers"
 
 
 # --- the model ------------------------------------------------------------------------------

@@ -8,10 +8,12 @@ import pandas as pd
 
 from lsq_core import charts
 from lsq_core.bits import DETECTION_CONFIG
+from lsq_core.errors import InputError
 from lsq_core.model.info import ModelInfo
 from lsq_core.planning.methods.boost import detect_by_type
 from lsq_core.planning.problem import Problem
 from lsq_core.planning.ranking import TOP_LAYERS, flagged_by_direction, rank_layers
+from lsq_core.profiling.profile import Profile
 from lsq_core.results.story import BoostGain, boost_gain
 from lsq_core.ui import cached, cached_results, state, words
 from lsq_core.ui.page import PageContext
@@ -43,10 +45,15 @@ def make_tour(ctx: PageContext, info: ModelInfo) -> list[Step]:
     return steps + (_gain_steps(gain) if gain is not None else [])
 
 
-def _profile(ctx: PageContext, info: ModelInfo) -> object:
-    """The profile that Explore shows first, where there is one."""
+def _profile(ctx: PageContext, info: ModelInfo) -> Profile | None:
+    """The profile that Explore shows first; None where there is none, or its text is gone."""
     settings = cached.newest_settings(ctx.store, info)
-    return cached.profile(ctx.store, info, settings, ctx.device) if settings else None
+    if settings is None:
+        return None
+    try:
+        return cached.profile(ctx.store, info, settings, ctx.device)
+    except InputError:
+        return None
 
 
 def main_measurement(ctx: PageContext, info: ModelInfo) -> pd.DataFrame | None:

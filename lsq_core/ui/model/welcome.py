@@ -20,12 +20,10 @@ PURPOSE = (
 )
 
 
-def render_welcome(ctx: PageContext, info: ModelInfo | None) -> None:
+def render_welcome(ctx: PageContext, info: ModelInfo) -> None:
     """The question, three ways on, and the model's story where it has been measured."""
     headline(QUESTION, PURPOSE)
     render_ways(ctx, info)
-    if info is None:
-        return
     steps = tour.make_tour(ctx, info)
     if not steps:
         return
