@@ -129,7 +129,7 @@ def _array(values: object) -> list:
     [
         ("Model", "Where should the bits go?"),
         ("Explore", "demo has not been profiled"),
-        ("Plan", "3.25 bits: 1.99 MiB"),
+        ("Plan", "3.51 bits: 2.14 MiB"),
         ("Run", "No runs yet"),
         ("Compare", "No runs to compare"),
         ("Storage", "on disk."),
@@ -464,7 +464,7 @@ def test_app_locked_database_shows_one_error(filled, monkeypatch):
 
 def test_plan_headline_uses_committed_budget(monkeypatch):
     """It is of this very run of the page, not of the next."""
-    app = open_page("Plan", model="demo", method="uniform")
+    app = open_page("Plan", model="demo", method="uniform", budget="3.25")
     assert "3.25 bits" in first_line(app)
     monkeypatch.setattr("lsq_core.ui.plan.live.read_committed_budget", lambda: 4.26)
     assert "4.25 bits" in first_line(app.run())

@@ -189,7 +189,7 @@ def test_plan_page_budget_out_of_range_clamped_with_warning(filled):  # noqa: F8
     (message,) = [w.value for w in app.warning]
     assert re.search(r"8\.51 bits .*out of reach .*pins.* 4\.25", message)
     again = open_page("Plan", model=filled.model, method="mxq", budget="nan")
-    assert first_line(again).startswith("3.25 bits"), "what is no number is the default"
+    assert first_line(again).startswith("3.60 bits"), "what is no number is the default"
 
 
 def test_take_pins_rejects_contradicting_pins(filled, monkeypatch):  # noqa: F811

@@ -26,7 +26,7 @@ _PLAN_DEFAULTS = {
     "method": "sensiboost",
     "ask": "budget",
     "base": "3.13",
-    "budget": 3.25,
+    "budget": 3.6,
     "boost_stop": 2,
     "top_m": 0,
     "metric": "sensitivity",

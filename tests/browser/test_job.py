@@ -28,7 +28,9 @@ def test_full_workflow_on_demo_model(user):
 
 def choose_demo_model(user) -> None:
     user.open()
-    assert "3.6 MiB at 4.25 bits" in user.wait_for_headline("5.6 M parameters", 90)
+    user.wait_for_headline("Where should the bits go?", 90)
+    assert "3.6 MiB at 4.25 bits" in user.driver.find_element("css selector", "h3").text
+    user.click("Open my model")
     user.click("Demo model")
 
 

@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.browser, pytest.mark.bench]
 
 #: Pages by their link, and what their first line has in it when there are runs of the demo model.
 HEADLINES = {
-    "Model": "5.6 M parameters",
+    "Model": "Where should the bits go?",
     "Explore": "has not been profiled",
     "Plan": "bits:",
     "Run": "Nothing is running.",
@@ -22,9 +22,9 @@ HEADLINES = {
     "Query": "row",
 }
 EMPTY_DATABASE_HEADLINES = {
-    "/": "5.6 M parameters, 10.8 MiB; 3.6 MiB at 4.25 bits.",
+    "/": "Where should the bits go?",
     "/Explore": "demo has not been profiled",
-    "/Plan": "3.25 bits: 1.99 MiB planned",
+    "/Plan": "3.51 bits: 2.14 MiB planned",
     "/Run": "No runs yet.",
     "/Compare": "No runs to compare yet.",
     "/SQL": "row",
