@@ -38,7 +38,7 @@ KNAPSACKS = ("mxq", "loss-aware", "sensi-knapsack")
 #: Methods that add little are run at some of the budgets only.
 VARIANTS = ("kurt-scaled", "sensi-milp", "kurt-milp")
 VARIANT_BUDGETS = ("3.2bpp", "4.2bpp")
-MAX_TOKENS = 8192
+MAX_TOKENS = 4096
 
 
 def import_measurements(store: Store, folder: Path = FOLDER) -> bool:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from lsq_core.results.compare import add_labels, largest_gain
+from lsq_core.results.compare import add_labels
+from lsq_core.results.gains import is_ablation
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,13 +57,20 @@ class Saving:
 def boost_gain(runs: pd.DataFrame) -> BoostGain | None:
     """The boosted run furthest below uniform HQQ at its own base, None where none is below.
 
+    Of several with the same plan the one that took every outlier is given.
     ``runs`` are of one model, corpus and protocol.
     """
-    found = largest_gain(runs)
-    if found is None:
+    labelled = add_labels(runs).dropna(subset=["perplexity", "label"])
+    uniform = labelled[(labelled["method"] == "uniform") & (labelled["quantizer"] == "hqq")]
+    boosted = labelled[labelled["method"].isin(["sensiboost", "kurtboost"])]
+    columns = ["evaluation", "label", "perplexity"]
+    pairs = boosted.merge(uniform[columns], on="label", suffixes=("", "_uniform"))
+    if pairs.empty:
         return None
-    boosted, uniform = (_row(runs, evaluation) for evaluation in found)
-    gain = BoostGain(boosted, uniform, _ablation(runs, boosted))
+    ratio = pairs["perplexity"] / pairs["perplexity_uniform"]
+    best = pairs.assign(ratio=ratio).sort_values(["ratio", "top_m"]).iloc[0]
+    own = _row(runs, best["evaluation"])
+    gain = BoostGain(own, _row(runs, best["evaluation_uniform"]), _ablation(runs, own))
     return gain if gain.drop > 0 else None
 
 
@@ -92,7 +100,7 @@ def largest_saving(runs: pd.DataFrame, max_increase: float = 1.0) -> Saving | No
     """
     hqq = runs[(runs["quantizer"] == "hqq") & runs["perplexity"].notna()]
     uniform = hqq[(hqq["method"] == "uniform") & (hqq["increase"] <= max_increase)]
-    planned = hqq[~hqq["method"].str.contains("uniform|ablation")]
+    planned = hqq[(hqq["method"] != "uniform") & ~hqq["method"].map(is_ablation)]
     pairs = planned.merge(uniform, how="cross", suffixes=("", "_uniform"))
     pairs = pairs[pairs["perplexity"] < pairs["perplexity_uniform"]]
     if pairs.empty:
