@@ -227,6 +227,19 @@ def test_headline_names_sensitive_and_flagged_layers_apart(store):  # noqa: F811
     assert "Layer 2 is flagged only because the score falls back" in caption
 
 
+def test_metric_follows_what_is_measured_unless_chosen(store):  # noqa: F811
+    """Llama-2-70B has no sensitivity: its kurtosis is nobody's choice for the next model."""
+    app = open_page("Explore", model=SEVENTY)
+    assert app.session_state["layers_view"] == "kurtosis"
+    app.sidebar.selectbox(key="model").set_value(SEVEN).run()
+    assert app.session_state["layers_view"] == "sensitivity"
+    select_metric(app, "weight_error")
+    app.sidebar.selectbox(key="model").set_value(SEVENTY).run()
+    assert app.session_state["layers_view"] == "weight_error"
+    app.sidebar.selectbox(key="model").set_value(SEVEN).run()
+    assert first_line(app).startswith("Highest weight error")
+
+
 def test_headline_does_not_mention_first_layer_below_the_top(store):  # noqa: F811
     app = open_page("Explore", model=SEVEN)
     assert "31" in first_line(app).partition(". ")[0]

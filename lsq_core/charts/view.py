@@ -184,7 +184,7 @@ def label_line_end(
         arrowcolor=NEUTRAL,
         standoff=3,
         ax=-24,
-        ay=(-1 if above else 1) * (26 + 22 * rank),
+        ay=(-1 if above else 1) * (26 + 30 * rank),
         xanchor="right",
         font={"size": 12},
     )

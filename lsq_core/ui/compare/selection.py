@@ -270,14 +270,13 @@ def _describe_best(choice: Choice) -> str:
 
 
 def _describe_runs(choice: Choice) -> list[str]:
-    """What the headline's runs are compared with, and how many there are."""
+    """What the headline's runs are compared with, and who measured them."""
     best, facts = choice.best, []
     if pd.notna(best["perplexity_full"]):
         more = words.signed_percent(best["increase"])
         facts.append(f"full precision {best['perplexity_full']:.2f}, so {more}")
-    facts.append(f"{words.plural(len(choice.runs), 'run')} of this measurement")
     if choice.published:
-        facts.append("published by the authors, not measured here")
+        facts.append("published, not measured here")
     return facts
 
 

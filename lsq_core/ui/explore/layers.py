@@ -87,7 +87,7 @@ def _choose(view: ExploreView) -> _Chosen | None:
     ]
     if not metrics:
         return None
-    ensure_valid_choice("layers_view", metrics)
+    follow_default("layers_view", metrics)
     with view.row:
         metric = st.segmented_control(
             "Metric",
@@ -243,6 +243,18 @@ def ensure_valid_choice(key: str, options: list[str], default: str = "") -> None
     """Bring a kept choice back to what this profile has."""
     if st.session_state.get(key) not in options:
         st.session_state[key] = default if default in options else options[0]
+
+
+def follow_default(key: str, options: list[str]) -> None:
+    """Keep what a person chose; a choice that was only the default follows the first option.
+
+    Metrics appear while a profile is being measured: the first of them at last is another one.
+    """
+    default_key = f"{key}_default"
+    if st.session_state.get(key) == st.session_state.get(default_key):
+        st.session_state[key] = options[0]
+    ensure_valid_choice(key, options)
+    st.session_state[default_key] = options[0]
 
 
 def measured_configs(profile: Profile) -> list[str]:
