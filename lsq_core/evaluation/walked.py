@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -48,7 +48,7 @@ class WalkedModel(Protocol):
     def stem(self, batches: Sequence[Tensor]) -> tuple[list[list[Call]], list[Tensor]]:
         """The calls of each block for each batch (windows, tokens), and the first one's inputs."""
 
-    def block(self, layer: int) -> Iterator[nn.Module]:
+    def block(self, layer: int) -> AbstractContextManager[nn.Module]:
         """A block, with its weights decoded within a ``with`` block."""
 
     def logits(self, states: Tensor, ids: Tensor, tokens: slice) -> Tensor:
@@ -124,7 +124,7 @@ class WholeModel:
         """See :class:`WalkedModel`."""
         return [], list(batches)
 
-    def block(self, layer: int) -> Iterator[nn.Module]:
+    def block(self, layer: int) -> AbstractContextManager[nn.Module]:
         """See :class:`WalkedModel`; there are no blocks."""
         raise IndexError(layer)
 
