@@ -97,6 +97,15 @@ class Walk:
         return Branch(members, hidden, branch.calls)
 
     @contextmanager
+    def heads(self) -> Iterator[None]:
+        """Have what the branches' logits need in memory within a ``with`` block."""
+        with ExitStack() as stack:
+            for branch in self.branches:
+                with self.measured(branch.members):
+                    stack.enter_context(self.models[branch.members[0]].head())
+            yield
+
+    @contextmanager
     def measured(self, members: Sequence[int], held_bytes: int = 0) -> Iterator[None]:
         """Count the time and peak GPU memory of a ``with`` block for some models.
 

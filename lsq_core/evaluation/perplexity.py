@@ -9,7 +9,7 @@ is predicted at most once.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,17 +86,44 @@ def evaluate_models(
         check_token_ids(models[0], [int(text.ids.max()), *([] if bos is None else [bos])])
     files = checkpoints or [[None] * len(models)] * len(texts)
     text_passes = [TextPass(text, bos, paths) for text, paths in zip(texts, files, strict=True)]
+    compared = reference is not None
+    yield from evaluate_walked(
+        lambda: as_walked(models, reference), text_passes, compared=compared, progress=progress
+    )
+
+
+def evaluate_walked(
+    make_models: Callable[[], tuple[Sequence[WalkedModel], str]],
+    text_passes: Sequence[TextPass],
+    *,
+    compared: bool,
+    progress: Progress,
+    group_tokens: Mapping[str, int] = _MAX_GROUP_TOKENS,
+) -> Iterator[list[EvaluationPair]]:
+    """Measure models that are walked; see :func:`evaluate_models`.
+
+    Parameters
+    ----------
+    make_models
+        Returns what :func:`lsq_core.evaluation.walked.as_walked` does; it is called if any window
+        has to be scored.
+    compared
+        Whether the first model is the reference.
+    group_tokens
+        The most tokens of a group by device.
+    """
     unfinished = list(text_passes)
-    for _ in _score_pending(models, reference, text_passes, progress):
+    for _ in _score_pending(make_models, text_passes, compared, progress, group_tokens):
         while unfinished and unfinished[0].is_complete:
-            yield unfinished.pop(0).finish(reference is not None)
+            yield unfinished.pop(0).finish(compared)
 
 
 def _score_pending(
-    models: Sequence[nn.Module],
-    reference: nn.Module | None,
+    make_models: Callable[[], tuple[Sequence[WalkedModel], str]],
     text_passes: Sequence[TextPass],
+    compared: bool,
     progress: Progress,
+    group_tokens: Mapping[str, int],
 ) -> Iterator[None]:
     """Score the windows that no checkpoint contains; yields before the first and after each group.
 
@@ -104,7 +131,7 @@ def _score_pending(
     """
     total = sum(len(text_pass.windows) for text_pass in text_passes)
     pending = sum(len(own.passes[number]) for own in text_passes for number in own.pending)
-    walked, reason = as_walked(models, reference) if pending else ([], "")
+    walked, reason = make_models() if pending else ([], "")
     steps = len(walked) * (walked[0].layers + 1) if pending else 1
     report = _WalkProgress(progress, total * steps, (total - pending) * steps)
     for file in (file for text_pass in text_passes for file in text_pass.files):
@@ -115,8 +142,8 @@ def _score_pending(
         report(0, f"the models run as wholes, since {reason}")
     yield
     for text_pass in text_passes if pending else ():
-        for group in _groups(text_pass, walked):
-            _score_group(walked, reference is not None, group, report)
+        for group in _groups(text_pass, walked, group_tokens):
+            _score_group(walked, compared, group, report)
             yield
 
 
@@ -133,18 +160,19 @@ class _WalkProgress:
         self.progress(self.done, self.total, message)
 
 
-def _groups(text_pass: TextPass, models: Sequence[WalkedModel]) -> list[WindowGroup]:
+def _groups(
+    text_pass: TextPass, models: Sequence[WalkedModel], group_tokens: Mapping[str, int]
+) -> list[WindowGroup]:
     """Groups of a text's pending passes whose hidden states fit the device."""
     model = models[0].model
-    parameter = next(model.parameters())
-    device = parameter.device
+    device, dtype = models[0].device, next(model.parameters()).dtype
     width = model.get_input_embeddings().weight.shape[1]
     width = max(width, getattr(model.config.get_text_config(), "hidden_size", width))
     room = _MAX_STATES_BYTES
     if device.type == "cuda":
         room = int(_MAX_STATES_SHARE * torch.cuda.mem_get_info(device)[0])
-    fit = room // (len(models) * width * parameter.dtype.itemsize)
-    most = min(fit, _MAX_GROUP_TOKENS[device.type])
+    fit = room // (len(models) * width * dtype.itemsize)
+    most = min(fit, group_tokens[device.type])
     return make_groups(text_pass, most, _MAX_BATCH_TOKENS[device.type])
 
 
@@ -158,8 +186,7 @@ def _score_group(
     def advanced(batch: int, count: int) -> None:
         report(count * group.count_windows(batch), f"{group.title}, {where}")
 
-    device = next(models[0].model.parameters()).device
-    walk = Walk(models, group.ids(device), advanced)
+    walk = Walk(models, group.ids(models[0].device), advanced)
     file = _walk_file(walk, compared, group)
     unused = file.restore(walk)
     if unused:
@@ -171,9 +198,10 @@ def _score_group(
         file.save(walk)
     where = "LM head" if walk.layers else "whole model"
     figures = []
-    for number, batch in enumerate(group.batches):
-        _, scored = group.text_pass.shape(batch[0])
-        figures.append(score_batch(walk, number, scored, compared))
+    with walk.heads():
+        for number, batch in enumerate(group.batches):
+            _, scored = group.text_pass.shape(batch[0])
+            figures.append(score_batch(walk, number, scored, compared))
     _record(walk, compared, group, figures)
     group.text_pass.save()
     file.remove()

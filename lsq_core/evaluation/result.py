@@ -14,7 +14,9 @@ class Evaluation:
 
     ``nll`` is the summed negative log-likelihood (nats) of each window, ``counts`` its predicted
     tokens. ``kl`` (nats per token) and ``top1`` (share) compare with the reference model on the
-    same windows and are None without a reference.
+    same windows and are None without a reference. ``seconds`` is the wall-clock time of what this
+    model needs (decoding, every block, the head): work that it shared with models evaluated beside
+    it counts in full for each of them, so the times of several may add up to more than the whole.
     """
 
     protocol: str
@@ -28,7 +30,7 @@ class Evaluation:
     corpus_source: str = ""
     truncated: bool = False
     #: Peak GPU memory of a batch in bytes above that allocated before it: logits, attention and
-    #: decoded weights; None on a CPU, where it cannot be measured for one model.
+    #: a block's decoded weights; None on a CPU, where it cannot be measured for one model.
     working_bytes: int | None = None
     #: Seconds by stage, if the evaluation is part of a run (:class:`lsq_core.progress.Clock`).
     times: dict[str, float] = field(default_factory=dict)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lsq_core.errors import LsqError
 from lsq_core.evaluation.branches import Branch, Walk
+from lsq_core.evaluation.walked import WalkedModel
 from lsq_core.model.dtypes import torch_name
 
 #: The most logits of one model in memory at a time: in float32 256 MiB, which fill a GPU, and
@@ -85,7 +85,7 @@ def score_batch(walk: Walk, number: int, scored: int, compared: bool) -> list[Fi
                 found |= predicted.compare(expected)
             if not all(np.isfinite(values).all() for values in found.values()):
                 model = walk.models[branch.members[0]]
-                raise LsqError(locate_not_finite(model.model, ids[rows], model.what))
+                raise LsqError(_not_finite_message(model, ids[rows]))
             first = tokens.start - (ids.shape[1] - scored - 1)
             columns = slice(first, first + tokens.stop - tokens.start)
             for member in branch.members:
@@ -123,36 +123,13 @@ def _slices(walk: Walk, ids: Tensor, scored: int) -> Iterator[tuple[slice, slice
             yield slice(row, min(row + rows, len(ids))), slice(token, min(token + tokens, stop))
 
 
-def locate_not_finite(model: nn.Module, batch: Tensor, what: str) -> str:
+def _not_finite_message(model: WalkedModel, ids: Tensor) -> str:
     """Explain which module is the first, in execution order, whose output is not finite."""
-    found: list[str] = []
-
-    def make_hook(name: str) -> Callable:
-        def hook(module: nn.Module, arguments: tuple, output: object) -> None:
-            if not found and not _all_finite(output):
-                found.append(name)
-
-        return hook
-
-    hooks = [m.register_forward_hook(make_hook(name)) for name, m in model.named_modules() if name]
-    try:
-        model(batch, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    dtype = torch_name(next(model.parameters()).dtype)
-    first = f"the first not to be is that of {found[0]}" if found else "its logits are not"
+    found = model.first_not_finite(ids)
+    dtype = torch_name(next(model.model.parameters()).dtype)
+    first = f"the first not to be is that of {found}" if found else "its logits are not"
     suggestion = "bfloat16 or float32" if dtype == "float16" else "another plan or dtype"
     return (
-        f"{what} has no perplexity: its outputs in {dtype} are not finite numbers, and {first}; "
-        f"try {suggestion}."
+        f"{model.what} has no perplexity: its outputs in {dtype} are not finite numbers, and "
+        f"{first}; try {suggestion}."
     )
-
-
-def _all_finite(output: object) -> bool:
-    """Whether every float of a module's output is finite, in nested tuples, lists or dicts."""
-    if isinstance(output, Tensor):
-        return not output.is_floating_point() or bool(torch.isfinite(output).all())
-    if isinstance(output, dict):
-        output = tuple(output.values())
-    return all(map(_all_finite, output)) if isinstance(output, (tuple, list)) else True

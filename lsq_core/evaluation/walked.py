@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from lsq_core.evaluation.finite import watch_finite
+from lsq_core.model.architecture import first_tensor
 from lsq_core.model.loading import BlockModel, last_logits
 from lsq_core.model.walk import (
     Call,
@@ -34,6 +36,7 @@ class WalkedModel(Protocol):
     #: How error messages name the model.
     what: str
     model: nn.Module
+    device: torch.device
     #: Blocks that are run one by one.
     layers: int
     #: Whether logits can be computed for some tokens of a window alone.
@@ -48,11 +51,17 @@ class WalkedModel(Protocol):
     def stem(self, batches: Sequence[Tensor]) -> tuple[list[list[Call]], list[Tensor]]:
         """The calls of each block for each batch (windows, tokens), and the first one's inputs."""
 
-    def block(self, layer: int) -> Iterator[nn.Module]:
+    def block(self, layer: int) -> AbstractContextManager[nn.Module]:
         """A block, with its weights decoded within a ``with`` block."""
+
+    def head(self) -> AbstractContextManager:
+        """What :meth:`logits` needs in memory within a ``with`` block."""
 
     def logits(self, states: Tensor, ids: Tensor, tokens: slice) -> Tensor:
         """Logits (windows, tokens of the slice, vocabulary) from the last block's outputs."""
+
+    def first_not_finite(self, ids: Tensor) -> str:
+        """The first module whose output for ids (windows, tokens) isn't finite, '' for none."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +71,8 @@ class SequentialModel:
     what: str
     loaded: BlockModel
     forms: Sequence[OutputForm]
-    splits_tokens: bool = True
+    device: torch.device
+    splits_tokens: ClassVar[bool] = True
 
     @property
     def model(self) -> nn.Module:
@@ -93,11 +103,30 @@ class SequentialModel:
         with self.loaded.materialize(self.loaded.block_name(layer)), decoded_weights(block):
             yield block
 
+    def head(self) -> AbstractContextManager:
+        """See :class:`WalkedModel`."""
+        return self.loaded.materialize_head()
+
     def logits(self, states: Tensor, ids: Tensor, tokens: slice) -> Tensor:
         """See :class:`WalkedModel`; the final norm and the LM head run on these tokens alone."""
         return run_from_block(
             self.loaded, self.layers, states[:, tokens], ids[:, tokens], self.forms
         )
+
+    def first_not_finite(self, ids: Tensor) -> str:
+        """See :class:`WalkedModel`."""
+        with watch_finite(self.model) as found:
+            calls, [states] = self.stem([ids])
+        for layer, [call] in enumerate(calls):
+            if found:
+                break
+            name = self.loaded.block_name(layer)
+            with self.block(layer) as block, watch_finite(block, name) as found:
+                states = first_tensor(block(states, *call.args, **call.kwargs))
+        if not found:
+            with self.head(), watch_finite(self.model) as found:
+                self.logits(states, ids, slice(0, ids.shape[1]))
+        return found[0] if found else ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,8 +138,9 @@ class WholeModel:
 
     what: str
     model: nn.Module
-    layers: int = 0
-    splits_tokens: bool = False
+    device: torch.device
+    layers: ClassVar[int] = 0
+    splits_tokens: ClassVar[bool] = False
 
     def stem_signature(self) -> Hashable:
         """See :class:`WalkedModel`."""
@@ -124,14 +154,24 @@ class WholeModel:
         """See :class:`WalkedModel`."""
         return [], list(batches)
 
-    def block(self, layer: int) -> Iterator[nn.Module]:
+    def block(self, layer: int) -> AbstractContextManager[nn.Module]:
         """See :class:`WalkedModel`; there are no blocks."""
         raise IndexError(layer)
+
+    def head(self) -> AbstractContextManager:
+        """See :class:`WalkedModel`."""
+        return nullcontext()
 
     def logits(self, states: Tensor, ids: Tensor, tokens: slice) -> Tensor:
         """See :class:`WalkedModel`."""
         kept = last_logits(self.model, ids, ids.shape[1] - tokens.start)
         return kept[:, : tokens.stop - tokens.start]
+
+    def first_not_finite(self, ids: Tensor) -> str:
+        """See :class:`WalkedModel`."""
+        with watch_finite(self.model) as found:
+            self.model(ids, use_cache=False)
+        return found[0] if found else ""
 
 
 @torch.inference_mode()
@@ -148,16 +188,26 @@ def as_walked(
         names.insert(0, "The full-precision model")
         everything.insert(0, reference)
     try:
-        return [_sequential(*pair) for pair in zip(names, everything, strict=True)], ""
+        walked = [_sequential(*pair) for pair in zip(names, everything, strict=True)]
     except NotSequential as error:
-        return [WholeModel(*pair) for pair in zip(names, everything, strict=True)], error.reason
+        pairs = zip(names, everything, strict=True)
+        return [WholeModel(what, own, _device(own)) for what, own in pairs], error.reason
+    return walked, ""
 
 
 def _sequential(what: str, model: nn.Module) -> SequentialModel:
-    loaded = BlockModel(model)
-    device = next(model.parameters()).device
+    loaded, device = BlockModel(model), _device(model)
+    return SequentialModel(what, loaded, detect_forms(loaded, device), device)
+
+
+def detect_forms(loaded: BlockModel, device: torch.device) -> list[OutputForm]:
+    """See :func:`lsq_core.model.walk.detect_output_forms`; the tokens don't matter."""
     ids = torch.full((1, 2), _ANY_TOKEN, dtype=torch.int64, device=device)
-    return SequentialModel(what, loaded, detect_output_forms(loaded, ids))
+    return detect_output_forms(loaded, ids)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 def _signature(module: nn.Module, without: nn.Module | None = None) -> Hashable:

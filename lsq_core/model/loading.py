@@ -81,6 +81,10 @@ class BlockModel:
         """Have what comes before the first block in memory; it is, here."""
         return nullcontext()
 
+    def materialize_head(self) -> AbstractContextManager:
+        """Have all that is outside the blocks in memory, the LM head included; it is, here."""
+        return nullcontext()
+
 
 @dataclass(frozen=True, eq=False)
 class LoadedModel(BlockModel):

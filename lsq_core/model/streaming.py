@@ -80,6 +80,29 @@ class StreamedModel(LoadedModel):
         with self._materialized("", found):
             yield
 
+    @contextmanager
+    def materialize_head(self) -> Iterator[None]:
+        """All that is outside the blocks on the device for a while: also the LM head.
+
+        Raises
+        ------
+        NotStreamable
+            When the checkpoint has no LM head, and it isn't tied to the embedding.
+        """
+        prefix = find_blocks(self.model)[0]
+        slots = _meta_tensors(self.model, "")
+        found = {name: slot for name, slot in slots.items() if not name.startswith(f"{prefix}.")}
+        if not found:  # it is there already
+            yield
+            return
+        with self._materialized("", found):
+            head = self.model.get_output_embeddings()
+            if head.weight.is_meta:
+                if not self.info.tied_embeddings:
+                    raise NotStreamable("The checkpoint has no LM head")
+                head.weight = self.model.get_input_embeddings().weight
+            yield
+
     def first_block_output(self, ids: torch.Tensor) -> torch.Tensor:
         """What the first block gives (1, tokens, features) for ids (1, tokens); no more is read."""
         prefix, blocks = find_blocks(self.model)
@@ -165,7 +188,7 @@ class Checkpoint:
         self.keys_by_name: dict[str, list[str]] = {}
         for key, name, _ in target_names(model, self.slices):
             self.keys_by_name.setdefault(name, []).append(key)
-        #: Names in the output head, which is never read.
+        #: Names in the output head, which only evaluation reads.
         self.head = _parameter_names_in(model, model.get_output_embeddings())
         self._dry_run(model)
 

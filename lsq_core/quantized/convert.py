@@ -122,6 +122,35 @@ def _quantize_matrix(
     )
 
 
+def quantize_block(task: QuantizationTask, quantizer: MatrixQuantizer, layer: int) -> nn.Module:
+    """Return a quantized copy of one block, which shares the parameters not in the plan.
+
+    The block's weights have to be in memory; the task's progress is not reported.
+
+    Raises
+    ------
+    InputError, LsqError
+        As :func:`lsq_core.quantization.rows.quantize_config`.
+    """
+    packed = {
+        matrix: _quantize_matrix(task, quantizer, matrix, config)
+        for matrix, config in task.choice.items()
+        if matrix.layer == layer
+    }
+    block = shallow_copy(task.loaded.blocks[layer])
+    install(_nest(task.loaded.block_name(layer), block), packed)
+    return block
+
+
+def _nest(name: str, module: nn.Module) -> nn.Module:
+    """Return an empty module in which ``module`` has this full name."""
+    for part in reversed(name.split(".")):
+        holder = nn.Module()
+        holder.add_module(part, module)
+        module = holder
+    return module
+
+
 def replace_matrices(
     model: nn.Module,
     packed: Mapping[Matrix, StoredMatrix],

@@ -1,0 +1,143 @@
+"""Quantizing and evaluating plans with one block of the model in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lsq_core.errors import InputError
+from lsq_core.evaluation.perplexity import evaluate_walked
+from lsq_core.evaluation.protocol import EvaluationText
+from lsq_core.evaluation.result import EvaluationPair
+from lsq_core.evaluation.text_pass import TextPass
+from lsq_core.evaluation.walked import SequentialModel, detect_forms
+from lsq_core.model.loading import check_token_ids
+from lsq_core.progress import Progress, no_progress
+from lsq_core.quantization.base import MatrixQuantizer
+from lsq_core.quantization.task import QuantizationTask
+from lsq_core.quantized.convert import quantize_block
+from lsq_core.quantized.modules import decoded_weights, measured_bytes
+
+#: Tokens of a group by device, of which memory allows: a group costs reading all weights and
+#: quantizing them again, so there is no other limit.
+_GROUP_TOKENS = {"cpu": 2**62, "cuda": 2**62}
+
+
+@dataclass(frozen=True)
+class StreamedEvaluation:
+    """The evaluations of a plan and of full precision, and the bytes of the packed matrices.
+
+    ``measured_bytes`` is None if blocks were quantized by an earlier process, which was killed.
+    """
+
+    pair: EvaluationPair
+    measured_bytes: int | None
+
+
+@dataclass(frozen=True, eq=False)
+class PlannedModel(SequentialModel):
+    """A model whose blocks are quantized by a plan when they are reached, and dropped after."""
+
+    task: QuantizationTask
+    quantizer: MatrixQuantizer
+    #: Bytes of the packed matrices of each block so far, by its signature; plans have one together.
+    block_bytes: dict[Hashable, int]
+
+    def signature(self, layer: int) -> Hashable:
+        """The block's configurations and high-impact rows; full precision's if it has none."""
+        return self._plan_signature(layer) or super().signature(layer)
+
+    def _plan_signature(self, layer: int) -> Hashable:
+        """The configurations and high-impact rows of a block's matrices, () if it has none."""
+        own = {matrix: c for matrix, c in self.task.choice.items() if matrix.layer == layer}
+        rows = [tuple(self.task.rows.get(matrix.name, ())) for matrix in own]
+        grid = self.task.grid
+        made_by = (type(self.quantizer), grid.axis, grid.metadata)
+        return (*own.items(), *rows, made_by) if own else ()
+
+    @property
+    def measured_bytes(self) -> int | None:
+        """Bytes of all packed matrices, None if some blocks were not quantized here."""
+        planned = filter(None, map(self._plan_signature, range(self.layers)))
+        sizes = [self.block_bytes.get(signature) for signature in planned]
+        return None if None in sizes else sum(sizes)
+
+    @contextmanager
+    def block(self, layer: int) -> Iterator[nn.Module]:
+        """See :class:`lsq_core.evaluation.walked.WalkedModel`."""
+        with self.loaded.materialize(self.loaded.block_name(layer)):
+            block = quantize_block(self.task, self.quantizer, layer)
+            self.block_bytes[self._plan_signature(layer)] = measured_bytes(block)
+            with decoded_weights(block):
+                yield block
+
+
+@torch.inference_mode()
+def _walked(
+    tasks: Sequence[QuantizationTask], quantizers: Sequence[MatrixQuantizer]
+) -> list[SequentialModel]:
+    """Full precision and the plans, all of one streamed model."""
+    loaded = tasks[0].loaded
+    device = torch.device(loaded.device)
+    forms = detect_forms(loaded, device)
+    reference = SequentialModel("The full-precision model", loaded, forms, device)
+    block_bytes: dict[Hashable, int] = {}
+    plans = [
+        PlannedModel("The model", loaded, forms, device, task, quantizer, block_bytes)
+        for task, quantizer in zip(tasks, quantizers, strict=True)
+    ]
+    return [reference, *plans]
+
+
+def evaluate_streamed(
+    tasks: Sequence[QuantizationTask],
+    quantizers: Sequence[MatrixQuantizer],
+    texts: Sequence[EvaluationText],
+    *,
+    bos: int | None,
+    progress: Progress = no_progress,
+    checkpoints: Sequence[Sequence[Path | None]] | None = None,
+) -> Iterator[list[StreamedEvaluation]]:
+    """Quantize a model by several plans and measure them beside full precision, block by block.
+
+    No more than one block of the model is in memory, full-precision or quantized, besides the
+    hidden states; embeddings and LM head are there when these run. A block is read and quantized
+    once for each group of windows, which holds as many as memory allows. ``tasks`` are of one
+    model (:func:`lsq_core.model.streaming.open_streamed`, or loaded as a whole); all else is as in
+    :func:`lsq_core.evaluation.perplexity.evaluate_models`, whose ``seconds`` count here also
+    reading and quantizing the blocks.
+
+    Raises
+    ------
+    InputError
+        When a quantizer doesn't quantize single matrices, the blocks cannot be run one by one, or
+        a text has a token that the model's embedding has no row for.
+    LsqError
+        When a model's predictions are not finite, or a weight is not.
+    """
+    loaded = tasks[0].loaded
+    if not all(isinstance(quantizer, MatrixQuantizer) for quantizer in quantizers):
+        raise InputError(
+            "A quantizer that needs the whole model in memory cannot quantize it block by block; "
+            "choose one that quantizes each matrix by itself, such as hqq or rtn."
+        )
+    for text in texts:
+        check_token_ids(loaded.model, [int(text.ids.max()), *([] if bos is None else [bos])])
+    files = checkpoints or [[None] * len(tasks)] * len(texts)
+    text_passes = [TextPass(text, bos, paths) for text, paths in zip(texts, files, strict=True)]
+    models = _walked(tasks, quantizers)
+    found = evaluate_walked(
+        lambda: (models, ""),
+        text_passes,
+        compared=True,
+        progress=progress,
+        group_tokens=_GROUP_TOKENS,
+    )
+    for pairs in found:
+        sizes = [model.measured_bytes for model in models[1:]]
+        yield [StreamedEvaluation(*parts) for parts in zip(pairs, sizes, strict=True)]

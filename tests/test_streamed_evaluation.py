@@ -1,0 +1,97 @@
+"""Plans quantized and evaluated block by block, against whole quantized models."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from lsq_core.bits import LADDER
+from lsq_core.errors import InputError, LsqError
+from lsq_core.evaluation.perplexity import evaluate_models
+from lsq_core.evaluation.protocol import EvaluationText, Protocol
+from lsq_core.evaluation.streamed import evaluate_streamed
+from lsq_core.model.loading import load_model
+from lsq_core.model.source import ModelSource
+from lsq_core.model.streaming import open_streamed
+from lsq_core.quantization.registry import get_quantizer
+from lsq_core.quantization.task import QuantizationTask
+from lsq_core.quantized.convert import quantize_model
+from lsq_core.quantized.modules import measured_bytes
+from tests.conftest import ARCHITECTURES
+
+TEXT = EvaluationText(np.random.default_rng(2).integers(1, 4096, 300), Protocol("a", 64, 32))
+
+
+def choices(loaded):
+    """Three plans: two that have the first block in common, and one that leaves it alone."""
+    layers = loaded.info.layers
+    plans = [
+        {m: LADDER[last if m.layer + 1 == layers else 3] for m in loaded.info.matrices}
+        for last in (0, 5)
+    ]
+    return [*plans, {m: c for m, c in plans[0].items() if m.layer > 0}]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_streamed_evaluation_matches_whole_models(random_model, architecture):
+    source = ModelSource(str(random_model(architecture)))
+    loaded, streamed = load_model(source, "cpu"), open_streamed(source, "cpu")
+    rtn = get_quantizer("rtn")
+    models = [quantize_model(QuantizationTask(loaded, c), rtn) for c in choices(loaded)]
+    [expected] = evaluate_models(models, [TEXT], bos=0, reference=loaded.model)
+    tasks = [QuantizationTask(streamed, c) for c in choices(streamed)]
+    [found] = evaluate_streamed(tasks, [rtn] * 3, [TEXT], bos=0)
+    for one, (own, full), model in zip(found, expected, models, strict=True):
+        assert one.pair[0].nll == pytest.approx(own.nll, rel=1e-5)
+        assert one.pair[1].nll == pytest.approx(full.nll, rel=1e-5)
+        assert one.pair[0].kl == pytest.approx(own.kl, rel=1e-4, abs=1e-6)
+        assert one.measured_bytes == measured_bytes(model)
+    names = {name for name, p in streamed.model.named_parameters() if not p.is_meta}
+    assert not names, "weights are left in memory"
+
+
+def test_streamed_evaluation_holds_one_block(random_model):
+    streamed = open_streamed(ModelSource(str(random_model("llama-gqa"))), "cpu")
+    task = QuantizationTask(streamed, choices(streamed)[0])
+    held = []
+
+    def progress(done, total, message):
+        blocks = [not next(block.parameters()).is_meta for block in streamed.blocks]
+        held.append((message.rpartition(", ")[2], blocks))
+
+    list(evaluate_streamed([task], [get_quantizer("rtn")], [TEXT], bos=0, progress=progress))
+    assert ("block 1 of 2", [True, False]) in held
+    assert ("block 2 of 2", [False, True]) in held
+    assert ("LM head", [False, False]) in held
+
+
+def test_streamed_evaluation_of_resumed_walk_has_no_bytes(random_model, tmp_path):
+    streamed = open_streamed(ModelSource(str(random_model("llama-gqa"))), "cpu")
+    files, plans = [[tmp_path / "evaluation-a.npz"]], [get_quantizer("rtn")]
+    task = QuantizationTask(streamed, choices(streamed)[0])
+    [[first]] = evaluate_streamed([task], plans, [TEXT], bos=0, checkpoints=files)
+    [[again]] = evaluate_streamed([task], plans, [TEXT], bos=0, checkpoints=files)
+    assert first.measured_bytes > 0
+    assert again.measured_bytes is None
+    assert again.pair[0].nll.tolist() == first.pair[0].nll.tolist()
+
+
+def test_streamed_evaluation_not_finite_names_first_module(random_model):
+    streamed = open_streamed(ModelSource(str(random_model("llama-gqa"))), "cpu")
+    task = QuantizationTask(streamed, choices(streamed)[0])
+    part = streamed.blocks[1].mlp.act_fn
+
+    def overflow(module, args, output):
+        return output * torch.inf
+
+    part.register_forward_hook(overflow)
+    with pytest.raises(LsqError, match=r"no perplexity.* model\.layers\.1\.mlp\.act_fn;"):
+        list(evaluate_streamed([task], [get_quantizer("rtn")], [TEXT], bos=0))
+
+
+def test_streamed_evaluation_of_model_quantizer_raises(random_model):
+    streamed = open_streamed(ModelSource(str(random_model("llama-gqa"))), "cpu")
+    task = QuantizationTask(streamed, choices(streamed)[0])
+    with pytest.raises(InputError, match="block by block"):
+        next(evaluate_streamed([task], [get_quantizer("hybrid")], [TEXT], bos=0))
