@@ -27,7 +27,7 @@ from lsq_core.planning.plan import Plan
 from lsq_core.planning.request import PlanRequest
 from lsq_core.profiling.profile import Profile
 from lsq_core.profiling.settings import ProfileSettings
-from lsq_core.stages import evaluate, plan, predict, profile, rows
+from lsq_core.stages import evaluate, plan, predict, profile, rows, streamed
 from lsq_core.stages import run as runs
 from lsq_core.stages.model import OpenModel, find_model_info
 from lsq_core.stages.run import QuantizedRun, RunResult
@@ -179,7 +179,13 @@ class Session(OpenModel):
         plan_name: str = "",
         settings: ProfileSettings | None = None,
     ) -> dict:
-        """See :func:`lsq_core.stages.run.run_plan`."""
+        """See :func:`lsq_core.stages.run.run_plan`.
+
+        A model larger than memory is quantized and evaluated block by block, unless it is to be
+        saved (:func:`lsq_core.stages.streamed.run_plan_streamed`).
+        """
+        if save is None and not self.fits_in_memory(made.planned_bytes):
+            return streamed.run_plan_streamed(self, made, quantizer, request, plan_name, settings)
         return runs.run_plan(self, made, quantizer, request, save, plan_name, settings)
 
     def evaluate(

@@ -9,7 +9,7 @@ import torch
 from lsq_core.bits import LADDER
 from lsq_core.errors import InputError, LsqError
 from lsq_core.evaluation.perplexity import evaluate_models
-from lsq_core.evaluation.protocol import EvaluationText, Protocol
+from lsq_core.evaluation.protocol import EvaluationRequest, EvaluationText, Protocol
 from lsq_core.evaluation.streamed import evaluate_streamed
 from lsq_core.model.loading import load_model
 from lsq_core.model.source import ModelSource
@@ -18,6 +18,7 @@ from lsq_core.quantization.registry import get_quantizer
 from lsq_core.quantization.task import QuantizationTask
 from lsq_core.quantized.convert import quantize_model
 from lsq_core.quantized.modules import measured_bytes
+from lsq_core.session import Session
 from tests.conftest import ARCHITECTURES
 
 TEXT = EvaluationText(np.random.default_rng(2).integers(1, 4096, 300), Protocol("a", 64, 32))
@@ -66,14 +67,13 @@ def test_streamed_evaluation_holds_one_block(random_model):
     assert ("LM head", [False, False]) in held
 
 
-def test_streamed_evaluation_of_resumed_walk_has_no_bytes(random_model, tmp_path):
+def test_streamed_evaluation_of_resumed_walk_has_the_same_bytes(random_model, tmp_path):
     streamed = open_streamed(ModelSource(str(random_model("llama-gqa"))), "cpu")
     files, plans = [[tmp_path / "evaluation-a.npz"]], [get_quantizer("rtn")]
     task = QuantizationTask(streamed, choices(streamed)[0])
     [[first]] = evaluate_streamed([task], plans, [TEXT], bos=0, checkpoints=files)
     [[again]] = evaluate_streamed([task], plans, [TEXT], bos=0, checkpoints=files)
-    assert first.measured_bytes > 0
-    assert again.measured_bytes is None
+    assert first.measured_bytes == again.measured_bytes > 0
     assert again.pair[0].nll.tolist() == first.pair[0].nll.tolist()
 
 
@@ -95,3 +95,28 @@ def test_streamed_evaluation_of_model_quantizer_raises(random_model):
     task = QuantizationTask(streamed, choices(streamed)[0])
     with pytest.raises(InputError, match="block by block"):
         next(evaluate_streamed([task], [get_quantizer("hybrid")], [TEXT], bos=0))
+
+
+def test_run_of_model_larger_than_memory_has_the_same_figures(random_model, small_text, tmp_path):
+    """Run block by block, since it does not fit; the row in the store is that of a whole run."""
+    folder, request = str(random_model("llama-gqa")), EvaluationRequest(str(small_text))
+    whole = Session(folder, tmp_path / "whole.duckdb", "cpu")
+    plan = whole.plan("uniform", base="3.13")
+    expected = whole.run(plan, "rtn", request)
+    session = Session(folder, tmp_path / "blocks.duckdb", "cpu")
+    session.fits_in_memory = lambda more_bytes: False
+    found = session.run(session.plan("uniform", base="3.13"), "rtn", request)
+    assert not session.is_loaded
+    for name in ("perplexity", "perplexity_full", "kl"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-7)
+    columns = ["measured_bytes", "model_bytes", "device", "dtype", "quantizer", "tokens"]
+    stored, other = session.store.results()[columns], whole.store.results()[columns]
+    assert stored.to_dict("records") == other.to_dict("records")
+
+
+def test_fits_in_memory_counts_weights_and_more(random_model, monkeypatch):
+    session = Session(str(random_model("llama-gqa")), device="cpu")
+    size = 4 * session.info.parameters
+    monkeypatch.setattr("lsq_core.model.loading.available_memory", lambda: size + 100)
+    assert session.fits_in_memory(100)
+    assert not session.fits_in_memory(101)

@@ -30,13 +30,10 @@ _GROUP_TOKENS = {"cpu": 2**62, "cuda": 2**62}
 
 @dataclass(frozen=True)
 class StreamedEvaluation:
-    """The evaluations of a plan and of full precision, and the bytes of the packed matrices.
-
-    ``measured_bytes`` is None if blocks were quantized by an earlier process, which was killed.
-    """
+    """The evaluations of a plan and of full precision, and the bytes of the packed matrices."""
 
     pair: EvaluationPair
-    measured_bytes: int | None
+    measured_bytes: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,12 +57,17 @@ class PlannedModel(SequentialModel):
         made_by = (type(self.quantizer), grid.axis, grid.metadata)
         return (*own.items(), *rows, made_by) if own else ()
 
-    @property
-    def measured_bytes(self) -> int | None:
-        """Bytes of all packed matrices, None if some blocks were not quantized here."""
-        planned = filter(None, map(self._plan_signature, range(self.layers)))
-        sizes = [self.block_bytes.get(signature) for signature in planned]
-        return None if None in sizes else sum(sizes)
+    def measured_bytes(self) -> int:
+        """Bytes of all packed matrices.
+
+        Blocks that an earlier process quantized, which was killed, are quantized again for it.
+        """
+        signatures = [self._plan_signature(layer) for layer in range(self.layers)]
+        for layer, signature in enumerate(signatures):
+            if signature and signature not in self.block_bytes:
+                with self.block(layer):
+                    pass
+        return sum(self.block_bytes[signature] for signature in signatures if signature)
 
     @contextmanager
     def block(self, layer: int) -> Iterator[nn.Module]:
@@ -139,5 +141,6 @@ def evaluate_streamed(
         group_tokens=_GROUP_TOKENS,
     )
     for pairs in found:
-        sizes = [model.measured_bytes for model in models[1:]]
+        with torch.inference_mode():
+            sizes = [model.measured_bytes() for model in models[1:]]
         yield [StreamedEvaluation(*parts) for parts in zip(pairs, sizes, strict=True)]

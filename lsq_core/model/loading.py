@@ -401,7 +401,8 @@ def load_tokenizer(source: ModelSource, folder: Path) -> object:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
 
 
-def _free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
+    """Memory of a device that is free now, in bytes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return available_memory()
@@ -417,7 +418,7 @@ def check_free_memory(name: str, need: int, format_name: str, device: torch.devi
 
     ``format_name`` says what they are: a dtype, or packed matrices.
     """
-    if need > _free_bytes(device):
+    if need > free_bytes(device):
         raise LsqError(_too_large_message(name, need, format_name, device))
 
 
@@ -425,7 +426,7 @@ def _too_large_message(name: str, need: int, format_name: str, device: torch.dev
     limit = describe_memory_limit(format_bytes) if device.type == "cpu" else ""
     return (
         f"'{name}' needs {format_bytes(need)} in {format_name} and {device} has "
-        f"{format_bytes(_free_bytes(device))} free{limit and f' ({limit})'}: choose another device "
+        f"{format_bytes(free_bytes(device))} free{limit and f' ({limit})'}: choose another device "
         "or a smaller model."
     )
 

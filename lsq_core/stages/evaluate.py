@@ -60,16 +60,23 @@ def evaluate_on_texts(
     for request, stream in zip(requests, streams, strict=True):
         with translate_resource_errors(where["device"]):
             pairs = next(found)
-        known = {
-            "corpus": stream.corpus,
-            "corpus_sha256": stream.sha256,
-            "corpus_source": stream.source,
-            "truncated": stream.truncated,
-            "provenance": evaluation_provenance(where, request, tokenizer),
-        }
+        known = known_of_evaluation(stream, request, where, tokenizer)
         yield [
             (replace(own, **known), replace(full, **known) if full else None) for own, full in pairs
         ]
+
+
+def known_of_evaluation(
+    stream: TokenStream, request: EvaluationRequest, where: dict[str, str], tokenizer: object
+) -> dict:
+    """The fields of an evaluation that say what it is of and how it was made."""
+    return {
+        "corpus": stream.corpus,
+        "corpus_sha256": stream.sha256,
+        "corpus_source": stream.source,
+        "truncated": stream.truncated,
+        "provenance": evaluation_provenance(where, request, tokenizer),
+    }
 
 
 def evaluation_provenance(
@@ -106,11 +113,11 @@ def evaluate_models(
         reference=reference,
         where=model.device_and_dtype,
         report=model.report,
-        checkpoints=[[_checkpoint(model, r, i) for i in identities] for r in requests],
+        checkpoints=[[checkpoint_file(model, r, i) for i in identities] for r in requests],
     )
 
 
-def _checkpoint(
+def checkpoint_file(
     model: OpenModel, request: EvaluationRequest, identity: Sequence[object]
 ) -> Path | None:
     """The file for what was scored so far of a model on a text, where there is a folder."""

@@ -84,6 +84,18 @@ class OpenModel:
                 return ProfileSettings(**settings)
         return ProfileSettings()
 
+    def fits_in_memory(self, more_bytes: int = 0) -> bool:
+        """Whether the whole model, and ``more_bytes`` beside it, fit the device's memory now."""
+        if self.is_loaded:
+            return True
+        import torch
+
+        from lsq_core.model.loading import free_bytes
+
+        where = self.device_and_dtype
+        size = self.info.parameters * getattr(torch, where["dtype"]).itemsize
+        return size + more_bytes <= free_bytes(torch.device(where["device"]))
+
     def need_weights(self) -> None:
         """Raise :class:`InputError` for a model whose measurements alone are here."""
         if self.published:

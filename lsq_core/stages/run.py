@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from lsq_core.errors import InputError, LsqError, translate_resource_errors
 from lsq_core.evaluation.protocol import EvaluationRequest
@@ -192,19 +192,34 @@ def quantize_plan(
         When an input is wrong, the plan is for another model, the device has too little memory,
         or the disk is full.
     """
-    _check_plan_fits(model, plan)
-    check_choice(quantizer, plan.choice, plan.axis)
-    plan = with_quantizer(plan, quantizer, settings or model.default_settings)
-    run = run or _run_id(model, plan, quantizer)
+    plan = check_plan(model, plan, quantizer, settings)
+    run = run or make_run_id(model, plan, quantizer)
     folder = None if save is None else resolve_path(save)
     if folder is not None and not _is_saved(folder, run):
         check_folder_target(folder)  # before the work rather than after it
+    from lsq_core.quantized.modules import measured_bytes
+
     quantized, seconds = _quantize(model, plan)
-    row = _run_row(model, plan, quantized, seconds)
+    row = make_run_row(model, plan, measured_bytes(quantized), seconds)
     made = QuantizedRun(run, quantized, plan, row, model, plan_name)
     if folder is not None:
         made.save(folder)
     return made
+
+
+def check_plan(
+    model: OpenModel, plan: Plan, quantizer: str, settings: ProfileSettings | None
+) -> Plan:
+    """The plan as the quantizer stores it, if the model and the quantizer allow it.
+
+    Raises
+    ------
+    InputError
+        When the plan is for another model, or the quantizer cannot make it.
+    """
+    _check_plan_fits(model, plan)
+    check_choice(quantizer, plan.choice, plan.axis)
+    return with_quantizer(plan, quantizer, settings or model.default_settings)
 
 
 def _check_plan_fits(model: OpenModel, plan: Plan) -> None:
@@ -257,7 +272,7 @@ def measure(
     found = evaluate_models(model, models, requests, model.loaded.model, identities)
     for pairs, seconds in _with_stage_seconds(model, found):
         for one, (own, full) in zip(made, pairs, strict=True):
-            yield _save_run(model, one, own, full, seconds)
+            yield save_run(model, one, own, full, seconds)
 
 
 def _with_stage_seconds(
@@ -278,10 +293,19 @@ def _with_stage_seconds(
         yield pairs, dict(model.clock.seconds)
 
 
+class StoredRun(Protocol):
+    """What the store has of a run."""
+
+    run: str
+    plan: Plan
+    row: dict
+    plan_name: str
+
+
 @timed("store")
-def _save_run(
+def save_run(
     model: OpenModel,
-    made: QuantizedRun,
+    made: StoredRun,
     own: Evaluation,
     full: Evaluation,
     seconds: dict[str, float],
@@ -302,7 +326,7 @@ def _save_run(
     )
 
 
-def _run_id(model: OpenModel, plan: Plan, quantizer: str) -> str:
+def make_run_id(model: OpenModel, plan: Plan, quantizer: str) -> str:
     """A new run's id; a resumed job gives the same plan the same id."""
     if model.checkpoint_folder is None:
         return new_id()
@@ -336,14 +360,18 @@ def _quantize(model: OpenModel, plan: Plan) -> tuple[nn.Module, float]:
             _quantizer_folder(model, plan),
         )
         quantized = quantize_model(task, get_quantizer(plan.quantizer))
-    measured = measured_bytes(quantized)
+    check_planned_bytes(plan, measured_bytes(quantized))
+    seconds = time.perf_counter() - start_time + model.matrix_cache.saved_seconds - saved
+    return quantized, seconds
+
+
+def check_planned_bytes(plan: Plan, measured: int) -> None:
+    """Raise :class:`LsqError` unless the stored matrices take what the plan promised."""
     if measured != plan.planned_bytes:
         raise LsqError(
             f"The quantized model takes {measured} bytes and the plan promised "
             f"{plan.planned_bytes}; this is a defect of LSQ Explorer, please report it."
         )
-    seconds = time.perf_counter() - start_time + model.matrix_cache.saved_seconds - saved
-    return quantized, seconds
 
 
 def _quantizer_folder(model: OpenModel, plan: Plan) -> Path | None:
@@ -382,15 +410,9 @@ def _save(
     model.report("save", 1, 1, f"{format_bytes(size)} on disk")
 
 
-def _run_row(
-    model: OpenModel,
-    plan: Plan,
-    quantized: nn.Module,
-    seconds: float,
-) -> dict:
-    from lsq_core.quantized.modules import measured_bytes
-
-    measured = measured_bytes(quantized)
+def make_run_row(model: OpenModel, plan: Plan, measured: int, seconds: float) -> dict:
+    """The row of a run in the store: its plan's matrices took ``measured`` bytes."""
+    where = model.device_and_dtype
     return {
         "fingerprint": model.info.fingerprint,
         "method": plan.method,
@@ -399,9 +421,9 @@ def _run_row(
         "model_bytes": measured + plan.other_bytes,
         "quantize_seconds": seconds,
         "saved_to": None,
-        "device": model.loaded.device,
-        "machine": machine(model.loaded.device),
-        "dtype": model.loaded.dtype,
+        "device": where["device"],
+        "machine": machine(where["device"]),
+        "dtype": where["dtype"],
         "seed": plan.request.seed,
         "versions": json_text(versions(*required_packages([plan.quantizer]))),
     }
