@@ -134,7 +134,11 @@ def _config_legend(figure: go.Figure, configs: pd.Series) -> None:
 
 
 #: Perplexities up to this multiple of the smallest are in the initial view.
-_VISIBLE_VALUE_RATIO = 1.5
+_VISIBLE_VALUE_RATIO = 6
+#: From which ratio of the largest to the least visible value on the axis is logarithmic.
+_LOG_RATIO = 2
+#: Up to which ratio to the least value nothing counts as lost, and the bits shown beyond that.
+_LOSSLESS_RATIO, _BITS_BEYOND = 1.005, 0.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,19 +192,24 @@ def frontiers(lines: Sequence[FrontierLine], runs: pd.DataFrame, axis: str) -> g
 
 
 def _limit_view(figure: go.Figure, bits: np.ndarray, values: np.ndarray, max_ratio: float) -> None:
-    """Limit the initial view to small values; resetting the axes shows the rest.
+    """Limit the initial view to where there is a choice; resetting the axes shows the rest.
 
-    A model broken at 2 bits would else press everything else into a line.
+    A model broken at 2 bits would else press everything else into a line, and the bits at which
+    nothing is lost any more would take most of the width.
     """
-    limit = max_ratio * values.min()
-    if values.max() <= limit:
-        if values.max() > 5 * values.min():
-            spread = values.max() / values.min()
-            figure.update_yaxes(type="log", dtick="D2" if spread < 100 else 1)
+    least, most = values.min(), values.max()
+    limit = min(max_ratio * least, most)
+    is_log = limit > _LOG_RATIO * least
+    if is_log:
+        figure.update_yaxes(type="log", dtick="D2" if limit < 100 * least else 1)
+    if limit == most:
         return
     visible = bits[values <= limit]
-    figure.update_yaxes(range=[0.98 * values.min(), limit])
-    figure.update_xaxes(range=[visible.min() - 0.1, visible.max() + 0.1])
+    lossless = bits[values <= _LOSSLESS_RATIO * least]
+    right = min(visible.max(), lossless.min() + _BITS_BEYOND)
+    low, high = 0.98 * least, 1.02 * limit
+    figure.update_yaxes(range=[np.log10(low), np.log10(high)] if is_log else [low, high])
+    figure.update_xaxes(range=[visible.min() - 0.1, right + 0.1])
 
 
 def _band(line: FrontierLine, style: MethodStyle) -> go.Scatter:

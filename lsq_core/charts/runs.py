@@ -49,7 +49,7 @@ def size_bars(frame: pd.DataFrame) -> go.Figure:
         y=frame["other_bytes"] / scale,
         name="embeddings, norms, LM head",
         marker={"color": "rgba(138, 146, 156, 0.35)"},
-        text=[f"{value:#.3g}" for value in whole / scale],
+        text=[f"{value:#.3g}".rstrip(".") for value in whole / scale],
         textposition="outside",
         cliponaxis=False,
         hovertemplate=f"%{{x}}: the rest %{{y:.2f}} {unit}<extra></extra>",

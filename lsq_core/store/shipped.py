@@ -69,7 +69,7 @@ class ShippedTables(DatabaseFile):
         with self.connect() as connection:
             for table, where in _ROWS.items():
                 rows = connection.sql(
-                    f"SELECT * {_MARKS.get(table, '')} FROM {table} WHERE {where} ORDER BY ALL",
+                    f"SELECT * {_MARKS.get(table, '')} FROM {table} WHERE {where} ORDER BY rowid",
                     params={"models": list(fingerprints)},
                 ).to_arrow_table()
                 parquet.write_table(rows, folder / f"{table}.parquet", compression="zstd")

@@ -138,7 +138,7 @@ def profile(
     Raises
     ------
     InputError
-        When the calibration corpus is nothing known.
+        When the calibration corpus is nothing known, nor that of a shipped profile.
     """
     if not info.fingerprint:
         return None
@@ -156,19 +156,17 @@ def _profile_key(store: Store, info: ModelInfo, settings: ProfileSettings, devic
     try:
         key = profile_key(info, settings, device_and_dtype)
     except InputError:  # the text isn't here; it needn't be for a shipped profile
-        shipped = _shipped_profile_key(store, file_version(store), info.fingerprint, settings)
-        if shipped is None:
+        shipped = _shipped_profiles(store, file_version(store), info.fingerprint)
+        if settings.calibration not in {known["calibration"] for known in shipped.values()}:
             raise
-        return shipped
+        return next((id for id, known in shipped.items() if known == asdict(settings)), "")
     _migrate_older_profile(store, file_version(store), key, info, settings, device_and_dtype)
     return key
 
 
 @st.cache_data(max_entries=32, show_spinner=False)
-def _shipped_profile_key(
-    _store: Store, at: FileVersion, mark: str, settings: ProfileSettings
-) -> str | None:
-    return _store.find_shipped_profile(mark, asdict(settings))
+def _shipped_profiles(_store: Store, at: FileVersion, mark: str) -> dict[str, dict]:
+    return _store.shipped_profiles(mark)
 
 
 @st.cache_data(max_entries=32, show_spinner=False)

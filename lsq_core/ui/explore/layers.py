@@ -359,7 +359,7 @@ def _describe_flags(flags: dict[tuple[str, int], tuple[float, bool]], kind: str)
     """``14 (7.6), 15 (7.8, fall)``: the layers of a module type, the strongest first."""
     return (
         ", ".join(
-            f"{layer} ({z:.3g}{'' if rises else ', fall'})"
+            f"{layer} ({words.rounded(z)}{'' if rises else ', fall'})"
             for (of_kind, layer), (z, rises) in flags.items()
             if of_kind == kind
         )

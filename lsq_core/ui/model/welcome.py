@@ -6,7 +6,7 @@ from lsq_core import charts
 from lsq_core.model.gguf import SMOLLM2
 from lsq_core.model.info import ModelInfo
 from lsq_core.planning.frame import plan_to_frame
-from lsq_core.results.story import largest_saving
+from lsq_core.results.story import Saving, largest_saving
 from lsq_core.store.models import PUBLISHED
 from lsq_core.ui import cached, cached_results, sidebar, state, words
 from lsq_core.ui.model import choose, tour
@@ -27,9 +27,14 @@ def render_welcome(ctx: PageContext, info: ModelInfo) -> None:
     steps = tour.make_tour(ctx, info)
     if not steps:
         return
+    runs = tour.main_measurement(ctx, info)
+    saving = largest_saving(runs) if runs is not None else None
+    if saving is None:
+        tour.render_tour(steps)
+        return
     left, right = st.columns([1.25, 1], gap="large")
     with left:
-        render_picture(ctx, info)
+        render_picture(ctx, info, saving)
     with right:
         tour.render_tour(steps)
 
@@ -68,12 +73,8 @@ def display_name(info: ModelInfo) -> str:
     return "the demo model" if name == "demo" else words.escape(name.rstrip("/").rpartition("/")[2])
 
 
-def render_picture(ctx: PageContext, info: ModelInfo) -> None:
-    """A measured plan layer by layer, with what it saves: the largest saving of the runs."""
-    runs = tour.main_measurement(ctx, info)
-    saving = largest_saving(runs) if runs is not None else None
-    if saving is None:
-        return
+def render_picture(ctx: PageContext, info: ModelInfo, saving: Saving) -> None:
+    """A measured plan layer by layer, with what it saves."""
     planned, uniform = saving.planned, saving.uniform
     style = charts.method_style(planned["method"])
     st.markdown(
