@@ -20,6 +20,7 @@ from lsq_core.evaluation.protocol import EvaluationRequest
 from lsq_core.files import cached_sha256
 from lsq_core.model.gguf import SMOLLM2
 from lsq_core.model.source import ModelSource
+from lsq_core.planning.request import PlanRequest
 from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.progress import ProgressCallback, ignore_progress
 from lsq_core.store.store import Store
@@ -34,7 +35,9 @@ BASES = ("2.25", "2.51", "3.13", "3.25", "3.51", "4.13", "4.25", "4.51", "8.13")
 #: Methods that raise layers above a base are run at the bases in between, as their paper has it.
 BOOSTS = ("sensiboost", "kurtboost", "sensiboost-ablation", "kurtboost-ablation")
 BOOST_BASES = BASES[1:-1]
-KNAPSACKS = ("mxq", "loss-aware", "sensi-knapsack")
+KNAPSACKS = ("mxq", "sensi-knapsack")
+#: Tokens of a calibration block for the loss impact, which runs half the model for each matrix.
+LOSS_BLOCK_TOKENS = 128
 #: Methods that add little are run at some of the budgets only.
 VARIANTS = ("kurt-scaled", "sensi-milp", "kurt-milp")
 VARIANT_BUDGETS = ("3.2bpp", "4.2bpp")
@@ -70,27 +73,31 @@ def measure(
     figures are shown: run it in their folder.
     """
     from lsq_core.session import Session
+    from lsq_core.sweep import items, requests, sweep
 
     for name in models:
         session = Session(ModelSource(name), store, report=report)
         settings = ProfileSettings(calibration=calibration)
-        session.profile(settings, ["loss_impact"])
-        _run_methods(session, settings, corpus)
+        session.profile(settings)
+        evaluation = EvaluationRequest(corpus, "strided", MAX_TOKENS)
+        sweep(session, items(_plans(), ["hqq"], [evaluation]), settings)
+        loss_settings = replace(settings, block_tokens=LOSS_BLOCK_TOKENS)
+        session.profile(loss_settings, ["loss_impact"])
+        loss_aware = requests(PlanRequest("uniform"), ["loss-aware"], [], BUDGETS)
+        sweep(session, items(loss_aware, ["hqq"], [evaluation]), loss_settings)
         for quantizer in OTHER_QUANTIZERS:
             session.profile(replace(settings, quantizer=quantizer))
 
 
-def _run_methods(session: object, settings: ProfileSettings, corpus: str) -> None:
-    from lsq_core.planning.request import PlanRequest
-    from lsq_core.sweep import items, requests, sweep
+def _plans() -> list[PlanRequest]:
+    """The plans of all methods but the loss-aware one."""
+    from lsq_core.sweep import requests
 
     template = PlanRequest("uniform")
     plans = requests(template, ["uniform"], BASES, [])
     plans += requests(template, BOOSTS, BOOST_BASES, [])
     plans += requests(template, KNAPSACKS, [], BUDGETS)
-    plans += requests(template, VARIANTS, [], VARIANT_BUDGETS)
-    evaluation = EvaluationRequest(corpus, "strided", MAX_TOKENS)
-    sweep(session, items(plans, ["hqq"], [evaluation]), settings)
+    return plans + requests(template, VARIANTS, [], VARIANT_BUDGETS)
 
 
 def export(store: Store, folder: Path = FOLDER) -> dict[str, int]:

@@ -81,12 +81,14 @@ class ProfileTables(ModelTables):
     def profiles(self, fingerprint: str) -> pd.DataFrame:
         """A model's profiles: ``id, settings, provenance, created, origin``.
 
-        The newest comes first; those that came with the project come last, HQQ's before others.
+        The newest comes first; those that came with the project come last, the main one of them
+        (HQQ's, measured first) before the others.
         """
         return self.query(
             "SELECT id, settings, provenance, created, origin FROM profiles WHERE fingerprint = ? "
             "ORDER BY origin = 'shipped', "
-            "origin = 'shipped' AND settings ->> '$.quantizer' <> 'hqq', created DESC",
+            "origin = 'shipped' AND settings ->> '$.quantizer' <> 'hqq', "
+            "CASE WHEN origin = 'shipped' THEN created END, created DESC",
             [fingerprint],
         )
 
