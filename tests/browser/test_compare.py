@@ -103,7 +103,7 @@ def test_size_view_points_match_store(user):
     )
     assert front["x"] == pytest.approx(best["x"].tolist())
     assert front["y"] == pytest.approx(best["perplexity"].tolist())
-    assert f"perplexity {rows['perplexity'].min():.2f} " in page_text(user)
+    assert f"perplexity {rows['perplexity'].min():.2f}" in page_text(user)
     low, high = x_axis_range(user)
     in_range = rows.loc[rows["bits"].between(3, 4.55), "measured_bytes"] / 2**20
     assert low < in_range.min() < in_range.max() < high
