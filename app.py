@@ -13,12 +13,12 @@ def model_page(ctx: PageContext) -> None:
     """The question and the model's story, what the model is, and published measurements."""
     try:
         info = ctx.info
-        render_welcome(ctx, info)
+        with_sizes = not render_welcome(ctx, info)
         st.divider()
         if cached.is_published(info):
-            facts.show_published(ctx.store, info)
+            facts.show_published(ctx.store, info, with_sizes)
         else:
-            facts.show_model(info)
+            facts.show_model(info, with_sizes)
         next_step("pages/1_Explore.py", "See which layers are sensitive")
     except NoModel as error:
         render_no_model(error)

@@ -18,8 +18,8 @@ from lsq_core.units import format_bytes
 _TYPICAL = QuantConfig(4, 64)
 
 
-def show_model(info: ModelInfo) -> None:
-    """What the model is, what it takes at each stop, and what to know before going on."""
+def show_model(info: ModelInfo, with_sizes: bool = True) -> None:
+    """What the model is, its size at each configuration, and what to know before going on."""
     sizes = size_frame(info)
     common = sizes[sizes["config"] == _TYPICAL.name]
     size = f", {words.size(info.file_bytes)}" if info.file_bytes else ""
@@ -42,7 +42,8 @@ def show_model(info: ModelInfo) -> None:
         "Quantizable weights", f"{100 * info.coverage:.1f} %", help=_coverage_help(info)
     )
     facts[4].metric("Context", f"{info.context:,} tokens")
-    show_sizes(sizes)
+    if with_sizes:
+        show_sizes(sizes)
     if shallow_model_note(info.layers):
         st.warning(shallow_model_note(info.layers), icon=":material/layers:")
     for note in info.notes:
@@ -65,10 +66,10 @@ def _coverage_help(info: ModelInfo) -> str:
     )
 
 
-def show_published(store: Store, info: ModelInfo) -> None:
+def show_published(store: Store, info: ModelInfo, with_sizes: bool = True) -> None:
     """What publications tell of a model whose weights aren't here."""
     whole = bool(info.file_bytes)  # else nothing is known beside the linear weights
-    sizes = size_frame(info).replace({"name": {"original": "16 bits"}})
+    sizes = size_frame(info)
     common = sizes[sizes["config"] == _TYPICAL.name].iloc[0]
     _facts_line(
         f"{words.count(info.parameters)} {'' if whole else 'linear '}parameters; "
@@ -85,7 +86,8 @@ def show_published(store: Store, info: ModelInfo) -> None:
     facts[3].metric("Quantizable weights", f"{100 * info.coverage:.1f} %" if whole else "unknown")
     facts[4].metric("Published profiles", profiles)
     facts[5].metric("Published runs", runs.loc[runs["model"] == info.source, "run"].nunique())
-    show_sizes(sizes)
+    if with_sizes:
+        show_sizes(sizes)
     if not whole:
         st.caption("The bars show linear weights only; the size of the rest was not published.")
 
@@ -110,7 +112,8 @@ def size_frame(info: ModelInfo) -> pd.DataFrame:
     """Bytes of the whole model as it is and at each stop that fits all its matrices."""
     gguf = info.config.get("gguf")
     other = info.file_bytes - gguf["block_bytes"] if gguf else info.other_bytes
-    name = f"GGUF {gguf['type']}" if gguf else "original"
+    own_name = "16 bits" if cached.is_published(info) else "original"
+    name = f"GGUF {gguf['type']}" if gguf else own_name
     rows = [(name, "", max(info.file_bytes - other, 0), other)] if info.file_bytes else []
     for config in LADDER:
         if all(is_divisible(m.numel, config.group_size) for m in info.matrices):

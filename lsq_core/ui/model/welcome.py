@@ -9,7 +9,7 @@ from lsq_core.planning.frame import plan_to_frame
 from lsq_core.results.story import Saving, largest_saving
 from lsq_core.store.models import PUBLISHED
 from lsq_core.ui import cached, cached_results, sidebar, state, words
-from lsq_core.ui.model import choose, tour
+from lsq_core.ui.model import choose, facts, tour
 from lsq_core.ui.page import PageContext, headline
 from lsq_core.ui.safe import st
 
@@ -20,23 +20,27 @@ PURPOSE = (
 )
 
 
-def render_welcome(ctx: PageContext, info: ModelInfo) -> None:
-    """The question, three ways on, and the model's story where it has been measured."""
+def render_welcome(ctx: PageContext, info: ModelInfo) -> bool:
+    """The question, three ways on, and the model's story where it has been measured.
+
+    Returns whether the model's sizes are shown in it, which they are beside a tour without a plan.
+    """
     headline(QUESTION, PURPOSE)
     render_ways(ctx, info)
     steps = tour.make_tour(ctx, info)
     if not steps:
-        return
+        return False
     runs = tour.main_measurement(ctx, info)
     saving = largest_saving(runs) if runs is not None else None
-    if saving is None:
-        tour.render_tour(steps)
-        return
     left, right = st.columns([1.25, 1], gap="large")
     with left:
-        render_picture(ctx, info, saving)
+        if saving is not None:
+            render_picture(ctx, info, saving)
+        else:
+            facts.show_sizes(facts.size_frame(info))
     with right:
         tour.render_tour(steps)
+    return saving is None
 
 
 def render_ways(ctx: PageContext, info: ModelInfo | None) -> None:
