@@ -1,8 +1,8 @@
 """The measurements that come with the project, and how they are made again.
 
-``data/measured`` holds a profile of SmolLM2 and of the demo model by each quantizer that can make
-one, and runs of the planning methods at budgets from 2.5 to 6 bits, as Parquet files. The app
-imports them when it first starts, marked as shipped. ``make measured`` makes them again:
+``data/measured`` holds them as Parquet files: so far SmolLM2's profile by HQQ and the first runs of
+those listed here. The app imports them when it first starts, marked as shipped. ``make measured``
+makes all of them; what its database has already is not measured again:
 
     python -m lsq_core.shipped --calibration wikitext2-valid.txt --corpus wikitext2-test.txt
 """

@@ -155,6 +155,6 @@ def test_load_pickled_weights_checks_host_memory(random_model, tmp_path, monkeyp
     (folder / "model.safetensors").unlink()
     room = {"cuda": 2**40, "cpu": 1000}
     monkeypatch.setattr("lsq_core.model.loading.pick_device", lambda name: GPU)
-    monkeypatch.setattr("lsq_core.model.loading._free_bytes", lambda device: room[device.type])
+    monkeypatch.setattr("lsq_core.model.loading.free_bytes", lambda device: room[device.type])
     with pytest.raises(LsqError, match="cpu has 1000 B free"):
         load_model(ModelSource(str(folder), allow_pickle=True), "cuda")

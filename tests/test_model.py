@@ -209,7 +209,7 @@ def test_pick_device_and_dtype_unknown_raise():
 
 
 def test_load_too_little_memory_raises(monkeypatch, random_model):
-    monkeypatch.setattr("lsq_core.model.loading._free_bytes", lambda device: 1000)
+    monkeypatch.setattr("lsq_core.model.loading.free_bytes", lambda device: 1000)
     assert_refused(str(random_model("llama-gqa")), r"needs .* and cpu has 1000 B free", LsqError)
 
 

@@ -162,6 +162,6 @@ def test_profile_streams_without_loading_model(random_model, settings, monkeypat
 
 
 def test_open_streamed_too_little_memory_raises(random_model, monkeypatch):
-    monkeypatch.setattr("lsq_core.model.loading._free_bytes", lambda device: 1000)
+    monkeypatch.setattr("lsq_core.model.loading.free_bytes", lambda device: 1000)
     with pytest.raises(LsqError, match=r"needs .* float32 .*cpu .*1000 B"):
         open_streamed(ModelSource(str(random_model("llama-gqa"))), "cpu")
