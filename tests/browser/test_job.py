@@ -86,7 +86,7 @@ def plan_for_budget(user) -> None:
     planner = user.wait(lambda: user.driver.execute_script(_PLANNER), why="no live planner")
     slider = planner.find_element("css selector", "input.slider")
     start = float(planner.get_attribute("data-bits"))
-    slider.send_keys(Keys.ARROW_RIGHT * 20)
+    slider.send_keys(Keys.ARROW_RIGHT * 60)  # to the next base
     budget = float(planner.get_attribute("data-bits"))
     assert budget > start
     user.wait(
