@@ -27,7 +27,7 @@ from tests.conftest import ROOT
 #: Everything that a build reads, and the tests, which have to stay out of it.
 SOURCES = [
     *("pyproject.toml", "setup.py", "MANIFEST.in", "requirements.txt", "README.md", "LICENSE"),
-    *("app.py", "pages", ".streamlit", "data/demo_model", "lsq_core", "tests"),
+    *("app.py", "pages", ".streamlit", "data/demo_model", "data/measured", "lsq_core", "tests"),
 ]
 #: Settings of the machine that runs the tests.
 OWN = ("LSQ_DB", "LSQ_HOME", "XDG_DATA_HOME", "PYTHONPATH")
@@ -113,6 +113,9 @@ def test_wheel_contains_every_file_needed_at_run_time(wheel):
     beside |= {str(p.relative_to(ROOT)) for p in (ROOT / "pages").glob("*.py")}
     demo = ("config.json", "description.json", "model.safetensors", "tokenizer.json", "README.md")
     beside |= {f"data/demo_model/{name}" for name in demo}
+    measured = {str(p.relative_to(ROOT)) for p in (ROOT / "data" / "measured").glob("*.parquet")}
+    assert measured
+    beside |= measured
     assert len(modules) > 50
     assert {Path(name).suffix for name in assets} >= {".js", ".css", ".html", ".json", ".txt"}
     assert modules | assets | {f"lsq_core/bundled/{name}" for name in beside} <= names

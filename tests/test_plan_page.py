@@ -123,7 +123,7 @@ def test_plan_page_two_methods_share_budget(filled):  # noqa: F811
     names = {t.get("name", "") for t in chart(app)["data"]}
     assert {"MXQ, squared weight error", "Uniform, squared weight error"} <= names
     captions = " ".join(c.value for c in app.caption)
-    assert "Too few" in captions, "two runs are too few to predict from"
+    assert "Predictions on" in captions, "two runs are too few to predict from"
 
 
 def test_plan_page_missing_profile_message():

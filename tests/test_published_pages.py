@@ -82,10 +82,11 @@ def test_model_page_published_model_facts(store, model):
     if row["file_bytes"]:
         assert shown["Parameters"] == f"{row['parameters']:,}"
     else:
-        assert (shown["Parameters"], shown["Quantizable"]) == ("not published", "unknown")
-        assert "without embeddings" in first_line(app)
+        assert (shown["Parameters"], shown["Quantizable weights"]) == ("not published", "unknown")
+        assert any("without embeddings" in line.value for line in app.subheader)
     assert "no local weights" in page_text(app)
-    linear = _array(chart(app)["data"][0]["y"])
+    figures_drawn = [json.loads(c.proto.spec)["data"] for c in app.get("plotly_chart")]
+    linear = _array(next(data for data in figures_drawn if data[0]["type"] == "bar")[0]["y"])
     assert len(linear) == len(LADDER) + bool(row["file_bytes"])
     smallest = row["linear_parameters"] * LADDER[0].nominal_bits / 8 / 2**30
     assert linear[-len(LADDER)] == pytest.approx(smallest, rel=1e-3)
