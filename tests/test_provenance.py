@@ -87,7 +87,7 @@ def test_result_keeps_its_full_precision_pair(later_place):
     assert csv_bytes(store.results()) == csv_bytes(before), "and so do exports"
     record = store.record(before["evaluation"][0])
     assert record["full"]["perplexity"] == pytest.approx(10)
-    assert format_run_figures(record)["full precision"].startswith("10.0000 (this run +10.00%)")
+    assert format_run_figures(record)["full precision"].startswith("10.0000 (this run +10.00 %)")
 
 
 def test_full_precision_paired_by_device_and_dtype():
