@@ -21,7 +21,6 @@ from tempfile import mkdtemp
 from lsq_core import paths
 from lsq_core.errors import InputError, LsqError
 from lsq_core.files import cached_sha256, fsync_tree, translate_disk_error, write_error
-from lsq_core.memory import available_memory, describe_memory_limit
 from lsq_core.units import format_bytes
 from lsq_core.untrusted import read_json_object, wrap_library_errors
 
@@ -215,6 +214,8 @@ def _write_model(file: Path, folder: Path) -> None:
 
 def _check_memory(file: Path, need: int) -> None:
     """Raise :class:`LsqError` when the float32 weights would not fit into memory."""
+    from lsq_core.memory import available_memory, describe_memory_limit
+
     free = available_memory()
     if need > free:
         limit = describe_memory_limit(format_bytes)
