@@ -18,7 +18,7 @@ HEADLINES = {
     "Explore": "has not been profiled",
     "Plan": "bits:",
     "Run": "Nothing is running.",
-    "Compare": "lower perplexity",
+    "Compare": "perplexity",
     "Query": "row",
 }
 EMPTY_DATABASE_HEADLINES = {
