@@ -11,14 +11,16 @@ from lsq_core.results.gains import (
     first_pair,
     gain_at_equal_size,
     is_ablation,
+    usable,
 )
 
 SIZE = "bits_per_param"
 
 
 def runs(*rows: tuple[str, float, float], quantizer: str = "hqq") -> pd.DataFrame:
-    """Runs named a, b, c … of (method, bits, perplexity)."""
+    """Runs named a, b, c … of (method, bits, perplexity); full precision has 7.0."""
     frame = pd.DataFrame(rows, columns=["method", SIZE, "perplexity"])
+    frame["increase"] = frame["perplexity"] / 7.0 - 1
     return frame.assign(evaluation=list("abcdefgh"[: len(rows)]), quantizer=quantizer)
 
 
@@ -47,6 +49,16 @@ def test_gain_ignores_runs_of_other_sizes():
     assert gain_at_equal_size(runs(*UNIFORM, far, near), SIZE).evaluation == "d"
     assert gain_at_equal_size(runs(*UNIFORM, far), SIZE) is None
     assert first_pair(runs(*UNIFORM, far), SIZE) == ("c", "a"), "the nearest in size"
+
+
+def test_gain_leaves_out_broken_models():
+    """Half a perplexity of 500 is no gain; three times full precision's is the limit."""
+    broken = [("uniform", 2.51, 500.0), ("mxq", 2.51, 200.0), ("mxq", 3.13, 9.9)]
+    assert gain_at_equal_size(runs(*UNIFORM, *broken), SIZE).evaluation == "e"
+    assert first_pair(runs(*UNIFORM, *broken[:2]), SIZE) is None
+    assert len(usable(runs(("mxq", 3.0, 21.0), ("mxq", 3.0, 21.1)))) == 1
+    unknown = runs(("mxq", 3.0, 21.1)).assign(increase=float("nan"))
+    assert len(usable(unknown)) == 1, "without full precision nothing says that it is broken"
 
 
 def test_gain_may_be_a_loss():

@@ -216,6 +216,16 @@ def test_prediction_band_format():
     assert message(8383.03, 1189.2, 451101.7) == "8,380 (1,190 to 451,000)"
 
 
+def test_prediction_band_is_wide_beyond_a_tenth():
+    def is_wide(*bands: tuple[float, float, float]) -> bool:
+        return prediction.is_band_wide(Prediction(*np.array(bands).T, np.zeros(len(bands), bool)))
+
+    assert not is_wide((10.0, 9.1, 10.9))
+    assert is_wide((10.0, 9.1, 11.1))
+    assert is_wide((10.0, 8.9, 10.9))
+    assert is_wide((10.0, 9.1, 10.9), (20.0, 15.0, 21.0)), "of several the widest counts"
+
+
 def test_plan_page_url_has_only_non_defaults(filled):  # noqa: F811
     app = open_page("Plan", model=filled.model, method="sensiboost", ask="base")
     app.selectbox(key="base").set_value("4.51").run()

@@ -120,6 +120,28 @@ def test_measured_files_fit_the_schema(tmp_path):
     assert gain.drop > 0.03 > gain.extra
 
 
+@pytest.mark.slow
+def test_measure_makes_what_is_exported(tmp_path, monkeypatch):
+    """The documented command, a few runs of it; a second time there is nothing left to measure."""
+    (tmp_path / "text.txt").write_text(
+        "\n".join(f"Return the {i}-th item of the list." for i in range(400)), "utf8"
+    )
+    monkeypatch.chdir(tmp_path)
+    fewer = {"BASES": ("3.13",), "BOOSTS": ("sensiboost",), "BOOST_BASES": ("3.13",)}
+    fewer |= {"KNAPSACKS": ("mxq",), "VARIANTS": ("kurt-milp",), "BUDGETS": ("3.2bpp",)}
+    fewer |= {"VARIANT_BUDGETS": ("3.2bpp",), "MAX_TOKENS": 600, "OTHER_QUANTIZERS": ("rtn",)}
+    for name, value in fewer.items():
+        monkeypatch.setattr(shipped, name, value)
+    store = Store(tmp_path / "measured.duckdb")
+    for _ in range(2):
+        shipped.measure(store, "text.txt", "text.txt", ["demo"])
+    counts = export(store, tmp_path / "files")
+    assert (counts["runs"], counts["profiles"]) == (5, 3)
+    runs = store.results()
+    assert set(runs["method"]) == {"uniform", "sensiboost", "mxq", "kurt-milp", "loss-aware"}
+    assert set(runs["corpus"]) == {"text.txt"}
+
+
 # --- the story --------------------------------------------------------------------------------
 
 
@@ -151,6 +173,20 @@ def test_boost_gain_is_largest_with_its_ablation():
     assert gain.drop == pytest.approx(0.125)
     assert gain.extra == pytest.approx(3.20 / 3.13 - 1)
     assert gain.ablation_drop == pytest.approx(0.0125)
+
+
+def test_boost_gain_prefers_a_run_with_its_ablation():
+    """KurtBoost gains more here, but nothing shows that it wasn't luck."""
+    better = RUNS.assign(perplexity=[16.0, 12.0, 14.0, 15.8, 9.0, 11.5])
+    assert boost_gain(better).boosted["evaluation"] == "s3"
+    alone = boost_gain(better[better["evaluation"] != "a3"])
+    assert (alone.boosted["evaluation"], alone.ablation) == ("k4", None)
+
+
+def test_boost_gain_leaves_out_broken_models():
+    broken = RUNS.assign(perplexity=[160, 12, 60, 158, 11.9, 11.5])
+    broken["increase"] = broken["perplexity"] / 10 - 1
+    assert boost_gain(broken).boosted["evaluation"] == "k4"
 
 
 def test_no_gain_no_story():

@@ -12,6 +12,7 @@ import plotly.graph_objects as go
 from lsq_core.bits import LADDER, Config, is_mixed, parse_config
 from lsq_core.charts.style import (
     LEGEND_ABOVE,
+    LOG_TICKS,
     NEUTRAL,
     MethodStyle,
     apply_layout,
@@ -201,7 +202,7 @@ def _limit_view(figure: go.Figure, bits: np.ndarray, values: np.ndarray, max_rat
     limit = min(max_ratio * least, most)
     is_log = limit > _LOG_RATIO * least
     if is_log:
-        figure.update_yaxes(type="log", dtick="D2" if limit < 100 * least else 1)
+        figure.update_yaxes(type="log", **(LOG_TICKS if limit < 100 * least else {"dtick": 1}))
     if limit == most:
         return
     visible = bits[values <= limit]

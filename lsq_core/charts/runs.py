@@ -13,6 +13,7 @@ from lsq_core.bits import LADDER
 from lsq_core.charts.style import (
     FADED,
     LEGEND_ABOVE,
+    LOG_TICKS,
     NEUTRAL,
     apply_layout,
     config_color,
@@ -147,7 +148,7 @@ def perplexity_by_size(
     if full is not None:
         _add_full_precision_line(figure, full)
     if view.log:
-        figure.update_yaxes(type="log", dtick="D2" if quality == PERPLEXITY else 1)
+        figure.update_yaxes(type="log", **(LOG_TICKS if quality == PERPLEXITY else {"dtick": 1}))
     note = view.note(quality.title, quality.unit)
     apply_view(figure, view, note, top=not quality.higher_is_better)
     figure.update_layout(legend=LEGEND_ABOVE)

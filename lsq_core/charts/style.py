@@ -21,6 +21,13 @@ CONFIG = {
     "modeBarButtonsToRemove": ["lasso2d", "select2d", "autoScale2d"],
 }
 
+#: Ticks of a logarithmic axis written out: Plotly's own are single digits between powers of ten.
+LOG_TICKS = {
+    "tickmode": "array",
+    "tickvals": [digit * 10.0**power for power in range(-6, 12) for digit in (1, 2, 5)],
+    "ticktext": [f"{digit * 10.0**power:,.12g}" for power in range(-6, 12) for digit in (1, 2, 5)],
+}
+
 NEUTRAL = "#8a929c"
 #: Opacity of what is a control rather than a result.
 FADED = 0.35

@@ -7,6 +7,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+#: From so many times full precision's perplexity on a model is of no use, and gains over it or by
+#: it are not spoken of.
+UNUSABLE_RATIO = 3.0
+
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:

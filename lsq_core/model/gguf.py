@@ -35,8 +35,9 @@ _CONVERSION = "dequantized to float16, 1"
 _MAGIC = b"GGUF"
 #: Tensor types of GGUF that hold weights as they are.
 _FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
-#: Which configuration of the ladder has the same bits and groups as a type of GGUF.
-_SAME_GRID = {"Q4_0": "b4g32", "Q4_1": "b4g32", "Q8_0": "b8g32", "Q8_1": "b8g32"}
+#: The configuration that finds the values of a type of GGUF again: both have a least and a largest
+#: value in every block of 32 and 16 between them. Other types have no such one.
+_SAME_GRID = {"Q4_1": "b4g32"}
 
 
 @dataclass(frozen=True)

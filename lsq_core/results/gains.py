@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from lsq_core.evaluation.result import UNUSABLE_RATIO
 from lsq_core.planning.methods import PLANNERS
 
 #: Sizes that differ by at most this share are called equal: a gain in perplexity is then not one
@@ -27,6 +28,14 @@ class Gain:
     drop: float
     extra: float
     candidates: int
+
+
+def usable(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the runs within :data:`UNUSABLE_RATIO` of full precision, or without it beside them.
+
+    A broken model's perplexity halves easily, and is as broken as before.
+    """
+    return runs[~(runs["increase"].astype(float) > UNUSABLE_RATIO - 1)]
 
 
 def is_ablation(method: str) -> bool:
@@ -89,12 +98,12 @@ def _is_planned(method: str) -> bool:
 
 def gain_at_equal_size(runs: pd.DataFrame, size: str) -> Gain | None:
     """Return the largest gain over a uniform run of equal size (:data:`EQUAL_SIZE`); None if no
-    run has a uniform one of its size.
+    run has a uniform one of its size. Runs that are of no use (:func:`usable`) are left out.
 
     Of equal gains the one with the least additional size is given. Arguments are as in
     :func:`against_nearest_uniform`.
     """
-    pairs = against_nearest_uniform(runs, size)
+    pairs = against_nearest_uniform(usable(runs), size)
     equal = pairs[pairs["extra"].abs() <= EQUAL_SIZE]
     if equal.empty:
         return None
@@ -112,12 +121,12 @@ def first_pair(runs: pd.DataFrame, size: str) -> tuple[str, str] | None:
     """Return the run to compare first and the uniform run of nearest size, by evaluation.
 
     That is the pair of :func:`gain_at_equal_size`; where no sizes are equal, the pair of nearest
-    sizes; None where there is no uniform run or no other.
+    sizes; None where there is no uniform run or no other that is of use.
     """
     gain = gain_at_equal_size(runs, size)
     if gain is not None:
         return gain.evaluation, gain.uniform
-    pairs = against_nearest_uniform(runs, size)
+    pairs = against_nearest_uniform(usable(runs), size)
     if pairs.empty:
         return None
     nearest = pairs.loc[pairs["extra"].abs().idxmin()]

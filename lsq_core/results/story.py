@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from lsq_core.results.compare import add_labels
-from lsq_core.results.gains import is_ablation
+from lsq_core.results.gains import is_ablation, usable
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,20 +57,26 @@ class Saving:
 def boost_gain(runs: pd.DataFrame) -> BoostGain | None:
     """The boosted run furthest below uniform HQQ at its own base, None where none is below.
 
-    Of several with the same plan the one that took every outlier is given.
+    Runs whose ablation was run too come before others, and runs that are of no use
+    (:func:`lsq_core.results.gains.usable`) are left out. Of several with the same plan the one that
+    took every outlier is given.
     ``runs`` are of one model, corpus and protocol.
     """
-    labelled = add_labels(runs).dropna(subset=["perplexity", "label"])
+    labelled = add_labels(usable(runs)).dropna(subset=["perplexity", "label"])
     uniform = labelled[(labelled["method"] == "uniform") & (labelled["quantizer"] == "hqq")]
     boosted = labelled[labelled["method"].isin(["sensiboost", "kurtboost"])]
     columns = ["evaluation", "label", "perplexity"]
     pairs = boosted.merge(uniform[columns], on="label", suffixes=("", "_uniform"))
     if pairs.empty:
         return None
-    ratio = pairs["perplexity"] / pairs["perplexity_uniform"]
-    best = pairs.assign(ratio=ratio).sort_values(["ratio", "top_m"]).iloc[0]
-    own = _row(runs, best["evaluation"])
-    gain = BoostGain(own, _row(runs, best["evaluation_uniform"]), _ablation(runs, own))
+    ablations = {e: _ablation(labelled, e) for e in pairs["evaluation"]}
+    pairs = pairs.assign(
+        ratio=pairs["perplexity"] / pairs["perplexity_uniform"],
+        alone=[ablations[e] is None for e in pairs["evaluation"]],
+    )
+    best = pairs.sort_values(["alone", "ratio", "top_m"]).iloc[0]
+    own, uniform = (_row(runs, best[name]) for name in ("evaluation", "evaluation_uniform"))
+    gain = BoostGain(own, uniform, ablations[best["evaluation"]])
     return gain if gain.drop > 0 else None
 
 
@@ -78,13 +84,12 @@ def _row(runs: pd.DataFrame, evaluation: str) -> pd.Series:
     return runs[runs["evaluation"] == evaluation].iloc[0]
 
 
-def _ablation(runs: pd.DataFrame, boosted: pd.Series) -> pd.Series | None:
-    """The newest ablation of a boosted run that was asked for in the same way."""
-    labelled = add_labels(runs)
-    own = labelled[labelled["evaluation"] == boosted["evaluation"]].iloc[0]
+def _ablation(labelled: pd.DataFrame, boosted: str) -> pd.Series | None:
+    """The newest ablation of a boosted run, an evaluation, that was asked for in the same way."""
+    own = _row(labelled, boosted)
     same = labelled[
-        (labelled["method"] == f"{boosted['method']}-ablation")
-        & (labelled["quantizer"] == boosted["quantizer"])
+        (labelled["method"] == f"{own['method']}-ablation")
+        & (labelled["quantizer"] == own["quantizer"])
         & (labelled["label"] == own["label"])
         & (labelled["boost_stop"] == own["boost_stop"])
         & (labelled["top_m"] == own["top_m"])

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 
+from lsq_core.evaluation.result import UNUSABLE_RATIO
 from lsq_core.profiling.metrics import METRICS
 from lsq_core.units import GIB, MIB
 
@@ -65,15 +66,15 @@ _VERDICTS = (
     (1.02, "close to full precision"),
     (1.1, "a small loss"),
     (1.5, "a clear loss"),
-    (3.0, "a heavy loss"),
+    (UNUSABLE_RATIO, "a heavy loss"),
 )
 
 
 def loss_verdict(increase: float | None) -> str:
     """What a relative increase of perplexity means: ``+1.8 %: close to full precision``.
 
-    From three times full precision's perplexity on a model is said to be unusable, with the ratio
-    in the place of a percentage.
+    Beyond :data:`lsq_core.evaluation.result.UNUSABLE_RATIO` a model is said to be unusable, with
+    the ratio in the place of a percentage.
     """
     if increase is None or not math.isfinite(increase):
         return "not finite: unusable"

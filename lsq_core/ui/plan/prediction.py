@@ -32,10 +32,18 @@ def format_band(predicted: Prediction) -> str:
     A wide band is written by its ends, without meaningless decimals: ``11.1 (7.52 to 23.5)``.
     """
     middle, low, high = predicted.perplexity[0], predicted.low[0], predicted.high[0]
-    wider = max(high - middle, middle - low)
-    if wider > middle / 10:
+    if is_band_wide(predicted):
         return f"{words.rounded(middle)} ({words.rounded(low)} to {words.rounded(high)})"
-    return f"{middle:.2f} ±{wider:.2f}"
+    return f"{middle:.2f} ±{max(high - middle, middle - low):.2f}"
+
+
+def is_band_wide(predicted: Prediction) -> bool:
+    """Whether a side of any band is more than a tenth of what is predicted.
+
+    Two such predictions say nothing of the difference between them.
+    """
+    sides = np.maximum(predicted.high - predicted.perplexity, predicted.perplexity - predicted.low)
+    return bool((sides > predicted.perplexity / 10).any())
 
 
 def describe_prediction_basis(predictor: Predictor, extrapolated: bool) -> str:

@@ -12,7 +12,12 @@ from lsq_core.evaluation.prediction import (
 from lsq_core.planning.methods import reads_field
 from lsq_core.planning.plan import Plan
 from lsq_core.ui.page import headline
-from lsq_core.ui.plan.prediction import describe_gap, describe_prediction_basis, format_band
+from lsq_core.ui.plan.prediction import (
+    describe_gap,
+    describe_prediction_basis,
+    format_band,
+    is_band_wide,
+)
 from lsq_core.ui.plan.query import PlanQuery
 from lsq_core.ui.safe import st
 from lsq_core.units import format_bytes
@@ -45,7 +50,9 @@ def render_summary(query: PlanQuery, plan: Plan) -> None:
         uniform = np.full_like(stops, LADDER.index(reference))
         predicted = predictor.predict(features(query.problem, np.concatenate([stops, uniform])))
         text = f"perplexity {format_band(predicted)} predicted, {size}"
-        if not alike:
+        if not alike and is_band_wide(predicted):
+            text += f", {_more_or_less(extra, 'more', 'less')} memory than {against}"
+        elif not alike:
             change = predicted.perplexity[0] / predicted.perplexity[1] - 1
             text = (
                 f"perplexity {format_band(predicted)} predicted, "
