@@ -334,7 +334,7 @@ def snap_to_stop(bits: float) -> float:
 
     Sizes are shown and typed with at most four decimals, which may lie below the stop.
 
-    >>> exact_bits(3.2539)
+    >>> snap_to_stop(3.2539)
     3.25390625
     """
     return next((c.nominal_bits for c in LADDER if round(c.nominal_bits, 4) == bits), bits)

@@ -125,10 +125,14 @@ class Session(OpenModel):
         return plan.plan_model(self, method, settings or self.default_settings)
 
     def predictor(
-        self, problem: Problem, settings: ProfileSettings, *quantizer_spec: str
+        self,
+        problem: Problem,
+        settings: ProfileSettings,
+        corpus: str | None = None,
+        protocol: str | None = None,
     ) -> Predictor:
         """See :func:`lsq_core.stages.predict.fit_predictor`."""
-        return predict.fit_predictor(self, problem, settings, *quantizer_spec)
+        return predict.fit_predictor(self, problem, settings, corpus, protocol)
 
     def predicted(
         self,

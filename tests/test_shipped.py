@@ -60,7 +60,9 @@ def test_import_marks_origin_and_keeps_figures(measured, store):
     for run in runs["evaluation"]:
         assert store.record(run)["evaluation"]["provenance"]["origin"] == SHIPPED
     fingerprint = runs["fingerprint"].iloc[0]
-    assert store.profiles(fingerprint)["origin"].eq(SHIPPED).all()
+    profiles = store.profiles(fingerprint)
+    assert profiles["origin"].eq(SHIPPED).all()
+    assert {store.profile(id).provenance["origin"] for id in profiles["id"]} == {SHIPPED}
 
 
 def test_import_happens_once(measured, store):

@@ -23,9 +23,9 @@ _COUNTS = {
 def find_excessive_count(config: dict) -> str:
     """The count of layers or experts that is larger than any model's, as ``name is value``, or ''.
 
-    >>> too_many({"num_hidden_layers": 32})
+    >>> find_excessive_count({"num_hidden_layers": 32})
     ''
-    >>> too_many({"text_config": {"num_hidden_layers": 10**9}})
+    >>> find_excessive_count({"text_config": {"num_hidden_layers": 10**9}})
     'text_config.num_hidden_layers is 1000000000'
     """
     for name, value in _entries(config):
@@ -42,7 +42,7 @@ def find_invalid_sizes(config: dict) -> list[str]:
     Some of them are right in some models (null for a default, 0 for none), so this only tells
     where to look once a model could not be built.
 
-    >>> odd_sizes({"num_attention_heads": 0, "hidden_size": "64", "vocab_size": 9, "eps": 0})
+    >>> find_invalid_sizes({"num_attention_heads": 0, "hidden_size": "64", "eps": 0})
     ['num_attention_heads is 0', 'hidden_size is "64"']
     """
     return [

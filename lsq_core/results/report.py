@@ -20,6 +20,14 @@ if TYPE_CHECKING:
     from lsq_core.model.info import Matrix
 
 
+#: Who measured a run, by its origin.
+_ORIGINS = {
+    "measured": "measured",
+    "shipped": "measured beforehand, comes with LSQ Explorer",
+    "published": "published by the methods' authors",
+}
+
+
 @dataclass
 class HtmlReport:
     """A page that is written from top to bottom; everything said is escaped."""
@@ -151,7 +159,7 @@ def run_report(
     )
     report.paragraph(
         f"{record['model'].get('source')}, run {run['id']} of {run['created']:%Y-%m-%d %H:%M} UTC, "
-        + ("published by the methods' authors" if run["origin"] == "published" else "measured")
+        + _ORIGINS[run["origin"]]
         + f", {own['protocol']}. Written by LSQ Explorer."
     )
     if run["note"]:

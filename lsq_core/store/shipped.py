@@ -30,12 +30,14 @@ _ROWS = {
     "evaluations": "fingerprint IN (SELECT unnest($models)) AND (run IS NULL OR run IN "
     "(SELECT id FROM runs WHERE deleted IS NULL))",
 }
+_MARKED_PROVENANCE = (
+    f"""CAST(json_merge_patch(provenance, '{{"origin": "{SHIPPED}"}}') AS JSON) AS provenance"""
+)
 #: How the rows of a table are told from a person's own once they are imported.
 _MARKS = {
-    "profiles": f"REPLACE ('{SHIPPED}' AS origin)",
+    "profiles": f"REPLACE ('{SHIPPED}' AS origin, {_MARKED_PROVENANCE})",
     "runs": f"REPLACE ('{SHIPPED}' AS origin, NULL AS saved_to, false AS starred, '' AS note)",
-    "evaluations": "REPLACE (CAST(json_merge_patch(provenance, "
-    f"""'{{"origin": "{SHIPPED}"}}') AS JSON) AS provenance)""",
+    "evaluations": f"REPLACE ({_MARKED_PROVENANCE})",
 }
 #: What an earlier import brought, what points to others before what is pointed to.
 _IMPORTED = {

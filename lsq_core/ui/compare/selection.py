@@ -11,6 +11,7 @@ from lsq_core import charts
 from lsq_core.errors import InputError
 from lsq_core.results.gains import EQUAL_SIZE, Gain, first_pair, gain_at_equal_size
 from lsq_core.store.models import PUBLISHED
+from lsq_core.store.shipped import SHIPPED
 from lsq_core.ui import cached, cached_results, words
 from lsq_core.ui.page import PageContext, headline
 from lsq_core.ui.safe import st
@@ -277,6 +278,9 @@ def _describe_runs(choice: Choice) -> list[str]:
         facts.append(f"full precision {best['perplexity_full']:.2f}, so {more}")
     if choice.published:
         facts.append("published, not measured here")
+    shipped = int((choice.runs["origin"] == SHIPPED).sum())
+    if shipped:
+        facts.append(f"{shipped} of {words.plural(len(choice.runs), 'run')} come with LSQ Explorer")
     return facts
 
 

@@ -30,6 +30,7 @@ from lsq_core.profiling.metrics import (
 )
 from lsq_core.profiling.profile import Profile
 from lsq_core.quantization.registry import quantizer_spec
+from lsq_core.store.shipped import SHIPPED
 from lsq_core.ui import cached, words
 from lsq_core.ui.explore.profile import ExploreView
 from lsq_core.ui.page import next_step
@@ -289,6 +290,7 @@ def describe_origin(profile: Profile) -> str:
     return (
         f"Profile {profile.id}: {facts['tokens']:,} tokens of {facts['corpus_source']}; "
         f"{facts['device']}, {facts['dtype']}, {words.seconds(_measuring_seconds(facts))}."
+        f"{' It comes with LSQ Explorer.' * (facts.get('origin') == SHIPPED)}"
         f"{_describe_configs(profile.settings.quantizer)}"
     )
 
