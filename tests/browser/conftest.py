@@ -215,6 +215,14 @@ class User:
         """Every visible element that matches."""
         return [e for e in self.driver.find_elements("css selector", css) if e.is_displayed()]
 
+    def first(self, css: str) -> object:
+        """The first visible element that matches, once there is one.
+
+        A script that has ended isn't a page that is drawn: the browser fetches the code of some
+        elements only when they are first shown.
+        """
+        return self.wait(lambda: self.all(css)[0], why=f"nothing matches {css}")
+
     @property
     def first_line(self) -> str:
         """The page's headline, or nothing while there is none."""

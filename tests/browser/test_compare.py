@@ -76,8 +76,12 @@ def opened_run(user: User) -> str:
 
 def run_by_time(user: User, label: str) -> str:
     """Which run a box shows, by the second it was kept in."""
-    boxes = user.all("[data-testid=stSelectbox]")
-    (box,) = [b for b in boxes if b.text.split("\n")[0] == label]
+
+    def find_box() -> object:
+        boxes = user.all("[data-testid=stSelectbox]")
+        return next((box for box in boxes if box.text.split("\n")[0] == label), None)
+
+    box = user.wait(find_box, why=f"no box '{label}'")
     shown = box.find_element("css selector", "input").get_attribute("value") or box.text
     minutes, seconds = shown.strip().split(":")[-2:]
     return f"{60 * int(minutes) + int(seconds):012x}"
@@ -240,7 +244,7 @@ def test_point_click_opens_run_and_keeps_zoom(user):
     before = opened_run(user)
     assert before == stored_runs(user)["perplexity"].idxmin()
     opened_on = x_axis_range(user)
-    user.driver.find_element("css selector", f"{PLOT} [data-title='Zoom out']").click()
+    user.first(f"{PLOT} [data-title='Zoom out']").click()
     user.wait(lambda: x_axis_range(user)[0] < opened_on[0], why="the chart did not zoom")
     range_before = x_axis_range(user)
     ActionChains(user.driver).move_to_element(central_marker(user)).pause(0.3).click().perform()
@@ -253,7 +257,7 @@ def test_point_click_opens_run_and_keeps_zoom(user):
 
 def central_marker(user: User) -> object:
     """A marker in the middle of what the zoomed chart shows."""
-    frame = user.driver.find_element("css selector", ".js-plotly-plot .nsewdrag").rect
+    frame = user.first(".js-plotly-plot .nsewdrag").rect
 
     def distance_to_center(point: object) -> float:
         x, y = (point.rect[a] + point.rect[s] / 2 for a, s in (("x", "width"), ("y", "height")))
@@ -277,9 +281,9 @@ def test_star_and_note_persist_after_reload(user):
     )
     user.driver.refresh()
     user.wait_for_headline("perplexity", 60)
-    (note,) = user.wait(lambda: user.all("input[aria-label=Note]"), why="no note")
+    note = user.first("input[aria-label=Note]")
     assert note.get_attribute("value") == "worth a second look"
-    assert "★" in [b.text for b in user.all("button")]
+    user.wait(lambda: "★" in [b.text for b in user.all("button")], why="no star")
 
 
 def test_delete_run_and_undo(user):
@@ -343,7 +347,7 @@ def test_chart_download_as_html_png_svg(user, tmp_path):
             )
         user.press(Keys.ESCAPE)
         user.wait(lambda: not user.all("[data-testid=stPopoverBody]"))
-        user.driver.find_element("css selector", camera).click()
+        user.first(camera).click()
         assert user.saved(f"*.{kind}").read_bytes().startswith(begins)
     user.driver.get(written.as_uri())
     assert points(user.figures[0]) == points(figure)
@@ -357,7 +361,7 @@ def test_run_export_report_and_bibtex(user, tmp_path):
     row = stored_runs(user).loc[evaluation]
     record = user.server.store.record(evaluation)
     user.click("Export")
-    command = user.wait(lambda: user.all("[data-testid=stPopoverBody] code"))[0].text
+    command = user.first("[data-testid=stPopoverBody] code").text
     assert command.startswith("lsq run --model demo")
     user.click("BibTeX")
     assert user.saved("*.bib").read_text("utf8") == bibtex(record)
@@ -410,7 +414,7 @@ def test_sql_page_select_works_and_copy_is_refused(user, tmp_path):
 def run_sql(user: User, sql: str) -> None:
     from selenium.webdriver.common.keys import Keys
 
-    field = user.wait(lambda: user.all("textarea[aria-label=SQL]"))[0]
+    field = user.first("textarea[aria-label=SQL]")
     field.send_keys(Keys.CONTROL, "a")
     field.send_keys(sql, Keys.CONTROL, Keys.ENTER)
     user.wait(user.is_idle)

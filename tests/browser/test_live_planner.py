@@ -273,7 +273,7 @@ class PlannerPage:
     @property
     def python(self) -> str:
         """What the script below the planner says: its runs and the budget it knows."""
-        return self.user.all("[data-testid=stCaptionContainer]")[0].text
+        return self.user.first("[data-testid=stCaptionContainer]").text
 
     @property
     def runs(self) -> int:
@@ -539,7 +539,7 @@ def test_rerun_during_drag_keeps_slider_position(user):
     live.hold_thumb().move_by_offset(60, 0).perform()
     user.wait(lambda: live.bits > 3.5)
     held = live.bits
-    other_button = user.all("[data-testid=stButton] button")[0]
+    other_button = user.first("[data-testid=stButton] button")
     live.driver.execute_script("arguments[0].click()", other_button)
     live.committed(5.0)
     assert live.bits == held

@@ -95,12 +95,12 @@ def test_queued_and_running_jobs_can_be_cancelled(user):
     first = newest_job(user.server, "run")
     user.type("Max tokens", "30000")  # the same again would be joined
     user.click("Quantize and evaluate")
-    queue_panel = user.wait(lambda: user.all(".st-key-queue"), why="no queue is shown")[0]
+    queue_panel = user.first(".st-key-queue")
     second = newest_job(user.server, "run")
     assert second.id != first.id
     assert second.title in queue_panel.text
     assert "Waiting" in queue_panel.text
-    bar = user.wait(lambda: user.all(f".st-key-side-bar-{second.id} [role=progressbar]"))[0]
+    bar = user.first(f".st-key-side-bar-{second.id} [role=progressbar]")
     assert bar.get_attribute("aria-valuenow") == "0"
     user.click("Cancel", ".st-key-queue button")
     user.wait(lambda: not user.all(".st-key-queue"), why="it is still in the queue")
@@ -125,7 +125,7 @@ def test_sweep_fills_table_and_store(user):
     user.type("Budgets", "2.25, 3.2")
     user.type("Max tokens", "1500")
     # SensiBoost and MXQ would measure a profile first
-    methods = user.all("[data-testid=stMultiSelect] input")[0]
+    methods = user.first("[data-testid=stMultiSelect] input")
     methods.send_keys(Keys.BACKSPACE, Keys.BACKSPACE, Keys.ESCAPE)
     captions = "[data-testid=stCaptionContainer]"
     user.wait(lambda: any(e.text.startswith("2 runs;") for e in user.all(captions)))
@@ -136,7 +136,7 @@ def test_sweep_fills_table_and_store(user):
     assert len(rows) == 2, "a plan that was run before gets an evaluation more, not a run"
     assert rows["run"].nunique() == 2
     best = rows.loc[rows["perplexity"].idxmin()]
-    caption = user.all("[data-testid=stCaptionContainer]")[0].text
+    caption = user.first("[data-testid=stCaptionContainer]").text
     assert f"perplexity {best['perplexity']:.2f}" in caption
     assert "0 failed" in line
 
