@@ -35,7 +35,7 @@ from lsq_core.quantization.registry import (
 )
 from lsq_core.settings import CalibrationSettings
 from lsq_core.stages.model import OpenModel
-from lsq_core.stages.profile import profile_model
+from lsq_core.stages.profile import planning_profile
 from lsq_core.stages.rows import row_impact
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def plan_model(model: OpenModel, request: PlanRequest, settings: ProfileSettings
     # A budget out of reach is rejected before anything is measured or downloaded.
     options = planner.options(request)
     request.resolve_budget(Problem(model.config_info.matrices).with_options(options))
-    profile = profile_model(model, settings, planner.metrics) if planner.metrics else None
+    profile = planning_profile(model, settings, planner.metrics) if planner.metrics else None
     problem = _cached_problem(model, profile).with_options(options)
     if planner.reads_rows:
         problem = replace(problem, impact=row_impact(model, request, settings))
