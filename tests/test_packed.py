@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hqq.core.quantize import Quantizer as HqqPackage
@@ -12,7 +16,7 @@ from lsq_core.bits import LADDER, QuantConfig
 from lsq_core.errors import InputError, LsqError
 from lsq_core.model.loading import load_model
 from lsq_core.model.source import DEMO_FOLDER, ModelSource
-from lsq_core.quantization import layout
+from lsq_core.quantization import layout, packed_triton
 from lsq_core.quantization.base import from_groups, to_groups
 from lsq_core.quantization.packed import (
     Metadata,
@@ -23,7 +27,8 @@ from lsq_core.quantization.packed import (
 )
 from lsq_core.quantization.registry import get_quantizer
 from lsq_core.quantized.artifact import make_meta_tensors
-from tests.conftest import packed_bytes
+from lsq_core.quantized.modules import PackedLinear
+from tests.conftest import ROOT, packed_bytes
 
 
 @given(
@@ -204,3 +209,25 @@ def test_demo_model_shape_and_size():
     assert loaded.info.layers >= 24
     assert all(m.in_features % 128 == 0 for m in loaded.info.matrices)
     assert sum(p.stat().st_size for p in DEMO_FOLDER.iterdir() if p.is_file()) < 40e6
+
+
+@pytest.mark.skipif(not packed_triton.available(), reason="Triton is not installed")
+@pytest.mark.parametrize(
+    ("interpret", "arguments", "said"), [("1", [], "34 matrices"), ("0", ["compile"], "compiled")]
+)
+def test_triton_kernels(interpret, arguments, said):
+    """In a process of its own, because Triton reads the variable when it is imported."""
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.triton_packed", *arguments],
+        env=os.environ | {"TRITON_INTERPRET": interpret},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert said in run.stdout
+
+
+def test_matrix_on_the_cpu_is_decoded_by_pytorch():
+    module = PackedLinear(quantize_matrix(torch.randn(8, 64), LADDER[0], get_quantizer("rtn")))
+    assert module.kernel == "pytorch"

@@ -14,7 +14,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import lsq_core as lsq
+from lsq_core.evaluation.protocol import EvaluationRequest
+from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.results.audit import audit_folder
+from lsq_core.store.store import Store
 from tests.conftest import ROOT
 
 
@@ -194,3 +197,27 @@ def test_readme_session_runs(tmp_path):
     )
     assert float(done.stdout.splitlines()[-1]) > 1, done.stderr
     assert Path(tmp_path / "my-model-3bit" / "lsq.json").is_file()
+
+
+def test_run_in_bfloat16_plans_from_the_usual_profile(random_model, small_text, tmp_path):
+    """The profile in float32 serves; figures of the two dtypes are kept apart, and are close."""
+    model, store = str(random_model("llama-gqa")), Store(tmp_path / "lsq.duckdb")
+    settings = ProfileSettings("rtn", calibration=str(small_text), samples=4, block_tokens=64)
+    request = EvaluationRequest(str(small_text))
+    usual = lsq.Session(model, store, "cpu")
+    profile = usual.profile(settings)
+    plan = usual.plan("mxq", settings, budget="3.2bpp")
+    expected = usual.run(plan, "rtn", request)
+    other = lsq.Session(model, store, "cpu", "bfloat16")
+    made = other.plan("mxq", settings, budget="3.2bpp")
+    assert made.profile == plan.profile == profile.id
+    assert made.choice == plan.choice
+    found = other.run(made, "rtn", request)
+    assert found["dtype"] == "bfloat16"
+    assert found["perplexity"] == pytest.approx(expected["perplexity"], rel=0.05)
+    dtypes = store.query("SELECT DISTINCT provenance ->> '$.dtype' AS d FROM evaluations")
+    assert set(dtypes["d"]) == {"float32", "bfloat16"}
+    assert len(store.profiles(usual.info.fingerprint)) == 1
+    own = other.profile(settings)
+    assert own.id != profile.id, "one that is asked for is measured in the session's dtype"
+    assert other.plan("mxq", settings, budget="3.2bpp").profile == own.id

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lsq_core.bits import QuantConfig, is_divisible
 from lsq_core.errors import InputError, LsqError
+from lsq_core.quantization import packed_triton
 from lsq_core.quantization.base import (
     Grid,
     MatrixQuantizer,
@@ -208,11 +209,19 @@ class PackedMatrix(StoredMatrix):
             named |= {f"{part}_{name}": tensor for name, tensor in metadata.tensors.items()}
         return named
 
+    @property
+    def uses_triton(self) -> bool:
+        """Whether kernels in Triton decode it: on a GPU, where Triton is installed."""
+        return self.codes.is_cuda and packed_triton.available()
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weights (out, in), computed in float32 and then cast.
 
-        On the CPU it is done in chunks of groups that fit the cache.
+        On a GPU one kernel does it where there is Triton (:attr:`uses_triton`). On the CPU it is
+        done in chunks of groups that fit the cache.
         """
+        if self.uses_triton:
+            return packed_triton.decode(self, dtype)
         weights = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
         size, bits = self.config.group_size, self.config.bits
         groups = weights.view(-1, size) if self.axis == 1 else weights.view(size, -1).T

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lsq_core.model.architecture import CompressedWeights
+from lsq_core.quantization import packed_triton
 from lsq_core.quantization.base import StoredMatrix
+from lsq_core.quantization.packed import PackedMatrix
 
 
 class PackedLinear(CompressedWeights):
@@ -18,9 +20,10 @@ class PackedLinear(CompressedWeights):
 
     Within :func:`decoded_weights` it is decoded once.
 
-    It replaces ``nn.Linear`` and transformers' ``Conv1D``; the bias stays in full precision. The
-    product is PyTorch's: the fused kernels that ``hqq`` offers (gemlite, torchao) need their own
-    layouts, and so a second copy of the weights.
+    It replaces ``nn.Linear`` and transformers' ``Conv1D``; the bias stays in full precision. For a
+    few tokens on a GPU one kernel decodes and multiplies (:attr:`kernel`); else the product is
+    PyTorch's. The fused kernels that ``hqq`` offers (gemlite, torchao) need their own layouts, and
+    so a second copy of the weights.
     """
 
     def __init__(
@@ -68,7 +71,23 @@ class PackedLinear(CompressedWeights):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """``inputs`` (…, in) to (…, out), in the dtype of the inputs."""
+        if self._multiplies_packed(inputs):
+            rows = packed_triton.multiply(self.packed, inputs.reshape(-1, self.in_features))
+            outputs = rows.view(*inputs.shape[:-1], self.out_features)
+            return outputs if self.bias is None else outputs + self.bias
         return F.linear(inputs, self._decoded(inputs.dtype), self.bias)
+
+    def _multiplies_packed(self, inputs: Tensor) -> bool:
+        """Whether a kernel decodes while it multiplies: few tokens, and no gradients."""
+        few = 0 < inputs.numel() <= packed_triton.MAX_TOKENS * self.in_features
+        differentiated = torch.is_grad_enabled() and inputs.requires_grad
+        return self._held is None and few and not differentiated and self.kernel == "triton"
+
+    @property
+    def kernel(self) -> str:
+        """What decodes the weight: ``triton``, which multiplies few tokens too, or ``pytorch``."""
+        packed = self.packed
+        return "triton" if isinstance(packed, PackedMatrix) and packed.uses_triton else "pytorch"
 
     def hold(self) -> None:
         """Decode the weight in the model's dtype and keep it until :meth:`release`."""
