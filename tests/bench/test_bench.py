@@ -144,7 +144,7 @@ def test_gpu_rows_measure_on_any_device(small_text):
     assert evaluated.details["scored_tokens_per_s"] > 0
     settings = ProfileSettings("rtn", calibration=str(small_text), samples=4, block_tokens=64)
     assert gpu.profile_on("cpu", 1, "demo", settings).ours_s > 0
-    forward = packed.measure_forward("packed_forward_gpu", packed.Case(128, (1, 8)), 1)
+    forward = packed.measure_forward("packed_forward_gpu", packed.Case(512, (1, 64)), 1)
     assert not forward.wrong
     assert len(forward.details["cases"]) == 4 * 2 * 2
 
