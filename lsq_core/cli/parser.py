@@ -93,7 +93,7 @@ def _add_model_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     )
     sub.add_argument(
         "--protocol",
-        help="protocol to predict it for, strided or blocks (default: that of most runs)",
+        help="protocol to predict it for (default: that of most runs)",
     )
     sub.add_argument("--out", type=Path, help="write the plan to a file, for run --plan")
 
