@@ -86,6 +86,8 @@ requests = st.fixed_dictionaries(
         "loss": st.sampled_from(["block", "model", "none"]),
         "ratios": st.sampled_from(["uniform", "diagonal", "full"]),
         "clip": st.booleans(),
+        "ties": st.lists(st.sampled_from(["q_proj,k_proj", "gate_proj,up_proj", "q_proj", "x,y"])),
+        "serve": st.sampled_from([None, "vllm", "nothing"]),
     },
 )
 

@@ -94,6 +94,8 @@ def _plan_request(options: argparse.Namespace, method: str | None = None) -> Pla
         loss=options.loss,
         ratios=options.ratios,
         clip=options.clip,
+        ties=tuple(options.tie),
+        serve=options.serve,
     )
 
 

@@ -12,9 +12,9 @@ from lsq_core.bits import (
 )
 from lsq_core.errors import InputError
 from lsq_core.evaluation import prediction
+from lsq_core.planning.constraints import restrict
 from lsq_core.planning.make import make_frontier
 from lsq_core.planning.methods import get_planner
-from lsq_core.planning.pins import apply_pins
 from lsq_core.planning.plan import Plan
 from lsq_core.planning.problem import Problem
 from lsq_core.planning.request import PlanRequest
@@ -109,9 +109,9 @@ def request_for_max_loss(
     profile = profile_model(model, settings, [*prediction.METRICS, *planner.metrics])
     problem = build_problem(model.info, profile)
     check_metrics(model.info, problem, request)
-    pinned = apply_pins(problem, request.pins)
+    restricted = restrict(problem, request)
     predictor = fit_predictor(model, problem, settings, corpus, protocol)
-    frontier = make_frontier(pinned, request)
-    budget = prediction.smallest_budget_within(frontier, predictor, pinned, max_loss)
+    frontier = make_frontier(restricted, request)
+    budget = prediction.smallest_budget_within(frontier, predictor, restricted, max_loss)
     # 17 digits write any float exactly, so the same plan is found again.
     return replace(request, budget=f"{budget:.17g}B")
