@@ -11,7 +11,6 @@ from lsq_core.bits import Budget, mixed_rows
 from lsq_core.errors import InputError
 from lsq_core.planning.problem import TOLERANCE, Problem
 from lsq_core.planning.servers import get_server
-from lsq_core.planning.ties import Tie
 
 #: Losses that high-impact ratios are measured by: on the block's own output, or on the model's.
 LOSSES = ("block", "model")
@@ -60,8 +59,6 @@ class PlanRequest:
         self._check_types()
         for name in _TEXTS:  # JSON gives lists
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        for text in self.ties:
-            Tie.parse(text)
         if self.serve is not None:
             get_server(self.serve)
         if self.boost_stop < 0 or self.top_m < 0:
