@@ -298,6 +298,16 @@ def test_server_fuses_experts_of_a_layer(fused):
         assert len(own) == 1
 
 
+def test_server_fuses_experts_in_modules_of_their_own():
+    """JetMoE's stacks are the weights of two modules."""
+    matrices = tuple(
+        Matrix(f"m.0.mlp.{k}.weight.{e}", 0, f"mlp.{k}.weight", 128, 128, e)
+        for k in ("input_linear", "output_linear")
+        for e in range(2)
+    )
+    assert apply_ties(Problem(matrices), PlanRequest("mxq", serve="vllm")).groups == ((0, 1, 2, 3),)
+
+
 def test_fused_experts_have_nothing_to_tie():
     with pytest.raises(InputError, match="up_proj"):
         apply_ties(

@@ -65,8 +65,9 @@ class Server:
         if self.fuses_experts:
             stacks: dict[tuple, list[int]] = defaultdict(list)
             for i, matrix in enumerate(matrices):
-                if matrix.expert is not None:
-                    stacks[matrix.layer, matrix.type.rpartition(".")[0]].append(i)
+                if matrix.expert is not None:  # a stack is a parameter, or a module's weight
+                    parent = matrix.type.removesuffix(".weight").rpartition(".")[0]
+                    stacks[matrix.layer, parent].append(i)
             groups += [stack for stack in stacks.values() if len(stack) > 1]
         return groups
 
