@@ -54,7 +54,8 @@ def model(
     error *= np.exp(0.3 * random.standard_normal(error.shape))
     names = ("sensitivity", "sensitivity_module", "kurtosis", "loss_impact")
     scores = {name: (k + 1) * spread for k, name in enumerate(names)}
-    return Problem(matrices, scores, {"weight_error": error, "sensitivity_module": error})
+    by_config = dict.fromkeys(("weight_error", "sensitivity_module", "expected_kl"), error)
+    return Problem(matrices, scores, by_config)
 
 
 def assert_shared(choice, matrices, groups: list[set[str]]) -> None:

@@ -181,25 +181,10 @@ def plan(options: argparse.Namespace, report: ProgressCallback) -> dict:
         "covered": bench.info.coverage,
     }
     if made.request.has_ties:
-        content["free"] = _free_plan(made.request, bench, settings, options)
+        content["free"] = bench.without_ties(made, settings, options.corpus, options.protocol)
     if options.out:
         write_json(options.out, content)
     return content
-
-
-def _free_plan(
-    request: PlanRequest, bench: Session, settings: ProfileSettings, options: argparse.Namespace
-) -> dict:
-    """What the plan would be without ties and server: its size, cost and prediction."""
-    try:
-        free = bench.plan(request.without_ties(), settings)
-    except LsqError as error:
-        return {"reason": str(error)}
-    return {
-        "bits_per_param": free.bits_per_param,
-        "objective": free.objective,
-        "predicted": bench.predicted(free, settings, options.corpus, options.protocol),
-    }
 
 
 def run(options: argparse.Namespace, report: ProgressCallback) -> dict:

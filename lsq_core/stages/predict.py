@@ -10,7 +10,7 @@ import numpy as np
 from lsq_core.bits import (
     LADDER,
 )
-from lsq_core.errors import InputError
+from lsq_core.errors import InputError, LsqError
 from lsq_core.evaluation import prediction
 from lsq_core.planning.constraints import restrict
 from lsq_core.planning.make import make_frontier
@@ -20,7 +20,7 @@ from lsq_core.planning.problem import Problem
 from lsq_core.planning.request import PlanRequest
 from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.stages.model import OpenModel
-from lsq_core.stages.plan import build_problem, check_metrics
+from lsq_core.stages.plan import build_problem, check_metrics, plan_model
 from lsq_core.stages.profile import find_profile, profile_model
 
 if TYPE_CHECKING:
@@ -86,6 +86,28 @@ def predict_plan(
     except InputError as error:
         return {"reason": str(error)}
     return predictor.summary(problem, np.array([LADDER.index(c) for c in plan.configs]))
+
+
+def predict_without_ties(
+    model: OpenModel,
+    plan: Plan,
+    settings: ProfileSettings,
+    corpus: str | None = None,
+    protocol: str | None = None,
+) -> dict:
+    """What the plan would be without its ties and server: ``bits_per_param, objective, predicted``.
+
+    Or only the ``reason`` for none.
+    """
+    try:
+        free = plan_model(model, plan.request.without_ties(), settings)
+    except LsqError as error:
+        return {"reason": str(error)}
+    return {
+        "bits_per_param": free.bits_per_param,
+        "objective": free.objective,
+        "predicted": predict_plan(model, free, settings, corpus, protocol),
+    }
 
 
 def request_for_max_loss(

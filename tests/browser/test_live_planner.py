@@ -142,7 +142,8 @@ def model(layers: int, seed: int, *, ties: bool = False, gaps: bool = False) -> 
         cost[:, 11] = error_scale[11]
     score_names = ("sensitivity", "sensitivity_module", "kurtosis", "loss_impact")
     scores = {name: (k + 1) * spread for k, name in enumerate(score_names)}
-    return Problem(matrices, scores, {"weight_error": cost, "sensitivity_module": cost})
+    by_config = dict.fromkeys(("weight_error", "sensitivity_module", "expected_kl"), cost)
+    return Problem(matrices, scores, by_config)
 
 
 def tied(seed: int, *pins: str, **restrictions: object) -> Problem:
