@@ -145,6 +145,17 @@ class Session(OpenModel):
         settings = settings or self.default_settings
         return predict.predict_plan(self, made, settings, corpus, protocol)
 
+    def without_ties(
+        self,
+        made: Plan,
+        settings: ProfileSettings | None = None,
+        corpus: str | None = None,
+        protocol: str | None = None,
+    ) -> dict:
+        """See :func:`lsq_core.stages.predict.predict_without_ties`."""
+        settings = settings or self.default_settings
+        return predict.predict_without_ties(self, made, settings, corpus, protocol)
+
     def request_for_max_loss(
         self,
         request: PlanRequest,

@@ -14,6 +14,7 @@ from lsq_core.corpus.registry import BUILT_IN_CORPORA
 from lsq_core.errors import InputError
 from lsq_core.evaluation.protocol import PROTOCOLS
 from lsq_core.planning.methods import PLANNERS
+from lsq_core.planning.servers import SERVERS
 from lsq_core.profiling.metrics import METRICS, proxies
 from lsq_core.quantization.registry import MATRIX_QUANTIZERS, QUANTIZERS
 
@@ -370,6 +371,19 @@ def _add_plan_details(sub: argparse.ArgumentParser) -> None:
         default=[],
         metavar="PATTERN=CONFIG",
         help="pin modules to a configuration or range: '*.layers.0.*=b8g64' (repeatable)",
+    )
+    sub.add_argument(
+        "--tie",
+        action="append",
+        default=[],
+        metavar="NAME,NAME,…",
+        help="give modules of a layer the same configuration: 'q_proj,k_proj,v_proj' (repeatable)",
+    )
+    sub.add_argument(
+        "--serve",
+        metavar="SERVER",
+        help=f"make a plan that a server can run: {', '.join(SERVERS)} (ties what it fuses, and "
+        "uses only configurations that it has)",
     )
     _add_profile(sub)
 

@@ -94,6 +94,8 @@ def _plan_request(options: argparse.Namespace, method: str | None = None) -> Pla
         loss=options.loss,
         ratios=options.ratios,
         clip=options.clip,
+        ties=tuple(options.tie),
+        serve=options.serve,
     )
 
 
@@ -178,6 +180,8 @@ def plan(options: argparse.Namespace, report: ProgressCallback) -> dict:
         "profile": made.profile,
         "covered": bench.info.coverage,
     }
+    if made.request.has_ties:
+        content["free"] = bench.without_ties(made, settings, options.corpus, options.protocol)
     if options.out:
         write_json(options.out, content)
     return content
