@@ -68,12 +68,8 @@ def summary_lines(result: dict) -> list[str]:
         f"linear weights: {format_bytes(result['stored_bytes'])} in {result['target']}, "
         f"{format_bytes(result['nominal_bytes'])} nominal as planned"
     ]
-    changes: dict[tuple[str, str, str], int] = {}
-    for s in result["substitutions"]:
-        key = s["planned"], s["taken"], s["reason"]
-        changes[key] = changes.get(key, 0) + 1
     lines += [
-        f"  {count} × {planned} became {taken}: {reason}"
-        for (planned, taken, reason), count in changes.items()
+        f"  {c['modules']} × {c['planned']} became {c['taken']}: {c['reason']}"
+        for c in result["changes"]
     ]
     return [*lines, *result["notes"], "", result["usage"]]

@@ -103,6 +103,16 @@ class Substitution:
 
 
 @dataclass(frozen=True)
+class Change:
+    """Modules of one planned configuration that would get the same format for the same reason."""
+
+    planned: str
+    taken: str
+    reason: str
+    modules: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Assignment:
     """A module and the format it gets."""
 
@@ -155,6 +165,15 @@ class Translation:
         """By how many bytes what is taken instead exceeds what was planned for those modules."""
         return sum(s.taken_bytes - s.planned_bytes for s in self.substitutions)
 
+    @cached_property
+    def changes(self) -> tuple[Change, ...]:
+        """The substitutions, alike ones together, most modules first."""
+        modules: dict[tuple[str, str, str], list[str]] = {}
+        for s in self.substitutions:
+            modules.setdefault((s.planned, s.taken, s.reason), []).append(s.module)
+        changes = [Change(*key, tuple(names)) for key, names in modules.items()]
+        return tuple(sorted(changes, key=lambda change: -len(change.modules)))
+
     @property
     def model_path(self) -> str:
         """How the tool finds the model: its Hugging Face id or folder, where it has one."""
@@ -202,6 +221,15 @@ class Translation:
                 for a in self.assignments
             },
             "substitutions": [asdict(s) for s in self.substitutions],
+            "changes": [
+                {
+                    "planned": c.planned,
+                    "taken": c.taken,
+                    "reason": c.reason,
+                    "modules": len(c.modules),
+                }
+                for c in self.changes
+            ],
             "nominal_bytes": self.nominal_bytes,
             "stored_bytes": self.stored_bytes,
             "substituted_bytes": self.substituted_bytes,
@@ -210,17 +238,14 @@ class Translation:
 
 def describe_substitutions(translation: Translation) -> str:
     """A clause that says which modules a tool cannot express, why, and what would be taken."""
-    found, target = translation.substitutions, translation.target
-    by_change: dict[tuple[str, str, str], list[Substitution]] = {}
-    for s in found:
-        by_change.setdefault((s.planned, s.taken, s.reason), []).append(s)
-    (planned, taken, reason), first = max(by_change.items(), key=lambda item: len(item[1]))
-    more = f", and {len(by_change) - 1} other changes" if len(by_change) > 1 else ""
+    first, *others = translation.changes
+    more = f", and {len(others)} other changes" if others else ""
     return (
-        f"{target.title} cannot express {len(found)} of {len(translation.assignments)} modules: "
-        f"{planned} would become {taken} in {len(first)}, {first[0].module} among them, because "
-        f"{reason}{more}; the linear weights would take {format_bytes(translation.stored_bytes)} "
-        f"there instead of {format_bytes(translation.nominal_bytes)} nominal"
+        f"{translation.target.title} cannot express {len(translation.substitutions)} of "
+        f"{len(translation.assignments)} modules: {first.planned} would become {first.taken} in "
+        f"{len(first.modules)}, {first.modules[0]} among them, because {first.reason}{more}; the "
+        f"linear weights would take {format_bytes(translation.stored_bytes)} there instead of "
+        f"{format_bytes(translation.nominal_bytes)} nominal"
     )
 
 
