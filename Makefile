@@ -33,7 +33,7 @@ test-fast: $(READY)  ## Run the tests that take seconds
 bench-check: $(READY)  ## Hold benchmarks and times to their limits; wants a machine with nothing else to do
 	$(BIN)/python -m pytest -m bench
 
-exports-test: $(EXPORTS)/.installed  ## Have other tools read what is exported for them; installs those tools (90 MB)
+exports-test: $(EXPORTS)/.installed  ## Have other tools read what is exported for them; installs those tools, 120 MB
 	$(EXPORTS)/bin/python -m pytest tests/exports
 
 architectures: $(READY)  ## Take every causal LM class of transformers, small, the whole way; the README has the table
