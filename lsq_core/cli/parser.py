@@ -272,6 +272,11 @@ def _add_bench(sub: argparse.ArgumentParser) -> None:
         metavar="ID",
         help="run only this benchmark (repeatable)",
     )
+    sub.add_argument(
+        "--model",
+        default="demo",
+        help="the model of sweep12, evaluate_gpu and profile_gpu: as of other verbs (demo)",
+    )
     sub.add_argument("--repeats", type=int, default=5, help="number of measurements per side (5)")
     sub.add_argument(
         "--markdown",
@@ -314,7 +319,12 @@ def _add_model(sub: argparse.ArgumentParser, required: bool = True) -> None:
 
 def _add_device(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, … (auto)")
-    sub.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (auto)")
+    sub.add_argument(
+        "--dtype",
+        default="auto",
+        help="what the model computes in: float32, bfloat16 (faster on a CPU with units for it), "
+        "float16, or auto: float32 on a CPU, the checkpoint's own on a GPU (auto)",
+    )
 
 
 def _add_profile(sub: argparse.ArgumentParser) -> None:

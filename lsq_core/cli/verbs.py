@@ -459,6 +459,7 @@ def bench(options: argparse.Namespace, report: ProgressCallback) -> dict:
         options.only,
         options.repeats,
         lambda done, total, message: report("bench", done, total, message),
+        options.model,
     )
     if options.record:
         benchmarks.record(rows)

@@ -35,7 +35,7 @@ from lsq_core.quantization.registry import (
 )
 from lsq_core.settings import CalibrationSettings
 from lsq_core.stages.model import OpenModel
-from lsq_core.stages.profile import profile_model
+from lsq_core.stages.profile import planning_profile
 from lsq_core.stages.rows import row_impact
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def plan_model(model: OpenModel, request: PlanRequest, settings: ProfileSettings
     options = planner.options(request)
     unmeasured = Problem(model.config_info.matrices).with_options(options)
     request.resolve_budget(apply_ties(unmeasured, request))
-    profile = profile_model(model, settings, planner.metrics) if planner.metrics else None
+    profile = planning_profile(model, settings, planner.metrics) if planner.metrics else None
     problem = _cached_problem(model, profile).with_options(options)
     if planner.reads_rows:
         problem = replace(problem, impact=row_impact(model, request, settings))
