@@ -184,8 +184,8 @@ class PlannerDrawing {
       this.columns.push(["gap", `above the optimal ${least}`]);
     }
     if (this.panels.some((panel) => panel.free)) {
-      const alike = !this.fixed && units.length === 1 && costed.length === this.panels.length;
-      const what = alike ? `${units[0] || "cost"} ` : "";
+      this.oneCost = units.length === 1 && costed.length === this.panels.length;
+      const what = this.oneCost && !this.fixed ? `${units[0] || "cost"} ` : "";
       this.columns.push(["free", `${what}against the free plan`]);
     }
     const head = this.columns.map(([, title]) => make("th", "", title));
@@ -360,7 +360,8 @@ class PlannerDrawing {
     const costed = !this.fixed && free.answer.objective > 0 && answer.objective >= 0;
     // What the frontier finds may be better than what it finds with more freedom, by its gap.
     const share = Math.max(answer.objective / free.answer.objective - 1, 0);
-    const said = costed ? `${share > 0 ? "+" : ""}${formatPercent(share)}` : `${signed(bits, 3)} bits`;
+    const more = `${share > 0 ? "+" : ""}${formatPercent(share)}${this.oneCost ? "" : " cost"}`;
+    const said = costed ? more : `${signed(bits, 3)} bits`;
     if (this.fixed || !curve || !free.curve) return [said];
     const both = [curve, free.curve].map((each) => this._predicted({ curve: each }, this.bits));
     // As on the page: two predictions with wide bands say nothing of their difference.
