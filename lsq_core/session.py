@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from lsq_core.errors import InputError, LsqError
 from lsq_core.evaluation.protocol import EvaluationRequest
+from lsq_core.exports.registry import export_plan
 from lsq_core.planning.plan import Plan
 from lsq_core.planning.request import PlanRequest
 from lsq_core.profiling.profile import Profile
@@ -37,6 +38,7 @@ from lsq_core.table import short_table
 
 if TYPE_CHECKING:
     from lsq_core.evaluation.prediction import Predictor
+    from lsq_core.exports.base import Translation
     from lsq_core.planning.problem import Impact, Problem
 
 
@@ -147,6 +149,17 @@ class Session(OpenModel):
         settings = settings or self.default_settings
         return predict.predict_plan(self, made, settings, corpus, protocol)
 
+    def without_ties(
+        self,
+        made: Plan,
+        settings: ProfileSettings | None = None,
+        corpus: str | None = None,
+        protocol: str | None = None,
+    ) -> dict:
+        """See :func:`lsq_core.stages.predict.predict_without_ties`."""
+        settings = settings or self.default_settings
+        return predict.predict_without_ties(self, made, settings, corpus, protocol)
+
     def request_for_max_loss(
         self,
         request: PlanRequest,
@@ -198,6 +211,10 @@ class Session(OpenModel):
     ) -> dict:
         """See :func:`lsq_core.stages.measure.run_plan`."""
         return measure.run_plan(self, made, quantizer, request, save, plan_name, settings)
+
+    def export_plan(self, made: Plan, target: str, nearest: bool = False) -> Translation:
+        """See :func:`lsq_core.exports.registry.export_plan`."""
+        return export_plan(made, self.config_info, target, nearest)
 
     def evaluate(
         self,
