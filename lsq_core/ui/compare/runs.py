@@ -10,7 +10,7 @@ from lsq_core import charts
 from lsq_core.errors import InputError
 from lsq_core.jobs import arguments
 from lsq_core.planning.frame import plan_to_frame
-from lsq_core.results import export, report
+from lsq_core.results import card, export, report
 from lsq_core.results.compare import figure_6, relative_to_base, run_settings, uniform_bases
 from lsq_core.results.gains import is_ablation
 from lsq_core.ui import cached_results, words
@@ -259,7 +259,24 @@ def render_run_export(ctx: PageContext, choice: Choice, record: dict) -> None:
         info = cached_results.stored_model(ctx.store, run["fingerprint"])
         return report.run_report(record, info.matrices, command, beside)
 
+    evaluation = record["evaluation"]["id"]
     with st.popover("Export", icon=":material/download:"):
+        st.download_button(
+            "Result card (PNG)",
+            lambda: card.card_png(ctx.store, evaluation),
+            f"{name}-card.png",
+            "image/png",
+            key="save-card-png",
+            on_click="ignore",
+            help="The plan with its size, perplexity and gain as one picture, 1200 × 630.",
+        )
+        st.download_button(
+            "Result card (HTML)",
+            lambda: card.card_html(ctx.store, evaluation),
+            f"{name}-card.html",
+            key="save-card-html",
+            on_click="ignore",
+        )
         st.download_button(
             "Report (HTML)", build_report, f"{name}.html", key="save-report", on_click="ignore"
         )

@@ -9,7 +9,14 @@ import pandas as pd
 
 from lsq_core import charts
 from lsq_core.errors import InputError
-from lsq_core.results.gains import EQUAL_SIZE, Gain, first_pair, gain_at_equal_size
+from lsq_core.results.difference import RunDifference
+from lsq_core.results.gains import (
+    EQUAL_SIZE,
+    Gain,
+    describe_gain,
+    first_pair,
+    gain_at_equal_size,
+)
 from lsq_core.store.models import PUBLISHED
 from lsq_core.store.shipped import SHIPPED
 from lsq_core.ui import cached, cached_results, words
@@ -227,23 +234,12 @@ def _describe_gain(choice: Choice, gain: Gain) -> str:
     """``KurtBoost: 3.3 % lower perplexity for 2.7 % more memory than uniform 3.13``."""
     rows = choice.runs.set_index("evaluation")
     run, base = rows.loc[gain.evaluation], rows.loc[gain.uniform]
-    name = charts.method_style(run["method"]).title
-    lower = "lower" if gain.drop >= 0 else "higher"
     what = "bits" if choice.size == charts.BITS else "memory"
-    if abs(gain.extra) < _SAME_PERCENT:
-        cost = f"at the same size as uniform {base['bits_per_param']:.2f}"
-    else:
-        more = "more" if gain.extra > 0 else "less" if what == "memory" else "fewer"
-        cost = f"{words.percent(abs(gain.extra))} {more} {what}"
-        cost = f"for {cost} than uniform {base['bits_per_param']:.2f}"
-    return f"{name}: {words.percent(abs(gain.drop))} {lower} perplexity {cost}"
+    sentence = describe_gain(gain, base["bits_per_param"], what)
+    return f"{charts.method_style(run['method']).title}: {sentence}"
 
 
-#: Sizes that differ by less than this share differ by 0.0 %.
-_SAME_PERCENT = 0.0005
-
-
-def _interval(ctx: PageContext, gain: Gain) -> cached_results.RunDifference | None:
+def _interval(ctx: PageContext, gain: Gain) -> RunDifference | None:
     """The interval of a gain; None where windows were not kept, as of published runs."""
     try:
         return cached_results.run_difference(ctx.store, gain.evaluation, gain.uniform)
@@ -251,7 +247,7 @@ def _interval(ctx: PageContext, gain: Gain) -> cached_results.RunDifference | No
         return None
 
 
-def _describe_interval(found: cached_results.RunDifference) -> str:
+def _describe_interval(found: RunDifference) -> str:
     low, high = found.difference.low, found.difference.high
     number = words.plural(found.windows, "window")
     if math.isnan(low):
