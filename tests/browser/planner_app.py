@@ -10,6 +10,7 @@ import streamlit as st
 
 from lsq_core.bits import LADDER
 from lsq_core.model.info import Matrix
+from lsq_core.planning.facts import layer_means
 from lsq_core.planning.make import make_frontier
 from lsq_core.planning.methods import PLANNERS
 from lsq_core.planning.pins import apply_pins
@@ -17,6 +18,7 @@ from lsq_core.planning.problem import Problem
 from lsq_core.planning.request import PlanRequest
 from lsq_core.ui.planner import (
     Curve,
+    LayerScores,
     LiveMethod,
     MatrixFacts,
     Preset,
@@ -71,7 +73,15 @@ def random_model(layers: int, experts: int = 1, seed: int = 0) -> Problem:
 
 def curve(shift: float) -> Curve:
     """A perplexity that falls along the budget."""
-    bits = np.linspace(2.1, 8.6, 200)
+    return falling_curve(np.linspace(2.1, 8.6, 200), shift)
+
+
+def uniform_curve() -> Curve:
+    """What is predicted of the uniform plans: more than of any other."""
+    return falling_curve(np.array([c.nominal_bits for c in LADDER]), 5)
+
+
+def falling_curve(bits: np.ndarray, shift: float) -> Curve:
     perplexity = FULL * np.exp((12 + shift) * np.exp(-1.5 * (bits - 1)))
     return Curve(bits, perplexity, perplexity * 0.985, perplexity * 1.02, FULL)
 
@@ -86,7 +96,10 @@ def build_methods(
     for k, name in enumerate(names):
         frontier = make_frontier(problem, PlanRequest(name, boost_stop=3))
         unit = "" if frontier.cost is None else "squared output error"
-        methods.append(LiveMethod(name, PLANNERS[name].title, frontier, unit, curve(2 * k)))
+        scores = LayerScores("sensitivity", "Sensitivity", layer_means(problem, "sensitivity"))
+        methods.append(
+            LiveMethod(name, PLANNERS[name].title, frontier, unit, curve(2 * k), scores=scores)
+        )
     return problem, methods
 
 
@@ -128,6 +141,7 @@ def app() -> None:
         ],
         fixed=fixed,
         feasible=(low, high),
+        uniform=None if "alone" in query else uniform_curve(),
         pins=pins,
         on_pins=lambda new_pins: st.session_state.update(pins=new_pins),
     )

@@ -6,6 +6,7 @@ from lsq_core import disk, jobs
 from lsq_core.errors import LsqError
 from lsq_core.evaluation.protocol import Protocol
 from lsq_core.jobs import Job
+from lsq_core.quantization.registry import quantizer_spec
 from lsq_core.ui import jobs_panel, words
 from lsq_core.ui.page import PageContext, next_step
 from lsq_core.ui.plan.query import PlanQuery
@@ -60,7 +61,8 @@ def render_panel(query: PlanQuery, options: RunOptions) -> None:
     protocol = Protocol.named(options.evaluation.protocol, ctx.info.context).name
     tokens = options.evaluation.max_tokens
     extent = f"the first {tokens:,} tokens" if tokens else "all"
-    what = f"{options.quantizer}, {extent} of {options.evaluation.corpus}, {protocol}."
+    quantizer = quantizer_spec(options.quantizer).title
+    what = f"{quantizer}, {extent} of {options.evaluation.corpus}, {protocol}."
     st.caption(words.escape(reason or f"{what} {describe_time(ctx, request, options)}".strip()))
     job = _find_job(query, options)
     if job is None:
