@@ -6,7 +6,7 @@ import json
 import re
 import shlex
 from base64 import b64decode
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,6 +20,7 @@ from lsq_core.evaluation.protocol import EvaluationRequest
 from lsq_core.model.source import ModelSource
 from lsq_core.planning.facts import z_scores
 from lsq_core.planning.make import make_frontier, make_plan
+from lsq_core.planning.methods import PLANNERS
 from lsq_core.planning.methods.boost import detect_by_type
 from lsq_core.planning.problem import Problem
 from lsq_core.planning.request import PlanRequest
@@ -390,3 +391,46 @@ def test_plan_page_incompatible_quantizer_disabled_with_reason(filled):  # noqa:
     app.selectbox(key="quantizer").set_value("nf4").run()
     assert next(b for b in app.button if b.label == "Quantize and evaluate").disabled
     assert any("b3g128" in c.value for c in app.caption)
+
+
+# --- method cards ---------------------------------------------------------------------------
+
+
+def test_method_is_chosen_from_its_card(filled):  # noqa: F811
+    app = open_page("Plan", model=filled.model, method="sensiboost")
+    app.button(key="method-cards").click().run()
+    shown = " ".join(m.value for m in app.markdown)
+    assert all(planner.title in shown for planner in PLANNERS.values())
+    needs = " ".join(c.value for c in app.caption)
+    assert "loss impact not measured yet" in needs
+    app.button(key="choose-mxq").click().run()
+    assert not app.exception
+    assert app.selectbox(key="method").value == "mxq"
+    assert planner_data(app)["methods"][0]["name"] == "mxq"
+
+
+def test_card_of_a_method_of_another_program_is_its_meaning(filled, monkeypatch):  # noqa: F811
+    class Foreign(type(PLANNERS["mxq"])):
+        name, title, meaning = "foreign", "Foreign", "Does something else."
+        summary = source = use = limits = ""
+
+    monkeypatch.setitem(PLANNERS, "foreign", Foreign())
+    app = open_page("Plan", model=filled.model, method="mxq")
+    app.button(key="method-cards").click().run()
+    assert any("Does something else" in m.value for m in app.markdown)
+
+
+def test_another_profile_with_the_metrics_is_offered(filled):  # noqa: F811
+    other = replace(filled.settings, samples=7)
+    session = Session(ModelSource(filled.model), Store(filled.path), "cpu")
+    session.profile(other, ["loss_impact", "weight_error"])
+    app = open_page("Model", model=filled.model, method="loss-aware", budget="3.6")
+    for field, value in asdict(filled.settings).items():
+        app.session_state["profile_quantizer" if field == "quantizer" else field] = value
+    app.session_state["settings_of"] = session.info.fingerprint
+    go_to_page(app, "Plan")
+    assert "needs" in first_line(app)
+    app.button(key="other-profile").click().run()
+    assert not app.exception
+    assert planner_data(app)["methods"][0]["name"] == "loss-aware"
+    assert app.session_state["samples"] == 7

@@ -140,7 +140,7 @@ def layer_scores(query: PlanQuery) -> LayerScores | None:
     found = next((name for name in [*read, request.metric, *SENSITIVITIES] if name in known), None)
     if found is None:
         return None
-    name = "kurtosis" if found == "kurtosis" else "sensitivity"
+    name = "sensitivity" if found in SENSITIVITIES else METRICS[found].label
     return LayerScores(name, METRICS[found].title, layer_means(query.problem, found))
 
 
