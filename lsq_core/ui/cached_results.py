@@ -191,6 +191,16 @@ def _run_difference(_store: Store, at: FileVersion, a: str, b: str) -> RunDiffer
     return difference.run_difference(_store, a, b)
 
 
+def gguf_baselines(store: Store, evaluation: str) -> pd.DataFrame:
+    """GGUF files to compare with; see :meth:`lsq_core.store.store.Store.gguf_baselines`."""
+    return _gguf_baselines(store, file_version(store), evaluation)
+
+
+@st.cache_data(max_entries=16, show_spinner=False)
+def _gguf_baselines(_store: Store, at: FileVersion, evaluation: str) -> pd.DataFrame:
+    return _store.gguf_baselines(evaluation)
+
+
 def deleted_runs(store: Store) -> pd.DataFrame:
     """Runs that can be brought back; see :meth:`lsq_core.store.store.Store.deleted_runs`."""
     return _deleted_runs(store, file_version(store))
