@@ -181,7 +181,7 @@ def _files(files: pd.DataFrame, size: SizeMeasure) -> go.Scatter:
         mode="markers+text",
         name="GGUF file",
         text=[f"GGUF {name}" for name in files["type"]],
-        textposition="top center",
+        textposition="top left",
         textfont={"size": 12},
         marker={"symbol": "hourglass", "size": 12, "color": "#1f7a8c"},
         customdata=files[["model", "file_bytes"]].assign(file_bytes=files["file_bytes"] / MIB),
