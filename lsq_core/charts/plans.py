@@ -129,7 +129,7 @@ def _config_legend(figure: go.Figure, configs: pd.Series, narrow: bool) -> None:
                     x=[None],
                     y=[None],
                     mode="markers",
-                    name=f"{config.stop_name} × {counts[config.name]}"
+                    name=f"{config.stop_name} bits × {counts[config.name]}"
                     if narrow
                     else f"{config.name} ({config.stop_name}) × {counts[config.name]}",
                     marker={"symbol": "square", "size": 11, "color": config_color(config)},
