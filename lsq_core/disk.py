@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lsq_core import jobs
 from lsq_core.errors import InputError
+from lsq_core.evaluation.reference_states import list_kept
 from lsq_core.files import is_locked, write_error
 from lsq_core.model import gguf
 from lsq_core.model.source import MANIFEST_FILE, folder_bytes
@@ -45,7 +46,7 @@ def jobs_folder(store: Store) -> Path:
 
 
 def list_disk_items(store: Store) -> list[DiskItem]:
-    """The database, saved models, ended jobs, and models dequantized or fetched.
+    """The database, saved models, ended jobs, kept hidden states, models dequantized or fetched.
 
     Of saved models also those that were not finished.
     """
@@ -65,7 +66,15 @@ def list_disk_items(store: Store) -> list[DiskItem]:
         _disk_item(job.id, "job", job.folder, "its job is still running" if job.active else "")
         for job in jobs.list_jobs(jobs_folder(store))
     ]
+    items += [
+        _disk_item(f"hidden-states:{folder.name}", _states_kind(title), folder, "")
+        for folder, title in list_kept(store.path.parent)
+    ]
     return items + _dequantized_items() + _hub_cache_items()
+
+
+def _states_kind(title: str) -> str:
+    return f"hidden states of {title}" if title else "hidden states"
 
 
 def _file_exists(path: Path) -> bool:

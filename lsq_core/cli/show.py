@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from lsq_core.bits import DETECTION_CONFIG
+from lsq_core.evaluation.divergence import format_distribution
 from lsq_core.sweep_progress import describe_counts
 from lsq_core.units import format_bytes
 
@@ -77,6 +78,9 @@ def plan(result: dict) -> None:
     for note in result["notes"]:
         print(note)
     predicted(result["predicted"])
+    if "predicted" in result.get("free", {}):
+        print(f"without ties and server, at {result['free']['bits_per_param']:.4f} bits:")
+        predicted(result["free"]["predicted"])
 
 
 def predicted(result: dict) -> None:
@@ -105,6 +109,8 @@ def run(result: dict) -> None:
         f"({interval}), "
         f"KL {number(result['kl'])} nats, top-1 agreement {100 * result['top1']:.1f} %"
     )
+    if result.get("divergence"):  # a job of an older version has none
+        print(f"KL by token: {format_distribution(result['divergence'])}")
     if "seconds" in result:  # a job of an older version did not keep them
         times(result["seconds"])
 

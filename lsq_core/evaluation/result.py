@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from lsq_core.evaluation.divergence import Divergence
+
 #: From so many times full precision's perplexity on a model is of no use, and gains over it or by
 #: it are not spoken of.
 UNUSABLE_RATIO = 3.0
@@ -29,6 +31,8 @@ class Evaluation:
     seconds: float
     kl: float | None = None
     top1: float | None = None
+    #: The distribution of ``kl`` over tokens; None without a reference.
+    divergence: Divergence | None = None
     corpus: str = ""
     corpus_sha256: str = ""
     corpus_source: str = ""
@@ -39,6 +43,8 @@ class Evaluation:
     #: Seconds by stage, if the evaluation is part of a run (:class:`lsq_core.progress.Clock`).
     times: dict[str, float] = field(default_factory=dict)
     provenance: dict = field(default_factory=dict)
+    #: Of ``seconds``, those of an earlier evaluation whose final hidden states served here.
+    reused_seconds: float = 0.0
 
     @property
     def tokens(self) -> int:

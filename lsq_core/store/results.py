@@ -61,7 +61,7 @@ _GGUF_BASELINES_SQL = """
 
 
 #: Columns that hold JSON.
-_JSON_COLUMNS = ("content", "provenance", "seconds", "settings", "versions")
+_JSON_COLUMNS = ("content", "divergence", "provenance", "seconds", "settings", "versions")
 
 
 class ResultTables(DatabaseFile):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -97,6 +98,20 @@ class RunTables(DatabaseFile):
         """The plan that a run was made by, or None where there is no such run."""
         row = self._fetch_row("SELECT plan FROM runs WHERE id = ?", [run])
         return row["plan"] if row else None
+
+    def run_plan(self, run: str) -> tuple[dict, str] | None:
+        """A run's plan as JSON and its model's fingerprint, or None where there is no such run.
+
+        The JSON is empty where the plan was not published.
+        """
+        row = self._fetch_row(
+            "SELECT p.content, r.fingerprint FROM runs r LEFT JOIN plans p ON r.plan = p.id "
+            "WHERE r.id = ? AND r.deleted IS NULL",
+            [run],
+        )
+        if row is None:
+            return None
+        return json.loads(row["content"] or "{}"), row["fingerprint"]
 
     def find_evaluations(self, fingerprint: str, method: str, quantizer: str) -> pd.DataFrame:
         """One row an evaluation of these runs, newest first, by what makes two of them the same.
@@ -296,6 +311,7 @@ def _insert_evaluation(
         perplexity=evaluation.perplexity,
         kl=evaluation.kl,
         top1=evaluation.top1,
+        divergence=json_text(asdict(evaluation.divergence)) if evaluation.divergence else None,
         tokens_per_second=evaluation.tokens_per_second,
         working_bytes=evaluation.working_bytes,
         seconds=json_text(evaluation.times),

@@ -112,4 +112,8 @@ MIGRATIONS = [
     """
     CREATE TABLE shipped (sha256 VARCHAR PRIMARY KEY, imported TIMESTAMP);
     """,
+    # The distribution of the KL divergence over tokens; evaluations stored before have none.
+    """
+    ALTER TABLE evaluations ADD COLUMN divergence JSON;
+    """,
 ]

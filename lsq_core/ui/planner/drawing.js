@@ -18,10 +18,7 @@ function make(tag, className = "", text = "") {
 
 const round = (value, digits) => Math.round(value * 10 ** digits) / 10 ** digits;
 
-/** Whether a side of a prediction's band is more than a tenth of it; Python's is_band_wide. */
-const isWide = ([value, low, high]) => Math.max(high - value, value - low) > value / 10;
-
-class PlannerDrawing {
+class PlannerDrawing extends PlannerComparing {
   // --- units --------------------------------------------------------------------------------------
 
   _restoreUnit() {
@@ -203,6 +200,11 @@ class PlannerDrawing {
       const least = (units.length === 1 && units[0]) || "cost";
       this.columns.push(["gap", `above the optimal ${least}`]);
     }
+    if (this.panels.some((panel) => panel.free)) {
+      this.oneCost = units.length === 1 && costed.length === this.panels.length;
+      const what = this.oneCost && !this.fixed ? `${units[0] || "cost"} ` : "";
+      this.columns.push(["free", `${what}against the free plan`]);
+    }
     const about = "Against the largest uniform plan that is not larger than this one, as in the " +
       "headline; for perplexity where the predictions are precise enough to compare.";
     const head = this.columns.map(([name, title]) =>
@@ -377,34 +379,8 @@ class PlannerDrawing {
     else write("perplexity", formatNumber(perplexity, 3), `${formatNumber(low, 3)}–${formatNumber(high, 3)}`);
     const gain = this._gain(predicted, uniform);
     write("gain", gain === null ? "–" : signedPercent(gain), gain === null ? "band too wide" : "");
+    write("free", ...this._againstFree(panel));
     write("gap", panel.frontier.cost || panel.frontier.losses ? `≤ ${formatPercent(this._gap(panel))}` : "–");
-  }
-
-  /** The largest uniform plan that is no larger, which Python's headline compares with, too. */
-  _uniformWithin(bits) {
-    const { stops, onLadder, reference } = this.model;
-    return onLadder ? stops[uniformWithin(stops.map((stop) => stop.bits), bits)] : reference;
-  }
-
-  /** Perplexity above a uniform plan's, as a share; null where a band says nothing of it. */
-  _gain(predicted, { bits }) {
-    const { uniform } = this;
-    if (!uniform || Number.isNaN(predicted[0])) return null;
-    const k = uniformWithin(uniform.bits, bits);
-    const other = [uniform.perplexity[k], uniform.low[k], uniform.high[k]];
-    if ([predicted, other].some(isWide)) return null;
-    return predicted[0] / other[0] - 1;
-  }
-
-  _predicted({ curve, here }, bits) {
-    if (!curve) return [NaN, NaN, NaN];
-    if (here && (this.fixed || Math.abs(here.bits - bits) < 1e-4)) return here.values;
-    return [curve.perplexity, curve.low, curve.high].map((column) => interpolate(curve, column, bits));
-  }
-
-  /** How far a plan's cost can be above the least possible, as Plan.to_json has it. */
-  _gap({ answer }) {
-    return answer.objective ? (answer.objective - answer.lowerBound) / Math.abs(answer.objective) : 0;
   }
 
   _writeBars(panel, widest) {

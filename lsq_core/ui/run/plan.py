@@ -138,7 +138,8 @@ def describe_plan(ctx: PageContext, request: PlanRequest) -> str:
         + [f"at most {(request.budget or '').removesuffix('bpp')} bits"] * bool(request.budget)
     )
     profile = cached.profile(ctx.store, info, settings, ctx.device)
-    text = f"{planner.title} on {ctx.source.name}, {size}"
+    restrictions = f" {request.restrictions}" if request.has_ties else ""
+    text = f"{planner.title} on {ctx.source.name}, {size}{restrictions}"
     rows = cached.impact(ctx.store, info, settings, request, ctx.device)
     if planner.reads_rows and rows is None:
         return f"{text}; the run will first measure row scores."
@@ -203,7 +204,9 @@ def choose_protocol(column: DeltaGenerator, label: str, key: str, context: int) 
         key=key,
         persist_state="session",
         help="strided: windows of 1,024 tokens of which the last 512 are scored. blocks: windows "
-        "of 2,048 side by side. A shorter context gets shorter windows and its own protocol name.",
+        "of 2,048 side by side. llamacpp-512: windows of 512 side by side of which the second half "
+        "is scored, as llama.cpp's perplexity does. A shorter context gets shorter windows and its "
+        "own protocol name.",
     )
 
 

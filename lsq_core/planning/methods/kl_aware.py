@@ -1,0 +1,37 @@
+"""The knapsack on the expected KL divergence of every configuration (ours)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lsq_core.planning.knapsack import Knapsack
+from lsq_core.planning.methods.sensi_knapsack import fill_unreached_experts
+from lsq_core.planning.problem import Problem
+
+
+class KlAware(Knapsack):
+    """Least summed KL to full precision, estimated from gradients at each configuration."""
+
+    name = "kl-aware"
+    title = "KL-aware"
+    meaning = "The least KL divergence of the predictions, expected from gradients."
+    summary = (
+        "The KL divergence of the predictions from full precision is least within the budget, as "
+        "expected from gradients for each configuration of each matrix."
+    )
+    source = "our own, by the Fisher information (second order)"
+    use = (
+        "The fewest and the most bits: on SmolLM2 (4,096 tokens of WikiText-2) perplexity 45.3 at "
+        "3.2 bits and 19.2 at 4.2, against 49.3 and 19.6 of loss-aware."
+    )
+    limits = (
+        "It is of second order, which falls short beyond a divergence of 1 nat, and errors are "
+        "taken to add up. At 3.6 bits loss-aware is as good (24.8 against 25.1)."
+    )
+    color, symbol = "#B8336A", "star-diamond"
+    cost_unit = "expected KL"
+    metrics = ("expected_kl",)
+
+    def cost(self, problem: Problem) -> np.ndarray:
+        """Return the expected KL in nats per token, each matrix quantized alone."""
+        return fill_unreached_experts(problem.by_config["expected_kl"], problem.matrices)
