@@ -496,8 +496,8 @@ def test_compare_overlay_of_measured_runs(published, tmp_path, monkeypatch):
     with Store(path).connect() as connection:
         connection.execute(
             """
-            INSERT INTO models (fingerprint, source, layers, created)
-                VALUES ('mine', 'org/mine', 2, now());
+            INSERT INTO models (fingerprint, source, layers, left_out, config, created)
+                VALUES ('mine', 'org/mine', 2, [], '{}', now());
             INSERT INTO plans (id, fingerprint, method, bits_per_param, planned_bytes, content)
                 VALUES ('p', 'mine', 'mxq', 3.5, 700, '{"method": "mxq"}');
             INSERT INTO runs (id, plan, fingerprint, method, quantizer, measured_bytes, created)
