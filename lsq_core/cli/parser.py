@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lsq_core.bits import METADATA_FORMATS
-from lsq_core.cli import export_plan, show, verbs
+from lsq_core.cli import export_plan, result_verbs, show, verbs
 from lsq_core.cli.output import escape_controls
 from lsq_core.corpus.registry import BUILT_IN_CORPORA
 from lsq_core.errors import InputError
@@ -169,14 +169,17 @@ def _add_run_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
 
 def _add_storage_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     """Verbs about stored results."""
-    sub = verb("results", verbs.results, show.results, "list the runs in the database")
+    sub = verb("results", result_verbs.results, show.results, "list the runs in the database")
     sub.add_argument("--model", help="only runs of this model")
     sub.add_argument(
         "--published", action="store_true", help="the imported runs instead of your own"
     )
 
     sub = verb(
-        "export", verbs.export, show.exported, "export all runs as a table, or one run as a report"
+        "export",
+        result_verbs.export,
+        show.exported,
+        "export all runs as a table, or one run as a report",
     )
     sub.add_argument(
         "--out",
@@ -197,6 +200,14 @@ def _add_storage_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
             export_plan.show,
             "write a plan in the format of another tool",
         )
+    )
+
+    sub = verb(
+        "card", result_verbs.card, show.exported, "draw one run as a picture to show to others"
+    )
+    sub.add_argument("run", metavar="RUN", help="run id as listed by 'results --json'")
+    sub.add_argument(
+        "--out", type=Path, required=True, help="a new file: .png, or .html with the command line"
     )
 
     sub = verb(

@@ -6,6 +6,7 @@ import math
 
 from lsq_core.bits import DETECTION_CONFIG
 from lsq_core.evaluation.divergence import format_distribution
+from lsq_core.sweep_progress import describe_counts
 from lsq_core.units import format_bytes
 
 
@@ -151,11 +152,7 @@ def sweep(result: dict) -> None:
             f"{percent(row['increase']):>9} {row['quantize_seconds']:>8.1f}  "
             f"{row['state']} as run {row['run']}"
         )
-    counts = result["counts"]
-    print(
-        f"{counts['done']} new, {counts['found']} reused, {counts['failed']} failed, on "
-        f"{result['model']}"
-    )
+    print(f"{describe_counts(result['items'])}, on {result['model']}")
 
 
 def audit(result: dict) -> None:

@@ -43,6 +43,23 @@ _RESULTS_SQL = """
 """
 
 
+#: The newest full-precision evaluation of each GGUF file that stands beside an evaluation.
+_GGUF_BASELINES_SQL = """
+    SELECT m.source AS model, m.config ->> '$.gguf.type' AS type,
+           CAST(m.config ->> '$.gguf.block_bytes' AS BIGINT) AS block_bytes, m.file_bytes,
+           arg_max(e.perplexity, e.created) AS perplexity
+    FROM evaluations own
+    JOIN models run_model ON run_model.fingerprint = own.fingerprint
+    JOIN evaluations e ON e.run IS NULL AND e.corpus_sha256 = own.corpus_sha256
+        AND e.protocol = own.protocol AND e.tokens = own.tokens
+    JOIN models m ON m.fingerprint = e.fingerprint AND m.layers = run_model.layers
+        AND m.linear_parameters = run_model.linear_parameters
+    WHERE own.id = ? AND m.config ->> '$.gguf.block_bytes' IS NOT NULL
+    GROUP BY m.fingerprint, m.source, m.config, m.file_bytes
+    ORDER BY block_bytes
+"""
+
+
 #: Columns that hold JSON.
 _JSON_COLUMNS = ("content", "divergence", "provenance", "seconds", "settings", "versions")
 
@@ -156,6 +173,16 @@ class ResultTables(DatabaseFile):
         rows_by_table = {"evaluation": own, "full": full or {}, "run": run, "plan": plan}
         rows_by_table |= {"model": model or {}, "profile": profile}
         return {name: _decode_json_columns(row) for name, row in rows_by_table.items()}
+
+    def gguf_baselines(self, evaluation: str) -> pd.DataFrame:
+        """The GGUF files evaluated as a run was: ``model, type, block_bytes, file_bytes,
+        perplexity``.
+
+        These are the run's own model where it was read from such a file, and others of as many
+        layers and planned weights, on the same text by the same protocol and as many tokens.
+        ``block_bytes`` are what the weight matrices of decoder blocks take in the file.
+        """
+        return self.query(_GGUF_BASELINES_SQL, [evaluation])
 
     def snapshot(self, path: Path) -> None:
         """Write all there is at this moment into a new database file, with a view ``results``.

@@ -116,18 +116,19 @@ class RunTables(DatabaseFile):
     def find_evaluations(self, fingerprint: str, method: str, quantizer: str) -> pd.DataFrame:
         """One row an evaluation of these runs, newest first, by what makes two of them the same.
 
-        ``run, plan, content, device, dtype, versions, evaluation, corpus_sha256, protocol,
-        provenance, kl``; ``content`` is the plan's JSON, and ``kl`` is NaN where the model was
+        ``run, origin, plan, content, device, dtype, versions, evaluation, corpus_sha256, protocol,
+        provenance, kl``; runs that came with the project come after one's own, and published ones
+        are left out. ``content`` is the plan's JSON, and ``kl`` is NaN where the model was
         evaluated without full precision beside it.
         """
         return self.query(
-            "SELECT r.id AS run, r.plan, CAST(p.content AS VARCHAR) AS content, r.device, "
-            "r.dtype, CAST(r.versions AS VARCHAR) AS versions, e.id AS evaluation, "
+            "SELECT r.id AS run, r.origin, r.plan, CAST(p.content AS VARCHAR) AS content, "
+            "r.device, r.dtype, CAST(r.versions AS VARCHAR) AS versions, e.id AS evaluation, "
             "e.corpus_sha256, e.protocol, CAST(e.provenance AS VARCHAR) AS provenance, e.kl "
             "FROM runs r JOIN plans p ON r.plan = p.id JOIN evaluations e ON e.run = r.id "
             "WHERE r.fingerprint = ? AND r.method = ? AND r.quantizer = ? "
-            "AND r.origin = 'measured' AND r.deleted IS NULL "
-            "ORDER BY r.created DESC, e.created DESC",
+            "AND r.origin <> 'published' AND r.deleted IS NULL "
+            "ORDER BY r.origin = 'shipped', r.created DESC, e.created DESC",
             [fingerprint, method, quantizer],
         )
 

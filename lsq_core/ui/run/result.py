@@ -52,7 +52,7 @@ def read_result(job: Job) -> dict:
 
 def render_headline(job: Job) -> None:
     """The first line: how far it is, or what came of it."""
-    title = job.title.removeprefix("run ")
+    title = job.title
     if job.active:
         jobs_panel.render_headline(job)
         return
