@@ -23,11 +23,13 @@ from typing import TYPE_CHECKING
 
 from lsq_core.errors import InputError, LsqError
 from lsq_core.evaluation.protocol import EvaluationRequest
+from lsq_core.exports.weights.registry import ExportTarget
 from lsq_core.planning.plan import Plan
 from lsq_core.planning.request import PlanRequest
 from lsq_core.profiling.profile import Profile
 from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.stages import evaluate, plan, predict, profile, rows, streamed
+from lsq_core.stages import export as exports
 from lsq_core.stages import run as runs
 from lsq_core.stages.model import OpenModel, find_model_info
 from lsq_core.stages.run import QuantizedRun, RunResult
@@ -168,6 +170,23 @@ class Session(OpenModel):
         """See :func:`lsq_core.stages.run.quantize_plan`."""
         return runs.quantize_plan(self, made, quantizer, save, plan_name, run, settings)
 
+    def export(
+        self, quantized: QuantizedRun, folder: Path | str, format: str, crossing: str = "refuse"
+    ) -> QuantizedRun:
+        """Write a quantized model in another tool's format: mlx, gguf or compressed-tensors.
+
+        Returns what that tool decodes from it, which can be evaluated as any other. ``crossing``
+        says what is done with groups that cross rows
+        (:data:`lsq_core.exports.weights.registry.CROSSING`).
+
+        Raises
+        ------
+        InputError, LsqError
+            When the format cannot express the plan or hold the model, or the folder exists or
+            cannot be written.
+        """
+        return exports.export_run(self, quantized, folder, ExportTarget(format, crossing))
+
     def measure(
         self, made: Sequence[QuantizedRun], requests: Sequence[EvaluationRequest]
     ) -> Iterator[dict]:
@@ -182,12 +201,21 @@ class Session(OpenModel):
         save: Path | None = None,
         plan_name: str = "",
         settings: ProfileSettings | None = None,
+        export: ExportTarget | None = None,
     ) -> dict:
         """See :func:`lsq_core.stages.run.run_plan`.
 
-        A model larger than memory is quantized and evaluated block by block, unless it is to be
-        saved (:func:`lsq_core.stages.streamed.run_plan_streamed`).
+        With ``export`` what is saved is in another tool's format, and measured too
+        (:func:`lsq_core.stages.export.run_plan_and_export`). A model larger than memory is
+        quantized and evaluated block by block, unless it is to be saved
+        (:func:`lsq_core.stages.streamed.run_plan_streamed`).
         """
+        if export is not None:
+            if save is None:
+                raise InputError(f"Give the folder that the {export.format} files are saved to.")
+            return exports.run_plan_and_export(
+                self, made, quantizer, request, save, export, plan_name, settings
+            )
         if save is None and not self.fits_in_memory(made.planned_bytes):
             return streamed.run_plan_streamed(self, made, quantizer, request, plan_name, settings)
         return runs.run_plan(self, made, quantizer, request, save, plan_name, settings)

@@ -313,7 +313,9 @@ def save_run(
     own = replace(own, times=seconds | {"whole": model.clock.total})
     with model.store.held():
         if "plan" not in made.row:
-            made.row["plan"] = model.store.find_run_plan(made.run) or model.store.save_plan(
+            # An export has the plan of the run that it came from, which is stored before it.
+            run = made.row.get("exported_from") or made.run
+            made.row["plan"] = model.store.find_run_plan(run) or model.store.save_plan(
                 made.plan, model.info.fingerprint, made.plan.profile, made.plan_name
             )
         model.store.save_full_precision(model.info.fingerprint, full)
@@ -394,8 +396,15 @@ def _save(
     from lsq_core.quantized.artifact import save_quantized
 
     model.report("save", 0, 1, f"saving to {folder}")
+    manifest = make_manifest(model, plan, run_id)
+    size = save_quantized(quantized, model.loaded.tokenizer, manifest, folder, model.loaded.folder)
+    model.report("save", 1, 1, f"{format_bytes(size)} on disk")
+
+
+def make_manifest(model: OpenModel, plan: Plan, run_id: str) -> dict:
+    """The plan and provenance that are saved with a quantized model."""
     profile = model.store.profile(plan.profile) if plan.profile else None
-    manifest = plan.to_json() | {
+    return plan.to_json() | {
         "run": run_id,
         "profile": plan.profile,
         "profile_provenance": profile.provenance if profile else None,
@@ -406,8 +415,6 @@ def _save(
         "dtype": model.loaded.dtype,
         "versions": versions(*required_packages([plan.quantizer])),
     }
-    size = save_quantized(quantized, model.loaded.tokenizer, manifest, folder, model.loaded.folder)
-    model.report("save", 1, 1, f"{format_bytes(size)} on disk")
 
 
 def make_run_row(model: OpenModel, plan: Plan, measured: int, seconds: float) -> dict:

@@ -112,4 +112,10 @@ MIGRATIONS = [
     """
     CREATE TABLE shipped (sha256 VARCHAR PRIMARY KEY, imported TIMESTAMP);
     """,
+    # The format that a run's weights were measured in: this project's own, or that of another tool,
+    # into which the model of another run was exported.
+    """
+    ALTER TABLE runs ADD COLUMN format VARCHAR DEFAULT 'lsq';
+    ALTER TABLE runs ADD COLUMN exported_from VARCHAR;
+    """,
 ]
