@@ -35,7 +35,7 @@ BASES = ("2.25", "2.51", "3.13", "3.25", "3.51", "4.13", "4.25", "4.51", "8.13")
 #: Methods that raise layers above a base are run at the bases in between, as their paper has it.
 BOOSTS = ("sensiboost", "kurtboost", "sensiboost-ablation", "kurtboost-ablation")
 BOOST_BASES = BASES[1:-1]
-KNAPSACKS = ("mxq", "sensi-knapsack")
+KNAPSACKS = ("mxq", "sensi-knapsack", "kl-aware")
 #: Tokens of a calibration block for the loss impact, which runs half the model for each matrix.
 LOSS_BLOCK_TOKENS = 128
 #: Methods that add little are run at some of the budgets only.
@@ -78,7 +78,7 @@ def measure(
     for name in models:
         session = Session(ModelSource(name), store, report=report)
         settings = ProfileSettings(calibration=calibration)
-        session.profile(settings)
+        session.profile(settings, ["expected_kl"])
         evaluation = EvaluationRequest(corpus, "strided", MAX_TOKENS)
         sweep(session, items(_plans(), ["hqq"], [evaluation]), settings)
         loss_settings = replace(settings, block_tokens=LOSS_BLOCK_TOKENS)

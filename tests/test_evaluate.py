@@ -256,8 +256,19 @@ def test_protocol_named():
     assert Protocol.named("strided", 4096) == Protocol("strided", 1024, 512)
     assert Protocol.named("blocks", 4096) == Protocol("blocks", 2048, 2048)
     assert Protocol.named("blocks", 512).name == "blocks-512"
-    with pytest.raises(InputError, match="strided or blocks"):
+    assert Protocol.named("llamacpp-512", 4096) == Protocol("llamacpp-512", 512, 255, disjoint=True)
+    assert Protocol.named("llamacpp-512", 256) == Protocol("llamacpp-256", 256, 127, disjoint=True)
+    with pytest.raises(InputError, match="strided, blocks or llamacpp-512"):
         Protocol.named("sliding", 512)
+
+
+def test_llamacpp_windows_score_second_halves():
+    """Of each 512 tokens llama.cpp scores the predictions from the 257th on, the last excepted."""
+    windows = make_windows(2000, Protocol.named("llamacpp-512", 8192))
+    assert [(w.start, w.stop) for w in windows] == [(0, 512), (512, 1024), (1024, 1536)]
+    assert {w.scored for w in windows} == {255}
+    with pytest.raises(InputError, match=r"\b512 tokens"):
+        make_windows(511, Protocol.named("llamacpp-512", 8192))
 
 
 def test_compare_windows_tie_and_difference():

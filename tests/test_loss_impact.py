@@ -169,7 +169,7 @@ def test_check_metrics_missing_loss_impact_suggests_methods():
 
 
 def test_default_profile_excludes_loss_impact(session, settings):
-    assert set(default_metrics()) == set(METRICS) - {"loss_impact", *proxies()}
+    assert set(default_metrics()) == set(METRICS) - {"loss_impact", "expected_kl", *proxies()}
     assert set(session.profile(settings).metrics) == set(default_metrics())
 
 

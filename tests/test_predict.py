@@ -232,6 +232,24 @@ def test_features_are_logs_of_sums(problem):
     )
 
 
+def test_expected_kl_is_the_one_feature(problem):
+    """Its sum is the cost itself, at slope one; NaN, for an expert not reached, adds nothing."""
+    kl = problem.by_config["weight_error"] ** 2 / 1000
+    kl[3] = np.nan
+    known = replace(problem, by_config=problem.by_config | {"expected_kl": kl})
+    choice = np.random.default_rng(0).integers(0, STOPS, 12)
+    assert np.exp(features(known, choice[None])) == pytest.approx(
+        np.nansum(kl[np.arange(12), choice])[None, None]
+    )
+    choices = uniform(known, 0, 3, 5, 8)
+    x = features(known, choices)
+    cost = 1.1 * np.exp(x[:, 0])
+    points = MeasuredPoints(x, FULL * np.exp(cost), np.full(4, FULL), np.zeros(4, bool))
+    other = features(known, uniform(known, 1, 4, 7))
+    found = fit(points).predict(other).perplexity
+    assert found == pytest.approx(FULL * np.exp(1.1 * np.exp(other[:, 0])), rel=1e-4)
+
+
 def test_feature_tables_fill_missing_sensitivity(problem):
     full_table = problem.by_config["sensitivity"]
     sparse = np.full_like(full_table, np.nan)

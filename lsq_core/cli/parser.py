@@ -13,6 +13,7 @@ from lsq_core.cli.convert import add_target_options, convert
 from lsq_core.cli.output import escape_controls
 from lsq_core.corpus.registry import BUILT_IN_CORPORA
 from lsq_core.errors import InputError
+from lsq_core.evaluation.protocol import PROTOCOLS
 from lsq_core.exports.weights.registry import FORMATS, LSQ
 from lsq_core.planning.methods import PLANNERS
 from lsq_core.profiling.metrics import METRICS, proxies
@@ -441,5 +442,6 @@ def _add_evaluation(sub: argparse.ArgumentParser) -> None:
 
 
 def _add_protocol(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--protocol", default="strided", help="strided or blocks (strided)")
+    protocols = f"{', '.join(PROTOCOLS)} (strided)"
+    sub.add_argument("--protocol", default="strided", help=protocols)
     sub.add_argument("--max-tokens", type=int, help="evaluate on at most this many tokens")

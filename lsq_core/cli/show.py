@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from lsq_core.bits import DETECTION_CONFIG
+from lsq_core.evaluation.divergence import format_distribution
 from lsq_core.units import format_bytes
 
 
@@ -104,6 +105,8 @@ def run(result: dict) -> None:
         f"({interval}), "
         f"KL {number(result['kl'])} nats, top-1 agreement {100 * result['top1']:.1f} %"
     )
+    if result.get("divergence"):  # a job of an older version has none
+        print(f"KL by token: {format_distribution(result['divergence'])}")
     if "export" in result:
         converted(result["export"])
     if "seconds" in result:  # a job of an older version did not keep them

@@ -1,4 +1,4 @@
-"""Perplexity by two named protocols, distance to full precision, and speed (method §6).
+"""Perplexity by named protocols, distance to full precision, and speed (method §6).
 
 A protocol's windows are laid over a token stream that begins with the tokenizer's
 beginning-of-sequence token, where it has one; every later window has that token in the place of

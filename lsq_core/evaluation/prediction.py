@@ -1,13 +1,15 @@
 """Predicted perplexity of any plan, with a band, from the runs measured so far. Needs no torch.
 
-What a plan costs is the log-perplexity it adds to full precision. Two figures of a plan tell most
-of it: the summed sensitivity of its modules and their summed squared weight error, each at the
-module's configuration. By the linearity theorem ([E]) that cost is proportional to such a sum as
-long as it is small, so in logarithms the prediction starts as a line of slope one, half of it in
-each figure, at a height that the runs decide. A Gaussian process (kriging; Rasmussen & Williams,
-*Gaussian Processes for Machine Learning*, 2006, ch. 2 and 5) then bends it towards the runs: much
-where they lie close and agree, hardly where there are none, and its band widens accordingly. Four
-runs are enough to begin with, and no run far away bends the line here, as it would a polynomial.
+What a plan costs is the log-perplexity it adds to full precision. Where a profile has the expected
+KL divergence, its sum over the matrices, each at its configuration, is close to that cost itself.
+Otherwise two figures of a plan stand in for it: the summed sensitivity of its modules and their
+summed squared weight error. By the linearity theorem ([E]) the cost is proportional to such a sum
+as long as it is small, so in logarithms the prediction starts as a line of slope one, shared
+equally by the figures, at a height that the runs decide. A Gaussian process (kriging; Rasmussen &
+Williams, *Gaussian Processes for Machine Learning*, 2006, ch. 2 and 5) then bends it towards the
+runs: much where they lie close and agree, hardly where there are none, and its band widens
+accordingly. Four runs are enough to begin with, and no run far away bends the line here, as it
+would a polynomial.
 """
 
 from __future__ import annotations
@@ -33,11 +35,12 @@ if TYPE_CHECKING:
 MIN_PLANS = 4
 #: How often the band is meant to hold what is measured.
 CONFIDENCE = 0.90
-#: Metrics that the features are made of.
+#: The metric that is the one feature where a profile has it, and those of the features otherwise.
+BEST_METRIC = "expected_kl"
 METRICS = ("sensitivity", "weight_error")
 
-#: What the linearity theorem expects the log of the cost to rise by with the log of each feature.
-_SLOPES = np.array([0.5, 0.5])
+#: Least value of a feature, so that it has a logarithm.
+_TINY = 1e-12
 #: Prior variance of the slopes, in units of the process's own.
 _SLOPE_VARIANCE = 0.25
 #: Log-normal priors (median, spread of the logarithm): of the distance in log features over which
@@ -59,16 +62,19 @@ class TooFewRuns(InputError):
 
 
 def feature_tables(problem: Problem) -> np.ndarray:
-    """Sensitivity and squared weight error of each matrix at each stop, (n, 12, 2).
+    """What each matrix adds to each feature at each configuration, (n, 12, features).
 
-    Where sensitivity was not measured at a stop, it is that at b4g64 scaled as the squared weight
-    error. Experts that no calibration token reached have none, and add nothing.
+    The expected KL divergence if there is one, else sensitivity and squared weight error. Where
+    sensitivity was not measured at a configuration, it is that at b4g64 scaled as the squared
+    weight error. Experts that no calibration token reached have none, and add nothing.
 
     Raises
     ------
     InputError
         When the profile lacks one of the two.
     """
+    if BEST_METRIC in problem.by_config:
+        return np.nan_to_num(problem.by_config[BEST_METRIC])[..., None]
     missing = [m.replace("_", " ") for m in METRICS if m not in problem.by_config]
     if missing:
         raise InputError(
@@ -84,13 +90,19 @@ def feature_tables(problem: Problem) -> np.ndarray:
 
 
 def features(problem: Problem, choices: np.ndarray) -> np.ndarray:
-    """Logs of a plan's summed sensitivity and squared weight error, (k, 2).
+    """Logs of a plan's features, each summed over its matrices, (k, features).
 
     ``choices`` (k, n) holds ladder indices, a row a plan.
     """
     tables = feature_tables(problem)
     rows = np.arange(len(tables))
-    return np.log(np.stack([tables[rows, choices, i].sum(axis=1) for i in range(2)], axis=1))
+    sums = [tables[rows, choices, i].sum(axis=1) for i in range(tables.shape[2])]
+    return np.log(np.maximum(np.stack(sums, axis=1), _TINY))
+
+
+def _expected_log_cost(x: np.ndarray) -> np.ndarray:
+    """Return the log cost (k,) that the linearity theorem expects, up to a constant."""
+    return x.mean(axis=1)
 
 
 # --- what was measured ----------------------------------------------------------------------
@@ -100,9 +112,10 @@ def features(problem: Problem, choices: np.ndarray) -> np.ndarray:
 class MeasuredPoints:
     """Runs of one model on one corpus by one protocol, newest first.
 
-    ``features`` is (n, 2); ``perplexity`` and ``full_precision``, that of the unquantized model in
-    the run's dtype, are (n,). ``eight_bit`` (n,) marks plans with 8 bits everywhere: what they cost
-    is the rounding of scale and zero, and of the evaluation, of which the features know nothing.
+    ``features`` is (n, features); ``perplexity`` and ``full_precision``, that of the unquantized
+    model in the run's dtype, are (n,). ``eight_bit`` (n,) marks plans with 8 bits everywhere: what
+    they cost is the rounding of scale and zero, and of the evaluation, of which the features know
+    nothing.
     """
 
     features: np.ndarray
@@ -201,7 +214,7 @@ def too_few_runs_error(plans: int, corpus: str | None, protocol: str | None) -> 
 class _Process:
     """A Gaussian process with a constant and a scale of its own, at a given length and noise.
 
-    ``x`` is (n, 2) and ``y`` (n,), what is left of the log costs after the expected slopes.
+    ``x`` is (n, features) and ``y`` (n,), what is left of the log costs after the expected slopes.
     """
 
     def __init__(self, x: np.ndarray, y: np.ndarray, length: float, noise: float) -> None:
@@ -236,7 +249,7 @@ class _Process:
         return likelihood + np.square(priors).sum() / 2
 
     def at(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and standard deviation of a new run at each of (k, 2)."""
+        """Mean and standard deviation of a new run at each of (k, features)."""
         kernel = self._kernel(x)
         own = 1 + _SLOPE_VARIANCE * ((x - self.centre) ** 2).sum(axis=1)
         known = (kernel * self._solve(kernel)).sum(axis=0)
@@ -292,11 +305,11 @@ class Predictor:
         return float(self.points.full_precision[0])
 
     def predict(self, x: np.ndarray) -> Prediction:
-        """Perplexity of plans with these features (k, 2)."""
+        """Perplexity of plans with these features (k, features)."""
         mean, deviation = self.process.at(x)
         run = self.process.x
         beyond = ((x < run.min(axis=0)) | (x > run.max(axis=0))).any(axis=1)
-        return self._prediction_from_log_costs(mean + x @ _SLOPES, deviation, beyond)
+        return self._prediction_from_log_costs(mean + _expected_log_cost(x), deviation, beyond)
 
     def leave_one_out(self) -> tuple[np.ndarray, Prediction]:
         """What each run below 8 bits would have been predicted to be, had it not been seen.
@@ -309,7 +322,7 @@ class Predictor:
         none_beyond = np.zeros(len(mean), dtype=bool)
         x = self.points.features[below_8bit]
         return np.flatnonzero(below_8bit), self._prediction_from_log_costs(
-            mean + x @ _SLOPES, deviation, none_beyond
+            mean + _expected_log_cost(x), deviation, none_beyond
         )
 
     def _prediction_from_log_costs(
@@ -360,7 +373,7 @@ def fit(points: MeasuredPoints) -> Predictor:
     plans = len(np.unique(x.round(9), axis=0))
     if plans < MIN_PLANS:
         raise too_few_runs_error(plans, points.corpus, points.protocol)
-    y = np.log(np.clip(points.cost[below_8bit], _MIN_COST, _MAX_COST)) - x @ _SLOPES
+    y = np.log(np.clip(points.cost[below_8bit], _MIN_COST, _MAX_COST)) - _expected_log_cost(x)
     found = minimize(
         lambda logs: _Process(x, y, *np.exp(logs)).negative_log_posterior,
         np.log([_LENGTH_PRIOR[0], _NOISE_PRIOR[0]]),

@@ -8,9 +8,9 @@ import numpy as np
 
 from lsq_core.errors import InputError
 
-PROTOCOLS = ("strided", "blocks")
+PROTOCOLS = ("strided", "blocks", "llamacpp-512")
 #: Tokens of a window by protocol, if the model's context allows them.
-_PROTOCOL_CONTEXT = {"strided": 1024, "blocks": 2048}
+_PROTOCOL_CONTEXT = {"strided": 1024, "blocks": 2048, "llamacpp-512": 512}
 #: The fewest windows for a bootstrap interval.
 MIN_WINDOWS = 8
 #: The fewest predicted tokens for a perplexity; with fewer, single words decide it.
@@ -19,32 +19,47 @@ MIN_PREDICTED = 64
 
 @dataclass(frozen=True)
 class Protocol:
-    """Windows of ``context`` tokens, of which the last ``scored`` are scored."""
+    """Windows of ``context`` tokens, of which the last ``scored`` are scored.
+
+    Windows overlap, so that every token is scored, unless all of a window is scored or they are
+    ``disjoint``.
+    """
 
     name: str
     context: int
     scored: int
+    disjoint: bool = False
 
     @classmethod
     def named(cls, name: str, model_context: int) -> Protocol:
-        """Return ``strided`` or ``blocks`` for a model's context, in tokens.
+        """Return one of ``PROTOCOLS`` for a model's context, in tokens.
 
-        A context shorter than the protocol's own becomes part of the name: ``strided-512/256``.
+        ``llamacpp-512`` is that of llama.cpp's ``perplexity``: windows of 512 tokens, each with
+        the beginning-of-sequence token in the place of its first, of which the predictions after
+        the first half are scored. A context shorter than the protocol's own becomes part of the
+        name: ``strided-512/256``.
 
         Raises
         ------
         InputError
             When there is no such protocol.
         """
-        if name not in PROTOCOLS:
-            raise InputError(f"'{name}' is not a protocol; choose strided or blocks.")
+        _check_protocol(name)
         context = min(_PROTOCOL_CONTEXT[name], model_context)
         short = context < _PROTOCOL_CONTEXT[name]
         if name == "strided":
             return cls(
                 f"strided-{context}/{context // 2}" if short else name, context, context // 2
             )
-        return cls(f"blocks-{context}" if short else name, context, context)
+        if name == "blocks":
+            return cls(f"blocks-{context}" if short else name, context, context)
+        return cls(f"llamacpp-{context}", context, context - context // 2 - 1, disjoint=True)
+
+
+def _check_protocol(name: str) -> None:
+    if name not in PROTOCOLS:
+        names = f"{', '.join(PROTOCOLS[:-1])} or {PROTOCOLS[-1]}"
+        raise InputError(f"'{name}' is not a protocol; choose {names}.")
 
 
 @dataclass(frozen=True)
@@ -60,7 +75,7 @@ def make_windows(tokens: int, protocol: Protocol) -> list[Window]:
     """Cut a stream of ``tokens`` tokens, including its first, into windows.
 
     ``strided``: window ``k`` scores the tokens after those of window ``k − 1``, and the last
-    window the remaining ones. ``blocks``: windows do not overlap, and the remainder is dropped.
+    window the remaining ones. The others: windows do not overlap, and the remainder is dropped.
 
     Raises
     ------
@@ -68,8 +83,10 @@ def make_windows(tokens: int, protocol: Protocol) -> list[Window]:
         When the windows predict fewer than ``MIN_PREDICTED`` tokens.
     """
     size, step = protocol.context, protocol.scored
-    if step == size:
-        windows = [Window(i, i + size, size - 1) for i in range(0, tokens - size + 1, size)]
+    separate = step == size or protocol.disjoint
+    if separate:
+        starts = range(0, tokens - size + 1, size)
+        windows = [Window(i, i + size, min(step, size - 1)) for i in starts]
     else:
         windows = []
         for begin in range(0, tokens, step):
@@ -79,11 +96,14 @@ def make_windows(tokens: int, protocol: Protocol) -> list[Window]:
     windows = [w for w in windows if w.scored > 0]
     predicted = sum(window.scored for window in windows)
     if predicted < MIN_PREDICTED:
-        needs = max(size, MIN_PREDICTED + 1) if step == size else MIN_PREDICTED + 1
+        needs = MIN_PREDICTED + 1
+        if separate:
+            scored = max(1, min(step, size - 1))
+            needs = size * -(-MIN_PREDICTED // scored)
         raise InputError(
             f"The text has {tokens} tokens, of which the protocol {protocol.name} predicts "
             f"{predicted}, and a perplexity needs {MIN_PREDICTED} predicted tokens; give a text of "
-            f"at least {needs} tokens{' or the protocol strided' * (step == size)}."
+            f"at least {needs} tokens{' or the protocol strided' * separate}."
         )
     return windows
 
@@ -105,8 +125,7 @@ class EvaluationRequest:
     max_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        if self.protocol not in PROTOCOLS:
-            raise InputError(f"'{self.protocol}' is not a protocol; choose strided or blocks.")
+        _check_protocol(self.protocol)
         if self.max_tokens is not None and type(self.max_tokens) is not int:
             raise InputError(f"max-tokens is a whole number, not {self.max_tokens!r:.60}.")
         if self.max_tokens is not None and self.max_tokens <= MIN_PREDICTED:

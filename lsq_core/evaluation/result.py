@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from lsq_core.evaluation.divergence import Divergence
+
 #: From so many times full precision's perplexity on a model is of no use, and gains over it or by
 #: it are not spoken of.
 UNUSABLE_RATIO = 3.0
@@ -29,6 +31,8 @@ class Evaluation:
     seconds: float
     kl: float | None = None
     top1: float | None = None
+    #: The distribution of ``kl`` over tokens; None without a reference.
+    divergence: Divergence | None = None
     corpus: str = ""
     corpus_sha256: str = ""
     corpus_source: str = ""

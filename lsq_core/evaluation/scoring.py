@@ -51,13 +51,22 @@ class PredictedTokens:
         return self.log_probs.argmax(-1)
 
     def compare(self, expected: PredictedTokens) -> Figures:
-        """KL divergence from the expected predictions, in nats, and whether the top-1 agrees."""
+        """Compare with the expected predictions.
+
+        Returns the KL divergence from them in nats, whether the likeliest token agrees, and the
+        squared change of the log-probability of the token that follows.
+        """
         if expected is self:
-            return {"kl": np.zeros(self.nll.shape), "agreed": np.ones(self.nll.shape)}
+            unchanged = np.zeros(self.nll.shape)
+            return {"kl": unchanged, "agreed": np.ones_like(unchanged), "squared_change": unchanged}
         change = expected.log_probs - self.log_probs
         kl = change.mul_(expected._probs).sum(-1).double()
         agreed = self._likeliest == expected._likeliest
-        return {"kl": kl.cpu().numpy(), "agreed": agreed.cpu().numpy()}
+        return {
+            "kl": kl.cpu().numpy(),
+            "agreed": agreed.cpu().numpy(),
+            "squared_change": np.square(self.nll - expected.nll),
+        }
 
 
 def score_batch(walk: Walk, number: int, scored: int, compared: bool) -> list[Figures]:
@@ -73,7 +82,7 @@ def score_batch(walk: Walk, number: int, scored: int, compared: bool) -> list[Fi
     """
     ids = walk.batches[number]
     shape = (len(ids), scored)
-    names = ("nll", "kl", "agreed") if compared else ("nll",)
+    names = ("nll", "kl", "agreed", "squared_change") if compared else ("nll",)
     figures = [{name: np.zeros(shape) for name in names} for _ in walk.models]
     for rows, tokens in _slices(walk, ids, scored):
         expected = None

@@ -31,7 +31,8 @@ class TextPass:
             list(numbers)
             for _, numbers in itertools.groupby(range(count), lambda k: self.windows[k].start)
         ]
-        self.model_totals = [(WindowSums(count), WindowSums(count)) for _ in checkpoints]
+        scored = [window.scored for window in self.windows]
+        self.model_totals = [(WindowSums(scored), WindowSums(scored)) for _ in checkpoints]
         pairs = zip(checkpoints, self.model_totals, strict=True)
         self.files = [Checkpoint(path, model_totals) for path, model_totals in pairs]
         for file in self.files:
@@ -66,11 +67,8 @@ class TextPass:
         """Record the figures of a pass, (scored,), in each of its windows."""
         begin = 0
         for window in self.passes[number]:
-            scored = self.windows[window].scored
-            end = begin + scored
-            totals.record(
-                window, scored, {name: own[begin:end].sum() for name, own in figures.items()}
-            )
+            end = begin + self.windows[window].scored
+            totals.record(window, {name: own[begin:end] for name, own in figures.items()})
             begin = end
 
     def save(self) -> None:

@@ -1,28 +1,43 @@
-"""Sums by window of an evaluation: negative log-likelihood, KL divergence, agreement."""
+"""Figures of an evaluation: sums by window, and the KL divergence of each token."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from lsq_core.evaluation.divergence import summarize_divergence
 from lsq_core.evaluation.result import Evaluation
 from lsq_core.files import DamagedFileError, read_arrays, write_arrays
 
+#: What is summed by window.
+_SUMMED = ("nll", "seconds", "kl", "agreed", "squared_change")
+
 
 class WindowSums:
-    """One model's figures, summed over the scored tokens of each window (windows,)."""
+    """One model's figures, summed over the scored tokens of each window (windows,).
 
-    def __init__(self, windows: int) -> None:
+    ``scored`` is the number of these tokens by window.
+    """
+
+    def __init__(self, scored: Sequence[int]) -> None:
         self.working_bytes: int | None = None
-        self.counts = np.zeros(windows, dtype=np.int64)
-        self.sums = {name: np.zeros(windows) for name in ("nll", "seconds", "kl", "agreed")}
+        self.counts = np.zeros(len(scored), dtype=np.int64)
+        self.sums = {name: np.zeros(len(scored)) for name in _SUMMED}
+        self.ends = np.cumsum(scored)
+        #: KL divergence of each scored token, window by window.
+        self.token_kl = np.zeros(self.ends[-1], dtype=np.float32)
 
-    def record(self, window: int, scored: int, figures: dict[str, float]) -> None:
-        """Set the figures of one window."""
+    def record(self, window: int, figures: dict[str, np.ndarray]) -> None:
+        """Set the figures (scored,) of one window."""
+        scored = len(figures["nll"])
         self.counts[window] = scored
-        for name, value in figures.items():
-            self.sums[name][window] = value
+        for name, values in figures.items():
+            self.sums[name][window] = values.sum()
+        if "kl" in figures:
+            end = self.ends[window]
+            self.token_kl[end - scored : end] = figures["kl"]
 
     def record_working_bytes(self, taken: int | None) -> None:
         """Record a peak of GPU memory, in bytes."""
@@ -32,16 +47,19 @@ class WindowSums:
     @property
     def state(self) -> dict[str, np.ndarray]:
         """All arrays by name, to checkpoint."""
-        return {"counts": self.counts} | self.sums
+        return {"counts": self.counts, "token_kl": self.token_kl} | self.sums
 
     def restore(self, saved: dict[str, np.ndarray]) -> None:
         """Restore a checkpointed state."""
-        self.counts = saved["counts"]
+        self.counts, self.token_kl = saved["counts"], saved["token_kl"]
         self.sums = {name: saved[name] for name in self.sums}
 
     def finish(self, protocol: str, compared: bool = False) -> Evaluation:
         """Return the evaluation; KL divergence and agreement only if it was compared."""
-        tokens = self.counts.sum()
+        tokens, divergence = self.counts.sum(), None
+        if compared:
+            squared_change = self.sums["squared_change"]
+            divergence = summarize_divergence(self.token_kl, squared_change, self.counts)
         return Evaluation(
             protocol=protocol,
             nll=self.sums["nll"],
@@ -50,6 +68,7 @@ class WindowSums:
             working_bytes=self.working_bytes,
             kl=float(self.sums["kl"].sum() / tokens) if compared else None,
             top1=float(self.sums["agreed"].sum() / tokens) if compared else None,
+            divergence=divergence,
         )
 
 

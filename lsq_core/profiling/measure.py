@@ -16,6 +16,7 @@ from lsq_core.model.architecture import parameter_name
 from lsq_core.model.info import Matrix, ModelInfo
 from lsq_core.model.loading import LoadedModel
 from lsq_core.model.walk import record_calls
+from lsq_core.profiling.backward import iter_blocks_backward
 from lsq_core.profiling.block import BATCH
 from lsq_core.profiling.calibration import load_calibration
 from lsq_core.profiling.context import BlockContext
@@ -39,7 +40,7 @@ def make_metrics(names: Sequence[str]) -> list[Metric]:
     return [metric() for name, metric in METRICS.items() if name in names]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def measure_profile(
     loaded: LoadedModel,
     settings: ProfileSettings,
@@ -64,11 +65,10 @@ def measure_profile(
     ids = torch.from_numpy(blocks.ids).to(loaded.device)[: _max_sequences(metric_objects)]
     scores: list[Score] = []
     done, total = 0, _effort(metric_objects, loaded.info)
-    uses_text = any(metric.needs_calibration for metric in metric_objects)
-    for context in iter_blocks(loaded, ids) if uses_text else _iter_weights_only(loaded, ids):
+    for context, active in _walk(loaded, ids, metric_objects):
         layer = f"layer {context.layer + 1} of {loaded.info.layers}"
         progress(min(done, total), total, layer)
-        for metric, score in _score_block(context, settings, metric_objects):
+        for metric, score in _score_block(context, settings, active):
             scores.append(score)
             done += metric.effort(context.layer, loaded.info.layers)
             progress(min(done, total), total, f"{layer}, {score.matrix.type}")
@@ -110,6 +110,24 @@ def _effort(metrics: list[Metric], info: ModelInfo) -> int:
     )
 
 
+def _walk(
+    loaded: LoadedModel, ids: Tensor, metrics: list[Metric]
+) -> Iterator[tuple[BlockContext, list[Metric]]]:
+    """Yield each block with the metrics to score it by: on the way forward, then on the way back.
+
+    Tensors are those of ``no_grad``, not of inference mode, from which gradients can't be taken.
+    """
+    forward = [metric for metric in metrics if not metric.needs_gradients]
+    backward = [metric for metric in metrics if metric.needs_gradients]
+    if forward:
+        uses_text = any(metric.needs_calibration for metric in forward)
+        for context in iter_blocks(loaded, ids) if uses_text else _iter_weights_only(loaded, ids):
+            yield context, forward
+    if backward:
+        for context in iter_blocks_backward(loaded, ids):
+            yield context, backward
+
+
 def iter_blocks(loaded: LoadedModel, ids: Tensor) -> Iterator[BlockContext]:
     """Yield each block with the inputs that the full-precision blocks before it produce."""
     calls, hidden = record_calls(loaded, ids.split(BATCH))
@@ -142,15 +160,17 @@ def _score_block(
     for metric in metrics:
         for score in metric.score_unquantized(context):
             yield metric, score
-    if not any(metric.configs for metric in metrics):
-        return
-    for unit in context.units:
+    with_configs = any(metric.configs for metric in metrics)
+    for unit in context.units if with_configs else []:
         for config in quantizer_spec(settings.quantizer).configs:
             active_metrics = [metric for metric in metrics if config in metric.configs]
             quantized = _quantize(context, unit, config, settings) if active_metrics else {}
             for metric in active_metrics:
                 for score in metric.score_at_config(context, config, quantized):
                     yield metric, score
+    for metric in metrics:
+        for score in metric.score_block(context):
+            yield metric, score
 
 
 def _quantize(

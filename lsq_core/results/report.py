@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lsq_core import charts
+from lsq_core.evaluation.divergence import format_distribution
 from lsq_core.planning.frame import plan_to_frame
 from lsq_core.results.compare import byte_shares, run_settings
 from lsq_core.results.export import bibtex, figure_block, html_document
@@ -91,7 +92,8 @@ def format_run_figures(record: Mapping[str, Mapping[str, Any]]) -> dict[str, str
     known = {
         "perplexity": _number(own["perplexity"], ".4f"),
         "full precision": _full_precision(record),
-        "KL divergence, nats": _number(own["kl"], ".4f"),
+        "KL divergence, nats": _divergence(own),
+        "KL divergence by token": _divergence_by_token(own),
         "top-1 agreement": _percent(own["top1"]),
         "bits per parameter": _number(plan.get("bits_per_param"), ".4f"),
         "linear weights, planned": _bytes(plan.get("planned_bytes")),
@@ -118,6 +120,24 @@ def _full_precision(record: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _seconds(times: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {taken:.1f} s" for name, taken in times.items())
+
+
+def _divergence(own: Mapping[str, Any]) -> str:
+    """The mean KL divergence, with its interval if it has one."""
+    found = own.get("divergence") or {}
+    if found.get("low") is None:
+        return _number(own["kl"], ".4f")
+    return f"{own['kl']:.4f} (95 % interval {found['low']:.4f} to {found['high']:.4f})"
+
+
+def _divergence_by_token(own: Mapping[str, Any]) -> str:
+    found = own.get("divergence")
+    if not found:
+        return ""
+    return (
+        f"{format_distribution(found)}; log-probability of the next token changed by "
+        f"{found['rms_log_prob']:.3g} (RMS)"
+    )
 
 
 def _number(value: float | None, form: str, unit: str = "") -> str:

@@ -449,6 +449,7 @@ def _outcome(run_id: str, row: dict, own: Evaluation, full: Evaluation) -> dict:
         "increase": asdict(difference),
         "kl": own.kl,
         "top1": own.top1,
+        "divergence": asdict(own.divergence) if own.divergence else None,
         "quantize_seconds": row["quantize_seconds"],
         "seconds": own.times,
         "saved_to": row["saved_to"],

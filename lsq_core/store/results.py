@@ -45,7 +45,7 @@ _RESULTS_SQL = """
 
 
 #: Columns that hold JSON.
-_JSON_COLUMNS = ("content", "provenance", "seconds", "settings", "versions")
+_JSON_COLUMNS = ("content", "divergence", "provenance", "seconds", "settings", "versions")
 
 
 class ResultTables(DatabaseFile):

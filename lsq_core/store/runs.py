@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -317,6 +318,7 @@ def _insert_evaluation(
         perplexity=evaluation.perplexity,
         kl=evaluation.kl,
         top1=evaluation.top1,
+        divergence=json_text(asdict(evaluation.divergence)) if evaluation.divergence else None,
         tokens_per_second=evaluation.tokens_per_second,
         working_bytes=evaluation.working_bytes,
         seconds=json_text(evaluation.times),

@@ -112,6 +112,10 @@ MIGRATIONS = [
     """
     CREATE TABLE shipped (sha256 VARCHAR PRIMARY KEY, imported TIMESTAMP);
     """,
+    # The distribution of the KL divergence over tokens; evaluations stored before have none.
+    """
+    ALTER TABLE evaluations ADD COLUMN divergence JSON;
+    """,
     # The format that a run's weights were measured in: this project's own, or that of another tool,
     # into which the model of another run was exported.
     """

@@ -15,6 +15,7 @@ from lsq_core.planning.methods.boost import (
     SensiBoostAblation,
 )
 from lsq_core.planning.methods.high_impact import HighImpact
+from lsq_core.planning.methods.kl_aware import KlAware
 from lsq_core.planning.methods.loss_aware import LossAware
 from lsq_core.planning.methods.mxq import KurtMilp, KurtScaled, Mxq, SensiMilp
 from lsq_core.planning.methods.sensi_knapsack import SensiKnapsack
@@ -34,6 +35,7 @@ PLANNERS: dict[str, Planner] = {
         KurtMilp(),
         SensiKnapsack(),
         LossAware(),
+        KlAware(),
         HighImpact(),
     )
 }

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 from lsq_core.errors import InputError
 from lsq_core.profiling.metrics.base import Metric
+from lsq_core.profiling.metrics.expected_kl import ExpectedKl
 from lsq_core.profiling.metrics.kurtosis import Kurtosis
 from lsq_core.profiling.metrics.loss_impact import LossImpact
 from lsq_core.profiling.metrics.proxies import DiagonalFisher, GramDiagonal
@@ -25,6 +26,7 @@ METRICS: dict[str, type[Metric]] = {
         PartSensitivity,
         ModuleSensitivity,
         LossImpact,
+        ExpectedKl,
         GramDiagonal,
         DiagonalFisher,
     )

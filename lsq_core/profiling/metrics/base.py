@@ -33,7 +33,7 @@ class Metric:
     """A metric: class attributes that describe it, and methods that measure it.
 
     The attributes are read without importing torch, so a metric's file imports torch inside the
-    functions that compute. A subclass overrides one of the two ``score_*`` methods or both.
+    functions that compute. A subclass overrides one or more of the three ``score_*`` methods.
     """
 
     #: Identifier in profiles, in the database and on the command line.
@@ -64,6 +64,9 @@ class Metric:
     needs_calibration: bool
     #: Whether it runs more than the block it scores, so that all weights have to be loaded.
     needs_full_model: bool = False
+    #: Whether it is measured on the way back through the blocks: its context is a
+    #: :class:`lsq_core.profiling.backward.GradientContext`.
+    needs_gradients: bool = False
     #: The configurations it is measured at; empty if it needs no quantized weights.
     configs: Sequence[QuantConfig] = ()
     #: Whether there is one score for each of ``configs``, rather than one for the matrix.
@@ -86,4 +89,8 @@ class Metric:
 
         ``quantized`` holds the dequantized weights, float32 (out, in), by matrix.
         """
+        return iter(())
+
+    def score_block(self, context: BlockContext) -> Iterator[Score]:
+        """Yield the scores that need all configurations of a block; none unless overridden."""
         return iter(())

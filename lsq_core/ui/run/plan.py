@@ -164,7 +164,9 @@ def choose_protocol(column: DeltaGenerator, label: str, key: str, context: int) 
         key=key,
         persist_state="session",
         help="strided: windows of 1,024 tokens of which the last 512 are scored. blocks: windows "
-        "of 2,048 side by side. A shorter context gets shorter windows and its own protocol name.",
+        "of 2,048 side by side. llamacpp-512: windows of 512 side by side of which the second half "
+        "is scored, as llama.cpp's perplexity does. A shorter context gets shorter windows and its "
+        "own protocol name.",
     )
 
 

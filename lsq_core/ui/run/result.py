@@ -8,6 +8,7 @@ import pandas as pd
 
 from lsq_core import disk, jobs
 from lsq_core.errors import InputError
+from lsq_core.evaluation.divergence import format_distribution
 from lsq_core.files import DamagedFileError
 from lsq_core.jobs import Job
 from lsq_core.results.audit import audit_run
@@ -103,6 +104,8 @@ def show_figures(job: Job) -> None:
         f"whole model {format_bytes(result['measured_model_bytes'])}",
         f"took {words.seconds(job.seconds)}: {', '.join(parts)}",
     ]
+    if result.get("divergence"):  # a job of an older version has none
+        facts.append(f"KL by token: {format_distribution(result['divergence'])}")
     facts += [f"saved to {result['saved_to']}"] if result["saved_to"] else []
     st.caption(" · ".join(facts))
     next_step("pages/4_Compare.py", "Compare it with the other runs")

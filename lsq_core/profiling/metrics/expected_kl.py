@@ -1,0 +1,87 @@
+"""How far each configuration of a matrix is expected to move the model's predictions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from lsq_core.bits import LADDER, QuantConfig
+from lsq_core.model.info import Matrix
+from lsq_core.profiling.metrics.base import Metric, Score
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lsq_core.profiling.backward import GradientContext
+
+_CHANGES = "weight changes"
+
+
+class ExpectedKl(Metric):
+    """KL to full precision, nats per token, to second order: ``½·E[⟨g, Ŵ_c − W⟩²]`` per token.
+
+    ``g`` is the gradient of a sequence's loss under labels drawn from the model's own predictions,
+    whose second moment is the Fisher information (:mod:`lsq_core.profiling.backward`), here the
+    exact one rather than its diagonal. One walk forward and one back give the estimate at every
+    configuration, where :class:`~lsq_core.profiling.metrics.loss_impact.LossImpact` runs half the
+    model again for each matrix.
+
+    On SmolLM2-135M (WikiText-2, 4,096 tokens) the sum over all matrices at 2.51 bits is 7.46, where
+    the loss impact has 7.49; plans between 3.5 and 4.3 bits were measured at 0.73 to 1.06 of their
+    sums (24 plans, KL 0.07 to 1.1). Beyond 1 nat the second order falls short.
+
+    The score of an expert that no token reached is NaN.
+    """
+
+    name = "expected_kl"
+    title = "Expected KL divergence"
+    label = short = "expected KL"
+    axis = "KL (nats per token)"
+    meaning = (
+        "How far the model's predictions are expected to move when one matrix alone is quantized, "
+        "from gradients."
+    )
+    log_scale = True
+    default = False
+    needs_calibration = True
+    needs_gradients = True
+    configs = LADDER
+    by_config = True
+    #: Enough for :func:`lsq_core.profiling.backward.cut_sequences` at any length of them.
+    sequences = 32
+
+    def score_at_config(
+        self, context: GradientContext, config: QuantConfig, quantized: dict[Matrix, Tensor]
+    ) -> Iterator[Score]:
+        """Store how the configuration changes each weight; scores come at the block's end."""
+        changes = context.cache.setdefault(_CHANGES, {})
+        for matrix, weight in quantized.items():
+            original = context.weight(matrix)
+            change = (weight - original.float()).to(original.dtype)
+            changes.setdefault(matrix, {})[config] = change.flatten()
+        return iter(())
+
+    def score_block(self, context: GradientContext) -> Iterator[Score]:
+        """Yield one score for each matrix and configuration."""
+        import torch
+
+        changes = {
+            matrix: (tuple(by_config), torch.stack(list(by_config.values())))
+            for matrix, by_config in context.cache.pop(_CHANGES, {}).items()
+        }
+        sums: dict[Matrix, Tensor] = {}
+        samples = 0
+        for gradients in context.weight_gradients():
+            samples += len(context.gradients[0])
+            for matrix, gradient in gradients.items():
+                _, change = changes[matrix]
+                products = (gradient.flatten(1) @ change.T).double()
+                sums[matrix] = sums.get(matrix, 0) + products.square().sum(0)
+        per_token = 0.5 / (context.tokens * samples / len(context.hidden))
+        for matrix, (configs, _) in changes.items():
+            found = sums[matrix] * per_token if matrix in sums else None
+            unreached = found is None or (matrix.expert is not None and not bool(found.any()))
+            values = [math.nan] * len(configs) if unreached else found.tolist()
+            for config, value in zip(configs, values, strict=True):
+                yield Score(matrix, self.name, config, value)
