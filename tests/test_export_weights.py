@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
+from lsq_core import disk
 from lsq_core.bits import QuantConfig
 from lsq_core.cli.program import main
 from lsq_core.errors import InputError, LsqError
@@ -33,11 +34,13 @@ from lsq_core.exports.weights.gguf import q4_1_rows
 from lsq_core.exports.weights.gguf_metadata import PROVENANCE_KEY, rope_factors
 from lsq_core.exports.weights.manifest import EXPORT_FILE, is_exported_folder, read_export
 from lsq_core.exports.weights.registry import FORMATS, ExportTarget, get_exporter
+from lsq_core.jobs.arguments import reproduce_command
 from lsq_core.quantization.packed import PackedMatrix, quantize_matrix
 from lsq_core.quantization.rtn import Rtn
 from lsq_core.quantized.modules import PackedLinear
 from lsq_core.session import Session
 from lsq_core.stages.export import export_saved, load_exported
+from lsq_core.stages.saved import rebuild_run
 from lsq_core.store.store import Store
 from tests.conftest import save_random_model
 
@@ -403,6 +406,10 @@ def test_run_stores_both_runs_with_their_bytes(random_llama, text, tmp_path):
     assert other["perplexity_full"] == own["perplexity_full"]
     assert other["kl"] == pytest.approx(own["kl"], rel=0.05)
     assert other["saved_to"] == str(tmp_path / "out")
+    with pytest.raises(InputError, match=outcome["run"]):
+        rebuild_run(other.name, None, session.store)
+    command = reproduce_command(session.store.record(other["evaluation"]))
+    assert command.endswith(f"--save {tmp_path / 'out'} --format mlx --crossing refuse")
     found = session.store.find_evaluations(session.info.fingerprint, "uniform", "hqq")
     assert found["run"].tolist() == [outcome["run"]]
 
@@ -447,6 +454,18 @@ def test_wrong_inputs_write_nothing(arguments, named, random_llama, tmp_path, mo
     assert main([*command, *base, *arguments]) == 2
     assert named in capsys.readouterr().err.splitlines()[-1]
     assert left_in(tmp_path) == before
+
+
+def test_exported_folder_can_be_pruned_unless_it_holds_more(random_llama, tmp_path):
+    session, made = quantized(random_llama, base="b4g32")
+    folder = disk.models_folder(session.store) / "out"
+    session.export(made, folder, "mlx")
+    (folder / "mine.txt").touch()
+    [item] = [i for i in disk.list_disk_items(session.store) if i.path == folder]
+    assert (item.kind, item.prunable) == ("exported model", False)
+    (folder / "mine.txt").unlink()
+    disk.prune(session.store, item.name)
+    assert not folder.exists()
 
 
 def test_convert_needs_the_original_model(random_llama, tmp_path):

@@ -308,6 +308,8 @@ def run_settings(record: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         "solved": "to the optimum" if request_fields.get("exact") else None,
         "pins": ", ".join(request_fields.get("pins") or []),
         "quantizer": run["quantizer"],
+        "format": run["format"] if run.get("format", "lsq") != "lsq" else None,
+        "exported from run": run.get("exported_from"),
         "axis": content.get("axis"),
         "metadata": content.get("metadata"),
         "calibration": profile.get("calibration"),

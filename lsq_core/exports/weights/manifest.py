@@ -49,3 +49,19 @@ def read_export(folder: Path) -> dict:
         if name != EXPORT_FILE and (not path.is_file() or cached_sha256(path) != sha256):
             raise InputError(f"{path} was changed or is gone since the export; export it again.")
     return manifest
+
+
+def unrelated_export_files(folder: Path) -> list[str]:
+    """List the names of files in an exported folder that were not written with it.
+
+    Raises
+    ------
+    InputError
+        When what it says of itself is damaged.
+    """
+    own = {EXPORT_FILE, *read_manifest(folder, (CHECKSUMS,), EXPORT_FILE)[CHECKSUMS]}
+    return sorted(
+        path.name
+        for path in folder.iterdir()
+        if path.is_symlink() or not path.is_file() or path.name not in own
+    )

@@ -22,6 +22,7 @@ from lsq_core.store.store import Store
 from lsq_core.sweep import SweepItem, estimate_seconds
 from lsq_core.ui import cached, cached_results, state, words
 from lsq_core.ui.page import PageContext
+from lsq_core.ui.run import formats
 from lsq_core.ui.run.quantizer import (
     RUN_QUANTIZERS,
     describe_quantizers,
@@ -40,7 +41,9 @@ def render_form(ctx: PageContext, folder: Path) -> None:
     top.markdown(f"**Next:** {describe_plan(ctx, request)}")
     change.page_link("pages/2_Plan.py", label="Change the plan")
     quantizer, evaluation, save = select_run_options(ctx.store, info.context)
+    target = formats.select_format() if save.strip() else None
     reason = run_incompatibility(ctx, request, settings, quantizer)
+    priced = "" if reason or target is None else formats.describe(ctx, request, quantizer, target)
     clicked = st.button(
         "Quantize and evaluate",
         type="primary",
@@ -49,12 +52,14 @@ def render_form(ctx: PageContext, folder: Path) -> None:
     )
     notes = [reason] if reason else [_describe_time(ctx, request, quantizer, evaluation)]
     notes += [] if reason else [_calibration_note(quantizer, settings)]
+    notes += [priced]
     if any(notes):
         st.caption(words.escape(" ".join(filter(None, notes))))
     if clicked:
         argv = ["run", *arguments.model_arguments(ctx.source, ctx.device)]
         argv += arguments.plan_arguments(request, settings)
-        argv += arguments.evaluation_arguments(evaluation, quantizer, save_folder(ctx.store, save))
+        folder_to_save = save_folder(ctx.store, save)
+        argv += arguments.evaluation_arguments(evaluation, quantizer, folder_to_save, target)
         start(ctx, folder, argv)
 
 
