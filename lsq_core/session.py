@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from lsq_core.errors import InputError, LsqError
 from lsq_core.evaluation.protocol import EvaluationRequest
+from lsq_core.exports.registry import export_plan
 from lsq_core.exports.weights.registry import ExportTarget
 from lsq_core.planning.plan import Plan
 from lsq_core.planning.request import PlanRequest
@@ -37,6 +38,7 @@ from lsq_core.table import short_table
 
 if TYPE_CHECKING:
     from lsq_core.evaluation.prediction import Predictor
+    from lsq_core.exports.base import Translation
     from lsq_core.planning.problem import Impact, Problem
 
 
@@ -219,6 +221,10 @@ class Session(OpenModel):
         if save is None and not self.fits_in_memory(made.planned_bytes):
             return streamed.run_plan_streamed(self, made, quantizer, request, plan_name, settings)
         return runs.run_plan(self, made, quantizer, request, save, plan_name, settings)
+
+    def export_plan(self, made: Plan, target: str, nearest: bool = False) -> Translation:
+        """See :func:`lsq_core.exports.registry.export_plan`."""
+        return export_plan(made, self.config_info, target, nearest)
 
     def evaluate(
         self,

@@ -23,6 +23,7 @@ LIGHT = (
     "lsq_core.results.compare",
     "lsq_core.store.store",
     "lsq_core.cli.parser",
+    "lsq_core.exports.registry",
 )
 #: A package, and the packages that it doesn't import, type checking included.
 FORBIDDEN = {
@@ -32,6 +33,7 @@ FORBIDDEN = {
     "store": ("stages", "session", "jobs", "cli", "charts", "ui"),
     "stages": ("session", "jobs", "cli", "charts", "ui"),
     "charts": ("stages", "session", "jobs", "cli", "ui"),
+    "exports": ("store", "stages", "session", "jobs", "cli", "charts", "ui"),
     "cli": ("ui",),
 }
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lsq_core.bits import METADATA_FORMATS
-from lsq_core.cli import show, verbs
+from lsq_core.cli import export_plan, show, verbs
 from lsq_core.cli.convert import add_target_options, convert
 from lsq_core.cli.output import escape_controls
 from lsq_core.corpus.registry import BUILT_IN_CORPORA
@@ -204,6 +204,15 @@ def _add_storage_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("--model", help="only runs of this model")
     sub.add_argument(
         "--published", action="store_true", help="the imported runs instead of your own"
+    )
+
+    export_plan.add_options(
+        verb(
+            "export-plan",
+            export_plan.export_plan,
+            export_plan.show,
+            "write a plan in the format of another tool",
+        )
     )
 
     sub = verb(

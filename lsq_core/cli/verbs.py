@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING
 from lsq_core import disk, jobs
 from lsq_core.cli.convert import is_saved_folder, parse_target
 from lsq_core.corpus.registry import corpus_identity
-from lsq_core.errors import InputError, LsqError, exception_reason, translate_resource_errors
+from lsq_core.errors import InputError, LsqError, translate_resource_errors
 from lsq_core.evaluation.prediction import parse_loss
 from lsq_core.evaluation.protocol import EvaluationRequest
 from lsq_core.exports.weights.manifest import is_exported_folder
@@ -23,6 +22,7 @@ from lsq_core.planning.methods import PLANNERS
 from lsq_core.planning.plan import Plan
 from lsq_core.planning.problem import Problem
 from lsq_core.planning.request import PlanRequest
+from lsq_core.planning.saved import read_plan_file
 from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.progress import ProgressCallback
 from lsq_core.quantization.registry import check_choice, quantizer_spec
@@ -256,14 +256,7 @@ def _predicted(
 
 
 def _load_plan(path: Path, bench: Session) -> Plan:
-    try:
-        content = json.loads(path.read_text("utf8"))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:  # also a number or nesting beyond Python's limits
-        raise InputError(
-            f"{path} is not a plan: it is not valid JSON ({exception_reason(error)})."
-        ) from error
+    content = read_plan_file(path)
     return Plan.from_json(content, bench.config_info.matrices, bench.config_info.other_bytes)
 
 

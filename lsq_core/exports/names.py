@@ -134,6 +134,23 @@ def split_expert(matrix: Matrix) -> tuple[str, tuple[str, ...]]:
     return match["block"], ("gate_proj", "up_proj") if part == "gate_up_proj" else (part,)
 
 
+def check_expert_stacks(matrices: Iterable[Matrix]) -> None:
+    """Raise :class:`InputError` unless experts' gate and up matrices are stacked by rows.
+
+    Some models (Llama 4) keep them as (in, out), so that their halves are columns.
+    """
+    by_name = {m.name: m for m in matrices if m.expert is not None}
+    for name, matrix in by_name.items():
+        down = by_name.get(name.replace(".gate_up_proj.", ".down_proj."))
+        if down is None or down is matrix:
+            continue
+        if (matrix.out_features, matrix.in_features) != (2 * down.in_features, down.out_features):
+            raise InputError(
+                f"{name} ({matrix.out_features}×{matrix.in_features}) does not hold gate and up "
+                "one below the other, so other tools' modules cannot be told from it."
+            )
+
+
 def _stacked_parts(matrix: Matrix) -> list[str]:
     """The stacks of all experts that a matrix is part of: ``model.layers.0.mlp.experts.up_proj``.
 

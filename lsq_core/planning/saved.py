@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 from base64 import b64decode, b64encode
 from binascii import Error as Base64Error
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from lsq_core.bits import METADATA_FORMATS, Config, MixedRows, config_from_json
-from lsq_core.errors import InputError
+from lsq_core.errors import InputError, exception_reason
 from lsq_core.model.info import Matrix
 from lsq_core.planning.request import PlanRequest
 from lsq_core.quantization.registry import quantizer_spec
@@ -33,6 +35,24 @@ class SavedPlan:
     quantizer: str
     calibration: dict | None
     rows: dict[str, tuple[int, ...]]
+
+
+def read_plan_file(path: Path) -> object:
+    """Read the JSON of a plan's file, for :func:`read_plan` to check.
+
+    Raises
+    ------
+    InputError
+        When the file cannot be read or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text("utf8"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:  # also a number or nesting beyond Python's limits
+        raise InputError(
+            f"{path} is not a plan: it is not valid JSON ({exception_reason(error)})."
+        ) from error
 
 
 def read_plan(content: object, matrices: Sequence[Matrix]) -> SavedPlan:

@@ -99,6 +99,20 @@ class RunTables(DatabaseFile):
         row = self._fetch_row("SELECT plan FROM runs WHERE id = ?", [run])
         return row["plan"] if row else None
 
+    def run_plan(self, run: str) -> tuple[dict, str] | None:
+        """A run's plan as JSON and its model's fingerprint, or None where there is no such run.
+
+        The JSON is empty where the plan was not published.
+        """
+        row = self._fetch_row(
+            "SELECT p.content, r.fingerprint FROM runs r LEFT JOIN plans p ON r.plan = p.id "
+            "WHERE r.id = ? AND r.deleted IS NULL",
+            [run],
+        )
+        if row is None:
+            return None
+        return json.loads(row["content"] or "{}"), row["fingerprint"]
+
     def find_evaluations(self, fingerprint: str, method: str, quantizer: str) -> pd.DataFrame:
         """One row an evaluation of these runs, newest first, by what makes two of them the same.
 

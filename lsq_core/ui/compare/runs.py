@@ -16,6 +16,7 @@ from lsq_core.results.gains import is_ablation
 from lsq_core.ui import cached_results, words
 from lsq_core.ui.compare.export import file_stem, render_chart, render_save_menu, table_downloads
 from lsq_core.ui.compare.selection import Choice, selected_pair, size_text
+from lsq_core.ui.export_plan import render_run_plan_export
 from lsq_core.ui.page import PageContext
 from lsq_core.ui.safe import st
 
@@ -252,11 +253,12 @@ def render_run_export(ctx: PageContext, choice: Choice, record: dict) -> None:
     command = arguments.reproduce_command(record)
     name = file_stem(f"run-{run['id']}")
 
+    info = cached_results.stored_model(ctx.store, run["fingerprint"])
+
     def build_report() -> str:
         beside = charts.perplexity_by_size(
             choice.runs, [record["evaluation"]["id"]], choice.size, choice.overlay
         )
-        info = cached_results.stored_model(ctx.store, run["fingerprint"])
         return report.run_report(record, info.matrices, command, beside)
 
     with st.popover("Export", icon=":material/download:"):
@@ -272,6 +274,8 @@ def render_run_export(ctx: PageContext, choice: Choice, record: dict) -> None:
         )
         st.caption("Command line to reproduce this run")
         st.code(command, language="shell", wrap_lines=True)
+        st.caption("Its plan, for another tool")
+        render_run_plan_export(record, info)
 
 
 # --- two runs -------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from lsq_core.planning.plan import Plan
 from lsq_core.planning.request import PlanRequest
 from lsq_core.profiling.profile import Profile
 from lsq_core.ui import cached, cached_results, state
+from lsq_core.ui.export_plan import render_plan_export
 from lsq_core.ui.page import PageContext
 from lsq_core.ui.plan.prediction import render_loss_search
 from lsq_core.ui.plan.query import PlanQuery
@@ -37,6 +38,8 @@ def render_actions(query: PlanQuery, plan: Plan) -> None:
             "application/json",
             on_click="ignore",
         )
+        with st.popover("For another tool"):
+            render_plan_export(plan, info, "plan")
         with st.popover("Save or open"):
             render_save_form(ctx, info, plan, profile)
         with st.popover("Command line"):

@@ -1,0 +1,65 @@
+"""The tools that a plan can be written for; a new one is a file in ``plans`` and a line here."""
+
+from __future__ import annotations
+
+from lsq_core.errors import InputError
+from lsq_core.exports.base import PlanTarget, Translation, translate
+from lsq_core.exports.plans import (
+    auto_round,
+    compressed_tensors,
+    exllamav3,
+    gptqmodel,
+    llama_cpp,
+    mlx,
+    modelopt,
+    torchao,
+)
+from lsq_core.model.info import ModelInfo
+from lsq_core.planning.plan import Plan
+
+PLAN_TARGETS: dict[str, PlanTarget] = {
+    module.TARGET.name: module.TARGET
+    for module in (
+        gptqmodel,
+        llama_cpp,
+        compressed_tensors,
+        auto_round,
+        mlx,
+        modelopt,
+        torchao,
+        exllamav3,
+    )
+}
+
+
+def plan_target(name: str) -> PlanTarget:
+    """The target of a name.
+
+    Raises
+    ------
+    InputError
+        When there is none.
+    """
+    if name not in PLAN_TARGETS:
+        raise InputError(
+            f"'{name}' is no tool that plans are written for; choose one of "
+            f"{', '.join(PLAN_TARGETS)}."
+        )
+    return PLAN_TARGETS[name]
+
+
+def export_plan(plan: Plan, info: ModelInfo, target: str, nearest: bool = False) -> Translation:
+    """A plan for another tool; its ``text`` is the file, ``usage()`` what to do with it.
+
+    ``nearest`` takes the tool's nearest format where it lacks a planned configuration.
+
+    Raises
+    ------
+    InputError
+        When there is no such tool, it has no names for the model's modules, or, without
+        ``nearest``, it cannot express the plan.
+    """
+    translation = translate(plan, info, plan_target(target))
+    if not nearest:
+        translation.check_exact()
+    return translation
