@@ -98,6 +98,10 @@ class CompressedTensors(PackedFolder):
         """See :class:`PackedFolder`; by compressed-tensors itself where it is installed."""
         if find_spec("compressed_tensors") is not None:
             return self._decode_by_package(tensors, bits, group_size)
+        return self.decode_here(tensors, bits, group_size)
+
+    def decode_here(self, tensors: Mapping[str, Tensor], bits: int, group_size: int) -> Tensor:
+        """The same as :meth:`decode`, without the package."""
         rows, width = tensors["weight_shape"].tolist()
         scale = tensors["weight_scale"].float()[..., None]
         codes = _unpack_rows(tensors["weight_packed"], bits, width).view(rows, -1, group_size)
