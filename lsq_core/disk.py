@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lsq_core import jobs
 from lsq_core.errors import InputError
+from lsq_core.evaluation.reference_states import list_kept
 from lsq_core.exports.weights.manifest import EXPORT_FILE, unrelated_export_files
 from lsq_core.files import is_locked, write_error
 from lsq_core.model import gguf
@@ -49,7 +50,7 @@ def jobs_folder(store: Store) -> Path:
 
 
 def list_disk_items(store: Store) -> list[DiskItem]:
-    """The database, saved models, ended jobs, and models dequantized or fetched.
+    """The database, saved models, ended jobs, kept hidden states, models dequantized or fetched.
 
     Of saved models also those that were not finished.
     """
@@ -68,6 +69,10 @@ def list_disk_items(store: Store) -> list[DiskItem]:
         _disk_item(job.id, "job", job.folder, "its job is still running" if job.active else "")
         for job in jobs.list_jobs(jobs_folder(store))
     ]
+    items += [
+        _disk_item(f"hidden-states:{folder.name}", _states_kind(title), folder, "")
+        for folder, title in list_kept(store.path.parent)
+    ]
     return items + _dequantized_items() + _hub_cache_items()
 
 
@@ -75,6 +80,10 @@ def _model_folders(store: Store, name: str) -> set[Path]:
     """The folders that hold a file of this name, in the models' folder or named by a run."""
     named = {path for path in map(Path, store.saved_folders()) if _file_exists(path / name)}
     return named | {path.parent for path in models_folder(store).glob(f"*/{name}")}
+
+
+def _states_kind(title: str) -> str:
+    return f"hidden states of {title}" if title else "hidden states"
 
 
 def _file_exists(path: Path) -> bool:

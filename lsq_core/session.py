@@ -29,11 +29,13 @@ from lsq_core.planning.plan import Plan
 from lsq_core.planning.request import PlanRequest
 from lsq_core.profiling.profile import Profile
 from lsq_core.profiling.settings import ProfileSettings
-from lsq_core.stages import evaluate, plan, predict, profile, rows, streamed
+from lsq_core.stages import evaluate, measure, plan, predict, profile, rows, streamed
 from lsq_core.stages import export as exports
 from lsq_core.stages import run as runs
+from lsq_core.stages.measure import PreparedRun
 from lsq_core.stages.model import OpenModel, find_model_info
 from lsq_core.stages.run import QuantizedRun, RunResult
+from lsq_core.stages.streamed import StreamedRun
 from lsq_core.table import short_table
 
 if TYPE_CHECKING:
@@ -149,6 +151,17 @@ class Session(OpenModel):
         settings = settings or self.default_settings
         return predict.predict_plan(self, made, settings, corpus, protocol)
 
+    def without_ties(
+        self,
+        made: Plan,
+        settings: ProfileSettings | None = None,
+        corpus: str | None = None,
+        protocol: str | None = None,
+    ) -> dict:
+        """See :func:`lsq_core.stages.predict.predict_without_ties`."""
+        settings = settings or self.default_settings
+        return predict.predict_without_ties(self, made, settings, corpus, protocol)
+
     def request_for_max_loss(
         self,
         request: PlanRequest,
@@ -189,11 +202,22 @@ class Session(OpenModel):
         """
         return exports.export_run(self, quantized, folder, ExportTarget(format, crossing))
 
+    def quantize_streamed(
+        self,
+        made: Plan,
+        quantizer: str = "hqq",
+        plan_name: str = "",
+        run: str | None = None,
+        settings: ProfileSettings | None = None,
+    ) -> StreamedRun:
+        """See :func:`lsq_core.stages.streamed.stream_plan`."""
+        return streamed.stream_plan(self, made, quantizer, plan_name, run, settings)
+
     def measure(
-        self, made: Sequence[QuantizedRun], requests: Sequence[EvaluationRequest]
+        self, made: Sequence[PreparedRun], requests: Sequence[EvaluationRequest]
     ) -> Iterator[dict]:
-        """See :func:`lsq_core.stages.run.measure`."""
-        return runs.measure(self, made, requests)
+        """See :func:`lsq_core.stages.measure.measure`."""
+        return measure.measure(self, made, requests)
 
     def run(
         self,
@@ -205,22 +229,18 @@ class Session(OpenModel):
         settings: ProfileSettings | None = None,
         export: ExportTarget | None = None,
     ) -> dict:
-        """See :func:`lsq_core.stages.run.run_plan`.
+        """See :func:`lsq_core.stages.measure.run_plan`.
 
         With ``export`` what is saved is in another tool's format, and measured too
-        (:func:`lsq_core.stages.export.run_plan_and_export`). A model larger than memory is
-        quantized and evaluated block by block, unless it is to be saved
-        (:func:`lsq_core.stages.streamed.run_plan_streamed`).
+        (:func:`lsq_core.stages.export.run_plan_and_export`).
         """
-        if export is not None:
-            if save is None:
-                raise InputError(f"Give the folder that the {export.format} files are saved to.")
-            return exports.run_plan_and_export(
-                self, made, quantizer, request, save, export, plan_name, settings
-            )
-        if save is None and not self.fits_in_memory(made.planned_bytes):
-            return streamed.run_plan_streamed(self, made, quantizer, request, plan_name, settings)
-        return runs.run_plan(self, made, quantizer, request, save, plan_name, settings)
+        if export is None:
+            return measure.run_plan(self, made, quantizer, request, save, plan_name, settings)
+        if save is None:
+            raise InputError(f"Give the folder that the {export.format} files are saved to.")
+        return exports.run_plan_and_export(
+            self, made, quantizer, request, save, export, plan_name, settings
+        )
 
     def export_plan(self, made: Plan, target: str, nearest: bool = False) -> Translation:
         """See :func:`lsq_core.exports.registry.export_plan`."""

@@ -1,7 +1,7 @@
 """The measurements that come with the project, and how they are made again.
 
-``data/measured`` holds them as Parquet files: so far SmolLM2's profile by HQQ and the first runs of
-those listed here. The app imports them when it first starts, marked as shipped. ``make measured``
+``data/measured`` holds them as Parquet files: so far SmolLM2's profiles by HQQ and the runs of all
+methods listed here. The app imports them when it first starts, marked as shipped. ``make measured``
 makes all of them; what its database has already is not measured again:
 
     python -m lsq_core.shipped --calibration wikitext2-valid.txt --corpus wikitext2-test.txt

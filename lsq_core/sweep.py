@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 import traceback
 from collections.abc import Callable, Sequence
@@ -43,13 +44,13 @@ from lsq_core.quantization.registry import (
 )
 from lsq_core.session import Session
 from lsq_core.stages.evaluate import evaluation_provenance
+from lsq_core.stages.measure import PreparedRun
 from lsq_core.stages.plan import (
     content_identity,
     plan_identity,
     request_incompatibility,
     with_quantizer,
 )
-from lsq_core.stages.run import QuantizedRun
 from lsq_core.sweep_progress import BatchProgress
 
 #: The file, in the folder a job keeps things in, that tells what came of each item so far.
@@ -59,6 +60,9 @@ FINISHED, FAILED = ("done", "found"), "failed"
 #: Plans that read the texts together: five times the work of one evaluation and a sixth for full
 #: precision, where they read alone ten. More would save little and make the first figures late.
 MAX_CONCURRENT_PLANS = 5
+#: The same where the model doesn't fit memory: all its weights are read for these once, and the
+#: memory for hidden states is divided among them.
+MAX_STREAMED_PLANS = 16
 #: In the place of methods or quantizers: all of them.
 ALL = "all"
 #: What "everything" is: about the sizes at which papers compare, and one quantizer for methods.
@@ -333,10 +337,15 @@ class _Sweep:
         """The items to make together next: those of some plans, a list a plan, on the same texts.
 
         There are as many plans as may be at once and as there is room for in memory. No two store
-        the same: the second is found once the first is kept.
+        the same: the second is found once the first is kept. A model larger than memory is read
+        once for more of them, whose matrices take no room; a quantizer that needs all of it is
+        apart from these.
         """
         chosen: list[list[int]] = []
-        identities, texts, room = [], [], self.session.cache_bytes
+        identities, texts, whole = [], [], False
+        streamed = not self.session.fits_in_memory()
+        most = MAX_STREAMED_PLANS if streamed else MAX_CONCURRENT_PLANS
+        room = math.inf if streamed else self.session.cache_bytes
         for _, alike in itertools.groupby(self._pending(), self._plan_key):
             items = {}
             for number in alike:
@@ -347,12 +356,13 @@ class _Sweep:
             if identity in identities:
                 continue
             room -= plan.planned_bytes
-            if chosen and (room < 0 or list(items) != texts):
+            own = list(items), streamed and quantizer_spec(quantizer).calibrated
+            if chosen and (room < 0 or own != (texts, whole)):
                 break
             chosen.append(list(items.values()))
             identities.append(identity)
-            texts = list(items)
-            if len(chosen) == MAX_CONCURRENT_PLANS:
+            texts, whole = own
+            if len(chosen) == most:
                 break
         return chosen
 
@@ -388,8 +398,9 @@ class _Sweep:
         self.session.report = progress.report
         try:
             made = []
+            streamed = self._is_streamed(batch)
             for numbers in batch:
-                made.append(self._quantize(self.requested[numbers[0]]))
+                made.append(self._prepare(self.requested[numbers[0]], streamed))
                 progress.quantized += 1
             outcomes = self.session.measure(made, [self.requested[n].evaluation for n in batch[0]])
             for number in order:
@@ -401,12 +412,18 @@ class _Sweep:
         finally:
             self.session.report = outer
 
-    def _quantize(self, item: SweepItem) -> QuantizedRun:
-        """The item's quantized model, of the run that has the same plan where one was kept."""
+    def _is_streamed(self, batch: list[list[int]]) -> bool:
+        """Whether the model and a batch's plans don't fit memory, so it is read by blocks."""
+        plans = [self.plans[self.requested[numbers[0]].request] for numbers in batch]
+        return not self.session.fits_in_memory(sum(plan.planned_bytes for plan in plans))
+
+    def _prepare(self, item: SweepItem, streamed: bool) -> PreparedRun:
+        """The item's run, quantized unless streamed; the one of the same plan where it was kept."""
         plan = self.plans[item.request]
         existing_runs = self._same_plan(item)["run"].tolist()
         run = existing_runs[0] if existing_runs else None
-        return self.session.quantize(plan, item.quantizer, run=run, settings=self.settings)
+        prepare = self.session.quantize_streamed if streamed else self.session.quantize
+        return prepare(plan, item.quantizer, run=run, settings=self.settings)
 
     def _write_items(self) -> None:
         """Tell those who watch the job what came of each item so far."""

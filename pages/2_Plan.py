@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lsq_core.errors import LsqError
-from lsq_core.planning.pins import apply_pins
+from lsq_core.planning.constraints import restrict
 from lsq_core.ui import cached, state, words
 from lsq_core.ui.page import PageContext, headline, page
 from lsq_core.ui.plan import actions, live, prediction, query, rows, summary
@@ -33,7 +33,7 @@ def plan_page(ctx: PageContext) -> None:
         return
     try:
         notice = live.set_budget(
-            apply_pins(plan_query.problem, plan_query.request.pins), plan_query.request
+            restrict(plan_query.problem, plan_query.request), plan_query.request
         )
         plan_query = replace(
             plan_query, request=state.plan_request()

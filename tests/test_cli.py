@@ -16,6 +16,7 @@ from lsq_core.store.store import Store
 from tests.conftest import ROOT
 
 PROFILE = ["--samples", "8", "--block-tokens", "64"]
+UNIFORM = ["plan", "--model", "M", "--method", "uniform", "--base", "3.13"]
 RTN = ["--profile-quantizer", "rtn"]
 
 
@@ -185,6 +186,23 @@ def test_cli_run_interval_matches_stored_windows(run_cli, model, small_text):
     assert row["increase"] == pytest.approx(difference.relative)
 
 
+def test_cli_served_plan_records_constraint_and_free_plan(run_cli, model):
+    arguments = ["plan", "--model", model, "--method", "mxq", "--budget", "5bpp", *RTN, *PROFILE]
+    tie = ["--tie", "o_proj,q_proj"]
+    _, free, _ = run_cli(*arguments, "--json")
+    status, served, _ = run_cli(*arguments, "--serve", "vllm", *tie, "--json")
+    assert status == 0
+    assert not {"ties", "serve"} & set(free["request"])
+    assert (served["request"]["serve"], served["request"]["ties"]) == ("vllm", ["o_proj,q_proj"])
+    assert served["free"]["bits_per_param"] == free["bits_per_param"]
+    assert served["free"]["objective"] == free["objective"] < served["objective"]
+    configs = {name: entry["config"] for name, entry in served["modules"].items()}
+    for layer in range(2):
+        attention = {config for name, config in configs.items() if f"{layer}.self_attn" in name}
+        assert len(attention) == 1
+    assert "constraints of vLLM" in run_cli(*arguments, "--serve", "vllm")[1]
+
+
 # --- bad input: status 2 and a sentence ---------------------------------------------------------
 
 
@@ -204,6 +222,14 @@ def test_cli_run_interval_matches_stored_windows(run_cli, model, small_text):
         (
             ["plan", "--model", "M", "--method", "sensiboost", "--base", "3.13", "--metric", "x"],
             "'x'",
+        ),
+        ([*UNIFORM, "--tie", "q_proj"], "not a tie"),
+        ([*UNIFORM, "--tie", "q_proj,x_proj"], "names x_proj"),
+        ([*UNIFORM, "--serve", "tgi"], "'tgi' is not a server"),
+        ([*UNIFORM, "--serve", "vllm"], "cannot have b3g128"),
+        (
+            ["plan", "--model", "M", "--method", "mxq", "--budget", "3bpp", "--serve", "vllm"],
+            "vLLM",
         ),
         (["profile", "--model", "M", "--quantizer", "awq9"], "awq9"),
         (["profile", "--model", "M", "--axis", "3"], "axis"),

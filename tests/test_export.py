@@ -92,6 +92,14 @@ def test_reproducing_command_parses_back(store):
     assert (options.axis, options.metadata) == (content["axis"], content["metadata"])
 
 
+def test_reproducing_command_keeps_ties_and_server(store):
+    record = store.record("000000000003")
+    restrictions = {"ties": ["q_proj,k_proj", "gate_proj,up_proj"], "serve": "vllm"}
+    record["plan"]["content"]["request"] |= restrictions
+    options = build_parser().parse_args(shlex.split(arguments.reproduce_command(record))[1:])
+    assert (options.tie, options.serve) == (restrictions["ties"], "vllm")
+
+
 def test_reproducing_unknown_method_is_comment(store):
     with store.connect() as connection:
         connection.execute("UPDATE runs SET method = 'gptq'")

@@ -30,7 +30,16 @@ from lsq_core.units import parse_bytes
 from tests.test_high_impact import problem as mixed_problem
 from tests.test_plan import problem
 
-SMALL, MIXED_ROWS = problem(layers=6), mixed_problem()
+
+def measured_problem() -> Problem:
+    """Six layers with all that any method on the ladder reads."""
+    small = problem(layers=6)
+    error, scores = small.by_config["weight_error"], small.scores
+    by_config = dict.fromkeys(("weight_error", "sensitivity_module", "expected_kl"), error)
+    return Problem(small.matrices, scores | {"loss_impact": scores["kurtosis"]}, by_config)
+
+
+SMALL, MIXED_ROWS = measured_problem(), mixed_problem()
 #: One matrix that groups of 128 don't fill, as the second.
 INDIVISIBLE = Problem(
     (
@@ -86,6 +95,8 @@ requests = st.fixed_dictionaries(
         "loss": st.sampled_from(["block", "model", "none"]),
         "ratios": st.sampled_from(["uniform", "diagonal", "full"]),
         "clip": st.booleans(),
+        "ties": st.lists(st.sampled_from(["q_proj,k_proj", "gate_proj,up_proj", "q_proj", "x,y"])),
+        "serve": st.sampled_from([None, "vllm", "nothing"]),
     },
 )
 

@@ -101,7 +101,7 @@ def test_job_bad_input_failed_with_message(folder, quick_run):
     done = wait_for_end(jobs.start(folder, [*quick_run, "--protocol", "sliding"]))
     assert (done.state, done.result()) == ("failed", None)
     assert "'sliding'" in done.message
-    assert "blocks or llamacpp-512" in done.message
+    assert "is not a protocol" in done.message
     done = wait_for_end(jobs.start(folder, [*quick_run, "--no-such-option"]))
     assert done.state == "failed"
     assert "--no-such-option" in done.message

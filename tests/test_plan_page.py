@@ -18,6 +18,7 @@ from lsq_core.bits import LADDER
 from lsq_core.evaluation.prediction import Prediction
 from lsq_core.evaluation.protocol import EvaluationRequest
 from lsq_core.model.source import ModelSource
+from lsq_core.planning.constraints import restrict
 from lsq_core.planning.facts import z_scores
 from lsq_core.planning.make import make_frontier, make_plan
 from lsq_core.planning.methods.boost import detect_by_type
@@ -156,6 +157,54 @@ def test_plan_page_pins_applied_and_invalid_pin_shows_error(filled):  # noqa: F8
     assert ["not a pin" in e.value for e in app.error] == [True]
 
 
+@pytest.mark.parametrize("method", ["mxq", "kurtboost"])
+def test_plan_page_serves_and_tells_the_cost(filled, method):  # noqa: F811
+    app = open_page("Plan", model=filled.model, method=method, budget="5.00", against="uniform")
+    assert [m["free"] for m in planner_data(app)["methods"]] == [None, None]
+    assert planner_data(app)["tied"] is None
+    app.toggle(key="vllm").set_value(True).run()
+    request = PlanRequest(method, budget="5bpp", serve="vllm")
+    plan = make_plan(problem(filled), request)
+    assert command_line_plan(app) == {m.name: c.name for m, c in plan.choice.items()}
+    assert {c.bits for c in plan.configs} <= {4, 8}
+    assert any("constraints of vLLM" in c.value for c in app.caption)
+    sent = planner_data(app)
+    restricted = restrict(problem(filled), request)
+    assert np.frombuffer(b64decode(sent["tied"]), "<i4").tolist() == restricted.items.tolist()
+    free = make_frontier(problem(filled), PlanRequest(method))
+    for shown in sent["methods"]:
+        assert shown["free"]["frontier"]["id"] != shown["frontier"]["id"]
+    starts = np.frombuffer(b64decode(sent["methods"][0]["free"]["frontier"]["starts"]), "u1")
+    assert starts.tolist() == np.concatenate([s.start for s in free.segments]).tolist()
+    assert app.query_params["vllm"] == "True"
+
+
+def test_plan_page_served_budget_and_base_out_of_reach(filled):  # noqa: F811
+    app = open_page("Plan", model=filled.model, method="mxq", budget="3.00", vllm="True")
+    (message,) = [w.value for w in app.warning]
+    assert re.search(r"3\.00 bits is out of reach for vLLM", message)
+    app = open_page("Plan", model=filled.model, method="uniform", ask="base", vllm="True")
+    assert {float(bits) > 4 for bits in app.selectbox(key="base").options} == {True}
+    assert not app.error
+
+
+def test_plan_page_ties_applied_and_invalid_tie_shows_error(filled):  # noqa: F811
+    app = open_page("Plan", model=filled.model, method="mxq", budget="5.00")
+    app.text_area(key="ties").set_value("gate_proj,up_proj\nq_proj,k_proj").run()
+    request = PlanRequest("mxq", budget="5bpp", ties=("gate_proj,up_proj", "q_proj,k_proj"))
+    plan = make_plan(problem(filled), request)
+    assert command_line_plan(app) == {m.name: c.name for m, c in plan.choice.items()}
+    app.text_area(key="ties").set_value("q_proj").run()
+    assert ["not a tie" in e.value for e in app.error] == [True]
+    assert first_line(app) == "No such plan."
+
+
+def test_plan_page_mixed_rows_cannot_be_served(filled):  # noqa: F811
+    app = open_page("Plan", model=filled.model, method="high-impact", vllm="True")
+    assert app.toggle(key="vllm").disabled
+    assert not [e.value for e in app.error if "vLLM" in e.value]
+
+
 def test_plan_page_second_method_ignores_unsupported_base(filled):  # noqa: F811
     """MXQ takes no base: one left over from another method is not the other method's either."""
     app = open_page(
@@ -194,7 +243,7 @@ def test_plan_page_budget_out_of_range_clamped_with_warning(filled):  # noqa: F8
 
 def test_take_pins_rejects_contradicting_pins(filled, monkeypatch):  # noqa: F811
     """The component's answer in place of a click: the browser's tests do the clicking."""
-    plan_query = SimpleNamespace(problem=problem(filled))
+    plan_query = SimpleNamespace(problem=problem(filled), request=PlanRequest("mxq"))
     session = {"pins": ""}
     monkeypatch.setattr(actions.st, "session_state", session)
     layer = "model.layers.0.*=b4g64"
@@ -205,6 +254,10 @@ def test_take_pins_rejects_contradicting_pins(filled, monkeypatch):  # noqa: F81
     assert "contradict" in session["pins_refused"]
     live.set_pins(plan_query, ())
     assert session["pins"] == ""
+    plan_query.request = PlanRequest("mxq", serve="vllm")
+    live.set_pins(plan_query, ("*.q_proj=b3g64",))
+    assert session["pins"] == ""
+    assert "vLLM has" in session["pins_refused"]
 
 
 def test_prediction_band_format():

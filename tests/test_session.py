@@ -61,6 +61,18 @@ def test_plan_fields_as_keywords_match_a_request(session, profile, plan):
     assert plan.profile == profile.id
 
 
+def test_served_plan_by_keyword(session, profile):
+    served = session.plan(
+        "mxq", profile.settings, budget="5bpp", serve="vllm", ties=["o_proj,q_proj"]
+    )
+    assert served.request == lsq.PlanRequest(
+        "mxq", budget="5bpp", serve="vllm", ties=("o_proj,q_proj",)
+    )
+    assert {config.bits for config in served.configs} <= {4, 8}
+    with pytest.raises(lsq.InputError, match="ties cannot be"):
+        session.plan("mxq", profile.settings, budget="5bpp", ties="q_proj,k_proj")
+
+
 def test_evaluate_stores_what_the_command_line_prints(session, quantized):
     result = session.evaluate(quantized, session.corpus, max_tokens=300)
     full = session.evaluate(corpus=session.corpus, max_tokens=300)

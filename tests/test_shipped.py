@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from streamlit.testing.v1 import AppTest
 
 from lsq_core import shipped
 from lsq_core.errors import InputError
+from lsq_core.evaluation.prediction import fit, load_measured_points
 from lsq_core.evaluation.protocol import EvaluationRequest
 from lsq_core.planning.request import PlanRequest
 from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.results.story import boost_gain, largest_saving
 from lsq_core.session import Session
 from lsq_core.shipped import export, import_measurements
+from lsq_core.stages.plan import build_problem
 from lsq_core.store.shipped import SHIPPED
 from lsq_core.store.store import Store
 from tests.conftest import ROOT
@@ -116,10 +119,35 @@ def test_measured_files_fit_the_schema(tmp_path):
     assert models <= set(shipped.MODELS)
     assert (runs["origin"] == SHIPPED).all()
     assert runs["perplexity_full"].notna().all()
-    assert runs.groupby("model").size().loc["smollm2"] >= 30
+    assert runs.groupby("model").size().loc["smollm2"] >= 60
     assert largest_saving(runs[runs["model"] == "smollm2"]).bytes > 0.05
     gain = boost_gain(runs[runs["model"] == "smollm2"])
     assert gain.drop > 0.03 > gain.extra
+
+
+def test_expected_kl_predicts_shipped_runs(tmp_path):
+    """Runs of twelve methods on text the profile never saw, leaving each out in turn."""
+    store = Store(tmp_path / "lsq.duckdb")
+    import_measurements(store)
+    fingerprint = store.results()["fingerprint"][0]
+    profiles = [store.profile(id) for id in store.profiles(fingerprint)["id"]]
+    (profile,) = [p for p in profiles if "expected_kl" in p.metrics]
+    problem = build_problem(store.model(fingerprint), profile)
+    points = load_measured_points(
+        store, fingerprint, problem, quantizer="hqq", axis=1, metadata="8bit"
+    )
+    runs = store.results().set_index("evaluation").loc[list(points.evaluations)]
+    expected = np.exp(points.features[:, 0])
+    usable = (points.cost > 0.02) & (points.cost < np.log(3))
+    assert usable.sum() > 20
+    assert np.median(runs["kl"][usable] / expected[usable]) == pytest.approx(1, abs=0.15)
+    own, predicted = fit(points).leave_one_out()
+    kept = usable[own]
+    error = np.abs(np.log(predicted.perplexity / points.perplexity[own]))[kept]
+    assert np.median(error) < 0.04
+    measured = points.perplexity[own]
+    inside = (predicted.low <= measured) & (measured <= predicted.high)
+    assert inside[kept].mean() >= 0.8
 
 
 @pytest.mark.slow

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+from lsq_core import sweep
+from lsq_core.bench import memory
 from lsq_core.bits import LADDER
 from lsq_core.errors import InputError, LsqError
+from lsq_core.evaluation import perplexity
 from lsq_core.evaluation.perplexity import evaluate_models
 from lsq_core.evaluation.protocol import EvaluationRequest, EvaluationText, Protocol
 from lsq_core.evaluation.streamed import evaluate_streamed
 from lsq_core.model.loading import load_model
 from lsq_core.model.source import ModelSource
-from lsq_core.model.streaming import open_streamed
+from lsq_core.model.streaming import Checkpoint, open_streamed
+from lsq_core.planning.request import PlanRequest
+from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.quantization.registry import get_quantizer
 from lsq_core.quantization.task import QuantizationTask
+from lsq_core.quantized import convert
 from lsq_core.quantized.convert import quantize_model
 from lsq_core.quantized.modules import measured_bytes
 from lsq_core.session import Session
@@ -104,7 +112,7 @@ def test_run_of_model_larger_than_memory_has_the_same_figures(random_model, smal
     plan = whole.plan("uniform", base="3.13")
     expected = whole.run(plan, "rtn", request)
     session = Session(folder, tmp_path / "blocks.duckdb", "cpu")
-    session.fits_in_memory = lambda more_bytes: False
+    session.fits_in_memory = lambda more_bytes=0: False
     found = session.run(session.plan("uniform", base="3.13"), "rtn", request)
     assert not session.is_loaded
     for name in ("perplexity", "perplexity_full", "kl"):
@@ -120,3 +128,96 @@ def test_fits_in_memory_counts_weights_and_more(random_model, monkeypatch):
     monkeypatch.setattr("lsq_core.model.loading.available_memory", lambda: size + 100)
     assert session.fits_in_memory(100)
     assert not session.fits_in_memory(101)
+
+
+def test_sweep_of_model_larger_than_memory_reads_it_once(
+    random_model, small_text, tmp_path, monkeypatch
+):
+    """Six plans and two texts in one walk, with the figures of a sweep of whole models."""
+    folder, texts = str(random_model("llama-gqa")), [small_text, tmp_path / "other.txt"]
+    texts[1].write_text("\n".join(f"{i} is followed by {i + 1}." for i in range(300)), "utf8")
+    requests = sweep.requests(PlanRequest("uniform"), ["uniform"], ("2.13", "3.13", "4.13"), ())
+    evaluations = [EvaluationRequest(str(text), max_tokens=300) for text in texts]
+    items = sweep.items(requests, ["rtn", "hqq"], evaluations)
+    whole = Session(folder, tmp_path / "whole.duckdb", "cpu")
+    expected = sweep.sweep(whole, items, ProfileSettings("rtn"))
+    session = Session(folder, tmp_path / "blocks.duckdb", "cpu")
+    session.fits_in_memory = lambda more_bytes=0: False
+    read, fill = [], Checkpoint.fill
+
+    def counted(self, model, names):
+        read.extend(name for name in names if ".1.mlp.down_proj" in name)
+        return fill(self, model, names)
+
+    monkeypatch.setattr(Checkpoint, "fill", counted)
+    found = sweep.sweep(session, items, ProfileSettings("rtn"))
+    assert not session.is_loaded
+    assert len(read) == len(texts), "all plans have a block from one reading"
+    assert [row["state"] for row in found] == ["done"] * len(items)
+    for own, other in zip(found, expected, strict=True):
+        for name in ("perplexity", "perplexity_full", "kl"):
+            assert own[name] == pytest.approx(other[name], rel=1e-5, abs=1e-7)
+        assert own["measured_bytes"] == other["measured_bytes"]
+    again = sweep.sweep(session, items, ProfileSettings("rtn"))
+    assert [row["state"] for row in again] == ["found"] * len(items)
+
+
+def test_full_precision_of_model_larger_than_memory(random_model, small_text, tmp_path):
+    folder, request = str(random_model("llama-gqa")), EvaluationRequest(str(small_text))
+    whole = Session(folder, tmp_path / "whole.duckdb", "cpu").evaluate_full(request)
+    session = Session(folder, tmp_path / "blocks.duckdb", "cpu")
+    session.fits_in_memory = lambda more_bytes=0: False
+    found = session.evaluate_full(request)
+    assert not session.is_loaded
+    assert found["perplexity"] == pytest.approx(whole["perplexity"], rel=1e-6)
+
+
+def test_matrices_that_plans_store_alike_are_quantized_once(random_model, monkeypatch):
+    streamed = open_streamed(ModelSource(str(random_model("llama-gqa"))), "cpu")
+    first = choices(streamed)[0]
+    changed = next(m for m in first if m.layer == 0)
+    tasks = [QuantizationTask(streamed, c) for c in (first, first | {changed: LADDER[5]})]
+    made, original = [], convert.quantize_config
+
+    def counted(weight, config, *args, **kwargs):
+        made.append((kwargs["name"], config))
+        return original(weight, config, *args, **kwargs)
+
+    monkeypatch.setattr(convert, "quantize_config", counted)
+    list(evaluate_streamed(tasks, [get_quantizer("rtn")] * 2, [TEXT], bos=0))
+    assert len(made) == len(set(made)) == len(first) + 1
+
+
+def test_groups_of_windows_are_told_beforehand(random_model, monkeypatch):
+    """Where hidden states don't fit, all weights are read again; the figures are the same."""
+    streamed = open_streamed(ModelSource(str(random_model("llama-gqa"))), "cpu")
+    task, quantizers = QuantizationTask(streamed, choices(streamed)[0]), [get_quantizer("rtn")]
+    [[expected]] = evaluate_streamed([task], quantizers, [TEXT], bos=0)
+    monkeypatch.setattr(perplexity, "_MAX_STATES_BYTES", 2 * 128 * 4 * 4 * 64)
+    messages = []
+    [[found]] = evaluate_streamed(
+        [task],
+        quantizers,
+        [TEXT],
+        bos=0,
+        progress=lambda done, total, message: messages.append(message),
+    )
+    groups = [message for message in messages if " groups of windows" in message]
+    assert len(groups) == 1
+    assert groups[0].startswith("hidden states take 3 ")
+    assert found.pair[0].nll == pytest.approx(expected.pair[0].nll, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_evaluation_peak_memory_is_of_a_block(tmp_path):
+    """512 MiB of bfloat16 weights, twice that in float32, at three plans, in its own process.
+
+    The libraries' own memory comes on top of the limit; a block has 37 MiB in float32.
+    """
+    folder = tmp_path / "model"
+    weight_bytes = memory.write_random_model(folder, 512 * 2**20, vocabulary=4096)
+    assert weight_bytes >= 500 * 2**20
+    options = memory.Options(quantizer="rtn", tokens=128)
+    measured = memory.measure(folder, weight_bytes, options)
+    assert measured.peak - measured.base <= 256 * 2**20

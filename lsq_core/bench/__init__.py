@@ -31,11 +31,20 @@ ROWS = {
     "profile": "lsq_core.bench.profile:profile",
     "perplexity": "lsq_core.bench.perplexity:perplexity",
     "replan10": "lsq_core.bench.replan:replan10",
+    "sweep12": "lsq_core.bench.replan:sweep12",
     "packed_forward": "lsq_core.bench.packed:forward",
+    "evaluate_gpu": "lsq_core.bench.gpu:evaluate",
+    "profile_gpu": "lsq_core.bench.gpu:profile",
+    "packed_forward_gpu": "lsq_core.bench.packed:forward_gpu",
     "import": "lsq_core.bench.start:import_time",
     "plan_cold": "lsq_core.bench.start:plan_cold",
     "frontier": "lsq_core.bench.frontier:frontier",
 }
+#: Rows that measure the model of ``--model``; a recorded ratio is of the demo model.
+MODEL_ROWS = ("sweep12", "evaluate_gpu", "profile_gpu")
+DEFAULT_MODEL = "demo"
+#: Why a row that needs a GPU has no figures.
+NO_GPU = "needs a GPU, and there is none on this machine"
 #: Measurements of each side.
 REPEATS = 5
 #: The recorded ratios, each the least of its repeats, with the machine.
@@ -164,8 +173,11 @@ def measure(
     ids: Sequence[str] = (),
     repeats: int = REPEATS,
     progress: Callable[[int, int, str], None] = lambda done, total, message: None,
+    model: str = DEFAULT_MODEL,
 ) -> list[Row]:
     """Measure these rows, or all of them, in the order of ``ROWS``.
+
+    ``model`` is what those of ``MODEL_ROWS`` measure.
 
     Raises
     ------
@@ -182,7 +194,8 @@ def measure(
     for done, id in enumerate(wanted):
         progress(done, len(wanted), id)
         module, _, function = ROWS[id].partition(":")
-        rows.append(getattr(import_module(module), function)(repeats))
+        options = {"model": model} if id in MODEL_ROWS else {}
+        rows.append(getattr(import_module(module), function)(repeats, **options))
     progress(len(wanted), len(wanted), "measured")
     return rows
 
@@ -221,9 +234,14 @@ def record(rows: Sequence[Row]) -> None:
 
     Raises
     ------
+    InputError
+        When a row is of another model than the demo.
     LsqError
         When an error exceeds its limit.
     """
+    other = [row.id for row in rows if row.details.get("model", DEFAULT_MODEL) != DEFAULT_MODEL]
+    if other:
+        raise InputError(f"The ratio of {other[0]} is recorded for the demo model alone.")
     wrong = [row.id for row in rows if row.wrong]
     if wrong:
         raise LsqError(f"Nothing was recorded: the error of {', '.join(wrong)} exceeds its limit.")

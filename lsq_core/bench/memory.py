@@ -1,11 +1,12 @@
-"""How much memory profiling takes, on random models of any size.
+"""How much memory profiling and evaluation take, on random models of any size.
 
-Each model is made, profiled in a process of its own while this one watches its anonymous memory
-(RssAnon; mapped files apart), and deleted. The full size that the limits are about takes long on
-a small machine, so it is run by hand::
+Each model is made, profiled (or evaluated at three plans) in a process of its own while this one
+watches its anonymous memory (RssAnon; mapped files apart), and deleted. The full size that the
+limits are about takes long on a small machine, so it is run by hand::
 
     python -m lsq_core.bench.memory 0.5 1 2 --folder /tmp        # kurtosis and weight error
     python -m lsq_core.bench.memory 0.5 --text                   # sensitivity as well
+    python -m lsq_core.bench.memory 4 --evaluate 512             # three plans on 512 tokens
 """
 
 from __future__ import annotations
@@ -28,13 +29,15 @@ from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.units import format_bytes
 
 GIB = 2**30
+#: Sizes of the three plans that are evaluated: of 2, 3 and 4 bits.
+EVALUATED_BASES = ("2.13", "3.13", "4.13")
 #: Seconds between two looks at the process: a matrix takes longer than that.
 _POLL_SECONDS = 0.005
 
 
 @dataclass(frozen=True)
 class Peak:
-    """Memory in bytes and processor time of one profile.
+    """Memory in bytes and processor time of one profile or evaluation.
 
     ``base`` is RssAnon before the model is opened: what Python, torch and transformers take.
     """
@@ -47,14 +50,19 @@ class Peak:
 
 @dataclass(frozen=True)
 class Options:
-    """What is measured: sensitivity too, by which quantizer, on how many calibration texts."""
+    """What is measured, and by which quantizer.
+
+    A profile, of sensitivity too if ``text``, on ``samples`` calibration texts; or the evaluation
+    of three plans on ``tokens`` tokens, if there are any.
+    """
 
     text: bool = False
     quantizer: str = "hqq"
     samples: int = 128
+    tokens: int = 0
 
 
-def random_config(weight_bytes: int, layers: int = 32) -> object:
+def random_config(weight_bytes: int, layers: int = 32, vocabulary: int = 32_000) -> object:
     """A Llama whose decoder blocks hold about so many bytes in bfloat16."""
     from transformers import LlamaConfig
 
@@ -66,7 +74,7 @@ def random_config(weight_bytes: int, layers: int = 32) -> object:
         num_hidden_layers=layers,
         num_attention_heads=hidden // 64,
         num_key_value_heads=hidden // 64,
-        vocab_size=32_000,
+        vocab_size=vocabulary,
         max_position_embeddings=2048,
         bos_token_id=0,
         eos_token_id=0,
@@ -74,7 +82,9 @@ def random_config(weight_bytes: int, layers: int = 32) -> object:
     )
 
 
-def write_random_model(folder: Path, weight_bytes: int, layers: int = 32) -> int:
+def write_random_model(
+    folder: Path, weight_bytes: int, layers: int = 32, vocabulary: int = 32_000
+) -> int:
     """A random model in shards of one block each; bytes of its decoder blocks.
 
     Never more than a block is in memory.
@@ -86,7 +96,7 @@ def write_random_model(folder: Path, weight_bytes: int, layers: int = 32) -> int
     from lsq_core.model.loading import build_meta_model
 
     folder.mkdir(parents=True)
-    random_config(weight_bytes, layers).save_pretrained(folder)
+    random_config(weight_bytes, layers, vocabulary).save_pretrained(folder)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(DEMO_FOLDER / file, folder / file)
     model = build_meta_model(ModelSource(str(folder)), folder, dtype=torch.bfloat16)
@@ -117,15 +127,16 @@ def _random(shape: Sequence[int], generator: object) -> object:
 
 
 def measure(folder: Path, weight_bytes: int, options: Options) -> Peak:
-    """Profile a model in a process of its own and watch its memory.
+    """Profile or evaluate a model in a process of its own and watch its memory.
 
     Raises
     ------
     RuntimeError
         When the process fails.
     """
-    command = [sys.executable, "-m", "lsq_core.bench.memory", "--profile", str(folder.resolve())]
+    command = [sys.executable, "-m", "lsq_core.bench.memory", "--model", str(folder.resolve())]
     command += ["--quantizer", options.quantizer, "--samples", str(options.samples)]
+    command += ["--evaluate", str(options.tokens)]
     command += ["--text"] if options.text else []
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=paths.IMPORT_FOLDER)
     peak = 0
@@ -133,7 +144,7 @@ def measure(folder: Path, weight_bytes: int, options: Options) -> Peak:
         peak = max(peak, now)
     output, _ = process.communicate()
     if process.returncode:
-        raise RuntimeError(f"profiling {folder} failed; see above")
+        raise RuntimeError(f"measuring {folder} failed; see above")
     report = json.loads(output)
     return Peak(weight_bytes, report["base"], max(peak, report["base"]), report["seconds"])
 
@@ -171,6 +182,21 @@ def profile(folder: Path, options: Options) -> dict[str, float]:
     return {"base": base, "seconds": time.process_time() - start_time}
 
 
+def evaluate(folder: Path, options: Options) -> dict[str, float]:
+    """Evaluate three uniform plans in this process, block by block; as :func:`profile`."""
+    import lsq_core.evaluation.streamed  # noqa: F401 - what libraries take is no part of a model's
+    from lsq_core.evaluation.protocol import EvaluationRequest
+    from lsq_core.session import Session
+
+    base, start_time = rss_anon(), time.process_time()
+    with tempfile.TemporaryDirectory() as name:
+        session = Session(folder, Path(name) / "lsq.duckdb", "cpu")
+        plans = [session.plan("uniform", base=size) for size in EVALUATED_BASES]
+        made = [session.quantize_streamed(plan, options.quantizer) for plan in plans]
+        list(session.measure(made, [EvaluationRequest(max_tokens=options.tokens)]))
+    return {"base": base, "seconds": time.process_time() - start_time}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Print a line for each size."""
     parser = argparse.ArgumentParser(prog="python -m lsq_core.bench.memory", description=__doc__)
@@ -180,11 +206,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quantizer", default="hqq", help="hqq, or rtn to be done sooner")
     parser.add_argument("--samples", type=int, default=128, help="calibration texts")
     parser.add_argument("--folder", help="where models are made; the system's temporary folder")
-    parser.add_argument("--profile", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--evaluate", type=int, default=0, metavar="TOKENS", help="evaluate on so many tokens"
+    )
+    parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    options = Options(args.text, args.quantizer, args.samples)
-    if args.profile:
-        print(json.dumps(profile(args.profile, options)))
+    options = Options(args.text, args.quantizer, args.samples, args.evaluate)
+    if args.model:
+        run = evaluate if options.tokens else profile
+        print(json.dumps(run(args.model, options)))
         return 0
     print("weights     RssAnon: before     peak   CPU seconds   s/GiB")
     for gib in args.gib:

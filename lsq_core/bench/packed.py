@@ -4,54 +4,90 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from hqq.core.quantize import BaseQuantizeConfig, HQQBackend, HQQLinear
 from torch import Tensor, nn
 
-from lsq_core.bench import REPEATS, Row, time_interleaved
+from lsq_core.bench import NO_GPU, REPEATS, Row, time_interleaved
 from lsq_core.bits import QuantConfig
 from lsq_core.model.dtypes import torch_name
 from lsq_core.quantization.packed import quantize_matrix
 from lsq_core.quantization.registry import get_quantizer
 from lsq_core.quantized.modules import PackedLinear
 
-SIDE = 2048
 BITS = (2, 3, 4, 8)
-TOKENS = (1, 256)
 
 
 def forward(repeats: int = REPEATS) -> Row:
     """One layer at each width, at one token and at a batch, one after the other."""
+    return measure_forward("packed_forward", Case(), repeats)
+
+
+def forward_gpu(repeats: int = REPEATS) -> Row:
+    """The same of a larger layer on the GPU, at up to 4,096 tokens."""
+    case = Case(4096, (1, 16, 256, 4096), "bfloat16", "cuda")
+    if not torch.cuda.is_available():
+        return Row("packed_forward_gpu", case.title, device="cuda", reason=NO_GPU)
+    return measure_forward("packed_forward_gpu", case, repeats)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A square layer, the tokens it is measured at, and the dtype and device of the row's ratio."""
+
+    side: int = 2048
+    tokens: tuple[int, ...] = (1, 256)
+    dtype: str = "float32"
+    device: str = "cpu"
+
+    @property
+    def title(self) -> str:
+        """``packed layer 2048², 2/3/4/8 bits, 1 and 256 tokens, float32``."""
+        *first, last = map("{:,}".format, self.tokens)
+        bits = "/".join(map(str, BITS))
+        return f"packed layer {self.side}², {bits} bits, {', '.join(first)} and {last} tokens, " + (
+            self.dtype
+        )
+
+
+def measure_forward(id: str, case: Case, repeats: int) -> Row:
+    """Compare one layer at each width with ``hqq``'s; each dtype and number of tokens in details.
+
+    Details have plain ``nn.Linear`` of each dtype as well.
+    """
     torch.manual_seed(0)
-    weight = 0.02 * torch.randn(SIDE, SIDE)
+    weight = 0.02 * torch.randn(case.side, case.side, device=case.device)
+    wait = torch.cuda.synchronize if case.device == "cuda" else lambda: None
     with _pytorch_backend(), torch.inference_mode():
         pairs = {
             (bits, torch_name(dtype)): (
                 _ours(weight, bits, "8bit"),
                 _theirs(weight, bits, dtype),
-                [torch.randn(tokens, SIDE, dtype=dtype) for tokens in TOKENS],
+                [torch.randn(n, case.side, dtype=dtype, device=case.device) for n in case.tokens],
             )
             for bits in BITS
             for dtype in (torch.float32, torch.bfloat16)
         }
-        plain = [pair for (_, dtype), pair in pairs.items() if dtype == "float32"]
+        plain = [pair for (_, dtype), pair in pairs.items() if dtype == case.dtype]
         figures = time_interleaved(
             lambda: [ours(x) for ours, _, inputs in plain for x in inputs],
             lambda: [theirs(x) for _, theirs, inputs in plain for x in inputs],
             repeats,
+            wait=wait,
         ).figures
         error = max(_added_error(weight, bits, pairs[bits, "float32"]) for bits in BITS)
         cases = {
-            f"b{bits}g64 {dtype}, {len(x)} tokens": time_interleaved(
-                lambda f=ours, x=x: f(x), lambda f=theirs, x=x: f(x), repeats
-            ).figures
+            f"b{bits}g64 {dtype}, {len(x)} tokens": _case_figures(
+                ours, theirs, weight, x, repeats, wait
+            )
             for (bits, dtype), (ours, theirs, inputs) in pairs.items()
             for x in inputs
         }
     return Row(
-        "packed_forward",
-        f"packed layer {SIDE}², {'/'.join(map(str, BITS))} bits, 1 and 256 tokens, float32",
+        id,
+        case.title,
         ours="PackedLinear",
         theirs="HQQLinear, HQQBackend.PYTORCH",
         **figures,
@@ -59,8 +95,21 @@ def forward(repeats: int = REPEATS) -> Row:
         error_limit=0.01,
         error_is="the output's error against full precision, relative to theirs, fp16 metadata",
         target=1.0,
+        device=case.device,
         details={"cases": cases},
     )
+
+
+def _case_figures(
+    ours: Callable, theirs: Callable, weight: Tensor, x: Tensor, repeats: int, wait: Callable
+) -> dict[str, float]:
+    """Both sides' figures at some tokens, and the seconds of a plain linear module beside them."""
+    pair = time_interleaved(lambda: ours(x), lambda: theirs(x), repeats, wait=wait)
+    full = weight.to(x.dtype)
+    linear = time_interleaved(
+        lambda: nn.functional.linear(x, full), lambda: ours(x), repeats, wait=wait
+    )
+    return pair.figures | {"linear_s": linear.figures["ours_s"]}
 
 
 @contextmanager
@@ -80,12 +129,13 @@ def _ours(weight: Tensor, bits: int, metadata: str) -> PackedLinear:
 
 
 def _theirs(weight: Tensor, bits: int, dtype: torch.dtype) -> HQQLinear:
-    layer = nn.Linear(SIDE, SIDE, bias=False)
+    layer = nn.Linear(*weight.shape, bias=False)
     layer.weight.data = weight.clone()
     config = BaseQuantizeConfig(nbits=bits, group_size=64, axis=1)
     # As ours: the same grid, and a zero point needn't be whole. What solved it takes no time here.
     config["weight_quant_params"] |= {"optimize": False, "round_zero": False}
-    return HQQLinear(layer, config, compute_dtype=dtype, device="cpu", del_orig=False)
+    device = str(weight.device)
+    return HQQLinear(layer, config, compute_dtype=dtype, device=device, del_orig=False)
 
 
 def _added_error(weight: Tensor, bits: int, pair: tuple[Callable, Callable, list]) -> float:

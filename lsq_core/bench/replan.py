@@ -1,4 +1,4 @@
-"""Ten plans of one model in a sweep, against the same ten in independent runs."""
+"""Ten or twelve plans of one model in a sweep, against the same ones in independent runs."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ from pathlib import Path
 
 import numpy as np
 
-from lsq_core.bench import Row, time_interleaved
+from lsq_core.bench import DEFAULT_MODEL, Row, time_interleaved
 from lsq_core.evaluation.protocol import EvaluationRequest
 from lsq_core.model.source import ModelSource
 from lsq_core.planning.request import PlanRequest
 from lsq_core.profiling.settings import ProfileSettings
+from lsq_core.provenance import device_kind
 from lsq_core.session import Session
 from lsq_core.store.store import Store
 from lsq_core.sweep import SweepItem, items, sweep
 
 #: MXQ at ten sizes a tenth of a bit apart, as one drags the slider from 3.0 to 3.9 bits.
 BUDGETS = tuple(f"{3 + tenths / 10:.1f}bpp" for tenths in range(10))
+#: The same up to 4.1 bits.
+TWELVE_BUDGETS = (*BUDGETS, "4.0bpp", "4.1bpp")
 #: Tokens that each plan is evaluated on: two windows of the demo model, to choose among plans.
 TOKENS = 512
 #: What the plans are made from; how it was measured doesn't matter here.
@@ -30,34 +33,48 @@ SAME = ("perplexity", "kl", "top1", "measured_bytes")
 
 
 def replan10(repeats: int) -> Row:
-    """A sweep against ten runs, each with its own session: load, plan, quantize, evaluate."""
+    """Ten plans; each run on its own has its own session: load, plan, quantize, evaluate."""
+    return _compare("replan10", "ten", BUDGETS, repeats, DEFAULT_MODEL, target=3.0)
+
+
+def sweep12(repeats: int, model: str = DEFAULT_MODEL) -> Row:
+    """Twelve plans of any model, on the GPU where there is one."""
+    return _compare("sweep12", "twelve", TWELVE_BUDGETS, repeats, model, target=4.0)
+
+
+def _compare(
+    id: str, number: str, budgets: Sequence[str], repeats: int, model: str, target: float
+) -> Row:
+    """A sweep over MXQ plans of these budgets against as many runs."""
     items_to_run = items(
-        [PlanRequest("mxq", budget=budget) for budget in BUDGETS],
+        [PlanRequest("mxq", budget=budget) for budget in budgets],
         ["hqq"],
         [EvaluationRequest(max_tokens=TOKENS)],
     )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepared = Store(folder / "prepared.duckdb")
-        bench = Session(ModelSource("demo"), prepared, "cpu")
+        bench = Session(ModelSource(model), prepared)
         bench.profile(SETTINGS)
         plans = [bench.plan(item.request, SETTINGS) for item in items_to_run]
-        both = _Both(items_to_run, folder)
+        both = _Both(model, items_to_run, folder)
         pair = time_interleaved(
             both.sweep, both.runs, repeats, warm=0
         )  # planning has warmed up both
     stops = [(matrix.name, config) for plan in plans for matrix, config in plan.choice.items()]
     return Row(
-        id="replan10",
-        what=f"ten plans of the demo model, each on {TOKENS} tokens",
+        id=id,
+        what=f"{number} plans of {_title(model)}, each on {TOKENS} tokens",
         ours="one sweep",
-        theirs="ten runs on their own",
+        theirs=f"{number} runs on their own",
         **pair.figures,
         error=both.difference,
         error_limit=1e-6,
         error_is=f"largest relative difference of {', '.join(SAME)}",
-        target=3.0,
+        target=target,
+        device=device_kind(bench.device_and_dtype["device"]),
         details={
+            "model": model,
             "matrices": len(stops),
             "different_matrices": len(set(stops)),
             "quantizing_share_of_theirs": both.quantizing / both.seconds,
@@ -65,11 +82,18 @@ def replan10(repeats: int) -> Row:
     )
 
 
-class _Both:
-    """Both sides, each on a copy of its own of the prepared database."""
+def _title(model: str) -> str:
+    return "the demo model" if model == DEFAULT_MODEL else model
 
-    def __init__(self, items_to_run: Sequence[SweepItem], folder: Path) -> None:
-        self.items_to_run, self.folder = items_to_run, folder
+
+class _Both:
+    """Both sides, each on a copy of its own of the prepared database.
+
+    Each copy is in a folder of its own, so that none finds the hidden states that another kept.
+    """
+
+    def __init__(self, model: str, items_to_run: Sequence[SweepItem], folder: Path) -> None:
+        self.model, self.items_to_run, self.folder = model, items_to_run, folder
         self.number = 0
         self.swept: list[dict] = []
         self.run: list[dict] = []
@@ -77,9 +101,10 @@ class _Both:
 
     def _bench(self) -> Session:
         self.number += 1
-        copy = self.folder / f"{self.number}.duckdb"
+        copy = self.folder / str(self.number) / "lsq.duckdb"
+        copy.parent.mkdir()
         shutil.copy(self.folder / "prepared.duckdb", copy)
-        return Session(ModelSource("demo"), Store(copy), "cpu")
+        return Session(ModelSource(self.model), Store(copy))
 
     def sweep(self) -> None:
         """Ours."""

@@ -10,7 +10,7 @@ import torch
 from hqq.core.quantize import Quantizer
 from torch import Tensor
 
-from lsq_core.bench import REPEATS, Row, time_call, time_interleaved
+from lsq_core.bench import NO_GPU, REPEATS, Row, time_call, time_interleaved
 from lsq_core.bits import QuantConfig
 from lsq_core.model.dtypes import torch_name
 from lsq_core.quantization.base import round_to_grid, to_groups
@@ -185,7 +185,7 @@ def gpu(repeats: int = REPEATS) -> Row:
     """One decoder block of a 7B model, bfloat16 on the card; in details all 32."""
     what = "HQQ solver on a GPU, one decoder block of a 7B model, bfloat16 b4g64"
     if not torch.cuda.is_available():
-        return Row("solver_gpu", what, device="cuda", reason="no CUDA device on this machine")
+        return Row("solver_gpu", what, device="cuda", reason=NO_GPU)
     case = Case(dtype=torch.bfloat16)
     torch.manual_seed(0)
     block = [

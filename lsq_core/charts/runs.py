@@ -294,6 +294,8 @@ def _label(row: dict) -> str:
         parts.append(f"{request['low_bits']}+{request['high_bits']} g{request['group_size']}")
         parts.append(f"{request['ratios']} ratios")
         parts += [f"by the {request['loss']} loss"] if request["loss"] != "block" else []
+    parts += [f"for {request['serve']}"] if request.get("serve") else []
+    parts += ["tied"] if request.get("ties") else []
     if row["origin"] != "published":  # those are all by one quantizer, grid and metadata
         parts += [row["quantizer"]]
         parts += ["fp16 metadata"] if row["metadata"] == "fp16" else []

@@ -16,6 +16,7 @@ from lsq_core.errors import InputError
 from lsq_core.evaluation.protocol import PROTOCOLS
 from lsq_core.exports.weights.registry import FORMATS, LSQ
 from lsq_core.planning.methods import PLANNERS
+from lsq_core.planning.servers import SERVERS
 from lsq_core.profiling.metrics import METRICS, proxies
 from lsq_core.quantization.registry import MATRIX_QUANTIZERS, QUANTIZERS
 
@@ -95,7 +96,7 @@ def _add_model_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     )
     sub.add_argument(
         "--protocol",
-        help="protocol to predict it for, strided or blocks (default: that of most runs)",
+        help="protocol to predict it for (default: that of most runs)",
     )
     sub.add_argument("--out", type=Path, help="write the plan to a file, for run --plan")
 
@@ -288,6 +289,11 @@ def _add_bench(sub: argparse.ArgumentParser) -> None:
         metavar="ID",
         help="run only this benchmark (repeatable)",
     )
+    sub.add_argument(
+        "--model",
+        default="demo",
+        help="the model of sweep12, evaluate_gpu and profile_gpu: as of other verbs (demo)",
+    )
     sub.add_argument("--repeats", type=int, default=5, help="number of measurements per side (5)")
     sub.add_argument(
         "--markdown",
@@ -330,7 +336,12 @@ def _add_model(sub: argparse.ArgumentParser, required: bool = True) -> None:
 
 def _add_device(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, … (auto)")
-    sub.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (auto)")
+    sub.add_argument(
+        "--dtype",
+        default="auto",
+        help="what the model computes in: float32, bfloat16 (faster on a CPU with units for it), "
+        "float16, or auto: float32 on a CPU, the checkpoint's own on a GPU (auto)",
+    )
 
 
 def _add_profile(sub: argparse.ArgumentParser) -> None:
@@ -396,6 +407,19 @@ def _add_plan_details(sub: argparse.ArgumentParser) -> None:
         default=[],
         metavar="PATTERN=CONFIG",
         help="pin modules to a configuration or range: '*.layers.0.*=b8g64' (repeatable)",
+    )
+    sub.add_argument(
+        "--tie",
+        action="append",
+        default=[],
+        metavar="NAME,NAME,…",
+        help="give modules of a layer the same configuration: 'q_proj,k_proj,v_proj' (repeatable)",
+    )
+    sub.add_argument(
+        "--serve",
+        metavar="SERVER",
+        help=f"make a plan that a server can run: {', '.join(SERVERS)} (ties what it fuses, and "
+        "uses only configurations that it has)",
     )
     _add_profile(sub)
 

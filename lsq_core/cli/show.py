@@ -77,6 +77,9 @@ def plan(result: dict) -> None:
     for note in result["notes"]:
         print(note)
     predicted(result["predicted"])
+    if "predicted" in result.get("free", {}):
+        print(f"without ties and server, at {result['free']['bits_per_param']:.4f} bits:")
+        predicted(result["free"]["predicted"])
 
 
 def predicted(result: dict) -> None:

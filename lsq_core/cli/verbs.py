@@ -97,6 +97,8 @@ def _plan_request(options: argparse.Namespace, method: str | None = None) -> Pla
         loss=options.loss,
         ratios=options.ratios,
         clip=options.clip,
+        ties=tuple(options.tie),
+        serve=options.serve,
     )
 
 
@@ -181,6 +183,8 @@ def plan(options: argparse.Namespace, report: ProgressCallback) -> dict:
         "profile": made.profile,
         "covered": bench.info.coverage,
     }
+    if made.request.has_ties:
+        content["free"] = bench.without_ties(made, settings, options.corpus, options.protocol)
     if options.out:
         write_json(options.out, content)
     return content
@@ -460,6 +464,7 @@ def bench(options: argparse.Namespace, report: ProgressCallback) -> dict:
         options.only,
         options.repeats,
         lambda done, total, message: report("bench", done, total, message),
+        options.model,
     )
     if options.record:
         benchmarks.record(rows)

@@ -47,19 +47,23 @@ class Walk:
         models: Sequence[WalkedModel],
         batches: Sequence[Tensor],
         report: Callable[[int, int], None],
+        first: int = 0,
     ) -> None:
         """``batches`` are token ids (windows, tokens); all models are walked in the same way.
 
-        ``report`` is called with the number of a batch and of models for which it went on.
+        ``report`` is called with the number of a batch and of models for which it went on. Models
+        before the ``first`` one are not walked; their states come by :meth:`add_states`.
         """
         self.models, self.batches, self.report = models, batches, report
+        #: Numbers of the models that are walked.
+        self.members = range(first, len(models))
         self.layers = models[0].layers
         #: Blocks that all states have gone through.
         self.layer = 0
         self.seconds = np.zeros(len(models))
         self.working_bytes: list[int | None] = [None] * len(models)
-        signatures = [model.stem_signature() for model in models]
-        self.branches = [self._stem(own) for own in _alike(range(len(models)), signatures)]
+        signatures = [models[member].stem_signature() for member in self.members]
+        self.branches = [self._stem(own) for own in _alike(self.members, signatures)]
 
     def _stem(self, members: tuple[int, ...]) -> Branch:
         with self.measured(members):
@@ -74,10 +78,13 @@ class Walk:
     def advance(self) -> None:
         """Take all states through the next block."""
         following = []
-        for branch in self.branches:
-            signatures = [self.models[m].signature(self.layer) for m in branch.members]
-            parts = list(_alike(branch.members, signatures))
-            following += [self._run_block(branch, own, last=own is parts[-1]) for own in parts]
+        with ExitStack() as stack:
+            with self.measured(self.members):
+                stack.enter_context(self.models[self.members[0]].weights(self.layer))
+            for branch in self.branches:
+                signatures = [self.models[m].signature(self.layer) for m in branch.members]
+                parts = list(_alike(branch.members, signatures))
+                following += [self._run_block(branch, own, last=own is parts[-1]) for own in parts]
         self.branches, self.layer = following, self.layer + 1
 
     def _run_block(self, branch: Branch, members: tuple[int, ...], last: bool) -> Branch:
@@ -95,6 +102,14 @@ class Walk:
                     del output
                 self.report(number, len(members))
         return Branch(members, hidden, branch.calls)
+
+    def add_states(self, member: int, hidden: list[Tensor], seconds: float) -> None:
+        """Add the final states of a model that wasn't walked, in the first place.
+
+        ``seconds`` are what walking it took when they were computed.
+        """
+        self.branches.insert(0, Branch((member,), hidden, []))
+        self.seconds[member] += seconds
 
     @contextmanager
     def heads(self) -> Iterator[None]:

@@ -9,7 +9,7 @@ is predicted at most once.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,13 +19,14 @@ from torch import nn
 
 from lsq_core.evaluation.branches import Walk
 from lsq_core.evaluation.protocol import EvaluationText
+from lsq_core.evaluation.reference_states import ReferenceStates
 from lsq_core.evaluation.result import EvaluationPair
 from lsq_core.evaluation.scoring import Figures, score_batch
 from lsq_core.evaluation.text_pass import TextPass, WindowGroup, make_groups
 from lsq_core.evaluation.walk_file import WalkFile
 from lsq_core.evaluation.walked import WalkedModel, as_walked
 from lsq_core.jsontext import json_text
-from lsq_core.model.loading import check_token_ids
+from lsq_core.model.loading import check_token_ids, free_bytes
 from lsq_core.progress import Progress, no_progress
 
 #: Tokens of a batch by device: they fit the caches of a CPU, and fill a GPU.
@@ -33,7 +34,7 @@ _MAX_BATCH_TOKENS = {"cpu": 2**11, "cuda": 2**15}
 #: Tokens of a group by device. Decoding a block's weights once for so many is a small share of
 #: running it on them; more would make the first results and the checkpoints later.
 _MAX_GROUP_TOKENS = {"cpu": 2**13, "cuda": 2**18}
-#: Bytes that a group's hidden states may take on a CPU, and the share of a GPU's free memory.
+#: Bytes that a group's hidden states may take on a CPU, and the share of a device's free memory.
 _MAX_STATES_BYTES, _MAX_STATES_SHARE = 2**30, 0.25
 
 
@@ -45,6 +46,7 @@ def evaluate_models(
     reference: nn.Module | None = None,
     progress: Progress = no_progress,
     checkpoints: Sequence[Sequence[Path | None]] | None = None,
+    kept: Sequence[ReferenceStates] | None = None,
 ) -> Iterator[list[EvaluationPair]]:
     """Measure the perplexity of several models, and of a reference, in one pass over the texts.
 
@@ -68,6 +70,9 @@ def evaluate_models(
         each group, and windows of an existing file are not scored again; it must be of the same
         models, token stream and protocol. Beside the first model's file there is one of a group's
         hidden states while these take long, from which a killed evaluation goes on.
+    kept
+        For each text where the full-precision model's final hidden states are kept: those of the
+        reference, which is not run where they are there, or of the only model without one.
 
     Yields
     ------
@@ -82,14 +87,33 @@ def evaluate_models(
     LsqError
         When a model's predictions are not finite; names the first module whose output isn't.
     """
-    for text in texts:
-        check_token_ids(models[0], [int(text.ids.max()), *([] if bos is None else [bos])])
-    files = checkpoints or [[None] * len(models)] * len(texts)
-    text_passes = [TextPass(text, bos, paths) for text, paths in zip(texts, files, strict=True)]
+    text_passes = make_text_passes(models[0], len(models), texts, bos, checkpoints, kept)
     compared = reference is not None
     yield from evaluate_walked(
         lambda: as_walked(models, reference), text_passes, compared=compared, progress=progress
     )
+
+
+def make_text_passes(
+    model: nn.Module,
+    count: int,
+    texts: Sequence[EvaluationText],
+    bos: int | None,
+    checkpoints: Sequence[Sequence[Path | None]] | None,
+    kept: Sequence[ReferenceStates] | None,
+) -> list[TextPass]:
+    """What ``count`` models have of each text so far; all of them are copies of ``model``.
+
+    Raises
+    ------
+    InputError
+        When a text has a token that the model's embedding has no row for.
+    """
+    for text in texts:
+        check_token_ids(model, [int(text.ids.max()), *([] if bos is None else [bos])])
+    files = checkpoints or [[None] * count] * len(texts)
+    parts = zip(texts, files, kept or [None] * len(texts), strict=True)
+    return [TextPass(text, bos, paths, states) for text, paths, states in parts]
 
 
 def evaluate_walked(
@@ -98,7 +122,6 @@ def evaluate_walked(
     *,
     compared: bool,
     progress: Progress,
-    group_tokens: Mapping[str, int] = _MAX_GROUP_TOKENS,
 ) -> Iterator[list[EvaluationPair]]:
     """Measure models that are walked; see :func:`evaluate_models`.
 
@@ -109,11 +132,9 @@ def evaluate_walked(
         has to be scored.
     compared
         Whether the first model is the reference.
-    group_tokens
-        The most tokens of a group by device.
     """
     unfinished = list(text_passes)
-    for _ in _score_pending(make_models, text_passes, compared, progress, group_tokens):
+    for _ in _score_pending(make_models, text_passes, compared, progress):
         while unfinished and unfinished[0].is_complete:
             yield unfinished.pop(0).finish(compared)
 
@@ -123,28 +144,49 @@ def _score_pending(
     text_passes: Sequence[TextPass],
     compared: bool,
     progress: Progress,
-    group_tokens: Mapping[str, int],
 ) -> Iterator[None]:
     """Score the windows that no checkpoint contains; yields before the first and after each group.
 
     Each group is checkpointed before the next one is scored.
     """
     total = sum(len(text_pass.windows) for text_pass in text_passes)
-    pending = sum(len(own.passes[number]) for own in text_passes for number in own.pending)
-    walked, reason = make_models() if pending else ([], "")
-    steps = len(walked) * (walked[0].layers + 1) if pending else 1
-    report = _WalkProgress(progress, total * steps, (total - pending) * steps)
+    pending = [sum(len(own.passes[number]) for number in own.pending) for own in text_passes]
+    walked, reason = make_models() if any(pending) else ([], "")
+    first = [_first_walked(own, compared, walked) for own in text_passes]
+    steps = [_count_steps(walked, number) for number in first]
+    counts = [len(text_pass.windows) for text_pass in text_passes]
+    done = [all - left for all, left in zip(counts, pending, strict=True)]
+    report = _WalkProgress(progress, int(np.dot(counts, steps)), int(np.dot(done, steps)))
     for file in (file for text_pass in text_passes for file in text_pass.files):
         if file.damage:
             report(0, f"{file.damage} Its windows are scored again.")
-    report(0, f"{total - pending} of {total} windows are scored")
+    report(0, f"{sum(done)} of {total} windows are scored")
     if reason:
         report(0, f"the models run as wholes, since {reason}")
     yield
-    for text_pass in text_passes if pending else ():
-        for group in _groups(text_pass, walked, group_tokens):
-            _score_group(walked, compared, group, report)
+    for text_pass, number in zip(text_passes, first, strict=True) if any(pending) else ():
+        groups = _groups(text_pass, walked)
+        if len(groups) > 1 and _have_costly_blocks(walked):
+            report(
+                0,
+                f"hidden states take {len(groups)} groups of windows, one after the other, and "
+                f"all weights are read and quantized {len(groups)} times",
+            )
+        for group in groups:
+            _score_group(walked, number, compared, group, report)
             yield
+
+
+def _first_walked(text_pass: TextPass, compared: bool, models: Sequence[WalkedModel]) -> int:
+    """1 where the reference, the first of the models, has its states of the text kept, else 0."""
+    if text_pass.kept is None or not models or not models[0].layers:
+        return 0
+    return int(text_pass.kept.covers(text_pass) and compared)
+
+
+def _count_steps(models: Sequence[WalkedModel], first: int) -> int:
+    """Passes of a window through a block or head, of the models from the first one walked on."""
+    return (len(models) - first) * models[0].layers + len(models) if models else 1
 
 
 @dataclass(eq=False)
@@ -160,42 +202,56 @@ class _WalkProgress:
         self.progress(self.done, self.total, message)
 
 
-def _groups(
-    text_pass: TextPass, models: Sequence[WalkedModel], group_tokens: Mapping[str, int]
-) -> list[WindowGroup]:
-    """Groups of a text's pending passes whose hidden states fit the device."""
+def _have_costly_blocks(models: Sequence[WalkedModel]) -> bool:
+    return any(model.costly_blocks for model in models)
+
+
+def _groups(text_pass: TextPass, models: Sequence[WalkedModel]) -> list[WindowGroup]:
+    """Groups of a text's pending passes whose hidden states fit the device.
+
+    Where blocks are read and quantized for each group, only memory limits it.
+    """
     model = models[0].model
     device, dtype = models[0].device, next(model.parameters()).dtype
     width = model.get_input_embeddings().weight.shape[1]
     width = max(width, getattr(model.config.get_text_config(), "hidden_size", width))
-    room = _MAX_STATES_BYTES
-    if device.type == "cuda":
-        room = int(_MAX_STATES_SHARE * torch.cuda.mem_get_info(device)[0])
-    fit = room // (len(models) * width * dtype.itemsize)
-    most = min(fit, group_tokens[device.type])
+    room = int(_MAX_STATES_SHARE * free_bytes(device))
+    if device.type == "cpu":
+        room = min(room, _MAX_STATES_BYTES)
+    most = room // (len(models) * width * dtype.itemsize)
+    if not _have_costly_blocks(models):
+        most = min(most, _MAX_GROUP_TOKENS[device.type])
     return make_groups(text_pass, most, _MAX_BATCH_TOKENS[device.type])
 
 
 @torch.inference_mode()
 def _score_group(
-    models: Sequence[WalkedModel], compared: bool, group: WindowGroup, report: _WalkProgress
+    models: Sequence[WalkedModel],
+    first: int,
+    compared: bool,
+    group: WindowGroup,
+    report: _WalkProgress,
 ) -> None:
-    """Walk a group of windows, record the figures of each model, and checkpoint them."""
+    """Walk a group of windows, record the figures of each model, and checkpoint them.
+
+    Models before the ``first`` one aren't walked: the reference, whose states are kept.
+    """
     where = ""
 
     def advanced(batch: int, count: int) -> None:
         report(count * group.count_windows(batch), f"{group.title}, {where}")
 
-    walk = Walk(models, group.ids(models[0].device), advanced)
+    walk = Walk(models, group.ids(models[0].device), advanced, first)
     file = _walk_file(walk, compared, group)
     unused = file.restore(walk)
     if unused:
         report(0, f"{unused} Its windows are walked from the start.")
-    report(walk.layer * len(models) * len(group.windows), group.title)
+    report(walk.layer * len(walk.members) * len(group.windows), group.title)
     while walk.layer < walk.layers:
         where = f"block {walk.layer + 1} of {walk.layers}"
         walk.advance()
         file.save(walk)
+    _reuse_or_keep(walk, group, report)
     where = "LM head" if walk.layers else "whole model"
     figures = []
     with walk.heads():
@@ -207,12 +263,29 @@ def _score_group(
     file.remove()
 
 
+def _reuse_or_keep(walk: Walk, group: WindowGroup, report: _WalkProgress) -> None:
+    """Take the reference's final states from where they are kept, or keep those of this walk."""
+    kept = group.text_pass.kept
+    if kept is None or not walk.layers:
+        return
+    if walk.members[0] == 0:
+        # The first branch is that of the reference, which is the first model.
+        failure = kept.save(group, walk.branches[0].hidden, walk.seconds[0])
+        if failure:
+            report(0, failure)
+        return
+    hidden, seconds = kept.load(group, walk.batches[0].device)
+    group.text_pass.reused_seconds += seconds
+    walk.add_states(0, hidden, seconds)
+
+
 def _walk_file(walk: Walk, compared: bool, group: WindowGroup) -> WalkFile:
     """The file of a group's hidden states, where every model has a checkpoint."""
     paths = [file.path for file in group.text_pass.files]
     if None in paths:
         return WalkFile(None, "")
     made_of = [[path.name for path in paths], compared, walk.layers, group.batches]
+    made_of += [walk.members[0]] if walk.members[0] else []
     identity = hashlib.sha256(json_text(made_of).encode()).hexdigest()
     return WalkFile(paths[0].with_name(f"walk-{paths[0].stem}.safetensors"), identity)
 

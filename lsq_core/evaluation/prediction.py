@@ -451,4 +451,4 @@ def _boundaries(frontier: Frontier) -> tuple[np.ndarray, np.ndarray]:
                 budgets.append(move.bytes_after)
                 choices.append(choice.copy())
     order = np.argsort(budgets, kind="stable")
-    return np.array(budgets)[order], np.array(choices)[order]
+    return np.array(budgets)[order], frontier.expand(np.array(choices)[order])

@@ -43,6 +43,8 @@ class Evaluation:
     #: Seconds by stage, if the evaluation is part of a run (:class:`lsq_core.progress.Clock`).
     times: dict[str, float] = field(default_factory=dict)
     provenance: dict = field(default_factory=dict)
+    #: Of ``seconds``, those of an earlier evaluation whose final hidden states served here.
+    reused_seconds: float = 0.0
 
     @property
     def tokens(self) -> int:

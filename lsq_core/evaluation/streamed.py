@@ -4,28 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import nn
 
 from lsq_core.errors import InputError
-from lsq_core.evaluation.perplexity import evaluate_walked
+from lsq_core.evaluation.perplexity import evaluate_walked, make_text_passes
 from lsq_core.evaluation.protocol import EvaluationText
+from lsq_core.evaluation.reference_states import ReferenceStates
 from lsq_core.evaluation.result import EvaluationPair
-from lsq_core.evaluation.text_pass import TextPass
 from lsq_core.evaluation.walked import SequentialModel, detect_forms
-from lsq_core.model.loading import check_token_ids
+from lsq_core.model.loading import LoadedModel
 from lsq_core.progress import Progress, no_progress
 from lsq_core.quantization.base import MatrixQuantizer
+from lsq_core.quantization.cache import PackedMatrixCache
 from lsq_core.quantization.task import QuantizationTask
 from lsq_core.quantized.convert import quantize_block
 from lsq_core.quantized.modules import decoded_weights, measured_bytes
-
-#: Tokens of a group by device, of which memory allows: a group costs reading all weights and
-#: quantizing them again, so there is no other limit.
-_GROUP_TOKENS = {"cpu": 2**62, "cuda": 2**62}
 
 
 @dataclass(frozen=True)
@@ -44,6 +42,7 @@ class PlannedModel(SequentialModel):
     quantizer: MatrixQuantizer
     #: Bytes of the packed matrices of each block so far, by its signature; plans have one together.
     block_bytes: dict[Hashable, int]
+    costly_blocks: ClassVar[bool] = True
 
     def signature(self, layer: int) -> Hashable:
         """The block's configurations and high-impact rows; full precision's if it has none."""
@@ -79,18 +78,28 @@ class PlannedModel(SequentialModel):
                 yield block
 
 
+def _reference(loaded: LoadedModel) -> SequentialModel:
+    device = torch.device(loaded.device)
+    forms = detect_forms(loaded, device)
+    return SequentialModel("The full-precision model", loaded, forms, device)
+
+
 @torch.inference_mode()
 def _walked(
     tasks: Sequence[QuantizationTask], quantizers: Sequence[MatrixQuantizer]
 ) -> list[SequentialModel]:
-    """Full precision and the plans, all of one streamed model."""
-    loaded = tasks[0].loaded
-    device = torch.device(loaded.device)
-    forms = detect_forms(loaded, device)
-    reference = SequentialModel("The full-precision model", loaded, forms, device)
+    """Full precision and the plans, all of one streamed model.
+
+    Matrices of a block that several plans store alike are quantized once, as long as a block's
+    bytes hold them.
+    """
+    reference = _reference(tasks[0].loaded)
+    parts = reference.loaded, reference.forms, reference.device
     block_bytes: dict[Hashable, int] = {}
+    sizes = (sum(p.nbytes for p in block.parameters()) for block in reference.loaded.blocks)
+    cache = PackedMatrixCache(max(sizes) if len(tasks) > 1 else 0)
     plans = [
-        PlannedModel("The model", loaded, forms, device, task, quantizer, block_bytes)
+        PlannedModel("The model", *parts, replace(task, cache=cache), quantizer, block_bytes)
         for task, quantizer in zip(tasks, quantizers, strict=True)
     ]
     return [reference, *plans]
@@ -104,6 +113,7 @@ def evaluate_streamed(
     bos: int | None,
     progress: Progress = no_progress,
     checkpoints: Sequence[Sequence[Path | None]] | None = None,
+    kept: Sequence[ReferenceStates] | None = None,
 ) -> Iterator[list[StreamedEvaluation]]:
     """Quantize a model by several plans and measure them beside full precision, block by block.
 
@@ -122,25 +132,34 @@ def evaluate_streamed(
     LsqError
         When a model's predictions are not finite, or a weight is not.
     """
-    loaded = tasks[0].loaded
     if not all(isinstance(quantizer, MatrixQuantizer) for quantizer in quantizers):
         raise InputError(
             "A quantizer that needs the whole model in memory cannot quantize it block by block; "
             "choose one that quantizes each matrix by itself, such as hqq or rtn."
         )
-    for text in texts:
-        check_token_ids(loaded.model, [int(text.ids.max()), *([] if bos is None else [bos])])
-    files = checkpoints or [[None] * len(tasks)] * len(texts)
-    text_passes = [TextPass(text, bos, paths) for text, paths in zip(texts, files, strict=True)]
+    text_passes = make_text_passes(tasks[0].loaded.model, len(tasks), texts, bos, checkpoints, kept)
     models = _walked(tasks, quantizers)
-    found = evaluate_walked(
-        lambda: (models, ""),
-        text_passes,
-        compared=True,
-        progress=progress,
-        group_tokens=_GROUP_TOKENS,
-    )
+    found = evaluate_walked(lambda: (models, ""), text_passes, compared=True, progress=progress)
     for pairs in found:
         with torch.inference_mode():
             sizes = [model.measured_bytes() for model in models[1:]]
         yield [StreamedEvaluation(*parts) for parts in zip(pairs, sizes, strict=True)]
+
+
+def evaluate_streamed_full(
+    loaded: LoadedModel,
+    texts: Sequence[EvaluationText],
+    *,
+    bos: int | None,
+    progress: Progress = no_progress,
+    checkpoints: Sequence[Sequence[Path | None]] | None = None,
+    kept: Sequence[ReferenceStates] | None = None,
+) -> Iterator[list[EvaluationPair]]:
+    """Measure a full-precision model with one block of it in memory; see `evaluate_streamed`."""
+
+    @torch.inference_mode()
+    def make_models() -> tuple[list[SequentialModel], str]:
+        return [_reference(loaded)], ""
+
+    text_passes = make_text_passes(loaded.model, 1, texts, bos, checkpoints, kept)
+    return evaluate_walked(make_models, text_passes, compared=False, progress=progress)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,16 +12,27 @@ import torch
 from torch import Tensor
 
 from lsq_core.evaluation.protocol import EvaluationText, make_windows
+from lsq_core.evaluation.reference_states import ReferenceStates
 from lsq_core.evaluation.result import EvaluationPair
 from lsq_core.evaluation.window_sums import Checkpoint, WindowSums
 
 
 class TextPass:
-    """One text's windows, and the sums of each model (and the reference) over them."""
+    """One text's windows, and the sums of each model (and the reference) over them.
+
+    ``kept`` are the full-precision model's hidden states of this text, where they may be kept.
+    """
 
     def __init__(
-        self, text: EvaluationText, bos: int | None, checkpoints: Sequence[Path | None]
+        self,
+        text: EvaluationText,
+        bos: int | None,
+        checkpoints: Sequence[Path | None],
+        kept: ReferenceStates | None = None,
     ) -> None:
+        self.kept = kept
+        #: Seconds of the reference that an earlier evaluation spent, whose states serve here.
+        self.reused_seconds = 0.0
         ids = text.ids if bos is None else np.concatenate([[bos], text.ids])
         self.stream, self.bos, self.protocol = torch.from_numpy(ids), bos, text.protocol
         self.windows = make_windows(len(ids), text.protocol)
@@ -44,6 +55,11 @@ class TextPass:
         counts = np.stack([own.counts for own, _ in self.model_totals])
         unread = (counts == 0).any(axis=0)
         return [number for number, windows in enumerate(self.passes) if unread[windows].any()]
+
+    @property
+    def scored(self) -> int:
+        """Scored tokens of all passes."""
+        return sum(self.shape(number)[1] for number in range(len(self.passes)))
 
     @property
     def is_complete(self) -> bool:
@@ -80,7 +96,12 @@ class TextPass:
         """Return a pair of evaluations for each model."""
         name = self.protocol.name
         return [
-            (own.finish(name, compared), other.finish(name) if compared else None)
+            (
+                own.finish(name, compared),
+                replace(other.finish(name), reused_seconds=self.reused_seconds)
+                if compared
+                else None,
+            )
             for own, other in self.model_totals
         ]
 

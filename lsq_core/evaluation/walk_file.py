@@ -51,7 +51,7 @@ class WalkFile:
             state = json.loads(header["state"])
             tensors = {key: saved.get_tensor(key) for key in saved.keys()}  # noqa: SIM118
         members = [tuple(own) for own in state["members"]]
-        if sorted(sum(members, ())) != list(range(len(walk.models))):
+        if sorted(sum(members, ())) != list(walk.members):
             raise ValueError("its branches are not those of the models")
         if not 0 < state["layer"] <= walk.layers or len(state["seconds"]) != len(walk.models):
             raise ValueError("its state is not one of these models")

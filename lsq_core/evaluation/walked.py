@@ -41,6 +41,8 @@ class WalkedModel(Protocol):
     layers: int
     #: Whether logits can be computed for some tokens of a window alone.
     splits_tokens: bool
+    #: Whether a block is read or quantized anew each time that it is in memory.
+    costly_blocks: bool
 
     def stem_signature(self) -> Hashable:
         """The signature of all that is outside the blocks."""
@@ -50,6 +52,9 @@ class WalkedModel(Protocol):
 
     def stem(self, batches: Sequence[Tensor]) -> tuple[list[list[Call]], list[Tensor]]:
         """The calls of each block for each batch (windows, tokens), and the first one's inputs."""
+
+    def weights(self, layer: int) -> AbstractContextManager:
+        """A block's stored weights in memory, for all models, within a ``with`` block."""
 
     def block(self, layer: int) -> AbstractContextManager[nn.Module]:
         """A block, with its weights decoded within a ``with`` block."""
@@ -75,6 +80,11 @@ class SequentialModel:
     splits_tokens: ClassVar[bool] = True
 
     @property
+    def costly_blocks(self) -> bool:
+        """See :class:`WalkedModel`."""
+        return getattr(self.loaded, "streamed", False)
+
+    @property
     def model(self) -> nn.Module:
         """The whole model."""
         return self.loaded.model
@@ -95,6 +105,10 @@ class SequentialModel:
     def stem(self, batches: Sequence[Tensor]) -> tuple[list[list[Call]], list[Tensor]]:
         """See :class:`WalkedModel`."""
         return record_calls(self.loaded, batches, self.forms)
+
+    def weights(self, layer: int) -> AbstractContextManager:
+        """See :class:`WalkedModel`."""
+        return self.loaded.materialize(self.loaded.block_name(layer))
 
     @contextmanager
     def block(self, layer: int) -> Iterator[nn.Module]:
@@ -141,6 +155,7 @@ class WholeModel:
     device: torch.device
     layers: ClassVar[int] = 0
     splits_tokens: ClassVar[bool] = False
+    costly_blocks: ClassVar[bool] = False
 
     def stem_signature(self) -> Hashable:
         """See :class:`WalkedModel`."""
@@ -153,6 +168,10 @@ class WholeModel:
     def stem(self, batches: Sequence[Tensor]) -> tuple[list[list[Call]], list[Tensor]]:
         """See :class:`WalkedModel`."""
         return [], list(batches)
+
+    def weights(self, layer: int) -> AbstractContextManager:
+        """See :class:`WalkedModel`; there are no blocks."""
+        raise IndexError(layer)
 
     def block(self, layer: int) -> AbstractContextManager[nn.Module]:
         """See :class:`WalkedModel`; there are no blocks."""

@@ -189,8 +189,8 @@ class Translation:
     def notes(self) -> tuple[str, ...]:
         """What else there is to know before this plan is used."""
         again = (
-            f"{self.target.title} quantizes the weights itself, so perplexities measured here are "
-            "not those of its model."
+            "The tool quantizes the weights itself, so perplexities measured here are not those of "
+            "its model."
         )
         return (again, *self.target.notes(self))
 

@@ -51,6 +51,9 @@ def plan_arguments(request: PlanRequest, settings: ProfileSettings) -> list[str]
     argv += row_arguments(request)
     for pin in request.pins:
         argv += ["--pin", pin]
+    for tie in request.ties:
+        argv += ["--tie", tie]
+    argv += ["--serve", request.serve] if request.serve else []
     argv += ["--calibration", settings.calibration, "--profile-quantizer", settings.quantizer]
     return argv + _grid_arguments(settings)
 
@@ -150,7 +153,7 @@ def _stored_request(record: Mapping[str, Mapping[str, Any]]) -> tuple[PlanReques
     content = record["plan"]["content"]
     names = {field.name for field in fields(PlanRequest)}
     request_fields = {name: value for name, value in content["request"].items() if name in names}
-    request = PlanRequest(**request_fields | {"pins": tuple(request_fields.get("pins", ()))})
+    request = PlanRequest(**request_fields)
     names = {field.name for field in fields(ProfileSettings)}
     grid = {"metadata": content.get("metadata"), "axis": content.get("axis")}
     stored_fields = (

@@ -132,6 +132,9 @@ class StreamedModel(LoadedModel):
     def _materialized(self, below: str, found: dict[str, _TensorSlot]) -> Iterator[None]:
         """Fill the tensors that were ``found`` on the meta device and lie below a name."""
         wanted = [n for n in found if not below or n == below or n.startswith(f"{below}.")]
+        if not wanted:  # all are in memory already
+            yield
+            return
         try:
             self.checkpoint.fill(self.model, wanted)
             yield

@@ -10,7 +10,7 @@ the improved bound leaves open.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -50,9 +50,17 @@ def solve_exactly(
     """Find the optimum within a budget in nominal bytes: by search, or by CBC if that is too large.
 
     A plan that the search finished is optimal to rounding; one that CBC finished is within ``gap``.
+    The choice is of matrices, (n,); the search is one of items.
     """
+    solution = _solve_items(frontier, budget, gap, time_limit, max_states)
+    return replace(solution, choice=frontier.expand(solution.choice))
+
+
+def _solve_items(
+    frontier: Frontier, budget: float, gap: float, time_limit: float, max_states: int
+) -> ExactSolution:
     start_time = time.monotonic()
-    point = frontier.at(budget)
+    point = frontier.at_items(budget)
     choice, finished = _Search(frontier, point, budget, max_states).run(start_time + time_limit / 2)
     objective = frontier.objective(choice)
     if finished:

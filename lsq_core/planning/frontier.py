@@ -12,7 +12,7 @@ steps, finds the same plan.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -34,7 +34,8 @@ from lsq_core.planning.problem import TOLERANCE, Problem
 class Move:
     """A change of one matrix to ``stop``, and the nominal bytes of the plan after it.
 
-    ``priority`` ranks the move: a z-score, the order of a draw, or the cost that it saves.
+    Where matrices are tied, ``matrix`` counts items. ``priority`` ranks the move: a z-score, the
+    order of a draw, or the cost that it saves.
     """
 
     matrix: int
@@ -94,7 +95,7 @@ class Segment:
 
 @dataclass(frozen=True, eq=False)
 class FrontierPoint:
-    """A frontier's plan for a budget.
+    """A frontier's plan for a budget; ``segment`` is in items, the choice as it was asked for.
 
     ``objective`` and ``lower_bound`` are in the unit of the method's cost, None if it has none; no
     plan within the budget costs less than ``lower_bound``.
@@ -111,10 +112,11 @@ class FrontierPoint:
 class Frontier:
     """Segments in the order of their starts' bytes, and the tables of the fill.
 
-    ``nominal`` and ``cost`` are (n, 12); ``cost`` is None for methods that leave the rest of a
-    budget unspent, and infinite for configurations that may not be chosen. If the cost is not a
-    sum over matrices, every segment is a complete plan without moves, ``losses`` (segments,) holds
-    their costs and ``lower_bounds`` a bound for all plans of at most the same size.
+    All of them have a row for each item, which is a matrix or several tied ones. ``nominal`` and
+    ``cost`` are (n, 12); ``cost`` is None for methods that leave the rest of a budget unspent, and
+    infinite for configurations that may not be chosen. If the cost is not a sum over matrices,
+    every segment is a complete plan without moves, ``losses`` (segments,) holds their costs and
+    ``lower_bounds`` a bound for all plans of at most the same size.
     """
 
     segments: tuple[Segment, ...]
@@ -124,6 +126,16 @@ class Frontier:
     lower_bounds: np.ndarray | None = None
     #: Notes that apply to every plan of the frontier.
     notes: tuple[str, ...] = ()
+    #: The item of each matrix, int64 (n,); None where every matrix is one.
+    items: np.ndarray | None = None
+
+    def expand(self, choice: np.ndarray) -> np.ndarray:
+        """Return the choice (…, n) of matrices that a choice (…, items) is."""
+        return choice if self.items is None else choice[..., self.items]
+
+    def matrices_of(self, item: int) -> np.ndarray:
+        """Return the matrices of an item."""
+        return np.array([item]) if self.items is None else np.flatnonzero(self.items == item)
 
     @property
     def smallest(self) -> float:
@@ -149,11 +161,18 @@ class Frontier:
     def at(self, budget: float) -> FrontierPoint:
         """Return the plan for a budget in nominal bytes; an infinite budget takes every move.
 
+        Its choice is of matrices, (n,).
+
         Raises
         ------
         ValueError
             If the budget is below the smallest plan.
         """
+        point = self.at_items(budget)
+        return point if self.items is None else replace(point, choice=point.choice[self.items])
+
+    def at_items(self, budget: float) -> FrontierPoint:
+        """Return the same plan as a choice of items."""
         limit = budget * (1 + TOLERANCE)
         if not self.can_reach(budget):
             raise ValueError("the budget is below the smallest plan")
@@ -187,7 +206,7 @@ class Frontier:
         return back if self.objective(back) < self.objective(best) else best
 
     def objective(self, choice: np.ndarray) -> float:
-        """Return the total cost of a choice (n,)."""
+        """Return the total cost of a choice of items."""
         return total(self.cost, choice)
 
     def _lower_bound(

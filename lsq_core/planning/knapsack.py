@@ -35,33 +35,35 @@ class Knapsack(LadderPlanner):
 def hull_frontier(cost: np.ndarray, problem: Problem) -> Frontier:
     """Return the frontier of a cost (n, 12): the smallest configurations, then hull steps by price.
 
-    A matrix without any cost, as it was not measured, gets the most bits that it may have, and the
-    frontier's notes name it.
+    Tied matrices are one item, at the sum of their costs. One without any cost, as it was not
+    measured, gets the most bits that it may have, and the frontier's notes name it.
 
     Raises
     ------
     InputError
-        If no group size fills a matrix, or none that its pin allows.
+        If nothing is allowed for some matrix.
     """
     problem.check_options()
-    cost = np.where(problem.allowed & np.isfinite(cost), cost, np.inf)
+    cost = problem.sum_items(np.where(problem.allowed & np.isfinite(cost), cost, np.inf))
+    size, allowed = problem.sum_items(problem.bytes), problem.first_of_items(problem.allowed)
     unmeasured = np.flatnonzero(~np.isfinite(cost).any(axis=1))
     for i in unmeasured:
-        cost[i, np.flatnonzero(problem.allowed[i])[-1]] = 0.0
+        cost[i, np.flatnonzero(allowed[i])[-1]] = 0.0
     steps, start = [], np.zeros(len(cost), dtype=np.int64)
     for i, row in enumerate(cost):
         stops = np.flatnonzero(np.isfinite(row))
-        hull = lower_hull(problem.bytes[i], row, stops)
+        hull = lower_hull(size[i], row, stops)
         start[i] = hull[0]
         for smaller, larger in pairwise(hull):
             saved = row[smaller] - row[larger]
-            more = problem.bytes[i, larger] - problem.bytes[i, smaller]
+            more = size[i, larger] - size[i, smaller]
             steps.append((-saved / more, i, larger, saved))
     steps.sort(key=lambda step: step[:3])
-    moves = build_moves(start, [(i, stop, saved) for _, i, stop, saved in steps], problem.bytes)
-    segment = Segment(start, problem.nominal(start), moves)
-    notes = _unmeasured_note([problem.matrices[i].name for i in unmeasured])
-    return Frontier((segment,), problem.bytes, cost, notes=notes)
+    moves = build_moves(start, [(i, stop, saved) for _, i, stop, saved in steps], size)
+    segment = Segment(start, problem.nominal(start[problem.items]), moves)
+    first = problem.first_of_items(np.arange(len(problem.matrices)))
+    notes = _unmeasured_note([problem.matrices[first[i]].name for i in unmeasured])
+    return Frontier((segment,), size, cost, notes=notes, items=problem.items_if_tied)
 
 
 def _unmeasured_note(names: list[str]) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from lsq_core.bits import (
     stop_index,
 )
 from lsq_core.errors import InputError, LsqError
+from lsq_core.planning.constraints import apply_ties, restrict
 from lsq_core.planning.detection import shallow_model_note
 from lsq_core.planning.exact import solve_exactly
 from lsq_core.planning.frontier import Frontier, Segment
@@ -18,10 +19,10 @@ from lsq_core.planning.methods import get_planner
 from lsq_core.planning.methods.base import Planner
 from lsq_core.planning.methods.high_impact import high_rows
 from lsq_core.planning.methods.uniform import uniform_start, usable_bases
-from lsq_core.planning.pins import apply_pins
 from lsq_core.planning.plan import Plan
 from lsq_core.planning.problem import Problem
 from lsq_core.planning.request import PlanRequest
+from lsq_core.planning.servers import get_server
 
 
 def make_plan(
@@ -35,19 +36,21 @@ def make_plan(
 ) -> Plan:
     """Make a method's plan for a base configuration, a budget, or a base capped by a budget.
 
-    ``frontier`` is the result of :func:`make_frontier` for the same request with its pins; it is
-    computed if not given.
+    ``frontier`` is the result of :func:`make_frontier` for the same request with its restrictions
+    (:func:`lsq_core.planning.constraints.restrict`); it is computed if not given.
 
     Raises
     ------
     InputError
         If the method is unknown, neither base nor budget is given, the budget is out of reach,
-        or the base's groups don't fill a matrix.
+        the base's groups don't fill a matrix, or ties, server and pins cannot be met.
     """
     planner = get_planner(request.method)
     problem = problem.with_options(planner.options(request))
-    pinned = apply_pins(problem, request.pins)
-    budget = request.resolve_budget(pinned)
+    if request.serve is not None:
+        get_server(request.serve).check_axis(axis)
+    restricted = restrict(problem, request)
+    budget = request.resolve_budget(restricted)
     if budget is None and request.base is None:
         raise InputError(
             "Give a base configuration (such as 3.13), a budget (such as 3.2bpp), or both."
@@ -58,13 +61,13 @@ def make_plan(
         raise InputError(
             f"{planner.title} minimizes no cost; only knapsacks can be solved exactly."
         )
-    frontier = frontier or make_frontier(pinned, request)
+    frontier = frontier or make_frontier(restricted, request)
     if request.exact and frontier.cost is None:
         raise InputError(
             f"{planner.title} chooses matrices together; its search has no exact variant."
         )
-    chosen = _select_plan(planner, pinned, frontier, request, budget)
-    pinned.check_allowed(chosen.stops)
+    chosen = _select_plan(planner, restricted, frontier, request, budget)
+    restricted.check_allowed(chosen.stops)
     return Plan(
         request=request,
         matrices=problem.matrices,
@@ -73,7 +76,7 @@ def make_plan(
         axis=axis,
         base=chosen.base,
         ranking_scores=chosen.ranking_scores,
-        notes=chosen.notes + _pin_cost_notes(problem, request, chosen, frontier),
+        notes=chosen.notes + _cost_notes(problem, request, chosen, frontier),
         other_bytes=other_bytes,
         objective=chosen.objective,
         lower_bound=chosen.lower_bound,
@@ -82,7 +85,7 @@ def make_plan(
 
 
 def make_frontier(problem: Problem, request: PlanRequest) -> Frontier:
-    """Compute a method's plans for every budget; pins are already part of the problem.
+    """Compute a method's plans for every budget; its restrictions are already in the problem.
 
     Raises
     ------
@@ -138,13 +141,17 @@ def _select_plan(
             lower_bound=point.lower_bound,
         )
     moves = point.segment.moves[: point.taken]
-    start = point.segment.start
+    start = frontier.expand(point.segment.start)
     free = np.flatnonzero((problem.low < start) | (start < problem.high))
     base = problem.options[start[free[0]]].stop_name if len(free) else request.base
     return _Selection(
         point.choice,
         request.base if request.base else base,
-        {problem.matrices[move.matrix].name: move.priority for move in moves},
+        {
+            problem.matrices[i].name: move.priority
+            for move in moves
+            for i in frontier.matrices_of(move.matrix)
+        },
         _notes(planner, problem, point.segment, len(moves), budget),
     )
 
@@ -180,28 +187,44 @@ def _notes(
     return tuple(notes)
 
 
-def _pin_cost_notes(
+def _cost_notes(
     problem: Problem, request: PlanRequest, chosen: _Selection, frontier: Frontier
 ) -> tuple[str, ...]:
-    """Return a note on the cost of the pins: bits for a base, else cost at the same budget."""
-    if not request.pins:
-        return ()
+    """Return what ties and server cost, and what the pins do, a note each."""
+    notes: tuple[str, ...] = ()
+    if request.has_ties:
+        free = request.without_ties()
+        notes += _cost_note(restrict(problem, free), free, chosen, frontier, request.ties_name)
+    if request.pins:
+        free = replace(request, pins=())
+        notes += _cost_note(apply_ties(problem, free), free, chosen, frontier, "the pins")
+    return notes
+
+
+def _cost_note(
+    problem: Problem, request: PlanRequest, chosen: _Selection, frontier: Frontier, what: str
+) -> tuple[str, ...]:
+    """Return a note on the cost of a restriction: bits for a base, else cost at the same budget.
+
+    ``problem`` and ``request`` are those without it.
+    """
     try:
         free = make_frontier(problem, request)
     except LsqError:
-        return ("Without the pins this method has no plan.",)
+        return (f"Without {what} this method has no plan.",)
     budget = request.resolve_budget(problem)
     limit = budget.nominal_bytes if budget else np.inf
     if not free.can_reach(limit):
-        return ("Without the pins no plan from this base is within the budget.",)
-    point = free.at(limit)
+        return (f"Without {what} no plan from this base is within the budget.",)
+    subject = what[0].upper() + what[1:]
     if frontier.cost is None and frontier.losses is None:
-        more = 8 * (problem.nominal(chosen.stops) - problem.nominal(point.choice)) / problem.total
-        return (f"The pins change the plan by {more:+.4f} bpp.",)
-    without = point.objective
+        other = free.at(limit).choice
+        more = 8 * (problem.nominal(chosen.stops) - problem.nominal(other)) / problem.total
+        return (f"{subject} change the plan by {more:+.4f} bpp.",)
+    without = (solve_exactly if request.exact else Frontier.at)(free, limit).objective
     if without is None or chosen.objective is None:
         return ()
     share = 100 * (chosen.objective / without - 1) if without else 0.0
     return (
-        f"The pins cost {share:+.2f} % of the cost that the method minimises, at the same budget.",
+        f"{subject} cost {share:+.2f} % of the cost that the method minimises, at the same budget.",
     )

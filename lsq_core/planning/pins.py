@@ -84,10 +84,12 @@ def _option_index(name: str, options: tuple[Config, ...]) -> int:
 def apply_pins(problem: Problem, pins: tuple[str, ...]) -> Problem:
     """Restrict a problem to what the pins allow; pins of one module must overlap.
 
+    A pin of a tied module holds for all that are tied to it.
+
     Raises
     ------
     InputError
-        If a pin matches no module, two contradict each other, or no group size fills a matrix.
+        If a pin matches no module, two contradict each other, or nothing is left for a matrix.
     """
     if not pins:
         return problem
@@ -99,11 +101,12 @@ def apply_pins(problem: Problem, pins: tuple[str, ...]) -> Problem:
             raise InputError(
                 f"The pin '{pin}' matches no module; names look like {problem.matrices[0].name}."
             )
-        for i in matched:
+        for i in dict.fromkeys(tied for match in matched for tied in problem.tied_to(match)):
             if pin.low > high[i] or pin.high < low[i]:
+                tied = " or what it is tied to" if len(problem.tied_to(i)) > 1 else ""
                 raise InputError(
                     f"The pins '{last[i]}' and '{pin}' contradict each other at "
-                    f"{problem.matrices[i].name}; drop one of them."
+                    f"{problem.matrices[i].name}{tied}; drop one of them."
                 )
             low[i], high[i] = max(low[i], pin.low), min(high[i], pin.high)
             last[i] = pin
@@ -111,8 +114,8 @@ def apply_pins(problem: Problem, pins: tuple[str, ...]) -> Problem:
     for i, pin in last.items():
         if not pinned.allowed[i].any():
             matrix = problem.matrices[i]
-            raise InputError(
-                f"The pin '{pin}' leaves nothing for {matrix.name}: no group size in it divides "
-                f"{matrix.out_features}×{matrix.in_features} weights."
+            why = problem.permitted_by or (
+                f"no group size in it divides {matrix.out_features}×{matrix.in_features} weights"
             )
+            raise InputError(f"The pin '{pin}' leaves nothing for {matrix.name}: {why}.")
     return pinned

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -176,7 +176,7 @@ class Plan:
 
     def to_json(self) -> dict:
         """Return all that is needed to apply the plan again; :meth:`from_json` reads it."""
-        definition = {"request": asdict(self.request), "modules": self.modules}
+        definition = {"request": self.request.to_json(), "modules": self.modules}
         return self.summary() | {"calibration": self.calibration} | definition
 
     @classmethod

@@ -10,6 +10,7 @@ import numpy as np
 from lsq_core.bits import LADDER, Config, MixedRows, matrix_bytes, nominal_bytes
 from lsq_core.errors import InputError
 from lsq_core.model.info import Matrix
+from lsq_core.planning.ties import merge_groups
 from lsq_core.quantization.registry import planned_bytes
 from lsq_core.units import format_bytes
 
@@ -62,12 +63,19 @@ class Problem:
     #: Configurations, from few bits to many.
     options: tuple[Config, ...] = LADDER
     impact: Impact | None = None
+    #: Matrices that must get the same option, as indices: disjoint groups of two or more. Pins
+    #: allow the matrices of a group the same.
+    groups: tuple[tuple[int, ...], ...] = ()
+    #: Options that the server of a plan has, bool (n, options), and a clause that says so.
+    permitted: np.ndarray | None = None
+    permitted_by: str = ""
 
     def with_options(self, options: tuple[Config, ...]) -> Problem:
-        """Return the problem with other options, without pins unless the options are the same."""
+        """Return the problem with other options, unrestricted unless the options are the same."""
         if options == self.options:
             return self
-        return replace(self, options=options, pinned_low=None, pinned_high=None)
+        free = {"pinned_low": None, "pinned_high": None, "groups": (), "permitted": None}
+        return replace(self, options=options, permitted_by="", **free)
 
     @cached_property
     def low(self) -> np.ndarray:
@@ -90,10 +98,72 @@ class Problem:
 
     @cached_property
     def allowed(self) -> np.ndarray:
-        """Whether an option's groups fill a matrix and pins allow it, bool (n, options)."""
+        """Whether a matrix may get an option, bool (n, options).
+
+        Its groups must fill the matrix, and pins, the server and all tied matrices must allow it.
+        """
         fills = np.array([[c.fits(m) for c in self.options] for m in self.matrices])
         stops = np.arange(len(self.options))
-        return fills & (stops >= self.low[:, None]) & (stops <= self.high[:, None])
+        allowed = fills & (stops >= self.low[:, None]) & (stops <= self.high[:, None])
+        if self.permitted is not None:
+            allowed &= self.permitted
+        for group in self.groups:
+            allowed[list(group)] = allowed[list(group)].all(axis=0)
+        return allowed
+
+    @cached_property
+    def items(self) -> np.ndarray:
+        """The item of each matrix, int64 (n,): tied matrices are one, in the order of the first."""
+        first = np.arange(len(self.matrices))
+        for group in self.groups:
+            first[list(group)] = min(group)
+        return np.unique(first, return_inverse=True)[1]
+
+    @property
+    def items_if_tied(self) -> np.ndarray | None:
+        """The item of each matrix, None where each is one of its own."""
+        return self.items if self.groups else None
+
+    def sum_items(self, table: np.ndarray) -> np.ndarray:
+        """Sum a table (n, options) over the matrices of each item, (items, options)."""
+        if not self.groups:
+            return table
+        summed = np.zeros((self.items.max() + 1, table.shape[1]))
+        np.add.at(summed, self.items, table)
+        return summed
+
+    def first_of_items(self, values: np.ndarray) -> np.ndarray:
+        """Return the entry of the first matrix of each item, of values (n, …)."""
+        return values[np.unique(self.items, return_index=True)[1]] if self.groups else values
+
+    def tied_to(self, index: int) -> tuple[int, ...]:
+        """Return the matrices of an item by one of them, which is among them."""
+        return self._groups_by_matrix.get(index, (index,))
+
+    @cached_property
+    def _groups_by_matrix(self) -> dict[int, tuple[int, ...]]:
+        return {index: group for group in self.groups for index in group}
+
+    @cached_property
+    def tied_types(self) -> tuple[tuple[str, ...], ...]:
+        """Module types in the order of the first, those together that are tied in some layer."""
+        types = list(dict.fromkeys(m.type for m in self.matrices))
+        place = {kind: k for k, kind in enumerate(types)}
+        tied = {frozenset(place[self.matrices[i].type] for i in group) for group in self.groups}
+        merged = merge_groups([*tied, *([k] for k in range(len(types)))])
+        return tuple(tuple(types[k] for k in group) for group in merged)
+
+    def at_most(self, stop: int) -> np.ndarray:
+        """Return an option for all matrices (n,), as far as pins allow.
+
+        Where the server lacks it, it is the largest below it that the server has, if any.
+        """
+        stops = np.clip(stop, self.low, self.high)
+        if self.permitted is None:
+            return stops
+        below = self.allowed & (np.arange(len(self.options)) <= stops[:, None])
+        last = len(self.options) - 1 - below[:, ::-1].argmax(axis=1)
+        return np.where(below.any(axis=1), last, stops)
 
     @cached_property
     def bytes(self) -> np.ndarray:
@@ -121,8 +191,18 @@ class Problem:
         return float(self.bytes[np.arange(len(choice)), choice].sum())
 
     def check_allowed(self, choice: np.ndarray) -> None:
-        """Raise :class:`InputError` for the first matrix that its option's groups don't fill."""
-        for matrix, stop in zip(self.matrices, choice, strict=True):
+        """Raise :class:`InputError` for the first matrix that cannot have its option.
+
+        Its groups don't fill the matrix, or the server doesn't have it.
+        """
+        for i, (matrix, stop) in enumerate(zip(self.matrices, choice, strict=True)):
+            if self.permitted is not None and not self.permitted[i, stop]:
+                raise InputError(
+                    f"{self.permitted_by}, so {matrix.name} "
+                    f"({matrix.out_features}×{matrix.in_features}) cannot have "
+                    f"{self.options[stop].name}; choose a base that the server has for every "
+                    "matrix, or a budget."
+                )
             if not self.options[stop].fits(matrix):
                 raise InputError(
                     f"{matrix.name} ({matrix.out_features}×{matrix.in_features}) cannot be cut "
@@ -131,9 +211,11 @@ class Problem:
                 )
 
     def check_options(self) -> None:
-        """Raise :class:`InputError` for the first matrix that no option's groups fill."""
-        for matrix, allowed in zip(self.matrices, self.allowed, strict=True):
+        """Raise :class:`InputError` for the first matrix that no option is allowed for."""
+        for i, (matrix, allowed) in enumerate(zip(self.matrices, self.allowed, strict=True)):
             if not allowed.any():
+                if self.permitted is not None or len(self.tied_to(i)) > 1:
+                    raise InputError(self._nothing_in_common(i))
                 sizes = sorted({option.group_size for option in self.options}, reverse=True)
                 what = "rows" if isinstance(self.options[0], MixedRows) else "weights"
                 raise InputError(
@@ -141,6 +223,17 @@ class Problem:
                     f"that cannot be cut into groups of {', '.join(map(str, sizes))}; choose a "
                     "smaller group size."
                 )
+
+    def _nothing_in_common(self, index: int) -> str:
+        """Return a sentence on a matrix that ties or a server leave nothing."""
+        matrix, others = self.matrices[index], [j for j in self.tied_to(index) if j != index]
+        tied = f", tied to {self.matrices[others[0]].name}," if others else ""
+        return (
+            f"{matrix.name} ({matrix.out_features}×{matrix.in_features}){tied} is left no "
+            "configuration"
+            + (f": {self.permitted_by}" if self.permitted_by else " that fits both")
+            + "; drop the tie, the server or a pin."
+        )
 
     @property
     def feasible(self) -> tuple[float, float]:

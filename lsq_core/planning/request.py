@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from lsq_core.bits import Budget, mixed_rows
 from lsq_core.errors import InputError
 from lsq_core.planning.problem import TOLERANCE, Problem
+from lsq_core.planning.servers import get_server
 
 #: Losses that high-impact ratios are measured by: on the block's own output, or on the model's.
 LOSSES = ("block", "model")
@@ -17,6 +18,10 @@ LOSSES = ("block", "model")
 SENSITIVITIES = ("sensitivity", "sensitivity_module")
 #: How ratios are chosen: one for all, per matrix, or jointly for the matrices of a block.
 RATIO_MODES = ("uniform", "diagonal", "full")
+#: Fields that hold any number of texts.
+_TEXTS = ("pins", "ties")
+#: Fields that a request's JSON has only where they were given; earlier versions know none.
+_OPTIONAL = ("ties", "serve")
 
 
 @dataclass(frozen=True)
@@ -25,9 +30,11 @@ class PlanRequest:
 
     ``top_m`` 0 promotes every outlier; ``metric`` is the one that SensiBoost reads; ``seed`` is
     that of the ablations; ``exact`` solves a knapsack to the optimum; ``pins`` are parsed by
-    :class:`lsq_core.planning.pins.Pin`. The last six fields are documented in
-    :class:`lsq_core.planning.methods.high_impact.HighImpact`. Each method declares the fields that
-    it reads (:attr:`lsq_core.planning.methods.base.Planner.fields`).
+    :class:`lsq_core.planning.pins.Pin`. The six fields from ``low_bits`` on are documented in
+    :class:`lsq_core.planning.methods.high_impact.HighImpact`. ``ties`` are modules that share a
+    configuration (:class:`lsq_core.planning.ties.Tie`); ``serve`` is the server that the plan is
+    for (:data:`lsq_core.planning.servers.SERVERS`), which ties modules too. Each method declares
+    the fields that it reads (:attr:`lsq_core.planning.methods.base.Planner.fields`).
     """
 
     method: str
@@ -45,10 +52,15 @@ class PlanRequest:
     loss: str = "block"
     ratios: str = "full"
     clip: bool = False
+    ties: tuple[str, ...] = ()
+    serve: str | None = None
 
     def __post_init__(self) -> None:
         self._check_types()
-        object.__setattr__(self, "pins", tuple(self.pins))  # JSON gives a list
+        for name in _TEXTS:  # JSON gives lists
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.serve is not None:
+            get_server(self.serve)
         if self.boost_stop < 0 or self.top_m < 0:
             raise InputError("boost-stop and top-m cannot be negative.")
         if self.seed < 0:
@@ -66,7 +78,7 @@ class PlanRequest:
         """Raise :class:`InputError` for a field of the wrong type, as a file may have one."""
         for each in fields(self):
             value, kind = getattr(self, each.name), type(each.default)
-            if each.name == "pins":
+            if each.name in _TEXTS:
                 is_valid = isinstance(value, list | tuple) and all(
                     isinstance(p, str) for p in value
                 )
@@ -94,6 +106,33 @@ class PlanRequest:
             raise InputError("The plan's request lacks its method.")
         return cls(**content)
 
+    def to_json(self) -> dict[str, Any]:
+        """Return what :meth:`from_json` reads; ties and server only where they were given."""
+        content = asdict(self)
+        return {k: v for k, v in content.items() if v or k not in _OPTIONAL}
+
+    @property
+    def has_ties(self) -> bool:
+        """Whether modules have to share configurations, by ties or for a server."""
+        return bool(self.ties) or self.serve is not None
+
+    def without_ties(self) -> PlanRequest:
+        """Return the request for a plan that is free of ties and server."""
+        return replace(self, ties=(), serve=None)
+
+    @property
+    def ties_name(self) -> str:
+        """What ties modules, in words."""
+        server = [f"the constraints of {get_server(self.serve).title}"] if self.serve else []
+        return " and ".join([*server, *["the ties"] * bool(self.ties)])
+
+    @property
+    def restrictions(self) -> str:
+        """What plans are restricted by, in words: ``with these pins``; empty if by nothing."""
+        ties = ["ties"] * bool(self.ties) + ["pins"] * bool(self.pins)
+        served = [f"for {get_server(self.serve).title}"] if self.serve else []
+        return " ".join([*served, *([f"with these {' and '.join(ties)}"] if ties else [])])
+
     def resolve_budget(self, problem: Problem) -> Budget | None:
         """Return the budget in nominal bytes, checked against the sizes that plans can have."""
         if self.budget is None:
@@ -102,7 +141,7 @@ class PlanRequest:
         smallest, largest = problem.feasible
         # The largest plan is called 8.51 and has 8.508 bits: its name must not be out of reach.
         if not smallest * (1 - TOLERANCE) <= budget.nominal_bytes <= largest * 1.001:
-            under = " with these pins" if self.pins else ""
+            under = f" {self.restrictions}" if self.restrictions else ""
             remedy = "drop a pin, or choose" if self.pins else "choose"
             raise InputError(
                 f"A budget of {self.budget} is out of reach: plans for this model{under} take from "

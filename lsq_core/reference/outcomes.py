@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -169,7 +169,7 @@ def _content(setting: _Setting, info: ModelInfo, choice: dict[str, str] | None) 
     request = setting.request
     if choice is None:
         note = "No plan was published; the bits are the label it was reported under."
-        known = {"method": request.method, "base": request.base, "request": asdict(request)}
+        known = {"method": request.method, "base": request.base, "request": request.to_json()}
         empty = {"modules": {}, "flagged": {}, "notes": [note], "metadata": None, "axis": None}
         return known | empty | dict.fromkeys(_ACCOUNTS) | {"bits_per_param": setting.bits}
     plan = Plan(

@@ -307,6 +307,8 @@ def run_settings(record: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         "negative curvature": "taken out" if rows and request_fields.get("clip") else None,
         "solved": "to the optimum" if request_fields.get("exact") else None,
         "pins": ", ".join(request_fields.get("pins") or []),
+        "ties": "; ".join(request_fields.get("ties") or []),
+        "server": request_fields.get("serve"),
         "quantizer": run["quantizer"],
         "format": run["format"] if run.get("format", "lsq") != "lsq" else None,
         "exported from run": run.get("exported_from"),

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lsq_core.errors import translate_resource_errors
-from lsq_core.evaluation.protocol import EvaluationRequest
+from lsq_core.evaluation.protocol import EvaluationRequest, EvaluationText, Protocol
+from lsq_core.evaluation.reference_states import ReferenceStates, states_folder
 from lsq_core.jsontext import json_text
 from lsq_core.progress import ProgressCallback, ignore_progress
 from lsq_core.provenance import (
+    evaluation_dependencies,
     machine,
     run_dependencies,
     versions,
@@ -37,36 +39,68 @@ def evaluate_on_texts(
     where: dict[str, str],
     report: ProgressCallback = ignore_progress,
     checkpoints: Sequence[Sequence[Path | None]] | None = None,
+    kept: Sequence[ReferenceStates] | None = None,
 ) -> Iterator[list[EvaluationPair]]:
     """Evaluate any causal models on texts, with the provenance of the figures filled in.
 
     Yields as :func:`lsq_core.evaluation.perplexity.evaluate_models`.
     """
     from lsq_core.evaluation.perplexity import evaluate_models
-    from lsq_core.evaluation.protocol import EvaluationText, Protocol
 
-    texts = [
-        EvaluationText(stream.ids, Protocol.named(request.protocol, context))
-        for request, stream in zip(requests, streams, strict=True)
-    ]
     found = evaluate_models(
         models,
-        texts,
+        _texts(streams, requests, context),
         bos=tokenizer.bos_token_id,
         reference=reference,
         progress=lambda done, total, message: report("evaluate", done, total, message),
         checkpoints=checkpoints,
+        kept=kept,
     )
+    return _with_provenance(found, streams, requests, where, tokenizer)
+
+
+def _texts(
+    streams: Sequence[TokenStream], requests: Sequence[EvaluationRequest], context: int
+) -> list[EvaluationText]:
+    pairs = zip(streams, requests, strict=True)
+    return [EvaluationText(own.ids, _protocol(r, context)) for own, r in pairs]
+
+
+def _protocol(request: EvaluationRequest, context: int) -> Protocol:
+    return Protocol.named(request.protocol, context)
+
+
+def _with_provenance(
+    found: Iterator[list[EvaluationPair]],
+    streams: Sequence[TokenStream],
+    requests: Sequence[EvaluationRequest],
+    where: dict[str, str],
+    tokenizer: object,
+) -> Iterator[list[EvaluationPair]]:
+    """Evaluations with what they are of, and how they were made, filled in."""
     for request, stream in zip(requests, streams, strict=True):
         with translate_resource_errors(where["device"]):
             pairs = next(found)
-        known = known_of_evaluation(stream, request, where, tokenizer)
+        known = _known_of_evaluation(stream, request, where, tokenizer)
         yield [
             (replace(own, **known), replace(full, **known) if full else None) for own, full in pairs
         ]
 
 
-def known_of_evaluation(
+def make_texts(model: OpenModel, requests: Sequence[EvaluationRequest]) -> list[EvaluationText]:
+    """The texts of requests as this model reads them."""
+    return _texts([model.stream(r) for r in requests], requests, model.info.context)
+
+
+def with_provenance(
+    model: OpenModel, requests: Sequence[EvaluationRequest], found: Iterator[list[EvaluationPair]]
+) -> Iterator[list[EvaluationPair]]:
+    """Evaluations of a model on requests, with the provenance of the figures filled in."""
+    streams = [model.stream(request) for request in requests]
+    return _with_provenance(found, streams, requests, model.device_and_dtype, model.tokenizer)
+
+
+def _known_of_evaluation(
     stream: TokenStream, request: EvaluationRequest, where: dict[str, str], tokenizer: object
 ) -> dict:
     """The fields of an evaluation that say what it is of and how it was made."""
@@ -100,6 +134,7 @@ def evaluate_models(
 ) -> Iterator[list[EvaluationPair]]:
     """Evaluate models with this one's tokenizer, beside a reference where there is one.
 
+    The reference, or the only model without one, is this model itself in full precision.
     ``identities`` tell a model each from others that are evaluated in the same folder. Yields
     as :func:`lsq_core.evaluation.perplexity.evaluate_models`.
     """
@@ -114,7 +149,24 @@ def evaluate_models(
         where=model.device_and_dtype,
         report=model.report,
         checkpoints=[[checkpoint_file(model, r, i) for i in identities] for r in requests],
+        kept=kept_states(model, requests),
     )
+
+
+def kept_states(model: OpenModel, requests: Sequence[EvaluationRequest]) -> list[ReferenceStates]:
+    """Where this model's full-precision hidden states of each text are kept, beside the store."""
+    return [_kept_states(model, request) for request in requests]
+
+
+def _kept_states(model: OpenModel, request: EvaluationRequest) -> ReferenceStates:
+    stream, protocol = model.stream(request), _protocol(request, model.info.context)
+    made_by = evaluation_dependencies(
+        evaluation_provenance(model.device_and_dtype, request, model.tokenizer)
+    )
+    name = digest(model.info.fingerprint, stream.sha256, asdict(protocol), made_by)[:16]
+    where = f"{made_by['device']} in {made_by['dtype']}"
+    title = f"{model.source.name} on {stream.corpus}, {len(stream.ids):,} tokens, {where}"
+    return ReferenceStates(states_folder(model.store.path.parent) / name, title)
 
 
 def checkpoint_file(
@@ -131,10 +183,33 @@ def checkpoint_file(
 
 
 def evaluate_full(model: OpenModel, request: EvaluationRequest) -> dict:
-    """Evaluate the full-precision model and store the result."""
-    [[(evaluation, _)]] = evaluate_models(model, [model.loaded.model], [request])
+    """Evaluate the full-precision model and store the result.
+
+    A model larger than memory is read block by block.
+    """
+    if model.fits_in_memory():
+        found = evaluate_models(model, [model.loaded.model], [request])
+    else:
+        found = _evaluate_streamed_full(model, request)
+    [[(evaluation, _)]] = found
     model.store.save_full_precision(model.info.fingerprint, evaluation)
     return {"model": model.source.name, "fingerprint": model.info.fingerprint} | figures(evaluation)
+
+
+def _evaluate_streamed_full(
+    model: OpenModel, request: EvaluationRequest
+) -> Iterator[list[EvaluationPair]]:
+    from lsq_core.evaluation.streamed import evaluate_streamed_full
+
+    found = evaluate_streamed_full(
+        model.streamed,
+        make_texts(model, [request]),
+        bos=model.tokenizer.bos_token_id,
+        progress=lambda done, total, message: model.report("evaluate", done, total, message),
+        checkpoints=[[checkpoint_file(model, request, ())]],
+        kept=kept_states(model, [request]),
+    )
+    return with_provenance(model, [request], found)
 
 
 def figures(evaluation: Evaluation) -> dict:

@@ -31,12 +31,12 @@ from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.progress import ProgressCallback, ignore_progress
 from lsq_core.quantized.manifest import EVALUATION_KEYS, read_manifest
 from lsq_core.stages.evaluate import digest, evaluate_on_texts, figures
+from lsq_core.stages.measure import measure
 from lsq_core.stages.model import OpenModel, load_tokens
 from lsq_core.stages.run import (
     QuantizedRun,
     check_plan,
     make_manifest,
-    measure,
     quantize_plan,
 )
 from lsq_core.stages.saved import load_saved, open_original
@@ -144,13 +144,13 @@ def run_plan_and_export(
 ) -> dict:
     """Quantize by a plan, export to a folder, and measure both beside full precision in one pass.
 
-    Returns the figures of the run as :func:`lsq_core.stages.run.run_plan`, with those of its
+    Returns the figures of the run as :func:`lsq_core.stages.measure.run_plan`, with those of its
     export as ``export``.
 
     Raises
     ------
     InputError, LsqError
-        As :func:`lsq_core.stages.run.run_plan` and :func:`prepare_export`.
+        As :func:`lsq_core.stages.measure.run_plan` and :func:`prepare_export`.
     """
     plan = check_plan(model, plan, quantizer, settings)
     prepared = prepare_plan_export(model, plan, target)

@@ -18,9 +18,9 @@ from lsq_core.bits import (
 from lsq_core.corpus.registry import corpus_identity
 from lsq_core.errors import InputError
 from lsq_core.model.info import ModelInfo
+from lsq_core.planning.constraints import apply_ties, restrict
 from lsq_core.planning.make import make_plan
 from lsq_core.planning.methods import PLANNERS, get_planner
-from lsq_core.planning.pins import apply_pins
 from lsq_core.planning.plan import Plan
 from lsq_core.planning.problem import TOLERANCE, Problem
 from lsq_core.planning.request import PlanRequest
@@ -35,7 +35,7 @@ from lsq_core.quantization.registry import (
 )
 from lsq_core.settings import CalibrationSettings
 from lsq_core.stages.model import OpenModel
-from lsq_core.stages.profile import profile_model
+from lsq_core.stages.profile import planning_profile
 from lsq_core.stages.rows import row_impact
 
 if TYPE_CHECKING:
@@ -57,8 +57,9 @@ def plan_model(model: OpenModel, request: PlanRequest, settings: ProfileSettings
     planner = get_planner(request.method)
     # A budget out of reach is rejected before anything is measured or downloaded.
     options = planner.options(request)
-    request.resolve_budget(Problem(model.config_info.matrices).with_options(options))
-    profile = profile_model(model, settings, planner.metrics) if planner.metrics else None
+    unmeasured = Problem(model.config_info.matrices).with_options(options)
+    request.resolve_budget(apply_ties(unmeasured, request))
+    profile = planning_profile(model, settings, planner.metrics) if planner.metrics else None
     problem = _cached_problem(model, profile).with_options(options)
     if planner.reads_rows:
         problem = replace(problem, impact=row_impact(model, request, settings))
@@ -203,12 +204,12 @@ def request_incompatibility(
         return reason or mixed_rows_incompatibility(known)
     if request.base:
         base = LADDER[stop_index(request.base)]
-        pinned = apply_pins(problem, request.pins)
+        pinned = restrict(problem, request)
         stop = LADDER.index(base)
         free = (pinned.low <= stop) & (stop <= pinned.high)
         kept = [m for m, is_free in zip(problem.matrices, free, strict=True) if is_free]
         return incompatibility_reason(quantizer, dict.fromkeys(kept, base) if kept else {}, axis)
-    budget = request.resolve_budget(problem)
+    budget = request.resolve_budget(apply_ties(problem, request))
     if budget is None:
         return ""
     smallest = sum(

@@ -10,17 +10,17 @@ import numpy as np
 from lsq_core.bits import (
     LADDER,
 )
-from lsq_core.errors import InputError
+from lsq_core.errors import InputError, LsqError
 from lsq_core.evaluation import prediction
+from lsq_core.planning.constraints import restrict
 from lsq_core.planning.make import make_frontier
 from lsq_core.planning.methods import get_planner
-from lsq_core.planning.pins import apply_pins
 from lsq_core.planning.plan import Plan
 from lsq_core.planning.problem import Problem
 from lsq_core.planning.request import PlanRequest
 from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.stages.model import OpenModel
-from lsq_core.stages.plan import build_problem, check_metrics
+from lsq_core.stages.plan import build_problem, check_metrics, plan_model
 from lsq_core.stages.profile import find_profile, profile_model
 
 if TYPE_CHECKING:
@@ -88,6 +88,28 @@ def predict_plan(
     return predictor.summary(problem, np.array([LADDER.index(c) for c in plan.configs]))
 
 
+def predict_without_ties(
+    model: OpenModel,
+    plan: Plan,
+    settings: ProfileSettings,
+    corpus: str | None = None,
+    protocol: str | None = None,
+) -> dict:
+    """What the plan would be without its ties and server: ``bits_per_param, objective, predicted``.
+
+    Or only the ``reason`` for none.
+    """
+    try:
+        free = plan_model(model, plan.request.without_ties(), settings)
+    except LsqError as error:
+        return {"reason": str(error)}
+    return {
+        "bits_per_param": free.bits_per_param,
+        "objective": free.objective,
+        "predicted": predict_plan(model, free, settings, corpus, protocol),
+    }
+
+
 def request_for_max_loss(
     model: OpenModel,
     request: PlanRequest,
@@ -109,9 +131,9 @@ def request_for_max_loss(
     profile = profile_model(model, settings, [*prediction.METRICS, *planner.metrics])
     problem = build_problem(model.info, profile)
     check_metrics(model.info, problem, request)
-    pinned = apply_pins(problem, request.pins)
+    restricted = restrict(problem, request)
     predictor = fit_predictor(model, problem, settings, corpus, protocol)
-    frontier = make_frontier(pinned, request)
-    budget = prediction.smallest_budget_within(frontier, predictor, pinned, max_loss)
+    frontier = make_frontier(restricted, request)
+    budget = prediction.smallest_budget_within(frontier, predictor, restricted, max_loss)
     # 17 digits write any float exactly, so the same plan is found again.
     return replace(request, budget=f"{budget:.17g}B")

@@ -136,6 +136,30 @@ def profile_model(
     return find_profile(model, settings)
 
 
+def planning_profile(
+    model: OpenModel, settings: ProfileSettings, metrics: Sequence[str]
+) -> Profile:
+    """The profile to plan from: as :func:`profile_model`, or one in the device's usual dtype.
+
+    A session that was given a dtype plans from the profile in the usual one, float32 on a CPU,
+    where that is kept and its own is not: a dtype moves scores by rounding alone, and a profile
+    takes much longer than the evaluation that the dtype is meant to speed up. The plan names the
+    profile, and the run its own dtype.
+    """
+    usual = resolve_device_and_dtype(model.info, model.device)
+    own = resolve_device_and_dtype(model.info, model.device, model.dtype)
+    if (
+        own != usual
+        and not model.published
+        and missing_metrics(find_profile(model, settings), metrics)
+    ):
+        kept = model.store.profile(find_profile_key(model.store, model.info, settings, usual))
+        if kept is not None and not missing_metrics(kept, metrics):
+            model.report("profile", 1, 1, f"already stored, measured in {usual.dtype}")
+            return kept
+    return profile_model(model, settings, metrics)
+
+
 def _check_measurable(name: str, quantizer: str) -> None:
     """Raise :class:`InputError` for an unknown metric, or one whose probe a quantizer lacks."""
     metric, spec = get_metric(name), quantizer_spec(quantizer)

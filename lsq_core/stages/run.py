@@ -1,15 +1,13 @@
-"""Quantize by a plan, measure against full precision, store the result."""
+"""Quantize a model by a plan, and save it."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from lsq_core.errors import InputError, LsqError, translate_resource_errors
-from lsq_core.evaluation.protocol import EvaluationRequest
 from lsq_core.files import resolve_path
 from lsq_core.jsontext import json_text
 from lsq_core.planning.plan import Plan
@@ -27,7 +25,7 @@ from lsq_core.quantization.registry import (
 )
 from lsq_core.quantized.manifest import RUN_KEYS, is_quantized_folder, read_manifest
 from lsq_core.settings import GridSettings
-from lsq_core.stages.evaluate import digest, evaluate_models, figures
+from lsq_core.stages.evaluate import digest
 from lsq_core.stages.model import OpenModel
 from lsq_core.stages.plan import calibration_of_plan, plan_identity, with_quantizer
 from lsq_core.store.connection import new_id
@@ -37,8 +35,6 @@ from lsq_core.units import format_bytes
 
 if TYPE_CHECKING:
     from torch import nn
-
-    from lsq_core.evaluation.result import Evaluation, EvaluationPair
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,31 +143,6 @@ class RunResult:
         )
 
 
-def run_plan(
-    model: OpenModel,
-    plan: Plan,
-    quantizer: str,
-    request: EvaluationRequest,
-    save: Path | None = None,
-    plan_name: str = "",
-    settings: ProfileSettings | None = None,
-) -> dict:
-    """Quantize by a plan, evaluate against full precision, store everything.
-
-    ``settings`` name the text for a quantizer that is calibrated. Returns the plan's JSON
-    with ``perplexity``, ``perplexity_full``, ``measured_bytes``, ``kl``, ``top1`` and times
-    added.
-
-    Raises
-    ------
-    InputError, LsqError
-        When an input is wrong, the device has too little memory, or the disk is full.
-    """
-    made = quantize_plan(model, plan, quantizer, save, plan_name, settings=settings)
-    [outcome] = measure(model, [made], [request])
-    return outcome
-
-
 def quantize_plan(
     model: OpenModel,
     plan: Plan,
@@ -231,101 +202,6 @@ def _check_plan_fits(model: OpenModel, plan: Plan) -> None:
             f"The plan is for another model: {model.source.name} has no matrix {first} of the "
             "plan's shape; make a plan for this model."
         )
-
-
-def _check_same_model(model: OpenModel, made: Sequence[QuantizedRun]) -> None:
-    """Raise :class:`InputError` unless the runs are of this model, on this device, in this dtype.
-
-    Their figures would otherwise be compared with the full precision of another model.
-    """
-    for one in made:
-        if one.row["fingerprint"] != model.info.fingerprint:
-            raise InputError(
-                f"Run {one.run} was quantized from {one.original.source.name}, which is not the "
-                f"model {model.source.name}; evaluate it in the session that quantized it."
-            )
-        own, here = one.original.device_and_dtype, model.device_and_dtype
-        if own != here:
-            raise InputError(
-                f"Run {one.run} is on {own['device']} in {own['dtype']} and this session on "
-                f"{here['device']} in {here['dtype']}; evaluate it in the session that "
-                "quantized it."
-            )
-
-
-def measure(
-    model: OpenModel, made: Sequence[QuantizedRun], requests: Sequence[EvaluationRequest]
-) -> Iterator[dict]:
-    """Evaluate quantized models and full precision in one pass, and store the runs.
-
-    Yields what :meth:`run` returns: of each model on the first text, as soon as it is read,
-    then of each on the next one.
-
-    Raises
-    ------
-    InputError
-        When a run was quantized from another model, or on another device or in another dtype.
-    """
-    _check_same_model(model, made)
-    models = [one.model for one in made]
-    identities = [[one.run, plan_identity(one.plan), one.row["quantizer"]] for one in made]
-    found = evaluate_models(model, models, requests, model.loaded.model, identities)
-    for pairs, seconds in _with_stage_seconds(model, found):
-        for one, (own, full) in zip(made, pairs, strict=True):
-            yield save_run(model, one, own, full, seconds)
-
-
-def _with_stage_seconds(
-    model: OpenModel, found: Iterator[list[EvaluationPair]]
-) -> Iterator[tuple[list[EvaluationPair], dict[str, float]]]:
-    """Evaluations with the seconds by stage so far, of which full precision's are apart."""
-    while True:
-        start_time = model.clock.seconds.get("evaluate", 0.0)
-        with model.clock.stage("evaluate"):
-            pairs = next(found, None)
-        if pairs is None:
-            return
-        taken = model.clock.seconds["evaluate"] - start_time
-        # What is read before a text is done is of the next one too, so it may be less.
-        full = min(taken, pairs[0][1].seconds) if pairs[0][1] else 0.0
-        model.clock.add("evaluate", -full)
-        model.clock.add("full precision", full)
-        yield pairs, dict(model.clock.seconds)
-
-
-class StoredRun(Protocol):
-    """What the store has of a run."""
-
-    run: str
-    plan: Plan
-    row: dict
-    plan_name: str
-
-
-@timed("store")
-def save_run(
-    model: OpenModel,
-    made: StoredRun,
-    own: Evaluation,
-    full: Evaluation,
-    seconds: dict[str, float],
-) -> dict:
-    own = replace(own, times=seconds | {"whole": model.clock.total})
-    with model.store.held():
-        if "plan" not in made.row:
-            # An export has the plan of the run that it came from, which is stored before it.
-            run = made.row.get("exported_from") or made.run
-            made.row["plan"] = model.store.find_run_plan(run) or model.store.save_plan(
-                made.plan, model.info.fingerprint, made.plan.profile, made.plan_name
-            )
-        model.store.save_full_precision(model.info.fingerprint, full)
-        model.store.save_run(made.run, made.row, [own])
-    model.report("store", 1, 1, f"stored as run {made.run}")
-    return (
-        made.plan.to_json()
-        | {"profile": made.plan.profile}
-        | _outcome(made.run, made.row, own, full)
-    )
 
 
 def make_run_id(model: OpenModel, plan: Plan, quantizer: str) -> str:
@@ -433,24 +309,4 @@ def make_run_row(model: OpenModel, plan: Plan, measured: int, seconds: float) ->
         "dtype": where["dtype"],
         "seed": plan.request.seed,
         "versions": json_text(versions(*required_packages([plan.quantizer]))),
-    }
-
-
-def _outcome(run_id: str, row: dict, own: Evaluation, full: Evaluation) -> dict:
-    from lsq_core.evaluation.bootstrap import bootstrap_difference
-
-    difference = bootstrap_difference(own.nll, full.nll, own.counts)
-    return figures(own) | {
-        "run": run_id,
-        "quantizer": row["quantizer"],
-        "measured_bytes": row["measured_bytes"],
-        "measured_model_bytes": row["model_bytes"],
-        "perplexity_full": full.perplexity,
-        "increase": asdict(difference),
-        "kl": own.kl,
-        "top1": own.top1,
-        "divergence": asdict(own.divergence) if own.divergence else None,
-        "quantize_seconds": row["quantize_seconds"],
-        "seconds": own.times,
-        "saved_to": row["saved_to"],
     }

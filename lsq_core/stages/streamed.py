@@ -1,77 +1,95 @@
-"""Running a plan on a model that is larger than memory, block by block."""
+"""Runs of a model that is larger than memory: quantized block by block while they are measured."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
-from lsq_core.errors import translate_resource_errors
-from lsq_core.evaluation.protocol import EvaluationRequest, EvaluationText, Protocol
+from lsq_core.evaluation.protocol import EvaluationRequest
+from lsq_core.evaluation.result import EvaluationPair
 from lsq_core.planning.plan import Plan
 from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.settings import GridSettings
-from lsq_core.stages.evaluate import checkpoint_file, known_of_evaluation
+from lsq_core.stages.evaluate import checkpoint_file, kept_states, make_texts, with_provenance
 from lsq_core.stages.model import OpenModel
 from lsq_core.stages.plan import calibration_of_plan, plan_identity
-from lsq_core.stages.run import (
-    check_plan,
-    check_planned_bytes,
-    make_run_id,
-    make_run_row,
-    save_run,
-)
+from lsq_core.stages.run import check_plan, check_planned_bytes, make_run_id, make_run_row
 
 
 @dataclass(frozen=True, eq=False)
-class _StreamedRun:
-    """A run whose quantized model was never whole in memory."""
+class StreamedRun:
+    """A run whose quantized model is never whole in memory.
+
+    ``row`` is what the store has of it, as of a :class:`lsq_core.stages.run.QuantizedRun`; its
+    ``quantize_seconds`` are 0, since quantizing is part of the evaluation's time.
+    """
 
     run: str
     plan: Plan
     row: dict
-    plan_name: str
+    original: OpenModel
+    plan_name: str = ""
 
 
-def run_plan_streamed(
+def stream_plan(
     model: OpenModel,
     plan: Plan,
     quantizer: str,
-    request: EvaluationRequest,
     plan_name: str = "",
+    run: str | None = None,
     settings: ProfileSettings | None = None,
-) -> dict:
-    """Quantize by a plan and evaluate with one block in memory; as :func:`run_plan` else.
+) -> StreamedRun:
+    """A run that is quantized by a plan when it is measured; as ``quantize_plan`` else.
 
-    The run's ``quantize_seconds`` are 0: quantizing is part of the evaluation's time.
+    Raises
+    ------
+    InputError
+        When the plan is for another model, or the quantizer cannot make it.
+    """
+    plan = check_plan(model, plan, quantizer, settings)
+    row = make_run_row(model, plan, plan.planned_bytes, 0.0)
+    run = run or make_run_id(model, plan, quantizer)
+    return StreamedRun(run, plan, row, model, plan_name)
+
+
+def evaluate_streamed_runs(
+    model: OpenModel, runs: Sequence[StreamedRun], requests: Sequence[EvaluationRequest]
+) -> Iterator[list[EvaluationPair]]:
+    """Quantize and evaluate runs with one block of the model in memory, full precision beside them.
+
+    Yields as :func:`lsq_core.evaluation.perplexity.evaluate_models`.
 
     Raises
     ------
     InputError, LsqError
-        When an input is wrong, the model cannot be streamed or run block by block, or one block is
-        larger than memory.
+        When the model cannot be streamed or run block by block, a quantizer needs all of it, a
+        block is larger than memory, or a plan's bytes are not what it promised.
     """
     from lsq_core.evaluation.streamed import evaluate_streamed
     from lsq_core.quantization.registry import get_quantizer
-    from lsq_core.quantization.task import QuantizationTask
 
-    plan = check_plan(model, plan, quantizer, settings)
-    run = make_run_id(model, plan, quantizer)
-    streamed, stream = model.streamed, model.stream(request)
-    grid = GridSettings(plan.axis, plan.metadata)
-    task = QuantizationTask(streamed, plan.choice, grid, calibration_of_plan(plan), plan.rows)
-    identity = [run, plan_identity(plan), plan.quantizer]
+    identities = [[one.run, plan_identity(one.plan), one.plan.quantizer] for one in runs]
     found = evaluate_streamed(
-        [task],
-        [get_quantizer(plan.quantizer)],
-        [EvaluationText(stream.ids, Protocol.named(request.protocol, model.info.context))],
+        [_task(model, one.plan) for one in runs],
+        [get_quantizer(one.plan.quantizer) for one in runs],
+        make_texts(model, requests),
         bos=model.tokenizer.bos_token_id,
         progress=lambda done, total, message: model.report("evaluate", done, total, message),
-        checkpoints=[[checkpoint_file(model, request, identity)]],
+        checkpoints=[[checkpoint_file(model, r, i) for i in identities] for r in requests],
+        kept=kept_states(model, requests),
     )
-    with translate_resource_errors(streamed.device), model.clock.stage("evaluate"):
-        [[evaluated]] = found
-    check_planned_bytes(plan, evaluated.measured_bytes)
-    known = known_of_evaluation(stream, request, model.device_and_dtype, model.tokenizer)
-    own, full = (replace(evaluation, **known) for evaluation in evaluated.pair)
-    row = make_run_row(model, plan, evaluated.measured_bytes, 0.0)
-    made = _StreamedRun(run, plan, row, plan_name)
-    return save_run(model, made, own, full, dict(model.clock.seconds))
+    return with_provenance(model, requests, _checked_pairs(runs, found))
+
+
+def _task(model: OpenModel, plan: Plan) -> object:
+    from lsq_core.quantization.task import QuantizationTask
+
+    grid = GridSettings(plan.axis, plan.metadata)
+    return QuantizationTask(model.streamed, plan.choice, grid, calibration_of_plan(plan), plan.rows)
+
+
+def _checked_pairs(runs: Sequence[StreamedRun], found: Iterator) -> Iterator[list[EvaluationPair]]:
+    for evaluations in found:
+        for one, evaluated in zip(runs, evaluations, strict=True):
+            check_planned_bytes(one.plan, evaluated.measured_bytes)
+        yield [evaluated.pair for evaluated in evaluations]

@@ -17,10 +17,10 @@ from lsq_core.errors import InputError
 from lsq_core.model.identity import with_source
 from lsq_core.model.info import ModelInfo
 from lsq_core.model.source import ModelSource
+from lsq_core.planning.constraints import restrict
 from lsq_core.planning.frontier import Frontier
 from lsq_core.planning.make import make_frontier
 from lsq_core.planning.methods import PLANNERS, get_planner
-from lsq_core.planning.pins import apply_pins
 from lsq_core.planning.plan import Plan
 from lsq_core.planning.problem import Impact, Problem
 from lsq_core.planning.request import PlanRequest
@@ -342,12 +342,12 @@ def _plan(
 def frontier(
     info: ModelInfo, found: Profile | None, request: PlanRequest, rows: Impact | None = None
 ) -> Frontier:
-    """Every budget's plan by a request's method, base and pins; its budget doesn't matter.
+    """Every budget's plan by a request's method, base and restrictions; its budget doesn't matter.
 
     Raises
     ------
     LsqError
-        When the profile lacks what the method reads, or pins or base are wrong.
+        When the profile lacks what the method reads, or what restricts it or the base is wrong.
     """
     request_key = json.dumps(
         [asdict(request) | {"budget": None, "exact": False}, rows and rows.mark]
@@ -367,7 +367,7 @@ def _frontier(
 ) -> Frontier:
     planning_problem = problem_of_rows(_info, _found, _request, _rows)
     check_metrics(_info, planning_problem, _request)
-    return make_frontier(apply_pins(planning_problem, _request.pins), _request)
+    return make_frontier(restrict(planning_problem, _request), _request)
 
 
 def error_curve(

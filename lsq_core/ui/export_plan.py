@@ -41,6 +41,7 @@ def render_run_plan_export(record: dict, info: ModelInfo | None) -> None:
     content = record["plan"].get("content")
     if not content or info is None:
         return
+    st.caption("Its plan, for another tool")
     try:
         plan = Plan.from_json(content, info.matrices, info.other_bytes)
     except InputError as error:

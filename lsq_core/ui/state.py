@@ -15,6 +15,7 @@ from lsq_core.bits import GROUP_SIZES, HIGH_BITS, LADDER, LOW_BITS, Budget
 from lsq_core.model.source import ModelSource
 from lsq_core.planning.methods import PLANNERS, get_planner, mixes_rows
 from lsq_core.planning.request import LOSSES, RATIO_MODES, SENSITIVITIES, PlanRequest
+from lsq_core.planning.servers import VLLM
 from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.store.models import PUBLISHED
 from lsq_core.ui.safe import st
@@ -33,6 +34,8 @@ _PLAN_DEFAULTS = {
     "seed": 0,
     "exact": False,
     "pins": "",
+    "ties": "",
+    "vllm": False,
     "against": "none",
     "widths": "2+3",
     "group_size": 128,
@@ -201,7 +204,9 @@ def sync_plan_url() -> None:
 
 def set_plan(request: PlanRequest, parameters: int) -> None:
     """Set the plan's controls to a request that was kept, for a model of so many parameters."""
-    values = asdict(request) | {"pins": "\n".join(request.pins)}
+    values = asdict(request) | {"vllm": request.serve == VLLM.name}
+    values |= {name: "\n".join(values[name]) for name in ("pins", "ties")}
+    del values["serve"]
     budget = values.pop("budget")
     values["widths"] = f"{values.pop('low_bits')}+{values.pop('high_bits')}"
     size_mode = ("both" if request.base else "budget") if budget else "base"
@@ -229,7 +234,9 @@ def request_for_method(method: str) -> PlanRequest:
         method=planner.name,
         base=chosen["base"] if size_mode != "budget" else None,
         budget=budget_text(chosen["budget"]) if size_mode != "base" else None,
-        pins=pins(),
+        pins=lines("pins"),
+        ties=lines("ties"),
+        serve=VLLM.name if chosen["vllm"] and not planner.reads_rows else None,
         **used,
     )
 
@@ -239,9 +246,9 @@ def budget_text(bits: float) -> str:
     return f"{round(bits, 4):.4f}".rstrip("0").rstrip(".") + "bpp"
 
 
-def pins() -> tuple[str, ...]:
-    """The pins that were typed, one a line."""
-    return tuple(line.strip() for line in st.session_state["pins"].splitlines() if line.strip())
+def lines(key: str) -> tuple[str, ...]:
+    """The pins or ties that were typed, one a line."""
+    return tuple(line.strip() for line in st.session_state[key].splitlines() if line.strip())
 
 
 def alike(method: str, others: Sequence[str]) -> list[str]:

@@ -17,7 +17,7 @@ from lsq_core.cli.program import main
 from lsq_core.errors import InputError, LsqError
 
 #: Rows that take more than ten seconds: each side is measured once an attempt, else three times.
-SLOW = ("solver_cpu_eager", "profile", "perplexity", "replan10", "plan_cold")
+SLOW = ("solver_cpu_eager", "profile", "perplexity", "replan10", "sweep12", "plan_cold")
 #: Neighbours can slow a measurement down but never speed both sides up alike, so a row is slower
 #: only when it was so every time.
 ATTEMPTS = 3
@@ -98,7 +98,7 @@ def test_cli_bench_prints_table(monkeypatch, capsys):
         Row("perplexity", "perplexity of a model", "batches", "a loop", 0.5, 1.0, 2.0, 0.1, 2.0),
         Row("solver_gpu", "the solver on a GPU", reason="there is no GPU here"),
     ]
-    monkeypatch.setattr(bench, "measure", lambda ids, repeats, progress: rows)
+    monkeypatch.setattr(bench, "measure", lambda ids, repeats, progress, model: rows)
     assert main(["bench", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     first_row = result["rows"][0]
@@ -124,3 +124,33 @@ def test_unknown_row_raises(capsys):
     with pytest.raises(InputError, match=r"'nothing' .*solver_cpu"):
         measure(["nothing"])
     assert main(["bench", "--only", "import", "--repeats", "0"]) == 2
+
+
+@pytest.mark.parametrize("id", [id for id in ROWS if id.endswith("_gpu")])
+def test_row_that_needs_a_gpu_says_so(id, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    (row,) = measure([id], repeats=1)
+    assert row.reason == bench.NO_GPU
+    assert (row.device, row.ours_s, row.missed, row.wrong) == ("cuda", None, False, False)
+
+
+def test_gpu_rows_measure_on_any_device(small_text):
+    """What they do is the same on a CPU, with fewer tokens and a smaller layer."""
+    from lsq_core.bench import gpu, packed
+    from lsq_core.profiling.settings import ProfileSettings
+
+    evaluated = gpu.evaluate_on("cpu", 1, "demo", 600)
+    assert not evaluated.wrong
+    assert evaluated.details["scored_tokens_per_s"] > 0
+    settings = ProfileSettings("rtn", calibration=str(small_text), samples=4, block_tokens=64)
+    assert gpu.profile_on("cpu", 1, "demo", settings).ours_s > 0
+    forward = packed.measure_forward("packed_forward_gpu", packed.Case(128, (1, 8)), 1)
+    assert not forward.wrong
+    assert len(forward.details["cases"]) == 4 * 2 * 2
+
+
+def test_ratios_of_other_models_are_not_recorded(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "RECORDED", tmp_path / "recorded.json")
+    with pytest.raises(InputError, match="sweep12"):
+        bench.record([Row("sweep12", "", ratio=9.0, least=9.0, details={"model": "smollm2"})])
+    assert recorded() == {}

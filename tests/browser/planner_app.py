@@ -1,6 +1,7 @@
 """The live planner on a random model, and nothing else: what its browser tests drive.
 
-The address says what to mount: ``?layers=24&methods=mxq,sensiboost&experts=8&budget=3.25``.
+The address says what to mount: ``?layers=24&methods=mxq,sensiboost&experts=8&budget=3.25``;
+``serve=vllm`` restricts the plans.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import streamlit as st
 
 from lsq_core.bits import LADDER
 from lsq_core.model.info import Matrix
+from lsq_core.planning.constraints import restrict
 from lsq_core.planning.make import make_frontier
 from lsq_core.planning.methods import PLANNERS
-from lsq_core.planning.pins import apply_pins
 from lsq_core.planning.problem import Problem
 from lsq_core.planning.request import PlanRequest
 from lsq_core.ui.planner import (
     Curve,
+    FreePlans,
     LiveMethod,
     MatrixFacts,
     Preset,
@@ -78,15 +80,19 @@ def curve(shift: float) -> Curve:
 
 @st.cache_resource
 def build_methods(
-    layers: int, experts: int, names: tuple[str, ...], pins: tuple[str, ...]
+    layers: int, experts: int, names: tuple[str, ...], pins: tuple[str, ...], serve: str | None
 ) -> tuple[Problem, list[LiveMethod]]:
     """The model and the methods' frontiers, made once as the pages do."""
-    problem = apply_pins(random_model(layers, experts), pins)
+    model = random_model(layers, experts)
+    problem = restrict(model, PlanRequest(names[0], pins=pins, serve=serve))
     methods = []
     for k, name in enumerate(names):
-        frontier = make_frontier(problem, PlanRequest(name, boost_stop=3))
+        request = PlanRequest(name, boost_stop=3)
+        frontier = make_frontier(problem, request)
         unit = "" if frontier.cost is None else "squared output error"
-        methods.append(LiveMethod(name, PLANNERS[name].title, frontier, unit, curve(2 * k)))
+        free = FreePlans(make_frontier(model, request), curve(2 * k - 6)) if serve else None
+        title = PLANNERS[name].title
+        methods.append(LiveMethod(name, title, frontier, unit, curve(2 * k), free=free))
     return problem, methods
 
 
@@ -97,7 +103,7 @@ def app() -> None:
     names = tuple(query.get("methods", "mxq").split(","))
     pins = st.session_state.get("pins", ())
     size = int(query.get("layers", 80)), int(query.get("experts", 1))
-    problem, methods = build_methods(*size, names, pins)
+    problem, methods = build_methods(*size, names, pins, query.get("serve"))
     if "budget" not in st.session_state:
         st.session_state["budget"] = float(query.get("budget", 3.25))
     z = problem.scores["kurtosis"].copy()

@@ -11,7 +11,9 @@ import pytest
 
 from lsq_core.bits import LADDER
 from lsq_core.charts import add_run_labels
+from lsq_core.exports.registry import export_plan
 from lsq_core.results.export import bibtex
+from lsq_core.stages.exports import find_plan
 from tests.browser.conftest import Server, User
 from tests.test_plan import needs_reference
 
@@ -384,6 +386,26 @@ def test_run_export_report_and_bibtex(user, tmp_path):
         for name in user.driver.execute_script(requested_script)
         if not name.startswith(("data:", "blob:"))
     ]
+
+
+def test_run_export_plan_for_another_tool(user, tmp_path):
+    """A file that is what the library gives; one that would differ only once that is accepted."""
+    user.set_download_folder(tmp_path / "downloads")
+    open_view(user, "size")
+    run = user.server.store.record(opened_run(user))["run"]["id"]
+    plan, info = find_plan(run, user.server.store)
+    user.click("Export")
+    user.choose("Tool", "MLX")
+    user.click("mlx.json")
+    assert user.saved("mlx.json").read_text("utf8") == export_plan(plan, info, "mlx").text
+    user.choose("Tool", "exllamav3")
+    accept = "[data-testid=stPopoverBody] [data-testid=stCheckbox] label"
+    user.wait(lambda: user.all(accept), why="nothing is said of what would be taken")
+    assert not [b for b in user.all("button") if b.text.endswith("recipe.yaml")]
+    user.first(accept).click()
+    user.click("recipe.yaml")
+    expected = export_plan(plan, info, "exllamav3", nearest=True).text
+    assert user.saved("recipe.yaml").read_text("utf8") == expected
 
 
 # --- SQL ------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -12,6 +13,7 @@ import pytest
 
 from lsq_core.bits import LADDER, Budget
 from lsq_core.model.info import Matrix
+from lsq_core.planning.constraints import restrict
 from lsq_core.planning.frontier import Frontier
 from lsq_core.planning.make import make_frontier, make_plan
 from lsq_core.planning.methods import PLANNERS
@@ -140,7 +142,13 @@ def model(layers: int, seed: int, *, ties: bool = False, gaps: bool = False) -> 
         cost[:, 11] = error_scale[11]
     score_names = ("sensitivity", "sensitivity_module", "kurtosis", "loss_impact")
     scores = {name: (k + 1) * spread for k, name in enumerate(score_names)}
-    return Problem(matrices, scores, {"weight_error": cost, "sensitivity_module": cost})
+    by_config = dict.fromkeys(("weight_error", "sensitivity_module", "expected_kl"), cost)
+    return Problem(matrices, scores, by_config)
+
+
+def tied(seed: int, *pins: str, **restrictions: object) -> Problem:
+    """A model restricted by ties, a server and pins."""
+    return restrict(model(24, seed), PlanRequest("mxq", pins=pins, **restrictions))
 
 
 PROBLEMS = {
@@ -150,6 +158,10 @@ PROBLEMS = {
     "pins": lambda: apply_pins(
         model(24, 4), ("*.layers.0.*=b8g64", "*.layers.[1-9].down_proj=b3g128..b4g64")
     ),
+    "tied": lambda: tied(
+        5, "*.layers.2.q_proj=b8g64", ties=("q_proj,k_proj,v_proj", "o_proj,up_proj")
+    ),
+    "served": lambda: tied(6, serve="vllm"),
 }
 
 
@@ -161,7 +173,12 @@ def test_frontier_js_plans_match_python(engine, method, name):
     for request in requests(method):
         if name == "gaps" and PLANNERS[method].has_base:
             request = PlanRequest(method, base="3.51", boost_stop=0)  # all groups are of 32
-        assert_same_plans(engine, problem, make_frontier(problem, request), seed=request_count)
+        if name == "served" and request.base:
+            request = replace(request, base="4.13")
+        frontier = make_frontier(problem, request)
+        if name in ("tied", "served") and method != "uniform":
+            assert len(frontier.nominal) == problem.items.max() + 1 < len(problem.matrices)
+        assert_same_plans(engine, problem, frontier, seed=request_count)
         request_count += 1
     assert request_count
 
@@ -647,6 +664,41 @@ def test_expert_cell_shows_config_counts(user):
     counts = np.unique(live.choice()[4:12], return_counts=True)
     for stop, count in zip(*counts, strict=True):
         assert f"{count} × {LADDER[stop].name}" in details
+
+
+def test_served_plan_moves_in_groups_and_tells_its_cost(user):
+    """Python's plans while the slider moves, their cost against the free plan, and why."""
+    live = PlannerPage(user, "layers=24&serve=vllm&budget=5")
+    problem, request = planner_app.random_model(24), PlanRequest("mxq", serve="vllm")
+    frontier, free = (
+        make_frontier(restrict(problem, each), each) for each in (request, request.without_ties())
+    )
+    assert live.range[0] > 4
+    live.hold_thumb().move_by_offset(64, 0).perform()
+    user.wait(lambda: live.bits > 5.2)
+    nominal = Budget.parse(f"{live.bits}bpp", problem.total).nominal_bytes
+    point = frontier.at(nominal)
+    assert live.choice().tolist() == point.choice.tolist()
+    assert (live.choice().reshape(24, 7)[:, :3] == live.choice().reshape(24, 7)[:, :1]).all()
+    share = point.objective / free.at(nominal).objective - 1
+    shown = live.text(".readout td.free span")
+    assert float(shown.removeprefix("+").removesuffix(" %")) == pytest.approx(100 * share, rel=0.06)
+    assert re.fullmatch(r"\+0\.\d\d perplexity", live.text(".readout td.free small"))
+    live.actions().release().perform()
+    live.find_part(".cells").send_keys("\ue014" * 5, "\ue015")  # layer 5, k_proj
+    assert "Shares its configuration with q_proj and v_proj." in live.text(".details")
+    assert "romoting them to" in live.text(".details")
+
+
+def test_experts_of_a_served_plan_are_one(user):
+    live = PlannerPage(user, "layers=4&experts=8&serve=vllm&budget=6")
+    experts = live.choice().reshape(4, 28)[:, 4:]
+    assert (experts == experts[:, :1]).all()
+    live.find_part(".cells").send_keys("\ue015" * 4)  # down to gate_proj
+    assert (
+        "Shares its configuration with gate_proj, up_proj and down_proj of all experts."
+        in live.text(".details")
+    )
 
 
 def test_planner_makes_no_external_requests(user):

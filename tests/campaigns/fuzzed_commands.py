@@ -111,6 +111,8 @@ _VALID = {
     "prune": ("20260101-000000-aaaaaa", "saved", "database"),
     "folder": ("folder", "published"),
     "pin": ("*.layers.0.*=b8g64",),
+    "tie": ("q_proj,k_proj,v_proj", "q_proj"),
+    "serve": ("vllm",),
     "ratios": ("uniform", "diagonal", "full"),
     "loss": ("block",),
     "remember": ("1MiB", "0"),

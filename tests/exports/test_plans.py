@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import json
 import re
+import shlex
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -166,6 +168,29 @@ def test_patterns_match_no_other_name(case: Case, target: str):
     joined = re.compile("|".join(f"(?:{p})" for p in patterns))
     assert all(joined.fullmatch(name) for name in names)
     assert not [name for name in others - names if joined.search(name)]
+
+
+@pytest.mark.parametrize("target", PLAN_TARGETS)
+def test_usage_names_the_file(case: Case, target: str):
+    plan = mixed_plan(case.info, experts_alike=True)
+    translation = translate(plan, case.info, plan_target(target))
+    lines = translation.usage("my plan's.txt")
+    if translation.target.usage_language == "python":
+        compile(lines, "usage", "exec")
+        assert repr("my plan's.txt") in lines
+    else:
+        assert "my plan's.txt" in shlex.split(lines.replace("\\\n", " "))
+
+
+def test_a_target_is_a_registry_entry(plan_file, tmp_path, monkeypatch):
+    def write(translation: Translation) -> str:
+        return "".join(f"{a.module.name} {a.format.name}\n" for a in translation.assignments)
+
+    own = replace(PLAN_TARGETS["mlx"], name="own", title="Own", write=write)
+    monkeypatch.setitem(PLAN_TARGETS, "own", own)
+    out = tmp_path / "own.txt"
+    assert main(["export-plan", str(plan_file), "--to", "own", "--out", str(out)]) == 0
+    assert set(out.read_text("utf8").split()[1::2]) == {"b3g64"}
 
 
 # --- what a tool lacks ----------------------------------------------------------------------

@@ -70,24 +70,32 @@ class _Boost(LadderPlanner):
 
     def frontier(self, problem: Problem, request: PlanRequest, bases: list[int]) -> Frontier:
         """Return a start for each base with moves of the boosted matrices, largest z first."""
-        boosted_layers = self.boosted_layers(problem, request)
-        ranked = sorted(
-            (
-                (boosted_layers[m.type][m.layer], index)
-                for index, m in enumerate(problem.matrices)
-                if m.layer in boosted_layers.get(m.type, {})
-            ),
-            key=lambda pair: (-pair[0], pair[1]),
-        )
-        segments = []
+        ranked = rank_items(problem, self.boosted_layers(problem, request))
+        size, segments = problem.sum_items(problem.bytes), []
         for base in bases:
             start = uniform_start(problem, base)
             top = min(base + request.boost_stop, len(problem.options) - 1)
-            target_stops = np.clip(top, problem.low, problem.high)
-            raised = [(index, int(target_stops[index]), priority) for priority, index in ranked]
-            moves = build_moves(start, raised, problem.bytes)
-            segments.append(Segment(start, problem.nominal(start), moves))
-        return Frontier(sort_by_bytes(segments), problem.bytes)
+            target_stops = problem.first_of_items(problem.at_most(top))
+            raised = [(item, int(target_stops[item]), priority) for item, priority in ranked]
+            start_items = problem.first_of_items(start)
+            moves = build_moves(start_items, raised, size)
+            segments.append(Segment(start_items, problem.nominal(start), moves))
+        return Frontier(sort_by_bytes(segments), size, items=problem.items_if_tied)
+
+
+def rank_items(
+    problem: Problem, boosted_layers: dict[str, dict[int, float]]
+) -> list[tuple[int, float]]:
+    """Return the items to promote with their priorities, highest first.
+
+    Tied matrices are promoted together where one of them is to be, at its priority.
+    """
+    priorities: dict[int, float] = {}
+    for item, matrix in zip(problem.items.tolist(), problem.matrices, strict=True):
+        priority = boosted_layers.get(matrix.type, {}).get(matrix.layer)
+        if priority is not None:
+            priorities[item] = max(priority, priorities.get(item, priority))
+    return sorted(priorities.items(), key=lambda pair: (-pair[1], pair[0]))
 
 
 class SensiBoost(_Boost):
@@ -138,17 +146,22 @@ class _Ablation(_Boost):
         sensitive = flagged_layers(problem, request.metric, 0)
         heavy_tailed = flagged_layers(problem, "kurtosis", 0)
         random = np.random.default_rng(request.seed)
+        series = layer_series(problem, "kurtosis")
         drawn = {}
-        for kind, (layers, _) in layer_series(problem, "kurtosis").items():
-            free = [i for i in layers if i not in sensitive[kind] and i not in heavy_tailed[kind]]
-            count = len(wanted[kind])
+        for kinds in problem.tied_types:  # tied types are promoted together, so they are one draw
+            picked = {i for kind in kinds for i in (*sensitive[kind], *heavy_tailed[kind])}
+            layers = sorted({layer for kind in kinds for layer in series[kind][0]})
+            free = [layer for layer in layers if layer not in picked]
+            count = len({layer for kind in kinds for layer in wanted[kind]})
             if count > len(free):
                 raise LsqError(
-                    f"An ablation of {self.method.title} needs {count} layers of {kind} that "
-                    f"neither method picked, and {len(free)} are left; lower top-m."
+                    f"An ablation of {self.method.title} needs {count} layers of "
+                    f"{' and '.join(kinds)} that neither method picked, and {len(free)} are left; "
+                    "lower top-m."
                 )
             order = random.choice(free, size=count, replace=False) if count else []
-            drawn[kind] = {int(layer): float(count - i) for i, layer in enumerate(order)}
+            ranks = {int(layer): float(count - i) for i, layer in enumerate(order)}
+            drawn |= dict.fromkeys(kinds, ranks)
         return drawn
 
 

@@ -22,6 +22,7 @@ from lsq_core.planning.block_plans import (
 from lsq_core.planning.frontier import Frontier, Segment
 from lsq_core.planning.problem import Impact, Interactions, Problem
 from lsq_core.planning.request import PlanRequest
+from lsq_core.planning.ties import merge_groups
 
 
 class HighImpact:
@@ -59,11 +60,12 @@ class HighImpact:
         problem.check_options()
         if request.ratios == "uniform":
             return _uniform_frontier(problem, impact, request)
-        groups = [part for block in impact.blocks for part in _split_large_block(block, problem)]
-        fronts = [_block_front(part, problem, request) for part in groups]
+        parts = [part for block in impact.blocks for part in _split_large_block(block, problem)]
+        tied = [_merge_tied_units(part, problem, request) for part in parts]
+        fronts = [_block_front(part, problem) for part in tied]
         combined = combine(fronts)
         choices = np.empty((len(combined.size), len(problem.matrices)), dtype=np.int64)
-        for picks, front, part in zip(combined.picks.T, fronts, groups, strict=True):
+        for picks, front, part in zip(combined.picks.T, fronts, tied, strict=True):
             for column, members in zip(front.choice[picks].T, part.units, strict=True):
                 choices[:, list(members)] = column[:, None]
         notes = _truncation_notes(problem, request)
@@ -124,20 +126,45 @@ def _split_large_block(block: Interactions, problem: Problem) -> list[Interactio
 
     Interactions between units of different groups are ignored.
     """
-    count, options = len(block.units), len(problem.options)
-    if count <= MAX_UNITS:
+    tied, options = _tied_units(block, problem), len(problem.options)
+    if len(tied) <= MAX_UNITS:
         return [block]
     parts = []
-    for group in np.array_split(np.arange(count), -(-count // MAX_UNITS)):
+    for part in np.array_split(np.arange(len(tied)), -(-len(tied) // MAX_UNITS)):
+        group = np.array([u for k in part for u in tied[k]])
         indices = (group[:, None] * options + np.arange(options)).ravel()
         units = tuple(block.units[u] for u in group)
         parts.append(Interactions(block.layer, units, block.matrix[np.ix_(indices, indices)]))
     return parts
 
 
+def _tied_units(block: Interactions, problem: Problem) -> tuple[tuple[int, ...], ...]:
+    """Return the units of a block that share a ratio, as tuples of them; most are alone."""
+    unit_of = {i: u for u, members in enumerate(block.units) for i in members}
+    tied = [{unit_of[i] for i in group if i in unit_of} for group in problem.groups]
+    return merge_groups([*filter(None, tied), *([u] for u in range(len(block.units)))])
+
+
+def _merge_tied_units(block: Interactions, problem: Problem, request: PlanRequest) -> Interactions:
+    """Return a block with its effective M, in which units that share a ratio are one.
+
+    For δ = Sδ', with δ' one-hot per merged unit, the loss ½·δᵀMδ is ½·δ'ᵀ(SᵀMS)δ'.
+    """
+    tied, options = _tied_units(block, problem), len(problem.options)
+    share = np.zeros((len(block.units), len(tied)))
+    for k, units in enumerate(tied):
+        share[list(units), k] = 1
+    shared = np.kron(share, np.eye(options))
+    matrix = effective_matrix(block, request)
+    if len(tied) < len(block.units):
+        matrix = shared.T @ matrix @ shared
+    members = tuple(tuple(i for u in units for i in block.units[u]) for units in tied)
+    return Interactions(block.layer, members, matrix)
+
+
 def _truncation_notes(problem: Problem, request: PlanRequest) -> tuple[str, ...]:
     """Return a note if blocks have too many units to be enumerated."""
-    most = max(len(block.units) for block in problem.impact.blocks)
+    most = max(len(_tied_units(block, problem)) for block in problem.impact.blocks)
     if request.ratios != "full" or most <= MAX_UNITS:
         return ()
     return (
@@ -146,7 +173,7 @@ def _truncation_notes(problem: Problem, request: PlanRequest) -> tuple[str, ...]
     )
 
 
-def _block_front(block: Interactions, problem: Problem, request: PlanRequest) -> ParetoFront:
+def _block_front(block: Interactions, problem: Problem) -> ParetoFront:
     size = np.stack([problem.bytes[list(members)].sum(axis=0) for members in block.units])
     allowed = np.stack([problem.allowed[list(members)].all(axis=0) for members in block.units])
     if not allowed.any(axis=1).all():
@@ -154,7 +181,7 @@ def _block_front(block: Interactions, problem: Problem, request: PlanRequest) ->
             f"The pins of layer {block.layer} give experts of one module type different ratios, "
             "but these experts share a ratio; pin them to the same one."
         )
-    return block_front(effective_matrix(block, request), size, allowed)
+    return block_front(block.matrix, size, allowed)
 
 
 def _frontier_of_plans(

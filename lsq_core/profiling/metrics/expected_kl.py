@@ -28,8 +28,8 @@ class ExpectedKl(Metric):
     model again for each matrix.
 
     On SmolLM2-135M (WikiText-2, 4,096 tokens) the sum over all matrices at 2.51 bits is 7.46, where
-    the loss impact has 7.49; plans between 3.5 and 4.3 bits were measured at 0.73 to 1.06 of their
-    sums (24 plans, KL 0.07 to 1.1). Beyond 1 nat the second order falls short.
+    the loss impact has 7.49; the measured KL of 27 plans between 0.07 and 1.5 nats is 0.59 to 1.35
+    times their sum. Beyond 1 nat the second order falls short.
 
     The score of an expert that no token reached is NaN.
     """

@@ -274,7 +274,6 @@ def render_run_export(ctx: PageContext, choice: Choice, record: dict) -> None:
         )
         st.caption("Command line to reproduce this run")
         st.code(command, language="shell", wrap_lines=True)
-        st.caption("Its plan, for another tool")
         render_run_plan_export(record, info)
 
 

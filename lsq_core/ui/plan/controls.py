@@ -7,11 +7,12 @@ from collections.abc import Sequence
 
 from lsq_core.bits import GROUP_SIZES, LADDER
 from lsq_core.errors import InputError
+from lsq_core.planning.constraints import restrict
 from lsq_core.planning.methods import PLANNERS, get_planner, mixes_rows, reads_field
 from lsq_core.planning.methods.uniform import uniform_start, usable_bases
-from lsq_core.planning.pins import apply_pins
 from lsq_core.planning.problem import Problem
 from lsq_core.planning.request import SENSITIVITIES
+from lsq_core.planning.servers import VLLM
 from lsq_core.profiling.metrics import METRICS
 from lsq_core.ui import state
 from lsq_core.ui.safe import st
@@ -44,7 +45,7 @@ def render_controls(problem: Problem, available_methods: Sequence[str]) -> None:
         size_mode = select_size_mode(method)
     with columns[2]:
         if size_mode != "budget":
-            select_base(with_typed_pins(problem))
+            select_base(restrict_or_free(problem))
         elif reads_field(method, "boost_stop"):
             input_boost()
         elif mixes_rows(method):
@@ -58,6 +59,14 @@ def render_controls(problem: Problem, available_methods: Sequence[str]) -> None:
         select_comparison(state.alike(method, available_methods), size_mode)
     with columns[5]:
         render_more_options(method, size_mode)
+    st.toggle(
+        f"Servable with {VLLM.title}",
+        key="vllm",
+        persist_state="session",
+        disabled=mixes_rows(method),
+        help=f"{VLLM.title} fuses q, k and v, gate and up, and a layer's experts, so each of these "
+        f"share a configuration, and it has {VLLM.summary}.",
+    )
 
 
 def select_size_mode(method: str) -> str:
@@ -186,6 +195,13 @@ def render_more_options(method: str, size_mode: str) -> None:
             help="One per line: a module name pattern and its configuration or range, such "
             "as *.down_proj=b3g128..b4g64.",
         )
+        st.text_area(
+            "Ties",
+            key="ties",
+            placeholder="q_proj,k_proj,v_proj",
+            persist_state="session",
+            help="One per line: modules of a layer that get the same configuration.",
+        )
         settings = state.settings()
         st.caption(
             f"Profile: {settings.calibration}, {settings.quantizer}, axis {settings.axis}, "
@@ -213,10 +229,10 @@ def select_loss() -> None:
     )
 
 
-def with_typed_pins(problem: Problem) -> Problem:
-    """With the pins that were typed; where they are wrong the plan says so, not the controls."""
+def restrict_or_free(problem: Problem) -> Problem:
+    """As pins, ties and server allow; where they are wrong the plan says so, not the controls."""
     try:
-        return apply_pins(problem, state.pins())
+        return restrict(problem, state.plan_request())
     except InputError:
         return problem
 

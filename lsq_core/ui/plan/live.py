@@ -11,9 +11,9 @@ from lsq_core.errors import InputError, LsqError
 from lsq_core.evaluation.prediction import (
     features,
 )
+from lsq_core.planning.constraints import restrict
 from lsq_core.planning.facts import facts
 from lsq_core.planning.methods import PLANNERS, get_planner
-from lsq_core.planning.pins import apply_pins
 from lsq_core.planning.plan import Plan
 from lsq_core.planning.problem import Problem
 from lsq_core.planning.request import PlanRequest
@@ -25,6 +25,7 @@ from lsq_core.ui.plan.query import PlanQuery
 from lsq_core.ui.planner import (
     Curve,
     ExactPlan,
+    FreePlans,
     LiveMethod,
     MatrixFacts,
     Preset,
@@ -49,16 +50,16 @@ def set_budget(problem: Problem, request: PlanRequest) -> str:
     )  # low may be rounded above high
     if abs(clamped - requested) <= 0.005:  # the rounding of an end
         return ""
-    pinned = " with these pins" if request.pins else ""
+    under = f" {request.restrictions}" if request.restrictions else ""
     end = "smallest" if clamped > requested else "largest"
     return (
-        f"{requested:.2f} bits is out of reach{pinned}; showing the {end} plan, {clamped:.2f} bits."
+        f"{requested:.2f} bits is out of reach{under}; showing the {end} plan, {clamped:.2f} bits."
     )
 
 
 def show_live_plan(query: PlanQuery, plan: Plan) -> None:
     """The slider and the plans that it redraws; a plan asked for by its base has no slider."""
-    problem = apply_pins(query.problem, query.request.pins)
+    problem = restrict(query.problem, query.request)
     stops = np.array([problem.options.index(c) for c in plan.configs])
     by_base = query.request.budget is None
     methods = [live_method(query, stops)]
@@ -98,7 +99,7 @@ def show_live_plan(query: PlanQuery, plan: Plan) -> None:
 def set_pins(query: PlanQuery, pins: Sequence[str]) -> None:
     """Pins set on the plan itself; those that contradict the others are not taken."""
     try:
-        apply_pins(query.problem, tuple(pins))
+        restrict(query.problem, replace(query.request, pins=tuple(pins)))
     except InputError as error:
         st.session_state["pins_refused"] = f"Not pinned. {error}"
         return
@@ -109,12 +110,33 @@ def live_method(query: PlanQuery, stops: np.ndarray) -> LiveMethod:
     """A method as the live planner draws it; ``stops`` (n,) is its plan at the budget."""
     name = query.request.method
     frontier = cached.frontier(query.info, query.profile, query.request, query.rows)
-    predicted = query.prediction_curve
-    curve, at_budget = None, None
-    if predicted is not None:
-        p = predicted.prediction
-        curve = Curve(predicted.bits, p.perplexity, p.low, p.high, predicted.full_precision)
+    curve, at_budget = prediction_curve(query), None
+    if curve is not None:
         p = query.predictor.predict(features(query.problem, stops[None]))
         at_budget = float(p.perplexity[0]), float(p.low[0]), float(p.high[0])
     planner = get_planner(name)
-    return LiveMethod(name, planner.title, frontier, planner.cost_unit, curve, at_budget)
+    return LiveMethod(
+        name,
+        planner.title,
+        frontier,
+        planner.cost_unit,
+        curve,
+        at_budget,
+        free=free_plans(query) if query.request.has_ties else None,
+    )
+
+
+def prediction_curve(query: PlanQuery) -> Curve | None:
+    """What is predicted along the budget, as the live planner draws it."""
+    predicted = query.prediction_curve
+    if predicted is None:
+        return None
+    p = predicted.prediction
+    return Curve(predicted.bits, p.perplexity, p.low, p.high, predicted.full_precision)
+
+
+def free_plans(query: PlanQuery) -> FreePlans:
+    """The plans of the same method without ties and server."""
+    free = query.without_ties()
+    frontier = cached.frontier(free.info, free.profile, free.request, free.rows)
+    return FreePlans(frontier, prediction_curve(free))

@@ -16,8 +16,8 @@ from lsq_core.evaluation.prediction import (
     smallest_budget_within,
 )
 from lsq_core.model.info import ModelInfo
+from lsq_core.planning.constraints import restrict
 from lsq_core.planning.methods import get_planner, mixes_rows
-from lsq_core.planning.pins import apply_pins
 from lsq_core.planning.plan import Plan
 from lsq_core.stages.predict import NO_PREDICTION_REASON
 from lsq_core.ui import cached, cached_results, words
@@ -194,7 +194,7 @@ def apply_loss_search(query: PlanQuery, text: str) -> None:
             raise InputError(predictor)
         request = replace(query.request, base=None)
         frontier = cached.frontier(query.info, query.profile, request)
-        problem = apply_pins(query.problem, request.pins)
+        problem = restrict(query.problem, request)
         nominal = smallest_budget_within(frontier, predictor, problem, parse_loss(text))
     except LsqError as error:
         st.session_state["loss_answer"] = str(error)

@@ -66,6 +66,10 @@ class PlanQuery:
         base = base if get_planner(method).has_base else None
         return replace(self, request=replace(request, base=base, budget=self.request.budget))
 
+    def without_ties(self) -> PlanQuery:
+        """The same without ties and server."""
+        return replace(self, request=self.request.without_ties())
+
 
 # --- the first line -------------------------------------------------------------------------
 

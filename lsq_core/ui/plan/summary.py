@@ -6,11 +6,14 @@ import numpy as np
 import pandas as pd
 
 from lsq_core.bits import LADDER
+from lsq_core.errors import LsqError
 from lsq_core.evaluation.prediction import (
+    Predictor,
     features,
 )
 from lsq_core.planning.methods import reads_field
 from lsq_core.planning.plan import Plan
+from lsq_core.ui import cached, words
 from lsq_core.ui.page import headline
 from lsq_core.ui.plan.prediction import (
     describe_gap,
@@ -60,7 +63,25 @@ def render_summary(query: PlanQuery, plan: Plan) -> None:
                 f"{_more_or_less(extra, 'more', 'less')} memory than {against}"
             )
         caption.insert(1, describe_prediction_basis(predictor, bool(predicted.extrapolated[0])))
+        caption.append(describe_free_plan(query, predictor))
     headline(f"{plan.bits_per_param:.2f} bits: {text}.", " ".join(filter(None, caption)))
+
+
+def describe_free_plan(query: PlanQuery, predictor: Predictor) -> str:
+    """What is predicted of the plan without ties and server; nothing where there are none."""
+    if not query.request.has_ties:
+        return ""
+    free = query.without_ties()
+    try:
+        plan = cached.plan(free.info, free.profile, free.request, free.settings)
+    except LsqError as error:
+        return words.escape(f"Without {query.request.ties_name}: {error}")
+    stops = np.array([[LADDER.index(c) for c in plan.configs]])
+    predicted = predictor.predict(features(query.problem, stops))
+    return (
+        f"Without {query.request.ties_name}, {format_band(predicted)} is predicted at "
+        f"{plan.bits_per_param:.2f} bits."
+    )
 
 
 def _more_or_less(change: float, more: str, less: str) -> str:

@@ -56,12 +56,21 @@ class ExactPlan:
 
 
 @dataclass(frozen=True, eq=False)
+class FreePlans:
+    """The plans of a method that nothing but pins restricts, with what is predicted of them."""
+
+    frontier: Frontier
+    curve: Curve | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class LiveMethod:
     """A method whose plans are drawn; ``unit`` says what its cost is, empty where it has none.
 
     ``at_budget`` is the perplexity predicted of the plan at the budget settled on, with its band,
     where the curve is straight between its points. ``solved`` takes the place of the frontier's
-    plan at that budget.
+    plan at that budget. ``free`` is the method without the ties and the server that its plans are
+    restricted by, which what these cost is counted against.
     """
 
     name: str
@@ -71,6 +80,7 @@ class LiveMethod:
     curve: Curve | None = None
     at_budget: tuple[float, float, float] | None = None
     solved: ExactPlan | None = None
+    free: FreePlans | None = None
 
 
 @dataclass(frozen=True)
@@ -219,6 +229,7 @@ def payload(
         "otherBytes": other_bytes,
         "fixed": None if fixed is None else encode_array(fixed, "u1"),
         "pins": list(pins),
+        "tied": encode_array(problem.items, "<i4") if problem.groups else None,
         "allowed": {
             "low": encode_array(problem.low, "u1"),
             "high": encode_array(problem.high, "u1"),
@@ -236,7 +247,13 @@ def _method_payload(method: LiveMethod) -> dict:
         "here": method.at_budget,
         "frontier": frontier_payload(method.frontier),
         "solved": None if method.solved is None else _solved_payload(method.solved),
+        "free": None if method.free is None else _free_payload(method.free),
     }
+
+
+def _free_payload(free: FreePlans) -> dict:
+    curve = None if free.curve is None else _curve_payload(free.curve)
+    return {"frontier": frontier_payload(free.frontier), "curve": curve}
 
 
 def _solved_payload(solved: ExactPlan) -> dict:
@@ -255,7 +272,10 @@ _models: WeakKeyDictionary[Problem, dict[str, dict]] = WeakKeyDictionary()
 
 
 def frontier_payload(frontier: Frontier) -> dict:
-    """Segments as starts (s, n) and their moves one after another; bytes follow from the rest."""
+    """Segments as starts (s, n) and their moves one after another; bytes follow from the rest.
+
+    Where matrices are tied these are of items, and ``items`` has that of each matrix.
+    """
     if frontier not in _frontiers:
         steps = [segment.steps for segment in frontier.segments]
         wide = len(frontier.nominal) > np.iinfo(np.int16).max
@@ -271,6 +291,7 @@ def frontier_payload(frontier: Frontier) -> dict:
                 "counts": [len(s.matrix) for s in steps],
                 "matrices": encode_array(matrices, "<i4" if wide else "<i2"),
                 "wide": wide,
+                "items": None if frontier.items is None else encode_array(frontier.items, "<i4"),
                 "stops": encode_array(np.concatenate([np.array(s.reached) for s in steps]), "u1"),
             }
         )

@@ -136,6 +136,22 @@ class PlannerDetails extends PlannerDrawing {
     return high < most ? [`Pinned to at most ${last}.`] : [];
   }
 
+  /** What a matrix shares its configuration with, as a sentence; nothing for one that is free. */
+  _tiedTo(i) {
+    if (this.tied === null) return [];
+    const { types, typeOf } = this.model;
+    const kinds = new Set();
+    let experts = false;
+    for (let j = 0; j < this.tied.length; j++) {
+      if (j === i || this.tied[j] !== this.tied[i]) continue;
+      kinds.add(types[typeOf[j]]);
+      experts ||= typeOf[j] === typeOf[i];
+    }
+    if (!kinds.size) return [];
+    const names = [...kinds].join(", ").replace(/, ([^,]*)$/, " and $1");
+    return [`Shares its configuration with ${names}${experts ? " of all experts" : ""}.`];
+  }
+
   _title(panel, members) {
     const { names, ladder, planned, sizeOf } = this.model;
     const { choice } = panel.answer;
@@ -182,7 +198,9 @@ class PlannerDetails extends PlannerDrawing {
   _why(panel, members) {
     const why = make("div", "why");
     if (this.fixed) return why;
-    const sentences = [...this._heldBy(members[0]), ...this._reasons(panel, members)];
+    const [first] = members;
+    const restrictions = [...this._heldBy(first), ...this._tiedTo(first)];
+    const sentences = [...restrictions, ...this._reasons(panel, members)];
     why.append(...sentences.map((sentence) => make("p", "", sentence)));
     return why;
   }
@@ -199,7 +217,7 @@ class PlannerDetails extends PlannerDrawing {
     const at = frontier.segments.indexOf(answer.segment);
     const why = `The matrices of a block are chosen jointly, to minimize the ${method.unit}.`;
     for (const { start, startBytes } of frontier.segments.slice(at + 1)) {
-      if (start[i] === answer.choice[i]) continue;
+      if (start[i] === answer.choice[i]) continue; // complete plans, of matrices
       const bits = ((8 * startBytes) / weights).toFixed(3);
       return [why, `It is given ${ladder[start[i]].name} next, at ${bits} bits.`];
     }
@@ -215,12 +233,13 @@ class PlannerDetails extends PlannerDrawing {
   /** The next stop that may be chosen: its bytes, what it saves, and that for each byte. */
   _nextStop({ frontier, answer }, i) {
     const { cost, nominal } = frontier;
-    const here = i * STOPS + answer.choice[i];
-    for (let at = here + 1; at < (i + 1) * STOPS; at++) {
+    const row = itemOf(frontier, i) * STOPS;
+    const here = row + answer.choice[i];
+    for (let at = here + 1; at < row + STOPS; at++) {
       if (cost[at] === Infinity) continue;
       const more = nominal[at] - nominal[here];
       const saved = cost[here] - cost[at];
-      return { stop: at - i * STOPS, more, saved, price: saved / more };
+      return { stop: at - row, more, saved, price: saved / more };
     }
     return null;
   }
@@ -238,7 +257,8 @@ class PlannerDetails extends PlannerDrawing {
         ? `saves ${formatPercent(next.saved / whole)} of the total ${method.unit || "cost"}, ` +
           perMib(next.price)
         : "saves nothing";
-    const step = `${expert}promoting it to ${ladder[next.stop].name} takes ` +
+    const what = this._tiedTo(i).length ? "them" : "it";
+    const step = `${expert}promoting ${what} to ${ladder[next.stop].name} takes ` +
       `${formatBytes(next.more)} and ${saves}.`;
     return [
       step[0].toUpperCase() + step.slice(1),
@@ -257,8 +277,9 @@ class PlannerDetails extends PlannerDrawing {
 
   /** Where on the slider the matrix moves next. */
   _comes(frontier, { segment, taken, choice }, i) {
+    const item = itemOf(frontier, i);
     for (let k = taken; k < segment.matrix.length; k++) {
-      if (segment.matrix[k] !== i || segment.reached[k] <= choice[i]) continue;
+      if (segment.matrix[k] !== item || segment.reached[k] <= choice[i]) continue;
       const bits = (8 * segment.after[k]) / this.model.total;
       return `Its next promotion, to ${this.model.ladder[segment.reached[k]].name}, comes at ` +
         `${bits.toFixed(3)} bits.`;
@@ -270,12 +291,13 @@ class PlannerDetails extends PlannerDrawing {
   _rankOf({ frontier, answer }, i) {
     const { ladder, total: weights } = this.model;
     const { segment, taken } = answer;
-    const base = ladder[segment.start[i]].name;
+    const item = itemOf(frontier, i);
+    const base = ladder[segment.start[item]].name;
     const following = frontier.segments[frontier.segments.indexOf(segment) + 1];
     const until = following
       ? ` The next base fits at ${((8 * following.startBytes) / weights).toFixed(3)} bits.`
       : "";
-    const k = segment.matrix.indexOf(i);
+    const k = segment.matrix.indexOf(item);
     if (k < 0) {
       const plan = segment.matrix.length ? "Not flagged: it keeps the base" : "It has the base";
       return [`${plan}, ${base}.${until}`];

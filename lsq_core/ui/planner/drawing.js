@@ -183,6 +183,11 @@ class PlannerDrawing {
       const least = (units.length === 1 && units[0]) || "cost";
       this.columns.push(["gap", `above the optimal ${least}`]);
     }
+    if (this.panels.some((panel) => panel.free)) {
+      this.oneCost = units.length === 1 && costed.length === this.panels.length;
+      const what = this.oneCost && !this.fixed ? `${units[0] || "cost"} ` : "";
+      this.columns.push(["free", `${what}against the free plan`]);
+    }
     const head = this.columns.map(([, title]) => make("th", "", title));
     this.find(".readout thead tr").replaceChildren(...(pair ? [make("th")] : []), ...head);
     const rows = this.panels.map((panel) => {
@@ -341,7 +346,28 @@ class PlannerDrawing {
     const [perplexity, low, high] = this._predicted(panel, this.fixed ? bits : this.bits);
     if (Number.isNaN(perplexity)) write("perplexity", "–");
     else write("perplexity", formatNumber(perplexity, 3), `${formatNumber(low, 3)}–${formatNumber(high, 3)}`);
+    write("free", ...this._againstFree(panel));
     write("gap", panel.frontier.cost || panel.frontier.losses ? `≤ ${formatPercent(this._gap(panel))}` : "–");
+  }
+
+  /** What ties and server cost: of the method's cost, or in bits, and in predicted perplexity. */
+  _againstFree(panel) {
+    const { answer, curve, free } = panel;
+    if (!free) return ["–"];
+    const budget = this.fixed ? Infinity : (this._exact(this.bits) * this.model.total) / 8;
+    if (!planAt(free.frontier, budget, free.answer)) return ["–"];
+    const bits = (8 * (panel.nominal - total(this.model.nominal, free.answer.choice))) / this.model.total;
+    const costed = !this.fixed && free.answer.objective > 0 && answer.objective >= 0;
+    // What the frontier finds may be better than what it finds with more freedom, by its gap.
+    const share = Math.max(answer.objective / free.answer.objective - 1, 0);
+    const more = `${share > 0 ? "+" : ""}${formatPercent(share)}${this.oneCost ? "" : " cost"}`;
+    const said = costed ? more : `${signed(bits, 3)} bits`;
+    if (this.fixed || !curve || !free.curve) return [said];
+    const both = [curve, free.curve].map((each) => this._predicted({ curve: each }, this.bits));
+    // As on the page: two predictions with wide bands say nothing of their difference.
+    const wide = ([middle, low, high]) => Math.max(high - middle, middle - low) > middle / 10;
+    if (both.some(wide)) return [said];
+    return [said, `${signed(both[0][0] - both[1][0], 2)} perplexity`];
   }
 
   _predicted({ curve, here }, bits) {

@@ -35,11 +35,29 @@ function nominalOfShapes(shapes, sizeOf) {
   return table;
 }
 
+/** A table of matrices summed over those of each item: exact, so in any order. */
+function sumItems(table, items) {
+  const count = 1 + items.reduce((most, item) => Math.max(most, item), 0);
+  const summed = new Float64Array(count * STOPS);
+  items.forEach((item, i) => {
+    for (let j = 0; j < STOPS; j++) summed[item * STOPS + j] += table[i * STOPS + j];
+  });
+  return summed;
+}
+
+/** The item that a matrix belongs to; where none are tied each is one. */
+function itemOf({ items }, i) {
+  return items === null ? i : items[i];
+}
+
 /**
- * A frontier out of its payload {costs, starts, counts, matrices, stops, wide} and the nominal
- * table: segments with their moves in order, and room to work in.
+ * A frontier out of its payload {costs, starts, counts, matrices, stops, wide, items} and the
+ * nominal table of matrices: segments with their moves in order, and room to work in. Where
+ * matrices are tied, all of it is in items, and so is its nominal table.
  */
-function makeFrontier(payload, nominal) {
+function makeFrontier(payload, ofMatrices) {
+  const items = payload.items === null ? null : unpack(payload.items, Int32Array);
+  const nominal = items === null ? ofMatrices : sumItems(ofMatrices, items);
   const n = nominal.length / STOPS;
   const starts = unpack(payload.starts, Uint8Array);
   const matrices = unpack(payload.matrices, payload.wide ? Int32Array : Int16Array);
@@ -54,6 +72,7 @@ function makeFrontier(payload, nominal) {
   });
   return {
     n,
+    items,
     nominal,
     cost: payload.costs === null ? null : unpack(payload.costs, Float64Array),
     losses: payload.losses === null ? null : unpack(payload.losses, Float64Array),
@@ -84,10 +103,12 @@ function makeSegment(start, matrix, reached, nominal) {
   return { start, startBytes, matrix, left, reached, after, size };
 }
 
-/** Where planAt puts what it finds: choice, segment, taken, objective, lowerBound, price. */
+/** Where planAt puts what it finds: a choice of items, the same of matrices, and the rest. */
 function makeAnswer(frontier) {
+  const stops = new Uint8Array(frontier.n);
   return {
-    choice: new Uint8Array(frontier.n),
+    stops,
+    choice: frontier.items === null ? stops : new Uint8Array(frontier.items.length),
     segment: frontier.segments[0],
     taken: 0,
     objective: NaN,
@@ -98,6 +119,19 @@ function makeAnswer(frontier) {
 
 /** The plan within a budget in nominal bytes, into the answer; false below the smallest plan. */
 function planAt(frontier, budget, answer) {
+  if (!planOfItems(frontier, budget, answer)) return false;
+  const { stops, choice } = answer;
+  if (frontier.items !== null) frontier.items.forEach((item, i) => (choice[i] = stops[item]));
+  return true;
+}
+
+/** The answer's choice of items from its choice of matrices, as where Python sent that. */
+function takeChoice(frontier, choice, answer) {
+  answer.choice.set(choice);
+  if (frontier.items !== null) frontier.items.forEach((item, i) => (answer.stops[item] = choice[i]));
+}
+
+function planOfItems(frontier, budget, answer) {
   const limit = budget * (1 + TOLERANCE);
   const index = upperBound(frontier.startBytes, limit) - 1;
   if (index < 0) return false;
@@ -105,7 +139,7 @@ function planAt(frontier, budget, answer) {
   const taken = upperBound(segment.after, limit);
   answer.segment = segment;
   answer.taken = taken;
-  stopsAfter(segment, taken, answer.choice);
+  stopsAfter(segment, taken, answer.stops);
   if (frontier.losses !== null) {
     answer.objective = frontier.losses[index];
     answer.lowerBound = frontier.lowerBounds[index];
@@ -113,12 +147,12 @@ function planAt(frontier, budget, answer) {
   if (frontier.cost === null) return true;
   const price = nextMovePrice(frontier, segment, taken);
   const left = Math.max(budget - bytesAfter(segment, taken), 0);
-  let bound = total(frontier.cost, answer.choice);
+  let bound = total(frontier.cost, answer.stops);
   if (taken < segment.matrix.length) bound -= price * left;
   answer.price = price;
   answer.lowerBound = bound - 1e-12 * Math.abs(bound);
-  if (Number.isFinite(budget)) spendRemainder(frontier, segment, taken, limit, answer.choice);
-  answer.objective = total(frontier.cost, answer.choice);
+  if (Number.isFinite(budget)) spendRemainder(frontier, segment, taken, limit, answer.stops);
+  answer.objective = total(frontier.cost, answer.stops);
   return true;
 }
 

@@ -68,6 +68,7 @@ class Planner extends PlannerDetails {
       values: unpack(values, Float64Array),
     }));
     this.fixed = data.fixed === null ? null : unpack(data.fixed, Uint8Array);
+    this.tied = data.tied === null ? null : unpack(data.tied, Int32Array);
     this._takePins(data);
     this.root.classList.toggle("fixed", this.fixed !== null);
     this._showScopes();
@@ -113,10 +114,11 @@ class Planner extends PlannerDetails {
       if (panel.method?.frontier.id !== method.frontier.id) {
         panel.frontier = makeFrontier(method.frontier, this.model.nominal);
         panel.answer = makeAnswer(panel.frontier);
-        panel.committed = new Uint8Array(panel.frontier.n);
-        panel.before = new Uint8Array(panel.frontier.n);
+        panel.committed = new Uint8Array(panel.answer.choice.length);
+        panel.before = new Uint8Array(panel.answer.choice.length);
         changed = true;
       }
+      panel.free = this._takeFree(method.free, panel.free);
       panel.method = method;
       panel.solved = method.solved && {
         bits: this._exact(data.budget),
@@ -128,6 +130,15 @@ class Planner extends PlannerDetails {
       return panel;
     });
     return changed;
+  }
+
+  /** The method's plans without ties and server, which what those cost is counted against. */
+  _takeFree(free, old) {
+    if (free === null) return null;
+    const curve = free.curve && unpackCurve(free.curve);
+    if (old?.id === free.frontier.id) return { ...old, curve };
+    const frontier = makeFrontier(free.frontier, this.model.nominal);
+    return { id: free.frontier.id, frontier, answer: makeAnswer(frontier), curve };
   }
 
   /** Python's budget counts once Python has seen the last commit that was sent. */
@@ -155,8 +166,8 @@ class Planner extends PlannerDetails {
     if (this.fixed) panel.answer.choice.set(this.fixed);
     else planAt(panel.frontier, (this._exact(bits) * this.model.total) / 8, panel.answer);
     if (panel.solved && Math.abs(panel.solved.bits - bits) < 1e-4) {
-      panel.answer.choice.set(panel.solved.choice);
-      panel.answer.objective = total(panel.frontier.cost, panel.answer.choice);
+      takeChoice(panel.frontier, panel.solved.choice, panel.answer);
+      panel.answer.objective = total(panel.frontier.cost, panel.answer.stops);
       panel.answer.lowerBound = panel.solved.bound;
     }
   }

@@ -29,6 +29,12 @@ function signedPercent(share) {
   return `${text === "0.0" ? "" : share < 0 ? "−" : "+"}${text} %`;
 }
 
+/** 0.314 as "+0.31", with so many decimals; what rounds to zero has no sign. */
+function signed(value, digits) {
+  const text = Math.abs(value).toFixed(digits);
+  return `${Number(text) === 0 ? "" : value < 0 ? "−" : "+"}${text}`;
+}
+
 /** A share of one, with two digits, as "0.012 %". */
 function formatPercent(share) {
   if (!(share > 0)) return "0 %";

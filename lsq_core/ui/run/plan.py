@@ -112,7 +112,8 @@ def describe_plan(ctx: PageContext, request: PlanRequest) -> str:
         + [f"at most {(request.budget or '').removesuffix('bpp')} bits"] * bool(request.budget)
     )
     profile = cached.profile(ctx.store, info, settings, ctx.device)
-    text = f"{planner.title} on {ctx.source.name}, {size}"
+    restrictions = f" {request.restrictions}" if request.has_ties else ""
+    text = f"{planner.title} on {ctx.source.name}, {size}{restrictions}"
     rows = cached.impact(ctx.store, info, settings, request, ctx.device)
     if planner.reads_rows and rows is None:
         return f"{text}; the run will first measure row scores."

@@ -53,7 +53,8 @@ class _SweepForm:
         with_rows = [name for name in self.methods if mixes_rows(name)]
         if not with_rows:
             return None
-        return replace(state.request_for_method(with_rows[0]), base=None, budget=None, pins=())
+        one = state.request_for_method(with_rows[0])
+        return replace(one, base=None, budget=None, pins=(), ties=())
 
     @property
     def items(self) -> list[sweep.SweepItem]:

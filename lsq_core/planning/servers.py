@@ -1,0 +1,123 @@
+"""Servers that a plan can be made for: what they fuse, and the configurations that they have.
+
+A new server is one entry in ``SERVERS``.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lsq_core.bits import Config, MixedRows, is_divisible
+from lsq_core.errors import InputError
+from lsq_core.model.info import Matrix
+from lsq_core.planning.ties import Tie
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server's constraint on plans.
+
+    ``bits`` and ``group_sizes`` are those of its kernels for integer weights with zero points;
+    groups lie within a row. ``fused`` are modules that it loads as one. With ``fuses_experts`` all
+    matrices of a layer's experts are one as well.
+    """
+
+    name: str
+    title: str
+    bits: tuple[int, ...]
+    group_sizes: tuple[int, ...]
+    fused: tuple[Tie, ...]
+    fuses_experts: bool
+
+    def permitted(self, matrices: Sequence[Matrix], options: Sequence[Config]) -> np.ndarray:
+        """Return whether it has an option for a matrix, bool (n, options).
+
+        Raises
+        ------
+        InputError
+            If the options are mixed rows.
+        """
+        if any(isinstance(option, MixedRows) for option in options):
+            raise InputError(
+                f"{self.title} has no matrices whose rows have different bits; choose another "
+                "method, or plan without --serve."
+            )
+        return np.array([[self._has(option, matrix) for option in options] for matrix in matrices])
+
+    def _has(self, config: Config, matrix: Matrix) -> bool:
+        is_known = config.bits in self.bits and config.group_size in self.group_sizes
+        return is_known and is_divisible(matrix.in_features, config.group_size)
+
+    def check_axis(self, axis: int) -> None:
+        """Raise :class:`InputError` for groups that don't lie within a row."""
+        if axis != 1:
+            raise InputError(
+                f"{self.title}'s groups lie within a row, which is axis 1; plan with --axis 1."
+            )
+
+    def groups(self, matrices: Sequence[Matrix]) -> list[list[int]]:
+        """Return the matrices of a model that it fuses, as indices."""
+        groups = [group for tie in self.fused for group in tie.groups(matrices)]
+        if self.fuses_experts:
+            stacks: dict[tuple, list[int]] = defaultdict(list)
+            for i, matrix in enumerate(matrices):
+                if matrix.expert is not None:  # a stack is a parameter, or a module's weight
+                    parent = matrix.type.removesuffix(".weight").rpartition(".")[0]
+                    stacks[matrix.layer, parent].append(i)
+            groups += [stack for stack in stacks.values() if len(stack) > 1]
+        return groups
+
+    @property
+    def summary(self) -> str:
+        """What it has, in words: ``4 and 8 bits in groups of 32, 64 and 128 within a row``."""
+        return (
+            f"{_listed(self.bits)} bits in groups of {_listed(sorted(self.group_sizes))} within a "
+            "row"
+        )
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    *most, last = map(str, numbers)
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+#: vLLM. Bits: ``AutoGPTQConfig.TYPE_MAP`` has 4 and 8, and of compressed-tensors
+#: ``WNA16_ZP_SUPPORTED_TYPES_MAP`` has 4 and 8 with zero points, which our grids need; 2 to 7 are
+#: there for symmetric grids alone. Group sizes: ``MARLIN_SUPPORTED_GROUP_SIZES``. Fused modules:
+#: ``packed_modules_mapping`` of its models (Llama and most others; LFM2; DeepSeek; Qwen3.5).
+#: Experts: ``CompressedTensorsMoEMethod.get_moe_method`` wants one scheme for all projections.
+#: Read in vllm-project/vllm and docs.vllm.ai/en/stable/api, November 2026.
+VLLM = Server(
+    name="vllm",
+    title="vLLM",
+    bits=(4, 8),
+    group_sizes=(128, 64, 32),
+    fused=(
+        Tie(("q_proj", "k_proj", "v_proj")),
+        Tie(("gate_proj", "up_proj")),
+        Tie(("w1", "w3")),
+        Tie(("q_a_proj", "kv_a_proj_with_mqa")),
+        Tie(("in_proj_qkv", "in_proj_z")),
+        Tie(("in_proj_b", "in_proj_a")),
+    ),
+    fuses_experts=True,
+)
+
+SERVERS: dict[str, Server] = {server.name: server for server in (VLLM,)}
+
+
+def get_server(name: str) -> Server:
+    """Return the server of that name.
+
+    Raises
+    ------
+    InputError
+        If there is none.
+    """
+    if name not in SERVERS:
+        raise InputError(f"'{name}' is not a server; choose one of {', '.join(SERVERS)}.")
+    return SERVERS[name]

@@ -1,0 +1,95 @@
+"""Ties: modules of a layer that must get the same configuration, as where a server fuses them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+from lsq_core.errors import InputError
+from lsq_core.model.info import Matrix
+
+
+@dataclass(frozen=True)
+class Tie:
+    """Names of modules that share a configuration wherever they stand side by side.
+
+    A name is the end of a module's path in its block: ``q_proj``, or ``self_attn.q_proj``.
+    """
+
+    names: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Tie:
+        """Read ``q_proj,k_proj,v_proj``.
+
+        Raises
+        ------
+        InputError
+            If it has fewer than two different names.
+        """
+        names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+        if len(names) < 2:
+            raise InputError(
+                f"'{text}' is not a tie; name two or more modules that are to share a "
+                "configuration, such as 'q_proj,k_proj,v_proj'."
+            )
+        return cls(names)
+
+    def __str__(self) -> str:
+        """The text that :meth:`parse` reads."""
+        return ",".join(self.names)
+
+    def groups(self, matrices: Sequence[Matrix]) -> list[list[int]]:
+        """Return what it joins, as indices: modules of one layer, one parent and one expert."""
+        found: dict[tuple, list[int]] = defaultdict(list)
+        for i, matrix in enumerate(matrices):
+            parents = (_parent(matrix.type, name) for name in self.names)
+            parent = next((each for each in parents if each is not None), None)
+            if parent is not None:
+                found[matrix.layer, parent, matrix.expert].append(i)
+        return [group for group in found.values() if len(group) > 1]
+
+    def check(self, matrices: Sequence[Matrix]) -> None:
+        """Raise :class:`InputError` for a name that no module has, or if it joins nothing."""
+        types = list(dict.fromkeys(matrix.type for matrix in matrices))
+        for name in self.names:
+            if all(_parent(each, name) is None for each in types):
+                raise InputError(
+                    f"The tie '{self}' names {name}, but no module of this model is called that; "
+                    f"its modules are {', '.join(types)}."
+                )
+        if not self.groups(matrices):
+            raise InputError(
+                f"The tie '{self}' joins nothing, because no two of its modules have the same "
+                "parent; write out their paths, such as 'self_attn.o_proj,mlp.down_proj'."
+            )
+
+
+def _parent(kind: str, name: str) -> str | None:
+    """Return the part of a type before a name, '' if it is all of it, None if it ends otherwise."""
+    if kind == name:
+        return ""
+    return kind.removesuffix(f".{name}") if kind.endswith(f".{name}") else None
+
+
+def merge_groups(groups: Iterable[Collection[int]]) -> tuple[tuple[int, ...], ...]:
+    """Merge groups that overlap; each is sorted, and they are in the order of their first.
+
+    >>> merge_groups([[3, 4], [0, 1], [1, 2]])
+    ((0, 1, 2), (3, 4))
+    """
+    parent: dict[int, int] = {}
+
+    def root(i: int) -> int:
+        while parent.setdefault(i, i) != i:
+            parent[i] = i = parent[parent[i]]
+        return i
+
+    for group in groups:
+        for other in group:
+            parent[root(other)] = root(next(iter(group)))
+    members: dict[int, list[int]] = defaultdict(list)
+    for i in sorted(parent):
+        members[root(i)].append(i)
+    return tuple(sorted(map(tuple, members.values())))

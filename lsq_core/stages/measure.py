@@ -1,0 +1,168 @@
+"""Measure runs against full precision and store them, quantized as a whole or block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lsq_core.errors import InputError
+from lsq_core.evaluation.protocol import EvaluationRequest
+from lsq_core.planning.plan import Plan
+from lsq_core.profiling.settings import ProfileSettings
+from lsq_core.progress import timed
+from lsq_core.stages.evaluate import evaluate_models, figures
+from lsq_core.stages.model import OpenModel
+from lsq_core.stages.plan import plan_identity
+from lsq_core.stages.run import QuantizedRun, quantize_plan
+from lsq_core.stages.streamed import StreamedRun, evaluate_streamed_runs, stream_plan
+
+if TYPE_CHECKING:
+    from lsq_core.evaluation.result import Evaluation, EvaluationPair
+
+#: A run that is ready to be measured.
+PreparedRun = QuantizedRun | StreamedRun
+
+
+def run_plan(
+    model: OpenModel,
+    plan: Plan,
+    quantizer: str,
+    request: EvaluationRequest,
+    save: Path | None = None,
+    plan_name: str = "",
+    settings: ProfileSettings | None = None,
+) -> dict:
+    """Quantize by a plan, evaluate against full precision, store everything.
+
+    A model larger than memory is quantized while it is evaluated, unless it is to be saved.
+    ``settings`` name the text for a quantizer that is calibrated. Returns the plan's JSON
+    with ``perplexity``, ``perplexity_full``, ``measured_bytes``, ``kl``, ``top1`` and times
+    added.
+
+    Raises
+    ------
+    InputError, LsqError
+        When an input is wrong, the device has too little memory, or the disk is full.
+    """
+    if save is None and not model.fits_in_memory(plan.planned_bytes):
+        made = stream_plan(model, plan, quantizer, plan_name, settings=settings)
+    else:
+        made = quantize_plan(model, plan, quantizer, save, plan_name, settings=settings)
+    [outcome] = measure(model, [made], [request])
+    return outcome
+
+
+def _check_same_model(model: OpenModel, made: Sequence[PreparedRun]) -> None:
+    """Raise :class:`InputError` unless the runs are of this model, on this device, in this dtype.
+
+    Their figures would otherwise be compared with the full precision of another model.
+    """
+    for one in made:
+        if one.row["fingerprint"] != model.info.fingerprint:
+            raise InputError(
+                f"Run {one.run} was quantized from {one.original.source.name}, which is not the "
+                f"model {model.source.name}; evaluate it in the session that quantized it."
+            )
+        own, here = one.original.device_and_dtype, model.device_and_dtype
+        if own != here:
+            raise InputError(
+                f"Run {one.run} is on {own['device']} in {own['dtype']} and this session on "
+                f"{here['device']} in {here['dtype']}; evaluate it in the session that "
+                "quantized it."
+            )
+
+
+def measure(
+    model: OpenModel, made: Sequence[PreparedRun], requests: Sequence[EvaluationRequest]
+) -> Iterator[dict]:
+    """Evaluate quantized models and full precision in one pass, and store the runs.
+
+    Either all runs are quantized or all are streamed. Yields what :func:`run_plan` returns: of each
+    run on the first text, as soon as it is read, then of each on the next one.
+
+    Raises
+    ------
+    InputError
+        When a run was quantized from another model, or on another device or in another dtype.
+    """
+    _check_same_model(model, made)
+    for pairs, seconds in _with_stage_seconds(model, _evaluate(model, made, requests)):
+        for one, (own, full) in zip(made, pairs, strict=True):
+            yield _save_run(model, one, own, full, seconds)
+
+
+def _evaluate(
+    model: OpenModel, made: Sequence[PreparedRun], requests: Sequence[EvaluationRequest]
+) -> Iterator[list[EvaluationPair]]:
+    if isinstance(made[0], StreamedRun):
+        return evaluate_streamed_runs(model, made, requests)
+    models = [one.model for one in made]
+    identities = [[one.run, plan_identity(one.plan), one.row["quantizer"]] for one in made]
+    return evaluate_models(model, models, requests, model.loaded.model, identities)
+
+
+def _with_stage_seconds(
+    model: OpenModel, found: Iterator[list[EvaluationPair]]
+) -> Iterator[tuple[list[EvaluationPair], dict[str, float]]]:
+    """Evaluations with the seconds by stage so far, of which full precision's are apart."""
+    while True:
+        start_time = model.clock.seconds.get("evaluate", 0.0)
+        with model.clock.stage("evaluate"):
+            pairs = next(found, None)
+        if pairs is None:
+            return
+        taken = model.clock.seconds["evaluate"] - start_time
+        # What is read before a text is done is of the next one too, so it may be less.
+        whole = pairs[0][1]
+        full = min(taken, whole.seconds - whole.reused_seconds) if whole else 0.0
+        model.clock.add("evaluate", -full)
+        model.clock.add("full precision", full)
+        yield pairs, dict(model.clock.seconds)
+
+
+@timed("store")
+def _save_run(
+    model: OpenModel,
+    made: PreparedRun,
+    own: Evaluation,
+    full: Evaluation,
+    seconds: dict[str, float],
+) -> dict:
+    own = replace(own, times=seconds | {"whole": model.clock.total})
+    with model.store.held():
+        if "plan" not in made.row:
+            # An export has the plan of the run that it came from, which is stored before it.
+            run = made.row.get("exported_from") or made.run
+            made.row["plan"] = model.store.find_run_plan(run) or model.store.save_plan(
+                made.plan, model.info.fingerprint, made.plan.profile, made.plan_name
+            )
+        model.store.save_full_precision(model.info.fingerprint, full)
+        model.store.save_run(made.run, made.row, [own])
+    model.report("store", 1, 1, f"stored as run {made.run}")
+    return (
+        made.plan.to_json()
+        | {"profile": made.plan.profile}
+        | _outcome(made.run, made.row, own, full)
+    )
+
+
+def _outcome(run_id: str, row: dict, own: Evaluation, full: Evaluation) -> dict:
+    from lsq_core.evaluation.bootstrap import bootstrap_difference
+
+    difference = bootstrap_difference(own.nll, full.nll, own.counts)
+    return figures(own) | {
+        "run": run_id,
+        "quantizer": row["quantizer"],
+        "measured_bytes": row["measured_bytes"],
+        "measured_model_bytes": row["model_bytes"],
+        "perplexity_full": full.perplexity,
+        "increase": asdict(difference),
+        "kl": own.kl,
+        "top1": own.top1,
+        "divergence": asdict(own.divergence) if own.divergence else None,
+        "quantize_seconds": row["quantize_seconds"],
+        "seconds": own.times,
+        "saved_to": row["saved_to"],
+    }
