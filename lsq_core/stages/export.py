@@ -81,7 +81,8 @@ class PreparedExport:
             counts[stored.name] = counts.get(stored.name, 0) + 1
         used = ", ".join(f"{count} × {name}" for name, count in sorted(counts.items()))
         again = sum(not stored.exact for stored in self.types.values())
-        how = f"; {again} of them made from the weights in full precision" if again else ""
+        share = "all" if again == len(self.types) else again
+        how = f"; {share} of them made from the weights in full precision" if again else ""
         return f"{title}: {format_bytes(self.planned_bytes)} for {used}{how}"
 
 

@@ -24,31 +24,29 @@ class WeightFormat:
     programs: str
     #: Module and class of its exporter; none for this project's own format.
     import_path: str = ""
-    #: Whether some of its weights are rounded again, from those in full precision.
-    requantizes: bool = False
+    #: Whether groups of any size are kept within a row, so that some plans can't be expressed.
+    groups_in_rows: bool = True
 
 
 #: By name on the command line and in the app; the classes are imported on first use.
 FORMATS = {
-    LSQ: WeightFormat("LSQ Explorer", "LSQ Explorer"),
+    LSQ: WeightFormat("LSQ Explorer", "LSQ Explorer", groups_in_rows=False),
     "mlx": WeightFormat("MLX", "mlx-lm on Apple silicon", "lsq_core.exports.weights.mlx:Mlx"),
     "gguf": WeightFormat(
         "GGUF",
         "llama.cpp and what is built on it",
         "lsq_core.exports.weights.gguf:Gguf",
-        requantizes=True,
+        groups_in_rows=False,
     ),
     "compressed-tensors": WeightFormat(
         "compressed-tensors",
         "transformers and vLLM",
         "lsq_core.exports.weights.compressed_tensors:CompressedTensors",
-        requantizes=True,
     ),
     "compressed-tensors-asym": WeightFormat(
         "compressed-tensors, asymmetric",
         "vLLM, not transformers 5.23",
         "lsq_core.exports.weights.compressed_tensors:CompressedTensorsAsymmetric",
-        requantizes=True,
     ),
 }
 

@@ -33,8 +33,8 @@ def select_format() -> ExportTarget | None:
         persist_state="session",
         help=" ".join(f"**{f.title}**: for {f.programs}." for f in FORMATS.values()),
     )
-    if name == LSQ:
-        return None
+    if not FORMATS[name].groups_in_rows:
+        return None if name == LSQ else ExportTarget(name)
     crossing = columns[1].selectbox(
         "Groups that cross rows",
         list(CROSSING),
@@ -48,24 +48,28 @@ def select_format() -> ExportTarget | None:
     return ExportTarget(name, crossing)
 
 
-def describe(ctx: PageContext, request: PlanRequest, quantizer: str, target: ExportTarget) -> str:
-    """How the plan is stored in a format and in how many bytes, or why it can't be.
+def describe(
+    ctx: PageContext, request: PlanRequest, quantizer: str, target: ExportTarget
+) -> tuple[str, str]:
+    """How the plan is stored in a format and in how many bytes, and why it can't be.
 
-    '' where the plan, or the files of a remote model, are not known before the run.
+    One of them is ''; both where the plan, or the files of a remote model, are not known before
+    the run.
     """
     info, settings = ctx.info, state.settings()
     if not ctx.source.is_local:
-        return ""
+        return "", ""
     try:
         profile = cached.profile(ctx.store, info, settings, ctx.device)
         rows = cached.impact(ctx.store, info, settings, request, ctx.device)
         plan = cached.plan(info, profile, request, settings, rows)
     except LsqError:  # the plan says its own trouble
-        return ""
+        return "", ""
     if incompatibility_reason(quantizer, plan.choice, plan.axis):
-        return ""
+        return "", ""
     model = OpenModel(ctx.source, ctx.store, ctx.device)
     try:
-        return prepare_plan_export(model, replace(plan, quantizer=quantizer), target).note + "."
+        prepared = prepare_plan_export(model, replace(plan, quantizer=quantizer), target)
     except LsqError as error:
-        return str(error)
+        return "", str(error)
+    return f"{prepared.note}.", ""

@@ -43,7 +43,9 @@ def render_form(ctx: PageContext, folder: Path) -> None:
     quantizer, evaluation, save = select_run_options(ctx.store, info.context)
     target = formats.select_format() if save.strip() else None
     reason = run_incompatibility(ctx, request, settings, quantizer)
-    priced = "" if reason or target is None else formats.describe(ctx, request, quantizer, target)
+    priced = ""
+    if target is not None and not reason:
+        priced, reason = formats.describe(ctx, request, quantizer, target)
     clicked = st.button(
         "Quantize and evaluate",
         type="primary",
