@@ -111,8 +111,26 @@ def run(result: dict) -> None:
     )
     if result.get("divergence"):  # a job of an older version has none
         print(f"KL by token: {format_distribution(result['divergence'])}")
+    if "export" in result:
+        converted(result["export"])
     if "seconds" in result:  # a job of an older version did not keep them
         times(result["seconds"])
+
+
+def converted(result: dict) -> None:
+    """Print what was written in another format, and what was measured of it."""
+    kinds: dict[str, int] = {}
+    for stored in result["types"].values():
+        kinds[stored["name"]] = kinds.get(stored["name"], 0) + 1
+    print(
+        f"{result['format']}: {format_bytes(result['measured_bytes'])} for the linear weights ("
+        + ", ".join(f"{count} × {name}" for name, count in sorted(kinds.items()))
+        + f"), {format_bytes(result['measured_model_bytes'])} for the model, in "
+        f"{result['saved_to']}"
+    )
+    if "perplexity" in result:
+        print(f"as run {result['run']}, exported from {result['exported_from']}: ", end="")
+        figures(result)
 
 
 def times(seconds: dict) -> None:

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lsq_core import disk, jobs
+from lsq_core.cli.convert import is_saved_folder, parse_target
 from lsq_core.corpus.registry import corpus_identity
 from lsq_core.errors import InputError, LsqError, translate_resource_errors
 from lsq_core.evaluation.prediction import parse_loss
 from lsq_core.evaluation.protocol import EvaluationRequest
+from lsq_core.exports.weights.manifest import is_exported_folder
 from lsq_core.files import resolve_path
 from lsq_core.jsontext import write_json
-from lsq_core.model.source import MANIFEST_FILE, ModelSource
+from lsq_core.model.source import ModelSource
 from lsq_core.planning.methods import PLANNERS
 from lsq_core.planning.plan import Plan
 from lsq_core.planning.problem import Problem
@@ -27,6 +29,7 @@ from lsq_core.quantization.registry import check_choice, quantizer_spec
 from lsq_core.quantized.manifest import RUN_KEYS, is_quantized_folder, read_manifest
 from lsq_core.session import Session
 from lsq_core.shipped import import_measurements
+from lsq_core.stages.export import evaluate_exported
 from lsq_core.stages.model import find_published
 from lsq_core.stages.plan import request_incompatibility
 from lsq_core.stages.saved import evaluate_saved, load_saved
@@ -191,7 +194,8 @@ def run(options: argparse.Namespace, report: ProgressCallback) -> dict:
     evaluation = _evaluation(options)
     corpus_identity(evaluation.corpus)  # reject a wrong path before anything is measured
     save = resolve_path(options.save) if options.save else None
-    resumed = getattr(options, "checkpoint_folder", None) and save and is_quantized_folder(save)
+    export = parse_target(options, save)
+    resumed = getattr(options, "checkpoint_folder", None) and save and is_saved_folder(save)
     if save and not resumed:  # one that is may have saved its model already
         check_folder_target(save)
     (quantizer,) = _quantizers(options, [options.quantizer] if options.quantizer else [])
@@ -212,7 +216,7 @@ def run(options: argparse.Namespace, report: ProgressCallback) -> dict:
         made = _plan(options, bench, settings)
     check_choice(quantizer, made.choice, made.axis)
     predicted = _predicted(bench, made, quantizer, settings, evaluation)
-    outcome = bench.run(made, quantizer, evaluation, save, settings=settings)
+    outcome = bench.run(made, quantizer, evaluation, save, settings=settings, export=export)
     return {
         "model": bench.source.name,
         "fingerprint": bench.info.fingerprint,
@@ -263,9 +267,10 @@ def evaluate(options: argparse.Namespace, report: ProgressCallback) -> dict:
     """Evaluate a folder that ``run --save`` wrote, or a model in full precision."""
     request = _evaluation(options)
     source = _source(options)
-    folder = source.local_folder
-    if folder is not None and (folder / MANIFEST_FILE).is_file():
-        device_and_dtype = options.device, options.dtype
+    folder, device_and_dtype = source.local_folder, (options.device, options.dtype)
+    if folder is not None and is_exported_folder(folder):
+        return evaluate_exported(folder, request, Store(options.db), *device_and_dtype, report)
+    if folder is not None and is_quantized_folder(folder):
         trusted = source.trust_remote_code
         return evaluate_saved(
             folder, request, Store(options.db), *device_and_dtype, report, trusted

@@ -325,6 +325,8 @@ def run_settings(record: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         "ties": "; ".join(request_fields.get("ties") or []),
         "server": request_fields.get("serve"),
         "quantizer": run["quantizer"],
+        "format": run["format"] if run.get("format", "lsq") != "lsq" else None,
+        "exported from run": run.get("exported_from"),
         "axis": content.get("axis"),
         "metadata": content.get("metadata"),
         "calibration": profile.get("calibration"),

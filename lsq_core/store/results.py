@@ -21,7 +21,8 @@ _RESULTS_SQL = """
     SELECT e.id AS evaluation, r.id AS run, r.plan, m.source AS model, r.fingerprint,
            r.method, p.asked[1] ->> '$' AS base,
            p.bits_per_param, p.planned_bytes, r.measured_bytes, r.model_bytes,
-           r.quantizer, e.corpus, e.corpus_sha256, e.truncated, e.protocol, e.tokens,
+           CASE WHEN r.format = 'lsq' THEN r.quantizer ELSE r.quantizer || ' as ' || r.format END
+           AS quantizer, e.corpus, e.corpus_sha256, e.truncated, e.protocol, e.tokens,
            e.perplexity, f.perplexity AS perplexity_full,
            e.perplexity / f.perplexity - 1 AS increase,
            e.full_precision, e.pairing, e.kl IS NULL AND r.origin <> 'published' AS saved_model,
@@ -29,7 +30,7 @@ _RESULTS_SQL = """
            r.device, r.machine, r.dtype, r.saved_to,
            CAST(p.asked[2] AS VARCHAR) AS request, p.profile, p.asked[3] ->> '$' AS metadata,
            CAST(p.asked[4] ->> '$' AS INTEGER) AS axis, r.created, r.origin,
-           r.starred, r.note
+           r.starred, r.note, r.format, r.exported_from
     FROM evaluations e
     JOIN runs r ON e.run = r.id
     LEFT JOIN (
@@ -77,6 +78,8 @@ class ResultTables(DatabaseFile):
         later one takes its place. ``pairing`` is ``measured`` or ``published``; ``inferred`` where
         an older version kept no pair and versions may differ; None where there is none.
         ``saved_model`` marks an evaluation of a saved model alone.
+        ``format`` is that in which the weights were measured; of a run that was exported from
+        another (``exported_from``), ``quantizer`` names it too: ``hqq as gguf``.
         ``origin`` is ``measured`` (by this project, here or shipped with it, as each row's own
         ``origin`` says), ``published``, or None for both together. A published row has
         no ``measured_bytes``; its ``model_bytes`` are the whole model's storage, as published.

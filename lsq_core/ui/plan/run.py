@@ -11,8 +11,7 @@ from lsq_core.ui import jobs_panel, words
 from lsq_core.ui.page import PageContext, next_step
 from lsq_core.ui.plan.query import PlanQuery
 from lsq_core.ui.run import result
-from lsq_core.ui.run.plan import RunOptions, describe_time, run_arguments, select_run_options
-from lsq_core.ui.run.quantizer import run_incompatibility
+from lsq_core.ui.run.plan import RunOptions, check_run, run_arguments, select_run_options
 from lsq_core.ui.safe import st
 from lsq_core.units import format_bytes
 
@@ -25,12 +24,12 @@ def render_button(query: PlanQuery) -> RunOptions:
     place = st.container(width="content")
     with st.popover("Evaluation", icon=":material/tune:"):
         options = select_run_options(query.ctx, stacked=True)
-    reason = run_incompatibility(query.ctx, query.request, query.settings, options.quantizer)
+    check = check_run(query.ctx, query.request, options)
     clicked = place.button(
         "Quantize and evaluate",
         type="primary",
         icon=":material/play_arrow:",
-        disabled=bool(reason),
+        disabled=bool(check.reason),
         help="Runs in the background; the result appears below and on the Compare page.",
     )
     if clicked:
@@ -57,13 +56,13 @@ def _with_database(ctx: PageContext, argv: list[str]) -> list[str]:
 def render_panel(query: PlanQuery, options: RunOptions) -> None:
     """What pressing the button would do and how long it takes; then the job, and its result."""
     ctx, request = query.ctx, query.request
-    reason = run_incompatibility(ctx, request, query.settings, options.quantizer)
+    check = check_run(ctx, request, options)
     protocol = Protocol.named(options.evaluation.protocol, ctx.info.context).name
     tokens = options.evaluation.max_tokens
     extent = f"the first {tokens:,} tokens" if tokens else "all"
     quantizer = quantizer_spec(options.quantizer).title
     what = f"{quantizer}, {extent} of {options.evaluation.corpus}, {protocol}."
-    st.caption(words.escape(reason or f"{what} {describe_time(ctx, request, options)}".strip()))
+    st.caption(words.escape(check.reason or f"{what} {check.note}".strip()))
     job = _find_job(query, options)
     if job is None:
         return

@@ -13,6 +13,7 @@ from lsq_core import disk, jobs
 from lsq_core.corpus.registry import BUILT_IN_CORPORA
 from lsq_core.errors import InputError, LsqError
 from lsq_core.evaluation.protocol import PROTOCOLS, EvaluationRequest, Protocol
+from lsq_core.exports.weights.registry import ExportTarget
 from lsq_core.jobs import arguments
 from lsq_core.planning.methods import get_planner
 from lsq_core.planning.request import PlanRequest
@@ -23,6 +24,7 @@ from lsq_core.store.store import Store
 from lsq_core.sweep import SweepItem, estimate_seconds
 from lsq_core.ui import cached, cached_results, state, words
 from lsq_core.ui.page import PageContext
+from lsq_core.ui.run import formats
 from lsq_core.ui.run.quantizer import (
     RUN_QUANTIZERS,
     describe_quantizers,
@@ -35,33 +37,55 @@ from lsq_core.units import format_bytes
 
 def render_form(ctx: PageContext, folder: Path) -> None:
     """What to quantize and evaluate, and the button."""
-    settings = state.settings()
     request = state.plan_request()
     top, change = st.columns([5, 1], vertical_alignment="center")
     top.markdown(f"**Next:** {describe_plan(ctx, request)}")
     change.page_link("pages/2_Plan.py", label="Change the plan")
     options = select_run_options(ctx)
-    reason = run_incompatibility(ctx, request, settings, options.quantizer)
+    check = check_run(ctx, request, options)
     clicked = st.button(
         "Quantize and evaluate",
         type="primary",
         icon=":material/play_arrow:",
-        disabled=bool(reason),
+        disabled=bool(check.reason),
     )
-    note = reason or describe_time(ctx, request, options)
-    if note:
-        st.caption(words.escape(note))
+    if check.reason or check.note:
+        st.caption(words.escape(check.reason or check.note))
     if clicked:
         start(ctx, folder, run_arguments(ctx, request, options))
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a plan is run: quantizer, evaluation, and the name to save under, '' for none."""
+    """How a plan is run: quantizer, evaluation, and the name to save under, '' for none.
+
+    ``target`` is the format to save in, None for this project's own.
+    """
 
     quantizer: str
     evaluation: EvaluationRequest
     save: str
+    target: ExportTarget | None = None
+
+
+@dataclass(frozen=True)
+class RunCheck:
+    """Why a plan can't be run, '' if it can; and what the run takes."""
+
+    reason: str
+    note: str
+
+
+def check_run(ctx: PageContext, request: PlanRequest, options: RunOptions) -> RunCheck:
+    """Check whether a plan can be run and saved like this, and estimate time and bytes."""
+    reason = run_incompatibility(ctx, request, state.settings(), options.quantizer)
+    priced = ""
+    if options.target is not None and not reason:
+        priced, reason = formats.describe(ctx, request, options.quantizer, options.target)
+    if reason:
+        return RunCheck(reason, "")
+    notes = [describe_time(ctx, request, options), priced]
+    return RunCheck("", " ".join(filter(None, notes)))
 
 
 def run_arguments(ctx: PageContext, request: PlanRequest, options: RunOptions) -> list[str]:
@@ -75,7 +99,9 @@ def run_arguments(ctx: PageContext, request: PlanRequest, options: RunOptions) -
     argv = ["run", *arguments.model_arguments(ctx.source, ctx.device)]
     argv += arguments.plan_arguments(request, state.settings())
     folder = save_folder(ctx.store, options.save)
-    return argv + arguments.evaluation_arguments(options.evaluation, options.quantizer, folder)
+    return argv + arguments.evaluation_arguments(
+        options.evaluation, options.quantizer, folder, options.target
+    )
 
 
 def describe_time(ctx: PageContext, request: PlanRequest, options: RunOptions) -> str:
@@ -192,7 +218,8 @@ def select_run_options(ctx: PageContext, stacked: bool = False) -> RunOptions:
         persist_state="session",
         help=f"Name of a folder in {disk.models_folder(ctx.store)}.",
     )
-    return RunOptions(quantizer, EvaluationRequest(corpus, protocol, tokens), save)
+    target = formats.select_format() if save.strip() else None
+    return RunOptions(quantizer, EvaluationRequest(corpus, protocol, tokens), save, target)
 
 
 def choose_protocol(column: DeltaGenerator, label: str, key: str, context: int) -> str:
