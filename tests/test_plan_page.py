@@ -130,6 +130,18 @@ def test_plan_page_two_methods_share_budget(filled):  # noqa: F811
     assert "Predictions on" in captions, "two runs are too few to predict from"
 
 
+def test_plan_page_says_expected_kl_before_any_run(filled):  # noqa: F811
+    session = Session(ModelSource(filled.model), Store(filled.path), "cpu")
+    profile = session.profile(filled.settings, ["expected_kl"])
+    app = open_page("Plan", model=filled.model, method="kl-aware", budget="3.4")
+    plan = session.plan(PlanRequest("kl-aware", budget="3.4bpp"), filled.settings)
+    table = profile.by_config("expected_kl")
+    stops = [LADDER.index(config) for config in plan.configs]
+    expected = table[range(len(stops)), stops].sum()
+    captions = " ".join(c.value for c in app.caption)
+    assert f"about {expected:.2g} nats" in captions
+
+
 def test_plan_page_missing_profile_message():
     app = open_page("Plan", method="sensiboost")
     assert re.match("SensiBoost .*sensitivity by part of demo", first_line(app))

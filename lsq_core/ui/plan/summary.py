@@ -14,6 +14,7 @@ from lsq_core.evaluation.prediction import (
 from lsq_core.planning.methods import reads_field
 from lsq_core.planning.methods.uniform import uniform_within
 from lsq_core.planning.plan import Plan
+from lsq_core.planning.problem import Problem
 from lsq_core.ui import cached, words
 from lsq_core.ui.page import headline
 from lsq_core.ui.plan.prediction import (
@@ -25,6 +26,9 @@ from lsq_core.ui.plan.prediction import (
 from lsq_core.ui.plan.query import PlanQuery
 from lsq_core.ui.safe import st
 from lsq_core.units import format_bytes
+
+#: Beyond so many nats a sum of expected KL divergences falls short of the true one.
+MAX_EXPECTED_KL = 1.0
 
 
 def render_summary(query: PlanQuery, plan: Plan) -> None:
@@ -47,6 +51,7 @@ def render_summary(query: PlanQuery, plan: Plan) -> None:
             if alike
             else f"{_more_or_less(extra, 'more', 'less')} memory than {against}"
         )
+        caption.insert(1, describe_expected_kl(query.problem, plan))
     else:
         stops = np.array([[LADDER.index(c) for c in plan.configs]])
         uniform = np.full_like(stops, LADDER.index(reference))
@@ -64,6 +69,20 @@ def render_summary(query: PlanQuery, plan: Plan) -> None:
         caption.insert(1, describe_prediction_basis(predictor, bool(predicted.extrapolated[0])))
         caption.append(describe_free_plan(query, predictor))
     headline(f"{plan.bits_per_param:.2f} bits: {text}.", " ".join(filter(None, caption)))
+
+
+def describe_expected_kl(problem: Problem, plan: Plan) -> str:
+    """What the profile expects of a plan before anything was run; nothing without expected KL."""
+    if "expected_kl" not in problem.by_config:
+        return ""
+    stops = np.array([[LADDER.index(c) for c in plan.configs]])
+    divergence = float(np.exp(features(problem, stops)[0, 0]))
+    if divergence > MAX_EXPECTED_KL:
+        return f"A KL divergence of more than {MAX_EXPECTED_KL:.0f} nat a token is expected."
+    return (
+        f"A KL divergence of about {divergence:.2g} nats a token is expected, which is a "
+        f"perplexity about {100 * np.expm1(divergence):.2g} % above full precision's."
+    )
 
 
 def describe_free_plan(query: PlanQuery, predictor: Predictor) -> str:
