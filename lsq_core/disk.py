@@ -67,14 +67,10 @@ def list_disk_items(store: Store) -> list[DiskItem]:
         for job in jobs.list_jobs(jobs_folder(store))
     ]
     items += [
-        _disk_item(f"hidden-states:{folder.name}", _states_kind(title), folder, "")
+        _disk_item(f"hidden-states:{folder.name[:8]} {title}".strip(), "hidden states", folder, "")
         for folder, title in list_kept(store.path.parent)
     ]
     return items + _dequantized_items() + _hub_cache_items()
-
-
-def _states_kind(title: str) -> str:
-    return f"hidden states of {title}" if title else "hidden states"
 
 
 def _file_exists(path: Path) -> bool:
