@@ -13,11 +13,15 @@ from pathlib import Path
 from lsq_core import jobs
 from lsq_core.errors import InputError
 from lsq_core.evaluation.reference_states import list_kept
+from lsq_core.exports.weights.manifest import EXPORT_FILE, unrelated_export_files
 from lsq_core.files import is_locked, write_error
 from lsq_core.model import gguf
 from lsq_core.model.source import MANIFEST_FILE, folder_bytes
 from lsq_core.quantized.manifest import unfinished_folders, unrelated_files
 from lsq_core.store.store import Store
+
+#: The kind of a model in another tool's format.
+_EXPORTED = "exported model"
 
 
 @dataclass(frozen=True)
@@ -52,15 +56,14 @@ def list_disk_items(store: Store) -> list[DiskItem]:
     """
     size = store.path.stat().st_size
     items = [DiskItem("database", "database", store.path, size, False, "it is the database")]
-    named = [
-        path for path in map(Path, store.saved_folders()) if _file_exists(path / MANIFEST_FILE)
-    ]
-    saved = {p.parent for p in models_folder(store).glob(f"*/{MANIFEST_FILE}")} | set(named)
-    parents = {models_folder(store), store.path.parent, *(path.parent for path in saved)}
+    saved, exported = (_model_folders(store, name) for name in (MANIFEST_FILE, EXPORT_FILE))
+    parents = {models_folder(store), store.path.parent}
+    parents |= {path.parent for path in saved | exported}
     unfinished = {path for parent in parents for path in unfinished_folders(parent)}
     # Earlier versions wrote into folders of the system's temporary names.
     unfinished |= {p for p in models_folder(store).glob(".*-????????") if p.is_dir()}
     items += [_saved_model_item(store, path, "saved model") for path in sorted(saved)]
+    items += [_saved_model_item(store, path, _EXPORTED) for path in sorted(exported)]
     items += [_saved_model_item(store, path, "unfinished model") for path in sorted(unfinished)]
     items += [
         _disk_item(job.id, "job", job.folder, "its job is still running" if job.active else "")
@@ -71,6 +74,12 @@ def list_disk_items(store: Store) -> list[DiskItem]:
         for folder, title in list_kept(store.path.parent)
     ]
     return items + _dequantized_items() + _hub_cache_items()
+
+
+def _model_folders(store: Store, name: str) -> set[Path]:
+    """The folders that hold a file of this name, in the models' folder or named by a run."""
+    named = {path for path in map(Path, store.saved_folders()) if _file_exists(path / name)}
+    return named | {path.parent for path in models_folder(store).glob(f"*/{name}")}
 
 
 def _file_exists(path: Path) -> bool:
@@ -93,12 +102,22 @@ def _saved_model_item(store: Store, path: Path, kind: str) -> DiskItem:
         or path.resolve() == data_folder
     ):
         reason = f"it is outside {data_folder}, so it is yours to delete"
-    elif unrelated := unrelated_files(path):
+    elif unrelated := _unrelated_files(path, kind):
         reason = f"it holds other files too ({unrelated[0][:80]}), so it is yours to delete"
     elif is_locked(path):
         reason = "it is being written"
     bytes = sum(p.lstat().st_size for p in path.iterdir() if p.is_file())
     return DiskItem(str(path), kind, path, bytes, not reason, reason)
+
+
+def _unrelated_files(path: Path, kind: str) -> list[str]:
+    """The names of what else is in a model's folder."""
+    if kind != _EXPORTED:
+        return unrelated_files(path)
+    try:
+        return unrelated_export_files(path)
+    except InputError:
+        return [EXPORT_FILE]  # which is damaged, so whose files the others are is not known
 
 
 def _dequantized_items() -> list[DiskItem]:

@@ -24,11 +24,13 @@ from typing import TYPE_CHECKING
 from lsq_core.errors import InputError, LsqError
 from lsq_core.evaluation.protocol import EvaluationRequest
 from lsq_core.exports.registry import export_plan
+from lsq_core.exports.weights.registry import ExportTarget
 from lsq_core.planning.plan import Plan
 from lsq_core.planning.request import PlanRequest
 from lsq_core.profiling.profile import Profile
 from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.stages import evaluate, measure, plan, predict, profile, rows, streamed
+from lsq_core.stages import export as exports
 from lsq_core.stages import run as runs
 from lsq_core.stages.measure import PreparedRun
 from lsq_core.stages.model import OpenModel, find_model_info
@@ -183,6 +185,23 @@ class Session(OpenModel):
         """See :func:`lsq_core.stages.run.quantize_plan`."""
         return runs.quantize_plan(self, made, quantizer, save, plan_name, run, settings)
 
+    def export(
+        self, quantized: QuantizedRun, folder: Path | str, format: str, crossing: str = "refuse"
+    ) -> QuantizedRun:
+        """Write a quantized model in another tool's format: mlx, gguf or compressed-tensors.
+
+        Returns what that tool decodes from it, which can be evaluated as any other. ``crossing``
+        says what is done with groups that cross rows
+        (:data:`lsq_core.exports.weights.registry.CROSSING`).
+
+        Raises
+        ------
+        InputError, LsqError
+            When the format cannot express the plan or hold the model, or the folder exists or
+            cannot be written.
+        """
+        return exports.export_run(self, quantized, folder, ExportTarget(format, crossing))
+
     def quantize_streamed(
         self,
         made: Plan,
@@ -208,9 +227,20 @@ class Session(OpenModel):
         save: Path | None = None,
         plan_name: str = "",
         settings: ProfileSettings | None = None,
+        export: ExportTarget | None = None,
     ) -> dict:
-        """See :func:`lsq_core.stages.measure.run_plan`."""
-        return measure.run_plan(self, made, quantizer, request, save, plan_name, settings)
+        """See :func:`lsq_core.stages.measure.run_plan`.
+
+        With ``export`` what is saved is in another tool's format, and measured too
+        (:func:`lsq_core.stages.export.run_plan_and_export`).
+        """
+        if export is None:
+            return measure.run_plan(self, made, quantizer, request, save, plan_name, settings)
+        if save is None:
+            raise InputError(f"Give the folder that the {export.format} files are saved to.")
+        return exports.run_plan_and_export(
+            self, made, quantizer, request, save, export, plan_name, settings
+        )
 
     def export_plan(self, made: Plan, target: str, nearest: bool = False) -> Translation:
         """See :func:`lsq_core.exports.registry.export_plan`."""

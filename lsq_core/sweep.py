@@ -51,6 +51,7 @@ from lsq_core.stages.plan import (
     request_incompatibility,
     with_quantizer,
 )
+from lsq_core.store.shipped import SHIPPED
 from lsq_core.sweep_progress import BatchProgress
 
 #: The file, in the folder a job keeps things in, that tells what came of each item so far.
@@ -170,7 +171,8 @@ def sweep(
 ) -> list[dict]:
     """Make the runs that are not there yet; gives a row an item, in their order.
 
-    A row has what was asked, its ``state`` (done, found, failed), and the figures of its run or
+    A row has what was asked, its ``state`` (done, found, failed), of one that was found whether it
+    came with the project (``shipped``), and the figures of its run or
     the ``reason`` for none. An item that fails stops no other.
 
     Raises
@@ -304,7 +306,10 @@ class _Sweep:
             same, [evaluation_dependencies(json.loads(t)) == made_with for t in same["provenance"]]
         )
         if not same.empty:
-            self.rows[number] |= {"state": "found"} | self._figures(same["evaluation"].iloc[0])
+            found = same.iloc[0]
+            shipped = bool(found["origin"] == SHIPPED)
+            self.rows[number] |= {"state": "found", "shipped": shipped}
+            self.rows[number] |= self._figures(found["evaluation"])
 
     def _same_plan(self, item: SweepItem) -> pd.DataFrame:
         """The evaluations of runs with the same plan, made the same way."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lsq_core.progress import ProgressCallback
@@ -52,3 +53,14 @@ def _stage_fraction(stage: str, done: float) -> float:
     """
     shares = {"quantize": 0.05 * done, "evaluate": 0.05 + 0.95 * done}
     return shares.get(stage, 0.0)
+
+
+def describe_counts(rows: Sequence[dict]) -> str:
+    """How many items were made, found and failed: ``9 new, 3 reused (2 shipped), 0 failed``."""
+    states = [row["state"] for row in rows]
+    shipped = sum(bool(row.get("shipped")) for row in rows)
+    which = f" ({shipped} shipped)" if shipped else ""
+    return (
+        f"{states.count('done')} new, {states.count('found')} reused{which}, "
+        f"{states.count('failed')} failed"
+    )

@@ -24,7 +24,7 @@ def plan_page(ctx: PageContext) -> None:
     state.restrict_methods(available_methods)
     prediction.init_prediction(ctx, info)
     header = st.container()
-    render_controls(cached.problem(info, profile), available_methods)
+    render_controls(cached.problem(info, profile), available_methods, profile)
     plan_query = query.PlanQuery(ctx, info, profile, settings, state.plan_request())
     missing = query.missing_metrics(plan_query)
     if missing:

@@ -26,17 +26,18 @@ def compare(ctx: PageContext) -> None:
         table.render_undo(ctx)
         return
     header = st.container()
-    left, middle, right = st.columns([1.2, 2, 1.4])
-    with left:
-        fingerprint = selection.choose_model(ctx, model_names)
+    fingerprint = selection.find_model(ctx, model_names)
     if fingerprint is None:
         with header:
             headline(
                 f"No runs of {words.escape(ctx.source.name)} to compare.",
-                "Choose a model with runs below.",
+                "Run a plan of it, or choose a model with runs.",
             )
+        selection.offer_models(model_names)
+        next_step("pages/2_Plan.py", "Make a plan and run it")
         table.render_undo(ctx)
         return
+    middle, right = st.columns([2.4, 1.4])
     state.init_key("view", "size", list(VIEWS))
     view = st.segmented_control(
         "View",

@@ -318,6 +318,32 @@ def test_run_page_runs_job_and_shows_result(filled):
     assert first_line(open_page("Run", model=filled.model)) == first_line(app)
 
 
+def test_run_page_saves_in_another_format(filled):
+    app = open_page("Model", model=filled.model, method="uniform", ask="base", base="4.51")
+    app.session_state["corpus"] = filled.settings.calibration
+    go_to_page(app, "Run")
+    app.number_input(key="max_tokens").set_value(400)
+    app.selectbox(key="quantizer").set_value("rtn").run()
+    assert not any(box.key == "save_format" for box in app.selectbox)
+    app.text_input(key="save").set_value("mine").run()
+    app.selectbox(key="save_format").set_value("gguf").run()
+    assert not any(box.key == "save_crossing" for box in app.selectbox)
+    assert any("28 × Q4" in caption.value for caption in app.caption)
+    app.selectbox(key="save_format").set_value("mlx").run()
+    assert app.selectbox(key="save_crossing").value == "refuse"
+    _click_button(app, "Quantize and evaluate")
+    (job,) = jobs.list_jobs(disk.jobs_folder(Store(filled.path)))
+    wait_for(lambda: not jobs.read(job.folder).active)
+    done = jobs.read(job.folder)
+    assert done.state == "done", done.log_tail()
+    app.run()
+    rows = Store(filled.path).results().iloc[:2].set_index("format")
+    exported = rows.loc["mlx"]
+    assert exported["exported_from"] == rows.loc["lsq", "run"]
+    assert Path(exported["saved_to"]) == disk.models_folder(Store(filled.path)) / "mine"
+    assert any(exported["run"] in caption.value for caption in app.caption)
+
+
 @pytest.mark.parametrize("name", ["../away", "a/b", "with space", ".hidden", "/abs"])
 def test_run_page_invalid_save_name_shows_error(filled, name):
     app = open_page("Run", model=filled.model, method="uniform")

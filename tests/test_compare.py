@@ -378,3 +378,73 @@ def test_delete_runs_keeps_job_folders(store):
     store.delete_runs(["000000000000"])
     assert (folder / "kept").is_dir()
     shutil.rmtree(Path(folder))
+
+
+# --- the model, and GGUF files beside it ----------------------------------------------------
+
+
+def test_compare_has_the_sidebars_model(store, runs):
+    app = open_page("Compare")
+    assert not [box for box in app.main.selectbox if box.label == "Model"]
+    with store.transaction() as connection:
+        connection.execute("UPDATE models SET source = 'org/other'")
+    app = open_page("Compare")
+    assert "No runs of demo" in app.title[0].value
+    app.button(key="compare-org/other").click().run()
+    assert app.session_state["model"] == "org/other"
+    assert app.query_params["model"] in ("org/other", ["org/other"])
+    assert len(table(app)) == len(runs)
+
+
+def test_compare_opens_on_the_newest_measurement_with_two_runs(store, runs):
+    with store.transaction() as connection:
+        connection.execute(
+            "UPDATE evaluations SET corpus_sha256 = 'alone', created = now() WHERE id = ?",
+            [runs["id"].iloc[3]],
+        )
+    assert len(table(open_page("Compare"))) == len(runs) - 1
+
+
+@pytest.fixture
+def gguf_file(store, runs) -> dict:
+    """The runs' model is of a GGUF file, which was evaluated as they were."""
+    file = {"name": "m.gguf", "sha256": "0", "bytes": 9 * 2**20, "block_bytes": 3 * 2**20}
+    file["type"] = "Q4_1"
+    with store.transaction() as connection:
+        connection.execute(
+            "UPDATE models SET file_bytes = ?, config = json_merge_patch(config, ?)",
+            [file["bytes"], json.dumps({"gguf": file})],
+        )
+        for id, perplexity, tokens in (("old", 70.0, 51770), ("new", 60.0, 51770), ("o", 1.0, 9)):
+            connection.execute(
+                "INSERT INTO evaluations BY NAME SELECT * REPLACE (? AS id, NULL AS run, "
+                "? AS perplexity, ? AS tokens, created + (CASE ? WHEN 'new' THEN 1 ELSE 0 END) * "
+                "INTERVAL 1 DAY AS created) FROM evaluations WHERE id = ?",
+                [id, perplexity, tokens, id, runs["id"].iloc[0]],
+            )
+    return file
+
+
+def test_gguf_file_stands_beside_the_runs(store, runs, gguf_file):
+    found = store.gguf_baselines(runs["id"].iloc[0])
+    assert found["perplexity"].tolist() == [60.0], "the newest as the runs were evaluated"
+    assert found["block_bytes"].tolist() == [gguf_file["block_bytes"]]
+    app = open_page("Compare")
+    (drawn,) = [t for t in chart(app)["data"] if t.get("name") == "GGUF file"]
+    assert _array(drawn["x"]) == [3.0]
+    assert _array(drawn["y"]) == [60.0]
+    app.segmented_control(key="quality").set_value("kl").run()
+    assert not [t for t in chart(app)["data"] if t.get("name") == "GGUF file"]
+
+
+def test_gguf_file_of_another_shape_does_not(store, runs, gguf_file):
+    with store.transaction() as connection:
+        connection.execute(
+            "INSERT INTO models BY NAME SELECT * REPLACE ('other' AS fingerprint, 'big.gguf' AS "
+            "source, layers + 1 AS layers) FROM models"
+        )
+        connection.execute(
+            "INSERT INTO evaluations BY NAME SELECT * REPLACE ('x' AS id, 'other' AS fingerprint) "
+            "FROM evaluations WHERE id = 'new'"
+        )
+    assert len(store.gguf_baselines(runs["id"].iloc[0])) == 1

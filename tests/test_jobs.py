@@ -81,10 +81,30 @@ def long_profile(store) -> list[str]:
     return [*command, "--db", str(store.path)]
 
 
+@pytest.mark.parametrize(
+    ("command", "title"),
+    [
+        ("run --model demo --method mxq --budget 2.7bpp", "MXQ 2.70 bits · demo"),
+        ("run --model demo --method mxq --budget 9MiB", "MXQ 9MiB · demo"),
+        ("run --method uniform --base 3.13", "Uniform 3.13 bits"),
+        (
+            "run --model a/b --method sensiboost --base 3.13 --budget 3.2bpp",
+            "SensiBoost base 3.13, 3.20 bits · a/b",
+        ),
+        ("run --method none --budget --model demo", "none --model · demo"),
+        ("sweep --model demo --method mxq --method uniform", "Sweep of MXQ, Uniform · demo"),
+        ("profile --model /tmp/x/tiny --corpus c4", "Profile · tiny"),
+        ("", "0"),
+    ],
+)
+def test_job_title(command, title, tmp_path):
+    assert jobs.Job("0", tmp_path, tuple(command.split()), 0.0, "done").title == title
+
+
 def test_job_result_matches_command(folder, quick_run, store):
     job = jobs.start(folder, quick_run)
     assert job.active
-    assert job.title.startswith("run uniform ")
+    assert job.title == "Uniform 3.13 bits · " + quick_run[2].rpartition("/")[2]
     done = wait_for_end(job)
     assert done.state == "done", done.log_tail()
     result = done.result()

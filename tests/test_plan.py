@@ -20,9 +20,11 @@ from lsq_core.errors import InputError, LsqError
 from lsq_core.model.info import Matrix
 from lsq_core.planning.detection import detect_outliers, largest_possible_z, shallow_model_note
 from lsq_core.planning.exact import solve_exactly
+from lsq_core.planning.facts import layer_means
 from lsq_core.planning.make import make_frontier, make_plan
 from lsq_core.planning.methods import PLANNERS
 from lsq_core.planning.methods.boost import flagged_layers, layer_series
+from lsq_core.planning.methods.uniform import uniform_within
 from lsq_core.planning.pins import SCOPES, Pin
 from lsq_core.planning.plan import Plan
 from lsq_core.planning.problem import TOLERANCE, Problem
@@ -570,3 +572,25 @@ def test_budget_by_stop_name_reaches_stop(method, stop):
     assert plan.bits_per_param <= stop.nominal_bits
     if method == "uniform":
         assert {c.name for c in plan.configs} == {stop.name}
+
+
+@pytest.mark.parametrize("config", LADDER, ids=lambda c: c.stop_name)
+def test_uniform_within_is_the_largest_that_fits(config):
+    assert uniform_within(config.nominal_bits) == config
+    assert uniform_within(config.nominal_bits + 1e-3) == config
+    smaller = [c for c in LADDER if c.nominal_bits < config.nominal_bits]
+    expected = max(smaller, key=lambda c: c.nominal_bits, default=LADDER[0])
+    assert uniform_within(config.nominal_bits - 1e-3) == expected
+
+
+def test_layer_means_leave_out_what_is_missing():
+    small = problem(layers=3)
+    scores = small.scores["kurtosis"].astype(float)
+    layers = np.array([m.layer for m in small.matrices])
+    scores[layers == 1] = np.nan
+    first = np.flatnonzero(layers == 0)
+    scores[first[0]] = np.nan
+    means = layer_means(Problem(small.matrices, {"kurtosis": scores}, {}), "kurtosis")
+    assert means[0] == pytest.approx(scores[first[1:]].mean())
+    assert np.isnan(means[1])
+    assert means[2] == pytest.approx(scores[layers == 2].mean())

@@ -6,7 +6,7 @@ import json
 import re
 import shlex
 from base64 import b64decode
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,6 +21,7 @@ from lsq_core.model.source import ModelSource
 from lsq_core.planning.constraints import restrict
 from lsq_core.planning.facts import z_scores
 from lsq_core.planning.make import make_frontier, make_plan
+from lsq_core.planning.methods import PLANNERS
 from lsq_core.planning.methods.boost import detect_by_type
 from lsq_core.planning.problem import Problem
 from lsq_core.planning.request import PlanRequest
@@ -34,6 +35,7 @@ from lsq_core.stages.plan import build_problem
 from lsq_core.store.store import Store
 from lsq_core.ui.plan import actions, live, prediction
 from lsq_core.units import GIB
+from tests.helpers import wait_for
 from tests.test_app import (  # noqa: F401 - fixtures
     Filled,
     _array,
@@ -41,6 +43,7 @@ from tests.test_app import (  # noqa: F401 - fixtures
     filled,
     filled_once,
     first_line,
+    go_to_page,
     open_page,
 )
 
@@ -379,3 +382,108 @@ def test_z_scores_match_layer_detection(filled):  # noqa: F811
             assert np.isnan(value)
         else:
             assert value == detection.z[layers.index(matrix.layer) - 1]
+
+
+# --- quantizing and evaluating in place -----------------------------------------------------
+
+
+def set_up_run(filled: Filled) -> AppTest:  # noqa: F811
+    app = open_page("Model", model=filled.model, method="uniform", ask="base", base="4.51")
+    app.session_state["corpus"] = filled.settings.calibration
+    go_to_page(app, "Plan")
+    app.number_input(key="max_tokens").set_value(300)
+    return app.selectbox(key="quantizer").set_value("rtn").run()
+
+
+def test_plan_page_runs_the_plan_in_place(filled):  # noqa: F811
+    app = set_up_run(filled)
+    _click_button(app, "Quantize and evaluate")
+    (job,) = jobs.list_jobs(disk.jobs_folder(Store(filled.path)))
+    assert any(job.title in m.value for m in app.markdown)
+    assert [t.value for t in app.toast if job.title in t.value]
+    wait_for(lambda: not jobs.read(job.folder).active)
+    assert jobs.read(job.folder).state == "done", job.log_tail()
+    app.run()
+    row = Store(filled.path).results().iloc[0]
+    assert row["bits_per_param"] == pytest.approx(LADDER[8].nominal_bits)
+    assert (row["quantizer"], row["tokens"]) == ("rtn", 300)
+    verdict = f"Perplexity {row['perplexity']:.2f}"
+    assert any(verdict in m.value for m in app.markdown)
+    assert [t.value for t in app.toast if verdict in t.value]
+    app.run()
+    assert not app.toast, "said once"
+    assert any(verdict in m.value for m in app.markdown), "kept"
+    # the same command as from the Run page
+    go_to_page(app, "Run")
+    _click_button(app, "Quantize and evaluate")
+    assert {j.arguments for j in jobs.list_jobs(disk.jobs_folder(Store(filled.path)))} == {
+        job.arguments
+    }
+    for started in jobs.list_jobs(disk.jobs_folder(Store(filled.path))):
+        if started.active:
+            jobs.cancel(started)
+
+
+def test_plan_page_says_how_long_a_run_takes(filled):  # noqa: F811
+    app = set_up_run(filled)
+    assert any("300 tokens" in c.value and "About " in c.value for c in app.caption)
+
+
+def test_plan_page_invalid_save_name_shows_error(filled):  # noqa: F811
+    app = set_up_run(filled)
+    app.text_input(key="save").set_value("../away").run()
+    assert not app.error
+    _click_button(app, "Quantize and evaluate")
+    assert "not a valid name" in app.error[0].value
+    assert not jobs.list_jobs(disk.jobs_folder(Store(filled.path)))
+
+
+def test_plan_page_incompatible_quantizer_disabled_with_reason(filled):  # noqa: F811
+    app = set_up_run(filled)
+    app.selectbox(key="base").set_value("3.13")
+    app.selectbox(key="quantizer").set_value("nf4").run()
+    assert next(b for b in app.button if b.label == "Quantize and evaluate").disabled
+    assert any("b3g128" in c.value for c in app.caption)
+
+
+# --- method cards ---------------------------------------------------------------------------
+
+
+def test_method_is_chosen_from_its_card(filled):  # noqa: F811
+    app = open_page("Plan", model=filled.model, method="sensiboost")
+    app.button(key="method-cards").click().run()
+    shown = " ".join(m.value for m in app.markdown)
+    assert all(planner.title in shown for planner in PLANNERS.values())
+    needs = " ".join(c.value for c in app.caption)
+    assert "loss impact not measured yet" in needs
+    app.button(key="choose-mxq").click().run()
+    assert not app.exception
+    assert app.selectbox(key="method").value == "mxq"
+    assert planner_data(app)["methods"][0]["name"] == "mxq"
+
+
+def test_card_of_a_method_of_another_program_is_its_meaning(filled, monkeypatch):  # noqa: F811
+    class Foreign(type(PLANNERS["mxq"])):
+        name, title, meaning = "foreign", "Foreign", "Does something else."
+        summary = source = use = limits = ""
+
+    monkeypatch.setitem(PLANNERS, "foreign", Foreign())
+    app = open_page("Plan", model=filled.model, method="mxq")
+    app.button(key="method-cards").click().run()
+    assert any("Does something else" in m.value for m in app.markdown)
+
+
+def test_another_profile_with_the_metrics_is_offered(filled):  # noqa: F811
+    other = replace(filled.settings, samples=7)
+    session = Session(ModelSource(filled.model), Store(filled.path), "cpu")
+    session.profile(other, ["loss_impact", "weight_error"])
+    app = open_page("Model", model=filled.model, method="loss-aware", budget="3.6")
+    for field, value in asdict(filled.settings).items():
+        app.session_state["profile_quantizer" if field == "quantizer" else field] = value
+    app.session_state["settings_of"] = session.info.fingerprint
+    go_to_page(app, "Plan")
+    assert "needs" in first_line(app)
+    app.button(key="other-profile").click().run()
+    assert not app.exception
+    assert planner_data(app)["methods"][0]["name"] == "loss-aware"
+    assert app.session_state["samples"] == 7

@@ -18,7 +18,7 @@ from lsq_core.planning.pins import apply_pins
 from lsq_core.planning.problem import Problem
 from lsq_core.planning.request import PlanRequest
 from lsq_core.ui import planner
-from lsq_core.ui.planner import Curve, LiveMethod, MatrixFacts, Preset
+from lsq_core.ui.planner import Curve, LayerScores, LiveMethod, MatrixFacts, Preset
 from tests.browser.planner_app import random_model
 from tests.conftest import packed_bytes
 from tests.test_plan import problem
@@ -38,6 +38,7 @@ def make_payload(small: Problem, methods: list[LiveMethod], **more: object) -> d
         "facts": [],
         "fixed": None,
         "feasible": (2.127, 8.508),
+        "uniform": None,
         "pins": [],
     }
     return planner.payload(small, methods, **defaults | more)
@@ -221,3 +222,15 @@ def test_payload_includes_solved_plan():
     (content,) = make_payload(small, [method])["methods"]
     assert decode_array(content["solved"]["choice"], "u1").tolist() == list(range(8))
     assert content["solved"]["bound"] == 1.5
+
+
+def test_payload_has_uniform_predictions_and_layer_scores():
+    small = problem(layers=4)
+    scores = LayerScores("sensitivity", "Sensitivity", np.array([1.0, np.nan, 3.0, 4.0]))
+    method = LiveMethod("mxq", "MXQ", make_frontier(small, PlanRequest("mxq")), scores=scores)
+    uniform = Curve(np.array([2.1, 3.1]), np.array([9.0, 8.0]), *np.ones((2, 2)), 7.0)
+    data = json.loads(json.dumps(make_payload(small, [method], uniform=uniform), allow_nan=False))
+    assert decode_array(data["uniform"]["perplexity"], "<f8").tolist() == [9.0, 8.0]
+    sent = data["methods"][0]["scores"]
+    assert (sent["name"], sent["label"]) == ("sensitivity", "Sensitivity")
+    assert decode_array(sent["values"], "<f8")[[0, 2, 3]].tolist() == [1.0, 3.0, 4.0]

@@ -49,7 +49,7 @@ def toolkit(tmp_path: Path) -> Path:
 
 
 def select_box(app: AppTest, label: str):
-    """The page's box of that name; the sidebar has one named Model too."""
+    """The page's box of that name, outside of the sidebar."""
     return next(b for b in app.main.selectbox if b.label == label)
 
 
@@ -484,8 +484,9 @@ def test_compare_model_without_runs_shows_message(store, model):
     app = open_page("Compare", model=model)
     assert f"No runs of {model}" in first_line(app)
     assert not app.get("plotly_chart")
-    select_box(app, "Model").select(SEVEN).run()
+    app.button(key=f"compare-{SEVEN}").click().run()
     assert "lower perplexity" in first_line(app)
+    assert app.sidebar.selectbox(key="model").value == SEVEN
 
 
 def test_compare_overlay_of_measured_runs(published, tmp_path, monkeypatch):
@@ -495,8 +496,8 @@ def test_compare_overlay_of_measured_runs(published, tmp_path, monkeypatch):
     with Store(path).connect() as connection:
         connection.execute(
             """
-            INSERT INTO models (fingerprint, source, layers, created)
-                VALUES ('mine', 'org/mine', 2, now());
+            INSERT INTO models (fingerprint, source, layers, left_out, config, created)
+                VALUES ('mine', 'org/mine', 2, [], '{}', now());
             INSERT INTO plans (id, fingerprint, method, bits_per_param, planned_bytes, content)
                 VALUES ('p', 'mine', 'mxq', 3.5, 700, '{"method": "mxq"}');
             INSERT INTO runs (id, plan, fingerprint, method, quantizer, measured_bytes, created)

@@ -182,3 +182,11 @@ def test_every_entry_is_described():
         assert set(planner.metrics) <= set(METRICS)
         assert set(planner.fields) <= request_fields
         assert bool(planner.cost_unit) != planner.has_base
+
+
+@pytest.mark.parametrize("name", PLANNERS)
+def test_every_method_has_a_card(name):
+    planner = PLANNERS[name]
+    for text in (planner.summary, planner.source, planner.use, planner.limits):
+        assert len(text) > 10
+    assert planner.summary.endswith(".")

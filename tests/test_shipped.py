@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ import pandas as pd
 import pytest
 from streamlit.testing.v1 import AppTest
 
-from lsq_core import shipped
+from lsq_core import shipped, sweep
 from lsq_core.errors import InputError
 from lsq_core.evaluation.prediction import fit, load_measured_points
 from lsq_core.evaluation.protocol import EvaluationRequest
@@ -21,6 +23,7 @@ from lsq_core.shipped import export, import_measurements
 from lsq_core.stages.plan import build_problem
 from lsq_core.store.shipped import SHIPPED
 from lsq_core.store.store import Store
+from lsq_core.sweep_progress import describe_counts
 from tests.conftest import ROOT
 
 
@@ -261,3 +264,21 @@ def test_tour_leads_to_pages_in_the_right_state(model_page, store):
 def test_model_page_shows_plan_and_ways(model_page):
     assert not model_page.exception
     assert {"explore", "llama"} <= {button.key for button in model_page.button}
+
+
+def test_sweep_says_that_it_reuses_a_shipped_run(measured, store, tmp_path):
+    text = tmp_path / "again.txt"
+    text.write_text("\n".join(f"Return the {i}-th item of the list." for i in range(300)), "utf8")
+    session = Session("demo", store, "cpu")
+    evaluation = EvaluationRequest(str(text), max_tokens=600)
+    (profile,) = [
+        ProfileSettings(**json.loads(settings))
+        for settings in store.profiles(session.info.fingerprint)["settings"]
+        if '"rtn"' in settings
+    ]
+    items = sweep.items([PlanRequest("uniform", base="3.13")], ["hqq"], [evaluation])
+    (row,) = sweep.sweep(session, items, replace(profile, calibration=str(text)))
+    assert (row["state"], row["shipped"]) == ("found", True)
+    assert describe_counts([row]) == "0 new, 1 reused (1 shipped), 0 failed"
+    assert describe_counts([{"state": "found"}]) == "0 new, 1 reused, 0 failed"
+    assert len(store.results()) == 3

@@ -53,7 +53,7 @@ def plan_heatmap(frame: pd.DataFrame, narrow: bool = False) -> go.Figure:
             hovertemplate="%{y}, layer %{x}<br>%{customdata}<extra></extra>",
         )
     )
-    _config_legend(figure, frame["config"])
+    _config_legend(figure, frame["config"], narrow)
     figure.update_xaxes(
         title_text="layer", showgrid=False, zeroline=False, range=_axis_range(layers)
     )
@@ -61,7 +61,8 @@ def plan_heatmap(frame: pd.DataFrame, narrow: bool = False) -> go.Figure:
     if len(layers) <= 48:
         few = len(layers) <= (24 if narrow else 32)
         figure.update_xaxes(dtick=(2 if few else 4) if narrow else (1 if few else 2))
-    figure.update_layout(legend=LEGEND_ABOVE, showlegend=True)  # of a single configuration, too
+    legend = LEGEND_ABOVE | {"maxheight": 1}  # else it scrolls from half the figure's height on
+    figure.update_layout(legend=legend, showlegend=True)  # of a single configuration, too
     return apply_layout(figure, 96 + max((22 if narrow else 30) * len(kinds), 60))
 
 
@@ -115,8 +116,11 @@ def _steps(options: Sequence[Config]) -> list[list[float | str]]:
     return steps
 
 
-def _config_legend(figure: go.Figure, configs: pd.Series) -> None:
-    """Return a legend entry per configuration in use, with its number of matrices."""
+def _config_legend(figure: go.Figure, configs: pd.Series, narrow: bool) -> None:
+    """Add a legend entry per configuration in use, with its number of matrices.
+
+    A ``narrow`` figure's name the bits alone.
+    """
     counts = configs.value_counts()
     for config in _used_configs(configs):
         if config.name in counts:
@@ -125,7 +129,9 @@ def _config_legend(figure: go.Figure, configs: pd.Series) -> None:
                     x=[None],
                     y=[None],
                     mode="markers",
-                    name=f"{config.name} ({config.stop_name}) × {counts[config.name]}",
+                    name=f"{config.stop_name} bits × {counts[config.name]}"
+                    if narrow
+                    else f"{config.name} ({config.stop_name}) × {counts[config.name]}",
                     marker={"symbol": "square", "size": 11, "color": config_color(config)},
                 )
             )

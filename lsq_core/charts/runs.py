@@ -117,6 +117,7 @@ def perplexity_by_size(
     size: SizeMeasure = MEASURED,
     overlay: pd.DataFrame | None = None,
     quality: QualityMeasure = PERPLEXITY,
+    files: pd.DataFrame | None = None,
 ) -> go.Figure:
     """Plot perplexity, or another quality, against size; a marker and colour per method.
 
@@ -128,10 +129,12 @@ def perplexity_by_size(
     named at its end; full precision's perplexity is a horizontal line; ablations are faded;
     ``selected`` evaluations are ringed. The chart opens on :func:`size_view`; resetting the axes
     shows all. ``overlay`` has runs of another origin, with the same columns and ``origin``, drawn
-    hollow.
+    hollow. ``files`` are GGUF files (:meth:`lsq_core.store.store.Store.gguf_baselines`), drawn by
+    the bytes of the same weights in the file, where sizes are measured bytes.
     """
     figure = go.Figure()
-    view = size_view(frame, size, quality)
+    files = _drawn_files(files, size, quality)
+    view = size_view(frame, size, quality, files)
     many = len(frame) > _SMALL_MARKER_RUNS
     for rank, line in enumerate(_lines(frame, size, quality)):
         figure.add_trace(line)
@@ -140,6 +143,8 @@ def perplexity_by_size(
         figure.add_trace(_runs(style, part, size, quality, 7 if many else 11))
     for (method, origin), part in _groups(overlay, ["method", "origin"]):
         figure.add_trace(_hollow(_runs(method, part, size, quality, 9), origin))
+    if files is not None:
+        figure.add_trace(_files(files, size))
     ringed = frame[frame["evaluation"].isin(list(selected))]
     if not ringed.empty:
         x, y = ringed[size.column] / size.scale, ringed[quality.column] / quality.scale
@@ -161,14 +166,45 @@ def perplexity_by_size(
 _HEIGHT = 430
 
 
-def size_view(frame: pd.DataFrame, size: SizeMeasure, quality: QualityMeasure = PERPLEXITY) -> View:
+def _drawn_files(
+    files: pd.DataFrame | None, size: SizeMeasure, quality: QualityMeasure
+) -> pd.DataFrame | None:
+    """Return the files if any can be drawn by these measures: theirs are bytes and perplexity."""
+    comparable = size == MEASURED and quality == PERPLEXITY
+    return files if comparable and files is not None and len(files) else None
+
+
+def _files(files: pd.DataFrame, size: SizeMeasure) -> go.Scatter:
+    return go.Scatter(
+        x=files["block_bytes"] / size.scale,
+        y=files["perplexity"],
+        mode="markers+text",
+        name="GGUF file",
+        text=[f"GGUF {name}" for name in files["type"]],
+        textposition="top left",
+        textfont={"size": 12},
+        marker={"symbol": "hourglass", "size": 12, "color": "#1f7a8c"},
+        customdata=files[["model", "file_bytes"]].assign(file_bytes=files["file_bytes"] / MIB),
+        hovertemplate="%{text}, %{customdata[0]}<br>%{x:.2f} MiB of these weights in a file of "
+        "%{customdata[1]:.2f} MiB, perplexity %{y:.4f}<extra></extra>",
+    )
+
+
+def size_view(
+    frame: pd.DataFrame,
+    size: SizeMeasure,
+    quality: QualityMeasure = PERPLEXITY,
+    files: pd.DataFrame | None = None,
+) -> View:
     """Return the view on which :func:`perplexity_by_size` opens."""
+    files = _drawn_files(files, size, quality)
     return initial_view(
         frame[size.column].astype(float) / size.scale,
         frame[quality.column].astype(float) / quality.scale,
         frame["bits_per_param"],
         higher_is_better=quality.higher_is_better,
         level=_full_precision(frame, quality),
+        include=None if files is None else float(files["block_bytes"].max()) / size.scale,
     )
 
 

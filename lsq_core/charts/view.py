@@ -83,6 +83,7 @@ def initial_view(
     *,
     higher_is_better: bool = False,
     level: float | None = None,
+    include: float | None = None,
 ) -> View:
     """Return the view on which a chart of runs opens.
 
@@ -97,12 +98,18 @@ def initial_view(
         Whether large ``y`` are good, so that outliers are small ones.
     level
         A horizontal line that stays in view, such as full precision's perplexity.
+    include
+        A place on the axis of ``x`` that is in view, and all sizes up to it.
     """
     inside = pd.Series(True, index=x.index)
     if bits is not None:
-        near = bits.astype(float).between(*BITS_IN_VIEW)
+        lowest, highest = BITS_IN_VIEW
+        near = bits.astype(float).between(lowest, highest)
+        if include is not None:
+            near |= (bits.astype(float) >= lowest) & (x <= include)
         inside = near if x[near].nunique() >= 2 else inside
-    x_range = None if inside.all() else _padded(x[inside].min(), x[inside].max(), 0.04)
+    ends = x[inside] if include is None else [*x[inside], include]
+    x_range = None if inside.all() else _padded(min(ends), max(ends), 0.04)
     low, high = inlier_range(y[inside], higher_is_better)
     outside = ~(inside & y.between(low, high))
     shown_low = low if level is None else min(low, level)

@@ -8,11 +8,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lsq_core.bits import METADATA_FORMATS
-from lsq_core.cli import export_plan, show, verbs
+from lsq_core.cli import export_plan, result_verbs, show, verbs
+from lsq_core.cli.convert import add_target_options, convert
 from lsq_core.cli.output import escape_controls
 from lsq_core.corpus.registry import BUILT_IN_CORPORA
 from lsq_core.errors import InputError
 from lsq_core.evaluation.protocol import PROTOCOLS
+from lsq_core.exports.weights.registry import FORMATS, LSQ
 from lsq_core.planning.methods import PLANNERS
 from lsq_core.planning.servers import SERVERS
 from lsq_core.profiling.metrics import METRICS, proxies
@@ -107,6 +109,7 @@ def _add_model_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     _add_hybrid(sub)
     _add_evaluation(sub)
     sub.add_argument("--save", type=Path, help="save the quantized model to this new folder")
+    add_target_options(sub, list(FORMATS), LSQ)
 
     sub = verb(
         "eval", verbs.evaluate, show.figures, "perplexity of a saved or a full-precision model"
@@ -142,6 +145,20 @@ def _add_run_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     _add_protocol(sub)
     _add_plan_details(sub)
 
+    sub = verb("convert", convert, show.converted, "write a saved model in another tool's format")
+    sub.add_argument("folder", metavar="FOLDER", help="a model that run --save wrote")
+    sub.add_argument("--out", type=Path, required=True, help="the new folder")
+    add_target_options(sub, [name for name in FORMATS if name != LSQ], "")
+    sub.add_argument(
+        "--no-evaluation",
+        dest="evaluate",
+        action="store_false",
+        help="don't measure what is decoded from the new folder",
+    )
+    _add_evaluation(sub)
+    _add_model(sub, required=False)
+    _add_device(sub)
+
     sub = verb("audit", verbs.audit, show.audit, "compare what was stored with what was planned")
     sub.add_argument("target", metavar="FOLDER|RUN", help="a saved model, or the id of a run")
     _add_model(sub, required=False)
@@ -169,14 +186,17 @@ def _add_run_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
 
 def _add_storage_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     """Verbs about stored results."""
-    sub = verb("results", verbs.results, show.results, "list the runs in the database")
+    sub = verb("results", result_verbs.results, show.results, "list the runs in the database")
     sub.add_argument("--model", help="only runs of this model")
     sub.add_argument(
         "--published", action="store_true", help="the imported runs instead of your own"
     )
 
     sub = verb(
-        "export", verbs.export, show.exported, "export all runs as a table, or one run as a report"
+        "export",
+        result_verbs.export,
+        show.exported,
+        "export all runs as a table, or one run as a report",
     )
     sub.add_argument(
         "--out",
@@ -197,6 +217,14 @@ def _add_storage_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
             export_plan.show,
             "write a plan in the format of another tool",
         )
+    )
+
+    sub = verb(
+        "card", result_verbs.card, show.exported, "draw one run as a picture to show to others"
+    )
+    sub.add_argument("run", metavar="RUN", help="run id as listed by 'results --json'")
+    sub.add_argument(
+        "--out", type=Path, required=True, help="a new file: .png, or .html with the command line"
     )
 
     sub = verb(

@@ -6,6 +6,7 @@ import math
 
 from lsq_core.bits import DETECTION_CONFIG
 from lsq_core.evaluation.divergence import format_distribution
+from lsq_core.sweep_progress import describe_counts
 from lsq_core.units import format_bytes
 
 
@@ -110,8 +111,26 @@ def run(result: dict) -> None:
     )
     if result.get("divergence"):  # a job of an older version has none
         print(f"KL by token: {format_distribution(result['divergence'])}")
+    if "export" in result:
+        converted(result["export"])
     if "seconds" in result:  # a job of an older version did not keep them
         times(result["seconds"])
+
+
+def converted(result: dict) -> None:
+    """Print what was written in another format, and what was measured of it."""
+    kinds: dict[str, int] = {}
+    for stored in result["types"].values():
+        kinds[stored["name"]] = kinds.get(stored["name"], 0) + 1
+    print(
+        f"{result['format']}: {format_bytes(result['measured_bytes'])} for the linear weights ("
+        + ", ".join(f"{count} × {name}" for name, count in sorted(kinds.items()))
+        + f"), {format_bytes(result['measured_model_bytes'])} for the model, in "
+        f"{result['saved_to']}"
+    )
+    if "perplexity" in result:
+        print(f"as run {result['run']}, exported from {result['exported_from']}: ", end="")
+        figures(result)
 
 
 def times(seconds: dict) -> None:
@@ -151,11 +170,7 @@ def sweep(result: dict) -> None:
             f"{percent(row['increase']):>9} {row['quantize_seconds']:>8.1f}  "
             f"{row['state']} as run {row['run']}"
         )
-    counts = result["counts"]
-    print(
-        f"{counts['done']} new, {counts['found']} reused, {counts['failed']} failed, on "
-        f"{result['model']}"
-    )
+    print(f"{describe_counts(result['items'])}, on {result['model']}")
 
 
 def audit(result: dict) -> None:

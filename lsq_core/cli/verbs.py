@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lsq_core import disk, jobs
+from lsq_core.cli.convert import is_saved_folder, parse_target
 from lsq_core.corpus.registry import corpus_identity
 from lsq_core.errors import InputError, LsqError, translate_resource_errors
 from lsq_core.evaluation.prediction import parse_loss
 from lsq_core.evaluation.protocol import EvaluationRequest
-from lsq_core.files import resolve_path, write_bytes
+from lsq_core.exports.weights.manifest import is_exported_folder
+from lsq_core.files import resolve_path
 from lsq_core.jsontext import write_json
-from lsq_core.model.source import MANIFEST_FILE, ModelSource
+from lsq_core.model.source import ModelSource
 from lsq_core.planning.methods import PLANNERS
 from lsq_core.planning.plan import Plan
 from lsq_core.planning.problem import Problem
@@ -27,17 +29,17 @@ from lsq_core.quantization.registry import check_choice, quantizer_spec
 from lsq_core.quantized.manifest import RUN_KEYS, is_quantized_folder, read_manifest
 from lsq_core.session import Session
 from lsq_core.shipped import import_measurements
+from lsq_core.stages.export import evaluate_exported
 from lsq_core.stages.model import find_published
 from lsq_core.stages.plan import request_incompatibility
 from lsq_core.stages.saved import evaluate_saved, load_saved
 from lsq_core.store.database import resolve_database_path
-from lsq_core.store.models import PUBLISHED
 from lsq_core.store.store import Store
 from lsq_core.targets import check_file_target, check_folder_target
 from lsq_core.units import parse_bytes
 
 if TYPE_CHECKING:
-    import pandas as pd
+    pass
 
 
 def _workbench(options: argparse.Namespace, report: ProgressCallback) -> Session:
@@ -192,7 +194,8 @@ def run(options: argparse.Namespace, report: ProgressCallback) -> dict:
     evaluation = _evaluation(options)
     corpus_identity(evaluation.corpus)  # reject a wrong path before anything is measured
     save = resolve_path(options.save) if options.save else None
-    resumed = getattr(options, "checkpoint_folder", None) and save and is_quantized_folder(save)
+    export = parse_target(options, save)
+    resumed = getattr(options, "checkpoint_folder", None) and save and is_saved_folder(save)
     if save and not resumed:  # one that is may have saved its model already
         check_folder_target(save)
     (quantizer,) = _quantizers(options, [options.quantizer] if options.quantizer else [])
@@ -213,7 +216,7 @@ def run(options: argparse.Namespace, report: ProgressCallback) -> dict:
         made = _plan(options, bench, settings)
     check_choice(quantizer, made.choice, made.axis)
     predicted = _predicted(bench, made, quantizer, settings, evaluation)
-    outcome = bench.run(made, quantizer, evaluation, save, settings=settings)
+    outcome = bench.run(made, quantizer, evaluation, save, settings=settings, export=export)
     return {
         "model": bench.source.name,
         "fingerprint": bench.info.fingerprint,
@@ -264,9 +267,10 @@ def evaluate(options: argparse.Namespace, report: ProgressCallback) -> dict:
     """Evaluate a folder that ``run --save`` wrote, or a model in full precision."""
     request = _evaluation(options)
     source = _source(options)
-    folder = source.local_folder
-    if folder is not None and (folder / MANIFEST_FILE).is_file():
-        device_and_dtype = options.device, options.dtype
+    folder, device_and_dtype = source.local_folder, (options.device, options.dtype)
+    if folder is not None and is_exported_folder(folder):
+        return evaluate_exported(folder, request, Store(options.db), *device_and_dtype, report)
+    if folder is not None and is_quantized_folder(folder):
         trusted = source.trust_remote_code
         return evaluate_saved(
             folder, request, Store(options.db), *device_and_dtype, report, trusted
@@ -366,69 +370,6 @@ def resume(options: argparse.Namespace, report: ProgressCallback) -> dict:
     if job.state != "done":
         raise LsqError(f"Job {job.id} ended as {job.state}: {job.message}")
     return {"job": job.id, "verb": job.verb, "result": job.result()}
-
-
-def results(options: argparse.Namespace, report: ProgressCallback) -> dict:
-    """Every run, newest first: measured here, or published."""
-    frame = _results(options)
-    frame = frame.assign(created=frame["created"].astype(str))
-    return {"results": frame.astype(object).where(frame.notna(), None).to_dict("records")}
-
-
-def _results(options: argparse.Namespace) -> pd.DataFrame:
-    frame = Store(options.db).results(origin="published" if options.published else "measured")
-    if options.model:
-        names = options.model, ModelSource(options.model).name, PUBLISHED + options.model
-        frame = frame[frame["model"].isin(names)]
-    return frame
-
-
-def export(options: argparse.Namespace, report: ProgressCallback) -> dict:
-    """All runs into a table, or one run into a report or BibTeX, as the file's name ends."""
-    from lsq_core.results import export as exports
-
-    tables = {".csv": exports.csv_bytes, ".parquet": exports.parquet_bytes}
-    pages = {".html": _render_report, ".bib": lambda store, record: exports.bibtex(record)}
-    kind = options.out.suffix.lower()
-    if kind not in tables | pages:
-        raise InputError(f"{options.out} must end in one of {', '.join(tables | pages)}.")
-    if (kind in pages) != bool(options.run):
-        needs = "a run with --run" if kind in pages else "no --run, because it contains all runs"
-        raise InputError(f"A {kind} file needs {needs}.")
-    check_file_target(options.out)
-    if kind in tables:
-        frame = _results(options)
-        content, count = tables[kind](frame), len(frame)
-    else:
-        store = Store(options.db)
-        record = store.record(_latest_evaluation(store, options.run))
-        content, count = pages[kind](store, record).encode("utf8"), 1
-    write_bytes(options.out, content, new=True)
-    return {"out": str(options.out), "runs": count, "bytes": len(content)}
-
-
-def _latest_evaluation(store: Store, run: str) -> str:
-    """The newest evaluation of a run that wasn't deleted."""
-    frame = store.results(origin=None)
-    result = frame.loc[frame["run"] == run, "evaluation"]
-    if result.empty:
-        raise InputError(f"There is no run '{run}'; results --json lists them.")
-    return result.iloc[0]
-
-
-def _render_report(store: Store, record: dict) -> str:
-    from lsq_core import charts
-    from lsq_core.jobs.arguments import reproduce_command
-    from lsq_core.results.report import run_report
-
-    own, run = record["evaluation"], record["run"]
-    runs = store.results(run["fingerprint"], origin=run["origin"])
-    same = ["corpus_sha256", "protocol", "tokens"]
-    mine = runs.loc[runs["evaluation"] == own["id"], same].iloc[0]
-    beside = runs[[row.equals(mine) for _, row in runs[same].iterrows()]]
-    figure = charts.perplexity_by_size(charts.add_run_labels(beside), [own["id"]], charts.BITS)
-    matrices = store.model(run["fingerprint"]).matrices
-    return run_report(record, matrices, reproduce_command(record), figure)
 
 
 def import_reference(options: argparse.Namespace, report: ProgressCallback) -> dict:

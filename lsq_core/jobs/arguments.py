@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lsq_core.evaluation.protocol import EvaluationRequest
+from lsq_core.exports.weights.registry import ExportTarget
 from lsq_core.model.source import ModelSource
 from lsq_core.planning.methods import PLANNERS
 from lsq_core.planning.request import PlanRequest
@@ -73,12 +74,16 @@ def _non_default_options(request: PlanRequest, names: Sequence[str]) -> list[str
 
 
 def evaluation_arguments(
-    request: EvaluationRequest, quantizer: str, save: Path | None
+    request: EvaluationRequest,
+    quantizer: str,
+    save: Path | None,
+    export: ExportTarget | None = None,
 ) -> list[str]:
     """The options of ``run`` that say how to quantize, what to evaluate on and what to keep."""
     argv = ["--quantizer", quantizer, "--corpus", request.corpus, "--protocol", request.protocol]
     argv += ["--max-tokens", str(request.max_tokens)] if request.max_tokens else []
-    return argv + (["--save", str(save)] if save else [])
+    argv += ["--save", str(save)] if save else []
+    return argv + (["--format", export.format, "--crossing", export.crossing] if export else [])
 
 
 def sweep_arguments(
@@ -137,7 +142,10 @@ def reproduce_command(record: Mapping[str, Mapping[str, Any]]) -> str:
     )
     argv = ["run", *model_arguments(source, run["device"]), "--dtype", run["dtype"]]
     argv += plan_arguments(request, settings)
-    return _shell_command(argv + evaluation_arguments(evaluation, run["quantizer"], None))
+    save, export = None, None
+    if run.get("exported_from"):
+        save, export = Path(run["saved_to"] or "exported"), ExportTarget(run["format"])
+    return _shell_command(argv + evaluation_arguments(evaluation, run["quantizer"], save, export))
 
 
 def _stored_request(record: Mapping[str, Mapping[str, Any]]) -> tuple[PlanRequest, ProfileSettings]:

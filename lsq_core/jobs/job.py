@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import shlex
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
 from lsq_core.files import DamagedFileError, read_json
+from lsq_core.planning.methods import PLANNERS
 
 #: Seconds a process has to end by itself before it is killed.
 GRACE_S = 1.0
@@ -17,6 +19,8 @@ GRACE_S = 1.0
 PROGRESS_EVERY = 0.2
 ACTIVE_STATES = ("queued", "running")
 STATES = (*ACTIVE_STATES, "done", "failed", "cancelled", "interrupted", "damaged")
+#: More methods than these are counted in a title.
+_FEW_METHODS = 3
 #: The file that says that a person asked for the end; a process that is ended otherwise, by a
 #: shutdown say, was interrupted.
 CANCEL_FILE = "cancel"
@@ -24,6 +28,22 @@ CANCEL_FILE = "cancel"
 WORKING_LOCK = "working.lock"
 #: Bytes at the end of a log that are read.
 _LOG_BYTES = 65536
+#: A budget in bits as it is typed.
+_BITS = re.compile(r"[0-9]*\.?[0-9]+")
+
+
+def _sizes(options: dict[str, str]) -> list[str]:
+    """The size that a command line asks for: ``3.13 bits``, ``base 3.13, 9MiB``."""
+    base, budget = options.get("--base", ""), options.get("--budget", "")
+    number = budget.removesuffix("bpp")
+    if number != budget and _BITS.fullmatch(number):
+        budget = f"{float(number):.2f} bits"
+    loss = options.get("--max-loss", "")
+    if base and not budget:
+        return [f"{base} bits"]
+    sizes = [f"base {base}" if base else "", budget, f"within {loss} loss" if loss else ""]
+    text = ", ".join(filter(None, sizes))
+    return [text] if text else []
 
 
 @dataclass(frozen=True)
@@ -78,14 +98,25 @@ class Job:
 
     @property
     def title(self) -> str:
-        """Verb, method, base or budget, and model in a few words."""
+        """What it does, to which size, and the model: ``MXQ 2.70 bits · demo``."""
         words = dict(itertools.pairwise(self.arguments))
-        if self.verb == "sweep":
-            parts = ["sweep", *self.option_values("--method")]
+        methods = [
+            PLANNERS[name].title if name in PLANNERS else name
+            for name in self.option_values("--method")
+        ]
+        if self.verb == "run":
+            what = " ".join([*methods, *_sizes(words)]) or "Run of a saved plan"
+        elif self.verb == "sweep" and len(methods) <= _FEW_METHODS:
+            what = f"Sweep of {', '.join(methods)}" if methods else "Sweep"
+        elif self.verb == "sweep":
+            what = f"Sweep of {len(methods)} methods"
         else:
-            named = ("--method", "--base", "--budget", "--run")
-            parts = [self.verb or self.id, *(words.get(option, "") for option in named)]
-        return " ".join(part for part in [*parts, words.get("--model", "")] if part)
+            verb = self.verb.capitalize() or self.id
+            what = " ".join([verb, *methods, words.get("--run", "")]).strip()
+        model = words.get("--model", "")
+        if model.startswith(("/", ".", "~")):
+            model = Path(model).name  # the folders before it say nothing here
+        return " · ".join(filter(None, [what, model]))
 
     def option_values(self, option: str) -> list[str]:
         """Every value that an option was given in its command line."""

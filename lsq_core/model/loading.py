@@ -250,8 +250,13 @@ def stored_dtype(folder: Path) -> torch.dtype | None:
     None where nothing tells.
     """
     named = config_dtype(read_config(folder))
-    if named is not None:
-        return named
+    return named if named is not None else most_stored_dtype(folder)
+
+
+def most_stored_dtype(folder: Path) -> torch.dtype | None:
+    """The dtype of most bytes of a checkpoint, None where its files are not all here or no
+    safetensors files.
+    """
     sizes = dict.fromkeys(FLOATS, 0)
     try:
         files = [path for path in weight_files(folder) if path.suffix == ".safetensors"]

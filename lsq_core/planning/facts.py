@@ -29,6 +29,18 @@ def facts(
     return found
 
 
+def layer_means(problem: Problem, metric: str) -> np.ndarray:
+    """Return the mean score of each layer's matrices (layers,), layers ascending; NaN for none."""
+    layers = np.array([m.layer for m in problem.matrices])
+    scores = problem.scores[metric]
+    known = np.isfinite(scores)
+    means = [
+        scores[known & (layers == layer)].mean() if (known & (layers == layer)).any() else np.nan
+        for layer in np.unique(layers)
+    ]
+    return np.array(means)
+
+
 def z_scores(problem: Problem, metric: str) -> np.ndarray:
     """Return Algorithm 1's z for each matrix (n,): how unusual the step to its layer is."""
     found = detect_by_type(problem, metric, top_m=0)

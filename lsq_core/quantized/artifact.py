@@ -96,10 +96,10 @@ def save_quantized(
         When the disk is full or cannot be written.
     """
     check_folder_target(folder)
-    state = _stored_state(model, stored_dtype(source_folder))
+    state = stored_state(model, stored_dtype(source_folder))
     need = sum(t.nbytes for t in state.values())
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _atomic_folder(folder, need) as unfinished:
+    with atomic_folder(folder, need) as unfinished:
         save_file(state, unfinished / WEIGHTS_FILE, metadata={"format": "pt"})
         _copy_model_files(source_folder, unfinished)
         tokenizer.save_pretrained(unfinished)
@@ -119,7 +119,7 @@ def _copy_model_files(source: Path, target: Path) -> None:
 
 
 @contextmanager
-def _atomic_folder(folder: Path, need: int) -> Iterator[Path]:
+def atomic_folder(folder: Path, need: int) -> Iterator[Path]:
     """Yield a hidden folder next to the target, which is renamed to the target on success.
 
     It is locked while it is written. Unfinished folders of the same target that a killed process
@@ -158,15 +158,15 @@ def _atomic_folder(folder: Path, need: int) -> Iterator[Path]:
 
 def _unify_file_modes(folder: Path) -> None:
     """Set the mode of all files by the umask, whatever libraries and copying have set."""
-    mode = stat.S_IMODE((folder / MANIFEST_FILE).stat().st_mode)
+    mode = stat.S_IMODE(folder.stat().st_mode) & 0o666
     for path in folder.rglob("*"):
         if path.is_file():
             path.chmod(mode)
 
 
-def _stored_state(model: nn.Module, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+def stored_state(model: nn.Module, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
     """Each tensor once; unpacked ones in the checkpoint's dtype if the cast is exact."""
-    packed, state = _packed_names(model), {}
+    packed, state = packed_names(model), {}
     for names in _tied_names(model):
         name, tensor = names[0], _tensor(model, names[0]).detach()
         as_is = name in packed or tensor.dtype != torch.float32
@@ -229,13 +229,13 @@ def load_quantized(
     _check_stored(model, header)
     with wrap_library_errors(lambda reason: f"{folder / WEIGHTS_FILE} cannot be loaded: {reason}."):
         state = load_file(folder / WEIGHTS_FILE, device=str(target))
-    _assign_tensors(model, state, compute_dtype)
+    assign_tensors(model, state, compute_dtype)
     model = model.to(target).eval().requires_grad_(False)
     tokenizer = load_tokenizer(source, folder)
     return QuantizedModel(model, tokenizer, manifest, folder, str(target), str(compute_dtype)[6:])
 
 
-def _packed_names(model: nn.Module) -> set[str]:
+def packed_names(model: nn.Module) -> set[str]:
     """Full names of the tensors of packed matrices."""
     return {f"{name}.{part}" for name, m in packed_modules(model).items() for part in m.names}
 
@@ -287,11 +287,11 @@ def make_meta_tensors(stored: TensorLayout) -> dict[str, torch.Tensor]:
 
 def _check_stored(model: nn.Module, header: dict[str, dict]) -> None:
     """Raise :class:`InputError` unless the stored shapes and dtypes match the model's."""
-    packed = _packed_names(model)
+    packed = packed_names(model)
     for name, tensor in model.state_dict().items():
         entry = header.get(name)
         if entry is None:
-            continue  # tied to another tensor, or missing, which _assign_tensors reports
+            continue  # tied to another tensor, or missing, which assign_tensors reports
         shape, dtype = tuple(entry["shape"]), entry["dtype"]
         wrong = torch_dtype(dtype) != tensor.dtype if name in packed else dtype not in FLOATS
         wrong = wrong and tensor.is_floating_point() if name not in packed else wrong
@@ -303,9 +303,9 @@ def _check_stored(model: nn.Module, header: dict[str, dict]) -> None:
             )
 
 
-def _assign_tensors(model: nn.Module, state: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+def assign_tensors(model: nn.Module, state: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
     """Assign the stored tensors: packed ones unchanged, all others in the compute dtype."""
-    packed = _packed_names(model)
+    packed = packed_names(model)
     cast = {
         n: t if n in packed or not t.is_floating_point() else t.to(dtype) for n, t in state.items()
     }
@@ -320,6 +320,10 @@ def _assign_tensors(model: nn.Module, state: dict[str, torch.Tensor], dtype: tor
 
 __all__ = [
     "QuantizedModel",
+    "assign_tensors",
+    "atomic_folder",
     "load_quantized",
+    "packed_names",
     "save_quantized",
+    "stored_state",
 ]

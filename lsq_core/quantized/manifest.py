@@ -90,8 +90,10 @@ def is_quantized_folder(folder: Path) -> bool:
     return (folder / MANIFEST_FILE).is_file()
 
 
-def read_manifest(folder: Path, required_keys: Sequence[str] = LOAD_KEYS) -> dict:
-    """Read the plan and provenance of a saved model.
+def read_manifest(
+    folder: Path, required_keys: Sequence[str] = LOAD_KEYS, name: str = MANIFEST_FILE
+) -> dict:
+    """Read the plan and provenance of a saved model, or of an exported one by its file's name.
 
     Raises
     ------
@@ -99,11 +101,9 @@ def read_manifest(folder: Path, required_keys: Sequence[str] = LOAD_KEYS) -> dic
         When the folder has no manifest, or one that is damaged, lacks a required key or is of a
         newer format.
     """
-    path = folder / MANIFEST_FILE
-    if not is_quantized_folder(folder):
-        raise InputError(
-            f"{folder} is not a model that LSQ Explorer saved: it has no {MANIFEST_FILE}."
-        )
+    path = folder / name
+    if not path.is_file():
+        raise InputError(f"{folder} is not a model that LSQ Explorer saved: it has no {name}.")
     check_links(folder)
     try:
         manifest = read_json_object(path)
@@ -121,9 +121,8 @@ def read_manifest(folder: Path, required_keys: Sequence[str] = LOAD_KEYS) -> dic
     if missing or wrong:
         what = f"has no {missing[0]}" if missing else f"has an invalid {wrong[0]}"
         raise InputError(f"{path} is damaged: it {what}; save the model again.")
-    if CHECKSUMS in manifest and manifest[CHECKSUMS].get(MANIFEST_FILE) != _manifest_sha256(
-        manifest
-    ):
+    own = _manifest_sha256(manifest, name) if CHECKSUMS in manifest else None
+    if own is not None and manifest[CHECKSUMS].get(name) != own:
         raise InputError(f"{path} is damaged: {_CHECKSUM_MISMATCH}.")
     return manifest
 
@@ -148,11 +147,17 @@ _CHECKSUM_MISMATCH = (
 )
 
 
-def with_checksums(manifest: dict, folder: Path) -> dict:
-    """Return the manifest to write, with the SHA-256 of all files that affect a result."""
+def with_checksums(
+    manifest: dict, folder: Path, name: str = MANIFEST_FILE, files: Sequence[Path] | None = None
+) -> dict:
+    """Return the manifest to write under ``name``, with the SHA-256 of files that affect a result.
+
+    They are those of a saved model unless ``files`` are given.
+    """
+    files = _checksummed_files(folder) if files is None else files
     complete = json.loads(json.dumps({"format": FORMAT_VERSION} | manifest))
-    complete[CHECKSUMS] = {path.name: file_sha256(path) for path in _checksummed_files(folder)}
-    complete[CHECKSUMS][MANIFEST_FILE] = _manifest_sha256(complete)
+    complete[CHECKSUMS] = {path.name: file_sha256(path) for path in files}
+    complete[CHECKSUMS][name] = _manifest_sha256(complete, name)
     return complete
 
 
@@ -162,9 +167,9 @@ def _checksummed_files(folder: Path) -> list[Path]:
     return [folder / WEIGHTS_FILE, folder / "config.json", *beside]
 
 
-def _manifest_sha256(manifest: dict) -> str:
+def _manifest_sha256(manifest: dict, name: str) -> str:
     """SHA-256 of all entries of a manifest, including the checksums of the other files."""
-    sums = {name: value for name, value in manifest[CHECKSUMS].items() if name != MANIFEST_FILE}
+    sums = {file: value for file, value in manifest[CHECKSUMS].items() if file != name}
     text = json.dumps(manifest | {CHECKSUMS: sums}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 

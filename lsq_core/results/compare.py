@@ -18,6 +18,21 @@ from lsq_core.planning.methods import mixes_rows, reads_field
 _COMPARISON_KEY = ("fingerprint", "corpus", "corpus_sha256", "protocol", "tokens")
 
 
+def same_measurement(runs: pd.DataFrame, evaluation: str) -> pd.DataFrame:
+    """The rows of one model, corpus, protocol, number of tokens and origin: those of an evaluation.
+
+    ``runs`` are of :meth:`lsq_core.store.store.Store.results`. What was measured here and what came
+    with the project are of one origin; what was published is of another.
+    """
+    own = runs[runs["evaluation"] == evaluation].iloc[0]
+    keys = ["fingerprint", "corpus_sha256", "protocol", "tokens"]
+    same = pd.concat(
+        [runs[key].eq(own[key]) | (runs[key].isna() & pd.isna(own[key])) for key in keys], axis=1
+    ).all(axis=1)
+    published = runs["origin"] == "published"
+    return runs[same & (published == (own["origin"] == "published"))]
+
+
 @dataclass(frozen=True)
 class WinTieLoss:
     """How many comparisons a method won, tied and lost against another."""
@@ -310,6 +325,8 @@ def run_settings(record: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         "ties": "; ".join(request_fields.get("ties") or []),
         "server": request_fields.get("serve"),
         "quantizer": run["quantizer"],
+        "format": run["format"] if run.get("format", "lsq") != "lsq" else None,
+        "exported from run": run.get("exported_from"),
         "axis": content.get("axis"),
         "metadata": content.get("metadata"),
         "calibration": profile.get("calibration"),

@@ -133,7 +133,9 @@ def _save_run(
     own = replace(own, times=seconds | {"whole": model.clock.total})
     with model.store.held():
         if "plan" not in made.row:
-            made.row["plan"] = model.store.find_run_plan(made.run) or model.store.save_plan(
+            # An export has the plan of the run that it came from, which is stored before it.
+            run = made.row.get("exported_from") or made.run
+            made.row["plan"] = model.store.find_run_plan(run) or model.store.save_plan(
                 made.plan, model.info.fingerprint, made.plan.profile, made.plan_name
             )
         model.store.save_full_precision(model.info.fingerprint, full)

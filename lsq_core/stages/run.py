@@ -272,8 +272,15 @@ def _save(
     from lsq_core.quantized.artifact import save_quantized
 
     model.report("save", 0, 1, f"saving to {folder}")
+    manifest = make_manifest(model, plan, run_id)
+    size = save_quantized(quantized, model.loaded.tokenizer, manifest, folder, model.loaded.folder)
+    model.report("save", 1, 1, f"{format_bytes(size)} on disk")
+
+
+def make_manifest(model: OpenModel, plan: Plan, run_id: str) -> dict:
+    """The plan and provenance that are saved with a quantized model."""
     profile = model.store.profile(plan.profile) if plan.profile else None
-    manifest = plan.to_json() | {
+    return plan.to_json() | {
         "run": run_id,
         "profile": plan.profile,
         "profile_provenance": profile.provenance if profile else None,
@@ -284,8 +291,6 @@ def _save(
         "dtype": model.loaded.dtype,
         "versions": versions(*required_packages([plan.quantizer])),
     }
-    size = save_quantized(quantized, model.loaded.tokenizer, manifest, folder, model.loaded.folder)
-    model.report("save", 1, 1, f"{format_bytes(size)} on disk")
 
 
 def make_run_row(model: OpenModel, plan: Plan, measured: int, seconds: float) -> dict:

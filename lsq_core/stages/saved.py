@@ -98,9 +98,14 @@ def rebuild_run(
     Raises
     ------
     InputError
-        When there is no such run, or the model is another one now.
+        When there is no such run, it is an export, or the model is another one now.
     """
     kept = store.run(run)
+    if kept["exported_from"]:
+        raise InputError(
+            f"Run {run} was measured as {kept['format']}; give the run that it was exported from, "
+            f"{kept['exported_from']}, or evaluate its folder with eval."
+        )
     dtype = kept["dtype"] if dtype == "auto" else dtype
     source = source or ModelSource(kept["source"], kept["revision"], trust_remote_code)
     session = open_original(source, kept["fingerprint"], store, device, dtype, report)

@@ -21,7 +21,8 @@ _RESULTS_SQL = """
     SELECT e.id AS evaluation, r.id AS run, r.plan, m.source AS model, r.fingerprint,
            r.method, p.asked[1] ->> '$' AS base,
            p.bits_per_param, p.planned_bytes, r.measured_bytes, r.model_bytes,
-           r.quantizer, e.corpus, e.corpus_sha256, e.truncated, e.protocol, e.tokens,
+           CASE WHEN r.format = 'lsq' THEN r.quantizer ELSE r.quantizer || ' as ' || r.format END
+           AS quantizer, e.corpus, e.corpus_sha256, e.truncated, e.protocol, e.tokens,
            e.perplexity, f.perplexity AS perplexity_full,
            e.perplexity / f.perplexity - 1 AS increase,
            e.full_precision, e.pairing, e.kl IS NULL AND r.origin <> 'published' AS saved_model,
@@ -29,7 +30,7 @@ _RESULTS_SQL = """
            r.device, r.machine, r.dtype, r.saved_to,
            CAST(p.asked[2] AS VARCHAR) AS request, p.profile, p.asked[3] ->> '$' AS metadata,
            CAST(p.asked[4] ->> '$' AS INTEGER) AS axis, r.created, r.origin,
-           r.starred, r.note
+           r.starred, r.note, r.format, r.exported_from
     FROM evaluations e
     JOIN runs r ON e.run = r.id
     LEFT JOIN (
@@ -40,6 +41,23 @@ _RESULTS_SQL = """
     LEFT JOIN models m ON r.fingerprint = m.fingerprint
     LEFT JOIN evaluations f ON f.id = e.full_precision
     WHERE r.deleted IS NULL
+"""
+
+
+#: The newest full-precision evaluation of each GGUF file that stands beside an evaluation.
+_GGUF_BASELINES_SQL = """
+    SELECT m.source AS model, m.config ->> '$.gguf.type' AS type,
+           CAST(m.config ->> '$.gguf.block_bytes' AS BIGINT) AS block_bytes, m.file_bytes,
+           arg_max(e.perplexity, e.created) AS perplexity
+    FROM evaluations own
+    JOIN models run_model ON run_model.fingerprint = own.fingerprint
+    JOIN evaluations e ON e.run IS NULL AND e.corpus_sha256 = own.corpus_sha256
+        AND e.protocol = own.protocol AND e.tokens = own.tokens
+    JOIN models m ON m.fingerprint = e.fingerprint AND m.layers = run_model.layers
+        AND m.linear_parameters = run_model.linear_parameters
+    WHERE own.id = ? AND m.config ->> '$.gguf.block_bytes' IS NOT NULL
+    GROUP BY m.fingerprint, m.source, m.config, m.file_bytes
+    ORDER BY block_bytes
 """
 
 
@@ -60,6 +78,8 @@ class ResultTables(DatabaseFile):
         later one takes its place. ``pairing`` is ``measured`` or ``published``; ``inferred`` where
         an older version kept no pair and versions may differ; None where there is none.
         ``saved_model`` marks an evaluation of a saved model alone.
+        ``format`` is that in which the weights were measured; of a run that was exported from
+        another (``exported_from``), ``quantizer`` names it too: ``hqq as gguf``.
         ``origin`` is ``measured`` (by this project, here or shipped with it, as each row's own
         ``origin`` says), ``published``, or None for both together. A published row has
         no ``measured_bytes``; its ``model_bytes`` are the whole model's storage, as published.
@@ -156,6 +176,16 @@ class ResultTables(DatabaseFile):
         rows_by_table = {"evaluation": own, "full": full or {}, "run": run, "plan": plan}
         rows_by_table |= {"model": model or {}, "profile": profile}
         return {name: _decode_json_columns(row) for name, row in rows_by_table.items()}
+
+    def gguf_baselines(self, evaluation: str) -> pd.DataFrame:
+        """The GGUF files evaluated as a run was: ``model, type, block_bytes, file_bytes,
+        perplexity``.
+
+        These are the run's own model where it was read from such a file, and others of as many
+        layers and planned weights, on the same text by the same protocol and as many tokens.
+        ``block_bytes`` are what the weight matrices of decoder blocks take in the file.
+        """
+        return self.query(_GGUF_BASELINES_SQL, [evaluation])
 
     def snapshot(self, path: Path) -> None:
         """Write all there is at this moment into a new database file, with a view ``results``.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -116,55 +116,55 @@ class RunTables(DatabaseFile):
     def find_evaluations(self, fingerprint: str, method: str, quantizer: str) -> pd.DataFrame:
         """One row an evaluation of these runs, newest first, by what makes two of them the same.
 
-        ``run, plan, content, device, dtype, versions, evaluation, corpus_sha256, protocol,
-        provenance, kl``; ``content`` is the plan's JSON, and ``kl`` is NaN where the model was
-        evaluated without full precision beside it.
+        ``run, origin, plan, content, device, dtype, versions, evaluation, corpus_sha256, protocol,
+        provenance, kl``; runs that came with the project come after one's own, and published ones
+        and exports are left out. ``content`` is the plan's JSON, and ``kl`` is NaN where the model
+        was evaluated without full precision beside it.
         """
         return self.query(
-            "SELECT r.id AS run, r.plan, CAST(p.content AS VARCHAR) AS content, r.device, "
-            "r.dtype, CAST(r.versions AS VARCHAR) AS versions, e.id AS evaluation, "
+            "SELECT r.id AS run, r.origin, r.plan, CAST(p.content AS VARCHAR) AS content, "
+            "r.device, r.dtype, CAST(r.versions AS VARCHAR) AS versions, e.id AS evaluation, "
             "e.corpus_sha256, e.protocol, CAST(e.provenance AS VARCHAR) AS provenance, e.kl "
             "FROM runs r JOIN plans p ON r.plan = p.id JOIN evaluations e ON e.run = r.id "
-            "WHERE r.fingerprint = ? AND r.method = ? AND r.quantizer = ? "
-            "AND r.origin = 'measured' AND r.deleted IS NULL "
-            "ORDER BY r.created DESC, e.created DESC",
+            "WHERE r.fingerprint = ? AND r.method = ? AND r.quantizer = ? AND r.format = 'lsq' "
+            "AND r.origin <> 'published' AND r.deleted IS NULL "
+            "ORDER BY r.origin = 'shipped', r.created DESC, e.created DESC",
             [fingerprint, method, quantizer],
         )
 
     def add_evaluation(
-        self, manifest: dict, measured_bytes: int, folder: str, evaluation: Evaluation
+        self,
+        manifest: dict,
+        measured_bytes: int,
+        folder: str,
+        evaluation: Evaluation,
+        exported: Mapping[str, object] | None = None,
     ) -> None:
         """Keep an evaluation of a saved model with its run; an unknown run is added first.
 
         A run that was deleted is there again.
 
-        ``manifest`` is what :func:`lsq_core.quantized.manifest.read_manifest` gives.
+        ``manifest`` is what :func:`lsq_core.quantized.manifest.read_manifest` gives, and
+        ``exported`` the columns in which the run of an export differs from the one it came from,
+        ``exported_from`` among them.
         """
         run, fingerprint = manifest["run"], manifest["fingerprint"]
         with self.transaction() as connection:
             known = connection.execute("SELECT 1 FROM runs WHERE id = ?", [run]).fetchone()
             if not known:
-                plan = new_id()
-                insert_row(
-                    connection,
-                    "plans",
-                    id=plan,
-                    fingerprint=fingerprint,
-                    content=json_text(manifest),
-                    created=now(),
-                    **{k: manifest[k] for k in _PLAN_COLUMNS},
-                )
+                columns = {k: manifest[k] for k in _RUN_COLUMNS} | dict(exported or {})
+                source = columns.get("exported_from", "")
                 insert_row(
                     connection,
                     "runs",
                     id=run,
-                    plan=plan,
+                    plan=_plan_of(connection, source) or _insert_plan(connection, manifest),
                     fingerprint=fingerprint,
                     measured_bytes=measured_bytes,
                     saved_to=folder,
                     versions=json_text(manifest["versions"]),
                     created=now(),
-                    **{k: manifest[k] for k in _RUN_COLUMNS},
+                    **columns,
                 )
             connection.execute("UPDATE runs SET deleted = NULL WHERE id = ?", [run])
             _add_evaluation(connection, evaluation, run, fingerprint)
@@ -236,6 +236,27 @@ class RunTables(DatabaseFile):
             "LEFT JOIN models m ON r.fingerprint = m.fingerprint "
             "WHERE r.deleted IS NOT NULL ORDER BY r.deleted DESC, r.id"
         )
+
+
+def _plan_of(connection: duckdb.DuckDBPyConnection, run: str) -> str | None:
+    """The plan of a run, or None where there is no such run."""
+    row = connection.execute("SELECT plan FROM runs WHERE id = ?", [run]).fetchone()
+    return row[0] if row else None
+
+
+def _insert_plan(connection: duckdb.DuckDBPyConnection, manifest: dict) -> str:
+    """Add the plan of a saved model; returns its id."""
+    plan = new_id()
+    insert_row(
+        connection,
+        "plans",
+        id=plan,
+        fingerprint=manifest["fingerprint"],
+        content=json_text(manifest),
+        created=now(),
+        **{k: manifest[k] for k in _PLAN_COLUMNS},
+    )
+    return plan
 
 
 def _matching_evaluations(

@@ -116,4 +116,10 @@ MIGRATIONS = [
     """
     ALTER TABLE evaluations ADD COLUMN divergence JSON;
     """,
+    # The format that a run's weights were measured in: this project's own, or that of another tool,
+    # into which the model of another run was exported.
+    """
+    ALTER TABLE runs ADD COLUMN format VARCHAR DEFAULT 'lsq';
+    ALTER TABLE runs ADD COLUMN exported_from VARCHAR;
+    """,
 ]

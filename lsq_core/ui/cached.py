@@ -7,6 +7,7 @@ seen at once; problems and plans by the identity of what they are made from.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -123,6 +124,16 @@ def newest_settings(store: Store, info: ModelInfo) -> ProfileSettings | None:
     """The settings of the model's newest profile, if it has one."""
     table = _profiles(store, file_version(store), info.fingerprint)
     return ProfileSettings(**json.loads(table["settings"].iloc[0])) if len(table) else None
+
+
+def settings_with(store: Store, info: ModelInfo, metrics: Sequence[str]) -> ProfileSettings | None:
+    """The settings of the model's newest profile that holds all of some metrics, if any does."""
+    contents = profile_contents(store)
+    held = contents.groupby("id")["metric"].agg(set)
+    for row in _profiles(store, file_version(store), info.fingerprint).itertuples():
+        if set(metrics) <= held.get(row.id, set()):
+            return ProfileSettings(**json.loads(row.settings))
+    return None
 
 
 @st.cache_data(max_entries=16, show_spinner=False)

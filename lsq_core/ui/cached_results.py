@@ -13,13 +13,14 @@ import pandas as pd
 
 from lsq_core.charts import add_run_labels
 from lsq_core.errors import InputError
-from lsq_core.evaluation.bootstrap import PerplexityDifference, bootstrap_difference
 from lsq_core.evaluation.prediction import Prediction, Predictor, features
 from lsq_core.model.info import ModelInfo
 from lsq_core.model.source import ModelSource
 from lsq_core.planning.request import PlanRequest
 from lsq_core.profiling.profile import Profile
 from lsq_core.profiling.settings import ProfileSettings
+from lsq_core.results import difference
+from lsq_core.results.difference import RunDifference
 from lsq_core.serve import SNAPSHOT
 from lsq_core.session import Session
 from lsq_core.store.store import Store
@@ -180,32 +181,24 @@ def _record(_store: Store, at: FileVersion, evaluation: str) -> dict[str, dict]:
     return _store.record(evaluation)
 
 
-@dataclass(frozen=True)
-class RunDifference:
-    """A run's perplexity against another's, and over how many common windows."""
-
-    difference: PerplexityDifference
-    windows: int
-
-
 def run_difference(store: Store, a: str, b: str) -> RunDifference:
-    """The relative difference of two evaluations with its paired bootstrap interval.
-
-    Raises
-    ------
-    InputError
-        If windows of one were not kept, or they are of different texts.
-    """
+    """See :func:`lsq_core.results.difference.run_difference`."""
     return _run_difference(store, file_version(store), a, b)
 
 
 @st.cache_data(max_entries=512, show_spinner=False)
 def _run_difference(_store: Store, at: FileVersion, a: str, b: str) -> RunDifference:
-    nll, counts = _store.windows(a)
-    other, other_counts = _store.windows(b)
-    if counts.shape != other_counts.shape or (counts != other_counts).any():
-        raise InputError("The two runs scored different windows, so they cannot be compared.")
-    return RunDifference(bootstrap_difference(nll, other, counts), len(nll))
+    return difference.run_difference(_store, a, b)
+
+
+def gguf_baselines(store: Store, evaluation: str) -> pd.DataFrame:
+    """GGUF files to compare with; see :meth:`lsq_core.store.store.Store.gguf_baselines`."""
+    return _gguf_baselines(store, file_version(store), evaluation)
+
+
+@st.cache_data(max_entries=16, show_spinner=False)
+def _gguf_baselines(_store: Store, at: FileVersion, evaluation: str) -> pd.DataFrame:
+    return _store.gguf_baselines(evaluation)
 
 
 def deleted_runs(store: Store) -> pd.DataFrame:

@@ -61,20 +61,23 @@ def follow(
     job: Job,
     render_headline: Callable[[Job], None] | None = None,
     detail: Callable[[Job], None] | None = None,
+    open_log: bool = True,
 ) -> None:
     """Show a job, looking again while it is active.
 
     ``render_headline`` is called first, each time, and ``detail`` under the bar; the sidebar
-    redraws the page when the job has ended.
+    redraws the page when the job has ended. The log begins opened or closed.
     """
     every = sidebar.POLL_SECONDS if job.active else None
-    st.fragment(_panel, run_every=every)(job.folder, render_headline, detail)
+    open_log = open_log and job.verb != "sweep"
+    st.fragment(_panel, run_every=every)(job.folder, render_headline, detail, open_log)
 
 
 def _panel(
     folder: Path,
     render_headline: Callable[[Job], None] | None,
     detail: Callable[[Job], None] | None,
+    open_log: bool,
 ) -> None:
     try:
         job = jobs.read(folder)
@@ -98,7 +101,7 @@ def _panel(
         detail(job)
     log = job.log_tail(5 if job.active else 7)
     if log and job.state != "done":
-        with st.expander("Log", expanded=job.verb != "sweep"):
+        with st.expander("Log", expanded=open_log):
             st.code(log, language=None)
 
 

@@ -12,6 +12,7 @@ import streamlit as st
 from lsq_core.bits import LADDER
 from lsq_core.model.info import Matrix
 from lsq_core.planning.constraints import restrict
+from lsq_core.planning.facts import layer_means
 from lsq_core.planning.make import make_frontier
 from lsq_core.planning.methods import PLANNERS
 from lsq_core.planning.problem import Problem
@@ -19,6 +20,7 @@ from lsq_core.planning.request import PlanRequest
 from lsq_core.ui.planner import (
     Curve,
     FreePlans,
+    LayerScores,
     LiveMethod,
     MatrixFacts,
     Preset,
@@ -73,7 +75,15 @@ def random_model(layers: int, experts: int = 1, seed: int = 0) -> Problem:
 
 def curve(shift: float) -> Curve:
     """A perplexity that falls along the budget."""
-    bits = np.linspace(2.1, 8.6, 200)
+    return falling_curve(np.linspace(2.1, 8.6, 200), shift)
+
+
+def uniform_curve() -> Curve:
+    """What is predicted of the uniform plans: more than of any other."""
+    return falling_curve(np.array([c.nominal_bits for c in LADDER]), 5)
+
+
+def falling_curve(bits: np.ndarray, shift: float) -> Curve:
     perplexity = FULL * np.exp((12 + shift) * np.exp(-1.5 * (bits - 1)))
     return Curve(bits, perplexity, perplexity * 0.985, perplexity * 1.02, FULL)
 
@@ -92,7 +102,10 @@ def build_methods(
         unit = "" if frontier.cost is None else "squared output error"
         free = FreePlans(make_frontier(model, request), curve(2 * k - 6)) if serve else None
         title = PLANNERS[name].title
-        methods.append(LiveMethod(name, title, frontier, unit, curve(2 * k), free=free))
+        scores = LayerScores("sensitivity", "Sensitivity", layer_means(problem, "sensitivity"))
+        methods.append(
+            LiveMethod(name, title, frontier, unit, curve(2 * k), scores=scores, free=free)
+        )
     return problem, methods
 
 
@@ -134,6 +147,7 @@ def app() -> None:
         ],
         fixed=fixed,
         feasible=(low, high),
+        uniform=None if "alone" in query else uniform_curve(),
         pins=pins,
         on_pins=lambda new_pins: st.session_state.update(pins=new_pins),
     )

@@ -95,14 +95,25 @@ def plan_for_budget(user) -> None:
     )
     bits = float(re.match(r"[\d.]+", user.wait_for_headline("bits:"))[0])
     assert start - 0.2 < bits <= round(budget, 2) + 0.005
-    user.click("Quantize and evaluate")
 
 
 def run_plan(user) -> str:
-    user.wait_for_headline("No runs yet")
+    """Start it on the Plan page, see it end there, and open it on the Run page."""
+    from selenium.webdriver.common.keys import Keys
+
+    user.click("Evaluation")
     user.type("Max tokens", "4000")
+    user.press(Keys.ESCAPE)
     user.click("Quantize and evaluate")
     user.wait(lambda: user.all("[data-testid=stSidebar] [data-testid=stProgress]"))
+    panel = ".st-key-plan-run"
+    user.wait(lambda: user.all(f"{panel} [data-testid=stProgress]"), why="no progress in place")
+    user.wait(
+        lambda: [e for e in user.all(panel) if "Perplexity" in e.text],
+        120,
+        why="no result in place",
+    )
+    user.navigate_to("Run")
     line = user.wait_for_headline("Perplexity", 120)
     shown = user.metric("Perplexity")
     assert f"{float(shown):.2f}" in line

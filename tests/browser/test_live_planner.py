@@ -14,9 +14,11 @@ import pytest
 from lsq_core.bits import LADDER, Budget
 from lsq_core.model.info import Matrix
 from lsq_core.planning.constraints import restrict
+from lsq_core.planning.facts import layer_means
 from lsq_core.planning.frontier import Frontier
 from lsq_core.planning.make import make_frontier, make_plan
 from lsq_core.planning.methods import PLANNERS
+from lsq_core.planning.methods.uniform import uniform_within
 from lsq_core.planning.pins import apply_pins
 from lsq_core.planning.problem import Problem
 from lsq_core.planning.request import PlanRequest
@@ -310,15 +312,27 @@ class PlannerPage:
 
     def hold_thumb(self):
         """Hold the slider's thumb."""
-        slider, [low, cell_height] = self.find_part(".slider"), self.range
-        share = (self.bits - low) / (cell_height - low)
+        slider = self.find_part(".slider")
         width = slider.size["width"]
-        offset = 9 + share * (width - 18) - width / 2
+        offset = self.pixel(self.bits) - width / 2
         return self.actions().move_to_element_with_offset(slider, offset, 0).click_and_hold()
 
     @property
     def range(self) -> list[float]:
-        return [float(self.find_part(".slider").get_attribute(end)) for end in ("min", "max")]
+        return [self.track[0][0], self.track[0][-1]]
+
+    @property
+    def track(self) -> tuple[list[float], list[float]]:
+        """Budgets and the shares of the track where they stand, which is straight between."""
+        return tuple(
+            [float(text) for text in self.data(name).split(",")]
+            for name in ("track-bits", "track-shares")
+        )
+
+    def pixel(self, bits: float) -> float:
+        """Where a budget stands on the slider."""
+        width = self.find_part(".slider").size["width"]
+        return 9 + np.interp(bits, *self.track) * (width - 18)
 
     def press(self, *keys: str) -> None:
         self.find_part(".slider").send_keys(*keys)
@@ -345,7 +359,7 @@ def test_slider_drag_updates_cells_before_release(user):
     before, runs = live.choice(), live.runs
     assert before.tolist() == plan_at(3.25).tolist()
     screenshot = live.find_part(".cells canvas").screenshot_as_base64
-    live.hold_thumb().move_by_offset(64, 0).perform()
+    live.hold_thumb().move_by_offset(160, 0).perform()
     user.wait(lambda: live.bits > 3.5)
     held, at = live.choice(), live.bits
     assert held.tolist() == plan_at(at).tolist()
@@ -454,6 +468,63 @@ def test_readout_matches_python_plan(user):
     )
 
 
+def test_readout_compares_with_uniform_as_python_does(user):
+    """With the largest uniform plan that is not larger, in memory and in predicted perplexity."""
+    live = PlannerPage(user, "layers=24&budget=3.4")
+    uniform, own = planner_app.uniform_curve(), planner_app.curve(0)
+    for bits in (3.4, 3.2, 4.7, 2.2):
+        live.type(str(bits))
+        live.committed(bits)
+        plan = make_plan(planner_app.random_model(24), PlanRequest("mxq", budget=f"{bits}bpp"))
+        reference = uniform_within(plan.bits_per_param)
+        memory = signed_percent(plan.bits_per_param / reference.nominal_bits - 1)
+        assert live.text(".readout td.more span") == memory
+        assert live.text(".readout td.more small") == f"uniform {reference.stop_name}"
+        predicted = np.interp(bits, own.bits, own.perplexity)
+        gain = predicted / uniform.perplexity[LADDER.index(reference)] - 1
+        assert live.text(".readout td.gain span") == signed_percent(gain)
+    alone = PlannerPage(user, "layers=24&alone=1")
+    assert not alone.root.find_elements("css selector", ".readout td.gain")
+
+
+_SCORE_HEIGHTS = """
+const canvas = arguments[0].querySelector('.scores canvas');
+const { data, width, height } = canvas.getContext('2d').getImageData(
+  0, 0, canvas.width, canvas.height);
+return Array.from({ length: arguments[1] }, (_, k) => {
+  const x = Math.round((k + 0.5) * width / arguments[1]);
+  let filled = 0;
+  for (let y = 0; y < height; y++) if (data[4 * (y * width + x) + 3] > 0) filled++;
+  return filled;
+});
+"""
+
+
+def test_scores_stand_above_their_layers(user):
+    live = PlannerPage(user, "layers=24")
+    heights = np.array(live.driver.execute_script(_SCORE_HEIGHTS, live.root, 24), dtype=float)
+    scores = np.log(layer_means(planner_app.random_model(24), "sensitivity"))
+    wanted = (scores - scores.min()) / (scores.max() - scores.min())
+    assert heights.min() > 0
+    span = heights.max() - heights.min()
+    assert (heights - heights.min()) / span == pytest.approx(wanted, abs=1.5 / span)
+    cells, bars = live.find_part(".cells").rect, live.find_part(".scores").rect
+    assert (cells["x"], cells["width"]) == (bars["x"], bars["width"])
+
+
+def test_track_is_folded_where_nothing_is_decided(user):
+    live = PlannerPage(user, "layers=24&budget=3.4")
+    width = live.find_part(".slider").size["width"]
+    low, high = live.range
+    assert live.pixel(low) == 9
+    assert live.pixel(high) == pytest.approx(width - 9)
+    assert live.pixel(4.51) > 0.75 * width
+    live.hold_thumb().move_by_offset(round(live.pixel(8.2) - live.pixel(3.4)), 0).perform()
+    user.wait(lambda: 8.05 < live.bits < 8.4)
+    live.actions().release().perform()
+    live.committed(live.bits)
+
+
 def test_slider_keyboard_steps(user):
     from selenium.webdriver.common.keys import Keys
 
@@ -477,10 +548,8 @@ def test_slider_drag_snaps_to_stops_and_keys_do_not(user):
 
     live = PlannerPage(user, "methods=uniform&budget=3.4")
     stop = LADDER[4]  # b3g64, 3.25
-    low, cell_height = live.range
-    pixel = (cell_height - low) / (live.find_part(".slider").size["width"] - 18)
-    browser_plans = round((stop.nominal_bits - 3.4) / pixel) - 1  # a pixel or two below the stop
-    live.hold_thumb().move_by_offset(browser_plans, 0).release().perform()
+    move = round(live.pixel(stop.nominal_bits) - live.pixel(3.4)) - 1  # a pixel or two below
+    live.hold_thumb().move_by_offset(move, 0).release().perform()
     user.wait(lambda: live.bits == pytest.approx(stop.nominal_bits, abs=1e-9), why="no snap")
     live.committed(round(stop.nominal_bits, 4))
     assert set(live.choice()) == {4}
@@ -553,7 +622,7 @@ def test_slider_follows_budget_set_by_python(user):
 
 def test_rerun_during_drag_keeps_slider_position(user):
     live = PlannerPage(user)
-    live.hold_thumb().move_by_offset(60, 0).perform()
+    live.hold_thumb().move_by_offset(160, 0).perform()
     user.wait(lambda: live.bits > 3.5)
     held = live.bits
     other_button = user.first("[data-testid=stButton] button")

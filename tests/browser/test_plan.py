@@ -61,7 +61,7 @@ def test_slider_release_commits_budget_to_page_and_url(user):
     """Drawn while it moves, committed on release, in the headline and in the address."""
     page = PlanPage(user, f"model={LARGE}&method=mxq&budget=3.25")
     choice_before, line = page.choice(), user.first_line
-    page.hold_thumb().move_by_offset(80, 0).perform()
+    page.hold_thumb().move_by_offset(160, 0).perform()
     user.wait(lambda: page.bits > 3.5)
     assert (page.choice() != choice_before).any()
     assert user.first_line == line, "the page waits for the release"

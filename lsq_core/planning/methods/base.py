@@ -18,6 +18,12 @@ class Planner(Protocol):
     title: str
     #: One sentence on what it does.
     meaning: str
+    #: What its card tells: what it does in two sentences, where it comes from, what it is best for,
+    #: and where it is known to fail. Empty where nothing is known.
+    summary: str
+    source: str
+    use: str
+    limits: str
     #: Colour and Plotly marker symbol in charts.
     color: str
     symbol: str
@@ -44,6 +50,7 @@ class Planner(Protocol):
 class LadderPlanner:
     """A planner that gives each matrix a configuration of the ladder, as all but one do."""
 
+    summary = source = use = limits = ""
     metrics: tuple[str, ...] = ()
     fields: tuple[str, ...] = ()
     reads_rows = False

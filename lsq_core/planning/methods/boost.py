@@ -104,6 +104,21 @@ class SensiBoost(_Boost):
     name = "sensiboost"
     title = "SensiBoost"
     meaning = "More bits for the layers that Algorithm 1 flags by activation sensitivity."
+    summary = (
+        "All matrices start from one configuration; layers whose activation sensitivity jumps "
+        "against the layer before (z > 3) get a few steps more. Each module type is examined "
+        "on its own."
+    )
+    source = "Zhang et al., Towards Superior Quantization Accuracy (arXiv 2503.06518), Algorithm 1"
+    use = (
+        "Bases of 3.5 to 4.5 bits: on SmolLM2 (8,192 tokens of WikiText-2) 8.8 % lower "
+        "perplexity for 1.2 % more bits than uniform 3.51."
+    )
+    limits = (
+        "Fewer than twelve layers cannot pass the threshold, and the first layer has no layer "
+        "before it. Where the base itself is too small it does not help: on SmolLM2 at 3.2 "
+        "bits perplexity was 480, against 419 of uniform 3.13."
+    )
     color, symbol = "#CC6699", "diamond"
     metrics = ("sensitivity",)
     fields = ("boost_stop", "top_m", "metric")
@@ -119,6 +134,19 @@ class KurtBoost(_Boost):
     name = "kurtboost"
     title = "KurtBoost"
     meaning = "More bits for the layers that Algorithm 1 flags by weight kurtosis."
+    summary = (
+        "As SensiBoost, with the kurtosis of the weights in place of sensitivity: layers with "
+        "heavy tails get more bits. It reads the weights alone and needs no text."
+    )
+    source = "Zhang et al., Towards Superior Quantization Accuracy (arXiv 2503.06518), Algorithm 1"
+    use = (
+        "As SensiBoost, where there is no calibration text: on SmolLM2 (8,192 tokens of "
+        "WikiText-2) 7.5 % lower perplexity for 1.7 % more bits than uniform 3.51."
+    )
+    limits = (
+        "Kurtosis does not know what the weights are applied to. On SmolLM2 at 3.2 bits "
+        "perplexity was 479, against 419 of uniform 3.13."
+    )
     color, symbol = "#3D9BD1", "square"
     metrics = ("kurtosis",)
 
@@ -171,6 +199,17 @@ class SensiBoostAblation(_Ablation):
     name = "sensiboost-ablation"
     title = "SensiBoost ablation"
     meaning = "The control for SensiBoost: the same number of layers, drawn at random."
+    summary = (
+        "As many layers of each module type as SensiBoost boosts, drawn at random from those "
+        "that neither method flags. It is the control: a gain that it has too is not due to "
+        "the choice of layers."
+    )
+    source = "Zhang et al., Towards Superior Quantization Accuracy (arXiv 2503.06518), ablation"
+    use = "Telling whether SensiBoost's choice of layers matters."
+    limits = (
+        "One draw says little; run several seeds. Small models may have too few layers left "
+        "to draw from."
+    )
     color, symbol = "#CC6699", "diamond-open"
     method = SensiBoost
 
@@ -181,5 +220,16 @@ class KurtBoostAblation(_Ablation):
     name = "kurtboost-ablation"
     title = "KurtBoost ablation"
     meaning = "The control for KurtBoost: the same number of layers, drawn at random."
+    summary = (
+        "As many layers of each module type as KurtBoost boosts, drawn at random from those "
+        "that neither method flags. It is the control: a gain that it has too is not due to "
+        "the choice of layers."
+    )
+    source = "Zhang et al., Towards Superior Quantization Accuracy (arXiv 2503.06518), ablation"
+    use = "Telling whether KurtBoost's choice of layers matters."
+    limits = (
+        "One draw says little; run several seeds. Small models may have too few layers left "
+        "to draw from."
+    )
     color, symbol = "#3D9BD1", "square-open"
     method = KurtBoost

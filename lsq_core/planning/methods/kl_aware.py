@@ -15,6 +15,19 @@ class KlAware(Knapsack):
     name = "kl-aware"
     title = "KL-aware"
     meaning = "The least KL divergence of the predictions, expected from gradients."
+    summary = (
+        "The KL divergence of the predictions from full precision is least within the budget, as "
+        "expected from gradients for each configuration of each matrix."
+    )
+    source = "our own, by the Fisher information (second order)"
+    use = (
+        "The fewest and the most bits: on SmolLM2 (4,096 tokens of WikiText-2) perplexity 45.3 at "
+        "3.2 bits and 19.2 at 4.2, against 49.3 and 19.6 of loss-aware."
+    )
+    limits = (
+        "It is of second order, which falls short beyond a divergence of 1 nat, and errors are "
+        "taken to add up. At 3.6 bits loss-aware is as good (24.8 against 25.1)."
+    )
     color, symbol = "#B8336A", "star-diamond"
     cost_unit = "expected KL"
     metrics = ("expected_kl",)

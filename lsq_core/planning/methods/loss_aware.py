@@ -16,6 +16,20 @@ class LossAware(Knapsack):
     name = "loss-aware"
     title = "Loss-aware"
     meaning = "The least expected KL divergence of the predictions from full precision."
+    summary = (
+        "The expected KL divergence of the predictions from full precision is least within "
+        "the budget: the error of each matrix times how far predictions move with it, "
+        "measured once."
+    )
+    source = "our own, after Malinovskii et al., The Linearity Theorem (NAACL 2025)"
+    use = (
+        "The best plans here: on SmolLM2 (8,192 tokens of WikiText-2) perplexity 26.7 at 3.6 "
+        "bits, against 60.1 of uniform 3.51."
+    )
+    limits = (
+        "Its measurement runs the model again for each matrix and needs all of it in memory. "
+        "Errors are taken to add up, which holds less at 3 bits and fewer."
+    )
     color, symbol = "#D1495B", "hexagram"
     cost_unit = "expected KL"
     metrics = ("weight_error", "loss_impact")

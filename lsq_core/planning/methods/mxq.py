@@ -15,6 +15,20 @@ class Mxq(Knapsack):
     name = "mxq"
     title = "MXQ"
     meaning = "The least summed Frobenius error of the weights."
+    summary = (
+        "Each matrix gets a configuration of its own, so that the summed Frobenius error of "
+        "the weights is least within the budget. It reads the weights alone and needs no "
+        "text."
+    )
+    source = "Zhang et al., A Mixed Quantization Approach (ICAART 2025)"
+    use = (
+        "Any budget, at once: on SmolLM2 (8,192 tokens of WikiText-2) perplexity 40.3 at 3.6 "
+        "bits, against 60.1 of uniform 3.51."
+    )
+    limits = (
+        "An error counts the same wherever it is. Where predictions depend on few layers, "
+        "loss-aware does better at the same size (26.7)."
+    )
     color, symbol = "#7A5BB5", "triangle-up"
     cost_unit = "weight error"
     metrics = ("weight_error",)
@@ -30,6 +44,16 @@ class KurtScaled(Knapsack):
     name = "kurt-scaled"
     title = "Kurtosis-scaled MXQ"
     meaning = "MXQ with errors weighted up to twice as much where the weights have heavy tails."
+    summary = (
+        "MXQ with each error counted up to twice where the weights have heavy tails. It reads "
+        "the weights alone."
+    )
+    source = "the authors' lm-quant-toolkit"
+    use = "Comparing with MXQ, where a few layers have heavy tails."
+    limits = (
+        "The factor is fixed by hand: kurtosis scaled to 0–1 within each module type, "
+        "whatever its range."
+    )
     color, symbol = "#A58BD6", "triangle-down"
     cost_unit = "scaled weight error"
     metrics = ("weight_error", "kurtosis")
@@ -69,6 +93,17 @@ class SensiMilp(_Penalised):
     name = "sensi-milp"
     title = "Sensitivity MILP"
     meaning = "The least sum of fixed penalties on low bits, doubled in layers of high sensitivity."
+    summary = (
+        "Each bit width has a fixed penalty, doubled in layers that Algorithm 1 flags by "
+        "sensitivity; their sum is least within the budget. How large an error is does not "
+        "count."
+    )
+    source = "the authors' lm-quant-toolkit"
+    use = "Comparing with the toolkit's published plans."
+    limits = (
+        "Layers that are not flagged are all alike, so that the solver chooses among them "
+        "arbitrarily."
+    )
     color, symbol = "#C0812B", "star"
     metric = "sensitivity"
     metrics = ("sensitivity",)
@@ -80,6 +115,17 @@ class KurtMilp(_Penalised):
     name = "kurt-milp"
     title = "Kurtosis MILP"
     meaning = "The least sum of fixed penalties on low bits, doubled in layers of high kurtosis."
+    summary = (
+        "Each bit width has a fixed penalty, doubled in layers that Algorithm 1 flags by "
+        "kurtosis; their sum is least within the budget. How large an error is does not "
+        "count."
+    )
+    source = "the authors' lm-quant-toolkit"
+    use = "Comparing with the toolkit's published plans."
+    limits = (
+        "Layers that are not flagged are all alike, so that the solver chooses among them "
+        "arbitrarily."
+    )
     color, symbol = "#8C6D31", "hexagon"
     metric = "kurtosis"
     metrics = ("kurtosis",)

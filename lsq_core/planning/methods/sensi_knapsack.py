@@ -15,6 +15,17 @@ class SensiKnapsack(Knapsack):
     name = "sensi-knapsack"
     title = "Sensitivity knapsack"
     meaning = "The least squared change of the modules' own outputs."
+    summary = (
+        "Each matrix gets a configuration of its own, so that the measured change of the "
+        "modules' own outputs on the calibration text is least within the budget."
+    )
+    source = "our own, on the sensitivity of arXiv 2503.06518"
+    use = "Comparing scores: it is MXQ with outputs in place of weights."
+    limits = (
+        "A local score cannot see errors that later layers amplify, and large outputs weigh "
+        "most. On SmolLM2 at 3.6 bits (8,192 tokens of WikiText-2) perplexity was 95.9, "
+        "against 60.1 of uniform 3.51."
+    )
     color, symbol = "#3FA34D", "pentagon"
     cost_unit = "squared output error"
     metrics = ("sensitivity_module",)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from lsq_core.bits import LADDER, QuantConfig
 from lsq_core.planning.frontier import Frontier, Segment
 from lsq_core.planning.methods.base import LadderPlanner
 from lsq_core.planning.problem import Problem
@@ -18,6 +19,16 @@ class Uniform(LadderPlanner):
     name = "uniform"
     title = "Uniform"
     meaning = "The same configuration for every matrix."
+    summary = (
+        "Every weight matrix gets the same configuration. It is what the other methods are "
+        "compared with."
+    )
+    source = "Badri & Shaji, Half-Quadratic Quantization (2023)"
+    use = "A reference, and models of which nothing has been measured."
+    limits = (
+        "At 3 bits and fewer a few sensitive layers decide the loss, and it gives them no "
+        "more than the others."
+    )
     color, symbol = "#8a929c", "circle"
     has_base = True
 
@@ -36,6 +47,18 @@ def uniform_start(problem: Problem, base: int) -> np.ndarray:
 def sort_by_bytes(segments: Iterable[Segment]) -> tuple[Segment, ...]:
     """Sort segments by the bytes of their starts."""
     return tuple(sorted(segments, key=lambda segment: segment.start_bytes))
+
+
+def uniform_within(bits: float) -> QuantConfig:
+    """Return the largest uniform configuration of at most so many bits a parameter.
+
+    It is what a plan of that size is compared with; the smallest one where none is so small.
+    """
+    return max(
+        (c for c in LADDER if c.nominal_bits <= bits + 1e-6),
+        key=lambda c: c.nominal_bits,
+        default=LADDER[0],
+    )
 
 
 def usable_bases(problem: Problem) -> list[int]:

@@ -10,7 +10,7 @@ from lsq_core import charts
 from lsq_core.errors import InputError
 from lsq_core.jobs import arguments
 from lsq_core.planning.frame import plan_to_frame
-from lsq_core.results import export, report
+from lsq_core.results import card, export, report
 from lsq_core.results.compare import figure_6, relative_to_base, run_settings, uniform_bases
 from lsq_core.results.gains import is_ablation
 from lsq_core.ui import cached_results, words
@@ -49,12 +49,22 @@ def show_chart(ctx: PageContext, choice: Choice) -> None:
     overlay = choice.overlay
     if overlay is not None:
         overlay = overlay.dropna(subset=[quality.column])
-    figure = charts.perplexity_by_size(frame, selected_pair(choice), choice.size, overlay, quality)
+    files = gguf_files(ctx, choice)
+    figure = charts.perplexity_by_size(
+        frame, selected_pair(choice), choice.size, overlay, quality, files
+    )
     name = f"{choice.measurement} {quality.column} by size"
     render_chart(figure, "runs", name, _alt(choice, quality), open_clicked_run)
     with save:
         render_save_menu(figure, "runs", name, lambda: build_comparison_report(ctx, choice))
-    render_chart_notes(choice, quality)
+    render_chart_notes(choice, quality, files)
+
+
+def gguf_files(ctx: PageContext, choice: Choice) -> pd.DataFrame:
+    """GGUF files that were evaluated as the choice's runs; of published runs nobody knows."""
+    if choice.published:
+        return pd.DataFrame()
+    return cached_results.gguf_baselines(ctx.store, choice.runs["evaluation"].iloc[0])
 
 
 def choose_quality(choice: Choice, container: object) -> charts.QualityMeasure:
@@ -97,9 +107,13 @@ def open_clicked_run() -> None:
         )[1]
 
 
-def render_chart_notes(choice: Choice, quality: charts.QualityMeasure) -> None:
+def render_chart_notes(choice: Choice, quality: charts.QualityMeasure, files: pd.DataFrame) -> None:
     """What the chart leaves for the person to know."""
     notes = []
+    if len(files) and choice.size == charts.MEASURED and quality == charts.PERPLEXITY:
+        notes.append(
+            "A GGUF file stands at the bytes that the same weights take in it, without embeddings."
+        )
     missing = int(choice.runs[quality.column].isna().sum())
     if missing:
         notes.append(f"{words.plural(missing, 'run')} without this figure.")
@@ -112,7 +126,7 @@ def render_chart_notes(choice: Choice, quality: charts.QualityMeasure) -> None:
         )
     notes += _published_notes(choice) if choice.published else []
     known = choice.runs.dropna(subset=[quality.column])
-    if charts.size_view(known, choice.size, quality).outside:
+    if charts.size_view(known, choice.size, quality, files).outside:
         notes.append(ALL_RUNS_NOTE)
     notes.append(ablation_note(choice.runs))
     notes = [note for note in notes if note]
@@ -261,7 +275,24 @@ def render_run_export(ctx: PageContext, choice: Choice, record: dict) -> None:
         )
         return report.run_report(record, info.matrices, command, beside)
 
+    evaluation = record["evaluation"]["id"]
     with st.popover("Export", icon=":material/download:"):
+        st.download_button(
+            "Result card (PNG)",
+            lambda: card.card_png(ctx.store, evaluation),
+            f"{name}-card.png",
+            "image/png",
+            key="save-card-png",
+            on_click="ignore",
+            help="The plan with its size, perplexity and gain as one picture, 1200 × 630.",
+        )
+        st.download_button(
+            "Result card (HTML)",
+            lambda: card.card_html(ctx.store, evaluation),
+            f"{name}-card.html",
+            key="save-card-html",
+            on_click="ignore",
+        )
         st.download_button(
             "Report (HTML)", build_report, f"{name}.html", key="save-report", on_click="ignore"
         )

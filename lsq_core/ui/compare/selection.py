@@ -9,10 +9,17 @@ import pandas as pd
 
 from lsq_core import charts
 from lsq_core.errors import InputError
-from lsq_core.results.gains import EQUAL_SIZE, Gain, first_pair, gain_at_equal_size
+from lsq_core.results.difference import RunDifference
+from lsq_core.results.gains import (
+    EQUAL_SIZE,
+    Gain,
+    describe_gain,
+    first_pair,
+    gain_at_equal_size,
+)
 from lsq_core.store.models import PUBLISHED
 from lsq_core.store.shipped import SHIPPED
-from lsq_core.ui import cached, cached_results, words
+from lsq_core.ui import cached, cached_results, state, words
 from lsq_core.ui.page import PageContext, headline
 from lsq_core.ui.safe import st
 from lsq_core.units import format_bytes
@@ -77,24 +84,38 @@ def models_with_runs(ctx: PageContext) -> pd.Series:
     return models.drop_duplicates("fingerprint").set_index("fingerprint")["model"]
 
 
-def choose_model(ctx: PageContext, names: pd.Series) -> str | None:
-    """The model that is compared: the page's own where it has runs, or what the person takes.
+def find_model(ctx: PageContext, names: pd.Series) -> str | None:
+    """The fingerprint of the sidebar's model among those with runs, None where it has none.
 
-    Published runs are never shown in the place of a model that has none.
+    A name that stood for several models, such as a folder that changed, asks which one.
     """
     published = cached.published(ctx.store, ctx.source)
-    is_current = names.index == published.fingerprint if published else names == ctx.source.name
-    if is_current.any():
-        index = int(is_current.argmax())
-    else:
-        index = None if published or names.index[0].startswith(PUBLISHED) else 0
+    own = names[names.index == published.fingerprint if published else names == ctx.source.name]
+    if len(own) < 2:
+        return None if own.empty else own.index[0]
     return st.selectbox(
-        "Model",
-        list(names.index),
-        index=index,
-        format_func=lambda fingerprint: names[fingerprint] or fingerprint[:12],
-        placeholder="Choose one with runs",
+        "Fingerprint",
+        list(own.index),
+        format_func=lambda fingerprint: fingerprint[:12],
+        help=f"{ctx.source.name} has been several models; runs of each stand for themselves.",
     )
+
+
+#: More models than these are left to the sidebar.
+_MOST_OFFERED = 8
+
+
+def offer_models(names: pd.Series) -> None:
+    """Buttons that choose a model with runs in the sidebar."""
+    with st.container(horizontal=True):
+        for name in list(dict.fromkeys(names.dropna()))[:_MOST_OFFERED]:
+            st.button(
+                words.escape(name),
+                key=f"compare-{name}",
+                icon=":material/scatter_plot:",
+                on_click=state.choose_model,
+                args=(name,),
+            )
 
 
 def choose(
@@ -102,7 +123,8 @@ def choose(
 ) -> Choice:
     """The model's runs on one corpus by one protocol, as the person filters them.
 
-    Without ``filters`` all methods are in it: a view that counts them all has none to offer.
+    Without ``filters`` all methods are in it: a view that counts them all has none to offer. At
+    first the newest measurement with two runs or more is taken: one alone compares with nothing.
     """
     published = fingerprint.startswith(PUBLISHED)
     all_runs = cached_results.results(ctx.store, "published" if published else "measured")
@@ -110,7 +132,11 @@ def choose(
     groups = dict(list(model_runs.groupby(_SAME_MEASUREMENT, sort=False, dropna=False)))
     keys = {"|".join(map(str, key_values)): key_values for key_values in groups}
     key = middle.selectbox(
-        "Measurement", list(keys), format_func=lambda key: _describe_measurement(groups[keys[key]])
+        "Measurement",
+        list(keys),
+        index=next((i for i, key in enumerate(keys) if len(groups[keys[key]]) > 1), 0),
+        format_func=lambda key: _describe_measurement(groups[keys[key]]),
+        key=f"measurement-{fingerprint}",
     )
     frame, size = groups[keys[key]], charts.MEASURED
     others, names = _overlays(ctx, frame, published)
@@ -227,23 +253,12 @@ def _describe_gain(choice: Choice, gain: Gain) -> str:
     """``KurtBoost: 3.3 % lower perplexity for 2.7 % more memory than uniform 3.13``."""
     rows = choice.runs.set_index("evaluation")
     run, base = rows.loc[gain.evaluation], rows.loc[gain.uniform]
-    name = charts.method_style(run["method"]).title
-    lower = "lower" if gain.drop >= 0 else "higher"
     what = "bits" if choice.size == charts.BITS else "memory"
-    if abs(gain.extra) < _SAME_PERCENT:
-        cost = f"at the same size as uniform {base['bits_per_param']:.2f}"
-    else:
-        more = "more" if gain.extra > 0 else "less" if what == "memory" else "fewer"
-        cost = f"{words.percent(abs(gain.extra))} {more} {what}"
-        cost = f"for {cost} than uniform {base['bits_per_param']:.2f}"
-    return f"{name}: {words.percent(abs(gain.drop))} {lower} perplexity {cost}"
+    sentence = describe_gain(gain, base["bits_per_param"], what)
+    return f"{charts.method_style(run['method']).title}: {sentence}"
 
 
-#: Sizes that differ by less than this share differ by 0.0 %.
-_SAME_PERCENT = 0.0005
-
-
-def _interval(ctx: PageContext, gain: Gain) -> cached_results.RunDifference | None:
+def _interval(ctx: PageContext, gain: Gain) -> RunDifference | None:
     """The interval of a gain; None where windows were not kept, as of published runs."""
     try:
         return cached_results.run_difference(ctx.store, gain.evaluation, gain.uniform)
@@ -251,7 +266,7 @@ def _interval(ctx: PageContext, gain: Gain) -> cached_results.RunDifference | No
         return None
 
 
-def _describe_interval(found: cached_results.RunDifference) -> str:
+def _describe_interval(found: RunDifference) -> str:
     low, high = found.difference.low, found.difference.high
     number = words.plural(found.windows, "window")
     if math.isnan(low):

@@ -14,6 +14,7 @@ from lsq_core.profiling.profile import Profile
 from lsq_core.ui import cached, cached_results, state
 from lsq_core.ui.export_plan import render_plan_export
 from lsq_core.ui.page import PageContext
+from lsq_core.ui.plan import run
 from lsq_core.ui.plan.prediction import render_loss_search
 from lsq_core.ui.plan.query import PlanQuery
 from lsq_core.ui.safe import st
@@ -24,11 +25,10 @@ from lsq_core.ui.safe import st
 def render_actions(query: PlanQuery, plan: Plan) -> None:
     """Run it, take it along, keep it, ask the other way round, or do the same in a terminal."""
     ctx, info, profile = query.ctx, query.info, query.profile
+    options = None
     with st.container(horizontal=True):
-        if not cached.is_published(info) and st.button(
-            "Quantize and evaluate", type="primary", icon=":material/arrow_forward:"
-        ):
-            st.switch_page("pages/3_Run.py")
+        if not cached.is_published(info):
+            options = run.render_button(query)
         with st.popover("Search by loss"):
             render_loss_search(query)
         st.download_button(
@@ -50,6 +50,8 @@ def render_actions(query: PlanQuery, plan: Plan) -> None:
                 "plan.json",
             ]
             st.code(f"lsq {shlex.join(argv)}", language="bash", wrap_lines=True)
+    if options is not None:
+        run.render_panel(query, options)
 
 
 def plan_json(query: PlanQuery, plan: Plan) -> str:

@@ -14,7 +14,9 @@ from lsq_core.planning.problem import Problem
 from lsq_core.planning.request import SENSITIVITIES
 from lsq_core.planning.servers import VLLM
 from lsq_core.profiling.metrics import METRICS
+from lsq_core.profiling.profile import Profile
 from lsq_core.ui import state
+from lsq_core.ui.plan import method_cards
 from lsq_core.ui.safe import st
 
 _RATIOS = {
@@ -25,9 +27,15 @@ _RATIOS = {
 _LOSSES = {"block": "block output", "model": "model output"}
 
 
-def render_controls(problem: Problem, available_methods: Sequence[str]) -> None:
+def render_controls(
+    problem: Problem, available_methods: Sequence[str], profile: Profile | None
+) -> None:
     """One row with the methods that are offered; the budget is on the live planner's slider."""
-    columns = st.columns([1.6, 1.5, 1.1, 1, 1.6, 0.85], vertical_alignment="bottom")
+    widths = [1.6, 0.4, 1.5, 1.1, 1, 1.6, 0.85]
+    first, about, *others = st.columns(widths, vertical_alignment="bottom")
+    columns = [first, *others]
+    with about:
+        method_cards.render_button(available_methods, profile)
     with columns[0]:
         st.selectbox(
             "Method",

@@ -7,16 +7,17 @@ from dataclasses import replace
 
 import numpy as np
 
+from lsq_core.bits import LADDER
 from lsq_core.errors import InputError, LsqError
 from lsq_core.evaluation.prediction import (
     features,
 )
 from lsq_core.planning.constraints import restrict
-from lsq_core.planning.facts import facts
-from lsq_core.planning.methods import PLANNERS, get_planner
+from lsq_core.planning.facts import facts, layer_means
+from lsq_core.planning.methods import PLANNERS, get_planner, mixes_rows, reads_field
 from lsq_core.planning.plan import Plan
 from lsq_core.planning.problem import Problem
-from lsq_core.planning.request import PlanRequest
+from lsq_core.planning.request import SENSITIVITIES, PlanRequest
 from lsq_core.planning.serving_memory import memory_budgets
 from lsq_core.profiling.metrics import METRICS
 from lsq_core.ui import cached, state, words
@@ -26,6 +27,7 @@ from lsq_core.ui.planner import (
     Curve,
     ExactPlan,
     FreePlans,
+    LayerScores,
     LiveMethod,
     MatrixFacts,
     Preset,
@@ -89,6 +91,7 @@ def show_live_plan(query: PlanQuery, plan: Plan) -> None:
         facts=[MatrixFacts(*pair) for pair in facts(problem, query.request, titles).items()],
         fixed=stops if by_base else None,
         feasible=feasible(problem, query.request.method, query.request.base),
+        uniform=uniform_predictions(query),
         pins=query.request.pins,
         on_pins=lambda pins: set_pins(query, pins),
     )
@@ -122,6 +125,7 @@ def live_method(query: PlanQuery, stops: np.ndarray) -> LiveMethod:
         planner.cost_unit,
         curve,
         at_budget,
+        scores=layer_scores(query),
         free=free_plans(query) if query.request.has_ties else None,
     )
 
@@ -140,3 +144,28 @@ def free_plans(query: PlanQuery) -> FreePlans:
     free = query.without_ties()
     frontier = cached.frontier(free.info, free.profile, free.request, free.rows)
     return FreePlans(frontier, prediction_curve(free))
+
+
+def layer_scores(query: PlanQuery) -> LayerScores | None:
+    """The sensitivity that stands above the plan: what the method reads, else the usual metric."""
+    request, known = query.request, query.problem.scores
+    read = [m for m in get_planner(request.method).metrics if m not in SENSITIVITIES]
+    if reads_field(request.method, "metric"):
+        read = [request.metric]
+    found = next((name for name in [*read, request.metric, *SENSITIVITIES] if name in known), None)
+    if found is None:
+        return None
+    name = "sensitivity" if found in SENSITIVITIES else METRICS[found].label
+    return LayerScores(name, METRICS[found].title, layer_means(query.problem, found))
+
+
+def uniform_predictions(query: PlanQuery) -> Curve | None:
+    """What is predicted of the uniform plans by size; None without predictions."""
+    predictor, request = query.predictor, query.request
+    if isinstance(predictor, str) or mixes_rows(request.method):
+        return None
+    by_size = sorted(range(len(LADDER)), key=lambda k: LADDER[k].nominal_bits)
+    choices = np.repeat(np.array(by_size)[:, None], len(query.problem.matrices), axis=1)
+    p = predictor.predict(features(query.problem, choices))
+    bits = np.array([LADDER[k].nominal_bits for k in by_size])
+    return Curve(bits, p.perplexity, p.low, p.high, predictor.full_precision)

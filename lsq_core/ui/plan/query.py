@@ -112,6 +112,7 @@ def render_missing_metrics(query: PlanQuery, missing: Sequence[str]) -> None:
         f"{settings.metadata} metadata it has not been measured yet. Uniform needs none; a run, on "
         "the Run page, measures what is missing first.",
     )
+    offer_profile_with(query, get_planner(query.request.method).metrics)
     if query.profile is None:
         next_step("pages/1_Explore.py", "Profile it on the Explore page")
         return
@@ -121,6 +122,24 @@ def render_missing_metrics(query: PlanQuery, missing: Sequence[str]) -> None:
     argv += [word for name in missing for word in ("--metric", name)]
     argv += ["--db", str(query.ctx.store.path)]
     measure_in_background(folder, argv, f"Measure the {titles}")
+
+
+def offer_profile_with(query: PlanQuery, metrics: Sequence[str]) -> None:
+    """A button that takes another profile of the model which holds all that a method reads."""
+    other = cached.settings_with(query.ctx.store, query.info, metrics)
+    if (
+        other is None
+        or cached.profile(query.ctx.store, query.info, other, query.ctx.device) is None
+    ):
+        return
+    st.button(
+        f"Use the profile on {other.calibration} with {words.plural(other.samples, 'sample')}",
+        type="primary",
+        icon=":material/swap_horiz:",
+        key="other-profile",
+        on_click=state.set_settings,
+        args=(other,),
+    )
 
 
 def measure_in_background(folder: Path, argv: list[str], label: str) -> None:

@@ -12,6 +12,7 @@ from lsq_core.evaluation.prediction import (
     features,
 )
 from lsq_core.planning.methods import reads_field
+from lsq_core.planning.methods.uniform import uniform_within
 from lsq_core.planning.plan import Plan
 from lsq_core.ui import cached, words
 from lsq_core.ui.page import headline
@@ -27,7 +28,7 @@ from lsq_core.units import format_bytes
 
 
 def render_summary(query: PlanQuery, plan: Plan) -> None:
-    """The first line: bits, what is predicted, and against its base or the nearest uniform plan."""
+    """The first line: bits, what is predicted, and against the largest uniform plan within them."""
     caption = [
         "Bits per parameter of the linear layers, metadata included.",
         *plan.notes,
@@ -36,9 +37,7 @@ def render_summary(query: PlanQuery, plan: Plan) -> None:
     if plan.rows:
         headline(f"{plan.bits_per_param:.2f} bits: {describe_rows(plan)}.", " ".join(caption))
         return
-    same_base = [c for c in LADDER if c.stop_name == plan.base]
-    nearest = min(LADDER, key=lambda c: abs(plan.bits_per_param - c.nominal_bits))
-    reference = same_base[0] if same_base else nearest
+    reference = uniform_within(plan.bits_per_param)
     extra = plan.bits_per_param / reference.nominal_bits - 1
     size, against = format_bytes(plan.planned_bytes), f"uniform {reference.stop_name}"
     alike, predictor = len(set(plan.configs)) == 1, query.predictor

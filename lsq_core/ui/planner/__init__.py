@@ -30,6 +30,7 @@ _SCRIPTS = (
     "words.js",
     "heatmap.js",
     "strip.js",
+    "comparing.js",
     "drawing.js",
     "details.js",
     "planner.js",
@@ -53,6 +54,18 @@ class ExactPlan:
 
     choice: np.ndarray
     lower_bound: float
+
+
+@dataclass(frozen=True, eq=False)
+class LayerScores:
+    """How sensitive each layer is, drawn above a plan: ``values`` (layers,), NaN for none.
+
+    ``name`` is short, for beside the bars; ``label`` is the metric's.
+    """
+
+    name: str
+    label: str
+    values: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +93,7 @@ class LiveMethod:
     curve: Curve | None = None
     at_budget: tuple[float, float, float] | None = None
     solved: ExactPlan | None = None
+    scores: LayerScores | None = None
     free: FreePlans | None = None
 
 
@@ -123,6 +137,7 @@ def live_planner(
     facts: Sequence[MatrixFacts] = (),
     fixed: np.ndarray | None = None,
     feasible: tuple[float, float],
+    uniform: Curve | None = None,
     pins: Sequence[str] = (),
     on_pins: Callable[[tuple[str, ...]], None] | None = None,
     key: str = "planner",
@@ -142,6 +157,8 @@ def live_planner(
         Stops (n,) of one plan to show in place of a slider.
     feasible
         Bits per parameter of the smallest and the largest plan.
+    uniform
+        What is predicted of the uniform plans, a point each, with which plans are compared.
     pins
         Those that are in the problem, as they were typed.
     on_pins
@@ -157,6 +174,7 @@ def live_planner(
         facts=facts,
         fixed=fixed,
         feasible=feasible,
+        uniform=uniform,
         pins=pins,
     )
     serial = st.session_state.get(f"{key}_serial")
@@ -216,6 +234,7 @@ def payload(
     facts: Sequence[MatrixFacts],
     fixed: np.ndarray | None,
     feasible: tuple[float, float],
+    uniform: Curve | None,
     pins: Sequence[str],
 ) -> dict:
     """What the browser is sent: JSON, its arrays little-endian and base64."""
@@ -226,6 +245,7 @@ def payload(
         "presets": [{"label": p.label, "bits": p.bits, "about": p.about} for p in presets],
         "budget": budget,
         "feasible": list(feasible),
+        "uniform": None if uniform is None else _curve_payload(uniform),
         "otherBytes": other_bytes,
         "fixed": None if fixed is None else encode_array(fixed, "u1"),
         "pins": list(pins),
@@ -247,6 +267,7 @@ def _method_payload(method: LiveMethod) -> dict:
         "here": method.at_budget,
         "frontier": frontier_payload(method.frontier),
         "solved": None if method.solved is None else _solved_payload(method.solved),
+        "scores": None if method.scores is None else _scores_payload(method.scores),
         "free": None if method.free is None else _free_payload(method.free),
     }
 
@@ -254,6 +275,11 @@ def _method_payload(method: LiveMethod) -> dict:
 def _free_payload(free: FreePlans) -> dict:
     curve = None if free.curve is None else _curve_payload(free.curve)
     return {"frontier": frontier_payload(free.frontier), "curve": curve}
+
+
+def _scores_payload(scores: LayerScores) -> dict:
+    values = encode_array(scores.values, "<f8")
+    return {"name": scores.name, "label": scores.label, "values": values}
 
 
 def _solved_payload(solved: ExactPlan) -> dict:

@@ -18,7 +18,7 @@ function make(tag, className = "", text = "") {
 
 const round = (value, digits) => Math.round(value * 10 ** digits) / 10 ** digits;
 
-class PlannerDrawing {
+class PlannerDrawing extends PlannerComparing {
   // --- units --------------------------------------------------------------------------------------
 
   _restoreUnit() {
@@ -97,9 +97,10 @@ class PlannerDrawing {
       heading: find("h3"),
       differ: find(".differ"),
       grid: find(".cells"),
+      scores: find(".scores"),
       layers: find(".layers"),
       moves: find(".moves"),
-      heatmap: new Heatmap(find("canvas"), this.cells, this.model.ladder),
+      heatmap: new Heatmap(find(".cells canvas"), this.cells, this.model.ladder),
       cursor: -1,
     };
     find(".rows").replaceChildren(
@@ -131,6 +132,7 @@ class PlannerDrawing {
     if (!this.data || !width) return;
     this.width = width;
     this.root.classList.toggle("narrow", width < 1040);
+    this.root.classList.toggle("small", width < 560);
     const style = getComputedStyle(this.root);
     this.style = {
       text: style.color,
@@ -142,6 +144,7 @@ class PlannerDrawing {
     this.root.style.setProperty("--row", `${rowHeight}px`);
     for (const panel of this.panels) {
       panel.heatmap.arrange(cells, rowHeight, this.style);
+      this._drawScores(panel, cells);
       this._labelLayers(panel, cells);
       panel.heading.textContent = panel.method.title;
       panel.grid.setAttribute("aria-label", `${panel.method.title}: ${this.cells.columns} layers ` +
@@ -151,6 +154,20 @@ class PlannerDrawing {
     this._headReadout();
     if (!this.fixed) this._arrangeTrack(cells);
     this._draw();
+  }
+
+  /** How sensitive each layer is, above its column: bits go where it is high. */
+  _drawScores({ element, scores, method }, width) {
+    element.classList.toggle("scored", method.scores !== null);
+    if (!method.scores) return;
+    const values = unpack(method.scores.values, Float64Array);
+    const known = Array.from(values).filter((value) => value > 0);
+    const range = [Math.min(...known), Math.max(...known)].map((value) => formatNumber(value, 2));
+    const name = element.querySelector(".scored-by");
+    setText(name, method.scores.name);
+    name.title = scores.title = `${method.scores.label}, mean of each layer's matrices, ` +
+      `logarithmic: ${range[0]} to ${range[1]}`;
+    drawScores(scores.firstElementChild, { width, height: scores.clientHeight }, values, this.style.text);
   }
 
   _labelLayers(panel, width) {
@@ -167,8 +184,7 @@ class PlannerDrawing {
   }
 
   _headReadout() {
-    const { reference } = this.model;
-    setText(this.find("input[value=more] + span"), `% above uniform ${reference.name}`);
+    setText(this.find("input[value=more] + span"), `% above uniform ${this.model.reference.name}`);
     const pair = this.panels.length === 2;
     const costed = this.panels.filter(({ frontier }) => frontier.cost || frontier.losses);
     const units = [...new Set(costed.map((panel) => panel.method.unit))];
@@ -176,9 +192,10 @@ class PlannerDrawing {
       ["bits", "bits per parameter"],
       ["planned", "planned"],
       ["whole", "whole model"],
-      ["more", `against uniform ${reference.name}`],
+      ["more", "memory against uniform"],
     ];
     if (this.panels.some((p) => p.curve)) this.columns.push(["perplexity", "predicted perplexity"]);
+    if (this.uniform) this.columns.push(["gain", "perplexity against uniform"]);
     if (!this.fixed && costed.length) {
       const least = (units.length === 1 && units[0]) || "cost";
       this.columns.push(["gap", `above the optimal ${least}`]);
@@ -188,7 +205,10 @@ class PlannerDrawing {
       const what = this.oneCost && !this.fixed ? `${units[0] || "cost"} ` : "";
       this.columns.push(["free", `${what}against the free plan`]);
     }
-    const head = this.columns.map(([, title]) => make("th", "", title));
+    const about = "Against the largest uniform plan that is not larger than this one, as in the " +
+      "headline; for perplexity where the predictions are precise enough to compare.";
+    const head = this.columns.map(([name, title]) =>
+      Object.assign(make("th", "", title), { title: ["more", "gain"].includes(name) ? about : "" }));
     this.find(".readout thead tr").replaceChildren(...(pair ? [make("th")] : []), ...head);
     const rows = this.panels.map((panel) => {
       const row = make("tr");
@@ -210,32 +230,40 @@ class PlannerDrawing {
   }
 
   _arrangeTrack(width) {
-    const [low, high] = this.range;
-    this.x = (bits) => THUMB / 2 + ((bits - low) / (high - low || 1)) * (width - THUMB);
+    const { bits, shares, folded } = makeTrack(this.range, this.model.onLadder);
+    this.x = (budget) => THUMB / 2 + translate(bits, shares, budget) * (width - THUMB);
+    this.budgetAt = (share) => translate(shares, bits, share);
+    this.shareOf = (budget) => translate(bits, shares, budget);
     Object.assign(this.x, { left: THUMB / 2, width: width - THUMB });
-    Object.assign(this.slider, { min: low, max: high });
+    Object.assign(this.slider, { min: 0, max: 1 });
+    Object.assign(this.root.dataset, { trackBits: bits.join(), trackShares: shares.join() });
     const curves = this.panels.map((panel) => panel.curve).filter(Boolean);
     this.root.classList.toggle("predicted", curves.length > 0);
     if (curves.length) this._drawCurves(curves, width);
-    this._labelTicks(width);
+    this._labelTicks(width, folded);
     this._writeLabels();
   }
 
   _drawCurves(curves, width) {
     const size = { width, height: this.find(".strip").clientHeight };
-    const scale = makeScale(curves, this.range, size.height);
-    drawStrip(this.find(".strip canvas"), size, curves, scale, this.x, this.style);
+    const shown = this.uniform ? [...curves, this.uniform] : curves;
+    const scale = makeScale(shown, this.range, size.height);
+    drawStrip(this.find(".strip canvas"), size, curves, this.uniform, scale, this.x, this.style);
     const labels = scale.values.map((value) => {
       const label = make("span", "", formatNumber(value, 3));
       label.style.top = `${scale.y(value)}px`;
       return label;
     });
     this.find(".scale").replaceChildren(...labels);
-    setText(this.find(".legend"), "predicted perplexity with its band; dashed: full precision");
+    const legend = this.find(".legend");
+    const grey = this.uniform ? "; grey: uniform" : "";
+    setText(legend, `predicted perplexity, ${formatNumber(curves[0].full, 3)} in full precision${grey}`);
+    legend.title = "With its 90 % band, by the logarithm of the excess over full precision." +
+      (this.uniform ? " Shaded: the gain over uniform plans of at most the same size." : "");
   }
 
   /** The uniform stops, labelled as far as there is room, and the ends in the chosen unit. */
-  _labelTicks(width) {
+  _labelTicks(width, folded) {
     const ticks = this.find(".ticks");
     ticks.replaceChildren();
     const taken = [];
@@ -252,6 +280,7 @@ class PlannerDrawing {
       element.style.left = `${left}px`;
     };
     for (const bits of this.range) label(this._end(bits), this.x(bits), "end");
+    if (folded) label("⋯", (this.x(FOLD_BITS[0]) + this.x(FOLD_BITS[1])) / 2, "fold");
     const { ladder } = this.model;
     for (const j of [3, 6, 9, 0, 5, 8, 11, 2, 4, 7, 10, 1].filter((j) => j < ladder.length)) {
       if (ladder[j].bits < this.range[0] - 5e-4 || ladder[j].bits > this.range[1] + 5e-4) continue;
@@ -342,43 +371,16 @@ class PlannerDrawing {
     write("bits", bits.toFixed(2), unspent ? `of ${this.bits.toFixed(2)}` : "");
     write("planned", formatBytes(panel.planned));
     write("whole", data.otherBytes === null ? "unknown" : formatBytes(panel.planned + data.otherBytes));
-    write("more", signedPercent(bits / model.reference.bits - 1));
-    const [perplexity, low, high] = this._predicted(panel, this.fixed ? bits : this.bits);
+    const uniform = this._uniformWithin(bits);
+    write("more", signedPercent(bits / uniform.bits - 1), `uniform ${uniform.name}`);
+    const predicted = this._predicted(panel, this.fixed ? bits : this.bits);
+    const [perplexity, low, high] = predicted;
     if (Number.isNaN(perplexity)) write("perplexity", "–");
     else write("perplexity", formatNumber(perplexity, 3), `${formatNumber(low, 3)}–${formatNumber(high, 3)}`);
+    const gain = this._gain(predicted, uniform);
+    write("gain", gain === null ? "–" : signedPercent(gain), gain === null ? "band too wide" : "");
     write("free", ...this._againstFree(panel));
     write("gap", panel.frontier.cost || panel.frontier.losses ? `≤ ${formatPercent(this._gap(panel))}` : "–");
-  }
-
-  /** What ties and server cost: of the method's cost, or in bits, and in predicted perplexity. */
-  _againstFree(panel) {
-    const { answer, curve, free } = panel;
-    if (!free) return ["–"];
-    const budget = this.fixed ? Infinity : (this._exact(this.bits) * this.model.total) / 8;
-    if (!planAt(free.frontier, budget, free.answer)) return ["–"];
-    const bits = (8 * (panel.nominal - total(this.model.nominal, free.answer.choice))) / this.model.total;
-    const costed = !this.fixed && free.answer.objective > 0 && answer.objective >= 0;
-    // What the frontier finds may be better than what it finds with more freedom, by its gap.
-    const share = Math.max(answer.objective / free.answer.objective - 1, 0);
-    const more = `${share > 0 ? "+" : ""}${formatPercent(share)}${this.oneCost ? "" : " cost"}`;
-    const said = costed ? more : `${signed(bits, 3)} bits`;
-    if (this.fixed || !curve || !free.curve) return [said];
-    const both = [curve, free.curve].map((each) => this._predicted({ curve: each }, this.bits));
-    // As on the page: two predictions with wide bands say nothing of their difference.
-    const wide = ([middle, low, high]) => Math.max(high - middle, middle - low) > middle / 10;
-    if (both.some(wide)) return [said];
-    return [said, `${signed(both[0][0] - both[1][0], 2)} perplexity`];
-  }
-
-  _predicted({ curve, here }, bits) {
-    if (!curve) return [NaN, NaN, NaN];
-    if (here && (this.fixed || Math.abs(here.bits - bits) < 1e-4)) return here.values;
-    return [curve.perplexity, curve.low, curve.high].map((column) => interpolate(curve, column, bits));
-  }
-
-  /** How far a plan's cost can be above the least possible, as Plan.to_json has it. */
-  _gap({ answer }) {
-    return answer.objective ? (answer.objective - answer.lowerBound) / Math.abs(answer.objective) : 0;
   }
 
   _writeBars(panel, widest) {
@@ -445,7 +447,7 @@ class PlannerDrawing {
 
   _drawTrack() {
     const { slider } = this;
-    if (!this.dragging) slider.value = this.bits;
+    if (!this.dragging) slider.value = this.shareOf(this.bits);
     const x = this.x(this.bits);
     slider.style.setProperty("--filled", `${x}px`);
     this.find(".mark.now").style.transform = `translateX(${x}px)`;

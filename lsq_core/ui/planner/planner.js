@@ -63,6 +63,7 @@ class Planner extends PlannerDetails {
     this.data = data;
     this.range = data.feasible.map((bits) => Math.ceil(round(bits * 1e4, 4)) / 1e4);
     this._takeBudget(data);
+    this.uniform = data.uniform && unpackCurve(data.uniform);
     this.facts = data.facts.map(({ label, values }) => ({
       label,
       values: unpack(values, Float64Array),
@@ -216,7 +217,8 @@ class Planner extends PlannerDetails {
     slider.addEventListener("pointerdown", () => {
       this.dragging = true;
     });
-    slider.addEventListener("input", () => this._show(this._snap(round(Number(slider.value), 3))));
+    slider.addEventListener("input", () =>
+      this._show(this._snap(round(this.budgetAt(Number(slider.value)), 3))));
     slider.addEventListener("change", () => this._release());
     slider.addEventListener("keydown", (event) => this._slideByKey(event));
     slider.addEventListener("keyup", () => this._commit(this.bits));

@@ -1,4 +1,5 @@
-// The predicted perplexity over the whole slider, drawn once for a width and a set of curves.
+// Along the slider: where budgets stand on it, and the predicted perplexity over all of them; above
+// a plan, how sensitive its layers are. All of it is drawn once for a width and what Python sent.
 
 /** A curve out of its payload. */
 function unpackCurve(payload) {
@@ -19,31 +20,72 @@ function interpolate(curve, column, bits) {
   return column[k - 1] + share * (column[k] - column[k - 1]);
 }
 
-// Models that are broken at few bits would flatten what matters: the top is cut at so many times
-// the lowest perplexity.
-const TOP = 3;
+/** The index of the largest uniform plan that is no larger than so many bits; else of the first. */
+function uniformWithin(bits, budget) {
+  let found = 0;
+  for (let k = 0; k < bits.length; k++) if (bits[k] <= budget + 1e-6) found = k;
+  return found;
+}
 
-/** Where perplexities lie between top and bottom; by their logarithm where they spread far. */
+// --- the axis ---------------------------------------------------------------------------------------
+
+// Between 4 and 8 bits there is nothing to decide: what lies there takes little of the track.
+const FOLD_BITS = [4.6, 8.05];
+const FOLD_SHARES = [0.84, 0.9];
+
+/** Budgets and the shares of the track where they stand, straight between; folded where it is long. */
+function makeTrack([low, high], onLadder) {
+  const folded = onLadder && low < FOLD_BITS[0] - 0.5 && high > FOLD_BITS[1] + 0.05;
+  return folded
+    ? { bits: [low, ...FOLD_BITS, high], shares: [0, ...FOLD_SHARES, 1], folded }
+    : { bits: [low, high], shares: [0, 1], folded };
+}
+
+/** The value in `to` that stands where a value stands in `from`; both ascend. */
+function translate(from, to, value) {
+  let k = 1;
+  while (k < from.length - 1 && value > from[k]) k++;
+  return to[k - 1] + ((value - from[k - 1]) / (from[k] - from[k - 1] || 1)) * (to[k] - to[k - 1]);
+}
+
+// --- predicted perplexity ---------------------------------------------------------------------------
+
+// Excess over full precision, as a share of it: beyond the top a model is of no use, and below the
+// bottom nobody sees a difference.
+const TOP = 3;
+const BOTTOM = 0.003;
+const TICKS = [0.003, 0.01, 0.03, 0.1, 0.3, 1, 3];
+const TICK_GAP = 15; // pixels
+
+/** Where perplexities lie between top and bottom, by the logarithm of their excess. */
 function makeScale(curves, range, height) {
-  let low = Infinity;
-  let high = -Infinity;
+  let [low, high] = [Infinity, 0];
   for (const curve of curves) {
     curve.bits.forEach((bits, k) => {
       if (bits < range[0] - 1e-3 || bits > range[1] + 1e-3) return;
-      low = Math.min(low, curve.low[k], curve.full);
-      high = Math.max(high, curve.high[k]);
+      const excess = curve.perplexity[k] / curve.full - 1;
+      if (excess > 0) low = Math.min(low, excess);
+      high = Math.max(high, excess);
     });
   }
-  const far = high / low > 5;
-  high = Math.min(high, TOP * low);
-  const [warp, back] = far ? [Math.log, Math.exp] : [(value) => value, (value) => value];
-  const span = warp(high) - warp(low) || 1;
-  const y = (value) => 5 + (height - 10) * (1 - (warp(value) - warp(low)) / span);
-  return { y, values: [high, back(warp(low) + span / 2), low] };
+  const top = Math.max(Math.min(high, TOP), BOTTOM * 10);
+  const bottom = Math.min(Math.max(low, BOTTOM), top / 10);
+  const { full } = curves[0];
+  const y = (value) => {
+    const share = Math.log(Math.max(value / full - 1, bottom) / bottom) / Math.log(top / bottom);
+    return 6 + (height - 12) * (1 - share);
+  };
+  const values = [];
+  for (const excess of [bottom, ...TICKS, top]) {
+    const value = full * (1 + excess);
+    const inside = excess >= bottom && excess <= top;
+    if (inside && values.every((other) => Math.abs(y(other) - y(value)) >= TICK_GAP)) values.push(value);
+  }
+  return { y, values };
 }
 
-/** Draw bands, curves and full precision; `x` maps bits to CSS pixels. */
-function drawStrip(canvas, size, curves, scale, x, style) {
+/** Fit a canvas to a size in CSS pixels; returns its pen. */
+function penOf(canvas, size) {
   const ratio = window.devicePixelRatio || 1;
   canvas.width = Math.round(size.width * ratio);
   canvas.height = Math.round(size.height * ratio);
@@ -51,9 +93,16 @@ function drawStrip(canvas, size, curves, scale, x, style) {
   canvas.style.height = `${size.height}px`;
   const pen = canvas.getContext("2d");
   pen.scale(ratio, ratio);
+  return pen;
+}
+
+/** Draw bands and curves over uniform's, and the gain between; `x` maps bits to CSS pixels. */
+function drawStrip(canvas, size, curves, uniform, scale, x, style) {
+  const pen = penOf(canvas, size);
   pen.beginPath();
   pen.rect(x.left, 0, x.width, size.height);
   pen.clip();
+  if (uniform) drawUniform(pen, uniform, scale, x, style);
   for (const curve of curves) {
     const place = (column, k) => [x(curve.bits[k]), scale.y(column[k])];
     pen.beginPath();
@@ -62,21 +111,62 @@ function drawStrip(canvas, size, curves, scale, x, style) {
     pen.fillStyle = curve.color;
     pen.globalAlpha = 0.2;
     pen.fill();
+    if (uniform && curve === curves[0]) shadeGain(pen, curve, uniform, scale, x);
     pen.globalAlpha = 1;
     pen.beginPath();
     for (let k = 0; k < curve.bits.length; k++) pen.lineTo(...place(curve.perplexity, k));
     pen.strokeStyle = curve.color;
     pen.lineWidth = 1.8;
     pen.stroke();
-    pen.beginPath();
-    pen.setLineDash([3, 3]);
-    pen.moveTo(x.left, scale.y(curve.full));
-    pen.lineTo(x.left + x.width, scale.y(curve.full));
-    pen.strokeStyle = style.text;
-    pen.globalAlpha = 0.35;
-    pen.lineWidth = 1;
-    pen.stroke();
-    pen.globalAlpha = 1;
-    pen.setLineDash([]);
   }
+}
+
+/** Uniform's steps: at every budget the largest uniform plan within it. */
+function drawUniform(pen, uniform, scale, x, style) {
+  pen.beginPath();
+  uniform.bits.forEach((bits, k) => {
+    if (k) pen.lineTo(x(bits), scale.y(uniform.perplexity[k - 1]));
+    pen.lineTo(x(bits), scale.y(uniform.perplexity[k]));
+  });
+  pen.lineTo(x.left + x.width, scale.y(uniform.perplexity.at(-1)));
+  pen.strokeStyle = style.text;
+  pen.globalAlpha = 0.5;
+  pen.lineWidth = 1.3;
+  pen.stroke();
+}
+
+/** Fill what lies between uniform's steps and a curve below them. */
+function shadeGain(pen, curve, uniform, scale, x) {
+  pen.globalAlpha = 0.12;
+  for (let k = 1; k < curve.bits.length; k++) {
+    const step = uniform.perplexity[uniformWithin(uniform.bits, curve.bits[k - 1])];
+    if (curve.perplexity[k] >= step && curve.perplexity[k - 1] >= step) continue;
+    const [left, right] = [x(curve.bits[k - 1]), x(curve.bits[k])];
+    pen.beginPath();
+    pen.moveTo(left, scale.y(step));
+    pen.lineTo(right, scale.y(step));
+    pen.lineTo(right, Math.max(scale.y(curve.perplexity[k]), scale.y(step)));
+    pen.lineTo(left, Math.max(scale.y(curve.perplexity[k - 1]), scale.y(step)));
+    pen.fill();
+  }
+}
+
+// --- sensitivity above the plan ---------------------------------------------------------------------
+
+/** A bar for each layer, as high as the logarithm of its score; none where there is no score. */
+function drawScores(canvas, size, scores, color) {
+  const pen = penOf(canvas, size);
+  const known = Array.from(scores).filter((score) => score > 0);
+  if (!known.length) return;
+  const [low, high] = [Math.min(...known), Math.max(...known)].map(Math.log);
+  const pitch = size.width / scores.length;
+  const gap = pitch < 9 ? 1 : 2;
+  pen.fillStyle = color;
+  scores.forEach((score, k) => {
+    if (!(score > 0)) return;
+    const share = high > low ? (Math.log(score) - low) / (high - low) : 1;
+    const height = 3 + (size.height - 3) * share; // the least one is seen, too
+    pen.globalAlpha = 0.35 + 0.65 * share;
+    pen.fillRect(k * pitch + gap / 2, size.height - height, pitch - gap, height);
+  });
 }

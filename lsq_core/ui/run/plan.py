@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pandas as pd
 from streamlit.delta_generator import DeltaGenerator
 
 from lsq_core import disk, jobs
 from lsq_core.corpus.registry import BUILT_IN_CORPORA
 from lsq_core.errors import InputError, LsqError
 from lsq_core.evaluation.protocol import PROTOCOLS, EvaluationRequest, Protocol
+from lsq_core.exports.weights.registry import ExportTarget
 from lsq_core.jobs import arguments
 from lsq_core.planning.methods import get_planner
 from lsq_core.planning.request import PlanRequest
@@ -22,6 +24,7 @@ from lsq_core.store.store import Store
 from lsq_core.sweep import SweepItem, estimate_seconds
 from lsq_core.ui import cached, cached_results, state, words
 from lsq_core.ui.page import PageContext
+from lsq_core.ui.run import formats
 from lsq_core.ui.run.quantizer import (
     RUN_QUANTIZERS,
     describe_quantizers,
@@ -34,37 +37,86 @@ from lsq_core.units import format_bytes
 
 def render_form(ctx: PageContext, folder: Path) -> None:
     """What to quantize and evaluate, and the button."""
-    info, settings = ctx.info, state.settings()
     request = state.plan_request()
     top, change = st.columns([5, 1], vertical_alignment="center")
     top.markdown(f"**Next:** {describe_plan(ctx, request)}")
     change.page_link("pages/2_Plan.py", label="Change the plan")
-    quantizer, evaluation, save = select_run_options(ctx.store, info.context)
-    reason = run_incompatibility(ctx, request, settings, quantizer)
+    options = select_run_options(ctx)
+    check = check_run(ctx, request, options)
     clicked = st.button(
         "Quantize and evaluate",
         type="primary",
         icon=":material/play_arrow:",
-        disabled=bool(reason),
+        disabled=bool(check.reason),
     )
-    notes = [reason] if reason else [_describe_time(ctx, request, quantizer, evaluation)]
-    notes += [] if reason else [_calibration_note(quantizer, settings)]
-    if any(notes):
-        st.caption(words.escape(" ".join(filter(None, notes))))
+    if check.reason or check.note:
+        st.caption(words.escape(check.reason or check.note))
     if clicked:
-        argv = ["run", *arguments.model_arguments(ctx.source, ctx.device)]
-        argv += arguments.plan_arguments(request, settings)
-        argv += arguments.evaluation_arguments(evaluation, quantizer, save_folder(ctx.store, save))
-        start(ctx, folder, argv)
+        start(ctx, folder, run_arguments(ctx, request, options))
 
 
-def _describe_time(
-    ctx: PageContext, request: PlanRequest, quantizer: str, evaluation: EvaluationRequest
-) -> str:
+@dataclass(frozen=True)
+class RunOptions:
+    """How a plan is run: quantizer, evaluation, and the name to save under, '' for none.
+
+    ``target`` is the format to save in, None for this project's own.
+    """
+
+    quantizer: str
+    evaluation: EvaluationRequest
+    save: str
+    target: ExportTarget | None = None
+
+
+@dataclass(frozen=True)
+class RunCheck:
+    """Why a plan can't be run, '' if it can; and what the run takes."""
+
+    reason: str
+    note: str
+
+
+def check_run(ctx: PageContext, request: PlanRequest, options: RunOptions) -> RunCheck:
+    """Check whether a plan can be run and saved like this, and estimate time and bytes."""
+    reason = run_incompatibility(ctx, request, state.settings(), options.quantizer)
+    priced = ""
+    if options.target is not None and not reason:
+        priced, reason = formats.describe(ctx, request, options.quantizer, options.target)
+    if reason:
+        return RunCheck(reason, "")
+    notes = [describe_time(ctx, request, options), priced]
+    return RunCheck("", " ".join(filter(None, notes)))
+
+
+def run_arguments(ctx: PageContext, request: PlanRequest, options: RunOptions) -> list[str]:
+    """The command line of a run, without its database.
+
+    Raises
+    ------
+    InputError
+        When the model cannot be saved under that name.
+    """
+    argv = ["run", *arguments.model_arguments(ctx.source, ctx.device)]
+    argv += arguments.plan_arguments(request, state.settings())
+    folder = save_folder(ctx.store, options.save)
+    return argv + arguments.evaluation_arguments(
+        options.evaluation, options.quantizer, folder, options.target
+    )
+
+
+def describe_time(ctx: PageContext, request: PlanRequest, options: RunOptions) -> str:
+    """About how long a run takes, and what of it a calibrated quantizer needs."""
+    notes = [
+        _describe_seconds(ctx, request, options),
+        _calibration_note(options.quantizer, state.settings()),
+    ]
+    return " ".join(filter(None, notes))
+
+
+def _describe_seconds(ctx: PageContext, request: PlanRequest, options: RunOptions) -> str:
     """About how long the run takes by the model's runs so far, and what would shorten it."""
-    runs = cached_results.results(ctx.store)
-    runs = runs[runs["fingerprint"] == ctx.info.fingerprint]
-    seconds = estimate_seconds(runs, [SweepItem(request, quantizer, evaluation)])
+    runs, evaluation = _model_runs(ctx), options.evaluation
+    seconds = estimate_seconds(runs, [SweepItem(request, options.quantizer, evaluation)])
     if seconds is not None:
         shipped = (runs["origin"] == SHIPPED).all()
         whose = "of the runs that come with LSQ Explorer" if shipped else "of this model's runs"
@@ -72,6 +124,11 @@ def _describe_time(
     if runs.empty or evaluation.max_tokens:
         return ""
     return f"The whole of {evaluation.corpus} is evaluated; max tokens, say 4,096, shortens it."
+
+
+def _model_runs(ctx: PageContext) -> pd.DataFrame:
+    runs = cached_results.results(ctx.store)
+    return runs[runs["fingerprint"] == ctx.info.fingerprint]
 
 
 def _calibration_note(quantizer: str, settings: ProfileSettings) -> str:
@@ -126,9 +183,17 @@ def describe_plan(ctx: PageContext, request: PlanRequest) -> str:
     return f"{text}: {plan.bits_per_param:.2f} bits, {format_bytes(plan.planned_bytes)} planned."
 
 
-def select_run_options(store: Store, context: int) -> tuple[str, EvaluationRequest, str]:
-    """Quantizer, evaluation and the name to save under."""
-    columns = st.columns([1, 1.4, 1.8, 1.2, 1.6])
+def select_run_options(ctx: PageContext, stacked: bool = False) -> RunOptions:
+    """Quantizer, evaluation and the name to save under, in a row or ``stacked``.
+
+    At first as many tokens are evaluated as in the model's truncated runs, so that the new figure
+    takes as long and stands beside theirs.
+    """
+    runs = _model_runs(ctx)
+    truncated = runs.loc[runs["truncated"].astype(bool), "tokens"]
+    st.session_state.setdefault("max_tokens", 0 if truncated.empty else int(truncated.mode()[0]))
+    widths = [1, 1.4, 1.8, 1.2, 1.6]
+    columns = [st.container() for _ in widths] if stacked else st.columns(widths)
     quantizer = columns[0].selectbox(
         "Quantizer",
         RUN_QUANTIZERS,
@@ -144,16 +209,17 @@ def select_run_options(store: Store, context: int) -> tuple[str, EvaluationReque
         accept_new_options=True,
         persist_state="session",
     )
-    protocol = choose_protocol(columns[2], "Protocol", "protocol", context)
+    protocol = choose_protocol(columns[2], "Protocol", "protocol", ctx.info.context)
     tokens = choose_tokens(columns[3], "Max tokens", "max_tokens")
     save = columns[4].text_input(
         "Save the model as",
         key="save",
         placeholder="not saved",
         persist_state="session",
-        help=f"Name of a folder in {disk.models_folder(store)}.",
+        help=f"Name of a folder in {disk.models_folder(ctx.store)}.",
     )
-    return quantizer, EvaluationRequest(corpus, protocol, tokens), save
+    target = formats.select_format() if save.strip() else None
+    return RunOptions(quantizer, EvaluationRequest(corpus, protocol, tokens), save, target)
 
 
 def choose_protocol(column: DeltaGenerator, label: str, key: str, context: int) -> str:

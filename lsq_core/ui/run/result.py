@@ -9,6 +9,7 @@ import pandas as pd
 from lsq_core import disk, jobs
 from lsq_core.errors import InputError
 from lsq_core.evaluation.divergence import format_distribution
+from lsq_core.exports.weights.registry import FORMATS
 from lsq_core.files import DamagedFileError
 from lsq_core.jobs import Job
 from lsq_core.results.audit import audit_run
@@ -52,7 +53,7 @@ def read_result(job: Job) -> dict:
 
 def render_headline(job: Job) -> None:
     """The first line: how far it is, or what came of it."""
-    title = job.title.removeprefix("run ")
+    title = job.title
     if job.active:
         jobs_panel.render_headline(job)
         return
@@ -108,7 +109,23 @@ def show_figures(job: Job) -> None:
         facts.append(f"KL by token: {format_distribution(result['divergence'])}")
     facts += [f"saved to {result['saved_to']}"] if result["saved_to"] else []
     st.caption(" · ".join(facts))
+    if "export" in result:
+        st.caption(describe_export(result))
     next_step("pages/4_Compare.py", "Compare it with the other runs")
+
+
+def describe_export(result: dict) -> str:
+    """What was measured of the same model in another tool's format."""
+    export = result["export"]
+    change = export["perplexity"] / result["perplexity"] - 1
+    return words.escape(
+        f"As {FORMATS[export['format']].title}, run {export['run']}: perplexity "
+        f"{words.figure(export['perplexity'], 4)} ({words.signed_percent(change, 2)} beside the "
+        f"model above), KL {words.figure(export['kl'], 4)} nats, "
+        f"{format_bytes(export['measured_bytes'])} for the linear weights and "
+        f"{format_bytes(export['measured_model_bytes'])} for the model, saved to "
+        f"{export['saved_to']}"
+    )
 
 
 def model_options(job: Job) -> list[str]:

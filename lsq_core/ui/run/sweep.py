@@ -17,6 +17,7 @@ from lsq_core.planning.problem import Problem
 from lsq_core.planning.request import PlanRequest
 from lsq_core.quantization.registry import BASELINES
 from lsq_core.stages.plan import request_incompatibility
+from lsq_core.sweep_progress import describe_counts
 from lsq_core.ui import cached_results, jobs_panel, state, words
 from lsq_core.ui.page import PageContext, headline, next_step
 from lsq_core.ui.run.plan import choose_protocol, choose_tokens, start
@@ -235,8 +236,7 @@ def render_headline(job: Job) -> None:
         jobs_panel.render_headline(job)
         return
     rows = read_rows(job)
-    counts = {state: sum(row["state"] == state for row in rows) for state in _STATE_LABELS}
-    counts_text = f"{counts['done']} new, {counts['found']} reused, {counts['failed']} failed"
+    counts_text = describe_counts(rows)
     if job.state == "done":
         headline(
             f"Sweep finished: {counts_text}.",
@@ -302,7 +302,10 @@ def table(rows: list[dict]) -> pd.DataFrame:
             "size": [(row["base"] and f"base {row['base']}") or row["budget"] for row in rows],
             "quantizer": [row["quantizer"] for row in rows],
             "corpus": [Path(row["corpus"]).name for row in rows],
-            "state": [_STATE_LABELS[row["state"]] for row in rows],
+            "state": [
+                _STATE_LABELS[row["state"]] + (", shipped" if row.get("shipped") else "")
+                for row in rows
+            ],
             "bits": [row.get("bits_per_param") for row in rows],
             "steps": [row.get("steps") for row in rows],
             "measured bytes": [row.get("measured_bytes") for row in rows],

@@ -1,0 +1,251 @@
+"""GGUF files for llama.cpp.
+
+A block of 32 weights in Q4_1 is ``d · code + m`` with ``d`` and ``m`` in fp16, which is HQQ's grid
+with ``d = scale`` and ``m = −zero · scale``: 4-bit codes in groups of 32 are written as they are,
+and so are those of larger groups where no K-quant can hold them. Other configurations get the type
+nearest in size, made from the weights in full precision. Sources: llama.cpp, ``ggml-common.h`` for
+the blocks, ``convert_hf_to_gguf.py`` for metadata and the order of the rows of q and k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import torch
+
+from lsq_core.errors import InputError, LsqError
+from lsq_core.exports.names import gguf_architecture, gguf_name_map, gguf_tensor_name
+from lsq_core.exports.weights.base import (
+    Export,
+    ExportMatrix,
+    OriginalFiles,
+    StoredType,
+    WeightExporter,
+)
+from lsq_core.exports.weights.gguf_metadata import (
+    check_rope,
+    rope_factors,
+    row_order,
+    write_metadata,
+)
+from lsq_core.exports.weights.gguf_tokenizer import check_tokenizer, write_tokenizer
+from lsq_core.model.dtypes import safetensors_name, torch_dtype
+from lsq_core.model.identity import has_custom_code
+from lsq_core.quantization.packed import unpack_bits
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from lsq_core.quantization.packed import PackedMatrix
+
+WEIGHTS_FILE = "model.gguf"
+#: The architectures whose metadata and order of rows are written here, of those that llama.cpp has.
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+#: Weights in a block of the simple types, and in one of the K-quants.
+_BLOCK, _SUPER_BLOCK = 32, 256
+#: Types that hold weights as they are.
+_FLOAT_TYPES = ("F16", "BF16", "F32")
+#: The package that writes K-quants, and the types it is used for, by bits.
+_K_QUANT_PACKAGE = "auto_round"
+_K_QUANTS = {2: "Q2_K", 3: "Q3_K", 4: "Q4_K"}
+
+
+@dataclass(frozen=True)
+class Gguf(WeightExporter):
+    """Exact for 4 bits in groups of 32 and for what no K-quant can hold; else requantized."""
+
+    title: ClassVar[str] = "GGUF"
+
+    def check_model(self, files: OriginalFiles) -> None:
+        """See :class:`WeightExporter`."""
+        model_type = files.config.get("model_type")
+        if has_custom_code(files.folder) or model_type not in MODEL_TYPES:
+            raise InputError(
+                f"The export to GGUF knows the architectures {', '.join(MODEL_TYPES)} and not "
+                f"{model_type}; save it as lsq."
+            )
+        check_rope(files.config)
+        check_tokenizer(files)
+
+    def stored_type(self, matrix: ExportMatrix) -> StoredType:
+        """See :class:`WeightExporter`; ``name`` is that of a GGUF tensor type."""
+        name, exact = self._type_name(matrix)
+        if name == self._float_type:
+            return self.full_precision(matrix)
+        return StoredType(name, _tensor_bytes(matrix.numel, name), exact)
+
+    def full_precision(self, matrix: ExportMatrix) -> StoredType:
+        """See :class:`WeightExporter`."""
+        return StoredType(self._float_type, _tensor_bytes(matrix.numel, self._float_type), False)
+
+    @property
+    def _float_type(self) -> str:
+        return self.dtype if self.dtype in _FLOAT_TYPES else "F32"
+
+    def _type_name(self, matrix: ExportMatrix) -> tuple[str, bool]:
+        """The type of a matrix, and whether it holds the plan's own codes."""
+        bits, group_size = matrix.config.bits, matrix.config.group_size
+        if matrix.in_features % _BLOCK:
+            return self._float_type, False
+        if bits == 8:
+            return "Q8_0", False
+        if bits == 4 and group_size == _BLOCK:
+            return "Q4_1", True
+        k_quants = matrix.in_features % _SUPER_BLOCK == 0 and find_spec(_K_QUANT_PACKAGE)
+        if k_quants:
+            return _K_QUANTS[bits], False
+        # llama.cpp itself would take Q5_0 in the place of Q4_K: larger, and requantized.
+        return ("Q4_1", True) if bits == 4 else ("Q4_0", False)
+
+    def write(self, export: Export, folder: Path) -> dict[str, int]:
+        """See :class:`WeightExporter`; matrices are made and written one at a time."""
+        from gguf import GGMLQuantizationType, GGUFWriter
+
+        config = export.files.config
+        writer = GGUFWriter(None, gguf_architecture(config))
+        tensors = list(self._tensors(export))
+        write_metadata(writer, export)
+        write_tokenizer(writer, export.files, export.tokenizer)
+        for tensor in tensors:
+            size = _tensor_bytes(prod(tensor.shape), tensor.type)
+            kind = GGMLQuantizationType[tensor.type]
+            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype("float32"), size, kind)
+        writer.write_header_to_file(folder / WEIGHTS_FILE)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        written = {}
+        for done, tensor in enumerate(tensors):
+            export.report("export", done, len(tensors), tensor.name)
+            data = tensor.make()
+            writer.write_tensor_data(data)
+            if tensor.module:
+                written[tensor.module] = int(data.nbytes)
+        writer.close()
+        export.tokenizer.save_pretrained(
+            folder
+        )  # for the evaluation of the folder; in the file too
+        return written
+
+    def _tensors(self, export: Export) -> Iterator[_Tensor]:
+        """Every tensor of the file; those of the plan's matrices are made when they are written."""
+        from lsq_core.quantized.artifact import packed_names, stored_state
+
+        config, packed = export.files.config, packed_names(export.quantized)
+        names = gguf_name_map(config, config["num_hidden_layers"])
+        for name, tensor in stored_state(export.quantized, torch_dtype(self.dtype)).items():
+            if name in packed:
+                continue
+            order = row_order(config, name, tensor.shape[0])
+            values = tensor if order is None else tensor[order]
+            yield _float_tensor(gguf_tensor_name(names, name), values)
+        for module, stored in export.types.items():
+            shape = tuple(export.packed(module).shape)
+            order = row_order(config, module, shape[0])
+            make = partial(_matrix_rows, export, module, stored, order)
+            name = gguf_tensor_name(names, f"{module}.weight")
+            yield _Tensor(name, shape, stored.name, make, module)
+        factors = rope_factors(config)
+        if factors is not None:
+            yield _Tensor("rope_freqs.weight", factors.shape, "F32", lambda: factors)
+
+    def load(self, folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
+        """See :class:`WeightExporter`; read by transformers, with names and order of its own."""
+        from gguf import GGUFReader
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=WEIGHTS_FILE, dtype=dtype)
+        del model.config.quantization_config
+        for tensor in GGUFReader(folder / WEIGHTS_FILE).tensors:
+            if tensor.name == "rope_freqs.weight":  # which transformers leaves unread
+                factors = torch.from_numpy(tensor.data.copy())
+                model.model.rotary_emb.inv_freq.div_(factors)
+        return model.to(device).eval().requires_grad_(False)
+
+
+@dataclass(frozen=True, eq=False)
+class _Tensor:
+    """A tensor of the file: its shape (out, in), its type, and what gives its bytes by row."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    make: Callable[[], np.ndarray]
+    #: The module of a matrix of the plan.
+    module: str = ""
+
+
+def _float_tensor(name: str, values: Tensor) -> _Tensor:
+    """A tensor that is not quantized; vectors are float32, as llama.cpp's operations want them."""
+    kind = safetensors_name(values.dtype) if values.dim() > 1 else "F32"
+    kind = kind if kind in _FLOAT_TYPES else "F32"
+    return _Tensor(name, tuple(values.shape), kind, lambda: _requantize(values.float(), kind))
+
+
+def _tensor_bytes(numel: int, type_name: str) -> int:
+    """Bytes of so many weights in a GGUF type."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    block, size = GGML_QUANT_SIZES[GGMLQuantizationType[type_name]]
+    return numel // block * size
+
+
+# --- matrices -----------------------------------------------------------------------------
+
+
+def _matrix_rows(
+    export: Export, module: str, stored: StoredType, order: np.ndarray | None
+) -> np.ndarray:
+    """The bytes of a matrix, uint8 (rows, bytes of a row), its rows in llama.cpp's order."""
+    if stored.exact:
+        rows = q4_1_rows(export.packed(module), module)
+    else:
+        rows = _requantize(export.weight(module), stored.name)
+    return np.ascontiguousarray(rows if order is None else rows[order])
+
+
+def q4_1_rows(packed: PackedMatrix, name: str) -> np.ndarray:
+    """A 4-bit matrix in Q4_1 with its own codes, uint8 (rows, bytes of a row).
+
+    A block is d and m in fp16, then the codes of its first 16 weights in the lower halves of 16
+    bytes and those of the others in the upper halves.
+
+    Raises
+    ------
+    LsqError
+        When a scale or minimum is beyond the range of fp16.
+    """
+    numel, repeats = prod(packed.shape), packed.config.group_size // _BLOCK
+    codes = unpack_bits(packed.codes.cpu(), 4, numel).numpy().reshape(-1, 2, _BLOCK // 2)
+    scale, zero = packed.scale.decode().cpu(), packed.zero.decode().cpu()
+    grid = np.stack([scale.numpy(), (-zero * scale).numpy()], axis=1).repeat(repeats, axis=0)
+    with np.errstate(over="ignore"):
+        rounded = grid.astype("<f2")
+    if not np.isfinite(rounded).all():
+        raise LsqError(
+            f"{name} has a scale or minimum of {np.abs(grid).max():.3g}, beyond the range of fp16, "
+            "in which Q4_1 keeps them; save it as lsq."
+        )
+    blocks = np.concatenate([rounded.view(np.uint8), codes[:, 0] | codes[:, 1] << 4], axis=1)
+    return blocks.reshape(packed.shape[0], -1)
+
+
+def _requantize(weight: Tensor, type_name: str) -> np.ndarray:
+    """Full-precision weights (out, in) in a GGUF type, uint8 (out, bytes of a row)."""
+    if type_name in _FLOAT_TYPES:
+        return weight.to(torch_dtype(type_name)).contiguous().view(torch.uint8).numpy()
+    if type_name in _K_QUANTS.values():
+        from auto_round.export.export_to_gguf.packing import ggml_quant
+
+        # It changes what it is given.
+        rows = ggml_quant(weight.clone(), type_name.lower(), device="cpu")
+        return np.asarray(rows).reshape(weight.shape[0], -1)
+    from gguf import GGMLQuantizationType, quantize
+
+    return quantize(weight.numpy(), GGMLQuantizationType[type_name])

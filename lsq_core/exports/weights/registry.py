@@ -1,0 +1,100 @@
+"""The formats in which a quantized model can be saved. Needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from lsq_core.errors import InputError
+
+if TYPE_CHECKING:
+    from lsq_core.exports.weights.base import WeightExporter
+
+#: This project's own format, which loses nothing and holds every configuration.
+LSQ = "lsq"
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """The description of a format, which needs no import of its module."""
+
+    title: str
+    #: Which programs load it.
+    programs: str
+    #: Module and class of its exporter; none for this project's own format.
+    import_path: str = ""
+    #: Whether groups of any size are kept within a row, so that some plans can't be expressed.
+    groups_in_rows: bool = True
+
+
+#: By name on the command line and in the app; the classes are imported on first use.
+FORMATS = {
+    LSQ: WeightFormat("LSQ Explorer", "LSQ Explorer", groups_in_rows=False),
+    "mlx": WeightFormat("MLX", "mlx-lm on Apple silicon", "lsq_core.exports.weights.mlx:Mlx"),
+    "gguf": WeightFormat(
+        "GGUF",
+        "llama.cpp and what is built on it",
+        "lsq_core.exports.weights.gguf:Gguf",
+        groups_in_rows=False,
+    ),
+    "compressed-tensors": WeightFormat(
+        "compressed-tensors",
+        "transformers and vLLM",
+        "lsq_core.exports.weights.compressed_tensors:CompressedTensors",
+    ),
+    "compressed-tensors-asym": WeightFormat(
+        "compressed-tensors, asymmetric",
+        "vLLM, not transformers 5.23",
+        "lsq_core.exports.weights.compressed_tensors:CompressedTensorsAsymmetric",
+    ),
+}
+
+#: What is done with a matrix whose rows are not filled by its groups, in formats that keep groups
+#: within a row.
+CROSSING = {
+    "refuse": "refuse the plan, naming the matrix",
+    "split": "write smaller groups that fill the rows, where some do: the same weights, and more "
+    "bytes of scales",
+    "full": "leave the matrix in full precision",
+}
+
+
+@dataclass(frozen=True)
+class ExportTarget:
+    """Another tool's format, and what is done with groups that cross rows (``CROSSING``)."""
+
+    format: str
+    crossing: str = "refuse"
+
+
+def weight_format(name: str) -> WeightFormat:
+    """Return the description of a format.
+
+    Raises
+    ------
+    InputError
+        When there is no format of that name.
+    """
+    if name not in FORMATS:
+        raise InputError(f"'{name}' is not a format; choose one of {', '.join(FORMATS)}.")
+    return FORMATS[name]
+
+
+def get_exporter(name: str, crossing: str = "refuse", dtype: str = "F32") -> WeightExporter:
+    """Create the exporter of another tool's format, for a checkpoint of a dtype.
+
+    Raises
+    ------
+    InputError
+        When there is no such format, or no such way with groups that cross rows.
+    """
+    module, _, attribute = weight_format(name).import_path.partition(":")
+    if not module:
+        raise InputError(f"'{name}' is the format that models are saved in; nothing is exported.")
+    if crossing not in CROSSING:
+        raise InputError(
+            f"'{crossing}' is not a way to write groups that cross rows; choose one of "
+            f"{', '.join(CROSSING)}."
+        )
+    return getattr(import_module(module), attribute)(crossing, dtype)

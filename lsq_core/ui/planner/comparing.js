@@ -1,0 +1,54 @@
+// What a plan is compared with: uniform plans, the plan without ties, the least possible cost.
+
+/** Whether a side of a prediction's band is more than a tenth of it; Python's is_band_wide.
+ *
+ * Two such predictions say nothing of the difference between them.
+ */
+const isWide = ([value, low, high]) => Math.max(high - value, value - low) > value / 10;
+
+class PlannerComparing {
+  /** The largest uniform plan that is no larger, which Python's headline compares with, too. */
+  _uniformWithin(bits) {
+    const { stops, onLadder, reference } = this.model;
+    return onLadder ? stops[uniformWithin(stops.map((stop) => stop.bits), bits)] : reference;
+  }
+
+  /** Perplexity above a uniform plan's, as a share; null where a band says nothing of it. */
+  _gain(predicted, { bits }) {
+    const { uniform } = this;
+    if (!uniform || Number.isNaN(predicted[0])) return null;
+    const k = uniformWithin(uniform.bits, bits);
+    const other = [uniform.perplexity[k], uniform.low[k], uniform.high[k]];
+    if ([predicted, other].some(isWide)) return null;
+    return predicted[0] / other[0] - 1;
+  }
+
+  /** What ties and server cost: of the method's cost, or in bits, and in predicted perplexity. */
+  _againstFree(panel) {
+    const { answer, curve, free } = panel;
+    if (!free) return ["–"];
+    const budget = this.fixed ? Infinity : (this._exact(this.bits) * this.model.total) / 8;
+    if (!planAt(free.frontier, budget, free.answer)) return ["–"];
+    const bits = (8 * (panel.nominal - total(this.model.nominal, free.answer.choice))) / this.model.total;
+    const costed = !this.fixed && free.answer.objective > 0 && answer.objective >= 0;
+    // What the frontier finds may be better than what it finds with more freedom, by its gap.
+    const share = Math.max(answer.objective / free.answer.objective - 1, 0);
+    const more = `${share > 0 ? "+" : ""}${formatPercent(share)}${this.oneCost ? "" : " cost"}`;
+    const said = costed ? more : `${signed(bits, 3)} bits`;
+    if (this.fixed || !curve || !free.curve) return [said];
+    const both = [curve, free.curve].map((each) => this._predicted({ curve: each }, this.bits));
+    if (both.some(isWide)) return [said];
+    return [said, `${signed(both[0][0] - both[1][0], 2)} perplexity`];
+  }
+
+  _predicted({ curve, here }, bits) {
+    if (!curve) return [NaN, NaN, NaN];
+    if (here && (this.fixed || Math.abs(here.bits - bits) < 1e-4)) return here.values;
+    return [curve.perplexity, curve.low, curve.high].map((column) => interpolate(curve, column, bits));
+  }
+
+  /** How far a plan's cost can be above the least possible, as Plan.to_json has it. */
+  _gap({ answer }) {
+    return answer.objective ? (answer.objective - answer.lowerBound) / Math.abs(answer.objective) : 0;
+  }
+}
