@@ -70,7 +70,7 @@ def list_disk_items(store: Store) -> list[DiskItem]:
         for job in jobs.list_jobs(jobs_folder(store))
     ]
     items += [
-        _disk_item(f"hidden-states:{folder.name}", _states_kind(title), folder, "")
+        _disk_item(f"hidden-states:{folder.name[:8]} {title}".strip(), "hidden states", folder, "")
         for folder, title in list_kept(store.path.parent)
     ]
     return items + _dequantized_items() + _hub_cache_items()
@@ -80,10 +80,6 @@ def _model_folders(store: Store, name: str) -> set[Path]:
     """The folders that hold a file of this name, in the models' folder or named by a run."""
     named = {path for path in map(Path, store.saved_folders()) if _file_exists(path / name)}
     return named | {path.parent for path in models_folder(store).glob(f"*/{name}")}
-
-
-def _states_kind(title: str) -> str:
-    return f"hidden states of {title}" if title else "hidden states"
 
 
 def _file_exists(path: Path) -> bool:

@@ -204,7 +204,7 @@ def test_states_are_listed_and_pruned(random_model, small_text, tmp_path):
     (item,) = [item for item in disk.list_disk_items(session.store) if "states" in item.kind]
     assert item.prunable
     assert item.bytes > 10_000
-    assert str(small_text) in item.kind
+    assert str(small_text) in item.name
     (item.path / ABOUT_FILE).write_text("{")
     (item,) = [item for item in disk.list_disk_items(session.store) if "states" in item.kind]
     disk.prune(session.store, item.name)

@@ -165,7 +165,8 @@ def _kept_states(model: OpenModel, request: EvaluationRequest) -> ReferenceState
     )
     name = digest(model.info.fingerprint, stream.sha256, asdict(protocol), made_by)[:16]
     where = f"{made_by['device']} in {made_by['dtype']}"
-    title = f"{model.source.name} on {stream.corpus}, {len(stream.ids):,} tokens, {where}"
+    of = f"{len(stream.ids):,} tokens, {protocol.name}"
+    title = f"{model.source.name} on {stream.corpus}, {of}, {where}"
     return ReferenceStates(states_folder(model.store.path.parent) / name, title)
 
 
