@@ -16,7 +16,7 @@ from lsq_core.ui.safe import st
 def plan_page(ctx: PageContext) -> None:
     """Controls, the plan's first line, its live picture, and what else there is to know of it."""
     info = ctx.info
-    state.init_settings(info.fingerprint, cached.newest_settings(ctx.store, info))
+    state.init_settings(cached.identity(info), cached.newest_settings(ctx.store, info))
     settings = state.settings()
     profile = cached.profile(ctx.store, info, settings)
     available_methods = query.available_methods(info, profile)

@@ -282,3 +282,22 @@ def test_sweep_says_that_it_reuses_a_shipped_run(measured, store, tmp_path):
     assert describe_counts([row]) == "0 new, 1 reused (1 shipped), 0 failed"
     assert describe_counts([{"state": "found"}]) == "0 new, 1 reused, 0 failed"
     assert len(store.results()) == 3
+
+
+def _switch_models() -> None:
+    """A page's script: first a model with a profile on a text that isn't here, then another one."""
+    import streamlit as st
+
+    from lsq_core.profiling.settings import ProfileSettings
+    from lsq_core.ui import state
+
+    state.init_settings("shipped", ProfileSettings("rtn", calibration="/nowhere/text.txt"))
+    st.text(state.settings().calibration)
+    state.init_settings("other", None)
+    st.text(state.settings().calibration)
+
+
+def test_another_model_does_not_keep_an_absent_calibration_text():
+    app = AppTest.from_function(_switch_models).run()
+    assert not app.exception
+    assert [t.value for t in app.text] == ["/nowhere/text.txt", ProfileSettings().calibration]

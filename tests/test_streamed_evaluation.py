@@ -213,11 +213,12 @@ def test_groups_of_windows_are_told_beforehand(random_model, monkeypatch):
 def test_evaluation_peak_memory_is_of_a_block(tmp_path):
     """512 MiB of bfloat16 weights, twice that in float32, at three plans, in its own process.
 
-    The libraries' own memory comes on top of the limit; a block has 37 MiB in float32.
+    The libraries' own memory comes on top of the limit, a third of the weights in float32; a block
+    has 37 MiB of them.
     """
     folder = tmp_path / "model"
     weight_bytes = memory.write_random_model(folder, 512 * 2**20, vocabulary=4096)
     assert weight_bytes >= 500 * 2**20
     options = memory.Options(quantizer="rtn", tokens=128)
     measured = memory.measure(folder, weight_bytes, options)
-    assert measured.peak - measured.base <= 256 * 2**20
+    assert measured.peak - measured.base <= 2 * weight_bytes / 3

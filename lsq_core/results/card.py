@@ -157,7 +157,8 @@ def _gain_figure(store: Store, gain: Gain | None, base: float | None) -> list[Fi
 
 def _signed(share: float) -> str:
     """``-0.532`` as ``−53.2 %``, not to be broken."""
-    return f"{100 * share:+.1f}{_NBSP}%".replace("-", "−")
+    percent = round(100 * share, 1)
+    return f"{percent:+.1f}{_NBSP}%".replace("-", "−") if percent else f"0.0{_NBSP}%"
 
 
 # --- as files -------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from lsq_core.bits import GROUP_SIZES, HIGH_BITS, LADDER, LOW_BITS, Budget
+from lsq_core.corpus.registry import corpus_identity
+from lsq_core.errors import InputError
 from lsq_core.model.source import ModelSource
 from lsq_core.planning.methods import PLANNERS, get_planner, mixes_rows
 from lsq_core.planning.request import LOSSES, RATIO_MODES, SENSITIVITIES, PlanRequest
@@ -157,12 +159,22 @@ def init_settings(model: str, newest: ProfileSettings | None) -> None:
     fresh = before != model
     if fresh and newest is not None:
         set_settings(newest)
-    elif fresh and before.startswith(PUBLISHED):
-        set_settings(ProfileSettings())  # published texts and grids are no model's here
+    elif fresh and (before.startswith(PUBLISHED) or not _is_calibration_known()):
+        # Published texts and grids are no model's here, and a shipped profile's text isn't here.
+        set_settings(ProfileSettings())
     st.session_state["settings_of"] = model
     defaults = asdict(ProfileSettings())
     for field, key in _SETTINGS.items():
         st.session_state.setdefault(key, defaults[field])
+
+
+def _is_calibration_known() -> bool:
+    """Whether the calibration corpus of another model's profile can be read here."""
+    try:
+        corpus_identity(st.session_state.get("calibration", ProfileSettings().calibration))
+    except InputError:
+        return False
+    return True
 
 
 def set_settings(settings: ProfileSettings) -> None:

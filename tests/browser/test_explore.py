@@ -107,7 +107,9 @@ def test_threshold_slider_updates_flagged_layers(user):
     kept = ratios.sort_values().iloc[1:-1]  # 5 % of 23 at either end
     z = ((ratios - kept.mean()).abs() / trimmed_deviation(kept)).tolist()
     assert bars["y"] == pytest.approx(z)
-    thumb = user.first("[data-testid=stSlider] input")
+    thumb = user.wait(
+        lambda: user.driver.find_element("css selector", "[data-testid=stSlider] input")
+    )
     thumb.send_keys(Keys.HOME)
     after = user.wait_for_headline("at a threshold of 0.5.")
     headline_start, _, _ = after.partition(" flagged")

@@ -73,7 +73,7 @@ def test_job_survives_server_restart(tmp_path):
     with open_browser(tmp_path / "chromium") as driver:
         with serve("app.py", tmp_path) as server:
             user = User(driver, server)
-            start_evaluation(user, 12000)
+            start_evaluation(user, 40000)
             driver.refresh()
             user.wait_for_headline("Evaluating", 60)
             driver.switch_to.new_window("tab")
@@ -85,7 +85,7 @@ def test_job_survives_server_restart(tmp_path):
         with serve("app.py", tmp_path) as server:
             user = User(driver, server)
             user.open("/Run?model=demo")
-            user.wait_for_headline("Perplexity", 120)
+            user.wait_for_headline("Perplexity", 300)
             (row,) = evaluations(server).itertuples()
             assert user.metric("Perplexity") == f"{row.perplexity:.4f}"
 

@@ -231,9 +231,9 @@ def _describe_measurement(part: pd.DataFrame) -> str:
 
 
 def render_headline(ctx: PageContext, choice: Choice) -> None:
-    """The first line: what a run gains over a uniform one of equal size, else the best run."""
+    """The first line: the best run, or what one gains over a uniform one of equal size."""
     gain = gain_at_equal_size(choice.runs[choice.runs["fits"]], choice.size.column)
-    if gain is None:
+    if gain is None or gain.drop <= 0:
         headline(f"{_describe_best(choice)}.", " · ".join(_describe_runs(choice)))
         return
     interval = _interval(ctx, gain)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import pandas as pd
@@ -35,7 +36,7 @@ class Step:
 
 def make_tour(ctx: PageContext, info: ModelInfo) -> list[Step]:
     """The steps for a model, of which those that need runs are left out where it has none."""
-    profile = _profile(ctx, info)
+    profile = shown_profile(ctx, info)
     if profile is None:
         return []
     problem = cached.problem(info, profile)
@@ -45,7 +46,7 @@ def make_tour(ctx: PageContext, info: ModelInfo) -> list[Step]:
     return steps + (_gain_steps(gain) if gain is not None else [])
 
 
-def _profile(ctx: PageContext, info: ModelInfo) -> Profile | None:
+def shown_profile(ctx: PageContext, info: ModelInfo) -> Profile | None:
     """The profile that Explore shows first; None where there is none, or its text is gone."""
     settings = cached.newest_settings(ctx.store, info)
     if settings is None:
@@ -103,7 +104,8 @@ def _sensitivity_steps(problem: Problem) -> list[Step]:
 def _gain_steps(gain: BoostGain) -> list[Step]:
     boosted, base = gain.boosted, gain.uniform["base"]
     title = charts.method_style(boosted["method"]).title
-    chosen = {"method": boosted["method"], "ask": "base", "base": base}
+    budget = math.ceil(1e4 * boosted["bits_per_param"]) / 1e4
+    chosen = {"method": boosted["method"], "ask": "budget", "budget": budget}
     compared = {"view": "bits", f"base-{boosted['fingerprint']}": base}
     steps = [
         Step(

@@ -30,8 +30,7 @@ def render_welcome(ctx: PageContext, info: ModelInfo) -> bool:
     steps = tour.make_tour(ctx, info)
     if not steps:
         return False
-    runs = tour.main_measurement(ctx, info)
-    saving = largest_saving(runs) if runs is not None else None
+    saving = _find_saving(ctx, info)
     left, right = st.columns([1.25, 1], gap="large")
     with left:
         if saving is not None:
@@ -41,6 +40,16 @@ def render_welcome(ctx: PageContext, info: ModelInfo) -> bool:
     with right:
         tour.render_tour(steps)
     return saving is None
+
+
+def _find_saving(ctx: PageContext, info: ModelInfo) -> Saving | None:
+    """The largest measured saving; one that the profile at hand can plan again, if there is one."""
+    runs = tour.main_measurement(ctx, info)
+    if runs is None:
+        return None
+    profile = tour.shown_profile(ctx, info)
+    own = runs["profile"] == profile.id if profile is not None else runs["profile"].isna()
+    return largest_saving(runs[own | (runs["method"] == "uniform")]) or largest_saving(runs)
 
 
 def render_ways(ctx: PageContext, info: ModelInfo | None) -> None:
