@@ -220,9 +220,19 @@ def _sequential(what: str, model: nn.Module) -> SequentialModel:
 
 
 def detect_forms(loaded: BlockModel, device: torch.device) -> list[OutputForm]:
-    """See :func:`lsq_core.model.walk.detect_output_forms`; the tokens don't matter."""
+    """See :func:`lsq_core.model.walk.detect_output_forms`; the tokens don't matter.
+
+    Raises
+    ------
+    NotSequential
+        Also if there isn't one hidden state for each token, as the head runs on some of the tokens.
+    """
     ids = torch.full((1, 2), _ANY_TOKEN, dtype=torch.int64, device=device)
-    return detect_output_forms(loaded, ids)
+    forms = detect_output_forms(loaded, ids)
+    _, [states] = record_calls(loaded, [ids], forms)
+    if states.shape[:2] != ids.shape:
+        raise NotSequential(loaded.model, "they don't have one hidden state for each token")
+    return forms
 
 
 def _device(model: nn.Module) -> torch.device:
