@@ -34,7 +34,7 @@ bench-check: $(READY)  ## Hold benchmarks and times to their limits; wants a mac
 	$(BIN)/python -m pytest -m bench
 
 exports-test: $(EXPORTS)/.installed  ## Have other tools read what is exported for them; installs those tools, 120 MB
-	$(EXPORTS)/bin/python -m pytest tests/exports/test_parsers.py
+	$(EXPORTS)/bin/python -m pytest tests/exports/test_parsers.py tests/exports/test_weights.py
 
 architectures: $(READY)  ## Take every causal LM class of transformers, small, the whole way; the README has the table
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.architectures.table --workers $(WORKERS)
