@@ -159,7 +159,7 @@ def init_settings(model: str, newest: ProfileSettings | None) -> None:
     fresh = before != model
     if fresh and newest is not None:
         set_settings(newest)
-    elif fresh and (before.startswith(PUBLISHED) or not _is_calibration_known()):
+    elif fresh and before and (before.startswith(PUBLISHED) or not _is_calibration_known()):
         # Published texts and grids are no model's here, and a shipped profile's text isn't here.
         set_settings(ProfileSettings())
     st.session_state["settings_of"] = model
