@@ -107,4 +107,4 @@ def _load_example(example: sql.Example) -> None:
     st.session_state["sql"] = example.sql
 
 
-page("Query", query)
+page("SQL", query)

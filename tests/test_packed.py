@@ -228,6 +228,13 @@ def test_triton_kernels(interpret, arguments, said):
     assert said in run.stdout
 
 
+def test_triton_kernels_have_to_be_turned_on(monkeypatch):
+    monkeypatch.delenv(packed_triton.SWITCH, raising=False)
+    assert not packed_triton.enabled()
+    monkeypatch.setenv(packed_triton.SWITCH, "1")
+    assert packed_triton.enabled() == packed_triton.available()
+
+
 def test_matrix_on_the_cpu_is_decoded_by_pytorch():
     module = PackedLinear(quantize_matrix(torch.randn(8, 64), LADDER[0], get_quantizer("rtn")))
     assert module.kernel == "pytorch"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from lsq_core import shipped, sweep
 from lsq_core.errors import InputError
 from lsq_core.evaluation.prediction import fit, load_measured_points
 from lsq_core.evaluation.protocol import EvaluationRequest
+from lsq_core.planning.methods import PLANNERS
 from lsq_core.planning.request import PlanRequest
 from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.results.story import boost_gain, largest_saving
@@ -25,6 +27,9 @@ from lsq_core.store.shipped import SHIPPED
 from lsq_core.store.store import Store
 from lsq_core.sweep_progress import describe_counts
 from tests.conftest import ROOT
+
+#: Numbers of two or three digits before the point, which bits and percentages of cards don't have.
+PERPLEXITY = re.compile(r"(?<![\d.,])\d{2,3}(?:\.\d)?(?![\d,.]*\d)")
 
 
 @pytest.fixture(scope="session")
@@ -151,6 +156,18 @@ def test_expected_kl_predicts_shipped_runs(tmp_path):
     measured = points.perplexity[own]
     inside = (predicted.low <= measured) & (measured <= predicted.high)
     assert inside[kept].mean() >= 0.8
+
+
+def test_method_cards_name_shipped_perplexities(tmp_path):
+    """Every number of a card that can be a perplexity of SmolLM2 is one of its shipped runs'."""
+    store = Store(tmp_path / "lsq.duckdb")
+    import_measurements(store)
+    measured = store.results()["perplexity"]
+    known = {f"{value:.{digits}f}" for value in measured for digits in (0, 1)}
+    cards = [f"{planner.use} {planner.limits}" for planner in PLANNERS.values()]
+    named = {n for card in cards if "SmolLM2" in card for n in PERPLEXITY.findall(card)}
+    assert len(named) >= 10
+    assert named <= known
 
 
 @pytest.mark.slow

@@ -120,7 +120,7 @@ def _add_model_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def _add_run_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
-    """Verbs about many runs, or about one that was made."""
+    """Verbs about many runs, and those about one that was made."""
     sub = verb("sweep", verbs.sweep, show.sweep, "run every method at every size on every corpus")
     _add_model(sub)
     _add_device(sub)
@@ -144,7 +144,11 @@ def _add_run_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     )
     _add_protocol(sub)
     _add_plan_details(sub)
+    _add_saved_model_verbs(verb)
 
+
+def _add_saved_model_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
+    """Verbs about a model that was quantized before."""
     sub = verb("convert", convert, show.converted, "write a saved model in another tool's format")
     sub.add_argument("folder", metavar="FOLDER", help="a model that run --save wrote")
     sub.add_argument("--out", type=Path, required=True, help="the new folder")
@@ -227,6 +231,11 @@ def _add_storage_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
         "--out", type=Path, required=True, help="a new file: .png, or .html with the command line"
     )
 
+    _add_import_verb(verb)
+
+
+def _add_import_verb(verb: Callable[..., argparse.ArgumentParser]) -> None:
+    """The verb that imports published measurements."""
     sub = verb(
         "import-reference",
         verbs.import_reference,

@@ -211,13 +211,13 @@ class PackedMatrix(StoredMatrix):
 
     @property
     def uses_triton(self) -> bool:
-        """Whether kernels in Triton decode it: on a GPU, where Triton is installed."""
-        return self.codes.is_cuda and packed_triton.available()
+        """Whether kernels in Triton decode it: on a GPU, where they are turned on."""
+        return self.codes.is_cuda and packed_triton.enabled()
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weights (out, in), computed in float32 and then cast.
 
-        On a GPU one kernel does it where there is Triton (:attr:`uses_triton`). On the CPU it is
+        On a GPU one kernel does it where it is turned on (:attr:`uses_triton`). On the CPU it is
         done in chunks of groups that fit the cache.
         """
         if self.uses_triton:

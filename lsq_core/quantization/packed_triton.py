@@ -7,6 +7,7 @@ writes weights; another one multiplies a few tokens by them, and the weights are
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from importlib.util import find_spec
 from typing import Protocol
@@ -45,10 +46,20 @@ ROWS, COLUMNS = 32, 128
 MAX_TOKENS = 8
 
 
+#: The environment variable that turns the kernels on with ``1``. They pass in Triton's interpreter
+#: and compile for a GPU, but none has run them yet, so PyTorch decodes unless they are asked for.
+SWITCH = "LSQ_TRITON"
+
+
 @cache
 def available() -> bool:
     """Whether Triton is installed; PyTorch for CUDA brings it."""
     return find_spec("triton") is not None
+
+
+def enabled() -> bool:
+    """Whether the kernels are turned on, and Triton is installed."""
+    return os.environ.get(SWITCH) == "1" and available()
 
 
 def decode(matrix: PackedMatrix, dtype: torch.dtype) -> Tensor:

@@ -20,10 +20,10 @@ class PackedLinear(CompressedWeights):
 
     Within :func:`decoded_weights` it is decoded once.
 
-    It replaces ``nn.Linear`` and transformers' ``Conv1D``; the bias stays in full precision. For a
-    few tokens on a GPU one kernel decodes and multiplies (:attr:`kernel`); else the product is
-    PyTorch's. The fused kernels that ``hqq`` offers (gemlite, torchao) need their own layouts, and
-    so a second copy of the weights.
+    It replaces ``nn.Linear`` and transformers' ``Conv1D``; the bias stays in full precision. Where
+    Triton's kernels are turned on, one of them decodes and multiplies a few tokens on a GPU
+    (:attr:`kernel`); else the product is PyTorch's. The fused kernels that ``hqq`` offers (gemlite,
+    torchao) need their own layouts, and so a second copy of the weights.
     """
 
     def __init__(

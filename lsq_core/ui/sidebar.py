@@ -16,7 +16,7 @@ PAGES = {
     "pages/2_Plan.py": ("Plan", ":material/grid_on:"),
     "pages/3_Run.py": ("Run", ":material/play_circle:"),
     "pages/4_Compare.py": ("Compare", ":material/scatter_plot:"),
-    "pages/5_SQL.py": ("Query", ":material/database_search:"),
+    "pages/5_SQL.py": ("SQL", ":material/database_search:"),
     "pages/6_Storage.py": ("Storage", ":material/hard_drive:"),
 }
 #: Seconds between two looks at running jobs.

@@ -19,7 +19,7 @@ HEADLINES = {
     "Plan": "bits:",
     "Run": "Nothing is running.",
     "Compare": "perplexity",
-    "Query": "row",
+    "SQL": "row",
 }
 EMPTY_DATABASE_HEADLINES = {
     "/": "Where should the bits go?",

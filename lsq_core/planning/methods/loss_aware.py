@@ -23,8 +23,8 @@ class LossAware(Knapsack):
     )
     source = "our own, after Malinovskii et al., The Linearity Theorem (NAACL 2025)"
     use = (
-        "The best plans here: on SmolLM2 (8,192 tokens of WikiText-2) perplexity 26.7 at 3.6 "
-        "bits, against 60.1 of uniform 3.51."
+        "The best plans here, with KL-aware: on SmolLM2 (4,096 tokens of WikiText-2) perplexity "
+        "24.8 at 3.6 bits, against 53.1 of uniform 3.51."
     )
     limits = (
         "Its measurement runs the model again for each matrix and needs all of it in memory. "
