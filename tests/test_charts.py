@@ -159,6 +159,8 @@ def test_plan_heatmap_cell_colors_match_configs(plan):
 def test_plan_heatmap_legend_counts_configs(plan):
     names = [t.name for t in charts.plan_heatmap(plan).data[1:]]
     assert names == ["b3g128 (3.13) × 7", "b8g32 (8.51) × 1"]
+    narrow = charts.plan_heatmap(plan, narrow=True)
+    assert [t.name for t in narrow.data[1:]] == ["3.13 × 7", "8.51 × 1"]
 
 
 def test_plan_heatmap_cell_text_depends_on_layer_count(plan):

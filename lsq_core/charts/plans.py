@@ -62,6 +62,8 @@ def plan_heatmap(frame: pd.DataFrame, narrow: bool = False) -> go.Figure:
         few = len(layers) <= (24 if narrow else 32)
         figure.update_xaxes(dtick=(2 if few else 4) if narrow else (1 if few else 2))
     legend = LEGEND_ABOVE | {"maxheight": 1}  # else it scrolls from half the figure's height on
+    if narrow:
+        legend |= {"title": {"text": "bits × matrices", "side": "top"}, "entrywidth": 50}
     figure.update_layout(legend=legend, showlegend=True)  # of a single configuration, too
     return apply_layout(figure, 96 + max((22 if narrow else 30) * len(kinds), 60))
 
@@ -119,7 +121,7 @@ def _steps(options: Sequence[Config]) -> list[list[float | str]]:
 def _config_legend(figure: go.Figure, configs: pd.Series, narrow: bool) -> None:
     """Add a legend entry per configuration in use, with its number of matrices.
 
-    A ``narrow`` figure's name the bits alone.
+    Those of a ``narrow`` figure are short, so that they stand side by side on a phone.
     """
     counts = configs.value_counts()
     for config in _used_configs(configs):
@@ -129,7 +131,7 @@ def _config_legend(figure: go.Figure, configs: pd.Series, narrow: bool) -> None:
                     x=[None],
                     y=[None],
                     mode="markers",
-                    name=f"{config.stop_name} bits × {counts[config.name]}"
+                    name=f"{config.stop_name} × {counts[config.name]}"
                     if narrow
                     else f"{config.name} ({config.stop_name}) × {counts[config.name]}",
                     marker={"symbol": "square", "size": 11, "color": config_color(config)},
