@@ -144,7 +144,7 @@ def test_states_larger_than_the_limit_are_not_kept(loaded, tmp_path):
         kept,
         progress=lambda done, total, message: messages.append(message),
     )
-    assert any("not kept" in message for message in messages)
+    assert any("not stored" in message for message in messages)
     assert not list(tmp_path.rglob("*.safetensors"))
 
 

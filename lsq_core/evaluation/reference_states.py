@@ -50,12 +50,12 @@ class Group(Protocol):
 
 
 def states_folder(data_folder: Path) -> Path:
-    """Where all kept states are, a folder for each model and text."""
+    """Where all stored states are, a folder for each model and text."""
     return data_folder / "reference-states"
 
 
 def list_kept(data_folder: Path) -> list[tuple[Path, str]]:
-    """The folders with kept states, and what each one says that it is of."""
+    """The folders with stored states, and the title of each."""
     found = []
     for folder in sorted(states_folder(data_folder).glob("*/")):
         try:
@@ -107,16 +107,16 @@ class ReferenceStates:
         hidden, seconds = [], 0.0
         for batch in group.batches:
             length, scored = group.text_pass.shape(batch[0])
-            kept = [self._files[number].get_tensor(str(number)) for number in batch]
-            states = kept[0].new_zeros((len(batch), length, kept[0].shape[-1]))
-            for row, own in zip(states, kept, strict=True):
+            stored = [self._files[number].get_tensor(str(number)) for number in batch]
+            states = stored[0].new_zeros((len(batch), length, stored[0].shape[-1]))
+            for row, own in zip(states, stored, strict=True):
                 row[length - 1 - scored : length - 1] = own
             hidden.append(states.to(device))
             seconds += scored * sum(_seconds_per_token(self._files[n].metadata()) for n in batch)
         return hidden, seconds
 
     def save(self, group: Group, hidden: Sequence[Tensor], seconds: float) -> str:
-        """Keep the states of a group that are not kept yet; returns why they can't be, else ''.
+        """Store the states of a group that are not stored yet; returns why they can't be, else ''.
 
         ``hidden`` (windows, tokens, features) are those of each batch, and ``seconds`` what they
         took together.
@@ -136,7 +136,7 @@ class ReferenceStates:
             write_json(self.folder / ABOUT_FILE, {"title": self.title})
             write_tensors(path, states, header)
         except (OSError, LsqError) as error:
-            return f"full precision's hidden states are not kept: {exception_reason(error)}"
+            return f"full precision's hidden states are not stored: {exception_reason(error)}"
         return ""
 
     def _make_room(self, need: int) -> None:

@@ -30,16 +30,16 @@ from lsq_core.planning.plan import Plan
 from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.progress import ProgressCallback, ignore_progress
 from lsq_core.quantized.manifest import EVALUATION_KEYS, read_manifest
-from lsq_core.stages.evaluate import digest, evaluate_on_texts, figures
+from lsq_core.stages.evaluate import digest, figures
 from lsq_core.stages.measure import measure
-from lsq_core.stages.model import OpenModel, load_tokens
+from lsq_core.stages.model import OpenModel
 from lsq_core.stages.run import (
     QuantizedRun,
     check_plan,
     make_manifest,
     quantize_plan,
 )
-from lsq_core.stages.saved import load_saved, open_original
+from lsq_core.stages.saved import evaluate_alone, load_saved, open_original
 from lsq_core.store.connection import new_id
 from lsq_core.store.store import Store
 from lsq_core.targets import check_folder_target
@@ -335,7 +335,6 @@ def evaluate_exported(
     report: ProgressCallback = ignore_progress,
 ) -> dict:
     """Evaluate what a format's programs decode from an exported folder, and store it as a run."""
-    from lsq_core.model.architecture import context_length
     from lsq_core.model.loading import load_tokenizer
 
     manifest = read_export(folder)
@@ -344,16 +343,7 @@ def evaluate_exported(
     first = next(model.parameters())
     where = {"device": str(first.device), "dtype": str(first.dtype)[6:]}
     tokenizer = load_tokenizer(ModelSource(str(folder)), folder)
-    report("evaluate", 0, 1, f"reading {request.corpus}")
-    [[(evaluation, _)]] = evaluate_on_texts(
-        [model],
-        tokenizer,
-        context_length(model),
-        [request],
-        [load_tokens(request, tokenizer)],
-        where=where,
-        report=report,
-    )
+    evaluation = evaluate_alone(model, tokenizer, request, where, report)
     row = {k: v for k, v in _export_row(manifest, folder).items() if k in _OWN_COLUMNS}
     store.add_evaluation(manifest, manifest["exported_bytes"], str(folder), evaluation, row)
     kept = {key: manifest[key] for key in ("method", "bits_per_param")}

@@ -24,6 +24,7 @@ from lsq_core.store.store import Store
 if TYPE_CHECKING:
     from torch import nn
 
+    from lsq_core.evaluation.result import Evaluation
     from lsq_core.quantized.artifact import QuantizedModel
 
 
@@ -55,21 +56,12 @@ def evaluate_saved(
 
     A run that this store doesn't know (the folder came from elsewhere) is added to it.
     """
-    from lsq_core.model.architecture import context_length
     from lsq_core.quantized.modules import measured_bytes
 
     manifest = read_manifest(folder, EVALUATION_KEYS)
     quantized = load_saved(folder, device, dtype, report, trust_remote_code)
-    report("evaluate", 0, 1, f"reading {request.corpus}")
-    [[(evaluation, _)]] = evaluate_on_texts(
-        [quantized.model],
-        quantized.tokenizer,
-        context_length(quantized.model),
-        [request],
-        [load_tokens(request, quantized.tokenizer)],
-        where={"device": quantized.device, "dtype": quantized.dtype},
-        report=report,
-    )
+    where = {"device": quantized.device, "dtype": quantized.dtype}
+    evaluation = evaluate_alone(quantized.model, quantized.tokenizer, request, where, report)
     measured = measured_bytes(quantized.model)
     store.add_evaluation(manifest, measured, str(folder), evaluation)
     return {
@@ -79,6 +71,29 @@ def evaluate_saved(
         "bits_per_param": manifest["bits_per_param"],
         "measured_bytes": measured,
     } | figures(evaluation)
+
+
+def evaluate_alone(
+    model: nn.Module,
+    tokenizer: object,
+    request: EvaluationRequest,
+    where: dict[str, str],
+    report: ProgressCallback = ignore_progress,
+) -> Evaluation:
+    """Evaluate a model without full precision beside it, so without KL divergence."""
+    from lsq_core.model.architecture import context_length
+
+    report("evaluate", 0, 1, f"reading {request.corpus}")
+    [[(evaluation, _)]] = evaluate_on_texts(
+        [model],
+        tokenizer,
+        context_length(model),
+        [request],
+        [load_tokens(request, tokenizer)],
+        where=where,
+        report=report,
+    )
+    return evaluation
 
 
 def rebuild_run(
