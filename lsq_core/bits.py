@@ -1,4 +1,4 @@
-"""Quantization configurations, the ladder of twelve stops, and the accounts of what they store.
+"""Quantization configurations, the ladders of them, and the accounts of what they store.
 
 Three figures that must never be mixed (method §1):
 
@@ -9,6 +9,9 @@ Three figures that must never be mixed (method §1):
 
 A matrix has one :class:`QuantConfig`, or :class:`MixedRows`: one for its high-impact rows and
 another for the rest (method §7).
+
+The papers plan on a ladder of twelve configurations. The extended ladder holds these, and 1, 5 and
+6 bits besides: between 4.51 and 8.13 bits per parameter the papers' has nothing.
 """
 
 from __future__ import annotations
@@ -18,10 +21,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
-from math import ceil
+from math import ceil, floor, inf
 from typing import Any, Protocol
 
-from lsq_core.errors import InputError
+from lsq_core.errors import InputError, choose
 from lsq_core.units import BYTE_UNITS
 
 #: How scale and zero are stored: 8-bit codes in groups of 128, or fp16 as they are.
@@ -97,23 +100,45 @@ class QuantConfig:
         Raises
         ------
         InputError
-            When the text is not of that form or is no stop of the ladder.
+            When the text is not of that form or is no configuration of any ladder.
         """
-        for config in LADDER:
+        for config in EXTENDED_LADDER:
             if config.name == text.strip():
                 return config
         raise InputError(
             f"'{text}' is not a configuration; write bits and group size as one of "
-            f"{', '.join(c.name for c in LADDER)}."
+            f"{', '.join(c.name for c in EXTENDED_LADDER)}."
         )
 
 
 GROUP_SIZES = (128, 64, 32)
 
-#: Twelve stops, two to eight bits, the coarser group first (method §1).
-LADDER: tuple[QuantConfig, ...] = tuple(
-    QuantConfig(bits, group) for bits in (2, 3, 4, 8) for group in GROUP_SIZES
-)
+
+def _ladder(widths: tuple[int, ...]) -> tuple[QuantConfig, ...]:
+    """Every width with every group size, from few bits per parameter to many."""
+    return tuple(QuantConfig(bits, group) for bits in widths for group in GROUP_SIZES)
+
+
+#: The papers' twelve stops, two to eight bits, the coarser group first (method §1).
+LADDER = _ladder((2, 3, 4, 8))
+#: The same with the other widths that ``hqq`` has, less 1.58 bits: codes of three values don't fill
+#: whole bits.
+EXTENDED_LADDER = _ladder((1, 2, 3, 4, 5, 6, 8))
+#: Names of the ladders in settings and on the command line; the paper's is the default.
+PAPER, EXTENDED = "paper", "extended"
+LADDERS = {PAPER: LADDER, EXTENDED: EXTENDED_LADDER}
+
+
+def get_ladder(name: str) -> tuple[QuantConfig, ...]:
+    """Return the ladder of that name.
+
+    Raises
+    ------
+    InputError
+        When there is none.
+    """
+    return choose(LADDERS, name, "a ladder")
+
 
 #: The shares of a matrix's rows that can be high-impact ([C]; 𝔹 of method §7).
 RATIOS = (0.02, 0.05, 0.10, 0.15, 0.20)
@@ -282,19 +307,23 @@ def parse_config(text: str) -> Config:
 DETECTION_CONFIG = QuantConfig(4, 64)
 
 
-def stop_index(name: str) -> int:
-    """The ladder index (0 to 11) of a stop named ``3.13`` or ``b3g128``.
+def stop_index(name: str, ladder: tuple[QuantConfig, ...] = LADDER) -> int:
+    """The index in a ladder of a stop named ``3.13`` or ``b3g128``.
 
     Raises
     ------
     InputError
-        When there is no such stop.
+        When the ladder has no such stop.
     """
-    for index, config in enumerate(LADDER):
+    for index, config in enumerate(ladder):
         if name in (config.stop_name, config.name):
             return index
+    if any(name in (config.stop_name, config.name) for config in EXTENDED_LADDER):
+        raise InputError(
+            f"'{name}' is a configuration of the extended ladder; plan with --ladder extended."
+        )
     raise InputError(
-        f"'{name}' is not a configuration; choose one of {', '.join(c.stop_name for c in LADDER)}."
+        f"'{name}' is not a configuration; choose one of {', '.join(c.stop_name for c in ladder)}."
     )
 
 
@@ -329,7 +358,7 @@ def matrix_bytes(
     return parts + config.index_bytes(shape)
 
 
-def snap_to_stop(bits: float) -> float:
+def snap_to_stop(bits: float, ladder: tuple[QuantConfig, ...] = LADDER) -> float:
     """A stop's own size where ``bits`` is that rounded to four decimals, else ``bits``.
 
     Sizes are shown and typed with at most four decimals, which may lie below the stop.
@@ -337,40 +366,48 @@ def snap_to_stop(bits: float) -> float:
     >>> snap_to_stop(3.2539)
     3.25390625
     """
-    return next((c.nominal_bits for c in LADDER if round(c.nominal_bits, 4) == bits), bits)
+    return next((c.nominal_bits for c in ladder if round(c.nominal_bits, 4) == bits), bits)
 
 
-def find_stop(text: str) -> QuantConfig | None:
+def find_stop(text: str, ladder: tuple[QuantConfig, ...] = LADDER) -> QuantConfig | None:
     """The stop that a size names (``3.25``, ``3.25bpp``, ``b3g64``), None where it is a number."""
     name = text.strip().removesuffix("bpp").rstrip()
-    return next((c for c in LADDER if name in (c.stop_name, c.name)), None)
+    return next((c for c in ladder if name in (c.stop_name, c.name)), None)
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What may be spent on the planned linear weights, in nominal bytes (metadata included)."""
+    """What may be spent on the linear weights, metadata included; one of the two is given.
 
-    nominal_bytes: float
+    Bits per parameter bound the nominal bytes. Bytes bound the planned bytes, which the quantizer
+    stores: a person who writes ``50MiB`` wants no more than that in memory.
+    """
+
     text: str
+    nominal_bytes: float | None = None
+    planned_bytes: float | None = None
 
     @classmethod
-    def parse(cls, text: str, numel: int) -> Budget:
+    def parse(cls, text: str, numel: int, ladder: tuple[QuantConfig, ...] = LADDER) -> Budget:
         """Read ``3.2bpp``, ``9MiB``, ``1.5GiB``, ``800KiB``, ``9000000B`` for ``numel`` weights.
 
         The name of a stop, ``3.25bpp``, ``3.25`` or ``b3g64``, means the size of that stop, which
         differs from the two decimals of its name by up to 0.004 bits; ``3.250bpp`` is a number.
+        Stops are those of ``ladder``.
 
         >>> Budget.parse("3.25bpp", 8).nominal_bytes, Budget.parse("3.250bpp", 8).nominal_bytes
         (3.25390625, 3.25)
+        >>> Budget.parse("1.5KiB", 8).planned_bytes
+        1536
 
         Raises
         ------
         InputError
             When it is not a positive number with one of those units.
         """
-        stop = find_stop(text)
+        stop = find_stop(text, ladder)
         if stop is not None:
-            return cls(stop.nominal_bits * numel / 8, text.strip())
+            return cls(text.strip(), nominal_bytes=stop.nominal_bits * numel / 8)
         match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(bpp|B|KiB|MiB|GiB)\s*", text)
         if not match or float(match[1]) <= 0:
             raise InputError(
@@ -379,5 +416,7 @@ class Budget:
             )
         amount, unit = float(match[1]), match[2]
         if unit == "bpp":
-            return cls(snap_to_stop(amount) * numel / 8, text.strip())
-        return cls(amount * BYTE_UNITS[unit], text.strip())
+            nominal = snap_to_stop(amount, ladder) * numel / 8
+            return cls(text.strip(), nominal_bytes=nominal)
+        planned = amount * BYTE_UNITS[unit]
+        return cls(text.strip(), planned_bytes=planned if planned == inf else floor(planned))

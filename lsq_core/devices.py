@@ -53,3 +53,10 @@ def canonical_device(name: str) -> str:
         return "cpu"
     match = re.fullmatch(r"cuda:0*(\d+)", name)
     return f"cuda:{match[1]}" if match else name
+
+
+def count_cores() -> int:
+    """Processor cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

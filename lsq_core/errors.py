@@ -2,8 +2,11 @@
 
 import errno
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import TypeVar
+
+T = TypeVar("T")
 
 #: Characters of a foreign message that a sentence quotes.
 _MAX_REASON_CHARS = 400
@@ -37,6 +40,28 @@ class InputError(LsqError):
     """
 
     exit_code = 2
+
+
+def choose(options: Mapping[str, T], name: str, kind: str) -> T:
+    """The option of a name; ``kind`` is what such options are called, with its article.
+
+    >>> choose({"a": 1, "b": 2}, "c", "a letter")
+    Traceback (most recent call last):
+        ...
+    lsq_core.errors.InputError: 'c' is not a letter; choose one of a, b.
+
+    Raises
+    ------
+    InputError
+        When there is none.
+    """
+    if name not in options:
+        raise InputError(f"'{name}' is not {kind}; choose one of {', '.join(options)}.")
+    return options[name]
+
+
+class DeviceMemoryError(LsqError):
+    """A device had too little memory for the work; less of it at a time may go well."""
 
 
 def exception_reason(error: BaseException) -> str:
@@ -75,7 +100,9 @@ def translate_resource_errors(device: str) -> Iterator[None]:
     except LsqError:
         raise
     except MemoryError as error:
-        raise LsqError(f"There is not enough memory on {device}; use a smaller model.") from error
+        raise DeviceMemoryError(
+            f"There is not enough memory on {device}; use a smaller model."
+        ) from error
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
@@ -83,6 +110,6 @@ def translate_resource_errors(device: str) -> Iterator[None]:
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError" and "not enough memory" not in str(error):
             raise
-        raise LsqError(
+        raise DeviceMemoryError(
             f"{device} ran out of memory; free some, use --device cpu, or choose a smaller model."
         ) from error

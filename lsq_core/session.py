@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lsq_core.errors import InputError, LsqError
+from lsq_core.evaluation.noise import NoiseFloor
 from lsq_core.evaluation.protocol import EvaluationRequest
 from lsq_core.exports.registry import export_plan
 from lsq_core.exports.weights.registry import ExportTarget
@@ -29,7 +30,18 @@ from lsq_core.planning.plan import Plan
 from lsq_core.planning.request import PlanRequest
 from lsq_core.profiling.profile import Profile
 from lsq_core.profiling.settings import ProfileSettings
-from lsq_core.stages import evaluate, measure, plan, predict, profile, rows, streamed
+from lsq_core.stages import (
+    evaluate,
+    measure,
+    noise,
+    plan,
+    predict,
+    profile,
+    rank,
+    refine,
+    rows,
+    streamed,
+)
 from lsq_core.stages import export as exports
 from lsq_core.stages import run as runs
 from lsq_core.stages.measure import PreparedRun
@@ -130,6 +142,21 @@ class Session(OpenModel):
             raise InputError("Give a method with the fields of a request, or a whole request.")
         return plan.plan_model(self, method, settings or self.default_settings)
 
+    def refine(
+        self,
+        budget: str,
+        settings: ProfileSettings | None = None,
+        minutes: float = refine.DEFAULT_MINUTES,
+        text: str | None = None,
+        **request: object,
+    ) -> Plan:
+        """The best plan that a search finds; see :func:`lsq_core.stages.refine.refine_plan`.
+
+        ``start``, ``pins``, ``ties`` and ``serve`` may be given as keywords.
+        """
+        asked = PlanRequest.from_json({"method": "refined", "budget": budget, **request})
+        return refine.refine_plan(self, asked, settings or self.default_settings, minutes, text)
+
     def predictor(
         self,
         problem: Problem,
@@ -161,6 +188,18 @@ class Session(OpenModel):
         """See :func:`lsq_core.stages.predict.predict_without_ties`."""
         settings = settings or self.default_settings
         return predict.predict_without_ties(self, made, settings, corpus, protocol)
+
+    def rank(
+        self,
+        budget: str | PlanRequest,
+        settings: ProfileSettings | None = None,
+        corpus: str | None = None,
+        protocol: str | None = None,
+    ) -> rank.MethodRanking:
+        """See :func:`lsq_core.stages.rank.rank_model_methods`; a budget alone will do."""
+        request = PlanRequest("uniform", budget=budget) if isinstance(budget, str) else budget
+        settings = settings or self.default_settings
+        return rank.rank_model_methods(self, request, settings, corpus, protocol)
 
     def request_for_max_loss(
         self,
@@ -276,3 +315,9 @@ class Session(OpenModel):
     def evaluate_full(self, request: EvaluationRequest) -> dict:
         """See :func:`lsq_core.stages.evaluate.evaluate_full`."""
         return evaluate.evaluate_full(self, request)
+
+    def measure_noise(
+        self, request: EvaluationRequest | None = None, base: str = noise.DEFAULT_BASE
+    ) -> NoiseFloor:
+        """See :func:`lsq_core.stages.noise.measure_noise`."""
+        return noise.measure_noise(self, request or EvaluationRequest(), base)

@@ -1,6 +1,6 @@
 """The measurements that come with the project, and how they are made again.
 
-``data/measured`` holds them as Parquet files: so far SmolLM2's profiles by HQQ and the runs of all
+``data/measured`` holds them as Parquet files: so far SmolLM2's profile by HQQ and the runs of all
 methods listed here. The app imports them when it first starts, marked as shipped. ``make measured``
 makes all of them; what its database has already is not measured again:
 
@@ -35,9 +35,7 @@ BASES = ("2.25", "2.51", "3.13", "3.25", "3.51", "4.13", "4.25", "4.51", "8.13")
 #: Methods that raise layers above a base are run at the bases in between, as their paper has it.
 BOOSTS = ("sensiboost", "kurtboost", "sensiboost-ablation", "kurtboost-ablation")
 BOOST_BASES = BASES[1:-1]
-KNAPSACKS = ("mxq", "sensi-knapsack", "kl-aware")
-#: Tokens of a calibration block for the loss impact, which runs half the model for each matrix.
-LOSS_BLOCK_TOKENS = 128
+KNAPSACKS = ("mxq", "sensi-knapsack", "kl-aware", "loss-aware")
 #: Methods that add little are run at some of the budgets only.
 VARIANTS = ("kurt-scaled", "sensi-milp", "kurt-milp")
 VARIANT_BUDGETS = ("3.2bpp", "4.2bpp")
@@ -73,24 +71,22 @@ def measure(
     figures are shown: run it in their folder.
     """
     from lsq_core.session import Session
-    from lsq_core.sweep import items, requests, sweep
+    from lsq_core.sweep import items, sweep
 
     for name in models:
         session = Session(ModelSource(name), store, report=report)
         settings = ProfileSettings(calibration=calibration)
-        session.profile(settings, ["expected_kl"])
+        session.profile(settings, ["loss_impact", "expected_kl"])
         evaluation = EvaluationRequest(corpus, "strided", MAX_TOKENS)
         sweep(session, items(_plans(), ["hqq"], [evaluation]), settings)
-        loss_settings = replace(settings, block_tokens=LOSS_BLOCK_TOKENS)
-        session.profile(loss_settings, ["loss_impact"])
-        loss_aware = requests(PlanRequest("uniform"), ["loss-aware"], [], BUDGETS)
-        sweep(session, items(loss_aware, ["hqq"], [evaluation]), loss_settings)
+        if not store.has_noise_floor(session.info.fingerprint):
+            session.measure_noise(evaluation)
         for quantizer in OTHER_QUANTIZERS:
             session.profile(replace(settings, quantizer=quantizer))
 
 
 def _plans() -> list[PlanRequest]:
-    """The plans of all methods but the loss-aware one."""
+    """The plans of all methods."""
     from lsq_core.sweep import requests
 
     template = PlanRequest("uniform")

@@ -34,7 +34,7 @@ class BatchProgress:
         part = done / total if total else 0.0
         if stage == "quantize":
             part = (self.quantized + part) / self.plans
-        self.reached = max(self.reached, _stage_fraction(stage, part))
+        self.reached = max(self.reached, stage_fraction(stage, part))
         at = int(_PROGRESS_STEPS * (self.before + self.reached * self.size))
         number = self.number or self.before + 1
         more = self.before + self.size - number
@@ -47,7 +47,7 @@ class BatchProgress:
         )
 
 
-def _stage_fraction(stage: str, done: float) -> float:
+def stage_fraction(stage: str, done: float) -> float:
     """The fraction of a batch that is done, by stage; quantizing is short compared with
     evaluating.
     """

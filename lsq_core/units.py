@@ -27,6 +27,20 @@ def parse_bytes(text: str) -> int:
     return int(amount)
 
 
+def write_bytes(count: int) -> str:
+    """Write bytes as :func:`parse_bytes` reads them, as short as it is exact.
+
+    >>> write_bytes(52428800), write_bytes(52355399), write_bytes(1001)
+    ('50MiB', '49.93MiB', '1001B')
+    """
+    for unit, size in (("GiB", GIB), ("MiB", MIB), ("KiB", 1024)):
+        for digits in range(4):
+            text = f"{count / size:.{digits}f}"
+            if count >= size and int(float(text) * size) == count:
+                return f"{text}{unit}"
+    return f"{count}B"
+
+
 def format_bytes(count: float) -> str:
     """``9437184`` as ``9.00 MiB``: binary units, three significant figures or so."""
     for unit, size in (("GiB", GIB), ("MiB", MIB), ("KiB", 1024)):

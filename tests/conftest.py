@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from hypothesis import settings
 
 from lsq_core.bits import FP16_BITS, QuantConfig
 from lsq_core.reference.importing import import_reference
@@ -19,14 +20,19 @@ from lsq_core.store.store import Store
 # Nothing here may reach the network, whatever a machine has cached or is logged in to.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-# Tests start processes of their own; waiting threads that spin would take their cores.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# One of several workers has one core, and so have the processes that its tests start.
+# One of several workers has one core, and so have the processes that its tests start, whose cores
+# waiting threads would take if they spun. Benchmarks run alone, and wait as usual.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # What a page opens with is the same wherever the tests run.
 os.environ["LSQ_MODEL"] = "demo"
+
+# A test that passes does so the next time; HYPOTHESIS_PROFILE=random tries other examples.
+settings.register_profile("same", derandomize=True)
+settings.register_profile("random", derandomize=False)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT.parent / "shared" / "reference" / "lm-quant-toolkit"
@@ -227,6 +233,14 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
 def model_copy(random_model: Callable[[str], Path], tmp_path: Path) -> Path:
     """A copy of a small random model's folder, for a test to change."""
     return Path(shutil.copytree(random_model("llama-gqa"), tmp_path / "copy"))
+
+
+@pytest.fixture
+def other_text(tmp_path: Path) -> str:
+    """A text beside :func:`small_text`, as a path."""
+    path = tmp_path / "other.txt"
+    path.write_text("\n".join(f"{i} is followed by {i + 1}." for i in range(300)), "utf8")
+    return str(path)
 
 
 @pytest.fixture

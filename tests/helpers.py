@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from lsq_core.evaluation.result import EvaluationPair
+    from lsq_core.planning.problem import Problem
 
 T = TypeVar("T")
 
@@ -35,6 +36,11 @@ def wait_for(condition: Callable[[], T], seconds: float = 60, interval: float = 
         assert time.monotonic() < deadline, f"the condition was not met within {seconds:g} s"
         time.sleep(interval)
     return value
+
+
+def nominal_budget(nominal: float, problem: Problem) -> str:
+    """Write nominal bytes of a problem's matrices as a budget in bits per parameter."""
+    return f"{8 * float(nominal) / problem.total!r}bpp"
 
 
 def find_free_port() -> int:

@@ -18,6 +18,7 @@ from streamlit.testing.v1 import AppTest
 from lsq_core import disk, jobs
 from lsq_core.bits import LADDER
 from lsq_core.cli.parser import build_parser
+from lsq_core.distributed import cluster
 from lsq_core.evaluation.bootstrap import bootstrap_difference
 from lsq_core.evaluation.protocol import EvaluationRequest
 from lsq_core.planning.methods import PLANNERS
@@ -27,6 +28,7 @@ from lsq_core.quantization.registry import BASELINES, unavailable_reason
 from lsq_core.session import Session
 from lsq_core.store.store import Store
 from lsq_core.ui import words
+from lsq_core.ui.planner import CommittedBudget
 from tests.conftest import ROOT, save_random_model
 from tests.helpers import wait_for
 
@@ -407,6 +409,26 @@ def test_sweep_infeasible_budgets_disable_start(filled):
     assert any("1 are not possible" in c.value for c in app.caption)
 
 
+def test_sweep_on_ray_has_its_options_or_the_reason(filled, monkeypatch):
+    started = []
+    monkeypatch.setattr(jobs, "start", lambda folder, words: started.append(words))
+    monkeypatch.setattr(cluster, "find_spec", lambda name: object())
+    app = open_page("Run", model=filled.model)
+    app.selectbox(key="sweep_place").set_value("local").run()
+    _click_button(app, "Start the sweep")
+    app.selectbox(key="sweep_place").set_value("cluster").run()
+    assert next(b for b in app.button if b.label == "Start the sweep").disabled, "no address"
+    app.text_input(key="sweep_address").set_value("node-a:6379").run()
+    app.number_input(key="sweep_cores").set_value(2).run()
+    _click_button(app, "Start the sweep")
+    parsed = [build_parser().parse_args(command) for command in started]
+    assert [(one.ray, one.actor_cores) for one in parsed] == [("local", None), ("node-a:6379", 2)]
+    monkeypatch.setattr(cluster, "find_spec", lambda name: None)
+    app.run()
+    assert next(b for b in app.button if b.label == "Start the sweep").disabled
+    assert any(cluster.unavailable_reason() in c.value for c in app.caption)
+
+
 # --- comparing ------------------------------------------------------------------------------
 
 
@@ -492,5 +514,7 @@ def test_plan_headline_uses_committed_budget(monkeypatch):
     """It is of this very run of the page, not of the next."""
     app = open_page("Plan", model="demo", method="uniform", budget="3.25")
     assert "3.25 bits" in first_line(app)
-    monkeypatch.setattr("lsq_core.ui.plan.live.read_committed_budget", lambda: 4.26)
+    monkeypatch.setattr(
+        "lsq_core.ui.plan.live.read_committed_budget", lambda: CommittedBudget(4.26, None)
+    )
     assert "4.25 bits" in first_line(app.run())

@@ -377,8 +377,25 @@ def test_gain_chart_intervals_with_n():
 
 def test_predicted_chart_band_with_n():
     frame = gains([0.0] * 3, perplexity=[9.0, 8.0, 7.0], predicted=8.0, low=7.5, high=8.5)
-    trace = charts.predicted_against_measured(frame).data[1]
-    assert list(trace.text) == ["7.5000 to 8.5000, n = 2 other runs"] * 3
+    figure = charts.predicted_against_measured(frame, 5.0)
+    trace = figure.data[1]
+    assert all("7.5000 to 8.5000, n = 2 other runs" in text for text in trace.text)
+    assert list(trace.x) == pytest.approx([0.8, 0.6, 0.4]), "the excess over full precision"
+    assert list(trace.y) == pytest.approx([0.6] * 3)
+    assert list(trace.error_y.array) == pytest.approx([0.1] * 3)
+    assert figure.layout.xaxis.type == figure.layout.yaxis.type == "log"
+
+
+def test_predicted_chart_opens_on_usable_runs_and_keeps_those_at_full_precision():
+    measured = [4.999, 5.2, 9.0, 5000.0]
+    frame = gains([0.0] * 4, perplexity=measured, predicted=measured, low=5.0, high=6000.0)
+    view = charts.predicted_view(frame, 5.0)
+    assert (view.outside, view.low, view.high) == (1, 5000.0, 5000.0)
+    low, high = 10 ** np.array(view.x)
+    assert low < 0.001, "a run that is no worse than full precision stands at the lower end"
+    assert 0.8 < high < 10
+    everything_broken = frame[frame["perplexity"] > 100]
+    assert charts.predicted_view(everything_broken, 5.0).outside == 0
 
 
 def test_plan_ring_percent_with_space():

@@ -112,10 +112,11 @@ def test_compare_unmeasured_quality_not_offered(store, runs):
     assert "Click a point" in page_text(app)
 
 
-def test_compare_best_run_open_by_default(store, runs):
+def test_compare_headline_run_open_by_default(store, runs):
     app = open_page("Compare")
-    best = runs.loc[runs["perplexity"].idxmin()]
-    assert app.selectbox(key="opened").value == best["id"]
+    gain = gain_at_equal_size(store.results(), "measured_bytes")
+    assert gain.drop > 0
+    assert app.selectbox(key="opened").value == gain.evaluation
     app.selectbox(key="opened").set_value(runs["id"][3]).run()
     row = store.query("SELECT * FROM evaluations WHERE id = ?", [runs["id"][3]]).iloc[0]
     card = next(d.value for d in app.dataframe if "value" in d.value).set_index("")["value"]
@@ -160,9 +161,9 @@ def test_first_pair_without_uniform_runs_is_the_newest(store):
 
 def test_ablation_is_explained_where_there_is_one(store, runs):
     assert "An ablation" not in page_text(open_page("Compare"))
-    insert_synthetic_runs(store, 26, ("sensiboost-ablation",), first=24)
+    insert_synthetic_runs(store, 26, ("sensiboost-ablation", "sensiboost-rank"), first=24)
     app = open_page("Compare")
-    assert page_text(app).count("An ablation") == 1
+    assert page_text(app).count("An ablation") == page_text(app).count("A boost by rank") == 1
     faded = {t["name"]: t.get("opacity") for t in chart(app)["data"] if t["mode"] == "markers"}
     assert faded["SensiBoost ablation"] < 0.5 < faded["MXQ"]
 

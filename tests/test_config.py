@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lsq_core.bits import (
+    EXTENDED_LADDER,
     LADDER,
     Budget,
     QuantConfig,
@@ -38,18 +39,18 @@ def test_nominal_bytes_matches_published_size():
     assert nominal_bytes(4096 * 4096, QuantConfig(3, 128)) == 6.25390625 * 2**20
 
 
-@pytest.mark.parametrize("config", LADDER, ids=lambda c: c.name)
+@pytest.mark.parametrize("config", EXTENDED_LADDER, ids=lambda c: c.name)
 def test_config_name_round_trip(config):
     assert QuantConfig.parse(config.name) == config
 
 
-@pytest.mark.parametrize("text", ["b5g64", "b4g16", "4g64", "b4", "", "b4g64x", "4.25"])
+@pytest.mark.parametrize("text", ["b7g64", "b5g16", "b4g16", "4g64", "b4", "", "b4g64x", "4.25"])
 def test_parse_config_invalid_name_raises(text):
     with pytest.raises(InputError, match="not a configuration"):
         QuantConfig.parse(text)
 
 
-@given(st.integers(1, 64), st.integers(1, 64), st.sampled_from(LADDER))
+@given(st.integers(1, 64), st.integers(1, 64), st.sampled_from(EXTENDED_LADDER))
 def test_planned_bytes_exceed_nominal_by_zero_ranges(rows, columns, config):
     """Ours counts a range for scale *and* one for zero, and starts a new one for the remainder.
 
@@ -70,10 +71,16 @@ def test_divides():
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("3.2bpp", 400), ("9MiB", 9 * 2**20), ("1.5GiB", 1.5 * 2**30), (" 800KiB", 800 * 1024)],
+    [("9MiB", 9 * 2**20), ("1.5GiB", 1.5 * 2**30), (" 800KiB", 800 * 1024)],
 )
-def test_budget_parse_units(text, expected):
-    assert Budget.parse(text, 1000).nominal_bytes == expected
+def test_budget_in_bytes_bounds_planned_bytes(text, expected):
+    budget = Budget.parse(text, 1000)
+    assert (budget.nominal_bytes, budget.planned_bytes) == (None, expected)
+
+
+def test_budget_in_bits_bounds_nominal_bytes():
+    budget = Budget.parse("3.2bpp", 1000)
+    assert (budget.nominal_bytes, budget.planned_bytes) == (400, None)
 
 
 @pytest.mark.parametrize("text", ["3.2", "bpp", "-1MiB", "0bpp", "9MB", "nanbpp", "1e3MiB", ""])

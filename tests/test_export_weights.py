@@ -30,7 +30,7 @@ from lsq_core.exports.weights.base import (
     choose_types,
 )
 from lsq_core.exports.weights.compressed_tensors import round_to_whole_zeros
-from lsq_core.exports.weights.gguf import q4_1_rows
+from lsq_core.exports.weights.gguf import exact_rows
 from lsq_core.exports.weights.gguf_metadata import PROVENANCE_KEY, rope_factors
 from lsq_core.exports.weights.manifest import EXPORT_FILE, is_exported_folder, read_export
 from lsq_core.exports.weights.registry import FORMATS, ExportTarget, get_exporter
@@ -82,7 +82,7 @@ def decode_compressed_tensors(tensors: dict[str, np.ndarray], bits: int) -> np.n
 
 
 @st.composite
-def packed_matrices(draw: st.DrawFn, bits: tuple[int, ...] = (2, 3, 4, 8)) -> PackedMatrix:
+def packed_matrices(draw: st.DrawFn, bits: tuple[int, ...] = (2, 3, 4, 5, 6, 8)) -> PackedMatrix:
     """Matrices whose rows groups of 32 fill, at any configuration; groups may cross rows."""
     group_size = draw(st.sampled_from((128, 64, 32)))
     width = 32 * draw(st.integers(1, 6))
@@ -133,13 +133,13 @@ def test_mlx_fp16_scales_differ_by_their_rounding_alone(packed):
 
 
 @settings(max_examples=20, deadline=None)
-@given(packed_matrices(bits=(4,)))
-def test_q4_1_holds_the_codes_of_any_group_size(packed):
-    rows = q4_1_rows(packed, "m")
-    decoded = gguf.dequantize(rows, gguf.GGMLQuantizationType.Q4_1)
+@given(packed_matrices(bits=(4, 5)))
+def test_q4_1_and_q5_1_hold_the_codes_of_any_group_size(packed):
+    rows, bits = exact_rows(packed, "m"), packed.config.bits
+    decoded = gguf.dequantize(rows, gguf.GGMLQuantizationType[f"Q{bits}_1"])
     expected = packed.dequantize().numpy().reshape(-1, packed.config.group_size)
     scale, zero = packed.scale.decode().abs().numpy(), packed.zero.decode().abs().numpy()
-    bound = 2.0**-11 * scale * (16 + zero) + 2.0**-20
+    bound = 2.0**-11 * scale * (2**bits + zero) + 2.0**-20
     assert (np.abs(decoded.reshape(expected.shape) - expected) <= 1.01 * bound[:, None]).all()
 
 
@@ -168,7 +168,7 @@ def test_scales_beyond_fp16_raise():
     config = QuantConfig(4, 32)
     packed = quantize_matrix(torch.randn(2, 64) * 2.0**40, config, Rtn(), metadata="fp16")
     with pytest.raises(LsqError, match="beyond the range"):
-        q4_1_rows(packed, "m")
+        exact_rows(packed, "m")
     with pytest.raises(LsqError, match="beyond the range"):
         encode("mlx", packed, "F16")
 

@@ -41,6 +41,7 @@ from lsq_core.session import Session
 from lsq_core.stages.plan import request_incompatibility
 from lsq_core.store.profiles import InteractionKey
 from lsq_core.store.store import Store
+from tests.helpers import nominal_budget
 
 OPTIONS = mixed_rows(2, 3, 128)
 
@@ -294,7 +295,7 @@ def test_plan_within_0_1_percent_of_brute_force(seed):
     small = problem(layers=4, types=2, seed=seed)
     _, size, loss = all_plans(small)
     for budget in np.linspace(size.min(), size.max(), 60):
-        plan = make_plan(small, PlanRequest("high-impact", budget=f"{budget:.17g}B"))
+        plan = make_plan(small, PlanRequest("high-impact", budget=nominal_budget(budget, small)))
         best = loss[size <= budget * (1 + 1e-9)].min()
         assert plan.nominal_bytes <= budget * (1 + 1e-9)
         assert plan.objective <= best + 1e-3 * abs(best)
@@ -371,24 +372,28 @@ def test_pins_are_respected():
     small = problem(layers=4)
     request = PlanRequest(
         "high-impact",
-        budget=f"{1.5 * small.feasible[0]:.0f}B",
+        budget=nominal_budget(1.5 * small.feasible[0], small),
         pins=("*.layers.1.*=b2h3r20g128", "*.layers.2.*=b2h3r02g128..b2h3r10g128"),
     )
     low, high = small.feasible
     for share in (0.4, 0.8):
-        plan = make_plan(small, replace(request, budget=f"{low + share * (high - low):.0f}B"))
+        plan = make_plan(
+            small, replace(request, budget=nominal_budget(low + share * (high - low), small))
+        )
         for matrix, config in plan.choice.items():
             assert matrix.layer != 1 or config.ratio == 0.20
             assert matrix.layer != 2 or config.ratio <= 0.10
         assert any("The pins cost" in note for note in plan.notes)
     with pytest.raises(InputError, match="'b4g64'"):
-        make_plan(small, replace(request, budget=f"{high:.0f}B", pins=("*=b4g64",)))
+        make_plan(small, replace(request, budget=nominal_budget(high, small), pins=("*=b4g64",)))
 
 
 def test_plan_rows_have_highest_scores_and_nest():
     small = problem()
     plans = [
-        make_plan(small, PlanRequest("high-impact", ratios="uniform", budget=f"{size}B"))
+        make_plan(
+            small, PlanRequest("high-impact", ratios="uniform", budget=nominal_budget(size, small))
+        )
         for size in (small.feasible[0], small.feasible[1])
     ]
     for i, matrix in enumerate(small.matrices):
@@ -403,7 +408,10 @@ def test_infeasible_requests_raise():
     with pytest.raises(InputError, match="takes a budget"):
         make_plan(small, PlanRequest("high-impact", base="3.13"))
     with pytest.raises(InputError, match="chooses matrices together"):
-        make_plan(small, PlanRequest("high-impact", budget=f"{small.feasible[1]}B", exact=True))
+        make_plan(
+            small,
+            PlanRequest("high-impact", budget=nominal_budget(small.feasible[1], small), exact=True),
+        )
     with pytest.raises(InputError, match="out of reach"):
         make_plan(small, PlanRequest("high-impact", budget="4bpp"))
     with pytest.raises(InputError, match="block, model"):
@@ -465,10 +473,12 @@ def test_clipped_removes_negative_eigenvalues():
 def test_plan_eleven_module_types_adds_note():
     """Eleven in a block: enumerated in groups, and the plan says so."""
     many = problem(layers=2, types=11)
-    plan = make_plan(many, PlanRequest("high-impact", budget=f"{many.feasible[1]:.0f}B"))
+    plan = make_plan(
+        many, PlanRequest("high-impact", budget=nominal_budget(many.feasible[1], many))
+    )
     assert "11 module types" in plan.notes[0]
     seven = problem(layers=1, types=7)
-    budget = f"{seven.feasible[1]:.0f}B"
+    budget = nominal_budget(seven.feasible[1], seven)
     assert make_plan(seven, PlanRequest("high-impact", budget=budget)).notes == ()
 
 
@@ -484,7 +494,7 @@ def test_plan_experts_share_ratio():
     moe = moe.with_options(OPTIONS)
     for segment in make_frontier(moe, PlanRequest("high-impact")).segments:
         assert len(set(segment.start[:3])) == len(set(segment.start[3:])) == 1
-    middle = f"{sum(moe.feasible) / 2:.0f}B"
+    middle = nominal_budget(sum(moe.feasible) / 2, moe)
     one = PlanRequest("high-impact", budget=middle, pins=("*.up.0=b2h3r20g128",))
     plan = make_plan(moe, one)
     assert {c.ratio for m, c in plan.choice.items() if m.type == "up"} == {0.20}

@@ -113,8 +113,11 @@ def test_make_plan_any_request_within_budget_or_raises(request_fields):
     except LsqError:
         return
     if request.budget is not None:
-        limit = Budget.parse(request.budget, plan.parameters).nominal_bytes
-        assert plan.nominal_bytes <= limit * (1 + TOLERANCE)
+        budget = Budget.parse(request.budget, plan.parameters)
+        if budget.planned_bytes is None:
+            assert plan.nominal_bytes <= budget.nominal_bytes * (1 + TOLERANCE)
+        else:
+            assert plan.planned_bytes <= budget.planned_bytes
     restored = Plan.from_json(json.loads(json.dumps(plan.to_json())), plan.matrices, 0)
     assert restored.choice == plan.choice
     assert restored.rows == plan.rows
@@ -324,6 +327,7 @@ def test_begin_plan_any_url_gives_valid_control_values(url_query, query_values):
     st_app.session_state.clear()
     url_query.clear()
     url_query.update(query_values)
+    state.init_settings("a model", None)
     state.init_plan(has_profile=True)
     chosen = st_app.session_state
     assert 0 <= chosen["boost_stop"] <= 11

@@ -26,6 +26,7 @@ from lsq_core.files import DamagedFileError
 from lsq_core.jobs import worker
 from lsq_core.jsontext import json_bytes, write_json
 from lsq_core.store.store import Store
+from lsq_core.ui import jobs_panel
 from tests.conftest import ROOT
 from tests.test_jobs import job_pid, process_ended, wait_for, wait_for_end
 
@@ -419,3 +420,15 @@ def test_list_200_jobs_within_1_s(folder):
     started = time.process_time()
     assert len(jobs.list_jobs(folder)) == 200
     assert time.process_time() - started < 1.0
+
+
+def test_job_is_found_whatever_the_value_of_an_option(tmp_path):
+    """The newest of those that were asked for the same but for what is ignored."""
+    command = ("refine", "--model", "demo", "--minutes", "5")
+    make_finished_job(tmp_path, "20260101-000000-000001", (*command, "--text", "stdlib"))
+    make_finished_job(tmp_path, "20260101-000000-000002", (*command, "--budget", "3bpp"))
+    wanted = ["refine", "--model", "demo", "--minutes", "60"]
+    assert jobs_panel.find(tmp_path, wanted) is None
+    assert jobs_panel.find(tmp_path, wanted, ("--minutes",)) is None, "it has a text"
+    found = jobs_panel.find(tmp_path, wanted, ("--minutes", "--text"))
+    assert found.id == "20260101-000000-000001"

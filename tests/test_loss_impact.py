@@ -21,7 +21,7 @@ from lsq_core.planning.request import PlanRequest
 from lsq_core.profiling.calibration import load_calibration
 from lsq_core.profiling.measure import measure_profile
 from lsq_core.profiling.metrics import METRICS, default_metrics, proxies
-from lsq_core.profiling.metrics.loss_impact import LossImpact, kl_sum
+from lsq_core.profiling.metrics.loss_impact import SEQUENCE_TOKENS, LossImpact, kl_sum
 from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.quantization.packed import quantize_matrix
 from lsq_core.quantization.registry import get_quantizer
@@ -74,6 +74,40 @@ def test_loss_impact_matches_plain_loop(architecture, random_model, settings):
         assert score == pytest.approx(divergence / error, rel=1e-5), matrix.name
 
 
+def test_loss_impact_of_long_blocks_is_that_of_their_first_tokens(random_model, small_text):
+    loaded = load_model(ModelSource(str(random_model("llama-gqa"))), "cpu")
+    settings = ProfileSettings("rtn", calibration=str(small_text), samples=64, block_tokens=160)
+    long = measure_profile(loaded, settings, "key", metrics=IMPACT)
+    ids = torch.from_numpy(load_calibration(loaded, settings.text).ids)[: LossImpact.sequences]
+    ids = ids[:, :SEQUENCE_TOKENS]
+    matrix, score = long.matrices[0], long.scores("loss_impact")[0]
+    weight = get_weight(loaded.model, matrix)
+    changed = get_quantizer("rtn").round_trips(weight.float(), LossImpact.configs, 1, "8bit")[0]
+    with torch.inference_mode():
+        expected = log_probabilities(loaded.model, ids)
+        error = float((changed - weight).double().square().sum())
+        weight.copy_(changed)
+        perturbed = log_probabilities(loaded.model, ids)
+    divergence = float((expected.exp() * (expected - perturbed)).sum(-1).mean())
+    assert score == pytest.approx(divergence / error, rel=1e-4)
+
+
+def test_loss_impact_tells_its_passes_beforehand(random_model, settings, small_text):
+    reports = []
+    session = Session(
+        ModelSource(str(random_model("llama-gqa"))),
+        Store(),
+        "cpu",
+        report=lambda *report: reports.append(report),
+    )
+    session.profile(replace(settings, block_tokens=160, samples=8), ["loss_impact"])
+    stages = [stage for stage, *_ in reports]
+    [note] = [report[3] for report in reports if report[0] == "note" and "passes" in report[3]]
+    assert "14 matrices" in note  # seven in each of two layers, (2 + 1) · 7 / 2 passes
+    assert "10 passes over at most 1,024 tokens" in note
+    assert stages.index("note") < stages.index("profile")
+
+
 def test_loss_impact_does_not_modify_model(random_model, settings):
     loaded = load_model(ModelSource(str(random_model("mixtral-moe"))), "cpu")
     before = {n: t.clone() for n, t in loaded.model.state_dict().items()}
@@ -86,9 +120,10 @@ def test_loss_impact_does_not_modify_model(random_model, settings):
 def test_loss_impact_independent_of_logit_chunk_size(random_model, settings, monkeypatch):
     loaded = load_model(ModelSource(str(random_model("gpt2-conv1d"))), "cpu")
     whole = measure_profile(loaded, settings, "key", metrics=IMPACT).scores("loss_impact")
-    monkeypatch.setattr("lsq_core.profiling.metrics.loss_impact._MAX_BATCH_LOGITS", 1)
-    single = measure_profile(loaded, settings, "key", metrics=IMPACT).scores("loss_impact")
-    np.testing.assert_allclose(single, whole, rtol=1e-4)
+    for limit in ("_MAX_BATCH_LOGITS", "_CHUNK_LOGITS", "_MAX_KEPT_LOGITS"):
+        monkeypatch.setattr(f"lsq_core.profiling.metrics.loss_impact.{limit}", 1)
+        single = measure_profile(loaded, settings, "key", metrics=IMPACT).scores("loss_impact")
+        np.testing.assert_allclose(single, whole, rtol=1e-4)
 
 
 def test_kl_sum_accurate_for_small_divergence():

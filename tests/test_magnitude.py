@@ -308,7 +308,7 @@ def test_profile_scores_scale_with_weights(tmp_path, small_text):
 @pytest.mark.parametrize("k", [-100, -60, 60, 100])
 def test_squared_norm_no_overflow_or_underflow(k):
     values = normal_matrix()
-    base, shifted = squared_norm(values), squared_norm(scale_by_power_of_two(values, k))
+    base, shifted = (float(squared_norm(v)) for v in (values, scale_by_power_of_two(values, k)))
     assert shifted == pytest.approx(base * 4.0**k, rel=1e-5)
 
 

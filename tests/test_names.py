@@ -37,6 +37,7 @@ _NOT_MARKDOWN = {
         "form_id",
         "options",
         "default",
+        "selection_default",
         "raw_value",
         "set_value",
         "url",

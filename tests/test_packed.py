@@ -12,7 +12,7 @@ from hqq.core.quantize import Quantizer as HqqPackage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lsq_core.bits import LADDER, QuantConfig
+from lsq_core.bits import EXTENDED_LADDER, LADDER, QuantConfig
 from lsq_core.errors import InputError, LsqError
 from lsq_core.model.loading import load_model
 from lsq_core.model.source import DEMO_FOLDER, ModelSource
@@ -81,7 +81,7 @@ def test_8_bit_metadata_error_within_half_step(count, seed, size):
 
 @settings(deadline=None, max_examples=60)
 @given(
-    config=st.sampled_from(LADDER),
+    config=st.sampled_from(EXTENDED_LADDER),
     metadata=st.sampled_from(["8bit", "fp16"]),
     axis=st.sampled_from([0, 1]),
     rows=st.integers(1, 12),
@@ -213,7 +213,7 @@ def test_demo_model_shape_and_size():
 
 @pytest.mark.skipif(not packed_triton.available(), reason="Triton is not installed")
 @pytest.mark.parametrize(
-    ("interpret", "arguments", "said"), [("1", [], "34 matrices"), ("0", ["compile"], "compiled")]
+    ("interpret", "arguments", "said"), [("1", [], "58 matrices"), ("0", ["compile"], "compiled")]
 )
 def test_triton_kernels(interpret, arguments, said):
     """In a process of its own, because Triton reads the variable when it is imported."""

@@ -29,7 +29,9 @@ from lsq_core.planning.pins import SCOPES, Pin
 from lsq_core.planning.plan import Plan
 from lsq_core.planning.problem import TOLERANCE, Problem
 from lsq_core.planning.request import PlanRequest
+from lsq_core.units import format_bytes
 from tests.conftest import REFERENCE
+from tests.helpers import nominal_budget
 
 TYPES = ("self_attn.q_proj", "mlp.down_proj")
 
@@ -258,11 +260,19 @@ def test_budget_limits_boosts_of_fixed_base():
         make_plan(spiky, PlanRequest("sensiboost", base="4.13", budget="3.2bpp"))
 
 
-@pytest.mark.parametrize("budget", ["2.1bpp", "9bpp", "1KiB", "1GiB"])
+@pytest.mark.parametrize("budget", ["2.1bpp", "9bpp"])
 @pytest.mark.parametrize("method", [n for n, p in PLANNERS.items() if not p.reads_rows])
 def test_budget_out_of_range_error_states_range(method, budget):
     with pytest.raises(InputError, match=r"from 2\.127 bpp .* to 8\.508 bpp"):
         make_plan(problem(), PlanRequest(method, budget=budget))
+
+
+@pytest.mark.parametrize("budget", ["1KiB", "1GiB"])
+@pytest.mark.parametrize("metadata", ["8bit", "fp16"])
+def test_budget_in_bytes_out_of_range_error_states_planned_range(budget, metadata):
+    low, high = map(format_bytes, problem().feasible_planned(metadata))
+    with pytest.raises(InputError, match=f"from {low} planned to {high} planned"):
+        make_plan(problem(), PlanRequest("uniform", budget=budget), metadata=metadata)
 
 
 def test_incomplete_or_conflicting_requests_raise():
@@ -519,7 +529,8 @@ def test_pin_of_scope_pattern(name, type, expert, patterns):
     ("pin", "message"),
     [
         ("nonsense", "not a pin"),
-        ("*=b5g64", "not a configuration"),
+        ("*=b7g64", "not a configuration"),
+        ("*=b5g64", "extended ladder"),
         ("*=b4g64..b3g64", "reverse it"),
         ("nothing.*=b4g64", "matches no module"),
     ],
@@ -541,7 +552,7 @@ def test_mxq_indivisible_matrix_gets_smaller_groups():
 
 def test_mxq_smallest_budget_gives_smallest_plan():
     flat = problem()
-    plan = make_plan(flat, PlanRequest("mxq", budget=f"{flat.feasible[0]:.0f}B"))
+    plan = make_plan(flat, PlanRequest("mxq", budget=nominal_budget(flat.feasible[0], flat)))
     assert {e["config"] for e in plan.modules.values()} == {"b2g128"}
 
 

@@ -15,7 +15,7 @@ from streamlit.testing.v1 import AppTest
 
 from lsq_core import disk, jobs
 from lsq_core.bits import LADDER
-from lsq_core.evaluation.prediction import Prediction
+from lsq_core.evaluation.prediction import Prediction, is_wide
 from lsq_core.evaluation.protocol import EvaluationRequest
 from lsq_core.model.source import ModelSource
 from lsq_core.planning.constraints import restrict
@@ -247,11 +247,9 @@ def test_plan_page_budget_out_of_range_clamped_with_warning(filled):  # noqa: F8
     assert first_line(app).startswith("8.51 bits"), "the largest plan itself"
     (message,) = [w.value for w in app.warning]
     assert re.search(r"100\.00 bits .*out of reach.*8\.51 bits", message)
-    app.run()
-    assert not app.warning, "it is said once"
     app.text_area(key="pins").set_value("*=b4g64").run()
     (message,) = [w.value for w in app.warning]
-    assert re.search(r"8\.51 bits .*out of reach .*pins.* 4\.25", message)
+    assert re.search(r"100\.00 bits .*out of reach .*pins.* 4\.25", message)
     again = open_page("Plan", model=filled.model, method="mxq", budget="nan")
     assert first_line(again).startswith("3.60 bits"), "what is no number is the default"
 
@@ -285,13 +283,9 @@ def test_prediction_band_format():
 
 
 def test_prediction_band_is_wide_beyond_a_tenth():
-    def is_wide(*bands: tuple[float, float, float]) -> bool:
-        return prediction.is_band_wide(Prediction(*np.array(bands).T, np.zeros(len(bands), bool)))
-
-    assert not is_wide((10.0, 9.1, 10.9))
-    assert is_wide((10.0, 9.1, 11.1))
-    assert is_wide((10.0, 8.9, 10.9))
-    assert is_wide((10.0, 9.1, 10.9), (20.0, 15.0, 21.0)), "of several the widest counts"
+    assert not is_wide(10.0, 9.1, 10.9)
+    assert is_wide(10.0, 9.1, 11.1)
+    assert is_wide(10.0, 8.9, 10.9)
 
 
 def test_plan_page_url_has_only_non_defaults(filled):  # noqa: F811
@@ -320,7 +314,34 @@ def test_plan_page_open_plan_with_byte_budget(filled):  # noqa: F811
     store.save_plan(plan, model_session.info.fingerprint, None, "four bits")
     app = open_page("Plan", model=filled.model, method="mxq", budget="2.5")
     _click_button(app, "Open")
-    assert app.session_state["budget"] == pytest.approx(4.0)
+    assert app.session_state["budget_bytes"] == int(total / 2)
+    assert command_line_plan(app) == {m.name: c.name for m, c in plan.choice.items()}
+
+
+def test_plan_page_budget_in_bytes_bounds_every_method(filled):  # noqa: F811
+    """What was typed counts for the plan, the one beside it, and the command line."""
+    size = int(problem(filled).total * 3.4 / 8)
+    app = open_page(
+        "Plan", model=filled.model, method="mxq", budget_bytes=str(size), against="sensi-knapsack"
+    )
+    sent = planner_data(app)
+    assert sent["budgetBytes"] == size
+    plan = make_plan(problem(filled), PlanRequest("mxq", budget=f"{size}B"))
+    assert plan.planned_bytes <= size
+    assert command_line_plan(app) == {m.name: c.name for m, c in plan.choice.items()}
+    assert not app.error
+
+
+def test_plan_page_budget_outlives_a_constraint(filled):  # noqa: F811
+    """What vLLM needs is shown; without it the plan has what was asked for again."""
+    app = open_page("Plan", model=filled.model, method="mxq", budget="3.2")
+    app.toggle(key="vllm").set_value(True).run()
+    raised = planner_data(app)["budget"]
+    assert raised > 4
+    assert app.warning
+    app.toggle(key="vllm").set_value(False).run()
+    assert planner_data(app)["budget"] == pytest.approx(3.2)
+    assert not app.warning
 
 
 def test_plan_page_exact_plan_shown(filled):  # noqa: F811

@@ -142,13 +142,16 @@ def test_take_commit_returns_each_commit_once(monkeypatch):
     monkeypatch.setattr(planner.st, "session_state", session)
     assert planner.read_committed_budget() is None
     session["planner"] = {"commit": {"bits": 3.50004, "serial": 1}}
-    assert planner.read_committed_budget() == 3.5
+    assert planner.read_committed_budget() == planner.CommittedBudget(3.5, None)
     assert planner.read_committed_budget() is None
     session["planner"] = {"commit": {"bits": 3.50004, "serial": 2}}
-    assert planner.read_committed_budget() == 3.5, "the same budget again is a new commit"
+    again = planner.read_committed_budget()
+    assert again == planner.CommittedBudget(3.5, None), "the same budget again is a new commit"
+    session["planner"] = {"commit": {"bits": 3.5, "bytes": 2**20, "serial": 3}}
+    assert planner.read_committed_budget() == planner.CommittedBudget(3.5, 2**20)
     del session["planner"]
     assert planner.read_committed_budget() is None, "another page was shown between"
-    assert session["planner_serial"] == 2
+    assert session["planner_serial"] == 3
 
 
 def test_live_planner_mounts():

@@ -292,7 +292,7 @@ def test_smallest_within_loss(method, loss, pins):
     smaller = [b for b in smaller if b < budget]
     assert smaller, "the answer is not just the smallest plan there is"
     assert all(predicted(b) > loss for b in smaller)
-    plan = make_plan(problem, replace(request, budget=f"{budget:.17g}B"))
+    plan = make_plan(problem, replace(request, budget=f"{8 * budget / problem.total:.17f}bpp"))
     assert plan.nominal_bytes == budget, "a budget with nothing to spare"
 
 
@@ -471,11 +471,13 @@ def test_cli_max_loss_gives_smallest_plan(run_cli, method):
     status, plan, _ = run_cli("plan", "--method", method, "--max-loss", "3%", "--json")
     assert status == 0
     assert plan["predicted"]["perplexity"] <= 1.03 * FULL
-    assert plan["nominal_bytes"] == float(plan["request"]["budget"].removesuffix("B"))
+    bits = float(plan["request"]["budget"].removesuffix("bpp"))
+    assert plan["bits_per_param"] == pytest.approx(bits, rel=1e-12)
     again = ["--budget", plan["request"]["budget"], "--json"]
     assert run_cli("plan", "--method", method, *again)[1]["modules"] == plan["modules"]
-    less = 0.9 * plan["nominal_bytes"]
-    _, smaller, _ = run_cli("plan", "--method", method, "--budget", f"{less:.3f}B", "--json")
+    _, smaller, _ = run_cli(
+        "plan", "--method", method, "--budget", f"{0.9 * bits:.6f}bpp", "--json"
+    )
     assert smaller["predicted"]["perplexity"] > 1.03 * FULL
 
 

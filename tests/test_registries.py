@@ -7,13 +7,13 @@ import pandas as pd
 import pytest
 
 from lsq_core import charts, sweep
-from lsq_core.bits import LADDER
+from lsq_core.bits import EXTENDED_LADDER
 from lsq_core.cli.parser import build_parser
 from lsq_core.evaluation.protocol import EvaluationRequest
 from lsq_core.model.source import ModelSource
-from lsq_core.planning.knapsack import Knapsack
 from lsq_core.planning.make import make_frontier
 from lsq_core.planning.methods import PLANNERS
+from lsq_core.planning.methods.knapsack import Knapsack
 from lsq_core.planning.request import PlanRequest
 from lsq_core.profiling.metrics import METRICS, default_metrics
 from lsq_core.profiling.metrics.base import Metric, Score
@@ -174,7 +174,7 @@ def test_every_entry_is_described():
         assert all((metric.title, metric.label, metric.short, metric.axis, metric.meaning))
         assert not metric.proxy_of or metric.proxy_of in METRICS
         assert metric.configs or not metric.by_config
-        assert set(metric.configs) <= set(LADDER)
+        assert set(metric.configs) <= set(EXTENDED_LADDER)
     request_fields = set(PlanRequest.__dataclass_fields__)
     for name, planner in PLANNERS.items():
         assert name == planner.name

@@ -14,7 +14,7 @@ from lsq_core import charts
 from lsq_core.bits import RATIOS, mixed_rows
 from lsq_core.cli.parser import build_parser
 from lsq_core.cli.program import execute
-from lsq_core.cli.verbs import _plan_request
+from lsq_core.cli.requests import plan_request
 from lsq_core.evaluation.prediction import load_measured_points
 from lsq_core.evaluation.protocol import EvaluationRequest
 from lsq_core.jobs import arguments
@@ -133,11 +133,11 @@ def test_sweep_arguments_round_trip_row_options():
         rows,
     )
     options = build_parser(exit_on_error=False).parse_args(["sweep", "--model", "demo", *command])
-    parsed = _plan_request(options, "high-impact")
+    parsed = plan_request(options, "high-impact")
     assert parsed == rows
     assert options.quantizer == ["hybrid-50"]
     plan_command = ["plan", "--model", "demo", *arguments.plan_arguments(rows, ProfileSettings())]
-    assert _plan_request(build_parser(exit_on_error=False).parse_args(plan_command)) == rows
+    assert plan_request(build_parser(exit_on_error=False).parse_args(plan_command)) == rows
 
 
 def test_plan_heatmap_mixed_rows():

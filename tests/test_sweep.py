@@ -9,7 +9,7 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from lsq_core import sweep
+from lsq_core import sweep, sweep_batches, sweep_state
 from lsq_core.cli.program import main
 from lsq_core.errors import InputError, LsqError
 from lsq_core.evaluation.protocol import EvaluationRequest
@@ -29,13 +29,6 @@ from lsq_core.store.store import Store
 @pytest.fixture
 def settings(small_text) -> ProfileSettings:
     return ProfileSettings("rtn", calibration=str(small_text), samples=4, block_tokens=64)
-
-
-@pytest.fixture
-def other_text(tmp_path) -> str:
-    path = tmp_path / "other.txt"
-    path.write_text("\n".join(f"{i} is followed by {i + 1}." for i in range(300)), "utf8")
-    return str(path)
 
 
 @pytest.fixture
@@ -153,7 +146,7 @@ def test_sweep_reruns_when_settings_change(session, settings, small_text, monkey
     elif change == "quantizer":
         item = replace(item, quantizer="hqq")
     elif change == "versions":
-        for module in (evaluate, sweep):
+        for module in (evaluate, sweep_state):
             monkeypatch.setattr(module, "versions", lambda *packages: {"torch": "another"})
     else:
         small_text.write_text(small_text.read_text("utf8").replace("Return", "Give"), "utf8")
@@ -191,7 +184,7 @@ def test_sweep_resumes_at_first_unfinished_item(
     session, settings, small_text, tmp_path, monkeypatch
 ):
     items = requested([small_text])
-    monkeypatch.setattr(sweep, "MAX_CONCURRENT_PLANS", 2)
+    monkeypatch.setattr(sweep_batches, "MAX_CONCURRENT_PLANS", 2)
 
     class CutOff(BaseException):
         """What kills a process is no exception that anybody handles."""
@@ -375,7 +368,7 @@ def test_rows_kept_damaged_file_raises(tmp_path, content):
 def test_sweep_batch_matches_single_runs(session, settings, small_text, monkeypatch):
     """And full precision reads the text once for them all."""
     items = requested([small_text], budgets=("2.6bpp", "3.2bpp", "3.6bpp"))
-    monkeypatch.setattr(sweep, "MAX_CONCURRENT_PLANS", 6)
+    monkeypatch.setattr(sweep_batches, "MAX_CONCURRENT_PLANS", 6)
     measure_calls = count_calls(monkeypatch, "measure")
     rows = sweep.sweep(session, items, settings)
     assert [len(made) for made, _ in measure_calls] == [6]
@@ -436,7 +429,7 @@ def test_baselines_are_uniform_plans(small_text):
         ("uniform", None, "4.2bpp", "nf4"),
         ("uniform", None, "4.2bpp", "rtn"),
     ]
-    assert sweep.expand_methods(["all"]) == list(PLANNERS)
+    assert sweep.expand_methods(["all"]) == [name for name in PLANNERS if name != "refined"]
     assert sweep.expand_methods(["mxq"]) == ["mxq"]
     assert sweep.expand_baselines(["all"], ["hqq"]) == [q for q in BASELINES if q != "hqq"]
     with pytest.raises(InputError, match="'nf5'"):
@@ -474,14 +467,13 @@ def test_sweep_incompatible_baseline_fails_with_reason(session, settings, small_
 
 def test_cli_sweep_all_methods_and_baselines(random_model, small_text, capsys, monkeypatch):
     requested = []
-    monkeypatch.setattr(
-        sweep, "sweep", lambda session, items, settings: requested.extend(items) or []
-    )
+    monkeypatch.setattr(sweep, "sweep", lambda session, items, *_: requested.extend(items) or [])
     command = ["sweep", "--model", str(random_model("llama-gqa")), "--method", "all"]
     command += ["--baseline", "all", "--corpus", str(small_text), "--json"]
     for budget in sweep.EVERYTHING_BUDGETS:
         command += ["--budget", budget]
     assert main(command) == 0
-    assert len(requested) == 3 * (len(PLANNERS) + len(BASELINES) - 1)
+    methods = sweep.expand_methods(["all"])
+    assert len(requested) == 3 * (len(methods) + len(BASELINES) - 1)
     pairs = {(item.request.method, item.quantizer) for item in requested}
-    assert pairs == {(m, "hqq") for m in PLANNERS} | {("uniform", q) for q in BASELINES}
+    assert pairs == {(m, "hqq") for m in methods} | {("uniform", q) for q in BASELINES}

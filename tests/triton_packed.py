@@ -17,7 +17,7 @@ from lsq_core.quantization.packed import PackedMatrix, quantize_matrix
 from lsq_core.quantization.registry import get_quantizer
 from lsq_core.quantized.modules import PackedLinear
 
-BITS = (2, 3, 4, 8)
+BITS = (1, 2, 3, 4, 5, 6, 8)
 #: (out, in) and group size: more rows than a program has; groups that cross rows, and so many of
 #: them that they have more than one range of 8-bit metadata.
 SHAPES = (((40, 128), 64), ((30, 144), 32))

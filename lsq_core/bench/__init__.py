@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lsq_core.errors import InputError, LsqError
+from lsq_core.errors import InputError, LsqError, choose
 from lsq_core.jsontext import write_json
 from lsq_core.provenance import machine, versions
 
@@ -186,9 +186,8 @@ def measure(
     """
     if repeats < 1:
         raise InputError("--repeats must be at least 1.")
-    unknown = [id for id in ids if id not in ROWS]
-    if unknown:
-        raise InputError(f"'{unknown[0]}' is not a benchmark; choose one of {', '.join(ROWS)}.")
+    for id in ids:
+        choose(ROWS, id, "a benchmark")
     wanted = [id for id in ROWS if not ids or id in ids]
     rows = []
     for done, id in enumerate(wanted):

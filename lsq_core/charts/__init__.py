@@ -22,6 +22,7 @@ from lsq_core.charts.overlay import (
     rank_scatter,
 )
 from lsq_core.charts.plans import FrontierLine, frontiers, plan_heatmap, plan_ring
+from lsq_core.charts.refinement import refinement_steps
 from lsq_core.charts.rows import interaction_heatmap, predicted_loss_scatter, ratio_lines
 from lsq_core.charts.runs import (
     BITS,
@@ -61,6 +62,7 @@ from lsq_core.charts.weights import (
 )
 
 __all__ = [
+    "refinement_steps",
     "BITS",
     "BIT_COLORS",
     "CONFIG",

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
@@ -15,7 +14,8 @@ from lsq_core.charts.style import (
     apply_layout,
     method_style,
 )
-from lsq_core.charts.view import View, apply_view, initial_view, inlier_range
+from lsq_core.charts.view import View, apply_view, initial_view
+from lsq_core.evaluation.result import UNUSABLE_RATIO
 from lsq_core.results.gains import is_ablation
 
 #: Wins, ties and losses, distinguishable by colour-blind readers and by lightness.
@@ -135,15 +135,23 @@ def win_tie_loss_bars(frame: pd.DataFrame) -> go.Figure:
     return apply_layout(figure, 110 + 56 * len(frame))
 
 
-def predicted_against_measured(frame: pd.DataFrame) -> go.Figure:
+#: Perplexities less than this share above full precision are drawn there: nobody sees less.
+LEAST_EXCESS = 0.001
+#: Labelled perplexities, by their excess over full precision.
+_EXCESS_TICKS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0, 1000.0)
+
+
+def predicted_against_measured(frame: pd.DataFrame, full_precision: float) -> go.Figure:
     """Plot predicted perplexity with its band against measured perplexity and the identity line.
 
-    ``frame`` has ``evaluation, method, label, perplexity, predicted, low, high``; each is
-    predicted from the others. Runs outside :func:`predicted_view` are there when the axes are
-    reset.
+    Both axes are of the logarithm of the excess over full precision, on which runs at 3 and at 8
+    bits are equally readable. ``frame`` has ``evaluation, method, label, perplexity, predicted,
+    low, high``; each is predicted from the others. Runs outside :func:`predicted_view` are there
+    when the axes are reset.
     """
     figure = go.Figure()
-    ends = [frame["perplexity"].min(), frame["perplexity"].max()]
+    drawn = {name: _excess(frame[name], full_precision) for name in _PERPLEXITIES}
+    ends = [drawn["perplexity"].min(), drawn["perplexity"].max()]
     figure.add_trace(
         go.Scatter(
             x=ends,
@@ -156,38 +164,58 @@ def predicted_against_measured(frame: pd.DataFrame) -> go.Figure:
     )
     for method in frame["method"].value_counts().index:
         part = frame[frame["method"] == method]
-        trace = _points(method, part, part["perplexity"], part["predicted"])
+        own = {name: values[part.index] for name, values in drawn.items()}
+        trace = _points(method, part, own["perplexity"], own["predicted"])
         trace.error_y = {
             "type": "data",
             "symmetric": False,
-            "array": part["high"] - part["predicted"],
-            "arrayminus": part["predicted"] - part["low"],
+            "array": own["high"] - own["predicted"],
+            "arrayminus": own["predicted"] - own["low"],
             "thickness": 1,
             "width": 0,
         }
         trace.text = [
-            f"{low:.4f} to {high:.4f}, n = {len(frame) - 1} other runs"
-            for low, high in zip(part["low"], part["high"], strict=True)
+            f"measured {row.perplexity:.4f}, predicted {row.predicted:.4f}<br>90 % band "
+            f"{row.low:.4f} to {row.high:.4f}, n = {len(frame) - 1} other runs"
+            for row in part.itertuples()
         ]
-        trace.hovertemplate = (
-            "%{customdata[0]}<br>measured %{x:.4f}, predicted %{y:.4f}"
-            "<br>90 % band %{text}<extra></extra>"
-        )
+        trace.hovertemplate = "%{customdata[0]}<br>%{text}<extra></extra>"
         figure.add_trace(trace)
-    view = predicted_view(frame)
+    view = predicted_view(frame, full_precision)
     apply_view(figure, view, view.note("measured perplexity"), top=False)
-    if view.y is not None:  # both axes are of perplexity
-        figure.update_xaxes(range=view.y)
     figure.update_layout(legend=LEGEND_ABOVE)
-    figure.update_xaxes(title_text="measured perplexity")
-    figure.update_yaxes(title_text="predicted perplexity (90 % band)")
+    where = "logarithm of the excess over full precision"
+    figure.update_xaxes(type="log", title_text=f"measured perplexity ({where})")
+    figure.update_yaxes(type="log", title_text="predicted perplexity (90 % band)")
+    ticks = {
+        "tickvals": list(_EXCESS_TICKS),
+        "ticktext": [f"{full_precision * (1 + excess):.4g}" for excess in _EXCESS_TICKS],
+    }
+    figure.update_xaxes(**ticks)
+    figure.update_yaxes(**ticks)
     return apply_layout(figure, 430)
 
 
-def predicted_view(frame: pd.DataFrame) -> View:
-    """Return the view on which :func:`predicted_against_measured` opens."""
-    view = initial_view(frame["perplexity"], frame["perplexity"])
-    ends = inlier_range(frame["perplexity"])
-    padding = 0.04 * (ends[1] - ends[0])
-    both = (ends[0] - padding, ends[1] + padding) if view.outside else None
-    return replace(view, y=both, log=False)
+_PERPLEXITIES = ("perplexity", "predicted", "low", "high")
+
+
+def _excess(perplexity: pd.Series, full_precision: float) -> pd.Series:
+    """Perplexity above full precision as a share of it, at least :data:`LEAST_EXCESS`."""
+    return (perplexity / full_precision - 1).clip(lower=LEAST_EXCESS)
+
+
+def predicted_view(frame: pd.DataFrame, full_precision: float) -> View:
+    """Return the view on which :func:`predicted_against_measured` opens, the same for both axes.
+
+    It is of the runs that are of use (:data:`lsq_core.evaluation.result.UNUSABLE_RATIO`), if any.
+    ``y`` is in decimal logarithms of the excess over full precision.
+    """
+    measured = frame["perplexity"].astype(float)
+    usable = measured <= UNUSABLE_RATIO * full_precision
+    inside = frame[usable] if usable.any() else frame
+    beyond = measured[~measured.index.isin(inside.index)]
+    both = pd.concat([inside["perplexity"], inside["predicted"]])
+    ends = np.log10(_excess(both, full_precision))
+    padding = 0.06 * (ends.max() - ends.min()) or 0.1
+    y = (float(ends.min() - padding), float(ends.max() + padding))
+    return View(y, y, True, len(beyond), len(frame), beyond.min(), beyond.max())

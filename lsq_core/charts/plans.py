@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from lsq_core.bits import LADDER, Config, is_mixed, parse_config
+from lsq_core.bits import EXTENDED_LADDER, LADDER, Config, is_mixed, parse_config
 from lsq_core.charts.style import (
     LEGEND_ABOVE,
     LOG_TICKS,
@@ -89,11 +89,15 @@ def _cells(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _used_configs(configs: pd.Series) -> list[Config]:
-    """Return the ladder, or for mixed rows the configurations in use, from few bits to many."""
-    mixed = [name for name in configs.unique() if isinstance(name, str) and is_mixed(name)]
+    """Return the ladder, or for mixed rows the configurations in use, from few bits to many.
+
+    It is the paper's where that has all of them.
+    """
+    names = {name for name in configs.unique() if isinstance(name, str)}
+    mixed = [name for name in names if is_mixed(name)]
     if not mixed:
-        return list(LADDER)
-    plain = [c for c in LADDER if c.name in set(configs)]
+        return list(LADDER if names <= {c.name for c in LADDER} else EXTENDED_LADDER)
+    plain = [c for c in EXTENDED_LADDER if c.name in names]
     return sorted([*plain, *map(parse_config, mixed)], key=lambda c: c.nominal_bits)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pandas as pd
 import plotly.graph_objects as go
 
-from lsq_core.bits import LADDER
+from lsq_core.bits import EXTENDED_LADDER
 from lsq_core.charts.style import (
     FADED,
     LEGEND_ABOVE,
@@ -33,7 +33,7 @@ def size_bars(frame: pd.DataFrame) -> go.Figure:
 
     The row without a configuration is the model as it is.
     """
-    by_name = {c.name: config_color(c) for c in LADDER}
+    by_name = {c.name: config_color(c) for c in EXTENDED_LADDER}
     whole = frame["linear_bytes"] + frame["other_bytes"]
     unit, scale = ("GiB", GIB) if whole.max() >= 4 * GIB else ("MiB", MIB)
     figure = go.Figure()

@@ -34,7 +34,16 @@ FADED = 0.35
 GRID = "rgba(138, 146, 156, 0.25)"
 
 #: One hue per bit width, distinguishable by colour-blind readers (after Okabe and Ito).
-BIT_COLORS = {2: "#D55E00", 3: "#E69F00", 4: "#009E73", 8: "#0072B2", FP16_BITS: NEUTRAL}
+BIT_COLORS = {
+    1: "#7A2E0E",
+    2: "#D55E00",
+    3: "#E69F00",
+    4: "#009E73",
+    5: "#CC79A7",
+    6: "#6B3FA0",
+    8: "#0072B2",
+    FP16_BITS: NEUTRAL,
+}
 #: Share of white in the colour of a group size: large groups are light.
 _WHITENESS = {128: 0.5, 64: 0.25, 32: 0.0}
 
@@ -143,8 +152,16 @@ def in_two_lines(title: str) -> str:
     return f"{title[:middle]}<br>{title[middle + 1 :]}"
 
 
-#: A legend in a row above the figure, to the right.
-LEGEND_ABOVE = {"orientation": "h", "yanchor": "bottom", "y": 1.02, "xanchor": "right", "x": 1}
+#: A legend in a row above the figure, to the right. On a narrow page it scrolls, where it would
+#: take half of the chart.
+LEGEND_ABOVE = {
+    "orientation": "h",
+    "yanchor": "bottom",
+    "y": 1.02,
+    "xanchor": "right",
+    "x": 1,
+    "maxheight": 0.25,
+}
 
 
 def ring_markers(

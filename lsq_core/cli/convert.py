@@ -8,7 +8,14 @@ from pathlib import Path
 from lsq_core.errors import InputError
 from lsq_core.evaluation.protocol import EvaluationRequest
 from lsq_core.exports.weights.manifest import is_exported_folder
-from lsq_core.exports.weights.registry import CROSSING, FORMATS, LSQ, ExportTarget, weight_format
+from lsq_core.exports.weights.registry import (
+    CROSSING,
+    FORMATS,
+    LSQ,
+    ExportTarget,
+    check_crossing,
+    weight_format,
+)
 from lsq_core.files import resolve_path
 from lsq_core.model.source import ModelSource
 from lsq_core.progress import ProgressCallback
@@ -42,11 +49,7 @@ def parse_target(options: argparse.Namespace, save: Path | None) -> ExportTarget
         When there is no such format, or no folder for it.
     """
     weight_format(options.format)
-    if options.crossing not in CROSSING:
-        raise InputError(
-            f"'{options.crossing}' is not a way to write groups that cross rows; choose one of "
-            f"{', '.join(CROSSING)}."
-        )
+    check_crossing(options.crossing)
     if options.format == LSQ:
         return None
     if save is None:

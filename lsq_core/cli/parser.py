@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
-from lsq_core.bits import METADATA_FORMATS
-from lsq_core.cli import export_plan, result_verbs, show, verbs
+from lsq_core.cli import export_plan, result_verbs, show, sweep_options, tasks, verbs
 from lsq_core.cli.convert import add_target_options, convert
 from lsq_core.cli.output import escape_controls
-from lsq_core.corpus.registry import BUILT_IN_CORPORA
+from lsq_core.cli.plan_options import (
+    add_plan_details,
+    add_plan_options,
+    add_profile_options,
+    add_refine_options,
+    corpus_choices,
+)
 from lsq_core.errors import InputError
 from lsq_core.evaluation.protocol import PROTOCOLS
 from lsq_core.exports.weights.registry import FORMATS, LSQ
-from lsq_core.planning.methods import PLANNERS
-from lsq_core.planning.servers import SERVERS
 from lsq_core.profiling.metrics import METRICS, proxies
 from lsq_core.quantization.registry import MATRIX_QUANTIZERS, QUANTIZERS
+from lsq_core.stages.noise import DEFAULT_BASE
 
 
 class _Parser(argparse.ArgumentParser):
@@ -49,17 +54,20 @@ def build_parser(exit_on_error: bool = True) -> argparse.ArgumentParser:
     )
     subparsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
+    shows: dict[str, Callable[[dict], None]] = {}
+
     def verb(name: str, call: Callable, show: Callable, text: str) -> argparse.ArgumentParser:
         sub = subparsers.add_parser(name, help=text, description=text, exit_on_error=exit_on_error)
         sub.add_argument("--json", action="store_true", help="print one JSON document")
         sub.add_argument("--db", help="database file (default: LSQ_DB, or lsq.duckdb in LSQ_HOME)")
         sub.set_defaults(call=call, show=show)
+        shows[name] = show
         return sub
 
     _add_model_verbs(verb)
     _add_run_verbs(verb)
     _add_storage_verbs(verb)
-    _add_maintenance_verbs(verb)
+    _add_maintenance_verbs(verb, shows)
     return parser
 
 
@@ -74,7 +82,7 @@ def _add_model_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     )
     _add_model(sub)
     _add_device(sub)
-    sub.add_argument("--corpus", help=f"calibration corpus: {_corpus_choices()} (stdlib)")
+    sub.add_argument("--corpus", help=f"calibration corpus: {corpus_choices()} (stdlib)")
     sub.add_argument("--quantizer", help=f"one of {', '.join(MATRIX_QUANTIZERS)} (hqq)")
     extra = [name for name, metric in METRICS.items() if not metric.default]
     exact = [name for name in extra if name not in proxies()]
@@ -85,12 +93,17 @@ def _add_model_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
         help=f"also measure {' or '.join(extra)}: {' and '.join(exact)} is added by plans that "
         f"need it, {' and '.join(proxies())} are fast proxies of the exact score",
     )
-    _add_profile(sub)
+    add_profile_options(sub)
+    _add_planning_verbs(verb)
+    _add_measuring_verbs(verb)
 
+
+def _add_planning_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
+    """Verbs that give a plan."""
     sub = verb("plan", verbs.plan, show.plan, "choose a configuration for each module")
     _add_model(sub)
     _add_device(sub)
-    _add_plan(sub)
+    add_plan_options(sub)
     sub.add_argument(
         "--corpus", help="corpus to predict perplexity on (default: that of most runs)"
     )
@@ -99,11 +112,31 @@ def _add_model_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
         help="protocol to predict it for (default: that of most runs)",
     )
     sub.add_argument("--out", type=Path, help="write the plan to a file, for run --plan")
+    sub.add_argument(
+        "--rank",
+        action="store_true",
+        help="instead of one plan: every method's within the budget, best first, with what is "
+        "predicted and what was measured",
+    )
 
+    sub = verb(
+        "refine",
+        verbs.refine,
+        show.plan,
+        "improve a plan by exchanges that lower the measured KL divergence; then plan, run and "
+        "sweep know it as the method refined",
+    )
+    _add_model(sub)
+    _add_device(sub)
+    add_refine_options(sub)
+
+
+def _add_measuring_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
+    """Verbs that measure one model, quantized or not."""
     sub = verb("run", verbs.run, show.run, "plan, quantize, evaluate and store the result")
     _add_model(sub)
     _add_device(sub)
-    _add_plan(sub)
+    add_plan_options(sub)
     sub.add_argument("--plan", type=Path, help="apply a plan written by plan --out")
     sub.add_argument("--quantizer", help=f"one of {', '.join(QUANTIZERS)} (hqq)")
     _add_hybrid(sub)
@@ -111,12 +144,21 @@ def _add_model_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("--save", type=Path, help="save the quantized model to this new folder")
     add_target_options(sub, list(FORMATS), LSQ)
 
-    sub = verb(
-        "eval", verbs.evaluate, show.figures, "perplexity of a saved or a full-precision model"
-    )
+    sub = verb("eval", verbs.evaluate, show.figures, "perplexity of one model, quantized or not")
     _add_model(sub)
     _add_device(sub)
     _add_evaluation(sub)
+
+    sub = verb("noise", verbs.noise, show.noise, "measure how far arithmetic moves figures")
+    _add_model(sub)
+    _add_device(sub)
+    _add_evaluation(sub)
+    sub.add_argument("--base", default=DEFAULT_BASE, help=f"uniform plan ({DEFAULT_BASE})")
+
+    sub = verb("tasks", tasks.measure, tasks.show, "measure a run or a model on lm-eval's tasks")
+    tasks.add_options(sub)
+    _add_model(sub, required=False)
+    _add_device(sub)
 
 
 def _add_run_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
@@ -124,26 +166,10 @@ def _add_run_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     sub = verb("sweep", verbs.sweep, show.sweep, "run every method at every size on every corpus")
     _add_model(sub)
     _add_device(sub)
-    for option, text in {
-        "--method": f"one of {', '.join(PLANNERS)}, or all (repeatable)",
-        "--base": "base configuration, such as 3.13 or b3g128 (repeatable)",
-        "--budget": "3.2bpp (bits per parameter) or 9MiB (bytes of the linear weights); repeatable",
-        "--quantizer": f"one of {', '.join(QUANTIZERS)} (hqq; repeatable)",
-        "--baseline": "also run uniform plans with this quantizer, or all (repeatable)",
-        "--corpus": f"evaluation corpus: {_corpus_choices()} (stdlib; repeatable)",
-    }.items():
-        sub.add_argument(option, action="append", default=[], help=text)
+    sweep_options.add(sub, corpus_choices())
     _add_hybrid(sub)
-    sub.add_argument(
-        "--cache-size",
-        "--remember",
-        dest="remember",
-        default="1GiB",
-        metavar="BYTES",
-        help="memory for quantized matrices reused by later plans (1GiB); formerly --remember",
-    )
     _add_protocol(sub)
-    _add_plan_details(sub)
+    add_plan_details(sub)
     _add_saved_model_verbs(verb)
 
 
@@ -168,22 +194,14 @@ def _add_saved_model_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None
     _add_model(sub, required=False)
     _add_device(sub)
 
-    sub = verb(
-        "generate", verbs.generate, show.generated, "generate from one prompt with both models"
-    )
-    quantized_model = sub.add_mutually_exclusive_group(required=True)
-    quantized_model.add_argument(
-        "--saved", type=Path, metavar="FOLDER", help="a saved quantized model"
-    )
-    quantized_model.add_argument(
-        "--run", metavar="ID", help="a run; its model is rebuilt unless it was saved"
-    )
+    sub = verb("generate", verbs.generate, show.generated, "continue a text with both models")
+    either = sub.add_mutually_exclusive_group(required=True)
+    either.add_argument("--saved", type=Path, metavar="FOLDER", help="a saved quantized model")
+    either.add_argument("--run", metavar="ID", help="a run; its model is rebuilt unless saved")
     sub.add_argument("--prompt", required=True, help="text to continue")
     sub.add_argument("--max-new-tokens", type=int, default=60, help="tokens to generate (60)")
     sub.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (0)")
-    sub.add_argument(
-        "--seed", type=int, default=0, help="sampling seed for temperatures above 0 (0)"
-    )
+    sub.add_argument("--seed", type=int, default=0, help="sampling seed, temperature above 0 (0)")
     _add_model(sub, required=False)
     _add_device(sub)
 
@@ -196,12 +214,8 @@ def _add_storage_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
         "--published", action="store_true", help="the imported runs instead of your own"
     )
 
-    sub = verb(
-        "export",
-        result_verbs.export,
-        show.exported,
-        "export all runs as a table, or one run as a report",
-    )
+    about = "export all runs as a table, or one run as a report"
+    sub = verb("export", result_verbs.export, show.exported, about)
     sub.add_argument(
         "--out",
         type=Path,
@@ -257,12 +271,15 @@ def _add_import_verb(verb: Callable[..., argparse.ArgumentParser]) -> None:
     )
 
 
-def _add_maintenance_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
+def _add_maintenance_verbs(
+    verb: Callable[..., argparse.ArgumentParser], shows: Mapping[str, Callable[[dict], None]]
+) -> None:
     """Verbs about jobs and files, the benchmarks, and the app."""
     sub = verb("jobs", verbs.jobs_verb, show.jobs, "list background jobs, running and finished")
     sub.add_argument("--cancel", metavar="ID", help="cancel this job")
 
-    sub = verb("resume", verbs.resume, show.resumed, "resume an interrupted job")
+    resumed = partial(show.resumed, shows=shows)
+    sub = verb("resume", verbs.resume, resumed, "resume an interrupted job")
     sub.add_argument(
         "id", nargs="?", help="job id as listed by 'jobs' (default: the newest interrupted job)"
     )
@@ -329,10 +346,6 @@ def _add_bench(sub: argparse.ArgumentParser) -> None:
     )
 
 
-def _corpus_choices() -> str:
-    return f"{', '.join(BUILT_IN_CORPORA)}, hf:org/name, or a text file"
-
-
 def _add_model(sub: argparse.ArgumentParser, required: bool = True) -> None:
     sub.add_argument(
         "--model",
@@ -364,119 +377,6 @@ def _add_device(sub: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_profile(sub: argparse.ArgumentParser) -> None:
-    """Options that say how a profile is measured; an imported model has its own defaults."""
-    sub.add_argument("--axis", type=int, help="grouping axis, 0 or 1 (1)")
-    sub.add_argument(
-        "--metadata",
-        help=f"format of scales and zero points: {' or '.join(METADATA_FORMATS)} (8bit)",
-    )
-    sub.add_argument("--samples", type=int, help="number of calibration samples (128)")
-    sub.add_argument("--block-tokens", type=int, help="tokens per calibration block (512)")
-
-
-def _add_plan(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--method", help=f"one of {', '.join(PLANNERS)}")
-    sub.add_argument("--base", help="base configuration, such as 3.13 or b3g128")
-    sub.add_argument(
-        "--budget", help="3.2bpp (bits per parameter) or 9MiB, 1.5GiB (bytes of the linear weights)"
-    )
-    sub.add_argument(
-        "--max-loss",
-        metavar="PERCENT",
-        help="instead of base and budget: the smallest plan whose predicted perplexity is at most "
-        "this much above full precision, such as 1%%",
-    )
-    _add_plan_details(sub)
-
-
-def _add_plan_details(sub: argparse.ArgumentParser) -> None:
-    """What a plan depends on beside its method and size."""
-    sub.add_argument(
-        "--boost-stop",
-        type=int,
-        default=2,
-        help="configurations by which an outlier layer is promoted (2)",
-    )
-    sub.add_argument(
-        "--top-m",
-        type=int,
-        default=0,
-        help="outlier layers to promote per module type, 0 for all (0)",
-    )
-    sub.add_argument("--calibration", help=f"calibration corpus: {_corpus_choices()} (stdlib)")
-    sub.add_argument(
-        "--metric",
-        default="sensitivity",
-        help="metric of SensiBoost: sensitivity (by part) or sensitivity_module",
-    )
-    sub.add_argument(
-        "--profile-quantizer",
-        help=f"quantizer of the profile: {', '.join(MATRIX_QUANTIZERS)} (hqq)",
-    )
-    sub.add_argument("--seed", type=int, default=0, help="seed of the ablations (0)")
-    sub.add_argument(
-        "--exact",
-        action="store_true",
-        help="solve a knapsack exactly and report the optimality gap",
-    )
-    _add_row_options(sub)
-    sub.add_argument(
-        "--pin",
-        action="append",
-        default=[],
-        metavar="PATTERN=CONFIG",
-        help="pin modules to a configuration or range: '*.layers.0.*=b8g64' (repeatable)",
-    )
-    sub.add_argument(
-        "--tie",
-        action="append",
-        default=[],
-        metavar="NAME,NAME,…",
-        help="give modules of a layer the same configuration: 'q_proj,k_proj,v_proj' (repeatable)",
-    )
-    sub.add_argument(
-        "--serve",
-        metavar="SERVER",
-        help=f"make a plan that a server can run: {', '.join(SERVERS)} (ties what it fuses, and "
-        "uses only configurations that it has)",
-    )
-    _add_profile(sub)
-
-
-def _add_row_options(sub: argparse.ArgumentParser) -> None:
-    """What plans of high-impact rows depend on."""
-    rows = "high-impact rows"
-    sub.add_argument(
-        "--low-bits", type=int, default=2, help=f"{rows}: bits of the other rows, 2 or 3 (2)"
-    )
-    sub.add_argument(
-        "--high-bits",
-        type=int,
-        default=3,
-        help=f"{rows}: their bits, 3, 4 or 16 (3)",
-    )
-    sub.add_argument(
-        "--group-size", type=int, default=128, help=f"{rows}: group size, 128, 64 or 32 (128)"
-    )
-    sub.add_argument(
-        "--loss",
-        default="block",
-        help=f"{rows}: loss by which ratios are chosen, block (the block's output) or model (all "
-        "later blocks; many times as expensive) (block)",
-    )
-    sub.add_argument(
-        "--ratios",
-        default="full",
-        help=f"{rows}: ratios uniform, diagonal (per matrix) or full (jointly per block) (full)",
-    )
-    sub.add_argument(
-        "--clip",
-        action="store_true",
-        help=f"{rows}: clip negative eigenvalues of each block's interaction matrix",
-    )
-
-
 def _add_hybrid(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--hybrid",
@@ -489,7 +389,7 @@ def _add_hybrid(sub: argparse.ArgumentParser) -> None:
 
 def _add_evaluation(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
-        "--corpus", default="stdlib", help=f"evaluation corpus: {_corpus_choices()} (stdlib)"
+        "--corpus", default="stdlib", help=f"evaluation corpus: {corpus_choices()} (stdlib)"
     )
     _add_protocol(sub)
 

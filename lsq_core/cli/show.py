@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 
 from lsq_core.bits import DETECTION_CONFIG
 from lsq_core.evaluation.divergence import format_distribution
+from lsq_core.evaluation.noise import describe_noise, format_figure
 from lsq_core.sweep_progress import describe_counts
 from lsq_core.units import format_bytes
 
@@ -15,9 +17,9 @@ def _finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def number(value: float | None) -> str:
-    """A figure to four decimals, or that it is not finite."""
-    return f"{value:.4f}" if _finite(value) else "not finite"
+def number(value: float | None, noise: float | None = None) -> str:
+    """A figure to four decimals, or those that its noise leaves; or that it is not finite."""
+    return format_figure(value, noise) if _finite(value) else "not finite"
 
 
 def percent(share: float | None) -> str:
@@ -56,7 +58,10 @@ def profile(result: dict) -> None:
 
 
 def plan(result: dict) -> None:
-    """Print a plan's size, its boosted modules and its configurations by count."""
+    """Print a plan's size, its boosted modules and its configurations by count; or a ranking."""
+    if "methods" in result:
+        ranking(result)
+        return
     print(
         f"{result['method']}: {result['bits_per_param']:.4f} bits per parameter, "
         f"{format_bytes(result['planned_bytes'])} planned for the linear weights, "
@@ -83,6 +88,24 @@ def plan(result: dict) -> None:
         predicted(result["free"]["predicted"])
 
 
+def ranking(result: dict) -> None:
+    """Print every method within a budget, best first."""
+    print(f"every method within {result['budget']} on {result['model']}:")
+    heads = f"{'predicted perplexity':28} {'expected KL':>12} {'measured':>18}"
+    print(f"  {'':24} {heads} nominal bits, planned bytes")
+    for row in result["methods"]:
+        band, run, divergence = row["predicted"], row["measured"], row["expected_kl"]
+        text = f"{band['perplexity']:.2f} ({band['low']:.2f} to {band['high']:.2f})" if band else ""
+        kl = "" if divergence is None else f"{divergence:.3g} nats"
+        at = f"{run['perplexity']:.2f} at {run['bits_per_param']:.2f}" if run else ""
+        size = f"{row['bits_per_param']:.3f} bits, {format_bytes(row['planned_bytes'])}"
+        print(f"  {row['method']:24} {text:28} {kl:>12} {at:>18} {size}")
+    if result["reason"]:
+        print(f"no predicted perplexity: {result['reason']}")
+    for name, reason in result["left_out"].items():
+        print(f"  {name} left out: {reason}")
+
+
 def predicted(result: dict) -> None:
     """Print a predicted perplexity with its band, or why there is none."""
     if "reason" in result:
@@ -104,10 +127,12 @@ def run(result: dict) -> None:
     interval = f"95 % interval {percent(change['low'])} to {percent(change['high'])}"
     if not _finite(change["low"]):
         interval = "too few windows for an interval"
+    floor = result.get("noise") or {}
+    full = number(result["perplexity_full"], floor.get("perplexity"))
+    kl = number(result["kl"], floor.get("kl"))
     print(
-        f"full precision {number(result['perplexity_full'])}: {percent(change['relative'])} "
-        f"({interval}), "
-        f"KL {number(result['kl'])} nats, top-1 agreement {100 * result['top1']:.1f} %"
+        f"full precision {full}: {percent(change['relative'])} ({interval}), KL {kl} nats, "
+        f"top-1 agreement {100 * result['top1']:.1f} %"
     )
     if result.get("divergence"):  # a job of an older version has none
         print(f"KL by token: {format_distribution(result['divergence'])}")
@@ -147,10 +172,26 @@ def times(seconds: dict) -> None:
 def figures(result: dict) -> None:
     """Print a perplexity with what it was measured on."""
     cut = ", limited by max-tokens" if result["truncated"] else ""
+    floor = result.get("noise") or {}  # a job of an older version has none
     print(
-        f"perplexity {number(result['perplexity'])} on {result['tokens']:,} tokens of "
-        f"{result['corpus']} ({result['protocol']}{cut})"
+        f"perplexity {number(result['perplexity'], floor.get('perplexity'))} on "
+        f"{result['tokens']:,} tokens of {result['corpus']} ({result['protocol']}{cut})"
     )
+    if floor:
+        print(f"arithmetic noise: {describe_noise(floor)}")
+
+
+def noise(result: dict) -> None:
+    """Print the figures of each way of computing them, and the noise floor."""
+    print(f"{'':<22} {'full precision':>16} {'plan':>16} {'KL':>12}")
+    for row in result["conditions"]:
+        print(
+            f"{row['name']:<22} {row['perplexity_full']:>16.8f} {row['perplexity']:>16.8f} "
+            f"{row['kl']:>12.8f}"
+        )
+    floor = result["noise"]
+    print(f"arithmetic noise of {result['model']}, {floor['protocol']} in {floor['dtype']}:")
+    print(describe_noise(floor))
 
 
 def sweep(result: dict) -> None:
@@ -217,18 +258,10 @@ def jobs(result: dict) -> None:
         print(f"    {job['command']}")
 
 
-def resumed(result: dict) -> None:
-    """Print what came of a job in the words of its own verb."""
-    shown = {
-        "run": run,
-        "plan": plan,
-        "sweep": sweep,
-        "audit": audit,
-        "generate": generated,
-        "profile": profile,
-    }
+def resumed(result: dict, shows: Mapping[str, Callable[[dict], None]]) -> None:
+    """Print what came of a job as its own verb does; ``shows`` has what each verb prints by."""
     print(f"job {result['job']} is done")
-    shown[result["verb"]](result["result"])
+    shows[result["verb"]](result["result"])
 
 
 def results(result: dict) -> None:
@@ -238,9 +271,10 @@ def results(result: dict) -> None:
         # A published run tells no bytes of its linear weights.
         size = row["measured_bytes"]
         mib = "–" if size is None else f"{size / 2**20:.2f}"
+        perplexity = number(row["perplexity"], row["noise"])
         print(
             f"{str(row['model'])[-24:]:<24} {row['method']:<20} {row['bits_per_param']:>7.4f} "
-            f"{mib:>9} {number(row['perplexity']):>11}  {row['corpus']} ({row['protocol']})"
+            f"{mib:>9} {perplexity:>11}  {row['corpus']} ({row['protocol']})"
             + (", saved model re-evaluated" if row["saved_model"] else "")
         )
 

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lsq_core import disk, jobs
 from lsq_core.cli.convert import is_saved_folder, parse_target
+from lsq_core.cli.requests import (
+    evaluation_request,
+    model_source,
+    optional_model_source,
+    plan_request,
+    profile_settings,
+    refine_request,
+)
 from lsq_core.corpus.registry import corpus_identity
 from lsq_core.errors import InputError, LsqError, translate_resource_errors
 from lsq_core.evaluation.prediction import parse_loss
@@ -18,10 +27,8 @@ from lsq_core.exports.weights.manifest import is_exported_folder
 from lsq_core.files import resolve_path
 from lsq_core.jsontext import write_json
 from lsq_core.model.source import ModelSource
-from lsq_core.planning.methods import PLANNERS
 from lsq_core.planning.plan import Plan
 from lsq_core.planning.problem import Problem
-from lsq_core.planning.request import PlanRequest
 from lsq_core.planning.saved import read_plan_file
 from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.progress import ProgressCallback
@@ -32,6 +39,7 @@ from lsq_core.shipped import import_measurements
 from lsq_core.stages.export import evaluate_exported
 from lsq_core.stages.model import find_published
 from lsq_core.stages.plan import request_incompatibility
+from lsq_core.stages.refine import refine_plan
 from lsq_core.stages.saved import evaluate_saved, load_saved
 from lsq_core.store.database import resolve_database_path
 from lsq_core.store.store import Store
@@ -39,83 +47,29 @@ from lsq_core.targets import check_file_target, check_folder_target
 from lsq_core.units import parse_bytes
 
 if TYPE_CHECKING:
-    pass
+    from collections.abc import Sequence
+
+    from lsq_core.sweep import SweepItem
+    from lsq_core.sweep_batches import Executor
 
 
-def _workbench(options: argparse.Namespace, report: ProgressCallback) -> Session:
+def _open_session(options: argparse.Namespace, report: ProgressCallback) -> Session:
     keep = getattr(options, "checkpoint_folder", None)
     device = options.device, options.dtype
-    return Session(_source(options), Store(options.db), *device, report, keep)
+    return Session(model_source(options), Store(options.db), *device, report, keep)
 
 
-def _source(options: argparse.Namespace) -> ModelSource:
-    return ModelSource(
-        options.model, options.revision, options.trust_remote_code, options.allow_pickle
-    )
-
-
-def _settings(
-    options: argparse.Namespace, bench: Session, quantizer: str | None, calibration: str | None
-) -> ProfileSettings:
-    """The profile settings that were given, and the model's defaults for the others."""
-    chosen = {
-        "quantizer": quantizer,
-        "axis": options.axis,
-        "metadata": options.metadata,
-        "calibration": calibration,
-        "samples": options.samples,
-        "block_tokens": options.block_tokens,
-    }
-    options_given = {name: value for name, value in chosen.items() if value is not None}
-    return replace(bench.default_settings, **options_given)
-
-
-def _optional_source(options: argparse.Namespace) -> ModelSource | None:
-    return _source(options) if options.model else None
-
-
-def _plan_request(options: argparse.Namespace, method: str | None = None) -> PlanRequest:
-    """What to plan for; a sweep gives one of its methods, and sizes of its own later."""
-    one = method is None
-    method = options.method if one else method
-    if not method:
-        raise InputError(f"Give a method with --method: {', '.join(PLANNERS)}.")
-    return PlanRequest(
-        method=method,
-        base=options.base if one else None,
-        budget=options.budget if one else None,
-        boost_stop=options.boost_stop,
-        top_m=options.top_m,
-        metric=options.metric,
-        seed=options.seed,
-        exact=options.exact,
-        pins=tuple(options.pin),
-        low_bits=options.low_bits,
-        high_bits=options.high_bits,
-        group_size=options.group_size,
-        loss=options.loss,
-        ratios=options.ratios,
-        clip=options.clip,
-        ties=tuple(options.tie),
-        serve=options.serve,
-    )
-
-
-def _plan(options: argparse.Namespace, bench: Session, settings: ProfileSettings) -> Plan:
+def _plan(options: argparse.Namespace, session: Session, settings: ProfileSettings) -> Plan:
     """The plan that was asked for, by a base, a budget or a loss."""
-    request = _plan_request(options)
+    request = plan_request(options)
     if options.max_loss is not None:
         if options.base or options.budget:
             raise InputError("Give either --max-loss or a base or budget.")
         loss = parse_loss(options.max_loss)
-        request = bench.request_for_max_loss(
+        request = session.request_for_max_loss(
             request, settings, loss, options.corpus, options.protocol
         )
-    return bench.plan(request, settings)
-
-
-def _evaluation(options: argparse.Namespace) -> EvaluationRequest:
-    return EvaluationRequest(options.corpus, options.protocol, options.max_tokens)
+    return session.plan(request, settings)
 
 
 # --- verbs ----------------------------------------------------------------------------------
@@ -125,7 +79,7 @@ def inspect(options: argparse.Namespace, report: ProgressCallback) -> dict:
     """Layers, parameters, bytes and modules, from the config alone for a remote model."""
     from lsq_core.model.loading import inspect_model
 
-    source, store = _source(options), Store(options.db)
+    source, store = model_source(options), Store(options.db)
     info = find_published(source, store) or inspect_model(source)
     if info.fingerprint:
         store.save_model(info)
@@ -155,13 +109,13 @@ def profile(options: argparse.Namespace, report: ProgressCallback) -> dict:
     """Measure or find a profile."""
     from lsq_core.profiling.agreement import proxy_agreement
 
-    bench = _workbench(options, report)
-    settings = _settings(options, bench, options.quantizer, options.corpus)
-    result = bench.profile(settings, options.metric)
+    session = _open_session(options, report)
+    settings = profile_settings(options, session, options.quantizer, options.corpus)
+    result = session.profile(settings, options.metric)
     return {
         "profile": result.id,
-        "model": _describe_model(bench.info),
-        "settings": asdict(result.settings),
+        "model": _describe_model(session.info),
+        "settings": result.settings.to_json(),
         "provenance": result.provenance,
         "proxies": proxy_agreement(result).to_dict("records"),
         "scores": result.values.to_dict("records"),
@@ -170,28 +124,62 @@ def profile(options: argparse.Namespace, report: ProgressCallback) -> dict:
 
 def plan(options: argparse.Namespace, report: ProgressCallback) -> dict:
     """Make a plan, measuring what it needs first."""
+    return _planned(options, report, _plan)
+
+
+def refine(options: argparse.Namespace, report: ProgressCallback) -> dict:
+    """Search for a better plan of the same size; gives the best one."""
+
+    def search(_: argparse.Namespace, session: Session, settings: ProfileSettings) -> Plan:
+        request = refine_request(options)
+        return refine_plan(session, request, settings, options.minutes, options.text)
+
+    return _planned(options, report, search)
+
+
+def _planned(
+    options: argparse.Namespace,
+    report: ProgressCallback,
+    make: Callable[[argparse.Namespace, Session, ProfileSettings], Plan],
+) -> dict:
+    """A plan's JSON with what is predicted of it, in a file too if one was named."""
     if options.out:
         check_file_target(options.out)
-    bench = _workbench(options, report)
-    settings = _settings(options, bench, options.profile_quantizer, options.calibration)
-    made = _plan(options, bench, settings)
+    session = _open_session(options, report)
+    settings = profile_settings(options, session, options.profile_quantizer, options.calibration)
+    if options.rank:
+        return _rank(options, session, settings)
+    made = make(options, session, settings)
     content = made.to_json() | {
-        "predicted": bench.predicted(made, settings, options.corpus, options.protocol),
-        "model": bench.source.name,
-        "fingerprint": bench.info.fingerprint,
+        "predicted": session.predicted(made, settings, options.corpus, options.protocol),
+        "model": session.source.name,
+        "fingerprint": session.info.fingerprint,
         "profile": made.profile,
-        "covered": bench.info.coverage,
+        "covered": session.info.coverage,
     }
     if made.request.has_ties:
-        content["free"] = bench.without_ties(made, settings, options.corpus, options.protocol)
+        content["free"] = session.without_ties(made, settings, options.corpus, options.protocol)
     if options.out:
         write_json(options.out, content)
     return content
 
 
+def _rank(options: argparse.Namespace, session: Session, settings: ProfileSettings) -> dict:
+    """Every method within a budget; nothing is measured for it."""
+    if options.out or options.max_loss or options.exact:
+        raise InputError(
+            "--rank takes a budget and compares the methods' usual plans; leave out --max-loss, "
+            "--out and --exact."
+        )
+    request = plan_request(options, options.method or "uniform")
+    request = replace(request, base=options.base, budget=options.budget)
+    ranking = session.rank(request, settings, options.corpus, options.protocol)
+    return {"model": session.source.name, "budget": options.budget, **ranking.to_json()}
+
+
 def run(options: argparse.Namespace, report: ProgressCallback) -> dict:
     """Plan or take a saved plan, quantize, evaluate, keep."""
-    evaluation = _evaluation(options)
+    evaluation = evaluation_request(options)
     corpus_identity(evaluation.corpus)  # reject a wrong path before anything is measured
     save = resolve_path(options.save) if options.save else None
     export = parse_target(options, save)
@@ -199,12 +187,12 @@ def run(options: argparse.Namespace, report: ProgressCallback) -> dict:
     if save and not resumed:  # one that is may have saved its model already
         check_folder_target(save)
     (quantizer,) = _quantizers(options, [options.quantizer] if options.quantizer else [])
-    bench = _workbench(options, report)
-    settings = _settings(options, bench, options.profile_quantizer, options.calibration)
+    session = _open_session(options, report)
+    settings = profile_settings(options, session, options.profile_quantizer, options.calibration)
     if options.plan:
         if options.method or options.base or options.budget or options.max_loss:
             raise InputError("Give either a saved plan or a method with base, budget or max-loss.")
-        made = _load_plan(options.plan, bench)
+        made = _load_plan(options.plan, session)
     else:
         if options.max_loss and quantizer != settings.quantizer:
             raise InputError(
@@ -212,14 +200,14 @@ def run(options: argparse.Namespace, report: ProgressCallback) -> dict:
                 f"--profile-quantizer {quantizer} to run with that quantizer."
             )
         if not options.max_loss:
-            _check_compatibility(options, bench, settings, quantizer)
-        made = _plan(options, bench, settings)
+            _check_compatibility(options, session, settings, quantizer)
+        made = _plan(options, session, settings)
     check_choice(quantizer, made.choice, made.axis)
-    predicted = _predicted(bench, made, quantizer, settings, evaluation)
-    outcome = bench.run(made, quantizer, evaluation, save, settings=settings, export=export)
+    predicted = _predicted(session, made, quantizer, settings, evaluation)
+    outcome = session.run(made, quantizer, evaluation, save, settings=settings, export=export)
     return {
-        "model": bench.source.name,
-        "fingerprint": bench.info.fingerprint,
+        "model": session.source.name,
+        "fingerprint": session.info.fingerprint,
         "predicted": predicted,
     } | outcome
 
@@ -234,17 +222,17 @@ def _quantizers(options: argparse.Namespace, named: list[str]) -> list[str]:
 
 
 def _check_compatibility(
-    options: argparse.Namespace, bench: Session, settings: ProfileSettings, quantizer: str
+    options: argparse.Namespace, session: Session, settings: ProfileSettings, quantizer: str
 ) -> None:
     """Tell what the quantizer can't do before a profile is measured for the plan."""
-    request, problem = _plan_request(options), Problem(bench.config_info.matrices)
+    request, problem = plan_request(options), Problem(session.config_info.matrices)
     reason = request_incompatibility(problem, request, quantizer, settings.axis)
     if reason:
         raise InputError(reason)
 
 
 def _predicted(
-    bench: Session,
+    session: Session,
     made: Plan,
     quantizer: str,
     settings: ProfileSettings,
@@ -255,18 +243,18 @@ def _predicted(
         reason = f"{quantizer_spec(quantizer).title} has no profile to predict from."
         return {"reason": reason}
     measured_by = replace(settings, quantizer=quantizer)
-    return bench.predicted(made, measured_by, evaluation.corpus, evaluation.protocol)
+    return session.predicted(made, measured_by, evaluation.corpus, evaluation.protocol)
 
 
-def _load_plan(path: Path, bench: Session) -> Plan:
+def _load_plan(path: Path, session: Session) -> Plan:
     content = read_plan_file(path)
-    return Plan.from_json(content, bench.config_info.matrices, bench.config_info.other_bytes)
+    return Plan.from_json(content, session.config_info.matrices, session.config_info.other_bytes)
 
 
 def evaluate(options: argparse.Namespace, report: ProgressCallback) -> dict:
     """Evaluate a folder that ``run --save`` wrote, or a model in full precision."""
-    request = _evaluation(options)
-    source = _source(options)
+    request = evaluation_request(options)
+    source = model_source(options)
     folder, device_and_dtype = source.local_folder, (options.device, options.dtype)
     if folder is not None and is_exported_folder(folder):
         return evaluate_exported(folder, request, Store(options.db), *device_and_dtype, report)
@@ -275,7 +263,20 @@ def evaluate(options: argparse.Namespace, report: ProgressCallback) -> dict:
         return evaluate_saved(
             folder, request, Store(options.db), *device_and_dtype, report, trusted
         )
-    return _workbench(options, report).evaluate_full(request)
+    return _open_session(options, report).evaluate_full(request)
+
+
+def noise(options: argparse.Namespace, report: ProgressCallback) -> dict:
+    """How far arithmetic alone moves the figures of a model, in several ways of computing them."""
+    session = _open_session(options, report)
+    floor = session.measure_noise(evaluation_request(options), options.base)
+    return {
+        "model": session.source.name,
+        "fingerprint": session.info.fingerprint,
+        "noise": floor.to_json(),
+        "conditions": [asdict(condition) for condition in floor.conditions],
+        "provenance": dict(floor.provenance),
+    }
 
 
 def sweep(options: argparse.Namespace, report: ProgressCallback) -> dict:
@@ -286,10 +287,10 @@ def sweep(options: argparse.Namespace, report: ProgressCallback) -> dict:
     quantizers = _quantizers(options, options.quantizer)
     baseline_quantizers = sweeps.expand_baselines(options.baseline, quantizers)
 
-    bench = _workbench(options, report)
-    bench.cache_bytes = parse_bytes(options.remember)
-    settings = _settings(options, bench, options.profile_quantizer, options.calibration)
-    template = _plan_request(options, methods[0] if methods else "")
+    session = _open_session(options, report)
+    session.cache_bytes = parse_bytes(options.remember)
+    settings = profile_settings(options, session, options.profile_quantizer, options.calibration)
+    template = plan_request(options, methods[0] if methods else "")
     texts = [
         EvaluationRequest(corpus, options.protocol, options.max_tokens)
         for corpus in options.corpus or ["stdlib"]
@@ -298,14 +299,28 @@ def sweep(options: argparse.Namespace, report: ProgressCallback) -> dict:
         sweeps.requests(template, methods, options.base, options.budget), quantizers, texts
     )
     items += sweeps.baselines(template, options.base, options.budget, baseline_quantizers, texts)
-    rows = sweeps.sweep(bench, items, settings)
+    rows = sweeps.sweep(session, items, settings, _executor(options, items, settings))
     states = [row["state"] for row in rows]
     return {
-        "model": bench.source.name,
-        "fingerprint": bench.info.fingerprint,
+        "model": session.source.name,
+        "fingerprint": session.info.fingerprint,
         "counts": {state: states.count(state) for state in (*sweeps.FINISHED, sweeps.FAILED)},
         "items": rows,
     }
+
+
+def _executor(
+    options: argparse.Namespace, items: Sequence[SweepItem], settings: ProfileSettings
+) -> Executor | None:
+    """What makes a sweep's items where they are not made in this process."""
+    if options.ray is None:
+        if options.actor_cores is not None or options.actors is not None:
+            raise InputError("--actors and --actor-cores are about the actors of --ray.")
+        return None
+    from lsq_core.distributed.executor import OnRay
+
+    quantizers = sorted({item.quantizer for item in items})
+    return OnRay(options.ray, settings, quantizers, options.actor_cores, options.actors)
 
 
 def audit(options: argparse.Namespace, report: ProgressCallback) -> dict:
@@ -316,7 +331,7 @@ def audit(options: argparse.Namespace, report: ProgressCallback) -> dict:
     if folder.is_dir() or "/" in options.target:
         return audit_folder(folder, store).to_json()
     device_and_dtype = options.device, options.dtype, report, options.trust_remote_code
-    result = audit_run(options.target, store, _optional_source(options), *device_and_dtype)
+    result = audit_run(options.target, store, optional_model_source(options), *device_and_dtype)
     return result.to_json() | {"run": options.target}
 
 
@@ -325,31 +340,33 @@ def generate(options: argparse.Namespace, report: ProgressCallback) -> dict:
     from lsq_core.evaluation.generation import compare_generation
     from lsq_core.stages.saved import open_original, rebuild_run
 
-    store, source = Store(options.db), _optional_source(options)
+    store, source = Store(options.db), optional_model_source(options)
     device_and_dtype, trusted = (options.device, options.dtype, report), options.trust_remote_code
     if options.saved is not None:
         manifest = read_manifest(resolve_path(options.saved), RUN_KEYS)
         run, fingerprint = manifest["run"], manifest["fingerprint"]
         source = source or ModelSource(manifest["source"], manifest["revision"], trusted)
-        bench = open_original(source, fingerprint, store, *device_and_dtype)
+        session = open_original(source, fingerprint, store, *device_and_dtype)
         quantized = load_saved(options.saved, *device_and_dtype, trusted).model
     else:
         run = options.run
-        bench, quantized = rebuild_run(run, source, store, *device_and_dtype, trusted)
-    loaded = bench.loaded
+        session, quantized = rebuild_run(run, source, store, *device_and_dtype, trusted)
+    loaded = session.loaded
     with translate_resource_errors(loaded.device):
         compared = compare_generation(
             loaded.model,
             quantized,
-            bench.tokenizer,
+            session.tokenizer,
             options.prompt,
             options.max_new_tokens,
             temperature=options.temperature,
             seed=options.seed,
-            context=bench.info.context,
+            context=session.info.context,
             progress=lambda done, total, message: report("generate", done, total, message),
         )
-    return {"run": run, "model": bench.source.name} | bench.device_and_dtype | compared.to_json()
+    return (
+        {"run": run, "model": session.source.name} | session.device_and_dtype | compared.to_json()
+    )
 
 
 def jobs_verb(options: argparse.Namespace, report: ProgressCallback) -> dict:

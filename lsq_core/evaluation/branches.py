@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lsq_core.evaluation.walked import WalkedModel
 from lsq_core.model.architecture import first_tensor
@@ -37,8 +37,7 @@ class Branch:
 class Walk:
     """The way of a group of windows through several models.
 
-    ``seconds`` (models,) is the wall-clock time of what a model needed, so shared work counts for
-    each model that shares it. ``working_bytes`` is the peak GPU memory, above that allocated
+    ``working_bytes`` is the peak GPU memory, above that allocated
     before, of decoding and running one block or head for one batch; None on a CPU.
     """
 
@@ -60,7 +59,9 @@ class Walk:
         self.layers = models[0].layers
         #: Blocks that all states have gone through.
         self.layer = 0
-        self.seconds = np.zeros(len(models))
+        self._seconds = np.zeros(len(models))
+        #: On a GPU, members and events around their work that were not read yet.
+        self._events: list[tuple[list[int], torch.cuda.Event, torch.cuda.Event]] = []
         self.working_bytes: list[int | None] = [None] * len(models)
         signatures = [models[member].stem_signature() for member in self.members]
         self.branches = [self._stem(own) for own in _alike(self.members, signatures)]
@@ -73,35 +74,63 @@ class Walk:
     def restore(self, layer: int, branches: Sequence[Branch], seconds: Sequence[float]) -> None:
         """Go on from states that have gone through ``layer`` blocks."""
         self.layer, self.branches = layer, list(branches)
-        self.seconds += seconds
+        self._seconds += seconds
+
+    @property
+    def seconds(self) -> np.ndarray:
+        """The time (models,) of what each model needed; shared work counts for all that share it.
+
+        On a GPU it is that between events in its queue; reading it waits for all work so far.
+        """
+        if self._events:
+            torch.cuda.synchronize(self.batches[0].device)
+        for members, start, end in self._events:
+            self._seconds[members] += start.elapsed_time(end) / 1000
+        self._events.clear()
+        return self._seconds
 
     def advance(self) -> None:
-        """Take all states through the next block."""
-        following = []
+        """Take all states through the next block.
+
+        A block that several branches have in common is decoded once for them.
+        """
+        signatures = {m: self.models[m].signature(self.layer) for m in self.members}
+        following: dict[tuple[int, ...], Branch] = {}
+        left = {id(branch): set(branch.members) for branch in self.branches}
         with ExitStack() as stack:
             with self.measured(self.members):
                 stack.enter_context(self.models[self.members[0]].weights(self.layer))
-            for branch in self.branches:
-                signatures = [self.models[m].signature(self.layer) for m in branch.members]
-                parts = list(_alike(branch.members, signatures))
-                following += [self._run_block(branch, own, last=own is parts[-1]) for own in parts]
-        self.branches, self.layer = following, self.layer + 1
+            for users in _alike(self.members, [signatures[m] for m in self.members]):
+                with self._decoded_block(users) as (block, decoded_bytes):
+                    for branch in self.branches:
+                        own = tuple(m for m in branch.members if m in users)
+                        if own:
+                            left[id(branch)] -= set(own)
+                            hidden = list(branch.hidden) if left[id(branch)] else branch.hidden
+                            following[own] = Branch(own, hidden, branch.calls)
+                            self._run_block(block, following[own], decoded_bytes)
+        # The branch of the first model, which may be the reference, stays the first one.
+        self.branches = sorted(following.values(), key=lambda branch: branch.members)
+        self.layer += 1
 
-    def _run_block(self, branch: Branch, members: tuple[int, ...], last: bool) -> Branch:
-        """Run a block on a branch's states, in whose place the outputs come with the ``last``."""
-        hidden = branch.hidden if last else list(branch.hidden)
+    @contextmanager
+    def _decoded_block(self, members: tuple[int, ...]) -> Iterator[tuple[nn.Module, int]]:
+        """The next block as these models have it, and the GPU memory of its decoded weights."""
         before = self._allocated()
         with ExitStack() as stack:
             with self.measured(members):
                 block = stack.enter_context(self.models[members[0]].block(self.layer))
-            decoded_bytes = self._allocated() - before
-            for number, call in enumerate(branch.calls[self.layer]):
-                with self.measured(members, decoded_bytes):
-                    output = block(hidden[number], *call.args, **call.kwargs)
-                    hidden[number] = first_tensor(output)
-                    del output
-                self.report(number, len(members))
-        return Branch(members, hidden, branch.calls)
+            yield block, self._allocated() - before
+
+    def _run_block(self, block: nn.Module, branch: Branch, decoded_bytes: int) -> None:
+        """Run a block on a branch's states, in whose place its outputs come."""
+        hidden = branch.hidden
+        for number, call in enumerate(branch.calls[self.layer]):
+            with self.measured(branch.members, decoded_bytes):
+                output = block(hidden[number], *call.args, **call.kwargs)
+                hidden[number] = first_tensor(output)
+                del output
+            self.report(number, len(branch.members))
 
     def add_states(self, member: int, hidden: list[Tensor], seconds: float) -> None:
         """Add the final states of a model that wasn't walked, in the first place.
@@ -109,7 +138,7 @@ class Walk:
         ``seconds`` are what walking it took when they were computed.
         """
         self.branches.insert(0, Branch((member,), hidden, []))
-        self.seconds[member] += seconds
+        self._seconds[member] += seconds
 
     @contextmanager
     def heads(self) -> Iterator[None]:
@@ -124,19 +153,24 @@ class Walk:
     def measured(self, members: Sequence[int], held_bytes: int = 0) -> Iterator[None]:
         """Count the time and peak GPU memory of a ``with`` block for some models.
 
-        ``held_bytes`` were allocated for it before.
+        ``held_bytes`` were allocated for it before. A GPU is not waited for.
         """
         device = self.batches[0].device
-        start_time, before = time.perf_counter(), self._allocated()
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
+        if device.type != "cuda":
+            start_time = time.perf_counter()
+            yield
+            self._seconds[list(members)] += time.perf_counter() - start_time
+            return
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before = self._allocated()
+        torch.cuda.reset_peak_memory_stats(device)
+        start.record(torch.cuda.current_stream(device))
         yield
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-            taken = torch.cuda.max_memory_allocated(device) - before + held_bytes
-            for member in members:
-                self.working_bytes[member] = max(taken, self.working_bytes[member] or 0)
-        self.seconds[list(members)] += time.perf_counter() - start_time
+        end.record(torch.cuda.current_stream(device))
+        self._events.append((list(members), start, end))
+        taken = torch.cuda.max_memory_allocated(device) - before + held_bytes
+        for member in members:
+            self.working_bytes[member] = max(taken, self.working_bytes[member] or 0)
 
     def _allocated(self) -> int:
         """GPU memory that is allocated now, in bytes; 0 on a CPU."""

@@ -21,7 +21,7 @@ from lsq_core.evaluation.branches import Walk
 from lsq_core.evaluation.protocol import EvaluationText
 from lsq_core.evaluation.reference_states import ReferenceStates
 from lsq_core.evaluation.result import EvaluationPair
-from lsq_core.evaluation.scoring import Figures, score_batch
+from lsq_core.evaluation.scoring import Figures, read_figures, score_batch
 from lsq_core.evaluation.text_pass import TextPass, WindowGroup, make_groups
 from lsq_core.evaluation.walk_file import WalkFile
 from lsq_core.evaluation.walked import WalkedModel, as_walked
@@ -221,7 +221,8 @@ def _groups(text_pass: TextPass, models: Sequence[WalkedModel]) -> list[WindowGr
     most = room // (len(models) * width * dtype.itemsize)
     if not _have_costly_blocks(models):
         most = min(most, _MAX_GROUP_TOKENS[device.type])
-    return make_groups(text_pass, most, _MAX_BATCH_TOKENS[device.type])
+    batch_tokens = text_pass.batch_tokens or _MAX_BATCH_TOKENS[device.type]
+    return make_groups(text_pass, most, batch_tokens)
 
 
 @torch.inference_mode()
@@ -253,12 +254,13 @@ def _score_group(
         file.save(walk)
     _reuse_or_keep(walk, group, report)
     where = "LM head" if walk.layers else "whole model"
-    figures = []
     with walk.heads():
-        for number, batch in enumerate(group.batches):
-            _, scored = group.text_pass.shape(batch[0])
-            figures.append(score_batch(walk, number, scored, compared))
-    _record(walk, compared, group, figures)
+        figures = [
+            score_batch(walk, number, group.text_pass.shape(batch[0])[1], compared)
+            for number, batch in enumerate(group.batches)
+        ]
+        read = [read_figures(walk, number, own) for number, own in enumerate(figures)]
+    _record(walk, compared, group, read)
     group.text_pass.save()
     file.remove()
 

@@ -14,14 +14,16 @@ would a polynomial.
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lsq_core.bits import DETECTION_CONFIG, LADDER, QuantConfig
+from lsq_core.bits import DETECTION_CONFIG, QuantConfig
 from lsq_core.errors import InputError
 
 if TYPE_CHECKING:
@@ -62,7 +64,7 @@ class TooFewRuns(InputError):
 
 
 def feature_tables(problem: Problem) -> np.ndarray:
-    """What each matrix adds to each feature at each configuration, (n, 12, features).
+    """What each matrix adds to each feature at each configuration, (n, options, features).
 
     The expected KL divergence if there is one, else sensitivity and squared weight error. Where
     sensitivity was not measured at a configuration, it is that at b4g64 scaled as the squared
@@ -83,7 +85,7 @@ def feature_tables(problem: Problem) -> np.ndarray:
         )
     error = problem.by_config["weight_error"] ** 2
     known = problem.by_config["sensitivity"]
-    reference = LADDER.index(DETECTION_CONFIG)
+    reference = problem.options.index(DETECTION_CONFIG)
     scaled = known[:, [reference]] * error / error[:, [reference]]
     sensitivity = np.where(np.isnan(known), scaled, known)
     return np.stack([np.nan_to_num(sensitivity), error], axis=2)
@@ -92,7 +94,7 @@ def feature_tables(problem: Problem) -> np.ndarray:
 def features(problem: Problem, choices: np.ndarray) -> np.ndarray:
     """Logs of a plan's features, each summed over its matrices, (k, features).
 
-    ``choices`` (k, n) holds ladder indices, a row a plan.
+    ``choices`` (k, n) holds indices into the problem's options, a row a plan.
     """
     tables = feature_tables(problem)
     rows = np.arange(len(tables))
@@ -147,10 +149,10 @@ def load_measured_points(
 ) -> MeasuredPoints:
     """The runs of a model that a prediction can learn from.
 
-    Those by the same quantizer, grouping axis and metadata whose plan is known, on one text by one
-    protocol and token count: where several answer to ``corpus`` and ``protocol`` (or none is
-    given), those with the most runs. ``protocol`` may be short: ``strided`` for
-    ``strided-512/256``.
+    Those by the same quantizer, grouping axis and metadata whose plan is known and has no
+    configuration that the problem lacks, on one text by one protocol and token count: where
+    several answer to ``corpus`` and ``protocol`` (or none is given), those with the most runs.
+    ``protocol`` may be short: ``strided`` for ``strided-512/256``.
 
     Raises
     ------
@@ -163,10 +165,10 @@ def load_measured_points(
     configs = store.run_configs(fingerprint)
     same = (runs["quantizer"] == quantizer) & (runs["axis"] == axis)
     same &= (runs["metadata"] == metadata) & runs["run"].isin(configs)
-    stops = {config.name: i for i, config in enumerate(LADDER)}
+    stops = {config.name: i for i, config in enumerate(problem.options)}
     on_ladder = {run for run, plan in configs.items() if stops.keys() >= set(plan.values())}
     same &= runs["run"].isin(on_ladder)
-    runs = _largest_comparable_group(runs[same & runs["perplexity_full"].notna()], corpus, protocol)
+    runs = largest_comparable_group(runs[same & runs["perplexity_full"].notna()], corpus, protocol)
     plans = [configs[run] for run in runs["run"]]
     choices = np.array([[stops[plan[m.name]] for m in problem.matrices] for plan in plans])
     first = runs.iloc[0]
@@ -182,7 +184,7 @@ def load_measured_points(
     )
 
 
-def _largest_comparable_group(
+def largest_comparable_group(
     runs: pd.DataFrame, corpus: str | None, protocol: str | None
 ) -> pd.DataFrame:
     """Of the runs on a corpus by a protocol, those of the evaluation that most of them share."""
@@ -286,6 +288,29 @@ class Prediction:
     high: np.ndarray
     extrapolated: np.ndarray
 
+    def band(self, k: int) -> tuple[float, float, float]:
+        """Perplexity of the k-th plan, and the ends of its band."""
+        return float(self.perplexity[k]), float(self.low[k]), float(self.high[k])
+
+
+def is_apart(a: Sequence[float], b: Sequence[float]) -> bool:
+    """Whether the bands of two predictions, each ``perplexity, low, high``, don't overlap."""
+    return a[2] < b[1] or b[2] < a[1]
+
+
+def is_comparable(a: Sequence[float], b: Sequence[float]) -> bool:
+    """Whether two predictions, each ``perplexity, low, high``, tell of their difference.
+
+    They do where their bands are apart, and where no side of a band is more than a tenth of what is
+    predicted: two plans of nearly the same size share most of what their bands are wide for.
+    """
+    return is_apart(a, b) or not (is_wide(*a) or is_wide(*b))
+
+
+def is_wide(perplexity: float, low: float, high: float) -> bool:
+    """Whether a side of a band is more than a tenth of what is predicted."""
+    return max(high - perplexity, perplexity - low) > perplexity / 10
+
 
 @dataclass(frozen=True, eq=False)
 class Predictor:
@@ -303,6 +328,17 @@ class Predictor:
     def full_precision(self) -> float:
         """Perplexity of the unquantized model, which no prediction falls below."""
         return float(self.points.full_precision[0])
+
+    @cached_property
+    def _held_deviations(self) -> float:
+        """The deviations on either side that would have held nine in ten of the runs left out.
+
+        Conformal prediction by leaving one out (Vovk et al. 2005): the band then holds what it says
+        also where runs are further off than the process takes for likely.
+        """
+        mean, deviation = self.process.leave_one_out_moments()
+        off = np.sort(np.abs(self.process.y - mean) / deviation)
+        return float(off[min(math.ceil((len(off) + 1) * CONFIDENCE), len(off)) - 1])
 
     def predict(self, x: np.ndarray) -> Prediction:
         """Perplexity of plans with these features (k, features)."""
@@ -331,8 +367,11 @@ class Predictor:
         """Perplexity of log costs with these means and deviations."""
         from scipy.special import stdtrit  # Student's t; scipy.stats has the same, a second later
 
-        width = stdtrit(len(self.process.x) - 1, (1 + CONFIDENCE) / 2) * deviation
-        logs = (mean - width, mean, mean + width)
+        usual = stdtrit(len(self.process.x) - 1, (1 + CONFIDENCE) / 2)
+        width = max(usual, self._held_deviations) * deviation
+        # Costs below the least one count as that: what is predicted near it may cost nothing.
+        low = np.where(mean - width < np.log(2 * _MIN_COST), -np.inf, mean - width)
+        logs = (low, mean, mean + width)
         low, middle, high = (
             self.full_precision
             * np.exp(np.maximum(np.exp(np.minimum(log, np.log(_MAX_COST))), floor))

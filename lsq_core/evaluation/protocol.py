@@ -110,19 +110,29 @@ def make_windows(tokens: int, protocol: Protocol) -> list[Window]:
 
 @dataclass(frozen=True, eq=False)
 class EvaluationText:
-    """A token stream, ids without special tokens int64 (tokens,), and the protocol to use."""
+    """A token stream, ids without special tokens int64 (tokens,), and the protocol to use.
+
+    ``batch_tokens`` are the tokens of a batch, None for what suits the device; a window that is
+    longer is a batch of its own.
+    """
 
     ids: np.ndarray
     protocol: Protocol
+    batch_tokens: int | None = None
 
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """An evaluation: a corpus, a protocol, and the most tokens to read (None for all)."""
+    """An evaluation: a corpus, a protocol, and the most tokens to read (None for all).
+
+    ``split`` is the part of the corpus: ``evaluation``, or ``calibration`` for figures that plans
+    are chosen by.
+    """
 
     corpus: str = "stdlib"
     protocol: str = "strided"
     max_tokens: int | None = None
+    split: str = "evaluation"
 
     def __post_init__(self) -> None:
         _check_protocol(self.protocol)

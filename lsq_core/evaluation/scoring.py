@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from lsq_core.errors import LsqError
@@ -20,6 +21,8 @@ MAX_BATCH_LOGITS = {"cpu": 2**22, "cuda": 2**26}
 #: The same for models that run as wholes, where a slice is at least a window.
 _MAX_WHOLE_LOGITS = 2**26
 
+#: What is computed of each scored token: the last three where there is a reference.
+NAMES = ("nll", "kl", "agreed", "squared_change")
 #: Figures by name, each (windows, scored) of one batch.
 Figures = dict[str, np.ndarray]
 
@@ -33,14 +36,14 @@ class PredictedTokens:
     """
 
     log_probs: Tensor
-    nll: np.ndarray
+    nll: Tensor
 
     @classmethod
     def from_logits(cls, logits: Tensor, targets: Tensor) -> PredictedTokens:
         """``logits`` (windows, tokens, vocabulary) predict ``targets`` (windows, tokens)."""
         log_probs = logits.float().log_softmax(-1)
         picked = -log_probs.gather(-1, targets[..., None])[..., 0]
-        return cls(log_probs, picked.double().cpu().numpy())
+        return cls(log_probs, picked.double())
 
     @cached_property
     def _probs(self) -> Tensor:
@@ -50,58 +53,62 @@ class PredictedTokens:
     def _likeliest(self) -> Tensor:
         return self.log_probs.argmax(-1)
 
-    def compare(self, expected: PredictedTokens) -> Figures:
-        """Compare with the expected predictions.
+    def compare(self, expected: PredictedTokens) -> tuple[Tensor, Tensor, Tensor]:
+        """Compare with the expected predictions; tensors (windows, tokens) on the device.
 
         Returns the KL divergence from them in nats, whether the likeliest token agrees, and the
         squared change of the log-probability of the token that follows.
         """
         if expected is self:
-            unchanged = np.zeros(self.nll.shape)
-            return {"kl": unchanged, "agreed": np.ones_like(unchanged), "squared_change": unchanged}
+            unchanged = torch.zeros_like(self.nll)
+            return unchanged, torch.ones_like(unchanged), unchanged
         change = expected.log_probs - self.log_probs
-        kl = change.mul_(expected._probs).sum(-1).double()
-        agreed = self._likeliest == expected._likeliest
-        return {
-            "kl": kl.cpu().numpy(),
-            "agreed": agreed.cpu().numpy(),
-            "squared_change": np.square(self.nll - expected.nll),
-        }
+        kl = change.mul_(expected._probs).sum(-1)
+        return kl, self._likeliest == expected._likeliest, (self.nll - expected.nll).square_()
 
 
-def score_batch(walk: Walk, number: int, scored: int, compared: bool) -> list[Figures]:
-    """Return each model's figures of the last ``scored`` tokens of a batch's windows.
+def score_batch(walk: Walk, number: int, scored: int, compared: bool) -> Tensor:
+    """Compute each model's figures of the last ``scored`` tokens of a batch's windows.
 
     The final norm and the LM head run on slices of these tokens, so that the vocabulary does not
-    limit a batch. If ``compared``, the first model is the reference.
+    limit a batch. If ``compared``, the first model is the reference. The figures are float64
+    (models, names, windows, scored), on the device: they are read by :func:`read_figures`.
+    """
+    ids = walk.batches[number]
+    shape = len(walk.models), len(NAMES) if compared else 1, len(ids), scored
+    figures = torch.zeros(shape, dtype=torch.float64, device=ids.device)
+    for rows, tokens in _slices(walk, ids, scored):
+        expected = None
+        first = tokens.start - (ids.shape[1] - scored - 1)
+        columns = slice(first, first + tokens.stop - tokens.start)
+        for branch in walk.branches:  # the reference is in the first one
+            predicted = _predict(walk, branch, number, rows, tokens)
+            found = (predicted.nll,)
+            if compared:
+                expected = expected or predicted
+                found += predicted.compare(expected)
+            for member in branch.members:
+                for own, values in zip(figures[member], found, strict=True):
+                    own[rows, columns] = values
+    walk.report(number, len(walk.models))
+    return figures
+
+
+def read_figures(walk: Walk, number: int, figures: Tensor) -> list[Figures]:
+    """Return each model's figures of a batch, from those of :func:`score_batch`.
 
     Raises
     ------
     LsqError
         When a model's predictions are not finite; names the first module whose output isn't.
     """
-    ids = walk.batches[number]
-    shape = (len(ids), scored)
-    names = ("nll", "kl", "agreed", "squared_change") if compared else ("nll",)
-    figures = [{name: np.zeros(shape) for name in names} for _ in walk.models]
-    for rows, tokens in _slices(walk, ids, scored):
-        expected = None
-        for branch in walk.branches:  # the reference is in the first one
-            predicted = _predict(walk, branch, number, rows, tokens)
-            found = {"nll": predicted.nll}
-            expected = expected or (predicted if compared else None)
-            if expected is not None:
-                found |= predicted.compare(expected)
-            if not all(np.isfinite(values).all() for values in found.values()):
-                model = walk.models[branch.members[0]]
-                raise LsqError(_not_finite_message(model, ids[rows]))
-            first = tokens.start - (ids.shape[1] - scored - 1)
-            columns = slice(first, first + tokens.stop - tokens.start)
-            for member in branch.members:
-                for name, values in found.items():
-                    figures[member][name][rows, columns] = values
-    walk.report(number, len(walk.models))
-    return figures
+    read = figures.cpu().numpy()
+    broken = ~np.isfinite(read).all(axis=(1, 3))  # (models, windows)
+    if broken.any():
+        member = int(broken.any(1).argmax())
+        ids = walk.batches[number][broken[member].nonzero()[0]]
+        raise LsqError(_not_finite_message(walk.models[member], ids))
+    return [dict(zip(NAMES, own, strict=False)) for own in read]
 
 
 def _predict(

@@ -30,7 +30,7 @@ class TextPass:
         checkpoints: Sequence[Path | None],
         kept: ReferenceStates | None = None,
     ) -> None:
-        self.kept = kept
+        self.kept, self.batch_tokens = kept, text.batch_tokens
         #: Seconds of the reference that an earlier evaluation spent, whose states serve here.
         self.reused_seconds = 0.0
         ids = text.ids if bos is None else np.concatenate([[bos], text.ids])

@@ -206,17 +206,22 @@ def as_walked(
     if reference is not None:
         names.insert(0, "The full-precision model")
         everything.insert(0, reference)
+    pairs = list(zip(names, everything, strict=True))
     try:
-        walked = [_sequential(*pair) for pair in zip(names, everything, strict=True)]
+        return list(_sequential(pairs)), ""
     except NotSequential as error:
-        pairs = zip(names, everything, strict=True)
         return [WholeModel(what, own, _device(own)) for what, own in pairs], error.reason
-    return walked, ""
 
 
-def _sequential(what: str, model: nn.Module) -> SequentialModel:
-    loaded, device = BlockModel(model), _device(model)
-    return SequentialModel(what, loaded, detect_forms(loaded, device), device)
+def _sequential(models: Sequence[tuple[str, nn.Module]]) -> Iterator[SequentialModel]:
+    """Yield the models; those of one class have the same blocks, whose forms are found once."""
+    forms: dict[Hashable, list[OutputForm]] = {}
+    for what, model in models:
+        loaded, device = BlockModel(model), _device(model)
+        kind = type(model), tuple(map(type, loaded.blocks))
+        if kind not in forms:
+            forms[kind] = detect_forms(loaded, device)
+        yield SequentialModel(what, loaded, forms[kind], device)
 
 
 def detect_forms(loaded: BlockModel, device: torch.device) -> list[OutputForm]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lsq_core.errors import InputError
+from lsq_core.errors import choose
 from lsq_core.exports.base import PlanTarget, Translation, translate
 from lsq_core.exports.plans import (
     auto_round,
@@ -40,12 +40,7 @@ def plan_target(name: str) -> PlanTarget:
     InputError
         When there is none.
     """
-    if name not in PLAN_TARGETS:
-        raise InputError(
-            f"'{name}' is no tool that plans are written for; choose one of "
-            f"{', '.join(PLAN_TARGETS)}."
-        )
-    return PLAN_TARGETS[name]
+    return choose(PLAN_TARGETS, name, "a tool that plans are written for")
 
 
 def export_plan(plan: Plan, info: ModelInfo, target: str, nearest: bool = False) -> Translation:

@@ -8,6 +8,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from lsq_core.bits import PAPER
 from lsq_core.evaluation.protocol import EvaluationRequest
 from lsq_core.exports.weights.registry import ExportTarget
 from lsq_core.model.source import ModelSource
@@ -33,7 +34,11 @@ def model_arguments(source: ModelSource, device: str) -> list[str]:
 def profile_arguments(settings: ProfileSettings) -> list[str]:
     """The options of ``profile``."""
     argv = ["--corpus", settings.calibration, "--quantizer", settings.quantizer]
-    return argv + _grid_arguments(settings)
+    return argv + _grid_arguments(settings) + _ladder_arguments(settings.ladder)
+
+
+def _ladder_arguments(ladder: str) -> list[str]:
+    return ["--ladder", ladder] if ladder != PAPER else []
 
 
 def _grid_arguments(settings: ProfileSettings) -> list[str]:
@@ -48,14 +53,26 @@ def plan_arguments(request: PlanRequest, settings: ProfileSettings) -> list[str]
     argv = ["--method", request.method]
     argv += _non_default_options(request, _REQUEST_OPTIONS)
     argv += ["--exact"] if request.exact else []
-    argv += row_arguments(request)
-    for pin in request.pins:
-        argv += ["--pin", pin]
-    for tie in request.ties:
-        argv += ["--tie", tie]
+    return argv + row_arguments(request) + _restriction_arguments(request, settings)
+
+
+def _restriction_arguments(request: PlanRequest, settings: ProfileSettings) -> list[str]:
+    """The options that restrict a plan, and those of its profile."""
+    argv = [word for pin in request.pins for word in ("--pin", pin)]
+    argv += [word for tie in request.ties for word in ("--tie", tie)]
     argv += ["--serve", request.serve] if request.serve else []
+    argv += ["--start", request.start] if request.start else []
     argv += ["--calibration", settings.calibration, "--profile-quantizer", settings.quantizer]
-    return argv + _grid_arguments(settings)
+    return argv + _grid_arguments(settings) + _ladder_arguments(request.ladder)
+
+
+def refine_arguments(
+    request: PlanRequest, settings: ProfileSettings, minutes: float, text: str | None = None
+) -> list[str]:
+    """The options of ``refine`` for the budget, restrictions and start of a request."""
+    argv = ["--minutes", f"{minutes:g}", "--budget", request.budget]
+    argv += ["--text", text] if text else []
+    return argv + _restriction_arguments(request, settings)
 
 
 def row_arguments(request: PlanRequest) -> list[str]:
@@ -113,7 +130,14 @@ def sweep_arguments(
     argv += ["--protocol", evaluation.protocol]
     argv += ["--max-tokens", str(evaluation.max_tokens)] if evaluation.max_tokens else []
     argv += ["--calibration", settings.calibration, "--profile-quantizer", settings.quantizer]
-    return argv + _grid_arguments(settings)
+    return argv + _grid_arguments(settings) + _ladder_arguments(settings.ladder)
+
+
+def ray_arguments(address: str | None, cores: int | None = None) -> list[str]:
+    """The options of ``sweep`` that have it measured on Ray; none without an address."""
+    if address is None:
+        return []
+    return ["--ray", address, *(["--actor-cores", str(cores)] if cores else [])]
 
 
 def reproduce_command(record: Mapping[str, Mapping[str, Any]]) -> str:

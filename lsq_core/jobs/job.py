@@ -106,6 +106,8 @@ class Job:
         ]
         if self.verb == "run":
             what = " ".join([*methods, *_sizes(words)]) or "Run of a saved plan"
+        elif self.verb == "refine":
+            what = " ".join(["Refinement", *_sizes(words)])
         elif self.verb == "sweep" and len(methods) <= _FEW_METHODS:
             what = f"Sweep of {', '.join(methods)}" if methods else "Sweep"
         elif self.verb == "sweep":

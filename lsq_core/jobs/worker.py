@@ -13,7 +13,7 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 
@@ -105,13 +105,20 @@ def _exclusive_lock(job_folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _device_lock(folder: Path, arguments: list[str], progress: _ProgressFile) -> Iterator[None]:
-    """Wait until no other job uses the device; the lock goes with the process, however it ends."""
+    """Wait until no other job uses the device; the lock goes with the process, however it ends.
+
+    A sweep on Ray waits for all devices of this machine, in their order.
+    """
     words = dict(itertools.pairwise(arguments))
-    named = words.get("--device", "auto")
-    device = re.sub(r"\W", "-", devices.canonical_device(named))
-    with (folder / f"device-{device}.lock").open("w") as lock:
+    named = [devices.canonical_device(words.get("--device", "auto"))]
+    if "--ray" in arguments:
+        named = devices.device_names()
+    with ExitStack() as stack:
         progress.write({"state": "queued", "message": "Waiting for the device."})
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        for device in named:
+            name = re.sub(r"\W", "-", device)
+            lock = stack.enter_context((folder / f"device-{name}.lock").open("w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
         progress.begin()
         yield
 

@@ -13,7 +13,7 @@ from itertools import combinations, pairwise
 
 import numpy as np
 
-from lsq_core.planning.knapsack import lower_hull
+from lsq_core.planning.hull import lower_hull
 
 #: Most units that are enumerated together; a block with more is split into groups.
 MAX_UNITS = 8

@@ -71,7 +71,7 @@ def _solve_items(
 
 
 def _reduced_costs(frontier: Frontier, point: FrontierPoint) -> np.ndarray:
-    """Return each option's ``cost + price·bytes`` less its matrix's minimum, (n, 12), ≥ 0.
+    """Return each option's ``cost + price·bytes`` less its matrix's minimum, (n, options), ≥ 0.
 
     A plan that uses a stop costs at least the Lagrangian bound plus this.
     """
@@ -188,7 +188,7 @@ def _solve_with_cbc(
 
 
 def _open_stops(frontier: Frontier, point: FrontierPoint, best: np.ndarray) -> np.ndarray:
-    """Return the options (n, 12) that a plan cheaper than the best so far may use, and its own."""
+    """Return which options (n, options) a plan cheaper than the best so far may use, or its own."""
     objective = frontier.objective(best)
     slack = 1e-9 * abs(objective)
     usable = point.lower_bound + _reduced_costs(frontier, point) <= objective + slack

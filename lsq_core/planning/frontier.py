@@ -17,8 +17,6 @@ from functools import cached_property
 
 import numpy as np
 
-from lsq_core.bits import Budget
-from lsq_core.errors import InputError
 from lsq_core.planning.greedy import (
     MoveSteps,
     fill_budget,
@@ -27,7 +25,7 @@ from lsq_core.planning.greedy import (
     total,
     undo_moves,
 )
-from lsq_core.planning.problem import TOLERANCE, Problem
+from lsq_core.planning.problem import TOLERANCE
 
 
 @dataclass(frozen=True)
@@ -113,8 +111,8 @@ class Frontier:
     """Segments in the order of their starts' bytes, and the tables of the fill.
 
     All of them have a row for each item, which is a matrix or several tied ones. ``nominal`` and
-    ``cost`` are (n, 12); ``cost`` is None for methods that leave the rest of a budget unspent, and
-    infinite for configurations that may not be chosen. If the cost is not a sum over matrices,
+    ``cost`` are (n, options); ``cost`` is None for methods that leave the rest of a budget unspent,
+    and infinite for configurations that may not be chosen. If the cost is not a sum over matrices,
     every segment is a complete plan without moves, ``losses`` (segments,) holds their costs and
     ``lower_bounds`` a bound for all plans of at most the same size.
     """
@@ -145,14 +143,6 @@ class Frontier:
     def can_reach(self, budget: float) -> bool:
         """Return whether some plan is within a budget in nominal bytes."""
         return self.smallest <= budget * (1 + TOLERANCE)
-
-    def check_reachable(self, budget: Budget, problem: Problem) -> None:
-        """Raise :class:`InputError` if no plan is within the budget."""
-        if not self.can_reach(budget.nominal_bytes):
-            raise InputError(
-                f"A budget of {budget.text} does not reach the smallest plan from this base, "
-                f"{problem.format_size(self.smallest)}."
-            )
 
     @cached_property
     def _starts(self) -> np.ndarray:
@@ -229,7 +219,7 @@ def build_moves(
 ) -> tuple[Move, ...]:
     """Make moves from ``(matrix, stop, priority)`` in order, with the bytes after each.
 
-    ``nominal`` is (n, 12). Moves that change nothing are left out.
+    ``nominal`` is (n, options). Moves that change nothing are left out.
     """
     current = start.copy()
     total = float(nominal[np.arange(len(start)), start].sum())

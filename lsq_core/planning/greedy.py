@@ -7,7 +7,7 @@ off the hull (:func:`fill_budget`).
 
 Ties go to the first matrix and then to the lowest configuration, and every sum runs from first to
 last, so that the browser, taking the same steps in the same order, finds the same plan to the last
-bit. Tables are (n, 12) nominal bytes and costs; a choice is (n,); no argument is modified.
+bit. Tables are (n, options) nominal bytes and costs; a choice is (n,); no argument is modified.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def total(table: np.ndarray, choice: np.ndarray) -> float:
 def _changes(
     nominal: np.ndarray, cost: np.ndarray, choice: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the bytes added and the cost saved by every change of the choice, both (n, 12)."""
+    """Return the bytes added and the cost saved, (n, options), by every change of the choice."""
     rows = np.arange(len(choice))
     return (
         nominal - nominal[rows, choice][:, None],

@@ -6,15 +6,13 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from lsq_core.bits import (
-    Budget,
-    stop_index,
-)
+from lsq_core.bits import get_ladder, stop_index
 from lsq_core.errors import InputError, LsqError
 from lsq_core.planning.constraints import apply_ties, restrict
 from lsq_core.planning.detection import shallow_model_note
 from lsq_core.planning.exact import solve_exactly
 from lsq_core.planning.frontier import Frontier, Segment
+from lsq_core.planning.limit import lower_limit, nominal_limit
 from lsq_core.planning.methods import get_planner
 from lsq_core.planning.methods.base import Planner
 from lsq_core.planning.methods.high_impact import high_rows
@@ -50,7 +48,7 @@ def make_plan(
     if request.serve is not None:
         get_server(request.serve).check_axis(axis)
     restricted = restrict(problem, request)
-    budget = request.resolve_budget(restricted)
+    budget = request.resolve_budget(restricted, metadata)
     if budget is None and request.base is None:
         raise InputError(
             "Give a base configuration (such as 3.13), a budget (such as 3.2bpp), or both."
@@ -66,7 +64,8 @@ def make_plan(
         raise InputError(
             f"{planner.title} chooses matrices together; its search has no exact variant."
         )
-    chosen = _select_plan(planner, restricted, frontier, request, budget)
+    limit = _limit(frontier, restricted, request, metadata)
+    chosen = _select_plan(planner, restricted, frontier, request, limit)
     restricted.check_allowed(chosen.stops)
     return Plan(
         request=request,
@@ -76,7 +75,7 @@ def make_plan(
         axis=axis,
         base=chosen.base,
         ranking_scores=chosen.ranking_scores,
-        notes=chosen.notes + _cost_notes(problem, request, chosen, frontier),
+        notes=chosen.notes + _cost_notes(problem, request, chosen, frontier, metadata),
         other_bytes=other_bytes,
         objective=chosen.objective,
         lower_bound=chosen.lower_bound,
@@ -96,7 +95,8 @@ def make_frontier(problem: Problem, request: PlanRequest) -> Frontier:
     problem = problem.with_options(planner.options(request))
     if not planner.has_base:
         return planner.frontier(problem, request, [])
-    bases = [stop_index(request.base)] if request.base else usable_bases(problem)
+    ladder = get_ladder(request.ladder)
+    bases = [stop_index(request.base, ladder)] if request.base else usable_bases(problem)
     if not bases:
         raise InputError(
             "No single group size divides every matrix of this model; use mxq, which gives each "
@@ -119,17 +119,29 @@ class _Selection:
     lower_bound: float | None = None
 
 
+def _limit(frontier: Frontier, problem: Problem, request: PlanRequest, metadata: str) -> float:
+    """Return the nominal bytes that a request's budget leaves its plan, infinite without one."""
+    budget = request.resolve_budget(problem, metadata)
+    limit = nominal_limit(frontier, problem, budget, metadata)
+    if request.exact and frontier.cost is not None and budget and budget.planned_bytes:
+        return lower_limit(
+            lambda nominal: solve_exactly(frontier, nominal).choice,
+            limit,
+            problem,
+            budget,
+            metadata,
+        )
+    return limit
+
+
 def _select_plan(
     planner: Planner,
     problem: Problem,
     frontier: Frontier,
     request: PlanRequest,
-    budget: Budget | None,
+    limit: float,
 ) -> _Selection:
-    """Return the frontier's plan for a budget, or for a base alone all of its moves."""
-    limit = budget.nominal_bytes if budget else np.inf
-    if budget is not None:
-        frontier.check_reachable(budget, problem)
+    """Return the frontier's plan within nominal bytes, or for a base alone all of its moves."""
     point = frontier.at(limit)
     if not planner.has_base:
         if request.exact:
@@ -152,7 +164,7 @@ def _select_plan(
             for move in moves
             for i in frontier.matrices_of(move.matrix)
         },
-        _notes(planner, problem, point.segment, len(moves), budget),
+        _notes(planner, problem, point.segment, len(moves), limit),
     )
 
 
@@ -167,7 +179,7 @@ def _solve_exact(frontier: Frontier, limit: float) -> _Selection:
 
 
 def _notes(
-    planner: Planner, problem: Problem, segment: Segment, taken: int, budget: Budget | None
+    planner: Planner, problem: Problem, segment: Segment, taken: int, limit: float
 ) -> tuple[str, ...]:
     """Return notes on a boost that has no effect, or that leaves part of the budget unspent."""
     if not planner.metrics:
@@ -178,8 +190,8 @@ def _notes(
         notes.append(f"{planner.title} boosts no layer here, so this is the uniform plan.")
     elif not taken:
         notes.append("The budget leaves no room for a boost: this is the uniform plan.")
-    elif budget is not None and taken == len(segment.moves):
-        left = budget.nominal_bytes - segment.moves[-1].bytes_after
+    elif np.isfinite(limit) and taken == len(segment.moves):
+        left = limit - segment.moves[-1].bytes_after
         notes.append(
             f"{8 * left / problem.total:.3f} bpp of the budget remain unspent: "
             f"{planner.title} has no more layers to promote from this base."
@@ -188,21 +200,28 @@ def _notes(
 
 
 def _cost_notes(
-    problem: Problem, request: PlanRequest, chosen: _Selection, frontier: Frontier
+    problem: Problem, request: PlanRequest, chosen: _Selection, frontier: Frontier, metadata: str
 ) -> tuple[str, ...]:
     """Return what ties and server cost, and what the pins do, a note each."""
     notes: tuple[str, ...] = ()
     if request.has_ties:
         free = request.without_ties()
-        notes += _cost_note(restrict(problem, free), free, chosen, frontier, request.ties_name)
+        notes += _cost_note(
+            restrict(problem, free), free, chosen, frontier, request.ties_name, metadata
+        )
     if request.pins:
         free = replace(request, pins=())
-        notes += _cost_note(apply_ties(problem, free), free, chosen, frontier, "the pins")
+        notes += _cost_note(apply_ties(problem, free), free, chosen, frontier, "the pins", metadata)
     return notes
 
 
 def _cost_note(
-    problem: Problem, request: PlanRequest, chosen: _Selection, frontier: Frontier, what: str
+    problem: Problem,
+    request: PlanRequest,
+    chosen: _Selection,
+    frontier: Frontier,
+    what: str,
+    metadata: str,
 ) -> tuple[str, ...]:
     """Return a note on the cost of a restriction: bits for a base, else cost at the same budget.
 
@@ -212,9 +231,9 @@ def _cost_note(
         free = make_frontier(problem, request)
     except LsqError:
         return (f"Without {what} this method has no plan.",)
-    budget = request.resolve_budget(problem)
-    limit = budget.nominal_bytes if budget else np.inf
-    if not free.can_reach(limit):
+    try:
+        limit = _limit(free, problem, request, metadata)
+    except InputError:
         return (f"Without {what} no plan from this base is within the budget.",)
     subject = what[0].upper() + what[1:]
     if frontier.cost is None and frontier.losses is None:

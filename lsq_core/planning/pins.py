@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-from lsq_core.bits import LADDER, Config, MixedRows, parse_config
+from lsq_core.bits import EXTENDED_LADDER, LADDER, Config, MixedRows, parse_config
 from lsq_core.errors import InputError
 from lsq_core.model.info import Matrix
 from lsq_core.planning.problem import Problem
@@ -73,6 +73,11 @@ class Pin:
 def _option_index(name: str, options: tuple[Config, ...]) -> int:
     config = parse_config(name)
     if config not in options:
+        if config in EXTENDED_LADDER and options == LADDER:
+            raise InputError(
+                f"'{name}' is a configuration of the extended ladder, and this plan is on the "
+                "paper's; plan with --ladder extended."
+            )
         kind = "mixed rows" if isinstance(options[0], MixedRows) else "the ladder"
         raise InputError(
             f"'{name}' is no option of this method, which plans on {kind}; choose one of "

@@ -32,7 +32,7 @@ class Plan:
     """One configuration for each matrix.
 
     ``ranking_scores`` holds, for each matrix that was promoted from the base, the score that
-    ranked it (its z-score; for an ablation the order of the draw).
+    ranked it (Algorithm 1's z-score; its standard score; for an ablation the order of the draw).
     """
 
     request: PlanRequest

@@ -47,11 +47,30 @@ class Impact:
 
 
 @dataclass(frozen=True, eq=False)
+class Refinement:
+    """What a search within a budget found (:mod:`lsq_core.refinement.search`).
+
+    ``cost`` (n, options), in nats per token, is what the best plan minimises within the budget, and
+    ``bits_per_param`` its size. ``kl_start`` and ``kl`` are the divergences of the first plan and
+    of this one on the calibration text, ``steps`` the number of steps between them.
+    """
+
+    cost: np.ndarray
+    bits_per_param: float
+    kl_start: float
+    kl: float
+    steps: int
+    #: Identifies the step in cache keys.
+    mark: str = ""
+
+
+@dataclass(frozen=True, eq=False)
 class Problem:
     """The matrices of a model, the configurations that each can get, and their scores.
 
-    ``scores`` maps a metric to (n,) values, ``by_config`` to (n, 12), both in the order of
-    ``matrices`` and NaN for a missing value. A choice (n,) holds indices into ``options``.
+    ``scores`` maps a metric to (n,) values, ``by_config`` to (n, options), both in the order of
+    ``matrices`` and NaN for a missing value; that of mixed rows has the ladder's configurations. A
+    choice (n,) holds indices into ``options``.
     """
 
     matrices: tuple[Matrix, ...]
@@ -63,6 +82,7 @@ class Problem:
     #: Configurations, from few bits to many.
     options: tuple[Config, ...] = LADDER
     impact: Impact | None = None
+    refinement: Refinement | None = None
     #: Matrices that must get the same option, as indices: disjoint groups of two or more. Pins
     #: allow the matrices of a group the same.
     groups: tuple[tuple[int, ...], ...] = ()
@@ -71,11 +91,32 @@ class Problem:
     permitted_by: str = ""
 
     def with_options(self, options: tuple[Config, ...]) -> Problem:
-        """Return the problem with other options, unrestricted unless the options are the same."""
+        """Return the problem with other options, unrestricted unless the options are the same.
+
+        Scores by configuration follow a smaller ladder.
+
+        Raises
+        ------
+        InputError
+            If there are scores, and none at some configuration of a larger ladder.
+        """
         if options == self.options:
             return self
         free = {"pinned_low": None, "pinned_high": None, "groups": (), "permitted": None}
-        return replace(self, options=options, permitted_by="", **free)
+        by_config = self._scores_at(options)
+        return replace(self, options=options, by_config=by_config, permitted_by="", **free)
+
+    def _scores_at(self, options: tuple[Config, ...]) -> dict[str, np.ndarray]:
+        if isinstance(options[0], MixedRows) or not self.by_config:
+            return self.by_config
+        beyond = [option.name for option in options if option not in self.options]
+        if beyond:
+            raise InputError(
+                f"This profile has no scores at {beyond[0]}, which is of the extended ladder; "
+                "measure a profile of that ladder."
+            )
+        columns = [self.options.index(option) for option in options]
+        return {name: table[:, columns] for name, table in self.by_config.items()}
 
     @cached_property
     def low(self) -> np.ndarray:
@@ -168,18 +209,31 @@ class Problem:
     @cached_property
     def bytes(self) -> np.ndarray:
         """Nominal bytes of each option, float64 (n, options)."""
-        return np.array(
-            [[matrix_bytes(nominal_bytes, m, c) for c in self.options] for m in self.matrices]
-        )
-
-    def planned(self, metadata: str) -> list[list[int]]:
-        """Return the bytes of each option in this project's packing, (n, options)."""
-        shapes = [m.shape for m in self.matrices]
-        sizes = {
-            shape: [planned_bytes("hqq", shape, option, metadata) for option in self.options]
-            for shape in set(shapes)
+        sizes = {  # a model has few shapes
+            m.shape: [matrix_bytes(nominal_bytes, m, c) for c in self.options]
+            for m in {m.shape: m for m in self.matrices}.values()
         }
-        return [sizes[shape] for shape in shapes]
+        return np.array([sizes[m.shape] for m in self.matrices])
+
+    def planned(self, metadata: str) -> np.ndarray:
+        """Return the bytes of each option in this project's packing, (n, options)."""
+        if metadata not in self._planned:
+            shapes = [m.shape for m in self.matrices]
+            sizes = {
+                shape: [planned_bytes("hqq", shape, option, metadata) for option in self.options]
+                for shape in set(shapes)
+            }
+            self._planned[metadata] = np.array([sizes[shape] for shape in shapes])
+        return self._planned[metadata]
+
+    @cached_property
+    def _planned(self) -> dict[str, np.ndarray]:
+        """Planned bytes by the format of metadata."""
+        return {}
+
+    def planned_total(self, choice: np.ndarray, metadata: str) -> int:
+        """Return the planned bytes of a choice (n,)."""
+        return int(self.planned(metadata)[np.arange(len(choice)), choice].sum())
 
     @property
     def total(self) -> int:
@@ -248,6 +302,20 @@ class Problem:
         smallest = np.where(self.allowed, self.bytes, np.inf).min(axis=1).sum()
         largest = np.where(self.allowed, self.bytes, -np.inf).max(axis=1).sum()
         return float(smallest), float(largest)
+
+    def feasible_planned(self, metadata: str) -> tuple[int, int]:
+        """Return the planned bytes of the smallest and the largest plan.
+
+        Raises
+        ------
+        InputError
+            As :attr:`feasible`.
+        """
+        self.check_options()
+        stored = self.planned(metadata)
+        smallest = np.where(self.allowed, stored, np.inf).min(axis=1).sum()
+        largest = np.where(self.allowed, stored, -np.inf).max(axis=1).sum()
+        return int(smallest), int(largest)
 
     def format_size(self, nominal: float) -> str:
         """Format nominal bytes of the linear weights: ``3.18 bpp (9.02 MiB)``."""

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from lsq_core.bits import Budget, mixed_rows
+from lsq_core.bits import PAPER, Budget, get_ladder, mixed_rows
 from lsq_core.errors import InputError
 from lsq_core.planning.problem import TOLERANCE, Problem
 from lsq_core.planning.servers import get_server
+from lsq_core.units import format_bytes
 
 #: Losses that high-impact ratios are measured by: on the block's own output, or on the model's.
 LOSSES = ("block", "model")
@@ -18,23 +19,27 @@ LOSSES = ("block", "model")
 SENSITIVITIES = ("sensitivity", "sensitivity_module")
 #: How ratios are chosen: one for all, per matrix, or jointly for the matrices of a block.
 RATIO_MODES = ("uniform", "diagonal", "full")
+#: The method whose plan is refined where a request names none.
+DEFAULT_START = "kl-aware"
 #: Fields that hold any number of texts.
 _TEXTS = ("pins", "ties")
-#: Fields that a request's JSON has only where they were given; earlier versions know none.
-_OPTIONAL = ("ties", "serve")
+#: Fields that a request's JSON has only where they differ from these; earlier versions know none.
+_OPTIONAL = {"ties": (), "serve": None, "start": None, "ladder": PAPER}
 
 
 @dataclass(frozen=True)
 class PlanRequest:
     """A method, and a base configuration, a budget, or both.
 
-    ``top_m`` 0 promotes every outlier; ``metric`` is the one that SensiBoost reads; ``seed`` is
-    that of the ablations; ``exact`` solves a knapsack to the optimum; ``pins`` are parsed by
-    :class:`lsq_core.planning.pins.Pin`. The six fields from ``low_bits`` on are documented in
-    :class:`lsq_core.planning.methods.high_impact.HighImpact`. ``ties`` are modules that share a
-    configuration (:class:`lsq_core.planning.ties.Tie`); ``serve`` is the server that the plan is
-    for (:data:`lsq_core.planning.servers.SERVERS`), which ties modules too. Each method declares
-    the fields that it reads (:attr:`lsq_core.planning.methods.base.Planner.fields`).
+    ``top_m`` 0 promotes every outlier; ``metric`` is the one that SensiBoost and its variants read;
+    ``seed`` is that of the ablations; ``exact`` solves a knapsack to the optimum; ``pins`` are
+    parsed by :class:`lsq_core.planning.pins.Pin`. The six fields from ``low_bits`` on are
+    documented in :class:`lsq_core.planning.methods.high_impact.HighImpact`. ``ties`` are modules
+    that share a configuration (:class:`lsq_core.planning.ties.Tie`); ``serve`` is the server that
+    the plan is for (:data:`lsq_core.planning.servers.SERVERS`), which ties modules too; ``start``
+    is the method whose plan is refined, None for the usual one (:attr:`refined_from`). ``ladder``
+    names the configurations that are chosen from (:data:`lsq_core.bits.LADDERS`). Each method
+    declares the fields that it reads (:attr:`lsq_core.planning.methods.base.Planner.fields`).
     """
 
     method: str
@@ -54,6 +59,8 @@ class PlanRequest:
     clip: bool = False
     ties: tuple[str, ...] = ()
     serve: str | None = None
+    start: str | None = None
+    ladder: str = PAPER
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -61,6 +68,7 @@ class PlanRequest:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.serve is not None:
             get_server(self.serve)
+        get_ladder(self.ladder)
         if self.boost_stop < 0 or self.top_m < 0:
             raise InputError("boost-stop and top-m cannot be negative.")
         if self.seed < 0:
@@ -107,9 +115,9 @@ class PlanRequest:
         return cls(**content)
 
     def to_json(self) -> dict[str, Any]:
-        """Return what :meth:`from_json` reads; ties and server only where they were given."""
+        """Return what :meth:`from_json` reads; ties, server and ladder only where given."""
         content = asdict(self)
-        return {k: v for k, v in content.items() if v or k not in _OPTIONAL}
+        return {k: v for k, v in content.items() if k not in _OPTIONAL or v != _OPTIONAL[k]}
 
     @property
     def has_ties(self) -> bool:
@@ -119,6 +127,11 @@ class PlanRequest:
     def without_ties(self) -> PlanRequest:
         """Return the request for a plan that is free of ties and server."""
         return replace(self, ties=(), serve=None)
+
+    @property
+    def refined_from(self) -> str:
+        """The method whose plan a refinement starts from."""
+        return self.start or DEFAULT_START
 
     @property
     def ties_name(self) -> str:
@@ -133,20 +146,33 @@ class PlanRequest:
         served = [f"for {get_server(self.serve).title}"] if self.serve else []
         return " ".join([*served, *([f"with these {' and '.join(ties)}"] if ties else [])])
 
-    def resolve_budget(self, problem: Problem) -> Budget | None:
-        """Return the budget in nominal bytes, checked against the sizes that plans can have."""
+    def resolve_budget(self, problem: Problem, metadata: str = "8bit") -> Budget | None:
+        """Return the budget, checked against the sizes that plans can have.
+
+        ``metadata`` decides the planned bytes, which a budget in bytes bounds.
+
+        Raises
+        ------
+        InputError
+            When it is not a budget, or no plan is as small or as large.
+        """
         if self.budget is None:
             return None
-        budget = Budget.parse(self.budget, problem.total)
-        smallest, largest = problem.feasible
-        # The largest plan is called 8.51 and has 8.508 bits: its name must not be out of reach.
-        if not smallest * (1 - TOLERANCE) <= budget.nominal_bytes <= largest * 1.001:
+        budget = Budget.parse(self.budget, problem.total, get_ladder(self.ladder))
+        if budget.planned_bytes is None:
+            smallest, largest = problem.feasible
+            # The largest plan is called 8.51 and has 8.508 bits: its name must not be out of reach.
+            within = smallest * (1 - TOLERANCE) <= budget.nominal_bytes <= largest * 1.001
+            ends = [problem.format_size(size) for size in (smallest, largest)]
+        else:
+            smallest, largest = problem.feasible_planned(metadata)
+            within = smallest <= budget.planned_bytes <= largest * 1.001
+            ends = [f"{format_bytes(size)} planned" for size in (smallest, largest)]
+        if not within:
             under = f" {self.restrictions}" if self.restrictions else ""
             remedy = "drop a pin, or choose" if self.pins else "choose"
             raise InputError(
                 f"A budget of {self.budget} is out of reach: plans for this model{under} take from "
-                f"{problem.format_size(smallest)} to {problem.format_size(largest)}; {remedy} a "
-                "budget "
-                "between them."
+                f"{ends[0]} to {ends[1]}; {remedy} a budget between them."
             )
         return budget

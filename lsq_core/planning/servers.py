@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lsq_core.bits import Config, MixedRows, is_divisible
-from lsq_core.errors import InputError
+from lsq_core.errors import InputError, choose
 from lsq_core.model.info import Matrix
 from lsq_core.planning.ties import Tie
 
@@ -118,6 +118,4 @@ def get_server(name: str) -> Server:
     InputError
         If there is none.
     """
-    if name not in SERVERS:
-        raise InputError(f"'{name}' is not a server; choose one of {', '.join(SERVERS)}.")
-    return SERVERS[name]
+    return choose(SERVERS, name, "a server")

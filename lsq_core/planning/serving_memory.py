@@ -84,5 +84,5 @@ def context_bytes_per_token(info: ModelInfo) -> int | None:
 
 def _stored_per_nominal(problem: Problem, metadata: str) -> float:
     """Return the largest ratio of stored to nominal bytes over matrices and allowed options."""
-    stored = np.array(problem.planned(metadata))
+    stored = problem.planned(metadata)
     return float(np.where(problem.allowed, stored / problem.bytes, 1.0).max())

@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 from scipy.stats import rankdata, spearmanr
 
-from lsq_core.bits import LADDER
 from lsq_core.profiling.metrics import proxies
 from lsq_core.profiling.profile import Profile
 
@@ -72,7 +71,7 @@ def proxy_agreement(profile: Profile) -> pd.DataFrame:
             rank_correlation(profile.scores(proxy, config), profile.scores(exact, config)),
         )
         for proxy, exact in proxies().items()
-        for config in LADDER
+        for config in profile.ladder
         if {(proxy, config.name), (exact, config.name)} <= held
     ]
     return pd.DataFrame(rows, columns=["proxy", "exact", "config", "rank_correlation"])

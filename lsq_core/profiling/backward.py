@@ -1,7 +1,7 @@
-"""A walk over the blocks from the last to the first, with the gradients of a sampled loss.
+"""A walk over the blocks from the last to the first, with the gradients of some losses.
 
-The loss of a sequence is the sum of ``−log p(y)`` over its positions, each ``y`` drawn from the
-model's own prediction ``p``. Its gradients have mean zero and, as draws are independent, their
+The usual loss of a sequence is the sum of ``−log p(y)`` over its positions, each ``y`` drawn from
+the model's own prediction ``p``. Its gradients have mean zero and, as draws are independent, their
 covariance is the Fisher information summed over the positions, the curvature of the KL divergence
 from the model's predictions. (Labels of the text itself would give the "empirical Fisher", which is
 not that curvature: Kunstner et al., arXiv 1905.12558.)
@@ -13,7 +13,7 @@ gradients go on to the block before it, so that weights may be streamed.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -22,8 +22,9 @@ from torch import Tensor
 from lsq_core.model.architecture import first_tensor, locate_parameter, matrix_view, parameter_name
 from lsq_core.model.info import Matrix
 from lsq_core.model.loading import LoadedModel
-from lsq_core.model.walk import OutputForm, detect_output_forms, record_calls, run_from_block
+from lsq_core.model.walk import Call, OutputForm, detect_output_forms, record_calls, run_from_block
 from lsq_core.profiling.context import BlockContext
+from lsq_core.units import MIB
 
 #: Tokens of a sequence, whose gradient is one sample: short, so that there are many.
 SEQUENCE_TOKENS = 128
@@ -33,13 +34,22 @@ MAX_SEQUENCES = 32
 #: of an expected square is an eighth of it.
 DRAWS = 4
 _SEED = 0
+#: Gradients of a matrix that are multiplied by its changes at once, so that these, which are many
+#: times as large as a gradient, are read once for some sequences.
+_STACKED_BYTES = 64 * MIB
+
+#: The losses of a sequence, by its number and its log-probabilities (tokens, vocabulary): scalars,
+#: as many for each sequence.
+Losses = Callable[[int, Tensor], Sequence[Tensor]]
+#: The weights (out, in) that a block's matrices have in place of their own.
+Replacements = Callable[[BlockContext], Mapping[Matrix, Tensor]]
 
 
 @dataclass(eq=False)
 class GradientContext(BlockContext):
     """A block with its inputs, one sequence a batch, and the gradients of its outputs."""
 
-    #: By sequence, the gradients (draws, 1, tokens, width) of the block's output; replaced by
+    #: By sequence, the gradients (losses, 1, tokens, width) of the block's output; replaced by
     #: those of its input when :meth:`weight_gradients` has run.
     gradients: list[Tensor] = field(default_factory=list)
 
@@ -49,7 +59,7 @@ class GradientContext(BlockContext):
         return self.ids.numel()
 
     def weight_gradients(self) -> Iterator[dict[Matrix, Tensor]]:
-        """Yield the gradients (draws, out, in) of the block's matrices, a sequence at a time.
+        """Yield the gradients (losses, out, in) of the block's matrices, a sequence at a time.
 
         A matrix without one, as an expert that no token reached, is missing.
         """
@@ -69,19 +79,48 @@ class GradientContext(BlockContext):
             for parameter in parameters.values():
                 parameter.requires_grad_(False)
 
+    def change_products(self, changes: Mapping[Matrix, Tensor]) -> dict[Matrix, Tensor]:
+        """Return ``⟨g, Δ⟩``, float64 (sequences, losses, changes) on the CPU, for each matrix.
+
+        ``changes`` are (changes, weights). The products of a sequence that gives a matrix no
+        gradient are 0.
+        """
+        losses = len(self.gradients[0])
+        products = {
+            matrix: torch.zeros(len(self.hidden), losses, len(change), dtype=torch.double)
+            for matrix, change in changes.items()
+        }
+        waiting: dict[Matrix, list[tuple[int, Tensor]]] = {matrix: [] for matrix in changes}
+
+        def multiply(matrix: Matrix) -> None:
+            numbers, gradients = zip(*waiting[matrix], strict=True)
+            found = torch.cat(gradients) @ changes[matrix].T
+            products[matrix][list(numbers)] = found.double().cpu().unflatten(0, (-1, losses))
+            waiting[matrix].clear()
+
+        for number, by_matrix in enumerate(self.weight_gradients()):
+            for matrix, gradient in by_matrix.items():
+                waiting[matrix].append((number, gradient.flatten(1)))
+                if len(waiting[matrix]) * gradient.nbytes >= _STACKED_BYTES:
+                    multiply(matrix)
+        for matrix, stacked in waiting.items():
+            if stacked:
+                multiply(matrix)
+        return products
+
     def _sequence_gradients(
         self, number: int, parameters: list[Tensor]
     ) -> list[tuple[Tensor | None, ...]]:
-        """Return each draw's gradients of the parameters; the input's replace the output's."""
-        call, draws = self.calls[number], self.gradients[number]
+        """Return each loss's gradients of the parameters; the input's replace the output's."""
+        call, gradients = self.calls[number], self.gradients[number]
         with torch.enable_grad():
             hidden = self.hidden[number].detach().clone().requires_grad_(True)
             output = first_tensor(self.block(hidden, *call.args, **call.kwargs))
             found = [
                 torch.autograd.grad(
-                    output, [hidden, *parameters], draw, retain_graph=True, allow_unused=True
+                    output, [hidden, *parameters], gradient, retain_graph=True, allow_unused=True
                 )
-                for draw in draws
+                for gradient in gradients
             ]
         self.gradients[number] = torch.stack([of_input for of_input, *_ in found])
         return [tuple(of_parameters) for _, *of_parameters in found]
@@ -95,79 +134,137 @@ class GradientContext(BlockContext):
         return matrix_view(gradient, holder, matrix)
 
 
-def cut_sequences(ids: Tensor) -> Tensor:
-    """Cut calibration blocks (n, tokens) into sequences, int64 (at most 32, at most 128)."""
+def cut_sequences(ids: Tensor, part: int = 0) -> Tensor:
+    """Cut calibration blocks (n, tokens) into sequences, int64 (at most 32, at most 128).
+
+    ``part`` counts the parts of the text that so many sequences take; after the last one the first
+    ones come again.
+    """
     length = min(SEQUENCE_TOKENS, ids.shape[1])
     pieces = [piece for piece in ids.split(length, dim=1) if piece.shape[1] == length]
-    return torch.stack(pieces, dim=1).flatten(0, 1)[:MAX_SEQUENCES].clone()
+    sequences = torch.stack(pieces, dim=1).flatten(0, 1)
+    return sequences.roll(-part * MAX_SEQUENCES, dims=0)[:MAX_SEQUENCES].clone()
 
 
-def iter_blocks_backward(loaded: LoadedModel, ids: Tensor) -> Iterator[GradientContext]:
-    """Yield each block with matrices, the last one first; the consumer of each has to run
-    :meth:`GradientContext.weight_gradients`, which computes the gradients for the one before it.
+@dataclass(frozen=True, eq=False)
+class ForwardPass:
+    """Sequences that went through the blocks, one a batch.
 
-    ``ids`` are calibration blocks, int64 (n, tokens). Gradients need tensors that were not made in
-    inference mode.
+    ``inputs`` are the hidden states of each sequence before each block, and after the last one.
+    """
+
+    loaded: LoadedModel
+    sequences: Tensor
+    forms: list[OutputForm]
+    calls: list[list[Call]]
+    inputs: list[list[Tensor]]
+
+    def context(self, layer: int) -> BlockContext:
+        """Return a block with its inputs."""
+        matrices = tuple(m for m in self.loaded.info.matrices if m.layer == layer)
+        name, block = self.loaded.block_name(layer), self.loaded.blocks[layer]
+        inputs, calls = self.inputs[layer], self.calls[layer]
+        return BlockContext(
+            self.loaded, layer, name, block, matrices, self.sequences, inputs, calls
+        )
+
+    def log_probs(self, number: int, states: Tensor) -> Tensor:
+        """Return a sequence's log-probabilities, float32 (tokens, vocabulary), from final states.
+
+        The head has to be in memory.
+        """
+        ids = self.sequences[number : number + 1]
+        logits = run_from_block(self.loaded, len(self.loaded.blocks), states, ids, self.forms)
+        return logits[0].float().log_softmax(-1)
+
+
+def run_forward(
+    loaded: LoadedModel, sequences: Tensor, replacements: Replacements | None = None
+) -> ForwardPass:
+    """Run sequences, int64 (n, tokens), through all blocks, with other weights if there are any.
 
     Raises
     ------
     NotSequential
         If the blocks can't be run one by one.
     """
-    sequences = cut_sequences(ids)
     forms = detect_output_forms(loaded, sequences)
     calls, hidden = record_calls(loaded, sequences.split(1), forms)
-    inputs = [hidden]
-    for layer, block in enumerate(loaded.blocks):
+    forward = ForwardPass(loaded, sequences, forms, calls, [hidden])
+    for layer in range(len(loaded.blocks)):
         with loaded.materialize(loaded.block_name(layer)):
-            inputs.append(
-                [
-                    first_tensor(block(states, *call.args, **call.kwargs))
-                    for states, call in zip(inputs[-1], calls[layer], strict=True)
-                ]
-            )
-    gradients = _sampled_gradients(loaded, sequences, inputs.pop(), forms)
+            context = forward.context(layer)
+            replaced = replacements(context) if replacements else {}
+            with context.replaced_weights(dict(replaced)):
+                forward.inputs.append(list(context.run()))
+    return forward
+
+
+def iter_blocks_backward(loaded: LoadedModel, ids: Tensor) -> Iterator[GradientContext]:
+    """Yield each block with matrices, the last one first, with gradients of the usual losses.
+
+    ``ids`` are calibration blocks, int64 (n, tokens). As :func:`iter_gradients` else.
+    """
+    sequences = cut_sequences(ids)
+    yield from iter_gradients(run_forward(loaded, sequences), SampledLabels())
+
+
+def iter_gradients(forward: ForwardPass, losses: Losses) -> Iterator[GradientContext]:
+    """Yield each block with matrices, the last one first.
+
+    The consumer has to run :meth:`GradientContext.weight_gradients` of each, with the weights that
+    the block had on the way forward: it computes the gradients for the block before it. The inputs
+    of blocks are dropped on the way. Gradients need tensors that were not made in inference mode.
+    """
+    loaded = forward.loaded
+    gradients = _final_gradients(forward, losses)
     for layer in reversed(range(len(loaded.blocks))):
-        name, matrices = loaded.block_name(layer), _matrices_of(loaded, layer)
+        own = forward.context(layer)
         context = GradientContext(
-            loaded,
-            layer,
-            name,
-            loaded.blocks[layer],
-            matrices,
-            sequences,
-            inputs.pop(),
-            calls[layer],
+            own.loaded,
+            own.layer,
+            own.prefix,
+            own.block,
+            own.matrices,
+            own.ids,
+            forward.inputs.pop(),
+            own.calls,
             gradients=gradients,
         )
-        with loaded.materialize(name):
-            if matrices:
+        with loaded.materialize(context.prefix):
+            if context.matrices:
                 yield context
             else:
                 deque(context.weight_gradients(), maxlen=0)  # for the gradients of its input
 
 
-def _matrices_of(loaded: LoadedModel, layer: int) -> tuple[Matrix, ...]:
-    return tuple(m for m in loaded.info.matrices if m.layer == layer)
-
-
-def _sampled_gradients(
-    loaded: LoadedModel, sequences: Tensor, last: list[Tensor], forms: list[OutputForm]
-) -> list[Tensor]:
-    """Return, by sequence, the gradients (draws, 1, tokens, width) of the last block's output."""
-    generator = torch.Generator().manual_seed(_SEED)
+def _final_gradients(forward: ForwardPass, losses: Losses) -> list[Tensor]:
+    """Return, by sequence, the gradients (losses, 1, tokens, width) of the last block's output."""
     gradients = []
-    with loaded.materialize_head(), torch.enable_grad():
-        for ids, states in zip(sequences.split(1), last, strict=True):
+    with forward.loaded.materialize_head(), torch.enable_grad():
+        for number, states in enumerate(forward.inputs.pop()):
             hidden = states.detach().clone().requires_grad_(True)
-            logits = run_from_block(loaded, len(loaded.blocks), hidden, ids, forms)
-            log_probs = logits[0].float().log_softmax(-1)
-            # Drawn on the CPU, where a seed gives the same labels on every machine.
-            probs = log_probs.detach().exp().cpu()
-            labels = torch.multinomial(probs, DRAWS, replacement=True, generator=generator)
-            found = []
-            for drawn in labels.to(ids.device).T:
-                loss = -log_probs.gather(-1, drawn[:, None]).sum()
-                found += torch.autograd.grad(loss, hidden, retain_graph=True)
+            log_probs = forward.log_probs(number, hidden)
+            found = [
+                torch.autograd.grad(loss, hidden, retain_graph=True)[0]
+                for loss in losses(number, log_probs)
+            ]
             gradients.append(torch.stack(found))
     return gradients
+
+
+class SampledLabels:
+    """Losses ``−log p(y)``, summed over a sequence, of labels drawn from its own predictions."""
+
+    def __init__(self, draws: int = DRAWS) -> None:
+        self.draws = draws
+        self._generator = torch.Generator().manual_seed(_SEED)
+
+    def __call__(self, number: int, log_probs: Tensor) -> list[Tensor]:
+        """Return a loss for each draw; see :data:`Losses`."""
+        # Drawn on the CPU, where a seed gives the same labels on every machine.
+        probs = log_probs.detach().exp().cpu()
+        labels = torch.multinomial(probs, self.draws, replacement=True, generator=self._generator)
+        return [
+            -log_probs.gather(-1, drawn[:, None]).sum() for drawn in labels.to(log_probs.device).T
+        ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from itertools import groupby
 
 import pandas as pd
@@ -26,13 +26,17 @@ from lsq_core.profiling.profile import Profile
 from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.progress import Progress, no_progress
 from lsq_core.provenance import machine, versions
-from lsq_core.quantization.packed import check_finite, check_range
+from lsq_core.quantization.checks import check_weights
 from lsq_core.quantization.registry import (
     check_choice,
     get_quantizer,
-    quantizer_spec,
     required_packages,
 )
+
+#: Weights that are quantized at a time by device, all configurations counted: small matrices by
+#: several configurations at once, as launching the work takes longer than the work; large ones by
+#: one after the other.
+_MAX_BATCH_WEIGHTS = {"cpu": 2**22, "cuda": 2**26}
 
 
 def make_metrics(names: Sequence[str]) -> list[Metric]:
@@ -64,14 +68,16 @@ def measure_profile(
     metric_objects = make_metrics(default_metrics() if metrics is None else metrics)
     ids = torch.from_numpy(blocks.ids).to(loaded.device)[: _max_sequences(metric_objects)]
     scores: list[Score] = []
-    done, total = 0, _effort(metric_objects, loaded.info)
+    done, total = 0, _effort(metric_objects, loaded.info, settings)
     for context, active in _walk(loaded, ids, metric_objects):
         layer = f"layer {context.layer + 1} of {loaded.info.layers}"
         progress(min(done, total), total, layer)
+        of_block: list[Score] = []
         for metric, score in _score_block(context, settings, active):
-            scores.append(score)
+            of_block.append(score)
             done += metric.effort(context.layer, loaded.info.layers)
             progress(min(done, total), total, f"{layer}, {score.matrix.type}")
+        scores += _read_values(of_block)
     progress(total, total, "profiled")
     return Profile(
         id=key,
@@ -84,7 +90,7 @@ def measure_profile(
             "corpus_source": blocks.source,
             "corpus_sha256": blocks.sha256,
             "tokens": ids.numel(),
-            "settings": asdict(settings),
+            "settings": settings.to_json(),
             "device": loaded.device,
             "machine": machine(loaded.device),
             "dtype": loaded.dtype,
@@ -101,10 +107,11 @@ def _max_sequences(metrics: list[Metric]) -> int | None:
     return None if None in wanted else max(wanted)
 
 
-def _effort(metrics: list[Metric], info: ModelInfo) -> int:
+def _effort(metrics: list[Metric], info: ModelInfo, settings: ProfileSettings) -> int:
     """Return the total effort of all scores, at most: some group sizes do not fill a matrix."""
     return sum(
-        metric.effort(matrix.layer, info.layers) * max(len(metric.configs), 1)
+        metric.effort(matrix.layer, info.layers)
+        * max(sum(config in metric.configs for config in settings.configs), 1)
         for metric in metrics
         for matrix in info.matrices
     )
@@ -155,38 +162,62 @@ def _iter_weights_only(loaded: LoadedModel, ids: Tensor) -> Iterator[BlockContex
 def _score_block(
     context: BlockContext, settings: ProfileSettings, metrics: list[Metric]
 ) -> Iterator[tuple[Metric, Score]]:
-    for matrix in context.matrices:
-        check_finite(context.weight(matrix), matrix.name)
+    """Yield the scores of a block, with values on its device: nothing waits for one of them."""
+    read = {config for metric in metrics for config in metric.configs}
+    configs = [c for c in settings.configs if c in read]
+    weights = {matrix.name: context.weight(matrix) for matrix in context.matrices}
+    check_weights(weights, configs, settings.axis)
     for metric in metrics:
         for score in metric.score_unquantized(context):
             yield metric, score
-    with_configs = any(metric.configs for metric in metrics)
-    for unit in context.units if with_configs else []:
-        for config in quantizer_spec(settings.quantizer).configs:
-            active_metrics = [metric for metric in metrics if config in metric.configs]
-            quantized = _quantize(context, unit, config, settings) if active_metrics else {}
-            for metric in active_metrics:
-                for score in metric.score_at_config(context, config, quantized):
-                    yield metric, score
+    for unit in context.units if configs else []:
+        for own in _batches(configs, sum(m.numel for m in unit), context.ids.device.type):
+            quantized = _quantize(context, unit, own, settings)
+            for metric in metrics:
+                if not set(metric.configs).isdisjoint(own):
+                    for score in metric.score_at_configs(context, own, quantized):
+                        yield metric, score
     for metric in metrics:
         for score in metric.score_block(context):
             yield metric, score
 
 
+def _batches(
+    configs: Sequence[QuantConfig], weights: int, device: str
+) -> Iterator[list[QuantConfig]]:
+    """Yield configurations of one group size that are quantized together, so many weights each."""
+    most = max(_MAX_BATCH_WEIGHTS[device] // weights, 1)
+    for size in dict.fromkeys(config.group_size for config in configs):
+        alike = [config for config in configs if config.group_size == size]
+        for start in range(0, len(alike), most):
+            yield alike[start : start + most]
+
+
 def _quantize(
-    context: BlockContext, unit: Sequence[Matrix], config: QuantConfig, settings: ProfileSettings
+    context: BlockContext,
+    unit: Sequence[Matrix],
+    configs: Sequence[QuantConfig],
+    settings: ProfileSettings,
 ) -> dict[Matrix, Tensor]:
-    """Return dequantized weights, float32, of the matrices that the group size divides."""
+    """Return dequantized weights, float32 (configs, out, in), of the matrices that groups fill."""
     quantizer = get_quantizer(settings.quantizer)
-    quantized = {}
-    for matrix in unit:
-        if is_divisible(matrix.numel, config.group_size):
-            weight = context.weight(matrix).float()
-            check_range(weight, config, settings.axis, matrix.name)
-            quantized[matrix] = quantizer.round_trip(
-                weight, config, settings.axis, settings.metadata
-            )
-    return quantized
+    return {
+        matrix: quantizer.round_trips(
+            context.weight(matrix).float(), configs, settings.axis, settings.metadata
+        )
+        for matrix in unit
+        if is_divisible(matrix.numel, configs[0].group_size)
+    }
+
+
+def _read_values(scores: Sequence[Score]) -> list[Score]:
+    """Return scores with numbers for values, read from their device together."""
+    tensors = [score.value.double() for score in scores if torch.is_tensor(score.value)]
+    found = iter(torch.stack(tensors).tolist() if tensors else [])
+    return [
+        replace(score, value=next(found)) if torch.is_tensor(score.value) else score
+        for score in scores
+    ]
 
 
 def _as_frame(scores: list[Score]) -> pd.DataFrame:

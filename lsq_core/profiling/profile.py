@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lsq_core.bits import LADDER, QuantConfig
+from lsq_core.bits import QuantConfig, get_ladder
 from lsq_core.errors import LsqError
 from lsq_core.model.info import Matrix
 from lsq_core.profiling.metrics import METRICS, default_metrics
@@ -72,9 +72,18 @@ class Profile:
         by_name = dict(zip(rows["module"], rows["value"], strict=True))
         return np.array([by_name.get(m.name, np.nan) for m in self.matrices], dtype=float)
 
-    def by_config(self, metric: str, ladder: Sequence[QuantConfig] = LADDER) -> np.ndarray:
-        """Return a metric's scores at every configuration, (n, ladder); NaN for a missing one."""
-        return np.stack([self.scores(metric, config) for config in ladder], axis=1)
+    @property
+    def ladder(self) -> tuple[QuantConfig, ...]:
+        """The ladder that it is of; its quantizer may lack some of the configurations."""
+        return get_ladder(self.settings.ladder)
+
+    def by_config(self, metric: str, ladder: Sequence[QuantConfig] | None = None) -> np.ndarray:
+        """Return a metric's scores at every configuration, (n, ladder); NaN for a missing one.
+
+        ``ladder`` is the profile's own if not given.
+        """
+        configs = self.ladder if ladder is None else ladder
+        return np.stack([self.scores(metric, config) for config in configs], axis=1)
 
 
 def missing_metrics(found: Profile | None, wanted: Sequence[str] = ()) -> list[str]:

@@ -6,7 +6,9 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
+from lsq_core.bits import PAPER, QuantConfig, get_ladder
 from lsq_core.errors import InputError
 from lsq_core.quantization.registry import MATRIX_QUANTIZERS, quantizer_spec
 from lsq_core.settings import CalibrationSettings, GridSettings
@@ -17,7 +19,8 @@ class ProfileSettings:
     """What the scores of a profile depend on, besides the model.
 
     ``calibration`` names a corpus, from which ``samples`` texts, shuffled with ``seed``, are cut
-    into blocks of ``block_tokens`` (method §2).
+    into blocks of ``block_tokens`` (method §2). ``ladder`` names the configurations at which
+    matrices are quantized (:data:`lsq_core.bits.LADDERS`).
     """
 
     quantizer: str = "hqq"
@@ -27,6 +30,7 @@ class ProfileSettings:
     samples: int = 128
     block_tokens: int = 512
     seed: int = 42
+    ladder: str = PAPER
 
     def __post_init__(self) -> None:
         if quantizer_spec(self.quantizer).calibrated:
@@ -35,12 +39,28 @@ class ProfileSettings:
                 f"{quantizer_spec(self.quantizer).title} "
                 f"cannot; choose one of {', '.join(MATRIX_QUANTIZERS)}."
             )
+        get_ladder(self.ladder)
         _ = self.grid  # checks axis and metadata
 
     @property
     def grid(self) -> GridSettings:
         """How the quantizer groups weights and stores scale and zero point."""
         return GridSettings(self.axis, self.metadata)
+
+    @property
+    def configs(self) -> tuple[QuantConfig, ...]:
+        """The configurations of the ladder that the quantizer has."""
+        return quantizer_spec(self.quantizer).configs_on(self.ladder)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as they are stored: the ladder only where it is not the paper's.
+
+        Profiles of the paper's ladder keep the identity that they had before there was another.
+        """
+        content = asdict(self)
+        if self.ladder == PAPER:
+            del content["ladder"]
+        return content
 
     @property
     def text(self) -> CalibrationSettings:
@@ -61,7 +81,7 @@ class ProfileSettings:
         ``made_with`` comes from :func:`lsq_core.provenance.profile_dependencies`. The key of a
         published profile has none of these, nor has one stored before they were part of the key.
         """
-        content = asdict(self) | {"model": fingerprint, "corpus": corpus_identity}
+        content = self.to_json() | {"model": fingerprint, "corpus": corpus_identity}
         content |= {"made_with": dict(made_with)} if made_with else {}
         content |= {k: v for k, v in (("tokenizer", tokenizer), ("code", code)) if v}
         del content["calibration"]  # two names of one corpus give the same key

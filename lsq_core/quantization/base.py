@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar, Self
 
 import torch
@@ -19,11 +20,16 @@ HighImpactRows = Mapping[str, Sequence[int]]
 class Grid:
     """The quantization grid of a matrix: ``weight ≈ (code − zero) · scale`` in each group.
 
-    ``scale`` and ``zero`` are float32 of shape (groups,).
+    ``scale`` and ``zero`` are float32 of shape (groups,), or (configs, groups) where they are the
+    grids of several configurations with the same groups.
     """
 
     scale: Tensor
     zero: Tensor
+
+    def __getitem__(self, number: int) -> Grid:
+        """One of several grids."""
+        return Grid(self.scale[number], self.zero[number])
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +78,12 @@ class MatrixQuantizer:
         """Quantize and dequantize a matrix, float32 (out, in)."""
         return self.store(weight, config, axis, metadata).dequantize()
 
+    def round_trips(
+        self, weight: Tensor, configs: Sequence[QuantConfig], axis: int, metadata: str
+    ) -> Tensor:
+        """:meth:`round_trip` by several configurations of one group size, (configs, out, in)."""
+        return torch.stack([self.round_trip(weight, c, axis, metadata) for c in configs])
+
     def levels(self, groups: Tensor, config: QuantConfig) -> Tensor:
         """The value of each code in each of float32 (groups, group_size), ascending.
 
@@ -92,11 +104,26 @@ def to_groups(weight: Tensor, group_size: int, axis: int) -> Tensor:
 
 
 def from_groups(groups: Tensor, shape: tuple[int, int], axis: int) -> Tensor:
-    """Reshape groups back to the matrix; the inverse of :func:`to_groups`."""
-    return (groups if axis == 1 else groups.T).reshape(shape)
+    """Reshape (…, groups, group_size) back to (…, out, in); the inverse of :func:`to_groups`."""
+    return (groups if axis == 1 else groups.mT).reshape(*groups.shape[:-2], *shape)
 
 
 def round_to_grid(groups: Tensor, grid: Grid, bits: int) -> Tensor:
     """Round each weight of (groups, group_size) to the nearest code of the grid, uint8."""
-    codes = groups / grid.scale[:, None] + grid.zero[:, None]
-    return codes.round_().clamp_(0, 2**bits - 1).to(torch.uint8)
+    return nearest_codes(groups, grid, 2**bits - 1).to(torch.uint8)
+
+
+def nearest_codes(groups: Tensor, grid: Grid, top: int | Tensor) -> Tensor:
+    """The code nearest to each weight of (groups, group_size), float32 (…, groups, group_size).
+
+    ``top`` is the highest code, (configs, 1, 1) where there are several grids.
+    """
+    codes = groups / grid.scale[..., None] + grid.zero[..., None]
+    return codes.round_().clamp_min_(0).clamp_max_(top)
+
+
+@cache
+def highest_codes(device: torch.device, tops: tuple[int, ...]) -> Tensor:
+    """The highest codes of some grids, float32 (grids,); they are copied to a device once."""
+    with torch.inference_mode(False):
+        return torch.tensor(tops, dtype=torch.float32, device=device)

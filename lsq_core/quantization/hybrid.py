@@ -43,11 +43,10 @@ from lsq_core.quantization.base import (
     round_to_grid,
     to_groups,
 )
+from lsq_core.quantization.checks import check_finite, check_range
 from lsq_core.quantization.magnitude import normalizing_exponent, scale_by_power_of_two
 from lsq_core.quantization.packed import (
     PackedMatrix,
-    check_finite,
-    check_range,
     pack_bits,
     store_grid,
     stored_grid,

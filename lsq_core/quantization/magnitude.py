@@ -22,8 +22,8 @@ from torch import Tensor
 #: Binary exponents (``frexp``'s) of a matrix's mean magnitude while it is quantized, and of the
 #: largest number that is stored in fp16.
 TARGET_EXPONENT, MAX_STORED_EXPONENT = -5, 15
-#: The least exponent of a normal float32.
-_LEAST_NORMAL = -126
+#: What is added to the exponent of a normal float32 where it is stored.
+_BIAS = 127
 
 
 def normalizing_exponent(weight: Tensor) -> int:
@@ -31,16 +31,22 @@ def normalizing_exponent(weight: Tensor) -> int:
 
     It is found from the mean magnitude, which one outlier moves little; a matrix of zeros has 0.
     """
-    mean = weight.abs().mean(dtype=torch.float64)
-    return int(torch.frexp(mean).exponent) - TARGET_EXPONENT if mean > 0 else 0
+    return int(magnitude_exponent(weight))
+
+
+def magnitude_exponent(weight: Tensor) -> Tensor:
+    """:func:`normalizing_exponent` as int16 (1,) on the device, which is not waited for."""
+    mean = weight.abs().mean(dtype=torch.float64).view(1)
+    exponent = torch.frexp(mean).exponent - TARGET_EXPONENT
+    return torch.where(mean > 0, exponent, 0).to(torch.int16)
 
 
 def storage_exponent(values: Tensor) -> Tensor:
-    """The power of two that values are divided by to be stored in fp16: int16 (1,), on the device.
+    """The power of two that values (…, n) are divided by to be stored in fp16.
 
-    0 where all values are.
+    It is int16 (…, 1), on the device; 0 where all n are.
     """
-    largest = values.abs().amax().view(1)
+    largest = values.abs().amax(-1, keepdim=True)
     exponent = torch.frexp(largest).exponent - MAX_STORED_EXPONENT
     return torch.where(largest > 0, exponent, 0).to(torch.int16)
 
@@ -60,4 +66,4 @@ def scale_by_power_of_two(values: Tensor, exponent: Tensor | int) -> Tensor:
 
 def _power_of_two(exponent: Tensor) -> Tensor:
     """2^exponent in float32, put together from its bits: ``exp2`` need not be exact."""
-    return (exponent + 1 - _LEAST_NORMAL << 23).view(torch.float32)
+    return (exponent + _BIAS << 23).view(torch.float32)

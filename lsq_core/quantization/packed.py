@@ -8,7 +8,7 @@ what they do; the two are equal.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, gcd
 
@@ -16,17 +16,20 @@ import torch
 from torch import Tensor
 
 from lsq_core.bits import QuantConfig, is_divisible
-from lsq_core.errors import InputError, LsqError
+from lsq_core.errors import InputError
 from lsq_core.quantization import packed_triton
 from lsq_core.quantization.base import (
     Grid,
     MatrixQuantizer,
     StoredMatrix,
     from_groups,
-    round_to_grid,
+    highest_codes,
+    nearest_codes,
     to_groups,
 )
+from lsq_core.quantization.checks import check_weights
 from lsq_core.quantization.magnitude import (
+    magnitude_exponent,
     normalizing_exponent,
     scale_by_power_of_two,
     storage_exponent,
@@ -39,9 +42,6 @@ _FAR_ZERO = 1024.0
 _NARROW_RATIO = 2.0**-10
 #: And one no wider than this, of a matrix of ordinary magnitude: too little to be divided by.
 CONSTANT_SPREAD = 2.0**-100
-#: A matrix whose largest weight is so many times that of a typical group is refused: the typical
-#: group's scale would be no normal fp16 number beside the other's.
-_MAX_SCALE_RATIO = 2.0**29
 #: Weights decoded at a time on the CPU: 2 MiB of float32, which stay in cache.
 _CHUNK_WEIGHTS = 2**19
 
@@ -110,6 +110,7 @@ class Metadata:
     Either fp16 values (groups,), or uint8 codes (groups,) with the fp16 lowest and highest value
     (metadata groups, 2) between which the codes run evenly. Scales are these times 2^exponent,
     int16 (1,); zero points, which are counted in codes, have none, nor had scales in format 2.
+    Where they are of several configurations, each shape has another dimension before these.
     """
 
     values: Tensor
@@ -119,7 +120,7 @@ class Metadata:
 
     @classmethod
     def store_scale(cls, values: Tensor, metadata: str, group_size: int = 128) -> Metadata:
-        """Store scales, float32 (groups,) of any magnitude, as ``fp16`` or ``8bit``."""
+        """Store scales, float32 (…, groups) of any magnitude, as ``fp16`` or ``8bit``."""
         exponent = storage_exponent(values)
         scaled_values = scale_by_power_of_two(values, -exponent)
         if metadata == "8bit":
@@ -128,27 +129,37 @@ class Metadata:
 
     @classmethod
     def store(cls, values: Tensor, metadata: str, group_size: int = 128) -> Metadata:
-        """Store float32 values (groups,) within fp16's range as ``fp16`` or ``8bit``."""
+        """Store float32 values (…, groups) within fp16's range as ``fp16`` or ``8bit``."""
         if metadata == "fp16":
             return cls(values.half(), None, group_size)
         padded = _pad_with_last(values, group_size)
-        lowest, highest = padded.amin(1), padded.amax(1)
-        ranges = torch.stack([_round_down_to_fp16(lowest), -_round_down_to_fp16(-highest)], dim=1)
+        lowest, negative_highest = padded.amin(-1), -padded.amax(-1)
+        ranges = _round_down_to_fp16(torch.stack([lowest, negative_highest], dim=-1))
+        ranges[..., 1].neg_()
         low, step = _range_steps(ranges)
         codes = ((padded - low) / step).round_().clamp_(0, 255).to(torch.uint8)
-        return cls(codes.flatten()[: values.numel()].contiguous(), ranges, group_size)
+        return cls(_without_padding(codes, values).contiguous(), ranges, group_size)
 
-    def scaled(self, exponent: int) -> Metadata:
+    def __getitem__(self, number: int) -> Metadata:
+        """That of one of several configurations."""
+        own = {
+            name: None if tensor is None else tensor[number]
+            for name in ("values", "ranges", "exponent")
+            for tensor in [getattr(self, name)]
+        }
+        return replace(self, **own)
+
+    def scaled(self, exponent: int | Tensor) -> Metadata:
         """The same values times 2^exponent, for those that have an exponent."""
         return replace(self, exponent=self.exponent + exponent)
 
     def decode(self) -> Tensor:
-        """The values as float32 (groups,)."""
+        """The values as float32 (…, groups)."""
         values = self.values.float()
         if self.ranges is not None:
             low, step = _range_steps(self.ranges)
             padded = _pad_with_last(values, self.group_size)
-            values = (padded * step + low).flatten()[: self.values.numel()]
+            values = _without_padding(padded * step + low, self.values)
         return values if self.exponent is None else scale_by_power_of_two(values, self.exponent)
 
     @property
@@ -159,31 +170,37 @@ class Metadata:
 
 
 def _avoid_clipping(scales: Tensor, group_size: int) -> Tensor:
-    """Scales (groups,) that share a range too wide for 256 codes, the least of them raised.
+    """Scales (…, groups) that share a range too wide for 256 codes, the least of them raised.
 
     All that would get a range's first code get the largest of them: a grid coarser than a group
     needs loses some precision, and one that ends short of its weights would cut them off.
     """
     padded = _pad_with_last(scales, group_size)
-    lowest, highest = padded.amin(1, keepdim=True), padded.amax(1, keepdim=True)
+    lowest, highest = padded.amin(-1, keepdim=True), padded.amax(-1, keepdim=True)
     step = (highest - lowest) / 255
     first = (padded < lowest + step / 2) & (step > lowest)
-    raised = torch.where(first, padded, 0).amax(1, keepdim=True)
-    return torch.where(first, raised, padded).flatten()[: len(scales)]
+    raised = torch.where(first, padded, 0).amax(-1, keepdim=True)
+    return _without_padding(torch.where(first, raised, padded), scales)
 
 
 def _pad_with_last(values: Tensor, group_size: int) -> Tensor:
-    """(n,) as (ceil(n / group_size), group_size), the last value filling the last row."""
-    missing = -values.numel() % group_size
+    """(…, n) as (…, ceil(n / group_size), group_size), the last value filling the last row."""
+    missing = -values.shape[-1] % group_size
     if missing:
-        values = torch.cat([values, values[-1:].expand(missing)])
-    return values.view(-1, group_size)
+        filling = values[..., -1:].expand(*values.shape[:-1], missing)
+        values = torch.cat([values, filling], dim=-1)
+    return values.unflatten(-1, (-1, group_size))
+
+
+def _without_padding(padded: Tensor, values: Tensor) -> Tensor:
+    """(…, rows, group_size) as (…, n), which ``values`` are before they are padded."""
+    return padded.flatten(-2)[..., : values.shape[-1]]
 
 
 def _range_steps(ranges: Tensor) -> tuple[Tensor, Tensor]:
-    low, high = ranges.float().unbind(1)
+    low, high = ranges.float().unbind(-1)
     step = (high - low) / 255
-    return low[:, None], torch.where(step > 0, step, torch.ones_like(step))[:, None]
+    return low[..., None], torch.where(step > 0, step, 1.0)[..., None]
 
 
 def _round_down_to_fp16(values: Tensor) -> Tensor:
@@ -270,31 +287,54 @@ class GridQuantizer(MatrixQuantizer):
         """
         raise NotImplementedError
 
+    def solve_several(self, weight: Tensor, configs: Sequence[QuantConfig], axis: int) -> Grid:
+        """:meth:`solve` for several configurations of one group size, (configs, groups)."""
+        grids = [self.solve(weight, config, axis) for config in configs]
+        return Grid(
+            torch.stack([grid.scale for grid in grids]), torch.stack([grid.zero for grid in grids])
+        )
+
     def store(self, weight: Tensor, config: QuantConfig, axis: int, metadata: str) -> PackedMatrix:
         """Quantize and pack.
 
         The codes are rounded on the grid *as stored*, which compensates for the rounding of scale
         and zero.
         """
-        codes, scale, zero = self._quantize_on_stored_grid(weight, config, axis, metadata)
-        packed = pack_bits(codes.flatten(), config.bits)
-        return PackedMatrix(tuple(weight.shape), config, axis, packed, scale, zero)
+        codes, scale, zero, _ = self._quantize_on_stored_grids(weight, [config], axis, metadata)
+        packed = pack_bits(codes.flatten().to(torch.uint8), config.bits)
+        return PackedMatrix(tuple(weight.shape), config, axis, packed, scale[0], zero[0])
 
     def round_trip(self, weight: Tensor, config: QuantConfig, axis: int, metadata: str) -> Tensor:
         """See :class:`lsq_core.quantization.base.MatrixQuantizer`; without packing."""
-        codes, scale, zero = self._quantize_on_stored_grid(weight, config, axis, metadata)
-        return from_groups(_decode(codes, scale, zero), tuple(weight.shape), axis)
+        return self.round_trips(weight, [config], axis, metadata)[0]
 
-    def _quantize_on_stored_grid(
-        self, weight: Tensor, config: QuantConfig, axis: int, metadata: str
-    ) -> tuple[Tensor, Metadata, Metadata]:
-        """Codes (groups, group_size), scale and zero of a float32 matrix of any magnitude."""
-        exponent = normalizing_exponent(weight)
+    def round_trips(
+        self, weight: Tensor, configs: Sequence[QuantConfig], axis: int, metadata: str
+    ) -> Tensor:
+        """See :class:`lsq_core.quantization.base.MatrixQuantizer`; in one go, without packing."""
+        codes, _, _, grid = self._quantize_on_stored_grids(weight, configs, axis, metadata)
+        groups = codes.sub_(grid.zero[..., None]).mul_(grid.scale[..., None])
+        return from_groups(groups, tuple(weight.shape), axis)
+
+    def _quantize_on_stored_grids(
+        self, weight: Tensor, configs: Sequence[QuantConfig], axis: int, metadata: str
+    ) -> tuple[Tensor, Metadata, Metadata, Grid]:
+        """Codes, scale and zero of a float32 matrix of any magnitude, and the grid that these are.
+
+        They are of several configurations of one group size. The codes are float32
+        (configs, groups, group_size).
+        """
+        exponent = magnitude_exponent(weight)
         normalized = scale_by_power_of_two(weight, -exponent)
-        groups = to_groups(normalized, config.group_size, axis)
-        scale, zero = store_grid(groups, self.solve(normalized, config, axis), config, metadata)
-        codes = round_to_grid(groups, stored_grid(scale, zero), config.bits)
-        return codes, scale.scaled(exponent), zero
+        groups = to_groups(normalized, configs[0].group_size, axis)
+        grids = self.solve_several(normalized, configs, axis)
+        scale, zero = store_grid(groups, grids, configs, metadata)
+        top = _highest_codes(configs, weight.device)[..., None]
+        decoded = Grid(scale.decode(), zero.decode())
+        rounded_on = Grid(_nonzero_scale(decoded.scale), decoded.zero)
+        codes = nearest_codes(groups, rounded_on, top)
+        grid = Grid(scale_by_power_of_two(decoded.scale, exponent), decoded.zero)
+        return codes, scale.scaled(exponent), zero, grid
 
     def levels(self, groups: Tensor, config: QuantConfig) -> Tensor:
         """See :class:`lsq_core.quantization.base.MatrixQuantizer`."""
@@ -328,24 +368,29 @@ def quantize_matrix(
             f"{config.group_size}; choose a configuration with a smaller group size for it."
         )
     weight = weight.float()
-    check_finite(weight, name)
-    check_range(weight, config, axis, name)
+    check_weights({name: weight}, [config], axis)
     return quantizer.store(weight, config, axis, metadata)
 
 
-def _decode(codes: Tensor, scale: Metadata, zero: Metadata) -> Tensor:
-    """Weights (groups, group_size) in float32."""
-    return codes.float().sub_(zero.decode()[:, None]).mul_(scale.decode()[:, None])
+def _highest_codes(configs: Sequence[QuantConfig], device: torch.device) -> Tensor:
+    """The highest code of each configuration, float32 (configs, 1)."""
+    return highest_codes(device, tuple(2**config.bits - 1 for config in configs))[:, None]
 
 
 def store_grid(
-    groups: Tensor, grid: Grid, config: QuantConfig, metadata: str
+    groups: Tensor, grid: Grid, configs: QuantConfig | Sequence[QuantConfig], metadata: str
 ) -> tuple[Metadata, Metadata]:
-    """Scale and zero as stored, for (groups, group_size) weights of ordinary magnitude."""
-    shared = 1 if metadata == "fp16" else config.meta_group_size
-    grid = _stabilize_constant_groups(groups, grid, config.bits, shared)
-    scale = Metadata.store_scale(grid.scale, metadata, config.meta_group_size)
-    return scale, Metadata.store(grid.zero, metadata, config.meta_group_size)
+    """Scale and zero as stored, for (groups, group_size) weights of ordinary magnitude.
+
+    ``grid`` is that of one configuration, or of several of one group size.
+    """
+    single = isinstance(configs, QuantConfig)
+    meta_group_size = (configs if single else configs[0]).meta_group_size
+    top = 2**configs.bits - 1 if single else _highest_codes(configs, groups.device)
+    shared = 1 if metadata == "fp16" else meta_group_size
+    grid = _stabilize_constant_groups(groups, grid, top, shared)
+    scale = Metadata.store_scale(grid.scale, metadata, meta_group_size)
+    return scale, Metadata.store(grid.zero, metadata, meta_group_size)
 
 
 def stored_grid(scale: Metadata, zero: Metadata) -> Grid:
@@ -353,58 +398,29 @@ def stored_grid(scale: Metadata, zero: Metadata) -> Grid:
     return Grid(_nonzero_scale(scale.decode()), zero.decode())
 
 
-def check_finite(weight: Tensor, name: str) -> None:
-    """Raise :class:`LsqError` naming the matrix when a weight is NaN or infinite."""
-    bad = int((~torch.isfinite(weight)).sum())
-    if bad:
-        raise LsqError(
-            f"{name} holds {bad} NaN or infinite weights, so it cannot be quantized; "
-            "check how the checkpoint was saved."
-        )
-
-
-def check_range(weight: Tensor, config: QuantConfig, axis: int, name: str) -> None:
-    """Raise :class:`LsqError` when the range of a matrix's scales exceeds that of fp16.
-
-    This is when its largest weight is further from those of a typical group than in any language
-    model: no common factor makes both scales fp16 numbers.
-    """
-    groups = to_groups(weight, config.group_size, axis).abs().amax(1)
-    groups = groups[groups > 0]
-    if len(groups) and bool(groups.median() * _MAX_SCALE_RATIO < groups.amax()):
-        raise LsqError(
-            f"{name} holds a weight of {float(groups.amax()):.3g} in one group of "
-            f"{config.group_size} where the largest of a typical one is "
-            f"{float(groups.median()):.3g}: their scales are too far apart to be stored together; "
-            "check how the checkpoint was saved."
-        )
-
-
 def _nonzero_scale(scale: Tensor) -> Tensor:
     """Replace scales that fp16 or 8 bits rounded to zero by 1, so that codes stay finite."""
-    return torch.where(scale == 0, torch.ones_like(scale), scale)
+    return torch.where(scale == 0, 1.0, scale)
 
 
-def _stabilize_constant_groups(groups: Tensor, grid: Grid, bits: int, shared: int) -> Grid:
+def _stabilize_constant_groups(groups: Tensor, grid: Grid, top: int | Tensor, shared: int) -> Grid:
     """Give groups that are (almost) constant a scale like their neighbours'.
 
     A constant group has the scale 1, and if it is far from zero a zero point of thousands. Either
     would dominate the range of the 8-bit metadata of ``shared`` groups, or overflow fp16. Only the
-    value matters, so it is expressed by a zero point of ordinary size.
+    value matters, so it is expressed by a zero point of ordinary size. ``top`` is the highest code,
+    (configs, 1) where there are several grids.
     """
     spread = groups.amax(1) - groups.amin(1)
     constant = (spread <= CONSTANT_SPREAD) | (grid.zero.abs() > _FAR_ZERO)
     if shared > 1:
         usual = _neighbor_median(spread, ~constant, shared)
         constant |= spread <= _NARROW_RATIO * usual
-    if not bool(constant.any()):
-        return grid
     value = groups.mean(1)
-    top = 2**bits - 1
     typical = _neighbor_median(grid.scale, ~constant, shared)
     own = value.abs() / top
     # Without neighbours any scale would do for a value of zero; this one is like the matrix's.
-    fallback = torch.where(constant, own, grid.scale).amax()
+    fallback = torch.where(constant, own, grid.scale).amax(-1, keepdim=True)
     typical = torch.where(typical > 0, typical, torch.where(fallback > 0, fallback, 1.0))
     scale = torch.maximum(typical, own)
     return Grid(
@@ -414,11 +430,12 @@ def _stabilize_constant_groups(groups: Tensor, grid: Grid, bits: int, shared: in
 
 
 def _neighbor_median(values: Tensor, mask: Tensor, shared: int) -> Tensor:
-    """The median of the masked values of each run of ``shared`` groups, for each of (groups,).
+    """The median of the masked values of each run of ``shared`` groups, for each of (…, groups).
 
     It is 0 for a run without masked values.
     """
     known = torch.where(mask, values, torch.nan)
-    missing = -len(known) % shared
-    padded = torch.nn.functional.pad(known, (0, missing), value=torch.nan).view(-1, shared)
-    return padded.nanmedian(1).values.nan_to_num(0).repeat_interleave(shared)[: len(values)]
+    missing = -known.shape[-1] % shared
+    padded = torch.nn.functional.pad(known, (0, missing), value=torch.nan)
+    medians = padded.unflatten(-1, (-1, shared)).nanmedian(-1, keepdim=True).values.nan_to_num(0)
+    return _without_padding(medians.expand(*medians.shape[:-1], shared), known)

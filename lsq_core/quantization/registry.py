@@ -21,7 +21,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lsq_core.bits import LADDER, MIXED_ROW_CONFIGS, Config, MixedRows, QuantConfig, is_divisible
+from lsq_core.bits import (
+    EXTENDED_LADDER,
+    MIXED_ROW_CONFIGS,
+    Config,
+    MixedRows,
+    QuantConfig,
+    get_ladder,
+    is_divisible,
+)
 from lsq_core.errors import InputError
 from lsq_core.paths import IN_CHECKOUT
 from lsq_core.quantization import layout
@@ -74,8 +82,12 @@ class QuantizerSpec:
 
     @property
     def configs(self) -> tuple[QuantConfig, ...]:
-        """The configurations of the ladder that it supports."""
-        return tuple(config for config in LADDER if config.bits in self.bits)
+        """The configurations that it supports, of the extended ladder, which has all."""
+        return tuple(config for config in EXTENDED_LADDER if config.bits in self.bits)
+
+    def configs_on(self, ladder: str) -> tuple[QuantConfig, ...]:
+        """The configurations of a ladder that it supports."""
+        return tuple(config for config in get_ladder(ladder) if config.bits in self.bits)
 
     @property
     def options(self) -> tuple[Config, ...]:
@@ -100,11 +112,18 @@ _GPTQMODEL = {
 
 #: By name on the command line and in the app; the classes are imported on first use.
 QUANTIZERS = {
-    "hqq": QuantizerSpec("HQQ", "lsq_core.quantization.hqq.quantizer:Hqq", layout.packed, steps=20),
+    "hqq": QuantizerSpec(
+        "HQQ",
+        "lsq_core.quantization.hqq.quantizer:Hqq",
+        layout.packed,
+        bits=(1, 2, 3, 4, 5, 6, 8),
+        steps=20,
+    ),
     "rtn": QuantizerSpec(
         "RTN",
         "lsq_core.quantization.rtn:Rtn",
         layout.packed,
+        bits=(1, 2, 3, 4, 5, 6, 8),
         color="#6E7B3A",
         symbol="triangle-left",
     ),

@@ -15,11 +15,11 @@ from torch import Tensor
 from lsq_core.bits import FP16_BITS, Config, MixedRows, QuantConfig
 from lsq_core.errors import InputError
 from lsq_core.quantization.base import MatrixQuantizer, StoredMatrix
+from lsq_core.quantization.checks import check_finite
 from lsq_core.quantization.layout import row_index_layout
 from lsq_core.quantization.magnitude import scale_by_power_of_two, storage_exponent
 from lsq_core.quantization.packed import (
     PackedMatrix,
-    check_finite,
     pack_bits,
     quantize_matrix,
     unpack_bits,
@@ -61,7 +61,7 @@ class HalfMatrix(StoredMatrix):
     def store(cls, weight: Tensor, config: QuantConfig, axis: int) -> HalfMatrix:
         """Store (rows, in) weights of any float dtype; lossless for fp16 weights."""
         weight = weight.float()
-        exponent = storage_exponent(weight)
+        exponent = storage_exponent(weight.flatten())
         part_tensors = scale_by_power_of_two(weight, -exponent).half()
         return cls(tuple(weight.shape), config, axis, part_tensors, exponent)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 
 import torch
@@ -13,9 +13,17 @@ from lsq_core.bits import Config
 from lsq_core.model.architecture import get_weight, is_transposed, locate_parameter
 from lsq_core.model.info import Matrix
 from lsq_core.quantization.base import MatrixQuantizer, StoredMatrix
+from lsq_core.quantization.cache import PackedMatrixCache
 from lsq_core.quantization.rows import quantize_config
 from lsq_core.quantization.task import ModelQuantizer, QuantizationTask
-from lsq_core.quantized.modules import PackedLinear, PackedStack, decode_stacks, drop_stacks
+from lsq_core.quantized.modules import (
+    PackedLinear,
+    PackedStack,
+    decode_stacks,
+    drop_stacks,
+    packed_modules,
+)
+from lsq_core.settings import GridSettings
 
 
 def install(
@@ -64,10 +72,18 @@ def _modules_by_parameter(model: nn.Module) -> dict[int, dict[str, nn.Module]]:
     return modules_of
 
 
-def shallow_copy(model: nn.Module) -> nn.Module:
-    """Copy the modules of a model and share its parameters and buffers."""
-    shared = {id(t): t for t in chain(model.parameters(), model.buffers())}
+def shallow_copy(model: nn.Module, replaced: Iterable[nn.Module] = ()) -> nn.Module:
+    """Copy the modules of a model and share its parameters and buffers.
+
+    The copy also shares the modules that are ``replaced`` in it next, which saves copying them.
+    """
+    shared = {id(t): t for t in chain(model.parameters(), model.buffers(), replaced)}
     return copy.deepcopy(model, shared)
+
+
+def _replaced_modules(model: nn.Module, matrices: Iterable[Matrix]) -> list[nn.Module]:
+    """The modules of a model that :func:`install` replaces: those of whole parameters."""
+    return [locate_parameter(model, m)[0] for m in matrices if m.expert is None]
 
 
 def quantize_model(
@@ -99,19 +115,35 @@ def _quantize_matrix(
     task: QuantizationTask, quantizer: MatrixQuantizer, matrix: Matrix, config: Config
 ) -> StoredMatrix:
     """Quantize one matrix of a task, or take it from the task's cache."""
-    rows, grid = task.rows.get(matrix.name), task.grid
-    key = (
-        matrix.name,
-        config,
-        tuple(() if rows is None else rows),
-        type(quantizer),
-        grid.axis,
-        grid.metadata,
-    )
-    return task.cache.get(
+    weight = get_weight(task.loaded.model, matrix)
+    rows = task.rows.get(matrix.name)
+    return quantize_matrix(weight, matrix, config, quantizer, task.grid, task.cache, rows)
+
+
+def quantize_matrix(
+    weight: Tensor,
+    matrix: Matrix,
+    config: Config,
+    quantizer: MatrixQuantizer,
+    grid: GridSettings,
+    cache: PackedMatrixCache,
+    rows: Sequence[int] | None = None,
+) -> StoredMatrix:
+    """Quantize a weight (out, in), or take it from the cache of the model's matrices.
+
+    ``rows`` are the high-impact rows of a configuration that mixes widths.
+
+    Raises
+    ------
+    InputError, LsqError
+        As :func:`lsq_core.quantization.rows.quantize_config`.
+    """
+    high_impact = tuple(() if rows is None else rows)
+    key = (matrix.name, config, high_impact, type(quantizer), grid.axis, grid.metadata)
+    return cache.get(
         key,
         lambda: quantize_config(
-            get_weight(task.loaded.model, matrix),
+            weight,
             config,
             quantizer,
             rows=rows,
@@ -137,7 +169,8 @@ def quantize_block(task: QuantizationTask, quantizer: MatrixQuantizer, layer: in
         for matrix, config in task.choice.items()
         if matrix.layer == layer
     }
-    block = shallow_copy(task.loaded.blocks[layer])
+    block = task.loaded.blocks[layer]
+    block = shallow_copy(block, _replaced_modules(task.loaded.model, packed))
     install(_nest(task.loaded.block_name(layer), block), packed)
     return block
 
@@ -160,7 +193,30 @@ def replace_matrices(
 
     ``changed`` are further parameters, by full name, that the quantizer changed.
     """
-    quantized = shallow_copy(model)
+    quantized = shallow_copy(model, _replaced_modules(model, packed))
     install(quantized, packed)
     quantized.load_state_dict(dict(changed or {}), strict=False, assign=True)
     return quantized
+
+
+def cast_copies(models: Sequence[nn.Module], dtype: torch.dtype) -> list[nn.Module]:
+    """Return copies of models that compute in another dtype, and share what the models share.
+
+    Packed matrices are the same: their weights are decoded in that dtype.
+    """
+    packed = {
+        id(tensor)
+        for model in models
+        for module in packed_modules(model).values()
+        for tensor in module.packed.tensors.values()
+    }
+    cast: dict[int, Tensor] = {}
+    for model in models:
+        for tensor in chain(model.parameters(), model.buffers()):
+            if id(tensor) in packed or not tensor.is_floating_point():
+                cast[id(tensor)] = tensor
+            elif id(tensor) not in cast:
+                values = tensor.detach().to(dtype)
+                is_parameter = isinstance(tensor, nn.Parameter)
+                cast[id(tensor)] = nn.Parameter(values, False) if is_parameter else values
+    return [copy.deepcopy(model, dict(cast)) for model in models]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import shutil
 import time
-from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
@@ -106,7 +105,7 @@ def _profile_frames(profiles: list[Profile]) -> dict[str, pd.DataFrame]:
         {
             "id": profile.id,
             "fingerprint": profile.fingerprint,
-            "settings": json_text(asdict(profile.settings)),
+            "settings": json_text(profile.settings.to_json()),
             "provenance": json_text(profile.provenance),
             "created": created - timedelta(microseconds=i),
             "origin": "published",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from math import isqrt
 from pathlib import Path
 
@@ -329,7 +329,7 @@ def _profile(
             "origin": "published",
             "corpus": calibration.partition("@")[0],
             "corpus_source": "as published; neither its texts nor its tokens are known",
-            "settings": asdict(settings),
+            "settings": settings.to_json(),
             "files": {path: checkout.files[path] for path in files},
             "missing": missing,
         },

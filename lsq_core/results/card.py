@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lsq_core.charts import method_style
 from lsq_core.charts.style import style_key
 from lsq_core.errors import InputError
+from lsq_core.evaluation.noise import format_figure, format_noise
 from lsq_core.evaluation.result import UNUSABLE_RATIO
 from lsq_core.jobs.arguments import reproduce_command
 from lsq_core.model.gguf import SMOLLM2
@@ -61,6 +62,7 @@ def run_card(store: Store, evaluation: str) -> Card:
     setup = [method_style(key).title, f"{bits:.2f} bits per linear weight" if bits else ""]
     setup.append("" if key == run["quantizer"] else f"quantized by {run['quantizer'].upper()}")
     tokens = f"{own['tokens']:,} tokens" if own["tokens"] else ""
+    foot = [own["corpus"], own["protocol"], tokens, _noise(record), _origin(record)]
     figures = [_perplexity(record), *_sizes(record), *_gain_figure(store, gain, base)]
     return Card(
         model=model_title(record["model"].get("source") or run["fingerprint"]),
@@ -68,7 +70,7 @@ def run_card(store: Store, evaluation: str) -> Card:
         headline=_headline(record, gain, base, measured),
         figures=tuple(figures),
         plan=plan_to_frame(plan.get("content") or {}),
-        foot=" · ".join(filter(None, [own["corpus"], own["protocol"], tokens, _origin(record)])),
+        foot=" · ".join(filter(None, foot)),
         mark=f"model {_short_fingerprint(run['fingerprint'])} · run {run['id']}",
     )
 
@@ -89,6 +91,14 @@ def _origin(record: Record) -> str:
     if record["run"]["origin"] == "published":
         return "published by the methods’ authors"
     return record["run"]["machine"] or ""
+
+
+def _noise(record: Record) -> str:
+    """How far arithmetic alone moves the perplexity."""
+    if record["noise"]:
+        share = format_noise(record["noise"]["perplexity"])
+        return f"arithmetic {share}".replace(" %", _NBSP + "%")
+    return "" if record["run"]["origin"] == "published" else "arithmetic noise not measured"
 
 
 def _increase(record: Record) -> float | None:
@@ -123,7 +133,8 @@ def _ratio(increase: float) -> str:
 def _perplexity(record: Record) -> Figure:
     full, increase = record["full"].get("perplexity"), _increase(record)
     about = "" if full is None else f"full precision {full:.2f} ({_change(increase)})"
-    return Figure("Perplexity", f"{record['evaluation']['perplexity']:.2f}", about)
+    noise = record["noise"].get("perplexity")
+    return Figure("Perplexity", format_figure(record["evaluation"]["perplexity"], noise, 2), about)
 
 
 def _sizes(record: Record) -> list[Figure]:

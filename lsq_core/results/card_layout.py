@@ -80,7 +80,7 @@ def _brand() -> list[Shape]:
     left = _RIGHT - text_width(name, 18, 600)
     bars = [
         Box(left - 40 + 8 * i, 68 - 2.6 * bits, 6, 2.6 * bits, color)
-        for i, (bits, color) in enumerate(list(BIT_COLORS.items())[:4])
+        for i, (bits, color) in enumerate((b, BIT_COLORS[b]) for b in (2, 3, 4, 8))
     ]
     return [*bars, Line(_RIGHT, 67, name, 18, _TEXT, 600, "end")]
 

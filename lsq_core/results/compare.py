@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lsq_core.bits import LADDER, find_stop, is_mixed, parse_config
+from lsq_core.bits import EXTENDED_LADDER, PAPER, find_stop, get_ladder, is_mixed, parse_config
 from lsq_core.planning.methods import mixes_rows, reads_field
 
 #: What two runs must share to be compared: a perplexity means nothing without these.
@@ -76,7 +76,7 @@ def add_labels(runs: pd.DataFrame) -> pd.DataFrame:
 
 def _label(request: dict) -> str | None:
     budget = request.get("budget") or ""
-    stop = find_stop(budget)
+    stop = find_stop(budget, get_ladder(request.get("ladder", PAPER)))
     if stop is not None:
         return stop.stop_name
     return f"{float(budget.removesuffix('bpp')):.2f}" if budget.endswith("bpp") else None
@@ -205,10 +205,14 @@ FIGURE_6 = (
     ("kurtboost", "kurtboost-ablation"),
     ("sensiboost", "kurtboost"),
 )
+#: What Algorithm 1's detection is worth: against as many layers from the top of the ranking.
+DETECTION_WORTH = (("sensiboost", "sensiboost-rank"), ("kurtboost", "kurtboost-rank"))
 
 
 def figure_6(runs: pd.DataFrame) -> pd.DataFrame:
     """The comparisons of :data:`FIGURE_6` of which there are both methods' runs.
+
+    Those of :data:`DETECTION_WORTH`, which the paper does not have, follow.
 
     Gives a row each: ``method, against, equal`` (bytes, or the label in their place), ``wins``,
     ``ties``, ``losses``, ``total``, and whether they are ``enough`` (:data:`MIN_COMPARISONS`) to be
@@ -218,7 +222,7 @@ def figure_6(runs: pd.DataFrame) -> pd.DataFrame:
     counts = {False: win_tie_loss, True: win_tie_loss_at_equal_bytes}
     rows = [
         (*pair, equal, outcome.wins, outcome.ties, outcome.losses, outcome.total)
-        for pair in FIGURE_6
+        for pair in (*FIGURE_6, *DETECTION_WORTH)
         if available.issuperset(pair)
         for equal, count in counts.items()
         if (outcome := count(runs, *pair)).total
@@ -235,7 +239,8 @@ def uniform_bases(runs: pd.DataFrame) -> dict[str, pd.Series]:
     uniform = runs[(runs["method"] == "uniform") & (runs["quantizer"] == "hqq")]
     uniform = uniform.dropna(subset=["perplexity", "bits_per_param"]).sort_values("created")
     by_stop = {str(row["base"]): row for _, row in uniform.iterrows()}
-    return {stop.stop_name: by_stop[stop.stop_name] for stop in LADDER if stop.stop_name in by_stop}
+    names = [stop.stop_name for stop in EXTENDED_LADDER]
+    return {name: by_stop[name] for name in names if name in by_stop}
 
 
 def relative_to_base(runs: pd.DataFrame, base: Mapping[str, Any]) -> pd.DataFrame:
@@ -274,7 +279,7 @@ def byte_shares(modules: pd.DataFrame, parameters: Mapping[str, int]) -> pd.Seri
 
     ``modules`` is of :func:`plan_to_frame`; ``parameters`` says how many weights a module has.
     """
-    known = [config.name for config in LADDER]
+    known = [config.name for config in EXTENDED_LADDER]
     names = [name for name in modules["config"].unique() if name in known or is_mixed(name)]
     bits = {name: parse_config(name).nominal_bits for name in names}
     sizes = modules["module"].map(parameters) * modules["config"].map(bits)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lsq_core.errors import InputError
 from lsq_core.evaluation.bootstrap import PerplexityDifference, bootstrap_difference
+from lsq_core.evaluation.noise import is_below_noise
 
 if TYPE_CHECKING:
     from lsq_core.store.store import Store
@@ -14,10 +15,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunDifference:
-    """A run's perplexity against another's, and over how many common windows."""
+    """A run's perplexity against another's, and over how many common windows.
+
+    ``noise`` is the share by which arithmetic alone moves a perplexity, None if not measured.
+    """
 
     difference: PerplexityDifference
     windows: int
+    noise: float | None = None
+
+    @property
+    def is_noise(self) -> bool:
+        """Whether the difference is no more than arithmetic."""
+        return is_below_noise(self.difference.relative, self.noise)
+
+    @property
+    def is_tie(self) -> bool:
+        """Whether neither run is better: inside the interval, or no more than arithmetic."""
+        return self.difference.is_tie or self.is_noise
 
 
 def run_difference(store: Store, a: str, b: str) -> RunDifference:
@@ -32,4 +47,6 @@ def run_difference(store: Store, a: str, b: str) -> RunDifference:
     other, other_counts = store.windows(b)
     if counts.shape != other_counts.shape or (counts != other_counts).any():
         raise InputError("The two runs scored different windows, so they cannot be compared.")
-    return RunDifference(bootstrap_difference(nll, other, counts), len(nll))
+    floor = store.noise_of_evaluation(a)
+    noise = floor.perplexity if floor else None
+    return RunDifference(bootstrap_difference(nll, other, counts), len(nll), noise)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from lsq_core.evaluation.noise import format_noise, is_below_noise
 from lsq_core.evaluation.result import UNUSABLE_RATIO
 from lsq_core.planning.methods import PLANNERS
 
@@ -20,7 +21,8 @@ class Gain:
     """A run against a uniform one, both by ``evaluation``.
 
     ``drop`` is the share of perplexity below the uniform run's, ``extra`` the share of size above
-    it; ``candidates`` is the number of runs of which this one gains most.
+    it; ``candidates`` is the number of runs of which this one gains most. ``noise`` is the share
+    by which arithmetic alone moves a perplexity, None if not measured.
     """
 
     evaluation: str
@@ -28,6 +30,12 @@ class Gain:
     drop: float
     extra: float
     candidates: int
+    noise: float | None = None
+
+    @property
+    def is_noise(self) -> bool:
+        """Whether the difference is no more than arithmetic."""
+        return is_below_noise(self.drop, self.noise)
 
 
 #: Sizes that differ by less than this share differ by 0.0 %.
@@ -40,6 +48,8 @@ def describe_gain(gain: Gain, base_bits: float, what: str = "memory") -> str:
     ``base_bits`` are the uniform run's bits per parameter; ``what`` is memory or bits.
     """
     change = f"{100 * abs(gain.drop):.1f} % {'lower' if gain.drop >= 0 else 'higher'} perplexity"
+    if gain.is_noise:
+        change = f"no change of perplexity beyond arithmetic ({format_noise(gain.noise)})"
     if abs(gain.extra) < _SAME_PERCENT:
         return f"{change} at the same size as uniform {base_bits:.2f}"
     more = "more" if gain.extra > 0 else "less" if what == "memory" else "fewer"
@@ -57,7 +67,8 @@ def gain_of_run(runs: pd.DataFrame, evaluation: str, size: str) -> Gain | None:
     if own.empty:
         return None
     row = own.iloc[0]
-    return Gain(evaluation, row["uniform"], float(row["drop"]), float(row["extra"]), 1)
+    drop, extra = float(row["drop"]), float(row["extra"])
+    return Gain(evaluation, row["uniform"], drop, extra, 1, _noise(runs, evaluation))
 
 
 def usable(runs: pd.DataFrame) -> pd.DataFrame:
@@ -144,7 +155,16 @@ def gain_at_equal_size(runs: pd.DataFrame, size: str) -> Gain | None:
         float(best["drop"]),
         float(best["extra"]),
         len(equal),
+        _noise(runs, best["evaluation"]),
     )
+
+
+def _noise(runs: pd.DataFrame, evaluation: str) -> float | None:
+    """The noise floor beside a run's perplexity, None where it was not measured."""
+    if "noise" not in runs:
+        return None
+    (noise,) = runs.loc[runs["evaluation"] == evaluation, "noise"]
+    return None if pd.isna(noise) else float(noise)
 
 
 def first_pair(runs: pd.DataFrame, size: str) -> tuple[str, str] | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lsq_core import charts
 from lsq_core.evaluation.divergence import format_distribution
+from lsq_core.evaluation.noise import describe_noise, describe_unknown, format_figure
 from lsq_core.planning.frame import plan_to_frame
 from lsq_core.results.compare import byte_shares, run_settings
 from lsq_core.results.export import bibtex, figure_block, html_document
@@ -90,8 +91,9 @@ def format_run_figures(record: Mapping[str, Mapping[str, Any]]) -> dict[str, str
     """A run's figures by name, in words; ``record`` is of :meth:`Store.record`."""
     own, run, plan = record["evaluation"], record["run"], record["plan"]
     known = {
-        "perplexity": _number(own["perplexity"], ".4f"),
+        "perplexity": _perplexity(own["perplexity"], record),
         "full precision": _full_precision(record),
+        "arithmetic noise": _noise(record),
         "KL divergence, nats": _divergence(own),
         "KL divergence by token": _divergence_by_token(own),
         "top-1 agreement": _percent(own["top1"]),
@@ -107,13 +109,30 @@ def format_run_figures(record: Mapping[str, Mapping[str, Any]]) -> dict[str, str
     return {name: text for name, text in known.items() if text}
 
 
+def _perplexity(value: float | None, record: Mapping[str, Mapping[str, Any]]) -> str:
+    """A perplexity without digits below the noise floor."""
+    return "" if value is None else format_figure(value, record["noise"].get("perplexity"))
+
+
+def _noise(record: Mapping[str, Mapping[str, Any]]) -> str:
+    """The noise floor, or how it is measured; nothing for a published run."""
+    if record["noise"]:
+        return describe_noise(record["noise"])
+    made_with = record["evaluation"].get("provenance") or {}
+    model = record["model"].get("source")
+    if record["run"]["origin"] == "published" or not model or not made_with.get("dtype"):
+        return ""
+    return describe_unknown(model, record["evaluation"]["protocol"], made_with["dtype"])
+
+
 def _full_precision(record: Mapping[str, Mapping[str, Any]]) -> str:
     """The perplexity that the run stands beside, and by how much it is above that."""
     full = record["full"].get("perplexity")
     if not full:
         return ""
     own = record["evaluation"]
-    text = f"{full:.4f} (this run {100 * (own['perplexity'] / full - 1):+.2f} %)"
+    change = f"{100 * (own['perplexity'] / full - 1):+.2f} %"
+    text = f"{_perplexity(full, record)} (this run {change})"
     inferred = "; paired by an older version, whose packages may have been others"
     return text + (inferred if own["pairing"] == "inferred" else "")
 

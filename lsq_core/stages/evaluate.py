@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lsq_core.errors import translate_resource_errors
+from lsq_core.evaluation.noise import describe_unknown
 from lsq_core.evaluation.protocol import EvaluationRequest, EvaluationText, Protocol
 from lsq_core.evaluation.reference_states import ReferenceStates, states_folder
 from lsq_core.jsontext import json_text
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from lsq_core.corpus.tokens import TokenStream
     from lsq_core.evaluation.result import Evaluation, EvaluationPair
+    from lsq_core.store.store import Store
 
 
 def evaluate_on_texts(
@@ -114,11 +116,15 @@ def _known_of_evaluation(
 
 
 def evaluation_provenance(
-    where: dict[str, str], request: EvaluationRequest, tokenizer: object
+    where: Mapping[str, str], request: EvaluationRequest, tokenizer: object
 ) -> dict:
-    """What an evaluation is made with, beside its corpus and protocol."""
-    return where | {
-        "machine": machine(where["device"]),
+    """What an evaluation is made with, beside its corpus and protocol.
+
+    ``where`` has the device, the dtype and, for a device of another machine, that in words.
+    """
+    return {
+        **where,
+        "machine": where.get("machine") or machine(where["device"]),
         "max_tokens": request.max_tokens,
         "bos": tokenizer.bos_token_id,
         "versions": versions(),
@@ -194,7 +200,9 @@ def evaluate_full(model: OpenModel, request: EvaluationRequest) -> dict:
         found = _evaluate_streamed_full(model, request)
     [[(evaluation, _)]] = found
     model.store.save_full_precision(model.info.fingerprint, evaluation)
-    return {"model": model.source.name, "fingerprint": model.info.fingerprint} | figures(evaluation)
+    fingerprint = model.info.fingerprint
+    known = {"model": model.source.name, "fingerprint": fingerprint}
+    return known | figures(evaluation, fingerprint, model.source.name, model.store)
 
 
 def _evaluate_streamed_full(
@@ -213,9 +221,18 @@ def _evaluate_streamed_full(
     return with_provenance(model, [request], found)
 
 
-def figures(evaluation: Evaluation) -> dict:
-    """An evaluation's figures by the names that the command line prints."""
+def figures(evaluation: Evaluation, fingerprint: str, source: str, store: Store) -> dict:
+    """An evaluation's figures by the names that the command line prints.
+
+    ``noise`` is the model's noise floor (:meth:`NoiseFloor.to_json`), a ``reason`` where the store
+    has none for this protocol, kind of device and dtype. The model is known by its ``fingerprint``
+    and was asked for as ``source``.
+    """
+    made_with = evaluation.provenance
+    noise = store.noise_floor(fingerprint, evaluation.protocol, made_with)
+    unknown = describe_unknown(source, evaluation.protocol, made_with["dtype"])
     return {
+        "noise": noise.to_json() if noise else {"reason": unknown},
         "perplexity": evaluation.perplexity,
         "corpus": evaluation.corpus,
         "corpus_sha256": evaluation.corpus_sha256,

@@ -347,4 +347,5 @@ def evaluate_exported(
     row = {k: v for k, v in _export_row(manifest, folder).items() if k in _OWN_COLUMNS}
     store.add_evaluation(manifest, manifest["exported_bytes"], str(folder), evaluation, row)
     kept = {key: manifest[key] for key in ("method", "bits_per_param")}
-    return {"model": str(folder)} | kept | _export_figures(manifest, folder) | figures(evaluation)
+    found = figures(evaluation, manifest["fingerprint"], manifest["source"], store)
+    return {"model": str(folder)} | kept | _export_figures(manifest, folder) | found

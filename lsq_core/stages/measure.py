@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +23,22 @@ if TYPE_CHECKING:
 
 #: A run that is ready to be measured.
 PreparedRun = QuantizedRun | StreamedRun
+
+
+@dataclass(frozen=True, eq=False)
+class MeasuredRun:
+    """A run with its evaluation on a text, and full precision's, ready to be stored.
+
+    ``row`` is what the store gets of the run; ``seconds`` are those of its model's stages so far.
+    """
+
+    run: str
+    plan: Plan
+    row: dict
+    own: Evaluation
+    full: Evaluation
+    plan_name: str
+    seconds: dict[str, float]
 
 
 def run_plan(
@@ -87,10 +103,21 @@ def measure(
     InputError
         When a run was quantized from another model, or on another device or in another dtype.
     """
+    for measured in measure_unsaved(model, made, requests):
+        for one in measured:
+            yield save_measured(model, one)
+
+
+def measure_unsaved(
+    model: OpenModel, made: Sequence[PreparedRun], requests: Sequence[EvaluationRequest]
+) -> Iterator[list[MeasuredRun]]:
+    """Evaluate as :func:`measure` does and store nothing; yields all runs, a text at a time."""
     _check_same_model(model, made)
     for pairs, seconds in _with_stage_seconds(model, _evaluate(model, made, requests)):
-        for one, (own, full) in zip(made, pairs, strict=True):
-            yield _save_run(model, one, own, full, seconds)
+        yield [
+            MeasuredRun(one.run, one.plan, one.row, own, full, one.plan_name, seconds)
+            for one, (own, full) in zip(made, pairs, strict=True)
+        ]
 
 
 def _evaluate(
@@ -123,28 +150,25 @@ def _with_stage_seconds(
 
 
 @timed("store")
-def _save_run(
-    model: OpenModel,
-    made: PreparedRun,
-    own: Evaluation,
-    full: Evaluation,
-    seconds: dict[str, float],
-) -> dict:
-    own = replace(own, times=seconds | {"whole": model.clock.total})
+def save_measured(model: OpenModel, measured: MeasuredRun) -> dict:
+    """Store a run and its evaluation, and full precision's; returns what :func:`measure` yields."""
+    row, full = measured.row, measured.full
+    own = replace(measured.own, times=measured.seconds | {"whole": model.clock.total})
     with model.store.held():
-        if "plan" not in made.row:
+        if "plan" not in row:
             # An export has the plan of the run that it came from, which is stored before it.
-            run = made.row.get("exported_from") or made.run
-            made.row["plan"] = model.store.find_run_plan(run) or model.store.save_plan(
-                made.plan, model.info.fingerprint, made.plan.profile, made.plan_name
+            run = row.get("exported_from") or measured.run
+            row["plan"] = model.store.find_run_plan(run) or model.store.save_plan(
+                measured.plan, model.info.fingerprint, measured.plan.profile, measured.plan_name
             )
         model.store.save_full_precision(model.info.fingerprint, full)
-        model.store.save_run(made.run, made.row, [own])
-    model.report("store", 1, 1, f"stored as run {made.run}")
+        model.store.save_run(measured.run, row, [own])
+    model.report("store", 1, 1, f"stored as run {measured.run}")
     return (
-        made.plan.to_json()
-        | {"profile": made.plan.profile}
-        | _outcome(made.run, made.row, own, full)
+        measured.plan.to_json()
+        | {"profile": measured.plan.profile}
+        | figures(own, model.info.fingerprint, model.source.name, model.store)
+        | _outcome(measured.run, row, own, full)
     )
 
 
@@ -152,7 +176,7 @@ def _outcome(run_id: str, row: dict, own: Evaluation, full: Evaluation) -> dict:
     from lsq_core.evaluation.bootstrap import bootstrap_difference
 
     difference = bootstrap_difference(own.nll, full.nll, own.counts)
-    return figures(own) | {
+    return {
         "run": run_id,
         "quantizer": row["quantizer"],
         "measured_bytes": row["measured_bytes"],

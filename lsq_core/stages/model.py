@@ -31,6 +31,7 @@ from lsq_core.units import GIB
 if TYPE_CHECKING:
     from lsq_core.corpus.tokens import TokenStream
     from lsq_core.model.loading import LoadedModel
+    from lsq_core.profiling.profile import Profile
     from lsq_core.quantization.cache import PackedMatrixCache
 
 #: Bytes of quantized matrices that are kept for the plans to come, unless one says otherwise.
@@ -58,6 +59,7 @@ class OpenModel:
     #: Whether all weights are in memory.
     is_loaded: bool = field(default=False, init=False)
     problems: dict[object, Problem] = field(default_factory=dict, init=False)
+    profiles: dict[ProfileSettings, Profile] = field(default_factory=dict, init=False)
     _streams: dict[EvaluationRequest, TokenStream] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
@@ -209,6 +211,16 @@ class OpenModel:
             self._streams[request] = load_tokens(request, self.tokenizer)
         return self._streams[request]
 
+    def provide_stream(self, request: EvaluationRequest, stream: TokenStream) -> None:
+        """Have a request evaluated on these tokens, which another process read from its corpus."""
+        self._streams.setdefault(request, stream)
+
+    def unload(self) -> None:
+        """Let go of the weights; they are loaded again when something needs them."""
+        for name in ("loaded", "streamed", "matrix_cache"):
+            vars(self).pop(name, None)
+        self.is_loaded = False
+
     @cached_property
     def matrix_cache(self) -> PackedMatrixCache:
         """The matrices quantized so far."""
@@ -292,5 +304,5 @@ def _may_have_gpu() -> bool:
 def load_tokens(request: EvaluationRequest, tokenizer: object) -> TokenStream:
     """The tokens that a request evaluates on."""
     return build_token_stream(
-        load_corpus(request.corpus, "evaluation"), tokenizer, request.max_tokens
+        load_corpus(request.corpus, request.split), tokenizer, request.max_tokens
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -9,15 +10,18 @@ import numpy as np
 
 from lsq_core.bits import (
     DETECTION_CONFIG,
-    LADDER,
+    PAPER,
+    Budget,
+    Config,
     QuantConfig,
+    get_ladder,
     matrix_bytes,
     nominal_bytes,
     stop_index,
 )
 from lsq_core.corpus.registry import corpus_identity
 from lsq_core.errors import InputError
-from lsq_core.model.info import ModelInfo
+from lsq_core.model.info import Matrix, ModelInfo
 from lsq_core.planning.constraints import apply_ties, restrict
 from lsq_core.planning.make import make_plan
 from lsq_core.planning.methods import PLANNERS, get_planner
@@ -31,12 +35,15 @@ from lsq_core.progress import timed
 from lsq_core.quantization.registry import (
     incompatibility_reason,
     mixed_rows_incompatibility,
+    planned_bytes,
     quantizer_spec,
 )
 from lsq_core.settings import CalibrationSettings
 from lsq_core.stages.model import OpenModel
 from lsq_core.stages.profile import planning_profile
+from lsq_core.stages.refined import load_refinement
 from lsq_core.stages.rows import row_impact
+from lsq_core.units import format_bytes
 
 if TYPE_CHECKING:
     from lsq_core.planning.frontier import Frontier
@@ -47,7 +54,7 @@ _CALIBRATION = ("calibration", "samples", "block_tokens", "seed")
 
 @timed("plan")
 def plan_model(model: OpenModel, request: PlanRequest, settings: ProfileSettings) -> Plan:
-    """A plan; what it needs of the model is measured first.
+    """A plan; what it needs of the model is measured first, but for a refined one.
 
     Raises
     ------
@@ -55,18 +62,45 @@ def plan_model(model: OpenModel, request: PlanRequest, settings: ProfileSettings
         When the request cannot be met; see :func:`lsq_core.planning.make.make_plan`.
     """
     planner = get_planner(request.method)
+    metrics = required_metrics(request)
     # A budget out of reach is rejected before anything is measured or downloaded.
     options = planner.options(request)
     unmeasured = Problem(model.config_info.matrices).with_options(options)
-    request.resolve_budget(apply_ties(unmeasured, request))
-    profile = planning_profile(model, settings, planner.metrics) if planner.metrics else None
+    request.resolve_budget(apply_ties(unmeasured, request), settings.metadata)
+    own = settings_on_ladder(settings, request)
+    profile = _cached_profile(model, own, metrics) if metrics else None
     problem = _cached_problem(model, profile).with_options(options)
     if planner.reads_rows:
         problem = replace(problem, impact=row_impact(model, request, settings))
+    if planner.reads_refinement:
+        restricted = restrict(problem, request)
+        found = load_refinement(model.store, profile.id, restricted, request, settings.metadata)
+        problem = replace(problem, refinement=found)
     model.report("plan", 0, 1, planner.title)
     plan = make_model_plan(model.info, problem, request, settings)
     model.report("plan", 1, 1, f"{plan.bits_per_param:.3f} bits per parameter")
     return replace(plan, profile=profile.id) if profile else plan
+
+
+def settings_on_ladder(settings: ProfileSettings, request: PlanRequest) -> ProfileSettings:
+    """The settings of the profile that a request needs: one of its ladder, or of a larger one."""
+    return settings if request.ladder == PAPER else replace(settings, ladder=request.ladder)
+
+
+def _cached_profile(model: OpenModel, settings: ProfileSettings, metrics: Sequence[str]) -> Profile:
+    """The profile to plan from, read once: a sweep plans from one many times."""
+    known = model.profiles.get(settings)
+    if known is None or not set(metrics) <= set(known.metrics):
+        known = model.profiles[settings] = planning_profile(model, settings, metrics)
+    return known
+
+
+def required_metrics(request: PlanRequest) -> tuple[str, ...]:
+    """The metrics that a request's method reads, for a refinement those of its start."""
+    planner = get_planner(request.method)
+    return (
+        get_planner(request.refined_from).metrics if planner.reads_refinement else planner.metrics
+    )
 
 
 def _cached_problem(model: OpenModel, profile: Profile | None) -> Problem:
@@ -75,6 +109,11 @@ def _cached_problem(model: OpenModel, profile: Profile | None) -> Problem:
     if key not in model.problems:
         model.problems[key] = build_problem(model.info, profile)
     return model.problems[key]
+
+
+def model_problem(model: OpenModel, profile: str | None) -> Problem:
+    """The planning problem of a stored profile."""
+    return _cached_problem(model, model.store.profile(profile) if profile else None)
 
 
 def build_problem(info: ModelInfo, profile: Profile | None) -> Problem:
@@ -102,8 +141,16 @@ def build_problem(info: ModelInfo, profile: Profile | None) -> Problem:
             if (name, DETECTION_CONFIG.name) not in held:
                 continue  # methods need its score at the detection configuration
             scores[name] = profile.scores(name, DETECTION_CONFIG)
-        by_config[name] = np.stack([at(name, config) for config in LADDER], axis=1)
-    return Problem(info.matrices, scores, by_config)
+        by_config[name] = np.stack([at(name, config) for config in profile.ladder], axis=1)
+    return Problem(info.matrices, scores, by_config, options=profile.ladder)
+
+
+def missing_metrics(problem: Problem, request: PlanRequest) -> list[str]:
+    """Return the metrics that a request's method reads and a profile's problem lacks."""
+    held = problem.scores.keys() | problem.by_config.keys()
+    fields = get_planner(request.method).fields
+    read = {"sensitivity": request.metric} if "metric" in fields else {}
+    return [m for m in (read.get(m, m) for m in required_metrics(request)) if m not in held]
 
 
 def check_metrics(info: ModelInfo, problem: Problem, request: PlanRequest) -> None:
@@ -111,16 +158,13 @@ def check_metrics(info: ModelInfo, problem: Problem, request: PlanRequest) -> No
 
     The sentence names the methods for which it has enough.
     """
-    held = problem.scores.keys() | problem.by_config.keys()
-
-    def lacks(method: str) -> list[str]:
-        planner = get_planner(method)
-        read = {"sensitivity": request.metric} if "metric" in planner.fields else {}
-        return [m for m in (read.get(m, m) for m in planner.metrics) if m not in held]
-
-    missing = lacks(request.method)
+    missing = missing_metrics(problem, request)
     if missing:
-        others = [name for name, p in PLANNERS.items() if p.metrics and not lacks(name)]
+        others = [
+            name
+            for name, p in PLANNERS.items()
+            if p.metrics and not missing_metrics(problem, replace(request, method=name))
+        ]
         first, last = ", ".join(others[:-1]), (others or ["uniform"])[-1]
         raise InputError(
             f"{info.source} has no {' and no '.join(missing)}, so "
@@ -162,11 +206,34 @@ def with_quantizer(plan: Plan, quantizer: str, settings: ProfileSettings) -> Pla
 
     A plan of mixed rows has the text that they were scored on with it, and that of a run that is
     done again the one of that run.
+
+    Raises
+    ------
+    InputError
+        When the quantizer stores more than the bytes that the plan was made for.
     """
+    reason = budget_excess(plan, quantizer)
+    if reason:
+        raise InputError(reason)
     if plan.calibration and (plan.rows or plan.quantizer == quantizer):
         return replace(plan, quantizer=quantizer)
     text = _calibration_source(settings) if quantizer_spec(quantizer).calibrated else None
     return replace(plan, quantizer=quantizer, calibration=text)
+
+
+def budget_excess(plan: Plan, quantizer: str) -> str:
+    """Why a plan within a budget in bytes is not within it as a quantizer stores it, else ''."""
+    if plan.request.budget is None or quantizer == plan.quantizer:
+        return ""
+    budget = Budget.parse(plan.request.budget, plan.parameters)
+    stored = replace(plan, quantizer=quantizer).planned_bytes
+    if budget.planned_bytes is None or not plan.planned_bytes <= budget.planned_bytes < stored:
+        return ""
+    return (
+        f"The plan within {budget.text} takes {format_bytes(stored)} as "
+        f"{quantizer_spec(quantizer).title} stores it; choose a smaller budget, or one in bits per "
+        "parameter."
+    )
 
 
 def _calibration_source(settings: ProfileSettings) -> dict:
@@ -203,9 +270,8 @@ def request_incompatibility(
     if reason or not offered:
         return reason or mixed_rows_incompatibility(known)
     if request.base:
-        base = LADDER[stop_index(request.base)]
-        pinned = restrict(problem, request)
-        stop = LADDER.index(base)
+        stop = stop_index(request.base, get_ladder(request.ladder))
+        base, pinned = problem.options[stop], restrict(problem, request)
         free = (pinned.low <= stop) & (stop <= pinned.high)
         kept = [m for m, is_free in zip(problem.matrices, free, strict=True) if is_free]
         return incompatibility_reason(quantizer, dict.fromkeys(kept, base) if kept else {}, axis)
@@ -213,14 +279,22 @@ def request_incompatibility(
     if budget is None:
         return ""
     smallest = sum(
-        min(matrix_bytes(nominal_bytes, m, option) for option in offered) for m in problem.matrices
+        min(_option_bytes(quantizer, m, option, budget) for option in offered)
+        for m in problem.matrices
     )
-    if budget.nominal_bytes * (1 + TOLERANCE) >= smallest:
+    if (budget.nominal_bytes or budget.planned_bytes) * (1 + TOLERANCE) >= smallest:
         return ""
     return (
         f"{known.title} supports {', '.join(c.name for c in offered)}, which take at "
         f"least {problem.format_size(smallest)}; a budget of {budget.text} is below that."
     )
+
+
+def _option_bytes(quantizer: str, matrix: Matrix, option: Config, budget: Budget) -> float:
+    """Bytes of a matrix by the account that a budget bounds."""
+    if budget.planned_bytes is None:
+        return matrix_bytes(nominal_bytes, matrix, option)
+    return planned_bytes(quantizer, matrix.shape, option, "8bit")
 
 
 def plan_identity(plan: Plan) -> list[object]:

@@ -7,9 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lsq_core.bits import (
-    LADDER,
-)
+from lsq_core.bits import LADDERS, PAPER
 from lsq_core.errors import InputError, LsqError
 from lsq_core.evaluation import prediction
 from lsq_core.planning.constraints import restrict
@@ -20,11 +18,12 @@ from lsq_core.planning.problem import Problem
 from lsq_core.planning.request import PlanRequest
 from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.stages.model import OpenModel
-from lsq_core.stages.plan import build_problem, check_metrics, plan_model
+from lsq_core.stages.plan import build_problem, check_metrics, plan_model, settings_on_ladder
 from lsq_core.stages.profile import find_profile, profile_model
 
 if TYPE_CHECKING:
     from lsq_core.evaluation.prediction import Predictor
+    from lsq_core.profiling.profile import Profile
 
 #: Why a plan of mixed rows has no predicted perplexity.
 NO_PREDICTION_REASON = (
@@ -78,14 +77,35 @@ def predict_plan(
     if plan.rows:
         return {"reason": NO_PREDICTION_REASON}
     try:
-        profile = find_profile(model, settings)
+        profile = _find_profile_of(model, plan, settings)
         if profile is None:
-            return {"reason": "This model has no profile under these settings yet."}
+            return {"reason": _missing_profile_reason(plan)}
         problem = build_problem(model.info, profile)
         predictor = fit_predictor(model, problem, settings, corpus, protocol)
     except InputError as error:
         return {"reason": str(error)}
-    return predictor.summary(problem, np.array([LADDER.index(c) for c in plan.configs]))
+    return predictor.summary(problem, np.array([problem.options.index(c) for c in plan.configs]))
+
+
+def _find_profile_of(model: OpenModel, plan: Plan, settings: ProfileSettings) -> Profile | None:
+    """A kept profile with the plan's configurations, preferably of the settings' own ladder."""
+    names = dict.fromkeys((settings.ladder, plan.request.ladder, *LADDERS))
+    for name in names:
+        if set(plan.configs) <= set(LADDERS[name]):
+            profile = find_profile(model, replace(settings, ladder=name))
+            if profile is not None:
+                return profile
+    return None
+
+
+def _missing_profile_reason(plan: Plan) -> str:
+    beyond = sorted({c.name for c in plan.configs if c not in LADDERS[PAPER]})
+    if not beyond:
+        return "This model has no profile under these settings yet."
+    return (
+        f"This plan has {beyond[0]}, at which only a profile of the extended ladder measures, and "
+        "this model has none under these settings yet."
+    )
 
 
 def predict_without_ties(
@@ -128,12 +148,17 @@ def request_for_max_loss(
     planner = get_planner(request.method)
     if planner.reads_rows:
         raise InputError(f"{NO_PREDICTION_REASON} Give a budget in place of max-loss.")
+    if planner.reads_refinement:
+        raise InputError(
+            "A plan is refined within a budget; give the budget of the search in place of max-loss."
+        )
+    settings = settings_on_ladder(settings, request)
     profile = profile_model(model, settings, [*prediction.METRICS, *planner.metrics])
     problem = build_problem(model.info, profile)
     check_metrics(model.info, problem, request)
-    restricted = restrict(problem, request)
+    restricted = restrict(problem.with_options(planner.options(request)), request)
     predictor = fit_predictor(model, problem, settings, corpus, protocol)
     frontier = make_frontier(restricted, request)
     budget = prediction.smallest_budget_within(frontier, predictor, restricted, max_loss)
-    # 17 digits write any float exactly, so the same plan is found again.
-    return replace(request, budget=f"{budget:.17g}B")
+    # All digits, so that the same plan is found again.
+    return replace(request, budget=f"{8 * budget / problem.total!r}bpp")

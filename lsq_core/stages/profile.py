@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import replace
 
+from lsq_core.bits import EXTENDED, PAPER
 from lsq_core.corpus.registry import corpus_identity
 from lsq_core.errors import InputError, translate_resource_errors
 from lsq_core.model.info import ModelInfo
@@ -65,7 +66,7 @@ def find_profile_key(
     try:
         key = profile_key(info, settings, device_and_dtype)
     except InputError:
-        shipped = store.find_shipped_profile(info.fingerprint, asdict(settings))
+        shipped = store.find_shipped_profile(info.fingerprint, settings.to_json())
         if shipped is None:
             raise
         return shipped
@@ -94,7 +95,7 @@ def find_profile(model: OpenModel, settings: ProfileSettings) -> Profile | None:
     """The profile if it was measured before, or published."""
     if model.published:
         kept = model.store.profiles(model.published.fingerprint)
-        same = [json.loads(text) == asdict(settings) for text in kept["settings"]]
+        same = [ProfileSettings(**json.loads(text)) == settings for text in kept["settings"]]
         return model.store.profile(kept["id"][same.index(True)]) if any(same) else None
     return model.store.profile(model_profile_key(model, settings))
 
@@ -139,25 +140,38 @@ def profile_model(
 def planning_profile(
     model: OpenModel, settings: ProfileSettings, metrics: Sequence[str]
 ) -> Profile:
-    """The profile to plan from: as :func:`profile_model`, or one in the device's usual dtype.
+    """The profile to plan from, if it holds these metrics; else as :func:`profile_model`.
 
+    The usual metrics that a plan doesn't read are not measured for it.
+    """
+    found = find_planning_profile(model, settings, metrics)
+    if found is None:
+        return profile_model(model, settings, metrics)
+    model.report("profile", 1, 1, "already stored")
+    return found
+
+
+def find_planning_profile(
+    model: OpenModel, settings: ProfileSettings, metrics: Sequence[str] = ()
+) -> Profile | None:
+    """The stored profile to plan from, if one holds these metrics.
+
+    A profile of the extended ladder has the scores of the paper's as well.
     A session that was given a dtype plans from the profile in the usual one, float32 on a CPU,
     where that is kept and its own is not: a dtype moves scores by rounding alone, and a profile
     takes much longer than the evaluation that the dtype is meant to speed up. The plan names the
     profile, and the run its own dtype.
     """
+    found = find_profile(model, settings)
+    if found is None and settings.ladder == PAPER and not model.published:
+        found = find_profile(model, replace(settings, ladder=EXTENDED))
+    if found is not None and set(metrics) <= set(found.metrics):
+        return found
     usual = resolve_device_and_dtype(model.info, model.device)
-    own = resolve_device_and_dtype(model.info, model.device, model.dtype)
-    if (
-        own != usual
-        and not model.published
-        and missing_metrics(find_profile(model, settings), metrics)
-    ):
-        kept = model.store.profile(find_profile_key(model.store, model.info, settings, usual))
-        if kept is not None and not missing_metrics(kept, metrics):
-            model.report("profile", 1, 1, f"already stored, measured in {usual.dtype}")
-            return kept
-    return profile_model(model, settings, metrics)
+    if model.published or resolve_device_and_dtype(model.info, model.device, model.dtype) == usual:
+        return None
+    kept = model.store.profile(find_profile_key(model.store, model.info, settings, usual))
+    return kept if kept is not None and set(metrics) <= set(kept.metrics) else None
 
 
 def _check_measurable(name: str, quantizer: str) -> None:
@@ -174,6 +188,7 @@ def _check_measurable(name: str, quantizer: str) -> None:
 def merge_profile(model: OpenModel, measured: Profile) -> None:
     """Add metrics to the stored profile, or save them as a new one."""
     model.store.merge_profile(measured)
+    model.profiles.clear()  # what was read before may be less, or of another dtype
     names = ", ".join(measured.metrics)
     model.report("store", 1, 1, f"{names} stored in profile {measured.id}")
 
@@ -186,6 +201,9 @@ def _measure(
 
     whole = model.is_loaded or any(METRICS[m].needs_full_model for m in metrics)
     loaded = model.loaded if whole else model.streamed
+    for metric in metrics:
+        if note := METRICS[metric].cost_note(loaded.info, settings.block_tokens):
+            model.report("note", 1, 1, note)
     with translate_resource_errors(loaded.device):
         return measure_profile(
             loaded,
@@ -200,6 +218,11 @@ def _missing_profile_message(info: ModelInfo, settings: ProfileSettings, store: 
     """What a published model has instead of the profile that was asked for."""
     kept = [ProfileSettings(**json.loads(s)) for s in store.profiles(info.fingerprint)["settings"]]
     there = sorted({f"{s.calibration} ({s.quantizer}, axis {s.axis})" for s in kept})
+    if settings.ladder != PAPER:
+        return (
+            f"The measurements of {info.source} were published for the paper's ladder alone; plan "
+            "without --ladder."
+        )
     return (
         f"{info.source} has no published profile on {settings.calibration} ({settings.quantizer}, "
         f"axis {settings.axis}, {settings.metadata} metadata, {settings.samples} samples of "

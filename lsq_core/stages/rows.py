@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lsq_core.bits import PAPER
 from lsq_core.errors import InputError, translate_resource_errors
 from lsq_core.model.info import ModelInfo
 from lsq_core.planning.methods import get_planner
@@ -58,6 +59,7 @@ def row_impact(model: OpenModel, request: PlanRequest, settings: ProfileSettings
             f"{model.published.source} was published without the gradients of its weights, so "
             "high-impact rows cannot be planned for it."
         )
+    settings = replace(settings, ladder=PAPER)  # rows have no ladder; they are kept once
     options = get_planner(request.method).options(request)
     Problem(model.info.matrices).with_options(options).check_options()
     key = model_profile_key(model, settings)
@@ -86,7 +88,7 @@ def _load_calibration(
         "corpus_source": blocks.source,
         "corpus_sha256": blocks.sha256,
         "tokens": ids.numel(),
-        "settings": asdict(settings),
+        "settings": settings.to_json(),
         "fingerprint": model.info.fingerprint,
         "device": model.loaded.device,
         "machine": machine(model.loaded.device),

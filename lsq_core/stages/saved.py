@@ -70,7 +70,7 @@ def evaluate_saved(
         "method": manifest["method"],
         "bits_per_param": manifest["bits_per_param"],
         "measured_bytes": measured,
-    } | figures(evaluation)
+    } | figures(evaluation, manifest["fingerprint"], manifest["source"], store)
 
 
 def evaluate_alone(

@@ -107,7 +107,9 @@ class ProfileTables(ModelTables):
             ORDER BY p.created DESC, s.metric, s.config
             """
         )
-        settings = pd.DataFrame([json.loads(text) for text in rows.pop("settings")])
+        texts = rows.pop("settings")
+        fields = {text: asdict(ProfileSettings(**json.loads(text))) for text in texts.unique()}
+        settings = pd.DataFrame([fields[text] for text in texts])
         return pd.concat([rows, settings], axis=1)
 
     def scores_over_layers(self, ids: Sequence[str], metric: str) -> pd.DataFrame:
@@ -221,7 +223,7 @@ def _merge_profile(connection: duckdb.DuckDBPyConnection, measured: Profile) -> 
             "profiles",
             id=measured.id,
             fingerprint=measured.fingerprint,
-            settings=json_text(asdict(measured.settings)),
+            settings=json_text(measured.settings.to_json()),
             provenance=json_text(provenance),
             created=now(),
         )

@@ -10,7 +10,8 @@ import numpy as np
 
 from lsq_core.errors import InputError
 from lsq_core.store import database
-from lsq_core.store.connection import LOCK_TIMEOUT_S, DatabaseFile
+from lsq_core.store.connection import LOCK_TIMEOUT_S
+from lsq_core.store.noise import NoiseTables
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,7 +31,7 @@ _RESULTS_SQL = """
            r.device, r.machine, r.dtype, r.saved_to,
            CAST(p.asked[2] AS VARCHAR) AS request, p.profile, p.asked[3] ->> '$' AS metadata,
            CAST(p.asked[4] ->> '$' AS INTEGER) AS axis, r.created, r.origin,
-           r.starred, r.note, r.format, r.exported_from
+           r.starred, r.note, r.format, r.exported_from, n.noise, n.noise_kl
     FROM evaluations e
     JOIN runs r ON e.run = r.id
     LEFT JOIN (
@@ -40,6 +41,13 @@ _RESULTS_SQL = """
     ) p ON r.plan = p.id
     LEFT JOIN models m ON r.fingerprint = m.fingerprint
     LEFT JOIN evaluations f ON f.id = e.full_precision
+    LEFT JOIN (
+        SELECT fingerprint, protocol, device, dtype, arg_max(perplexity, created) AS noise,
+               arg_max(kl, created) AS noise_kl
+        FROM noise_floors GROUP BY ALL
+    ) n ON n.fingerprint = e.fingerprint AND n.protocol = e.protocol
+        AND n.dtype = e.provenance ->> '$.dtype'
+        AND n.device = split_part(e.provenance ->> '$.device', ':', 1)
     WHERE r.deleted IS NULL
 """
 
@@ -65,7 +73,7 @@ _GGUF_BASELINES_SQL = """
 _JSON_COLUMNS = ("content", "divergence", "provenance", "seconds", "settings", "versions")
 
 
-class ResultTables(DatabaseFile):
+class ResultTables(NoiseTables):
     """Runs with their evaluations, plans and profiles side by side."""
 
     def results(
@@ -80,6 +88,8 @@ class ResultTables(DatabaseFile):
         ``saved_model`` marks an evaluation of a saved model alone.
         ``format`` is that in which the weights were measured; of a run that was exported from
         another (``exported_from``), ``quantizer`` names it too: ``hqq as gguf``.
+        ``noise`` and ``noise_kl`` are the shares by which arithmetic alone moves the perplexity and
+        the KL divergence (:class:`lsq_core.evaluation.noise.NoiseFloor`), None if not measured.
         ``origin`` is ``measured`` (by this project, here or shipped with it, as each row's own
         ``origin`` says), ``published``, or None for both together. A published row has
         no ``measured_bytes``; its ``model_bytes`` are the whole model's storage, as published.
@@ -150,7 +160,8 @@ class ResultTables(DatabaseFile):
 
         ``full`` is the evaluation in full precision that this one is paired with. Each is a row by
         its columns' names, without what takes long to read (windows, scores); JSON columns are
-        decoded. ``full``, ``plan`` and ``profile`` are empty where there is none.
+        decoded. ``noise`` is of :meth:`lsq_core.evaluation.noise.NoiseFloor.to_json`. ``full``,
+        ``plan``, ``profile`` and ``noise`` are empty where there is none.
 
         Raises
         ------
@@ -174,7 +185,9 @@ class ResultTables(DatabaseFile):
             "SELECT * EXCLUDE (nll, counts) FROM evaluations WHERE id = ?", [own["full_precision"]]
         )
         rows_by_table = {"evaluation": own, "full": full or {}, "run": run, "plan": plan}
+        noise = self.noise_of_evaluation(evaluation)
         rows_by_table |= {"model": model or {}, "profile": profile}
+        rows_by_table |= {"noise": noise.to_json() if noise else {}}
         return {name: _decode_json_columns(row) for name, row in rows_by_table.items()}
 
     def gguf_baselines(self, evaluation: str) -> pd.DataFrame:

@@ -122,4 +122,38 @@ MIGRATIONS = [
     ALTER TABLE runs ADD COLUMN format VARCHAR DEFAULT 'lsq';
     ALTER TABLE runs ADD COLUMN exported_from VARCHAR;
     """,
+    # The steps of searches that refine a plan within a budget, in nominal or in planned bytes, by
+    # what they were measured on; choices are indices of options, costs (matrices, options) by rows.
+    """
+    CREATE TABLE refinements (
+        profile VARCHAR, request VARCHAR, conditions VARCHAR, nominal_bytes DOUBLE,
+        planned_bytes DOUBLE, step INTEGER, choice INTEGER[],
+        kl DOUBLE, expected DOUBLE, margin DOUBLE, cost DOUBLE[], options VARCHAR[],
+        provenance JSON, created TIMESTAMP
+    );
+    """,
+    # How far arithmetic alone moves a model's figures, as shares: perplexity, and KL divergence.
+    """
+    CREATE TABLE noise_floors (
+        id VARCHAR PRIMARY KEY, fingerprint VARCHAR, protocol VARCHAR, device VARCHAR,
+        dtype VARCHAR, corpus VARCHAR, corpus_sha256 VARCHAR, tokens BIGINT, plan VARCHAR,
+        perplexity DOUBLE, kl DOUBLE, conditions JSON, provenance JSON, created TIMESTAMP
+    );
+    """,
+    # What runs, and models in full precision (without a run), scored on lm-eval's tasks.
+    """
+    CREATE TABLE task_results (
+        id VARCHAR PRIMARY KEY, run VARCHAR, fingerprint VARCHAR, task VARCHAR, version VARCHAR,
+        metric VARCHAR, value DOUBLE, stderr DOUBLE, higher_is_better BOOLEAN, fewshot INTEGER,
+        max_documents BIGINT, documents BIGINT, dataset VARCHAR, provenance JSON,
+        created TIMESTAMP
+    );
+    """,
+    # How many rounds a search has had by a step, and how many since found nothing better; of steps
+    # kept before, each was one round.
+    """
+    ALTER TABLE refinements ADD COLUMN rounds INTEGER;
+    ALTER TABLE refinements ADD COLUMN failed INTEGER DEFAULT 0;
+    UPDATE refinements SET rounds = step;
+    """,
 ]

@@ -25,10 +25,12 @@ _ROWS = {
     "model_names": "fingerprint IN (SELECT unnest($models))",
     "profiles": "fingerprint IN (SELECT unnest($models))",
     "scores": "profile IN (SELECT id FROM profiles WHERE fingerprint IN (SELECT unnest($models)))",
-    "plans": "id IN (SELECT plan FROM runs WHERE fingerprint IN (SELECT unnest($models)))",
+    "plans": "id IN (SELECT plan FROM runs WHERE fingerprint IN (SELECT unnest($models)) "
+    "AND deleted IS NULL)",
     "runs": "fingerprint IN (SELECT unnest($models)) AND deleted IS NULL",
     "evaluations": "fingerprint IN (SELECT unnest($models)) AND (run IS NULL OR run IN "
     "(SELECT id FROM runs WHERE deleted IS NULL))",
+    "noise_floors": "fingerprint IN (SELECT unnest($models))",
 }
 _MARKED_PROVENANCE = (
     f"""CAST(json_merge_patch(provenance, '{{"origin": "{SHIPPED}"}}') AS JSON) AS provenance"""
@@ -38,11 +40,13 @@ _MARKS = {
     "profiles": f"REPLACE ('{SHIPPED}' AS origin, {_MARKED_PROVENANCE})",
     "runs": f"REPLACE ('{SHIPPED}' AS origin, NULL AS saved_to, false AS starred, '' AS note)",
     "evaluations": f"REPLACE ({_MARKED_PROVENANCE})",
+    "noise_floors": f"REPLACE ({_MARKED_PROVENANCE})",
 }
 #: What an earlier import brought, what points to others before what is pointed to.
 _IMPORTED = {
     "scores": f"profile IN (SELECT id FROM profiles WHERE origin = '{SHIPPED}')",
     "evaluations": f"provenance ->> '$.origin' = '{SHIPPED}'",
+    "noise_floors": f"provenance ->> '$.origin' = '{SHIPPED}'",
     "plans": f"id IN (SELECT plan FROM runs WHERE origin = '{SHIPPED}')",
     "runs": f"origin = '{SHIPPED}'",
     "profiles": f"origin = '{SHIPPED}'",

@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pandas as pd
 
-from lsq_core.bits import LADDER, Config
+from lsq_core.bits import EXTENDED, PAPER, Config
 from lsq_core.errors import InputError
 from lsq_core.model.identity import with_source
 from lsq_core.model.info import ModelInfo
@@ -23,7 +23,7 @@ from lsq_core.planning.frontier import Frontier
 from lsq_core.planning.make import make_frontier
 from lsq_core.planning.methods import PLANNERS, get_planner
 from lsq_core.planning.plan import Plan
-from lsq_core.planning.problem import Impact, Problem
+from lsq_core.planning.problem import Impact, Problem, Refinement
 from lsq_core.planning.request import PlanRequest
 from lsq_core.profiling.profile import Profile
 from lsq_core.profiling.settings import ProfileSettings
@@ -32,6 +32,7 @@ from lsq_core.session import Session
 from lsq_core.stages.model import find_published, known_identity, resolve_device_and_dtype
 from lsq_core.stages.plan import build_problem, check_metrics, make_model_plan
 from lsq_core.stages.profile import find_profile_key, profile_key
+from lsq_core.stages.refined import load_refinement
 from lsq_core.stages.rows import interaction_key, load_impact
 from lsq_core.store.models import PUBLISHED
 from lsq_core.store.profiles import InteractionKey
@@ -41,6 +42,8 @@ from lsq_core.ui.safe import st
 
 #: A file's path and when it was written last.
 FileVersion = tuple[str, int, int]
+#: What is measured for a method beside the profile.
+Measured = Impact | Refinement
 
 
 #: Budgets at which perplexity is predicted along a frontier.
@@ -162,6 +165,22 @@ def profile(
     return _profile(store, file_version(store), key)
 
 
+def planning_profile(
+    store: Store, info: ModelInfo, settings: ProfileSettings, device: str = "auto"
+) -> Profile | None:
+    """The profile to plan from: that of these settings, or one of a ladder that has theirs.
+
+    Raises
+    ------
+    InputError
+        As :func:`profile`.
+    """
+    found = profile(store, info, settings, device)
+    if found is None and settings.ladder == PAPER and not is_published(info):
+        return profile(store, info, replace(settings, ladder=EXTENDED), device)
+    return found
+
+
 def _profile_key(store: Store, info: ModelInfo, settings: ProfileSettings, device: str) -> str:
     device_and_dtype = resolve_device_and_dtype(info, device)
     try:
@@ -170,7 +189,7 @@ def _profile_key(store: Store, info: ModelInfo, settings: ProfileSettings, devic
         shipped = _shipped_profiles(store, file_version(store), info.fingerprint)
         if settings.calibration not in {known["calibration"] for known in shipped.values()}:
             raise
-        return next((id for id, known in shipped.items() if known == asdict(settings)), "")
+        return next((id for id, known in shipped.items() if known == settings.to_json()), "")
     _migrate_older_profile(store, file_version(store), key, info, settings, device_and_dtype)
     return key
 
@@ -248,7 +267,7 @@ def impact(
     """What is kept of a model's rows for a request; None where nothing is, or none is read."""
     if not get_planner(request.method).reads_rows or is_published(info) or not info.fingerprint:
         return None
-    key = _profile_key(store, info, settings, device)
+    key = _profile_key(store, info, replace(settings, ladder=PAPER), device)
     kind = interaction_key(request)
     found = _row_scores_version(store, file_version(store), key, kind)
     if not found:
@@ -267,12 +286,60 @@ def _impact(_store: Store, _info: ModelInfo, _key: str, _request: PlanRequest, m
     return replace(load_impact(_info, _store, _key, _request), mark=mark)
 
 
-def problem_of_rows(
-    info: ModelInfo, found: Profile | None, request: PlanRequest, rows: Impact | None
+def refinement(
+    store: Store,
+    info: ModelInfo,
+    settings: ProfileSettings,
+    request: PlanRequest,
+    device: str = "auto",
+) -> Refinement | None:
+    """What searches found for a request, at its budget or near it; None where nothing was."""
+    if not get_planner(request.method).reads_refinement or not info.fingerprint:
+        return None
+    profile = planning_profile(store, info, settings, device)
+    if profile is None:
+        return None
+    key = profile.id
+    request_key = json.dumps([asdict(request), settings.metadata])
+    return _refinement(store, info, file_version(store), key, request_key)
+
+
+@st.cache_resource(max_entries=16, show_spinner=False)
+def _refinement(
+    _store: Store, _info: ModelInfo, at: FileVersion, key: str, request_key: str
+) -> Refinement | None:
+    asked, metadata = json.loads(request_key)
+    request = PlanRequest(**asked)
+    restricted = restrict(Problem(_info.matrices), request)
+    return load_refinement(_store, key, restricted, request, metadata)
+
+
+def measured(
+    store: Store,
+    info: ModelInfo,
+    settings: ProfileSettings,
+    request: PlanRequest,
+    device: str = "auto",
+) -> Measured | None:
+    """What a request's method reads beside the profile; None where it reads or has nothing."""
+    args = store, info, settings, request, device
+    return impact(*args) or refinement(*args)
+
+
+def problem_with(
+    info: ModelInfo, found: Profile | None, request: PlanRequest, rows: Measured | None
 ) -> Problem:
-    """What a request's planner sees: the ladder, or mixed rows and what is known of them."""
+    """What a request's planner sees: the profile, and what is measured beside it.
+
+    Raises
+    ------
+    InputError
+        When the profile lacks configurations of the request's ladder.
+    """
+    if isinstance(rows, Refinement):
+        return replace(problem(info, found), refinement=rows)
     options = get_planner(request.method).options(request)
-    if options == LADDER:
+    if options == problem(info, found).options:
         return problem(info, found)
     mark = rows.mark if rows else ""
     return _problem_of_rows(info, found, rows, options, identity(info), model_mark(found), mark)
@@ -310,11 +377,11 @@ def plan(
     found: Profile | None,
     request: PlanRequest,
     settings: ProfileSettings,
-    rows: Impact | None = None,
+    rows: Measured | None = None,
 ) -> Plan:
     """The plan for a request, cached by everything it depends on.
 
-    ``rows`` is what :func:`impact` gave for it.
+    ``rows`` is what :func:`measured` gave for it.
 
     Raises
     ------
@@ -339,19 +406,19 @@ def _plan(
     _found: Profile | None,
     _request: PlanRequest,
     _settings: ProfileSettings,
-    _rows: Impact | None,
+    _rows: Measured | None,
     model: str,
     key: str | None,
     request_key: tuple,
 ) -> Plan:
-    planning_problem = problem_of_rows(_info, _found, _request, _rows)
+    planning_problem = problem_with(_info, _found, _request, _rows)
     return make_model_plan(
         _info, planning_problem, _request, _settings, frontier(_info, _found, _request, _rows)
     )
 
 
 def frontier(
-    info: ModelInfo, found: Profile | None, request: PlanRequest, rows: Impact | None = None
+    info: ModelInfo, found: Profile | None, request: PlanRequest, rows: Measured | None = None
 ) -> Frontier:
     """Every budget's plan by a request's method, base and restrictions; its budget doesn't matter.
 
@@ -366,17 +433,17 @@ def frontier(
     return _frontier(info, found, request, rows, identity(info), model_mark(found), request_key)
 
 
-@st.cache_resource(max_entries=16, show_spinner=False)
+@st.cache_resource(max_entries=64, show_spinner=False)
 def _frontier(
     _info: ModelInfo,
     _found: Profile | None,
     _request: PlanRequest,
-    _rows: Impact | None,
+    _rows: Measured | None,
     model: str,
     key: str | None,
     request_key: str,
 ) -> Frontier:
-    planning_problem = problem_of_rows(_info, _found, _request, _rows)
+    planning_problem = problem_with(_info, _found, _request, _rows)
     check_metrics(_info, planning_problem, _request)
     return make_frontier(restrict(planning_problem, _request), _request)
 
@@ -398,7 +465,7 @@ def _error_curve(
     key: str | None,
     request_key: str,
 ) -> tuple[np.ndarray, np.ndarray]:
-    planning_problem = problem(_info, _found)
+    planning_problem = problem_with(_info, _found, _request, None)
     bits, choices = sample_frontier(planning_problem, frontier(_info, _found, _request))
     errors = planning_problem.by_config["weight_error"] ** 2
     return bits, errors[np.arange(len(errors)), choices].sum(axis=1)

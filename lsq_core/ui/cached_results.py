@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,6 +24,7 @@ from lsq_core.results import difference
 from lsq_core.results.difference import RunDifference
 from lsq_core.serve import SNAPSHOT
 from lsq_core.session import Session
+from lsq_core.stages.rank import MethodRanking, measured_runs, rank_methods
 from lsq_core.store.store import Store
 from lsq_core.ui.cached import (
     FileVersion,
@@ -31,8 +33,10 @@ from lsq_core.ui.cached import (
     frontier,
     identity,
     is_published,
+    measured,
     model_mark,
     problem,
+    problem_with,
     sample_frontier,
 )
 from lsq_core.ui.safe import st
@@ -133,11 +137,65 @@ def _prediction_curve(
     fitted = predictor(_store, _info, _found, _settings, _corpus)
     if isinstance(fitted, str):
         return None
-    planning_problem = problem(_info, _found)
+    planning_problem = problem_with(_info, _found, _request, None)
     bits, choices = sample_frontier(planning_problem, frontier(_info, _found, _request))
     return PredictionCurve(
         bits, fitted.predict(features(planning_problem, choices)), fitted.full_precision
     )
+
+
+def ranking(
+    store: Store,
+    info: ModelInfo,
+    found: Profile,
+    settings: ProfileSettings,
+    requests: Sequence[PlanRequest],
+    corpus: str | None,
+) -> MethodRanking:
+    """Every method's plan within a budget; see :func:`lsq_core.stages.rank.rank_methods`."""
+    request_key = json.dumps([[asdict(each) for each in requests], asdict(settings), corpus])
+    args = (store, info, found, settings, tuple(requests), corpus, file_version(store))
+    return _ranking(*args, identity(info), model_mark(found), request_key)
+
+
+@st.cache_resource(max_entries=64, show_spinner=False)
+def _ranking(
+    _store: Store,
+    _info: ModelInfo,
+    _found: Profile,
+    _settings: ProfileSettings,
+    _requests: Sequence[PlanRequest],
+    _corpus: str | None,
+    at: FileVersion,
+    model: str,
+    key: str,
+    request_key: str,
+) -> MethodRanking:
+    fitted = predictor(_store, _info, _found, _settings, _corpus)
+    protocol = None if isinstance(fitted, str) else fitted.points.protocol
+    runs = results(_store, "published" if is_published(_info) else "measured")
+    runs = measured_runs(
+        runs[runs["fingerprint"] == _info.fingerprint],
+        _run_configs(_store, at, _info.fingerprint),
+        _settings,
+        _corpus,
+        protocol,
+    )
+    return rank_methods(
+        problem(_info, _found),
+        _requests,
+        _settings.metadata,
+        fitted,
+        runs,
+        lambda request: frontier(
+            _info, _found, request, measured(_store, _info, _settings, request)
+        ),
+    )
+
+
+@st.cache_data(max_entries=4, show_spinner=False)
+def _run_configs(_store: Store, at: FileVersion, mark: str) -> dict[str, dict[str, str]]:
+    return _store.run_configs(mark)
 
 
 def stored_model(store: Store, mark: str) -> ModelInfo | None:

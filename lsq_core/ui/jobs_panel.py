@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -41,6 +41,7 @@ _STAGE_LABELS = {
     "profile": "Profiling",
     "rows": "Measuring the rows",
     "plan": "Planning",
+    "refine": "Refining",
     "quantize": "Quantizing",
     "save": "Saving",
     "evaluate": "Evaluating",
@@ -52,9 +53,21 @@ _STAGE_LABELS = {
 _RUN_STEPS = ("profile", "plan", "load", "quantize", "save", "evaluate", "store")
 
 
-def find(folder: Path, arguments: list[str]) -> Job | None:
-    """The newest job that was asked for just this."""
-    return next((j for j in jobs.list_jobs(folder) if j.arguments == tuple(arguments)), None)
+def find(folder: Path, arguments: Sequence[str], ignoring: Sequence[str] = ()) -> Job | None:
+    """The newest job that was asked for just this, whatever the values of some options."""
+    wanted = _without(arguments, ignoring)
+    found = (job for job in jobs.list_jobs(folder) if _without(job.arguments, ignoring) == wanted)
+    return next(found, None)
+
+
+def _without(arguments: Sequence[str], options: Sequence[str]) -> list[str]:
+    """The arguments without some options and their values."""
+    kept = list(arguments)
+    for option in options:
+        if option in kept:
+            at = kept.index(option)
+            del kept[at : at + 2]
+    return kept
 
 
 def follow(
@@ -137,7 +150,7 @@ def _resume(job: Job) -> None:
             st.rerun()
         at = f"It stopped while {stage(job).lower()}" if job.stage else "It stopped immediately"
         share = f", {100 * job.fraction:.0f} % of it done" if job.total > 1 else ""
-        keeps_progress = job.verb in ("run", "sweep", "profile", "plan")
+        keeps_progress = job.verb in ("run", "sweep", "profile", "plan", "refine")
         st.caption(
             f"{at}{share}, after {words.seconds(job.seconds)}. "
             + ("Profiles, finished runs and evaluated windows are kept." if keeps_progress else "")

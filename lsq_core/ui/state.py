@@ -9,32 +9,52 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
-from lsq_core.bits import GROUP_SIZES, HIGH_BITS, LADDER, LOW_BITS, Budget
+from lsq_core.bits import (
+    EXTENDED_LADDER,
+    GROUP_SIZES,
+    HIGH_BITS,
+    LADDER,
+    LADDERS,
+    LOW_BITS,
+    PAPER,
+    Budget,
+    get_ladder,
+)
 from lsq_core.corpus.registry import corpus_identity
 from lsq_core.errors import InputError
 from lsq_core.model.source import ModelSource
-from lsq_core.planning.methods import PLANNERS, get_planner, mixes_rows
-from lsq_core.planning.request import LOSSES, RATIO_MODES, SENSITIVITIES, PlanRequest
+from lsq_core.planning.methods import PLANNERS, get_planner, ladder_of, mixes_rows
+from lsq_core.planning.methods.refined import is_refinable
+from lsq_core.planning.request import (
+    DEFAULT_START,
+    LOSSES,
+    RATIO_MODES,
+    SENSITIVITIES,
+    PlanRequest,
+)
 from lsq_core.planning.servers import VLLM
 from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.store.models import PUBLISHED
 from lsq_core.ui.safe import st
+from lsq_core.units import write_bytes
 
 #: How a plan can be asked for.
 SIZE_MODES = {"base": "base configuration", "budget": "budget", "both": "base, capped by a budget"}
-CONFIGURATIONS = [c.stop_name for c in LADDER]
+CONFIGURATIONS = [c.stop_name for c in EXTENDED_LADDER]
 _PLAN_DEFAULTS = {
     "method": "sensiboost",
     "ask": "budget",
     "base": "3.13",
     "budget": 3.6,
+    "budget_bytes": 0,
     "boost_stop": 2,
     "top_m": 0,
     "metric": "sensitivity",
     "seed": 0,
     "exact": False,
+    "start": DEFAULT_START,
     "pins": "",
     "ties": "",
     "vllm": False,
@@ -48,6 +68,7 @@ _PLAN_DEFAULTS = {
 #: The least and the greatest number that a control takes; the browser counts to 2⁵³.
 _PLAN_RANGES = {
     "boost_stop": (0, len(LADDER) - 1),
+    "budget_bytes": (0, 2**53 - 1),
     "top_m": (0, 2**53 - 1),
     "seed": (0, 2**53 - 1),
 }
@@ -58,6 +79,7 @@ _PLAN_OPTIONS: dict[str, Sequence] = {
     "ask": list(SIZE_MODES),
     "base": CONFIGURATIONS,
     "metric": SENSITIVITIES,
+    "start": [name for name, planner in PLANNERS.items() if is_refinable(planner)],
     "against": ["none", *PLANNERS],
     "widths": BIT_WIDTH_PAIRS,
     "group_size": list(GROUP_SIZES),
@@ -147,6 +169,7 @@ _SETTINGS = {
     "metadata": "metadata",
     "samples": "samples",
     "block_tokens": "block_tokens",
+    "ladder": "ladder",
 }
 
 
@@ -162,6 +185,8 @@ def init_settings(model: str, newest: ProfileSettings | None) -> None:
     elif fresh and before and (before.startswith(PUBLISHED) or not _is_calibration_known()):
         # Published texts and grids are no model's here, and a shipped profile's text isn't here.
         set_settings(ProfileSettings())
+    if not before and st.query_params.get("ladder") in LADDERS:  # the address of a plan has it
+        st.session_state["ladder"] = st.query_params["ladder"]
     st.session_state["settings_of"] = model
     defaults = asdict(ProfileSettings())
     for field, key in _SETTINGS.items():
@@ -189,6 +214,11 @@ def settings() -> ProfileSettings:
     return ProfileSettings(**chosen)
 
 
+def plan_settings() -> ProfileSettings:
+    """Those of the profile that the chosen method plans from, whose ladder may be the paper's."""
+    return replace(settings(), ladder=plan_request().ladder)
+
+
 # --- the plan -------------------------------------------------------------------------------
 
 
@@ -212,6 +242,7 @@ def sync_plan_url() -> None:
     for key, default in _PLAN_DEFAULTS.items():
         if key != "method":
             sync_url_unless_default(key, default)
+    sync_url_unless_default("ladder", PAPER)
 
 
 def set_plan(request: PlanRequest, parameters: int) -> None:
@@ -220,10 +251,13 @@ def set_plan(request: PlanRequest, parameters: int) -> None:
     values |= {name: "\n".join(values[name]) for name in ("pins", "ties")}
     del values["serve"]
     budget = values.pop("budget")
+    values["budget_bytes"] = 0
     values["widths"] = f"{values.pop('low_bits')}+{values.pop('high_bits')}"
     size_mode = ("both" if request.base else "budget") if budget else "base"
     if budget:
-        values["budget"] = 8 * Budget.parse(budget, parameters).nominal_bytes / parameters
+        parsed = Budget.parse(budget, parameters, get_ladder(request.ladder))
+        values["budget_bytes"] = parsed.planned_bytes or 0
+        values["budget"] = 8 * (parsed.nominal_bytes or parsed.planned_bytes) / parameters
     for key, value in (values | {"ask": size_mode}).items():
         if value is not None:
             st.session_state[key] = value
@@ -245,12 +279,25 @@ def request_for_method(method: str) -> PlanRequest:
     return PlanRequest(
         method=planner.name,
         base=chosen["base"] if size_mode != "budget" else None,
-        budget=budget_text(chosen["budget"]) if size_mode != "base" else None,
+        budget=chosen_budget() if size_mode != "base" else None,
         pins=lines("pins"),
         ties=lines("ties"),
         serve=VLLM.name if chosen["vllm"] and not planner.reads_rows else None,
+        ladder=ladder_of(method, chosen["ladder"]),
         **used,
     )
+
+
+def chosen_budget() -> str:
+    """The budget asked for: the planned bytes where a size was typed, else bits per parameter."""
+    size = st.session_state["budget_bytes"]
+    return write_bytes(size) if size else budget_text(max(st.session_state["budget"], 0.01))
+
+
+def set_budget(bits: float, size: int | None = None) -> None:
+    """Ask for bits per parameter, or for planned bytes where they are given."""
+    st.session_state["budget"] = bits
+    st.session_state["budget_bytes"] = size or 0
 
 
 def budget_text(bits: float) -> str:
@@ -267,4 +314,7 @@ def alike(method: str, others: Sequence[str]) -> list[str]:
     """Of other methods those that choose from the same, so that one picture can hold both."""
     if mixes_rows(method):
         return []
-    return [name for name in others if name != method and not mixes_rows(name)]
+    wanted = st.session_state["ladder"]
+    own = ladder_of(method, wanted)
+    alike = [name for name in others if name != method and not mixes_rows(name)]
+    return [name for name in alike if ladder_of(name, wanted) == own]

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 
+from lsq_core.evaluation.noise import format_figure
 from lsq_core.evaluation.result import UNUSABLE_RATIO
 from lsq_core.profiling.metrics import METRICS
 from lsq_core.units import GIB, MIB
@@ -27,9 +28,11 @@ def size(bytes: float) -> str:
     return f"{bytes:.0f} B"
 
 
-def figure(value: float | None, decimals: int) -> str:
-    """A figure, or that it is not finite: JSON has none then."""
-    return f"{value:.{decimals}f}" if value is not None and math.isfinite(value) else "not finite"
+def figure(value: float | None, decimals: int, noise: float | None = None) -> str:
+    """A figure with the digits that its noise leaves, or that it is not finite: JSON has none."""
+    if value is None or not math.isfinite(value):
+        return "not finite"
+    return format_figure(value, noise, decimals)
 
 
 def metric_label(name: str) -> str:

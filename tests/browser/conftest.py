@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
@@ -24,6 +25,8 @@ from lsq_core.store.store import Store
 from tests.conftest import REFERENCE, ROOT
 from tests.helpers import find_free_port
 from tests.test_compare import insert_synthetic_runs
+
+T = TypeVar("T")
 
 INSTALL = "apt-get install -y chromium chromium-driver"
 _OPTIONS = (
@@ -194,26 +197,56 @@ class User:
     def wait(self, condition: Callable, seconds: float = 30, why: str = "") -> object:
         """Wait until a condition of the page holds, and give what it gave.
 
-        What the condition looks up may not be there yet: the first of no elements is none.
+        What the condition looks up may not be there yet, or no longer, or be covered: the first of
+        no elements is none, and an element may be replaced between being found and being read.
         """
         from selenium.common.exceptions import (
+            ElementClickInterceptedException,
             NoSuchElementException,
             StaleElementReferenceException,
             TimeoutException,
         )
         from selenium.webdriver.support.ui import WebDriverWait
 
-        passing = [NoSuchElementException, StaleElementReferenceException, IndexError]
+        passing = [
+            ElementClickInterceptedException,
+            IndexError,
+            NoSuchElementException,
+            StaleElementReferenceException,
+        ]
         waiter = WebDriverWait(self.driver, seconds, 0.1, ignored_exceptions=passing)
         try:
             return waiter.until(lambda driver: condition())
         except TimeoutException as late:
-            seen = self.driver.find_element("tag name", "body").text
+            seen = self.driver.execute_script("return document.body.innerText")
             raise AssertionError(f"{why or condition} within {seconds} s; seen: {seen}") from late
+
+    def read(self, look: Callable[[], T]) -> T:
+        """What a look at the page gives, whatever it is; taken again where the page is redrawn
+        between finding an element and reading or handling it."""
+        return self.wait(lambda: (look(),))[0]
 
     def all(self, css: str) -> list:
         """Every visible element that matches."""
-        return [e for e in self.driver.find_elements("css selector", css) if e.is_displayed()]
+        find = self.driver.find_elements
+        return self.read(lambda: [e for e in find("css selector", css) if e.is_displayed()])
+
+    def texts(self, css: str) -> list[str]:
+        """The text of every visible element that matches."""
+        return self.read(lambda: [e.text for e in self.all(css)])
+
+    def text(self, css: str) -> str:
+        """The text of the first visible element that matches, once there is one."""
+        return self.read(lambda: self.all(css)[0].text)
+
+    def attribute(self, css: str, name: str) -> str | None:
+        """An attribute or property of the first visible element that matches, once there is one."""
+        return self.read(lambda: self.all(css)[0].get_attribute(name))
+
+    @property
+    def body(self) -> str:
+        """All the text of the page."""
+        return self.read(lambda: self.driver.find_element("tag name", "body").text)
 
     def first(self, css: str) -> object:
         """The first visible element that matches, once there is one.
@@ -226,14 +259,14 @@ class User:
     @property
     def first_line(self) -> str:
         """The page's headline, or nothing while there is none."""
-        return " ".join(e.text for e in self.all("[data-testid=stMain] h1"))
+        return " ".join(self.texts("[data-testid=stMain] h1"))
 
     def wait_for_headline(self, text: str, seconds: float = 30) -> str:
         """Wait until the headline has a text; fails at once on an error shown instead."""
 
         def headline_or_none() -> str | None:
-            broken = self.all("[data-testid=stException], [data-testid=stAlertContentError]")
-            assert not broken, broken[0].text
+            broken = self.texts("[data-testid=stException], [data-testid=stAlertContentError]")
+            assert not broken, broken[0]
             line = self.first_line
             return line if text in line and self.is_idle() else None
 
@@ -280,6 +313,10 @@ class User:
 
         self.wait(try_click, why=f"nothing to click reads '{label}'")
 
+    def click_on(self, css: str) -> None:
+        """Click the first visible element that matches, once there is one."""
+        self.read(lambda: self.all(css)[0].click())
+
     def press(self, *keys: str) -> None:
         """Press keys, wherever the focus is."""
         from selenium.webdriver.common.action_chains import ActionChains
@@ -292,8 +329,7 @@ class User:
 
     def choose(self, label: str, option: str) -> None:
         """Choose an option of a select box."""
-        box = f"[data-testid=stSelectbox] input[aria-label*='{label}']"
-        self.wait(lambda: self.all(box), why=f"no select box '{label}'")[0].click()
+        self.click_on(f"[data-testid=stSelectbox] input[aria-label*='{label}']")
         self.click(option, "[role=option]")
         self.wait(self.is_idle)
 
@@ -301,10 +337,10 @@ class User:
         """Put a text into a field, and press Enter."""
         from selenium.webdriver.common.keys import Keys
 
-        field = self.wait(lambda: self.all(f"input[aria-label='{label}']"), why=label)[0]
-        field.send_keys(Keys.CONTROL, "a")
-        field.send_keys(text, Keys.ENTER)
-        self.wait(lambda: field.get_attribute("value") == text and self.is_idle())
+        field = f"input[aria-label='{label}']"
+        keys = (Keys.CONTROL, "a", Keys.NULL, text, Keys.ENTER)
+        self.read(lambda: self.all(field)[0].send_keys(*keys))
+        self.wait(lambda: self.all(field)[0].get_attribute("value") == text and self.is_idle())
 
     def metric(self, label: str) -> str:
         """The value of a figure with a label, once it is there."""

@@ -128,11 +128,12 @@ def app() -> None:
     low, high = (8 * size / problem.total for size in problem.feasible)
     committed = read_committed_budget()
     if committed is not None:
-        st.session_state["budget"] = committed
+        st.session_state["budget"], st.session_state["bytes"] = committed.bits, committed.bytes
     live_planner(
         problem,
         methods,
         budget=st.session_state["budget"],
+        budget_bytes=st.session_state.get("bytes"),
         other_bytes=OTHER_BYTES,
         metadata="8bit",
         presets=[
@@ -151,7 +152,7 @@ def app() -> None:
         pins=pins,
         on_pins=lambda new_pins: st.session_state.update(pins=new_pins),
     )
-    st.button("Elsewhere", on_click=lambda: st.session_state.update(budget=5.0))
+    st.button("Elsewhere", on_click=lambda: st.session_state.update(budget=5.0, bytes=None))
     st.caption(f"run {st.session_state['runs']}, budget {st.session_state['budget']:.4f}")
 
 

@@ -107,10 +107,8 @@ def test_threshold_slider_updates_flagged_layers(user):
     kept = ratios.sort_values().iloc[1:-1]  # 5 % of 23 at either end
     z = ((ratios - kept.mean()).abs() / trimmed_deviation(kept)).tolist()
     assert bars["y"] == pytest.approx(z)
-    thumb = user.wait(
-        lambda: user.driver.find_element("css selector", "[data-testid=stSlider] input")
-    )
-    thumb.send_keys(Keys.HOME)
+    thumb = "[data-testid=stSlider] input"
+    user.read(lambda: user.driver.find_element("css selector", thumb).send_keys(Keys.HOME))
     after = user.wait_for_headline("at a threshold of 0.5.")
     headline_start, _, _ = after.partition(" flagged")
     assert {int(n) for n in re.findall(r"\d+", headline_start)} <= set(
@@ -160,7 +158,7 @@ def test_rank_scatter_click_selects_module(user):
     actions.w3c_actions.pointer_action.click()
     actions.perform()
     user.wait(
-        lambda: module in (user.all("input[aria-label=Module]")[0].get_attribute("value")),
+        lambda: module in user.attribute("input[aria-label=Module]", "value"),
         why=f"{module} was clicked and is not shown",
     )
     assert f".layers.{layer}." in module

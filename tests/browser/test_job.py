@@ -29,7 +29,7 @@ def test_full_workflow_on_demo_model(user):
 def choose_demo_model(user) -> None:
     user.open()
     user.wait_for_headline("Where should the bits go?", 90)
-    assert "3.6 MiB at 4.25 bits" in user.driver.find_element("css selector", "h3").text
+    assert "3.6 MiB at 4.25 bits" in user.text("h3")
     user.click("Open my model")
     user.click("Demo model")
 
@@ -81,7 +81,7 @@ def plan_for_budget(user) -> None:
 
     user.navigate_to("Plan")
     before = user.wait_for_headline("bits:")
-    if "budget" not in user.all("[data-testid=stSelectbox]")[1].text:
+    if "budget" not in user.texts("[data-testid=stSelectbox]")[1]:
         user.choose("Size by", "budget")
     planner = user.wait(lambda: user.driver.execute_script(_PLANNER), why="no live planner")
     slider = planner.find_element("css selector", "input.slider")
@@ -109,7 +109,7 @@ def run_plan(user) -> str:
     panel = ".st-key-plan-run"
     user.wait(lambda: user.all(f"{panel} [data-testid=stProgress]"), why="no progress in place")
     user.wait(
-        lambda: [e for e in user.all(panel) if "Perplexity" in e.text],
+        lambda: any("Perplexity" in text for text in user.texts(panel)),
         120,
         why="no result in place",
     )
@@ -131,6 +131,6 @@ def compare_run(user, perplexity: float) -> None:
 
 def test_url_with_unknown_model_shows_error(user):
     user.open("/?model=/nowhere/at/all")
-    (error,) = user.wait(lambda: user.all("[data-testid=stAlertContentError]"))
-    assert "/nowhere/at/all" in error.text
+    (error,) = user.wait(lambda: user.texts("[data-testid=stAlertContentError]"))
+    assert "/nowhere/at/all" in error
     assert not user.all("[data-testid=stException]")

@@ -11,16 +11,17 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 
-from lsq_core.bits import LADDER, Budget
+from lsq_core.bits import EXTENDED, EXTENDED_LADDER, LADDER, Budget, QuantConfig
+from lsq_core.charts import config_color
 from lsq_core.model.info import Matrix
 from lsq_core.planning.constraints import restrict
 from lsq_core.planning.facts import layer_means
 from lsq_core.planning.frontier import Frontier
 from lsq_core.planning.make import make_frontier, make_plan
-from lsq_core.planning.methods import PLANNERS
+from lsq_core.planning.methods import PLANNERS, ladder_of
 from lsq_core.planning.methods.uniform import uniform_within
 from lsq_core.planning.pins import apply_pins
-from lsq_core.planning.problem import Problem
+from lsq_core.planning.problem import Problem, Refinement
 from lsq_core.planning.request import PlanRequest
 from lsq_core.ui import planner
 from lsq_core.ui.words import signed_percent
@@ -79,7 +80,7 @@ def assert_same_plans(engine, problem: Problem, frontier: Frontier, seed: int = 
     ]
     numel = planner.encode_array(problem.numel, "<f8")
     budgets_json = [None if np.isinf(b) else float(b) for b in budgets]
-    bits = [c.nominal_bits for c in LADDER]
+    bits = [c.nominal_bits for c in problem.options]
     browser_plans = engine.execute_script(
         _PLANS_SCRIPT, planner.frontier_payload(frontier), numel, bits, [*budgets_json, 0.99 * low]
     )
@@ -110,6 +111,29 @@ def test_browser_and_python_write_numbers_alike(engine):
     assert browser_shares == [signed_percent(share) for share in shares]
 
 
+_PAINT_SCRIPT = """
+const [ladder] = arguments;
+const cells = { columns: ladder.length, rows: 1, members: ladder.map((_, k) => [k]) };
+const canvas = document.body.appendChild(document.createElement("canvas"));
+const heatmap = new Heatmap(canvas, cells, ladder);
+heatmap.pinned = ladder.map(() => false);
+heatmap.arrange(20 * ladder.length, 20, { font: "serif", text: "#000000", primary: "#000000" });
+heatmap.paint(Uint8Array.from(ladder, (_, k) => k), null, null, -1);
+const pitch = canvas.width / ladder.length;
+return ladder.map((_, k) => [...heatmap.pen.getImageData(k * pitch + 3, 4, 1, 1).data]);
+"""
+
+
+def test_heatmap_paints_every_configuration_in_its_color(engine):
+    """The marks of a cell are kept in one number with its configuration, of which there are 21."""
+    folder = Path(planner.__file__).parent
+    script = "".join((folder / name).read_text("utf8") for name in ("frontier.js", "heatmap.js"))
+    ladder = [{"name": "", "stop": "", "color": config_color(c)} for c in EXTENDED_LADDER]
+    painted = engine.execute_script(script + _PAINT_SCRIPT, ladder)
+    found = ["#" + "".join(f"{part:02x}" for part in pixel[:3]) for pixel in painted]
+    assert found == [stop["color"] for stop in ladder]
+
+
 def requests(name: str) -> list[PlanRequest]:
     """A method as it is asked for: by budget alone, and from a base where it has one."""
     if not PLANNERS[name].has_base:
@@ -118,7 +142,14 @@ def requests(name: str) -> list[PlanRequest]:
     return [PlanRequest(name, base=base, boost_stop=s) for base in (None, "3.13") for s in stops]
 
 
-def model(layers: int, seed: int, *, ties: bool = False, gaps: bool = False) -> Problem:
+def model(
+    layers: int,
+    seed: int,
+    *,
+    ties: bool = False,
+    gaps: bool = False,
+    ladder: tuple[QuantConfig, ...] = LADDER,
+) -> Problem:
     """Seven matrices a layer of several sizes with random scores, spiky in a few layers.
 
     With ``ties`` costs take few values; with ``gaps`` some costs are missing, and some matrices
@@ -135,8 +166,9 @@ def model(layers: int, seed: int, *, ties: bool = False, gaps: bool = False) -> 
     n = len(matrices)
     spread = np.exp(random.standard_normal(n))
     spread[random.integers(0, n, 6)] *= 30
-    error_scale = 2.0 ** -np.array([c.nominal_bits for c in LADDER])
-    cost = spread[:, None] * error_scale * np.exp(0.3 * random.standard_normal((n, 12)))
+    error_scale = 2.0 ** -np.array([c.nominal_bits for c in ladder])
+    noise = np.exp(0.3 * random.standard_normal((n, len(ladder))))
+    cost = spread[:, None] * error_scale * noise
     if ties:
         cost = np.ceil(20 * cost / cost.max())
     if gaps:
@@ -145,7 +177,11 @@ def model(layers: int, seed: int, *, ties: bool = False, gaps: bool = False) -> 
     score_names = ("sensitivity", "sensitivity_module", "kurtosis", "loss_impact")
     scores = {name: (k + 1) * spread for k, name in enumerate(score_names)}
     by_config = dict.fromkeys(("weight_error", "sensitivity_module", "expected_kl"), cost)
-    return Problem(matrices, scores, by_config)
+    paper = cost[:, [ladder.index(config) for config in LADDER]]
+    refinement = Refinement(
+        np.nan_to_num(paper - paper.mean(axis=1, keepdims=True)), 3.0, 1, 0.9, 2
+    )
+    return Problem(matrices, scores, by_config, options=ladder, refinement=refinement)
 
 
 def tied(seed: int, *pins: str, **restrictions: object) -> Problem:
@@ -164,6 +200,7 @@ PROBLEMS = {
         5, "*.layers.2.q_proj=b8g64", ties=("q_proj,k_proj,v_proj", "o_proj,up_proj")
     ),
     "served": lambda: tied(6, serve="vllm"),
+    "extended": lambda: model(24, 7, ladder=EXTENDED_LADDER),
 }
 
 
@@ -177,6 +214,9 @@ def test_frontier_js_plans_match_python(engine, method, name):
             request = PlanRequest(method, base="3.51", boost_stop=0)  # all groups are of 32
         if name == "served" and request.base:
             request = replace(request, base="4.13")
+        if name == "extended":
+            request = replace(request, ladder=ladder_of(method, EXTENDED))
+            problem = problem.with_options(PLANNERS[method].options(request))
         frontier = make_frontier(problem, request)
         if name in ("tied", "served") and method != "uniform":
             assert len(frontier.nominal) == problem.items.max() + 1 < len(problem.matrices)
@@ -231,7 +271,9 @@ def test_frontier_js_published_models_match_python(engine, name):
     problem, times, methods = published_problem(name), [], []
     for method, planner_class in PLANNERS.items():
         measured = {*problem.scores, *problem.by_config}
-        if planner_class.reads_rows or not {*planner_class.metrics} <= measured:
+        if planner_class.reads_rows or planner_class.reads_refinement:
+            continue
+        if not {*planner_class.metrics} <= measured:
             continue
         methods.append(method)
         for request in requests(method):
@@ -272,11 +314,18 @@ class PlannerPage:
         user.wait(lambda: self.runs)
 
     def find_part(self, css: str):
-        """An element of the planner."""
+        """An element of the planner; those of the tables are replaced whenever they are drawn."""
         return self.root.find_element("css selector", css)
 
     def text(self, css: str) -> str:
-        return self.find_part(css).text
+        return self.user.read(lambda: self.find_part(css).text)
+
+    def texts(self, css: str) -> list[str]:
+        find = self.root.find_elements
+        return self.user.read(lambda: [e.text for e in find("css selector", css)])
+
+    def attribute(self, css: str, name: str) -> str | None:
+        return self.user.read(lambda: self.find_part(css).get_attribute(name))
 
     def data(self, name: str) -> str:
         return self.root.get_attribute(f"data-{name}")
@@ -292,7 +341,7 @@ class PlannerPage:
     @property
     def python(self) -> str:
         """What the script below the planner says: its runs and the budget it knows."""
-        return self.user.first("[data-testid=stCaptionContainer]").text
+        return self.user.text("[data-testid=stCaptionContainer]")
 
     @property
     def runs(self) -> int:
@@ -343,8 +392,11 @@ class PlannerPage:
         field.send_keys("\ue009a\ue000", text, end)
 
     def click(self, css: str, label: str) -> None:
-        found = [e for e in self.root.find_elements("css selector", css) if e.text == label]
-        found[0].click()
+        def try_click() -> None:
+            matches = [e for e in self.root.find_elements("css selector", css) if e.text == label]
+            matches[0].click()
+
+        self.user.read(try_click)
 
 
 def plan_at(bits: float, method: str = "mxq", layers: int = 80) -> np.ndarray:
@@ -440,9 +492,7 @@ def test_readout_matches_python_plan(user):
     assert float(score_names["gap"].split()[1]) == pytest.approx(
         100 * plan.to_json()["gap"], rel=0.06
     )
-    by_type = [
-        bar.text.split("\n")[0] for bar in live.root.find_elements("css selector", ".bars div")
-    ]
+    by_type = [text.split("\n")[0] for text in live.texts(".bars div")]
     down = sum(
         packed_bytes(m.numel, c) for m, c in plan.choice.items() if m.type == "mlp.down_proj"
     )
@@ -560,18 +610,42 @@ def test_slider_drag_snaps_to_stops_and_keys_do_not(user):
     assert set(live.choice()) == {4}
 
 
+def assert_within(live, user, problem: Problem, size: int) -> None:
+    """The plan is Python's for so many bytes, and takes no more."""
+    user.wait(lambda: live.root.get_attribute("data-bytes") == str(size))
+    plan = make_plan(problem, PlanRequest("mxq", budget=f"{size}B"))
+    assert plan.planned_bytes <= size
+    assert live.choice().tolist() == [LADDER.index(c) for c in plan.configs]
+    assert live.text(".readout td.planned span") == format_bytes(plan.planned_bytes)
+
+
+def test_two_methods_are_both_within_a_typed_size(user):
+    live = PlannerPage(user, "layers=24&methods=mxq,sensiboost")
+    live.click(".segments label", "size")
+    live.type("1.9 GiB")
+    user.wait(lambda: live.root.get_attribute("data-bytes") == str(int(1.9 * 2**30)))
+    problem = planner_app.random_model(24)
+    for k, name in enumerate(("mxq", "sensiboost")):
+        request = PlanRequest(name, boost_stop=3, budget="1.9GiB")
+        plan = make_plan(problem, request)
+        assert plan.planned_bytes <= 1.9 * 2**30
+        assert live.choice(k).tolist() == [LADDER.index(c) for c in plan.configs]
+
+
 def test_budget_field_accepts_each_unit(user):
     live = PlannerPage(user)
-    total = planner_app.random_model(80).total
+    problem = planner_app.random_model(80)
     live.type("3.4")
     live.committed(3.4)
     live.click(".segments label", "size")
-    assert live.find_part(".typed input").get_attribute("value") == f"{3.4 * total / 8 / 2**30:.3f}"
+    plan = make_plan(problem, PlanRequest("mxq", budget="3.4bpp"))
+    size = 3.4 * problem.total / 8 + plan.planned_bytes - plan.nominal_bytes
+    assert live.attribute(".typed input", "value") == f"{size / 2**30:.3f}"
     live.type("6 GiB")
-    live.committed(round(8 * 6 * 2**30 / total, 4))
+    assert_within(live, user, problem, 6 * 2**30)
     live.click(".segments label", "whole model")
     live.type("6")
-    live.committed(round(8 * (6 * 2**30 - planner_app.OTHER_BYTES) / total, 4))
+    assert_within(live, user, problem, 6 * 2**30 - planner_app.OTHER_BYTES)
     live.click(".segments label", "% above uniform 3.13")
     live.click(".segments label", "linear layers")
     live.type("10")
@@ -579,6 +653,18 @@ def test_budget_field_accepts_each_unit(user):
     user.driver.refresh()
     live.root = user.wait(lambda: live.driver.execute_script(_FIND_PLANNER))
     assert live.text(".typed span") == "%", "the unit outlives the page"
+
+
+def test_budget_field_click_selects_what_is_there(user):
+    """A person who clicks and types replaces the number."""
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.keys import Keys
+
+    live = PlannerPage(user)
+    keys = ActionChains(live.driver).click(live.find_part(".typed input"))
+    keys.send_keys("3.5", Keys.ENTER).perform()
+    live.committed(3.5)
+    assert live.bits == 3.5
 
 
 def test_budget_field_invalid_or_infeasible_shows_message(user):
@@ -625,8 +711,8 @@ def test_rerun_during_drag_keeps_slider_position(user):
     live.hold_thumb().move_by_offset(160, 0).perform()
     user.wait(lambda: live.bits > 3.5)
     held = live.bits
-    other_button = user.first("[data-testid=stButton] button")
-    live.driver.execute_script("arguments[0].click()", other_button)
+    other_button = "document.querySelector('[data-testid=stButton] button')"
+    live.driver.execute_script(f"{other_button}.click()")
     live.committed(5.0)
     assert live.bits == held
     live.actions().release().perform()
@@ -651,9 +737,9 @@ def test_planner_aria_labels_and_live_region(user):
     assert cells.accessible_name.startswith("MXQ: 80 layers by 7 ")
     cells.send_keys(Keys.ARROW_RIGHT * 2, Keys.ARROW_DOWN)
     name = "model.layers.2.self_attn.k_proj"
-    announcement = live.find_part(".spoken").get_attribute("textContent")
+    announcement = live.attribute(".spoken", "textContent")
     assert name in announcement
-    assert live.find_part(".spoken").get_attribute("aria-live") == "polite"
+    assert live.attribute(".spoken", "aria-live") == "polite"
     details, stop = live.text(".details"), LADDER[live.choice()[2 * 7 + 1]]
     assert name in details
     assert f"{stop.name}, {stop.nominal_bits:.3f} bits" in details
@@ -661,7 +747,7 @@ def test_planner_aria_labels_and_live_region(user):
     assert "promoting it" in details.lower()
     live.press(Keys.PAGE_UP)
     user.wait(lambda: live.bits == 3.354)
-    assert live.find_part(".spoken").get_attribute("textContent").startswith("Since 3.254: ")
+    assert live.attribute(".spoken", "textContent").startswith("Since 3.254: ")
 
 
 def test_two_methods_shown_with_differing_cells(user):
@@ -706,12 +792,16 @@ def test_cell_pin_and_unpin(user):
     user.wait(user.is_idle)
     cells.send_keys(Keys.ARROW_RIGHT, Keys.ARROW_LEFT)  # by the keyboard, too
     assert "Pinned to b8g64." in live.text(".details")
-    assert "Pinned to b8g64" in live.find_part(".spoken").get_attribute("textContent")
+    assert "Pinned to b8g64" in live.attribute(".spoken", "textContent")
     live.actions().send_keys(Keys.TAB).perform()
     assert form.is_displayed(), "the form is the next stop from the plan"
-    remove_button = live.find_part(".pins button")
-    live.driver.execute_script("arguments[0].scrollIntoView({ block: 'center' })", remove_button)
-    remove_button.click()
+
+    def remove_pin() -> None:
+        button = live.find_part(".pins button")
+        live.driver.execute_script("arguments[0].scrollIntoView({ block: 'center' })", button)
+        button.click()
+
+    user.read(remove_pin)
     user.wait(lambda: live.choice().tolist() == free.tolist(), why="the pin was not dropped")
     assert not live.root.find_elements("css selector", ".pins li")
 

@@ -56,8 +56,8 @@ def test_killed_worker_shown_as_interrupted_and_resumed(user):
     user.wait(lambda: list(job.folder.glob("evaluation-*.npz")), 60)
     kill(job)
     user.wait(lambda: "was interrupted" in user.first_line, why="nobody said it was killed")
-    (alert,) = user.wait(lambda: user.all("[data-testid=stAlertContentError]"))
-    assert "'evaluate'" in alert.text
+    (alert,) = user.wait(lambda: user.texts("[data-testid=stAlertContentError]"))
+    assert "'evaluate'" in alert
     user.driver.refresh()
     user.wait(lambda: "was interrupted" in user.first_line, why="a reload forgot it")
     user.click("Resume")
@@ -95,13 +95,14 @@ def test_queued_and_running_jobs_can_be_cancelled(user):
     first = newest_job(user.server, "run")
     user.type("Max tokens", "30000")  # the same again would be joined
     user.click("Quantize and evaluate")
-    queue_panel = user.first(".st-key-queue")
+    user.first(".st-key-queue")
     second = newest_job(user.server, "run")
     assert second.id != first.id
-    assert second.title in queue_panel.text
-    assert "Waiting" in queue_panel.text
-    bar = user.first(f".st-key-side-bar-{second.id} [role=progressbar]")
-    assert bar.get_attribute("aria-valuenow") == "0"
+    queue_panel = user.text(".st-key-queue")
+    assert second.title in queue_panel
+    assert "Waiting" in queue_panel
+    bar = f".st-key-side-bar-{second.id} [role=progressbar]"
+    assert user.attribute(bar, "aria-valuenow") == "0"
     user.click("Cancel", ".st-key-queue button")
     user.wait(lambda: not user.all(".st-key-queue"), why="it is still in the queue")
     assert jobs.read(second.folder).state == "cancelled"
@@ -125,10 +126,11 @@ def test_sweep_fills_table_and_store(user):
     user.type("Budgets", "2.25, 3.2")
     user.type("Max tokens", "1500")
     # SensiBoost and MXQ would measure a profile first
-    methods = user.first("[data-testid=stMultiSelect] input")
-    methods.send_keys(Keys.BACKSPACE, Keys.BACKSPACE, Keys.ESCAPE)
+    methods = "[data-testid=stMultiSelect] input"
+    for key in (Keys.BACKSPACE, Keys.BACKSPACE, Keys.ESCAPE):
+        user.read(lambda key=key: user.first(methods).send_keys(key))
     captions = "[data-testid=stCaptionContainer]"
-    user.wait(lambda: any(e.text.startswith("2 runs;") for e in user.all(captions)))
+    user.wait(lambda: any(text.startswith("2 runs;") for text in user.texts(captions)))
     user.click("Start the sweep")
     line = user.wait_for_headline("2 new", 90)
     rows = evaluations(user.server)
@@ -136,7 +138,7 @@ def test_sweep_fills_table_and_store(user):
     assert len(rows) == 2, "a plan that was run before gets an evaluation more, not a run"
     assert rows["run"].nunique() == 2
     best = rows.loc[rows["perplexity"].idxmin()]
-    caption = user.first("[data-testid=stCaptionContainer]").text
+    caption = user.text("[data-testid=stCaptionContainer]")
     assert f"perplexity {best['perplexity']:.2f}" in caption
     assert "0 failed" in line
 
@@ -149,7 +151,7 @@ def test_run_page_audit_and_generation_match_library(user):
     run = newest_job(user.server, "run").result()["run"]
     user.click("Verify size", "[role=tab]")
     user.click("Rebuild and verify")
-    alert = user.wait(lambda: user.all("[data-testid=stAlertContentSuccess]"), 60)[0].text
+    alert = user.wait(lambda: user.texts("[data-testid=stAlertContentSuccess]"), 60)[0]
     assert alert == audit_run(run, store, device="cpu").verdict
     user.click("Generate", "[role=tab]")
     user.click("Generate")

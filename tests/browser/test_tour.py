@@ -34,7 +34,7 @@ def test_tour_through_all_steps(shipped_server, chromium):
     for number in range(1, steps + 1):
         user.open("/")
         user.wait_for_headline("Where should the bits go?", 60)
-        user.first(f".st-key-tour-{number} button").click()
+        user.click_on(f".st-key-tour-{number} button")
         user.wait(lambda: "Where should" not in (user.first_line or "Where should"))
         assert not user.all("[data-testid=stException]")
         assert not user.all("[data-testid=stAlertContentError]")

@@ -129,13 +129,13 @@ def expected(verb: str, whole: Path, folder: Path) -> Expected:
     """A job that is left alone, as the others should end."""
     with own_place(whole, folder):
         began = time.monotonic()
-        job = _ended(jobs.start(folder / "jobs", command(verb, folder, whole.parent / "text.txt")))
+        job = ended(jobs.start(folder / "jobs", command(verb, folder, whole.parent / "text.txt")))
         if job.state != "done":
             raise RuntimeError(f"{verb} ended as {job.state}: {job.message}")
         return Expected(figures(job.result()), time.monotonic() - began)
 
 
-def _ended(job: jobs.Job) -> jobs.Job:
+def ended(job: jobs.Job) -> jobs.Job:
     deadline = time.monotonic() + PATIENCE_S
     while (job := jobs.read(job.folder)).active and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -216,7 +216,7 @@ def kill_job(
             if job.state == "done":
                 break
             killed, job = True, jobs.resume(job)
-        wrong += _faults_of_end(_ended(job), wanted)
+        wrong += _faults_of_end(ended(job), wanted)
         wrong += faults_of_place(folder, before)
         wrong += _unfinished(folder)
     if not killed and not wrong:
@@ -326,7 +326,7 @@ def kill_app(
                 wrong.append("the app goes on")
             if _answers(url):
                 wrong.append("something answers on the app's port")
-        wrong += _faults_of_end(_ended(job), wanted)
+        wrong += _faults_of_end(ended(job), wanted)
         with app(folder) as (process, url):  # cleans up, as every start does
             if not _wait_for(url, process):
                 wrong.append("the app does not start again")

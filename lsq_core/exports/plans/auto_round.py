@@ -22,10 +22,10 @@ from lsq_core.jsontext import json_text
 
 
 def formats(out_features: int, in_features: int) -> tuple[Format, ...]:
-    """2, 3, 4 and 8 bits; 16-bit scales, zero points of the codes' width."""
+    """2 to 6 and 8 bits; 16-bit scales, zero points of the codes' width."""
     if out_features % 32 or in_features % 32:
         return (KEPT,)
-    return grouped_formats(in_features, (2, 3, 4, 8), lambda width: 16 + width)
+    return grouped_formats(in_features, (2, 3, 4, 5, 6, 8), lambda width: 16 + width)
 
 
 def _entry(form: Format) -> dict:

@@ -19,8 +19,8 @@ from lsq_core.jsontext import json_text
 
 
 def formats(out_features: int, in_features: int) -> tuple[Format, ...]:
-    """Codes packed without padding, 16-bit scales, zero points of the codes' width."""
-    return grouped_formats(in_features, (2, 3, 4, 8), lambda width: 16 + width)
+    """Codes of 2 to 8 bits without padding, 16-bit scales, zero points of the codes' width."""
+    return grouped_formats(in_features, (2, 3, 4, 5, 6, 8), lambda width: 16 + width)
 
 
 def write(translation: Translation) -> str:

@@ -21,8 +21,8 @@ _BITS_STORED, _GROUP_BITS = 8, 24
 
 
 def formats(out_features: int, in_features: int) -> tuple[Format, ...]:
-    """2, 3, 4 and 8 bits, all stored in bytes."""
-    grouped = grouped_formats(in_features, (2, 3, 4, 8), lambda width: _GROUP_BITS)
+    """1 to 8 bits, all stored in bytes."""
+    grouped = grouped_formats(in_features, (1, 2, 3, 4, 5, 6, 8), lambda width: _GROUP_BITS)
     return tuple(
         f
         if f == KEPT

@@ -103,6 +103,8 @@ class WeightExporter:
     dtype: str
 
     title: ClassVar[str]
+    #: The bits of codes that the format has.
+    bits: ClassVar[tuple[int, ...]] = (2, 3, 4, 5, 6, 8)
 
     def check_model(self, files: OriginalFiles) -> None:
         """Raise :class:`InputError` for a model that the format cannot hold."""
@@ -201,12 +203,13 @@ def choose_types(
         )
     types = {}
     for matrix in matrices:
-        _check_matrix(title, matrix)
+        _check_matrix(exporter, matrix)
         types[matrix.name] = exporter.stored_type(matrix)
     return types
 
 
-def _check_matrix(title: str, matrix: ExportMatrix) -> None:
+def _check_matrix(exporter: WeightExporter, matrix: ExportMatrix) -> None:
+    title = exporter.title
     if isinstance(matrix.config, MixedRows):
         raise InputError(
             f"{title} gives all rows of a matrix the same bits, and {matrix.name} has "
@@ -216,6 +219,11 @@ def _check_matrix(title: str, matrix: ExportMatrix) -> None:
         raise InputError(
             f"{matrix.name} is one of a stack of experts, and the export to {title} only writes "
             "linear modules; save it as lsq."
+        )
+    if matrix.config.bits not in exporter.bits:
+        raise InputError(
+            f"{title} has no codes of {matrix.config.bits} bit, which {matrix.name} has; plan "
+            "without them, or save it as lsq."
         )
 
 

@@ -1,10 +1,11 @@
 """GGUF files for llama.cpp.
 
 A block of 32 weights in Q4_1 is ``d · code + m`` with ``d`` and ``m`` in fp16, which is HQQ's grid
-with ``d = scale`` and ``m = −zero · scale``: 4-bit codes in groups of 32 are written as they are,
-and so are those of larger groups where no K-quant can hold them. Other configurations get the type
-nearest in size, made from the weights in full precision. Sources: llama.cpp, ``ggml-common.h`` for
-the blocks, ``convert_hf_to_gguf.py`` for metadata and the order of the rows of q and k.
+with ``d = scale`` and ``m = −zero · scale``, and Q5_1 the same with 5-bit codes: 4- and 5-bit codes
+in groups of 32 are written as they are, and so are those of larger groups where no K-quant can hold
+them. Other configurations get the type nearest in size, made from the weights in full precision.
+Sources: llama.cpp, ``ggml-common.h`` for the blocks, ``convert_hf_to_gguf.py`` for metadata and the
+order of the rows of q and k.
 """
 
 from __future__ import annotations
@@ -54,14 +55,20 @@ _BLOCK, _SUPER_BLOCK = 32, 256
 _FLOAT_TYPES = ("F16", "BF16", "F32")
 #: The package that writes K-quants, and the types it is used for, by bits.
 _K_QUANT_PACKAGE = "auto_round"
-_K_QUANTS = {2: "Q2_K", 3: "Q3_K", 4: "Q4_K"}
+_K_QUANTS = {1: "Q2_K", 2: "Q2_K", 3: "Q3_K", 4: "Q4_K", 5: "Q5_K", 6: "Q6_K"}
+#: Those that take their place where rows are not filled by 256 weights; as in llama.cpp, a larger
+#: one for 6 bits.
+_LEGACY = {1: "Q4_0", 2: "Q4_0", 3: "Q4_0", 4: "Q4_1", 5: "Q5_1", 6: "Q8_0", 8: "Q8_0"}
+#: Types of which a block is this project's own codes with scale and minimum.
+_EXACT = {4: "Q4_1", 5: "Q5_1"}
 
 
 @dataclass(frozen=True)
 class Gguf(WeightExporter):
-    """Exact for 4 bits in groups of 32 and for what no K-quant can hold; else requantized."""
+    """Exact for 4 and 5 bits in groups of 32 and where no K-quant fits; else requantized."""
 
     title: ClassVar[str] = "GGUF"
+    bits: ClassVar[tuple[int, ...]] = (1, 2, 3, 4, 5, 6, 8)
 
     def check_model(self, files: OriginalFiles) -> None:
         """See :class:`WeightExporter`."""
@@ -94,15 +101,11 @@ class Gguf(WeightExporter):
         bits, group_size = matrix.config.bits, matrix.config.group_size
         if matrix.in_features % _BLOCK:
             return self._float_type, False
-        if bits == 8:
-            return "Q8_0", False
-        if bits == 4 and group_size == _BLOCK:
-            return "Q4_1", True
-        k_quants = matrix.in_features % _SUPER_BLOCK == 0 and find_spec(_K_QUANT_PACKAGE)
-        if k_quants:
+        fits = matrix.in_features % _SUPER_BLOCK == 0 and find_spec(_K_QUANT_PACKAGE)
+        if fits and bits in _K_QUANTS and not (bits in _EXACT and group_size == _BLOCK):
             return _K_QUANTS[bits], False
         # llama.cpp itself would take Q5_0 in the place of Q4_K: larger, and requantized.
-        return ("Q4_1", True) if bits == 4 else ("Q4_0", False)
+        return _LEGACY[bits], bits in _EXACT
 
     def write(self, export: Export, folder: Path) -> dict[str, int]:
         """See :class:`WeightExporter`; matrices are made and written one at a time."""
@@ -204,25 +207,25 @@ def _matrix_rows(
 ) -> np.ndarray:
     """The bytes of a matrix, uint8 (rows, bytes of a row), its rows in llama.cpp's order."""
     if stored.exact:
-        rows = q4_1_rows(export.packed(module), module)
+        rows = exact_rows(export.packed(module), module)
     else:
         rows = _requantize(export.weight(module), stored.name)
     return np.ascontiguousarray(rows if order is None else rows[order])
 
 
-def q4_1_rows(packed: PackedMatrix, name: str) -> np.ndarray:
-    """A 4-bit matrix in Q4_1 with its own codes, uint8 (rows, bytes of a row).
+def exact_rows(packed: PackedMatrix, name: str) -> np.ndarray:
+    """A matrix of 4 or 5 bits in Q4_1 or Q5_1 with its own codes, uint8 (rows, bytes of a row).
 
-    A block is d and m in fp16, then the codes of its first 16 weights in the lower halves of 16
-    bytes and those of the others in the upper halves.
+    A block is d and m in fp16; in Q5_1 the fifth bits of its 32 codes in order; then the other four
+    of its first 16 weights in the lower halves of 16 bytes and of the others in the upper halves.
 
     Raises
     ------
     LsqError
         When a scale or minimum is beyond the range of fp16.
     """
-    numel, repeats = prod(packed.shape), packed.config.group_size // _BLOCK
-    codes = unpack_bits(packed.codes.cpu(), 4, numel).numpy().reshape(-1, 2, _BLOCK // 2)
+    bits, repeats = packed.config.bits, packed.config.group_size // _BLOCK
+    codes = unpack_bits(packed.codes.cpu(), bits, prod(packed.shape)).numpy().reshape(-1, _BLOCK)
     scale, zero = packed.scale.decode().cpu(), packed.zero.decode().cpu()
     grid = np.stack([scale.numpy(), (-zero * scale).numpy()], axis=1).repeat(repeats, axis=0)
     with np.errstate(over="ignore"):
@@ -230,9 +233,11 @@ def q4_1_rows(packed: PackedMatrix, name: str) -> np.ndarray:
     if not np.isfinite(rounded).all():
         raise LsqError(
             f"{name} has a scale or minimum of {np.abs(grid).max():.3g}, beyond the range of fp16, "
-            "in which Q4_1 keeps them; save it as lsq."
+            f"in which {_EXACT[bits]} keeps them; save it as lsq."
         )
-    blocks = np.concatenate([rounded.view(np.uint8), codes[:, 0] | codes[:, 1] << 4], axis=1)
+    fifth = [np.packbits(codes >> 4, axis=1, bitorder="little")] if bits == 5 else []
+    first, second = np.split(codes & 15, 2, axis=1)
+    blocks = np.concatenate([rounded.view(np.uint8), *fifth, first | second << 4], axis=1)
     return blocks.reshape(packed.shape[0], -1)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from lsq_core.errors import InputError
+from lsq_core.errors import InputError, choose
 
 if TYPE_CHECKING:
     from lsq_core.exports.weights.base import WeightExporter
@@ -76,9 +76,12 @@ def weight_format(name: str) -> WeightFormat:
     InputError
         When there is no format of that name.
     """
-    if name not in FORMATS:
-        raise InputError(f"'{name}' is not a format; choose one of {', '.join(FORMATS)}.")
-    return FORMATS[name]
+    return choose(FORMATS, name, "a format")
+
+
+def check_crossing(crossing: str) -> None:
+    """Raise :class:`InputError` unless it is a way to write groups that cross rows."""
+    choose(CROSSING, crossing, "a way to write groups that cross rows")
 
 
 def get_exporter(name: str, crossing: str = "refuse", dtype: str = "F32") -> WeightExporter:
@@ -92,9 +95,5 @@ def get_exporter(name: str, crossing: str = "refuse", dtype: str = "F32") -> Wei
     module, _, attribute = weight_format(name).import_path.partition(":")
     if not module:
         raise InputError(f"'{name}' is the format that models are saved in; nothing is exported.")
-    if crossing not in CROSSING:
-        raise InputError(
-            f"'{crossing}' is not a way to write groups that cross rows; choose one of "
-            f"{', '.join(CROSSING)}."
-        )
+    check_crossing(crossing)
     return getattr(import_module(module), attribute)(crossing, dtype)

@@ -6,7 +6,8 @@ the command line, pages and charts need to know of it (:class:`.base.Planner`).
 
 from __future__ import annotations
 
-from lsq_core.errors import InputError
+from lsq_core.bits import PAPER
+from lsq_core.errors import choose
 from lsq_core.planning.methods.base import Planner
 from lsq_core.planning.methods.boost import (
     KurtBoost,
@@ -18,6 +19,8 @@ from lsq_core.planning.methods.high_impact import HighImpact
 from lsq_core.planning.methods.kl_aware import KlAware
 from lsq_core.planning.methods.loss_aware import LossAware
 from lsq_core.planning.methods.mxq import KurtMilp, KurtScaled, Mxq, SensiMilp
+from lsq_core.planning.methods.rank import KurtBoostRank, SensiBoostRank
+from lsq_core.planning.methods.refined import Refined
 from lsq_core.planning.methods.sensi_knapsack import SensiKnapsack
 from lsq_core.planning.methods.uniform import Uniform
 
@@ -29,6 +32,8 @@ PLANNERS: dict[str, Planner] = {
         KurtBoost(),
         SensiBoostAblation(),
         KurtBoostAblation(),
+        SensiBoostRank(),
+        KurtBoostRank(),
         Mxq(),
         KurtScaled(),
         SensiMilp(),
@@ -36,6 +41,7 @@ PLANNERS: dict[str, Planner] = {
         SensiKnapsack(),
         LossAware(),
         KlAware(),
+        Refined(),
         HighImpact(),
     )
 }
@@ -49,9 +55,7 @@ def get_planner(name: str) -> Planner:
     InputError
         If there is none.
     """
-    if name not in PLANNERS:
-        raise InputError(f"'{name}' is not a method; choose one of {', '.join(PLANNERS)}.")
-    return PLANNERS[name]
+    return choose(PLANNERS, name, "a method")
 
 
 def reads_field(method: str, field: str) -> bool:
@@ -62,3 +66,9 @@ def reads_field(method: str, field: str) -> bool:
 def mixes_rows(method: str) -> bool:
     """Return whether a method gives the rows of a matrix different bits."""
     return method in PLANNERS and PLANNERS[method].reads_rows
+
+
+def ladder_of(method: str, wanted: str) -> str:
+    """Return the ladder that a method plans on where one is wanted: that one, or the paper's."""
+    planner = PLANNERS.get(method)  # an unknown one is refused when its plan is made
+    return wanted if planner is None or wanted in planner.ladders else PAPER

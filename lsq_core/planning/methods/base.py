@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from lsq_core.bits import LADDER, Config
+from lsq_core.bits import LADDERS, Config, get_ladder
+from lsq_core.errors import InputError
 from lsq_core.planning.frontier import Frontier
 from lsq_core.planning.problem import Problem
 from lsq_core.planning.request import PlanRequest
@@ -35,11 +36,21 @@ class Planner(Protocol):
     has_base: bool
     #: Whether it reads :class:`lsq_core.planning.problem.Impact`.
     reads_rows: bool
+    #: Names of the ladders that it plans on (:data:`lsq_core.bits.LADDERS`).
+    ladders: tuple[str, ...]
+    #: Whether it reads :class:`lsq_core.planning.problem.Refinement`.
+    reads_refinement: bool
     #: The quantity that it minimises, with its unit if any; empty for a method with a base.
     cost_unit: str
 
     def options(self, request: PlanRequest) -> tuple[Config, ...]:
-        """Return the configurations that a matrix can get, from few bits to many."""
+        """Return the configurations that a matrix can get, from few bits to many.
+
+        Raises
+        ------
+        InputError
+            If the request is on a ladder that the method doesn't plan on.
+        """
         ...
 
     def frontier(self, problem: Problem, request: PlanRequest, bases: list[int]) -> Frontier:
@@ -54,8 +65,26 @@ class LadderPlanner:
     metrics: tuple[str, ...] = ()
     fields: tuple[str, ...] = ()
     reads_rows = False
+    reads_refinement = False
+    ladders: tuple[str, ...] = tuple(LADDERS)
     cost_unit = ""
 
     def options(self, request: PlanRequest) -> tuple[Config, ...]:
-        """Return the ladder."""
-        return LADDER
+        """Return the ladder that the request names.
+
+        Raises
+        ------
+        InputError
+            If the method doesn't plan on that ladder.
+        """
+        check_ladder(self, request)
+        return get_ladder(request.ladder)
+
+
+def check_ladder(planner: Planner, request: PlanRequest) -> None:
+    """Raise :class:`InputError` for a request on a ladder that a method doesn't plan on."""
+    if request.ladder not in planner.ladders:
+        raise InputError(
+            f"{planner.title} plans on the {' or '.join(planner.ladders)} ladder alone; "
+            f"plan without the {request.ladder} one."
+        )

@@ -6,6 +6,7 @@ from collections import defaultdict
 
 import numpy as np
 
+from lsq_core.bits import PAPER
 from lsq_core.errors import LsqError
 from lsq_core.planning.detection import Detection, detect_outliers
 from lsq_core.planning.frontier import Frontier, Segment, build_moves
@@ -58,10 +59,11 @@ def flagged_layers(problem: Problem, metric: str, top_m: int) -> dict[str, dict[
     }
 
 
-class _Boost(LadderPlanner):
+class Boost(LadderPlanner):
     """A base configuration, and more bits for selected layers of each module type."""
 
     has_base = True
+    ladders = (PAPER,)  # a boost counts configurations, and the papers' counts are of this one
     fields = ("boost_stop", "top_m")
 
     def boosted_layers(self, problem: Problem, request: PlanRequest) -> dict[str, dict[int, float]]:
@@ -98,7 +100,7 @@ def rank_items(
     return sorted(priorities.items(), key=lambda pair: (-pair[1], pair[0]))
 
 
-class SensiBoost(_Boost):
+class SensiBoost(Boost):
     """More bits for the layers that Algorithm 1 flags by activation sensitivity."""
 
     name = "sensiboost"
@@ -128,7 +130,7 @@ class SensiBoost(_Boost):
         return flagged_layers(problem, request.metric, request.top_m)
 
 
-class KurtBoost(_Boost):
+class KurtBoost(Boost):
     """More bits for the layers that Algorithm 1 flags by weight kurtosis."""
 
     name = "kurtboost"
@@ -155,12 +157,12 @@ class KurtBoost(_Boost):
         return flagged_layers(problem, "kurtosis", request.top_m)
 
 
-class _Ablation(_Boost):
+class _Ablation(Boost):
     """As many layers per type as the method boosts, drawn from those that neither method flags."""
 
     metrics = ("sensitivity", "kurtosis")
     fields = ("boost_stop", "top_m", "metric", "seed")
-    method: type[_Boost]
+    method: type[Boost]
 
     def boosted_layers(self, problem: Problem, request: PlanRequest) -> dict[str, dict[int, float]]:
         """Return randomly drawn layers by type, ranked by the order of the draw.

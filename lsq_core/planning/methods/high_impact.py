@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 
-from lsq_core.bits import Config, MixedRows, mixed_rows
+from lsq_core.bits import PAPER, Config, MixedRows, mixed_rows
 from lsq_core.errors import InputError
 from lsq_core.model.info import Matrix
 from lsq_core.planning.block_plans import (
@@ -20,6 +20,7 @@ from lsq_core.planning.block_plans import (
     predicted_loss,
 )
 from lsq_core.planning.frontier import Frontier, Segment
+from lsq_core.planning.methods.base import check_ladder
 from lsq_core.planning.problem import Impact, Interactions, Problem
 from lsq_core.planning.request import PlanRequest
 from lsq_core.planning.ties import merge_groups
@@ -53,10 +54,13 @@ class HighImpact:
     fields = ("low_bits", "high_bits", "group_size", "loss", "ratios", "clip")
     has_base = False
     reads_rows = True
+    reads_refinement = False
+    ladders = (PAPER,)
     cost_unit = "predicted change of the output"
 
     def options(self, request: PlanRequest) -> tuple[Config, ...]:
-        """Return mixed rows at each ratio."""
+        """Return mixed rows at each ratio; their widths are of the paper's ladder."""
+        check_ladder(self, request)
         return mixed_rows(request.low_bits, request.high_bits, request.group_size)
 
     def frontier(self, problem: Problem, request: PlanRequest, bases: list[int]) -> Frontier:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from lsq_core.errors import InputError
-from lsq_core.planning.knapsack import Knapsack
+from lsq_core.planning.methods.knapsack import Knapsack
 from lsq_core.planning.methods.sensi_knapsack import fill_unreached_experts
 from lsq_core.planning.problem import Problem
 
@@ -24,7 +24,7 @@ class LossAware(Knapsack):
     source = "our own, after Malinovskii et al., The Linearity Theorem (NAACL 2025)"
     use = (
         "The best plans here, with KL-aware: on SmolLM2 (4,096 tokens of WikiText-2) perplexity "
-        "24.8 at 3.6 bits, against 53.1 of uniform 3.51."
+        "25.2 at 3.6 bits, against 53.1 of uniform 3.51."
     )
     limits = (
         "Its measurement runs the model again for each matrix and needs all of it in memory. "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from lsq_core.model.info import Matrix
-from lsq_core.planning.knapsack import Knapsack
+from lsq_core.planning.methods.knapsack import Knapsack
 from lsq_core.planning.problem import Problem
 
 

@@ -49,15 +49,15 @@ def sort_by_bytes(segments: Iterable[Segment]) -> tuple[Segment, ...]:
     return tuple(sorted(segments, key=lambda segment: segment.start_bytes))
 
 
-def uniform_within(bits: float) -> QuantConfig:
+def uniform_within(bits: float, ladder: tuple[QuantConfig, ...] = LADDER) -> QuantConfig:
     """Return the largest uniform configuration of at most so many bits a parameter.
 
     It is what a plan of that size is compared with; the smallest one where none is so small.
     """
     return max(
-        (c for c in LADDER if c.nominal_bits <= bits + 1e-6),
+        (c for c in ladder if c.nominal_bits <= bits + 1e-6),
         key=lambda c: c.nominal_bits,
-        default=LADDER[0],
+        default=ladder[0],
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from lsq_core.errors import InputError
+from lsq_core.errors import choose
 from lsq_core.profiling.metrics.base import Metric
 from lsq_core.profiling.metrics.expected_kl import ExpectedKl
 from lsq_core.profiling.metrics.kurtosis import Kurtosis
@@ -41,9 +41,7 @@ def get_metric(name: str) -> type[Metric]:
     InputError
         If there is none.
     """
-    if name not in METRICS:
-        raise InputError(f"'{name}' is not a metric; choose one of {', '.join(METRICS)}.")
-    return METRICS[name]
+    return choose(METRICS, name, "a metric")
 
 
 def default_metrics() -> tuple[str, ...]:

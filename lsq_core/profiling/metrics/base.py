@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lsq_core.bits import QuantConfig
-from lsq_core.model.info import Matrix
+from lsq_core.model.info import Matrix, ModelInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,13 +19,15 @@ if TYPE_CHECKING:
 class Score:
     """One score of a matrix; ``config`` is None for a score that depends on no configuration.
 
-    ``part`` names the part of the block whose matrices were quantized together, if any.
+    ``part`` names the part of the block whose matrices were quantized together, if any. ``value``
+    may be a tensor of one number, which is read when the block is done: a GPU need not be waited
+    for at each score.
     """
 
     matrix: Matrix
     metric: str
     config: QuantConfig | None
-    value: float
+    value: float | Tensor
     part: str = ""
 
 
@@ -33,7 +35,7 @@ class Metric:
     """A metric: class attributes that describe it, and methods that measure it.
 
     The attributes are read without importing torch, so a metric's file imports torch inside the
-    functions that compute. A subclass overrides one or more of the three ``score_*`` methods.
+    functions that compute. A subclass overrides one or more of the ``score_*`` methods.
     """
 
     #: Identifier in profiles, in the database and on the command line.
@@ -67,7 +69,8 @@ class Metric:
     #: Whether it is measured on the way back through the blocks: its context is a
     #: :class:`lsq_core.profiling.backward.GradientContext`.
     needs_gradients: bool = False
-    #: The configurations it is measured at; empty if it needs no quantized weights.
+    #: The configurations it is measured at, those of them that the profile's ladder has; empty if
+    #: it needs no quantized weights.
     configs: Sequence[QuantConfig] = ()
     #: Whether there is one score for each of ``configs``, rather than one for the matrix.
     by_config: bool = False
@@ -78,9 +81,30 @@ class Metric:
         """Return the relative cost of one score in a layer, from which time left is estimated."""
         return 1
 
+    @classmethod
+    def cost_note(cls, info: ModelInfo, block_tokens: int) -> str:
+        """Return a sentence on what measuring it takes where that is much, otherwise nothing."""
+        return ""
+
     def score_unquantized(self, context: BlockContext) -> Iterator[Score]:
         """Yield the scores that depend on no configuration; none unless overridden."""
         return iter(())
+
+    def score_at_configs(
+        self,
+        context: BlockContext,
+        configs: Sequence[QuantConfig],
+        quantized: dict[Matrix, Tensor],
+    ) -> Iterator[Score]:
+        """Yield the scores at several configurations of one group size.
+
+        ``quantized`` holds the dequantized weights, float32 (configs, out, in), by matrix. Unless
+        overridden, each of ``self.configs`` is scored by itself.
+        """
+        for number, config in enumerate(configs):
+            if config in self.configs:
+                own = {matrix: weights[number] for matrix, weights in quantized.items()}
+                yield from self.score_at_config(context, config, own)
 
     def score_at_config(
         self, context: BlockContext, config: QuantConfig, quantized: dict[Matrix, Tensor]

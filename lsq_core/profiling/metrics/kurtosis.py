@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 _CHUNK = 2**22
 
 
-def kurtosis(weight: Tensor) -> float:
-    """Return Pearson's kurtosis (normal = 3) with population moments, accumulated in float64.
+def kurtosis(weight: Tensor) -> Tensor:
+    """Return Pearson's kurtosis (normal = 3) with population moments, float64.
 
     Equals ``scipy.stats.kurtosis(w, axis=None, fisher=False, bias=True)``; NaN for a constant
     matrix.
@@ -31,7 +31,7 @@ def kurtosis(weight: Tensor) -> float:
         squared = (chunk.double() - mean).square_()
         second = second + squared.sum()
         fourth = fourth + squared.square_().sum()
-    return float((fourth / count) / (second / count) ** 2)
+    return (fourth / count) / (second / count) ** 2
 
 
 class Kurtosis(Metric):

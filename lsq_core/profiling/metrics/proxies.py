@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from lsq_core.bits import LADDER, QuantConfig
+from lsq_core.bits import EXTENDED_LADDER, QuantConfig
 from lsq_core.model.info import Matrix
 from lsq_core.profiling.metrics.base import Metric, Score
 
@@ -37,7 +37,7 @@ class GramDiagonal(Metric):
     default = False
     proxy_of = "sensitivity_module"
     needs_calibration = True
-    configs = LADDER
+    configs = EXTENDED_LADDER
     by_config = True
 
     def score_at_config(
@@ -47,7 +47,7 @@ class GramDiagonal(Metric):
         for matrix, weight in quantized.items():
             squares, tokens = context.second_moments[matrix]
             by_input = (context.weight(matrix).float() - weight).square_().sum(0)
-            value = float(by_input.double() @ squares.double()) if tokens else math.nan
+            value = by_input.double() @ squares.double() if tokens else math.nan
             yield Score(matrix, self.name, config, value / max(tokens * matrix.out_features, 1))
 
 
@@ -68,7 +68,7 @@ class DiagonalFisher(Metric):
     proxy_of = "sensitivity_module"
     needs_calibration = True
     needs_full_model = True
-    configs = LADDER
+    configs = EXTENDED_LADDER
     by_config = True
 
     def __init__(self) -> None:
@@ -88,9 +88,10 @@ class DiagonalFisher(Metric):
             holder, _ = locate_parameter(model, matrix)
             squares = matrix_view(self.squares[parameter_name(matrix)], holder, matrix)
             change = (context.weight(matrix).float() - weight).square_().mul_(squares)
-            value = float(change.sum(1).double().sum())
-            unreached = matrix.expert is not None and not bool(squares.any())
-            yield Score(matrix, self.name, config, math.nan if unreached else value)
+            value = change.sum(1).double().sum()
+            if matrix.expert is not None:
+                value = value.where(squares.any(), math.nan)
+            yield Score(matrix, self.name, config, value)
 
 
 def mean_squared_gradients(

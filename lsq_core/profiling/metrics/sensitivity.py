@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from lsq_core.bits import LADDER, QuantConfig
+from lsq_core.bits import EXTENDED_LADDER, QuantConfig
 from lsq_core.model.info import Matrix
 from lsq_core.profiling.metrics.base import Metric, Score
 from lsq_core.profiling.metrics.weight_error import squared_norm
@@ -17,18 +17,31 @@ if TYPE_CHECKING:
     from lsq_core.profiling.parts import Part
 
 
-def module_sensitivity(difference: Tensor, gram: Tensor, tokens: int) -> float:
+def module_sensitivity(difference: Tensor, gram: Tensor, tokens: int) -> Tensor:
     """Return ``tr(ΔW·H·ΔWᵀ)/(T·d_out)``, the exact mean squared output change of a linear module.
 
-    ``difference`` is (out, in), ``gram`` is ``XᵀX`` (in, in) over ``tokens`` tokens. NaN if no
-    token reached the module (an expert that was never routed to).
+    ``difference`` is (…, out, in), ``gram`` is ``XᵀX`` (in, in) over ``tokens`` tokens. The result
+    is float64 (…,), NaN if no token reached the module (an expert that was never routed to).
     """
     import torch
 
     if tokens == 0:
-        return float("nan")
+        return difference.new_full(difference.shape[:-2], torch.nan, dtype=torch.float64)
     rows = torch.linalg.vecdot(difference @ gram, difference)
-    return float(rows.double().sum()) / (tokens * difference.shape[0])
+    return rows.sum(-1, dtype=torch.float64) / (tokens * difference.shape[-2])
+
+
+def _output_changes(context: BlockContext, matrix: Matrix, weights: Tensor) -> Tensor:
+    """The sensitivity of a module to each of (configs, out, in), float64 (configs,).
+
+    It is kept in the context for the next metric that asks for it.
+    """
+    known = context.cache.get("output changes", (None, None))
+    if known[0] is not weights:
+        difference = context.weight(matrix).float() - weights
+        known = weights, module_sensitivity(difference, *context.observations.grams[matrix])
+        context.cache["output changes"] = known
+    return known[1]
 
 
 class ModuleSensitivity(Metric):
@@ -42,17 +55,20 @@ class ModuleSensitivity(Metric):
     log_scale = True
     detects_outliers = True
     needs_calibration = True
-    configs = LADDER
+    configs = EXTENDED_LADDER
     by_config = True
 
-    def score_at_config(
-        self, context: BlockContext, config: QuantConfig, quantized: dict[Matrix, Tensor]
+    def score_at_configs(
+        self,
+        context: BlockContext,
+        configs: Sequence[QuantConfig],
+        quantized: dict[Matrix, Tensor],
     ) -> Iterator[Score]:
-        """Yield one score for each matrix."""
-        for matrix, weight in quantized.items():
-            difference = context.weight(matrix).float() - weight
-            value = module_sensitivity(difference, *context.observations.grams[matrix])
-            yield Score(matrix, self.name, config, value)
+        """Yield one score for each matrix and configuration."""
+        for matrix, weights in quantized.items():
+            changes = _output_changes(context, matrix, weights)
+            for config, value in zip(configs, changes, strict=True):
+                yield Score(matrix, self.name, config, value)
 
 
 class PartSensitivity(Metric):
@@ -67,26 +83,41 @@ class PartSensitivity(Metric):
     detects_outliers = True
     shared_by_part = True
     needs_calibration = True
-    configs = LADDER
+    configs = EXTENDED_LADDER
     by_config = True
 
-    def score_at_config(
-        self, context: BlockContext, config: QuantConfig, quantized: dict[Matrix, Tensor]
+    def score_at_configs(
+        self,
+        context: BlockContext,
+        configs: Sequence[QuantConfig],
+        quantized: dict[Matrix, Tensor],
     ) -> Iterator[Score]:
         """Yield the score of each part for all of its matrices."""
         for part in context.parts:
             if any(m not in quantized for m in part.matrices):
                 continue  # a group size that does not divide one of them
-            value = _part_score(context, part, {m: quantized[m] for m in part.matrices})
-            for matrix in part.matrices:
-                yield Score(matrix, self.name, config, value, part.name)
+            values = _part_scores(context, part, {m: quantized[m] for m in part.matrices})
+            for config, value in zip(configs, values, strict=True):
+                for matrix in part.matrices:
+                    yield Score(matrix, self.name, config, value, part.name)
 
 
-def _part_score(context: BlockContext, part: Part, quantized: dict[Matrix, Tensor]) -> float:
+def _part_scores(
+    context: BlockContext, part: Part, quantized: dict[Matrix, Tensor]
+) -> Iterable[float | Tensor]:
+    """One score for each configuration of the weights (configs, out, in)."""
     if part.linear:
-        ((matrix, weight),) = quantized.items()
-        difference = context.weight(matrix).float() - weight
-        return module_sensitivity(difference, *context.observations.grams[matrix])
+        ((matrix, weights),) = quantized.items()
+        return _output_changes(context, matrix, weights)
+    by_config = (
+        dict(zip(quantized, own, strict=True)) for own in zip(*quantized.values(), strict=True)
+    )
+    return [_replay_score(context, part, own) for own in by_config]
+
+
+def _replay_score(
+    context: BlockContext, part: Part, quantized: dict[Matrix, Tensor]
+) -> float | Tensor:
     replay = context.observations.replays[part.comparison]
     total, count = 0.0, 0
     with context.replaced_weights(quantized):

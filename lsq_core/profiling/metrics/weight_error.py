@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from lsq_core.bits import LADDER, QuantConfig
+from lsq_core.bits import EXTENDED_LADDER, QuantConfig
 from lsq_core.model.info import Matrix
 from lsq_core.profiling.metrics.base import Metric, Score
 
@@ -14,22 +14,25 @@ if TYPE_CHECKING:
 
     from lsq_core.profiling.context import BlockContext
 
-#: Between these bounds, no square in the sum left the range of float32.
-_MIN_SQUARES, _MAX_SQUARES = 1e-24, 1e36
+#: Values squared at a time: 32 MiB in float64.
+_CHUNK = 2**22
 
 
-def squared_norm(values: Tensor) -> float:
-    """Return ``Σ v²`` of (…, n): over n in the dtype of the values, over the rest in float64.
+def squared_norm(values: Tensor) -> Tensor:
+    """Return ``Σ v²`` of all values, float64, on their device."""
+    return squared_norms(values[None])[0]
 
-    If squares could leave the range of float32, all of it is computed in float64, more slowly.
+
+def squared_norms(values: Tensor) -> Tensor:
+    """Return ``Σ v²`` over all but the first dimension of (n, …), float64 (n,).
+
+    Squares are those of float64, as some leave the range of float32.
     """
     import torch
 
-    total = float(torch.linalg.vector_norm(values, dim=-1).double().square().sum())
-    if _MIN_SQUARES < total < _MAX_SQUARES:
-        return total
-    norms = torch.linalg.vector_norm(values, dim=-1, dtype=torch.float64)
-    return float(norms.square().sum())
+    chunks = values.flatten(1).split(max(_CHUNK // len(values), 1), dim=1)
+    norms = [torch.linalg.vector_norm(chunk, dim=1, dtype=torch.float64) for chunk in chunks]
+    return sum(norm.square_() for norm in norms)
 
 
 class WeightError(Metric):
@@ -41,13 +44,17 @@ class WeightError(Metric):
     axis = "‖W − Ŵ‖ (Frobenius)"
     meaning = "How far the weights move when they are quantized."
     needs_calibration = False
-    configs = LADDER
+    configs = EXTENDED_LADDER
     by_config = True
 
-    def score_at_config(
-        self, context: BlockContext, config: QuantConfig, quantized: dict[Matrix, Tensor]
+    def score_at_configs(
+        self,
+        context: BlockContext,
+        configs: Sequence[QuantConfig],
+        quantized: dict[Matrix, Tensor],
     ) -> Iterator[Score]:
-        """Yield one score for each matrix."""
-        for matrix, weight in quantized.items():
-            error = squared_norm(context.weight(matrix).float() - weight) ** 0.5
-            yield Score(matrix, self.name, config, error)
+        """Yield one score for each matrix and configuration."""
+        for matrix, weights in quantized.items():
+            errors = squared_norms(context.weight(matrix).float() - weights).sqrt_()
+            for config, error in zip(configs, errors, strict=True):
+                yield Score(matrix, self.name, config, error)

@@ -1,11 +1,12 @@
 """The half-quadratic solver of [D], as ``hqq`` defines it, over pieces that stay in cache.
 
 ``hqq`` moves each group's zero point in 20 steps over the whole tensor: round to the grid, shrink
-the error towards a sparse one, take the mean. Three things make that fast without changing it:
+the error towards a sparse one, take the mean. Three things make it fast without changing it:
 
 * Groups are independent but for the early stop, which looks at the error of the whole tensor. So
   a piece runs all its steps while it is in cache (or registers) and records the zero points after
-  each; the step at which ``hqq`` would have stopped is selected at the end.
+  each; the step at which ``hqq`` would have stopped is selected at the end. So are several grids
+  of one matrix with the same groups, which go through the steps together.
 * The shrinking operator ``sign(e)·relu(|e| − |e|^(p−1)/β)`` is zero for every error below
   ``β^(−1/(2−p))``, 0.17 for its parameters. Weights of language models stay far below that, and
   then the step is ``zero ← mean(code) − scale·mean(weight)``: no power, no dequantized weights.
@@ -16,12 +17,13 @@ the error towards a sparse one, take the mean. Three things make that fast witho
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from math import log2
 
 import torch
 from torch import Tensor
 
+from lsq_core.quantization.base import highest_codes
 from lsq_core.quantization.hqq import solver_triton
 from lsq_core.quantization.hqq.solver_compiled import AdaptiveSteps, SolverBackend
 
@@ -36,7 +38,6 @@ THRESHOLD = BETA ** (-1 / (2 - LP_NORM))
 CHUNK_WEIGHTS = 2**18
 
 
-@torch.inference_mode()
 def solve_zero_points(weight: Tensor, scale: Tensor, zero: Tensor, top: int, axis: int) -> Tensor:
     """Optimize the zero point of every group, as ``hqq``'s ``optimize_weights_proximal`` does.
 
@@ -56,19 +57,29 @@ def solve_zero_points(weight: Tensor, scale: Tensor, zero: Tensor, top: int, axi
     The zero points, float32 in the shape of ``zero``. A group that contains a NaN or an infinity
     gets zero points that are not finite, and does not affect when the other groups stop.
     """
+    grids = scale.view(1, -1), zero.view(1, -1)
+    return solve_several(weight, *grids, [top], axis).view(zero.shape)
+
+
+@torch.inference_mode()
+def solve_several(
+    weight: Tensor, scale: Tensor, zero: Tensor, tops: Sequence[int], axis: int
+) -> Tensor:
+    """Optimize the zero points of several grids of one matrix, each with its own highest code.
+
+    ``weight`` is as in :func:`solve_zero_points`; ``scale`` and ``zero`` are (grids, groups), and
+    so are the zero points that are returned, float32. Each grid stops at its own step. Nothing
+    here waits for a GPU.
+    """
     scale, zero = scale.float(), zero.float()
     if _uses_triton(weight.device):
         zeros, errors = solver_triton.run_all_steps(
-            weight, scale, zero, top, axis, steps=STEPS, lp_norm=LP_NORM, beta=BETA
+            weight, scale, zero, tops, axis, steps=STEPS, lp_norm=LP_NORM, beta=BETA
         )
     else:
-        parts = [
-            _solve_piece(weight[piece].float(), scale[piece], zero[piece], top, axis)
-            for piece in _pieces(weight, axis)
-        ]
-        zeros = torch.cat([zeros for zeros, _ in parts], dim=2 - axis)
-        errors = sum(errors for _, errors in parts)
-    return zeros.index_select(0, stopping_step((errors / weight.numel()).float()))[0]
+        zeros, errors = _solve_in_pieces(weight, scale, zero, tops, axis)
+    stop = stopping_step((errors / weight.numel()).float())
+    return zeros.gather(0, stop[None, :, None].expand(1, *zero.shape))[0]
 
 
 def backend(device: torch.device | str) -> SolverBackend:
@@ -90,64 +101,74 @@ def _uses_triton(device: torch.device) -> bool:
 def stopping_step(errors: Tensor) -> Tensor:
     """The first step whose error is no improvement: ``hqq`` stops after it, else after the last.
 
-    ``errors`` is (steps,), the mean absolute error before each; returns (1,), the step. It stays
-    on the device, so that a GPU need not wait for the answer.
+    ``errors`` is (steps, grids), the mean absolute error before each step; returns (grids,), the
+    steps. They stay on the device, so that a GPU need not wait for the answer.
     """
-    before = torch.cat([errors.new_full((1,), torch.inf), errors[:-1]])
-    worse = ~(errors < before)
-    worse[-1] = True
-    return worse.int().argmax().view(1)
+    improves = torch.ones_like(errors, dtype=torch.bool)
+    torch.lt(errors[1:], errors[:-1], out=improves[1:])
+    torch.lt(errors[0], torch.inf, out=improves[0])
+    return improves.int().cumprod(0).sum(0).clamp_(max=len(errors) - 1)
 
 
-def _pieces(weight: Tensor, axis: int) -> Iterator[tuple[slice, slice]]:
-    """Slices of whole groups, small enough for the cache."""
+def _solve_in_pieces(
+    weight: Tensor, scale: Tensor, zero: Tensor, tops: Sequence[int], axis: int
+) -> tuple[Tensor, Tensor]:
+    """Zero points after each step (steps, grids, groups), and the error before (steps, grids).
+
+    The error is summed over all weights, float64. Pieces are whole groups that fit the cache with
+    all their grids.
+    """
     groups, group_size = weight.shape[1 - axis], weight.shape[axis]
-    length = max(CHUNK_WEIGHTS // group_size, 1)
-    everything = slice(None)
+    length = max(CHUNK_WEIGHTS // (group_size * len(tops)), 1)
+    top = highest_codes(weight.device, tuple(tops))[:, None]
+    parts = []
     for start in range(0, groups, length):
-        chunk = slice(start, start + length)
-        yield (chunk, everything) if axis == 1 else (everything, chunk)
+        own = slice(start, start + length)
+        piece = weight[own] if axis == 1 else weight[:, own]
+        parts.append(_solve_piece(piece.float(), scale[:, own], zero[:, own], top, axis))
+    zeros = torch.cat([zeros for zeros, _ in parts], dim=2) if len(parts) > 1 else parts[0][0]
+    return zeros, sum(errors for _, errors in parts)
 
 
 def _solve_piece(
-    weight: Tensor, scale: Tensor, zero: Tensor, top: int, axis: int
+    weight: Tensor, scale: Tensor, zero: Tensor, top: Tensor, axis: int
 ) -> tuple[Tensor, Tensor]:
-    """Zero points after each step (steps, …) and the summed error before each (steps,).
+    """Zero points after each step (steps, grids, groups), and the summed error (steps, grids).
 
-    The steps without shrinking come first; groups whose errors turn out too large for them, and
-    those only, start again in full.
+    ``top`` is (grids, 1). The steps without shrinking come first; groups whose errors turn out too
+    large for them, and those only, start again in full.
     """
-    scaled = weight * scale
-    mean = scaled.mean(axis, keepdim=True)
+    dim = -1 if axis == 1 else 0  # of a group's weights, where there are several grids
+    top = top.expand(scale.shape)
+    scaled = weight.unsqueeze(1 - axis) * scale.unsqueeze(dim)
+    mean = scaled.mean(dim)
     if bool((scale < 0.5 / THRESHOLD).all()):  # half a step survives the shrinking everywhere
-        zeros, errors = steps(scaled, mean, scale, zero, top, axis, True)
+        zeros, errors = steps(scaled, mean, scale, zero, top, dim, True)
         return zeros, _sum_finite(errors)
-    zeros, errors = steps(scaled, mean, scale, zero, top, axis, False)
+    zeros, errors = steps(scaled, mean, scale, zero, top, dim, False)
     exceeds_threshold = ~(
-        _largest_error(scaled, scale, zeros, top, axis) <= THRESHOLD
+        _largest_error(scaled, scale, zeros, top, dim) <= THRESHOLD
     )  # or not a number
     if bool(exceeds_threshold.any()):
-        chunk = (exceeds_threshold, slice(None)) if axis == 1 else (slice(None), exceeds_threshold)
-        part = (scaled[chunk], mean[chunk], scale[chunk], zero[chunk])
-        zeros[(slice(None), *chunk)], errors[(slice(None), *chunk)] = _eager_steps(
-            *part, top, axis, True
-        )
+        own = scaled[exceeds_threshold] if dim == -1 else scaled[:, exceeds_threshold]
+        part = (own, *(values[exceeds_threshold] for values in (mean, scale, zero, top)))
+        zeros[:, exceeds_threshold], errors[:, exceeds_threshold] = _eager_steps(*part, dim, True)
     return zeros, _sum_finite(errors)
 
 
-def _largest_error(scaled: Tensor, scale: Tensor, zeros: Tensor, top: int, axis: int) -> Tensor:
-    """A bound (groups,) on the size of any error of a group in any step.
+def _largest_error(scaled: Tensor, scale: Tensor, zeros: Tensor, top: Tensor, dim: int) -> Tensor:
+    """A bound (grids, groups) on the size of any error of a group in any step.
 
     Rounding leaves half a step at most, and what lies beyond the grid as much more as it does.
     """
-    above = scaled.amax(axis, keepdim=True) + zeros.amax(0) - top
-    below = -scaled.amin(axis, keepdim=True) - zeros.amin(0)
-    return (torch.maximum(above, below).clamp_min_(0.5) / scale).flatten()
+    above = scaled.amax(dim) + zeros.amax(0) - top
+    below = -scaled.amin(dim) - zeros.amin(0)
+    return torch.maximum(above, below).clamp_min_(0.5) / scale
 
 
 def _sum_finite(errors: Tensor) -> Tensor:
-    """Errors (steps, …) of groups as (steps,), those that are no numbers left out."""
-    return torch.where(errors.isfinite(), errors, 0).flatten(1).sum(1, dtype=torch.float64)
+    """Errors (steps, grids, groups) as (steps, grids), those that are no numbers left out."""
+    return torch.where(errors.isfinite(), errors, 0).sum(-1, dtype=torch.float64)
 
 
 def _eager_steps(
@@ -155,27 +176,31 @@ def _eager_steps(
     mean: Tensor,
     scale: Tensor,
     zero: Tensor,
-    top: int,
-    axis: int,
+    top: Tensor,
+    dim: int,
     shrinks: bool,
 ) -> tuple[Tensor, Tensor]:
     """All steps of some groups, in units of the grid: ``scaled`` is weight · scale.
 
+    ``dim`` is the dimension of ``scaled`` that ``mean``, ``scale``, ``zero`` and ``top`` lack.
     Returns the zero points after each step and the summed error before each, (steps, …) both.
     Without ``shrinks`` it is right for groups whose errors all shrink to nothing.
     """
     zeros, errors = [], []
-    strength = (2 - LP_NORM) * scale.log2() - log2(BETA)
+    highest = top.unsqueeze(dim)
+    if shrinks:
+        strength = ((2 - LP_NORM) * scale.log2() - log2(BETA)).unsqueeze(dim)
     for _ in range(STEPS):
-        error = scaled + zero
-        codes = error.round().clamp_(0, top)
+        error = scaled + zero.unsqueeze(dim)
+        codes = error.round().clamp_min_(0)
+        torch.minimum(codes, highest, out=codes)
         error.sub_(codes)
         size = error.abs() if shrinks else error.abs_()
-        errors.append(size.sum(axis, keepdim=True))
+        errors.append(size.sum(dim))
         if shrinks:
             power = size.log2().mul_(LP_NORM - 1).add_(strength).exp2_()
             codes.add_(size.sub_(power).clamp_min_(0).copysign_(error))
-        zero = codes.mean(axis, keepdim=True) - mean
+        zero = codes.mean(dim) - mean
         zeros.append(zero)
     return torch.stack(zeros), torch.stack(errors) / scale
 

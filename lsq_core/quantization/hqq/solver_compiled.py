@@ -45,7 +45,8 @@ class SolverBackend:
 class AdaptiveSteps:
     """The steps, called often and compiled when that pays.
 
-    They are compiled, and counted, apart for each axis, with the shrinking and without.
+    They are compiled, and counted, apart for each dimension of groups, with the shrinking and
+    without.
     """
 
     def __init__(self, eager: Callable) -> None:
@@ -61,13 +62,13 @@ class AdaptiveSteps:
         mean: Tensor,
         scale: Tensor,
         zero: Tensor,
-        top: int,
-        axis: int,
+        top: Tensor,
+        dim: int,
         shrinks: bool,
     ) -> tuple[Tensor, Tensor]:
         """See ``_eager_steps`` in :mod:`lsq_core.quantization.hqq.solver`."""
-        inputs = (scaled, mean, scale, zero, top, axis, shrinks)
-        variant = (axis, shrinks)
+        inputs = (scaled, mean, scale, zero, top, dim, shrinks)
+        variant = (dim, shrinks)
         self._weights_solved[variant] += scaled.numel()
         if scaled.numel() < MIN_COMPILED_WEIGHTS or not self._should_compile(variant):
             return self.eager(*inputs)
@@ -83,7 +84,7 @@ class AdaptiveSteps:
     @property
     def backend(self) -> SolverBackend:
         """What runs now, ``compiled`` or ``eager``, and why it is eager."""
-        if any(self._should_compile(variant) for variant in [*self._weights_solved, (1, False)]):
+        if any(self._should_compile(variant) for variant in [*self._weights_solved, (-1, False)]):
             return SolverBackend("compiled")
         if self._forced is False:
             return SolverBackend("eager", "asked for")

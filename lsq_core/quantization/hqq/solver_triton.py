@@ -1,20 +1,23 @@
 """The half-quadratic solver's steps on a GPU: one kernel, each group in registers for all of them.
 
-A weight is read once. What is written is each group's zero point after every step, because the
-step at which ``hqq`` stops is known only when all groups' errors are, and those errors, summed by
-block. That is 80 bytes for a group of 64 weights; the arithmetic between hides it.
+A weight is read once for each grid. What is written is each group's zero point after every step,
+because the step at which ``hqq`` stops is known only when all groups' errors are, and those errors,
+summed by block. That is 80 bytes for a group of 64 weights; the arithmetic between hides it.
 
 ``TRITON_INTERPRET=1`` runs the same kernel on the CPU, which is how the tests check it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 from math import log2
 
 import torch
 from torch import Tensor
+
+from lsq_core.quantization.base import highest_codes
 
 #: Weights that one block holds in registers, and its warps: 16 a thread.
 TILE = 2048
@@ -30,14 +33,14 @@ def run_all_steps(
     weight: Tensor,
     scale: Tensor,
     zero: Tensor,
-    top: int,
+    tops: Sequence[int],
     axis: int,
     *,
     steps: int,
     lp_norm: float,
     beta: float,
 ) -> tuple[Tensor, Tensor]:
-    """Run every step of every group.
+    """Run every step of every group for several grids, in one launch.
 
     Parameters
     ----------
@@ -45,34 +48,36 @@ def run_all_steps(
         (groups, group_size) for axis 1, (group_size, groups) for axis 0; float32, bfloat16 or
         float16, any strides.
     scale, zero
-        float32, one of each group: (groups, 1) or (1, groups).
+        float32 (grids, groups).
+    tops
+        The highest code of each grid.
 
     Returns
     -------
     zeros, errors
-        The zero points after each step, float32 (steps, *zero.shape), and the summed absolute
-        error before each, float64 (steps,), without groups in which it is not a number.
+        The zero points after each step, float32 (steps, grids, groups), and the summed absolute
+        error before each, float64 (steps, grids), without groups in which it is not a number.
     """
     import triton
 
-    groups, group_size = weight.shape[1 - axis], weight.shape[axis]
+    grids, groups, group_size = len(tops), weight.shape[1 - axis], weight.shape[axis]
     padded = triton.next_power_of_2(group_size)
     block = max(TILE // padded, 1)
     blocks = triton.cdiv(groups, block)
-    zeros = torch.empty(steps, *zero.shape, dtype=torch.float32, device=weight.device)
-    errors = torch.empty(steps, blocks, dtype=torch.float32, device=weight.device)
+    zeros = torch.empty(steps, grids, groups, dtype=torch.float32, device=weight.device)
+    errors = torch.empty(steps, grids, blocks, dtype=torch.float32, device=weight.device)
     with torch.cuda.device(weight.device if weight.is_cuda else -1):
-        _kernel()[(blocks,)](
+        _kernel()[(blocks, grids)](
             weight,
             scale.contiguous(),
             zero.contiguous(),
+            highest_codes(weight.device, tuple(tops)),
             zeros,
             errors,
             groups,
             blocks,
             weight.stride(1 - axis),
             weight.stride(axis),
-            float(top),
             STEPS=steps,
             NORM=lp_norm,
             LOG_BETA=log2(beta),
@@ -81,7 +86,7 @@ def run_all_steps(
             BLOCK=block,
             num_warps=WARPS,
         )
-    return zeros, errors.sum(1, dtype=torch.float64)
+    return zeros, errors.sum(-1, dtype=torch.float64)
 
 
 @cache
@@ -95,13 +100,13 @@ def _kernel():
         weight,
         scale,
         zero,
+        tops,
         zeros,
         errors,
         groups,
         blocks,
         group_stride,
         item_stride,
-        top,
         STEPS: tl.constexpr,
         NORM: tl.constexpr,
         LOG_BETA: tl.constexpr,
@@ -114,13 +119,16 @@ def _kernel():
         real = rows < groups
         inside = real[:, None] & (items < SIZE)[None, :]
         offsets = rows[:, None] * group_stride + items[None, :] * item_stride
-        s = tl.load(scale + rows, mask=real, other=1.0)
-        z = tl.load(zero + rows, mask=real, other=0.0)
+        grid = tl.program_id(1).to(tl.int64)
+        grids = tl.num_programs(1).to(tl.int64)
+        top = tl.load(tops + grid)
+        s = tl.load(scale + grid * groups + rows, mask=real, other=1.0)
+        z = tl.load(zero + grid * groups + rows, mask=real, other=0.0)
         scaled = tl.load(weight + offsets, mask=inside, other=0.0).to(tl.float32) * s[:, None]
         mean = tl.sum(scaled, 1) / SIZE
         strength = (2 - NORM) * tl.log2(s) - LOG_BETA
-        zeros += rows
-        errors += tl.program_id(0)
+        zeros += grid * groups + rows
+        errors += grid * blocks + tl.program_id(0)
         for _ in range(STEPS):
             shifted = scaled + z[:, None]
             codes = tl.minimum(tl.maximum(shifted, 0.0), top)
@@ -134,7 +142,7 @@ def _kernel():
             tl.store(errors, tl.sum(tl.where(real & (total_error < 3.0e38), total_error, 0.0), 0))
             z = tl.sum(tl.where(inside, shifted_codes, 0.0), 1) / SIZE - mean
             tl.store(zeros, z, mask=real)
-            zeros += groups
-            errors += blocks
+            zeros += grids * groups
+            errors += grids * blocks
 
     return solve

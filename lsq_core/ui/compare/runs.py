@@ -8,14 +8,22 @@ import pandas as pd
 
 from lsq_core import charts
 from lsq_core.errors import InputError
+from lsq_core.evaluation.noise import describe_unknown, format_noise
 from lsq_core.jobs import arguments
 from lsq_core.planning.frame import plan_to_frame
 from lsq_core.results import card, export, report
-from lsq_core.results.compare import figure_6, relative_to_base, run_settings, uniform_bases
+from lsq_core.results.compare import (
+    DETECTION_WORTH,
+    figure_6,
+    relative_to_base,
+    run_settings,
+    uniform_bases,
+)
 from lsq_core.results.gains import is_ablation
 from lsq_core.ui import cached_results, words
 from lsq_core.ui.compare.export import file_stem, render_chart, render_save_menu, table_downloads
 from lsq_core.ui.compare.selection import Choice, selected_pair, size_text
+from lsq_core.ui.compare.tasks import show_tasks
 from lsq_core.ui.export_plan import render_run_plan_export
 from lsq_core.ui.page import PageContext
 from lsq_core.ui.safe import st
@@ -129,6 +137,7 @@ def render_chart_notes(choice: Choice, quality: charts.QualityMeasure, files: pd
     if charts.size_view(known, choice.size, quality, files).outside:
         notes.append(ALL_RUNS_NOTE)
     notes.append(ablation_note(choice.runs))
+    notes.append(noise_note(choice.runs))
     notes = [note for note in notes if note]
     if notes:
         st.caption(" ".join(notes))
@@ -145,13 +154,36 @@ def _published_notes(choice: Choice) -> list[str]:
 
 
 def ablation_note(runs: pd.DataFrame) -> str:
-    """What an ablation is, where there are any; else ''."""
-    if not runs["method"].map(is_ablation).any():
+    """What an ablation is, and what a boost by rank is, where there are any; else ''."""
+    notes = []
+    if runs["method"].map(is_ablation).any():
+        notes.append(
+            "An ablation (faded) is a control: it boosts as many layers as its method, drawn at "
+            "random from those that Algorithm 1 does not flag."
+        )
+    if runs["method"].isin([rank for _, rank in DETECTION_WORTH]).any():
+        notes.append(
+            "A boost by rank takes as many layers as its method, those of the highest scores: the "
+            "difference is what Algorithm 1's detection is worth."
+        )
+    return " ".join(notes)
+
+
+def noise_note(runs: pd.DataFrame) -> str:
+    """How far arithmetic alone moves these perplexities, or how to measure it."""
+    measured = runs[runs["origin"] != "published"]
+    if measured.empty:
         return ""
-    return (
-        "An ablation (faded) is a control: it boosts as many layers as its method, drawn at random "
-        "from those that Algorithm 1 does not flag."
-    )
+    known = measured.dropna(subset=["noise"])
+    if len(known):
+        largest = known.loc[known["noise"].idxmax()]
+        return (
+            f"Arithmetic alone moves these perplexities by {format_noise(largest['noise'])} and KL "
+            f"divergences by {format_noise(largest['noise_kl'])}."
+        )
+    first = measured.iloc[0]
+    unknown = describe_unknown(first["model"], first["protocol"], first["dtype"])
+    return f"How far arithmetic alone moves these figures is {words.escape(unknown)}."
 
 
 def build_comparison_report(ctx: PageContext, choice: Choice) -> str:
@@ -192,9 +224,9 @@ def build_comparison_report(ctx: PageContext, choice: Choice) -> str:
 
 
 def init_open_run(choice: Choice) -> None:
-    """The best run is open until another is picked, and when the picked one is not here."""
+    """The headline's run is open until another is picked, and when the picked one is not here."""
     if st.session_state.get("opened") not in set(choice.runs["evaluation"]):
-        st.session_state["opened"] = choice.best["evaluation"]
+        st.session_state["opened"] = choice.headline_run
 
 
 def show_run_details(ctx: PageContext, choice: Choice) -> None:
@@ -217,6 +249,8 @@ def show_run_details(ctx: PageContext, choice: Choice) -> None:
         alt=", ".join(f"{name} {value}" for name, value in facts.items()),
     )
     _note(ctx, record)
+    if run["origin"] != "published":
+        show_tasks(ctx.store, run["id"], run["fingerprint"])
     with st.expander("Settings and provenance"):
         settings = run_settings(record)
         st.table(pd.Series(settings, name="").rename_axis("setting"))
@@ -367,7 +401,9 @@ def difference(ctx: PageContext, a: str, b: str) -> str:
             f"interval (n = {number}), so neither is significantly better."
         )
     interval_text = words.interval(result.low, result.high)
-    verdict = "**tie**" if result.is_tie else "**lower**" if result.relative < 0 else "**higher**"
+    verdict = "**tie**" if found.is_tie else "**lower**" if result.relative < 0 else "**higher**"
+    if found.is_noise:
+        verdict += f", no more than arithmetic ({format_noise(found.noise)})"
     return (
         f"Perplexity {words.signed_percent(result.relative, 2)} (95 % interval {interval_text}, "
         f"n = {number}): {verdict}."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import pandas as pd
 
@@ -56,6 +57,17 @@ class Choice:
         """The run of lowest perplexity within the limit."""
         fitting = self.runs[self.runs["fits"]]
         return fitting.loc[fitting["perplexity"].idxmin()]
+
+    @cached_property
+    def gain(self) -> Gain | None:
+        """The largest gain over a uniform run of equal size within the limit, None without one."""
+        gain = gain_at_equal_size(self.runs[self.runs["fits"]], self.size.column)
+        return gain if gain is not None and gain.drop > 0 else None
+
+    @property
+    def headline_run(self) -> str:
+        """The evaluation that the first line is about: that of the largest gain, else the best."""
+        return self.best["evaluation"] if self.gain is None else self.gain.evaluation
 
     @property
     def names(self) -> dict[str, str]:
@@ -232,13 +244,13 @@ def _describe_measurement(part: pd.DataFrame) -> str:
 
 def render_headline(ctx: PageContext, choice: Choice) -> None:
     """The first line: the best run, or what one gains over a uniform one of equal size."""
-    gain = gain_at_equal_size(choice.runs[choice.runs["fits"]], choice.size.column)
-    if gain is None or gain.drop <= 0:
+    gain = choice.gain
+    if gain is None:
         headline(f"{_describe_best(choice)}.", " · ".join(_describe_runs(choice)))
         return
     interval = _interval(ctx, gain)
     text = _describe_gain(choice, gain)
-    if interval is not None and interval.difference.is_tie:
+    if interval is not None and interval.is_tie and not gain.is_noise:
         text += ", a tie"
     caption = [
         f"Largest gain of {words.plural(gain.candidates, 'run')} within "
@@ -246,6 +258,8 @@ def render_headline(ctx: PageContext, choice: Choice) -> None:
     ]
     caption += [_describe_interval(interval)] if interval else []
     caption += [_describe_best(choice), *_describe_runs(choice)]
+    info = cached_results.stored_model(ctx.store, choice.fingerprint)
+    caption += map(words.escape, info.notes if info else ())
     headline(f"{text}.", " · ".join(caption))
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import pandas as pd
 
 from lsq_core import charts
 from lsq_core.errors import InputError
+from lsq_core.evaluation.noise import is_below_noise
 from lsq_core.evaluation.prediction import CONFIDENCE, Predictor
 from lsq_core.planning.frame import plan_to_frame
 from lsq_core.results.compare import (
@@ -22,6 +25,7 @@ from lsq_core.results.compare import (
     uniform_bases,
 )
 from lsq_core.results.gains import is_ablation
+from lsq_core.results.story import boost_gain
 from lsq_core.ui import cached, cached_results, words
 from lsq_core.ui.compare.export import render_chart, render_save_menu, table_downloads
 from lsq_core.ui.compare.runs import ALL_RUNS_NOTE, ablation_note, show_pair
@@ -47,7 +51,7 @@ def show_gain(ctx: PageContext, choice: Choice) -> None:
     name = left.selectbox(
         "Uniform base",
         list(bases),
-        index=list(bases).index("3.13") if "3.13" in bases else 0,
+        index=list(bases).index(_usual_base(choice.runs, bases)),
         key=f"base-{choice.fingerprint}",
     )
     runs = relative_to_base(add_labels(choice.runs.rename(columns={"label": "name"})), bases[name])
@@ -63,15 +67,10 @@ def show_gain(ctx: PageContext, choice: Choice) -> None:
     title = f"{choice.measurement} gain over {name}"
     alt = (
         f"{words.plural(len(runs), 'run')}: percentage of perplexity below uniform {name} against "
-        f"percentage of bits above it. Largest gain: {best['label']}."
+        f"percentage of bits above it. Best: {best['label']}."
     )
     render_chart(figure, "gain", title, alt)
-    st.markdown(
-        f"Largest gain: **{best['label']}**, perplexity "
-        f"**{words.signed_percent(-best['drop'])}** for "
-        f"**{words.signed_percent(best['extra'])}** bits against uniform {name} "
-        f"({bases[name]['perplexity']:.4f} at {bases[name]['bits_per_param']:.4f} bits)."
-    )
+    st.markdown(_describe_best(best, bases[name], name))
     notes = [ALL_RUNS_NOTE if charts.gain_view(runs).outside else "", ablation_note(runs)]
     if "low" in runs and runs["low"].notna().any():
         notes.append("Error bars are 95 % intervals of a paired bootstrap over windows.")
@@ -79,6 +78,29 @@ def show_gain(ctx: PageContext, choice: Choice) -> None:
         st.caption(" ".join(filter(None, notes)))
     with right:
         render_save_menu(figure, "gain", title)
+
+
+def _usual_base(runs: pd.DataFrame, bases: Mapping[str, pd.Series]) -> str:
+    """The base of the largest gain of a boosted plan; else the paper's example, or the first."""
+    gain = boost_gain(runs)
+    if gain is not None:
+        for name, base in bases.items():
+            if base["evaluation"] == gain.uniform["evaluation"]:
+                return name
+    return "3.13" if "3.13" in bases else next(iter(bases))
+
+
+def _describe_best(best: pd.Series, base: pd.Series, name: str) -> str:
+    """What the run furthest below a uniform base gains, or that none is below it."""
+    against = f"uniform {name} ({base['perplexity']:.4f} at {base['bits_per_param']:.4f} bits)"
+    change = f"perplexity **{words.signed_percent(-best['drop'])}** for"
+    change += f" **{words.signed_percent(best['extra'])}** bits"
+    if best["drop"] <= 0:
+        return f"No run here is better than {against}; the best, **{best['label']}**: {change}."
+    is_noise = is_below_noise(best["drop"], best["noise"])
+    return f"Largest gain: **{best['label']}**, {change} against {against}" + (
+        ", which is no more than arithmetic." if is_noise else "."
+    )
 
 
 def _largest_gain(runs: pd.DataFrame) -> pd.Series:
@@ -268,7 +290,7 @@ def show_predicted(ctx: PageContext, choice: Choice) -> None:
         return
     inside = frame["perplexity"].between(frame["low"], frame["high"]).mean()
     error = (frame["predicted"] / frame["perplexity"] - 1).abs().median()
-    figure = charts.predicted_against_measured(frame)
+    figure = charts.predicted_against_measured(frame, predictor.full_precision)
     name = f"{choice.measurement} predicted against measured"
     first, save = st.columns([4, 1], vertical_alignment="center")
     first.markdown(
@@ -284,7 +306,7 @@ def show_predicted(ctx: PageContext, choice: Choice) -> None:
     )
     render_chart(figure, "predicted", name, alt)
     notes = []
-    if charts.predicted_view(frame).outside:
+    if charts.predicted_view(frame, predictor.full_precision).outside:
         notes.append(ALL_RUNS_NOTE)
     skipped = len(choice.runs) - len(frame)
     if skipped:

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from lsq_core import charts
-from lsq_core.bits import DETECTION_CONFIG, LADDER, QuantConfig
+from lsq_core.bits import DETECTION_CONFIG, QuantConfig, get_ladder
 from lsq_core.model.info import ModelInfo
 from lsq_core.planning.detection import Detection, shallow_model_note
 from lsq_core.planning.methods.boost import detect_by_type
@@ -29,6 +29,7 @@ from lsq_core.profiling.metrics import (
     in_display_order,
 )
 from lsq_core.profiling.profile import Profile
+from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.quantization.registry import quantizer_spec
 from lsq_core.store.shipped import SHIPPED
 from lsq_core.ui import cached, words
@@ -261,7 +262,7 @@ def follow_default(key: str, options: list[str]) -> None:
 def measured_configs(profile: Profile) -> list[str]:
     """The configurations at which a profile has something, in the ladder's order."""
     there = set(profile.values["config"])
-    return [config.name for config in LADDER if config.name in there]
+    return [config.name for config in profile.ladder if config.name in there]
 
 
 def has_scores(profile: Profile, metric: str, config: QuantConfig | None) -> bool:
@@ -291,16 +292,16 @@ def describe_origin(profile: Profile) -> str:
         f"Profile {profile.id}: {facts['tokens']:,} tokens of {facts['corpus_source']}; "
         f"{facts['device']}, {facts['dtype']}, {words.seconds(_measuring_seconds(facts))}."
         f"{' It comes with LSQ Explorer.' * (facts.get('origin') == SHIPPED)}"
-        f"{_describe_configs(profile.settings.quantizer)}"
+        f"{_describe_configs(profile.settings)}"
     )
 
 
-def _describe_configs(quantizer: str) -> str:
-    """That a quantizer has some stops alone, where it has."""
-    spec = quantizer_spec(quantizer)
-    if spec.configs == LADDER:
+def _describe_configs(settings: ProfileSettings) -> str:
+    """That a quantizer has some of the ladder's configurations alone, where it has."""
+    if settings.configs == get_ladder(settings.ladder):
         return ""
-    return f" {spec.title} supports only {words.listed([c.name for c in spec.configs])}."
+    title = quantizer_spec(settings.quantizer).title
+    return f" {title} supports only {words.listed([c.name for c in settings.configs])}."
 
 
 def _measuring_seconds(facts: dict) -> float:
@@ -390,7 +391,7 @@ def _describe_missing(profile: Profile, metric: str) -> str:
     """What of a metric a profile hasn't, or '' when it has all."""
     if metric not in profile.metrics:
         return "none for this corpus and quantizer"
-    absent_metrics = [c.name for c in LADDER if not has_scores(profile, metric, c)]
+    absent_metrics = [c.name for c in profile.ladder if not has_scores(profile, metric, c)]
     per_stop = not has_scores(profile, metric, None)
     return (
         f"none at {words.listed(absent_metrics, len(absent_metrics))}"
@@ -419,11 +420,11 @@ def show_metadata_cost(view: ExploreView) -> None:
     st.dataframe(
         pd.DataFrame(
             {
-                "configuration": [f"{c.stop_name} ({c.name})" for c in LADDER],
+                "configuration": [f"{c.stop_name} ({c.name})" for c in profile.ladder],
                 "fp16": total["fp16"],
                 "8-bit": total["8bit"],
                 "added %": 100 * (total["8bit"] / total["fp16"] - 1),
-                "bits saved": [c.bits_with_fp16_metadata - c.nominal_bits for c in LADDER],
+                "bits saved": [c.bits_with_fp16_metadata - c.nominal_bits for c in profile.ladder],
             }
         ),
         hide_index=True,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pandas as pd
 
 from lsq_core import charts
-from lsq_core.bits import DETECTION_CONFIG, LADDER, QuantConfig
+from lsq_core.bits import DETECTION_CONFIG, EXTENDED_LADDER, QuantConfig
 from lsq_core.profiling.agreement import lowest_correlation, pattern_correlations
 from lsq_core.profiling.metrics import METRICS, default_metrics, in_display_order
 from lsq_core.ui import cached, words
@@ -169,7 +169,7 @@ def _select_values(available: pd.DataFrame) -> dict[str, list[str]]:
 def _order_values(column: str, values: pd.Series) -> list[str]:
     available = set(values)
     if column == "config":
-        return [c.name for c in LADDER if c.name in available] or sorted(available)
+        return [c.name for c in EXTENDED_LADDER if c.name in available] or sorted(available)
     return list(dict.fromkeys(values)) if column == "quantizer" else sorted(available)
 
 

@@ -9,7 +9,7 @@ from functools import partial
 from streamlit.delta_generator import DeltaGenerator
 
 from lsq_core import disk, jobs
-from lsq_core.bits import METADATA_FORMATS
+from lsq_core.bits import LADDERS, METADATA_FORMATS
 from lsq_core.corpus.registry import BUILT_IN_CORPORA
 from lsq_core.jobs import Job, arguments
 from lsq_core.model.info import ModelInfo
@@ -17,7 +17,7 @@ from lsq_core.planning.problem import Problem
 from lsq_core.profiling.metrics import weight_metrics
 from lsq_core.profiling.profile import Profile, missing_metrics
 from lsq_core.profiling.settings import ProfileSettings
-from lsq_core.quantization.registry import MATRIX_QUANTIZERS, incompatibility_reason, quantizer_spec
+from lsq_core.quantization.registry import MATRIX_QUANTIZERS, incompatibility_reason
 from lsq_core.store.store import Store
 from lsq_core.ui import cached, jobs_panel, state, words
 from lsq_core.ui.page import PageContext, headline
@@ -73,9 +73,15 @@ def profile_bar(store: Store, info: ModelInfo) -> ProfileSettings:
     return published_bar(store, info) if cached.is_published(info) else settings_bar()
 
 
+_HELP = {
+    "ladder": "The configurations that are measured: the papers' 2, 3, 4 and 8 bits, or 1, 5 and 6 "
+    "bits besides."
+}
+
+
 def settings_bar() -> ProfileSettings:
     """The settings of a profile, in one row."""
-    columns = st.columns([2, 1.2, 1.2, 1.2, 0.8], vertical_alignment="bottom")
+    columns = st.columns([2, 1.1, 1.1, 1.1, 1.1, 0.8], vertical_alignment="bottom")
     with columns[0]:
         text = st.session_state["calibration"]
         st.selectbox(
@@ -94,10 +100,11 @@ def settings_bar() -> ProfileSettings:
         ("Quantizer", "profile_quantizer", list(MATRIX_QUANTIZERS)),
         ("Grouping axis", "axis", [1, 0]),
         ("Metadata", "metadata", list(METADATA_FORMATS)),
+        ("Ladder", "ladder", list(LADDERS)),
     ]
     for column, (label, key, options) in zip(columns[1:], chosen, strict=False):
-        column.selectbox(label, options, key=key, persist_state="session")
-    with columns[4], st.popover("More", width="stretch"):
+        column.selectbox(label, options, key=key, persist_state="session", help=_HELP.get(key))
+    with columns[5], st.popover("More", width="stretch"):
         st.number_input("Calibration samples", 1, 4096, key="samples", persist_state="session")
         st.number_input(
             "Tokens per sample block", 16, 8192, key="block_tokens", persist_state="session"
@@ -212,12 +219,11 @@ def _render_missing(view: ExploreView) -> str:
     """The first line where nothing measures what is lacking, and what its button says."""
     name = view.ctx.source.name
     if view.profile is None:
-        spec = quantizer_spec(view.settings.quantizer)
         headline(
             f"{name} has not been profiled with these settings.",
             f"One pass over {view.info.layers} layers measures kurtosis, weight error and "
             f"activation sensitivity of {len(view.info.matrices)} weight matrices at "
-            f"{words.plural(len(spec.configs), 'configuration')}.",
+            f"{words.plural(len(view.settings.configs), 'configuration')}.",
         )
         return "Profile"
     headline(

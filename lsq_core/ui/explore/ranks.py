@@ -7,7 +7,7 @@ import pandas as pd
 from streamlit.delta_generator import DeltaGenerator
 
 from lsq_core import charts, disk, jobs
-from lsq_core.bits import DETECTION_CONFIG, LADDER
+from lsq_core.bits import DETECTION_CONFIG, EXTENDED_LADDER
 from lsq_core.profiling.agreement import proxy_agreement, rank_correlation, ranks
 from lsq_core.profiling.metrics import METRICS, proxies
 from lsq_core.ui import jobs_panel, words
@@ -81,7 +81,7 @@ def metric_table(view: ExploreView, config_name: str) -> pd.DataFrame:
     table = pd.DataFrame(
         [(m.name, m.type, m.layer) for m in profile.matrices], columns=["module", "type", "layer"]
     )
-    config = next((c for c in LADDER if c.name == config_name), None)
+    config = next((c for c in EXTENDED_LADDER if c.name == config_name), None)
     for metric in profile.metrics:
         if metric not in METRICS:
             continue

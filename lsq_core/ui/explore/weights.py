@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from lsq_core import charts
-from lsq_core.bits import DETECTION_CONFIG, LADDER, QuantConfig, is_divisible
+from lsq_core.bits import DETECTION_CONFIG, EXTENDED_LADDER, QuantConfig, is_divisible
 from lsq_core.model.info import Matrix, ModelInfo
 from lsq_core.profiling import weights
 from lsq_core.profiling.weights import WeightReader
@@ -156,7 +156,7 @@ def _show_histogram(view: ExploreView, opened: WeightReader) -> None:
 
 
 def _grid_choice(matrix: Matrix) -> _GridChoice:
-    options = [c.name for c in LADDER if is_divisible(matrix.numel, c.group_size)]
+    options = [c.name for c in EXTENDED_LADDER if is_divisible(matrix.numel, c.group_size)]
     ensure_valid_choice("weights_grid", ["none", *options], DETECTION_CONFIG.name)
     name = st.selectbox(
         "Quantization grid", ["none", *options], key="weights_grid", persist_state="session"

@@ -14,7 +14,7 @@ from lsq_core.profiling.profile import Profile
 from lsq_core.ui import cached, cached_results, state
 from lsq_core.ui.export_plan import render_plan_export
 from lsq_core.ui.page import PageContext
-from lsq_core.ui.plan import run
+from lsq_core.ui.plan import refine, run
 from lsq_core.ui.plan.prediction import render_loss_search
 from lsq_core.ui.plan.query import PlanQuery
 from lsq_core.ui.safe import st
@@ -29,6 +29,7 @@ def render_actions(query: PlanQuery, plan: Plan) -> None:
     with st.container(horizontal=True):
         if not cached.is_published(info):
             options = run.render_button(query)
+            refine.render_button(query)
         with st.popover("Search by loss"):
             render_loss_search(query)
         st.download_button(
@@ -52,6 +53,7 @@ def render_actions(query: PlanQuery, plan: Plan) -> None:
             st.code(f"lsq {shlex.join(argv)}", language="bash", wrap_lines=True)
     if options is not None:
         run.render_panel(query, options)
+        refine.render_panel(query)
 
 
 def plan_json(query: PlanQuery, plan: Plan) -> str:

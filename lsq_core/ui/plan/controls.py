@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
-from lsq_core.bits import GROUP_SIZES, LADDER
+from lsq_core.bits import EXTENDED, GROUP_SIZES, LADDERS, PAPER
 from lsq_core.errors import InputError
 from lsq_core.planning.constraints import restrict
 from lsq_core.planning.methods import PLANNERS, get_planner, mixes_rows, reads_field
-from lsq_core.planning.methods.uniform import uniform_start, usable_bases
+from lsq_core.planning.methods.uniform import usable_bases
 from lsq_core.planning.problem import Problem
 from lsq_core.planning.request import SENSITIVITIES
 from lsq_core.planning.servers import VLLM
@@ -24,11 +23,15 @@ _RATIOS = {
     "diagonal": "independently per matrix",
     "uniform": "same for all",
 }
+_LADDER_BITS = {PAPER: "2, 3, 4, 8 bits", EXTENDED: "1 to 6 and 8 bits"}
 _LOSSES = {"block": "block output", "model": "model output"}
 
 
 def render_controls(
-    problem: Problem, available_methods: Sequence[str], profile: Profile | None
+    problem: Problem,
+    available_methods: Sequence[str],
+    profile: Profile | None,
+    published: bool = False,
 ) -> None:
     """One row with the methods that are offered; the budget is on the live planner's slider."""
     widths = [1.6, 0.4, 1.5, 1.1, 1, 1.6, 0.85]
@@ -67,6 +70,26 @@ def render_controls(
         select_comparison(state.alike(method, available_methods), size_mode)
     with columns[5]:
         render_more_options(method, size_mode)
+    with st.container(horizontal=True, vertical_alignment="center", gap="medium"):
+        render_restrictions(method, published)
+
+
+def render_restrictions(method: str, published: bool) -> None:
+    """Which configurations a plan is made of."""
+    only_paper = published or EXTENDED not in get_planner(method).ladders
+    st.segmented_control(
+        "Bit widths",
+        list(LADDERS),
+        format_func=_LADDER_BITS.get,
+        key="ladder",
+        persist_state="session",
+        required=True,
+        label_visibility="collapsed",
+        disabled=only_paper,
+        help="The papers plan with 2, 3, 4 and 8 bits. 5 and 6 bits fill the gap between 4.51 and "
+        "8.13 bits per parameter; profiles of them are measured apart. Boosts and mixed rows stay "
+        "with the papers' widths.",
+    )
     st.toggle(
         f"Servable with {VLLM.title}",
         key="vllm",
@@ -104,7 +127,7 @@ def select_size_mode(method: str) -> str:
 
 def select_base(problem: Problem) -> None:
     """The stop that every matrix gets at least."""
-    configurations = [LADDER[i].stop_name for i in usable_bases(problem)]
+    configurations = [problem.options[i].stop_name for i in usable_bases(problem)]
     if not configurations:
         st.info("No single group size divides every matrix; choose MXQ and a budget.")
         return
@@ -243,17 +266,3 @@ def restrict_or_free(problem: Problem) -> Problem:
         return restrict(problem, state.plan_request())
     except InputError:
         return problem
-
-
-def feasible(problem: Problem, method: str, base: str | None) -> tuple[float, float]:
-    """Bits a parameter of the smallest and largest plan; a method with a base starts at one.
-
-    The lowest is rounded up to the four decimals that a budget is typed with.
-    """
-    low, high = problem.feasible
-    bases = usable_bases(problem)
-    if get_planner(method).has_base and bases:
-        configurations = {LADDER[i].stop_name: i for i in bases}
-        low = problem.nominal(uniform_start(problem, configurations.get(base, bases[0])))
-    lowest = math.ceil(round(8e4 * low / problem.total, 4)) / 1e4
-    return lowest, 8 * high / problem.total

@@ -7,21 +7,22 @@ from dataclasses import replace
 
 import numpy as np
 
-from lsq_core.bits import LADDER
+from lsq_core.bits import Budget
 from lsq_core.errors import InputError, LsqError
 from lsq_core.evaluation.prediction import (
     features,
 )
 from lsq_core.planning.constraints import restrict
 from lsq_core.planning.facts import facts, layer_means
+from lsq_core.planning.limit import nominal_limit
 from lsq_core.planning.methods import PLANNERS, get_planner, mixes_rows, reads_field
 from lsq_core.planning.plan import Plan
 from lsq_core.planning.problem import Problem
-from lsq_core.planning.request import SENSITIVITIES, PlanRequest
+from lsq_core.planning.request import SENSITIVITIES
 from lsq_core.planning.serving_memory import memory_budgets
 from lsq_core.profiling.metrics import METRICS
 from lsq_core.ui import cached, state, words
-from lsq_core.ui.plan.controls import feasible
+from lsq_core.ui.plan.budget import feasible
 from lsq_core.ui.plan.query import PlanQuery
 from lsq_core.ui.planner import (
     Curve,
@@ -37,26 +38,11 @@ from lsq_core.ui.planner import (
 from lsq_core.ui.safe import st
 
 
-def set_budget(problem: Problem, request: PlanRequest) -> str:
-    """What the slider settled on is the budget from here on, within what is feasible.
-
-    Gives a sentence where the nearest feasible one takes its place, as when a pin needs more.
-    """
+def take_budget() -> None:
+    """What the slider settled on is the budget from here on."""
     committed = read_committed_budget()
-    if request.budget is None:
-        return ""
-    low, high = feasible(problem, request.method, request.base)
-    requested = st.session_state["budget"] if committed is None else committed
-    clamped = st.session_state["budget"] = max(
-        min(requested, high), low
-    )  # low may be rounded above high
-    if abs(clamped - requested) <= 0.005:  # the rounding of an end
-        return ""
-    under = f" {request.restrictions}" if request.restrictions else ""
-    end = "smallest" if clamped > requested else "largest"
-    return (
-        f"{requested:.2f} bits is out of reach{under}; showing the {end} plan, {clamped:.2f} bits."
-    )
+    if committed is not None:
+        state.set_budget(committed.bits, committed.bytes)
 
 
 def show_live_plan(query: PlanQuery, plan: Plan) -> None:
@@ -64,6 +50,7 @@ def show_live_plan(query: PlanQuery, plan: Plan) -> None:
     problem = restrict(query.problem, query.request)
     stops = np.array([problem.options.index(c) for c in plan.configs])
     by_base = query.request.budget is None
+    budget = None if by_base else Budget.parse(query.request.budget, problem.total)
     methods = [live_method(query, stops)]
     if query.request.exact:
         methods = [replace(methods[0], solved=ExactPlan(stops, plan.lower_bound))]
@@ -72,16 +59,18 @@ def show_live_plan(query: PlanQuery, plan: Plan) -> None:
         try:
             other = query.with_method(against)
             frontier = cached.frontier(other.info, other.profile, other.request)
-            budget = other.request.resolve_budget(problem)
-            frontier.check_reachable(budget, problem)
-            methods.append(live_method(other, frontier.at(budget.nominal_bytes).choice))
+            metadata = query.settings.metadata
+            budget = other.request.resolve_budget(problem, metadata)
+            limit = nominal_limit(frontier, problem, budget, metadata)
+            methods.append(live_method(other, frontier.at(limit).choice))
         except LsqError as error:
             st.caption(words.escape(f"Nothing to compare with: {error}"))
     titles = {name: metric.title for name, metric in METRICS.items()}
     live_planner(
         problem,
         methods,
-        budget=None if by_base else st.session_state["budget"],
+        budget=None if by_base else shown_bits(budget, problem),
+        budget_bytes=None if by_base else budget.planned_bytes,
         other_bytes=query.info.other_bytes or None,
         metadata=query.settings.metadata,
         presets=[
@@ -99,6 +88,11 @@ def show_live_plan(query: PlanQuery, plan: Plan) -> None:
         st.warning(words.escape(st.session_state.pop("pins_refused")))
 
 
+def shown_bits(budget: Budget, problem: Problem) -> float:
+    """Where a budget stands on the slider; the browser knows better where it is of bytes."""
+    return 8 * (budget.nominal_bytes or budget.planned_bytes) / problem.total
+
+
 def set_pins(query: PlanQuery, pins: Sequence[str]) -> None:
     """Pins set on the plan itself; those that contradict the others are not taken."""
     try:
@@ -112,11 +106,10 @@ def set_pins(query: PlanQuery, pins: Sequence[str]) -> None:
 def live_method(query: PlanQuery, stops: np.ndarray) -> LiveMethod:
     """A method as the live planner draws it; ``stops`` (n,) is its plan at the budget."""
     name = query.request.method
-    frontier = cached.frontier(query.info, query.profile, query.request, query.rows)
+    frontier = cached.frontier(query.info, query.profile, query.request, query.measured)
     curve, at_budget = prediction_curve(query), None
     if curve is not None:
-        p = query.predictor.predict(features(query.problem, stops[None]))
-        at_budget = float(p.perplexity[0]), float(p.low[0]), float(p.high[0])
+        at_budget = query.predictor.predict(features(query.problem, stops[None])).band(0)
     planner = get_planner(name)
     return LiveMethod(
         name,
@@ -142,7 +135,7 @@ def prediction_curve(query: PlanQuery) -> Curve | None:
 def free_plans(query: PlanQuery) -> FreePlans:
     """The plans of the same method without ties and server."""
     free = query.without_ties()
-    frontier = cached.frontier(free.info, free.profile, free.request, free.rows)
+    frontier = cached.frontier(free.info, free.profile, free.request, free.measured)
     return FreePlans(frontier, prediction_curve(free))
 
 
@@ -164,8 +157,9 @@ def uniform_predictions(query: PlanQuery) -> Curve | None:
     predictor, request = query.predictor, query.request
     if isinstance(predictor, str) or mixes_rows(request.method):
         return None
-    by_size = sorted(range(len(LADDER)), key=lambda k: LADDER[k].nominal_bits)
+    ladder = query.problem.options
+    by_size = sorted(range(len(ladder)), key=lambda k: ladder[k].nominal_bits)
     choices = np.repeat(np.array(by_size)[:, None], len(query.problem.matrices), axis=1)
     p = predictor.predict(features(query.problem, choices))
-    bits = np.array([LADDER[k].nominal_bits for k in by_size])
+    bits = np.array([ladder[k].nominal_bits for k in by_size])
     return Curve(bits, p.perplexity, p.low, p.high, predictor.full_precision)

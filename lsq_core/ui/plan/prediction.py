@@ -12,6 +12,7 @@ from lsq_core.errors import InputError, LsqError
 from lsq_core.evaluation.prediction import (
     Prediction,
     Predictor,
+    is_wide,
     parse_loss,
     smallest_budget_within,
 )
@@ -20,7 +21,7 @@ from lsq_core.planning.constraints import restrict
 from lsq_core.planning.methods import get_planner, mixes_rows
 from lsq_core.planning.plan import Plan
 from lsq_core.stages.predict import NO_PREDICTION_REASON
-from lsq_core.ui import cached, cached_results, words
+from lsq_core.ui import cached, cached_results, state, words
 from lsq_core.ui.page import PageContext
 from lsq_core.ui.plan.query import PlanQuery
 from lsq_core.ui.safe import st
@@ -31,19 +32,10 @@ def format_band(predicted: Prediction) -> str:
 
     A wide band is written by its ends, without meaningless decimals: ``11.1 (7.52 to 23.5)``.
     """
-    middle, low, high = predicted.perplexity[0], predicted.low[0], predicted.high[0]
-    if is_band_wide(predicted):
+    middle, low, high = predicted.band(0)
+    if is_wide(middle, low, high):
         return f"{words.rounded(middle)} ({words.rounded(low)} to {words.rounded(high)})"
     return f"{middle:.2f} ±{max(high - middle, middle - low):.2f}"
-
-
-def is_band_wide(predicted: Prediction) -> bool:
-    """Whether a side of any band is more than a tenth of what is predicted.
-
-    Two such predictions say nothing of the difference between them.
-    """
-    sides = np.maximum(predicted.high - predicted.perplexity, predicted.perplexity - predicted.low)
-    return bool((sides > predicted.perplexity / 10).any())
 
 
 def describe_prediction_basis(predictor: Predictor, extrapolated: bool) -> str:
@@ -57,8 +49,11 @@ def describe_prediction_basis(predictor: Predictor, extrapolated: bool) -> str:
 
 
 def describe_gap(plan: Plan) -> str:
-    """How far a knapsack's plan can be from the optimum, or nothing for another method."""
-    if not plan.objective:
+    """How far a knapsack's plan can be from the optimum, or nothing for another method.
+
+    Nothing of a refined plan, which isn't judged by the cost that proposed it.
+    """
+    if not plan.objective or get_planner(plan.method).reads_refinement:
         return ""
     share = 100 * (plan.objective - plan.lower_bound) / abs(plan.objective)
     if plan.objective == plan.lower_bound:
@@ -200,6 +195,6 @@ def apply_loss_search(query: PlanQuery, text: str) -> None:
         st.session_state["loss_answer"] = str(error)
         return
     # Rounded up to what a budget is typed with, so that the plan still fits.
-    st.session_state["budget"] = np.ceil(8e4 * nominal / problem.total - 1e-6) / 1e4
+    state.set_budget(np.ceil(8e4 * nominal / problem.total - 1e-6) / 1e4)
     if get_planner(request.method).has_base:
         st.session_state["ask"] = "budget"

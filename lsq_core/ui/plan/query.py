@@ -7,21 +7,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lsq_core import disk, jobs
+from lsq_core.bits import EXTENDED, GROUP_SIZES
 from lsq_core.errors import InputError
 from lsq_core.evaluation.prediction import (
     Predictor,
 )
 from lsq_core.jobs import arguments
 from lsq_core.model.info import ModelInfo
-from lsq_core.planning.methods import PLANNERS, get_planner, mixes_rows
+from lsq_core.planning.methods import PLANNERS, get_planner, ladder_of, mixes_rows
 from lsq_core.planning.problem import Impact, Problem
 from lsq_core.planning.request import PlanRequest
 from lsq_core.profiling.metrics import METRICS
 from lsq_core.profiling.profile import Profile
 from lsq_core.profiling.settings import ProfileSettings
+from lsq_core.stages.plan import required_metrics
 from lsq_core.ui import cached, cached_results, jobs_panel, state, words
 from lsq_core.ui.page import PageContext, headline, next_step
-from lsq_core.ui.plan.controls import feasible
+from lsq_core.ui.plan.budget import feasible
 from lsq_core.ui.safe import st
 
 
@@ -38,13 +40,18 @@ class PlanQuery:
     @property
     def problem(self) -> Problem:
         """What planners see, without pins."""
-        return cached.problem_of_rows(self.info, self.profile, self.request, self.rows)
+        return cached.problem_with(self.info, self.profile, self.request, self.measured)
+
+    @property
+    def measured(self) -> cached.Measured | None:
+        """What the method reads beside the profile, where it was measured."""
+        ctx = self.ctx
+        return cached.measured(ctx.store, self.info, self.settings, self.request, ctx.device)
 
     @property
     def rows(self) -> Impact | None:
         """What is known of the model's rows, where the method reads that."""
-        ctx = self.ctx
-        return cached.impact(ctx.store, self.info, self.settings, self.request, ctx.device)
+        return self.measured if isinstance(self.measured, Impact) else None
 
     @property
     def predictor(self) -> Predictor | str:
@@ -64,7 +71,9 @@ class PlanQuery:
         """The same base and budget by another method; one without bases is given the budget."""
         request, base = state.request_for_method(method), self.request.base
         base = base if get_planner(method).has_base else None
-        return replace(self, request=replace(request, base=base, budget=self.request.budget))
+        ladder = ladder_of(method, self.request.ladder)
+        size = {"base": base, "budget": self.request.budget}
+        return replace(self, request=replace(request, ladder=ladder, **size))
 
     def without_ties(self) -> PlanQuery:
         """The same without ties and server."""
@@ -87,7 +96,7 @@ def missing_metrics(query: PlanQuery) -> list[str]:
     if mixes_rows(query.request.method):
         return missing_rows(query)
     metrics = query.profile.metrics if query.profile else ()
-    return [name for name in get_planner(query.request.method).metrics if name not in metrics]
+    return [name for name in required_metrics(query.request) if name not in metrics]
 
 
 def missing_rows(query: PlanQuery) -> list[str]:
@@ -105,14 +114,17 @@ def render_missing_metrics(query: PlanQuery, missing: Sequence[str]) -> None:
         render_missing_rows(query)
         return
     planner, settings = get_planner(query.request.method), query.settings
-    titles = words.listed([METRICS[name].title.lower() for name in missing])
-    headline(
-        f"{planner.title} needs the {titles} of {query.ctx.source.name}.",
+    titles = words.listed([METRICS[name].label for name in missing])
+    notes = [METRICS[name].cost_note(query.info, settings.block_tokens) for name in missing]
+    on_ladder = " on the extended ladder" if settings.ladder == EXTENDED else ""
+    sentences = [
         f"With {settings.calibration}, {settings.quantizer}, axis {settings.axis} and "
-        f"{settings.metadata} metadata it has not been measured yet. Uniform needs none; a run, on "
-        "the Run page, measures what is missing first.",
-    )
-    offer_profile_with(query, get_planner(query.request.method).metrics)
+        f"{settings.metadata} metadata{on_ladder} it has not been measured yet.",
+        "Uniform needs none; a run, on the Run page, measures what is missing first.",
+        *filter(None, notes),
+    ]
+    headline(f"{planner.title} needs the {titles} of {query.ctx.source.name}.", " ".join(sentences))
+    offer_profile_with(query, required_metrics(query.request))
     if query.profile is None:
         next_step("pages/1_Explore.py", "Profile it on the Explore page")
         return
@@ -154,6 +166,19 @@ def measure_in_background(folder: Path, argv: list[str], label: str) -> None:
         jobs_panel.follow(job)
 
 
+def _offer_group_size(query: PlanQuery) -> None:
+    """A button that takes the largest groups that rows of every matrix can be cut into."""
+    sizes = (s for s in GROUP_SIZES if all(m.in_features % s == 0 for m in query.info.matrices))
+    size = next(sizes, None)
+    if size is not None:
+        st.button(
+            f"Use groups of {size}",
+            type="primary",
+            on_click=state.set_values,
+            args=({"group_size": size},),
+        )
+
+
 def render_missing_rows(query: PlanQuery) -> None:
     """What mixed rows are planned from, how dear it is, and a button to measure it."""
     request, blocks = query.request, query.rows.blocks if query.rows else ()
@@ -162,6 +187,7 @@ def render_missing_rows(query: PlanQuery) -> None:
     except InputError as error:  # groups of this size fill no row of some matrix
         headline("No such plan.")
         st.error(words.escape(str(error)))
+        _offer_group_size(query)
         return
     done = sum(block.matrix is not None for block in blocks)
     what = "row scores" if request.ratios == "uniform" else "row scores and interactions"

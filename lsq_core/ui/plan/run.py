@@ -62,7 +62,8 @@ def render_panel(query: PlanQuery, options: RunOptions) -> None:
     extent = f"the first {tokens:,} tokens" if tokens else "all"
     quantizer = quantizer_spec(options.quantizer).title
     what = f"{quantizer}, {extent} of {options.evaluation.corpus}, {protocol}."
-    st.caption(words.escape(check.reason or f"{what} {check.note}".strip()))
+    note = f"{what} {check.note} {_describe_other_text(query, options)}"
+    st.caption(words.escape(check.reason or " ".join(note.split())))
     job = _find_job(query, options)
     if job is None:
         return
@@ -73,6 +74,17 @@ def render_panel(query: PlanQuery, options: RunOptions) -> None:
         else:
             st.markdown(f"**{words.escape(job.title)}**")
             jobs_panel.follow(job, open_log=False)
+
+
+def _describe_other_text(query: PlanQuery, options: RunOptions) -> str:
+    """That the result won't stand beside the runs that predictions are from; '' where it will."""
+    if isinstance(query.predictor, str):
+        return ""
+    points = query.predictor.points
+    if points.corpus == options.evaluation.corpus:
+        return ""
+    runs = words.plural(len(points.perplexity), "run")
+    return f"Its perplexity can't be compared with the {runs} on {points.corpus}."
 
 
 def _find_job(query: PlanQuery, options: RunOptions) -> Job | None:

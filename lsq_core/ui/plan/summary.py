@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from lsq_core.bits import LADDER
+from lsq_core.bits import get_ladder
 from lsq_core.errors import LsqError
 from lsq_core.evaluation.prediction import (
     Predictor,
     features,
+    is_comparable,
 )
 from lsq_core.planning.methods import reads_field
 from lsq_core.planning.methods.uniform import uniform_within
@@ -21,7 +22,6 @@ from lsq_core.ui.plan.prediction import (
     describe_gap,
     describe_prediction_basis,
     format_band,
-    is_band_wide,
 )
 from lsq_core.ui.plan.query import PlanQuery
 from lsq_core.ui.safe import st
@@ -41,7 +41,7 @@ def render_summary(query: PlanQuery, plan: Plan) -> None:
     if plan.rows:
         headline(f"{plan.bits_per_param:.2f} bits: {describe_rows(plan)}.", " ".join(caption))
         return
-    reference = uniform_within(plan.bits_per_param)
+    reference = uniform_within(plan.bits_per_param, get_ladder(plan.request.ladder))
     extra = plan.bits_per_param / reference.nominal_bits - 1
     size, against = format_bytes(plan.planned_bytes), f"uniform {reference.stop_name}"
     alike, predictor = len(set(plan.configs)) == 1, query.predictor
@@ -53,11 +53,11 @@ def render_summary(query: PlanQuery, plan: Plan) -> None:
         )
         caption.insert(1, describe_expected_kl(query.problem, plan))
     else:
-        stops = np.array([[LADDER.index(c) for c in plan.configs]])
-        uniform = np.full_like(stops, LADDER.index(reference))
+        stops = np.array([[query.problem.options.index(c) for c in plan.configs]])
+        uniform = np.full_like(stops, query.problem.options.index(reference))
         predicted = predictor.predict(features(query.problem, np.concatenate([stops, uniform])))
         text = f"perplexity {format_band(predicted)} predicted, {size}"
-        if not alike and is_band_wide(predicted):
+        if not alike and not is_comparable(predicted.band(0), predicted.band(1)):
             text += f", {_more_or_less(extra, 'more', 'less')} memory than {against}"
         elif not alike:
             change = predicted.perplexity[0] / predicted.perplexity[1] - 1
@@ -68,14 +68,18 @@ def render_summary(query: PlanQuery, plan: Plan) -> None:
             )
         caption.insert(1, describe_prediction_basis(predictor, bool(predicted.extrapolated[0])))
         caption.append(describe_free_plan(query, predictor))
+    caption += map(words.escape, query.info.notes)
     headline(f"{plan.bits_per_param:.2f} bits: {text}.", " ".join(filter(None, caption)))
 
 
 def describe_expected_kl(problem: Problem, plan: Plan) -> str:
-    """What the profile expects of a plan before anything was run; nothing without expected KL."""
-    if "expected_kl" not in problem.by_config:
+    """What the profile expects of a plan before anything was run; nothing without expected KL.
+
+    Of a refined plan the notes tell what was measured.
+    """
+    if "expected_kl" not in problem.by_config or problem.refinement is not None:
         return ""
-    stops = np.array([[LADDER.index(c) for c in plan.configs]])
+    stops = np.array([[problem.options.index(c) for c in plan.configs]])
     divergence = float(np.exp(features(problem, stops)[0, 0]))
     if divergence > MAX_EXPECTED_KL:
         return f"A KL divergence of more than {MAX_EXPECTED_KL:.0f} nat a token is expected."
@@ -94,7 +98,7 @@ def describe_free_plan(query: PlanQuery, predictor: Predictor) -> str:
         plan = cached.plan(free.info, free.profile, free.request, free.settings)
     except LsqError as error:
         return words.escape(f"Without {query.request.ties_name}: {error}")
-    stops = np.array([[LADDER.index(c) for c in plan.configs]])
+    stops = np.array([[query.problem.options.index(c) for c in plan.configs]])
     predicted = predictor.predict(features(query.problem, stops))
     return (
         f"Without {query.request.ties_name}, {format_band(predicted)} is predicted at "

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from lsq_core.bits import LADDER
+from lsq_core.bits import GROUP_SIZES, LADDER, LADDERS, Config, QuantConfig
 from lsq_core.charts import config_color, method_style, short_type
 from lsq_core.planning.frontier import Frontier
 from lsq_core.planning.pins import Pin
@@ -31,6 +31,7 @@ _SCRIPTS = (
     "heatmap.js",
     "strip.js",
     "comparing.js",
+    "units.js",
     "drawing.js",
     "details.js",
     "planner.js",
@@ -131,6 +132,7 @@ def live_planner(
     methods: Sequence[LiveMethod],
     *,
     budget: float | None,
+    budget_bytes: int | None = None,
     other_bytes: int | None,
     metadata: str,
     presets: Sequence[Preset] = (),
@@ -149,6 +151,8 @@ def live_planner(
     budget
         Bits per parameter to show: after :func:`read_committed_budget` what it gave, until it is
         changed.
+    budget_bytes
+        Planned bytes that bound every plan in place of the bits, None where the bits do.
     other_bytes
         Bytes of the rest of the model, in the checkpoint's dtype; None where nobody knows.
     metadata
@@ -168,6 +172,7 @@ def live_planner(
         problem,
         methods,
         budget=budget,
+        budget_bytes=budget_bytes,
         other_bytes=other_bytes,
         metadata=metadata,
         presets=presets,
@@ -205,10 +210,18 @@ def update_pins(problem: Problem, pins: Sequence[str], change: dict) -> tuple[st
     return (*pins, str(Pin.from_matrix(matrix, change["scope"], low, high, problem.options)))
 
 
-def read_committed_budget(key: str = "planner") -> float | None:
+@dataclass(frozen=True)
+class CommittedBudget:
+    """Bits per parameter with four decimals, and the planned bytes where a size was typed."""
+
+    bits: float
+    bytes: int | None
+
+
+def read_committed_budget(key: str = "planner") -> CommittedBudget | None:
     """The budget that was settled on in the browser since the last run, else None.
 
-    In bits per parameter with four decimals. The page asks before it draws, keeps the budget, and
+    The page asks before it draws, keeps the budget, and
     passes it on. A commit has a serial that goes back to the browser, which knows by it whether a
     budget from here is an answer to its last commit or older; and by it the same budget can be
     settled on twice.
@@ -217,7 +230,10 @@ def read_committed_budget(key: str = "planner") -> float | None:
     if not commit or commit["serial"] == st.session_state.get(f"{key}_serial"):
         return None
     st.session_state[f"{key}_serial"] = commit["serial"]
-    return round(float(commit["bits"]), 4)
+    planned = commit.get("bytes")
+    return CommittedBudget(
+        round(float(commit["bits"]), 4), None if planned is None else int(planned)
+    )
 
 
 # --- what is sent ---------------------------------------------------------------------------
@@ -228,6 +244,7 @@ def payload(
     methods: Sequence[LiveMethod],
     *,
     budget: float | None,
+    budget_bytes: int | None = None,
     other_bytes: int | None,
     metadata: str,
     presets: Sequence[Preset],
@@ -244,6 +261,7 @@ def payload(
         "facts": [{"label": f.label, "values": encode_array(f.values, "<f8")} for f in facts],
         "presets": [{"label": p.label, "bits": p.bits, "about": p.about} for p in presets],
         "budget": budget,
+        "budgetBytes": budget_bytes,
         "feasible": list(feasible),
         "uniform": None if uniform is None else _curve_payload(uniform),
         "otherBytes": other_bytes,
@@ -308,6 +326,7 @@ def frontier_payload(frontier: Frontier) -> dict:
         matrices = np.concatenate([np.array(s.matrix, dtype=np.int64) for s in steps])
         _frontiers[frontier] = _with_id(
             {
+                "columns": frontier.nominal.shape[1],
                 "costs": None if frontier.cost is None else encode_array(frontier.cost, "<f8"),
                 "losses": None if frontier.losses is None else encode_array(frontier.losses, "<f8"),
                 "lowerBounds": None
@@ -325,11 +344,7 @@ def frontier_payload(frontier: Frontier) -> dict:
 
 
 def _model_payload(problem: Problem, metadata: str) -> dict:
-    """The matrices and what each option takes; bytes by distinct shape.
-
-    Tables have as many columns as the ladder has stops; those of a method with fewer options end
-    in zeros.
-    """
+    """The matrices and what each option takes; bytes by distinct shape, a column an option."""
     cached = _models.setdefault(problem, {})
     if metadata not in cached:
         matrices = problem.matrices
@@ -338,10 +353,11 @@ def _model_payload(problem: Problem, metadata: str) -> dict:
         first = {shape: i for i, shape in reversed(list(enumerate(shapes)))}
         shape_index = {shape: k for k, shape in enumerate(first)}
         one_of_each = list(first.values())
-        planned = np.array(problem.planned(metadata))[one_of_each]
-        on_ladder = problem.options == LADDER
+        planned = problem.planned(metadata)[one_of_each]
+        on_ladder = problem.options in LADDERS.values()
+        ladder = problem.options if on_ladder else LADDER
         bits = 8 * problem.bytes.sum(axis=0) / problem.total
-        reference = LADDER[3] if on_ladder else problem.options[0].low
+        reference = QuantConfig(3, 128) if on_ladder else problem.options[0].low
         cached[metadata] = _with_id(
             {
                 "names": "\n".join(m.name for m in matrices),
@@ -350,11 +366,10 @@ def _model_payload(problem: Problem, metadata: str) -> dict:
                 "typeOf": encode_array([types.index(m.type) for m in matrices], "<i4"),
                 "numel": encode_array(problem.numel, "<f8"),
                 "sizeOf": encode_array([shape_index[shape] for shape in shapes], "<i4"),
-                "planned": encode_array(_pad_columns(planned), "<f8"),
-                "nominal": None
-                if on_ladder
-                else encode_array(_pad_columns(problem.bytes[one_of_each]), "<f8"),
-                "stops": [{"name": c.stop_name, "bits": c.nominal_bits} for c in LADDER],
+                "planned": encode_array(planned, "<f8"),
+                "nominal": None if on_ladder else encode_array(problem.bytes[one_of_each], "<f8"),
+                "stops": [{"name": c.stop_name, "bits": c.nominal_bits} for c in ladder],
+                "ticks": _tick_order(problem.options),
                 "reference": {"name": reference.stop_name, "bits": reference.nominal_bits},
                 "ladder": [
                     {
@@ -370,9 +385,16 @@ def _model_payload(problem: Problem, metadata: str) -> dict:
     return cached[metadata]
 
 
-def _pad_columns(table: np.ndarray) -> np.ndarray:
-    """A table (k, options) with as many columns as the ladder has stops."""
-    return np.pad(table, [(0, 0), (0, len(LADDER) - table.shape[1])])
+#: Bits and group sizes whose ticks are labelled first where there is not room for all.
+_TICK_BITS, _TICK_GROUPS = (3, 4, 8, 2, 5, 6, 1), (GROUP_SIZES[0], GROUP_SIZES[2], GROUP_SIZES[1])
+
+
+def _tick_order(options: Sequence[Config]) -> list[int]:
+    """Options in the order in which ticks on the slider are labelled."""
+    if options not in LADDERS.values():
+        return sorted(range(len(options)), key=lambda j: (j not in (0, len(options) - 1), j))
+    keys = [(_TICK_GROUPS.index(c.group_size), _TICK_BITS.index(c.bits)) for c in options]
+    return sorted(range(len(options)), key=lambda j: keys[j])
 
 
 def _with_id(content: dict) -> dict:

@@ -1,10 +1,12 @@
 // What a plan is compared with: uniform plans, the plan without ties, the least possible cost.
 
-/** Whether a side of a prediction's band is more than a tenth of it; Python's is_band_wide.
- *
- * Two such predictions say nothing of the difference between them.
- */
+/** Whether a side of a prediction's band is more than a tenth of it; Python's is_band_wide. */
 const isWide = ([value, low, high]) => Math.max(high - value, value - low) > value / 10;
+
+/** Whether two predictions tell of their difference: bands apart, or none wide; Python's too. */
+function isComparable(a, b) {
+  return a[2] < b[1] || b[2] < a[1] || ![a, b].some(isWide);
+}
 
 class PlannerComparing {
   /** The largest uniform plan that is no larger, which Python's headline compares with, too. */
@@ -19,7 +21,7 @@ class PlannerComparing {
     if (!uniform || Number.isNaN(predicted[0])) return null;
     const k = uniformWithin(uniform.bits, bits);
     const other = [uniform.perplexity[k], uniform.low[k], uniform.high[k]];
-    if ([predicted, other].some(isWide)) return null;
+    if (!isComparable(predicted, other)) return null;
     return predicted[0] / other[0] - 1;
   }
 
@@ -27,9 +29,12 @@ class PlannerComparing {
   _againstFree(panel) {
     const { answer, curve, free } = panel;
     if (!free) return ["–"];
-    const budget = this.fixed ? Infinity : (this._exact(this.bits) * this.model.total) / 8;
-    if (!planAt(free.frontier, budget, free.answer)) return ["–"];
-    const bits = (8 * (panel.nominal - total(this.model.nominal, free.answer.choice))) / this.model.total;
+    const found = this.fixed
+      ? planAt(free.frontier, Infinity, free.answer)
+      : this._plan(free.frontier, this.bits, this.bytes, free.answer);
+    if (!found) return ["–"];
+    const { ladder, nominal, total: weights } = this.model;
+    const bits = (8 * (panel.nominal - total(nominal, free.answer.choice, ladder.length))) / weights;
     const costed = !this.fixed && free.answer.objective > 0 && answer.objective >= 0;
     // What the frontier finds may be better than what it finds with more freedom, by its gap.
     const share = Math.max(answer.objective / free.answer.objective - 1, 0);
@@ -37,13 +42,13 @@ class PlannerComparing {
     const said = costed ? more : `${signed(bits, 3)} bits`;
     if (this.fixed || !curve || !free.curve) return [said];
     const both = [curve, free.curve].map((each) => this._predicted({ curve: each }, this.bits));
-    if (both.some(isWide)) return [said];
+    if (!isComparable(...both)) return [said];
     return [said, `${signed(both[0][0] - both[1][0], 2)} perplexity`];
   }
 
   _predicted({ curve, here }, bits) {
     if (!curve) return [NaN, NaN, NaN];
-    if (here && (this.fixed || Math.abs(here.bits - bits) < 1e-4)) return here.values;
+    if (here && (this.fixed || this._isAt(here, bits, this.bytes))) return here.values;
     return [curve.perplexity, curve.low, curve.high].map((column) => interpolate(curve, column, bits));
   }
 

@@ -159,7 +159,7 @@ class PlannerDetails extends PlannerDrawing {
     let bytes = 0;
     for (const i of members) {
       counts.set(choice[i], (counts.get(choice[i]) ?? 0) + 1);
-      bytes += planned[sizeOf[i] * STOPS + choice[i]];
+      bytes += planned[sizeOf[i] * ladder.length + choice[i]];
     }
     const title = make("div", "title");
     const first = names[members[0]];
@@ -232,10 +232,10 @@ class PlannerDetails extends PlannerDrawing {
 
   /** The next stop that may be chosen: its bytes, what it saves, and that for each byte. */
   _nextStop({ frontier, answer }, i) {
-    const { cost, nominal } = frontier;
-    const row = itemOf(frontier, i) * STOPS;
+    const { columns, cost, nominal } = frontier;
+    const row = itemOf(frontier, i) * columns;
     const here = row + answer.choice[i];
-    for (let at = here + 1; at < row + STOPS; at++) {
+    for (let at = here + 1; at < row + columns; at++) {
       if (cost[at] === Infinity) continue;
       const more = nominal[at] - nominal[here];
       const saved = cost[here] - cost[at];
@@ -287,7 +287,7 @@ class PlannerDetails extends PlannerDrawing {
     return "No larger budget promotes it.";
   }
 
-  /** For boosts: whether a matrix is flagged, and its place among those that are raised. */
+  /** For boosts: whether a matrix is boosted, and its place among those that are raised. */
   _rankOf({ frontier, answer }, i) {
     const { ladder, total: weights } = this.model;
     const { segment, taken } = answer;
@@ -299,13 +299,13 @@ class PlannerDetails extends PlannerDrawing {
       : "";
     const k = segment.matrix.indexOf(item);
     if (k < 0) {
-      const plan = segment.matrix.length ? "Not flagged: it keeps the base" : "It has the base";
+      const plan = segment.matrix.length ? "Not boosted: it keeps the base" : "It has the base";
       return [`${plan}, ${base}.${until}`];
     }
     const at = `${((8 * segment.after[k]) / weights).toFixed(3)} bits`;
     const when = k < taken ? `promoted from ${at} on` : `promoted at ${at}`;
     return [
-      `Flagged, number ${k + 1} of ${segment.matrix.length}: ${when}, from ${base} to ` +
+      `Boosted, number ${k + 1} of ${segment.matrix.length}: ${when}, from ${base} to ` +
         `${ladder[segment.reached[k]].name}.${until}`,
     ];
   }

@@ -1,7 +1,6 @@
-// Drawing: sizes in the chosen unit, what is laid out once for a width, and what moves each frame.
+// Drawing: what is laid out once for a width, and what moves each frame.
 
 const THUMB = 18;
-const STORED = "lsq-planner-unit";
 const DIGITS = "0123456789ab";
 
 /** Change an element's text only where it is another, so that nothing is laid out for nothing. */
@@ -16,75 +15,7 @@ function make(tag, className = "", text = "") {
   return element;
 }
 
-const round = (value, digits) => Math.round(value * 10 ** digits) / 10 ** digits;
-
-class PlannerDrawing extends PlannerComparing {
-  // --- units --------------------------------------------------------------------------------------
-
-  _restoreUnit() {
-    const [unit, scope] = (sessionStorage.getItem(STORED) ?? "bits linear").split(" ");
-    this.unit = unit;
-    this.scope = scope;
-    for (const radio of this.root.querySelectorAll("input[type=radio]")) {
-      radio.checked = this[radio.name] === radio.value;
-    }
-  }
-
-  _storeUnit() {
-    sessionStorage.setItem(STORED, `${this.unit} ${this.scope}`);
-  }
-
-  /** Nominal bytes of a budget, with the rest of the model where that is counted. */
-  _bytes(bits, whole = this.scope === "whole") {
-    return (bits * this.model.total) / 8 + (whole ? this.data.otherBytes : 0);
-  }
-
-  /** The unit that sizes of this model are typed in. */
-  _sizeUnit() {
-    return SIZES.find(([, size]) => this._bytes(this.range[1]) >= size) ?? ["B", 1];
-  }
-
-  _unitWord() {
-    if (this.unit === "size") return this._sizeUnit()[0];
-    return this.unit === "bits" ? "bits" : "%";
-  }
-
-  _uniformBytes() {
-    return this._bytes(this.model.reference.bits);
-  }
-
-  /** A budget as a number of the chosen unit. */
-  _number(bits) {
-    if (this.unit === "bits") return bits.toFixed(3);
-    if (this.unit === "size") return (this._bytes(bits) / this._sizeUnit()[1]).toFixed(3);
-    return (100 * (this._bytes(bits) / this._uniformBytes() - 1)).toFixed(2).replace("-", "−");
-  }
-
-  _inUnit(bits) {
-    return `${this._number(bits)} ${this._unitWord()}`;
-  }
-
-  /** Bits per parameter of a number typed in the chosen unit; NaN where it is none. */
-  _readBits(text) {
-    const match = /^([+-]?\d*[.,]?\d+|[+-]?\d+[.,]?)\s*(bits|bpp|%|B|KiB|MiB|GiB)?$/.exec(
-      text.replace("−", "-")
-    );
-    if (!match) return NaN;
-    const value = Number(match[1].replace(",", "."));
-    const unit = match[2] ?? this._unitWord();
-    if (unit === "bits" || unit === "bpp") return value;
-    const bytes =
-      unit === "%"
-        ? (1 + value / 100) * this._uniformBytes()
-        : value * (SIZES.find(([name]) => name === unit)?.[1] ?? 1);
-    return (8 * (bytes - this._bytes(0))) / this.model.total;
-  }
-
-  _writeField() {
-    this.written = this._number(this.bits);
-    this.field.value = this.written;
-  }
-
+class PlannerDrawing extends PlannerUnits {
   // --- drawing: once for a width and data ---------------------------------------------------------
 
   _makePanel(k) {
@@ -121,8 +52,9 @@ class PlannerDrawing extends PlannerComparing {
       return entry;
     });
     find(".ladder").replaceChildren(...panel.stops);
-    panel.bytes = Array.from(this.model.types, () => new Float64Array(STOPS));
-    panel.counts = new Int32Array(STOPS);
+    const options = this.model.ladder.length;
+    panel.bytes = Array.from(this.model.types, () => new Float64Array(options));
+    panel.counts = new Int32Array(options);
     this._listenToCells(panel);
     return panel;
   }
@@ -196,9 +128,8 @@ class PlannerDrawing extends PlannerComparing {
     ];
     if (this.panels.some((p) => p.curve)) this.columns.push(["perplexity", "predicted perplexity"]);
     if (this.uniform) this.columns.push(["gain", "perplexity against uniform"]);
-    if (!this.fixed && costed.length) {
-      const least = (units.length === 1 && units[0]) || "cost";
-      this.columns.push(["gap", `above the optimal ${least}`]);
+    if (!this.fixed && units.length === 1) {
+      this.columns.push(["gap", `above the optimal ${units[0] || "cost"}`]);
     }
     if (this.panels.some((panel) => panel.free)) {
       this.oneCost = units.length === 1 && costed.length === this.panels.length;
@@ -218,8 +149,9 @@ class PlannerDrawing extends PlannerComparing {
         row.append(name);
       }
       panel.readout = {};
-      for (const [name] of this.columns) {
+      for (const [name, title] of this.columns) {
         const cell = make("td", name);
+        cell.dataset.title = title;
         cell.append(make("span"), make("small"));
         panel.readout[name] = cell;
         row.append(cell);
@@ -230,7 +162,7 @@ class PlannerDrawing extends PlannerComparing {
   }
 
   _arrangeTrack(width) {
-    const { bits, shares, folded } = makeTrack(this.range, this.model.onLadder);
+    const { bits, shares, folded } = makeTrack(this.range, this.model.onLadder ? foldOf(this.model.stops) : null);
     this.x = (budget) => THUMB / 2 + translate(bits, shares, budget) * (width - THUMB);
     this.budgetAt = (share) => translate(shares, bits, share);
     this.shareOf = (budget) => translate(bits, shares, budget);
@@ -280,9 +212,9 @@ class PlannerDrawing extends PlannerComparing {
       element.style.left = `${left}px`;
     };
     for (const bits of this.range) label(this._end(bits), this.x(bits), "end");
-    if (folded) label("⋯", (this.x(FOLD_BITS[0]) + this.x(FOLD_BITS[1])) / 2, "fold");
+    if (folded) label("⋯", (this.x(folded[0]) + this.x(folded[1])) / 2, "fold");
     const { ladder } = this.model;
-    for (const j of [3, 6, 9, 0, 5, 8, 11, 2, 4, 7, 10, 1].filter((j) => j < ladder.length)) {
+    for (const j of this.model.ticks) {
       if (ladder[j].bits < this.range[0] - 5e-4 || ladder[j].bits > this.range[1] + 5e-4) continue;
       const mark = make("i");
       mark.style.left = `${this.x(ladder[j].bits)}px`;
@@ -293,14 +225,15 @@ class PlannerDrawing extends PlannerComparing {
 
   _end(bits) {
     if (this.unit === "bits") return `${bits.toFixed(2)} bits`;
-    return this.unit === "size" ? formatBytes(this._bytes(bits)) : this._inUnit(bits);
+    return this.unit === "size" ? formatBytes(this._sizeAt(bits, null)) : this._inUnit(bits);
   }
 
   _writeLabels() {
-    setText(this.find(".typed span"), this._unitWord());
+    const isSize = this.unit === "size";
+    setText(this.find(".typed span"), isSize ? `${this._unitWord()} planned` : this._unitWord());
     const scope = this.scope === "whole" ? ", whole model" : "";
     this.field.setAttribute("aria-label", `Budget in ${this._unitWord()}${scope}`);
-    this.field.value = this.written = this._number(this.bits);
+    this.field.value = this.written = this._number(this.bits, this.bytes);
   }
 
   // --- drawing: once a frame ----------------------------------------------------------------------
@@ -309,7 +242,7 @@ class PlannerDrawing extends PlannerComparing {
     cancelAnimationFrame(this.frame);
     this.frame = 0;
     for (const panel of this.panels) {
-      this._look(panel, this.bits);
+      this._look(panel, this.bits, this.bytes);
       this._measure(panel);
     }
     const widest = Math.max(...this.panels.flatMap((panel) => panel.bytes.map((b) => b.sum)));
@@ -327,26 +260,31 @@ class PlannerDrawing extends PlannerComparing {
 
   /** Nominal and planned bytes, by type and stop, and how many matrices have each stop. */
   _measure(panel) {
-    const { planned, sizeOf, typeOf } = this.model;
+    const { ladder, planned, sizeOf, typeOf } = this.model;
     const { choice } = panel.answer;
     panel.counts.fill(0);
     for (const row of panel.bytes) row.fill(0);
     for (let i = 0; i < choice.length; i++) {
       panel.counts[choice[i]]++;
-      panel.bytes[typeOf[i]][choice[i]] += planned[sizeOf[i] * STOPS + choice[i]];
+      panel.bytes[typeOf[i]][choice[i]] += planned[sizeOf[i] * ladder.length + choice[i]];
     }
     panel.planned = 0;
     for (const row of panel.bytes) {
       row.sum = row.reduce((sum, bytes) => sum + bytes, 0);
       panel.planned += row.sum;
     }
-    panel.nominal = total(this.model.nominal, choice);
+    panel.nominal = total(this.model.nominal, choice, ladder.length);
+  }
+
+  /** Whether what is shown is not committed. */
+  _isMoving() {
+    return this.bits !== this.committed || this.bytes !== this.committedBytes;
   }
 
   _paint(panel) {
     const otherPanel = this.panels[1 - panel.index];
     const { choice } = panel.answer;
-    const committed = this.bits === this.committed ? null : panel.committed;
+    const committed = this._isMoving() ? panel.committed : null;
     const other = otherPanel ? otherPanel.answer.choice : null;
     const focused = this.hovered?.panel === panel ? this.hovered.cell : -1;
     panel.heatmap.paint(choice, committed, other, focused);
@@ -367,9 +305,10 @@ class PlannerDrawing extends PlannerComparing {
       setText(cell.firstChild, text);
       setText(cell.lastChild, small);
     };
-    const unspent = !this.fixed && this.bits - bits > 0.005;
+    const unspent = !this.fixed && this.bytes === null && this.bits - bits > 0.005;
     write("bits", bits.toFixed(2), unspent ? `of ${this.bits.toFixed(2)}` : "");
-    write("planned", formatBytes(panel.planned));
+    const within = this.bytes !== null && this.bytes - panel.planned > 5e-5 * this.bytes;
+    write("planned", formatBytes(panel.planned), within ? `of ${formatBytes(this.bytes)}` : "");
     write("whole", data.otherBytes === null ? "unknown" : formatBytes(panel.planned + data.otherBytes));
     const uniform = this._uniformWithin(bits);
     write("more", signedPercent(bits / uniform.bits - 1), `uniform ${uniform.name}`);
@@ -378,7 +317,7 @@ class PlannerDrawing extends PlannerComparing {
     if (Number.isNaN(perplexity)) write("perplexity", "–");
     else write("perplexity", formatNumber(perplexity, 3), `${formatNumber(low, 3)}–${formatNumber(high, 3)}`);
     const gain = this._gain(predicted, uniform);
-    write("gain", gain === null ? "–" : signedPercent(gain), gain === null ? "band too wide" : "");
+    write("gain", gain === null ? "–" : signedPercent(gain), gain === null ? "bands overlap" : "");
     write("free", ...this._againstFree(panel));
     write("gap", panel.frontier.cost || panel.frontier.losses ? `≤ ${formatPercent(this._gap(panel))}` : "–");
   }
@@ -388,7 +327,7 @@ class PlannerDrawing extends PlannerComparing {
       const row = panel.bytes[k];
       const parts = [];
       let at = 0;
-      for (let j = 0; j < STOPS; j++) {
+      for (let j = 0; j < row.length; j++) {
         if (!row[j]) continue;
         const to = at + (100 * row[j]) / row.sum;
         parts.push(`${this.model.ladder[j].color} ${at.toFixed(2)}% ${to.toFixed(2)}%`);
@@ -415,7 +354,7 @@ class PlannerDrawing extends PlannerComparing {
 
   /** What has moved since the committed plan, or, once that is what is shown, since the one before. */
   _writeMoves(panel) {
-    const moving = this.bits !== this.committed;
+    const moving = this._isMoving();
     const since = moving ? this.committed : this.before;
     if (since === null || this.fixed) {
       panel.changed = 0;
@@ -441,7 +380,8 @@ class PlannerDrawing extends PlannerComparing {
     const rest = up + down - first.length;
     const list = first.length ? `: ${first.join(", ")}${rest ? ` and ${rest} more` : ""}` : "";
     const said = up + down ? `${counted(up, "matrix", "matrices")} up, ${down} down` : "no change";
-    const then = this.unit === "bits" ? this._number(since) : this._inUnit(since);
+    const bytes = moving ? this.committedBytes : this.beforeBytes;
+    const then = this.unit === "bits" ? this._number(since) : this._inUnit(since, bytes);
     setText(panel.moves, `Since ${then}: ${said}${list}`);
   }
 
@@ -464,6 +404,7 @@ class PlannerDrawing extends PlannerComparing {
   _expose() {
     const { dataset } = this.root;
     dataset.bits = this.bits;
+    dataset.bytes = this.bytes ?? "";
     dataset.committed = this.committed;
     this.panels.forEach((panel, k) => {
       dataset[`choice${k}`] = Array.from(panel.answer.choice, (stop) => DIGITS[stop]).join("");

@@ -2,12 +2,14 @@
 //
 // Every step is the first or the best there is, ties going to the first matrix and then the lowest
 // stop, and every sum runs from first to last, as there; so both find the same plan to the last
-// bit. Tables are (n, 12) in one row-major Float64Array, a choice is a Uint8Array of n stops. A
-// method with fewer options than twelve leaves the last columns empty.
+// bit. Tables are (n, columns) in one row-major Float64Array, a column for each option; a choice is
+// a Uint8Array of n stops.
 // Nothing here knows the page, and nothing is allocated once a frontier is made.
 
-const STOPS = 12;
 const TOLERANCE = 1e-9;
+// As in lsq_core/planning/limit.py.
+const SPENT = 0.999;
+const HALVINGS = 12;
 
 /** The numbers of a base64 text, as a typed array of the kind. */
 function unpack(text, Kind) {
@@ -19,28 +21,34 @@ function unpack(text, Kind) {
 
 /** Nominal bytes of each matrix at each stop: numel · bits / 8. */
 function nominalTable(numel, bits) {
-  const table = new Float64Array(numel.length * STOPS);
+  const columns = bits.length;
+  const table = new Float64Array(numel.length * columns);
   numel.forEach((weights, i) => {
-    for (let j = 0; j < STOPS; j++) table[i * STOPS + j] = (weights * bits[j]) / 8;
+    for (let j = 0; j < columns; j++) table[i * columns + j] = (weights * bits[j]) / 8;
   });
   return table;
 }
 
 /** Nominal bytes of each matrix at each option, where they depend on its shape. */
 function nominalOfShapes(shapes, sizeOf) {
-  const table = new Float64Array(sizeOf.length * STOPS);
+  const columns = shapes.length / countOf(sizeOf);
+  const table = new Float64Array(sizeOf.length * columns);
   sizeOf.forEach((shape, i) => {
-    table.set(shapes.subarray(shape * STOPS, (shape + 1) * STOPS), i * STOPS);
+    table.set(shapes.subarray(shape * columns, (shape + 1) * columns), i * columns);
   });
   return table;
 }
 
+/** How many things there are that are numbered from 0 without a gap. */
+function countOf(numbers) {
+  return 1 + numbers.reduce((most, number) => Math.max(most, number), 0);
+}
+
 /** A table of matrices summed over those of each item: exact, so in any order. */
-function sumItems(table, items) {
-  const count = 1 + items.reduce((most, item) => Math.max(most, item), 0);
-  const summed = new Float64Array(count * STOPS);
+function sumItems(table, items, columns) {
+  const summed = new Float64Array(countOf(items) * columns);
   items.forEach((item, i) => {
-    for (let j = 0; j < STOPS; j++) summed[item * STOPS + j] += table[i * STOPS + j];
+    for (let j = 0; j < columns; j++) summed[item * columns + j] += table[i * columns + j];
   });
   return summed;
 }
@@ -51,14 +59,16 @@ function itemOf({ items }, i) {
 }
 
 /**
- * A frontier out of its payload {costs, starts, counts, matrices, stops, wide, items} and the
- * nominal table of matrices: segments with their moves in order, and room to work in. Where
+ * A frontier out of its payload {columns, costs, starts, counts, matrices, stops, wide, items} and
+ * the nominal table of matrices: segments with their moves in order, and room to work in. Where
  * matrices are tied, all of it is in items, and so is its nominal table.
  */
 function makeFrontier(payload, ofMatrices) {
   const items = payload.items === null ? null : unpack(payload.items, Int32Array);
-  const nominal = items === null ? ofMatrices : sumItems(ofMatrices, items);
-  const n = nominal.length / STOPS;
+  const { columns } = payload;
+  const nominal = items === null ? ofMatrices : sumItems(ofMatrices, items, columns);
+  const table = { values: nominal, columns };
+  const n = nominal.length / columns;
   const starts = unpack(payload.starts, Uint8Array);
   const matrices = unpack(payload.matrices, payload.wide ? Int32Array : Int16Array);
   const stops = unpack(payload.stops, Uint8Array);
@@ -67,11 +77,12 @@ function makeFrontier(payload, ofMatrices) {
   payload.counts.forEach((count, k) => {
     const end = begin + count;
     const start = starts.slice(k * n, (k + 1) * n);
-    segments.push(makeSegment(start, matrices.slice(begin, end), stops.slice(begin, end), nominal));
+    segments.push(makeSegment(start, matrices.slice(begin, end), stops.slice(begin, end), table));
     begin = end;
   });
   return {
     n,
+    columns,
     items,
     nominal,
     cost: payload.costs === null ? null : unpack(payload.costs, Float64Array),
@@ -85,15 +96,15 @@ function makeFrontier(payload, ofMatrices) {
 }
 
 /** A start and its moves: the stops left and reached, the bytes added, the bytes after each. */
-function makeSegment(start, matrix, reached, nominal) {
+function makeSegment(start, matrix, reached, { values: nominal, columns }) {
   const now = start.slice();
   const left = new Uint8Array(matrix.length);
   const after = new Float64Array(matrix.length);
   const size = new Float64Array(matrix.length);
-  const startBytes = total(nominal, start);
+  const startBytes = total(nominal, start, columns);
   let bytes = startBytes;
   for (let k = 0; k < matrix.length; k++) {
-    const row = matrix[k] * STOPS;
+    const row = matrix[k] * columns;
     left[k] = now[matrix[k]];
     after[k] = bytes + (nominal[row + reached[k]] - nominal[row + left[k]]);
     size[k] = after[k] - bytes;
@@ -131,6 +142,35 @@ function takeChoice(frontier, choice, answer) {
   if (frontier.items !== null) frontier.items.forEach((item, i) => (answer.stops[item] = choice[i]));
 }
 
+/**
+ * The nominal bytes that a budget in planned bytes leaves a plan, which is then in the answer: the
+ * budget less the overhead of the last plan found, until one fits, and more where much is left. NaN
+ * where none fits.
+ * lsq_core/planning/limit.py once more; `plannedOf` gives the planned bytes of a choice.
+ */
+function limitWithin(frontier, ofMatrices, plannedOf, budget, answer) {
+  const smallest = frontier.startBytes[0];
+  planAt(frontier, smallest, answer);
+  if (plannedOf(answer.choice) > budget) return NaN;
+  let [limit, tooLarge, size] = [budget, NaN, NaN];
+  for (;;) {
+    planAt(frontier, limit, answer);
+    size = plannedOf(answer.choice);
+    if (size <= budget) break;
+    tooLarge = limit;
+    limit = Math.max(budget - (size - total(ofMatrices, answer.choice, frontier.columns)), smallest);
+  }
+  for (let k = 0; k < HALVINGS && tooLarge > limit && size < SPENT * budget; k++) {
+    const middle = (limit + tooLarge) / 2;
+    planAt(frontier, middle, answer);
+    const found = plannedOf(answer.choice);
+    if (found <= budget) [limit, size] = [middle, found];
+    else tooLarge = middle;
+  }
+  planAt(frontier, limit, answer);
+  return limit;
+}
+
 function planOfItems(frontier, budget, answer) {
   const limit = budget * (1 + TOLERANCE);
   const index = upperBound(frontier.startBytes, limit) - 1;
@@ -147,12 +187,12 @@ function planOfItems(frontier, budget, answer) {
   if (frontier.cost === null) return true;
   const price = nextMovePrice(frontier, segment, taken);
   const left = Math.max(budget - bytesAfter(segment, taken), 0);
-  let bound = total(frontier.cost, answer.stops);
+  let bound = total(frontier.cost, answer.stops, frontier.columns);
   if (taken < segment.matrix.length) bound -= price * left;
   answer.price = price;
   answer.lowerBound = bound - 1e-12 * Math.abs(bound);
   if (Number.isFinite(budget)) spendRemainder(frontier, segment, taken, limit, answer.stops);
-  answer.objective = total(frontier.cost, answer.stops);
+  answer.objective = total(frontier.cost, answer.stops, frontier.columns);
   return true;
 }
 
@@ -166,7 +206,8 @@ function spendRemainder(frontier, segment, taken, limit, choice) {
   undoMoves(frontier, segment, taken + 1, back, limit - bytesAfter(segment, taken + 1));
   if (!repair(frontier, back, limit)) return;
   fill(frontier, back, limit);
-  if (total(frontier.cost, back) < total(frontier.cost, choice)) choice.set(back);
+  const { cost, columns } = frontier;
+  if (total(cost, back, columns) < total(cost, choice, columns)) choice.set(back);
 }
 
 /** Go on after the moves taken: each that fits, none of a matrix that missed one. */
@@ -202,15 +243,15 @@ function undoMoves(frontier, segment, taken, choice, room) {
 
 /** Spend what is left: again and again the change that saves most cost and fits. */
 function fill(frontier, choice, limit) {
-  const { n, nominal, cost } = frontier;
-  let left = limit - total(nominal, choice);
+  const { n, columns, nominal, cost } = frontier;
+  let left = limit - total(nominal, choice, columns);
   for (;;) {
     let best = 0;
     let at = -1;
-    for (let i = 0, row = 0; i < n; i++, row += STOPS) {
+    for (let i = 0, row = 0; i < n; i++, row += columns) {
       const here = row + choice[i];
       // Bytes rise from stop to stop, so the first that does not fit ends the row.
-      for (let j = here + 1; j < row + STOPS && nominal[j] - nominal[here] <= left; j++) {
+      for (let j = here + 1; j < row + columns && nominal[j] - nominal[here] <= left; j++) {
         const saved = cost[here] - cost[j];
         if (saved > best) {
           best = saved;
@@ -219,20 +260,20 @@ function fill(frontier, choice, limit) {
       }
     }
     if (at < 0) return;
-    const i = Math.floor(at / STOPS);
-    left -= nominal[at] - nominal[i * STOPS + choice[i]];
-    choice[i] = at - i * STOPS;
+    const i = Math.floor(at / columns);
+    left -= nominal[at] - nominal[i * columns + choice[i]];
+    choice[i] = at - i * columns;
   }
 }
 
 /** Bring a choice within the limit by the cheapest single change; false when none does. */
 function repair(frontier, choice, limit) {
-  const { n, nominal, cost } = frontier;
-  const over = total(nominal, choice) - limit;
+  const { n, columns, nominal, cost } = frontier;
+  const over = total(nominal, choice, columns) - limit;
   if (over <= 0) return true;
   let best = Infinity;
   let at = -1;
-  for (let i = 0, row = 0; i < n; i++, row += STOPS) {
+  for (let i = 0, row = 0; i < n; i++, row += columns) {
     const here = row + choice[i];
     for (let j = row; j < here && nominal[here] - nominal[j] >= over; j++) {
       const lost = cost[j] - cost[here];
@@ -243,21 +284,21 @@ function repair(frontier, choice, limit) {
     }
   }
   if (at < 0) return false;
-  choice[Math.floor(at / STOPS)] = at % STOPS;
+  choice[Math.floor(at / columns)] = at % columns;
   return true;
 }
 
 /** The sum of a table's entries at a choice, added from first to last. */
-function total(table, choice) {
+function total(table, choice, columns) {
   let sum = 0;
-  for (let i = 0, row = 0; i < choice.length; i++, row += STOPS) sum += table[row + choice[i]];
+  for (let i = 0, row = 0; i < choice.length; i++, row += columns) sum += table[row + choice[i]];
   return sum;
 }
 
 /** Cost saved per byte by the first move not taken; 0 when all are. */
 function nextMovePrice(frontier, segment, taken) {
   if (taken === segment.matrix.length) return 0;
-  const row = segment.matrix[taken] * STOPS;
+  const row = segment.matrix[taken] * frontier.columns;
   const worth =
     frontier.cost[row + segment.left[taken]] - frontier.cost[row + segment.reached[taken]];
   return worth / segment.size[taken];

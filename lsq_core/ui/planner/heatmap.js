@@ -2,12 +2,13 @@
 //
 // Only cells that look different from the last time are painted again.
 
-const EMPTY = 15;
-const UP = 1 << 4;
-const DOWN = 1 << 5;
-const DIFFERS = 1 << 6;
-const CURSOR = 1 << 7;
-const PINNED = 1 << 8;
+// What a cell shows is one number: its stop in the lowest byte, and marks above it.
+const EMPTY = 255;
+const UP = 1 << 8;
+const DOWN = 1 << 9;
+const DIFFERS = 1 << 10;
+const CURSOR = 1 << 11;
+const PINNED = 1 << 12;
 
 /** Which matrices make each cell: one, or all experts of a layer. */
 function makeCells(model) {
@@ -27,7 +28,7 @@ function shownStop(members, choice, counts) {
   counts.fill(0);
   for (const i of members) counts[choice[i]]++;
   let best = 0;
-  for (let j = 1; j < STOPS; j++) if (counts[j] > counts[best]) best = j;
+  for (let j = 1; j < counts.length; j++) if (counts[j] > counts[best]) best = j;
   return best;
 }
 
@@ -39,7 +40,7 @@ class Heatmap {
     this.cells = cells;
     this.ladder = ladder.map((stop) => ({ ...stop, ink: contrastColor(stop.color) }));
     this.drawn = new Int32Array(cells.members.length);
-    this.counts = new Int32Array(STOPS);
+    this.counts = new Int32Array(ladder.length);
     this.pinned = null; // whether each matrix is, set by whoever knows
   }
 
@@ -110,7 +111,7 @@ class Heatmap {
     const top = Math.round(row * this.rowHeight * ratio);
     const bottom = Math.round((row + 1) * this.rowHeight * ratio);
     pen.clearRect(left, top, right - left, bottom - top);
-    const stop = looks & 15;
+    const stop = looks & 255;
     if (stop === EMPTY) return;
     const width = right - left - (narrow ? gap : 2 * gap);
     const box = [narrow ? left : left + gap, top + gap, width, bottom - top - 2 * gap];

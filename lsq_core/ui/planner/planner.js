@@ -28,9 +28,11 @@ class Planner extends PlannerDetails {
     this.find = (css) => root.querySelector(css);
     this.slider = this.find(".slider");
     this.field = this.find(".typed input");
-    this.bits = null; // shown, committed, and what was committed before that
-    this.committed = null;
-    this.before = null;
+    // Shown, committed, and committed before that: nominal bits per parameter, and where the size
+    // was typed the planned bytes that bound every plan.
+    this.bits = this.bytes = null;
+    this.committed = this.committedBytes = null;
+    this.before = this.beforeBytes = null;
     this.serial = undefined; // of the last commit that was sent
     this.dragging = false;
     this.panels = [];
@@ -100,6 +102,9 @@ class Planner extends PlannerDetails {
           : nominalOfShapes(unpack(model.nominal, Float64Array), sizeOf),
       total: numel.reduce((sum, weights) => sum + weights, 0),
     };
+    const { sizeOf: shapes, planned } = this.model;
+    this.plannedOf = (choice) =>
+      choice.reduce((sum, stop, i) => sum + planned[shapes[i] * model.ladder.length + stop], 0);
     this.cells = makeCells(this.model);
     return true;
   }
@@ -108,6 +113,7 @@ class Planner extends PlannerDetails {
   _takeMethods(data, anew) {
     const methods = data.fixed === null ? data.methods : data.methods.slice(0, 1);
     const old = anew ? [] : this.panels;
+    const asked = { bits: this._exact(data.budget), bytes: data.budgetBytes };
     let changed = old.length !== methods.length;
     if (changed) this.find(".panels").replaceChildren();
     this.panels = methods.map((method, k) => {
@@ -122,14 +128,15 @@ class Planner extends PlannerDetails {
       panel.free = this._takeFree(method.free, panel.free);
       panel.method = method;
       panel.solved = method.solved && {
-        bits: this._exact(data.budget),
+        ...asked,
         bound: method.solved.bound,
         choice: unpack(method.solved.choice, Uint8Array),
       };
-      panel.here = method.here && { bits: this._exact(data.budget), values: method.here };
+      panel.here = method.here && { ...asked, values: method.here };
       panel.curve = method.curve && { ...unpackCurve(method.curve), color: method.color };
       return panel;
     });
+    if (changed) this.scratch = makeAnswer(this.panels[0].frontier);
     return changed;
   }
 
@@ -143,11 +150,15 @@ class Planner extends PlannerDetails {
   }
 
   /** Python's budget counts once Python has seen the last commit that was sent. */
-  _takeBudget({ budget, serial }) {
+  _takeBudget({ budget, budgetBytes, serial }) {
     if (this.serial === undefined) this.serial = serial;
-    const wanted = this._clamp(round(budget ?? this.model.reference.bits, 4));
-    if (this.committed === null || (serial === this.serial && wanted !== this.committed)) {
-      this.bits = this.committed = wanted;
+    const typed = budgetBytes === null ? NaN : this._bitsWithin(budgetBytes);
+    const bytes = Number.isNaN(typed) ? null : budgetBytes;
+    const bits = bytes === null ? round(budget ?? this.model.reference.bits, 4) : typed;
+    const wanted = this._clamp(bits);
+    const other = wanted !== this.committed || bytes !== this.committedBytes;
+    if (this.committed === null || (serial === this.serial && other)) {
+      Object.assign(this, { bits: wanted, committed: wanted, bytes, committedBytes: bytes });
       this.before = null;
     }
     this.bits = this._clamp(this.bits);
@@ -157,20 +168,40 @@ class Planner extends PlannerDetails {
   /** The plans at the committed budget, which what is shown is compared with. */
   _commitPlans(changed) {
     for (const panel of this.panels) {
-      this._look(panel, this.committed);
+      this._look(panel, this.committed, this.committedBytes);
       panel.committed.set(panel.answer.choice);
     }
     if (changed) this.before = null;
   }
 
-  _look(panel, bits) {
+  _look(panel, bits, bytes) {
     if (this.fixed) panel.answer.choice.set(this.fixed);
-    else planAt(panel.frontier, (this._exact(bits) * this.model.total) / 8, panel.answer);
-    if (panel.solved && Math.abs(panel.solved.bits - bits) < 1e-4) {
+    else this._plan(panel.frontier, bits, bytes, panel.answer);
+    if (panel.solved && this._isAt(panel.solved, bits, bytes)) {
       takeChoice(panel.frontier, panel.solved.choice, panel.answer);
-      panel.answer.objective = total(panel.frontier.cost, panel.answer.stops);
+      const { cost, columns } = panel.frontier;
+      panel.answer.objective = total(cost, panel.answer.stops, columns);
       panel.answer.lowerBound = panel.solved.bound;
     }
+  }
+
+  /** The plan of a frontier at a budget, into the answer; false where none is within it. */
+  _plan(frontier, bits, bytes, answer) {
+    if (bytes === null) return planAt(frontier, (this._exact(bits) * this.model.total) / 8, answer);
+    const { nominal } = this.model;
+    return !Number.isNaN(limitWithin(frontier, nominal, this.plannedOf, bytes, answer));
+  }
+
+  /** Whether something that Python sent is of a budget. */
+  _isAt(asked, bits, bytes) {
+    return asked.bytes === bytes && (bytes !== null || Math.abs(asked.bits - bits) < 1e-4);
+  }
+
+  /** Bits per parameter that planned bytes leave the first method's plan; NaN where none fits. */
+  _bitsWithin(bytes) {
+    const { nominal, total: weights } = this.model;
+    const { frontier } = this.panels[0];
+    return (8 * limitWithin(frontier, nominal, this.plannedOf, bytes, this.scratch)) / weights;
   }
 
   /** What pins allow each matrix, and a list of them to drop them from. */
@@ -221,12 +252,19 @@ class Planner extends PlannerDetails {
       this._show(this._snap(round(this.budgetAt(Number(slider.value)), 3))));
     slider.addEventListener("change", () => this._release());
     slider.addEventListener("keydown", (event) => this._slideByKey(event));
-    slider.addEventListener("keyup", () => this._commit(this.bits));
+    slider.addEventListener("keyup", () => this._commit(this.bits, this.bytes));
     field.addEventListener("keydown", (event) => {
       if (event.key === "Enter") this._commitTyped();
       if (event.key === "Escape") this._writeField();
     });
+    // A click into the field selects all, as the tab key does; a second one places the caret.
     field.addEventListener("focus", () => field.select());
+    field.addEventListener("pointerdown", () => {
+      this.entering = this.root.getRootNode().activeElement !== field;
+    });
+    field.addEventListener("click", () => {
+      if (this.entering) field.select();
+    });
     field.addEventListener("blur", () => this._commitTyped());
     this.form = this.find(".pin");
     this.form.addEventListener("submit", (event) => this._pin(event));
@@ -244,6 +282,7 @@ class Planner extends PlannerDetails {
   /** Show a budget without committing it, at the next frame. */
   _show(bits) {
     this.bits = this._clamp(bits);
+    this.bytes = null;
     this._say("");
     this.frame ||= requestAnimationFrame(() => this._draw());
   }
@@ -271,39 +310,46 @@ class Planner extends PlannerDetails {
   _release() {
     const held = this.dragging;
     this.dragging = false;
-    this._commit(this.bits);
+    this._commit(this.bits, this.bytes);
     if (held && this.component.data !== this.data) this.receive(this.component);
   }
 
   /** Settle on a budget: it is drawn, remembered, and told to Python. */
-  _commit(bits) {
-    if (bits === this.committed || this.fixed) return;
-    this.before = this.committed;
-    this.bits = this.committed = bits;
+  _commit(bits, bytes) {
+    if ((bits === this.committed && bytes === this.committedBytes) || this.fixed) return;
+    Object.assign(this, { before: this.committed, beforeBytes: this.committedBytes });
+    Object.assign(this, { bits, committed: bits, bytes, committedBytes: bytes });
     for (const panel of this.panels) panel.before.set(panel.committed);
     this._commitPlans(false);
     this._draw();
     this._speak(this.panels.map((panel) => panel.moves.textContent).join(" "));
     this.serial = Date.now();
-    this.component.setStateValue("commit", { bits, serial: this.serial });
+    this.component.setStateValue("commit", { bits, bytes, serial: this.serial });
   }
 
   _commitTyped() {
     const text = this.field.value.trim();
     if (text === this.written) return;
-    const bits = this._readBits(text);
+    const { bits, bytes } = this._read(text);
+    const wanted = /[a-z%]$/i.test(text) ? text : `${text} ${this._unitWord()}`;
     if (Number.isNaN(bits)) {
-      this._say(`“${text}” is not a number; the budget is still ${this._inUnit(this.bits)}.`);
+      const now = this._inUnit(this.bits, this.bytes);
+      this._say(`“${text}” is not a number; the budget is still ${now}.`);
     } else {
-      this._jump(bits, `${text} ${this._unitWord()}`);
+      this._jump(bits, wanted, "", bytes);
     }
     this._writeField();
   }
 
   /** Commit the nearest budget there is, and say so where it is not the one that was wanted. */
-  _jump(bits, wanted, room = "") {
+  _jump(bits, wanted, room = "", bytes = null) {
     const [low, high] = this.range;
     this._say("");
+    if (bytes !== null && bits >= low - 1e-4 && bits <= high) {
+      this._commit(this._clamp(bits), bytes);
+      this._draw();
+      return;
+    }
     if (bits < low - 0.005) {
       this._say(`${wanted} is less than the smallest plan${room} takes, ` +
         `${this._size(low, room)}; showing the smallest.`);
@@ -312,16 +358,12 @@ class Planner extends PlannerDetails {
         `${this._size(high, room)}; showing the largest.`);
     }
     const nearest = this._clamp(round(bits, 4));
-    if (nearest === this.committed) {
-      this.bits = nearest;
-      this._draw();
-    } else {
-      this._commit(nearest);
-    }
+    this._commit(nearest, null);
+    this._draw();
   }
 
   _size(bits, room) {
-    return room ? formatBytes(this._bytes(bits, true)) : this._inUnit(bits);
+    return room ? formatBytes(this._sizeAt(bits, null, true)) : this._inUnit(bits);
   }
 
   _say(sentence) {

@@ -29,15 +29,19 @@ function uniformWithin(bits, budget) {
 
 // --- the axis ---------------------------------------------------------------------------------------
 
-// Between 4 and 8 bits there is nothing to decide: what lies there takes little of the track.
-const FOLD_BITS = [4.6, 8.05];
 const FOLD_SHARES = [0.84, 0.9];
 
+/** Below 8 bits there is a gap without configurations: what lies there takes little of the track. */
+function foldOf(stops) {
+  const below = Math.max(...stops.map((stop) => stop.bits).filter((bits) => bits < 8));
+  return [Math.ceil(10 * below) / 10, 8.05];
+}
+
 /** Budgets and the shares of the track where they stand, straight between; folded where it is long. */
-function makeTrack([low, high], onLadder) {
-  const folded = onLadder && low < FOLD_BITS[0] - 0.5 && high > FOLD_BITS[1] + 0.05;
+function makeTrack([low, high], fold) {
+  const folded = fold !== null && low < fold[0] - 0.5 && high > fold[1] + 0.05 ? fold : null;
   return folded
-    ? { bits: [low, ...FOLD_BITS, high], shares: [0, ...FOLD_SHARES, 1], folded }
+    ? { bits: [low, ...folded, high], shares: [0, ...FOLD_SHARES, 1], folded }
     : { bits: [low, high], shares: [0, 1], folded };
 }
 

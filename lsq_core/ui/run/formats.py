@@ -56,12 +56,12 @@ def describe(
     One of them is ''; both where the plan, or the files of a remote model, are not known before
     the run.
     """
-    info, settings = ctx.info, state.settings()
+    info, settings = ctx.info, state.plan_settings()
     if not ctx.source.is_local:
         return "", ""
     try:
-        profile = cached.profile(ctx.store, info, settings, ctx.device)
-        rows = cached.impact(ctx.store, info, settings, request, ctx.device)
+        profile = cached.planning_profile(ctx.store, info, settings, ctx.device)
+        rows = cached.measured(ctx.store, info, settings, request, ctx.device)
         plan = cached.plan(info, profile, request, settings, rows)
     except LsqError:  # the plan says its own trouble
         return "", ""

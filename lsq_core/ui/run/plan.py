@@ -24,6 +24,7 @@ from lsq_core.store.store import Store
 from lsq_core.sweep import SweepItem, estimate_seconds
 from lsq_core.ui import cached, cached_results, state, words
 from lsq_core.ui.page import PageContext
+from lsq_core.ui.plan.budget import shown_request
 from lsq_core.ui.run import formats
 from lsq_core.ui.run.quantizer import (
     RUN_QUANTIZERS,
@@ -37,7 +38,7 @@ from lsq_core.units import format_bytes
 
 def render_form(ctx: PageContext, folder: Path) -> None:
     """What to quantize and evaluate, and the button."""
-    request = state.plan_request()
+    request = shown_request(ctx.info, state.settings())
     top, change = st.columns([5, 1], vertical_alignment="center")
     top.markdown(f"**Next:** {describe_plan(ctx, request)}")
     change.page_link("pages/2_Plan.py", label="Change the plan")
@@ -78,7 +79,7 @@ class RunCheck:
 
 def check_run(ctx: PageContext, request: PlanRequest, options: RunOptions) -> RunCheck:
     """Check whether a plan can be run and saved like this, and estimate time and bytes."""
-    reason = run_incompatibility(ctx, request, state.settings(), options.quantizer)
+    reason = run_incompatibility(ctx, request, state.plan_settings(), options.quantizer)
     priced = ""
     if options.target is not None and not reason:
         priced, reason = formats.describe(ctx, request, options.quantizer, options.target)
@@ -97,7 +98,7 @@ def run_arguments(ctx: PageContext, request: PlanRequest, options: RunOptions) -
         When the model cannot be saved under that name.
     """
     argv = ["run", *arguments.model_arguments(ctx.source, ctx.device)]
-    argv += arguments.plan_arguments(request, state.settings())
+    argv += arguments.plan_arguments(request, state.plan_settings())
     folder = save_folder(ctx.store, options.save)
     return argv + arguments.evaluation_arguments(
         options.evaluation, options.quantizer, folder, options.target
@@ -157,16 +158,16 @@ def start(ctx: PageContext, folder: Path, argv: list[str]) -> None:
 
 def describe_plan(ctx: PageContext, request: PlanRequest) -> str:
     """A sentence about the plan that would be run."""
-    info, settings = ctx.info, state.settings()
+    info, settings = ctx.info, state.plan_settings()
     planner = get_planner(request.method)
     size = " and ".join(
         [f"base {request.base}"] * bool(request.base)
-        + [f"at most {(request.budget or '').removesuffix('bpp')} bits"] * bool(request.budget)
+        + ([_describe_budget(request.budget)] if request.budget else [])
     )
-    profile = cached.profile(ctx.store, info, settings, ctx.device)
+    profile = cached.planning_profile(ctx.store, info, settings, ctx.device)
     restrictions = f" {request.restrictions}" if request.has_ties else ""
     text = f"{planner.title} on {ctx.source.name}, {size}{restrictions}"
-    rows = cached.impact(ctx.store, info, settings, request, ctx.device)
+    rows = cached.measured(ctx.store, info, settings, request, ctx.device)
     if planner.reads_rows and rows is None:
         return f"{text}; the run will first measure row scores."
     if planner.metrics and profile is None:
@@ -181,6 +182,13 @@ def describe_plan(ctx: PageContext, request: PlanRequest) -> str:
     if not incompatibility_reason(quantizer, plan.choice, plan.axis):
         plan = replace(plan, quantizer=quantizer)
     return f"{text}: {plan.bits_per_param:.2f} bits, {format_bytes(plan.planned_bytes)} planned."
+
+
+def _describe_budget(budget: str) -> str:
+    """``at most 3.2 bits``, or of bytes ``at most 50MiB planned``."""
+    if budget.endswith("bpp"):
+        return f"at most {budget.removesuffix('bpp')} bits"
+    return f"at most {budget} planned"
 
 
 def select_run_options(ctx: PageContext, stacked: bool = False) -> RunOptions:

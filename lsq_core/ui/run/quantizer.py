@@ -9,7 +9,7 @@ from lsq_core.planning.problem import Problem
 from lsq_core.planning.request import PlanRequest
 from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.quantization.registry import QUANTIZERS, incompatibility_reason, unavailable_reason
-from lsq_core.stages.plan import request_incompatibility
+from lsq_core.stages.plan import budget_excess, request_incompatibility
 from lsq_core.ui import cached
 from lsq_core.ui.page import PageContext
 
@@ -49,9 +49,10 @@ def run_incompatibility(
         reason = request_incompatibility(
             Problem(ctx.info.matrices), request, quantizer, settings.axis
         )
-        profile = cached.profile(ctx.store, ctx.info, settings, ctx.device)
-        rows = cached.impact(ctx.store, ctx.info, settings, request, ctx.device)
+        profile = cached.planning_profile(ctx.store, ctx.info, settings, ctx.device)
+        rows = cached.measured(ctx.store, ctx.info, settings, request, ctx.device)
         plan = cached.plan(ctx.info, profile, request, settings, rows)
-        return reason or incompatibility_reason(quantizer, plan.choice, settings.axis)
+        reason = reason or incompatibility_reason(quantizer, plan.choice, settings.axis)
+        return reason or budget_excess(plan, quantizer)
     except LsqError:  # the plan says its own trouble
         return ""

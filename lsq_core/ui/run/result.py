@@ -9,6 +9,7 @@ import pandas as pd
 from lsq_core import disk, jobs
 from lsq_core.errors import InputError
 from lsq_core.evaluation.divergence import format_distribution
+from lsq_core.evaluation.noise import describe_noise
 from lsq_core.exports.weights.registry import FORMATS
 from lsq_core.files import DamagedFileError
 from lsq_core.jobs import Job
@@ -63,11 +64,16 @@ def render_headline(job: Job) -> None:
         return
     change = result["increase"]
     headline(
-        f"Perplexity {words.figure(result['perplexity'], 2)}, "
+        f"Perplexity {words.figure(result['perplexity'], 2, _noise(result))}, "
         f"{words.loss_verdict(change['relative'])}.",
         f"{title} · {result['corpus']}, {result['protocol']}, {result['tokens']:,} tokens"
         + (", limited by max tokens" if result["truncated"] else ""),
     )
+
+
+def _noise(result: dict) -> float | None:
+    """The share by which arithmetic moves the perplexity; a job of an older version has none."""
+    return (result.get("noise") or {}).get("perplexity")
 
 
 def show(ctx: PageContext, job: Job) -> None:
@@ -88,11 +94,12 @@ def show_figures(job: Job) -> None:
     """What was measured."""
     result = read_result(job)
     change = result["increase"]
+    noise = result.get("noise") or {}  # a job of an older version has none
     figures = {
-        "Perplexity": words.figure(result["perplexity"], 4),
-        "Full precision": words.figure(result["perplexity_full"], 4),
+        "Perplexity": words.figure(result["perplexity"], 4, _noise(result)),
+        "Full precision": words.figure(result["perplexity_full"], 4, _noise(result)),
         "Difference": words.signed_percent(change["relative"], 2),
-        "KL (nats)": words.figure(result["kl"], 4),
+        "KL (nats)": words.figure(result["kl"], 4, noise.get("kl")),
         "Top-1 agreement": f"{100 * result['top1']:.1f} %",
         "Measured size": format_bytes(result["measured_bytes"]),
     }
@@ -107,6 +114,7 @@ def show_figures(job: Job) -> None:
     ]
     if result.get("divergence"):  # a job of an older version has none
         facts.append(f"KL by token: {format_distribution(result['divergence'])}")
+    facts += [words.escape(f"arithmetic noise {describe_noise(noise)}")] if noise else []
     facts += [f"saved to {result['saved_to']}"] if result["saved_to"] else []
     st.caption(" · ".join(facts))
     if "export" in result:

@@ -20,6 +20,7 @@ from lsq_core.stages.plan import request_incompatibility
 from lsq_core.sweep_progress import describe_counts
 from lsq_core.ui import cached_results, jobs_panel, state, words
 from lsq_core.ui.page import PageContext, headline, next_step
+from lsq_core.ui.run import actors
 from lsq_core.ui.run.plan import choose_protocol, choose_tokens, start
 from lsq_core.ui.run.quantizer import RUN_QUANTIZERS, describe_quantizers, label, reasons
 from lsq_core.ui.safe import st
@@ -79,6 +80,7 @@ def render_form(ctx: PageContext, folder: Path) -> None:
     for key, default in _DEFAULTS.items():
         st.session_state.setdefault(key, default)
     form = _render_inputs(ctx.info.context)
+    place = actors.choose_place()
     reasons_against = _incompatibilities(ctx, form.items)
     full_sweep = _full_sweep(form)
     with st.container(horizontal=True, vertical_alignment="center"):
@@ -86,17 +88,17 @@ def render_form(ctx: PageContext, folder: Path) -> None:
             "Start the sweep",
             type="primary",
             icon=":material/playlist_play:",
-            disabled=all(reasons_against),
+            disabled=all(reasons_against) or bool(place.reason),
         )
         full_clicked = st.button(
             "Everything at 2.2, 3.2 and 4.2 bits",
             icon=":material/select_all:",
-            disabled=not form.corpora,
+            disabled=not form.corpora or bool(place.reason),
             help=f"Every method with {sweep.EVERYTHING_QUANTIZER}, and the uniform plan with every "
             f"other quantizer, on the corpora above: {len(full_sweep.items)} runs. Combinations "
             "that are not possible are listed with the reason.",
         )
-        st.caption(_describe_sweep(ctx, form, reasons_against))
+        st.caption(words.escape(place.reason) or _describe_sweep(ctx, form, reasons_against))
     if start_clicked or full_clicked:
         form = full_sweep if full_clicked else form
         argv = ["sweep", *arguments.model_arguments(ctx.source, ctx.device)]
@@ -111,6 +113,7 @@ def render_form(ctx: PageContext, folder: Path) -> None:
             state.settings(),
             form.rows,
         )
+        argv += arguments.ray_arguments(place.address, place.cores)
         start(ctx, folder, argv)
 
 
@@ -264,10 +267,11 @@ def describe_best(rows: list[dict]) -> str:
 
 
 def show_rows(job: Job) -> None:
-    """The rows as they fill."""
+    """The rows as they fill, and who measures them."""
     rows = read_rows(job)
     if not rows:
         return
+    actors.show_actors(job)
     st.dataframe(
         table(rows),
         hide_index=True,

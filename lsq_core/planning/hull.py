@@ -11,29 +11,11 @@ from itertools import pairwise
 import numpy as np
 
 from lsq_core.planning.frontier import Frontier, Segment, build_moves
-from lsq_core.planning.methods.base import LadderPlanner
 from lsq_core.planning.problem import Problem
-from lsq_core.planning.request import PlanRequest
-
-
-class Knapsack(LadderPlanner):
-    """A method that minimises a cost: a subclass defines it for each matrix and configuration."""
-
-    has_base = False
-    fields = ("exact",)
-    cost_unit = "cost"
-
-    def cost(self, problem: Problem) -> np.ndarray:
-        """Return the cost (n, 12) of each matrix at each configuration; NaN if unavailable."""
-        raise NotImplementedError
-
-    def frontier(self, problem: Problem, request: PlanRequest, bases: list[int]) -> Frontier:
-        """Return the plans for every budget; ``bases`` is not used."""
-        return hull_frontier(self.cost(problem), problem)
 
 
 def hull_frontier(cost: np.ndarray, problem: Problem) -> Frontier:
-    """Return the frontier of a cost (n, 12): the smallest configurations, then hull steps by price.
+    """Return the frontier of a cost (n, options): the smallest of them, then hull steps by price.
 
     Tied matrices are one item, at the sum of their costs. One without any cost, as it was not
     measured, gets the most bits that it may have, and the frontier's notes name it.

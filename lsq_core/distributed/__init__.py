@@ -1,0 +1,1 @@
+"""Sweeps on Ray: an actor a device measures plans, and the driver stores what comes of them."""

@@ -1,0 +1,377 @@
+"""The driver's side of a sweep on Ray: gives out plans, stores what comes, and survives deaths."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from lsq_core.distributed.messages import Description, Failure, Measured, PlannedRun, Task
+from lsq_core.distributed.pool import ActorPool, Answer, RemoteActor
+from lsq_core.distributed.status import ActorRow, write_actors
+from lsq_core.errors import InputError, LsqError
+from lsq_core.evaluation.protocol import EvaluationRequest
+from lsq_core.jsontext import json_text
+from lsq_core.progress import ProgressCallback, ignore_progress
+from lsq_core.provenance import run_dependencies, versions
+from lsq_core.session import Session
+from lsq_core.stages.measure import MeasuredRun, save_measured
+from lsq_core.stages.run import check_plan, make_run_id
+from lsq_core.sweep_batches import MAX_CONCURRENT_PLANS, MAX_STREAMED_PLANS, identity, next_batch
+from lsq_core.sweep_state import Sweep
+
+#: How often an item goes to another actor after the one that measured it died.
+MAX_MOVES = 3
+#: Actors that may fail to start one after the other.
+_MAX_FAILED_STARTS = 3
+#: Seconds between the first such death and the next start, doubled after each one: Ray needs some
+#: to see that a node is gone, and until then starts actors there.
+_RETRY_S = 1.0
+#: Seconds that are waited for a device to become free, and for the slower ones once one is.
+_START_TIMEOUT_S, _OTHERS_TIMEOUT_S = 300.0, 60.0
+#: Seconds of one turn of the loop, and between two writes of who does what.
+_TURN_S, _STATUS_EVERY_S = 0.2, 0.5
+#: What is left is divided by so many times the actors, so that they end at about the same time
+#: (guided self-scheduling, Polychronopoulos and Kuck 1987).
+_SHARES = 2
+#: Steps by which an item's progress is reported.
+_STEPS = 1000
+
+
+@dataclass(eq=False)
+class Dispatcher:
+    """Has the actors of a pool make a sweep's pending items.
+
+    The driver alone decides the runs' ids and writes the database. Items are given out in their
+    order; one whose plan and text are being measured for another item waits and finds that.
+    """
+
+    sweep: Sweep
+    pool: ActorPool
+    #: How often each item's actor died, and how many plans may be measured together with it.
+    moves: Counter[int] = field(default_factory=Counter)
+    limits: dict[int, int] = field(default_factory=dict)
+    _runs: dict[str, str] = field(default_factory=dict)
+    _streams: dict[EvaluationRequest, object] = field(default_factory=dict)
+    #: What came and isn't stored yet: who measured which items.
+    _measured: list[tuple[RemoteActor, Sequence[int], Measured]] = field(default_factory=list)
+    #: The plans that each actor quantized last.
+    _last: dict[RemoteActor, set] = field(default_factory=dict)
+    _watch: StartWatch = field(init=False)
+    _status: tuple[float, list[ActorRow]] = (0.0, [])
+
+    def __post_init__(self) -> None:
+        self._watch = StartWatch(self.sweep.session, self.pool)
+
+    def run(self) -> None:
+        """Return once no item is pending.
+
+        Raises
+        ------
+        InputError
+            When a node has other versions or another model than the driver.
+        LsqError
+            When no actor can be started.
+        """
+        session = self.sweep.session
+        report, session.report = session.report, ignore_progress  # an item's stages are no sweep's
+        try:
+            while self.sweep.pending():
+                self._assign()
+                self._store()  # while the actors are busy
+                for answer in self.pool.wait(_TURN_S):
+                    self._take(answer)
+                self._watch.check()
+                self._tell(report)
+        finally:
+            self._store()  # nothing that was measured is lost, whatever ended the sweep
+            session.report = report
+
+    # --- giving out -------------------------------------------------------------------------
+
+    def _assign(self) -> None:
+        for actor in [actor for actor in self.pool.actors if actor.is_idle]:
+            while items := self._next_items(actor):
+                with self.sweep.session.store.held():
+                    for number in items:
+                        self.sweep.attempt(number, self.sweep.find_existing_run)
+                waiting = [n for n in items if self.sweep.rows[n]["state"] == "waiting"]
+                if waiting == items:
+                    self._submit(actor, items)
+                    break
+
+    def _next_items(self, actor: RemoteActor) -> list[int]:
+        """The items, of different plans on one text, that an actor should measure next."""
+        active = {number for other in self.pool.actors for number in other.items}
+        active.update(*(items for _, items, _ in self._measured))
+        pending = [number for number in self.sweep.pending() if number not in active]
+        last = self._last.get(actor, set())
+        # An actor goes on with the plans that it has just quantized, if another text is left.
+        known = [number for number in pending if self.sweep.plan_key(number) in last]
+        for candidates in filter(None, (known, pending)):
+            for text in dict.fromkeys(self._text(number) for number in candidates):
+                on_text = [number for number in candidates if self._text(number) == text]
+                busy = [identity(self.sweep, n) for n in active if self._text(n) == text]
+                streamed = not actor.description.fits
+                most = self._group_size(pending, text, streamed)
+                batch = next_batch(self.sweep, on_text, most, streamed, busy)
+                if batch:
+                    return self._limited([number for (number,) in batch])
+        return []
+
+    def _text(self, number: int) -> EvaluationRequest:
+        return self.sweep.requested[number].evaluation
+
+    def _tokens(self, text: EvaluationRequest) -> int:
+        return len(self.sweep.session.stream(text).ids)
+
+    def _group_size(self, pending: Sequence[int], text: EvaluationRequest, streamed: bool) -> int:
+        """How many plans to evaluate together on a text, by the tokens that are left to read."""
+        left = sum(self._tokens(self._text(number)) for number in pending)
+        share = left / (_SHARES * len(self.pool.actors)) // max(self._tokens(text), 1)
+        return max(1, min(int(share), MAX_STREAMED_PLANS if streamed else MAX_CONCURRENT_PLANS))
+
+    def _limited(self, items: list[int]) -> list[int]:
+        """As many of the first items as each of them may be together with."""
+        chosen: list[int] = []
+        for number in items:
+            limit = min(self.limits.get(n, len(items)) for n in (*chosen, number))
+            if chosen and len(chosen) >= limit:
+                break
+            chosen.append(number)
+        return chosen
+
+    def _submit(self, actor: RemoteActor, items: list[int]) -> None:
+        import ray
+
+        text = self._text(items[0])
+        if text not in self._streams:
+            self._streams[text] = ray.put(self.sweep.session.stream(text))
+        task = Task(tuple(self._planned_run(number) for number in items), text)
+        self._last[actor] = {self.sweep.plan_key(number) for number in items}
+        self.pool.submit(actor, task, tuple(items), self._streams[text])
+
+    def _planned_run(self, number: int) -> PlannedRun:
+        """An item's run; the texts of a plan share one."""
+        session, (request, quantizer) = self.sweep.session, self.sweep.plan_key(number)
+        plan = check_plan(session, self.sweep.plans[request], quantizer, self.sweep.settings)
+        key = json_text(identity(self.sweep, number))
+        if key not in self._runs:
+            existing = self.sweep.existing_run(number)
+            self._runs[key] = existing or make_run_id(session, plan, quantizer)
+        return PlannedRun(self._runs[key], plan, quantizer)
+
+    # --- what comes back --------------------------------------------------------------------
+
+    def _take(self, answer: Answer) -> None:
+        actor, value = answer.actor, answer.value
+        if isinstance(value, Exception):
+            self._replace(actor, value)
+        elif actor.description is None:
+            self._watch.admit(actor, value)
+        else:
+            items, actor.task, actor.items = actor.items, None, ()
+            if isinstance(value, Failure):
+                self._failed(items, value)
+            else:
+                self._measured.append((actor, items, value))
+
+    def _store(self) -> None:
+        """Store what came; an item is pending until then."""
+        while self._measured:
+            actor, items, measured = self._measured.pop(0)
+            for number, one in zip(items, measured, strict=True):
+                self.sweep.attempt(number, lambda number, one=one: self._record(number, one))
+            actor.measured += len(items)
+            self.sweep.write_items()
+
+    def _record(self, number: int, measured: MeasuredRun) -> None:
+        self.sweep.record(number, save_measured(self.sweep.session, measured))
+
+    def _failed(self, items: Sequence[int], failure: Failure) -> None:
+        """Have plans that failed together measured in smaller groups; give up one that was alone.
+
+        Groups are halved where memory was lacking, and else divided into single plans.
+        """
+        if failure.trace:
+            print(failure.trace, file=sys.stderr)
+        if len(items) > 1:
+            limit = len(items) // 2 if failure.kind == "memory" else 1
+            self.limits |= dict.fromkeys(items, limit)
+            return
+        self._give_up(items[0], failure.reason, failure.kind == "input")
+
+    def _give_up(self, number: int, reason: str, is_input: bool = False) -> None:
+        if is_input:
+            self.sweep.bad_input.add(number)
+        self.sweep.fail(number, reason)
+        self.sweep.write_items()
+
+    def _replace(self, actor: RemoteActor, error: Exception) -> None:
+        """Have another actor do what one that died was doing, in smaller groups.
+
+        It may have been killed for lack of memory, or by one of the plans.
+        """
+        reason = death_reason(error)
+        items, actor.items, actor.task = actor.items, (), None
+        self._last.pop(actor, None)
+        for number in items:
+            self.moves[number] += 1
+            self.limits[number] = max(1, len(items) // 2)
+            if self.moves[number] > MAX_MOVES:
+                self._give_up(
+                    number,
+                    f"The actors that measured it died {self.moves[number]} times; the last one, "
+                    f"on {actor.description.host}, because {reason}.",
+                )
+        self._watch.replace(actor, reason)
+
+    # --- telling ----------------------------------------------------------------------------
+
+    def _tell(self, report: ProgressCallback) -> None:
+        """Report the progress of the whole, and write down that of each actor."""
+        sweep, rows = self.sweep, self._rows()
+        working = [actor for actor in self.pool.actors if actor.task]
+        partly = sum(actor.progress.fraction * len(actor.items) for actor in working)
+        ready = sum(actor.description is not None for actor in self.pool.actors)
+        message = f"{sweep.done} of {sweep.total} done; {len(working)} of {ready} actors working"
+        tasks = [f"{row.number}: {row.task}" for row in rows if row.task]
+        message = " · ".join([message, *tasks[:4], *(["…"] if tasks[4:] else [])])
+        report("sweep", int(_STEPS * (sweep.done + partly)), _STEPS * sweep.total, message)
+        folder, (written, before) = sweep.session.checkpoint_folder, self._status
+        ended = not sweep.pending()
+        if folder and rows != before and (ended or time.monotonic() - written > _STATUS_EVERY_S):
+            write_actors(folder, rows)
+            self._status = time.monotonic(), rows
+
+    def _rows(self) -> list[ActorRow]:
+        return [self._row(actor) for actor in (*self.pool.lost, *self.pool.actors)]
+
+    def _row(self, actor: RemoteActor) -> ActorRow:
+        described, task = actor.description, ""
+        lost = actor in self.pool.lost
+        state = "starting" if described is None else "working" if actor.task else "idle"
+        if actor.items:
+            task = self.sweep.requested[actor.items[0]].title
+            task += f" and {len(actor.items) - 1} more" if len(actor.items) > 1 else ""
+        return ActorRow(
+            actor.number,
+            described.host if described else "",
+            described.device_name if described else "",
+            "lost" if lost else state,
+            task,
+            actor.progress.stage,
+            round(min(actor.progress.fraction, 1.0), 3),
+            actor.measured,
+        )
+
+
+@dataclass(eq=False)
+class StartWatch:
+    """Sees to it that actors start, and that they have the driver's model and versions."""
+
+    session: Session
+    pool: ActorPool
+    _failed_starts: int = 0
+    _since: float = field(default_factory=time.monotonic)
+
+    def admit(self, actor: RemoteActor, answer: Description | Failure) -> None:
+        """Take an actor that says it is ready.
+
+        Raises
+        ------
+        InputError, LsqError
+            When it has another model or other versions than the driver, or not the model.
+        """
+        if isinstance(answer, Failure):
+            kind = InputError if answer.kind == "input" else LsqError
+            raise kind(f"{answer.host} cannot take part in the sweep: {answer.reason}")
+        _check_versions(answer, self.pool.setup.packages)
+        if answer.fingerprint != self.session.info.fingerprint:
+            raise InputError(
+                f"{self.session.source.name} on {answer.host} is another model than the driver's "
+                "(their weights or configs differ); copy the driver's there."
+            )
+        actor.description, self._failed_starts = answer, 0
+
+    def replace(self, actor: RemoteActor, reason: str) -> None:
+        """Start another actor in the place of one that died.
+
+        Where several died before they were ready, as on a node that is gone, the others go on
+        without it.
+
+        Raises
+        ------
+        LsqError
+            When there are no others.
+        """
+        self._since = time.monotonic()
+        if actor.description is None:
+            self._failed_starts += 1
+            if self._failed_starts >= _MAX_FAILED_STARTS:
+                if any(other.description for other in self.pool.actors if other is not actor):
+                    return
+                raise LsqError(
+                    f"{self._failed_starts} actors died one after the other before they were "
+                    f"ready; the last one, because {reason}."
+                )
+            time.sleep(_RETRY_S * 2 ** (self._failed_starts - 1))
+        self.pool.start()
+
+    def check(self) -> None:
+        """Raise :class:`LsqError` when no device was free for too long."""
+        if any(actor.description for actor in self.pool.actors):
+            self._since = time.monotonic()
+        elif time.monotonic() - self._since > _START_TIMEOUT_S:
+            raise LsqError(
+                f"No device of the Ray cluster was free within {_START_TIMEOUT_S:.0f} s; 'ray "
+                "status' tells who uses them."
+            )
+
+
+def wait_until_ready(session: Session, pool: ActorPool) -> list[Description]:
+    """What the actors say of themselves, once they are ready; the slowest are not waited for.
+
+    Raises
+    ------
+    InputError, LsqError
+        When none can be started, or a node has not the driver's model and versions.
+    """
+    watch, first = StartWatch(session, pool), None
+    while True:
+        for answer in pool.wait(_TURN_S):
+            if isinstance(answer.value, Exception):
+                watch.replace(answer.actor, death_reason(answer.value))
+            else:
+                watch.admit(answer.actor, answer.value)
+        watch.check()
+        ready = [actor.description for actor in pool.actors if actor.description]
+        first = first or (time.monotonic() if ready else None)
+        late = first is not None and time.monotonic() - first > _OTHERS_TIMEOUT_S
+        if ready and (late or len(ready) == len(pool.actors)):
+            return ready
+
+
+def _check_versions(described: Description, packages: Sequence[str]) -> None:
+    """Raise :class:`InputError` where a node's versions are others than the driver's."""
+    own, its = versions(*packages), described.versions
+    names = ("lsq", "numpy", *run_dependencies({}, packages))
+    different = [name for name in names if own.get(name) != its.get(name)]
+    if different:
+        told = ", ".join(f"{name} {its.get(name)} instead of {own.get(name)}" for name in different)
+        raise InputError(f"{described.host} has {told}; install the driver's versions there.")
+
+
+def death_reason(error: Exception) -> str:
+    """Why an actor died, as a clause."""
+    text = f"{type(error).__name__} {error}"
+    if "OutOfMemory" in text or "memory pressure" in text:
+        return "its node ran out of memory"
+    if "NodeDied" in text or "node has died" in text or "node was terminated" in text:
+        return "its node died"
+    if "creation task" in text:
+        last = [line.strip() for line in str(error).splitlines() if line.strip()][-1]
+        return f"it could not be started: {last}"
+    return "its process was killed or crashed"

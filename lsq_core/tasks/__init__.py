@@ -1,0 +1,1 @@
+"""Tasks of EleutherAI's lm-eval, an extra that ``make lm-eval`` installs."""

@@ -1,0 +1,82 @@
+"""Actors of a sweep on Ray that fail in the ways that tests need; actors import this module."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from lsq_core.distributed.evaluator import Evaluator
+from lsq_core.errors import DeviceMemoryError
+
+if TYPE_CHECKING:
+    from lsq_core.corpus.tokens import TokenStream
+    from lsq_core.distributed.messages import Description, Measured, Task
+
+
+def kill_itself() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class KilledOnce(Evaluator):
+    """Is killed in the first task that any of them has; a file in the driver's folder says so."""
+
+    def _measure(self, task: Task, stream: TokenStream) -> Measured:
+        killed = self.setup.folders.data / "killed"
+        if not killed.exists():
+            killed.touch()
+            kill_itself()
+        return super()._measure(task, stream)
+
+
+class KilledByPlan(Evaluator):
+    """Is killed by each plan of MXQ for 2.6 bits; counts how often in the driver's folder."""
+
+    def _measure(self, task: Task, stream: TokenStream) -> Measured:
+        requests = [one.plan.request for one in task.runs]
+        if any((one.method, one.budget) == ("mxq", "2.6bpp") for one in requests):
+            with (self.setup.folders.data / "killed").open("a") as file:
+                file.write(f"{len(requests)}\n")
+            kill_itself()
+        return super()._measure(task, stream)
+
+
+class OnePlanAtATime(Evaluator):
+    """Has memory for one plan."""
+
+    def _measure(self, task: Task, stream: TokenStream) -> Measured:
+        with (self.setup.folders.data / "sizes").open("a") as file:
+            file.write(f"{len(task.runs)}\n")
+        if len(task.runs) > 1:
+            raise DeviceMemoryError("cpu ran out of memory.")
+        return super()._measure(task, stream)
+
+
+class NoMemory(Evaluator):
+    """Has memory for no plan."""
+
+    def _measure(self, task: Task, stream: TokenStream) -> Measured:
+        raise DeviceMemoryError("cpu ran out of memory.")
+
+
+class OlderTorch(Evaluator):
+    """Has another torch."""
+
+    def _describe(self) -> Description:
+        own = super()._describe()
+        return replace(own, host="node-b", versions=own.versions | {"torch": "2.0.0"})
+
+
+class OtherModel(Evaluator):
+    """Has another model under the same name."""
+
+    def _describe(self) -> Description:
+        return replace(super()._describe(), host="node-b", fingerprint="0" * 16)
+
+
+class NoPackage(Evaluator):
+    """Cannot be made, as where the project is not installed."""
+
+    def __init__(self, setup: object) -> None:
+        raise ModuleNotFoundError("No module named 'lsq_core'")
