@@ -10,7 +10,7 @@ from lsq_core.model.loading import load_model
 from lsq_core.model.source import ModelSource
 from lsq_core.profiling import measure
 from lsq_core.profiling.metrics import default_metrics
-from lsq_core.profiling.metrics.weight_error import squared_norms
+from lsq_core.profiling.metrics.weight_error import squared_distances
 from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.quantization.registry import get_quantizer
 from tests.launches import count_launches
@@ -48,10 +48,10 @@ def test_configurations_together_are_those_alone(quantizer, axis, metadata, kind
 def test_twelve_configurations_of_a_matrix_take_few_kernels(quantizer, most, monkeypatch):
     """Quantized and measured; one configuration after the other took 2,700."""
     values, by = weight(), get_quantizer(quantizer)
-    squared_norms(by.round_trips(values, SIZES[0], 1, "8bit"))  # tables are copied once
+    squared_distances(by.round_trips(values, SIZES[0], 1, "8bit"), values)  # tables are copied once
     with count_launches(monkeypatch) as launches:
         for configs in SIZES:
-            squared_norms(values - by.round_trips(values, configs, 1, "8bit"))
+            squared_distances(by.round_trips(values, configs, 1, "8bit"), values)
     assert sum(launches.kernels.values()) <= most, launches.kernels
     assert launches.kernels["solver"] == (len(SIZES) if quantizer == "hqq" else 0)
     assert not launches.waits

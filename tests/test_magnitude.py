@@ -18,7 +18,7 @@ from lsq_core.errors import LsqError
 from lsq_core.model.loading import load_model
 from lsq_core.model.source import ModelSource
 from lsq_core.profiling.measure import measure_profile
-from lsq_core.profiling.metrics.weight_error import squared_norm
+from lsq_core.profiling.metrics.weight_error import squared_distances
 from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.quantization.hybrid import LearnedMatrix
 from lsq_core.quantization.magnitude import normalizing_exponent, scale_by_power_of_two
@@ -308,7 +308,10 @@ def test_profile_scores_scale_with_weights(tmp_path, small_text):
 @pytest.mark.parametrize("k", [-100, -60, 60, 100])
 def test_squared_norm_no_overflow_or_underflow(k):
     values = normal_matrix()
-    base, shifted = (float(squared_norm(v)) for v in (values, scale_by_power_of_two(values, k)))
+    base, shifted = (
+        float(squared_distances(v[None], torch.zeros_like(v)))
+        for v in (values, scale_by_power_of_two(values, k))
+    )
     assert shifted == pytest.approx(base * 4.0**k, rel=1e-5)
 
 

@@ -41,7 +41,7 @@ from lsq_core.model.loading import (
 from lsq_core.model.source import ModelSource, find_model, read_config, weight_files
 
 #: ``mallopt``'s number of the size from which memory is mapped by itself, and that size in bytes.
-_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES = -3, 8 * 2**20
+_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES = -3, 2**20
 
 
 class _StopForward(Exception):

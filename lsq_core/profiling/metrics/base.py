@@ -76,6 +76,9 @@ class Metric:
     by_config: bool = False
     #: Number of calibration blocks it reads, from the first on; None for all.
     sequences: int | None = None
+    #: What of its definition has changed between versions, in words, stored with the scores: those
+    #: stored with other words are not used (:func:`lsq_core.profiling.profile.current_scores`).
+    definition: str = ""
 
     def effort(self, layer: int, layers: int) -> int:
         """Return the relative cost of one score in a layer, from which time left is estimated."""

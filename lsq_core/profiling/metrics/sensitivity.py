@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lsq_core.bits import EXTENDED_LADDER, QuantConfig
 from lsq_core.model.info import Matrix
 from lsq_core.profiling.metrics.base import Metric, Score
-from lsq_core.profiling.metrics.weight_error import squared_norm
+from lsq_core.profiling.metrics.weight_error import squared_distances
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -122,6 +122,6 @@ def _replay_score(
     total, count = 0.0, 0
     with context.replaced_weights(quantized):
         for before, after in zip(replay.outputs, replay.run(), strict=True):
-            total += squared_norm(after.float().sub_(before))
+            total += squared_distances(after[None], before)[0]
             count += before.numel()
     return total / count if count else float("nan")  # no token reached the part
