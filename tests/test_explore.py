@@ -39,7 +39,7 @@ from lsq_core.profiling.agreement import (
     rank_correlation,
     ranks,
 )
-from lsq_core.profiling.metrics import default_metrics, proxies, weight_metrics
+from lsq_core.profiling.metrics import METRICS, default_metrics, proxies, weight_metrics
 from lsq_core.profiling.profile import missing_metrics
 from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.profiling.weights import WeightReader
@@ -119,6 +119,19 @@ def test_profile_resumes_missing_metrics_only(session, monkeypatch):
     np.testing.assert_array_equal(whole.scores("kurtosis"), early.scores("kurtosis"))
     assert session.profile(settings).values.equals(whole.values)
     assert len(measured) == 2, "a whole profile is found"
+
+
+def test_scores_by_an_earlier_definition_are_measured_again(session, monkeypatch):
+    """A metric that reads other tokens than it did: stored scores of it are not mixed with new."""
+    session, settings = session
+    before = session.profile(settings, ["loss_impact"])
+    monkeypatch.setattr(METRICS["loss_impact"], "definition", "the first 4 tokens")
+    assert set(session.find_profile(settings).metrics) == set(default_metrics())
+    after = session.profile(settings, ["loss_impact"])
+    assert set(after.metrics) == set(before.metrics)
+    facts = after.provenance["added"]["loss_impact"]
+    assert facts["definitions"] == {"loss_impact": "the first 4 tokens"}
+    assert facts["created"] > before.provenance["added"]["loss_impact"]["created"]
 
 
 def test_profile_interrupted_in_weights_stores_nothing(session):

@@ -18,6 +18,7 @@ from lsq_core.evaluation.prediction import fit, load_measured_points
 from lsq_core.evaluation.protocol import EvaluationRequest
 from lsq_core.planning.methods import PLANNERS
 from lsq_core.planning.request import PlanRequest
+from lsq_core.profiling.metrics import default_metrics
 from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.results.story import boost_gain, largest_saving
 from lsq_core.session import Session
@@ -139,6 +140,14 @@ def test_measured_files_fit_the_schema(tmp_path):
     assert largest_saving(runs[runs["model"] == "smollm2"]).bytes > 0.05
     gain = boost_gain(runs[runs["model"] == "smollm2"])
     assert gain.drop > 0.03 > gain.extra
+
+
+def test_shipped_profile_has_every_metric_as_it_is_defined_now(tmp_path):
+    store = Store(tmp_path / "lsq.duckdb")
+    import_measurements(store)
+    fingerprint = store.results()["fingerprint"][0]
+    (profile,) = (store.profile(id) for id in store.profiles(fingerprint)["id"])
+    assert {*default_metrics(), "loss_impact", "expected_kl"} <= set(profile.metrics)
 
 
 def test_expected_kl_predicts_shipped_runs(tmp_path):

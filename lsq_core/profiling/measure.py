@@ -90,6 +90,7 @@ def measure_profile(
             "corpus_source": blocks.source,
             "corpus_sha256": blocks.sha256,
             "tokens": ids.numel(),
+            "definitions": {m.name: m.definition for m in metric_objects if m.definition},
             "settings": settings.to_json(),
             "device": loaded.device,
             "machine": machine(loaded.device),

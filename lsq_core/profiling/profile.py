@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -84,6 +84,26 @@ class Profile:
         """
         configs = self.ladder if ladder is None else ladder
         return np.stack([self.scores(metric, config) for config in configs], axis=1)
+
+
+def current_scores(values: pd.DataFrame, provenance: Mapping[str, Any]) -> pd.DataFrame:
+    """Return the scores of stored ones whose metric is still defined as it was then.
+
+    A metric that is defined otherwise now is one that the profile lacks, until it is measured
+    again: scores by two definitions are not to be compared, and no plan is to be made from both.
+    """
+    outdated = [
+        metric
+        for metric in values["metric"].unique()
+        if metric in METRICS
+        and _recorded_definition(metric, provenance) != METRICS[metric].definition
+    ]
+    return values[~values["metric"].isin(outdated)].reset_index(drop=True)
+
+
+def _recorded_definition(metric: str, provenance: Mapping[str, Any]) -> str:
+    facts = provenance.get("added", {}).get(metric, provenance)
+    return facts.get("definitions", {}).get(metric, "")
 
 
 def missing_metrics(found: Profile | None, wanted: Sequence[str] = ()) -> list[str]:

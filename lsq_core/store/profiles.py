@@ -13,7 +13,7 @@ import pandas as pd
 
 from lsq_core.bits import RATIOS
 from lsq_core.jsontext import json_text
-from lsq_core.profiling.profile import Profile
+from lsq_core.profiling.profile import Profile, current_scores
 from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.provenance import now
 from lsq_core.store.connection import insert_row
@@ -62,20 +62,21 @@ class ProfileTables(ModelTables):
             return _rekey_profile(connection, old, new, same)
 
     def profile(self, id: str) -> Profile | None:
-        """A profile by its identity, or None."""
+        """A profile by its identity, or None; without scores by an earlier definition."""
         with self.held():
             row = self._fetch_row("SELECT * FROM profiles WHERE id = ?", [id])
             if row is None:
                 return None
             info = self.model(row["fingerprint"])
             values = self.query("SELECT * EXCLUDE (profile) FROM scores WHERE profile = ?", [id])
+        provenance = json.loads(row["provenance"])
         return Profile(
             id=id,
             fingerprint=row["fingerprint"],
             settings=ProfileSettings(**json.loads(row["settings"])),
             matrices=info.matrices,
-            values=values,
-            provenance=json.loads(row["provenance"]),
+            values=current_scores(values, provenance),
+            provenance=provenance,
         )
 
     def profiles(self, fingerprint: str) -> pd.DataFrame:
