@@ -252,6 +252,10 @@ class Session(OpenModel):
         """See :func:`lsq_core.stages.streamed.stream_plan`."""
         return streamed.stream_plan(self, made, quantizer, plan_name, run, settings)
 
+    def check_text(self, request: EvaluationRequest) -> None:
+        """See :func:`lsq_core.stages.evaluate.check_text`."""
+        evaluate.check_text(self, request)
+
     def measure(
         self, made: Sequence[PreparedRun], requests: Sequence[EvaluationRequest]
     ) -> Iterator[dict]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from lsq_core.progress import ProgressCallback
 
 #: Steps by which an item's progress is reported.
-_PROGRESS_STEPS = 1000
+PROGRESS_STEPS = 1000
 
 
 @dataclass
@@ -35,14 +35,14 @@ class BatchProgress:
         if stage == "quantize":
             part = (self.quantized + part) / self.plans
         self.reached = max(self.reached, stage_fraction(stage, part))
-        at = int(_PROGRESS_STEPS * (self.before + self.reached * self.size))
+        at = int(PROGRESS_STEPS * (self.before + self.reached * self.size))
         number = self.number or self.before + 1
         more = self.before + self.size - number
         title = f"{self.title} and {more} more" if more else self.title
         self.outer(
             "sweep",
             at,
-            _PROGRESS_STEPS * self.total,
+            PROGRESS_STEPS * self.total,
             f"{number} of {self.total}: {title} · {message}",
         )
 

@@ -38,10 +38,11 @@ from lsq_core.profiling.settings import PUBLISHED_SETTINGS, ProfileSettings
 from lsq_core.quantization.registry import QUANTIZERS, incompatibility_reason, planned_bytes
 from lsq_core.results.compare import add_labels
 from lsq_core.session import Session
-from lsq_core.stages.plan import build_problem
+from lsq_core.stages.plan import budget_excess, build_problem
 from lsq_core.stages.predict import predict_plan
 from lsq_core.store.store import Store
 from lsq_core.sweep import baselines, requests
+from lsq_core.ui.plan.budget import within_reach
 from tests.conftest import save_random_model
 
 TYPES = ("self_attn.q_proj", "mlp.down_proj")
@@ -213,6 +214,16 @@ def test_pins_and_bases_of_the_extended_ladder():
         make_plan(both, PlanRequest("mxq", budget="4bpp", pins=pins))
     uniform = make_plan(both, PlanRequest("uniform", base="5.25", ladder=EXTENDED))
     assert {c.name for c in uniform.configs} == {"b5g64"}
+
+
+def test_budgets_are_named_by_the_stops_of_their_ladder():
+    """Wherever a budget is read: by planners, by quantizers that store more, and by the slider."""
+    request = PlanRequest("mxq", budget="5.13", ladder="extended")
+    wide = problem(ladder=EXTENDED_LADDER)
+    plan = make_plan(wide, request)
+    assert plan.bits_per_param == pytest.approx(5.127, abs=0.001)
+    assert budget_excess(plan, "rtn") == ""
+    assert within_reach(wide, request, "8bit") == (request, "")
 
 
 def test_unknown_ladder_raises():

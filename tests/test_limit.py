@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from lsq_core.bits import Budget
 from lsq_core.errors import InputError
+from lsq_core.model.info import Matrix
 from lsq_core.planning.constraints import restrict
 from lsq_core.planning.limit import nominal_limit
 from lsq_core.planning.make import make_frontier, make_plan
@@ -63,6 +64,28 @@ def test_limit_is_the_largest_that_fits(method):
         assert fitting <= size
         more = int(stored[rows, frontier.at(limit + 0.001 * high).choice].sum())
         assert more > size or more == fitting
+
+
+def test_budget_a_few_bytes_below_a_large_plan():
+    """Of plans of gigabytes, what a budget lacks by a byte is within a limit's tolerance."""
+    shape = {"out_features": 14336, "in_features": 4096}
+    matrices = tuple(Matrix(f"model.layers.{i}.up", i, "up", **shape) for i in range(160))
+    large = replace(problem(80), matrices=matrices)
+    request = PlanRequest("mxq", budget="3.3bpp")
+    stored = make_plan(large, request).planned_bytes
+    for size in (stored - 1, stored - 3):
+        assert make_plan(large, replace(request, budget=f"{size}B")).planned_bytes <= size
+    exact = replace(request, budget=f"{stored - 1}B", exact=True)
+    assert make_plan(large, exact).planned_bytes < stored
+
+
+@pytest.mark.parametrize("metadata", ["8bit", "fp16"])
+def test_what_remains_of_a_budget_is_of_the_bytes_that_it_bounds(metadata):
+    size = int(0.8 * SPIKY.feasible_planned(metadata)[1])
+    request = PlanRequest("sensiboost", base="3.13", budget=f"{size}B")
+    plan = make_plan(SPIKY, request, metadata=metadata)
+    left = 8 * (size - plan.planned_bytes) / SPIKY.total
+    assert any(note.startswith(f"{left:.3f} bpp") for note in plan.notes)
 
 
 def test_exact_plan_within_bytes():

@@ -325,7 +325,39 @@ def test_step_of_a_search_beside_this_one_is_kept(tmp_path):
         with pytest.raises(LsqError):
             save(number, kl)
     save(1, 0.4)
+    with pytest.raises(LsqError):
+        save(2, 0.45)  # it came of the step that was replaced
     assert [step.kl for step in store.refinement_steps(key, budget, names)] == [1.0, 0.4]
+
+
+def test_search_that_found_nothing_hides_no_better_plan(session, profile_settings):
+    """A newer search on another text, at its start; a search goes by its own steps."""
+    made = session.refine("3.2bpp", profile_settings, minutes=2)
+    with session.store.transaction() as connection:
+        connection.execute(
+            "INSERT INTO refinements BY NAME SELECT * REPLACE (json_merge_patch(conditions, "
+            """'{"corpus_sha256": "other"}') AS conditions, created + INTERVAL 1 HOUR AS created)"""
+            " FROM refinements WHERE step = 0"
+        )
+        connection.execute(
+            "INSERT INTO refinements BY NAME "
+            "SELECT * REPLACE (nominal_bytes * 1.1 AS nominal_bytes) FROM refinements "
+            "WHERE step = 0"
+        )
+    for budget in ("3.2bpp", "3.5bpp"):
+        assert session.plan("refined", profile_settings, budget=budget).method == "refined"
+    planned = session.plan("refined", profile_settings, budget="3.2bpp")
+    assert plan_identity(planned) == plan_identity(made)
+    again = session.refine("3.2bpp", profile_settings, minutes=2)
+    assert plan_identity(again) == plan_identity(made)
+
+
+def test_costs_about_a_restricted_plan_say_nothing_of_a_free_one(session, profile_settings):
+    made = session.refine("3.2bpp", profile_settings, minutes=2, pins=("*.layers.0.*q_proj=b4g64",))
+    assert made.method == "refined"
+    start = session.plan("kl-aware", profile_settings, budget="3.2bpp", pins=made.request.pins)
+    assert sum("pins" in note for note in start.notes) == 1
+    assert not any("pins" in note for note in made.notes)
 
 
 def test_nf4_search_expands_four_bits_alone(session, profile_settings):
@@ -396,9 +428,11 @@ def test_other_starts_and_restrictions_are_other_searches(session, profile_setti
 def test_what_cannot_be_refined(session, profile_settings, capsys):
     with pytest.raises(InputError, match="lsq refine"):
         session.plan("refined", profile_settings, budget="3.2bpp")
-    for start in ("sensiboost", "refined"):
+    for start in ("uniform", "sensiboost", "refined"):
         with pytest.raises(InputError):
             session.refine("3.2bpp", profile_settings, start=start)
+        with pytest.raises(InputError):
+            session.plan("refined", profile_settings, budget="3.2bpp", start=start)
     for minutes in (0, -1, float("nan")):
         with pytest.raises(InputError):
             session.refine("3.2bpp", profile_settings, minutes=minutes)

@@ -66,7 +66,7 @@ def summary_lines(result: dict) -> list[str]:
     """The sizes, what was taken instead, what else to know, and the lines that use the file."""
     lines = [
         f"linear weights: {format_bytes(result['stored_bytes'])} in {result['target']}, "
-        f"{format_bytes(result['nominal_bytes'])} nominal as planned"
+        f"{format_bytes(result['nominal_bytes'])} nominal here"
     ]
     lines += [
         f"  {c['modules']} × {c['planned']} became {c['taken']}: {c['reason']}"

@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         return _report_failure(str(known), known.exit_code)
     except KeyboardInterrupt:
-        return _report_failure("interrupted", 1)
+        return _report_failure("interrupted; what was stored is kept", 1)
     with output.ignore_broken_pipe():
         if options.json:
             output.print_json(result)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
+from typing import Any
 
 from lsq_core.bits import PAPER
 from lsq_core.errors import InputError
@@ -62,31 +63,30 @@ def plan_request(options: argparse.Namespace, method: str | None = None) -> Plan
         metric=options.metric,
         seed=options.seed,
         exact=options.exact,
-        pins=tuple(options.pin),
         low_bits=options.low_bits,
         high_bits=options.high_bits,
         group_size=options.group_size,
         loss=options.loss,
         ratios=options.ratios,
         clip=options.clip,
-        ties=tuple(options.tie),
-        serve=options.serve,
-        ladder=options.ladder or PAPER,
-        start=options.start,
+        **_restrictions(options),
     )
 
 
 def refine_request(options: argparse.Namespace) -> PlanRequest:
     """Which plan to refine, within which budget and restrictions."""
-    return PlanRequest(
-        method=options.method,
-        budget=options.budget,
-        start=options.start,
-        pins=tuple(options.pin),
-        ties=tuple(options.tie),
-        serve=options.serve,
-        ladder=options.ladder or PAPER,
-    )
+    return PlanRequest(method=options.method, budget=options.budget, **_restrictions(options))
+
+
+def _restrictions(options: argparse.Namespace) -> dict[str, Any]:
+    """What a plan may choose from, and the plan that it starts from."""
+    return {
+        "pins": tuple(options.pin),
+        "ties": tuple(options.tie),
+        "serve": options.serve,
+        "ladder": options.ladder or PAPER,
+        "start": options.start,
+    }
 
 
 def evaluation_request(options: argparse.Namespace) -> EvaluationRequest:

@@ -89,8 +89,9 @@ def plan(result: dict) -> None:
 
 
 def ranking(result: dict) -> None:
-    """Print every method within a budget, best first."""
-    print(f"every method within {result['budget']} on {result['model']}:")
+    """Print every method within a budget, the best by prediction first."""
+    order = "" if result["reason"] else ", by predicted perplexity"
+    print(f"every method within {result['budget']} on {result['model']}{order}:")
     heads = f"{'predicted perplexity':28} {'expected KL':>12} {'measured':>18}"
     print(f"  {'':24} {heads} nominal bits, planned bytes")
     for row in result["methods"]:
@@ -252,6 +253,8 @@ def generated(result: dict) -> None:
 
 def jobs(result: dict) -> None:
     """Print the jobs as a table."""
+    if not result["jobs"]:
+        print("no background jobs")
     for job in result["jobs"]:
         share = f"{100 * job['done'] // job['total']:d} %" if job["total"] > 1 else ""
         print(f"{job['id']}  {job['state']:<11} {job['stage']:<9} {share:>5}  {job['message']}")
@@ -265,18 +268,24 @@ def resumed(result: dict, shows: Mapping[str, Callable[[dict], None]]) -> None:
 
 
 def results(result: dict) -> None:
-    """Print the runs as a table."""
-    print(f"{'model':<24} {'method':<20} {'bits':>7} {'MiB':>9} {'perplexity':>11}  corpus")
+    """Print the runs as a table, with the tokens that each was evaluated on."""
+    heads = f"{'bits':>7} {'MiB':>9} {'perplexity':>11} {'tokens':>9}"
+    print(f"{'model':<24} {'method':<20} {heads}  corpus")
     for row in result["results"]:
         # A published run tells no bytes of its linear weights.
         size = row["measured_bytes"]
         mib = "–" if size is None else f"{size / 2**20:.2f}"
-        perplexity = number(row["perplexity"], row["noise"])
+        perplexity, tokens = number(row["perplexity"], row["noise"]), _tokens(row["tokens"])
         print(
             f"{str(row['model'])[-24:]:<24} {row['method']:<20} {row['bits_per_param']:>7.4f} "
-            f"{mib:>9} {perplexity:>11}  {row['corpus']} ({row['protocol']})"
+            f"{mib:>9} {perplexity:>11} {tokens:>9}  {row['corpus']} ({row['protocol']})"
             + (", saved model re-evaluated" if row["saved_model"] else "")
         )
+
+
+def _tokens(count: float | None) -> str:
+    """A count of tokens; a published run doesn't tell it."""
+    return "–" if count is None else f"{count:,.0f}"
 
 
 def exported(result: dict) -> None:

@@ -26,6 +26,7 @@ from lsq_core.evaluation.protocol import EvaluationRequest
 from lsq_core.exports.weights.manifest import is_exported_folder
 from lsq_core.files import resolve_path
 from lsq_core.jsontext import write_json
+from lsq_core.model.gguf import SMOLLM2
 from lsq_core.model.source import ModelSource
 from lsq_core.planning.plan import Plan
 from lsq_core.planning.problem import Problem
@@ -55,8 +56,10 @@ if TYPE_CHECKING:
 
 def _open_session(options: argparse.Namespace, report: ProgressCallback) -> Session:
     keep = getattr(options, "checkpoint_folder", None)
-    device = options.device, options.dtype
-    return Session(model_source(options), Store(options.db), *device, report, keep)
+    source, store = model_source(options), Store(options.db)
+    if keep is None and source.name == SMOLLM2 and import_measurements(store):
+        report("store", 1, 1, "imported the measurements that come with the project")
+    return Session(source, store, options.device, options.dtype, report, keep)
 
 
 def _plan(options: argparse.Namespace, session: Session, settings: ProfileSettings) -> Plan:
@@ -189,6 +192,7 @@ def run(options: argparse.Namespace, report: ProgressCallback) -> dict:
     (quantizer,) = _quantizers(options, [options.quantizer] if options.quantizer else [])
     session = _open_session(options, report)
     settings = profile_settings(options, session, options.profile_quantizer, options.calibration)
+    session.check_text(evaluation)
     if options.plan:
         if options.method or options.base or options.budget or options.max_loss:
             raise InputError("Give either a saved plan or a method with base, budget or max-loss.")

@@ -20,6 +20,7 @@ from lsq_core.session import Session
 from lsq_core.stages.measure import MeasuredRun, save_measured
 from lsq_core.stages.run import check_plan, make_run_id
 from lsq_core.sweep_batches import MAX_CONCURRENT_PLANS, MAX_STREAMED_PLANS, identity, next_batch
+from lsq_core.sweep_progress import PROGRESS_STEPS
 from lsq_core.sweep_state import Sweep
 
 #: How often an item goes to another actor after the one that measured it died.
@@ -36,8 +37,6 @@ _TURN_S, _STATUS_EVERY_S = 0.2, 0.5
 #: What is left is divided by so many times the actors, so that they end at about the same time
 #: (guided self-scheduling, Polychronopoulos and Kuck 1987).
 _SHARES = 2
-#: Steps by which an item's progress is reported.
-_STEPS = 1000
 
 
 @dataclass(eq=False)
@@ -239,7 +238,12 @@ class Dispatcher:
         message = f"{sweep.done} of {sweep.total} done; {len(working)} of {ready} actors working"
         tasks = [f"{row.number}: {row.task}" for row in rows if row.task]
         message = " · ".join([message, *tasks[:4], *(["…"] if tasks[4:] else [])])
-        report("sweep", int(_STEPS * (sweep.done + partly)), _STEPS * sweep.total, message)
+        report(
+            "sweep",
+            int(PROGRESS_STEPS * (sweep.done + partly)),
+            PROGRESS_STEPS * sweep.total,
+            message,
+        )
         folder, (written, before) = sweep.session.checkpoint_folder, self._status
         ended = not sweep.pending()
         if folder and rows != before and (ended or time.monotonic() - written > _STATUS_EVERY_S):

@@ -14,7 +14,7 @@ import numpy as np
 from lsq_core.bits import Budget
 from lsq_core.errors import InputError
 from lsq_core.planning.frontier import Frontier
-from lsq_core.planning.problem import Problem
+from lsq_core.planning.problem import TOLERANCE, Problem
 from lsq_core.units import format_bytes
 
 #: A plan that stores this share of a budget in bytes has spent it; one that stores less is tried at
@@ -64,8 +64,8 @@ def nominal_limit(
         raise OutOfReach(budget, f"{format_bytes(smallest)} planned")
     limit, too_large = float(budget.planned_bytes), None
     while (size := planned(limit)) > budget.planned_bytes:
-        overhead = size - problem.nominal(frontier.at(limit).choice)
-        limit, too_large = max(budget.planned_bytes - overhead, frontier.smallest), limit
+        nominal, too_large = problem.nominal(frontier.at(limit).choice), limit
+        limit = max(_below(nominal, size - budget.planned_bytes), frontier.smallest)
     for _ in range(_HALVINGS):
         if too_large is None or size >= _SPENT * budget.planned_bytes:
             break
@@ -86,4 +86,12 @@ def lower_limit(
         excess = problem.planned_total(choice, metadata) - budget.planned_bytes
         if excess <= 0:
             return limit
-        limit = problem.nominal(choice) - excess
+        limit = _below(problem.nominal(choice), excess)
+
+
+def _below(nominal: float, excess: float) -> float:
+    """Return a limit that is smaller by an excess, and never allows the same plan again.
+
+    A limit allows what is larger by rounding, and next to gigabytes a few bytes are no more.
+    """
+    return min(nominal - excess, nominal * (1 - 2 * TOLERANCE))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from lsq_core.bits import get_ladder, stop_index
+from lsq_core.bits import Budget, get_ladder, stop_index
 from lsq_core.errors import InputError, LsqError
 from lsq_core.planning.constraints import apply_ties, restrict
 from lsq_core.planning.detection import shallow_model_note
@@ -67,6 +67,9 @@ def make_plan(
     limit = _limit(frontier, restricted, request, metadata)
     chosen = _select_plan(planner, restricted, frontier, request, limit)
     restricted.check_allowed(chosen.stops)
+    notes = chosen.notes
+    if chosen.is_last and budget is not None and planner.metrics:
+        notes += (_unspent_note(planner, restricted, chosen.stops, budget, metadata),)
     return Plan(
         request=request,
         matrices=problem.matrices,
@@ -75,7 +78,7 @@ def make_plan(
         axis=axis,
         base=chosen.base,
         ranking_scores=chosen.ranking_scores,
-        notes=chosen.notes + _cost_notes(problem, request, chosen, frontier, metadata),
+        notes=notes + _cost_notes(problem, request, chosen, frontier, metadata),
         other_bytes=other_bytes,
         objective=chosen.objective,
         lower_bound=chosen.lower_bound,
@@ -117,6 +120,8 @@ class _Selection:
     notes: tuple[str, ...] = ()
     objective: float | None = None
     lower_bound: float | None = None
+    #: Whether it has every move from its base, so that more budget changes nothing.
+    is_last: bool = False
 
 
 def _limit(frontier: Frontier, problem: Problem, request: PlanRequest, metadata: str) -> float:
@@ -164,7 +169,8 @@ def _select_plan(
             for move in moves
             for i in frontier.matrices_of(move.matrix)
         },
-        _notes(planner, problem, point.segment, len(moves), limit),
+        _notes(planner, problem, point.segment, len(moves)),
+        is_last=0 < len(moves) == len(point.segment.moves),
     )
 
 
@@ -178,10 +184,8 @@ def _solve_exact(frontier: Frontier, limit: float) -> _Selection:
     )
 
 
-def _notes(
-    planner: Planner, problem: Problem, segment: Segment, taken: int, limit: float
-) -> tuple[str, ...]:
-    """Return notes on a boost that has no effect, or that leaves part of the budget unspent."""
+def _notes(planner: Planner, problem: Problem, segment: Segment, taken: int) -> tuple[str, ...]:
+    """Return notes on a boost that has no effect."""
     if not planner.metrics:
         return ()
     shallow = shallow_model_note(1 + max(m.layer for m in problem.matrices))
@@ -190,20 +194,33 @@ def _notes(
         notes.append(f"{planner.title} boosts no layer here, so this is the uniform plan.")
     elif not taken:
         notes.append("The budget leaves no room for a boost: this is the uniform plan.")
-    elif np.isfinite(limit) and taken == len(segment.moves):
-        left = limit - segment.moves[-1].bytes_after
-        notes.append(
-            f"{8 * left / problem.total:.3f} bpp of the budget remain unspent: "
-            f"{planner.title} has no more layers to promote from this base."
-        )
     return tuple(notes)
+
+
+def _unspent_note(
+    planner: Planner, problem: Problem, stops: np.ndarray, budget: Budget, metadata: str
+) -> str:
+    """Return a note on what is left of a budget, in the bytes that it bounds."""
+    if budget.planned_bytes is None:
+        left = budget.nominal_bytes - problem.nominal(stops)
+    else:
+        left = budget.planned_bytes - problem.planned_total(stops, metadata)
+    return (
+        f"{8 * left / problem.total:.3f} bpp of the budget remain unspent: "
+        f"{planner.title} has no more layers to promote from this base."
+    )
 
 
 def _cost_notes(
     problem: Problem, request: PlanRequest, chosen: _Selection, frontier: Frontier, metadata: str
 ) -> tuple[str, ...]:
-    """Return what ties and server cost, and what the pins do, a note each."""
+    """Return what ties and server cost, and what the pins do, a note each.
+
+    None for a refined plan: its costs were measured about a plan within the restrictions.
+    """
     notes: tuple[str, ...] = ()
+    if get_planner(request.method).reads_refinement:
+        return notes
     if request.has_ties:
         free = request.without_ties()
         notes += _cost_note(

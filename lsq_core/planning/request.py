@@ -146,6 +146,18 @@ class PlanRequest:
         served = [f"for {get_server(self.serve).title}"] if self.serve else []
         return " ".join([*served, *([f"with these {' and '.join(ties)}"] if ties else [])])
 
+    def parse_budget(self, numel: int) -> Budget | None:
+        """Return the budget for ``numel`` weights, None without one; its stops are the ladder's.
+
+        Raises
+        ------
+        InputError
+            When it is not a budget.
+        """
+        if self.budget is None:
+            return None
+        return Budget.parse(self.budget, numel, get_ladder(self.ladder))
+
     def resolve_budget(self, problem: Problem, metadata: str = "8bit") -> Budget | None:
         """Return the budget, checked against the sizes that plans can have.
 
@@ -156,9 +168,9 @@ class PlanRequest:
         InputError
             When it is not a budget, or no plan is as small or as large.
         """
-        if self.budget is None:
+        budget = self.parse_budget(problem.total)
+        if budget is None:
             return None
-        budget = Budget.parse(self.budget, problem.total, get_ladder(self.ladder))
         if budget.planned_bytes is None:
             smallest, largest = problem.feasible
             # The largest plan is called 8.51 and has 8.508 bits: its name must not be out of reach.

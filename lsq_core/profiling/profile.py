@@ -92,18 +92,15 @@ def current_scores(values: pd.DataFrame, provenance: Mapping[str, Any]) -> pd.Da
     A metric that is defined otherwise now is one that the profile lacks, until it is measured
     again: scores by two definitions are not to be compared, and no plan is to be made from both.
     """
-    outdated = [
-        metric
-        for metric in values["metric"].unique()
-        if metric in METRICS
-        and _recorded_definition(metric, provenance) != METRICS[metric].definition
-    ]
+    outdated = [m for m in values["metric"].unique() if not is_current(m, provenance)]
     return values[~values["metric"].isin(outdated)].reset_index(drop=True)
 
 
-def _recorded_definition(metric: str, provenance: Mapping[str, Any]) -> str:
+def is_current(metric: str, provenance: Mapping[str, Any]) -> bool:
+    """Return whether a metric is defined as it was when a profile's scores were measured."""
     facts = provenance.get("added", {}).get(metric, provenance)
-    return facts.get("definitions", {}).get(metric, "")
+    recorded = facts.get("definitions", {}).get(metric, "")
+    return metric not in METRICS or recorded == METRICS[metric].definition
 
 
 def missing_metrics(found: Profile | None, wanted: Sequence[str] = ()) -> list[str]:

@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING
 
 from lsq_core.errors import translate_resource_errors
 from lsq_core.evaluation.noise import describe_unknown
-from lsq_core.evaluation.protocol import EvaluationRequest, EvaluationText, Protocol
+from lsq_core.evaluation.protocol import (
+    EvaluationRequest,
+    EvaluationText,
+    Protocol,
+    make_windows,
+)
 from lsq_core.evaluation.reference_states import ReferenceStates, states_folder
 from lsq_core.jsontext import json_text
 from lsq_core.progress import ProgressCallback, ignore_progress
@@ -20,7 +25,7 @@ from lsq_core.provenance import (
     run_dependencies,
     versions,
 )
-from lsq_core.stages.model import OpenModel
+from lsq_core.stages.model import OpenModel, load_tokens
 
 if TYPE_CHECKING:
     from torch import nn
@@ -59,6 +64,19 @@ def evaluate_on_texts(
         kept=kept,
     )
     return _with_provenance(found, streams, requests, where, tokenizer)
+
+
+def check_text(model: OpenModel, request: EvaluationRequest) -> None:
+    """Read a text before anything is measured for it.
+
+    Raises
+    ------
+    InputError
+        When it can't be had, or is too short for its protocol.
+    """
+    model.provide_stream(request, load_tokens(request, model.tokenizer))
+    tokens = len(model.stream(request).ids) + (model.tokenizer.bos_token_id is not None)
+    make_windows(tokens, _protocol(request, model.info.context))
 
 
 def _texts(

@@ -25,8 +25,9 @@ from lsq_core.model.info import Matrix, ModelInfo
 from lsq_core.planning.constraints import apply_ties, restrict
 from lsq_core.planning.make import make_plan
 from lsq_core.planning.methods import PLANNERS, get_planner
+from lsq_core.planning.methods.refined import check_refinable
 from lsq_core.planning.plan import Plan
-from lsq_core.planning.problem import TOLERANCE, Problem
+from lsq_core.planning.problem import TOLERANCE, Problem, Refinement
 from lsq_core.planning.request import PlanRequest
 from lsq_core.profiling.metrics import METRICS
 from lsq_core.profiling.profile import Profile
@@ -53,8 +54,15 @@ _CALIBRATION = ("calibration", "samples", "block_tokens", "seed")
 
 
 @timed("plan")
-def plan_model(model: OpenModel, request: PlanRequest, settings: ProfileSettings) -> Plan:
+def plan_model(
+    model: OpenModel,
+    request: PlanRequest,
+    settings: ProfileSettings,
+    refinement: Refinement | None = None,
+) -> Plan:
     """A plan; what it needs of the model is measured first, but for a refined one.
+
+    ``refinement`` is what a search for a refined plan found, if not what is stored.
 
     Raises
     ------
@@ -62,6 +70,8 @@ def plan_model(model: OpenModel, request: PlanRequest, settings: ProfileSettings
         When the request cannot be met; see :func:`lsq_core.planning.make.make_plan`.
     """
     planner = get_planner(request.method)
+    if planner.reads_refinement:
+        check_refinable(get_planner(request.refined_from))
     metrics = required_metrics(request)
     # A budget out of reach is rejected before anything is measured or downloaded.
     options = planner.options(request)
@@ -73,9 +83,10 @@ def plan_model(model: OpenModel, request: PlanRequest, settings: ProfileSettings
     if planner.reads_rows:
         problem = replace(problem, impact=row_impact(model, request, settings))
     if planner.reads_refinement:
-        restricted = restrict(problem, request)
-        found = load_refinement(model.store, profile.id, restricted, request, settings.metadata)
-        problem = replace(problem, refinement=found)
+        if refinement is None:
+            restricted, metadata = restrict(problem, request), settings.metadata
+            refinement = load_refinement(model.store, profile.id, restricted, request, metadata)
+        problem = replace(problem, refinement=refinement)
     model.report("plan", 0, 1, planner.title)
     plan = make_model_plan(model.info, problem, request, settings)
     model.report("plan", 1, 1, f"{plan.bits_per_param:.3f} bits per parameter")
@@ -225,7 +236,7 @@ def budget_excess(plan: Plan, quantizer: str) -> str:
     """Why a plan within a budget in bytes is not within it as a quantizer stores it, else ''."""
     if plan.request.budget is None or quantizer == plan.quantizer:
         return ""
-    budget = Budget.parse(plan.request.budget, plan.parameters)
+    budget = plan.request.parse_budget(plan.parameters)
     stored = replace(plan, quantizer=quantizer).planned_bytes
     if budget.planned_bytes is None or not plan.planned_bytes <= budget.planned_bytes < stored:
         return ""

@@ -17,6 +17,7 @@ from lsq_core.planning.plan import Plan
 from lsq_core.planning.problem import Problem
 from lsq_core.planning.request import PlanRequest
 from lsq_core.profiling.settings import ProfileSettings
+from lsq_core.quantization.registry import quantizer_spec
 from lsq_core.stages.model import OpenModel
 from lsq_core.stages.plan import build_problem, check_metrics, plan_model, settings_on_ladder
 from lsq_core.stages.profile import find_profile, profile_model
@@ -79,7 +80,7 @@ def predict_plan(
     try:
         profile = _find_profile_of(model, plan, settings)
         if profile is None:
-            return {"reason": _missing_profile_reason(plan)}
+            return {"reason": _missing_profile_reason(plan, settings)}
         problem = build_problem(model.info, profile)
         predictor = fit_predictor(model, problem, settings, corpus, protocol)
     except InputError as error:
@@ -98,10 +99,11 @@ def _find_profile_of(model: OpenModel, plan: Plan, settings: ProfileSettings) ->
     return None
 
 
-def _missing_profile_reason(plan: Plan) -> str:
+def _missing_profile_reason(plan: Plan, settings: ProfileSettings) -> str:
     beyond = sorted({c.name for c in plan.configs if c not in LADDERS[PAPER]})
     if not beyond:
-        return "This model has no profile under these settings yet."
+        title = quantizer_spec(settings.quantizer).title
+        return f"This model has no profile measured with {title} under these settings yet."
     return (
         f"This plan has {beyond[0]}, at which only a profile of the extended ladder measures, and "
         "this model has none under these settings yet."

@@ -15,7 +15,7 @@ from lsq_core.planning.constraints import restrict
 from lsq_core.planning.hull import hull_frontier
 from lsq_core.planning.limit import nominal_limit
 from lsq_core.planning.methods import get_planner
-from lsq_core.planning.methods.refined import Refined, is_refinable
+from lsq_core.planning.methods.refined import Refined, check_refinable
 from lsq_core.planning.plan import Plan
 from lsq_core.planning.request import PlanRequest
 from lsq_core.profiling.settings import ProfileSettings
@@ -27,7 +27,7 @@ from lsq_core.settings import GridSettings
 from lsq_core.stages.evaluate import evaluate_models
 from lsq_core.stages.model import OpenModel
 from lsq_core.stages.plan import model_problem, plan_identity, plan_model
-from lsq_core.stages.refined import option_names
+from lsq_core.stages.refined import as_refinement, option_names
 from lsq_core.stages.run import quantize_plan
 from lsq_core.store.refinements import RefinementKey
 
@@ -75,21 +75,12 @@ def refine_plan(
             f"{model.published.source} was published without its weights, so no plan for it can "
             "be measured."
         )
-    _check_start(request.refined_from)
+    check_refinable(get_planner(request.refined_from))
     start = plan_model(model, replace(request, method=request.refined_from, start=None), settings)
     search = _Search(model, request, settings, start, text or settings.calibration)
     search.run(minutes)
-    return plan_model(model, request, settings) if search.steps[-1].number else start
-
-
-def _check_start(method: str) -> None:
-    """Raise :class:`InputError` for a method whose plans can't be refined."""
-    planner = get_planner(method)
-    if not is_refinable(planner):
-        raise InputError(
-            f"A plan by {planner.title} can't be refined: only those of knapsack methods can, such "
-            "as kl-aware, loss-aware and mxq."
-        )
+    found = as_refinement(search.steps, search.budget, search.problem)
+    return plan_model(model, request, settings, found) if found else start
 
 
 class _Search:

@@ -28,7 +28,7 @@ def load_refinement(
     wanted = request.resolve_budget(problem, metadata) or budgets[-1]
     nearest = min(budgets, key=lambda own: _distance(own, wanted))
     steps = store.refinement_steps(key, nearest, option_names(problem))
-    return _as_refinement(steps, nearest, problem) if steps else None
+    return as_refinement(steps, nearest, problem) if steps else None
 
 
 def find_steps(
@@ -60,7 +60,7 @@ def _size(budget: Budget) -> float:
     return budget.nominal_bytes if budget.planned_bytes is None else budget.planned_bytes
 
 
-def _as_refinement(
+def as_refinement(
     steps: Sequence[RefinementStep], budget: Budget, problem: Problem
 ) -> Refinement | None:
     """What the steps of a search within a budget come to; None where no plan was better."""

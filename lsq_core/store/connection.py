@@ -59,7 +59,10 @@ class DatabaseFile:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InputError(f"{self.path.parent} cannot be created: {error.strerror}.") from error
+            raise InputError(
+                f"{self.path.parent} cannot be the folder of the database: {error.strerror}. Set "
+                "LSQ_HOME to a folder that can be written, or name a database by --db or LSQ_DB."
+            ) from error
         if not self.path.exists():
             database.create(self.path, self._migrate)
         with self.connect() as connection:

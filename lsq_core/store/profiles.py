@@ -13,7 +13,7 @@ import pandas as pd
 
 from lsq_core.bits import RATIOS
 from lsq_core.jsontext import json_text
-from lsq_core.profiling.profile import Profile, current_scores
+from lsq_core.profiling.profile import Profile, current_scores, is_current
 from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.provenance import now
 from lsq_core.store.connection import insert_row
@@ -97,7 +97,7 @@ class ProfileTables(ModelTables):
         """What every profile of every model holds, newest profile first.
 
         A row for each metric and configuration: ``id, model, origin, linear_parameters, metric,
-        config`` and the fields of its settings.
+        config`` and the fields of its settings. Scores by an earlier definition are left out.
         """
         rows = self.query(
             """
@@ -108,6 +108,11 @@ class ProfileTables(ModelTables):
             ORDER BY p.created DESC, s.metric, s.config
             """
         )
+        found = self.query("SELECT id, provenance FROM profiles").set_index("id")["provenance"]
+        recorded = {id: json.loads(text) for id, text in found.items()}
+        pairs = zip(rows["id"], rows["metric"], strict=True)
+        rows = rows[[is_current(metric, recorded[id]) for id, metric in pairs]]
+        rows = rows.reset_index(drop=True)
         texts = rows.pop("settings")
         fields = {text: asdict(ProfileSettings(**json.loads(text))) for text in texts.unique()}
         settings = pd.DataFrame([fields[text] for text in texts])

@@ -68,9 +68,8 @@ class RefinementTables(DatabaseFile):
         *search, number = columns.values()
         with self.transaction() as connection:
             (ahead,) = connection.execute(
-                f"SELECT count(*) FROM refinements WHERE {same} "
-                "AND (step > ? OR (step = ? AND kl < ?))",
-                [*search, number, number, step.kl],
+                f"SELECT count(*) FROM refinements WHERE {same} AND (step > ? OR kl < ?)",
+                [*search, number, step.kl],
             ).fetchone()
             if ahead:
                 raise LsqError(
@@ -97,11 +96,11 @@ class RefinementTables(DatabaseFile):
             )
 
     def refinement_budgets(self, key: RefinementKey) -> list[Budget]:
-        """The budgets that were searched, the newest one last."""
+        """The budgets for which a search found a better plan, the newest one last."""
         with self.connect() as connection:
             rows = connection.execute(
                 "SELECT nominal_bytes, planned_bytes FROM refinements "
-                "WHERE profile = ? AND request = ? GROUP BY ALL ORDER BY max(created)",
+                "WHERE profile = ? AND request = ? AND step > 0 GROUP BY ALL ORDER BY max(created)",
                 list(asdict(key).values()),
             ).fetchall()
         return [Budget("", *row) for row in rows]
@@ -113,13 +112,16 @@ class RefinementTables(DatabaseFile):
         options: Sequence[str],
         conditions: dict | None = None,
     ) -> list[RefinementStep]:
-        """The steps within a budget in order; of the newest search if no conditions are given.
+        """The steps within a budget in order; those of other options are left out.
 
-        Those of other options are left out.
+        If no conditions are given, they are those of the newest search that found a better plan,
+        or of the newest one if none did.
         """
         columns = f"profile = ? AND request = ? AND {_WITHIN} AND options = ?"
         values = [*asdict(key).values(), *_bytes(budget), list(options)]
-        newest = f"(SELECT last(conditions ORDER BY created) FROM refinements WHERE {columns})"
+        newest = (
+            f"(SELECT last(conditions ORDER BY step > 0, created) FROM refinements WHERE {columns})"
+        )
         with self.connect() as connection:
             rows = connection.execute(
                 "SELECT step, choice, kl, cost, margin, expected, rounds, failed FROM refinements "

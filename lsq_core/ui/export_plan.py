@@ -93,6 +93,6 @@ def _render_file(translation: Translation, key: str) -> None:
     st.code(translation.usage(), language=target.usage_language, wrap_lines=True)
     sizes = (
         f"Linear weights: {words.size(translation.stored_bytes)} in {target.title}, "
-        f"{words.size(translation.nominal_bytes)} nominal as planned."
+        f"{words.size(translation.nominal_bytes)} nominal here."
     )
     st.caption(words.escape(" ".join([sizes, *translation.notes])))

@@ -66,6 +66,15 @@ def is_refinable(planner: Planner) -> bool:
     return isinstance(planner, Knapsack) and not planner.reads_refinement
 
 
+def check_refinable(planner: Planner) -> None:
+    """Raise :class:`InputError` for a method whose plans can't be refined."""
+    if not is_refinable(planner):
+        raise InputError(
+            f"A plan by {planner.title} can't be refined: only those of knapsack methods can, such "
+            "as kl-aware, loss-aware and mxq."
+        )
+
+
 def require_refinement(problem: Problem) -> Refinement:
     """Return what a search found.
 

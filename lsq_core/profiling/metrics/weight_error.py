@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 
     from lsq_core.profiling.context import BlockContext
 
-#: Values compared at a time by device: few on a CPU, where they stay in a cache and the copy in
-#: float64 takes memory; many on a GPU, where launching the work takes longer than the work.
-_CHUNK = {"cpu": 2**16, "cuda": 2**24}
+#: Values of each row compared at a time by device: few on a CPU, where they stay in a cache and the
+#: copy in float64 takes memory; many on a GPU, where launching the work takes longer than the work.
+#: However many rows there are, so that a row's sum is the same to the last digit.
+_CHUNK = {"cpu": 2**15, "cuda": 2**22}
 
 
 def squared_distances(values: Tensor, other: Tensor) -> Tensor:
@@ -27,7 +28,7 @@ def squared_distances(values: Tensor, other: Tensor) -> Tensor:
     """
     import torch
 
-    size = max(_CHUNK[values.device.type] // len(values), 1)
+    size = _CHUNK[values.device.type]
     chunks = zip(values.flatten(1).split(size, dim=1), other.flatten().split(size), strict=True)
     norms = [
         torch.linalg.vector_norm(own.float() - others.float(), dim=1, dtype=torch.float64)

@@ -11,7 +11,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from lsq_core.bits import Budget
 from lsq_core.errors import InputError
 from lsq_core.model.info import ModelInfo
 from lsq_core.planning.constraints import restrict
@@ -47,7 +46,7 @@ def within_reach(problem: Problem, request: PlanRequest, metadata: str) -> tuple
     """
     if request.budget is None:
         return request, ""
-    budget = Budget.parse(request.budget, problem.total)
+    budget = request.parse_budget(problem.total)
     low, high = feasible(problem, request.method, request.base)
     if budget.planned_bytes is None:
         requested = 8 * budget.nominal_bytes / problem.total

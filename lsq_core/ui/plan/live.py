@@ -50,7 +50,7 @@ def show_live_plan(query: PlanQuery, plan: Plan) -> None:
     problem = restrict(query.problem, query.request)
     stops = np.array([problem.options.index(c) for c in plan.configs])
     by_base = query.request.budget is None
-    budget = None if by_base else Budget.parse(query.request.budget, problem.total)
+    budget = None if by_base else query.request.parse_budget(problem.total)
     methods = [live_method(query, stops)]
     if query.request.exact:
         methods = [replace(methods[0], solved=ExactPlan(stops, plan.lower_bound))]

@@ -24,6 +24,9 @@ from lsq_core.ui.page import headline
 from lsq_core.ui.plan.query import PlanQuery
 from lsq_core.ui.safe import st
 
+#: Session state: whether the popover is open, and whether a search was just started from it.
+_POPOVER, _STARTED = "refine_popover", "refine_started"
+
 
 def _refined_request(query: PlanQuery) -> PlanRequest | None:
     """The refinement of the plan that is shown; None where it can't be refined."""
@@ -38,7 +41,15 @@ def _refined_request(query: PlanQuery) -> PlanRequest | None:
 def render_button(query: PlanQuery) -> None:
     """The choice of a time, and the button that starts the search."""
     request = _refined_request(query)
-    with st.popover("Refine", icon=":material/auto_fix_high:", disabled=request is None):
+    if st.session_state.pop(_STARTED, False):
+        st.session_state[_POPOVER] = False  # its progress is below, where the popover would lie
+    with st.popover(
+        "Refine",
+        icon=":material/auto_fix_high:",
+        disabled=request is None,
+        key=_POPOVER,
+        on_change="rerun",
+    ):
         if request is None:
             return
         st.write(
@@ -89,6 +100,7 @@ def _start(query: PlanQuery, request: PlanRequest, minutes: float, text: str | N
     except LsqError as error:
         st.error(words.escape(str(error)))
         return
+    st.session_state[_STARTED] = True
     st.rerun()
 
 

@@ -158,7 +158,9 @@ function limitWithin(frontier, ofMatrices, plannedOf, budget, answer) {
     size = plannedOf(answer.choice);
     if (size <= budget) break;
     tooLarge = limit;
-    limit = Math.max(budget - (size - total(ofMatrices, answer.choice, frontier.columns)), smallest);
+    // Never the same plan again: next to gigabytes, a few bytes are within the tolerance.
+    const nominal = total(ofMatrices, answer.choice, frontier.columns);
+    limit = Math.max(Math.min(nominal - (size - budget), nominal * (1 - 2 * TOLERANCE)), smallest);
   }
   for (let k = 0; k < HALVINGS && tooLarge > limit && size < SPENT * budget; k++) {
     const middle = (limit + tooLarge) / 2;
