@@ -11,6 +11,9 @@ from lsq_core.evaluation.noise import describe_noise, format_figure
 from lsq_core.sweep_progress import describe_counts
 from lsq_core.units import format_bytes
 
+#: A gap to the optimum (a share) that is rounding error.
+_OPTIMAL_GAP = 1e-8
+
 
 def _finite(value: float | None) -> bool:
     """Whether there is a figure: JSON has none for what is not finite."""
@@ -65,7 +68,7 @@ def plan(result: dict) -> None:
     print(
         f"{result['method']}: {result['bits_per_param']:.4f} bits per parameter, "
         f"{format_bytes(result['planned_bytes'])} planned for the linear weights, "
-        f"{format_bytes(result['model_bytes'])} for the model"
+        f"{format_bytes(result['model_bytes'])} with embeddings and norms in full precision"
     )
     for name, rank_value in result["flagged"].items():
         print(f"  {result['modules'][name]['config']:>7}  {name}  ({rank_value:.2f})")
@@ -74,7 +77,9 @@ def plan(result: dict) -> None:
         counts[entry["config"]] = counts.get(entry["config"], 0) + 1
     print("  " + ", ".join(f"{n} × {config}" for config, n in sorted(counts.items())))
     if "gap" in result:
-        print(f"within {100 * result['gap']:.2g} % of optimal at this budget")
+        optimal = result["gap"] < _OPTIMAL_GAP
+        share = "" if optimal else f"within {100 * result['gap']:.2g} % of "
+        print(f"{share}optimal at this budget")
     if any("rows" in entry for entry in result["modules"].values()):
         ratios = [entry["ratio"] for entry in result["modules"].values()]
         print(
@@ -113,10 +118,12 @@ def predicted(result: dict) -> None:
         print(f"no predicted perplexity: {result['reason']}")
         return
     beyond = ", extrapolated" if result["extrapolated"] else ""
+    change = result["perplexity"] / result["full_precision"] - 1
     print(
         f"predicted perplexity {result['perplexity']:.4f} ({result['low']:.4f} to "
         f"{result['high']:.4f}, 90 % band) on {result['corpus']} ({result['protocol']}), from "
-        f"{result['runs']} runs{beyond}; full precision {result['full_precision']:.4f}"
+        f"{result['runs']} runs{beyond}; {percent(change)} from full precision, "
+        f"{result['full_precision']:.4f}"
     )
 
 

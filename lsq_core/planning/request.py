@@ -23,6 +23,8 @@ RATIO_MODES = ("uniform", "diagonal", "full")
 DEFAULT_START = "kl-aware"
 #: Fields that hold any number of texts.
 _TEXTS = ("pins", "ties")
+#: What the values of the other fields are, in words.
+_KINDS = {str: "text", int: "a whole number", bool: "true or false"}
 #: Fields that a request's JSON has only where they differ from these; earlier versions know none.
 _OPTIONAL = {"ties": (), "serve": None, "start": None, "ladder": PAPER}
 
@@ -87,16 +89,21 @@ class PlanRequest:
         for each in fields(self):
             value, kind = getattr(self, each.name), type(each.default)
             if each.name in _TEXTS:
+                wanted = "a list of texts"
                 is_valid = isinstance(value, list | tuple) and all(
                     isinstance(p, str) for p in value
                 )
             elif each.default is None:
+                wanted = "text" if each.name != "budget" else "text such as '3.2bpp'"
                 is_valid = value is None or isinstance(value, str)
             else:
                 kind = str if each.name == "method" else kind
+                wanted = _KINDS[kind]
                 is_valid = type(value) is kind
             if not is_valid:
-                raise InputError(f"A request's {each.name} cannot be {reprlib.repr(value)}.")
+                raise InputError(
+                    f"A request's {each.name} has to be {wanted}, not {reprlib.repr(value)}."
+                )
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> PlanRequest:
