@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -148,6 +150,29 @@ def test_cancel_within_2_s(folder, long_profile, store):
     assert process_ended(job)
     assert store.query("SELECT count(*) AS n FROM profiles")["n"][0] == 0
     assert jobs.cancel(after).state == "cancelled", "twice does no harm"
+
+
+_START = """
+import json, sys
+from pathlib import Path
+from lsq_core import jobs
+print(jobs.start(Path(sys.argv[1]), json.loads(sys.argv[2])).folder, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_cancel_job_of_another_process(folder, long_profile, stopped):
+    """As from a terminal, where the app started it and has not asked yet how it ended."""
+    command = [sys.executable, "-c", _START, str(folder), json.dumps(long_profile)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as other:
+        job = wait_for_stage(jobs.read(Path(other.stdout.readline().strip())), "weights")
+        if stopped:
+            os.kill(job_pid(job), signal.SIGSTOP)
+        assert jobs.cancel(job).state == "cancelled"
+        assert process_ended(job)
+        other.stdin.close()
 
 
 def test_cancel_stopped_process_is_killed(folder, long_profile):

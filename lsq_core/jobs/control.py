@@ -163,15 +163,28 @@ def cancel(job: Job) -> Job:
         with suppress(psutil.NoSuchProcess):
             process = psutil.Process(pid)
             _signal(pid, signal.SIGTERM)
-            try:
-                process.wait(GRACE_S)
-            except psutil.TimeoutExpired:
+            if not _wait_for_end(process):
                 _signal(pid, signal.SIGKILL)
-                process.wait(GRACE_S)
+                _wait_for_end(process)
     after = read(job.folder)
     if after.state in (*ACTIVE_STATES, "interrupted"):
         write_end(job.folder, "cancelled", "Cancelled.")
     return read(job.folder)
+
+
+def _wait_for_end(process: psutil.Process) -> bool:
+    """Wait a moment for a process; whether it has ended.
+
+    One that another process started, the app say, remains as a zombie until that one asks for it.
+    """
+    until = time.monotonic() + GRACE_S
+    while time.monotonic() < until:
+        with suppress(psutil.TimeoutExpired):
+            process.wait(0.02)
+            return True
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return True
+    return False
 
 
 def delete(job: Job) -> None:
