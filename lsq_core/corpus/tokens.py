@@ -73,8 +73,8 @@ def build_calibration_blocks(
     sizes = samples, max_line_tokens, block_tokens
     if not 1 <= min(sizes) <= max(sizes) < 2**31:
         raise InputError(
-            "Calibration needs samples, tokens of a line and tokens of a block from 1 to "
-            f"2147483647, not {samples}, {max_line_tokens} and {block_tokens}."
+            "Calibration needs samples, line and block sizes from 1 to 2147483647, not "
+            f"{samples}, {max_line_tokens} and {block_tokens}."
         )
     order = np.random.default_rng(seed).permutation(len(corpus.texts))
     lines = (corpus.texts[row].strip() for row in order)
