@@ -294,7 +294,15 @@ def test_cli_short_corpus_error_states_minimum(run_cli, model, tmp_path):
     )
     assert status == 2
     assert re.search(r"blocks-256 .*\b256\b", err)
-    assert Store().results().empty
+    assert "quantize" not in err, "it is told before any work"
+    status, _, err = run_cli(
+        "run", "--model", model, "--method", "mxq", "--budget", "99bpp", "--corpus", str(tiny)
+    )
+    assert status == 2
+    assert "99bpp" in err, "a budget is, before the model would be fetched to read a text"
+    store = Store()
+    assert store.results().empty
+    assert store.query("SELECT count(*) n FROM profiles")["n"][0] == 0
 
 
 def test_cli_unreachable_model_exit_1(run_cli):

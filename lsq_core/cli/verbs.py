@@ -39,7 +39,7 @@ from lsq_core.session import Session
 from lsq_core.shipped import import_measurements
 from lsq_core.stages.export import evaluate_exported
 from lsq_core.stages.model import find_published
-from lsq_core.stages.plan import request_incompatibility
+from lsq_core.stages.plan import check_budget, request_incompatibility
 from lsq_core.stages.refine import refine_plan
 from lsq_core.stages.saved import evaluate_saved, load_saved
 from lsq_core.store.database import resolve_database_path
@@ -192,11 +192,12 @@ def run(options: argparse.Namespace, report: ProgressCallback) -> dict:
     (quantizer,) = _quantizers(options, [options.quantizer] if options.quantizer else [])
     session = _open_session(options, report)
     settings = profile_settings(options, session, options.profile_quantizer, options.calibration)
-    session.check_text(evaluation)
     if options.plan:
         if options.method or options.base or options.budget or options.max_loss:
             raise InputError("Give either a saved plan or a method with base, budget or max-loss.")
         made = _load_plan(options.plan, session)
+        check_choice(quantizer, made.choice, made.axis)
+        session.check_text(evaluation)
     else:
         if options.max_loss and quantizer != settings.quantizer:
             raise InputError(
@@ -204,9 +205,10 @@ def run(options: argparse.Namespace, report: ProgressCallback) -> dict:
                 f"--profile-quantizer {quantizer} to run with that quantizer."
             )
         if not options.max_loss:
-            _check_compatibility(options, session, settings, quantizer)
+            _check_request(options, session, settings, quantizer)
+        session.check_text(evaluation)
         made = _plan(options, session, settings)
-    check_choice(quantizer, made.choice, made.axis)
+        check_choice(quantizer, made.choice, made.axis)
     predicted = _predicted(session, made, quantizer, settings, evaluation)
     outcome = session.run(made, quantizer, evaluation, save, settings=settings, export=export)
     return {
@@ -225,14 +227,15 @@ def _quantizers(options: argparse.Namespace, named: list[str]) -> list[str]:
     return [*named, "hybrid"] if options.hybrid else named or ["hqq"]
 
 
-def _check_compatibility(
+def _check_request(
     options: argparse.Namespace, session: Session, settings: ProfileSettings, quantizer: str
 ) -> None:
-    """Tell what the quantizer can't do before a profile is measured for the plan."""
+    """Tell of a budget out of reach, or what the quantizer can't do, before any download."""
     request, problem = plan_request(options), Problem(session.config_info.matrices)
     reason = request_incompatibility(problem, request, quantizer, settings.axis)
     if reason:
         raise InputError(reason)
+    check_budget(session, request, settings)
 
 
 def _predicted(

@@ -49,16 +49,7 @@ def make_plan(
         get_server(request.serve).check_axis(axis)
     restricted = restrict(problem, request)
     budget = request.resolve_budget(restricted, metadata)
-    if budget is None and request.base is None:
-        raise InputError(
-            "Give a base configuration (such as 3.13), a budget (such as 3.2bpp), or both."
-        )
-    if not planner.has_base and (budget is None or request.base is not None):
-        raise InputError(f"{planner.title} takes a budget (such as 3.2bpp), not a base.")
-    if request.exact and planner.has_base:
-        raise InputError(
-            f"{planner.title} minimizes no cost; only knapsacks can be solved exactly."
-        )
+    _check_size_given(planner, request)
     frontier = frontier or make_frontier(restricted, request)
     if request.exact and frontier.cost is None:
         raise InputError(
@@ -84,6 +75,20 @@ def make_plan(
         lower_bound=chosen.lower_bound,
         rows=high_rows(problem, chosen.stops),
     )
+
+
+def _check_size_given(planner: Planner, request: PlanRequest) -> None:
+    """Raise :class:`InputError` for a request without a size, or by one that its method lacks."""
+    if request.budget is None and request.base is None:
+        raise InputError(
+            "Give a base configuration (such as 3.13), a budget (such as 3.2bpp), or both."
+        )
+    if not planner.has_base and (request.budget is None or request.base is not None):
+        raise InputError(f"{planner.title} takes a budget (such as 3.2bpp), not a base.")
+    if request.exact and planner.has_base:
+        raise InputError(
+            f"{planner.title} minimizes no cost; only knapsacks can be solved exactly."
+        )
 
 
 def make_frontier(problem: Problem, request: PlanRequest) -> Frontier:

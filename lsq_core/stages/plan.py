@@ -73,10 +73,8 @@ def plan_model(
     if planner.reads_refinement:
         check_refinable(get_planner(request.refined_from))
     metrics = required_metrics(request)
-    # A budget out of reach is rejected before anything is measured or downloaded.
+    check_budget(model, request, settings)
     options = planner.options(request)
-    unmeasured = Problem(model.config_info.matrices).with_options(options)
-    request.resolve_budget(apply_ties(unmeasured, request), settings.metadata)
     own = settings_on_ladder(settings, request)
     profile = _cached_profile(model, own, metrics) if metrics else None
     problem = _cached_problem(model, profile).with_options(options)
@@ -91,6 +89,19 @@ def plan_model(
     plan = make_model_plan(model.info, problem, request, settings)
     model.report("plan", 1, 1, f"{plan.bits_per_param:.3f} bits per parameter")
     return replace(plan, profile=profile.id) if profile else plan
+
+
+def check_budget(model: OpenModel, request: PlanRequest, settings: ProfileSettings) -> None:
+    """Reject a budget out of reach before anything is measured or downloaded.
+
+    Raises
+    ------
+    InputError
+        As :meth:`lsq_core.planning.request.PlanRequest.resolve_budget`.
+    """
+    options = get_planner(request.method).options(request)
+    unmeasured = Problem(model.config_info.matrices).with_options(options)
+    request.resolve_budget(apply_ties(unmeasured, request), settings.metadata)
 
 
 def settings_on_ladder(settings: ProfileSettings, request: PlanRequest) -> ProfileSettings:
