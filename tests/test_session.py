@@ -72,7 +72,7 @@ def test_served_plan_by_keyword(session, profile):
         "mxq", budget="5bpp", serve="vllm", ties=("o_proj,q_proj",)
     )
     assert {config.bits for config in served.configs} <= {4, 8}
-    with pytest.raises(lsq.InputError, match="ties cannot be"):
+    with pytest.raises(lsq.InputError, match="ties has to be a list"):
         session.plan("mxq", profile.settings, budget="5bpp", ties="q_proj,k_proj")
 
 

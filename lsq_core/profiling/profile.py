@@ -98,9 +98,14 @@ def current_scores(values: pd.DataFrame, provenance: Mapping[str, Any]) -> pd.Da
 
 def is_current(metric: str, provenance: Mapping[str, Any]) -> bool:
     """Return whether a metric is defined as it was when a profile's scores were measured."""
-    facts = provenance.get("added", {}).get(metric, provenance)
-    recorded = facts.get("definitions", {}).get(metric, "")
+    recorded = metric_provenance(metric, provenance).get("definitions", {}).get(metric, "")
     return metric not in METRICS or recorded == METRICS[metric].definition
+
+
+def metric_provenance(metric: str, provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how one metric of a profile was measured, from the provenance of the profile."""
+    facts = provenance.get("added", {}).get(metric, provenance)
+    return {name: fact for name, fact in facts.items() if name != "added"}
 
 
 def missing_metrics(found: Profile | None, wanted: Sequence[str] = ()) -> list[str]:

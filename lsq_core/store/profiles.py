@@ -13,7 +13,7 @@ import pandas as pd
 
 from lsq_core.bits import RATIOS
 from lsq_core.jsontext import json_text
-from lsq_core.profiling.profile import Profile, current_scores, is_current
+from lsq_core.profiling.profile import Profile, current_scores, is_current, metric_provenance
 from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.provenance import now
 from lsq_core.store.connection import insert_row
@@ -111,8 +111,8 @@ class ProfileTables(ModelTables):
         found = self.query("SELECT id, provenance FROM profiles").set_index("id")["provenance"]
         recorded = {id: json.loads(text) for id, text in found.items()}
         pairs = zip(rows["id"], rows["metric"], strict=True)
-        rows = rows[[is_current(metric, recorded[id]) for id, metric in pairs]]
-        rows = rows.reset_index(drop=True)
+        current = np.array([is_current(metric, recorded[id]) for id, metric in pairs], dtype=bool)
+        rows = rows[current].reset_index(drop=True)
         texts = rows.pop("settings")
         fields = {text: asdict(ProfileSettings(**json.loads(text))) for text in texts.unique()}
         settings = pd.DataFrame([fields[text] for text in texts])
@@ -220,8 +220,10 @@ def _merge_profile(connection: duckdb.DuckDBPyConnection, measured: Profile) -> 
         connection.execute("DELETE FROM scores WHERE profile = ?", [measured.id])
         provenance = measured.provenance
     else:
-        facts = measured.provenance | {"created": now().isoformat()}
-        added = before.get("added", {}) | dict.fromkeys(measured.metrics, facts)
+        added = before.get("added", {}) | {
+            metric: metric_provenance(metric, measured.provenance) | {"created": now().isoformat()}
+            for metric in measured.metrics
+        }
         provenance = before | {"added": added}
     if existing is None:
         insert_row(
