@@ -1,4 +1,4 @@
-"""How soon pages are there: the first one of a fresh server, and any among many runs."""
+"""How soon the app answers: a fresh server's first page, any page among many runs, a cancel."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import time
 
 import pytest
 
+from lsq_core import jobs
 from lsq_core.store.store import Store
 from tests.browser.conftest import User, new_tab, serve
+from tests.browser.test_run import newest_job, start_evaluation
 from tests.test_compare import insert_synthetic_runs
 
 pytestmark = [pytest.mark.browser, pytest.mark.bench]
@@ -79,6 +81,21 @@ def test_page_switch_with_many_runs_within_limit(chromium, tmp_path):
         drawn = sum(len(line["customdata"] or []) for line in user.charts()[0])
         assert drawn == len(store.results()) == 5000
         assert max(many) < 2 * _TIME_FACTOR, "at first and again"
+
+
+def test_cancel_within_limit(server, chromium):
+    """From the click to the end of the job's process at most 2 s."""
+    with new_tab(chromium):
+        user = User(chromium, server)
+        start_evaluation(user, 0)
+        job = newest_job(server, "run")
+        user.wait(user.is_idle)
+        started = time.monotonic()
+        user.click("Cancel")
+        user.wait(lambda: jobs.read(job.folder).state == "cancelled", 60)
+        took = time.monotonic() - started
+        print(f"from the click to the end of the process: {took:.2f} s")
+        assert took < 2 * _TIME_FACTOR
 
 
 def time_page_switch(user: User, page: str) -> float:
