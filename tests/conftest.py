@@ -13,6 +13,7 @@ import pytest
 from filelock import FileLock
 from hypothesis import settings
 
+from lsq_core.bench.start import libraries_import_s
 from lsq_core.bits import FP16_BITS, QuantConfig
 from lsq_core.reference.importing import import_reference
 from lsq_core.store.store import Store
@@ -36,6 +37,8 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT.parent / "shared" / "reference" / "lm-quant-toolkit"
+#: Processor seconds of importing torch and transformers where limits on times were set.
+REFERENCE_IMPORT_S = 2.24
 WIKITEXT = ROOT.parent / "shared" / "corpus" / "wikitext-2"
 
 
@@ -57,6 +60,15 @@ def packed_bytes(numel: int, config: QuantConfig, metadata: str = "8bit") -> int
 def _isolated_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test touches the person's own database."""
     monkeypatch.setenv("LSQ_DB", str(tmp_path / "lsq.duckdb"))
+
+
+@pytest.fixture(scope="session")
+def slowness() -> float:
+    """How many times as long this machine takes as the one that limits on times were set on.
+
+    At least 1, so that no limit is less than what was set.
+    """
+    return max(1.0, libraries_import_s() / REFERENCE_IMPORT_S)
 
 
 @pytest.fixture(scope="session")

@@ -107,6 +107,17 @@ def plan_cold(repeats: int) -> Row:
     )
 
 
+def libraries_import_s(repeats: int = 3) -> float:
+    """Return the processor seconds of importing torch and transformers, the median of processes.
+
+    It is none of this project's work, so it tells how fast a machine is.
+    """
+    process = _Process(*TRANSFORMERS)
+    for _ in range(repeats):
+        process()
+    return process.processor_s
+
+
 class _Process:
     """Python with these arguments, run in the folder of this project whenever it is called."""
 

@@ -13,6 +13,7 @@ bit. Tables are (n, options) nominal bytes and costs; a choice is (n,); no argum
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -26,11 +27,18 @@ class MoveSteps:
     reached: list[int]
     size: list[float]
 
+    @cached_property
+    def smallest(self) -> float:
+        """The fewest bytes that a move adds; with less room none is taken or undone."""
+        return min(self.size, default=0.0)
+
 
 def take_fitting_moves(steps: MoveSteps, taken: int, choice: np.ndarray, room: float) -> np.ndarray:
     """Take each later move that fits, except those of a matrix with a skipped move."""
     choice, missed = choice.copy(), set()
     for k in range(taken, len(steps.matrix)):
+        if room < steps.smallest:
+            break
         matrix, size = steps.matrix[k], steps.size[k]
         if matrix in missed:
             continue
@@ -50,7 +58,7 @@ def undo_moves(steps: MoveSteps, taken: int, choice: np.ndarray, room: float) ->
     """
     choice, locked = choice.copy(), {steps.matrix[taken - 1]}
     for k in range(taken - 2, -1, -1):
-        if room >= 0:
+        if room >= 0 or -room < steps.smallest:
             break
         matrix, size = steps.matrix[k], steps.size[k]
         if matrix in locked:

@@ -1,7 +1,7 @@
 """Every budget at once, at the size of Llama-2-70B: 560 matrices at twelve configurations.
 
 ``pytest -s tests/bench`` prints the figures. Times are of the processor, not of the clock, so that
-a busy machine does not decide; limits are those the project set itself.
+a busy machine does not decide; limits are those the project set itself, longer on a slower machine.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def build_frontier(problem: Problem) -> object:
 
 @pytest.mark.bench
 @needs_reference
-def test_frontier_70b_within_time_and_gap_limits():
+def test_frontier_70b_within_time_and_gap_limits(slowness):
     problem = published_problem("Llama-2-70b-hf")
     assert len(problem.matrices) == 560
     built = [time_call(lambda: build_frontier(problem)) for _ in range(7)]
@@ -68,7 +68,7 @@ def test_frontier_70b_within_time_and_gap_limits():
         f"\ngap to the optimum: {np.median(gaps):.4%} median, {max(gaps):.3%} worst of {COMPARED}"
         f"\nexact: {np.median(exact_ms):.0f} ms median, {max(exact_ms):.0f} ms worst of {COMPARED}"
     )
-    assert np.median(build_ms) <= 150
-    assert np.median(query_ms) <= 1
-    assert np.percentile(query_ms, 99) <= 5
+    assert np.median(build_ms) <= 150 * slowness
+    assert np.median(query_ms) <= slowness
+    assert np.percentile(query_ms, 99) <= 5 * slowness
     assert max(gaps) <= 0.005

@@ -454,8 +454,11 @@ new MutationObserver(() => {
 
 @pytest.mark.bench
 @pytest.mark.parametrize("methods", ["mxq", "mxq,sensiboost"])
-def test_slider_drag_latency_within_limits(user, methods):
-    """80 layers by 7 types: p95 of a step ≤ 60 ms, of release to committed page ≤ 400 ms."""
+def test_slider_drag_latency_within_limits(user, methods, slowness):
+    """80 layers by 7 types: p95 of a step ≤ 60 ms, of release to committed page ≤ 400 ms.
+
+    Both are longer on a slower machine.
+    """
     live = PlannerPage(user, f"methods={methods}")
     live.driver.execute_script(_TIMING_OBSERVER, live.root)
     for turn in range(12):
@@ -472,9 +475,9 @@ def test_slider_drag_latency_within_limits(user, methods):
         print(f"{methods}: {name} {np.median(times):.0f} ms median, "
               f"{np.percentile(times, 95):.0f} p95 of {len(times)}")  # fmt: skip
     assert len(steps) >= 40
-    assert np.percentile(steps, 95) <= 60
+    assert np.percentile(steps, 95) <= 60 * slowness
     assert len(releases) >= 10
-    assert np.percentile(releases, 95) <= 400
+    assert np.percentile(releases, 95) <= 400 * slowness
 
 
 def test_readout_matches_python_plan(user):
