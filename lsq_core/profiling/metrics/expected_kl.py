@@ -64,18 +64,25 @@ class ExpectedKl(Metric):
 
     def score_block(self, context: GradientContext) -> Iterator[Score]:
         """Yield one score for each matrix and configuration."""
+        samples = len(context.hidden) * len(context.gradients[0])
+        per_token = 0.5 * len(context.hidden) / (context.tokens * samples)
+        for matrix, configs, products in self.products(context):
+            unreached = matrix.expert is not None and not bool(products.any())
+            sums = products.square().sum(dim=(0, 1)) * per_token
+            values = [math.nan] * len(configs) if unreached else sums.tolist()
+            for config, value in zip(configs, values, strict=True):
+                yield Score(matrix, self.name, config, value)
+
+    def products(
+        self, context: GradientContext
+    ) -> Iterator[tuple[Matrix, tuple[QuantConfig, ...], Tensor]]:
+        """Yield each matrix's ``⟨g, Ŵ_c − W⟩``, float64 (sequences, draws, configurations)."""
         import torch
 
         changes = {
             matrix: (tuple(by_config), torch.stack(list(by_config.values())))
             for matrix, by_config in context.cache.pop(_CHANGES, {}).items()
         }
-        samples = len(context.hidden) * len(context.gradients[0])
-        per_token = 0.5 * len(context.hidden) / (context.tokens * samples)
         products = context.change_products({m: change for m, (_, change) in changes.items()})
         for matrix, (configs, _) in changes.items():
-            unreached = matrix.expert is not None and not bool(products[matrix].any())
-            sums = products[matrix].square().sum(dim=(0, 1)) * per_token
-            values = [math.nan] * len(configs) if unreached else sums.tolist()
-            for config, value in zip(configs, values, strict=True):
-                yield Score(matrix, self.name, config, value)
+            yield matrix, configs, products[matrix]
