@@ -55,6 +55,6 @@ def test_profile_peak_memory_within_limit(text, limit_gib, tmp_path):
     weight_bytes = memory.write_random_model(folder, 512 * 2**20)
     assert weight_bytes >= 500 * 2**20
     measured = memory.measure(
-        folder, weight_bytes, memory.Options(text=text, quantizer="rtn", samples=8)
+        folder, weight_bytes, memory.Options(text=text, quantizer="rtn", samples=4)
     )
     assert measured.peak - measured.base <= limit_gib * memory.GIB * weight_bytes / (8 * memory.GIB)
