@@ -37,7 +37,8 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT.parent / "shared" / "reference" / "lm-quant-toolkit"
-#: Processor seconds of importing torch and transformers where limits on times were set.
+#: Seconds of importing torch and transformers, by the clock, where limits on times were set (the
+#: README's table, on an idle machine, where one core works all the time).
 REFERENCE_IMPORT_S = 2.24
 WIKITEXT = ROOT.parent / "shared" / "corpus" / "wikitext-2"
 
@@ -66,7 +67,8 @@ def _isolated_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def slowness() -> float:
     """How many times as long this machine takes as the one that limits on times were set on.
 
-    At least 1, so that no limit is less than what was set.
+    At least 1, so that no limit is less than what was set. It is of the packages' pinned versions:
+    where they change, so may the time that they take to import.
     """
     return max(1.0, libraries_import_s() / REFERENCE_IMPORT_S)
 

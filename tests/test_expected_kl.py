@@ -10,6 +10,7 @@ from lsq_core.bits import LADDER, QuantConfig, is_divisible
 from lsq_core.model.architecture import get_weight, locate_parameter, matrix_view, parameter_name
 from lsq_core.model.loading import load_model
 from lsq_core.model.source import ModelSource
+from lsq_core.planning.hull import hull_frontier
 from lsq_core.planning.methods import PLANNERS
 from lsq_core.profiling import backward
 from lsq_core.profiling.calibration import load_calibration
@@ -21,7 +22,9 @@ from lsq_core.quantization.registry import get_quantizer
 from lsq_core.session import Session
 from lsq_core.stages.plan import build_problem
 from lsq_core.store.store import Store
+from tests.campaigns import cross_terms
 from tests.conftest import ARCHITECTURES
+from tests.test_plan import problem as random_problem
 
 METRIC = ("expected_kl",)
 
@@ -124,3 +127,52 @@ def test_streamed_profile_equals_loaded(random_model, settings, tmp_path):
     loaded = load_model(ModelSource(str(folder)), "cpu")
     expected = measure_profile(loaded, settings, "key", metrics=METRIC).by_config("expected_kl")
     assert streamed.by_config("expected_kl") == pytest.approx(expected, rel=1e-5, nan_ok=True)
+
+
+# --- products of different matrices ------------------------------------------------------------
+
+
+@pytest.fixture
+def pairs():
+    """A problem, and samples of its matrices that fall with the bits."""
+    of = random_problem(layers=4)
+    random = np.random.default_rng(0)
+    shape = (len(of.matrices), 16, 1)
+    values = random.standard_normal((*shape[:2], len(LADDER))) + random.standard_normal(shape)
+    return of, cross_terms.Samples(values * 2.0 ** -np.arange(len(LADDER)))
+
+
+def test_estimates_of_a_choice_match_a_plain_loop(pairs):
+    of, samples = pairs
+    choice = np.arange(len(of.matrices)) % len(LADDER)
+    own = [[samples.values[i, s, c] for s in range(16)] for i, c in enumerate(choice)]
+    joint = np.mean([sum(row[s] for row in own) ** 2 for s in range(16)])
+    summed = sum(np.mean([value**2 for value in row]) for row in own)
+    assert samples.joint(choice) == pytest.approx(joint)
+    assert samples.summed(choice) == pytest.approx(summed)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_no_single_change_improves_a_choice(pairs, share):
+    of, samples = pairs
+    price = 1e-8
+
+    def cost(choice):
+        alone, joint = samples.summed(choice), samples.joint(choice)
+        return alone + share * (joint - alone) + price * of.nominal(choice)
+
+    found = cross_terms._descend(samples, of, share, price, of.at_most(len(LADDER) - 1))
+    assert 0 < found.mean() < len(LADDER) - 1, "the price decides nothing"
+    for i in range(len(found)):
+        for stop in np.flatnonzero(of.allowed[i]):
+            other = found.copy()
+            other[i] = stop
+            assert cost(other) >= cost(found) * (1 - 1e-12)
+
+
+def test_choice_without_products_is_the_knapsacks(pairs):
+    of, samples = pairs
+    budget = 3.5 * of.total / 8
+    (segment,) = hull_frontier(samples.alone, of).segments
+    expected = segment.after(segment.count_within(budget))
+    np.testing.assert_array_equal(cross_terms.choose(samples, of, 0.0, budget), expected)

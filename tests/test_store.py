@@ -75,6 +75,12 @@ def test_save_model_round_trip(info):
     assert store.model("unknown") is None
 
 
+def test_profile_contents_of_an_empty_store():
+    contents = Store().profile_contents()
+    assert contents.empty
+    assert {"id", "model", "metric", "config"} <= set(contents.columns)
+
+
 def test_results_paired_with_full_precision(info):
     store = Store()
     store.save_model(info)

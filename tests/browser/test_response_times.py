@@ -31,7 +31,7 @@ EMPTY_DATABASE_HEADLINES = {
     "/Compare": "No runs to compare yet.",
     "/SQL": "row",
 }
-#: Beside other tests, on few cores, everything may take so many times as long as for a person.
+#: On the few, slow cores of CI pages may take so many times as long as for a person.
 _TIME_FACTOR = 3
 METHODS = ("uniform", "sensiboost", "kurtboost", "mxq")
 
@@ -83,8 +83,8 @@ def test_page_switch_with_many_runs_within_limit(chromium, tmp_path):
         assert max(many) < 2 * _TIME_FACTOR, "at first and again"
 
 
-def test_cancel_within_limit(server, chromium):
-    """From the click to the end of the job's process at most 2 s."""
+def test_cancel_within_limit(server, chromium, slowness):
+    """From the click to the end of the job's process at most 2 s, longer on a slower machine."""
     with new_tab(chromium):
         user = User(chromium, server)
         start_evaluation(user, 0)
@@ -95,7 +95,7 @@ def test_cancel_within_limit(server, chromium):
         user.wait(lambda: jobs.read(job.folder).state == "cancelled", 60)
         took = time.monotonic() - started
         print(f"from the click to the end of the process: {took:.2f} s")
-        assert took < 2 * _TIME_FACTOR
+        assert took < 2 * slowness
 
 
 def time_page_switch(user: User, page: str) -> float:

@@ -93,7 +93,8 @@ def choose(samples: Samples, problem: Problem, share: float, budget: float) -> n
     """
     low, high = np.log(1e-12), np.log(1e-3)
     start = problem.at_most(len(LADDER) - 1)
-    best = problem.at_most(0)
+    best = _descend(samples, problem, share, float(np.exp(high)), start)
+    assert problem.nominal(best) <= budget, "the highest price does not reach the budget"
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         choice = _descend(samples, problem, share, float(np.exp(middle)), start)
@@ -171,9 +172,13 @@ def compare_chosen(problem: Problem, by_sequence: np.ndarray) -> None:
             for own, other in halves:
                 chosen_on, judged_on = (_flatten(by_sequence[:, part]) for part in (own, other))
                 choice = choose(chosen_on, problem, share, bits * problem.total / 8)
-                pairs.append((chosen_on.joint(choice), judged_on.joint(choice)))
-            chosen, judged = np.mean(pairs, axis=0)
-            print(f"{bits} bits, share {share}: chosen at {chosen:.4f}, held out {judged:.4f}")
+                size = 8 * problem.nominal(choice) / problem.total
+                pairs.append((size, chosen_on.joint(choice), judged_on.joint(choice)))
+            size, chosen, judged = np.mean(pairs, axis=0)
+            print(
+                f"within {bits} bits, share {share}: {size:.3f} bits, {chosen:.4f} where chosen, "
+                f"{judged:.4f} held out"
+            )
 
 
 def _flatten(by_sequence: np.ndarray) -> Samples:
