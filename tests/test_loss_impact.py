@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -18,10 +19,12 @@ from lsq_core.model.source import ModelSource
 from lsq_core.planning.methods import PLANNERS
 from lsq_core.planning.problem import Problem
 from lsq_core.planning.request import PlanRequest
+from lsq_core.profiling import kl as kl_module
 from lsq_core.profiling.calibration import load_calibration
-from lsq_core.profiling.measure import measure_profile
+from lsq_core.profiling.kl import ExactKl, SampledKl, head_gives_logits, kl
+from lsq_core.profiling.measure import iter_blocks, measure_profile
 from lsq_core.profiling.metrics import METRICS, default_metrics, proxies
-from lsq_core.profiling.metrics.loss_impact import SEQUENCE_TOKENS, LossImpact, kl_sum
+from lsq_core.profiling.metrics.loss_impact import SEQUENCE_TOKENS, LossImpact
 from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.quantization.packed import quantize_matrix
 from lsq_core.quantization.registry import get_quantizer
@@ -121,12 +124,59 @@ def test_loss_impact_independent_of_logit_chunk_size(random_model, settings, mon
     loaded = load_model(ModelSource(str(random_model("gpt2-conv1d"))), "cpu")
     whole = measure_profile(loaded, settings, "key", metrics=IMPACT).scores("loss_impact")
     for limit in ("_MAX_BATCH_LOGITS", "_CHUNK_LOGITS", "_MAX_KEPT_LOGITS"):
-        monkeypatch.setattr(f"lsq_core.profiling.metrics.loss_impact.{limit}", 1)
+        monkeypatch.setattr(f"lsq_core.profiling.kl.{limit}", 1)
         single = measure_profile(loaded, settings, "key", metrics=IMPACT).scores("loss_impact")
         np.testing.assert_allclose(single, whole, rtol=1e-4)
 
 
-def test_kl_sum_accurate_for_small_divergence():
+@torch.inference_mode()
+@pytest.mark.parametrize("architecture", ["llama-gqa", "gpt2-conv1d", "gemma2", "gpt-oss-moe"])
+def test_sampled_predictions_give_nearly_the_same_loss_impact(
+    architecture, random_model, settings, monkeypatch
+):
+    loaded = load_model(ModelSource(str(random_model(architecture))), "cpu")
+    exact = measure_profile(loaded, settings, "key", metrics=IMPACT).scores("loss_impact")
+    monkeypatch.setattr(kl_module, "LARGE_VOCABULARY", 1)
+    sampled = measure_profile(loaded, settings, "key", metrics=IMPACT).scores("loss_impact")
+    np.testing.assert_allclose(sampled, exact, rtol=0.06)
+    assert np.median(sampled / exact) == pytest.approx(1, abs=0.02)
+    capped = architecture == "gemma2"  # logits are more than what its LM head gives
+    assert head_gives_logits(loaded.model, torch.arange(8)[None]) != capped
+    assert (sampled == exact).all() == capped
+    monkeypatch.setattr(kl_module, "EXACT_SHARE", 1)
+    whole = measure_profile(loaded, settings, "key", metrics=IMPACT).scores("loss_impact")
+    np.testing.assert_allclose(whole, exact, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_sampled_kl_holds_where_predictions_change_altogether(random_model, settings):
+    """A few positions with other predictions: their new tokens were hardly drawn at all."""
+    loaded = load_model(ModelSource(str(random_model("llama-gqa"))), "cpu")
+    ids = torch.from_numpy(load_calibration(loaded, settings.text).ids)
+    context = list(islice(iter_blocks(loaded, ids), 2))[1]
+    found = {}
+    for kind in (SampledKl, ExactKl):
+        compared = kind(context, 8, 48)
+        hidden = compared.batched(context.hidden)
+        generator = torch.Generator().manual_seed(0)
+        hidden[0][:, 40:42] = 3 * torch.randn(hidden[0][:, 40:42].shape, generator=generator)
+        found[kind] = float(compared.divergence(1, hidden))
+    assert found[ExactKl] > 0.01
+    assert found[SampledKl] == pytest.approx(found[ExactKl], rel=0.03)
+
+
+@torch.inference_mode()
+def test_sampled_kl_independent_of_chunk_sizes(random_model, settings, monkeypatch):
+    loaded = load_model(ModelSource(str(random_model("gpt2-conv1d"))), "cpu")
+    monkeypatch.setattr(kl_module, "LARGE_VOCABULARY", 1)
+    whole = measure_profile(loaded, settings, "key", metrics=IMPACT).scores("loss_impact")
+    for limit in ("_CHUNK_LOGITS", "_CHUNK_ROWS"):
+        monkeypatch.setattr(kl_module, limit, 2**15)
+        single = measure_profile(loaded, settings, "key", metrics=IMPACT).scores("loss_impact")
+        np.testing.assert_allclose(single, whole, rtol=1e-4)
+
+
+def test_kl_accurate_for_small_divergence():
     """In float32 the plain sum of p·(log p − log q) is off by a sixth and more here."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(20, 4096, generator=generator, dtype=torch.float64)
@@ -135,8 +185,8 @@ def test_kl_sum_accurate_for_small_divergence():
     expected = float((p.exp() * (p - q)).sum())
     p, q = p.float(), q.float()
     assert float((p.exp() * (p - q)).sum()) != pytest.approx(expected, rel=0.1)
-    assert kl_sum(p, q) == pytest.approx(expected, rel=1e-3)
-    assert kl_sum(p, p) == 0
+    assert float(kl(p, q).sum()) == pytest.approx(expected, rel=1e-3)
+    assert not kl(p, p).any()
 
 
 def test_loss_impact_progress_increases_and_names_matrices(random_model, settings):

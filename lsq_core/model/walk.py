@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lsq_core.errors import InputError, exception_reason
 from lsq_core.model.loading import BlockModel, last_logits
@@ -153,6 +153,25 @@ def run_from_block(
 
     with _stubbed_blocks(loaded, layer, stub_output):
         return last_logits(loaded.model, ids, ids.shape[1])
+
+
+def head_inputs_from_block(
+    loaded: BlockModel, layer: int, hidden: Tensor, ids: Tensor, forms: Sequence[OutputForm]
+) -> Tensor:
+    """Return what :func:`run_from_block` gives to the LM head (sequences, tokens, width)."""
+    found: list[Tensor] = []
+
+    def stop(module: nn.Module, args: tuple) -> None:
+        found.append(args[0])
+        raise _StopForward
+
+    handle = loaded.model.get_output_embeddings().register_forward_pre_hook(stop)
+    try:
+        with suppress(_StopForward):
+            run_from_block(loaded, layer, hidden, ids, forms)
+    finally:
+        handle.remove()
+    return found[0]
 
 
 # --- whether blocks follow one another -------------------------------------------------------
