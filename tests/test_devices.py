@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import shutil
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from lsq_core.model.loading import (
     model_config,
     pick_device,
     pick_dtype,
+    slow_dtype_note,
     stored_dtype,
 )
 from lsq_core.model.source import ModelSource
@@ -158,3 +160,19 @@ def test_load_pickled_weights_checks_host_memory(random_model, tmp_path, monkeyp
     monkeypatch.setattr("lsq_core.model.loading.free_bytes", lambda device: room[device.type])
     with pytest.raises(LsqError, match="cpu has 1000 B free"):
         load_model(ModelSource(str(folder), allow_pickle=True), "cuda")
+
+
+@pytest.mark.parametrize(
+    ("capability", "device", "dtype", "noted"),
+    [
+        ("AVX2", "cpu", "bfloat16", True),
+        ("AVX2", "cpu", "float16", True),
+        ("AVX2", "cpu", "float32", False),
+        ("AVX2", "cuda:0", "bfloat16", False),
+        ("AVX512", "cpu", "bfloat16", False),
+    ],
+)
+def test_emulated_dtype_is_noted(monkeypatch, capability, device, dtype, noted):
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert bool(slow_dtype_note(device, dtype)) == noted

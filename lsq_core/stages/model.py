@@ -158,7 +158,7 @@ class OpenModel:
             loaded = load_model(self.source, self.device, self.dtype)
         self.store.save_model(loaded.info)
         self.report("load", 1, 1, f"loaded on {loaded.device} in {loaded.dtype}")
-        self._report_notes(loaded.info)
+        self._report_notes(loaded)
         self.is_loaded = True
         return loaded
 
@@ -178,11 +178,14 @@ class OpenModel:
         self.store.save_model(streamed.info)
         where = f"on {streamed.device} in {streamed.dtype}"
         self.report("load", 1, 1, f"read one decoder block at a time, {where}")
-        self._report_notes(streamed.info)
+        self._report_notes(streamed)
         return streamed
 
-    def _report_notes(self, info: ModelInfo) -> None:
-        for note in info.notes:
+    def _report_notes(self, loaded: LoadedModel) -> None:
+        from lsq_core.model.loading import slow_dtype_note
+
+        slow = slow_dtype_note(loaded.device, loaded.dtype)
+        for note in (*loaded.info.notes, *([slow] if slow else [])):
             self.report("note", 0, 1, note)
 
     @cached_property
