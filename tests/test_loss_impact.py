@@ -205,11 +205,21 @@ def test_loss_impact_progress_increases_and_names_matrices(random_model, setting
 # --- experts that no token reached ---------------------------------------------------------------
 
 
-def test_loss_aware_cost_of_unreached_expert_positive(tmp_path, settings):
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("large_vocabulary", [1, 2**20])
+def test_loss_aware_cost_of_unreached_expert_positive(
+    tmp_path, settings, monkeypatch, layer, large_vocabulary
+):
+    """Also where the same tokens in batches of another shape are rounded otherwise."""
+    batched = kl_module.PredictionKl.batched
+    monkeypatch.setattr(
+        kl_module.PredictionKl, "batched", lambda *a: [h * (1 + 1e-6) for h in batched(*a)]
+    )
+    monkeypatch.setattr(kl_module, "LARGE_VOCABULARY", large_vocabulary)
     folder = save_random_model(tmp_path / "moe", "mixtral-moe", num_experts_per_tok=1)
     loaded = load_model(ModelSource(str(folder)), "cpu")
     # Experts 0 and 1 share the tokens by a sign, so that 2 and 3 never win.
-    router = loaded.model.model.layers[0].mlp.gate
+    router = loaded.model.model.layers[layer].mlp.gate
     router.weight.zero_()
     router.weight[0, 0], router.weight[1, 0] = 1.0, -1.0
     profile = measure_profile(loaded, settings, "key", metrics=("weight_error", *IMPACT))
@@ -220,7 +230,7 @@ def test_loss_aware_cost_of_unreached_expert_positive(tmp_path, settings):
         rows = [
             i
             for i, m in enumerate(profile.matrices)
-            if m.layer == 0 and m.type == f"mlp.experts.{kind}"
+            if m.layer == layer and m.type == f"mlp.experts.{kind}"
         ]
         assert np.isfinite(scores[rows[:2]]).all()
         assert np.isnan(scores[rows[2:]]).all()

@@ -89,11 +89,14 @@ class LossImpact(Metric):
 
             self._reference = make_prediction_kl(context, self.sequences, SEQUENCE_TOKENS)
         hidden = self._reference.batched(context.hidden)
+        # Rounding alone gives it too: tokens in other batches than full precision's.
+        experts = any(matrix.expert is not None for matrix in quantized)
+        unchanged = self._reference.divergence(context.layer, hidden) if experts else None
         for matrix, weight in quantized.items():
             error = squared_distances(weight[None], context.weight(matrix))[0]
             with context.replaced_weights({matrix: weight}):
                 divergence = self._reference.divergence(context.layer, hidden)
             value = divergence / error.clamp_min(_TINY)
             if matrix.expert is not None:
-                value = value.where(divergence != 0, math.nan)
+                value = value.where(divergence != unchanged, math.nan)
             yield Score(matrix, self.name, None, value)
