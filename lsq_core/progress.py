@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
+#: Steps by which the progress of one of several things is reported.
+PROGRESS_STEPS = 1000
 #: Called with how much of one stage is done, of how much, and what is being done.
 Progress = Callable[[int, int, str], None]
 #: Called with a stage, how much of it is done, of how much, and what is being done.

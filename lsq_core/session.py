@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from lsq_core.evaluation.prediction import Predictor
     from lsq_core.exports.base import Translation
     from lsq_core.planning.problem import Impact, Problem
+    from lsq_core.stages.profile import Measurer
 
 
 class Session(OpenModel):
@@ -93,13 +94,14 @@ class Session(OpenModel):
         self,
         settings: ProfileSettings | None = None,
         metrics: Sequence[str] = (),
+        measure: Measurer = profile.measure_here,
         **fields: object,
     ) -> Profile:
         """See :func:`lsq_core.stages.profile.profile_model`.
 
         Fields of :class:`ProfileSettings` may be given as keywords.
         """
-        return profile.profile_model(self, self._settings(settings, fields), metrics)
+        return profile.profile_model(self, self._settings(settings, fields), metrics, measure)
 
     def _settings(
         self, settings: ProfileSettings | None, fields: dict[str, object]

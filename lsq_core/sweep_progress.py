@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lsq_core.progress import ProgressCallback
-
-#: Steps by which an item's progress is reported.
-PROGRESS_STEPS = 1000
+from lsq_core.progress import PROGRESS_STEPS, ProgressCallback
 
 
 @dataclass

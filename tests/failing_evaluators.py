@@ -1,4 +1,4 @@
-"""Actors of a sweep on Ray that fail in the ways that tests need; actors import this module."""
+"""Actors on Ray that fail in the ways that tests need; actors import this module."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lsq_core.distributed.evaluator import Evaluator
+from lsq_core.distributed.profiler import Profiler
 from lsq_core.errors import DeviceMemoryError
 
 if TYPE_CHECKING:
     from lsq_core.corpus.tokens import TokenStream
-    from lsq_core.distributed.messages import Description, Measured, Task
+    from lsq_core.distributed.messages import Description, Measured, ProfileTask, Task
+    from lsq_core.profiling.profile import Profile
 
 
 def kill_itself() -> None:
@@ -28,6 +30,28 @@ class KilledOnce(Evaluator):
             killed.touch()
             kill_itself()
         return super()._measure(task, stream)
+
+
+class ProfilerKilledOnce(Profiler):
+    """Is killed in the first task on some layers; a file in the driver's folder says so."""
+
+    def _measure(self, task: ProfileTask) -> Profile:
+        killed = self.setup.folders.data / "killed"
+        if task.layers is not None and not killed.exists():
+            killed.touch()
+            kill_itself()
+        return super()._measure(task)
+
+
+class KilledByLayer(Profiler):
+    """Is killed by each task that the second layer is in; counts how often."""
+
+    def _measure(self, task: ProfileTask) -> Profile:
+        if task.layers is not None and 1 in task.layers:
+            with (self.setup.folders.data / "killed").open("a") as file:
+                file.write("killed\n")
+            kill_itself()
+        return super()._measure(task)
 
 
 class KilledByPlan(Evaluator):

@@ -16,8 +16,8 @@ import pytest
 from lsq_core import jobs, sweep
 from lsq_core.cli.program import main
 from lsq_core.distributed import cluster, status
-from lsq_core.distributed.dispatch import MAX_MOVES
 from lsq_core.distributed.executor import OnRay
+from lsq_core.distributed.pool import MAX_MOVES
 from lsq_core.errors import InputError, LsqError
 from lsq_core.evaluation.protocol import EvaluationRequest
 from lsq_core.files import DamagedFileError
@@ -59,7 +59,7 @@ def requested(*texts, budgets=("2.6bpp", "3.1bpp", "3.6bpp")) -> list[sweep.Swee
 
 
 def on_ray(settings: ProfileSettings, evaluator: str = "", cores: int = 1) -> OnRay:
-    own = {"evaluator": getattr(failing_evaluators, evaluator)} if evaluator else {}
+    own = {"kind": getattr(failing_evaluators, evaluator)} if evaluator else {}
     return OnRay(cluster.LOCAL, settings, ["rtn"], cores, **own)
 
 

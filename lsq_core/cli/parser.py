@@ -94,6 +94,7 @@ def _add_model_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
         f"need it, {' and '.join(proxies())} are fast proxies of the exact score",
     )
     add_profile_options(sub)
+    sweep_options.add_ray_options(sub)
     _add_planning_verbs(verb)
     _add_measuring_verbs(verb)
 

@@ -28,6 +28,11 @@ def add(sub: argparse.ArgumentParser, corpus_choices: str) -> None:
         metavar="BYTES",
         help="memory for quantized matrices reused by later plans (1GiB); formerly --remember",
     )
+    add_ray_options(sub)
+
+
+def add_ray_options(sub: argparse.ArgumentParser) -> None:
+    """Add the options of work on several devices."""
     sub.add_argument(
         "--ray",
         nargs="?",

@@ -40,6 +40,7 @@ from lsq_core.shipped import import_measurements
 from lsq_core.stages.export import evaluate_exported
 from lsq_core.stages.model import find_published
 from lsq_core.stages.plan import check_budget, request_incompatibility
+from lsq_core.stages.profile import measure_here
 from lsq_core.stages.refine import refine_plan
 from lsq_core.stages.saved import evaluate_saved, load_saved
 from lsq_core.store.database import resolve_database_path
@@ -50,6 +51,7 @@ from lsq_core.units import parse_bytes
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from lsq_core.stages.profile import Measurer
     from lsq_core.sweep import SweepItem
     from lsq_core.sweep_batches import Executor
 
@@ -114,7 +116,7 @@ def profile(options: argparse.Namespace, report: ProgressCallback) -> dict:
 
     session = _open_session(options, report)
     settings = profile_settings(options, session, options.quantizer, options.corpus)
-    result = session.profile(settings, options.metric)
+    result = session.profile(settings, options.metric, _measurer(options))
     return {
         "profile": result.id,
         "model": _describe_model(session.info),
@@ -320,14 +322,27 @@ def _executor(
     options: argparse.Namespace, items: Sequence[SweepItem], settings: ProfileSettings
 ) -> Executor | None:
     """What makes a sweep's items where they are not made in this process."""
-    if options.ray is None:
-        if options.actor_cores is not None or options.actors is not None:
-            raise InputError("--actors and --actor-cores are about the actors of --ray.")
+    if not _is_on_ray(options):
         return None
     from lsq_core.distributed.executor import OnRay
 
     quantizers = sorted({item.quantizer for item in items})
     return OnRay(options.ray, settings, quantizers, options.actor_cores, options.actors)
+
+
+def _measurer(options: argparse.Namespace) -> Measurer:
+    """What measures the metrics that a profile lacks."""
+    if not _is_on_ray(options):
+        return measure_here
+    from lsq_core.distributed.profiles import ProfileOnRay
+
+    return ProfileOnRay(options.ray, options.actor_cores, options.actors)
+
+
+def _is_on_ray(options: argparse.Namespace) -> bool:
+    if options.ray is None and (options.actor_cores is not None or options.actors is not None):
+        raise InputError("--actors and --actor-cores are about the actors of --ray.")
+    return options.ray is not None
 
 
 def audit(options: argparse.Namespace, report: ProgressCallback) -> dict:

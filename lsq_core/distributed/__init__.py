@@ -1,1 +1,1 @@
-"""Sweeps on Ray: an actor a device measures plans, and the driver stores what comes of them."""
+"""Work on Ray: an actor a device measures plans or profiles, and the driver stores the results."""

@@ -1,4 +1,4 @@
-"""What the driver of a sweep and its actors tell each other."""
+"""What a driver and its actors tell each other."""
 
 from __future__ import annotations
 
@@ -76,6 +76,19 @@ class Task:
 
     runs: tuple[PlannedRun, ...]
     evaluation: EvaluationRequest
+
+
+@dataclass(frozen=True)
+class ProfileTask:
+    """Metrics to measure on some layers, None for all of them.
+
+    ``profile`` is the id of the profile, and ``corpus`` the identity of its calibration text.
+    """
+
+    profile: str
+    corpus: str
+    metrics: tuple[str, ...]
+    layers: range | None = None
 
 
 @dataclass(frozen=True)

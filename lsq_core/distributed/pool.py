@@ -8,16 +8,13 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from lsq_core.distributed.evaluator import Evaluator
-from lsq_core.distributed.messages import (
-    ActorProgress,
-    Description,
-    Failure,
-    Measured,
-    Setup,
-    Task,
-)
+from lsq_core.distributed.actor import ModelActor
+from lsq_core.distributed.messages import ActorProgress, Description, Failure, Setup
 
+#: How often a task goes to another actor after the one that had it died.
+MAX_MOVES = 3
+#: Seconds that a driver waits for answers before it looks after other things.
+TURN_S = 0.2
 #: Seconds between two questions about how far an actor is.
 PROGRESS_EVERY_S = 0.5
 
@@ -29,8 +26,8 @@ class RemoteActor:
     number: int
     handle: object
     description: Description | None = None
-    task: Task | None = None
-    #: Numbers of the sweep's items that the task is of.
+    task: object | None = None
+    #: Numbers of the driver's items that the task is of.
     items: tuple[int, ...] = ()
     progress: ActorProgress = field(default_factory=ActorProgress)
     #: Items that it measured.
@@ -48,20 +45,20 @@ class Answer:
     """What an actor answered: of itself, of a task; or the exception of one that died."""
 
     actor: RemoteActor
-    value: Description | Measured | Failure | Exception
+    value: Description | Failure | Exception | object
 
 
 class ActorPool:
     """Actors of one kind; one that died is replaced, on whichever node has room for it."""
 
-    def __init__(self, setup: Setup, count: int, evaluator: type = Evaluator) -> None:
+    def __init__(self, setup: Setup, count: int, kind: type[ModelActor]) -> None:
         import ray
 
         resources = {"num_cpus": setup.cores, "num_gpus": int(setup.device == "cuda")}
         remote = ray.remote(
             max_restarts=0, max_task_retries=0, concurrency_groups={"watch": 1}, **resources
         )
-        self._class, self._ray, self.setup = remote(evaluator), ray, setup
+        self._class, self._ray, self.setup = remote(kind), ray, setup
         self.actors: list[RemoteActor] = []
         #: Actors that are gone.
         self.lost: list[RemoteActor] = []
@@ -79,11 +76,11 @@ class ActorPool:
         return actor
 
     def submit(
-        self, actor: RemoteActor, task: Task, items: tuple[int, ...], stream: object
+        self, actor: RemoteActor, task: object, items: tuple[int, ...], *inputs: object
     ) -> None:
-        """Give an idle actor a task; ``stream`` is a reference to the text's tokens."""
+        """Give an idle actor a task; ``inputs`` are references to what it is done with."""
         actor.task, actor.items, actor.progress = task, items, ActorProgress()
-        self._answers[actor.handle.measure.remote(task, stream)] = actor
+        self._answers[actor.handle.measure.remote(task, *inputs)] = actor
 
     def wait(self, seconds: float) -> Iterator[Answer]:
         """The answers that come within so many seconds of the first, if any does."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
 
@@ -51,8 +51,12 @@ def measure_profile(
     key: str,
     progress: Progress = no_progress,
     metrics: Sequence[str] | None = None,
+    layers: Collection[int] | None = None,
 ) -> Profile:
     """Measure metrics on every matrix of a loaded model; None for the default ones.
+
+    With ``layers``, which metrics that need gradients don't allow, the scores are those of these
+    layers alone, and the same as in the profile of all of them.
 
     Raises
     ------
@@ -68,8 +72,9 @@ def measure_profile(
     metric_objects = make_metrics(default_metrics() if metrics is None else metrics)
     ids = torch.from_numpy(blocks.ids).to(loaded.device)[: _max_sequences(metric_objects)]
     scores: list[Score] = []
-    done, total = 0, _effort(metric_objects, loaded.info, settings)
-    for context, active in _walk(loaded, ids, metric_objects):
+    layers = range(loaded.info.layers) if layers is None else layers
+    done, total = 0, _effort(metric_objects, loaded.info, settings, layers)
+    for context, active in _walk(loaded, ids, metric_objects, layers):
         layer = f"layer {context.layer + 1} of {loaded.info.layers}"
         progress(min(done, total), total, layer)
         of_block: list[Score] = []
@@ -108,18 +113,21 @@ def _max_sequences(metrics: list[Metric]) -> int | None:
     return None if None in wanted else max(wanted)
 
 
-def _effort(metrics: list[Metric], info: ModelInfo, settings: ProfileSettings) -> int:
+def _effort(
+    metrics: list[Metric], info: ModelInfo, settings: ProfileSettings, layers: Collection[int]
+) -> int:
     """Return the total effort of all scores, at most: some group sizes do not fill a matrix."""
     return sum(
         metric.effort(matrix.layer, info.layers)
         * max(sum(config in metric.configs for config in settings.configs), 1)
         for metric in metrics
         for matrix in info.matrices
+        if matrix.layer in layers
     )
 
 
 def _walk(
-    loaded: LoadedModel, ids: Tensor, metrics: list[Metric]
+    loaded: LoadedModel, ids: Tensor, metrics: list[Metric], layers: Collection[int]
 ) -> Iterator[tuple[BlockContext, list[Metric]]]:
     """Yield each block with the metrics to score it by: on the way forward, then on the way back.
 
@@ -128,12 +136,28 @@ def _walk(
     forward = [metric for metric in metrics if not metric.needs_gradients]
     backward = [metric for metric in metrics if metric.needs_gradients]
     if forward:
-        uses_text = any(metric.needs_calibration for metric in forward)
-        for context in iter_blocks(loaded, ids) if uses_text else _iter_weights_only(loaded, ids):
+        for context in _walk_forward(loaded, ids, forward, layers):
             yield context, forward
     if backward:
         for context in iter_blocks_backward(loaded, ids):
             yield context, backward
+
+
+def _walk_forward(
+    loaded: LoadedModel, ids: Tensor, metrics: list[Metric], layers: Collection[int]
+) -> Iterator[BlockContext]:
+    """Yield the blocks of some layers; the walk over text has to go through those before them."""
+    if not any(metric.needs_calibration for metric in metrics):
+        yield from _iter_weights_only(loaded, ids, layers)
+        return
+    for number, context in enumerate(iter_blocks(loaded, ids)):
+        if number == 0:
+            for metric in metrics:
+                metric.prepare(context)
+        if context.layer > max(layers):
+            return
+        if context.layer in layers:
+            yield context
 
 
 def iter_blocks(loaded: LoadedModel, ids: Tensor) -> Iterator[BlockContext]:
@@ -150,9 +174,12 @@ def iter_blocks(loaded: LoadedModel, ids: Tensor) -> Iterator[BlockContext]:
                 context.advance()
 
 
-def _iter_weights_only(loaded: LoadedModel, ids: Tensor) -> Iterator[BlockContext]:
+def _iter_weights_only(
+    loaded: LoadedModel, ids: Tensor, layers: Collection[int]
+) -> Iterator[BlockContext]:
     """Yield each parameter without inputs, for metrics that need no calibration text."""
-    for name, found in groupby(loaded.info.matrices, parameter_name):
+    chosen = [matrix for matrix in loaded.info.matrices if matrix.layer in layers]
+    for name, found in groupby(chosen, parameter_name):
         matrices = tuple(found)
         layer = matrices[0].layer
         with loaded.materialize(name):

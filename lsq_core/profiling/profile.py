@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -84,6 +84,21 @@ class Profile:
         """
         configs = self.ladder if ladder is None else ladder
         return np.stack([self.scores(metric, config) for config in configs], axis=1)
+
+
+def join_layers(parts: Sequence[Profile]) -> Profile:
+    """Return one profile of parts that hold the same metrics, each of other layers, in order.
+
+    Its provenance is that of the first, with the seconds of all.
+    """
+    import pandas as pd
+
+    seconds = sum(part.provenance["seconds"] for part in parts)
+    return replace(
+        parts[0],
+        values=pd.concat([part.values for part in parts], ignore_index=True),
+        provenance=parts[0].provenance | {"seconds": seconds},
+    )
 
 
 def current_scores(values: pd.DataFrame, provenance: Mapping[str, Any]) -> pd.DataFrame:

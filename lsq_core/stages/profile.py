@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from lsq_core.bits import EXTENDED, PAPER
@@ -100,14 +100,33 @@ def find_profile(model: OpenModel, settings: ProfileSettings) -> Profile | None:
     return model.store.profile(model_profile_key(model, settings))
 
 
+def measure_here(
+    model: OpenModel, settings: ProfileSettings, metrics: Sequence[str]
+) -> Iterator[Profile]:
+    """Measure metrics in this process, first those that the weights alone tell."""
+    key = model_profile_key(model, settings)
+    alone = [metric for metric in metrics if metric in weight_metrics()]
+    others = [metric for metric in metrics if metric not in alone]
+    for stage, part in (("weights", alone), ("profile", others)):
+        if part:
+            yield measure_metrics(model, settings, key, part, stage)
+
+
+#: Measures metrics that a profile lacks, and yields each part as it is done.
+Measurer = Callable[[OpenModel, ProfileSettings, Sequence[str]], Iterable[Profile]]
+
+
 @timed("profile")
 def profile_model(
-    model: OpenModel, settings: ProfileSettings, metrics: Sequence[str] = ()
+    model: OpenModel,
+    settings: ProfileSettings,
+    metrics: Sequence[str] = (),
+    measure: Measurer = measure_here,
 ) -> Profile:
     """The profile, with the usual metrics and these: found, or measured and kept.
 
-    What the weights alone tell is measured and kept first, so that it can be looked at while
-    the rest is measured. Of a profile that is there only the metrics that it lacks are
+    Each part that ``measure`` yields is kept, so that it can be looked at while the rest is
+    measured. Of a profile that is there only the metrics that it lacks are
     measured, so one that was cut short is completed; a published one stays as it is.
 
     Raises
@@ -127,13 +146,8 @@ def profile_model(
     if not missing:
         model.report("profile", 1, 1, "already stored")
         return found
-    alone = [metric for metric in missing if metric in weight_metrics()]
-    for stage, part in (
-        ("weights", alone),
-        ("profile", [metric for metric in missing if metric not in alone]),
-    ):
-        if part:
-            merge_profile(model, _measure(model, settings, part, stage))
+    for measured in measure(model, settings, missing):
+        merge_profile(model, measured)
     return find_profile(model, settings)
 
 
@@ -193,10 +207,18 @@ def merge_profile(model: OpenModel, measured: Profile) -> None:
     model.report("store", 1, 1, f"{names} stored in profile {measured.id}")
 
 
-def _measure(
-    model: OpenModel, settings: ProfileSettings, metrics: Sequence[str], stage: str
+def measure_metrics(
+    model: OpenModel,
+    settings: ProfileSettings,
+    key: str,
+    metrics: Sequence[str],
+    stage: str,
+    layers: Collection[int] | None = None,
 ) -> Profile:
-    """Measure a profile of these metrics alone."""
+    """Measure a profile of these metrics alone, which is not kept.
+
+    ``key`` is the profile's id, and ``layers`` are those that are scored, by default all.
+    """
     from lsq_core.profiling.measure import measure_profile
 
     whole = model.is_loaded or any(METRICS[m].needs_full_model for m in metrics)
@@ -208,9 +230,10 @@ def _measure(
         return measure_profile(
             loaded,
             settings,
-            model_profile_key(model, settings),
+            key,
             lambda done, total, message: model.report(stage, done, total, message),
             metrics,
+            layers,
         )
 
 

@@ -66,6 +66,9 @@ class Metric:
     needs_calibration: bool
     #: Whether it runs more than the block it scores, so that all weights have to be loaded.
     needs_full_model: bool = False
+    #: Whether layers may be measured apart from one another, on several devices: it needs no walk
+    #: through the blocks, or one that is little beside its scores.
+    splits_by_layer: bool = False
     #: Whether it is measured on the way back through the blocks: its context is a
     #: :class:`lsq_core.profiling.backward.GradientContext`.
     needs_gradients: bool = False
@@ -88,6 +91,9 @@ class Metric:
     def cost_note(cls, info: ModelInfo, block_tokens: int) -> str:
         """Return a sentence on what measuring it takes where that is much, otherwise nothing."""
         return ""
+
+    def prepare(self, context: BlockContext) -> None:
+        """Look at the first block of a walk over text, whether or not it is scored."""
 
     def score_unquantized(self, context: BlockContext) -> Iterator[Score]:
         """Yield the scores that depend on no configuration; none unless overridden."""

@@ -44,6 +44,7 @@ class Kurtosis(Metric):
     meaning = "How heavy the tails of a matrix's weights are; a normal distribution has 3."
     detects_outliers = True
     needs_calibration = False
+    splits_by_layer = True
 
     def score_unquantized(self, context: BlockContext) -> Iterator[Score]:
         """Yield one score for each matrix."""

@@ -53,6 +53,7 @@ class LossImpact(Metric):
     )
     default = False
     needs_calibration = True
+    splits_by_layer = True
     needs_full_model = True
     configs = (LOSS_PROBE,)
     #: 1,024 tokens. On SmolLM2 half of them move the impact of a matrix by 5 % in the median, and
@@ -63,8 +64,7 @@ class LossImpact(Metric):
         "vocabulary 64 tokens drawn at each position"
     )
 
-    def __init__(self) -> None:
-        self._reference: PredictionKl | None = None
+    _reference: PredictionKl
 
     def effort(self, layer: int, layers: int) -> int:
         """Return the number of blocks that are run again, plus one for the LM head."""
@@ -80,14 +80,16 @@ class LossImpact(Metric):
             f"on: {passes:,.0f} passes over at most {tokens:,} tokens."
         )
 
+    def prepare(self, context: BlockContext) -> None:
+        """Compute full precision's predictions."""
+        from lsq_core.profiling.kl import make_prediction_kl
+
+        self._reference = make_prediction_kl(context, self.sequences, SEQUENCE_TOKENS)
+
     def score_at_config(
         self, context: BlockContext, config: QuantConfig, quantized: dict[Matrix, Tensor]
     ) -> Iterator[Score]:
         """Yield one score for each matrix."""
-        if self._reference is None:
-            from lsq_core.profiling.kl import make_prediction_kl
-
-            self._reference = make_prediction_kl(context, self.sequences, SEQUENCE_TOKENS)
         hidden = self._reference.batched(context.hidden)
         # Rounding alone gives it too: tokens in other batches than full precision's.
         experts = any(matrix.expert is not None for matrix in quantized)

@@ -46,6 +46,7 @@ class WeightError(Metric):
     axis = "‖W − Ŵ‖ (Frobenius)"
     meaning = "How far the weights move when they are quantized."
     needs_calibration = False
+    splits_by_layer = True
     configs = EXTENDED_LADDER
     by_config = True
 
