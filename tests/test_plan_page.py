@@ -177,7 +177,7 @@ def test_plan_page_serves_and_tells_the_cost(filled, method):  # noqa: F811
     app = open_page("Plan", model=filled.model, method=method, budget="5.00", against="uniform")
     assert [m["free"] for m in planner_data(app)["methods"]] == [None, None]
     assert planner_data(app)["tied"] is None
-    app.toggle(key="vllm").set_value(True).run()
+    app.segmented_control(key="serve").set_value("vllm").run()
     request = PlanRequest(method, budget="5bpp", serve="vllm")
     plan = make_plan(problem(filled), request)
     assert command_line_plan(app) == {m.name: c.name for m, c in plan.choice.items()}
@@ -191,14 +191,14 @@ def test_plan_page_serves_and_tells_the_cost(filled, method):  # noqa: F811
         assert shown["free"]["frontier"]["id"] != shown["frontier"]["id"]
     starts = np.frombuffer(b64decode(sent["methods"][0]["free"]["frontier"]["starts"]), "u1")
     assert starts.tolist() == np.concatenate([s.start for s in free.segments]).tolist()
-    assert app.query_params["vllm"] == "True"
+    assert app.query_params["serve"] == "vllm"
 
 
 def test_plan_page_served_budget_and_base_out_of_reach(filled):  # noqa: F811
-    app = open_page("Plan", model=filled.model, method="mxq", budget="3.00", vllm="True")
+    app = open_page("Plan", model=filled.model, method="mxq", budget="3.00", serve="vllm")
     (message,) = [w.value for w in app.warning]
     assert re.search(r"3\.00 bits is out of reach for vLLM", message)
-    app = open_page("Plan", model=filled.model, method="uniform", ask="base", vllm="True")
+    app = open_page("Plan", model=filled.model, method="uniform", ask="base", serve="vllm")
     assert {float(bits) > 4 for bits in app.selectbox(key="base").options} == {True}
     assert not app.error
 
@@ -215,8 +215,8 @@ def test_plan_page_ties_applied_and_invalid_tie_shows_error(filled):  # noqa: F8
 
 
 def test_plan_page_mixed_rows_cannot_be_served(filled):  # noqa: F811
-    app = open_page("Plan", model=filled.model, method="high-impact", vllm="True")
-    assert app.toggle(key="vllm").disabled
+    app = open_page("Plan", model=filled.model, method="high-impact", serve="vllm")
+    assert app.segmented_control(key="serve").disabled
     assert not [e.value for e in app.error if "vLLM" in e.value]
 
 
@@ -335,11 +335,11 @@ def test_plan_page_budget_in_bytes_bounds_every_method(filled):  # noqa: F811
 def test_plan_page_budget_outlives_a_constraint(filled):  # noqa: F811
     """What vLLM needs is shown; without it the plan has what was asked for again."""
     app = open_page("Plan", model=filled.model, method="mxq", budget="3.2")
-    app.toggle(key="vllm").set_value(True).run()
+    app.segmented_control(key="serve").set_value("vllm").run()
     raised = planner_data(app)["budget"]
     assert raised > 4
     assert app.warning
-    app.toggle(key="vllm").set_value(False).run()
+    app.segmented_control(key="serve").set_value("").run()
     assert planner_data(app)["budget"] == pytest.approx(3.2)
     assert not app.warning
 

@@ -22,6 +22,7 @@ from lsq_core.planning.plan import Plan
 from lsq_core.planning.problem import TOLERANCE, Impact, Interactions, Problem, Refinement
 from lsq_core.planning.request import PlanRequest
 from lsq_core.planning.ties import Tie, merge_groups
+from lsq_core.quantization import registry
 
 QKV, GATE_UP = "q_proj,k_proj,v_proj", "gate_proj,up_proj"
 SHAPES = {
@@ -352,6 +353,22 @@ def test_pin_to_what_the_server_lacks_raises():
     pins = ("*.0.self_attn.q_proj=b3g64",)
     with pytest.raises(InputError, match="vLLM has 4 and 8 bits"):
         make_plan(model(), PlanRequest("mxq", budget="5bpp", pins=pins, serve="vllm"))
+
+
+@pytest.mark.parametrize("method", LADDER_METHODS)
+def test_plan_for_gptqmodel_is_one_that_gptq_can_carry_out(method, monkeypatch):
+    """Rows of 192 weights, which groups of 128 don't fill; nothing is tied."""
+    monkeypatch.setattr(registry, "unavailable_reason", lambda name: "")
+    problem = model(width=192)
+    size = {"base": "3.25"} if PLANNERS[method].has_base else {"budget": "3.25bpp"}
+    free, served = (
+        make_plan(problem, PlanRequest(method, serve=serve, **size)).choice
+        for serve in (None, "gptqmodel")
+    )
+    assert not registry.incompatibility_reason("gptq", served)
+    if not PLANNERS[method].has_base:
+        assert "--serve gptqmodel" in registry.incompatibility_reason("gptq", free)
+        assert len({c.name for m, c in served.items() if m.layer == 0}) > 1
 
 
 # --- wrong requests -------------------------------------------------------------------------

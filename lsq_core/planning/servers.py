@@ -1,4 +1,4 @@
-"""Servers that a plan can be made for: what they fuse, and the configurations that they have.
+"""Servers and tools that a plan can be made for: what they fuse, and what configurations they have.
 
 A new server is one entry in ``SERVERS``.
 """
@@ -72,6 +72,15 @@ class Server:
         return groups
 
     @property
+    def demand(self) -> str:
+        """What a plan for it is like, in a sentence."""
+        fused = (
+            f"{self.title} fuses q, k and v, gate and up, and a layer's experts, so each of these "
+            "share a configuration, and it has "
+        )
+        return f"{fused if self.fused else f'{self.title} has '}{self.summary}."
+
+    @property
     def summary(self) -> str:
         """What it has, in words: ``4 and 8 bits in groups of 32, 64 and 128 within a row``."""
         return (
@@ -107,7 +116,17 @@ VLLM = Server(
     fuses_experts=True,
 )
 
-SERVERS: dict[str, Server] = {server.name: server for server in (VLLM,)}
+#: gptqmodel, which makes GPTQ models: it quantizes modules one by one, so nothing is fused.
+GPTQMODEL = Server(
+    name="gptqmodel",
+    title="gptqmodel",
+    bits=(2, 3, 4, 8),
+    group_sizes=(128, 64, 32),
+    fused=(),
+    fuses_experts=False,
+)
+
+SERVERS: dict[str, Server] = {server.name: server for server in (VLLM, GPTQMODEL)}
 
 
 def get_server(name: str) -> Server:

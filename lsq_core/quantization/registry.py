@@ -290,7 +290,8 @@ def _matrix_incompatibility(spec: QuantizerSpec, matrix: Matrix, config: Config)
     if not is_divisible(matrix.in_features, config.group_size):
         return (
             f"{spec.title} keeps groups within a row, and {shape} has rows that groups of "
-            f"{config.group_size} do not fill; choose a smaller group size."
+            f"{config.group_size} do not fill; choose a smaller group size, or have the plan made "
+            "for gptqmodel (--serve gptqmodel)."
         )
     if not (is_divisible(matrix.out_features, 32) and is_divisible(matrix.in_features, 32)):
         return f"{spec.title} packs 32 codes at a time, and {shape} has no multiple of 32."

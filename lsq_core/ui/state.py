@@ -34,7 +34,7 @@ from lsq_core.planning.request import (
     SENSITIVITIES,
     PlanRequest,
 )
-from lsq_core.planning.servers import VLLM
+from lsq_core.planning.servers import SERVERS
 from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.store.models import PUBLISHED
 from lsq_core.ui.safe import st
@@ -57,7 +57,7 @@ _PLAN_DEFAULTS = {
     "start": DEFAULT_START,
     "pins": "",
     "ties": "",
-    "vllm": False,
+    "serve": "",
     "against": "none",
     "widths": "2+3",
     "group_size": 128,
@@ -78,6 +78,7 @@ _PLAN_OPTIONS: dict[str, Sequence] = {
     "method": list(PLANNERS),
     "ask": list(SIZE_MODES),
     "base": CONFIGURATIONS,
+    "serve": ["", *SERVERS],
     "metric": SENSITIVITIES,
     "start": [name for name, planner in PLANNERS.items() if is_refinable(planner)],
     "against": ["none", *PLANNERS],
@@ -247,9 +248,8 @@ def sync_plan_url() -> None:
 
 def set_plan(request: PlanRequest, parameters: int) -> None:
     """Set the plan's controls to a request that was kept, for a model of so many parameters."""
-    values = asdict(request) | {"vllm": request.serve == VLLM.name}
+    values = asdict(request) | {"serve": request.serve or ""}
     values |= {name: "\n".join(values[name]) for name in ("pins", "ties")}
-    del values["serve"]
     budget = values.pop("budget")
     values["budget_bytes"] = 0
     values["widths"] = f"{values.pop('low_bits')}+{values.pop('high_bits')}"
@@ -282,7 +282,7 @@ def request_for_method(method: str) -> PlanRequest:
         budget=chosen_budget() if size_mode != "base" else None,
         pins=lines("pins"),
         ties=lines("ties"),
-        serve=VLLM.name if chosen["vllm"] and not planner.reads_rows else None,
+        serve=None if planner.reads_rows else chosen["serve"] or None,
         ladder=ladder_of(method, chosen["ladder"]),
         **used,
     )

@@ -112,7 +112,7 @@ _VALID = {
     "folder": ("folder", "published"),
     "pin": ("*.layers.0.*=b8g64",),
     "tie": ("q_proj,k_proj,v_proj", "q_proj"),
-    "serve": ("vllm",),
+    "serve": ("vllm", "gptqmodel"),
     "ratios": ("uniform", "diagonal", "full"),
     "loss": ("block",),
     "remember": ("1MiB", "0"),

@@ -11,7 +11,7 @@ from lsq_core.planning.methods import PLANNERS, get_planner, mixes_rows, reads_f
 from lsq_core.planning.methods.uniform import usable_bases
 from lsq_core.planning.problem import Problem
 from lsq_core.planning.request import SENSITIVITIES
-from lsq_core.planning.servers import VLLM
+from lsq_core.planning.servers import SERVERS
 from lsq_core.profiling.metrics import METRICS
 from lsq_core.profiling.profile import Profile
 from lsq_core.ui import state
@@ -90,13 +90,16 @@ def render_restrictions(method: str, published: bool) -> None:
         "8.13 bits per parameter; profiles of them are measured apart. Boosts and mixed rows stay "
         "with the papers' widths.",
     )
-    st.toggle(
-        f"Servable with {VLLM.title}",
-        key="vllm",
+    st.segmented_control(
+        "Made for",
+        ["", *SERVERS],
+        format_func=lambda name: f"for {SERVERS[name].title}" if name else "for any tool",
+        key="serve",
         persist_state="session",
+        required=True,
+        label_visibility="collapsed",
         disabled=mixes_rows(method),
-        help=f"{VLLM.title} fuses q, k and v, gate and up, and a layer's experts, so each of these "
-        f"share a configuration, and it has {VLLM.summary}.",
+        help=" ".join(server.demand for server in SERVERS.values()),
     )
 
 
