@@ -170,7 +170,7 @@ def test_sampled_kl_independent_of_chunk_sizes(random_model, settings, monkeypat
     loaded = load_model(ModelSource(str(random_model("gpt2-conv1d"))), "cpu")
     monkeypatch.setattr(kl_module, "LARGE_VOCABULARY", 1)
     whole = measure_profile(loaded, settings, "key", metrics=IMPACT).scores("loss_impact")
-    for limit in ("_CHUNK_LOGITS", "_CHUNK_ROWS"):
+    for limit in ("_HEAD_LOGITS", "_CHUNK_ROWS"):
         monkeypatch.setattr(kl_module, limit, 2**15)
         single = measure_profile(loaded, settings, "key", metrics=IMPACT).scores("loss_impact")
         np.testing.assert_allclose(single, whole, rtol=1e-4)

@@ -32,6 +32,8 @@ _MAX_BATCH_LOGITS = 2**25
 _MAX_KEPT_LOGITS = 2**27
 #: Logits compared at once, few enough for a processor's cache.
 _CHUNK_LOGITS = 2**19
+#: Logits of single positions that are computed at once, so that the LM head is read few times.
+_HEAD_LOGITS = 2**22
 #: Elements of the LM head's rows that are gathered at once.
 _CHUNK_ROWS = 2**22
 
@@ -232,7 +234,7 @@ class SampledKl(PredictionKl):
 
     def _chunks(self, *by_position: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """Yield tensors (positions, …) in parts whose logits are few enough."""
-        rows = max(1, _CHUNK_LOGITS // self._head.weight.shape[0])
+        rows = max(1, _HEAD_LOGITS // self._head.weight.shape[0])
         return zip(*(values.split(rows) for values in by_position), strict=True)
 
 
