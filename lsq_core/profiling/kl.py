@@ -171,7 +171,7 @@ class SampledKl(PredictionKl):
     position the expectations are means over the same few tokens ``y ~ p`` for every comparison.
     The logits' changes are the LM head's rows times the change of its inputs, so that no
     difference of logits is taken. On SmolLM2 the mean over 1,024 positions is within 2 % of
-    :class:`ExactKl` for nine matrices in ten.
+    :class:`ExactKl` for 208 of 210 matrices, and 5 and 6 % below it for the others.
     """
 
     def divergence(self, layer: int, hidden: Sequence[Tensor]) -> Tensor:
