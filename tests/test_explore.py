@@ -46,8 +46,8 @@ from lsq_core.profiling.weights import WeightReader
 from lsq_core.quantization.base import to_groups
 from lsq_core.quantization.registry import get_quantizer
 from lsq_core.session import Session
-from lsq_core.stages import profile as profile_stage
 from lsq_core.stages.plan import build_problem
+from lsq_core.stages.profile import measure_here
 from lsq_core.store.store import Store
 from lsq_core.ui.explore.detection import run_detection
 from tests.test_app import (  # noqa: F401 - fixtures
@@ -96,7 +96,7 @@ def test_profile_interrupted_keeps_weight_metrics(session):
     assert len(stored_profile.values) == len(session.info.matrices) * (1 + len(LADDER))
 
 
-def test_profile_resumes_missing_metrics_only(session, monkeypatch):
+def test_profile_resumes_missing_metrics_only(session):
     session, settings = session
     session.report = interrupt_in("profile")
     with pytest.raises(KeyboardInterrupt):
@@ -104,20 +104,17 @@ def test_profile_resumes_missing_metrics_only(session, monkeypatch):
     early = session.find_profile(settings)
     session.report = lambda *_: None
     measured = []
-    measure = profile_stage._measure
-    monkeypatch.setattr(
-        profile_stage,
-        "_measure",
-        lambda model, settings, metrics, stage: (
-            measured.extend(metrics) or measure(model, settings, metrics, stage)
-        ),
-    )
-    whole = session.profile(settings)
+
+    def measure(model, settings, metrics):
+        measured.extend(metrics)
+        return measure_here(model, settings, metrics)
+
+    whole = session.profile(settings, measure=measure)
     assert measured == ["sensitivity", "sensitivity_module"], "what was there is not redone"
     assert set(whole.metrics) == set(default_metrics())
     assert whole.id == early.id
     np.testing.assert_array_equal(whole.scores("kurtosis"), early.scores("kurtosis"))
-    assert session.profile(settings).values.equals(whole.values)
+    assert session.profile(settings, measure=measure).values.equals(whole.values)
     assert len(measured) == 2, "a whole profile is found"
 
 
