@@ -29,7 +29,7 @@ from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.session import Session
 from lsq_core.store.store import Store
 from lsq_core.ui.run import actors
-from tests import failing_evaluators
+from tests import failing_actors
 from tests.conftest import ROOT
 from tests.helpers import find_free_port, wait_for
 
@@ -59,7 +59,7 @@ def requested(*texts, budgets=("2.6bpp", "3.1bpp", "3.6bpp")) -> list[sweep.Swee
 
 
 def on_ray(settings: ProfileSettings, evaluator: str = "", cores: int = 1) -> OnRay:
-    own = {"kind": getattr(failing_evaluators, evaluator)} if evaluator else {}
+    own = {"kind": getattr(failing_actors, evaluator)} if evaluator else {}
     return OnRay(cluster.LOCAL, settings, ["rtn"], cores, **own)
 
 

@@ -16,11 +16,9 @@ from lsq_core.profiling.measure import measure_profile
 from lsq_core.profiling.metrics import METRICS, default_metrics
 from lsq_core.profiling.profile import join_layers
 from lsq_core.profiling.settings import ProfileSettings
-from lsq_core.session import Session
-from lsq_core.store.store import Store
-from tests import failing_evaluators
+from tests import failing_actors
+from tests.test_distributed import needs_ray, new_session
 
-needs_ray = pytest.mark.skipif(bool(cluster.unavailable_reason()), reason="'make ray' adds Ray")
 SPLIT = ["kurtosis", "weight_error", "loss_impact"]
 
 
@@ -32,11 +30,6 @@ def settings(small_text) -> ProfileSettings:
 @pytest.fixture
 def source(random_model) -> ModelSource:
     return ModelSource(str(random_model("llama-gqa")))
-
-
-def new_session(source: ModelSource, folder, **changes: object) -> Session:
-    folder.mkdir(exist_ok=True)
-    return Session(source, Store(folder / "lsq.duckdb"), "cpu", **changes)
 
 
 def in_order(values: pd.DataFrame) -> pd.DataFrame:
@@ -96,7 +89,7 @@ def test_profile_on_ray_has_the_digits_of_one_without(source, settings, tmp_path
     here = new_session(source, tmp_path / "here").profile(settings, wanted)
     reports = []
     there = new_session(source, tmp_path / "there", report=lambda *r: reports.append(r))
-    failing = failing_evaluators.ProfilerKilledOnce
+    failing = failing_actors.ProfilerKilledOnce
     found = there.profile(settings, wanted, ProfileOnRay(cluster.LOCAL, 1, 2, failing))
     assert (tmp_path / "there" / "killed").exists()
     assert found.id == here.id
@@ -115,7 +108,7 @@ def test_layers_that_kill_their_actors_end_a_profile_in_a_sentence(
 ):
     monkeypatch.setattr(profiles, "MAX_MOVES", 1)
     session = new_session(source, tmp_path / "there")
-    measure = ProfileOnRay(cluster.LOCAL, 1, 1, failing_evaluators.KilledByLayer)
+    measure = ProfileOnRay(cluster.LOCAL, 1, 1, failing_actors.KilledByLayer)
     with pytest.raises(LsqError, match="weight_error of layer 2 died 2 times"):
         session.profile(settings, measure=measure)
     assert (tmp_path / "there" / "killed").read_text().count("killed") == 2

@@ -142,6 +142,7 @@ def test_sampled_predictions_give_nearly_the_same_loss_impact(
     assert np.median(sampled / exact) == pytest.approx(1, abs=0.02)
     capped = architecture == "gemma2"  # logits are more than what its LM head gives
     assert head_gives_logits(loaded.model, torch.arange(8)[None]) != capped
+    assert f"{kl_module.DRAWS} tokens drawn" in LossImpact.definition
     assert (sampled == exact).all() == capped
     monkeypatch.setattr(kl_module, "EXACT_SHARE", 1)
     whole = measure_profile(loaded, settings, "key", metrics=IMPACT).scores("loss_impact")

@@ -112,8 +112,8 @@ def add_restriction_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--serve",
         metavar="SERVER",
-        help=f"make a plan that a server can run: {', '.join(SERVERS)} (ties what it fuses, and "
-        "uses only configurations that it has)",
+        help=f"make a plan that a server or tool can run: {', '.join(SERVERS)} (ties what it "
+        "fuses, and uses only configurations that it has)",
     )
 
 

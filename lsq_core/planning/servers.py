@@ -19,7 +19,7 @@ from lsq_core.planning.ties import Tie
 
 @dataclass(frozen=True)
 class Server:
-    """A server's constraint on plans.
+    """What a server, or a tool that quantizes for one, demands of plans.
 
     ``bits`` and ``group_sizes`` are those of its kernels for integer weights with zero points;
     groups lie within a row. ``fused`` are modules that it loads as one. With ``fuses_experts`` all
