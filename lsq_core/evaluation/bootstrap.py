@@ -14,8 +14,8 @@ from lsq_core.evaluation.protocol import MIN_WINDOWS
 class PerplexityDifference:
     """The relative difference of one run's perplexity from another's: their ratio minus one.
 
-    ``low`` and ``high`` bound the 95 % paired bootstrap interval over windows; both are NaN with
-    fewer than ``MIN_WINDOWS`` windows, which are too few for an interval.
+    ``low`` and ``high`` bound the 95 % paired bootstrap interval over windows; both are NaN for
+    fewer than ``MIN_WINDOWS`` windows.
     """
 
     relative: float
@@ -33,12 +33,12 @@ def bootstrap_difference(
 ) -> PerplexityDifference:
     """Compare the perplexity of ``nll`` with that of ``other`` by a paired bootstrap over windows.
 
-    All three arrays are (windows,), of the same windows in the same order.
+    All three arrays are (windows,), for the same windows in the same order.
 
     Raises
     ------
     ValueError
-        When the shapes differ.
+        If the shapes differ.
     """
     if not nll.shape == other.shape == counts.shape:
         raise ValueError("the two runs did not score the same windows")

@@ -1,9 +1,9 @@
-"""Several models walked side by side: models that agree so far have their hidden states in common.
+"""Walk several models side by side, computing hidden states once while their blocks are the same.
 
-Hidden states of a group of windows go through the first block of every model, then through the
-second one, and so on. Each block's weights are decoded once for all windows. Models whose blocks
-up to here share every tensor (plans of one session share the packed matrices that they have in
-common) are one branch: their states are computed once, until their blocks differ.
+The hidden states of a group of windows go through the first block of every model, then the second,
+and so on. Each block's weights are decoded once for all windows. Models whose blocks so far share
+every tensor (plans of one session share equal packed matrices) form one branch, whose states are
+computed once until their blocks differ.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from lsq_core.model.walk import Call
 
 @dataclass(frozen=True, eq=False)
 class Branch:
-    """Hidden states (windows, tokens, features) of each batch, and the models that have them.
+    """Hidden states (windows, tokens, features) of each batch, and the models that share them.
 
-    ``members`` are numbers of models; ``calls`` are those of each block for each batch.
+    ``members`` are the numbers of the models; ``calls`` are each block's calls for each batch.
     """
 
     members: tuple[int, ...]
@@ -35,10 +35,10 @@ class Branch:
 
 
 class Walk:
-    """The way of a group of windows through several models.
+    """The walk of a group of windows through several models.
 
-    ``working_bytes`` is the peak GPU memory, above that allocated
-    before, of decoding and running one block or head for one batch; None on a CPU.
+    ``working_bytes`` is each model's peak GPU memory, above that allocated before, of decoding and
+    running one block or head for one batch; None on a CPU.
     """
 
     def __init__(
@@ -48,19 +48,20 @@ class Walk:
         report: Callable[[int, int], None],
         first: int = 0,
     ) -> None:
-        """``batches`` are token ids (windows, tokens); all models are walked in the same way.
+        """Compute the inputs of the first block.
 
-        ``report`` is called with the number of a batch and of models for which it went on. Models
-        before the ``first`` one are not walked; their states come by :meth:`add_states`.
+        ``batches`` are token ids (windows, tokens); all models have the same number of blocks.
+        ``report`` is called after each step with the batch's number and the number of models it
+        advanced. Models before the ``first`` one are not walked; :meth:`add_states` adds theirs.
         """
         self.models, self.batches, self.report = models, batches, report
-        #: Numbers of the models that are walked.
+        #: Numbers of the walked models.
         self.members = range(first, len(models))
         self.layers = models[0].layers
-        #: Blocks that all states have gone through.
+        #: Number of blocks that all states have gone through.
         self.layer = 0
         self._seconds = np.zeros(len(models))
-        #: On a GPU, members and events around their work that were not read yet.
+        #: On a GPU, members and the events around their work that have not been read yet.
         self._events: list[tuple[list[int], torch.cuda.Event, torch.cuda.Event]] = []
         self.working_bytes: list[int | None] = [None] * len(models)
         signatures = [models[member].stem_signature() for member in self.members]
@@ -72,15 +73,15 @@ class Walk:
         return Branch(members, hidden, calls)
 
     def restore(self, layer: int, branches: Sequence[Branch], seconds: Sequence[float]) -> None:
-        """Go on from states that have gone through ``layer`` blocks."""
+        """Continue from states that have gone through ``layer`` blocks."""
         self.layer, self.branches = layer, list(branches)
         self._seconds += seconds
 
     @property
     def seconds(self) -> np.ndarray:
-        """The time (models,) of what each model needed; shared work counts for all that share it.
+        """Time (models,) of the work each model needed; shared work counts in full for each.
 
-        On a GPU it is that between events in its queue; reading it waits for all work so far.
+        On a GPU it is measured between events in the stream; reading it synchronizes.
         """
         if self._events:
             torch.cuda.synchronize(self.batches[0].device)
@@ -90,9 +91,9 @@ class Walk:
         return self._seconds
 
     def advance(self) -> None:
-        """Take all states through the next block.
+        """Run all states through the next block.
 
-        A block that several branches have in common is decoded once for them.
+        A block shared by several branches is decoded once for all of them.
         """
         signatures = {m: self.models[m].signature(self.layer) for m in self.members}
         following: dict[tuple[int, ...], Branch] = {}
@@ -109,13 +110,13 @@ class Walk:
                             hidden = list(branch.hidden) if left[id(branch)] else branch.hidden
                             following[own] = Branch(own, hidden, branch.calls)
                             self._run_block(block, following[own], decoded_bytes)
-        # The branch of the first model, which may be the reference, stays the first one.
+        # The branch of the first model, which may be the reference, stays first.
         self.branches = sorted(following.values(), key=lambda branch: branch.members)
         self.layer += 1
 
     @contextmanager
     def _decoded_block(self, members: tuple[int, ...]) -> Iterator[tuple[nn.Module, int]]:
-        """The next block as these models have it, and the GPU memory of its decoded weights."""
+        """Yield the given models' next block, and the GPU memory of its decoded weights."""
         before = self._allocated()
         with ExitStack() as stack:
             with self.measured(members):
@@ -123,7 +124,7 @@ class Walk:
             yield block, self._allocated() - before
 
     def _run_block(self, block: nn.Module, branch: Branch, decoded_bytes: int) -> None:
-        """Run a block on a branch's states, in whose place its outputs come."""
+        """Run a block on a branch's states and replace them with its outputs."""
         hidden = branch.hidden
         for number, call in enumerate(branch.calls[self.layer]):
             with self.measured(branch.members, decoded_bytes):
@@ -133,16 +134,16 @@ class Walk:
             self.report(number, len(branch.members))
 
     def add_states(self, member: int, hidden: list[Tensor], seconds: float) -> None:
-        """Add the final states of a model that wasn't walked, in the first place.
+        """Add the final states of a model that wasn't walked, as the first branch.
 
-        ``seconds`` are what walking it took when they were computed.
+        ``seconds`` is the time it took to compute them.
         """
         self.branches.insert(0, Branch((member,), hidden, []))
         self._seconds[member] += seconds
 
     @contextmanager
     def heads(self) -> Iterator[None]:
-        """Have what the branches' logits need in memory within a ``with`` block."""
+        """Hold the weights needed for the branches' logits in memory within a ``with`` block."""
         with ExitStack() as stack:
             for branch in self.branches:
                 with self.measured(branch.members):
@@ -151,9 +152,9 @@ class Walk:
 
     @contextmanager
     def measured(self, members: Sequence[int], held_bytes: int = 0) -> Iterator[None]:
-        """Count the time and peak GPU memory of a ``with`` block for some models.
+        """Attribute the time and peak GPU memory of a ``with`` block to the given models.
 
-        ``held_bytes`` were allocated for it before. A GPU is not waited for.
+        ``held_bytes`` is the memory already allocated for it. A GPU is not synchronized.
         """
         device = self.batches[0].device
         if device.type != "cuda":
@@ -173,13 +174,13 @@ class Walk:
             self.working_bytes[member] = max(taken, self.working_bytes[member] or 0)
 
     def _allocated(self) -> int:
-        """GPU memory that is allocated now, in bytes; 0 on a CPU."""
+        """Return the GPU memory currently allocated in bytes, 0 on a CPU."""
         device = self.batches[0].device
         return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def _alike(members: Sequence[int], signatures: Sequence[Hashable]) -> Iterator[tuple[int, ...]]:
-    """Group models by their signatures, in the order of each group's first."""
+    """Group models by signature, in order of each group's first member."""
     groups: dict[Hashable, list[int]] = {}
     for member, signature in zip(members, signatures, strict=True):
         groups.setdefault(signature, []).append(member)

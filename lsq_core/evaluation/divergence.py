@@ -1,4 +1,4 @@
-"""How far a model's predictions are from the reference's, token by token."""
+"""Divergence of a model's predictions from the reference's, token by token."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from lsq_core.evaluation.protocol import MIN_WINDOWS
 
-#: The quantiles that are stored, by name, as llama.cpp's ``perplexity --kl-divergence`` has them.
+#: The stored quantiles by name, among those of llama.cpp's ``perplexity --kl-divergence``.
 QUANTILES = {"median": 0.5, "p90": 0.9, "p99": 0.99, "p999": 0.999, "max": 1.0}
 _BOOTSTRAP_DRAWS = 2000
 
@@ -19,9 +19,9 @@ _BOOTSTRAP_DRAWS = 2000
 class Divergence:
     """KL divergence from full precision, in nats: its mean and its distribution over tokens.
 
-    ``low`` and ``high`` bound the 95 % bootstrap interval of the mean over windows, NaN with fewer
-    than ``MIN_WINDOWS`` of them. ``rms_log_prob`` is the root mean square of the change, in nats,
-    of the log-probability of the token that is there.
+    ``low`` and ``high`` bound the 95 % bootstrap interval of the mean over windows; both are NaN
+    for fewer than ``MIN_WINDOWS`` windows. ``rms_log_prob`` is the root mean square change, in
+    nats, of the log-probability of the actual token.
     """
 
     mean: float
@@ -38,9 +38,9 @@ class Divergence:
 def summarize_divergence(
     kl: np.ndarray, squared_change: np.ndarray, counts: np.ndarray
 ) -> Divergence:
-    """Summarize ``kl`` (tokens,), window by window, of which ``counts`` (windows,) has the sizes.
+    """Summarize ``kl`` (tokens,), which is ordered by windows of ``counts`` (windows,) tokens.
 
-    ``squared_change`` (windows,) sums the squared changes of the log-probability of each token.
+    ``squared_change`` (windows,) is the sum of squared changes of the tokens' log-probabilities.
     """
     starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
     sums = np.add.reduceat(kl.astype(float), starts)

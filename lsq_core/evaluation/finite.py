@@ -1,4 +1,4 @@
-"""Which module of a model is the first whose output is not finite."""
+"""Find the first module of a model whose output is not finite."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 @contextmanager
 def watch_finite(module: nn.Module, prefix: str = "") -> Iterator[list[str]]:
-    """Collect the name of the first module whose output isn't finite within a ``with`` block.
+    """Record the name of the first module whose output isn't finite within a ``with`` block.
 
-    Names are those inside ``module``, after ``prefix``. The list stays empty if all are finite.
+    Names are relative to ``module`` and start with ``prefix``. The list is empty if all outputs
+    are finite.
     """
     found: list[str] = []
 
@@ -34,7 +35,7 @@ def watch_finite(module: nn.Module, prefix: str = "") -> Iterator[list[str]]:
 
 
 def _all_finite(output: object) -> bool:
-    """Whether every float of a module's output is finite, in nested tuples, lists or dicts."""
+    """Return whether all floats in a module's output are finite, including nested containers."""
     if isinstance(output, Tensor):
         return not output.is_floating_point() or bool(torch.isfinite(output).all())
     if isinstance(output, dict):

@@ -1,7 +1,7 @@
-"""Compare the texts that two models generate after one prompt.
+"""Compare the texts that two models generate from the same prompt.
 
 Both texts are scored by both models with the same tokens before each position (teacher forcing),
-so the two probabilities of a token have the same condition.
+so a token's two probabilities are conditioned on the same context.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Token:
 
     ``full`` and ``quantized`` are the probabilities, 0 to 1, that the two models assign to it
     after the same preceding tokens, at temperature 1; ``full_top`` and ``quantized_top`` are the
-    texts of the most probable token of each model there.
+    texts of each model's most probable token at this position.
     """
 
     id: int
@@ -38,12 +38,12 @@ class Token:
 
 @dataclass(frozen=True)
 class GenerationComparison:
-    """The texts of the full-precision and the quantized model after a prompt.
+    """The texts that the full-precision and the quantized model generate from a prompt.
 
     ``parts_at`` is the first position at which the two differ, or None. Over the positions of the
-    full model's text, ``agreement`` is the share at which both models have the same most probable
-    token, and ``kl`` the mean KL divergence from the full-precision to the quantized model, in
-    nats per token.
+    full-precision model's text, ``agreement`` is the share at which both models have the same most
+    probable token, and ``kl`` is the mean KL divergence from the full-precision to the quantized
+    model, in nats per token.
     """
 
     prompt: str
@@ -73,21 +73,21 @@ def compare_generation(
     context: int | None = None,
     progress: Progress = no_progress,
 ) -> GenerationComparison:
-    """Generate a text after a prompt with both models, and score each text by both.
+    """Generate a text from a prompt with each model, and score both texts with both models.
 
     Parameters
     ----------
     temperature
-        0 takes the most probable token at each step. Above 0 tokens are sampled, by both models
-        with the same noise, so that the texts differ only where the predictions do.
+        0 selects the most probable token at each step. Above 0, both models sample with the same
+        noise, so that the texts differ only where the predictions do.
     context
-        The longest sequence of the models in tokens, None for no limit.
+        The models' context length in tokens, None for no limit.
 
     Raises
     ------
     InputError
-        When the prompt is empty for a tokenizer without a beginning-of-sequence token or contains
-        a token outside the model's vocabulary, when prompt and text exceed the context, or when a
+        If the prompt is empty and the tokenizer has no beginning-of-sequence token, the prompt has
+        a token without a row in the model's embedding, prompt and text exceed the context, or a
         number is out of range.
     """
     from lsq_core.model.loading import check_token_ids
@@ -133,7 +133,7 @@ def first_difference(a: list[int], b: list[int]) -> int | None:
 
 
 def _prompt_ids(tokenizer: object, prompt: str) -> list[int]:
-    """Tokenize as evaluations do: no special token except the beginning of the sequence."""
+    """Tokenize as in evaluations: no special token except beginning-of-sequence."""
     ids = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
     bos = tokenizer.bos_token_id
     ids = ids if bos is None else [bos, *ids]
@@ -159,16 +159,16 @@ def _check(prompt: int, new: int, temperature: float, context: int | None, seed:
 
 
 def _end_tokens(model: nn.Module, tokenizer: object) -> set[int]:
-    """The end-of-sequence tokens of a model and its tokenizer."""
+    """Return the end-of-sequence tokens of a model and its tokenizer."""
     named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     listed = named if isinstance(named, list) else [named]
     return {token for token in (*listed, tokenizer.eos_token_id) if token is not None}
 
 
 class _Sampler:
-    """Selects the next token: the most probable, or a sample by the Gumbel-max trick.
+    """Selects the next token: the most probable one, or a sample by the Gumbel-max trick.
 
-    The noise of a step depends only on the seed, not on the model.
+    The noise at each step depends only on the seed, not on the model.
     """
 
     def __init__(self, temperature: float, seed: int) -> None:
@@ -207,7 +207,7 @@ def _generate(
             generated.append(sample(out.logits[0, -1]))
             report(len(generated))
             past = getattr(out, "past_key_values", None)
-            if past is None:  # a model without a cache takes the complete sequence
+            if past is None:  # a model without a cache needs the full sequence
                 inputs = torch.tensor([prompt + generated], device=device)
             else:
                 inputs = torch.tensor([generated[-1:]], device=device)
@@ -217,7 +217,7 @@ def _generate(
 def _score_text(
     full: nn.Module, quantized: nn.Module, tokenizer: object, prompt: list[int], text: list[int]
 ) -> tuple[tuple[Token, ...], float, float]:
-    """Return a text's tokens with both models' probabilities, top-1 agreement and mean KL."""
+    """Return a text's tokens with both models' probabilities, and top-1 agreement and mean KL."""
     a, b = (_log_probabilities(model, prompt, text) for model in (full, quantized))
     tops = a.argmax(-1), b.argmax(-1)
     pieces = _token_texts(tokenizer, prompt, text)
@@ -237,7 +237,7 @@ def _score_text(
 
 
 def _log_probabilities(model: nn.Module, prompt: list[int], text: list[int]) -> torch.Tensor:
-    """Log-probabilities (text, vocabulary), float32 on the CPU, at each position of the text."""
+    """Return log-probabilities (text, vocabulary) at each position, in float32 on the CPU."""
     import torch
 
     from lsq_core.model.loading import last_logits
@@ -250,9 +250,9 @@ def _log_probabilities(model: nn.Module, prompt: list[int], text: list[int]) -> 
 
 
 def _token_texts(tokenizer: object, prompt: list[int], ids: list[int]) -> list[str]:
-    """The text each token adds; a character of several tokens is shown with the last of them.
+    """Return the text added by each token; a character of several tokens appears at the last one.
 
-    Decoded after the prompt, since some tokenizers drop the space at the beginning of a text.
+    Decoding includes the prompt, since some tokenizers drop the space at the start of a text.
     """
     pieces, shown = [], _decode(tokenizer, prompt)
     for end in range(1, len(ids) + 1):
@@ -264,7 +264,7 @@ def _token_texts(tokenizer: object, prompt: list[int], ids: list[int]) -> list[s
 
 
 def _token_text(tokenizer: object, before: list[int], id: int) -> str:
-    """The text that one token adds after others."""
+    """Return the text that a token adds after those before it."""
     return _decode(tokenizer, [*before, id])[len(_decode(tokenizer, before)) :]
 
 

@@ -1,7 +1,7 @@
-"""The noise floor: how far arithmetic alone moves a model's figures. Needs no torch.
+"""The noise floor: how much a model's figures change with the arithmetic alone. Needs no torch.
 
-The same weights on the same tokens give slightly other figures where sums are taken in another
-order (other batches) or with more digits (a wider dtype). What is smaller than that is no property
+The same weights on the same tokens give slightly different figures if sums are computed in another
+order (other batches) or with more precision (a wider dtype). Smaller differences are not a property
 of a plan.
 """
 
@@ -15,16 +15,16 @@ from typing import Any
 
 from lsq_core.evaluation.protocol import PROTOCOLS
 
-#: Decimals that a perplexity is given with where its noise allows them.
+#: Decimals of a displayed perplexity, if its noise justifies them.
 DECIMALS = 4
 
 
 @dataclass(frozen=True)
 class Condition:
-    """One way of computing the same figures, and what it gave.
+    """One way of computing the same figures, and its results.
 
-    ``name`` says what differs from the usual way. ``perplexity_full`` is of full precision,
-    ``perplexity`` and ``kl`` (nats per token) are of the plan.
+    ``name`` describes the difference from the default. ``perplexity_full`` is full precision's;
+    ``perplexity`` and ``kl`` (nats per token) are the plan's.
     """
 
     name: str
@@ -35,11 +35,11 @@ class Condition:
 
 @dataclass(frozen=True)
 class NoiseFloor:
-    """How far a model's figures move with the arithmetic, by one protocol in one dtype.
+    """How much a model's figures change with the arithmetic, for one protocol in one dtype.
 
     ``perplexity`` and ``kl`` are shares: the largest relative difference of any condition from the
-    first, which is the usual way. ``plan`` is what was quantized, in words. ``device`` is a kind
-    of device, ``cpu`` or ``cuda``; ``tokens`` are the predicted ones.
+    first, which is the default. ``plan`` describes the quantized plan in words. ``device`` is a
+    device type, ``cpu`` or ``cuda``; ``tokens`` is the number of predicted tokens.
     """
 
     protocol: str
@@ -54,7 +54,7 @@ class NoiseFloor:
 
     @property
     def perplexity(self) -> float:
-        """The largest relative difference of a perplexity, of full precision or of the plan."""
+        """The largest relative difference in perplexity, of full precision or the plan."""
         usual, *others = self.conditions
         pairs = [
             (getattr(other, name), getattr(usual, name))
@@ -65,12 +65,12 @@ class NoiseFloor:
 
     @property
     def kl(self) -> float:
-        """The largest relative difference of the plan's KL divergence."""
+        """The largest relative difference in the plan's KL divergence."""
         usual, *others = self.conditions
         return _largest_difference([(other.kl, usual.kl) for other in others])
 
     def to_json(self) -> dict:
-        """What is printed beside a figure: the shares, and what they were measured on."""
+        """Return the values printed beside a figure: the shares, and what they were measured on."""
         kept = ("protocol", "device", "dtype", "corpus", "tokens", "plan")
         shares = {"perplexity": self.perplexity, "kl": self.kl}
         return shares | {name: getattr(self, name) for name in kept}
@@ -95,10 +95,10 @@ def format_noise(share: float) -> str:
 
 
 def format_figure(value: float, noise: float | None, decimals: int = DECIMALS) -> str:
-    """Format a figure without the digits that its noise (a share of it) leaves no meaning.
+    """Format a figure without the digits that its noise (a share of it) makes meaningless.
 
-    The last digit's unit is at least the noise. Where the noise is not known, or the figure is not
-    finite, all ``decimals`` are given.
+    The last digit's unit is at least the noise. If the noise is unknown, or the figure is not
+    finite, it has all ``decimals``.
 
     >>> format_figure(19.89123, 2e-6), format_figure(19.89123, 0.003), format_figure(511116.5, 2e-4)
     ('19.8912', '19.9', '511100')
@@ -111,7 +111,7 @@ def format_figure(value: float, noise: float | None, decimals: int = DECIMALS) -
 
 
 def describe_noise(noise: Mapping[str, Any]) -> str:
-    """Describe what :meth:`NoiseFloor.to_json` gives, or the reason for none."""
+    """Describe a noise floor from :meth:`NoiseFloor.to_json`, or return why there is none."""
     if "reason" in noise:
         return noise["reason"]
     return (
@@ -122,7 +122,7 @@ def describe_noise(noise: Mapping[str, Any]) -> str:
 
 
 def describe_unknown(model: str, protocol: str, dtype: str) -> str:
-    """Say that no noise floor was measured, and the command that measures it."""
+    """Return a note that no noise floor was measured, with the command to measure it."""
     family = protocol.partition("-")[0]
     option = next((name for name in PROTOCOLS if name.partition("-")[0] == family), protocol)
     command = f"lsq noise --model {shlex.quote(model)} --protocol {option} --dtype {dtype}"
@@ -130,5 +130,5 @@ def describe_unknown(model: str, protocol: str, dtype: str) -> str:
 
 
 def is_below_noise(share: float, noise: float | None) -> bool:
-    """Return whether a relative difference is no more than arithmetic; unknown noise is none."""
+    """Return whether a relative difference is within the noise; False if that is unknown."""
     return noise is not None and not math.isnan(noise) and abs(share) <= noise

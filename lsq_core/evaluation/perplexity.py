@@ -1,9 +1,8 @@
-"""Perplexity by named protocols, distance to full precision, and speed (method §6).
+"""Perplexity by named protocols, divergence from full precision, and speed (method §6).
 
-A protocol's windows are laid over a token stream that begins with the tokenizer's
-beginning-of-sequence token, where it has one; every later window has that token in the place of
-its first. So a window never exceeds the model's context, and each token but the stream's first
-is predicted at most once.
+A protocol's windows cover a token stream that starts with the tokenizer's beginning-of-sequence
+token, if it has one; in every later window, that token replaces the first. So a window never
+exceeds the model's context, and each token except the stream's first is predicted at most once.
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ from lsq_core.jsontext import json_text
 from lsq_core.model.loading import check_token_ids, free_bytes
 from lsq_core.progress import Progress, no_progress
 
-#: Tokens of a batch by device: they fit the caches of a CPU, and fill a GPU.
+#: Tokens of a batch by device: few enough for a CPU's caches, and enough to keep a GPU busy.
 _MAX_BATCH_TOKENS = {"cpu": 2**11, "cuda": 2**15}
-#: Tokens of a group by device. Decoding a block's weights once for so many is a small share of
-#: running it on them; more would make the first results and the checkpoints later.
+#: Tokens of a group by device. Decoding a block's weights once for that many takes little time
+#: compared with running it on them; larger groups would delay the first results and checkpoints.
 _MAX_GROUP_TOKENS = {"cpu": 2**13, "cuda": 2**18}
-#: Bytes that a group's hidden states may take on a CPU, and the share of a device's free memory.
+#: Limits on a group's hidden states: bytes on a CPU, and share of any device's free memory.
 _MAX_STATES_BYTES, _MAX_STATES_SHARE = 2**30, 0.25
 
 
@@ -51,41 +50,41 @@ def evaluate_models(
     """Measure the perplexity of several models, and of a reference, in one pass over the texts.
 
     The hidden states of a group of windows go through the models block by block
-    (:mod:`lsq_core.evaluation.branches`): a block's weights are decoded once for all of them, and
-    what models have in common is computed once. The LM head runs on slices of the scored tokens,
-    whose logits do not outlive them. Models whose blocks cannot be run one by one run as wholes. A
-    window that is the beginning of another one is scored with it.
+    (:mod:`lsq_core.evaluation.branches`): a block's weights are decoded once for the group, and
+    work common to several models is done once. The LM head runs on slices of the scored tokens,
+    and only one slice's logits are in memory at a time. Models whose blocks cannot be run one by
+    one run as a whole. A window that is a prefix of another is scored with it.
 
     Parameters
     ----------
     bos
-        The beginning-of-sequence token, or None where the tokenizer has none.
+        The beginning-of-sequence token, or None if the tokenizer has none.
     reference
         The full-precision model to compare the predictions with.
     progress
-        Is called with how many passes of a window through a block (or the head) of a model are
-        done, of how many, and with the windows and the block.
+        Called with the numbers of completed and total steps (one window through one block, or the
+        head, of one model), and a message naming the windows and block.
     checkpoints
         For each text one file per model, or None. The windows scored so far are saved there after
-        each group, and windows of an existing file are not scored again; it must be of the same
-        models, token stream and protocol. Beside the first model's file there is one of a group's
-        hidden states while these take long, from which a killed evaluation goes on.
+        each group, and windows in an existing file are not scored again; it must belong to the same
+        models, token stream and protocol. For groups that take long, a second file beside the first
+        model's stores their hidden states, from which a killed evaluation resumes.
     kept
-        For each text where the full-precision model's final hidden states are kept: those of the
-        reference, which is not run where they are there, or of the only model without one.
+        For each text, the store of the full-precision model's final hidden states, or None. The
+        model is the reference, which is not run if its states are stored, or, without a reference,
+        the only model.
 
     Yields
     ------
-    A pair for each model and one text: for the first text as soon as it is scored, then for the
-    next one. ``seconds`` are what the model alone would need: work that it shares with others
-    counts for each of them.
+    The pairs of all models for one text, text by text, as soon as each is scored. ``seconds`` is
+    the time that the model alone would need: work shared with others counts in full for each.
 
     Raises
     ------
     InputError
-        When a text has a token that the models' embedding has no row for.
+        If a text has a token without a row in the models' embedding.
     LsqError
-        When a model's predictions are not finite; names the first module whose output isn't.
+        If a model's predictions are not finite; names the first module whose output isn't.
     """
     text_passes = make_text_passes(models[0], len(models), texts, bos, checkpoints, kept)
     compared = reference is not None
@@ -102,12 +101,12 @@ def make_text_passes(
     checkpoints: Sequence[Sequence[Path | None]] | None,
     kept: Sequence[ReferenceStates] | None,
 ) -> list[TextPass]:
-    """What ``count`` models have of each text so far; all of them are copies of ``model``.
+    """Return a pass over each text for ``count`` copies of ``model``, restored from checkpoints.
 
     Raises
     ------
     InputError
-        When a text has a token that the model's embedding has no row for.
+        If a text has a token without a row in the model's embedding.
     """
     for text in texts:
         check_token_ids(model, [int(text.ids.max()), *([] if bos is None else [bos])])
@@ -123,12 +122,12 @@ def evaluate_walked(
     compared: bool,
     progress: Progress,
 ) -> Iterator[list[EvaluationPair]]:
-    """Measure models that are walked; see :func:`evaluate_models`.
+    """Evaluate walked models; see :func:`evaluate_models`.
 
     Parameters
     ----------
     make_models
-        Returns what :func:`lsq_core.evaluation.walked.as_walked` does; it is called if any window
+        Returns the same as :func:`lsq_core.evaluation.walked.as_walked`; called only if any window
         has to be scored.
     compared
         Whether the first model is the reference.
@@ -145,7 +144,7 @@ def _score_pending(
     compared: bool,
     progress: Progress,
 ) -> Iterator[None]:
-    """Score the windows that no checkpoint contains; yields before the first and after each group.
+    """Score windows missing from the checkpoints; yield before the first group and after each.
 
     Each group is checkpointed before the next one is scored.
     """
@@ -178,20 +177,20 @@ def _score_pending(
 
 
 def _first_walked(text_pass: TextPass, compared: bool, models: Sequence[WalkedModel]) -> int:
-    """1 where the reference, the first of the models, has its states of the text kept, else 0."""
+    """Return the first model to walk: 1 if the reference's states are stored, else 0."""
     if text_pass.kept is None or not models or not models[0].layers:
         return 0
     return int(text_pass.kept.covers(text_pass) and compared)
 
 
 def _count_steps(models: Sequence[WalkedModel], first: int) -> int:
-    """Passes of a window through a block or head, of the models from the first one walked on."""
+    """Count the steps per window: blocks of the models from ``first`` on, and all models' heads."""
     return (len(models) - first) * models[0].layers + len(models) if models else 1
 
 
 @dataclass(eq=False)
 class _WalkProgress:
-    """Reports passes of one window through one block, or the head, of one model."""
+    """Reports steps: one window through one block, or the head, of one model."""
 
     progress: Progress
     total: int
@@ -207,9 +206,9 @@ def _have_costly_blocks(models: Sequence[WalkedModel]) -> bool:
 
 
 def _groups(text_pass: TextPass, models: Sequence[WalkedModel]) -> list[WindowGroup]:
-    """Groups of a text's pending passes whose hidden states fit the device.
+    """Group a text's pending passes so that each group's hidden states fit the device.
 
-    Where blocks are read and quantized for each group, only memory limits it.
+    If blocks are read or quantized again for each group, only memory limits the groups.
     """
     model = models[0].model
     device, dtype = models[0].device, next(model.parameters()).dtype
@@ -233,9 +232,9 @@ def _score_group(
     group: WindowGroup,
     report: _WalkProgress,
 ) -> None:
-    """Walk a group of windows, record the figures of each model, and checkpoint them.
+    """Walk a group of windows, record each model's figures, and checkpoint them.
 
-    Models before the ``first`` one aren't walked: the reference, whose states are kept.
+    Models before the ``first`` one (the reference, if its states are stored) aren't walked.
     """
     where = ""
 
@@ -266,12 +265,12 @@ def _score_group(
 
 
 def _reuse_or_keep(walk: Walk, group: WindowGroup, report: _WalkProgress) -> None:
-    """Take the reference's final states from where they are kept, or keep those of this walk."""
+    """Load the reference's stored final states, or store those of this walk."""
     kept = group.text_pass.kept
     if kept is None or not walk.layers:
         return
     if walk.members[0] == 0:
-        # The first branch is that of the reference, which is the first model.
+        # The first branch contains the first model: the reference, or the only model.
         failure = kept.save(group, walk.branches[0].hidden, walk.seconds[0])
         if failure:
             report(0, failure)
@@ -282,7 +281,7 @@ def _reuse_or_keep(walk: Walk, group: WindowGroup, report: _WalkProgress) -> Non
 
 
 def _walk_file(walk: Walk, compared: bool, group: WindowGroup) -> WalkFile:
-    """The file of a group's hidden states, where every model has a checkpoint."""
+    """Return the file for a group's hidden states, with a path if all models have checkpoints."""
     paths = [file.path for file in group.text_pass.files]
     if None in paths:
         return WalkFile(None, "")
@@ -295,7 +294,7 @@ def _walk_file(walk: Walk, compared: bool, group: WindowGroup) -> WalkFile:
 def _record(
     walk: Walk, compared: bool, group: WindowGroup, figures: Sequence[Sequence[Figures]]
 ) -> None:
-    """Record the figures of each batch and model; a group's time is spread over its tokens."""
+    """Record each batch's and model's figures, spreading the group's time over its tokens."""
     seconds = walk.seconds / group.scored
     for batch, found in zip(group.batches, figures, strict=True):
         for row, number in enumerate(batch):

@@ -1,15 +1,14 @@
-"""Predicted perplexity of any plan, with a band, from the runs measured so far. Needs no torch.
+"""Predict the perplexity of any plan, with a band, from the runs measured so far, without torch.
 
-What a plan costs is the log-perplexity it adds to full precision. Where a profile has the expected
-KL divergence, its sum over the matrices, each at its configuration, is close to that cost itself.
-Otherwise two figures of a plan stand in for it: the summed sensitivity of its modules and their
-summed squared weight error. By the linearity theorem ([E]) the cost is proportional to such a sum
-as long as it is small, so in logarithms the prediction starts as a line of slope one, shared
-equally by the figures, at a height that the runs decide. A Gaussian process (kriging; Rasmussen &
-Williams, *Gaussian Processes for Machine Learning*, 2006, ch. 2 and 5) then bends it towards the
-runs: much where they lie close and agree, hardly where there are none, and its band widens
-accordingly. Four runs are enough to begin with, and no run far away bends the line here, as it
-would a polynomial.
+The cost of a plan is its log-perplexity above full precision. If a profile has the expected KL
+divergence, its sum over the matrices at their configurations is close to this cost. Otherwise two
+proxies are used: the plan's summed sensitivity and its summed squared weight error. By the
+linearity theorem ([E]) the cost is proportional to such a sum while it is small, so in logarithms
+the prediction starts as a line of slope one, shared equally by the proxies, with an intercept
+fitted to the runs. A Gaussian process (kriging; Rasmussen & Williams, *Gaussian Processes for
+Machine Learning*, 2006, ch. 2 and 5) then corrects the line towards the runs: strongly where they
+are dense and agree, hardly where there are none, and the band widens accordingly. Four runs are
+enough to start with, and unlike in a polynomial fit, distant runs don't distort the line locally.
 """
 
 from __future__ import annotations
@@ -33,47 +32,48 @@ if TYPE_CHECKING:
     from lsq_core.planning.problem import Problem
     from lsq_core.store.store import Store
 
-#: Different plans that a prediction needs at least.
+#: The fewest different plans that a prediction needs.
 MIN_PLANS = 4
-#: How often the band is meant to hold what is measured.
+#: Nominal coverage of the band.
 CONFIDENCE = 0.90
-#: The metric that is the one feature where a profile has it, and those of the features otherwise.
+#: The metric used as the only feature if a profile has it, and those used otherwise.
 BEST_METRIC = "expected_kl"
 METRICS = ("sensitivity", "weight_error")
 
-#: Least value of a feature, so that it has a logarithm.
+#: Smallest feature value, so that logarithms are finite.
 _TINY = 1e-12
-#: Prior variance of the slopes, in units of the process's own.
+#: Prior variance of the slopes, relative to the process variance.
 _SLOPE_VARIANCE = 0.25
-#: Log-normal priors (median, spread of the logarithm): of the distance in log features over which
-#: plans tell of each other (3 and 4 bits lie about 2 apart), and of the noise's share of variance.
+#: Log-normal priors (median, standard deviation of the logarithm) of the length scale in log
+#: features (3 and 4 bits are about 2 apart) and of the noise variance relative to the process's.
 _LENGTH_PRIOR = (2.0, 0.7)
 _NOISE_PRIOR = (0.02, 2.0)
-#: Variance of log costs below which runs count as agreeing exactly.
+#: Added to the process variance, so that runs that agree exactly don't make it zero.
 _MIN_VARIANCE = 1e-9
-#: Costs are held between these, in nats. Less than 0.1 % is within the noise of an
-#: evaluation; more than 16 is worse than guessing among any vocabulary.
+#: Costs are clipped to this range, in nats. Less than 0.1 % is within the noise of an evaluation;
+#: more than 16 is worse than guessing uniformly from any vocabulary.
 _MIN_COST, _MAX_COST = 1e-3, 16.0
 
 
 class TooFewRuns(InputError):
-    """There is nothing to predict from yet; the message says what is there and what is needed."""
+    """There are too few runs to predict from; the message gives their number and the minimum."""
 
 
 # --- features -------------------------------------------------------------------------------
 
 
 def feature_tables(problem: Problem) -> np.ndarray:
-    """What each matrix adds to each feature at each configuration, (n, options, features).
+    """Return each matrix's contributions to the features, (n, options, features).
 
-    The expected KL divergence if there is one, else sensitivity and squared weight error. Where
-    sensitivity was not measured at a configuration, it is that at b4g64 scaled as the squared
-    weight error. Experts that no calibration token reached have none, and add nothing.
+    The features are the expected KL divergence if available, else sensitivity and squared weight
+    error. Sensitivity not measured at a configuration is that at b4g64, scaled by the ratio of
+    squared weight errors. Experts that no calibration token reached have no sensitivity and
+    contribute zero.
 
     Raises
     ------
     InputError
-        When the profile lacks one of the two.
+        If the profile has neither the expected KL divergence nor both of the other two.
     """
     if BEST_METRIC in problem.by_config:
         return np.nan_to_num(problem.by_config[BEST_METRIC])[..., None]
@@ -92,9 +92,9 @@ def feature_tables(problem: Problem) -> np.ndarray:
 
 
 def features(problem: Problem, choices: np.ndarray) -> np.ndarray:
-    """Logs of a plan's features, each summed over its matrices, (k, features).
+    """Return the logarithms of plans' features, each summed over the matrices, (k, features).
 
-    ``choices`` (k, n) holds indices into the problem's options, a row a plan.
+    ``choices`` (k, n) holds indices into the problem's options, one row per plan.
     """
     tables = feature_tables(problem)
     rows = np.arange(len(tables))
@@ -107,17 +107,17 @@ def _expected_log_cost(x: np.ndarray) -> np.ndarray:
     return x.mean(axis=1)
 
 
-# --- what was measured ----------------------------------------------------------------------
+# --- measured runs --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class MeasuredPoints:
     """Runs of one model on one corpus by one protocol, newest first.
 
-    ``features`` is (n, features); ``perplexity`` and ``full_precision``, that of the unquantized
-    model in the run's dtype, are (n,). ``eight_bit`` (n,) marks plans with 8 bits everywhere: what
-    they cost is the rounding of scale and zero, and of the evaluation, of which the features know
-    nothing.
+    ``features`` is (n, features); ``perplexity`` and ``full_precision`` (the perplexity of the
+    unquantized model in the run's dtype) are (n,). ``eight_bit`` (n,) marks plans with 8 bits
+    everywhere, whose cost comes from rounding of scale and zero point and of the evaluation, which
+    the features don't capture.
     """
 
     features: np.ndarray
@@ -127,7 +127,7 @@ class MeasuredPoints:
     corpus: str = ""
     protocol: str = ""
     tokens: int | None = None
-    #: The evaluations that they are, by identity.
+    #: Identities of the runs' evaluations.
     evaluations: tuple[str, ...] = ()
 
     @cached_property
@@ -147,19 +147,19 @@ def load_measured_points(
     corpus: str | None = None,
     protocol: str | None = None,
 ) -> MeasuredPoints:
-    """The runs of a model that a prediction can learn from.
+    """Return the runs of a model that predictions can be fitted to.
 
-    Those by the same quantizer, grouping axis and metadata whose plan is known and has no
-    configuration that the problem lacks, on one text by one protocol and token count: where
-    several answer to ``corpus`` and ``protocol`` (or none is given), those with the most runs.
-    ``protocol`` may be short: ``strided`` for ``strided-512/256``.
+    These have the same quantizer, grouping axis and metadata, a known plan whose configurations
+    are all options of the problem, and the same text, protocol and token count. If several
+    evaluations match ``corpus`` and ``protocol`` (None matches any), the one with the most runs is
+    used. ``protocol`` may be a short name: ``strided`` for ``strided-512/256``.
 
     Raises
     ------
     TooFewRuns
-        When there are none.
+        If there are none.
     InputError
-        When the problem lacks what the features need.
+        If the problem lacks the metrics that the features need.
     """
     runs = store.results(fingerprint, origin=None)
     configs = store.run_configs(fingerprint)
@@ -187,7 +187,7 @@ def load_measured_points(
 def largest_comparable_group(
     runs: pd.DataFrame, corpus: str | None, protocol: str | None
 ) -> pd.DataFrame:
-    """Of the runs on a corpus by a protocol, those of the evaluation that most of them share."""
+    """Return the runs on a corpus by a protocol that share the most common evaluation."""
     if corpus:
         runs = runs[runs["corpus"] == corpus]
     if protocol:
@@ -195,13 +195,13 @@ def largest_comparable_group(
         runs = runs[np.array(families, dtype=object) == protocol.partition("-")[0]]
     if runs.empty:
         raise too_few_runs_error(0, corpus, protocol)
-    # The name of a corpus is not its text: its hash and the tokens read tell evaluations apart.
+    # A corpus name doesn't determine its text; its hash and the token count do.
     evaluations = runs.groupby(["corpus_sha256", "protocol", "tokens"], dropna=False, sort=False)
     return max((rows for _, rows in evaluations), key=len)
 
 
 def too_few_runs_error(plans: int, corpus: str | None, protocol: str | None) -> TooFewRuns:
-    """What to say when so many different plans were run."""
+    """Return the error for having runs of only ``plans`` different plans."""
     where = f" on {corpus}" if corpus else ""
     how = f" by {protocol}" if protocol else ""
     return TooFewRuns(
@@ -214,9 +214,9 @@ def too_few_runs_error(plans: int, corpus: str | None, protocol: str | None) -> 
 
 
 class _Process:
-    """A Gaussian process with a constant and a scale of its own, at a given length and noise.
+    """A Gaussian process with fitted mean and variance, for a given length scale and noise.
 
-    ``x`` is (n, features) and ``y`` (n,), what is left of the log costs after the expected slopes.
+    ``x`` is (n, features); ``y`` (n,) are the log costs minus the expected ones.
     """
 
     def __init__(self, x: np.ndarray, y: np.ndarray, length: float, noise: float) -> None:
@@ -236,14 +236,14 @@ class _Process:
         return cho_solve(self.factor, right)
 
     def _kernel(self, other: np.ndarray) -> np.ndarray:
-        """Matérn 5/2 and a line through the centre, (n, k)."""
+        """Return the kernel (n, k): Matérn 5/2 plus a linear kernel around the centre."""
         distance = np.linalg.norm(self.x[:, None] - other[None], axis=2) * np.sqrt(5) / self.length
         line = (self.x - self.centre) @ (other - self.centre).T
         return (1 + distance + distance**2 / 3) * np.exp(-distance) + _SLOPE_VARIANCE * line
 
     @property
     def negative_log_posterior(self) -> float:
-        """Minus the log of the restricted likelihood times the priors, up to a constant."""
+        """Negative log of the restricted likelihood times the priors, up to a constant."""
         likelihood = (len(self.x) - 1) * np.log(self.variance) / 2
         likelihood += np.log(np.diag(self.factor[0])).sum() + np.log(self.ones.sum()) / 2
         pairs = ((self.length, _LENGTH_PRIOR), (self.noise, _NOISE_PRIOR))
@@ -251,7 +251,7 @@ class _Process:
         return likelihood + np.square(priors).sum() / 2
 
     def at(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and standard deviation of a new run at each of (k, features)."""
+        """Return a new run's mean and standard deviation at each row of ``x`` (k, features)."""
         kernel = self._kernel(x)
         own = 1 + _SLOPE_VARIANCE * ((x - self.centre) ** 2).sum(axis=1)
         known = (kernel * self._solve(kernel)).sum(axis=0)
@@ -260,10 +260,10 @@ class _Process:
         return self.constant + kernel.T @ self.weights, np.sqrt(self.variance * share)
 
     def leave_one_out_moments(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and standard deviation at each x from the others alone, (n,) each.
+        """Return the mean and standard deviation at each x predicted from the others, (n,) each.
 
         Equal x are left out together. Dubrule, *Cross validation of kriging in a unique
-        neighborhood* (1983): with Q the inverse covariance without the constant's direction, a
+        neighborhood* (1983): if Q is the inverse covariance with the constant projected out, a
         group's residual is Q_gg⁻¹ (Q y)_g and its covariance Q_gg⁻¹.
         """
         inverse = self._solve(np.eye(len(self.x)))
@@ -281,7 +281,7 @@ class _Process:
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """Perplexity of each of k plans, its 90 % band, and whether it lies beyond what was run."""
+    """Perplexity of each of k plans, its 90 % band, and whether it is extrapolated."""
 
     perplexity: np.ndarray
     low: np.ndarray
@@ -289,35 +289,36 @@ class Prediction:
     extrapolated: np.ndarray
 
     def band(self, k: int) -> tuple[float, float, float]:
-        """Perplexity of the k-th plan, and the ends of its band."""
+        """Return the k-th plan's perplexity and the ends of its band."""
         return float(self.perplexity[k]), float(self.low[k]), float(self.high[k])
 
 
 def is_apart(a: Sequence[float], b: Sequence[float]) -> bool:
-    """Whether the bands of two predictions, each ``perplexity, low, high``, don't overlap."""
+    """Return whether the bands of two predictions (``perplexity, low, high``) don't overlap."""
     return a[2] < b[1] or b[2] < a[1]
 
 
 def is_comparable(a: Sequence[float], b: Sequence[float]) -> bool:
-    """Whether two predictions, each ``perplexity, low, high``, tell of their difference.
+    """Return whether the difference of two predictions (``perplexity, low, high``) is meaningful.
 
-    They do where their bands are apart, and where no side of a band is more than a tenth of what is
-    predicted: two plans of nearly the same size share most of what their bands are wide for.
+    It is if their bands don't overlap, or if neither is wide (:func:`is_wide`): two plans of nearly
+    the same size share most of the uncertainty that their bands express.
     """
     return is_apart(a, b) or not (is_wide(*a) or is_wide(*b))
 
 
 def is_wide(perplexity: float, low: float, high: float) -> bool:
-    """Whether a side of a band is more than a tenth of what is predicted."""
+    """Return whether either side of a band is wider than a tenth of the predicted perplexity."""
     return max(high - perplexity, perplexity - low) > perplexity / 10
 
 
 @dataclass(frozen=True, eq=False)
 class Predictor:
-    """What :func:`fit` learned; ``points`` says from which runs.
+    """A model fitted by :func:`fit` to the runs ``points``.
 
-    ``floor`` is what the 8-bit runs cost, in nats: least, median, most (zeros where there are
-    none). No plan is predicted to cost less: however many bits are spent, this much remains.
+    ``floor`` is the minimum, median and maximum cost of the 8-bit runs in nats (zeros without any).
+    They bound the low end, middle and high end of predicted costs from below, since this cost
+    remains at any number of bits.
     """
 
     points: MeasuredPoints
@@ -326,32 +327,32 @@ class Predictor:
 
     @property
     def full_precision(self) -> float:
-        """Perplexity of the unquantized model, which no prediction falls below."""
+        """Perplexity of the unquantized model, a lower bound on all predictions."""
         return float(self.points.full_precision[0])
 
     @cached_property
     def _held_deviations(self) -> float:
-        """The deviations on either side that would have held nine in ten of the runs left out.
+        """Half-width, in deviations, of a band that covers 90 % of the runs when left out.
 
-        Conformal prediction by leaving one out (Vovk et al. 2005): the band then holds what it says
-        also where runs are further off than the process takes for likely.
+        Leave-one-out conformal prediction (Vovk et al. 2005): the band then has its nominal
+        coverage even if runs deviate more than the process considers likely.
         """
         mean, deviation = self.process.leave_one_out_moments()
         off = np.sort(np.abs(self.process.y - mean) / deviation)
         return float(off[min(math.ceil((len(off) + 1) * CONFIDENCE), len(off)) - 1])
 
     def predict(self, x: np.ndarray) -> Prediction:
-        """Perplexity of plans with these features (k, features)."""
+        """Predict the perplexity of plans with the features ``x`` (k, features)."""
         mean, deviation = self.process.at(x)
         run = self.process.x
         beyond = ((x < run.min(axis=0)) | (x > run.max(axis=0))).any(axis=1)
         return self._prediction_from_log_costs(mean + _expected_log_cost(x), deviation, beyond)
 
     def leave_one_out(self) -> tuple[np.ndarray, Prediction]:
-        """What each run below 8 bits would have been predicted to be, had it not been seen.
+        """Predict each run below 8 bits from the others.
 
-        Runs of the same plan are left out together; length and noise stay as all runs have them.
-        Gives which of ``points`` these are, (n,), and a prediction of each.
+        Runs of the same plan are left out together; length scale and noise remain those fitted to
+        all runs. Returns the runs' indices in ``points`` (n,), and their predictions.
         """
         below_8bit = ~self.points.eight_bit
         mean, deviation = self.process.leave_one_out_moments()
@@ -364,12 +365,12 @@ class Predictor:
     def _prediction_from_log_costs(
         self, mean: np.ndarray, deviation: np.ndarray, beyond: np.ndarray
     ) -> Prediction:
-        """Perplexity of log costs with these means and deviations."""
+        """Convert means and deviations of log costs to perplexities with bands."""
         from scipy.special import stdtrit  # Student's t; scipy.stats has the same, a second later
 
         usual = stdtrit(len(self.process.x) - 1, (1 + CONFIDENCE) / 2)
         width = max(usual, self._held_deviations) * deviation
-        # Costs below the least one count as that: what is predicted near it may cost nothing.
+        # Costs are clipped to a minimum, so a plan predicted near it may in fact cost nothing.
         low = np.where(mean - width < np.log(2 * _MIN_COST), -np.inf, mean - width)
         logs = (low, mean, mean + width)
         low, middle, high = (
@@ -380,7 +381,7 @@ class Predictor:
         return Prediction(middle, low, high, beyond)
 
     def summary(self, problem: Problem, choice: np.ndarray) -> dict:
-        """One plan's prediction by the names that the command line prints."""
+        """Return one plan's prediction under the names printed by the command line."""
         found = self.predict(features(problem, choice[None]))
         return {
             "perplexity": float(found.perplexity[0]),
@@ -396,14 +397,14 @@ class Predictor:
 
 
 def fit(points: MeasuredPoints) -> Predictor:
-    """Learn from runs; length and noise are the most plausible ones.
+    """Fit a predictor to runs, with length scale and noise at their posterior mode.
 
-    Runs with 8 bits everywhere give the floor and nothing else.
+    Runs with 8 bits everywhere only determine the floor.
 
     Raises
     ------
     TooFewRuns
-        When fewer than ``MIN_PLANS`` different plans are left.
+        If the remaining runs have fewer than ``MIN_PLANS`` different plans.
     """
     from scipy.optimize import minimize
 
@@ -424,16 +425,16 @@ def fit(points: MeasuredPoints) -> Predictor:
     return Predictor(points, _Process(x, y, *np.exp(found.x)), tuple(floor.tolist()))
 
 
-# --- the inverse question -------------------------------------------------------------------
+# --- the inverse problem --------------------------------------------------------------------
 
 
 def parse_loss(text: str) -> float:
-    """Read ``1%`` as 0.01.
+    """Parse a percentage: ``1%`` is 0.01.
 
     Raises
     ------
     InputError
-        When it is not a percentage above zero.
+        If it is not a percentage above zero.
     """
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*%\s*", text)
     if not match or float(match[1]) <= 0:
@@ -446,22 +447,22 @@ def parse_loss(text: str) -> float:
 def smallest_budget_within(
     frontier: Frontier, predictor: Predictor, problem: Problem, max_loss: float
 ) -> float:
-    """The least budget, in nominal bytes, whose plan is predicted within a loss.
+    """Return the smallest budget, in nominal bytes, whose plan is predicted to be within a loss.
 
-    ``max_loss`` is relative: 0.01 is a perplexity 1 % above full precision; ``problem`` has the
-    pins in it. Every start and move of the frontier is tried, so the answer is exact for methods
-    that consist of these, and to within one move (0.003 bpp of a 7B model) for a knapsack, whose
-    fill lies between.
+    ``max_loss`` is relative: 0.01 is a perplexity 1 % above full precision. ``problem`` includes
+    the pins. Every start and move of the frontier is tried, so the answer is exact for methods that
+    consist of these, and within one move (0.003 bpp for a 7B model) for a knapsack, which can fill
+    budgets in between.
 
     Raises
     ------
     InputError
-        When no plan of the frontier is predicted so good.
+        If no plan of the frontier is predicted to be within the loss.
     """
     budgets, choices = _boundaries(frontier)
     loss = predictor.predict(features(problem, choices)).perplexity / predictor.full_precision - 1
     for budget in budgets[loss <= max_loss]:
-        # At a boundary a knapsack may know a plan as small that is better than its own moves'.
+        # At a boundary, a knapsack may find a better plan of this size than its moves reach.
         choice = frontier.at(budget).choice[None]
         predicted = predictor.predict(features(problem, choice)).perplexity[0]
         if predicted <= (1 + max_loss) * predictor.full_precision:
@@ -476,7 +477,7 @@ def smallest_budget_within(
 
 
 def _boundaries(frontier: Frontier) -> tuple[np.ndarray, np.ndarray]:
-    """Budgets (k,) at which the plan changes, from small to large, and the plans (k, n)."""
+    """Return the budgets (k,) at which the plan changes, ascending, and the plans (k, n)."""
     budgets, choices = [], []
     starts = [segment.start_bytes for segment in frontier.segments]
     for segment, following in zip(frontier.segments, [*starts[1:], np.inf], strict=True):
@@ -486,7 +487,7 @@ def _boundaries(frontier: Frontier) -> tuple[np.ndarray, np.ndarray]:
             choices.append(choice.copy())
         for move in segment.moves:
             choice[move.matrix] = move.stop
-            if move.bytes_after < following:  # later ones give way to the next start
+            if move.bytes_after < following:  # later moves are superseded by the next start
                 budgets.append(move.bytes_after)
                 choices.append(choice.copy())
     order = np.argsort(budgets, kind="stable")

@@ -9,11 +9,11 @@ import numpy as np
 from lsq_core.errors import InputError
 
 PROTOCOLS = ("strided", "blocks", "llamacpp-512")
-#: Tokens of a window by protocol, if the model's context allows them.
+#: Window length in tokens by protocol, if the model's context allows it.
 _PROTOCOL_CONTEXT = {"strided": 1024, "blocks": 2048, "llamacpp-512": 512}
 #: The fewest windows for a bootstrap interval.
 MIN_WINDOWS = 8
-#: The fewest predicted tokens for a perplexity; with fewer, single words decide it.
+#: The fewest predicted tokens for a perplexity; with fewer, single words dominate it.
 MIN_PREDICTED = 64
 
 
@@ -21,7 +21,7 @@ MIN_PREDICTED = 64
 class Protocol:
     """Windows of ``context`` tokens, of which the last ``scored`` are scored.
 
-    Windows overlap, so that every token is scored, unless all of a window is scored or they are
+    Windows overlap, so that every token is scored, unless they are scored in full or are
     ``disjoint``.
     """
 
@@ -32,17 +32,17 @@ class Protocol:
 
     @classmethod
     def named(cls, name: str, model_context: int) -> Protocol:
-        """Return one of ``PROTOCOLS`` for a model's context, in tokens.
+        """Return one of ``PROTOCOLS`` for a model's context length in tokens.
 
-        ``llamacpp-512`` is that of llama.cpp's ``perplexity``: windows of 512 tokens, each with
-        the beginning-of-sequence token in the place of its first, of which the predictions after
-        the first half are scored. A context shorter than the protocol's own becomes part of the
-        name: ``strided-512/256``.
+        ``llamacpp-512`` is the protocol of llama.cpp's ``perplexity``: windows of 512 tokens, each
+        starting with the beginning-of-sequence token instead of its first token, in which the
+        predictions after the first half are scored. A context shorter than the protocol's own
+        becomes part of the name: ``strided-512/256``.
 
         Raises
         ------
         InputError
-            When there is no such protocol.
+            If there is no such protocol.
         """
         _check_protocol(name)
         context = min(_PROTOCOL_CONTEXT[name], model_context)
@@ -64,7 +64,7 @@ def _check_protocol(name: str) -> None:
 
 @dataclass(frozen=True)
 class Window:
-    """Token positions ``start`` to ``stop`` of the stream, of which the last ``scored`` count."""
+    """Token positions ``start`` to ``stop`` of the stream; the last ``scored`` are scored."""
 
     start: int
     stop: int
@@ -74,13 +74,13 @@ class Window:
 def make_windows(tokens: int, protocol: Protocol) -> list[Window]:
     """Cut a stream of ``tokens`` tokens, including its first, into windows.
 
-    ``strided``: window ``k`` scores the tokens after those of window ``k − 1``, and the last
-    window the remaining ones. The others: windows do not overlap, and the remainder is dropped.
+    With ``strided``, window ``k`` scores the tokens after those scored by window ``k − 1``, and the
+    last window the remainder. With the others, windows do not overlap and the remainder is dropped.
 
     Raises
     ------
     InputError
-        When the windows predict fewer than ``MIN_PREDICTED`` tokens.
+        If the windows predict fewer than ``MIN_PREDICTED`` tokens.
     """
     size, step = protocol.context, protocol.scored
     separate = step == size or protocol.disjoint
@@ -110,10 +110,10 @@ def make_windows(tokens: int, protocol: Protocol) -> list[Window]:
 
 @dataclass(frozen=True, eq=False)
 class EvaluationText:
-    """A token stream, ids without special tokens int64 (tokens,), and the protocol to use.
+    """A token stream (ids without special tokens, int64 (tokens,)) and its protocol.
 
-    ``batch_tokens`` are the tokens of a batch, None for what suits the device; a window that is
-    longer is a batch of its own.
+    ``batch_tokens`` is the batch size in tokens, None for the device's default; a longer window
+    forms its own batch.
     """
 
     ids: np.ndarray
@@ -123,10 +123,10 @@ class EvaluationText:
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """An evaluation: a corpus, a protocol, and the most tokens to read (None for all).
+    """An evaluation: a corpus, a protocol, and the maximum number of tokens (None for all).
 
-    ``split`` is the part of the corpus: ``evaluation``, or ``calibration`` for figures that plans
-    are chosen by.
+    ``split`` is the part of the corpus: ``evaluation``, or ``calibration`` for figures used to
+    choose plans.
     """
 
     corpus: str = "stdlib"

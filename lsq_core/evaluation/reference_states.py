@@ -1,8 +1,7 @@
-"""Final hidden states of the full-precision model, kept so that later plans need no pass of it.
+"""Stored final hidden states of the full-precision model, so that later plans need not run it.
 
-They are what the LM head turns into predictions: of each scored token as many numbers as the model
-is wide, in the dtype that it computes in, so that applying the head again gives the figures of the
-first time to the bit.
+These are the LM head's inputs for the scored tokens (one vector of the model's width per token),
+in the compute dtype, so that applying the head again reproduces the original figures bit for bit.
 """
 
 from __future__ import annotations
@@ -25,24 +24,24 @@ from lsq_core.units import GIB, format_bytes
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: Bytes that the states of all models and texts may take; the least recently used ones go first.
+#: Limit on the bytes of all models' and texts' states; the least recently used are deleted first.
 MAX_BYTES = 2 * GIB
-#: The file, in the folder of a model and text, that says what they are; its time is the last use.
+#: The file that describes the folder of a model and text; its modification time is the last use.
 ABOUT_FILE = "about.json"
 
 
 class Passes(Protocol):
-    """What is asked here of a :class:`lsq_core.evaluation.text_pass.TextPass`."""
+    """The parts of :class:`lsq_core.evaluation.text_pass.TextPass` used here."""
 
     pending: list[int]
     scored: int
 
     def shape(self, number: int) -> tuple[int, int]:
-        """Tokens that a pass reads, and how many of them it scores."""
+        """Return a pass's number of tokens, and how many of them it scores."""
 
 
 class Group(Protocol):
-    """What is asked here of a :class:`lsq_core.evaluation.text_pass.WindowGroup`."""
+    """The parts of :class:`lsq_core.evaluation.text_pass.WindowGroup` used here."""
 
     text_pass: Passes
     batches: tuple[tuple[int, ...], ...]
@@ -50,12 +49,12 @@ class Group(Protocol):
 
 
 def states_folder(data_folder: Path) -> Path:
-    """Where all stored states are, a folder for each model and text."""
+    """Return the folder of all stored states, which has a subfolder for each model and text."""
     return data_folder / "reference-states"
 
 
 def list_kept(data_folder: Path) -> list[tuple[Path, str]]:
-    """The folders with stored states, and the title of each."""
+    """Return the folders with stored states, each with its title."""
     found = []
     for folder in sorted(states_folder(data_folder).glob("*/")):
         try:
@@ -68,30 +67,30 @@ def list_kept(data_folder: Path) -> list[tuple[Path, str]]:
 
 @dataclass(eq=False)
 class ReferenceStates:
-    """The states of one model on one text, in ``folder``; ``title`` tells a person which.
+    """The states of one model on one text, stored in ``folder``; ``title`` describes them to users.
 
-    The folder's name is a digest of all that the states depend on: model, tokens, protocol, device,
-    dtype, versions. Each file holds some passes over windows (see
+    The folder's name is a digest of everything the states depend on: model, tokens, protocol,
+    device, dtype, versions. Each file contains the states of some passes over windows (see
     :class:`lsq_core.evaluation.text_pass.TextPass`), (scored, features) under the pass's number.
     """
 
     folder: Path
     title: str
     max_bytes: int = MAX_BYTES
-    #: An open file for each pass, so that what another process deletes can still be read.
+    #: An open file for each pass, so that files deleted by another process can still be read.
     _files: dict[int, object] = field(default_factory=dict, init=False)
 
     def covers(self, text_pass: Passes) -> bool:
-        """Whether the states of all pending passes of a text are here; marks them as used."""
+        """Return whether the states of all pending passes are stored, and mark them as used."""
         self._open(text_pass)
         if not text_pass.pending or not set(text_pass.pending) <= self._files.keys():
             return False
-        with suppress(OSError):  # in a folder that can't be written its time stays
+        with suppress(OSError):  # the folder may be read-only
             (self.folder / ABOUT_FILE).touch()
         return True
 
     def _open(self, text_pass: Passes) -> None:
-        """Open the files whose passes have the scored tokens of the text's; others are deleted."""
+        """Open the files whose passes match the text's numbers of scored tokens; delete others."""
         self._files.clear()
         for path in sorted(self.folder.glob("*.safetensors")):
             try:
@@ -100,9 +99,9 @@ class ReferenceStates:
                 path.unlink(missing_ok=True)
 
     def load(self, group: Group, device: object) -> tuple[list[Tensor], float]:
-        """Hidden states (windows, tokens, features) of each batch, and the seconds they once took.
+        """Return each batch's hidden states (passes, tokens, features), and the seconds they took.
 
-        Tokens that are not scored have zeros.
+        Tokens that are not scored are zero.
         """
         hidden, seconds = [], 0.0
         for batch in group.batches:
@@ -116,10 +115,10 @@ class ReferenceStates:
         return hidden, seconds
 
     def save(self, group: Group, hidden: Sequence[Tensor], seconds: float) -> str:
-        """Store the states of a group that are not stored yet; returns why they can't be, else ''.
+        """Store a group's states that are not stored yet; return why that failed, '' if it didn't.
 
-        ``hidden`` (windows, tokens, features) are those of each batch, and ``seconds`` what they
-        took together.
+        ``hidden`` are each batch's states (passes, tokens, features); ``seconds`` is the time they
+        took in total.
         """
         states = {
             str(number): row
@@ -140,9 +139,9 @@ class ReferenceStates:
         return ""
 
     def _make_room(self, need: int) -> None:
-        """Delete the least recently used states of other models and texts, as far as needed.
+        """Delete the least recently used states of other models and texts as needed.
 
-        ``need`` are the bytes of all states of this one.
+        ``need`` is the bytes of all states of this one.
         """
         if need > self.max_bytes:
             most = format_bytes(self.max_bytes)
@@ -157,7 +156,7 @@ class ReferenceStates:
 
 
 def _open_passes(path: Path, text_pass: Passes) -> dict[int, object]:
-    """The passes of a file, each with the open file."""
+    """Open a file and return it for each pass that it contains."""
     file = safe_open(path, "pt")
     _seconds_per_token(file.metadata())
     passes = {int(key): file for key in file.keys()}  # noqa: SIM118 - it is no dictionary
@@ -173,7 +172,7 @@ def _seconds_per_token(header: Mapping[str, str] | None) -> float:
 
 
 def _scored_states(group: Group, hidden: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
-    """The number of each pass, and the states whose predictions are scored."""
+    """Yield each pass's number and the states whose predictions are scored."""
     for batch, states in zip(group.batches, hidden, strict=True):
         length, scored = group.text_pass.shape(batch[0])
         for number, row in zip(batch, states, strict=True):

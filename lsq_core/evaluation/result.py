@@ -9,8 +9,8 @@ import numpy as np
 
 from lsq_core.evaluation.divergence import Divergence
 
-#: From so many times full precision's perplexity on a model is of no use, and gains over it or by
-#: it are not spoken of.
+#: Ratio to full precision's perplexity from which a model is considered unusable, so that
+#: improvements over it or by it are not reported.
 UNUSABLE_RATIO = 3.0
 
 
@@ -18,11 +18,11 @@ UNUSABLE_RATIO = 3.0
 class Evaluation:
     """One model measured on one corpus by one protocol.
 
-    ``nll`` is the summed negative log-likelihood (nats) of each window, ``counts`` its predicted
-    tokens. ``kl`` (nats per token) and ``top1`` (share) compare with the reference model on the
-    same windows and are None without a reference. ``seconds`` is the wall-clock time of what this
-    model needs (decoding, every block, the head): work that it shared with models evaluated beside
-    it counts in full for each of them, so the times of several may add up to more than the whole.
+    ``nll`` is the summed negative log-likelihood (nats) of each window, ``counts`` its number of
+    predicted tokens. ``kl`` (nats per token) and ``top1`` (share) compare with the reference model
+    on the same windows and are None without one. ``seconds`` is the wall-clock time of the work
+    this model needs (decoding, every block, the head). Work shared with models evaluated at the
+    same time counts in full for each, so several models' times may exceed the total.
     """
 
     protocol: str
@@ -37,18 +37,18 @@ class Evaluation:
     corpus_sha256: str = ""
     corpus_source: str = ""
     truncated: bool = False
-    #: Peak GPU memory of a batch in bytes above that allocated before it: logits, attention and
-    #: a block's decoded weights; None on a CPU, where it cannot be measured for one model.
+    #: Peak GPU memory of a batch in bytes above that allocated before: logits, attention and a
+    #: block's decoded weights. None on a CPU, where it can't be measured per model.
     working_bytes: int | None = None
     #: Seconds by stage, if the evaluation is part of a run (:class:`lsq_core.progress.Clock`).
     times: dict[str, float] = field(default_factory=dict)
     provenance: dict = field(default_factory=dict)
-    #: Of ``seconds``, those of an earlier evaluation whose final hidden states served here.
+    #: The part of ``seconds`` spent in an earlier evaluation whose hidden states were reused.
     reused_seconds: float = 0.0
 
     @property
     def tokens(self) -> int:
-        """Predicted tokens."""
+        """Number of predicted tokens."""
         return int(self.counts.sum())
 
     @property
@@ -59,9 +59,9 @@ class Evaluation:
 
     @property
     def tokens_per_second(self) -> float:
-        """Predicted tokens over the time of this model's own forward passes."""
+        """Predicted tokens divided by ``seconds``."""
         return self.tokens / self.seconds
 
 
-#: The evaluation of a model, and that of the reference if there is one.
+#: The evaluations of a model and of the reference, if there is one.
 EvaluationPair = tuple[Evaluation, Evaluation | None]

@@ -15,13 +15,13 @@ from lsq_core.evaluation.branches import Branch, Walk
 from lsq_core.evaluation.walked import WalkedModel
 from lsq_core.model.dtypes import torch_name
 
-#: The most logits of one model in memory at a time: in float32 256 MiB, which fill a GPU, and
-#: 16 MiB on a CPU, where more is slower.
+#: The most logits of one model in memory at a time: 256 MiB in float32 on a GPU, enough to keep it
+#: busy, and 16 MiB on a CPU, where more is slower.
 MAX_BATCH_LOGITS = {"cpu": 2**22, "cuda": 2**26}
-#: The same for models that run as wholes, where a slice is at least a window.
+#: The same for models that run as a whole, whose slices are at least a window.
 _MAX_WHOLE_LOGITS = 2**26
 
-#: What is computed of each scored token: the last three where there is a reference.
+#: Figures per scored token; the last three only with a reference.
 NAMES = ("nll", "kl", "agreed", "squared_change")
 #: Figures by name, each (windows, scored) of one batch.
 Figures = dict[str, np.ndarray]
@@ -29,7 +29,7 @@ Figures = dict[str, np.ndarray]
 
 @dataclass(frozen=True, eq=False)
 class PredictedTokens:
-    """A model's predictions of some tokens.
+    """A model's predictions for some tokens.
 
     ``log_probs`` (windows, tokens, vocabulary) is float32; ``nll`` (windows, tokens) is float64,
     in nats.
@@ -40,7 +40,7 @@ class PredictedTokens:
 
     @classmethod
     def from_logits(cls, logits: Tensor, targets: Tensor) -> PredictedTokens:
-        """``logits`` (windows, tokens, vocabulary) predict ``targets`` (windows, tokens)."""
+        """Build from ``logits`` (windows, tokens, vocabulary) and ``targets`` (windows, tokens)."""
         log_probs = logits.float().log_softmax(-1)
         picked = -log_probs.gather(-1, targets[..., None])[..., 0]
         return cls(log_probs, picked.double())
@@ -54,10 +54,11 @@ class PredictedTokens:
         return self.log_probs.argmax(-1)
 
     def compare(self, expected: PredictedTokens) -> tuple[Tensor, Tensor, Tensor]:
-        """Compare with the expected predictions; tensors (windows, tokens) on the device.
+        """Compare with the expected predictions.
 
-        Returns the KL divergence from them in nats, whether the likeliest token agrees, and the
-        squared change of the log-probability of the token that follows.
+        Returns tensors (windows, tokens) on the device: the KL divergence from ``expected`` in
+        nats, whether the most likely token agrees, and the squared change of the target's
+        log-probability.
         """
         if expected is self:
             unchanged = torch.zeros_like(self.nll)
@@ -68,11 +69,11 @@ class PredictedTokens:
 
 
 def score_batch(walk: Walk, number: int, scored: int, compared: bool) -> Tensor:
-    """Compute each model's figures of the last ``scored`` tokens of a batch's windows.
+    """Compute each model's figures for the last ``scored`` tokens of a batch's windows.
 
-    The final norm and the LM head run on slices of these tokens, so that the vocabulary does not
-    limit a batch. If ``compared``, the first model is the reference. The figures are float64
-    (models, names, windows, scored), on the device: they are read by :func:`read_figures`.
+    The final norm and the LM head run on slices of these tokens, so that the vocabulary size does
+    not limit the batch size. If ``compared``, the first model is the reference. The figures are
+    float64 (models, names, windows, scored) on the device, for :func:`read_figures`.
     """
     ids = walk.batches[number]
     shape = len(walk.models), len(NAMES) if compared else 1, len(ids), scored
@@ -81,7 +82,7 @@ def score_batch(walk: Walk, number: int, scored: int, compared: bool) -> Tensor:
         expected = None
         first = tokens.start - (ids.shape[1] - scored - 1)
         columns = slice(first, first + tokens.stop - tokens.start)
-        for branch in walk.branches:  # the reference is in the first one
+        for branch in walk.branches:  # the first contains the reference
             predicted = _predict(walk, branch, number, rows, tokens)
             found = (predicted.nll,)
             if compared:
@@ -95,12 +96,12 @@ def score_batch(walk: Walk, number: int, scored: int, compared: bool) -> Tensor:
 
 
 def read_figures(walk: Walk, number: int, figures: Tensor) -> list[Figures]:
-    """Return each model's figures of a batch, from those of :func:`score_batch`.
+    """Return each model's figures for a batch from the output of :func:`score_batch`.
 
     Raises
     ------
     LsqError
-        When a model's predictions are not finite; names the first module whose output isn't.
+        If a model's predictions are not finite; names the first module whose output isn't.
     """
     read = figures.cpu().numpy()
     broken = ~np.isfinite(read).all(axis=(1, 3))  # (models, windows)
@@ -114,7 +115,7 @@ def read_figures(walk: Walk, number: int, figures: Tensor) -> list[Figures]:
 def _predict(
     walk: Walk, branch: Branch, number: int, rows: slice, tokens: slice
 ) -> PredictedTokens:
-    """Predict the tokens after those of a slice."""
+    """Predict the tokens that follow those of a slice."""
     ids = walk.batches[number][rows]
     targets = ids[:, tokens.start + 1 : tokens.stop + 1]
     model = walk.models[branch.members[0]]
@@ -124,9 +125,9 @@ def _predict(
 
 
 def _slices(walk: Walk, ids: Tensor, scored: int) -> Iterator[tuple[slice, slice]]:
-    """Slices of windows, and of the tokens whose logits predict the scored ones after them.
+    """Yield slices of windows, and of the tokens whose logits predict the scored ones.
 
-    They are whole windows where one window's logits fit, else parts of one window.
+    They are full windows if the logits of at least one fit, else parts of a single window.
     """
     model = walk.models[0]
     vocabulary = model.model.config.get_text_config().vocab_size
@@ -140,7 +141,7 @@ def _slices(walk: Walk, ids: Tensor, scored: int) -> Iterator[tuple[slice, slice
 
 
 def _not_finite_message(model: WalkedModel, ids: Tensor) -> str:
-    """Explain which module is the first, in execution order, whose output is not finite."""
+    """Return an error message naming the first executed module whose output is not finite."""
     found = model.first_not_finite(ids)
     dtype = torch_name(next(model.model.parameters()).dtype)
     first = f"the first not to be is that of {found}" if found else "its logits are not"

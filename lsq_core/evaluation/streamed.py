@@ -1,4 +1,4 @@
-"""Quantizing and evaluating plans with one block of the model in memory at a time."""
+"""Quantize and evaluate plans with one block of the model in memory at a time."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from lsq_core.quantized.modules import decoded_weights, measured_bytes
 
 @dataclass(frozen=True)
 class StreamedEvaluation:
-    """The evaluations of a plan and of full precision, and the bytes of the packed matrices."""
+    """The evaluations of a plan and of full precision, and the bytes of the plan's matrices."""
 
     pair: EvaluationPair
     measured_bytes: int
@@ -36,20 +36,20 @@ class StreamedEvaluation:
 
 @dataclass(frozen=True, eq=False)
 class PlannedModel(SequentialModel):
-    """A model whose blocks are quantized by a plan when they are reached, and dropped after."""
+    """A model whose blocks are quantized by a plan when reached, and discarded afterwards."""
 
     task: QuantizationTask
     quantizer: MatrixQuantizer
-    #: Bytes of the packed matrices of each block so far, by its signature; plans have one together.
+    #: Bytes of the packed matrices of each block so far, by its signature; shared by all plans.
     block_bytes: dict[Hashable, int]
     costly_blocks: ClassVar[bool] = True
 
     def signature(self, layer: int) -> Hashable:
-        """The block's configurations and high-impact rows; full precision's if it has none."""
+        """Return :meth:`_plan_signature`, or full precision's signature if no matrix is planned."""
         return self._plan_signature(layer) or super().signature(layer)
 
     def _plan_signature(self, layer: int) -> Hashable:
-        """The configurations and high-impact rows of a block's matrices, () if it has none."""
+        """Return the block's configurations, high-impact rows and quantizer, () if not planned."""
         own = {matrix: c for matrix, c in self.task.choice.items() if matrix.layer == layer}
         rows = [tuple(self.task.rows.get(matrix.name, ())) for matrix in own]
         grid = self.task.grid
@@ -57,9 +57,9 @@ class PlannedModel(SequentialModel):
         return (*own.items(), *rows, made_by) if own else ()
 
     def measured_bytes(self) -> int:
-        """Bytes of all packed matrices.
+        """Return the bytes of all packed matrices.
 
-        Blocks that an earlier process quantized, which was killed, are quantized again for it.
+        Blocks quantized only by an earlier, killed process are quantized again to measure them.
         """
         signatures = [self._plan_signature(layer) for layer in range(self.layers)]
         for layer, signature in enumerate(signatures):
@@ -88,10 +88,10 @@ def _reference(loaded: LoadedModel) -> SequentialModel:
 def _walked(
     tasks: Sequence[QuantizationTask], quantizers: Sequence[MatrixQuantizer]
 ) -> list[SequentialModel]:
-    """Full precision and the plans, all of one streamed model.
+    """Return the full-precision model and those of the plans, all of the same loaded model.
 
-    Matrices of a block that several plans store alike are quantized once, as long as a block's
-    bytes hold them.
+    Matrices that several plans store identically are quantized once, within a cache of the size of
+    the largest block.
     """
     reference = _reference(tasks[0].loaded)
     parts = reference.loaded, reference.forms, reference.device
@@ -115,22 +115,22 @@ def evaluate_streamed(
     checkpoints: Sequence[Sequence[Path | None]] | None = None,
     kept: Sequence[ReferenceStates] | None = None,
 ) -> Iterator[list[StreamedEvaluation]]:
-    """Quantize a model by several plans and measure them beside full precision, block by block.
+    """Quantize a model by several plans and evaluate them with full precision, block by block.
 
-    No more than one block of the model is in memory, full-precision or quantized, besides the
-    hidden states; embeddings and LM head are there when these run. A block is read and quantized
-    once for each group of windows, which holds as many as memory allows. ``tasks`` are of one
-    model (:func:`lsq_core.model.streaming.open_streamed`, or loaded as a whole); all else is as in
-    :func:`lsq_core.evaluation.perplexity.evaluate_models`, whose ``seconds`` count here also
+    Besides the hidden states, only one block of the model, full-precision or quantized, is in
+    memory; embeddings and LM head only while they run. A block is read and quantized once for each
+    group of windows, which is as large as memory allows. ``tasks`` are for the same model, either
+    streamed (:func:`lsq_core.model.streaming.open_streamed`) or fully loaded. The other parameters
+    are those of :func:`lsq_core.evaluation.perplexity.evaluate_models`; here ``seconds`` includes
     reading and quantizing the blocks.
 
     Raises
     ------
     InputError
-        When a quantizer doesn't quantize single matrices, the blocks cannot be run one by one, or
-        a text has a token that the model's embedding has no row for.
+        If a quantizer doesn't quantize matrices separately, the blocks cannot be run one by one, or
+        a text has a token without a row in the model's embedding.
     LsqError
-        When a model's predictions are not finite, or a weight is not.
+        If a model's predictions or weights are not finite.
     """
     if not all(isinstance(quantizer, MatrixQuantizer) for quantizer in quantizers):
         raise InputError(
@@ -155,7 +155,7 @@ def evaluate_streamed_full(
     checkpoints: Sequence[Sequence[Path | None]] | None = None,
     kept: Sequence[ReferenceStates] | None = None,
 ) -> Iterator[list[EvaluationPair]]:
-    """Measure a full-precision model with one block of it in memory; see `evaluate_streamed`."""
+    """Evaluate a full-precision model with one block in memory; see :func:`evaluate_streamed`."""
 
     @torch.inference_mode()
     def make_models() -> tuple[list[SequentialModel], str]:

@@ -1,4 +1,4 @@
-"""A text's windows, the sums over them, and groups of windows that are walked together."""
+"""A text's windows, sums over them, and groups of windows that are walked together."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lsq_core.evaluation.window_sums import Checkpoint, WindowSums
 class TextPass:
     """One text's windows, and the sums of each model (and the reference) over them.
 
-    ``kept`` are the full-precision model's hidden states of this text, where they may be kept.
+    ``kept`` is the store of the full-precision model's hidden states of this text, if any.
     """
 
     def __init__(
@@ -31,13 +31,13 @@ class TextPass:
         kept: ReferenceStates | None = None,
     ) -> None:
         self.kept, self.batch_tokens = kept, text.batch_tokens
-        #: Seconds of the reference that an earlier evaluation spent, whose states serve here.
+        #: The reference's seconds spent in an earlier evaluation whose states are reused here.
         self.reused_seconds = 0.0
         ids = text.ids if bos is None else np.concatenate([[bos], text.ids])
         self.stream, self.bos, self.protocol = torch.from_numpy(ids), bos, text.protocol
         self.windows = make_windows(len(ids), text.protocol)
         count = len(self.windows)
-        #: Numbers of the windows that begin at the same token, shortest first: one pass reads them.
+        #: Numbers of the windows starting at the same token, shortest first; they share one pass.
         self.passes = [
             list(numbers)
             for _, numbers in itertools.groupby(range(count), lambda k: self.windows[k].start)
@@ -51,14 +51,14 @@ class TextPass:
 
     @property
     def pending(self) -> list[int]:
-        """Passes over windows that some model has not scored yet."""
+        """Passes with windows that some model has not scored yet."""
         counts = np.stack([own.counts for own, _ in self.model_totals])
         unread = (counts == 0).any(axis=0)
         return [number for number, windows in enumerate(self.passes) if unread[windows].any()]
 
     @property
     def scored(self) -> int:
-        """Scored tokens of all passes."""
+        """Number of scored tokens of all passes."""
         return sum(self.shape(number)[1] for number in range(len(self.passes)))
 
     @property
@@ -67,12 +67,12 @@ class TextPass:
         return not self.pending
 
     def shape(self, number: int) -> tuple[int, int]:
-        """Tokens that a pass reads, and how many of them it scores."""
+        """Return a pass's number of tokens, and how many of them it scores."""
         windows = [self.windows[k] for k in self.passes[number]]
         return windows[-1].stop - windows[-1].start, sum(window.scored for window in windows)
 
     def ids(self, number: int) -> Tensor:
-        """The tokens (length,) of a pass."""
+        """Return the token ids (length,) of a pass."""
         longest = self.windows[self.passes[number][-1]]
         ids = self.stream[longest.start : longest.stop].clone()
         if self.bos is not None:
@@ -80,7 +80,7 @@ class TextPass:
         return ids
 
     def record(self, number: int, totals: WindowSums, figures: dict[str, np.ndarray]) -> None:
-        """Record the figures of a pass, (scored,), in each of its windows."""
+        """Split a pass's figures (scored,) among its windows, and record them."""
         begin = 0
         for window in self.passes[number]:
             end = begin + self.windows[window].scored
@@ -108,29 +108,29 @@ class TextPass:
 
 @dataclass(frozen=True, eq=False)
 class WindowGroup:
-    """Passes over a text's windows that are walked together, in batches of equal shape."""
+    """Passes over a text's windows that are walked together, in batches of equal shapes."""
 
     text_pass: TextPass
-    #: Numbers of passes.
+    #: Pass numbers of each batch.
     batches: tuple[tuple[int, ...], ...]
 
     @property
     def windows(self) -> list[int]:
-        """Numbers of the windows, ascending."""
+        """Window numbers, ascending."""
         passes = itertools.chain.from_iterable(self.batches)
         return sorted(window for number in passes for window in self.text_pass.passes[number])
 
     @property
     def scored(self) -> int:
-        """Scored tokens."""
+        """Number of scored tokens."""
         return sum(self.text_pass.windows[window].scored for window in self.windows)
 
     def count_windows(self, batch: int) -> int:
-        """Windows of a batch."""
+        """Return the number of windows in a batch."""
         return sum(len(self.text_pass.passes[number]) for number in self.batches[batch])
 
     def ids(self, device: torch.device) -> list[Tensor]:
-        """Token ids (windows, tokens) of each batch."""
+        """Return the token ids (passes, tokens) of each batch."""
         return [
             torch.stack([self.text_pass.ids(number) for number in batch]).to(device)
             for batch in self.batches
@@ -138,15 +138,16 @@ class WindowGroup:
 
     @property
     def title(self) -> str:
-        """``windows 1–16 of 62``."""
+        """Its windows for progress messages: ``windows 1–16 of 62``."""
         windows, total = self.windows, len(self.text_pass.windows)
         return f"windows {windows[0] + 1}–{windows[-1] + 1} of {total}"
 
 
 def make_groups(text_pass: TextPass, max_tokens: int, batch_tokens: int) -> list[WindowGroup]:
-    """Group the pending passes of a text, of at most so many tokens, in batches of equal shape.
+    """Split a text's pending passes into groups of at most ``max_tokens`` tokens, and batches.
 
-    A pass that is longer is a group, or a batch, of its own.
+    Passes in a batch have equal shapes. A pass longer than ``max_tokens`` or ``batch_tokens``
+    forms its own group or batch.
     """
     groups: list[list[int]] = []
     room = 0
@@ -163,7 +164,7 @@ def make_groups(text_pass: TextPass, max_tokens: int, batch_tokens: int) -> list
 def _batches(
     text_pass: TextPass, passes: Sequence[int], batch_tokens: int
 ) -> tuple[tuple[int, ...], ...]:
-    """Batch passes of equal length and scored tokens."""
+    """Batch passes that have equal lengths and equal numbers of scored tokens."""
     shapes: dict[tuple[int, int], list[int]] = {}
     for number in passes:
         shapes.setdefault(text_pass.shape(number), []).append(number)

@@ -1,4 +1,4 @@
-"""A file of hidden states, from which a killed walk goes on at the block that it had reached."""
+"""A file of hidden states from which a killed walk resumes at the block that was last saved."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from lsq_core.errors import exception_reason
 from lsq_core.evaluation.branches import Branch, Walk
 from lsq_core.files import write_tensors
 
-#: Seconds of work that are lost at most, as long as saving takes a small share of them.
+#: Minimum seconds between saves; the interval is longer if saving is slow.
 SAVE_INTERVAL_S = 20.0
-#: The share of the time that saving may take.
+#: Maximum share of the time spent on saving.
 _MAX_SAVING_SHARE = 0.1
 
 
 class WalkFile:
-    """The file of one group of windows; ``identity`` says what it has to be of.
+    """The file of one group of windows; ``identity`` identifies its models and windows.
 
-    It holds the hidden states of each branch and batch after some blocks, and is replaced
+    It contains the hidden states of each branch and batch after some block, and is replaced
     atomically. A file that is damaged, or of other models or windows, is not used.
     """
 
@@ -32,7 +32,7 @@ class WalkFile:
         self.saved_at, self.saving_seconds = time.monotonic(), 0.0
 
     def restore(self, walk: Walk) -> str:
-        """Take a walk on to where the file has it; returns why it isn't used, '' if it is."""
+        """Restore a walk from the file if it exists; return why the file is unusable, or ''."""
         if self.path is None or not self.path.is_file():
             return ""
         try:
@@ -43,7 +43,7 @@ class WalkFile:
         return ""
 
     def _restore(self, walk: Walk) -> bool:
-        """Restore the walk; False if the file is of another one."""
+        """Restore the walk; return False if the file belongs to another walk."""
         with safe_open(self.path, "pt", str(walk.batches[0].device)) as saved:
             header = saved.metadata() or {}
             if header.get("identity") != self.identity:
@@ -64,7 +64,7 @@ class WalkFile:
         return True
 
     def save(self, walk: Walk) -> None:
-        """Write the states if the last time is long ago."""
+        """Write the states if the last save was long enough ago."""
         interval = max(SAVE_INTERVAL_S, self.saving_seconds / _MAX_SAVING_SHARE)
         start_time = time.monotonic()
         if self.path is None or start_time - self.saved_at < interval:
@@ -80,13 +80,13 @@ class WalkFile:
         self.saving_seconds = self.saved_at - start_time
 
     def remove(self) -> None:
-        """Delete the file, whose windows are scored or are walked from the start."""
+        """Delete the file."""
         if self.path is not None:
             self.path.unlink(missing_ok=True)
 
 
 def _checked_branch(members: tuple[int, ...], hidden: list[Tensor], start: Branch) -> Branch:
-    """A branch with these states, if they have the shapes and dtypes of those it began with."""
+    """Return a branch with saved states, checking their shapes and dtypes against the start's."""
     for found, expected in zip(hidden, start.hidden, strict=True):
         if (found.shape, found.dtype) != (expected.shape, expected.dtype):
             raise ValueError("its hidden states have another shape or dtype")

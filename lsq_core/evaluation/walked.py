@@ -1,4 +1,4 @@
-"""The models of an evaluation as they are walked: block by block, or as one block."""
+"""Models as they are walked in an evaluation: block by block, or as a whole."""
 
 from __future__ import annotations
 
@@ -23,50 +23,50 @@ from lsq_core.model.walk import (
 )
 from lsq_core.quantized.modules import decoded_weights
 
-#: A token that any vocabulary has; a few of them show the form of the blocks' outputs.
+#: A token id that every vocabulary has, for detecting the form of the blocks' outputs.
 _ANY_TOKEN = 0
 
 
 class WalkedModel(Protocol):
-    """A model of which hidden states are computed block by block.
+    """A model whose hidden states are computed block by block.
 
-    Signatures are equal for modules that compute the same: those that share all tensors.
+    Signatures are equal for modules that compute the same function: those that share all tensors.
     """
 
-    #: How error messages name the model.
+    #: The model's name in error messages.
     what: str
     model: nn.Module
     device: torch.device
-    #: Blocks that are run one by one.
+    #: Number of blocks that are run one by one.
     layers: int
-    #: Whether logits can be computed for some tokens of a window alone.
+    #: Whether logits can be computed for only some tokens of a window.
     splits_tokens: bool
-    #: Whether a block is read or quantized anew each time that it is in memory.
+    #: Whether a block is read or quantized again each time it is used.
     costly_blocks: bool
 
     def stem_signature(self) -> Hashable:
-        """The signature of all that is outside the blocks."""
+        """Return the signature of everything outside the blocks."""
 
     def signature(self, layer: int) -> Hashable:
-        """The signature of a block."""
+        """Return the signature of a block."""
 
     def stem(self, batches: Sequence[Tensor]) -> tuple[list[list[Call]], list[Tensor]]:
-        """The calls of each block for each batch (windows, tokens), and the first one's inputs."""
+        """Return each block's calls for each batch (windows, tokens), and the first's inputs."""
 
     def weights(self, layer: int) -> AbstractContextManager:
-        """A block's stored weights in memory, for all models, within a ``with`` block."""
+        """Hold a block's stored weights in memory, for all models, within a ``with`` block."""
 
     def block(self, layer: int) -> AbstractContextManager[nn.Module]:
-        """A block, with its weights decoded within a ``with`` block."""
+        """Provide a block with decoded weights within a ``with`` block."""
 
     def head(self) -> AbstractContextManager:
-        """What :meth:`logits` needs in memory within a ``with`` block."""
+        """Hold the weights that :meth:`logits` needs in memory within a ``with`` block."""
 
     def logits(self, states: Tensor, ids: Tensor, tokens: slice) -> Tensor:
-        """Logits (windows, tokens of the slice, vocabulary) from the last block's outputs."""
+        """Return logits (windows, slice's tokens, vocabulary) from the last block's outputs."""
 
     def first_not_finite(self, ids: Tensor) -> str:
-        """The first module whose output for ids (windows, tokens) isn't finite, '' for none."""
+        """Return the first module whose output for ids (windows, tokens) isn't finite, or ''."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +86,7 @@ class SequentialModel:
 
     @property
     def model(self) -> nn.Module:
-        """The whole model."""
+        """The full model."""
         return self.loaded.model
 
     @property
@@ -122,7 +122,7 @@ class SequentialModel:
         return self.loaded.materialize_head()
 
     def logits(self, states: Tensor, ids: Tensor, tokens: slice) -> Tensor:
-        """See :class:`WalkedModel`; the final norm and the LM head run on these tokens alone."""
+        """See :class:`WalkedModel`; the final norm and the LM head run only on these tokens."""
         return run_from_block(
             self.loaded, self.layers, states[:, tokens], ids[:, tokens], self.forms
         )
@@ -145,7 +145,7 @@ class SequentialModel:
 
 @dataclass(frozen=True, eq=False)
 class WholeModel:
-    """A model whose blocks cannot be run one by one: it runs as a whole where its head would.
+    """A model whose blocks cannot be run one by one: :meth:`logits` runs the entire model.
 
     Its hidden states are the token ids themselves. Weights are decoded in each forward pass.
     """
@@ -199,7 +199,7 @@ def as_walked(
 ) -> tuple[list[WalkedModel], str]:
     """Return the reference, if there is one, and the models, all walked in the same way.
 
-    The text is empty, or says why they have to be run as wholes.
+    The returned text is the reason why they have to be run as a whole, '' if they haven't.
     """
     names = ["The model"] * len(models)
     everything = list(models)
@@ -214,7 +214,7 @@ def as_walked(
 
 
 def _sequential(models: Sequence[tuple[str, nn.Module]]) -> Iterator[SequentialModel]:
-    """Yield the models; those of one class have the same blocks, whose forms are found once."""
+    """Yield the models, detecting output forms once per model class and block classes."""
     forms: dict[Hashable, list[OutputForm]] = {}
     for what, model in models:
         loaded, device = BlockModel(model), _device(model)
@@ -225,12 +225,12 @@ def _sequential(models: Sequence[tuple[str, nn.Module]]) -> Iterator[SequentialM
 
 
 def detect_forms(loaded: BlockModel, device: torch.device) -> list[OutputForm]:
-    """See :func:`lsq_core.model.walk.detect_output_forms`; the tokens don't matter.
+    """Detect output forms (:func:`lsq_core.model.walk.detect_output_forms`) on arbitrary tokens.
 
     Raises
     ------
     NotSequential
-        Also if there isn't one hidden state for each token, as the head runs on some of the tokens.
+        Also if there isn't one hidden state per token, since the head runs on subsets of tokens.
     """
     ids = torch.full((1, 2), _ANY_TOKEN, dtype=torch.int64, device=device)
     forms = detect_output_forms(loaded, ids)
@@ -245,9 +245,9 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def _signature(module: nn.Module, without: nn.Module | None = None) -> Hashable:
-    """What tells a module from others of the same model: its submodules and their tensors' places.
+    """Return a module's signature: its submodules' names, types and tensor locations.
 
-    Two copies of a module that share every tensor have the same, as long as both are in memory.
+    Two copies of a module that share every tensor have equal signatures while both are in memory.
     """
     left_out = set() if without is None else set(without.modules())
     parts = []
@@ -261,6 +261,6 @@ def _signature(module: nn.Module, without: nn.Module | None = None) -> Hashable:
 
 
 def _place(tensor: Tensor) -> Hashable:
-    """Where a tensor's content is; that of no content is nowhere."""
+    """Return a tensor's address (0 if empty or meta), dtype, shape and strides."""
     where = tensor.data_ptr() if tensor.numel() and not tensor.is_meta else 0
     return where, tensor.dtype, tuple(tensor.shape), tensor.stride()

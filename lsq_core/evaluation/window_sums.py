@@ -1,4 +1,4 @@
-"""Figures of an evaluation: sums by window, and the KL divergence of each token."""
+"""Figures of an evaluation: sums per window, and the KL divergence of each token."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from lsq_core.evaluation.divergence import summarize_divergence
 from lsq_core.evaluation.result import Evaluation
 from lsq_core.files import DamagedFileError, read_arrays, write_arrays
 
-#: What is summed by window.
+#: Figures that are summed per window.
 _SUMMED = ("nll", "seconds", "kl", "agreed", "squared_change")
 
 
 class WindowSums:
     """One model's figures, summed over the scored tokens of each window (windows,).
 
-    ``scored`` is the number of these tokens by window.
+    ``scored`` is the number of these tokens in each window.
     """
 
     def __init__(self, scored: Sequence[int]) -> None:
@@ -46,7 +46,7 @@ class WindowSums:
 
     @property
     def state(self) -> dict[str, np.ndarray]:
-        """All arrays by name, to checkpoint."""
+        """All arrays to checkpoint, by name."""
         return {"counts": self.counts, "token_kl": self.token_kl} | self.sums
 
     def restore(self, saved: dict[str, np.ndarray]) -> None:
@@ -73,19 +73,19 @@ class WindowSums:
 
 
 class Checkpoint:
-    """A file of the sums so far, replaced atomically so that a killed process leaves it intact.
+    """A file with the sums so far, replaced atomically so that a killed process leaves it intact.
 
     A window is complete if its count is not zero.
     """
 
     def __init__(self, path: Path | None, model_totals: tuple[WindowSums, ...]) -> None:
         self.path, self.model_totals = path, model_totals
-        #: Why the file could not be restored, an empty string if it could.
+        #: Why the file could not be restored, '' if it could.
         self.damage = ""
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
-        """The arrays of all sums, by name and number."""
+        """The arrays of all sums, by name and model number."""
         return {
             f"{name}_{number}": array
             for number, totals in enumerate(self.model_totals)

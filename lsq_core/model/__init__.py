@@ -1,1 +1,1 @@
-"""Models: where they come from, what they are made of, how they are loaded."""
+"""Models: their sources, structure and loading."""

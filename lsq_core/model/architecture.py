@@ -1,8 +1,8 @@
-"""What a model's modules are: its decoder blocks, and the weight matrices that plans are made of.
+"""The structure of a model: its decoder blocks, and the weight matrices that plans cover.
 
-Nothing here goes by a model's name. A matrix is planned when the project can multiply by a decoded
-copy of it and compute what the model computed: a module whose ``forward`` is ``nn.Linear``'s own or
-``Conv1D``'s, or a stack of expert weights. All else stays as it is and is listed.
+Nothing here depends on a model's name. A matrix is planned if multiplying by a decoded copy of it
+gives what the model computes: a module whose ``forward`` is that of ``nn.Linear`` or ``Conv1D``, or
+a stack of expert weights. Everything else is left unchanged and listed.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from lsq_core.errors import InputError
 from lsq_core.model.info import Matrix, ModelInfo
 from lsq_core.model.source import ModelSource
 
-#: What configs call the number of positions.
+#: Config keys for the number of positions.
 _CONTEXT_LENGTH_KEYS = (
     "max_position_embeddings",
     "n_positions",
     "max_seq_len",
     "max_target_positions",
 )
-#: Tokens of a context that a signed 32-bit column of the database holds.
+#: The longest context, in tokens, that fits a signed 32-bit database column.
 _MAX_CONTEXT = 2**31 - 1
-#: Order of the computation where a block defines its modules in another one.
+#: Computation order of modules that some blocks define in another order.
 _QKV_RANK = {"q_proj": 0, "k_proj": 1, "v_proj": 2}
 
 
 class CompressedWeights(nn.Module):
-    """A module in the place of a planned matrix, whose weights are stored in another form."""
+    """A module that replaces a planned matrix and stores its weights in another form."""
 
     @property
     def numel(self) -> int:
-        """Weights of the matrix."""
+        """Number of weights in the matrix."""
         raise NotImplementedError
 
 
@@ -49,10 +49,10 @@ class CompressedWeights(nn.Module):
 class BlockParameter:
     """A parameter of two or more dimensions in a decoder block.
 
-    ``reason`` says why plans leave it alone; '' where they don't.
+    ``reason`` is why plans exclude it, '' if they don't.
     """
 
-    #: Name of the module inside its block, and of the parameter inside the module.
+    #: Name of the module within its block, and of the parameter within the module.
     module_name: str
     parameter_name: str
     module: nn.Module
@@ -70,14 +70,14 @@ class BlockParameter:
 
     @property
     def name(self) -> str:
-        """Its name inside the block; that of its module where the module has just this one."""
+        """Its name within the block: the module's name for an unstacked ``weight``."""
         if self.parameter_name == "weight" and not self.is_stacked:
             return self.module_name
         return f"{self.module_name}.{self.parameter_name}".lstrip(".")
 
     @property
     def type(self) -> str:
-        """The name without any index."""
+        """The name without indices."""
         return re.sub(r"\.\d+(?=\.|$)", "", self.name)
 
 
@@ -85,12 +85,12 @@ class BlockParameter:
 
 
 def describe_model(model: nn.Module, source: ModelSource) -> ModelInfo:
-    """What the modules say: parameters (tied ones once), blocks and matrices.
+    """Describe a model from its modules: parameters (tied ones once), blocks and matrices.
 
     Raises
     ------
     InputError
-        When the model has no decoder blocks, or no matrix in them that can be planned.
+        If the model has no decoder blocks, or none of their matrices can be planned.
     """
     prefix, blocks = find_blocks(model)
     found = list(iter_matrices(prefix, blocks))
@@ -117,11 +117,11 @@ def describe_model(model: nn.Module, source: ModelSource) -> ModelInfo:
 
 
 def context_length(model: nn.Module) -> int:
-    """Tokens that a model can read at once; 2048 where its config does not say."""
+    """Return a model's context length in tokens; 2048 if its config doesn't specify one."""
     text = model.config.get_text_config()
     named = [getattr(text, name, None) for name in _CONTEXT_LENGTH_KEYS]
     context = min(next((n for n in named if isinstance(n, int) and n > 0), 2048), _MAX_CONTEXT)
-    for module in model.modules():  # learned positions may begin behind a padding index
+    for module in model.modules():  # learned positions may start after a padding index
         if isinstance(module, nn.Embedding) and module.num_embeddings == context:
             context -= 0 if module.padding_idx is None else module.padding_idx + 1
             break
@@ -129,7 +129,7 @@ def context_length(model: nn.Module) -> int:
 
 
 def _other_bytes(model: nn.Module, matrices: list[Matrix]) -> int:
-    """Bytes of what plans don't touch, in the checkpoint's dtype (16 bits where it names none)."""
+    """Return the bytes of unplanned parameters in the config's dtype (16 bits if it has none)."""
     stored = getattr(model.config, "dtype", None)
     itemsize = stored.itemsize if isinstance(stored, torch.dtype) else 2
     total = sum(p.numel() for p in model.parameters())
@@ -139,7 +139,7 @@ def _other_bytes(model: nn.Module, matrices: list[Matrix]) -> int:
 def _list_excluded_weights(
     model: nn.Module, blocks: nn.ModuleList, indivisible: list[Matrix]
 ) -> tuple[str, ...]:
-    """Which weights of the blocks plans don't touch, a line for each type: name, share, reason."""
+    """List the block weights that plans exclude, one line per type: name, share, reason."""
     layers: Counter[tuple[str, str]] = Counter()
     weights: Counter[tuple[str, str]] = Counter()
     indivisible_by_layer: dict[int, list[Matrix]] = {}
@@ -164,16 +164,16 @@ def _list_excluded_weights(
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The decoder blocks and their name in the model.
+    """Return the decoder blocks, preceded by their name in the model.
 
-    They are the outermost ``ModuleList`` of which every member holds weights of its own, some of
-    them matrices to plan (or compressed by a plan), and of several such lists (a vision tower
-    beside the decoder, say) the one with most weights.
+    They are the outermost ``ModuleList`` whose every member contains matrices that can be planned
+    (or that a plan has compressed). If there are several such lists (a vision tower beside the
+    decoder, say), the one with the most weights is used.
 
     Raises
     ------
     InputError
-        When the model has no such list.
+        If the model has no such list.
     """
     best: tuple[int, str, nn.ModuleList] | None = None
     outermost: list[str] = []
@@ -196,14 +196,14 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def _holds_matrices(block: nn.Module) -> bool:
-    """Whether a block has matrices that are planned, or that a plan has compressed."""
+    """Return whether a block has matrices that can be planned or that a plan has compressed."""
     return any(isinstance(module, CompressedWeights) for module in block.modules()) or any(
         not weights.reason for weights in iter_block_parameters(block)
     )
 
 
 def _count_weights(module: nn.Module) -> int:
-    """Weights of a module, including those that are stored compressed."""
+    """Count a module's weights, including compressed ones."""
     compressed = sum(m.numel for m in module.modules() if isinstance(m, CompressedWeights))
     return compressed + sum(p.numel() for p in module.parameters())
 
@@ -218,7 +218,7 @@ _NOT_LINEAR = "it is not the weight of a linear module"
 
 
 def iter_block_parameters(block: nn.Module) -> Iterator[BlockParameter]:
-    """Every parameter of two or more dimensions in a block, in the order of its modules."""
+    """Yield every parameter of two or more dimensions in a block, in module order."""
     stacks = [module for module in block.modules() if _is_expert_stack(module)]
     experts = {p.shape[0] for s in stacks for p in s.parameters(recurse=False) if p.dim() == 3}
     for name, module in block.named_modules():
@@ -232,7 +232,7 @@ def iter_block_parameters(block: nn.Module) -> Iterator[BlockParameter]:
 def _exclusion_reason(
     name: str, module: nn.Module, parameter_name: str, parameter: nn.Parameter, experts: set[int]
 ) -> str:
-    """Why a parameter is left alone; '' where it is planned."""
+    """Return why a parameter is excluded from plans, '' if it isn't."""
     if parameter.dim() == 3 and _is_expert_stack(module):
         return "" if min(parameter.shape[1:]) > 1 else _NOT_LINEAR
     if parameter_name != "weight" or not isinstance(module, (nn.Linear, Conv1D)):
@@ -246,10 +246,10 @@ def _exclusion_reason(
 
 
 def has_linear_forward(module: nn.Module) -> bool:
-    """Whether a module computes just what ``nn.Linear`` does, or transformers' ``Conv1D``.
+    """Return whether a module computes exactly what ``nn.Linear`` or transformers' ``Conv1D`` does.
 
-    A subclass with a ``forward`` of its own is tried on a small example: some (Falcon's) compute
-    the same in other words, and some (routers, grouped projections) don't.
+    A subclass with its own ``forward`` is tested on a small example: some (Falcon's) are
+    equivalent, others (routers, grouped projections) aren't.
     """
     if type(module).forward in (nn.Linear.forward, Conv1D.forward):
         return True
@@ -262,7 +262,7 @@ def has_linear_forward(module: nn.Module) -> bool:
     }
     try:
         output = type(module).forward(small, inputs)
-    except Exception:  # whatever else it needs, it isn't a linear module's
+    except Exception:  # a forward that fails on plain inputs is not that of a linear module
         return False
     expected = F.linear(inputs, weight, small.bias)
     return (
@@ -273,25 +273,25 @@ def has_linear_forward(module: nn.Module) -> bool:
 
 
 def _is_expert_stack(module: nn.Module) -> bool:
-    """Whether a module holds the weights of experts, (experts, …) in one parameter."""
+    """Return whether a module stacks the weights of its experts, (experts, …) per parameter."""
     if isinstance(module, nn.modules.conv._ConvNd):
         return False
     return hasattr(module, "is_transposed") or "Expert" in type(module).__name__
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Whether a module keeps its weight as (in, out): Conv1D, and experts that say so."""
+    """Return whether a module stores its weight as (in, out): Conv1D, and experts marked so."""
     return isinstance(module, Conv1D) or bool(getattr(module, "is_transposed", False))
 
 
 def iter_matrices(
     prefix: str, blocks: nn.ModuleList, *, left_out: bool = False
 ) -> Iterator[Matrix]:
-    """Every weight matrix of the decoder blocks, in the order of the computation as far as known.
+    """Yield every weight matrix of the decoder blocks, in computation order as far as known.
 
-    A stack of expert weights gives one matrix for each expert; its index is no part of the type.
-    A parameter that several modules share is one matrix, named after the first of them.
-    ``left_out`` adds linear modules that plans leave alone.
+    A stack of expert weights yields one matrix per expert; the index is not part of the type.
+    A parameter shared by several modules is one matrix, named after the first of them.
+    ``left_out`` also yields linear modules that plans exclude.
     """
     seen: set[int] = set()
     for layer, block in enumerate(blocks):
@@ -318,7 +318,7 @@ def _is_linear(weight: BlockParameter) -> bool:
 
 
 def _computation_order(weight: BlockParameter) -> tuple[int, int]:
-    """Sort key that moves q, k, v to the front of their block and keeps all else in its place."""
+    """Return a sort key that moves q, k, v to the front of their block."""
     leaf = weight.module_name.rpartition(".")[2]
     return (0, _QKV_RANK[leaf]) if leaf in _QKV_RANK else (1, 0)
 
@@ -327,19 +327,19 @@ def _computation_order(weight: BlockParameter) -> tuple[int, int]:
 
 
 def get_weight(model: nn.Module, matrix: Matrix) -> torch.Tensor:
-    """A matrix's weight as a view of shape (out_features, in_features), in the model's dtype."""
+    """Return a matrix's weight as a view (out_features, in_features), in the model's dtype."""
     holder, parameter = locate_parameter(model, matrix)
     return matrix_view(getattr(holder, parameter), holder, matrix)
 
 
 def matrix_view(tensor: torch.Tensor, holder: nn.Module, matrix: Matrix) -> torch.Tensor:
-    """A matrix's share of a tensor shaped as the parameter that holds it, (out, in), a view."""
+    """Return a matrix's part of a tensor shaped like its parameter, as a view (out, in)."""
     share = tensor if matrix.expert is None else tensor[matrix.expert]
     return share.T if is_transposed(holder) else share
 
 
 def locate_parameter(model: nn.Module, matrix: Matrix) -> tuple[nn.Module, str]:
-    """The module that holds a matrix, and the name of its parameter."""
+    """Return the module that holds a matrix, and the name of its parameter."""
     if matrix.expert is None:
         return model.get_submodule(matrix.name), "weight"
     path, parameter, _ = matrix.name.rsplit(".", 2)
@@ -347,10 +347,10 @@ def locate_parameter(model: nn.Module, matrix: Matrix) -> tuple[nn.Module, str]:
 
 
 def parameter_name(matrix: Matrix) -> str:
-    """The full name of the parameter that holds a matrix, alone or in a stack."""
+    """Return the full name of the parameter that holds a matrix, alone or in a stack."""
     return f"{matrix.name}.weight" if matrix.expert is None else matrix.name.rpartition(".")[0]
 
 
 def first_tensor(output: object) -> torch.Tensor:
-    """The tensor that a module gives, alone or first of a tuple or list."""
+    """Return a module's output tensor: the output itself, or the first of a tuple or list."""
     return output[0] if isinstance(output, (tuple, list)) else output

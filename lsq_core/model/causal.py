@@ -1,4 +1,4 @@
-"""Whether a model predicts each token from those before it alone, as a perplexity supposes."""
+"""Check that a model predicts each token only from those before it, as perplexity requires."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lsq_core.errors import InputError, LsqError, exception_reason
 
-#: Tokens that a model reads for the check; the second half of them is exchanged.
+#: Tokens of the check's input; the second half of them is changed.
 _CHECK_TOKENS = 8
 
 
@@ -22,38 +22,38 @@ def check_causal(
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """Raise :class:`InputError` when what a model says of a token depends on later tokens.
+    """Raise :class:`InputError` if a model's output for a token depends on later tokens.
 
-    The model reads two sequences of equal length that begin alike. Where attention is causal,
-    what it says of the common beginning is the same: masked positions have a weight of exactly 0,
-    and equal shapes are computed by equal kernels. Experts, whose batches depend on the routing of
-    all tokens, may round differently, hence a tolerance relative to the change further on.
+    The model is run on two sequences of equal length with a common prefix. If attention is causal,
+    its output for the prefix is the same: masked positions have a weight of exactly 0, and equal
+    shapes are computed by the same kernels. Experts, whose batches depend on the routing of all
+    tokens, may round differently, hence a tolerance relative to the change after the prefix.
 
     Parameters
     ----------
     forward
-        Gives logits, or any states, (1, tokens, features) for token ids (1, tokens).
+        Returns logits, or any states, (1, tokens, features) for token ids (1, tokens).
     vocabulary
-        Rows of the embedding.
+        Number of rows of the embedding.
     context
-        Tokens that the model can read at once.
+        Context length of the model in tokens.
     dtype
-        What the model computes in.
+        The dtype that the model computes in.
 
     Raises
     ------
     InputError
-        When it depends on them, or the model cannot read a few tokens at all.
+        If the output depends on later tokens, or the model cannot run on a few tokens at all.
     """
     length = min(_CHECK_TOKENS, context)
     common = length // 2
     if common < 1 or vocabulary < 2:
         return
-    # Spread over the vocabulary, because a stretch of it may be untrained and all alike.
+    # Spread over the vocabulary, because a range of it may be untrained and all alike.
     first = torch.arange(length, device=device)[None] * vocabulary // length
     second = first.clone()
     second[:, common:] = (second[:, common:] + 1 + vocabulary // 3) % vocabulary
-    with torch.no_grad():  # tensors that a module stores stay usable for gradients
+    with torch.no_grad():  # unlike inference mode, leaves cached tensors usable for gradients
         change = (
             _run_forward(name, forward, first).float() - _run_forward(name, forward, second).float()
         )
@@ -67,12 +67,12 @@ def check_causal(
 
 
 def _run_forward(name: str, forward: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
-    """What the model says of some tokens, or why it says nothing, as an error for people."""
+    """Return the model's output for some tokens, turning its errors into :class:`InputError`."""
     try:
         return forward(ids)
     except (LsqError, torch.OutOfMemoryError, MemoryError):
         raise
-    except Exception as error:  # the model's own code, whatever it does
+    except Exception as error:  # the model's own code may raise anything
         raise InputError(
             f"'{name}' cannot be run on {ids.numel()} tokens: {exception_reason(error)}."
         ) from error

@@ -1,8 +1,8 @@
-"""The tensors that a model's files hold, by the files' headers: no weight is read, nor torch.
+"""Read and check the headers of a model's weight files, without importing torch.
 
-Checks that need no knowledge of the architecture: damaged files, one tensor in two
-versions, and checkpoints that hold the codes of a quantized model. How tensors fit the
-architecture is in :mod:`lsq_core.model.fit`.
+The checks here need no knowledge of the architecture: damaged files, two versions of one tensor,
+and checkpoints with the codes of a quantized model. Whether the tensors fit the architecture is
+checked in :mod:`lsq_core.model.fit`.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from lsq_core.model.dtypes import BITS
 from lsq_core.untrusted import read_json_object, resolve_inside
 
 INDEX = "model.safetensors.index.json"
-#: Files in which quantizing tools write what config.json doesn't say.
+#: Files in which quantization tools store what config.json lacks.
 _QUANTIZER_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
-#: Bytes of the longest header, which safetensors has set, and the most tensors in one.
+#: Maximum header size in bytes (safetensors' own limit) and number of tensors in a header.
 _MAX_HEADER_BYTES, _MAX_TENSORS = 100_000_000, 300_000
 _MAX_DIMENSIONS = 16
-#: Bytes of two tensors that are compared at a time.
+#: Bytes of two tensors compared at a time.
 _CHUNK = 2**22
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """A stored tensor: its file, its dtype by the name safetensors gives it, and its shape.
+    """A stored tensor: its file, safetensors dtype name and shape.
 
-    It lies in ``bytes`` bytes of the file from ``start`` on.
+    It occupies ``bytes`` bytes of the file from offset ``start``; both are 0 in pickled files.
     """
 
     file: Path
@@ -43,13 +43,13 @@ class TensorEntry:
 
 
 def read_entries(folder: Path, files: Iterable[Path]) -> dict[str, TensorEntry]:
-    """Every tensor of some safetensors files, by name.
+    """Return every tensor of the given safetensors files, by name.
 
     Raises
     ------
     InputError
-        When a file is damaged, the index and the files disagree, or two files hold different
-        tensors of one name.
+        If a file is damaged, the index and the files disagree, or two files hold different
+        tensors of the same name.
     """
     stored_entries: dict[str, TensorEntry] = {}
     for path in files:
@@ -69,7 +69,7 @@ def read_entries(folder: Path, files: Iterable[Path]) -> dict[str, TensorEntry]:
 
 
 def _check_index(folder: Path, stored_entries: dict[str, TensorEntry]) -> None:
-    """Raise unless every tensor that the index names is in some file, and no file is left over."""
+    """Raise if a tensor in the index is in no file, or it omits an existing model.safetensors."""
     index, named = folder / INDEX, read_index(folder)
     if named is None:
         return
@@ -89,12 +89,12 @@ def _check_index(folder: Path, stored_entries: dict[str, TensorEntry]) -> None:
 
 
 def read_index(folder: Path) -> dict[str, str] | None:
-    """The file of each tensor by the index of a folder, or None where it has no index.
+    """Return the file name of each tensor from a folder's index, None if it has no index.
 
     Raises
     ------
     InputError
-        When the index is damaged, or names a file that is not there or not in the folder.
+        If the index is damaged, or names a file that is missing or outside the folder.
     """
     index = folder / INDEX
     if not index.is_file():
@@ -116,7 +116,7 @@ def read_index(folder: Path) -> dict[str, str] | None:
 
 
 def have_same_content(one: TensorEntry, other: TensorEntry) -> bool:
-    """Whether two stored tensors are the same; most often they are one."""
+    """Return whether two stored tensors are equal; usually they are the same object."""
     if one is other:
         return True
     if (one.dtype, one.shape, one.bytes) != (other.dtype, other.shape, other.bytes):
@@ -134,18 +134,18 @@ def have_same_content(one: TensorEntry, other: TensorEntry) -> bool:
 
 
 def safetensors_header(path: Path) -> dict[str, dict]:
-    """Names, dtypes, shapes and offsets of a safetensors file, without reading its weights.
+    """Return names, dtypes, shapes and offsets from a safetensors file without reading weights.
 
     Raises
     ------
     InputError
-        When the file is truncated or is no safetensors file.
+        If the file is truncated or not a safetensors file.
     """
     return _read_header(path)[0]
 
 
 def _read_header(path: Path) -> tuple[dict[str, dict], int]:
-    """The header, and the byte that tensors begin at."""
+    """Return the header, and the byte offset where the tensors start."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -170,12 +170,14 @@ def _read_header(path: Path) -> tuple[dict[str, dict], int]:
 
 
 def _check_entries(header: object) -> int:
-    """Take the metadata out of a header and check all else; where the last tensor ends, in bytes.
+    """Remove the metadata from a header, check all entries, and return the last tensor's end.
+
+    The end is in bytes from the first tensor.
 
     Raises
     ------
     ValueError
-        When an entry is not that of a tensor, or tensors overlap or leave a hole.
+        If an entry does not describe a tensor, or tensors overlap or leave a gap.
     """
     if not isinstance(header, dict):
         raise ValueError("its header is not a JSON object")
@@ -215,7 +217,7 @@ def _check_entry(name: str, entry: object) -> None:
 
 
 def check_not_quantized(folder: Path, config: dict) -> None:
-    """Raise :class:`InputError` when a config, or a file beside it, says the weights are codes."""
+    """Raise :class:`InputError` if a config, or a file beside it, marks the model as quantized."""
     text = config.get("text_config")
     for part in (config, text if isinstance(text, dict) else {}):
         for key in ("quantization_config", "compression_config"):

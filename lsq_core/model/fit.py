@@ -1,9 +1,9 @@
-"""Does a checkpoint fit the architecture that its config names?
+"""Check that a checkpoint fits the architecture named in its config.
 
-transformers leaves out, without a word, tensors that the architecture has no place for, and casts
-codes of a quantized model to floating point as if they were weights. Either way another function
-is computed than the checkpoint's. So every stored tensor is followed to the parameter that it
-becomes, by transformers' own renaming and from the headers alone.
+transformers silently drops tensors that the architecture has no place for, and casts the codes of
+a quantized model to floating point as if they were weights. Either way the model computes a
+different function from the checkpoint's. So every stored tensor is traced to the parameter it
+becomes, using transformers' own renaming and only the file headers.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from lsq_core.errors import InputError
 from lsq_core.model.checkpoint import TensorEntry, have_same_content
 from lsq_core.model.dtypes import FLOATS, safetensors_name
 
-#: Floating-point dtypes that are weights as they stand, as safetensors names them.
-#: Last parts of the names under which quantizing tools keep what turns codes into weights.
+#: Name endings that quantization tools use for the tensors that turn codes into weights.
 _QUANTIZATION_SUFFIXES = re.compile(
     r"(scale|scales|scale_inv|scale_2|scb|zero|zeros|zero_point|qweight|qzeros|g_idx|absmax|"
     r"quant_map|packed|blocks)$",
@@ -34,7 +33,7 @@ _QUANTIZATION_SUFFIXES = re.compile(
 def check_fit(
     model: nn.Module, entries: Mapping[str, TensorEntry], blocks: str, folder: Path
 ) -> tuple[str, ...]:
-    """What of a checkpoint the model doesn't use though its function is whole, a sentence each.
+    """Return notes, a sentence each, on harmless tensors of a checkpoint that the model ignores.
 
     Parameters
     ----------
@@ -48,8 +47,9 @@ def check_fit(
     Raises
     ------
     InputError
-        When tensors are codes or of another shape, two become one parameter, or the architecture
-        has no place for some that its function depends on.
+        If tensors are quantized codes or have the wrong shape, two stored tensors become the same
+        parameter, tied parameters differ, or the architecture has no place for a tensor that
+        affects the output.
     """
     expected = model.state_dict()
     targets = list(target_names(model, entries))
@@ -79,10 +79,10 @@ def _shape(shape: Iterable[int]) -> str:
 
 
 def target_names(model: nn.Module, keys: Iterable[str]) -> Iterator[tuple[str, str, bool]]:
-    """(key, name, standalone) of each stored tensor: what transformers' loading calls it in the
-    model.
+    """Yield (key, name, standalone) for each stored tensor.
 
-    ``standalone`` says that it becomes that parameter by itself, and isn't a part of it.
+    ``name`` is the model's name for it after transformers' renaming; ``standalone`` is whether it
+    becomes that parameter by itself rather than being only a part of it.
     """
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -113,11 +113,11 @@ def _check_tied(
     entries: Mapping[str, TensorEntry],
     folder: Path,
 ) -> None:
-    """Raise where the config ties two parameters that the files hold different values of."""
+    """Raise if the config ties two parameters whose stored values differ."""
     key_by_name = {name: key for key, name, standalone in targets if standalone}
     for name, other in getattr(model, "all_tied_weights_keys", {}).items():
         one, two = (entries.get(key_by_name.get(n, "")) for n in (name, other))
-        # Pickled tensors have no place in their file; transformers compares those by itself.
+        # Pickled tensors have no known file offset; transformers compares those itself.
         if one and two and one.bytes and not have_same_content(one, two):
             raise InputError(
                 f"config.json in {folder} ties {name} to {other}, but the files hold different "
@@ -140,7 +140,7 @@ def _quantized_codes_message(
 
 
 def _unused_names(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """Of names that are no parameters those that the architecture doesn't leave out knowingly."""
+    """Return the names that the architecture neither ignores deliberately nor has as buffers."""
     found = LoadStateDictInfo(set(), set(names), set(), [], {}, set())
     model._adjust_missing_and_unexpected_keys(found)
     computed = {name for name, _ in model.named_buffers()}
@@ -148,11 +148,11 @@ def _unused_names(model: nn.Module, names: Iterable[str]) -> list[str]:
 
 
 def _affects_output(name: str, model: nn.Module, blocks: str) -> bool:
-    """Whether a tensor without a place belongs to what the model computes.
+    """Return whether a tensor without a matching parameter would affect the model's output.
 
-    It does inside the decoder blocks, or beside a parameter of a module that the model has. It
-    does not in a module that the model hasn't: a vision tower, another head, or a block beyond
-    the last one that the config keeps for predicting several tokens at once.
+    It would if it lies in a decoder block, or directly in a module that the model has. It would
+    not if it belongs to a module that the model lacks: a vision tower, another head, or one of the
+    blocks past the last that the config declares for multi-token prediction.
     """
     layer = re.match(rf"{re.escape(blocks)}\.(\d+)\.", name)
     if layer:
@@ -191,9 +191,9 @@ def _unused_note(unused: list[str], model: nn.Module) -> str:
 
 
 def read_pickled_entries(files: Iterable[Path]) -> dict[str, TensorEntry]:
-    """Every tensor of pickled weight files, by name; needs leave to open them.
+    """Return every tensor of pickled weight files, by name; the files must be trusted.
 
-    Files that hold something else (an optimizer's state, say) are passed over.
+    Files that contain anything else (an optimizer's state, say) are skipped.
     """
     found: dict[str, TensorEntry] = {}
     for path in files:

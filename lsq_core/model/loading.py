@@ -1,4 +1,4 @@
-"""Build models without weights, and load them with their weights."""
+"""Build models without weights, and load them with weights."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ from lsq_core.untrusted import MAX_TOKENIZER_BYTES, check_size, wrap_library_err
 transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()
 
-#: Tensors, matrices in them and weights of the largest model that is built; published ones have
-#: up to 10¹² weights.
+#: Limits on the tensors, matrices in them and weights of a model; published models have up to
+#: 10¹² weights.
 _MAX_TENSORS, _MAX_MATRICES, _MAX_WEIGHTS = 50_000, 200_000, 10**13
 
 
 @dataclass(frozen=True, eq=False)
 class BlockModel:
-    """A model whose decoder blocks can be had in memory one by one."""
+    """A model whose decoder blocks can be held in memory one at a time."""
 
     model: nn.Module
 
@@ -71,32 +71,32 @@ class BlockModel:
         return self._prefix_and_blocks[1]
 
     def block_name(self, layer: int) -> str:
-        """The full name of a decoder block."""
+        """Return the full name of a decoder block."""
         return f"{self._prefix_and_blocks[0]}.{layer}"
 
     def materialize(self, name: str) -> AbstractContextManager:
-        """Have the weights of a block, or of one parameter in it, in memory; all are, here."""
+        """Hold a block's weights, or one of its parameters, in memory (here they always are)."""
         return nullcontext()
 
     def materialize_embeddings(self) -> AbstractContextManager:
-        """Have what comes before the first block in memory; it is, here."""
+        """Hold everything outside the blocks but the LM head in memory (here it always is)."""
         return nullcontext()
 
     def materialize_head(self) -> AbstractContextManager:
-        """Have all that is outside the blocks in memory, the LM head included; it is, here."""
+        """Hold everything outside the blocks, LM head included, in memory (here it always is)."""
         return nullcontext()
 
 
 @dataclass(frozen=True, eq=False)
 class LoadedModel(BlockModel):
-    """A model with its weights, its tokenizer, and what is known of it."""
+    """A model with its weights, tokenizer and description."""
 
     tokenizer: object
     info: ModelInfo
     folder: Path
     device: str
     dtype: str
-    #: Whether weights are read as they are needed.
+    #: Whether weights are read only when needed.
     streamed: ClassVar[bool] = False
 
 
@@ -104,12 +104,14 @@ class LoadedModel(BlockModel):
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """``auto`` is the first GPU where there is one, else the CPU; ``cuda`` is ``cuda:0``.
+    """Return a device by name; ``auto`` is the first GPU, or the CPU without GPUs.
+
+    ``cuda`` is ``cuda:0``.
 
     Raises
     ------
     InputError
-        When the device does not exist on this machine.
+        If the device does not exist on this machine, or is neither a CPU nor a CUDA device.
     """
     if name == "auto":
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
@@ -126,18 +128,18 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device, config: object) -> torch.dtype:
-    """The dtype a model computes in: ``auto`` is float32 on a CPU, on a GPU the checkpoint's own.
+    """Return the compute dtype; ``auto`` is float32 on a CPU, on a GPU the checkpoint's own.
 
-    On a CPU bfloat16 is a choice: where the processor has units for it (``avx512_bf16``, AMX) it
-    takes half the time. It moves SmolLM2's perplexity by 0.14 %, that of a 4-bit plan by 0.36 %:
-    more than the paired interval leaves to chance, and as much as good plans differ. So float32
-    stays what ``auto`` means there, and figures of the two are never paired. A checkpoint in
-    float64, or one whose dtype nothing tells, is computed in float32.
+    On a CPU with hardware support for bfloat16 (``avx512_bf16``, AMX), bfloat16 takes half the
+    time. But it changes SmolLM2's perplexity by 0.14 % and that of a 4-bit plan by 0.36 %: more
+    than the paired interval attributes to chance, and as much as good plans differ. So ``auto``
+    remains float32 there, and figures in different dtypes are never paired. Checkpoints in float64
+    or of unknown dtype are computed in float32.
 
     Raises
     ------
     InputError
-        When ``name`` is neither ``auto`` nor float32, bfloat16 or float16.
+        If ``name`` is none of ``auto``, float32, bfloat16 and float16.
     """
     if name != "auto":
         if name not in COMPUTE:
@@ -150,9 +152,9 @@ def pick_dtype(name: str, device: torch.device, config: object) -> torch.dtype:
 
 
 def slow_dtype_note(device: str, dtype: str) -> str:
-    """Say that a processor computes in a dtype by emulation; nothing where it has units for it.
+    """Return a note that a processor emulates a dtype, '' if it supports the dtype.
 
-    With AVX2 alone a linear layer of SmolLM2 takes 6 to 8 times as long in half precision.
+    With only AVX2, a linear layer of SmolLM2 takes 6 to 8 times as long in half precision.
     """
     emulated = platform.machine() in ("x86_64", "AMD64") and (
         torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
@@ -169,14 +171,14 @@ def slow_dtype_note(device: str, dtype: str) -> str:
 
 
 def inspect_model(source: ModelSource) -> ModelInfo:
-    """Layers, parameters, bytes and matrices from the config alone; no weights are loaded.
+    """Describe a model's layers, parameters, bytes and matrices without loading its weights.
 
-    The fingerprint is filled in for a model whose files are here, and empty for one not fetched.
+    The fingerprint is empty unless the model's files are available locally.
 
     Raises
     ------
     InputError
-        When there is no such model, or it has no linear decoder blocks.
+        If there is no such model, or it has no linear decoder blocks.
     """
     folder = find_config(source)
     model = build_meta_model(source, folder)
@@ -191,14 +193,14 @@ def inspect_model(source: ModelSource) -> ModelInfo:
 
 
 def describe_files(model: nn.Module, source: ModelSource, folder: Path) -> ModelInfo:
-    """The description of a model whose files are all here: its modules and what holds them.
+    """Describe a model with complete local files, from its modules and its file headers.
 
-    ``model`` is its skeleton in the dtype that its config names.
+    ``model`` is its skeleton in the checkpoint's dtype.
 
     Raises
     ------
     InputError
-        When the files are not the weights of this model (:func:`lsq_core.model.fit.check_fit`).
+        If the files are not the weights of this model (:func:`lsq_core.model.fit.check_fit`).
     """
     info = describe_model(model, source)
     files = weight_files(folder)
@@ -216,14 +218,14 @@ def describe_files(model: nn.Module, source: ModelSource, folder: Path) -> Model
 
 
 def build_meta_model(source: ModelSource, folder: Path, **settings: object) -> nn.Module:
-    """The model's modules on the meta device: shapes without memory.
+    """Build the model's modules on the meta device: shapes without memory.
 
-    ``settings`` are those of transformers' ``from_config``, such as ``dtype``.
+    ``settings`` are passed to transformers' ``from_config``, for example ``dtype``.
 
     Raises
     ------
     InputError
-        When transformers cannot build a causal language model from the config.
+        If transformers cannot build a causal language model from the config.
     """
     with translate_build_errors(source, folder):
         config = model_config(source, folder)
@@ -238,15 +240,14 @@ def build_meta_model(source: ModelSource, folder: Path, **settings: object) -> n
 
 
 def model_config(source: ModelSource, folder: Path) -> object:
-    """transformers' config of the model in a folder; never asks at the terminal.
+    """Return transformers' config of the model in a folder, without prompting at the terminal.
 
-    Its ``dtype`` is that of the checkpoint: the one that it names, or that of most of the weights
-    where it names none.
+    Its ``dtype`` is the checkpoint's: the one it names, else that of most bytes of the weights.
 
     Raises
     ------
     InputError
-        When transformers cannot read it, or it needs code that is not trusted.
+        If transformers cannot read it, or it needs code that is not trusted.
     """
     with translate_build_errors(source, folder):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
@@ -255,31 +256,32 @@ def model_config(source: ModelSource, folder: Path) -> object:
 
 
 def _config_with_dtype(folder: Path) -> dict:
-    """The folder's config; where it names no dtype, with the one that the weights have."""
+    """Return the folder's config, with the checkpoint's dtype added if it names none itself."""
     config, dtype = read_config(folder), stored_dtype(folder)
     named = any(config.get(key) for key in ("dtype", "torch_dtype"))
     return config if named or dtype is None else config | {"dtype": str(dtype)[6:]}
 
 
 def stored_dtype(folder: Path) -> torch.dtype | None:
-    """The dtype of a checkpoint: the one that its config names, or else that of most bytes.
+    """Return a checkpoint's dtype: the one named in its config, else that of most bytes.
 
-    None where nothing tells.
+    None if neither is known.
     """
     named = config_dtype(read_config(folder))
     return named if named is not None else most_stored_dtype(folder)
 
 
 def most_stored_dtype(folder: Path) -> torch.dtype | None:
-    """The dtype of most bytes of a checkpoint, None where its files are not all here or no
-    safetensors files.
+    """Return the float dtype of most bytes of a checkpoint.
+
+    None if there are no complete safetensors files with float weights.
     """
     sizes = dict.fromkeys(FLOATS, 0)
     try:
         files = [path for path in weight_files(folder) if path.suffix == ".safetensors"]
         entries = read_entries(folder, files)
     except InputError:
-        return None  # of a remote model's files only the small ones may be here
+        return None  # only the small files of a remote model may have been downloaded
     for entry in entries.values():
         if entry.dtype in sizes:
             sizes[entry.dtype] += entry.bytes
@@ -289,12 +291,12 @@ def most_stored_dtype(folder: Path) -> torch.dtype | None:
 
 @contextmanager
 def translate_build_errors(source: ModelSource, folder: Path) -> Iterator[None]:
-    """Turn what transformers raises while it builds a model into a sentence, and limit its size.
+    """Translate transformers' errors while it builds a model, and limit the model's size.
 
     Raises
     ------
     InputError
-        In the place of transformers' own errors.
+        Instead of transformers' own errors.
     """
     config = read_config(folder)
 
@@ -317,12 +319,12 @@ def translate_build_errors(source: ModelSource, folder: Path) -> Iterator[None]:
 
 @contextmanager
 def limit_model_size(name: str) -> Iterator[None]:
-    """Within the ``with``, stop a model that is being built when it becomes larger than any.
+    """Abort building a model within a ``with`` block if it becomes implausibly large.
 
     Raises
     ------
     InputError
-        As soon as the modules that this thread builds have more weights or tensors than any
+        As soon as the modules built in this thread have more tensors, matrices or weights than any
         published model.
     """
     thread, count = threading.get_ident(), Counter()
@@ -356,23 +358,23 @@ def limit_model_size(name: str) -> Iterator[None]:
 
 
 def load_model(source: ModelSource, device: str = "auto", dtype: str = "auto") -> LoadedModel:
-    """The model with its weights on a device, and its tokenizer.
+    """Load a model with its weights on a device, and its tokenizer.
 
-    Experts run one by one (``eager``), so that each one's inputs can be seen.
+    Experts run one by one (``eager``), so that each one's inputs can be observed.
 
     Raises
     ------
     InputError
-        When the source, device or dtype is wrong, or the model is no causal one.
+        If the source, device or dtype is invalid, or the model is not causal.
     LsqError
-        When the model does not fit into the device's memory.
+        If the model does not fit in the device's memory.
     """
     target = pick_device(device)
     folder = find_model(source)
     info = describe_files(build_meta_model(source, folder), source, folder)
     compute_dtype = pick_dtype(dtype, target, model_config(source, folder))
     check_memory(info.source, info.parameters, target, compute_dtype)
-    if weight_files(folder)[0].suffix != ".safetensors":  # those are read as a whole first
+    if weight_files(folder)[0].suffix != ".safetensors":  # pickled files are first read in full
         check_memory(info.source, info.parameters, torch.device("cpu"), compute_dtype)
     try:
         with wrap_library_errors(
@@ -385,7 +387,7 @@ def load_model(source: ModelSource, device: str = "auto", dtype: str = "auto") -
                 trust_remote_code=source.trust_remote_code,
                 experts_implementation="eager",
                 output_loading_info=True,
-                device_map={"": target},  # each tensor straight to where it is used
+                device_map={"": target},  # load each tensor directly onto the device
             )
         model = model.eval().requires_grad_(False)
     except torch.OutOfMemoryError as error:
@@ -393,7 +395,7 @@ def load_model(source: ModelSource, device: str = "auto", dtype: str = "auto") -
         format_name = str(compute_dtype)[6:]
         raise LsqError(_too_large_message(info.source, need, format_name, target)) from error
     missing = sorted(found["missing_keys"])
-    if missing:  # transformers would go on with random ones
+    if missing:  # transformers would continue with random values
         raise InputError(
             f"The weights in {folder} have no {missing[0]}"
             + (f" and {len(missing) - 1} more" if missing[1:] else "")
@@ -412,12 +414,12 @@ def load_model(source: ModelSource, device: str = "auto", dtype: str = "auto") -
 
 
 def load_tokenizer(source: ModelSource, folder: Path) -> object:
-    """The model's tokenizer.
+    """Load the model's tokenizer.
 
     Raises
     ------
     InputError
-        When the folder has none that can be loaded.
+        If the folder has none that can be loaded.
     """
     for path in tokenizer_files(folder):
         check_size(path, MAX_TOKENIZER_BYTES)
@@ -428,21 +430,21 @@ def load_tokenizer(source: ModelSource, folder: Path) -> object:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory of a device that is free now, in bytes."""
+    """Return the bytes of memory currently free on a device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return available_memory()
 
 
 def check_memory(name: str, parameters: int, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise :class:`LsqError` when a device has too little memory for so many parameters."""
+    """Raise :class:`LsqError` if a device has too little free memory for the parameters."""
     check_free_memory(name, parameters * dtype.itemsize, str(dtype)[6:], device)
 
 
 def check_free_memory(name: str, need: int, format_name: str, device: torch.device) -> None:
-    """Raise :class:`LsqError` when a device has less than ``need`` bytes of memory free.
+    """Raise :class:`LsqError` if a device has less than ``need`` bytes of free memory.
 
-    ``format_name`` says what they are: a dtype, or packed matrices.
+    ``format_name`` names the format of the weights for the message: a dtype, or packed matrices.
     """
     if need > free_bytes(device):
         raise LsqError(_too_large_message(name, need, format_name, device))
@@ -458,9 +460,9 @@ def _too_large_message(name: str, need: int, format_name: str, device: torch.dev
 
 
 def last_logits(model: nn.Module, ids: torch.Tensor, keep: int) -> torch.Tensor:
-    """Logits (sequences, keep, vocabulary) of the last tokens of ``ids`` (sequences, tokens).
+    """Return the last ``keep`` tokens' logits (sequences, keep, vocabulary).
 
-    The head runs on those tokens alone where the model can do that.
+    ``ids`` is (sequences, tokens). The head runs only on those last tokens if the model allows it.
     """
     accepted = inspect.signature(model.forward).parameters
     extra = {"logits_to_keep": keep} if "logits_to_keep" in accepted else {}
@@ -468,14 +470,14 @@ def last_logits(model: nn.Module, ids: torch.Tensor, keep: int) -> torch.Tensor:
 
 
 def embedding_rows(model: nn.Module) -> int:
-    """How many tokens the model's embedding has a row for."""
+    """Return the number of rows of the model's embedding."""
     return model.get_input_embeddings().weight.shape[0]
 
 
 def check_token_ids(model: nn.Module, ids: Iterable[int]) -> None:
-    """Raise :class:`InputError` when a token has no row in the model's embedding.
+    """Raise :class:`InputError` if a token has no row in the model's embedding.
 
-    A tokenizer may well be larger than the embedding; only what it gives for a text counts.
+    A tokenizer's vocabulary may exceed the embedding; only the tokens of a text matter.
     """
     largest, rows = max(ids, default=0), embedding_rows(model)
     if largest >= rows:

@@ -1,4 +1,4 @@
-"""Sizes in a model's ``config.json``: which of them no model can have."""
+"""Checks for impossible sizes in a model's ``config.json``."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import re
 from collections import deque
 from collections.abc import Iterator
 
-#: What counts or measures something: ``num_attention_heads``, ``n_layer``, ``hidden_size``.
+#: Names of sizes and counts: ``num_attention_heads``, ``n_layer``, ``hidden_size``.
 _SIZE = re.compile(r"^(num|n)_|^(d_model|n\w*_layers?)$|_(size|dim|layers?|heads|experts)$")
-#: Modules are built one by one for each layer, and planned one by one for each expert; configs make
-#: lists as long as other counts before a module is built. No published model comes near these
-#: numbers, and building so many would take for ever.
+#: The largest accepted counts. Modules are built for each layer and planned for each expert, and
+#: configs build lists as long as other counts before any module exists. No published model comes
+#: near these numbers, and building so many would take forever.
 _MOST = {"layers": 1_000, "experts": 10_000, "others": 100_000}
 _COUNTS = {
     "layers": re.compile(r"^(num|n)_(\w+_)?(layers?|blocks)$|(^|_)layers$|(^|_)depth$"),
@@ -21,7 +21,9 @@ _COUNTS = {
 
 
 def find_excessive_count(config: dict) -> str:
-    """The count of layers or experts that is larger than any model's, as ``name is value``, or ''.
+    """Return the first count larger than any model's (of layers, experts, heads, labels, …).
+
+    It is given as ``name is value``, or '' if there is none.
 
     >>> find_excessive_count({"num_hidden_layers": 32})
     ''
@@ -37,10 +39,10 @@ def find_excessive_count(config: dict) -> str:
 
 
 def find_invalid_sizes(config: dict) -> list[str]:
-    """Sizes that are no whole positive number of 31 bits, each as ``name is value``.
+    """Return the sizes that are not positive integers below 2³¹, each as ``name is value``.
 
-    Some of them are right in some models (null for a default, 0 for none), so this only tells
-    where to look once a model could not be built.
+    Some models have such values legitimately (null for a default, 0 for none), so this is only a
+    hint for when a model could not be built.
 
     >>> find_invalid_sizes({"num_attention_heads": 0, "hidden_size": "64", "eps": 0})
     ['num_attention_heads is 0', 'hidden_size is "64"']
@@ -55,8 +57,8 @@ def find_invalid_sizes(config: dict) -> list[str]:
 
 
 def _entries(config: dict) -> Iterator[tuple[str, object]]:
-    """Every name and value of a config, and of the configs inside it (``text_config.…``)."""
-    waiting = deque([("", config)])  # a foreign config may be nested deeper than calls may be
+    """Yield every name and value of a config and of its nested configs (``text_config.…``)."""
+    waiting = deque([("", config)])  # not recursive: a config may exceed the recursion limit
     while waiting:
         prefix, entries = waiting.popleft()
         for name, value in entries.items():

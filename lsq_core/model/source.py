@@ -1,6 +1,6 @@
-"""Find a model, know it by its content, and describe it; none of this imports torch.
+"""Find a model, identify it by its content, and describe it, all without importing torch.
 
-Loading weights and walking the modules is in :mod:`lsq_core.model.loading`.
+Loading weights and inspecting modules is in :mod:`lsq_core.model.loading`.
 """
 
 from __future__ import annotations
@@ -24,44 +24,43 @@ from lsq_core.untrusted import check_links, read_json_object
 #: The model that ships with the project.
 DEMO_FOLDER = paths.RESOURCES / "data" / "demo_model"
 
-#: The models that a name alone stands for.
+#: Models that are available by a short name.
 BUILT_IN = (gguf.SMOLLM2, "demo")
-#: What a repository is asked for: weights as safetensors, and the small text files beside them.
+#: Files downloaded from a repository: safetensors weights, and the small text files beside them.
 _DOWNLOAD_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
-#: What says what a model is: its config, what a quantizer said of it, and the index of its weights.
+#: Files that describe a model: its config, a quantizer's config, and the index of its weights.
 _CONFIG_PATTERNS = ["config.json", "*quant*.json", INDEX]
-#: Folders inside a repository, and a second copy of the weights that some carry.
+#: Subfolders of a repository, and a second copy of the weights that some contain.
 _IGNORE_PATTERNS = ["*/*", "consolidated*.safetensors"]
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 #: The file that marks a folder as a quantized model saved by this project.
 MANIFEST_FILE = "lsq.json"
-#: The file beside the embedded model that says of it what
-#: :func:`lsq_core.model.loading.inspect_model` does.
+#: The file beside the demo model that stores its description, as
+#: :func:`lsq_core.model.loading.inspect_model` would return it.
 _DESCRIPTION_FILE = "description.json"
-#: Characters of a model's name that a message quotes.
+#: Longest model name that an error message quotes in full.
 _MAX_SHOWN_CHARS = 120
-#: Keys of config.json that say nothing about what the model computes.
+#: Keys of config.json that don't affect what the model computes.
 _VOLATILE_CONFIG_KEYS = ("_name_or_path", "transformers_version")
 
 
 def built_in_models() -> list[str]:
-    """The built-in models that are here, the real one first."""
+    """Return the built-in models that are installed, SmolLM2 first."""
     return [name for name in BUILT_IN if name != gguf.SMOLLM2 or gguf.smollm2_file()]
 
 
 def default_model() -> str:
-    """The model that the app opens with: ``LSQ_MODEL``, else SmolLM2 where it is installed."""
+    """Return the app's initial model: ``LSQ_MODEL``, else SmolLM2 if installed, else the demo."""
     return os.environ.get("LSQ_MODEL") or (gguf.SMOLLM2 if gguf.smollm2_file() else "demo")
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model comes from.
+    """The source of a model.
 
     ``name`` is ``demo``, ``smollm2``, a local folder or GGUF file, or a Hugging Face id;
-    ``revision`` a branch, tag or commit of the latter. A path becomes absolute, so that it means
-    the same from every working directory. Remote code and pickled weights are off unless turned on
-    knowingly.
+    ``revision`` is a branch, tag or commit of the latter. Paths are made absolute, so that they
+    don't depend on the working directory. Remote code and pickled weights are off by default.
     """
 
     name: str
@@ -93,7 +92,7 @@ class ModelSource:
     def local_path(self) -> Path | None:
         """The folder or GGUF file it names, resolved, or None for a Hugging Face id.
 
-        A file need not be there, as a folder needn't.
+        A path that is recognizable as such need not exist.
         """
         if self.name == "demo":
             return DEMO_FOLDER
@@ -106,18 +105,18 @@ class ModelSource:
             path = Path(self.name).expanduser()
             return path.resolve() if looks_like_path or path.is_dir() else None
         except (OSError, ValueError, RuntimeError):
-            return None  # no path at all: too long, a null byte, the home of nobody
+            return None  # not a path: too long, a null byte, an unknown user's home
 
 
 def find_model(source: ModelSource) -> Path:
-    """The local folder with the model's files; a Hugging Face id is downloaded or found cached.
+    """Return the folder with the model's files, downloading or dequantizing them if needed.
 
     Raises
     ------
     InputError
-        When there is no such model, it is gated, or its folder holds no usable weights.
+        If the model does not exist, is gated, or its folder has no usable weights.
     LsqError
-        When the network cannot be reached and the model is not in the local cache.
+        If the model can neither be downloaded nor found in the local cache.
     """
     if source.is_gguf:
         return gguf.dequantize(gguf.find_file(source.name))
@@ -139,10 +138,10 @@ def find_model(source: ModelSource) -> Path:
 
 
 def find_config(source: ModelSource) -> Path:
-    """The folder with the model's ``config.json``; no weights of a remote model are fetched.
+    """Return the folder with the model's ``config.json``; remote weights are not downloaded.
 
-    Beside it are the small files that say what the weights are, and the model's own code where
-    that is trusted. Raises as :func:`find_model`.
+    It also contains the small files that describe the weights, and the model's own code if that is
+    trusted. Raises the same errors as :func:`find_model`.
     """
     if source.is_gguf:
         return find_model(source)
@@ -160,7 +159,7 @@ def find_config(source: ModelSource) -> Path:
 
 
 def cached_folder(source: ModelSource) -> Path | None:
-    """The folder of a Hugging Face model in the local cache, whole; None where it isn't."""
+    """Return the folder of a Hugging Face model in the local cache, None if it is incomplete."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -174,12 +173,12 @@ def cached_folder(source: ModelSource) -> Path | None:
     try:
         check_model_folder(folder, source)
     except InputError:
-        return None  # only its config was fetched, or not all of its weights
+        return None  # only its config was downloaded, or some of its weights are missing
     return folder
 
 
 def remote_file_bytes(source: ModelSource) -> int:
-    """Bytes of a Hugging Face model's weight files, from the hub's listing, or 0 if unknown."""
+    """Return the bytes of a Hugging Face model's safetensors files on the hub, 0 if unknown."""
     from huggingface_hub import HfApi
 
     try:
@@ -238,20 +237,20 @@ def _download_from_hub(source: ModelSource, function: str, **kwargs: object) -> 
 
 
 def read_config(folder: Path) -> dict:
-    """The folder's ``config.json``.
+    """Read the folder's ``config.json``.
 
     Raises
     ------
     InputError
-        When it cannot be read as a JSON object, or is larger than any.
+        If it cannot be read as a JSON object, or is implausibly large.
     """
     return read_json_object(folder / "config.json")
 
 
 def check_config(folder: Path, saved: bool = False) -> None:
-    """Raise :class:`InputError` unless the folder is there and describes a model we can plan.
+    """Raise :class:`InputError` unless the folder exists and describes an unquantized model.
 
-    With ``saved`` it is one that was quantized and saved here.
+    ``saved`` also accepts a quantized model saved by this project.
     """
     try:
         exists = folder.is_dir()
@@ -271,19 +270,19 @@ def check_config(folder: Path, saved: bool = False) -> None:
         )
     check_links(folder)
     config = read_config(folder)
-    if large := find_excessive_count(config):  # it would be built for ever
+    if large := find_excessive_count(config):  # building it would take forever
         raise InputError(f"In {folder / 'config.json'} {large}, more than any model has.")
     check_not_quantized(folder, config)
 
 
 def _gguf_hint(folder: Path) -> str:
-    """Which file to give instead of a folder that holds GGUF files."""
+    """Return a hint to give the file instead if a folder contains GGUF files, else ''."""
     files = sorted(folder.glob("*.gguf"))
     return f" Give the GGUF file itself: {files[0]}" if files else ""
 
 
 def check_model_folder(folder: Path, source: ModelSource) -> None:
-    """Raise :class:`InputError` unless the folder holds a config and whole weight files."""
+    """Raise :class:`InputError` unless the folder has a config and complete weight files."""
     check_config(folder)
     weights = weight_files(folder)
     if not weights:
@@ -301,20 +300,20 @@ def check_model_folder(folder: Path, source: ModelSource) -> None:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of all files under a folder, what links point to not counted twice."""
+    """Return the bytes of all files under a folder, without following links."""
     return sum(p.lstat().st_size for p in folder.rglob("*") if p.is_file())
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a model's weights, in name order.
+    """Return the files that hold a model's weights, in name order.
 
-    They are those that the index names, or ``model.safetensors``, or every safetensors file
-    (some repositories carry the same weights a second time), or else pickled ones.
+    These are the files in the index if there is one, else ``model.safetensors``, else all
+    safetensors files, else pickled ones. (Some repositories contain the same weights twice.)
 
     Raises
     ------
     InputError
-        When the index is damaged or names a file that is not there, or not in the folder.
+        If the index is damaged, or names a file that is missing or outside the folder.
     """
     named = read_index(folder)
     if named is not None:
@@ -329,9 +328,9 @@ def _pickled_files(folder: Path) -> list[Path]:
 
 
 def fingerprint(folder: Path) -> str:
-    """SHA-256 over what the model computes: its config and the content of its weight files.
+    """Return the SHA-256 of a model's config and the content of its weight files.
 
-    The same weights have the same fingerprint wherever they lie. 64 hexadecimal digits.
+    It has 64 hexadecimal digits and does not depend on the folder's location.
     """
     config = {k: v for k, v in read_config(folder).items() if k not in _VOLATILE_CONFIG_KEYS}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
@@ -341,18 +340,18 @@ def fingerprint(folder: Path) -> str:
 
 
 def _file_sha256(path: Path) -> str:
-    """Content hash of a file; a Hugging Face cache already names its blobs by theirs."""
+    """Return a file's content hash; blobs in a Hugging Face cache are already named by theirs."""
     target = path.resolve()
     if target.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", target.name):
         return target.name
     return cached_sha256(target)
 
 
-# --- the embedded model's description ---------------------------------------------------------
+# --- the demo model's description -------------------------------------------------------------
 
 
 def write_description(info: ModelInfo, folder: Path) -> None:
-    """Keep what is known of a model beside its files, its config left out."""
+    """Save a model's description beside its files, without config, tokenizer, code and notes."""
     content = asdict(info) | {"matrices": [list(asdict(m).values()) for m in info.matrices]}
     for name in ("config", "tokenizer", "code", "notes"):
         del content[name]
@@ -361,9 +360,9 @@ def write_description(info: ModelInfo, folder: Path) -> None:
 
 
 def read_demo_description(source: ModelSource) -> ModelInfo | None:
-    """The embedded model as it was described; None for another, or when its files were changed.
+    """Read the demo model's description; None for any other model, or if its files were changed.
 
-    Building it from its config would import torch, for which the first page does not wait.
+    Building the model from its config would import torch, which the first page can't wait for.
     """
     path = DEMO_FOLDER / _DESCRIPTION_FILE
     if source.local_folder != DEMO_FOLDER or not path.is_file():

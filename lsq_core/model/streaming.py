@@ -1,8 +1,8 @@
-"""A model whose weights stay in its files and are read a decoder block, or a matrix, at a time.
+"""Models whose weights stay in their files and are read one decoder block, or matrix, at a time.
 
-Its modules are on the meta device. What is held is read from memory-mapped safetensors files by
-transformers' own loading, so that checkpoints in other layouts (experts one by one, fused
-projections) become the parameters that a whole load would give, bit for bit.
+The modules are on the meta device. Weights are read from memory-mapped safetensors files by
+transformers' own loading code, so checkpoints in other layouts (separate experts, fused
+projections) become, bit for bit, the parameters that loading the full model would give.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ from lsq_core.model.loading import (
 )
 from lsq_core.model.source import ModelSource, find_model, read_config, weight_files
 
-#: ``mallopt``'s number of the size from which memory is mapped by itself, and that size in bytes.
+#: ``mallopt``'s parameter number for the mmap threshold, and the threshold to set, in bytes.
 _M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES = -3, 2**20
 
 
 class _StopForward(Exception):
-    """All that was to be run has run."""
+    """Ends a forward pass early."""
 
 
 class NotStreamable(InputError):
@@ -54,14 +54,14 @@ class NotStreamable(InputError):
 
 @dataclass(frozen=True, eq=False)
 class StreamedModel(LoadedModel):
-    """A model of which only the weights that are held are in memory (see :func:`open_streamed`)."""
+    """A model with only the weights currently in use in memory (see :func:`open_streamed`)."""
 
     checkpoint: Checkpoint
     streamed: ClassVar[bool] = True
 
     @contextmanager
     def materialize(self, name: str) -> Iterator[None]:
-        """The weights of a block, or of one parameter in it, on the device for a while."""
+        """Hold a block's weights, or one of its parameters, on the device within a ``with``."""
         block = ".".join(name.split(".")[: self._block_depth])
         found = _meta_tensors(self.model.get_submodule(block), block)
         with self._materialized(name if name in self.checkpoint.keys_by_name else block, found):
@@ -69,7 +69,7 @@ class StreamedModel(LoadedModel):
 
     @contextmanager
     def materialize_embeddings(self) -> Iterator[None]:
-        """What comes before the first block on the device for a while: embeddings, mostly."""
+        """Hold everything outside the blocks but the LM head on the device within a ``with``."""
         prefix = find_blocks(self.model)[0]
         head = self.checkpoint.head
         found = {
@@ -82,17 +82,17 @@ class StreamedModel(LoadedModel):
 
     @contextmanager
     def materialize_head(self) -> Iterator[None]:
-        """All that is outside the blocks on the device for a while: also the LM head.
+        """Hold everything outside the blocks, LM head included, on the device within a ``with``.
 
         Raises
         ------
         NotStreamable
-            When the checkpoint has no LM head, and it isn't tied to the embedding.
+            If the checkpoint has no LM head, and it isn't tied to the embedding.
         """
         prefix = find_blocks(self.model)[0]
         slots = _meta_tensors(self.model, "")
         found = {name: slot for name, slot in slots.items() if not name.startswith(f"{prefix}.")}
-        if not found:  # it is there already
+        if not found:  # already in memory
             yield
             return
         with self._materialized("", found):
@@ -104,7 +104,10 @@ class StreamedModel(LoadedModel):
             yield
 
     def first_block_output(self, ids: torch.Tensor) -> torch.Tensor:
-        """What the first block gives (1, tokens, features) for ids (1, tokens); no more is read."""
+        """Return the first block's output (1, tokens, features) for ids (1, tokens).
+
+        The weights of later blocks are not read.
+        """
         prefix, blocks = find_blocks(self.model)
         found: list[torch.Tensor] = []
 
@@ -130,7 +133,7 @@ class StreamedModel(LoadedModel):
 
     @contextmanager
     def _materialized(self, below: str, found: dict[str, _TensorSlot]) -> Iterator[None]:
-        """Fill the tensors that were ``found`` on the meta device and lie below a name."""
+        """Fill those of the meta tensors ``found`` that are under the name ``below``."""
         wanted = [n for n in found if not below or n == below or n.startswith(f"{below}.")]
         if not wanted:  # all are in memory already
             yield
@@ -145,7 +148,7 @@ class StreamedModel(LoadedModel):
 
 @dataclass(frozen=True, eq=False)
 class _TensorSlot:
-    """A tensor without content, and where it belongs."""
+    """A meta tensor, and the module and name it belongs to."""
 
     module: nn.Module
     name: str
@@ -159,7 +162,7 @@ class _TensorSlot:
 
 
 def _meta_tensors(module: nn.Module, prefix: str) -> dict[str, _TensorSlot]:
-    """Every parameter and buffer below a module that has no content, by its full name."""
+    """Return every parameter and buffer of a module that is on the meta device, by full name."""
     found = {}
     for path, child in module.named_modules(prefix=prefix):
         for name, tensor in [*child._parameters.items(), *child._buffers.items()]:
@@ -169,12 +172,12 @@ def _meta_tensors(module: nn.Module, prefix: str) -> dict[str, _TensorSlot]:
 
 
 class Checkpoint:
-    """The tensors of some safetensors files, and how they become a model's parameters.
+    """The tensors of safetensors files, and how they become a model's parameters.
 
     Raises
     ------
     NotStreamable
-        When not every weight of the model is there in a shape that fits.
+        If a weight of the model, other than the output head's, is missing or its shape is wrong.
     """
 
     def __init__(
@@ -187,16 +190,16 @@ class Checkpoint:
             weight_mapping=get_model_conversion_mapping(model),
             device_map={"": device},
         )
-        #: Checkpoint keys by the (first) name in the model that they become.
+        #: Checkpoint keys by the (first) parameter name that they become.
         self.keys_by_name: dict[str, list[str]] = {}
         for key, name, _ in target_names(model, self.slices):
             self.keys_by_name.setdefault(name, []).append(key)
-        #: Names in the output head, which only evaluation reads.
+        #: Parameter names of the output head, which only evaluation needs.
         self.head = _parameter_names_in(model, model.get_output_embeddings())
         self._dry_run(model)
 
     def _dry_run(self, model: nn.Module) -> None:
-        """Load everything without content, to see beforehand that all of it is there and fits."""
+        """Load all tensors on the meta device, to check in advance that they exist and fit."""
         empty = {
             key: torch.empty(part.get_shape(), dtype=_dtype_of(part), device="meta")
             for key, part in self.slices.items()
@@ -214,7 +217,7 @@ class Checkpoint:
             )
 
     def fill(self, model: nn.Module, names: Iterable[str]) -> None:
-        """Read these tensors of the model, or rather all that come out of the same keys."""
+        """Read the named tensors of the model, and any others made from the same keys."""
         keys = {key for name in names for key in self.keys_by_name.get(name, ())}
         parts = {key: self.slices[key] for key in keys}
         convert_and_load_state_dict_in_model(model, parts, self._config)
@@ -225,7 +228,7 @@ class Checkpoint:
 
 
 def _parameter_names_in(model: nn.Module, module: nn.Module | None) -> set[str]:
-    """Full names of what a module of the model holds."""
+    """Return the full names of the tensors in a module of the model."""
     paths = [path for path, found in model.named_modules() if found is module]
     return {name for name in model.state_dict() for path in paths if name.startswith(f"{path}.")}
 
@@ -243,14 +246,16 @@ def _dtype_of(part: object) -> torch.dtype:
 
 
 def open_streamed(source: ModelSource, device: str = "auto", dtype: str = "auto") -> StreamedModel:
-    """The model with its weights left in their files, and its tokenizer.
+    """Open a model, leaving its weights in their files, and load its tokenizer.
 
     Raises
     ------
     NotStreamable
-        When the model has to be loaded as a whole (:func:`lsq_core.model.loading.load_model`).
+        If the model has to be loaded in full (:func:`lsq_core.model.loading.load_model`).
     InputError
-        When the source, device or dtype is wrong, or the model is no causal one.
+        If the source, device or dtype is invalid, or the model is not causal.
+    LsqError
+        If the largest part to be held at a time does not fit in the device's memory.
     """
     _release_freed_memory()
     target, folder = pick_device(device), find_model(source)
@@ -260,7 +265,7 @@ def open_streamed(source: ModelSource, device: str = "auto", dtype: str = "auto"
         raise NotStreamable("The model is built by code of its own")
     compute_dtype = pick_dtype(dtype, target, model_config(source, folder))
     model = build_meta_model(source, folder, dtype=compute_dtype, experts_implementation="eager")
-    # The dtype that it computes in is not that of the checkpoint, in which sizes are reported.
+    # Sizes are reported in the checkpoint's dtype, which may differ from the compute dtype.
     info = describe_files(build_meta_model(source, folder), source, folder)
     check_memory(source.name, _max_resident_parameters(model), target, compute_dtype)
     files = [safe_open(path, framework="pt") for path in weight_files(folder)]
@@ -287,15 +292,15 @@ def open_streamed(source: ModelSource, device: str = "auto", dtype: str = "auto"
 
 
 def _max_resident_parameters(model: nn.Module) -> int:
-    """Parameters of the largest block, or of all that is outside the blocks if that is more."""
+    """Return the parameters of the largest block, or of everything outside the blocks if more."""
     sizes = [sum(p.numel() for p in block.parameters()) for block in find_blocks(model)[1]]
     return max(*sizes, sum(p.numel() for p in model.parameters()) - sum(sizes))
 
 
 def _compute_buffers(model: nn.Module, device: torch.device) -> None:
-    """Give buffers that no checkpoint holds (of rotary embeddings, say) their content.
+    """Initialize the buffers that no checkpoint stores (rotary embeddings', say).
 
-    The weights were marked as initialized when they were rehearsed, so they stay as they are.
+    The dry run has marked the weights as initialized, so they are left unchanged.
     """
     for name, buffer in list(model.named_non_persistent_buffers()):
         path, _, leaf = name.rpartition(".")
@@ -307,10 +312,11 @@ def _compute_buffers(model: nn.Module, device: torch.device) -> None:
 
 
 def _release_freed_memory() -> None:
-    """Have large tensors go back to the system as soon as they are freed.
+    """Make glibc return large tensors' memory to the system as soon as they are freed.
 
-    By and by glibc keeps freed memory of up to 32 MiB a piece for itself. Between tensors of other
-    sizes it can't be used again, and a profile would grow from block to block.
+    By default its mmap threshold grows to 32 MiB, and smaller freed chunks are not returned.
+    Fragmented by tensors of other sizes, they can't be reused, and memory would grow with each
+    block that is profiled.
     """
-    with suppress(OSError, AttributeError):  # another C library does as it does
+    with suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES)

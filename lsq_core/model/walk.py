@@ -1,8 +1,8 @@
-"""Walking a model block by block: recorded calls, and the model's own forward around its blocks.
+"""Walk a model block by block: record calls, and run the model's own forward around its blocks.
 
-Blocks are replaced by stubs while the model's own forward runs, so what comes before the first
+Blocks are replaced by stubs while the model's own forward runs, so everything before the first
 block (embeddings, masks, positions) and after the last one (final norm, LM head, soft-capping) is
-computed as the model does it, and any architecture whose blocks follow one another can be walked.
+computed by the model itself, and any architecture whose blocks run in sequence can be walked.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from lsq_core.errors import InputError, exception_reason
 from lsq_core.model.loading import BlockModel, last_logits
 
-#: Tokens that a model reads to see how its blocks return their hidden states.
+#: Tokens of the input used to detect how blocks return their hidden states.
 _DETECTION_TOKENS = 8
-#: Tensors of one shape and dtype that an argument is compared with, to share equal ones. Masks and
-#: positions have a few values for each shape; what depends on the tokens never recurs.
+#: The most tensors of one shape and dtype that an argument is compared with, to share equal ones.
+#: Masks and positions have few values per shape; arguments that depend on the tokens never recur.
 _MAX_COMPARED = 8
 
 
@@ -72,19 +72,19 @@ class OutputForm:
 
 
 class _SharedTensors:
-    """The tensors among recorded arguments, of which equal ones are kept once."""
+    """Tensors among the recorded arguments; equal ones are stored once."""
 
     def __init__(self) -> None:
         self._kept: dict[tuple, list[Tensor]] = {}
-        #: By identity, each tensor seen since the batch began and the one kept in its place.
+        #: By id, each tensor seen in the current batch and the equal one stored instead.
         self._seen: dict[int, tuple[Tensor, Tensor]] = {}
 
     def start_batch(self) -> None:
-        """Forget the identities of the tensors of the batch before."""
+        """Forget the ids of the previous batch's tensors."""
         self._seen.clear()
 
     def share(self, value: object) -> object:
-        """Return an argument with its tensors replaced by equal ones that are kept already."""
+        """Return an argument with its tensors replaced by equal ones already stored, if any."""
         if isinstance(value, Tensor):
             return self._share_tensor(value)
         if type(value) in (tuple, list):
@@ -110,8 +110,8 @@ def record_calls(
 
     ``batches`` are int64 (sequences, tokens). Blocks are replaced by stubs and nothing runs after
     them, so only the embedding is computed. Masks and positions are recorded for each block, since
-    they differ between the layers of some models; equal ones, of other blocks or batches, are kept
-    once. ``forms`` are those of :func:`detect_output_forms`, None to detect them.
+    they differ between the layers of some models; equal ones, of other blocks or batches, are
+    stored once. ``forms`` are those of :func:`detect_output_forms`, None to detect them.
 
     Raises
     ------
@@ -141,7 +141,7 @@ def record_calls(
 def run_from_block(
     loaded: BlockModel, layer: int, hidden: Tensor, ids: Tensor, forms: Sequence[OutputForm]
 ) -> Tensor:
-    """Return logits (sequences, tokens, vocabulary), computed from one block on.
+    """Return logits (sequences, tokens, vocabulary), starting from the inputs of one block.
 
     ``hidden`` are the inputs of block ``layer`` for the tokens ``ids`` (sequences, tokens); the
     blocks before it are skipped. If ``layer`` is the number of blocks, only the final norm and the
@@ -158,7 +158,7 @@ def run_from_block(
 def head_inputs_from_block(
     loaded: BlockModel, layer: int, hidden: Tensor, ids: Tensor, forms: Sequence[OutputForm]
 ) -> Tensor:
-    """Return what :func:`run_from_block` gives to the LM head (sequences, tokens, width)."""
+    """Return the LM head's inputs in :func:`run_from_block` (sequences, tokens, width)."""
     found: list[Tensor] = []
 
     def stop(module: nn.Module, args: tuple) -> None:
@@ -174,7 +174,7 @@ def head_inputs_from_block(
     return found[0]
 
 
-# --- whether blocks follow one another -------------------------------------------------------
+# --- whether blocks run in sequence ----------------------------------------------------------
 
 
 def detect_output_forms(loaded: BlockModel, ids: Tensor) -> list[OutputForm]:
@@ -183,9 +183,9 @@ def detect_output_forms(loaded: BlockModel, ids: Tensor) -> list[OutputForm]:
     Raises
     ------
     NotSequential
-        If the blocks can't be run one by one: more than hidden states is passed from one to the
-        next, hidden states are changed between them or by a block in place, or the model doesn't
-        call all of them in order.
+        If the blocks can't be run one by one: a block receives more than hidden states from an
+        earlier one, hidden states are changed between blocks or in place by one, the model calls
+        no block of some class, or the trial run fails.
     """
     detection = _FormDetection(loaded)
     with loaded.materialize_embeddings():
@@ -202,7 +202,7 @@ def detect_output_forms(loaded: BlockModel, ids: Tensor) -> list[OutputForm]:
 
 
 class _FormDetection:
-    """What the first block of each class returns; :meth:`run` takes the place of each block."""
+    """Runs the first block of each class and records its output form; :meth:`run` is the stub."""
 
     def __init__(self, loaded: BlockModel) -> None:
         self.loaded = loaded
@@ -210,11 +210,11 @@ class _FormDetection:
         #: The output of one block of each class, and the ids of its tensors besides hidden states.
         self.tails: dict[type, object] = {}
         self.extra_outputs: set[int] = set()
-        #: A copy of the first block's inputs, which every stub hands on.
+        #: A copy of the first block's inputs, which every stub passes on.
         self.expected: Tensor | None = None
 
     def run(self, layer: int, states: Tensor, args: tuple, kwargs: dict) -> object:
-        """Run the first block of a class; hand the first block's inputs on to the next block."""
+        """Run a block if it is the first of its class; pass the first block's inputs on."""
         if any(id(value) in self.extra_outputs for value in (*args, *kwargs.values())):
             raise NotSequential(self.loaded.model, "more than hidden states is passed between them")
         self._check_unchanged(states, "hidden states are changed between them")

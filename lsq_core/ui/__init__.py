@@ -1,4 +1,4 @@
-"""What the pages share: their frame, what was chosen, what is known, and running jobs.
+"""Code shared by the pages: page frame, session state, cached reads and running jobs.
 
-The only part of the library that knows Streamlit; it imports no torch.
+This is the only part of the library that uses Streamlit; it does not import torch.
 """

@@ -1,7 +1,7 @@
 """Cached models, profiles and plans.
 
-Reads of the database are cached by its state on disk, so that what a job or another tab wrote is
-seen at once; problems and plans by the identity of what they are made from.
+Database reads are cached by the state of its file, so that changes written by a job or another tab
+show up immediately; problems and plans are cached by the identity of their inputs.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ from lsq_core.store.store import Store
 from lsq_core.ui.hub_lookup import look_up
 from lsq_core.ui.safe import st
 
-#: A file's path and when it was written last.
+#: A file's path, modification time (ns) and size.
 FileVersion = tuple[str, int, int]
-#: What is measured for a method beside the profile.
+#: Measurements that a method uses besides the profile.
 Measured = Impact | Refinement
 
 
-#: Budgets at which perplexity is predicted along a frontier.
+#: Number of budgets at which a frontier is sampled.
 CURVE_POINTS = 160
 
 
 def file_version(store: Store) -> FileVersion:
-    """What changes when anything in the database does."""
+    """Return a key that changes whenever the database does."""
     state = store.path.stat()
     return str(store.path), state.st_mtime_ns, state.st_size
 
@@ -60,7 +60,7 @@ def file_version(store: Store) -> FileVersion:
 
 
 def models(store: Store, origin: str = "measured") -> pd.DataFrame:
-    """Every model of one origin in the database; see :meth:`lsq_core.store.store.Store.models`."""
+    """Return the models of one origin; see :meth:`lsq_core.store.store.Store.models`."""
     return _models(store, file_version(store), origin)
 
 
@@ -70,17 +70,17 @@ def _models(_store: Store, at: FileVersion, origin: str) -> pd.DataFrame:
 
 
 def is_published(info: ModelInfo) -> bool:
-    """Whether a model's measurements were published, and its weights aren't here."""
+    """Return whether a model has only published measurements, without weights."""
     return info.fingerprint.startswith(PUBLISHED)
 
 
 def published(store: Store, source: ModelSource) -> ModelInfo | None:
-    """The published model that a source names, or None.
+    """Return the published model that a source names, or None.
 
     Raises
     ------
     InputError
-        When ``published:NAME`` was never imported.
+        If ``published:NAME`` was never imported.
     """
     return _published(store, file_version(store), source)
 
@@ -91,15 +91,15 @@ def _published(_store: Store, at: FileVersion, source: ModelSource) -> ModelInfo
 
 
 def model_info(store: Store, source: ModelSource) -> ModelInfo:
-    """What is known of a model, before any of its weights is loaded.
+    """Return a model's description without loading its weights.
 
-    A model seen before comes out of the database; else its config is read, and for a remote one
-    nothing but its config is fetched.
+    A known model is read from the database, otherwise its config is read; for a remote model only
+    the config is fetched.
 
     Raises
     ------
     LsqError
-        When there is no such model; :class:`lsq_core.ui.hub_lookup.LookupPending` when it is still
+        If there is no such model; :class:`lsq_core.ui.hub_lookup.LookupPending` while it is still
         being looked up.
     """
     without_weights = published(store, source)
@@ -124,13 +124,16 @@ def cached_model(_store: Store, at: FileVersion, mark: str) -> ModelInfo | None:
 
 
 def newest_settings(store: Store, info: ModelInfo) -> ProfileSettings | None:
-    """The settings of the model's newest profile, if it has one."""
+    """Return the settings of the model's newest profile, or None.
+
+    Profiles measured here come before those shipped with the project.
+    """
     table = _profiles(store, file_version(store), info.fingerprint)
     return ProfileSettings(**json.loads(table["settings"].iloc[0])) if len(table) else None
 
 
 def settings_with(store: Store, info: ModelInfo, metrics: Sequence[str]) -> ProfileSettings | None:
-    """The settings of the model's newest profile that holds all of some metrics, if any does."""
+    """Return the settings of the model's newest profile that has all of ``metrics``, or None."""
     contents = profile_contents(store)
     held = contents.groupby("id")["metric"].agg(set)
     for row in _profiles(store, file_version(store), info.fingerprint).itertuples():
@@ -147,16 +150,16 @@ def _profiles(_store: Store, at: FileVersion, mark: str) -> pd.DataFrame:
 def profile(
     store: Store, info: ModelInfo, settings: ProfileSettings, device: str = "auto"
 ) -> Profile | None:
-    """The model's profile under these settings, if it was measured as this device computes.
+    """Return the model's profile with these settings for this device, or None if not measured.
 
     Raises
     ------
     InputError
-        When the calibration corpus is nothing known, nor that of a shipped profile.
+        If the calibration corpus is unavailable and no shipped profile of the model uses it.
     """
     if not info.fingerprint:
         return None
-    if is_published(info):  # its text isn't here to be known by
+    if is_published(info):  # the key can't be computed without the calibration text
         key = published_settings(store, info).get(settings)
     else:
         key = _profile_key(store, info, settings, device)
@@ -168,12 +171,14 @@ def profile(
 def planning_profile(
     store: Store, info: ModelInfo, settings: ProfileSettings, device: str = "auto"
 ) -> Profile | None:
-    """The profile to plan from: that of these settings, or one of a ladder that has theirs.
+    """Return the profile to plan from: with these settings, else on the extended ladder.
+
+    The extended ladder includes the paper's; published profiles have no such fallback.
 
     Raises
     ------
     InputError
-        As :func:`profile`.
+        As in :func:`profile`.
     """
     found = profile(store, info, settings, device)
     if found is None and settings.ladder == PAPER and not is_published(info):
@@ -185,7 +190,7 @@ def _profile_key(store: Store, info: ModelInfo, settings: ProfileSettings, devic
     device_and_dtype = resolve_device_and_dtype(info, device)
     try:
         key = profile_key(info, settings, device_and_dtype)
-    except InputError:  # the text isn't here; it needn't be for a shipped profile
+    except InputError:  # the text isn't here; a shipped profile doesn't need it
         shipped = _shipped_profiles(store, file_version(store), info.fingerprint)
         if settings.calibration not in {known["calibration"] for known in shipped.values()}:
             raise
@@ -208,7 +213,7 @@ def _migrate_older_profile(
     _settings: ProfileSettings,
     _device_and_dtype: DeviceAndDtype,
 ) -> None:
-    """Put a profile of an older version under its key, once for each state of the store."""
+    """Move a profile saved by an older version to its new key, once per state of the store."""
     find_profile_key(_store, _info, _settings, _device_and_dtype)
 
 
@@ -218,14 +223,14 @@ def _profile(_store: Store, at: FileVersion, key: str) -> Profile:
 
 
 def published_settings(store: Store, info: ModelInfo) -> dict[ProfileSettings, str]:
-    """The settings of a published model's profiles, the main one first, and their identities."""
+    """Map the settings of a published model's profiles to their ids, main profile first."""
     table = _profiles(store, file_version(store), info.fingerprint)
     settings = (ProfileSettings(**json.loads(text)) for text in table["settings"])
     return dict(zip(settings, table["id"], strict=True))
 
 
 def profile_contents(store: Store) -> pd.DataFrame:
-    """What every profile of every model holds; see :meth:`Store.profile_contents`."""
+    """Return the contents of every profile; see :meth:`Store.profile_contents`."""
     return _profile_contents(store, file_version(store))
 
 
@@ -235,7 +240,7 @@ def _profile_contents(_store: Store, at: FileVersion) -> pd.DataFrame:
 
 
 def over_layers(store: Store, ids: tuple[str, ...], metric: str) -> pd.DataFrame:
-    """A metric of some profiles over the layers; see :meth:`Store.scores_over_layers`."""
+    """Return a metric of some profiles by layer; see :meth:`Store.scores_over_layers`."""
     return _over_layers(store, file_version(store), ids, metric)
 
 
@@ -248,7 +253,7 @@ def _over_layers(_store: Store, at: FileVersion, ids: tuple[str, ...], metric: s
 
 
 def problem(info: ModelInfo, found: Profile | None) -> Problem:
-    """The planning problem, cached by the identities of model and profile."""
+    """Return the planning problem, cached by the identities of model and profile."""
     return _problem(info, found, identity(info), model_mark(found))
 
 
@@ -264,7 +269,7 @@ def impact(
     request: PlanRequest,
     device: str = "auto",
 ) -> Impact | None:
-    """What is kept of a model's rows for a request; None where nothing is, or none is read."""
+    """Return a model's stored row data for a request; None if missing or not used by its method."""
     if not get_planner(request.method).reads_rows or is_published(info) or not info.fingerprint:
         return None
     key = _profile_key(store, info, replace(settings, ladder=PAPER), device)
@@ -277,7 +282,7 @@ def impact(
 
 @st.cache_data(max_entries=16, show_spinner=False)
 def _row_scores_version(_store: Store, at: FileVersion, key: str, kind: InteractionKey) -> str:
-    """When what is kept of a profile's rows was written, or '' where there are no row scores."""
+    """Return a version string of a profile's row data, or '' if there are no row scores."""
     return _store.row_data_version(key, kind)
 
 
@@ -293,7 +298,7 @@ def refinement(
     request: PlanRequest,
     device: str = "auto",
 ) -> Refinement | None:
-    """What searches found for a request, at its budget or near it; None where nothing was."""
+    """Return the search results at the request's budget or the nearest one, or None."""
     if not get_planner(request.method).reads_refinement or not info.fingerprint:
         return None
     profile = planning_profile(store, info, settings, device)
@@ -321,7 +326,7 @@ def measured(
     request: PlanRequest,
     device: str = "auto",
 ) -> Measured | None:
-    """What a request's method reads beside the profile; None where it reads or has nothing."""
+    """Return the measurements that a request's method uses besides the profile, or None."""
     args = store, info, settings, request, device
     return impact(*args) or refinement(*args)
 
@@ -329,12 +334,12 @@ def measured(
 def problem_with(
     info: ModelInfo, found: Profile | None, request: PlanRequest, rows: Measured | None
 ) -> Problem:
-    """What a request's planner sees: the profile, and what is measured beside it.
+    """Return the problem for a request's planner: the profile and any further measurements.
 
     Raises
     ------
     InputError
-        When the profile lacks configurations of the request's ladder.
+        If the profile lacks configurations of the request's ladder.
     """
     if isinstance(rows, Refinement):
         return replace(problem(info, found), refinement=rows)
@@ -359,7 +364,7 @@ def _problem_of_rows(
 
 
 def unavailable_methods(info: ModelInfo, planning_problem: Problem) -> list[str]:
-    """The methods that a profile has too little for."""
+    """Return the methods whose metrics or row data the model's profile does not have."""
     unavailable = []
     for method in PLANNERS:
         if PLANNERS[method].reads_rows and is_published(info):
@@ -379,14 +384,14 @@ def plan(
     settings: ProfileSettings,
     rows: Measured | None = None,
 ) -> Plan:
-    """The plan for a request, cached by everything it depends on.
+    """Return the plan for a request, cached by everything it depends on.
 
-    ``rows`` is what :func:`measured` gave for it.
+    ``rows`` is the result of :func:`measured` for the request.
 
     Raises
     ------
     LsqError
-        When the profile lacks what the method reads, or the request cannot be met; see
+        If the profile lacks what the method needs, or the request cannot be met; see
         :func:`lsq_core.stages.plan.make_model_plan`.
     """
     request_key = (
@@ -420,12 +425,14 @@ def _plan(
 def frontier(
     info: ModelInfo, found: Profile | None, request: PlanRequest, rows: Measured | None = None
 ) -> Frontier:
-    """Every budget's plan by a request's method, base and restrictions; its budget doesn't matter.
+    """Return the plans at every budget for a request's method, base and restrictions.
+
+    The request's own budget is ignored.
 
     Raises
     ------
     LsqError
-        When the profile lacks what the method reads, or what restricts it or the base is wrong.
+        If the profile lacks what the method needs, or the base or a restriction is invalid.
     """
     request_key = json.dumps(
         [asdict(request) | {"budget": None, "exact": False}, rows and rows.mark]
@@ -451,7 +458,10 @@ def _frontier(
 def error_curve(
     info: ModelInfo, found: Profile, request: PlanRequest
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Bits per parameter (k,) along a frontier, and each plan's summed squared weight error."""
+    """Return bits per parameter (k,) along a frontier, and each plan's squared weight error (k,).
+
+    Squared weight errors are summed over matrices.
+    """
     request_key = json.dumps(asdict(request) | {"budget": None, "exact": False})
     return _error_curve(info, found, request, identity(info), model_mark(found), request_key)
 
@@ -472,25 +482,29 @@ def _error_curve(
 
 
 def identity(info: ModelInfo) -> str:
-    """The cache key of a model.
+    """Return the cache key of a model.
 
-    It is the fingerprint; a model not fetched yet has none and is known by its name.
+    It is the fingerprint, or source and revision for a model that has not been fetched.
 
-    A published model's tells no content, and another import may know more of its other bytes.
+    A published model's fingerprint does not depend on its content, so ``other_bytes``, which a
+    later import may fill in, are appended.
     """
     mark = info.fingerprint or f"{info.source}@{info.revision}"
     return f"{mark}/{info.other_bytes}" if is_published(info) else mark
 
 
 def model_mark(found: Profile | None) -> str | None:
-    """A profile's identity, with what may change under it: metrics, and files imported from."""
+    """Return the cache key of a profile: its id, metrics and the hashes of imported files."""
     if found is None:
         return None
     return "/".join([found.id, *sorted(found.metrics), *found.provenance.get("files", {}).values()])
 
 
 def sample_frontier(planning_problem: Problem, plans: Frontier) -> tuple[np.ndarray, np.ndarray]:
-    """Bits per parameter (k,) over a frontier's range, and the plan (k, n) of each."""
+    """Sample a frontier at evenly spaced budgets.
+
+    Returns the budgets in bits per parameter (k,), and the choice at each (k, n).
+    """
     ends = [s.moves[-1].bytes_after if s.moves else s.start_bytes for s in plans.segments]
     budgets = np.linspace(plans.smallest, max(ends), CURVE_POINTS)
     return 8 * budgets / planning_problem.total, np.stack(

@@ -1,4 +1,4 @@
-"""Cached answers of the store about runs, and predictions from them."""
+"""Cached queries about runs, and predictions fitted to them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from lsq_core.ui.safe import st
 
 
 def objectives(store: Store, info: ModelInfo, method: str) -> pd.DataFrame:
-    """What a method minimised beside what was measured; see :meth:`Store.objectives`."""
+    """Return a method's objective and measured quality by run; see :meth:`Store.objectives`."""
     return _objectives(store, file_version(store), info.fingerprint, method)
 
 
@@ -56,7 +56,7 @@ def _objectives(_store: Store, at: FileVersion, mark: str, method: str) -> pd.Da
 
 
 def evaluated_corpora(store: Store, info: ModelInfo) -> list[str]:
-    """The corpora that this model's runs were evaluated on, the one with most runs first."""
+    """Return the corpora that the model's runs were evaluated on, by decreasing number of runs."""
     origin = "published" if is_published(info) else "measured"
     runs = results(store, origin)
     return runs[runs["fingerprint"] == info.fingerprint]["corpus"].value_counts().index.tolist()
@@ -69,7 +69,7 @@ def predictor(
     settings: ProfileSettings,
     corpus: str | None,
 ) -> Predictor | str:
-    """A predictor of perplexity on a corpus fitted to the runs so far, or the reason for none."""
+    """Return a predictor of perplexity fitted to the runs so far, or why there is none."""
     if found is None:
         return "Perplexity can be predicted only with a profile."
     request_key = json.dumps([asdict(settings), corpus])
@@ -99,7 +99,7 @@ def _predictor(
 
 @dataclass(frozen=True, eq=False)
 class PredictionCurve:
-    """What is predicted of the plans of a frontier, at ``bits`` (k,) per parameter, ascending."""
+    """Predictions for the plans of a frontier at ``bits`` (k,) per parameter, ascending."""
 
     bits: np.ndarray
     prediction: Prediction
@@ -114,7 +114,7 @@ def prediction_curve(
     settings: ProfileSettings,
     corpus: str | None,
 ) -> PredictionCurve | None:
-    """Predicted perplexity at every budget of a request's method; None where nothing is."""
+    """Return predicted perplexity by budget for a request's method; None without a predictor."""
     plans = asdict(request) | {"budget": None, "exact": False}
     request_key = json.dumps([plans, asdict(settings), corpus])
     args = (store, info, found, request, settings, corpus, file_version(store))
@@ -152,7 +152,7 @@ def ranking(
     requests: Sequence[PlanRequest],
     corpus: str | None,
 ) -> MethodRanking:
-    """Every method's plan within a budget; see :func:`lsq_core.stages.rank.rank_methods`."""
+    """Rank the plans of ``requests``; see :func:`lsq_core.stages.rank.rank_methods`."""
     request_key = json.dumps([[asdict(each) for each in requests], asdict(settings), corpus])
     args = (store, info, found, settings, tuple(requests), corpus, file_version(store))
     return _ranking(*args, identity(info), model_mark(found), request_key)
@@ -199,12 +199,12 @@ def _run_configs(_store: Store, at: FileVersion, mark: str) -> dict[str, dict[st
 
 
 def stored_model(store: Store, mark: str) -> ModelInfo | None:
-    """What the database has of the model with a fingerprint, measured or published."""
+    """Return the model with this fingerprint, measured or published, or None."""
     return cached_model(store, file_version(store), mark)
 
 
 def named_plans(store: Store, mark: str) -> pd.DataFrame:
-    """The saved plans of a model that have a name; see :meth:`Store.named_plans`."""
+    """Return a model's named plans; see :meth:`Store.named_plans`."""
     return _named_plans(store, file_version(store), mark)
 
 
@@ -217,7 +217,7 @@ def _named_plans(_store: Store, at: FileVersion, mark: str) -> pd.DataFrame:
 
 
 def results(store: Store, origin: str = "measured") -> pd.DataFrame:
-    """Every run of one origin in the database, each with a ``label`` that tells it from others.
+    """Return every run of one origin in the database, each with a distinguishing ``label``.
 
     See :meth:`lsq_core.store.store.Store.results`.
     """
@@ -230,7 +230,7 @@ def _results(_store: Store, at: FileVersion, origin: str) -> pd.DataFrame:
 
 
 def record(store: Store, evaluation: str) -> dict[str, dict]:
-    """All that is kept of one evaluation; see :meth:`lsq_core.store.store.Store.record`."""
+    """Return everything stored for an evaluation; see :meth:`lsq_core.store.store.Store.record`."""
     return _record(store, file_version(store), evaluation)
 
 
@@ -240,7 +240,7 @@ def _record(_store: Store, at: FileVersion, evaluation: str) -> dict[str, dict]:
 
 
 def run_difference(store: Store, a: str, b: str) -> RunDifference:
-    """See :func:`lsq_core.results.difference.run_difference`."""
+    """Return the difference of two runs; see :func:`lsq_core.results.difference.run_difference`."""
     return _run_difference(store, file_version(store), a, b)
 
 
@@ -250,7 +250,7 @@ def _run_difference(_store: Store, at: FileVersion, a: str, b: str) -> RunDiffer
 
 
 def gguf_baselines(store: Store, evaluation: str) -> pd.DataFrame:
-    """GGUF files to compare with; see :meth:`lsq_core.store.store.Store.gguf_baselines`."""
+    """Return GGUF baselines; see :meth:`lsq_core.store.store.Store.gguf_baselines`."""
     return _gguf_baselines(store, file_version(store), evaluation)
 
 
@@ -260,7 +260,7 @@ def _gguf_baselines(_store: Store, at: FileVersion, evaluation: str) -> pd.DataF
 
 
 def deleted_runs(store: Store) -> pd.DataFrame:
-    """Runs that can be brought back; see :meth:`lsq_core.store.store.Store.deleted_runs`."""
+    """Return runs that can be restored; see :meth:`lsq_core.store.store.Store.deleted_runs`."""
     return _deleted_runs(store, file_version(store))
 
 
@@ -271,18 +271,18 @@ def _deleted_runs(_store: Store, at: FileVersion) -> pd.DataFrame:
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """A copy of the database in a folder that goes when nobody has the copy any more."""
+    """A copy of the database, whose folder is removed once the copy is no longer referenced."""
 
     folder: TemporaryDirectory
 
     @property
     def path(self) -> Path:
-        """The copy."""
+        """Path of the copy."""
         return Path(self.folder.name) / "snapshot.duckdb"
 
 
 def snapshot(store: Store) -> Snapshot:
-    """The database as it is now, to ask without keeping a job waiting."""
+    """Return a copy of the current database, to query without blocking jobs."""
     return _snapshot(store, file_version(store))
 
 

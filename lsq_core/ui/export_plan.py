@@ -1,4 +1,4 @@
-"""The menu that gives a plan in another tool's format, on the Plan page and on a run."""
+"""The menu that exports a plan in another tool's format, on the Plan page and for a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lsq_core.ui.safe import st
 
 
 def render_plan_export(plan: Plan, info: ModelInfo, key: str) -> None:
-    """A tool, what it lacks of the plan, and then its file and the lines that use it."""
+    """Offer the tools, confirm substitutions, then show the file and how to use it."""
     name = st.selectbox(
         "Tool",
         list(PLAN_TARGETS),
@@ -37,7 +37,7 @@ def render_plan_export(plan: Plan, info: ModelInfo, key: str) -> None:
 
 
 def render_run_plan_export(record: dict, info: ModelInfo | None) -> None:
-    """The same for a run's plan, where it is known."""
+    """Render the export menu for a run's plan, if the plan and the model are known."""
     content = record["plan"].get("content")
     if not content or info is None:
         return
@@ -51,7 +51,7 @@ def render_run_plan_export(record: dict, info: ModelInfo | None) -> None:
 
 
 def _accept_changes(translation: Translation, key: str) -> bool:
-    """Say what the tool lacks and what would be taken; whether that was accepted."""
+    """Show what the tool cannot express and the substitutes; return whether they were accepted."""
     title, modules = translation.target.title, words.plural(len(translation.assignments), "module")
     stored, nominal = words.size(translation.stored_bytes), words.size(translation.nominal_bytes)
     st.warning(
@@ -79,7 +79,7 @@ def _accept_changes(translation: Translation, key: str) -> bool:
 
 
 def _render_file(translation: Translation, key: str) -> None:
-    """The file, its size and the lines that use it."""
+    """Render the file to download, how to use it, and its size."""
     target = translation.target
     st.download_button(
         target.file_name,

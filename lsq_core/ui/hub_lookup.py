@@ -1,4 +1,4 @@
-"""Models on Hugging Face are looked up beside the page, which can be used or left meanwhile."""
+"""Background lookups of models on Hugging Face, which leave the page responsive."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from lsq_core.model.info import ModelInfo
 from lsq_core.model.source import ModelSource, find_config
 from lsq_core.ui.safe import st
 
-#: Seconds that a page waits for a lookup before it shows that there is one.
+#: Seconds that a page waits for a lookup before it shows that one is pending.
 WAIT_SECONDS = 2.0
-#: Seconds that an answer holds: what was found, and that nothing was.
+#: Seconds that a result stays valid, by whether the lookup succeeded.
 _TTL_SECONDS = {True: 3600.0, False: 60.0}
 
 
 class LookupPending(LsqError):
-    """The model is being looked up; the page is drawn anew when that has ended."""
+    """The model is being looked up; the page is redrawn when the lookup ends."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +28,7 @@ class _Lookup:
     finished_at: list[float] = field(default_factory=list)
 
     def is_valid(self) -> bool:
-        """Whether the answer is still good, or still to come."""
+        """Return whether the lookup is pending or its result has not expired."""
         if not self.finished_at:
             return True
         succeeded = self.future.exception() is None
@@ -46,14 +46,14 @@ def _executor() -> ThreadPoolExecutor:
 
 
 def look_up(source: ModelSource) -> ModelInfo:
-    """What a model's config on Hugging Face says, as :func:`lsq_core.model.loading.inspect_model`.
+    """Return a model's description as :func:`lsq_core.model.loading.inspect_model` does.
 
     Raises
     ------
     LookupPending
-        When that takes longer than a page should wait.
+        If that takes longer than a page should wait.
     LsqError
-        When there is no such model, or no way to it.
+        If there is no such model, or it cannot be reached.
     """
     lookups = _lookups()
     lookup = lookups.get(source)
@@ -74,18 +74,18 @@ def _submit(source: ModelSource) -> _Lookup:
 
 
 def _inspect(source: ModelSource) -> ModelInfo:
-    find_config(source)  # where nothing answers, this says so before torch is imported
+    find_config(source)  # fails before torch is imported if there is no config
     from lsq_core.model.loading import inspect_model
 
     return inspect_model(source)
 
 
 def is_pending(source: ModelSource) -> bool:
-    """Whether a model is being looked up."""
+    """Return whether a model is being looked up."""
     lookup = _lookups().get(source)
     return lookup is not None and not lookup.future.done()
 
 
 def invalidate(source: ModelSource) -> None:
-    """Look a model up again the next time."""
+    """Forget a lookup, so that the next one starts over."""
     _lookups().pop(source, None)

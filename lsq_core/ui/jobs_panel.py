@@ -1,4 +1,4 @@
-"""Jobs as a person follows them: stage, bar, time left, memory, log; ways to end and to resume."""
+"""Panels of jobs: stage, progress, time left, memory and log, with cancel and resume buttons."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STATE_LABELS = {
     "interrupted": "interrupted",
     "damaged": "damaged",
 }
-#: How a sentence about one that ended goes on.
+#: Predicates of sentences about an ended job.
 ENDED_PHRASES = {
     "done": "finished",
     "failed": "failed",
@@ -33,7 +33,7 @@ ENDED_PHRASES = {
     "interrupted": "was interrupted",
     "damaged": "is damaged",
 }
-#: Stages as a sentence begins.
+#: Stages as the start of a sentence.
 _STAGE_LABELS = {
     "start": "Starting",
     "load": "Loading",
@@ -49,19 +49,19 @@ _STAGE_LABELS = {
     "sweep": "Sweeping",
     "generate": "Generating",
 }
-#: What a run goes through, in order; a profile that is there takes no time.
+#: Stages of a run, in order; an existing profile takes no time.
 _RUN_STEPS = ("profile", "plan", "load", "quantize", "save", "evaluate", "store")
 
 
 def find(folder: Path, arguments: Sequence[str], ignoring: Sequence[str] = ()) -> Job | None:
-    """The newest job that was asked for just this, whatever the values of some options."""
+    """Return the newest job with the same arguments, apart from the options in ``ignoring``."""
     wanted = _without(arguments, ignoring)
     found = (job for job in jobs.list_jobs(folder) if _without(job.arguments, ignoring) == wanted)
     return next(found, None)
 
 
 def _without(arguments: Sequence[str], options: Sequence[str]) -> list[str]:
-    """The arguments without some options and their values."""
+    """Return the arguments without some options and their values."""
     kept = list(arguments)
     for option in options:
         if option in kept:
@@ -76,10 +76,10 @@ def follow(
     detail: Callable[[Job], None] | None = None,
     open_log: bool = True,
 ) -> None:
-    """Show a job, looking again while it is active.
+    """Show a job, updating while it is active.
 
-    ``render_headline`` is called first, each time, and ``detail`` under the bar; the sidebar
-    redraws the page when the job has ended. The log begins opened or closed.
+    On each update ``render_headline`` is called first, and ``detail`` below the bar; the sidebar
+    redraws the page when the job has ended. ``open_log`` is whether the log starts expanded.
     """
     every = sidebar.POLL_SECONDS if job.active else None
     open_log = open_log and job.verb != "sweep"
@@ -96,7 +96,7 @@ def _panel(
         job = jobs.read(folder)
         if render_headline is not None and job.state != "damaged":
             render_headline(job)
-    except LsqError as error:  # it was deleted elsewhere, or what it kept is damaged
+    except LsqError as error:  # it was deleted elsewhere, or its files are damaged
         st.error(words.escape(str(error)))
         return
     if job.state == "damaged":
@@ -119,7 +119,7 @@ def _panel(
 
 
 def show_damaged(job: Job) -> None:
-    """What of a job can't be read, and ways to do without: to make it again, or to delete it."""
+    """Show why a job can't be read, with buttons to run it again or delete it."""
     st.error(words.escape(f"The job {job.title} is damaged. {job.message}"))
     with st.container(horizontal=True):
         retry_clicked = job.can_resume and st.button("Run again", key=f"again-{job.id}")
@@ -132,7 +132,7 @@ def show_damaged(job: Job) -> None:
 
 
 def _report_errors(step: Callable[[], object]) -> bool:
-    """Take a step; where that fails, say why."""
+    """Run a step and show the error if it fails; return whether it succeeded."""
     try:
         step()
     except LsqError as error:
@@ -142,7 +142,7 @@ def _report_errors(step: Callable[[], object]) -> bool:
 
 
 def _resume(job: Job) -> None:
-    """The button that lets it go on, and what won't be done again."""
+    """Render the resume button, and what has been done already."""
     with st.container(horizontal=True, vertical_alignment="center"):
         label = "Try again" if job.state == "failed" else "Resume"
         pressed = st.button(label, icon=":material/resume:", key=f"resume-{job.id}", type="primary")
@@ -172,17 +172,17 @@ def _progress(job: Job) -> None:
 
 
 def bar(job: Job, text: str) -> None:
-    """Its bar, which is its own: no other job's bar begins where this one stood.
+    """Render a job's progress bar under a key of its own.
 
-    The browser keeps a bar that is redrawn in the same place and moves it from where it was; the
-    key makes it another one.
+    Without the key the browser would reuse another job's bar in the same place and animate it from
+    its previous position.
     """
     with st.container(key=f"bar-{job.id}"):
         st.progress(min(job.fraction, 1.0), text=text)
 
 
 def _steps(job: Job) -> list[str]:
-    """The steps of a run, those behind it with a mark, the present one bold."""
+    """Return the steps of a run, finished ones checked and the current one bold."""
     steps = [s for s in _RUN_STEPS if s != "save" or "--save" in job.arguments]
     at = steps.index(job.stage) if job.stage in steps else 0
     return [
@@ -192,14 +192,14 @@ def _steps(job: Job) -> list[str]:
 
 
 def follow_queue(folder: Path, shown: Job) -> None:
-    """The other jobs that run or wait, looking again while there are any."""
+    """Show the other running and waiting jobs, updating while there are any."""
     others = any(job.active and job.id != shown.id for job in jobs.list_jobs(folder))
     if others:
         st.fragment(_queue, run_every=sidebar.POLL_SECONDS)(folder, shown.id)
 
 
 def _queue(folder: Path, shown: str) -> None:
-    """One line for each, in the order in which they began, with a way to end it."""
+    """Show one line per job with a cancel button, oldest first."""
     job_list = reversed(jobs.list_jobs(folder))
     others = [job for job in job_list if job.active and job.id != shown]
     if not others:
@@ -217,7 +217,7 @@ def _queue(folder: Path, shown: str) -> None:
 
 
 def render_headline(job: Job) -> None:
-    """A page's first line about a job that is active."""
+    """Render a page's headline for an active job."""
     share = f", {100 * job.fraction:.0f} %" if job.total > 1 else ""
     rest = "left" if job.stage == "sweep" else "left in this stage"
     left = f"; about {words.seconds(job.eta)} {rest}" if job.eta else ""
@@ -225,7 +225,7 @@ def render_headline(job: Job) -> None:
 
 
 def stage(job: Job) -> str:
-    """What a job is doing, as a sentence begins."""
+    """Return a job's stage as the start of a sentence."""
     return (
         "Waiting"
         if job.state == "queued"
@@ -234,12 +234,12 @@ def stage(job: Job) -> str:
 
 
 def table(job_list: list[Job]) -> pd.DataFrame:
-    """Jobs as rows for a person to read."""
+    """Return jobs as a table for display."""
     return pd.DataFrame(
         {
             "started": [pd.Timestamp(j.created, unit="s").floor("s") for j in job_list],
             "job": [j.title for j in job_list],
-            # what an active one says would be out of date at once
+            # an active job's values would be out of date immediately
             "state": ["active" if j.active else STATE_LABELS[j.state] for j in job_list],
             "took": ["" if j.active else words.seconds(j.seconds) for j in job_list],
             "message": ["" if j.active else j.message for j in job_list],

@@ -1,4 +1,4 @@
-"""The frame of every page: its set-up, the sidebar, and error messages."""
+"""The frame of every page: its setup, the sidebar, and error messages."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from lsq_core.store.store import Store
 from lsq_core.ui import cached, hub_lookup, sidebar, state, words
 from lsq_core.ui.safe import st
 
-#: Streamlit leaves five rems free on either side, which a small screen needs; and it writes
-#: captions and what charts say in a grey too pale to read (WCAG AA asks for a contrast of 4.5).
+#: Streamlit's padding of five rems on either side wastes space on small screens, and its grey for
+#: captions and chart text is too pale to read (WCAG AA requires a contrast of 4.5).
 _STYLE = """<style>
 .stMainBlockContainer { padding-left: 2.5rem; padding-right: 2.5rem; }
 [data-testid="stCaptionContainer"] { color: inherit; opacity: .8; }
@@ -33,7 +33,7 @@ _STYLE = """<style>
 
 @dataclass(frozen=True)
 class PageContext:
-    """What every page is about: the database, the chosen model, the chosen device."""
+    """The context of every page: the database, the chosen model and the chosen device."""
 
     store: Store
     source: ModelSource
@@ -41,12 +41,12 @@ class PageContext:
 
     @property
     def info(self) -> ModelInfo:
-        """What is known of the chosen model.
+        """The description of the chosen model.
 
         Raises
         ------
         NoModel
-            When there is none, or it is still being looked up.
+            If it cannot be opened, or is still being looked up.
         """
         try:
             return cached.model_info(self.store, self.source)
@@ -55,7 +55,7 @@ class PageContext:
 
 
 class NoModel(LsqError):
-    """The chosen model can't be shown, or not yet."""
+    """The chosen model can't be shown, or is still being looked up."""
 
     def __init__(self, reason: str, source: ModelSource) -> None:
         super().__init__(reason)
@@ -63,7 +63,7 @@ class NoModel(LsqError):
 
 
 def page(title: str, body: Callable[[PageContext], None]) -> None:
-    """Set the page up, draw the sidebar, then the body; what goes wrong is one sentence."""
+    """Set up the page, then draw the sidebar and the body; expected errors are shown as text."""
     st.set_page_config(
         page_title=f"{title} · LSQ Explorer",
         page_icon=_icon(),
@@ -90,7 +90,7 @@ def page(title: str, body: Callable[[PageContext], None]) -> None:
 
 
 def render_no_model(error: NoModel) -> None:
-    """Why there is no model to show, and the ways on; while it is looked up, that it is."""
+    """Show why the model can't be shown, or that it is being looked up, with ways to continue."""
     source, pending = error.source, isinstance(error.__cause__, hub_lookup.LookupPending)
     if pending:
         headline(
@@ -108,14 +108,14 @@ def render_no_model(error: NoModel) -> None:
 
 
 def _rerun_when_ready(source: ModelSource) -> None:
-    """Draw the page anew when a model was looked up."""
+    """Redraw the page once a lookup has ended."""
     if not hub_lookup.is_pending(source):
         st.rerun(scope="app")
 
 
 @cache
 def _icon() -> Image.Image:
-    """Four bars as high as their bits; an icon by name would be fetched from elsewhere."""
+    """Draw four bars, as high as 1 to 4 bits; a named icon would be fetched from the network."""
     icon = np.zeros((32, 32, 4), dtype=np.uint8)
     for index, (bits, color) in enumerate(BIT_COLORS.items()):
         bar = icon[32 - 4 * bits :, 8 * index + 1 : 8 * index + 7]
@@ -124,7 +124,7 @@ def _icon() -> Image.Image:
 
 
 def _open_database() -> Store:
-    """The database, its schema brought up to date once for each state of its file."""
+    """Open the database, migrating its schema once per state of its file."""
     path = database_path()
     if not path.exists():
         return Store(path)
@@ -138,12 +138,12 @@ def _open_file(path: Path, inode: int, mtime_ns: int) -> Store:
 
 
 def headline(text: str, caption: str = "") -> None:
-    """The one thing that a page says first, and in small print why."""
+    """Render a page's main statement, and the reason as a caption."""
     st.title(text, anchor=False)
     if caption:
         st.caption(caption)
 
 
 def next_step(page: str, label: str) -> None:
-    """A link to the page where to go on; the address goes along."""
+    """Render a link to the next page; choices carry over in the session state."""
     st.page_link(page, label=label, icon=":material/arrow_forward:")

@@ -1,12 +1,11 @@
-"""Streamlit as the pages use it: no text that they show can fetch or link to anything.
+"""Streamlit wrapped so that no displayed text can link to or fetch anything.
 
 Names of models, jobs, corpora and plans, notes and error messages come from outside, and most
-elements of Streamlit take Markdown, in which a name like ``![](http://host/x)`` is an image that
-the browser fetches. Every page imports ``st`` from here instead of from Streamlit; whatever text
-an element takes as Markdown passes through :func:`lsq_core.ui.words.sanitize` first, and every
-figure through :func:`lsq_core.charts.style.sanitize_figure`. A name that should also look as it is
-written (``my_*_model``) goes through :func:`lsq_core.ui.words.escape` where it is put in a
-sentence.
+Streamlit elements take Markdown, in which a name like ``![](http://host/x)`` is an image that the
+browser fetches. Every page imports ``st`` from here instead of from Streamlit; text rendered as
+Markdown first passes through :func:`lsq_core.ui.words.sanitize`, and every figure through
+:func:`lsq_core.charts.style.sanitize_figure`. A name that must also appear verbatim
+(``my_*_model``) is passed through :func:`lsq_core.ui.words.escape` when it is put in a sentence.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ from streamlit.delta_generator import DeltaGenerator
 from lsq_core.charts.style import sanitize_figure
 from lsq_core.ui.words import sanitize
 
-#: Parameters that hold Markdown, in every element that has one of the name.
+#: Parameters that hold Markdown in every element that has them.
 _COMMON_TEXT_PARAMETERS = ("label", "help", "text", "tabs")
-#: Further ones, by element.
+#: Further parameters, by element.
 _TEXT_PARAMETERS = {
     "metric": ("value", "delta", "delta_description"),
     "title": ("body",),
@@ -41,14 +40,14 @@ _TEXT_PARAMETERS = {
     "write": ("args",),
     "table": ("data",),
 }
-#: Elements whose options are Markdown, as their ``format_func`` writes them.
+#: Elements whose options, formatted by ``format_func``, are Markdown.
 _MARKDOWN_OPTION_ELEMENTS = ("radio", "pills", "segmented_control", "select_slider")
-#: Elements that show text as it is.
+#: Elements whose text is passed on unchanged.
 _PLAIN_TEXT_ELEMENTS = ("text", "code", "html")
 
 
 class SafeStreamlit:
-    """Streamlit, or a place on the page, whose elements take no Markdown but inert Markdown."""
+    """Streamlit or one of its containers, whose elements render only sanitized Markdown."""
 
     def __init__(self, target: Any) -> None:
         self._target = target
@@ -69,7 +68,7 @@ class SafeStreamlit:
 
 
 def _wrap_element(name: str, element: Callable) -> Callable:
-    """An element that makes its text inert, and whose places on the page do so too."""
+    """Wrap an element so that its text, and that of containers it returns, is sanitized."""
 
     @functools.wraps(element)
     def wrapped(*args: Any, **options: Any) -> Any:
@@ -99,7 +98,7 @@ def _signature(name: str, element: Callable) -> inspect.Signature:
 
 
 def _sanitize(value: Any) -> Any:
-    """Text, each of several texts, or a table's texts, made inert; anything else as it is."""
+    """Sanitize a string, a sequence of strings or a table; return anything else unchanged."""
     if isinstance(value, str):
         return sanitize(value)
     if isinstance(value, list | tuple):
@@ -112,7 +111,7 @@ def _sanitize(value: Any) -> Any:
 
 
 def _wrap_result(result: Any) -> Any:
-    """What an element gave back; places on the page are guarded too."""
+    """Wrap the containers that an element returned."""
     if isinstance(result, DeltaGenerator):
         return SafeStreamlit(result)
     if isinstance(result, list) and result and isinstance(result[0], DeltaGenerator):

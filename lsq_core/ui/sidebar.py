@@ -1,4 +1,4 @@
-"""The sidebar: the way through, the model, the device, and what is running."""
+"""The sidebar: navigation, the model, the device and running jobs."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ PAGES = {
     "pages/5_SQL.py": ("SQL", ":material/database_search:"),
     "pages/6_Storage.py": ("Storage", ":material/hard_drive:"),
 }
-#: Seconds between two looks at running jobs.
+#: Seconds between two updates of running jobs.
 POLL_SECONDS = 1.0
 
 
 def show(store: Store) -> tuple[str, str]:
-    """Draw the sidebar; returns the chosen model's text and the device."""
+    """Draw the sidebar; return the chosen model's text and the device."""
     with st.sidebar:
         for path, (label, icon) in PAGES.items():
             st.page_link(path, label=label, icon=icon)
@@ -54,7 +54,7 @@ def _model(store: Store) -> str:
 
 
 def known_model_names(store: Store) -> list[str]:
-    """The models in the database as the picker names them, newest first."""
+    """Return the names of models in the database as shown in the picker, newest first."""
     table = cached.models(store)
     return [
         state.model_text(ModelSource(row.source, row.revision if row.revision else None))
@@ -63,7 +63,7 @@ def known_model_names(store: Store) -> list[str]:
 
 
 def published_model_names(store: Store) -> list[str]:
-    """The published models as the picker names them, ``published:NAME``, by name."""
+    """Return the names of published models as shown in the picker (``published:NAME``), sorted."""
     return sorted(cached.models(store, "published")["source"])
 
 
@@ -74,24 +74,24 @@ def _device() -> str:
 
 
 def _watch_jobs(folder: Path) -> None:
-    """Show running jobs, looking again while there are any."""
+    """Show running jobs, updating while there are any."""
     active = tuple(job.id for job in jobs.list_jobs(folder) if job.active)
     st.fragment(_show_running_jobs, run_every=POLL_SECONDS if active else None)(folder, active)
 
 
 def _show_running_jobs(folder: Path, watched: tuple[str, ...]) -> None:
-    """One line and a bar for each running job; when one has ended the page is drawn anew."""
+    """Show a line and a bar per running job; redraw the page when one has ended."""
     active = {job.id: job for job in jobs.list_jobs(folder) if job.active}
     if set(watched) - set(active):
         st.rerun(scope="app")
     for job in active.values():
         remaining = f", {_non_breaking(words.seconds(job.eta))} left" if job.eta else ""
-        with st.container(key=f"side-bar-{job.id}"):  # each job's bar is its own
+        with st.container(key=f"side-bar-{job.id}"):  # a separate bar per job
             st.progress(
                 min(job.fraction, 1.0), text=f"{job.title}: {job.stage or job.state}{remaining}"
             )
 
 
 def _non_breaking(text: str) -> str:
-    """With spaces that no line ends at."""
+    """Replace spaces by non-breaking ones."""
     return text.replace(" ", "\u00a0")

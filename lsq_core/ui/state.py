@@ -1,8 +1,8 @@
-"""What the person has chosen, kept across pages and, where it is worth sharing, in the address.
+"""The user's choices, persisted across pages and, where worth sharing, in the URL.
 
-Widgets write under the keys used here, with ``persist_state="session"``; the address is written
-from the session and read only when a session begins, so that a link or a reload brings the
-choice back. Trust is never read from the address.
+Widgets write to the keys used here, with ``persist_state="session"``; the URL is written from the
+session, and a key is read from it only while the session has no value, so that a link or a reload
+restores the choices. Trust is never read from the URL.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from lsq_core.store.models import PUBLISHED
 from lsq_core.ui.safe import st
 from lsq_core.units import write_bytes
 
-#: How a plan can be asked for.
+#: Ways to specify the size of a plan.
 SIZE_MODES = {"base": "base configuration", "budget": "budget", "both": "base, capped by a budget"}
 CONFIGURATIONS = [c.stop_name for c in EXTENDED_LADDER]
 _PLAN_DEFAULTS = {
@@ -65,14 +65,14 @@ _PLAN_DEFAULTS = {
     "ratios": "full",
     "clip": False,
 }
-#: The least and the greatest number that a control takes; the browser counts to 2⁵³.
+#: Smallest and largest number that a control accepts; JavaScript integers are exact below 2⁵³.
 _PLAN_RANGES = {
     "boost_stop": (0, len(LADDER) - 1),
     "budget_bytes": (0, 2**53 - 1),
     "top_m": (0, 2**53 - 1),
     "seed": (0, 2**53 - 1),
 }
-#: Bits of most rows and of the high-impact ones.
+#: Bit widths of most rows and of the high-impact rows.
 BIT_WIDTH_PAIRS = [f"{low}+{high}" for low in LOW_BITS for high in HIGH_BITS if high > low]
 _PLAN_OPTIONS: dict[str, Sequence] = {
     "method": list(PLANNERS),
@@ -95,9 +95,9 @@ def init_key(
     options: Sequence | None = None,
     limits: tuple[int, int] | None = None,
 ) -> None:
-    """Give a key its first value of this session: the address's, else the default.
+    """Initialise a key of this session from the URL, else with the default.
 
-    The address's counts where it is among the options and within the limits.
+    The URL's value is used only if it is among the options and within the limits.
     """
     if key in st.session_state:
         return
@@ -117,7 +117,7 @@ def init_key(
 
 
 def sync_url(*keys: str) -> None:
-    """Write keys into the address, where they aren't already."""
+    """Write keys to the URL."""
     for key in keys:
         text = str(st.session_state[key])
         if st.query_params.get(key) != text:
@@ -125,7 +125,7 @@ def sync_url(*keys: str) -> None:
 
 
 def sync_url_unless_default(key: str, default: object) -> None:
-    """Write a key into the address where it isn't the default, and out of it where it is."""
+    """Write a key to the URL, or remove it from there if it has its default value."""
     if st.session_state[key] != default:
         sync_url(key)
     elif key in st.query_params:
@@ -133,7 +133,7 @@ def sync_url_unless_default(key: str, default: object) -> None:
 
 
 def set_values(values: Mapping[str, object]) -> None:
-    """Set keys of this session, for the page that a link leads to."""
+    """Set keys of this session, for the page that a link opens."""
     for key, value in values.items():
         st.session_state[key] = value
 
@@ -142,12 +142,12 @@ def set_values(values: Mapping[str, object]) -> None:
 
 
 def model_text(source: ModelSource) -> str:
-    """How a model is named in the picker and the address: ``org/name@revision``."""
+    """Return a model's name in the picker and the URL: ``org/name@revision``."""
     return f"{source.name}@{source.revision}" if source.revision else source.name
 
 
 def parse_source(text: str) -> ModelSource:
-    """The source that a text names, with what this session allowed it to do."""
+    """Return the source that a text names, with the permissions given to it in this session."""
     name, _, revision = text.strip().rpartition("@")
     if not name or ModelSource(text.strip()).is_local:
         name, revision = text.strip(), ""
@@ -156,7 +156,7 @@ def parse_source(text: str) -> ModelSource:
 
 
 def choose_model(text: str, trust: bool = False, pickle: bool = False) -> None:
-    """Make a model the chosen one; what it may do holds for it alone, and for this session."""
+    """Choose a model; its permissions apply to it alone and last for this session."""
     st.session_state["model"] = text.strip()
     st.session_state.setdefault("allowed", {})[text.strip()] = (trust, pickle)
 
@@ -175,18 +175,19 @@ _SETTINGS = {
 
 
 def init_settings(model: str, newest: ProfileSettings | None) -> None:
-    """Start from the newest profile that this model has, once for each model of a session.
+    """Whenever the model changes, start from the settings of its newest profile.
 
-    ``model`` is its identity (:func:`lsq_core.ui.cached.identity`).
+    ``model`` is its identity (:func:`lsq_core.ui.cached.identity`). Without a profile the settings
+    are left as they are, or reset if they can't be used for another model.
     """
     before = st.session_state.get("settings_of", "")
     fresh = before != model
     if fresh and newest is not None:
         set_settings(newest)
     elif fresh and before and (before.startswith(PUBLISHED) or not _is_calibration_known()):
-        # Published texts and grids are no model's here, and a shipped profile's text isn't here.
+        # Published corpora and grids, and shipped profiles' corpora, may not be available here.
         set_settings(ProfileSettings())
-    if not before and st.query_params.get("ladder") in LADDERS:  # the address of a plan has it
+    if not before and st.query_params.get("ladder") in LADDERS:  # set in a plan's URL
         st.session_state["ladder"] = st.query_params["ladder"]
     st.session_state["settings_of"] = model
     defaults = asdict(ProfileSettings())
@@ -195,7 +196,7 @@ def init_settings(model: str, newest: ProfileSettings | None) -> None:
 
 
 def _is_calibration_known() -> bool:
-    """Whether the calibration corpus of another model's profile can be read here."""
+    """Return whether the chosen calibration corpus can be read here."""
     try:
         corpus_identity(st.session_state.get("calibration", ProfileSettings().calibration))
     except InputError:
@@ -204,19 +205,19 @@ def _is_calibration_known() -> bool:
 
 
 def set_settings(settings: ProfileSettings) -> None:
-    """Make these the chosen settings."""
+    """Set the chosen profile settings."""
     for field, key in _SETTINGS.items():
         st.session_state[key] = getattr(settings, field)
 
 
 def settings() -> ProfileSettings:
-    """The chosen profile settings."""
+    """Return the chosen profile settings."""
     chosen = {field: st.session_state[key] for field, key in _SETTINGS.items()}
     return ProfileSettings(**chosen)
 
 
 def plan_settings() -> ProfileSettings:
-    """Those of the profile that the chosen method plans from, whose ladder may be the paper's."""
+    """Return the chosen settings with the ladder that the chosen method plans on."""
     return replace(settings(), ladder=plan_request().ladder)
 
 
@@ -224,7 +225,7 @@ def plan_settings() -> ProfileSettings:
 
 
 def init_plan(has_profile: bool) -> None:
-    """Give the plan's controls their first values."""
+    """Initialise the plan's controls; without a profile the default method is uniform."""
     for key, default in _PLAN_DEFAULTS.items():
         if key == "method" and not has_profile:
             default = "uniform"
@@ -232,13 +233,13 @@ def init_plan(has_profile: bool) -> None:
 
 
 def restrict_methods(methods: Sequence[str]) -> None:
-    """Keep the chosen method where it is one of these; else MXQ, or the first of them."""
+    """Keep the chosen method if it is in ``methods``; else choose MXQ or the first of them."""
     if st.session_state["method"] not in methods:
         st.session_state["method"] = "mxq" if "mxq" in methods else methods[0]
 
 
 def sync_plan_url() -> None:
-    """Write what the plan depends on into the address, where it isn't the default."""
+    """Write the method, and other plan choices that are not the default, to the URL."""
     sync_url("method")
     for key, default in _PLAN_DEFAULTS.items():
         if key != "method":
@@ -247,7 +248,7 @@ def sync_plan_url() -> None:
 
 
 def set_plan(request: PlanRequest, parameters: int) -> None:
-    """Set the plan's controls to a request that was kept, for a model of so many parameters."""
+    """Set the plan's controls to a request for a model with this number of parameters."""
     values = asdict(request) | {"serve": request.serve or ""}
     values |= {name: "\n".join(values[name]) for name in ("pins", "ties")}
     budget = values.pop("budget")
@@ -264,12 +265,12 @@ def set_plan(request: PlanRequest, parameters: int) -> None:
 
 
 def plan_request() -> PlanRequest:
-    """The plan asked for; what its method doesn't use keeps the default."""
+    """Return the chosen plan request; fields that its method doesn't use keep their defaults."""
     return request_for_method(st.session_state["method"])
 
 
 def request_for_method(method: str) -> PlanRequest:
-    """The same by another method."""
+    """Return the chosen plan request with another method."""
     chosen = st.session_state
     planner = get_planner(method)
     size_mode = chosen["ask"] if planner.has_base else "budget"
@@ -289,29 +290,29 @@ def request_for_method(method: str) -> PlanRequest:
 
 
 def chosen_budget() -> str:
-    """The budget asked for: the planned bytes where a size was typed, else bits per parameter."""
+    """Return the chosen budget: planned bytes if a size was typed, else bits per parameter."""
     size = st.session_state["budget_bytes"]
     return write_bytes(size) if size else budget_text(max(st.session_state["budget"], 0.01))
 
 
 def set_budget(bits: float, size: int | None = None) -> None:
-    """Ask for bits per parameter, or for planned bytes where they are given."""
+    """Set the budget in bits per parameter, or in planned bytes if ``size`` is given."""
     st.session_state["budget"] = bits
     st.session_state["budget_bytes"] = size or 0
 
 
 def budget_text(bits: float) -> str:
-    """A budget as it is typed: ``3.25bpp``, with at most four decimals."""
+    """Format a budget as it is typed: ``3.25bpp``, with at most four decimals."""
     return f"{round(bits, 4):.4f}".rstrip("0").rstrip(".") + "bpp"
 
 
 def lines(key: str) -> tuple[str, ...]:
-    """The pins or ties that were typed, one a line."""
+    """Return the pins or ties that were typed, one per line."""
     return tuple(line.strip() for line in st.session_state[key].splitlines() if line.strip())
 
 
 def alike(method: str, others: Sequence[str]) -> list[str]:
-    """Of other methods those that choose from the same, so that one picture can hold both."""
+    """Return the other methods with the same configurations, which fit into one chart."""
     if mixes_rows(method):
         return []
     wanted = st.session_state["ladder"]

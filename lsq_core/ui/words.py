@@ -1,4 +1,4 @@
-"""Figures as people say them."""
+"""Formatting of numbers and text for display."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lsq_core.units import GIB, MIB
 
 
 def count(number: float) -> str:
-    """``5642368`` as ``5.6 M``."""
+    """Format ``5642368`` as ``5.6 M``."""
     for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
             return f"{number / size:.1f} {unit}"
@@ -21,7 +21,7 @@ def count(number: float) -> str:
 
 
 def size(bytes: float) -> str:
-    """``11308392`` as ``10.8 MiB``: one decimal, for sentences."""
+    """Format ``11308392`` as ``10.8 MiB``: one decimal, for sentences."""
     for unit, scale in (("GiB", GIB), ("MiB", MIB), ("KiB", 1024)):
         if bytes >= scale:
             return f"{bytes / scale:.1f} {unit}"
@@ -29,25 +29,25 @@ def size(bytes: float) -> str:
 
 
 def figure(value: float | None, decimals: int, noise: float | None = None) -> str:
-    """A figure with the digits that its noise leaves, or that it is not finite: JSON has none."""
+    """Format a figure without digits below its noise; None, as JSON stores NaN, is not finite."""
     if value is None or not math.isfinite(value):
         return "not finite"
     return format_figure(value, noise, decimals)
 
 
 def metric_label(name: str) -> str:
-    """``sensitivity_module`` as ``Sensitivity by module``: a metric as a control lists it."""
+    """Format ``sensitivity_module`` as ``Sensitivity by module``, for controls."""
     label = METRICS[name].label
     return f"{label[0].upper()}{label[1:]}"
 
 
 def metric_labels(names: Iterable[str]) -> str:
-    """Metrics as a sentence lists them: ``kurtosis and sensitivity by part``."""
+    """List metrics in a sentence: ``kurtosis and sensitivity by part``."""
     return listed([METRICS[name].label for name in names])
 
 
 def rounded(value: float, digits: int = 3) -> str:
-    """``451097.3`` as ``451,000``: so many significant digits, without an exponent."""
+    """Format ``451097.3`` as ``451,000``: ``digits`` significant digits, large values in full."""
     rounded_value = float(f"{value:.{digits}g}")
     return (
         f"{rounded_value:,.0f}"
@@ -57,14 +57,14 @@ def rounded(value: float, digits: int = 3) -> str:
 
 
 def signed_percent(share: float | None, decimals: int = 1) -> str:
-    """``0.0182`` as ``+1.8 %``, with a true minus sign, and none for what rounds to nothing."""
+    """Format ``0.0182`` as ``+1.8 %``, with a true minus sign, and no sign if it rounds to zero."""
     if share is None or not math.isfinite(share):
         return "not finite"
     rounded = round(100 * share, decimals)
     return f"{rounded:+.{decimals}f} %".replace("-", "−") if rounded else f"{0:.{decimals}f} %"
 
 
-#: Up to which perplexity over full precision (a ratio) a model is said to be what.
+#: Upper limits of the ratio of perplexity to full precision, and their verdicts.
 _VERDICTS = (
     (1.02, "close to full precision"),
     (1.1, "a small loss"),
@@ -74,10 +74,10 @@ _VERDICTS = (
 
 
 def loss_verdict(increase: float | None) -> str:
-    """What a relative increase of perplexity means: ``+1.8 %: close to full precision``.
+    """Rate a relative increase of perplexity: ``+5.0 % over full precision: a small loss``.
 
-    Beyond :data:`lsq_core.evaluation.result.UNUSABLE_RATIO` a model is said to be unusable, with
-    the ratio in the place of a percentage.
+    Beyond :data:`lsq_core.evaluation.result.UNUSABLE_RATIO` the model is called unusable, and the
+    ratio is given instead of a percentage.
     """
     if increase is None or not math.isfinite(increase):
         return "not finite: unusable"
@@ -89,45 +89,45 @@ def loss_verdict(increase: float | None) -> str:
 
 
 def percent(share: float, decimals: int = 1) -> str:
-    """``0.0441`` as ``4.4 %``."""
+    """Format ``0.0441`` as ``4.4 %``."""
     return f"{100 * share:.{decimals}f} %".replace("-", "−")
 
 
 def interval(low: float | None, high: float | None) -> str:
-    """``+1.50 % to +2.10 %``, or that there is none."""
+    """Format an interval as ``+1.50 % to +2.10 %``, or state that there is none."""
     if low is None or high is None or math.isnan(low):
         return "too few windows"
     return f"{signed_percent(low, 2)} to {signed_percent(high, 2)}"
 
 
-#: What an escape protects, and what begins an image, a link, HTML, a formula or a directive.
+#: Escaped characters, and those that start an image, a link, HTML, a formula or a directive.
 _ACTIVE_MARKDOWN = re.compile(r"\\.|[\[\]<$]", re.DOTALL)
-#: Addresses that Markdown links without being asked, even where they are escaped: what comes
-#: before, and what comes after, the place to break.
+#: The start of URLs and addresses that Markdown autolinks even if escaped, up to the position at
+#: which to break them.
 _AUTOLINK = re.compile(r"(https?:|ftp:|\bwww|(?<=[\w.+-])@)(?=//|\.|(?<=@)[\w-]+\.)", re.IGNORECASE)
-#: The start of a line that makes it a heading, a list, a quotation or a table.
+#: The start of a line that would make it a heading, a list, a quotation or a table.
 _BLOCK_MARKER = re.compile(r"^[ \t]*(?=[#>+=|-])", re.MULTILINE)
-#: Takes no room, and breaks the word that it stands in.
+#: Has zero width, and breaks the match of an autolink.
 _WORD_JOINER = "\u2060"
 
 
 def sanitize(markdown: str) -> str:
-    """Markdown of which nothing is left that links, fetches or is HTML; what is bold stays so.
+    """Disable links, images, HTML and formulas in Markdown; other formatting is kept.
 
-    Once is as good as twice, and what was escaped stays escaped.
+    The function is idempotent, and escaped characters stay escaped.
     """
     escaped = _ACTIVE_MARKDOWN.sub(lambda m: m[0] if len(m[0]) > 1 else f"\\{m[0]}", markdown)
     return _AUTOLINK.sub(lambda m: m[0] + _WORD_JOINER, escaped)
 
 
 def escape(text: str) -> str:
-    """Text in which Markdown finds nothing to format: names and patterns stay as they are."""
+    """Escape text for Markdown, so that names and patterns appear verbatim."""
     escaped = re.sub(r"([\\`*_\[\]$~<])", r"\\\1", text)
     return sanitize(_BLOCK_MARKER.sub(r"\\", escaped))
 
 
 def seconds(time: float) -> str:
-    """``125`` as ``2 min 5 s``."""
+    """Format ``125`` as ``2 min 5 s``."""
     if time < 10:
         return f"{time:.1f} s"
     minutes, rest = divmod(round(time), 60)
@@ -138,12 +138,12 @@ def seconds(time: float) -> str:
 
 
 def plural(number: int, noun: str) -> str:
-    """``1 run``, ``2 runs``."""
+    """Format a number with its noun: ``1 run``, ``2 runs``."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def listed(items: Sequence[object], most: int = 8) -> str:
-    """``1, 2 and 30``; beyond ``most`` the number of the others."""
+    """List items as ``1, 2 and 30``; those beyond ``most`` are only counted."""
     words = [str(item) for item in items]
     if len(words) > most:
         words = [*words[:most], f"{len(words) - most} more"]
@@ -151,5 +151,5 @@ def listed(items: Sequence[object], most: int = 8) -> str:
 
 
 def name_layers(layers: Sequence[int]) -> str:
-    """``Layer 3`` or ``Layers 1 and 14``."""
+    """List layers as ``Layer 3`` or ``Layers 1 and 14``."""
     return f"Layer{'s' if len(layers) > 1 else ''} {listed(layers)}"

@@ -1,4 +1,4 @@
-"""Charts that can be saved, tables that can be taken along."""
+"""Charts and tables of the Compare page with their downloads."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from lsq_core import charts
 from lsq_core.results import export
 from lsq_core.ui.safe import st
 
-#: What the camera beside a chart saves.
+#: Image formats of a chart's camera button.
 _FORMATS = ("png", "svg")
 
 
 def file_stem(name: str) -> str:
-    """A name as a file's: ``published:Llama-2-7b c4`` as ``published-Llama-2-7b-c4``."""
+    """Convert a name for a file: ``published:Llama-2-7b c4`` to ``published-Llama-2-7b-c4``."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-")
 
 
@@ -28,7 +28,7 @@ def render_chart(
     alt: str,
     on_select: Callable | str = "ignore",
 ) -> None:
-    """A chart with an alternative text, whose camera saves it under a name."""
+    """Render a chart with alternative text; its camera button saves it as ``name``."""
     camera = {
         "format": st.session_state.get(f"camera-{key}", "png"),
         "filename": file_stem(name),
@@ -47,7 +47,7 @@ def render_chart(
 def render_save_menu(
     figure: go.Figure, key: str, name: str, report: Callable[[], str] | None = None
 ) -> None:
-    """Downloads of a chart: as a page that saves itself as an image, and in a report."""
+    """Render the download menu of a chart: HTML, image format and, if given, a report."""
     with st.popover("Save", icon=":material/download:"):
         _download_button(
             "Chart (HTML)", lambda: export.figure_html(figure, name), f"{file_stem(name)}.html"
@@ -69,13 +69,13 @@ def render_save_menu(
 
 
 def table_downloads(frame: pd.DataFrame, name: str) -> None:
-    """A table as CSV and Parquet."""
+    """Render buttons that download a table as CSV and Parquet."""
     _download_button("CSV", lambda: export.csv_bytes(frame), f"{file_stem(name)}.csv")
     _download_button("Parquet", lambda: export.parquet_bytes(frame), f"{file_stem(name)}.parquet")
 
 
 def _download_button(label: str, data: Callable[[], str | bytes], file_name: str) -> None:
-    """A button that makes its file when it is clicked, not before."""
+    """Render a download button that creates its file only when clicked."""
     st.download_button(
         label,
         data,

@@ -1,4 +1,4 @@
-"""The Compare page's first view: all runs by size, and the one that is open."""
+"""The Compare page's first view: all runs by size, and the open run."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from lsq_core.ui.export_plan import render_run_plan_export
 from lsq_core.ui.page import PageContext
 from lsq_core.ui.safe import st
 
-#: How runs outside the range on which a chart opens are seen.
+#: Shown if runs lie outside a chart's initial range.
 ALL_RUNS_NOTE = "Double-click the chart to see all runs."
-#: What a run can be judged by, where it was measured.
+#: Quality measures of runs, available if measured.
 QUALITIES = {"perplexity": charts.PERPLEXITY, "kl": charts.KL, "top1": charts.TOP1}
 _QUALITY_NAMES = {"perplexity": "Perplexity", "kl": "KL", "top1": "Top-1 agreement"}
 
 
 def show(ctx: PageContext, choice: Choice) -> None:
-    """All runs by size beside the one that is open, and a pair of them below."""
+    """Show all runs by size, the details of the open run, and a comparison of two runs below."""
     init_open_run(choice)
     left, right = st.columns([2.1, 1], gap="medium")
     with left:
@@ -50,7 +50,7 @@ def show(ctx: PageContext, choice: Choice) -> None:
 
 
 def show_chart(ctx: PageContext, choice: Choice) -> None:
-    """Quality against size; a click opens a run."""
+    """Show quality against size; a click opens a run."""
     controls, save = st.columns([4, 1.2], vertical_alignment="center")
     quality = choose_quality(choice, controls)
     frame = choice.runs.dropna(subset=[quality.column])
@@ -69,14 +69,14 @@ def show_chart(ctx: PageContext, choice: Choice) -> None:
 
 
 def gguf_files(ctx: PageContext, choice: Choice) -> pd.DataFrame:
-    """GGUF files that were evaluated as the choice's runs; of published runs nobody knows."""
+    """Return GGUF files evaluated in the same way as the runs; none for published runs."""
     if choice.published:
         return pd.DataFrame()
     return cached_results.gguf_baselines(ctx.store, choice.runs["evaluation"].iloc[0])
 
 
 def choose_quality(choice: Choice, container: object) -> charts.QualityMeasure:
-    """What is drawn upwards: perplexity, or what else these runs were measured by."""
+    """Return the quality to draw: perplexity or another one that these runs have."""
     available = [name for name, q in QUALITIES.items() if choice.runs[q.column].notna().any()]
     if len(available) < 2:
         container.caption("Click a point to open its run.")
@@ -104,19 +104,19 @@ def _alt(choice: Choice, quality: charts.QualityMeasure) -> str:
 
 
 def open_clicked_run() -> None:
-    """Open the run whose point was clicked; a click beside the points keeps what is open."""
+    """Open the run whose point was clicked; other clicks change nothing."""
     points = st.session_state["runs"]["selection"]["points"]
     if points and "customdata" in points[0]:
         customdata = points[0][
             "customdata"
-        ]  # label and evaluation; Streamlit may name them by number
+        ]  # label and evaluation, which Streamlit may key by number
         st.session_state["opened"] = list(
             customdata.values() if isinstance(customdata, dict) else customdata
         )[1]
 
 
 def render_chart_notes(choice: Choice, quality: charts.QualityMeasure, files: pd.DataFrame) -> None:
-    """What the chart leaves for the person to know."""
+    """Render notes on the chart."""
     notes = []
     if len(files) and choice.size == charts.MEASURED and quality == charts.PERPLEXITY:
         notes.append(
@@ -154,7 +154,7 @@ def _published_notes(choice: Choice) -> list[str]:
 
 
 def ablation_note(runs: pd.DataFrame) -> str:
-    """What an ablation is, and what a boost by rank is, where there are any; else ''."""
+    """Return a note explaining ablations and boosts by rank, or '' if there are none."""
     notes = []
     if runs["method"].map(is_ablation).any():
         notes.append(
@@ -170,7 +170,7 @@ def ablation_note(runs: pd.DataFrame) -> str:
 
 
 def noise_note(runs: pd.DataFrame) -> str:
-    """How far arithmetic alone moves these perplexities, or how to measure it."""
+    """Return a note on how far arithmetic alone moves these figures, or how to measure it."""
     measured = runs[runs["origin"] != "published"]
     if measured.empty:
         return ""
@@ -187,7 +187,7 @@ def noise_note(runs: pd.DataFrame) -> str:
 
 
 def build_comparison_report(ctx: PageContext, choice: Choice) -> str:
-    """The comparison as one page: the figures that these runs allow, and their table."""
+    """Return the comparison as an HTML page: the available figures and a table of the runs."""
     frame, best = choice.runs, choice.best
     first = frame.iloc[0]
     figures = {
@@ -220,17 +220,17 @@ def build_comparison_report(ctx: PageContext, choice: Choice) -> str:
     return report.comparison_report(title, caption, figures, table)
 
 
-# --- the run that is open -------------------------------------------------------------------
+# --- the open run ---------------------------------------------------------------------------
 
 
 def init_open_run(choice: Choice) -> None:
-    """The headline's run is open until another is picked, and when the picked one is not here."""
+    """Open the headline's run, unless the open run is among the runs shown."""
     if st.session_state.get("opened") not in set(choice.runs["evaluation"]):
         st.session_state["opened"] = choice.headline_run
 
 
 def show_run_details(ctx: PageContext, choice: Choice) -> None:
-    """One run: its figures, what a person says of it, how it was made."""
+    """Show a run's figures, note, task results, settings and plan."""
     names = choice.names
     opened = st.selectbox(
         "Open run", list(names), format_func=names.get, key="opened", persist_state="session"
@@ -266,7 +266,7 @@ def show_run_details(ctx: PageContext, choice: Choice) -> None:
 
 
 def _actions(ctx: PageContext, choice: Choice, record: dict) -> None:
-    """Star, export and delete, in a row."""
+    """Render the star, export and delete buttons."""
     run = record["run"]
     starred = bool(run["starred"])
     if st.button(
@@ -296,7 +296,7 @@ def _note(ctx: PageContext, record: dict) -> None:
 
 
 def render_run_export(ctx: PageContext, choice: Choice, record: dict) -> None:
-    """What a run can be taken along as."""
+    """Render the export menu of a run."""
     run = record["run"]
     command = arguments.reproduce_command(record)
     name = file_stem(f"run-{run['id']}")
@@ -346,7 +346,7 @@ def render_run_export(ctx: PageContext, choice: Choice, record: dict) -> None:
 
 
 def show_pair(ctx: PageContext, choice: Choice) -> None:
-    """The difference of two runs, with its paired bootstrap interval where windows are kept."""
+    """Show the difference of two runs, with its paired bootstrap interval if windows are stored."""
     if len(choice.runs) < 2:
         st.caption("Two runs of this measurement can be compared here once there is a second one.")
         return
@@ -371,7 +371,7 @@ def _pick(label: str, key: str, labels: dict[str, str]) -> str:
 
 
 def published_difference(a: pd.Series, b: pd.Series) -> str:
-    """How two published runs differ, in perplexity and in bits; there are no windows to pair."""
+    """Describe how two published runs, which have no windows, differ in perplexity and bits."""
     if a.name == b.name:
         return "Choose two different runs."
     perplexity = words.signed_percent(a["perplexity"] / b["perplexity"] - 1)
@@ -387,7 +387,7 @@ def published_difference(a: pd.Series, b: pd.Series) -> str:
 
 
 def difference(ctx: PageContext, a: str, b: str) -> str:
-    """A sentence about the difference between two evaluations."""
+    """Describe the difference between two evaluations in a sentence."""
     if a == b:
         return "Choose two different runs."
     try:

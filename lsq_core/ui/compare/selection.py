@@ -1,4 +1,4 @@
-"""The Compare page's choices: the model, one measurement of it, the account of size, a limit."""
+"""The Compare page's choices: model, measurement, size measure and size limit."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ from lsq_core.ui.page import PageContext, headline
 from lsq_core.ui.safe import st
 from lsq_core.units import format_bytes
 
-#: What has to agree for two figures to be in one chart.
+#: Columns that must agree for runs to share a chart.
 _SAME_MEASUREMENT = ["fingerprint", "corpus_sha256", "protocol", "tokens"]
-#: The accounts of size that published runs have; measured ones have their measured bytes.
+#: Size measures of published runs; measured runs use their measured bytes.
 _PUBLISHED_SIZES = {
     size.unit + size.column: size for size in (charts.NOMINAL, charts.BITS, charts.STORED)
 }
-#: Of how many runs on there is a choice among their methods.
+#: With more runs than this, methods can be filtered.
 _METHOD_FILTER_MIN_RUNS = 40
 
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """What is compared: the runs of one measurement, the account of their size, and the limit."""
+    """The runs to compare: those of one measurement, their size measure and size limit."""
 
-    #: Every run of the model; those of ``runs`` are of one corpus and protocol.
+    #: Every run of the model; ``runs`` holds those of one corpus and protocol.
     model_runs: pd.DataFrame
     runs: pd.DataFrame
     size: charts.SizeMeasure
     published: bool
-    #: Runs of the other origin, drawn over these in the chart and nowhere else.
+    #: Runs of the other origin, drawn only as an overlay in the chart.
     overlay: pd.DataFrame | None = None
 
     @property
@@ -54,24 +54,24 @@ class Choice:
 
     @property
     def best(self) -> pd.Series:
-        """The run of lowest perplexity within the limit."""
+        """The run with the lowest perplexity within the limit."""
         fitting = self.runs[self.runs["fits"]]
         return fitting.loc[fitting["perplexity"].idxmin()]
 
     @cached_property
     def gain(self) -> Gain | None:
-        """The largest gain over a uniform run of equal size within the limit, None without one."""
+        """The largest gain over a uniform run of equal size within the limit, or None."""
         gain = gain_at_equal_size(self.runs[self.runs["fits"]], self.size.column)
         return gain if gain is not None and gain.drop > 0 else None
 
     @property
     def headline_run(self) -> str:
-        """The evaluation that the first line is about: that of the largest gain, else the best."""
+        """The evaluation in the headline: that of the largest gain, else of the best run."""
         return self.best["evaluation"] if self.gain is None else self.gain.evaluation
 
     @property
     def names(self) -> dict[str, str]:
-        """The runs by evaluation with labels that are unique in a list, in order."""
+        """Labels of the runs by evaluation, in display order; those of measured runs have times."""
         frame = self.runs.sort_values(["method", "bits_per_param"]) if self.published else self.runs
         labels = dict(zip(frame["evaluation"], frame["label"], strict=True))
         if self.published:
@@ -81,13 +81,13 @@ class Choice:
 
     @property
     def measurement(self) -> str:
-        """What the runs were measured on, for a file's name."""
+        """Model, corpus and protocol of the runs, for file names."""
         first = self.runs.iloc[0]
         return f"{first['model']} {first['corpus']} {first['protocol']}"
 
 
 def models_with_runs(ctx: PageContext) -> pd.Series:
-    """The models that have runs, measured ones first: fingerprint to the name shown."""
+    """Return the names of models with runs by fingerprint, measured models first."""
     both = [cached_results.results(ctx.store, origin) for origin in ("measured", "published")]
     models = pd.concat(
         [frame[["fingerprint", "model"]] for frame in both if not frame.empty]
@@ -97,9 +97,9 @@ def models_with_runs(ctx: PageContext) -> pd.Series:
 
 
 def find_model(ctx: PageContext, names: pd.Series) -> str | None:
-    """The fingerprint of the sidebar's model among those with runs, None where it has none.
+    """Return the fingerprint of the sidebar's model, or None if it has no runs.
 
-    A name that stood for several models, such as a folder that changed, asks which one.
+    If the name has stood for several models, such as a folder that changed, the user selects one.
     """
     published = cached.published(ctx.store, ctx.source)
     own = names[names.index == published.fingerprint if published else names == ctx.source.name]
@@ -113,12 +113,12 @@ def find_model(ctx: PageContext, names: pd.Series) -> str | None:
     )
 
 
-#: More models than these are left to the sidebar.
+#: Further models are offered only in the sidebar.
 _MOST_OFFERED = 8
 
 
 def offer_models(names: pd.Series) -> None:
-    """Buttons that choose a model with runs in the sidebar."""
+    """Render buttons that choose a model with runs."""
     with st.container(horizontal=True):
         for name in list(dict.fromkeys(names.dropna()))[:_MOST_OFFERED]:
             st.button(
@@ -133,10 +133,10 @@ def offer_models(names: pd.Series) -> None:
 def choose(
     ctx: PageContext, fingerprint: str, middle: object, right: object, filters: bool = True
 ) -> Choice:
-    """The model's runs on one corpus by one protocol, as the person filters them.
+    """Return the model's runs on one corpus by one protocol, as filtered by the user.
 
-    Without ``filters`` all methods are in it: a view that counts them all has none to offer. At
-    first the newest measurement with two runs or more is taken: one alone compares with nothing.
+    Without ``filters``, for views that count all runs, every method is included. The default is
+    the newest measurement with at least two runs, since a single run has nothing to compare with.
     """
     published = fingerprint.startswith(PUBLISHED)
     all_runs = cached_results.results(ctx.store, "published" if published else "measured")
@@ -156,7 +156,7 @@ def choose(
         frame, size = select_published_runs(ctx, fingerprint, frame, filters)
     overlay = choose_overlay(others, names, published) if filters else None
     if overlay is not None:
-        size = charts.BITS  # the one account that both have
+        size = charts.BITS  # the only size measure that both have
     frame = frame.dropna(subset=[size.column])
     with right:
         frame = frame.assign(fits=frame[size.column] <= _limit(frame, size))
@@ -166,7 +166,7 @@ def choose(
 def select_published_runs(
     ctx: PageContext, fingerprint: str, frame: pd.DataFrame, filters: bool
 ) -> tuple[pd.DataFrame, charts.SizeMeasure]:
-    """Published runs of the methods chosen, with their nominal bytes, and the account to draw."""
+    """Return published runs of the chosen methods, with nominal bytes, and the size measure."""
     linear = cached.models(ctx.store, "published").set_index("fingerprint")["linear_parameters"]
     frame = frame.assign(nominal_bytes=frame["bits_per_param"] * linear[fingerprint] / 8)
     if not filters:
@@ -201,7 +201,7 @@ def select_published_runs(
 def _overlays(
     ctx: PageContext, frame: pd.DataFrame, published: bool
 ) -> tuple[pd.DataFrame, pd.Series]:
-    """Runs of the other origin on the corpus and by the protocol of the same names, by model."""
+    """Return runs of the other origin on the same corpus and protocol, and their models' names."""
     others = cached_results.results(ctx.store, "measured" if published else "published")
     first = frame.iloc[0]
     others = others[
@@ -211,7 +211,7 @@ def _overlays(
 
 
 def choose_overlay(others: pd.DataFrame, names: pd.Series, published: bool) -> pd.DataFrame | None:
-    """Runs of the other origin over these, if wanted."""
+    """Return the runs of the other origin to overlay, or None."""
     if names.empty:
         return None
     fingerprint = st.selectbox(
@@ -224,7 +224,7 @@ def choose_overlay(others: pd.DataFrame, names: pd.Series, published: bool) -> p
 
 
 def _limit(frame: pd.DataFrame, size: charts.SizeMeasure) -> float:
-    """The largest size, or a smaller one that the person sets; in the column's own unit."""
+    """Return the size limit in the column's unit: the largest size unless the user lowers it."""
     values = frame[size.column].astype(float) / size.scale
     low, high = round(values.min(), 2), round(values.max() + 0.005, 2)
     if values.max() - values.min() < 0.01:
@@ -243,7 +243,7 @@ def _describe_measurement(part: pd.DataFrame) -> str:
 
 
 def render_headline(ctx: PageContext, choice: Choice) -> None:
-    """The first line: the best run, or what one gains over a uniform one of equal size."""
+    """Render the headline: the largest gain over a uniform run of equal size, or the best run."""
     gain = choice.gain
     if gain is None:
         headline(f"{_describe_best(choice)}.", " · ".join(_describe_runs(choice)))
@@ -264,7 +264,7 @@ def render_headline(ctx: PageContext, choice: Choice) -> None:
 
 
 def _describe_gain(choice: Choice, gain: Gain) -> str:
-    """``KurtBoost: 3.3 % lower perplexity for 2.7 % more memory than uniform 3.13``."""
+    """Describe a gain: ``KurtBoost: 3.3 % lower perplexity for 2.7 % more memory than …``."""
     rows = choice.runs.set_index("evaluation")
     run, base = rows.loc[gain.evaluation], rows.loc[gain.uniform]
     what = "bits" if choice.size == charts.BITS else "memory"
@@ -273,7 +273,7 @@ def _describe_gain(choice: Choice, gain: Gain) -> str:
 
 
 def _interval(ctx: PageContext, gain: Gain) -> RunDifference | None:
-    """The interval of a gain; None where windows were not kept, as of published runs."""
+    """Return the interval of a gain; None if windows were not stored, as for published runs."""
     try:
         return cached_results.run_difference(ctx.store, gain.evaluation, gain.uniform)
     except InputError:
@@ -289,7 +289,7 @@ def _describe_interval(found: RunDifference) -> str:
 
 
 def _describe_best(choice: Choice) -> str:
-    """``Best within 2.61 MiB: MXQ 4.30, perplexity 31.64``."""
+    """Describe the best run: ``Best within 2.61 MiB: MXQ 4.30, perplexity 31.64``."""
     size, best = choice.size, choice.best
     style = charts.method_style(charts.style_key(best["method"], best["quantizer"]))
     within = choice.runs.loc[choice.runs["fits"], size.column].max()
@@ -300,7 +300,7 @@ def _describe_best(choice: Choice) -> str:
 
 
 def _describe_runs(choice: Choice) -> list[str]:
-    """What the headline's runs are compared with, and who measured them."""
+    """Compare the best run with full precision, and state where the runs come from."""
     best, facts = choice.best, []
     if pd.notna(best["perplexity_full"]):
         more = words.signed_percent(best["increase"])
@@ -314,14 +314,14 @@ def _describe_runs(choice: Choice) -> list[str]:
 
 
 def size_text(value: float, size: charts.SizeMeasure) -> str:
-    """A size in the unit of its account."""
+    """Format a size in the unit of its measure."""
     return f"{value:.2f} bits" if size.scale == 1 else format_bytes(value)
 
 
 def init_pair(choice: Choice) -> None:
-    """Start with the run that gains most over the uniform run of nearest size, and that run.
+    """Initialise the compared pair, unless both chosen runs are in this chart.
 
-    So again where the chosen ones aren't of this chart; without a uniform run, the two newest.
+    The pair is that of :func:`lsq_core.results.gains.first_pair`, or the first two runs.
     """
     frame = choice.runs
     chosen = {st.session_state.get(key) for key in ("run_a", "run_b")}
@@ -332,5 +332,5 @@ def init_pair(choice: Choice) -> None:
 
 
 def selected_pair(choice: Choice) -> list[str]:
-    """The two runs compared, or none where there is but one."""
+    """Return the two compared runs, or an empty list if there is only one run."""
     return [st.session_state["run_a"], st.session_state["run_b"]] if len(choice.runs) > 1 else []

@@ -1,4 +1,4 @@
-"""The Compare page's table: every run, filtered, starred, deleted and brought back."""
+"""The Compare page's table: filter, star, delete and restore runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lsq_core.ui.page import PageContext
 from lsq_core.ui.safe import st
 from lsq_core.units import GIB, MIB
 
-#: How the numbers of columns are written; they sort as numbers.
+#: Number formats by column; the values still sort as numbers.
 _FORMATS = {
     "bits": "%.4f",
     "MiB": "%.2f",
@@ -27,7 +27,7 @@ _FORMATS = {
     "tokens/s": "%.0f",
     "quantize s": "%.1f",
 }
-#: Columns that there are on demand.
+#: Columns hidden by default.
 _OPTIONAL_COLUMNS = (
     "method",
     "quantizer",
@@ -41,7 +41,7 @@ _OPTIONAL_COLUMNS = (
 
 
 def show(ctx: PageContext, choice: Choice) -> None:
-    """Every run of the measurement, or of the model; what is filtered is what is taken along."""
+    """Show the runs of the measurement or of the model; downloads hold the filtered rows."""
     st.subheader("Runs", anchor=False)
     frame = filter_runs(choice)
     table = build_table(frame, choice)
@@ -72,7 +72,7 @@ def show(ctx: PageContext, choice: Choice) -> None:
 
 
 def filter_runs(choice: Choice) -> pd.DataFrame:
-    """The runs that the person's filters leave."""
+    """Return the runs that match the user's filters."""
     all_measurements = st.session_state.get("all_measurements", False)
     frame = choice.model_runs if all_measurements else choice.runs
     cells = st.columns([1.3, 1.3, 1, 1, 1, 0.8, 1], vertical_alignment="bottom")
@@ -108,7 +108,7 @@ def _method_title(method: str) -> str:
 
 
 def build_table(frame: pd.DataFrame, choice: Choice) -> pd.DataFrame:
-    """Runs with the columns that a person reads, lowest perplexity first."""
+    """Return runs with columns for display, lowest perplexity first."""
     published = choice.published
     columns = {
         "★": frame["starred"].map({True: "★", False: ""}),
@@ -124,13 +124,13 @@ def build_table(frame: pd.DataFrame, choice: Choice) -> pd.DataFrame:
         columns["model MiB"] = frame["model_bytes"] / MIB
     columns |= {
         "perplexity": frame["perplexity"],
-        "vs. full %": (100 * frame["increase"]).round(2) + 0.0,  # -0.0 has a sign
+        "vs. full %": (100 * frame["increase"]).round(2) + 0.0,  # + 0.0 removes the sign of -0.0
         "Pareto front": _pareto_mask(frame, choice),
     }
     if published:
         columns |= {
             "bits are": frame["planned_bytes"].isna().map({True: "the label", False: "exact"}),
-            # where nothing was timed the file has 0
+            # 0 in the file means not timed
             "quantize s": frame["quantize_seconds"].replace(0, None),
         }
     else:
@@ -148,13 +148,13 @@ def build_table(frame: pd.DataFrame, choice: Choice) -> pd.DataFrame:
 
 
 def nominal_bytes_per_bit(choice: Choice) -> float:
-    """Bytes that one bit per parameter takes in this model's linear weights, nominally."""
+    """Return the nominal bytes of this model's linear weights per bit per parameter."""
     row = choice.runs.iloc[0]
     return row["nominal_bytes"] / row["bits_per_param"]
 
 
 def _pareto_mask(frame: pd.DataFrame, choice: Choice) -> pd.Series:
-    """Which runs no other beats, by the account of the chart, within each measurement."""
+    """Return which runs are Pareto-optimal by the chart's size, within each measurement."""
     size = choice.size.column if choice.size.column in frame else "bits_per_param"
     groups = frame.groupby(["corpus_sha256", "protocol", "tokens"], dropna=False)
     parts = [pareto(part[size], part["perplexity"]) for _, part in groups]
@@ -162,7 +162,7 @@ def _pareto_mask(frame: pd.DataFrame, choice: Choice) -> pd.Series:
 
 
 def chosen_columns(table: pd.DataFrame, choice: Choice) -> list[str]:
-    """The columns that the person wants to see."""
+    """Return the columns that the user chose."""
     default_columns = [name for name in table.columns if name not in _OPTIONAL_COLUMNS]
     if st.session_state.get("all_measurements"):
         default_columns += ["corpus", "protocol", "tokens"]
@@ -177,7 +177,7 @@ def chosen_columns(table: pd.DataFrame, choice: Choice) -> list[str]:
 
 
 def _actions(ctx: PageContext, picked: pd.DataFrame, choice: Choice) -> None:
-    """What can be done with the rows that are ticked."""
+    """Render the actions for the selected rows."""
     if picked.empty:
         return
     runs = list(picked["run"].unique())
@@ -194,7 +194,7 @@ def _actions(ctx: PageContext, picked: pd.DataFrame, choice: Choice) -> None:
 
 
 def render_undo(ctx: PageContext) -> None:
-    """Bring back what was deleted last; again, what was deleted before that."""
+    """Render a button that restores the runs deleted last; repeated clicks go further back."""
     deleted = cached_results.deleted_runs(ctx.store)
     if deleted.empty:
         return

@@ -1,4 +1,4 @@
-"""What a run scored on tasks, beside full precision."""
+"""Task scores of a run, with full precision for comparison."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def _results(_store: Store, at: FileVersion, fingerprint: str) -> pd.DataFrame:
 
 
 def show_tasks(store: Store, run: str, fingerprint: str) -> None:
-    """The tasks that a run was measured on, or how to measure it."""
+    """Show a run's task results, or the command that measures them."""
     table = tasks_table(_results(store, file_version(store), fingerprint), run)
     with st.expander(f"Tasks ({len(table)})" if len(table) else "Tasks"):
         if table.empty:
@@ -39,7 +39,7 @@ def show_tasks(store: Store, run: str, fingerprint: str) -> None:
 
 
 def tasks_table(results: pd.DataFrame, run: str) -> pd.DataFrame:
-    """The rows of a run in :meth:`Store.task_results`, by the names that a person reads."""
+    """Return a run's rows of :meth:`Store.task_results` with column names for display."""
     own = results[results["run"] == run]
     counts = own["documents"].astype(str)
     return pd.DataFrame(

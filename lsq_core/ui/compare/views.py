@@ -1,4 +1,4 @@
-"""The Compare page's other views: what bits buy, who wins, two runs in detail, predictions."""
+"""The Compare page's other views: gain for bits, win/tie/loss, two runs, predictions."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ from lsq_core.ui.compare.selection import Choice, selected_pair
 from lsq_core.ui.page import PageContext
 from lsq_core.ui.safe import st
 
-# --- what more bits buy ---------------------------------------------------------------------
+# --- gain for bits --------------------------------------------------------------------------
 
-#: How many more bits than the base's a run may have to be drawn beside it.
+#: Share of bits above the base's up to which a run is drawn.
 _MAX_EXTRA_BITS = 0.30
-#: More runs than these have no intervals: each takes some milliseconds.
+#: With more runs, intervals are omitted: each takes some milliseconds.
 _MAX_INTERVALS = 200
 
 
 def show_gain(ctx: PageContext, choice: Choice) -> None:
-    """The drop of perplexity for the extra budget, relative to a uniform base ([A] Fig. 9)."""
+    """Show the drop of perplexity for extra bits, relative to a uniform base ([A] Fig. 9)."""
     bases = uniform_bases(choice.runs)
     if not bases:
         st.info("There is no uniform HQQ run of this measurement to compare the others with.")
@@ -81,7 +81,7 @@ def show_gain(ctx: PageContext, choice: Choice) -> None:
 
 
 def _usual_base(runs: pd.DataFrame, bases: Mapping[str, pd.Series]) -> str:
-    """The base of the largest gain of a boosted plan; else the paper's example, or the first."""
+    """Return the base of the best boosted run; else the paper's example, or the first base."""
     gain = boost_gain(runs)
     if gain is not None:
         for name, base in bases.items():
@@ -91,7 +91,7 @@ def _usual_base(runs: pd.DataFrame, bases: Mapping[str, pd.Series]) -> str:
 
 
 def _describe_best(best: pd.Series, base: pd.Series, name: str) -> str:
-    """What the run furthest below a uniform base gains, or that none is below it."""
+    """Describe the largest gain over a uniform base, or state that there is none."""
     against = f"uniform {name} ({base['perplexity']:.4f} at {base['bits_per_param']:.4f} bits)"
     change = f"perplexity **{words.signed_percent(-best['drop'])}** for"
     change += f" **{words.signed_percent(best['extra'])}** bits"
@@ -104,7 +104,7 @@ def _describe_best(best: pd.Series, base: pd.Series, name: str) -> str:
 
 
 def _largest_gain(runs: pd.DataFrame) -> pd.Series:
-    """The run furthest below the base; a control or the base itself only if there is no other."""
+    """Return the run furthest below the base; ablations and uniform runs are a last resort."""
     methods = runs["method"]
     planned = runs[~methods.map(is_ablation) & methods.ne("uniform")]
     runs = runs if planned.empty else planned
@@ -112,9 +112,9 @@ def _largest_gain(runs: pd.DataFrame) -> pd.Series:
 
 
 def add_intervals(ctx: PageContext, runs: pd.DataFrame, base: str) -> pd.DataFrame:
-    """Runs with ``low, high, windows``: the interval of ``drop``, NaN where there is none.
+    """Return runs with ``low, high, windows``: the interval of ``drop``, NaN if unavailable.
 
-    Without these columns where the runs are too many to resample while a person waits.
+    The columns are omitted if there are too many runs to resample interactively.
     """
     if len(runs) > _MAX_INTERVALS:
         return runs
@@ -125,10 +125,10 @@ def add_intervals(ctx: PageContext, runs: pd.DataFrame, base: str) -> pd.DataFra
 
 
 def _interval_of_drop(ctx: PageContext, run: str, base: str) -> tuple[float, float, float]:
-    """The interval of the share by which a run's perplexity is below another's, and its n."""
+    """Return the interval of the relative drop of perplexity below the base, and its n."""
     try:
         found = cached_results.run_difference(ctx.store, run, base)
-    except InputError:  # no windows were kept
+    except InputError:  # no windows are stored
         return np.nan, np.nan, np.nan
     if run == base:
         return np.nan, np.nan, found.windows
@@ -141,7 +141,7 @@ _BUDGET_ACCOUNTS = {False: "same label, as in the paper", True: "equal bytes"}
 
 
 def show_win_tie_loss(ctx: PageContext, choice: Choice) -> None:
-    """How often a method beats another: at the same label as [A] has it, and at equal bytes."""
+    """Show how often a method beats another, at the same label (as in [A]) and at equal bytes."""
     comparisons = figure_6(choice.model_runs)
     if comparisons.empty:
         st.info(
@@ -186,7 +186,7 @@ def show_win_tie_loss(ctx: PageContext, choice: Choice) -> None:
 
 
 def describe_too_few(part: pd.DataFrame) -> str:
-    """A sentence that names the pairs of methods with too few comparisons, '' if there are none."""
+    """Return a sentence naming pairs of methods with too few comparisons, or ''."""
     pairs = [f"{_pair_title(row)} (n = {row.total})" for row in part[~part["enough"]].itertuples()]
     return f"Too few comparisons: {'; '.join(pairs)}." if pairs else ""
 
@@ -196,9 +196,9 @@ def _pair_title(row: tuple) -> str:
 
 
 def _percentages(comparisons: pd.DataFrame) -> pd.DataFrame:
-    """A row a pair of methods: whole percents and the number of comparisons, for both accounts.
+    """Return percentages and number of comparisons by pair of methods, for both definitions.
 
-    Percents are left out where there are too few comparisons.
+    Percentages are omitted if there are too few comparisons.
     """
     rows: dict[str, dict] = {}
     for row in comparisons.itertuples():
@@ -219,7 +219,7 @@ def _percentages(comparisons: pd.DataFrame) -> pd.DataFrame:
 
 
 def show_two(ctx: PageContext, choice: Choice) -> None:
-    """Two runs: how they differ in figures, settings and plan ([A] Fig. 8)."""
+    """Show how two runs differ in figures, settings and plan ([A] Fig. 8)."""
     show_pair(ctx, choice)
     pair = selected_pair(choice)
     if len(set(pair)) < 2:
@@ -274,7 +274,7 @@ def _show_plan(plan: pd.DataFrame, indices: str, label: str, weights: dict[str, 
 
 
 def show_predicted(ctx: PageContext, choice: Choice) -> None:
-    """What each run would have been predicted, had it not been seen, against what it was."""
+    """Show leave-one-out predictions against measured perplexity."""
     corpus = choice.runs["corpus"].iloc[0]
     predictor = _predictor(ctx, choice, corpus)
     if isinstance(predictor, str):
@@ -329,7 +329,7 @@ def _predictor(ctx: PageContext, choice: Choice, corpus: str) -> Predictor | str
 
 
 def predict_left_out(choice: Choice, predictor: Predictor) -> pd.DataFrame:
-    """The choice's runs that were left out once: with ``predicted, low, high``."""
+    """Return the runs that have leave-one-out predictions, with ``predicted, low, high``."""
     indices, predicted = predictor.leave_one_out()
     predictions = pd.DataFrame(
         {

@@ -1,4 +1,4 @@
-"""Algorithm 1 made visible: scores, differences, the trimmed band, z-scores, what is flagged."""
+"""Algorithm 1 step by step: scores, differences, the trimmed band, z-scores, flagged layers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from lsq_core.ui.safe import st
 
 
 def show(view: ExploreView) -> None:
-    """One module type's series and its steps; threshold and m are controls, all else follows."""
+    """Show the algorithm's steps for one module type, with controls for the threshold and m."""
     available = [metric for metric in detection_metrics() if metric in view.problem.scores]
     if not available:
         view.render_headline(
@@ -69,7 +69,7 @@ def show(view: ExploreView) -> None:
 def run_detection(
     layers: list[int], scores: np.ndarray, ratios: bool, top_m: int, threshold: float
 ) -> DetectionSteps:
-    """Algorithm 1 on one series, and which of its differences the trimming leaves out."""
+    """Run Algorithm 1 on one series, and record which differences are trimmed."""
     detected = detect_outliers(scores, ratios=ratios, top_m=top_m, threshold=threshold)
     trimmed = np.zeros(len(detected.differences), dtype=bool)
     if len(trimmed):
@@ -111,7 +111,7 @@ def _render_controls() -> tuple[float, int]:
 
 
 def _select_module_type(names: dict[str, str], found: dict[str, DetectionSteps]) -> str:
-    """The module type to look at; at first the one whose strongest step stands out most."""
+    """Select the module type to show; the default has the largest z-score."""
 
     def strongest(kind: str) -> float:
         return max(found[kind].z, default=0.0)
@@ -127,7 +127,7 @@ def _select_module_type(names: dict[str, str], found: dict[str, DetectionSteps])
 
 
 def _show_table(names: dict[str, str], found: dict[str, DetectionSteps]) -> None:
-    """What is flagged of every module type at this threshold and m."""
+    """Show the flagged layers of every module type."""
     rows = {
         "module": [name.replace("_proj", "") for name in names.values()],
         "flagged (z)": [_describe_flagged(found[kind]) or "–" for kind in names],
@@ -136,7 +136,7 @@ def _show_table(names: dict[str, str], found: dict[str, DetectionSteps]) -> None
 
 
 def _describe_flagged(steps: DetectionSteps) -> str:
-    """``1 (12.3), 15 (4.1, fall)``: layers and z-scores, the strongest first."""
+    """Format flagged layers and z-scores, strongest first: ``1 (12.3), 15 (4.1, fall)``."""
     return ", ".join(
         f"{steps.layers[i]} ({_digits(steps.z[i - 1])}{', fall' if _falls(steps, i) else ''})"
         for i in steps.flagged
@@ -144,12 +144,12 @@ def _describe_flagged(steps: DetectionSteps) -> str:
 
 
 def _falls(steps: DetectionSteps, index: int) -> bool:
-    """Whether the score at an index is no higher than the one before."""
+    """Return whether the score at an index is no higher than the one before."""
     return bool(steps.values[index] <= steps.values[index - 1])
 
 
 def _digits(z: float) -> str:
-    """Three digits or so: ``4.13``, ``533``, ``15,400``."""
+    """Format to three significant digits: ``4.13``, ``533``, ``15,400``."""
     return f"{float(f'{z:.3g}'):,.0f}" if z >= 100 else f"{z:.3g}"
 
 
@@ -184,7 +184,7 @@ def _render_headline(
 
 
 def _describe_steps(steps: DetectionSteps) -> str:
-    """What the algorithm did, with its figures."""
+    """Describe the algorithm's steps with their figures."""
     if not len(steps.z):
         return "Too few layers, or a layer without a score, so nothing can be compared."
     cut = int(steps.trimmed.sum()) // 2

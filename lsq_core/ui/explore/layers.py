@@ -38,24 +38,24 @@ from lsq_core.ui.page import next_step
 from lsq_core.ui.safe import st
 
 _DETECTION_RULE = "Algorithm 1 flags a layer whose change from the layer before has z > 3."
-#: How the headline names the top of the ranking by a metric; others are "highest" in it.
+#: How the headline names the top-ranked layers; for other metrics it is "Highest".
 _TOP_OF = dict.fromkeys(SENSITIVITIES, "Most sensitive")
 
 
 @dataclass(frozen=True)
 class _Chosen:
-    """The metric that is looked at, and the configuration by which scores are shown."""
+    """The chosen metric, and the configuration at which scores are shown."""
 
     metric: str
     config: QuantConfig | None
 
     def config_of(self, metric: str) -> QuantConfig | None:
-        """The configuration at which a metric is shown; None where it depends on none."""
+        """Return the configuration at which a metric is shown; None if it depends on none."""
         return self.config if METRICS[metric].by_config else None
 
 
 def show(view: ExploreView) -> None:
-    """The sensitive layers and the flagged ones, the heatmap and the lines, and what is behind."""
+    """Show sensitive and flagged layers, charts, and missing metrics or the cost of metadata."""
     problem = view.problem
     chosen = _choose(view)
     if chosen is None:
@@ -77,7 +77,7 @@ def show(view: ExploreView) -> None:
 
 
 def _choose(view: ExploreView) -> _Chosen | None:
-    """The metric of the heatmap and the configuration, of those that the profile has."""
+    """Select the heatmap's metric and configuration from those in the profile."""
     profile = view.profile
     metrics = [metric for metric in in_display_order(METRICS) if metric in profile.metrics]
     configs = measured_configs(profile)
@@ -121,7 +121,7 @@ def _choose(view: ExploreView) -> _Chosen | None:
 def render_headline(
     view: ExploreView, problem: Problem, chosen: _Chosen, panel: charts.Panel | None
 ) -> None:
-    """The layers at the top of the ranking, and apart from them those that Algorithm 1 flags."""
+    """Render the headline: the top-ranked layers and, separately, those that Algorithm 1 flags."""
     metric = chosen.metric
     top = [] if panel is None else rank_layers(panel.frame)["layer"].tolist()[:TOP_LAYERS]
     label = METRICS[metric].label
@@ -157,7 +157,7 @@ def _describe_jumps(flagged: FlaggedLayers) -> str:
 
 
 def _describe_rule(found: dict[str, tuple[list[int], Detection]], top: list[int]) -> list[str]:
-    """What Algorithm 1 flags, and what it flags for no high score or cannot flag."""
+    """Return notes: Algorithm 1's rule, layers flagged for a fall, top layers it cannot flag."""
     firsts = {layers[0] for layers, _ in found.values()}
     unflaggable = sorted(firsts.intersection(top))
     notes = [
@@ -169,7 +169,7 @@ def _describe_rule(found: dict[str, tuple[list[int], Detection]], top: list[int]
 
 
 def describe_falls(layers: Sequence[int]) -> str:
-    """That layers are flagged for no high score of their own; '' for none."""
+    """Return a note on layers flagged only for a falling score; '' for none."""
     if not layers:
         return ""
     are = "is" if len(layers) == 1 else "are"
@@ -180,7 +180,7 @@ def describe_falls(layers: Sequence[int]) -> str:
 
 
 def describe_unflaggable(layer: int) -> str:
-    """Why the first layer is never flagged."""
+    """Return a note on why the first layer is never flagged."""
     return f"Layer {layer} has no layer before it, so Algorithm 1 cannot flag it."
 
 
@@ -188,9 +188,9 @@ def describe_unflaggable(layer: int) -> str:
 
 
 def build_panels(profile: Profile, problem: Problem, chosen: _Chosen) -> dict[str, charts.Panel]:
-    """The chosen metric and the other default ones that the profile has, in display order.
+    """Return panels of the chosen metric and the profile's default metrics, in display order.
 
-    Of the sensitivities there is one: the chosen one, else the first.
+    Only one sensitivity is included: the chosen one, else the first.
     """
     usual = [m for m in in_display_order(default_metrics()) if m in profile.metrics]
     if chosen.metric not in usual:
@@ -206,7 +206,7 @@ def build_panels(profile: Profile, problem: Problem, chosen: _Chosen) -> dict[st
 
 
 def show_charts(view: ExploreView, chosen: _Chosen, panels: dict[str, charts.Panel]) -> None:
-    """The chosen metric as a heatmap, and below it every metric as lines over the layers."""
+    """Show the chosen metric as a heatmap, and below it all panels as lines over the layers."""
     profile, panel = view.profile, panels.get(chosen.metric)
     if panel is not None:
         st.plotly_chart(
@@ -242,15 +242,15 @@ _MARKS_NOTE = (
 
 
 def ensure_valid_choice(key: str, options: list[str], default: str = "") -> None:
-    """Bring a kept choice back to what this profile has."""
+    """Replace a choice that is not among the options by the default, else the first option."""
     if st.session_state.get(key) not in options:
         st.session_state[key] = default if default in options else options[0]
 
 
 def follow_default(key: str, options: list[str]) -> None:
-    """Keep what a person chose; a choice that was only the default follows the first option.
+    """Keep the user's choice; a choice left at its default follows the first option.
 
-    Metrics appear while a profile is being measured: the first of them at last is another one.
+    The first option can change while a profile is being measured, as metrics become available.
     """
     default_key = f"{key}_default"
     if st.session_state.get(key) == st.session_state.get(default_key):
@@ -260,13 +260,13 @@ def follow_default(key: str, options: list[str]) -> None:
 
 
 def measured_configs(profile: Profile) -> list[str]:
-    """The configurations at which a profile has something, in the ladder's order."""
+    """Return the configurations at which a profile has scores, in the ladder's order."""
     there = set(profile.values["config"])
     return [config.name for config in profile.ladder if config.name in there]
 
 
 def has_scores(profile: Profile, metric: str, config: QuantConfig | None) -> bool:
-    """Whether a profile holds a metric at a configuration."""
+    """Return whether a profile has a metric at a configuration."""
     rows = profile.values
     at = config.name if config else ""
     return bool(((rows["metric"] == metric) & (rows["config"] == at)).any())
@@ -278,7 +278,7 @@ def _describe_absent(metrics: list[str], config_name: str | None) -> str:
 
 
 def describe_origin(profile: Profile) -> str:
-    """A sentence about how a profile was measured."""
+    """Describe how a profile was measured."""
     facts = profile.provenance
     if "files" in facts:
         files = words.listed([path.rpartition("/")[2] for path in facts["files"]])
@@ -297,7 +297,7 @@ def describe_origin(profile: Profile) -> str:
 
 
 def _describe_configs(settings: ProfileSettings) -> str:
-    """That a quantizer has some of the ladder's configurations alone, where it has."""
+    """Return a note if the quantizer supports only some of the ladder's configurations, or ''."""
     if settings.configs == get_ladder(settings.ladder):
         return ""
     title = quantizer_spec(settings.quantizer).title
@@ -305,14 +305,14 @@ def _describe_configs(settings: ProfileSettings) -> str:
 
 
 def _measuring_seconds(facts: dict) -> float:
-    """How long measuring took, its parts together; metrics of one part share its time."""
+    """Return the total measuring time; metrics measured together share their time."""
     return sum({facts["seconds"], *(part["seconds"] for part in facts.get("added", {}).values())})
 
 
 def build_panel(
     profile: Profile, problem: Problem, metric: str, config: QuantConfig | None
 ) -> charts.Panel:
-    """One metric over the layers, the points that Algorithm 1 flags marked."""
+    """Return the panel of one metric over the layers, with the points flagged by Algorithm 1."""
     rows = profile.values
     rows = rows[(rows["metric"] == metric) & (rows["config"] == (config.name if config else ""))]
     flags = {}
@@ -332,7 +332,7 @@ def build_panel(
 
 
 def legend_labels(profile: Profile, metric: str) -> dict[str, str]:
-    """Module type to its name in the legend; of types that share a part only the first is drawn."""
+    """Map module types to legend names; of types that share a part only the first is drawn."""
     kinds = list(dict.fromkeys(m.type for m in profile.matrices))
     if not METRICS[metric].shared_by_part:
         return {kind: charts.short_type(kind) for kind in kinds}
@@ -346,7 +346,7 @@ def legend_labels(profile: Profile, metric: str) -> dict[str, str]:
 
 
 def show_flagged(problem: Problem) -> None:
-    """Which layers Algorithm 1 flags by each metric, by module type, with their z-scores."""
+    """Show which layers Algorithm 1 flags, with z-scores, by metric and module type."""
     st.subheader("Flagged by Algorithm 1 (z)", anchor=False)
     kinds = list(dict.fromkeys(m.type for m in problem.matrices))
     table = {"module": [charts.short_type(kind) for kind in kinds]}
@@ -359,7 +359,7 @@ def show_flagged(problem: Problem) -> None:
 
 
 def _describe_flags(flags: dict[tuple[str, int], tuple[float, bool]], kind: str) -> str:
-    """``14 (7.6), 15 (7.8, fall)``: the layers of a module type, the strongest first."""
+    """Format a module type's flagged layers and z-scores, as in ``14 (7.6), 15 (7.8, fall)``."""
     return (
         ", ".join(
             f"{layer} ({words.rounded(z)}{'' if rises else ', fall'})"
@@ -371,7 +371,7 @@ def _describe_flags(flags: dict[tuple[str, int], tuple[float, bool]], kind: str)
 
 
 def show_missing(info: ModelInfo, profile: Profile, problem: Problem) -> None:
-    """What the published files don't give, and the methods that can't plan for want of it."""
+    """Show metrics missing from the published files, and the methods that need them."""
     st.subheader("Not published", anchor=False)
     missing = {METRICS[metric].title: _describe_missing(profile, metric) for metric in METRICS}
     methods = cached.unavailable_methods(info, problem)
@@ -388,7 +388,7 @@ def show_missing(info: ModelInfo, profile: Profile, problem: Problem) -> None:
 
 
 def _describe_missing(profile: Profile, metric: str) -> str:
-    """What of a metric a profile hasn't, or '' when it has all."""
+    """Describe what a profile lacks of a metric, or return '' if it is complete."""
     if metric not in profile.metrics:
         return "none for this corpus and quantizer"
     absent_metrics = [c.name for c in profile.ladder if not has_scores(profile, metric, c)]
@@ -401,7 +401,7 @@ def _describe_missing(profile: Profile, metric: str) -> str:
 
 
 def show_metadata_cost(view: ExploreView) -> None:
-    """What storing scale and zero in 8 bits adds to the weight error, stop by stop."""
+    """Show what 8-bit scales and zero points add to the weight error at each configuration."""
     profile = view.profile
     if not quantizer_spec(profile.settings.quantizer).supports_metadata:
         return

@@ -1,4 +1,4 @@
-"""Patterns of several texts, quantizers, bit widths and models over one another."""
+"""Layer patterns of several corpora, quantizers, configurations and models in one chart."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from lsq_core.ui.explore.layers import ensure_valid_choice
 from lsq_core.ui.explore.profile import ExploreView
 from lsq_core.ui.safe import st
 
-#: What a person picks several of: the column of the held profiles, and how the box is called.
+#: Columns of the profile contents that are selected by, and the labels of their boxes.
 _BOXES = {
     "model": "Models",
     "calibration": "Calibration corpora",
     "quantizer": "Quantizers",
     "config": "Configurations",
 }
-#: How wide the boxes are, in pixels: what is picked can be read, and a row breaks where it must.
+#: Widths of the boxes in pixels: choices stay readable, and the row wraps if needed.
 _WIDTHS = {"model": 260, "calibration": 280, "quantizer": 200, "config": 200, "part": 118}
-#: What a line's name can be made of, in this order; what all lines share is left out.
+#: Fields of a line's name, in this order; those that all lines share are omitted.
 _NAME_FIELDS = (*_BOXES, "axis", "metadata", "samples", "block_tokens", "seed")
-#: What can be laid over one another in one click; all else is as in the chosen profile.
+#: What one click can compare across; all else is as in the chosen profile.
 _PRESETS = {
     "calibration": "Corpora",
     "quantizer": "Quantizers",
     "config": "Bits",
     "model": "Models of this size",
 }
-#: More lines than these can't be told apart.
+#: More lines could not be told apart.
 _MAX_LINES = 16
 _ALL = "all parts"
 
 
 def show(view: ExploreView) -> None:
-    """Boxes to choose by, the lines, and how alike they are."""
+    """Show the selection boxes, the lines, and their correlations."""
     available = cached.profile_contents(view.ctx.store)
     metric = _select_metric(view, available)
     available = available[available["metric"] == metric]
@@ -90,7 +90,7 @@ def _select_metric(view: ExploreView, available: pd.DataFrame) -> str:
 
 
 def profile_choice(view: ExploreView, available: pd.DataFrame) -> dict[str, list[str]]:
-    """The chosen profile alone, at b4g64 where it has that."""
+    """Return the choice of the chosen profile alone, at b4g64 if available."""
     own_rows = available[available["id"] == view.profile.id]
     configs = own_rows["config"].tolist()
     config = DETECTION_CONFIG.name if DETECTION_CONFIG.name in configs else configs[0]
@@ -104,10 +104,10 @@ def profile_choice(view: ExploreView, available: pd.DataFrame) -> dict[str, list
 
 
 def preset_choice(view: ExploreView, available: pd.DataFrame, across: str) -> dict[str, list[str]]:
-    """The chosen profile, with all that there is of ``across`` beside it.
+    """Return the choice of the chosen profile with every available value of ``across``.
 
-    Files that disagree with the main ones are left out, and of models those of another size or
-    origin: a person can add them.
+    Files that disagree with the main ones, and models of another size or origin, are omitted; the
+    user can add them.
     """
     selected = profile_choice(view, available)
     rows = available
@@ -126,7 +126,7 @@ def preset_choice(view: ExploreView, available: pd.DataFrame, across: str) -> di
 
 
 def _init_choice(view: ExploreView, available: pd.DataFrame) -> None:
-    """Begin with the texts of the chosen profile; keep what was chosen while it is there."""
+    """Apply a preset when the profile or metric changes; drop choices no longer available."""
     choice_key = f"{view.profile.id}/{st.session_state['overlay_metric']}"
     if st.session_state.get("overlay_of") != choice_key:
         st.session_state["overlay_of"] = choice_key
@@ -149,7 +149,7 @@ def _apply_preset(view: ExploreView, available: pd.DataFrame) -> None:
 
 
 def _select_values(available: pd.DataFrame) -> dict[str, list[str]]:
-    """What is chosen of each kind."""
+    """Return the selected values of each column."""
     selected = {}
     for column, label in _BOXES.items():
         options = _order_values(column, available[column])
@@ -177,7 +177,7 @@ def _order_values(column: str, values: pd.Series) -> list[str]:
 
 
 def select_lines(available: pd.DataFrame, selected: dict[str, list[str]]) -> pd.DataFrame:
-    """A row a line that was picked and exists, in the order of the picks; ``line`` is its name."""
+    """Return a row per selected line that exists, in order of selection; ``line`` is its name."""
     rows = available
     for column, values in selected.items():
         rows = rows[rows[column].isin(values)]
@@ -193,14 +193,14 @@ def select_lines(available: pd.DataFrame, selected: dict[str, list[str]]) -> pd.
 
 
 def _format_field(name: str, value: object) -> str:
-    """A fact of a line as its name has it: plain, or with what it is about."""
+    """Format a field of a line's name: the value alone, or with the field's name."""
     if name in _BOXES or name == "metadata":
         return str(value).removeprefix("published:") if name == "model" else str(value)
     return f"{name.replace('_', ' ')} {value}"
 
 
 def load_lines(view: ExploreView, metric: str, lines: pd.DataFrame) -> pd.DataFrame:
-    """``line, part, layer, value`` of the lines, parts in the order of the computation."""
+    """Return ``line, part, layer, value`` of the lines, parts in order of computation."""
     ids = tuple(dict.fromkeys(lines["id"]))
     values = cached.over_layers(view.ctx.store, ids, metric)
     frame = lines[["line", "id", "config"]].merge(values, on=["id", "config"], how="inner")
@@ -217,7 +217,7 @@ def load_lines(view: ExploreView, metric: str, lines: pd.DataFrame) -> pd.DataFr
 
 
 def _merge_part_types(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row a part and layer, for all module types that share its score."""
+    """Keep one row per part and layer for the module types that share its score."""
     names = (
         {
             part: ", ".join(dict.fromkeys(charts.short_type(kind) for kind in rows["type"]))
@@ -231,7 +231,7 @@ def _merge_part_types(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _select_part(frame: pd.DataFrame) -> pd.DataFrame:
-    """All parts side by side, or the one that is chosen."""
+    """Return the rows of all parts, or of the chosen one."""
     parts = [_ALL, *dict.fromkeys(frame["part"])]
     ensure_valid_choice("overlay_part", parts)
     chosen = st.selectbox(
@@ -241,7 +241,7 @@ def _select_part(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def line_styles(lines: pd.DataFrame) -> dict[str, charts.LineStyle]:
-    """Bits have their own colours, where nothing but the configuration differs; else by number."""
+    """Style lines by configuration if all configurations differ, else by number."""
     by_bits = lines["config"].nunique() == len(lines) > 1
     style: Callable[[int, str], charts.LineStyle] = (
         (lambda _, config: charts.LineStyle(charts.config_color(QuantConfig.parse(config))))
@@ -258,7 +258,7 @@ def line_styles(lines: pd.DataFrame) -> dict[str, charts.LineStyle]:
 def _render_headline(
     view: ExploreView, metric: str, correlations: pd.DataFrame, lines: int
 ) -> None:
-    """Whether the patterns agree, by the two that do so least."""
+    """Render the headline: whether the patterns agree, judged by the two that agree least."""
     title = METRICS[metric].title.lower()
     if lines == 1:
         view.render_headline(

@@ -1,4 +1,4 @@
-"""Which profile the Explore page shows, the way to one, and how far measuring it is."""
+"""The profile shown on the Explore page: selection, measurement and progress."""
 
 from __future__ import annotations
 
@@ -26,11 +26,10 @@ from lsq_core.ui.safe import st
 
 @dataclass(frozen=True, eq=False)
 class ExploreView:
-    """What a view of the page draws: the model and its profile, and where to draw.
+    """The context of a view: the model, its profile, and where to draw.
 
-    ``header`` is where the headline goes, ``row`` where a view's own controls go. While the
-    profile is being measured, or is not whole, the first line says so and a view's own comes
-    below it.
+    ``header`` holds the headline, ``row`` the view's own controls. While the profile is incomplete,
+    the headline is about measuring it and the view's own text comes below.
     """
 
     ctx: PageContext
@@ -42,21 +41,21 @@ class ExploreView:
 
     @property
     def problem(self) -> Problem:
-        """What planners see."""
+        """The planning problem."""
         return cached.problem(self.info, self.profile)
 
     @property
     def published(self) -> bool:
-        """Whether the model's measurements were published, and its weights aren't here."""
+        """Whether the model has only published measurements, without weights."""
         return cached.is_published(self.info)
 
     @property
     def lacking(self) -> list[str]:
-        """The usual metrics that a measured profile hasn't yet."""
+        """The default metrics that a measured profile still lacks."""
         return [] if self.published else missing_metrics(self.profile)
 
     def render_headline(self, text: str, caption: str = "") -> None:
-        """A view's first line, and in small print why."""
+        """Render the view's main statement, and the reason as a caption."""
         with self.header:
             if self.profile is not None and self.lacking:
                 st.markdown(f"**{words.escape(text)}**")
@@ -65,11 +64,11 @@ class ExploreView:
                 headline(text, caption)
 
 
-# --- which one ------------------------------------------------------------------------------
+# --- selection ------------------------------------------------------------------------------
 
 
 def profile_bar(store: Store, info: ModelInfo) -> ProfileSettings:
-    """The chosen profile's settings."""
+    """Render the controls of the profile's settings and return the settings."""
     return published_bar(store, info) if cached.is_published(info) else settings_bar()
 
 
@@ -80,7 +79,7 @@ _HELP = {
 
 
 def settings_bar() -> ProfileSettings:
-    """The settings of a profile, in one row."""
+    """Render the settings of a profile in a row and return them."""
     columns = st.columns([2, 1.1, 1.1, 1.1, 1.1, 0.8], vertical_alignment="bottom")
     with columns[0]:
         text = st.session_state["calibration"]
@@ -113,7 +112,7 @@ def settings_bar() -> ProfileSettings:
 
 
 def published_bar(store: Store, info: ModelInfo) -> ProfileSettings:
-    """A choice among a published model's profiles: only what is there can be chosen."""
+    """Render a choice among a published model's profiles and return the chosen settings."""
     choices = list(cached.published_settings(store, info))
     texts = list(dict.fromkeys(settings.calibration for settings in choices))
     if state.settings() not in choices:
@@ -144,23 +143,23 @@ def published_bar(store: Store, info: ModelInfo) -> ProfileSettings:
 
 
 def _published_text(name: str) -> str:
-    """``c4@variant-sensi`` as the text and the file that disagrees with the reference."""
+    """Name a published corpus; after ``@`` is the file that disagrees with the reference."""
     text, _, file = name.partition("@")
     return f"{text}, by {file}.csv" if file else text
 
 
 def _choose_first_quantizer(choices: list[ProfileSettings]) -> None:
-    """Where the chosen text has no profile with the chosen quantizer, take one that it has."""
+    """If the chosen corpus has no profile with the chosen quantizer, choose one that it has."""
     if state.settings() not in choices:
         text = st.session_state["calibration"]
         state.set_settings(next(s for s in choices if s.calibration == text))
 
 
-# --- the way to one -------------------------------------------------------------------------
+# --- measurement ----------------------------------------------------------------------------
 
 
 def follow(view: ExploreView) -> None:
-    """While the profile isn't whole: say how far measuring is, or offer to measure."""
+    """Show the progress of measuring an incomplete profile, or a button that starts it."""
     argv = profile_argv(view)
     job = jobs_panel.find(disk.jobs_folder(view.ctx.store), argv)
     if job is not None and job.active:
@@ -186,14 +185,14 @@ def follow(view: ExploreView) -> None:
 
 
 def profile_argv(view: ExploreView, metrics: Sequence[str] = ()) -> list[str]:
-    """The command that measures the profile, and these metrics beside the usual ones."""
+    """Return the command that measures the profile, with ``metrics`` besides the default ones."""
     argv = ["profile", *arguments.model_arguments(view.ctx.source, view.ctx.device)]
     argv += [*arguments.profile_arguments(view.settings), "--db", str(view.ctx.store.path)]
     return argv + [word for metric in metrics for word in ("--metric", metric)]
 
 
 def _render_progress_headline(view: ExploreView, job: Job) -> None:
-    """The first line while a job measures; the page is drawn anew when more of it is there."""
+    """Render the headline while a job measures; redraw the page when a metric is finished."""
     current = cached.profile(view.ctx.store, view.info, view.settings, view.ctx.device)
     if missing_metrics(current) != view.lacking:
         st.rerun(scope="app")
@@ -216,7 +215,7 @@ def _render_progress_headline(view: ExploreView, job: Job) -> None:
 
 
 def _render_missing(view: ExploreView) -> str:
-    """The first line where nothing measures what is lacking, and what its button says."""
+    """Render the headline of an incomplete profile; return the label of the button to measure."""
     name = view.ctx.source.name
     if view.profile is None:
         headline(

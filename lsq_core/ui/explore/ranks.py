@@ -1,4 +1,4 @@
-"""Where metrics disagree: the matrices ranked by any two of them."""
+"""Agreement of metrics: matrices ranked by any two of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _TABLE_ROWS = 8
 
 
 def show(view: ExploreView) -> None:
-    """Two metrics, the scatter of their ranks, and one module's figures."""
+    """Show the ranks by two metrics as a scatter plot, and one module's figures."""
     configs = measured_configs(view.profile)
     with view.row:
         config_name = _select_config(configs)
@@ -76,7 +76,7 @@ def _select_metric(
 
 
 def metric_table(view: ExploreView, config_name: str) -> pd.DataFrame:
-    """A row a matrix: ``module, type, layer`` and each metric that there is, by its name."""
+    """Return a row per matrix: ``module, type, layer`` and a column per available metric."""
     profile = view.profile
     table = pd.DataFrame(
         [(m.name, m.type, m.layer) for m in profile.matrices], columns=["module", "type", "layer"]
@@ -104,7 +104,7 @@ def _render_headline(view: ExploreView, frame: pd.DataFrame, x: str, y: str) -> 
 
 
 def _verdict(rho: float) -> str:
-    """What a rank correlation means, in words."""
+    """Describe a rank correlation in words."""
     if np.isnan(rho):
         return "can't be compared"
     if rho >= 0.8:
@@ -115,7 +115,7 @@ def _verdict(rho: float) -> str:
 
 
 def _select_module(frame: pd.DataFrame) -> str:
-    """The picked module: by a click on its point, or by name."""
+    """Select a module by name; clicking its point also selects it."""
     modules = frame["module"].tolist()
     furthest = frame.loc[(frame["x_rank"] - frame["y_rank"]).abs().idxmax(), "module"]
     ensure_valid_choice("ranked", modules, furthest)
@@ -123,7 +123,7 @@ def _select_module(frame: pd.DataFrame) -> str:
 
 
 def _select_clicked() -> None:
-    """Make the clicked point's module the picked one; the chart forgets it when redrawn."""
+    """Select the clicked point's module; the chart itself loses the selection when redrawn."""
     points = st.session_state["rank_scatter"]["selection"]["points"]
     picked = [point["customdata"] for point in points if point.get("customdata")]
     if picked:
@@ -131,7 +131,7 @@ def _select_clicked() -> None:
 
 
 def _as_list(customdata: object) -> list:
-    """The custom data as a list; the browser gives a list or an object by position."""
+    """Return custom data as a list; the browser sends a list, or an object keyed by position."""
     return list(customdata.values()) if isinstance(customdata, dict) else list(customdata)
 
 
@@ -148,7 +148,7 @@ def _show_scatter(frame: pd.DataFrame, x: str, y: str, module: str) -> None:
 
 
 def _show_proxies(view: ExploreView, config_name: str) -> None:
-    """How well the fast proxies rank the modules, or a way to measure them."""
+    """Show how well the fast proxies rank the modules, or a button that measures them."""
     table = proxy_agreement(view.profile)
     table = table[table["config"] == config_name]
     for exact, rows in table.groupby("exact", sort=False):
@@ -183,7 +183,7 @@ def _show_proxy_button(view: ExploreView) -> None:
 
 
 def _show_figures(table: pd.DataFrame, module: str, available: list[str]) -> None:
-    """What every metric says of one module, and which place it takes."""
+    """Show one module's value and rank by every metric."""
     row = table[table["module"] == module].iloc[0]
     all_ranks = {metric: ranks(table[metric].to_numpy()) for metric in available}
     index = table.index[table["module"] == module][0]
@@ -202,7 +202,7 @@ def _show_figures(table: pd.DataFrame, module: str, available: list[str]) -> Non
 
 
 def _show_furthest(frame: pd.DataFrame) -> None:
-    """The modules on whose place the two metrics differ most."""
+    """Show the modules whose ranks by the two metrics differ most."""
     frame = frame.assign(apart=(frame["x_rank"] - frame["y_rank"]).abs())
     widest = frame.sort_values("apart", ascending=False, kind="stable").head(_TABLE_ROWS)
     st.caption("Largest rank differences")

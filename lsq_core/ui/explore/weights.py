@@ -1,4 +1,4 @@
-"""The weights of one matrix: their histogram and grid, a region as a surface; bands over layers."""
+"""Weights as a histogram with a quantization grid, percentiles over layers, or a 3-D surface."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from lsq_core.ui.safe import st
 
 _PLOTS = {"histogram": "Histogram", "bands": "Percentiles over layers", "surface": "3-D surface"}
 _GROUPS = {"typical": "a typical group", "widest": "the widest group", "all": "all groups"}
-#: Seconds that the page reads weights before it shows how far it is.
+#: Seconds that the page reads weights before it shows progress.
 _READ_SECONDS = 0.6
 
 
 def show(view: ExploreView) -> None:
-    """A matrix, and how to look at it."""
+    """Show the weights by the chosen plot."""
     folder = None if view.published else weights.weights_folder(view.ctx.source)
     if folder is None:
         _render_no_weights(view)
@@ -71,7 +71,7 @@ def _render_no_weights(view: ExploreView) -> None:
 
 
 def open_weights(folder: Path, info: ModelInfo) -> WeightReader:
-    """A model's weight files, opened once for each model and folder."""
+    """Open a model's weight files, cached by model and folder."""
     return _open_weights(folder, info, f"{cached.identity(info)} in {folder}")
 
 
@@ -99,7 +99,7 @@ def _select_module_type(opened: WeightReader) -> str:
 
 
 def _select_matrix(opened: WeightReader) -> Matrix:
-    """The matrix of the chosen type and layer, and expert where there are several."""
+    """Select a matrix by type and layer, and by expert if there are several."""
     kind = _select_module_type(opened)
     of_kind = [m for m in opened.matrices if m.type == kind]
     layers = list(dict.fromkeys(m.layer for m in of_kind))
@@ -119,7 +119,7 @@ def _select_matrix(opened: WeightReader) -> Matrix:
 
 @dataclass(frozen=True)
 class _GridChoice:
-    """Which quantization grid is drawn: a configuration, a quantizer, and of which groups."""
+    """The quantization grid to draw: configuration, quantizer, and which groups."""
 
     config: QuantConfig | None
     quantizer: str
@@ -203,7 +203,7 @@ def _cached_histogram(
 def _render_tail_headline(
     view: ExploreView, matrix: Matrix, weight: np.ndarray, hist: weights.Histogram
 ) -> None:
-    """The first line: how far out the largest weight lies."""
+    """Render the headline: how far from the mean the largest weight lies."""
     from scipy.stats import norm
 
     furthest = float(np.abs(weight - hist.mean).max())
@@ -261,12 +261,12 @@ def _describe_grid(view: ExploreView, matrix: Matrix, grid: _GridChoice) -> str:
 
 @dataclass(eq=False)
 class _Progress:
-    """Percentiles of the matrices of a type, read one after another."""
+    """Percentiles of the matrices of a type, computed one after another."""
 
     rows: dict[str, np.ndarray] = field(default_factory=dict)
 
     def read(self, opened: WeightReader, matrices: list[Matrix]) -> bool:
-        """Read for a moment what hasn't been read; whether nothing is left."""
+        """Read further matrices for a short time; return whether all have been read."""
         start_time = time.monotonic()
         for matrix in matrices:
             if matrix.name not in self.rows:
@@ -316,7 +316,7 @@ def _show_bands(view: ExploreView, opened: WeightReader) -> None:
 
 
 def _continue_reading(opened: WeightReader, matrices: list[Matrix], progress: _Progress) -> None:
-    """Read some more and say how far it is; the page is drawn anew when all is read."""
+    """Read further and show progress; redraw the page when everything has been read."""
     if progress.read(opened, matrices):
         st.rerun(scope="app")
     done = len(progress.rows)
@@ -349,7 +349,7 @@ def _show_surface(view: ExploreView, opened: WeightReader) -> None:
 
 
 def _select_range(dimension: str, length: int) -> slice:
-    """Which rows or columns are shown; all of them at first."""
+    """Select the rows or columns to show; all of them by default."""
     start_key, count_key = f"weights_{dimension}", f"weights_{dimension}s"
     st.session_state[start_key] = min(st.session_state.get(start_key, 0), length - 1)
     start = st.number_input(
@@ -383,5 +383,5 @@ def _render_largest_weight(
 
 
 def _signed(value: float) -> str:
-    """Three digits, with a true minus sign."""
+    """Format to three significant digits, with a true minus sign."""
     return f"{value:.3g}".replace("-", "−")

@@ -1,4 +1,4 @@
-"""Ways to another model: built in, known, typed, or published without weights."""
+"""Choosing a model: built in, known, typed, or published without weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DOWNLOAD_HELP = (
 
 
 def show_model_picker(store: Store) -> None:
-    """The embedded model, those already known, an id, or a folder."""
+    """Show buttons for built-in, known and published models, and a form for any other model."""
     texts = list(dict.fromkeys([*built_in_models(), *sidebar.known_model_names(store)]))[:8]
     _show_model_buttons(texts, lambda text: _BUILT_IN_LABELS.get(text, text))
     published = sidebar.published_model_names(store)
@@ -58,7 +58,7 @@ def _show_model_buttons(texts: list[str], label: Callable[[str], str]) -> None:
 
 
 def _choose_typed() -> None:
-    """Take what was typed; the boxes fall back to off for the next one."""
+    """Choose the typed model, then reset the permissions."""
     name, revision = st.session_state["name"].strip(), st.session_state["revision"].strip()
     if not name:
         return
@@ -68,7 +68,7 @@ def _choose_typed() -> None:
 
 
 def show_import(store: Store) -> None:
-    """Take in the authors' published measurements, from a folder or from their repository."""
+    """Show the import of the authors' published measurements, from a folder or repository."""
     with st.expander("Import published measurements", expanded="imported" in st.session_state):
         st.write(
             "What the authors of SensiBoost, KurtBoost and MXQ measured on Llama models. Explore, "
@@ -95,7 +95,7 @@ def show_import(store: Store) -> None:
 
 
 def run_import(store: Store, folder: str | None) -> None:
-    """Import a folder, or the download; the outcome is shown after the rerun."""
+    """Import a folder, or the download if None; the outcome is shown after the rerun."""
     bar = st.progress(0.0, text="Starting…")
 
     def report(stage: str, done: int, total: int, message: str) -> None:
@@ -115,7 +115,7 @@ def run_import(store: Store, folder: str | None) -> None:
 
 
 def _show_import_result(imported: dict) -> None:
-    """What an import took in, and what it left out and why."""
+    """Show what was imported, and what was left out and why."""
     counts = imported["counts"]
     st.success(
         words.escape(

@@ -1,4 +1,4 @@
-"""What the chosen model is, before any of its weights is loaded."""
+"""Facts about the chosen model, without loading its weights."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from lsq_core.ui import cached, cached_results, state, words
 from lsq_core.ui.safe import st
 from lsq_core.units import format_bytes
 
-#: The bit-width setting that the first line speaks of.
+#: The configuration quoted in the first line.
 _TYPICAL = QuantConfig(4, 64)
 
 
 def show_model(info: ModelInfo, with_sizes: bool = True) -> None:
-    """What the model is, its size at each configuration, and what to know before going on."""
+    """Show the model's facts, its size at each configuration, and warnings."""
     sizes = size_frame(info)
     common = sizes[sizes["config"] == _TYPICAL.name]
     size = f", {words.size(info.file_bytes)}" if info.file_bytes else ""
@@ -67,8 +67,8 @@ def _coverage_help(info: ModelInfo) -> str:
 
 
 def show_published(store: Store, info: ModelInfo, with_sizes: bool = True) -> None:
-    """What publications tell of a model whose weights aren't here."""
-    whole = bool(info.file_bytes)  # else nothing is known beside the linear weights
+    """Show the published facts about a model without weights."""
+    whole = bool(info.file_bytes)  # else only the linear weights are known
     sizes = size_frame(info)
     common = sizes[sizes["config"] == _TYPICAL.name].iloc[0]
     _facts_line(
@@ -93,7 +93,7 @@ def show_published(store: Store, info: ModelInfo, with_sizes: bool = True) -> No
 
 
 def show_sizes(sizes: pd.DataFrame) -> None:
-    """The whole model's bytes as bars."""
+    """Show the size of the full model as bars."""
     whole = sizes["linear_bytes"] + sizes["other_bytes"]
     labels = [f"{name} {words.size(size)}" for name, size in zip(sizes["name"], whole, strict=True)]
     st.plotly_chart(
@@ -109,7 +109,7 @@ def _source(info: ModelInfo) -> state.ModelSource:
 
 
 def size_frame(info: ModelInfo) -> pd.DataFrame:
-    """Bytes of the whole model as it is and at each stop that fits all its matrices."""
+    """Return bytes of the full model as stored and at each stop that fits all its matrices."""
     gguf = info.config.get("gguf")
     other = info.file_bytes - gguf["block_bytes"] if gguf else info.other_bytes
     own_name = "16 bits" if cached.is_published(info) else "original"

@@ -1,4 +1,4 @@
-"""A tour in five steps: each a question, its answer for the model at hand, and the page with it."""
+"""A tour in five steps, each with a question, its answer for the model, and a link to a page."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from lsq_core.ui import cached, cached_results, state, words
 from lsq_core.ui.page import PageContext
 from lsq_core.ui.safe import st
 
-#: What has to agree for two runs to be of one measurement.
+#: Columns that must agree for runs to belong to one measurement.
 _MEASUREMENT = ["corpus_sha256", "protocol", "tokens"]
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step: the page it leads to, and the state that the page is to be in."""
+    """One step, with the page it leads to and the session state to set for it."""
 
     question: str
     answer: str
@@ -35,7 +35,7 @@ class Step:
 
 
 def make_tour(ctx: PageContext, info: ModelInfo) -> list[Step]:
-    """The steps for a model, of which those that need runs are left out where it has none."""
+    """Return the steps for a model: none without a profile, fewer without runs."""
     profile = shown_profile(ctx, info)
     if profile is None:
         return []
@@ -47,7 +47,7 @@ def make_tour(ctx: PageContext, info: ModelInfo) -> list[Step]:
 
 
 def shown_profile(ctx: PageContext, info: ModelInfo) -> Profile | None:
-    """The profile that Explore shows first; None where there is none, or its text is gone."""
+    """Return the profile that Explore shows first; None if missing or its corpus is unavailable."""
     settings = cached.newest_settings(ctx.store, info)
     if settings is None:
         return None
@@ -58,7 +58,7 @@ def shown_profile(ctx: PageContext, info: ModelInfo) -> Profile | None:
 
 
 def main_measurement(ctx: PageContext, info: ModelInfo) -> pd.DataFrame | None:
-    """The runs of the measurement that most of a model's runs are of, None without runs."""
+    """Return the runs of the model's measurement with the most runs, or None."""
     origin = "published" if cached.is_published(info) else "measured"
     runs = cached_results.results(ctx.store, origin)
     runs = runs[runs["fingerprint"] == info.fingerprint]
@@ -140,7 +140,7 @@ def _gain_steps(gain: BoostGain) -> list[Step]:
 
 
 def render_tour(steps: list[Step]) -> None:
-    """The steps as links, each with its answer beneath."""
+    """Render the steps as links, each with its answer below."""
     st.subheader("In five steps" if len(steps) == 5 else "First steps", anchor=False)
     for number, step in enumerate(steps, start=1):
         with st.container(gap=None):

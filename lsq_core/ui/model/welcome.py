@@ -1,4 +1,4 @@
-"""What this project is for, told with the numbers of the model at hand, and the ways on."""
+"""The welcome page: the project's purpose, results for the chosen model, and where to go next."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ PURPOSE = (
 
 
 def render_welcome(ctx: PageContext, info: ModelInfo) -> bool:
-    """The question, three ways on, and the model's story where it has been measured.
+    """Render the question, three ways to continue and, for a measured model, its results.
 
-    Returns whether the model's sizes are shown in it, which they are beside a tour without a plan.
+    Returns whether the model's sizes are shown, which they are next to a tour without a plan.
     """
     headline(QUESTION, PURPOSE)
     render_ways(ctx, info)
@@ -43,7 +43,7 @@ def render_welcome(ctx: PageContext, info: ModelInfo) -> bool:
 
 
 def _find_saving(ctx: PageContext, info: ModelInfo) -> Saving | None:
-    """The largest measured saving; one that the profile at hand can plan again, if there is one."""
+    """Return the largest measured saving, preferring plans made from the profile shown."""
     runs = tour.main_measurement(ctx, info)
     if runs is None:
         return None
@@ -53,7 +53,7 @@ def _find_saving(ctx: PageContext, info: ModelInfo) -> Saving | None:
 
 
 def render_ways(ctx: PageContext, info: ModelInfo | None) -> None:
-    """Explore the model at hand, see the papers' results, or open another model."""
+    """Render buttons to explore the model, see the papers' results, or open another model."""
     with st.container(horizontal=True):
         if info is not None and st.button(
             f"Explore {display_name(info)}",
@@ -68,7 +68,7 @@ def render_ways(ctx: PageContext, info: ModelInfo | None) -> None:
 
 
 def render_published_way(ctx: PageContext) -> None:
-    """One click to the papers' Llama models: they are imported where they are not yet."""
+    """Render a button that opens a published Llama model, or imports them if there are none."""
     published = sidebar.published_model_names(ctx.store)
     label, icon = "See the papers' Llama results", ":material/article:"
     if published:
@@ -79,7 +79,7 @@ def render_published_way(ctx: PageContext) -> None:
 
 
 def display_name(info: ModelInfo) -> str:
-    """The model's name in a sentence."""
+    """Return the model's name for use in a sentence."""
     name = info.source.removeprefix(PUBLISHED)
     if name == SMOLLM2:
         return "SmolLM2"
@@ -87,7 +87,7 @@ def display_name(info: ModelInfo) -> str:
 
 
 def render_picture(ctx: PageContext, info: ModelInfo, saving: Saving) -> None:
-    """A measured plan layer by layer, with what it saves."""
+    """Show a measured plan layer by layer, and what it saves."""
     planned, uniform = saving.planned, saving.uniform
     style = charts.method_style(planned["method"])
     st.markdown(
