@@ -1,9 +1,9 @@
 """Benchmarks against the packages in use today: times, and the error of the result.
 
-Each row is one function in a module here and one entry in ``ROWS``. It measures ours and theirs
+Each row is a function in a module here and an entry in ``ROWS``. It measures ours and theirs
 alternately in one process, so that a slowdown of the machine affects both. "Theirs" is the
-unmodified public call with the same threads, dtype and device, warm. Importing this package
-imports no torch.
+unmodified public call with the same threads, dtype and device, after a warm-up. Importing this
+package does not import torch.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ ROWS = {
     "plan_cold": "lsq_core.bench.start:plan_cold",
     "frontier": "lsq_core.bench.frontier:frontier",
 }
-#: Rows that measure the model of ``--model``; a recorded ratio is of the demo model.
+#: Rows that measure the model given by ``--model``; ratios are recorded for the demo model only.
 MODEL_ROWS = ("sweep12", "evaluate_gpu", "profile_gpu")
 DEFAULT_MODEL = "demo"
 #: Why a row that needs a GPU has no figures.
 NO_GPU = "needs a GPU, and there is none on this machine"
-#: Measurements of each side.
+#: Number of measurements of each side.
 REPEATS = 5
-#: The recorded ratios, each the least of its repeats, with the machine.
+#: File of recorded ratios, each the smallest of its repeats, with the machine.
 RECORDED = Path(__file__).with_name("recorded.json")
-#: The least share of a recorded ratio that is not a regression.
+#: Smallest share of a recorded ratio that is not a regression.
 MIN_RATIO_SHARE = 0.8
 
 
@@ -60,21 +60,21 @@ class Row:
     Parameters
     ----------
     ours_s, theirs_s
-        Medians in seconds; without a counterpart ``theirs_s`` and ``ratio`` are None, and
-        ``most_s`` is the limit of ``ours_s``.
+        Medians in seconds. Without a counterpart, ``theirs_s`` and ``ratio`` are None.
     ratio
-        Median over the repeats of theirs / ours, each pair measured back to back; how many times
+        Median over the repeats of theirs / ours, each pair measured back to back: how many times
         faster ours is.
     noise
-        Half the range of those ratios (of our times without a counterpart), over the median.
+        Half the range of those ratios (without a counterpart, of our times) over their median.
     least
-        The least of those ratios.
+        The smallest of those ratios.
     processor_s
-        Median processor time of ours, for rows whose wall-clock time depends on other load.
+        Our median processor time, for rows whose wall-clock time depends on other load.
     error, error_limit
-        The difference of ours from theirs, as ``error_is`` describes; None without a result.
-    target
-        The target ratio.
+        The difference between ours and theirs, as described by ``error_is``, and its limit; None
+        without a result.
+    target, most_s
+        The target ratio, and the limit of ``ours_s``.
     reason
         Why the row was not measured, such as a missing GPU; it has no figures then.
     """
@@ -100,12 +100,12 @@ class Row:
 
     @property
     def wrong(self) -> bool:
-        """Whether the error exceeds its limit or is not a number."""
+        """Whether the error exceeds its limit or is NaN."""
         return self.error is not None and not self.error <= self.error_limit
 
     @property
     def missed(self) -> bool:
-        """Whether it was measured and a target was missed."""
+        """Whether the row was measured and missed its target or limit."""
         if self.ours_s is None:
             return False
         slow = self.target is not None and self.ratio < self.target
@@ -114,14 +114,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Pair:
-    """Seconds of ours and of theirs, (repeats,) each, measured alternately."""
+    """Our and their times in seconds, (repeats,) each, measured alternately."""
 
     ours: np.ndarray
     theirs: np.ndarray
 
     @property
     def figures(self) -> dict[str, float]:
-        """The fields of a :class:`Row` that these times give."""
+        """The fields of a :class:`Row` computed from these times."""
         ratios = self.theirs / self.ours
         return {
             "ours_s": float(np.median(self.ours)),
@@ -133,7 +133,7 @@ class Pair:
 
 
 def relative_half_range(values: np.ndarray) -> float:
-    """Half the range of (n,) over their median."""
+    """Return half the range of values (n,) over their median."""
     return float(np.ptp(values) / 2 / np.median(values))
 
 
@@ -145,9 +145,9 @@ def time_interleaved(
     warm: int = 1,
     wait: Callable[[], None] = lambda: None,
 ) -> Pair:
-    """Time two calls alternately, each after ``warm`` calls that are not timed.
+    """Time two calls alternately, after ``warm`` untimed calls of each.
 
-    ``wait`` returns when the device has finished its work.
+    ``wait`` returns once the device has finished its work.
     """
     for _ in range(warm):
         ours(), theirs()
@@ -175,14 +175,14 @@ def measure(
     progress: Callable[[int, int, str], None] = lambda done, total, message: None,
     model: str = DEFAULT_MODEL,
 ) -> list[Row]:
-    """Measure these rows, or all of them, in the order of ``ROWS``.
+    """Measure the given rows, or all of them, in the order of ``ROWS``.
 
-    ``model`` is what those of ``MODEL_ROWS`` measure.
+    ``model`` is the model for ``MODEL_ROWS``.
 
     Raises
     ------
     InputError
-        When there is no such row, or ``repeats`` is less than 1.
+        If there is no such row, or ``repeats`` is less than 1.
     """
     if repeats < 1:
         raise InputError("--repeats must be at least 1.")
@@ -221,7 +221,7 @@ def environment() -> dict:
 
 
 def _processor() -> str:
-    """The processor's model name, if the system provides it."""
+    """Return the processor's model name, if the system provides it."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text("utf8").splitlines() if cpuinfo.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -229,14 +229,14 @@ def _processor() -> str:
 
 
 def record(rows: Sequence[Row]) -> None:
-    """Record the least ratio of each of these rows, replacing earlier ones.
+    """Record the smallest ratio of each of these rows, replacing earlier ones.
 
     Raises
     ------
     InputError
-        When a row is of another model than the demo.
+        If a row was measured on a model other than the demo.
     LsqError
-        When an error exceeds its limit.
+        If an error exceeds its limit.
     """
     other = [row.id for row in rows if row.details.get("model", DEFAULT_MODEL) != DEFAULT_MODEL]
     if other:

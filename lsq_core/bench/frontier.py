@@ -1,7 +1,7 @@
 """A plan for any budget, at the size of Llama-2-70B: 560 matrices at twelve configurations.
 
-The weight errors are made ones, so that every machine solves the same problem; on the published
-ones ``tests/bench/test_frontier.py`` compares.
+The weight errors are synthetic, so that every machine solves the same problem;
+``tests/bench/test_frontier.py`` compares on the published ones.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lsq_core.planning.make import make_frontier
 from lsq_core.planning.problem import Problem
 from lsq_core.planning.request import PlanRequest
 
-#: Llama-2-70B's modules in a decoder block, (out, in), and its blocks.
+#: Shapes (out, in) of the modules in a decoder block of Llama-2-70B, and its number of blocks.
 SHAPES = {
     "self_attn.q_proj": (8192, 8192),
     "self_attn.k_proj": (1024, 8192),
@@ -33,14 +33,14 @@ SHAPES = {
 BLOCKS = 80
 #: The budget that both sides plan for, in bits per parameter.
 BUDGET = 3.2
-#: Budgets of which the worst gap counts, and those of which the time of one plan is taken.
+#: Number of random budgets for the worst gap, and for the time per plan.
 GAP_BUDGETS, TIMED_BUDGETS = 10, 1000
-#: Plans that ours makes in the time of one: one alone is too short for a clock.
+#: Number of our plans per timing: one alone is too short to time.
 PLANS_PER_TIMING = 100
 
 
 def frontier(repeats: int) -> Row:
-    """The plan of MXQ for a budget, from the frontier and from CBC through PuLP."""
+    """Compare MXQ plans for a budget from the frontier with those of CBC through PuLP."""
     problem = make_problem()
     start_time = time.process_time()
     plans = make_frontier(problem, PlanRequest("mxq"))
@@ -79,7 +79,7 @@ def frontier(repeats: int) -> Row:
 
 
 def solve_with_cbc(frontier: Frontier, budget: float) -> np.ndarray:
-    """The knapsack as an integer program in the words of its definition; the choice (matrices,)."""
+    """Solve the knapsack as the integer program that defines it; return the choice (matrices,)."""
     cost, size = frontier.cost, frontier.nominal
     matrices, stops = range(len(cost)), range(len(LADDER))
     program = pulp.LpProblem("mxq", pulp.LpMinimize)
@@ -99,12 +99,12 @@ def _milliseconds(frontier: Frontier, budget: float) -> float:
 
 
 def _gap(frontier: Frontier, budget: float) -> float:
-    """How far the frontier's plan is above the optimum, relative to it."""
+    """Return the relative excess of the frontier's objective over the optimum."""
     return frontier.at(budget).objective / solve_exactly(frontier, budget).objective - 1
 
 
 def make_problem(seed: int = 0) -> Problem:
-    """Weight errors as rounding to nearest gives them to normal weights, some matrices wider."""
+    """Make a problem with the weight errors of normal weights, some wider, rounded to nearest."""
     random = np.random.default_rng(seed)
     matrices = tuple(
         Matrix(f"model.layers.{layer}.{kind}", layer, kind, *shape)
@@ -112,7 +112,7 @@ def make_problem(seed: int = 0) -> Problem:
         for kind, shape in SHAPES.items()
     )
     bits, groups = np.array([[config.bits, config.group_size] for config in LADDER]).T
-    # The range of n normal weights is about 2·√(2 ln n) deviations; a step's error its 12th root.
+    # n normal weights span about 2·√(2 ln n) deviations; the error is the step over √12.
     relative = 2 * np.sqrt(2 * np.log(groups)) / (2.0**bits - 1) / np.sqrt(12)
     sizes = np.sqrt([matrix.numel for matrix in matrices])
     widths = 0.02 * random.lognormal(0, 0.3, len(matrices))

@@ -1,4 +1,4 @@
-"""Evaluation and profile of a whole model on a GPU."""
+"""Evaluation and profiling of an entire model on a GPU."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ from lsq_core.quantization.registry import get_quantizer
 from lsq_core.quantization.task import QuantizationTask
 from lsq_core.quantized.convert import quantize_model
 
-#: Tokens that are evaluated.
+#: Number of tokens to evaluate.
 TOKENS = 2**17
-#: Seconds that the profile of SmolLM2-135M may take on an H100.
+#: Maximum seconds for the profile on an H100, by model (SmolLM2-135M).
 MOST_PROFILE = {"smollm2": 6.0}
 
 
 def evaluate(repeats: int, model: str = DEFAULT_MODEL) -> Row:
-    """A plan beside full precision, KL included, against transformers' loop over both models."""
+    """Evaluate a plan and full precision, KL included, against transformers' loop over both."""
     if not torch.cuda.is_available():
         return Row("evaluate_gpu", _title("evaluation", model), device="cuda", reason=NO_GPU)
     return evaluate_on("cuda", repeats, model, TOKENS)
 
 
 def evaluate_on(device: str, repeats: int, model: str, tokens: int) -> Row:
-    """The same on any device and so many tokens."""
+    """Measure :func:`evaluate` on any device and number of tokens."""
     loaded = load_model(ModelSource(model), device)
     quantized = _quantize(loaded)
     ids = build_token_stream(load_corpus("stdlib", "evaluation"), loaded.tokenizer, tokens).ids
@@ -72,7 +72,7 @@ def evaluate_on(device: str, repeats: int, model: str, tokens: int) -> Row:
         theirs="transformers' strided loop over each model, no KL",
         **pair.figures,
         error=float(np.abs(found["ours"] / found["theirs"] - 1).max()),
-        # In half precision batches of other shapes round otherwise.
+        # In half precision, rounding depends on the shape of the batch.
         error_limit=1e-4 if loaded.dtype == "float32" else 1e-2,
         error_is="relative difference of the perplexities",
         target=3.0,
@@ -87,14 +87,14 @@ def _quantize(loaded: LoadedModel) -> nn.Module:
 
 
 def profile(repeats: int, model: str = DEFAULT_MODEL) -> Row:
-    """A profile with the default metrics and settings, the blocks read from their files."""
+    """Time a profile with the default metrics and settings, streaming the blocks from files."""
     if not torch.cuda.is_available():
         return Row("profile_gpu", _title("profile", model), device="cuda", reason=NO_GPU)
     return profile_on("cuda", repeats, model, ProfileSettings())
 
 
 def profile_on(device: str, repeats: int, model: str, settings: ProfileSettings) -> Row:
-    """The same on any device and with any settings."""
+    """Measure :func:`profile` on any device and with any settings."""
     source = ModelSource(model)
 
     def measure() -> None:
@@ -102,7 +102,7 @@ def profile_on(device: str, repeats: int, model: str, settings: ProfileSettings)
         measure_profile(loaded, settings, "bench", metrics=default_metrics())
 
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    measure()  # compiles what is compiled
+    measure()  # triggers compilation
     seconds = np.array([time_call(measure, wait) for _ in range(repeats)])
     matrices = len(open_streamed(source, device).info.matrices)
     return Row(

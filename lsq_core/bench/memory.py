@@ -1,8 +1,8 @@
-"""How much memory profiling and evaluation take, on random models of any size.
+"""Measure the memory that profiling and evaluation take, on random models of any size.
 
-Each model is made, profiled (or evaluated at three plans) in a process of its own while this one
-watches its anonymous memory (RssAnon; mapped files apart), and deleted. The full size that the
-limits are about takes long on a small machine, so it is run by hand::
+Each model is created, profiled (or evaluated at three plans) in a separate process while this one
+watches its anonymous memory (RssAnon, which excludes mapped files), and deleted. The full size that
+the limits apply to takes a long time on a small machine, so it is run by hand::
 
     python -m lsq_core.bench.memory 0.5 1 2 --folder /tmp        # kurtosis and weight error
     python -m lsq_core.bench.memory 0.5 --text                   # sensitivity as well
@@ -29,20 +29,20 @@ from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.units import format_bytes
 
 GIB = 2**30
-#: Sizes of the three plans that are evaluated: of 2, 3 and 4 bits.
+#: Sizes of the three plans to evaluate: 2, 3 and 4 bits.
 EVALUATED_BASES = ("2.13", "3.13", "4.13")
-#: Calibration texts with which the demo model is profiled before memory is read.
+#: Number of calibration texts for profiling the demo model before memory is first read.
 _WARM_UP_SAMPLES = 5
-#: Seconds between two looks at the process: a matrix takes longer than that.
+#: Seconds between two readings of the process's memory, less than a matrix takes.
 _POLL_SECONDS = 0.005
 
 
 @dataclass(frozen=True)
 class Peak:
-    """Memory in bytes and processor time of one profile or evaluation.
+    """Memory in bytes and processor time in seconds of one profile or evaluation.
 
-    ``base`` is RssAnon before the model is opened, after the same was done with the demo model:
-    what Python and the libraries take, with the code and the buffers that they keep.
+    ``base`` is RssAnon before the model is opened, after a warm-up on the demo model: the memory of
+    Python and the libraries, including the code and buffers that they retain.
     """
 
     weight_bytes: int
@@ -53,10 +53,10 @@ class Peak:
 
 @dataclass(frozen=True)
 class Options:
-    """What is measured, and by which quantizer.
+    """What to measure, and with which quantizer.
 
-    A profile, of sensitivity too if ``text``, on ``samples`` calibration texts; or the evaluation
-    of three plans on ``tokens`` tokens, if there are any.
+    If ``tokens`` is not 0, the evaluation of three plans on that many tokens. Otherwise a profile,
+    on ``samples`` calibration texts and including sensitivity if ``text`` is set.
     """
 
     text: bool = False
@@ -66,10 +66,10 @@ class Options:
 
 
 def random_config(weight_bytes: int, layers: int = 32, vocabulary: int = 32_000) -> object:
-    """A Llama whose decoder blocks hold about so many bytes in bfloat16."""
+    """Return a Llama config whose decoder blocks take about ``weight_bytes`` in bfloat16."""
     from transformers import LlamaConfig
 
-    # A block of width h and 8h/3 within holds 4h² + 3·h·(8h/3) = 12 h² weights of two bytes.
+    # A block of width h with an MLP of 8h/3 has 4h² + 3·h·(8h/3) = 12 h² weights of two bytes.
     hidden = max(1, round((weight_bytes / layers / 24) ** 0.5 / 128)) * 128
     return LlamaConfig(
         hidden_size=hidden,
@@ -88,9 +88,9 @@ def random_config(weight_bytes: int, layers: int = 32, vocabulary: int = 32_000)
 def write_random_model(
     folder: Path, weight_bytes: int, layers: int = 32, vocabulary: int = 32_000
 ) -> int:
-    """A random model in shards of one block each; bytes of its decoder blocks.
+    """Write a random model in shards of one block each; return the bytes of its decoder blocks.
 
-    Never more than a block is in memory.
+    At most one block is in memory at a time.
     """
     import torch
     from safetensors.torch import save_file
@@ -130,12 +130,12 @@ def _random(shape: Sequence[int], generator: object) -> object:
 
 
 def measure(folder: Path, weight_bytes: int, options: Options) -> Peak:
-    """Profile or evaluate a model in a process of its own and watch its memory.
+    """Profile or evaluate a model in a separate process and watch its memory.
 
     Raises
     ------
     RuntimeError
-        When the process fails.
+        If the process fails.
     """
     command = [sys.executable, "-m", "lsq_core.bench.memory", "--model", str(folder.resolve())]
     command += ["--quantizer", options.quantizer, "--samples", str(options.samples)]
@@ -153,7 +153,7 @@ def measure(folder: Path, weight_bytes: int, options: Options) -> Peak:
 
 
 def _watch_rss_anon(process: subprocess.Popen) -> Iterator[int]:
-    """RssAnon of a process in bytes, over and over until it ends."""
+    """Yield RssAnon of a process in bytes repeatedly until it ends."""
     while process.poll() is None:
         try:
             yield rss_anon(process.pid)
@@ -163,19 +163,22 @@ def _watch_rss_anon(process: subprocess.Popen) -> Iterator[int]:
 
 
 def rss_anon(pid: int | str = "self") -> int:
-    """Bytes of anonymous memory that a process has resident (Linux)."""
+    """Return the bytes of resident anonymous memory of a process (Linux)."""
     lines = Path(f"/proc/{pid}/status").read_text("utf8").splitlines()
     return 1024 * int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
 
 
 def profile(folder: Path, options: Options) -> dict[str, float]:
-    """Profile a model in this process, its blocks streamed; seconds, and memory before it."""
+    """Profile a model in this process, streaming its blocks.
+
+    Returns ``base``, the memory before it in bytes, and ``seconds`` of processor time.
+    """
     warm_up = replace(options, samples=_WARM_UP_SAMPLES)
     return _report(lambda: _profile(DEMO_FOLDER, warm_up), lambda: _profile(folder, options))
 
 
 def evaluate(folder: Path, options: Options) -> dict[str, float]:
-    """Evaluate three uniform plans in this process, block by block; as :func:`profile`."""
+    """Evaluate three uniform plans in this process, block by block; returns as :func:`profile`."""
     return _report(lambda: _evaluate(DEMO_FOLDER, options), lambda: _evaluate(folder, options))
 
 
@@ -210,7 +213,7 @@ def _evaluate(folder: Path, options: Options) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print a line for each size."""
+    """Measure models of the given sizes and print a line for each."""
     parser = argparse.ArgumentParser(prog="python -m lsq_core.bench.memory", description=__doc__)
     parser.add_argument("gib", nargs="*", type=float, help="GiB of weights in the decoder blocks")
     parser.add_argument("--layers", type=int, default=32)

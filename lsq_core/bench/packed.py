@@ -21,12 +21,12 @@ BITS = (2, 3, 4, 8)
 
 
 def forward(repeats: int = REPEATS) -> Row:
-    """One layer at each width, at one token and at a batch, one after the other."""
+    """Compare one layer at each bit width, on one token and on a batch."""
     return measure_forward("packed_forward", Case(), repeats)
 
 
 def forward_gpu(repeats: int = REPEATS) -> Row:
-    """The same of a larger layer on the GPU, at up to 4,096 tokens."""
+    """Compare a larger layer on the GPU, on up to 4,096 tokens."""
     case = Case(4096, (1, 16, 256, 4096), "bfloat16", "cuda")
     if not torch.cuda.is_available():
         return Row("packed_forward_gpu", case.title, device="cuda", reason=NO_GPU)
@@ -35,7 +35,7 @@ def forward_gpu(repeats: int = REPEATS) -> Row:
 
 @dataclass(frozen=True)
 class Case:
-    """A square layer, the tokens it is measured at, and the dtype and device of the row's ratio."""
+    """A square layer, the token counts to measure, and the dtype and device of the row's ratio."""
 
     side: int = 2048
     tokens: tuple[int, ...] = (1, 256)
@@ -44,7 +44,7 @@ class Case:
 
     @property
     def title(self) -> str:
-        """``packed layer 2048², 2/3/4/8 bits, 1 and 256 tokens, float32``."""
+        """A title such as ``packed layer 2048², 2/3/4/8 bits, 1 and 256 tokens, float32``."""
         *first, last = map("{:,}".format, self.tokens)
         bits = "/".join(map(str, BITS))
         return f"packed layer {self.side}², {bits} bits, {', '.join(first)} and {last} tokens, " + (
@@ -53,9 +53,9 @@ class Case:
 
 
 def measure_forward(id: str, case: Case, repeats: int) -> Row:
-    """Compare one layer at each width with ``hqq``'s; each dtype and number of tokens in details.
+    """Compare one layer at each bit width with ``hqq``'s.
 
-    Details have plain ``nn.Linear`` of each dtype as well.
+    The details list each dtype and number of tokens, with the time of a plain linear layer.
     """
     torch.manual_seed(0)
     weight = 0.02 * torch.randn(case.side, case.side, device=case.device)
@@ -103,7 +103,7 @@ def measure_forward(id: str, case: Case, repeats: int) -> Row:
 def _case_figures(
     ours: Callable, theirs: Callable, weight: Tensor, x: Tensor, repeats: int, wait: Callable
 ) -> dict[str, float]:
-    """Both sides' figures at some tokens, and the seconds of a plain linear module beside them."""
+    """Return both sides' figures on the input ``x``, and the seconds of a plain linear layer."""
     pair = time_interleaved(lambda: ours(x), lambda: theirs(x), repeats, wait=wait)
     full = weight.to(x.dtype)
     linear = time_interleaved(
@@ -114,7 +114,7 @@ def _case_figures(
 
 @contextmanager
 def _pytorch_backend() -> Iterator[None]:
-    """Set ``hqq``'s backend, which is an attribute of its class, for the block."""
+    """Set ``hqq``'s backend, a class attribute, within a ``with`` block."""
     before = HQQLinear.backend
     HQQLinear.set_backend(HQQBackend.PYTORCH)
     try:
@@ -132,14 +132,14 @@ def _theirs(weight: Tensor, bits: int, dtype: torch.dtype) -> HQQLinear:
     layer = nn.Linear(*weight.shape, bias=False)
     layer.weight.data = weight.clone()
     config = BaseQuantizeConfig(nbits=bits, group_size=64, axis=1)
-    # As ours: the same grid, and a zero point needn't be whole. What solved it takes no time here.
+    # The same grid as ours, with fractional zero points. Solving for it is not timed here.
     config["weight_quant_params"] |= {"optimize": False, "round_zero": False}
     device = str(weight.device)
     return HQQLinear(layer, config, compute_dtype=dtype, device=device, del_orig=False)
 
 
 def _added_error(weight: Tensor, bits: int, pair: tuple[Callable, Callable, list]) -> float:
-    """How much larger ours is, as a share; both keep scale and zero in floating point."""
+    """Return the relative excess of our error over theirs, both with floating-point metadata."""
     _, theirs, inputs = pair
     exact, x = inputs[-1] @ weight.T, inputs[-1]
     ours = _ours(weight, bits, "fp16")

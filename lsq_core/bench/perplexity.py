@@ -16,12 +16,12 @@ from lsq_core.evaluation.protocol import EvaluationText, Protocol
 from lsq_core.model.loading import load_model
 from lsq_core.model.source import ModelSource
 
-#: Tokens of the built-in text that both read on a CPU and on a GPU.
+#: Number of tokens of the built-in text, by device.
 TOKENS = {"cpu": 4096, "cuda": 65536}
 
 
 def perplexity(repeats: int) -> Row:
-    """On the GPU where there is one, else on the CPU."""
+    """Measure on the GPU if there is one, otherwise on the CPU."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     loaded = load_model(ModelSource("demo"), device, "float32")
     corpus = load_corpus("stdlib", "evaluation")
@@ -63,9 +63,10 @@ def compare(model: nn.Module, ids: np.ndarray, bos: int | None, context: int, re
 
 
 def plain_loop(model: nn.Module, stream: Tensor, protocol: Protocol, bos: int | None) -> float:
-    """A window at a time through the model's own loss ("Perplexity of fixed-length models").
+    """Compute the perplexity window by window ("Perplexity of fixed-length models").
 
-    Each window begins with the beginning-of-sequence token, as the protocol has it.
+    It uses the model's own loss. As in the protocol, each window begins with the
+    beginning-of-sequence token, if the tokenizer has one.
     """
     total, count, scored_to = 0.0, 0, 0
     for begin in range(0, len(stream), protocol.scored):

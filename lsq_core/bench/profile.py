@@ -1,9 +1,9 @@
-"""A whole profile in one pass, beside the way its authors measured: a run for each configuration.
+"""A full profile in one pass, against the way its authors measured: one run per configuration.
 
-Theirs is written out plainly here after the description of method §2 and §8: for every
-configuration the model is loaded, the inputs of each block's modules are captured by hooks, a
-part's weights are overwritten with what ``hqq`` makes of them, and outputs are compared. Since that
-spoils the weights, single modules are another run. Weight errors are a run over the file.
+Theirs is a plain implementation of the description in method §2 and §8. For every configuration the
+model is loaded, the inputs of each block's modules are captured with hooks, a part's weights are
+overwritten with those quantized by ``hqq``, and outputs are compared. Since that spoils the
+weights, single modules take another run. Weight errors take a pass over the file.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from lsq_core.profiling.metrics import default_metrics
 from lsq_core.profiling.profile import Profile
 from lsq_core.profiling.settings import ProfileSettings
 
-#: Texts of the demo's calibration corpus: few, so that ten runs of both sides take a minute. Scale
-#: and zero as hqq's layers keep them, so that both sides measure the same weights.
+#: Few texts of the demo's calibration corpus, so that ten runs of both sides take a minute, with
+#: scale and zero stored as in hqq's layers, so that both sides measure the same weights.
 SETTINGS = ProfileSettings(samples=14, metadata="fp16")
 #: Scores by (metric, module).
 Scores = dict[tuple[str, str], float]
@@ -46,7 +46,7 @@ _LINEAR = (
     "mlp.up_proj",
     "mlp.down_proj",
 )
-#: What is quantized together, and the module whose output is compared.
+#: Modules to quantize together, and the module whose output is compared.
 _PARTS = (
     (_LINEAR[:3], "self_attn"),
     (_LINEAR[3:4], "self_attn.o_proj"),
@@ -57,10 +57,10 @@ _SINGLE_MODULES = tuple(((name,), name) for name in _LINEAR)
 
 
 def profile(repeats: int, settings: ProfileSettings = SETTINGS) -> Row:
-    """The demo's profile; theirs is measured at one configuration a repeat, times twelve.
+    """Compare profiles of the demo; theirs is one configuration per repeat, times twelve.
 
-    Their runs for two configurations share nothing and do the same work, so twelve take twelve
-    times as long; kurtosis, which has no configuration, is measured once.
+    Their runs for different configurations share nothing and do the same work, so twelve take
+    twelve times as long; kurtosis, which has no configuration, is measured once.
     """
     ours: list[Profile] = []
     theirs: dict[QuantConfig, Scores] = {}
@@ -68,7 +68,7 @@ def profile(repeats: int, settings: ProfileSettings = SETTINGS) -> Row:
     seconds = []
     theirs_at(LADDER[0], ids), measure_ours(settings)
     for repeat in range(repeats):
-        config = LADDER[(7 + 5 * repeat) % len(LADDER)]  # every one of them in twelve repeats
+        config = LADDER[(7 + 5 * repeat) % len(LADDER)]  # twelve repeats cover all of them
         one = time_call(lambda: ours.append(measure_ours(settings)))
         each = time_call(lambda c=config: theirs.update({c: theirs_at(c, ids)}))
         seconds.append((one, each * len(LADDER) + time_call(_their_kurtosis)))
@@ -95,7 +95,7 @@ def profile(repeats: int, settings: ProfileSettings = SETTINGS) -> Row:
 
 
 def open_demo() -> StreamedModel:
-    """The demo model as profiling opens it."""
+    """Open the demo model as profiling does."""
     return open_streamed(ModelSource("demo"), "cpu")
 
 
@@ -104,7 +104,7 @@ def measure_ours(settings: ProfileSettings) -> Profile:
 
 
 def compared(ours: Profile, theirs: dict[QuantConfig, Scores]) -> Iterator[tuple]:
-    """Our scores and theirs, (n,) each, for every metric and configuration that theirs measured."""
+    """Yield our scores and theirs, (n,) each, for every metric and configuration they measured."""
     names = [m.name for m in ours.matrices]
     for config, scores in theirs.items():
         for metric in ("weight_error", "sensitivity", "sensitivity_module"):
@@ -119,7 +119,7 @@ def compared(ours: Profile, theirs: dict[QuantConfig, Scores]) -> Iterator[tuple
 
 @torch.no_grad()
 def theirs_at(config: QuantConfig, ids: Tensor) -> Scores:
-    """Everything at one configuration."""
+    """Return all their scores at one configuration."""
     return (
         _weight_errors(config)
         | _sensitivities("sensitivity", _PARTS, config, ids)
@@ -128,9 +128,9 @@ def theirs_at(config: QuantConfig, ids: Tensor) -> Scores:
 
 
 def _quantized(weight: Tensor, config: QuantConfig) -> Tensor:
-    """The nearest weights on ``hqq``'s grid, its scale and zero in 16 bits as its layers keep them.
+    """Return the nearest weights on ``hqq``'s grid, with 16-bit scale and zero as in its layers.
 
-    Ours rounds to the grid as it is stored; without that step the two would measure other weights.
+    Ours rounds to the stored grid; without this step the two would measure different weights.
     """
     _, meta = HqqPackage.quantize(
         weight, nbits=config.bits, group_size=config.group_size, axis=1, device="cpu", bitpack=False
@@ -142,9 +142,9 @@ def _quantized(weight: Tensor, config: QuantConfig) -> Tensor:
 
 
 def _stored_weights() -> Iterator[tuple[str, Tensor]]:
-    """Name and float32 weight of every linear module in the demo's file."""
+    """Yield the name and float32 weight of every linear module in the demo's file."""
     with safe_open(DEMO_FOLDER / "model.safetensors", framework="pt") as file:
-        for key in file.keys():  # noqa: SIM118 - it is no dictionary
+        for key in file.keys():  # noqa: SIM118 - not a dictionary
             if key.endswith("_proj.weight"):
                 yield key.removesuffix(".weight"), file.get_tensor(key).float()
 
@@ -164,7 +164,7 @@ def _their_kurtosis() -> dict[str, float]:
 
 
 def _sensitivities(metric: str, parts: tuple, config: QuantConfig, ids: Tensor) -> Scores:
-    """One run: load, then block by block capture the inputs, and quantize and compare each part."""
+    """Do one run: load the model, then capture inputs and compare parts block by block."""
     load_tokenizer(ModelSource("demo"), DEMO_FOLDER)
     model = AutoModelForCausalLM.from_pretrained(DEMO_FOLDER, dtype=torch.float32).eval()
     hidden, kwargs = _first_inputs(model, ids)
@@ -185,7 +185,7 @@ def _sensitivities(metric: str, parts: tuple, config: QuantConfig, ids: Tensor) 
 
 
 def _first_inputs(model: nn.Module, ids: Tensor) -> tuple[Tensor, dict]:
-    """What the first block is called with."""
+    """Return the hidden states and keyword arguments that the first block is called with."""
     found: list[tuple[Tensor, dict]] = []
 
     def capture(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -204,7 +204,7 @@ def _first_inputs(model: nn.Module, ids: Tensor) -> tuple[Tensor, dict]:
 def _capture_inputs(
     block: nn.Module, hidden: Tensor, kwargs: dict
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The block's output, and what each of its linear modules was given."""
+    """Return the block's output and the input of each of its linear modules."""
     inputs: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable:

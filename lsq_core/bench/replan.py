@@ -1,4 +1,4 @@
-"""Ten or twelve plans of one model in a sweep, against the same ones in independent runs."""
+"""Ten or twelve plans of one model in a sweep, against the same plans in independent runs."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ from lsq_core.session import Session
 from lsq_core.store.store import Store
 from lsq_core.sweep import SweepItem, items, sweep
 
-#: MXQ at ten sizes a tenth of a bit apart, as one drags the slider from 3.0 to 3.9 bits.
+#: Ten MXQ budgets a tenth of a bit apart, as when dragging the slider from 3.0 to 3.9 bits.
 BUDGETS = tuple(f"{3 + tenths / 10:.1f}bpp" for tenths in range(10))
 #: The same up to 4.1 bits.
 TWELVE_BUDGETS = (*BUDGETS, "4.0bpp", "4.1bpp")
-#: Tokens that each plan is evaluated on: two windows of the demo model, to choose among plans.
+#: Tokens to evaluate each plan on: two windows of the demo model, enough to choose among plans.
 TOKENS = 512
-#: What the plans are made from; how it was measured doesn't matter here.
+#: Settings of the profile that plans are made from; they don't matter here.
 SETTINGS = ProfileSettings("rtn", samples=4, block_tokens=64)
-#: What must be the same of each run.
+#: Figures of a run that must be the same on both sides.
 SAME = ("perplexity", "kl", "top1", "measured_bytes")
 
 
 def replan10(repeats: int) -> Row:
-    """Ten plans; each run on its own has its own session: load, plan, quantize, evaluate."""
+    """Compare ten plans; each independent run loads, plans, quantizes and evaluates separately."""
     return _compare("replan10", "ten", BUDGETS, repeats, DEFAULT_MODEL, target=3.0)
 
 
 def sweep12(repeats: int, model: str = DEFAULT_MODEL) -> Row:
-    """Twelve plans of any model, on the GPU where there is one."""
+    """Compare twelve plans of any model, on the GPU if there is one."""
     return _compare("sweep12", "twelve", TWELVE_BUDGETS, repeats, model, target=4.0)
 
 
 def _compare(
     id: str, number: str, budgets: Sequence[str], repeats: int, model: str, target: float
 ) -> Row:
-    """A sweep over MXQ plans of these budgets against as many runs."""
+    """Compare a sweep over MXQ plans at these budgets with independent runs."""
     items_to_run = items(
         [PlanRequest("mxq", budget=budget) for budget in budgets],
         ["hqq"],
@@ -87,9 +87,9 @@ def _title(model: str) -> str:
 
 
 class _Both:
-    """Both sides, each on a copy of its own of the prepared database.
+    """Both sides, each call or independent run on its own copy of the prepared database.
 
-    Each copy is in a folder of its own, so that none finds the hidden states that another kept.
+    Each copy is in its own folder, so that none finds hidden states stored by another.
     """
 
     def __init__(self, model: str, items_to_run: Sequence[SweepItem], folder: Path) -> None:
@@ -107,11 +107,11 @@ class _Both:
         return Session(ModelSource(self.model), Store(copy))
 
     def sweep(self) -> None:
-        """Ours."""
+        """Run ours."""
         self.swept = sweep(self._bench(), self.items_to_run, SETTINGS)
 
     def runs(self) -> None:
-        """Theirs."""
+        """Run theirs."""
         self.run, start_time = [], time.perf_counter()
         for item in self.items_to_run:
             bench = self._bench()
@@ -121,12 +121,12 @@ class _Both:
 
     @property
     def quantizing(self) -> float:
-        """Seconds of the ten runs in which they quantized."""
+        """Total seconds that the independent runs spent quantizing."""
         return sum(outcome["quantize_seconds"] for outcome in self.run)
 
     @property
     def difference(self) -> float:
-        """The largest relative difference between the two."""
+        """The largest relative difference between the two sides."""
         pairs = [(a[n], b[n]) for a, b in zip(self.swept, self.run, strict=True) for n in SAME]
         ours, theirs = np.array(pairs).T
         return float(np.max(np.abs(ours - theirs) / np.abs(theirs)))

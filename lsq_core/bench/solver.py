@@ -1,4 +1,4 @@
-"""HQQ quantization by this project's grid and solver, against ``hqq``'s own ``Quantizer``."""
+"""HQQ quantization with this project's grid and solver, against ``hqq``'s own ``Quantizer``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lsq_core.quantization.base import round_to_grid, to_groups
 from lsq_core.quantization.hqq.quantizer import min_max_grid
 from lsq_core.quantization.hqq.solver import backend, steps
 
-#: Mean absolute and Frobenius error, relative to theirs.
+#: Maximum difference in mean absolute and Frobenius error, relative to theirs.
 ERROR_LIMIT = 1e-3
 _ERROR_IS = "mean and Frobenius weight error against theirs, relative, the worst case"
 
@@ -38,13 +38,13 @@ class Case:
 
     @property
     def name(self) -> str:
-        """The case in a few words."""
+        """A short description of the case."""
         dtype = torch_name(self.dtype)
         where = self.kind if self.kind == "demo" else f"{self.kind} {self.side}²"
         return f"{where} {dtype} b{self.bits}g{self.group_size} axis {self.axis}"
 
     def weights(self, device: str = "cpu") -> Tensor:
-        """The weights, the same each time."""
+        """Return the weights, the same on each call."""
         shape = (self.side, self.side)
         torch.manual_seed(0)
         if self.kind == "demo":
@@ -58,14 +58,14 @@ class Case:
         return weights.to(device, self.dtype)
 
     def quantize_ours(self, weights: Tensor) -> Quantized:
-        """Quantize by this project's grid and solver; scale and zero stay float32."""
+        """Quantize with this project's grid and solver; scale and zero stay float32."""
         weights, config = weights.float(), QuantConfig(self.bits, self.group_size)
         grid = min_max_grid(weights, config, self.axis, optimize=True)
         codes = round_to_grid(to_groups(weights, self.group_size, self.axis), grid, self.bits)
         return codes, grid.scale[:, None], grid.zero[:, None]
 
     def quantize_theirs(self, weights: Tensor) -> Quantized:
-        """Quantize by the package's public call."""
+        """Quantize with the package's public call."""
         codes, meta = Quantizer.quantize(
             weights,
             nbits=self.bits,
@@ -78,13 +78,13 @@ class Case:
         return tensors if self.axis == 1 else tuple(tensor.T for tensor in tensors)
 
     def errors(self, weights: Tensor, quantize: Callable[[Tensor], Quantized]) -> Tensor:
-        """Mean absolute and Frobenius error of the float32 weights, float64 (2,)."""
+        """Return the mean absolute and Frobenius error of the float32 weights, float64 (2,)."""
         codes, scale, zero = (tensor.double() for tensor in quantize(weights.float()))
         error = to_groups(weights.double(), self.group_size, self.axis) - (codes - zero) * scale
         return torch.stack([error.abs().mean(), error.norm()])
 
 
-#: The first is timed in turns and gives the row; the others are timed once and beside it.
+#: The first is timed alternately for the row's figures; the others are timed once for its details.
 CASES = (
     Case(),
     Case(dtype=torch.bfloat16),
@@ -100,7 +100,7 @@ CASES = (
 
 
 def compiled(repeats: int = REPEATS) -> Row:
-    """The solver as compiled for this machine."""
+    """Measure the solver as compiled for this machine."""
     what = "HQQ solver, compiled"
     with steps.force_compiled(compiled=True):
         start_time = time.perf_counter()
@@ -114,7 +114,7 @@ def compiled(repeats: int = REPEATS) -> Row:
 
 
 def eager(repeats: int = REPEATS) -> Row:
-    """The solver without a compiler, and where errors are so large that they survive shrinking."""
+    """Measure the uncompiled solver, also on errors so large that they survive shrinking."""
     with steps.force_compiled(compiled=False):
         cases = (*CASES, Case("wide", bits=2))
         return _row("solver_cpu_eager", "HQQ solver, no compiler", cases, repeats, 3.0, {})
@@ -145,7 +145,7 @@ def _row(
 
 
 def _compare(case: Case, device: str = "cpu") -> dict[str, float]:
-    """Time each once, and compare their errors."""
+    """Time each side once, and compare their errors."""
     weights = case.weights(device)
     ours = time_call(lambda: case.quantize_ours(weights))
     theirs = time_call(lambda: case.quantize_theirs(weights))
@@ -160,12 +160,12 @@ def _compare(case: Case, device: str = "cpu") -> dict[str, float]:
 def _difference(case: Case, weights: Tensor) -> float:
     ours = case.errors(weights, case.quantize_ours)
     theirs = case.errors(weights, case.quantize_theirs)
-    # Where there is no error (constant weights) what counts is that ours has none either.
+    # If theirs has no error (constant weights), ours must have none either.
     return float(((ours - theirs).abs() / theirs.clamp_min(1e-6)).max())
 
 
 def _demo_weights() -> Tensor:
-    """All matrices of one block of the demo model, cut into rows of 128."""
+    """Return all matrices of one block of the demo model, reshaped into rows of 128."""
     from lsq_core.model.architecture import get_weight
     from lsq_core.model.loading import load_model
     from lsq_core.model.source import ModelSource
@@ -175,14 +175,14 @@ def _demo_weights() -> Tensor:
     return torch.cat([m.reshape(-1, 128) for m in matrices])
 
 
-#: (out, in) and how often, in each of the 32 decoder blocks of a 7B model.
+#: Shapes (out, in) and their counts in each of the 32 decoder blocks of a 7B model.
 SHAPES_7B = (((4096, 4096), 4), ((4096, 11008), 3))
-#: Seconds that all linear layers of such a model may take.
+#: Maximum seconds for all linear layers of such a model.
 MOST_7B = 2.0
 
 
 def gpu(repeats: int = REPEATS) -> Row:
-    """One decoder block of a 7B model, bfloat16 on the card; in details all 32."""
+    """Measure one decoder block of a 7B model in bfloat16 on the GPU; the details time all 32."""
     what = "HQQ solver on a GPU, one decoder block of a 7B model, bfloat16 b4g64"
     if not torch.cuda.is_available():
         return Row("solver_gpu", what, device="cuda", reason=NO_GPU)
@@ -217,13 +217,13 @@ def gpu(repeats: int = REPEATS) -> Row:
 
 
 def _whole_model(ours: Callable, block: list[Tensor]) -> dict[str, float]:
-    """Seconds for the 32 blocks, from weights on the card (the same block again and again)."""
+    """Time all 32 blocks with the weights on the GPU (the same block 32 times)."""
     seconds = time_call(lambda: [ours(w) for _ in range(32) for w in block], torch.cuda.synchronize)
     return {"model_7b_s": seconds, "model_7b_most_s": MOST_7B}
 
 
 def _bandwidth(block: list[Tensor]) -> dict[str, float]:
-    """Bytes over time of the kernel alone and of a plain copy, GB/s."""
+    """Measure the bandwidth of the kernel alone and of a plain copy, in GB/s."""
     from lsq_core.quantization.hqq.solver import solve_zero_points
 
     weight = max(block, key=Tensor.numel).view(-1, 64)

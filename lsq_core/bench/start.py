@@ -1,6 +1,6 @@
-"""How long until something can be done: importing the library, and a plan from a cold start.
+"""Start-up times: importing the library, and planning from a cold start.
 
-Each is a process of its own, from its first instruction to its last.
+Each is the time of an entire process.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lsq_core import paths
 from lsq_core.bench import Row, relative_half_range, time_call, time_interleaved
 from lsq_core.errors import LsqError
 
-#: What must come without torch and without Streamlit.
+#: Modules that must not import any of ``HEAVY``.
 LIGHT = (
     "lsq_core",
     "lsq_core.planning.make",
@@ -28,12 +28,12 @@ LIGHT = (
     "lsq_core.quantization.registry",
 )
 HEAVY = ("torch", "transformers", "streamlit")
-#: What a script of one's own begins with.
+#: Python arguments for the imports that one's own script would start with.
 TRANSFORMERS = ("-c", "import torch, transformers; transformers.AutoModelForCausalLM")
 
 
 def import_time(repeats: int) -> Row:
-    """``import lsq_core``; the error counts heavy packages that came with it or its parts."""
+    """Time ``import lsq_core``; the error is the number of heavy packages imported by ``LIGHT``."""
     ours = _Process("-c", "import lsq_core")
     seconds = np.array([time_call(ours) for _ in range(repeats)])
     names = f"import sys, {', '.join(LIGHT)}; print(len(set({HEAVY}) & set(sys.modules)))"
@@ -58,7 +58,7 @@ def import_time(repeats: int) -> Row:
 
 
 def plan_cold(repeats: int) -> Row:
-    """``python -m lsq_core plan`` for a model whose profile is stored."""
+    """Time ``python -m lsq_core plan`` for a model whose profile is stored."""
     from lsq_core.model.source import ModelSource
     from lsq_core.profiling.settings import ProfileSettings
     from lsq_core.session import Session
@@ -108,9 +108,9 @@ def plan_cold(repeats: int) -> Row:
 
 
 def libraries_import_s(repeats: int = 3) -> float:
-    """Return the processor seconds of importing torch and transformers, the median of processes.
+    """Return the median processor seconds of a process that imports torch and transformers.
 
-    It is none of this project's work, so it tells how fast a machine is.
+    It involves none of this project's code, so it indicates how fast a machine is.
     """
     process = _Process(*TRANSFORMERS)
     for _ in range(repeats):
@@ -119,19 +119,19 @@ def libraries_import_s(repeats: int = 3) -> float:
 
 
 class _Process:
-    """Python with these arguments, run in the folder of this project whenever it is called."""
+    """A Python command, run in this project's folder on each call."""
 
     def __init__(self, *arguments: str) -> None:
         self.arguments = arguments
         self.spent: list[float] = []
 
     def __call__(self) -> str:
-        """What it prints.
+        """Run the process and return its output.
 
         Raises
         ------
         LsqError
-            When it fails.
+            If it fails.
         """
         before = _children_s()
         done = subprocess.run(
@@ -148,7 +148,7 @@ class _Process:
 
     @property
     def processor_s(self) -> float:
-        """Median seconds of processor time."""
+        """Median processor time in seconds."""
         return float(np.median(self.spent))
 
 

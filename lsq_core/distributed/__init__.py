@@ -1,1 +1,1 @@
-"""Work on Ray: an actor a device measures plans or profiles, and the driver stores the results."""
+"""Work on Ray: one actor per device measures plans or profiles; the driver stores the results."""

@@ -1,4 +1,4 @@
-"""What an actor does: it holds a model on its device, and works on it as it is told."""
+"""An actor: holds a model on its device and carries out the driver's tasks on it."""
 
 from __future__ import annotations
 
@@ -25,57 +25,57 @@ T = TypeVar("T")
 
 
 class _NoStore(Store):
-    """The store of a session that keeps nothing: the driver alone writes its database.
+    """A store without a database, since only the driver writes to one.
 
-    Full precision's hidden states are kept in its folder.
+    Its folder is used for the hidden states of full precision.
     """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "lsq.duckdb"
 
     def model(self, fingerprint: str) -> ModelInfo | None:
-        """Nothing is known of any model."""
+        """Return None: no models are stored."""
         return None
 
     def save_model(self, info: ModelInfo) -> None:
-        """The driver has it."""
+        """Do nothing: the driver stores the model."""
 
 
 class ModelActor(ABC):
-    """Holds a model on one device. What goes wrong is returned, since not all can be pickled."""
+    """Holds a model on one device. Errors are returned, since not all exceptions can be pickled."""
 
     def __init__(self, setup: Setup) -> None:
         self.setup, self.node = setup, own_node()
         self.position = ActorProgress()
 
     def describe(self) -> Description | Failure:
-        """Find the model here, fetching it where that is needed, and say what is here."""
+        """Open the model on this node, downloading it if necessary, and describe the actor."""
         return self._try(self._describe)
 
     def measure(self, task: object, *inputs: object) -> object | Failure:
-        """Do a task; ``inputs`` are what the driver gives to it by reference."""
+        """Do a task; ``inputs`` are the arguments that the driver passes by reference."""
         try:
             return self._try(lambda: self._measure_here(task, *inputs))
         finally:
             self.position = ActorProgress()
 
     def progress(self) -> ActorProgress:
-        """How far the task is; asked for while it is done."""
+        """Return the progress of the current task; called while it runs."""
         return self.position
 
     @abstractmethod
     def _measure(self, task: object, *inputs: object) -> object:
-        """Do a task, or raise."""
+        """Do a task and return its result."""
 
     def _measure_here(self, task: object, *inputs: object) -> object:
         import torch
 
         if self.setup.device == "cpu":
-            torch.set_num_threads(self.setup.cores)  # of this thread, which does the task
+            torch.set_num_threads(self.setup.cores)  # set in the thread that runs the task
         return self._measure(task, *inputs)
 
     def _open(self) -> Session:
-        """The session that measures here."""
+        """Return the session that measures on this node."""
         setup, same_node = self.setup, self.setup.folders.node == self.node
         folder = setup.folders.data if same_node else paths.data_folder()
         session = Session(setup.source, _NoStore(folder), setup.device, setup.dtype, self._report)
@@ -98,7 +98,7 @@ class ModelActor(ABC):
         )
 
     def _report(self, stage: str, done: int, total: int, message: str) -> None:
-        """Note how far the task is: as far as its stage, unless a class knows better."""
+        """Record the progress of the task, by default that of its stage."""
         self.position = ActorProgress(stage, done / total if total else 0.0, message)
 
     def _try(self, step: Callable[[], T]) -> T | Failure:
@@ -109,7 +109,7 @@ class ModelActor(ABC):
         except Exception as error:
             reason = f"{type(error).__name__}: {exception_reason(error)} (see the log)"
             failure = Failure(platform.node(), "other", reason, traceback.format_exc())
-        self._free_memory()  # which the exception's frames held until now
+        self._free_memory()  # held by the exception's frames until now
         return failure
 
     def _free_memory(self) -> None:
@@ -127,16 +127,15 @@ def _failure(error: LsqError) -> Failure:
 
 
 def _device_name(device: str) -> str:
-    """A device as this node numbers it: Ray hides all GPUs but one of an actor."""
+    """Return the device with its number on this node: Ray shows an actor only its own GPU."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
     return f"GPU {visible}" if device.startswith("cuda") else "CPU"
 
 
 def check_calibration(named: str, identity: str) -> None:
-    """Raise :class:`InputError` where a calibration text is another one on this node.
+    """Raise :class:`InputError` if a calibration text on this node differs from the driver's.
 
-    ``identity`` is the text's own, as :func:`lsq_core.corpus.registry.corpus_identity` has it for
-    the driver.
+    ``identity`` is :func:`lsq_core.corpus.registry.corpus_identity` of the text on the driver.
     """
     if corpus_identity(named) != identity:
         raise InputError(

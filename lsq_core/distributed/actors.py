@@ -1,4 +1,4 @@
-"""The actors of a driver: one on each device of this machine, or of a cluster."""
+"""A driver's actors, one on each device of this machine or of a cluster."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ from lsq_core.provenance import device_kind
 from lsq_core.quantization.registry import arithmetic_packages
 from lsq_core.session import Session
 
-#: Actors that a machine without GPUs has at most, unless one says how many cores each gets.
+#: Maximum number of actors on a machine without GPUs, unless the cores of each are given.
 _CPU_ACTORS = 4
-#: Of an actor's memory, what goes to the model and its copy by a plan; the rest is for hidden
-#: states and logits.
+#: Share of an actor's memory for the model and its quantized copy; the rest is for hidden states
+#: and logits.
 _WEIGHTS_SHARE = 0.5
 
 
 @dataclass(eq=False)
 class Actors:
-    """The actors of one kind; the cluster of this machine begins and ends with them.
+    """The actors of one kind; a cluster of this machine is started and stopped with them.
 
-    ``address`` is that of a cluster, or :data:`lsq_core.distributed.cluster.LOCAL`; ``cores`` are
-    those of each actor on machines without GPUs, by default the machine's divided by four, and
-    there are ``most`` at most. Versions of what ``quantizers`` compute with are compared.
+    ``address`` is that of a cluster, or :data:`lsq_core.distributed.cluster.LOCAL`. ``cores`` is
+    the number of cores per actor on machines without GPUs, by default a quarter of the machine's,
+    and ``most`` the maximum number of actors. The versions of the packages that ``quantizers``
+    compute with must match the driver's.
     """
 
     kind: type[ModelActor]
@@ -52,11 +53,11 @@ class Actors:
 
     @property
     def is_local(self) -> bool:
-        """Whether they are on this machine alone."""
+        """Whether all actors are on this machine."""
         return self.address == cluster.LOCAL
 
     def check_device(self, session: Session) -> None:
-        """Raise :class:`InputError` where a session names one device of several."""
+        """Raise :class:`InputError` if a session names a single device of a kind."""
         if device_kind(session.device) != session.device:
             raise InputError(
                 f"Work on Ray uses every device of a kind; give --device cuda or cpu instead of "
@@ -64,11 +65,14 @@ class Actors:
             )
 
     def close(self) -> None:
-        """End the actors, and the cluster that began here."""
+        """Stop the actors, and the cluster if it was started here."""
         self._open.close()
 
     def pool(self, session: Session, stored_bytes: int = 0) -> ActorPool:
-        """The actors, begun once; so many bytes will be given to them by reference."""
+        """Return the actors, starting them on the first call.
+
+        ``stored_bytes`` is the size of the data that will be passed to them by reference.
+        """
         if self._pool is None:
             device, cores, count = self._local_devices(session)
             count = min(count, self.most or count)
@@ -97,7 +101,7 @@ class Actors:
         )
 
     def _local_devices(self, session: Session) -> tuple[str, int, int]:
-        """The kind of this machine's devices, the cores of an actor on one, and how many."""
+        """Return this machine's kind of device, the cores per actor and the number of actors."""
         if not self.is_local:
             return "cpu", 1, 1
         if device_kind(session.device_and_dtype["device"]) == "cuda":
@@ -113,7 +117,7 @@ class Actors:
         return "cpu", cores if count > 1 or self.cores else available, count
 
     def _fitting(self, session: Session) -> int:
-        """How many actors have the memory for a copy of the model, at least one."""
+        """Return how many actors fit in memory with a copy of the model each, at least one."""
         import torch
 
         dtype = getattr(torch, session.device_and_dtype["dtype"])
@@ -121,7 +125,7 @@ class Actors:
         return max(1, int(_WEIGHTS_SHARE * available_memory() // weights))
 
     def _cluster_devices(self, session: Session) -> tuple[str, int, int]:
-        """The same of the cluster: its GPUs, unless there are none or the CPU was asked for."""
+        """Return the same for a cluster: its GPUs if it has any and the CPU was not requested."""
         nodes = cluster.nodes()
         gpus = sum(node.gpus for node in nodes)
         if session.device == "cuda" and not gpus:

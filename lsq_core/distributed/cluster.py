@@ -1,4 +1,4 @@
-"""The Ray cluster that a sweep runs on: one of this machine, or one that is there."""
+"""The Ray cluster to run on: a temporary one on this machine, or an existing one."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from importlib.util import find_spec
 from lsq_core import paths
 from lsq_core.errors import InputError, LsqError, exception_reason
 
-#: The address that means a cluster of this machine alone, for the length of the sweep.
+#: Address of a temporary cluster of this machine alone.
 LOCAL = "local"
-#: The address by which Ray finds the cluster that this machine is a node of.
+#: Address with which Ray finds the cluster that this machine is a node of.
 AUTO = "auto"
 _ADDRESS = re.compile(r"(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+):\d{1,5}")
-#: Bytes of the local cluster's object store beside what is put into it; Ray wants 75 MiB.
+#: Bytes of the local cluster's object store in addition to its content; Ray needs 75 MiB.
 _STORE_BYTES = 96 * 2**20
 _HANDLED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
 class NodeResources:
-    """What a node of a cluster has: whole cores and GPUs."""
+    """The numbers of cores and GPUs of a cluster node."""
 
     address: str
     cores: int
@@ -36,19 +36,19 @@ class NodeResources:
 
 
 def unavailable_reason() -> str:
-    """Explain why nothing can run on Ray here; an empty string if it can."""
+    """Return why nothing can run on Ray here; an empty string if it can."""
     if find_spec("ray") is not None:
         return ""
     return "Ray is not installed; make ray adds it."
 
 
 def check_address(address: str) -> str:
-    """The address, if Ray is installed and can have it.
+    """Return the address if it is valid and Ray is installed.
 
     Raises
     ------
     InputError
-        When Ray is not installed, or the address is none of ``local``, ``auto`` and ``HOST:PORT``.
+        If Ray is not installed, or the address is not ``local``, ``auto`` or ``HOST:PORT``.
     """
     if reason := unavailable_reason():
         raise InputError(reason)
@@ -63,26 +63,27 @@ def check_address(address: str) -> str:
 
 @contextmanager
 def connection(address: str, cores: int, gpus: int, stored_bytes: int = 0) -> Iterator[None]:
-    """Be the driver of a cluster; one of this machine begins and ends with it.
+    """Connect to a cluster as a driver, within a ``with`` block.
 
-    A cluster of this machine has so many ``cores`` and ``gpus``, listens on the loopback interface
-    alone, and accepts only clients with a random token that is kept in memory.
+    A cluster of this machine is started on entry and stopped on exit. It has the given ``cores``
+    and ``gpus``, listens on the loopback interface only, and accepts only clients with a random
+    token that is held in memory.
 
     Raises
     ------
     InputError
-        When there is no cluster at the address, or one with another version of Ray or Python.
+        If there is no cluster at the address, or its version of Ray or Python differs.
     LsqError
-        When the cluster of this machine does not start.
+        If the cluster of this machine does not start.
     """
     environment = {"RAY_USAGE_STATS_ENABLED": "0"}
     session_folder = None
     options: dict[str, object] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address == LOCAL:
-        # Sockets have short paths, whatever TMPDIR is.
+        # Socket paths must be short, whatever TMPDIR is.
         environment["RAY_TMPDIR"] = os.environ.get("RAY_TMPDIR", "/tmp")
         environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-        # Workers import the package that this process did.
+        # Workers must import the same package as this process.
         environment["PYTHONPATH"] = os.pathsep.join(
             filter(None, [str(paths.IMPORT_FOLDER), os.environ.get("PYTHONPATH")])
         )
@@ -91,8 +92,8 @@ def connection(address: str, cores: int, gpus: int, stored_bytes: int = 0) -> It
     with _environment(environment):
         import ray
 
-        # What Ray reads from a variable when it is first imported: unless machines form clusters,
-        # its servers listen on 127.0.0.1. ``_node_ip_address`` would not do: Ray replaces that one.
+        # Ray sets this from an environment variable when first imported. If false, its servers
+        # listen on 127.0.0.1; ``_node_ip_address`` would not work, since Ray replaces that address.
         ray._private.ray_constants.ENABLE_RAY_CLUSTER = address != LOCAL
         try:
             session_folder = _connect(ray, address, options)
@@ -104,7 +105,7 @@ def connection(address: str, cores: int, gpus: int, stored_bytes: int = 0) -> It
 
 
 def _connect(ray: object, address: str, options: dict[str, object]) -> str:
-    """Connect, with what goes wrong in a sentence; returns the folder of Ray's session."""
+    """Connect and return the folder of Ray's session; turn errors into readable ones."""
     try:
         with _own_signal_handlers():
             context = ray.init(address=address, namespace="lsq", **options)
@@ -121,9 +122,9 @@ def _connect(ray: object, address: str, options: dict[str, object]) -> str:
 
 @contextmanager
 def _own_signal_handlers() -> Iterator[None]:
-    """Keep this process's handlers of signals, in whose place Ray puts its own.
+    """Keep this process's signal handlers, which Ray would replace with its own.
 
-    Ray's ends the process; a signal that comes meanwhile is handled again afterwards.
+    Ray's handler exits the process; a signal that arrives meanwhile is raised again afterwards.
     """
     before = {number: signal.getsignal(number) for number in _HANDLED_SIGNALS}
     terminated = False
@@ -133,7 +134,7 @@ def _own_signal_handlers() -> Iterator[None]:
         terminated = True
     finally:
         for number, handler in before.items():
-            with suppress(ValueError):  # not in the main thread, where Ray puts none either
+            with suppress(ValueError):  # not in the main thread, so Ray set none either
                 signal.signal(number, handler)
     if terminated:
         signal.raise_signal(signal.SIGTERM)
@@ -141,7 +142,7 @@ def _own_signal_handlers() -> Iterator[None]:
 
 @contextmanager
 def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """Have Ray read these variables, and afterwards what was there before."""
+    """Set environment variables and have Ray read them; restore the previous ones afterwards."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     _read_authentication()
@@ -157,9 +158,9 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
 
 
 def _read_authentication() -> None:
-    """Have Ray read the variables of authentication again; it keeps what it has read.
+    """Have Ray read its authentication variables again, since it caches them.
 
-    Nodes without a token cannot reach a driver that asks for one, and end its actors before they
+    Nodes without a token cannot reach a driver that requires one, and kill its actors before they
     start.
     """
     from ray._raylet import AuthenticationTokenLoader, Config
@@ -169,7 +170,7 @@ def _read_authentication() -> None:
 
 
 def nodes() -> list[NodeResources]:
-    """The living nodes of the cluster that this process is connected to."""
+    """Return the living nodes of the cluster that this process is connected to."""
     import ray
 
     alive = [node for node in ray.nodes() if node["Alive"]]
@@ -184,7 +185,7 @@ def nodes() -> list[NodeResources]:
 
 
 def own_node() -> str:
-    """The id of the node that this process is on."""
+    """Return the id of the node that this process runs on."""
     import ray
 
     return ray.get_runtime_context().get_node_id()

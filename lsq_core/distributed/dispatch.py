@@ -1,4 +1,4 @@
-"""The driver's side of a sweep on Ray: gives out plans, stores what comes, and survives deaths."""
+"""The driver's side of a sweep on Ray: assign plans, store results, replace dead actors."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ from lsq_core.stages.run import check_plan, make_run_id
 from lsq_core.sweep_batches import MAX_CONCURRENT_PLANS, MAX_STREAMED_PLANS, identity, next_batch
 from lsq_core.sweep_state import Sweep
 
-#: Seconds between two writes of who does what.
+#: Minimum seconds between two writes of the actors' status.
 _STATUS_EVERY_S = 0.5
-#: What is left is divided by so many times the actors, so that they end at about the same time
-#: (guided self-scheduling, Polychronopoulos and Kuck 1987).
+#: The remaining work is divided by this many times the number of actors, so that they finish at
+#: about the same time (guided self-scheduling, Polychronopoulos and Kuck 1987).
 _SHARES = 2
 
 
 @dataclass(eq=False)
 class Dispatcher:
-    """Has the actors of a pool make a sweep's pending items.
+    """Distributes a sweep's pending items to the actors of a pool.
 
-    The driver alone decides the runs' ids and writes the database. Items are given out in their
-    order; one whose plan and text are being measured for another item waits and finds that.
+    Only the driver chooses run ids and writes to the database. Items are assigned in order. An item
+    whose plan is being measured on the same text for another item waits and reuses that result.
     """
 
     sweep: Sweep
     pool: ActorPool
-    #: How often each item's actor died, and how many plans may be measured together with it.
+    #: By item: how often its actor died (``moves``) and the maximum group size (``limits``).
     moves: Counter[int] = field(default_factory=Counter)
     limits: dict[int, int] = field(default_factory=dict)
     _runs: dict[str, str] = field(default_factory=dict)
     _streams: dict[EvaluationRequest, object] = field(default_factory=dict)
-    #: What came and isn't stored yet: who measured which items.
+    #: Results not stored yet, with the actor and the items.
     _measured: list[tuple[RemoteActor, Sequence[int], Measured]] = field(default_factory=list)
-    #: The plans that each actor quantized last.
+    #: Plan keys of each actor's last task.
     _last: dict[RemoteActor, set] = field(default_factory=dict)
     _watch: StartWatch = field(init=False)
     _status: tuple[float, list[ActorRow]] = (0.0, [])
@@ -53,17 +53,17 @@ class Dispatcher:
         self._watch = StartWatch(self.sweep.session, self.pool)
 
     def run(self) -> None:
-        """Return once no item is pending.
+        """Run until no item is pending.
 
         Raises
         ------
         InputError
-            When a node has other versions or another model than the driver.
+            If a node's package versions or model differ from the driver's.
         LsqError
-            When no actor can be started.
+            If no actor can be started.
         """
         session = self.sweep.session
-        report, session.report = session.report, ignore_progress  # an item's stages are no sweep's
+        report, session.report = session.report, ignore_progress  # hide the stages of single items
         try:
             while self.sweep.pending():
                 self._assign()
@@ -73,10 +73,10 @@ class Dispatcher:
                 self._watch.check()
                 self._tell(report)
         finally:
-            self._store()  # nothing that was measured is lost, whatever ended the sweep
+            self._store()  # keep all results, however the sweep ended
             session.report = report
 
-    # --- giving out -------------------------------------------------------------------------
+    # --- assigning --------------------------------------------------------------------------
 
     def _assign(self) -> None:
         for actor in [actor for actor in self.pool.actors if actor.is_idle]:
@@ -90,12 +90,12 @@ class Dispatcher:
                     break
 
     def _next_items(self, actor: RemoteActor) -> list[int]:
-        """The items, of different plans on one text, that an actor should measure next."""
+        """Return the items to measure next on an actor: different plans on the same text."""
         active = {number for other in self.pool.actors for number in other.items}
         active.update(*(items for _, items, _ in self._measured))
         pending = [number for number in self.sweep.pending() if number not in active]
         last = self._last.get(actor, set())
-        # An actor goes on with the plans that it has just quantized, if another text is left.
+        # An actor first continues with the plans it has just quantized, on other texts.
         known = [number for number in pending if self.sweep.plan_key(number) in last]
         for candidates in filter(None, (known, pending)):
             for text in dict.fromkeys(self._text(number) for number in candidates):
@@ -115,13 +115,13 @@ class Dispatcher:
         return len(self.sweep.session.stream(text).ids)
 
     def _group_size(self, pending: Sequence[int], text: EvaluationRequest, streamed: bool) -> int:
-        """How many plans to evaluate together on a text, by the tokens that are left to read."""
+        """Return how many plans to evaluate together on a text, from the tokens left to read."""
         left = sum(self._tokens(self._text(number)) for number in pending)
         share = left / (_SHARES * len(self.pool.actors)) // max(self._tokens(text), 1)
         return max(1, min(int(share), MAX_STREAMED_PLANS if streamed else MAX_CONCURRENT_PLANS))
 
     def _limited(self, items: list[int]) -> list[int]:
-        """As many of the first items as each of them may be together with."""
+        """Return as many of the first items as their group size limits allow."""
         chosen: list[int] = []
         for number in items:
             limit = min(self.limits.get(n, len(items)) for n in (*chosen, number))
@@ -141,7 +141,7 @@ class Dispatcher:
         self.pool.submit(actor, task, tuple(items), self._streams[text])
 
     def _planned_run(self, number: int) -> PlannedRun:
-        """An item's run; the texts of a plan share one."""
+        """Return the run for an item; items with the same quantized model share a run."""
         session, (request, quantizer) = self.sweep.session, self.sweep.plan_key(number)
         plan = check_plan(session, self.sweep.plans[request], quantizer, self.sweep.settings)
         key = json_text(identity(self.sweep, number))
@@ -150,7 +150,7 @@ class Dispatcher:
             self._runs[key] = existing or make_run_id(session, plan, quantizer)
         return PlannedRun(self._runs[key], plan, quantizer)
 
-    # --- what comes back --------------------------------------------------------------------
+    # --- results ----------------------------------------------------------------------------
 
     def _take(self, answer: Answer) -> None:
         actor, value = answer.actor, answer.value
@@ -166,7 +166,7 @@ class Dispatcher:
                 self._measured.append((actor, items, value))
 
     def _store(self) -> None:
-        """Store what came; an item is pending until then."""
+        """Store the results; an item is pending until then."""
         while self._measured:
             actor, items, measured = self._measured.pop(0)
             for number, one in zip(items, measured, strict=True):
@@ -178,9 +178,9 @@ class Dispatcher:
         self.sweep.record(number, save_measured(self.sweep.session, measured))
 
     def _failed(self, items: Sequence[int], failure: Failure) -> None:
-        """Have plans that failed together measured in smaller groups; give up one that was alone.
+        """Retry plans that failed together in smaller groups; give up a plan that failed alone.
 
-        Groups are halved where memory was lacking, and else divided into single plans.
+        Groups are halved after running out of memory, and otherwise split into single plans.
         """
         if failure.trace:
             print(failure.trace, file=sys.stderr)
@@ -197,9 +197,9 @@ class Dispatcher:
         self.sweep.write_items()
 
     def _replace(self, actor: RemoteActor, error: Exception) -> None:
-        """Have another actor do what one that died was doing, in smaller groups.
+        """Replace an actor that died, and retry its items in smaller groups.
 
-        It may have been killed for lack of memory, or by one of the plans.
+        It may have run out of memory or been crashed by one of the plans.
         """
         reason = death_reason(error)
         items, actor.items, actor.task = actor.items, (), None
@@ -215,10 +215,10 @@ class Dispatcher:
                 )
         self._watch.replace(actor, reason)
 
-    # --- telling ----------------------------------------------------------------------------
+    # --- reporting --------------------------------------------------------------------------
 
     def _tell(self, report: ProgressCallback) -> None:
-        """Report the progress of the whole, and write down that of each actor."""
+        """Report the progress of the sweep, and write the status of each actor."""
         sweep, rows = self.sweep, self._rows()
         working = [actor for actor in self.pool.actors if actor.task]
         partly = sum(actor.progress.fraction * len(actor.items) for actor in working)

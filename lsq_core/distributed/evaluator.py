@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Evaluator(ModelActor):
-    """Measures plans on a text, of which the driver gives the tokens."""
+    """Measures plans on a text whose tokens the driver provides."""
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
@@ -23,7 +23,7 @@ class Evaluator(ModelActor):
 
     def _measure(self, task: Task, stream: TokenStream) -> Measured:
         session = self.session
-        # What comes from the object store cannot be written, of which torch would warn.
+        # Arrays from the object store are read-only, which torch would warn about.
         session.provide_stream(task.evaluation, replace(stream, ids=stream.ids.copy()))
         planned = sum(one.plan.planned_bytes for one in task.runs)
         prepare = session.quantize if session.fits_in_memory(planned) else session.quantize_streamed

@@ -1,4 +1,4 @@
-"""Make a sweep's items on Ray: on every device of this machine, or of a cluster."""
+"""Run a sweep's items on Ray, on every device of this machine or of a cluster."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from lsq_core.sweep_state import Sweep
 
 
 class OnRay:
-    """Makes a sweep's items by an actor a device; the session plans and stores.
+    """Runs a sweep's items with one actor per device; the session plans and stores.
 
-    ``settings`` and ``quantizers`` are the sweep's, and ``kind`` is the class of the actors;
-    for the others see :class:`lsq_core.distributed.actors.Actors`.
+    ``settings`` and ``quantizers`` are the sweep's, and ``kind`` is the class of the actors; for
+    the other parameters see :class:`lsq_core.distributed.actors.Actors`.
     """
 
     def __init__(
@@ -33,24 +33,24 @@ class OnRay:
         self._actors = Actors(kind, address, settings, quantizers, cores, most)
 
     def places(self, session: Session) -> Sequence[Mapping[str, str]]:
-        """Where the actors measure; on this machine, that is where the session computes."""
+        """Return where the actors measure; empty if on this machine, as the session does."""
         self._actors.check_device(session)
         if session.checkpoint_folder is not None:
-            write_actors(session.checkpoint_folder, [])  # those of a driver before are gone
+            write_actors(session.checkpoint_folder, [])  # clear a previous driver's rows
         if self._actors.is_local:
-            return ()  # nothing is started while nothing has to be made
+            return ()  # start no actor until an item needs one
         described = wait_until_ready(session, self._actors.pool(session))
         return [dict(pairs) for pairs in {tuple(sorted(one.where.items())) for one in described}]
 
     def run(self, sweep: Sweep) -> None:
-        """Make every pending item."""
+        """Run every pending item."""
         if not sweep.pending():
             return
         streams = {sweep.requested[n].evaluation for n in sweep.pending()}
         stored = sum(sweep.session.stream(request).ids.nbytes for request in streams)
-        sweep.session.unload()  # the actors need the memory, and are as many as have it
+        sweep.session.unload()  # the actors need the memory, which limits their number
         Dispatcher(sweep, self._actors.pool(sweep.session, stored)).run()
 
     def close(self) -> None:
-        """End the actors, and the cluster that began here."""
+        """Stop the actors, and the cluster if it was started here."""
         self._actors.close()

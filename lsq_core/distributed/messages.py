@@ -1,4 +1,4 @@
-"""What a driver and its actors tell each other."""
+"""Messages between a driver and its actors."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from lsq_core.stages.measure import MeasuredRun
 
 @dataclass(frozen=True)
 class DriverFolders:
-    """Folders of the driver, which its actors use as well where they run on the same node.
+    """Folders of the driver, also used by its actors on the same node.
 
-    ``data`` is where full precision's hidden states are kept, ``checkpoint`` where a job keeps what
-    it has so far, if it is one.
+    ``data`` stores the hidden states of full precision; ``checkpoint`` stores the partial results
+    of a job, if the driver is one.
     """
 
     node: str
@@ -27,10 +27,10 @@ class DriverFolders:
 
 @dataclass(frozen=True)
 class Setup:
-    """What an actor is made for: a model on a device of its node.
+    """The configuration of an actor: a model on a device of its node.
 
-    ``device`` is ``cpu`` or ``cuda``, the one GPU that it has; ``cores`` are the threads that it
-    computes with on a CPU. ``packages`` are those whose versions it tells beside the usual ones.
+    ``device`` is ``cpu`` or ``cuda`` (its only GPU); ``cores`` is the number of threads used on a
+    CPU. ``packages`` are those whose versions it reports besides the usual ones.
     """
 
     source: ModelSource
@@ -45,10 +45,10 @@ class Setup:
 
 @dataclass(frozen=True)
 class Description:
-    """What an actor says of itself: where it is and what it would measure with.
+    """An actor's description of itself: where it runs and what it measures with.
 
-    ``where`` has the device, the dtype and the machine in words; ``fits`` tells whether the model
-    fits the device's memory.
+    ``where`` has the device, the dtype and the machine in words; ``fits`` is whether the model
+    fits in the device's memory.
     """
 
     node: str
@@ -63,7 +63,7 @@ class Description:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A run to be made: its id, which the driver chose, the plan, and the quantizer."""
+    """A run to measure: its id, chosen by the driver, the plan and the quantizer."""
 
     run: str
     plan: Plan
@@ -72,7 +72,7 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class Task:
-    """Plans to quantize and to evaluate together on one text."""
+    """Plans to quantize and to evaluate together on the same text."""
 
     runs: tuple[PlannedRun, ...]
     evaluation: EvaluationRequest
@@ -80,9 +80,9 @@ class Task:
 
 @dataclass(frozen=True)
 class ProfileTask:
-    """Metrics to measure on some layers, None for all of them.
+    """Metrics to measure on the given layers, None for all.
 
-    ``profile`` is the id of the profile, and ``corpus`` the identity of its calibration text.
+    ``profile`` is the profile's id, ``corpus`` the identity of its calibration text.
     """
 
     profile: str
@@ -93,10 +93,10 @@ class ProfileTask:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why an actor on a host could not do what it was asked for.
+    """The reason why an actor on a host failed.
 
     ``kind`` is ``input`` (:class:`lsq_core.errors.InputError`), ``memory`` or ``other``;
-    ``trace`` is that of a defect.
+    ``trace`` is the traceback of an unexpected exception.
     """
 
     host: str
@@ -107,12 +107,12 @@ class Failure:
 
 @dataclass(frozen=True)
 class ActorProgress:
-    """How far an actor is with its task, 0 to 1, and what it is doing."""
+    """An actor's progress with its task (``fraction``, 0 to 1), and its current stage."""
 
     stage: str = ""
     fraction: float = 0.0
     message: str = ""
 
 
-#: What comes of a task: a run each.
+#: The result of a :class:`Task`: one entry per run.
 Measured = tuple[MeasuredRun, ...]

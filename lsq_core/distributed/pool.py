@@ -1,4 +1,4 @@
-"""The actors of a cluster as the driver sees them, and what they answer."""
+"""The driver's view of the actors of a cluster and their answers."""
 
 from __future__ import annotations
 
@@ -11,45 +11,45 @@ from dataclasses import dataclass, field
 from lsq_core.distributed.actor import ModelActor
 from lsq_core.distributed.messages import ActorProgress, Description, Failure, Setup
 
-#: How often a task goes to another actor after the one that had it died.
+#: Maximum number of times a task is moved to another actor because its actor died.
 MAX_MOVES = 3
-#: Seconds that a driver waits for answers before it looks after other things.
+#: Seconds for which a driver waits for answers before doing other work.
 TURN_S = 0.2
-#: Seconds between two questions about how far an actor is.
+#: Seconds between two progress requests to an actor.
 PROGRESS_EVERY_S = 0.5
 
 
 @dataclass(eq=False)
 class RemoteActor:
-    """An actor: its number, what it said of itself once it is ready, and what it is doing."""
+    """An actor: its number, its description (once it is ready) and its current task."""
 
     number: int
     handle: object
     description: Description | None = None
     task: object | None = None
-    #: Numbers of the driver's items that the task is of.
+    #: Numbers of the driver's items in the task.
     items: tuple[int, ...] = ()
     progress: ActorProgress = field(default_factory=ActorProgress)
-    #: Items that it measured.
+    #: Number of items measured.
     measured: int = 0
     asked: float = 0.0
 
     @property
     def is_idle(self) -> bool:
-        """Whether it is ready and has nothing to do."""
+        """Whether the actor is ready and has no task."""
         return self.description is not None and self.task is None
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What an actor answered: of itself, of a task; or the exception of one that died."""
+    """An actor's description, the result of its task, a failure, or the exception if it died."""
 
     actor: RemoteActor
     value: Description | Failure | Exception | object
 
 
 class ActorPool:
-    """Actors of one kind; one that died is replaced, on whichever node has room for it."""
+    """Actors of one kind, each started on whichever node has room for it."""
 
     def __init__(self, setup: Setup, count: int, kind: type[ModelActor]) -> None:
         import ray
@@ -60,7 +60,7 @@ class ActorPool:
         )
         self._class, self._ray, self.setup = remote(kind), ray, setup
         self.actors: list[RemoteActor] = []
-        #: Actors that are gone.
+        #: Removed actors.
         self.lost: list[RemoteActor] = []
         self._answers: dict[object, RemoteActor] = {}
         self._progress: dict[object, RemoteActor] = {}
@@ -68,7 +68,7 @@ class ActorPool:
             self.start()
 
     def start(self) -> RemoteActor:
-        """Make another actor; it answers once its node has room for it."""
+        """Start another actor; it answers once a node has room for it."""
         handle = self._class.remote(self.setup)
         actor = RemoteActor(len(self.actors) + len(self.lost) + 1, handle)
         self.actors.append(actor)
@@ -78,12 +78,12 @@ class ActorPool:
     def submit(
         self, actor: RemoteActor, task: object, items: tuple[int, ...], *inputs: object
     ) -> None:
-        """Give an idle actor a task; ``inputs`` are references to what it is done with."""
+        """Give an idle actor a task; ``inputs`` are references to further arguments."""
         actor.task, actor.items, actor.progress = task, items, ActorProgress()
         self._answers[actor.handle.measure.remote(task, *inputs)] = actor
 
     def wait(self, seconds: float) -> Iterator[Answer]:
-        """The answers that come within so many seconds of the first, if any does."""
+        """Wait up to ``seconds`` for an answer, and yield all answers available by then."""
         self._ask_progress()
         pending = [*self._answers, *self._progress]
         if not pending:
@@ -96,7 +96,7 @@ class ActorPool:
             asked = actor is None
             actor = actor or self._progress.pop(reference, None)
             if actor is None or actor not in self.actors:
-                continue  # it was found dead by another answer
+                continue  # it was already removed because of another answer
             try:
                 value = self._ray.get(reference)
             except self._ray.exceptions.RayError as error:
@@ -110,7 +110,7 @@ class ActorPool:
                 yield Answer(actor, value)
 
     def _ask_progress(self) -> None:
-        """Ask each actor that is ready how far it is, if the last answer is old enough."""
+        """Request the progress of each ready actor, if the last request is old enough."""
         waiting, now = set(self._progress.values()), time.monotonic()
         for actor in self.actors:
             due = now - actor.asked >= PROGRESS_EVERY_S
@@ -120,16 +120,16 @@ class ActorPool:
                 self._progress[progress.remote()] = actor
 
     def remove(self, actor: RemoteActor) -> None:
-        """End an actor, if it is not dead yet, and forget what it was asked."""
+        """Kill an actor if it is still alive, and drop its pending answers."""
         self.actors.remove(actor)
         self.lost.append(actor)
         for waiting in (self._answers, self._progress):
             for reference in [key for key, own in waiting.items() if own is actor]:
                 del waiting[reference]
-        with suppress(Exception):  # Ray has several for one that is gone
+        with suppress(Exception):  # Ray raises various exceptions for a dead actor
             self._ray.kill(actor.handle)
 
     def close(self) -> None:
-        """End every actor."""
+        """Kill all actors."""
         for actor in list(self.actors):
             self.remove(actor)

@@ -9,7 +9,7 @@ from lsq_core.stages.profile import measure_metrics
 
 
 class Profiler(ModelActor):
-    """Measures metrics on some layers, which the driver stores."""
+    """Measures metrics on some layers; the driver stores the results."""
 
     def _measure(self, task: ProfileTask) -> Profile:
         settings = self.setup.settings

@@ -1,8 +1,8 @@
-"""The driver's side of a profile on Ray: what can be measured apart is, and the driver stores it.
+"""The driver's side of a profile on Ray: distribute the metrics over tasks and join the results.
 
-Metrics that say so (:attr:`lsq_core.profiling.metrics.base.Metric.splits_by_layer`) are measured a
-few layers a task; of the others, those on the way forward through the blocks are one task, and
-those on the way back another.
+Metrics that split by layer (:attr:`lsq_core.profiling.metrics.base.Metric.splits_by_layer`) are
+measured a few layers per task. Of the others, those of the forward walk through the blocks form one
+task, and those of the backward walk another.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from lsq_core.provenance import device_kind
 from lsq_core.session import Session
 from lsq_core.stages.profile import model_profile_key
 
-#: Tasks of some layers there are for each actor, so that all end at about the same time.
+#: Tasks per actor when layers are split: several, so that actors finish at about the same time.
 _TASKS_PER_ACTOR = 2
 
 
 @dataclass(frozen=True)
 class ProfileOnRay:
-    """Measures a profile's metrics by an actor a device (:class:`..stages.profile.Measurer`).
+    """Measures a profile's metrics with one actor per device (:class:`..stages.profile.Measurer`).
 
-    ``kind`` is the class of the actors; for the others see :class:`.actors.Actors`.
+    ``kind`` is the class of the actors; for the other fields see :class:`.actors.Actors`.
     """
 
     address: str
@@ -48,14 +48,14 @@ class ProfileOnRay:
     def __call__(
         self, session: Session, settings: ProfileSettings, metrics: Sequence[str]
     ) -> Iterator[Profile]:
-        """Measure metrics, and yield those that are done.
+        """Measure metrics, and yield a profile for each group of metrics as it is completed.
 
         Raises
         ------
         InputError
-            When a node has other versions or another model than the driver, or computes otherwise.
+            If a node's package versions, model, kind of device or dtype differ from the driver's.
         LsqError
-            When no actor can be started, or one failed.
+            If no actor can be started, or one failed.
         """
         quantizers = [settings.quantizer]
         actors = Actors(self.kind, self.address, settings, quantizers, self.cores, self.most)
@@ -63,7 +63,7 @@ class ProfileOnRay:
         task = ProfileTask(
             model_profile_key(session, settings), corpus_identity(settings.calibration), ()
         )
-        session.unload()  # the actors need the memory, and are as many as have it
+        session.unload()  # the actors need the memory, which limits their number
         with closing(actors):
             pool = actors.pool(session)
             groups = split(session.info, metrics, _TASKS_PER_ACTOR * len(pool.actors))
@@ -76,7 +76,8 @@ def split(
 ) -> list[tuple[tuple[str, ...], list[range | None]]]:
     """Return groups of metrics with the layers of each task, None for all; the longest first.
 
-    Metrics that the weights alone tell are one group, and each other that splits by layer is one.
+    Metrics that split by layer form one group each, except that those that need only the weights
+    share a group.
     """
     whole, apart = {}, {}
     for name in metrics:
@@ -86,14 +87,14 @@ def split(
         else:
             apart.setdefault(name if metric.needs_calibration else "", []).append(name)
     groups = [(tuple(names), [None]) for names in whole.values()]
-    # Those of the weights alone last: they take the least.
+    # Metrics that need only the weights come last: they take the least time.
     for key in sorted(apart, reverse=True):
         groups.append((tuple(apart[key]), [*_layer_ranges(info, apart[key], parts)]))
     return groups
 
 
 def _layer_ranges(info: ModelInfo, metrics: Sequence[str], parts: int) -> Iterator[range]:
-    """Yield successive layers with matrices, of about equal effort, in at most so many parts."""
+    """Yield consecutive ranges of layers of about equal effort, at most ``parts`` of them."""
     made = [METRICS[name]() for name in metrics]
     matrices = Counter(matrix.layer for matrix in info.matrices)
     effort = {
@@ -110,7 +111,7 @@ def _layer_ranges(info: ModelInfo, metrics: Sequence[str], parts: int) -> Iterat
 
 @dataclass(eq=False)
 class _Dispatcher:
-    """Has the actors of a pool do the tasks of some groups."""
+    """Distributes the tasks of several groups to the actors of a pool."""
 
     session: Session
     pool: ActorPool
@@ -127,7 +128,7 @@ class _Dispatcher:
         self._pending = list(range(len(self._tasks)))
 
     def run(self) -> Iterator[Profile]:
-        """Yield the profile of each group when its tasks are done."""
+        """Yield the profile of each group once its tasks are done."""
         remaining, start = [], 0
         for group in self.groups:
             remaining.append(range(start, start + len(group)))
@@ -165,7 +166,7 @@ class _Dispatcher:
             actor.measured += 1
 
     def _check_place(self, actor: RemoteActor) -> None:
-        """Raise where an actor computes otherwise than the driver: the profile is known by that."""
+        """Raise if an actor's device kind or dtype, which key the profile, is not the driver's."""
         own, its = self.session.device_and_dtype, actor.description.where
         its = {"device": device_kind(its["device"]), "dtype": its["dtype"]}
         own = {"device": device_kind(own["device"]), "dtype": own["dtype"]}
@@ -177,7 +178,7 @@ class _Dispatcher:
             )
 
     def _replace(self, actor: RemoteActor, reason: str) -> None:
-        """Have another actor do what one that died was doing."""
+        """Replace an actor that died, and put its tasks first in the queue."""
         for number in actor.items:
             self._moves[number] += 1
             if self._moves[number] > MAX_MOVES:
@@ -204,7 +205,7 @@ class _Dispatcher:
 
 
 def _describe(task: ProfileTask) -> str:
-    """Return a task in words, such as ``loss_impact of layers 1 to 4``."""
+    """Describe a task in words, such as ``loss_impact of layers 1 to 4``."""
     names = ", ".join(task.metrics)
     if task.layers is None:
         return names

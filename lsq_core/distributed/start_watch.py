@@ -1,4 +1,4 @@
-"""Whether actors start, with the driver's model and versions, and why one died."""
+"""Check that actors start with the driver's model and versions, and explain why one died."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from lsq_core.errors import InputError, LsqError
 from lsq_core.provenance import run_dependencies, versions
 from lsq_core.session import Session
 
-#: Actors that may fail to start one after the other.
+#: Number of consecutive failed starts after which no further actor is started.
 _MAX_FAILED_STARTS = 3
-#: Seconds between the first such death and the next start, doubled after each one: Ray needs some
-#: to see that a node is gone, and until then starts actors there.
+#: Seconds to wait after the first failed start, doubled after each further one: Ray takes a while
+#: to notice that a node is gone, and keeps starting actors there until then.
 _RETRY_S = 1.0
-#: Seconds that are waited for a device to become free, and for the slower ones once one is.
+#: Seconds to wait for the first actor to be ready, and then for the slower ones.
 _START_TIMEOUT_S, _OTHERS_TIMEOUT_S = 300.0, 60.0
 
 
 @dataclass(eq=False)
 class StartWatch:
-    """Sees to it that actors start, and that they have the driver's model and versions."""
+    """Makes sure that actors start and that they have the driver's model and versions."""
 
     session: Session
     pool: ActorPool
@@ -31,12 +31,12 @@ class StartWatch:
     _since: float = field(default_factory=time.monotonic)
 
     def admit(self, actor: RemoteActor, answer: Description | Failure) -> None:
-        """Take an actor that says it is ready.
+        """Admit an actor that has answered with its description.
 
         Raises
         ------
         InputError, LsqError
-            When it has another model or other versions than the driver, or not the model.
+            If its model or versions differ from the driver's, or it failed to open the model.
         """
         if isinstance(answer, Failure):
             kind = InputError if answer.kind == "input" else LsqError
@@ -50,15 +50,15 @@ class StartWatch:
         actor.description, self._failed_starts = answer, 0
 
     def replace(self, actor: RemoteActor, reason: str) -> None:
-        """Start another actor in the place of one that died.
+        """Start another actor to replace one that died.
 
-        Where several died before they were ready, as on a node that is gone, the others go on
-        without it.
+        If several in a row died before they were ready, as on a node that is gone, the others
+        continue without it.
 
         Raises
         ------
         LsqError
-            When there are no others.
+            If there are no others.
         """
         self._since = time.monotonic()
         if actor.description is None:
@@ -74,7 +74,7 @@ class StartWatch:
         self.pool.start()
 
     def check(self) -> None:
-        """Raise :class:`LsqError` when no device was free for too long."""
+        """Raise :class:`LsqError` if no device has been free for too long."""
         if any(actor.description for actor in self.pool.actors):
             self._since = time.monotonic()
         elif time.monotonic() - self._since > _START_TIMEOUT_S:
@@ -85,12 +85,12 @@ class StartWatch:
 
 
 def wait_until_ready(session: Session, pool: ActorPool) -> list[Description]:
-    """What the actors say of themselves, once they are ready; the slowest are not waited for.
+    """Return the descriptions of the actors that are ready, without waiting for the slowest.
 
     Raises
     ------
     InputError, LsqError
-        When none can be started, or a node has not the driver's model and versions.
+        If none can be started, or a node's model or versions differ from the driver's.
     """
     watch, first = StartWatch(session, pool), None
     while True:
@@ -108,7 +108,7 @@ def wait_until_ready(session: Session, pool: ActorPool) -> list[Description]:
 
 
 def _check_versions(described: Description, packages: Sequence[str]) -> None:
-    """Raise :class:`InputError` where a node's versions are others than the driver's."""
+    """Raise :class:`InputError` if a node's versions differ from the driver's."""
     own, its = versions(*packages), described.versions
     names = ("lsq", "numpy", *run_dependencies({}, packages))
     different = [name for name in names if own.get(name) != its.get(name)]
@@ -118,7 +118,7 @@ def _check_versions(described: Description, packages: Sequence[str]) -> None:
 
 
 def death_reason(error: Exception) -> str:
-    """Why an actor died, as a clause."""
+    """Return why an actor died, as a clause."""
     text = f"{type(error).__name__} {error}"
     if "OutOfMemory" in text or "memory pressure" in text:
         return "its node ran out of memory"

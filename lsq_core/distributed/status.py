@@ -1,4 +1,4 @@
-"""Who does what: the rows that a sweep on Ray keeps of its actors for those who watch it."""
+"""The status of a sweep's actors on Ray, written to a file for those who watch the job."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from pathlib import Path
 from lsq_core.files import DamagedFileError, read_json
 from lsq_core.jsontext import write_json
 
-#: The file, in the folder of a job.
+#: Name of the file in a job's folder.
 ACTORS_FILE = "actors.json"
-#: What an actor can be doing.
+#: Possible states of an actor.
 STATES = ("starting", "idle", "working", "lost")
 
 
 @dataclass(frozen=True)
 class ActorRow:
-    """An actor as a person sees it.
+    """The status of an actor as shown to users.
 
-    ``task`` is in words, ``fraction`` how much of it is done (0 to 1), ``measured`` how many runs
-    it has measured.
+    ``task`` is a description in words, ``fraction`` its progress (0 to 1), ``measured`` the number
+    of runs the actor has measured.
     """
 
     number: int
@@ -39,12 +39,12 @@ def write_actors(folder: Path, rows: Sequence[ActorRow]) -> None:
 
 
 def read_actors(folder: Path) -> list[ActorRow]:
-    """The rows that a job keeps; none where it has no actors.
+    """Return the rows in a job's folder; an empty list if there are none.
 
     Raises
     ------
     DamagedFileError
-        When they cannot be read.
+        If they cannot be read.
     """
     path = folder / ACTORS_FILE
     found = (read_json(path) or {"actors": []}).get("actors")

@@ -12,12 +12,14 @@ from scipy.stats import rankdata, spearmanr
 from lsq_core.profiling.metrics import proxies
 from lsq_core.profiling.profile import Profile
 
-#: Fewest common layers for which a rank correlation is reported.
+#: Minimum number of common layers for a rank correlation.
 MIN_COMMON_LAYERS = 4
 
 
 def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
-    """Return Spearman's ρ of two (n,) arrays over the entries finite in both; NaN if too few.
+    """Return Spearman's ρ of two (n,) arrays over the entries that are finite in both.
+
+    NaN if there are fewer than ``MIN_COMMON_LAYERS`` such entries or either array is constant.
 
     Example
     -------
@@ -32,11 +34,11 @@ def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def pattern_correlations(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return Spearman's ρ between lines: over the layers of each part, averaged over the parts.
+    """Return Spearman's ρ between lines, computed over the layers of each part and averaged.
 
-    ``frame`` has ``line, part, layer, value``. Ranks are taken within a part, since parts differ
-    by orders of magnitude, which alone would make lines agree. Lines with different layers in a
-    part (models of different depth) have no correlation there; NaN if no part has one.
+    ``frame`` has columns ``line, part, layer, value``. Ranks are computed within each part:
+    parts differ by orders of magnitude, which alone would make lines agree. Parts in which two
+    lines cover different layers (models of different depth) are skipped; NaN if none is left.
     """
     lines = list(dict.fromkeys(frame["line"]))
     wide = {
@@ -60,7 +62,8 @@ def _part_correlation(table: pd.DataFrame, a: str, b: str) -> float:
 def proxy_agreement(profile: Profile) -> pd.DataFrame:
     """Return Spearman's ρ of each proxy and its exact score over all matrices, by configuration.
 
-    Columns ``proxy, exact, config, rank_correlation``; no row for scores that the profile lacks.
+    Columns are ``proxy, exact, config, rank_correlation``; scores missing from the profile have
+    no row.
     """
     held = set(zip(profile.values["metric"], profile.values["config"], strict=True))
     rows = [
@@ -87,7 +90,7 @@ class LinePair:
 
 
 def lowest_correlation(correlations: pd.DataFrame) -> LinePair | None:
-    """Return the two lines that agree least; None if no two can be compared."""
+    """Return the two lines with the lowest correlation; None if no two can be compared."""
     values = correlations.to_numpy(copy=True)
     values[np.tril_indices(len(values))] = np.nan
     if not np.isfinite(values).any():

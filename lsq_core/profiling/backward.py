@@ -1,13 +1,13 @@
-"""A walk over the blocks from the last to the first, with the gradients of some losses.
+"""A walk over the blocks from the last to the first, with gradients of given losses.
 
-The usual loss of a sequence is the sum of ``−log p(y)`` over its positions, each ``y`` drawn from
-the model's own prediction ``p``. Its gradients have mean zero and, as draws are independent, their
-covariance is the Fisher information summed over the positions, the curvature of the KL divergence
-from the model's predictions. (Labels of the text itself would give the "empirical Fisher", which is
-not that curvature: Kunstner et al., arXiv 1905.12558.)
+The default loss of a sequence is the sum of ``−log p(y)`` over its positions, with each ``y`` drawn
+from the model's own prediction ``p``. Its gradients have mean zero and, as draws are independent,
+their covariance is the Fisher information summed over the positions: the curvature of the KL
+divergence from the model's predictions. (Labels from the text itself would give the "empirical
+Fisher", which is not that curvature: Kunstner et al., arXiv 1905.12558.)
 
-Hidden states between blocks are stored, one block is run again at a time, and its inputs'
-gradients go on to the block before it, so that weights may be streamed.
+Hidden states between blocks are stored. Blocks are rerun one at a time, and the gradients of a
+block's inputs are passed to the block before it, so weights can be streamed.
 """
 
 from __future__ import annotations
@@ -26,42 +26,42 @@ from lsq_core.model.walk import Call, OutputForm, detect_output_forms, record_ca
 from lsq_core.profiling.context import BlockContext
 from lsq_core.units import MIB
 
-#: Tokens of a sequence, whose gradient is one sample: short, so that there are many.
+#: Tokens per sequence. Each sequence gives one gradient sample, so short ones give more samples.
 SEQUENCE_TOKENS = 128
-#: Most sequences that are read: 4,096 tokens in all.
+#: Maximum number of sequences (4,096 tokens in total).
 MAX_SEQUENCES = 32
-#: Labels drawn for each position of a sequence, each a sample. With 128 samples the standard error
-#: of an expected square is an eighth of it.
+#: Number of labels drawn for each position of a sequence; each draw gives one gradient sample. With
+#: 128 samples the standard error of an expected square is an eighth of it.
 DRAWS = 4
 _SEED = 0
-#: Gradients of a matrix that are multiplied by its changes at once, so that these, which are many
-#: times as large as a gradient, are read once for some sequences.
+#: Bytes of a matrix's gradients to stack before multiplying them by its changes: the changes, many
+#: times as large as a gradient, are then read once for several sequences.
 _STACKED_BYTES = 64 * MIB
 
-#: The losses of a sequence, by its number and its log-probabilities (tokens, vocabulary): scalars,
-#: as many for each sequence.
+#: Maps a sequence's number and its log-probabilities (tokens, vocabulary) to scalar losses, equally
+#: many for each sequence.
 Losses = Callable[[int, Tensor], Sequence[Tensor]]
-#: The weights (out, in) that a block's matrices have in place of their own.
+#: Maps a block to replacement weights (out, in) of its matrices.
 Replacements = Callable[[BlockContext], Mapping[Matrix, Tensor]]
 
 
 @dataclass(eq=False)
 class GradientContext(BlockContext):
-    """A block with its inputs, one sequence a batch, and the gradients of its outputs."""
+    """A block with its inputs, one sequence per batch, and the gradients of its outputs."""
 
-    #: By sequence, the gradients (losses, 1, tokens, width) of the block's output; replaced by
-    #: those of its input when :meth:`weight_gradients` has run.
+    #: Gradients (losses, 1, tokens, width) of the block's output for each sequence;
+    #: :meth:`weight_gradients` replaces them by those of the block's input.
     gradients: list[Tensor] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:
-        """The number of positions whose predictions the losses are of."""
+        """The number of positions that the losses cover."""
         return self.ids.numel()
 
     def weight_gradients(self) -> Iterator[dict[Matrix, Tensor]]:
-        """Yield the gradients (losses, out, in) of the block's matrices, a sequence at a time.
+        """Yield the gradients (losses, out, in) of the block's matrices, one sequence at a time.
 
-        A matrix without one, as an expert that no token reached, is missing.
+        Matrices without a gradient, such as an expert that no token reached, are left out.
         """
         parameters = {parameter_name(m): self._parameter(m) for m in self.matrices}
         for parameter in parameters.values():
@@ -82,8 +82,8 @@ class GradientContext(BlockContext):
     def change_products(self, changes: Mapping[Matrix, Tensor]) -> dict[Matrix, Tensor]:
         """Return ``⟨g, Δ⟩``, float64 (sequences, losses, changes) on the CPU, for each matrix.
 
-        ``changes`` are (changes, weights). The products of a sequence that gives a matrix no
-        gradient are 0.
+        ``changes`` are (changes, weights). Products are 0 for sequences in which a matrix has no
+        gradient.
         """
         losses = len(self.gradients[0])
         products = {
@@ -111,7 +111,7 @@ class GradientContext(BlockContext):
     def _sequence_gradients(
         self, number: int, parameters: list[Tensor]
     ) -> list[tuple[Tensor | None, ...]]:
-        """Return each loss's gradients of the parameters; the input's replace the output's."""
+        """Return the parameters' gradients by loss; update ``gradients`` to those of the input."""
         call, gradients = self.calls[number], self.gradients[number]
         with torch.enable_grad():
             hidden = self.hidden[number].detach().clone().requires_grad_(True)
@@ -137,8 +137,8 @@ class GradientContext(BlockContext):
 def cut_sequences(ids: Tensor, part: int = 0) -> Tensor:
     """Cut calibration blocks (n, tokens) into sequences, int64 (at most 32, at most 128).
 
-    ``part`` counts the parts of the text that so many sequences take; after the last one the first
-    ones come again.
+    ``part`` selects which consecutive 32 sequences to return; after the last sequence, counting
+    continues with the first.
     """
     length = min(SEQUENCE_TOKENS, ids.shape[1])
     pieces = [piece for piece in ids.split(length, dim=1) if piece.shape[1] == length]
@@ -148,9 +148,9 @@ def cut_sequences(ids: Tensor, part: int = 0) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class ForwardPass:
-    """Sequences that went through the blocks, one a batch.
+    """A forward pass of sequences through the blocks, one sequence per batch.
 
-    ``inputs`` are the hidden states of each sequence before each block, and after the last one.
+    ``inputs`` are the hidden states of each sequence before each block and after the last one.
     """
 
     loaded: LoadedModel
@@ -171,7 +171,7 @@ class ForwardPass:
     def log_probs(self, number: int, states: Tensor) -> Tensor:
         """Return a sequence's log-probabilities, float32 (tokens, vocabulary), from final states.
 
-        The head has to be in memory.
+        The LM head must be in memory.
         """
         ids = self.sequences[number : number + 1]
         logits = run_from_block(self.loaded, len(self.loaded.blocks), states, ids, self.forms)
@@ -181,12 +181,12 @@ class ForwardPass:
 def run_forward(
     loaded: LoadedModel, sequences: Tensor, replacements: Replacements | None = None
 ) -> ForwardPass:
-    """Run sequences, int64 (n, tokens), through all blocks, with other weights if there are any.
+    """Run sequences, int64 (n, tokens), through all blocks, with any replacement weights.
 
     Raises
     ------
     NotSequential
-        If the blocks can't be run one by one.
+        If the blocks cannot be run one by one.
     """
     forms = detect_output_forms(loaded, sequences)
     calls, hidden = record_calls(loaded, sequences.split(1), forms)
@@ -201,20 +201,20 @@ def run_forward(
 
 
 def iter_blocks_backward(loaded: LoadedModel, ids: Tensor) -> Iterator[GradientContext]:
-    """Yield each block with matrices, the last one first, with gradients of the usual losses.
+    """Yield each block that has matrices, the last one first, with gradients of the default losses.
 
-    ``ids`` are calibration blocks, int64 (n, tokens). As :func:`iter_gradients` else.
+    ``ids`` are calibration blocks, int64 (n, tokens). Otherwise as :func:`iter_gradients`.
     """
     sequences = cut_sequences(ids)
     yield from iter_gradients(run_forward(loaded, sequences), SampledLabels())
 
 
 def iter_gradients(forward: ForwardPass, losses: Losses) -> Iterator[GradientContext]:
-    """Yield each block with matrices, the last one first.
+    """Yield each block that has matrices, the last one first.
 
-    The consumer has to run :meth:`GradientContext.weight_gradients` of each, with the weights that
-    the block had on the way forward: it computes the gradients for the block before it. The inputs
-    of blocks are dropped on the way. Gradients need tensors that were not made in inference mode.
+    The consumer must exhaust :meth:`GradientContext.weight_gradients` of each block, with the
+    weights that the block had in the forward pass: it computes the gradients for the block before
+    it. Block inputs are freed along the way. Tensors created in inference mode have no gradients.
     """
     loaded = forward.loaded
     gradients = _final_gradients(forward, losses)
@@ -235,11 +235,11 @@ def iter_gradients(forward: ForwardPass, losses: Losses) -> Iterator[GradientCon
             if context.matrices:
                 yield context
             else:
-                deque(context.weight_gradients(), maxlen=0)  # for the gradients of its input
+                deque(context.weight_gradients(), maxlen=0)  # computes the gradients of its input
 
 
 def _final_gradients(forward: ForwardPass, losses: Losses) -> list[Tensor]:
-    """Return, by sequence, the gradients (losses, 1, tokens, width) of the last block's output."""
+    """Return each sequence's gradients (losses, 1, tokens, width) of the last block's output."""
     gradients = []
     with forward.loaded.materialize_head(), torch.enable_grad():
         for number, states in enumerate(forward.inputs.pop()):
@@ -254,15 +254,15 @@ def _final_gradients(forward: ForwardPass, losses: Losses) -> list[Tensor]:
 
 
 class SampledLabels:
-    """Losses ``−log p(y)``, summed over a sequence, of labels drawn from its own predictions."""
+    """Losses ``−log p(y)``, summed over a sequence, for labels drawn from the predictions ``p``."""
 
     def __init__(self, draws: int = DRAWS) -> None:
         self.draws = draws
         self._generator = torch.Generator().manual_seed(_SEED)
 
     def __call__(self, number: int, log_probs: Tensor) -> list[Tensor]:
-        """Return a loss for each draw; see :data:`Losses`."""
-        # Drawn on the CPU, where a seed gives the same labels on every machine.
+        """Return one loss per draw; see :data:`Losses`."""
+        # Drawn on the CPU, so that a seed gives the same labels on every machine.
         probs = log_probs.detach().exp().cpu()
         labels = torch.multinomial(probs, self.draws, replacement=True, generator=self._generator)
         return [

@@ -12,7 +12,7 @@ from lsq_core.model.info import Matrix
 from lsq_core.model.loading import LoadedModel
 from lsq_core.model.walk import Call
 
-#: Token sequences that run through a block at once.
+#: Number of token sequences that run through a block at once.
 BATCH = 8
 
 
@@ -25,7 +25,7 @@ class Block:
     prefix: str
     block: nn.Module
     matrices: tuple[Matrix, ...]
-    #: The calibration tokens, int64 (sequences, tokens), which ``hidden`` holds in batches.
+    #: Calibration tokens, int64 (sequences, tokens); ``hidden`` holds their states in batches.
     ids: Tensor
     hidden: list[Tensor] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
@@ -35,7 +35,7 @@ class Block:
         return get_weight(self.loaded.model, matrix)
 
     def name_in_block(self, matrix: Matrix) -> str:
-        """Return the name, inside the block, of the module that holds a matrix."""
+        """Return the name, relative to the block, of the module that holds a matrix."""
         name = matrix.name.removeprefix(f"{self.prefix}.")
         return name if matrix.expert is None else name.rsplit(".", 2)[0]
 

@@ -1,4 +1,4 @@
-"""Calibration text as tokens of a model."""
+"""Calibration text, tokenized for a model."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from lsq_core.settings import CalibrationSettings
 
 
 def load_calibration(loaded: LoadedModel, text: CalibrationSettings) -> TokenBlocks:
-    """Load the calibration blocks, no longer than the model's context.
+    """Load the calibration blocks, each no longer than the model's context.
 
     Raises
     ------
     InputError
-        If there is no such corpus, it is too short, or a token has no row in the embedding.
+        If the corpus does not exist or is too short, or a token has no row in the embedding.
     """
     corpus = load_corpus(text.corpus, "calibration")
     blocks = build_calibration_blocks(

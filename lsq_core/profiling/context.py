@@ -1,7 +1,7 @@
-"""One decoder block and its calibration inputs, as the metrics see it.
+"""One decoder block and its calibration inputs, as used by the metrics.
 
-Blocks are visited in order. The arguments of a block besides the hidden states (masks, positions)
-are recorded once; the hidden states come from the full-precision block before it.
+Blocks are visited in order. Their arguments other than the hidden states (masks, positions) are
+recorded once; the hidden states come from the preceding full-precision block.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from lsq_core.profiling.replay import Replay
 
 @dataclass(frozen=True, eq=False)
 class BlockObservations:
-    """What is collected in one pass of a block over the calibration inputs."""
+    """Results of one pass of a block over the calibration inputs."""
 
     #: ``H = XᵀX`` (in, in) in float32 and the number of tokens, by matrix. Modules that read the
     #: same input share one; an expert that no token reached has 0 tokens.
     grams: dict[Matrix, tuple[Tensor, int]]
-    #: By :attr:`Part.comparison`, for parts of several matrices.
+    #: By :attr:`Part.comparison`, for all parts except those of one linear module.
     replays: dict[tuple[str, str], Replay]
-    #: The hidden states that leave the block, one tensor per batch.
+    #: The block's output hidden states, one tensor per batch.
     following: list[Tensor]
 
 
 @dataclass(eq=False)
 class BlockContext(Block):
-    """A decoder block and what its metrics read, each measured once."""
+    """A decoder block and the data that its metrics use, each computed once."""
 
-    #: Results that a metric reuses for other matrices of the block; freed with the context.
+    #: Results to reuse for other matrices or metrics of the block; freed with the context.
     cache: dict[str, object] = field(default_factory=dict, init=False, repr=False)
     _observations: BlockObservations | None = field(default=None, init=False, repr=False)
 
@@ -70,7 +70,7 @@ class BlockContext(Block):
     def second_moments(self) -> dict[Matrix, tuple[Tensor, int]]:
         """The diagonal (in,) of each Gram matrix and the number of tokens.
 
-        Computed without Gram matrices, unless these were collected already.
+        Computed without the Gram matrices unless they have already been collected.
         """
         if self._observations is not None:
             return {m: (gram.diagonal(), n) for m, (gram, n) in self.observations.grams.items()}
@@ -82,24 +82,24 @@ class BlockContext(Block):
 
     @cached_property
     def parts(self) -> tuple[Part, ...]:
-        """The authors' parts of this block, by its structure (see :func:`find_parts`)."""
+        """The authors' parts of this block, found from its structure (see :func:`find_parts`)."""
         return find_parts(self)
 
     @cached_property
     def units(self) -> list[tuple[Matrix, ...]]:
-        """Matrices that are quantized together: a part's, or each alone if there are no inputs."""
+        """Matrices to quantize together: those of a part, or each alone if there are no inputs."""
         return [part.matrices for part in self.parts] if self.hidden else list(zip(self.matrices))
 
     @contextmanager
     def replaced_weights(self, weights: dict[Matrix, Tensor]) -> Iterator[None]:
-        """Replace weights within a ``with`` block, and restore the original ones after it."""
+        """Replace weights within a ``with`` block, then restore the original ones."""
         with ExitStack() as stack:
             for matrix, weight in weights.items():
                 stack.callback(self._replace(matrix, weight))
             yield
 
     def _replace(self, matrix: Matrix, weight: Tensor) -> Callable[[], None]:
-        """Replace one weight; returns the function that restores the original one."""
+        """Replace one weight and return a function that restores the original."""
         holder, name = locate_parameter(self.loaded.model, matrix)
         before = getattr(holder, name)
         if matrix.expert is None:
@@ -112,7 +112,7 @@ class BlockContext(Block):
         return lambda: view.copy_(original)
 
     def advance(self) -> None:
-        """Replace the hidden states by the block's outputs, the inputs of the next block."""
+        """Replace the hidden states with the block's outputs, the inputs of the next block."""
         seen, self._observations = self._observations, None
         for batch, output in enumerate(seen.following if seen else self.run()):
             self.hidden[batch] = output

@@ -22,7 +22,7 @@ class GramCollector:
     def __init__(self, context: Block) -> None:
         self.context = context
         self.sums: dict[object, tuple[Tensor, int]] = {}
-        #: The key of each matrix's sum; matrices with the same input tensor share one.
+        #: Key of each matrix's sum, shared by matrices with the same input tensor.
         self.key_by_matrix: dict[Matrix, object] = {}
         self.key_by_input: dict[int, object] = {}
         self.alive: list[Tensor] = []
@@ -51,13 +51,13 @@ class GramCollector:
             return
         self.key_by_matrix[matrix] = matrix
         self.key_by_input[id(inputs)] = matrix
-        self.alive.append(inputs)  # an id is only an identity while its object lives
+        self.alive.append(inputs)  # an id is unique only while its object is alive
         rows = inputs.reshape(-1, inputs.shape[-1]).float()
         before, tokens = self.sums.get(matrix, (None, 0))
         self.sums[matrix] = (self.sum(before, rows), tokens + len(rows))
 
     def sum(self, before: Tensor | None, rows: Tensor) -> Tensor:
-        """Return the sum so far plus that of rows (n, in)."""
+        """Return the running sum with rows (n, in) added."""
         return rows.T @ rows if before is None else before.addmm_(rows.T, rows)
 
     def end_batch(self) -> None:
@@ -85,8 +85,8 @@ class MomentCollector(GramCollector):
 class _ExpertInputRecorder(TorchFunctionMode):
     """Records the inputs of each expert of a stack.
 
-    Experts are not modules: their module calls ``linear`` or a matrix product with a slice of the
-    stacked parameter, which is identified by its address in memory.
+    Experts are not modules: the module that holds them calls ``linear`` or a matrix product with
+    a slice of the stacked parameter, which is identified by its memory address.
     """
 
     def __init__(self, collector: GramCollector, matrices: list[Matrix]) -> None:

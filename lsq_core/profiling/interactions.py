@@ -1,8 +1,8 @@
-"""The effect of high-impact ratios on a loss, alone and in pairs (M of [C]; method §7).
+"""Effect of high-impact ratios on a loss, individually and in pairs (M of [C]; method §7).
 
-Each matrix of a block alone is rounded to nearest at each ratio, its high-impact rows at more bits
-and all else at full precision; then each pair of matrices at each pair of ratios. For seven
-matrices and five ratios that is 1 + 35 + 525 evaluations of a block.
+Each matrix of a block is rounded to nearest at each ratio, with more bits for its high-impact rows
+and everything else at full precision; then each pair of matrices at each pair of ratios. Seven
+matrices and five ratios take 1 + 35 + 525 evaluations of a block.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from lsq_core.progress import Progress, no_progress
 from lsq_core.quantization.registry import get_quantizer
 from lsq_core.quantization.rows import quantize_config
 
-#: Calibration tokens that each loss is measured on. The block's own output is cheap; the model's
-#: output takes every later block and the LM head, 560 times for each block of a Llama.
+#: Number of calibration tokens for each loss. The block's own output is cheap; the model's output
+#: takes all later blocks and the LM head, 560 times for each block of a Llama.
 LOSS_TOKENS = {"block": 1024, "model": 256}
-#: Most logits computed at once (a count); it limits how many changed models run together.
+#: Maximum number of logits computed at once, which limits how many changed models run together.
 _MAX_BATCH_LOGITS = 2**24
 
 #: Weights that replace the full-precision ones.
@@ -38,7 +38,7 @@ WeightChange = dict[Matrix, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class BlockInteractions:
-    """One block: the module types that share a ratio, and M (u·r, u·r) as it was measured."""
+    """The units of one block (module types that share a ratio), and the measured M (u·r, u·r)."""
 
     layer: int
     units: tuple[str, ...]
@@ -58,11 +58,11 @@ def measure_interactions(
     known: Sequence[int] = (),
     progress: Progress = no_progress,
 ) -> Iterator[BlockInteractions]:
-    """Yield M of each block in turn, except of ``known`` layers.
+    """Yield M of each block in turn, except for ``known`` layers.
 
-    ``loss`` is ``block``: the squared change of the block's own output over its energy; or
-    ``model``: the mean squared change of the model's logits. ``ids`` are int64 (sequences,
-    tokens), from :func:`limit_tokens`. Differences are taken in float32 and summed in float64; the
+    ``loss`` is ``block``, the squared change of the block's own output over its energy, or
+    ``model``, the mean squared change of the model's logits. ``ids`` are int64 (sequences,
+    tokens), from :func:`limit_tokens`. Differences are computed in float32 and summed in float64;
     outputs of a 16-bit model are rounded to its dtype.
     """
     by_layer: dict[int, list[Matrix]] = {}
@@ -90,7 +90,7 @@ def measure_interactions(
 
 
 def limit_tokens(ids: Tensor, loss: str) -> Tensor:
-    """Return the first calibration tokens (sequences, tokens), at most what a loss needs."""
+    """Return the first calibration tokens (sequences, tokens), up to ``LOSS_TOKENS[loss]``."""
     wanted = LOSS_TOKENS[loss]
     return ids[: max(1, wanted // ids.shape[1]), :wanted]
 
@@ -137,8 +137,8 @@ def _interactions(
 ) -> np.ndarray:
     """Return M from the losses of no change, of each change alone, and of each pair in a block.
 
-    The diagonal is 2·(L(Δ) − L(0)); a pair of different units has L(Δ1+Δ2) + L(0) − L(Δ1) − L(Δ2),
-    and two options of one unit, which exclude each other, have 0.
+    The diagonal is 2·(L(Δ) − L(0)). Entries for different units are L(Δ1+Δ2) + L(0) − L(Δ1) −
+    L(Δ2); those for two options of the same unit, which exclude each other, are 0.
     """
     unit_options = list(product(range(len(changed)), range(options)))
     changes = list(changed.values())

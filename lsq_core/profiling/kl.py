@@ -1,9 +1,9 @@
-"""KL divergence from full precision's predictions to those of a model with other weights.
+"""KL divergence from the full-precision predictions to those of a model with other weights.
 
-The first sequences of a profile are run again from some block on. Where the logits are a linear
-map of what goes into the LM head, :class:`SampledKl` compares a few tokens of the vocabulary in
-place of all of it, and the LM head, on a small model as much work as a third of its blocks, runs
-for a few positions alone. :class:`ExactKl` works for every model.
+The first sequences of a profile are rerun from a given block on. If the logits are a linear map of
+the LM head's inputs, :class:`SampledKl` compares a few tokens of the vocabulary instead of all, and
+the LM head, which on a small model costs as much as a third of the blocks, runs at only a few
+positions. :class:`ExactKl` works for every model.
 """
 
 from __future__ import annotations
@@ -26,41 +26,41 @@ from lsq_core.model.walk import (
 from lsq_core.profiling.block import BATCH
 from lsq_core.profiling.context import BlockContext
 
-#: Most logits computed at once (a count); it limits how many sequences form a batch.
+#: Maximum number of logits computed at once, which limits the number of sequences in a batch.
 _MAX_BATCH_LOGITS = 2**25
-#: Most log-probabilities of full precision that are kept, 512 MiB of them.
+#: Maximum number of full-precision log-probabilities stored (512 MiB).
 _MAX_KEPT_LOGITS = 2**27
-#: Logits compared at once, few enough for a processor's cache.
+#: Number of logits compared at once, few enough for a processor's cache.
 _CHUNK_LOGITS = 2**19
-#: Logits of single positions that are computed at once, so that the LM head is read few times.
+#: Number of logits of selected positions computed at once, enough to read the LM head only rarely.
 _HEAD_LOGITS = 2**22
-#: Elements of the LM head's rows that are gathered at once.
+#: Number of elements of the LM head's rows gathered at once.
 _CHUNK_ROWS = 2**22
 
-#: Rows of an LM head from which on predictions are sampled; with fewer there is little to save.
+#: Minimum number of LM head rows for sampling; with fewer there is little to save.
 LARGE_VOCABULARY = 2**14
 #: Tokens of the vocabulary drawn from full precision's prediction at each position.
 DRAWS = 64
-#: One position in so many, those of the largest sampled divergence, is compared exactly: where
-#: predictions change altogether, the new ones are of tokens that hardly were drawn.
+#: One in this many positions, those with the largest sampled divergence, is compared exactly: where
+#: predictions change completely, the newly predicted tokens are unlikely to have been drawn.
 EXACT_SHARE = 16
 _SEED = 0
-#: Tokens that a model reads to see whether logits are what its LM head gives.
+#: Number of tokens used to check whether the logits are the LM head's output.
 _CHECKED_TOKENS = 8
-#: Most by which the LM head's output may differ from the model's logits, relative to the largest:
-#: rounding alone, since a cap hardly changes logits that are far below it.
+#: Maximum difference between the LM head's output and the model's logits, relative to the largest
+#: logit. It allows for rounding only, since a cap hardly changes logits that are far below it.
 _LINEAR_TOLERANCE = 1e-5
 
 
 class PredictionKl(ABC):
-    """The mean KL divergence (nats per token) to full precision's predictions, computed once.
+    """Mean KL divergence (nats per token) to full-precision predictions that are computed once.
 
     Parameters
     ----------
     context
-        The first block that is scored, at full precision.
+        The first block to be scored, at full precision.
     sequences, length
-        How many calibration blocks are read, and how many tokens of each from its start.
+        The number of calibration blocks to read, and of tokens from the start of each.
     """
 
     def __init__(self, context: BlockContext, sequences: int, length: int) -> None:
@@ -72,29 +72,29 @@ class PredictionKl(ABC):
         self._prepare(context.layer, self.batched(context.hidden))
 
     def batched(self, hidden: Sequence[Tensor]) -> list[Tensor]:
-        """Return hidden states, which come in a profile's batches, in those of the sequences."""
+        """Regroup hidden states from a profile's batches into the batches of ``self.ids``."""
         count = sum(map(len, self.ids))
         first = torch.cat([*islice(hidden, -(-count // len(hidden[0])))])[:count]
         return list(first[:, : self.ids[0].shape[1]].split(len(self.ids[0])))
 
     @abstractmethod
     def divergence(self, layer: int, hidden: Sequence[Tensor]) -> Tensor:
-        """Return the mean KL (nats per token, float64) to the predictions with present weights.
+        """Return the mean KL (nats per token, float64) to the predictions with current weights.
 
-        ``hidden`` are the inputs of block ``layer``, as :meth:`batched` gives them.
+        ``hidden`` are the inputs of block ``layer``, as returned by :meth:`batched`.
         """
 
     @abstractmethod
     def _rows(self, ids: Tensor) -> int:
-        """Return how many sequences form a batch."""
+        """Return the number of sequences in a batch."""
 
     @abstractmethod
     def _prepare(self, layer: int, hidden: Sequence[Tensor]) -> None:
-        """Compute what is compared with, from the inputs of block ``layer``."""
+        """Compute the full-precision reference from the inputs of block ``layer``."""
 
 
 def make_prediction_kl(context: BlockContext, sequences: int, length: int) -> PredictionKl:
-    """Return a sampled comparison where the vocabulary is large and the model allows it."""
+    """Return a sampled KL if the vocabulary is large and the model allows it, else an exact one."""
     head = context.loaded.model.get_output_embeddings()
     large = head is not None and head.weight.shape[0] >= LARGE_VOCABULARY
     sampled = large and head_gives_logits(context.loaded.model, context.ids[:1, :_CHECKED_TOKENS])
@@ -102,7 +102,7 @@ def make_prediction_kl(context: BlockContext, sequences: int, length: int) -> Pr
 
 
 def head_gives_logits(model: nn.Module, ids: Tensor) -> bool:
-    """Return whether logits are what a linear LM head gives, neither scaled nor capped after it."""
+    """Return whether logits are a linear LM head's output, neither scaled nor capped."""
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear:
         return False
@@ -121,10 +121,10 @@ def head_gives_logits(model: nn.Module, ids: Tensor) -> bool:
 
 
 class ExactKl(PredictionKl):
-    """The divergence over the whole vocabulary.
+    """The divergence over the entire vocabulary.
 
-    Full precision's log-probabilities are kept where they are few enough; otherwise the hidden
-    states that leave the last block are, and the LM head runs on them for each comparison.
+    The full-precision log-probabilities are stored if there are few enough. Otherwise the outputs
+    of the last block are, and the LM head runs on them for each comparison.
     """
 
     def divergence(self, layer: int, hidden: Sequence[Tensor]) -> Tensor:
@@ -139,7 +139,7 @@ class ExactKl(PredictionKl):
         return max(1, min(BATCH, _MAX_BATCH_LOGITS // (ids.shape[1] * self._vocabulary)))
 
     def _prepare(self, layer: int, hidden: Sequence[Tensor]) -> None:
-        #: Hidden states that leave the last block, a batch each.
+        #: Outputs of the last block, one tensor per batch.
         self._last: list[Tensor] = []
         handle = self.loaded.blocks[-1].register_forward_hook(
             lambda module, args, output: self._last.append(first_tensor(output))
@@ -168,10 +168,10 @@ class ExactKl(PredictionKl):
 class SampledKl(PredictionKl):
     """The divergence from tokens drawn from full precision's predictions.
 
-    With ``c`` the change of a token's logit, ``KL(p ‖ q) = log E_p[e^c] − E_p[c]``, and at each
-    position the expectations are means over the same few tokens ``y ~ p`` for every comparison.
-    The logits' changes are the LM head's rows times the change of its inputs, so that no
-    difference of logits is taken. On SmolLM2 the mean over 1,024 positions is within 2 % of
+    With ``c`` the change of a token's logit, ``KL(p ‖ q) = log E_p[e^c] − E_p[c]``. The
+    expectations at each position are means over a few tokens ``y ~ p``, the same ones for every
+    comparison. Logit changes are computed as the LM head's rows times the change of its inputs
+    rather than as differences of logits. On SmolLM2 the mean over 1,024 positions is within 2 % of
     :class:`ExactKl` for 208 of 210 matrices, and 5 and 6 % below it for the others.
     """
 
@@ -188,7 +188,7 @@ class SampledKl(PredictionKl):
 
     def _prepare(self, layer: int, hidden: Sequence[Tensor]) -> None:
         self._head = self.loaded.model.get_output_embeddings()
-        #: What goes into the LM head at full precision, (positions, width).
+        #: Inputs of the LM head at full precision, (positions, width).
         self._expected = self._head_inputs(layer, hidden)
         #: Tokens drawn at each position, int64 (positions, draws).
         self._drawn = self._draw()
@@ -201,7 +201,7 @@ class SampledKl(PredictionKl):
         return torch.cat([states.flatten(0, 1) for states in found])
 
     def _draw(self) -> Tensor:
-        """Draw systematically: one token in each of equal parts of the cumulative distribution."""
+        """Draw systematically: one token from each of equal slices of the distribution."""
         generator = torch.Generator().manual_seed(_SEED)
         shift = torch.rand(self.tokens, 1, generator=generator, dtype=torch.double)
         points = ((torch.arange(DRAWS) + shift) / DRAWS).to(self._expected.device)
@@ -221,12 +221,12 @@ class SampledKl(PredictionKl):
         for change_of_inputs, drawn in zip(moved, self._drawn.split(rows), strict=True):
             change = (weight[drawn].float() @ change_of_inputs[..., None]).squeeze(-1).double()
             change -= change.mean(-1, keepdim=True)
-            # Divided as a sample variance, whose half it is to second order.
+            # Divided by n − 1, since to second order this is half a sample variance.
             found.append(torch.log1p((change.expm1() - change).sum(-1) / (DRAWS - 1)))
         return torch.cat(found)
 
     def _exact(self, inputs: Tensor, expected: Tensor) -> Tensor:
-        """Return the divergence at some positions, over the whole vocabulary."""
+        """Return the divergence at the given positions, over the entire vocabulary."""
         pairs = self._chunks(expected, inputs)
         return torch.cat([kl(self._predict(own), self._predict(other)) for own, other in pairs])
 
@@ -234,7 +234,7 @@ class SampledKl(PredictionKl):
         return self._head(inputs).float().log_softmax(-1)
 
     def _chunks(self, *by_position: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """Yield tensors (positions, …) in parts whose logits are few enough."""
+        """Yield tensors (positions, …) in chunks with few enough logits."""
         rows = max(1, _HEAD_LOGITS // self._head.weight.shape[0])
         return zip(*(values.split(rows) for values in by_position), strict=True)
 

@@ -1,4 +1,4 @@
-"""Measure a profile: load the model once, visit its blocks in order, score every metric."""
+"""Measure a profile: visit a loaded model's blocks in order and score every metric."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from lsq_core.quantization.registry import (
     required_packages,
 )
 
-#: Weights that are quantized at a time by device, all configurations counted: small matrices by
-#: several configurations at once, as launching the work takes longer than the work; large ones by
-#: one after the other.
+#: Weights to quantize at a time by device, summed over configurations: small matrices are quantized
+#: at several configurations at once, since launching the work takes longer than the work itself;
+#: large ones at one after another.
 _MAX_BATCH_WEIGHTS = {"cpu": 2**22, "cuda": 2**26}
 
 
 def make_metrics(names: Sequence[str]) -> list[Metric]:
-    """Create one of each of these metrics, in the order of the registry."""
+    """Create the named metrics, in the order of the registry."""
     return [metric() for name, metric in METRICS.items() if name in names]
 
 
@@ -53,16 +53,16 @@ def measure_profile(
     metrics: Sequence[str] | None = None,
     layers: Collection[int] | None = None,
 ) -> Profile:
-    """Measure metrics on every matrix of a loaded model; None for the default ones.
+    """Measure metrics, None for the default ones, on every matrix of a loaded model.
 
-    With ``layers``, which metrics that need gradients don't allow, the scores are those of these
-    layers alone, and the same as in the profile of all of them.
+    With ``layers``, only these layers are scored, with the same scores as in a full profile. It
+    cannot be combined with metrics that need gradients.
 
     Raises
     ------
     InputError
-        If the quantizer cannot run here or group like this, or the calibration corpus cannot be
-        loaded or is too short.
+        If the quantizer cannot run here or does not support the axis, or the calibration corpus
+        cannot be loaded or is too short.
     LsqError
         If a weight is NaN or infinite.
     """
@@ -108,7 +108,7 @@ def measure_profile(
 
 
 def _max_sequences(metrics: list[Metric]) -> int | None:
-    """Return the number of calibration blocks that the metrics read, None for all."""
+    """Return the number of calibration blocks that the metrics read; None for all."""
     wanted = [metric.sequences for metric in metrics]
     return None if None in wanted else max(wanted)
 
@@ -116,7 +116,7 @@ def _max_sequences(metrics: list[Metric]) -> int | None:
 def _effort(
     metrics: list[Metric], info: ModelInfo, settings: ProfileSettings, layers: Collection[int]
 ) -> int:
-    """Return the total effort of all scores, at most: some group sizes do not fill a matrix."""
+    """Return an upper bound on the total effort: some group sizes do not divide a matrix."""
     return sum(
         metric.effort(matrix.layer, info.layers)
         * max(sum(config in metric.configs for config in settings.configs), 1)
@@ -129,9 +129,9 @@ def _effort(
 def _walk(
     loaded: LoadedModel, ids: Tensor, metrics: list[Metric], layers: Collection[int]
 ) -> Iterator[tuple[BlockContext, list[Metric]]]:
-    """Yield each block with the metrics to score it by: on the way forward, then on the way back.
+    """Yield each block with the metrics to score it by: in a forward, then in a backward walk.
 
-    Tensors are those of ``no_grad``, not of inference mode, from which gradients can't be taken.
+    Tensors are created under ``no_grad`` rather than in inference mode, which rules out gradients.
     """
     forward = [metric for metric in metrics if not metric.needs_gradients]
     backward = [metric for metric in metrics if metric.needs_gradients]
@@ -146,7 +146,7 @@ def _walk(
 def _walk_forward(
     loaded: LoadedModel, ids: Tensor, metrics: list[Metric], layers: Collection[int]
 ) -> Iterator[BlockContext]:
-    """Yield the blocks of some layers; the walk over text has to go through those before them."""
+    """Yield the blocks of the given layers; a walk over text also runs the layers before them."""
     if not any(metric.needs_calibration for metric in metrics):
         yield from _iter_weights_only(loaded, ids, layers)
         return
@@ -161,7 +161,7 @@ def _walk_forward(
 
 
 def iter_blocks(loaded: LoadedModel, ids: Tensor) -> Iterator[BlockContext]:
-    """Yield each block with the inputs that the full-precision blocks before it produce."""
+    """Yield each block with its inputs, computed by the full-precision blocks before it."""
     calls, hidden = record_calls(loaded, ids.split(BATCH))
     for layer, block in enumerate(loaded.blocks):
         matrices = tuple(m for m in loaded.info.matrices if m.layer == layer)
@@ -177,7 +177,7 @@ def iter_blocks(loaded: LoadedModel, ids: Tensor) -> Iterator[BlockContext]:
 def _iter_weights_only(
     loaded: LoadedModel, ids: Tensor, layers: Collection[int]
 ) -> Iterator[BlockContext]:
-    """Yield each parameter without inputs, for metrics that need no calibration text."""
+    """Yield a context without inputs per parameter, for metrics that need no calibration text."""
     chosen = [matrix for matrix in loaded.info.matrices if matrix.layer in layers]
     for name, found in groupby(chosen, parameter_name):
         matrices = tuple(found)
@@ -190,7 +190,7 @@ def _iter_weights_only(
 def _score_block(
     context: BlockContext, settings: ProfileSettings, metrics: list[Metric]
 ) -> Iterator[tuple[Metric, Score]]:
-    """Yield the scores of a block, with values on its device: nothing waits for one of them."""
+    """Yield the scores of a block. Values stay on its device, so that nothing waits for them."""
     read = {config for metric in metrics for config in metric.configs}
     configs = [c for c in settings.configs if c in read]
     weights = {matrix.name: context.weight(matrix) for matrix in context.matrices}
@@ -213,7 +213,10 @@ def _score_block(
 def _batches(
     configs: Sequence[QuantConfig], weights: int, device: str
 ) -> Iterator[list[QuantConfig]]:
-    """Yield configurations of one group size that are quantized together, so many weights each."""
+    """Yield lists of configurations to quantize together, each list with a single group size.
+
+    ``weights`` is the number of weights to quantize per configuration.
+    """
     most = max(_MAX_BATCH_WEIGHTS[device] // weights, 1)
     for size in dict.fromkeys(config.group_size for config in configs):
         alike = [config for config in configs if config.group_size == size]
@@ -227,7 +230,7 @@ def _quantize(
     configs: Sequence[QuantConfig],
     settings: ProfileSettings,
 ) -> dict[Matrix, Tensor]:
-    """Return dequantized weights, float32 (configs, out, in), of the matrices that groups fill."""
+    """Return dequantized weights, float32 (configs, out, in), where the group size divides."""
     quantizer = get_quantizer(settings.quantizer)
     return {
         matrix: quantizer.round_trips(
@@ -239,7 +242,7 @@ def _quantize(
 
 
 def _read_values(scores: Sequence[Score]) -> list[Score]:
-    """Return scores with numbers for values, read from their device together."""
+    """Convert tensor values of scores to numbers, in one transfer from the device."""
     tensors = [score.value.double() for score in scores if torch.is_tensor(score.value)]
     found = iter(torch.stack(tensors).tolist() if tensors else [])
     return [

@@ -14,7 +14,7 @@ from lsq_core.profiling.grams import GramCollector
 
 @dataclass(frozen=True)
 class Part:
-    """Matrices that the authors quantize together, and the output by which they are scored.
+    """Matrices that the authors quantize together, and the output that they are scored by.
 
     ``container`` and ``output`` are module names inside the block ('' is the block itself).
     ``linear`` marks a part of one linear module, scored by its own output.
@@ -28,7 +28,7 @@ class Part:
 
     @property
     def comparison(self) -> tuple[str, str]:
-        """The module that is run again for it, and the one whose output is compared."""
+        """Names of the module to rerun and of the module whose output is compared."""
         return self.container, self.output
 
 
@@ -36,13 +36,13 @@ class Part:
 
 
 def find_parts(context: Block) -> tuple[Part, ...]:
-    """Return the parts of a block: per container the last linear module, and the others together.
+    """Return the parts of a block: each container's last linear module, and its others together.
 
-    This gives the authors' four parts on a Llama - q, k, v against the attention's output, o,
-    gate and up against the MLP's output, down - and their counterparts elsewhere, without a list
-    of names: a container is what directly holds linear modules (a self-attention, an MLP, the
-    block itself). Where several modules are last (experts), the output of the block's child
-    around them is compared.
+    On a Llama these are the authors' four parts: q, k and v, compared at the attention's output;
+    o; gate and up, compared at the MLP's output; and down. Other architectures get their
+    counterparts without a list of names: a container is any module that directly holds linear
+    modules (a self-attention, an MLP, the block itself). If several modules come last (experts),
+    the output of the block's child that contains them is compared.
     """
     order = _execution_order(context)
     containers: dict[str, list[Matrix]] = {}
@@ -65,14 +65,14 @@ def find_parts(context: Block) -> tuple[Part, ...]:
 
 
 def _container(context: Block, matrix: Matrix) -> str:
-    """Return the parent of a matrix's module, or the stack of experts itself; without indices."""
+    """Return the path, without indices, of a module's parent or of the expert stack itself."""
     name_in_block = context.name_in_block(matrix)
     holder = name_in_block if matrix.expert is not None else name_in_block.rpartition(".")[0]
     return re.sub(r"\.\d+(?=\.|$)", "", holder)
 
 
 def _container_names(context: Block, containers: dict) -> dict[str, tuple[str, str]]:
-    """Return the authors' part names for the first attention and the first MLP, else paths."""
+    """Return part names: the authors' for the first attention and MLP, path-based for others."""
     names, taken = {}, set()
     for container in containers:
         kind = "attn" if "attn" in container or "attention" in container else "mlp"
@@ -86,7 +86,7 @@ def _container_names(context: Block, containers: dict) -> dict[str, tuple[str, s
 
 
 def _execution_order(context: Block) -> dict[str, int]:
-    """Return the rank of each matrix's first use when the first batch runs through the block."""
+    """Return the order in which matrices are first used by the first batch, by name."""
     seen: dict[str, int] = {}
 
     class Order(GramCollector):

@@ -1,4 +1,4 @@
-"""A profile: every metric of every matrix of a model, with its provenance."""
+"""A profile: the scores of every matrix of a model, with their provenance."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Profile:
-    """Every score of one model under one :class:`ProfileSettings`.
+    """All scores of one model under one :class:`ProfileSettings`.
 
-    ``values`` has a row per score: ``module, layer, type, metric, config, part, value``;
-    ``config`` is '' for a score that depends on no configuration.
+    ``values`` has one row per score, with columns ``module, layer, type, metric, config, part,
+    value``; ``config`` is '' for scores that do not depend on a configuration.
     """
 
     id: str
@@ -47,21 +47,21 @@ class Profile:
         )
 
     def to_frame(self) -> pd.DataFrame:
-        """Every score: ``module, layer, type, metric, config, part, value``, a row for each."""
+        """Return ``module, layer, type, metric, config, part, value``, one row per score."""
         return self.values.copy()
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """The metrics it holds; others can be added (:meth:`Store.merge_profile`)."""
+        """The metrics in the profile; others can be added (:meth:`Store.merge_profile`)."""
         return tuple(self.values["metric"].unique())
 
     def scores(self, metric: str, config: QuantConfig | None = None) -> np.ndarray:
-        """Return one score per matrix (n,), NaN for a missing one.
+        """Return one score per matrix (n,), NaN where missing.
 
         Raises
         ------
         LsqError
-            If the profile has no such metric.
+            If the profile has no scores for this metric and configuration.
         """
         config_name = config.name if config else ""
         rows = self.values[
@@ -74,22 +74,22 @@ class Profile:
 
     @property
     def ladder(self) -> tuple[QuantConfig, ...]:
-        """The ladder that it is of; its quantizer may lack some of the configurations."""
+        """The profile's ladder; its quantizer may not support every configuration."""
         return get_ladder(self.settings.ladder)
 
     def by_config(self, metric: str, ladder: Sequence[QuantConfig] | None = None) -> np.ndarray:
-        """Return a metric's scores at every configuration, (n, ladder); NaN for a missing one.
+        """Return a metric's scores at every configuration, (n, ladder); NaN where missing.
 
-        ``ladder`` is the profile's own if not given.
+        ``ladder`` defaults to the profile's own.
         """
         configs = self.ladder if ladder is None else ladder
         return np.stack([self.scores(metric, config) for config in configs], axis=1)
 
 
 def join_layers(parts: Sequence[Profile]) -> Profile:
-    """Return one profile of parts that hold the same metrics, each of other layers, in order.
+    """Join profiles that hold the same metrics for different layers, given in layer order.
 
-    Its provenance is that of the first, with the seconds of all.
+    The provenance is that of the first, with the total seconds of all.
     """
     import pandas as pd
 
@@ -102,23 +102,23 @@ def join_layers(parts: Sequence[Profile]) -> Profile:
 
 
 def current_scores(values: pd.DataFrame, provenance: Mapping[str, Any]) -> pd.DataFrame:
-    """Return the scores of stored ones whose metric is still defined as it was then.
+    """Return the stored scores whose metric definition has not changed since.
 
-    A metric that is defined otherwise now is one that the profile lacks, until it is measured
-    again: scores by two definitions are not to be compared, and no plan is to be made from both.
+    A profile lacks a metric whose definition has changed until it is measured again: scores under
+    two definitions must not be compared or combined in a plan.
     """
     outdated = [m for m in values["metric"].unique() if not is_current(m, provenance)]
     return values[~values["metric"].isin(outdated)].reset_index(drop=True)
 
 
 def is_current(metric: str, provenance: Mapping[str, Any]) -> bool:
-    """Return whether a metric is defined as it was when a profile's scores were measured."""
+    """Return whether a metric's definition is the one that a profile was measured with."""
     recorded = metric_provenance(metric, provenance).get("definitions", {}).get(metric, "")
     return metric not in METRICS or recorded == METRICS[metric].definition
 
 
 def metric_provenance(metric: str, provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """Return how one metric of a profile was measured, from the provenance of the profile."""
+    """Return the provenance of one metric, extracted from that of its profile."""
     facts = provenance.get("added", {}).get(metric, provenance)
     return {name: fact for name, fact in facts.items() if name != "added"}
 
@@ -126,7 +126,7 @@ def metric_provenance(metric: str, provenance: Mapping[str, Any]) -> dict[str, A
 def missing_metrics(found: Profile | None, wanted: Sequence[str] = ()) -> list[str]:
     """Return the default and the ``wanted`` metrics that a profile lacks, in measuring order.
 
-    A profile lacks some while it is being measured, or if that was interrupted.
+    A profile may lack default metrics while it is being measured or if that was interrupted.
     """
     held = found.metrics if found else ()
     return [m for m in METRICS if m in {*default_metrics(), *wanted} and m not in held]

@@ -1,4 +1,4 @@
-"""One module of a block, run again with the inputs that were recorded when the block ran."""
+"""Rerun one module of a block on the inputs recorded when the block ran."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lsq_core.model.walk import Call
 
 @dataclass(eq=False)
 class Replay:
-    """The calls of ``container``, one per batch, and the outputs of the module ``output`` in it."""
+    """Recorded calls of ``container``, one per batch, and outputs of its module ``output``."""
 
     container: nn.Module
     output: nn.Module
@@ -35,7 +35,7 @@ class Replay:
             call_hook.remove()
 
     def run(self) -> Iterator[Tensor]:
-        """Yield the output for each batch with the present weights."""
+        """Yield the output for each batch with the current weights."""
         outputs_so_far: list[Tensor] = []
         with self._collecting_outputs(outputs_so_far):
             for call in self.calls:
@@ -44,7 +44,7 @@ class Replay:
 
     @contextmanager
     def _collecting_outputs(self, into: list[Tensor]) -> Iterator[None]:
-        """Append the outputs of ``output`` to a list, one tensor per call of the container."""
+        """Append the outputs of ``output`` to ``into``, one tensor per call of the container."""
         outputs_so_far: list[Tensor] = []
 
         def end(*_: object) -> None:
@@ -65,7 +65,7 @@ class Replay:
 
 
 def _concatenate_outputs(outputs: list[Tensor]) -> Tensor:
-    """Return the outputs of one or several calls as one tensor."""
+    """Return the outputs of one or more calls as one tensor."""
     if len(outputs) == 1:
         return outputs[0]
     return torch.cat([output.flatten() for output in outputs]) if outputs else torch.empty(0)

@@ -17,7 +17,7 @@ from lsq_core.progress import Progress, no_progress
 
 #: Number of sequences between two writes of the checkpoint.
 _CHECKPOINT_SEQUENCES = 16
-#: The entry of a checkpoint with the number of sequences read.
+#: Checkpoint entry with the number of sequences read.
 _DONE = "done"
 
 
@@ -29,10 +29,10 @@ def measure_row_scores(
 ) -> dict[str, np.ndarray]:
     """Measure the mean squared gradient of each output row, float64 (out,) by matrix name.
 
-    The loss is the language model's, the mean over the tokens of one sequence; its gradients are
-    taken for one sequence of ``ids`` (sequences, tokens) at a time, since the square of a batch's
-    mean gradient is not Fisher information, and their squares in float32 are averaged over a row
-    and over the sequences. ``checkpoint`` is a file to resume from.
+    The loss is the language modeling loss, averaged over the tokens of a sequence. Gradients are
+    computed for one sequence of ``ids`` (sequences, tokens) at a time, since the square of a
+    batch's mean gradient is not the Fisher information. Their squares, in float32, are averaged
+    over each row and over the sequences. ``checkpoint`` is a file to write to and resume from.
     """
     scores = _RowScores(loaded)
     done = scores.read(checkpoint, len(ids), progress)
@@ -62,7 +62,7 @@ class _RowScores:
             entry[1].append(matrix)
 
     def collect_gradients(self) -> _GradientCollection:
-        """Compute gradients of only the planned weights within a ``with`` block."""
+        """Collect the gradients of the planned weights alone within a ``with`` block."""
         return _GradientCollection(self)
 
     def add(self, parameter: nn.Parameter) -> None:
@@ -74,9 +74,9 @@ class _RowScores:
             self.sums[matrix] += own.mean(0 if transposed else 1).double().cpu().numpy()
 
     def read(self, checkpoint: Path | None, sequences: int, progress: Progress) -> int:
-        """Resume from a checkpoint; returns the number of sequences that it covers.
+        """Load a checkpoint and return the number of sequences that it covers.
 
-        A damaged checkpoint is deleted and its sequences are read again.
+        A damaged checkpoint is deleted, and its sequences are read again.
         """
         if checkpoint is None:
             return 0

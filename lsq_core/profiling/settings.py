@@ -1,4 +1,4 @@
-"""The settings of a profile."""
+"""Settings of a profile."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from lsq_core.settings import CalibrationSettings, GridSettings
 
 @dataclass(frozen=True)
 class ProfileSettings:
-    """What the scores of a profile depend on, besides the model.
+    """Settings that the scores of a profile depend on, besides the model.
 
-    ``calibration`` names a corpus, from which ``samples`` texts, shuffled with ``seed``, are cut
-    into blocks of ``block_tokens`` (method §2). ``ladder`` names the configurations at which
-    matrices are quantized (:data:`lsq_core.bits.LADDERS`).
+    ``calibration`` names a corpus. Of its texts, shuffled with ``seed``, ``samples`` are cut into
+    blocks of ``block_tokens`` (method §2). ``ladder`` names the configurations at which matrices
+    are quantized (:data:`lsq_core.bits.LADDERS`).
     """
 
     quantizer: str = "hqq"
@@ -49,13 +49,13 @@ class ProfileSettings:
 
     @property
     def configs(self) -> tuple[QuantConfig, ...]:
-        """The configurations of the ladder that the quantizer has."""
+        """The ladder's configurations that the quantizer supports."""
         return quantizer_spec(self.quantizer).configs_on(self.ladder)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields as they are stored: the ladder only where it is not the paper's.
+        """Return the fields as stored, with the ladder only if it is not the paper's.
 
-        Profiles of the paper's ladder keep the identity that they had before there was another.
+        Profiles on the paper's ladder thus keep the identity from when it was the only one.
         """
         content = asdict(self)
         if self.ladder == PAPER:
@@ -78,13 +78,13 @@ class ProfileSettings:
         """Return the key of a profile: equal keys mean equal scores.
 
         ``tokenizer`` and ``code`` are hashes (:class:`lsq_core.model.identity.ModelIdentity`), and
-        ``made_with`` comes from :func:`lsq_core.provenance.profile_dependencies`. The key of a
-        published profile has none of these, nor has one stored before they were part of the key.
+        ``made_with`` comes from :func:`lsq_core.provenance.profile_dependencies`. Keys of published
+        profiles, and keys stored before these became part of the key, include none of them.
         """
         content = self.to_json() | {"model": fingerprint, "corpus": corpus_identity}
         content |= {"made_with": dict(made_with)} if made_with else {}
         content |= {k: v for k, v in (("tokenizer", tokenizer), ("code", code)) if v}
-        del content["calibration"]  # two names of one corpus give the same key
+        del content["calibration"]  # two names for the same corpus give the same key
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 

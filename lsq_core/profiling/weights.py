@@ -1,7 +1,7 @@
 """The weights of one matrix, read from its file on demand without torch.
 
-Matrices are located in the safetensors files by name, so that a histogram or a region of a model of
-any size is read without loading the model.
+Matrices are located in the safetensors files by name, so a histogram or a region can be read
+without loading the model, however large it is.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from lsq_core.model.checkpoint import read_entries
 from lsq_core.model.info import Matrix
 from lsq_core.model.source import ModelSource, find_model, weight_files
 
-#: Percentiles in charts over the layers.
+#: Percentiles shown in charts over the layers.
 PERCENTILES = (0.1, 1.0, 25.0, 50.0, 75.0, 99.0, 99.9)
-#: Most cells along one side of a surface: more are indistinguishable.
+#: Maximum number of cells along one side of a surface: more would be indistinguishable.
 MAX_CELLS = 128
-#: Most groups of a matrix in a sample.
+#: Maximum number of groups in a sample of a matrix.
 MAX_GROUPS = 4096
 _TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 #: Prefix of module names that the checkpoints of some models omit.
@@ -32,7 +32,7 @@ _PREFIX = re.compile(r"^(model|transformer)\.")
 
 
 def weights_folder(source: ModelSource) -> Path | None:
-    """Return the folder with a model's weights, None if they are not on this machine."""
+    """Return the folder with a model's safetensors weights; None if this machine has none."""
     folder = find_model(source) if source.is_gguf else source.local_folder
     if folder is None:
         from huggingface_hub import try_to_load_from_cache
@@ -55,7 +55,7 @@ class StoredTensor:
     offset: int
 
     def read(self) -> np.ndarray:
-        """Map the tensor from the file without reading it; bfloat16 as uint16."""
+        """Memory-map the tensor without reading it; bfloat16 is returned as uint16."""
         if self.dtype not in _TYPES:
             raise InputError(
                 f"{self.path} holds weights as {self.dtype}, which can't be shown; choose a model "
@@ -78,7 +78,7 @@ class WeightReader:
         self.matrices = tuple(m for m in matrices if self._find_tensor(m) is not None)
 
     def _find_tensor(self, matrix: Matrix) -> StoredTensor | None:
-        """Return the tensor that holds a matrix, alone or in a stack; None if there is none."""
+        """Return the tensor that holds a matrix, alone or in a stack; None if not found."""
         whole, expert = matrix.name, matrix.expert is not None
         name = whole.rpartition(".")[0] if expert else f"{whole}.weight"
         tensor = self._tensors.get(name) or self._tensors.get(_PREFIX.sub("", name))
@@ -88,9 +88,9 @@ class WeightReader:
 
     @cached_property
     def _transposed(self) -> dict[bool, bool]:
-        """Whether matrices (alone, or in a stack) are stored as (in, out).
+        """Whether matrices are stored as (in, out), keyed by whether they are part of a stack.
 
-        Square matrices don't show it, so they are read like the others of their kind.
+        The shape of square matrices does not show it, so they follow the others of their kind.
         """
         seen = {False: False, True: False}
         for matrix in self.matrices:
@@ -107,8 +107,7 @@ class WeightReader:
         Raises
         ------
         InputError
-            If the matrix is not in the files under its module's name, or has a dtype that cannot
-            be read.
+            If the files lack the matrix under its module's name, or its dtype cannot be read.
         """
         stored = self._find_tensor(matrix)
         if stored is None:
@@ -135,7 +134,7 @@ def _tensors(folder: Path) -> Iterator[tuple[str, StoredTensor]]:
 
 @dataclass(frozen=True, eq=False)
 class Histogram:
-    """Counts of weights between ``edges`` (bins + 1,), and the parameters of a normal fit.
+    """Counts of weights between ``edges`` (bins + 1,), and parameters of a normal fit.
 
     ``deviation`` is the population standard deviation.
     """
@@ -147,7 +146,7 @@ class Histogram:
 
     @property
     def expected(self) -> np.ndarray:
-        """Expected counts (bins,) under the normal distribution of the same mean and deviation."""
+        """Expected counts (bins,) under a normal distribution with this mean and deviation."""
         from scipy.stats import norm
 
         share = np.diff(norm.cdf(self.edges, self.mean, self.deviation or 1.0))
@@ -155,7 +154,7 @@ class Histogram:
 
 
 def histogram(weight: np.ndarray, bins: int = 240) -> Histogram:
-    """Compute the histogram of all weights of a matrix, from the smallest to the largest.
+    """Compute the histogram of all weights of a matrix.
 
     Raises
     ------
@@ -177,10 +176,10 @@ def percentiles(weight: np.ndarray) -> np.ndarray:
 
 
 def downsample_max(weight: np.ndarray, cells: int = MAX_CELLS) -> tuple[np.ndarray, int, int]:
-    """Downsample absolute values to at most ``cells`` × ``cells`` cells by the maximum of a block.
+    """Downsample absolute values to at most ``cells`` × ``cells`` cells by taking block maxima.
 
-    The maximum preserves outliers. Returns the cells, and the number of rows and columns of
-    weights in one cell.
+    The maximum preserves outliers. Returns the cells, and the number of rows and of columns of
+    weights in each cell.
 
     Example
     -------
@@ -199,7 +198,7 @@ def downsample_max(weight: np.ndarray, cells: int = MAX_CELLS) -> tuple[np.ndarr
 
 
 def split_into_groups(weight: np.ndarray, config: QuantConfig, axis: int) -> np.ndarray:
-    """Split a matrix into (groups, group size) as :func:`lsq_core.quantization.base.to_groups`.
+    """Split a matrix into (groups, group size), as :func:`lsq_core.quantization.base.to_groups`.
 
     Raises
     ------
@@ -217,21 +216,21 @@ def split_into_groups(weight: np.ndarray, config: QuantConfig, axis: int) -> np.
 
 
 def typical_group(groups: np.ndarray) -> int:
-    """Return the index of the group whose range is the median of all groups' ranges."""
+    """Return the index of the group with the median range."""
     spread = np.ptp(groups, axis=1)
     return int(np.argsort(spread, kind="stable")[len(spread) // 2])
 
 
 def widest_group(groups: np.ndarray) -> int:
-    """Return the index of the group with the widest range, usually that of an outlier."""
+    """Return the index of the group with the widest range, usually one with an outlier."""
     return int(np.argmax(np.ptp(groups, axis=1)))
 
 
 def grid_values(groups: np.ndarray, config: QuantConfig, quantizer: str) -> np.ndarray:
     """Return the value of each code of each group, (groups, 2^bits), ascending.
 
-    RTN's grid is even from the smallest to the largest weight of a group; any other quantizer
-    computes its own, which needs torch. Scale and zero point are those before their quantization.
+    RTN's grid is evenly spaced from the smallest to the largest weight of a group. Other quantizers
+    compute their own, which needs torch. Scale and zero point are not quantized.
     """
     codes = np.arange(2**config.bits)
     if quantizer == "rtn":

@@ -1,1 +1,1 @@
-"""Measurements that the methods' authors published: reading, downloading and importing them."""
+"""Download, read and import the measurements published by the methods' authors."""

@@ -1,4 +1,4 @@
-"""A checkout of lm-quant-toolkit: where its files lie, and their cells read and checked."""
+"""A checkout of lm-quant-toolkit: file locations, and reading and checking tables."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ import pandas as pd
 from lsq_core.bits import LADDER
 from lsq_core.errors import InputError
 
-#: Where the toolkit keeps what is read, under the checkout.
+#: Locations of the files that are read, relative to the checkout.
 ERRORS = "src/data"
 STATISTICS = "data-vis/data/wdist"
 OBJECTIVES = "data-vis/data/mxq-objectives.csv"
 PLANS = "data-vis/endeavors/boost/data/allot/mxq"
 RUNS = "data-vis/endeavors/boost/data/combined.csv"
-#: Sensitivities by part; of two files with the same key the first is the reference.
+#: Sensitivities by part; for a key in several files, the first is the reference.
 SENSITIVITIES = (
     "data-vis/data/llama-sensitivity.csv",
     "data-vis/data/qnt-mtd-sensi.csv",
     "data-vis/data/variant-sensi.csv",
 )
-#: Those without a column for the quantizer, which was HQQ.
+#: Files without a quantizer column; the quantizer was HQQ.
 BY_HQQ = (SENSITIVITIES[0], SENSITIVITIES[2])
 
 
 @dataclass(frozen=True)
 class Columns:
-    """What a CSV file must have: text, and whole and real numbers from 0 up.
+    """Columns that a CSV file must have: text, and non-negative integers and real numbers.
 
-    Cells of ``sparse`` (numbers) and ``sparse_text`` may be empty; a column of ``optional`` numbers
-    may be missing altogether. Rows of one ``key`` have one content; the same row twice counts once.
+    Cells of ``sparse`` (numbers) and ``sparse_text`` may be empty; columns of ``optional`` numbers
+    may be missing altogether. Rows with the same ``key`` must be equal; duplicates are dropped.
     """
 
     key: tuple[str, ...]
@@ -48,7 +48,7 @@ class Columns:
 
     @property
     def needed(self) -> tuple[str, ...]:
-        """The columns that a file cannot be without."""
+        """The columns that a file must have."""
         return self.text + self.whole + self.real + self.sparse + self.sparse_text
 
 
@@ -75,7 +75,7 @@ PLAN_COLUMNS = Columns(
     real=("bit_budget",),
     optional=("params_all_tot",),
 )
-#: Columns of perplexities, and this project's names of their texts.
+#: Perplexity columns, and this project's names for their texts.
 PERPLEXITIES = {"ppl_wikitext": "wikitext2", "ppl_c4": "c4"}
 RUN_COLUMNS = Columns(
     key=("model", "algo", "config", "bpp", "attempt"),
@@ -88,18 +88,18 @@ RUN_COLUMNS = Columns(
 
 @dataclass
 class Checkout:
-    """A folder of the toolkit, the hash of every file read from it, and what it turned out to lack.
+    """A checkout of the toolkit, the hashes of the files read from it, and the problems found.
 
     Raises
     ------
     InputError
-        When the folder has not the toolkit's layout.
+        If the folder does not have the toolkit's layout.
     """
 
     root: Path
-    #: Path under the root to SHA-256.
+    #: SHA-256 by path relative to the root.
     files: dict[str, str] = field(default_factory=dict)
-    #: Sentences for the person, in the order they came up.
+    #: Sentences for the user on what is missing or flawed, in the order found.
     missing: list[str] = field(default_factory=list)
     flawed: list[str] = field(default_factory=list)
 
@@ -114,12 +114,12 @@ class Checkout:
             )
 
     def list_files(self, folder: str, pattern: str) -> list[str]:
-        """The files of a folder that match, as paths under the root, in name order."""
+        """Return the matching files of a folder as paths relative to the root, sorted by name."""
         value = sorted((self.root / folder).glob(pattern))
         return [path.relative_to(self.root).as_posix() for path in value]
 
     def raw(self, path: str) -> pd.DataFrame:
-        """A file's cells as text; the index is the row in the file, the header being row 1."""
+        """Read a file's cells as text, indexed by their row in the file (the header is row 1)."""
         try:
             content = (self.root / path).read_bytes()
             frame = pd.read_csv(io.BytesIO(content), dtype=str, skip_blank_lines=False)
@@ -136,13 +136,13 @@ class Checkout:
         return frame.dropna(how="all")
 
     def table(self, path: str, columns: Columns, raw: pd.DataFrame | None = None) -> pd.DataFrame:
-        """A file's columns in their types, checked; the index as in :meth:`raw`.
+        """Check a file's columns and convert them to their types; the index is as in :meth:`raw`.
 
         Raises
         ------
         InputError
-            Naming the file, the row and what to do, for a column that is missing, text where a
-            number belongs, a required cell that is empty, or two rows that contradict each other.
+            If a column is missing, a numeric cell holds text, a required cell is empty, or two rows
+            contradict each other. The message names the file, the row and the remedy.
         """
         raw = self.raw(path) if raw is None else raw
         where = self.root / path
@@ -171,7 +171,7 @@ def _check_filled(where: Path, column: pd.Series) -> pd.Series:
 def _numbers(
     where: Path, column: pd.Series, *, required: bool = True, whole: bool = False
 ) -> pd.Series:
-    """Text as numbers from 0 up; where they aren't required, an empty or infinite one is NaN."""
+    """Convert text to non-negative numbers; empty or infinite cells, if allowed, become NaN."""
     numbers = pd.to_numeric(column, errors="coerce").astype(float)
     wrong = (numbers.isna() & column.notna()) | (numbers < 0)
     if required:
@@ -190,12 +190,12 @@ def _numbers(
 
 
 def drop_repeated_rows(where: Path, frame: pd.DataFrame, key: Sequence[str]) -> pd.DataFrame:
-    """The rows without repetition.
+    """Return the rows without duplicates.
 
     Raises
     ------
     InputError
-        When two rows of the same key differ.
+        If two rows with the same key differ.
     """
     frame, key = frame.drop_duplicates(), list(key)
     repeated = frame.duplicated(key)
@@ -210,7 +210,7 @@ def drop_repeated_rows(where: Path, frame: pd.DataFrame, key: Sequence[str]) -> 
 
 
 def config_names(where: Path, frame: pd.DataFrame, columns: Sequence[str]) -> pd.Series:
-    """The ladder's names (``b3g128``) of configurations in two or four columns."""
+    """Return the ladder's names (``b3g128``) for configurations in two or four columns."""
     stops = {tuple(asdict(config).values())[: len(columns)]: config.name for config in LADDER}
     names = pd.Series(
         [stops.get(cells, "") for cells in zip(*(frame[c] for c in columns), strict=True)],

@@ -1,7 +1,7 @@
-"""The published measurements from their public repository, at one pinned revision.
+"""Download the published measurements from their public repository, at a pinned revision.
 
-The pin is a git commit. Its name is a hash of everything below it, so that git, which names what
-it receives by its content, can take in nothing but what the authors had committed.
+The pin is a git commit. Its name is a hash of its entire content, and git hashes what it receives,
+so it can accept only what the authors committed.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from lsq_core.progress import ProgressCallback, ignore_progress
 from lsq_core.reference.checkout import ERRORS, OBJECTIVES, PLANS, RUNS, SENSITIVITIES, STATISTICS
 
 URL = "https://github.com/schnell18/lm-quant-toolkit"
-#: Of April 2026, by the date of the measurements that it adds.
+#: From April 2026, going by the date of the measurements that it adds.
 COMMIT = "d878f38ab0c2587ea97fcf83a205f2322474f818"
-#: What is fetched of it: the files that an import reads, and their licence.
+#: Files to fetch: those that an import reads, and their licence.
 WANTED = (
     "/LICENSE",
     f"/{ERRORS}/fnorm-*.csv",
@@ -27,24 +27,24 @@ WANTED = (
     *(f"/{path}" for path in (*SENSITIVITIES, OBJECTIVES, RUNS)),
     f"/{PLANS}/*/*.csv",
 )
-#: Seconds that one step may take, and that a connection may all but stand still.
+#: Maximum seconds for one step, and for a connection that is nearly stalled.
 STEP, STALL = 300, 20
-#: What git says where there is no way to the repository, rather than something wrong with it.
+#: Parts of git's messages if the repository cannot be reached, as opposed to being faulty.
 _NO_NETWORK = ("Could not resolve", "Failed to connect", "Couldn't connect", "timed out", "unreach")
 
 
 def download(
     folder: Path, report: ProgressCallback = ignore_progress, url: str = URL, commit: str = COMMIT
 ) -> Path:
-    """Fetch what an import reads into a new folder under ``folder``; returns that.
+    """Fetch the files that an import reads into a new folder under ``folder``, and return it.
 
-    The caller deletes it. Needs git, and reads nothing of the person's but git's own settings
-    (a proxy, say).
+    The caller deletes it. Needs git, and uses none of the user's settings except git's own (such
+    as a proxy).
 
     Raises
     ------
     LsqError
-        When git is missing, there is no network, or what came is not the pinned commit: then
+        If git is missing, there is no network, or the pinned commit was not received intact;
         nothing is left behind.
     """
     if shutil.which("git") is None:
@@ -58,7 +58,7 @@ def download(
         ("contacting the repository", ["init", "--quiet"]),
         ("contacting the repository", ["remote", "add", "origin", url]),
         ("finding the files", ["sparse-checkout", "set", "--no-cone", *WANTED]),
-        # Names of files first, then the content of those wanted: the repository is large.
+        # Fetch file names first, then only the wanted files, since the repository is large.
         ("finding the files", [*_FETCH, commit]),
         ("fetching the files", ["checkout", "--quiet", "--detach", commit]),
     )
@@ -74,7 +74,7 @@ def download(
 
 
 _FETCH = ["fetch", "--quiet", "--depth=1", "--no-tags", "--filter=blob:none", "origin"]
-#: Links and hooks have no part in this, and what is malformed is refused.
+#: Disables symbolic links and hooks, and rejects malformed objects.
 _SETTINGS = {
     "core.symlinks": "false",
     "core.hooksPath": os.devnull,
@@ -87,7 +87,7 @@ _SETTINGS = {
 
 def _git(checkout: Path, arguments: list[str], url: str, commit: str) -> None:
     settings = [word for key, value in _SETTINGS.items() for word in ("-c", f"{key}={value}")]
-    # Never a question for a password, never another protocol than the address's own.
+    # Never prompt for a password, and allow only the URL's own protocol.
     scheme = url.partition(":")[0]
     quiet = {"GIT_TERMINAL_PROMPT": "0", "GIT_ALLOW_PROTOCOL": scheme, "LC_ALL": "C"}
     outer = {key: value for key, value in os.environ.items() if key not in _REPOSITORY}
@@ -107,16 +107,16 @@ def _git(checkout: Path, arguments: list[str], url: str, commit: str) -> None:
         raise LsqError(_error_message(url, commit, done.stderr))
 
 
-#: What would point git at a repository that it happens to run inside.
+#: Variables that would point git at a repository it happens to run inside.
 _REPOSITORY = {"GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY"}
 
 
 def _error_message(url: str, commit: str, stderr: str) -> str:
-    """What went wrong, in one sentence, from what git said."""
+    """Return one sentence on what went wrong, from git's output."""
     lines = [line.partition(": ")[2] or line for line in stderr.strip().splitlines()]
     reason = next((line for line in lines if any(sign in line for sign in _NO_NETWORK)), None)
     if reason is not None:
-        reason = reason.rpartition("': ")[2]  # git names the address once more
+        reason = reason.rpartition("': ")[2]  # git repeats the URL
         return (
             f"{url} cannot be reached ({reason}); try again with a network, or give a folder "
             "with a checkout of it."

@@ -1,9 +1,9 @@
-"""Published measurements: what the authors of [A] and [B] measured, beside what is measured here.
+"""Import the measurements published by the authors of [A] and [B].
 
 :func:`import_reference` reads a checkout of their toolkit (github.com/schnell18/lm-quant-toolkit)
-into the store. A model comes without weights, as ``published:NAME``: it can be looked at, planned
-for and compared, never run. Every figure keeps the file it came from; where a file lacks
-something, the import says so and offers nothing in its place.
+into the store. Models have no weights and are named ``published:NAME``: they can be viewed, planned
+for and compared, but not run. Every figure is stored with its source file; anything that a file
+lacks is reported, not substituted.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ __all__ = ["import_download", "import_reference"]
 def import_reference(
     folder: str | Path, store: Store, report: ProgressCallback = ignore_progress
 ) -> dict:
-    """Read a checkout of lm-quant-toolkit and keep it in the place of an earlier import.
+    """Import a checkout of lm-quant-toolkit into the store, replacing any earlier import.
 
-    Everything is checked before anything is kept, in one transaction.
+    Everything is checked before anything is stored, in one transaction.
 
     Returns
     -------
     dict
-        ``source``; ``counts``, rows by table; ``models`` by name; ``missing``, sentences about
-        what the files lack; ``flawed``, about plans that aren't what they claim; ``files``, the
-        SHA-256 of each; ``seconds``.
+        ``source``; ``counts``, rows by table; ``models``, their names; ``missing``, sentences about
+        what the files lack; ``flawed``, sentences about plans that aren't what they claim;
+        ``files``, the SHA-256 of each; ``seconds``.
 
     Raises
     ------
     InputError
-        When the folder is no checkout, or a file is damaged: file, row and remedy are named.
+        If the folder is not a checkout or a file is damaged; the message names the remedy.
     LsqError
-        When the database cannot be written.
+        If the database cannot be written.
     """
     start_time = time.perf_counter()
     checkout = Checkout(resolve_path(folder))
@@ -82,14 +82,14 @@ def import_download(
     url: str = download.URL,
     commit: str = download.COMMIT,
 ) -> dict:
-    """Fetch the pinned revision of lm-quant-toolkit, import it, and let go of the files.
+    """Download the pinned revision of lm-quant-toolkit, import it, and delete the files.
 
-    Returns what :func:`import_reference` does; ``source`` is the address and the commit.
+    Returns the same as :func:`import_reference`, with the URL and the commit as ``source``.
 
     Raises
     ------
     InputError, LsqError
-        As :func:`import_reference` and :func:`lsq_core.reference.download.download` do.
+        See :func:`import_reference` and :func:`lsq_core.reference.download.download`.
     """
     folder = download.download(store.path.parent, report, url, commit)
     try:
@@ -99,7 +99,7 @@ def import_download(
 
 
 def _profile_frames(profiles: list[Profile]) -> dict[str, pd.DataFrame]:
-    """Rows of ``profiles`` and ``scores``; each model's main profile is its newest."""
+    """Return rows of ``profiles`` and ``scores``; each model's main profile is made the newest."""
     created, main = now(), PUBLISHED_SETTINGS
     rows = [
         {

@@ -1,4 +1,4 @@
-"""Published models, and what is known of each module: weight error, kurtosis, sensitivity."""
+"""Published models, with the weight error, kurtosis and sensitivity of each module."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from lsq_core.reference.checkout import (
 )
 from lsq_core.store.models import PUBLISHED
 
-#: Fine-tuned variants of which only sensitivities are published: the model of the same shapes.
+#: Fine-tuned variants with only published sensitivities, and the model with the same shapes.
 _VARIANTS = {
     "Llama-2-7b-chat-hf": "Llama-2-7b-hf",
     "meditron-7b": "Llama-2-7b-hf",
@@ -40,9 +40,9 @@ _VARIANTS = {
 
 _Q, _K, _V, _O = (f"self_attn.{name}_proj" for name in "qkvo")
 _GATE, _UP, _DOWN = (f"mlp.{name}_proj" for name in ("gate", "up", "down"))
-#: Module types in the order of the computation.
+#: Module types in computation order.
 _TYPES = (_Q, _K, _V, _O, _GATE, _UP, _DOWN)
-#: The module types that share a part's score (method §2).
+#: Module types that share a part's score (method §2).
 _PARTS = {
     "attn_in": (_Q, _K, _V),
     "attn_out": (_O,),
@@ -50,7 +50,7 @@ _PARTS = {
     "mlp_down": (_DOWN,),
 }
 
-#: The toolkit's names of texts where this project has others.
+#: This project's names of texts by the toolkit's, where they differ.
 _CORPORA = {"wikitext": "wikitext2"}
 
 
@@ -59,11 +59,11 @@ _CORPORA = {"wikitext": "wikitext2"}
 
 @dataclass(frozen=True, eq=False)
 class PublishedModel:
-    """A published model: what it is, and what of it depends on no calibration text."""
+    """A published model and its scores, except those in the files of sensitivities."""
 
     name: str
     info: ModelInfo
-    #: Rows of scores: kurtosis, weight error, and the sensitivity its published plans came from.
+    #: Rows of scores: kurtosis, weight error, and the sensitivity behind its published plans.
     scores: pd.DataFrame
     files: tuple[str, ...] = ()
 
@@ -72,7 +72,7 @@ _SCORES = ("module", "layer", "type", "metric", "config", "part", "value")
 
 
 def read_models(checkout: Checkout, sizes: dict[str, int]) -> dict[str, PublishedModel]:
-    """A model for each file of weight errors."""
+    """Read a model from each file of weight errors."""
     models = {}
     for path in checkout.list_files(ERRORS, "fnorm-*.csv"):
         raw, name = checkout.raw(path), Path(path).stem.removeprefix("fnorm-")
@@ -111,7 +111,7 @@ def _read_model(
 def _model_scores(
     checkout: Checkout, path: str, info: ModelInfo, table: pd.DataFrame, modules: pd.DataFrame
 ) -> pd.DataFrame:
-    """Weight error, and kurtosis and sensitivity where every module has them."""
+    """Return weight errors, and kurtosis and sensitivity if every module has them."""
     scores = [_rows(table, "weight_error", table["fnorm"], table["config"])]
     if modules["kurtosis"].notna().all():
         scores.append(_rows(modules, "kurtosis", modules["kurtosis"]))
@@ -128,7 +128,7 @@ def _model_scores(
 
 
 def _check_complete(where: Path, table: pd.DataFrame, modules: pd.DataFrame) -> None:
-    """Raise :class:`InputError` when a module lacks configurations that others have."""
+    """Raise :class:`InputError` if a module lacks configurations or has an impossible size."""
     counts = table.groupby(["layer", "module"])["config"].transform("size")
     short = counts < counts.max()
     if short.any():
@@ -148,7 +148,7 @@ def _check_complete(where: Path, table: pd.DataFrame, modules: pd.DataFrame) -> 
 
 
 def _add_kurtosis(checkout: Checkout, name: str, modules: pd.DataFrame) -> list[str]:
-    """Fill the kurtosis in from the weight statistics; gives the file it came from, if any."""
+    """Fill in the kurtosis from the weight statistics; return the file used, if any."""
     path = f"{STATISTICS}/wdist-{name}.csv"
     if not (checkout.root / path).is_file():
         return []
@@ -159,10 +159,10 @@ def _add_kurtosis(checkout: Checkout, name: str, modules: pd.DataFrame) -> list[
 
 
 def _matrices(where: Path, modules: pd.DataFrame) -> tuple[Matrix, ...]:
-    """The matrices with their shapes, which the files tell only through their products.
+    """Return the matrices with shapes inferred from their numbers of weights.
 
-    Where q and o have hidden² weights, every other matrix has the hidden size on one side. Else
-    a matrix is taken for rows of 128: its size is right, and its shape is not known.
+    If q and o have hidden² weights, every other matrix has the hidden size on one side. Otherwise a
+    matrix is treated as rows of 128: its size is right, but its shape is not known.
     """
     by_type = {kind: set(rows) for kind, rows in modules.groupby("type")["params"]}
     square = by_type.get(_Q) == by_type.get(_O) and len(by_type.get(_Q, ())) == 1
@@ -185,7 +185,7 @@ def module_name(layer: int, kind: str) -> str:
 
 
 def _info(name: str, matrices: tuple[Matrix, ...], size: int | None) -> ModelInfo:
-    """What the files tell of a model; 0 stands for what they don't."""
+    """Return a model's info from the files; unknown numbers are 0."""
     linear = sum(m.numel for m in matrices)
     return ModelInfo(
         source=PUBLISHED + name,
@@ -210,14 +210,14 @@ def _rows(
     config: pd.Series | str = "",
     part: pd.Series | str = "",
 ) -> pd.DataFrame:
-    """Scores in the columns of a profile; ``table`` has ``layer`` and ``type``."""
+    """Return scores in the columns of a profile; ``table`` has ``layer`` and ``type``."""
     module = "model.layers." + table["layer"].astype(str) + "." + table["type"]
     rows = table[["layer", "type"]].assign(module=module, metric=metric, config=config, part=part)
     return rows.assign(value=value)[list(_SCORES)]
 
 
 def _parts_of(info: ModelInfo, types: pd.Series) -> pd.Series:
-    """The part that a type's score is of: under grouped queries ``o`` has that of q, k and v."""
+    """Return the part of each type's score; with grouped queries, ``o`` joins q, k and v."""
     part_of = {kind: part for part, kinds in _PARTS.items() for kind in kinds}
     numel = {m.type: m.numel for m in info.matrices}
     if numel.get(_K) != numel.get(_Q):
@@ -230,7 +230,7 @@ def _parts_of(info: ModelInfo, types: pd.Series) -> pd.Series:
 
 @dataclass(frozen=True, eq=False)
 class _Sensitivities:
-    """The part scores of one model, calibration text and quantizer in one file."""
+    """One file's part scores for one model, calibration text and quantizer."""
 
     path: str
     model: str
@@ -260,7 +260,7 @@ def _read_sensitivities(checkout: Checkout) -> Iterator[_Sensitivities]:
 
 
 def read_profiles(checkout: Checkout, models: dict[str, PublishedModel]) -> list[Profile]:
-    """Every profile; variants are added to ``models``."""
+    """Return all profiles; variants are added to ``models``."""
     found: dict[tuple[str, str, str], _Sensitivities | None] = {
         (name, PUBLISHED_SETTINGS.calibration, PUBLISHED_SETTINGS.quantizer): None
         for name in models
@@ -277,7 +277,7 @@ def read_profiles(checkout: Checkout, models: dict[str, PublishedModel]) -> list
                 f"out, since {unknown_name} is not known here."
             )
             continue
-        # Files that disagree on a key stay apart: the reference has the plain name.
+        # Later files with the same key become separate profiles; the reference has the plain name.
         key = (group.model, group.dataset, group.quantizer)
         apart = f"{group.dataset}@{Path(group.path).stem}"
         found[key if found.get(key) is None else (group.model, apart, group.quantizer)] = group
@@ -288,7 +288,7 @@ def read_profiles(checkout: Checkout, models: dict[str, PublishedModel]) -> list
 
 
 def _variant(checkout: Checkout, name: str, base: PublishedModel) -> PublishedModel:
-    """A fine-tuned model of which only sensitivities are known; tuning keeps the shapes."""
+    """Return a fine-tuned model with no scores of its own; tuning keeps the shapes."""
     info = _info(name, base.info.matrices, None)
     checkout.missing.append(
         f"{info.source}: only sensitivities are published; its shapes are those of {base.name}, "
@@ -304,7 +304,7 @@ def _profile(
     quantizer: str,
     group: _Sensitivities | None,
 ) -> Profile:
-    """A profile of what is published under one calibration text and quantizer."""
+    """Return the profile of what is published for one calibration text and quantizer."""
     settings = replace(PUBLISHED_SETTINGS, calibration=calibration, quantizer=quantizer)
     main = settings == PUBLISHED_SETTINGS
     own, missing, files = model.scores, [], list(model.files)
@@ -315,7 +315,7 @@ def _profile(
         files.append(group.path)
         scores, missing = _part_scores(model.info, group)
         taken = set(own.loc[own["metric"] == "sensitivity", "config"])
-        # What the published plans were made from wins over the same figure in another file.
+        # The figures behind the published plans take precedence over those in another file.
         values = pd.concat([own, scores[~scores["config"].isin(taken)]], ignore_index=True)
     missing += _describe_missing(model.info.source, settings, values)
     checkout.missing += missing
@@ -337,17 +337,17 @@ def _profile(
 
 
 def profile_key(info: ModelInfo, settings: ProfileSettings) -> str:
-    """A profile's identity, found as a measured one's is where the corpus is known here."""
+    """Return a profile's key, computed as for measured profiles if the corpus is known here."""
     known = settings.calibration in BUILT_IN_CORPORA
     corpus = corpus_identity(settings.calibration) if known else settings.calibration
     return settings.key(info.fingerprint, corpus)
 
 
 def _part_scores(info: ModelInfo, group: _Sensitivities) -> tuple[pd.DataFrame, list[str]]:
-    """Part scores as scores of modules, and sentences about configurations left out."""
+    """Return part scores as scores of modules, and sentences about configurations left out."""
     kinds = pd.DataFrame([(p, k) for p, ks in _PARTS.items() for k in ks], columns=["part", "type"])
     rows = group.rows.merge(kinds, on="part")
-    # Under grouped queries the authors skip attn_out and give o the score of attn_in.
+    # With grouped queries the authors skip attn_out and give o the score of attn_in.
     with_out = rows.loc[rows["part"] == "attn_out", "config"].unique()
     shared = group.rows[(group.rows["part"] == "attn_in") & ~group.rows["config"].isin(with_out)]
     rows = pd.concat([rows, shared.assign(type=_O)], ignore_index=True)
@@ -365,7 +365,7 @@ def _part_scores(info: ModelInfo, group: _Sensitivities) -> tuple[pd.DataFrame, 
 
 
 def _describe_missing(source: str, settings: ProfileSettings, values: pd.DataFrame) -> list[str]:
-    """A sentence about what a profile has nowhere, or not at every configuration, if anything."""
+    """Describe what a profile lacks, entirely or at some configurations, if anything."""
     stops = [config.name for config in LADDER]
     missing_parts = []
     for metric, configs in (("kurtosis", [""]), ("weight_error", stops), ("sensitivity", stops)):

@@ -1,4 +1,4 @@
-"""Published plans and runs: what was asked for, which bits it got, and what came of it."""
+"""Published plans and runs: the request, the bits chosen and the results."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ from lsq_core.reference.models import PublishedModel, module_name, profile_key
 from lsq_core.store.models import PUBLISHED
 from lsq_core.units import GIB
 
-#: The toolkit's words for what this project has a word for.
+#: This project's method names by the toolkit's.
 _METHODS = {
     "sensi-boost": "sensiboost",
     "kurt-boost": "kurtboost",
     "sensi-abl": "sensiboost-ablation",
     "kurt-abl": "kurtboost-ablation",
 }
-#: What "fp16" stands for; the quantized runs computed in it too.
+#: The dtype that "fp16" means; the quantized runs computed in it too.
 _DTYPE = "float16"
 
 
 @dataclass(frozen=True)
 class _Setting:
-    """What was asked for, by the toolkit's words: which algorithm, variant, and bits as labelled.
+    """A request in the toolkit's terms: the algorithm, its variant, and the bits as labelled.
 
-    ``attempt`` is the folder of a plan (``sensi-boost-2-0``, ``mxq1``), or '' without one.
+    ``attempt`` is the folder of a plan (``sensi-boost-2-0``, ``mxq1``), or '' if there is none.
     """
 
     model: str
@@ -60,12 +60,12 @@ class _Setting:
 
     @property
     def label(self) -> str:
-        """The bits as people name them: ``3.13``."""
+        """The bits with two decimals: ``3.13``."""
         return f"{self.bits:.2f}"
 
     @property
     def request(self) -> PlanRequest:
-        """The same by this project's words; methods it doesn't know keep their own names."""
+        """The request in this project's terms; methods it doesn't know keep their own names."""
         boost = re.fullmatch(r"(\w+-\w+)-(\d+)-(\d+)", self.attempt)
         if boost and boost[1] in _METHODS:
             stop, top = int(boost[2]), int(boost[3])
@@ -73,14 +73,14 @@ class _Setting:
         if self.algo == "mxq":
             plain = self.attempt.rstrip("0123456789") in ("", "mxq")
             budget = f"{self.bits:g}bpp"
-            if find_stop(budget):  # here the number that the toolkit spent, not the stop's size
+            if find_stop(budget):  # here the toolkit's number, not the stop's size
                 budget = f"{self.bits:.3f}bpp"
             return PlanRequest("mxq" if plain else self.attempt, budget=budget)
         return PlanRequest("uniform" if self.algo == "hqq" else self.algo, self.label)
 
     @property
     def id(self) -> str:
-        """The same 12 hexadecimal digits at every import."""
+        """An identifier of 12 hexadecimal digits, the same at every import."""
         return _hash(self.model, self.algo, self.config, self.attempt, repr(self.bits))
 
 
@@ -89,9 +89,10 @@ def _hash(*words: str) -> str:
 
 
 def read_plans(checkout: Checkout) -> tuple[pd.DataFrame, dict[str, int]]:
-    """Every published bit plan, a row a module, and each model's parameters.
+    """Read every published plan, one row per module, and each model's number of parameters.
 
-    Columns ``attempt, label, model, layer, module, config, path``; ``index`` is the file's row.
+    The columns include ``attempt, label, model, layer, module, config, path``; the index is the
+    row in the file.
     """
     tables, sizes = [], {}
     for path in checkout.list_files(PLANS, "*/*.csv"):
@@ -113,14 +114,14 @@ def read_plans(checkout: Checkout) -> tuple[pd.DataFrame, dict[str, int]]:
 
 
 def _read_runs(checkout: Checkout) -> pd.DataFrame:
-    """The table of runs with its :class:`_Setting` in a column."""
+    """Read the table of runs, with each run's :class:`_Setting` in a column."""
     table = checkout.table(RUNS, RUN_COLUMNS)
     settings = zip(*(table[c] for c in ("model", "algo", "config", "attempt", "bpp")), strict=True)
     return table.assign(setting=[_Setting(*words) for words in settings])
 
 
 def _read_objectives(checkout: Checkout) -> dict[tuple[str, str], float]:
-    """MXQ's optimal objective by model and budget label: the summed Frobenius error."""
+    """Read MXQ's optimal objective, the summed Frobenius error, by model and budget label."""
     table = checkout.table(OBJECTIVES, OBJECTIVE_COLUMNS)
     labels = table["bpp"].map("{:.2f}".format)
     return dict(zip(zip(table["model"], labels, strict=True), table["fnorm"], strict=True))
@@ -129,7 +130,7 @@ def _read_objectives(checkout: Checkout) -> dict[tuple[str, str], float]:
 def _choices(
     checkout: Checkout, models: dict[str, PublishedModel], plans: pd.DataFrame
 ) -> dict[tuple[str, str, str], dict[str, str]]:
-    """Model, attempt and label of each published plan to its configurations by module name."""
+    """Return each plan's configurations by module name, keyed by model, attempt and label."""
     choices = {}
     for (model, attempt, label), rows in plans.groupby(["model", "attempt", "label"]):
         if model not in models:
@@ -150,21 +151,21 @@ def _choices(
 def _choice_of(
     setting: _Setting, info: ModelInfo, choices: dict[tuple[str, str, str], dict[str, str]]
 ) -> dict[str, str] | None:
-    """The configurations of a run, where they are published or, with plain HQQ, all the same."""
+    """Return a run's configurations: uniform for plain HQQ, else as published; None if unknown."""
     if setting.algo == "hqq" and setting.config in {c.name for c in LADDER}:
         return dict.fromkeys((m.name for m in info.matrices), setting.config)
     return choices.get((setting.model, setting.attempt, setting.label))
 
 
-#: Accounts of a plan's size that the table of plans keeps.
+#: Columns of the table of plans with a plan's size.
 _ACCOUNTS = ("bits_per_param", "nominal_bytes", "planned_bytes", "model_bytes")
 
 
 def _content(setting: _Setting, info: ModelInfo, choice: dict[str, str] | None) -> dict:
-    """A plan as :meth:`lsq_core.planning.plan.Plan.to_json` gives it.
+    """Return a plan in the form of :meth:`lsq_core.planning.plan.Plan.to_json`.
 
-    Where the authors kept none it has no modules, and of its size only the bits it was reported
-    under.
+    If the authors published no plan, it has no modules, and its only size is the bits that it was
+    reported under.
     """
     request = setting.request
     if choice is None:
@@ -185,9 +186,9 @@ def _content(setting: _Setting, info: ModelInfo, choice: dict[str, str] | None) 
 
 
 def _flaws(request: PlanRequest, choice: dict[str, str]) -> tuple[str, ...]:
-    """A sentence where a boost lowers what it should only raise.
+    """Return a sentence if a boost puts modules below its base, which it should only raise.
 
-    One published plan does: ``sensi-boost-3-3``, Llama-2-7b-hf at 3.13, holds one of MXQ's.
+    One published plan does: ``sensi-boost-3-3``, Llama-2-7b-hf at 3.13, contains an MXQ plan.
     """
     stops = [config.stop_name for config in LADDER]
     if request.method not in _METHODS.values() or request.base not in stops:
@@ -205,11 +206,11 @@ def _flaws(request: PlanRequest, choice: dict[str, str]) -> tuple[str, ...]:
 def _plan_row(
     setting: _Setting, info: ModelInfo, choice: dict[str, str] | None, published: dict
 ) -> dict:
-    """A row of the table ``plans``; ``published`` is kept in its content, under that name."""
+    """Return a row of the table ``plans``, with ``published`` in its content under that name."""
     content = _content(setting, info, choice)
     words = {"attempt": setting.attempt or None, "algo": setting.algo, "config": setting.config}
     words |= {"bits_label": setting.bits, "bits_exact": choice is not None}
-    calibrated = setting.algo == "mxq"  # what the toolkit calls every mixed plan
+    calibrated = setting.algo == "mxq"  # the toolkit's name for all mixed plans
     return {
         "id": setting.id,
         "name": "",
@@ -221,9 +222,9 @@ def _plan_row(
 
 
 def _run_row(run: tuple, info: ModelInfo) -> dict:
-    """A row of the table ``runs``: nothing of it was measured here.
+    """Return a row of the table ``runs``, none of it measured here.
 
-    Of its bytes only ``model_bytes`` are known: the whole model's on disk, published in GiB with
+    The only known size is ``model_bytes``, that of the entire model on disk, published in GiB with
     two decimals.
     """
     setting, algo, storage = run.setting, run.algo, run.model_storage_size
@@ -241,7 +242,7 @@ def _run_row(run: tuple, info: ModelInfo) -> dict:
 
 
 def _evaluation_rows(checkout: Checkout, run: tuple, info: ModelInfo) -> Iterator[dict]:
-    """Rows of the table ``evaluations``: one a corpus; fp16's are the model's own."""
+    """Yield rows of the table ``evaluations``, one per corpus; those of fp16 belong to no run."""
     setting = run.setting
     provenance = _provenance(checkout, run) | {"origin": "published", "dtype": _DTYPE}
     for column, corpus in PERPLEXITIES.items():
@@ -255,7 +256,7 @@ def _evaluation_rows(checkout: Checkout, run: tuple, info: ModelInfo) -> Iterato
             "run": None if run.algo == "fp16" else setting.id,
             "fingerprint": info.fingerprint,
             "corpus": corpus,
-            # No hash is published: the name stands for it and meets no measured one.
+            # No hash is published; a prefixed name replaces it, which matches no measured one.
             "corpus_sha256": PUBLISHED + corpus,
             "corpus_source": "as published; neither its hash nor its tokens are known",
             "protocol": "strided",
@@ -271,7 +272,7 @@ def _provenance(checkout: Checkout, run: tuple) -> dict:
 def outcomes(
     checkout: Checkout, models: dict[str, PublishedModel], plans: pd.DataFrame
 ) -> dict[str, pd.DataFrame]:
-    """Rows of the tables ``plans``, ``runs`` and ``evaluations``."""
+    """Return the rows of the tables ``plans``, ``runs`` and ``evaluations``."""
     table, objectives = _read_runs(checkout), _read_objectives(checkout)
     for name in sorted((set(table["model"]) | set(plans["model"])) - models.keys()):
         checkout.missing.append(f"{name}: no file gives its matrices; its runs are left out.")
@@ -301,7 +302,7 @@ def _plan_frame(
     plans: pd.DataFrame,
     published: dict[_Setting, dict],
 ) -> pd.DataFrame:
-    """The plan of every run, and those that were never run."""
+    """Return the plan of every run, and the plans that were never run."""
     choices = _choices(checkout, models, plans)
     settings = dict(published)
     for model, attempt, label in choices:

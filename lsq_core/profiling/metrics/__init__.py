@@ -1,7 +1,7 @@
 """Metrics of how hard a matrix is to quantize. Importing them does not import torch.
 
-A new metric is one file in this package and one entry in ``METRICS``: its class declares what
-pages, the command line and planners need to know of it (:class:`.base.Metric`).
+To add a metric, add a file to this package and an entry to ``METRICS``. Its class declares what
+pages, the command line and planners need to know about it (:class:`.base.Metric`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lsq_core.profiling.metrics.proxies import DiagonalFisher, GramDiagonal
 from lsq_core.profiling.metrics.sensitivity import ModuleSensitivity, PartSensitivity
 from lsq_core.profiling.metrics.weight_error import WeightError
 
-#: Every metric by name, in the order of measuring.
+#: All metrics by name, in measuring order.
 METRICS: dict[str, type[Metric]] = {
     metric.name: metric
     for metric in (
@@ -34,18 +34,18 @@ METRICS: dict[str, type[Metric]] = {
 
 
 def get_metric(name: str) -> type[Metric]:
-    """Return the metric of that name.
+    """Return the metric with the given name.
 
     Raises
     ------
     InputError
-        If there is none.
+        If there is no such metric.
     """
     return choose(METRICS, name, "a metric")
 
 
 def default_metrics() -> tuple[str, ...]:
-    """Return the metrics that every profile has; a method that needs another one adds it."""
+    """Return the metrics in every profile; methods that need others request them."""
     return tuple(name for name, metric in METRICS.items() if metric.default)
 
 
@@ -55,16 +55,16 @@ def weight_metrics() -> tuple[str, ...]:
 
 
 def proxies() -> dict[str, str]:
-    """Return each fast proxy with the exact metric that it approximates."""
+    """Return the exact metric that each fast proxy approximates, by proxy."""
     return {name: metric.proxy_of for name, metric in METRICS.items() if metric.proxy_of}
 
 
 def detection_metrics() -> tuple[str, ...]:
-    """Return the metrics over which Algorithm 1 looks for outlier layers, in display order."""
+    """Return the metrics in which Algorithm 1 looks for outlier layers, in display order."""
     return in_display_order(name for name, metric in METRICS.items() if metric.detects_outliers)
 
 
 def in_display_order(names: Iterable[str]) -> tuple[str, ...]:
-    """Sort metrics as pages list them: those of activations first, then as registered."""
+    """Sort metrics in display order: activation metrics first, then in registration order."""
     order = list(METRICS)
     return tuple(sorted(names, key=lambda m: (not METRICS[m].needs_calibration, order.index(m))))

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Score:
-    """One score of a matrix; ``config`` is None for a score that depends on no configuration.
+    """One score of a matrix; ``config`` is None if it does not depend on a configuration.
 
     ``part`` names the part of the block whose matrices were quantized together, if any. ``value``
-    may be a tensor of one number, which is read when the block is done: a GPU need not be waited
-    for at each score.
+    may be a one-element tensor, which is read when the block is done, so that scores do not wait
+    for the GPU one by one.
     """
 
     matrix: Matrix
@@ -44,20 +44,20 @@ class Metric:
     title: str
     #: Name within a sentence, in lower case.
     label: str
-    #: Name in a column or control that already says what kind of metric it is.
+    #: Name in a column or control that already shows what kind of metric it is.
     short: str
     #: Axis title, with the unit.
     axis: str
     #: One sentence on what it measures.
     meaning: str
-    #: Whether charts draw it on a logarithmic axis.
+    #: Whether charts use a logarithmic axis.
     log_scale: bool = False
 
-    #: Whether every profile has it; otherwise it is measured on request.
+    #: Whether every profile includes it; otherwise it is measured on request.
     default: bool = True
-    #: The metric that it approximates, if it is a fast proxy. Planners read no proxy.
+    #: The metric that it approximates, if it is a fast proxy. Planners do not use proxies.
     proxy_of: str = ""
-    #: Whether Algorithm 1 runs over it.
+    #: Whether Algorithm 1 looks for outlier layers in it.
     detects_outliers: bool = False
     #: Whether matrices of one part of a block share a score.
     shared_by_part: bool = False
@@ -66,37 +66,38 @@ class Metric:
     needs_calibration: bool
     #: Whether it runs more than the block it scores, so that all weights have to be loaded.
     needs_full_model: bool = False
-    #: Whether layers may be measured apart from one another, on several devices: it needs no walk
-    #: through the blocks, or one that is little beside its scores.
+    #: Whether layers can be measured separately, on several devices: it needs no walk through the
+    #: blocks, or the walk is cheap compared with the scores.
     splits_by_layer: bool = False
-    #: Whether it is measured on the way back through the blocks: its context is a
+    #: Whether it is measured on the backward walk through the blocks; its context is then a
     #: :class:`lsq_core.profiling.backward.GradientContext`.
     needs_gradients: bool = False
-    #: The configurations it is measured at, those of them that the profile's ladder has; empty if
-    #: it needs no quantized weights.
+    #: Configurations at which it is measured, where the profile's ladder has them; empty if it
+    #: needs no quantized weights.
     configs: Sequence[QuantConfig] = ()
     #: Whether there is one score for each of ``configs``, rather than one for the matrix.
     by_config: bool = False
-    #: Number of calibration blocks it reads, from the first on; None for all.
+    #: Number of calibration blocks it reads, starting with the first; None for all.
     sequences: int | None = None
-    #: What of its definition has changed between versions, in words, stored with the scores: those
-    #: stored with other words are not used (:func:`lsq_core.profiling.profile.current_scores`).
+    #: Text describing what has changed in its definition between versions, stored with the scores.
+    #: Scores stored with a different text are not used
+    #: (:func:`lsq_core.profiling.profile.current_scores`).
     definition: str = ""
 
     def effort(self, layer: int, layers: int) -> int:
-        """Return the relative cost of one score in a layer, from which time left is estimated."""
+        """Return the relative cost of one score in a layer, used to estimate the time left."""
         return 1
 
     @classmethod
     def cost_note(cls, info: ModelInfo, block_tokens: int) -> str:
-        """Return a sentence on what measuring it takes where that is much, otherwise nothing."""
+        """Return a sentence about the cost of measuring it if high, else an empty string."""
         return ""
 
     def prepare(self, context: BlockContext) -> None:
-        """Look at the first block of a walk over text, whether or not it is scored."""
+        """Prepare from the first block of a walk over text, whether or not that block is scored."""
 
     def score_unquantized(self, context: BlockContext) -> Iterator[Score]:
-        """Yield the scores that depend on no configuration; none unless overridden."""
+        """Yield the scores that do not depend on a configuration; none unless overridden."""
         return iter(())
 
     def score_at_configs(
@@ -105,10 +106,10 @@ class Metric:
         configs: Sequence[QuantConfig],
         quantized: dict[Matrix, Tensor],
     ) -> Iterator[Score]:
-        """Yield the scores at several configurations of one group size.
+        """Yield the scores at several configurations with the same group size.
 
         ``quantized`` holds the dequantized weights, float32 (configs, out, in), by matrix. Unless
-        overridden, each of ``self.configs`` is scored by itself.
+        overridden, each of ``self.configs`` is scored separately.
         """
         for number, config in enumerate(configs):
             if config in self.configs:

@@ -21,15 +21,16 @@ _CHANGES = "weight changes"
 class ExpectedKl(Metric):
     """KL to full precision, nats per token, to second order: ``½·E[⟨g, Ŵ_c − W⟩²]`` per token.
 
-    ``g`` is the gradient of a sequence's loss under labels drawn from the model's own predictions,
-    whose second moment is the Fisher information (:mod:`lsq_core.profiling.backward`), here the
-    exact one rather than its diagonal. One walk forward and one back give the estimate at every
-    configuration, where :class:`~lsq_core.profiling.metrics.loss_impact.LossImpact` runs half the
-    model again for each matrix.
+    ``g`` is the gradient of a sequence's loss under labels drawn from the model's own predictions.
+    Its second moment is the Fisher information (:mod:`lsq_core.profiling.backward`), used here in
+    full rather than as a diagonal. One forward and one backward walk give the estimate at every
+    configuration, whereas :class:`~lsq_core.profiling.metrics.loss_impact.LossImpact` reruns half
+    the model for each matrix.
 
-    On SmolLM2-135M (WikiText-2, 4,096 tokens) the sum over all matrices at 2.51 bits is 7.26, where
-    the loss impact has 7.27; the measured KL of 27 plans of 1.07 to 3 times full precision's
-    perplexity is 0.59 to 1.20 times their sum. Beyond 1 nat the second order falls short.
+    On SmolLM2-135M (WikiText-2, 4,096 tokens) the sum over all matrices at 2.51 bits is 7.26,
+    compared with 7.27 for the loss impact. For 27 plans whose perplexity is 1.07 to 3 times that of
+    full precision, the measured KL is 0.59 to 1.20 times the plan's sum. Beyond 1 nat the
+    second-order estimate falls short.
 
     The score of an expert that no token reached is NaN.
     """
@@ -48,13 +49,13 @@ class ExpectedKl(Metric):
     needs_gradients = True
     configs = EXTENDED_LADDER
     by_config = True
-    #: Enough for :func:`lsq_core.profiling.backward.cut_sequences` at any length of them.
+    #: Enough for :func:`lsq_core.profiling.backward.cut_sequences`, however short the blocks are.
     sequences = 32
 
     def score_at_config(
         self, context: GradientContext, config: QuantConfig, quantized: dict[Matrix, Tensor]
     ) -> Iterator[Score]:
-        """Store how the configuration changes each weight; scores come at the block's end."""
+        """Store the weight changes; :meth:`score_block` computes the scores."""
         changes = context.cache.setdefault(_CHANGES, {})
         for matrix, weight in quantized.items():
             original = context.weight(matrix)

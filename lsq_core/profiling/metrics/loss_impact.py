@@ -1,4 +1,4 @@
-"""How much a model's predictions suffer from error in one matrix (α of method §5, after [E])."""
+"""How much weight error in one matrix harms a model's predictions (α of method §5, after [E])."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from lsq_core.profiling.context import BlockContext
     from lsq_core.profiling.kl import PredictionKl
 
-#: The one configuration it is measured at: groups of 32 fill every matrix that can be planned,
-#: and a budget fails at two bits first. One suffices, as KL is close to linear in the squared
-#: error: on the demo model the impact at 2.51 and 4.51 bits is 1.01 and 1.00 times that at 3.25 in
-#: the median.
+#: The only configuration it is measured at: groups of 32 divide every matrix that can be planned,
+#: and plans break down at two bits first. One is enough because KL is nearly linear in the squared
+#: error: on the demo model the impact at 2.51 and 4.51 bits is, in the median, 1.01 and 1.00 times
+#: that at 3.25.
 LOSS_PROBE = QuantConfig(2, 32)
-#: Tokens of a calibration block that are read, from its start: as their number counts, not what
-#: stands before them, short sequences are the cheapest.
+#: Tokens read from the start of each calibration block. Accuracy depends on the number of tokens,
+#: not on the length of their context, so short sequences are the cheapest.
 SEQUENCE_TOKENS = 128
-#: Replaces a squared weight error of 0, which changes no prediction either.
+#: Replaces a squared weight error of 0, for which the KL is 0 too.
 _TINY = sys.float_info.min
 
 
@@ -34,13 +34,12 @@ class LossImpact(Metric):
     """KL to full precision per squared weight error, each matrix quantized alone.
 
     ``KL(full ‖ quantized)`` is in nats, the mean over the first 128 tokens of the first eight
-    calibration blocks; the weight error is ``‖W − Ŵ‖_F`` at the probe. With the relative error
-    ``t² = ‖W − Ŵ‖²/‖W‖²`` it is ``α/‖W‖²``, so that ``impact · weight_error²`` is method §5's
-    ``α · t²``. For each matrix the blocks from its own on are run again, so that it costs about
-    (matrices / 2) passes of the model over those tokens; a large LM head costs little
-    (:mod:`lsq_core.profiling.kl`).
+    calibration blocks; the weight error is ``‖W − Ŵ‖_F`` at ``LOSS_PROBE``. With the relative
+    error ``t² = ‖W − Ŵ‖²/‖W‖²`` the impact is ``α/‖W‖²``, so ``impact · weight_error²`` is method
+    §5's ``α · t²``. Each matrix reruns the model from its own block on, about (matrices / 2) passes
+    over those tokens in total; a large LM head costs little (:mod:`lsq_core.profiling.kl`).
 
-    The score of an expert that no token reached, so that it changed no prediction, is NaN.
+    The score of an expert that no token reached, and that therefore changed no prediction, is NaN.
     """
 
     name = "loss_impact"
@@ -56,8 +55,8 @@ class LossImpact(Metric):
     splits_by_layer = True
     needs_full_model = True
     configs = (LOSS_PROBE,)
-    #: 1,024 tokens. On SmolLM2 half of them move the impact of a matrix by 5 % in the median, and
-    #: the perplexity of a plan at 3.2 bits, where errors act on one another, by a tenth.
+    #: 1,024 tokens. On SmolLM2, halving them changes a matrix's impact by 5 % in the median, and
+    #: the perplexity of a plan at 3.2 bits, where errors interact, by a tenth.
     sequences = 8
     definition = (
         f"the first {SEQUENCE_TOKENS} tokens of each of {sequences} calibration blocks; of a large "
@@ -67,12 +66,12 @@ class LossImpact(Metric):
     _reference: PredictionKl
 
     def effort(self, layer: int, layers: int) -> int:
-        """Return the number of blocks that are run again, plus one for the LM head."""
+        """Return the number of blocks to rerun, plus one for the LM head."""
         return layers - layer + 1
 
     @classmethod
     def cost_note(cls, info: ModelInfo, block_tokens: int) -> str:
-        """Return how often the model is run, and over how many tokens at most."""
+        """Return a sentence with the number of model passes and the maximum number of tokens."""
         passes = sum(info.layers - matrix.layer for matrix in info.matrices) / info.layers
         tokens = cls.sequences * min(block_tokens, SEQUENCE_TOKENS)
         return (
@@ -81,7 +80,7 @@ class LossImpact(Metric):
         )
 
     def prepare(self, context: BlockContext) -> None:
-        """Compute full precision's predictions."""
+        """Compute the full-precision predictions."""
         from lsq_core.profiling.kl import make_prediction_kl
 
         self._reference = make_prediction_kl(context, self.sequences, SEQUENCE_TOKENS)
@@ -91,7 +90,7 @@ class LossImpact(Metric):
     ) -> Iterator[Score]:
         """Yield one score for each matrix."""
         hidden = self._reference.batched(context.hidden)
-        # Rounding alone gives it too: tokens in other batches than full precision's.
+        # Rounding alone can make it nonzero: batches differ from those of full precision.
         experts = any(matrix.expert is not None for matrix in quantized)
         unchanged = self._reference.divergence(context.layer, hidden) if experts else None
         for matrix, weight in quantized.items():

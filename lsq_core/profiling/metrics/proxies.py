@@ -1,7 +1,7 @@
 """Fast proxies of the exact scores, for exploration rather than planning (method §8).
 
-Both weight the squared error of each single weight and ignore interactions between errors:
-by the diagonal of the Gram matrix for a module's own output, by the diagonal of the Fisher
+Both sum the squared errors of individual weights and ignore interactions between them. The factors
+are the diagonal of the Gram matrix for a module's own output, and the diagonal of the Fisher
 information for the model's loss. The cost hardly depends on the number of configurations.
 """
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class GramDiagonal(Metric):
-    """``Σ_ij H_jj·ΔW_ij²/(T·d_out)``: module sensitivity if no two inputs were correlated.
+    """``Σ_ij H_jj·ΔW_ij²/(T·d_out)``: module sensitivity if the inputs were uncorrelated.
 
     ``H_jj`` is the sum of squares of input j over T tokens. NaN for an expert that no token
     reached.
@@ -52,10 +52,10 @@ class GramDiagonal(Metric):
 
 
 class DiagonalFisher(Metric):
-    """``Σ_ij E[g_ij²]·ΔW_ij²``, ``g`` the gradient of a sequence's mean next-token loss.
+    """``Σ_ij E[g_ij²]·ΔW_ij²``, where ``g`` is the gradient of a sequence's mean next-token loss.
 
-    One forward and one backward pass per calibration sequence, since the square of a mean gradient
-    is not the Fisher information. NaN for an expert that no token reached.
+    Takes one forward and one backward pass per calibration sequence, since the square of a mean
+    gradient is not the Fisher information. NaN for an expert that no token reached.
     """
 
     name = "fisher_diagonal"
@@ -97,10 +97,10 @@ class DiagonalFisher(Metric):
 def mean_squared_gradients(
     model: nn.Module, names: Iterable[str], ids: Tensor
 ) -> dict[str, Tensor]:
-    """Return ``E[g²]`` of parameters over sequences (n, tokens), float32 in each one's shape.
+    """Return ``E[g²]`` of parameters over sequences (n, tokens), float32 in the parameter's shape.
 
-    Each gradient is squared, added and freed as soon as it is computed, so that no two are in
-    memory at once. The model is not changed.
+    Each gradient is squared, added and freed as soon as it is computed, so only one is in memory at
+    a time. The model is not changed.
     """
     import torch
     from torch.nn import functional as F

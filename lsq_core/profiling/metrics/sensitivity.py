@@ -32,9 +32,9 @@ def module_sensitivity(difference: Tensor, gram: Tensor, tokens: int) -> Tensor:
 
 
 def _output_changes(context: BlockContext, matrix: Matrix, weights: Tensor) -> Tensor:
-    """The sensitivity of a module to each of (configs, out, in), float64 (configs,).
+    """Return the sensitivity of a module to weights (configs, out, in), float64 (configs,).
 
-    It is kept in the context for the next metric that asks for it.
+    Cached in the context for the next metric that needs it.
     """
     known = context.cache.get("output changes", (None, None))
     if known[0] is not weights:
@@ -72,7 +72,7 @@ class ModuleSensitivity(Metric):
 
 
 class PartSensitivity(Metric):
-    """Eq. 10 for the authors' parts: matrices quantized together, their block's output compared."""
+    """Eq. 10 for the authors' parts: matrices quantized together, scored at a common output."""
 
     name = "sensitivity"
     title = "Activation sensitivity by part"
@@ -92,10 +92,10 @@ class PartSensitivity(Metric):
         configs: Sequence[QuantConfig],
         quantized: dict[Matrix, Tensor],
     ) -> Iterator[Score]:
-        """Yield the score of each part for all of its matrices."""
+        """Yield the score of each part, once for each of its matrices."""
         for part in context.parts:
             if any(m not in quantized for m in part.matrices):
-                continue  # a group size that does not divide one of them
+                continue  # the group size does not divide one of the matrices
             values = _part_scores(context, part, {m: quantized[m] for m in part.matrices})
             for config, value in zip(configs, values, strict=True):
                 for matrix in part.matrices:
@@ -105,7 +105,7 @@ class PartSensitivity(Metric):
 def _part_scores(
     context: BlockContext, part: Part, quantized: dict[Matrix, Tensor]
 ) -> Iterable[float | Tensor]:
-    """One score for each configuration of the weights (configs, out, in)."""
+    """Return a score for each configuration of the weights (configs, out, in)."""
     if part.linear:
         ((matrix, weights),) = quantized.items()
         return _output_changes(context, matrix, weights)

@@ -14,17 +14,17 @@ if TYPE_CHECKING:
 
     from lsq_core.profiling.context import BlockContext
 
-#: Values of each row compared at a time by device: few on a CPU, where they stay in a cache and the
-#: copy in float64 takes memory; many on a GPU, where launching the work takes longer than the work.
-#: However many rows there are, so that a row's sum is the same to the last digit.
+#: Values of each row to compare at a time, by device: few on a CPU, to stay in its cache and limit
+#: the memory of the float64 copy; many on a GPU, where launching a kernel takes longer than running
+#: it. Independent of the number of rows, so that a row's sum is the same to the last digit.
 _CHUNK = {"cpu": 2**15, "cuda": 2**22}
 
 
 def squared_distances(values: Tensor, other: Tensor) -> Tensor:
     """Return ``Σ (v − o)²`` over all but the first dimension of (n, …), float64 (n,).
 
-    ``other`` is (…), one for all. Differences are those of float32, their squares those of
-    float64, as some leave the range of float32.
+    ``other`` is (…), shared by all n. Differences are computed in float32 and squared in float64,
+    since some squares exceed the range of float32.
     """
     import torch
 
