@@ -234,7 +234,7 @@ def test_headline_names_sensitive_and_flagged_layers_apart(store):  # noqa: F811
     assert 0 not in flagged.jumps
     caption = next(c.value for c in app.caption if "z > 3" in c.value)
     assert "Layer 0 has no layer before it" in caption
-    assert "Layer 2 is flagged only because the score falls back" in caption
+    assert "Layer 2 is flagged only because the score drops" in caption
 
 
 def test_metric_follows_what_is_measured_unless_chosen(store):  # noqa: F811

@@ -147,7 +147,7 @@ def test_load_missing_tensor_raises(model_copy):
     norms = [name for name in tensors if name.endswith("input_layernorm.weight")]
     kept = {name: tensor for name, tensor in tensors.items() if name not in norms}
     save_file(kept, model_copy / "model.safetensors", metadata={"format": "pt"})
-    assert_refused(str(model_copy), rf"have no {re.escape(norms[0])} and {len(norms) - 1} more")
+    assert_refused(str(model_copy), rf"lack {re.escape(norms[0])} and {len(norms) - 1} more")
 
 
 def test_fingerprint_ignores_consolidated_copy(model_copy):

@@ -129,9 +129,9 @@ def test_model_page_import_folder_lists_missing(toolkit):
     message = app.success[0].value.replace("\\", "")
     assert message.startswith("1 model, 3 profiles, 2 plans and 1 run ")
     assert str(toolkit) in message
-    missing = next(d.value for d in app.dataframe if "left out, and why" in d.value)
+    missing = next(d.value for d in app.dataframe if "skipped, with the reason" in d.value)
     expected = import_reference(toolkit, Store())["missing"]
-    assert missing["left out, and why"].tolist() == expected
+    assert missing["skipped, with the reason"].tolist() == expected
     assert "published:tiny" in app.sidebar.selectbox(key="model").options
 
 

@@ -142,7 +142,7 @@ def test_stream_missing_tensor_raises(random_model, settings, tmp_path):
     expected_error = "has no model.layers.1.input_layernorm.weight"
     with pytest.raises(NotStreamable, match=expected_error):
         open_streamed(ModelSource(str(folder)), "cpu")
-    with pytest.raises(InputError, match=r"have no model\.layers\.1\.input_layernorm\.weight;"):
+    with pytest.raises(InputError, match=r"lack model\.layers\.1\.input_layernorm\.weight;"):
         Session(ModelSource(str(folder)), Store(), "cpu").profile(settings)
 
 

@@ -76,7 +76,7 @@ def test_inspect_huge_safetensors_header_refused(model_copy):
     with (model_copy / "model.safetensors").open("r+b") as file:
         file.write(struct.pack("<Q", 8 * 2**30))
         file.truncate(8 * 2**30 + 8)  # sparse
-    assert_refused(model_copy, "more than any has")
+    assert_refused(model_copy, "more than any real file")
 
 
 def test_read_object_deep_nesting_raises(tmp_path):

@@ -112,7 +112,7 @@ def test_walk_matches_plain_loop(random_model, ids, monkeypatch, architecture):
     done = [at for at, _, _ in messages]
     assert done == sorted(done)
     assert done[-1] == messages[-1][1]
-    assert not any("as wholes" in message for _, _, message in messages)
+    assert not any("unsplit" in message for _, _, message in messages)
     assert any(message == "windows 1–5 of 10, block 2 of 2" for _, _, message in messages)
     assert any(message == "windows 6–9 of 10, LM head" for _, _, message in messages)
 
@@ -182,7 +182,7 @@ def test_model_that_changes_states_between_blocks_runs_whole(random_model, ids):
         reference=loaded.model,
         progress=lambda done, total, message: messages.append(message),
     )
-    assert any("run as wholes, since the decoder blocks" in message for message in messages)
+    assert any("run unsplit, because the decoder blocks" in message for message in messages)
     assert messages[-1].endswith("whole model")
     assert_figures_match(pairs, models, loaded.model, ids)
 

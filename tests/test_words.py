@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 
@@ -15,6 +16,31 @@ from lsq_core.ui import words
 )
 def test_signed_percent(share, text):
     assert words.signed_percent(share) == text
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(999, "999"), (999_940, "999.9 k"), (999_999, "1.0 M"), (5642368, "5.6 M")]
+)
+def test_count_rounds_up_to_the_next_unit(number, text):
+    assert words.count(number) == text
+
+
+@pytest.mark.parametrize(
+    ("bytes", "text"), [(1023, "1023 B"), (2**20 - 1, "1.0 MiB"), (2**20 - 1024, "1023.0 KiB")]
+)
+def test_size_rounds_up_to_the_next_unit(bytes, text):
+    assert words.size(bytes) == text
+
+
+@pytest.mark.parametrize("text", ["a :smile: b", ":heavy_check_mark:", ":material/home:", ":+1:"])
+def test_escaped_text_has_no_shortcodes(text):
+    shown = words.escape(text).replace("\\", "")
+    assert not re.search(r":[\w+][\w/+-]*:", shown)
+    assert shown.replace("\u2060", "") == text
+
+
+def test_escaped_text_starts_no_numbered_list():
+    assert words.escape("1. one\n 2) two\n3.5 bits") == "1\\. one\n2\\) two\n3.5 bits"
 
 
 def test_percent_has_a_space():

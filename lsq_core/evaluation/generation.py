@@ -146,7 +146,7 @@ def _prompt_ids(tokenizer: object, prompt: str) -> list[int]:
 
 def _check(prompt: int, new: int, temperature: float, context: int | None, seed: int) -> None:
     if not -(2**63) <= seed < 2**63:
-        raise InputError("The seed must fit into 64 bits, as -1 or 2026 do.")
+        raise InputError("The seed must be a signed 64-bit integer.")
     if new < 1:
         raise InputError("max-new-tokens must be at least 1.")
     if not 0 <= temperature < 100:

@@ -161,15 +161,15 @@ def _score_pending(
             report(0, f"{file.damage} Its windows are scored again.")
     report(0, f"{sum(done)} of {total} windows are scored")
     if reason:
-        report(0, f"the models run as wholes, since {reason}")
+        report(0, f"the models run unsplit, because {reason}")
     yield
     for text_pass, number in zip(text_passes, first, strict=True) if any(pending) else ():
         groups = _groups(text_pass, walked)
         if len(groups) > 1 and _have_costly_blocks(walked):
             report(
                 0,
-                f"hidden states take {len(groups)} groups of windows, one after the other, and "
-                f"all weights are read and quantized {len(groups)} times",
+                f"hidden states need {len(groups)} groups of windows, so all weights are read and "
+                f"quantized {len(groups)} times",
             )
         for group in groups:
             _score_group(walked, number, compared, group, report)

@@ -470,9 +470,8 @@ def smallest_budget_within(
     best = int(np.argmin(loss))
     raise InputError(
         f"No plan of this method is predicted within {100 * max_loss:.3g} % of full precision: the "
-        f"best, at {problem.format_size(budgets[best])}, is predicted {100 * loss[best]:.3g} % "
-        "above "
-        "it; allow more."
+        f"best, at {problem.format_size(budgets[best])}, is predicted to be "
+        f"{100 * loss[best]:.3g} % above it; allow a larger loss."
     )
 
 

@@ -137,7 +137,7 @@ class EvaluationRequest:
     def __post_init__(self) -> None:
         _check_protocol(self.protocol)
         if self.max_tokens is not None and type(self.max_tokens) is not int:
-            raise InputError(f"max-tokens is a whole number, not {self.max_tokens!r:.60}.")
+            raise InputError(f"max-tokens must be an integer, not {self.max_tokens!r:.60}.")
         if self.max_tokens is not None and self.max_tokens <= MIN_PREDICTED:
             raise InputError(
                 f"max-tokens must be at least {MIN_PREDICTED + 1}, not {self.max_tokens}: a "

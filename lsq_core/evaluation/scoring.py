@@ -144,7 +144,7 @@ def _not_finite_message(model: WalkedModel, ids: Tensor) -> str:
     """Return an error message naming the first executed module whose output is not finite."""
     found = model.first_not_finite(ids)
     dtype = torch_name(next(model.model.parameters()).dtype)
-    first = f"the first not to be is that of {found}" if found else "its logits are not"
+    first = f"the first is that of {found}" if found else "the first are its logits"
     suggestion = "bfloat16 or float32" if dtype == "float16" else "another plan or dtype"
     return (
         f"{model.what} has no perplexity: its outputs in {dtype} are not finite numbers, and "

@@ -37,7 +37,7 @@ class WalkFile:
             return ""
         try:
             if not self._restore(walk):
-                return f"{self.path} is of other models or windows."
+                return f"{self.path} belongs to other models or windows."
         except (SafetensorError, OSError, ValueError, LookupError, TypeError) as error:
             return f"{self.path} is damaged: {exception_reason(error)}."
         return ""

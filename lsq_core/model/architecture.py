@@ -121,7 +121,10 @@ def context_length(model: nn.Module) -> int:
     text = model.config.get_text_config()
     named = [getattr(text, name, None) for name in _CONTEXT_LENGTH_KEYS]
     context = min(next((n for n in named if isinstance(n, int) and n > 0), 2048), _MAX_CONTEXT)
+    tokens = model.get_input_embeddings()
     for module in model.modules():  # learned positions may start after a padding index
+        if module is tokens:
+            continue  # a vocabulary may be as large as the context
         if isinstance(module, nn.Embedding) and module.num_embeddings == context:
             context -= 0 if module.padding_idx is None else module.padding_idx + 1
             break
@@ -211,9 +214,9 @@ def _count_weights(module: nn.Module) -> int:
 # --- the weights of a block -----------------------------------------------------------------
 
 _NOT_DIVISIBLE = "no supported group size divides it"
-_CUSTOM_FORWARD = "its module computes in a way of its own"
-_SINGLE_ROW_GATE = "a gate of one row"
-_ROUTER = "it chooses experts"
+_CUSTOM_FORWARD = "its module has a custom forward"
+_SINGLE_ROW_GATE = "a single-row gate"
+_ROUTER = "it is an expert router"
 _NOT_LINEAR = "it is not the weight of a linear module"
 
 

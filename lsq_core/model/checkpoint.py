@@ -76,9 +76,8 @@ def _check_index(folder: Path, stored_entries: dict[str, TensorEntry]) -> None:
     unstored = [name for name in named if name not in stored_entries]
     if unstored:
         raise InputError(
-            f"{index.name} in {folder} names {unstored[0]}, which no file of it holds; fetch or "
-            "save "
-            "the model again."
+            f"{index.name} in {folder} lists {unstored[0]}, which is in none of its files; fetch "
+            "or save the model again."
         )
     whole = folder / "model.safetensors"
     if whole.is_file() and whole.name not in named.values():
@@ -153,7 +152,7 @@ def _read_header(path: Path) -> tuple[dict[str, dict], int]:
             if length > size - 8:
                 raise ValueError("its header is longer than the file")
             if length > _MAX_HEADER_BYTES:
-                raise ValueError(f"its header has {length:,} bytes, more than any has")
+                raise ValueError(f"its header has {length:,} bytes, more than any real file has")
             header = json.loads(file.read(length))
         end = _check_entries(header)
     except (OSError, struct.error, ValueError, RecursionError, MemoryError) as error:
@@ -190,7 +189,7 @@ def _check_entries(header: object) -> int:
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         first, last = entry["data_offsets"]
         if first != end:
-            raise ValueError(f"{name} doesn't begin where the tensor before it ends")
+            raise ValueError(f"{name} doesn't start where the previous tensor ends")
         end = last
     return end
 
@@ -209,11 +208,9 @@ def _check_entry(name: str, entry: object) -> None:
         raise ValueError(f"{name} has no dtype, shape and offsets")
     bits = BITS.get(dtype)
     if bits is not None and (offsets[1] - offsets[0]) * 8 != prod(shape) * bits:
-        raise ValueError(
-            f"{name} is {dtype} of shape {shape}, for which its bytes are too many or few"
-        )
+        raise ValueError(f"{name} is {dtype} of shape {shape}, which doesn't match its bytes")
     if offsets[1] < offsets[0]:
-        raise ValueError(f"{name} ends before it begins")
+        raise ValueError(f"{name} ends before it starts")
 
 
 def check_not_quantized(folder: Path, config: dict) -> None:
@@ -241,6 +238,6 @@ def _raise_already_quantized(folder: Path, file: str, quantization_config: objec
         "some method",
     )
     raise InputError(
-        f"{folder} is already quantized ({method}, says {file}); give the full-precision model "
-        "instead."
+        f"{folder} is already quantized ({method}, according to {file}); give the full-precision "
+        "model instead."
     )

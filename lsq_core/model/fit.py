@@ -100,8 +100,8 @@ def _check_unique_targets(targets: list[tuple[str, str, bool]], folder: Path) ->
     for key, name, standalone in targets:
         if standalone and name in seen:
             raise InputError(
-                f"{seen[name]} and {key} in {folder} both are {name} of the model, so it is not "
-                "known which holds; remove the one that is out of date."
+                f"{seen[name]} and {key} in {folder} are both {name} of the model, so it is "
+                "unclear which to use; remove the outdated one."
             )
         if standalone:
             seen[name] = key
@@ -175,9 +175,9 @@ def _mismatch_message(required: list[str], model: nn.Module, folder: Path) -> st
             "model instead."
         )
     return (
-        f"{folder} holds {required[0]}{more}, for which {architecture} as its config.json "
-        "describes it has no place, so it would compute something else; give the config.json "
-        "that belongs to these weights."
+        f"{folder} holds {required[0]}{more}, for which {architecture} as described by its "
+        "config.json has no place, so its outputs would be wrong; give the config.json that "
+        "belongs to these weights."
     )
 
 

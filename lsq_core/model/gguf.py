@@ -63,8 +63,8 @@ class GgufFile:
         same = _SAME_GRID.get(self.type)
         near = f", so {same} nearly reproduces them" if same else ""
         return (
-            f"The weights are dequantized from {self.type} of a GGUF file{near}; what is called "
-            "full precision here is that file."
+            f"The weights are dequantized from {self.type} of a GGUF file{near}; 'full "
+            "precision' here means that file."
         )
 
 
@@ -110,7 +110,7 @@ def find_file(name: str) -> Path:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{str(path)[:120]} cannot be read: {reason}.") from error
     if magic != _MAGIC:
-        raise InputError(f"{path} is not a GGUF file, though it is named like one.")
+        raise InputError(f"{path} is not a GGUF file despite its name.")
     return path.resolve()
 
 
@@ -144,7 +144,7 @@ def read_origin(folder: Path) -> GgufFile | None:
     try:
         return GgufFile(**read_json_object(path))
     except TypeError as error:
-        raise InputError(f"{path} is damaged; delete {folder}, and it is made again.") from error
+        raise InputError(f"{path} is damaged; delete {folder} to have it rebuilt.") from error
 
 
 def dequantized_folders() -> list[tuple[Path, GgufFile]]:

@@ -162,8 +162,8 @@ def slow_dtype_note(device: str, dtype: str) -> str:
     if device != "cpu" or dtype not in ("bfloat16", "float16") or not emulated:
         return ""
     return (
-        f"This processor has no units for {dtype}, in which it computes several times more slowly "
-        "than in float32."
+        f"This processor has no native support for {dtype}, which is several times slower than "
+        "float32 here."
     )
 
 
@@ -303,7 +303,7 @@ def translate_build_errors(source: ModelSource, folder: Path) -> Iterator[None]:
     def make_message(reason: str) -> str:
         if not source.trust_remote_code and "auto_map" in config:
             return (
-                f"'{source.name}' is built by Python code of its own, which only runs if you trust "
+                f"'{source.name}' uses custom Python code, which only runs if you trust "
                 "it: read its .py files, then give --trust-remote-code (in the app: Trust remote "
                 "code)."
             )
@@ -397,7 +397,7 @@ def load_model(source: ModelSource, device: str = "auto", dtype: str = "auto") -
     missing = sorted(found["missing_keys"])
     if missing:  # transformers would continue with random values
         raise InputError(
-            f"The weights in {folder} have no {missing[0]}"
+            f"The weights in {folder} lack {missing[0]}"
             + (f" and {len(missing) - 1} more" if missing[1:] else "")
             + "; fetch or save the model again."
         )
@@ -482,7 +482,7 @@ def check_token_ids(model: nn.Module, ids: Iterable[int]) -> None:
     largest, rows = max(ids, default=0), embedding_rows(model)
     if largest >= rows:
         raise InputError(
-            f"The tokenizer gives token {largest} and the model's embedding ends at {rows - 1}: "
-            "they don't belong together, or tokens were added to the tokenizer alone; take the "
+            f"The tokenizer produces token {largest} and the model's embedding ends at {rows - 1}: "
+            "they don't belong together, or tokens were added to the tokenizer alone; use the "
             "tokenizer that the model was trained with."
         )

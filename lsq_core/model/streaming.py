@@ -262,7 +262,7 @@ def open_streamed(source: ModelSource, device: str = "auto", dtype: str = "auto"
     if weight_files(folder)[0].suffix != ".safetensors":
         raise NotStreamable("The weights are pickled")
     if source.trust_remote_code and "auto_map" in read_config(folder):
-        raise NotStreamable("The model is built by code of its own")
+        raise NotStreamable("The model uses custom code")
     compute_dtype = pick_dtype(dtype, target, model_config(source, folder))
     model = build_meta_model(source, folder, dtype=compute_dtype, experts_implementation="eager")
     # Sizes are reported in the checkpoint's dtype, which may differ from the compute dtype.

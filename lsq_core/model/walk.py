@@ -197,7 +197,7 @@ def detect_output_forms(loaded: BlockModel, ids: Tensor) -> list[OutputForm]:
             reason = f"{type(error).__name__}: {exception_reason(error)}"
             raise NotSequential(loaded.model, reason) from error
     if any(type(block) not in detection.forms for block in loaded.blocks):
-        raise NotSequential(loaded.model, "text does not pass through all of them")
+        raise NotSequential(loaded.model, "the model does not call all of them")
     return [detection.forms[type(block)] for block in loaded.blocks]
 
 

@@ -41,7 +41,7 @@ def render_run_plan_export(record: dict, info: ModelInfo | None) -> None:
     content = record["plan"].get("content")
     if not content or info is None:
         return
-    st.caption("Its plan, for another tool")
+    st.caption("Export the plan for another tool")
     try:
         plan = Plan.from_json(content, info.matrices, info.other_bytes)
     except InputError as error:
@@ -56,15 +56,15 @@ def _accept_changes(translation: Translation, key: str) -> bool:
     stored, nominal = words.size(translation.stored_bytes), words.size(translation.nominal_bytes)
     st.warning(
         f"{title} cannot express {len(translation.substitutions)} of {modules}. With the nearest "
-        f"that it has, the linear weights take {stored} instead of {nominal} nominal."
+        f"supported ones, the linear weights take {stored} instead of a nominal {nominal}."
     )
     rows = [
         {
             "modules": len(change.modules),
             "planned": change.planned,
-            "taken": change.taken,
-            "because": change.reason,
-            "first": change.modules[0],
+            "exported as": change.taken,
+            "reason": change.reason,
+            "first module": change.modules[0],
         }
         for change in translation.changes
     ]
@@ -73,9 +73,9 @@ def _accept_changes(translation: Translation, key: str) -> bool:
         hide_index=True,
         height="content" if len(rows) <= 6 else 250,
         key=f"export-{key}-changes",
-        alt="; ".join(f"{r['modules']} × {r['planned']} to {r['taken']}" for r in rows),
+        alt="; ".join(f"{r['modules']} × {r['planned']} to {r['exported as']}" for r in rows),
     )
-    return st.checkbox("Take the nearest", key=f"export-{key}-nearest-{translation.target.name}")
+    return st.checkbox("Use the nearest supported configurations", key=f"export-{key}-nearest-{translation.target.name}")
 
 
 def _render_file(translation: Translation, key: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from lsq_core.bits import LADDER
 from lsq_core.charts.style import BIT_COLORS
 from lsq_core.errors import LsqError
 from lsq_core.files import translate_disk_error
@@ -95,7 +96,7 @@ def render_no_model(error: NoModel) -> None:
     if pending:
         headline(
             f"{words.escape(source.name)} is being looked up on the Hugging Face Hub.",
-            "Only its config is fetched. This page updates by itself; you can leave it meanwhile.",
+            "Only its config is fetched. This page updates automatically; you can leave it in the meantime.",
         )
         st.fragment(_rerun_when_ready, run_every=sidebar.POLL_SECONDS)(source)
     else:
@@ -115,11 +116,11 @@ def _rerun_when_ready(source: ModelSource) -> None:
 
 @cache
 def _icon() -> Image.Image:
-    """Draw four bars, as high as 1 to 4 bits; a named icon would be fetched from the network."""
+    """Draw a bar for each bit width of the ladder; a named icon would be fetched from the network."""
     icon = np.zeros((32, 32, 4), dtype=np.uint8)
-    for index, (bits, color) in enumerate(BIT_COLORS.items()):
+    for index, bits in enumerate(sorted({config.bits for config in LADDER})):
         bar = icon[32 - 4 * bits :, 8 * index + 1 : 8 * index + 7]
-        bar[...] = [*bytes.fromhex(color[1:]), 255]
+        bar[...] = [*bytes.fromhex(BIT_COLORS[bits][1:]), 255]
     return Image.fromarray(icon)
 
 

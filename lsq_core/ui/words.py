@@ -12,10 +12,14 @@ from lsq_core.profiling.metrics import METRICS
 from lsq_core.units import GIB, MIB
 
 
+#: From this share of a unit on, one decimal of the next smaller one rounds up to the unit.
+_ROUNDS_UP = 0.99996
+
+
 def count(number: float) -> str:
     """Format ``5642368`` as ``5.6 M``."""
     for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
+        if number >= _ROUNDS_UP * size:
             return f"{number / size:.1f} {unit}"
     return f"{number:.0f}"
 
@@ -23,7 +27,7 @@ def count(number: float) -> str:
 def size(bytes: float) -> str:
     """Format ``11308392`` as ``10.8 MiB``: one decimal, for sentences."""
     for unit, scale in (("GiB", GIB), ("MiB", MIB), ("KiB", 1024)):
-        if bytes >= scale:
+        if bytes >= _ROUNDS_UP * scale:
             return f"{bytes / scale:.1f} {unit}"
     return f"{bytes:.0f} B"
 
@@ -106,7 +110,9 @@ _ACTIVE_MARKDOWN = re.compile(r"\\.|[\[\]<$]", re.DOTALL)
 #: which to break them.
 _AUTOLINK = re.compile(r"(https?:|ftp:|\bwww|(?<=[\w.+-])@)(?=//|\.|(?<=@)[\w-]+\.)", re.IGNORECASE)
 #: The start of a line that would make it a heading, a list, a quotation or a table.
-_BLOCK_MARKER = re.compile(r"^[ \t]*(?=[#>+=|-])", re.MULTILINE)
+_BLOCK_MARKER = re.compile(r"^[ \t]*(\d+(?=[.)]\s)|(?=[#>+=|-]))", re.MULTILINE)
+#: The start of an emoji or icon, which Streamlit replaces even if escaped.
+_SHORTCODE = re.compile(r":(?=[\w+][\w/+-]*:)")
 #: Has zero width, and breaks the match of an autolink.
 _WORD_JOINER = "\u2060"
 
@@ -122,8 +128,9 @@ def sanitize(markdown: str) -> str:
 
 def escape(text: str) -> str:
     """Escape text for Markdown, so that names and patterns appear verbatim."""
-    escaped = re.sub(r"([\\`*_\[\]$~<])", r"\\\1", text)
-    return sanitize(_BLOCK_MARKER.sub(r"\\", escaped))
+    broken = _SHORTCODE.sub(lambda m: m[0] + _WORD_JOINER, text)
+    escaped = re.sub(r"([\\`*_\[\]$~<])", r"\\\1", broken)
+    return sanitize(_BLOCK_MARKER.sub(lambda m: f"{m[1]}\\", escaped))
 
 
 def seconds(time: float) -> str:

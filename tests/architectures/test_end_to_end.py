@@ -46,7 +46,7 @@ def test_architecture_end_to_end(model_type, tmp_path):
     ("model_type", "type", "reason"),
     [
         ("qwen2_moe", "mlp.shared_expert_gate", "one row"),
-        ("phimoe", "mlp.router", "way of its own"),
+        ("phimoe", "mlp.router", "custom forward"),
         ("mixtral", "mlp.gate", "not the weight of a linear module"),
     ],
 )

@@ -120,7 +120,7 @@ def render_chart_notes(choice: Choice, quality: charts.QualityMeasure, files: pd
     notes = []
     if len(files) and choice.size == charts.MEASURED and quality == charts.PERPLEXITY:
         notes.append(
-            "A GGUF file stands at the bytes that the same weights take in it, without embeddings."
+            "GGUF files are placed at the size of the same weights, without embeddings."
         )
     missing = int(choice.runs[quality.column].isna().sum())
     if missing:
@@ -163,8 +163,8 @@ def ablation_note(runs: pd.DataFrame) -> str:
         )
     if runs["method"].isin([rank for _, rank in DETECTION_WORTH]).any():
         notes.append(
-            "A boost by rank takes as many layers as its method, those of the highest scores: the "
-            "difference is what Algorithm 1's detection is worth."
+            "A boost by rank takes the same number of layers, those with the highest scores; the "
+            "difference shows what Algorithm 1's detection is worth."
         )
     return " ".join(notes)
 
@@ -178,12 +178,12 @@ def noise_note(runs: pd.DataFrame) -> str:
     if len(known):
         largest = known.loc[known["noise"].idxmax()]
         return (
-            f"Arithmetic alone moves these perplexities by {format_noise(largest['noise'])} and KL "
+            f"Numerical noise changes these perplexities by {format_noise(largest['noise'])} and KL "
             f"divergences by {format_noise(largest['noise_kl'])}."
         )
     first = measured.iloc[0]
     unknown = describe_unknown(first["model"], first["protocol"], first["dtype"])
-    return f"How far arithmetic alone moves these figures is {words.escape(unknown)}."
+    return f"The numerical noise of these figures is {words.escape(unknown)}."
 
 
 def build_comparison_report(ctx: PageContext, choice: Choice) -> str:
@@ -256,7 +256,7 @@ def show_run_details(ctx: PageContext, choice: Choice) -> None:
         st.table(pd.Series(settings, name="").rename_axis("setting"))
     modules = plan_to_frame(record["plan"].get("content") or {})
     if modules.empty:
-        st.caption("Its plan was not published.")
+        st.caption("The plan of this run was not published.")
         return
     counts = modules["config"].value_counts()
     plan = ", ".join(f"{number} × {name}" for name, number in sorted(counts.items()))
@@ -403,7 +403,7 @@ def difference(ctx: PageContext, a: str, b: str) -> str:
     interval_text = words.interval(result.low, result.high)
     verdict = "**tie**" if found.is_tie else "**lower**" if result.relative < 0 else "**higher**"
     if found.is_noise:
-        verdict += f", no more than arithmetic ({format_noise(found.noise)})"
+        verdict += f", within numerical noise ({format_noise(found.noise)})"
     return (
         f"Perplexity {words.signed_percent(result.relative, 2)} (95 % interval {interval_text}, "
         f"n = {number}): {verdict}."

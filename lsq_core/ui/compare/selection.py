@@ -109,7 +109,7 @@ def find_model(ctx: PageContext, names: pd.Series) -> str | None:
         "Fingerprint",
         list(own.index),
         format_func=lambda fingerprint: fingerprint[:12],
-        help=f"{ctx.source.name} has been several models; runs of each stand for themselves.",
+        help=f"{ctx.source.name} has referred to several models; runs are shown for one at a time.",
     )
 
 

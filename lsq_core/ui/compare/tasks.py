@@ -19,7 +19,7 @@ def show_tasks(store: Store, run: str, fingerprint: str) -> None:
     table = tasks_table(_results(store, file_version(store), fingerprint), run)
     with st.expander(f"Tasks ({len(table)})" if len(table) else "Tasks"):
         if table.empty:
-            st.caption("Not measured on tasks. With `make lm-eval`, measure it by:")
+            st.caption("No task results yet. After `make lm-eval`, run:")
             st.code(f"lsq tasks {run} --task arc_easy", language="shell", wrap_lines=True)
             return
         st.dataframe(
@@ -33,8 +33,8 @@ def show_tasks(store: Store, run: str, fingerprint: str) -> None:
         )
         if table["full precision"].isna().any():
             st.caption(
-                "Full precision stands beside it where it was measured on the same documents in "
-                "the same way: `lsq tasks --model`."
+                "Full precision is shown if it was measured on the same documents in the same way: "
+                "`lsq tasks --model`."
             )
 
 

@@ -99,7 +99,7 @@ def _describe_best(best: pd.Series, base: pd.Series, name: str) -> str:
         return f"No run here is better than {against}; the best, **{best['label']}**: {change}."
     is_noise = is_below_noise(best["drop"], best["noise"])
     return f"Largest gain: **{best['label']}**, {change} against {against}" + (
-        ", which is no more than arithmetic." if is_noise else "."
+        ", within numerical noise." if is_noise else "."
     )
 
 
@@ -145,8 +145,8 @@ def show_win_tie_loss(ctx: PageContext, choice: Choice) -> None:
     comparisons = figure_6(choice.model_runs)
     if comparisons.empty:
         st.info(
-            "Wins are counted where both a boosted plan and its baseline were run: add runs "
-            "of SensiBoost or KurtBoost and of uniform plans at the same base."
+            "Wins need runs of both a boosted plan and its baseline: add runs of SensiBoost or "
+            "KurtBoost and of uniform plans at the same base."
         )
         return
     for place, (equal, account) in zip(st.columns(2), _BUDGET_ACCOUNTS.items(), strict=True):
@@ -260,7 +260,7 @@ def _count_differing(number: int, what: str) -> str:
 def _show_plan(plan: pd.DataFrame, indices: str, label: str, weights: dict[str, int]) -> None:
     st.markdown(f"**{words.escape(label)}**")
     if plan.empty:
-        st.caption("Its plan was not published.")
+        st.caption("The plan of this run was not published.")
         return
     shares = byte_shares(plan, weights)
     shares_text = ", ".join(f"{name} {words.percent(share)}" for name, share in shares.items())

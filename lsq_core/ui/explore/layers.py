@@ -174,8 +174,8 @@ def describe_falls(layers: Sequence[int]) -> str:
         return ""
     are = "is" if len(layers) == 1 else "are"
     return (
-        f"{words.name_layers(layers)} {are} flagged only because the score falls back from the "
-        "layer before."
+        f"{words.name_layers(layers)} {are} flagged only because the score drops from the "
+        "previous layer."
     )
 
 

@@ -73,8 +73,8 @@ def profile_bar(store: Store, info: ModelInfo) -> ProfileSettings:
 
 
 _HELP = {
-    "ladder": "The configurations that are measured: the papers' 2, 3, 4 and 8 bits, or 1, 5 and 6 "
-    "bits besides."
+    "ladder": "The configurations that are measured: the papers' 2, 3, 4 and 8 bits, or also 1, 5 "
+    "and 6 bits."
 }
 
 

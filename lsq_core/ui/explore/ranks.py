@@ -28,7 +28,7 @@ def show(view: ExploreView) -> None:
     if len(available) < 2:
         view.render_headline(
             "Only one metric is available, so there is nothing to compare.",
-            f"Of {view.ctx.source.name} there is {words.metric_labels(available)}.",
+            f"{view.ctx.source.name} has {words.metric_labels(available)}.",
         )
         return
     left, right = st.columns([3, 2], gap="medium")

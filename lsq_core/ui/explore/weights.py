@@ -241,7 +241,7 @@ def _describe_grid(view: ExploreView, matrix: Matrix, grid: _GridChoice) -> str:
     size, axis = grid.config.group_size, view.settings.axis
     count = matrix.numel // size
     description = (
-        f"Each line is what one of the {2**grid.config.bits} codes stands for, in the group of "
+        f"Each line is the value of one of the {2**grid.config.bits} codes in the group of "
         f"{size} weights whose range is "
         + ("the median of all groups'." if grid.of == "typical" else "the widest of all.")
     )

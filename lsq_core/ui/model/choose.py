@@ -128,5 +128,5 @@ def _show_import_result(imported: dict) -> None:
     )
     problems = [*imported["flawed"], *imported["missing"]]
     if problems:
-        st.caption(f"{words.plural(len(problems), 'item')} missing or wrong in the files:")
-        st.dataframe({"left out, and why": problems}, hide_index=True, height=220)
+        st.caption(f"{words.plural(len(problems), 'item')} missing or invalid in the files:")
+        st.dataframe({"skipped, with the reason": problems}, hide_index=True, height=220)
