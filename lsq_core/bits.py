@@ -1,17 +1,17 @@
-"""Quantization configurations, the ladders of them, and the accounts of what they store.
+"""Quantization configurations, the ladders of configurations, and their sizes.
 
-Three figures that must never be mixed (method §1):
+Three kinds of size that must never be mixed (method §1):
 
-* **nominal** - the papers' formula; every budget in bits per parameter means this;
-* **planned bytes** - what a quantizer stores a matrix as occupies, exactly
+* **nominal** - the papers' formula; every budget in bits per parameter refers to it;
+* **planned bytes** - the exact size of a matrix as a quantizer stores it
   (:func:`lsq_core.quantization.registry.planned_bytes`);
-* **measured bytes** - the bytes of the tensors that were really stored, which must equal it.
+* **measured bytes** - the size of the tensors actually stored, which must equal the planned bytes.
 
-A matrix has one :class:`QuantConfig`, or :class:`MixedRows`: one for its high-impact rows and
-another for the rest (method §7).
+A matrix has one :class:`QuantConfig`, or :class:`MixedRows`: one configuration for its high-impact
+rows and another for the rest (method §7).
 
-The papers plan on a ladder of twelve configurations. The extended ladder holds these, and 1, 5 and
-6 bits besides: between 4.51 and 8.13 bits per parameter the papers' has nothing.
+The papers plan on a ladder of twelve configurations. The extended ladder adds 1, 5 and 6 bits: the
+papers' ladder has nothing between 4.51 and 8.13 bits per parameter.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from typing import Any, Protocol
 from lsq_core.errors import InputError, choose
 from lsq_core.units import BYTE_UNITS
 
-#: How scale and zero are stored: 8-bit codes in groups of 128, or fp16 as they are.
+#: How scale and zero are stored: as 8-bit codes in groups of 128, or unquantized in fp16.
 METADATA_FORMATS = ("8bit", "fp16")
-#: Weights of so many bits are kept in fp16 as they are, without scale and zero.
+#: The ``bits`` of weights left unquantized in fp16, without scale and zero.
 FP16_BITS = 16
 
 
 class HasShape(Protocol):
-    """What has the shape of a matrix."""
+    """An object with the shape of a matrix."""
 
     out_features: int
     in_features: int
@@ -51,7 +51,7 @@ class QuantConfig:
 
     @property
     def name(self) -> str:
-        """How a person types and reads it: ``b3g128``."""
+        """The name shown and typed by users: ``b3g128``."""
         return f"b{self.bits}g{self.group_size}"
 
     @property
@@ -68,39 +68,39 @@ class QuantConfig:
 
     @property
     def bits_with_fp16_metadata(self) -> float:
-        """Bits per parameter when scale and zero stay fp16, as ``hqq`` 0.2.8 keeps them."""
+        """Bits per parameter with scale and zero stored in fp16, as in ``hqq`` 0.2.8."""
         return self.bits if self.bits == FP16_BITS else self.bits + 32 / self.group_size
 
     def parts(self, shape: HasShape) -> tuple[tuple[int, QuantConfig], ...]:
-        """What a matrix falls into: weights and their configuration; here all of it."""
+        """Return the parts of a matrix as (weights, configuration); here a single part."""
         return ((shape.out_features * shape.in_features, self),)
 
     def index_bytes(self, shape: HasShape) -> int:
-        """Bytes that say which rows are which; none are needed."""
+        """Return the size of the row index: 0, since all rows are alike."""
         return 0
 
     def fits(self, shape: HasShape) -> bool:
-        """Whether its groups fill a matrix."""
+        """Return whether groups fill a matrix without padding."""
         return is_divisible(shape.out_features * shape.in_features, self.group_size)
 
     @property
     def json_fields(self) -> dict[str, float]:
-        """How a plan's JSON says it, beside its name."""
+        """The fields stored in a plan's JSON in addition to the name."""
         return {"bits": self.bits, "group_size": self.group_size}
 
     @property
     def stop_name(self) -> str:
-        """The ladder's name for it: the nominal bits with two decimals, ``3.13``."""
+        """The name of its ladder stop: the nominal bits with two decimals, ``3.13``."""
         return f"{self.nominal_bits:.2f}"
 
     @classmethod
     def parse(cls, text: str) -> QuantConfig:
-        """Read ``b3g128``.
+        """Parse a name such as ``b3g128``.
 
         Raises
         ------
         InputError
-            When the text is not of that form or is no configuration of any ladder.
+            If the text does not have that form or names no configuration of any ladder.
         """
         for config in EXTENDED_LADDER:
             if config.name == text.strip():
@@ -115,46 +115,46 @@ GROUP_SIZES = (128, 64, 32)
 
 
 def _ladder(widths: tuple[int, ...]) -> tuple[QuantConfig, ...]:
-    """Every width with every group size, from few bits per parameter to many."""
+    """Return every width with every group size, in ascending bits per parameter."""
     return tuple(QuantConfig(bits, group) for bits in widths for group in GROUP_SIZES)
 
 
-#: The papers' twelve stops, two to eight bits, the coarser group first (method §1).
+#: The papers' twelve stops, two to eight bits, larger groups first (method §1).
 LADDER = _ladder((2, 3, 4, 8))
-#: The same with the other widths that ``hqq`` has, less 1.58 bits: codes of three values don't fill
-#: whole bits.
+#: The same plus the other widths supported by ``hqq``, except 1.58 bits: three-valued codes don't
+#: take a whole number of bits.
 EXTENDED_LADDER = _ladder((1, 2, 3, 4, 5, 6, 8))
-#: Names of the ladders in settings and on the command line; the paper's is the default.
+#: Names of the ladders in settings and on the command line; the papers' is the default.
 PAPER, EXTENDED = "paper", "extended"
 LADDERS = {PAPER: LADDER, EXTENDED: EXTENDED_LADDER}
 
 
 def get_ladder(name: str) -> tuple[QuantConfig, ...]:
-    """Return the ladder of that name.
+    """Return the ladder with this name.
 
     Raises
     ------
     InputError
-        When there is none.
+        If there is no such ladder.
     """
     return choose(LADDERS, name, "a ladder")
 
 
-#: The shares of a matrix's rows that can be high-impact ([C]; 𝔹 of method §7).
+#: The possible fractions of high-impact rows in a matrix ([C]; 𝔹 in method §7).
 RATIOS = (0.02, 0.05, 0.10, 0.15, 0.20)
-#: What the other rows are stored at, and the high-impact ones; 16 keeps those in fp16.
+#: Possible bits of the other rows, and of the high-impact rows; 16 leaves the latter in fp16.
 LOW_BITS = (2, 3)
 HIGH_BITS = (3, 4, FP16_BITS)
-#: Up to so many rows an index takes two bytes, above them four.
+#: Largest number of rows whose indices take two bytes each; above it they take four.
 _MAX_INT16_ROWS = 2**15
 
 
 @dataclass(frozen=True, order=True)
 class MixedRows:
-    """High-impact output rows, ``ratio`` of them, at ``high_bits`` and the rest at ``bits``.
+    """A fraction ``ratio`` of high-impact output rows at ``high_bits``, the rest at ``bits``.
 
-    Which rows those are is kept beside the codes: as a bitmap or a sorted list of row numbers,
-    whichever is smaller.
+    The index of the high-impact rows is stored with the codes: as a bitmap or a sorted list of row
+    numbers, whichever is smaller.
     """
 
     bits: int
@@ -164,7 +164,7 @@ class MixedRows:
 
     @cached_property
     def low(self) -> QuantConfig:
-        """The configuration of the rest."""
+        """The configuration of the other rows."""
         return QuantConfig(self.bits, self.group_size)
 
     @cached_property
@@ -174,31 +174,31 @@ class MixedRows:
 
     @property
     def name(self) -> str:
-        """How a person types and reads it: ``b2h3r10g128``, ten per cent of the rows at 3 bits."""
+        """The name shown and typed by users: ``b2h3r10g128`` has 10 % of the rows at 3 bits."""
         return f"b{self.bits}h{self.high_bits}r{100 * self.ratio:02.0f}g{self.group_size}"
 
     @property
     def stop_name(self) -> str:
-        """The ratio, by which the options of a plan differ: ``10 %``."""
+        """The ratio, in which the options of a plan differ: ``10 %``."""
         return f"{100 * self.ratio:.0f} %"
 
     @property
     def nominal_bits(self) -> float:
-        """Bits per parameter of a large matrix, without its row index."""
+        """Bits per parameter of a large matrix, excluding its row index."""
         return (1 - self.ratio) * self.low.nominal_bits + self.ratio * self.high.nominal_bits
 
     def high_rows(self, out_features: int) -> int:
-        """How many of so many rows are high-impact: the ratio of them, to the nearest."""
+        """Return the number of high-impact rows among ``out_features``, rounded to nearest."""
         return int(self.ratio * out_features + 0.5)
 
     def parts(self, shape: HasShape) -> tuple[tuple[int, QuantConfig], ...]:
-        """What a matrix falls into: weights and their configuration, the high-impact rows first."""
+        """Return the parts of a matrix as (weights, configuration), high-impact rows first."""
         high = self.high_rows(shape.out_features)
         both = ((high, self.high), (shape.out_features - high, self.low))
         return tuple((rows * shape.in_features, config) for rows, config in both if rows)
 
     def index_bytes(self, shape: HasShape) -> int:
-        """Bytes that say which rows are high-impact.
+        """Return the size in bytes of the index of high-impact rows.
 
         >>> from types import SimpleNamespace
         >>> MixedRows(2, 3, 0.02, 128).index_bytes(SimpleNamespace(out_features=4096))
@@ -208,17 +208,17 @@ class MixedRows:
         return min(bitmap, listed)
 
     def index_sizes(self, out_features: int) -> tuple[int, int]:
-        """Bytes of a bitmap of the rows, and of a list of the high-impact ones."""
+        """Return the bytes of a bitmap of all rows and of a list of the high-impact ones."""
         itemsize = 2 if out_features <= _MAX_INT16_ROWS else 4
         return ceil(out_features / 8), itemsize * self.high_rows(out_features)
 
     def fits(self, shape: HasShape) -> bool:
-        """Whether groups fill the rows: no group may cross from one kind into the other."""
+        """Return whether groups fill the rows, so that none spans both kinds of rows."""
         return is_divisible(shape.in_features, self.group_size)
 
     @property
     def json_fields(self) -> dict[str, float]:
-        """How a plan's JSON says it, beside its name."""
+        """The fields stored in a plan's JSON in addition to the name."""
         return {
             "bits": self.bits,
             "high_bits": self.high_bits,
@@ -227,17 +227,17 @@ class MixedRows:
         }
 
 
-#: What a matrix can be given.
+#: A configuration that can be assigned to a matrix.
 Config = QuantConfig | MixedRows
 
 
 def mixed_rows(low_bits: int, high_bits: int, group_size: int) -> tuple[MixedRows, ...]:
-    """A matrix's options at two widths, the smallest ratio first.
+    """Return a matrix's options for two widths, smallest ratio first.
 
     Raises
     ------
     InputError
-        When there are no such widths or group size.
+        If a width or the group size is not supported.
     """
     above = [bits for bits in HIGH_BITS if bits > low_bits]
     for name, value, offered in (
@@ -250,7 +250,7 @@ def mixed_rows(low_bits: int, high_bits: int, group_size: int) -> tuple[MixedRow
     return tuple(MixedRows(low_bits, high_bits, ratio, group_size) for ratio in RATIOS)
 
 
-#: Mixed rows at every two widths, group size and ratio.
+#: Mixed rows for every pair of widths, group size and ratio.
 MIXED_ROW_CONFIGS: tuple[MixedRows, ...] = tuple(
     option
     for low, high, group in product(LOW_BITS, HIGH_BITS, GROUP_SIZES)
@@ -262,19 +262,19 @@ _MIXED_NAME = r"b([0-9]{1,2})h([0-9]{1,2})r([0-9]{1,3})g([0-9]{1,3})"
 
 
 def is_mixed(name: str) -> bool:
-    """Whether a configuration's name is that of mixed rows."""
+    """Return whether a configuration name denotes mixed rows."""
     return re.fullmatch(_MIXED_NAME, name) is not None
 
 
 def config_from_json(entry: Mapping[str, Any]) -> Config:
-    """The configuration that a module's entry in a plan's JSON says.
+    """Return the configuration given by a module's entry in a plan's JSON.
 
     Raises
     ------
     InputError
-        When there is no such configuration.
+        If there is no such configuration.
     KeyError
-        When the entry lacks bits or group size, or mixed rows their ratio.
+        If the entry lacks the bits, the group size, or the ratio of mixed rows.
     """
     if "high_bits" not in entry:
         return QuantConfig.parse(f"b{entry['bits']}g{entry['group_size']}")
@@ -287,12 +287,12 @@ def config_from_json(entry: Mapping[str, Any]) -> Config:
 
 
 def parse_config(text: str) -> Config:
-    """Read a configuration's name: ``b3g128`` or ``b2h3r10g128``.
+    """Parse a configuration's name: ``b3g128`` or ``b2h3r10g128``.
 
     Raises
     ------
     InputError
-        When there is no such configuration.
+        If there is no such configuration.
     """
     match = re.fullmatch(_MIXED_NAME, text.strip())
     if match is None:
@@ -303,17 +303,17 @@ def parse_config(text: str) -> Config:
     )
 
 
-#: The configuration at which Algorithm 1 reads sensitivity.
+#: The configuration whose sensitivity Algorithm 1 uses.
 DETECTION_CONFIG = QuantConfig(4, 64)
 
 
 def stop_index(name: str, ladder: tuple[QuantConfig, ...] = LADDER) -> int:
-    """The index in a ladder of a stop named ``3.13`` or ``b3g128``.
+    """Return the index in a ladder of a stop named like ``3.13`` or ``b3g128``.
 
     Raises
     ------
     InputError
-        When the ladder has no such stop.
+        If the ladder has no such stop.
     """
     for index, config in enumerate(ladder):
         if name in (config.stop_name, config.name):
@@ -328,40 +328,41 @@ def stop_index(name: str, ladder: tuple[QuantConfig, ...] = LADDER) -> int:
 
 
 def is_divisible(numel: int, group_size: int) -> bool:
-    """Whether groups of ``group_size`` weights, taken in order, fill a matrix without padding."""
+    """Return whether consecutive groups of ``group_size`` weights fill a matrix without padding."""
     return numel % group_size == 0
 
 
 def nominal_bytes(numel: int, config: QuantConfig) -> float:
-    """Bytes of a matrix of ``numel`` weights by the papers' formula (may be a fraction)."""
+    """Return the bytes of ``numel`` weights by the papers' formula (may be fractional)."""
     return numel * config.nominal_bits / 8
 
 
 def fp16_metadata_bytes(numel: int, config: QuantConfig) -> float:
-    """Bytes of a matrix if every group kept scale and zero as fp16."""
+    """Return the bytes of a matrix with scale and zero of every group in fp16."""
     return numel * config.bits_with_fp16_metadata / 8
 
 
 def weight_only_bytes(numel: int, config: QuantConfig) -> float:
-    """Bytes of the weight codes alone, without any metadata."""
+    """Return the bytes of the weight codes alone, without metadata."""
     return numel * config.bits / 8
 
 
 def matrix_bytes(
     count_bytes: Callable[[int, QuantConfig], float], shape: HasShape, config: Config
 ) -> float:
-    """Bytes of a whole matrix: of its parts, and of the index of its high-impact rows.
+    """Return the bytes of an entire matrix: its parts and the index of its high-impact rows.
 
-    ``count_bytes`` is one of the functions above, of a number of weights at a configuration.
+    ``count_bytes`` is one of the functions above: bytes of a number of weights at a configuration.
     """
     parts = sum(count_bytes(numel, part) for numel, part in config.parts(shape))
     return parts + config.index_bytes(shape)
 
 
 def snap_to_stop(bits: float, ladder: tuple[QuantConfig, ...] = LADDER) -> float:
-    """A stop's own size where ``bits`` is that rounded to four decimals, else ``bits``.
+    """Return the exact size of the stop that rounds to ``bits`` at four decimals, else ``bits``.
 
-    Sizes are shown and typed with at most four decimals, which may lie below the stop.
+    Sizes are shown and typed with at most four decimals, and the rounded size may be below the
+    stop.
 
     >>> snap_to_stop(3.2539)
     3.25390625
@@ -370,17 +371,17 @@ def snap_to_stop(bits: float, ladder: tuple[QuantConfig, ...] = LADDER) -> float
 
 
 def find_stop(text: str, ladder: tuple[QuantConfig, ...] = LADDER) -> QuantConfig | None:
-    """The stop that a size names (``3.25``, ``3.25bpp``, ``b3g64``), None where it is a number."""
+    """Return the stop named by ``3.25``, ``3.25bpp`` or ``b3g64``, or None if there is none."""
     name = text.strip().removesuffix("bpp").rstrip()
     return next((c for c in ladder if name in (c.stop_name, c.name)), None)
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What may be spent on the linear weights, metadata included; one of the two is given.
+    """A size limit for the linear weights, metadata included; one of the two sizes is set.
 
-    Bits per parameter bound the nominal bytes. Bytes bound the planned bytes, which the quantizer
-    stores: a person who writes ``50MiB`` wants no more than that in memory.
+    A budget in bits per parameter limits the nominal bytes. A budget in bytes limits the planned
+    bytes, which the quantizer stores: ``50MiB`` is meant as the actual size in memory.
     """
 
     text: str
@@ -389,11 +390,11 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str, numel: int, ladder: tuple[QuantConfig, ...] = LADDER) -> Budget:
-        """Read ``3.2bpp``, ``9MiB``, ``1.5GiB``, ``800KiB``, ``9000000B`` for ``numel`` weights.
+        """Parse ``3.2bpp``, ``9MiB``, ``1.5GiB``, ``800KiB`` or ``9000000B`` for ``numel`` weights.
 
-        The name of a stop, ``3.25bpp``, ``3.25`` or ``b3g64``, means the size of that stop, which
-        differs from the two decimals of its name by up to 0.004 bits; ``3.250bpp`` is a number.
-        Stops are those of ``ladder``.
+        The name of a stop of ``ladder`` (``3.25bpp``, ``3.25`` or ``b3g64``) means the exact size
+        of that stop, which differs from its two-decimal name by up to 0.004 bits; ``3.250bpp`` is
+        a number.
 
         >>> Budget.parse("3.25bpp", 8).nominal_bytes, Budget.parse("3.250bpp", 8).nominal_bytes
         (3.25390625, 3.25)
@@ -403,7 +404,7 @@ class Budget:
         Raises
         ------
         InputError
-            When it is not a positive number with one of those units.
+            If the text is not a positive number with one of those units.
         """
         stop = find_stop(text, ladder)
         if stop is not None:

@@ -1,4 +1,4 @@
-"""The devices of this machine, each by one name; none of this imports torch."""
+"""Canonical names of this machine's devices. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import re
 from importlib.metadata import version
 from pathlib import Path
 
-#: Where the driver's device nodes are, one a card that this process may use.
+#: The folder of the driver's device nodes, one per card available to this process.
 _DEV_FOLDER = Path("/dev")
 
 
 def count_gpus() -> int:
-    """How many GPUs torch will see: they are numbered from 0, whatever their nodes' numbers.
+    """Return the number of GPUs visible to torch, which numbers them from 0.
 
-    A container may hold ``/dev/nvidia3`` alone, and ``CUDA_VISIBLE_DEVICES`` may hide some. 0 with
-    a torch that was built without CUDA.
+    Node numbers can differ: a container may have ``/dev/nvidia3`` alone. ``CUDA_VISIBLE_DEVICES``
+    may hide some GPUs. The result is 0 if torch was built without CUDA.
     """
     if "+cpu" in version("torch"):
         return 0
@@ -26,7 +26,7 @@ def count_gpus() -> int:
     if visible is None or not node_count:
         return node_count
     count = 0
-    for entry in visible.split(","):  # as CUDA does it: up to the first that is none
+    for entry in visible.split(","):  # like CUDA, stop at the first invalid entry
         entry = entry.strip()
         if (entry.isdigit() and int(entry) < node_count) or entry.startswith(("GPU-", "MIG-")):
             count += 1
@@ -36,14 +36,14 @@ def count_gpus() -> int:
 
 
 def device_names() -> list[str]:
-    """The CPU, and every GPU that torch will see."""
+    """Return the names of the CPU and of every GPU visible to torch."""
     return ["cpu", *(f"cuda:{number}" for number in range(count_gpus()))]
 
 
 def canonical_device(name: str) -> str:
-    """The one name of a device: ``auto`` is what it will mean here, ``cuda`` is ``cuda:0``.
+    """Return the canonical name of a device: ``auto`` is resolved, ``cuda`` becomes ``cuda:0``.
 
-    What names no device stays as it is.
+    Names of no known form are returned unchanged.
     """
     if name == "auto":
         return device_names()[1] if count_gpus() else "cpu"
@@ -56,7 +56,7 @@ def canonical_device(name: str) -> str:
 
 
 def count_cores() -> int:
-    """Processor cores that this process may use."""
+    """Return the number of processor cores available to this process."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -1,7 +1,7 @@
-"""What this project keeps on disk, and how to let go of it.
+"""List what this project stores on disk, and delete parts of it.
 
-A database may be anybody's, and the folders that it names are only names: what is deleted lies in
-the data folder, where the database is, and is nothing but a saved model.
+A database may come from anyone, so the folders it names are not trusted: a model folder is deleted
+only if it is inside the data folder, next to the database, and has only a model's files.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from lsq_core.model.source import MANIFEST_FILE, folder_bytes
 from lsq_core.quantized.manifest import unfinished_folders, unrelated_files
 from lsq_core.store.store import Store
 
-#: The kind of a model in another tool's format.
+#: The ``kind`` of a model in another tool's format.
 _EXPORTED = "exported model"
 
 
 @dataclass(frozen=True)
 class DiskItem:
-    """Something on disk: what it is, where, how large, and whether it can be pruned from here.
+    """Something stored on disk: its kind, path and size, and whether it can be pruned.
 
-    ``reason`` says why it can't be.
+    ``reason`` explains why it can't be.
     """
 
     name: str
@@ -40,19 +40,20 @@ class DiskItem:
 
 
 def models_folder(store: Store) -> Path:
-    """Where the app saves quantized models."""
+    """Return the folder in which the app saves quantized models."""
     return store.path.parent / "models"
 
 
 def jobs_folder(store: Store) -> Path:
-    """Where jobs have their folders."""
+    """Return the folder that contains the jobs' folders."""
     return store.path.parent / "jobs"
 
 
 def list_disk_items(store: Store) -> list[DiskItem]:
-    """The database, saved models, ended jobs, kept hidden states, models dequantized or fetched.
+    """Return the database, models, jobs, stored hidden states, and cached models.
 
-    Of saved models also those that were not finished.
+    Models are saved, exported or unfinished; cached models are dequantized GGUF files and models
+    fetched from the Hugging Face Hub.
     """
     size = store.path.stat().st_size
     items = [DiskItem("database", "database", store.path, size, False, "it is the database")]
@@ -60,7 +61,7 @@ def list_disk_items(store: Store) -> list[DiskItem]:
     parents = {models_folder(store), store.path.parent}
     parents |= {path.parent for path in saved | exported}
     unfinished = {path for parent in parents for path in unfinished_folders(parent)}
-    # Earlier versions wrote into folders of the system's temporary names.
+    # Earlier versions saved into folders named by ``tempfile``.
     unfinished |= {p for p in models_folder(store).glob(".*-????????") if p.is_dir()}
     items += [_saved_model_item(store, path, "saved model") for path in sorted(saved)]
     items += [_saved_model_item(store, path, _EXPORTED) for path in sorted(exported)]
@@ -77,7 +78,7 @@ def list_disk_items(store: Store) -> list[DiskItem]:
 
 
 def _model_folders(store: Store, name: str) -> set[Path]:
-    """The folders that hold a file of this name, in the models' folder or named by a run."""
+    """Return folders with a file of this name, in the models' folder or named by a run."""
     named = {path for path in map(Path, store.saved_folders()) if _file_exists(path / name)}
     return named | {path.parent for path in models_folder(store).glob(f"*/{name}")}
 
@@ -86,7 +87,7 @@ def _file_exists(path: Path) -> bool:
     try:
         return path.is_file()
     except (OSError, ValueError):
-        return False  # a name that no file can have
+        return False  # an invalid file name
 
 
 def _disk_item(name: str, kind: str, path: Path, reason: str) -> DiskItem:
@@ -94,7 +95,7 @@ def _disk_item(name: str, kind: str, path: Path, reason: str) -> DiskItem:
 
 
 def _saved_model_item(store: Store, path: Path, kind: str) -> DiskItem:
-    """A saved model; one in another place, or among other files, is listed and no more."""
+    """Return a model's item; prunable only if in the data folder and without other files."""
     data_folder, reason = store.path.parent.resolve(), ""
     if (
         path.is_symlink()
@@ -111,17 +112,17 @@ def _saved_model_item(store: Store, path: Path, kind: str) -> DiskItem:
 
 
 def _unrelated_files(path: Path, kind: str) -> list[str]:
-    """The names of what else is in a model's folder."""
+    """Return the names of unrelated files in a model's folder."""
     if kind != _EXPORTED:
         return unrelated_files(path)
     try:
         return unrelated_export_files(path)
     except InputError:
-        return [EXPORT_FILE]  # which is damaged, so whose files the others are is not known
+        return [EXPORT_FILE]  # damaged, so the origin of the other files is unknown
 
 
 def _dequantized_items() -> list[DiskItem]:
-    """Folders made from GGUF files, which are made again when they are needed."""
+    """Return the folders of dequantized GGUF files, which are rebuilt when needed."""
     return [
         _disk_item(f"gguf:{origin.name}", "dequantized GGUF file", folder, "")
         for folder, origin in gguf.dequantized_folders()
@@ -146,12 +147,12 @@ def _hub_cache_items() -> list[DiskItem]:
 
 
 def prune(store: Store, name: str) -> DiskItem:
-    """Delete one of :func:`list_disk_items` by name; results in the database stay.
+    """Delete an item of :func:`list_disk_items` by name; results in the database are kept.
 
     Raises
     ------
     InputError
-        When there is no such thing, it is in use, or it is not this project's to delete.
+        If there is no such item, it is in use, or it does not belong to this project.
     """
     by_name = {item.name: item for item in list_disk_items(store)}
     item = by_name.get(name)

@@ -8,15 +8,14 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-#: Characters of a foreign message that a sentence quotes.
+#: Maximum length of a library's message quoted in an error.
 _MAX_REASON_CHARS = 400
-#: Where torch goes on with its own source lines and the frames of a stack.
+#: Matches the source lines and stack frames that torch appends to its messages.
 _FRAMES = re.compile(
     r" (?:Exception raised from |/\S+\.(?:h|cpp|cu):\d+ \(most recent call first\)).*"
 )
 _SENTENCES = re.compile(r"[^.!?]+[.!?]?|[.!?]")
-#: What libraries say in sentences that point to what they printed elsewhere, which isn't shown
-#: here.
+#: Matches references in library messages to output printed elsewhere, which isn't shown here.
 _POINTERS = re.compile(
     r"\b(?:above (?:report|exception|error|message)|report above|see above|"
     r"set_verbosity|Stack trace below)\b",
@@ -25,16 +24,16 @@ _POINTERS = re.compile(
 
 
 class LsqError(Exception):
-    """The work could not be done; the message is one sentence: what, where, what to do.
+    """The work failed; the message is one sentence saying what failed, where, and what to do.
 
-    The command line prints it and exits with 1; the app shows it in place of the result.
+    The command line prints it and exits with 1; the app shows it instead of the result.
     """
 
     exit_code = 1
 
 
 class InputError(LsqError):
-    """What was asked for cannot be: a wrong path, an unreachable budget, an unknown name.
+    """The request cannot be met: a wrong path, an unreachable budget, an unknown name.
 
     The command line exits with 2.
     """
@@ -43,7 +42,7 @@ class InputError(LsqError):
 
 
 def choose(options: Mapping[str, T], name: str, kind: str) -> T:
-    """The option of a name; ``kind`` is what such options are called, with its article.
+    """Return the option with this name; ``kind`` is a noun with article for the error message.
 
     >>> choose({"a": 1, "b": 2}, "c", "a letter")
     Traceback (most recent call last):
@@ -53,7 +52,7 @@ def choose(options: Mapping[str, T], name: str, kind: str) -> T:
     Raises
     ------
     InputError
-        When there is none.
+        If there is no such option.
     """
     if name not in options:
         raise InputError(f"'{name}' is not {kind}; choose one of {', '.join(options)}.")
@@ -61,16 +60,16 @@ def choose(options: Mapping[str, T], name: str, kind: str) -> T:
 
 
 class DeviceMemoryError(LsqError):
-    """A device had too little memory for the work; less of it at a time may go well."""
+    """A device ran out of memory; doing less of the work at a time may succeed."""
 
 
 def exception_reason(error: BaseException) -> str:
-    """What an exception of a library says, as a clause to quote: one line, whole, without a stop.
+    """Return a library exception's message as one line without a final full stop, to be quoted.
 
-    All its lines are joined, because the first alone often ends before the reason does ("one
-    of:"), and references to what was printed elsewhere are dropped. Where nothing is left the
-    reason is that of the exception's cause, or else its type. A long message ends after a
-    sentence or with an ellipsis.
+    All lines are joined, since the first one often ends before the reason does ("one of:"), and
+    references to output printed elsewhere are dropped. If nothing is left, the reason is that of
+    the exception's cause, or else its type. A long message is cut after a sentence or with an
+    ellipsis.
 
     >>> exception_reason(ValueError("Couldn't load it from one of: \\n(1) a file,\\n(2) a class."))
     "Couldn't load it from one of: (1) a file, (2) a class"
@@ -94,7 +93,7 @@ def exception_reason(error: BaseException) -> str:
 
 @contextmanager
 def translate_resource_errors(device: str) -> Iterator[None]:
-    """Turn running out of memory or disk into a sentence that says what to do."""
+    """Translate out-of-memory and disk-full errors into errors that say what to do."""
     try:
         yield
     except LsqError:

@@ -1,8 +1,8 @@
-"""Files written whole, and read back with doubt; every other module writes its files by this one.
+"""Atomic writing and checked reading of files; all other modules write their files through it.
 
-A file that is written here is found as it was or as it is now, never half of it, also after a
-power cut, a kill or on a full disk. What is read back is checked: a file that is empty, cut or
-not what its reader expects is :class:`DamagedFileError`, which costs what it held and nothing else.
+A file written here has either its old or its new content, never part of it, even after a power
+cut, a kill or on a full disk. Files are checked when read back: an empty, truncated or unexpected
+file raises :class:`DamagedFileError`, so that only its own content is lost.
 """
 
 from __future__ import annotations
@@ -27,40 +27,40 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-#: Error numbers of a disk that takes no more, and of one that can't be written whatever is asked.
+#: Error numbers of a full disk, and of a disk or file that can't be written at all.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DENIED = (errno.EROFS, errno.EACCES, errno.EPERM)
-#: Bytes of the largest JSON file that is read back.
+#: Maximum size of a JSON file that is read back.
 _MAX_JSON_BYTES = 256 * 2**20
 
 
 class DamagedFileError(LsqError):
-    """A file that was read back isn't what was written; the message says which, and how."""
+    """A file doesn't have the content that was written; the message says which file and why."""
 
 
 # --- writing --------------------------------------------------------------------------------
 
 
 def write_bytes(path: Path, content: bytes, *, new: bool = False) -> None:
-    """Write a file whole; see :func:`atomic_writer`."""
+    """Write a file atomically; see :func:`atomic_writer`."""
     with atomic_writer(path, new=new) as file:
         file.write(content)
 
 
 @contextmanager
 def atomic_writer(path: Path, *, new: bool = False) -> Iterator[BinaryIO]:
-    """A binary file to write within a ``with``, which takes its place when that ends well.
+    """Yield a binary file that replaces ``path`` when the ``with`` block succeeds.
 
-    It is synced before it takes its place, and its folder after; where anything goes wrong
-    nothing of it is left. With ``new`` there must be no file of that name. A device or a pipe is
-    written to as it is.
+    The file is synced before it replaces the old one, and its folder afterwards; on failure
+    nothing of it is left behind. With ``new`` the file must not exist yet. A device or pipe is
+    written to directly.
 
     Raises
     ------
     InputError
-        When there can be no such file, or with ``new`` there is one.
+        If the path is invalid or cannot be written, or with ``new`` the file exists.
     LsqError
-        When the disk is full or fails.
+        If the disk is full or fails.
     """
     try:
         target = _target(path, new)
@@ -77,7 +77,7 @@ def atomic_writer(path: Path, *, new: bool = False) -> Iterator[BinaryIO]:
 
 
 def _target(path: Path, new: bool) -> Path:
-    """Where a file of this path is, whatever links lead there."""
+    """Return the path with all links resolved, after checking that it can be a file."""
     try:
         target = Path(os.path.realpath(path))
     except ValueError as error:  # a null byte
@@ -108,25 +108,25 @@ def _atomic_replacement(target: Path, new: bool) -> Iterator[BinaryIO]:
 
 
 def _link(temporary: Path, target: Path) -> None:
-    """Give a file its name, which unlike renaming it takes no other file's place."""
+    """Give a file its final name by linking, which unlike renaming never replaces a file."""
     try:
         os.link(temporary, target)
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS) or target.exists():
             raise
-        temporary.replace(target)  # a file system without links
+        temporary.replace(target)  # the file system has no hard links
 
 
 def lock_folder(folder: Path) -> int:
-    """A descriptor that marks a folder as in use until it is closed, or its process ends."""
+    """Lock a folder until the returned descriptor is closed or the process ends."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    with suppress(OSError):  # a file system without locks
+    with suppress(OSError):  # the file system has no locks
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return descriptor
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether a process holds the lock of a folder (:func:`lock_folder`)."""
+    """Return whether a process holds the lock of a folder (:func:`lock_folder`)."""
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError:
@@ -143,7 +143,7 @@ def is_locked(folder: Path) -> bool:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Have the names in a folder on the disk, where its file system can do that."""
+    """Sync a folder's entries to disk, if its file system supports that."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -153,7 +153,7 @@ def fsync_folder(folder: Path) -> None:
 
 
 def fsync_tree(folder: Path) -> None:
-    """Have every file of a folder that others wrote on the disk, and the folder's own names."""
+    """Sync all files of a folder, written by other code, and its entries to disk."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
@@ -162,13 +162,13 @@ def fsync_tree(folder: Path) -> None:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's content; 64 hexadecimal digits."""
+    """Return the SHA-256 of a file's content as 64 hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def cached_sha256(path: Path) -> str:
-    """The same, computed once in a process for as long as nobody writes to the file."""
+    """Return :func:`file_sha256`, cached in this process until the file changes."""
     path = path.resolve()
     status = path.stat()
     return _sha256_of_version(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
@@ -180,7 +180,7 @@ def _sha256_of_version(path: Path, size: int, modified_ns: int, changed_ns: int)
 
 
 def write_error(path: Path, error: Exception) -> LsqError:
-    """What to tell a person whose file could not be written."""
+    """Return the error to show to the user if a file could not be written."""
     number = getattr(error, "errno", None)
     if number in _FULL:
         return LsqError(f"The disk is full, so {path} was not written: make room and try again.")
@@ -191,7 +191,7 @@ def write_error(path: Path, error: Exception) -> LsqError:
 
 
 def translate_disk_error(error: BaseException) -> LsqError | None:
-    """The error for a disk that is full or read-only, None for any other failure."""
+    """Return the error for a full, failing or read-only disk, or None for any other failure."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (*_FULL, *_DENIED, errno.EIO):
             where = error.filename or "a file"
@@ -203,16 +203,16 @@ def translate_disk_error(error: BaseException) -> LsqError | None:
 
 
 def resolve_path(path: str | Path) -> Path:
-    """The absolute path that a person gave, ``~`` being a home.
+    """Return a path given by the user as an absolute path, with ``~`` expanded.
 
     Raises
     ------
     InputError
-        When no file can have it: it is too long, leads back to itself, or into nobody's home.
+        If the path is invalid: too long, a loop of links, or in the home of an unknown user.
     """
     try:
         whole = Path(path).expanduser().resolve()
-        whole.exists()  # what is only missing is no error
+        whole.exists()  # raises for an invalid path, not for a missing file
     except (OSError, RuntimeError, ValueError) as error:
         shown = str(path) if len(str(path)) <= 200 else f"{str(path)[:60]}…"
         reason = getattr(error, "strerror", None) or exception_reason(error)
@@ -224,12 +224,12 @@ def resolve_path(path: str | Path) -> Path:
 
 
 def read_json(path: Path) -> dict | None:
-    """The object in a JSON file, or None where there is no file.
+    """Return the object in a JSON file, or None if the file does not exist.
 
     Raises
     ------
     DamagedFileError
-        When it holds anything else, or cannot be read.
+        If the file does not contain a JSON object, is too large, or cannot be read.
     """
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
@@ -249,7 +249,7 @@ def _reject_constant(name: str) -> None:
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write arrays into a ``.npz`` file, whole."""
+    """Write arrays to a ``.npz`` file atomically."""
     import numpy as np
 
     with atomic_writer(path) as file:
@@ -257,7 +257,7 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
-    """Write tensors into a ``.safetensors`` file, whole, without a second copy of all of them."""
+    """Write tensors to a ``.safetensors`` file atomically, without copying all of them at once."""
     import torch
 
     from lsq_core.model.dtypes import safetensors_name
@@ -269,7 +269,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str
         dtype, shape = safetensors_name(tensor.dtype), list(tensor.shape)
         entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
     head = json.dumps(entries).encode()
-    head += b" " * (-len(head) % 8)  # numbers begin at a multiple of their size
+    head += b" " * (-len(head) % 8)  # align the data to 8 bytes
     with atomic_writer(path) as file:
         file.write(len(head).to_bytes(8, "little") + head)
         for tensor in tensors.values():
@@ -278,14 +278,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str
 
 
 def read_arrays(path: Path, expected: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | None:
-    """Arrays that :func:`write_arrays` wrote, or None where there is no file.
+    """Read arrays written by :func:`write_arrays`; return None if the file does not exist.
 
-    ``expected`` has an array of the expected shape and dtype for each; values have to be finite.
+    ``expected`` has an array of the expected shape and dtype for each; values must be finite.
 
     Raises
     ------
     DamagedFileError
-        When one is missing or another than expected, or the file cannot be read.
+        If an array is missing or not as expected, or the file cannot be read.
     """
     import numpy as np
 

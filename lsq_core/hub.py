@@ -1,15 +1,15 @@
-"""The Hugging Face Hub as a network service: how long to wait for it, and which errors are its."""
+"""The Hugging Face Hub as a network service: its timeout, its errors, and its availability."""
 
 from __future__ import annotations
 
-#: Seconds that a short request may take before the hub counts as out of reach.
+#: Seconds after which the hub counts as unreachable if a short request gets no answer.
 TIMEOUT_S = 5.0
-#: Packages that make the requests; their errors have no base class in common.
+#: Packages that make the requests; their errors have no common base class.
 _CLIENTS = frozenset({"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "aiohttp"})
 
 
 def is_network_error(error: BaseException) -> bool:
-    """Whether an error is of the hub, of the way there, or of the files it was to be kept in."""
+    """Return whether an error comes from the hub, the network, or the local files of a download."""
     from huggingface_hub.errors import HfHubHTTPError
 
     if isinstance(error, (HfHubHTTPError, OSError)):
@@ -18,14 +18,14 @@ def is_network_error(error: BaseException) -> bool:
 
 
 def is_reachable(name: str, revision: str | None) -> bool:
-    """Whether the hub can be asked for a model now; one short request, which isn't repeated.
+    """Return whether the hub answers a request for a model, tried once with a short timeout.
 
-    Downloads repeat theirs for 24 seconds where nothing answers.
+    Downloads retry for 24 seconds if nothing answers.
 
     Raises
     ------
     huggingface_hub.errors.HfHubHTTPError
-        What the hub answered where it has no such model or revision, or keeps it from this person.
+        If the hub has no such model or revision, or denies access to it.
     """
     from huggingface_hub import HfApi, is_offline_mode
     from huggingface_hub.errors import HfHubHTTPError

@@ -1,4 +1,4 @@
-"""JSON as the standard has it, for the command line, the store and jobs."""
+"""Standard-conforming JSON for the command line, the store and jobs."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from lsq_core.files import write_bytes
 
 
 def json_text(content: object, indent: int | None = None, ascii: bool = False) -> str:
-    """``content`` as JSON text: NaN and infinities become null, dates and paths text.
+    """Return ``content`` as JSON text: NaN and infinities become null, dates and paths strings.
 
-    With ``ascii`` every other character is escaped, which says the same.
+    With ``ascii``, non-ASCII characters are escaped.
     """
     return json.dumps(_plain(content), indent=indent, default=str, ensure_ascii=ascii)
 
@@ -31,7 +31,7 @@ def _plain(value: Any) -> Any:
 
 
 def json_bytes(content: object) -> bytes:
-    """``content`` as a JSON file in UTF-8; names that no encoding can write are escaped."""
+    """Return ``content`` as UTF-8 JSON, escaped to ASCII if it cannot be encoded (surrogates)."""
     try:
         return json_text(content, indent=1).encode("utf8")
     except UnicodeEncodeError:
@@ -39,5 +39,5 @@ def json_bytes(content: object) -> bytes:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write a JSON file whole; raises as :func:`lsq_core.files.atomic_writer`."""
+    """Write a JSON file atomically; raises as :func:`lsq_core.files.atomic_writer`."""
     write_bytes(path, json_bytes(content))

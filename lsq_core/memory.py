@@ -1,4 +1,4 @@
-"""How much memory there is to take: of the machine, and of the container (cgroup) around us."""
+"""Available memory and its limit: of the machine, and of this process's container (cgroup)."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ import psutil
 _MEMBERSHIP = Path("/proc/self/cgroup")
 _MOUNTS = Path("/proc/self/mountinfo")
 _VMSTAT = Path("/proc/vmstat")
-#: By version of the hierarchy: limit, use, and the line of ``memory.stat`` with what the kernel
-#: gives back by itself (pages of files that were not used of late).
+#: By version of the hierarchy: files of limit and usage, and the line of ``memory.stat`` with the
+#: memory that the kernel reclaims by itself (pages of files not used recently).
 _FILES = {
     1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     2: ("memory.max", "memory.current", "inactive_file"),
 }
-#: By version: where the number of processes that the kernel killed for want of memory is.
+#: By version: the file with the number of processes killed for lack of memory.
 _KILLS = {1: "memory.oom_control", 2: "memory.events"}
 
 
 def available_memory() -> int:
-    """Bytes that can be taken now: the machine's, or less where a cgroup's limit is nearer."""
+    """Return the bytes available now: the machine's, or less if a cgroup's limit is closer."""
     return min([psutil.virtual_memory().available, *_free_in_cgroups()])
 
 
 def memory_limit() -> int:
-    """Bytes that there are altogether: the machine's, or the smallest limit of our cgroups."""
+    """Return the machine's memory in bytes, or the smallest limit of our cgroups if lower."""
     limits = (_read_number(group / _FILES[version][0]) for version, group in _cgroups())
     return min([psutil.virtual_memory().total, *(limit for limit in limits if limit is not None)])
 
 
 def describe_memory_limit(format_bytes: Callable[[float], str]) -> str:
-    """That our cgroup allows less than the machine has, and how much; '' where it doesn't."""
+    """Return a clause with our cgroup's memory limit, or '' if it is not below the machine's."""
     limit = memory_limit()
     if limit >= psutil.virtual_memory().total:
         return ""
@@ -40,10 +40,10 @@ def describe_memory_limit(format_bytes: Callable[[float], str]) -> str:
 
 
 def oom_kills() -> int | None:
-    """How many processes of our cgroup the kernel has killed for want of memory so far.
+    """Return how many processes of our cgroup the kernel has killed so far for lack of memory.
 
-    Of the whole machine where we are in no cgroup that counts them; None where neither does. A
-    difference of two readings tells of kills between them.
+    If our cgroup has no such count, it is that of the machine; None if that is missing too. The
+    difference of two readings is the number of kills between them.
     """
     counts = [
         _read_counter(group / _KILLS[version], "oom_kill") for version, group in _cgroups()[:1]
@@ -64,10 +64,10 @@ def _free_in_cgroups() -> list[int]:
 
 
 def _cgroups() -> list[tuple[int, Path]]:
-    """Version and folder of our memory cgroup and of each above it, our own first.
+    """Return version and folder of our memory cgroup and of its ancestors, our own first.
 
-    Inside a container the folder named in ``/proc/self/cgroup`` may lie outside what is mounted;
-    the root of the mount is our own then.
+    Inside a container the folder named in ``/proc/self/cgroup`` may be outside the mounted
+    hierarchy; in that case the nearest existing ancestor, at most the mount's root, is our own.
     """
     entries = []
     for version, path in _cgroup_memberships():
@@ -84,7 +84,7 @@ def _cgroups() -> list[tuple[int, Path]]:
 
 
 def _cgroup_memberships() -> list[tuple[int, str]]:
-    """Version and path of the cgroups that may limit our memory: version 1 where it's in use."""
+    """Return version and path of the cgroups that may limit our memory: version 1 if in use."""
     try:
         lines = [line.split(":", 2) for line in _MEMBERSHIP.read_text("utf8").splitlines()]
     except OSError:
@@ -94,7 +94,7 @@ def _cgroup_memberships() -> list[tuple[int, str]]:
 
 
 def _cgroup_mounts(version: int) -> list[tuple[str, Path]]:
-    """Root within the hierarchy and mount point, of each mount of that version."""
+    """Return the root within the hierarchy and the mount point of each mount of a version."""
     try:
         lines = [line.split() for line in _MOUNTS.read_text("utf8").splitlines()]
     except OSError:
@@ -108,7 +108,7 @@ def _cgroup_mounts(version: int) -> list[tuple[str, Path]]:
 
 
 def _read_number(path: Path) -> int | None:
-    """The number in a file; None for ``max``, or where there is no such file."""
+    """Return the number in a file, or None for ``max`` or a missing file."""
     try:
         text = path.read_text("utf8").strip()
     except OSError:
@@ -117,7 +117,7 @@ def _read_number(path: Path) -> int | None:
 
 
 def _read_counter(path: Path, name: str) -> int | None:
-    """The number after a name, in a file with one of each a line."""
+    """Return the number after a name in a file with one name and number per line, or None."""
     try:
         pairs = (line.split() for line in path.read_text("utf8").splitlines())
         return next((int(pair[1]) for pair in pairs if pair[0] == name), None)

@@ -1,4 +1,4 @@
-"""Where this project's own files are, in a checkout of its repository and installed."""
+"""Locations of this project's own files, in a checkout of its repository or installed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ _PACKAGE = Path(__file__).resolve().parent
 #: The folder that ``lsq_core`` is imported from: a checkout's root, or site-packages. Child
 #: processes run there, so that they import the same package.
 IMPORT_FOLDER = _PACKAGE.parent
-#: ``setup.py`` puts into a wheel what the repository has beside the package, in the same layout.
+#: Files next to the package in the repository, which ``setup.py`` copies here in a wheel, in the
+#: same layout.
 _BUNDLED = _PACKAGE / "bundled"
 IN_CHECKOUT = not _BUNDLED.is_dir()
 #: The folder with ``app.py``, ``pages/``, ``.streamlit/`` and ``data/demo_model/``.
@@ -20,16 +21,16 @@ RESOURCES = IMPORT_FOLDER if IN_CHECKOUT else _BUNDLED
 
 
 def data_folder() -> Path:
-    """The folder for the database, jobs and saved models; it need not exist.
+    """Return the folder for the database, jobs and saved models; it may not exist yet.
 
-    ``LSQ_HOME`` where that is set, else ``data/`` in a checkout, else the platform's folder for
-    the data of applications: ``~/Library/Application Support`` on macOS, otherwise by the XDG
-    Base Directory Specification.
+    It is ``LSQ_HOME`` if set, ``data/`` in a checkout, or else ``lsq-explorer`` in the platform's
+    folder for application data: ``~/Library/Application Support`` on macOS, otherwise according to
+    the XDG Base Directory Specification.
 
     Raises
     ------
     InputError
-        When the home directory that a path needs is not known.
+        If the path needs a home directory that is not known.
     """
     chosen = os.environ.get("LSQ_HOME")
     if not chosen and IN_CHECKOUT:
@@ -46,6 +47,6 @@ def data_folder() -> Path:
 def _user_data() -> Path:
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Application Support"
-    # The specification has relative paths ignored.
+    # The specification says to ignore relative paths.
     folder = Path(os.environ.get("XDG_DATA_HOME", ""))
     return folder if folder.is_absolute() else Path.home() / ".local" / "share"

@@ -1,4 +1,4 @@
-"""How far some work is, and where its time goes: seconds by stage, each counted once."""
+"""Progress of work, and its time by stage, with each second counted once."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
-#: Steps by which the progress of one of several things is reported.
+#: Steps in which the progress of one of several items is reported.
 PROGRESS_STEPS = 1000
-#: Called with how much of one stage is done, of how much, and what is being done.
+#: Called with the amount of a stage done, the total amount, and a message.
 Progress = Callable[[int, int, str], None]
-#: Called with a stage, how much of it is done, of how much, and what is being done.
+#: Called with a stage, the amount of it done, the total amount, and a message.
 ProgressCallback = Callable[[str, int, int, str], None]
 
 
 def no_progress(done: int, total: int, message: str) -> None:
-    """Report nothing of a stage."""
+    """Ignore the progress of a stage."""
 
 
 def ignore_progress(stage: str, done: int, total: int, message: str) -> None:
-    """Report nothing of any stage."""
+    """Ignore the progress of all stages."""
 
 
 class Clock:
-    """Seconds spent on each stage of some work since it began.
+    """Seconds spent on each stage of some work since it started.
 
-    A stage that another one contains counts for itself, and not for the one around it, so that
-    stages never add up to more than the whole.
+    The time of a nested stage is not counted for the enclosing one, so that the stages never add
+    up to more than the total.
     """
 
     def __init__(self) -> None:
@@ -38,12 +38,12 @@ class Clock:
 
     @property
     def total(self) -> float:
-        """Seconds since the clock was made."""
+        """Seconds since the clock was created."""
         return time.perf_counter() - self.start_time
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Count what a ``with`` takes under a name."""
+        """Add the duration of the ``with`` block to a stage."""
         start_time = time.perf_counter()
         self._nested_seconds.append(0.0)
         try:
@@ -55,12 +55,12 @@ class Clock:
                 self._nested_seconds[-1] += taken
 
     def add(self, name: str, seconds: float) -> None:
-        """Count seconds under a name."""
+        """Add seconds to a stage."""
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
 
 def timed(stage: str) -> Callable:
-    """Count what a method of an object with a ``clock`` takes under a stage's name."""
+    """Decorate a method to add its duration to a stage of its object's ``clock``."""
 
     def decorate(method: Callable) -> Callable:
         @wraps(method)

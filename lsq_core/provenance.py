@@ -1,10 +1,10 @@
-"""What a figure was made with, and what of that it depends on: versions, machine, time.
+"""Provenance of a figure (versions, machine, time), and which parts of it the figure depends on.
 
-All that may help a reader is recorded (:func:`versions`, :func:`machine`). What tells one figure
-from another is less, and is decided here alone: the *place* it was computed in (kind of device,
-dtype) and the versions of what computes it. Two figures of the same model, text and settings
-are the same when that is the same: a package that only plans, stores or downloads is no part of
-it.
+Everything that may help a reader is recorded (:func:`versions`, :func:`machine`). A figure depends
+on only part of it, which is decided in this module alone: the *place* where it was computed (kind
+of device, dtype) and the versions of the packages that compute it. Two figures of the same model,
+text and settings are the same if these agree; packages that only plan, store or download don't
+count.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from typing import Any
 from lsq_core.version import __version__
 
 #: Version of this project's own arithmetic: what its quantizers store for given weights, and how
-#: its metrics and evaluation turn that into figures. Raise it when one of these comes out new.
-#: 2: a matrix of any magnitude is quantized alike, its exponent stored.
+#: its metrics and evaluation turn that into figures. Raise it when any of these results change.
+#: Version 2: matrices of any magnitude are quantized alike, with their exponent stored.
 ARITHMETIC = 2
-#: The packages that compute every forward pass.
+#: The packages that every forward pass depends on.
 _FORWARD = ("torch", "transformers")
-#: What is recorded with a figure for its reader.
+#: The packages whose versions are recorded with every figure.
 _PACKAGES = ("torch", "transformers", "hqq", "datasets", "scipy", "pulp", "numpy", "duckdb")
 
 
 @lru_cache
 def versions(*more: str) -> dict[str, str]:
-    """This project's version, Python's, and those of the packages that figures depend on.
+    """Return the versions of this project, its arithmetic, Python and the recorded packages.
 
-    ``more`` are packages that only some figures depend on.
+    ``more`` are further packages, on which only some figures depend.
     """
     recorded_versions = {"lsq": __version__, "arithmetic": str(ARITHMETIC)}
     recorded_versions["python"] = platform.python_version()
@@ -48,34 +48,34 @@ def versions(*more: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class DeviceAndDtype:
-    """Where a model computes: the kind of device, ``cpu`` or ``cuda``, and the dtype."""
+    """The kind of device, ``cpu`` or ``cuda``, and the dtype that a model computes in."""
 
     device: str
     dtype: str
 
     @classmethod
     def from_record(cls, recorded: Mapping[str, object]) -> DeviceAndDtype:
-        """That of a record with ``device`` (``cuda:1``) and ``dtype``, '' where it has none."""
+        """Read ``device`` (``cuda:1``) and ``dtype`` from a record; '' if missing."""
         return cls(device_kind(str(recorded.get("device") or "")), str(recorded.get("dtype") or ""))
 
 
 def device_kind(device: str) -> str:
-    """``cuda`` of ``cuda:1``: figures do not depend on which of several devices it was."""
+    """Return ``cuda`` for ``cuda:1``: figures do not depend on which of several devices is used."""
     return device.partition(":")[0]
 
 
 def arithmetic_version(recorded: Mapping[str, str]) -> str:
-    """The version of this project's arithmetic in recorded versions; before it was recorded, 1."""
+    """Return the version of this project's arithmetic in recorded versions; 1 if missing."""
     return recorded.get("arithmetic", "1")
 
 
 def profile_dependencies(
     device_and_dtype: DeviceAndDtype, recorded: Mapping[str, str], packages: Sequence[str]
 ) -> dict[str, object]:
-    """What the scores of a profile depend on beside its settings, its model and its text.
+    """Return what a profile's scores depend on besides its settings, model and text.
 
     ``packages`` are those that its quantizer computes with. Releases of torch and transformers
-    move a score by rounding alone, far less than what plans are decided by, so a profile outlives
+    change scores only by rounding, far too little to affect plans, so profiles remain valid across
     them.
     """
     return {
@@ -87,7 +87,7 @@ def profile_dependencies(
 
 
 def run_dependencies(recorded: Mapping[str, str], packages: Sequence[str] = ()) -> dict[str, str]:
-    """The part of recorded versions that a quantized model, and its forward pass, depend on.
+    """Return the recorded versions that a quantized model and its forward pass depend on.
 
     ``packages`` are those that its quantizer computes with.
     """
@@ -96,10 +96,10 @@ def run_dependencies(recorded: Mapping[str, str], packages: Sequence[str] = ()) 
 
 
 def evaluation_dependencies(recorded: Mapping[str, Any]) -> dict[str, object]:
-    """What an evaluation depends on beside the model, the tokens and the protocol.
+    """Return what an evaluation depends on besides the model, the tokens and the protocol.
 
-    ``recorded`` is the provenance kept with it. Equal results of this function mean figures that
-    may be paired, and that need not be computed twice.
+    ``recorded`` is the provenance stored with it. Figures with equal dependencies may be paired
+    and need not be computed twice.
     """
     device_and_dtype = DeviceAndDtype.from_record(recorded)
     return {
@@ -112,7 +112,7 @@ def evaluation_dependencies(recorded: Mapping[str, Any]) -> dict[str, object]:
 
 
 def machine(device: str) -> str:
-    """The device in words: the GPU's own name, or the processor and its threads."""
+    """Return a description of a device: the GPU's name, or the processor and its threads."""
     if device.startswith("cuda"):
         import torch
 
@@ -121,5 +121,5 @@ def machine(device: str) -> str:
 
 
 def now() -> datetime:
-    """The time, in UTC, to the microsecond; without a zone, as DuckDB's TIMESTAMP keeps it."""
+    """Return the current UTC time without a time zone, as stored in DuckDB's TIMESTAMP."""
     return datetime.now(UTC).replace(tzinfo=None)

@@ -1,7 +1,7 @@
-"""The app as a server: who may reach it, by which name, and what a browser may do with it.
+"""The app as a server: who may reach it, under which names, and what a browser may do with it.
 
-Streamlit lets every page of this machine open its websocket, and every page show it in a frame. So
-its ASGI application is served behind :class:`Guard`, in this process, which ends with it.
+Streamlit allows any page on this machine to open its websocket, and any page to show it in a
+frame. Its ASGI application is therefore served behind :class:`Guard`, within this process.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ import psutil
 from lsq_core import paths
 from lsq_core.errors import InputError, LsqError
 
-#: What a folder with a snapshot of the database is called, before the process that made it.
+#: Name prefix of a folder with a snapshot of the database; the id of its process follows.
 SNAPSHOT = "lsq-snapshot-"
-#: Seconds that open connections have to end once the server was asked to.
+#: Seconds that open connections have to finish once the server is asked to stop.
 GRACE_S = 3.0
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-#: A page shows what is here and what it was given: no frame around it, nothing from elsewhere,
-#: whatever a name or a note in the database would like to load.
+#: Headers of every response: pages cannot be framed and load nothing from other servers, even if
+#: a name or a note in the database refers to it.
 HEADERS = {
     "Content-Security-Policy": (
         "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'; "
@@ -55,8 +55,8 @@ Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 class Access:
     """Who may reach the server.
 
-    ``hosts`` are the names it answers to, without port; none for every name, which needs a token.
-    ``token`` is '' where none is asked for.
+    ``hosts`` are the names it answers to, without port; empty means any name, which requires a
+    token. ``token`` is '' if none is required.
     """
 
     hosts: tuple[str, ...]
@@ -65,17 +65,19 @@ class Access:
 
     @property
     def cookie(self) -> str:
-        """The token's cookie: cookies are of a host, so its name tells the port."""
+        """The name of the token's cookie, with the port because cookies are shared by all ports."""
         return f"lsq-token-{self.port}"
 
 
 def access(address: str, port: int, token: bool) -> Access:
-    """Who may reach a server on an address: others than this machine with a token alone.
+    """Return who may reach a server at an address; a token is required unless it is loopback.
+
+    ``token`` requires one in any case.
 
     Raises
     ------
     InputError
-        When this machine can't listen there.
+        If the port is invalid or this machine can't listen there.
     """
     if not 0 < port < 2**16:  # getaddrinfo drops the higher bits
         raise InputError(f"{port} is no port; give --port a number from 1 to 65535.")
@@ -98,13 +100,13 @@ def access(address: str, port: int, token: bool) -> Access:
 
 
 class Guard:
-    """ASGI middleware: its own names, its own origin, its token; headers on every answer."""
+    """ASGI middleware that checks host name, origin and token, and adds security headers."""
 
     def __init__(self, app: Application, access: Access) -> None:
         self.app, self.access = app, access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on what may be, and answer the rest with 403."""
+        """Pass on permitted requests, and answer others with 403."""
         if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return
@@ -125,7 +127,7 @@ class Guard:
             await _respond(send, 403, reason)
 
     def rejection_reason(self, headers: dict[str, str]) -> str:
-        """Why a request is not for this server or not from its own pages; '' when it is."""
+        """Return why a request is not for this server or not from its pages, or '' if it is."""
         host = headers.get("host", "")
         name = urlsplit(f"//{host}").hostname or ""
         if self.access.hosts and name.rstrip(".") not in self.access.hosts:
@@ -133,7 +135,7 @@ class Guard:
         origin = headers.get("origin")
         if origin is not None and urlsplit(origin).netloc != host:
             return "Only pages of this server may ask it."
-        # A browser says so of what a page of another server embeds; a link is a navigation.
+        # Browsers send this for content embedded by a page of another server; links navigate.
         site, mode = headers.get("sec-fetch-site"), headers.get("sec-fetch-mode")
         if site in ("cross-site", "same-site") and mode != "navigate":
             return "Only pages of this server may ask it."
@@ -150,10 +152,10 @@ class Guard:
         return hmac.compare_digest(query_token.encode(), self.access.token.encode())
 
     async def _set_token_cookie(self, scope: Scope, send: Send) -> None:
-        """Keep the token in a cookie and take it out of the address."""
+        """Store the token in a cookie and redirect to the address without it."""
         query = parse_qsl(scope["query_string"].decode("latin1"), keep_blank_values=True)
         rest = urlencode([(key, value) for key, value in query if key != "token"])
-        # One slash: two would name another host.
+        # Exactly one slash: two would name another host.
         path = "/" + quote(scope["path"].lstrip("/\\"))
         cookie = f"{self.access.cookie}={self.access.token}; Path=/; HttpOnly; SameSite=Lax"
         extra = {"Location": path + (f"?{rest}" if rest else ""), "Set-Cookie": cookie}
@@ -182,7 +184,7 @@ async def _respond(send: Send, status: int, text: str, extra: dict[str, str] | N
 
 
 def remove_old_snapshots() -> None:
-    """Delete the snapshots of processes of this person that were killed."""
+    """Delete snapshots left behind by killed processes of this user."""
     for folder in Path(tempfile.gettempdir()).glob(f"{SNAPSHOT}*"):
         number = folder.name.removeprefix(SNAPSHOT).partition("-")[0]
         mine = not folder.is_symlink() and folder.stat().st_uid == os.getuid()
@@ -191,29 +193,31 @@ def remove_old_snapshots() -> None:
 
 
 def serve(address: str, port: int, token: bool) -> None:
-    """Serve the app in this process until it is asked to end.
+    """Serve the app in this process until it is asked to stop.
 
     Raises
     ------
     InputError
-        When this machine can't listen there.
+        If the port is invalid or this machine can't listen there.
+    LsqError
+        If the server cannot be started.
     """
     import uvicorn
 
     allowed = access(address, port, token)
     remove_old_snapshots()
-    os.chdir(paths.IMPORT_FOLDER)  # where jobs run, so that relative paths mean the same
+    os.chdir(paths.IMPORT_FOLDER)  # as for jobs, so that relative paths mean the same
     config = uvicorn.Config(
         _application(address, allowed),
         host=address,
         port=port,
         log_level="warning",
-        access_log=False,  # it would tell the token
+        access_log=False,  # it would reveal the token
         ws_max_size=200 * 1024 * 1024,
         timeout_graceful_shutdown=int(GRACE_S),
     )
     server = uvicorn.Server(config)
-    # uvicorn raises again what it was ended by; so this process ends as programs do.
+    # uvicorn re-raises the signal that stopped it; with this handler SIGTERM exits with status 0.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     print(f"LSQ Explorer is at {_url(address, allowed)} (press Ctrl+C to stop)", file=sys.stderr)
     server.run()
@@ -233,7 +237,7 @@ def _application(address: str, allowed: Access) -> Application:
     from streamlit.web.bootstrap import load_config_options
 
     app = App(paths.RESOURCES / "app.py", middleware=[Middleware(Guard, access=allowed)])
-    # The guard knows the names; Streamlit's own list is of this machine alone.
+    # The guard checks host names; Streamlit's own list has only those of this machine.
     load_config_options(
         {"server.address": address, "server.port": allowed.port, "server.allowedHosts": []}
     )

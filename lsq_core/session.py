@@ -1,4 +1,4 @@
-"""A session with one model: the way from it to a run, in ten lines of a notebook.
+"""A session with one model, from the model to a run in ten lines of a notebook.
 
     import lsq_core as lsq
 
@@ -9,7 +9,8 @@
     result = session.evaluate(quantized, corpus="stdlib")
     quantized.save("my-model-3bit")
 
-The command line, the app's jobs and the tests call the same methods; the stages do the work.
+The command line, the app's jobs and the tests call the same methods; the work is done in
+:mod:`lsq_core.stages`.
 """
 
 from __future__ import annotations
@@ -58,9 +59,9 @@ if TYPE_CHECKING:
 
 
 class Session(OpenModel):
-    """A model with everything that can be done with it; every result goes to its store.
+    """A model and all operations on it; every result is saved in its store.
 
-    Settings that are left out are :attr:`default_settings`.
+    ``settings`` default to :attr:`default_settings`.
     """
 
     def __repr__(self) -> str:
@@ -68,7 +69,7 @@ class Session(OpenModel):
         return short_table(f"Session with {self.source.name}", rows)
 
     def _model_rows(self) -> dict[str, object]:
-        """The model's part of the table; downloads nothing, and an error becomes a row."""
+        """Return the model's rows of the table; downloads nothing, and an error becomes a row."""
         try:
             known = self.published or self.source.is_local
             info = self.config_info if known else find_model_info(self.source, self.store)
@@ -83,11 +84,11 @@ class Session(OpenModel):
         }
 
     def profile_key(self, settings: ProfileSettings | None = None) -> str:
-        """The id that this model's profile has under these settings, measured or not."""
+        """Return the id of this model's profile under these settings, measured or not."""
         return profile.model_profile_key(self, settings or self.default_settings)
 
     def find_profile(self, settings: ProfileSettings | None = None) -> Profile | None:
-        """The profile if it was measured before, or published."""
+        """Return the stored or published profile with these settings, or None."""
         return profile.find_profile(self, settings or self.default_settings)
 
     def profile(
@@ -99,7 +100,7 @@ class Session(OpenModel):
     ) -> Profile:
         """See :func:`lsq_core.stages.profile.profile_model`.
 
-        Fields of :class:`ProfileSettings` may be given as keywords.
+        Fields of :class:`ProfileSettings` can be given as keyword arguments.
         """
         return profile.profile_model(self, self._settings(settings, fields), metrics, measure)
 
@@ -127,12 +128,12 @@ class Session(OpenModel):
         settings: ProfileSettings | None = None,
         **request: object,
     ) -> Plan:
-        """A plan by a method, with the fields of :class:`PlanRequest` as keywords.
+        """Return a method's plan; fields of :class:`PlanRequest` are keyword arguments.
 
         Raises
         ------
         InputError
-            When the request cannot be met; see :func:`lsq_core.planning.make.make_plan`.
+            If the request cannot be met; see :func:`lsq_core.planning.make.make_plan`.
 
         Examples
         --------
@@ -152,9 +153,9 @@ class Session(OpenModel):
         text: str | None = None,
         **request: object,
     ) -> Plan:
-        """The best plan that a search finds; see :func:`lsq_core.stages.refine.refine_plan`.
+        """Search for a better plan; see :func:`lsq_core.stages.refine.refine_plan`.
 
-        ``start``, ``pins``, ``ties`` and ``serve`` may be given as keywords.
+        ``start``, ``pins``, ``ties`` and ``serve`` can be given as keyword arguments.
         """
         asked = PlanRequest.from_json({"method": "refined", "budget": budget, **request})
         return refine.refine_plan(self, asked, settings or self.default_settings, minutes, text)
@@ -198,7 +199,7 @@ class Session(OpenModel):
         corpus: str | None = None,
         protocol: str | None = None,
     ) -> rank.MethodRanking:
-        """See :func:`lsq_core.stages.rank.rank_model_methods`; a budget alone will do."""
+        """See :func:`lsq_core.stages.rank.rank_model_methods`; a budget alone is enough."""
         request = PlanRequest("uniform", budget=budget) if isinstance(budget, str) else budget
         settings = settings or self.default_settings
         return rank.rank_model_methods(self, request, settings, corpus, protocol)
@@ -231,14 +232,14 @@ class Session(OpenModel):
     ) -> QuantizedRun:
         """Write a quantized model in another tool's format: mlx, gguf or compressed-tensors.
 
-        Returns what that tool decodes from it, which can be evaluated as any other. ``crossing``
-        says what is done with groups that cross rows
+        Returns the model that the tool decodes from it, which can be evaluated like any other.
+        ``crossing`` selects how groups that cross rows are handled
         (:data:`lsq_core.exports.weights.registry.CROSSING`).
 
         Raises
         ------
         InputError, LsqError
-            When the format cannot express the plan or hold the model, or the folder exists or
+            If the format cannot express the plan or hold the model, or the folder exists or
             cannot be written.
         """
         return exports.export_run(self, quantized, folder, ExportTarget(format, crossing))
@@ -276,8 +277,8 @@ class Session(OpenModel):
     ) -> dict:
         """See :func:`lsq_core.stages.measure.run_plan`.
 
-        With ``export`` what is saved is in another tool's format, and measured too
-        (:func:`lsq_core.stages.export.run_plan_and_export`).
+        With ``export``, the model is saved in another tool's format, and the saved model is
+        measured too (:func:`lsq_core.stages.export.run_plan_and_export`).
         """
         if export is None:
             return measure.run_plan(self, made, quantizer, request, save, plan_name, settings)
@@ -298,15 +299,15 @@ class Session(OpenModel):
         protocol: str = "strided",
         max_tokens: int | None = None,
     ) -> RunResult:
-        """Measure perplexity of a quantized model and of full precision, and store both.
+        """Measure and store the perplexity of a quantized model and of full precision.
 
         Without a quantized model, full precision alone is measured.
 
         Raises
         ------
         InputError, LsqError
-            When the corpus or the protocol is wrong, the quantized model is not of this session's
-            model, or the device runs out of memory.
+            If the corpus or the protocol is invalid, the quantized model was not made from this
+            session's model, or the device runs out of memory.
         """
         if quantized is not None and not isinstance(quantized, QuantizedRun):
             raise InputError(

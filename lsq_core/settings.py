@@ -1,4 +1,4 @@
-"""Settings that quantizers and profiles share."""
+"""Settings shared by quantizers and profiles."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from lsq_core.errors import InputError
 class GridSettings:
     """How weights are grouped, and how scale and zero point are stored.
 
-    ``axis`` 1 groups along rows and 0 down columns; ``metadata`` is one of
+    ``axis`` 1 groups along rows, and 0 down columns; ``metadata`` is one of
     :data:`lsq_core.bits.METADATA_FORMATS`.
 
     Raises
     ------
     InputError
-        When there is no such axis or format.
+        If there is no such axis or format.
     """
 
     axis: int = 1
@@ -33,9 +33,9 @@ class GridSettings:
 
 @dataclass(frozen=True)
 class CalibrationSettings:
-    """Which calibration text is read, and how much of it (method §2).
+    """The calibration text, and how much of it is used (method §2).
 
-    Of ``corpus``, ``samples`` texts are drawn with ``seed`` and cut to blocks of
+    ``samples`` texts are drawn from ``corpus`` with ``seed`` and cut to blocks of
     ``block_tokens`` tokens.
     """
 

@@ -1,8 +1,8 @@
-"""The measurements that come with the project, and how they are made again.
+"""Measure and export the measurements that ship with the project.
 
-``data/measured`` holds them as Parquet files: so far SmolLM2's profile by HQQ and the runs of all
-methods listed here. The app imports them when it first starts, marked as shipped. ``make measured``
-makes all of them; what its database has already is not measured again:
+They are stored as Parquet files in ``data/measured``: so far SmolLM2's profile by HQQ and the runs
+of all methods listed here. The app imports them on its first start, marked as shipped. To rebuild
+all of them, run ``make measured``, which skips measurements already in its database:
 
     python -m lsq_core.shipped --calibration wikitext2-valid.txt --corpus wikitext2-test.txt
 """
@@ -25,30 +25,30 @@ from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.progress import ProgressCallback, ignore_progress
 from lsq_core.store.store import Store
 
-#: Where the measurements are, in a checkout and installed.
+#: The folder of the shipped measurements, in a checkout or installed.
 FOLDER = paths.RESOURCES / "data" / "measured"
 MODELS = (SMOLLM2, "demo")
-#: Beside HQQ, which the runs are quantized by too.
+#: Quantizers profiled in addition to HQQ, which also quantizes the runs.
 OTHER_QUANTIZERS = ("rtn", "nf4")
 BUDGETS = ("2.5bpp", "2.8bpp", "3.2bpp", "3.6bpp", "4.2bpp", "5bpp", "6bpp")
 BASES = ("2.25", "2.51", "3.13", "3.25", "3.51", "4.13", "4.25", "4.51", "8.13")
-#: Methods that raise layers above a base are run at the bases in between, as their paper has it.
+#: Methods that raise layers above a base are run at the bases in between, as in their paper.
 BOOSTS = ("sensiboost", "kurtboost", "sensiboost-ablation", "kurtboost-ablation")
 BOOST_BASES = BASES[1:-1]
 KNAPSACKS = ("mxq", "sensi-knapsack", "kl-aware", "loss-aware")
-#: Methods that add little are run at some of the budgets only.
+#: Methods that differ little from others are run at only some of the budgets.
 VARIANTS = ("kurt-scaled", "sensi-milp", "kurt-milp")
 VARIANT_BUDGETS = ("3.2bpp", "4.2bpp")
 MAX_TOKENS = 4096
 
 
 def import_measurements(store: Store, folder: Path = FOLDER) -> bool:
-    """Import the shipped measurements where that was not done before; whether it was done now.
+    """Import the shipped measurements unless already imported; return whether this was done.
 
     Raises
     ------
     LsqError
-        When the database cannot be written.
+        If the database cannot be written.
     """
     files = sorted(folder.glob("*.parquet"))
     digest = hashlib.sha256("".join(map(cached_sha256, files)).encode()).hexdigest()
@@ -65,10 +65,10 @@ def measure(
     models: Sequence[str] = MODELS,
     report: ProgressCallback = ignore_progress,
 ) -> None:
-    """Measure all that is shipped; what the store has already is not measured again.
+    """Measure everything that is shipped and not in the store yet.
 
-    ``calibration`` and ``corpus`` are text files, given by their names alone, under which the
-    figures are shown: run it in their folder.
+    ``calibration`` and ``corpus`` are text files in the current folder, given by bare file names,
+    since figures are shown under these names.
     """
     from lsq_core.session import Session
     from lsq_core.sweep import items, sweep
@@ -86,7 +86,7 @@ def measure(
 
 
 def _plans() -> list[PlanRequest]:
-    """The plans of all methods."""
+    """Return the requests of all methods' plans."""
     from lsq_core.sweep import requests
 
     template = PlanRequest("uniform")
@@ -97,14 +97,14 @@ def _plans() -> list[PlanRequest]:
 
 
 def export(store: Store, folder: Path = FOLDER) -> dict[str, int]:
-    """Write the measurements of a store's models as the files that are shipped; rows by table."""
+    """Write a store's measurements as the files to ship; return the number of rows by table."""
     models = store.models()
     chosen = models[models["source"].isin(MODELS)]["fingerprint"].tolist()
     return store.export_measurements(chosen, folder)
 
 
 def main() -> None:
-    """Measure and export, as the module's description says."""
+    """Measure and export, as described in the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m lsq_core.shipped", description=__doc__)
     parser.add_argument("--calibration", required=True, help="text file to calibrate on")
     parser.add_argument("--corpus", required=True, help="text file to evaluate on")

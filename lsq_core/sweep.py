@@ -1,10 +1,10 @@
-"""Many runs at one go: methods × bases and budgets × quantizers × evaluation texts.
+"""Many runs at once: methods × bases and budgets × quantizers × evaluation texts.
 
-Other quantizers can be baselines: the uniform plan by them, at every size.
-One load of the model, one profile, one quantization for all texts of a plan, of those matrices
-that no plan before it had the same. A few plans at a time read the texts together, so that full
-precision reads them once for all of these. Each run is kept as it finishes and found when the
-sweep is begun again.
+Other quantizers can serve as baselines: their uniform plans at every size. The model is loaded
+once and profiled once, and a plan is quantized once for all its texts, reusing matrices quantized
+alike for earlier plans. A few plans at a time are evaluated together, so that full precision is
+evaluated once for all of them. Each run is stored as soon as it finishes, and found if the sweep
+is started again.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ __all__ = [
     "sweep",
 ]
 
-#: In the place of methods or quantizers: all of them.
+#: Given instead of methods or quantizers, selects all of them.
 ALL = "all"
-#: What "everything" is: about the sizes at which papers compare, and one quantizer for methods.
+#: The "everything" sweep: roughly the sizes compared in papers, and one quantizer for methods.
 EVERYTHING_BUDGETS, EVERYTHING_QUANTIZER = ("2.2bpp", "3.2bpp", "4.2bpp"), "hqq"
 
 
@@ -61,21 +61,21 @@ def items(
     quantizers: Sequence[str],
     evaluations: Sequence[EvaluationRequest],
 ) -> list[SweepItem]:
-    """Their product; the texts of one plan and quantizer come together."""
+    """Return the product as items; those of the same plan and quantizer are adjacent."""
     return [SweepItem(*parts) for parts in itertools.product(requests, quantizers, evaluations)]
 
 
 def requests(
     template: PlanRequest, methods: Sequence[str], bases: Sequence[str], budgets: Sequence[str]
 ) -> list[PlanRequest]:
-    """Each method at each base and at each budget, all else as in ``template``.
+    """Return each method's requests at each base and budget, otherwise as in ``template``.
 
-    A method that doesn't plan on the template's ladder does on the paper's.
+    A method that doesn't plan on the template's ladder uses the paper's.
 
     Raises
     ------
     InputError
-        When there is no method, or neither a base nor a budget.
+        If no method is given, or neither a base nor a budget.
     """
     if not methods:
         raise InputError("Give at least one method with --method.")
@@ -91,19 +91,21 @@ def requests(
 
 
 def expand_methods(names: Sequence[str]) -> list[str]:
-    """Method names, with ``all`` as every one that needs no search beforehand."""
+    """Return the method names; ``all`` expands to every method that needs no prior search."""
     if ALL not in names:
         return list(names)
     return [name for name, planner in PLANNERS.items() if not planner.reads_refinement]
 
 
 def expand_baselines(names: Sequence[str], quantizers: Sequence[str]) -> list[str]:
-    """Quantizers whose uniform plans are baselines; ``all`` are the usual ones not yet in a sweep.
+    """Return the quantizers whose uniform plans are baselines, without the sweep's ``quantizers``.
+
+    ``all`` expands to the usual baselines.
 
     Raises
     ------
     InputError
-        When there is no quantizer of a name.
+        If a name is not that of a quantizer.
     """
     wanted = list(BASELINES) if ALL in names else list(names)
     for name in wanted:
@@ -118,9 +120,9 @@ def baselines(
     quantizers: Sequence[str],
     evaluations: Sequence[EvaluationRequest],
 ) -> list[SweepItem]:
-    """The uniform plan at each base and budget, by each of these quantizers.
+    """Return items for the uniform plan at each base and budget with each of these quantizers.
 
-    Those that have no more configurations than the paper's ladder are planned on that one.
+    Quantizers with no configurations beyond the paper's ladder are planned on that ladder.
     """
     found = []
     for request in requests(template, ["uniform"], bases, budgets) if quantizers else []:
@@ -133,7 +135,7 @@ def baselines(
 
 
 def parse_budgets(text: str) -> tuple[str, ...]:
-    """``2.25, 2.51bpp 9MiB`` as budgets; a number alone means bits per parameter.
+    """Parse a list of budgets (``2.25, 2.51bpp 9MiB``); a bare number is bits per parameter.
 
     >>> parse_budgets("2.25, 9MiB")
     ('2.25bpp', '9MiB')
@@ -148,18 +150,18 @@ def sweep(
     settings: ProfileSettings,
     executor: Executor | None = None,
 ) -> list[dict]:
-    """Make the runs that are not there yet; gives a row an item, in their order.
+    """Make the runs that don't exist yet; return one row per item, in the same order.
 
     They are made in this process, unless an executor makes them elsewhere.
 
-    A row has what was asked, its ``state`` (done, found, failed), of one that was found whether it
-    came with the project (``shipped``), and the figures of its run or
-    the ``reason`` for none. An item that fails stops no other.
+    A row has the item's fields, its ``state`` (done, found or failed), and the figures of its run
+    or the ``reason`` of the failure. ``shipped`` tells whether a found run shipped with the
+    project. An item that fails does not stop the others.
 
     Raises
     ------
     InputError, LsqError
-        When every one of them failed; the former when what was asked for was wrong in each.
+        If all items failed; InputError if every one of them failed because of its input.
     """
     with closing(executor or InProcess()) as executor:
         sweeping = Sweep(session, requested, settings, executor.places(session))
@@ -173,12 +175,12 @@ def sweep(
 
 
 def read_sweep_rows(folder: Path) -> list[dict]:
-    """What came so far of each item of the sweep that keeps in a folder; none where nothing did.
+    """Return the rows so far of the sweep with this folder; empty if it has none yet.
 
     Raises
     ------
     DamagedFileError
-        When that cannot be read.
+        If the rows cannot be read.
     """
     path = folder / ITEMS_FILE
     rows = (read_json(path) or {"items": []}).get("items")
@@ -191,10 +193,10 @@ def read_sweep_rows(folder: Path) -> list[dict]:
 
 
 def estimate_seconds(runs: pd.DataFrame, requested: Sequence[SweepItem]) -> float | None:
-    """Seconds that items will take by a model's runs so far; None where those don't tell.
+    """Estimate the seconds that items will take from a model's runs so far, or return None.
 
-    ``runs`` are of :meth:`Store.results`. A few plans share what full precision
-    reads.
+    ``runs`` are from :meth:`Store.results`. A few plans at a time share the evaluation of full
+    precision.
     """
     runs = runs[runs["tokens_per_second"] > 0]
     if runs.empty or not requested:

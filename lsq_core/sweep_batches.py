@@ -1,4 +1,4 @@
-"""Make a sweep's items in this process: a few plans at a time read the texts together."""
+"""Make a sweep's items in this process, evaluating a few plans at a time together."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from lsq_core.stages.plan import plan_identity
 from lsq_core.sweep_progress import BatchProgress
 from lsq_core.sweep_state import Sweep
 
-#: Plans that read the texts together: five times the work of one evaluation and a sixth for full
-#: precision, where they read alone ten. More would save little and make the first figures late.
+#: Plans that are evaluated together: six evaluations including full precision, instead of ten if
+#: evaluated separately. More would save little and delay the first figures.
 MAX_CONCURRENT_PLANS = 5
-#: The same where the model doesn't fit memory: all its weights are read for these once, and the
-#: memory for hidden states is divided among them.
+#: The same if the model doesn't fit in memory: all its weights are read once for these plans, and
+#: the memory for hidden states is divided among them.
 MAX_STREAMED_PLANS = 16
 
 
 class Executor(Protocol):
-    """What makes the items of a sweep that are not there yet."""
+    """Makes the items of a sweep that don't exist yet."""
 
     def places(self, session: Session) -> Sequence[Mapping[str, str]]:
-        """Where it measures (:attr:`Sweep.places`); none where that is where the session is."""
+        """Return where it measures (:attr:`Sweep.places`); empty for the session's own device."""
 
     def run(self, sweep: Sweep) -> None:
-        """Make every pending item, or say in its row why it can't be."""
+        """Make every pending item, or record in its row why it failed."""
 
     def close(self) -> None:
-        """Let go of what it holds; called however the sweep ends."""
+        """Release its resources; called however the sweep ends."""
 
 
 def identity(sweep: Sweep, number: int) -> list[object]:
-    """What two items share whose quantized models are the same."""
+    """Return a key that is equal for items with the same quantized model."""
     request, quantizer = sweep.plan_key(number)
     return [*plan_identity(sweep.plans[request]), quantizer]
 
@@ -50,12 +50,12 @@ def next_batch(
     streamed: bool,
     busy: Collection[list[object]] = (),
 ) -> list[list[int]]:
-    """The items to make together next: those of some plans, a list a plan, on the same texts.
+    """Return the items to make together next: a list per plan, all on the same texts.
 
-    There are as many plans as may be at once and as there is room for in memory. No two store
-    the same, nor what is ``busy`` (:func:`identity`): the second is found once the first is kept.
-    A model larger than memory is read once for more of them, whose matrices take no room; a
-    quantizer that needs all of it is apart from these.
+    There are at most ``most`` plans, limited by the room for them in memory. No two have the same
+    identity (:func:`identity`), nor one of those in ``busy``: the second is found in the store once
+    the first is saved. With ``streamed``, matrices take no memory, but plans with a calibrated
+    quantizer, which needs the full model, are batched separately.
     """
     chosen: list[list[int]] = []
     identities, texts, whole = list(busy), [], False
@@ -82,17 +82,17 @@ def next_batch(
 
 
 class InProcess:
-    """Makes a sweep's items here, on the session's device."""
+    """Makes a sweep's items in this process, on the session's device."""
 
     def places(self, session: Session) -> Sequence[Mapping[str, str]]:
-        """None but where the session computes."""
+        """Return no places: items are measured where the session computes."""
         return ()
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: there is nothing to release."""
 
     def run(self, sweep: Sweep) -> None:
-        """Make every pending item, some plans at a time."""
+        """Make every pending item, a few plans at a time."""
         while pending := sweep.pending():
             streamed = not sweep.session.fits_in_memory()
             most = MAX_STREAMED_PLANS if streamed else MAX_CONCURRENT_PLANS
@@ -100,20 +100,20 @@ class InProcess:
 
 
 def _run_batch(sweep: Sweep, batch: list[list[int]]) -> None:
-    """Make some plans' items; where that fails for all at once, each is tried alone."""
+    """Make the items of some plans together; if that fails, try each item alone."""
     items = list(itertools.chain(*batch))
     with sweep.session.store.held():
         for number in items:
-            sweep.attempt(number, sweep.find_existing_run)  # one before may have had the same plan
+            sweep.attempt(number, sweep.find_existing_run)  # an earlier one may have the same plan
     sweep.write_items()
     if any(sweep.rows[number]["state"] != "waiting" for number in items):
-        return  # what is left of them comes next
+        return  # the remaining ones come next
     if len(items) > 1:
         try:
             _measure(sweep, batch)
         except Exception as error:
             if not isinstance(error, LsqError):
-                traceback.print_exc()  # alone each may go well, and the defect stay unseen
+                traceback.print_exc()  # tried alone, each may succeed and hide the defect
             reason = exception_reason(error)
             sweep.session.report("sweep", sweep.done, sweep.total, f"one by one, since {reason}")
     for number in items:
@@ -122,7 +122,7 @@ def _run_batch(sweep: Sweep, batch: list[list[int]]) -> None:
 
 
 def _measure(sweep: Sweep, batch: list[list[int]]) -> None:
-    """Quantize each plan and evaluate them on their texts, full precision beside them all."""
+    """Quantize each plan and evaluate all of them with full precision on their texts."""
     session, requested = sweep.session, sweep.requested
     order = [number for text in zip(*batch, strict=True) for number in text]
     outer = session.report
@@ -144,13 +144,13 @@ def _measure(sweep: Sweep, batch: list[list[int]]) -> None:
 
 
 def _is_streamed(sweep: Sweep, batch: list[list[int]]) -> bool:
-    """Whether the model and a batch's plans don't fit memory, so it is read by blocks."""
+    """Return whether the model must be streamed by block to fit in memory with these plans."""
     plans = [sweep.plans[sweep.requested[numbers[0]].request] for numbers in batch]
     return not sweep.session.fits_in_memory(sum(plan.planned_bytes for plan in plans))
 
 
 def _prepare(sweep: Sweep, number: int, streamed: bool) -> PreparedRun:
-    """An item's run, quantized unless streamed; the one of the same plan where it was kept."""
+    """Prepare an item's run, quantized unless streamed; a stored run of the plan is reused."""
     request, quantizer = sweep.plan_key(number)
     prepare = sweep.session.quantize_streamed if streamed else sweep.session.quantize
     run = sweep.existing_run(number)

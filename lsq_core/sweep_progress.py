@@ -1,4 +1,4 @@
-"""The progress of plans that are evaluated together, as a part of a sweep's."""
+"""Progress of plans that are evaluated together, as part of a sweep's progress."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from lsq_core.progress import PROGRESS_STEPS, ProgressCallback
 
 @dataclass
 class BatchProgress:
-    """Tells the progress of items that are made together as a part of the sweep's.
+    """Reports the progress of a batch of items as part of the sweep's progress.
 
-    ``before`` of the ``total`` items were made before them; ``number`` and ``title`` are those of
-    the item that is finished next.
+    ``before`` of the ``total`` items were made before the batch; ``number`` and ``title`` are those
+    of the next item to finish.
     """
 
     outer: ProgressCallback
@@ -27,7 +27,7 @@ class BatchProgress:
     reached: float = 0.0
 
     def report(self, stage: str, done: int, total: int, message: str) -> None:
-        """Forward the progress of one stage as progress of the sweep."""
+        """Report the progress of one stage as progress of the sweep."""
         part = done / total if total else 0.0
         if stage == "quantize":
             part = (self.quantized + part) / self.plans
@@ -45,15 +45,16 @@ class BatchProgress:
 
 
 def stage_fraction(stage: str, done: float) -> float:
-    """The fraction of a batch that is done, by stage; quantizing is short compared with
-    evaluating.
+    """Return the done fraction of a batch, given the fraction ``done`` of a stage.
+
+    Quantizing is short compared with evaluating.
     """
     shares = {"quantize": 0.05 * done, "evaluate": 0.05 + 0.95 * done}
     return shares.get(stage, 0.0)
 
 
 def describe_counts(rows: Sequence[dict]) -> str:
-    """How many items were made, found and failed: ``9 new, 3 reused (2 shipped), 0 failed``."""
+    """Count the items made, found and failed: ``9 new, 3 reused (2 shipped), 0 failed``."""
     states = [row["state"] for row in rows]
     shipped = sum(bool(row.get("shipped")) for row in rows)
     which = f" ({shipped} shipped)" if shipped else ""

@@ -1,4 +1,4 @@
-"""The rows of a sweep as they fill: what is planned, what is there already, what has to be made."""
+"""State of a sweep's items: their plans, runs that exist already, and items still to be made."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ from lsq_core.stages.plan import (
 )
 from lsq_core.store.shipped import SHIPPED
 
-#: The file, in the folder a job keeps things in, that tells what came of each item so far.
+#: The file in a job's folder with the state of each item so far.
 ITEMS_FILE = "items.json"
-#: States of an item that has its figures, and of one that will never have any.
+#: States of an item that has figures, and of one that failed.
 FINISHED, FAILED = ("done", "found"), "failed"
 
 
 @dataclass(frozen=True)
 class SweepItem:
-    """One run of a sweep: what to plan for, how to quantize, what to evaluate on."""
+    """One run of a sweep: the plan request, the quantizer, and the evaluation."""
 
     request: PlanRequest
     quantizer: str
@@ -56,13 +56,13 @@ class SweepItem:
 
     @property
     def title(self) -> str:
-        """``mxq 2.25bpp, hqq, on stdlib``."""
+        """A title such as ``mxq 2.25bpp, hqq, on stdlib``."""
         requested = " ".join(filter(None, (self.request.base, self.request.budget)))
         return f"{self.request.method} {requested}, {self.quantizer}, on {self.evaluation.corpus}"
 
     @property
     def requested(self) -> dict:
-        """What tells its row from the others'."""
+        """The fields that distinguish its row from others."""
         return {
             "method": self.request.method,
             "base": self.request.base,
@@ -73,7 +73,7 @@ class SweepItem:
 
 
 class Sweep:
-    """The rows of a sweep, as they fill."""
+    """The items of a sweep with their plans, and a row for each, filled as it proceeds."""
 
     def __init__(
         self,
@@ -86,18 +86,18 @@ class Sweep:
         self._places = places
         self.rows = [item.requested | {"state": "waiting"} for item in requested]
         self.plans: dict[PlanRequest, Plan] = {}
-        #: Why a request has no plan; trying again could measure a whole profile again.
+        #: Why a request has no plan; trying again could measure an entire profile again.
         self.plan_errors: dict[PlanRequest, LsqError] = {}
-        #: Items that failed because of what was asked for.
+        #: Items that failed because of invalid input.
         self.bad_input: set[int] = set()
         self.total = 0
 
     @cached_property
     def places(self) -> Sequence[Mapping[str, str]]:
-        """Where items are measured: a ``device``, a ``dtype`` and the ``machine`` in words each.
+        """Where items are measured, each with ``device``, ``dtype`` and ``machine`` (in words).
 
-        There are several where GPUs of several kinds measure. Unless they were given, it is where
-        the session computes.
+        There are several if different kinds of GPU are used. The default is where the session
+        computes.
         """
         if self._places:
             return self._places
@@ -105,7 +105,7 @@ class Sweep:
         return [where | {"machine": machine(where["device"])}]
 
     def prepare(self) -> None:
-        """Plan everything and look up what is there."""
+        """Plan all items and look up runs that exist already."""
         self.write_items()
         for number in range(len(self.requested)):
             self.attempt(number, self._plan)
@@ -115,19 +115,19 @@ class Sweep:
 
     @property
     def done(self) -> int:
-        """Items made, found or failed of those that had to be made."""
+        """Number of items made, found or failed, of those that were pending at first."""
         return self.total - len(self.pending())
 
     def pending(self) -> list[int]:
-        """Numbers of the items that have yet to be made, in their order."""
+        """Return the numbers of the items still to be made, in order."""
         return [n for n, row in enumerate(self.rows) if row["state"] == "waiting"]
 
     def plan_key(self, number: int) -> tuple[PlanRequest, str]:
-        """What items share that are of the same plan: the request and the quantizer."""
+        """Return the request and quantizer, which items of the same plan share."""
         return self.requested[number].request, self.requested[number].quantizer
 
     def attempt(self, number: int, step: Callable[[int], None]) -> None:
-        """Take a step for an item that has not failed; what goes wrong is its reason."""
+        """Apply a step to an item if it is waiting; an error becomes the reason of its failure."""
         if self.rows[number]["state"] != "waiting":
             return
         try:
@@ -136,21 +136,21 @@ class Sweep:
             if isinstance(error, InputError):
                 self.bad_input.add(number)
             self.fail(number, str(error))
-        except Exception as error:  # a defect in one must not cost the others
+        except Exception as error:  # a defect in one item must not stop the others
             traceback.print_exc()
             self.fail(number, f"{type(error).__name__}: {exception_reason(error)} (see the log)")
 
     def fail(self, number: int, reason: str) -> None:
-        """Give an item up."""
+        """Mark an item as failed."""
         self.rows[number] |= {"state": FAILED, "reason": reason}
 
     def _plan(self, number: int) -> None:
         request, quantizer = self.requested[number].request, self.requested[number].quantizer
         problem = Problem(self.session.config_info.matrices)
         reason = request_incompatibility(problem, request, quantizer, self.settings.axis)
-        if reason:  # before a profile is measured for a plan that is of no use
+        if reason:  # before a profile is measured for a useless plan
             raise InputError(reason)
-        if request in self.plan_errors:  # what it was for another item, it is for this one
+        if request in self.plan_errors:  # it failed for another item, so for this one too
             raise self.plan_errors[request]
         if request not in self.plans:
             try:
@@ -167,10 +167,10 @@ class Sweep:
             "steps": quantizer_spec(quantizer).steps,
         }
 
-    # --- what is there already --------------------------------------------------------------
+    # --- runs that exist already ------------------------------------------------------------
 
     def find_existing_run(self, number: int) -> None:
-        """Fill the row from a run that was kept, if it is the same."""
+        """Fill an item's row from a stored run with the same plan and evaluation, if any."""
         item, session = self.requested[number], self.session
         stream = session.stream(item.evaluation)  # raises if the corpus is missing
         existing = self.same_plan(item)
@@ -197,12 +197,12 @@ class Sweep:
             self.rows[number] |= self._figures(found["evaluation"])
 
     def same_plan(self, item: SweepItem) -> pd.DataFrame:
-        """The evaluations of runs with the same plan, made the same way."""
+        """Return the stored evaluations of runs with an item's plan, made the same way."""
         plan = with_quantizer(self.plans[item.request], item.quantizer, self.settings)
         rows = self.session.store.find_evaluations(
             self.session.info.fingerprint, plan.method, item.quantizer
         )
-        place = self.places[0]  # all are of one kind and dtype
+        place = self.places[0]  # all have the same kind of device and dtype
         rows = rows[
             (rows["device"].map(device_kind) == device_kind(place["device"]))
             & (rows["dtype"] == place["dtype"])
@@ -221,26 +221,26 @@ class Sweep:
         row = rows[rows["evaluation"] == evaluation].iloc[0]
         return {name: _plain(row[name]) for name in _OUTCOME_COLUMNS}
 
-    # --- what was made ----------------------------------------------------------------------
+    # --- new runs ---------------------------------------------------------------------------
 
     def existing_run(self, number: int) -> str | None:
-        """The run of an item's plan that is kept already, on whichever text."""
+        """Return the stored run of an item's plan on any text, or None."""
         existing = self.same_plan(self.requested[number])["run"].tolist()
         return existing[0] if existing else None
 
     def record(self, number: int, outcome: Mapping[str, object]) -> None:
-        """Fill an item's row from what :meth:`Session.measure` gave for it."""
+        """Fill an item's row from its outcome, as yielded by :meth:`Session.measure`."""
         outcome = {**outcome, "increase": outcome["increase"]["relative"]}
         self.rows[number] |= {"state": "done"} | {name: outcome[name] for name in _OUTCOME_COLUMNS}
         self.write_items()
 
     def write_items(self) -> None:
-        """Tell those who watch the job what came of each item so far."""
+        """Write the rows to the job's folder, if there is one, for those who watch the job."""
         if self.session.checkpoint_folder is not None:
             write_json(self.session.checkpoint_folder / ITEMS_FILE, {"items": self.rows})
 
 
-#: What a row tells of its run, by the names of a run's outcome and of the store's results.
+#: Columns of a row with figures, named as in a run's outcome and the store's results.
 _OUTCOME_COLUMNS = (
     "run",
     "perplexity",
@@ -256,11 +256,11 @@ _OUTCOME_COLUMNS = (
 
 
 def _filter_rows(rows: pd.DataFrame, wanted: Sequence[bool]) -> pd.DataFrame:
-    """The rows that are wanted, none of none."""
+    """Return the rows marked in ``wanted``, which may be empty."""
     return rows[np.array(wanted, dtype=bool)]
 
 
 def _plain(value: object) -> object:
-    """A data frame's value as JSON has it."""
+    """Convert a data frame's value to one that JSON can express."""
     value = value.item() if hasattr(value, "item") else value
     return None if pd.isna(value) else value

@@ -1,4 +1,4 @@
-"""Short tables in plain text, as which objects print in a notebook or a terminal."""
+"""Short plain-text tables for the reprs of objects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Check that a result can be written to its target before the work begins."""
+"""Check that a result can be written to its target before the work starts."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from lsq_core.errors import InputError
 
 
 def check_folder_target(folder: Path) -> None:
-    """Raise :class:`InputError` unless a model can be saved in this folder without loss.
+    """Raise :class:`InputError` unless a model can be saved to this folder without losing data.
 
-    It has to be new or empty, and its place writable; nothing stays behind from finding out.
+    The folder must be new or empty, and its parent writable; the check leaves nothing behind.
     """
     existing_parent = folder
     try:
@@ -47,7 +47,7 @@ def _check_writable(folder: Path) -> None:
 
 
 def _unwritable_message(target: Path, existing_parent: Path, error: OSError) -> str:
-    """One sentence, without what the system adds, and with a long name cut."""
+    """Return the error as one sentence, with long names truncated."""
     shown = [
         text if len(text) <= 200 else f"{text[:60]}…"
         for text in map(str, (target, existing_parent))
@@ -56,7 +56,7 @@ def _unwritable_message(target: Path, existing_parent: Path, error: OSError) -> 
 
 
 def _check_replaceable(folder: Path) -> None:
-    """Raise unless an empty folder may be replaced, as saving does in the end."""
+    """Raise unless the user may replace an empty folder, as saving does at the end."""
     user, parent = os.geteuid(), folder.parent.stat()
     sticky = bool(parent.st_mode & stat.S_ISVTX)
     owners = {folder.stat().st_uid, parent.st_uid}

@@ -1,4 +1,4 @@
-"""Bytes: parsing what people write, and writing what they read."""
+"""Parsing and formatting sizes in bytes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ BYTE_UNITS = {"B": 1, "KiB": 1024, "MiB": MIB, "GiB": GIB}
 
 
 def parse_bytes(text: str) -> int:
-    """Read ``512MiB`` or ``2GiB``; ``0B`` is none.
+    """Parse a size such as ``512MiB``, ``2GiB`` or ``0B``.
 
     Raises
     ------
     InputError
-        When it is not a number with a unit of bytes.
+        If the text is not a number with a unit of bytes.
     """
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(B|KiB|MiB|GiB)\s*", text)
     amount = float(match[1]) * BYTE_UNITS[match[2]] if match else inf
@@ -28,7 +28,7 @@ def parse_bytes(text: str) -> int:
 
 
 def write_bytes(count: int) -> str:
-    """Write bytes as :func:`parse_bytes` reads them, as short as it is exact.
+    """Format bytes exactly, for :func:`parse_bytes`, in the largest unit that allows it.
 
     >>> write_bytes(52428800), write_bytes(52355399), write_bytes(1001)
     ('50MiB', '49.93MiB', '1001B')
@@ -42,7 +42,7 @@ def write_bytes(count: int) -> str:
 
 
 def format_bytes(count: float) -> str:
-    """``9437184`` as ``9.00 MiB``: binary units, three significant figures or so."""
+    """Format ``9437184`` as ``9.00 MiB``: binary units, two decimals."""
     for unit, size in (("GiB", GIB), ("MiB", MIB), ("KiB", 1024)):
         if abs(count) >= size:
             return f"{count / size:.2f} {unit}"

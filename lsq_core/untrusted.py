@@ -1,7 +1,7 @@
-"""Reading untrusted files: up to a limit, from inside their folder, with clear errors.
+"""Reading untrusted files: with a size limit, only from inside their folder, with clear errors.
 
-A model's files may come from anywhere. What is read of them is limited in size before it is read,
-names in them lead nowhere else, and what a library raises over them is an
+A model's files may come from anywhere. Their size is checked before they are read, names in them
+cannot lead outside their folder, and library errors about them are translated to
 :class:`lsq_core.errors.InputError`. Nothing here imports torch.
 """
 
@@ -19,11 +19,11 @@ from types import TracebackType
 from lsq_core.errors import InputError, LsqError, exception_reason
 from lsq_core.units import format_bytes
 
-#: Bytes of the largest config (a vocabulary of labels is in some), index or manifest that is read.
+#: Maximum size of a config (some include a vocabulary of labels), an index or a manifest.
 MAX_JSON_BYTES = 64 * 2**20
-#: Bytes of the largest tokenizer file; the largest that are published have some 40 MiB.
+#: Maximum size of a tokenizer file; the largest published ones are about 40 MiB.
 MAX_TOKENIZER_BYTES = 512 * 2**20
-#: Suffixes of the files that a model is loaded from.
+#: Suffixes of the files from which a model is loaded.
 _LOADED_SUFFIXES = {
     ".json",
     ".safetensors",
@@ -43,12 +43,12 @@ _PACKAGE = f"{Path(__file__).parent}{os.sep}"
 
 
 def read_json_object(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict:
-    """The JSON object in a file of at most ``max_bytes`` bytes.
+    """Return the JSON object in a file of at most ``max_bytes`` bytes.
 
     Raises
     ------
     InputError
-        When it is larger, holds anything else, or cannot be read.
+        If the file is larger, does not contain a JSON object, or cannot be read.
     """
     try:
         check_size(path, max_bytes)
@@ -61,7 +61,7 @@ def read_json_object(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict:
 
 
 def check_size(path: Path, max_bytes: int) -> None:
-    """Raise :class:`InputError` when a file is larger than any of its kind."""
+    """Raise :class:`InputError` if a file is larger than ``max_bytes``."""
     size = path.stat().st_size
     if size > max_bytes:
         raise InputError(
@@ -75,12 +75,12 @@ def check_size(path: Path, max_bytes: int) -> None:
 
 
 def resolve_inside(folder: Path, name: str) -> Path:
-    """The file that an index names, which has to be inside its folder.
+    """Return the path of a file named in an index, which must be inside the index's folder.
 
     Raises
     ------
     InputError
-        When the name is no relative path, or leads out of the folder.
+        If the name is not a relative path, or leads outside the folder.
     """
     parts = Path(name).parts
     if not parts or ".." in parts or Path(name).is_absolute() or not name.isprintable():
@@ -94,9 +94,9 @@ def resolve_inside(folder: Path, name: str) -> Path:
 
 
 def check_links(folder: Path) -> None:
-    """Raise :class:`InputError` when a file that a model is loaded from lies in another folder.
+    """Raise :class:`InputError` if a file that a model is loaded from links outside the folder.
 
-    Only the snapshots of a Hugging Face cache are made of links, to the blobs beside them.
+    Only snapshots in a Hugging Face cache may consist of links, to the blobs next to them.
     """
     for path in folder.iterdir():
         if path.suffix.lower() in _LOADED_SUFFIXES and path.is_symlink():
@@ -111,7 +111,7 @@ def _check_link(path: Path, folder: Path) -> None:
     try:
         target = path.resolve()
         target.is_file()
-    except (OSError, RuntimeError) as error:  # links in a circle, a name that is too long
+    except (OSError, RuntimeError) as error:  # a loop of links, or a name that is too long
         shown = str(path) if len(str(path)) <= 300 else f"{str(path)[:300]}…"
         raise InputError(f"{shown} cannot be opened: {_strerror(error)}.") from error
     if not any(target.is_relative_to(root) for root in allowed):
@@ -125,27 +125,26 @@ def _strerror(error: Exception) -> str:
     return getattr(error, "strerror", None) or exception_reason(error)
 
 
-# --- what libraries raise ---------------------------------------------------------------------
+# --- errors of libraries ----------------------------------------------------------------------
 
 
 @contextmanager
 def wrap_library_errors(make_message: Callable[[str], str]) -> Iterator[None]:
-    """Within the ``with``, whatever a library raises over a model's files is an InputError.
+    """Translate errors raised by libraries within the ``with`` block to InputError.
 
-    ``make_message`` makes a sentence of the reason. The block is to hold calls of libraries and
-    little else. Errors of this project that are sentences already, too little memory, and what
-    functions of this project raise by themselves (which would be a defect in them) go on as they
-    are.
+    ``make_message`` turns the reason into a sentence. The block should contain library calls and
+    little else. This project's own :class:`LsqError`, out-of-memory errors, and other errors raised
+    by this project's functions (defects in them) pass through unchanged.
 
     Raises
     ------
     InputError
-        In the place of the library's error.
+        Instead of the library's error.
     """
     try:
         yield
     except BaseException as error:
-        # Rust's panics are no Exception, but interrupts and exits aren't either.
+        # Rust panics are not an Exception, and neither are interrupts and exits.
         is_library_error = isinstance(error, Exception) or type(error).__name__ == "PanicException"
         is_passed_through = (
             isinstance(error, LsqError) or type(error).__name__ == "OutOfMemoryError"
@@ -156,10 +155,10 @@ def wrap_library_errors(make_message: Callable[[str], str]) -> Iterator[None]:
 
 
 def _raised_by_own_code(trace: TracebackType | None) -> bool:
-    """Whether an error was raised by a function of this project that the block called.
+    """Return whether an error was raised by a function of this project called in the block.
 
-    An error that is raised in the block itself is that of a library without Python frames. Before
-    the block's frame come those of context managers, which are generators.
+    An error raised in the block itself comes from a library without Python frames. The block's
+    frame is preceded by those of context managers, which are generators.
     """
     codes = []
     while trace is not None:

@@ -1,5 +1,5 @@
-"""The way from a model to a run, stage by stage; :class:`lsq_core.session.Session` calls them.
+"""The stages from a model to a run, called by :class:`lsq_core.session.Session`.
 
-Each stage is a function of an :class:`lsq_core.stages.model.OpenModel`. Results go to
-the store; what the store has already is not computed again.
+Each stage is a function of an :class:`lsq_core.stages.model.OpenModel`. Results are saved in the
+store, and stored results are not computed again.
 """

@@ -1,4 +1,4 @@
-"""Evaluating models on texts, with the provenance of the figures."""
+"""Evaluate models on texts, and record the provenance of the figures."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def evaluate_on_texts(
     checkpoints: Sequence[Sequence[Path | None]] | None = None,
     kept: Sequence[ReferenceStates] | None = None,
 ) -> Iterator[list[EvaluationPair]]:
-    """Evaluate any causal models on texts, with the provenance of the figures filled in.
+    """Evaluate causal models on texts, with the provenance of the figures filled in.
 
     Yields as :func:`lsq_core.evaluation.perplexity.evaluate_models`.
     """
@@ -67,12 +67,12 @@ def evaluate_on_texts(
 
 
 def check_text(model: OpenModel, request: EvaluationRequest) -> None:
-    """Read a text before anything is measured for it.
+    """Load and check a text before anything is measured on it.
 
     Raises
     ------
     InputError
-        When it can't be had, or is too short for its protocol.
+        If it cannot be loaded, or is too short for its protocol.
     """
     model.provide_stream(request, load_tokens(request, model.tokenizer))
     tokens = len(model.stream(request).ids) + (model.tokenizer.bos_token_id is not None)
@@ -97,7 +97,7 @@ def _with_provenance(
     where: dict[str, str],
     tokenizer: object,
 ) -> Iterator[list[EvaluationPair]]:
-    """Evaluations with what they are of, and how they were made, filled in."""
+    """Yield the evaluations with their corpus and provenance filled in."""
     for request, stream in zip(requests, streams, strict=True):
         with translate_resource_errors(where["device"]):
             pairs = next(found)
@@ -108,14 +108,14 @@ def _with_provenance(
 
 
 def make_texts(model: OpenModel, requests: Sequence[EvaluationRequest]) -> list[EvaluationText]:
-    """The texts of requests as this model reads them."""
+    """Return the requests' texts for this model: its tokens and protocol."""
     return _texts([model.stream(r) for r in requests], requests, model.info.context)
 
 
 def with_provenance(
     model: OpenModel, requests: Sequence[EvaluationRequest], found: Iterator[list[EvaluationPair]]
 ) -> Iterator[list[EvaluationPair]]:
-    """Evaluations of a model on requests, with the provenance of the figures filled in."""
+    """Yield a model's evaluations with their corpus and provenance filled in."""
     streams = [model.stream(request) for request in requests]
     return _with_provenance(found, streams, requests, model.device_and_dtype, model.tokenizer)
 
@@ -123,7 +123,7 @@ def with_provenance(
 def _known_of_evaluation(
     stream: TokenStream, request: EvaluationRequest, where: dict[str, str], tokenizer: object
 ) -> dict:
-    """The fields of an evaluation that say what it is of and how it was made."""
+    """Return an evaluation's fields for its corpus and provenance."""
     return {
         "corpus": stream.corpus,
         "corpus_sha256": stream.sha256,
@@ -136,9 +136,9 @@ def _known_of_evaluation(
 def evaluation_provenance(
     where: Mapping[str, str], request: EvaluationRequest, tokenizer: object
 ) -> dict:
-    """What an evaluation is made with, beside its corpus and protocol.
+    """Return the provenance of an evaluation, besides its corpus and protocol.
 
-    ``where`` has the device, the dtype and, for a device of another machine, that in words.
+    ``where`` has the device and the dtype, and for a device of another machine also ``machine``.
     """
     return {
         **where,
@@ -156,11 +156,11 @@ def evaluate_models(
     reference: nn.Module | None = None,
     identities: Sequence[Sequence[object]] | None = None,
 ) -> Iterator[list[EvaluationPair]]:
-    """Evaluate models with this one's tokenizer, beside a reference where there is one.
+    """Evaluate models with this model's tokenizer, compared with a reference if given.
 
-    The reference, or the only model without one, is this model itself in full precision.
-    ``identities`` tell a model each from others that are evaluated in the same folder. Yields
-    as :func:`lsq_core.evaluation.perplexity.evaluate_models`.
+    The reference, or without one the only model, must be this model in full precision.
+    ``identities`` distinguish the models from others evaluated with the same checkpoint folder.
+    Yields as :func:`lsq_core.evaluation.perplexity.evaluate_models`.
     """
     identities = identities or [()] * len(models)
     return evaluate_on_texts(
@@ -178,7 +178,7 @@ def evaluate_models(
 
 
 def kept_states(model: OpenModel, requests: Sequence[EvaluationRequest]) -> list[ReferenceStates]:
-    """Where this model's full-precision hidden states of each text are kept, beside the store."""
+    """Return the stored full-precision hidden states for each text, next to the database."""
     return [_kept_states(model, request) for request in requests]
 
 
@@ -197,18 +197,18 @@ def _kept_states(model: OpenModel, request: EvaluationRequest) -> ReferenceState
 def checkpoint_file(
     model: OpenModel, request: EvaluationRequest, identity: Sequence[object]
 ) -> Path | None:
-    """The file for what was scored so far of a model on a text, where there is a folder."""
+    """Return the checkpoint file of a model's evaluation on a text, if there is a folder."""
     if model.checkpoint_folder is None:
         return None
     made_by = run_dependencies(versions())
     request_key = (model.stream(request).sha256, asdict(request), model.device_and_dtype, made_by)
-    # A file's form is part of its name: an older version may have been cut off.
+    # The name includes the file's format: an older version may have left an unfinished file.
     name = digest("by window", model.info.fingerprint, *identity, *request_key)[:16]
     return model.checkpoint_folder / f"evaluation-{name}.npz"
 
 
 def evaluate_full(model: OpenModel, request: EvaluationRequest) -> dict:
-    """Evaluate the full-precision model and store the result.
+    """Evaluate the full-precision model, store the result, and return its figures.
 
     A model larger than memory is read block by block.
     """
@@ -240,11 +240,11 @@ def _evaluate_streamed_full(
 
 
 def figures(evaluation: Evaluation, fingerprint: str, source: str, store: Store) -> dict:
-    """An evaluation's figures by the names that the command line prints.
+    """Return an evaluation's figures under the names printed by the command line.
 
-    ``noise`` is the model's noise floor (:meth:`NoiseFloor.to_json`), a ``reason`` where the store
-    has none for this protocol, kind of device and dtype. The model is known by its ``fingerprint``
-    and was asked for as ``source``.
+    ``noise`` is the model's noise floor (:meth:`NoiseFloor.to_json`), or a ``reason`` if the store
+    has none for this protocol, kind of device and dtype. ``fingerprint`` identifies the model, and
+    ``source`` is the name it was requested by.
     """
     made_with = evaluation.provenance
     noise = store.noise_floor(fingerprint, evaluation.protocol, made_with)

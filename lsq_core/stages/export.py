@@ -1,4 +1,4 @@
-"""Quantized models in the formats of other tools: written, decoded again, and measured."""
+"""Write quantized models in the formats of other tools, decode and evaluate them."""
 
 from __future__ import annotations
 
@@ -49,15 +49,15 @@ from lsq_core.untrusted import wrap_library_errors
 if TYPE_CHECKING:
     from torch import nn
 
-#: The files of a format that hold weights.
+#: Suffixes of the files that contain weights.
 _WEIGHT_SUFFIXES = (".safetensors", ".gguf")
-#: Columns of a run that an export has of its own.
+#: Columns of a run that an export sets itself.
 _OWN_COLUMNS = ("format", "exported_from", "model_bytes")
 
 
 @dataclass(frozen=True, eq=False)
 class PreparedExport:
-    """A format that can express a plan, and how it will store each matrix."""
+    """A format that can express a plan, and how each matrix will be stored in it."""
 
     name: str
     exporter: WeightExporter
@@ -70,12 +70,12 @@ class PreparedExport:
 
     @property
     def needs_original(self) -> bool:
-        """Whether some matrices are made from the weights in full precision."""
+        """Whether some matrices are converted from the full-precision weights."""
         return not all(stored.exact for stored in self.types.values())
 
     @property
     def note(self) -> str:
-        """What is written, in how many bytes, and how much of it is not the plan's own codes."""
+        """A summary: format, bytes, stored types, and matrices made from full precision."""
         title, counts = self.exporter.title, {}
         for stored in self.types.values():
             counts[stored.name] = counts.get(stored.name, 0) + 1
@@ -93,12 +93,12 @@ def prepare_export(
     quantizer: str,
     axis: int,
 ) -> PreparedExport:
-    """Choose how each matrix of a plan is stored in a format, before any work.
+    """Choose how each matrix of a plan is stored in a format, before any work starts.
 
     Raises
     ------
     InputError
-        When there is no such format, or it cannot hold the model or express the plan.
+        If there is no such format, or it cannot hold the model or express the plan.
     """
     exporter = get_exporter(target.format, target.crossing, files.dtype)
     exporter.check_model(files)
@@ -119,7 +119,7 @@ def prepare_plan_export(model: OpenModel, plan: Plan, target: ExportTarget) -> P
 
 
 def original_files(model: OpenModel) -> OriginalFiles:
-    """The files of a model in full precision."""
+    """Return the files of a model in full precision."""
     from lsq_core.model.dtypes import safetensors_name
     from lsq_core.model.loading import most_stored_dtype, stored_dtype
 
@@ -143,10 +143,10 @@ def run_plan_and_export(
     plan_name: str = "",
     settings: ProfileSettings | None = None,
 ) -> dict:
-    """Quantize by a plan, export to a folder, and measure both beside full precision in one pass.
+    """Quantize by a plan, export to a folder, and measure both and full precision in one pass.
 
-    Returns the figures of the run as :func:`lsq_core.stages.measure.run_plan`, with those of its
-    export as ``export``.
+    Returns the run's figures like :func:`lsq_core.stages.measure.run_plan`, with those of its
+    export under ``export``.
 
     Raises
     ------
@@ -165,7 +165,7 @@ def run_plan_and_export(
 
 
 def _without_plan(outcome: dict, plan: Plan) -> dict:
-    """The figures of an outcome alone: the plan is that of the run it was exported from."""
+    """Return an outcome's figures without plan fields, which are those of the original run."""
     return {key: value for key, value in outcome.items() if key not in plan.to_json()}
 
 
@@ -176,14 +176,15 @@ def export_run(
     target: ExportTarget,
     prepared: PreparedExport | None = None,
 ) -> QuantizedRun:
-    """Write a run's model in another format, and decode it as a run of its own.
+    """Write a run's model in another format, and decode it as a separate run.
 
-    What an interrupted job has written already is not written again.
+    A folder already written by an interrupted job is not written again.
 
     Raises
     ------
     InputError, LsqError
-        When the folder exists, cannot be written, or the disk or the memory is full.
+        If the format cannot express the plan, the folder exists or cannot be written, or the disk
+        or memory is full.
     """
     folder = resolve_path(folder)
     prepared = prepared or prepare_plan_export(model, made.plan, target)
@@ -213,7 +214,7 @@ def export_run(
 
 
 def _export_row(manifest: dict, folder: Path) -> dict:
-    """What differs in the row of an export from that of the run that it came from."""
+    """Return the columns in which an export's row differs from that of its original run."""
     return {
         "format": manifest["exported_as"],
         "exported_from": manifest["exported_from"],
@@ -224,7 +225,7 @@ def _export_row(manifest: dict, folder: Path) -> dict:
 
 
 def _export_figures(manifest: dict, folder: Path) -> dict:
-    """What is said of an export beside its evaluation."""
+    """Return an export's figures other than its evaluation."""
     return {
         "run": manifest["run"],
         "exported_from": manifest["exported_from"],
@@ -237,7 +238,7 @@ def _export_figures(manifest: dict, folder: Path) -> dict:
 
 
 def _write_export(prepared: PreparedExport, export: Export, folder: Path) -> None:
-    """Write a folder whole or not at all, with the plan and provenance inside."""
+    """Write a folder atomically, including the plan and its provenance."""
     from lsq_core.quantized.artifact import atomic_folder
 
     check_folder_target(folder)
@@ -266,12 +267,12 @@ def _write_export(prepared: PreparedExport, export: Export, folder: Path) -> Non
 def load_exported(
     folder: Path, manifest: dict, device: str = "auto", dtype: str = "auto"
 ) -> nn.Module:
-    """The model that the programs of a folder's format decode from it.
+    """Load the model as programs for the folder's format decode it.
 
     Raises
     ------
     InputError, LsqError
-        When the folder cannot be read, or memory is too small.
+        If the folder cannot be read, or there is too little memory.
     """
     from lsq_core.model.loading import pick_device, pick_dtype
 
@@ -297,15 +298,14 @@ def export_saved(
     report: ProgressCallback = ignore_progress,
     trust_remote_code: bool = False,
 ) -> dict:
-    """Write a saved model in another format; returns what the new folder says of itself.
+    """Write a saved model in another format; return the figures recorded in the new folder.
 
-    ``source`` says where the model in full precision is now, None where it was when it was
-    quantized.
+    ``source`` is the full-precision model, by default the source recorded when it was quantized.
 
     Raises
     ------
     InputError, LsqError
-        As :func:`prepare_export`; when the folder exists, or the original model is gone.
+        As :func:`prepare_export`; or if the folder exists, or the original model is missing.
     """
     out = resolve_path(out)
     check_folder_target(out)
@@ -334,7 +334,7 @@ def evaluate_exported(
     dtype: str = "auto",
     report: ProgressCallback = ignore_progress,
 ) -> dict:
-    """Evaluate what a format's programs decode from an exported folder, and store it as a run."""
+    """Evaluate the model decoded from an exported folder, and store the result as a run."""
     from lsq_core.model.loading import load_tokenizer
 
     manifest = read_export(folder)

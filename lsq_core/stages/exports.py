@@ -1,4 +1,4 @@
-"""Which plan a person means for another tool: a file's, or a run's, and the model it is for."""
+"""Find the plan to export to another tool, from a file or a run, and its model."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from lsq_core.store.store import Store
 def find_plan(
     reference: str | Path, store: Store, source: ModelSource | None = None
 ) -> tuple[Plan, ModelInfo]:
-    """The plan in a file or of a run, and its model, for which no weights are needed.
+    """Return the plan of a file or run, and the description of its model; needs no weights.
 
-    ``source`` is the model where the plan doesn't lead to it.
+    ``source`` is the model if the plan does not identify it.
 
     Raises
     ------
     InputError
-        When there is no such file or run, it holds no plan, or the model is unknown or another.
+        If there is no such file or run, it has no plan, or the model is unknown or a different one.
     """
     content, fingerprint = _read(reference, store)
     info = _find_model(content, fingerprint, store, source)
@@ -32,7 +32,7 @@ def find_plan(
 
 
 def _read(reference: str | Path, store: Store) -> tuple[object, str | None]:
-    """A plan's JSON, and the fingerprint of its model where that is known."""
+    """Return a plan's JSON, and the fingerprint of its model if known."""
     path = resolve_path(reference)
     if path.is_file():
         content = read_plan_file(path)

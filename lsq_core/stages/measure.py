@@ -1,4 +1,4 @@
-"""Measure runs against full precision and store them, quantized as a whole or block by block."""
+"""Measure runs against full precision and store them, whether quantized at once or streamed."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ PreparedRun = QuantizedRun | StreamedRun
 
 @dataclass(frozen=True, eq=False)
 class MeasuredRun:
-    """A run with its evaluation on a text, and full precision's, ready to be stored.
+    """A run with its evaluation on a text and that of full precision, ready to be stored.
 
-    ``row`` is what the store gets of the run; ``seconds`` are those of its model's stages so far.
+    ``row`` is the run's row in the store; ``seconds`` are those of the model's stages so far.
     """
 
     run: str
@@ -50,17 +50,16 @@ def run_plan(
     plan_name: str = "",
     settings: ProfileSettings | None = None,
 ) -> dict:
-    """Quantize by a plan, evaluate against full precision, store everything.
+    """Quantize by a plan, evaluate against full precision, and store the results.
 
     A model larger than memory is quantized while it is evaluated, unless it is to be saved.
-    ``settings`` name the text for a quantizer that is calibrated. Returns the plan's JSON
-    with ``perplexity``, ``perplexity_full``, ``measured_bytes``, ``kl``, ``top1`` and times
-    added.
+    ``settings`` name the text for a calibrated quantizer. Returns the plan's JSON with
+    ``perplexity``, ``perplexity_full``, ``measured_bytes``, ``kl``, ``top1`` and times added.
 
     Raises
     ------
     InputError, LsqError
-        When an input is wrong, the device has too little memory, or the disk is full.
+        If an input is invalid, the device has too little memory, or the disk is full.
     """
     if save is None and not model.fits_in_memory(plan.planned_bytes):
         made = stream_plan(model, plan, quantizer, plan_name, settings=settings)
@@ -73,7 +72,7 @@ def run_plan(
 def _check_same_model(model: OpenModel, made: Sequence[PreparedRun]) -> None:
     """Raise :class:`InputError` unless the runs are of this model, on this device, in this dtype.
 
-    Their figures would otherwise be compared with the full precision of another model.
+    Otherwise their figures would be compared with full precision of another model.
     """
     for one in made:
         if one.row["fingerprint"] != model.info.fingerprint:
@@ -95,13 +94,13 @@ def measure(
 ) -> Iterator[dict]:
     """Evaluate quantized models and full precision in one pass, and store the runs.
 
-    Either all runs are quantized or all are streamed. Yields what :func:`run_plan` returns: of each
-    run on the first text, as soon as it is read, then of each on the next one.
+    Either all runs must be quantized or all streamed. Yields what :func:`run_plan` returns: for
+    each run on the first text as soon as that is finished, then for each on the next text.
 
     Raises
     ------
     InputError
-        When a run was quantized from another model, or on another device or in another dtype.
+        If a run was quantized from another model, or on another device or in another dtype.
     """
     for measured in measure_unsaved(model, made, requests):
         for one in measured:
@@ -111,7 +110,7 @@ def measure(
 def measure_unsaved(
     model: OpenModel, made: Sequence[PreparedRun], requests: Sequence[EvaluationRequest]
 ) -> Iterator[list[MeasuredRun]]:
-    """Evaluate as :func:`measure` does and store nothing; yields all runs, a text at a time."""
+    """Evaluate like :func:`measure` without storing; yields all runs, one text at a time."""
     _check_same_model(model, made)
     for pairs, seconds in _with_stage_seconds(model, _evaluate(model, made, requests)):
         yield [
@@ -133,7 +132,7 @@ def _evaluate(
 def _with_stage_seconds(
     model: OpenModel, found: Iterator[list[EvaluationPair]]
 ) -> Iterator[tuple[list[EvaluationPair], dict[str, float]]]:
-    """Evaluations with the seconds by stage so far, of which full precision's are apart."""
+    """Yield evaluations with the seconds by stage so far, full precision counted separately."""
     while True:
         start_time = model.clock.seconds.get("evaluate", 0.0)
         with model.clock.stage("evaluate"):
@@ -141,7 +140,7 @@ def _with_stage_seconds(
         if pairs is None:
             return
         taken = model.clock.seconds["evaluate"] - start_time
-        # What is read before a text is done is of the next one too, so it may be less.
+        # Work before a text is finished may belong to the next one, so this may be less.
         whole = pairs[0][1]
         full = min(taken, whole.seconds - whole.reused_seconds) if whole else 0.0
         model.clock.add("evaluate", -full)
@@ -151,12 +150,12 @@ def _with_stage_seconds(
 
 @timed("store")
 def save_measured(model: OpenModel, measured: MeasuredRun) -> dict:
-    """Store a run and its evaluation, and full precision's; returns what :func:`measure` yields."""
+    """Store a run's evaluation and full precision's; return what :func:`measure` yields."""
     row, full = measured.row, measured.full
     own = replace(measured.own, times=measured.seconds | {"whole": model.clock.total})
     with model.store.held():
         if "plan" not in row:
-            # An export has the plan of the run that it came from, which is stored before it.
+            # An export has the plan of its original run, which is stored first.
             run = row.get("exported_from") or measured.run
             row["plan"] = model.store.find_run_plan(run) or model.store.save_plan(
                 measured.plan, model.info.fingerprint, measured.plan.profile, measured.plan_name

@@ -1,4 +1,4 @@
-"""A model that is open: its files, its weights, its tokenizer, each loaded once."""
+"""An open model: its files, weights and tokenizer, each loaded once."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ if TYPE_CHECKING:
     from lsq_core.profiling.profile import Profile
     from lsq_core.quantization.cache import PackedMatrixCache
 
-#: Bytes of quantized matrices that are kept for the plans to come, unless one says otherwise.
+#: Default size of the cache of quantized matrices for later plans, in bytes.
 DEFAULT_CACHE_BYTES = GIB
 
 
 @dataclass(eq=False)
 class OpenModel:
-    """A model and what is known of it, loaded when something first needs its weights.
+    """A model and its description, with weights loaded when they are first needed.
 
-    ``source`` may be given as a name or folder, and ``store`` as the path of a database (None for
-    the usual one). A job gives a folder in which it keeps what it has so far: one that was cut off
-    and starts again resumes from there. Matrices quantized for one plan serve the next ones, up to
-    ``cache_bytes`` of them, on the device that the model is on.
+    ``source`` may be a name or folder, and ``store`` the path of a database (None for the default
+    one). A job gives a ``checkpoint_folder`` for intermediate results, from which it resumes if
+    interrupted and restarted. Matrices quantized for one plan are cached for later plans, up to
+    ``cache_bytes``, on the model's device.
     """
 
     source: ModelSource | str | Path = "demo"
@@ -70,14 +70,15 @@ class OpenModel:
 
     @cached_property
     def published(self) -> ModelInfo | None:
-        """The model, where its measurements were published and its weights are not here."""
+        """The published model named by the source, without weights, or None."""
         return find_published(self.source, self.store)
 
     @property
     def default_settings(self) -> ProfileSettings:
-        """The profile settings that hold where a person gives none.
+        """The profile settings used if none are given.
 
-        Those of the profile that came with the project for a built-in model, where it was imported.
+        For a built-in model they are those of its shipped profile, if it was imported, and for a
+        published model those of the published measurements.
         """
         if self.published:
             return PUBLISHED_SETTINGS
@@ -87,7 +88,7 @@ class OpenModel:
         return ProfileSettings()
 
     def fits_in_memory(self, more_bytes: int = 0) -> bool:
-        """Whether the whole model, and ``more_bytes`` beside it, fit the device's memory now."""
+        """Return whether the model and ``more_bytes`` fit in free memory; True once loaded."""
         if self.is_loaded:
             return True
         import torch
@@ -99,7 +100,7 @@ class OpenModel:
         return size + more_bytes <= free_bytes(torch.device(where["device"]))
 
     def need_weights(self) -> None:
-        """Raise :class:`InputError` for a model whose measurements alone are here."""
+        """Raise :class:`InputError` for a published model, which has measurements only."""
         if self.published:
             raise InputError(
                 f"{self.published.source} has published measurements but no weights, so it can be "
@@ -109,7 +110,7 @@ class OpenModel:
     @cached_property
     @timed("load")
     def folder(self) -> Path:
-        """The model's local folder; a remote one is fetched."""
+        """The model's local folder; a remote model is fetched."""
         self.need_weights()
         if self.source.is_gguf:
             self.report("load", 0, 1, f"dequantizing {self.source.name}")
@@ -119,9 +120,9 @@ class OpenModel:
 
     @cached_property
     def config_info(self) -> ModelInfo:
-        """What the model's config alone says of it, by which what cannot be is refused.
+        """The model's description from its config alone, to reject impossible requests early.
 
-        Of a remote model that isn't here nothing but its config is fetched.
+        For a remote model that is not known yet, only the config is fetched.
         """
         if self.published or self.source.is_local:
             return self.info
@@ -132,7 +133,7 @@ class OpenModel:
     @cached_property
     @timed("load")
     def info(self) -> ModelInfo:
-        """What is known of the model, whose files are all here; a remote one is fetched."""
+        """The model's description with its fingerprint; a remote model is fetched."""
         if self.published:
             return self.published
         identity = identify(self.source) if self.source.is_gguf else None
@@ -165,7 +166,7 @@ class OpenModel:
     @cached_property
     @timed("load")
     def streamed(self) -> LoadedModel:
-        """The model with its weights left in their files; loaded where that can't be."""
+        """The model with its weights left in their files; loaded if it cannot be streamed."""
         self.need_weights()
         from lsq_core.model.streaming import NotStreamable, open_streamed
 
@@ -191,7 +192,7 @@ class OpenModel:
     @cached_property
     @timed("load")
     def device_and_dtype(self) -> dict[str, str]:
-        """The device and the dtype that the model computes on and in; needs no weights."""
+        """The device and dtype that the model computes with; needs no weights."""
         from lsq_core.model.loading import model_config, pick_device, pick_dtype
 
         device, config = pick_device(self.device), model_config(self.source, self.folder)
@@ -208,18 +209,18 @@ class OpenModel:
 
     @timed("read text")
     def stream(self, request: EvaluationRequest) -> TokenStream:
-        """Load the tokens that a request evaluates on (cached)."""
+        """Return the tokens that a request evaluates on, loaded once."""
         if request not in self._streams:
             self.report("evaluate", 0, 1, f"reading {request.corpus}")
             self._streams[request] = load_tokens(request, self.tokenizer)
         return self._streams[request]
 
     def provide_stream(self, request: EvaluationRequest, stream: TokenStream) -> None:
-        """Have a request evaluated on these tokens, which another process read from its corpus."""
+        """Use these tokens for a request, which were already read from its corpus."""
         self._streams.setdefault(request, stream)
 
     def unload(self) -> None:
-        """Let go of the weights; they are loaded again when something needs them."""
+        """Release the weights; they are loaded again when needed."""
         for name in ("loaded", "streamed", "matrix_cache"):
             vars(self).pop(name, None)
         self.is_loaded = False
@@ -233,14 +234,14 @@ class OpenModel:
 
 
 def find_published(source: ModelSource, store: Store) -> ModelInfo | None:
-    """The published model that a source names: ``published:NAME``, or ``NAME`` alone.
+    """Return the published model named by a source (``published:NAME`` or ``NAME``), or None.
 
-    The name alone means a local folder where there is one of that name.
+    ``NAME`` alone refers to a local folder if one has that name.
 
     Raises
     ------
     InputError
-        When ``published:NAME`` was never imported.
+        If ``published:NAME`` was never imported.
     """
     if source.is_local:
         return None
@@ -256,7 +257,7 @@ def find_published(source: ModelSource, store: Store) -> ModelInfo | None:
 
 
 def known_identity(source: ModelSource, store: Store) -> ModelIdentity | None:
-    """The identity of the model that a source names, by its files or else as the store has it.
+    """Return the identity of a source's model from its files, else from the store, or None.
 
     Raises as :func:`lsq_core.model.identity.identify`.
     """
@@ -268,10 +269,10 @@ def known_identity(source: ModelSource, store: Store) -> ModelIdentity | None:
 
 
 def find_model_info(source: ModelSource, store: Store) -> ModelInfo | None:
-    """What the store has of the model that a source names, under the name it is asked for by.
+    """Return the stored description of a source's model, with the source as its name, or None.
 
-    One whose files are not here is the newest that the store has of that name and revision. None
-    where the model is not known yet. Raises as :func:`lsq_core.model.identity.identify`.
+    If the model's files are not available, it is the model last seen under this name and revision.
+    Raises as :func:`lsq_core.model.identity.identify`.
     """
     identity = known_identity(source, store)
     record = store.model(identity.fingerprint) if identity else None
@@ -281,9 +282,9 @@ def find_model_info(source: ModelSource, store: Store) -> ModelInfo | None:
 def resolve_device_and_dtype(
     info: ModelInfo, device: str = "auto", dtype: str = "auto"
 ) -> DeviceAndDtype:
-    """Where a model computes when it is asked for on a device in a dtype, as loading has it.
+    """Return the kind of device and the dtype that loading chooses for a requested pair.
 
-    torch is imported only where there may be a GPU.
+    torch is not imported if the answer is the CPU in its default dtype.
     """
     if device == "auto" and not _may_have_gpu():
         device = "cpu"
@@ -297,7 +298,7 @@ def resolve_device_and_dtype(
 
 
 def _may_have_gpu() -> bool:
-    """Whether asking torch for a GPU is worth the seconds that its import takes."""
+    """Return whether there may be a GPU, so that importing torch to ask is worthwhile."""
     if "torch" in sys.modules or sys.platform != "linux":
         return True
     drivers = ("nvidia[0-9]*", "kfd", "dxg")
@@ -305,7 +306,7 @@ def _may_have_gpu() -> bool:
 
 
 def load_tokens(request: EvaluationRequest, tokenizer: object) -> TokenStream:
-    """The tokens that a request evaluates on."""
+    """Load the tokens that a request evaluates on."""
     return build_token_stream(
         load_corpus(request.corpus, request.split), tokenizer, request.max_tokens
     )

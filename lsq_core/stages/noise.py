@@ -1,4 +1,4 @@
-"""Measuring the noise floor of a model's figures."""
+"""Measure the noise floor of a model's figures."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from lsq_core.units import format_bytes
 if TYPE_CHECKING:
     from torch import nn
 
-#: The base of the uniform plan, unless one is given: close to full precision, and quantized.
+#: Default base of the uniform plan: quantized, but close to full precision.
 DEFAULT_BASE = "4.13"
-#: Tokens of a large batch.
+#: Tokens in a large batch.
 _LARGE_BATCH_TOKENS = 2**13
-#: The dtype that shows what a dtype's rounding is worth.
+#: The wider dtype that reveals the effect of a dtype's rounding.
 _WIDER = {"float32": "float64", "bfloat16": "float32", "float16": "float32"}
 _QUANTIZER = "hqq"
 
 
 @dataclass(frozen=True)
 class _Variant:
-    """A way of computing: tokens of a batch (None for the usual), and the dtype."""
+    """A way of computing: tokens per batch (None for the default), and the dtype."""
 
     name: str
     batch_tokens: int | None
@@ -43,15 +43,15 @@ class _Variant:
 def measure_noise(
     model: OpenModel, request: EvaluationRequest, base: str = DEFAULT_BASE
 ) -> NoiseFloor:
-    """Measure by how much arithmetic moves the figures of a model, and store it.
+    """Measure how much arithmetic alone changes a model's figures, and store the result.
 
-    Full precision and the uniform HQQ plan of a base are evaluated as usual, with one window a
+    Full precision and the uniform HQQ plan of a base are evaluated as usual, with one window per
     batch, with large batches, and in a wider dtype, with the same weights each time.
 
     Raises
     ------
     InputError, LsqError
-        When an input is wrong, or the model and its copy in the wider dtype do not fit in memory.
+        If an input is invalid, or the model and its copy in the wider dtype do not fit in memory.
     """
     dtype = model.device_and_dtype["dtype"]
     _check_memory(model, _WIDER[dtype])
@@ -86,7 +86,7 @@ def measure_noise(
 
 
 def _check_figures(conditions: Sequence[Condition]) -> None:
-    """Raise :class:`LsqError` where a figure has no relative difference to another."""
+    """Raise :class:`LsqError` if a figure is not finite and positive, so has no relative error."""
     for one in conditions:
         figures = one.perplexity_full, one.perplexity, one.kl
         if not all(np.isfinite(figures)) or not min(figures) > 0:
@@ -121,7 +121,7 @@ def _evaluate(
     number: int,
     count: int,
 ) -> tuple[Condition, int]:
-    """What a variant gives for a plan and full precision, and the predicted tokens."""
+    """Evaluate a variant for a plan and full precision; also return the predicted tokens."""
     from dataclasses import replace
 
     import torch

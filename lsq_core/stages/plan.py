@@ -1,4 +1,4 @@
-"""Plans: from a profile and a request to what each matrix gets."""
+"""Make plans from a profile and a request: a configuration for each matrix."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ from lsq_core.units import format_bytes
 if TYPE_CHECKING:
     from lsq_core.planning.frontier import Frontier
 
-#: The settings of a profile that name its calibration text, and how much of it is read.
+#: Profile settings that name the calibration text and how much of it is used.
 _CALIBRATION = ("calibration", "samples", "block_tokens", "seed")
 
 
@@ -60,14 +60,14 @@ def plan_model(
     settings: ProfileSettings,
     refinement: Refinement | None = None,
 ) -> Plan:
-    """A plan; what it needs of the model is measured first, but for a refined one.
+    """Make a plan, measuring missing scores first; no search for a refined plan is run.
 
-    ``refinement`` is what a search for a refined plan found, if not what is stored.
+    ``refinement`` is the result of a search, for a refined plan; by default the stored one.
 
     Raises
     ------
     InputError
-        When the request cannot be met; see :func:`lsq_core.planning.make.make_plan`.
+        If the request cannot be met; see :func:`lsq_core.planning.make.make_plan`.
     """
     planner = get_planner(request.method)
     if planner.reads_refinement:
@@ -92,7 +92,7 @@ def plan_model(
 
 
 def check_budget(model: OpenModel, request: PlanRequest, settings: ProfileSettings) -> None:
-    """Reject a budget out of reach before anything is measured or downloaded.
+    """Reject an unreachable budget before anything is measured or downloaded.
 
     Raises
     ------
@@ -105,12 +105,12 @@ def check_budget(model: OpenModel, request: PlanRequest, settings: ProfileSettin
 
 
 def settings_on_ladder(settings: ProfileSettings, request: PlanRequest) -> ProfileSettings:
-    """The settings of the profile that a request needs: one of its ladder, or of a larger one."""
+    """Return the settings of a profile with all the configurations of a request's ladder."""
     return settings if request.ladder == PAPER else replace(settings, ladder=request.ladder)
 
 
 def _cached_profile(model: OpenModel, settings: ProfileSettings, metrics: Sequence[str]) -> Profile:
-    """The profile to plan from, read once: a sweep plans from one many times."""
+    """Return the profile to plan from, cached because a sweep uses it many times."""
     known = model.profiles.get(settings)
     if known is None or not set(metrics) <= set(known.metrics):
         known = model.profiles[settings] = planning_profile(model, settings, metrics)
@@ -118,7 +118,7 @@ def _cached_profile(model: OpenModel, settings: ProfileSettings, metrics: Sequen
 
 
 def required_metrics(request: PlanRequest) -> tuple[str, ...]:
-    """The metrics that a request's method reads, for a refinement those of its start."""
+    """Return the metrics used by a request's method; for a refinement those of its start."""
     planner = get_planner(request.method)
     return (
         get_planner(request.refined_from).metrics if planner.reads_refinement else planner.metrics
@@ -126,7 +126,7 @@ def required_metrics(request: PlanRequest) -> tuple[str, ...]:
 
 
 def _cached_problem(model: OpenModel, profile: Profile | None) -> Problem:
-    """The planning problem of a profile, cached: a sweep plans from one many times."""
+    """Return the planning problem of a profile, cached because a sweep uses it many times."""
     key = (profile.id, profile.metrics) if profile else None
     if key not in model.problems:
         model.problems[key] = build_problem(model.info, profile)
@@ -134,12 +134,12 @@ def _cached_problem(model: OpenModel, profile: Profile | None) -> Problem:
 
 
 def model_problem(model: OpenModel, profile: str | None) -> Problem:
-    """The planning problem of a stored profile."""
+    """Return the planning problem of a stored profile, or one without scores."""
     return _cached_problem(model, model.store.profile(profile) if profile else None)
 
 
 def build_problem(info: ModelInfo, profile: Profile | None) -> Problem:
-    """What planners see: matrices, and those of a profile's scores that it holds.
+    """Build the problem that planners solve, from the matrices and a profile's scores.
 
     A published profile may lack metrics, or a metric at some stops (NaN there).
     """
@@ -161,14 +161,14 @@ def build_problem(info: ModelInfo, profile: Profile | None) -> Problem:
             continue
         if metric.detects_outliers:
             if (name, DETECTION_CONFIG.name) not in held:
-                continue  # methods need its score at the detection configuration
+                continue  # methods need its scores at the detection configuration
             scores[name] = profile.scores(name, DETECTION_CONFIG)
         by_config[name] = np.stack([at(name, config) for config in profile.ladder], axis=1)
     return Problem(info.matrices, scores, by_config, options=profile.ladder)
 
 
 def missing_metrics(problem: Problem, request: PlanRequest) -> list[str]:
-    """Return the metrics that a request's method reads and a profile's problem lacks."""
+    """Return the metrics used by a request's method that a profile's problem lacks."""
     held = problem.scores.keys() | problem.by_config.keys()
     fields = get_planner(request.method).fields
     read = {"sensitivity": request.metric} if "metric" in fields else {}
@@ -176,9 +176,9 @@ def missing_metrics(problem: Problem, request: PlanRequest) -> list[str]:
 
 
 def check_metrics(info: ModelInfo, problem: Problem, request: PlanRequest) -> None:
-    """Raise :class:`InputError` when the profile lacks what the method reads.
+    """Raise :class:`InputError` if the profile lacks a metric used by the method.
 
-    The sentence names the methods for which it has enough.
+    The message lists the methods that the profile suffices for.
     """
     missing = missing_metrics(problem, request)
     if missing:
@@ -202,14 +202,14 @@ def make_model_plan(
     settings: ProfileSettings,
     frontier: Frontier | None = None,
 ) -> Plan:
-    """The plan that a method makes of what is known, as :func:`lsq_core.planning.make.make_plan`.
+    """Make a method's plan for a problem; see :func:`lsq_core.planning.make.make_plan`.
 
-    One of mixed rows names the text that they were scored on.
+    A mixed-row plan records the text on which its rows were scored.
 
     Raises
     ------
     InputError
-        When the profile lacks what the method reads, or the request cannot be met.
+        If the profile lacks a metric used by the method, or the request cannot be met.
     """
     check_metrics(info, problem, request)
     plan = make_plan(
@@ -224,15 +224,15 @@ def make_model_plan(
 
 
 def with_quantizer(plan: Plan, quantizer: str, settings: ProfileSettings) -> Plan:
-    """The plan as a quantizer will carry it out: its bytes, and the text that it reads, if any.
+    """Return the plan for a quantizer, which sets its bytes and its calibration text, if any.
 
-    A plan of mixed rows has the text that they were scored on with it, and that of a run that is
-    done again the one of that run.
+    A mixed-row plan keeps the text on which its rows were scored, and a plan with a text for the
+    same quantizer (of a run that is repeated) keeps that text.
 
     Raises
     ------
     InputError
-        When the quantizer stores more than the bytes that the plan was made for.
+        If the quantizer stores more bytes than the plan's budget.
     """
     reason = budget_excess(plan, quantizer)
     if reason:
@@ -244,7 +244,7 @@ def with_quantizer(plan: Plan, quantizer: str, settings: ProfileSettings) -> Pla
 
 
 def budget_excess(plan: Plan, quantizer: str) -> str:
-    """Why a plan within a budget in bytes is not within it as a quantizer stores it, else ''."""
+    """Return why a plan exceeds its budget in bytes if stored by a quantizer, or ''."""
     if plan.request.budget is None or quantizer == plan.quantizer:
         return ""
     budget = plan.request.parse_budget(plan.parameters)
@@ -259,13 +259,13 @@ def budget_excess(plan: Plan, quantizer: str) -> str:
 
 
 def _calibration_source(settings: ProfileSettings) -> dict:
-    """Which text settings name, and how much of it is read, as a plan tells it."""
+    """Return the calibration text of settings and how much of it is used, as in a plan."""
     text = {name: getattr(settings, name) for name in _CALIBRATION}
     return text | {"corpus": corpus_identity(settings.calibration)}
 
 
 def calibration_of_plan(plan: Plan) -> CalibrationSettings:
-    """The calibration text that a plan names, the usual one where it names none."""
+    """Return the calibration settings in a plan, or the default ones if it has none."""
     text = plan.calibration or {}
     named = {name: text[name] for name in _CALIBRATION if name in text}
     if "calibration" in named:
@@ -276,15 +276,15 @@ def calibration_of_plan(plan: Plan) -> CalibrationSettings:
 def request_incompatibility(
     problem: Problem, request: PlanRequest, quantizer: str, axis: int
 ) -> str:
-    """Why no plan of a request can be carried out by a quantizer, as far as that is known now.
+    """Return why no plan for a request can be stored by a quantizer, as far as known in advance.
 
-    Returns an empty string if nothing does; the plan itself has to be checked as well
+    The result is '' if no reason is known; the plan itself must still be checked
     (:func:`lsq_core.quantization.registry.check_choice`).
 
     Raises
     ------
     InputError
-        When the request itself is wrong.
+        If the request itself is invalid.
     """
     problem = problem.with_options(get_planner(request.method).options(request))
     known, reason = quantizer_spec(quantizer), incompatibility_reason(quantizer, {}, axis)
@@ -313,19 +313,19 @@ def request_incompatibility(
 
 
 def _option_bytes(quantizer: str, matrix: Matrix, option: Config, budget: Budget) -> float:
-    """Bytes of a matrix by the account that a budget bounds."""
+    """Return the bytes of a matrix in the kind of bytes that a budget limits."""
     if budget.planned_bytes is None:
         return matrix_bytes(nominal_bytes, matrix, option)
     return planned_bytes(quantizer, matrix.shape, option, "8bit")
 
 
 def plan_identity(plan: Plan) -> list[object]:
-    """What two plans share that store the same, whatever they were asked for."""
+    """Return a key that is equal for plans that store the same, whatever their requests."""
     return content_identity(plan.to_json())
 
 
 def content_identity(content: dict) -> list[object]:
-    """The same of a plan's JSON; the high-impact rows go with the configuration."""
+    """Return :func:`plan_identity` from a plan's JSON, including any high-impact rows."""
     configs = [
         [name, entry["config"], *filter(None, [entry.get("rows")])]
         for name, entry in content["modules"].items()

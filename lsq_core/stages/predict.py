@@ -1,4 +1,4 @@
-"""Predicted perplexity of a plan, from the runs so far."""
+"""Predict the perplexity of plans from the runs so far."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ def fit_predictor(
     corpus: str | None = None,
     protocol: str | None = None,
 ) -> Predictor:
-    """What the runs so far tell of this model's perplexity on a corpus by a protocol.
+    """Fit a predictor of this model's perplexity on a corpus with a protocol to the runs so far.
 
-    Where neither is given, on those with the most runs. ``problem`` is of a profile of
-    ``settings``, and the runs are those by its quantizer, axis and metadata.
+    The default is the corpus and protocol with the most runs. ``problem`` is that of a profile
+    with ``settings``; only runs with the same quantizer, axis and metadata are used.
 
     Raises
     ------
     InputError
-        When there are too few runs, or the profile lacks what predictions need.
+        If there are too few runs, or the profile lacks what predictions need.
     """
     points = prediction.load_measured_points(
         model.store,
@@ -70,9 +70,9 @@ def predict_plan(
     corpus: str | None = None,
     protocol: str | None = None,
 ) -> dict:
-    """The plan's predicted perplexity and band by name, or only the ``reason`` for none.
+    """Return a plan's predicted perplexity and band, or only the ``reason`` if there is none.
 
-    Nothing is measured for it.
+    Nothing is measured for this.
     """
     settings = replace(settings, axis=plan.axis, metadata=plan.metadata)
     if plan.rows:
@@ -89,7 +89,7 @@ def predict_plan(
 
 
 def _find_profile_of(model: OpenModel, plan: Plan, settings: ProfileSettings) -> Profile | None:
-    """A kept profile with the plan's configurations, preferably of the settings' own ladder."""
+    """Return a stored profile with the plan's configurations, preferring the settings' ladder."""
     names = dict.fromkeys((settings.ladder, plan.request.ladder, *LADDERS))
     for name in names:
         if set(plan.configs) <= set(LADDERS[name]):
@@ -117,9 +117,10 @@ def predict_without_ties(
     corpus: str | None = None,
     protocol: str | None = None,
 ) -> dict:
-    """What the plan would be without its ties and server: ``bits_per_param, objective, predicted``.
+    """Return the size, objective and prediction of the plan without its ties and server.
 
-    Or only the ``reason`` for none.
+    The keys are ``bits_per_param``, ``objective`` and ``predicted``, or only ``reason`` if there
+    is no such plan.
     """
     try:
         free = plan_model(model, plan.request.without_ties(), settings)
@@ -140,12 +141,13 @@ def request_for_max_loss(
     corpus: str | None = None,
     protocol: str | None = None,
 ) -> PlanRequest:
-    """The request with the least budget whose plan is predicted within a relative loss.
+    """Return the request with the smallest budget predicted to stay within a relative loss.
 
     Raises
     ------
     InputError
-        When no plan is, there are too few runs to predict from, or the request is wrong.
+        If no plan stays within it, there are too few runs to predict from, or the request is
+        invalid.
     """
     planner = get_planner(request.method)
     if planner.reads_rows:
@@ -162,5 +164,5 @@ def request_for_max_loss(
     predictor = fit_predictor(model, problem, settings, corpus, protocol)
     frontier = make_frontier(restricted, request)
     budget = prediction.smallest_budget_within(frontier, predictor, restricted, max_loss)
-    # All digits, so that the same plan is found again.
+    # All digits, so that the budget leads to the same plan.
     return replace(request, budget=f"{8 * budget / problem.total!r}bpp")

@@ -30,14 +30,14 @@ from lsq_core.store.store import Store
 def profile_key(
     info: ModelInfo, settings: ProfileSettings, device_and_dtype: DeviceAndDtype | None = None
 ) -> str:
-    """The identity of a model's profile under some settings, found or not.
+    """Return the identity of a model's profile under given settings, whether or not it exists.
 
-    ``device_and_dtype`` is where it is measured, None for where this machine computes by itself.
+    ``device_and_dtype`` is where it is measured, by default this machine's choice.
 
     Raises
     ------
     InputError
-        When the calibration corpus is nothing known.
+        If the calibration corpus is unknown.
     """
     corpus, required_packages = (
         corpus_identity(settings.calibration),
@@ -56,11 +56,11 @@ def find_profile_key(
     settings: ProfileSettings,
     device_and_dtype: DeviceAndDtype | None = None,
 ) -> str:
-    """The same; a profile kept before it depended on place and versions is put under it.
+    """Return :func:`profile_key` after migrating a profile stored under its older identity.
 
-    That is done only where what was recorded with the profile says that it was measured in this
-    place, by these versions of what it depends on. Where the calibration text is not here, it is
-    the key of the shipped profile with these settings.
+    The older identity did not include place and versions; its profile is moved to the new one only
+    if the recorded provenance matches this place and these versions. If the calibration text is not
+    available, return the key of the shipped profile with these settings.
     """
     device_and_dtype = device_and_dtype or resolve_device_and_dtype(info)
     try:
@@ -86,13 +86,13 @@ def find_profile_key(
 
 
 def model_profile_key(model: OpenModel, settings: ProfileSettings) -> str:
-    """The identity of this model's profile under these settings."""
+    """Return the identity of this model's profile under these settings."""
     device_and_dtype = resolve_device_and_dtype(model.info, model.device, model.dtype)
     return find_profile_key(model.store, model.info, settings, device_and_dtype)
 
 
 def find_profile(model: OpenModel, settings: ProfileSettings) -> Profile | None:
-    """The profile if it was measured before, or published."""
+    """Return the stored or published profile with these settings, or None."""
     if model.published:
         kept = model.store.profiles(model.published.fingerprint)
         same = [ProfileSettings(**json.loads(text)) == settings for text in kept["settings"]]
@@ -103,7 +103,7 @@ def find_profile(model: OpenModel, settings: ProfileSettings) -> Profile | None:
 def measure_here(
     model: OpenModel, settings: ProfileSettings, metrics: Sequence[str]
 ) -> Iterator[Profile]:
-    """Measure metrics in this process, first those that the weights alone tell."""
+    """Measure metrics in this process, starting with those that depend on weights alone."""
     key = model_profile_key(model, settings)
     alone = [metric for metric in metrics if metric in weight_metrics()]
     others = [metric for metric in metrics if metric not in alone]
@@ -112,7 +112,7 @@ def measure_here(
             yield measure_metrics(model, settings, key, part, stage)
 
 
-#: Measures metrics that a profile lacks, and yields each part as it is done.
+#: Measures metrics that a profile lacks, and yields each part when it is done.
 Measurer = Callable[[OpenModel, ProfileSettings, Sequence[str]], Iterable[Profile]]
 
 
@@ -123,16 +123,16 @@ def profile_model(
     metrics: Sequence[str] = (),
     measure: Measurer = measure_here,
 ) -> Profile:
-    """The profile, with the usual metrics and these: found, or measured and kept.
+    """Return the profile with the default and given metrics, measuring and saving missing ones.
 
-    Each part that ``measure`` yields is kept, so that it can be looked at while the rest is
-    measured. Of a profile that is there only the metrics that it lacks are
-    measured, so one that was cut short is completed; a published one stays as it is.
+    Each part yielded by ``measure`` is saved at once, so that it can be viewed while the rest is
+    measured. If the profile exists, only its missing metrics are measured, so an interrupted one is
+    completed; a published profile is returned as it is.
 
     Raises
     ------
     InputError, LsqError
-        When a metric is unknown, the model or the calibration corpus cannot be had, or a
+        If a metric is unknown, the model or the calibration corpus is not available, or a
         weight is not finite.
     """
     for name in metrics:
@@ -154,9 +154,9 @@ def profile_model(
 def planning_profile(
     model: OpenModel, settings: ProfileSettings, metrics: Sequence[str]
 ) -> Profile:
-    """The profile to plan from, if it holds these metrics; else as :func:`profile_model`.
+    """Return a stored profile with these metrics to plan from; else as :func:`profile_model`.
 
-    The usual metrics that a plan doesn't read are not measured for it.
+    If the stored one has them, default metrics that the plan doesn't use are not measured.
     """
     found = find_planning_profile(model, settings, metrics)
     if found is None:
@@ -168,12 +168,12 @@ def planning_profile(
 def find_planning_profile(
     model: OpenModel, settings: ProfileSettings, metrics: Sequence[str] = ()
 ) -> Profile | None:
-    """The stored profile to plan from, if one holds these metrics.
+    """Return the stored profile to plan from if one has these metrics, else None.
 
-    A profile of the extended ladder has the scores of the paper's as well.
-    A session that was given a dtype plans from the profile in the usual one, float32 on a CPU,
-    where that is kept and its own is not: a dtype moves scores by rounding alone, and a profile
-    takes much longer than the evaluation that the dtype is meant to speed up. The plan names the
+    A profile of the extended ladder includes the scores of the paper's ladder. A session with an
+    explicit dtype falls back on the profile in the default dtype (float32 on a CPU) if that in its
+    own is missing or lacks metrics: the dtype changes scores only by rounding, and a profile takes
+    much longer than the evaluation that the dtype is meant to speed up. The plan records the
     profile, and the run its own dtype.
     """
     found = find_profile(model, settings)
@@ -189,7 +189,7 @@ def find_planning_profile(
 
 
 def _check_measurable(name: str, quantizer: str) -> None:
-    """Raise :class:`InputError` for an unknown metric, or one whose probe a quantizer lacks."""
+    """Raise :class:`InputError` if a metric is unknown or the quantizer lacks its configuration."""
     metric, spec = get_metric(name), quantizer_spec(quantizer)
     absent = [] if metric.by_config else [c for c in metric.configs if c not in spec.configs]
     if absent:
@@ -200,9 +200,9 @@ def _check_measurable(name: str, quantizer: str) -> None:
 
 
 def merge_profile(model: OpenModel, measured: Profile) -> None:
-    """Add metrics to the stored profile, or save them as a new one."""
+    """Add metrics to the stored profile, or save a new profile."""
     model.store.merge_profile(measured)
-    model.profiles.clear()  # what was read before may be less, or of another dtype
+    model.profiles.clear()  # cached ones may lack metrics, or be of another dtype
     names = ", ".join(measured.metrics)
     model.report("store", 1, 1, f"{names} stored in profile {measured.id}")
 
@@ -215,9 +215,9 @@ def measure_metrics(
     stage: str,
     layers: Collection[int] | None = None,
 ) -> Profile:
-    """Measure a profile of these metrics alone, which is not kept.
+    """Measure a profile with only these metrics, without saving it.
 
-    ``key`` is the profile's id, and ``layers`` are those that are scored, by default all.
+    ``key`` is the profile's id, and ``layers`` the layers to score, by default all.
     """
     from lsq_core.profiling.measure import measure_profile
 
@@ -238,7 +238,7 @@ def measure_metrics(
 
 
 def _missing_profile_message(info: ModelInfo, settings: ProfileSettings, store: Store) -> str:
-    """What a published model has instead of the profile that was asked for."""
+    """Return an error message listing the profiles that a published model has instead."""
     kept = [ProfileSettings(**json.loads(s)) for s in store.profiles(info.fingerprint)["settings"]]
     there = sorted({f"{s.calibration} ({s.quantizer}, axis {s.axis})" for s in kept})
     if settings.ladder != PAPER:

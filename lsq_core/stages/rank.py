@@ -1,6 +1,6 @@
-"""Every method's plan within one budget, side by side: what is predicted and what was measured.
+"""Compare every method's plan within one budget: predicted and measured figures.
 
-Nothing is measured for it: methods whose metrics the profile lacks are left out, with the reason.
+Nothing is measured for this: methods whose metrics the profile lacks are left out with a reason.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from lsq_core.stages.profile import find_planning_profile
 if TYPE_CHECKING:
     import pandas as pd
 
-#: Measured KL divergences lie between these shares of the expected sum (SmolLM2's 27 shipped plans
+#: Range of the ratio of measured KL divergence to the expected sum (SmolLM2's 27 shipped plans
 #: within three times full precision's perplexity; README, *Predicted perplexity*).
 _KL_SPREAD = (0.59, 1.35)
 
@@ -52,7 +52,7 @@ _REFINED = "searched for by measuring"
 
 @dataclass(frozen=True)
 class MeasuredRun:
-    """A run's perplexity; ``same_plan`` says whether its plan is the one it stands beside."""
+    """A run's perplexity; ``same_plan`` is whether it has the plan it is compared with."""
 
     run: str
     perplexity: float
@@ -62,10 +62,10 @@ class MeasuredRun:
 
 @dataclass(frozen=True)
 class RankedMethod:
-    """A method's plan within a budget, nominal bits and planned bytes, and what it may cost.
+    """The size of a method's plan within a budget, and its expected and measured loss.
 
-    ``expected_kl`` is the sum over the matrices, in nats a token, None where the profile has none.
-    ``predicted`` is a perplexity with its band: middle, low, high.
+    ``expected_kl`` is the sum over all matrices, in nats per token, or None if the profile lacks
+    it. ``predicted`` is a perplexity with its band: middle, low, high.
     """
 
     method: str
@@ -82,12 +82,12 @@ class RankedMethod:
 
     @property
     def cost(self) -> float:
-        """What it is ranked by: predicted perplexity, else expected KL; infinite without both."""
+        """The value it is ranked by: predicted perplexity, else expected KL, else infinity."""
         known = self.predicted[0] if self.predicted else self.expected_kl
         return math.inf if known is None or math.isnan(known) else known
 
     def is_clearly_better(self, other: RankedMethod) -> bool:
-        """Whether the bands of both are apart, and this one's is the lower."""
+        """Return whether the two bands don't overlap and this one is lower."""
         if self.predicted and other.predicted:
             return is_apart(self.predicted, other.predicted) and self.cost < other.cost
         low, high = _KL_SPREAD
@@ -96,10 +96,10 @@ class RankedMethod:
 
 @dataclass(frozen=True)
 class MethodRanking:
-    """The methods, best first; ``left_out`` has the reason for each that has no plan here.
+    """The methods, best first; ``left_out`` gives the reason for each method without a plan.
 
-    ``basis`` is what they are ranked by: ``perplexity``, ``expected_kl``, or nothing.
-    ``reason`` says why no perplexity is predicted.
+    ``basis`` is the quantity they are ranked by: ``perplexity``, ``expected_kl`` or ''. ``reason``
+    explains why no perplexity is predicted.
     """
 
     methods: tuple[RankedMethod, ...]
@@ -108,7 +108,7 @@ class MethodRanking:
     reason: str = ""
 
     def leader_over(self, method: str) -> RankedMethod | None:
-        """The best method where it is clearly better than this one; no ablation is."""
+        """Return the best other method, ablations excluded, if it is clearly better, else None."""
         own = next((each for each in self.methods if each.method == method), None)
         others = [m for m in self.methods if not is_ablation(m.method) and m.method != method]
         if own is None or not others or not self.basis:
@@ -116,7 +116,7 @@ class MethodRanking:
         return others[0] if others[0].is_clearly_better(own) else None
 
     def to_json(self) -> dict:
-        """The ranking by the names that the command line prints."""
+        """Return the ranking as printed by the command line with ``--json``."""
         rows = [
             {
                 "method": each.method,
@@ -138,7 +138,7 @@ class MethodRanking:
 
 
 def requests_within(request: PlanRequest) -> list[PlanRequest]:
-    """The same budget, base and restrictions by every method that plans from a profile alone."""
+    """Return the request for every method that plans from a profile alone."""
     requests = []
     for name, planner in PLANNERS.items():
         if mixes_rows(name) or planner.reads_refinement:
@@ -156,18 +156,18 @@ def rank_methods(
     runs: Mapping[str, tuple[pd.Series, dict[str, str]]],
     frontier_of: Callable[[PlanRequest], Frontier],
 ) -> MethodRanking:
-    """Rank the plans of some requests, each by its own method and with a budget.
+    """Rank the plans of requests, each with its own method and a budget.
 
     Parameters
     ----------
     problem
-        The matrices with a profile's scores, unrestricted.
+        The unrestricted problem with a profile's scores.
     predictor
-        What the runs so far tell, or why they don't.
+        A predictor fitted to the runs so far, or the reason why there is none.
     runs
         The comparable runs with their configurations (:func:`measured_runs`).
     frontier_of
-        A request's frontier; raises :class:`LsqError` where the method has none here.
+        Returns a request's frontier; raises :class:`LsqError` if the method has none here.
     """
     ranked = []
     left_out = {name: _MIXED_ROWS for name in PLANNERS if mixes_rows(name)}
@@ -229,11 +229,11 @@ def measured_runs(
     corpus: str | None,
     protocol: str | None = None,
 ) -> dict[str, tuple[pd.Series, dict[str, str]]]:
-    """A model's runs that stand beside one another, newest first, each with its configurations.
+    """Return a model's comparable runs, newest first, each with its configurations.
 
-    They are by the profile's quantizer, axis and metadata, on one text by one protocol: where
-    several answer, those with the most runs. ``runs`` are of
-    :meth:`lsq_core.store.store.Store.results`, ``configs`` of ``run_configs``.
+    They have the profile's quantizer, axis and metadata, and the same text and protocol: if several
+    match, those with the most runs. ``runs`` are from
+    :meth:`lsq_core.store.store.Store.results`, ``configs`` from ``run_configs``.
     """
     same = (runs["quantizer"] == settings.quantizer) & (runs["axis"] == settings.axis)
     same &= (runs["metadata"] == settings.metadata) & runs["run"].isin(configs)
@@ -251,9 +251,9 @@ def _find_run(
     bits: float,
     runs: Mapping[str, tuple[pd.Series, dict[str, str]]],
 ) -> MeasuredRun | None:
-    """The run of this very plan, else of equal sizes the nearest by the same method.
+    """Return the run of this plan, else the closest of about equal size by the same method.
 
-    Its pins, ties and server are the same, too: without those a plan is another kind of plan.
+    The latter must have the same pins, ties and server, without which plans are not comparable.
     """
     names = {m.name: LADDER[stop].name for m, stop in zip(problem.matrices, choice, strict=True)}
     near: list[tuple[float, MeasuredRun]] = []
@@ -268,7 +268,7 @@ def _find_run(
 
 
 def _is_alike(run: pd.Series, request: PlanRequest) -> bool:
-    """Whether a run's plan was asked of the same method with the same restrictions."""
+    """Return whether a run's plan was requested with the same method and restrictions."""
     asked = json.loads(run["request"]) if isinstance(run["request"], str) else {}
     same = all(tuple(asked.get(name) or ()) == getattr(request, name) for name in ("pins", "ties"))
     return same and run["method"] == request.method and asked.get("serve") == request.serve
@@ -281,12 +281,12 @@ def rank_model_methods(
     corpus: str | None = None,
     protocol: str | None = None,
 ) -> MethodRanking:
-    """Rank every method within a request's budget, from the profile and the runs that there are.
+    """Rank every method within a request's budget, from the stored profile and runs.
 
     Raises
     ------
     InputError
-        When there is no budget or no profile, or the budget is out of reach.
+        If there is no budget or no profile, or the budget is out of reach.
     """
     if request.budget is None:
         raise InputError("Give a budget, such as 3.2bpp or 50MiB, to rank the methods within it.")

@@ -1,4 +1,4 @@
-"""Refine a plan by measuring; what was found is kept, and a search goes on from its last step."""
+"""Refine a plan by measuring; steps are stored, and a search resumes from its last step."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ from lsq_core.store.refinements import RefinementKey
 if TYPE_CHECKING:
     from lsq_core.refinement.expansion import Expansion
 
-#: Minutes after which no further round begins, unless one says otherwise.
+#: Default minutes after which no further round starts.
 DEFAULT_MINUTES = 15.0
-#: Tokens of the calibration text, from its start, on which proposals are measured.
+#: Number of leading tokens of the calibration text on which proposals are measured.
 MEASURED_TOKENS = 8192
-#: Their protocol: no token is read twice.
+#: Protocol for measuring proposals, in which no token is read twice.
 PROTOCOL = "blocks"
 
 
@@ -50,21 +50,21 @@ def refine_plan(
     minutes: float = DEFAULT_MINUTES,
     text: str | None = None,
 ) -> Plan:
-    """Search for a better plan within a request's budget, from the last step that is stored.
+    """Search for a better plan within a request's budget, from the last stored step.
 
-    ``text`` is the corpus whose calibration part is searched on, by default that of the profile.
+    ``text`` is the corpus whose calibration split is searched on, by default that of the profile.
 
-    The last round that begins before ``minutes`` are over is finished. Returns the best plan, which
-    is that of the start where no exchange was better.
+    A round that starts before ``minutes`` are over is finished. Returns the best plan, which is the
+    starting plan if no other was better.
 
     Raises
     ------
     InputError, LsqError
-        When the request gives no budget or another ladder than the paper's, the model is a
-        published one or the method that the search starts from is no knapsack; and as
+        If the request has no budget or a ladder other than the paper's, the model is published
+        without weights, or the search starts from a method that is not a knapsack; also as
         :func:`lsq_core.stages.plan.plan_model`.
     """
-    request = replace(request, method=Refined.name, exact=False)  # no step is
+    request = replace(request, method=Refined.name, exact=False)  # no step is exact
     get_planner(Refined.name).options(request)
     if request.budget is None:
         raise InputError("Give the budget that a plan is to be refined within, such as 3.2bpp.")
@@ -84,7 +84,7 @@ def refine_plan(
 
 
 class _Search:
-    """A search within a budget, as it goes on from the steps that are stored."""
+    """A search within a budget that resumes from the stored steps."""
 
     def __init__(
         self,
@@ -112,11 +112,11 @@ class _Search:
 
     @property
     def _text(self) -> EvaluationRequest:
-        """What proposals are measured on: no text that runs are evaluated on."""
+        """The text that proposals are measured on: not one that runs are evaluated on."""
         return EvaluationRequest(self.text, PROTOCOL, MEASURED_TOKENS, split="calibration")
 
     def run(self, minutes: float) -> None:
-        """Take steps until no proposal is better, or time is up."""
+        """Run rounds until proposals no longer improve, or time is up."""
         from lsq_core.refinement.search import refine
 
         if not self.steps:
@@ -142,14 +142,14 @@ class _Search:
         self._say(f"step {step.number}: KL {step.kl:.5f}")
 
     def _start(self) -> RefinementStep:
-        """The plan of the method that the search starts from, measured."""
+        """Measure the plan of the starting method, as the search's first step."""
         cost = get_planner(self.request.refined_from).cost(self.problem)
         choice = self._solve(cost)
         [kl] = self._measure([choice])
         return RefinementStep(0, choice, kl, cost)
 
     def _solve(self, cost: np.ndarray) -> np.ndarray:
-        """The choice within the budget that costs least."""
+        """Return the choice of least cost within the budget."""
         frontier, metadata = hull_frontier(cost, self.problem), self.settings.metadata
         limit = nominal_limit(frontier, self.problem, self.budget, metadata)
         return frontier.at(limit).choice
@@ -160,9 +160,9 @@ class _Search:
         return {matrix: options[option] for matrix, option in pairs}
 
     def _expand(self, step: RefinementStep) -> Expansion:
-        """The expansion about a step, on the part of the calibration text that its round reads.
+        """Return the expansion around a step, on the part of the calibration text for its round.
 
-        It is the same whether or not the search was cut off in between.
+        It does not depend on whether the search was interrupted in between.
         """
         import torch
 
@@ -186,12 +186,12 @@ class _Search:
         return expander.expand(self._choice(step.choice), self._progress)
 
     def _available(self) -> np.ndarray:
-        """The options (n, options) that each matrix can get, of those that the quantizer has."""
+        """Return a mask (n, options) of the options allowed for each matrix and quantizer."""
         spec = quantizer_spec(self.settings.quantizer)
         return self.problem.allowed & [option in spec.configs for option in self.problem.options]
 
     def _measure(self, choices: Sequence[np.ndarray]) -> list[float]:
-        """The measured divergence of some choices, side by side."""
+        """Return the measured KL divergence of each choice, all evaluated together."""
         return [own.kl for own, _ in next(self._evaluations(choices))]
 
     def _evaluations(self, choices: Sequence[np.ndarray]) -> Iterator:

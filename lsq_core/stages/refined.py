@@ -1,4 +1,4 @@
-"""What searches that refine plans have found so far, as planners read it."""
+"""Stored results of the searches that refine plans, in the form that planners use."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from lsq_core.store.store import Store
 def load_refinement(
     store: Store, profile: str, problem: Problem, request: PlanRequest, metadata: str
 ) -> Refinement | None:
-    """What the searches for a request found: at its budget, else at the nearest one; or None.
+    """Return the result of a request's search at its budget or else the nearest one, or None.
 
-    ``problem`` is restricted as the request says.
+    ``problem`` must already be restricted by the request.
     """
     key = RefinementKey.of(profile, request)
     budgets = store.refinement_budgets(key)
@@ -34,9 +34,9 @@ def load_refinement(
 def find_steps(
     store: Store, profile: str, problem: Problem, request: PlanRequest, metadata: str
 ) -> list[RefinementStep]:
-    """The steps of the search within just a request's budget, none without one.
+    """Return the steps of the search within exactly a request's budget; none without a budget.
 
-    ``problem`` is restricted as the request says.
+    ``problem`` must already be restricted by the request.
     """
     budget = request.resolve_budget(problem, metadata)
     if budget is None:
@@ -46,12 +46,12 @@ def find_steps(
 
 
 def option_names(problem: Problem) -> list[str]:
-    """The names of a problem's configurations."""
+    """Return the names of a problem's configurations."""
     return [option.name for option in problem.options]
 
 
 def _distance(own: Budget, wanted: Budget) -> tuple[float, bool]:
-    """How far two budgets are apart; one in the other kind of bytes comes after its equal."""
+    """Return the distance of two budgets, and whether they differ in kind, to break ties."""
     other_kind = (own.planned_bytes is None) != (wanted.planned_bytes is None)
     return abs(np.log(_size(own) / _size(wanted))), other_kind
 
@@ -63,7 +63,7 @@ def _size(budget: Budget) -> float:
 def as_refinement(
     steps: Sequence[RefinementStep], budget: Budget, problem: Problem
 ) -> Refinement | None:
-    """What the steps of a search within a budget come to; None where no plan was better."""
+    """Return the result of a search's steps, or None if no plan was better than the start."""
     last = steps[-1]
     if not last.number:
         return None

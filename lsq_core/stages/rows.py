@@ -1,4 +1,4 @@
-"""Row scores and interactions for plans of mixed rows: loaded, or measured and saved."""
+"""Load row scores and interactions for mixed-row plans, or measure and save them."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 
 
 def interaction_key(request: PlanRequest) -> InteractionKey:
-    """Which interactions a request reads."""
+    """Return the key of the interactions that a request uses."""
     return InteractionKey(request.loss, request.low_bits, request.high_bits, request.group_size)
 
 
 def load_impact(info: ModelInfo, store: Store, key: str, request: PlanRequest) -> Impact | None:
-    """What the store has of a profile's rows for a request; None without row scores."""
+    """Load a profile's row scores and interactions for a request; None without row scores."""
     scores = store.row_scores(key)
     if not scores:
         return None
@@ -45,21 +45,22 @@ def load_impact(info: ModelInfo, store: Store, key: str, request: PlanRequest) -
 
 @timed("profile")
 def row_impact(model: OpenModel, request: PlanRequest, settings: ProfileSettings) -> Impact:
-    """Row scores, and the interactions that a request reads: found, or measured and kept.
+    """Return row scores and a request's interactions, loaded or else measured and saved.
 
-    Each block is kept as it is measured, so that what was cut off goes on from there.
+    Each block is saved as soon as it is measured, so that an interrupted measurement resumes there.
 
     Raises
     ------
     InputError, LsqError
-        As :meth:`profile`; and when groups don't fit into the rows of some matrix.
+        As :func:`lsq_core.stages.profile.profile_model`; or if groups don't fill the rows of some
+        matrix, or the model is a published one.
     """
     if model.published:
         raise InputError(
             f"{model.published.source} was published without the gradients of its weights, so "
             "high-impact rows cannot be planned for it."
         )
-    settings = replace(settings, ladder=PAPER)  # rows have no ladder; they are kept once
+    settings = replace(settings, ladder=PAPER)  # rows don't depend on it; stored once
     options = get_planner(request.method).options(request)
     Problem(model.info.matrices).with_options(options).check_options()
     key = model_profile_key(model, settings)
@@ -74,7 +75,7 @@ def row_impact(model: OpenModel, request: PlanRequest, settings: ProfileSettings
 def _load_calibration(
     model: OpenModel, settings: ProfileSettings, loss: str | None = None
 ) -> tuple[Tensor, dict]:
-    """Calibration tokens (sequences, tokens), few of them for a loss, and where from."""
+    """Load calibration tokens (sequences, tokens), fewer if for a loss, and their provenance."""
     import torch
 
     from lsq_core.profiling.calibration import load_calibration

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class QuantizedRun:
-    """A model quantized by a plan, the id of its run, and the row that the store has of it."""
+    """A model quantized by a plan, with the id of its run and its row in the store."""
 
     run: str
     model: nn.Module
@@ -61,12 +61,12 @@ class QuantizedRun:
         )
 
     def save(self, folder: Path | str) -> Path:
-        """Save the model, its tokenizer and its plan; returns the folder.
+        """Save the model, its tokenizer and its plan; return the folder.
 
         Raises
         ------
         InputError, LsqError
-            When the folder holds something else, cannot be written, or the disk is full.
+            If the folder contains other files, cannot be written, or the disk is full.
         """
         folder = resolve_path(folder)
         if not _is_saved(folder, self.run):
@@ -79,22 +79,22 @@ class QuantizedRun:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What an evaluation gave; ``record`` has every figure that the command line prints.
+    """The result of an evaluation; ``record`` has all figures printed by the command line.
 
-    ``perplexity_full``, ``increase`` and ``kl`` (nats per token) compare with full precision on
-    the same windows; they are None where full precision itself was evaluated.
+    ``perplexity_full``, ``increase`` and ``kl`` (nats per token) are relative to full precision on
+    the same windows; they are None if full precision itself was evaluated.
     """
 
     record: dict = field(repr=False)
 
     @property
     def run(self) -> str | None:
-        """The id under which the store has it, None for full precision."""
+        """The run's id in the store, or None for full precision."""
         return self.record.get("run")
 
     @property
     def perplexity(self) -> float:
-        """Perplexity on the corpus, by the protocol."""
+        """Perplexity on the corpus with the protocol."""
         return self.record["perplexity"]
 
     @property
@@ -104,12 +104,12 @@ class RunResult:
 
     @property
     def increase(self) -> dict | None:
-        """Relative increase of perplexity with its 95 % interval."""
+        """Relative increase in perplexity with its 95 % interval."""
         return self.record.get("increase")
 
     @property
     def kl(self) -> float | None:
-        """KL divergence from full precision, nats per token."""
+        """KL divergence from full precision in nats per token."""
         return self.record.get("kl")
 
     @property
@@ -123,7 +123,7 @@ class RunResult:
         return self.record.get("measured_bytes")
 
     def to_dict(self) -> dict:
-        """Every figure by its name, as ``lsq run --json`` prints them."""
+        """Return all figures by name, as printed by ``lsq run --json``."""
         return dict(self.record)
 
     def __repr__(self) -> str:
@@ -154,20 +154,20 @@ def quantize_plan(
 ) -> QuantizedRun:
     """Quantize by a plan, and save the model to the folder ``save`` if one is given.
 
-    ``run`` is the id of a stored run to which more evaluations are to be added; ``settings``
-    name the corpus of a calibrated quantizer.
+    ``run`` is the id of a stored run to which evaluations will be added; ``settings`` name the
+    corpus for a calibrated quantizer.
 
     Raises
     ------
     InputError, LsqError
-        When an input is wrong, the plan is for another model, the device has too little memory,
+        If an input is invalid, the plan is for another model, the device has too little memory,
         or the disk is full.
     """
     plan = check_plan(model, plan, quantizer, settings)
     run = run or make_run_id(model, plan, quantizer)
     folder = None if save is None else resolve_path(save)
     if folder is not None and not _is_saved(folder, run):
-        check_folder_target(folder)  # before the work rather than after it
+        check_folder_target(folder)  # fail before the work, not after it
     from lsq_core.quantized.modules import measured_bytes
 
     quantized, seconds = _quantize(model, plan)
@@ -181,12 +181,12 @@ def quantize_plan(
 def check_plan(
     model: OpenModel, plan: Plan, quantizer: str, settings: ProfileSettings | None
 ) -> Plan:
-    """The plan as the quantizer stores it, if the model and the quantizer allow it.
+    """Return the plan for the quantizer, after checking it against the model and quantizer.
 
     Raises
     ------
     InputError
-        When the plan is for another model, or the quantizer cannot make it.
+        If the plan is for another model, or the quantizer cannot store it.
     """
     _check_plan_fits(model, plan)
     check_choice(quantizer, plan.choice, plan.axis)
@@ -205,20 +205,20 @@ def _check_plan_fits(model: OpenModel, plan: Plan) -> None:
 
 
 def make_run_id(model: OpenModel, plan: Plan, quantizer: str) -> str:
-    """A new run's id; a resumed job gives the same plan the same id."""
+    """Return an id for a new run; a resumed job assigns the same id to the same plan."""
     if model.checkpoint_folder is None:
         return new_id()
     return digest(model.checkpoint_folder.name, plan_identity(plan), quantizer)[:12]
 
 
 def _is_saved(save: Path, run: str) -> bool:
-    """Whether this run saved its model here before it was interrupted."""
+    """Return whether this run already saved its model to this folder."""
     return is_quantized_folder(save) and read_manifest(save, RUN_KEYS)["run"] == run
 
 
 @timed("quantize")
 def _quantize(model: OpenModel, plan: Plan) -> tuple[nn.Module, float]:
-    """The quantized model and the seconds it takes, whatever of it was made before."""
+    """Return the quantized model and its seconds, including those saved by cached matrices."""
     from lsq_core.quantization.registry import get_quantizer
     from lsq_core.quantization.task import QuantizationTask
     from lsq_core.quantized.convert import quantize_model
@@ -244,7 +244,7 @@ def _quantize(model: OpenModel, plan: Plan) -> tuple[nn.Module, float]:
 
 
 def check_planned_bytes(plan: Plan, measured: int) -> None:
-    """Raise :class:`LsqError` unless the stored matrices take what the plan promised."""
+    """Raise :class:`LsqError` unless the measured bytes equal the planned bytes."""
     if measured != plan.planned_bytes:
         raise LsqError(
             f"The quantized model takes {measured} bytes and the plan promised "
@@ -253,7 +253,7 @@ def check_planned_bytes(plan: Plan, measured: int) -> None:
 
 
 def _quantizer_folder(model: OpenModel, plan: Plan) -> Path | None:
-    """Where a quantizer keeps what it has of this plan so far, where there is a folder."""
+    """Return the folder for a quantizer's partial results of this plan, if there is one."""
     if model.checkpoint_folder is None:
         return None
     made_by = run_dependencies(versions(), arithmetic_packages(plan.quantizer))
@@ -278,7 +278,7 @@ def _save(
 
 
 def make_manifest(model: OpenModel, plan: Plan, run_id: str) -> dict:
-    """The plan and provenance that are saved with a quantized model."""
+    """Return the plan and provenance to save with a quantized model."""
     profile = model.store.profile(plan.profile) if plan.profile else None
     return plan.to_json() | {
         "run": run_id,
@@ -294,7 +294,7 @@ def make_manifest(model: OpenModel, plan: Plan, run_id: str) -> dict:
 
 
 def make_run_row(model: OpenModel, plan: Plan, measured: int, seconds: float) -> dict:
-    """The row of a run in the store: its plan's matrices took ``measured`` bytes."""
+    """Return a run's row for the store; ``measured`` are the bytes of its planned matrices."""
     where = model.device_and_dtype
     return {
         "fingerprint": model.info.fingerprint,

@@ -1,4 +1,4 @@
-"""Saved models, and the models of runs made once more."""
+"""Load, evaluate and rebuild saved models and the models of runs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def load_saved(
     report: ProgressCallback = ignore_progress,
     trust_remote_code: bool = False,
 ) -> QuantizedModel:
-    """Load a saved quantized model; running out of memory raises :class:`LsqError`."""
+    """Load a saved quantized model; raises :class:`LsqError` if memory runs out."""
     from lsq_core.quantized.artifact import load_quantized
 
     report("load", 0, 1, f"loading {folder}")
@@ -52,9 +52,9 @@ def evaluate_saved(
     report: ProgressCallback = ignore_progress,
     trust_remote_code: bool = False,
 ) -> dict:
-    """Load a saved quantized model, evaluate it, and keep the result with the run it came from.
+    """Load and evaluate a saved quantized model, and store the result with its run.
 
-    A run that this store doesn't know (the folder came from elsewhere) is added to it.
+    A run that is not in this store (the folder came from elsewhere) is added to it.
     """
     from lsq_core.quantized.modules import measured_bytes
 
@@ -80,7 +80,7 @@ def evaluate_alone(
     where: dict[str, str],
     report: ProgressCallback = ignore_progress,
 ) -> Evaluation:
-    """Evaluate a model without full precision beside it, so without KL divergence."""
+    """Evaluate a model without a full-precision reference, so without KL divergence."""
     from lsq_core.model.architecture import context_length
 
     report("evaluate", 0, 1, f"reading {request.corpus}")
@@ -105,15 +105,15 @@ def rebuild_run(
     report: ProgressCallback = ignore_progress,
     trust_remote_code: bool = False,
 ) -> tuple[OpenModel, nn.Module]:
-    """The full-precision model of a run, and its quantized one: as saved, else made once more.
+    """Return the full-precision and quantized models of a run, the latter loaded or rebuilt.
 
-    ``source`` says where the model is, None where it was when the run was made; its own code
-    runs then only if ``trust_remote_code``.
+    ``source`` is the full-precision model, by default the recorded source of the run; for the
+    default, the model's own code runs only if ``trust_remote_code``.
 
     Raises
     ------
     InputError
-        When there is no such run, it is an export, or the model is another one now.
+        If there is no such run, it is an export, or the source is now a different model.
     """
     kept = store.run(run)
     if kept["exported_from"]:
@@ -140,12 +140,12 @@ def open_original(
     dtype: str = "auto",
     report: ProgressCallback = ignore_progress,
 ) -> OpenModel:
-    """The model that something was made from.
+    """Open the model with this fingerprint, from which something was made.
 
     Raises
     ------
     InputError
-        When another model is there now.
+        If the source is now a different model.
     """
     session = OpenModel(source, store, device, dtype, report)
     if session.info.fingerprint != fingerprint:
@@ -157,7 +157,10 @@ def open_original(
 
 
 def saved_folder(run: dict) -> Path | None:
-    """Where a run of :meth:`Store.run` has its saved model, if it is still there."""
+    """Return the folder of a run's saved model if it still exists, else None.
+
+    ``run`` is from :meth:`Store.run`.
+    """
     folder = Path(run["saved_to"]) if run["saved_to"] else None
     if folder is None or not is_quantized_folder(folder):
         return None

@@ -1,4 +1,4 @@
-"""Runs of a model that is larger than memory: quantized block by block while they are measured."""
+"""Runs of models larger than memory, quantized block by block while they are evaluated."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from lsq_core.stages.run import check_plan, check_planned_bytes, make_run_id, ma
 
 @dataclass(frozen=True, eq=False)
 class StreamedRun:
-    """A run whose quantized model is never whole in memory.
+    """A run whose quantized model is never entirely in memory.
 
-    ``row`` is what the store has of it, as of a :class:`lsq_core.stages.run.QuantizedRun`; its
-    ``quantize_seconds`` are 0, since quantizing is part of the evaluation's time.
+    ``row`` is its row in the store, as in :class:`lsq_core.stages.run.QuantizedRun`;
+    ``quantize_seconds`` is 0, since quantizing is part of the evaluation's time.
     """
 
     run: str
@@ -39,12 +39,12 @@ def stream_plan(
     run: str | None = None,
     settings: ProfileSettings | None = None,
 ) -> StreamedRun:
-    """A run that is quantized by a plan when it is measured; as ``quantize_plan`` else.
+    """Prepare a run that is quantized only when measured; otherwise like ``quantize_plan``.
 
     Raises
     ------
     InputError
-        When the plan is for another model, or the quantizer cannot make it.
+        If the plan is for another model, or the quantizer cannot make it.
     """
     plan = check_plan(model, plan, quantizer, settings)
     row = make_run_row(model, plan, plan.planned_bytes, 0.0)
@@ -55,15 +55,15 @@ def stream_plan(
 def evaluate_streamed_runs(
     model: OpenModel, runs: Sequence[StreamedRun], requests: Sequence[EvaluationRequest]
 ) -> Iterator[list[EvaluationPair]]:
-    """Quantize and evaluate runs with one block of the model in memory, full precision beside them.
+    """Quantize and evaluate runs and full precision with one block of the model in memory.
 
     Yields as :func:`lsq_core.evaluation.perplexity.evaluate_models`.
 
     Raises
     ------
     InputError, LsqError
-        When the model cannot be streamed or run block by block, a quantizer needs all of it, a
-        block is larger than memory, or a plan's bytes are not what it promised.
+        If the model cannot be streamed or run block by block, a quantizer needs the full model,
+        a block is larger than memory, or a model's measured bytes are not those planned.
     """
     from lsq_core.evaluation.streamed import evaluate_streamed
     from lsq_core.quantization.registry import get_quantizer

@@ -1,4 +1,4 @@
-"""Measuring runs and full-precision models on tasks."""
+"""Measure runs and full-precision models on tasks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class _Measured:
-    """A model to measure: of a run, or in full precision (``run`` None)."""
+    """A model to measure: that of a run, or full precision (``run`` is None)."""
 
     run: str | None
     fingerprint: str
@@ -42,15 +42,15 @@ def measure_tasks(
 ) -> tuple[str | None, list[TaskResult]]:
     """Measure a run, a saved model or a full-precision model on tasks, and store the results.
 
-    Returns the run, None for full precision, and its results.
+    Returns the run's id (None for full precision) and the results.
 
-    ``source`` is the model where no run is named: a folder that ``run --save`` wrote counts for its
-    run. With a run it says where the run's model is now.
+    Without a run, ``source`` is the model to measure; for a folder written by ``run --save``, the
+    results are stored with its run. With a run, it is the current location of the run's model.
 
     Raises
     ------
     InputError, LsqError
-        When lm-eval is not installed, an input is wrong, or a task's data cannot be read.
+        If lm-eval is not installed, an input is invalid, or a task's data cannot be read.
     """
     check_installed()
     from lsq_core.tasks.harness import run_tasks
