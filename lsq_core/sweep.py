@@ -164,7 +164,8 @@ def sweep(
         If all items failed; InputError if every one of them failed because of its input.
     """
     with closing(executor or InProcess()) as executor:
-        sweeping = Sweep(session, requested, settings, executor.places(session))
+        places = executor.places(session)
+        sweeping = Sweep(session, requested, settings, places, executor.measure_profile)
         sweeping.prepare()
         executor.run(sweeping)
     if all(row["state"] == FAILED for row in sweeping.rows):

@@ -5,14 +5,17 @@ from __future__ import annotations
 import itertools
 import math
 import traceback
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from lsq_core.errors import LsqError, exception_reason
+from lsq_core.profiling.profile import Profile
+from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.quantization.registry import quantizer_spec
 from lsq_core.session import Session
 from lsq_core.stages.measure import PreparedRun
 from lsq_core.stages.plan import plan_identity
+from lsq_core.stages.profile import measure_here
 from lsq_core.sweep_progress import BatchProgress
 from lsq_core.sweep_state import Sweep
 
@@ -29,6 +32,11 @@ class Executor(Protocol):
 
     def places(self, session: Session) -> Sequence[Mapping[str, str]]:
         """Return where it measures (:attr:`Sweep.places`); empty for the session's own device."""
+
+    def measure_profile(
+        self, session: Session, settings: ProfileSettings, metrics: Sequence[str]
+    ) -> Iterator[Profile]:
+        """Measure profile metrics (a :data:`lsq_core.stages.profile.Measurer`)."""
 
     def run(self, sweep: Sweep) -> None:
         """Make every pending item, or record in its row why it failed."""
@@ -87,6 +95,12 @@ class InProcess:
     def places(self, session: Session) -> Sequence[Mapping[str, str]]:
         """Return no places: items are measured where the session computes."""
         return ()
+
+    def measure_profile(
+        self, session: Session, settings: ProfileSettings, metrics: Sequence[str]
+    ) -> Iterator[Profile]:
+        """Measure profile metrics on the session's device."""
+        return measure_here(session, settings, metrics)
 
     def close(self) -> None:
         """Do nothing: there is nothing to release."""

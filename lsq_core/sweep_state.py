@@ -35,9 +35,11 @@ from lsq_core.stages.evaluate import evaluation_provenance
 from lsq_core.stages.plan import (
     content_identity,
     plan_identity,
+    plan_model,
     request_incompatibility,
     with_quantizer,
 )
+from lsq_core.stages.profile import Measurer, measure_here
 from lsq_core.store.shipped import SHIPPED
 
 #: The file in a job's folder with the state of each item so far.
@@ -81,9 +83,11 @@ class Sweep:
         requested: Sequence[SweepItem],
         settings: ProfileSettings,
         places: Sequence[Mapping[str, str]] = (),
+        measure: Measurer = measure_here,
     ) -> None:
+        """``measure`` measures the profile metrics that plans need and that are not stored."""
         self.session, self.requested, self.settings = session, requested, settings
-        self._places = places
+        self._places, self._measure = places, measure
         self.rows = [item.requested | {"state": "waiting"} for item in requested]
         self.plans: dict[PlanRequest, Plan] = {}
         #: Why a request has no plan; trying again could measure an entire profile again.
@@ -154,7 +158,9 @@ class Sweep:
             raise self.plan_errors[request]
         if request not in self.plans:
             try:
-                self.plans[request] = self.session.plan(request, self.settings)
+                self.plans[request] = plan_model(
+                    self.session, request, self.settings, measure=self._measure
+                )
             except LsqError as error:
                 self.plan_errors[request] = error
                 raise

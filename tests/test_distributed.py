@@ -182,10 +182,15 @@ def test_sweep_on_ray_has_the_digits_of_one_without(
     plain, job_folder = new_session(source, tmp_path / "plain"), tmp_path / "job"
     job_folder.mkdir()
     rows = sweep.sweep(plain, items, settings)
+    reports = []
     there = new_session(source, tmp_path / "ray", checkpoint_folder=job_folder)
+    there.report = lambda *report: reports.append(report)
     found = sweep.sweep(there, items, settings, on_ray(settings))
     assert figures(found) == figures(rows)
     assert evaluations(there.store) == evaluations(plain.store)
+    profiled = [message for stage, *_, message in reports if stage == "profile"]
+    assert any("actors working" in message for message in profiled), "the profile is theirs too"
+    assert not any(stage == "load" and "loaded on" in text for stage, *_, text in reports)
     assert [row["state"] for row in found].count("found") == 2, "two budgets give one uniform plan"
     assert len(there.store.query("SELECT id FROM runs")) == len(items) / 2 - 1
     rows = status.read_actors(job_folder)

@@ -314,15 +314,15 @@ def test_save_run_restores_deleted_run(session, settings, small_text):
     assert store.results()["evaluation"].tolist() == [evaluation]
 
 
-def test_sweep_failing_plan_tried_once(session, settings, small_text, other_text):
+def test_sweep_failing_plan_tried_once(session, settings, small_text, other_text, monkeypatch):
     items = requested([small_text, other_text], methods=("sensi-knapsack",), budgets=("3.6bpp",))
     tried = []
 
-    def failing_plan(self, request, settings):
+    def failing_plan(session, request, *args, **options):
         tried.append(request)
         raise LsqError("The disk is full.")
 
-    session.plan = failing_plan.__get__(session)
+    monkeypatch.setattr(sweep_state, "plan_model", failing_plan)
     with pytest.raises(LsqError, match=r"\b2 runs .*The disk"):
         sweep.sweep(session, items, settings)
     assert len(tried) == 1

@@ -1,4 +1,4 @@
-"""An actor: holds a model on its device and carries out the driver's tasks on it."""
+"""An actor: holds a model on one device, and evaluates plans or measures metrics with it."""
 
 from __future__ import annotations
 
@@ -6,20 +6,35 @@ import gc
 import os
 import platform
 import traceback
-from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from lsq_core import paths
 from lsq_core.corpus.registry import corpus_identity
 from lsq_core.distributed.cluster import own_node
-from lsq_core.distributed.messages import ActorProgress, Description, Failure, Setup
+from lsq_core.distributed.messages import (
+    ActorProgress,
+    Description,
+    EvaluationTask,
+    Failure,
+    Measured,
+    ProfileTask,
+    Setup,
+)
 from lsq_core.errors import DeviceMemoryError, InputError, LsqError, exception_reason
 from lsq_core.model.info import ModelInfo
 from lsq_core.provenance import machine, versions
 from lsq_core.session import Session
+from lsq_core.stages.measure import measure_unsaved
+from lsq_core.stages.profile import measure_metrics
 from lsq_core.store.store import Store
+from lsq_core.sweep_progress import stage_fraction
+
+if TYPE_CHECKING:
+    from lsq_core.corpus.tokens import TokenStream
+    from lsq_core.profiling.profile import Profile
 
 T = TypeVar("T")
 
@@ -41,38 +56,69 @@ class _NoStore(Store):
         """Do nothing: the driver stores the model."""
 
 
-class ModelActor(ABC):
-    """Holds a model on one device. Errors are returned, since not all exceptions can be pickled."""
+class ModelActor:
+    """Holds a model on one device.
+
+    Errors are returned as a :class:`Failure`, because not all of them can be pickled.
+    """
 
     def __init__(self, setup: Setup) -> None:
         self.setup, self.node = setup, own_node()
         self.position = ActorProgress()
+        #: Plans of the current task, and how many of them are quantized; 0 while profiling.
+        self._plans = self._quantized = 0
 
     def describe(self) -> Description | Failure:
-        """Open the model on this node, downloading it if necessary, and describe the actor."""
+        """Find the model on this node, downloading it if necessary, and describe the node."""
         return self._try(self._describe)
 
-    def measure(self, task: object, *inputs: object) -> object | Failure:
-        """Do a task; ``inputs`` are the arguments that the driver passes by reference."""
-        try:
-            return self._try(lambda: self._measure_here(task, *inputs))
-        finally:
-            self.position = ActorProgress()
+    def evaluate(self, task: EvaluationTask, stream: TokenStream) -> Measured | Failure:
+        """Quantize and evaluate plans on a text, whose tokens the driver provides."""
+        return self._work(lambda: self._evaluate(task, stream))
+
+    def profile(self, task: ProfileTask) -> Profile | Failure:
+        """Measure metrics on some layers."""
+        return self._work(lambda: self._profile(task))
 
     def progress(self) -> ActorProgress:
-        """Return the progress of the current task; called while it runs."""
+        """Return the progress of the current task; called while the task runs."""
         return self.position
 
-    @abstractmethod
-    def _measure(self, task: object, *inputs: object) -> object:
-        """Do a task and return its result."""
+    def _work(self, step: Callable[[], T]) -> T | Failure:
+        def work() -> T:
+            import torch
 
-    def _measure_here(self, task: object, *inputs: object) -> object:
-        import torch
+            if self.setup.device == "cpu":
+                torch.set_num_threads(self.setup.cores)  # a setting of this thread
+            return step()
 
-        if self.setup.device == "cpu":
-            torch.set_num_threads(self.setup.cores)  # set in the thread that runs the task
-        return self._measure(task, *inputs)
+        try:
+            return self._try(work)
+        finally:
+            self.position, self._plans = ActorProgress(), 0
+
+    def _evaluate(self, task: EvaluationTask, stream: TokenStream) -> Measured:
+        session = self.session
+        # Arrays from the object store are read-only, which torch would warn about.
+        session.provide_stream(task.evaluation, replace(stream, ids=stream.ids.copy()))
+        planned = sum(one.plan.planned_bytes for one in task.runs)
+        prepare = session.quantize if session.fits_in_memory(planned) else session.quantize_streamed
+        self._plans, self._quantized, made = len(task.runs), 0, []
+        for one in task.runs:
+            named = one.plan.calibration or {}
+            if "corpus" in named:
+                _check_calibration(named["calibration"], named["corpus"])
+            settings = self.setup.settings
+            made.append(prepare(one.plan, one.quantizer, run=one.run, settings=settings))
+            self._quantized += 1
+        [measured] = measure_unsaved(session, made, [task.evaluation])
+        return tuple(measured)
+
+    def _profile(self, task: ProfileTask) -> Profile:
+        _check_calibration(task.settings.calibration, task.corpus)
+        return measure_metrics(
+            self.session, task.settings, task.profile, task.metrics, "profile", task.layers
+        )
 
     def _open(self) -> Session:
         """Return the session that measures on this node."""
@@ -98,8 +144,12 @@ class ModelActor(ABC):
         )
 
     def _report(self, stage: str, done: int, total: int, message: str) -> None:
-        """Record the progress of the task, by default that of its stage."""
-        self.position = ActorProgress(stage, done / total if total else 0.0, message)
+        fraction = done / total if total else 0.0
+        if self._plans:
+            if stage == "quantize":
+                fraction = (self._quantized + fraction) / self._plans
+            fraction = max(self.position.fraction, stage_fraction(stage, fraction))
+        self.position = ActorProgress(stage, fraction, message)
 
     def _try(self, step: Callable[[], T]) -> T | Failure:
         try:
@@ -132,7 +182,7 @@ def _device_name(device: str) -> str:
     return f"GPU {visible}" if device.startswith("cuda") else "CPU"
 
 
-def check_calibration(named: str, identity: str) -> None:
+def _check_calibration(named: str, identity: str) -> None:
     """Raise :class:`InputError` if a calibration text on this node differs from the driver's.
 
     ``identity`` is :func:`lsq_core.corpus.registry.corpus_identity` of the text on the driver.

@@ -35,12 +35,12 @@ class Actors:
     compute with must match the driver's.
     """
 
-    kind: type[ModelActor]
     address: str
     settings: ProfileSettings
     quantizers: Sequence[str]
     cores: int | None = None
     most: int | None = None
+    kind: type[ModelActor] = ModelActor
     _open: ExitStack = field(default_factory=ExitStack, init=False)
     _pool: ActorPool | None = field(default=None, init=False)
 
@@ -68,17 +68,14 @@ class Actors:
         """Stop the actors, and the cluster if it was started here."""
         self._open.close()
 
-    def pool(self, session: Session, stored_bytes: int = 0) -> ActorPool:
-        """Return the actors, starting them on the first call.
-
-        ``stored_bytes`` is the size of the data that will be passed to them by reference.
-        """
+    def pool(self, session: Session) -> ActorPool:
+        """Return the actors, which are started on the first call."""
         if self._pool is None:
             device, cores, count = self._local_devices(session)
             count = min(count, self.most or count)
             total = max(cores * count, 1)
             gpus = count if device == "cuda" else 0
-            self._open.enter_context(cluster.connection(self.address, total, gpus, stored_bytes))
+            self._open.enter_context(cluster.connection(self.address, total, gpus))
             if not self.is_local:
                 device, cores, count = self._cluster_devices(session)
                 count = min(count, self.most or count)
@@ -87,7 +84,8 @@ class Actors:
         return self._pool
 
     def _setup(self, session: Session, device: str, cores: int) -> Setup:
-        packages = {p for name in self.quantizers for p in arithmetic_packages(name)}
+        quantizers = {*self.quantizers, self.settings.quantizer}
+        packages = {p for name in quantizers for p in arithmetic_packages(name)}
         data = session.store.path.parent
         return Setup(
             session.source,

@@ -21,7 +21,8 @@ LOCAL = "local"
 #: Address with which Ray finds the cluster that this machine is a node of.
 AUTO = "auto"
 _ADDRESS = re.compile(r"(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+):\d{1,5}")
-#: Bytes of the local cluster's object store in addition to its content; Ray needs 75 MiB.
+#: Bytes of the local cluster's object store, which holds the tokens of texts; larger ones go to
+#: disk. Ray needs at least 75 MiB.
 _STORE_BYTES = 96 * 2**20
 _HANDLED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -62,7 +63,7 @@ def check_address(address: str) -> str:
 
 
 @contextmanager
-def connection(address: str, cores: int, gpus: int, stored_bytes: int = 0) -> Iterator[None]:
+def connection(address: str, cores: int, gpus: int) -> Iterator[None]:
     """Connect to a cluster as a driver, within a ``with`` block.
 
     A cluster of this machine is started on entry and stopped on exit. It has the given ``cores``
@@ -88,7 +89,7 @@ def connection(address: str, cores: int, gpus: int, stored_bytes: int = 0) -> It
             filter(None, [str(paths.IMPORT_FOLDER), os.environ.get("PYTHONPATH")])
         )
         options |= {"num_cpus": cores, "num_gpus": gpus, "include_dashboard": False}
-        options |= {"object_store_memory": _STORE_BYTES + 2 * stored_bytes}
+        options |= {"object_store_memory": _STORE_BYTES}
     with _environment(environment):
         import ray
 

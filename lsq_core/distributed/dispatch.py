@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from lsq_core.distributed.messages import Failure, Measured, PlannedRun, Task
+from lsq_core.distributed.messages import EvaluationTask, Failure, Measured, PlannedRun
 from lsq_core.distributed.pool import MAX_MOVES, TURN_S, ActorPool, Answer, RemoteActor
 from lsq_core.distributed.start_watch import StartWatch, death_reason
 from lsq_core.distributed.status import ActorRow, write_actors
@@ -136,9 +136,10 @@ class Dispatcher:
         text = self._text(items[0])
         if text not in self._streams:
             self._streams[text] = ray.put(self.sweep.session.stream(text))
-        task = Task(tuple(self._planned_run(number) for number in items), text)
+        runs = tuple(self._planned_run(number) for number in items)
         self._last[actor] = {self.sweep.plan_key(number) for number in items}
-        self.pool.submit(actor, task, tuple(items), self._streams[text])
+        task = EvaluationTask(runs, text)
+        self.pool.submit(actor, "evaluate", task, tuple(items), self._streams[text])
 
     def _planned_run(self, number: int) -> PlannedRun:
         """Return the run for an item; items with the same quantized model share a run."""

@@ -71,8 +71,8 @@ class PlannedRun:
 
 
 @dataclass(frozen=True)
-class Task:
-    """Plans to quantize and to evaluate together on the same text."""
+class EvaluationTask:
+    """Plans to quantize and evaluate together on one text."""
 
     runs: tuple[PlannedRun, ...]
     evaluation: EvaluationRequest
@@ -82,9 +82,10 @@ class Task:
 class ProfileTask:
     """Metrics to measure on the given layers, None for all.
 
-    ``profile`` is the profile's id, ``corpus`` the identity of its calibration text.
+    ``profile`` is the id of the profile, and ``corpus`` identifies its calibration text.
     """
 
+    settings: ProfileSettings
     profile: str
     corpus: str
     metrics: tuple[str, ...]
@@ -114,5 +115,5 @@ class ActorProgress:
     message: str = ""
 
 
-#: The result of a :class:`Task`: one entry per run.
+#: The result of an evaluation task: one run per plan.
 Measured = tuple[MeasuredRun, ...]

@@ -76,11 +76,19 @@ class ActorPool:
         return actor
 
     def submit(
-        self, actor: RemoteActor, task: object, items: tuple[int, ...], *inputs: object
+        self,
+        actor: RemoteActor,
+        method: str,
+        task: object,
+        items: tuple[int, ...],
+        *inputs: object,
     ) -> None:
-        """Give an idle actor a task; ``inputs`` are references to further arguments."""
+        """Call a method of an idle actor with a task; ``inputs`` are references to more arguments.
+
+        ``items`` are the driver's numbers of what the task is about.
+        """
         actor.task, actor.items, actor.progress = task, items, ActorProgress()
-        self._answers[actor.handle.measure.remote(task, *inputs)] = actor
+        self._answers[getattr(actor.handle, method).remote(task, *inputs)] = actor
 
     def wait(self, seconds: float) -> Iterator[Answer]:
         """Wait up to ``seconds`` for an answer, and yield all answers available by then."""

@@ -1,24 +1,24 @@
-"""The driver's side of a profile on Ray: distribute the metrics over tasks and join the results.
+"""The driver's side of a profile on Ray.
 
-Metrics that split by layer (:attr:`lsq_core.profiling.metrics.base.Metric.splits_by_layer`) are
-measured a few layers per task. Of the others, those of the forward walk through the blocks form one
-task, and those of the backward walk another.
+Metrics with :attr:`lsq_core.profiling.metrics.base.Metric.splits_by_layer` are divided into tasks
+of a few layers. Of the others, those measured on the forward walk are one task, and those measured
+on the backward walk another.
 """
 
 from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from lsq_core.corpus.registry import corpus_identity
+from lsq_core.distributed.actor import ModelActor
 from lsq_core.distributed.actors import Actors
-from lsq_core.distributed.messages import Failure, ProfileTask
+from lsq_core.distributed.messages import Description, Failure, ProfileTask
 from lsq_core.distributed.pool import MAX_MOVES, TURN_S, ActorPool, RemoteActor
-from lsq_core.distributed.profiler import Profiler
-from lsq_core.distributed.start_watch import StartWatch, death_reason
+from lsq_core.distributed.start_watch import StartWatch, death_reason, wait_until_ready
 from lsq_core.errors import InputError, LsqError
 from lsq_core.model.info import ModelInfo
 from lsq_core.profiling.metrics import METRICS
@@ -35,40 +35,51 @@ _TASKS_PER_ACTOR = 2
 
 @dataclass(frozen=True)
 class ProfileOnRay:
-    """Measures a profile's metrics with one actor per device (:class:`..stages.profile.Measurer`).
+    """Measures a profile's metrics on Ray (a :data:`lsq_core.stages.profile.Measurer`).
 
-    ``kind`` is the class of the actors; for the other fields see :class:`.actors.Actors`.
+    For the fields see :class:`lsq_core.distributed.actors.Actors`.
     """
 
     address: str
     cores: int | None = None
     most: int | None = None
-    kind: type[Profiler] = Profiler
+    kind: type[ModelActor] = ModelActor
 
     def __call__(
         self, session: Session, settings: ProfileSettings, metrics: Sequence[str]
     ) -> Iterator[Profile]:
-        """Measure metrics, and yield a profile for each group of metrics as it is completed.
-
-        Raises
-        ------
-        InputError
-            If a node's package versions, model, kind of device or dtype differ from the driver's.
-        LsqError
-            If no actor can be started, or one failed.
-        """
-        quantizers = [settings.quantizer]
-        actors = Actors(self.kind, self.address, settings, quantizers, self.cores, self.most)
+        """Start the actors and measure metrics; see :func:`measure_on`."""
+        actors = Actors(self.address, settings, (), self.cores, self.most, self.kind)
         actors.check_device(session)
-        task = ProfileTask(
-            model_profile_key(session, settings), corpus_identity(settings.calibration), ()
-        )
-        session.unload()  # the actors need the memory, which limits their number
         with closing(actors):
-            pool = actors.pool(session)
-            groups = split(session.info, metrics, _TASKS_PER_ACTOR * len(pool.actors))
-            tasks = [[replace(task, metrics=m, layers=each) for each in own] for m, own in groups]
-            yield from _Dispatcher(session, pool, tasks).run()
+            yield from measure_on(actors, session, settings, metrics)
+
+
+def measure_on(
+    actors: Actors, session: Session, settings: ProfileSettings, metrics: Sequence[str]
+) -> Iterator[Profile]:
+    """Measure metrics on actors, and yield each group of them as it is finished.
+
+    Raises
+    ------
+    InputError
+        If a node has other versions or another model than the driver, or computes on another kind
+        of device or in another dtype, which identify a profile.
+    LsqError
+        If no actor can be started, or a task fails.
+    """
+    key, corpus = model_profile_key(session, settings), corpus_identity(settings.calibration)
+    session.unload()  # frees memory for the actors, whose number depends on it
+    session.report("profile", 0, 1, "starting actors")
+    pool = actors.pool(session)
+    for description in wait_until_ready(session, pool):
+        _check_place(session, description)
+    groups = split(session.info, metrics, _TASKS_PER_ACTOR * len(pool.actors))
+    tasks = [
+        [ProfileTask(settings, key, corpus, names, layers) for layers in own]
+        for names, own in groups
+    ]
+    yield from _Dispatcher(session, pool, tasks).run()
 
 
 def split(
@@ -147,14 +158,14 @@ class _Dispatcher:
         for actor in self.pool.actors:
             if actor.is_idle and self._pending:
                 number = self._pending.pop(0)
-                self.pool.submit(actor, self._tasks[number], (number,))
+                self.pool.submit(actor, "profile", self._tasks[number], (number,))
 
     def _take(self, actor: RemoteActor, value: object) -> None:
         if isinstance(value, Exception):
             self._replace(actor, death_reason(value))
         elif actor.description is None:
             self._watch.admit(actor, value)
-            self._check_place(actor)
+            _check_place(self.session, actor.description)
         elif isinstance(value, Failure):
             if value.trace:
                 print(value.trace, file=sys.stderr)
@@ -163,19 +174,6 @@ class _Dispatcher:
         else:
             [number], actor.task, actor.items = actor.items, None, ()
             self._done[number] = value
-            actor.measured += 1
-
-    def _check_place(self, actor: RemoteActor) -> None:
-        """Raise if an actor's device kind or dtype, which key the profile, is not the driver's."""
-        own, its = self.session.device_and_dtype, actor.description.where
-        its = {"device": device_kind(its["device"]), "dtype": its["dtype"]}
-        own = {"device": device_kind(own["device"]), "dtype": own["dtype"]}
-        if own != its:
-            raise InputError(
-                f"{actor.description.host} computes on {its['device']} in {its['dtype']}, and this "
-                f"machine on {own['device']} in {own['dtype']}; give --device and --dtype, or "
-                "measure the profile from a machine of that kind."
-            )
 
     def _replace(self, actor: RemoteActor, reason: str) -> None:
         """Replace an actor that died, and put its tasks first in the queue."""
@@ -201,6 +199,26 @@ class _Dispatcher:
             int(PROGRESS_STEPS * part),
             PROGRESS_STEPS * len(self._tasks),
             " · ".join([f"{len(working)} of {ready} actors working", *told[:4]]),
+        )
+
+
+def place_difference(session: Session, where: Mapping[str, str]) -> str:
+    """Return how an actor's kind of device or dtype differs from the driver's, '' if not at all.
+
+    ``where`` has a ``device`` and a ``dtype``.
+    """
+    own, its = (
+        f"{device_kind(place['device'])} in {place['dtype']}"
+        for place in (session.device_and_dtype, where)
+    )
+    return "" if own == its else f"computes on {its}, and this machine on {own}"
+
+
+def _check_place(session: Session, description: Description) -> None:
+    if difference := place_difference(session, description.where):
+        raise InputError(
+            f"{description.host} {difference}; give --device and --dtype, or measure the profile "
+            "from a machine of that kind."
         )
 
 

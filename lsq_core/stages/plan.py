@@ -41,7 +41,7 @@ from lsq_core.quantization.registry import (
 )
 from lsq_core.settings import CalibrationSettings
 from lsq_core.stages.model import OpenModel
-from lsq_core.stages.profile import planning_profile
+from lsq_core.stages.profile import Measurer, measure_here, planning_profile
 from lsq_core.stages.refined import load_refinement
 from lsq_core.stages.rows import row_impact
 from lsq_core.units import format_bytes
@@ -59,10 +59,12 @@ def plan_model(
     request: PlanRequest,
     settings: ProfileSettings,
     refinement: Refinement | None = None,
+    measure: Measurer = measure_here,
 ) -> Plan:
-    """Make a plan, measuring missing scores first; no search for a refined plan is run.
+    """Make a plan, measuring missing scores first by ``measure``.
 
-    ``refinement`` is the result of a search, for a refined plan; by default the stored one.
+    ``refinement`` is the result of a search, for a refined plan; by default the stored one. No
+    search is run here.
 
     Raises
     ------
@@ -76,7 +78,7 @@ def plan_model(
     check_budget(model, request, settings)
     options = planner.options(request)
     own = settings_on_ladder(settings, request)
-    profile = _cached_profile(model, own, metrics) if metrics else None
+    profile = _cached_profile(model, own, metrics, measure) if metrics else None
     problem = _cached_problem(model, profile).with_options(options)
     if planner.reads_rows:
         problem = replace(problem, impact=row_impact(model, request, settings))
@@ -109,11 +111,13 @@ def settings_on_ladder(settings: ProfileSettings, request: PlanRequest) -> Profi
     return settings if request.ladder == PAPER else replace(settings, ladder=request.ladder)
 
 
-def _cached_profile(model: OpenModel, settings: ProfileSettings, metrics: Sequence[str]) -> Profile:
+def _cached_profile(
+    model: OpenModel, settings: ProfileSettings, metrics: Sequence[str], measure: Measurer
+) -> Profile:
     """Return the profile to plan from, cached because a sweep uses it many times."""
     known = model.profiles.get(settings)
     if known is None or not set(metrics) <= set(known.metrics):
-        known = model.profiles[settings] = planning_profile(model, settings, metrics)
+        known = model.profiles[settings] = planning_profile(model, settings, metrics, measure)
     return known
 
 

@@ -152,7 +152,10 @@ def profile_model(
 
 
 def planning_profile(
-    model: OpenModel, settings: ProfileSettings, metrics: Sequence[str]
+    model: OpenModel,
+    settings: ProfileSettings,
+    metrics: Sequence[str],
+    measure: Measurer = measure_here,
 ) -> Profile:
     """Return a stored profile with these metrics to plan from; else as :func:`profile_model`.
 
@@ -160,7 +163,7 @@ def planning_profile(
     """
     found = find_planning_profile(model, settings, metrics)
     if found is None:
-        return profile_model(model, settings, metrics)
+        return profile_model(model, settings, metrics, measure)
     model.report("profile", 1, 1, "already stored")
     return found
 

@@ -87,7 +87,7 @@ def _processes(job: jobs.Job) -> list[psutil.Process]:
     with suppress(psutil.Error, TypeError):
         for process in psutil.Process(process_id(job.folder)).children(recursive=True):
             with suppress(psutil.Error):
-                if process.name().startswith("ray::Evaluator"):
+                if process.name().startswith("ray::ModelActor"):
                     found.append(process)
     return found
 
