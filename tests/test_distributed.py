@@ -16,7 +16,7 @@ import pytest
 from lsq_core import jobs, sweep
 from lsq_core.cli.program import main
 from lsq_core.distributed import cluster, status
-from lsq_core.distributed.executor import OnRay
+from lsq_core.distributed.executor import RayExecutor
 from lsq_core.distributed.pool import MAX_MOVES
 from lsq_core.errors import InputError, LsqError
 from lsq_core.evaluation.protocol import EvaluationRequest
@@ -58,9 +58,9 @@ def requested(*texts, budgets=("2.6bpp", "3.1bpp", "3.6bpp")) -> list[sweep.Swee
     return sweep.items(plans, ["rtn"], [EvaluationRequest(str(t), max_tokens=300) for t in texts])
 
 
-def on_ray(settings: ProfileSettings, evaluator: str = "", cores: int = 1) -> OnRay:
+def on_ray(settings: ProfileSettings, evaluator: str = "", cores: int = 1) -> RayExecutor:
     own = {"kind": getattr(failing_actors, evaluator)} if evaluator else {}
-    return OnRay(cluster.LOCAL, settings, ["rtn"], cores, **own)
+    return RayExecutor(cluster.LOCAL, settings, ["rtn"], cores, **own)
 
 
 def figures(rows: list[dict]) -> list[dict]:
@@ -85,13 +85,13 @@ def evaluations(store: Store) -> list[tuple]:
 )
 def test_address_of_no_cluster_is_bad_input(settings, address):
     with pytest.raises(InputError, match="HOST:PORT"):
-        OnRay(address, settings, ["rtn"])
+        RayExecutor(address, settings, ["rtn"])
 
 
 def test_missing_ray_is_said_before_any_work(settings, monkeypatch):
     monkeypatch.setattr(cluster, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="make ray"):
-        OnRay(cluster.LOCAL, settings, ["rtn"])
+        RayExecutor(cluster.LOCAL, settings, ["rtn"])
 
 
 @needs_ray
@@ -322,7 +322,7 @@ def test_sweep_on_a_cluster_of_two_nodes_survives_one(
                 end_node(second)
 
         there.report = report
-        executor = OnRay(address, settings, ["rtn"], 1)
+        executor = RayExecutor(address, settings, ["rtn"], 1)
         wait_for_nodes(address, 2)
         found = sweep.sweep(there, items, settings, executor)
     assert figures(found) == figures(rows)

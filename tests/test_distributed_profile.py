@@ -8,7 +8,7 @@ import pytest
 
 from lsq_core.cli.program import main
 from lsq_core.distributed import cluster, profiles
-from lsq_core.distributed.profiles import ProfileOnRay, split
+from lsq_core.distributed.profiles import RayProfiler, split
 from lsq_core.errors import InputError, LsqError
 from lsq_core.model.loading import inspect_model, load_model
 from lsq_core.model.source import ModelSource
@@ -90,14 +90,14 @@ def test_profile_on_ray_has_the_digits_of_one_without(source, settings, tmp_path
     reports = []
     there = new_session(source, tmp_path / "there", report=lambda *r: reports.append(r))
     failing = failing_actors.ProfilerKilledOnce
-    found = there.profile(settings, wanted, ProfileOnRay(cluster.LOCAL, 1, 2, failing))
+    found = there.profile(settings, wanted, RayProfiler(cluster.LOCAL, 1, 2, failing))
     assert (tmp_path / "there" / "killed").exists()
     assert found.id == here.id
     assert set(found.metrics) == {*default_metrics(), *wanted}
     pd.testing.assert_frame_equal(in_order(found.values), in_order(here.values))
     assert any("loss_impact of layer" in message for *_, message in reports)
     before = len(reports)
-    again = there.profile(settings, wanted, ProfileOnRay(cluster.LOCAL, 1, 2))
+    again = there.profile(settings, wanted, RayProfiler(cluster.LOCAL, 1, 2))
     assert len(reports) == before + 1, "nothing was started"
     np.testing.assert_array_equal(again.values["value"], found.values["value"])
 
@@ -108,7 +108,7 @@ def test_layers_that_kill_their_actors_end_a_profile_in_a_sentence(
 ):
     monkeypatch.setattr(profiles, "MAX_MOVES", 1)
     session = new_session(source, tmp_path / "there")
-    measure = ProfileOnRay(cluster.LOCAL, 1, 1, failing_actors.KilledByLayer)
+    measure = RayProfiler(cluster.LOCAL, 1, 1, failing_actors.KilledByLayer)
     with pytest.raises(LsqError, match="weight_error of layer 2 died 2 times"):
         session.profile(settings, measure=measure)
     assert (tmp_path / "there" / "killed").read_text().count("killed") == 2
@@ -130,4 +130,4 @@ def test_profile_on_ray_without_ray_says_how_to_add_it(source, settings, tmp_pat
     monkeypatch.setattr(cluster, "find_spec", lambda name: None)
     session = new_session(source, tmp_path / "there")
     with pytest.raises(InputError, match="make ray"):
-        session.profile(settings, measure=ProfileOnRay(cluster.LOCAL))
+        session.profile(settings, measure=RayProfiler(cluster.LOCAL))

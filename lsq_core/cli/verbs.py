@@ -324,19 +324,19 @@ def _executor(
     """What makes a sweep's items where they are not made in this process."""
     if not _is_on_ray(options):
         return None
-    from lsq_core.distributed.executor import OnRay
+    from lsq_core.distributed.executor import RayExecutor
 
     quantizers = sorted({item.quantizer for item in items})
-    return OnRay(options.ray, settings, quantizers, options.actor_cores, options.actors)
+    return RayExecutor(options.ray, settings, quantizers, options.actor_cores, options.actors)
 
 
 def _measurer(options: argparse.Namespace) -> Measurer:
     """What measures the metrics that a profile lacks."""
     if not _is_on_ray(options):
         return measure_here
-    from lsq_core.distributed.profiles import ProfileOnRay
+    from lsq_core.distributed.profiles import RayProfiler
 
-    return ProfileOnRay(options.ray, options.actor_cores, options.actors)
+    return RayProfiler(options.ray, options.actor_cores, options.actors)
 
 
 def _is_on_ray(options: argparse.Namespace) -> bool:

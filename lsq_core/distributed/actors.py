@@ -31,15 +31,15 @@ class Actors:
 
     ``address`` is that of a cluster, or :data:`lsq_core.distributed.cluster.LOCAL`. ``cores`` is
     the number of cores per actor on machines without GPUs, by default a quarter of the machine's,
-    and ``most`` the maximum number of actors. The versions of the packages that ``quantizers``
-    compute with must match the driver's.
+    and ``max_actors`` limits the number of actors. The versions of the packages that ``quantizers``
+    compute with must match the driver's. ``kind`` is the class of the actors.
     """
 
     address: str
     settings: ProfileSettings
     quantizers: Sequence[str]
     cores: int | None = None
-    most: int | None = None
+    max_actors: int | None = None
     kind: type[ModelActor] = ModelActor
     _open: ExitStack = field(default_factory=ExitStack, init=False)
     _pool: ActorPool | None = field(default=None, init=False)
@@ -48,7 +48,7 @@ class Actors:
         cluster.check_address(self.address)
         if self.cores is not None and self.cores < 1:
             raise InputError("An actor needs at least one core; give --actor-cores 1 or more.")
-        if self.most is not None and self.most < 1:
+        if self.max_actors is not None and self.max_actors < 1:
             raise InputError("Work on Ray needs at least one actor; give --actors 1 or more.")
 
     @property
@@ -72,13 +72,13 @@ class Actors:
         """Return the actors, which are started on the first call."""
         if self._pool is None:
             device, cores, count = self._local_devices(session)
-            count = min(count, self.most or count)
+            count = min(count, self.max_actors or count)
             total = max(cores * count, 1)
             gpus = count if device == "cuda" else 0
             self._open.enter_context(cluster.connection(self.address, total, gpus))
             if not self.is_local:
                 device, cores, count = self._cluster_devices(session)
-                count = min(count, self.most or count)
+                count = min(count, self.max_actors or count)
             self._pool = ActorPool(self._setup(session, device, cores), count, self.kind)
             self._open.callback(self._pool.close)
         return self._pool

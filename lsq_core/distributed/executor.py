@@ -17,7 +17,7 @@ from lsq_core.stages.profile import measure_here
 from lsq_core.sweep_state import Sweep
 
 
-class OnRay:
+class RayExecutor:
     """Executes a sweep with one actor per device; the driver plans and stores.
 
     ``settings`` and ``quantizers`` are those of the sweep; for the other arguments see
@@ -30,10 +30,10 @@ class OnRay:
         settings: ProfileSettings,
         quantizers: Sequence[str],
         cores: int | None = None,
-        most: int | None = None,
+        max_actors: int | None = None,
         kind: type[ModelActor] = ModelActor,
     ) -> None:
-        self._actors = Actors(address, settings, quantizers, cores, most, kind)
+        self._actors = Actors(address, settings, quantizers, cores, max_actors, kind)
         self._remote_places: Sequence[Mapping[str, str]] = ()
 
     def places(self, session: Session) -> Sequence[Mapping[str, str]]:

@@ -34,7 +34,7 @@ _TASKS_PER_ACTOR = 2
 
 
 @dataclass(frozen=True)
-class ProfileOnRay:
+class RayProfiler:
     """Measures a profile's metrics on Ray (a :data:`lsq_core.stages.profile.Measurer`).
 
     For the fields see :class:`lsq_core.distributed.actors.Actors`.
@@ -42,14 +42,14 @@ class ProfileOnRay:
 
     address: str
     cores: int | None = None
-    most: int | None = None
+    max_actors: int | None = None
     kind: type[ModelActor] = ModelActor
 
     def __call__(
         self, session: Session, settings: ProfileSettings, metrics: Sequence[str]
     ) -> Iterator[Profile]:
         """Start the actors and measure metrics; see :func:`measure_on`."""
-        actors = Actors(self.address, settings, (), self.cores, self.most, self.kind)
+        actors = Actors(self.address, settings, (), self.cores, self.max_actors, self.kind)
         actors.check_device(session)
         with closing(actors):
             yield from measure_on(actors, session, settings, metrics)

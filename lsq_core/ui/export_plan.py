@@ -75,7 +75,10 @@ def _accept_changes(translation: Translation, key: str) -> bool:
         key=f"export-{key}-changes",
         alt="; ".join(f"{r['modules']} × {r['planned']} to {r['exported as']}" for r in rows),
     )
-    return st.checkbox("Use the nearest supported configurations", key=f"export-{key}-nearest-{translation.target.name}")
+    return st.checkbox(
+        "Use the nearest supported configurations",
+        key=f"export-{key}-nearest-{translation.target.name}",
+    )
 
 
 def _render_file(translation: Translation, key: str) -> None:

@@ -96,7 +96,8 @@ def render_no_model(error: NoModel) -> None:
     if pending:
         headline(
             f"{words.escape(source.name)} is being looked up on the Hugging Face Hub.",
-            "Only its config is fetched. This page updates automatically; you can leave it in the meantime.",
+            "Only its config is fetched. This page updates automatically; you can leave it in the "
+            "meantime.",
         )
         st.fragment(_rerun_when_ready, run_every=sidebar.POLL_SECONDS)(source)
     else:
@@ -116,7 +117,7 @@ def _rerun_when_ready(source: ModelSource) -> None:
 
 @cache
 def _icon() -> Image.Image:
-    """Draw a bar for each bit width of the ladder; a named icon would be fetched from the network."""
+    """Draw a bar for each bit width of the ladder; Streamlit would fetch a named icon."""
     icon = np.zeros((32, 32, 4), dtype=np.uint8)
     for index, bits in enumerate(sorted({config.bits for config in LADDER})):
         bar = icon[32 - 4 * bits :, 8 * index + 1 : 8 * index + 7]

@@ -11,7 +11,6 @@ from lsq_core.evaluation.result import UNUSABLE_RATIO
 from lsq_core.profiling.metrics import METRICS
 from lsq_core.units import GIB, MIB
 
-
 #: From this share of a unit on, one decimal of the next smaller one rounds up to the unit.
 _ROUNDS_UP = 0.99996
 

@@ -119,9 +119,7 @@ def render_chart_notes(choice: Choice, quality: charts.QualityMeasure, files: pd
     """Render notes on the chart."""
     notes = []
     if len(files) and choice.size == charts.MEASURED and quality == charts.PERPLEXITY:
-        notes.append(
-            "GGUF files are placed at the size of the same weights, without embeddings."
-        )
+        notes.append("GGUF files are placed at the size of the same weights, without embeddings.")
     missing = int(choice.runs[quality.column].isna().sum())
     if missing:
         notes.append(f"{words.plural(missing, 'run')} without this figure.")
@@ -178,8 +176,8 @@ def noise_note(runs: pd.DataFrame) -> str:
     if len(known):
         largest = known.loc[known["noise"].idxmax()]
         return (
-            f"Numerical noise changes these perplexities by {format_noise(largest['noise'])} and KL "
-            f"divergences by {format_noise(largest['noise_kl'])}."
+            f"Numerical noise changes these perplexities by {format_noise(largest['noise'])} and "
+            f"KL divergences by {format_noise(largest['noise_kl'])}."
         )
     first = measured.iloc[0]
     unknown = describe_unknown(first["model"], first["protocol"], first["dtype"])
