@@ -102,9 +102,9 @@ def _saved_model_item(store: Store, path: Path, kind: str) -> DiskItem:
         or not path.resolve().is_relative_to(data_folder)
         or path.resolve() == data_folder
     ):
-        reason = f"it is outside {data_folder}, so it is yours to delete"
+        reason = f"it is outside {data_folder}; delete it yourself"
     elif unrelated := _unrelated_files(path, kind):
-        reason = f"it holds other files too ({unrelated[0][:80]}), so it is yours to delete"
+        reason = f"it also contains other files ({unrelated[0][:80]}); delete it yourself"
     elif is_locked(path):
         reason = "it is being written"
     bytes = sum(p.lstat().st_size for p in path.iterdir() if p.is_file())

@@ -71,7 +71,7 @@ def atomic_writer(path: Path, *, new: bool = False) -> Iterator[BinaryIO]:
             with _atomic_replacement(target, new) as file:
                 yield file
     except FileExistsError as error:
-        raise InputError(f"{path} already exists; give a new file.") from error
+        raise InputError(f"{path} already exists; choose another file name.") from error
     except OSError as error:
         raise write_error(path, error) from error
 
@@ -121,7 +121,7 @@ def lock_folder(folder: Path) -> int:
     """Lock a folder until the returned descriptor is closed or the process ends."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     with suppress(OSError):  # the file system has no locks
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # :func:`is_locked` may hold it for a moment
     return descriptor
 
 
@@ -197,7 +197,9 @@ def translate_disk_error(error: BaseException) -> LsqError | None:
             where = error.filename or "a file"
             if error.errno in _FULL:
                 return LsqError(f"The disk is full ({where}); make room and try again.")
-            return LsqError(f"{where} cannot be written or read ({error.strerror}); change that.")
+            return LsqError(
+                f"{where} cannot be read or written ({error.strerror}); check its permissions."
+            )
         error = error.__cause__
     return None
 
@@ -216,7 +218,7 @@ def resolve_path(path: str | Path) -> Path:
     except (OSError, RuntimeError, ValueError) as error:
         shown = str(path) if len(str(path)) <= 200 else f"{str(path)[:60]}…"
         reason = getattr(error, "strerror", None) or exception_reason(error)
-        raise InputError(f"'{shown}' can be no path ({reason}); give another.") from error
+        raise InputError(f"'{shown}' is not a valid path ({reason}); give another.") from error
     return whole
 
 
@@ -245,7 +247,7 @@ def read_json(path: Path) -> dict | None:
 
 
 def _reject_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not valid JSON")
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

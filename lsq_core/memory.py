@@ -36,7 +36,7 @@ def describe_memory_limit(format_bytes: Callable[[float], str]) -> str:
     limit = memory_limit()
     if limit >= psutil.virtual_memory().total:
         return ""
-    return f"the memory limit of this container, its cgroup's, is {format_bytes(limit)}"
+    return f"this container's memory limit (cgroup) is {format_bytes(limit)}"
 
 
 def oom_kills() -> int | None:

@@ -16,6 +16,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass
 from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
@@ -80,7 +81,7 @@ def access(address: str, port: int, token: bool) -> Access:
         If the port is invalid or this machine can't listen there.
     """
     if not 0 < port < 2**16:  # getaddrinfo drops the higher bits
-        raise InputError(f"{port} is no port; give --port a number from 1 to 65535.")
+        raise InputError(f"{port} is not a valid port; give --port a number from 1 to 65535.")
     try:
         found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(found[0]) as test:
@@ -91,12 +92,17 @@ def access(address: str, port: int, token: bool) -> Access:
             f"{address}:{port} cannot be bound ({error}); give another --port or --address."
         ) from error
     ip = ipaddress.ip_address(found[4][0])
+    name = address.rstrip(".").lower()  # as host names of requests are compared
     if ip.is_loopback:
-        hosts = tuple({*LOOPBACK, address})
+        hosts = tuple({*LOOPBACK, name})
     else:
-        hosts = () if ip.is_unspecified else (address, str(ip))
+        hosts = () if ip.is_unspecified else (name, str(ip))
         token = True
     return Access(hosts, secrets.token_urlsafe(24) if token else "", port)
+
+
+#: The answer to requests that come from pages of another origin.
+_OTHER_ORIGIN = "Only this server's own pages may send requests to it."
 
 
 class Guard:
@@ -134,11 +140,11 @@ class Guard:
             return "This server does not answer to that name."
         origin = headers.get("origin")
         if origin is not None and urlsplit(origin).netloc != host:
-            return "Only pages of this server may ask it."
+            return _OTHER_ORIGIN
         # Browsers send this for content embedded by a page of another server; links navigate.
         site, mode = headers.get("sec-fetch-site"), headers.get("sec-fetch-mode")
         if site in ("cross-site", "same-site") and mode != "navigate":
-            return "Only pages of this server may ask it."
+            return _OTHER_ORIGIN
         return ""
 
     def _cookie(self, headers: dict[str, str]) -> str:
@@ -187,9 +193,10 @@ def remove_old_snapshots() -> None:
     """Delete snapshots left behind by killed processes of this user."""
     for folder in Path(tempfile.gettempdir()).glob(f"{SNAPSHOT}*"):
         number = folder.name.removeprefix(SNAPSHOT).partition("-")[0]
-        mine = not folder.is_symlink() and folder.stat().st_uid == os.getuid()
-        if mine and number.isdigit() and not psutil.pid_exists(int(number)):
-            shutil.rmtree(folder, ignore_errors=True)
+        with suppress(FileNotFoundError):  # another process may delete it at the same time
+            mine = not folder.is_symlink() and folder.stat().st_uid == os.getuid()
+            if mine and number.isdigit() and not psutil.pid_exists(int(number)):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def serve(address: str, port: int, token: bool) -> None:
@@ -222,7 +229,7 @@ def serve(address: str, port: int, token: bool) -> None:
     print(f"LSQ Explorer is at {_url(address, allowed)} (press Ctrl+C to stop)", file=sys.stderr)
     server.run()
     if not server.started:
-        raise LsqError("The app could not be started; its own message is above.")
+        raise LsqError("The app could not be started; see the message above.")
 
 
 def _url(address: str, allowed: Access) -> str:

@@ -109,7 +109,9 @@ def main() -> None:
     parser.add_argument("--calibration", required=True, help="text file to calibrate on")
     parser.add_argument("--corpus", required=True, help="text file to evaluate on")
     parser.add_argument("--db", default="measured.duckdb", help="database to measure into")
-    parser.add_argument("--model", action="append", choices=MODELS, help="one of them only")
+    parser.add_argument(
+        "--model", action="append", choices=MODELS, help="measure only this model (repeatable)"
+    )
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder for the Parquet files")
     options = parser.parse_args()
     store = Store(options.db)

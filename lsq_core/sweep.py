@@ -168,7 +168,7 @@ def sweep(
         sweeping = Sweep(session, requested, settings, places, executor.measure_profile)
         sweeping.prepare()
         executor.run(sweeping)
-    if all(row["state"] == FAILED for row in sweeping.rows):
+    if sweeping.rows and all(row["state"] == FAILED for row in sweeping.rows):
         reason = sweeping.rows[0]["reason"]
         kind = InputError if len(sweeping.bad_input) == len(requested) else LsqError
         raise kind(f"None of the {len(requested)} runs succeeded; the first failed: {reason}")

@@ -129,7 +129,9 @@ def _run_batch(sweep: Sweep, batch: list[list[int]]) -> None:
             if not isinstance(error, LsqError):
                 traceback.print_exc()  # tried alone, each may succeed and hide the defect
             reason = exception_reason(error)
-            sweep.session.report("sweep", sweep.done, sweep.total, f"one by one, since {reason}")
+            sweep.session.report(
+                "sweep", sweep.done, sweep.total, f"one at a time, because {reason}"
+            )
     for number in items:
         sweep.attempt(number, lambda alone: _measure(sweep, [[alone]]))
         sweep.write_items()

@@ -65,9 +65,8 @@ def check_size(path: Path, max_bytes: int) -> None:
     size = path.stat().st_size
     if size > max_bytes:
         raise InputError(
-            f"{path} has {format_bytes(size)}; at most {format_bytes(max_bytes)} of such a file "
-            "are "
-            "read."
+            f"{path} is {format_bytes(size)}; the limit for such files is "
+            f"{format_bytes(max_bytes)}."
         )
 
 
@@ -85,7 +84,7 @@ def resolve_inside(folder: Path, name: str) -> Path:
     parts = Path(name).parts
     if not parts or ".." in parts or Path(name).is_absolute() or not name.isprintable():
         raise InputError(
-            f"The index of {folder} names {name[:120]!r}, which is no file inside that folder; "
+            f"The index of {folder} names {name[:120]!r}, which is not a file inside that folder; "
             "fetch or save the model again."
         )
     path = folder / name

@@ -560,7 +560,7 @@ def test_cli_high_impact_bad_options_exit_2(random_model, small_text, capsys, fe
     for more, sentence in {
         ("--budget", "3bpp"): "take from",
         ("--budget", "2.2bpp", "--high-bits", "2"): "high-bits must be one of 3, 4, 16, not 2",
-        ("--max-loss", "1%"): "Give a budget in place of max-loss",
+        ("--max-loss", "1%"): "Give a budget instead of max-loss",
         ("--budget", "2.2bpp", "--ratios", "best"): "ratios must be one of",
     }.items():
         assert main(["plan", *command(model, small_text, *more)]) == 2

@@ -152,7 +152,7 @@ def test_ranking_json_has_every_figure():
 
 def test_methods_that_take_more_than_the_budget_are_left_out():
     ranking = rank(SPIKY, "3.3bpp", base="4.13")
-    assert ranking.left_out["sensiboost"] == "takes 4.13 bits or more"
+    assert ranking.left_out["sensiboost"] == "needs at least 4.13 bits"
     assert "mxq" in {each.method for each in ranking.methods}
 
 

@@ -704,7 +704,7 @@ BAD_CSV_EDITS = {
     "cells without a header": (
         FNORM,
         lambda lines: [lines[0], *(line + ",1" for line in lines[1:])],
-        "rows of more cells than its header",
+        "rows with more cells than the header",
     ),
     "a torn row": (COMBINED, lambda lines: [*lines, "a,b" * 20], "Expected 11 fields in line 952"),
 }

@@ -179,7 +179,7 @@ def test_prune_folder_outside_data_raises(saved, tmp_path, capsys):
     (item,) = (item for item in disk.list_disk_items(Store()) if item.path == elsewhere)
     assert not item.prunable
     assert main(["disk", "--prune", str(elsewhere)]) == 2
-    assert "yours to delete" in capsys.readouterr().err
+    assert "delete it yourself" in capsys.readouterr().err
     assert (elsewhere / WEIGHTS).exists()
 
 
@@ -211,6 +211,6 @@ def test_prune_data_folder_raises(saved):
     data = saved.parents[1]
     (data / MANIFEST_FILE).write_text("{}")
     set_saved_path(data)
-    with pytest.raises(InputError, match="yours to delete"):
+    with pytest.raises(InputError, match="delete it yourself"):
         disk.prune(Store(), str(data))
     assert saved.exists()

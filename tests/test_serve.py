@@ -140,7 +140,7 @@ def test_access_token_on_public_address():
 
 @pytest.mark.parametrize("port", [-1, 0, 2**16, 99999, 10**30])
 def test_a_number_that_is_no_port_is_refused(port):
-    with pytest.raises(InputError, match=f"{port} is no port"):
+    with pytest.raises(InputError, match=f"{port} is not a valid port"):
         serve.access("127.0.0.1", port, token=False)
 
 

@@ -97,7 +97,7 @@ def test_inspect_index_outside_folder_refused(model_copy, name):
     where = name.format(folder=model_copy)
     weight_map = {key: where for key in header if key != "__metadata__"}
     (model_copy / INDEX).write_text(json.dumps({"weight_map": weight_map}))
-    assert_refused(model_copy, "no file inside that folder")
+    assert_refused(model_copy, "not a file inside that folder")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])

@@ -66,7 +66,7 @@ def evaluate_on(device: str, repeats: int, model: str, tokens: int) -> Row:
     pair = time_interleaved(ours, theirs, repeats, wait=wait)
     return Row(
         id="evaluate_gpu",
-        what=f"{_title('evaluation', model)}, b4g64 beside full precision, {len(ids):,} tokens, "
+        what=f"{_title('evaluation', model)}, b4g64 and full precision, {len(ids):,} tokens, "
         f"{loaded.dtype}",
         ours="one walk over the blocks, KL included",
         theirs="transformers' strided loop over each model, no KL",

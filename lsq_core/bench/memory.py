@@ -218,11 +218,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("gib", nargs="*", type=float, help="GiB of weights in the decoder blocks")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--text", action="store_true", help="measure sensitivity as well")
-    parser.add_argument("--quantizer", default="hqq", help="hqq, or rtn to be done sooner")
+    parser.add_argument("--quantizer", default="hqq", help="hqq, or rtn, which is faster")
     parser.add_argument("--samples", type=int, default=128, help="calibration texts")
-    parser.add_argument("--folder", help="where models are made; the system's temporary folder")
     parser.add_argument(
-        "--evaluate", type=int, default=0, metavar="TOKENS", help="evaluate on so many tokens"
+        "--folder", help="folder for the models (default: the system's temporary folder)"
+    )
+    parser.add_argument(
+        "--evaluate", type=int, default=0, metavar="TOKENS", help="evaluate on this many tokens"
     )
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)

@@ -93,7 +93,7 @@ def measure_forward(id: str, case: Case, repeats: int) -> Row:
         **figures,
         error=error,
         error_limit=0.01,
-        error_is="the output's error against full precision, relative to theirs, fp16 metadata",
+        error_is="excess output error over theirs, fp16 metadata",
         target=1.0,
         device=case.device,
         details={"cases": cases},

@@ -80,7 +80,7 @@ def profile(repeats: int, settings: ProfileSettings = SETTINGS) -> Row:
         what=f"profile of the demo: {len(ours[-1].matrices)} matrices, {len(LADDER)} configurations"
         f", {ids.numel():,} tokens",
         ours="one load, one pass",
-        theirs="a load and its features for each configuration, measured at one and times 12",
+        theirs="one load and pass per configuration, measured at one, times 12",
         **Pair(*np.array(seconds).T).figures,
         error=error if ranks >= 0.999 else float("nan"),
         error_limit=0.01,

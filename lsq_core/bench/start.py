@@ -97,7 +97,7 @@ def plan_cold(repeats: int) -> Row:
         pair = time_interleaved(ours, theirs, repeats)
     return Row(
         id="plan_cold",
-        what="plan on a stored profile, as a whole process",
+        what="plan from a stored profile, entire process",
         ours="python -m lsq_core plan",
         theirs="import torch and transformers",
         **pair.figures,

@@ -49,7 +49,7 @@ class Actors:
         if self.cores is not None and self.cores < 1:
             raise InputError("An actor needs at least one core; give --actor-cores 1 or more.")
         if self.max_actors is not None and self.max_actors < 1:
-            raise InputError("Work on Ray needs at least one actor; give --actors 1 or more.")
+            raise InputError("Ray needs at least one actor; give --actors 1 or more.")
 
     @property
     def is_local(self) -> bool:
@@ -60,7 +60,7 @@ class Actors:
         """Raise :class:`InputError` if a session names a single device of a kind."""
         if device_kind(session.device) != session.device:
             raise InputError(
-                f"Work on Ray uses every device of a kind; give --device cuda or cpu instead of "
+                f"Ray uses all devices of one kind; give --device cuda or cpu instead of "
                 f"{session.device}."
             )
 

@@ -135,7 +135,9 @@ def _own_signal_handlers() -> Iterator[None]:
         terminated = True
     finally:
         for number, handler in before.items():
-            with suppress(ValueError):  # not in the main thread, so Ray set none either
+            # ValueError: not in the main thread, so Ray set none either; TypeError: a handler
+            # that was not set from Python, which cannot be restored.
+            with suppress(ValueError, TypeError):
                 signal.signal(number, handler)
     if terminated:
         signal.raise_signal(signal.SIGTERM)

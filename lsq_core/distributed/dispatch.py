@@ -211,8 +211,8 @@ class Dispatcher:
             if self.moves[number] > MAX_MOVES:
                 self._give_up(
                     number,
-                    f"The actors that measured it died {self.moves[number]} times; the last one, "
-                    f"on {actor.description.host}, because {reason}.",
+                    f"The actors measuring it died {self.moves[number]} times, most recently on "
+                    f"{actor.description.host} because {reason}.",
                 )
         self._watch.replace(actor, reason)
 

@@ -181,8 +181,8 @@ class _Dispatcher:
             self._moves[number] += 1
             if self._moves[number] > MAX_MOVES:
                 raise LsqError(
-                    f"The actors that measured {_describe(self._tasks[number])} died "
-                    f"{self._moves[number]} times; the last one, on {actor.description.host}, "
+                    f"The actors measuring {_describe(self._tasks[number])} died "
+                    f"{self._moves[number]} times, most recently on {actor.description.host} "
                     f"because {reason}."
                 )
         self._pending = [*actor.items, *self._pending]

@@ -40,12 +40,12 @@ class StartWatch:
         """
         if isinstance(answer, Failure):
             kind = InputError if answer.kind == "input" else LsqError
-            raise kind(f"{answer.host} cannot take part: {answer.reason}")
+            raise kind(f"{answer.host} cannot be used: {answer.reason}")
         _check_versions(answer, self.pool.setup.packages)
         if answer.fingerprint != self.session.info.fingerprint:
             raise InputError(
-                f"{self.session.source.name} on {answer.host} is another model than the driver's "
-                "(their weights or configs differ); copy the driver's there."
+                f"{self.session.source.name} on {answer.host} is not the driver's model (their "
+                "weights or configs differ); copy the driver's there."
             )
         actor.description, self._failed_starts = answer, 0
 
@@ -80,7 +80,7 @@ class StartWatch:
         elif time.monotonic() - self._since > _START_TIMEOUT_S:
             raise LsqError(
                 f"No device of the Ray cluster was free within {_START_TIMEOUT_S:.0f} s; 'ray "
-                "status' tells who uses them."
+                "status' shows what is using them."
             )
 
 

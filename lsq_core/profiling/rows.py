@@ -90,7 +90,7 @@ class _RowScores:
                     f"{checkpoint} is damaged: it covers {saved[_DONE]} sequences."
                 )
         except DamagedFileError as error:
-            progress(0, sequences, f"{error} Its sequences are read again.")
+            progress(0, sequences, f"{error} Its sequences will be read again.")
             checkpoint.unlink(missing_ok=True)
             return 0
         if saved is None:

@@ -35,9 +35,9 @@ class ProfileSettings:
     def __post_init__(self) -> None:
         if quantizer_spec(self.quantizer).calibrated:
             raise InputError(
-                "A profile quantizes one matrix at a time, which "
-                f"{quantizer_spec(self.quantizer).title} "
-                f"cannot; choose one of {', '.join(MATRIX_QUANTIZERS)}."
+                "Profiling quantizes one matrix at a time, which "
+                f"{quantizer_spec(self.quantizer).title} does not support; choose one of "
+                f"{', '.join(MATRIX_QUANTIZERS)}."
             )
         get_ladder(self.ladder)
         _ = self.grid  # checks axis and metadata

@@ -112,7 +112,7 @@ class WeightReader:
         stored = self._find_tensor(matrix)
         if stored is None:
             raise InputError(
-                f"The files of this model keep {matrix.name} under another name or shape, so its "
+                f"This model's files store {matrix.name} under another name or shape, so its "
                 "weights can't be shown."
             )
         values = stored.read()
@@ -207,7 +207,7 @@ def split_into_groups(weight: np.ndarray, config: QuantConfig, axis: int) -> np.
     """
     if not is_divisible(weight.size, config.group_size):
         raise InputError(
-            f"A matrix of {weight.shape[0]}×{weight.shape[1]} cannot be cut into groups of "
+            f"A matrix of {weight.shape[0]}×{weight.shape[1]} cannot be divided into groups of "
             f"{config.group_size}; choose a configuration with a smaller group."
         )
     if axis == 1:

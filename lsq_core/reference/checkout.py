@@ -129,7 +129,7 @@ class Checkout:
                 f"{self.root / path} cannot be read as CSV ({reason}); fetch it again."
             ) from error
         if not isinstance(frame.index, pd.RangeIndex) or frame.empty:
-            what = "no rows" if frame.empty else "rows of more cells than its header"
+            what = "no rows" if frame.empty else "rows with more cells than the header"
             raise InputError(f"{self.root / path} has {what}; fetch it again.")
         self.files[path] = hashlib.sha256(content).hexdigest()
         frame.index += 2

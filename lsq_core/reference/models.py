@@ -101,7 +101,7 @@ def _read_model(
     info = _info(name, _matrices(where, modules), size)
     if size is None:
         checkout.missing.append(
-            f"{info.source}: no plan file tells the whole model's size, so embeddings, norms and "
+            f"{info.source}: no plan file gives the model's total size, so embeddings, norms and "
             "head are left unknown, and its parameters and model bytes count linear weights only."
         )
     scores = _model_scores(checkout, path, info, table, modules)
@@ -121,8 +121,8 @@ def _model_scores(
         scores.append(_rows(modules, "sensitivity", modules["sensitivity"], config, parts))
     else:
         checkout.missing.append(
-            f"{path} has the sensitivity of {known.sum()} of {len(known)} modules, so what the "
-            "model's published plans were made from is not known."
+            f"{path} has the sensitivity of {known.sum()} of {len(known)} modules, so the "
+            "scores behind the model's published plans are unknown."
         )
     return pd.concat(scores, ignore_index=True)
 
@@ -142,8 +142,8 @@ def _check_complete(where: Path, table: pd.DataFrame, modules: pd.DataFrame) -> 
     if empty.any():
         row = empty.idxmax()
         raise InputError(
-            f"{where}, row {row}: params is {modules.loc[row, 'params']}, which is no multiple of "
-            "128; correct the cell, or fetch the file again."
+            f"{where}, row {row}: params is {modules.loc[row, 'params']}, which is not a multiple "
+            "of 128; correct the cell, or fetch the file again."
         )
 
 
@@ -199,7 +199,9 @@ def _info(name: str, matrices: tuple[Matrix, ...], size: int | None) -> ModelInf
         matrices=matrices,
         other_bytes=2 * (size - linear) if size else 0,
         fingerprint=PUBLISHED + name,
-        config={"unknown": ["context"] + ([] if size else ["parameters beside the linear ones"])},
+        config={
+            "unknown": ["context"] + ([] if size else ["parameters other than the linear ones"])
+        },
     )
 
 

@@ -198,8 +198,8 @@ def _flaws(request: PlanRequest, choice: dict[str, str]) -> tuple[str, ...]:
     if not below:
         return ()
     return (
-        f"Flawed as published: {below} modules lie below the base {request.base}, which no boost "
-        "does, so this is another method's plan.",
+        f"Flawed as published: {below} modules are below the base {request.base}, which a boost "
+        "never does, so this is another method's plan.",
     )
 
 

@@ -25,7 +25,7 @@ from lsq_core.provenance import (
     run_dependencies,
     versions,
 )
-from lsq_core.stages.model import OpenModel, load_tokens
+from lsq_core.stages.model import OpenModel
 
 if TYPE_CHECKING:
     from torch import nn
@@ -74,7 +74,6 @@ def check_text(model: OpenModel, request: EvaluationRequest) -> None:
     InputError
         If it cannot be loaded, or is too short for its protocol.
     """
-    model.provide_stream(request, load_tokens(request, model.tokenizer))
     tokens = len(model.stream(request).ids) + (model.tokenizer.bos_token_id is not None)
     make_windows(tokens, _protocol(request, model.info.context))
 

@@ -103,8 +103,8 @@ class OpenModel:
         """Raise :class:`InputError` for a published model, which has measurements only."""
         if self.published:
             raise InputError(
-                f"{self.published.source} has published measurements but no weights, so it can be "
-                "planned for and no more; give a model folder or a Hugging Face id."
+                f"{self.published.source} has published measurements but no weights, so it can "
+                "only be planned for; give a model folder or a Hugging Face id."
             )
 
     @cached_property
@@ -251,7 +251,11 @@ def find_published(source: ModelSource, store: Store) -> ModelInfo | None:
         there = sorted(store.models(origin="published")["source"])
         raise InputError(
             f"{store.path} has no published measurements of '{name}'; "
-            + (f"choose one of {', '.join(there)}." if there else "import-reference brings them.")
+            + (
+                f"choose one of {', '.join(there)}."
+                if there
+                else "run import-reference to import them."
+            )
         )
     return known
 

@@ -93,7 +93,7 @@ def _check_figures(conditions: Sequence[Condition]) -> None:
             raise LsqError(
                 f"Evaluated {one.name}, perplexity is {one.perplexity_full:g} in full precision "
                 f"and {one.perplexity:g} quantized, KL divergence {one.kl:g}: their noise cannot "
-                "be told. Give another text or --base."
+                "be determined. Give another text or --base."
             )
 
 

@@ -103,10 +103,10 @@ def _missing_profile_reason(plan: Plan, settings: ProfileSettings) -> str:
     beyond = sorted({c.name for c in plan.configs if c not in LADDERS[PAPER]})
     if not beyond:
         title = quantizer_spec(settings.quantizer).title
-        return f"This model has no profile measured with {title} under these settings yet."
+        return f"This model has no profile measured with {title} with these settings yet."
     return (
-        f"This plan has {beyond[0]}, at which only a profile of the extended ladder measures, and "
-        "this model has none under these settings yet."
+        f"This plan uses {beyond[0]}, which needs a profile on the extended ladder; this model has "
+        "none with these settings yet."
     )
 
 
@@ -151,10 +151,10 @@ def request_for_max_loss(
     """
     planner = get_planner(request.method)
     if planner.reads_rows:
-        raise InputError(f"{NO_PREDICTION_REASON} Give a budget in place of max-loss.")
+        raise InputError(f"{NO_PREDICTION_REASON} Give a budget instead of max-loss.")
     if planner.reads_refinement:
         raise InputError(
-            "A plan is refined within a budget; give the budget of the search in place of max-loss."
+            "A plan is refined within a budget; give the budget of the search instead of max-loss."
         )
     settings = settings_on_ladder(settings, request)
     profile = profile_model(model, settings, [*prediction.METRICS, *planner.metrics])

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 _KL_SPREAD = (0.59, 1.35)
 
 
-_MIXED_ROWS = "nothing is predicted of rows with different bits"
+_MIXED_ROWS = "no prediction for rows with different bits"
 _REFINED = "searched for by measuring"
 
 
@@ -185,7 +185,7 @@ def rank_methods(
             limit = nominal_limit(frontier, restricted, budget, metadata)
         except OutOfReach:
             least = 8 * frontier.smallest / problem.total
-            left_out[request.method] = f"takes {least:.2f} bits or more"
+            left_out[request.method] = f"needs at least {least:.2f} bits"
             continue
         except LsqError as error:
             left_out[request.method] = str(error)
@@ -293,8 +293,8 @@ def rank_model_methods(
     profile = find_planning_profile(model, settings)
     if profile is None:
         raise InputError(
-            "The methods are ranked by a profile of the model, which has none under these settings "
-            "yet; measure one with lsq profile."
+            "Ranking needs a profile of the model, and there is none with these settings yet; "
+            "measure one with lsq profile."
         )
     problem = build_problem(model.info, profile).with_options(LADDER)  # all methods have it
     request = replace(request, ladder=PAPER)

@@ -69,7 +69,7 @@ def refine_plan(
     if request.budget is None:
         raise InputError("Give the budget that a plan is to be refined within, such as 3.2bpp.")
     if not minutes > 0:
-        raise InputError(f"A search takes some minutes, such as 15, not {minutes:g}.")
+        raise InputError(f"Give a positive number of minutes, such as 15, not {minutes:g}.")
     if model.published:
         raise InputError(
             f"{model.published.source} was published without its weights, so no plan for it can "

@@ -247,8 +247,8 @@ def check_planned_bytes(plan: Plan, measured: int) -> None:
     """Raise :class:`LsqError` unless the measured bytes equal the planned bytes."""
     if measured != plan.planned_bytes:
         raise LsqError(
-            f"The quantized model takes {measured} bytes and the plan promised "
-            f"{plan.planned_bytes}; this is a defect of LSQ Explorer, please report it."
+            f"The quantized model takes {measured} bytes, but {plan.planned_bytes} were planned; "
+            "this is a bug in LSQ Explorer, please report it."
         )
 
 

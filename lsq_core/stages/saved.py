@@ -151,7 +151,7 @@ def open_original(
     if session.info.fingerprint != fingerprint:
         raise InputError(
             f"{source.name} is not the model that was quantized: its weights or its config have "
-            "changed; say with --model where the original is."
+            "changed; give the original with --model."
         )
     return session
 

@@ -48,7 +48,7 @@ class LossImpact(Metric):
     axis = "KL (nats per token) per ‖W − Ŵ‖²"
     meaning = (
         "How far the model's predictions move for each unit of squared weight error in one "
-        "matrix, all else at full precision."
+        "matrix, with everything else at full precision."
     )
     default = False
     needs_calibration = True

@@ -32,7 +32,7 @@ class GramDiagonal(Metric):
     title = "Gram diagonal (proxy)"
     label = short = "Gram diagonal"
     axis = "mean squared output change"
-    meaning = "What sensitivity by module would be if no two inputs of a module were correlated."
+    meaning = "Sensitivity by module if a module's inputs were uncorrelated."
     log_scale = True
     default = False
     proxy_of = "sensitivity_module"
@@ -62,7 +62,7 @@ class DiagonalFisher(Metric):
     title = "Diagonal Fisher (proxy)"
     label = short = "diagonal Fisher"
     axis = "Σ E[g²]·ΔW²"
-    meaning = "The squared weight error, each weight by the square of the loss's gradient to it."
+    meaning = "Squared weight error, with each weight scaled by its squared loss gradient."
     log_scale = True
     default = False
     proxy_of = "sensitivity_module"
