@@ -1,4 +1,4 @@
-"""The docstrings of Python's standard library: a text corpus that every machine has."""
+"""The docstrings of Python's standard library: a text corpus available on every machine."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from pathlib import Path
 
 from lsq_core.errors import InputError
 
-#: A docstring has to be longer than this many characters to count as text.
+#: Docstrings must be longer than this many characters to count as text.
 MIN_DOCSTRING_CHARS = 200
 #: File and folder names that :func:`iter_docstrings` skips by default.
 SKIP_PATTERNS = ("test*", "site-packages", "dist-packages")
 
 
 def is_held_out(text: str) -> bool:
-    """Whether a text is for evaluation only: its SHA-256 (UTF-8) begins with a byte below 32.
+    """Return whether a text is for evaluation only: its SHA-256 (UTF-8) starts with a byte < 32.
 
-    That is one text in eight, the same ones everywhere, and a copy goes where its original does.
+    This is one text in eight, the same ones everywhere; duplicates are always in the same part.
     """
     return hashlib.sha256(text.encode("utf-8")).digest()[0] < 32
 
@@ -33,10 +33,10 @@ def is_held_out(text: str) -> bool:
 
 
 def stdlib_docstrings(held_out: bool) -> list[str]:
-    """Docstrings of the running interpreter's standard library, in the order of their files.
+    """Return the standard library's docstrings that are held out, or the others, in file order.
 
-    Its tests are left out (names beginning with ``test``), and so is what was installed into
-    it. The first call takes seconds, later ones none.
+    The library is the running interpreter's. Tests (names starting with ``test``) and installed
+    packages are skipped. The first call takes seconds, later ones none.
 
     Raises
     ------
@@ -63,27 +63,27 @@ def stdlib_split(split: str) -> tuple[list[str], str]:
 
 
 def iter_docstrings(root: Path, skip: Collection[str] = SKIP_PATTERNS) -> Iterator[str]:
-    """Long docstrings of all Python files below a folder: files sorted, then in source order.
+    """Yield long docstrings of all Python files below a folder, by sorted file in source order.
 
     Parameters
     ----------
     root
-        The folder; its own name and what lies above it are not looked at.
+        The folder; ``skip`` does not apply to its own name or its parents.
     skip
-        Patterns (:mod:`fnmatch`) for names of files and folders to pass over.
+        Patterns (:mod:`fnmatch`) for names of files and folders to skip.
 
     Yields
     ------
     str
-        Docstrings of modules, classes and functions of over :data:`MIN_DOCSTRING_CHARS`
-        characters after :func:`inspect.cleandoc`; the same one as often as it occurs.
+        Docstrings of modules, classes and functions with over :data:`MIN_DOCSTRING_CHARS`
+        characters after :func:`inspect.cleandoc`, including duplicates.
     """
     for path in sorted(_python_files(root, skip), key=lambda path: path.parts):
         yield from _docstrings_of_file(path)
 
 
 def _python_files(root: Path, skip: Collection[str]) -> Iterator[Path]:
-    """Paths of the Python files below ``root``, never entering a folder that is skipped."""
+    """Yield the paths of Python files below ``root``, never entering skipped folders."""
 
     def wanted(name: str) -> bool:
         return not any(fnmatch.fnmatchcase(name, pattern) for pattern in skip)
@@ -94,8 +94,8 @@ def _python_files(root: Path, skip: Collection[str]) -> Iterator[Path]:
 
 
 def _docstrings_of_file(path: Path) -> list[str]:
-    # Some files that ship with Python and its packages are no Python on purpose (templates,
-    # another version's syntax, a wrong encoding): they have no docstrings to give.
+    # Some files that ship with Python and its packages are intentionally not valid Python
+    # (templates, another version's syntax, a wrong encoding), so they have no docstrings.
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes in other people's strings
@@ -109,10 +109,10 @@ def _docstrings_in(node: ast.AST) -> Iterator[str]:
     if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
         yield ast.get_docstring(node) or ""
     for child in ast.iter_child_nodes(node):
-        if not isinstance(child, ast.expr):  # no definition hides in an expression
+        if not isinstance(child, ast.expr):  # expressions contain no definitions
             yield from _docstrings_in(child)
 
 
 def _is_unicode(text: str) -> bool:
-    """False for a lone surrogate, which a literal may hold but no encoding can write."""
+    """Return False for a lone surrogate, which a literal may contain but no encoding can write."""
     return not any("\ud800" <= char <= "\udfff" for char in text)

@@ -1,4 +1,4 @@
-"""Text datasets of the Hugging Face hub, pinned to a revision and fetched once."""
+"""Text datasets from the Hugging Face hub, pinned to a revision and downloaded once."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _HUB_NAME = re.compile(
 
 @dataclass(frozen=True)
 class _HubDataset:
-    """A dataset on the hub; ``splits`` are those to calibrate and to evaluate on, if known."""
+    """A dataset on the hub; ``splits`` are those for calibration and evaluation, if known."""
 
     path: str
     config: str | None = None
@@ -39,12 +39,12 @@ class _HubDataset:
 
     @property
     def url(self) -> str:
-        """Its address, which is never taken for a local folder of the same name."""
+        """Its address, which is never mistaken for a local folder with the same name."""
         return f"hf://datasets/{self.path}"
 
     @property
     def label(self) -> str:
-        """How a sentence about it begins."""
+        """The start of a sentence about the dataset."""
         return f"The dataset '{self.path}'" + (f" ({self.config})" if self.config else "")
 
 
@@ -83,7 +83,7 @@ def parse_hub_name(name: str) -> _HubDataset:
 
 
 def load_hub_corpus(dataset: _HubDataset, split: str) -> tuple[list[str], str]:
-    """Texts of one part of a dataset, and its commit, configuration and split in words."""
+    """Return one part's texts, and the dataset's commit, configuration and split in words."""
     dataset, commit = _pin_revision(dataset)
     splits = dict(zip(SPLITS, dataset.splits or _choose_splits(dataset), strict=True))
     table = _download(dataset, splits[split])
@@ -98,10 +98,10 @@ def load_hub_corpus(dataset: _HubDataset, split: str) -> tuple[list[str], str]:
 
 @contextmanager
 def _translate_hub_errors(dataset: _HubDataset) -> Iterator[None]:
-    """Raise :class:`LsqError` for a failure of the hub, the network or the dataset's files.
+    """Raise :class:`LsqError` for failures of the hub, the network or the dataset's files.
 
-    It is put around calls of the libraries alone, and what is neither of these passes through: a
-    defect of this project is no reason to check the network.
+    Use it only around library calls. Other exceptions pass through: a bug in this project is no
+    reason to check the network.
     """
     try:
         yield
@@ -113,10 +113,10 @@ def _translate_hub_errors(dataset: _HubDataset) -> Iterator[None]:
 
 
 def _pin_revision(dataset: _HubDataset) -> tuple[_HubDataset, str | None]:
-    """The dataset at the commit its revision is at, and that commit; None when offline.
+    """Return the dataset pinned to its revision's commit, and that commit; None when offline.
 
-    One short request answers at once what ``load_dataset`` would retry for half a minute. With
-    HF_HUB_OFFLINE set nothing is asked, and whatever copy is in the local cache is read.
+    One short request fails quickly where ``load_dataset`` would retry for half a minute. With
+    HF_HUB_OFFLINE set, no request is made, and whatever copy is in the local cache is used.
     """
     from huggingface_hub import HfApi, is_offline_mode
 
@@ -128,7 +128,7 @@ def _pin_revision(dataset: _HubDataset) -> tuple[_HubDataset, str | None]:
 
 
 def _choose_splits(dataset: _HubDataset) -> tuple[str, str]:
-    """Splits to calibrate and to evaluate on, as :func:`load_corpus` describes."""
+    """Return the splits for calibration and evaluation, as described in :func:`load_corpus`."""
     from datasets import get_dataset_split_names
 
     with _translate_hub_errors(dataset):
@@ -147,7 +147,7 @@ def _download(dataset: _HubDataset, split: str) -> Dataset:
     with _translate_hub_errors(dataset):
         if not dataset.data_file:
             return load_dataset(dataset.url, dataset.config, revision=dataset.revision, split=split)
-        # load_dataset with data_files= would not find the copy it made when there is no network.
+        # Without a network, load_dataset with data_files= would not find its own cached copy.
         file = hf_hub_download(
             dataset.path, dataset.data_file, repo_type="dataset", revision=dataset.revision
         )
@@ -155,7 +155,7 @@ def _download(dataset: _HubDataset, split: str) -> Dataset:
 
 
 def _text_column(dataset: _HubDataset, features: Mapping[str, object]) -> str:
-    """The column called text or content, or else the only one that holds strings."""
+    """Return the column called text or content, or else the only one that holds strings."""
     strings = [name for name, kind in features.items() if getattr(kind, "dtype", "") in _STRINGS]
     for name in ("text", "content"):
         if name in strings:
@@ -169,11 +169,11 @@ def _text_column(dataset: _HubDataset, features: Mapping[str, object]) -> str:
 
 
 def _split_texts(texts: list[str], split: str, evaluation_rows: int) -> list[str]:
-    """The share of one split's texts that calibration or evaluation gets.
+    """Return the calibration or evaluation part of the texts of a single split.
 
-    Evaluation gets the first ``evaluation_rows`` texts or, if that is 0, those held out by
-    hash. For calibration these are blanked, not removed: blank texts are skipped there, and
-    the shuffle stays the permutation of the whole dataset that the authors drew from.
+    Evaluation gets the first ``evaluation_rows`` texts or, if that is 0, those held out by hash.
+    For calibration, these are blanked rather than removed: blank texts are skipped there, and the
+    shuffle remains the permutation of the full dataset that the authors sampled from.
     """
     held_out = [
         row < evaluation_rows if evaluation_rows else is_held_out(text)
@@ -185,9 +185,9 @@ def _split_texts(texts: list[str], split: str, evaluation_rows: int) -> list[str
 
 
 def _explain_hub_error(dataset: _HubDataset, cause: Exception) -> LsqError | None:
-    """What to tell the person, in one sentence, about an exception while reading a dataset.
+    """Return an error that explains, in one sentence, an exception raised while reading a dataset.
 
-    None for one that neither the hub, nor the network, nor the dataset's files gave rise to.
+    None if it was not caused by the hub, the network or the dataset's files.
     """
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
     from huggingface_hub import is_offline_mode
@@ -212,7 +212,7 @@ def _explain_hub_error(dataset: _HubDataset, cause: Exception) -> LsqError | Non
     disk_failure = translate_disk_error(cause)
     if disk_failure is not None:
         return disk_failure
-    # What datasets itself lacks, a file say, is an OSError too.
+    # Errors of datasets itself, such as a missing file, can also be OSErrors.
     network = is_network_error(cause) and not isinstance(cause, DatasetsError)
     if (network or isinstance(cause, (DatasetsError, ValueError))) and is_offline_mode():
         return LsqError(
@@ -228,7 +228,7 @@ def _explain_hub_error(dataset: _HubDataset, cause: Exception) -> LsqError | Non
             f"{dataset.label} could not be downloaded ({type(cause).__name__}: {reason}): check "
             f"the network, set HF_HUB_OFFLINE=1 to use a copy in the local cache, {stdlib_hint}"
         )
-    if isinstance(cause, (DatasetsError, RuntimeError)):  # what its files hold
+    if isinstance(cause, (DatasetsError, RuntimeError)):  # caused by the content of its files
         detail = exception_reason(cause.__cause__ or cause)
         return InputError(
             f"{dataset.label} cannot be read ({detail}): choose another one, {stdlib_hint}"

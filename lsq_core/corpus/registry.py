@@ -1,13 +1,13 @@
-"""Text for calibration and evaluation, and the tokens it becomes; none of this imports torch.
+"""Text for calibration and evaluation. Needs no torch.
 
-A corpus is named by a person: one of :data:`BUILT_IN_CORPORA`,
+A corpus is given by name: one of :data:`BUILT_IN_CORPORA`,
 ``hf:org/name[:config][@revision][#split]`` for any dataset on the Hugging Face Hub, or the path of
-a UTF-8 text file. Its calibration and its evaluation part never share a text, except for a local
-file, which is used as it was given.
+a UTF-8 text file. Its calibration and evaluation parts never share a text, except for a local file,
+which is used as given.
 
-Where a dataset has a single split, the two parts are separated by :func:`is_held_out`, so the
-same text lands on the same side on every machine; C4 is the exception: its first 1,100 texts
-are the evaluation part, as in GPTQ's and the SensiBoost authors' evaluations.
+If a dataset has a single split, the two parts are separated by :func:`is_held_out`, so a text is in
+the same part on every machine. C4 is the exception: its first 1,100 texts are the evaluation part,
+as in GPTQ's and the SensiBoost authors' evaluations.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lsq_core.corpus.hub import HUB_DATASETS, load_hub_corpus, parse_hub_name
 from lsq_core.corpus.splits import SPLITS
 from lsq_core.errors import InputError
 
-#: The corpora known by name, each with a line to show beside it.
+#: The built-in corpora, each with a one-line description.
 BUILT_IN_CORPORA: dict[str, str] = {
     "stdlib": "Docstrings of this Python's standard library; always available, no network needed",
     "wikitext2": "WikiText-2 raw: validation to calibrate, test to evaluate",
@@ -39,8 +39,8 @@ BUILT_IN_CORPORA: dict[str, str] = {
 class Corpus:
     """The texts of one part of a corpus, and where they come from.
 
-    ``name`` is as the person typed it, ``split`` is ``calibration`` or ``evaluation``, and
-    ``source`` says in words what the texts are, with the version or commit where there is one.
+    ``name`` is as the user typed it, ``split`` is ``calibration`` or ``evaluation``, and ``source``
+    describes the texts in words, with the version or commit if there is one.
     """
 
     name: str
@@ -53,25 +53,26 @@ class Corpus:
 
 
 def load_corpus(name: str, split: str, max_texts: int | None = None) -> Corpus:
-    """The texts of one part of the corpus that a person named.
+    """Load the texts of one part of a corpus.
 
     Parameters
     ----------
     name
         One of :data:`BUILT_IN_CORPORA`, ``hf:org/name[:config][@revision][#split]``, or a path. A
-        local file's lines are its calibration texts, and the whole of it the evaluation text.
+        local file's lines are its calibration texts, and the entire file is its evaluation text.
     split
-        ``calibration`` or ``evaluation``. For a ``hf:`` dataset without a ``#split``, the first
-        of test, validation, train is evaluated and the first other one of validation, train,
-        test calibrated on; with one, or where there is only one, its texts are divided.
+        ``calibration`` or ``evaluation``. For a ``hf:`` dataset without ``#split``, the first
+        existing split of test, validation, train is for evaluation and the first other one of
+        validation, train, test for calibration; with ``#split``, or if there is only one split, its
+        texts are divided.
     max_texts
-        Keep the texts up to this many that aren't blank.
+        Keep texts until this many of them are not blank.
 
     Raises
     ------
     InputError
-        For a name that is nothing known, a file that isn't UTF-8 text, a dataset that does not
-        exist or may not be read, or one without a text column.
+        If the name is unknown, a file is not UTF-8 text, or a dataset does not exist, is not
+        accessible or has no text column.
     LsqError
         If a dataset cannot be downloaded.
 
@@ -97,26 +98,25 @@ def load_corpus(name: str, split: str, max_texts: int | None = None) -> Corpus:
 
 
 def _take_texts(texts: Sequence[str], count: int | None) -> Sequence[str]:
-    """The texts up to and including the ``count``-th that isn't blank."""
+    """Return the texts up to and including the ``count``-th non-blank one."""
     filled = itertools.accumulate(bool(text.strip()) for text in texts)
     end = next((i for i, seen in enumerate(filled, 1) if seen == count), len(texts))
     return texts[:end]
 
 
 def corpus_identity(name: str) -> str:
-    """The identity of a corpus, without reading all of it or using the network; part of a profile's
-    key.
+    """Return the identity of a corpus, which is part of a profile's key, without using the network.
 
-    The hash of the content for a file, and a dataset's name with its commit where one is named,
-    mean the same text. The interpreter's version for ``stdlib``, and a dataset's branch such as
-    ``main``, need not: there a profile is of the text that was there when it was measured, whose
-    commit and hash of tokens are kept with it (``corpus_source``, ``corpus_sha256``), and what is
-    measured on another text takes its place (:meth:`lsq_core.store.store.Store.merge_profile`).
+    A file's content hash, or a dataset's name with an explicit commit, always denotes the same
+    text. The interpreter's version for ``stdlib``, or a dataset's branch such as ``main``, need
+    not: there, a profile is for the text at the time it was measured, whose commit and token hash
+    are stored with it (``corpus_source``, ``corpus_sha256``), and measurements on a different text
+    replace it (:meth:`lsq_core.store.store.Store.merge_profile`).
 
     Raises
     ------
     InputError
-        For a name that is nothing known, or a file that isn't UTF-8 text.
+        If the name is unknown, or a file is not UTF-8 text.
     """
     if name == "stdlib":
         return f"stdlib:{platform.python_version()}"
@@ -137,9 +137,9 @@ def _load_from_file(name: str, split: str) -> tuple[list[str], str]:
 
 
 def _read_text(name: str) -> tuple[str, str]:
-    """The text of the file that a person named, line ends as ``\\n``, and its bytes' SHA-256."""
+    """Return the text of a file, with line ends as ``\\n``, and the SHA-256 of its bytes."""
     path = os.path.expanduser(name)
-    if not os.path.isfile(path):  # unlike Path.is_file, no name makes it raise
+    if not os.path.isfile(path):  # unlike Path.is_file, it never raises
         if name and os.path.isdir(path):
             raise InputError(f"'{name}' is a folder; give the path of a UTF-8 text file.")
         raise InputError(

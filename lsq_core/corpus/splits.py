@@ -1,4 +1,4 @@
 """The two parts of every corpus."""
 
-#: What a profile is measured on, and what perplexity is; no text is in both.
+#: Profiles are measured on the first, perplexity on the second; only local files share texts.
 SPLITS = ("calibration", "evaluation")

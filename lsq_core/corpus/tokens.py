@@ -1,4 +1,4 @@
-"""Texts as tokens: calibration blocks, and the stream that perplexity is measured on."""
+"""Tokenized texts: calibration blocks, and the stream that perplexity is measured on."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class TokenBlocks:
-    """Calibration input: equal blocks of tokens.
+    """Calibration input: token blocks of equal length.
 
-    ``ids`` is int64 [blocks, block_tokens]; ``sha256`` is over its shape and its little-endian
-    values, so it names what was fed to the model, whatever text it came from.
+    ``ids`` is int64 [blocks, block_tokens]; ``sha256`` is computed over its shape and little-endian
+    values, so it identifies the model's input, whatever text it came from.
     """
 
     ids: np.ndarray
@@ -35,8 +35,8 @@ class TokenBlocks:
 class TokenStream:
     """Evaluation input: one stream of tokens, none of them added by the tokenizer.
 
-    ``ids`` is int64 [tokens]; ``sha256`` as in :class:`TokenBlocks`; ``truncated`` tells that
-    the text went on where ``max_tokens`` ended it.
+    ``ids`` is int64 [tokens]; ``sha256`` as in :class:`TokenBlocks`; ``truncated`` is whether
+    ``max_tokens`` cut off the text.
     """
 
     ids: np.ndarray
@@ -58,12 +58,12 @@ def build_calibration_blocks(
     block_tokens: int = 512,
     seed: int = 42,
 ) -> TokenBlocks:
-    """Calibration input as the SensiBoost authors (and AWQ before them) draw it.
+    """Build calibration blocks the way the SensiBoost authors (and AWQ before them) do.
 
-    The texts are shuffled and stripped, those empty or of over ``max_line_tokens`` tokens
-    passed over, the first ``samples`` others joined without anything between them, and cut into
-    blocks; what is left at the end is dropped. No special tokens are added. The permutation is
-    that of ``datasets.Dataset.shuffle(seed=seed)`` over all texts, blank ones included.
+    The texts are shuffled and stripped; empty ones and those with more than ``max_line_tokens``
+    tokens are skipped. The first ``samples`` others are concatenated without a separator and cut
+    into blocks; the remainder is dropped. No special tokens are added. The permutation is that of
+    ``datasets.Dataset.shuffle(seed=seed)`` over all texts, including blank ones.
 
     Raises
     ------
@@ -108,9 +108,9 @@ def build_calibration_blocks(
 def build_token_stream(
     corpus: Corpus, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None = None
 ) -> TokenStream:
-    """Evaluation input: the texts joined by a blank line, as one stream without special tokens.
+    """Tokenize the texts, joined by blank lines, as one stream without special tokens.
 
-    With ``max_tokens`` only so much of the text is tokenized as that needs.
+    With ``max_tokens``, only as much text is tokenized as needed.
 
     Raises
     ------
@@ -133,11 +133,10 @@ def build_token_stream(
 def _encode(
     tokenizer: PreTrainedTokenizerBase, text: str, min_tokens: int | None = None
 ) -> list[int]:
-    """Token ids of a text without special tokens; at least ``min_tokens``, if it has as many.
+    """Return the token ids of a text without special tokens; at least ``min_tokens`` if possible.
 
-    Text beyond that is not looked at: a prefix is tokenized, twice as long a one until there
-    are tokens enough. Where a text is cut its last tokens may differ from those of the whole
-    text, hence a margin of 64 that nobody reads.
+    Only a prefix is tokenized, doubled in length until there are enough tokens. The last tokens of
+    a prefix may differ from those of the full text, hence a margin of 64 unused tokens.
     """
     chars = len(text) if min_tokens is None else 8 * min_tokens + 1024
     while True:
@@ -157,7 +156,7 @@ def _encode(
 
 
 def _sha256(ids: np.ndarray) -> str:
-    """SHA-256 over an array's shape and values, both as little-endian int64."""
+    """Return the SHA-256 of an array's shape and values, both as little-endian int64."""
     digest = hashlib.sha256(np.array(ids.shape, dtype="<i8").tobytes())
     digest.update(ids.astype("<i8").tobytes())
     return digest.hexdigest()

@@ -1,1 +1,1 @@
-"""Plans in the formats of other tools."""
+"""Plans and quantized models in the formats of other tools."""

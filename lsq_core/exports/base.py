@@ -1,7 +1,7 @@
-"""A plan in another tool's terms: what the tool calls each module, and the format each one gets.
+"""Translation of a plan for another tool: its name for each module, and the format each one gets.
 
-A tool may lack a configuration of the plan. :func:`translate` then names the module, the reason
-and the format that would be taken instead (:func:`nearest_format`). Nothing here writes.
+If a tool lacks a configuration of the plan, :func:`translate` records the module, the reason and
+the format that would be used instead (:func:`nearest_format`). Nothing here writes files.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from lsq_core.model.source import BUILT_IN
 from lsq_core.planning.plan import Plan
 from lsq_core.units import format_bytes
 
-#: Bits of a module that a tool is told to leave as it is.
+#: Bits of a module that the tool leaves unquantized.
 KEPT_BITS = 16
 
 
 @dataclass(frozen=True)
 class Format:
-    """One of the ways in which a tool stores a matrix.
+    """A format in which a tool stores a matrix.
 
-    ``nominal_bits`` are bits per weight with the scales and zero points that the tool keeps,
-    ``stored_bits`` what its files take where that is more. ``group_size`` is None where there are
-    no groups.
+    ``nominal_bits`` are bits per weight including the tool's scales and zero points,
+    ``padded_bits`` the bits per weight in its files if that is more. ``group_size`` is None for
+    formats without groups.
     """
 
     name: str
@@ -54,21 +54,21 @@ class Format:
         return self.bits == KEPT_BITS
 
     def expresses(self, config: Config) -> bool:
-        """Whether it has the bits and groups of a configuration."""
+        """Return whether it has the bits and group size of a configuration."""
         same = self.settings == (config.bits, config.group_size)
         return isinstance(config, QuantConfig) and same
 
 
-#: A module that stays as it is.
+#: The format of a module that is not quantized.
 KEPT = Format("16-bit", KEPT_BITS, None, float(KEPT_BITS))
 
 
 @dataclass(frozen=True)
 class Module:
-    """What a tool gives one format, by its own name for it.
+    """A tool's module, which gets one format; ``name`` is the tool's name for it.
 
-    ``matrices`` are the planned ones it holds: one, or all experts of a stack. ``parts`` is into
-    how many modules each of those is divided, as gate and up are.
+    ``matrices`` are the planned matrices it holds: one, or all experts of a stack. ``parts`` is the
+    number of modules into which each matrix is split, such as gate and up.
     """
 
     name: str
@@ -77,21 +77,22 @@ class Module:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in) of one matrix in the tool's terms."""
+        """Shape (out, in) of one matrix in the tool."""
         out_features, in_features = self.matrices[0].shape
         return out_features // self.parts, in_features
 
     @property
     def numel(self) -> int:
-        """Weights of all its matrices."""
+        """Number of weights in the module."""
         return sum(matrix.numel for matrix in self.matrices) // self.parts
 
 
 @dataclass(frozen=True)
 class Substitution:
-    """A module whose planned configuration a tool lacks, and what would be taken instead.
+    """A module whose planned configuration a tool lacks, and the format to use instead.
 
-    Bytes are those of its weights: nominal ones of the plan, and those the tool would store.
+    ``planned_bytes`` are the nominal bytes of its weights in the plan, ``taken_bytes`` those that
+    the tool would store.
     """
 
     module: str
@@ -104,7 +105,7 @@ class Substitution:
 
 @dataclass(frozen=True)
 class Change:
-    """Modules of one planned configuration that would get the same format for the same reason."""
+    """Modules with the same planned configuration, substituted format and reason."""
 
     planned: str
     taken: str
@@ -122,10 +123,10 @@ class Assignment:
 
 @dataclass(frozen=True)
 class PlanTarget:
-    """A tool that a plan can be written for; one file under ``plans/`` and a registry entry.
+    """A tool that a plan can be exported to; one file under ``plans/`` and a registry entry.
 
-    ``formats`` gives what a matrix of (out, in) can be stored as, preferred ones first.
-    ``write`` makes the text of the file, ``usage`` the lines that use it, given the file's name.
+    ``formats`` returns the possible formats of an (out, in) matrix, preferred ones first. ``write``
+    returns the text of the file, ``usage`` the code or command that uses it, given its name.
     """
 
     name: str
@@ -136,13 +137,13 @@ class PlanTarget:
     write: Callable[[Translation], str]
     usage: Callable[[Translation, str], str]
     usage_language: str
-    #: Sentences about this plan in this tool.
+    #: Remarks on a plan in this tool.
     notes: Callable[[Translation], tuple[str, ...]] = lambda translation: ()
 
 
 @dataclass(frozen=True)
 class Translation:
-    """A plan in a tool's terms, whether or not that is exact."""
+    """A plan translated for a tool, exactly or not."""
 
     target: PlanTarget
     plan: Plan
@@ -162,12 +163,12 @@ class Translation:
 
     @property
     def substituted_bytes(self) -> float:
-        """By how many bytes what is taken instead exceeds what was planned for those modules."""
+        """Bytes by which the substituted formats exceed the plan for those modules."""
         return sum(s.taken_bytes - s.planned_bytes for s in self.substitutions)
 
     @cached_property
     def changes(self) -> tuple[Change, ...]:
-        """The substitutions, alike ones together, most modules first."""
+        """The substitutions, with identical ones grouped, most modules first."""
         modules: dict[tuple[str, str, str], list[str]] = {}
         for s in self.substitutions:
             modules.setdefault((s.planned, s.taken, s.reason), []).append(s.module)
@@ -176,18 +177,18 @@ class Translation:
 
     @property
     def model_path(self) -> str:
-        """How the tool finds the model: its Hugging Face id or folder, where it has one."""
+        """The model's Hugging Face id or folder, or a placeholder if it has neither."""
         built_in = self.info.source in BUILT_IN or ":" in self.info.source
         return "path/to/model" if built_in else self.info.source
 
     @property
     def text(self) -> str:
-        """The file that the tool reads."""
+        """The content of the file that the tool reads."""
         return self.target.write(self)
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What else there is to know before this plan is used."""
+        """Remarks to read before using this plan."""
         again = (
             "The tool quantizes the weights itself, so perplexities measured here are not those of "
             "its model."
@@ -195,18 +196,18 @@ class Translation:
         return (again, *self.target.notes(self))
 
     def usage(self, file_name: str | None = None) -> str:
-        """The command or the lines of Python that use the file."""
+        """Return the command or Python code that uses the file."""
         return self.target.usage(self, file_name or self.target.file_name)
 
     def check_exact(self) -> None:
-        """Raise :class:`InputError` if anything would have to be taken instead."""
+        """Raise :class:`InputError` if there are any substitutions."""
         if self.substitutions:
             raise InputError(
                 f"{describe_substitutions(self)}; nothing was written, and --nearest takes it."
             )
 
     def to_json(self, file_name: str | None = None) -> dict:
-        """Return the text, how it is used, what it replaces and its sizes."""
+        """Return the text, usage, modules, substitutions and sizes as JSON data."""
         return {
             "target": self.target.name,
             "text": self.text,
@@ -237,7 +238,7 @@ class Translation:
 
 
 def describe_substitutions(translation: Translation) -> str:
-    """A clause that says which modules a tool cannot express, why, and what would be taken."""
+    """Return a clause on which modules a tool cannot express, why, and what they would become."""
     first, *others = translation.changes
     more = f", and {len(others)} other changes" if others else ""
     return (
@@ -250,12 +251,12 @@ def describe_substitutions(translation: Translation) -> str:
 
 
 def translate(plan: Plan, info: ModelInfo, target: PlanTarget) -> Translation:
-    """A plan in a tool's terms: every module once, by its name there.
+    """Translate a plan for a tool: every module once, by the tool's name.
 
     Raises
     ------
     InputError
-        When the tool's names for the model's modules are not known.
+        If the tool's names for the model's modules are not known.
     """
     check_expert_stacks(plan.matrices)
     choice = plan.choice
@@ -278,7 +279,7 @@ def translate(plan: Plan, info: ModelInfo, target: PlanTarget) -> Translation:
 def _substitute(
     module: Module, configs: set[Config], formats: Sequence[Format], planned: float, reason: str
 ) -> tuple[Format, Substitution]:
-    """The nearest format for a module that was planned to take so many nominal bytes."""
+    """Return the nearest format for a module planned to take ``planned`` nominal bytes."""
     widths = {c.bits if isinstance(c, QuantConfig) else None for c in configs}
     width = widths.pop() if len(widths) == 1 else None
     taken = nearest_format(formats, 8 * planned / module.numel, width)
@@ -295,10 +296,10 @@ def _substitute(
 def nearest_format(
     formats: Sequence[Format], bits_per_weight: float, width: int | None = None
 ) -> Format:
-    """The format closest in bits per weight, metadata included, to planned nominal bits.
+    """Return the format closest to the planned nominal bits per weight, metadata included.
 
-    Where codes of ``width`` bits were planned and there are any, one of those is taken. Of two
-    equally close it is the first.
+    Only formats with codes of ``width`` bits are considered if there are any. Of two equally close
+    formats, the first is returned.
     """
     same_width = [f for f in formats if f.bits == width]
     return min(same_width or formats, key=lambda f: abs(f.nominal_bits - bits_per_weight))
@@ -310,7 +311,7 @@ def _inexpressible(
     formats: Sequence[Format],
     axis: int,
 ) -> str:
-    """Why a tool cannot give a module what was planned; '' where it can."""
+    """Return why a tool cannot express a module's plan, or an empty string if it can."""
     if len(configs) > 1:
         return "all experts of a layer are one tensor there"
     (config,) = configs
@@ -327,11 +328,11 @@ def _inexpressible(
     return ""
 
 
-# --- what several tools have in common ------------------------------------------------------
+# --- shared by several tools ----------------------------------------------------------------
 
 
 def linear_modules(info: ModelInfo, matrices: Sequence[Matrix]) -> list[Module]:
-    """The linear modules of a model whose experts are taken apart, in the plan's order.
+    """Return a model's linear modules, with each expert separate, in the plan's order.
 
     Raises
     ------
@@ -352,7 +353,7 @@ _CONV1D_MODELS = ("decision_transformer", "gpt-sw3", "gpt2", "imagegpt", "openai
 def refuse_conv1d(
     modules: Callable[[ModelInfo, Sequence[Matrix]], list[Module]], title: str
 ) -> Callable[[ModelInfo, Sequence[Matrix]], list[Module]]:
-    """The same names, for a tool that quantizes ``nn.Linear`` alone: other models are refused."""
+    """Wrap ``modules`` for a tool that only quantizes ``nn.Linear``: refuse ``Conv1D`` models."""
 
     def checked(info: ModelInfo, matrices: Sequence[Matrix]) -> list[Module]:
         if info.config.get("model_type") in _CONV1D_MODELS:
@@ -370,9 +371,10 @@ def grouped_formats(
     metadata_bits: Callable[[int], float],
     groups: Sequence[int] = (128, 64, 32),
 ) -> tuple[Format, ...]:
-    """Every width with every group that fills a row, named as this project does, and 16 bits.
+    """Return every width with every group size that divides a row, and 16 bits.
 
-    ``metadata_bits`` gives the bits of scale and zero point that a group of a width has.
+    Names are those of this project. ``metadata_bits`` maps a width to the bits of a group's scale
+    and zero point.
     """
     return (
         *(
@@ -386,17 +388,17 @@ def grouped_formats(
 
 
 def most_frequent(translation: Translation) -> tuple[int, int | None]:
-    """Bits and group size of most modules; 4 and 128 where all of them are kept."""
+    """Return the most frequent bits and group size; 4 and 128 if no module is quantized."""
     counts = Counter(a.format.settings for a in translation.assignments if not a.format.is_kept)
     return counts.most_common(1)[0][0] if counts else (4, 128)
 
 
-#: Modules that vLLM fuses into one, which then has one configuration.
+#: Modules that vLLM fuses into one, which then has a single configuration.
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def fused_disagreements(translation: Translation) -> list[str]:
-    """The groups of modules that vLLM fuses and this plan gives different formats, by a name."""
+    """Return the first module of each group that vLLM fuses and this plan gives mixed formats."""
     formats = {a.module.name: a.format.settings for a in translation.assignments}
     found = []
     for name in formats:
@@ -410,7 +412,7 @@ def fused_disagreements(translation: Translation) -> list[str]:
 
 
 def serving_note(translation: Translation) -> tuple[str, ...]:
-    """Whether vLLM, which fuses q, k and v and gate and up, can serve this plan."""
+    """Return a note if vLLM, which fuses q, k and v, and gate and up, cannot serve this plan."""
     different = fused_disagreements(translation)
     if not different:
         return ()

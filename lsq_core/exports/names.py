@@ -1,8 +1,8 @@
-"""What other tools call a model's matrices: the tensors of GGUF files, and experts one by one.
+"""Other tools' names for a model's matrices: GGUF tensors and individual experts.
 
 transformers stacks the experts of a block in one parameter, and their gate and up projections in
-one matrix, ``…experts.gate_up_proj``; other tools keep three matrices an expert, or stack each of
-the three. Needs no torch; GGUF's names are those of the ``gguf`` package.
+one matrix, ``…experts.gate_up_proj``; other tools keep three matrices per expert, or a stack for
+each of the three. Needs no torch; GGUF names come from the ``gguf`` package.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lsq_core.model.info import Matrix
 if TYPE_CHECKING:
     from gguf import TensorNameMap
 
-#: GGUF architectures whose name isn't the model type of a config, with or without underscores
+#: GGUF architectures by model type, if their name is not the model type with or without underscores
 #: (llama.cpp, ``convert_hf_to_gguf.py``).
 _GGUF_ARCHITECTURES = {
     "cohere": "command-r",
@@ -45,12 +45,12 @@ _STACK = re.compile(r"(?P<block>.+)\.experts\.(?P<part>gate_up_proj|gate_proj|up
 
 
 def gguf_architecture(config: Mapping) -> str:
-    """What llama.cpp calls the architecture of a model with this config.
+    """Return llama.cpp's name for the architecture of a model with this config.
 
     Raises
     ------
     InputError
-        When the ``gguf`` package knows no such architecture.
+        If the ``gguf`` package has no such architecture.
     """
     from gguf import MODEL_ARCH_NAMES
 
@@ -63,12 +63,12 @@ def gguf_architecture(config: Mapping) -> str:
 
 
 def gguf_name_map(config: Mapping, layers: int) -> TensorNameMap:
-    """The ``gguf`` package's map from a model's tensor names to those of GGUF files.
+    """Return the ``gguf`` package's map from a model's tensor names to those of GGUF files.
 
     Raises
     ------
     InputError
-        As :func:`gguf_architecture`.
+        See :func:`gguf_architecture`.
     """
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
@@ -78,12 +78,12 @@ def gguf_name_map(config: Mapping, layers: int) -> TensorNameMap:
 
 
 def gguf_tensor_name(names: TensorNameMap, parameter: str) -> str:
-    """The GGUF name of a parameter, both with their suffix: ``blk.0.attn_q.weight``.
+    """Return the GGUF name of a parameter, both with a suffix: ``blk.0.attn_q.weight``.
 
     Raises
     ------
     InputError
-        When the architecture has no such tensor.
+        If the architecture has no such tensor.
     """
     found = names.get_name(parameter, try_suffixes=(".weight", ".bias"))
     if found is None:
@@ -92,15 +92,15 @@ def gguf_tensor_name(names: TensorNameMap, parameter: str) -> str:
 
 
 def gguf_matrix_names(config: Mapping, layers: int, matrices: Iterable[Matrix]) -> dict[str, list]:
-    """The matrices that each GGUF tensor holds, by the tensor's name.
+    """Return the matrices in each GGUF tensor, by the tensor's name.
 
-    The experts of a block are one tensor for each of gate, up and down; a matrix of gate and up
-    together is in two tensors.
+    The experts of a block form one tensor for each of gate, up and down; a combined gate and up
+    matrix is in two tensors.
 
     Raises
     ------
     InputError
-        As :func:`gguf_architecture` and :func:`gguf_tensor_name`.
+        See :func:`gguf_architecture` and :func:`gguf_tensor_name`.
     """
     names = gguf_name_map(config, layers)
     tensors: dict[str, list[Matrix]] = {}
@@ -115,14 +115,14 @@ def gguf_matrix_names(config: Mapping, layers: int, matrices: Iterable[Matrix]) 
 
 
 def split_expert(matrix: Matrix) -> tuple[str, tuple[str, ...]]:
-    """The block of an expert's matrix (``model.layers.0.mlp``) and the projections it holds.
+    """Return the block of an expert's matrix (``model.layers.0.mlp``) and the projections in it.
 
-    They are gate and up for ``gate_up_proj``, in this order, else the one that it is named after.
+    These are gate and up, in this order, for ``gate_up_proj``; otherwise the one it is named after.
 
     Raises
     ------
     InputError
-        When the stack has another name, so that other tools' names for it are not known.
+        If the stack has a different name, so that other tools' names for it are not known.
     """
     match = _STACK.fullmatch(matrix.name.rpartition(".")[0])
     if matrix.expert is None or match is None:
@@ -137,7 +137,7 @@ def split_expert(matrix: Matrix) -> tuple[str, tuple[str, ...]]:
 def check_expert_stacks(matrices: Iterable[Matrix]) -> None:
     """Raise :class:`InputError` unless experts' gate and up matrices are stacked by rows.
 
-    Some models (Llama 4) keep them as (in, out), so that their halves are columns.
+    Some models (Llama 4) store them as (in, out), so that their halves are columns.
     """
     by_name = {m.name: m for m in matrices if m.expert is not None}
     for name, matrix in by_name.items():
@@ -152,16 +152,16 @@ def check_expert_stacks(matrices: Iterable[Matrix]) -> None:
 
 
 def _stacked_parts(matrix: Matrix) -> list[str]:
-    """The stacks of all experts that a matrix is part of: ``model.layers.0.mlp.experts.up_proj``.
+    """Return the expert stacks that a matrix belongs to: ``model.layers.0.mlp.experts.up_proj``.
 
-    GGUF has one for each projection, whichever the checkpoint has together.
+    GGUF has one stack per projection, even for those that the checkpoint combines.
     """
     block, parts = split_expert(matrix)
     return [f"{block}.experts.{part}" for part in parts]
 
 
 def expert_names(matrix: Matrix) -> tuple[str, ...]:
-    """The linear modules that a matrix becomes where a tool takes experts apart.
+    """Return the linear modules that a matrix becomes in tools that separate experts.
 
     >>> expert_names(Matrix("model.layers.1.mlp.experts.gate_up_proj.3", 1, "", 8, 4, 3))
     ('model.layers.1.mlp.experts.3.gate_proj', 'model.layers.1.mlp.experts.3.up_proj')
@@ -169,7 +169,7 @@ def expert_names(matrix: Matrix) -> tuple[str, ...]:
     Raises
     ------
     InputError
-        As :func:`split_expert`.
+        See :func:`split_expert`.
     """
     if matrix.expert is None:
         return (matrix.name,)

@@ -1,4 +1,4 @@
-"""The tools that a plan can be written for; a new one is a file in ``plans`` and a line here."""
+"""The tools that a plan can be exported to; a new one is a file in ``plans`` and a line here."""
 
 from __future__ import annotations
 
@@ -33,25 +33,25 @@ PLAN_TARGETS: dict[str, PlanTarget] = {
 
 
 def plan_target(name: str) -> PlanTarget:
-    """The target of a name.
+    """Return the target with this name.
 
     Raises
     ------
     InputError
-        When there is none.
+        If there is none.
     """
     return choose(PLAN_TARGETS, name, "a tool that plans are written for")
 
 
 def export_plan(plan: Plan, info: ModelInfo, target: str, nearest: bool = False) -> Translation:
-    """A plan for another tool; its ``text`` is the file, ``usage()`` what to do with it.
+    """Translate a plan for another tool; ``text`` is the file and ``usage()`` shows how to use it.
 
-    ``nearest`` takes the tool's nearest format where it lacks a planned configuration.
+    With ``nearest``, the tool's nearest format replaces a planned configuration that it lacks.
 
     Raises
     ------
     InputError
-        When there is no such tool, it has no names for the model's modules, or, without
+        If there is no such tool, its names for the model's modules are not known, or, without
         ``nearest``, it cannot express the plan.
     """
     translation = translate(plan, info, plan_target(target))

@@ -1,1 +1,1 @@
-"""Quantizers, and what they store a matrix as."""
+"""Quantizers and the formats in which they store matrices."""

@@ -1,4 +1,4 @@
-"""The interface of quantizers that quantize a matrix at a time, and of stored matrices."""
+"""Interfaces of stored matrices and of quantizers that quantize one matrix at a time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lsq_core.bits import Config, QuantConfig
 
-#: The high-impact rows of each matrix that has mixed rows, by its name.
+#: The high-impact rows of each matrix with mixed rows, by matrix name.
 HighImpactRows = Mapping[str, Sequence[int]]
 
 
@@ -20,21 +20,21 @@ HighImpactRows = Mapping[str, Sequence[int]]
 class Grid:
     """The quantization grid of a matrix: ``weight ≈ (code − zero) · scale`` in each group.
 
-    ``scale`` and ``zero`` are float32 of shape (groups,), or (configs, groups) where they are the
-    grids of several configurations with the same groups.
+    ``scale`` and ``zero`` are float32 of shape (groups,), or (configs, groups) for the grids of
+    several configurations with the same groups.
     """
 
     scale: Tensor
     zero: Tensor
 
     def __getitem__(self, number: int) -> Grid:
-        """One of several grids."""
+        """Return one of several grids."""
         return Grid(self.scale[number], self.zero[number])
 
 
 @dataclass(frozen=True, eq=False)
 class StoredMatrix:
-    """One (out, in) matrix as stored; the further fields of a subclass are its tensors."""
+    """A stored (out, in) matrix; subclasses add its tensors as fields."""
 
     shape: tuple[int, int]
     config: Config
@@ -51,14 +51,14 @@ class StoredMatrix:
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weights (out, in), computed in float32 and then cast."""
+        """Return the weights (out, in), computed in float32 and then cast."""
         raise NotImplementedError
 
     @classmethod
     def from_tensors(
         cls, tensors: Mapping[str, Tensor], shape: tuple[int, int], config: Config, axis: int
     ) -> Self:
-        """The inverse of :attr:`tensors`."""
+        """Create the matrix from its :attr:`tensors`."""
         raise NotImplementedError
 
 
@@ -68,35 +68,36 @@ class MatrixQuantizer:
     matrix: ClassVar[type[StoredMatrix]]
 
     def store(self, weight: Tensor, config: QuantConfig, axis: int, metadata: str) -> StoredMatrix:
-        """Quantize a (out, in) float32 matrix whose size is a multiple of the group size.
+        """Quantize an (out, in) float32 matrix whose size is a multiple of the group size.
 
-        Raises nothing for finite weights.
+        Never raises for finite weights.
         """
         raise NotImplementedError
 
     def round_trip(self, weight: Tensor, config: QuantConfig, axis: int, metadata: str) -> Tensor:
-        """Quantize and dequantize a matrix, float32 (out, in)."""
+        """Quantize a matrix and return it dequantized, float32 (out, in)."""
         return self.store(weight, config, axis, metadata).dequantize()
 
     def round_trips(
         self, weight: Tensor, configs: Sequence[QuantConfig], axis: int, metadata: str
     ) -> Tensor:
-        """:meth:`round_trip` by several configurations of one group size, (configs, out, in)."""
+        """Apply :meth:`round_trip` with configurations of one group size: (configs, out, in)."""
         return torch.stack([self.round_trip(weight, c, axis, metadata) for c in configs])
 
     def levels(self, groups: Tensor, config: QuantConfig) -> Tensor:
-        """The value of each code in each of float32 (groups, group_size), ascending.
+        """Return the values of all codes in each group, ascending: (groups, codes).
 
-        Returns (groups, codes), by scale and zero before they are rounded for storage.
+        ``groups`` are float32 weights (groups, group_size). The values are based on the scale and
+        zero before they are rounded for storage.
         """
         raise NotImplementedError
 
 
 def to_groups(weight: Tensor, group_size: int, axis: int) -> Tensor:
-    """Reshape a matrix to (groups, group_size), in ``hqq``'s grouping.
+    """Reshape a matrix to (groups, group_size), with the same grouping as ``hqq``.
 
-    Axis 1 takes ``group_size`` weights in row order (a group may cross rows where it does not
-    divide the width); axis 0 takes every ``numel / group_size``-th weight.
+    With axis 1, a group is ``group_size`` consecutive weights in row order (it may cross rows if
+    the group size does not divide the width); with axis 0, every ``numel / group_size``-th weight.
     """
     if axis == 1:
         return weight.reshape(-1, group_size)
@@ -114,9 +115,9 @@ def round_to_grid(groups: Tensor, grid: Grid, bits: int) -> Tensor:
 
 
 def nearest_codes(groups: Tensor, grid: Grid, top: int | Tensor) -> Tensor:
-    """The code nearest to each weight of (groups, group_size), float32 (…, groups, group_size).
+    """Return the nearest code for weights (groups, group_size), float32 (…, groups, group_size).
 
-    ``top`` is the highest code, (configs, 1, 1) where there are several grids.
+    ``top`` is the highest code, (configs, 1, 1) for several grids.
     """
     codes = groups / grid.scale[..., None] + grid.zero[..., None]
     return codes.round_().clamp_min_(0).clamp_max_(top)
@@ -124,6 +125,6 @@ def nearest_codes(groups: Tensor, grid: Grid, top: int | Tensor) -> Tensor:
 
 @cache
 def highest_codes(device: torch.device, tops: tuple[int, ...]) -> Tensor:
-    """The highest codes of some grids, float32 (grids,); they are copied to a device once."""
+    """Return the highest codes of several grids, float32 (grids,); copied to a device only once."""
     with torch.inference_mode(False):
         return torch.tensor(tops, dtype=torch.float32, device=device)

@@ -10,11 +10,11 @@ from lsq_core.quantization.base import StoredMatrix
 
 
 class PackedMatrixCache:
-    """Packed matrices for all plans of one model, by everything they depend on.
+    """Packed matrices for all plans of one model, keyed by everything they depend on.
 
-    Above ``limit`` bytes the least recently used ones are evicted. Quantized models share the
-    tensors of their matrices with the cache. ``saved_seconds`` is the time that quantizing the
-    matrices returned from the cache took originally.
+    Above ``limit`` bytes, the least recently used ones are evicted. Quantized models share the
+    tensors of their matrices with the cache. ``saved_seconds`` is the total time that it originally
+    took to quantize the matrices returned from the cache.
     """
 
     def __init__(self, limit: int) -> None:
@@ -22,7 +22,7 @@ class PackedMatrixCache:
         self._entries: OrderedDict[Hashable, tuple[StoredMatrix, float]] = OrderedDict()
 
     def get(self, key: Hashable, make: Callable[[], StoredMatrix]) -> StoredMatrix:
-        """Return the matrix of a key, computed by ``make`` if it is not cached."""
+        """Return the matrix for a key, computed by ``make`` if it is not cached."""
         if key in self._entries:
             self._entries.move_to_end(key)
             packed, seconds = self._entries[key]

@@ -1,4 +1,4 @@
-"""Checks of weights before they are quantized: all finite, and none far too large."""
+"""Checks of weights before quantization: all must be finite, and none far too large."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from lsq_core.bits import QuantConfig, is_divisible
 from lsq_core.errors import LsqError
 from lsq_core.quantization.base import to_groups
 
-#: A matrix whose largest weight is so many times that of a typical group is refused: the typical
-#: group's scale would be no normal fp16 number beside the other's.
+#: A matrix is refused if its largest weight exceeds that of a typical group by more than this
+#: factor: the typical group's scale would not be a normal fp16 number next to the other's.
 _MAX_SCALE_RATIO = 2.0**29
 
 
 def check_finite(weight: Tensor, name: str) -> None:
-    """Raise :class:`LsqError` naming the matrix when a weight is NaN or infinite."""
+    """Raise :class:`LsqError` naming the matrix if a weight is NaN or infinite."""
     bad = int(_count_not_finite(weight))
     if bad:
         raise LsqError(
@@ -27,10 +27,10 @@ def check_finite(weight: Tensor, name: str) -> None:
 
 
 def check_range(weight: Tensor, config: QuantConfig, axis: int, name: str) -> None:
-    """Raise :class:`LsqError` when the range of a matrix's scales exceeds that of fp16.
+    """Raise :class:`LsqError` if the range of a matrix's scales exceeds that of fp16.
 
-    This is when its largest weight is further from those of a typical group than in any language
-    model: no common factor makes both scales fp16 numbers.
+    This is the case if its largest weight is further from a typical group's than in any language
+    model: no common factor makes both scales fit in fp16.
     """
     largest, typical = _group_magnitudes(weight, config.group_size, axis)
     if bool(typical * _MAX_SCALE_RATIO < largest):
@@ -43,9 +43,10 @@ def check_range(weight: Tensor, config: QuantConfig, axis: int, name: str) -> No
 
 
 def check_weights(weights: Mapping[str, Tensor], configs: Iterable[QuantConfig], axis: int) -> None:
-    """:func:`check_finite` and :func:`check_range` of several matrices, which wait for once.
+    """Apply :func:`check_finite` and :func:`check_range` to several matrices.
 
-    ``weights`` are by name; a matrix that a group size does not divide is not checked for it.
+    Waits for the device only once if all pass. ``weights`` are keyed by name; group sizes that do
+    not divide a matrix are skipped.
     """
     sizes = {config.group_size: config for config in configs}
     ranges = [
@@ -71,6 +72,6 @@ def _count_not_finite(weight: Tensor) -> Tensor:
 
 
 def _group_magnitudes(weight: Tensor, group_size: int, axis: int) -> tuple[Tensor, Tensor]:
-    """The largest weight, and that of a typical group; NaN where all weights are zero."""
+    """Return the largest weight, and that of a typical group, which is NaN if all are zero."""
     groups = to_groups(weight, group_size, axis).abs().amax(1)
     return groups.amax(), torch.where(groups > 0, groups, torch.nan).nanmedian()

@@ -61,13 +61,13 @@ from lsq_core.quantized.manifest import FORMAT_VERSION
 if TYPE_CHECKING:
     from lsq_core.settings import GridSettings
 
-#: Calibration sequences to learn from, one per step.
+#: Number of calibration sequences to learn from; each step uses one.
 SEQUENCES = 32
 _ROUNDING_RATE, _CLIPPING_RATE = 1e-3, 1e-2
-#: Share of the steps without the rounding regularizer, and γ from there to the end.
+#: Fraction of the steps without the rounding regularizer, and γ at its start and end.
 _WARMUP_FRACTION, _GAMMA = 0.2, (20.0, 2.0)
-#: Weight of the mean regularizer against the relative squared output error. The paper gives no
-#: figure; AdaRound's is 0.01, of a sum.
+#: Weight of the mean regularizer in the loss, next to the relative squared output error. The paper
+#: gives no value; AdaRound's is 0.01, for a sum.
 _REGULARIZER_WEIGHT = 0.01
 #: Initial clipping parameter, before the sigmoid.
 _INITIAL_CLIP_LOGIT = 4.0
@@ -79,8 +79,8 @@ _INITIAL_CLIP_LOGIT = 4.0
 class LearnedRounding(nn.Module):
     """Rows on a fixed grid, each weight rounded down plus ``V = clip(1.2·σ(a) − 0.1, 0, 1)``.
 
-    The grid is that of the weights divided by 2^exponent, which have an ordinary magnitude. ``V``
-    is initialized with the remainder of rounding down; packing rounds it to ``a ≥ 0``.
+    The grid is for the weights divided by 2^exponent, which have an ordinary magnitude. ``V`` is
+    initialized to the remainder of rounding down; packing rounds up where ``a ≥ 0``.
     """
 
     def __init__(self, weight: Tensor, config: QuantConfig, axis: int, metadata: str) -> None:
@@ -99,22 +99,22 @@ class LearnedRounding(nn.Module):
 
     @property
     def round_up(self) -> Tensor:
-        """``V``, 0 to 1 for each weight."""
+        """``V``, from 0 to 1 for each weight."""
         return (1.2 * torch.sigmoid(self.a) - 0.1).clamp(0, 1)
 
     def forward(self) -> Tensor:
-        """The weights (rows, in) that are differentiable."""
+        """Return the differentiable weights (rows, in)."""
         codes = (self.rounded_down + self.round_up).clamp(0, 2**self.config.bits - 1)
         groups = (codes - self.grid.zero[:, None]) * self.grid.scale[:, None]
         return scale_by_power_of_two(from_groups(groups, self.shape, self.axis), self.exponent)
 
     def rounding_regularizer(self, gamma: float) -> Tensor:
-        """The mean of the regularizer ``1 − |2V − 1|^γ``, which is 0 if all ``V`` are 0 or 1."""
+        """Return the mean of ``1 − |2V − 1|^γ``, which is 0 if all ``V`` are 0 or 1."""
         return (1 - (2 * self.round_up - 1).abs().pow(gamma)).mean()
 
     @torch.no_grad()
     def pack(self) -> PackedMatrix:
-        """The rows as stored."""
+        """Return the rows as stored."""
         codes = (
             (self.rounded_down + (self.a >= 0)).clamp(0, 2**self.config.bits - 1).to(torch.uint8)
         )
@@ -138,7 +138,7 @@ class LearnedClipping(nn.Module):
         self.high = nn.Parameter(torch.full_like(self.highest, _INITIAL_CLIP_LOGIT))
 
     def learned_grid(self) -> Grid:
-        """Scale and zero, differentiable, of the weights divided by 2^exponent.
+        """Return differentiable scale and zero for the weights divided by 2^exponent.
 
         The zero point is rounded with a straight-through gradient.
         """
@@ -148,7 +148,7 @@ class LearnedClipping(nn.Module):
         return Grid(scale, _round_straight_through(-low / scale))
 
     def forward(self) -> Tensor:
-        """The weights (rows, in) that are differentiable."""
+        """Return the differentiable weights (rows, in)."""
         grid = self.learned_grid()
         scale, zero = grid.scale[:, None], grid.zero[:, None]
         codes = (_round_straight_through(self.groups / scale) + zero).clamp(
@@ -159,7 +159,7 @@ class LearnedClipping(nn.Module):
 
     @torch.no_grad()
     def pack(self) -> PackedMatrix:
-        """The rows as stored, rounded on the grid as stored."""
+        """Return the rows as stored, rounded on the stored grid."""
         scale, zero = store_grid(self.groups, self.learned_grid(), self.config, self.metadata)
         codes = round_to_grid(self.groups, stored_grid(scale, zero), self.config.bits)
         packed = pack_bits(codes.flatten(), self.config.bits)
@@ -197,7 +197,7 @@ class LearnedMatrix(nn.Module):
         self.is_high = self.initial.is_high
 
     def forward(self) -> Tensor:
-        """The weights (out, in) that are differentiable."""
+        """Return the differentiable weights (out, in)."""
         if isinstance(self.config, QuantConfig) or self.initial.high is None:
             return self.clipping()
         fixed = self.initial.high
@@ -208,7 +208,7 @@ class LearnedMatrix(nn.Module):
         )
 
     def pack(self) -> StoredMatrix:
-        """The matrix as stored."""
+        """Return the matrix as stored."""
         if isinstance(self.config, QuantConfig):
             return self.clipping.pack()
         high = self.rounding.pack() if self.rounding else self.initial.high
@@ -220,7 +220,7 @@ class LearnedMatrix(nn.Module):
 
 @dataclass(eq=False)
 class _BlockInputs:
-    """The inputs of a block for each calibration sequence, and every block's calls with them."""
+    """A block's inputs for each calibration sequence, and the recorded calls of every block."""
 
     hidden: list[Tensor]
     calls: list[list[Call]]
@@ -231,12 +231,12 @@ class _BlockInputs:
 
     @torch.no_grad()
     def run_all(self, layer: int, block: Callable) -> list[Tensor]:
-        """The block's output for each sequence."""
+        """Return the block's output for each sequence."""
         return [self.run(layer, block, k) for k in range(len(self.hidden))]
 
 
 class _LearnableBlock:
-    """A full-precision block whose planned weights are learned."""
+    """A full-precision block with learned weights for its planned matrices."""
 
     def __init__(
         self,
@@ -268,7 +268,7 @@ class _LearnableBlock:
 
 
 class Hybrid:
-    """Learns block by block, in ``steps`` each; matrices of one bit width learn only clipping."""
+    """Learns block by block, ``steps`` each; matrices of a single bit width learn only clipping."""
 
     matrix = PackedMatrix
 
@@ -316,7 +316,7 @@ class Hybrid:
         return quantized
 
     def _step_reporter(self, progress: Progress, layer: int, layers: int) -> Callable[..., None]:
-        """Return a callback that reports a layer's step as one of all steps, or a message."""
+        """Return a callback that reports a layer's step out of all layers' steps, or a message."""
 
         def report(step: int, message: str = "") -> None:
             text = message or f"layer {layer + 1} of {layers}, step {step} of {self.steps}"
@@ -326,7 +326,7 @@ class Hybrid:
 
 
 def _initial_inputs(loaded: LoadedModel, ids: Tensor) -> tuple[_BlockInputs, _BlockInputs]:
-    """The first block's inputs, for the full-precision and for the quantized model."""
+    """Return the first block's inputs for the full-precision and for the quantized model."""
     sequences = [ids[k : k + 1].clone() for k in range(min(len(ids), SEQUENCES))]
     calls, hidden = record_calls(loaded, sequences)
     return _BlockInputs(hidden, calls), _BlockInputs(list(hidden), calls)
@@ -359,7 +359,7 @@ def _learn(
     seed: int,
     report: Callable[[int], None],
 ) -> None:
-    """Minimize the relative squared error of the block's output by Adam, a sequence per step."""
+    """Minimize the block's relative squared output error with Adam, one sequence per step."""
     rounding = [m.rounding for m in block.learned.values() if m.rounding is not None]
     clipping = [m.clipping for m in block.learned.values()]
     groups = [
@@ -420,7 +420,7 @@ def _read_block(
     device: str,
     report: Callable[..., None],
 ) -> tuple[dict[Matrix, StoredMatrix], float]:
-    """Load a block's checkpoint and the seconds it took, or nothing if there is none.
+    """Load a block's checkpoint and the seconds it took to learn, or nothing if there is none.
 
     A damaged file is deleted, and its block is learned again.
     """
@@ -440,7 +440,7 @@ def _load_block(
     tensors: dict[str, dict[str, Tensor]] = {}
     with safe_open(file, "pt", device) as saved:
         header = saved.metadata() or {}
-        if header.get("format", "2") != str(FORMAT_VERSION):  # of another layout
+        if header.get("format", "2") != str(FORMAT_VERSION):  # has another layout
             return {}, 0.0
         seconds = float(header["seconds"])
         for key in saved.keys():  # noqa: SIM118

@@ -1,6 +1,6 @@
-"""The tensors that a matrix is stored in: their names, shapes and dtypes. Needs no torch.
+"""Names, shapes and dtypes of the tensors in which a matrix is stored. Needs no torch.
 
-The planned bytes, the audit of saved files, and loading all use these layouts.
+Planned bytes, the audit of saved files, and loading all use these layouts.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from math import ceil, prod
 from lsq_core.bits import FP16_BITS, Config, MixedRows, QuantConfig
 from lsq_core.model.dtypes import item_bytes
 
-#: Shape of each stored tensor of a matrix and its dtype's name in a safetensors header.
+#: Shape and safetensors dtype name of each stored tensor of a matrix.
 TensorLayout = dict[str, tuple[tuple[int, ...], str]]
-#: (out, in), configuration, metadata format to what is stored.
+#: Maps the shape (out, in), configuration and metadata format to the stored tensors.
 Layout = Callable[[tuple[int, int], Config, str], TensorLayout]
 
 #: Number of NF4 scales that share a second-level scale in double quantization.
@@ -21,10 +21,10 @@ NESTED_BLOCK = 256
 
 
 def packed(shape: tuple[int, int], config: Config, metadata: str) -> TensorLayout:
-    """This project's packing: codes without padding bits; scale and zero in 8 bits or fp16.
+    """Return this project's packing: codes without padding bits; 8-bit or fp16 scale and zero.
 
-    The scales, and weights stored in fp16, share a power of two, 2 bytes per matrix. Mixed rows
-    are two packed matrices and an index of the high-impact rows.
+    The scales, or the weights if stored in fp16, share a power of two, which takes 2 bytes per
+    matrix. Mixed rows are two packed matrices and an index of the high-impact rows.
     """
     if isinstance(config, MixedRows):
         return _packed_rows(shape, config, metadata)
@@ -54,7 +54,7 @@ def _packed_rows(shape: tuple[int, int], config: MixedRows, metadata: str) -> Te
 
 
 def row_index_layout(out_features: int, config: MixedRows) -> tuple[tuple[int], str]:
-    """The index of the high-impact rows: a bitmap or sorted row numbers, whichever is smaller."""
+    """Return the high-impact rows' index: a bitmap or sorted row numbers, whichever is smaller."""
     bitmap, listed = config.index_sizes(out_features)
     if bitmap < listed:
         return (bitmap,), "U8"
@@ -63,14 +63,14 @@ def row_index_layout(out_features: int, config: MixedRows) -> tuple[tuple[int], 
 
 
 def nf4(shape: tuple[int, int], config: QuantConfig, metadata: str) -> TensorLayout:
-    """Two codes per byte, and the largest magnitude of each block in float32."""
+    """Return NF4's layout: two codes per byte, and each block's largest magnitude in float32."""
     numel = prod(shape)
     blocks = ceil(numel / config.group_size)
     return {"codes": ((ceil(numel / 2),), "U8"), "absmax": ((blocks,), "F32")}
 
 
 def nf4_dq(shape: tuple[int, int], config: QuantConfig, metadata: str) -> TensorLayout:
-    """As :func:`nf4`, with the magnitudes minus their mean in 8 bits, in blocks of 256."""
+    """Return :func:`nf4` with the magnitudes, minus their mean, in 8 bits in blocks of 256."""
     codes, (blocks, _) = nf4(shape, config, metadata).values()
     return {
         "codes": codes,
@@ -81,7 +81,10 @@ def nf4_dq(shape: tuple[int, int], config: QuantConfig, metadata: str) -> Tensor
 
 
 def gptq(shape: tuple[int, int], config: QuantConfig, metadata: str) -> TensorLayout:
-    """``gptqmodel``'s GPTQ: words down the inputs, zeros along the outputs, a group an input."""
+    """Return ``gptqmodel``'s GPTQ layout: codes packed along inputs, zeros packed along outputs.
+
+    ``g_idx`` is the group of each input.
+    """
     (out, width), groups = shape, ceil(shape[1] / config.group_size)
     return {
         "qweight": ((width * config.bits // 32, out), "I32"),
@@ -92,7 +95,7 @@ def gptq(shape: tuple[int, int], config: QuantConfig, metadata: str) -> TensorLa
 
 
 def awq(shape: tuple[int, int], config: QuantConfig, metadata: str) -> TensorLayout:
-    """``gptqmodel``'s AWQ in its GEMM format: words and zeros both along the outputs."""
+    """Return ``gptqmodel``'s AWQ layout (GEMM): codes and zeros both packed along outputs."""
     (out, width), groups = shape, ceil(shape[1] / config.group_size)
     return {
         "qweight": ((width, out * config.bits // 32), "I32"),
@@ -102,12 +105,12 @@ def awq(shape: tuple[int, int], config: QuantConfig, metadata: str) -> TensorLay
 
 
 def layout_for_format(stored: TensorLayout, format: int) -> TensorLayout:
-    """The tensors of a layout that a saved model of some format has: exponents are since 3."""
+    """Return the tensors of a layout that exist in a format version; exponents exist since 3."""
     if format >= 3:
         return stored
     return {name: entry for name, entry in stored.items() if not name.endswith("exponent")}
 
 
 def stored_bytes(stored: TensorLayout) -> int:
-    """Bytes of all tensors together."""
+    """Return the total bytes of all tensors."""
     return sum(prod(shape) * item_bytes(dtype) for shape, dtype in stored.values())

@@ -1,7 +1,7 @@
-"""NormalFloat of four bits (QLoRA, arXiv 2305.14314 §3), by ``bitsandbytes``.
+"""4-bit NormalFloat (QLoRA, arXiv 2305.14314 §3), computed by ``bitsandbytes``.
 
-Codes stand for sixteen quantiles of a normal distribution, times the largest magnitude of their
-block. The tables are constants of the format and not stored with a matrix.
+A code selects one of sixteen quantiles of a normal distribution, which is multiplied by the largest
+magnitude of its block. The tables are constants of the format and are not stored with a matrix.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lsq_core.quantization.magnitude import normalizing_exponent, scale_by_power
 
 
 def _bitsandbytes() -> ModuleType:
-    """The package's functions, without its advice on kernels for products that aren't used."""
+    """Import the package's functions, silencing its advice on matmul kernels (not used here)."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from bitsandbytes import functional
 
@@ -31,19 +31,19 @@ def _bitsandbytes() -> ModuleType:
 
 @cache
 def _quantiles(device: torch.device) -> Tensor:
-    """The sixteen values of NF4, float32 ascending from −1 to 1."""
+    """Return the sixteen values of NF4, float32, ascending from −1 to 1."""
     return _bitsandbytes().get_4bit_type("nf4", device=device)
 
 
 @cache
 def _dynamic_map(device: torch.device) -> Tensor:
-    """The 256 values of the 8-bit type that double quantization keeps magnitudes in, float32."""
+    """Return the 256 float32 values of the 8-bit type used by double quantization."""
     return _bitsandbytes().create_dynamic_map().to(device)
 
 
 @dataclass(frozen=True, eq=False)
 class Nf4Matrix(StoredMatrix):
-    """Two codes a byte, the earlier one in the high half; magnitudes float32 (blocks,)."""
+    """Two codes per byte, the earlier one in the high half; magnitudes are float32 (blocks,)."""
 
     codes: Tensor
     absmax: Tensor
@@ -59,7 +59,7 @@ class Nf4Matrix(StoredMatrix):
         return self.absmax
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weights (out, in), computed in float32 and then cast."""
+        """Return the weights (out, in), computed in float32 and then cast."""
         halves = torch.stack([self.codes >> 4, self.codes & 15], dim=1)
         values = _quantiles(self.codes.device)[halves.flatten().int()]
         blocks = values.view(-1, self.config.group_size) * self.magnitudes[:, None]
@@ -69,13 +69,13 @@ class Nf4Matrix(StoredMatrix):
     def from_tensors(
         cls, tensors: Mapping[str, Tensor], shape: tuple[int, int], config: QuantConfig, axis: int
     ) -> Nf4Matrix:
-        """The inverse of :attr:`tensors`."""
+        """Create the matrix from its :attr:`tensors`."""
         return cls(shape, config, axis, **tensors)
 
 
 @dataclass(frozen=True, eq=False)
 class Nf4DoubleMatrix(Nf4Matrix):
-    """Magnitudes less their mean, uint8 codes in blocks that share a float32 scale."""
+    """Magnitudes, minus their mean, stored as uint8 codes in blocks that share a float32 scale."""
 
     absmax_scale: Tensor
     absmax_mean: Tensor
@@ -101,10 +101,10 @@ class Nf4(MatrixQuantizer):
     double = False
 
     def store(self, weight: Tensor, config: QuantConfig, axis: int, metadata: str) -> Nf4Matrix:
-        """See :class:`lsq_core.quantization.base.MatrixQuantizer`; the format has its own metadata.
+        """See :class:`lsq_core.quantization.base.MatrixQuantizer`; ``metadata`` is not used.
 
-        Magnitudes are float32, so they hold a matrix's power of two themselves; it is taken out
-        for the package's arithmetic, in which sums and inverses of any magnitude would not last.
+        The stored float32 magnitudes include the matrix's power of two. It is removed only while
+        the package computes, whose sums and inverses could otherwise overflow or underflow.
         """
         exponent = normalizing_exponent(weight)
         codes, state = _bitsandbytes().quantize_4bit(
@@ -127,7 +127,7 @@ class Nf4(MatrixQuantizer):
 
 
 class Nf4Double(Nf4):
-    """NF4 whose magnitudes are quantized in turn."""
+    """NF4 with double quantization: the magnitudes are quantized as well."""
 
     matrix = Nf4DoubleMatrix
     double = True

@@ -1,9 +1,8 @@
-"""What is stored: codes packed to the bit, and scale and zero in 8 bits or fp16.
+"""Packed storage: codes without padding bits, and scale and zero in 8 bits or fp16.
 
-Scales have a power of two in common, which is stored with them
-(:mod:`lsq_core.quantization.magnitude`): a matrix of any magnitude is quantized alike.
-``layout.packed`` says beforehand what these tensors occupy, and :attr:`PackedMatrix.nbytes` counts
-what they do; the two are equal.
+Scales share a power of two, which is stored with them (:mod:`lsq_core.quantization.magnitude`), so
+that quantization does not depend on a matrix's magnitude. ``layout.packed`` predicts the size of
+these tensors and :attr:`PackedMatrix.nbytes` measures it; the two are equal.
 """
 
 from __future__ import annotations
@@ -35,12 +34,12 @@ from lsq_core.quantization.magnitude import (
     storage_exponent,
 )
 
-#: A zero point further out than this says that the group is almost constant.
+#: A group whose zero point is further out than this is treated as constant.
 _FAR_ZERO = 1024.0
-#: So is one that is this much narrower than those that share its 8-bit range: with them it would
-#: take range from them, and be no better off. In fp16 each group has a scale to itself.
+#: So is a group at most this fraction as wide as the groups that share its 8-bit range: it would
+#: take range from them without any gain of its own. In fp16, each group has its own scale.
 _NARROW_RATIO = 2.0**-10
-#: And one no wider than this, of a matrix of ordinary magnitude: too little to be divided by.
+#: So is a group no wider than this in a matrix of ordinary magnitude: too narrow to divide by.
 CONSTANT_SPREAD = 2.0**-100
 #: Weights decoded at a time on the CPU: 2 MiB of float32, which stay in cache.
 _CHUNK_WEIGHTS = 2**19
@@ -49,7 +48,7 @@ _CHUNK_WEIGHTS = 2**19
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """Pack uint8 codes (n,) of ``bits`` each into uint8 (ceil(n·bits/8),), lowest bits first.
 
-    Eight codes share ``bits`` bytes, so 3-bit codes take 3 bits and not 3.2.
+    Eight codes share ``bits`` bytes, so 3-bit codes take 3 bits rather than 3.2.
     """
     if bits == 8:
         return codes.clone()
@@ -64,10 +63,10 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
-    """The ``count`` uint8 codes that :func:`pack_bits` packed.
+    """Unpack ``count`` uint8 codes packed by :func:`pack_bits`.
 
-    Codes that share whole bytes are spread over a word of one byte each, halving the runs that
-    still stick together: a few operations on whole words instead of eight on single codes.
+    Each run of codes that fills whole bytes is spread over a word with one byte per code by
+    repeatedly splitting it in half: a few operations on words instead of eight on single codes.
     """
     if bits == 8:
         return packed[:count]
@@ -81,7 +80,7 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
     for i, byte in enumerate(others, 1):
         words |= moved.copy_(byte).bitwise_left_shift_(8 * i)
     run = codes_per_run // 2
-    while run:  # of each run of codes, the upper half moves to where its own bytes begin
+    while run:  # move the upper half of each run of codes to where its own bytes begin
         torch.bitwise_and(words, _upper_halves(bits * run, 16 * run, 8 * codes_per_run), out=moved)
         words ^= moved
         words |= moved.bitwise_left_shift_((8 - bits) * run)
@@ -89,28 +88,28 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
     return words.view(torch.uint8)[:count]
 
 
-#: The integer that has a byte for each of so many codes.
+#: Integer dtype with one byte per code, by number of codes.
 _WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _upper_halves(half: int, lane: int, width: int) -> int:
-    """``width`` bits, set where the second ``half`` bits of every ``lane`` are."""
+    """Return a mask of ``width`` bits that selects the second ``half`` bits of every ``lane``."""
     return sum((2**half - 1) << start + half for start in range(0, width, lane))
 
 
 def _bit_offsets(bits: int) -> list[tuple[int, int, int]]:
-    """For each of eight codes the byte it begins in and how far up there."""
+    """Return the index, first byte and bit offset within that byte of each of eight codes."""
     return [(i, bits * i // 8, bits * i % 8) for i in range(8)]
 
 
 @dataclass(frozen=True, eq=False)
 class Metadata:
-    """Scale or zero of every group, as stored.
+    """The stored scale or zero of every group.
 
-    Either fp16 values (groups,), or uint8 codes (groups,) with the fp16 lowest and highest value
-    (metadata groups, 2) between which the codes run evenly. Scales are these times 2^exponent,
-    int16 (1,); zero points, which are counted in codes, have none, nor had scales in format 2.
-    Where they are of several configurations, each shape has another dimension before these.
+    Either fp16 values (groups,), or uint8 codes (groups,) that are evenly spaced between the lowest
+    and highest value of a metadata group, fp16 (metadata groups, 2). Scales are multiplied by
+    2^exponent, int16 (1,); zero points, which are in units of codes, have no exponent, and neither
+    have scales in format 2. For several configurations, each shape has one more leading dimension.
     """
 
     values: Tensor
@@ -141,7 +140,7 @@ class Metadata:
         return cls(_without_padding(codes, values).contiguous(), ranges, group_size)
 
     def __getitem__(self, number: int) -> Metadata:
-        """That of one of several configurations."""
+        """Return the metadata of one of several configurations."""
         own = {
             name: None if tensor is None else tensor[number]
             for name in ("values", "ranges", "exponent")
@@ -150,11 +149,11 @@ class Metadata:
         return replace(self, **own)
 
     def scaled(self, exponent: int | Tensor) -> Metadata:
-        """The same values times 2^exponent, for those that have an exponent."""
+        """Return the values multiplied by 2^exponent; requires metadata with an exponent."""
         return replace(self, exponent=self.exponent + exponent)
 
     def decode(self) -> Tensor:
-        """The values as float32 (…, groups)."""
+        """Return the values as float32 (…, groups)."""
         values = self.values.float()
         if self.ranges is not None:
             low, step = _range_steps(self.ranges)
@@ -170,10 +169,10 @@ class Metadata:
 
 
 def _avoid_clipping(scales: Tensor, group_size: int) -> Tensor:
-    """Scales (…, groups) that share a range too wide for 256 codes, the least of them raised.
+    """Raise the smallest scales (…, groups) if their shared range is too wide for 256 codes.
 
-    All that would get a range's first code get the largest of them: a grid coarser than a group
-    needs loses some precision, and one that ends short of its weights would cut them off.
+    Scales that would round to the first code of a range are replaced by the largest of them: a grid
+    coarser than a group needs only loses some precision, while one that is too fine clips weights.
     """
     padded = _pad_with_last(scales, group_size)
     lowest, highest = padded.amin(-1, keepdim=True), padded.amax(-1, keepdim=True)
@@ -184,7 +183,7 @@ def _avoid_clipping(scales: Tensor, group_size: int) -> Tensor:
 
 
 def _pad_with_last(values: Tensor, group_size: int) -> Tensor:
-    """(…, n) as (…, ceil(n / group_size), group_size), the last value filling the last row."""
+    """Reshape (…, n) to (…, ceil(n / group_size), group_size), padding with the last value."""
     missing = -values.shape[-1] % group_size
     if missing:
         filling = values[..., -1:].expand(*values.shape[:-1], missing)
@@ -193,7 +192,7 @@ def _pad_with_last(values: Tensor, group_size: int) -> Tensor:
 
 
 def _without_padding(padded: Tensor, values: Tensor) -> Tensor:
-    """(…, rows, group_size) as (…, n), which ``values`` are before they are padded."""
+    """Reshape (…, rows, group_size) back to (…, n), the shape of the unpadded ``values``."""
     return padded.flatten(-2)[..., : values.shape[-1]]
 
 
@@ -204,7 +203,7 @@ def _range_steps(ranges: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _round_down_to_fp16(values: Tensor) -> Tensor:
-    """The largest fp16 number that is no greater, so that a range holds all its values."""
+    """Round down to fp16, so that a range contains all its values."""
     half = values.half()
     below = torch.nextafter(half, torch.full_like(half, -torch.inf))
     return torch.where(half.float() > values, below, half)
@@ -212,7 +211,7 @@ def _round_down_to_fp16(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class PackedMatrix(StoredMatrix):
-    """One matrix as this project packs it: codes, scale, zero."""
+    """A matrix in this project's packing: codes, scale and zero."""
 
     codes: Tensor
     scale: Metadata
@@ -228,14 +227,14 @@ class PackedMatrix(StoredMatrix):
 
     @property
     def uses_triton(self) -> bool:
-        """Whether kernels in Triton decode it: on a GPU, where they are turned on."""
+        """Whether Triton kernels decode it: on a GPU, if they are enabled."""
         return self.codes.is_cuda and packed_triton.enabled()
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weights (out, in), computed in float32 and then cast.
+        """Return the weights (out, in), computed in float32 and then cast.
 
-        On a GPU one kernel does it where it is turned on (:attr:`uses_triton`). On the CPU it is
-        done in chunks of groups that fit the cache.
+        A single Triton kernel does this if :attr:`uses_triton`. On the CPU, groups are decoded in
+        chunks that fit in cache.
         """
         if self.uses_triton:
             return packed_triton.decode(self, dtype)
@@ -253,7 +252,7 @@ class PackedMatrix(StoredMatrix):
             codes = unpack_bits(packed[: ceil(out.numel() * bits / 8)], bits, out.numel())
             codes = codes.view(out.shape)
             if self.axis == 0:
-                codes = codes.T.contiguous().T  # in memory as the weights are
+                codes = codes.T.contiguous().T  # same memory order as the weights
             exact = out if dtype == torch.float32 else torch.empty_like(codes, dtype=torch.float32)
             torch.mul(torch.sub(codes, zero[chunk], out=exact), scale[chunk], out=out)
         return weights
@@ -262,7 +261,7 @@ class PackedMatrix(StoredMatrix):
     def from_tensors(
         cls, tensors: Mapping[str, Tensor], shape: tuple[int, int], config: QuantConfig, axis: int
     ) -> PackedMatrix:
-        """The inverse of :attr:`tensors`."""
+        """Create the matrix from its :attr:`tensors`."""
         scale, zero = (
             Metadata(
                 tensors[f"{part}_values"],
@@ -276,19 +275,19 @@ class PackedMatrix(StoredMatrix):
 
 
 class GridQuantizer(MatrixQuantizer):
-    """A quantizer with a uniform grid, whose scale and zero :meth:`solve` computes."""
+    """A quantizer with a uniform grid, with scale and zero computed by :meth:`solve`."""
 
     matrix = PackedMatrix
 
     def solve(self, weight: Tensor, config: QuantConfig, axis: int) -> Grid:
-        """Compute the grid of a (out, in) float32 matrix of ordinary magnitude.
+        """Compute the grid of an (out, in) float32 matrix of ordinary magnitude.
 
-        Groups are those of :func:`to_groups`. Raises nothing for finite weights.
+        Groups are as in :func:`to_groups`. Never raises for finite weights.
         """
         raise NotImplementedError
 
     def solve_several(self, weight: Tensor, configs: Sequence[QuantConfig], axis: int) -> Grid:
-        """:meth:`solve` for several configurations of one group size, (configs, groups)."""
+        """Apply :meth:`solve` with several configurations of one group size: (configs, groups)."""
         grids = [self.solve(weight, config, axis) for config in configs]
         return Grid(
             torch.stack([grid.scale for grid in grids]), torch.stack([grid.zero for grid in grids])
@@ -311,7 +310,7 @@ class GridQuantizer(MatrixQuantizer):
     def round_trips(
         self, weight: Tensor, configs: Sequence[QuantConfig], axis: int, metadata: str
     ) -> Tensor:
-        """See :class:`lsq_core.quantization.base.MatrixQuantizer`; in one go, without packing."""
+        """See :class:`lsq_core.quantization.base.MatrixQuantizer`; in one pass, without packing."""
         codes, _, _, grid = self._quantize_on_stored_grids(weight, configs, axis, metadata)
         groups = codes.sub_(grid.zero[..., None]).mul_(grid.scale[..., None])
         return from_groups(groups, tuple(weight.shape), axis)
@@ -319,9 +318,9 @@ class GridQuantizer(MatrixQuantizer):
     def _quantize_on_stored_grids(
         self, weight: Tensor, configs: Sequence[QuantConfig], axis: int, metadata: str
     ) -> tuple[Tensor, Metadata, Metadata, Grid]:
-        """Codes, scale and zero of a float32 matrix of any magnitude, and the grid that these are.
+        """Return codes, scale and zero of a float32 matrix of any magnitude, and the decoded grid.
 
-        They are of several configurations of one group size. The codes are float32
+        All configurations have the same group size. The codes are float32
         (configs, groups, group_size).
         """
         exponent = magnitude_exponent(weight)
@@ -353,14 +352,14 @@ def quantize_matrix(
     metadata: str = "8bit",
     name: str = "the matrix",
 ) -> StoredMatrix:
-    """Quantize a (out, in) matrix of any float dtype and store it.
+    """Quantize an (out, in) matrix of any float dtype and store it.
 
     Raises
     ------
     InputError
-        When groups of ``config.group_size`` do not fill the matrix.
+        If ``config.group_size`` does not divide the matrix's size.
     LsqError
-        When a weight is NaN or infinite, or too large compared with the others.
+        If a weight is NaN or infinite, or too large compared with the others.
     """
     if not is_divisible(weight.numel(), config.group_size):
         raise InputError(
@@ -373,16 +372,16 @@ def quantize_matrix(
 
 
 def _highest_codes(configs: Sequence[QuantConfig], device: torch.device) -> Tensor:
-    """The highest code of each configuration, float32 (configs, 1)."""
+    """Return the highest code of each configuration, float32 (configs, 1)."""
     return highest_codes(device, tuple(2**config.bits - 1 for config in configs))[:, None]
 
 
 def store_grid(
     groups: Tensor, grid: Grid, configs: QuantConfig | Sequence[QuantConfig], metadata: str
 ) -> tuple[Metadata, Metadata]:
-    """Scale and zero as stored, for (groups, group_size) weights of ordinary magnitude.
+    """Return scale and zero as stored, for weights (groups, group_size) of ordinary magnitude.
 
-    ``grid`` is that of one configuration, or of several of one group size.
+    ``grid`` is for one configuration, or for several of one group size.
     """
     single = isinstance(configs, QuantConfig)
     meta_group_size = (configs if single else configs[0]).meta_group_size
@@ -394,22 +393,22 @@ def store_grid(
 
 
 def stored_grid(scale: Metadata, zero: Metadata) -> Grid:
-    """The grid that weights are rounded on: what scale and zero decode to."""
+    """Return the grid on which weights are rounded, decoded from the stored scale and zero."""
     return Grid(_nonzero_scale(scale.decode()), zero.decode())
 
 
 def _nonzero_scale(scale: Tensor) -> Tensor:
-    """Replace scales that fp16 or 8 bits rounded to zero by 1, so that codes stay finite."""
+    """Replace scales rounded to zero in fp16 or 8 bits with 1, so that codes stay finite."""
     return torch.where(scale == 0, 1.0, scale)
 
 
 def _stabilize_constant_groups(groups: Tensor, grid: Grid, top: int | Tensor, shared: int) -> Grid:
-    """Give groups that are (almost) constant a scale like their neighbours'.
+    """Give (almost) constant groups a scale similar to their neighbours'.
 
-    A constant group has the scale 1, and if it is far from zero a zero point of thousands. Either
-    would dominate the range of the 8-bit metadata of ``shared`` groups, or overflow fp16. Only the
-    value matters, so it is expressed by a zero point of ordinary size. ``top`` is the highest code,
-    (configs, 1) where there are several grids.
+    A constant group has scale 1 and, if it is far from zero, a zero point in the thousands. Either
+    would dominate the 8-bit range of ``shared`` groups or overflow fp16. Only the group's value
+    matters, so it is expressed by a zero point of ordinary size. ``top`` is the highest code,
+    (configs, 1) for several grids.
     """
     spread = groups.amax(1) - groups.amin(1)
     constant = (spread <= CONSTANT_SPREAD) | (grid.zero.abs() > _FAR_ZERO)
@@ -419,7 +418,7 @@ def _stabilize_constant_groups(groups: Tensor, grid: Grid, top: int | Tensor, sh
     value = groups.mean(1)
     typical = _neighbor_median(grid.scale, ~constant, shared)
     own = value.abs() / top
-    # Without neighbours any scale would do for a value of zero; this one is like the matrix's.
+    # Without neighbours, any scale would do for a value of zero; use the largest of the matrix.
     fallback = torch.where(constant, own, grid.scale).amax(-1, keepdim=True)
     typical = torch.where(typical > 0, typical, torch.where(fallback > 0, fallback, 1.0))
     scale = torch.maximum(typical, own)
@@ -430,9 +429,9 @@ def _stabilize_constant_groups(groups: Tensor, grid: Grid, top: int | Tensor, sh
 
 
 def _neighbor_median(values: Tensor, mask: Tensor, shared: int) -> Tensor:
-    """The median of the masked values of each run of ``shared`` groups, for each of (…, groups).
+    """Return the median of the values in ``mask`` over each run of ``shared`` groups: (…, groups).
 
-    It is 0 for a run without masked values.
+    The median is 0 for a run without such values.
     """
     known = torch.where(mask, values, torch.nan)
     missing = -known.shape[-1] % shared

@@ -1,7 +1,7 @@
-"""Kernels in Triton that read packed codes; importing this needs Triton.
+"""Triton kernels that read packed codes; importing this module requires Triton.
 
 ``TRITON_INTERPRET=1`` runs the same kernels on the CPU, which is how the tests check them. All take
-the tensors of :class:`lsq_core.quantization.packed.PackedMatrix` as they are stored.
+the tensors of :class:`lsq_core.quantization.packed.PackedMatrix` as stored.
 """
 
 # Triton reads annotations when a function is defined, so they are not postponed here.
@@ -23,7 +23,7 @@ def stored_value(values, ranges, group, inside, META: tl.constexpr, RANGES: tl.c
 
 @triton.jit
 def power_of_two(exponent):
-    """Put together from its bits: ``exp2`` need not be exact."""
+    """Return 2^exponent, built from its bits because ``exp2`` may be inexact."""
     return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
 
 
@@ -47,7 +47,7 @@ def decode_weights(
     ZERO_RANGES: tl.constexpr,
     EXPONENT: tl.constexpr,
 ):
-    """Weights at positions ``index`` of the matrix in row order, float32."""
+    """Return the weights at positions ``index`` of the matrix in row order, float32."""
     if AXIS == 1:
         group = index // SIZE
         bit = index * BITS
@@ -56,7 +56,7 @@ def decode_weights(
         bit = (group * SIZE + index // groups) * BITS
     byte = bit // 8
     word = tl.load(codes + byte, mask=inside, other=0).to(tl.int32)
-    if 8 % BITS != 0:  # a code may go on in the next byte
+    if 8 % BITS != 0:  # a code may continue in the next byte
         more = inside & (byte + 1 < code_bytes)
         word = word | (tl.load(codes + byte + 1, mask=more, other=0).to(tl.int32) << 8)
     code = (word >> (bit % 8).to(tl.int32)) & ((1 << BITS) - 1)

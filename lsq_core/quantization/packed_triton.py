@@ -1,8 +1,8 @@
-"""Decoding packed codes on a GPU, by itself or while multiplying: kernels in Triton.
+"""Triton kernels that decode packed codes on a GPU, either separately or during a multiplication.
 
-PyTorch decodes a matrix in some twenty operations, each of which reads and writes all of it.
-Here one kernel reads the codes, the scale and the zero point of each group as they are stored, and
-writes weights; another one multiplies a few tokens by them, and the weights are never written.
+PyTorch decodes a matrix in about twenty operations, each of which reads and writes the entire
+matrix. Here, one kernel reads the stored codes, scales and zero points and writes the weights;
+another multiplies a few tokens by the weights without writing them to memory.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lsq_core.bits import QuantConfig
 
 
 class Metadata(Protocol):
-    """What is read here of :class:`lsq_core.quantization.packed.Metadata`."""
+    """The attributes of :class:`lsq_core.quantization.packed.Metadata` used here."""
 
     values: Tensor
     ranges: Tensor | None
@@ -28,7 +28,7 @@ class Metadata(Protocol):
 
 
 class PackedMatrix(Protocol):
-    """What is read here of :class:`lsq_core.quantization.packed.PackedMatrix`."""
+    """The attributes of :class:`lsq_core.quantization.packed.PackedMatrix` used here."""
 
     shape: tuple[int, int]
     config: QuantConfig
@@ -38,34 +38,34 @@ class PackedMatrix(Protocol):
     zero: Metadata
 
 
-#: Weights that one program decodes, and the rows and columns of the tile of one that multiplies.
+#: Weights per program when decoding, and rows and columns of a program's tile when multiplying.
 DECODED_WEIGHTS = 1024
 ROWS, COLUMNS = 32, 128
-#: The most tokens that are multiplied while decoding; from there on decoding costs little beside
-#: multiplying, for which PyTorch's product is made.
+#: Maximum number of tokens to multiply while decoding; beyond this, decoding is cheap compared with
+#: multiplying, which PyTorch does better.
 MAX_TOKENS = 8
 
 
-#: The environment variable that turns the kernels on with ``1``. They pass in Triton's interpreter
-#: and compile for a GPU, but none has run them yet, so PyTorch decodes unless they are asked for.
+#: Environment variable that enables the kernels when set to ``1``. They pass in Triton's
+#: interpreter and compile for a GPU, but none has run them yet, so PyTorch decodes by default.
 SWITCH = "LSQ_TRITON"
 
 
 @cache
 def available() -> bool:
-    """Whether Triton is installed; PyTorch for CUDA brings it."""
+    """Return whether Triton is installed, as it is with PyTorch for CUDA."""
     return find_spec("triton") is not None
 
 
 def enabled() -> bool:
-    """Whether the kernels are turned on, and Triton is installed."""
+    """Return whether the kernels are enabled and Triton is installed."""
     return os.environ.get(SWITCH) == "1" and available()
 
 
 def decode(matrix: PackedMatrix, dtype: torch.dtype) -> Tensor:
-    """The weights (out, in) of a matrix, computed in float32 and then cast.
+    """Return the weights (out, in) of a matrix, computed in float32 and then cast.
 
-    Any bits and group size, groups that cross rows, both axes, scale and zero in 8 bits or fp16.
+    Supports any bits and group size, groups that cross rows, both axes, and 8-bit or fp16 metadata.
     """
     import triton
 
@@ -81,9 +81,9 @@ def decode(matrix: PackedMatrix, dtype: torch.dtype) -> Tensor:
 
 
 def multiply(matrix: PackedMatrix, inputs: Tensor) -> Tensor:
-    """``inputs`` (tokens, in) times the transposed weights: (tokens, out), in the inputs' dtype.
+    """Multiply ``inputs`` (tokens, in) by the transposed weights: (tokens, out), same dtype.
 
-    Sums are float32. It is meant for up to :data:`MAX_TOKENS` tokens.
+    Sums are float32. Intended for up to :data:`MAX_TOKENS` tokens.
     """
     import triton
 
@@ -107,7 +107,7 @@ def multiply(matrix: PackedMatrix, inputs: Tensor) -> Tensor:
 
 
 def _stored(matrix: PackedMatrix) -> tuple[Tensor, ...]:
-    """The stored tensors in the order that kernels take them; one that is absent is never read."""
+    """Return the stored tensors in the kernels' order, with unread placeholders for absent ones."""
 
     def parts(metadata: Metadata) -> tuple[Tensor, ...]:
         absent = metadata.values

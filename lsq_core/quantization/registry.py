@@ -1,9 +1,9 @@
-"""Quantizers, the storage they fill, and models made of it.
+"""The registry of quantizers.
 
-A new quantizer is one file in this package and one entry in ``QUANTIZERS``, which describes it
-without importing torch: its configurations, its storage layout, the package it needs.
+A new quantizer is one file in this package and one entry in ``QUANTIZERS``, which describes its
+configurations, its storage layout and the package it needs without importing torch.
 
-Load a saved quantized model in a script of your own with::
+To load a saved quantized model in your own script::
 
     from lsq_core.quantized.artifact import load_quantized
     quantized = load_quantized("my-model")
@@ -42,31 +42,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class QuantizerSpec:
-    """The description of a quantizer, which needs no import of its module."""
+    """The description of a quantizer, available without importing its module."""
 
     title: str
     #: Module and class.
     import_path: str
-    #: The tensors in which it stores a matrix.
+    #: Layout of the tensors in which it stores a matrix.
     layout: layout.Layout
     bits: tuple[int, ...] = (2, 3, 4, 8)
-    #: Grouping axes, of :func:`lsq_core.quantization.base.to_groups`.
+    #: Supported grouping axes; see :func:`lsq_core.quantization.base.to_groups`.
     axes: tuple[int, ...] = (0, 1)
-    #: The most optimization steps per matrix; 0 for a closed-form quantizer.
+    #: Maximum optimization steps per matrix (per block if learned); 0 for closed-form quantizers.
     steps: int = 0
     #: Whether its name may set the steps, as in ``hybrid-500``.
     learned: bool = False
-    #: Whether it reads calibration text and quantizes complete models instead of single matrices.
+    #: Whether it uses calibration text and quantizes complete models instead of single matrices.
     calibrated: bool = False
-    #: Whether it supports only linear modules, whose codes it stores in words of 32 bits.
+    #: Whether it supports only linear modules and stores their codes in 32-bit words.
     words: bool = False
     #: Whether all matrices must have the same configuration.
     uniform: bool = False
     #: The optional package it needs, and the command that installs it.
     package: str = ""
     install: str = ""
-    #: Colour and Plotly symbol of its uniform plans in charts, as a baseline; none for HQQ, whose
-    #: plans have the style of their method.
+    #: Colour and Plotly symbol for charts of its uniform plans as a baseline; none for HQQ, whose
+    #: plans use the style of their method.
     color: str = ""
     symbol: str = ""
 
@@ -82,20 +82,20 @@ class QuantizerSpec:
 
     @property
     def configs(self) -> tuple[QuantConfig, ...]:
-        """The configurations that it supports, of the extended ladder, which has all."""
+        """The supported configurations, from the extended ladder, which contains all of them."""
         return tuple(config for config in EXTENDED_LADDER if config.bits in self.bits)
 
     def configs_on(self, ladder: str) -> tuple[QuantConfig, ...]:
-        """The configurations of a ladder that it supports."""
+        """Return the supported configurations of a ladder."""
         return tuple(config for config in get_ladder(ladder) if config.bits in self.bits)
 
     @property
     def options(self) -> tuple[Config, ...]:
-        """All configurations of a matrix, including mixed rows if it supports them."""
+        """All possible configurations of a matrix, including mixed rows if supported."""
         return self.configs + (MIXED_ROW_CONFIGS if self.supports_mixed_rows else ())
 
 
-#: The Makefile and requirements.txt are in a checkout only.
+#: The Makefile and requirements.txt exist only in a checkout.
 _BITSANDBYTES = {
     "package": "bitsandbytes",
     "install": "pip install " + ("-r requirements.txt" if IN_CHECKOUT else "bitsandbytes"),
@@ -110,7 +110,7 @@ _GPTQMODEL = {
     else f"pip install --no-deps -r {shlex.quote(str(_GPTQMODEL_REQUIREMENTS))}",
 }
 
-#: By name on the command line and in the app; the classes are imported on first use.
+#: Quantizers by name on the command line and in the app; classes are imported on first use.
 QUANTIZERS = {
     "hqq": QuantizerSpec(
         "HQQ",
@@ -187,12 +187,12 @@ BASELINES = tuple(name for name, quantizer_spec in QUANTIZERS.items() if not qua
 
 
 def quantizer_spec(name: str) -> QuantizerSpec:
-    """Return the description of a quantizer; ``hybrid-500`` is ``hybrid`` in 500 steps.
+    """Return the description of a quantizer; ``hybrid-500`` is ``hybrid`` with 500 steps.
 
     Raises
     ------
     InputError
-        When there is no quantizer of that name.
+        If there is no quantizer with that name.
     """
     if name in QUANTIZERS:
         return QUANTIZERS[name]
@@ -204,12 +204,12 @@ def quantizer_spec(name: str) -> QuantizerSpec:
 
 
 def get_quantizer(name: str) -> MatrixQuantizer | ModelQuantizer:
-    """Create the quantizer of that name.
+    """Create the quantizer with that name.
 
     Raises
     ------
     InputError
-        When there is no such quantizer, or its package is not installed.
+        If there is no such quantizer, or its package is not installed.
     """
     reason = unavailable_reason(name)
     if reason:
@@ -219,7 +219,7 @@ def get_quantizer(name: str) -> MatrixQuantizer | ModelQuantizer:
 
 
 def stored_matrix_class(name: str, config: Config) -> type[StoredMatrix]:
-    """Return the class of a quantizer's stored matrices, without its optional package."""
+    """Return the class of a quantizer's stored matrices; its optional package is not needed."""
     if isinstance(config, MixedRows):
         from lsq_core.quantization.rows import PackedRows
 
@@ -235,12 +235,12 @@ def _quantizer_class(name: str) -> type[MatrixQuantizer] | type[ModelQuantizer]:
 
 
 def unavailable_reason(name: str) -> str:
-    """Explain why a quantizer cannot run on this machine; an empty string if it can.
+    """Return why a quantizer cannot run on this machine, or an empty string if it can.
 
     Raises
     ------
     InputError
-        When there is no quantizer of that name.
+        If there is no quantizer with that name.
     """
     spec = quantizer_spec(name)
     if not spec.package or find_spec(spec.package) is not None:
@@ -249,9 +249,9 @@ def unavailable_reason(name: str) -> str:
 
 
 def incompatibility_reason(name: str, choice: Mapping[Matrix, Config], axis: int = 1) -> str:
-    """Explain why a quantizer cannot quantize by a plan; an empty string if it can.
+    """Return why a quantizer cannot apply a plan, or an empty string if it can.
 
-    The app and the command line check this before any work.
+    The app and the command line check this before doing any work.
     """
     spec, reason = quantizer_spec(name), unavailable_reason(name)
     if reason:
@@ -299,7 +299,7 @@ def _matrix_incompatibility(spec: QuantizerSpec, matrix: Matrix, config: Config)
 
 
 def mixed_rows_incompatibility(spec: QuantizerSpec) -> str:
-    """Explain that a quantizer does not support mixed rows, and which ones do."""
+    """Return a message that a quantizer does not support mixed rows and which ones do."""
     supporting = [name for name, other in QUANTIZERS.items() if other.supports_mixed_rows]
     return (
         f"{spec.title} gives all rows of a matrix the same bits, and this plan mixes them; "
@@ -316,17 +316,17 @@ def check_choice(name: str, choice: Mapping[Matrix, Config], axis: int = 1) -> N
 
 @cache
 def planned_bytes(name: str, shape: tuple[int, int], config: Config, metadata: str) -> int:
-    """Return the exact bytes of an (out, in) matrix as a quantizer stores it, without a bias."""
+    """Return the exact size in bytes of an (out, in) matrix stored by a quantizer, without bias."""
     return layout.stored_bytes(quantizer_spec(name).layout(shape, config, metadata))
 
 
 def arithmetic_packages(name: str) -> list[str]:
-    """The packages whose releases may change a quantizer's output for the same weights."""
+    """Return the packages whose releases may change a quantizer's output for the same weights."""
     spec = quantizer_spec(name)
     return ["hqq"] * spec.supports_metadata + [spec.package] * bool(spec.package)
 
 
 def required_packages(names: Iterable[str]) -> list[str]:
-    """The optional packages on which the results of these quantizers depend."""
+    """Return the optional packages that the results of these quantizers depend on."""
     packages = [quantizer_spec(name).package for name in names]
     return list(dict.fromkeys(package for package in packages if package))

@@ -1,7 +1,7 @@
-"""Mixed rows: a matrix whose high-impact rows are stored at more bits than the rest ([C]).
+"""Mixed rows: a matrix whose high-impact rows are stored with more bits than the rest ([C]).
 
 Both parts are packed like any matrix. The index of the high-impact rows is stored with them and
-counted in the bytes.
+included in the size.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lsq_core.quantization.packed import (
     unpack_bits,
 )
 
-#: Quantizes and stores some rows of a matrix at a configuration.
+#: Quantizes and stores some rows of a matrix with a configuration.
 PackPart = Callable[[Tensor, QuantConfig], StoredMatrix]
 
 
@@ -52,7 +52,7 @@ class HalfMatrix(StoredMatrix):
         return {name: tensor for name, tensor in part_tensors.items() if tensor is not None}
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weights (rows, in), computed in float32 and then cast."""
+        """Return the weights (rows, in), computed in float32 and then cast."""
         if self.exponent is None:
             return self.weights.to(dtype)
         return scale_by_power_of_two(self.weights.float(), self.exponent).to(dtype)
@@ -69,7 +69,7 @@ class HalfMatrix(StoredMatrix):
     def from_tensors(
         cls, tensors: Mapping[str, Tensor], shape: tuple[int, int], config: QuantConfig, axis: int
     ) -> HalfMatrix:
-        """The inverse of :attr:`tensors`."""
+        """Create the matrix from its :attr:`tensors`."""
         return cls(shape, config, axis, **tensors)
 
 
@@ -96,7 +96,7 @@ class PackedRows(StoredMatrix):
 
     @property
     def is_high(self) -> Tensor:
-        """Which rows are high-impact, bool (out,)."""
+        """Mask of the high-impact rows, bool (out,)."""
         if self.index.dtype == torch.uint8:
             return unpack_bits(self.index, 1, self.shape[0]).bool()
         marked = torch.zeros(self.shape[0], dtype=torch.bool, device=self.index.device)
@@ -104,7 +104,7 @@ class PackedRows(StoredMatrix):
         return marked
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weights (out, in), computed in float32 and then cast."""
+        """Return the weights (out, in), computed in float32 and then cast."""
         low = self.low.dequantize(dtype)
         if self.high is None:
             return low
@@ -117,7 +117,7 @@ class PackedRows(StoredMatrix):
     def from_tensors(
         cls, tensors: Mapping[str, Tensor], shape: tuple[int, int], config: MixedRows, axis: int
     ) -> PackedRows:
-        """The inverse of :attr:`tensors`."""
+        """Create the matrix from its :attr:`tensors`."""
         part_tensors: dict[str, dict[str, Tensor]] = {"high": {}, "low": {}}
         for name, tensor in tensors.items():
             part, _, key = name.partition("_")
@@ -142,14 +142,14 @@ def quantize_config(
     metadata: str = "8bit",
     name: str = "the matrix",
 ) -> StoredMatrix:
-    """Quantize a (out, in) matrix at any configuration.
+    """Quantize an (out, in) matrix with any configuration.
 
-    ``rows`` are the numbers of the high-impact rows, for a configuration of mixed rows.
+    ``rows`` are the numbers of the high-impact rows, for a mixed-row configuration.
 
     Raises
     ------
     InputError, LsqError
-        As :func:`lsq_core.quantization.packed.quantize_matrix` and :func:`pack_rows`.
+        See :func:`lsq_core.quantization.packed.quantize_matrix` and :func:`pack_rows`.
     """
 
     def pack(part: Tensor, own: QuantConfig) -> StoredMatrix:
@@ -169,14 +169,14 @@ def pack_rows(
     pack_low: PackPart,
     name: str = "the matrix",
 ) -> PackedRows:
-    """Split a (out, in) matrix into high-impact ``rows`` and the others, and pack each part.
+    """Split an (out, in) matrix into high-impact ``rows`` and the others, and pack each part.
 
     Raises
     ------
     InputError
-        When the number of rows is not that of the ratio, or groups don't fill a row.
+        If the number of rows does not match the ratio, or rows cannot be divided into groups.
     LsqError
-        When a weight is NaN or infinite.
+        If a weight is NaN or infinite.
     """
     shape = (weight.shape[0], weight.shape[1])
     if not config.fits(_Shape(*shape)):
@@ -207,7 +207,7 @@ def pack_rows(
 
 
 def _encode_row_index(row_numbers: Tensor, marked: Tensor, config: MixedRows) -> Tensor:
-    """Encode the high-impact rows as the layout does: as a bitmap or by their numbers."""
+    """Encode the high-impact rows in the form given by the layout: a bitmap or row numbers."""
     _, dtype = row_index_layout(len(marked), config)
     if dtype == "U8":
         return pack_bits(marked.to(torch.uint8), 1)

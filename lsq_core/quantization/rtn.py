@@ -1,4 +1,4 @@
-"""Round to nearest: the min-max grid without the solver of HQQ."""
+"""Round to nearest: the min-max grid without HQQ's solver."""
 
 from __future__ import annotations
 

@@ -27,14 +27,14 @@ class QuantizationTask:
     choice
         The configuration of each matrix to quantize.
     calibration
-        The calibration text; only calibrated quantizers read it.
+        The calibration text; only calibrated quantizers use it.
     rows
-        The high-impact rows of each matrix whose configuration mixes two widths, by its name.
+        The high-impact rows of each matrix whose configuration mixes two widths, by matrix name.
     cache
         Matrices quantized for other plans of the same model. It also counts the seconds saved by
         resuming.
     folder
-        Where a slow quantizer checkpoints this task, to resume from; None for no checkpoints.
+        Folder in which a slow quantizer saves checkpoints to resume from; None for no checkpoints.
     """
 
     loaded: LoadedModel
@@ -50,7 +50,7 @@ class QuantizationTask:
 class ModelQuantizer(Protocol):
     """A quantizer of complete models: one file, and one entry in ``QUANTIZERS``."""
 
-    #: The class in which it stores a matrix of a single bit width.
+    #: Class of its stored matrices with a single bit width.
     matrix: ClassVar[type[StoredMatrix]]
 
     def quantize_model(self, task: QuantizationTask) -> nn.Module:
@@ -59,6 +59,6 @@ class ModelQuantizer(Protocol):
         Raises
         ------
         InputError, LsqError
-            When the quantizer does not support the model or the calibration text.
+            If the quantizer does not support the model or the calibration text.
         """
         ...

@@ -1,1 +1,1 @@
-"""Quantized models: their modules, making them, saving and loading them."""
+"""Quantized models: modules, conversion, saving and loading."""

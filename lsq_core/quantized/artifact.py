@@ -65,7 +65,7 @@ GENERATION_CONFIG_FILE = "generation_config.json"
 
 @dataclass(frozen=True, eq=False)
 class QuantizedModel:
-    """A quantized model as loaded from its folder."""
+    """A quantized model loaded from its folder."""
 
     model: nn.Module
     tokenizer: object
@@ -78,7 +78,7 @@ class QuantizedModel:
 def save_quantized(
     model: nn.Module, tokenizer: object, manifest: dict, folder: Path, source_folder: Path
 ) -> int:
-    """Save a quantized model in a new folder, atomically, and return its bytes on disk.
+    """Save a quantized model atomically to a new folder and return its size on disk in bytes.
 
     Parameters
     ----------
@@ -91,9 +91,9 @@ def save_quantized(
     Raises
     ------
     InputError
-        When the folder exists and is not empty.
+        If the folder exists and is not empty.
     LsqError
-        When the disk is full or cannot be written.
+        If the disk is full or cannot be written.
     """
     check_folder_target(folder)
     state = stored_state(model, stored_dtype(source_folder))
@@ -122,8 +122,8 @@ def _copy_model_files(source: Path, target: Path) -> None:
 def atomic_folder(folder: Path, need: int) -> Iterator[Path]:
     """Yield a hidden folder next to the target, which is renamed to the target on success.
 
-    It is locked while it is written. Unfinished folders of the same target that a killed process
-    left behind are deleted first.
+    The folder is locked while it is being written. Unfinished folders for the same target left
+    behind by a killed process are deleted first.
     """
     disk_full = LsqError(
         f"The disk at {folder.parent} has {format_bytes(shutil.disk_usage(folder.parent).free)} "
@@ -157,7 +157,7 @@ def atomic_folder(folder: Path, need: int) -> Iterator[Path]:
 
 
 def _unify_file_modes(folder: Path) -> None:
-    """Set the mode of all files by the umask, whatever libraries and copying have set."""
+    """Set the mode of all files according to the umask, overriding that of libraries and copies."""
     mode = stat.S_IMODE(folder.stat().st_mode) & 0o666
     for path in folder.rglob("*"):
         if path.is_file():
@@ -165,7 +165,7 @@ def _unify_file_modes(folder: Path) -> None:
 
 
 def stored_state(model: nn.Module, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
-    """Each tensor once; unpacked ones in the checkpoint's dtype if the cast is exact."""
+    """Return each tensor once; unpacked ones in the checkpoint's dtype if the cast is exact."""
     packed, state = packed_names(model), {}
     for names in _tied_names(model):
         name, tensor = names[0], _tensor(model, names[0]).detach()
@@ -191,7 +191,7 @@ def load_quantized(
     dtype: str = "auto",
     trust_remote_code: bool = False,
 ) -> QuantizedModel:
-    """Load a folder that :func:`save_quantized` wrote.
+    """Load a model saved by :func:`save_quantized`.
 
     Example
     -------
@@ -202,7 +202,7 @@ def load_quantized(
     Raises
     ------
     InputError
-        When the folder is not a saved model, or a file in it is missing, damaged or was changed.
+        If the folder is not a saved model, or a file in it is missing, damaged or modified.
     """
     folder = resolve_path(folder)
     manifest = read_manifest(folder)
@@ -236,7 +236,7 @@ def load_quantized(
 
 
 def packed_names(model: nn.Module) -> set[str]:
-    """Full names of the tensors of packed matrices."""
+    """Return the full names of the tensors of packed matrices."""
     return {f"{name}.{part}" for name, m in packed_modules(model).items() for part in m.names}
 
 
@@ -264,7 +264,7 @@ def _empty_matrices(
 
 
 def _tie(model: nn.Module, tied: list[list[str]]) -> None:
-    """Assign tied tensors, which are stored once, under each of their names."""
+    """Assign tied tensors, which are stored only once, under each of their names."""
     for names in tied:
         filled = [name for name in names if not _tensor(model, name).is_meta]
         for name in names if filled else ():

@@ -31,10 +31,10 @@ def install(
     packed: Mapping[Matrix, StoredMatrix],
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Replace the modules of ``model`` that use these matrices by packed ones, in place.
+    """Replace the modules of ``model`` that use these matrices with packed ones, in place.
 
     Modules that share a parameter (in blocks that are used more than once) share the packed
-    matrix. ``dtype`` is the dtype the model computes in, None for that of its parameters.
+    matrix. ``dtype`` is the model's compute dtype; None for that of its parameters.
     """
     users = _modules_by_parameter(model)
     stacks: dict[tuple[nn.Module, str], list[PackedLinear]] = {}
@@ -73,32 +73,33 @@ def _modules_by_parameter(model: nn.Module) -> dict[int, dict[str, nn.Module]]:
 
 
 def shallow_copy(model: nn.Module, replaced: Iterable[nn.Module] = ()) -> nn.Module:
-    """Copy the modules of a model and share its parameters and buffers.
+    """Copy the modules of a model, sharing its parameters and buffers.
 
-    The copy also shares the modules that are ``replaced`` in it next, which saves copying them.
+    Modules in ``replaced``, which the caller replaces in the copy next, are shared to avoid copying
+    them.
     """
     shared = {id(t): t for t in chain(model.parameters(), model.buffers(), replaced)}
     return copy.deepcopy(model, shared)
 
 
 def _replaced_modules(model: nn.Module, matrices: Iterable[Matrix]) -> list[nn.Module]:
-    """The modules of a model that :func:`install` replaces: those of whole parameters."""
+    """Return the modules that :func:`install` replaces: those whose parameter is one matrix."""
     return [locate_parameter(model, m)[0] for m in matrices if m.expert is None]
 
 
 def quantize_model(
     task: QuantizationTask, quantizer: MatrixQuantizer | ModelQuantizer
 ) -> nn.Module:
-    """Return a quantized copy of a task's model, which shares the parameters not in the plan.
+    """Return a quantized copy of a task's model that shares the parameters not in the plan.
 
     A :class:`MatrixQuantizer` quantizes the planned matrices one by one, except those in the
-    task's cache; a :class:`ModelQuantizer` quantizes the model its own way. The original model
-    is not modified.
+    task's cache; a :class:`ModelQuantizer` handles the entire model itself. The original model is
+    not modified.
 
     Raises
     ------
     InputError, LsqError
-        As :func:`lsq_core.quantization.rows.quantize_config` and
+        See :func:`lsq_core.quantization.rows.quantize_config` and
         :meth:`ModelQuantizer.quantize_model`.
     """
     if not isinstance(quantizer, MatrixQuantizer):
@@ -131,12 +132,12 @@ def quantize_matrix(
 ) -> StoredMatrix:
     """Quantize a weight (out, in), or take it from the cache of the model's matrices.
 
-    ``rows`` are the high-impact rows of a configuration that mixes widths.
+    ``rows`` are the high-impact rows, for a configuration that mixes widths.
 
     Raises
     ------
     InputError, LsqError
-        As :func:`lsq_core.quantization.rows.quantize_config`.
+        See :func:`lsq_core.quantization.rows.quantize_config`.
     """
     high_impact = tuple(() if rows is None else rows)
     key = (matrix.name, config, high_impact, type(quantizer), grid.axis, grid.metadata)
@@ -155,14 +156,14 @@ def quantize_matrix(
 
 
 def quantize_block(task: QuantizationTask, quantizer: MatrixQuantizer, layer: int) -> nn.Module:
-    """Return a quantized copy of one block, which shares the parameters not in the plan.
+    """Return a quantized copy of one block that shares the parameters not in the plan.
 
-    The block's weights have to be in memory; the task's progress is not reported.
+    The block's weights must be in memory; the task's progress is not reported.
 
     Raises
     ------
     InputError, LsqError
-        As :func:`lsq_core.quantization.rows.quantize_config`.
+        See :func:`lsq_core.quantization.rows.quantize_config`.
     """
     packed = {
         matrix: _quantize_matrix(task, quantizer, matrix, config)
@@ -176,7 +177,7 @@ def quantize_block(task: QuantizationTask, quantizer: MatrixQuantizer, layer: in
 
 
 def _nest(name: str, module: nn.Module) -> nn.Module:
-    """Return an empty module in which ``module`` has this full name."""
+    """Nest ``module`` in empty modules so that it has this full name, and return the outermost."""
     for part in reversed(name.split(".")):
         holder = nn.Module()
         holder.add_module(part, module)
@@ -189,7 +190,7 @@ def replace_matrices(
     packed: Mapping[Matrix, StoredMatrix],
     changed: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
-    """Return a copy of ``model`` with these matrices, which shares all other parameters.
+    """Return a copy of ``model`` with these matrices that shares all other parameters.
 
     ``changed`` are further parameters, by full name, that the quantizer changed.
     """
@@ -200,9 +201,9 @@ def replace_matrices(
 
 
 def cast_copies(models: Sequence[nn.Module], dtype: torch.dtype) -> list[nn.Module]:
-    """Return copies of models that compute in another dtype, and share what the models share.
+    """Return copies of models that compute in another dtype and share tensors like the originals.
 
-    Packed matrices are the same: their weights are decoded in that dtype.
+    Packed matrices are shared with the originals and decoded in the new dtype.
     """
     packed = {
         id(tensor)

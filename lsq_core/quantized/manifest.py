@@ -20,7 +20,7 @@ from lsq_core.untrusted import check_links, read_json_object, resolve_inside
 #: 2: each quantizer has its own layout, and matrices may have mixed rows;
 #: 1: only this project's packing, with one bit width per matrix.
 FORMAT_VERSION = 3
-#: Not ``model.safetensors``: transformers alone would load that with random packed modules.
+#: Not ``model.safetensors``: plain transformers would load that with randomly initialized modules.
 WEIGHTS_FILE = "packed.safetensors"
 #: Entries needed to load a saved model.
 LOAD_KEYS = ("modules", "metadata", "axis")
@@ -44,9 +44,9 @@ EVALUATION_KEYS = (
 #: saved by earlier versions.
 CHECKSUMS = "sha256"
 
-#: Files of a saved model that affect no result: generation settings and chat templates.
+#: Files of a saved model that do not affect results: generation settings and chat templates.
 _AUXILIARY_FILES = ("generation_config.json", "chat_template.jinja", "chat_template.json")
-#: Prefix of the name that safetensors gives a file until it is complete.
+#: File name prefix that safetensors uses until a file is complete.
 _TEMPORARY_PREFIX = ".tmp"
 #: Suffix of the hidden folder in which a model is written until it is complete.
 UNFINISHED_SUFFIX = ".unfinished"
@@ -60,7 +60,7 @@ def _is_size(value: object) -> bool:
     return type(value) in (int, float) and math.isfinite(value) and 0 <= value < 2**63
 
 
-#: Validators of entries; all are optional.
+#: Validators of entries; all entries are optional.
 _VALIDATORS: dict[str, Callable[[object], bool]] = {
     **dict.fromkeys(("run", "fingerprint", "method", "quantizer", "source"), _is_text),
     **dict.fromkeys(("device", "dtype"), _is_text),
@@ -86,19 +86,19 @@ def _is_module(entry: object) -> bool:
 
 
 def is_quantized_folder(folder: Path) -> bool:
-    """Whether a quantized model was saved in this folder."""
+    """Return whether a quantized model was saved in this folder."""
     return (folder / MANIFEST_FILE).is_file()
 
 
 def read_manifest(
     folder: Path, required_keys: Sequence[str] = LOAD_KEYS, name: str = MANIFEST_FILE
 ) -> dict:
-    """Read the plan and provenance of a saved model, or of an exported one by its file's name.
+    """Read the plan and provenance of a saved model, or of an exported one with its file's name.
 
     Raises
     ------
     InputError
-        When the folder has no manifest, or one that is damaged, lacks a required key or is of a
+        If the folder has no manifest, or its manifest is damaged, lacks a required key or has a
         newer format.
     """
     path = folder / name
@@ -135,7 +135,7 @@ def _passes(valid: Callable[[object], bool], value: object) -> bool:
 
 
 def unfinished_folders(parent: Path, prefix: str = ".") -> list[Path]:
-    """List the folders in which a model is being saved, or was when the process was killed."""
+    """List the folders in which a model is being saved, or was when its process was killed."""
     folders = parent.glob(f"{glob.escape(prefix)}*{UNFINISHED_SUFFIX}")
     return sorted(path for path in folders if path.is_dir() and not path.is_symlink())
 
@@ -150,9 +150,9 @@ _CHECKSUM_MISMATCH = (
 def with_checksums(
     manifest: dict, folder: Path, name: str = MANIFEST_FILE, files: Sequence[Path] | None = None
 ) -> dict:
-    """Return the manifest to write under ``name``, with the SHA-256 of files that affect a result.
+    """Return the manifest to write as ``name``, with the SHA-256 of all files that affect results.
 
-    They are those of a saved model unless ``files`` are given.
+    These are the files of a saved model unless ``files`` are given.
     """
     files = _checksummed_files(folder) if files is None else files
     complete = json.loads(json.dumps({"format": FORMAT_VERSION} | manifest))
@@ -162,20 +162,20 @@ def with_checksums(
 
 
 def _checksummed_files(folder: Path) -> list[Path]:
-    """Weights, config, tokenizer and code; not :data:`_AUXILIARY_FILES`."""
+    """Return the weights, config, tokenizer and code files, but not :data:`_AUXILIARY_FILES`."""
     beside = [*tokenizer_files(folder), *sorted(folder.glob("*.py"))]
     return [folder / WEIGHTS_FILE, folder / "config.json", *beside]
 
 
 def _manifest_sha256(manifest: dict, name: str) -> str:
-    """SHA-256 of all entries of a manifest, including the checksums of the other files."""
+    """Return the SHA-256 of all entries of a manifest, including the other files' checksums."""
     sums = {file: value for file, value in manifest[CHECKSUMS].items() if file != name}
     text = json.dumps(manifest | {CHECKSUMS: sums}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def changed_files(folder: Path, manifest: dict) -> list[str] | None:
-    """List the files that were changed or deleted; None if the manifest has no checksums."""
+    """List the files that were modified or deleted; None if the manifest has no checksums."""
     if CHECKSUMS not in manifest:
         return None
     sums = {name: value for name, value in manifest[CHECKSUMS].items() if name != MANIFEST_FILE}
@@ -188,7 +188,7 @@ def changed_files(folder: Path, manifest: dict) -> list[str] | None:
 
 
 def check_files(folder: Path, manifest: dict) -> None:
-    """Raise :class:`InputError` when a file was changed or deleted since it was saved."""
+    """Raise :class:`InputError` if a file was modified or deleted since it was saved."""
     changed = changed_files(folder, manifest)
     if changed:
         raise InputError(f"{folder / changed[0]} is damaged or gone: {_CHECKSUM_MISMATCH}.")

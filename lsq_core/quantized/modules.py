@@ -1,4 +1,4 @@
-"""Modules of a quantized model, whose weights are decoded when they are used."""
+"""Modules of a quantized model; their weights are decoded when used."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from lsq_core.quantization.packed import PackedMatrix
 class PackedLinear(CompressedWeights):
     """A linear module that stores its weight packed and decodes it in each forward pass.
 
-    Within :func:`decoded_weights` it is decoded once.
+    Within :func:`decoded_weights`, it is decoded only once.
 
-    It replaces ``nn.Linear`` and transformers' ``Conv1D``; the bias stays in full precision. Where
-    Triton's kernels are turned on, one of them decodes and multiplies a few tokens on a GPU
-    (:attr:`kernel`); else the product is PyTorch's. The fused kernels that ``hqq`` offers (gemlite,
-    torchao) need their own layouts, and so a second copy of the weights.
+    It replaces ``nn.Linear`` and transformers' ``Conv1D``; the bias stays in full precision. If
+    Triton kernels are enabled, a fused one decodes the weight and multiplies a few tokens on a GPU
+    (:attr:`kernel`); otherwise, PyTorch multiplies. The fused kernels offered by ``hqq`` (gemlite,
+    torchao) need their own layouts, and therefore a second copy of the weights.
     """
 
     def __init__(
@@ -42,24 +42,24 @@ class PackedLinear(CompressedWeights):
         for name, tensor in packed.tensors.items():
             self.register_buffer(name, tensor)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        #: The decoded weight (out, in), while it is held.
+        #: The decoded weight (out, in) while it is held.
         self._held: Tensor | None = None
-        # No values: it follows the model's dtype, in which `weight` is decoded.
+        # Empty: it tracks the model's dtype, in which `weight` is decoded.
         self.register_buffer("_as", torch.empty(0, dtype=dtype), persistent=False)
 
     @property
     def weight(self) -> Tensor:
-        """The decoded weight (out, in), for code that does not call the module.
+        """The decoded weight, for code that does not call the module.
 
-        Some architectures (Mamba, latent attention) read a linear module's weight. It is decoded
-        on each access, unless it is held.
+        It is (out, in), or (in, out) for ``Conv1D``. Some architectures (Mamba, latent attention)
+        read a linear module's weight. It is decoded on each access unless it is held.
         """
         decoded = self._decoded(self._as.dtype)
         return decoded.T if self.transposed else decoded
 
     @property
     def numel(self) -> int:
-        """Weights of the matrix."""
+        """Number of weights in the matrix."""
         return self.out_features * self.in_features
 
     @property
@@ -70,7 +70,7 @@ class PackedLinear(CompressedWeights):
         return self.kind.from_tensors(tensors, shape, self.config, self.axis)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """``inputs`` (…, in) to (…, out), in the dtype of the inputs."""
+        """Map ``inputs`` (…, in) to (…, out), in the dtype of the inputs."""
         if self._multiplies_packed(inputs):
             rows = packed_triton.multiply(self.packed, inputs.reshape(-1, self.in_features))
             outputs = rows.view(*inputs.shape[:-1], self.out_features)
@@ -78,14 +78,14 @@ class PackedLinear(CompressedWeights):
         return F.linear(inputs, self._decoded(inputs.dtype), self.bias)
 
     def _multiplies_packed(self, inputs: Tensor) -> bool:
-        """Whether a kernel decodes while it multiplies: few tokens, and no gradients."""
+        """Return whether to use the fused kernel: few tokens, no gradients, weight not held."""
         few = 0 < inputs.numel() <= packed_triton.MAX_TOKENS * self.in_features
         differentiated = torch.is_grad_enabled() and inputs.requires_grad
         return self._held is None and few and not differentiated and self.kernel == "triton"
 
     @property
     def kernel(self) -> str:
-        """What decodes the weight: ``triton``, which multiplies few tokens too, or ``pytorch``."""
+        """What decodes the weight: ``triton``, which also multiplies few tokens, or ``pytorch``."""
         packed = self.packed
         return "triton" if isinstance(packed, PackedMatrix) and packed.uses_triton else "pytorch"
 
@@ -98,13 +98,13 @@ class PackedLinear(CompressedWeights):
         self._held = None
 
     def _decoded(self, dtype: torch.dtype) -> Tensor:
-        """The decoded weight (out, in) in a dtype."""
+        """Return the decoded weight (out, in) in a dtype."""
         if self._held is not None and self._held.dtype == dtype:
             return self._held
         return self.packed.dequantize(dtype)
 
     def extra_repr(self) -> str:
-        """What ``print(model)`` shows."""
+        """Return the details shown by ``print(model)``."""
         return f"{self.in_features}, {self.out_features}, {self.config.name}"
 
 
@@ -113,13 +113,13 @@ class PackedStack(nn.ModuleList):
 
     The experts' module reads its parameter as a tensor (experts, …), so the stack is decoded into
     that attribute just before the module runs and the attribute is deleted right after. Within
-    :func:`decoded_weights` it is decoded once.
+    :func:`decoded_weights`, it is decoded only once.
     """
 
     def __init__(self, experts: Iterable[PackedLinear], transposed: bool) -> None:
         super().__init__(experts)
         self.transposed = transposed
-        #: The decoded parameter, while it is held.
+        #: The decoded parameter while it is held.
         self._held: Tensor | None = None
 
     def hold(self) -> None:
@@ -131,7 +131,7 @@ class PackedStack(nn.ModuleList):
         self._held = None
 
     def decode(self) -> Tensor:
-        """The parameter as the experts' module expects it."""
+        """Return the parameter as the experts' module expects it."""
         if self._held is not None:
             return self._held
         weights = [expert.weight for expert in self]
@@ -156,8 +156,8 @@ def drop_stacks(module: nn.Module, *_: object) -> None:
 def decoded_weights(module: nn.Module) -> Iterator[None]:
     """Hold the decoded weights of all packed modules in ``module`` within a ``with`` block.
 
-    They are decoded once, however often the module runs, and take its size in the dtype that it
-    computes in.
+    They are decoded once, however often the module runs, and take as much memory as the unquantized
+    weights in the compute dtype.
     """
     stacks = [child for child in module.modules() if isinstance(child, PackedStack)]
     in_stacks = {id(expert) for stack in stacks for expert in stack}

@@ -1,1 +1,1 @@
-"""Tasks of EleutherAI's lm-eval, an extra that ``make lm-eval`` installs."""
+"""Tasks of EleutherAI's lm-eval, an optional dependency installed by ``make lm-eval``."""

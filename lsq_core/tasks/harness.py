@@ -1,4 +1,4 @@
-"""Measuring a model in memory on lm-eval's tasks."""
+"""Evaluation of a model in memory on lm-eval's tasks."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from lsq_core.tasks.request import NAMED_TASKS, TaskRequest, TaskResult, check_i
 if TYPE_CHECKING:
     from torch import nn
 
-#: Loaders of local files, by the names that ``datasets`` has for them.
+#: Names of the ``datasets`` loaders for local files.
 _LOCAL_LOADERS = ("csv", "json", "parquet", "text")
-#: Requests of a batch by kind of device.
+#: Batch size by device type.
 _BATCH = {"cpu": 4, "cuda": 16}
 _STDERR = "_stderr"
-#: Draws for standard errors of metrics that are no mean over documents.
+#: Bootstrap draws for standard errors of metrics that are not means over documents.
 _BOOTSTRAP_DRAWS = 1000
 
 
 def run_tasks(
     model: nn.Module, tokenizer: object, context: int, request: TaskRequest
 ) -> list[TaskResult]:
-    """Measure a causal model on tasks, a result for each task and metric.
+    """Evaluate a causal model on tasks and return a result for each task and metric.
 
-    Packed weights are decoded once and held, which takes full precision's memory. ``context`` is
-    the model's, in tokens.
+    Packed weights are decoded once and held, which takes as much memory as full precision.
+    ``context`` is the model's context length in tokens.
 
     Raises
     ------
     InputError
-        When lm-eval is not installed, or a task is not known or not of its form.
+        If lm-eval is not installed, a task is unknown, or a local data file does not exist.
     LsqError
-        When a task's data cannot be read or fetched.
+        If a task's data cannot be read or downloaded.
     """
     check_installed()
     from lm_eval import simple_evaluate
@@ -73,7 +73,7 @@ def run_tasks(
 
 
 def _task_manager(request: TaskRequest) -> Any:
-    """lm-eval's tasks and the folder's; only those where the folder has all that were named."""
+    """Return lm-eval's tasks and the folder's, or only the latter if they include all requested."""
     from lm_eval.tasks import TaskManager
 
     if request.folder is not None:
@@ -86,9 +86,10 @@ def _task_manager(request: TaskRequest) -> Any:
 def _task_spec(
     manager: Any, name: str, request: TaskRequest
 ) -> tuple[str | dict[str, Any], str | None]:
-    """What lm-eval loads for a task, and the SHA-256 of its local data files, if it has any.
+    """Return what lm-eval should load for a task, and the SHA-256 of its local data files, if any.
 
-    lm-eval takes relative data files from the working folder, here they are beside the task.
+    lm-eval resolves relative data files against the working folder; here, they are next to the
+    task.
     """
     entry = manager.task_index.get(name)
     if entry is None:
@@ -112,12 +113,12 @@ def _task_spec(
 
 
 def _absolute(files: object, folder: Path) -> object:
-    """Data files of a task by their absolute paths.
+    """Return a task's data files with absolute paths.
 
     Raises
     ------
     InputError
-        When one does not exist.
+        If one does not exist.
     """
     if isinstance(files, Mapping):
         return {split: _absolute(own, folder) for split, own in files.items()}
@@ -130,7 +131,7 @@ def _absolute(files: object, folder: Path) -> object:
 
 
 def _digest(files: object) -> str:
-    """The SHA-256 of data files together, in their order."""
+    """Return the combined SHA-256 of data files, in their order."""
     if isinstance(files, str):
         return cached_sha256(Path(files))
     parts = files.values() if isinstance(files, Mapping) else files
@@ -140,7 +141,7 @@ def _digest(files: object) -> str:
 def _results(
     found: Mapping[str, Any], name: str, request: TaskRequest, local: str | None
 ) -> Iterator[TaskResult]:
-    """The metrics of one task in what ``simple_evaluate`` returned."""
+    """Yield the metrics of one task from the results of ``simple_evaluate``."""
     config, values = found["configs"][name], found["results"][name]
     for key, value in values.items():
         metric, _, filtered = key.partition(",")
@@ -164,7 +165,7 @@ def _results(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep lm-eval's warnings about arguments that do not apply to themselves."""
+    """Silence lm-eval's warnings, such as those about arguments that do not apply."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -176,7 +177,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _translate_data_errors(request: TaskRequest) -> Iterator[None]:
-    """Turn what ``datasets`` raises for data that is not there into a sentence."""
+    """Raise :class:`LsqError` with an explanation if a task's data is not available."""
     from datasets.exceptions import DatasetsError
 
     try:

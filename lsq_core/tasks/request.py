@@ -1,4 +1,4 @@
-"""What tasks are asked for, and what came of them. Needs neither torch nor lm-eval."""
+"""Task requests and their results. Needs neither torch nor lm-eval."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from lsq_core.errors import InputError
 
-#: Tasks that papers on quantization report, by lm-eval's names; any other name works too.
+#: Tasks that quantization papers report, by lm-eval's names; other lm-eval tasks work too.
 NAMED_TASKS = (
     "arc_easy",
     "arc_challenge",
@@ -24,11 +24,12 @@ _REQUIREMENTS = Path(__file__).parent / "requirements.txt"
 
 @dataclass(frozen=True)
 class TaskRequest:
-    """Tasks to measure a model on.
+    """Tasks to evaluate a model on.
 
-    ``folder`` holds more tasks, as YAML files of lm-eval's form; data files that they name are
-    taken from beside them. ``fewshot`` is the number of solved examples before each question, None
-    for the task's own; ``limit`` the most documents of each task, None for all.
+    ``folder`` holds additional tasks as YAML files in lm-eval's format; relative data files are
+    resolved against their folder. ``fewshot`` is the number of solved examples before each
+    question, None for the task's own; ``limit`` is the maximum number of documents per task, None
+    for all.
     """
 
     names: tuple[str, ...]
@@ -51,10 +52,10 @@ class TaskRequest:
 class TaskResult:
     """One metric of one task.
 
-    ``metric`` is lm-eval's name with its filter, where that is not ``none``; ``stderr`` is the
-    standard error over documents, None where the task has none; ``fewshot`` and ``limit`` are as
-    they were, ``documents`` the number that were scored. ``dataset`` is where they are from: the
-    name on the Hub, or the local files' SHA-256.
+    ``metric`` is lm-eval's name, with its filter unless that is ``none``; ``stderr`` is the
+    standard error over documents, None if the task has none; ``fewshot`` and ``limit`` are the
+    settings used, ``documents`` is the number scored. ``dataset`` is their source: the name on the
+    Hub, or the local files' SHA-256.
     """
 
     task: str
@@ -70,13 +71,13 @@ class TaskResult:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict:
-        """What the command line prints of it."""
+        """Return the fields that the command line prints."""
         names = ("task", "version", "metric", "value", "stderr", "higher_is_better", "fewshot")
         return {name: getattr(self, name) for name in (*names, "limit", "documents", "dataset")}
 
 
 def check_installed() -> None:
-    """Raise :class:`InputError` where lm-eval is not installed."""
+    """Raise :class:`InputError` if lm-eval is not installed."""
     if find_spec("lm_eval") is None:
         raise InputError(
             "Tasks need lm-eval, which is not installed: make lm-eval, or "

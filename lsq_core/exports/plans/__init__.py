@@ -1,1 +1,1 @@
-"""One file for each tool that a plan can be written for."""
+"""One file for each tool that a plan can be exported to."""

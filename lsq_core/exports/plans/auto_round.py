@@ -1,8 +1,8 @@
 """AutoRound: a ``layer_config`` with an entry for each module.
 
-A name that is no module of the model becomes a pattern that is searched for, and one that matches
-nothing only warns; names are whole here. Rows or columns that 32 does not divide stay in 16 bits.
-8-bit codes are symmetric: asking for anything else is refused (0.16,
+AutoRound treats a name that is not a module of the model as a search pattern, and only warns about
+patterns that match nothing; names are complete here. Modules whose rows or columns are not
+divisible by 32 stay in 16 bits. 8-bit codes are symmetric: anything else is refused (0.16,
 ``compressors/layer_config_resolver.py``).
 """
 
@@ -22,7 +22,7 @@ from lsq_core.jsontext import json_text
 
 
 def formats(out_features: int, in_features: int) -> tuple[Format, ...]:
-    """2 to 6 and 8 bits; 16-bit scales, zero points of the codes' width."""
+    """Return 2 to 6 and 8 bits, with 16-bit scales and zero points as wide as the codes."""
     if out_features % 32 or in_features % 32:
         return (KEPT,)
     return grouped_formats(in_features, (2, 3, 4, 5, 6, 8), lambda width: 16 + width)
@@ -36,13 +36,13 @@ def _entry(form: Format) -> dict:
 
 
 def write(translation: Translation) -> str:
-    """The argument ``layer_config``."""
+    """Return the ``layer_config`` argument."""
     entries = {a.module.name: _entry(a.format) for a in translation.assignments}
     return json_text(entries, indent=1) + "\n"
 
 
 def usage(translation: Translation, file_name: str) -> str:
-    """Quantize with it."""
+    """Return code that quantizes a model with the plan."""
     return f"""\
 import json
 from auto_round import AutoRound
@@ -52,7 +52,7 @@ ar.quantize_and_save("quantized", format="auto_round")"""
 
 
 def notes(translation: Translation) -> tuple[str, ...]:
-    """The grid, and whether vLLM can serve the plan."""
+    """Return notes on the grid and on whether vLLM can serve the plan."""
     eight = any(a.format.bits == 8 for a in translation.assignments)
     grid = ("Its 8-bit modules have no zero points.",) if eight else ()
     return (*grid, *serving_note(translation))

@@ -1,7 +1,7 @@
-"""compressed-tensors, which llm-compressor writes and vLLM serves: a ``quantization_config``.
+"""compressed-tensors, written by llm-compressor and served by vLLM: a ``quantization_config``.
 
-Targets are whole names here, which go before patterns and class names; a name in two groups would
-take the last (0.20, ``quantization/lifecycle/apply.py``).
+Targets are full names here, which take precedence over patterns and class names; a name in two
+groups would use the last one (0.20, ``quantization/lifecycle/apply.py``).
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from lsq_core.jsontext import json_text
 
 
 def formats(out_features: int, in_features: int) -> tuple[Format, ...]:
-    """Codes of 2 to 8 bits without padding, 16-bit scales, zero points of the codes' width."""
+    """Return 2 to 6 and 8 bits, unpadded; 16-bit scales, zero points as wide as the codes."""
     return grouped_formats(in_features, (2, 3, 4, 5, 6, 8), lambda width: 16 + width)
 
 
 def write(translation: Translation) -> str:
-    """A group for each format, with the names of its modules."""
+    """Return the config, which has a group for each format with the names of its modules."""
     targets: dict[Format, list[str]] = {}
     for assignment in translation.assignments:
         if not assignment.format.is_kept:
@@ -51,7 +51,7 @@ def write(translation: Translation) -> str:
 
 
 def usage(translation: Translation, file_name: str) -> str:
-    """Quantize with llm-compressor."""
+    """Return code that quantizes a model with llm-compressor."""
     return f"""\
 import json
 from llmcompressor import oneshot
@@ -63,7 +63,7 @@ oneshot(model={translation.model_path!r}, dataset="wikitext",
 
 
 def notes(translation: Translation) -> tuple[str, ...]:
-    """The grid, and whether vLLM can serve the plan."""
+    """Return notes on the grid and on whether vLLM can serve the plan."""
     return ("Its zero points are whole numbers.", *serving_note(translation))
 
 

@@ -1,7 +1,7 @@
 """exllamav3: a recipe for ``convert.py --recipe``, with the bits of every module.
 
-Its trellis codes have bits and no groups. A recipe has every tensor of the decoder by its own key,
-which is the checkpoint's; missing or unknown keys are refused (``doc/optimize.md``,
+Its trellis codes have a bit width but no groups. A recipe lists every tensor of the decoder by its
+key, which is the checkpoint's; missing or unknown keys are refused (``doc/optimize.md``,
 ``conversion/allocation.py``).
 """
 
@@ -27,20 +27,20 @@ _KEY = re.compile(
     r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|"
     r"mlp\.((experts\.\d+|shared_experts?)\.)?(gate|up|down)_proj)"
 )
-#: Checkpoints in which the experts of ``mlp`` have other keys.
+#: Model types in which the experts of ``mlp`` have other keys.
 _RENAMED = ("mixtral", "phimoe")
 _RENAMED_PARTS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
-#: Bits of the head, the most that exllamav3 gives one.
+#: Bits of the head: the maximum in exllamav3.
 _HEAD_BITS = 8
 
 
 def modules(info: ModelInfo, matrices: Sequence[Matrix]) -> list[Module]:
-    """The keys of the planned modules.
+    """Return the planned modules, named by their keys.
 
     Raises
     ------
     InputError
-        When a module has another key there, as fused ones have.
+        If exllamav3's key for a module is not known, as for fused ones.
     """
     renamed = info.config.get("model_type") in _RENAMED
     found = []
@@ -56,13 +56,13 @@ def modules(info: ModelInfo, matrices: Sequence[Matrix]) -> list[Module]:
 
 
 def formats(out_features: int, in_features: int) -> tuple[Format, ...]:
-    """1 to 8 bits, with a 16-bit sign and scale for each input and output."""
+    """Return 1 to 8 bits, with a 16-bit sign and scale for each input and output."""
     vectors = 16 / in_features + 16 / out_features
     return (*(Format(f"{b}-bit", b, None, b + vectors) for b in range(1, 9)), KEPT)
 
 
 def write(translation: Translation) -> str:
-    """A recipe in YAML."""
+    """Return a recipe in YAML."""
     weights = sum(a.module.numel for a in translation.assignments if not a.format.is_kept)
     bits = sum(
         a.module.numel * a.format.bits for a in translation.assignments if not a.format.is_kept
@@ -74,13 +74,13 @@ def write(translation: Translation) -> str:
 
 
 def usage(translation: Translation, file_name: str) -> str:
-    """Convert a checkpoint with it."""
+    """Return a command that converts a checkpoint with the plan."""
     model, recipe = shlex.quote(translation.model_path), shlex.quote(file_name)
     return f"python convert.py -i {model} -w work -o quantized --recipe {recipe}"
 
 
 def notes(translation: Translation) -> tuple[str, ...]:
-    """What happens to the head."""
+    """Return a note on the head."""
     return (f"exllamav3 also quantizes the head, to {_HEAD_BITS} bits in this recipe.",)
 
 

@@ -1,7 +1,7 @@
 """GPTQModel: a ``QuantizeConfig`` whose ``dynamic`` has a pattern for each module.
 
-Patterns are PCRE, anchored at their start alone, and the first match holds; those of the form
-``^literal$`` are looked up as names, and ``-:`` leaves a module out (7.6.0,
+Patterns are PCRE, anchored only at the start, and the first match wins; those of the form
+``^literal$`` are looked up as names, and ``-:`` excludes a module (7.6.0,
 ``quantization/config.py``).
 """
 
@@ -22,9 +22,9 @@ from lsq_core.jsontext import json_text
 
 
 def formats(out_features: int, in_features: int) -> tuple[Format, ...]:
-    """2, 3, 4 and 8 bits; fp16 scales, zero points of the codes' width, an index of each input.
+    """Return 2, 3, 4 and 8 bits, with fp16 scales and zero points as wide as the codes.
 
-    5 to 7 bits would make another kind of checkpoint.
+    Each input also has a 32-bit group index. 5 to 7 bits would need another kind of checkpoint.
     """
     if out_features % 32 or in_features % 32:  # codes are packed 32 at a time
         return (KEPT,)
@@ -36,7 +36,7 @@ def formats(out_features: int, in_features: int) -> tuple[Format, ...]:
 
 
 def write(translation: Translation) -> str:
-    """The fields of ``QuantizeConfig``; the most frequent format is that of the config itself."""
+    """Return the fields of ``QuantizeConfig``; the most frequent format is the config's own."""
     base_bits, base_group = most_frequent(translation)
     dynamic = {}
     for assignment in translation.assignments:
@@ -56,7 +56,7 @@ def write(translation: Translation) -> str:
 
 
 def usage(translation: Translation, file_name: str) -> str:
-    """Quantize with it."""
+    """Return code that quantizes a model with the plan."""
     return f"""\
 import json
 from gptqmodel import GPTQModel, QuantizeConfig
@@ -67,7 +67,7 @@ model.save("quantized")"""
 
 
 def notes(translation: Translation) -> tuple[str, ...]:
-    """GPTQ's grid, and how vLLM reads the patterns."""
+    """Return notes on GPTQ's grid and on how vLLM uses the patterns."""
     grid = "GPTQ rounds on a grid with whole zero points."
     if len({a.format.settings for a in translation.assignments}) == 1:
         return (grid,)

@@ -1,9 +1,9 @@
-"""llama.cpp: a file for ``llama-quantize --tensor-type-file``, a pattern and a type a line.
+"""llama.cpp: a file for ``llama-quantize --tensor-type-file``, with a pattern and type per line.
 
 Patterns are lower-cased ECMAScript regular expressions that are searched for in a tensor's name;
-the first match holds, and only where the file's own type is a quantized one. Where 256 does not
-divide the columns a K-quant is replaced by a larger type without a question, so none is named
-there (``src/llama-quant.cpp``, ``tools/quantize/quantize.cpp``).
+the first match wins, and only if the file's own type is quantized. If 256 does not divide the
+number of columns, llama.cpp silently replaces a K-quant with a larger type, so none is used there
+(``src/llama-quant.cpp``, ``tools/quantize/quantize.cpp``).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lsq_core.exports.names import gguf_matrix_names
 from lsq_core.model.info import Matrix, ModelInfo
 
 _F16 = Format("f16", KEPT_BITS, None, float(KEPT_BITS))
-#: Bits, group size and bits per weight, scales included; K-quants keep 256 weights together.
+#: Bits, group size and bits per weight, including scales; K-quants have blocks of 256 weights.
 _K_QUANTS = (
     Format("q2_k", 2, 16, 2.625),
     Format("q3_k", 3, 16, 3.4375),
@@ -35,7 +35,7 @@ _LEGACY = (
 
 
 def modules(info: ModelInfo, matrices: Sequence[Matrix]) -> list[Module]:
-    """The GGUF tensors of the planned matrices."""
+    """Return the GGUF tensors of the planned matrices."""
     tensors = gguf_matrix_names(info.config, info.layers, matrices)
     parts: dict[Matrix, int] = {}
     for held in tensors.values():
@@ -45,19 +45,19 @@ def modules(info: ModelInfo, matrices: Sequence[Matrix]) -> list[Module]:
 
 
 def formats(out_features: int, in_features: int) -> tuple[Format, ...]:
-    """The types with uniform grids whose blocks fill a row."""
+    """Return the types with uniform grids whose block size divides a row."""
     found = () if in_features % 256 else _K_QUANTS
     return (*found, *(() if in_features % 32 else _LEGACY), _F16)
 
 
 def write(translation: Translation) -> str:
-    """A line a tensor; the file has no comments."""
+    """Return one line per tensor, without comments."""
     lines = [f"^{re.escape(a.module.name)}$={a.format.name}" for a in translation.assignments]
     return "".join(f"{line}\n" for line in lines)
 
 
 def usage(translation: Translation, file_name: str) -> str:
-    """Convert the checkpoint, then quantize it; embeddings and head stay in 16 bits."""
+    """Return commands to convert and quantize a checkpoint; embeddings and head stay 16-bit."""
     model, types = shlex.quote(translation.model_path), shlex.quote(file_name)
     return f"""\
 python convert_hf_to_gguf.py {model} --outtype f16 --outfile model-f16.gguf
@@ -66,7 +66,7 @@ llama-quantize --tensor-type-file {types} --token-embedding-type f16 \\
 
 
 def notes(translation: Translation) -> tuple[str, ...]:
-    """The base type, where anything gets it."""
+    """Return a note on the base type if any matrix gets it."""
     if not translation.info.left_out:
         return ()
     return (

@@ -1,7 +1,7 @@
-"""MLX: the ``quantization`` of a ``config.json``, with an entry for each module by its full name.
+"""MLX: the ``quantization`` of a ``config.json``, with an entry for each module by full name.
 
 Its affine grid, ``q·scale + bias`` in groups along a row, is HQQ's with ``bias = −zero·scale``. The
-experts of a block are one module for each of gate, up and down (mlx-lm 0.32,
+experts of a block form one module for each of gate, up and down (mlx-lm 0.32,
 ``models/switch_layers.py``).
 """
 
@@ -22,7 +22,7 @@ from lsq_core.exports.names import split_expert
 from lsq_core.jsontext import json_text
 from lsq_core.model.info import Matrix, ModelInfo
 
-#: Where mlx-lm keeps the experts of a block, by model type.
+#: mlx-lm's module for the experts of a block, by model type.
 EXPERT_PATHS = {
     "deepseek_v2": "mlp.switch_mlp",
     "deepseek_v3": "mlp.switch_mlp",
@@ -41,12 +41,12 @@ EXPERT_PATHS = {
 
 
 def module_names(info: ModelInfo, matrix: Matrix) -> list[str]:
-    """What mlx-lm calls the modules that hold a matrix.
+    """Return mlx-lm's names for the modules that hold a matrix.
 
     Raises
     ------
     InputError
-        When it keeps the model's modules or experts under names that aren't known here.
+        If its names for the model's modules or experts are not known.
     """
     prefix = f"model.layers.{matrix.layer}."
     if not matrix.name.startswith(prefix):
@@ -61,7 +61,7 @@ def module_names(info: ModelInfo, matrix: Matrix) -> list[str]:
 
 
 def modules(info: ModelInfo, matrices: Sequence[Matrix]) -> list[Module]:
-    """The modules of mlx-lm's model, all experts of a projection in one."""
+    """Return the modules of mlx-lm's model, with all experts of a projection in one."""
     held: dict[str, list[Matrix]] = {}
     parts: dict[str, int] = {}
     for matrix in matrices:
@@ -73,12 +73,12 @@ def modules(info: ModelInfo, matrices: Sequence[Matrix]) -> list[Module]:
 
 
 def formats(out_features: int, in_features: int) -> tuple[Format, ...]:
-    """2 to 6 and 8 bits; a 16-bit scale and bias for each group."""
+    """Return 2 to 6 and 8 bits, with a 16-bit scale and bias for each group."""
     return grouped_formats(in_features, (2, 3, 4, 5, 6, 8), lambda width: 32)
 
 
 def write(translation: Translation) -> str:
-    """The entry ``quantization``; modules without one of their own are not quantized."""
+    """Return the ``quantization`` entry; modules without their own entry are not quantized."""
     bits, group = most_frequent(translation)
     own = {
         a.module.name: {"group_size": a.format.group_size, "bits": a.format.bits}
@@ -90,7 +90,7 @@ def write(translation: Translation) -> str:
 
 
 def usage(translation: Translation, file_name: str) -> str:
-    """Convert a checkpoint with it."""
+    """Return code that converts a checkpoint with the plan."""
     return f"""\
 import json
 from mlx_lm import convert

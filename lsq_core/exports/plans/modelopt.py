@@ -1,7 +1,7 @@
-"""ModelOpt: a ``quant_cfg``, of which a later entry overrides an earlier one.
+"""ModelOpt: a ``quant_cfg``, in which later entries override earlier ones.
 
-``quantizer_name`` is matched by ``fnmatch`` with a quantizer's full name. A stack of experts has a
-quantizer for each expert, ``…gate_up_proj_weight_quantizers.3`` (0.47,
+``quantizer_name`` is matched against a quantizer's full name by ``fnmatch``. A stack of experts has
+a quantizer for each expert, ``…gate_up_proj_weight_quantizers.3`` (0.47,
 ``torch/quantization/plugins/huggingface.py``).
 """
 
@@ -16,17 +16,17 @@ from lsq_core.exports.base import Format, Module, PlanTarget, Translation, group
 from lsq_core.exports.names import split_expert
 from lsq_core.model.info import Matrix, ModelInfo
 
-#: Model types whose experts share one quantizer, or are kept in another layout.
+#: Model types whose experts share one quantizer or have a different layout.
 _SHARED_QUANTIZERS = ("dbrx", "gpt_oss", "llama4", "llama4_text")
 
 
 def modules(info: ModelInfo, matrices: Sequence[Matrix]) -> list[Module]:
-    """The weight quantizers of the planned matrices.
+    """Return the weight quantizers of the planned matrices.
 
     Raises
     ------
     InputError
-        When the model's experts have no quantizers of their own.
+        If the model's experts do not have separate quantizers.
     """
     return [Module(_quantizer(info, matrix), (matrix,)) for matrix in matrices]
 
@@ -46,12 +46,12 @@ def _quantizer(info: ModelInfo, matrix: Matrix) -> str:
 
 
 def formats(out_features: int, in_features: int) -> tuple[Format, ...]:
-    """Symmetric integers with a 16-bit scale a group."""
+    """Return 2, 3, 4 and 8 bits: symmetric integers with a 16-bit scale per group."""
     return grouped_formats(in_features, (2, 3, 4, 8), lambda width: 16)
 
 
 def write(translation: Translation) -> str:
-    """Python that defines ``QUANT_CFG``, since group sizes are under the key -1."""
+    """Return Python code that defines ``QUANT_CFG``; group sizes need the integer key -1."""
     entries: list[dict] = [{"quantizer_name": "*", "enable": False}]
     for assignment in translation.assignments:
         form = assignment.format
@@ -63,7 +63,7 @@ def write(translation: Translation) -> str:
 
 
 def usage(translation: Translation, file_name: str) -> str:
-    """Quantize a model in memory with it."""
+    """Return code that quantizes a model in memory with the plan."""
     return f"""\
 import runpy
 import modelopt.torch.quantization as mtq
@@ -73,7 +73,7 @@ model = mtq.quantize(model, config, forward_loop=None)"""
 
 
 def notes(translation: Translation) -> tuple[str, ...]:
-    """What ModelOpt makes of integers."""
+    """Return a note on ModelOpt's integers."""
     return (
         "ModelOpt's integers are symmetric, and simulated in the model's own dtype: the size is "
         "that of codes and scales once they are packed.",

@@ -1,7 +1,7 @@
 """torchao: an ``FqnToConfig`` with a config for each module by its full name.
 
-A name holds for the module of just this name, and goes before patterns. Integers below 8 bits are
-kept a byte each (0.18, ``quantization/quant_api.py``).
+A name applies only to the module with exactly that name and takes precedence over patterns.
+Integers below 8 bits take one byte each (0.18, ``quantization/quant_api.py``).
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from lsq_core.exports.base import (
     refuse_conv1d,
 )
 
-#: Bits that a weight takes, and those of a group: a 16-bit scale and an 8-bit zero point.
+#: Bits stored per weight, and per group: a 16-bit scale and an 8-bit zero point.
 _BITS_STORED, _GROUP_BITS = 8, 24
 
 
 def formats(out_features: int, in_features: int) -> tuple[Format, ...]:
-    """1 to 8 bits, all stored in bytes."""
+    """Return 1 to 6 and 8 bits, all stored in bytes."""
     grouped = grouped_formats(in_features, (1, 2, 3, 4, 5, 6, 8), lambda width: _GROUP_BITS)
     return tuple(
         f
@@ -38,7 +38,7 @@ def formats(out_features: int, in_features: int) -> tuple[Format, ...]:
 
 
 def write(translation: Translation) -> str:
-    """Python that defines ``CONFIG``."""
+    """Return Python code that defines ``CONFIG``."""
     used = {a.format for a in translation.assignments if not a.format.is_kept}
     lines = [
         "import torch",
@@ -59,7 +59,7 @@ def write(translation: Translation) -> str:
 
 
 def usage(translation: Translation, file_name: str) -> str:
-    """Quantize a model in memory with it; experts are taken apart before."""
+    """Return code that quantizes a model in memory with the plan, after separating its experts."""
     experts = any(m.expert is not None for a in translation.assignments for m in a.module.matrices)
     defuse = "import defuser\ndefuser.convert_model(model)  # experts as linear modules\n"
     return f"""\
@@ -70,7 +70,7 @@ quantize_(model, config, filter_fn=None)"""
 
 
 def notes(translation: Translation) -> tuple[str, ...]:
-    """That it saves nothing below 8 bits."""
+    """Return a note that fewer than 8 bits save nothing."""
     return (
         "torchao keeps every code in a byte unless another packing is chosen, so fewer than 8 bits "
         "save nothing.",

@@ -1,4 +1,4 @@
-"""What the exporters of all formats have in common."""
+"""Classes and functions shared by the exporters of all formats."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class ExportMatrix:
 class StoredType:
     """How a format stores a matrix, and in how many bytes.
 
-    ``exact`` says that it holds the plan's own codes, with scale and offset rounded to the dtype
-    in which the format keeps them; any other type is made from the weights in full precision.
+    ``exact`` means that it holds the plan's own codes, with scale and offset rounded to the
+    format's dtype; any other type is derived from the full-precision weights.
     """
 
     name: str
@@ -57,7 +57,7 @@ class OriginalFiles:
     """The files of a model in full precision.
 
     ``config`` is its ``config.json``; ``dtype`` that of most of its weights, by its name in a
-    safetensors header; ``gguf_file`` the GGUF file that it was dequantized from, if it was.
+    safetensors header; ``gguf_file`` the GGUF file that it was dequantized from, if any.
     """
 
     config: Mapping[str, Any]
@@ -70,8 +70,8 @@ class OriginalFiles:
 class Export:
     """A quantized model to be written in another format.
 
-    ``original`` is the model in full precision, which is needed where not all types are exact, and
-    ``files`` are its files. ``provenance`` is written into the export.
+    ``original`` is the model in full precision, needed unless all types are exact, and ``files``
+    are its files. ``provenance`` is written to the export.
     """
 
     quantized: nn.Module
@@ -83,11 +83,11 @@ class Export:
     report: ProgressCallback = ignore_progress
 
     def packed(self, name: str) -> PackedMatrix:
-        """The stored matrix of a module."""
+        """Return the stored matrix of a module."""
         return self.quantized.get_submodule(name).packed
 
     def weight(self, name: str) -> Tensor:
-        """The weight (out, in) of a module in full precision, float32 on the CPU."""
+        """Return the weight (out, in) of a module in full precision, float32 on the CPU."""
         return self.original.get_submodule(name).weight.detach().cpu().float()
 
 
@@ -95,51 +95,51 @@ class Export:
 class WeightExporter:
     """An exporter: one file, and one entry in ``FORMATS``.
 
-    ``crossing`` is a way of ``CROSSING``; ``dtype`` that of :class:`OriginalFiles`, in which
-    weights that are not quantized are written.
+    ``crossing`` is a key of ``CROSSING``; ``dtype`` that of :class:`OriginalFiles`, in which
+    unquantized weights are written.
     """
 
     crossing: str
     dtype: str
 
     title: ClassVar[str]
-    #: The bits of codes that the format has.
+    #: Code widths in bits that the format supports.
     bits: ClassVar[tuple[int, ...]] = (2, 3, 4, 5, 6, 8)
 
     def check_model(self, files: OriginalFiles) -> None:
-        """Raise :class:`InputError` for a model that the format cannot hold."""
+        """Raise :class:`InputError` if the format cannot store the model."""
         raise NotImplementedError
 
     def stored_type(self, matrix: ExportMatrix) -> StoredType:
-        """How a matrix of a plan is stored.
+        """Return how a planned matrix is stored.
 
         Raises
         ------
         InputError
-            When it cannot be.
+            If the format cannot store it.
         """
         raise NotImplementedError
 
     def write(self, export: Export, folder: Path) -> dict[str, int]:
-        """Write all files into an empty folder; returns the bytes of each matrix."""
+        """Write all files to an empty folder and return the bytes of each matrix."""
         raise NotImplementedError
 
     def load(self, folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
-        """The model that the format's programs decode from a written folder, in ``dtype``."""
+        """Load a written folder as a model in ``dtype``, decoded as by the format's programs."""
         raise NotImplementedError
 
     def full_precision(self, matrix: ExportMatrix) -> StoredType:
-        """A matrix that is left as it is in the checkpoint."""
+        """Return the type of a matrix that is not quantized."""
         return StoredType(self.dtype, matrix.numel * item_bytes(self.dtype), exact=False)
 
     def group_size(self, matrix: ExportMatrix, smallest: int = 1) -> int | None:
-        """The group size within rows by which a matrix is written; None for full precision.
+        """Return the group size, within rows, to write a matrix with; None for full precision.
 
         Raises
         ------
         InputError
-            When the matrix's groups cross rows and that is refused, or no group of at least
-            ``smallest`` weights fills its rows.
+            If the matrix's groups cross rows and this is refused, or they are to be split and no
+            group size of at least ``smallest`` divides its rows.
         """
         own, width = matrix.config.group_size, matrix.in_features
         if width % own == 0:
@@ -159,7 +159,7 @@ class WeightExporter:
 
 
 def export_matrices(quantized: nn.Module) -> list[ExportMatrix]:
-    """The packed matrices of a quantized model."""
+    """Return the packed matrices of a quantized model."""
     from lsq_core.quantized.modules import PackedStack, packed_modules
 
     found = []
@@ -171,7 +171,7 @@ def export_matrices(quantized: nn.Module) -> list[ExportMatrix]:
 
 
 def check_modules(export: Export) -> None:
-    """Raise :class:`InputError` for a module that keeps its weight transposed, as in GPT-2."""
+    """Raise :class:`InputError` if a module stores its weight transposed, as in GPT-2."""
     for name in export.types:
         if export.quantized.get_submodule(name).transposed:
             raise InputError(
@@ -183,12 +183,12 @@ def check_modules(export: Export) -> None:
 def choose_types(
     exporter: WeightExporter, matrices: Iterable[ExportMatrix], quantizer: str, axis: int
 ) -> dict[str, StoredType]:
-    """How each matrix of a plan is stored in a format, by name.
+    """Return how each matrix of a plan is stored in a format, by name.
 
     Raises
     ------
     InputError
-        When the format cannot express the plan.
+        If the format cannot express the plan.
     """
     spec, title = quantizer_spec(quantizer), exporter.title
     if not spec.supports_metadata or spec.calibrated:
@@ -228,7 +228,7 @@ def _check_matrix(exporter: WeightExporter, matrix: ExportMatrix) -> None:
 
 
 def check_bytes(types: Mapping[str, StoredType], written: Mapping[str, int]) -> None:
-    """Raise :class:`LsqError` unless each matrix takes the bytes that were foretold."""
+    """Raise :class:`LsqError` unless each matrix takes the predicted number of bytes."""
     for name, stored in types.items():
         if written.get(name) != stored.bytes:
             raise LsqError(

@@ -1,12 +1,12 @@
 """Folders in compressed-tensors' format ``pack-quantized``.
 
-It holds a weight as ``(code − zero) · scale`` too, but its zero points are whole numbers, so the
-weights in full precision are rounded again. Codes and zero points are streams of bits, the lowest
-first, in words of 32 bits. Source: ``compressed_tensors`` 0.20.
+It also represents a weight as ``(code − zero) · scale``, but its zero points are integers, so the
+full-precision weights are rounded again. Codes and zero points are bit streams, lowest bits first,
+in 32-bit words. Source: ``compressed_tensors`` 0.20.
 
-A symmetric grid has its zero in the middle of the codes, and its scale is searched for. An
-asymmetric one has HQQ's scale, and the whole zero point below or above HQQ's. transformers 5.23
-refuses to load packed zero points, those of compressed-tensors' own checkpoints too; vLLM reads
+A symmetric grid has its zero point in the middle of the codes, and its scale is found by search. An
+asymmetric one has HQQ's scale and the integer zero point below or above HQQ's. transformers 5.23
+refuses to load packed zero points, even those of compressed-tensors' own checkpoints; vLLM reads
 them.
 """
 
@@ -31,16 +31,16 @@ if TYPE_CHECKING:
 
 _FORMAT = "pack-quantized"
 _WORD = 32
-#: A matrix's rows and columns, int64.
+#: Bytes of a matrix's shape: rows and columns, int64.
 _SHAPE_BYTES = 16
-#: How many scales are tried for a group on a symmetric grid, and the least of them as a share of
-#: the one whose lowest code is the group's largest magnitude.
+#: Number of scales tried for a group on a symmetric grid, and the smallest as a fraction of the
+#: scale at which the lowest code is the group's largest magnitude.
 _SCALES, _LEAST_SCALE = 24, 0.3
 
 
 @dataclass(frozen=True)
 class CompressedTensors(PackedFolder):
-    """Rounded again on symmetric grids, which transformers loads."""
+    """Rounds weights again on symmetric grids, which transformers can load."""
 
     title: ClassVar[str] = "compressed-tensors"
     parts: ClassVar[tuple[str, ...]] = ("weight_packed", "weight_scale", "weight_shape")
@@ -84,7 +84,7 @@ class CompressedTensors(PackedFolder):
     def _round_to_whole_zeros(
         self, export: Export, name: str, stored: StoredType, groups: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes, scale and whole zero points of a matrix, by the grid it was quantized on."""
+        """Return a matrix's codes, scale and integer zero points, based on its original grid."""
         packed = export.packed(name)
         repeats = packed.config.group_size // stored.group_size
         scale, zero = (
@@ -95,13 +95,13 @@ class CompressedTensors(PackedFolder):
         return codes, kept, whole
 
     def decode(self, tensors: Mapping[str, Tensor], bits: int, group_size: int) -> Tensor:
-        """See :class:`PackedFolder`; by compressed-tensors itself where it is installed."""
+        """See :class:`PackedFolder`; uses compressed-tensors itself if it is installed."""
         if find_spec("compressed_tensors") is not None:
             return self._decode_by_package(tensors, bits, group_size)
         return self.decode_here(tensors, bits, group_size)
 
     def decode_here(self, tensors: Mapping[str, Tensor], bits: int, group_size: int) -> Tensor:
-        """The same as :meth:`decode`, without the package."""
+        """Decode as :meth:`decode` does, without the package."""
         rows, width = tensors["weight_shape"].tolist()
         scale = tensors["weight_scale"].float()[..., None]
         codes = _unpack_rows(tensors["weight_packed"], bits, width).view(rows, -1, group_size)
@@ -154,7 +154,7 @@ class CompressedTensors(PackedFolder):
         return config | {"quantization_config": quantization}
 
     def _left_alone(self, export: Export) -> list[str]:
-        """Linear modules that are not quantized."""
+        """Return the linear modules that are not quantized."""
         linear = [n for n, m in export.quantized.named_modules() if type(m) is torch.nn.Linear]
         return linear + [name for name, stored in export.types.items() if not stored.bits]
 
@@ -170,7 +170,7 @@ class CompressedTensors(PackedFolder):
 
 @dataclass(frozen=True)
 class CompressedTensorsAsymmetric(CompressedTensors):
-    """Rounded again on grids with whole zero points, which are stored packed."""
+    """Rounds weights again on grids with integer zero points, which are stored packed."""
 
     title: ClassVar[str] = "compressed-tensors, asymmetric"
     parts: ClassVar[tuple[str, ...]] = (*CompressedTensors.parts, "weight_zero_point")
@@ -178,10 +178,10 @@ class CompressedTensorsAsymmetric(CompressedTensors):
 
 
 def round_symmetrically(groups: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Round float32 weights (groups, group_size) on grids whose zero is the code 2^(bits − 1).
+    """Round float32 weights (groups, group_size) on grids whose zero point is 2^(bits − 1).
 
-    Returns uint8 codes (groups, group_size) and scales (groups,), numbers of ``dtype`` in float32:
-    in each group those of the scales tried that leave the least squared error.
+    Returns uint8 codes (groups, group_size) and scales (groups,), float32 but exact in ``dtype``.
+    Each group gets the scale with the smallest squared error among those tried.
     """
     middle = 2 ** (bits - 1)
     largest = groups.abs().amax(1) / middle
@@ -202,11 +202,11 @@ def round_symmetrically(groups: Tensor, bits: int, dtype: torch.dtype) -> tuple[
 def round_to_whole_zeros(
     groups: Tensor, scale: Tensor, zero: Tensor, bits: int
 ) -> tuple[Tensor, Tensor]:
-    """Round float32 weights (groups, group_size) on grids with whole zero points.
+    """Round float32 weights (groups, group_size) on grids with integer zero points.
 
-    ``scale`` and ``zero`` are float32 (groups,). Returns uint8 codes (groups, group_size) and the
-    zero points (groups,): in each group the whole number just below ``zero`` or above it, within
-    the codes, whichever leaves the smaller squared error.
+    ``scale`` and ``zero`` are float32 (groups,). Returns uint8 codes (groups, group_size) and zero
+    points (groups,): for each group, ``zero`` rounded down or up and clamped to the range of codes,
+    whichever gives the smaller squared error.
     """
     top = 2**bits - 1
     steps = groups / torch.where(scale == 0, 1.0, scale)[:, None]
@@ -222,15 +222,15 @@ def round_to_whole_zeros(
 
 
 def _pack_rows(codes: Tensor, bits: int) -> Tensor:
-    """Each row of uint8 codes (rows, n) in words, int32 (rows, ceil(n · bits / 32))."""
-    fill = -codes.shape[1] % _WORD  # 32 codes are whole words at any width
+    """Pack each row of uint8 codes (rows, n) into words, int32 (rows, ceil(n · bits / 32))."""
+    fill = -codes.shape[1] % _WORD  # 32 codes fill whole words at any width
     padded = torch.nn.functional.pad(codes, (0, fill)).contiguous()
     words = pack_bits(padded.flatten(), bits).view(torch.int32).view(len(codes), -1)
     return words[:, : ceil(codes.shape[1] * bits / _WORD)].contiguous()
 
 
 def _unpack_rows(words: Tensor, bits: int, count: int) -> Tensor:
-    """The first ``count`` codes of each row that :func:`_pack_rows` packed, uint8 (rows, count)."""
+    """Unpack the first ``count`` codes of each row from :func:`_pack_rows`, uint8 (rows, count)."""
     padded = torch.nn.functional.pad(words, (0, -words.shape[1] % bits)).contiguous()
     codes = padded.numel() * _WORD // bits
     return unpack_bits(padded.view(torch.uint8).flatten(), bits, codes).view(len(words), -1)[

@@ -1,9 +1,9 @@
 """GGUF files for llama.cpp.
 
 A block of 32 weights in Q4_1 is ``d · code + m`` with ``d`` and ``m`` in fp16, which is HQQ's grid
-with ``d = scale`` and ``m = −zero · scale``, and Q5_1 the same with 5-bit codes: 4- and 5-bit codes
-in groups of 32 are written as they are, and so are those of larger groups where no K-quant can hold
-them. Other configurations get the type nearest in size, made from the weights in full precision.
+with ``d = scale`` and ``m = −zero · scale``; Q5_1 is the same with 5-bit codes. So 4- and 5-bit
+codes in groups of 32 are written unchanged, and so are those of larger groups where no K-quant
+fits. Other configurations get the type nearest in size, quantized from the full-precision weights.
 Sources: llama.cpp, ``ggml-common.h`` for the blocks, ``convert_hf_to_gguf.py`` for metadata and the
 order of the rows of q and k.
 """
@@ -47,25 +47,25 @@ if TYPE_CHECKING:
     from lsq_core.quantization.packed import PackedMatrix
 
 WEIGHTS_FILE = "model.gguf"
-#: The architectures whose metadata and order of rows are written here, of those that llama.cpp has.
+#: Supported model types of llama.cpp: those whose metadata and row order are implemented here.
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-#: Weights in a block of the simple types, and in one of the K-quants.
+#: Weights per block of the simple types and of the K-quants.
 _BLOCK, _SUPER_BLOCK = 32, 256
-#: Types that hold weights as they are.
+#: Types of unquantized weights.
 _FLOAT_TYPES = ("F16", "BF16", "F32")
 #: The package that writes K-quants, and the types it is used for, by bits.
 _K_QUANT_PACKAGE = "auto_round"
 _K_QUANTS = {1: "Q2_K", 2: "Q2_K", 3: "Q3_K", 4: "Q4_K", 5: "Q5_K", 6: "Q6_K"}
-#: Those that take their place where rows are not filled by 256 weights; as in llama.cpp, a larger
-#: one for 6 bits.
+#: Types by bits where no K-quant is used, such as for rows that 256 does not divide; as in
+#: llama.cpp, a larger one for 6 bits.
 _LEGACY = {1: "Q4_0", 2: "Q4_0", 3: "Q4_0", 4: "Q4_1", 5: "Q5_1", 6: "Q8_0", 8: "Q8_0"}
-#: Types of which a block is this project's own codes with scale and minimum.
+#: Types whose blocks can hold this project's own codes, with a scale and minimum.
 _EXACT = {4: "Q4_1", 5: "Q5_1"}
 
 
 @dataclass(frozen=True)
 class Gguf(WeightExporter):
-    """Exact for 4 and 5 bits in groups of 32 and where no K-quant fits; else requantized."""
+    """Exact for 4 and 5 bits in groups of 32 or where no K-quant fits; otherwise requantized."""
 
     title: ClassVar[str] = "GGUF"
     bits: ClassVar[tuple[int, ...]] = (1, 2, 3, 4, 5, 6, 8)
@@ -97,18 +97,18 @@ class Gguf(WeightExporter):
         return self.dtype if self.dtype in _FLOAT_TYPES else "F32"
 
     def _type_name(self, matrix: ExportMatrix) -> tuple[str, bool]:
-        """The type of a matrix, and whether it holds the plan's own codes."""
+        """Return the type of a matrix, and whether it holds the plan's own codes."""
         bits, group_size = matrix.config.bits, matrix.config.group_size
         if matrix.in_features % _BLOCK:
             return self._float_type, False
         fits = matrix.in_features % _SUPER_BLOCK == 0 and find_spec(_K_QUANT_PACKAGE)
         if fits and bits in _K_QUANTS and not (bits in _EXACT and group_size == _BLOCK):
             return _K_QUANTS[bits], False
-        # llama.cpp itself would take Q5_0 in the place of Q4_K: larger, and requantized.
+        # llama.cpp itself would use Q5_0 instead of Q4_K: larger, and requantized.
         return _LEGACY[bits], bits in _EXACT
 
     def write(self, export: Export, folder: Path) -> dict[str, int]:
-        """See :class:`WeightExporter`; matrices are made and written one at a time."""
+        """See :class:`WeightExporter`; matrices are encoded and written one at a time."""
         from gguf import GGMLQuantizationType, GGUFWriter
 
         config = export.files.config
@@ -133,11 +133,11 @@ class Gguf(WeightExporter):
         writer.close()
         export.tokenizer.save_pretrained(
             folder
-        )  # for the evaluation of the folder; in the file too
+        )  # for evaluating the folder; the file has it as well
         return written
 
     def _tensors(self, export: Export) -> Iterator[_Tensor]:
-        """Every tensor of the file; those of the plan's matrices are made when they are written."""
+        """Yield every tensor of the file; planned matrices are encoded when they are written."""
         from lsq_core.quantized.artifact import packed_names, stored_state
 
         config, packed = export.files.config, packed_names(export.quantized)
@@ -159,14 +159,14 @@ class Gguf(WeightExporter):
             yield _Tensor("rope_freqs.weight", factors.shape, "F32", lambda: factors)
 
     def load(self, folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
-        """See :class:`WeightExporter`; read by transformers, with names and order of its own."""
+        """See :class:`WeightExporter`; loaded by transformers, which restores names and order."""
         from gguf import GGUFReader
         from transformers import AutoModelForCausalLM
 
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=WEIGHTS_FILE, dtype=dtype)
         del model.config.quantization_config
         for tensor in GGUFReader(folder / WEIGHTS_FILE).tensors:
-            if tensor.name == "rope_freqs.weight":  # which transformers leaves unread
+            if tensor.name == "rope_freqs.weight":  # which transformers ignores
                 factors = torch.from_numpy(tensor.data.copy())
                 model.model.rotary_emb.inv_freq.div_(factors)
         return model.to(device).eval().requires_grad_(False)
@@ -174,25 +174,25 @@ class Gguf(WeightExporter):
 
 @dataclass(frozen=True, eq=False)
 class _Tensor:
-    """A tensor of the file: its shape (out, in), its type, and what gives its bytes by row."""
+    """A tensor of the file: its shape (out, in), its type, and a function for its bytes by row."""
 
     name: str
     shape: tuple[int, ...]
     type: str
     make: Callable[[], np.ndarray]
-    #: The module of a matrix of the plan.
+    #: The module of a planned matrix.
     module: str = ""
 
 
 def _float_tensor(name: str, values: Tensor) -> _Tensor:
-    """A tensor that is not quantized; vectors are float32, as llama.cpp's operations want them."""
+    """Return an unquantized tensor; vectors are float32, as llama.cpp's operations require."""
     kind = safetensors_name(values.dtype) if values.dim() > 1 else "F32"
     kind = kind if kind in _FLOAT_TYPES else "F32"
     return _Tensor(name, tuple(values.shape), kind, lambda: _requantize(values.float(), kind))
 
 
 def _tensor_bytes(numel: int, type_name: str) -> int:
-    """Bytes of so many weights in a GGUF type."""
+    """Return the bytes of ``numel`` weights in a GGUF type."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     block, size = GGML_QUANT_SIZES[GGMLQuantizationType[type_name]]
@@ -205,7 +205,7 @@ def _tensor_bytes(numel: int, type_name: str) -> int:
 def _matrix_rows(
     export: Export, module: str, stored: StoredType, order: np.ndarray | None
 ) -> np.ndarray:
-    """The bytes of a matrix, uint8 (rows, bytes of a row), its rows in llama.cpp's order."""
+    """Return the bytes of a matrix, uint8 (rows, bytes of a row), in llama.cpp's row order."""
     if stored.exact:
         rows = exact_rows(export.packed(module), module)
     else:
@@ -214,15 +214,15 @@ def _matrix_rows(
 
 
 def exact_rows(packed: PackedMatrix, name: str) -> np.ndarray:
-    """A matrix of 4 or 5 bits in Q4_1 or Q5_1 with its own codes, uint8 (rows, bytes of a row).
+    """Encode a 4- or 5-bit matrix in Q4_1 or Q5_1 with its own codes, uint8 (rows, bytes of a row).
 
-    A block is d and m in fp16; in Q5_1 the fifth bits of its 32 codes in order; then the other four
-    of its first 16 weights in the lower halves of 16 bytes and of the others in the upper halves.
+    A block is d and m in fp16; in Q5_1, the fifth bits of its 32 codes in order; then 16 bytes with
+    the other four bits of the first 16 codes in the lower halves and of the rest in the upper ones.
 
     Raises
     ------
     LsqError
-        When a scale or minimum is beyond the range of fp16.
+        If a scale or minimum is beyond the range of fp16.
     """
     bits, repeats = packed.config.bits, packed.config.group_size // _BLOCK
     codes = unpack_bits(packed.codes.cpu(), bits, prod(packed.shape)).numpy().reshape(-1, _BLOCK)
@@ -242,13 +242,13 @@ def exact_rows(packed: PackedMatrix, name: str) -> np.ndarray:
 
 
 def _requantize(weight: Tensor, type_name: str) -> np.ndarray:
-    """Full-precision weights (out, in) in a GGUF type, uint8 (out, bytes of a row)."""
+    """Convert full-precision weights (out, in) to a GGUF type, uint8 (out, bytes of a row)."""
     if type_name in _FLOAT_TYPES:
         return weight.to(torch_dtype(type_name)).contiguous().view(torch.uint8).numpy()
     if type_name in _K_QUANTS.values():
         from auto_round.export.export_to_gguf.packing import ggml_quant
 
-        # It changes what it is given.
+        # It modifies its input.
         rows = ggml_quant(weight.clone(), type_name.lower(), device="cpu")
         return np.asarray(rows).reshape(weight.shape[0], -1)
     from gguf import GGMLQuantizationType, quantize

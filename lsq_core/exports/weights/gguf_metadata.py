@@ -1,4 +1,4 @@
-"""What a GGUF file says of its model, and in which order llama.cpp wants rows.
+"""Metadata of GGUF files, and the row order that llama.cpp expects.
 
 Source: llama.cpp, ``convert_hf_to_gguf.py``.
 """
@@ -20,9 +20,9 @@ from lsq_core.exports.weights.base import Export
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-#: The key of a file's metadata that holds the plan and where it came from.
+#: Metadata key of the plan and its provenance.
 PROVENANCE_KEY = "lsq.provenance"
-#: llama.cpp's number for files that are mostly of a type.
+#: llama.cpp's file type number, by the type with the most bytes.
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q2_K": 10, "Q3_K": 12}
 _FILE_TYPES |= {"Q4_K": 15, "BF16": 32}
 
@@ -63,7 +63,7 @@ def write_metadata(writer: GGUFWriter, export: Export) -> None:
 
 
 def rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Rotary settings by transformers' names of today, ``rope_type`` always among them."""
+    """Return rotary settings by transformers' current names, always including ``rope_type``."""
     rope = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
     rope.setdefault("rope_type", rope.get("type", "default"))
     if "rope_theta" not in rope and config.get("rope_theta"):
@@ -72,7 +72,7 @@ def rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_rope(config: Mapping[str, Any]) -> None:
-    """Raise :class:`InputError` for rotary embeddings that are not written here."""
+    """Raise :class:`InputError` if the type of rotary embeddings is not supported."""
     kind = rope_settings(config)["rope_type"]
     if kind not in ("default", "linear", "llama3"):
         raise InputError(
@@ -82,7 +82,7 @@ def check_rope(config: Mapping[str, Any]) -> None:
 
 
 def rope_factors(config: Mapping[str, Any]) -> np.ndarray | None:
-    """What each rotary frequency is divided by in Llama 3, float32 (head_dim / 2,); else None."""
+    """Return the divisors of Llama 3's rotary frequencies, float32 (head_dim / 2,); else None."""
     rope = rope_settings(config)
     if rope["rope_type"] != "llama3":
         return None
@@ -96,10 +96,10 @@ def rope_factors(config: Mapping[str, Any]) -> np.ndarray | None:
 
 
 def row_order(config: Mapping[str, Any], name: str, rows: int) -> np.ndarray | None:
-    """The order of the rows of q and k, (rows,), where llama.cpp rotates neighbouring ones.
+    """Return the order of the rows of q or k, (rows,), if llama.cpp rotates neighbouring ones.
 
-    transformers rotates row i of a head together with row i + head_dim / 2. None where the order
-    stays.
+    transformers rotates row i of a head together with row i + head_dim / 2. None if the order does
+    not change.
     """
     match = re.search(r"\.(q|k)_proj(\.(weight|bias))?$", name)
     if match is None or gguf_architecture(config) != "llama":

@@ -1,8 +1,7 @@
 """Tokenizers in GGUF files: copied from a GGUF file, or written from ``tokenizer.json``.
 
-llama.cpp splits text by regular expressions of its own, each under a name; only a tokenizer whose
-own splitting is one of them can be written. Source: llama.cpp, ``convert_hf_to_gguf.py`` and
-``llama-vocab.cpp``.
+llama.cpp splits text with its own named regular expressions; only tokenizers that split text in one
+of these ways can be written. Source: llama.cpp, ``convert_hf_to_gguf.py`` and ``llama-vocab.cpp``.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-#: The names of regular expressions that split a text before a byte-level BPE.
+#: llama.cpp's names of regular expressions that split text before byte-level BPE.
 _SPLITS = {_LLAMA3: "llama-bpe", _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"): "qwen2"}
 
 
@@ -50,7 +49,7 @@ def write_tokenizer(writer: GGUFWriter, files: OriginalFiles, tokenizer: object)
 
 
 def _copy_tokenizer(writer: GGUFWriter, files: OriginalFiles) -> None:
-    """Copy every entry about the tokenizer from the GGUF file that the model came from."""
+    """Copy all tokenizer entries from the GGUF file that the model came from."""
     from gguf import GGUFReader, GGUFValueType
 
     for name, field in GGUFReader(files.gguf_file).fields.items():
@@ -71,12 +70,12 @@ def _tokenizer_content(files: OriginalFiles) -> dict[str, Any]:
 
 
 def _pre_tokenizer(files: OriginalFiles) -> str:
-    """llama.cpp's name for how the tokenizer splits a text.
+    """Return llama.cpp's name for how the tokenizer splits text.
 
     Raises
     ------
     InputError
-        When it is no byte-level BPE, or llama.cpp has no name for its splitting.
+        If it is not byte-level BPE, or llama.cpp has no name for its splitting.
     """
     content = _tokenizer_content(files)
     model, splitting = content["model"], content.get("pre_tokenizer") or {}
@@ -95,7 +94,7 @@ def _pre_tokenizer(files: OriginalFiles) -> str:
 
 
 def _split_name(parts: list[dict[str, Any]]) -> str | None:
-    """The name of a splitting, by the parts of its pre-tokenizer."""
+    """Return llama.cpp's name for a pre-tokenizer with these parts; None if it has none."""
     *before, last = parts
     if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
         return None
@@ -113,7 +112,7 @@ def _split_name(parts: list[dict[str, Any]]) -> str | None:
 
 
 def _tokens(content: dict[str, Any], rows: int) -> Iterator[tuple[str, int]]:
-    """Every token with its type, one for each row of the embeddings."""
+    """Yield every token with its type, one for each row of the embeddings."""
     from gguf import TokenType
 
     by_id = {id: (token, TokenType.NORMAL) for token, id in content["model"]["vocab"].items()}

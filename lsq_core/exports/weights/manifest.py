@@ -1,4 +1,4 @@
-"""What an exported folder says of itself: the plan and run that it came from. Needs no torch."""
+"""The manifest of an exported folder: the plan and run that it came from. Needs no torch."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from lsq_core.files import cached_sha256
 from lsq_core.quantized.manifest import CHECKSUMS, EVALUATION_KEYS, read_manifest, with_checksums
 from lsq_core.untrusted import resolve_inside
 
-#: The file in a folder that was exported, beside those of its format.
+#: The manifest of an exported folder, in addition to the files of its format.
 EXPORT_FILE = "lsq-export.json"
-#: Entries beside those of a saved model: the format, the run that it was exported from, the bytes
-#: of the planned matrices and of the weights file in this format, and each matrix's type.
+#: Entries in addition to those of a saved model: the format, the run that it was exported from, the
+#: bytes of the planned matrices and of the weights file in this format, and each matrix's type.
 _EXPORT_KEYS = ("exported_as", "exported_from", "exported_bytes", "exported_model_bytes", "types")
 
 
 def is_exported_folder(folder: Path) -> bool:
-    """Whether a model was exported to this folder."""
+    """Return whether a model was exported to this folder."""
     return (folder / EXPORT_FILE).is_file()
 
 
 def write_export(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write what a folder was exported from, with the SHA-256 of all its other files."""
+    """Write the manifest of an exported folder, with the SHA-256 of all its other files."""
     files = sorted(path for path in folder.iterdir() if path.is_file())
     complete = with_checksums(dict(manifest), folder, EXPORT_FILE, files)
     (folder / EXPORT_FILE).write_text(json.dumps(complete, indent=1), "utf8")
 
 
 def read_export(folder: Path) -> dict:
-    """Read what a folder was exported from, and check that its files are those written then.
+    """Read the manifest of an exported folder, and check that its files have not changed.
 
     Raises
     ------
     InputError
-        When it is no exported folder, or a file in it is damaged, gone or was changed.
+        If it is not an exported folder, or a file in it is damaged, missing or modified.
     """
     manifest = read_manifest(folder, (*EVALUATION_KEYS, *_EXPORT_KEYS, CHECKSUMS), EXPORT_FILE)
     sizes = [manifest["exported_bytes"], manifest["exported_model_bytes"]]
@@ -52,12 +52,12 @@ def read_export(folder: Path) -> dict:
 
 
 def unrelated_export_files(folder: Path) -> list[str]:
-    """List the names of files in an exported folder that were not written with it.
+    """List the names of files in an exported folder that are not part of the export.
 
     Raises
     ------
     InputError
-        When what it says of itself is damaged.
+        If the manifest is damaged.
     """
     own = {EXPORT_FILE, *read_manifest(folder, (CHECKSUMS,), EXPORT_FILE)[CHECKSUMS]}
     return sorted(

@@ -1,7 +1,7 @@
-"""Folders for MLX: its affine quantization holds HQQ's grid as it is.
+"""Folders for MLX, whose affine quantization can represent HQQ's grid directly.
 
-MLX computes a weight as ``code · scale + bias``, so ``(code − zero) · scale`` is that with ``bias =
-−zero · scale``; both keep the codes of a row as one stream of bits, the lowest first, so a matrix's
+MLX computes a weight as ``code · scale + bias``, which is ``(code − zero) · scale`` for ``bias =
+−zero · scale``. Both store the codes of a row as one bit stream, lowest bits first, so a matrix's
 codes are the same bytes in both. Source: ``mlx.core.quantize`` and ``mlx_lm.utils``, 0.32.
 """
 
@@ -20,15 +20,15 @@ from lsq_core.model.dtypes import item_bytes
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: Architectures whose modules have the same names in mlx-lm, compared by their logits.
+#: Model types whose modules have the same names in mlx-lm, verified by comparing logits.
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-#: Group sizes that MLX has kernels for.
+#: The smallest group size that MLX has kernels for.
 _SMALLEST_GROUP = 32
 
 
 @dataclass(frozen=True)
 class Mlx(PackedFolder):
-    """Exact, but for the rounding of scale and bias to fp16; to nothing for float32 checkpoints."""
+    """Exact except that scale and bias are rounded to fp16, unless the checkpoint is float32."""
 
     title: ClassVar[str] = "MLX"
     header: ClassVar[str] = "mlx"
@@ -77,7 +77,7 @@ class Mlx(PackedFolder):
         return {"weight": words, "scales": rounded[0], "biases": rounded[1]}
 
     def decode(self, tensors: Mapping[str, Tensor], bits: int, group_size: int) -> Tensor:
-        """See :class:`PackedFolder`; by MLX itself where it is installed."""
+        """See :class:`PackedFolder`; uses MLX itself if it is installed."""
         import torch
 
         if find_spec("mlx") is not None:
@@ -100,7 +100,7 @@ class Mlx(PackedFolder):
         }
         sizes = [(m["bits"], m["group_size"]) for m in modules.values()]
         bits, group_size = max(set(sizes), key=sizes.count) if sizes else (4, 64)
-        # What has no entry and no scales is left alone, so the default holds for nothing here.
+        # Modules without entry and scales are left alone, so the default applies to nothing here.
         quantization = {"group_size": group_size, "bits": bits, "mode": "affine"} | modules
         return _with_rope(config) | {
             "quantization": quantization,
@@ -118,7 +118,7 @@ class Mlx(PackedFolder):
 
 
 def _with_rope(config: dict[str, Any]) -> dict[str, Any]:
-    """A config with rotary settings as transformers before 5, and mlx-lm, have them."""
+    """Return a config with rotary settings in the form of mlx-lm and transformers before 5."""
     rope = config.get("rope_parameters")
     if not isinstance(rope, dict) or "rope_theta" in config:
         return config
@@ -131,7 +131,7 @@ def _with_rope(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _decode_by_mlx(tensors: Mapping[str, Tensor], bits: int, group_size: int) -> Tensor:
-    """The weight of a matrix, float32, as ``mlx.core.dequantize`` gives it."""
+    """Return the weight of a matrix, float32, decoded by ``mlx.core.dequantize``."""
     import mlx.core as mx
     import numpy as np
     import torch

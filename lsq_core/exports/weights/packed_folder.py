@@ -19,33 +19,33 @@ if TYPE_CHECKING:
 
 WEIGHTS_FILE = "model.safetensors"
 GENERATION_CONFIG_FILE = "generation_config.json"
-#: Entries of a config.json that say how weights are quantized.
+#: Entries of a config.json that describe how weights are quantized.
 QUANTIZATION_KEYS = ("quantization", "quantization_config")
 
 
 @dataclass(frozen=True)
 class PackedFolder(WeightExporter):
-    """An exporter whose matrices are tensors beside each other in one safetensors file."""
+    """An exporter that stores each matrix as several tensors in one safetensors file."""
 
-    #: What the file's header says of its format.
+    #: Format given in the file's header.
     header: ClassVar[str] = "pt"
-    #: The tensors of a packed matrix, after its module's name.
+    #: Names of a packed matrix's tensors, which follow the module's name.
     parts: ClassVar[tuple[str, ...]]
 
     def encode(self, export: Export, name: str, stored: StoredType) -> dict[str, Tensor]:
-        """The tensors of a packed matrix by the names of :attr:`parts`."""
+        """Return the tensors of a packed matrix by the names in :attr:`parts`."""
         raise NotImplementedError
 
     def decode(self, tensors: Mapping[str, Tensor], bits: int, group_size: int) -> Tensor:
-        """The weight (out, in) of the tensors of a packed matrix, float32."""
+        """Return the weight (out, in), float32, from the tensors of a packed matrix."""
         raise NotImplementedError
 
     def config(self, config: dict[str, Any], export: Export) -> dict[str, Any]:
-        """The ``config.json`` to write, from the original one."""
+        """Return the ``config.json`` to write, based on the original one."""
         raise NotImplementedError
 
     def quantized_modules(self, config: dict[str, Any]) -> dict[str, tuple[int, int]]:
-        """Bits and group size of each packed module by a written ``config.json``."""
+        """Return the bits and group size of each packed module in a written ``config.json``."""
         raise NotImplementedError
 
     def check_model(self, files: OriginalFiles) -> None:
@@ -84,7 +84,7 @@ class PackedFolder(WeightExporter):
         return written
 
     def load(self, folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
-        """See :class:`WeightExporter`; decoded a matrix at a time."""
+        """See :class:`WeightExporter`; decodes one matrix at a time."""
         from accelerate import init_empty_weights
         from safetensors import safe_open
         from transformers import AutoConfig, AutoModelForCausalLM

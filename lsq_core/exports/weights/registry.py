@@ -11,24 +11,24 @@ from lsq_core.errors import InputError, choose
 if TYPE_CHECKING:
     from lsq_core.exports.weights.base import WeightExporter
 
-#: This project's own format, which loses nothing and holds every configuration.
+#: This project's own format, which is lossless and supports every configuration.
 LSQ = "lsq"
 
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """The description of a format, which needs no import of its module."""
+    """The description of a format, available without importing its module."""
 
     title: str
-    #: Which programs load it.
+    #: Programs that load it.
     programs: str
     #: Module and class of its exporter; none for this project's own format.
     import_path: str = ""
-    #: Whether groups of any size are kept within a row, so that some plans can't be expressed.
+    #: Whether groups must lie within a row, so that some plans cannot be expressed.
     groups_in_rows: bool = True
 
 
-#: By name on the command line and in the app; the classes are imported on first use.
+#: Formats by name on the command line and in the app; classes are imported on first use.
 FORMATS = {
     LSQ: WeightFormat("LSQ Explorer", "LSQ Explorer", groups_in_rows=False),
     "mlx": WeightFormat("MLX", "mlx-lm on Apple silicon", "lsq_core.exports.weights.mlx:Mlx"),
@@ -50,7 +50,7 @@ FORMATS = {
     ),
 }
 
-#: What is done with a matrix whose rows are not filled by its groups, in formats that keep groups
+#: Ways to handle a matrix whose group size does not divide its rows, in formats that keep groups
 #: within a row.
 CROSSING = {
     "refuse": "refuse the plan, naming the matrix",
@@ -62,7 +62,7 @@ CROSSING = {
 
 @dataclass(frozen=True)
 class ExportTarget:
-    """Another tool's format, and what is done with groups that cross rows (``CROSSING``)."""
+    """Another tool's format, and how to handle groups that cross rows (``CROSSING``)."""
 
     format: str
     crossing: str = "refuse"
@@ -74,7 +74,7 @@ def weight_format(name: str) -> WeightFormat:
     Raises
     ------
     InputError
-        When there is no format of that name.
+        If there is no format with that name.
     """
     return choose(FORMATS, name, "a format")
 
@@ -90,7 +90,7 @@ def get_exporter(name: str, crossing: str = "refuse", dtype: str = "F32") -> Wei
     Raises
     ------
     InputError
-        When there is no such format, or no such way with groups that cross rows.
+        If there is no such format or ``crossing``, or the format is this project's own.
     """
     module, _, attribute = weight_format(name).import_path.partition(":")
     if not module:

@@ -1,1 +1,1 @@
-"""GPTQ and AWQ, by the ``gptqmodel`` package in a process of its own."""
+"""GPTQ and AWQ, run by the ``gptqmodel`` package in a separate process."""

@@ -23,7 +23,7 @@ _ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 
 @dataclass(frozen=True, eq=False)
 class AwqMatrix(StoredMatrix):
-    """The tensors of ``gptqmodel``'s ``gemm`` format, as :func:`..layout.awq`."""
+    """A matrix in ``gptqmodel``'s ``gemm`` format (:func:`lsq_core.quantization.layout.awq`)."""
 
     qweight: Tensor
     qzeros: Tensor
@@ -35,7 +35,7 @@ class AwqMatrix(StoredMatrix):
         return {"qweight": self.qweight, "qzeros": self.qzeros, "scales": self.scales}
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weights (out, in), computed in float32 and then cast."""
+        """Return the weights (out, in), computed in float32 and then cast."""
         codes, zeros = (self._codes(words).float() for words in (self.qweight, self.qzeros))
         groups = codes.view(len(zeros), self.config.group_size, -1)
         weight = (groups - zeros[:, None]) * self.scales.float()[:, None]
@@ -51,7 +51,7 @@ class AwqMatrix(StoredMatrix):
     def from_tensors(
         cls, tensors: Mapping[str, Tensor], shape: tuple[int, int], config: QuantConfig, axis: int
     ) -> AwqMatrix:
-        """The inverse of :attr:`tensors`."""
+        """Create the matrix from its :attr:`tensors`."""
         return cls(shape, config, axis, **tensors)
 
 
@@ -63,5 +63,5 @@ class Awq(GptqmodelQuantizer):
 
     @staticmethod
     def scale_range(bits: int) -> tuple[float, float]:
-        """Scales are bfloat16, but the package clamps the range of a group at 10⁻⁵."""
+        """Return the range that bfloat16 scales support; the package clamps ranges at 10⁻⁵."""
         return 1e-5, torch.finfo(torch.bfloat16).max

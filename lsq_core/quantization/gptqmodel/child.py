@@ -23,7 +23,7 @@ def main(request: Path) -> None:
     """Quantize and save."""
     spec = json.loads(request.read_text("utf8"))
     progress_out = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what the package prints is not progress
+    os.dup2(2, 1)  # the package's own output is not progress
     Thread(target=_exit_with_parent, daemon=True).start()
 
     import numpy as np
@@ -39,27 +39,27 @@ def main(request: Path) -> None:
     sequences = [
         {"input_ids": row[None], "attention_mask": torch.ones_like(row)[None]} for row in ids
     ]
-    # The kernel that packs here is chosen for what it can store, on any device.
+    # The kernel only packs here; it is chosen for the formats it can store, on any device.
     kernel = {"gptq": BACKEND.GPTQ_TORCH, "awq": BACKEND.AWQ_TORCH}[spec["method"]]
     model.quantize(sequences, batch_size=_BATCH, backend=kernel, calibration_data_min_length=1)
     model.save(spec["out"])
 
 
 def _exit_with_parent() -> None:
-    """Exit when standard input is closed, since the parent process has ended then."""
+    """Exit when standard input is closed, which means that the parent process has ended."""
     sys.stdin.read()
     os._exit(1)
 
 
 def _dtype(spec: dict, torch: object) -> object:
-    """AWQ does not support float32; GPTQ uses it on a CPU, where memory suffices."""
+    """Return the dtype: AWQ does not support float32; GPTQ uses it on a CPU, with enough memory."""
     if spec["method"] == "awq":
         return torch.bfloat16
     return torch.float32 if spec["device"] == "cpu" else torch.float16
 
 
 def _settings(spec: dict) -> object:
-    """The package's default settings for the requested configurations."""
+    """Return the package's default settings for the requested configurations."""
     from gptqmodel import QuantizeConfig
 
     modules = {name: tuple(config) for name, config in spec["modules"].items()}

@@ -20,7 +20,7 @@ from lsq_core.quantization.packed import unpack_bits
 def unpack_words(words: Tensor, bits: int) -> Tensor:
     """Unpack codes (rows, n), uint8, from int32 (rows, n·bits/32), lowest bits first.
 
-    A code may cross two words, as 3-bit codes do.
+    A code may span two words, as 3-bit codes do.
     """
     count = words.shape[1] * 32 // bits
     stream = words.contiguous().view(torch.uint8).flatten()
@@ -29,7 +29,7 @@ def unpack_words(words: Tensor, bits: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class GptqMatrix(StoredMatrix):
-    """The tensors of ``gptqmodel``'s ``gptq`` format, as :func:`..layout.gptq`."""
+    """A matrix in ``gptqmodel``'s ``gptq`` format (:func:`lsq_core.quantization.layout.gptq`)."""
 
     qweight: Tensor
     qzeros: Tensor
@@ -47,9 +47,9 @@ class GptqMatrix(StoredMatrix):
         }
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weights (out, in), computed in float32 and then cast."""
+        """Return the weights (out, in), computed in float32 and then cast."""
         codes = unpack_words(self.qweight.T, self.config.bits)
-        # The format keeps zeros less one, in as many bits as a code.
+        # The format stores zeros minus one, in as many bits as a code.
         zeros = (unpack_words(self.qzeros, self.config.bits) + 1) & (2**self.config.bits - 1)
         zeros, scales = zeros.T[:, self.g_idx].float(), self.scales.T[:, self.g_idx].float()
         return (codes.float().sub_(zeros).mul_(scales)).to(dtype)
@@ -58,17 +58,20 @@ class GptqMatrix(StoredMatrix):
     def from_tensors(
         cls, tensors: Mapping[str, Tensor], shape: tuple[int, int], config: QuantConfig, axis: int
     ) -> GptqMatrix:
-        """The inverse of :attr:`tensors`."""
+        """Create the matrix from its :attr:`tensors`."""
         return cls(shape, config, axis, **tensors)
 
 
 class Gptq(GptqmodelQuantizer):
-    """``gptqmodel``'s own defaults: symmetric, inputs in their order, damped by 5 %."""
+    """GPTQ with ``gptqmodel``'s defaults: symmetric, inputs in original order, 5 % damping."""
 
     matrix = GptqMatrix
     method = "gptq"
 
     @staticmethod
     def scale_range(bits: int) -> tuple[float, float]:
-        """Scales are fp16: below 2⁻¹⁸ they have less than six bits left, above 65,504 none."""
+        """Return the range supported by fp16 scales.
+
+        Below 2⁻¹⁸ they have less than six bits left; 65,504 is their maximum.
+        """
         return (2**bits - 1) * 2.0**-18, (2**bits - 1) * 65504.0

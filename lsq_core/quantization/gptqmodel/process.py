@@ -1,8 +1,8 @@
 """Quantize with ``gptqmodel`` in a separate process, and read the tensors it saves.
 
-The package modifies transformers when it is imported, starts threads and prints much; a separate
-process isolates that. It loads the model from its folder, so the weights are in memory twice in
-the meantime.
+The package modifies transformers when it is imported, starts threads and prints a lot; a separate
+process isolates this. It loads the model from its folder, so the weights are in memory twice while
+it runs.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class GptqmodelRequest:
     method: str
     model: str
     device: str
-    #: Full module name to bits and group size.
+    #: Bits and group size by full module name.
     modules: dict[str, tuple[int, int]]
     ids: str
     out: str
@@ -61,7 +61,7 @@ class GptqmodelQuantizer:
 
     @staticmethod
     def scale_range(bits: int) -> tuple[float, float]:
-        """The least and the greatest range of a group that the format's scales support."""
+        """Return the smallest and largest range of a group that the format's scales support."""
         raise NotImplementedError
 
     def quantize_model(self, task: QuantizationTask) -> nn.Module:
@@ -81,9 +81,9 @@ class GptqmodelQuantizer:
         return replace_matrices(loaded.model, packed, _changed_parameters(stored, loaded.model))
 
     def _check_magnitude(self, weight: Tensor, matrix: Matrix, config: QuantConfig) -> None:
-        """Raise :class:`LsqError` when the scales of a matrix exceed the range of the format.
+        """Raise :class:`LsqError` if the scales of a matrix exceed the range of the format.
 
-        Unlike this project's packing, it stores no power of two with a matrix.
+        Unlike this project's packing, the format stores no power of two with a matrix.
         """
         largest = to_groups(weight.abs(), config.group_size, 1).amax(1).float()
         largest = largest[largest > 0]
@@ -115,7 +115,7 @@ class GptqmodelQuantizer:
     def _matrix(
         self, matrix: Matrix, config: QuantConfig, stored: dict[str, Tensor], loaded: LoadedModel
     ) -> StoredMatrix:
-        """One matrix, its tensors taken out of ``stored``."""
+        """Create one stored matrix from its tensors, which are removed from ``stored``."""
         names = quantizer_spec(self.method).layout(matrix.shape, config, "its own")
         missing = [name for name in names if f"{matrix.name}.{name}" not in stored]
         if missing:
@@ -134,7 +134,7 @@ def _run_child(child_request: GptqmodelRequest, loaded: LoadedModel, progress: P
     request.write_text(json.dumps(asdict(child_request)), "utf8")
     layers = loaded.info.layers
     progress(0, layers, "reading the model")
-    # Its pool of readers needs two threads, more than it takes on a machine with two cores.
+    # Its reader pool needs two threads, more than it uses by default on a machine with two cores.
     environment = os.environ | {
         "PYTHONPATH": str(paths.IMPORT_FOLDER),
         "GPTQMODEL_CPU_WORKERS": "2",
@@ -180,7 +180,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _changed_parameters(stored: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Other parameters that were changed, in the dtype and on the device of the model's."""
+    """Return the other parameters that changed, with the dtype and device of the model's own."""
     own = model.state_dict()
     return {
         name: tensor.to(own[name].device, own[name].dtype)

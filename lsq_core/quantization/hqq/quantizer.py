@@ -1,7 +1,7 @@
 """Half-quadratic quantization [D]: the grid of ``hqq`` and this project's fast solver.
 
-``hqq`` itself gives every group narrower than 10⁻⁴ the scale 1 and no group a scale below
-1/20,000, which destroys matrices of small weights. The grid is the same here without these two.
+``hqq`` itself gives groups narrower than 10⁻⁴ the scale 1 and limits scales to at least 1/20,000,
+which destroys matrices with small weights. The grid here is the same without these two rules.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from lsq_core.quantization.packed import CONSTANT_SPREAD, GridQuantizer
 
 
 def min_max_grid(weight: Tensor, config: QuantConfig, axis: int, optimize: bool) -> Grid:
-    """Scale and zero (groups,) of a (out, in) float32 matrix of ordinary magnitude.
+    """Return scale and zero (groups,) of an (out, in) float32 matrix of ordinary magnitude.
 
-    The grid runs from the least weight of a group to the greatest; with ``optimize`` the
-    solver then moves the zero points. A constant group has the scale 1.
+    The grid runs from the smallest to the largest weight of a group; with ``optimize``, the solver
+    then adjusts the zero points. A constant group has scale 1.
     """
     return min_max_grids(weight, [config], axis, optimize)[0]
 
@@ -29,7 +29,7 @@ def min_max_grid(weight: Tensor, config: QuantConfig, axis: int, optimize: bool)
 def min_max_grids(
     weight: Tensor, configs: Sequence[QuantConfig], axis: int, optimize: bool
 ) -> Grid:
-    """:func:`min_max_grid` of several configurations of one group size, (configs, groups)."""
+    """Return :func:`min_max_grid` for configurations of one group size: (configs, groups)."""
     size, tops = configs[0].group_size, tuple(2**config.bits - 1 for config in configs)
     groups = weight.reshape(-1, size) if axis == 1 else weight.reshape(size, -1)
     low, high = groups.amin(axis), groups.amax(axis)
@@ -43,7 +43,7 @@ def min_max_grids(
 
 
 class Hqq(GridQuantizer):
-    """Min-max grid whose zero point the half-quadratic solver then moves."""
+    """Min-max grid with zero points optimized by the half-quadratic solver."""
 
     def solve(self, weight: Tensor, config: QuantConfig, axis: int) -> Grid:
         """See :class:`lsq_core.quantization.packed.GridQuantizer`."""

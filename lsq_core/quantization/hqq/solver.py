@@ -1,18 +1,19 @@
-"""The half-quadratic solver of [D], as ``hqq`` defines it, over pieces that stay in cache.
+"""The half-quadratic solver of [D], as defined by ``hqq``, run on pieces that fit in cache.
 
-``hqq`` moves each group's zero point in 20 steps over the whole tensor: round to the grid, shrink
-the error towards a sparse one, take the mean. Three things make it fast without changing it:
+``hqq`` adjusts each group's zero point in 20 steps over the entire tensor: round to the grid,
+shrink the error towards a sparse one, take the mean. Three things make this fast without changing
+the result:
 
-* Groups are independent but for the early stop, which looks at the error of the whole tensor. So
-  a piece runs all its steps while it is in cache (or registers) and records the zero points after
-  each; the step at which ``hqq`` would have stopped is selected at the end. So are several grids
-  of one matrix with the same groups, which go through the steps together.
+* Groups are independent except for early stopping, which depends on the error of the entire tensor.
+  So a piece runs all its steps while it is in cache (or registers) and records the zero points
+  after each; the step at which ``hqq`` would have stopped is selected at the end. Several grids of
+  one matrix with the same groups go through the steps together.
 * The shrinking operator ``sign(e)·relu(|e| − |e|^(p−1)/β)`` is zero for every error below
-  ``β^(−1/(2−p))``, 0.17 for its parameters. Weights of language models stay far below that, and
-  then the step is ``zero ← mean(code) − scale·mean(weight)``: no power, no dequantized weights.
-  Groups with a larger error take the step in full.
-* The steps are compiled where that pays: :mod:`solver_compiled` on the CPU, :mod:`solver_triton` on
-  a GPU. :func:`backend` says which runs.
+  ``β^(−1/(2−p))``, which is 0.17 for these parameters. Errors of language models' weights stay far
+  below that, and the step becomes ``zero ← mean(code) − scale·mean(weight)``: no power, no
+  dequantized weights. Groups with a larger error take the full step.
+* The steps are compiled where that pays off: by :mod:`solver_compiled` on the CPU, by
+  :mod:`solver_triton` on a GPU. :func:`backend` returns which one runs.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ from lsq_core.quantization.base import highest_codes
 from lsq_core.quantization.hqq import solver_triton
 from lsq_core.quantization.hqq.solver_compiled import AdaptiveSteps, SolverBackend
 
-#: ``hqq``'s own parameters of the solver: the norm p, β, and the steps.
+#: ``hqq``'s own solver parameters: the norm p, β, and the number of steps.
 LP_NORM = 0.7
 BETA = 10.0
 STEPS = 20
-#: Errors up to this size shrink to nothing. It is no matter of a model's units: weights come here
-#: at an ordinary magnitude (:mod:`lsq_core.quantization.magnitude`).
+#: Errors up to this size shrink to zero. This does not depend on a model's units, because weights
+#: are scaled to an ordinary magnitude before (:mod:`lsq_core.quantization.magnitude`).
 THRESHOLD = BETA ** (-1 / (2 - LP_NORM))
-#: Weights worked on at a time: 1 MiB of float32, which stays in a core's cache.
+#: Weights processed at a time: 1 MiB of float32, which stays in a core's cache.
 CHUNK_WEIGHTS = 2**18
 
 
@@ -55,7 +56,7 @@ def solve_zero_points(weight: Tensor, scale: Tensor, zero: Tensor, top: int, axi
     Returns
     -------
     The zero points, float32 in the shape of ``zero``. A group that contains a NaN or an infinity
-    gets zero points that are not finite, and does not affect when the other groups stop.
+    gets a non-finite zero point and does not affect when the other groups stop.
     """
     grids = scale.view(1, -1), zero.view(1, -1)
     return solve_several(weight, *grids, [top], axis).view(zero.shape)
@@ -67,9 +68,9 @@ def solve_several(
 ) -> Tensor:
     """Optimize the zero points of several grids of one matrix, each with its own highest code.
 
-    ``weight`` is as in :func:`solve_zero_points`; ``scale`` and ``zero`` are (grids, groups), and
-    so are the zero points that are returned, float32. Each grid stops at its own step. Nothing
-    here waits for a GPU.
+    ``weight`` is as in :func:`solve_zero_points`; ``scale`` and ``zero`` are (grids, groups).
+    Returns the zero points, float32 (grids, groups). Each grid stops at its own step. Nothing here
+    waits for a GPU.
     """
     scale, zero = scale.float(), zero.float()
     if _uses_triton(weight.device):
@@ -83,7 +84,7 @@ def solve_several(
 
 
 def backend(device: torch.device | str) -> SolverBackend:
-    """What runs the steps on a device: ``triton``, ``compiled`` or ``eager``, and why."""
+    """Return what runs the steps on a device (``triton``, ``compiled`` or ``eager``), and why."""
     device = torch.device(device)
     if device.type == "cpu":
         return steps.backend
@@ -99,10 +100,10 @@ def _uses_triton(device: torch.device) -> bool:
 
 
 def stopping_step(errors: Tensor) -> Tensor:
-    """The first step whose error is no improvement: ``hqq`` stops after it, else after the last.
+    """Return the first step whose error does not improve, after which ``hqq`` stops, or the last.
 
-    ``errors`` is (steps, grids), the mean absolute error before each step; returns (grids,), the
-    steps. They stay on the device, so that a GPU need not wait for the answer.
+    ``errors`` is (steps, grids), the mean absolute error before each step. Returns the steps
+    (grids,), which stay on the device, so that the host need not wait for a GPU.
     """
     improves = torch.ones_like(errors, dtype=torch.bool)
     torch.lt(errors[1:], errors[:-1], out=improves[1:])
@@ -113,9 +114,9 @@ def stopping_step(errors: Tensor) -> Tensor:
 def _solve_in_pieces(
     weight: Tensor, scale: Tensor, zero: Tensor, tops: Sequence[int], axis: int
 ) -> tuple[Tensor, Tensor]:
-    """Zero points after each step (steps, grids, groups), and the error before (steps, grids).
+    """Return zero points after each step (steps, grids, groups), and errors before (steps, grids).
 
-    The error is summed over all weights, float64. Pieces are whole groups that fit the cache with
+    Errors are summed over all weights, float64. Pieces are complete groups that fit in cache with
     all their grids.
     """
     groups, group_size = weight.shape[1 - axis], weight.shape[axis]
@@ -133,16 +134,16 @@ def _solve_in_pieces(
 def _solve_piece(
     weight: Tensor, scale: Tensor, zero: Tensor, top: Tensor, axis: int
 ) -> tuple[Tensor, Tensor]:
-    """Zero points after each step (steps, grids, groups), and the summed error (steps, grids).
+    """Return zero points after each step (steps, grids, groups), and summed errors (steps, grids).
 
-    ``top`` is (grids, 1). The steps without shrinking come first; groups whose errors turn out too
-    large for them, and those only, start again in full.
+    ``top`` is (grids, 1). Unless all groups need shrinking, the steps first run without it, and
+    only groups whose errors turn out too large are run again in full.
     """
-    dim = -1 if axis == 1 else 0  # of a group's weights, where there are several grids
+    dim = -1 if axis == 1 else 0  # dimension of a group's weights when there are several grids
     top = top.expand(scale.shape)
     scaled = weight.unsqueeze(1 - axis) * scale.unsqueeze(dim)
     mean = scaled.mean(dim)
-    if bool((scale < 0.5 / THRESHOLD).all()):  # half a step survives the shrinking everywhere
+    if bool((scale < 0.5 / THRESHOLD).all()):  # half a step survives the shrinking in every group
         zeros, errors = steps(scaled, mean, scale, zero, top, dim, True)
         return zeros, _sum_finite(errors)
     zeros, errors = steps(scaled, mean, scale, zero, top, dim, False)
@@ -157,9 +158,9 @@ def _solve_piece(
 
 
 def _largest_error(scaled: Tensor, scale: Tensor, zeros: Tensor, top: Tensor, dim: int) -> Tensor:
-    """A bound (grids, groups) on the size of any error of a group in any step.
+    """Return a bound (grids, groups) on the size of any error of a group in any step.
 
-    Rounding leaves half a step at most, and what lies beyond the grid as much more as it does.
+    Rounding errors are at most half a step; a weight beyond the grid's end is off by its distance.
     """
     above = scaled.amax(dim) + zeros.amax(0) - top
     below = -scaled.amin(dim) - zeros.amin(0)
@@ -167,7 +168,7 @@ def _largest_error(scaled: Tensor, scale: Tensor, zeros: Tensor, top: Tensor, di
 
 
 def _sum_finite(errors: Tensor) -> Tensor:
-    """Errors (steps, grids, groups) as (steps, grids), those that are no numbers left out."""
+    """Sum errors (steps, grids, groups) over groups, ignoring non-finite ones: (steps, grids)."""
     return torch.where(errors.isfinite(), errors, 0).sum(-1, dtype=torch.float64)
 
 
@@ -180,11 +181,11 @@ def _eager_steps(
     dim: int,
     shrinks: bool,
 ) -> tuple[Tensor, Tensor]:
-    """All steps of some groups, in units of the grid: ``scaled`` is weight · scale.
+    """Run all steps for some groups, in units of the grid: ``scaled`` is weight · scale.
 
     ``dim`` is the dimension of ``scaled`` that ``mean``, ``scale``, ``zero`` and ``top`` lack.
-    Returns the zero points after each step and the summed error before each, (steps, …) both.
-    Without ``shrinks`` it is right for groups whose errors all shrink to nothing.
+    Returns the zero points after each step and the summed errors before it, both (steps, …).
+    Without ``shrinks``, the result is correct only for groups whose errors all shrink to zero.
     """
     zeros, errors = [], []
     highest = top.unsqueeze(dim)
@@ -205,5 +206,5 @@ def _eager_steps(
     return torch.stack(zeros), torch.stack(errors) / scale
 
 
-#: The steps on the CPU: as they are, or compiled.
+#: The steps on the CPU, eager or compiled.
 steps = AdaptiveSteps(_eager_steps)

@@ -1,12 +1,12 @@
-"""The solver's steps on the CPU: compiled once a process has enough to do that it pays.
+"""The solver's steps on the CPU, compiled once a process has enough work for that to pay off.
 
-Compiling takes 10 to 20 seconds the first time on a machine and a few when the compiler's cache
-has it (``TORCHINDUCTOR_CACHE_DIR``); it then saves about two thirds of the steps' time. Nobody
-knows beforehand how much a process will solve. So the steps run as they are until compiling would
-have cost as much as they did, and no job takes much more than twice its best time.
+Compiling takes 10 to 20 seconds the first time on a machine and a few seconds if the result is in
+the compiler's cache (``TORCHINDUCTOR_CACHE_DIR``); it then saves about two thirds of the steps'
+time. How much a process will solve is not known in advance. So the steps run eagerly until
+compiling would have cost as much as they did, and no job takes much more than twice its best time.
 
-The zero points are the same to the last bit either way unless errors are so large that they
-survive the shrinking: sums of codes are whole numbers, which add up alike in any order.
+The zero points are bitwise identical either way unless errors are so large that they survive the
+shrinking: sums of codes are integers, which add up exactly in any order.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from torch import Tensor
 
 from lsq_core.errors import exception_reason
 
-#: Weights that one variant of the steps has to have solved before it is compiled.
+#: Weights that one variant of the steps must have solved before it is compiled.
 COMPILE_AFTER_WEIGHTS = 2**31
-#: Pieces of fewer weights always run as they are: they gain nothing, and single groups would be
-#: compiled for apart.
+#: Pieces with fewer weights always run eagerly: they gain nothing, and single groups would require
+#: a separate compilation.
 MIN_COMPILED_WEIGHTS = 2**14
 
 _log = logging.getLogger(__name__)
@@ -36,17 +36,17 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SolverBackend:
-    """What runs the solver's steps, and why it is not something faster."""
+    """What runs the solver's steps, and why nothing faster does."""
 
     name: str
     reason: str = ""
 
 
 class AdaptiveSteps:
-    """The steps, called often and compiled when that pays.
+    """The solver's steps, compiled once that pays off.
 
-    They are compiled, and counted, apart for each dimension of groups, with the shrinking and
-    without.
+    Weights are counted, and the steps compiled, separately for each group dimension and with and
+    without shrinking.
     """
 
     def __init__(self, eager: Callable) -> None:
@@ -76,14 +76,14 @@ class AdaptiveSteps:
             self._compiled = torch.compile(self.eager, dynamic=True)
         try:
             return self._compiled(*inputs)
-        except Exception as error:  # whatever a compiler can't do here, the steps still can
+        except Exception as error:  # the eager steps work even where the compiler fails
             self._failure = f"compiling failed: {exception_reason(error)}"
             _log.warning("%s; the solver goes on without", self._failure)
             return self.eager(*inputs)
 
     @property
     def backend(self) -> SolverBackend:
-        """What runs now, ``compiled`` or ``eager``, and why it is eager."""
+        """The current backend, ``compiled`` or ``eager``, and the reason if it is eager."""
         if any(self._should_compile(variant) for variant in [*self._weights_solved, (-1, False)]):
             return SolverBackend("compiled")
         if self._forced is False:
@@ -99,7 +99,7 @@ class AdaptiveSteps:
 
     @contextmanager
     def force_compiled(self, compiled: bool) -> Iterator[None]:
-        """Compiled from the first weight on, or never, within the block."""
+        """Compile from the first weight on, or never, within a ``with`` block."""
         before, self._forced = self._forced, compiled
         try:
             yield
@@ -113,13 +113,13 @@ class AdaptiveSteps:
 
 
 def _missing_compiler() -> str:
-    """Why nothing can be compiled on this machine, or an empty string."""
+    """Return why nothing can be compiled on this machine, or an empty string."""
     return _find_missing_compiler(os.environ.get("CXX"), os.environ.get("PATH"))
 
 
 @cache
 def _find_missing_compiler(named: str | None, path: str | None) -> str:
-    """Looked for once: it takes as long as a few steps of a small matrix."""
+    """Search for a compiler; cached, since this takes as long as a few steps of a small matrix."""
     if any(shutil.which(name, path=path) for name in ([named] if named else ["g++", "clang++"])):
         return ""
     return f"there is no C++ compiler ({named or 'g++ or clang++'})"

@@ -1,8 +1,8 @@
-"""The half-quadratic solver's steps on a GPU: one kernel, each group in registers for all of them.
+"""The half-quadratic solver's steps on a GPU: one kernel that keeps each group in registers.
 
-A weight is read once for each grid. What is written is each group's zero point after every step,
-because the step at which ``hqq`` stops is known only when all groups' errors are, and those errors,
-summed by block. That is 80 bytes for a group of 64 weights; the arithmetic between hides it.
+A weight is read once for each grid. The kernel writes each group's zero point after every step,
+because the step at which ``hqq`` stops is known only when all groups' errors are, and these errors,
+summed by block. That is 80 bytes for a group of 64 weights, hidden by the arithmetic in between.
 
 ``TRITON_INTERPRET=1`` runs the same kernel on the CPU, which is how the tests check it.
 """
@@ -19,13 +19,13 @@ from torch import Tensor
 
 from lsq_core.quantization.base import highest_codes
 
-#: Weights that one block holds in registers, and its warps: 16 a thread.
+#: Weights that one block holds in registers, and its warps: 16 weights per thread.
 TILE = 2048
 WARPS = 4
 
 
 def available() -> bool:
-    """Whether Triton is installed; PyTorch for CUDA brings it."""
+    """Return whether Triton is installed, as it is with PyTorch for CUDA."""
     return find_spec("triton") is not None
 
 
@@ -56,7 +56,7 @@ def run_all_steps(
     -------
     zeros, errors
         The zero points after each step, float32 (steps, grids, groups), and the summed absolute
-        error before each, float64 (steps, grids), without groups in which it is not a number.
+        error before each, float64 (steps, grids), excluding groups in which it is not finite.
     """
     import triton
 
@@ -91,7 +91,7 @@ def run_all_steps(
 
 @cache
 def _kernel():
-    """The kernel, made when it is needed: nothing else here imports Triton."""
+    """Return the kernel, defined on first use so that importing this module needs no Triton."""
     import triton
     import triton.language as tl
 
@@ -132,7 +132,7 @@ def _kernel():
         for _ in range(STEPS):
             shifted = scaled + z[:, None]
             codes = tl.minimum(tl.maximum(shifted, 0.0), top)
-            # 1.5 · 2^23 leaves no place for a fraction: rounds halves to even, as torch does.
+            # Adding 1.5 · 2^23 leaves no fraction bits: rounds half to even, as torch does.
             codes = (codes + 12582912.0) - 12582912.0
             error = shifted - codes
             size = tl.abs(error)
