@@ -319,3 +319,9 @@ def alike(method: str, others: Sequence[str]) -> list[str]:
     own = ladder_of(method, wanted)
     alike = [name for name in others if name != method and not mixes_rows(name)]
     return [name for name in alike if ladder_of(name, wanted) == own]
+
+
+def ensure_valid_choice(key: str, options: list[str], default: str = "") -> None:
+    """Replace a choice that is not among the options by the default, else the first option."""
+    if st.session_state.get(key) not in options:
+        st.session_state[key] = default if default in options else options[0]

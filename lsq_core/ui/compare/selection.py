@@ -23,6 +23,7 @@ from lsq_core.store.shipped import SHIPPED
 from lsq_core.ui import cached, cached_results, state, words
 from lsq_core.ui.page import PageContext, headline
 from lsq_core.ui.safe import st
+from lsq_core.ui.state import ensure_valid_choice
 from lsq_core.units import format_bytes
 
 #: Columns that must agree for runs to share a chart.
@@ -185,16 +186,18 @@ def select_published_runs(
             persist_state="session",
             wrap=True,
         )
+    frame = frame[frame["method"].isin(chosen or methods)]
+    sizes = [key for key, size in _PUBLISHED_SIZES.items() if frame[size.column].notna().any()]
+    ensure_valid_choice("account", sizes)
     account = right.selectbox(
         "Size",
-        list(_PUBLISHED_SIZES),
+        sizes,
         format_func=lambda name: f"{_PUBLISHED_SIZES[name].title} ({_PUBLISHED_SIZES[name].unit})",
         key="account",
         persist_state="session",
         help="Nominal sizes follow the papers' formula, metadata included. Runs whose plan was not "
         "published are placed by their labelled bits.",
     )
-    frame = frame[frame["method"].isin(chosen or methods)]
     return frame, _PUBLISHED_SIZES[account]
 
 

@@ -324,8 +324,8 @@ def _predictor(ctx: PageContext, choice: Choice, corpus: str) -> Predictor | str
         return (
             "Predicting perplexity needs a profile of this model; measure one on the Explore page."
         )
-    comparisons = cached.profile(ctx.store, info, settings, ctx.device)
-    return cached_results.predictor(ctx.store, info, comparisons, settings, corpus)
+    profile = cached.profile(ctx.store, info, settings, ctx.device)
+    return cached_results.predictor(ctx.store, info, profile, settings, corpus)
 
 
 def predict_left_out(choice: Choice, predictor: Predictor) -> pd.DataFrame:

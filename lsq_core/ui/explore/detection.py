@@ -21,11 +21,11 @@ from lsq_core.ui import words
 from lsq_core.ui.explore.layers import (
     describe_falls,
     describe_unflaggable,
-    ensure_valid_choice,
     legend_labels,
 )
 from lsq_core.ui.explore.profile import ExploreView
 from lsq_core.ui.safe import st
+from lsq_core.ui.state import ensure_valid_choice
 
 
 def show(view: ExploreView) -> None:

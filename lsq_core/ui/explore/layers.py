@@ -36,6 +36,7 @@ from lsq_core.ui import cached, words
 from lsq_core.ui.explore.profile import ExploreView
 from lsq_core.ui.page import next_step
 from lsq_core.ui.safe import st
+from lsq_core.ui.state import ensure_valid_choice
 
 _DETECTION_RULE = "Algorithm 1 flags a layer whose change from the layer before has z > 3."
 #: How the headline names the top-ranked layers; for other metrics it is "Highest".
@@ -129,7 +130,8 @@ def render_headline(
         name = _TOP_OF.get(metric, f"Highest {label}")
         text = f"{name}: {words.name_layers(top).lower()}."
     else:
-        text = f"No {label} at {chosen.config.name}."
+        config = chosen.config_of(metric)
+        text = f"No {label} at {config.name}." if config else f"No {label} in this profile."
     caption = []
     if panel is not None:
         title = f"{panel.title[0].lower()}{panel.title[1:]}"
@@ -239,12 +241,6 @@ _MARKS_NOTE = (
     "configuration is shown. "
     "Experts of a layer are averaged."
 )
-
-
-def ensure_valid_choice(key: str, options: list[str], default: str = "") -> None:
-    """Replace a choice that is not among the options by the default, else the first option."""
-    if st.session_state.get(key) not in options:
-        st.session_state[key] = default if default in options else options[0]
 
 
 def follow_default(key: str, options: list[str]) -> None:
@@ -391,13 +387,10 @@ def _describe_missing(profile: Profile, metric: str) -> str:
     """Describe what a profile lacks of a metric, or return '' if it is complete."""
     if metric not in profile.metrics:
         return "none for this corpus and quantizer"
-    absent_metrics = [c.name for c in profile.ladder if not has_scores(profile, metric, c)]
-    per_stop = not has_scores(profile, metric, None)
-    return (
-        f"none at {words.listed(absent_metrics, len(absent_metrics))}"
-        if per_stop and absent_metrics
-        else ""
-    )
+    if has_scores(profile, metric, None):
+        return ""
+    missing = [c.name for c in profile.ladder if not has_scores(profile, metric, c)]
+    return f"none at {words.listed(missing, len(missing))}" if missing else ""
 
 
 def show_metadata_cost(view: ExploreView) -> None:

@@ -11,9 +11,9 @@ from lsq_core.bits import DETECTION_CONFIG, EXTENDED_LADDER, QuantConfig
 from lsq_core.profiling.agreement import lowest_correlation, pattern_correlations
 from lsq_core.profiling.metrics import METRICS, default_metrics, in_display_order
 from lsq_core.ui import cached, words
-from lsq_core.ui.explore.layers import ensure_valid_choice
 from lsq_core.ui.explore.profile import ExploreView
 from lsq_core.ui.safe import st
+from lsq_core.ui.state import ensure_valid_choice
 
 #: Columns of the profile contents that are selected by, and the labels of their boxes.
 _BOXES = {
@@ -71,8 +71,8 @@ def show(view: ExploreView) -> None:
 
 
 def _select_metric(view: ExploreView, available: pd.DataFrame) -> str:
-    own_rows = set(available.loc[available["id"] == view.profile.id, "metric"])
-    metrics = in_display_order(metric for metric in default_metrics() if metric in own_rows)
+    measured = set(available.loc[available["id"] == view.profile.id, "metric"])
+    metrics = in_display_order(metric for metric in default_metrics() if metric in measured)
     ensure_valid_choice("overlay_metric", metrics)
     with view.row:
         return st.selectbox(
@@ -117,9 +117,9 @@ def preset_choice(view: ExploreView, available: pd.DataFrame, across: str) -> di
     if across == "calibration":
         rows = rows[~rows["calibration"].str.contains("@")]
     if across == "model":
-        own_rows = available[available["id"] == view.profile.id].iloc[0]
-        rows = rows[rows["linear_parameters"] == own_rows["linear_parameters"]]
-        rows = rows[rows["origin"] == own_rows["origin"]]
+        own = available[available["id"] == view.profile.id].iloc[0]
+        rows = rows[rows["linear_parameters"] == own["linear_parameters"]]
+        rows = rows[rows["origin"] == own["origin"]]
     values = _order_values(across, rows[across])
     own_first = [] if across == "config" else selected[across]
     return selected | {across: list(dict.fromkeys([*own_first, *values]))}

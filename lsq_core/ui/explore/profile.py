@@ -90,8 +90,7 @@ def settings_bar() -> ProfileSettings:
             accept_new_options=True,
             persist_state="session",
             help="\n".join(
-                f"- **{name}**: {quantizer_spec}"
-                for name, quantizer_spec in BUILT_IN_CORPORA.items()
+                f"- **{name}**: {description}" for name, description in BUILT_IN_CORPORA.items()
             )
             + "\n- **hf:org/name**, or the path of a text file",
         )

@@ -11,9 +11,10 @@ from lsq_core.bits import DETECTION_CONFIG, EXTENDED_LADDER
 from lsq_core.profiling.agreement import proxy_agreement, rank_correlation, ranks
 from lsq_core.profiling.metrics import METRICS, proxies
 from lsq_core.ui import jobs_panel, words
-from lsq_core.ui.explore.layers import ensure_valid_choice, has_scores, measured_configs
+from lsq_core.ui.explore.layers import has_scores, measured_configs
 from lsq_core.ui.explore.profile import ExploreView, profile_argv
 from lsq_core.ui.safe import st
+from lsq_core.ui.state import ensure_valid_choice
 
 _TABLE_ROWS = 8
 
@@ -37,6 +38,10 @@ def show(view: ExploreView) -> None:
         x = _select_metric(across, "ranks_x", available, "sensitivity", "x axis")
         y = _select_metric(up, "ranks_y", [m for m in available if m != x], "kurtosis", "y axis")
     frame = table.assign(x=table[x], y=table[y]).dropna(subset=["x", "y"])
+    if frame.empty:
+        both = words.metric_labels([x, y])
+        view.render_headline("There is nothing to compare.", f"No matrix has both {both}.")
+        return
     frame = frame.assign(x_rank=ranks(frame["x"].to_numpy()), y_rank=ranks(frame["y"].to_numpy()))
     _render_headline(view, frame, x, y)
     with right:

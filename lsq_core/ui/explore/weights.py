@@ -15,10 +15,10 @@ from lsq_core.profiling import weights
 from lsq_core.profiling.weights import WeightReader
 from lsq_core.quantization.registry import MATRIX_QUANTIZERS, quantizer_spec, unavailable_reason
 from lsq_core.ui import cached
-from lsq_core.ui.explore.layers import ensure_valid_choice
 from lsq_core.ui.explore.profile import ExploreView
 from lsq_core.ui.page import next_step
 from lsq_core.ui.safe import st
+from lsq_core.ui.state import ensure_valid_choice
 
 _PLOTS = {"histogram": "Histogram", "bands": "Percentiles over layers", "surface": "3-D surface"}
 _GROUPS = {"typical": "a typical group", "widest": "the widest group", "all": "all groups"}
@@ -195,9 +195,9 @@ def _matrix_histogram(view: ExploreView, opened: WeightReader, matrix: Matrix) -
 
 @st.cache_resource(max_entries=32, show_spinner=False)
 def _cached_histogram(
-    _opened: WeightReader, _select_matrix: Matrix, cache_key: str, name: str
+    _opened: WeightReader, _matrix: Matrix, cache_key: str, name: str
 ) -> weights.Histogram:
-    return weights.histogram(_opened.region(_select_matrix))
+    return weights.histogram(_opened.region(_matrix))
 
 
 def _render_tail_headline(

@@ -7,6 +7,7 @@ import pandas as pd
 from lsq_core import charts
 from lsq_core.bits import LADDER, QuantConfig, is_divisible
 from lsq_core.model.info import ModelInfo
+from lsq_core.model.source import ModelSource
 from lsq_core.planning.detection import shallow_model_note
 from lsq_core.quantization.registry import planned_bytes
 from lsq_core.store.store import Store
@@ -104,8 +105,8 @@ def show_sizes(sizes: pd.DataFrame) -> None:
     )
 
 
-def _source(info: ModelInfo) -> state.ModelSource:
-    return state.ModelSource(info.source, info.revision)
+def _source(info: ModelInfo) -> ModelSource:
+    return ModelSource(info.source, info.revision)
 
 
 def size_frame(info: ModelInfo) -> pd.DataFrame:

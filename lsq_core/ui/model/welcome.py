@@ -72,8 +72,8 @@ def render_published_way(ctx: PageContext) -> None:
     published = sidebar.published_model_names(ctx.store)
     label, icon = "See the papers' Llama results", ":material/article:"
     if published:
-        newest = next((name for name in published if "Llama-2-7b" in name), published[0])
-        st.button(label, icon=icon, key="llama", on_click=state.choose_model, args=(newest,))
+        name = next((name for name in published if "Llama-2-7b" in name), published[0])
+        st.button(label, icon=icon, key="llama", on_click=state.choose_model, args=(name,))
     elif st.button(label, icon=icon, key="llama", help=choose.DOWNLOAD_HELP):
         choose.run_import(ctx.store, None)
 
