@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
 from lsq_core import disk
-from lsq_core.bits import QuantConfig
+from lsq_core.bits import EXTENDED, QuantConfig
 from lsq_core.cli.program import main
 from lsq_core.errors import InputError, LsqError
 from lsq_core.exports.weights.base import (
@@ -31,7 +31,7 @@ from lsq_core.exports.weights.base import (
 )
 from lsq_core.exports.weights.compressed_tensors import round_to_whole_zeros
 from lsq_core.exports.weights.gguf import exact_rows
-from lsq_core.exports.weights.gguf_metadata import PROVENANCE_KEY, rope_factors
+from lsq_core.exports.weights.gguf_metadata import PROVENANCE_KEY, file_type, rope_factors
 from lsq_core.exports.weights.manifest import EXPORT_FILE, is_exported_folder, read_export
 from lsq_core.exports.weights.registry import FORMATS, ExportTarget, get_exporter
 from lsq_core.jobs.arguments import reproduce_command
@@ -223,11 +223,18 @@ def test_export_decodes_to_the_plan_or_near_it(name, random_llama, tmp_path):
     assert len(weights) == 1
 
 
-@pytest.mark.parametrize("architecture", ["llama-gqa", "qwen2-bias"])
-def test_gguf_exact_types_give_the_same_logits(architecture, tmp_path):
+@pytest.mark.parametrize(
+    ("architecture", "base", "kind"),
+    [
+        ("llama-gqa", "b4g32", "Q4_1"),
+        ("qwen2-bias", "b4g32", "Q4_1"),
+        ("llama-gqa", "b5g32", "Q5_1"),
+    ],
+)
+def test_gguf_exact_types_give_the_same_logits(architecture, base, kind, tmp_path):
     """The order of rows, biases, tied embeddings and metadata, as transformers reads them."""
     model = save_random_model(tmp_path / "model", architecture)
-    session, made = quantized(model, base="b4g32")
+    session, made = quantized(model, base=base, ladder=EXTENDED)
     exported = session.export(made, tmp_path / "out", "gguf")
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():
@@ -238,9 +245,22 @@ def test_gguf_exact_types_give_the_same_logits(architecture, tmp_path):
     assert provenance["exported_from"] == made.run
     assert set(provenance["modules"]) == {m.name for m in made.plan.matrices}
     kinds = {t.name: t.tensor_type.name for t in reader.tensors}
-    assert kinds["blk.0.attn_q.weight"] == kinds["blk.1.ffn_down.weight"] == "Q4_1"
+    assert kinds["blk.0.attn_q.weight"] == kinds["blk.1.ffn_down.weight"] == kind
     tokens = reader.fields["tokenizer.ggml.tokens"].contents()
     assert len(tokens) == session.info.config["vocab_size"]
+
+
+@pytest.mark.parametrize(
+    ("largest", "name"),
+    [
+        ("F32", "ALL_F32"),
+        *((t, f"MOSTLY_{t}") for t in ("F16", "BF16", "Q4_0", "Q4_1", "Q5_1", "Q8_0")),
+        *((t, f"MOSTLY_{t}") for t in ("Q2_K", "Q6_K")),
+        *((t, f"MOSTLY_{t}_M") for t in ("Q3_K", "Q4_K", "Q5_K")),
+    ],
+)
+def test_every_gguf_type_has_a_file_type(largest, name):
+    assert gguf.LlamaFileType(file_type(largest)).name == name
 
 
 def test_gguf_tokenizer_is_the_models(random_llama, tmp_path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -57,7 +56,7 @@ def _is_text(value: object) -> bool:
 
 
 def _is_size(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and 0 <= value < 2**63
+    return type(value) in (int, float) and 0 <= value < 2**63  # which NaN is not
 
 
 #: Validators of entries; all entries are optional.

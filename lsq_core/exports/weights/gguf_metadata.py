@@ -22,9 +22,6 @@ if TYPE_CHECKING:
 
 #: Metadata key of the plan and its provenance.
 PROVENANCE_KEY = "lsq.provenance"
-#: llama.cpp's file type number, by the type with the most bytes.
-_FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q2_K": 10, "Q3_K": 12}
-_FILE_TYPES |= {"Q4_K": 15, "BF16": 32}
 
 
 def write_metadata(writer: GGUFWriter, export: Export) -> None:
@@ -54,9 +51,22 @@ def write_metadata(writer: GGUFWriter, export: Export) -> None:
     sizes: dict[str, int] = {}
     for stored in export.types.values():
         sizes[stored.name] = sizes.get(stored.name, 0) + stored.bytes
-    writer.add_file_type(_FILE_TYPES[max(sizes, key=sizes.get)])
+    writer.add_file_type(file_type(max(sizes, key=sizes.get)))
     writer.add_quantization_version(2)
     writer.add_string(PROVENANCE_KEY, json.dumps(dict(provenance)))
+
+
+def file_type(largest: str) -> int:
+    """Return llama.cpp's number for a file whose largest share of bytes is in a tensor type.
+
+    Mixes of a K-quant have several numbers; that of the medium mix stands for the type.
+    """
+    from gguf import LlamaFileType
+
+    if largest == "F32":
+        return LlamaFileType.ALL_F32
+    names = f"MOSTLY_{largest}", f"MOSTLY_{largest}_M"
+    return next(LlamaFileType[name] for name in names if name in LlamaFileType.__members__)
 
 
 # --- rotary embeddings ------------------------------------------------------------------------
