@@ -130,7 +130,7 @@ def test_stopping_step():
 
 def test_engine_eager_for_small_work():
     with solver.steps.force_compiled(compiled=False):
-        assert solver.backend("cpu") == SolverBackend("eager", "asked for")
+        assert solver.backend("cpu") == SolverBackend("eager", "requested")
     assert solver.backend("cpu").name == "eager"
     assert solver.backend("cpu").reason
 

@@ -162,8 +162,8 @@ def _text_column(dataset: _HubDataset, features: Mapping[str, object]) -> str:
             return name
     if len(strings) != 1:
         raise InputError(
-            f"{dataset.label} has no column called text or content and not just one of strings; "
-            f"choose another one: its columns are {', '.join(features)}."
+            f"{dataset.label} has no column called text or content, and not exactly one column of "
+            f"strings; choose another dataset. Its columns are {', '.join(features)}."
         )
     return strings[0]
 

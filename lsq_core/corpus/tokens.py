@@ -94,7 +94,7 @@ def build_calibration_blocks(
             f"The corpus '{corpus.name}' gives {len(token_ids)} calibration tokens where one block "
             f"needs {block_tokens}"
             + (
-                f": {skipped_lines} of its lines were passed over, each longer than "
+                f": {skipped_lines} of its lines were skipped, each longer than "
                 f"{max_line_tokens} tokens; break them into shorter lines"
                 if skipped_lines
                 else "; use a longer text"

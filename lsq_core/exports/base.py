@@ -203,7 +203,7 @@ class Translation:
         """Raise :class:`InputError` if there are any substitutions."""
         if self.substitutions:
             raise InputError(
-                f"{describe_substitutions(self)}; nothing was written, and --nearest takes it."
+                f"{describe_substitutions(self)}; nothing was written; --nearest accepts this."
             )
 
     def to_json(self, file_name: str | None = None) -> dict:
@@ -313,14 +313,14 @@ def _inexpressible(
 ) -> str:
     """Return why a tool cannot express a module's plan, or an empty string if it can."""
     if len(configs) > 1:
-        return "all experts of a layer are one tensor there"
+        return "it stores all experts of a layer in one tensor"
     (config,) = configs
     if isinstance(config, MixedRows):
         return "all rows of a matrix have the same bits there"
     if all(f.group_size is None for f in formats if not f.is_kept):
         return "it has no group sizes"
     if axis != 1:
-        return "its groups run along rows, and this plan's down columns"
+        return "its groups run along rows, but this plan's down columns"
     if module.shape[1] % config.group_size:
         return f"groups of {config.group_size} do not fill rows of {module.shape[1]}"
     if not any(f.expresses(config) for f in formats):

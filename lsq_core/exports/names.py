@@ -146,8 +146,8 @@ def check_expert_stacks(matrices: Iterable[Matrix]) -> None:
             continue
         if (matrix.out_features, matrix.in_features) != (2 * down.in_features, down.out_features):
             raise InputError(
-                f"{name} ({matrix.out_features}×{matrix.in_features}) does not hold gate and up "
-                "one below the other, so other tools' modules cannot be told from it."
+                f"{name} ({matrix.out_features}×{matrix.in_features}) does not stack gate and up "
+                "by rows, so it cannot be split into other tools' modules."
             )
 
 

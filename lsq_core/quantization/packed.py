@@ -363,7 +363,7 @@ def quantize_matrix(
     """
     if not is_divisible(weight.numel(), config.group_size):
         raise InputError(
-            f"{name} ({weight.shape[0]}×{weight.shape[1]}) cannot be cut into groups of "
+            f"{name} ({weight.shape[0]}×{weight.shape[1]}) cannot be divided into groups of "
             f"{config.group_size}; choose a configuration with a smaller group size for it."
         )
     weight = weight.float()

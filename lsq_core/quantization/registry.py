@@ -265,7 +265,7 @@ def incompatibility_reason(name: str, choice: Mapping[Matrix, Config], axis: int
     different = sorted({config.name for config in choice.values()})
     if spec.uniform and len(different) > 1:
         return (
-            f"{spec.title} takes one configuration for all matrices, and this plan has "
+            f"{spec.title} needs a single configuration for all matrices, but this plan has "
             f"{', '.join(different)}; use a uniform plan."
         )
     return ""
@@ -284,13 +284,13 @@ def _matrix_incompatibility(spec: QuantizerSpec, matrix: Matrix, config: Config)
         return ""
     if matrix.expert is not None:
         return (
-            f"{spec.title} only takes linear modules, and {matrix.name} is one of a stack of "
-            "experts; choose a quantizer that takes matrices one by one."
+            f"{spec.title} supports only linear modules, but {matrix.name} is part of a stack of "
+            "experts; choose a quantizer that works on single matrices."
         )
     if not is_divisible(matrix.in_features, config.group_size):
         return (
-            f"{spec.title} keeps groups within a row, and {shape} has rows that groups of "
-            f"{config.group_size} do not fill; choose a smaller group size, or have the plan made "
+            f"{spec.title} needs groups within a row, but groups of {config.group_size} do not "
+            f"fill the rows of {shape}; choose a smaller group size, or have the plan made "
             "for gptqmodel (--serve gptqmodel)."
         )
     if not (is_divisible(matrix.out_features, 32) and is_divisible(matrix.in_features, 32)):
@@ -302,7 +302,7 @@ def mixed_rows_incompatibility(spec: QuantizerSpec) -> str:
     """Return a message that a quantizer does not support mixed rows and which ones do."""
     supporting = [name for name, other in QUANTIZERS.items() if other.supports_mixed_rows]
     return (
-        f"{spec.title} gives all rows of a matrix the same bits, and this plan mixes them; "
+        f"{spec.title} uses the same bits for all rows of a matrix, but this plan mixes them; "
         f"choose {', '.join(supporting[:-1])} or {supporting[-1]}."
     )
 

@@ -181,15 +181,15 @@ def pack_rows(
     shape = (weight.shape[0], weight.shape[1])
     if not config.fits(_Shape(*shape)):
         raise InputError(
-            f"{name} ({shape[0]}×{shape[1]}) has rows that cannot be cut into groups of "
+            f"{name} ({shape[0]}×{shape[1]}) has rows that cannot be divided into groups of "
             f"{config.group_size}; choose a smaller group size."
         )
     count = config.high_rows(shape[0])
     row_list = [] if rows is None else sorted(set(map(int, rows)))
     if len(row_list) != count:
         raise InputError(
-            f"{name} needs {count} high-impact rows for {config.name}, and {len(row_list)} are "
-            "named."
+            f"{name} needs {count} high-impact rows for {config.name}, but {len(row_list)} "
+            "were given."
         )
     check_finite(weight, name)
     row_numbers = torch.tensor(row_list, dtype=torch.int64, device=weight.device)

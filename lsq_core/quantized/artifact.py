@@ -297,9 +297,9 @@ def _check_stored(model: nn.Module, header: dict[str, dict]) -> None:
         wrong = wrong and tensor.is_floating_point() if name not in packed else wrong
         if shape != tuple(tensor.shape) or wrong:
             raise InputError(
-                f"{WEIGHTS_FILE} does not fit its plan at {name}, which is {dtype} of shape "
-                f"{list(shape)} in it and {str(tensor.dtype)[6:]} of shape {list(tensor.shape)} by "
-                "the plan and config.json; save it again."
+                f"{WEIGHTS_FILE} does not match its plan at {name}, which is stored as {dtype} of "
+                f"shape {list(shape)} but is {str(tensor.dtype)[6:]} of shape "
+                f"{list(tensor.shape)} by the plan and config.json; save it again."
             )
 
 

@@ -190,7 +190,7 @@ def check_files(folder: Path, manifest: dict) -> None:
     """Raise :class:`InputError` if a file was modified or deleted since it was saved."""
     changed = changed_files(folder, manifest)
     if changed:
-        raise InputError(f"{folder / changed[0]} is damaged or gone: {_CHECKSUM_MISMATCH}.")
+        raise InputError(f"{folder / changed[0]} is damaged or missing: {_CHECKSUM_MISMATCH}.")
 
 
 def unrelated_files(folder: Path) -> list[str]:

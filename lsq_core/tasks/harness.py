@@ -126,7 +126,7 @@ def _absolute(files: object, folder: Path) -> object:
         return [_absolute(own, folder) for own in files]
     path = folder / str(files)
     if not path.is_file():
-        raise InputError(f"The task in {folder} names {files}, which is not there.")
+        raise InputError(f"The task in {folder} refers to {files}, which does not exist.")
     return str(path.resolve())
 
 

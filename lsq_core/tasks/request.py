@@ -39,7 +39,8 @@ class TaskRequest:
 
     def __post_init__(self) -> None:
         if not self.names:
-            raise InputError(f"Name a task: {', '.join(NAMED_TASKS)}, or another of lm-eval's.")
+            names = ", ".join(NAMED_TASKS)
+            raise InputError(f"Give at least one task: {names}, or another of lm-eval's.")
         if self.fewshot is not None and self.fewshot < 0:
             raise InputError(f"The number of examples cannot be negative ({self.fewshot}).")
         if self.limit is not None and self.limit < 1:

@@ -75,7 +75,7 @@ class Gguf(WeightExporter):
         model_type = files.config.get("model_type")
         if has_custom_code(files.folder) or model_type not in MODEL_TYPES:
             raise InputError(
-                f"The export to GGUF knows the architectures {', '.join(MODEL_TYPES)} and not "
+                f"The export to GGUF supports the architectures {', '.join(MODEL_TYPES)}, not "
                 f"{model_type}; save it as lsq."
             )
         check_rope(files.config)

@@ -86,8 +86,8 @@ def check_rope(config: Mapping[str, Any]) -> None:
     kind = rope_settings(config)["rope_type"]
     if kind not in ("default", "linear", "llama3"):
         raise InputError(
-            f"The export to GGUF knows rotary embeddings of the types default, linear and llama3, "
-            f"and not {kind}; save it as lsq."
+            "The export to GGUF supports rotary embeddings of the types default, linear and "
+            f"llama3, not {kind}; save it as lsq."
         )
 
 

@@ -47,7 +47,7 @@ def read_export(folder: Path) -> dict:
     for name, sha256 in manifest[CHECKSUMS].items():
         path = resolve_inside(folder, name)
         if name != EXPORT_FILE and (not path.is_file() or cached_sha256(path) != sha256):
-            raise InputError(f"{path} was changed or is gone since the export; export it again.")
+            raise InputError(f"{path} was changed or deleted since the export; export it again.")
     return manifest
 
 

@@ -44,7 +44,7 @@ class Mlx(PackedFolder):
         super().check_model(files)
         if files.config.get("model_type") not in MODEL_TYPES:
             raise InputError(
-                f"The export to MLX knows the modules of {', '.join(MODEL_TYPES)} and not of "
+                f"The export to MLX supports the modules of {', '.join(MODEL_TYPES)}, not of "
                 f"{files.config.get('model_type')}; save it as lsq."
             )
 

@@ -52,8 +52,8 @@ class PackedFolder(WeightExporter):
         """See :class:`WeightExporter`."""
         if has_custom_code(files.folder):
             raise InputError(
-                f"The model in {files.folder} has code of its own, which programs for "
-                f"{self.title} would not run; save it as lsq."
+                f"The model in {files.folder} uses custom code, which programs for {self.title} "
+                "cannot run; save it as lsq."
             )
 
     def write(self, export: Export, folder: Path) -> dict[str, int]:

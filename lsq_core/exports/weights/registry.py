@@ -34,7 +34,7 @@ FORMATS = {
     "mlx": WeightFormat("MLX", "mlx-lm on Apple silicon", "lsq_core.exports.weights.mlx:Mlx"),
     "gguf": WeightFormat(
         "GGUF",
-        "llama.cpp and what is built on it",
+        "llama.cpp and tools built on it",
         "lsq_core.exports.weights.gguf:Gguf",
         groups_in_rows=False,
     ),

@@ -94,10 +94,10 @@ class GptqmodelQuantizer:
         if typical < least or most > greatest:
             size = f"as small as {typical:.2g}" if typical < least else f"as large as {most:.2g}"
             raise LsqError(
-                f"{matrix.name} has groups with a range {size}, and scales as gptqmodel's "
-                f"{self.method} stores them cannot hold less than {least:.2g} or more than "
-                f"{greatest:.2g} at {config.bits} bits; choose hqq, rtn or nf4, which take a "
-                "matrix of any magnitude."
+                f"{matrix.name} has groups with a range {size}, but scales of gptqmodel's "
+                f"{self.method} cannot represent less than {least:.2g} or more than "
+                f"{greatest:.2g} at {config.bits} bits; choose hqq, rtn or nf4, which support any "
+                "magnitude."
             )
 
     def _build_request(self, task: QuantizationTask, folder: Path, out: Path) -> GptqmodelRequest:
@@ -120,8 +120,8 @@ class GptqmodelQuantizer:
         missing = [name for name in names if f"{matrix.name}.{name}" not in stored]
         if missing:
             raise LsqError(
-                f"gptqmodel left {matrix.name} as it is, so this model cannot be compared by "
-                f"{self.method}; choose a quantizer that takes matrices one by one."
+                f"gptqmodel did not quantize {matrix.name}, so this model cannot be compared by "
+                f"{self.method}; choose a quantizer that works on single matrices."
             )
         tensors = {n: stored.pop(f"{matrix.name}.{n}").to(loaded.device) for n in names}
         return self.matrix.from_tensors(tensors, matrix.shape, config, axis=1)
@@ -167,7 +167,7 @@ def _last_error(log: Path) -> str:
     lines = log.read_text("utf8", errors="replace").replace("\r", "\n").splitlines()
     lines = [line.strip() for line in lines if line.strip()]
     error_lines = [line for line in lines if "Error" in line.partition(":")[0]]
-    return (error_lines or lines or ["it ended without saying why"])[-1]
+    return (error_lines or lines or ["it exited without an error message"])[-1]
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:

@@ -78,7 +78,7 @@ class AdaptiveSteps:
             return self._compiled(*inputs)
         except Exception as error:  # the eager steps work even where the compiler fails
             self._failure = f"compiling failed: {exception_reason(error)}"
-            _log.warning("%s; the solver goes on without", self._failure)
+            _log.warning("%s; continuing without compilation", self._failure)
             return self.eager(*inputs)
 
     @property
@@ -87,7 +87,7 @@ class AdaptiveSteps:
         if any(self._should_compile(variant) for variant in [*self._weights_solved, (-1, False)]):
             return SolverBackend("compiled")
         if self._forced is False:
-            return SolverBackend("eager", "asked for")
+            return SolverBackend("eager", "requested")
         solved = max(self._weights_solved.values(), default=0)
         return SolverBackend(
             "eager",
