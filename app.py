@@ -1,4 +1,4 @@
-"""The first page: what this is for, the chosen model, and ways to another."""
+"""The first page: the purpose of the app, the chosen model, and ways to choose another."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lsq_core.ui.safe import st
 
 
 def model_page(ctx: PageContext) -> None:
-    """The question and the model's story, what the model is, and published measurements."""
+    """Show the welcome, the model's facts, and the import of published measurements."""
     try:
         info = ctx.info
         with_sizes = not render_welcome(ctx, info)

@@ -1,4 +1,4 @@
-"""How hard each layer is to quantize, and ways to look into why."""
+"""The Explore page: how hard each layer is to quantize, and why."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lsq_core.ui.explore.profile import ExploreView, follow, profile_bar
 from lsq_core.ui.page import PageContext, page
 from lsq_core.ui.safe import st
 
-#: The views by their word in the address: a name, what draws it, and whether it needs a profile.
+#: Views by their name in the URL: label, function that draws it, whether it needs a profile.
 _VIEWS = {
     "layers": ("Layers", layers.show, True),
     "algorithm": ("Algorithm 1", detection.show, True),
@@ -19,7 +19,7 @@ _VIEWS = {
 
 
 def explore(ctx: PageContext) -> None:
-    """The profile under the chosen settings in the chosen view, or the way to it."""
+    """Show the profile with the chosen settings in the chosen view, or how to measure it."""
     info = ctx.info
     state.init_settings(cached.identity(info), cached.newest_settings(ctx.store, info))
     state.init_key("see", "layers", list(_VIEWS))

@@ -1,4 +1,4 @@
-"""Which matrix gets which bits: a method, a base or a budget, and the plan that follows it live."""
+"""The Plan page: the configuration of each matrix, by method and base or budget, shown live."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lsq_core.ui.safe import st
 
 
 def plan_page(ctx: PageContext) -> None:
-    """Controls, the plan's first line, its live picture, and what else there is to know of it."""
+    """Show the headline, the controls, the live plan, its actions, and comparisons and sizes."""
     info = ctx.info
     state.init_settings(cached.identity(info), cached.newest_settings(ctx.store, info))
     profile = cached.planning_profile(ctx.store, info, state.settings())

@@ -1,4 +1,4 @@
-"""Quantize by the plan, evaluate, sweep, and follow it; it goes on when this page is closed."""
+"""The Run page: runs of the plan and sweeps, which continue when the page is closed."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from lsq_core.ui.page import PageContext, headline, next_step, page
 from lsq_core.ui.run import plan, result, sweep
 from lsq_core.ui.safe import st
 
-#: The jobs that this page is about; those about one run are shown with it.
+#: Jobs listed on this page; audits and generated texts are shown with their run.
 VERBS = ("run", "sweep")
 
 
 def run_page(ctx: PageContext) -> None:
-    """What is about to run, what is running, and what came of it."""
+    """Show the current or last job and its result, the form for the next, and recent runs."""
     folder = disk.jobs_folder(ctx.store)
     job_list = [j for j in jobs.list_jobs(folder) if j.verb in VERBS or j.state == "damaged"]
     shown = choose_job(job_list)
@@ -37,7 +37,7 @@ def run_page(ctx: PageContext) -> None:
 
 
 def render_no_weights(name: str) -> None:
-    """Why a published model can't run, and what can be done."""
+    """Explain why a published model can't be run, with links to alternatives."""
     headline(
         f"{words.escape(name)} has no local weights, so it cannot be run.",
         "Only published measurements are available. To quantize it, choose it by its Hugging "
@@ -50,7 +50,7 @@ def render_no_weights(name: str) -> None:
 
 
 def choose_job(job_list: list[Job]) -> Job | None:
-    """The job picked in the table of recent ones, else one that is running, else the newest."""
+    """Return the job selected in the table, else a running one, else the newest readable one."""
     if not job_list:
         return None
     selected_job = _selected_job(job_list)
@@ -65,7 +65,7 @@ def _selected_job(job_list: list[Job]) -> Job | None:
 
 
 def show(ctx: PageContext, job: Job, show_headline: bool) -> None:
-    """One job: followed while it is active, then what came of it; and those behind it."""
+    """Show a job, its progress or result, and the queue of other active jobs."""
     if job.state == "damaged":
         jobs_panel.show_damaged(job)
     elif job.verb == "sweep":
@@ -78,7 +78,7 @@ def show(ctx: PageContext, job: Job, show_headline: bool) -> None:
 
 
 def show_result(ctx: PageContext, job: Job) -> None:
-    """What came of a run, or that its file is damaged."""
+    """Show the result of a run, or that its file is damaged."""
     try:
         result.show(ctx, job)
     except DamagedFileError:
@@ -86,7 +86,7 @@ def show_result(ctx: PageContext, job: Job) -> None:
 
 
 def render_form(ctx: PageContext, folder: Path) -> None:
-    """One run of the plan, or a sweep."""
+    """Show the forms for one run of the plan and for a sweep."""
     info = ctx.info
     state.init_settings(cached.identity(info), cached.newest_settings(ctx.store, info))
     profile = cached.profile(ctx.store, info, state.settings(), ctx.device)
@@ -100,7 +100,7 @@ def render_form(ctx: PageContext, folder: Path) -> None:
 
 
 def show_jobs(job_list: list[Job]) -> None:
-    """Recent runs with their states; picking one shows it above."""
+    """Show the recent jobs with their states; selecting one shows it above."""
     if not job_list:
         return
     st.subheader("Recent runs", anchor=False)

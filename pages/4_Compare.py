@@ -1,4 +1,4 @@
-"""Every run beside the others: which one to take, what more bits buy, and any two in detail."""
+"""The Compare page: runs by size and perplexity, their gain over uniform, and pairs in detail."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from lsq_core.ui.compare import runs, selection, table, views
 from lsq_core.ui.page import PageContext, headline, next_step, page
 from lsq_core.ui.safe import st
 
-#: What can be looked at, by the name in the address.
+#: Views by their name in the URL: label and function that draws it.
 VIEWS = {
     "size": ("Perplexity by size", runs.show),
     "bits": ("Gain over uniform", views.show_gain),
@@ -18,7 +18,7 @@ VIEWS = {
 
 
 def compare(ctx: PageContext) -> None:
-    """The gain over a uniform run of equal size, a view of the runs, and their table."""
+    """Show the gain over a uniform run of equal size, the chosen view, and the table of runs."""
     model_names = selection.models_with_runs(ctx)
     if model_names.empty:
         headline("No runs to compare yet.", "Every run appears here with its size.")

@@ -1,4 +1,4 @@
-"""Questions in SQL to everything that was measured; they read and change nothing."""
+"""The SQL page: read-only queries of all measurements."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lsq_core.ui.safe import st
 
 
 def query(ctx: PageContext) -> None:
-    """Examples, a field for the query, and its answer."""
+    """Show examples, a field for the query, and its result."""
     header = st.container()
     st.session_state.setdefault("sql", sql.EXAMPLES[0].sql)
     with st.container(horizontal=True):
@@ -60,19 +60,19 @@ def query(ctx: PageContext) -> None:
             table_downloads(answer.rows, "query")
 
 
-#: Under which the query that was cancelled is kept: it is not asked again by itself.
+#: Session key of the cancelled query, which is not run again automatically.
 _CANCELLED = "sql-cancelled"
 
 
 def _run_query(copy: cached_results.Snapshot, text: str) -> sql.QueryResult:
-    """The answer; meanwhile there is a button that stops the query."""
+    """Run a query and return its result, with a button to cancel it meanwhile."""
     placeholder, start_time = st.empty(), time.monotonic()
     with placeholder.container(horizontal=True):
         st.button("Cancel", key="cancel", on_click=_cancel, args=[text])
         elapsed = st.empty()
 
     def show_time() -> None:
-        # To write to the page is where Streamlit ends a run whose person asked for another.
+        # Streamlit stops a superseded script run only when it writes to the page.
         elapsed.caption(f"Running… {time.monotonic() - start_time:.1f} s")
 
     try:

@@ -1,4 +1,4 @@
-"""What is kept on disk, and how to let go of it."""
+"""The Storage page: what is stored on disk, and its deletion."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lsq_core.units import MIB, format_bytes
 
 
 def storage_page(ctx: PageContext) -> None:
-    """Everything on disk, largest first, and what of it can be deleted."""
+    """Show everything on disk, largest first, and a form to delete items."""
     items = sorted(disk.list_disk_items(ctx.store), key=lambda item: -item.bytes)
     headline(
         f"{format_bytes(sum(item.bytes for item in items))} on disk.",

@@ -1,4 +1,4 @@
-"""What can be done with a plan: save it, copy its command, run it."""
+"""Actions on a plan: run, refine, download, export or save it, or copy its command."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lsq_core.ui.safe import st
 
 
 def render_actions(query: PlanQuery, plan: Plan) -> None:
-    """Run it, take it along, keep it, ask the other way round, or do the same in a terminal."""
+    """Show the actions: run, refine, search by loss, download, export, save, command line."""
     ctx, info, profile = query.ctx, query.info, query.profile
     options = None
     with st.container(horizontal=True):
@@ -57,7 +57,7 @@ def render_actions(query: PlanQuery, plan: Plan) -> None:
 
 
 def plan_json(query: PlanQuery, plan: Plan) -> str:
-    """The plan as a file."""
+    """Return the plan as JSON text for download."""
     content = plan.to_json() | {
         "model": query.ctx.source.name,
         "fingerprint": query.info.fingerprint,
@@ -70,7 +70,7 @@ def plan_json(query: PlanQuery, plan: Plan) -> str:
 def render_save_form(
     ctx: PageContext, info: ModelInfo, plan: Plan, profile: Profile | None
 ) -> None:
-    """Keep the plan under a name, or set the controls to one that was kept."""
+    """Show a form to save the plan under a name or open a saved one."""
     if not info.fingerprint:
         st.write(
             "A plan can be saved once the model has been downloaded, by profiling it or by a run."
@@ -88,7 +88,7 @@ def render_save_form(
 
 
 def open_plan(ctx: PageContext, info: ModelInfo, id: str) -> None:
-    """Set the controls to what a kept plan was asked for."""
+    """Set the controls to the request of a saved plan."""
     content = ctx.store.plan_content(id)
     state.set_plan(PlanRequest.from_json(content["request"]), info.linear_parameters)
     grid = {"metadata": content["metadata"], "axis": content["axis"]}

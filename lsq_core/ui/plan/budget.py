@@ -1,7 +1,7 @@
-"""The budget that was asked for, and the nearest one that a plan can have.
+"""The requested budget, and the nearest one that a plan can have.
 
-What was asked for stays: where a server or a pin needs more, the plan has more, and without them it
-has what was asked for again.
+The requested budget is kept: if a server or a pin needs more, the plan gets more, and returns to
+the requested budget once they are removed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lsq_core.units import format_bytes
 
 
 def shown_request(info: ModelInfo, settings: ProfileSettings) -> PlanRequest:
-    """The plan that the Plan page shows, for other pages; a wrong one is left as it was asked."""
+    """Return the request of the plan shown on the Plan page; an invalid one is left unchanged."""
     request = state.plan_request()
     options = get_planner(request.method).options(request)
     try:
@@ -35,14 +35,14 @@ def shown_request(info: ModelInfo, settings: ProfileSettings) -> PlanRequest:
 
 
 def within_reach(problem: Problem, request: PlanRequest, metadata: str) -> tuple[PlanRequest, str]:
-    """The request with the nearest budget that a plan can have, and a sentence if it is another.
+    """Return the request with the nearest feasible budget, and a notice if it differs, else ''.
 
-    ``problem`` is restricted as the request has it.
+    ``problem`` must already be restricted by the request.
 
     Raises
     ------
     InputError
-        When the budget cannot be read, or there is no plan at all.
+        If the budget cannot be parsed, or there is no plan at all.
     """
     if request.budget is None:
         return request, ""
@@ -64,16 +64,16 @@ def within_reach(problem: Problem, request: PlanRequest, metadata: str) -> tuple
         nearest, size = (low, smallest) if end == "smallest" else (high, largest)
         asked, found, near = format_bytes(budget.planned_bytes), format_bytes(size), False
     shown = replace(request, budget=state.budget_text(nearest))
-    if near:  # the rounding of an end
+    if near:  # only rounded at an end
         return shown, ""
     under = f" {request.restrictions}" if request.restrictions else ""
     return shown, f"{asked} is out of reach{under}; showing the {end} plan, {found}."
 
 
 def feasible(problem: Problem, method: str, base: str | None) -> tuple[float, float]:
-    """Bits a parameter of the smallest and largest plan; a method with a base starts at one.
+    """Return bits per parameter of the smallest plan, which is the base if any, and the largest.
 
-    The lowest is rounded up to the four decimals that a budget is typed with.
+    The lower end is rounded up to the four decimals of a typed budget.
     """
     low, high = problem.feasible
     start = _base_choice(problem, method, base)
@@ -84,14 +84,14 @@ def feasible(problem: Problem, method: str, base: str | None) -> tuple[float, fl
 
 
 def feasible_planned(problem: Problem, request: PlanRequest, metadata: str) -> tuple[int, int]:
-    """Planned bytes of the smallest and largest plan of a method, from its base on."""
+    """Return planned bytes of the smallest plan, which is the base if any, and the largest."""
     smallest, largest = problem.feasible_planned(metadata)
     start = _base_choice(problem, request.method, request.base)
     return smallest if start is None else problem.planned_total(start, metadata), largest
 
 
 def _base_choice(problem: Problem, method: str, base: str | None) -> np.ndarray | None:
-    """The uniform choice that a method with a base starts from; None for the others."""
+    """Return the uniform choice that a method with a base starts from; None for other methods."""
     bases = usable_bases(problem)
     if not get_planner(method).has_base or not bases:
         return None

@@ -1,4 +1,4 @@
-"""The Plan page's controls: a method, how to ask it, another to compare with, and the rest."""
+"""The Plan page's controls: the method, its size, a method to compare with, and options."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def render_controls(
     profile: Profile | None,
     published: bool = False,
 ) -> None:
-    """One row with the methods that are offered; the budget is on the live planner's slider."""
+    """Show the controls; the budget itself is set on the live planner's slider."""
     widths = [1.6, 0.4, 1.5, 1.1, 1, 1.6, 0.85]
     first, about, *others = st.columns(widths, vertical_alignment="bottom")
     columns = [first, *others]
@@ -75,7 +75,7 @@ def render_controls(
 
 
 def render_restrictions(method: str, published: bool) -> None:
-    """Which configurations a plan is made of."""
+    """Show the choices that restrict a plan's configurations: bit widths and server."""
     only_paper = published or EXTENDED not in get_planner(method).ladders
     st.segmented_control(
         "Bit widths",
@@ -104,7 +104,7 @@ def render_restrictions(method: str, published: bool) -> None:
 
 
 def select_size_mode(method: str) -> str:
-    """By base, by budget, or by a base that a budget caps; some methods know budgets only."""
+    """Return how the size is set: base, budget, or both; some methods only take a budget."""
     if mixes_rows(method):
         st.selectbox(
             "Ratios",
@@ -129,7 +129,7 @@ def select_size_mode(method: str) -> str:
 
 
 def select_base(problem: Problem) -> None:
-    """The stop that every matrix gets at least."""
+    """Show the choice of the base, the minimum configuration of every matrix."""
     configurations = [problem.options[i].stop_name for i in usable_bases(problem)]
     if not configurations:
         st.info("No single group size divides every matrix; choose MXQ and a budget.")
@@ -140,7 +140,7 @@ def select_base(problem: Problem) -> None:
 
 
 def input_boost() -> None:
-    """How far a flagged layer is raised."""
+    """Show how many configurations a flagged layer is promoted by."""
     st.number_input(
         "Boost by",
         0,
@@ -152,7 +152,7 @@ def input_boost() -> None:
 
 
 def input_top_m() -> None:
-    """How many flagged layers are raised."""
+    """Show how many flagged layers are promoted per module type."""
     st.number_input(
         "Top m",
         0,
@@ -163,7 +163,7 @@ def input_top_m() -> None:
 
 
 def select_bit_widths() -> None:
-    """The bits of most rows and of the high-impact ones."""
+    """Show the bits of most rows and of high-impact rows."""
     st.selectbox(
         "Bits",
         state.BIT_WIDTH_PAIRS,
@@ -175,12 +175,12 @@ def select_bit_widths() -> None:
 
 
 def select_group_size() -> None:
-    """Weights that share a scale and zero."""
+    """Show the number of weights that share a scale and zero point."""
     st.selectbox("Group size", GROUP_SIZES, key="group_size", persist_state="session")
 
 
 def select_comparison(methods: Sequence[str], size_mode: str) -> None:
-    """Another method on the same budget, drawn beneath; a base alone is no budget."""
+    """Show the choice of a method to compare at the same budget; disabled for a base alone."""
     others = ["none", *methods]
     if st.session_state["against"] not in others:
         st.session_state["against"] = "none"
@@ -197,7 +197,7 @@ def select_comparison(methods: Sequence[str], size_mode: str) -> None:
 
 
 def render_more_options(method: str, size_mode: str) -> None:
-    """What is seldom changed."""
+    """Show the rarely changed options in a popover."""
     with st.popover("More", width="stretch"):
         if size_mode != "budget" and reads_field(method, "boost_stop"):
             input_boost()
@@ -245,7 +245,7 @@ def render_more_options(method: str, size_mode: str) -> None:
 
 
 def select_loss() -> None:
-    """The loss that ratios are measured by, and whether its curvature is mended."""
+    """Show the loss that measures interactions, and whether negative curvature is removed."""
     st.selectbox(
         "Loss",
         list(_LOSSES),
@@ -264,7 +264,7 @@ def select_loss() -> None:
 
 
 def restrict_or_free(problem: Problem) -> Problem:
-    """As pins, ties and server allow; where they are wrong the plan says so, not the controls."""
+    """Restrict the problem by the request, unless it is invalid, which the plan itself reports."""
     try:
         return restrict(problem, state.plan_request())
     except InputError:

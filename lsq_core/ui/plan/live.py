@@ -1,4 +1,4 @@
-"""The live planner, and the fields for budget and pins beside it."""
+"""The live planner on the Plan page: its data, and the budget and pins set in it."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ from lsq_core.ui.safe import st
 
 
 def take_budget() -> None:
-    """What the slider settled on is the budget from here on."""
+    """Adopt the budget committed in the browser, if there is a new one."""
     committed = read_committed_budget()
     if committed is not None:
         state.set_budget(committed.bits, committed.bytes)
 
 
 def show_live_plan(query: PlanQuery, plan: Plan) -> None:
-    """The slider and the plans that it redraws; a plan asked for by its base has no slider."""
+    """Show the slider and the plans that follow it; a plan from a base alone has no slider."""
     problem = restrict(query.problem, query.request)
     stops = np.array([problem.options.index(c) for c in plan.configs])
     by_base = query.request.budget is None
@@ -89,12 +89,12 @@ def show_live_plan(query: PlanQuery, plan: Plan) -> None:
 
 
 def shown_bits(budget: Budget, problem: Problem) -> float:
-    """Where a budget stands on the slider; the browser knows better where it is of bytes."""
+    """Return a budget's place on the slider, in bits; the browser refines it for bytes."""
     return 8 * (budget.nominal_bytes or budget.planned_bytes) / problem.total
 
 
 def set_pins(query: PlanQuery, pins: Sequence[str]) -> None:
-    """Pins set on the plan itself; those that contradict the others are not taken."""
+    """Adopt pins set in the live planner, or report why they are refused."""
     try:
         restrict(query.problem, replace(query.request, pins=tuple(pins)))
     except InputError as error:
@@ -104,7 +104,7 @@ def set_pins(query: PlanQuery, pins: Sequence[str]) -> None:
 
 
 def live_method(query: PlanQuery, stops: np.ndarray) -> LiveMethod:
-    """A method as the live planner draws it; ``stops`` (n,) is its plan at the budget."""
+    """Return a method for the live planner; ``stops`` (n,) is its plan at the budget."""
     name = query.request.method
     frontier = cached.frontier(query.info, query.profile, query.request, query.measured)
     curve, at_budget = prediction_curve(query), None
@@ -124,7 +124,7 @@ def live_method(query: PlanQuery, stops: np.ndarray) -> LiveMethod:
 
 
 def prediction_curve(query: PlanQuery) -> Curve | None:
-    """What is predicted along the budget, as the live planner draws it."""
+    """Return predicted perplexity by budget for the live planner."""
     predicted = query.prediction_curve
     if predicted is None:
         return None
@@ -133,14 +133,14 @@ def prediction_curve(query: PlanQuery) -> Curve | None:
 
 
 def free_plans(query: PlanQuery) -> FreePlans:
-    """The plans of the same method without ties and server."""
+    """Return the same method's plans without ties and server."""
     free = query.without_ties()
     frontier = cached.frontier(free.info, free.profile, free.request, free.measured)
     return FreePlans(frontier, prediction_curve(free))
 
 
 def layer_scores(query: PlanQuery) -> LayerScores | None:
-    """The sensitivity that stands above the plan: what the method reads, else the usual metric."""
+    """Return the sensitivity drawn above the plan: a metric of the method, else the usual one."""
     request, known = query.request, query.problem.scores
     read = [m for m in get_planner(request.method).metrics if m not in SENSITIVITIES]
     if reads_field(request.method, "metric"):
@@ -153,7 +153,7 @@ def layer_scores(query: PlanQuery) -> LayerScores | None:
 
 
 def uniform_predictions(query: PlanQuery) -> Curve | None:
-    """What is predicted of the uniform plans by size; None without predictions."""
+    """Return predicted perplexity of the uniform plans by size; None without a predictor."""
     predictor, request = query.predictor, query.request
     if isinstance(predictor, str) or mixes_rows(request.method):
         return None

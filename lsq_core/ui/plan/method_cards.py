@@ -1,4 +1,4 @@
-"""Cards of the planning methods: what each does, needs and is best for, and where it fails."""
+"""Cards of the planning methods: what each does, needs and is best for, and its limits."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _COLUMNS = 2
 
 
 def render_button(available_methods: Sequence[str], profile: Profile | None) -> None:
-    """A button that opens the cards of the methods to choose from."""
+    """Show a button that opens the cards of the available methods."""
     if st.button("", icon=":material/info:", key="method-cards", help="About the methods"):
         _show_cards(available_methods, profile)
 
 
 @st.dialog("Methods", width="large")
 def _show_cards(available_methods: Sequence[str], profile: Profile | None) -> None:
-    """All cards, the chosen method's first."""
+    """Show all cards, the chosen method's first."""
     chosen = st.session_state["method"]
     names = sorted(available_methods, key=lambda name: name != chosen)
     for start in range(0, len(names), _COLUMNS):
@@ -46,7 +46,7 @@ def _show_card(name: str, profile: Profile | None, chosen: bool) -> None:
     if chosen:
         st.caption("Chosen")
     elif st.button("Choose", key=f"choose-{name}", on_click=_choose, args=(name,)):
-        st.rerun()  # which closes the dialog
+        st.rerun()  # closes the dialog
 
 
 def _choose(name: str) -> None:
@@ -54,7 +54,7 @@ def _choose(name: str) -> None:
 
 
 def describe_needs(name: str, profile: Profile | None) -> str:
-    """What a method reads, and whether the chosen profile has it."""
+    """Describe the measurements a method needs, and whether the chosen profile has them."""
     planner = get_planner(name)
     if planner.reads_rows:
         return "row scores and interactions, measured on demand."

@@ -1,4 +1,4 @@
-"""Predicted perplexity along the frontiers."""
+"""Predicted perplexity of plans, by budget."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from lsq_core.ui.safe import st
 
 
 def format_band(predicted: Prediction) -> str:
-    """The first of some predictions with the wider side of its band: ``61.70 ±0.42``.
+    """Format the first prediction with the wider side of its band: ``61.70 ±0.42``.
 
-    A wide band is written by its ends, without meaningless decimals: ``11.1 (7.52 to 23.5)``.
+    A wide band is given by its ends, without meaningless decimals: ``11.1 (7.52 to 23.5)``.
     """
     middle, low, high = predicted.band(0)
     if is_wide(middle, low, high):
@@ -39,7 +39,7 @@ def format_band(predicted: Prediction) -> str:
 
 
 def describe_prediction_basis(predictor: Predictor, extrapolated: bool) -> str:
-    """What a prediction rests on."""
+    """Describe the runs that predictions are fitted to."""
     points = predictor.points
     beyond = "; this plan is an extrapolation" if extrapolated else ""
     return (
@@ -49,9 +49,9 @@ def describe_prediction_basis(predictor: Predictor, extrapolated: bool) -> str:
 
 
 def describe_gap(plan: Plan) -> str:
-    """How far a knapsack's plan can be from the optimum, or nothing for another method.
+    """Describe how far a knapsack's plan can be from the optimum; '' for other methods.
 
-    Nothing of a refined plan, which isn't judged by the cost that proposed it.
+    Also '' for a refined plan, which isn't judged by the cost that proposed it.
     """
     if not plan.objective or get_planner(plan.method).reads_refinement:
         return ""
@@ -67,7 +67,7 @@ def describe_gap(plan: Plan) -> str:
 
 
 def init_prediction(ctx: PageContext, info: ModelInfo) -> None:
-    """Predict on the corpus chosen, or on WikiText-2 or the one with most runs, if any."""
+    """Keep the chosen corpus for predictions, else choose WikiText-2 or the one with most runs."""
     corpora = cached_results.evaluated_corpora(ctx.store, info)
     if st.session_state.get("predict_on") not in corpora:
         usual = "wikitext2" if "wikitext2" in corpora else (corpora or [None])[0]
@@ -78,10 +78,10 @@ def init_prediction(ctx: PageContext, info: ModelInfo) -> None:
 
 
 def show_frontiers(query: PlanQuery) -> None:
-    """The methods along the budget, in what they are predicted to give, with what was measured.
+    """Chart the methods by budget: predicted perplexity or weight error, and measured runs.
 
-    The budget isn't marked here: the planner's own strip does, and a chart that stays the same
-    isn't drawn anew at every release.
+    The budget isn't marked here: the live planner's strip marks it, and an unchanged chart isn't
+    redrawn whenever the slider is released.
     """
     methods = dict.fromkeys([query.request.method, st.session_state["against"], "uniform"])
     if mixes_rows(query.request.method):
@@ -110,7 +110,7 @@ def show_frontiers(query: PlanQuery) -> None:
 
 
 def choose_corpus(query: PlanQuery) -> None:
-    """The text to predict perplexity on, where runs were evaluated on several."""
+    """Show a choice of the corpus to predict on, if runs were evaluated on several."""
     corpora = cached_results.evaluated_corpora(query.ctx.store, query.info)
     if len(corpora) > 1:
         st.segmented_control(
@@ -119,7 +119,7 @@ def choose_corpus(query: PlanQuery) -> None:
 
 
 def build_frontier_line(query: PlanQuery) -> list[charts.FrontierLine]:
-    """A method's line: predicted perplexity, or else the squared weight error; none without."""
+    """Return a method's line of predicted perplexity, else of squared weight error, if any."""
     name = query.request.method
     if name == "none" or mixes_rows(name):
         return []
@@ -139,9 +139,9 @@ def build_frontier_line(query: PlanQuery) -> list[charts.FrontierLine]:
 
 
 def measured_runs(query: PlanQuery, predictor: Predictor | str) -> pd.DataFrame:
-    """Runs for the chart, by any quantizer: those of the evaluation that is predicted.
+    """Return the chart's runs, by any quantizer, with the same evaluation as the predictions.
 
-    None without a prediction.
+    Empty without a predictor.
     """
     empty = pd.DataFrame(columns=["method", "label", "bits_per_param", "value"])
     if isinstance(predictor, str):
@@ -169,7 +169,7 @@ def measured_runs(query: PlanQuery, predictor: Predictor | str) -> pd.DataFrame:
 
 
 def render_loss_search(query: PlanQuery) -> None:
-    """The inverse question: the smallest plan that is predicted to lose so little."""
+    """Show the search for the smallest plan within a predicted loss, and its result."""
     st.write(
         "The smallest plan predicted to be at most this much above full precision in perplexity:"
     )
@@ -180,7 +180,7 @@ def render_loss_search(query: PlanQuery) -> None:
 
 
 def apply_loss_search(query: PlanQuery, text: str) -> None:
-    """Set the budget to the answer, or say why there is none."""
+    """Set the budget to that of the smallest plan, or report why there is none."""
     predictor = query.predictor
     try:
         if mixes_rows(query.request.method):
@@ -194,7 +194,7 @@ def apply_loss_search(query: PlanQuery, text: str) -> None:
     except LsqError as error:
         st.session_state["loss_answer"] = str(error)
         return
-    # Rounded up to what a budget is typed with, so that the plan still fits.
+    # Rounded up to the four decimals of a typed budget, so that the plan still fits.
     state.set_budget(np.ceil(8e4 * nominal / problem.total - 1e-6) / 1e4)
     if get_planner(request.method).has_base:
         st.session_state["ask"] = "budget"

@@ -1,4 +1,4 @@
-"""What is planned for on this page, and whether its profile has what that needs."""
+"""The Plan page's request, and the measurements that its method still lacks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from lsq_core.ui.safe import st
 
 @dataclass(frozen=True, eq=False)
 class PlanQuery:
-    """What the page was asked: the model, its profile, and the request with its settings."""
+    """The page's inputs: the model, its profile, and the request with its settings."""
 
     ctx: PageContext
     info: ModelInfo
@@ -39,36 +39,36 @@ class PlanQuery:
 
     @property
     def problem(self) -> Problem:
-        """What planners see, without pins."""
+        """The planning problem, not yet restricted by pins, ties or server."""
         return cached.problem_with(self.info, self.profile, self.request, self.measured)
 
     @property
     def measured(self) -> cached.Measured | None:
-        """What the method reads beside the profile, where it was measured."""
+        """The method's measurements besides the profile; None if they are missing or not needed."""
         ctx = self.ctx
         return cached.measured(ctx.store, self.info, self.settings, self.request, ctx.device)
 
     @property
     def rows(self) -> Impact | None:
-        """What is known of the model's rows, where the method reads that."""
+        """The model's row measurements, if the method uses them and they exist."""
         return self.measured if isinstance(self.measured, Impact) else None
 
     @property
     def predictor(self) -> Predictor | str:
-        """What the runs so far tell, or why they don't."""
+        """A predictor of perplexity fitted to the runs so far, or why there is none."""
         args = self.ctx.store, self.info, self.profile, self.settings
         return cached_results.predictor(*args, st.session_state["predict_on"])
 
     @property
     def prediction_curve(self) -> cached_results.PredictionCurve | None:
-        """What is predicted at every budget; nothing of mixed rows."""
+        """Predicted perplexity by budget; None for mixed rows or without a predictor."""
         if mixes_rows(self.request.method):
             return None
         args = self.ctx.store, self.info, self.profile, self.request, self.settings
         return cached_results.prediction_curve(*args, st.session_state["predict_on"])
 
     def with_method(self, method: str) -> PlanQuery:
-        """The same base and budget by another method; one without bases is given the budget."""
+        """Return the query for another method; a base is dropped if the method has none."""
         request, base = state.request_for_method(method), self.request.base
         base = base if get_planner(method).has_base else None
         ladder = ladder_of(method, self.request.ladder)
@@ -76,7 +76,7 @@ class PlanQuery:
         return replace(self, request=replace(request, ladder=ladder, **size))
 
     def without_ties(self) -> PlanQuery:
-        """The same without ties and server."""
+        """Return the query without ties and server."""
         return replace(self, request=self.request.without_ties())
 
 
@@ -84,7 +84,7 @@ class PlanQuery:
 
 
 def available_methods(info: ModelInfo, profile: Profile | None) -> list[str]:
-    """The methods to choose from: of a published model those that its measurements allow."""
+    """Return the methods offered; for a published model, those that its measurements allow."""
     if not cached.is_published(info):
         return list(PLANNERS)
     lacking = cached.unavailable_methods(info, cached.problem(info, profile))
@@ -92,7 +92,7 @@ def available_methods(info: ModelInfo, profile: Profile | None) -> list[str]:
 
 
 def missing_metrics(query: PlanQuery) -> list[str]:
-    """What the method reads and the profile doesn't hold."""
+    """Return the metrics or row measurements that the method needs and are missing."""
     if mixes_rows(query.request.method):
         return missing_rows(query)
     metrics = query.profile.metrics if query.profile else ()
@@ -100,7 +100,7 @@ def missing_metrics(query: PlanQuery) -> list[str]:
 
 
 def missing_rows(query: PlanQuery) -> list[str]:
-    """What a plan of mixed rows needs and the store doesn't have."""
+    """Return the measurements that a mixed-row plan needs and the store doesn't have."""
     if query.rows is None:
         return ["row scores"]
     measured_runs = [block for block in query.rows.blocks if block.matrix is not None]
@@ -109,7 +109,7 @@ def missing_rows(query: PlanQuery) -> list[str]:
 
 
 def render_missing_metrics(query: PlanQuery, missing: Sequence[str]) -> None:
-    """A method whose metrics haven't been measured, and the way to measure them."""
+    """Explain which metrics the method lacks and offer to measure them."""
     if mixes_rows(query.request.method):
         render_missing_rows(query)
         return
@@ -137,7 +137,7 @@ def render_missing_metrics(query: PlanQuery, missing: Sequence[str]) -> None:
 
 
 def offer_profile_with(query: PlanQuery, metrics: Sequence[str]) -> None:
-    """A button that takes another profile of the model which holds all that a method reads."""
+    """Show a button to switch to another profile of the model that has all ``metrics``, if any."""
     other = cached.settings_with(query.ctx.store, query.info, metrics)
     if (
         other is None
@@ -155,7 +155,7 @@ def offer_profile_with(query: PlanQuery, metrics: Sequence[str]) -> None:
 
 
 def measure_in_background(folder: Path, argv: list[str], label: str) -> None:
-    """A button that starts a job, and the job where there is one."""
+    """Show a button that starts a job, and the job's progress if it is active or has failed."""
     job = jobs_panel.find(folder, argv)
     if job is not None and job.active:
         jobs_panel.follow(job)
@@ -167,7 +167,7 @@ def measure_in_background(folder: Path, argv: list[str], label: str) -> None:
 
 
 def _offer_group_size(query: PlanQuery) -> None:
-    """A button that takes the largest groups that rows of every matrix can be cut into."""
+    """Show a button for the largest group size that divides the rows of every matrix, if any."""
     sizes = (s for s in GROUP_SIZES if all(m.in_features % s == 0 for m in query.info.matrices))
     size = next(sizes, None)
     if size is not None:
@@ -180,11 +180,11 @@ def _offer_group_size(query: PlanQuery) -> None:
 
 
 def render_missing_rows(query: PlanQuery) -> None:
-    """What mixed rows are planned from, how dear it is, and a button to measure it."""
+    """Explain which row measurements are missing and what they cost; offer to measure them."""
     request, blocks = query.request, query.rows.blocks if query.rows else ()
     try:
         low, _ = feasible(query.problem, request.method, None)
-    except InputError as error:  # groups of this size fill no row of some matrix
+    except InputError as error:  # the group size divides no row of some matrix
         headline("No such plan.")
         st.error(words.escape(str(error)))
         _offer_group_size(query)
@@ -199,7 +199,7 @@ def render_missing_rows(query: PlanQuery) -> None:
         f"{request.loss} loss. It is stored block by block and resumes where it stopped.{so_far}",
     )
     argv = ["plan", *arguments.model_arguments(query.ctx.source, query.ctx.device)]
-    smallest = replace(request, budget=state.budget_text(low), pins=())  # any that is in reach
+    smallest = replace(request, budget=state.budget_text(low), pins=())  # any feasible budget
     argv += arguments.plan_arguments(smallest, query.settings)
     argv += ["--db", str(query.ctx.store.path)]
     measure_in_background(disk.jobs_folder(query.ctx.store), argv, f"Measure the {what}")

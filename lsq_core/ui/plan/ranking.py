@@ -1,4 +1,4 @@
-"""Every method within the budget, best first: what is predicted, and what was measured."""
+"""A table of all methods at the same budget, best first, with predictions and measurements."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lsq_core.units import MIB, format_bytes
 
 
 def show_ranking(query: PlanQuery, plan: Plan, lead: object) -> None:
-    """The table of methods; into ``lead`` the way to a clearly better one, if there is any."""
+    """Show the table of methods; in ``lead``, this plan's run and a clearly better method."""
     if query.profile is None or mixes_rows(query.request.method):
         return
     ranking = cached_results.ranking(
@@ -47,7 +47,7 @@ def show_ranking(query: PlanQuery, plan: Plan, lead: object) -> None:
 
 
 def _tell_measured(own: RankedMethod, reference: QuantConfig, uniform: RankedMethod | None) -> None:
-    """One line of what this very plan measured, against the uniform plan if that was measured."""
+    """Show the perplexity measured for this plan, against the uniform plan's if measured."""
     perplexity = own.measured.perplexity
     text = f"**Measured: perplexity {perplexity:.2f}**"
     if uniform is not None and uniform is not own and uniform.measured is not None:
@@ -59,7 +59,7 @@ def _tell_measured(own: RankedMethod, reference: QuantConfig, uniform: RankedMet
 
 
 def _requests(query: PlanQuery, plan: Plan) -> list[PlanRequest]:
-    """The same budget by every method; a base alone asks for the size of its plan."""
+    """Return requests for every method at the same budget; for a base alone, its plan's size."""
     own, requests = query.request, []
     if own.budget is None:
         own = replace(own, base=None, budget=f"{plan.bits_per_param!r}bpp")
@@ -81,7 +81,7 @@ def _describe_budget(request: PlanRequest, plan: Plan) -> str:
 
 
 def _lead_to(better: RankedMethod, own: RankedMethod) -> None:
-    """One line that names the better method, and a button that takes it."""
+    """Show a line that names the better method, with a button to choose it."""
     if better.predicted and own.predicted:
         what = f"perplexity {_band(better.predicted)} predicted, against {_band(own.predicted)}"
     else:
@@ -104,12 +104,12 @@ def _lead_to(better: RankedMethod, own: RankedMethod) -> None:
 
 
 def choose(method: str) -> None:
-    """Plan by a method from here on."""
+    """Choose a method."""
     st.session_state["method"] = method
 
 
 def choose_clicked(key: str, methods: Sequence[str]) -> None:
-    """Plan by the method whose row was clicked."""
+    """Choose the method whose row was clicked."""
     selection = st.session_state[key]["selection"]
     cells, rows = selection.get("cells") or [], selection.get("rows") or []
     row = cells[0][0] if cells else rows[0] if rows else None
@@ -153,7 +153,7 @@ def _show_table(ranking: MethodRanking, chosen: str) -> None:
 
 
 def ranking_frame(ranking: MethodRanking) -> pd.DataFrame:
-    """A row a method, best first; columns that no method has a figure for are left out."""
+    """Return the table, one row per method, best first, without columns that are empty."""
     rows = [
         {
             "method": each.title,
@@ -171,7 +171,7 @@ def ranking_frame(ranking: MethodRanking) -> pd.DataFrame:
 
 
 def _notes(ranking: MethodRanking) -> list[str]:
-    """How the methods are ranked, what stands beside them, and which are left out."""
+    """Return notes on the ranking, the measured column, and the methods left out."""
     ranked_by = {
         "perplexity": "Best first by predicted perplexity.",
         "expected_kl": "Best first by the KL divergence that the profile expects.",

@@ -1,4 +1,4 @@
-"""Refining the plan without leaving the Plan page: its time, the steps, and the refined plan."""
+"""Refining the plan on the Plan page: the time limit, the steps, and the refined plan."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from lsq_core.ui.page import headline
 from lsq_core.ui.plan.query import PlanQuery
 from lsq_core.ui.safe import st
 
-#: Session state: whether the popover is open, and whether a search was just started from it.
+#: Session keys: whether the popover is open, and whether a search was just started from it.
 _POPOVER, _STARTED = "refine_popover", "refine_started"
 
 
 def _refined_request(query: PlanQuery) -> PlanRequest | None:
-    """The refinement of the plan that is shown; None where it can't be refined."""
+    """Return the request that refines the shown plan; None if it can't be refined."""
     request, planner = query.request, get_planner(query.request.method)
     if planner.reads_refinement:
         return request
@@ -39,10 +39,10 @@ def _refined_request(query: PlanQuery) -> PlanRequest | None:
 
 
 def render_button(query: PlanQuery) -> None:
-    """The choice of a time, and the button that starts the search."""
+    """Show the choice of a time limit, and the button that starts the search."""
     request = _refined_request(query)
     if st.session_state.pop(_STARTED, False):
-        st.session_state[_POPOVER] = False  # its progress is below, where the popover would lie
+        st.session_state[_POPOVER] = False  # the popover would cover the progress below
     with st.popover(
         "Refine",
         icon=":material/auto_fix_high:",
@@ -74,7 +74,7 @@ def render_button(query: PlanQuery) -> None:
 
 
 def _choose_text(query: PlanQuery) -> str | None:
-    """Another text where the profile's isn't here, as a shipped profile's may not be; else None."""
+    """Offer another text if the profile's isn't on this machine, as with some shipped profiles."""
     own = query.settings.calibration
     try:
         corpus_identity(own)
@@ -113,14 +113,14 @@ def _command(
 
 
 def _find_job(query: PlanQuery, request: PlanRequest) -> Job | None:
-    """The newest search for this plan, for however many minutes and on whichever text."""
+    """Return the newest search for this plan, whatever its time limit and text."""
     command = _command(query, request, DEFAULT_MINUTES)
     ignoring = ("--minutes", "--text")
     return jobs_panel.find(disk.jobs_folder(query.ctx.store), command, ignoring)
 
 
 def render_panel(query: PlanQuery) -> None:
-    """The search for this plan while it runs, and its steps so far."""
+    """Show the search for this plan until it is done, and its steps so far."""
     request = _refined_request(query)
     if request is None:
         return
@@ -136,7 +136,7 @@ def render_panel(query: PlanQuery) -> None:
 
 
 def _steps(query: PlanQuery, request: PlanRequest) -> list[RefinementStep]:
-    """The steps within just this budget."""
+    """Return the steps of the search at exactly this budget."""
     options = get_planner(Refined.name).options(request)
     problem = restrict(cached.problem(query.info, query.profile).with_options(options), request)
     profile = query.profile.id if query.profile else ""
@@ -144,7 +144,7 @@ def _steps(query: PlanQuery, request: PlanRequest) -> list[RefinementStep]:
 
 
 def _show_steps(query: PlanQuery, request: PlanRequest) -> None:
-    """What was gained, the divergence after each step, and the way to the refined plan."""
+    """Show the gain, the divergence after each step, and a button to open the refined plan."""
     steps = _steps(query, request)
     if not steps:
         return
@@ -178,7 +178,7 @@ def _show_steps(query: PlanQuery, request: PlanRequest) -> None:
 
 
 def _show_refined(request: PlanRequest) -> None:
-    """Choose the refined plan, beside the one that it started from."""
+    """Choose the refined plan, compared with the one it started from."""
     state.set_values(
         {"method": Refined.name, "start": request.refined_from, "against": request.refined_from}
     )
@@ -198,7 +198,7 @@ def _frame(steps: list[RefinementStep]) -> pd.DataFrame:
 
 
 def render_absent(query: PlanQuery) -> None:
-    """No plan was refined from this start yet, and the way to begin."""
+    """Explain that no plan has been refined from this start, with a button to plan one."""
     start = get_planner(query.request.refined_from)
     headline(
         f"No plan by {start.title} was refined yet.",

@@ -1,4 +1,4 @@
-"""The Plan page's panels for high-impact rows: ratios, interactions, loss as predicted."""
+"""The Plan page's panels for high-impact rows: ratios, interactions and predicted loss."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from lsq_core.ui import cached_results, words
 from lsq_core.ui.page import PageContext
 from lsq_core.ui.safe import st
 
-#: What of a request decides which interactions a plan was made from.
+#: Request fields that determine which interactions a plan was made from.
 _INTERACTION_FIELDS = ("loss", "low_bits", "high_bits", "group_size", "clip")
 
 
 def show_rows(ctx: PageContext, problem: Problem, plan: Plan, rows: Impact) -> None:
-    """Where the rows at more bits are, and what says so."""
+    """Show the plan's ratios, the interactions behind them, and predicted against measured loss."""
     ratios, interactions, predicted = st.tabs(
         ["Ratios by layer", "Interactions within a block", "Predicted vs. measured"], key="rows_tab"
     )
@@ -34,7 +34,7 @@ def show_rows(ctx: PageContext, problem: Problem, plan: Plan, rows: Impact) -> N
 
 
 def show_ratios(plan: Plan) -> None:
-    """The ratio of each layer and module type."""
+    """Show the ratio of each layer and module type."""
     frame = pd.DataFrame(
         [(m.type, m.layer, c.ratio) for m, c in plan.choice.items()],
         columns=["type", "layer", "ratio"],
@@ -43,7 +43,7 @@ def show_ratios(plan: Plan) -> None:
 
 
 def show_interactions(problem: Problem, rows: Impact) -> None:
-    """M of one block."""
+    """Show the interaction matrix M of a chosen block."""
     measured = {block.layer: block for block in rows.blocks if block.matrix is not None}
     if not measured:
         st.info("Uniform ratios need no interactions; choose joint ratios to measure them.")
@@ -57,7 +57,7 @@ def show_interactions(problem: Problem, rows: Impact) -> None:
 
 
 def describe_interactions(block: Interactions, problem: Problem) -> str:
-    """Which two act most on one another, against what they do alone."""
+    """Describe the strongest interaction of two units, relative to their own effects."""
     tiles = block.matrix.reshape(len(block.units), len(RATIOS), len(block.units), len(RATIOS))
     names = [charts.short_type(problem.matrices[members[0]].type) for members in block.units]
     pairs = {
@@ -77,7 +77,7 @@ def describe_interactions(block: Interactions, problem: Problem) -> str:
 
 
 def show_predicted(ctx: PageContext, request: PlanRequest) -> None:
-    """Runs of plans by these interactions: the loss that was predicted, and what was measured."""
+    """Show predicted loss and measured KL divergence of runs planned from these interactions."""
     runs = cached_results.objectives(ctx.store, ctx.info, request.method)
     requests = [PlanRequest.from_json(json.loads(text)) for text in runs["request"]]
     matching = [

@@ -1,4 +1,4 @@
-"""Quantizing and evaluating the plan without leaving the Plan page: its time, progress, result."""
+"""Quantizing and evaluating the plan on the Plan page: time, progress and result."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from lsq_core.ui.run.plan import RunOptions, check_run, run_arguments, select_ru
 from lsq_core.ui.safe import st
 from lsq_core.units import format_bytes
 
-#: The key of the job that was started here and hasn't been announced as finished.
+#: Session key of the id of the job last started here.
 _WATCHED = "plan_job"
 
 
 def render_button(query: PlanQuery) -> RunOptions:
-    """The button that starts the run, and how it is evaluated; returns the latter."""
+    """Show the button that starts the run, and return the run options chosen beside it."""
     place = st.container(width="content")
     with st.popover("Evaluation", icon=":material/tune:"):
         options = select_run_options(query.ctx, stacked=True)
@@ -38,7 +38,7 @@ def render_button(query: PlanQuery) -> RunOptions:
 
 
 def _start(query: PlanQuery, options: RunOptions) -> None:
-    """Start the run, and draw the page anew so that it is followed; or say why it can't start."""
+    """Start the run and redraw the page to follow it, or show why it can't start."""
     try:
         argv = run_arguments(query.ctx, query.request, options)
         job = jobs.start(disk.jobs_folder(query.ctx.store), _with_database(query.ctx, argv))
@@ -54,7 +54,7 @@ def _with_database(ctx: PageContext, argv: list[str]) -> list[str]:
 
 
 def render_panel(query: PlanQuery, options: RunOptions) -> None:
-    """What pressing the button would do and how long it takes; then the job, and its result."""
+    """Describe the run and its duration; then show the job or its result."""
     ctx, request = query.ctx, query.request
     check = check_run(ctx, request, options)
     protocol = Protocol.named(options.evaluation.protocol, ctx.info.context).name
@@ -77,7 +77,7 @@ def render_panel(query: PlanQuery, options: RunOptions) -> None:
 
 
 def _describe_other_text(query: PlanQuery, options: RunOptions) -> str:
-    """That the result won't stand beside the runs that predictions are from; '' where it will."""
+    """Return a note if the result won't be comparable with the runs behind predictions, else ''."""
     if isinstance(query.predictor, str):
         return ""
     points = query.predictor.points
@@ -88,19 +88,19 @@ def _describe_other_text(query: PlanQuery, options: RunOptions) -> str:
 
 
 def _find_job(query: PlanQuery, options: RunOptions) -> Job | None:
-    """The job of just this plan and evaluation, else the one that was started here last."""
+    """Return the job of exactly this plan and evaluation, else the one last started here."""
     folder = disk.jobs_folder(query.ctx.store)
     try:
         argv = run_arguments(query.ctx, query.request, options)
         same = jobs_panel.find(folder, _with_database(query.ctx, argv))
-    except LsqError:  # the name to save under is taken, which pressing the button says
+    except LsqError:  # the name to save under is taken; pressing the button reports it
         same = None
     watched = st.session_state.get(_WATCHED)
     return same or next((job for job in jobs.list_jobs(folder) if job.id == watched), None)
 
 
 def _announce(job: Job) -> None:
-    """Say once that a job started here has begun, and once how it ended."""
+    """Announce once that a job started here is active, and once how it ended."""
     if st.session_state.get(_WATCHED) != job.id:
         return
     begun = f"{_WATCHED}_begun"
@@ -118,7 +118,7 @@ def _ended(job: Job) -> str:
 
 
 def _verdict(job: Job) -> str:
-    """``Perplexity 24.84: +38.5 % over full precision: a clear loss``, or that it is damaged."""
+    """Return ``Perplexity 24.84, +38.5 % over full precision: a clear loss``, or the error."""
     try:
         found = result.read_result(job)
     except LsqError as error:
@@ -128,7 +128,7 @@ def _verdict(job: Job) -> str:
 
 
 def _show_result(job: Job) -> None:
-    """The verdict, what had been predicted, and the ways on."""
+    """Show the verdict, the prediction before the run, and links to the next pages."""
     try:
         found = result.read_result(job)
     except LsqError:

@@ -1,4 +1,4 @@
-"""A plan in figures: its size by each account of bytes, and the layers it flags."""
+"""A plan in figures: headline, its size by each measure, and the matrices it promotes."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from lsq_core.ui.plan.query import PlanQuery
 from lsq_core.ui.safe import st
 from lsq_core.units import format_bytes
 
-#: Beyond so many nats a sum of expected KL divergences falls short of the true one.
+#: Above this many nats, the sum of expected KL divergences underestimates the true divergence.
 MAX_EXPECTED_KL = 1.0
 
 
 def render_summary(query: PlanQuery, plan: Plan) -> None:
-    """The first line: bits, what is predicted, and against the largest uniform plan within them."""
+    """Show the headline: bits and prediction, against the largest uniform plan within them."""
     caption = [
         "Bits per parameter of the linear layers, metadata included.",
         *plan.notes,
@@ -73,9 +73,9 @@ def render_summary(query: PlanQuery, plan: Plan) -> None:
 
 
 def describe_expected_kl(problem: Problem, plan: Plan) -> str:
-    """What the profile expects of a plan before anything was run; nothing without expected KL.
+    """Describe the KL divergence expected from the profile before any run; '' if it has none.
 
-    Of a refined plan the notes tell what was measured.
+    Also '' for a refined plan, whose notes report the measured divergence.
     """
     if "expected_kl" not in problem.by_config or problem.refinement is not None:
         return ""
@@ -90,7 +90,7 @@ def describe_expected_kl(problem: Problem, plan: Plan) -> str:
 
 
 def describe_free_plan(query: PlanQuery, predictor: Predictor) -> str:
-    """What is predicted of the plan without ties and server; nothing where there are none."""
+    """Describe the prediction for the plan without ties and server; '' if there are none."""
     if not query.request.has_ties:
         return ""
     free = query.without_ties()
@@ -107,12 +107,12 @@ def describe_free_plan(query: PlanQuery, predictor: Predictor) -> str:
 
 
 def _more_or_less(change: float, more: str, less: str) -> str:
-    """``0.018`` as ``1.8 % more``."""
+    """Format ``0.018`` as ``1.8 % more``."""
     return f"{100 * abs(change):.1f} % {less if change < 0 else more}"
 
 
 def describe_rows(plan: Plan) -> str:
-    """How many rows have more bits, and what that takes: ``9 % of the rows at 3 bits, 9 MiB``."""
+    """Describe the share of high-impact rows and the size: ``9 % of the rows at 3 bits, 9 MiB``."""
     high = sum(len(rows) for rows in plan.rows.values())
     share = high / sum(m.out_features for m in plan.matrices)
     width = plan.request.high_bits
@@ -128,7 +128,7 @@ def describe_rows(plan: Plan) -> str:
 
 
 def show_sizes(plan: Plan) -> None:
-    """Every account of its size, each by its own name."""
+    """Show the plan's size by each measure."""
     accounts = [
         ("Nominal", format_bytes(plan.nominal_bytes), f"{plan.bits_per_param:.4f} bits",
          "The papers' formula, which budgets in bits per parameter refer to."),
@@ -149,7 +149,7 @@ def show_sizes(plan: Plan) -> None:
 
 
 def show_flagged(plan: Plan) -> None:
-    """The matrices that were moved from the base, strongest first."""
+    """Show the matrices promoted above the base, strongest first."""
     if not plan.ranking_scores:
         return
     configs = {m.name: c for m, c in plan.choice.items()}

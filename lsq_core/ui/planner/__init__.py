@@ -1,7 +1,7 @@
-"""The live planner: a bit plan that is redrawn in the browser while the budget's slider moves.
+"""The live planner: a plan that is redrawn in the browser while the budget slider moves.
 
-Python sends every budget's plan once, as the frontier's segments; the browser looks a budget up by
-the same steps (``frontier.js``) and tells Python only the one that was settled on.
+Python sends the plans for all budgets once, as the frontier's segments; the browser looks up a
+budget's plan in the same way (``frontier.js``) and sends back only the committed budget.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lsq_core.planning.problem import Problem
 from lsq_core.ui.safe import st
 
 _FOLDER = Path(__file__).parent
-#: In the order in which they build on one another; together they are one module.
+#: In dependency order; they are concatenated into one module.
 _SCRIPTS = (
     "frontier.js",
     "words.js",
@@ -40,7 +40,7 @@ _SCRIPTS = (
 
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """Predicted perplexity along the budget: arrays (k,), ``bits`` ascending, with a band."""
+    """Predicted perplexity by budget, with its band: arrays (k,), ``bits`` ascending."""
 
     bits: np.ndarray
     perplexity: np.ndarray
@@ -51,7 +51,7 @@ class Curve:
 
 @dataclass(frozen=True, eq=False)
 class ExactPlan:
-    """A plan that is better than the frontier's at one budget: stops (n,), and its bound."""
+    """An exactly solved plan for one budget: stops (n,), and a lower bound of its cost."""
 
     choice: np.ndarray
     lower_bound: float
@@ -59,9 +59,9 @@ class ExactPlan:
 
 @dataclass(frozen=True, eq=False)
 class LayerScores:
-    """How sensitive each layer is, drawn above a plan: ``values`` (layers,), NaN for none.
+    """The sensitivity of each layer, drawn above a plan: ``values`` (layers,), NaN if unknown.
 
-    ``name`` is short, for beside the bars; ``label`` is the metric's.
+    ``name`` is a short label next to the bars; ``label`` is the metric's title.
     """
 
     name: str
@@ -71,7 +71,7 @@ class LayerScores:
 
 @dataclass(frozen=True, eq=False)
 class FreePlans:
-    """The plans of a method that nothing but pins restricts, with what is predicted of them."""
+    """A method's plans without ties and server, with their predicted perplexity."""
 
     frontier: Frontier
     curve: Curve | None = None
@@ -79,12 +79,12 @@ class FreePlans:
 
 @dataclass(frozen=True, eq=False)
 class LiveMethod:
-    """A method whose plans are drawn; ``unit`` says what its cost is, empty where it has none.
+    """A method whose plans are drawn; ``unit`` is the unit of its cost, empty if it has none.
 
-    ``at_budget`` is the perplexity predicted of the plan at the budget settled on, with its band,
-    where the curve is straight between its points. ``solved`` takes the place of the frontier's
-    plan at that budget. ``free`` is the method without the ties and the server that its plans are
-    restricted by, which what these cost is counted against.
+    ``at_budget`` is the predicted perplexity of the plan at the committed budget, with its band,
+    whereas the curve is interpolated. ``solved`` replaces the frontier's plan at that budget.
+    ``free`` holds the method's plans without ties and server, from which the cost of those is
+    computed.
     """
 
     name: str
@@ -100,7 +100,7 @@ class LiveMethod:
 
 @dataclass(frozen=True)
 class Preset:
-    """A budget to jump to; ``bits`` per parameter may lie outside of what is feasible."""
+    """A budget to jump to; ``bits`` per parameter may lie outside the feasible range."""
 
     label: str
     bits: float
@@ -109,7 +109,7 @@ class Preset:
 
 @dataclass(frozen=True, eq=False)
 class MatrixFacts:
-    """What a cell's details tell of each matrix: values (n,), NaN where there are none."""
+    """A quantity in the details of a cell, by matrix: values (n,), NaN if unknown."""
 
     label: str
     values: np.ndarray
@@ -149,24 +149,24 @@ def live_planner(
     Parameters
     ----------
     budget
-        Bits per parameter to show: after :func:`read_committed_budget` what it gave, until it is
-        changed.
+        Bits per parameter to show: the last result of :func:`read_committed_budget`, unless the
+        budget has changed since. None with ``fixed``.
     budget_bytes
-        Planned bytes that bound every plan in place of the bits, None where the bits do.
+        Planned bytes that bound every plan instead of the bits; None if the bits do.
     other_bytes
-        Bytes of the rest of the model, in the checkpoint's dtype; None where nobody knows.
+        Bytes of the rest of the model, in the checkpoint's dtype; None if unknown.
     metadata
-        How scale and zero are stored, which decides the planned bytes.
+        How scale and zero point are stored, which determines the planned bytes.
     fixed
-        Stops (n,) of one plan to show in place of a slider.
+        Stops (n,) of one plan to show without a slider.
     feasible
         Bits per parameter of the smallest and the largest plan.
     uniform
-        What is predicted of the uniform plans, a point each, with which plans are compared.
+        Predicted perplexity of the uniform plans, one point each, to compare plans with.
     pins
-        Those that are in the problem, as they were typed.
+        The pins that restrict the problem, as typed.
     on_pins
-        Called with all pins there are to be, once the person adds or drops one in the browser.
+        Called with all resulting pins when the user adds or drops one in the browser.
     """
     data = payload(
         problem,
@@ -198,11 +198,11 @@ def live_planner(
 
 
 def _noop() -> None:
-    """A component's state is only there where a callback is."""
+    """Do nothing; a component's state is only available if it has a callback."""
 
 
 def update_pins(problem: Problem, pins: Sequence[str], change: dict) -> tuple[str, ...]:
-    """The pins after one was dropped (``{"drop": k}``) or added to a matrix, in the browser."""
+    """Return the pins after the browser dropped one (``{"drop": k}``) or pinned a matrix."""
     if "drop" in change:
         return tuple(pin for k, pin in enumerate(pins) if k != change["drop"])
     matrix = problem.matrices[int(change["matrix"])]
@@ -212,19 +212,19 @@ def update_pins(problem: Problem, pins: Sequence[str], change: dict) -> tuple[st
 
 @dataclass(frozen=True)
 class CommittedBudget:
-    """Bits per parameter with four decimals, and the planned bytes where a size was typed."""
+    """Bits per parameter with four decimals, and the planned bytes if a size was typed."""
 
     bits: float
     bytes: int | None
 
 
 def read_committed_budget(key: str = "planner") -> CommittedBudget | None:
-    """The budget that was settled on in the browser since the last run, else None.
+    """Return the budget committed in the browser since the last call, or None.
 
-    The page asks before it draws, keeps the budget, and
-    passes it on. A commit has a serial that goes back to the browser, which knows by it whether a
-    budget from here is an answer to its last commit or older; and by it the same budget can be
-    settled on twice.
+    The page calls this before drawing, stores the budget, and passes it to :func:`live_planner`.
+    Each commit has a serial, which is sent back to the browser: it tells whether a budget from
+    Python answers the browser's last commit or an older one, and allows the same budget to be
+    committed twice.
     """
     commit = (st.session_state.get(key) or {}).get("commit")
     if not commit or commit["serial"] == st.session_state.get(f"{key}_serial"):
@@ -254,7 +254,7 @@ def payload(
     uniform: Curve | None,
     pins: Sequence[str],
 ) -> dict:
-    """What the browser is sent: JSON, its arrays little-endian and base64."""
+    """Return the JSON sent to the browser; arrays are little-endian and base64-encoded."""
     return {
         "model": _model_payload(problem, metadata),
         "methods": [_method_payload(method) for method in methods],
@@ -310,15 +310,16 @@ def _curve_payload(curve: Curve) -> dict:
     return arrays | {"full": float(curve.full_precision)}
 
 
-#: Encoded once: a rerun sends what the last one sent.
+#: Payloads already encoded, reused by reruns.
 _frontiers: WeakKeyDictionary[Frontier, dict] = WeakKeyDictionary()
 _models: WeakKeyDictionary[Problem, dict[str, dict]] = WeakKeyDictionary()
 
 
 def frontier_payload(frontier: Frontier) -> dict:
-    """Segments as starts (s, n) and their moves one after another; bytes follow from the rest.
+    """Encode a frontier's segments: starts (s, n) and concatenated moves, without their bytes.
 
-    Where matrices are tied these are of items, and ``items`` has that of each matrix.
+    The browser computes the bytes. If matrices are tied, rows and moves refer to items, and
+    ``items`` holds the item of each matrix.
     """
     if frontier not in _frontiers:
         steps = [segment.steps for segment in frontier.segments]
@@ -344,7 +345,7 @@ def frontier_payload(frontier: Frontier) -> dict:
 
 
 def _model_payload(problem: Problem, metadata: str) -> dict:
-    """The matrices and what each option takes; bytes by distinct shape, a column an option."""
+    """Encode the matrices and options; bytes have a row per distinct shape, a column per option."""
     cached = _models.setdefault(problem, {})
     if metadata not in cached:
         matrices = problem.matrices
@@ -385,12 +386,12 @@ def _model_payload(problem: Problem, metadata: str) -> dict:
     return cached[metadata]
 
 
-#: Bits and group sizes whose ticks are labelled first where there is not room for all.
+#: Order in which bits and group sizes get tick labels if there is not room for all.
 _TICK_BITS, _TICK_GROUPS = (3, 4, 8, 2, 5, 6, 1), (GROUP_SIZES[0], GROUP_SIZES[2], GROUP_SIZES[1])
 
 
 def _tick_order(options: Sequence[Config]) -> list[int]:
-    """Options in the order in which ticks on the slider are labelled."""
+    """Return the options in the order in which the slider's ticks are labelled."""
     if options not in LADDERS.values():
         return sorted(range(len(options)), key=lambda j: (j not in (0, len(options) - 1), j))
     keys = [(_TICK_GROUPS.index(c.group_size), _TICK_BITS.index(c.bits)) for c in options]
@@ -398,11 +399,11 @@ def _tick_order(options: Sequence[Config]) -> list[int]:
 
 
 def _with_id(content: dict) -> dict:
-    """With a digest, by which the browser sees that nothing has changed."""
+    """Add a digest, by which the browser recognizes unchanged content."""
     digest = hashlib.blake2b(json.dumps(content).encode(), digest_size=9)
     return content | {"id": digest.hexdigest()}
 
 
 def encode_array(values: np.typing.ArrayLike, kind: str) -> str:
-    """Base64 of the values' bytes; infinity and NaN go along, as JSON could not carry them."""
+    """Encode the values' bytes in base64, which unlike JSON preserves infinity and NaN."""
     return b64encode(np.ascontiguousarray(values, dtype=kind).tobytes()).decode("ascii")

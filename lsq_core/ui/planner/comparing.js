@@ -1,21 +1,21 @@
-// What a plan is compared with: uniform plans, the plan without ties, the least possible cost.
+// Comparisons of a plan with uniform plans, the plan without ties, and the lower bound of the cost.
 
-/** Whether a side of a prediction's band is more than a tenth of it; Python's is_band_wide. */
+/** Whether either side of a prediction's band exceeds a tenth of it; like Python's is_wide. */
 const isWide = ([value, low, high]) => Math.max(high - value, value - low) > value / 10;
 
-/** Whether two predictions tell of their difference: bands apart, or none wide; Python's too. */
+/** Whether two predictions can be compared: disjoint bands, or none wide; as in Python. */
 function isComparable(a, b) {
   return a[2] < b[1] || b[2] < a[1] || ![a, b].some(isWide);
 }
 
 class PlannerComparing {
-  /** The largest uniform plan that is no larger, which Python's headline compares with, too. */
+  /** The largest uniform plan that is no larger; Python's headline compares with the same one. */
   _uniformWithin(bits) {
     const { stops, onLadder, reference } = this.model;
     return onLadder ? stops[uniformWithin(stops.map((stop) => stop.bits), bits)] : reference;
   }
 
-  /** Perplexity above a uniform plan's, as a share; null where a band says nothing of it. */
+  /** Relative perplexity above a uniform plan's; null if the predictions can't be compared. */
   _gain(predicted, { bits }) {
     const { uniform } = this;
     if (!uniform || Number.isNaN(predicted[0])) return null;
@@ -25,7 +25,7 @@ class PlannerComparing {
     return predicted[0] / other[0] - 1;
   }
 
-  /** What ties and server cost: of the method's cost, or in bits, and in predicted perplexity. */
+  /** The cost of ties and server: in the method's cost or bits, and in predicted perplexity. */
   _againstFree(panel) {
     const { answer, curve, free } = panel;
     if (!free) return ["–"];
@@ -36,7 +36,7 @@ class PlannerComparing {
     const { ladder, nominal, total: weights } = this.model;
     const bits = (8 * (panel.nominal - total(nominal, free.answer.choice, ladder.length))) / weights;
     const costed = !this.fixed && free.answer.objective > 0 && answer.objective >= 0;
-    // What the frontier finds may be better than what it finds with more freedom, by its gap.
+    // Both plans are optimal only within a gap, so the restricted plan may even be the better one.
     const share = Math.max(answer.objective / free.answer.objective - 1, 0);
     const more = `${share > 0 ? "+" : ""}${formatPercent(share)}${this.oneCost ? "" : " cost"}`;
     const said = costed ? more : `${signed(bits, 3)} bits`;
@@ -52,7 +52,7 @@ class PlannerComparing {
     return [curve.perplexity, curve.low, curve.high].map((column) => interpolate(curve, column, bits));
   }
 
-  /** How far a plan's cost can be above the least possible, as Plan.to_json has it. */
+  /** How far a plan's cost can be above the least possible, as in Plan.to_json. */
   _gap({ answer }) {
     return answer.objective ? (answer.objective - answer.lowerBound) / Math.abs(answer.objective) : 0;
   }

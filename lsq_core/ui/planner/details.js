@@ -1,4 +1,4 @@
-// Details of a cell: why it has its bits, and the form that pins it.
+// Details of a cell: why it has its bits, and the form to pin it.
 
 class PlannerDetails extends PlannerDrawing {
   // --- why a cell has its bits ----------------------------------------------------------------------
@@ -23,7 +23,7 @@ class PlannerDetails extends PlannerDrawing {
     grid.addEventListener("keydown", (event) => this._walk(panel, event));
   }
 
-  /** The cell is let go of once something else has the focus, other than its pin or a plan. */
+  /** Deselect the cell once the focus moves to anything but the pin form or a plan. */
   _leave({ relatedTarget: to }) {
     if (!to || this.form.contains(to) || to.classList.contains("cells")) return;
     this.selected = null;
@@ -78,7 +78,7 @@ class PlannerDetails extends PlannerDrawing {
     this._offerPin();
   }
 
-  /** What can be done with cells, and what the marks on them mean. */
+  /** Hints on using cells, and the meaning of the marks on them. */
   _hints() {
     const marks = ["a frame or bar marks changes since the last committed budget"];
     if (this.panels.length === 2) marks.push("a dot where the two methods differ");
@@ -93,7 +93,7 @@ class PlannerDetails extends PlannerDrawing {
 
   // --- pins -----------------------------------------------------------------------------------------
 
-  /** The form for the cell that was clicked or walked to; its words follow the cell. */
+  /** Show the form for the selected cell, with labels that match the cell. */
   _offerPin() {
     const { form, selected, hovered } = this;
     const members = selected && selected.cell >= 0 ? this.cells.members[selected.cell] : [];
@@ -125,7 +125,7 @@ class PlannerDetails extends PlannerDrawing {
     });
   }
 
-  /** What a pin leaves a matrix, as a sentence; nothing for one that is free. */
+  /** A sentence on the configurations that pins allow a matrix; empty if it isn't pinned. */
   _heldBy(i) {
     const [low, high] = [this.low[i], this.high[i]];
     const { ladder } = this.model;
@@ -136,7 +136,7 @@ class PlannerDetails extends PlannerDrawing {
     return high < most ? [`Pinned to at most ${last}.`] : [];
   }
 
-  /** What a matrix shares its configuration with, as a sentence; nothing for one that is free. */
+  /** A sentence on the modules a matrix shares its configuration with; empty if it isn't tied. */
   _tiedTo(i) {
     if (this.tied === null) return [];
     const { types, typeOf } = this.model;
@@ -211,26 +211,26 @@ class PlannerDetails extends PlannerDrawing {
     return this._priceOf(panel, this._dearest(panel, members), members.length > 1);
   }
 
-  /** Where on the slider a matrix that is chosen together with others is given something else. */
+  /** For jointly chosen matrices: the budget at which a matrix's configuration changes next. */
   _together({ frontier, answer, method }, i) {
     const { ladder, total: weights } = this.model;
     const at = frontier.segments.indexOf(answer.segment);
     const why = `The matrices of a block are chosen jointly, to minimize the ${method.unit}.`;
     for (const { start, startBytes } of frontier.segments.slice(at + 1)) {
-      if (start[i] === answer.choice[i]) continue; // complete plans, of matrices
+      if (start[i] === answer.choice[i]) continue; // starts are complete plans, by matrix
       const bits = ((8 * startBytes) / weights).toFixed(3);
       return [why, `It is given ${ladder[start[i]].name} next, at ${bits} bits.`];
     }
     return [why, "No larger budget changes it."];
   }
 
-  /** Of several experts the one for which one more stop is worth most. */
+  /** The expert whose next stop saves the most cost per byte. */
   _dearest(panel, members) {
     const worth = (i) => this._nextStop(panel, i)?.price ?? -Infinity;
     return members.reduce((best, i) => (worth(i) > worth(best) ? i : best));
   }
 
-  /** The next stop that may be chosen: its bytes, what it saves, and that for each byte. */
+  /** The next allowed stop: the bytes it adds, the cost it saves, and that cost per byte. */
   _nextStop({ frontier, answer }, i) {
     const { columns, cost, nominal } = frontier;
     const row = itemOf(frontier, i) * columns;
@@ -275,7 +275,7 @@ class PlannerDetails extends PlannerDrawing {
     return `${stop}: it would be worth its bytes but does not fit in the remaining budget.`;
   }
 
-  /** Where on the slider the matrix moves next. */
+  /** A sentence on the budget at which the matrix is promoted next. */
   _comes(frontier, { segment, taken, choice }, i) {
     const item = itemOf(frontier, i);
     for (let k = taken; k < segment.matrix.length; k++) {
@@ -287,7 +287,7 @@ class PlannerDetails extends PlannerDrawing {
     return "No larger budget promotes it.";
   }
 
-  /** For boosts: whether a matrix is boosted, and its place among those that are raised. */
+  /** For methods without a cost: whether a matrix is boosted, and its rank among those that are. */
   _rankOf({ frontier, answer }, i) {
     const { ladder, total: weights } = this.model;
     const { segment, taken } = answer;

@@ -1,9 +1,9 @@
-// Drawing: what is laid out once for a width, and what moves each frame.
+// Drawing: the layout, done once per width, and the parts updated each frame.
 
 const THUMB = 18;
 const DIGITS = "0123456789ab";
 
-/** Change an element's text only where it is another, so that nothing is laid out for nothing. */
+/** Set an element's text only if it differs, to avoid needless layout. */
 function setText(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
@@ -16,7 +16,7 @@ function make(tag, className = "", text = "") {
 }
 
 class PlannerDrawing extends PlannerUnits {
-  // --- drawing: once for a width and data ---------------------------------------------------------
+  // --- drawing: once per width and data -----------------------------------------------------------
 
   _makePanel(k) {
     const element = this.find("template.panel").content.firstElementChild.cloneNode(true);
@@ -88,7 +88,7 @@ class PlannerDrawing extends PlannerUnits {
     this._draw();
   }
 
-  /** How sensitive each layer is, above its column: bits go where it is high. */
+  /** Draw the sensitivity of each layer above its column. */
   _drawScores({ element, scores, method }, width) {
     element.classList.toggle("scored", method.scores !== null);
     if (!method.scores) return;
@@ -194,7 +194,7 @@ class PlannerDrawing extends PlannerUnits {
       (this.uniform ? " Shaded: the gain over uniform plans of at most the same size." : "");
   }
 
-  /** The uniform stops, labelled as far as there is room, and the ends in the chosen unit. */
+  /** Label the ends in the chosen unit, and as many uniform stops as there is room for. */
   _labelTicks(width, folded) {
     const ticks = this.find(".ticks");
     ticks.replaceChildren();
@@ -236,7 +236,7 @@ class PlannerDrawing extends PlannerUnits {
     this.field.value = this.written = this._number(this.bits, this.bytes);
   }
 
-  // --- drawing: once a frame ----------------------------------------------------------------------
+  // --- drawing: once per frame --------------------------------------------------------------------
 
   _draw() {
     cancelAnimationFrame(this.frame);
@@ -258,7 +258,7 @@ class PlannerDrawing extends PlannerUnits {
     this._expose();
   }
 
-  /** Nominal and planned bytes, by type and stop, and how many matrices have each stop. */
+  /** Compute nominal and planned bytes, the latter by type and stop, and matrices per stop. */
   _measure(panel) {
     const { ladder, planned, sizeOf, typeOf } = this.model;
     const { choice } = panel.answer;
@@ -276,7 +276,7 @@ class PlannerDrawing extends PlannerUnits {
     panel.nominal = total(this.model.nominal, choice, ladder.length);
   }
 
-  /** Whether what is shown is not committed. */
+  /** Whether the shown budget is not committed yet. */
   _isMoving() {
     return this.bits !== this.committed || this.bytes !== this.committedBytes;
   }
@@ -352,7 +352,7 @@ class PlannerDrawing extends PlannerUnits {
     });
   }
 
-  /** What has moved since the committed plan, or, once that is what is shown, since the one before. */
+  /** List changes since the committed plan or, if that is shown, since the one before it. */
   _writeMoves(panel) {
     const moving = this._isMoving();
     const since = moving ? this.committed : this.before;
@@ -400,7 +400,7 @@ class PlannerDrawing extends PlannerUnits {
     slider.setAttribute("aria-valuetext", words.join(", "));
   }
 
-  /** What the page is read by from outside. */
+  /** Expose the state as data attributes, for tests and scripts. */
   _expose() {
     const { dataset } = this.root;
     dataset.bits = this.bits;

@@ -1,17 +1,17 @@
-// Every budget's plan at once: lsq_core/plan/frontier.py and greedy.py once more, for the browser.
+// The plans for every budget: lsq_core/planning/frontier.py and greedy.py, ported to the browser.
 //
-// Every step is the first or the best there is, ties going to the first matrix and then the lowest
-// stop, and every sum runs from first to last, as there; so both find the same plan to the last
-// bit. Tables are (n, columns) in one row-major Float64Array, a column for each option; a choice is
-// a Uint8Array of n stops.
-// Nothing here knows the page, and nothing is allocated once a frontier is made.
+// Every step is the first or the best one, ties going to the first matrix and then the lowest stop,
+// and every sum runs from first to last, as in Python; so both find bit-identical plans. Tables are
+// (n, columns) in one row-major Float64Array, one column per option; a choice is a Uint8Array of n
+// stops.
+// This file does not depend on the page, and looking up a plan allocates nothing.
 
 const TOLERANCE = 1e-9;
 // As in lsq_core/planning/limit.py.
 const SPENT = 0.999;
 const HALVINGS = 12;
 
-/** The numbers of a base64 text, as a typed array of the kind. */
+/** Decode a base64 text to a typed array of the given kind. */
 function unpack(text, Kind) {
   const raw = atob(text);
   const bytes = new Uint8Array(raw.length);
@@ -29,7 +29,7 @@ function nominalTable(numel, bits) {
   return table;
 }
 
-/** Nominal bytes of each matrix at each option, where they depend on its shape. */
+/** Nominal bytes of each matrix at each option, if they depend on its shape. */
 function nominalOfShapes(shapes, sizeOf) {
   const columns = shapes.length / countOf(sizeOf);
   const table = new Float64Array(sizeOf.length * columns);
@@ -39,12 +39,12 @@ function nominalOfShapes(shapes, sizeOf) {
   return table;
 }
 
-/** How many things there are that are numbered from 0 without a gap. */
+/** The number of things that are numbered from 0 without gaps. */
 function countOf(numbers) {
   return 1 + numbers.reduce((most, number) => Math.max(most, number), 0);
 }
 
-/** A table of matrices summed over those of each item: exact, so in any order. */
+/** Sum a table over the matrices of each item; the sums are exact in any order. */
 function sumItems(table, items, columns) {
   const summed = new Float64Array(countOf(items) * columns);
   items.forEach((item, i) => {
@@ -53,15 +53,15 @@ function sumItems(table, items, columns) {
   return summed;
 }
 
-/** The item that a matrix belongs to; where none are tied each is one. */
+/** The item that a matrix belongs to; without ties, each matrix is an item. */
 function itemOf({ items }, i) {
   return items === null ? i : items[i];
 }
 
 /**
- * A frontier out of its payload {columns, costs, starts, counts, matrices, stops, wide, items} and
- * the nominal table of matrices: segments with their moves in order, and room to work in. Where
- * matrices are tied, all of it is in items, and so is its nominal table.
+ * Make a frontier from its payload {columns, costs, losses, lowerBounds, starts, counts, matrices,
+ * stops, wide, items} and the nominal table of the matrices: segments with their moves in order,
+ * and scratch buffers. If matrices are tied, everything is by item, including the nominal table.
  */
 function makeFrontier(payload, ofMatrices) {
   const items = payload.items === null ? null : unpack(payload.items, Int32Array);
@@ -95,7 +95,7 @@ function makeFrontier(payload, ofMatrices) {
   };
 }
 
-/** A start and its moves: the stops left and reached, the bytes added, the bytes after each. */
+/** A start and its moves: stops left and reached, bytes after each move, and bytes added. */
 function makeSegment(start, matrix, reached, { values: nominal, columns }) {
   const now = start.slice();
   const left = new Uint8Array(matrix.length);
@@ -114,7 +114,7 @@ function makeSegment(start, matrix, reached, { values: nominal, columns }) {
   return { start, startBytes, matrix, left, reached, after, size };
 }
 
-/** Where planAt puts what it finds: a choice of items, the same of matrices, and the rest. */
+/** The output buffer of planAt: stops by item, the choice by matrix, objective and bound. */
 function makeAnswer(frontier) {
   const stops = new Uint8Array(frontier.n);
   return {
@@ -128,7 +128,7 @@ function makeAnswer(frontier) {
   };
 }
 
-/** The plan within a budget in nominal bytes, into the answer; false below the smallest plan. */
+/** Write the plan within a budget in nominal bytes to the answer; false if none fits. */
 function planAt(frontier, budget, answer) {
   if (!planOfItems(frontier, budget, answer)) return false;
   const { stops, choice } = answer;
@@ -136,17 +136,17 @@ function planAt(frontier, budget, answer) {
   return true;
 }
 
-/** The answer's choice of items from its choice of matrices, as where Python sent that. */
+/** Set an answer to a choice by matrix, as sent by Python, and derive its stops by item. */
 function takeChoice(frontier, choice, answer) {
   answer.choice.set(choice);
   if (frontier.items !== null) frontier.items.forEach((item, i) => (answer.stops[item] = choice[i]));
 }
 
 /**
- * The nominal bytes that a budget in planned bytes leaves a plan, which is then in the answer: the
- * budget less the overhead of the last plan found, until one fits, and more where much is left. NaN
- * where none fits.
- * lsq_core/planning/limit.py once more; `plannedOf` gives the planned bytes of a choice.
+ * The nominal bytes that a budget in planned bytes leaves a plan, which is written to the answer:
+ * the budget less the overhead of the last plan found, until one fits, and more if much is left.
+ * NaN if none fits.
+ * Ported from lsq_core/planning/limit.py; `plannedOf` returns the planned bytes of a choice.
  */
 function limitWithin(frontier, ofMatrices, plannedOf, budget, answer) {
   const smallest = frontier.startBytes[0];
@@ -158,7 +158,7 @@ function limitWithin(frontier, ofMatrices, plannedOf, budget, answer) {
     size = plannedOf(answer.choice);
     if (size <= budget) break;
     tooLarge = limit;
-    // Never the same plan again: next to gigabytes, a few bytes are within the tolerance.
+    // Never try the same plan again: relative to gigabytes, a few bytes are within the tolerance.
     const nominal = total(ofMatrices, answer.choice, frontier.columns);
     limit = Math.max(Math.min(nominal - (size - budget), nominal * (1 - 2 * TOLERANCE)), smallest);
   }
@@ -198,7 +198,7 @@ function planOfItems(frontier, budget, answer) {
   return true;
 }
 
-/** The better of two ways to end: short of the budget, or over it by a move and back. */
+/** Spend the rest in the better of two ways: fill up, or overshoot by one move and repair. */
 function spendRemainder(frontier, segment, taken, limit, choice) {
   applyFittingMoves(frontier, segment, taken, choice, limit - bytesAfter(segment, taken));
   fill(frontier, choice, limit);
@@ -212,7 +212,7 @@ function spendRemainder(frontier, segment, taken, limit, choice) {
   if (total(cost, back, columns) < total(cost, choice, columns)) choice.set(back);
 }
 
-/** Go on after the moves taken: each that fits, none of a matrix that missed one. */
+/** Take each later move that fits, but none of a matrix after one that does not. */
 function applyFittingMoves(frontier, segment, taken, choice, room) {
   const { matrix, reached, size } = segment;
   const missed = frontier.marked.fill(0);
@@ -227,7 +227,7 @@ function applyFittingMoves(frontier, segment, taken, choice, room) {
   }
 }
 
-/** Undo moves before the last one taken, latest first, while the room is negative. */
+/** Undo moves before the last one taken, latest first, while over the limit. */
 function undoMoves(frontier, segment, taken, choice, room) {
   const { matrix, left, size } = segment;
   const kept = frontier.marked.fill(0);
@@ -243,7 +243,7 @@ function undoMoves(frontier, segment, taken, choice, room) {
   }
 }
 
-/** Spend what is left: again and again the change that saves most cost and fits. */
+/** Spend the remaining bytes, repeatedly on the fitting change that saves the most cost. */
 function fill(frontier, choice, limit) {
   const { n, columns, nominal, cost } = frontier;
   let left = limit - total(nominal, choice, columns);
@@ -268,7 +268,7 @@ function fill(frontier, choice, limit) {
   }
 }
 
-/** Bring a choice within the limit by the cheapest single change; false when none does. */
+/** Bring a choice within the limit by the cheapest single change; false if none suffices. */
 function repair(frontier, choice, limit) {
   const { n, columns, nominal, cost } = frontier;
   const over = total(nominal, choice, columns) - limit;
@@ -297,7 +297,7 @@ function total(table, choice, columns) {
   return sum;
 }
 
-/** Cost saved per byte by the first move not taken; 0 when all are. */
+/** Cost saved per byte by the first move not taken; 0 if all are taken. */
 function nextMovePrice(frontier, segment, taken) {
   if (taken === segment.matrix.length) return 0;
   const row = segment.matrix[taken] * frontier.columns;
@@ -306,18 +306,18 @@ function nextMovePrice(frontier, segment, taken) {
   return worth / segment.size[taken];
 }
 
-/** Nominal bytes of the plan after so many moves. */
+/** Nominal bytes of the plan after the first `count` moves. */
 function bytesAfter(segment, count) {
   return count ? segment.after[count - 1] : segment.startBytes;
 }
 
-/** The stops after so many moves, into a choice; of several moves of a matrix the last counts. */
+/** Write the stops after the first `count` moves to a choice; later moves of a matrix win. */
 function stopsAfter(segment, count, choice) {
   choice.set(segment.start);
   for (let k = 0; k < count; k++) choice[segment.matrix[k]] = segment.reached[k];
 }
 
-/** How many of the sorted values are no larger than a limit. */
+/** The number of sorted values that are at most a limit. */
 function upperBound(sorted, limit) {
   let low = 0;
   let high = sorted.length;

@@ -1,8 +1,8 @@
-// A plan as a picture: layers from left to right, module types from top to bottom.
+// A plan as a heatmap: layers from left to right, module types from top to bottom.
 //
-// Only cells that look different from the last time are painted again.
+// Only cells that have changed are repainted.
 
-// What a cell shows is one number: its stop in the lowest byte, and marks above it.
+// The appearance of a cell is one number: its stop in the lowest byte, and flags above it.
 const EMPTY = 255;
 const UP = 1 << 8;
 const DOWN = 1 << 9;
@@ -10,7 +10,7 @@ const DIFFERS = 1 << 10;
 const CURSOR = 1 << 11;
 const PINNED = 1 << 12;
 
-/** Which matrices make each cell: one, or all experts of a layer. */
+/** The matrices of each cell: one, or all experts of a layer. */
 function makeCells(model) {
   const layers = [...new Set(model.layers)].sort((a, b) => a - b);
   const column = new Map(layers.map((layer, k) => [layer, k]));
@@ -21,7 +21,7 @@ function makeCells(model) {
   return { layers, columns: layers.length, rows: model.types.length, members };
 }
 
-/** The stop that a cell shows: of several the commonest, the lower of two as common. */
+/** The stop that a cell shows: the most common one of its matrices, in a tie the lowest. */
 function shownStop(members, choice, counts) {
   if (members.length === 1) return choice[members[0]];
   if (members.length === 0) return EMPTY;
@@ -32,7 +32,7 @@ function shownStop(members, choice, counts) {
   return best;
 }
 
-/** A canvas that draws cells; `arrange` gives it its size, `paint` its looks. */
+/** A canvas of cells; `arrange` sets its size, `paint` draws a plan. */
 class Heatmap {
   constructor(canvas, cells, ladder) {
     this.canvas = canvas;
@@ -41,10 +41,10 @@ class Heatmap {
     this.ladder = ladder.map((stop) => ({ ...stop, ink: contrastColor(stop.color) }));
     this.drawn = new Int32Array(cells.members.length);
     this.counts = new Int32Array(ladder.length);
-    this.pinned = null; // whether each matrix is, set by whoever knows
+    this.pinned = null; // whether each matrix is pinned, set by the planner
   }
 
-  /** Fit a width and row height in CSS pixels; all cells are painted anew. */
+  /** Fit a width and row height in CSS pixels; all cells will be repainted. */
   arrange(width, rowHeight, style) {
     const ratio = window.devicePixelRatio || 1;
     const { columns, rows } = this.cells;
@@ -54,14 +54,14 @@ class Heatmap {
     this.canvas.style.width = `${width}px`;
     this.canvas.style.height = `${rows * rowHeight}px`;
     this.pitch = this.canvas.width / columns;
-    // Narrow cells have a gap on one side only, and bars in place of outlines.
+    // Narrow cells have a gap on one side only, and bars instead of outlines.
     this.narrow = width / columns < 9;
     this.gap = Math.max(1, Math.round(ratio));
     this.#chooseText();
     this.drawn.fill(-1);
   }
 
-  /** The configuration's name where the cells have room for it, its number, or nothing. */
+  /** Choose the cells' text: the configuration's name if it fits, else its stop, else none. */
   #chooseText() {
     this.text = null;
     const room = this.narrow ? 0 : this.pitch - 2 * this.gap;
@@ -76,7 +76,7 @@ class Heatmap {
     }
   }
 
-  /** Draw a choice; marks say what differs from the committed plan and from the other method. */
+  /** Draw a choice, marking differences from the committed plan and from the other method. */
   paint(choice, committed, other, cursor) {
     const { members } = this.cells;
     for (let k = 0; k < members.length; k++) {
@@ -140,7 +140,7 @@ class Heatmap {
     }
   }
 
-  /** A bar along the edge to which a cell moved: above for more bits, below for fewer. */
+  /** Mark a changed cell by a bar: at the top for more bits, at the bottom for fewer. */
   #notch([x, y, width, height], up) {
     const thick = this.#thickness();
     this.pen.fillStyle = this.style.text;
@@ -151,7 +151,7 @@ class Heatmap {
     return Math.round((this.narrow ? 4 : 2) * this.ratio);
   }
 
-  /** In the upper right corner: the other method gives something else. */
+  /** Mark the upper right corner: the other method's configuration differs. */
   #dot([x, y, width], ink, up) {
     const { pen, ratio } = this;
     const radius = Math.min(2.2 * ratio, width / 3);
@@ -163,7 +163,7 @@ class Heatmap {
     pen.fill();
   }
 
-  /** The lower left corner is folded: a pin holds the cell. */
+  /** Fold the lower left corner of a pinned cell. */
   #corner([x, y, width, height], ink) {
     const { pen, ratio } = this;
     const side = Math.min(7 * ratio, width);
@@ -175,7 +175,7 @@ class Heatmap {
     pen.fill();
   }
 
-  /** The cell at a place in CSS pixels, or -1. */
+  /** The cell at a position in CSS pixels, or -1. */
   cellAt(x, y) {
     const { columns, rows, members } = this.cells;
     const column = Math.floor((x / this.width) * columns);
@@ -186,7 +186,7 @@ class Heatmap {
   }
 }
 
-/** Dark or white, whichever is read more easily on a colour. */
+/** Dark or white, whichever has more contrast on a colour. */
 function contrastColor(color) {
   const [r, g, b] = [1, 3, 5].map((at) => {
     const part = parseInt(color.slice(at, at + 2), 16) / 255;

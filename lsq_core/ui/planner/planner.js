@@ -1,12 +1,12 @@
 // The view: a slider, the plans at its budget, and why each cell has its bits.
 //
-// While the slider moves everything happens here, once a frame; letting go commits the budget to
-// Python, and what Python then sends is taken over in place.
+// While the slider moves, everything happens here, once per frame; releasing it commits the budget
+// to Python, whose response then updates the view in place.
 
 const SNAP = 3; // pixels
 const planners = new WeakMap();
 
-/** Called by Streamlit on mounting and whenever what Python sends has changed. */
+/** Called by Streamlit on mounting and whenever the data from Python has changed. */
 export default function (component) {
   const { parentElement } = component;
   let planner = planners.get(parentElement);
@@ -28,16 +28,16 @@ class Planner extends PlannerDetails {
     this.find = (css) => root.querySelector(css);
     this.slider = this.find(".slider");
     this.field = this.find(".typed input");
-    // Shown, committed, and committed before that: nominal bits per parameter, and where the size
-    // was typed the planned bytes that bound every plan.
+    // The shown, the committed and the previously committed budget: nominal bits per parameter and,
+    // if a size was typed, the planned bytes that bound every plan.
     this.bits = this.bytes = null;
     this.committed = this.committedBytes = null;
     this.before = this.beforeBytes = null;
-    this.serial = undefined; // of the last commit that was sent
+    this.serial = undefined; // of the last commit sent
     this.dragging = false;
     this.panels = [];
     this.hovered = null; // the cell that the details are about: {panel, cell}
-    this.selected = null; // the one to go back to when the pointer leaves
+    this.selected = null; // the cell to return to when the pointer leaves
     this._restoreUnit();
     this._listen();
     this.resizing = new ResizeObserver(() => {
@@ -53,9 +53,9 @@ class Planner extends PlannerDetails {
     window.removeEventListener("pointercancel", this.released);
   }
 
-  // --- what Python sends ----------------------------------------------------------------------
+  // --- data from Python -----------------------------------------------------------------------
 
-  /** Take over what Python sent; while the slider is held it waits. */
+  /** Adopt the data from Python, deferred while the slider is being dragged. */
   receive(component) {
     this.component = component;
     if (this.dragging) return;
@@ -109,7 +109,7 @@ class Planner extends PlannerDetails {
     return true;
   }
 
-  /** Frontiers that are new are unpacked; says whether any panel shows something else now. */
+  /** Decode new frontiers; returns whether the panels or their frontiers changed. */
   _takeMethods(data, anew) {
     const methods = data.fixed === null ? data.methods : data.methods.slice(0, 1);
     const old = anew ? [] : this.panels;
@@ -140,7 +140,7 @@ class Planner extends PlannerDetails {
     return changed;
   }
 
-  /** The method's plans without ties and server, which what those cost is counted against. */
+  /** The method's plans without ties and server, the reference for the cost of those. */
   _takeFree(free, old) {
     if (free === null) return null;
     const curve = free.curve && unpackCurve(free.curve);
@@ -149,7 +149,7 @@ class Planner extends PlannerDetails {
     return { id: free.frontier.id, frontier, answer: makeAnswer(frontier), curve };
   }
 
-  /** Python's budget counts once Python has seen the last commit that was sent. */
+  /** Adopt Python's budget if Python has seen the last commit sent. */
   _takeBudget({ budget, budgetBytes, serial }) {
     if (this.serial === undefined) this.serial = serial;
     const typed = budgetBytes === null ? NaN : this._bitsWithin(budgetBytes);
@@ -165,7 +165,7 @@ class Planner extends PlannerDetails {
     this.committed = this._clamp(this.committed);
   }
 
-  /** The plans at the committed budget, which what is shown is compared with. */
+  /** Store the plans at the committed budget, which the shown plans are compared with. */
   _commitPlans(changed) {
     for (const panel of this.panels) {
       this._look(panel, this.committed, this.committedBytes);
@@ -185,26 +185,26 @@ class Planner extends PlannerDetails {
     }
   }
 
-  /** The plan of a frontier at a budget, into the answer; false where none is within it. */
+  /** Write a frontier's plan at a budget to the answer; false if none fits. */
   _plan(frontier, bits, bytes, answer) {
     if (bytes === null) return planAt(frontier, (this._exact(bits) * this.model.total) / 8, answer);
     const { nominal } = this.model;
     return !Number.isNaN(limitWithin(frontier, nominal, this.plannedOf, bytes, answer));
   }
 
-  /** Whether something that Python sent is of a budget. */
+  /** Whether something that Python sent was computed for this budget. */
   _isAt(asked, bits, bytes) {
     return asked.bytes === bytes && (bytes !== null || Math.abs(asked.bits - bits) < 1e-4);
   }
 
-  /** Bits per parameter that planned bytes leave the first method's plan; NaN where none fits. */
+  /** Bits per parameter that planned bytes allow the first method's plan; NaN if none fits. */
   _bitsWithin(bytes) {
     const { nominal, total: weights } = this.model;
     const { frontier } = this.panels[0];
     return (8 * limitWithin(frontier, nominal, this.plannedOf, bytes, this.scratch)) / weights;
   }
 
-  /** What pins allow each matrix, and a list of them to drop them from. */
+  /** Adopt the stops allowed to each matrix, and list the pins with buttons to drop them. */
   _takePins({ pins, allowed }) {
     this.low = unpack(allowed.low, Uint8Array);
     this.high = unpack(allowed.high, Uint8Array);
@@ -222,7 +222,7 @@ class Planner extends PlannerDetails {
     this.find(".pins").replaceChildren(...entries);
   }
 
-  /** A stop's own size where a budget is its name or its size to four decimals, as in Python. */
+  /** A stop's exact size if the budget is its name or size to four decimals, as in Python. */
   _exact(bits) {
     const typed = round(bits, 4);
     const stop = this.model.stops.find(({ name, bits: size }) =>
@@ -230,7 +230,7 @@ class Planner extends PlannerDetails {
     return stop ? stop.bits : bits;
   }
 
-  /** The nearest budget in range; one within a rounding of an end is that end. */
+  /** The nearest budget in range; a budget within rounding of the upper end is that end. */
   _clamp(bits) {
     const [low, high] = this.range;
     bits = this._exact(bits);
@@ -238,7 +238,7 @@ class Planner extends PlannerDetails {
     return bits <= low ? low : bits;
   }
 
-  // --- what the person does ---------------------------------------------------------------------
+  // --- user actions -----------------------------------------------------------------------------
 
   _listen() {
     const { slider, field } = this;
@@ -257,7 +257,7 @@ class Planner extends PlannerDetails {
       if (event.key === "Enter") this._commitTyped();
       if (event.key === "Escape") this._writeField();
     });
-    // A click into the field selects all, as the tab key does; a second one places the caret.
+    // A click into the field selects its text, as the Tab key does; a second one places the caret.
     field.addEventListener("focus", () => field.select());
     field.addEventListener("pointerdown", () => {
       this.entering = this.root.getRootNode().activeElement !== field;
@@ -287,9 +287,9 @@ class Planner extends PlannerDetails {
     this.frame ||= requestAnimationFrame(() => this._draw());
   }
 
-  /** The stop within a few pixels of a budget; keys and the field reach what lies between. */
+  /** Snap to a stop within a few pixels; keys and the field reach the budgets between stops. */
   _snap(bits) {
-    if (!this.model.onLadder) return bits; // mixed rows: the marks are no stops
+    if (!this.model.onLadder) return bits; // mixed rows: the marks are not stops
     const near = this.model.stops.filter((stop) => Math.abs(this.x(stop.bits) - this.x(bits)) <= SNAP);
     const distance = (stop) => Math.abs(stop.bits - bits);
     return near.sort((a, b) => distance(a) - distance(b))[0]?.bits ?? bits;
@@ -306,7 +306,7 @@ class Planner extends PlannerDetails {
     this._show(round(this.bits + step, 3));
   }
 
-  /** Let go: what the slider shows counts, also against a budget that Python sent meanwhile. */
+  /** Release the slider: its budget takes precedence over one that Python has sent meanwhile. */
   _release() {
     const held = this.dragging;
     this.dragging = false;
@@ -314,7 +314,7 @@ class Planner extends PlannerDetails {
     if (held && this.component.data !== this.data) this.receive(this.component);
   }
 
-  /** Settle on a budget: it is drawn, remembered, and told to Python. */
+  /** Commit a budget: draw it, remember it, and send it to Python. */
   _commit(bits, bytes) {
     if ((bits === this.committed && bytes === this.committedBytes) || this.fixed) return;
     Object.assign(this, { before: this.committed, beforeBytes: this.committedBytes });
@@ -341,7 +341,7 @@ class Planner extends PlannerDetails {
     this._writeField();
   }
 
-  /** Commit the nearest budget there is, and say so where it is not the one that was wanted. */
+  /** Commit the nearest feasible budget, with a message if it differs from the requested one. */
   _jump(bits, wanted, room = "", bytes = null) {
     const [low, high] = this.range;
     this._say("");
@@ -374,7 +374,7 @@ class Planner extends PlannerDetails {
     setText(this.find(".spoken"), text);
   }
 
-  /** The whole model can be counted only where the rest of it is known. */
+  /** Show the scopes; the whole model can be counted only if the size of its rest is known. */
   _showScopes() {
     const whole = this.find("input[value=whole]");
     whole.disabled = this.data.otherBytes === null;

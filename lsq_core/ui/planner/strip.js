@@ -1,7 +1,7 @@
-// Along the slider: where budgets stand on it, and the predicted perplexity over all of them; above
-// a plan, how sensitive its layers are. All of it is drawn once for a width and what Python sent.
+// The slider's axis and the strip of predicted perplexity along it; above a plan, its layers'
+// sensitivity. All of it is redrawn only when the width or the data from Python changes.
 
-/** A curve out of its payload. */
+/** Decode a curve from its payload. */
 function unpackCurve(payload) {
   const [bits, perplexity, low, high] = ["bits", "perplexity", "low", "high"].map((name) =>
     unpack(payload[name], Float64Array)
@@ -9,7 +9,7 @@ function unpackCurve(payload) {
   return { bits, perplexity, low, high, full: payload.full };
 }
 
-/** A column of a curve at so many bits, straight between its points; NaN outside of them. */
+/** Interpolate a column of a curve linearly at the given bits; NaN outside its range. */
 function interpolate(curve, column, bits) {
   const { bits: at } = curve;
   const last = at.length - 1;
@@ -20,7 +20,7 @@ function interpolate(curve, column, bits) {
   return column[k - 1] + share * (column[k] - column[k - 1]);
 }
 
-/** The index of the largest uniform plan that is no larger than so many bits; else of the first. */
+/** The index of the largest uniform plan within a budget in bits; 0 if none is. */
 function uniformWithin(bits, budget) {
   let found = 0;
   for (let k = 0; k < bits.length; k++) if (bits[k] <= budget + 1e-6) found = k;
@@ -31,13 +31,13 @@ function uniformWithin(bits, budget) {
 
 const FOLD_SHARES = [0.84, 0.9];
 
-/** Below 8 bits there is a gap without configurations: what lies there takes little of the track. */
+/** The gap without configurations below 8 bits, which is shortened on the track. */
 function foldOf(stops) {
   const below = Math.max(...stops.map((stop) => stop.bits).filter((bits) => bits < 8));
   return [Math.ceil(10 * below) / 10, 8.05];
 }
 
-/** Budgets and the shares of the track where they stand, straight between; folded where it is long. */
+/** Breakpoints that map budgets to shares of the track; the gap is folded if the range spans it. */
 function makeTrack([low, high], fold) {
   const folded = fold !== null && low < fold[0] - 0.5 && high > fold[1] + 0.05 ? fold : null;
   return folded
@@ -45,7 +45,7 @@ function makeTrack([low, high], fold) {
     : { bits: [low, high], shares: [0, 1], folded };
 }
 
-/** The value in `to` that stands where a value stands in `from`; both ascend. */
+/** Map a value piecewise linearly from the points `from` to the points `to`; both ascend. */
 function translate(from, to, value) {
   let k = 1;
   while (k < from.length - 1 && value > from[k]) k++;
@@ -54,14 +54,14 @@ function translate(from, to, value) {
 
 // --- predicted perplexity ---------------------------------------------------------------------------
 
-// Excess over full precision, as a share of it: beyond the top a model is of no use, and below the
-// bottom nobody sees a difference.
+// Excess over full precision, as a share of it: above TOP a model is unusable, and below BOTTOM the
+// difference is imperceptible.
 const TOP = 3;
 const BOTTOM = 0.003;
 const TICKS = [0.003, 0.01, 0.03, 0.1, 0.3, 1, 3];
 const TICK_GAP = 15; // pixels
 
-/** Where perplexities lie between top and bottom, by the logarithm of their excess. */
+/** A vertical scale for perplexities, logarithmic in their excess over full precision. */
 function makeScale(curves, range, height) {
   let [low, high] = [Infinity, 0];
   for (const curve of curves) {
@@ -88,7 +88,7 @@ function makeScale(curves, range, height) {
   return { y, values };
 }
 
-/** Fit a canvas to a size in CSS pixels; returns its pen. */
+/** Fit a canvas to a size in CSS pixels and return its context. */
 function penOf(canvas, size) {
   const ratio = window.devicePixelRatio || 1;
   canvas.width = Math.round(size.width * ratio);
@@ -100,7 +100,7 @@ function penOf(canvas, size) {
   return pen;
 }
 
-/** Draw bands and curves over uniform's, and the gain between; `x` maps bits to CSS pixels. */
+/** Draw bands and curves over the uniform plans' steps, shading the gain; `x` maps bits to px. */
 function drawStrip(canvas, size, curves, uniform, scale, x, style) {
   const pen = penOf(canvas, size);
   pen.beginPath();
@@ -125,7 +125,7 @@ function drawStrip(canvas, size, curves, uniform, scale, x, style) {
   }
 }
 
-/** Uniform's steps: at every budget the largest uniform plan within it. */
+/** Draw the steps of the uniform plans: at every budget the largest one within it. */
 function drawUniform(pen, uniform, scale, x, style) {
   pen.beginPath();
   uniform.bits.forEach((bits, k) => {
@@ -139,7 +139,7 @@ function drawUniform(pen, uniform, scale, x, style) {
   pen.stroke();
 }
 
-/** Fill what lies between uniform's steps and a curve below them. */
+/** Shade the area between the uniform plans' steps and a curve below them. */
 function shadeGain(pen, curve, uniform, scale, x) {
   pen.globalAlpha = 0.12;
   for (let k = 1; k < curve.bits.length; k++) {
@@ -157,7 +157,7 @@ function shadeGain(pen, curve, uniform, scale, x) {
 
 // --- sensitivity above the plan ---------------------------------------------------------------------
 
-/** A bar for each layer, as high as the logarithm of its score; none where there is no score. */
+/** Draw a bar for each layer with a score, its height logarithmic in the score. */
 function drawScores(canvas, size, scores, color) {
   const pen = penOf(canvas, size);
   const known = Array.from(scores).filter((score) => score > 0);
@@ -169,7 +169,7 @@ function drawScores(canvas, size, scores, color) {
   scores.forEach((score, k) => {
     if (!(score > 0)) return;
     const share = high > low ? (Math.log(score) - low) / (high - low) : 1;
-    const height = 3 + (size.height - 3) * share; // the least one is seen, too
+    const height = 3 + (size.height - 3) * share; // the smallest bar remains visible
     pen.globalAlpha = 0.35 + 0.65 * share;
     pen.fillRect(k * pitch + gap / 2, size.height - height, pitch - gap, height);
   });

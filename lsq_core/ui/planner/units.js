@@ -1,4 +1,4 @@
-// Budgets in the unit that was chosen: bits per parameter, planned bytes, or per cent of memory.
+// Budgets in the chosen unit: bits per parameter, planned bytes, or per cent above a uniform plan.
 
 const STORED = "lsq-planner-unit";
 
@@ -18,12 +18,12 @@ class PlannerUnits extends PlannerComparing {
     sessionStorage.setItem(STORED, `${this.unit} ${this.scope}`);
   }
 
-  /** Nominal bytes of a budget, with the rest of the model where that is counted. */
+  /** Nominal bytes of a budget, including the rest of the model if that is counted. */
   _bytes(bits, whole = this.scope === "whole") {
     return (bits * this.model.total) / 8 + (whole ? this.data.otherBytes : 0);
   }
 
-  /** The unit that sizes of this model are typed in. */
+  /** The unit in which sizes of this model are typed. */
   _sizeUnit() {
     return SIZES.find(([, size]) => this._bytes(this.range[1]) >= size) ?? ["B", 1];
   }
@@ -33,7 +33,7 @@ class PlannerUnits extends PlannerComparing {
     return this.unit === "bits" ? "bits" : "%";
   }
 
-  /** Planned bytes of a budget: typed ones, else its nominal bytes with its plan's overhead. */
+  /** Planned bytes of a budget: as typed, else its nominal bytes plus its plan's overhead. */
   _sizeAt(bits, bytes, whole = this.scope === "whole") {
     const rest = whole ? this.data.otherBytes : 0;
     if (bytes !== null) return bytes + rest;
@@ -48,7 +48,7 @@ class PlannerUnits extends PlannerComparing {
     return this._bytes(this.model.reference.bits);
   }
 
-  /** A budget as a number of the chosen unit. */
+  /** Format a budget as a number in the chosen unit. */
   _number(bits, bytes = null) {
     if (this.unit === "bits") return bits.toFixed(3);
     if (this.unit === "size") return (this._sizeAt(bits, bytes) / this._sizeUnit()[1]).toFixed(3);
@@ -60,8 +60,8 @@ class PlannerUnits extends PlannerComparing {
   }
 
   /**
-   * A number typed in the chosen unit: bits per parameter, NaN where it is none, and where it is a
-   * size the planned bytes that it bounds.
+   * Parse a typed budget, by default in the chosen unit: bits per parameter, NaN if it is not a
+   * number, and for a size the planned bytes.
    */
   _read(text) {
     const match = /^([+-]?\d*[.,]?\d+|[+-]?\d+[.,]?)\s*(bits|bpp|%|B|KiB|MiB|GiB)?$/.exec(
@@ -80,7 +80,7 @@ class PlannerUnits extends PlannerComparing {
     return this._bitsOfBytes(bytes);
   }
 
-  /** Planned bytes with the bits that they leave; beyond the ends only how far beyond they are. */
+  /** Planned bytes and the bits they allow; outside the range, extrapolated bits and no bytes. */
   _bitsOfBytes(bytes) {
     const [low, high] = this.range;
     const beyond = (end) => end + (8 * (bytes - this._sizeAt(end, null, false))) / this.model.total;

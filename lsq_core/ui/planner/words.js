@@ -1,4 +1,4 @@
-// Numbers as people read them, the same as on the pages that Python writes.
+// Numbers formatted for display, as on the pages written by Python.
 
 const MIB = 2 ** 20;
 const SIZES = [["GiB", 2 ** 30], ["MiB", MIB], ["KiB", 1024]];
@@ -6,7 +6,7 @@ const SIZES = [["GiB", 2 ** 30], ["MiB", MIB], ["KiB", 1024]];
 /** Like toFixed, but exact ties go to the even digit, as in Python: 15.125 is "15.12". */
 function toFixedEven(value, digits) {
   const text = value.toFixed(digits);
-  const isTie = Math.abs(value * 2 ** (digits + 1)) % 2 === 1;  // only odd / 2^(digits + 1) ties
+  const isTie = Math.abs(value * 2 ** (digits + 1)) % 2 === 1;  // ties: odd / 2^(digits + 1)
   if (!isTie || text.at(-1) % 2 === 0) return text;
   return (value - Math.sign(value) * 10 ** -digits / 2).toFixed(digits);
 }
@@ -17,7 +17,7 @@ function formatBytes(count) {
   return unit ? `${toFixedEven(count / unit[1], 2)} ${unit[0]}` : `${toFixedEven(count, 0)} B`;
 }
 
-/** 636459991 as "607 MiB": three digits, where there is little room. */
+/** 636459991 as "607 MiB": three digits, for tight spaces. */
 function shortBytes(count) {
   const [name, size] = SIZES.find(([, size]) => count >= 0.9995 * size) ?? ["B", 1];
   return `${formatNumber(count / size, 3)} ${name}`;
@@ -29,20 +29,20 @@ function signedPercent(share) {
   return `${text === "0.0" ? "" : share < 0 ? "−" : "+"}${text} %`;
 }
 
-/** 0.314 as "+0.31", with so many decimals; what rounds to zero has no sign. */
+/** 0.314 as "+0.31", with the given decimals; a value that rounds to zero has no sign. */
 function signed(value, digits) {
   const text = Math.abs(value).toFixed(digits);
   return `${Number(text) === 0 ? "" : value < 0 ? "−" : "+"}${text}`;
 }
 
-/** A share of one, with two digits, as "0.012 %". */
+/** 0.000123 as "0.012 %", with two significant digits. */
 function formatPercent(share) {
   if (!(share > 0)) return "0 %";
   const value = 100 * share;
   return `${formatNumber(value, 2)} %`;
 }
 
-/** So many significant digits without an exponent where that stays short. */
+/** Format with the given significant digits, without an exponent if that stays short. */
 function formatNumber(value, digits) {
   if (value === 0 || !Number.isFinite(value)) return String(value);
   value = Number(value.toPrecision(digits));
@@ -56,7 +56,7 @@ function formatNumber(value, digits) {
   return part ? `${grouped}.${part}` : grouped;
 }
 
-/** One of a thing, or several. */
+/** A count with its noun, singular or plural. */
 function counted(count, thing, things) {
   return `${count.toLocaleString("en")} ${count === 1 ? thing : things}`;
 }

@@ -1,4 +1,4 @@
-"""Where a sweep computes: here, on all devices by Ray, on a cluster; and who does what there."""
+"""Where a sweep runs: on one device, all devices by Ray, or a cluster; and its actors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lsq_core.jobs import Job
 from lsq_core.ui import words
 from lsq_core.ui.safe import st
 
-#: The choices, each with its label.
+#: The choices and their labels.
 _PLACES = {
     "device": "One device",
     "local": "All devices, by Ray",
@@ -23,7 +23,7 @@ _PLACES = {
 
 @dataclass(frozen=True)
 class Place:
-    """Where a sweep computes: ``address`` is None in one process; ``reason`` says why not there."""
+    """Where a sweep runs: ``address`` is None without Ray; ``reason`` is why it can't, or ''."""
 
     address: str | None = None
     cores: int | None = None
@@ -31,7 +31,7 @@ class Place:
 
 
 def choose_place() -> Place:
-    """One device, every device of this machine, or a cluster by its address."""
+    """Show the choice of one device, all devices of this machine, or a cluster by its address."""
     columns = st.columns([1.6, 1.6, 1.1, 3.2])
     unavailable = cluster.unavailable_reason()
     chosen = columns[0].selectbox(
@@ -74,7 +74,7 @@ def choose_place() -> Place:
 
 
 def show_actors(job: Job) -> None:
-    """Who does what of a sweep on Ray; once it has ended, how much each of them did."""
+    """Show what each actor of a sweep on Ray is doing; once it has ended, a summary."""
     rows = read_actors(job.folder)
     if not rows:
         return
@@ -95,7 +95,7 @@ def show_actors(job: Job) -> None:
 
 
 def table(rows: list[ActorRow]) -> pd.DataFrame:
-    """Actors for a person to read, those that are gone last."""
+    """Return a table of the actors, lost ones last."""
     rows = sorted(rows, key=lambda row: (row.state == "lost", row.number))
     return pd.DataFrame(
         {
@@ -111,7 +111,7 @@ def table(rows: list[ActorRow]) -> pd.DataFrame:
 
 
 def describe(rows: list[ActorRow]) -> str:
-    """How many runs each node's actors measured, and how many actors were lost."""
+    """Describe how many runs each node's actors measured, and how many actors were lost."""
     by_node: dict[str, int] = {}
     for row in rows:
         if row.host:

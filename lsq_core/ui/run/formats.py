@@ -1,4 +1,4 @@
-"""The format in which the Run page saves a model, and what it takes there."""
+"""The format in which the Run page saves a model, and the model's size in it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lsq_core.ui import cached, state
 from lsq_core.ui.page import PageContext
 from lsq_core.ui.safe import st
 
-#: The ways with groups that cross rows, in a few words.
+#: Short labels of the ways to handle groups that cross rows.
 _CROSSING_TITLES = {
     "refuse": "refuse the plan",
     "split": "smaller groups",
@@ -23,7 +23,7 @@ _CROSSING_TITLES = {
 
 
 def select_format() -> ExportTarget | None:
-    """The format to save in; None for this project's own."""
+    """Show the choice of the format to save in; None for this project's own."""
     columns = st.columns([1.6, 1.6, 3.8])
     name = columns[0].selectbox(
         "Format",
@@ -51,10 +51,10 @@ def select_format() -> ExportTarget | None:
 def describe(
     ctx: PageContext, request: PlanRequest, quantizer: str, target: ExportTarget
 ) -> tuple[str, str]:
-    """How the plan is stored in a format and in how many bytes, and why it can't be.
+    """Return how a plan is stored in a format and in how many bytes, and why it can't be.
 
-    One of them is ''; both where the plan, or the files of a remote model, are not known before
-    the run.
+    At least one of them is ''; both are if the plan, or a remote model's files, are not known
+    before the run.
     """
     info, settings = ctx.info, state.plan_settings()
     if not ctx.source.is_local:
@@ -63,7 +63,7 @@ def describe(
         profile = cached.planning_profile(ctx.store, info, settings, ctx.device)
         rows = cached.measured(ctx.store, info, settings, request, ctx.device)
         plan = cached.plan(info, profile, request, settings, rows)
-    except LsqError:  # the plan says its own trouble
+    except LsqError:  # reported by the plan itself
         return "", ""
     if incompatibility_reason(quantizer, plan.choice, plan.axis):
         return "", ""

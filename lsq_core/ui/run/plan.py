@@ -1,4 +1,4 @@
-"""The Run page's form for one run: the plan that it takes, and how it is evaluated."""
+"""The Run page's form for one run: the plan it uses, and how it is evaluated."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from lsq_core.units import format_bytes
 
 
 def render_form(ctx: PageContext, folder: Path) -> None:
-    """What to quantize and evaluate, and the button."""
+    """Show the plan, its run options, and the button that starts the run."""
     request = shown_request(ctx.info, state.settings())
     top, change = st.columns([5, 1], vertical_alignment="center")
     top.markdown(f"**Next:** {describe_plan(ctx, request)}")
@@ -60,7 +60,7 @@ def render_form(ctx: PageContext, folder: Path) -> None:
 class RunOptions:
     """How a plan is run: quantizer, evaluation, and the name to save under, '' for none.
 
-    ``target`` is the format to save in, None for this project's own.
+    ``target`` is the format to save in; None for this project's own.
     """
 
     quantizer: str
@@ -71,14 +71,14 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class RunCheck:
-    """Why a plan can't be run, '' if it can; and what the run takes."""
+    """Why a plan can't be run, '' if it can; and a note on the run's time and size."""
 
     reason: str
     note: str
 
 
 def check_run(ctx: PageContext, request: PlanRequest, options: RunOptions) -> RunCheck:
-    """Check whether a plan can be run and saved like this, and estimate time and bytes."""
+    """Check whether a plan can be run and saved with these options; estimate time and bytes."""
     reason = run_incompatibility(ctx, request, state.plan_settings(), options.quantizer)
     priced = ""
     if options.target is not None and not reason:
@@ -90,12 +90,12 @@ def check_run(ctx: PageContext, request: PlanRequest, options: RunOptions) -> Ru
 
 
 def run_arguments(ctx: PageContext, request: PlanRequest, options: RunOptions) -> list[str]:
-    """The command line of a run, without its database.
+    """Return the command line of a run, without its database.
 
     Raises
     ------
     InputError
-        When the model cannot be saved under that name.
+        If the model cannot be saved under that name.
     """
     argv = ["run", *arguments.model_arguments(ctx.source, ctx.device)]
     argv += arguments.plan_arguments(request, state.plan_settings())
@@ -106,7 +106,7 @@ def run_arguments(ctx: PageContext, request: PlanRequest, options: RunOptions) -
 
 
 def describe_time(ctx: PageContext, request: PlanRequest, options: RunOptions) -> str:
-    """About how long a run takes, and what of it a calibrated quantizer needs."""
+    """Describe how long a run takes, and what a calibrated quantizer requires."""
     notes = [
         _describe_seconds(ctx, request, options),
         _calibration_note(options.quantizer, state.settings()),
@@ -115,7 +115,7 @@ def describe_time(ctx: PageContext, request: PlanRequest, options: RunOptions) -
 
 
 def _describe_seconds(ctx: PageContext, request: PlanRequest, options: RunOptions) -> str:
-    """About how long the run takes by the model's runs so far, and what would shorten it."""
+    """Estimate the run's time from the model's runs so far, or suggest how to shorten it."""
     runs, evaluation = _model_runs(ctx), options.evaluation
     seconds = estimate_seconds(runs, [SweepItem(request, options.quantizer, evaluation)])
     if seconds is not None:
@@ -133,7 +133,7 @@ def _model_runs(ctx: PageContext) -> pd.DataFrame:
 
 
 def _calibration_note(quantizer: str, settings: ProfileSettings) -> str:
-    """What a calibrated quantizer reads, which is not what the run is evaluated on."""
+    """Describe a calibrated quantizer's calibration, which differs from the evaluation; else ''."""
     spec = quantizer_spec(quantizer)
     if not spec.calibrated:
         return ""
@@ -150,14 +150,14 @@ def _calibration_note(quantizer: str, settings: ProfileSettings) -> str:
 
 
 def start(ctx: PageContext, folder: Path, argv: list[str]) -> None:
-    """Start a job on this database, and show it."""
+    """Start a job on this database and show it."""
     jobs.start(folder, [*argv, "--db", str(ctx.store.path)])
     st.session_state.pop("jobs", None)  # show the new one
     st.rerun()
 
 
 def describe_plan(ctx: PageContext, request: PlanRequest) -> str:
-    """A sentence about the plan that would be run."""
+    """Describe the plan that would be run in one sentence."""
     info, settings = ctx.info, state.plan_settings()
     planner = get_planner(request.method)
     size = " and ".join(
@@ -185,17 +185,17 @@ def describe_plan(ctx: PageContext, request: PlanRequest) -> str:
 
 
 def _describe_budget(budget: str) -> str:
-    """``at most 3.2 bits``, or of bytes ``at most 50MiB planned``."""
+    """Format a budget: ``at most 3.2 bits``, or in bytes ``at most 50MiB planned``."""
     if budget.endswith("bpp"):
         return f"at most {budget.removesuffix('bpp')} bits"
     return f"at most {budget} planned"
 
 
 def select_run_options(ctx: PageContext, stacked: bool = False) -> RunOptions:
-    """Quantizer, evaluation and the name to save under, in a row or ``stacked``.
+    """Show the run options, in a row or ``stacked``, and return them.
 
-    At first as many tokens are evaluated as in the model's truncated runs, so that the new figure
-    takes as long and stands beside theirs.
+    Max tokens defaults to the most common value of the model's truncated runs, so that the new
+    run takes as long and is comparable with them.
     """
     runs = _model_runs(ctx)
     truncated = runs.loc[runs["truncated"].astype(bool), "tokens"]
@@ -231,7 +231,7 @@ def select_run_options(ctx: PageContext, stacked: bool = False) -> RunOptions:
 
 
 def choose_protocol(column: DeltaGenerator, label: str, key: str, context: int) -> str:
-    """One of the protocols, by the names that they have for a model of this context."""
+    """Show the choice of a protocol, named as for a model with this context length."""
     return column.selectbox(
         label,
         list(PROTOCOLS),
@@ -246,7 +246,7 @@ def choose_protocol(column: DeltaGenerator, label: str, key: str, context: int) 
 
 
 def choose_tokens(column: DeltaGenerator, label: str, key: str) -> int | None:
-    """How many tokens to evaluate at most, or None for all of a text."""
+    """Show the choice of the maximum number of tokens to evaluate; None for the entire corpus."""
     chosen = column.number_input(
         label,
         min_value=0,
@@ -259,12 +259,12 @@ def choose_tokens(column: DeltaGenerator, label: str, key: str) -> int | None:
 
 
 def save_folder(store: Store, name: str) -> Path | None:
-    """The new folder for a quantized model, inside the models' folder and nowhere else.
+    """Return the new folder for a quantized model, always inside the models folder; None for ''.
 
     Raises
     ------
     InputError
-        When the name has other characters, or is taken.
+        If the name is invalid or taken.
     """
     name = name.strip()
     if not name:

@@ -1,4 +1,4 @@
-"""Quantizers as a person chooses them: those that can't run say so, and why."""
+"""Quantizers as choices on the page, with the reasons why some can't run."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from lsq_core.stages.plan import budget_excess, request_incompatibility
 from lsq_core.ui import cached
 from lsq_core.ui.page import PageContext
 
-#: What a run can be quantized by: learned rounding in fewer steps as well, which is a taste of it.
+#: Quantizers offered for a run; learned rounding also with fewer steps, as a preview.
 RUN_QUANTIZERS = [*QUANTIZERS, "hybrid-500", "hybrid-50"]
 
 
 def label(name: str) -> str:
-    """The name, with a word where the quantizer can't run on this machine."""
+    """Return a quantizer's name, marked if it can't run on this machine."""
     return f"{name} (not available here)" if unavailable_reason(name) else name
 
 
 def reasons(names: Iterable[str]) -> str:
-    """Why some of these can't run on this machine; '' where all can."""
+    """Return why some of these quantizers can't run on this machine; '' if all can."""
     return " ".join(dict.fromkeys(filter(None, (unavailable_reason(name) for name in names))))
 
 
 def describe_quantizers(names: Iterable[str]) -> str:
-    """What a person should know before choosing among them."""
+    """Return the help text for choosing among these quantizers."""
     steps = QUANTIZERS["hybrid"].steps
     hybrid_note = (
         f"hybrid learns rounding and clipping block by block, {steps:,} steps each as published, "
@@ -40,10 +40,10 @@ def describe_quantizers(names: Iterable[str]) -> str:
 def run_incompatibility(
     ctx: PageContext, request: PlanRequest, settings: ProfileSettings, quantizer: str
 ) -> str:
-    """Why a quantizer can't make the plan of a request, as far as that is known before a run.
+    """Return why a quantizer can't store a request's plan, as far as known before a run.
 
-    The same sentence that the command line gives; '' where nothing stands against it, or the
-    request itself is wrong.
+    The reason is worded as on the command line; '' if there is none, or the request itself is
+    invalid.
     """
     try:
         reason = request_incompatibility(
@@ -54,5 +54,5 @@ def run_incompatibility(
         plan = cached.plan(ctx.info, profile, request, settings, rows)
         reason = reason or incompatibility_reason(quantizer, plan.choice, settings.axis)
         return reason or budget_excess(plan, quantizer)
-    except LsqError:  # the plan says its own trouble
+    except LsqError:  # reported by the plan itself
         return ""

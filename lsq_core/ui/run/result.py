@@ -1,4 +1,4 @@
-"""What came of a run: its figures, the audit of what it stored, and its text beside the full's."""
+"""The result of a run: its figures, the audit of its stored weights, and generated texts."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from lsq_core.ui.run import texts
 from lsq_core.ui.safe import st
 from lsq_core.units import format_bytes
 
-#: Stages whose time a result tells.
+#: Stages whose duration a result contains.
 _TIMED_STAGES = ("quantize", "evaluate")
 _TABS = ("Figures", "Verify size", "Generate", "Log")
-#: Options of a run that its audit and its texts are made with too.
+#: Options of a run that are also passed to its audit and to text generation.
 _MODEL_OPTIONS = ("--model", "--revision", "--device")
-#: What the page shows of a result.
+#: Fields of a result that the page needs.
 _REQUIRED_FIGURES = {
     *("run", "perplexity", "perplexity_full", "increase", "kl", "top1", "corpus", "protocol"),
     *("tokens", "truncated", "measured_bytes", "measured_model_bytes", "saved_to"),
@@ -37,12 +37,12 @@ _FLAGS = ("--trust-remote-code", "--allow-pickle")
 
 
 def read_result(job: Job) -> dict:
-    """What came of a run that is done.
+    """Return the result of a finished run.
 
     Raises
     ------
     DamagedFileError
-        When it can't be read, or figures are missing.
+        If it can't be read, or figures are missing.
     """
     result = job.result() or {}
     if not result.keys() >= _REQUIRED_FIGURES or not isinstance(result["increase"], dict):
@@ -53,7 +53,7 @@ def read_result(job: Job) -> dict:
 
 
 def render_headline(job: Job) -> None:
-    """The first line: how far it is, or what came of it."""
+    """Show the headline: the progress of a run, or its result."""
     title = job.title
     if job.active:
         jobs_panel.render_headline(job)
@@ -72,12 +72,12 @@ def render_headline(job: Job) -> None:
 
 
 def _noise(result: dict) -> float | None:
-    """The share by which arithmetic moves the perplexity; a job of an older version has none."""
+    """Return the perplexity's relative arithmetic noise; None for a job of an older version."""
     return (result.get("noise") or {}).get("perplexity")
 
 
 def show(ctx: PageContext, job: Job) -> None:
-    """A run that is done."""
+    """Show a finished run."""
     figures, audited, prompt, log = st.tabs(_TABS, key="run_view")
     with figures:
         show_figures(job)
@@ -91,7 +91,7 @@ def show(ctx: PageContext, job: Job) -> None:
 
 
 def show_figures(job: Job) -> None:
-    """What was measured."""
+    """Show the measured figures."""
     result = read_result(job)
     change = result["increase"]
     noise = result.get("noise") or {}  # a job of an older version has none
@@ -123,7 +123,7 @@ def show_figures(job: Job) -> None:
 
 
 def describe_export(result: dict) -> str:
-    """What was measured of the same model in another tool's format."""
+    """Describe the measurements of the same model in another tool's format."""
     export = result["export"]
     change = export["perplexity"] / result["perplexity"] - 1
     return words.escape(
@@ -137,7 +137,7 @@ def describe_export(result: dict) -> str:
 
 
 def model_options(job: Job) -> list[str]:
-    """The options that say which model a run was of and where it ran, and its database."""
+    """Return the options of a run's job that select the model and device."""
     option_values = [
         word
         for option in _MODEL_OPTIONS
@@ -151,7 +151,7 @@ def model_options(job: Job) -> list[str]:
 
 
 def show_audit(store: Store, job: Job) -> None:
-    """Module by module what was stored: at once for a saved model, else by making it again."""
+    """Show the audit of the stored matrices: at once for a saved model, else by rebuilding it."""
     run = read_result(job)["run"]
     try:
         stored_run = store.run(run)
@@ -179,7 +179,7 @@ def show_audit(store: Store, job: Job) -> None:
 
 
 def show_audit_result(audit: dict) -> None:
-    """The verdict first, then every matrix, those that are wrong on top."""
+    """Show the verdict, then every matrix, starting with those that differ."""
     (st.success if audit["agrees"] else st.error)(words.escape(audit["verdict"]))
     lines = pd.DataFrame(audit["modules"]).sort_values("agrees", kind="stable")
     st.dataframe(
@@ -205,5 +205,5 @@ def show_audit_result(audit: dict) -> None:
 
 
 def _abbreviate_home(source: str) -> str:
-    """With the person's own folder as ``~``."""
+    """Replace the user's home folder by ``~``."""
     return source.replace(str(Path.home()), "~")

@@ -1,4 +1,4 @@
-"""The Run page's sweep: what to combine, how many runs that is, and the rows as they fill."""
+"""The Run page's sweep: its form, the number of runs and their time, and their results."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ _DEFAULTS = {
     "sweep_baselines": [],
     "sweep_corpora": ["stdlib"],
 }
-#: States as the table says them.
+#: Labels of the states in the table.
 _STATE_LABELS = {"waiting": "…", "done": "done", "found": "reused", "failed": "failed"}
 
 
 @dataclass(frozen=True)
 class _SweepForm:
-    """What the form says."""
+    """The inputs of the form."""
 
     methods: list[str]
     bases: tuple[str, ...]
@@ -51,7 +51,7 @@ class _SweepForm:
 
     @property
     def rows(self) -> PlanRequest | None:
-        """How mixed rows are chosen, as on the Plan page, where a method has such."""
+        """The Plan page's settings for mixed rows; None if no chosen method mixes rows."""
         with_rows = [name for name in self.methods if mixes_rows(name)]
         if not with_rows:
             return None
@@ -60,7 +60,7 @@ class _SweepForm:
 
     @property
     def items(self) -> list[sweep.SweepItem]:
-        """The runs of the product; none while something is missing."""
+        """The runs of the sweep; empty while a required input is missing."""
         if not (self.methods and (self.bases or self.budgets)):
             return []
         template = self.rows or PlanRequest(self.methods[0])
@@ -76,7 +76,7 @@ class _SweepForm:
 
 
 def render_form(ctx: PageContext, folder: Path) -> None:
-    """Methods, sizes, quantizers and texts; how many runs, about how long; the buttons."""
+    """Show the inputs, the number of runs and their estimated time, and the buttons."""
     for key, default in _DEFAULTS.items():
         st.session_state.setdefault(key, default)
     form = _render_inputs(ctx.info.context)
@@ -118,7 +118,7 @@ def render_form(ctx: PageContext, folder: Path) -> None:
 
 
 def _full_sweep(form: _SweepForm) -> _SweepForm:
-    """Every method and every baseline at the usual sizes, on the texts of the form."""
+    """Return the form with every method and baseline at the usual sizes, on the same corpora."""
     return replace(
         form,
         methods=list(PLANNERS),
@@ -188,7 +188,7 @@ def _render_inputs(context: int) -> _SweepForm:
 
 
 def _incompatibilities(ctx: PageContext, items: list[sweep.SweepItem]) -> list[str]:
-    """Why each item can't be made, as far as that is known before any work; else ''."""
+    """Return why each item can't be run, as far as known in advance; '' for those that can."""
     problem, axis = Problem(ctx.info.matrices), state.settings().axis
     pairs = {(item.request, item.quantizer) for item in items}
     reasons = {pair: _incompatibility(problem, *pair, axis) for pair in pairs}
@@ -206,8 +206,9 @@ def _incompatibility(problem: Problem, request: PlanRequest, quantizer: str, axi
 
 
 def _describe_sweep(ctx: PageContext, form: _SweepForm, reasons_against: list[str]) -> str:
-    """How many runs, about how long, and what can't be run; ``reasons_against`` is of
-    :func:`_incompatibilities`.
+    """Describe the number of runs, their estimated time, and how many can't be run.
+
+    ``reasons_against`` comes from :func:`_incompatibilities`.
     """
     items = form.items
     if not items:
@@ -229,12 +230,12 @@ def _describe_sweep(ctx: PageContext, form: _SweepForm, reasons_against: list[st
 
 
 def read_rows(job: Job) -> list[dict]:
-    """What came of each item so far."""
+    """Return the results of the items so far."""
     return sweep.read_sweep_rows(job.folder)
 
 
 def render_headline(job: Job) -> None:
-    """The first line: how far it is, or how many runs came of it."""
+    """Show the headline: the progress of a sweep, or how many runs it made."""
     if job.active:
         jobs_panel.render_headline(job)
         return
@@ -253,7 +254,7 @@ def render_headline(job: Job) -> None:
 
 
 def describe_best(rows: list[dict]) -> str:
-    """The least perplexity on each text."""
+    """Describe the run with the lowest perplexity on each corpus; '' if there is none."""
     finished = [r for r in rows if r["state"] in sweep.FINISHED and r["perplexity"] is not None]
     lines = []
     for corpus in dict.fromkeys(row["corpus"] for row in finished):
@@ -267,7 +268,7 @@ def describe_best(rows: list[dict]) -> str:
 
 
 def show_rows(job: Job) -> None:
-    """The rows as they fill, and who measures them."""
+    """Show the rows so far, and the actors that measure them."""
     rows = read_rows(job)
     if not rows:
         return
@@ -299,7 +300,7 @@ def show_rows(job: Job) -> None:
 
 
 def table(rows: list[dict]) -> pd.DataFrame:
-    """Rows for a person to read."""
+    """Return the rows as a table to display."""
     return pd.DataFrame(
         {
             "method": [PLANNERS[row["method"]].title for row in rows],

@@ -1,4 +1,4 @@
-"""A prompt, and what the full-precision and the quantized model write after it, side by side."""
+"""Continuations of a prompt by the full-precision and the quantized model, side by side."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lsq_core.ui import jobs_panel, words
 from lsq_core.ui.safe import st
 
 _PROMPT = "Return the number of"
-#: What the tokens look like. Where the texts part there is a box and a line, not colour alone.
+#: Styles of the tokens. The first difference is boxed and underlined, not only coloured.
 _STYLE = """
 <style>
 .lsq-text { white-space: pre-wrap; line-height: 1.6; font-size: .95rem; padding: .6rem .8rem;
@@ -31,7 +31,7 @@ _STYLE = """
 
 
 def show(store: Store, job: Job, model: list[str]) -> None:
-    """The form, and the newest texts of this run."""
+    """Show the form, and the newest texts of this run."""
     run, folder = job.result()["run"], disk.jobs_folder(store)
     with st.form("prompt_form", border=False):
         columns = st.columns([3.4, 0.9, 0.9, 0.8, 0.9], vertical_alignment="bottom")
@@ -67,13 +67,13 @@ def show(store: Store, job: Job, model: list[str]) -> None:
 
 
 def latest(folder: object, run: str) -> Job | None:
-    """The newest texts that were asked of a run."""
+    """Return the newest job that generated texts for a run, or None."""
     written = (job for job in jobs.list_jobs(folder) if job.verb == "generate")
     return next((job for job in written if run in job.option_values("--run")), None)
 
 
 def show_texts(texts: dict) -> None:
-    """Both texts, where they part, and how alike the two models are along the first."""
+    """Show both texts, their first difference, and the models' agreement along the first text."""
     divergence = texts["parts_at"]
     verdict = (
         "The two texts are identical."
@@ -99,7 +99,7 @@ def show_texts(texts: dict) -> None:
 
 
 def render_text_html(prompt: str, tokens: list[dict], divergence_index: int | None) -> str:
-    """A text of which every token tells its odds; nothing of it is taken for markup."""
+    """Render a text as HTML in which each token shows its probabilities; all text is escaped."""
     spans = [f'<span class="prompt">{escape(prompt)}</span>']
     for number, token in enumerate(tokens):
         css_classes = ["token"]
@@ -114,12 +114,12 @@ def render_text_html(prompt: str, tokens: list[dict], divergence_index: int | No
 
 
 def visible_text(text: str) -> str:
-    """A token's text; a line's end can be seen, and one without text is a dot."""
+    """Return a token's text with visible line ends, or a dot if it is empty."""
     return text.replace("\n", "↵\n") if text else "·"
 
 
 def describe_probabilities(token: dict) -> str:
-    """Both probabilities of a token, and what each model holds most probable instead."""
+    """Describe a token's probability in both models, and each model's top token if it differs."""
     lines = [f"“{token['text']}”"]
     for name, title in (("full", "full precision"), ("quantized", "quantized")):
         top = token[f"{name}_top"]
