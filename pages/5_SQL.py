@@ -99,7 +99,7 @@ _LIMITS = (
 def _describe_row_count(answer: sql.QueryResult) -> str:
     number = words.plural(len(answer.rows), "row")
     if answer.truncated:
-        return f"First {number} of more."
+        return f"First {number}; the result was truncated."
     return f"{number}." if len(answer.rows) else "No rows match this query."
 
 

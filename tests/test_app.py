@@ -406,7 +406,7 @@ def test_sweep_infeasible_budgets_disable_start(filled):
     assert any("2 are not possible" in c.value for c in app.caption)
     app.text_input(key="sweep_budgets").set_value("1.5, 2.25").run()
     assert not next(b for b in app.button if b.label == "Start the sweep").disabled
-    assert any("1 are not possible" in c.value for c in app.caption)
+    assert any("1 is not possible" in c.value for c in app.caption)
 
 
 def test_sweep_on_ray_has_its_options_or_the_reason(filled, monkeypatch):

@@ -87,8 +87,8 @@ def render_restrictions(method: str, published: bool) -> None:
         label_visibility="collapsed",
         disabled=only_paper,
         help="The papers plan with 2, 3, 4 and 8 bits. 5 and 6 bits fill the gap between 4.51 and "
-        "8.13 bits per parameter; profiles of them are measured apart. Boosts and mixed rows stay "
-        "with the papers' widths.",
+        "8.13 bits per parameter; they need a separate profile. Boosts and mixed rows use only "
+        "the papers' widths.",
     )
     st.segmented_control(
         "Made for",
@@ -191,8 +191,9 @@ def select_comparison(methods: Sequence[str], size_mode: str) -> None:
         key="against",
         persist_state="session",
         disabled=size_mode == "base" or not methods,
-        help="Another method's plan for the same budget, which needs a budget. Mixed-row plans "
-        "cannot be drawn beside per-matrix plans; Compare shows their runs together.",
+        help="Compare with another method's plan at the same budget; not available for a base "
+        "alone. Mixed-row plans cannot be drawn next to per-matrix plans; Compare shows their runs "
+        "together.",
     )
 
 

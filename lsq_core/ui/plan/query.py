@@ -123,7 +123,8 @@ def render_missing_metrics(query: PlanQuery, missing: Sequence[str]) -> None:
         "Uniform needs none; a run, on the Run page, measures what is missing first.",
         *filter(None, notes),
     ]
-    headline(f"{planner.title} needs the {titles} of {query.ctx.source.name}.", " ".join(sentences))
+    name = words.escape(query.ctx.source.name)
+    headline(f"{planner.title} needs the {titles} of {name}.", words.escape(" ".join(sentences)))
     offer_profile_with(query, required_metrics(query.request))
     if query.profile is None:
         next_step("pages/1_Explore.py", "Profile it on the Explore page")
@@ -192,11 +193,13 @@ def render_missing_rows(query: PlanQuery) -> None:
     done = sum(block.matrix is not None for block in blocks)
     what = "row scores" if request.ratios == "uniform" else "row scores and interactions"
     so_far = f" {done} of {len(blocks)} blocks measured so far." if done else ""
+    name, corpus = words.escape(query.ctx.source.name), words.escape(query.settings.calibration)
     headline(
-        f"High-impact rows need the {what} of {query.ctx.source.name}.",
-        f"Gradients of the loss on {query.settings.calibration} rank rows; each pair of matrices "
-        "of a block is then quantized at each two ratios, 560 times for a block of seven, by the "
-        f"{request.loss} loss. It is stored block by block and resumes where it stopped.{so_far}",
+        f"High-impact rows need the {what} of {name}.",
+        f"Gradients of the loss on {corpus} rank rows. Each pair of matrices in a block is then "
+        "quantized at every pair of ratios (560 measurements of the "
+        f"{request.loss} loss for a block of seven). Results are stored after each block, so an "
+        f"interrupted measurement resumes.{so_far}",
     )
     argv = ["plan", *arguments.model_arguments(query.ctx.source, query.ctx.device)]
     smallest = replace(request, budget=state.budget_text(low), pins=())  # any feasible budget

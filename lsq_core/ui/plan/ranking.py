@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pandas as pd
 
-from lsq_core.bits import Budget, QuantConfig
+from lsq_core.bits import Budget, QuantConfig, get_ladder
 from lsq_core.planning.methods import get_planner, mixes_rows
 from lsq_core.planning.methods.uniform import uniform_within
 from lsq_core.planning.plan import Plan
@@ -38,7 +38,9 @@ def show_ranking(query: PlanQuery, plan: Plan, lead: object) -> None:
     own, better = by_method.get(query.request.method), ranking.leader_over(query.request.method)
     with lead:
         if own is not None and own.measured and own.measured.same_plan:
-            _tell_measured(own, uniform_within(plan.bits_per_param), by_method.get("uniform"))
+            ladder = get_ladder(plan.request.ladder)
+            reference = uniform_within(plan.bits_per_param, ladder)
+            _tell_measured(own, reference, by_method.get("uniform"))
         if better is not None:
             _lead_to(better, own)
     st.subheader(f"All methods within {_describe_budget(query.request, plan)}", anchor=False)
@@ -175,10 +177,10 @@ def _notes(ranking: MethodRanking) -> list[str]:
     ranked_by = {
         "perplexity": "Best first by predicted perplexity.",
         "expected_kl": "Best first by the KL divergence that the profile expects.",
-        "": "Nothing ranks them yet.",
+        "": "There is no ranking yet.",
     }
     notes = [f"Click a row to plan by its method. {ranked_by[ranking.basis]}", ranking.reason]
     if any(each.measured for each in ranking.methods):
-        notes.append("Measured: the run of this plan, or the method's nearest within 3 % of bits.")
+        notes.append("Measured: the run of this plan, or the method's nearest within 3 % in bits.")
     left_out = [f"{get_planner(name).title} ({why})" for name, why in ranking.left_out.items()]
     return [*notes, f"Left out: {'; '.join(left_out)}." if left_out else ""]

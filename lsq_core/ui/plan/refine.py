@@ -53,9 +53,8 @@ def render_button(query: PlanQuery) -> None:
         if request is None:
             return
         st.write(
-            "Exchanges of the same size are proposed by gradients about this plan, and kept where "
-            f"the KL divergence, measured on {MEASURED_TOKENS:,} tokens of the calibration text, "
-            "falls."
+            "Gradients at this plan propose exchanges of equal size, which are kept if they reduce "
+            f"the KL divergence measured on {MEASURED_TOKENS:,} tokens of the calibration text."
         )
         minutes = st.number_input(
             "Start no new round after (minutes)",
@@ -66,7 +65,7 @@ def render_button(query: PlanQuery) -> None:
             format="%g",
             key="refine_minutes",
             persist_state="session",
-            help="A round that has begun is finished. Pressing again goes on from the last step.",
+            help="A round in progress is finished. Press again to continue from the last step.",
         )
         text = _choose_text(query)
         if st.button("Refine by measuring", type="primary", icon=":material/play_arrow:"):
@@ -86,8 +85,8 @@ def _choose_text(query: PlanQuery) -> str | None:
             key="refine_text",
             persist_state="session",
             help=f"The profile was measured on {words.escape(own)}, which is not on this machine. "
-            "Best is a text like the one that matters: type the path of a text file. stdlib is "
-            "always here; wikitext2, c4 and pileval are downloaded.",
+            "Choose a text similar to your use case, or type the path of a text file. stdlib is "
+            "always available; wikitext2, c4 and pileval are downloaded.",
         )
     return None
 
@@ -161,8 +160,8 @@ def _show_steps(query: PlanQuery, request: PlanRequest) -> None:
     st.markdown(
         f"**KL {words.figure(first.kl, 4)} → {words.figure(last.kl, 4)} ({gain})** in "
         f"{words.plural(last.number, 'step')} from {get_planner(request.refined_from).title}, "
-        f"{changed} of {len(first.choice)} matrices changed; on the calibration text, which chose "
-        "them."
+        f"{changed} of {len(first.choice)} matrices changed; measured on the calibration text "
+        "that was also used to choose them."
     )
     if last.number > 1:
         st.plotly_chart(
@@ -201,9 +200,9 @@ def render_absent(query: PlanQuery) -> None:
     """Explain that no plan has been refined from this start, with a button to plan one."""
     start = get_planner(query.request.refined_from)
     headline(
-        f"No plan by {start.title} was refined yet.",
+        f"No plan by {start.title} has been refined yet.",
         f"Choose a budget with {start.title}, then press Refine under its plan: the search takes "
-        "minutes and goes on in the background.",
+        "minutes and continues in the background.",
     )
     st.button(
         f"Plan by {start.title}",

@@ -88,7 +88,8 @@ def show_predicted(ctx: PageContext, request: PlanRequest) -> None:
     runs = runs[runs["ratios"] != "diagonal"] if request.ratios == "uniform" else runs
     if runs.empty:
         st.info(
-            "There are no runs of such a plan yet; they will show here how good the prediction is."
+            "There are no runs of such plans yet. Once there are, this chart shows how accurate "
+            "the prediction is."
         )
         return
     frame = pd.DataFrame(

@@ -149,4 +149,4 @@ def _show_result(job: Job) -> None:
     st.caption(words.escape(" · ".join([*facts, f"took {words.seconds(job.seconds)}"])))
     with st.container(horizontal=True):
         next_step("pages/4_Compare.py", "Compare it with the other runs")
-        next_step("pages/3_Run.py", "Verify it, or read its text")
+        next_step("pages/3_Run.py", "Verify the run or generate text")

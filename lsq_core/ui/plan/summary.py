@@ -66,7 +66,8 @@ def render_summary(query: PlanQuery, plan: Plan) -> None:
                 f"{_more_or_less(change, 'higher', 'lower')} for "
                 f"{_more_or_less(extra, 'more', 'less')} memory than {against}"
             )
-        caption.insert(1, describe_prediction_basis(predictor, bool(predicted.extrapolated[0])))
+        basis = describe_prediction_basis(predictor, bool(predicted.extrapolated[0]))
+        caption.insert(1, words.escape(basis))
         caption.append(describe_free_plan(query, predictor))
     caption += map(words.escape, query.info.notes)
     headline(f"{plan.bits_per_param:.2f} bits: {text}.", " ".join(filter(None, caption)))

@@ -251,7 +251,7 @@ class PlannerDetails extends PlannerDrawing {
     if (!next) return ["It already has the most bits allowed."];
     const whole = Math.abs(answer.objective) || 1;
     const perMib = (price) => `${formatPercent((price * MIB) / whole)} per MiB`;
-    const expert = several ? `Of its experts ${names[i].match(/\d+$/)?.[0] ?? names[i]} gains most: ` : "";
+    const expert = several ? `Expert ${names[i].match(/\d+$/)?.[0] ?? names[i]} gains most: ` : "";
     const saves =
       next.saved > 0
         ? `saves ${formatPercent(next.saved / whole)} of the total ${method.unit || "cost"}, ` +

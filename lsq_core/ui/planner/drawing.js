@@ -1,7 +1,8 @@
 // Drawing: the layout, done once per width, and the parts updated each frame.
 
 const THUMB = 18;
-const DIGITS = "0123456789ab";
+/** One character per configuration of the ladder, for the choices in data attributes. */
+const DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz";
 
 /** Set an element's text only if it differs, to avoid needless layout. */
 function setText(element, text) {
@@ -134,7 +135,7 @@ class PlannerDrawing extends PlannerUnits {
     if (this.panels.some((panel) => panel.free)) {
       this.oneCost = units.length === 1 && costed.length === this.panels.length;
       const what = this.oneCost && !this.fixed ? `${units[0] || "cost"} ` : "";
-      this.columns.push(["free", `${what}against the free plan`]);
+      this.columns.push(["free", `${what}against the plan without ties`]);
     }
     const about = "Against the largest uniform plan that is not larger than this one, as in the " +
       "headline; for perplexity where the predictions are precise enough to compare.";
@@ -317,7 +318,8 @@ class PlannerDrawing extends PlannerUnits {
     if (Number.isNaN(perplexity)) write("perplexity", "–");
     else write("perplexity", formatNumber(perplexity, 3), `${formatNumber(low, 3)}–${formatNumber(high, 3)}`);
     const gain = this._gain(predicted, uniform);
-    write("gain", gain === null ? "–" : signedPercent(gain), gain === null ? "bands overlap" : "");
+    const overlap = gain === null && this.uniform && !Number.isNaN(perplexity);
+    write("gain", gain === null ? "–" : signedPercent(gain), overlap ? "bands overlap" : "");
     write("free", ...this._againstFree(panel));
     write("gap", panel.frontier.cost || panel.frontier.losses ? `≤ ${formatPercent(this._gap(panel))}` : "–");
   }

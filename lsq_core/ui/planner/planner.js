@@ -214,7 +214,7 @@ class Planner extends PlannerDetails {
       const entry = make("li", "", pin.replace("=", " = "));
       const drop = make("button", "", "×");
       drop.type = "button";
-      drop.setAttribute("aria-label", `Drop the pin ${pin}`);
+      drop.setAttribute("aria-label", `Remove pin ${pin}`);
       drop.addEventListener("click", () => this.component.setTriggerValue("pins", { drop: k }));
       entry.append(drop);
       return entry;

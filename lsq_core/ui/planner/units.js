@@ -61,15 +61,15 @@ class PlannerUnits extends PlannerComparing {
 
   /**
    * Parse a typed budget, by default in the chosen unit: bits per parameter, NaN if it is not a
-   * number, and for a size the planned bytes.
+   * number, and for a size the planned bytes. A comma is a decimal separator, but for sizes one
+   * before three digits groups thousands, as sizes are shown.
    */
   _read(text) {
-    const match = /^([+-]?\d*[.,]?\d+|[+-]?\d+[.,]?)\s*(bits|bpp|%|B|KiB|MiB|GiB)?$/.exec(
-      text.replace("−", "-")
-    );
+    const match = /^([+-]?[\d.,]*\d[.,]?)\s*(bits|bpp|%|B|KiB|MiB|GiB)?$/.exec(text.replace("−", "-"));
     if (!match) return { bits: NaN, bytes: null };
-    const value = Number(match[1].replace(",", "."));
     const unit = match[2] ?? this._unitWord();
+    const grouped = SIZES.some(([name]) => name === unit) && /^\d{1,3}(,\d{3})+(\.\d*)?$/.test(match[1]);
+    const value = Number(grouped ? match[1].replaceAll(",", "") : match[1].replace(",", "."));
     if (unit === "bits" || unit === "bpp") return { bits: value, bytes: null };
     if (unit === "%") {
       const nominal = (1 + value / 100) * this._uniformBytes() - this._bytes(0);

@@ -44,8 +44,8 @@ def choose_place() -> Place:
         ),
         key="sweep_place",
         persist_state="session",
-        help="By Ray, an actor on each device (each GPU or, without any, every few cores) measures "
-        f"plans at the same time. {unavailable}",
+        help="With Ray, one actor per device (per GPU or, without any, per few CPU cores) measures "
+        f"plans in parallel. {unavailable}",
     )
     if chosen == "device":
         return Place()
@@ -65,7 +65,7 @@ def choose_place() -> Place:
         step=1,
         key="sweep_cores",
         persist_state="session",
-        help="On CPUs; 0 is a quarter of the machine's.",
+        help="For CPUs only; 0 uses a quarter of the machine's cores.",
     )
     try:
         return Place(cluster.check_address(address.strip()), cores or None)
@@ -118,7 +118,8 @@ def describe(rows: list[ActorRow]) -> str:
             by_node[row.host] = by_node.get(row.host, 0) + row.measured
     lost = sum(row.state == "lost" for row in rows)
     nodes = ", ".join(f"{words.escape(node)} {count}" for node, count in by_node.items())
-    text = f"Measured by {words.plural(len(rows) - lost, 'actor')}, runs by node: {nodes}."
+    text = f"Measured by {words.plural(len(rows) - lost, 'actor')}"
+    text += f", runs by node: {nodes}." if nodes else "."
     if lost:
         was = "was" if lost == 1 else "were"
         text += f" {words.plural(lost, 'actor')} died and {was} replaced."

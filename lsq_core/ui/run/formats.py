@@ -41,8 +41,9 @@ def select_format() -> ExportTarget | None:
         format_func=_CROSSING_TITLES.get,
         key="save_crossing",
         persist_state="session",
-        help="Other formats keep groups within a row. For a matrix whose rows its groups do not "
-        + "; ".join(f"fill, *{_CROSSING_TITLES[n]}*: {text}" for n, text in CROSSING.items())
+        help="Other formats keep groups within a row. For matrices whose rows the groups do not "
+        "fill: "
+        + "; ".join(f"*{_CROSSING_TITLES[n]}*: {text}" for n, text in CROSSING.items())
         + ".",
     )
     return ExportTarget(name, crossing)

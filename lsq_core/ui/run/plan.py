@@ -40,7 +40,7 @@ def render_form(ctx: PageContext, folder: Path) -> None:
     """Show the plan, its run options, and the button that starts the run."""
     request = shown_request(ctx.info, state.settings())
     top, change = st.columns([5, 1], vertical_alignment="center")
-    top.markdown(f"**Next:** {describe_plan(ctx, request)}")
+    top.markdown(f"**Next:** {words.escape(describe_plan(ctx, request))}")
     change.page_link("pages/2_Plan.py", label="Change the plan")
     options = select_run_options(ctx)
     check = check_run(ctx, request, options)
@@ -124,7 +124,10 @@ def _describe_seconds(ctx: PageContext, request: PlanRequest, options: RunOption
         return f"About {words.seconds(seconds)} at the speed {whose}."
     if runs.empty or evaluation.max_tokens:
         return ""
-    return f"The whole of {evaluation.corpus} is evaluated; max tokens, say 4,096, shortens it."
+    return (
+        f"All of {evaluation.corpus} is evaluated; set max tokens, such as 4,096, for a shorter "
+        "run."
+    )
 
 
 def _model_runs(ctx: PageContext) -> pd.DataFrame:

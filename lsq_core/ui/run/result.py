@@ -60,14 +60,16 @@ def render_headline(job: Job) -> None:
         return
     result = read_result(job) if job.state == "done" else None
     if result is None:
-        headline(f"The run {jobs_panel.ENDED_PHRASES[job.state]}.", title)
+        headline(f"The run {jobs_panel.ENDED_PHRASES[job.state]}.", words.escape(title))
         return
     change = result["increase"]
     headline(
         f"Perplexity {words.figure(result['perplexity'], 2, _noise(result))}, "
         f"{words.loss_verdict(change['relative'])}.",
-        f"{title} · {result['corpus']}, {result['protocol']}, {result['tokens']:,} tokens"
-        + (", limited by max tokens" if result["truncated"] else ""),
+        words.escape(
+            f"{title} · {result['corpus']}, {result['protocol']}, {result['tokens']:,} tokens"
+            + (", limited by max tokens" if result["truncated"] else "")
+        ),
     )
 
 
@@ -114,9 +116,9 @@ def show_figures(job: Job) -> None:
     ]
     if result.get("divergence"):  # a job of an older version has none
         facts.append(f"KL by token: {format_distribution(result['divergence'])}")
-    facts += [words.escape(f"arithmetic noise {describe_noise(noise)}")] if noise else []
+    facts += [f"arithmetic noise {describe_noise(noise)}"] if noise else []
     facts += [f"saved to {result['saved_to']}"] if result["saved_to"] else []
-    st.caption(" · ".join(facts))
+    st.caption(words.escape(" · ".join(facts)))
     if "export" in result:
         st.caption(describe_export(result))
     next_step("pages/4_Compare.py", "Compare it with the other runs")
@@ -128,8 +130,8 @@ def describe_export(result: dict) -> str:
     change = export["perplexity"] / result["perplexity"] - 1
     return words.escape(
         f"As {FORMATS[export['format']].title}, run {export['run']}: perplexity "
-        f"{words.figure(export['perplexity'], 4)} ({words.signed_percent(change, 2)} beside the "
-        f"model above), KL {words.figure(export['kl'], 4)} nats, "
+        f"{words.figure(export['perplexity'], 4)} ({words.signed_percent(change, 2)} relative to "
+        f"the model above), KL {words.figure(export['kl'], 4)} nats, "
         f"{format_bytes(export['measured_bytes'])} for the linear weights and "
         f"{format_bytes(export['measured_model_bytes'])} for the model, saved to "
         f"{export['saved_to']}"

@@ -95,8 +95,8 @@ def render_form(ctx: PageContext, folder: Path) -> None:
             icon=":material/select_all:",
             disabled=not form.corpora or bool(place.reason),
             help=f"Every method with {sweep.EVERYTHING_QUANTIZER}, and the uniform plan with every "
-            f"other quantizer, on the corpora above: {len(full_sweep.items)} runs. Combinations "
-            "that are not possible are listed with the reason.",
+            f"other quantizer, on the corpora above: {len(full_sweep.items)} runs. Impossible "
+            "combinations are listed with the reason.",
         )
         st.caption(words.escape(place.reason) or _describe_sweep(ctx, form, reasons_against))
     if start_clicked or full_clicked:
@@ -222,7 +222,8 @@ def _describe_sweep(ctx: PageContext, form: _SweepForm, reasons_against: list[st
         text += f" About {words.seconds(seconds)}, estimated from this model's earlier runs."
     reasons = [reason for reason in reasons_against if reason]
     if reasons:
-        text += f" {len(reasons)} are not possible: {words.escape(reasons[0])}"
+        are = "is" if len(reasons) == 1 else "are"
+        text += f" {len(reasons)} {are} not possible: {words.escape(reasons[0])}"
     return text
 
 
