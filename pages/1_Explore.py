@@ -21,7 +21,7 @@ _VIEWS = {
 def explore(ctx: PageContext) -> None:
     """Show the profile with the chosen settings in the chosen view, or how to measure it."""
     info = ctx.info
-    state.init_settings(cached.identity(info), cached.newest_settings(ctx.store, info))
+    state.init_settings(cached.model_key(info), cached.newest_settings(ctx.store, info))
     state.init_key("see", "layers", list(_VIEWS))
     header = st.container()
     settings = profile_bar(ctx.store, info)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from lsq_core.errors import LsqError
 from lsq_core.planning.constraints import restrict
 from lsq_core.planning.methods import get_planner
-from lsq_core.ui import cached, state, words
+from lsq_core.ui import cached, cached_plans, state, words
 from lsq_core.ui.page import PageContext, headline, page
 from lsq_core.ui.plan import actions, live, prediction, query, ranking, refine, rows, summary
 from lsq_core.ui.plan.budget import within_reach
@@ -18,7 +18,7 @@ from lsq_core.ui.safe import st
 def plan_page(ctx: PageContext) -> None:
     """Show the headline, the controls, the live plan, its actions, and comparisons and sizes."""
     info = ctx.info
-    state.init_settings(cached.identity(info), cached.newest_settings(ctx.store, info))
+    state.init_settings(cached.model_key(info), cached.newest_settings(ctx.store, info))
     profile = cached.planning_profile(ctx.store, info, state.settings())
     state.init_plan(profile is not None)
     available_methods = query.available_methods(info, profile)
@@ -27,7 +27,7 @@ def plan_page(ctx: PageContext) -> None:
     profile = cached.planning_profile(ctx.store, info, settings)
     prediction.init_prediction(ctx, info)
     header = st.container()
-    problem = cached.problem_with(info, profile, state.plan_request(), None)
+    problem = cached_plans.problem_with(info, profile, state.plan_request(), None)
     render_controls(problem, available_methods, profile, cached.is_published(info))
     plan_query = query.PlanQuery(ctx, info, profile, settings, state.plan_request())
     missing = query.missing_metrics(plan_query)
@@ -44,7 +44,7 @@ def plan_page(ctx: PageContext) -> None:
         problem = restrict(plan_query.problem, plan_query.request)
         request, notice = within_reach(problem, state.plan_request(), settings.metadata)
         plan_query = replace(plan_query, request=request)
-        plan = cached.plan(info, profile, plan_query.request, settings, plan_query.measured)
+        plan = cached_plans.plan(info, profile, plan_query.request, settings, plan_query.measured)
         if notice:
             st.warning(notice)
         live.show_live_plan(plan_query, plan)

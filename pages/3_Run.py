@@ -88,7 +88,7 @@ def show_result(ctx: PageContext, job: Job) -> None:
 def render_form(ctx: PageContext, folder: Path) -> None:
     """Show the forms for one run of the plan and for a sweep."""
     info = ctx.info
-    state.init_settings(cached.identity(info), cached.newest_settings(ctx.store, info))
+    state.init_settings(cached.model_key(info), cached.newest_settings(ctx.store, info))
     profile = cached.profile(ctx.store, info, state.settings(), ctx.device)
     state.init_plan(profile is not None)
     state.sync_plan_url()

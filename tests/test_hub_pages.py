@@ -165,6 +165,6 @@ def test_profile_found_for_copy_of_model(tmp_path, small_text):
     shutil.copytree(first, tmp_path / "second")
     app = open_page("Explore", model=str(tmp_path / "second"))
     assert "has not been profiled" not in first_line(app)
-    assert cached.identity(
+    assert cached.model_key(
         cached.model_info(Store(), ModelSource(str(tmp_path / "second")))
-    ) == cached.identity(cached.model_info(Store(), ModelSource(str(first))))
+    ) == cached.model_key(cached.model_info(Store(), ModelSource(str(first))))

@@ -21,7 +21,7 @@ from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.reference.importing import import_download, import_reference
 from lsq_core.results.compare import win_tie_loss, win_tie_loss_at_equal_bytes
 from lsq_core.store.store import Store
-from lsq_core.ui import cached
+from lsq_core.ui import cached, cached_plans
 from tests.test_app import _array, chart, first_line, go_to_page, open_page
 from tests.test_reference_download import write_toolkit
 
@@ -333,7 +333,7 @@ def test_plan_matches_published_sensiboost(store):
     settings = next(iter(cached.published_settings(store, info)))
     found = cached.profile(store, info, settings)
     request = PlanRequest("sensiboost", "3.13", boost_stop=2)
-    plan = cached.plan(info, found, request, settings)
+    plan = cached_plans.plan(info, found, request, settings)
     (content,) = store.query(
         "SELECT content FROM plans WHERE fingerprint = ? AND method = 'sensiboost' "
         "AND content ->> '$.published.attempt' = 'sensi-boost-2-0' "
@@ -353,8 +353,8 @@ def test_plan_without_published_sensitivity_raises(store):
     settings = next(iter(cached.published_settings(store, info)))
     found = cached.profile(store, info, settings)
     with pytest.raises(InputError, match=r"sensitivity.* SensiBoost .*kurtboost"):
-        cached.plan(info, found, PlanRequest("sensiboost", "3.13"), settings)
-    assert cached.plan(info, found, PlanRequest("mxq", budget="3.2bpp"), settings).matrices
+        cached_plans.plan(info, found, PlanRequest("sensiboost", "3.13"), settings)
+    assert cached_plans.plan(info, found, PlanRequest("mxq", budget="3.2bpp"), settings).matrices
 
 
 @pytest.mark.parametrize("model", [SEVEN, SEVENTY])

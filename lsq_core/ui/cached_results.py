@@ -30,11 +30,13 @@ from lsq_core.ui.cached import (
     FileVersion,
     cached_model,
     file_version,
-    frontier,
-    identity,
     is_published,
-    measured,
-    model_mark,
+    model_key,
+    profile_cache_key,
+)
+from lsq_core.ui.cached_plans import (
+    extra_measurements,
+    frontier,
     problem,
     problem_with,
     sample_frontier,
@@ -74,7 +76,7 @@ def predictor(
         return "Perplexity can be predicted only with a profile."
     request_key = json.dumps([asdict(settings), corpus])
     args = (store, info, found, settings, corpus, file_version(store))
-    return _predictor(*args, identity(info), model_mark(found), request_key)
+    return _predictor(*args, model_key(info), profile_cache_key(found), request_key)
 
 
 @st.cache_resource(max_entries=8, show_spinner=False)
@@ -118,7 +120,7 @@ def prediction_curve(
     plans = asdict(request) | {"budget": None, "exact": False}
     request_key = json.dumps([plans, asdict(settings), corpus])
     args = (store, info, found, request, settings, corpus, file_version(store))
-    return _prediction_curve(*args, identity(info), model_mark(found), request_key)
+    return _prediction_curve(*args, model_key(info), profile_cache_key(found), request_key)
 
 
 @st.cache_resource(max_entries=32, show_spinner=False)
@@ -155,7 +157,7 @@ def ranking(
     """Rank the plans of ``requests``; see :func:`lsq_core.stages.rank.rank_methods`."""
     request_key = json.dumps([[asdict(each) for each in requests], asdict(settings), corpus])
     args = (store, info, found, settings, tuple(requests), corpus, file_version(store))
-    return _ranking(*args, identity(info), model_mark(found), request_key)
+    return _ranking(*args, model_key(info), profile_cache_key(found), request_key)
 
 
 @st.cache_resource(max_entries=64, show_spinner=False)
@@ -188,7 +190,7 @@ def _ranking(
         fitted,
         runs,
         lambda request: frontier(
-            _info, _found, request, measured(_store, _info, _settings, request)
+            _info, _found, request, extra_measurements(_store, _info, _settings, request)
         ),
     )
 

@@ -32,7 +32,7 @@ from lsq_core.profiling.profile import Profile
 from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.quantization.registry import quantizer_spec
 from lsq_core.store.shipped import SHIPPED
-from lsq_core.ui import cached, words
+from lsq_core.ui import cached, cached_plans, words
 from lsq_core.ui.explore.profile import ExploreView
 from lsq_core.ui.page import next_step
 from lsq_core.ui.safe import st
@@ -370,7 +370,7 @@ def show_missing(info: ModelInfo, profile: Profile, problem: Problem) -> None:
     """Show metrics missing from the published files, and the methods that need them."""
     st.subheader("Not published", anchor=False)
     missing = {METRICS[metric].title: _describe_missing(profile, metric) for metric in METRICS}
-    methods = cached.unavailable_methods(info, problem)
+    methods = cached_plans.unavailable_methods(info, problem)
     if methods:
         missing["Plans that need them"] = "none by " + words.listed(
             [charts.method_style(m).title for m in methods], 99

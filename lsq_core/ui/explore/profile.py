@@ -19,7 +19,7 @@ from lsq_core.profiling.profile import Profile, missing_metrics
 from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.quantization.registry import MATRIX_QUANTIZERS, incompatibility_reason
 from lsq_core.store.store import Store
-from lsq_core.ui import cached, jobs_panel, state, words
+from lsq_core.ui import cached, cached_plans, jobs_panel, state, words
 from lsq_core.ui.page import PageContext, headline
 from lsq_core.ui.safe import st
 
@@ -42,7 +42,7 @@ class ExploreView:
     @property
     def problem(self) -> Problem:
         """The planning problem."""
-        return cached.problem(self.info, self.profile)
+        return cached_plans.problem(self.info, self.profile)
 
     @property
     def published(self) -> bool:

@@ -72,7 +72,7 @@ def _render_no_weights(view: ExploreView) -> None:
 
 def open_weights(folder: Path, info: ModelInfo) -> WeightReader:
     """Open a model's weight files, cached by model and folder."""
-    return _open_weights(folder, info, f"{cached.identity(info)} in {folder}")
+    return _open_weights(folder, info, f"{cached.model_key(info)} in {folder}")
 
 
 @st.cache_resource(max_entries=4, show_spinner=False)
@@ -190,7 +190,7 @@ def _grid_choice(matrix: Matrix) -> _GridChoice:
 
 
 def _matrix_histogram(view: ExploreView, opened: WeightReader, matrix: Matrix) -> weights.Histogram:
-    return _cached_histogram(opened, matrix, cached.identity(view.info), matrix.name)
+    return _cached_histogram(opened, matrix, cached.model_key(view.info), matrix.name)
 
 
 @st.cache_resource(max_entries=32, show_spinner=False)
@@ -286,7 +286,7 @@ def _show_bands(view: ExploreView, opened: WeightReader) -> None:
     with left:
         kind = _select_module_type(opened)
     matrices = [m for m in opened.matrices if m.type == kind]
-    progress = _cached_progress(cached.identity(view.info), kind)
+    progress = _cached_progress(cached.model_key(view.info), kind)
     if not progress.read(opened, matrices):
         view.render_headline(f"Reading the weights of {charts.short_type(kind)}.")
         with right:

@@ -16,7 +16,7 @@ from lsq_core.planning.problem import Problem
 from lsq_core.planning.ranking import TOP_LAYERS, flagged_by_direction, rank_layers
 from lsq_core.profiling.profile import Profile
 from lsq_core.results.story import BoostGain, boost_gain
-from lsq_core.ui import cached, cached_results, state, words
+from lsq_core.ui import cached, cached_plans, cached_results, state, words
 from lsq_core.ui.page import PageContext
 from lsq_core.ui.safe import st
 
@@ -39,7 +39,7 @@ def make_tour(ctx: PageContext, info: ModelInfo) -> list[Step]:
     profile = shown_profile(ctx, info)
     if profile is None:
         return []
-    problem = cached.problem(info, profile)
+    problem = cached_plans.problem(info, profile)
     steps = _sensitivity_steps(problem)
     runs = main_measurement(ctx, info)
     gain = boost_gain(runs) if runs is not None else None

@@ -21,7 +21,7 @@ from lsq_core.planning.problem import Problem
 from lsq_core.planning.request import SENSITIVITIES
 from lsq_core.planning.serving_memory import memory_budgets
 from lsq_core.profiling.metrics import METRICS
-from lsq_core.ui import cached, state, words
+from lsq_core.ui import cached_plans, state, words
 from lsq_core.ui.plan.budget import feasible
 from lsq_core.ui.plan.query import PlanQuery
 from lsq_core.ui.planner import (
@@ -58,7 +58,7 @@ def show_live_plan(query: PlanQuery, plan: Plan) -> None:
     if not by_base and against in state.alike(query.request.method, PLANNERS):
         try:
             other = query.with_method(against)
-            frontier = cached.frontier(other.info, other.profile, other.request)
+            frontier = cached_plans.frontier(other.info, other.profile, other.request)
             metadata = query.settings.metadata
             budget = other.request.resolve_budget(problem, metadata)
             limit = nominal_limit(frontier, problem, budget, metadata)
@@ -106,7 +106,7 @@ def set_pins(query: PlanQuery, pins: Sequence[str]) -> None:
 def live_method(query: PlanQuery, stops: np.ndarray) -> LiveMethod:
     """Return a method for the live planner; ``stops`` (n,) is its plan at the budget."""
     name = query.request.method
-    frontier = cached.frontier(query.info, query.profile, query.request, query.measured)
+    frontier = cached_plans.frontier(query.info, query.profile, query.request, query.measured)
     curve, at_budget = prediction_curve(query), None
     if curve is not None:
         at_budget = query.predictor.predict(features(query.problem, stops[None])).band(0)
@@ -135,7 +135,7 @@ def prediction_curve(query: PlanQuery) -> Curve | None:
 def free_plans(query: PlanQuery) -> FreePlans:
     """Return the same method's plans without ties and server."""
     free = query.without_ties()
-    frontier = cached.frontier(free.info, free.profile, free.request, free.measured)
+    frontier = cached_plans.frontier(free.info, free.profile, free.request, free.measured)
     return FreePlans(frontier, prediction_curve(free))
 
 

@@ -21,7 +21,7 @@ from lsq_core.planning.constraints import restrict
 from lsq_core.planning.methods import get_planner, mixes_rows
 from lsq_core.planning.plan import Plan
 from lsq_core.stages.predict import NO_PREDICTION_REASON
-from lsq_core.ui import cached, cached_results, state, words
+from lsq_core.ui import cached, cached_plans, cached_results, state, words
 from lsq_core.ui.page import PageContext
 from lsq_core.ui.plan.query import PlanQuery
 from lsq_core.ui.safe import st
@@ -124,7 +124,7 @@ def build_frontier_line(query: PlanQuery) -> list[charts.FrontierLine]:
     if name == "none" or mixes_rows(name):
         return []
     try:
-        cached.frontier(query.info, query.profile, query.request)
+        cached_plans.frontier(query.info, query.profile, query.request)
     except LsqError:
         return []
     predicted = query.prediction_curve
@@ -134,7 +134,9 @@ def build_frontier_line(query: PlanQuery) -> list[charts.FrontierLine]:
     if "weight_error" not in query.problem.by_config:
         return []
     return [
-        charts.FrontierLine(name, *cached.error_curve(query.info, query.profile, query.request))
+        charts.FrontierLine(
+            name, *cached_plans.error_curve(query.info, query.profile, query.request)
+        )
     ]
 
 
@@ -188,7 +190,7 @@ def apply_loss_search(query: PlanQuery, text: str) -> None:
         if isinstance(predictor, str):
             raise InputError(predictor)
         request = replace(query.request, base=None)
-        frontier = cached.frontier(query.info, query.profile, request)
+        frontier = cached_plans.frontier(query.info, query.profile, request)
         problem = restrict(query.problem, request)
         nominal = smallest_budget_within(frontier, predictor, problem, parse_loss(text))
     except LsqError as error:

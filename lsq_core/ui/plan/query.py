@@ -21,7 +21,7 @@ from lsq_core.profiling.metrics import METRICS
 from lsq_core.profiling.profile import Profile
 from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.stages.plan import required_metrics
-from lsq_core.ui import cached, cached_results, jobs_panel, state, words
+from lsq_core.ui import cached, cached_plans, cached_results, jobs_panel, state, words
 from lsq_core.ui.page import PageContext, headline, next_step
 from lsq_core.ui.plan.budget import feasible
 from lsq_core.ui.safe import st
@@ -40,13 +40,15 @@ class PlanQuery:
     @property
     def problem(self) -> Problem:
         """The planning problem, not yet restricted by pins, ties or server."""
-        return cached.problem_with(self.info, self.profile, self.request, self.measured)
+        return cached_plans.problem_with(self.info, self.profile, self.request, self.measured)
 
     @property
-    def measured(self) -> cached.Measured | None:
+    def measured(self) -> cached_plans.ExtraMeasurements | None:
         """The method's measurements besides the profile; None if they are missing or not needed."""
         ctx = self.ctx
-        return cached.measured(ctx.store, self.info, self.settings, self.request, ctx.device)
+        return cached_plans.extra_measurements(
+            ctx.store, self.info, self.settings, self.request, ctx.device
+        )
 
     @property
     def rows(self) -> Impact | None:
@@ -87,7 +89,7 @@ def available_methods(info: ModelInfo, profile: Profile | None) -> list[str]:
     """Return the methods offered; for a published model, those that its measurements allow."""
     if not cached.is_published(info):
         return list(PLANNERS)
-    lacking = cached.unavailable_methods(info, cached.problem(info, profile))
+    lacking = cached_plans.unavailable_methods(info, cached_plans.problem(info, profile))
     return [name for name in PLANNERS if name not in lacking]
 
 

@@ -19,7 +19,7 @@ from lsq_core.planning.request import PlanRequest
 from lsq_core.refinement.step import RefinementStep
 from lsq_core.stages.refine import DEFAULT_MINUTES, MEASURED_TOKENS
 from lsq_core.stages.refined import find_steps
-from lsq_core.ui import cached, jobs_panel, state, words
+from lsq_core.ui import cached_plans, jobs_panel, state, words
 from lsq_core.ui.page import headline
 from lsq_core.ui.plan.query import PlanQuery
 from lsq_core.ui.safe import st
@@ -137,7 +137,9 @@ def render_panel(query: PlanQuery) -> None:
 def _steps(query: PlanQuery, request: PlanRequest) -> list[RefinementStep]:
     """Return the steps of the search at exactly this budget."""
     options = get_planner(Refined.name).options(request)
-    problem = restrict(cached.problem(query.info, query.profile).with_options(options), request)
+    problem = restrict(
+        cached_plans.problem(query.info, query.profile).with_options(options), request
+    )
     profile = query.profile.id if query.profile else ""
     return find_steps(query.ctx.store, profile, problem, request, query.settings.metadata)
 

@@ -16,7 +16,7 @@ from lsq_core.planning.methods import reads_field
 from lsq_core.planning.methods.uniform import uniform_within
 from lsq_core.planning.plan import Plan
 from lsq_core.planning.problem import Problem
-from lsq_core.ui import cached, words
+from lsq_core.ui import cached_plans, words
 from lsq_core.ui.page import headline
 from lsq_core.ui.plan.prediction import (
     describe_gap,
@@ -96,7 +96,7 @@ def describe_free_plan(query: PlanQuery, predictor: Predictor) -> str:
         return ""
     free = query.without_ties()
     try:
-        plan = cached.plan(free.info, free.profile, free.request, free.settings)
+        plan = cached_plans.plan(free.info, free.profile, free.request, free.settings)
     except LsqError as error:
         return words.escape(f"Without {query.request.ties_name}: {error}")
     stops = np.array([[query.problem.options.index(c) for c in plan.configs]])

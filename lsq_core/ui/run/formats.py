@@ -10,7 +10,7 @@ from lsq_core.planning.request import PlanRequest
 from lsq_core.quantization.registry import incompatibility_reason
 from lsq_core.stages.export import prepare_plan_export
 from lsq_core.stages.model import OpenModel
-from lsq_core.ui import cached, state
+from lsq_core.ui import cached, cached_plans, state
 from lsq_core.ui.page import PageContext
 from lsq_core.ui.safe import st
 
@@ -62,8 +62,8 @@ def describe(
         return "", ""
     try:
         profile = cached.planning_profile(ctx.store, info, settings, ctx.device)
-        rows = cached.measured(ctx.store, info, settings, request, ctx.device)
-        plan = cached.plan(info, profile, request, settings, rows)
+        rows = cached_plans.extra_measurements(ctx.store, info, settings, request, ctx.device)
+        plan = cached_plans.plan(info, profile, request, settings, rows)
     except LsqError:  # reported by the plan itself
         return "", ""
     if incompatibility_reason(quantizer, plan.choice, plan.axis):

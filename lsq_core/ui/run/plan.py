@@ -22,7 +22,7 @@ from lsq_core.quantization.registry import incompatibility_reason, quantizer_spe
 from lsq_core.store.shipped import SHIPPED
 from lsq_core.store.store import Store
 from lsq_core.sweep import SweepItem, estimate_seconds
-from lsq_core.ui import cached, cached_results, state, words
+from lsq_core.ui import cached, cached_plans, cached_results, state, words
 from lsq_core.ui.page import PageContext
 from lsq_core.ui.plan.budget import shown_request
 from lsq_core.ui.run import formats
@@ -170,7 +170,7 @@ def describe_plan(ctx: PageContext, request: PlanRequest) -> str:
     profile = cached.planning_profile(ctx.store, info, settings, ctx.device)
     restrictions = f" {request.restrictions}" if request.has_ties else ""
     text = f"{planner.title} on {ctx.source.name}, {size}{restrictions}"
-    rows = cached.measured(ctx.store, info, settings, request, ctx.device)
+    rows = cached_plans.extra_measurements(ctx.store, info, settings, request, ctx.device)
     if planner.reads_rows and rows is None:
         return f"{text}; the run will first measure row scores."
     if planner.metrics and profile is None:
@@ -178,7 +178,7 @@ def describe_plan(ctx: PageContext, request: PlanRequest) -> str:
     if not set(planner.metrics) <= set(profile.metrics if profile else ()):
         return f"{text}; the run will first measure the missing metrics."
     try:
-        plan = cached.plan(info, profile, request, settings, rows)
+        plan = cached_plans.plan(info, profile, request, settings, rows)
     except LsqError as error:
         return f"{text}. {error}"
     quantizer = st.session_state.get("quantizer", "hqq")

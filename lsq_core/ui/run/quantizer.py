@@ -10,7 +10,7 @@ from lsq_core.planning.request import PlanRequest
 from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.quantization.registry import QUANTIZERS, incompatibility_reason, unavailable_reason
 from lsq_core.stages.plan import budget_excess, request_incompatibility
-from lsq_core.ui import cached
+from lsq_core.ui import cached, cached_plans
 from lsq_core.ui.page import PageContext
 
 #: Quantizers offered for a run; learned rounding also with fewer steps, as a preview.
@@ -50,8 +50,8 @@ def run_incompatibility(
             Problem(ctx.info.matrices), request, quantizer, settings.axis
         )
         profile = cached.planning_profile(ctx.store, ctx.info, settings, ctx.device)
-        rows = cached.measured(ctx.store, ctx.info, settings, request, ctx.device)
-        plan = cached.plan(ctx.info, profile, request, settings, rows)
+        rows = cached_plans.extra_measurements(ctx.store, ctx.info, settings, request, ctx.device)
+        plan = cached_plans.plan(ctx.info, profile, request, settings, rows)
         reason = reason or incompatibility_reason(quantizer, plan.choice, settings.axis)
         return reason or budget_excess(plan, quantizer)
     except LsqError:  # reported by the plan itself
