@@ -1,4 +1,4 @@
-"""The verb ``convert``, and the options of ``run`` about other tools' formats."""
+"""The verb ``convert``, and the options of ``run`` for other tools' formats."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lsq_core.store.store import Store
 
 
 def add_target_options(sub: argparse.ArgumentParser, formats: list[str], default: str) -> None:
-    """Options that say in which format a model is written, and how."""
+    """Add the options for the format in which a model is written."""
     known = "; ".join(f"{name} for {FORMATS[name].programs}" for name in formats)
     default_note = f" ({default})" if default else ""
     sub.add_argument(
@@ -41,12 +41,12 @@ def add_target_options(sub: argparse.ArgumentParser, formats: list[str], default
 
 
 def parse_target(options: argparse.Namespace, save: Path | None) -> ExportTarget | None:
-    """The format to export to, None for this project's own.
+    """Return the format to export to, None for this project's own.
 
     Raises
     ------
     InputError
-        When there is no such format, or no folder for it.
+        If there is no such format, or no folder for the export is given.
     """
     weight_format(options.format)
     check_crossing(options.crossing)
@@ -58,12 +58,12 @@ def parse_target(options: argparse.Namespace, save: Path | None) -> ExportTarget
 
 
 def is_saved_folder(folder: Path) -> bool:
-    """Whether a model was saved in a folder, in any format."""
+    """Return whether a folder contains a saved model, in any format."""
     return is_quantized_folder(folder) or is_exported_folder(folder)
 
 
 def convert(options: argparse.Namespace, report: ProgressCallback) -> dict:
-    """Write a saved model in another format, and measure what is decoded from it."""
+    """Write a saved model in another format, and evaluate the model decoded from it."""
     out, folder, store = resolve_path(options.out), resolve_path(options.folder), Store(options.db)
     target = parse_target(options, out)
     if target is None:

@@ -1,4 +1,4 @@
-"""The verb ``export-plan``: its options, what it does, and what a person reads of it."""
+"""The verb ``export-plan``: its options, action and output."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lsq_core.units import format_bytes
 
 
 def add_options(sub: argparse.ArgumentParser) -> None:
-    """Add the options of the verb to its parser."""
+    """Add the verb's options to its parser."""
     sub.add_argument(
         "plan", metavar="PLAN|RUN", help="a file written by plan --out, or the id of a run"
     )
@@ -36,7 +36,7 @@ def add_options(sub: argparse.ArgumentParser) -> None:
 
 
 def export_plan(options: argparse.Namespace, report: ProgressCallback) -> dict:
-    """Write a plan for another tool, whole or not at all."""
+    """Write a plan in another tool's format, completely or not at all."""
     plan_target(options.to)
     if options.out:
         check_file_target(options.out)
@@ -52,7 +52,7 @@ def export_plan(options: argparse.Namespace, report: ProgressCallback) -> dict:
 
 
 def show(result: dict) -> None:
-    """Print the plan, or where it is; how it is used goes to standard error without a file."""
+    """Print the plan, or the path of its file; without a file, the summary goes to stderr."""
     if result["out"] is None:
         print(result["text"], end="")
     aside = sys.stdout if result["out"] else sys.stderr
@@ -63,7 +63,7 @@ def show(result: dict) -> None:
 
 
 def summary_lines(result: dict) -> list[str]:
-    """The sizes, what was taken instead, what else to know, and the lines that use the file."""
+    """Return the sizes, replaced configurations, notes, and the code that uses the file."""
     lines = [
         f"linear weights: {format_bytes(result['stored_bytes'])} in {result['target']}, "
         f"{format_bytes(result['nominal_bytes'])} nominal here"

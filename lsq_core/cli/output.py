@@ -1,4 +1,4 @@
-"""Standard output and error, whatever reads them: any encoding, and a reader that leaves early."""
+"""Standard output and error, robust to any encoding and to readers that close early."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from lsq_core.jsontext import json_text
 
-#: What stands for characters of ours on a terminal that can't show them.
+#: Replacements for characters that a terminal cannot display.
 _PLAIN = {
     "×": "x",
     "·": "-",
@@ -35,13 +35,13 @@ _PLAIN = {
     "\u00a0": " ",
 }
 _HANDLER = "lsq-plain"
-#: Characters that a terminal acts on, by which a name could move its cursor, and those that turn
+#: Control characters, with which a name could move a terminal's cursor, and characters that change
 #: the direction of text.
 _CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:
-    """Replace what an encoding lacks by characters that every one has."""
+    """Replace characters that an encoding lacks with ASCII."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     missing = error.object[error.start : error.end]
@@ -50,12 +50,12 @@ def _plain(error: UnicodeError) -> tuple[str, int]:
 
 
 def escape_controls(text: str, allowed: str = "") -> str:
-    """A text with its control characters, except those in ``allowed``, as Python's escapes."""
+    """Replace control characters, except those in ``allowed``, with Python's escape sequences."""
     return _CONTROLS.sub(lambda c: c[0] if c[0] in allowed else repr(c[0])[1:-1], text)
 
 
 def configure_streams() -> None:
-    """Let standard output and error take any character."""
+    """Let standard output and error accept any character."""
     codecs.register_error(_HANDLER, _plain)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -63,7 +63,7 @@ def configure_streams() -> None:
 
 
 def print_json(content: object) -> None:
-    """Print one JSON document, its characters escaped where the output can't take them."""
+    """Print one JSON document, in ASCII if the output cannot encode its characters."""
     text = json_text(content)
     try:
         text.encode(sys.stdout.encoding or "ascii")
@@ -73,7 +73,7 @@ def print_json(content: object) -> None:
 
 
 def print_result(call: Callable[[Any], None], result: object) -> None:
-    """Have ``call`` print what a person reads of a result, without control characters of names."""
+    """Print what ``call`` prints about a result, with control characters escaped."""
     text = StringIO()
     with redirect_stdout(text):
         call(result)
@@ -82,12 +82,14 @@ def print_result(call: Callable[[Any], None], result: object) -> None:
 
 @contextmanager
 def ignore_broken_pipe() -> Iterator[None]:
-    """End printing when the reader has gone, as ``head`` does; what was asked for is done by then.
+    """Stop printing without an error if the reader closes the pipe, as ``head`` does.
+
+    The command itself has finished by then.
 
     Raises
     ------
-    LsqError
-        When what standard output goes to cannot be written, a full disk say.
+    OSError
+        If standard output cannot be written for another reason, such as a full disk.
     """
     try:
         try:
@@ -96,6 +98,6 @@ def ignore_broken_pipe() -> Iterator[None]:
             if sys.stdout is not None:
                 sys.stdout.flush()
     except BrokenPipeError:
-        # Python flushes once more when it ends, which has to go somewhere.
+        # Python flushes once more when it exits, which must not fail.
         with suppress(OSError, ValueError, AttributeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

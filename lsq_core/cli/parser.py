@@ -1,4 +1,4 @@
-"""Every verb and its options."""
+"""The parser of all verbs and their options."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from lsq_core.stages.noise import DEFAULT_BASE
 
 
 class _Parser(argparse.ArgumentParser):
-    """Bad options end as every other bad input does."""
+    """Reports bad options in the same way as other bad input."""
 
     def parse_args(
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:
-        """Parse as argparse does, which takes the ``--`` of ``--out=--`` for no value at all."""
+        """Parse as argparse does, but reject ``--out=--``, which argparse reads as no value."""
         given = sys.argv[1:] if args is None else args
         for argument in given:
             if argument.startswith("-") and argument.endswith("=--"):
@@ -46,7 +46,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser(exit_on_error: bool = True) -> argparse.ArgumentParser:
-    """The parser of every verb and option."""
+    """Build the parser; without ``exit_on_error``, bad options raise :class:`InputError`."""
     parser = _Parser(
         prog="lsq",
         description="Layer-sensitive mixed-precision quantization of LLMs.",
@@ -72,7 +72,7 @@ def build_parser(exit_on_error: bool = True) -> argparse.ArgumentParser:
 
 
 def _add_model_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
-    """Verbs about one model, in the order of the way through."""
+    """Add the verbs about one model, in the order of the workflow."""
     _add_model(
         verb("inspect", verbs.inspect, show.model, "describe a model without reading its weights")
     )
@@ -100,7 +100,7 @@ def _add_model_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def _add_planning_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
-    """Verbs that give a plan."""
+    """Add the verbs that make a plan."""
     sub = verb("plan", verbs.plan, show.plan, "choose a configuration for each module")
     _add_model(sub)
     _add_device(sub)
@@ -133,7 +133,7 @@ def _add_planning_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def _add_measuring_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
-    """Verbs that measure one model, quantized or not."""
+    """Add the verbs that measure one model, quantized or not."""
     sub = verb("run", verbs.run, show.run, "plan, quantize, evaluate and store the result")
     _add_model(sub)
     _add_device(sub)
@@ -163,7 +163,7 @@ def _add_measuring_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def _add_run_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
-    """Verbs about many runs, and those about one that was made."""
+    """Add ``sweep``, and the verbs about existing runs and saved models."""
     sub = verb("sweep", verbs.sweep, show.sweep, "run every method at every size on every corpus")
     _add_model(sub)
     _add_device(sub)
@@ -175,7 +175,7 @@ def _add_run_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def _add_saved_model_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
-    """Verbs about a model that was quantized before."""
+    """Add the verbs about a model that was already quantized."""
     sub = verb("convert", convert, show.converted, "write a saved model in another tool's format")
     sub.add_argument("folder", metavar="FOLDER", help="a model that run --save wrote")
     sub.add_argument("--out", type=Path, required=True, help="the new folder")
@@ -208,7 +208,7 @@ def _add_saved_model_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None
 
 
 def _add_storage_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
-    """Verbs about stored results."""
+    """Add the verbs about stored results."""
     sub = verb("results", result_verbs.results, show.results, "list the runs in the database")
     sub.add_argument("--model", help="only runs of this model")
     sub.add_argument(
@@ -250,7 +250,7 @@ def _add_storage_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def _add_import_verb(verb: Callable[..., argparse.ArgumentParser]) -> None:
-    """The verb that imports published measurements."""
+    """Add the verb that imports published measurements."""
     sub = verb(
         "import-reference",
         verbs.import_reference,
@@ -275,7 +275,7 @@ def _add_import_verb(verb: Callable[..., argparse.ArgumentParser]) -> None:
 def _add_maintenance_verbs(
     verb: Callable[..., argparse.ArgumentParser], shows: Mapping[str, Callable[[dict], None]]
 ) -> None:
-    """Verbs about jobs and files, the benchmarks, and the app."""
+    """Add the verbs about jobs and files, the benchmarks, and the app."""
     sub = verb("jobs", verbs.jobs_verb, show.jobs, "list background jobs, running and finished")
     sub.add_argument("--cancel", metavar="ID", help="cancel this job")
 

@@ -1,4 +1,4 @@
-"""Options about profiles and plans, which several verbs have."""
+"""Options for profiles and plans, shared by several verbs."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ BUDGET_HELP = "3.2bpp (nominal bits per parameter) or 9MiB (planned bytes of the
 
 
 def corpus_choices() -> str:
-    """The corpora that an option takes, in words."""
+    """Return the corpora that an option accepts, in words."""
     return f"{', '.join(BUILT_IN_CORPORA)}, hf:org/name, or a text file"
 
 
 def add_profile_options(sub: argparse.ArgumentParser) -> None:
-    """Options that say how a profile is measured; an imported model has its own defaults."""
+    """Add the options for measuring a profile; an imported model has its own defaults."""
     sub.add_argument("--axis", type=int, help="grouping axis, 0 or 1 (1)")
     sub.add_argument(
         "--metadata",
@@ -39,7 +39,7 @@ def add_profile_options(sub: argparse.ArgumentParser) -> None:
 
 
 def add_plan_options(sub: argparse.ArgumentParser) -> None:
-    """Options of a plan: its method, its size, and the rest."""
+    """Add all options of a plan: its method, its size, and the rest."""
     sub.add_argument("--method", help=f"one of {', '.join(PLANNERS)}")
     sub.add_argument("--base", help="base configuration, such as 3.13 or b3g128")
     sub.add_argument("--budget", help=BUDGET_HELP)
@@ -53,7 +53,7 @@ def add_plan_options(sub: argparse.ArgumentParser) -> None:
 
 
 def add_plan_details(sub: argparse.ArgumentParser) -> None:
-    """What a plan depends on beside its method and size."""
+    """Add the options of a plan other than its method and size."""
     sub.add_argument(
         "--boost-stop",
         type=int,
@@ -85,7 +85,7 @@ def add_plan_details(sub: argparse.ArgumentParser) -> None:
 
 
 def add_planning_profile_options(sub: argparse.ArgumentParser) -> None:
-    """Options of the profile that a plan is made from, beside those of every profile."""
+    """Add the options of a plan's profile that :func:`add_profile_options` does not add."""
     sub.add_argument("--calibration", help=f"calibration corpus: {corpus_choices()} (stdlib)")
     sub.add_argument(
         "--profile-quantizer",
@@ -94,7 +94,7 @@ def add_planning_profile_options(sub: argparse.ArgumentParser) -> None:
 
 
 def add_restriction_options(sub: argparse.ArgumentParser) -> None:
-    """Options that restrict what each module can get."""
+    """Add the options that restrict the configuration of each module."""
     sub.add_argument(
         "--pin",
         action="append",
@@ -118,7 +118,7 @@ def add_restriction_options(sub: argparse.ArgumentParser) -> None:
 
 
 def add_row_options(sub: argparse.ArgumentParser) -> None:
-    """What plans of high-impact rows depend on."""
+    """Add the options for plans of high-impact rows."""
     rows = "high-impact rows"
     sub.add_argument(
         "--low-bits", type=int, default=2, help=f"{rows}: bits of the other rows, 2 or 3 (2)"
@@ -151,7 +151,7 @@ def add_row_options(sub: argparse.ArgumentParser) -> None:
 
 
 def add_start_option(sub: argparse.ArgumentParser) -> None:
-    """Add the method whose plan is refined."""
+    """Add the option for the method whose plan is refined."""
     sub.add_argument(
         "--start",
         metavar="METHOD",
@@ -160,7 +160,7 @@ def add_start_option(sub: argparse.ArgumentParser) -> None:
 
 
 def add_refine_options(sub: argparse.ArgumentParser) -> None:
-    """Options of a search that refines a plan."""
+    """Add the options of a search that refines a plan."""
     sub.add_argument("--budget", required=True, help=BUDGET_HELP)
     add_start_option(sub)
     sub.add_argument(

@@ -1,9 +1,9 @@
 """The command line: ``lsq VERB``.
 
-With ``--json`` exactly one JSON document goes to standard output; progress and messages always go
-to standard error. Exit status 0, 2 for bad input, 1 for a failure. What a verb is asked is in
-:mod:`lsq_core.cli.parser`, what it does in :mod:`lsq_core.cli.verbs`, and what a person reads of
-it in :mod:`lsq_core.cli.show`.
+With ``--json``, exactly one JSON document goes to standard output; progress and messages always go
+to standard error. The exit status is 0 for success, 2 for bad input and 1 for a failure. Options
+are defined in :mod:`lsq_core.cli.parser`, the verbs in :mod:`lsq_core.cli.verbs`, and their
+readable output in :mod:`lsq_core.cli.show`.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from lsq_core.progress import ProgressCallback
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit status.
+    """Run one command and return the exit status.
 
-    ``job FOLDER`` is how :func:`lsq_core.jobs.start` has a command run; people don't type it.
+    The internal command ``job FOLDER`` is how :func:`lsq_core.jobs.start` runs a job.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     output.configure_streams()
@@ -59,21 +59,21 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _report_failure(reason: str, status: int) -> int:
-    """Say why on standard error, where it still goes anywhere."""
+    """Print the reason to standard error if possible, and return the exit status."""
     with suppress(OSError):
         print(f"lsq: {output.escape_controls(reason)}", file=sys.stderr)
     return status
 
 
 def execute(arguments: list[str], report: ProgressCallback, folder: Path | None = None) -> dict:
-    """Run one command and give its result, reporting to ``report``; for jobs.
+    """Run one command of a job and return its result, reporting progress to ``report``.
 
-    In ``folder`` it keeps what it has so far, and finds it when it is run again.
+    Intermediate results are stored in ``folder``, from which the command can resume.
 
     Raises
     ------
     LsqError
-        As the command does.
+        If the command fails.
     """
     options = build_parser(exit_on_error=False).parse_args(arguments)
     options.checkpoint_folder = folder
@@ -81,14 +81,14 @@ def execute(arguments: list[str], report: ProgressCallback, folder: Path | None 
 
 
 class _Console:
-    """Progress on standard error: a line that rewrites itself in a terminal, else a few lines."""
+    """Progress on standard error: one line that is updated in a terminal, else a few lines."""
 
     def __init__(self) -> None:
         self.shown = ("", -1)
         self.terminal = sys.stderr.isatty()
 
     def report(self, stage: str, done: int, total: int, message: str) -> None:
-        with suppress(OSError):  # work goes on when nobody watches it any more
+        with suppress(OSError):  # work continues if standard error is closed
             self._write(stage, done, total, message)
 
     def _write(self, stage: str, done: int, total: int, message: str) -> None:

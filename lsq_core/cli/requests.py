@@ -1,4 +1,4 @@
-"""What options of the command line ask for: models, profile settings, plans and evaluations."""
+"""Models, profile settings and requests from the options of the command line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lsq_core.session import Session
 
 
 def model_source(options: argparse.Namespace) -> ModelSource:
-    """The model that was named."""
+    """Return the model given by the options."""
     return ModelSource(
         options.model, options.revision, options.trust_remote_code, options.allow_pickle
     )
@@ -27,7 +27,7 @@ def model_source(options: argparse.Namespace) -> ModelSource:
 def profile_settings(
     options: argparse.Namespace, session: Session, quantizer: str | None, calibration: str | None
 ) -> ProfileSettings:
-    """The profile settings that were given, and the model's defaults for the others."""
+    """Return the given profile settings, and the model's defaults for the others."""
     chosen = {
         "quantizer": quantizer,
         "axis": options.axis,
@@ -42,12 +42,15 @@ def profile_settings(
 
 
 def optional_model_source(options: argparse.Namespace) -> ModelSource | None:
-    """The model, if one was named."""
+    """Return the model given by the options, or None."""
     return model_source(options) if options.model else None
 
 
 def plan_request(options: argparse.Namespace, method: str | None = None) -> PlanRequest:
-    """What to plan for; a sweep gives one of its methods, and sizes of its own later."""
+    """Return the plan request.
+
+    A sweep passes one of its methods, and sets base and budget later.
+    """
     one = method is None
     method = options.method if one else method
     if not method:
@@ -74,12 +77,12 @@ def plan_request(options: argparse.Namespace, method: str | None = None) -> Plan
 
 
 def refine_request(options: argparse.Namespace) -> PlanRequest:
-    """Which plan to refine, within which budget and restrictions."""
+    """Return the request for a refined plan."""
     return PlanRequest(method=options.method, budget=options.budget, **_restrictions(options))
 
 
 def _restrictions(options: argparse.Namespace) -> dict[str, Any]:
-    """What a plan may choose from, and the plan that it starts from."""
+    """Return the fields that restrict a plan, and the method whose plan it starts from."""
     return {
         "pins": tuple(options.pin),
         "ties": tuple(options.tie),
@@ -90,5 +93,5 @@ def _restrictions(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def evaluation_request(options: argparse.Namespace) -> EvaluationRequest:
-    """What to evaluate on."""
+    """Return the evaluation request."""
     return EvaluationRequest(options.corpus, options.protocol, options.max_tokens)

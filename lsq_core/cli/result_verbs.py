@@ -1,4 +1,4 @@
-"""What the verbs about stored results do: list them, and write them to files."""
+"""Verbs that list stored results and write them to files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def results(options: argparse.Namespace, report: ProgressCallback) -> dict:
-    """Every run, newest first: measured here, or published."""
+    """List all runs, measured or published ones, newest first."""
     frame = _results(options)
     frame = frame.assign(created=frame["created"].astype(str))
     return {"results": frame.astype(object).where(frame.notna(), None).to_dict("records")}
@@ -33,7 +33,7 @@ def _results(options: argparse.Namespace) -> pd.DataFrame:
 
 
 def export(options: argparse.Namespace, report: ProgressCallback) -> dict:
-    """All runs into a table, or one run into a report or BibTeX, as the file's name ends."""
+    """Export all runs as a table, or one run as a report or BibTeX, by the file's extension."""
     from lsq_core.results import export as exports
 
     tables = {".csv": exports.csv_bytes, ".parquet": exports.parquet_bytes}
@@ -57,7 +57,7 @@ def export(options: argparse.Namespace, report: ProgressCallback) -> dict:
 
 
 def card(options: argparse.Namespace, report: ProgressCallback) -> dict:
-    """One run as a picture to show to others, PNG or HTML as the file's name ends."""
+    """Draw one run as a shareable picture, PNG or HTML by the file's extension."""
     from lsq_core.results import card as cards
 
     kinds = {
@@ -75,7 +75,7 @@ def card(options: argparse.Namespace, report: ProgressCallback) -> dict:
 
 
 def _latest_evaluation(store: Store, run: str) -> str:
-    """The newest evaluation of a run that wasn't deleted."""
+    """Return the newest evaluation of a run that is not deleted."""
     frame = store.results(origin=None)
     result = frame.loc[frame["run"] == run, "evaluation"]
     if result.empty:

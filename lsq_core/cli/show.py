@@ -1,4 +1,4 @@
-"""What a person reads of each verb's result."""
+"""Readable output for the result of each verb."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from lsq_core.evaluation.noise import describe_noise, format_figure
 from lsq_core.sweep_progress import describe_counts
 from lsq_core.units import format_bytes
 
-#: A gap to the optimum (a share) that is rounding error.
+#: A relative gap to the optimum below this is rounding error.
 _OPTIMAL_GAP = 1e-8
 
 
 def _finite(value: float | None) -> bool:
-    """Whether there is a figure: JSON has none for what is not finite."""
+    """Return whether a figure is finite; JSON contains null for one that is not."""
     return value is not None and math.isfinite(value)
 
 
 def number(value: float | None, noise: float | None = None) -> str:
-    """A figure to four decimals, or those that its noise leaves; or that it is not finite."""
+    """Format a figure with four decimals, or fewer if noise requires; or say it is not finite."""
     return format_figure(value, noise) if _finite(value) else "not finite"
 
 
 def percent(share: float | None) -> str:
-    """A share as a percentage with its sign, or that it is not finite."""
+    """Format a share as a signed percentage, or say that it is not finite."""
     return f"{100 * share:+.2f} %" if _finite(share) else "not finite"
 
 
 def model(result: dict) -> None:
-    """Print what a model is."""
+    """Print a description of a model."""
     print(
         f"{result['model']}: {result['architecture']}, {result['layers']} layers, "
         f"{result['parameters']:,} parameters, {format_bytes(result['file_bytes'])}; "
@@ -44,7 +44,7 @@ def model(result: dict) -> None:
 
 
 def profile(result: dict) -> None:
-    """Print which profile was measured."""
+    """Print a summary of a profile."""
     provenance = result["provenance"]
     published = provenance.get("origin") == "published"
     tokens = "published, on" if published else f"on {provenance['tokens']:,} tokens of"
@@ -61,7 +61,7 @@ def profile(result: dict) -> None:
 
 
 def plan(result: dict) -> None:
-    """Print a plan's size, its boosted modules and its configurations by count; or a ranking."""
+    """Print a plan's size, boosted modules and numbers of configurations; or a ranking."""
     if "methods" in result:
         ranking(result)
         return
@@ -128,7 +128,7 @@ def predicted(result: dict) -> None:
 
 
 def run(result: dict) -> None:
-    """Print a plan and what came of it."""
+    """Print a plan and its measured results."""
     plan(result)
     figures(result)
     change = result["increase"]
@@ -142,16 +142,16 @@ def run(result: dict) -> None:
         f"full precision {full}: {percent(change['relative'])} ({interval}), KL {kl} nats, "
         f"top-1 agreement {100 * result['top1']:.1f} %"
     )
-    if result.get("divergence"):  # a job of an older version has none
+    if result.get("divergence"):  # missing in jobs of older versions
         print(f"KL by token: {format_distribution(result['divergence'])}")
     if "export" in result:
         converted(result["export"])
-    if "seconds" in result:  # a job of an older version did not keep them
+    if "seconds" in result:  # missing in jobs of older versions
         times(result["seconds"])
 
 
 def converted(result: dict) -> None:
-    """Print what was written in another format, and what was measured of it."""
+    """Print what was written in another format, and its measured figures if there are any."""
     kinds: dict[str, int] = {}
     for stored in result["types"].values():
         kinds[stored["name"]] = kinds.get(stored["name"], 0) + 1
@@ -167,7 +167,7 @@ def converted(result: dict) -> None:
 
 
 def times(seconds: dict) -> None:
-    """Print where the time of a run went, the longest first."""
+    """Print the time of a run by stage, the longest first."""
     whole = seconds["whole"]
     parts = {name: taken for name, taken in seconds.items() if name != "whole"}
     ordered = sorted(parts.items(), key=lambda part: -part[1])
@@ -178,9 +178,9 @@ def times(seconds: dict) -> None:
 
 
 def figures(result: dict) -> None:
-    """Print a perplexity with what it was measured on."""
+    """Print a perplexity and what it was measured on."""
     cut = ", limited by max-tokens" if result["truncated"] else ""
-    floor = result.get("noise") or {}  # a job of an older version has none
+    floor = result.get("noise") or {}  # missing in jobs of older versions
     print(
         f"perplexity {number(result['perplexity'], floor.get('perplexity'))} on "
         f"{result['tokens']:,} tokens of {result['corpus']} ({result['protocol']}{cut})"
@@ -190,7 +190,7 @@ def figures(result: dict) -> None:
 
 
 def noise(result: dict) -> None:
-    """Print the figures of each way of computing them, and the noise floor."""
+    """Print the figures of each condition, and the noise floor."""
     print(f"{'':<22} {'full precision':>16} {'plan':>16} {'KL':>12}")
     for row in result["conditions"]:
         print(
@@ -203,7 +203,7 @@ def noise(result: dict) -> None:
 
 
 def sweep(result: dict) -> None:
-    """Print a row an item, and how many came of it."""
+    """Print one row per item, and a count of the outcomes."""
     head = ("method", "size", "quant.", "corpus", "bits", "steps", "measured", "perplexity")
     head += ("change", "seconds", "")
     print("{:<20} {:<9} {:<6} {:<12} {:>7} {:>5} {:>10} {:>11} {:>9} {:>8}  {}".format(*head))
@@ -235,7 +235,7 @@ def audit(result: dict) -> None:
 
 
 def generated(result: dict) -> None:
-    """Print both texts, parted where they part, and the odds there."""
+    """Print both texts, mark the first token that differs, and print its probabilities."""
     at = result["parts_at"]
     for name, title in (("full", "full precision"), ("quantized", "quantized")):
         texts = [token["text"] for token in result[name]]
@@ -269,17 +269,17 @@ def jobs(result: dict) -> None:
 
 
 def resumed(result: dict, shows: Mapping[str, Callable[[dict], None]]) -> None:
-    """Print what came of a job as its own verb does; ``shows`` has what each verb prints by."""
+    """Print the result of a job in the form of its verb; ``shows`` maps verbs to functions."""
     print(f"job {result['job']} is done")
     shows[result["verb"]](result["result"])
 
 
 def results(result: dict) -> None:
-    """Print the runs as a table, with the tokens that each was evaluated on."""
+    """Print the runs as a table, with the number of tokens that each was evaluated on."""
     heads = f"{'bits':>7} {'MiB':>9} {'perplexity':>11} {'tokens':>9}"
     print(f"{'model':<24} {'method':<20} {heads}  corpus")
     for row in result["results"]:
-        # A published run tells no bytes of its linear weights.
+        # The bytes of linear weights are unknown for published runs.
         size = row["measured_bytes"]
         mib = "–" if size is None else f"{size / 2**20:.2f}"
         perplexity, tokens = number(row["perplexity"], row["noise"]), _tokens(row["tokens"])
@@ -291,18 +291,18 @@ def results(result: dict) -> None:
 
 
 def _tokens(count: float | None) -> str:
-    """A count of tokens; a published run doesn't tell it."""
+    """Format a number of tokens, which is unknown for published runs."""
     return "–" if count is None else f"{count:,.0f}"
 
 
 def exported(result: dict) -> None:
-    """Print which file was written."""
+    """Print the file that was written, its number of runs and its size."""
     many = "" if result["runs"] == 1 else "s"
     print(f"{result['out']}: {result['runs']} run{many}, {format_bytes(result['bytes'])}")
 
 
 def imported(result: dict) -> None:
-    """Print what was taken in, and what the files lack."""
+    """Print what was imported, and what is flawed or missing."""
     counts = ", ".join(f"{count:,} {table}" for table, count in result["counts"].items())
     print(f"{result['source']}: {counts}")
     for sentence in [*result["flawed"], *result["missing"]]:
@@ -310,26 +310,26 @@ def imported(result: dict) -> None:
 
 
 def disk(result: dict) -> None:
-    """Print what is kept."""
+    """Print the items stored on disk."""
     for item in result["kept"]:
         reason = f"  (cannot be pruned: {item['reason']})" if item["reason"] else ""
         print(f"{format_bytes(item['bytes']):>12}  {item['kind']:<16} {item['name']}{reason}")
 
 
 def repaired(result: dict) -> None:
-    """Print what was copied, and what was not."""
+    """Print the numbers of rows copied and lost."""
     for row in result["tables"]:
         lost = f", {row['lost']:,} lost" if row["lost"] else ""
         print(f"{row['table']:<14} {row['copied']:>10,} rows{lost}")
     print(f"Written to {result['out']}.")
 
 
-#: Heads of the table of benchmarks.
+#: Column headers of the table of benchmarks.
 _BENCH_HEADERS = ("", "ours", "theirs", "ratio", "error", "noise", "target")
 
 
 def bench(result: dict) -> None:
-    """Print a row a benchmark, and where it was measured."""
+    """Print one row per benchmark, and the machine it was measured on."""
     print("{:<52} {:>9} {:>9} {:>8}  {:<22} {:>6}  {}".format(*_BENCH_HEADERS))
     for row in result["rows"]:
         if row["reason"]:
@@ -355,7 +355,7 @@ def bench_markdown(result: dict) -> None:
 
 
 def _bench_cells(row: dict) -> list[str]:
-    """A measured row in words, as the heads have it."""
+    """Return the formatted cells of a measured row, in the order of the headers."""
     aims = [f"≥ {row['target']:g}×"] if row["target"] is not None else []
     aims += [f"≤ {duration(row['most_s'])}"] if row["most_s"] is not None else []
     verdict = " (missed)" if row["missed"] else ""
@@ -383,7 +383,7 @@ def _bench_machine(result: dict) -> str:
 
 
 def duration(seconds: float) -> str:
-    """``0.0123`` as ``12.3 ms``: three significant figures."""
+    """Format 0.0123 as ``12.3 ms``, with three significant figures."""
     for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}"

@@ -1,4 +1,4 @@
-"""The options of ``sweep`` that no other verb has."""
+"""Options specific to ``sweep``, and those for Ray."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lsq_core.quantization.registry import QUANTIZERS
 
 
 def add(sub: argparse.ArgumentParser, corpus_choices: str) -> None:
-    """What is combined, how many matrices are kept for reuse, and what computes it."""
+    """Add the options for what is combined, the cache of matrices, and Ray."""
     for option, text in {
         "--method": f"one of {', '.join(PLANNERS)}, or all (repeatable)",
         "--base": "base configuration, such as 3.13 or b3g128 (repeatable)",
@@ -32,7 +32,7 @@ def add(sub: argparse.ArgumentParser, corpus_choices: str) -> None:
 
 
 def add_ray_options(sub: argparse.ArgumentParser) -> None:
-    """Add the options of work on several devices."""
+    """Add the options for work on several devices."""
     sub.add_argument(
         "--ray",
         nargs="?",

@@ -1,4 +1,4 @@
-"""``lsq tasks``: a run, or a model, on lm-eval's tasks."""
+"""The verb ``tasks``: measure a run or a model on lm-eval's tasks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lsq_core.tasks.request import NAMED_TASKS, TaskRequest
 
 
 def add_options(sub: argparse.ArgumentParser) -> None:
-    """The options that say which tasks, and how."""
+    """Add the options for the run and the tasks."""
     sub.add_argument(
         "run",
         nargs="?",
@@ -37,7 +37,7 @@ def add_options(sub: argparse.ArgumentParser) -> None:
 
 
 def measure(options: argparse.Namespace, report: ProgressCallback) -> dict:
-    """Measure a run or a model on tasks, and keep the results."""
+    """Measure a run or a model on tasks, and store the results."""
     from lsq_core.stages.tasks import measure_tasks
 
     request = TaskRequest(
@@ -60,7 +60,7 @@ def measure(options: argparse.Namespace, report: ProgressCallback) -> dict:
 
 
 def show(result: dict) -> None:
-    """Print a row a metric."""
+    """Print one row per metric."""
     print(f"{'task':<24} {'metric':<20} {'value':>8}   {'stderr':>8}  documents")
     for row in result["results"]:
         stderr = "" if row["stderr"] is None else f"± {row['stderr']:.4f}"

@@ -1,4 +1,4 @@
-"""What the verbs do: each takes its options and a report, and gives what ``--json`` prints."""
+"""The verbs: each takes its options and a report function, and returns what ``--json`` prints."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _open_session(options: argparse.Namespace, report: ProgressCallback) -> Sess
 
 
 def _plan(options: argparse.Namespace, session: Session, settings: ProfileSettings) -> Plan:
-    """The plan that was asked for, by a base, a budget or a loss."""
+    """Return the requested plan, for a base, a budget or a maximum loss."""
     request = plan_request(options)
     if options.max_loss is not None:
         if options.base or options.budget:
@@ -81,7 +81,7 @@ def _plan(options: argparse.Namespace, session: Session, settings: ProfileSettin
 
 
 def inspect(options: argparse.Namespace, report: ProgressCallback) -> dict:
-    """Layers, parameters, bytes and modules, from the config alone for a remote model."""
+    """Describe layers, parameters, bytes and modules; of a remote model, from its config alone."""
     from lsq_core.model.loading import inspect_model
 
     source, store = model_source(options), Store(options.db)
@@ -111,7 +111,7 @@ def _describe_model(info: object) -> dict:
 
 
 def profile(options: argparse.Namespace, report: ProgressCallback) -> dict:
-    """Measure or find a profile."""
+    """Return a profile, measuring what it lacks."""
     from lsq_core.profiling.agreement import proxy_agreement
 
     session = _open_session(options, report)
@@ -133,7 +133,7 @@ def plan(options: argparse.Namespace, report: ProgressCallback) -> dict:
 
 
 def refine(options: argparse.Namespace, report: ProgressCallback) -> dict:
-    """Search for a better plan of the same size; gives the best one."""
+    """Search for better plans within a budget; return the best one."""
 
     def search(_: argparse.Namespace, session: Session, settings: ProfileSettings) -> Plan:
         request = refine_request(options)
@@ -147,7 +147,7 @@ def _planned(
     report: ProgressCallback,
     make: Callable[[argparse.Namespace, Session, ProfileSettings], Plan],
 ) -> dict:
-    """A plan's JSON with what is predicted of it, in a file too if one was named."""
+    """Return a plan as JSON with its predictions; also write it to ``--out`` if given."""
     if options.out:
         check_file_target(options.out)
     session = _open_session(options, report)
@@ -170,7 +170,7 @@ def _planned(
 
 
 def _rank(options: argparse.Namespace, session: Session, settings: ProfileSettings) -> dict:
-    """Every method within a budget; nothing is measured for it."""
+    """Rank all methods within a budget, without measuring anything."""
     if options.out or options.max_loss or options.exact:
         raise InputError(
             "--rank takes a budget and compares the methods' usual plans; leave out --max-loss, "
@@ -183,13 +183,13 @@ def _rank(options: argparse.Namespace, session: Session, settings: ProfileSettin
 
 
 def run(options: argparse.Namespace, report: ProgressCallback) -> dict:
-    """Plan or take a saved plan, quantize, evaluate, keep."""
+    """Make or load a plan, quantize, evaluate, and store the result."""
     evaluation = evaluation_request(options)
     corpus_identity(evaluation.corpus)  # reject a wrong path before anything is measured
     save = resolve_path(options.save) if options.save else None
     export = parse_target(options, save)
     resumed = getattr(options, "checkpoint_folder", None) and save and is_saved_folder(save)
-    if save and not resumed:  # one that is may have saved its model already
+    if save and not resumed:  # a resumed run may already have saved its model
         check_folder_target(save)
     (quantizer,) = _quantizers(options, [options.quantizer] if options.quantizer else [])
     session = _open_session(options, report)
@@ -221,7 +221,7 @@ def run(options: argparse.Namespace, report: ProgressCallback) -> dict:
 
 
 def _quantizers(options: argparse.Namespace, named: list[str]) -> list[str]:
-    """The quantizers that were named, ``--hybrid`` being one way to name that."""
+    """Return the given quantizers; ``--hybrid`` stands for the quantizer of that name."""
     if options.hybrid and "hybrid" in named:
         named = [name for name in named if name != "hybrid"]
     if options.hybrid and named and options.verb == "run":
@@ -232,7 +232,7 @@ def _quantizers(options: argparse.Namespace, named: list[str]) -> list[str]:
 def _check_request(
     options: argparse.Namespace, session: Session, settings: ProfileSettings, quantizer: str
 ) -> None:
-    """Tell of a budget out of reach, or what the quantizer can't do, before any download."""
+    """Reject budgets out of reach and plans the quantizer cannot apply, before any download."""
     request, problem = plan_request(options), Problem(session.config_info.matrices)
     reason = request_incompatibility(problem, request, quantizer, settings.axis)
     if reason:
@@ -247,7 +247,7 @@ def _predicted(
     settings: ProfileSettings,
     evaluation: EvaluationRequest,
 ) -> dict:
-    """What is predicted of a plan by a quantizer, from the profile measured with that one."""
+    """Return the prediction for a plan with a quantizer, from the profile of that quantizer."""
     if quantizer_spec(quantizer).calibrated:
         reason = f"{quantizer_spec(quantizer).title} has no profile to predict from."
         return {"reason": reason}
@@ -261,7 +261,7 @@ def _load_plan(path: Path, session: Session) -> Plan:
 
 
 def evaluate(options: argparse.Namespace, report: ProgressCallback) -> dict:
-    """Evaluate a folder that ``run --save`` wrote, or a model in full precision."""
+    """Evaluate a saved or exported model, or a model in full precision."""
     request = evaluation_request(options)
     source = model_source(options)
     folder, device_and_dtype = source.local_folder, (options.device, options.dtype)
@@ -276,7 +276,7 @@ def evaluate(options: argparse.Namespace, report: ProgressCallback) -> dict:
 
 
 def noise(options: argparse.Namespace, report: ProgressCallback) -> dict:
-    """How far arithmetic alone moves the figures of a model, in several ways of computing them."""
+    """Measure how much a model's figures change with the arithmetic alone."""
     session = _open_session(options, report)
     floor = session.measure_noise(evaluation_request(options), options.base)
     return {
@@ -289,7 +289,7 @@ def noise(options: argparse.Namespace, report: ProgressCallback) -> dict:
 
 
 def sweep(options: argparse.Namespace, report: ProgressCallback) -> dict:
-    """Methods × bases and budgets × quantizers × texts, each run kept as it finishes."""
+    """Run methods × bases and budgets × quantizers × texts, storing each run as it finishes."""
     from lsq_core import sweep as sweeps
 
     methods = sweeps.expand_methods(options.method)
@@ -321,7 +321,7 @@ def sweep(options: argparse.Namespace, report: ProgressCallback) -> dict:
 def _executor(
     options: argparse.Namespace, items: Sequence[SweepItem], settings: ProfileSettings
 ) -> Executor | None:
-    """What makes a sweep's items where they are not made in this process."""
+    """Return what runs a sweep's items on Ray; None to run them in this process."""
     if not _is_on_ray(options):
         return None
     from lsq_core.distributed.executor import RayExecutor
@@ -331,7 +331,7 @@ def _executor(
 
 
 def _measurer(options: argparse.Namespace) -> Measurer:
-    """What measures the metrics that a profile lacks."""
+    """Return what measures the missing metrics of a profile, in this process or on Ray."""
     if not _is_on_ray(options):
         return measure_here
     from lsq_core.distributed.profiles import RayProfiler
@@ -346,7 +346,7 @@ def _is_on_ray(options: argparse.Namespace) -> bool:
 
 
 def audit(options: argparse.Namespace, report: ProgressCallback) -> dict:
-    """What was stored, matrix by matrix, against what was planned."""
+    """Compare what was stored with what was planned, matrix by matrix."""
     from lsq_core.results.audit import audit_folder, audit_run
 
     store, folder = Store(options.db), resolve_path(options.target)
@@ -358,7 +358,7 @@ def audit(options: argparse.Namespace, report: ProgressCallback) -> dict:
 
 
 def generate(options: argparse.Namespace, report: ProgressCallback) -> dict:
-    """What the full-precision and the quantized model write after a prompt."""
+    """Continue a prompt with the full-precision and the quantized model."""
     from lsq_core.evaluation.generation import compare_generation
     from lsq_core.stages.saved import open_original, rebuild_run
 
@@ -392,7 +392,7 @@ def generate(options: argparse.Namespace, report: ProgressCallback) -> dict:
 
 
 def jobs_verb(options: argparse.Namespace, report: ProgressCallback) -> dict:
-    """The background jobs, newest first; ``--cancel`` ends one of them."""
+    """List the background jobs, newest first; ``--cancel`` cancels one of them first."""
     folder = disk.jobs_folder(Store(options.db))
     if options.cancel:
         jobs.cancel(jobs.find(folder, options.cancel))
@@ -403,7 +403,7 @@ def jobs_verb(options: argparse.Namespace, report: ProgressCallback) -> dict:
 
 
 def resume(options: argparse.Namespace, report: ProgressCallback) -> dict:
-    """Let an interrupted job go on in the background, and follow it to its end."""
+    """Resume an interrupted job in the background, and follow it until it ends."""
     folder = disk.jobs_folder(Store(options.db))
     job = jobs.follow(jobs.resume(jobs.find(folder, options.id)), report)
     if job.state != "done":
@@ -412,7 +412,7 @@ def resume(options: argparse.Namespace, report: ProgressCallback) -> dict:
 
 
 def import_reference(options: argparse.Namespace, report: ProgressCallback) -> dict:
-    """Take in published measurements, in the place of those taken in before."""
+    """Import published measurements, replacing those imported before."""
     from lsq_core.reference import importing
 
     store = Store(options.db)
@@ -422,7 +422,7 @@ def import_reference(options: argparse.Namespace, report: ProgressCallback) -> d
 
 
 def disk_usage(options: argparse.Namespace, report: ProgressCallback) -> dict:
-    """What is kept on disk; ``--prune`` deletes one of it."""
+    """List what is stored on disk; ``--prune`` deletes one item first."""
     store = Store(options.db)
     pruned = disk.prune(store, options.prune) if options.prune else None
     return {
@@ -432,7 +432,7 @@ def disk_usage(options: argparse.Namespace, report: ProgressCallback) -> dict:
 
 
 def bench(options: argparse.Namespace, report: ProgressCallback) -> dict:
-    """Measure ours and theirs in turns; ``--record`` keeps the ratios."""
+    """Benchmark this project against other tools; ``--record`` stores the ratios."""
     from lsq_core import bench as benchmarks
 
     rows = benchmarks.measure(
@@ -447,7 +447,7 @@ def bench(options: argparse.Namespace, report: ProgressCallback) -> dict:
 
 
 def repair(options: argparse.Namespace, report: ProgressCallback) -> dict:
-    """Copy what can be read of a damaged database into a new one."""
+    """Copy the readable part of a damaged database into a new one."""
     from lsq_core.store import repair as repairs
 
     path = resolve_database_path(options.database)

@@ -1,4 +1,4 @@
-"""Background jobs: started by the app or the command line, each in a process of its own."""
+"""Background jobs, started by the app or the command line, each in its own process."""
 
 from lsq_core.jobs.control import cancel, delete, follow, resume, start
 from lsq_core.jobs.folder import find, list_jobs, read, read_state

@@ -1,4 +1,4 @@
-"""The command lines that jobs run and that a person can copy."""
+"""Command lines for jobs to run and for users to copy."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from lsq_core.planning.request import PlanRequest
 from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.store.models import PUBLISHED
 
-#: Fields of a plan request that are options with a value.
+#: Fields of a plan request that correspond to options with a value.
 _REQUEST_OPTIONS = ("base", "budget", "boost_stop", "top_m", "metric", "seed")
-#: And those of high-impact rows.
+#: The same for high-impact rows.
 _ROW_OPTIONS = ("low_bits", "high_bits", "group_size", "loss", "ratios")
 
 
 def model_arguments(source: ModelSource, device: str) -> list[str]:
-    """Which model, and on which device."""
+    """Return the options that select the model and the device."""
     argv = ["--model", source.name, "--device", device]
     argv += ["--revision", source.revision] if source.revision else []
     argv += ["--trust-remote-code"] if source.trust_remote_code else []
@@ -32,7 +32,7 @@ def model_arguments(source: ModelSource, device: str) -> list[str]:
 
 
 def profile_arguments(settings: ProfileSettings) -> list[str]:
-    """The options of ``profile``."""
+    """Return the options of ``profile``."""
     argv = ["--corpus", settings.calibration, "--quantizer", settings.quantizer]
     return argv + _grid_arguments(settings) + _ladder_arguments(settings.ladder)
 
@@ -49,7 +49,7 @@ def _grid_arguments(settings: ProfileSettings) -> list[str]:
 
 
 def plan_arguments(request: PlanRequest, settings: ProfileSettings) -> list[str]:
-    """The options of ``plan`` and ``run`` that say what to plan; defaults are left out."""
+    """Return the options of ``plan`` and ``run`` that describe a plan; defaults are left out."""
     argv = ["--method", request.method]
     argv += _non_default_options(request, _REQUEST_OPTIONS)
     argv += ["--exact"] if request.exact else []
@@ -57,7 +57,7 @@ def plan_arguments(request: PlanRequest, settings: ProfileSettings) -> list[str]
 
 
 def _restriction_arguments(request: PlanRequest, settings: ProfileSettings) -> list[str]:
-    """The options that restrict a plan, and those of its profile."""
+    """Return the options that restrict a plan, and those of its profile."""
     argv = [word for pin in request.pins for word in ("--pin", pin)]
     argv += [word for tie in request.ties for word in ("--tie", tie)]
     argv += ["--serve", request.serve] if request.serve else []
@@ -69,19 +69,19 @@ def _restriction_arguments(request: PlanRequest, settings: ProfileSettings) -> l
 def refine_arguments(
     request: PlanRequest, settings: ProfileSettings, minutes: float, text: str | None = None
 ) -> list[str]:
-    """The options of ``refine`` for the budget, restrictions and start of a request."""
+    """Return the options of ``refine`` for the budget, restrictions and start of a request."""
     argv = ["--minutes", f"{minutes:g}", "--budget", request.budget]
     argv += ["--text", text] if text else []
     return argv + _restriction_arguments(request, settings)
 
 
 def row_arguments(request: PlanRequest) -> list[str]:
-    """The options of ``plan``, ``run`` and ``sweep`` about high-impact rows."""
+    """Return the options of ``plan``, ``run`` and ``sweep`` for high-impact rows."""
     return _non_default_options(request, _ROW_OPTIONS) + (["--clip"] if request.clip else [])
 
 
 def _non_default_options(request: PlanRequest, names: Sequence[str]) -> list[str]:
-    """Options whose value isn't the default."""
+    """Return the options whose values differ from the defaults."""
     default = asdict(PlanRequest(request.method))
     argv = []
     for name in names:
@@ -96,7 +96,7 @@ def evaluation_arguments(
     save: Path | None,
     export: ExportTarget | None = None,
 ) -> list[str]:
-    """The options of ``run`` that say how to quantize, what to evaluate on and what to keep."""
+    """Return the options of ``run`` for quantization, evaluation and saving."""
     argv = ["--quantizer", quantizer, "--corpus", request.corpus, "--protocol", request.protocol]
     argv += ["--max-tokens", str(request.max_tokens)] if request.max_tokens else []
     argv += ["--save", str(save)] if save else []
@@ -114,8 +114,9 @@ def sweep_arguments(
     settings: ProfileSettings,
     rows: PlanRequest | None = None,
 ) -> list[str]:
-    """The options of ``sweep``; ``evaluation`` says how each corpus is evaluated, ``rows`` how
-    rows mix.
+    """Return the options of ``sweep``.
+
+    ``evaluation`` describes how each corpus is evaluated, ``rows`` the plans of high-impact rows.
     """
     repeated = {
         "--method": methods,
@@ -134,19 +135,19 @@ def sweep_arguments(
 
 
 def ray_arguments(address: str | None, cores: int | None = None) -> list[str]:
-    """The options of ``sweep`` that have it measured on Ray; none without an address."""
+    """Return the options that let ``sweep`` run on Ray; empty without an address."""
     if address is None:
         return []
     return ["--ray", address, *(["--actor-cores", str(cores)] if cores else [])]
 
 
 def reproduce_command(record: Mapping[str, Mapping[str, Any]]) -> str:
-    """The command line that does a kept run again; of a published one, that makes its plan.
+    """Return the command line that repeats a stored run, or for a published run makes its plan.
 
-    A method that is not planned here, as others' published ones aren't, has none: a comment says
-    so.
+    If the method is not implemented here, as for some published runs, or the plan's request was not
+    stored, return a shell comment that says so.
 
-    ``record`` is of :meth:`lsq_core.store.store.Store.record`.
+    ``record`` is from :meth:`lsq_core.store.store.Store.record`.
     """
     run, stored, model = record["run"], record["evaluation"], record["model"]
     if run["method"] not in PLANNERS:
@@ -158,7 +159,7 @@ def reproduce_command(record: Mapping[str, Mapping[str, Any]]) -> str:
     if run["fingerprint"].startswith(PUBLISHED):
         argv = ["plan", "--model", source.name, *plan_arguments(request, settings)]
         if not record["profile"]:
-            argv = argv[: argv.index("--calibration")]  # that of the model's own profile
+            argv = argv[: argv.index("--calibration")]  # use the model's own profile
         return f"{_shell_command(argv)}  # the plan only: there are no local weights"
     provenance = stored["provenance"]
     evaluation = EvaluationRequest(
@@ -173,7 +174,7 @@ def reproduce_command(record: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _stored_request(record: Mapping[str, Mapping[str, Any]]) -> tuple[PlanRequest, ProfileSettings]:
-    """What a run's plan was asked for, and by which profile; of one without, its grid alone."""
+    """Return the plan request and the profile settings of a run, as far as they were stored."""
     content = record["plan"]["content"]
     names = {field.name for field in fields(PlanRequest)}
     request_fields = {name: value for name, value in content["request"].items() if name in names}

@@ -38,14 +38,13 @@ from lsq_core.memory import oom_kills
 def start(folder: Path, arguments: list[str]) -> Job:
     """Start a job for a command line of this project, such as ``["run", "--model", "demo"]``.
 
-    Where one of just this command waits or runs, that one is returned and none is started,
-    from whichever process. A job runs on when the caller ends; jobs on the same device wait for one
-    another.
+    If a job with the same command is queued or running, whichever process started it, return that
+    one instead. A job continues when its caller ends; jobs on the same device wait for one another.
 
     Raises
     ------
     LsqError
-        When its folder cannot be made, or no process can be started.
+        If its folder cannot be created or no process can be started.
     """
     with _start_lock(folder):
         same = _find_active(folder, arguments)
@@ -55,20 +54,20 @@ def start(folder: Path, arguments: list[str]) -> Job:
         try:
             _launch(job_folder)
         except LsqError:
-            shutil.rmtree(job_folder, ignore_errors=True)  # nothing was begun in it
+            shutil.rmtree(job_folder, ignore_errors=True)  # nothing was started in it
             raise
     return read(job_folder)
 
 
 def resume(job: Job) -> Job:
-    """Let a job that ended without a result go on in its folder, with what it kept there.
+    """Resume a job that ended without a result, from the intermediate results in its folder.
 
-    Where another one of the same command was started meanwhile, that one is returned.
+    If another job with the same command was started in the meantime, return that one instead.
 
     Raises
     ------
     InputError
-        When it has a result, goes on already, or its command can't be read any more.
+        If it has a result, is active, or its command can no longer be read.
     """
     with _start_lock(job.folder.parent):
         job = read(job.folder)
@@ -86,14 +85,14 @@ def resume(job: Job) -> Job:
 
 
 def _find_active(folder: Path, arguments: list[str] | tuple[str, ...]) -> Job | None:
-    """The job of just this command that waits or runs."""
+    """Return the queued or running job with exactly this command, or None."""
     spec = tuple(arguments)
     return next((job for job in list_jobs(folder) if job.active and job.arguments == spec), None)
 
 
 @contextmanager
 def _start_lock(folder: Path) -> Iterator[None]:
-    """Have jobs of a folder started one after another, by whichever process."""
+    """Lock a folder, so that only one process at a time starts a job in it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / "start.lock").open("w")
@@ -105,7 +104,7 @@ def _start_lock(folder: Path) -> Iterator[None]:
 
 
 def _new_folder(folder: Path, arguments: list[str]) -> Path:
-    """A job's folder, which is seen with its ``job.json`` in it or not at all."""
+    """Create a job's folder, which becomes visible only once it contains ``job.json``."""
     id = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
     unfinished, job_folder = folder / f".{id}", folder / id
     try:
@@ -121,7 +120,7 @@ def _new_folder(folder: Path, arguments: list[str]) -> Path:
 
 
 def _launch(job_folder: Path) -> None:
-    """Start the process that does a folder's job."""
+    """Start the process that runs a folder's job."""
     try:
         with (job_folder / "log.txt").open("ab") as log:
             process = subprocess.Popen(
@@ -142,7 +141,7 @@ def _launch(job_folder: Path) -> None:
 
 
 def follow(job: Job, report: Callable[[str, int, int, str], None]) -> Job:
-    """Report what a job does until it has ended; it goes on when this is stopped."""
+    """Report a job's progress until it ends; the job continues if this is interrupted."""
     while job.active:
         report(job.stage or job.state, job.done, job.total, job.message)
         time.sleep(PROGRESS_EVERY)
@@ -154,9 +153,9 @@ def follow(job: Job, report: Callable[[str, int, int, str], None]) -> Job:
 
 
 def cancel(job: Job) -> Job:
-    """End a job: ask, wait, then kill. Returns it as it is then."""
+    """Terminate a job, or kill it if it does not end in time; return its final state."""
     if job.active:
-        with suppress(OSError):  # where it can't be written, the job shows as interrupted
+        with suppress(OSError):  # if it cannot be written, the job will appear as interrupted
             (job.folder / CANCEL_FILE).touch()
     pid = process_id(job.folder) if job.active else None
     if pid is not None:
@@ -173,9 +172,10 @@ def cancel(job: Job) -> Job:
 
 
 def _wait_for_end(process: psutil.Process) -> bool:
-    """Wait a moment for a process; whether it has ended.
+    """Wait up to ``GRACE_S`` seconds for a process; return whether it has ended.
 
-    One that another process started, the app say, remains as a zombie until that one asks for it.
+    A process started by another one, such as the app, remains a zombie until its parent waits for
+    it.
     """
     until = time.monotonic() + GRACE_S
     while time.monotonic() < until:
@@ -188,12 +188,14 @@ def _wait_for_end(process: psutil.Process) -> bool:
 
 
 def delete(job: Job) -> None:
-    """Delete a job that has ended, with all that it kept; results in the database stay.
+    """Delete a job that has ended, and its files; results in the database stay.
 
     Raises
     ------
     InputError
-        When it waits or runs.
+        If it is queued or running.
+    LsqError
+        If its folder cannot be deleted.
     """
     if read_state(job.folder) in ACTIVE_STATES:
         raise InputError(f"Job {job.id} is active; cancel it first.")
@@ -204,5 +206,5 @@ def delete(job: Job) -> None:
 
 
 def _signal(pid: int, number: int) -> None:
-    with suppress(ProcessLookupError):  # it ended meanwhile
-        os.killpg(pid, number)  # everything that it started goes with it
+    with suppress(ProcessLookupError):  # it has ended in the meantime
+        os.killpg(pid, number)  # including the processes that it started

@@ -1,12 +1,12 @@
-"""Background jobs: a command line run by a process of its own, with a folder of its own.
+"""Background jobs: each runs a command line in its own process and has its own folder.
 
-The folder holds ``job.json`` (what was asked), ``process.json`` (which process does it),
-``progress.json`` (how far it is), ``result.json`` and ``log.txt``. So a job outlives the page, the
-browser and the server, and is found again by looking into the folder. This is the side of those
-who start and watch jobs; what the process itself does is in :mod:`lsq_core.jobs.worker`.
+The folder holds ``job.json`` (the command), ``process.json`` (the process that runs it),
+``progress.json``, ``result.json`` and ``log.txt``. A job therefore outlives the page, the browser
+and the server, and can be found again from its folder. This module is for starting and watching
+jobs; what the job's process does is in :mod:`lsq_core.jobs.worker`.
 
-Everything read from a folder is checked: a job whose files are damaged is listed as damaged, and
-costs no other.
+Everything read from a folder is validated: a job whose files are damaged is listed as damaged and
+does not affect other jobs.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from lsq_core.jobs.job import CANCEL_FILE, STATES, WORKING_LOCK, Job
 from lsq_core.jsontext import write_json
 from lsq_core.memory import oom_kills
 
-#: Seconds that a job may take to have a process.
+#: Seconds that a job's process may take to start.
 _START_TIMEOUT_S = 10.0
-#: A time beyond this one, in the year 2255, is damage.
+#: Times beyond this one, in the year 2255, are treated as damage.
 _MAX_TIMESTAMP = 9e9
 
 
-# --- looking --------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------
 
 
 def read(job_folder: Path) -> Job:
-    """The job in a folder.
+    """Return the job in a folder.
 
     Raises
     ------
     InputError
-        When the folder holds no job.
+        If the folder contains no job.
     """
     try:
         job = _parse_job(job_folder)
@@ -60,7 +60,7 @@ def read(job_folder: Path) -> Job:
 
 
 def list_jobs(folder: Path) -> list[Job]:
-    """Every job, newest first; the damaged ones too."""
+    """Return all jobs, newest first, including damaged ones."""
     try:
         job_folders = [p for p in folder.iterdir() if not p.name.startswith(".") and p.is_dir()]
     except OSError:
@@ -70,18 +70,18 @@ def list_jobs(folder: Path) -> list[Job]:
         try:
             found.append(read(job_folder))
         except InputError as error:
-            if job_folder.is_dir():  # else it was deleted meanwhile
+            if job_folder.is_dir():  # otherwise it was deleted in the meantime
                 found.append(_damaged_job(job_folder, str(error)))
     return found
 
 
 def find(folder: Path, id: str | None = None) -> Job:
-    """The job of that id; without one the newest that was interrupted.
+    """Return the job with an id, by default the newest interrupted one.
 
     Raises
     ------
     InputError
-        When there is none.
+        If there is none.
     """
     if id is not None:
         return read(folder / Path(id).name)
@@ -92,7 +92,7 @@ def find(folder: Path, id: str | None = None) -> Job:
 
 
 def read_state(job_folder: Path) -> str:
-    """How a job stands; damaged where there is nothing to tell it by."""
+    """Return a job's state; ``damaged`` if the folder contains no job."""
     try:
         return read(job_folder).state
     except InputError:
@@ -100,7 +100,7 @@ def read_state(job_folder: Path) -> str:
 
 
 def write_end(job_folder: Path, state: str, message: str) -> None:
-    """Write how a job ended whose process didn't."""
+    """Record the final state of a job whose process did not record it."""
     try:
         progress = read_json(job_folder / "progress.json") or {}
     except DamagedFileError:
@@ -109,10 +109,10 @@ def write_end(job_folder: Path, state: str, message: str) -> None:
     write_json(job_folder / "progress.json", progress)
 
 
-# --- what a folder says ---------------------------------------------------------------------
+# --- parsing --------------------------------------------------------------------------------
 
 _NUMBER, _COUNT = (int, float), (int,)
-#: The entries of ``progress.json`` and of what type each is; None is nothing.
+#: The entries of ``progress.json`` and their types.
 _PROGRESS = {
     "state": (str,),
     "stage": (str,),
@@ -128,14 +128,14 @@ _PROGRESS = {
 
 
 def _parse_job(job_folder: Path) -> Job:
-    """The job as its files have it, whether its process lives or not.
+    """Return the job as recorded in its files, whether or not its process is alive.
 
     Raises
     ------
     InputError
-        When there is no job.
+        If there is no job.
     DamagedFileError
-        When what it was asked to do cannot be read.
+        If ``job.json`` is damaged.
     """
     spec = read_json(job_folder / "job.json")
     if spec is None:
@@ -159,7 +159,7 @@ def _parse_job(job_folder: Path) -> Job:
 
 
 def _is_argument(value: object) -> bool:
-    """Whether a value can be an argument of a process."""
+    """Return whether a value can be an argument of a process."""
     return isinstance(value, str) and "\0" not in value
 
 
@@ -176,14 +176,14 @@ def _read_progress(job_folder: Path) -> dict:
 
 
 def _is_valid(value: object, types: tuple[type, ...]) -> bool:
-    """Whether a value is of a type, and a number neither negative nor infinite."""
+    """Return whether a value has one of the types and, if a number, is finite and not negative."""
     if not isinstance(value, types) or isinstance(value, bool):
         return False
     return not isinstance(value, (int, float)) or (math.isfinite(value) and 0 <= value < 2**63)
 
 
 def _recover_progress(job_folder: Path, reason: str) -> dict:
-    """What a job whose progress is damaged is: working, or ended with or without a result."""
+    """Infer the state of a job with a damaged progress file: running, done or interrupted."""
     if _is_alive(job_folder, 0.0):
         return {"state": "running", "message": reason}
     try:
@@ -199,9 +199,9 @@ def _recover_progress(job_folder: Path, reason: str) -> dict:
 
 
 def _is_complete(path: Path, size: int | None) -> bool:
-    """Whether a result has the size it was written with and the ends of an object.
+    """Return whether a result has the recorded size, and starts and ends like a JSON object.
 
-    This is looked at often, and a result may be long: all of it is checked when it is read.
+    This is checked often and results may be long; the full content is checked when it is read.
     """
     try:
         with path.open("rb") as file:
@@ -214,7 +214,7 @@ def _is_complete(path: Path, size: int | None) -> bool:
 
 
 def _damaged_job(job_folder: Path, message: str) -> Job:
-    """A job whose files are damaged; only its name and time are known."""
+    """Return a job whose files are damaged, with only its id and time."""
     try:
         created = job_folder.stat().st_mtime
     except OSError:
@@ -223,23 +223,23 @@ def _damaged_job(job_folder: Path, message: str) -> Job:
 
 
 def _finalize_dead_job(job_folder: Path) -> Job:
-    """A job whose process is gone without having said how it ended; writes down how that was.
+    """Infer, record and return the final state of a job whose process died without recording it.
 
-    The first reader writes it, since the evidence of the cause does not last.
+    The first reader records it, because the evidence of the cause does not last.
     """
     with locked(job_folder):
-        job = _parse_job(job_folder)  # it may have ended, or gone on, between the two looks
+        job = _parse_job(job_folder)  # it may have ended or been resumed since it was last read
         if not job.active or _is_alive(job_folder, job.created):
             return job
         state, message = _infer_end_state(job_folder, job)
-        with suppress(LsqError):  # in a read-only folder it is inferred again each time
+        with suppress(LsqError):  # in a read-only folder, the state is inferred each time
             write_end(job_folder, state, message)
     return replace(job, state=state, message=message, eta=None)
 
 
 @contextmanager
 def locked(job_folder: Path) -> Iterator[None]:
-    """Have nobody else change how a job stands, as far as its folder can be written."""
+    """Lock a job's state against changes by other processes, if its folder is writable."""
     try:
         lock = (job_folder / "state.lock").open("w")
     except OSError:
@@ -251,7 +251,7 @@ def locked(job_folder: Path) -> Iterator[None]:
 
 
 def _infer_end_state(job_folder: Path, job: Job) -> tuple[str, str]:
-    """State and message of a job whose process is gone without a word."""
+    """Return state and message of a job whose process died without recording them."""
     if (job_folder / CANCEL_FILE).exists():
         return "cancelled", "Cancelled."
     during = f"during '{job.stage or 'start'}'"
@@ -267,7 +267,7 @@ def _infer_end_state(job_folder: Path, job: Job) -> tuple[str, str]:
 
 
 def _storage_problem(job_folder: Path) -> str:
-    """What in the job's folder keeps a process from saying how it ended, '' for nothing."""
+    """Return why a process could not record its end in the job's folder, '' if it could."""
     with suppress(OSError):
         if shutil.disk_usage(job_folder).free < 2**20:
             return f": the disk of {job_folder} is full"
@@ -276,11 +276,11 @@ def _storage_problem(job_folder: Path) -> str:
     return ""
 
 
-# --- which process --------------------------------------------------------------------------
+# --- processes ------------------------------------------------------------------------------
 
 
 def process_identity(pid: int) -> dict:
-    """A process by number and start, since numbers are used again."""
+    """Return a process's id and start time, since ids are reused."""
     try:
         return {"pid": pid, "started": psutil.Process(pid).create_time()}
     except psutil.NoSuchProcess:
@@ -288,7 +288,7 @@ def process_identity(pid: int) -> dict:
 
 
 def _recorded_identity(job_folder: Path) -> dict:
-    """What ``process.json`` says, as far as it can be read."""
+    """Return the content of ``process.json``, empty if it cannot be read."""
     try:
         content = read_json(job_folder / "process.json") or {}
     except DamagedFileError:
@@ -298,7 +298,7 @@ def _recorded_identity(job_folder: Path) -> dict:
 
 
 def process_id(job_folder: Path) -> int | None:
-    """The number of a job's process, None where it has none any more."""
+    """Return the id of a job's process, or None if it is no longer running."""
     identity = _recorded_identity(job_folder)
     if not identity:
         return _pid_from_lock(job_folder)
@@ -311,17 +311,17 @@ def process_id(job_folder: Path) -> int | None:
 
 
 def _pid_from_lock(job_folder: Path) -> int | None:
-    """The same where ``process.json`` can't be read, by the lock that the process holds."""
+    """Return the same from the lock that the process holds, if ``process.json`` is unreadable."""
     with suppress(OSError, ValueError), (job_folder / WORKING_LOCK).open() as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:  # the job's process holds it
             return int(file.read())
-    return None  # without the file, or its lock, there is no process
+    return None  # no file or no lock means no process
 
 
 def _is_alive(job_folder: Path, created: float) -> bool:
-    """Whether a job has a process, or is about to have one."""
+    """Return whether a job's process is running or about to start."""
     if not (job_folder / "process.json").exists() and time.time() - created < _START_TIMEOUT_S:
         return True
     return process_id(job_folder) is not None

@@ -1,4 +1,4 @@
-"""A background job as it stands."""
+"""A background job and its current state."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from pathlib import Path
 from lsq_core.files import DamagedFileError, read_json
 from lsq_core.planning.methods import PLANNERS
 
-#: Seconds a process has to end by itself before it is killed.
+#: Seconds that a process is given to end by itself before it is killed.
 GRACE_S = 1.0
-#: Seconds between two writes of the progress file.
+#: Minimum seconds between two writes of the progress file.
 PROGRESS_EVERY = 0.2
 ACTIVE_STATES = ("queued", "running")
 STATES = (*ACTIVE_STATES, "done", "failed", "cancelled", "interrupted", "damaged")
-#: More methods than these are counted in a title.
+#: A title lists up to this number of methods, and otherwise only counts them.
 _FEW_METHODS = 3
-#: The file that says that a person asked for the end; a process that is ended otherwise, by a
-#: shutdown say, was interrupted.
+#: The file that marks a job as cancelled by the user; a process terminated without it, for example
+#: by a shutdown, was interrupted.
 CANCEL_FILE = "cancel"
-#: The file that a job's process keeps locked while it works, and which holds its number.
+#: The file that a job's process keeps locked while it runs; it contains the process's id.
 WORKING_LOCK = "working.lock"
-#: Bytes at the end of a log that are read.
+#: Bytes read from the end of a log.
 _LOG_BYTES = 65536
-#: A budget in bits as it is typed.
+#: A budget in bits, as typed.
 _BITS = re.compile(r"[0-9]*\.?[0-9]+")
 
 
 def _sizes(options: dict[str, str]) -> list[str]:
-    """The size that a command line asks for: ``3.13 bits``, ``base 3.13, 9MiB``."""
+    """Return the size requested by a command line: ``3.13 bits``, ``base 3.13, 9MiB``."""
     base, budget = options.get("--base", ""), options.get("--budget", "")
     number = budget.removesuffix("bpp")
     if number != budget and _BITS.fullmatch(number):
@@ -48,12 +48,12 @@ def _sizes(options: dict[str, str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Job:
-    """A job as its folder says it is now.
+    """The current state of a job, as read from its folder.
 
-    ``state`` is queued, running, done, failed, cancelled, interrupted or damaged; interrupted
-    means that its process ended without a result, and that nobody asked for that; damaged that
-    what it was or its result cannot be read. ``result_bytes`` and ``result_sha256`` are of the
-    file with its result.
+    ``state`` is queued, running, done, failed, cancelled, interrupted or damaged. Interrupted means
+    that its process ended without a result although the user did not cancel it; damaged means that
+    its command or its result cannot be read. ``result_bytes`` and ``result_sha256`` are those of
+    the result file.
     """
 
     id: str
@@ -73,32 +73,32 @@ class Job:
 
     @property
     def active(self) -> bool:
-        """Whether it is still going to do something."""
+        """Whether it is queued or running."""
         return self.state in ACTIVE_STATES
 
     @property
     def can_resume(self) -> bool:
-        """Whether it ended without a result, so that it can go on from what it kept."""
+        """Whether it ended without a result, so that it can continue from its saved progress."""
         return bool(self.arguments) and not self.active and self.state != "done"
 
     @property
     def fraction(self) -> float:
-        """How much of the present stage is done, 0 to 1."""
+        """The completed fraction of the current stage, from 0 to 1."""
         return min(self.done / self.total, 1.0) if self.total else 0.0
 
     @property
     def verb(self) -> str:
-        """The command's first word, '' where that can't be read any more."""
+        """The first word of the command, '' if it can no longer be read."""
         return self.arguments[0] if self.arguments else ""
 
     @property
     def command(self) -> str:
-        """The command line that does the same in a terminal."""
+        """The equivalent command line for a terminal."""
         return "lsq " + shlex.join(self.arguments) if self.arguments else ""
 
     @property
     def title(self) -> str:
-        """What it does, to which size, and the model: ``MXQ 2.70 bits · demo``."""
+        """A title with the method, the size and the model: ``MXQ 2.70 bits · demo``."""
         words = dict(itertools.pairwise(self.arguments))
         methods = [
             PLANNERS[name].title if name in PLANNERS else name
@@ -117,15 +117,15 @@ class Job:
             what = " ".join([verb, *methods, words.get("--run", "")]).strip()
         model = words.get("--model", "")
         if model.startswith(("/", ".", "~")):
-            model = Path(model).name  # the folders before it say nothing here
+            model = Path(model).name  # the parent folders add nothing to a title
         return " · ".join(filter(None, [what, model]))
 
     def option_values(self, option: str) -> list[str]:
-        """Every value that an option was given in its command line."""
+        """Return all values of an option in the command line."""
         return [value for name, value in itertools.pairwise(self.arguments) if name == option]
 
     def log_tail(self, lines: int = 12) -> str:
-        """The last lines that the process wrote."""
+        """Return the last lines of the log."""
         try:
             with (self.folder / "log.txt").open("rb") as file:
                 file.seek(max(os.fstat(file.fileno()).st_size - _LOG_BYTES, 0))
@@ -135,12 +135,12 @@ class Job:
         return "\n".join(text.splitlines()[-lines:])
 
     def result(self) -> dict | None:
-        """What the command printed as JSON, once it is done; None where there is none.
+        """Return the JSON result of the command, or None if there is none.
 
         Raises
         ------
         DamagedFileError
-            When there is one and it isn't what was written.
+            If the result file is not what was written.
         """
         path = self.folder / "result.json"
         found = read_json(path)

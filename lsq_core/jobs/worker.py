@@ -1,6 +1,7 @@
-"""A job's own process: waits for the device, does the command, says how far it is and how it ended.
+"""A job's process: it waits for the device, runs the command, and records progress and outcome.
 
-How jobs are started and watched is in :mod:`lsq_core.jobs.folder`.
+See :mod:`lsq_core.jobs.folder` for how jobs are watched, :mod:`lsq_core.jobs.control` for how they
+are started.
 """
 
 from __future__ import annotations
@@ -25,16 +26,16 @@ from lsq_core.files import DamagedFileError, read_json, translate_disk_error, wr
 from lsq_core.jobs import CANCEL_FILE, PROGRESS_EVERY, WORKING_LOCK
 from lsq_core.jsontext import json_bytes, write_json
 
-#: Requests to end that a process gets: from a person by way of :func:`lsq_core.jobs.cancel`, and
-#: from a system that shuts down or a terminal that closes.
+#: Signals that ask a process to end: from :func:`lsq_core.jobs.cancel`, a system that shuts down,
+#: or a terminal that closes.
 _TERMINATION_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def run_job(job_folder: Path, execute: Callable[[list[str], Callable, Path], dict]) -> int:
-    """Run the job of a folder in this process; returns the exit status.
+    """Run the job of a folder in this process and return the exit status.
 
-    ``execute`` takes the arguments, a report function and the folder, in which it may keep what
-    it has so far, and gives the command's result.
+    ``execute`` is called with the arguments, a report function and the folder, where it may store
+    intermediate results, and returns the command's result.
     """
     for number in _TERMINATION_SIGNALS:
         signal.signal(number, _on_signal)
@@ -66,11 +67,11 @@ def run_job(job_folder: Path, execute: Callable[[list[str], Callable, Path], dic
 
 
 class _Terminated(BaseException):
-    """Raised where the process is when it is asked to end."""
+    """Raised by the signal handler when the process is asked to end."""
 
 
 class _AlreadyWorking(BaseException):
-    """Raised when another process does this job."""
+    """Raised if another process is running this job."""
 
 
 def _on_signal(number: int, frame: object) -> None:
@@ -78,7 +79,7 @@ def _on_signal(number: int, frame: object) -> None:
 
 
 def _termination_state(job_folder: Path, progress: _ProgressFile) -> tuple[str, str]:
-    """State and message of a job that was asked to end: by a person, or by a shutdown."""
+    """Return state and message of a job that was asked to end, by the user or by a shutdown."""
     if (job_folder / CANCEL_FILE).exists():
         return "cancelled", "Cancelled."
     stage = progress.state.get("stage") or "start"
@@ -90,7 +91,7 @@ def _termination_state(job_folder: Path, progress: _ProgressFile) -> tuple[str, 
 
 @contextmanager
 def _exclusive_lock(job_folder: Path) -> Iterator[None]:
-    """Hold the lock that says which process does a job, for as long as it does."""
+    """Hold the lock of a job, which records the process that runs it."""
     with (job_folder / WORKING_LOCK).open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -105,9 +106,9 @@ def _exclusive_lock(job_folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _device_lock(folder: Path, arguments: list[str], progress: _ProgressFile) -> Iterator[None]:
-    """Wait until no other job uses the device; the lock goes with the process, however it ends.
+    """Wait until no other job uses the device; the lock is released however the process ends.
 
-    A sweep on Ray waits for all devices of this machine, in their order.
+    A job on Ray waits for all devices of this machine, in order.
     """
     words = dict(itertools.pairwise(arguments))
     named = [devices.canonical_device(words.get("--device", "auto"))]
@@ -124,21 +125,21 @@ def _device_lock(folder: Path, arguments: list[str], progress: _ProgressFile) ->
 
 
 def _log_line(text: str) -> None:
-    """A line into the log, as far as the disk takes it."""
+    """Write a line to the log, ignoring errors of the disk."""
     with suppress(OSError):
         print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
 
 class _ProgressFile:
-    """Writes how far a job is: often enough to watch, seldom enough not to slow it.
+    """Writes a job's progress, often enough to watch it but not so often as to slow it down.
 
-    A disk that takes no progress stops no job; what it can't do without it will say itself.
+    Failing to write progress does not stop the job; failures that matter are raised elsewhere.
     """
 
     def __init__(self, job_folder: Path) -> None:
         self.path = job_folder / "progress.json"
         self.state: dict = {}
-        #: Seconds that it worked before it was cut off.
+        #: Seconds that the job ran before it was interrupted and resumed.
         self.previous_seconds = self._seconds_before()
         self.start_time = self.stage_began = time.monotonic()
         self.stage_first = 0
@@ -178,12 +179,12 @@ class _ProgressFile:
         elif done < total and time.monotonic() - self.written < PROGRESS_EVERY:
             return
         elapsed = time.monotonic() - self.stage_began
-        done_now = done - self.stage_first  # what was done before tells nothing of the speed
+        done_now = done - self.stage_first  # work done before says nothing about the speed
         eta = elapsed * (total - done) / done_now if done_now > 0 else None
         self.write({"stage": stage, "done": done, "total": total, "message": message, "eta": eta})
 
     def log(self, stage: str, done: int, total: int, message: str) -> None:
-        """A line for each stage and each tenth of it, into the log that this process writes."""
+        """Write a line to the log for each stage and each tenth of it."""
         tenth = 10 * done // total if total else 0
         if (stage, total, tenth) != self.logged:
             share = f" {100 * done // total} %" if total > 1 else ""
@@ -191,7 +192,7 @@ class _ProgressFile:
             self.logged = (stage, total, tenth)
 
     def end(self, state: str, message: str, more: dict | None = None) -> None:
-        for number in _TERMINATION_SIGNALS:  # it ends already
+        for number in _TERMINATION_SIGNALS:  # the process is already ending
             signal.signal(number, signal.SIG_IGN)
         _log_line(f"{state}: {message}")
         self._update({"state": state, "message": message, "eta": None} | (more or {}))
@@ -201,9 +202,9 @@ class _ProgressFile:
             self._write_in_place()
 
     def _write_in_place(self) -> None:
-        """Write over the file that is there, which needs no more of a full or locked disk.
+        """Overwrite the existing file in place, which needs no further space on a full disk.
 
-        Spaces make up for what is shorter, and what was there before has room on the disk.
+        Shorter content is padded with spaces; longer content may still fail.
         """
         content = json_bytes(self.state)
         with suppress(OSError), self.path.open("r+b") as file:

@@ -1,1 +1,1 @@
-"""Runs side by side: comparison, export, reports."""
+"""Comparison, export and reports of runs."""

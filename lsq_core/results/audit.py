@@ -1,8 +1,8 @@
-"""Was stored what was planned? A plan against a saved or re-made model, matrix by matrix.
+"""Compare a saved or rebuilt model with its plan, matrix by matrix.
 
-The stored configuration is derived from the stored tensors alone: names, dtypes and shapes, of a
-saved model by the header of its file. Whether its weights are still those that were saved is
-checked by the checksums in its manifest.
+The stored configuration is derived only from the names, dtypes and shapes of the stored tensors;
+for a saved model, these are read from the header of its file. The checksums in its manifest show
+whether its weights have changed since it was saved.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from lsq_core.quantized.manifest import (
 from lsq_core.stages.saved import rebuild_run, saved_folder
 from lsq_core.store.store import Store
 
-#: Names of the tensors that matrices are stored in, by any quantizer.
+#: Names of the tensors in which any quantizer stores matrices.
 TENSOR_NAMES = {
     name
     for spec in QUANTIZERS.values()
@@ -42,9 +42,9 @@ TENSOR_NAMES = {
 
 @dataclass(frozen=True)
 class MatrixAudit:
-    """One matrix: the configuration and bytes that were planned, and those that are stored.
+    """Planned and stored configuration and bytes of one matrix.
 
-    ``stored`` is a configuration's name, or in words what is there instead.
+    ``stored`` is the name of a configuration, or else a description of what is stored.
     """
 
     module: str
@@ -59,33 +59,33 @@ class MatrixAudit:
 
 @dataclass(frozen=True)
 class Audit:
-    """Every matrix that is planned or stored, and where the stored tensors were found."""
+    """Every planned or stored matrix, and the source of the stored tensors."""
 
     source: str
     lines: tuple[MatrixAudit, ...]
-    #: Of a saved model's files: ``intact``, ``changed``, or ``unknown`` where an earlier version
-    #: saved it without checksums; '' of a model made again.
+    #: State of a saved model's files: ``intact``, ``changed``, or ``unknown`` if an earlier version
+    #: saved it without checksums; '' for a rebuilt model.
     files: str = ""
     changed: tuple[str, ...] = ()
 
     @property
     def agrees(self) -> bool:
-        """Whether all is as planned, and no file is known to have changed since."""
+        """Whether everything is as planned and no file is known to have changed."""
         return not self.mismatches and not self.changed
 
     @property
     def mismatches(self) -> list[MatrixAudit]:
-        """The lines in which plan and artifact differ."""
+        """The matrices whose stored tensors differ from the plan."""
         return [line for line in self.lines if not line.agrees]
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of all stored tensors."""
+        """The total bytes of all stored tensors."""
         return sum(line.stored_bytes for line in self.lines)
 
     @property
     def verdict(self) -> str:
-        """Whether all is as planned, or the first that isn't; and whether files have changed."""
+        """A summary: the number of mismatches, the first one, and whether files have changed."""
         return " ".join(filter(None, (self._matrices_verdict(), self._files_verdict())))
 
     def _files_verdict(self) -> str:
@@ -113,7 +113,7 @@ class Audit:
         )
 
     def to_json(self) -> dict:
-        """Everything, as the command line prints it."""
+        """Return the audit as JSON for the command line."""
         return {
             "source": self.source,
             "verdict": self.verdict,
@@ -134,24 +134,24 @@ def audit(
     source: str,
     format: int = FORMAT_VERSION,
 ) -> Audit:
-    """Compare what was planned with what is stored.
+    """Compare stored tensors with a plan.
 
     Parameters
     ----------
     plan
-        What :meth:`lsq_core.planning.plan.Plan.to_json` gives: its ``modules``, ``metadata`` and
-        ``quantizer``.
+        The plan as JSON (:meth:`lsq_core.planning.plan.Plan.to_json`); ``modules``, ``metadata``
+        and ``quantizer`` are used.
     matrices
         The model's matrices, for their shapes.
     stored
-        The stored tensors of each packed matrix, and of a planned one that was not packed.
+        The stored tensors of each packed matrix, and of planned matrices that are not packed.
     format
-        Of the saved model: what a matrix is stored in depends on it.
+        The format version of the saved model, on which the tensors of a matrix depend.
 
     Raises
     ------
     InputError
-        When the plan names a module that the model doesn't have.
+        If the plan names a module that the model does not have.
     """
     shapes = {matrix.name: matrix for matrix in matrices}
     unknown_modules = sorted(set(plan["modules"]) - set(shapes))
@@ -193,7 +193,7 @@ def _audit_matrix(
 def _identify_config(
     shape: tuple[int, int], spec: QuantizerSpec, stored: TensorLayout, format: int
 ) -> str:
-    """The configuration that tensors are of, or in words what they are."""
+    """Return the name of the configuration that tensors belong to, or else a description."""
     if not stored:
         return "nothing"
     if set(stored) == {"weight"}:
@@ -206,12 +206,13 @@ def _identify_config(
 
 
 def read_stored_layout(path: Path, planned: Iterable[str]) -> dict[str, TensorLayout]:
-    """The tensors of each packed matrix in a saved model, from the file's header alone.
+    """Return the tensors of each packed or planned matrix in a file, from its header alone.
 
     Raises
     ------
     InputError
-        When it is no whole safetensors file, or a matrix is stored in a dtype of no quantizer.
+        If it is not a complete safetensors file, or a matrix is stored in a dtype that no quantizer
+        uses.
     """
     header = safetensors_header(path).items()
     found = _group_by_module(
@@ -228,7 +229,7 @@ def read_stored_layout(path: Path, planned: Iterable[str]) -> dict[str, TensorLa
 
 
 def model_stored_layout(model: object, planned: Iterable[str]) -> dict[str, TensorLayout]:
-    """The same of a quantized model in memory."""
+    """Return the tensors of each packed or planned matrix of a quantized model in memory."""
     tensors = (
         (name, tuple(tensor.shape), safetensors_name(tensor.dtype))
         for name, tensor in model.state_dict().items()
@@ -247,20 +248,19 @@ def _group_by_module(
     return found
 
 
-# --- of a folder, of a run --------------------------------------------------------------------
+# --- folders and runs -------------------------------------------------------------------------
 
 
 def audit_folder(folder: Path, store: Store) -> Audit:
-    """Audit a saved model against the plan of its run, and its files by their checksums.
+    """Audit a saved model against the plan of its run, and verify its files' checksums.
 
-    Needs torch only where the store doesn't know the model.
-
-    Where the store knows the run, that plan is the one it keeps, else the one in the folder.
+    The plan is the one stored for the run, or the one in the folder if the run is not in the store.
+    Needs torch only if the model is not in the store.
 
     Raises
     ------
     InputError
-        When it is no saved model, or nothing tells the shapes of its matrices.
+        If the folder contains no saved model, or the shapes of its matrices cannot be determined.
     """
     manifest = read_manifest(folder, RUN_KEYS)
     run = manifest["run"]
@@ -298,12 +298,12 @@ def audit_run(
     report: ProgressCallback = ignore_progress,
     trust_remote_code: bool = False,
 ) -> Audit:
-    """Audit a run: its saved model where there is one, else the model made once more.
+    """Audit a run: its saved model if there is one, else the rebuilt model.
 
     Raises
     ------
     InputError
-        When there is no such run, or its model is gone.
+        If there is no such run, or its model can be neither found nor rebuilt.
     """
     run_row = store.run(run)
     folder = saved_folder(run_row)

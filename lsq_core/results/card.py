@@ -1,6 +1,6 @@
-"""A result card: one run as a picture to show to others, as PNG and as a self-contained page.
+"""A result card: a shareable picture of one run, as PNG and as a self-contained page.
 
-Both are drawn from the same shapes, so that they look alike. Needs no torch.
+Both are drawn from the same shapes, so they look alike. Needs no torch.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ if TYPE_CHECKING:
 
 Record = Mapping[str, Mapping[str, Any]]
 
-#: What the built-in models are called where nobody knows their short names.
+#: Names of the built-in models for readers who do not know their short names.
 _MODEL_TITLES = {SMOLLM2: "SmolLM2-135M-Instruct", "demo": "LSQ Explorer's demo model"}
-#: Between a number and its unit: no line ends there.
+#: Separates a number from its unit, so that no line breaks there.
 _NBSP = "\u00a0"
-#: Digits of a fingerprint that a card shows.
+#: Digits of a fingerprint shown on a card.
 _FINGERPRINT_DIGITS = 12
 
 
 def run_card(store: Store, evaluation: str) -> Card:
-    """Return what a card says of an evaluated run.
+    """Return the content of an evaluated run's card.
 
-    Its gain is over the uniform run of nearest size of the same measurement, by measured bytes, or
-    by nominal bits where bytes were not published.
+    The gain is over the uniform run of nearest size from the same measurement, where the size is
+    measured bytes, or nominal bits if bytes were not published.
 
     Raises
     ------
     InputError
-        When there is no such evaluation.
+        If there is no such evaluation.
     """
     record = store.record(evaluation)
     run, own, plan = record["run"], record["evaluation"], record["plan"]
@@ -76,7 +76,7 @@ def run_card(store: Store, evaluation: str) -> Card:
 
 
 def model_title(source: str) -> str:
-    """Return a model's name without the folders or the owner before it."""
+    """Return a model's name without its parent folders or owner."""
     name = source.removeprefix(PUBLISHED).rstrip("/")
     return _MODEL_TITLES.get(name) or name.rpartition("/")[2]
 
@@ -94,7 +94,7 @@ def _origin(record: Record) -> str:
 
 
 def _noise(record: Record) -> str:
-    """How far arithmetic alone moves the perplexity."""
+    """Describe how much the perplexity changes with the arithmetic alone."""
     if record["noise"]:
         share = format_noise(record["noise"]["perplexity"])
         return f"arithmetic {share}".replace(" %", _NBSP + "%")
@@ -102,7 +102,7 @@ def _noise(record: Record) -> str:
 
 
 def _increase(record: Record) -> float | None:
-    """Perplexity above full precision, as a share."""
+    """Return the increase of perplexity over full precision, as a share."""
     full = record["full"].get("perplexity")
     return record["evaluation"]["perplexity"] / full - 1 if full else None
 
@@ -121,7 +121,7 @@ def _headline(record: Record, gain: Gain | None, base: float | None, measured: b
 
 
 def _change(increase: float) -> str:
-    """``0.385`` as ``+38.5 %``, and 18.2 as ``19.2 ×``, which a percentage would hide."""
+    """Format 0.385 as ``+38.5 %``, but 18.2 as ``19.2 ×``, clearer than a huge percentage."""
     return _ratio(increase) if increase > UNUSABLE_RATIO - 1 else _signed(increase)
 
 
@@ -152,14 +152,14 @@ def _sizes(record: Record) -> list[Figure]:
 
 
 def _gain_figure(store: Store, gain: Gain | None, base: float | None) -> list[Figure]:
-    """The change of perplexity against the uniform run with its interval, where there is one."""
+    """Return the change of perplexity from the uniform run, with its interval if known."""
     if gain is None:
         return []
     about = "perplexity"
     try:
         found = run_difference(store, gain.evaluation, gain.uniform)
         low, high = found.difference.low, found.difference.high
-        if low == low:  # NaN where windows are too few
+        if low == low:  # NaN if there are too few windows
             about = f"95 % interval {_signed(low)} to {_signed(high)}"
     except InputError:  # published without windows
         about = "no interval: published without windows"
@@ -167,21 +167,21 @@ def _gain_figure(store: Store, gain: Gain | None, base: float | None) -> list[Fi
 
 
 def _signed(share: float) -> str:
-    """``-0.532`` as ``−53.2 %``, not to be broken."""
+    """Format -0.532 as ``−53.2 %`` with a non-breaking space."""
     percent = round(100 * share, 1)
     return f"{percent:+.1f}{_NBSP}%".replace("-", "−") if percent else f"0.0{_NBSP}%"
 
 
-# --- as files -------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------
 
 
 def card_png(store: Store, evaluation: str) -> bytes:
-    """Return a run's card as PNG: 1200 × 630, two pixels a unit."""
+    """Return a run's card as PNG: 1200 × 630 units, two pixels per unit."""
     return draw_png(lay_out(run_card(store, evaluation)))
 
 
 def card_html(store: Store, evaluation: str) -> str:
-    """Return a run's card as a page that needs nothing but a browser, with its command line."""
+    """Return a run's card as a self-contained HTML page, with its command line."""
     card, record = run_card(store, evaluation), store.record(evaluation)
     title = f"{card.model}: {card.headline}"
     figures = ", ".join(f"{f.label} {f.value}" for f in card.figures)

@@ -1,4 +1,4 @@
-"""Shapes on a result card, drawn by Pillow as PNG and written as SVG, in the app's own typeface."""
+"""Drawing a result card's shapes as PNG (with Pillow) and as SVG, in the app's typeface."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from lsq_core.errors import LsqError
 if TYPE_CHECKING:
     from PIL.ImageFont import FreeTypeFont
 
-#: Size of a card in its own units, that of a picture beside a link.
+#: Size of a card in its own units, the usual size of a link preview.
 WIDTH, HEIGHT = 1200, 630
-#: Pixels of the PNG in one unit.
+#: Pixels per unit in the PNG.
 _SCALE = 2
-#: The typeface's file in Streamlit's package: Source Sans 3 (SIL Open Font License), by weight.
+#: The font file in Streamlit's package: Source Sans 3 (SIL Open Font License), variable weight.
 _TYPEFACE = "static/static/media/SourceSansVF-Upright*.woff2"
 
 
 @dataclass(frozen=True)
 class Box:
-    """A filled rectangle with its upper left corner at x, y; ``about`` is said on hovering."""
+    """A filled rectangle with its upper left corner at x, y; ``about`` is its tooltip."""
 
     x: float
     y: float
@@ -39,7 +39,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Line:
-    """A line of text with its baseline at y; x is its left end, or its ``anchor``."""
+    """A line of text with its baseline at y; ``anchor`` is the point of the line at x."""
 
     x: float
     y: float
@@ -56,12 +56,12 @@ Shape = Box | Line
 
 @cache
 def _typeface() -> bytes:
-    """The typeface's file.
+    """Return the content of the font file.
 
     Raises
     ------
     LsqError
-        When Streamlit is not installed, or has no such file.
+        If Streamlit is not installed or does not contain the file.
     """
     spec = find_spec("streamlit")
     folder = Path(spec.origin).parent if spec and spec.origin else None
@@ -89,7 +89,7 @@ def text_width(text: str, size: float, weight: int = 400) -> float:
 
 
 def draw_png(shapes: Sequence[Shape]) -> bytes:
-    """Return shapes on white as PNG, two pixels a unit."""
+    """Return shapes on a white background as PNG, two pixels per unit."""
     from PIL import Image, ImageDraw
 
     image = Image.new("RGB", (WIDTH * _SCALE, HEIGHT * _SCALE), "white")
@@ -111,7 +111,7 @@ def draw_png(shapes: Sequence[Shape]) -> bytes:
 
 
 def draw_svg(shapes: Sequence[Shape], alt: str) -> str:
-    """Return shapes on white as an SVG element for a page that has :func:`font_css`."""
+    """Return shapes on a white background as an SVG element for a page with :func:`font_css`."""
     parts = [_box_svg(s) if isinstance(s, Box) else _line_svg(s) for s in shapes]
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(alt)}" '
@@ -137,7 +137,7 @@ def _line_svg(line: Line) -> str:
 
 
 def font_css() -> str:
-    """Return the typeface as a CSS rule that needs no other file."""
+    """Return a CSS rule with the typeface embedded."""
     data = b64encode(_typeface()).decode("ascii")
     return (
         '@font-face { font-family: "Card"; font-weight: 200 900; '

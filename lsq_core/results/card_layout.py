@@ -1,4 +1,4 @@
-"""Where everything stands on a result card."""
+"""The layout of a result card."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from lsq_core.results.card_drawing import HEIGHT, WIDTH, Box, Line, Shape, text_
 _TEXT, _QUIET, _RULE = "#1c2530", "#566270", "#d9dee4"
 _MARGIN = 56
 _RIGHT = WIDTH - _MARGIN
-#: Room for the module types' names beside the plan.
+#: Width of the column of module types beside the plan.
 _NAMES = 92
-#: Baseline of the last line, and where the rule above it is.
+#: Baseline of the last line, and position of the rule above it.
 _FOOT, _FOOT_RULE = HEIGHT - 26, HEIGHT - 54
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure with what it is above and what it means below."""
+    """A figure, with its label above and an explanation below."""
 
     label: str
     value: str
@@ -32,10 +32,10 @@ class Figure:
 
 @dataclass(frozen=True, eq=False)
 class Card:
-    """What a card says.
+    """The content of a card.
 
-    ``plan`` is of :func:`lsq_core.planning.frame.plan_to_frame`, without rows where it was not
-    published; ``foot`` and ``mark`` stand below, to the left and to the right.
+    ``plan`` is from :func:`lsq_core.planning.frame.plan_to_frame`, without rows if it was not
+    published; ``foot`` and ``mark`` are at the bottom left and right.
     """
 
     model: str
@@ -75,7 +75,7 @@ def _head(card: Card) -> tuple[list[Shape], float]:
 
 
 def _brand() -> list[Shape]:
-    """The page's icon, bars as high as their bits, beside the name."""
+    """Return the page's icon, with bars as high as their bits, and the name beside it."""
     name = "LSQ Explorer"
     left = _RIGHT - text_width(name, 18, 600)
     bars = [
@@ -111,14 +111,14 @@ def _plan(plan: pd.DataFrame, top: float, bottom: float) -> list[Shape]:
     gap = 1.5 if column > 6 and row > 6 else 0.0
     shapes: list[Shape] = []
     for (kind, layer), part in plan.groupby(["type", "layer"], sort=False):
-        config = part["config"].value_counts().index[0]  # of experts the commonest
+        config = part["config"].value_counts().index[0]  # the most common one among experts
         x = _MARGIN + _NAMES + layers.index(layer) * column
         y = top + kinds.index(kind) * row
         about = f"layer {layer}, {short_type(kind)}: {config}"
         color = config_color(parse_config(config))
         shapes.append(Box(x, y, column - gap, row - gap, color, about))
     size = min(15, row - 2)
-    every = 1 if size >= 11 else len(kinds)  # names without room for them are left out
+    every = 1 if size >= 11 else len(kinds)  # without room for all names, draw only the first
     for k, kind in enumerate(kinds):
         if k % every == 0:
             y = top + (k + 0.5) * row + 0.32 * size
@@ -138,7 +138,7 @@ def _layer_axis(layers: Sequence[int], column: float, y: float) -> list[Shape]:
 
 
 def _legend(plan: pd.DataFrame, y: float) -> list[Shape]:
-    """The configurations in use with their bits, from few to many, as far as there is room."""
+    """Return the used configurations and their counts, by increasing bits, as far as they fit."""
     counts = plan["config"].value_counts()
     shapes: list[Shape] = []
     x: float = _MARGIN
@@ -157,7 +157,7 @@ def _legend(plan: pd.DataFrame, y: float) -> list[Shape]:
 
 
 def fit(text: str, size: float, width: float, weight: int = 400) -> str:
-    """Return a text that fits a width, its end cut off where it is too long."""
+    """Return a text that fits a width, truncated if necessary."""
     if text_width(text, size, weight) <= width:
         return text
     while text and text_width(f"{text}…", size, weight) > width:
@@ -166,7 +166,7 @@ def fit(text: str, size: float, width: float, weight: int = 400) -> str:
 
 
 def balance(text: str, size: float, width: float, weight: int = 400) -> list[str]:
-    """Return a text in as few lines as fit a width, the lines as equally long as words allow."""
+    """Wrap a text into as few lines as possible, of lengths as equal as possible."""
     lines = wrap(text, size, width, weight)
     while True:
         width -= size / 2
@@ -178,7 +178,7 @@ def balance(text: str, size: float, width: float, weight: int = 400) -> list[str
 
 
 def wrap(text: str, size: float, width: float, weight: int = 400) -> list[str]:
-    """Return a text in lines that fit a width, broken at spaces; non-breaking ones stay."""
+    """Wrap a text into lines that fit a width; break at spaces, but not at non-breaking ones."""
     lines = [""]
     for word in text.split(" "):
         longer = f"{lines[-1]} {word}".strip()

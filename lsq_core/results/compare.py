@@ -1,5 +1,8 @@
-"""Runs against runs: how often a method beats another (method §6, [A] Fig. 6), what more bits
-buy (Fig. 9), and how two runs differ in settings and plan (Fig. 8). Needs no torch."""
+"""Comparison of runs. Needs no torch.
+
+How often a method beats another (method §6, [A] Fig. 6), what more bits buy (Fig. 9), and how two
+runs differ in settings and plan (Fig. 8).
+"""
 
 from __future__ import annotations
 
@@ -14,15 +17,15 @@ import pandas as pd
 from lsq_core.bits import EXTENDED_LADDER, PAPER, find_stop, get_ladder, is_mixed, parse_config
 from lsq_core.planning.methods import mixes_rows, reads_field
 
-#: What two runs must share to be compared: a perplexity means nothing without these.
+#: Columns that must be equal for two perplexities to be comparable.
 _COMPARISON_KEY = ("fingerprint", "corpus", "corpus_sha256", "protocol", "tokens")
 
 
 def same_measurement(runs: pd.DataFrame, evaluation: str) -> pd.DataFrame:
-    """The rows of one model, corpus, protocol, number of tokens and origin: those of an evaluation.
+    """Return the rows with the model, corpus, protocol, tokens and origin of an evaluation.
 
-    ``runs`` are of :meth:`lsq_core.store.store.Store.results`. What was measured here and what came
-    with the project are of one origin; what was published is of another.
+    ``runs`` are from :meth:`lsq_core.store.store.Store.results`. Runs measured here and runs
+    shipped with the project count as the same origin; published runs as another.
     """
     own = runs[runs["evaluation"] == evaluation].iloc[0]
     keys = ["fingerprint", "corpus_sha256", "protocol", "tokens"]
@@ -35,33 +38,33 @@ def same_measurement(runs: pd.DataFrame, evaluation: str) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class WinTieLoss:
-    """How many comparisons a method won, tied and lost against another."""
+    """The numbers of comparisons that a method won, tied and lost against another."""
 
     wins: int
     ties: int
     losses: int
 
     def __add__(self, more: WinTieLoss) -> WinTieLoss:
-        """The comparisons of both together."""
+        """Return the sum of both counts."""
         return WinTieLoss(self.wins + more.wins, self.ties + more.ties, self.losses + more.losses)
 
     @property
     def total(self) -> int:
-        """How many comparisons were made."""
+        """The number of comparisons."""
         return self.wins + self.ties + self.losses
 
     @property
     def percentages(self) -> tuple[int, int, int]:
-        """Wins, ties and losses in whole percent, a half to the even one; zeros when none."""
+        """Wins, ties and losses in percent, rounded half to even; zeros if there are none."""
         shares = (self.wins, self.ties, self.losses)
         return tuple(round(100 * count / self.total) if self.total else 0 for count in shares)
 
 
 def add_labels(runs: pd.DataFrame) -> pd.DataFrame:
-    """Runs with ``label``, ``boost_stop`` and ``top_m`` beside them, as they were asked for.
+    """Add the columns ``label``, ``boost_stop`` and ``top_m`` of each run's request.
 
-    ``label`` is the name of the base stop (``3.13``); of a method without one its budget in bits
-    per parameter with two decimals, or None where that was given in bytes. ``runs`` has the
+    ``label`` is the name of the base stop (``3.13``). Without a base, it is the budget: the name of
+    its stop, or bits per parameter with two decimals; None for a budget in bytes. ``runs`` has the
     columns ``base`` and ``request`` of :meth:`lsq_core.store.store.Store.results`.
     """
     request_fields = [json.loads(text) if isinstance(text, str) else {} for text in runs["request"]]
@@ -83,19 +86,18 @@ def _label(request: dict) -> str | None:
 
 
 def win_tie_loss(runs: pd.DataFrame, method: str, other: str) -> WinTieLoss:
-    """Every run of a method against the other method's run at the same budget.
+    """Compare every run of a method with the other method's runs at the same budget.
 
-    Perplexities are rounded to two decimals; lower wins, equal ties. The same budget is the
-    *label* of the base, as [A] has it, although a boost then spends up to 7 % more bits than
-    that: show the bits beside it. Runs are compared within one model, corpus and protocol, and
-    at the same ``boost_stop`` and ``top_m`` where the other method has them; where the other has
-    several such runs, with each.
+    Perplexities are rounded to two decimals; the lower one wins, equal ones tie. As in [A], budgets
+    are the same if the *labels* of the bases are, although a boosted run uses up to 7 % more bits:
+    show the bits beside the result. Runs are compared within one model, corpus and protocol, and
+    at the same ``boost_stop`` and ``top_m`` if the other method uses them; if the other method has
+    several such runs, each of them counts.
 
     Parameters
     ----------
     runs
-        Rows of :meth:`lsq_core.store.store.Store.results`; leave in only those of the model that is
-        meant.
+        Rows of :meth:`lsq_core.store.store.Store.results`, restricted to the models of interest.
 
     Example
     -------
@@ -115,24 +117,24 @@ def win_tie_loss(runs: pd.DataFrame, method: str, other: str) -> WinTieLoss:
     return _count_outcomes(pairs["perplexity"], pairs["perplexity_other"])
 
 
-#: Neighbours further apart than this share of their size say nothing about what lies between.
+#: Neighbours whose sizes differ by more than this share are not interpolated.
 MAX_INTERPOLATION_GAP = 0.10
-#: Sizes that differ by less than this share are the same size.
+#: Sizes that differ by at most this share count as equal.
 SAME_SIZE = 0.001
-#: Fewer comparisons than this say nothing about which method is better.
+#: Minimum number of comparisons from which to conclude which method is better.
 MIN_COMPARISONS = 5
 
 
 def win_tie_loss_at_equal_bytes(runs: pd.DataFrame, method: str, other: str) -> WinTieLoss:
-    """Every run of a method against what the other method reaches at the same size.
+    """Compare every run of a method with what the other method reaches at the same size.
 
-    That is :func:`interpolate_perplexity` of the other's runs of the same model, corpus and
-    protocol, at this run's nominal bits per parameter, to which the same model's bytes are in
-    proportion. A run to which the other method has no run of its size, nor neighbours near enough,
-    is left out. Perplexities are rounded to two decimals as in :func:`win_tie_loss`.
+    The latter is :func:`interpolate_perplexity` of the other method's runs of the same model,
+    corpus and protocol at this run's nominal bits per parameter, which for one model are
+    proportional to bytes. A run is left out if the other method has neither a run of its size nor
+    neighbours close enough. Perplexities are rounded to two decimals as in :func:`win_tie_loss`.
 
-    Where a run's plan was not published its bits are the label it was reported under, which
-    differs from the plan's size by up to 0.2 % and counts as it is.
+    If a run's plan was not published, its bits are the label it was reported under, which differs
+    from the plan's size by up to 0.2 % and is used without correction.
 
     Parameters
     ----------
@@ -155,24 +157,24 @@ def win_tie_loss_at_equal_bytes(runs: pd.DataFrame, method: str, other: str) -> 
 
 
 def interpolate_perplexity(runs: np.ndarray, size: float) -> float:
-    """The perplexity that a method's runs reach at a size; NaN where they don't tell.
+    """Return the perplexity that a method's runs reach at a size; NaN if it cannot be inferred.
 
-    The best run within :data:`SAME_SIZE` of the size counts as it is. Else the logarithm of
-    perplexity is interpolated over the size between the neighbours on the method's front (runs
-    that no smaller or equal one beats), which have to lie within :data:`MAX_INTERPOLATION_GAP` of
-    each other. Nothing is extrapolated.
+    If runs are within :data:`SAME_SIZE` of the size, the best of them is used. Otherwise the
+    logarithm of perplexity is linearly interpolated over size between the neighbours on the
+    method's Pareto front (:func:`pareto`), whose sizes must be within
+    :data:`MAX_INTERPOLATION_GAP` of each other. Nothing is extrapolated.
 
-    Perplexity falls ever more slowly with size, so that what is interpolated lies a little above
-    what a run there would reach.
+    Perplexity decreases ever more slowly with size, so the interpolated value is slightly above
+    what a run of this size would reach.
 
     Parameters
     ----------
     runs
-        Sizes in bits per parameter, or any unit, and perplexities, (k, 2).
+        Sizes (in bits per parameter or any other unit) and perplexities, (k, 2).
     size
         In the same unit.
 
-    >>> round(perplexity_at(np.array([[4.0, 8.0], [4.2, 2.0]]), 4.1), 6)
+    >>> round(interpolate_perplexity(np.array([[4.0, 8.0], [4.2, 2.0]]), 4.1), 6)
     4.0
     """
     same = np.abs(runs[:, 0] / size - 1) <= SAME_SIZE
@@ -195,7 +197,7 @@ def _count_outcomes(own: pd.Series | np.ndarray, others: pd.Series | np.ndarray)
     )
 
 
-#: The comparisons of [A] Fig. 6: a method against another.
+#: The pairs of methods compared in [A] Fig. 6.
 FIGURE_6 = (
     ("sensiboost", "uniform"),
     ("sensiboost", "mxq"),
@@ -205,18 +207,18 @@ FIGURE_6 = (
     ("kurtboost", "kurtboost-ablation"),
     ("sensiboost", "kurtboost"),
 )
-#: What Algorithm 1's detection is worth: against as many layers from the top of the ranking.
+#: Pairs that show the value of Algorithm 1's detection over as many top-ranked layers.
 DETECTION_WORTH = (("sensiboost", "sensiboost-rank"), ("kurtboost", "kurtboost-rank"))
 
 
 def figure_6(runs: pd.DataFrame) -> pd.DataFrame:
-    """The comparisons of :data:`FIGURE_6` of which there are both methods' runs.
+    """Return the comparisons of :data:`FIGURE_6` for which both methods have runs.
 
-    Those of :data:`DETECTION_WORTH`, which the paper does not have, follow.
+    Those of :data:`DETECTION_WORTH`, which are not in the paper, follow.
 
-    Gives a row each: ``method, against, equal`` (bytes, or the label in their place), ``wins``,
-    ``ties``, ``losses``, ``total``, and whether they are ``enough`` (:data:`MIN_COMPARISONS`) to be
-    drawn and given as shares.
+    Columns are ``method``, ``against``, ``equal`` (True for equal bytes, False for equal labels),
+    ``wins``, ``ties``, ``losses``, ``total``, and ``enough``, whether there are enough
+    (:data:`MIN_COMPARISONS`) to be drawn and given as shares.
     """
     available = set(runs["method"])
     counts = {False: win_tie_loss, True: win_tie_loss_at_equal_bytes}
@@ -232,7 +234,7 @@ def figure_6(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def uniform_bases(runs: pd.DataFrame) -> dict[str, pd.Series]:
-    """The uniform HQQ runs by their base stop, from few bits to many; of several the newest.
+    """Return the newest uniform HQQ run of each base stop, by increasing bits.
 
     ``runs`` are of one model, corpus and protocol.
     """
@@ -244,9 +246,9 @@ def uniform_bases(runs: pd.DataFrame) -> dict[str, pd.Series]:
 
 
 def relative_to_base(runs: pd.DataFrame, base: Mapping[str, Any]) -> pd.DataFrame:
-    """Runs with ``extra``, the share of bits above a run's, and ``drop``, that of perplexity below.
+    """Add the columns ``extra`` and ``drop``: the relative increase in bits and drop in perplexity.
 
-    Both are relative to ``base``, a row of ``runs``: ``extra`` 0.018 and ``drop`` 0.094 is a
+    Both are relative to ``base``, a row of ``runs``: ``extra`` 0.018 and ``drop`` 0.094 mean a
     perplexity 9.4 % lower for 1.8 % more bits ([A] Fig. 9).
     """
     return runs.assign(
@@ -256,15 +258,16 @@ def relative_to_base(runs: pd.DataFrame, base: Mapping[str, Any]) -> pd.DataFram
 
 
 def pareto(size: pd.Series, perplexity: pd.Series) -> pd.Series:
-    """Which runs no other beats: none of at most their size has a lower perplexity.
+    """Return which runs are Pareto-optimal in size and perplexity.
 
-    Of runs equal in both every one is marked; a run without a size or a perplexity never is.
+    Of runs equal in perplexity only the smallest are, and of runs equal in both, all of them. Runs
+    without a size or a perplexity never are.
 
     >>> pareto(pd.Series([1, 2, 3, 3]), pd.Series([9.0, 9.5, 7.0, 8.0])).tolist()
     [True, False, True, False]
     """
     frame = pd.DataFrame({"size": size, "perplexity": perplexity}).astype(float).dropna()
-    best = frame.groupby("size")["perplexity"].min()  # in the order of sizes
+    best = frame.groupby("size")["perplexity"].min()  # sorted by size
     before = best.cummin().shift(fill_value=np.inf)
     front = best[best < before]
     available = (frame["size"].map(front) == frame["perplexity"]).reindex(size.index)
@@ -275,9 +278,9 @@ def pareto(size: pd.Series, perplexity: pd.Series) -> pd.Series:
 
 
 def byte_shares(modules: pd.DataFrame, parameters: Mapping[str, int]) -> pd.Series:
-    """The share of a plan's nominal bytes that each configuration takes, by its name ([A] Fig. 8).
+    """Return each configuration's share of a plan's nominal bytes, by name ([A] Fig. 8).
 
-    ``modules`` is of :func:`plan_to_frame`; ``parameters`` says how many weights a module has.
+    ``modules`` is from :func:`plan_to_frame`; ``parameters`` is the number of weights by module.
     """
     known = [config.name for config in EXTENDED_LADDER]
     names = [name for name in modules["config"].unique() if name in known or is_mixed(name)]
@@ -288,9 +291,10 @@ def byte_shares(modules: pd.DataFrame, parameters: Mapping[str, int]) -> pd.Seri
 
 
 def plan_difference(a: pd.DataFrame, b: pd.DataFrame) -> pd.DataFrame:
-    """The modules that two plans of one model treat differently, in the order of the first.
+    """Return the modules with different configurations in two plans of one model.
 
-    Both are of :func:`plan_to_frame`; gives ``module, layer, type, config, config_other``.
+    Both plans are from :func:`plan_to_frame`. Columns are ``module, layer, type, config,
+    config_other``; rows are in the order of the first plan.
     """
     both = a.merge(b[["module", "config"]], on="module", suffixes=("", "_other"))
     different = both[both["config"] != both["config_other"]]
@@ -298,14 +302,14 @@ def plan_difference(a: pd.DataFrame, b: pd.DataFrame) -> pd.DataFrame:
 
 
 def run_settings(record: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """What a run was asked to do and was made with, by name, in words.
+    """Return a run's settings and provenance as text by name; unknown ones are left out.
 
-    ``record`` is of :meth:`lsq_core.store.store.Store.record`. What isn't known is left out.
+    ``record`` is from :meth:`lsq_core.store.store.Store.record`.
     """
     run, plan, own = record["run"], record["plan"], record["evaluation"]
     content = plan.get("content") or {}
     request_fields = content.get("request") or {}
-    # A text that rows were scored on or a quantizer reads tells more of the run than a profile's.
+    # The text used to score rows or calibrate the quantizer is more specific than the profile's.
     profile = (record["profile"].get("settings") or {}) | (content.get("calibration") or {})
     method = run["method"]
     rows = mixes_rows(method)
@@ -354,7 +358,7 @@ def run_settings(record: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 
 
 def settings_difference(a: Mapping[str, str], b: Mapping[str, str]) -> pd.DataFrame:
-    """The settings in which two runs differ: ``setting, run, against``; ``–`` for none."""
+    """Return the settings in which two runs differ: ``setting, run, against``; ``–`` if missing."""
     names = [name for name in {**a, **b} if a.get(name) != b.get(name)]
     rows = [(name, a.get(name, "–"), b.get(name, "–")) for name in names]
     return pd.DataFrame(rows, columns=["setting", "run", "against"])

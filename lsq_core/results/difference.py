@@ -1,4 +1,4 @@
-"""A run's perplexity against another's, with its interval. Needs no torch."""
+"""The difference between two runs' perplexities, with its interval. Needs no torch."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunDifference:
-    """A run's perplexity against another's, and over how many common windows.
+    """The difference between two runs' perplexities, and the number of their common windows.
 
-    ``noise`` is the share by which arithmetic alone moves a perplexity, None if not measured.
+    ``noise`` is the share by which arithmetic alone changes a perplexity, None if not measured.
     """
 
     difference: PerplexityDifference
@@ -26,12 +26,12 @@ class RunDifference:
 
     @property
     def is_noise(self) -> bool:
-        """Whether the difference is no more than arithmetic."""
+        """Whether the difference is within the arithmetic noise."""
         return is_below_noise(self.difference.relative, self.noise)
 
     @property
     def is_tie(self) -> bool:
-        """Whether neither run is better: inside the interval, or no more than arithmetic."""
+        """Whether neither run is better: the interval contains zero, or the difference is noise."""
         return self.difference.is_tie or self.is_noise
 
 
@@ -41,7 +41,7 @@ def run_difference(store: Store, a: str, b: str) -> RunDifference:
     Raises
     ------
     InputError
-        If windows of one were not kept, or they are of different texts.
+        If there is no such evaluation, or windows were not stored or differ between the two.
     """
     nll, counts = store.windows(a)
     other, other_counts = store.windows(b)

@@ -1,4 +1,4 @@
-"""Results taken out: tables as CSV and Parquet, a figure as one file, citations. Needs no torch."""
+"""Export of results: tables as CSV and Parquet, figures as HTML, citations. Needs no torch."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-#: An exported page may draw what is in it and fetch nothing, whatever a library would like to.
+#: Lets an exported page draw its own content and load nothing else, whatever its libraries try.
 _CONTENT_SECURITY_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:"
 )
-#: The colour of a figure's text on the white paper of an exported page.
+#: The colour of a figure's text on the white background of an exported page.
 _TEXT_COLOUR = "#1c2530"
 
 
@@ -28,10 +28,10 @@ _TEXT_COLOUR = "#1c2530"
 
 
 def csv_bytes(frame: pd.DataFrame) -> bytes:
-    """A table as CSV, in UTF-8, its numbers to all their digits and its texts no formulas."""
+    """Return a table as CSV in UTF-8, with numbers in full precision and formulas escaped."""
     safe = frame.rename(columns=_escape_formula)
     for column_index, kind in enumerate(frame.dtypes):
-        if kind.kind == "O":  # texts; categories, and pandas' own strings, are of this kind too
+        if kind.kind == "O":  # texts, including categories and pandas' own strings
             safe.isetitem(
                 column_index, frame.iloc[:, column_index].astype(object).map(_escape_formula)
             )
@@ -39,10 +39,10 @@ def csv_bytes(frame: pd.DataFrame) -> bytes:
 
 
 def _escape_formula(value: object) -> object:
-    """A text that a spreadsheet takes for text: behind an apostrophe where it begins a formula.
+    """Prefix a text that a spreadsheet would read as a formula with an apostrophe.
 
-    A carriage return ends a row where it isn't quoted, which pandas doesn't do: it becomes a line
-    feed.
+    Carriage returns become line feeds, because pandas does not quote them and an unquoted one would
+    end the row.
     """
     if isinstance(value, str):
         value = value.replace("\r\n", "\n").replace("\r", "\n")
@@ -56,7 +56,7 @@ def _escape_formula(value: object) -> object:
 
 
 def parquet_bytes(frame: pd.DataFrame) -> bytes:
-    """A table as Parquet, by DuckDB."""
+    """Return a table as Parquet, written by DuckDB."""
     with (
         tempfile.TemporaryDirectory() as folder,
         database.connect_in_memory(files=Path(folder)) as connection,
@@ -71,12 +71,12 @@ def parquet_bytes(frame: pd.DataFrame) -> bytes:
 
 
 def figure_html(figure: go.Figure, title: str) -> str:
-    """A figure as a page of its own that needs no network; it saves itself as PNG and SVG."""
+    """Return a figure as a self-contained page with buttons that save it as PNG or SVG."""
     return html_document(title, figure_block(figure, title))
 
 
 def figure_block(figure: go.Figure, name: str) -> str:
-    """A figure for :func:`html_document`, with buttons that save it under a name as PNG or SVG."""
+    """Return a figure for :func:`html_document`, with buttons to save it as PNG or SVG."""
     from plotly.io import to_html
 
     print_figure = type(figure)(sanitize_figure(figure)).update_layout(
@@ -117,7 +117,7 @@ button { font: inherit; margin-left: .4rem; padding: .05rem .6rem; cursor: point
 
 
 def html_document(title: str, body: str) -> str:
-    """An HTML page with Plotly inside, which asks for nothing from anywhere."""
+    """Return a self-contained HTML page that includes Plotly."""
     from plotly.offline import get_plotlyjs
 
     return (
@@ -159,9 +159,9 @@ _PAPERS = {
 
 
 def bibtex(record: Mapping[str, Mapping[str, Any]]) -> str:
-    """The methods' papers, and the run as an entry of its own that tells it from any other.
+    """Return BibTeX entries for the methods' papers and for the run, which it identifies.
 
-    ``record`` is of :meth:`lsq_core.store.store.Store.record`.
+    ``record`` is from :meth:`lsq_core.store.store.Store.record`.
     """
     run, own, plan = record["run"], record["evaluation"], record["plan"]
     versions = ", ".join(f"{name} {text}" for name, text in (run["versions"] or {}).items())
@@ -183,6 +183,6 @@ def bibtex(record: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _escape_tex(text: str) -> str:
-    r"""Text in which TeX finds nothing to do: ``my_model`` as ``my\_model``."""
+    r"""Escape TeX's special characters: ``my_model`` becomes ``my\_model``."""
     escaped = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
     return re.sub(r"[\\~^#$%&_{}]", lambda m: escaped.get(m[0], "\\" + m[0]), text)

@@ -1,4 +1,4 @@
-"""What a run gains over the uniform run of nearest size. Needs no torch."""
+"""The gain of a run over the uniform run of nearest size. Needs no torch."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from lsq_core.evaluation.noise import format_noise, is_below_noise
 from lsq_core.evaluation.result import UNUSABLE_RATIO
 from lsq_core.planning.methods import PLANNERS
 
-#: Sizes that differ by at most this share are called equal: a gain in perplexity is then not one
-#: of memory.
+#: Sizes that differ by at most this share count as equal, so that a gain in perplexity is not due
+#: to size.
 EQUAL_SIZE = 0.03
 
 
 @dataclass(frozen=True)
 class Gain:
-    """A run against a uniform one, both by ``evaluation``.
+    """The gain of a run over a uniform one, both identified by their evaluations.
 
-    ``drop`` is the share of perplexity below the uniform run's, ``extra`` the share of size above
-    it; ``candidates`` is the number of runs of which this one gains most. ``noise`` is the share
-    by which arithmetic alone moves a perplexity, None if not measured.
+    ``drop`` is the relative decrease in perplexity and ``extra`` the relative increase in size;
+    ``candidates`` is the number of runs among which this one has the largest gain. ``noise`` is the
+    share by which arithmetic alone changes a perplexity, None if not measured.
     """
 
     evaluation: str
@@ -34,18 +34,18 @@ class Gain:
 
     @property
     def is_noise(self) -> bool:
-        """Whether the difference is no more than arithmetic."""
+        """Whether the difference is within the arithmetic noise."""
         return is_below_noise(self.drop, self.noise)
 
 
-#: Sizes that differ by less than this share differ by 0.0 %.
+#: Sizes that differ by less than this share would be displayed as differing by 0.0 %.
 _SAME_PERCENT = 0.0005
 
 
 def describe_gain(gain: Gain, base_bits: float, what: str = "memory") -> str:
     """Return a gain in words: ``3.3 % lower perplexity for 2.7 % more memory than uniform 3.13``.
 
-    ``base_bits`` are the uniform run's bits per parameter; ``what`` is memory or bits.
+    ``base_bits`` are the uniform run's bits per parameter; ``what`` is ``memory`` or ``bits``.
     """
     change = f"{100 * abs(gain.drop):.1f} % {'lower' if gain.drop >= 0 else 'higher'} perplexity"
     if gain.is_noise:
@@ -59,8 +59,8 @@ def describe_gain(gain: Gain, base_bits: float, what: str = "memory") -> str:
 def gain_of_run(runs: pd.DataFrame, evaluation: str, size: str) -> Gain | None:
     """Return a run's gain over the uniform run of nearest size.
 
-    None for a uniform run or an ablation, one that is of no use (:func:`usable`), and where there
-    is no uniform run. Arguments are as in :func:`against_nearest_uniform`.
+    None for a uniform run, an ablation or an unusable run (:func:`usable`), or if there is no
+    uniform run. Arguments are as in :func:`against_nearest_uniform`.
     """
     pairs = against_nearest_uniform(usable(runs), size)
     own = pairs[pairs["evaluation"] == evaluation]
@@ -72,31 +72,32 @@ def gain_of_run(runs: pd.DataFrame, evaluation: str, size: str) -> Gain | None:
 
 
 def usable(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the runs within :data:`UNUSABLE_RATIO` of full precision, or without it beside them.
+    """Return the runs whose perplexity is at most :data:`UNUSABLE_RATIO` times full precision's.
 
-    A broken model's perplexity halves easily, and is as broken as before.
+    Runs without a full-precision figure are included. The perplexity of a broken model can easily
+    be halved without making the model any more usable.
     """
     return runs[~(runs["increase"].astype(float) > UNUSABLE_RATIO - 1)]
 
 
 def is_ablation(method: str) -> bool:
-    """Return whether a method is the control of another: as many layers, drawn at random."""
+    """Return whether a method is the control of another, with as many layers drawn at random."""
     return method.endswith("-ablation")
 
 
 def against_nearest_uniform(runs: pd.DataFrame, size: str) -> pd.DataFrame:
-    """Pair each planned run with the uniform run of nearest size: ``evaluation, uniform, drop,
-    extra``.
+    """Pair each planned run with the uniform run of nearest size.
 
-    Planned are the runs of methods that choose configurations by themselves, ablations excluded.
-    The uniform run is by the same quantizer; of several equally near that of lowest perplexity.
+    Returns the columns ``evaluation, uniform, drop, extra``. Planned runs are those of methods
+    implemented here, except uniform and ablations. The uniform run uses the same quantizer; of
+    several of the same size, the one with the lowest perplexity is used.
 
     Parameters
     ----------
     runs
         Rows of :meth:`lsq_core.store.store.Store.results` of one model, corpus and protocol.
     size
-        The column that holds their size.
+        The name of the size column.
     """
     known = runs.dropna(subset=["perplexity", size])
     uniform = known[known["method"] == "uniform"].sort_values("perplexity", kind="stable")
@@ -110,7 +111,10 @@ def against_nearest_uniform(runs: pd.DataFrame, size: str) -> pd.DataFrame:
 
 
 def _pair_with_nearest(planned: pd.DataFrame, uniform: pd.DataFrame, size: str) -> pd.DataFrame:
-    """Pair runs with the nearest of uniform ones, of equally near the first; none if none is."""
+    """Pair runs with the nearest uniform ones, the first of those of equal size, if there are any.
+
+    Distance is in the logarithm of size; of two equally near sizes, the smaller one is used.
+    """
     if uniform.empty:
         planned = planned.iloc[:0]
         at = np.zeros(0, dtype=int)
@@ -138,10 +142,10 @@ def _is_planned(method: str) -> bool:
 
 
 def gain_at_equal_size(runs: pd.DataFrame, size: str) -> Gain | None:
-    """Return the largest gain over a uniform run of equal size (:data:`EQUAL_SIZE`); None if no
-    run has a uniform one of its size. Runs that are of no use (:func:`usable`) are left out.
+    """Return the largest gain over a uniform run of equal size (:data:`EQUAL_SIZE`).
 
-    Of equal gains the one with the least additional size is given. Arguments are as in
+    None if no run has a uniform one of its size. Unusable runs (:func:`usable`) are left out. Of
+    equal gains, the one with the least additional size is returned. Arguments are as in
     :func:`against_nearest_uniform`.
     """
     pairs = against_nearest_uniform(usable(runs), size)
@@ -160,7 +164,7 @@ def gain_at_equal_size(runs: pd.DataFrame, size: str) -> Gain | None:
 
 
 def _noise(runs: pd.DataFrame, evaluation: str) -> float | None:
-    """The noise floor beside a run's perplexity, None where it was not measured."""
+    """Return the noise floor of a run's perplexity, None if it was not measured."""
     if "noise" not in runs:
         return None
     (noise,) = runs.loc[runs["evaluation"] == evaluation, "noise"]
@@ -168,10 +172,10 @@ def _noise(runs: pd.DataFrame, evaluation: str) -> float | None:
 
 
 def first_pair(runs: pd.DataFrame, size: str) -> tuple[str, str] | None:
-    """Return the run to compare first and the uniform run of nearest size, by evaluation.
+    """Return the evaluations of the run to compare by default and its nearest uniform run.
 
-    That is the pair of :func:`gain_at_equal_size`; where no sizes are equal, the pair of nearest
-    sizes; None where there is no uniform run or no other that is of use.
+    This is the pair of :func:`gain_at_equal_size`, or if no sizes are equal, the pair of nearest
+    sizes; None if there is no uniform run or no other usable run.
     """
     gain = gain_at_equal_size(runs, size)
     if gain is not None:

@@ -1,4 +1,4 @@
-"""One file that tells a run, or a comparison: provenance, figures, plan, charts. Needs no torch."""
+"""Self-contained HTML reports of a run or a comparison. Needs no torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lsq_core.model.info import Matrix
 
 
-#: Who measured a run, by its origin.
+#: Who measured a run, by origin.
 _ORIGINS = {
     "measured": "measured",
     "shipped": "measured beforehand, comes with LSQ Explorer",
@@ -32,29 +32,29 @@ _ORIGINS = {
 
 @dataclass
 class HtmlReport:
-    """A page that is written from top to bottom; everything said is escaped."""
+    """A page that is written from top to bottom; all text is escaped."""
 
     title: str
     parts: list[str] = field(default_factory=list)
 
     def paragraph(self, text: str) -> None:
-        """A paragraph in small print."""
+        """Add a paragraph in a muted colour."""
         self.parts.append(f'<p class="under">{html.escape(text)}</p>')
 
     def section(self, title: str) -> None:
-        """A heading."""
+        """Add a heading."""
         self.parts.append(f"<h2>{html.escape(title)}</h2>")
 
     def figure(self, figure: go.Figure, name: str) -> None:
-        """A figure that can be saved from the page under a name."""
+        """Add a figure that can be saved from the page under a name."""
         self.parts.append(figure_block(figure, name))
 
     def code(self, text: str) -> None:
-        """Text to be copied as it is."""
+        """Add preformatted text to be copied."""
         self.parts.append(f"<pre>{html.escape(text)}</pre>")
 
     def table(self, frame: pd.DataFrame) -> None:
-        """A table; numbers stand to the right, and what isn't there stays empty."""
+        """Add a table; numbers are right-aligned and missing values empty."""
         head = "".join(f"<th>{html.escape(str(name))}</th>" for name in frame.columns)
         rows = "".join(
             "<tr>" + "".join(map(_cell, row)) + "</tr>" for row in frame.itertuples(index=False)
@@ -65,7 +65,7 @@ class HtmlReport:
         )
 
     def definition_table(self, definition_table: Mapping[str, str]) -> None:
-        """Names and what they are."""
+        """Add a table of names and texts."""
         rows = "".join(
             f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(text))}</td></tr>"
             for name, text in definition_table.items()
@@ -73,7 +73,7 @@ class HtmlReport:
         self.parts.append(f"<table>{rows}</table>")
 
     def page(self) -> str:
-        """The whole page, which needs nothing but a browser."""
+        """Return the complete, self-contained page."""
         heading = f"<h1>{html.escape(self.title)}</h1>"
         return html_document(self.title, heading + "\n".join(self.parts))
 
@@ -88,7 +88,7 @@ def _cell(value: object) -> str:
 
 
 def format_run_figures(record: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """A run's figures by name, in words; ``record`` is of :meth:`Store.record`."""
+    """Return a run's formatted figures by name; ``record`` is from :meth:`Store.record`."""
     own, run, plan = record["evaluation"], record["run"], record["plan"]
     known = {
         "perplexity": _perplexity(own["perplexity"], record),
@@ -110,12 +110,12 @@ def format_run_figures(record: Mapping[str, Mapping[str, Any]]) -> dict[str, str
 
 
 def _perplexity(value: float | None, record: Mapping[str, Mapping[str, Any]]) -> str:
-    """A perplexity without digits below the noise floor."""
+    """Format a perplexity without digits below the noise floor."""
     return "" if value is None else format_figure(value, record["noise"].get("perplexity"))
 
 
 def _noise(record: Mapping[str, Mapping[str, Any]]) -> str:
-    """The noise floor, or how it is measured; nothing for a published run."""
+    """Return the noise floor, or how to measure it; '' for a published run."""
     if record["noise"]:
         return describe_noise(record["noise"])
     made_with = record["evaluation"].get("provenance") or {}
@@ -126,7 +126,7 @@ def _noise(record: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _full_precision(record: Mapping[str, Mapping[str, Any]]) -> str:
-    """The perplexity that the run stands beside, and by how much it is above that."""
+    """Return the paired full-precision perplexity, and the run's relative change from it."""
     full = record["full"].get("perplexity")
     if not full:
         return ""
@@ -142,7 +142,7 @@ def _seconds(times: Mapping[str, float]) -> str:
 
 
 def _divergence(own: Mapping[str, Any]) -> str:
-    """The mean KL divergence, with its interval if it has one."""
+    """Return the mean KL divergence, with its interval if it has one."""
     found = own.get("divergence") or {}
     if found.get("low") is None:
         return _number(own["kl"], ".4f")
@@ -177,18 +177,18 @@ def run_report(
     command: str,
     beside: go.Figure | None = None,
 ) -> str:
-    """A run as one HTML page.
+    """Return an HTML report of a run.
 
     Parameters
     ----------
     record
-        Of :meth:`lsq_core.store.store.Store.record`.
+        From :meth:`lsq_core.store.store.Store.record`.
     matrices
-        The model's, which tell how many weights each module has.
+        The model's matrices, for their numbers of weights.
     command
-        What to type to do the run again.
+        The command line that reproduces the run.
     beside
-        The run among others of its measurement.
+        A figure of the run among others of the same measurement.
     """
     run, own, plan = record["run"], record["evaluation"], record["plan"]
     method = charts.method_style(run["method"]).title
@@ -235,7 +235,7 @@ def _plan_section(
 def comparison_report(
     title: str, under: str, figures: Mapping[str, go.Figure], runs: pd.DataFrame
 ) -> str:
-    """Runs side by side as one HTML page: figures by their headings, and the table of all runs."""
+    """Return an HTML report of several runs: figures by heading, and a table of all runs."""
     report = HtmlReport(title)
     report.paragraph(under)
     for heading, figure in figures.items():

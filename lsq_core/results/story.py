@@ -1,4 +1,4 @@
-"""What a model's runs show: the gain of boosting sensitive layers, and what planning saves."""
+"""Highlights of a model's runs: the gain of boosting sensitive layers, the saving by planning."""
 
 from __future__ import annotations
 
@@ -12,11 +12,9 @@ from lsq_core.results.gains import is_ablation, usable
 
 @dataclass(frozen=True, eq=False)
 class BoostGain:
-    """A boosted run beside uniform HQQ at its base, and the ablation of equal size if it was run.
+    """A boosted run, the uniform HQQ run at its base, and its ablation if it was run.
 
-    Each is a row of :meth:`lsq_core.store.store.Store.results`. ``drop`` is the share of perplexity
-    below uniform, ``extra`` the share of bits above it; ``ablation_drop`` is that of the ablation,
-    None without one.
+    Each is a row of :meth:`lsq_core.store.store.Store.results`.
     """
 
     boosted: pd.Series
@@ -25,17 +23,17 @@ class BoostGain:
 
     @property
     def drop(self) -> float:
-        """Perplexity below uniform, as a share."""
+        """The relative decrease in perplexity from uniform."""
         return 1 - self.boosted["perplexity"] / self.uniform["perplexity"]
 
     @property
     def extra(self) -> float:
-        """Bits above uniform, as a share."""
+        """The relative increase in bits over uniform."""
         return self.boosted["bits_per_param"] / self.uniform["bits_per_param"] - 1
 
     @property
     def ablation_drop(self) -> float | None:
-        """Perplexity of the ablation below uniform, as a share."""
+        """The ablation's relative decrease in perplexity from uniform; None without an ablation."""
         if self.ablation is None:
             return None
         return 1 - self.ablation["perplexity"] / self.uniform["perplexity"]
@@ -50,16 +48,16 @@ class Saving:
 
     @property
     def bytes(self) -> float:
-        """The share of the uniform run's bits that is saved."""
+        """The saved share of the uniform run's bits."""
         return 1 - self.planned["bits_per_param"] / self.uniform["bits_per_param"]
 
 
 def boost_gain(runs: pd.DataFrame) -> BoostGain | None:
-    """The boosted run furthest below uniform HQQ at its own base, None where none is below.
+    """Return the boosted run with the largest relative gain over uniform HQQ at its base, or None.
 
-    Runs whose ablation was run too come before others, and runs that are of no use
-    (:func:`lsq_core.results.gains.usable`) are left out. Of several with the same plan the one that
-    took every outlier is given.
+    Runs with an ablation are preferred to others. Unusable runs
+    (:func:`lsq_core.results.gains.usable`) are left out. Of equal gains, the run that boosts all
+    outliers is returned; None if the best run's perplexity is not below uniform.
     ``runs`` are of one model, corpus and protocol.
     """
     labelled = add_labels(usable(runs)).dropna(subset=["perplexity", "label"])
@@ -85,7 +83,7 @@ def _row(runs: pd.DataFrame, evaluation: str) -> pd.Series:
 
 
 def _ablation(labelled: pd.DataFrame, boosted: str) -> pd.Series | None:
-    """The newest ablation of a boosted run, an evaluation, that was asked for in the same way."""
+    """Return the newest ablation with the same request as the boosted run of an evaluation."""
     own = _row(labelled, boosted)
     same = labelled[
         (labelled["method"] == f"{own['method']}-ablation")
@@ -98,10 +96,10 @@ def _ablation(labelled: pd.DataFrame, boosted: str) -> pd.Series | None:
 
 
 def largest_saving(runs: pd.DataFrame, max_increase: float = 1.0) -> Saving | None:
-    """The planned HQQ run that saves most against a uniform one and has a lower perplexity.
+    """Return the planned HQQ run that saves most over a uniform run of higher perplexity, or None.
 
-    Of a uniform run whose perplexity is more than ``max_increase`` (a share) above full precision
-    nothing is said: both models would be of no use. ``runs`` are of one model, corpus and protocol.
+    Uniform runs whose perplexity is more than ``max_increase`` (a share) above full precision are
+    left out, because both models would be unusable. ``runs`` are of one model, corpus and protocol.
     """
     hqq = runs[(runs["quantizer"] == "hqq") & runs["perplexity"].notna()]
     uniform = hqq[(hqq["method"] == "uniform") & (hqq["increase"] <= max_increase)]

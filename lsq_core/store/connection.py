@@ -1,7 +1,7 @@
 """The database file: connections, transactions, migrations.
 
-Connections are short, so that the app, jobs and the command line can share the file: DuckDB
-allows one process at a time to write, and another waits its turn here.
+Connections are short-lived so that the app, jobs and the command line can share the file: DuckDB
+allows only one process at a time to write, and other processes wait for it to finish.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-#: Seconds to wait for another process to let go of the file.
+#: Seconds to wait for another process to release the file.
 LOCK_TIMEOUT_S = 20.0
-#: Times that a transaction is tried which another thread's may have overtaken.
+#: Attempts at a transaction that may conflict with another thread's.
 _ATTEMPTS = 20
 
 
 def database_path() -> Path:
-    """Where the database is unless another is given: ``LSQ_DB``, or in the data folder."""
+    """Return the default path of the database: ``LSQ_DB``, or a file in the data folder."""
     path = os.environ.get("LSQ_DB") or paths.data_folder() / "lsq.duckdb"
     return database.resolve_database_path(path)
 
@@ -41,15 +41,14 @@ def database_path() -> Path:
 class DatabaseFile:
     """One DuckDB file. Every method opens it, does its work and closes it again.
 
-    Where several follow each other, :meth:`held` opens it once for all of them.
+    Use :meth:`held` to open it only once for several calls.
 
     Raises
     ------
     InputError
-        When the file is not a database of this project, or a newer version wrote it.
+        If the file is not a database of this project, or was written by a newer version.
     LsqError
-        When another process keeps it for longer than ``LOCK_TIMEOUT_S`` seconds, or the disk is
-        full.
+        If another process holds it for longer than ``LOCK_TIMEOUT_S`` seconds, or the disk is full.
     """
 
     def __init__(self, path: str | Path | None = None) -> None:
@@ -70,7 +69,7 @@ class DatabaseFile:
 
     @contextmanager
     def connect(self) -> Iterator[duckdb.DuckDBPyConnection]:
-        """A connection for the length of a ``with``; waits while another process has the file."""
+        """Open a connection for a ``with`` block; wait while another process holds the file."""
         connection = database.connect(self.path, LOCK_TIMEOUT_S)
         try:
             with database.translate_duckdb_errors(self.path):
@@ -81,10 +80,10 @@ class DatabaseFile:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Keep the file open for the length of a ``with``, so that methods within only use it.
+        """Keep the file open for a ``with`` block, so that methods called in it need not open it.
 
-        Opening takes forty times as long as a short question. Other processes wait meanwhile, so
-        it is for what takes no longer than they do (``LOCK_TIMEOUT_S``).
+        Opening takes forty times as long as a short query. Other processes have to wait, so the
+        block must take less time than they are willing to wait (``LOCK_TIMEOUT_S``).
         """
         import_pandas()
         with self.connect():
@@ -92,20 +91,20 @@ class DatabaseFile:
 
     @contextmanager
     def transaction(self) -> Iterator[duckdb.DuckDBPyConnection]:
-        """A connection of which all or nothing is kept."""
+        """Open a connection whose changes are committed together, or not at all on an error."""
         with self.connect() as connection:
             connection.begin()
             try:
                 yield connection
                 connection.commit()
             except BaseException:
-                # A commit that failed, on a full disk say, has rolled back already.
+                # A failed commit, for example on a full disk, has already been rolled back.
                 with suppress(duckdb.TransactionException):
                     connection.rollback()
                 raise
 
     def _retry_transaction(self, work: Callable[[duckdb.DuckDBPyConnection], None]) -> None:
-        """Do work in a transaction, again where another thread of this process was faster."""
+        """Do work in a transaction; retry if it conflicts with another thread of this process."""
         for attempt in range(_ATTEMPTS):
             try:
                 with self.transaction() as connection:
@@ -134,13 +133,13 @@ class DatabaseFile:
                 connection.execute("INSERT INTO schema_version VALUES (?)", [number])
             connection.commit()
         except BaseException:
-            # A commit that failed, on a full disk say, has rolled back already.
+            # A failed commit, for example on a full disk, has already been rolled back.
             with suppress(duckdb.TransactionException):
                 connection.rollback()
             raise
 
     def query(self, sql: str, parameters: list | None = None) -> pd.DataFrame:
-        """Rows of a SELECT as a data frame."""
+        """Return the rows of a SELECT as a data frame."""
         import_pandas()
         with self.connect() as connection:
             return connection.execute(sql, parameters or []).df()
@@ -160,7 +159,7 @@ class DatabaseFile:
 def insert_row(
     connection: duckdb.DuckDBPyConnection, table: str, replace: bool = False, **values: object
 ) -> None:
-    """One row; table and column names come from this file, values go in as parameters."""
+    """Insert one row; ``table`` and the column names are trusted, values are bound parameters."""
     marks = ", ".join("?" for _ in values)
     verb = "INSERT OR REPLACE" if replace else "INSERT"
     connection.execute(
@@ -169,10 +168,10 @@ def insert_row(
 
 
 def new_id() -> str:
-    """A fresh identity for a plan, a run or an evaluation: 12 hexadecimal digits."""
+    """Return a new id for a plan, a run or an evaluation: 12 hexadecimal digits."""
     return uuid.uuid4().hex[:12]
 
 
 def import_pandas() -> None:
-    """Have pandas before the file is opened: others would wait while it is imported."""
+    """Import pandas before the file is opened, so that other processes need not wait for that."""
     import pandas  # noqa: F401

@@ -1,8 +1,8 @@
-"""How a DuckDB file is opened: with which settings, by whom, and what is said when it can't be.
+"""Opening DuckDB files: settings, locking, and error messages.
 
-Every connection of this project is made here, so that none of them reaches a file other than its
-own, loads an extension or can be told to. Failures are distinguished by the error's type and the
-file's header; each way has a sentence of its own.
+Every connection of this project is opened here, so that none of them can access a file other than
+its own, load an extension, or be reconfigured to do so. Failures are distinguished by the error's
+type and the file's header; each kind has its own message.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ import duckdb
 from lsq_core.errors import InputError, LsqError, exception_reason
 from lsq_core.files import resolve_path
 
-#: Settings of every connection. One process can open a file twice only with the same settings.
+#: Settings of every connection. A process can open a file twice only with the same settings.
 CONFIG = {
     "enable_external_access": "false",
     "autoinstall_known_extensions": "false",
     "autoload_known_extensions": "false",
-    "python_enable_replacements": "false",  # a table is never a variable of this program
-    "allowed_configs": ["enable_progress_bar"],  # of a connection, not of the database
+    "python_enable_replacements": "false",  # a table name never refers to a Python variable
+    "allowed_configs": ["enable_progress_bar"],  # a setting of a connection, not of the database
     "lock_configuration": "true",
 }
-#: A file of DuckDB begins with a checksum of 8 bytes and this.
+#: A DuckDB file starts with a checksum of 8 bytes, followed by these.
 _MAGIC = b"DUCK"
-#: What DuckDB raises for what it can't read. A bare ``Error`` is a checksum that doesn't match.
+#: Errors that DuckDB raises for unreadable files. A bare ``Error`` means a wrong checksum.
 _STORAGE_ERRORS = (
     duckdb.IOException,
     duckdb.InternalException,
@@ -44,23 +44,23 @@ _STORAGE_ERRORS = (
 )
 T = TypeVar("T")
 #: Held while a connection is opened or closed: DuckDB refuses to open a file that another thread is
-#: just closing, and where many threads do both, one could be refused again and again.
+#: closing, and if many threads do both, one could be refused again and again.
 FILE_HANDLES = threading.Lock()
 _OTHER_PATH_HINT = "give another path with --db or LSQ_DB"
 
 
 def wal_path(path: Path) -> Path:
-    """DuckDB's write-ahead log of a database."""
+    """Return the path of a database's write-ahead log."""
     return path.with_name(f"{path.name}.wal")
 
 
 def resolve_database_path(path: str | Path) -> Path:
-    """The absolute path of a database that a person gave.
+    """Return the absolute path of a database given by the user.
 
     Raises
     ------
     InputError
-        When no file can have it, there is a device or a pipe, or DuckDB can't take the name.
+        If no file can have this path, it is a device or a pipe, or DuckDB cannot open such a path.
     """
     whole = resolve_path(path)
     utf8 = str(whole).encode("utf8", "replace").decode("utf8")
@@ -74,7 +74,7 @@ def resolve_database_path(path: str | Path) -> Path:
 
 
 def is_read_only(path: Path) -> bool:
-    """Whether a database can only be read: its file or its folder can't be written."""
+    """Return whether a database can only be read: its file or its folder is not writable."""
     return not (os.access(path, os.W_OK) and os.access(path.parent, os.W_OK))
 
 
@@ -82,16 +82,16 @@ def is_read_only(path: Path) -> bool:
 
 
 def connect(path: Path, wait: float) -> duckdb.DuckDBPyConnection:
-    """A connection to an existing database, read-only where it can't be written.
+    """Open a connection to an existing database, read-only if it is not writable.
 
-    Waits ``wait`` seconds while another process has the file.
+    Waits up to ``wait`` seconds while another process holds the file.
 
     Raises
     ------
     InputError
-        When it isn't there, or isn't a database that can be opened.
+        If the file does not exist or is not a database that can be opened.
     LsqError
-        When another process keeps it for longer.
+        If another process holds the file for longer.
     """
     if not path.exists():
         raise InputError(f"{path} no longer exists; {_OTHER_PATH_HINT}.")
@@ -111,9 +111,10 @@ def connect(path: Path, wait: float) -> duckdb.DuckDBPyConnection:
 def connect_in_memory(
     *attach_clauses: str, files: Path | None = None, path: Path | None = None, wait: float = 0.0
 ) -> duckdb.DuckDBPyConnection:
-    """A connection to no file but those of ``attach_clauses``.
+    """Open an in-memory connection that can access only the files of ``attach_clauses``.
 
-    It may read and write in the folder ``files``. Waits for ``path`` as :func:`connect` does.
+    It may also read and write in the folder ``files``. While ``path``, the attached file, is locked
+    by another process, waits as :func:`connect` does.
     """
     connection = duckdb.connect(config={"python_enable_replacements": "false"})
     try:
@@ -135,7 +136,7 @@ def connect_in_memory(
 
 
 def retry_while_locked(path: Path, wait: float, open: Callable[[], T]) -> T:
-    """What ``open`` gives, once no other process has the file; its errors in sentences."""
+    """Return ``open()``, retrying while another process holds the file; explain other errors."""
     deadline = time.monotonic() + wait
     while True:
         try:
@@ -154,10 +155,10 @@ def retry_while_locked(path: Path, wait: float, open: Callable[[], T]) -> T:
 
 
 def create(path: Path, fill: Callable[[duckdb.DuckDBPyConnection], None]) -> None:
-    """Make a database and have ``fill`` write its tables; one that is there already stays.
+    """Create a database whose tables ``fill`` writes; an existing one is left unchanged.
 
-    It is written under another name and then given its own, so that other processes see it whole
-    or not at all, and nothing is left of it on a full disk.
+    It is written under a temporary name and then moved into place, so that other processes see
+    either the complete database or none, and no partial file remains if the disk is full.
     """
     if wal_path(path).exists():
         raise InputError(
@@ -178,7 +179,7 @@ def create(path: Path, fill: Callable[[duckdb.DuckDBPyConnection], None]) -> Non
         _link_into_place(draft, path)
     finally:
         for left in (draft, wal_path(draft)):
-            with suppress(OSError):  # not there, or the folder can only be read
+            with suppress(OSError):  # it does not exist, or the folder is read-only
                 left.unlink()
 
 
@@ -188,22 +189,22 @@ def _link_into_place(draft: Path, path: Path) -> None:
             os.link(draft, path)
         except FileExistsError:
             raise
-        except OSError:  # a file system without links
+        except OSError:  # a file system without hard links
             if not path.exists():
                 draft.replace(path)
 
 
 def quote_sql(text: str, mark: str = "'") -> str:
-    """A string in SQL, or with ``"`` a name, where a parameter is not allowed."""
+    """Quote an SQL string, or with ``"`` an identifier, where a parameter is not allowed."""
     return mark + text.replace(mark, 2 * mark) + mark
 
 
-# --- what is said of errors -----------------------------------------------------------------
+# --- error messages -------------------------------------------------------------------------
 
 
 @contextmanager
 def translate_duckdb_errors(path: Path) -> Iterator[None]:
-    """Turn what a disk, a damaged file or a read-only one raises into a sentence."""
+    """Translate DuckDB's errors about full disks and damaged or read-only files into LsqError."""
     try:
         yield
     except duckdb.Error as error:
@@ -219,7 +220,7 @@ def translate_duckdb_errors(path: Path) -> Iterator[None]:
 
 
 def explain_open_error(error: duckdb.Error, path: Path) -> LsqError:
-    """What to tell a person when a database can't be opened or read."""
+    """Return the error to show the user if a database cannot be opened or read."""
     text = _error_text(error, path)
     if is_disk_full(error, path):
         return LsqError(
@@ -252,9 +253,9 @@ def explain_open_error(error: duckdb.Error, path: Path) -> LsqError:
 
 
 def _diagnose_header(path: Path) -> InputError | None:
-    """What a file is that isn't a database of DuckDB, or None.
+    """Return the error for a file that is not a DuckDB database, or None if it is one.
 
-    Only read when it couldn't be opened: closing a file lets go of this process's locks on it.
+    Call this only for a file that could not be opened: closing it releases this process's locks.
     """
     try:
         with path.open("rb") as file:
@@ -275,7 +276,7 @@ def _diagnose_header(path: Path) -> InputError | None:
 
 
 def _is_lock_error(error: duckdb.Error) -> bool:
-    """Whether another process, or another thread with other settings, has the file."""
+    """Return whether another process, or another thread with other settings, holds the file."""
     text = str(error)
     return (
         (
@@ -295,14 +296,14 @@ def _is_storage_error(error: duckdb.Error) -> bool:
 
 
 def is_disk_full(error: duckdb.Error, path: Path) -> bool:
-    """Whether a write, or the commit that it was part of, found no room."""
+    """Return whether a write, or the commit it was part of, failed for lack of disk space."""
     text = _error_text(error, path)
     full = "No space left on device" in text or "Disk quota exceeded" in text
     return full and (_is_storage_error(error) or isinstance(error, duckdb.TransactionException))
 
 
 def _error_text(error: duckdb.Error, path: Path) -> str:
-    """What DuckDB says, without the path: a folder may be called anything."""
+    """Return DuckDB's message without the path, whose folders may have any name."""
     return str(error).replace(str(path), "").strip()
 
 
@@ -310,13 +311,13 @@ def _error_text(error: duckdb.Error, path: Path) -> str:
 
 
 def schema_version(connection: duckdb.DuckDBPyConnection, path: Path, latest: int) -> int:
-    """Which of our schemas a database has; 0 for one that is empty.
+    """Return the version of a database's schema; 0 if it is empty.
 
     Raises
     ------
     InputError
-        When it is another program's or a newer one's, or holds views or macros, which could
-        stand for anything where a table is expected.
+        If it was written by another program or a newer version of this one, or contains views or
+        macros, which could replace a table.
     """
     objects = connection.execute(
         "SELECT view_name, 'view' FROM duckdb_views() WHERE NOT internal UNION ALL "
@@ -353,7 +354,7 @@ def schema_version(connection: duckdb.DuckDBPyConnection, path: Path, latest: in
 def check_schema(
     connection: duckdb.DuckDBPyConnection, path: Path, migrations: Sequence[str]
 ) -> None:
-    """Raise :class:`InputError` when a database lacks a column that these migrations make."""
+    """Raise :class:`InputError` if a database lacks a column that these migrations create."""
     missing_columns = _expected_columns(tuple(migrations)) - _columns(connection)
     if missing_columns:
         table, column, type = min(missing_columns)
@@ -365,7 +366,7 @@ def check_schema(
 
 @lru_cache(maxsize=8)
 def _expected_columns(migrations: tuple[str, ...]) -> frozenset[tuple[str, str, str]]:
-    """Table, column and type of all that the migrations make."""
+    """Return table, column and type of every column that the migrations create."""
     with duckdb.connect(config=CONFIG) as connection:
         for script in migrations:
             connection.execute(script)

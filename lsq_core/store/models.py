@@ -1,4 +1,4 @@
-"""Models, and the names they are known by."""
+"""Models, and the names they were requested by."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-#: What the fingerprint of a model without weights begins with: its measurements were published.
+#: Prefix of the fingerprint of a published model, whose weights are not available.
 PUBLISHED = "published:"
 
 
 class ModelTables(DatabaseFile):
-    """What is known of each model without its weights."""
+    """Descriptions of models, without their weights."""
 
     def save_model(self, info: ModelInfo) -> None:
         """Store a model's description and the name it was requested by.
 
-        A model already there stays as it is, whatever its other names are.
+        The description of a stored model does not change, except for its notes if ``info`` has any.
         """
         if not info.fingerprint:
             raise ValueError("a model that was not fetched has no identity to be kept by")
@@ -59,7 +59,10 @@ class ModelTables(DatabaseFile):
             )
 
     def find_model_by_name(self, source: str, revision: str | None) -> tuple[str, str, str] | None:
-        """(fingerprint, tokenizer, code) of the model last seen under a name and revision."""
+        """Return (fingerprint, tokenizer, code) of the model last seen under a name and revision.
+
+        None if there is none.
+        """
         with self.connect() as connection:
             return connection.execute(
                 "SELECT fingerprint, tokenizer, code FROM model_names "
@@ -68,7 +71,7 @@ class ModelTables(DatabaseFile):
             ).fetchone()
 
     def model(self, fingerprint: str) -> ModelInfo | None:
-        """What is known of a model, or None."""
+        """Return the description of a model, or None if it is unknown."""
         with self.connect() as connection:
             row = self._fetch_row("SELECT * FROM models WHERE fingerprint = ?", [fingerprint])
             if row is None:
@@ -96,7 +99,7 @@ class ModelTables(DatabaseFile):
         )
 
     def models(self, origin: str = "measured") -> pd.DataFrame:
-        """One row a model, newest first: ``measured`` ones, with weights, or ``published``."""
+        """Return one row per model, newest first; ``origin`` is ``measured`` or ``published``."""
         return self.query(
             "SELECT * EXCLUDE (config) FROM models WHERE origin = ? ORDER BY created DESC",
             [origin],

@@ -1,4 +1,4 @@
-"""How far arithmetic alone moves a model's figures."""
+"""Noise floors: how much a model's figures change with the arithmetic alone."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from lsq_core.store.connection import DatabaseFile, insert_row, new_id
 
 
 class NoiseTables(DatabaseFile):
-    """The noise floors of models, one or more for each protocol, kind of device and dtype."""
+    """Noise floors of models, one or more for each protocol, device type and dtype."""
 
     def save_noise_floor(self, fingerprint: str, floor: NoiseFloor) -> str:
-        """Keep a noise floor; returns its id. Figures are shown with the newest one."""
+        """Store a noise floor and return its id. Figures are shown with the newest one."""
         id = new_id()
         with self.transaction() as connection:
             insert_row(
@@ -41,14 +41,17 @@ class NoiseTables(DatabaseFile):
         return id
 
     def has_noise_floor(self, fingerprint: str) -> bool:
-        """Whether any noise floor of a model was measured."""
+        """Return whether any noise floor of a model was measured."""
         found = self._fetch_row(
             "SELECT 1 FROM noise_floors WHERE fingerprint = ? LIMIT 1", [fingerprint]
         )
         return found is not None
 
     def noise_of_evaluation(self, evaluation: str) -> NoiseFloor | None:
-        """The noise floor of an evaluation's figures; None without one, or no such evaluation."""
+        """Return the noise floor of an evaluation's figures.
+
+        None if it was not measured or there is no such evaluation.
+        """
         row = self._fetch_row(
             "SELECT fingerprint, protocol, provenance FROM evaluations WHERE id = ?", [evaluation]
         )
@@ -60,9 +63,9 @@ class NoiseTables(DatabaseFile):
     def noise_floor(
         self, fingerprint: str, protocol: str, provenance: Mapping[str, Any]
     ) -> NoiseFloor | None:
-        """The newest noise floor of a model's figures by a protocol; None where none was measured.
+        """Return the newest noise floor of a model under a protocol; None if none was measured.
 
-        ``provenance`` is that of the figures, of which the kind of device and the dtype count.
+        ``provenance`` is that of the figures; only its device type and dtype matter.
         """
         where = DeviceAndDtype.from_record(provenance)
         row = self._fetch_row(

@@ -22,7 +22,7 @@ from lsq_core.store.models import ModelTables
 
 @dataclass(frozen=True)
 class InteractionKey:
-    """Which interactions: by which loss, of which widths and groups."""
+    """Identifies interactions of a profile by loss, bit widths and group size."""
 
     loss: str
     low_bits: int
@@ -30,30 +30,30 @@ class InteractionKey:
     group_size: int
 
 
-#: The tables with a provenance that keep something under a profile's identity, and its column.
+#: Tables whose rows have a provenance and belong to a profile, with the column of its id.
 _PROFILE_TABLES = {"profiles": "id", "row_scores": "profile", "interactions": "profile"}
 
 
 class ProfileTables(ModelTables):
-    """Every score of every profile, with how it was measured."""
+    """Every score of every profile, and how it was measured."""
 
     def merge_profile(self, measured: Profile) -> None:
-        """Add metrics to the profile of the same identity, in the place of the same ones.
+        """Add metrics to the profile with the same id, replacing its scores of these metrics.
 
-        One that isn't there yet begins with them. Looking and writing are one transaction, so
-        several processes and threads that measure one profile lose nothing of each other's.
-        How each metric was measured is kept under its name in ``provenance["added"]``. Where the
-        calibration text has become another one, as a dataset may at a revision that moves, the
-        scores on the text before it are dropped: a profile is of one text.
+        The profile is created if it does not exist. Reading and writing are one transaction, so
+        processes and threads that measure the same profile do not lose each other's scores.
+        How each added metric was measured is stored under its name in ``provenance["added"]``. If
+        the calibration text has changed, for example because a dataset's revision has moved, the
+        scores on the previous text are dropped: a profile covers only one text.
         """
         self._retry_transaction(lambda connection: _merge_profile(connection, measured))
 
     def rekey_profile(self, old: str, new: str, same: Callable[[dict], bool]) -> bool:
-        """Put what is kept under a profile's older identity under its new one; whether any was.
+        """Move the data stored under a profile's old id to its new id; return whether any moved.
 
-        ``same`` says of a provenance whether what was measured with it belongs there. Metrics
-        that were added on another device, say, are dropped, and nothing is done where there is a
-        profile under the new identity.
+        ``same`` returns whether data measured with a given provenance belong to the new id. Metrics
+        that do not, for example because they were added on another device, are dropped. Nothing
+        changes if there are data under the new id.
         """
         with self.connect() as connection:
             if not _has_profile_data(connection, old) or _has_profile_data(connection, new):
@@ -62,7 +62,7 @@ class ProfileTables(ModelTables):
             return _rekey_profile(connection, old, new, same)
 
     def profile(self, id: str) -> Profile | None:
-        """A profile by its identity, or None; without scores by an earlier definition."""
+        """Return a profile by its id, or None; scores by outdated definitions are left out."""
         with self.held():
             row = self._fetch_row("SELECT * FROM profiles WHERE id = ?", [id])
             if row is None:
@@ -80,10 +80,10 @@ class ProfileTables(ModelTables):
         )
 
     def profiles(self, fingerprint: str) -> pd.DataFrame:
-        """A model's profiles: ``id, settings, provenance, created, origin``.
+        """Return a model's profiles: ``id, settings, provenance, created, origin``.
 
-        The newest comes first; those that came with the project come last, the main one of them
-        (HQQ's, measured first) before the others.
+        The newest comes first. Shipped profiles come last, in the order they were measured, HQQ's
+        before the others.
         """
         return self.query(
             "SELECT id, settings, provenance, created, origin FROM profiles WHERE fingerprint = ? "
@@ -94,10 +94,10 @@ class ProfileTables(ModelTables):
         )
 
     def profile_contents(self) -> pd.DataFrame:
-        """What every profile of every model holds, newest profile first.
+        """Return the metrics and configurations of every profile of every model, newest first.
 
-        A row for each metric and configuration: ``id, model, origin, linear_parameters, metric,
-        config`` and the fields of its settings. Scores by an earlier definition are left out.
+        One row for each metric and configuration: ``id, model, origin, linear_parameters, metric,
+        config`` and the fields of the settings. Scores by outdated definitions are left out.
         """
         rows = self.query(
             """
@@ -119,9 +119,9 @@ class ProfileTables(ModelTables):
         return pd.concat([rows, settings], axis=1)
 
     def scores_over_layers(self, ids: Sequence[str], metric: str) -> pd.DataFrame:
-        """A metric of some profiles over the layers, the experts of a layer averaged.
+        """Return a metric of some profiles by layer, averaged over the experts of a layer.
 
-        ``id, config, type, part, layer, value`` a row, in the order of layers.
+        Columns are ``id, config, type, part, layer, value``; rows are in the order of layers.
         """
         return self.query(
             """
@@ -136,7 +136,7 @@ class ProfileTables(ModelTables):
     def save_row_scores(
         self, profile: str, scores: Mapping[str, np.ndarray], provenance: dict
     ) -> None:
-        """Keep each module's row scores (out,) under a profile's identity."""
+        """Store each module's row scores (out,) under a profile's id."""
         provenance_json, written_at = json_text(provenance), now()
         with self.transaction() as connection:
             connection.execute("DELETE FROM row_scores WHERE profile = ?", [profile])
@@ -149,7 +149,7 @@ class ProfileTables(ModelTables):
             )
 
     def row_scores(self, profile: str) -> dict[str, np.ndarray]:
-        """Row scores (out,) by module; none where they were not measured."""
+        """Return row scores (out,) by module; empty if they were not measured."""
         with self.connect() as connection:
             rows = connection.execute(
                 "SELECT module, scores FROM row_scores WHERE profile = ?", [profile]
@@ -165,7 +165,7 @@ class ProfileTables(ModelTables):
         matrix: np.ndarray,
         provenance: dict,
     ) -> None:
-        """Keep one block's M (u·r, u·r) as it was measured, in the place of one before."""
+        """Store one block's M (u·r, u·r) as measured, replacing any previous one."""
         key = {"profile": profile} | asdict(kind) | {"layer": layer}
         with self.transaction() as connection:
             where = " AND ".join(f"{column} = ?" for column in key)
@@ -182,7 +182,7 @@ class ProfileTables(ModelTables):
             )
 
     def interactions(self, profile: str, kind: InteractionKey) -> dict[int, np.ndarray]:
-        """Each layer's M (u·r, u·r) so far."""
+        """Return M (u·r, u·r) of each layer measured so far."""
         key = {"profile": profile} | asdict(kind)
         where = " AND ".join(f"{column} = ?" for column in key)
         with self.connect() as connection:
@@ -193,9 +193,10 @@ class ProfileTables(ModelTables):
         return {layer: _to_square_matrix(matrix) for layer, matrix in rows}
 
     def row_data_version(self, profile: str, kind: InteractionKey) -> str:
-        """When row scores and interactions of a kind were last written, and how many.
+        """Return a version of row scores and interactions of a kind; '' if there are no row scores.
 
-        '' where there are no row scores: what is planned from them changes with this text.
+        It combines the times at which they were last written with the number of interactions, so it
+        changes whenever plans made from them may change.
         """
         key = {"profile": profile} | asdict(kind)
         where = " AND ".join(f"{column} = ?" for column in key)
@@ -265,7 +266,7 @@ def _has_profile_data(connection: duckdb.DuckDBPyConnection, id: str) -> bool:
 def _rekey_profile(
     connection: duckdb.DuckDBPyConnection, old: str, new: str, same: Callable[[dict], bool]
 ) -> bool:
-    """Move what belongs under the new identity; see :meth:`Store.rekey_profile`."""
+    """Move the data that belong to the new id; see :meth:`Store.rekey_profile`."""
     moved = False
     for table, column in _PROFILE_TABLES.items():
         recorded = connection.execute(

@@ -1,4 +1,4 @@
-"""Measurements that a method's authors published."""
+"""Measurements published by a method's authors."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-#: Which rows of each table are published ones, what points to others before what is pointed to.
-#: Plans that a person made for a published model stay.
+#: Conditions for published rows by table, referring tables before those they refer to.
+#: The user's own plans for a published model are not included.
 _PUBLISHED_ROWS = {
     "scores": "profile IN (SELECT id FROM profiles WHERE origin = 'published')",
     "evaluations": "fingerprint IN (SELECT fingerprint FROM models WHERE origin = 'published')",
@@ -25,7 +25,7 @@ _PUBLISHED_ROWS = {
 }
 
 
-#: A published figure stands beside the full precision that was published with it.
+#: Pairs each published figure with the full-precision figure published with it.
 _PAIR_PUBLISHED = """
     UPDATE evaluations SET full_precision = f.id, pairing = 'published'
     FROM evaluations f
@@ -38,14 +38,14 @@ _PAIR_PUBLISHED = """
 
 
 class PublishedTables(DatabaseFile):
-    """Models without weights, with their published profiles, plans and runs."""
+    """Models without weights, and their published profiles, plans and runs."""
 
     def replace_published(self, models: list[ModelInfo], rows: dict[str, pd.DataFrame]) -> None:
-        """Keep published measurements in the place of those kept before, all or nothing.
+        """Store published measurements, replacing all previous ones in one transaction.
 
-        ``rows`` holds a frame for each of ``profiles, scores, plans, runs, evaluations``, with
-        the columns of the table by their own names; what a frame lacks has its default. A run
-        that is there again under the same identity keeps its star and note.
+        ``rows`` holds a frame for each of ``profiles, scores, plans, runs, evaluations``, with the
+        column names of the table; missing columns get their defaults. A run with the same id as
+        before keeps its star and note.
         """
         with self.transaction() as connection:
             marked_runs = connection.execute(

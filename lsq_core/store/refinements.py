@@ -1,4 +1,4 @@
-"""Refined plans: every step of each, so that a search goes on from the last one."""
+"""Refined plans: every step of each, so that a search can continue from the last one."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from lsq_core.provenance import now
 from lsq_core.refinement.step import RefinementStep
 from lsq_core.store.connection import DatabaseFile, insert_row
 
-#: Fields of a request that decide which plans a search is among, beside start and budget.
+#: Fields of a request, besides start and budget, that restrict the plans a search considers.
 _RESTRICTIONS = ("pins", "ties", "serve")
-#: A budget is in nominal bytes or in planned ones, and the other is NULL.
+#: A budget is in nominal or in planned bytes; the other column is NULL.
 _WITHIN = "nominal_bytes IS NOT DISTINCT FROM ? AND planned_bytes IS NOT DISTINCT FROM ?"
 
 
 @dataclass(frozen=True)
 class RefinementKey:
-    """Which search: from the plan of which method and profile, restricted how."""
+    """Identifies a search by the profile, starting method and restrictions of its plan."""
 
     profile: str
     request: str
@@ -37,7 +37,7 @@ class RefinementKey:
 
 
 class RefinementTables(DatabaseFile):
-    """The steps of every search."""
+    """The steps of all searches."""
 
     def save_refinement_step(
         self,
@@ -48,15 +48,15 @@ class RefinementTables(DatabaseFile):
         options: Sequence[str],
         provenance: dict,
     ) -> None:
-        """Keep a step of the search within a budget, in the place of what was kept of its number.
+        """Store a step of the search within a budget, replacing any stored step with its number.
 
-        ``conditions`` say what its divergence was measured on and in which dtype; ``options`` are
-        the names of the configurations that its choice and cost are of.
+        ``conditions`` describe what its divergence was measured on and in which dtype; ``options``
+        are the names of the configurations that its choice and cost refer to.
 
         Raises
         ------
         LsqError
-            When another search has kept a later or a better step meanwhile.
+            If another search has stored a later or better step in the meantime.
         """
         columns = asdict(key) | {
             "conditions": json_text(conditions),
@@ -96,7 +96,7 @@ class RefinementTables(DatabaseFile):
             )
 
     def refinement_budgets(self, key: RefinementKey) -> list[Budget]:
-        """The budgets for which a search found a better plan, the newest one last."""
+        """Return the budgets within which a search found a better plan, the newest last."""
         with self.connect() as connection:
             rows = connection.execute(
                 "SELECT nominal_bytes, planned_bytes FROM refinements "
@@ -112,10 +112,10 @@ class RefinementTables(DatabaseFile):
         options: Sequence[str],
         conditions: dict | None = None,
     ) -> list[RefinementStep]:
-        """The steps within a budget in order; those of other options are left out.
+        """Return the steps within a budget in order; steps with other options are left out.
 
-        If no conditions are given, they are those of the newest search that found a better plan,
-        or of the newest one if none did.
+        The conditions default to those of the newest search that found a better plan, or of the
+        newest search if none did.
         """
         columns = f"profile = ? AND request = ? AND {_WITHIN} AND options = ?"
         values = [*asdict(key).values(), *_bytes(budget), list(options)]

@@ -1,4 +1,4 @@
-"""Copy what can be read of a damaged database into a new one."""
+"""Copying the readable part of a damaged database into a new one."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from lsq_core.errors import InputError, LsqError
 from lsq_core.store import database
 from lsq_core.store.store import Store
 
-#: Rows that are read at once where a table can't be read whole: DuckDB's vector, its smallest unit.
+#: Rows read at a time if a table cannot be read in full: DuckDB's vector size, its smallest unit.
 _STEP = 2048
 
 
 @dataclass(frozen=True)
 class CopiedTable:
-    """How many rows of a table were copied, and how many there were as far as is known."""
+    """The number of rows copied from a table, and the estimated number of rows lost."""
 
     table: str
     copied: int
@@ -30,16 +30,16 @@ class CopiedTable:
 
 
 def repair(path: Path, out: Path) -> list[CopiedTable]:
-    """Copy each table of ``path`` into a new database ``out``; what can't be read is left out.
+    """Copy each table of ``path`` into a new database ``out``; unreadable rows are left out.
 
-    ``path`` stays as it is. Where its log is damaged, it is read as it was before the log.
+    ``path`` is not modified. If its write-ahead log is damaged, the log is ignored.
 
     Raises
     ------
     InputError
-        When there is nothing at ``path``, something at ``out``, or it isn't one of ours.
+        If ``path`` is not a file, ``out`` exists, or the database is another program's.
     LsqError
-        When not even its list of tables can be read.
+        If the database cannot be opened even without its log, or is in use.
     """
     if not path.is_file():
         raise InputError(f"{path} is not a file; give the path of a database.")
@@ -56,7 +56,7 @@ def repair(path: Path, out: Path) -> list[CopiedTable]:
 
 @contextmanager
 def _readable_copy(path: Path) -> Iterator[Path]:
-    """A copy of the database that opens: with its log, or else without."""
+    """Make a copy of the database that can be opened, without its log if that is damaged."""
     with tempfile.TemporaryDirectory(prefix="lsq-repair-") as folder:
         copy = Path(folder) / "damaged.duckdb"
         _copy_database_files(path, copy)
@@ -75,10 +75,10 @@ def _readable_copy(path: Path) -> Iterator[Path]:
 
 
 def _copy_database_files(path: Path, copy: Path) -> None:
-    """Copy a database and its log while no other process has it."""
+    """Copy a database and its log, while no other process has it open."""
     with path.open("rb") as file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # as DuckDB does
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # the lock that DuckDB takes
         except BlockingIOError as error:
             raise LsqError(f"{path} is in use by another process; close that one.") from error
         shutil.copyfile(path, copy)
@@ -92,7 +92,7 @@ def _attach(source: Path, *more: str) -> duckdb.DuckDBPyConnection:
 
 
 def _shared_tables(source: Path, new: Store) -> list[str]:
-    """Tables that both have, but for the number of the schema, which the new one has by itself."""
+    """Return the tables that both databases have, except ``schema_version``."""
     listed = "SELECT table_name FROM duckdb_tables() WHERE NOT internal AND schema_name = 'main'"
     with _attach(source) as connection:
         there = {row[0] for row in connection.execute(listed).fetchall()}
@@ -122,9 +122,9 @@ def _count(source: Path, table: str) -> int:
 
 
 def _insert(source: Path, new: Store, table: str, where: str) -> int | None:
-    """Rows that were copied, or None when they can't be read.
+    """Copy rows and return their number, or None if they cannot be read.
 
-    A connection of its own: DuckDB uses none again that found damage.
+    Opens a new connection, because DuckDB's connections are unusable after they hit damage.
     """
     into = f"ATTACH {database.quote_sql(str(new.path))} AS new"
     with _attach(source, into) as connection:
@@ -140,7 +140,7 @@ def _insert(source: Path, new: Store, table: str, where: str) -> int | None:
 
 
 def _shared_columns(connection: duckdb.DuckDBPyConnection, table: str) -> str:
-    """The columns that the old and the new table have by the same name."""
+    """Return the names of the columns that both the old and the new table have."""
     rows = connection.execute(
         "SELECT column_name FROM duckdb_columns() WHERE table_name = ? "
         "AND database_name IN ('old', 'new') GROUP BY ALL HAVING count(*) = 2",

@@ -1,4 +1,4 @@
-"""Results as tables, and copies of the database to read from."""
+"""Results as tables, and read-only copies of the database."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-#: Every evaluation of a quantized run that wasn't deleted, with full precision beside it.
+#: Every evaluation of a quantized run that is not deleted, with its full-precision figures.
 _RESULTS_SQL = """
     SELECT e.id AS evaluation, r.id AS run, r.plan, m.source AS model, r.fingerprint,
            r.method, p.asked[1] ->> '$' AS base,
@@ -52,7 +52,7 @@ _RESULTS_SQL = """
 """
 
 
-#: The newest full-precision evaluation of each GGUF file that stands beside an evaluation.
+#: The newest full-precision evaluation of each GGUF file comparable with an evaluation.
 _GGUF_BASELINES_SQL = """
     SELECT m.source AS model, m.config ->> '$.gguf.type' AS type,
            CAST(m.config ->> '$.gguf.block_bytes' AS BIGINT) AS block_bytes, m.file_bytes,
@@ -74,26 +74,26 @@ _JSON_COLUMNS = ("content", "divergence", "provenance", "seconds", "settings", "
 
 
 class ResultTables(NoiseTables):
-    """Runs with their evaluations, plans and profiles side by side."""
+    """Runs joined with their evaluations, plans and profiles."""
 
     def results(
         self, fingerprint: str | None = None, origin: str | None = "measured"
     ) -> pd.DataFrame:
-        """One row an evaluation of a quantized run, newest first, with full precision beside it.
+        """Return one row per evaluation of a quantized run, newest first.
 
-        ``perplexity_full`` is of the evaluation that this one was paired with when it was made
-        (``full_precision``), of the same tokens, protocol, kind of device, dtype and versions; no
-        later one takes its place. ``pairing`` is ``measured`` or ``published``; ``inferred`` where
-        an older version kept no pair and versions may differ; None where there is none.
-        ``saved_model`` marks an evaluation of a saved model alone.
-        ``format`` is that in which the weights were measured; of a run that was exported from
-        another (``exported_from``), ``quantizer`` names it too: ``hqq as gguf``.
-        ``noise`` and ``noise_kl`` are the shares by which arithmetic alone moves the perplexity and
-        the KL divergence (:class:`lsq_core.evaluation.noise.NoiseFloor`), None if not measured.
-        ``origin`` is ``measured`` (by this project, here or shipped with it, as each row's own
-        ``origin`` says), ``published``, or None for both together. A published row has
-        no ``measured_bytes``; its ``model_bytes`` are the whole model's storage, as published.
-        Deleted runs are left out.
+        ``perplexity_full`` is from the full-precision evaluation paired with this one
+        (``full_precision``), which has the same tokens, protocol, device type, dtype and versions;
+        later evaluations do not replace it. ``pairing`` is ``measured``, ``published``,
+        ``inferred`` if an older version stored no pair and versions may differ, or None if there is
+        no pair. ``saved_model`` marks an evaluation of a saved model alone.
+        ``format`` is the format in which the weights were measured; for a run exported from another
+        run (``exported_from``), ``quantizer`` names it too: ``hqq as gguf``.
+        ``noise`` and ``noise_kl`` are the shares by which arithmetic alone changes the perplexity
+        and the KL divergence (:class:`lsq_core.evaluation.noise.NoiseFloor`), None if not measured.
+        The argument ``origin`` is ``measured`` (by this project, here or shipped with it; the
+        column ``origin`` distinguishes the two), ``published``, or None for both. A published row
+        has no ``measured_bytes``; its ``model_bytes`` are the storage of the full model, as
+        published. Deleted runs are left out.
         """
         where, values = "true", []
         if fingerprint:
@@ -105,9 +105,9 @@ class ResultTables(NoiseTables):
         )
 
     def run_configs(self, fingerprint: str) -> dict[str, dict[str, str]]:
-        """Each run of a model to the configurations of its plan, by module name.
+        """Return the planned configuration of each module, by run and module name.
 
-        Runs whose plan was not published, and deleted ones, are left out.
+        Deleted runs, and runs whose plan was not published, are left out.
         """
         with self.connect() as connection:
             rows = connection.execute(
@@ -124,10 +124,11 @@ class ResultTables(NoiseTables):
         }
 
     def objectives(self, fingerprint: str, method: str) -> pd.DataFrame:
-        """What a method minimised in the plan of each evaluated run: ``run, objective``, as kept.
+        """Return the stored objective of each evaluated run of a method: ``run, objective``.
 
-        ``kl, perplexity, increase, corpus, protocol, quantizer, bits_per_param, request`` are of
-        the run; those without an objective are left out.
+        The objective is what the method minimised in the run's plan. The columns ``kl, perplexity,
+        increase, corpus, protocol, quantizer, bits_per_param, request`` are those of
+        :meth:`results`; runs without an objective are left out.
         """
         return self.query(
             f"SELECT r.run, CAST(p.content ->> '$.objective' AS DOUBLE) AS objective, r.kl, "
@@ -138,12 +139,12 @@ class ResultTables(NoiseTables):
         )
 
     def windows(self, evaluation: str) -> tuple[np.ndarray, np.ndarray]:
-        """Negative log-likelihood and token count of each window of an evaluation.
+        """Return the negative log-likelihood and token count of each window of an evaluation.
 
         Raises
         ------
         InputError
-            When there is no such evaluation, or it was published as one figure.
+            If there is no such evaluation, or it was published without windows.
         """
         row = self._fetch_row("SELECT nll, counts FROM evaluations WHERE id = ?", [evaluation])
         if row is None:
@@ -156,17 +157,17 @@ class ResultTables(NoiseTables):
         return np.array(row["nll"]), np.array(row["counts"])
 
     def record(self, evaluation: str) -> dict[str, dict]:
-        """All that is kept of one evaluation: ``evaluation, run, plan, model``, and ``profile``.
+        """Return everything stored about one evaluation of a run.
 
-        ``full`` is the evaluation in full precision that this one is paired with. Each is a row by
-        its columns' names, without what takes long to read (windows, scores); JSON columns are
-        decoded. ``noise`` is of :meth:`lsq_core.evaluation.noise.NoiseFloor.to_json`. ``full``,
-        ``plan``, ``profile`` and ``noise`` are empty where there is none.
+        The keys are ``evaluation, full, run, plan, model, profile, noise``. ``full`` is the paired
+        evaluation in full precision. Each value is a row by column name, without the slow columns
+        (windows, a model's config), and with JSON columns decoded; ``noise`` is from
+        :meth:`lsq_core.evaluation.noise.NoiseFloor.to_json`. Values that do not exist are empty.
 
         Raises
         ------
         InputError
-            When there is no such evaluation.
+            If there is no such evaluation.
         """
         own = self._fetch_row(
             "SELECT * EXCLUDE (nll, counts) FROM evaluations WHERE id = ?", [evaluation]
@@ -191,17 +192,17 @@ class ResultTables(NoiseTables):
         return {name: _decode_json_columns(row) for name, row in rows_by_table.items()}
 
     def gguf_baselines(self, evaluation: str) -> pd.DataFrame:
-        """The GGUF files evaluated as a run was: ``model, type, block_bytes, file_bytes,
-        perplexity``.
+        """Return the GGUF files evaluated in the same way as a run.
 
-        These are the run's own model where it was read from such a file, and others of as many
-        layers and planned weights, on the same text by the same protocol and as many tokens.
-        ``block_bytes`` are what the weight matrices of decoder blocks take in the file.
+        Columns are ``model, type, block_bytes, file_bytes, perplexity``. The files are the run's
+        own model if it was read from such a file, and models with the same number of layers and
+        planned weights, evaluated on the same text with the same protocol and number of tokens.
+        ``block_bytes`` is the size of the weight matrices of decoder blocks in the file.
         """
         return self.query(_GGUF_BASELINES_SQL, [evaluation])
 
     def snapshot(self, path: Path) -> None:
-        """Write all there is at this moment into a new database file, with a view ``results``.
+        """Copy the current database to a new file, and add a view ``results``.
 
         Readers of the copy do not block the database.
         """
@@ -217,7 +218,7 @@ class ResultTables(NoiseTables):
 
 
 def _decode_json_columns(row: dict[str, Any]) -> dict[str, Any]:
-    """A row with its JSON columns as what they hold."""
+    """Return a row with its JSON columns decoded."""
     return {
         name: json.loads(value) if name in _JSON_COLUMNS and isinstance(value, str) else value
         for name, value in row.items()

@@ -21,16 +21,16 @@ if TYPE_CHECKING:
     from lsq_core.evaluation.result import Evaluation
     from lsq_core.planning.plan import Plan
 
-#: What a saved model's manifest knows of its plan and run, by the columns' own names.
+#: Plan and run columns stored in a saved model's manifest.
 _PLAN_COLUMNS = ("method", "bits_per_param", "nominal_bytes", "planned_bytes", "model_bytes")
 _RUN_COLUMNS = ("method", "quantizer", "model_bytes", "device", "dtype")
 
 
 class RunTables(DatabaseFile):
-    """What was planned, quantized and evaluated, and what a person noted about it."""
+    """Plans, runs and evaluations, and the user's notes about them."""
 
     def save_plan(self, plan: Plan, fingerprint: str, profile: str | None, name: str = "") -> str:
-        """Keep a plan; returns its id."""
+        """Store a plan and return its id."""
         id = new_id()
         with self.transaction() as connection:
             insert_row(
@@ -51,23 +51,22 @@ class RunTables(DatabaseFile):
         return id
 
     def plan_content(self, id: str) -> dict | None:
-        """What :meth:`lsq_core.planning.plan.Plan.to_json` gave for a kept plan, or None."""
+        """Return a stored plan as :meth:`lsq_core.planning.plan.Plan.to_json` gave it, or None."""
         row = self._fetch_row("SELECT content FROM plans WHERE id = ?", [id])
         return json.loads(row["content"]) if row else None
 
     def named_plans(self, fingerprint: str) -> pd.DataFrame:
-        """A model's saved plans that have a name, newest first: ``id, name``."""
+        """Return a model's named plans, newest first: ``id, name``."""
         return self.query(
             "SELECT id, name FROM plans WHERE fingerprint = ? AND name <> '' ORDER BY created DESC",
             [fingerprint],
         )
 
     def save_run(self, id: str, run: dict, evaluations: list[Evaluation]) -> None:
-        """Keep a run and its evaluations, together or not at all.
+        """Store a run and its evaluations in one transaction.
 
-        ``run`` holds the columns of the table ``runs`` but its id and time. To a run that is
-        there already only those evaluations are added that it lacks; a run that was deleted is
-        there again.
+        ``run`` holds the columns of the table ``runs`` except ``id`` and ``created``. If the run
+        exists, only missing evaluations are added; a deleted run is restored.
         """
         with self.transaction() as connection:
             if not connection.execute("SELECT 1 FROM runs WHERE id = ?", [id]).fetchone():
@@ -77,12 +76,14 @@ class RunTables(DatabaseFile):
                 _add_evaluation(connection, evaluation, id, run["fingerprint"])
 
     def run(self, id: str) -> dict:
-        """A run measured here: its columns, its plan's ``content``, and its model's ``source``.
+        """Return a run measured here: its columns, and ``content`` of its plan.
+
+        ``source`` and ``revision`` of its model are included.
 
         Raises
         ------
         InputError
-            When there is no such run, or it was published.
+            If there is no such run, or it was published or shipped with the project.
         """
         row = self._fetch_row(
             "SELECT r.*, p.content, m.source, m.revision FROM runs r "
@@ -95,14 +96,14 @@ class RunTables(DatabaseFile):
         return row | {"content": json.loads(row["content"])}
 
     def find_run_plan(self, run: str) -> str | None:
-        """The plan that a run was made by, or None where there is no such run."""
+        """Return the id of a run's plan, or None if there is no such run."""
         row = self._fetch_row("SELECT plan FROM runs WHERE id = ?", [run])
         return row["plan"] if row else None
 
     def run_plan(self, run: str) -> tuple[dict, str] | None:
-        """A run's plan as JSON and its model's fingerprint, or None where there is no such run.
+        """Return a run's plan as JSON and its model's fingerprint, or None if there is no such run.
 
-        The JSON is empty where the plan was not published.
+        The JSON is empty if the plan was not published. Deleted runs are not found.
         """
         row = self._fetch_row(
             "SELECT p.content, r.fingerprint FROM runs r LEFT JOIN plans p ON r.plan = p.id "
@@ -114,12 +115,12 @@ class RunTables(DatabaseFile):
         return json.loads(row["content"] or "{}"), row["fingerprint"]
 
     def find_evaluations(self, fingerprint: str, method: str, quantizer: str) -> pd.DataFrame:
-        """One row an evaluation of these runs, newest first, by what makes two of them the same.
+        """Return the columns that identify equal evaluations, one row per evaluation, newest first.
 
-        ``run, origin, plan, content, device, dtype, versions, evaluation, corpus_sha256, protocol,
-        provenance, kl``; runs that came with the project come after one's own, and published ones
-        and exports are left out. ``content`` is the plan's JSON, and ``kl`` is NaN where the model
-        was evaluated without full precision beside it.
+        Columns are ``run, origin, plan, content, device, dtype, versions, evaluation,
+        corpus_sha256, protocol, provenance, kl``. Shipped runs come after the user's own; published
+        and exported runs are left out. ``content`` is the plan's JSON; ``kl`` is NaN if the model
+        was evaluated without full precision.
         """
         return self.query(
             "SELECT r.id AS run, r.origin, r.plan, CAST(p.content AS VARCHAR) AS content, "
@@ -140,13 +141,13 @@ class RunTables(DatabaseFile):
         evaluation: Evaluation,
         exported: Mapping[str, object] | None = None,
     ) -> None:
-        """Keep an evaluation of a saved model with its run; an unknown run is added first.
+        """Store an evaluation of a saved model with its run; an unknown run is added first.
 
-        A run that was deleted is there again.
+        A deleted run is restored.
 
-        ``manifest`` is what :func:`lsq_core.quantized.manifest.read_manifest` gives, and
-        ``exported`` the columns in which the run of an export differs from the one it came from,
-        ``exported_from`` among them.
+        ``manifest`` is from :func:`lsq_core.quantized.manifest.read_manifest`. For an export,
+        ``exported`` holds the columns in which its run differs from the original run, including
+        ``exported_from``.
         """
         run, fingerprint = manifest["run"], manifest["fingerprint"]
         with self.transaction() as connection:
@@ -170,9 +171,10 @@ class RunTables(DatabaseFile):
             _add_evaluation(connection, evaluation, run, fingerprint)
 
     def save_full_precision(self, fingerprint: str, evaluation: Evaluation) -> None:
-        """Keep a model's own evaluation, one for each text, protocol, place and versions.
+        """Store a full-precision evaluation, unless an equal one is stored.
 
-        Evaluations of runs that were made the same way and stand beside none get this one.
+        Evaluations are equal if text, protocol, tokens, device, dtype and versions are. Unpaired
+        evaluations of runs that match it in these are paired with it.
         """
         with self.transaction() as connection:
             if _matching_evaluations(connection, fingerprint, evaluation, "run IS NULL"):
@@ -186,7 +188,7 @@ class RunTables(DatabaseFile):
             )
 
     def saved_folders(self) -> list[str]:
-        """Folders that runs were saved to, whether or not they are still there."""
+        """Return the folders that runs were saved to, whether or not they still exist."""
         frame = self.query("SELECT DISTINCT saved_to FROM runs WHERE saved_to IS NOT NULL")
         return frame["saved_to"].tolist()
 
@@ -195,20 +197,20 @@ class RunTables(DatabaseFile):
         self._execute("UPDATE runs SET saved_to = ? WHERE id = ?", [str(folder), run])
 
     def star(self, run: str, starred: bool) -> None:
-        """Mark a run, or take the mark away."""
+        """Star or unstar a run."""
         self._execute("UPDATE runs SET starred = ? WHERE id = ?", [starred, run])
 
     def annotate(self, run: str, note: str) -> None:
-        """Keep a note with a run, in the place of the one before."""
+        """Store a note with a run, replacing any previous one."""
         self._execute("UPDATE runs SET note = ? WHERE id = ?", [note.strip(), run])
 
     def delete_runs(self, runs: Sequence[str]) -> None:
-        """Leave runs out everywhere, with all their evaluations, until they are restored.
+        """Mark runs as deleted: they and their evaluations are left out everywhere until restored.
 
         Raises
         ------
         InputError
-            When one of them was published: importing again is how those change.
+            If one of them was published: those change only by importing again.
         """
         with self.transaction() as connection:
             published = connection.execute(
@@ -223,13 +225,13 @@ class RunTables(DatabaseFile):
             )
 
     def restore_runs(self, runs: Sequence[str]) -> None:
-        """Bring deleted runs back, with their evaluations, stars and notes."""
+        """Restore deleted runs with their evaluations, stars and notes."""
         self._execute("UPDATE runs SET deleted = NULL WHERE list_contains(?, id)", [list(runs)])
 
     def deleted_runs(self) -> pd.DataFrame:
-        """Deleted runs, the last deleted first: ``run, model, method, deleted``.
+        """Return the deleted runs, the last deleted first: ``run, model, method, deleted``.
 
-        Those that were deleted together have the same time.
+        Runs deleted in one call have the same time ``deleted``.
         """
         return self.query(
             "SELECT r.id AS run, m.source AS model, r.method, r.deleted FROM runs r "
@@ -239,13 +241,13 @@ class RunTables(DatabaseFile):
 
 
 def _plan_of(connection: duckdb.DuckDBPyConnection, run: str) -> str | None:
-    """The plan of a run, or None where there is no such run."""
+    """Return the id of a run's plan, or None if there is no such run."""
     row = connection.execute("SELECT plan FROM runs WHERE id = ?", [run]).fetchone()
     return row[0] if row else None
 
 
 def _insert_plan(connection: duckdb.DuckDBPyConnection, manifest: dict) -> str:
-    """Add the plan of a saved model; returns its id."""
+    """Add the plan of a saved model and return its id."""
     plan = new_id()
     insert_row(
         connection,
@@ -266,9 +268,9 @@ def _matching_evaluations(
     where: str,
     *parameters: object,
 ) -> list[str]:
-    """The evaluations of the same tokens, made the same way, newest first, by identity.
+    """Return the ids of evaluations of the same tokens, made in the same way, newest first.
 
-    ``where`` narrows them, in SQL with ``parameters``.
+    ``where`` is a further condition in SQL, with ``parameters``.
     """
     rows = connection.execute(
         "SELECT id, CAST(provenance AS VARCHAR) FROM evaluations WHERE fingerprint = ? "
@@ -289,9 +291,9 @@ def _matching_evaluations(
 def _add_evaluation(
     connection: duckdb.DuckDBPyConnection, evaluation: Evaluation, run: str, fingerprint: str
 ) -> None:
-    """Add an evaluation to a run that has none of the same kind.
+    """Add an evaluation to a run, unless the run has a matching one.
 
-    A saved model's, which was made without full precision beside it, is one of its own.
+    Evaluations with KL divergence and those without (of saved models alone) do not match.
     """
     alone = "IS NULL" if evaluation.kl is None else "IS NOT NULL"
     if not _matching_evaluations(
@@ -306,9 +308,9 @@ def _insert_evaluation(
     run: str | None,
     fingerprint: str,
 ) -> str:
-    """Add an evaluation, that of a run with full precision of the same kind beside it, if there is.
+    """Add an evaluation and return its id.
 
-    Returns its identity.
+    The evaluation of a run is paired with the newest matching full-precision one, if there is one.
     """
     id = new_id()
     full = next(

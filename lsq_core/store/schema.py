@@ -1,8 +1,8 @@
-"""The tables of the database, as a list of migrations: append, never change."""
+"""The tables of the database as a list of migrations; append only."""
 
 from __future__ import annotations
 
-#: Forward migrations: the n-th brings schema version n to n + 1. Never edit one that has shipped.
+#: Forward migrations: entry n, from 0, upgrades version n to n + 1. Never edit a released one.
 MIGRATIONS = [
     """
     CREATE TABLE models (
@@ -41,20 +41,20 @@ MIGRATIONS = [
         peak_bytes BIGINT, nll DOUBLE[], counts BIGINT[], provenance JSON, created TIMESTAMP
     );
     """,
-    # Published figures lie beside measured ones and are never taken for them.
+    # Distinguishes published figures from measured ones.
     """
     ALTER TABLE models ADD COLUMN origin VARCHAR DEFAULT 'measured';
     ALTER TABLE profiles ADD COLUMN origin VARCHAR DEFAULT 'measured';
     ALTER TABLE runs ADD COLUMN origin VARCHAR DEFAULT 'measured';
     """,
-    # What a person says of a run; a deleted one is left out everywhere until it is restored.
+    # The user's stars and notes; deleted runs are left out everywhere until restored.
     """
     ALTER TABLE runs ADD COLUMN starred BOOLEAN DEFAULT false;
     ALTER TABLE runs ADD COLUMN note VARCHAR DEFAULT '';
     ALTER TABLE runs ADD COLUMN deleted TIMESTAMP;
     """,
-    # What high-impact ratios are planned from. ``profile`` is the identity of what it depends on,
-    # whether or not the profile's other metrics were measured.
+    # Data that high-impact ratios are planned from. ``profile`` is the id of the profile they
+    # belong to, whether or not the profile's other metrics were measured.
     """
     CREATE TABLE row_scores (
         profile VARCHAR, module VARCHAR, scores DOUBLE[], provenance JSON, created TIMESTAMP
@@ -65,7 +65,7 @@ MIGRATIONS = [
         created TIMESTAMP
     );
     """,
-    # The names that a model was asked for by, and what tokenizer and code it had under each.
+    # The names that a model was requested by, and its tokenizer and code under each.
     """
     CREATE TABLE model_names (
         source VARCHAR, revision VARCHAR, fingerprint VARCHAR, tokenizer VARCHAR, code VARCHAR,
@@ -76,9 +76,9 @@ MIGRATIONS = [
         WHERE origin = 'measured';
     ALTER TABLE models ADD COLUMN notes VARCHAR[];
     """,
-    # Each evaluation of a run keeps the full-precision one that it stands beside. Those kept before
-    # get the one of their own time: with the same provenance, which is how they were told apart;
-    # else, marked as inferred, the latest until then on the same kind of device in the same dtype.
+    # Pairs each evaluation of a run with a full-precision one. Existing evaluations are paired with
+    # one of the same provenance, by which they used to be distinguished, or else, marked as
+    # inferred, with the latest earlier one with the same device type and dtype.
     """
     ALTER TABLE evaluations ADD COLUMN full_precision VARCHAR;
     ALTER TABLE evaluations ADD COLUMN pairing VARCHAR;
@@ -107,23 +107,24 @@ MIGRATIONS = [
     ) found
     WHERE evaluations.id = found.id;
     """,
-    # Which measurements that come with the project were imported; what a person deleted of them
-    # since does not come back.
+    # Which shipped measurements were imported, so that those the user has deleted since are not
+    # imported again.
     """
     CREATE TABLE shipped (sha256 VARCHAR PRIMARY KEY, imported TIMESTAMP);
     """,
-    # The distribution of the KL divergence over tokens; evaluations stored before have none.
+    # The distribution of the KL divergence over tokens; NULL for evaluations stored before.
     """
     ALTER TABLE evaluations ADD COLUMN divergence JSON;
     """,
-    # The format that a run's weights were measured in: this project's own, or that of another tool,
-    # into which the model of another run was exported.
+    # The format that a run's weights were measured in: this project's own, or another tool's that
+    # the model of another run was exported to.
     """
     ALTER TABLE runs ADD COLUMN format VARCHAR DEFAULT 'lsq';
     ALTER TABLE runs ADD COLUMN exported_from VARCHAR;
     """,
-    # The steps of searches that refine a plan within a budget, in nominal or in planned bytes, by
-    # what they were measured on; choices are indices of options, costs (matrices, options) by rows.
+    # The steps of searches that refine a plan within a budget in nominal or planned bytes.
+    # ``conditions`` describe the measurement; choices are indices of options; costs (matrices,
+    # options) are in row-major order.
     """
     CREATE TABLE refinements (
         profile VARCHAR, request VARCHAR, conditions VARCHAR, nominal_bytes DOUBLE,
@@ -132,7 +133,7 @@ MIGRATIONS = [
         provenance JSON, created TIMESTAMP
     );
     """,
-    # How far arithmetic alone moves a model's figures, as shares: perplexity, and KL divergence.
+    # How much a model's perplexity and KL divergence change with the arithmetic alone, as shares.
     """
     CREATE TABLE noise_floors (
         id VARCHAR PRIMARY KEY, fingerprint VARCHAR, protocol VARCHAR, device VARCHAR,
@@ -140,7 +141,7 @@ MIGRATIONS = [
         perplexity DOUBLE, kl DOUBLE, conditions JSON, provenance JSON, created TIMESTAMP
     );
     """,
-    # What runs, and models in full precision (without a run), scored on lm-eval's tasks.
+    # Scores of runs and full-precision models (without a run) on lm-eval's tasks.
     """
     CREATE TABLE task_results (
         id VARCHAR PRIMARY KEY, run VARCHAR, fingerprint VARCHAR, task VARCHAR, version VARCHAR,
@@ -149,8 +150,8 @@ MIGRATIONS = [
         created TIMESTAMP
     );
     """,
-    # How many rounds a search has had by a step, and how many since found nothing better; of steps
-    # kept before, each was one round.
+    # The number of rounds of a search up to a step, and of those since that found nothing better;
+    # each existing step was one round.
     """
     ALTER TABLE refinements ADD COLUMN rounds INTEGER;
     ALTER TABLE refinements ADD COLUMN failed INTEGER DEFAULT 0;

@@ -1,4 +1,4 @@
-"""Measurements that come with the project: its own, made beforehand, and marked as such."""
+"""Measurements shipped with the project, marked as such."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from lsq_core.store.connection import DatabaseFile
 if TYPE_CHECKING:
     import pyarrow
 
-#: What ``origin`` is of a profile or run that came with the project.
+#: ``origin`` of a profile or run shipped with the project.
 SHIPPED = "shipped"
-#: The tables of which a model's rows are shipped, and which rows those are; ``models`` and
-#: ``matrices`` describe a model and belong to nobody.
+#: Conditions for a model's exported rows, by table; ``models`` and ``matrices`` only describe the
+#: model and are not marked as shipped.
 _ROWS = {
     "models": "fingerprint IN (SELECT unnest($models))",
     "matrices": "fingerprint IN (SELECT unnest($models))",
@@ -35,14 +35,14 @@ _ROWS = {
 _MARKED_PROVENANCE = (
     f"""CAST(json_merge_patch(provenance, '{{"origin": "{SHIPPED}"}}') AS JSON) AS provenance"""
 )
-#: How the rows of a table are told from a person's own once they are imported.
+#: Replaced columns by table, which distinguish imported rows from the user's own.
 _MARKS = {
     "profiles": f"REPLACE ('{SHIPPED}' AS origin, {_MARKED_PROVENANCE})",
     "runs": f"REPLACE ('{SHIPPED}' AS origin, NULL AS saved_to, false AS starred, '' AS note)",
     "evaluations": f"REPLACE ({_MARKED_PROVENANCE})",
     "noise_floors": f"REPLACE ({_MARKED_PROVENANCE})",
 }
-#: What an earlier import brought, what points to others before what is pointed to.
+#: Conditions for rows of an earlier import, referring tables before those they refer to.
 _IMPORTED = {
     "scores": f"profile IN (SELECT id FROM profiles WHERE origin = '{SHIPPED}')",
     "evaluations": f"provenance ->> '$.origin' = '{SHIPPED}'",
@@ -51,7 +51,7 @@ _IMPORTED = {
     "runs": f"origin = '{SHIPPED}'",
     "profiles": f"origin = '{SHIPPED}'",
 }
-#: The columns that tell a row of a table from another, where it has no id.
+#: The key columns of tables without an id.
 _KEYS = {
     "models": ("fingerprint",),
     "matrices": ("fingerprint",),
@@ -61,12 +61,12 @@ _KEYS = {
 
 
 class ShippedTables(DatabaseFile):
-    """Profiles and runs that come with the project."""
+    """Profiles and runs shipped with the project."""
 
     def export_measurements(self, fingerprints: Sequence[str], folder: Path) -> dict[str, int]:
-        """Write all that was measured of some models as Parquet files, one a table.
+        """Write all measurements of some models as Parquet files, one per table.
 
-        Returns the number of rows by table. Deleted runs are left out, and so are stars and notes.
+        Returns the number of rows by table. Deleted runs, stars and notes are left out.
         """
         from pyarrow import parquet
 
@@ -83,17 +83,17 @@ class ShippedTables(DatabaseFile):
         return counts
 
     def is_shipped_imported(self, sha256: str) -> bool:
-        """Whether the measurements with this hash were imported, even if deleted since."""
+        """Return whether the measurements with this hash were imported, even if deleted since."""
         with self.connect() as connection:
             row = connection.execute("SELECT 1 FROM shipped WHERE sha256 = ?", [sha256]).fetchone()
         return row is not None
 
     def import_shipped(self, folder: Path, sha256: str) -> None:
-        """Import what :meth:`export_measurements` wrote, in the place of an earlier import.
+        """Import files written by :meth:`export_measurements`, replacing any earlier import.
 
-        All or nothing. A person's own rows are never replaced: a profile, plan or run that is
-        there already stays. What a person did with an imported run (star, note, deletion) stays
-        with it where it comes again.
+        All changes are made in one transaction. The user's own profiles, plans and runs are never
+        replaced. Stars, notes and deletions of runs imported earlier are preserved if the runs are
+        imported again.
         """
         from pyarrow import parquet
 
@@ -113,14 +113,14 @@ class ShippedTables(DatabaseFile):
             connection.execute("INSERT INTO shipped VALUES (?, ?)", [sha256, now()])
 
     def find_shipped_profile(self, fingerprint: str, settings: Mapping[str, object]) -> str | None:
-        """The id of a shipped profile of a model with these settings, if there is one."""
+        """Return the id of a model's shipped profile with these settings, or None."""
         for id, known in self.shipped_profiles(fingerprint).items():
             if known == dict(settings):
                 return id
         return None
 
     def shipped_profiles(self, fingerprint: str) -> dict[str, dict]:
-        """The settings of a model's shipped profiles by id, HQQ's first."""
+        """Return the settings of a model's shipped profiles by id, HQQ's first."""
         with self.connect() as connection:
             rows = connection.execute(
                 "SELECT id, CAST(settings AS VARCHAR) FROM profiles "
@@ -132,7 +132,7 @@ class ShippedTables(DatabaseFile):
 
 
 def _insert_new(connection: duckdb.DuckDBPyConnection, table: str, rows: pyarrow.Table) -> None:
-    """Insert the rows of which no row with the same key is in the table."""
+    """Insert the rows whose key is not in the table yet."""
     keys = _KEYS.get(table, ("id",))
     same = " AND ".join(f"known.{key} = new.{key}" for key in keys)
     connection.register("shipped_rows", rows)

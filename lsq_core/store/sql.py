@@ -1,9 +1,9 @@
-"""Questions in SQL to a copy of the store that can neither be changed nor lead to another file.
+"""SQL queries on a copy of the store that can neither change anything nor access other files.
 
-``read_only`` alone lets a query read and write files. Here a query sees a copy; external access is
-off and the configuration locked; it is a single SELECT. A process of its own answers it
-(:mod:`lsq_core.store.sql_child`), held to limits of time, memory, rows and bytes, which not every
-function of DuckDB would keep to by itself.
+``read_only`` alone would let a query read and write files. Here a query must be a single SELECT on
+a copy, with external access disabled and the configuration locked. It runs in a separate process
+(:mod:`lsq_core.store.sql_child`) with limits on time, memory, rows and bytes, because not every
+DuckDB function respects such limits by itself.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ if TYPE_CHECKING:
 
 #: Seconds that a query may take.
 TIME_LIMIT = 10.0
-#: Rows that it gives at most.
+#: Maximum number of rows that it returns.
 ROW_LIMIT = 10_000
-#: Bytes that its answer may take.
+#: Maximum size of its result in bytes.
 BYTE_LIMIT = 64 << 20
-#: Bytes of memory that DuckDB may take for it, where there are so many.
+#: Bytes of memory that DuckDB may use for it, or half of the available memory if that is less.
 MEMORY_LIMIT = 1 << 30
 #: Seconds that its process may take to start.
 _START_TIMEOUT_S = 60.0
-#: Seconds beyond the time limit after which a process that doesn't stop by itself is killed.
+#: Seconds beyond the time limit after which a process that does not stop by itself is killed.
 _GRACE_S = 0.5
-#: Seconds between two looks at it.
+#: Seconds between two checks on the process.
 _POLL_INTERVAL_S = 0.05
 
 
 @dataclass(frozen=True)
 class Example:
-    """A question that a person may start from."""
+    """An example query for users to start from."""
 
     title: str
     sql: str
@@ -103,7 +103,7 @@ ORDER BY table_name, column_index""",
 
 @dataclass(frozen=True, eq=False)
 class QueryResult:
-    """The rows of a query; ``truncated`` when there were more than the limit."""
+    """The rows of a query; ``truncated`` if there were more than the limit."""
 
     rows: pd.DataFrame
     truncated: bool
@@ -117,17 +117,18 @@ def run_query(
     byte_limit: int = BYTE_LIMIT,
     on_wait: Callable[[], object] = lambda: None,
 ) -> QueryResult:
-    """The answer to one SELECT, from a copy that :meth:`lsq_core.store.store.Store.snapshot` wrote.
+    """Run one SELECT on a copy written by :meth:`lsq_core.store.store.Store.snapshot`.
 
-    ``on_wait`` is called several times a second; what it raises stops the query.
+    ``on_wait`` is called several times a second; if it raises, the query is stopped.
 
     Raises
     ------
     InputError
-        When it is more or other than one SELECT, is wrong, would touch a file, or takes more than
-        ``time_limit`` seconds, ``byte_limit`` bytes or too much memory; in one sentence.
+        If the query is not a single SELECT, is invalid, would access a file, or takes more than
+        ``time_limit`` seconds, ``byte_limit`` bytes or too much memory; the message is one
+        sentence.
     LsqError
-        When its process can't be started.
+        If its process cannot be started or fails.
     """
     memory = min(MEMORY_LIMIT, available_memory() // 2)
     request = {
@@ -165,20 +166,20 @@ def run_query(
 
 
 def _explain_exit(status: int, memory: int, seconds: float) -> str:
-    """What is said of a process that a signal ended."""
+    """Return the message for a process that ended without a result."""
     if status == -signal.SIGXCPU:
         return timeout_message(seconds)
-    if status in (-signal.SIGKILL, -signal.SIGABRT):  # by the kernel; by an allocation that failed
+    if status in (-signal.SIGKILL, -signal.SIGABRT):  # by the kernel; by a failed allocation
         return memory_message(memory)
     return f"DuckDB failed at this query (exit status {status}); write it more simply."
 
 
 class _QueryProcess:
-    """The process of one query; it ends with the ``with``, whatever it is doing."""
+    """The process of one query; it is killed at the end of the ``with`` block if still running."""
 
     def __init__(self, request: dict, max_output_bytes: int) -> None:
         self.request, self.max_output_bytes = json.dumps(request).encode(), max_output_bytes
-        #: When it began with the query (``time.monotonic``); None before that.
+        #: When it started the query (``time.monotonic``); None before that.
         self.ready: float | None = None
         self.output = b""
 
@@ -211,7 +212,7 @@ class _QueryProcess:
             with self.process.stdin as to:
                 to.write(self.request)
         except OSError:
-            return  # it ended before it read
+            return  # the process ended before it read the request
         if self.process.stdout.readline() == b"ready\n":
             self.ready = time.monotonic()
             self.output = self.process.stdout.read(self.max_output_bytes)

@@ -1,8 +1,7 @@
-"""The process that answers one query for :func:`lsq_core.store.sql.run_query`, within limits of its
-own.
+"""The process that runs one query for :func:`lsq_core.store.sql.run_query` under resource limits.
 
-It reads a JSON request from standard input. To standard output go a line as soon as it is ready, a
-line of JSON, and the answer as an Arrow stream. It imports neither torch nor pandas.
+It reads a JSON request from standard input. To standard output it writes a line as soon as it is
+ready, a line of JSON, and the result as an Arrow stream. It imports neither torch nor pandas.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from lsq_core.errors import InputError
 from lsq_core.store.database import CONFIG
 from lsq_core.store.sql_limits import memory_message, timeout_message
 
-#: Rows of a piece of the answer; the size of the answer is looked at after each.
+#: Rows per batch of the result, whose size is checked after each batch.
 _BATCH = 2048
 _THREADS = 2
 
@@ -48,9 +47,12 @@ def main() -> None:
 
 
 def _limit(memory: int, seconds: float) -> None:
-    """Hold this process to memory and processor time; it writes no file and is the first to go."""
+    """Limit this process's memory and CPU time, and forbid it to write files.
+
+    It also becomes the process that the kernel kills first if memory runs out.
+    """
     used = int(Path("/proc/self/statm").read_text("utf8").split()[0]) * resource.getpagesize()
-    # DuckDB doesn't count all that it takes, so the process has some more than DuckDB.
+    # DuckDB does not count all the memory it uses, so the process may use more than DuckDB's limit.
     resource.setrlimit(resource.RLIMIT_AS, (used + 2 * memory, used + 2 * memory))
     time = int(seconds * _THREADS) + 5
     resource.setrlimit(resource.RLIMIT_CPU, (time, time))
@@ -125,7 +127,7 @@ def _parse_single_select(connection: duckdb.DuckDBPyConnection, sql: str) -> duc
 
 
 def _first_sentence(error: Exception) -> str:
-    """What DuckDB says of an error, in one sentence."""
+    """Return the first sentence of DuckDB's message about an error."""
     first = re.split(r"\n|LINE \d+:", str(error).strip())[0].strip().rstrip(".!")
     return f"{first}."
 

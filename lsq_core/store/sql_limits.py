@@ -1,8 +1,8 @@
-"""What is said of a query that takes too much, by both processes of :mod:`lsq_core.store.sql`."""
+"""Messages about queries beyond their limits, for both processes of :mod:`lsq_core.store.sql`."""
 
 
 def timeout_message(seconds: float) -> str:
-    """What is said of a query that takes too long."""
+    """Return the message for a query that takes too long."""
     return (
         f"The query took longer than {seconds:g} s and was stopped; narrow it with WHERE, or count "
         "instead of listing rows."
@@ -10,7 +10,7 @@ def timeout_message(seconds: float) -> str:
 
 
 def memory_message(max_bytes: int) -> str:
-    """What is said of a query that takes too much memory."""
+    """Return the message for a query that needs too much memory."""
     return (
         f"The query needs more memory than the {max_bytes >> 20} MiB that it may have; narrow it "
         "with "

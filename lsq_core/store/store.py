@@ -20,4 +20,4 @@ class Store(
     PublishedTables,
     ShippedTables,
 ):
-    """The database of this project; each base class has the methods of some tables."""
+    """The database of this project; each base class has the methods for some tables."""

@@ -1,4 +1,4 @@
-"""What models scored on tasks."""
+"""Scores of models on tasks."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
     from lsq_core.tasks.request import TaskResult
 
-#: What two results have in common that may be compared.
+#: Columns that must be equal for two results to be comparable.
 _SAME = ("task", "version", "metric", "fewshot", "max_documents", "dataset", "device", "dtype")
-#: The newest result of each kind, of runs that weren't deleted and of full precision.
+#: The newest result of each kind, for full precision and each run that is not deleted.
 _NEWEST = f"""
     SELECT t.run, r.method, {", ".join(f"t.{name}" for name in _SAME)}, t.value, t.stderr,
            t.higher_is_better, t.documents, t.created
@@ -33,12 +33,12 @@ _NEWEST = f"""
 
 
 class TaskTables(DatabaseFile):
-    """Results of tasks, one row for each metric."""
+    """Results of tasks, one row per metric."""
 
     def save_task_results(
         self, fingerprint: str, run: str | None, results: Sequence[TaskResult]
     ) -> None:
-        """Keep results of a run, or of the model in full precision (``run`` None), together."""
+        """Store results of a run, or of the full-precision model if ``run`` is None."""
         with self.transaction() as connection:
             for result in results:
                 insert_row(
@@ -62,12 +62,12 @@ class TaskTables(DatabaseFile):
                 )
 
     def task_results(self, fingerprint: str) -> pd.DataFrame:
-        """The newest results of a model's runs with full precision's beside them.
+        """Return the newest results of a model and its runs, each with that of full precision.
 
         One row for each run and metric: ``run`` (None for full precision), ``method, task,
         version, metric, fewshot, max_documents, dataset, device, dtype, value, stderr,
-        higher_is_better, documents, created``, and ``full`` and ``full_stderr``, of full precision
-        on the same documents in the same way, NaN where it was not measured.
+        higher_is_better, documents, created``, and ``full`` and ``full_stderr`` of full precision,
+        measured on the same documents in the same way; NaN if it was not measured.
         """
         same = " AND ".join(f"f.{name} IS NOT DISTINCT FROM n.{name}" for name in _SAME)
         return self.query(
