@@ -71,6 +71,9 @@ def test_bibtex_entries(store):
     assert row["fingerprint"] in text
     assert row["corpus_sha256"] in text
     assert text.count("{") == text.count("}")
+    run = text[text.index("@misc{lsq-run-") :].splitlines()
+    fields = [re.match(r"  (\w+) += \{.*\},$", line) for line in run[1:-1]]
+    assert [field[1] for field in fields] == ["title", "year", "howpublished", "note"]
 
 
 def test_tex_escapes_special_characters():

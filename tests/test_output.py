@@ -48,6 +48,24 @@ def test_cli_json_ascii_terminal_same_document(tmp_path):
     assert json.loads(completed.stdout)["out"] == str(tmp_path / "läufe.csv")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("json_output", [[], ["--json"]])
+def test_output_to_a_full_disk_is_one_sentence(tmp_path, json_output):
+    command = [sys.executable, "-m", "lsq_core", "results", *json_output]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [*command, "--db", str(tmp_path / "x.duckdb")],
+            cwd=ROOT,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert done.stderr.count("lsq: ") == 1
+    assert "Traceback" not in done.stderr
+
+
 def test_cli_undecodable_file_name_in_output(tmp_path):
     out = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.csv")
     for more in ([], ["--json"]):

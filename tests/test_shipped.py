@@ -258,6 +258,16 @@ def test_boost_gain_leaves_out_broken_models():
     assert boost_gain(broken).boosted["evaluation"] == "k4"
 
 
+def test_boost_gain_prefers_an_ablation_only_among_gains():
+    mixed = RUNS.assign(perplexity=[16.0, 12.0, 17.0, 15.8, 11.0, 11.5])
+    assert boost_gain(mixed).boosted["evaluation"] == "k4"
+
+
+def test_boost_gain_is_not_that_of_another_quantizer():
+    other = RUNS.assign(quantizer=["hqq", "hqq", "gptq", "gptq", "hqq", "hqq"])
+    assert boost_gain(other).boosted["evaluation"] == "k4"
+
+
 def test_no_gain_no_story():
     worse = RUNS.assign(perplexity=[16, 12, 17, 15.8, 12.5, 20.0])
     assert boost_gain(worse) is None

@@ -31,7 +31,7 @@ def add_options(sub: argparse.ArgumentParser) -> None:
         help="where the tool lacks a configuration, take its nearest one: the same bits if it has "
         "them, else the closest in bits per weight",
     )
-    sub.add_argument("--model", help="the plan's model, where the plan does not lead to it")
+    sub.add_argument("--model", help="the plan's model, if the plan does not identify it")
     sub.add_argument("--revision", help="branch, tag or commit of a Hugging Face id")
 
 

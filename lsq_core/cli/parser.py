@@ -124,8 +124,8 @@ def _add_planning_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
         "refine",
         verbs.refine,
         show.plan,
-        "improve a plan by exchanges that lower the measured KL divergence; then plan, run and "
-        "sweep know it as the method refined",
+        "improve a plan by exchanges that lower the measured KL divergence; plan, run and sweep "
+        "then use it with --method refined",
     )
     _add_model(sub)
     _add_device(sub)
@@ -150,7 +150,7 @@ def _add_measuring_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     _add_device(sub)
     _add_evaluation(sub)
 
-    sub = verb("noise", verbs.noise, show.noise, "measure how far arithmetic moves figures")
+    sub = verb("noise", verbs.noise, show.noise, "measure the numerical noise of figures")
     _add_model(sub)
     _add_device(sub)
     _add_evaluation(sub)
@@ -330,7 +330,7 @@ def _add_bench(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--model",
         default="demo",
-        help="the model of sweep12, evaluate_gpu and profile_gpu: as of other verbs (demo)",
+        help="model for sweep12, evaluate_gpu and profile_gpu, as in other verbs (demo)",
     )
     sub.add_argument("--repeats", type=int, default=5, help="number of measurements per side (5)")
     sub.add_argument(
@@ -373,7 +373,7 @@ def _add_device(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--dtype",
         default="auto",
-        help="what the model computes in: float32, bfloat16 (faster on a CPU with units for it), "
+        help="dtype to compute in: float32, bfloat16 (faster on a CPU with native support), "
         "float16, or auto: float32 on a CPU, the checkpoint's own on a GPU (auto)",
     )
 

@@ -8,6 +8,7 @@ readable output in :mod:`lsq_core.cli.show`.
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from contextlib import suppress
@@ -50,11 +51,19 @@ def main(arguments: list[str] | None = None) -> int:
         return _report_failure(str(known), known.exit_code)
     except KeyboardInterrupt:
         return _report_failure("interrupted; what was stored is kept", 1)
-    with output.ignore_broken_pipe():
-        if options.json:
-            output.print_json(result)
-        else:
-            output.print_result(options.show, result)
+    return _print_result(options, result)
+
+
+def _print_result(options: argparse.Namespace, result: dict) -> int:
+    """Print a command's result, and return the exit status."""
+    try:
+        with output.ignore_broken_pipe():
+            if options.json:
+                output.print_json(result)
+            else:
+                output.print_result(options.show, result)
+    except OSError as error:
+        return _report_failure(f"The output cannot be written: {error.strerror}.", 1)
     return 0
 
 

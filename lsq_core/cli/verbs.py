@@ -341,7 +341,7 @@ def _measurer(options: argparse.Namespace) -> Measurer:
 
 def _is_on_ray(options: argparse.Namespace) -> bool:
     if options.ray is None and (options.actor_cores is not None or options.actors is not None):
-        raise InputError("--actors and --actor-cores are about the actors of --ray.")
+        raise InputError("--actors and --actor-cores need --ray.")
     return options.ray is not None
 
 

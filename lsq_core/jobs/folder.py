@@ -171,7 +171,7 @@ def _read_progress(job_folder: Path) -> dict:
     progress = {name: content[name] for name in _PROGRESS if name in content}
     wrong = [name for name, value in progress.items() if not _is_valid(value, _PROGRESS[name])]
     if wrong or progress.get("state") not in STATES:
-        raise DamagedFileError(f"{path} is damaged: its {(wrong or ['state'])[0]} cannot be.")
+        raise DamagedFileError(f"{path} is damaged: its {(wrong or ['state'])[0]} is invalid.")
     return progress
 
 
@@ -259,7 +259,7 @@ def _infer_end_state(job_folder: Path, job: Job) -> tuple[str, str]:
     if isinstance(before, int) and now is not None and now > before:
         return "interrupted", (
             f"Its process was killed {during}, most likely for lack of memory: the system killed "
-            "a process for that since the job began. Free some memory or take a smaller model, "
+            "a process for that since the job began. Free some memory or use a smaller model, "
             "then resume it."
         )
     why = _storage_problem(job_folder)

@@ -174,11 +174,14 @@ def bibtex(record: Mapping[str, Mapping[str, Any]]) -> str:
         "versions": versions,
     }
     note = "; ".join(f"{name}: {_escape_tex(str(text))}" for name, text in details.items() if text)
-    entry = f"""@misc{{lsq-run-{run["id"]},
-  title        = {{{_escape_tex(run["method"])} at {plan["bits_per_param"]:.4f} bits per
-  parameter}}, year         = {{{run["created"].year}}}, howpublished = {{LSQ Explorer, run
-  {run["id"]}}}, note         = {{{note}}}
-}}"""
+    fields = {
+        "title": f"{_escape_tex(run['method'])} at {plan['bits_per_param']:.4f} bits per parameter",
+        "year": run["created"].year,
+        "howpublished": f"LSQ Explorer, run {run['id']}",
+        "note": note,
+    }
+    lines = [f"  {name:<12} = {{{text}}}," for name, text in fields.items()]
+    entry = "\n".join([f"@misc{{lsq-run-{run['id']},", *lines, "}"])
     return "\n\n".join([*_PAPERS.values(), entry]) + "\n"
 
 

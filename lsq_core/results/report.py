@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 #: Who measured a run, by origin.
 _ORIGINS = {
     "measured": "measured",
-    "shipped": "measured beforehand, comes with LSQ Explorer",
+    "shipped": "shipped with LSQ Explorer",
     "published": "published by the methods' authors",
 }
 
@@ -101,9 +101,9 @@ def format_run_figures(record: Mapping[str, Mapping[str, Any]]) -> dict[str, str
         "linear weights, planned": _bytes(plan.get("planned_bytes")),
         "linear weights, measured": _bytes(run["measured_bytes"]),
         "whole model": _bytes(run["model_bytes"]),
-        "quantized in": _number(run["quantize_seconds"] or None, ".1f", " s"),
+        "quantization time": _number(run["quantize_seconds"] or None, ".1f", " s"),
         "time by stage": _seconds(own.get("seconds") or {}),
-        "tokens a second": _number(own["tokens_per_second"], ".0f"),
+        "tokens per second": _number(own["tokens_per_second"], ".0f"),
         "working memory": _bytes(own["working_bytes"]),
     }
     return {name: text for name, text in known.items() if text}
@@ -133,7 +133,7 @@ def _full_precision(record: Mapping[str, Mapping[str, Any]]) -> str:
     own = record["evaluation"]
     change = f"{100 * (own['perplexity'] / full - 1):+.2f} %"
     text = f"{_perplexity(full, record)} (this run {change})"
-    inferred = "; paired by an older version, whose packages may have been others"
+    inferred = "; paired by an older version, possibly across package versions"
     return text + (inferred if own["pairing"] == "inferred" else "")
 
 
@@ -212,7 +212,7 @@ def run_report(
     report.definition_table(run_settings(record))
     report.section("Command line to reproduce this run")
     report.code(command)
-    report.section("To cite")
+    report.section("Citation")
     report.code(bibtex(record))
     return report.page()
 

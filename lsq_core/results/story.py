@@ -57,25 +57,24 @@ def boost_gain(runs: pd.DataFrame) -> BoostGain | None:
 
     Runs with an ablation are preferred to others. Unusable runs
     (:func:`lsq_core.results.gains.usable`) are left out. Of equal gains, the run that boosts all
-    outliers is returned; None if the best run's perplexity is not below uniform.
+    outliers is returned; None if no run's perplexity is below uniform.
     ``runs`` are of one model, corpus and protocol.
     """
     labelled = add_labels(usable(runs)).dropna(subset=["perplexity", "label"])
     uniform = labelled[(labelled["method"] == "uniform") & (labelled["quantizer"] == "hqq")]
     boosted = labelled[labelled["method"].isin(["sensiboost", "kurtboost"])]
+    boosted = boosted[boosted["quantizer"] == "hqq"]
     columns = ["evaluation", "label", "perplexity"]
     pairs = boosted.merge(uniform[columns], on="label", suffixes=("", "_uniform"))
+    pairs = pairs.assign(ratio=pairs["perplexity"] / pairs["perplexity_uniform"])
+    pairs = pairs[pairs["ratio"] < 1]
     if pairs.empty:
         return None
     ablations = {e: _ablation(labelled, e) for e in pairs["evaluation"]}
-    pairs = pairs.assign(
-        ratio=pairs["perplexity"] / pairs["perplexity_uniform"],
-        alone=[ablations[e] is None for e in pairs["evaluation"]],
-    )
+    pairs = pairs.assign(alone=[ablations[e] is None for e in pairs["evaluation"]])
     best = pairs.sort_values(["alone", "ratio", "top_m"]).iloc[0]
     own, uniform = (_row(runs, best[name]) for name in ("evaluation", "evaluation_uniform"))
-    gain = BoostGain(own, uniform, ablations[best["evaluation"]])
-    return gain if gain.drop > 0 else None
+    return BoostGain(own, uniform, ablations[best["evaluation"]])
 
 
 def _row(runs: pd.DataFrame, evaluation: str) -> pd.Series:

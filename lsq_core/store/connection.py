@@ -59,8 +59,8 @@ class DatabaseFile:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(
-                f"{self.path.parent} cannot be the folder of the database: {error.strerror}. Set "
-                "LSQ_HOME to a folder that can be written, or name a database by --db or LSQ_DB."
+                f"The database's folder {self.path.parent} cannot be created: {error.strerror}. "
+                "Set LSQ_HOME to a writable folder, or name a database by --db or LSQ_DB."
             ) from error
         if not self.path.exists():
             database.create(self.path, self._migrate)
@@ -122,8 +122,8 @@ class DatabaseFile:
             return
         if version and database.is_read_only(self.path):
             raise InputError(
-                f"{self.path} is of an older LSQ Explorer (schema {version}) and can only be read, "
-                "so it can't be brought up to date: make it and its folder writable."
+                f"{self.path} was written by an older LSQ Explorer (schema {version}) and is "
+                "read-only, so it cannot be upgraded: make it and its folder writable."
             )
         connection.begin()
         try:

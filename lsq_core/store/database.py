@@ -66,7 +66,7 @@ def resolve_database_path(path: str | Path) -> Path:
     utf8 = str(whole).encode("utf8", "replace").decode("utf8")
     if utf8 != str(whole) or "\\" in utf8:  # DuckDB reads a backslash as a slash
         raise InputError(
-            f"DuckDB opens no path with a backslash, nor one that isn't UTF-8: {str(whole)!a}."
+            f"DuckDB cannot open a path that has a backslash or is not UTF-8: {str(whole)!a}."
         )
     if whole.exists() and not (whole.is_file() or whole.is_dir()):
         raise InputError(f"{whole} is a device or a pipe; give the path of a database file.")
@@ -224,8 +224,8 @@ def explain_open_error(error: duckdb.Error, path: Path) -> LsqError:
     text = _error_text(error, path)
     if is_disk_full(error, path):
         return LsqError(
-            f"The disk is full, so {path} could not take the result: make room and try again; "
-            "what it held before is whole."
+            f"The disk is full, so the result could not be stored in {path}: make room and try "
+            "again; its earlier content is intact."
         )
     if isinstance(error, duckdb.IOException):
         for reason in ("Permission denied", "Read-only file system"):
@@ -264,7 +264,7 @@ def _diagnose_header(path: Path) -> InputError | None:
         return InputError(f"{path} cannot be read: {error.strerror}; {_OTHER_PATH_HINT}.")
     if not head:
         return InputError(
-            f"{path} is empty and no DuckDB database: delete it and it is made anew, or "
+            f"{path} is empty, not a DuckDB database: delete it to have it created again, or "
             f"{_OTHER_PATH_HINT}."
         )
     if head[8:12] != _MAGIC:
@@ -345,8 +345,8 @@ def schema_version(connection: duckdb.DuckDBPyConnection, path: Path, latest: in
         raise foreign_error
     if max(versions) > latest:
         raise InputError(
-            f"{path} was written by a newer LSQ Explorer (schema {max(versions)}, this one knows "
-            f"{latest}); update, or {_OTHER_PATH_HINT}."
+            f"{path} was written by a newer LSQ Explorer (schema {max(versions)}, this one "
+            f"supports up to {latest}); update, or {_OTHER_PATH_HINT}."
         )
     return max(versions)
 

@@ -73,8 +73,8 @@ class RefinementTables(DatabaseFile):
             ).fetchone()
             if ahead:
                 raise LsqError(
-                    "Another search within this budget found a better plan meanwhile; refine again "
-                    "to go on from it."
+                    "Another search within this budget has found a better plan in the meantime; "
+                    "refine again to continue from it."
                 )
             connection.execute(
                 f"DELETE FROM refinements WHERE {same} AND step = ?", [*search, number]

@@ -103,9 +103,8 @@ def _stream(reader: pa.RecordBatchReader, max_bytes: int) -> bytes:
             size += batch.nbytes
             if size > max_bytes:
                 raise InputError(
-                    f"The answer is larger than {max_bytes >> 20} MiB; name the columns that you "
-                    "need, "
-                    "or count in place of listing."
+                    f"The result is larger than {max_bytes >> 20} MiB; select only the columns "
+                    "that you need, or count rows instead of listing them."
                 )
             writer.write_batch(batch)
     return buffer.getvalue()
@@ -113,11 +112,10 @@ def _stream(reader: pa.RecordBatchReader, max_bytes: int) -> bytes:
 
 def _parse_single_select(connection: duckdb.DuckDBPyConnection, sql: str) -> duckdb.Statement:
     statements = connection.extract_statements(sql)
+    if not statements:
+        raise InputError("The query is empty; give a single SELECT.")
     if len(statements) != 1:
-        raise InputError(
-            f"There {'is no statement' if not statements else f'are {len(statements)} statements'} "
-            "in the query; give a single SELECT."
-        )
+        raise InputError(f"The query has {len(statements)} statements; give a single SELECT.")
     if statements[0].type != duckdb.StatementType.SELECT:
         raise InputError(
             f"{statements[0].type.name} is not a query; give a single SELECT, which reads and "

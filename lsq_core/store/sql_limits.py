@@ -12,7 +12,6 @@ def timeout_message(seconds: float) -> str:
 def memory_message(max_bytes: int) -> str:
     """Return the message for a query that needs too much memory."""
     return (
-        f"The query needs more memory than the {max_bytes >> 20} MiB that it may have; narrow it "
-        "with "
-        "WHERE, or count in place of listing."
+        f"The query needs more memory than its limit of {max_bytes >> 20} MiB; narrow it with "
+        "WHERE, or count rows instead of listing them."
     )
