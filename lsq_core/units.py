@@ -27,10 +27,10 @@ def parse_bytes(text: str) -> int:
     return int(amount)
 
 
-def write_bytes(count: int) -> str:
+def format_bytes_exactly(count: int) -> str:
     """Format bytes exactly, for :func:`parse_bytes`, in the largest unit that allows it.
 
-    >>> write_bytes(52428800), write_bytes(52355399), write_bytes(1001)
+    >>> format_bytes_exactly(52428800), format_bytes_exactly(52355399), format_bytes_exactly(1001)
     ('50MiB', '49.93MiB', '1001B')
     """
     for unit, size in (("GiB", GIB), ("MiB", MIB), ("KiB", 1024)):

@@ -35,7 +35,10 @@ def plan_page(ctx: PageContext) -> None:
         with header:
             query.render_missing_metrics(plan_query, missing)
         return
-    if get_planner(plan_query.request.method).reads_refinement and plan_query.measured is None:
+    if (
+        get_planner(plan_query.request.method).reads_refinement
+        and plan_query.extra_measurements is None
+    ):
         with header:
             refine.render_absent(plan_query)
         return
@@ -44,7 +47,9 @@ def plan_page(ctx: PageContext) -> None:
         problem = restrict(plan_query.problem, plan_query.request)
         request, notice = within_reach(problem, state.plan_request(), settings.metadata)
         plan_query = replace(plan_query, request=request)
-        plan = cached_plans.plan(info, profile, plan_query.request, settings, plan_query.measured)
+        plan = cached_plans.plan(
+            info, profile, plan_query.request, settings, plan_query.extra_measurements
+        )
         if notice:
             st.warning(notice)
         live.show_live_plan(plan_query, plan)

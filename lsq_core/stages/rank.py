@@ -51,7 +51,7 @@ _REFINED = "searched for by measuring"
 
 
 @dataclass(frozen=True)
-class MeasuredRun:
+class ComparableRun:
     """A run's perplexity; ``same_plan`` is whether it has the plan it is compared with."""
 
     run: str
@@ -73,7 +73,7 @@ class RankedMethod:
     planned_bytes: int
     expected_kl: float | None = None
     predicted: tuple[float, float, float] | None = None
-    measured: MeasuredRun | None = None
+    measured: ComparableRun | None = None
 
     @property
     def title(self) -> str:
@@ -250,20 +250,20 @@ def _find_run(
     choice: np.ndarray,
     bits: float,
     runs: Mapping[str, tuple[pd.Series, dict[str, str]]],
-) -> MeasuredRun | None:
+) -> ComparableRun | None:
     """Return the run of this plan, else the closest of about equal size by the same method.
 
     The latter must have the same pins, ties and server, without which plans are not comparable.
     """
     names = {m.name: LADDER[stop].name for m, stop in zip(problem.matrices, choice, strict=True)}
-    near: list[tuple[float, MeasuredRun]] = []
+    near: list[tuple[float, ComparableRun]] = []
     for run, (row, configs) in runs.items():
         run_bits = float(row["bits_per_param"])
         if abs(run_bits - bits) < 1e-6 and configs == names:
-            return MeasuredRun(run, float(row["perplexity"]), run_bits, same_plan=True)
+            return ComparableRun(run, float(row["perplexity"]), run_bits, same_plan=True)
         away = abs(run_bits / bits - 1)
         if away <= EQUAL_SIZE and _is_alike(row, request):
-            near.append((away, MeasuredRun(run, float(row["perplexity"]), run_bits, False)))
+            near.append((away, ComparableRun(run, float(row["perplexity"]), run_bits, False)))
     return min(near, key=lambda pair: pair[0])[1] if near else None
 
 

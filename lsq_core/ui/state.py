@@ -38,7 +38,7 @@ from lsq_core.planning.servers import SERVERS
 from lsq_core.profiling.settings import ProfileSettings
 from lsq_core.store.models import PUBLISHED
 from lsq_core.ui.safe import st
-from lsq_core.units import write_bytes
+from lsq_core.units import format_bytes_exactly
 
 #: Ways to specify the size of a plan.
 SIZE_MODES = {"base": "base configuration", "budget": "budget", "both": "base, capped by a budget"}
@@ -292,7 +292,9 @@ def request_for_method(method: str) -> PlanRequest:
 def chosen_budget() -> str:
     """Return the chosen budget: planned bytes if a size was typed, else bits per parameter."""
     size = st.session_state["budget_bytes"]
-    return write_bytes(size) if size else budget_text(max(st.session_state["budget"], 0.01))
+    return (
+        format_bytes_exactly(size) if size else budget_text(max(st.session_state["budget"], 0.01))
+    )
 
 
 def set_budget(bits: float, size: int | None = None) -> None:

@@ -106,7 +106,9 @@ def set_pins(query: PlanQuery, pins: Sequence[str]) -> None:
 def live_method(query: PlanQuery, stops: np.ndarray) -> LiveMethod:
     """Return a method for the live planner; ``stops`` (n,) is its plan at the budget."""
     name = query.request.method
-    frontier = cached_plans.frontier(query.info, query.profile, query.request, query.measured)
+    frontier = cached_plans.frontier(
+        query.info, query.profile, query.request, query.extra_measurements
+    )
     curve, at_budget = prediction_curve(query), None
     if curve is not None:
         at_budget = query.predictor.predict(features(query.problem, stops[None])).band(0)
@@ -135,7 +137,7 @@ def prediction_curve(query: PlanQuery) -> Curve | None:
 def free_plans(query: PlanQuery) -> FreePlans:
     """Return the same method's plans without ties and server."""
     free = query.without_ties()
-    frontier = cached_plans.frontier(free.info, free.profile, free.request, free.measured)
+    frontier = cached_plans.frontier(free.info, free.profile, free.request, free.extra_measurements)
     return FreePlans(frontier, prediction_curve(free))
 
 

@@ -40,10 +40,12 @@ class PlanQuery:
     @property
     def problem(self) -> Problem:
         """The planning problem, not yet restricted by pins, ties or server."""
-        return cached_plans.problem_with(self.info, self.profile, self.request, self.measured)
+        return cached_plans.problem_with(
+            self.info, self.profile, self.request, self.extra_measurements
+        )
 
     @property
-    def measured(self) -> cached_plans.ExtraMeasurements | None:
+    def extra_measurements(self) -> cached_plans.ExtraMeasurements | None:
         """The method's measurements besides the profile; None if they are missing or not needed."""
         ctx = self.ctx
         return cached_plans.extra_measurements(
@@ -53,7 +55,7 @@ class PlanQuery:
     @property
     def rows(self) -> Impact | None:
         """The model's row measurements, if the method uses them and they exist."""
-        return self.measured if isinstance(self.measured, Impact) else None
+        return self.extra_measurements if isinstance(self.extra_measurements, Impact) else None
 
     @property
     def predictor(self) -> Predictor | str:
