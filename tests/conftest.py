@@ -1,4 +1,4 @@
-"""What the tests share: the demo model, small random models of many kinds, a store of their own."""
+"""Shared fixtures and helpers: an isolated database, small random models, texts."""
 
 from __future__ import annotations
 
@@ -18,37 +18,38 @@ from lsq_core.bits import FP16_BITS, QuantConfig
 from lsq_core.reference.importing import import_reference
 from lsq_core.store.store import Store
 
-# Nothing here may reach the network, whatever a machine has cached or is logged in to.
+# Keep tests off the network, whatever the machine has cached or is logged in to.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-# One of several workers has one core, and so have the processes that its tests start, whose cores
-# waiting threads would take if they spun. Benchmarks run alone, and wait as usual.
+# Parallel workers, and the processes that their tests start, use one thread each and wait
+# passively, since spinning threads would take cores from the others. Benchmarks run alone, with
+# the defaults.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# What a page opens with is the same wherever the tests run.
+# Pages open with the same model on every machine.
 os.environ["LSQ_MODEL"] = "demo"
 
-# A test that passes does so the next time; HYPOTHESIS_PROFILE=random tries other examples.
+# Examples are the same in every run; HYPOTHESIS_PROFILE=random tries others.
 settings.register_profile("same", derandomize=True)
 settings.register_profile("random", derandomize=False)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT.parent / "shared" / "reference" / "lm-quant-toolkit"
-#: Seconds of importing torch and transformers, by the clock, where limits on times were set (the
-#: README's table, on an idle machine, where one core works all the time).
+#: Wall-clock seconds to import torch and transformers on the machine for which time limits were
+#: set (the README's table; an idle machine, on which the import keeps one core busy throughout).
 REFERENCE_IMPORT_S = 2.24
 WIKITEXT = ROOT.parent / "shared" / "corpus" / "wikitext-2"
 
 
 def packed_bytes(numel: int, config: QuantConfig, metadata: str = "8bit") -> int:
-    """Bytes of ``numel`` weights in the project's packing by formula: codes, scales, zeros, ranges.
+    """Compute the size of ``numel`` packed weights by formula: codes, scales, zeros, ranges.
 
-    Two bytes more are the power of two that a matrix's scales, or its fp16 weights, have in common.
-    The 8-bit format keeps a code for scale and one for zero per group, and an fp16 pair for each
-    of them per metadata group, the last of which may be short.
+    Two more bytes hold the power of two shared by a matrix's scales or fp16 weights. The 8-bit
+    format stores a scale code and a zero code per group, and an fp16 pair for each of the two per
+    metadata group; the last metadata group may be short.
     """
     groups = ceil(numel / config.group_size) if config.bits != FP16_BITS else 0
     codes = ceil(numel * config.bits / 8) + 2
@@ -59,23 +60,23 @@ def packed_bytes(numel: int, config: QuantConfig, metadata: str = "8bit") -> int
 
 @pytest.fixture(autouse=True)
 def _isolated_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test touches the person's own database."""
+    """Keep every test away from the user's own database."""
     monkeypatch.setenv("LSQ_DB", str(tmp_path / "lsq.duckdb"))
 
 
 @pytest.fixture(scope="session")
 def slowness() -> float:
-    """How many times as long this machine takes as the one that limits on times were set on.
+    """How many times slower this machine is than the one for which time limits were set.
 
-    At least 1, so that no limit is less than what was set. It is of the packages' pinned versions:
-    where they change, so may the time that they take to import.
+    At least 1, so that no limit is tightened. It holds for the pinned package versions: other
+    versions may take a different time to import.
     """
     return max(1.0, libraries_import_s() / REFERENCE_IMPORT_S)
 
 
 @pytest.fixture(scope="session")
 def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable], Path]:
-    """A folder of a name, filled by whichever worker asks first and read by all."""
+    """A function that returns a named folder, filled by the first worker that asks for it."""
     base = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         base = base.parent
@@ -96,8 +97,10 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Ca
 
 @pytest.fixture(scope="session")
 def published_database(shared_folder: Callable) -> Path:
-    """A database with all published measurements, and in ``summary.json`` beside it what the import
-    said of them. For copying: one process at a time can open a database."""
+    """A database with all published measurements, and the import's summary in ``said.json``.
+
+    Copy it before opening it: only one process at a time can open a database.
+    """
     if not REFERENCE.is_dir():
         pytest.skip(f"the published measurements are not at {REFERENCE}")
 
@@ -110,7 +113,7 @@ def published_database(shared_folder: Callable) -> Path:
 
 @pytest.fixture(scope="module")
 def published(published_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of that database for a module's tests, for reading only."""
+    """A module's copy of :func:`published_database`, for reading only."""
     return Path(
         shutil.copy(published_database, tmp_path_factory.mktemp("published") / "lsq.duckdb")
     )
@@ -159,17 +162,17 @@ def _config_factories() -> dict[str, Callable]:
             bos_token_id=0,
             eos_token_id=0,
         ),
-        # sliding and full attention in turn, four norms, soft-capped logits
+        # alternating sliding and full attention, four norms, soft-capped logits
         "gemma2": lambda: t.Gemma2Config(
             **_small_sizes(
                 num_key_value_heads=2, intermediate_size=256, head_dim=32, sliding_window=64
             )
         ),
-        # a mixture of experts, stacked weights
+        # mixture of experts, stacked weights
         "mixtral-moe": lambda: t.MixtralConfig(
             **_small_sizes(num_key_value_heads=2, intermediate_size=128, num_local_experts=4)
         ),
-        # experts beside a shared one, and a block without experts before them
+        # experts with a shared expert, after a block without experts
         "qwen2-moe": lambda: t.Qwen2MoeConfig(
             **_small_sizes(
                 num_key_value_heads=2,
@@ -211,7 +214,7 @@ ARCHITECTURES = (
 
 
 def save_random_model(folder: Path, architecture: str, seed: int = 0, **changes: object) -> Path:
-    """A small random model with the demo model's tokenizer, saved as a person would have it."""
+    """Save a small random model with the demo model's tokenizer, as a user would have it."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -231,7 +234,7 @@ def save_random_model(folder: Path, architecture: str, seed: int = 0, **changes:
 
 @pytest.fixture(scope="session")
 def random_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a small random model of an architecture, made once."""
+    """A function that returns the folder of a small random model, created once each."""
     folders: dict[str, Path] = {}
 
     def make(architecture: str) -> Path:
@@ -245,13 +248,13 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
 
 @pytest.fixture
 def model_copy(random_model: Callable[[str], Path], tmp_path: Path) -> Path:
-    """A copy of a small random model's folder, for a test to change."""
+    """A copy of a small random model's folder that a test may change."""
     return Path(shutil.copytree(random_model("llama-gqa"), tmp_path / "copy"))
 
 
 @pytest.fixture
 def other_text(tmp_path: Path) -> str:
-    """A text beside :func:`small_text`, as a path."""
+    """The path of a text that differs from :func:`small_text`."""
     path = tmp_path / "other.txt"
     path.write_text("\n".join(f"{i} is followed by {i + 1}." for i in range(300)), "utf8")
     return str(path)

@@ -1,4 +1,4 @@
-"""Actors on Ray that fail in the ways that tests need; actors import this module."""
+"""Ray actors that fail in the ways tests need; the actor processes import this module."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def kill_itself() -> None:
 
 
 class KilledOnce(ModelActor):
-    """Is killed in the first task that any of them has; a file in the driver's folder says so."""
+    """Kills itself in the first task that any such actor gets, recorded in the driver's folder."""
 
     def _evaluate(self, task: EvaluationTask, stream: TokenStream) -> Measured:
         killed = self.setup.folders.data / "killed"
@@ -32,7 +32,7 @@ class KilledOnce(ModelActor):
 
 
 class ProfilerKilledOnce(ModelActor):
-    """Is killed in the first task on some layers; a file in the driver's folder says so."""
+    """Kills itself in the first task on a subset of layers, recorded in the driver's folder."""
 
     def _profile(self, task: ProfileTask) -> Profile:
         killed = self.setup.folders.data / "killed"
@@ -43,7 +43,7 @@ class ProfilerKilledOnce(ModelActor):
 
 
 class KilledByLayer(ModelActor):
-    """Is killed by each task that the second layer is in; counts how often."""
+    """Kills itself in every task that includes the second layer; records each time."""
 
     def _profile(self, task: ProfileTask) -> Profile:
         if task.layers is not None and 1 in task.layers:
@@ -54,7 +54,7 @@ class KilledByLayer(ModelActor):
 
 
 class KilledByPlan(ModelActor):
-    """Is killed by each plan of MXQ for 2.6 bits; counts how often in the driver's folder."""
+    """Kills itself in every task with an MXQ plan for 2.6 bits; records each task's plan count."""
 
     def _evaluate(self, task: EvaluationTask, stream: TokenStream) -> Measured:
         requests = [one.plan.request for one in task.runs]
@@ -66,7 +66,7 @@ class KilledByPlan(ModelActor):
 
 
 class OnePlanAtATime(ModelActor):
-    """Has memory for one plan."""
+    """Has memory for only one plan at a time; records each task's plan count."""
 
     def _evaluate(self, task: EvaluationTask, stream: TokenStream) -> Measured:
         with (self.setup.folders.data / "sizes").open("a") as file:
@@ -77,14 +77,14 @@ class OnePlanAtATime(ModelActor):
 
 
 class NoMemory(ModelActor):
-    """Has memory for no plan."""
+    """Runs out of memory on every plan."""
 
     def _evaluate(self, task: EvaluationTask, stream: TokenStream) -> Measured:
         raise DeviceMemoryError("cpu ran out of memory.")
 
 
 class OlderTorch(ModelActor):
-    """Has another torch."""
+    """Reports another version of torch, on another host."""
 
     def _describe(self) -> Description:
         own = super()._describe()
@@ -92,14 +92,14 @@ class OlderTorch(ModelActor):
 
 
 class OtherModel(ModelActor):
-    """Has another model under the same name."""
+    """Reports another model under the same name, on another host."""
 
     def _describe(self) -> Description:
         return replace(super()._describe(), host="node-b", fingerprint="0" * 16)
 
 
 class NoPackage(ModelActor):
-    """Cannot be made, as where the project is not installed."""
+    """Cannot be created, as if the project were not installed."""
 
     def __init__(self, setup: object) -> None:
         raise ModuleNotFoundError("No module named 'lsq_core'")

@@ -1,4 +1,4 @@
-"""Functions that several test modules call."""
+"""Helpers shared by several test modules."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ T = TypeVar("T")
 def wait_for(condition: Callable[[], T], seconds: float = 60, interval: float = 0.02) -> T:
     """Poll until a condition is true, and return its value.
 
-    The deadline is there for a process that hangs; it is no measure of speed.
+    The deadline only guards against a hanging process; it is not a measure of speed.
     """
     deadline = time.monotonic() + seconds
     while not (value := condition()):
@@ -39,12 +39,12 @@ def wait_for(condition: Callable[[], T], seconds: float = 60, interval: float = 
 
 
 def nominal_budget(nominal: float, problem: Problem) -> str:
-    """Write nominal bytes of a problem's matrices as a budget in bits per parameter."""
+    """Express nominal bytes of a problem's matrices as a budget in bits per parameter."""
     return f"{8 * float(nominal) / problem.total!r}bpp"
 
 
 def find_free_port() -> int:
-    """Return a port of the loopback interface that nothing listens on."""
+    """Return a loopback port on which nothing is listening."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -58,9 +58,9 @@ def update_config(folder: Path, **entries: object) -> None:
 
 @contextmanager
 def mount_small_disk(folder: Path, size: str) -> Iterator[Path]:
-    """Create a folder and mount a file system of a size such as ``1m`` on it, for the block.
+    """Create a folder and mount a file system on it, of a size such as ``1m``, within the block.
 
-    Skips the test where mounting is not permitted.
+    Skips the test if mounting is not permitted.
     """
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
@@ -81,7 +81,7 @@ def evaluate_model(
     checkpoint: Path | None = None,
     **options: object,
 ) -> EvaluationPair:
-    """Evaluate one model on one text; the options are those of :func:`evaluate_models`."""
+    """Evaluate one model on one text, with the options of :func:`evaluate_models`."""
     [[pair]] = evaluate_models(
         [model], [EvaluationText(ids, protocol)], bos=bos, checkpoints=[[checkpoint]], **options
     )

@@ -1,6 +1,6 @@
-"""Evaluates two plans of the demo until a block is reached, and is killed there.
+"""Evaluate two plans of the demo model, and kill the process at a given progress message.
 
-Run as ``python -m tests.killed_walk FOLDER MESSAGE``: it never ends by itself.
+Run as ``python -m tests.killed_walk FOLDER MESSAGE``; the process should die by SIGKILL.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.test_walk import PROTOCOL, make_ids, quantize_plans
 
 
 def main(folder: Path, message: str) -> None:
-    """Evaluate, and send the process itself a signal that it cannot handle."""
+    """Evaluate until the progress message contains ``message``, then send SIGKILL to itself."""
 
     def progress(done: int, total: int, told: str) -> None:
         if message in told:

@@ -1,4 +1,4 @@
-"""What a computation asks of a device: kernels to launch, and results to wait for."""
+"""Count the kernels that a computation launches and the results it waits for."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lsq_core.quantization.hqq import solver, solver_triton
 _WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select"}
 _COPYING = {torch.Tensor.cpu, torch.Tensor.tolist, torch.Tensor.numpy}
 _INDEXING = {"aten::index", "aten::index_put", "aten::index_put_"}
-#: Operations beside views that compute nothing.
+#: Operations other than views that compute nothing.
 _FREE = {
     "aten::empty",
     "aten::new_empty",
@@ -47,7 +47,7 @@ class Launches(TorchDispatchMode):
 
 
 class _Copies(TorchFunctionMode):
-    """Counts copies to the host, which are no operations where the device is the host."""
+    """Counts copies to the host, which dispatch no operation if the device is the host."""
 
     def __init__(self, launches: Launches) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class _Copies(TorchFunctionMode):
 
 @contextmanager
 def count_launches(monkeypatch) -> Iterator[Launches]:
-    """Count what runs within a ``with`` block, the solver's steps as on a GPU: one kernel."""
+    """Count operations in a ``with`` block; the solver's steps count as one kernel, as on a GPU."""
     launches = Launches()
 
     def one_kernel(weight: Tensor, scale: Tensor, zero: Tensor, tops, axis: int, **_):

@@ -1,4 +1,4 @@
-"""The pages, run without a browser: every one draws, controls do what they say, errors are told."""
+"""The app's pages, run without a browser: rendering, controls and error messages."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ PAGES = {
 
 @dataclass(frozen=True)
 class Filled:
-    """A database with a model, a profile and three runs, two of them of one measurement."""
+    """A database with a model, a profile and three runs, two of which share a measurement."""
 
     path: Path
     model: str
@@ -53,7 +53,7 @@ class Filled:
 
 @pytest.fixture(scope="session")
 def filled_once(shared_folder) -> Filled:
-    """One for all modules: pytest makes an imported fixture again in each that imports it."""
+    """One database for all modules: pytest reruns an imported fixture in each importing module."""
     folder = shared_folder("app", _populate)
     return Filled(folder / "lsq.duckdb", str(folder / "model"), _settings(folder))
 
@@ -82,7 +82,7 @@ def _source(model: str):
 
 @pytest.fixture
 def filled(filled_once: Filled, tmp_path: Path) -> Filled:
-    """A copy of it, in the place where this test's pages look."""
+    """A copy of :func:`filled_once` at the database path that this test's pages use."""
     path = tmp_path / "lsq.duckdb"
     path.write_bytes(filled_once.path.read_bytes())
     return Filled(path, filled_once.model, filled_once.settings)
@@ -123,7 +123,7 @@ def _array(values: object) -> list:
     return values
 
 
-# --- every page draws -----------------------------------------------------------------------
+# --- headlines ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -454,9 +454,9 @@ def test_compare_two_runs_paired_difference(filled):
     found = bootstrap_difference(nll, store.windows(b)[0], counts)
     summary = next(m.value for m in app.markdown if m.value.startswith("Perplexity"))
     assert f"{100 * found.relative:+.2f}".replace("-", "−") in summary
-    assert math.isnan(found.low)  # so short a text has too few windows for an interval,
+    assert math.isnan(found.low)  # so short a text has too few windows for an interval
     assert "too few windows" in summary
-    assert not re.search(VERDICT, summary)  # and without one no verdict
+    assert not re.search(VERDICT, summary)  # without an interval there is no verdict
 
 
 VERDICT = r"\*\*(tie|lower|higher)\*\*"
@@ -470,7 +470,7 @@ def _open_pair(filled: Filled) -> AppTest:
 
 @pytest.mark.parametrize(("shift", "verdict"), [(0.0, "tie"), (-20.0, "lower"), (20.0, "higher")])
 def test_compare_verdict_matches_paired_windows(filled, shift, verdict):
-    """As many windows as an interval needs, in nats a window, which differ by shift and noise."""
+    """Uses enough windows for an interval; nats per window differ by ``shift`` plus noise."""
     app = _open_pair(filled)
     a, b = app.session_state["run_a"], app.session_state["run_b"]
     counts = np.full(60, 128)
@@ -511,7 +511,7 @@ def test_app_locked_database_shows_one_error(filled, monkeypatch):
 
 
 def test_plan_headline_uses_committed_budget(monkeypatch):
-    """It is of this very run of the page, not of the next."""
+    """The headline shows the committed budget in the same run of the page, not in the next."""
     app = open_page("Plan", model="demo", method="uniform", budget="3.25")
     assert "3.25 bits" in first_line(app)
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""Every kind of decoder goes the whole way: profile, plan, quantize, save, reload, evaluate."""
+"""Every decoder architecture, end to end: profile, plan, quantize, save, reload, evaluate."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from lsq_core.settings import GridSettings
 from lsq_core.store.store import Store
 from tests.conftest import ARCHITECTURES
 
-#: Matrices to quantize of each small random model, all experts counted.
+#: Number of quantized matrices of each small random model, counting every expert.
 MODULES_PER_MODEL = {
     "llama-gqa": 14,
     "qwen2-bias": 14,
@@ -44,7 +44,7 @@ MODULES_PER_MODEL = {
 
 
 def count_block_weights(model: nn.Module) -> int:
-    """Independent count: every parameter of two or more dimensions in the decoder blocks."""
+    """Count block parameters of two or more dimensions by name, without routers, biases, sinks."""
     excluded = ("router", "mlp.gate.weight", "shared_expert_gate", "bias", "sinks")
     return sum(
         p.numel()
@@ -53,7 +53,7 @@ def count_block_weights(model: nn.Module) -> int:
     )
 
 
-#: One of plain matrices and one of stacked experts; the others take the quicker quantizer.
+#: One with plain matrices and one with stacked experts; the others use the faster RTN.
 HQQ_ARCHITECTURES = ("llama-gqa", "mixtral-moe")
 
 
@@ -124,7 +124,7 @@ def test_hqq_error_matches_hqq_package(architecture, random_model):
 
 
 def test_packed_forward_error_matches_hqq_linear(random_model):
-    """The packed module and ``hqq``'s own, with a bias: equally far from full precision."""
+    """With a bias, the packed module is as far from full precision as ``hqq``'s own."""
     loaded = load_model(ModelSource(str(random_model("qwen2-bias"))), "cpu")
     matrix = next(m for m in loaded.info.matrices if m.type == "mlp.gate_proj")
     linear = nn.Linear(128, 256).requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Saved models: identical after reloading, whole or not there, refused when damaged."""
+"""Saved models are identical after reloading, never left incomplete, refused when damaged."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def demo():
 
 @pytest.fixture(scope="module")
 def ladder_choice(demo):
-    """A plan that uses every stop of the ladder in turn."""
+    """A plan that cycles through the stops of the ladder."""
     return {m: LADDER[i % 12] for i, m in enumerate(demo.info.matrices)}
 
 
@@ -86,7 +86,7 @@ def test_save_quantized_nonempty_folder_raises(demo, ladder_choice, saved):
 
 
 def test_from_pretrained_saved_folder_raises(saved):
-    """It would otherwise fill the packed modules with random weights and say little about it."""
+    """Otherwise the packed modules would get random weights, with hardly a warning."""
     with pytest.raises(OSError, match=r"no file named model\.safetensors"):
         AutoModelForCausalLM.from_pretrained(saved)
 
@@ -105,7 +105,7 @@ def test_load_quantized_truncated_weights_raises(saved):
 
 def test_load_quantized_plan_weight_mismatch_raises(saved):
     content = json.loads((saved / MANIFEST_FILE).read_text())
-    del content["sha256"]  # as earlier versions saved it
+    del content["sha256"]  # earlier versions did not save it
     del content["modules"]["model.layers.3.mlp.up_proj"]
     (saved / MANIFEST_FILE).write_text(json.dumps(content))
     with pytest.raises(InputError, match=r"plan .*model\.layers\.3\.mlp\.up_proj"):
@@ -128,7 +128,7 @@ def test_load_quantized_invalid_folder_raises(saved, tmp_path):
 
 
 def test_save_quantized_small_disk_raises_and_cleans_up(demo, tmp_path):
-    """On a real file system of 1 MiB; needs the right to mount one."""
+    """Uses a real file system of 1 MiB, which needs permission to mount."""
     with mount_small_disk(tmp_path / "small", "1m") as small_disk:
         choice = dict.fromkeys(demo.info.matrices, QuantConfig(2, 128))
         quantized = quantize_model(QuantizationTask(demo, choice), get_quantizer("rtn"))

@@ -1,4 +1,4 @@
-"""The audit finds what was stored, and everything that is not as it was planned."""
+"""The audit reports what is stored, and every deviation from the plan."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def saved_run(random_model, small_text, tmp_path) -> tuple[Path, dict]:
 
 
 def tamper(folder: Path, config: QuantConfig | None) -> None:
-    """Store one module in another configuration, or as plain weights, and say nothing of it."""
+    """Store one module in another configuration, or as plain weights, without recording it."""
     import torch
 
     from lsq_core.quantization.packed import quantize_matrix
@@ -82,7 +82,7 @@ def test_audit_detects_wrong_bits(saved_run, bits):
 
 
 def test_audit_distinguishes_b2g128_from_b4g64(saved_run):
-    """b2g128 has as many codes to a group as b4g64 to half of one."""
+    """The two have equally many bytes of codes per group."""
     folder, _ = saved_run
     tamper(folder, QuantConfig(2, 128))
     assert [line.stored for line in audit_folder(folder, Store()).mismatches] == ["b2g128"]
@@ -104,7 +104,7 @@ def test_audit_changed_manifest_uses_stored_plan(saved_run):
     folder, _ = saved_run
     path = folder / "lsq.json"
     manifest = json.loads(path.read_text())
-    del manifest["sha256"]  # as earlier versions saved it
+    del manifest["sha256"]  # earlier versions did not save it
     manifest["modules"][MODULE] |= {"bits": 3, "config": "b3g64"}
     path.write_text(json.dumps(manifest))
     assert not audit_folder(folder, Store()).mismatches, "the plan that was kept still holds"

@@ -1,4 +1,4 @@
-"""The campaigns' own measure of how commands end, and a slice of the fuzzed commands."""
+"""How campaigns classify the endings of commands, and a short run of the fuzzed commands."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_tally_counts_each_kind_of_fault():
 
 
 def test_fuzzed_commands_end_in_a_sentence():
-    """A slice of the campaign, in a process that it can take the network and the home from."""
+    """Runs part of the campaign in a subprocess, which it can cut off from network and home."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.campaigns.fuzzed_commands", "60", "1"],
         cwd=ROOT,

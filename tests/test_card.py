@@ -1,4 +1,4 @@
-"""A result card shows what the store holds, as a picture and as a page that fetches nothing."""
+"""Result cards show the stored figures, as an image and as a page that fetches nothing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lsq_core.store.store import Store
 from tests.browser.conftest import open_browser
 from tests.test_compare import insert_synthetic_runs
 
-#: An evaluation of MXQ at 2.25 bits, and one of uniform at 2.13.
+#: An evaluation of MXQ at 2.25 bits and one of uniform at 2.13.
 PLANNED, UNIFORM = "000000000001", "000000000000"
 
 

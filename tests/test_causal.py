@@ -1,4 +1,4 @@
-"""A model that sees later tokens has no perplexity, whatever it is called."""
+"""Models that attend to later tokens are refused, whatever their class is called."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.conftest import ARCHITECTURES
 
 
 def save_encoder(folder: Path, family: str, **changes: object) -> Path:
-    """A small random model of BERT's kind, saved as a person would have it."""
+    """Save a small random model of a BERT-like family, as a user would have it."""
     sizes = {"vocab_size": 4096, "hidden_size": 64, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 2, "intermediate_size": 128}
     torch.manual_seed(0)
@@ -64,7 +64,7 @@ def run_check(forward, dtype=torch.float32, context=2048):
 
 
 def make_states(ids: torch.Tensor) -> torch.Tensor:
-    """States (1, tokens, 4) that differ for each token."""
+    """Return states (1, tokens, 4) that differ for each token."""
     return torch.sin(ids[..., None] * torch.tensor([0.1, 0.3, 0.7, 1.1]))
 
 

@@ -1,4 +1,4 @@
-"""Figures show the data they were given, in the colours that mean the same everywhere."""
+"""Charts show the data they are given, in colours whose meaning is the same everywhere."""
 
 from __future__ import annotations
 
@@ -463,7 +463,7 @@ def test_frontiers_without_prediction_use_log_axis():
 
 
 def test_frontiers_without_finite_error():
-    """A profile by a quantizer of one configuration has no error at the others."""
+    """A profile by a quantizer with a single configuration has no errors for the others."""
     runs = pd.DataFrame(columns=["method", "label", "bits_per_param", "value"])
     for values in (np.full(3, np.nan), np.array([np.nan, 2.0, 1.0])):
         line = charts.FrontierLine("uniform", np.array([2.0, 3.0, 4.0]), values)

@@ -1,4 +1,4 @@
-"""What a checkpoint holds against what its config says: codes, strays, and two of one thing."""
+"""Checkpoints that contradict their config: quantized, unexpected and duplicate tensors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DOWN = "model.layers.0.mlp.down_proj.weight"
 
 
 def replace_tensors(folder: Path, **tensors: torch.Tensor | None) -> None:
-    """Put tensors into a model's file, or take them out; ``__`` stands for a dot."""
+    """Add or replace tensors in a model's file; None removes a tensor."""
     path = folder / "model.safetensors"
     state = load_file(path)
     for name, tensor in tensors.items():
@@ -34,7 +34,7 @@ def replace_tensors(folder: Path, **tensors: torch.Tensor | None) -> None:
 
 
 def assert_refused(folder: Path, *expected_words: str) -> None:
-    """By a look at the model, by a whole load, and by one block at a time; in one sentence."""
+    """Check that inspecting, loading and streaming the model all raise a one-line error."""
     source = ModelSource(str(folder))
     for open_model in (
         inspect_model,
@@ -48,7 +48,7 @@ def assert_refused(folder: Path, *expected_words: str) -> None:
         assert all(word in message for word in expected_words), message
 
 
-# --- codes ------------------------------------------------------------------------------------
+# --- quantized checkpoints --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_config_with_quantization_entry_refused(model_copy, entries):
 
 
 def test_fp8_or_int8_weights_refused(model_copy):
-    """Cast to floating point they gave a perplexity of 53 million."""
+    """Cast to floating point, such weights gave a perplexity of 53 million."""
     weight = load_file(model_copy / "model.safetensors")[DOWN]
     replace_tensors(model_copy, **{DOWN: weight.to(torch.float8_e4m3fn)})
     assert_refused(model_copy, DOWN, "F8_E4M3")
@@ -91,13 +91,13 @@ def test_fp8_or_int8_weights_refused(model_copy):
 
 @pytest.mark.parametrize("suffix", ["weight_scale", "weight_scale_inv", "input_scale", "qzeros"])
 def test_scale_tensors_beside_weights_refused(model_copy, suffix):
-    """Weights in a dtype that could be anything's, of which the scales would be dropped."""
+    """The weights have an ordinary dtype, and loading would silently drop the scales."""
     name = DOWN.replace("weight", suffix)
     replace_tensors(model_copy, **{name: torch.ones(1)})
     assert_refused(model_copy, name, "quantized")
 
 
-# --- what the architecture doesn't take ----------------------------------------------------------
+# --- unexpected tensors --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -174,11 +174,11 @@ def test_pickled_int8_weights_refused(model_copy):
         load_model(ModelSource(str(model_copy), allow_pickle=True), "cpu")
 
 
-# --- two of one thing -----------------------------------------------------------------------------
+# --- duplicates and conflicts ---------------------------------------------------------------------
 
 
 def shard(folder: Path, stale: torch.Tensor | None) -> None:
-    """Two files and an index; ``stale`` lies in the second, though the index names the first."""
+    """Split the file in two with an index; ``stale`` goes into the file the index doesn't name."""
     state = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     first = {n: t for n, t in state.items() if "layers.1." not in n}

@@ -1,4 +1,4 @@
-"""The command line as a person or a script uses it: exit status, one JSON document, sentences."""
+"""The command line as users and scripts see it: exit status, JSON output, error messages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RTN = ["--profile-quantizer", "rtn"]
 
 @pytest.fixture
 def run_cli(capsys):
-    """Run a command in this process; gives (status, JSON or text, standard error)."""
+    """A function that runs a command in this process: (status, JSON or text, standard error)."""
 
     def call(*arguments: str) -> tuple[int, dict | str, str]:
         status = main(list(arguments))
@@ -62,7 +62,7 @@ def test_startup_sets_gomp_spincount_unless_configured(variables, spincount):
 
 
 def test_cli_json_is_only_stdout(model, small_text, tmp_path):
-    """A process of its own, from the repository root, as in the README."""
+    """Runs in a process of its own, from the repository root, as in the README."""
     command = [sys.executable, "-m", "lsq_core", "run", "--model", model, "--method", "sensiboost"]
     command += ["--base", "3.51", "--calibration", str(small_text), "--corpus", str(small_text)]
     command += ["--max-tokens", "500", "--json", "--db", str(tmp_path / "own.duckdb"), *PROFILE]
@@ -203,7 +203,7 @@ def test_cli_served_plan_records_constraint_and_free_plan(run_cli, model):
     assert "constraints of vLLM" in run_cli(*arguments, "--serve", "vllm")[1]
 
 
-# --- bad input: status 2 and a sentence ---------------------------------------------------------
+# --- bad input ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The Compare page: what each view shows is what SQL over the store says."""
+"""The Compare page: each view shows what SQL queries on the store return."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ CORPUS, PROTOCOL = "stdlib", "strided-512/256"
 def insert_synthetic_runs(
     store: Store, count: int, methods: tuple[str, ...] = ("uniform", "mxq"), first: int = 0
 ) -> pd.DataFrame:
-    """Made-up runs of the demo model, ``first`` to ``count``; their bits, perplexity and id."""
+    """Insert synthetic runs of the demo model, numbered ``first`` to ``count - 1``.
+
+    Returns their id, bits, perplexity and method.
+    """
     info = inspect_model(ModelSource("demo"))
     store.save_model(info)
     plans = [make_plan(Problem(info.matrices), PlanRequest("uniform", c.stop_name)) for c in LADDER]
@@ -77,7 +80,7 @@ def runs(store) -> pd.DataFrame:
 
 
 def values(app, column: str) -> list[float]:
-    """The upper figures of a chart's markers, against what a column of the store has."""
+    """Return the sorted ``x`` or ``y`` values of a chart's markers."""
     traces = [t for t in chart(app)["data"] if t.get("mode") == "markers" and "customdata" in t]
     return sorted(y for t in traces for y in _array(t[column]))
 
@@ -90,7 +93,7 @@ def page_text(app) -> str:
     return " ".join([*(c.value for c in app.caption), *(m.value for m in app.markdown)])
 
 
-# --- by size --------------------------------------------------------------------------------
+# --- charts by size -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("quality", "scale"), [("perplexity", 1), ("kl", 1), ("top1", 100)])
@@ -126,7 +129,7 @@ def test_compare_headline_run_open_by_default(store, runs):
     assert app.code[0].value.startswith("lsq run --model demo")
 
 
-# --- what bits buy, wins, two runs -----------------------------------------------------------
+# --- gains, wins, two runs -------------------------------------------------------------------
 
 
 def test_headline_is_gain_at_equal_size(store, runs):
@@ -245,7 +248,7 @@ def _points(count: int = 12) -> MeasuredPoints:
 
 
 def test_leave_one_out_matches_refit():
-    """Against the process made anew without the run, by the same length and noise."""
+    """It matches a process refitted without the plan, with the same length and noise."""
     predictor = fit(_points())
     mean, deviation = predictor.process.leave_one_out_moments()
     own = predictor.process
@@ -263,7 +266,7 @@ def test_leave_one_out_matches_refit():
 
 
 def test_projected_kernel_inverse_orthogonal_to_constant():
-    """The inverse that is used has no part along the constant."""
+    """The projected inverse has no component along the constant."""
     own = fit(_points()).process
     inverse = cho_solve(cho_factor(own._kernel(own.x) + own.noise * np.eye(len(own.x))), np.eye(12))
     projected = inverse - np.outer(own.ones, own.ones) / own.ones.sum()
@@ -320,7 +323,7 @@ def test_compare_delete_and_undo(store, runs):
     assert opened not in store.run_configs(store.model(_demo_fingerprint()).fingerprint)
     app.button(key="delete").click().run()
     assert "and 1 earlier" in page_text(app)
-    app = open_page("Compare")  # another session finds what can be undone
+    app = open_page("Compare")  # deletions can be undone from another session
     app.button(key="undo").click().run()
     app.button(key="undo").click().run()
     assert sorted(table(app)["run id"]) == sorted(runs["id"])
@@ -356,7 +359,7 @@ def test_delete_runs_published_raises(store, runs):
 def test_compare_opens_in_time_with_5000_runs(store):
     """Fills a store with 5,000 runs, which takes ten seconds; a page may take 2 s, here 3 × that.
 
-    The first page of a process imports what all need, so it is opened before the time is taken.
+    The first page of a process imports what all pages need, so one is opened before timing.
     """
     insert_synthetic_runs(store, 5000, ("uniform", "sensiboost", "kurtboost", "mxq"))
     app = open_page("Model")
@@ -381,7 +384,7 @@ def test_delete_runs_keeps_job_folders(store):
     shutil.rmtree(Path(folder))
 
 
-# --- the model, and GGUF files beside it ----------------------------------------------------
+# --- the sidebar's model, and GGUF baselines ------------------------------------------------
 
 
 def test_compare_has_the_sidebars_model(store, runs):
@@ -408,7 +411,7 @@ def test_compare_opens_on_the_newest_measurement_with_two_runs(store, runs):
 
 @pytest.fixture
 def gguf_file(store, runs) -> dict:
-    """The runs' model is of a GGUF file, which was evaluated as they were."""
+    """Turn the runs' model into that of a GGUF file, evaluated in the same way as the runs."""
     file = {"name": "m.gguf", "sha256": "0", "bytes": 9 * 2**20, "block_bytes": 3 * 2**20}
     file["type"] = "Q4_1"
     with store.transaction() as connection:

@@ -1,4 +1,4 @@
-"""Methods held against each other at the same size: which runs meet, and how many have to."""
+"""Methods compared at equal size: which runs are compared, and how many are needed."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def runs(*rows: tuple[str, float, float]) -> pd.DataFrame:
     ("size", "perplexity"),
     [
         (3.25, 10.0),
-        (3.2502, 10.0),  # the same size but for the rounding of a label
+        (3.2502, 10.0),  # the same size up to the rounding of its label
         (3.19, math.sqrt(120)),  # halfway between two neighbours, in the logarithm
-        (3.38, math.sqrt(90)),  # a run that a smaller one beats is no neighbour
-        (2.5, math.nan),  # the next two are 39 % apart
-        (2.0, math.nan),  # nothing is extrapolated
+        (3.38, math.sqrt(90)),  # a run beaten by a smaller one is no neighbour
+        (2.5, math.nan),  # its neighbours are 39 % apart
+        (2.0, math.nan),  # no extrapolation
         (4.0, math.nan),
     ],
 )
@@ -43,7 +43,7 @@ def test_perplexity_at_size(size, perplexity):
 
 
 def test_win_tie_loss_ignores_distant_sizes():
-    """A plan of 3.129 bits once met one of 2.510, as the nearest was 0.0006 bits larger."""
+    """Once, 3.129 bits were compared with 2.510 because the nearest plan was 0.0006 bits larger."""
     uniform = [("uniform", 2.5078, 30.0), ("uniform", 3.1296, 9.0)]
     found = runs(("sensiboost", 3.129, 10.0), *uniform)
     assert win_tie_loss_at_equal_bytes(found, "sensiboost", "uniform") == WinTieLoss(0, 0, 1)

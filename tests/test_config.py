@@ -1,4 +1,4 @@
-"""The ladder and the accounts of what a configuration stores."""
+"""The ladder, the sizes of its configurations, and budgets."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ def test_parse_config_invalid_name_raises(text):
 
 @given(st.integers(1, 64), st.integers(1, 64), st.sampled_from(EXTENDED_LADDER))
 def test_planned_bytes_exceed_nominal_by_zero_ranges(rows, columns, config):
-    """Ours counts a range for scale *and* one for zero, and starts a new one for the remainder.
+    """Planned bytes count ranges for scales *and* zeros, and for a partial last metadata group.
 
-    Two bytes are the power of two that the scales of a matrix have in common.
+    Two more bytes hold the power of two shared by a matrix's scales.
     """
     shape, numel = (rows, 128 * columns), rows * columns * 128
     groups = numel // config.group_size
@@ -96,7 +96,7 @@ def test_stop_index_unknown_lists_ladder():
 
 @pytest.mark.parametrize("stop", LADDER, ids=lambda c: c.stop_name)
 def test_budget_parse_stop_name_is_exact_size(stop):
-    """Its exact size, by every name it has and by what is shown of it; a number is a number."""
+    """A stop's names and its displayed size mean its exact size; other numbers are literal."""
     four = round(stop.nominal_bits, 4)
     for text in (stop.stop_name, f"{stop.stop_name}bpp", stop.name, f" {stop.name} ", f"{four}bpp"):
         assert Budget.parse(text, 8).nominal_bytes == stop.nominal_bits

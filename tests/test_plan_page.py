@@ -1,4 +1,4 @@
-"""The Plan page without a browser: it shows the library's plans, and tells what it cannot do."""
+"""The Plan page without a browser: it shows the library's plans and explains what it cannot do."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ from tests.test_app import (  # noqa: F401 - fixtures
 
 
 def planner_data(app: AppTest) -> dict:
-    """What the live planner was sent."""
+    """Return the data sent to the live planner."""
     (planner,) = [
         c.proto
         for c in app.get("bidi_component")
@@ -59,7 +59,7 @@ def planner_data(app: AppTest) -> dict:
 
 
 def fixed(app: AppTest) -> list[str]:
-    """The configurations of a plan that a base alone asked for."""
+    """Return the configurations of a plan requested by base alone."""
     return [LADDER[i].name for i in b64decode(planner_data(app)["fixed"])]
 
 
@@ -69,7 +69,7 @@ def problem(filled: Filled) -> Problem:  # noqa: F811
 
 
 def command_line_plan(app: AppTest) -> dict[str, str]:
-    """The plan that the copied command line makes: module to configuration."""
+    """Run the copied command line and return its plan as module name to configuration."""
     from lsq_core.cli.program import execute
 
     command = shlex.split(next(c.value for c in app.code))
@@ -221,7 +221,7 @@ def test_plan_page_mixed_rows_cannot_be_served(filled):  # noqa: F811
 
 
 def test_plan_page_second_method_ignores_unsupported_base(filled):  # noqa: F811
-    """MXQ takes no base: one left over from another method is not the other method's either."""
+    """MXQ takes no base: one left in the URL is not applied to the second method either."""
     app = open_page(
         "Plan", model=filled.model, method="mxq", ask="both", base="4.25", against="sensiboost"
     )
@@ -255,7 +255,7 @@ def test_plan_page_budget_out_of_range_clamped_with_warning(filled):  # noqa: F8
 
 
 def test_take_pins_rejects_contradicting_pins(filled, monkeypatch):  # noqa: F811
-    """The component's answer in place of a click: the browser's tests do the clicking."""
+    """Sets pins as the component's answer does; the browser tests do the clicking."""
     plan_query = SimpleNamespace(problem=problem(filled), request=PlanRequest("mxq"))
     session = {"pins": ""}
     monkeypatch.setattr(actions.st, "session_state", session)
@@ -319,7 +319,7 @@ def test_plan_page_open_plan_with_byte_budget(filled):  # noqa: F811
 
 
 def test_plan_page_budget_in_bytes_bounds_every_method(filled):  # noqa: F811
-    """What was typed counts for the plan, the one beside it, and the command line."""
+    """The typed size applies to the plan, the compared plan and the command line."""
     size = int(problem(filled).total * 3.4 / 8)
     app = open_page(
         "Plan", model=filled.model, method="mxq", budget_bytes=str(size), against="sensi-knapsack"
@@ -333,7 +333,7 @@ def test_plan_page_budget_in_bytes_bounds_every_method(filled):  # noqa: F811
 
 
 def test_plan_page_budget_outlives_a_constraint(filled):  # noqa: F811
-    """What vLLM needs is shown; without it the plan has what was asked for again."""
+    """vLLM raises the budget to its minimum; without vLLM the requested budget is back."""
     app = open_page("Plan", model=filled.model, method="mxq", budget="3.2")
     app.segmented_control(key="serve").set_value("vllm").run()
     raised = planner_data(app)["budget"]
@@ -357,7 +357,7 @@ def _click_button(app: AppTest, label: str) -> None:
     assert not app.exception
 
 
-# --- what stands behind the panels ----------------------------------------------------------
+# --- data behind the panels -----------------------------------------------------------------
 
 
 def test_plan_page_baseline_runs_in_chart(filled):  # noqa: F811
@@ -377,7 +377,7 @@ def test_plan_page_baseline_runs_in_chart(filled):  # noqa: F811
 def test_memory_presets_fit_plan_and_context(filled):  # noqa: F811
     model_session = Session(ModelSource(filled.model), Store(filled.path))
     model_problem = problem(filled)
-    # The model as if its MLPs had 40 billion weights, so that some presets are in range.
+    # Scale the MLPs to 40 billion weights, so that some presets are in range.
     mlp = [m.numel for m in model_problem.matrices if m.type.startswith("mlp")]
     scale = 40e9 / sum(mlp)
     wide = [
@@ -417,7 +417,7 @@ def test_z_scores_match_layer_detection(filled):  # noqa: F811
             assert value == detection.z[layers.index(matrix.layer) - 1]
 
 
-# --- quantizing and evaluating in place -----------------------------------------------------
+# --- quantizing and evaluating on the page --------------------------------------------------
 
 
 def set_up_run(filled: Filled) -> AppTest:  # noqa: F811
@@ -446,7 +446,7 @@ def test_plan_page_runs_the_plan_in_place(filled):  # noqa: F811
     app.run()
     assert not app.toast, "said once"
     assert any(verdict in m.value for m in app.markdown), "kept"
-    # the same command as from the Run page
+    # the Run page starts the same command
     go_to_page(app, "Run")
     _click_button(app, "Quantize and evaluate")
     assert {j.arguments for j in jobs.list_jobs(disk.jobs_folder(Store(filled.path)))} == {

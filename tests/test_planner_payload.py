@@ -1,4 +1,4 @@
-"""What the live planner is sent: all of a frontier, once, as compact JSON; and what it answers."""
+"""The live planner's payload (a full frontier as compact JSON, sent once) and its answers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def decode_array(text: str, kind: str) -> np.ndarray:
 
 
 def make_payload(small: Problem, methods: list[LiveMethod], **more: object) -> dict:
-    """A payload with what doesn't matter left at its plainest."""
+    """Return a payload with simple defaults for everything not given."""
     defaults = {
         "budget": 3.25,
         "other_bytes": 7,
@@ -46,7 +46,7 @@ def make_payload(small: Problem, methods: list[LiveMethod], **more: object) -> d
 
 @pytest.mark.parametrize("method", ["mxq", "kurtboost", "uniform"])
 def test_frontier_payload_round_trip(method):
-    """Starts, moves and costs come out as they went in, and give the same bytes."""
+    """Starts, moves and costs are unchanged and give the same bytes."""
     small = problem(spikes={7: 9.0})
     frontier = make_frontier(small, PlanRequest(method))
     content = planner.frontier_payload(frontier)
@@ -85,7 +85,7 @@ def test_payload_nan_and_inf_survive_strict_json():
 
 
 def test_payload_model_order_and_sizes():
-    """Sizes whose groups are short at the end have their own planned bytes."""
+    """Sizes with a short last group have their own planned bytes."""
     matrices = (
         Matrix("m.0.mlp.up_proj", 0, "mlp.up_proj", 32, 33),
         Matrix("m.0.mlp.down_proj", 0, "mlp.down_proj", 128, 128),
@@ -201,7 +201,7 @@ def test_payload_includes_prediction_and_unknown_size():
 
 
 def test_payload_pins_and_changed_pins():
-    """What they allow is sent; one that is set or dropped in the browser gives all there are."""
+    """The allowed range is sent; setting or dropping a pin in the browser returns all pins."""
     pins = ("*.layers.0.*=b8g64", "*.down_proj=b3g128..b8g32")
     small = apply_pins(problem(layers=4), pins)
     method = LiveMethod("mxq", "MXQ", make_frontier(small, PlanRequest("mxq")))

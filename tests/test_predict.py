@@ -1,4 +1,4 @@
-"""Predicted perplexity: against the published runs, an exact law, and too little of either."""
+"""Predicted perplexity: from published runs, from an exact law, and from too few runs."""
 
 from __future__ import annotations
 
@@ -47,17 +47,17 @@ STOPS = len(LADDER)
 
 
 def select_points(points: MeasuredPoints, chosen: np.ndarray) -> MeasuredPoints:
-    """Some of the points, by index or mask."""
+    """Select points by index or mask."""
     names = ("features", "perplexity", "full_precision", "eight_bit")
     return replace(points, **{name: getattr(points, name)[chosen] for name in names})
 
 
-# --- against the published runs ---------------------------------------------------------------
+# --- published runs ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("model", ["Llama-2-7b-hf", "Meta-Llama-3-8B"])
 def test_predict_published_runs_from_30(published, model):
-    """Medians over 20 draws, WikiText-2, of the runs at 3 bits and more with a published plan."""
+    """Medians over 20 draws of WikiText-2 runs at 3 bits or more that have a published plan."""
     published = Store(published)
     session = Session(ModelSource(model), published)
     problem = build_problem(session.info, session.profile(session.default_settings))
@@ -85,11 +85,11 @@ def test_predict_published_runs_from_30(published, model):
     assert 0.80 <= held <= 0.97
 
 
-# --- a model that follows the law -------------------------------------------------------------
+# --- a model following the law ----------------------------------------------------------------
 
 
 def random_problem(layers: int = 4, seed: int = 0) -> Problem:
-    """Matrices whose squared error falls fourfold a bit, as rounding has it, roughly."""
+    """Matrices whose squared error falls about fourfold per bit, as with rounding."""
     random = np.random.default_rng(seed)
     types = ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")
     matrices = tuple(
@@ -112,7 +112,7 @@ def law(x: np.ndarray) -> np.ndarray:
 
 
 def make_points(problem: Problem, choices: np.ndarray) -> MeasuredPoints:
-    """What would be measured of these plans, if all followed the law."""
+    """Return the points these plans would have if their perplexity followed the law."""
     x = features(problem, choices)
     return MeasuredPoints(
         x, law(x), np.full(len(x), FULL), (choices >= 9).all(axis=1), "text", "blocks"
@@ -120,7 +120,7 @@ def make_points(problem: Problem, choices: np.ndarray) -> MeasuredPoints:
 
 
 def uniform(problem: Problem, *stops: int) -> np.ndarray:
-    """The uniform plans of these stops, (k, n)."""
+    """Return the uniform plans of the given stops, (k, n)."""
     return np.repeat(np.array(stops)[:, None], len(problem.matrices), axis=1)
 
 
@@ -140,7 +140,7 @@ def test_fit_recovers_law_from_four_runs(problem):
 
 
 def test_fit_follows_runs_off_the_law(problem):
-    """Runs of half the expected slope: between them their own line counts, not the expected."""
+    """Between runs with half the expected slope, their own line is used, not the expected one."""
     random = np.random.default_rng(2)
     choices = uniform(problem, *range(9)) + random.integers(0, 2, (9, 12))
     x = features(problem, choices)
@@ -212,7 +212,7 @@ def test_fit_8_bit_runs_set_floor_only(problem):
     assert actual.perplexity[-3:] == pytest.approx([1.02 * FULL] * 3)
     assert (actual.low[-1], actual.high[-1]) == pytest.approx((1.01 * FULL, 1.05 * FULL))
     assert actual.perplexity[0] == pytest.approx(without.predict(points.features).perplexity[0])
-    # Below full precision by the noise of an evaluation: as good as full precision, no better.
+    # Below full precision within evaluation noise: predicted as full precision, no better.
     below = replace(points, perplexity=np.where(points.eight_bit, 0.999 * FULL, points.perplexity))
     assert fit(below).predict(points.features[-1:]).perplexity[0] == pytest.approx(FULL, rel=1e-3)
 
@@ -233,7 +233,7 @@ def test_features_are_logs_of_sums(problem):
 
 
 def test_expected_kl_is_the_one_feature(problem):
-    """Its sum is the cost itself, at slope one; NaN, for an expert not reached, adds nothing."""
+    """Its sum is the cost, with slope one; NaN (an expert that no token reached) adds nothing."""
     kl = problem.by_config["weight_error"] ** 2 / 1000
     kl[3] = np.nan
     known = replace(problem, by_config=problem.by_config | {"expected_kl": kl})
@@ -257,7 +257,7 @@ def test_feature_tables_fill_missing_sensitivity(problem):
     sparse[1:, reference] = full_table[1:, reference]
     incomplete = replace(problem, by_config=problem.by_config | {"sensitivity": sparse})
     tables = feature_tables(incomplete)[..., 0]
-    # Here sensitivity is a multiple of the squared error, so that scaling is exact.
+    # Here sensitivity is a multiple of the squared error, so scaling is exact.
     assert tables[1:] == pytest.approx(full_table[1:])
     assert (tables[0] == 0).all()
 
@@ -268,7 +268,7 @@ def test_features_without_sensitivity_raises(problem):
         features(incomplete, uniform(problem, 3))
 
 
-# --- the inverse question ---------------------------------------------------------------------
+# --- the smallest budget within a loss --------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["uniform", "sensiboost", "mxq"])
@@ -313,7 +313,7 @@ def test_parse_loss():
             parse_loss(text)
 
 
-# --- from the store, and on the command line --------------------------------------------------
+# --- the store and the command line -----------------------------------------------------------
 
 
 def make_model_info(problem: Problem, name: str) -> ModelInfo:
@@ -361,7 +361,7 @@ def evaluation_row(
 
 @pytest.fixture
 def law_store(problem: Problem, tmp_path) -> Store:
-    """A model made up of the law: nine uniform runs on ``text``, three of them on ``other``."""
+    """A made-up model following the law: nine uniform runs on ``text``, three also on ``other``."""
     store = Store(tmp_path / "law.duckdb")
     info = make_model_info(problem, "law")
     model, points = info.fingerprint, make_points(problem, uniform(problem, *range(9)))
@@ -412,7 +412,7 @@ def test_measured_points_filter_by_kind(law_store, problem):
 
 
 def test_measured_points_separate_corpora_of_same_name(law_store, problem):
-    """Of ``other`` there is a second text, with one run more than the first."""
+    """A second text is also named ``other`` and has one run more than the first."""
     model = "published:law"
     rows = [evaluation_row(None, model, "other", FULL, "b")]
     rows += [evaluation_row(f"r{stop}", model, "other", 50.0, "b") for stop in range(4)]
@@ -426,7 +426,7 @@ def test_measured_points_separate_corpora_of_same_name(law_store, problem):
 
 @pytest.fixture
 def run_cli(law_store, capsys):
-    """Run a command on the made-up model; gives (status, JSON or text, standard error)."""
+    """Run a command on the made-up model and return (status, JSON or text, standard error)."""
 
     def call(verb: str, *arguments: str) -> tuple[int, dict | str, str]:
         status = main([verb, "--model", "law", "--db", str(law_store.path), *arguments])
@@ -501,7 +501,7 @@ def test_cli_invalid_max_loss_exit_2(run_cli, options, message):
 
 
 def test_cli_run_prediction_from_earlier_runs(random_model, small_text, capsys):
-    """Runs of a random model cost next to nothing: predictions stay by full precision."""
+    """Quantization barely changes a random model: predictions stay close to full precision."""
     run = ["run", "--model", str(random_model("llama-gqa")), "--json", "--samples", "8"]
     run += ["--block-tokens", "64", "--calibration", str(small_text)]
     run += ["--corpus", str(small_text), "--max-tokens", "300"]

@@ -1,4 +1,4 @@
-"""Metrics against SciPy and plain loops; a profile is measured once and found again."""
+"""Metrics against SciPy and plain loops; a profile is measured once and then reused."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def settings(small_text):
 
 
 def record_calls(module, run):
-    """Inputs and outputs of one module while something runs."""
+    """Record a module's inputs and outputs during ``run()``."""
     recorded = []
     handle = module.register_forward_hook(
         lambda m, args, kwargs, output: recorded.append((args, kwargs, output)), with_kwargs=True
@@ -76,7 +76,7 @@ def measured(llama, settings):
 
 @torch.inference_mode()
 def test_module_sensitivity_matches_eq_10(llama, settings, measured):
-    """The plain loop: each module's own output, full-precision inputs, mean squared change."""
+    """Plain loop: mean squared change of each module's own output on full-precision inputs."""
     profile, ids = measured
     scores = profile.scores("sensitivity_module", B2G64)
     for matrix, score in zip(profile.matrices, scores, strict=True):
@@ -89,7 +89,7 @@ def test_module_sensitivity_matches_eq_10(llama, settings, measured):
 
 @torch.inference_mode()
 def test_part_sensitivity_matches_reference(llama, settings, measured):
-    """q, k, v (gate, up) quantized together; the attention's (the MLP's) output compared."""
+    """q, k, v (gate, up) are quantized together and the attention (MLP) outputs compared."""
     profile, ids = measured
     scores = dict(
         zip((m.name for m in profile.matrices), profile.scores("sensitivity", B2G64), strict=True)
@@ -134,7 +134,7 @@ def test_measure_profile_does_not_modify_model(llama, settings):
 
 
 def test_walk_uses_attention_mask_of_each_block(random_model, settings):
-    """Gemma 2 alternates sliding and full attention; the walk has to end where the model does."""
+    """Gemma 2 alternates sliding and full attention; the walk must match its last block."""
     loaded = load_model(ModelSource(str(random_model("gemma2"))), "cpu")
     from lsq_core.profiling.measure import iter_blocks
 
@@ -147,7 +147,7 @@ def test_walk_uses_attention_mask_of_each_block(random_model, settings):
 
 
 def test_expert_sensitivity_uses_routed_tokens(random_model, settings):
-    """Eq. 10 for one expert, its inputs taken by hand from the router's choice."""
+    """Eq. 10 for each expert, with its inputs selected by hand from the router's choices."""
     loaded = load_model(ModelSource(str(random_model("mixtral-moe"))), "cpu")
     profile = measure_profile(loaded, settings, "key")
     ids = torch.from_numpy(load_calibration(loaded, settings.text).ids)
@@ -168,7 +168,7 @@ def test_expert_sensitivity_uses_routed_tokens(random_model, settings):
 def test_unreached_expert_sensitivity_is_nan(tmp_path, settings):
     folder = save_random_model(tmp_path / "moe", "mixtral-moe", num_experts_per_tok=1)
     loaded = load_model(ModelSource(str(folder)), "cpu")
-    # Experts 0 and 1 share the tokens by a sign, so that 2 and 3 never win.
+    # The sign of one feature routes each token to expert 0 or 1, so 2 and 3 are never chosen.
     router = loaded.model.model.layers[0].mlp.gate
     router.weight.zero_()
     router.weight[0, 0], router.weight[1, 0] = 1.0, -1.0
@@ -185,13 +185,13 @@ def test_unreached_expert_sensitivity_is_nan(tmp_path, settings):
     assert np.isfinite(profile.scores("sensitivity", B2G64)).all(), "parts are compared as a whole"
 
 
-# --- kept and found again -----------------------------------------------------------------------
+# --- storing and reusing profiles ---------------------------------------------------------------
 
 
 def test_profile_found_in_store_without_loading(llama, settings, monkeypatch):
     store = Store()
     first = Session(ModelSource(str(llama.folder)), store, "cpu").profile(settings)
-    monkeypatch.setattr("lsq_core.model.loading.load_model", None)  # would fail if it were called
+    monkeypatch.setattr("lsq_core.model.loading.load_model", None)  # fails if called
     second = Session(ModelSource(str(llama.folder)), store, "cpu").profile(settings)
     assert second.id == first.id
     assert second.matrices == first.matrices

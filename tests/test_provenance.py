@@ -1,4 +1,4 @@
-"""A figure stays what it was, is found again by exactly what it depends on, or is a failure."""
+"""Stored figures never change, are reused only under the same conditions, and are finite."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ PLACES = [("cpu", "float32"), ("cpu", "bfloat16"), ("cuda:0", "float32"), ("cuda
 def evaluation(
     perplexity: float, device: str = "cpu", dtype: str = "float32", **more
 ) -> Evaluation:
-    """One of 100 tokens, made on a device by some version of torch."""
+    """Return an evaluation of 100 tokens, made on a device with a version of torch."""
     package_versions = {"torch": more.pop("torch", "2.0"), "duckdb": more.pop("duckdb", "1.0")}
     return Evaluation(
         protocol="strided",
@@ -68,7 +68,7 @@ def full_perplexities(store: Store) -> dict[str, float]:
     return store.results().set_index("run")["perplexity_full"].round(6).to_dict()
 
 
-# --- the pair ---------------------------------------------------------------------------------
+# --- full-precision pairs ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_result_paired_once_full_precision_is_available():
 
 
 def test_migration_pairs_old_results_by_time(tmp_path, monkeypatch):
-    """Known where the provenance is the same, else inferred; none where there was none."""
+    """Pairs with equal provenance are measured, others inferred; a row may have none."""
     path, older = tmp_path / "old.duckdb", MIGRATIONS.index(_pairing_migration())
     monkeypatch.setattr(store_module, "MIGRATIONS", MIGRATIONS[:older])
     places = {"a": ("cpu", "1"), "b": ("cpu", "2"), "g": ("cuda:0", "1")}
@@ -123,11 +123,11 @@ def test_migration_pairs_old_results_by_time(tmp_path, monkeypatch):
     }
     rows = [  # id, run, provenance, second, perplexity
         ("full-a", None, "a", 1, 10.0),
-        ("r1", "r1", "a", 2, 11.0),  # beside full-a
-        ("r2", "r2", "b", 3, 12.0),  # by other versions: full-a is the latest until then
+        ("r1", "r1", "a", 2, 11.0),  # same provenance as full-a
+        ("r2", "r2", "b", 3, 12.0),  # another torch: full-a is the latest so far
         ("full-g", None, "g", 4, 10.9),  # on a GPU, the newest of its dtype
-        ("r3", "r3", "g", 5, 11.0),  # beside full-g
-        ("r4", "r4", "a", 0, 11.0),  # before anything; full-a was made the same way
+        ("r3", "r3", "g", 5, 11.0),  # same provenance as full-g
+        ("r4", "r4", "a", 0, 11.0),  # before any other; full-a has the same provenance
     ]
     with Store(path).connect() as connection:
         for run in ("r1", "r2", "r3", "r4", "r5"):
@@ -156,11 +156,11 @@ def test_migration_pairs_old_results_by_time(tmp_path, monkeypatch):
 
 
 def _pairing_migration() -> str:
-    """The migration that brings the pairs."""
+    """Return the migration that adds full-precision pairs."""
     return next(script for script in MIGRATIONS if "ADD COLUMN full_precision" in script)
 
 
-# --- what a profile and a run depend on -------------------------------------------------------
+# --- keys of profiles and runs ----------------------------------------------------------------
 
 
 @pytest.fixture
@@ -211,7 +211,7 @@ def test_profile_key_depends_on_device_dtype_arithmetic(folder, monkeypatch):
 
 
 def fake_version(patch: pytest.MonkeyPatch, package: str) -> None:
-    """Have another version of a package."""
+    """Pretend that another version of a package is installed."""
     own = provenance.version
     patch.setattr(provenance, "version", lambda n: "99.9" if n == package else own(n))
     versions.cache_clear()
@@ -219,7 +219,7 @@ def fake_version(patch: pytest.MonkeyPatch, package: str) -> None:
 
 @pytest.fixture
 def arithmetic_1(monkeypatch):
-    """The arithmetic of the version that did not record it yet."""
+    """Set the arithmetic version of the release that did not record it yet."""
     monkeypatch.setattr(provenance, "ARITHMETIC", 1)
     versions.cache_clear()
     yield
@@ -259,7 +259,7 @@ def test_find_profile_converts_previous_version_key(folder):
 def make_profile(
     session: Session, id: str, recorded: dict, metrics: list[str], value=1.0
 ) -> Profile:
-    """A made-up profile of these metrics."""
+    """Return a made-up profile with the given metrics."""
     matrix = session.info.matrices[0]
     values = pd.DataFrame(
         [(matrix.name, 0, matrix.type, metric, "", "", value) for metric in metrics],
@@ -270,7 +270,7 @@ def make_profile(
 
 
 def test_keep_profile_concurrent_threads_merge_metrics(folder):
-    """Each has looked and found nothing before any of them writes."""
+    """All threads start merging at the same time."""
     session = open_session(folder)
     metrics = ["kurtosis", "weight_error", "sensitivity", "sensitivity_module"]
     recorded = {"device": "cpu", "dtype": "float32", "corpus_sha256": "abc"}
@@ -294,7 +294,7 @@ def test_keep_profile_concurrent_threads_merge_metrics(folder):
 
 
 class ConnectionWithConcurrentWrite:
-    """A DuckDB connection, after whose first read another connection writes and commits."""
+    """A DuckDB connection; after its first statement another connection writes and commits."""
 
     def __init__(self, connection: duckdb.DuckDBPyConnection, write: Callable[[], None]) -> None:
         self.connection, self.write = connection, write
@@ -344,7 +344,7 @@ def test_keep_profile_new_corpus_replaces_old_metrics(folder):
     assert (found.metrics, found.provenance["corpus_sha256"]) == (("weight_error",), "new")
 
 
-# --- failures are failures --------------------------------------------------------------------
+# --- failures ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -422,7 +422,7 @@ def test_run_seconds_sum_to_total(folder, small_text):
 
 
 def test_sweep_reuses_runs_after_non_numeric_upgrade(folder, small_text, monkeypatch):
-    """DuckDB stores and PuLP plans; torch computes."""
+    """DuckDB only stores and PuLP only plans, but torch computes the figures."""
     text = EvaluationRequest(str(small_text), max_tokens=200)
     sweep_items = items([PlanRequest("uniform", base="4.13")], ["rtn"], [text])
 

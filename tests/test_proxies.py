@@ -1,4 +1,4 @@
-"""The fast proxies against plain loops, and how alike they rank what the exact score ranks."""
+"""The fast proxies against plain loops, and their rank correlation with the exact scores."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def settings(small_text):
 
 
 def weight_changes(loaded, config=B2G64):
-    """W − Ŵ of each matrix, float64."""
+    """Return W − Ŵ of each matrix, float64."""
     differences = {}
     for matrix in loaded.info.matrices:
         weight = get_weight(loaded.model, matrix)
@@ -70,7 +70,7 @@ def test_gram_diagonal_independent_of_other_metrics(random_model, settings):
 
 @pytest.mark.parametrize("architecture", ["llama-gqa", "gpt2-conv1d", "gpt-oss-moe"])
 def test_fisher_diagonal_matches_plain_loop(architecture, random_model, settings):
-    """Gradients of each sequence by itself, squared, averaged; whatever holds the weights."""
+    """Squared gradients of single sequences, averaged, for every way of storing the weights."""
     source = ModelSource(str(random_model(architecture)))
     loaded = load_model(source, "cpu")
     before = {n: t.clone() for n, t in loaded.model.state_dict().items()}

@@ -1,4 +1,4 @@
-"""The pages on published measurements: what they show is what the store holds, and no more."""
+"""The pages show the published measurements in the store, and nothing else."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ MODELS = [SEVEN, EIGHT, SEVENTY, CHAT]
 
 @pytest.fixture
 def store(published: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
-    """The imported measurements, where this test's pages look."""
+    """The imported measurements, set as the database of this test's pages."""
     monkeypatch.setenv("LSQ_DB", str(published))
     return Store(published)
 
 
 @pytest.fixture
 def toolkit(tmp_path: Path) -> Path:
-    """A small made-up checkout: these tests need no published file."""
+    """A small made-up checkout, so that no published file is needed."""
     write_toolkit(tmp_path / "toolkit")
     return tmp_path / "toolkit"
 
 
 def select_box(app: AppTest, label: str):
-    """The page's box of that name, outside of the sidebar."""
+    """Return the select box with the given label outside the sidebar."""
     return next(b for b in app.main.selectbox if b.label == label)
 
 
@@ -61,7 +61,7 @@ def page_text(app: AppTest) -> str:
     return " ".join([*(c.value for c in app.caption), *(m.value for m in app.markdown)])
 
 
-# --- the first page, the sidebar --------------------------------------------------------------
+# --- the Model page and the sidebar -----------------------------------------------------------
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -172,13 +172,13 @@ def test_model_page_download_offline_shows_error(monkeypatch):
 
 
 def lines_chart(app: AppTest) -> dict:
-    """The chart of lines over the layers, which stands below the heatmap where there is one."""
+    """Return the line chart over layers, which is below the heatmap if there is one."""
     charts_shown = [json.loads(c.proto.spec) for c in app.get("plotly_chart")]
     return next(spec for spec in charts_shown if spec["data"][0]["type"] == "scatter")
 
 
 def drawn_lines(app: AppTest) -> dict[str, list[tuple[str, list[float]]]]:
-    """Panel title to the lines in it: name and values."""
+    """Return each panel's lines by its title, as (name, values)."""
     spec = lines_chart(app)
     titles = [note["text"] for note in spec["layout"]["annotations"]]
     panels: dict[str, list] = {title: [] for title in titles}
@@ -229,7 +229,7 @@ def metric_titles() -> dict[str, str]:
 
 
 def scores(store: Store, app: AppTest, model: str, metric: str, kind: str) -> list[float]:
-    """A line's values, straight from the tables."""
+    """Return a line's values directly from the tables."""
     chosen = app.session_state["calibration"], app.session_state["profile_quantizer"]
     config = "" if metric == "kurtosis" else app.session_state["shown"]
     return store.query(
@@ -269,7 +269,7 @@ def test_explore_change_corpus_and_quantizer(store):
     (line,) = [v for name, v in shown["Activation sensitivity by part at b4g64"] if name[0] == "d"]
     assert line == pytest.approx(scores(store, app, SEVEN, "sensitivity", "down_proj"))
     assert "b2g128" not in select_box(app, "Configuration shown").options[0]
-    # a text that has no RTN falls back to a quantizer that it has
+    # a text without RTN falls back to a quantizer it has
     select_box(app, "Calibration corpus").set_value("c4@variant-sensi").run()
     assert app.session_state["profile_quantizer"] == "hqq"
     assert not app.exception
@@ -295,7 +295,7 @@ def test_explore_lists_unpublished_metrics(store):
 
 
 def test_explore_sparse_published_profiles(toolkit):
-    """One of kurtosis alone, and one of which every part was left out."""
+    """One profile has only kurtosis; another lacks every part."""
     for path in toolkit.rglob("*.csv"):
         path.write_text(path.read_text("utf8").replace("tiny", "Llama-2-7b-hf"), "utf8")
     errors = toolkit / "src/data/fnorm-tiny.csv"
@@ -369,7 +369,7 @@ def test_run_page_published_model_has_no_weights(store, model):
 
 
 def runs_of(store: Store, model: str, corpus: str) -> pd.DataFrame:
-    """Runs with their figures, straight from the tables."""
+    """Return runs with their figures directly from the tables."""
     return store.query(
         "SELECT e.id, r.method, p.bits_per_param AS bits, r.model_bytes, e.perplexity "
         "FROM evaluations e JOIN runs r ON e.run = r.id JOIN plans p ON r.plan = p.id "
@@ -532,7 +532,7 @@ def test_compare_overlay_of_measured_runs(published, tmp_path, monkeypatch):
     assert [y for _, y in points(app)] == [7.125]
     select_box(app, "Overlay published runs").select(SEVEN).run()
     assert len(points(app)) == len(after_overlay)
-    # a protocol of another name is never beside
+    # runs of another protocol are never overlaid
     blocks = next(o for o in select_box(app, "Measurement").options if "blocks" in o)
     select_box(app, "Measurement").select(blocks).run()
     assert [y for _, y in points(app)] == [7.25]
@@ -591,7 +591,7 @@ def test_size_bars_large_model_in_gib():
 
 
 def test_page_navigation_published_model(store):
-    """The person's way through, in one session."""
+    """Navigate from page to page in one session."""
     app = open_page("Model", model=EIGHT)
     for title in ("Explore", "Run", "Compare", "Model"):
         app = go_to_page(app, title)

@@ -1,4 +1,4 @@
-"""Every quantizer: what it says it supports and stores, against what it does and its package."""
+"""Quantizers: declared support and layouts against what is stored and the packages' own results."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def weights(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def requires_quantizer(name: str) -> pytest.MarkDecorator:
-    """Skips, by the sentence a person would read, what needs a package that isn't here."""
+    """Skip if the quantizer's package is missing, with the message users see as the reason."""
     return pytest.mark.skipif(bool(unavailable_reason(name)), reason=unavailable_reason(name))
 
 
@@ -65,7 +65,7 @@ def requires_quantizer(name: str) -> pytest.MarkDecorator:
 @pytest.mark.parametrize("config", FOUR_BITS, ids=lambda c: c.name)
 @pytest.mark.parametrize("name", NF4)
 def test_nf4_matches_bitsandbytes(name, config):
-    """Their quantizing and their dequantizing, to the bit; 344 columns let blocks cross rows."""
+    """Codes are equal, and weights within 1e-6; with 344 columns, blocks cross rows."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     weight = weights(96, 344)
@@ -95,7 +95,7 @@ def test_nf4_tensors_match_layout(name, shape, config):
 
 
 def test_double_quantization_bytes():
-    """[QLoRA §3]: 0.127 bits a weight where 0.5 were, in blocks of 64; with a mean beside it."""
+    """[QLoRA §3]: 0.127 bits per weight instead of 0.5 in blocks of 64, plus the stored mean."""
     shape, config = (1024, 1024), QuantConfig(4, 64)
     plain, double = (quantize.planned_bytes(name, shape, config, "8bit") for name in NF4)
     assert 8 * plain / 2**20 == 4.5
@@ -121,7 +121,7 @@ def test_nf4_levels_cover_decoded_values():
         assert set(row.tolist()) <= set(own.tolist())
 
 
-# --- what a quantizer refuses ---------------------------------------------------------------
+# --- unsupported requests -------------------------------------------------------------------
 
 
 def test_quantizer_registry_entries_complete():
@@ -199,7 +199,7 @@ def test_profile_settings_gptq_raises():
         ProfileSettings("gptq")
 
 
-# --- a real run -----------------------------------------------------------------------------
+# --- runs -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -216,7 +216,7 @@ def run_and_save(folder, text, settings, quantizer, tmp_path, pins=(), base="4.2
 
 
 def check_round_trip(run: dict, quantizer: str, tmp_path, model) -> None:
-    """Measured as planned, audited, reloaded to the same logits, and said what it was made by."""
+    """Check a saved run's bytes, audits, recorded quantizer and package, and logits on reload."""
     assert run["quantizer"] == quantizer
     assert run["measured_bytes"] == run["planned_bytes"]
     found = audit_folder(tmp_path / "saved", Store())
@@ -268,7 +268,7 @@ def _choice(folder, run) -> dict[Matrix, QuantConfig]:
 
 @pytest.mark.parametrize("name", ["gptq", "awq"])
 def test_gptqmodel_child_error_reported(random_model, small_text, monkeypatch, name):
-    """A child process that ends badly, as it does where the package isn't there."""
+    """The child process fails, as it does if the package is missing."""
     from lsq_core.quantization.gptqmodel import process as through_gptqmodel
 
     monkeypatch.setattr(quantize, "find_spec", lambda name: object())
@@ -283,7 +283,7 @@ def test_gptqmodel_child_error_reported(random_model, small_text, monkeypatch, n
 
 @pytest.mark.parametrize(("name", "factor"), [("gptq", 2.0**-13), ("gptq", 2e7), ("awq", 1e-5)])
 def test_gptqmodel_scale_out_of_fp16_range_raises(random_model, monkeypatch, name, factor):
-    """Its formats keep no power of two with a matrix, so fp16 scales run out."""
+    """Its formats store no power of two per matrix, so fp16 scales can go out of range."""
     from lsq_core.quantization.gptqmodel import process as through_gptqmodel
 
     monkeypatch.setattr(quantize, "find_spec", lambda name: object())
@@ -296,7 +296,7 @@ def test_gptqmodel_scale_out_of_fp16_range_raises(random_model, monkeypatch, nam
         quantize_model(QuantizationTask(loaded, choice), get_quantizer(name))
 
 
-#: Decodes random words by the package's own code: GPTQ's kernel module, and AWQ's function.
+#: Decodes random words with the package's own code: GPTQ's kernel module and AWQ's function.
 _REFERENCE_SCRIPT = """
 import sys
 import torch
@@ -339,7 +339,7 @@ save_file(found, sys.argv[1])
 @pytest.mark.slow
 @requires_quantizer("gptq")
 def test_gptq_and_awq_decoding_matches_gptqmodel(tmp_path):
-    """Slow: importing the package alone takes ten seconds and more, in a process of its own."""
+    """Slow: importing the package in a separate process takes at least ten seconds."""
     path = tmp_path / "words.safetensors"
     subprocess.run(
         [sys.executable, "-c", _REFERENCE_SCRIPT, str(path)], check=True, capture_output=True
@@ -362,7 +362,7 @@ def test_gptq_and_awq_decoding_matches_gptqmodel(tmp_path):
 
 
 def test_gptqmodel_child_exits_when_stdin_closes(tmp_path):
-    """As when a job is killed: its standard input closes, whatever it is doing."""
+    """As when a job is killed: the child's standard input closes while it is busy."""
     package = tmp_path / "gptqmodel"
     package.mkdir()
     (package / "__init__.py").write_text("import time; time.sleep(600)")
@@ -394,7 +394,7 @@ def test_gptqmodel_child_exits_when_stdin_closes(tmp_path):
     ],
 )
 def test_gptqmodel_run_save_load(random_model, small_text, settings, tmp_path, name, pins):
-    """Slow: importing the package alone takes ten seconds and more, in a process of its own."""
+    """Slow: importing the package in a separate process takes at least ten seconds."""
     folder = random_model("llama-gqa")
     run = run_and_save(folder, small_text, settings, name, tmp_path, pins)
     assert run["perplexity"] == pytest.approx(run["perplexity_full"], rel=0.2)

@@ -1,4 +1,4 @@
-"""The ranking of all methods within a budget: the same plans, predictions and runs as elsewhere."""
+"""Ranking all methods within a budget, with the same plans, predictions and runs as elsewhere."""
 
 from __future__ import annotations
 
@@ -100,8 +100,8 @@ def test_leader_is_clearly_better_and_no_ablation():
     ("a", "b", "comparable"),
     [
         ((20.0, 19.8, 20.2), (20.1, 19.9, 20.3), True),  # both narrow
-        ((20.0, 15.0, 26.0), (47.0, 37.0, 66.0), True),  # wide, and apart
-        ((20.0, 15.0, 38.0), (47.0, 37.0, 66.0), False),  # wide, and overlapping
+        ((20.0, 15.0, 26.0), (47.0, 37.0, 66.0), True),  # wide but disjoint
+        ((20.0, 15.0, 38.0), (47.0, 37.0, 66.0), False),  # wide and overlapping
         ((47.0, 37.0, 66.0), (20.0, 15.0, 26.0), True),
     ],
 )

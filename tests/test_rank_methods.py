@@ -1,4 +1,4 @@
-"""Boosts by rank: as many layers and bytes as the published detection, and layer 0 among them."""
+"""Boosting by rank: as many layers and bytes as published detection, but layer 0 can be chosen."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_ranking_of_equal_and_missing_scores():
 
 @needs_reference
 def test_llama2_first_layer_has_the_highest_kurtosis():
-    """Of the published kurtosis layer 0 has the highest of all attention, never flagged."""
+    """Layer 0 has the highest published kurtosis of each attention matrix but is never flagged."""
     model = published_problem("Llama-2-7b-hf")
     series = layer_series(model, "kurtosis")
     first = {kind for kind, (layers, scores) in series.items() if layers[scores.argmax()] == 0}
@@ -101,7 +101,7 @@ def test_llama2_first_layer_has_the_highest_kurtosis():
 
 
 def test_detection_is_counted_against_the_ranking():
-    """A boost whose perplexity is below its own by rank at each base wins each comparison."""
+    """A boost with lower perplexity than its variant by rank at each base wins every comparison."""
     bases = ["3.13", "3.25", "3.51", "4.13", "4.51"]
     rows = [
         {"method": method, "base": base, "bits_per_param": float(base), "perplexity": perplexity}

@@ -1,4 +1,4 @@
-"""The import of published measurements: against the files themselves, and against [A]'s figures."""
+"""Importing published measurements, checked against the files and the figures in [A]."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ PLAN_FILE = f"{BOOST}/allot/mxq/sensi-boost-2-0/quant-allot-sensi-boost-2-0.csv"
 
 @pytest.fixture(scope="module")
 def reference() -> Path:
-    """The published measurements; tests that need them are skipped where they aren't."""
+    """The published measurements; tests that need them are skipped if they are missing."""
     if not REFERENCE.is_dir():
         pytest.skip(f"the published measurements are not at {REFERENCE}")
     return REFERENCE
@@ -56,7 +56,7 @@ def reference() -> Path:
 
 @pytest.fixture(scope="module")
 def imported_reference(published: Path, published_database: Path) -> tuple[Store, dict]:
-    """The whole reference in a database, and what the import said; for reading only."""
+    """A read-only database with the entire reference, and the summary of its import."""
     return Store(published), json.loads(published_database.with_name("said.json").read_text("utf8"))
 
 
@@ -78,7 +78,7 @@ def rows_by_table(store: Store) -> dict[str, int]:
     return {t: int(store.query(f"SELECT count(*) n FROM {t}")["n"][0]) for t in tables}
 
 
-# --- against the files ------------------------------------------------------------------------
+# --- comparison with the files ----------------------------------------------------------------
 
 
 def test_import_counts_match_files(imported_reference):
@@ -87,7 +87,7 @@ def test_import_counts_match_files(imported_reference):
     runs = csv(COMBINED)
     quantized = runs[runs["algo"] != "fp16"]
     figures = runs[["ppl_wikitext", "ppl_c4"]].notna().sum().sum()
-    # 70B, 7B and 8B have weights of their own; chat, Instruct and meditron only sensitivities
+    # 70B, 7B and 8B have weight statistics; chat, Instruct and meditron only sensitivities
     assert result["counts"] == {
         "models": 6,
         "matrices": 560 + 5 * 224,
@@ -330,7 +330,7 @@ def test_mxq_objectives_stored_with_plans(store):
 
 
 def test_mxq_objectives_equal_summed_weight_errors(store):
-    """To the digit for seven budgets; two of the plans came from another solve."""
+    """Equal to the digit for seven budgets; the other two plans came from another solve."""
     session = open_session(store, SEVEN)
     profile = session.profile(session.default_settings)
     frame = store.query(
@@ -350,22 +350,22 @@ def test_mxq_objectives_equal_summed_weight_errors(store):
         relative_gap[content["request"]["budget"]] = total / content["published"]["objective"] - 1
     exact = [budget for budget, share in relative_gap.items() if abs(share) < 1e-12]
     assert len(exact) == 7
-    assert relative_gap["2.250bpp"] == pytest.approx(-0.00127, abs=1e-5)  # and 2.2513 bits for it
+    assert relative_gap["2.250bpp"] == pytest.approx(-0.00127, abs=1e-5)  # with 2.2513 bits
     assert relative_gap["3.130bpp"] == pytest.approx(0.00060, abs=1e-5)
 
 
-# --- planning from what was published -----------------------------------------------------------
+# --- planning from published profiles -----------------------------------------------------------
 
 
 def test_published_boost_plans_reproduced(store):
-    """Every SensiBoost and KurtBoost plan the authors published, module by module, but one.
+    """All but one of the published SensiBoost and KurtBoost plans match, module by module.
 
-    These are 2 models × 2 methods × 2 boost stops × 4 values of top-m × 6 budgets.
+    There are 2 models × 2 methods × 2 boost stops × 4 values of top-m × 6 budgets.
     """
     reproduced, different = 0, []
     for model in (SEVEN, EIGHT):
         session = open_session(store, model)
-        session.find_profile = functools.cache(session.find_profile)  # else read 96 times
+        session.find_profile = functools.cache(session.find_profile)  # otherwise read 96 times
         published = store.query(
             "SELECT content FROM plans WHERE fingerprint = ? "
             "AND method IN ('sensiboost', 'kurtboost')",
@@ -429,7 +429,7 @@ def test_local_folder_precedes_published_name(store, tmp_path, monkeypatch):
     assert open_session(store, SEVEN).info.fingerprint == SEVEN
 
 
-# --- the paper's own comparisons -----------------------------------------------------------------
+# --- the paper's comparisons ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -476,7 +476,7 @@ def test_win_tie_loss_small_example():
 
 
 def make_runs(rows: list[tuple[str, float, float]], **more: object) -> pd.DataFrame:
-    """Runs of one measurement out of method, bits and perplexity."""
+    """Return runs of one measurement from rows of method, bits and perplexity."""
     same = {"fingerprint": "m", "corpus": "c", "corpus_sha256": "x", "protocol": "strided"}
     frame = pd.DataFrame(rows, columns=["method", "bits_per_param", "perplexity"])
     return frame.assign(**same, tokens=None, **more)
@@ -487,12 +487,12 @@ def test_win_tie_loss_at_equal_bytes_small_example():
         [
             ("uniform", 3.1, 9.0),
             ("uniform", 3.3, 8.0),
-            ("uniform", 3.5, 8.5),  # more bits than 3.3, and worse: no neighbour
+            ("uniform", 3.5, 8.5),  # more bits than 3.3 but worse: no neighbour
             ("mxq", 3.0, 1.0),  # smaller than any uniform run: left out
             ("mxq", 3.2, 8.4),  # uniform reaches √(9·8) = 8.485 there: a win
             ("mxq", 3.2, 8.6),  # and a loss
             ("mxq", 3.3 * (1 - 1e-15), 8.004),  # the same bits summed in another order: ties
-            ("mxq", 3.3 * 1.0009, 8.2),  # within a thousandth of 3.3: the same size, a loss
+            ("mxq", 3.3 * 1.0009, 8.2),  # within 0.1 % of 3.3: the same size, a loss
             ("mxq", 3.4, 8.1),  # no neighbour above: left out
         ]
     )
@@ -507,7 +507,7 @@ def test_win_tie_loss_at_equal_bytes_small_example():
 
 
 def reference_perplexity_at(runs: list[tuple[float, float]], bits: float) -> float | None:
-    """What runs (bits, perplexity) reach at so many bits, in loops."""
+    """Return the perplexity that runs (bits, perplexity) reach at ``bits``, using loops."""
     same = [ppl for b, ppl in runs if abs(b / bits - 1) <= 0.001]
     if same:
         return min(same)
@@ -564,7 +564,7 @@ def test_llama3_8b_headline_gain(store):
     assert f"{boost.bits_per_param / uniform.bits_per_param - 1:.1%}" == "1.8%"
 
 
-# --- importing again, and bad input ---------------------------------------------------------------
+# --- repeated imports and bad input ---------------------------------------------------------------
 
 
 def test_reimport_replaces_published_and_keeps_own_plans(store, tmp_path):
@@ -598,14 +598,14 @@ def small_checkout(reference: Path, tmp_path: Path) -> Path:
 
 
 def edit_file(root: Path, path: str, change: Callable[[list[str]], list[str]]) -> None:
-    """Put a changed copy in the place of a link; ``change`` gets and gives the lines."""
+    """Replace a link by a changed copy; ``change`` maps the old lines to the new ones."""
     lines = (root / path).read_text("utf8").splitlines()
     (root / path).unlink()
     (root / path).write_text("\n".join(change(lines)) + "\n", "utf8")
 
 
 def set_cell(row: int, column: int, text: str) -> Callable[[list[str]], list[str]]:
-    """A change of one cell; rows count from 1 as in the file, columns from 0."""
+    """Return a change of one cell; rows count from 1 as in the file, columns from 0."""
 
     def change(lines: list[str]) -> list[str]:
         cells = lines[row - 1].split(",")
@@ -640,7 +640,7 @@ def test_import_partial_checkout_reports_missing(small_checkout, tmp_path):
 
 
 def test_import_underivable_shape_keeps_parameter_count(small_checkout):
-    """A query of another width than hidden: rows of 128, since only the product is told."""
+    """If q_proj is not square, only its parameter count is known: it gets 128 columns."""
 
     def widen(lines: list[str]) -> list[str]:
         cells = [line.split(",") for line in lines]

@@ -1,4 +1,4 @@
-"""The download of published measurements: a real git server on this machine, honest and not."""
+"""Downloading published measurements from a local git server, intact or tampered with."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ NUMEL = 128 * 128
 
 
 def write_toolkit(root: Path) -> None:
-    """A made-up toolkit of one model with two layers, in the real one's paths and columns."""
+    """Write a made-up toolkit with one two-layer model, in the real toolkit's paths and columns."""
     modules = [(layer, kind) for layer in range(2) for kind in TYPES]
     errors = [
         (layer, kind, c.bits, c.group_size, 8, 128, 10 / c.nominal_bits, NUMEL, 3.5, 1e-6)
@@ -77,7 +77,7 @@ def git(folder: Path, *words: str) -> str:
 
 @pytest.fixture
 def toolkit(tmp_path: Path) -> tuple[Path, str]:
-    """The made-up toolkit as a repository, and its commit."""
+    """The made-up toolkit as a git repository, and its commit."""
     folder = tmp_path / "served" / "toolkit"
     write_toolkit(folder)
     git(folder, "init", "--quiet")
@@ -93,7 +93,7 @@ def commit_all(folder: Path) -> str:
 
 
 class GitServer:
-    """Repositories served over HTTP, as a host does it: what it answers can be tampered with."""
+    """Serves git repositories over HTTP; its answers can be tampered with."""
 
     def __init__(self, root: Path) -> None:
         self.tamper: Callable[[bytes], bytes] = lambda answer: answer
@@ -118,7 +118,7 @@ class GitServer:
                     "REQUEST_METHOD": self.command,
                     "PATH_INFO": path,
                     "QUERY_STRING": query,
-                    # the folder is this person's
+                    # trust the folder whoever owns it
                     "GIT_CONFIG_COUNT": "1",
                     "GIT_CONFIG_KEY_0": "safe.directory",
                     "GIT_CONFIG_VALUE_0": "*",
@@ -143,7 +143,7 @@ class GitServer:
                 self.wfile.write(content)
 
             def log_message(self, *_: object) -> None:
-                """Keep quiet."""
+                """Log nothing."""
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
@@ -172,7 +172,7 @@ def store(tmp_path: Path) -> Store:
 
 
 def nothing_imported(store: Store) -> bool:
-    """Whether nothing was imported, and no folder of a checkout was left behind."""
+    """Return whether nothing was imported and no checkout folder was left behind."""
     return store.models("published").empty and os.listdir(store.path.parent) == [store.path.name]
 
 
@@ -201,7 +201,7 @@ def test_download_fetches_only_needed_files(toolkit, host, tmp_path):
 
 
 def test_import_download_corrupted_pack_raises(toolkit, host, store):
-    """One bit of a pack is another content, and so another name than the one asked for."""
+    """A flipped bit in a pack changes the content, so its hash is not the requested one."""
 
     def corrupt_pack(answer: bytes) -> bytes:
         at = answer.find(b"PACK")

@@ -1,4 +1,4 @@
-"""Full precision's final hidden states: kept by the first evaluation, used by later ones."""
+"""Final hidden states of full precision: stored by the first evaluation, used by later ones."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.conftest import ARCHITECTURES
 
 PROTOCOL = Protocol("strided-64/32", 64, 32)
 TEXT = EvaluationText(np.random.default_rng(3).integers(1, 4096, 300), PROTOCOL)
-#: Runs of a block that show the form of its output; a model that isn't walked has no more.
+#: Most runs of the last block for detecting output forms; unwalked models have no more.
 DETECTED = 1
 
 
@@ -37,10 +37,10 @@ def evaluate(loaded, models, kept, **options):
 
 
 def count_runs(loaded):
-    """Count how often the last block of the full-precision model runs; its head runs stubs."""
+    """Record runs of the full-precision model's last block; the LM head pass uses stubs instead."""
     counted = []
     part = next(BlockModel(loaded.model).blocks[-1].children())
-    # Copies of the model that are made later have the hook too.
+    # Copies of the model made later also have the hook.
     part.register_forward_hook(lambda module, *_: counted.append(int(module is part)))
     return counted
 
@@ -67,7 +67,7 @@ def test_kept_states_give_the_same_figures(random_model, tmp_path, architecture)
 
 
 def test_kept_states_of_several_groups_and_resumed(loaded, tmp_path, monkeypatch):
-    """States of the groups before a kill stay; the rest is walked and then kept."""
+    """States of the groups before a kill are kept; the next evaluation stores the rest."""
     monkeypatch.setitem(perplexity._MAX_GROUP_TOKENS, "cpu", 4 * PROTOCOL.context)
     models, folder = [quantized(loaded)], tmp_path / "states" / "a"
     expected = evaluate(loaded, models, None)
@@ -162,7 +162,7 @@ def folders(session):
 
 
 def test_runs_share_full_precision(random_model, small_text, tmp_path):
-    """Also those of other sessions, of a whole evaluation and of a model read by blocks."""
+    """Also across sessions, with a full-precision evaluation and with a streamed model."""
     model, request = str(random_model("llama-gqa")), EvaluationRequest(str(small_text))
     alone = Session(model, tmp_path / "alone" / "lsq.duckdb", "cpu")
     expected = alone.run(alone.plan("uniform", base="3.13"), "rtn", request)

@@ -1,4 +1,4 @@
-"""Refinement: the expansion against a plain loop, the search on a known cost, the stage whole."""
+"""Refinement: the expansion against a plain loop, the search on a known cost, and the stage."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from lsq_core.store.store import Store
 from tests.conftest import ARCHITECTURES
 
 GRID = GridSettings(1, "fp16")
-#: Three of the ladder, which every matrix of the random models can have.
+#: Three configurations of the ladder that every matrix of the random models can have.
 OPTIONS = (QuantConfig(2, 32), QuantConfig(3, 32), QuantConfig(4, 32))
 
 
@@ -62,7 +62,7 @@ def mixed_choice(matrices):
 
 
 def plain_expansion(folder, sequences, choice):
-    """The gradients of whole models, a sequence at a time; float64 sums by matrix and option."""
+    """Expand using the full model's gradients per sequence; float64 sums by matrix and option."""
     loaded, full = (load_model(ModelSource(str(folder)), "cpu") for _ in range(2))
     rtn, changes = get_quantizer("rtn"), {}
     for matrix, config in choice.items():
@@ -147,7 +147,7 @@ def test_parts_of_the_text_take_turns():
 
 
 def quadratic(seed, matrices, options):
-    """A divergence ½·δᵀMδ of one-hot choices, with its exact expansion."""
+    """Return functions for a divergence ½·δᵀMδ of one-hot choices and its exact expansion."""
     random = np.random.default_rng(seed)
     root = random.normal(size=(matrices * options, matrices * options))
     table = root @ root.T / len(root)
@@ -203,7 +203,7 @@ def test_search_never_gets_worse_and_keeps_the_budget(seed, matrices, options):
 
 
 def test_margin_leaves_exchanges_that_chance_made():
-    """Of two gains as large, the one that is certain is taken where a margin is asked for."""
+    """Of two similar gains, only the certain one is chosen with a margin."""
     change = np.array([[0.0, -1.0], [0.0, -1.1], [0.0, 3.0]])
     error = np.array([[0.0, 0.1], [0.0, 2.0], [0.0, 0.1]])
     present = RefinementStep(0, np.array([0, 0, 0]), 5.0, change)
@@ -326,12 +326,12 @@ def test_step_of_a_search_beside_this_one_is_kept(tmp_path):
             save(number, kl)
     save(1, 0.4)
     with pytest.raises(LsqError):
-        save(2, 0.45)  # it came of the step that was replaced
+        save(2, 0.45)  # it followed the step that was replaced
     assert [step.kl for step in store.refinement_steps(key, budget, names)] == [1.0, 0.4]
 
 
 def test_search_that_found_nothing_hides_no_better_plan(session, profile_settings):
-    """A newer search on another text, at its start; a search goes by its own steps."""
+    """A newer search with only its first step is ignored; a search resumes from its own steps."""
     made = session.refine("3.2bpp", profile_settings, minutes=2)
     with session.store.transaction() as connection:
         connection.execute(
@@ -369,7 +369,7 @@ def test_nf4_search_expands_four_bits_alone(session, profile_settings):
 
 
 def test_killed_search_takes_the_same_steps(random_model, tmp_path, profile_settings):
-    """It is killed while it expands about a stored step, and begun again."""
+    """The search is killed during an expansion about a stored step, then restarted."""
     folder = random_model("llama-gqa")
     request = PlanRequest("refined", budget="3.2bpp")
     command = [sys.executable, "-m", "lsq_core", "refine", "--model", str(folder)]

@@ -1,4 +1,4 @@
-"""The Plan page with refinements: begun there, followed by their steps, shown as a plan."""
+"""Refinements on the Plan page: starting them, their steps and the resulting plan."""
 
 from __future__ import annotations
 

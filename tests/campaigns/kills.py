@@ -1,11 +1,12 @@
-"""Kill background jobs and the running app at random moments, and look at what is left.
+"""Kill background jobs and the running app at random moments, and check what is left.
 
-``python -m tests.campaigns.kills [COUNT] [SEED]`` kills COUNT (40) times, a quarter of them the
-app, by SIGKILL, SIGTERM and SIGINT in turn. Each works on a copy of a database with results. After
-each kill everything that was stored must be there unchanged, the job must say how it ended, and
-``resume`` must complete it with exactly the figures of a run that nobody killed; some are killed
-again while they resume. No process and no temporary file may stay behind. The app is killed while
-a browser (where there is one) loads its pages; started again, it must answer and find everything.
+``python -m tests.campaigns.kills [COUNT] [SEED]`` runs COUNT (40) cases, three quarters of which
+kill a job and one quarter the app, by SIGKILL, SIGTERM or SIGINT. Each case uses its own copy of a
+database with results. After each kill, all stored rows must be unchanged, the job must report how
+it ended, and ``resume`` must complete it with exactly the figures of an undisturbed run; some jobs
+are killed again while they resume. No process or temporary file may be left over. The app is
+killed while a browser (if there is one) loads its pages; it must then start again on a database
+that has lost nothing.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ from tests.campaigns.fuzzed_commands import read_rows, tables_missing_rows
 from tests.campaigns.harness import Tally, run_campaign
 from tests.conftest import ROOT
 
-#: Seconds that anything may take on a machine that does other work too.
+#: Time limit of any single step in seconds, generous enough for a busy machine.
 PATIENCE_S = 300
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 PAGES = ("/", "/Explore?model=demo", "/Plan?model=demo", "/Compare?model=demo", "/SQL")
 _EVALUATION = ("--corpus", "TEXT", "--max-tokens", "600")
-#: The jobs that are killed; TEXT and FOLDER stand for a file and a folder of the campaign.
+#: The jobs to kill; TEXT and FOLDER are replaced by a file and a folder of the campaign.
 COMMANDS: dict[str, tuple[str, ...]] = {
     "profile": ("--corpus", "TEXT", "--samples", "4", "--block-tokens", "64"),
     "run": (
@@ -50,23 +51,23 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         *_EVALUATION,
     ),
 }
-#: Results of a command that must be the same however often it was killed.
+#: Result fields that must not depend on how often a command was killed.
 _FIGURES = ("scores", "perplexity", "perplexity_full", "kl", "top1", "bits_per_param", "modules")
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What a command that nobody kills gives, and how many seconds it takes."""
+    """The figures of a command that is not killed, and its duration in seconds."""
 
     figures: list
     seconds: float
 
 
-# --- a place for each kill --------------------------------------------------------------------
+# --- setup ------------------------------------------------------------------------------------
 
 
 def fill_database(folder: Path) -> Path:
-    """A database with made-up runs of the demo model, and a text beside it."""
+    """Create a database with synthetic runs of the demo model, and a text next to it."""
     from lsq_core.store.store import Store
     from tests.test_compare import insert_synthetic_runs
 
@@ -78,7 +79,7 @@ def fill_database(folder: Path) -> Path:
 
 
 def command(verb: str, folder: Path, text: Path) -> list[str]:
-    """A job's command line, on the database in ``folder``."""
+    """Return a job's command line, using the database in ``folder``."""
     words = [word.replace("TEXT", str(text)) for word in COMMANDS[verb]]
     words = [word.replace("FOLDER", str(folder)) for word in words]
     database = str(folder / "lsq.duckdb")
@@ -87,7 +88,7 @@ def command(verb: str, folder: Path, text: Path) -> list[str]:
 
 @contextmanager
 def own_place(whole: Path, folder: Path) -> Iterator[Path]:
-    """A folder with a copy of the database; processes put temporary files into ``temporary``."""
+    """Create a folder with a copy of the database, and a TMPDIR for the processes started in it."""
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "temporary").mkdir(parents=True)
     (folder / "models").mkdir()
@@ -103,7 +104,7 @@ def own_place(whole: Path, folder: Path) -> Iterator[Path]:
 
 
 def lsq(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end."""
+    """Run a command and wait for it."""
     return subprocess.run(
         [sys.executable, "-m", "lsq_core", *arguments],
         cwd=ROOT,
@@ -115,7 +116,7 @@ def lsq(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def figures(result: object) -> list:
-    """Every figure of a command's result, in the order in which they stand there."""
+    """Return every figure of a command's result, in the result's order."""
     if isinstance(result, list):
         return [figure for entry in result for figure in figures(entry)]
     if not isinstance(result, dict):
@@ -126,7 +127,7 @@ def figures(result: object) -> list:
 
 
 def expected(verb: str, whole: Path, folder: Path) -> Expected:
-    """A job that is left alone, as the others should end."""
+    """Run a job without killing it, as the reference for the killed ones."""
     with own_place(whole, folder):
         began = time.monotonic()
         job = ended(jobs.start(folder / "jobs", command(verb, folder, whole.parent / "text.txt")))
@@ -142,11 +143,11 @@ def ended(job: jobs.Job) -> jobs.Job:
     return job
 
 
-# --- what may be wrong afterwards -------------------------------------------------------------
+# --- checks -----------------------------------------------------------------------------------
 
 
 def faults_of_place(folder: Path, before: dict[str, list]) -> Iterator[str]:
-    """What of the database is lost, and what stayed behind."""
+    """Yield rows lost from the database, and processes and temporary files left over."""
     try:
         after = read_rows(folder / "lsq.duckdb")
     except Exception as error:
@@ -163,7 +164,7 @@ def faults_of_place(folder: Path, before: dict[str, list]) -> Iterator[str]:
 
 
 def _working_in(folder: Path) -> list[str]:
-    """Command lines of processes that were started for a place, by what they are asked or have."""
+    """Return the command lines of live processes whose TMPDIR is that of a folder."""
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
@@ -174,7 +175,7 @@ def _working_in(folder: Path) -> list[str]:
 
 
 def faults_of_message(job: jobs.Job) -> Iterator[str]:
-    """What is wrong with how a killed job says that it ended."""
+    """Yield what is wrong with the final state, message and log of a killed job."""
     if job.state not in ("interrupted", "done"):
         yield f"the killed job is {job.state}: {job.message}"
     if not job.message.endswith(".") or "\n" in job.message:
@@ -195,10 +196,10 @@ def kill_job(
     rng: random.Random,
     latest: float = 0.95,
 ) -> tuple[list[str], str]:
-    """Kill a job once or twice and resume it; what was wrong, and what was done in words.
+    """Kill a job once or twice and resume it; return the faults and a description of the kills.
 
-    ``latest`` is the share of its usual time after which it is killed at the latest. A job that
-    is done by then was faster, and another one is killed sooner.
+    ``latest`` is the latest moment of a kill as a fraction of the job's usual duration. If the job
+    finishes before it is killed, another one is started and killed sooner.
     """
     with own_place(whole, folder):
         before = read_rows(folder / "lsq.duckdb")
@@ -225,7 +226,7 @@ def kill_job(
 
 
 def _killed(job: jobs.Job, number: int, moment: float) -> jobs.Job:
-    """The job after a signal to its process, unless it ended before that."""
+    """Send a signal to a job's process unless it has ended; return the job once it has stopped."""
     time.sleep(moment)
     with suppress(FileNotFoundError, ProcessLookupError):
         os.kill(json.loads((job.folder / "process.json").read_text("utf8"))["pid"], number)
@@ -243,7 +244,7 @@ def _faults_of_end(job: jobs.Job, wanted: Expected) -> Iterator[str]:
 
 
 def _unfinished(folder: Path) -> list[str]:
-    """Parts of saved models that stayed behind."""
+    """Return the fault of unfinished saved models, if any are left over."""
     left = [path.name for path in (folder / "models").iterdir() if path.name != "saved"]
     return [f"left unfinished models: {left}"] if left else []
 
@@ -253,7 +254,7 @@ def _unfinished(folder: Path) -> list[str]:
 
 @contextmanager
 def browser(folder: Path) -> Iterator[Callable[[str], None]]:
-    """What opens an address in Chromium, without one by a plain request."""
+    """Yield a function that opens an address in Chromium, or by a plain request without it."""
     if shutil.which("chromium") is None or shutil.which("chromedriver") is None:
         yield lambda url: urllib.request.urlopen(url, timeout=PATIENCE_S).close()
         return
@@ -266,7 +267,7 @@ def browser(folder: Path) -> Iterator[Callable[[str], None]]:
 
 @contextmanager
 def app(folder: Path) -> Iterator[tuple[subprocess.Popen, str]]:
-    """The app's process and address, not waited for."""
+    """Start the app and yield its process and address, without waiting until it answers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -307,7 +308,7 @@ def kill_app(
     folder: Path,
     rng: random.Random,
 ) -> tuple[list[str], str]:
-    """Kill the app while it shows a page and a job runs, then start it again."""
+    """Kill the app while it shows a page and a job runs, then restart it."""
     with own_place(whole, folder):
         before, wrong = read_rows(folder / "lsq.duckdb"), []
         page, moment = rng.choice(PAGES), rng.uniform(0, 8)
@@ -316,7 +317,7 @@ def kill_app(
                 wrong.append("the app did not start")
             arguments = command("run", folder, whole.parent / "text.txt")
             job = jobs.start(folder / "jobs", arguments)
-            with suppress(Exception):  # the page of an app that isn't up yet
+            with suppress(Exception):  # the app may not be up yet
                 visit(url + page)
             time.sleep(moment)
             process.send_signal(number)
@@ -343,8 +344,8 @@ def kill_app(
 
 
 def campaign(count: int, folder: Path, seed: int, log: Callable[[str], None]) -> Tally:
-    """The row of so many kills."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
+    """Return the tally of ``count`` cases."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background shell jobs ignore SIGINT
     tally, whole = Tally("kills of jobs and the app", count), fill_database(folder)
     wanted = {verb: expected(verb, whole, folder / "expected") for verb in COMMANDS}
     for verb, one in wanted.items():

@@ -1,10 +1,10 @@
 """Kill the driver and the actors of sweeps on Ray at random moments, and compare the table.
 
-``python -m tests.campaigns.ray_kills [COUNT] [SEED]`` sends COUNT (20) SIGKILLs, a few to each of
-some sweeps on two actors of one core: to the driver, whose job must then be found interrupted and
-go on, or to a busy or idle actor, whose task must be done by another one. In the end the table must
-be that of a sweep without Ray and without kills, digit by digit; the database must have every
-evaluation once, and no process may stay behind.
+``python -m tests.campaigns.ray_kills [COUNT] [SEED]`` sends COUNT (20) SIGKILLs, several per sweep,
+to sweeps on two single-core actors. A kill hits either the driver, whose job must then be reported
+as interrupted and resume, or a busy or idle actor, whose task another one must take over. In the
+end, the table must equal that of a sweep without Ray and without kills, digit for digit; the
+database must have every evaluation exactly once, and no process may be left over.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from tests.campaigns.kills import (
     own_place,
 )
 
-#: SIGKILLs that one sweep gets.
+#: Maximum number of SIGKILLs per sweep.
 _KILLS = 10
 _SWEEP = (
     *("sweep", "--model", "demo", "--device", "cpu", "--quantizer", "rtn"),
@@ -48,20 +48,20 @@ _SWEEP = (
 
 
 def command(folder: Path, text: Path, *options: str) -> list[str]:
-    """The sweep on two texts, with its database in ``folder``."""
+    """Return the command line of the sweep on two texts, using the database in ``folder``."""
     others = [word for name in (text, text.with_name("other.txt")) for word in ("--corpus", name)]
     words = [*_SWEEP, "--calibration", text, *others, "--db", folder / "lsq.duckdb", *options]
     return [str(word) for word in words]
 
 
 def write_other_text(folder: Path, count: int = 400) -> None:
-    """The second text, of so many lines, beside the first."""
+    """Write the second text, of ``count`` lines, next to the first."""
     lines = (f"{i} is followed by {i + 1}, and {i} precedes it." for i in range(count))
     (folder / "other.txt").write_text("\n".join(lines), "utf8")
 
 
 def measure_profile(whole: Path) -> None:
-    """Have the profile in the database, so that most of a sweep's time goes to its runs."""
+    """Store the profile in the database, so that a sweep spends most of its time on runs."""
     text = str(whole.parent / "text.txt")
     settings = ("--calibration", text, "--samples", "4", "--block-tokens", "64")
     plan = ("plan", "--model", "demo", "--device", "cpu", "--method", "kurt-scaled")
@@ -72,7 +72,7 @@ def measure_profile(whole: Path) -> None:
 
 
 def expected(whole: Path, folder: Path) -> Expected:
-    """The sweep without Ray and without kills."""
+    """Run the sweep without Ray and without kills."""
     with own_place(whole, folder):
         began = time.monotonic()
         job = _ended(jobs.start(folder / "jobs", command(folder, whole.parent / "text.txt")))
@@ -82,7 +82,7 @@ def expected(whole: Path, folder: Path) -> Expected:
 
 
 def _processes(job: jobs.Job) -> list[psutil.Process]:
-    """The actors of a job that runs, found among the processes that its driver started."""
+    """Return the actors of a running job, found among its driver's child processes."""
     found = []
     with suppress(psutil.Error, TypeError):
         for process in psutil.Process(process_id(job.folder)).children(recursive=True):
@@ -93,13 +93,13 @@ def _processes(job: jobs.Job) -> list[psutil.Process]:
 
 
 def _is_measuring(job: jobs.Job) -> bool:
-    """Whether an actor of a job's present driver is measuring something."""
+    """Return whether an actor of a job's current driver is measuring something."""
     working = any(row.state == "working" for row in read_actors(job.folder))
     return working and bool(_processes(job))
 
 
 def _ended(job: jobs.Job) -> jobs.Job:
-    """The job once it has ended, or after many times what it should take."""
+    """Wait until a job has ended, with a very generous deadline, and return it."""
     deadline = time.monotonic() + 5 * PATIENCE_S
     while (job := jobs.read(job.folder)).active and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -107,7 +107,7 @@ def _ended(job: jobs.Job) -> jobs.Job:
 
 
 def kill_once(job: jobs.Job, moment: float, rng: random.Random) -> tuple[jobs.Job, str]:
-    """Kill the driver, or an actor, after some seconds; the job after that, and what was done."""
+    """Kill the driver or an actor after some seconds; return the job and a description."""
     if rng.random() < 0.8:  # else it may be planning, or starting the cluster
         while (job := jobs.read(job.folder)).active and not _is_measuring(job):
             time.sleep(0.5)
@@ -132,7 +132,7 @@ def kill_once(job: jobs.Job, moment: float, rng: random.Random) -> tuple[jobs.Jo
 
 
 def evaluations(folder: Path) -> Counter[tuple[str, str, str]]:
-    """How often each run was evaluated on a text by a protocol."""
+    """Count the evaluations of each run by text and protocol."""
     rows = Store(folder / "lsq.duckdb").query(
         "SELECT run, corpus, protocol FROM evaluations WHERE run IS NOT NULL"
     )
@@ -142,7 +142,7 @@ def evaluations(folder: Path) -> Counter[tuple[str, str, str]]:
 def kill_sweep(
     wanted: Expected, whole: Path, folder: Path, rng: random.Random, kills: int
 ) -> tuple[list[str], list[str]]:
-    """A sweep with so many kills; what was wrong, and each kill in words."""
+    """Run a sweep with at most ``kills`` kills; return the faults and each kill's description."""
     with own_place(whole, folder):
         before, wrong, said = read_rows(folder / "lsq.duckdb"), [], []
         old = evaluations(folder)
@@ -171,7 +171,7 @@ def kill_sweep(
 
 
 def campaign(count: int, folder: Path, seed: int, log: Callable[[str], None]) -> Tally:
-    """The row of so many kills."""
+    """Return the tally of about ``count`` kills."""
     tally, whole = Tally("kills of sweeps on Ray", 0), fill_database(folder)
     measure_profile(whole)
     write_other_text(folder)

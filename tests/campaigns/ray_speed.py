@@ -1,11 +1,11 @@
-"""Time a sweep of 24 runs without Ray, by one actor of a core, and by two.
+"""Time a sweep of 24 evaluations without Ray, with one single-core actor, and with two.
 
-``python -m tests.campaigns.ray_speed [REPEATS [TOKENS]]`` runs the three in turns, one thread an
-actor and in this process, REPEATS (3) times each on a database that has the profile; each of two
-texts has TOKENS (8,192) tokens. It prints seconds by the clock, those from when the first actor was
-ready (or the first run began) apart from those before, in which a cluster starts and torch is
-imported; seconds of processor time of all processes of the sweep; and the ratios of the medians. On
-a machine that does other work, only the processor time says anything.
+``python -m tests.campaigns.ray_speed [REPEATS [TOKENS]]`` runs the three variants in turn, REPEATS
+(3) times each, with one thread per process, on a database that has the profile; each of the two
+texts has TOKENS (8,192) tokens. It prints the wall-clock time in seconds, both in total and from
+the moment when the first actor is ready (or the first run starts), which leaves out starting a
+cluster and importing torch; the processor time of all processes of the sweep; and the ratios of the
+medians. On a busy machine only the processor time is meaningful.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lsq_core.jobs.folder import process_id
 from tests.campaigns.kills import figures, fill_database
 from tests.campaigns.ray_kills import command, measure_profile, write_other_text
 
-#: The ways, each with the options that it adds.
+#: The variants and the options that each adds.
 WAYS = {
     "without Ray": (),
     "one actor": ("--ray", "local", "--actor-cores", "1", "--actors", "1"),
@@ -38,7 +38,7 @@ WAYS = {
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of a sweep: all by the clock, those of measuring, and of all its processes."""
+    """Seconds of a sweep: total and measuring by the clock, and processor time of all processes."""
 
     whole: float
     measuring: float
@@ -46,7 +46,7 @@ class Timing:
 
 
 def _processor_seconds(pid: int, seen: dict[int, float]) -> None:
-    """Note the processor time that each process of a job has used by now."""
+    """Record the processor time used so far by each process of a job."""
     with suppress(psutil.Error):
         root = psutil.Process(pid)
         for process in (root, *root.children(recursive=True)):
@@ -56,7 +56,7 @@ def _processor_seconds(pid: int, seen: dict[int, float]) -> None:
 
 
 def write_texts(folder: Path, tokens: int) -> None:
-    """Two texts of at least so many tokens; every line has several."""
+    """Write two texts of at least ``tokens`` tokens; every line has several."""
     lines = range(tokens // 4)
     calls = (f"Return the {i}-th item, or raise IndexError beyond {i} of them." for i in lines)
     (folder / "text.txt").write_text("\n".join(calls), "utf8")
@@ -64,7 +64,7 @@ def write_texts(folder: Path, tokens: int) -> None:
 
 
 def time_sweep(way: str, whole: Path, folder: Path, tokens: int) -> tuple[Timing, list]:
-    """One sweep, and its figures."""
+    """Run one sweep; return its timing and figures."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     shutil.copy(whole, folder / "lsq.duckdb")

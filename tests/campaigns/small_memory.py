@@ -1,10 +1,10 @@
-"""Run models within little memory, and look at how that ends.
+"""Run models with little memory, and check how the jobs end.
 
-``python -m tests.campaigns.small_memory`` makes a memory cgroup of 1.5 GiB (which needs root and
-the memory controller, version 1 or 2; without it the exit status is 2), and in it runs jobs on the
-demo model, on a random model that fits, on one that doesn't, and on the demo model beside a
-process that takes the memory away while the job works. Each must be refused beforehand in a
-sentence, be done, or be reported as killed for lack of memory.
+``python -m tests.campaigns.small_memory`` creates a memory cgroup of 1.5 GiB (which needs root and
+the memory controller, version 1 or 2; otherwise the exit status is 2). In it, jobs run on the demo
+model, on a random model that fits, on one that doesn't, and on the demo model while another process
+takes up the memory. Each job must complete, be refused in advance with a one-line message, or be
+reported as killed for lack of memory.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from tests.test_memory import limited_cgroup
 LIMIT = 3 << 29
 PATIENCE_S = 600
 
-#: Starts a job, and once it is in a stage has another process take memory until the job's process
-#: is killed, which the kernel is told to choose first. Prints the job's end.
+#: Starts a job and, once it reaches a stage, another process that takes memory until the job's
+#: process, marked as the kernel's first choice, is killed. Prints the final state of the job.
 _JOB = """
 import json, os, subprocess, sys, time
 from pathlib import Path
@@ -51,7 +51,7 @@ if hungry is not None:
 print(json.dumps([job.state, job.message, job.log_tail(1000)]))
 """
 
-#: What a job's end must say, by the states that a case may end in.
+#: Text that a job's final message must contain, by final state.
 _ENDS = {
     "done": "Done.",
     "failed": "memory",
@@ -60,13 +60,13 @@ _ENDS = {
 
 
 def large_model(folder: Path, hidden: int, layers: int) -> Path:
-    """A random model whose blocks have some 12 * hidden ** 2 parameters each."""
+    """Save a random model whose blocks have about ``12 * hidden ** 2`` parameters each."""
     sizes = {"hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": layers}
     return save_random_model(folder, "llama-gqa", num_attention_heads=8, **sizes)
 
 
 def ended(folder: Path, arguments: list[str], stage: str) -> tuple[str, str, str]:
-    """State, message and log of a job that ran within the limit."""
+    """Run a job within the limit; return its state, message and log."""
     with limited_cgroup(LIMIT) as join:
         found = subprocess.run(
             [*join, sys.executable, "-c", _JOB, str(folder), stage, json.dumps(arguments)],
@@ -83,7 +83,7 @@ def ended(folder: Path, arguments: list[str], stage: str) -> tuple[str, str, str
 
 
 def campaign(count: int, folder: Path, seed: int, log: Callable[[str], None]) -> Tally:
-    """The row of the cases, each with the ends that it may have."""
+    """Return the tally of the cases, each with its permitted final states."""
     text = folder / "text.txt"
     text.write_text("\n".join(f"Return the {i}-th item of the list." for i in range(300)), "utf8")
     fits = str(large_model(folder / "fits", 1024, 8))
@@ -110,7 +110,7 @@ def campaign(count: int, folder: Path, seed: int, log: Callable[[str], None]) ->
 
 
 def main() -> int:
-    """Run the campaign where a cgroup can be made."""
+    """Run the campaign if a cgroup can be created."""
     os.environ["OMP_NUM_THREADS"] = "1"
     try:
         with limited_cgroup(LIMIT):

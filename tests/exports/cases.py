@@ -14,26 +14,26 @@ from lsq_core.model.source import ModelSource
 from lsq_core.planning.plan import Plan
 from lsq_core.planning.request import PlanRequest
 
-#: The demo model, and random mixtures of experts of ``tests.conftest``.
+#: The demo model, and random mixtures of experts from ``tests.conftest``.
 MODELS = ("demo", "mixtral-moe", "qwen2-moe")
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model, and where it is."""
+    """A model and its folder."""
 
     info: ModelInfo
     folder: Path
 
 
 def make_plan(info: ModelInfo, configs: Callable[[Matrix], Config], axis: int = 1) -> Plan:
-    """A plan with a configuration for each matrix."""
+    """Make a plan with the configuration that ``configs`` returns for each matrix."""
     matrices = info.matrices
     return Plan(PlanRequest("uniform"), matrices, tuple(map(configs, matrices)), axis=axis)
 
 
 def mixed_plan(info: ModelInfo, options: tuple[Config, ...] = LADDER, *, experts_alike: bool):
-    """Every option in turn, by matrix; ``experts_alike`` gives all experts of a stack the same."""
+    """Cycle through the options by matrix; ``experts_alike`` gives a stack of experts just one."""
     turns = cycle(options)
     by_stack: dict[str, Config] = {}
 
@@ -47,5 +47,5 @@ def mixed_plan(info: ModelInfo, options: tuple[Config, ...] = LADDER, *, experts
 
 
 def load_case(folder: Path) -> Case:
-    """The model in a folder."""
+    """Load the case of the model in a folder."""
     return Case(inspect_model(ModelSource(str(folder))), folder)

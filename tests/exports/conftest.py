@@ -1,4 +1,4 @@
-"""The models that plans are exported of."""
+"""The models whose plans are exported."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.exports.cases import MODELS, Case, load_case
 
 @pytest.fixture(scope="session", params=MODELS)
 def case(request: pytest.FixtureRequest, shared_folder: Callable) -> Case:
-    """Each model in turn; the mixtures of experts have them in every block."""
+    """Each model in turn; the mixtures of experts have experts in every block."""
     name = request.param
     if name == "demo":
         return load_case(ROOT / "data" / "demo_model")

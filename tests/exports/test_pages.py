@@ -1,4 +1,4 @@
-"""The menus that give a plan in another tool's format, on the Plan page and on a run."""
+"""Menus that export a plan in another tool's format, on the Plan page and for a run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PLAN_TARGET = "export-plan-target"
 
 
 def opened_target(app: AppTest):
-    """The menu of the run that is open on the Compare page."""
+    """Return the export menu of the run that is open on the Compare page."""
     return next(
         box
         for box in app.selectbox
@@ -24,7 +24,7 @@ def opened_target(app: AppTest):
 
 
 def usage(app: AppTest) -> str:
-    """The lines that use the file: the last code on the page but for the command of tasks."""
+    """Return the usage lines: the last code block that is not the ``lsq tasks`` command."""
     return [c.value for c in app.code if not c.value.startswith("lsq tasks")][-1]
 
 

