@@ -1,4 +1,4 @@
-"""A new metric, method or quantizer is one class and one registry entry."""
+"""A new metric, method or quantizer needs only one class and one registry entry."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class LargestWeight(Metric):
 
 
 class LargestStep(Knapsack):
-    """Least summed step size of the grids."""
+    """Minimize the summed step size of the grids."""
 
     name = "largest-step"
     title = "Largest step"
@@ -59,7 +59,7 @@ class LargestStep(Knapsack):
 
 
 class PlainGrid(GridQuantizer):
-    """Round to nearest, under another name."""
+    """Round-to-nearest under another name."""
 
     def solve(self, weight, config, axis):
         return min_max_grid(weight, config, axis, optimize=False)

@@ -1,4 +1,4 @@
-"""The Plan page with high-impact rows: what is missing is measured there, and the plan is shown."""
+"""The Plan page with high-impact rows: measuring missing data and showing the plan."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tests.test_plan_page import command_line_plan, planner_data, problem
 
 @pytest.fixture
 def measured(filled, monkeypatch):  # noqa: F811
-    """The model with interactions, of a few tokens."""
+    """Return the model with interactions measured on a few tokens."""
     monkeypatch.setattr(measuring, "LOSS_TOKENS", {"block": 8, "model": 8})
     request = PlanRequest("high-impact", budget="2.24bpp")
     command = ["plan", "--model", filled.model, "--device", "cpu"]
@@ -141,7 +141,7 @@ def test_sweep_arguments_round_trip_row_options():
 
 
 def test_plan_heatmap_mixed_rows():
-    """Each ratio has a colour of its own, the cells say it, and the ring adds up."""
+    """Each ratio has its own colour, shown in its cells, and the shares of the ring sum to 1."""
     options = mixed_rows(2, 3, 128)
     assert len({charts.config_color(option) for option in options}) == len(options)
     frame = pd.DataFrame(
@@ -165,7 +165,7 @@ def test_plan_heatmap_mixed_rows():
 
 
 def test_mixed_rows_runs_distinguished_in_compare(measured):
-    """In Compare by how rows were mixed, and none of them is learned from as a stop's."""
+    """Compare labels runs by how rows were mixed; predictions for ladder methods ignore them."""
     store, source = Store(measured.path), ModelSource(measured.model)
     session = Session(source, store, "cpu")
     text = measured.settings.calibration

@@ -1,4 +1,4 @@
-"""Files of saved models: known by their checksums, of the person's own modes, pruned with care."""
+"""Files of saved models: checksums, permissions and safe pruning."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WEIGHTS = "packed.safetensors"
 
 @pytest.fixture(scope="module")
 def saved_template(random_model, tmp_path_factory) -> Path:
-    """A saved model, made by the command line in a data folder with its database."""
+    """Return a model saved with the command line, in a data folder with its database."""
     from tests.campaigns.hostile_saved import make_saved
 
     folder = tmp_path_factory.mktemp("data")
@@ -36,7 +36,7 @@ def saved_template(random_model, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def saved(saved_template, tmp_path, monkeypatch) -> Path:
-    """A copy of it, in a data folder of its own."""
+    """Return a copy of the saved model in its own data folder."""
     data = tmp_path / "data"
     shutil.copytree(saved_template.parents[1], data)
     monkeypatch.setenv("LSQ_DB", str(data / "lsq.duckdb"))
@@ -112,7 +112,7 @@ def test_saved_files_respect_umask(random_model, tmp_path):
     assert stat.S_IMODE(saved.stat().st_mode) == 0o750
 
 
-# --- what a kill leaves -----------------------------------------------------------------------
+# --- leftovers of a killed save ---------------------------------------------------------------
 
 _KILL_DURING_SAVE = """
 import os, sys
@@ -164,7 +164,7 @@ def test_prune_model_being_written_raises(saved):
     assert disk.prune(Store(), str(unfinished)).kind == "unfinished model"
 
 
-# --- what is deleted --------------------------------------------------------------------------
+# --- pruning ----------------------------------------------------------------------------------
 
 
 def set_saved_path(folder: Path) -> None:

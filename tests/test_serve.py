@@ -1,4 +1,4 @@
-"""The app as a server: who is let in, what a browser may do with its pages, and how it ends."""
+"""The app as a server: access control, browser security headers and shutdown."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TOKEN_ACCESS = Access((), "secret", 8501)
 
 
 async def _inner_app(scope, receive, send) -> None:
-    """An application that answers everything."""
+    """Accept every request, as the wrapped ASGI application."""
     if scope["type"] == "websocket":
         await send({"type": "websocket.accept"})
         return
@@ -38,7 +38,7 @@ async def _inner_app(scope, receive, send) -> None:
 def send_request(
     access: Access, kind: str = "http", query: str = "", path: str = "/", **headers: str
 ):
-    """What comes of a request: the first message that is sent."""
+    """Send a request through the guard and return the first message of the response."""
     messages: list[dict] = []
     headers = {"host": OWN} | {name.replace("_", "-"): text for name, text in headers.items()}
     scope = {
@@ -173,7 +173,7 @@ def _status(port: int, path: str = "/_stcore/health", **headers: str) -> int | N
 
 @pytest.fixture
 def server(tmp_path) -> Iterator[tuple[subprocess.Popen, int]]:
-    """``lsq app`` with a temporary folder of its own, once it answers."""
+    """Start ``lsq app`` with its own temporary folder and wait until it responds."""
     port = find_free_port()
     process = subprocess.Popen(
         [sys.executable, "-m", "lsq_core", "app", "--port", str(port)],
@@ -189,7 +189,7 @@ def server(tmp_path) -> Iterator[tuple[subprocess.Popen, int]]:
     process.wait()
 
 
-#: What a browser sends to open a websocket.
+#: Headers that a browser sends to open a WebSocket.
 _UPGRADE = {
     "Connection": "Upgrade",
     "Upgrade": "websocket",

@@ -1,4 +1,4 @@
-"""A session from a notebook: the README's ten lines, what objects print, and bad input."""
+"""Using a session from a notebook: the README example, printed objects and bad input."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_session_repr_reports_errors_and_downloads_nothing(tmp_path, monkeypatch
 
 
 def test_model_of_the_same_shapes_is_told_apart(session, quantized, random_model, tmp_path):
-    """Its figures would be compared with the wrong full precision, without any error."""
+    """Otherwise results would silently be compared with the wrong full-precision model."""
     copy = shutil.copytree(random_model("llama-gqa"), tmp_path / "tuned")
     (weights,) = copy.glob("*.safetensors")
     tensors = load_file(weights)
@@ -185,7 +185,7 @@ def test_saving_while_quantizing_writes_what_save_writes(session, plan, quantize
 
 
 def test_readme_session_runs(tmp_path):
-    """The README's ten lines, of a smaller corpus and fewer samples so that it takes seconds."""
+    """Uses a smaller corpus and fewer samples than the README, so that it takes seconds."""
     readme = (ROOT / "README.md").read_text("utf8")
     (code,) = re.findall(r"```python\n(import lsq_core as lsq\n.*?)```", readme, re.DOTALL)
     text = tmp_path / "text.txt"
@@ -212,7 +212,7 @@ def test_readme_session_runs(tmp_path):
 
 
 def test_run_in_bfloat16_plans_from_the_usual_profile(random_model, small_text, tmp_path):
-    """The profile in float32 serves; figures of the two dtypes are kept apart, and are close."""
+    """The float32 profile is reused; results are stored separately by dtype and are close."""
     model, store = str(random_model("llama-gqa")), Store(tmp_path / "lsq.duckdb")
     settings = ProfileSettings("rtn", calibration=str(small_text), samples=4, block_tokens=64)
     request = EvaluationRequest(str(small_text))

@@ -1,4 +1,4 @@
-"""Measurements that come with the project: imported once, marked, used, and told in a tour."""
+"""Shipped measurements: imported once, marked as shipped, reused, and presented in a tour."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from lsq_core.store.store import Store
 from lsq_core.sweep_progress import describe_counts
 from tests.conftest import ROOT
 
-#: Numbers of two or three digits before the point, which bits and percentages of cards don't have.
+#: Numbers with two or three digits before the point; bits and percentages on cards have fewer.
 PERPLEXITY = re.compile(r"(?<![\d.,])\d{2,3}(?:\.\d)?(?![\d,.]*\d)")
 
 
 @pytest.fixture(scope="session")
 def measured(shared_folder) -> Path:
-    """A folder with ``measured.duckdb`` of the demo model, and its export in ``files``."""
+    """Return a folder with the demo model's ``measured.duckdb`` and its export in ``files``."""
     return shared_folder("shipped", _measure)
 
 
@@ -51,12 +51,12 @@ def _measure(folder: Path) -> None:
         plan = session.plan(PlanRequest(method, base="3.13"), settings)
         session.run(plan, "hqq", EvaluationRequest(str(text), max_tokens=600))
     export(store, folder / "files")
-    text.unlink()  # it isn't where the measurements are used
+    text.unlink()  # not available where the measurements are used
 
 
 @pytest.fixture
 def store(measured, tmp_path) -> Store:
-    """A new database with the shipped measurements."""
+    """Return a new database with the exported measurements imported."""
     store = Store(tmp_path / "lsq.duckdb")
     assert import_measurements(store, measured / "files")
     return store
@@ -128,7 +128,7 @@ def test_session_plans_from_shipped_profile_without_its_text(store):
 
 
 def test_measured_files_fit_the_schema(tmp_path):
-    """What is in the repository can be imported by this version."""
+    """This version can import the measurements in the repository."""
     store = Store(tmp_path / "lsq.duckdb")
     assert import_measurements(store)
     runs = store.results()
@@ -151,7 +151,7 @@ def test_shipped_profile_has_every_metric_as_it_is_defined_now(tmp_path):
 
 
 def test_expected_kl_predicts_shipped_runs(tmp_path):
-    """Runs of twelve methods on text the profile never saw, leaving each out in turn."""
+    """Predict runs of twelve methods on text not used for the profile, leaving each out in turn."""
     store = Store(tmp_path / "lsq.duckdb")
     import_measurements(store)
     fingerprint = store.results()["fingerprint"][0]
@@ -177,7 +177,7 @@ def test_expected_kl_predicts_shipped_runs(tmp_path):
 
 
 def test_method_cards_name_shipped_perplexities(tmp_path):
-    """Every number of a card that can be a perplexity of SmolLM2 is one of its shipped runs'."""
+    """Every number on a card that could be a SmolLM2 perplexity is that of a shipped run."""
     store = Store(tmp_path / "lsq.duckdb")
     import_measurements(store)
     measured = store.results()["perplexity"]
@@ -190,7 +190,7 @@ def test_method_cards_name_shipped_perplexities(tmp_path):
 
 @pytest.mark.slow
 def test_measure_makes_what_is_exported(tmp_path, monkeypatch):
-    """The documented command, a few runs of it; a second time there is nothing left to measure."""
+    """Profiles, quantizes and evaluates a few shipped runs; measuring again adds nothing."""
     (tmp_path / "text.txt").write_text(
         "\n".join(f"Return the {i}-th item of the list." for i in range(400)), "utf8"
     )
@@ -211,7 +211,7 @@ def test_measure_makes_what_is_exported(tmp_path, monkeypatch):
     assert set(runs["corpus"]) == {"text.txt"}
 
 
-# --- the story --------------------------------------------------------------------------------
+# --- boost gain and largest saving ------------------------------------------------------------
 
 
 def run_row(evaluation: str, method: str, base: str | None, bits: float, perplexity: float) -> dict:
@@ -245,7 +245,7 @@ def test_boost_gain_is_largest_with_its_ablation():
 
 
 def test_boost_gain_prefers_a_run_with_its_ablation():
-    """KurtBoost gains more here, but nothing shows that it wasn't luck."""
+    """KurtBoost gains more here, but has no ablation to rule out chance."""
     better = RUNS.assign(perplexity=[16.0, 12.0, 14.0, 15.8, 9.0, 11.5])
     assert boost_gain(better).boosted["evaluation"] == "s3"
     alone = boost_gain(better[better["evaluation"] != "a3"])
@@ -282,11 +282,11 @@ def test_largest_saving_is_smaller_and_better():
 
 
 def test_useless_uniform_is_no_saving():
-    """A uniform run of several times full precision's perplexity is beaten by anything."""
+    """Beating a uniform run that is far worse than full precision saves nothing."""
     assert largest_saving(RUNS, max_increase=0.1) is None
 
 
-# --- the first page ---------------------------------------------------------------------------
+# --- the Model page ---------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -296,7 +296,7 @@ def model_page(store, monkeypatch) -> AppTest:
 
 
 def test_tour_leads_to_pages_in_the_right_state(model_page, store):
-    """Every step draws its page without an error, with what the step spoke of."""
+    """Every step opens another page, which is drawn without an error."""
     steps = [b.key for b in model_page.button if (b.key or "").startswith("tour-")]
     assert len(steps) >= 2
     for key in steps:
@@ -331,7 +331,7 @@ def test_sweep_says_that_it_reuses_a_shipped_run(measured, store, tmp_path):
 
 
 def _switch_models() -> None:
-    """A page's script: first a model with a profile on a text that isn't here, then another one."""
+    """Switch from a model profiled on a missing text to another model; the script of a page."""
     import streamlit as st
 
     from lsq_core.profiling.settings import ProfileSettings

@@ -1,4 +1,4 @@
-"""Odd values in config.json, and a tokenizer of another size than the embedding."""
+"""Odd values in config.json, and a tokenizer larger than the embedding."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.conftest import save_random_model
 from tests.helpers import evaluate_model
 
 ODD = (None, 0, -1, 1.5, "x", [], 10**30)
-#: Names of sizes by architecture, and of other entries that transformers computes with.
+#: Config entries by architecture: sizes, and others that transformers computes with.
 ENTRIES = {
     "llama-gqa": (
         "hidden_size",
@@ -43,7 +43,7 @@ ENTRIES = {
 
 
 def copy_with_config(folder: Path, target: Path, **changes: object) -> Path:
-    """A copy of a model's folder with other entries in its config."""
+    """Copy a model's folder with changed config entries; return the copy."""
     shutil.copytree(folder, target, copy_function=os.link)
     config = json.loads((folder / "config.json").read_text()) | changes
     (target / "config.json").unlink()
@@ -57,7 +57,7 @@ def copy_with_config(folder: Path, target: Path, **changes: object) -> Path:
 def test_cli_inspect_odd_config_value_exit_0_or_2(
     architecture, name, random_model, tmp_path, capsys
 ):
-    """A description or one sentence, and never anything else."""
+    """The output is either a description or a one-line error."""
     for number, value in enumerate(ODD):
         folder = copy_with_config(
             random_model(architecture), tmp_path / str(number), **{name: value}
@@ -109,12 +109,12 @@ def test_reason_of_drops_stack_frames():
     assert exception_reason(error) == "a size overflows"
 
 
-# --- a tokenizer that is larger than the embedding ------------------------------------------
+# --- a tokenizer larger than the embedding --------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def small_vocab_model(tmp_path_factory):
-    """A model with rows for an eighth of its tokenizer's tokens."""
+    """Return a model whose embedding covers an eighth of its tokenizer's tokens."""
     folder = tmp_path_factory.mktemp("models") / "narrow"
     return load_model(ModelSource(str(save_random_model(folder, "llama-gqa", vocab_size=512))))
 

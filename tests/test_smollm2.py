@@ -1,6 +1,6 @@
-"""What only a real model shows: the shipped figures again, and the gain of boosting.
+"""Tests that need a real model: reproducing shipped figures, and the gain from boosting.
 
-Slow: a language model of 135 M parameters is quantized twice and evaluated on a CPU.
+Slow: quantizes a language model of 135 M parameters twice and evaluates it on a CPU.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(smollm2_file() is None, reason="SmolLM2 is missing; run 'make smollm2'"),
 ]
-#: Tokens, and the windows of 512 that they give.
+#: Evaluated tokens, and the number of windows, each of which scores 512 of them.
 TOKENS, WINDOWS = 2048, 4
 
 
@@ -34,7 +34,7 @@ def session(tmp_path_factory) -> Session:
 
 
 def test_shipped_kurtosis_matches_weights(session):
-    """Pearson's, of every matrix, by scipy from the weights."""
+    """Compare every tenth matrix with SciPy's Pearson kurtosis."""
     profile = session.profile()
     scores = profile.values[profile.values["metric"] == "kurtosis"].set_index("module")["value"]
     assert len(scores) == len(session.info.matrices) == 210
@@ -45,7 +45,7 @@ def test_shipped_kurtosis_matches_weights(session):
 
 @pytest.mark.skipif(not WIKITEXT.is_dir(), reason="WikiText-2 is not beside the repository")
 def test_boosting_gains_and_shipped_figures_are_reproduced(session):
-    """The same windows have the shipped log-likelihoods, and SensiBoost beats its base."""
+    """SensiBoost beats its base, and the windows' log-likelihoods match the shipped ones."""
     text = str(WIKITEXT / "test.txt")
     requests = [PlanRequest(method, base="3.51") for method in ("uniform", "sensiboost")]
     plans = [session.plan(request) for request in requests]

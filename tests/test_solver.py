@@ -1,4 +1,4 @@
-"""The fast half-quadratic solver against the one of the ``hqq`` package."""
+"""The fast half-quadratic solver, compared with that of the ``hqq`` package."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ SHAPE = (256, 384)
 
 
 def weights(kind: str) -> torch.Tensor:
-    """Weights of one kind, the same each time."""
+    """Return weights of the given kind, always from the same seed."""
     torch.manual_seed(0)
-    if kind == "student-t":  # heavy tails: some groups' errors survive the shrinking
+    if kind == "student-t":  # heavy tails: in some groups, errors survive the shrinking
         return 0.02 * torch.distributions.StudentT(2.0).sample(SHAPE)
-    if kind == "wide":  # all of them do
+    if kind == "wide":  # errors survive in all groups
         return 3 * torch.randn(SHAPE)
     if kind == "constant":
         return torch.full(SHAPE, 0.3)
@@ -40,12 +40,12 @@ def weights(kind: str) -> torch.Tensor:
 
 
 def to_groups(weight: torch.Tensor, group_size: int, axis: int) -> torch.Tensor:
-    """Float32, (groups, group_size) for axis 1 and (group_size, groups) for axis 0."""
+    """Return float32 (groups, group_size) for axis 1, (group_size, groups) for axis 0."""
     return weight.float().reshape((-1, group_size) if axis == 1 else (group_size, -1))
 
 
 def grid(weight: torch.Tensor, bits: int, axis: int = 1) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """The min-max grid of groups as ``hqq`` computes it: inverse scale, zero and highest code."""
+    """Return ``hqq``'s min-max grid of groups: inverse scale, zero point and highest code."""
     low, high = weight.amin(axis, keepdim=True), weight.amax(axis, keepdim=True)
     scale = (2**bits - 1) / (high - low)
     scale = scale.where((high - low).abs() > 1e-4, 1.0).clamp(max=2e4)
@@ -53,7 +53,7 @@ def grid(weight: torch.Tensor, bits: int, axis: int = 1) -> tuple[torch.Tensor, 
 
 
 def solve(weight: torch.Tensor, bits: int, group_size: int, axis: int) -> torch.Tensor:
-    """The weights decoded from ``hqq``'s grid with this project's zero points, in groups."""
+    """Return groups decoded from ``hqq``'s min-max grid with this project's zero points."""
     groups = to_groups(weight, group_size, axis)
     scale, zero, top = grid(groups, bits, axis)
     zero = solve_zero_points(groups, scale, zero, top, axis)
@@ -61,7 +61,7 @@ def solve(weight: torch.Tensor, bits: int, group_size: int, axis: int) -> torch.
 
 
 def solve_by_hqq(weight: torch.Tensor, bits: int, group_size: int, axis: int) -> torch.Tensor:
-    """The weights decoded from what ``hqq``'s quantizer stores, float32 in groups."""
+    """Return groups quantized and decoded by ``hqq``, float32."""
     codes, meta = Quantizer.quantize(
         weight, nbits=bits, group_size=group_size, axis=axis, bitpack=False, device="cpu"
     )
@@ -71,7 +71,7 @@ def solve_by_hqq(weight: torch.Tensor, bits: int, group_size: int, axis: int) ->
 def errors(
     quantize: Callable, weight: torch.Tensor, bits: int, group_size: int, axis: int
 ) -> tuple[float, float]:
-    """Mean absolute and Frobenius error of decoded weights."""
+    """Return the mean absolute and Frobenius errors of decoded weights."""
     decoded = quantize(weight, bits, group_size, axis)
     error = to_groups(weight, group_size, axis) - decoded
     return float(error.abs().mean()), float(error.norm())
@@ -82,7 +82,7 @@ def errors(
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 @pytest.mark.parametrize("axis", [0, 1])
 def test_solver_errors_match_hqq(kind, bits, group_size, axis, monkeypatch):
-    monkeypatch.setattr(solver, "CHUNK_WEIGHTS", 2**14)  # several pieces, the last one short
+    monkeypatch.setattr(solver, "CHUNK_WEIGHTS", 2**14)  # six chunks
     weight = weights(kind)
     ours = errors(solve, weight, bits, group_size, axis)
     theirs = errors(solve_by_hqq, weight, bits, group_size, axis)
@@ -90,7 +90,7 @@ def test_solver_errors_match_hqq(kind, bits, group_size, axis, monkeypatch):
 
 
 def test_student_t_weights_exceed_threshold():
-    """Errors above the threshold occur in the heavy-tailed weights, in some groups only."""
+    """Only some groups of the heavy-tailed weights can have errors above the threshold."""
     groups = weights("student-t").reshape(-1, 64)
     spread = (groups.amax(1) - groups.amin(1)) / 3 / 2
     assert 0 < int((spread > THRESHOLD).sum()) < len(groups)
@@ -104,7 +104,7 @@ def test_solver_half_precision_matches_hqq(dtype):
 
 
 def test_solver_infinite_weight_affects_only_its_group():
-    """``hqq`` stops every group at the first step, because the error of all is not a number."""
+    """``hqq`` stops all groups at the first step because their total error is NaN."""
     weight = weights("normal").reshape(-1, 64)
     initial = grid(weight, 4)
     broken = weight.clone()
@@ -123,7 +123,7 @@ def test_stopping_step():
         return int(stopping_step(torch.tensor(errors)))
 
     assert stop(3.0, 2.0, 2.5, 1.0) == 2
-    assert stop(3.0, 2.0, 2.0, 1.0) == 2  # no improvement is enough
+    assert stop(3.0, 2.0, 2.0, 1.0) == 2  # no improvement also stops
     assert stop(3.0, 2.0, 1.0) == 2
     assert stop(float("nan"), 2.0, 1.0) == 0
 
@@ -172,13 +172,13 @@ def test_compiled_steps_identical_to_eager():
     plain = solve_zero_points(weight, *grid(weight, 4), axis=1)
     with solver.steps.force_compiled(compiled=True):
         compiled = solve_zero_points(weight, *grid(weight, 4), axis=1)
-        assert solver.backend("cpu").name == "compiled"  # and it did not fail meanwhile
+        assert solver.backend("cpu").name == "compiled"  # compilation did not fail
     assert torch.equal(compiled, plain)
 
 
 @pytest.mark.skipif(not solver_triton.available(), reason="Triton is not installed")
 def test_triton_kernel_in_interpreter():
-    """In a process of its own, because Triton reads the variable when it is imported."""
+    """Runs in its own process because Triton reads the variable on import."""
     run = subprocess.run(
         [sys.executable, "-m", "tests.triton_kernel"],
         env=os.environ | {"TRITON_INTERPRET": "1"},

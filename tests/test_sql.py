@@ -1,4 +1,4 @@
-"""The query page: questions are answered, attacks and slips are one sentence, files are safe."""
+"""The SQL page: query results, one-sentence errors for attacks and typos, unchanged files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.test_compare import insert_synthetic_runs
 
 @pytest.fixture(scope="module")
 def database_and_snapshot(tmp_path_factory) -> tuple[Path, Path]:
-    """A database with runs and its snapshot; each test has a copy of both files."""
+    """Return a database with runs, and its snapshot; each test uses copies of the files."""
     folder = tmp_path_factory.mktemp("sql")
     store = Store(folder / "lsq.duckdb")
     insert_synthetic_runs(store, 12)
@@ -61,7 +61,7 @@ def test_results_view_matches_store(store, copy):
 
 @pytest.fixture(scope="module")
 def known_snapshot(tmp_path_factory) -> Path:
-    """A copy of a store of two models, of which each example's answer is known."""
+    """Return a snapshot of a store of two models with known results for each example query."""
     folder = tmp_path_factory.mktemp("known")
     store = Store(folder / "known.duckdb")
     text, short = ("abc", "strided", 1000), ("abc", "strided", 100)
@@ -69,8 +69,8 @@ def known_snapshot(tmp_path_factory) -> Path:
         ("a", "one", "mxq", 3.2, text, 20.0),
         ("b", "one", "uniform", 4.1, text, 15.0),
         ("c", "one", "uniform", 3.1, text, 25.0),
-        ("d", "one", "uniform", 3.1, short, 5.0),  # fewer tokens: never the best of the others
-        ("e", "one", "mxq", 3.2, ("other text", "strided", 1000), 7.0),  # of the same name
+        ("d", "one", "uniform", 3.1, short, 5.0),  # fewer tokens: not comparable to the others
+        ("e", "one", "mxq", 3.2, ("other text", "strided", 1000), 7.0),  # same corpus name
         ("f", "one", "mxq", 3.2, ("abc", "blocks", 1000), 18.0),
         ("g", "two", "mxq", 3.4, text, 9.0),
     ]
@@ -107,7 +107,7 @@ def known_snapshot(tmp_path_factory) -> Path:
         for module, metric, config, value in [
             ("l.0.q", "sensitivity", "b4g64", 0.5),
             ("l.0.k", "sensitivity", "b4g64", 0.7),
-            ("l.1.q", "sensitivity", "b4g64", float("nan")),  # an expert that nothing reached
+            ("l.1.q", "sensitivity", "b4g64", float("nan")),  # an expert that received no tokens
             ("l.1.q", "sensitivity", "b2g64", 9.0),
             ("l.1.q", "weight_error", "b4g64", 9.0),
         ]:
@@ -120,7 +120,7 @@ def known_snapshot(tmp_path_factory) -> Path:
     return folder / "copy.duckdb"
 
 
-#: What each example answers on the store of :func:`known_snapshot`, in the order of its rows.
+#: Expected columns and rows, in order, of each example query on :func:`known_snapshot`.
 ANSWERS = {
     "Best run of each model": (
         ["model", "protocol", "tokens", "method", "bits", "perplexity"],
@@ -164,7 +164,7 @@ def test_example_queries_results(known_snapshot, example):
 
 def test_snapshot_unaffected_by_later_writes(store, copy):
     with duckdb.connect(str(copy), read_only=True):
-        store.delete_runs(["000000000000"])  # a writer, while the copy is open
+        store.delete_runs(["000000000000"])  # a write while the copy is open
         assert len(store.results()) == 11
         assert sql.run_query(copy, "SELECT count(*) FROM results").rows.iloc[0, 0] == 12
 
@@ -224,7 +224,7 @@ ATTACKS = [
 
 
 def _query_output(copy: Path, text: str) -> str:
-    """What is shown for a query: its rows, or its error; asked here, for a process takes longer."""
+    """Return the rows or error of a query, run in this process because a new one is slower."""
     request = {"snapshot": str(copy), "sql": text, "rows": 100, "seconds": 10.0}
     try:
         answer = sql_child.execute_query(request | {"memory": 1 << 30, "bytes": 1 << 20})
@@ -264,7 +264,7 @@ SLOW_QUERIES = (
 
 @pytest.fixture
 def no_leftover_processes():
-    """Other tests of the same process may have a browser open, so only new ones count."""
+    """Assert that no new child processes remain; other tests may have left a browser open."""
     before = set(psutil.Process().children())
     yield
     assert not set(psutil.Process().children()) - before
@@ -290,7 +290,7 @@ def test_ask_row_limit_cuts_result(copy):
 
 @pytest.mark.parametrize("text", ["SELECT range(1000000000)", "SELECT repeat('x', 2000000000)"])
 def test_ask_memory_limit_raises(copy, text):
-    """DuckDB counts neither against its own limit."""
+    """DuckDB's own memory limit covers neither query."""
     with pytest.raises(InputError, match=r"memory than the \d+ MiB") as detail:
         sql.run_query(copy, text, time_limit=60)
     assert "\n" not in str(detail.value)
@@ -304,7 +304,7 @@ def test_ask_byte_limit_raises(copy):
 
 
 class PageChanged(Exception):
-    """Whatever ends the run of a page."""
+    """Stands in for the exception that ends a page's run."""
 
 
 @pytest.mark.usefixtures("no_leftover_processes")

@@ -1,4 +1,4 @@
-"""The database: found again, shared between processes, foreign and newer files refused."""
+"""The database: storage, sharing between processes, and rejected foreign or newer files."""
 
 from __future__ import annotations
 
@@ -320,7 +320,7 @@ def test_store_readable_after_killed_writer(tmp_path):
 
 
 def test_store_concurrent_reads(info):
-    """As a page's sessions do: each opens and closes the file while others have it."""
+    """Like sessions of the app, each thread opens and closes the file while others use it."""
     store = Store()
     store.save_model(info)
 
@@ -343,7 +343,7 @@ def test_store_parameters_are_not_interpolated(info):
 
 
 def test_store_full_disk_raises_and_keeps_data(tmp_path, info):
-    """On a real file system of 2 MiB; needs the right to mount one."""
+    """Uses a real 2 MiB file system; needs permission to mount it."""
     with mount_small_disk(tmp_path / "small", "2m") as small_disk:
         store = Store(small_disk / "lsq.duckdb")
         store.save_model(info)

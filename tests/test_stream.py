@@ -1,4 +1,4 @@
-"""Weights read from their files as they are needed are those of the loaded model, bit for bit."""
+"""Weights streamed from their files equal those of the loaded model, bit for bit."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def settings(small_text):
 
 
 def tensors(model) -> dict[str, torch.Tensor]:
-    """Every parameter and buffer that has content, by name."""
+    """Return all parameters and buffers not on the meta device, by name."""
     named = [*model.named_parameters(), *model.named_buffers()]
     return {name: tensor for name, tensor in named if not tensor.is_meta}
 
@@ -84,7 +84,7 @@ def test_streamed_profile_matches_loaded_model(architecture, random_model, setti
 
 
 def test_stream_sharded_checkpoint_in_other_dtype(random_model, tmp_path):
-    """A sharded bfloat16 checkpoint, computed in float16."""
+    """A sharded bfloat16 checkpoint is loaded as float16."""
     weights = load_file(random_model("mixtral-moe") / "model.safetensors")
     folder = tmp_path / "sharded"
     shutil.copytree(random_model("mixtral-moe"), folder)
@@ -106,7 +106,7 @@ def test_stream_sharded_checkpoint_in_other_dtype(random_model, tmp_path):
     assert all(torch.equal(tensor, expected[name]) for name, tensor in block_tensors.items())
 
 
-# --- where it can't be ----------------------------------------------------------------------
+# --- fallbacks and errors -------------------------------------------------------------------
 
 
 def pickle_weights(folder: Path) -> None:
@@ -147,7 +147,7 @@ def test_stream_missing_tensor_raises(random_model, settings, tmp_path):
 
 
 def test_profile_streams_without_loading_model(random_model, settings, monkeypatch):
-    monkeypatch.setattr("lsq_core.model.loading.load_model", None)  # would fail if it were called
+    monkeypatch.setattr("lsq_core.model.loading.load_model", None)  # fails if called
     messages = []
     session = Session(
         ModelSource(str(random_model("llama-gqa"))),

@@ -1,4 +1,4 @@
-"""Plans quantized and evaluated block by block, against whole quantized models."""
+"""Quantization and evaluation block by block, compared with fully loaded models."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TEXT = EvaluationText(np.random.default_rng(2).integers(1, 4096, 300), Protocol(
 
 
 def choices(loaded):
-    """Three plans: two that have the first block in common, and one that leaves it alone."""
+    """Return three plans: two differing only in the last block, one not quantizing the first."""
     layers = loaded.info.layers
     plans = [
         {m: LADDER[last if m.layer + 1 == layers else 3] for m in loaded.info.matrices}
@@ -106,7 +106,7 @@ def test_streamed_evaluation_of_model_quantizer_raises(random_model):
 
 
 def test_run_of_model_larger_than_memory_has_the_same_figures(random_model, small_text, tmp_path):
-    """Run block by block, since it does not fit; the row in the store is that of a whole run."""
+    """The model is run block by block; the stored row matches that of a fully loaded model."""
     folder, request = str(random_model("llama-gqa")), EvaluationRequest(str(small_text))
     whole = Session(folder, tmp_path / "whole.duckdb", "cpu")
     plan = whole.plan("uniform", base="3.13")
@@ -133,7 +133,7 @@ def test_fits_in_memory_counts_weights_and_more(random_model, monkeypatch):
 def test_sweep_of_model_larger_than_memory_reads_it_once(
     random_model, small_text, tmp_path, monkeypatch
 ):
-    """Six plans and two texts in one walk, with the figures of a sweep of whole models."""
+    """Six plans share one pass over the weights per text; figures match the loaded model's."""
     folder, texts = str(random_model("llama-gqa")), [small_text, tmp_path / "other.txt"]
     texts[1].write_text("\n".join(f"{i} is followed by {i + 1}." for i in range(300)), "utf8")
     requests = sweep.requests(PlanRequest("uniform"), ["uniform"], ("2.13", "3.13", "4.13"), ())
@@ -189,7 +189,7 @@ def test_matrices_that_plans_store_alike_are_quantized_once(random_model, monkey
 
 
 def test_groups_of_windows_are_told_beforehand(random_model, monkeypatch):
-    """Where hidden states don't fit, all weights are read again; the figures are the same."""
+    """If hidden states don't fit, weights are read once per group; figures are unchanged."""
     streamed = open_streamed(ModelSource(str(random_model("llama-gqa"))), "cpu")
     task, quantizers = QuantizationTask(streamed, choices(streamed)[0]), [get_quantizer("rtn")]
     [[expected]] = evaluate_streamed([task], quantizers, [TEXT], bos=0)
@@ -211,10 +211,10 @@ def test_groups_of_windows_are_told_beforehand(random_model, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_evaluation_peak_memory_is_of_a_block(tmp_path):
-    """512 MiB of bfloat16 weights, twice that in float32, at three plans, in its own process.
+    """Evaluates three plans of 512 MiB of bfloat16 weights (1 GiB in float32) in its own process.
 
-    The libraries' own memory comes on top of the limit, a third of the weights in float32; a block
-    has 37 MiB of them.
+    The limit is a third of the float32 weights, on top of the memory of the libraries; a block has
+    37 MiB of weights.
     """
     folder = tmp_path / "model"
     weight_bytes = memory.write_random_model(folder, 512 * 2**20, vocabulary=4096)

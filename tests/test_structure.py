@@ -1,4 +1,4 @@
-"""The package's structure: file sizes, no import circle, and which package may import which."""
+"""The package's structure: file lengths, no circular imports, and allowed imports."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 MAX_LINES = 500
-#: Importing these, as the command line's help does, loads no torch.
+#: Modules that must not load torch on import, so that the command line's help is fast.
 LIGHT = (
     "lsq_core",
     "lsq_core.planning.make",
@@ -25,7 +25,7 @@ LIGHT = (
     "lsq_core.cli.parser",
     "lsq_core.exports.registry",
 )
-#: A package, and the packages that it doesn't import, type checking included.
+#: Packages that each package must not import, not even for type checking.
 FORBIDDEN = {
     "planning": ("profiling", "store", "stages", "session", "jobs", "cli", "ui"),
     "profiling": ("store", "stages", "session", "jobs", "cli", "charts", "ui"),
@@ -39,7 +39,7 @@ FORBIDDEN = {
 
 
 def source_files() -> list[Path]:
-    """The program's own Python and JavaScript files."""
+    """Return the Python and JavaScript files of the app and the package."""
     files = [ROOT / "app.py", *(ROOT / "pages").rglob("*.py")]
     for pattern in ("*.py", "*.js"):
         files += (ROOT / "lsq_core").rglob(pattern)
@@ -53,7 +53,7 @@ def module_name(path: Path) -> str:
 
 MODULES = {module_name(path): path for path in (ROOT / "lsq_core").rglob("*.py")}
 
-#: Packages whose ``__init__.py`` holds more than a docstring.
+#: Packages whose ``__init__.py`` contains more than a docstring; the root is left out.
 PACKAGES_WITH_CODE = {
     name
     for name, path in MODULES.items()
@@ -64,7 +64,7 @@ PACKAGES_WITH_CODE = {
 
 
 def base_module(name: str, path: Path, node: ast.ImportFrom) -> str:
-    """The absolute name of the module that ``from … import`` names."""
+    """Return the absolute name of the module in a ``from … import``."""
     if not node.level:
         return node.module or ""
     package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
@@ -73,10 +73,10 @@ def base_module(name: str, path: Path, node: ast.ImportFrom) -> str:
 
 
 def imports(name: str, path: Path) -> set[str]:
-    """The package's modules that a module imports anywhere: at its top, in a function, for types.
+    """Return the package's modules imported anywhere in a module, including in functions.
 
-    ``from package import module`` counts as both where the package has code of its own, since that
-    runs first. The root is left out: its names are imported when they are first used.
+    ``from package import module`` also counts as an import of the package if its ``__init__.py``
+    has code, which runs first. The root is exempt because it imports its names lazily.
     """
     found = set()
     for node in ast.walk(ast.parse(path.read_text("utf8"))):
@@ -92,7 +92,7 @@ def imports(name: str, path: Path) -> set[str]:
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """The groups of modules that import each other: strongly connected components (Tarjan)."""
+    """Return groups of modules that import each other, by Tarjan's algorithm."""
     index: dict[str, int] = {}
     low: dict[str, int] = {}
     stack: list[str] = []

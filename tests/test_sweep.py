@@ -1,4 +1,4 @@
-"""Sweeps: every combination once, what is there is found, what fails stops nothing."""
+"""Sweeps: each combination runs once, stored results are reused, failures don't stop it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def session(random_model) -> Session:
 
 
 def new_session(session: Session, **changes) -> Session:
-    """The same model in another process, so to speak: nothing of it is loaded."""
+    """Return a session on the same model and store with nothing loaded, as in a new process."""
     return Session(session.source, session.store, "cpu", **changes)
 
 
@@ -70,7 +70,7 @@ def test_estimate_empty_items_returns_none():
 
 
 def count_calls(monkeypatch, name: str, owner: object = Session) -> list:
-    """Record every call of a method of Session, or of a stage's function."""
+    """Record the calls of a ``Session`` method, or of a function of the module ``owner``."""
     calls, original = [], getattr(owner, name)
 
     def wrapper(model, *args, **kwargs):
@@ -133,7 +133,7 @@ def test_sweep_adds_corpus_to_existing_run(session, settings, small_text, other_
 
 @pytest.mark.parametrize("change", ["tokens", "protocol", "dtype", "quantizer", "versions", "text"])
 def test_sweep_reruns_when_settings_change(session, settings, small_text, monkeypatch, change):
-    """Each thing that a figure depends on, changed alone."""
+    """Each setting that results depend on is changed separately."""
     items = requested([small_text], methods=("uniform",), budgets=("3.6bpp",))
     sweep.sweep(session, items, settings)
     again, (item,) = new_session(session), items
@@ -187,7 +187,7 @@ def test_sweep_resumes_at_first_unfinished_item(
     monkeypatch.setattr(sweep_batches, "MAX_CONCURRENT_PLANS", 2)
 
     class CutOff(BaseException):
-        """What kills a process is no exception that anybody handles."""
+        """Stands in for a kill; no handler catches it."""
 
     def report(stage, done, total, message):
         if message.startswith("3 of 4") and "block 2 " in message:
@@ -211,7 +211,7 @@ def test_sweep_resumes_at_first_unfinished_item(
 
 
 def test_sweep_identical_plans_run_once(session, settings, small_text):
-    """Uniform at 2.60 and at 2.61 bits is the same plan."""
+    """Uniform at 2.60 and at 2.61 bpp gives the same plan."""
     rows = sweep.sweep(
         session, requested([small_text], ("uniform",), budgets=("2.60bpp", "2.61bpp")), settings
     )
@@ -289,7 +289,7 @@ def single_item(text):
 
 
 def test_sweep_completes_evaluation_without_kl(session, settings, small_text):
-    """What only the saved model was evaluated for has no KL; a sweep doesn't take it for done."""
+    """Evaluating only the saved model stores no KL, so a sweep evaluates the run again."""
     (row,) = sweep.sweep(session, single_item(small_text), settings)
     with session.store.transaction() as connection:
         connection.execute("UPDATE evaluations SET kl = NULL, top1 = NULL WHERE run IS NOT NULL")
@@ -329,7 +329,7 @@ def test_sweep_failing_plan_tried_once(session, settings, small_text, other_text
 
 
 def test_sweep_batch_failure_logs_traceback(session, settings, small_text, monkeypatch, capsys):
-    """Each of its runs goes well alone, so that nothing else would tell of the defect."""
+    """Each run succeeds when retried alone, so only the traceback reveals the defect."""
     original, sizes = Session.measure, []
 
     def a_defect_in_measuring(self, made, requests):
@@ -366,7 +366,7 @@ def test_rows_kept_damaged_file_raises(tmp_path, content):
 
 
 def test_sweep_batch_matches_single_runs(session, settings, small_text, monkeypatch):
-    """And full precision reads the text once for them all."""
+    """All plans are measured together, so full precision reads the text once."""
     items = requested([small_text], budgets=("2.6bpp", "3.2bpp", "3.6bpp"))
     monkeypatch.setattr(sweep_batches, "MAX_CONCURRENT_PLANS", 6)
     measure_calls = count_calls(monkeypatch, "measure")
@@ -437,7 +437,7 @@ def test_baselines_are_uniform_plans(small_text):
 
 
 def test_sweep_incompatible_baseline_fails_with_reason(session, settings, small_text, monkeypatch):
-    """Refused before anything is measured or loaded; the others have all their figures."""
+    """It fails without a profile being measured; the other runs have all their figures."""
     monkeypatch.setattr(quantize, "find_spec", lambda name: name != "gptqmodel" or None)
     profiled = count_calls(monkeypatch, "profile")
     texts = [EvaluationRequest(str(small_text), max_tokens=300)]

@@ -1,4 +1,4 @@
-"""Where results are asked to be written: refused before the work, with nothing left behind."""
+"""Output paths: invalid ones are rejected before any work, and checks leave nothing behind."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NOBODY = 65534
 
 @contextmanager
 def as_unprivileged_user() -> Iterator[None]:
-    """With the rights of a user who owns nothing here."""
+    """Run the block with the rights of a user who owns none of the files."""
     if os.geteuid() != 0:
         pytest.skip("becoming another user needs root")
     os.seteuid(NOBODY)
@@ -31,7 +31,7 @@ def as_unprivileged_user() -> Iterator[None]:
 
 @pytest.fixture
 def open_folder(tmp_path) -> Path:
-    """A folder that other users can get to, sticky as /tmp is."""
+    """Return a sticky folder that other users can access, like ``/tmp``."""
     for folder in (tmp_path, *tmp_path.parents):
         if folder.stat().st_uid == os.geteuid() and folder != Path("/"):
             folder.chmod(folder.stat().st_mode | 0o055)
@@ -63,12 +63,12 @@ def test_check_target_other_users_folder_raises(open_folder):
             check_file_target(open_folder / "theirs" / "plan.json")
     (open_folder / "theirs").chmod(0o777)
     with as_unprivileged_user(), pytest.raises(InputError, match="belongs to another user"):
-        check_folder_target(open_folder / "theirs")  # sticky: it can't be replaced
+        check_folder_target(open_folder / "theirs")  # the parent is sticky: it can't be replaced
 
 
 @pytest.fixture
 def started_work(monkeypatch) -> list:
-    """What was begun in spite of all."""
+    """Replace ``profile``, ``run`` and ``plan`` of Session; return a list of those called."""
     calls = []
     monkeypatch.setattr(Session, "profile", lambda *a, **k: calls.append("profile"))
     monkeypatch.setattr(Session, "run", lambda *a, **k: calls.append("run"))

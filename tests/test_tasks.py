@@ -1,4 +1,4 @@
-"""Tasks by lm-eval: what is asked, what is kept, and a local task where lm-eval is installed."""
+"""lm-eval tasks: requests, stored results, and a local task if lm-eval is installed."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def result(task: str, value: float, **changed: object) -> TaskResult:
     return TaskResult(task=task, value=value, **known | changed)
 
 
-# --- what is asked ----------------------------------------------------------------------------
+# --- requests ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_without_lm_eval_how_to_install_it_is_said(tmp_path, capsys):
     assert "make lm-eval" in capsys.readouterr().err
 
 
-# --- what is kept -----------------------------------------------------------------------------
+# --- stored results ---------------------------------------------------------------------------
 
 
 def test_newest_result_stands_beside_full_precision(tmp_path):
@@ -148,7 +148,7 @@ def test_table_of_compare_tells_difference_and_errors(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    """A task whose right answer is that which full precision finds likelier, by construction."""
+    """Return a folder with a task; the likelier choice is right in six of its eight questions."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     import datasets.config
 
@@ -166,7 +166,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 @needs_lm_eval
 def test_local_task_of_a_model_and_of_its_run(folder, tmp_path, capsys):
-    """Six of eight answers are the likely one, whatever the model: a share of 0.75."""
+    """Any model finds the first choice likelier, which is right in six of eight questions."""
     session = Session("demo", tmp_path / "s.duckdb", device="cpu")
     request = EvaluationRequest("stdlib", "strided", 300)
     saved = tmp_path / "saved"

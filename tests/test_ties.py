@@ -1,4 +1,4 @@
-"""Plans whose modules share configurations: ties, and the constraints of a server."""
+"""Plans whose modules share configurations: ties and server constraints."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ KNAPSACKS = [name for name in LADDER_METHODS if not PLANNERS[name].has_base]
 def model(
     layers: int = 30, seed: int = 0, kinds: tuple[str, ...] = tuple(SHAPES), width: int = 128
 ) -> Problem:
-    """A small Llama with random scores, and layers in which one module of a tie stands out."""
+    """Return a small Llama with random scores; in every ninth layer one module stands out."""
     random = np.random.default_rng(seed)
     matrices = tuple(
         Matrix(f"model.layers.{i}.{kind}", i, kind, SHAPES[kind][0], SHAPES[kind][1] * width // 128)
@@ -61,7 +61,7 @@ def model(
 
 
 def assert_shared(choice, matrices, groups: list[set[str]]) -> None:
-    """Modules of a group have one configuration in each layer."""
+    """Assert that the modules of a group share one configuration in each layer."""
     for layer in {m.layer for m in matrices}:
         for group in groups:
             own = {c for m, c in zip(matrices, choice, strict=True)
@@ -77,7 +77,7 @@ GROUPS = [set(QKV.split(",")), set(GATE_UP.split(","))]
 @pytest.mark.parametrize("method", LADDER_METHODS)
 @pytest.mark.parametrize("extra", [{"ties": (QKV, GATE_UP)}, {"serve": "vllm"}])
 def test_every_budget_keeps_ties(method, extra):
-    """At every size, and for each base: ties hold, and what the server lacks is not used."""
+    """At every budget and base, ties hold and only what the server supports is used."""
     problem = model()
     served = "serve" in extra
     bases = [None, "4.13", "4.51"] if PLANNERS[method].has_base else [None]
@@ -112,7 +112,7 @@ def test_request_without_ties_is_unrestricted(method):
     extra=st.sampled_from([{"ties": (QKV,)}, {"serve": "vllm"}, {"ties": (QKV,), "serve": "vllm"}]),
 )
 def test_knapsacks_match_brute_force(seed, share, method, extra):
-    """Exact plans are the optimum over tied assignments, and bounds are bounds."""
+    """Exact plans are optimal among tied choices, and lower bounds hold."""
     kinds = tuple(SHAPES)[:4]
     small = model(2, seed, kinds)
     request = PlanRequest(method, **extra)
@@ -140,7 +140,7 @@ def test_knapsacks_match_brute_force(seed, share, method, extra):
 
 
 def test_integer_program_solves_ties():
-    """CBC, which solves what the search leaves, decides about items as well."""
+    """CBC, the fallback of the search, also keeps ties."""
     problem, request = model(12), PlanRequest("mxq", ties=(QKV, GATE_UP))
     frontier = make_frontier(restrict(problem, request), request)
     budget = 4.4 * problem.total / 8
@@ -153,7 +153,7 @@ def test_integer_program_solves_ties():
 
 
 def test_boost_promotes_tied_modules_together():
-    """One module of a tie that stands out takes the others along, at its own z."""
+    """If one module of a tie stands out, all are promoted at its z-score."""
     problem = model()
     free = make_plan(problem, PlanRequest("kurtboost", base="4.13"))
     tied = make_plan(problem, PlanRequest("kurtboost", base="4.13", ties=(QKV, GATE_UP)))
@@ -164,7 +164,7 @@ def test_boost_promotes_tied_modules_together():
 
 
 def test_boost_of_a_server_uses_what_it_has():
-    """576 columns hold no groups of 128: two stops above b4g64 is b8g128, so it stays b4g32."""
+    """576 columns don't divide into groups of 128, so b4g64 is raised to b4g32, not b8g128."""
     problem = model(width=576)
     plan = make_plan(problem, PlanRequest("kurtboost", base="4.25", serve="vllm"))
     promoted = {plan.modules[name]["config"] for name in plan.ranking_scores}
@@ -190,7 +190,7 @@ def test_ablation_promotes_as_many_items(method):
 
 
 def mixed(layers: int = 2, seed: int = 0, kinds: int = 5) -> Problem:
-    """Random interactions of the first module types."""
+    """Return a problem with random interactions of the first ``kinds`` module types."""
     random = np.random.default_rng(seed)
     names = tuple(SHAPES)[:kinds]
     problem = model(layers, seed, names)
@@ -218,7 +218,7 @@ def test_high_impact_shares_ratios(ratios, clip):
 @pytest.mark.parametrize("ratios", ["full", "diagonal"])
 @pytest.mark.parametrize("seed", range(3))
 def test_high_impact_matches_brute_force(ratios, seed):
-    """One block: at every size the frontier's loss is the least of all tied choices."""
+    """In a single block, each loss on the frontier is the lowest of all tied choices that fit."""
     problem = mixed(layers=1, seed=seed)
     request = PlanRequest("high-impact", ties=(QKV,), ratios=ratios)
     frontier = make_frontier(restrict(problem, request), request)
@@ -248,7 +248,10 @@ def test_high_impact_ties_across_a_split_block(monkeypatch):
 
 
 def experts(fused: bool = False) -> Problem:
-    """Two layers with attention, a shared expert and three experts of two or three matrices."""
+    """Return two layers with attention, a shared expert and three experts.
+
+    Each expert has two matrices if ``fused``, and three otherwise.
+    """
     kinds = ("gate_up_proj", "down_proj") if fused else ("gate_proj", "up_proj", "down_proj")
     matrices = []
     for layer in range(2):
@@ -289,7 +292,7 @@ def test_gate_and_up_tie_per_expert():
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_server_fuses_experts_of_a_layer(fused):
-    """vLLM holds a layer's experts in one module of one scheme."""
+    """vLLM stores a layer's experts in one module with one scheme."""
     problem = experts(fused)
     groups = apply_ties(problem, PlanRequest("mxq", serve="vllm")).groups
     assert len(groups) == 2 * 3
@@ -303,7 +306,7 @@ def test_server_fuses_experts_of_a_layer(fused):
 
 
 def test_server_fuses_experts_in_modules_of_their_own():
-    """JetMoE's stacks are the weights of two modules."""
+    """JetMoE stacks its experts in the weights of two modules."""
     matrices = tuple(
         Matrix(f"m.0.mlp.{k}.weight.{e}", 0, f"mlp.{k}.weight", 128, 128, e)
         for k in ("input_linear", "output_linear")
@@ -357,7 +360,7 @@ def test_pin_to_what_the_server_lacks_raises():
 
 @pytest.mark.parametrize("method", LADDER_METHODS)
 def test_plan_for_gptqmodel_is_one_that_gptq_can_carry_out(method, monkeypatch):
-    """Rows of 192 weights, which groups of 128 don't fill; nothing is tied."""
+    """Rows of 192 weights don't divide into groups of 128; nothing is tied."""
     monkeypatch.setattr(registry, "unavailable_reason", lambda name: "")
     problem = model(width=192)
     size = {"base": "3.25"} if PLANNERS[method].has_base else {"budget": "3.25bpp"}
@@ -371,7 +374,7 @@ def test_plan_for_gptqmodel_is_one_that_gptq_can_carry_out(method, monkeypatch):
         assert len({c.name for m, c in served.items() if m.layer == 0}) > 1
 
 
-# --- wrong requests -------------------------------------------------------------------------
+# --- invalid requests -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -411,7 +414,7 @@ def test_matrix_that_the_server_cannot_hold_is_named():
         make_plan(odd, PlanRequest("mxq", budget="5bpp", serve="vllm"))
 
 
-# --- what is recorded -----------------------------------------------------------------------
+# --- recorded ties and merged groups --------------------------------------------------------
 
 
 def test_plan_records_its_ties_and_cost():
@@ -446,7 +449,7 @@ def test_merged_groups_are_components(groups):
     assert set(members) == set().union(*groups)
     for group in groups:
         assert sum(group <= set(whole) for whole in merged) == 1
-    for whole in merged:  # no part of it stands alone
+    for whole in merged:  # each merged group is connected
         inside = [group for group in groups if group <= set(whole)]
         reached, before = set(inside[0]), None
         while reached != before:

@@ -1,4 +1,4 @@
-"""The script that trains the demo model: a tiny run learns, and a stopped one ends the same."""
+"""The demo model's training script: a tiny run learns, and resuming gives the same weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STEPS = 16
 
 @pytest.fixture(scope="module")
 def train() -> ModuleType:
-    """The script as a module."""
+    """Return the training script as a module."""
     spec = importlib.util.spec_from_file_location("demo_train", DEMO / "train.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules["demo_train"] = module  # dataclasses look their module up by name
@@ -32,7 +32,7 @@ def train() -> ModuleType:
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread():
-    """Tiny tensors on several threads are slower, much so beside other tests."""
+    """Use one thread; several are slower for tiny tensors, especially beside other tests."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -41,7 +41,7 @@ def _one_thread():
 
 @pytest.fixture(scope="module")
 def text_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with forty Python files, each with three docstrings to learn from."""
+    """Return a folder of forty Python files, each with three docstrings to train on."""
     root = tmp_path_factory.mktemp("text")
     words = ["the", "value", "array", "returned", "shape", "model", "layer", "of", "a", "is not"]
     draw = random.Random(0)
@@ -59,7 +59,7 @@ def recipe(train: ModuleType):
 
 @pytest.fixture(scope="module")
 def trained(train, recipe, text_root, tmp_path_factory):
-    """An uninterrupted run: its model, its folder, and what it reported."""
+    """Return the model, folder and reported lines of an uninterrupted run."""
     out, lines = tmp_path_factory.mktemp("whole") / "model", []
     run = train.Run(out=out, checkpoint_every=4)
     return train.train(recipe, run, text_root, lines.append), out, lines
@@ -96,7 +96,7 @@ def test_train_resume_gives_identical_weights(
     advance = train.Trainer.advance
 
     def stop_at_six(trainer):
-        if trainer.step == 6:  # two steps after the last checkpoint: they are lost
+        if trainer.step == 6:  # two steps after the last checkpoint, which are lost
             raise KeyboardInterrupt
         return advance(trainer)
 
@@ -146,7 +146,7 @@ def test_load_checkpoint_other_run_raises(train, tmp_path):
 
 
 class Payload:
-    """A pickle that would make a file when it is loaded carelessly."""
+    """An object whose pickle creates a file if loaded unsafely."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -1,4 +1,4 @@
-"""Models that come from anywhere: limited in size, confined to their folder, never a traceback."""
+"""Untrusted models: size limits, confinement to their folder, errors without tracebacks."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_inspect_too_many_experts_refused(random_model, tmp_path):
 
 
 def test_describe_12000_experts_within_10_s(random_model, tmp_path):
-    """Each was looked for among all the others: 12,000 matrices took two minutes."""
+    """A quadratic search once took two minutes for 12,000 matrices."""
     from lsq_core.model.architecture import describe_model
     from lsq_core.model.loading import build_meta_model
 
@@ -86,7 +86,7 @@ def test_read_object_deep_nesting_raises(tmp_path):
         read_json_object(path)
 
 
-# --- where files lie --------------------------------------------------------------------------
+# --- file locations ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["../secret.safetensors", "{folder}/../secret.safetensors"])
@@ -125,7 +125,7 @@ def test_load_model_hub_cache_snapshot_links_allowed(model_copy, tmp_path):
     assert_refused(snapshot, "outside its folder")
 
 
-# --- what libraries raise ---------------------------------------------------------------------
+# --- library errors ---------------------------------------------------------------------------
 
 
 def test_refusing_translates_library_errors_only():
@@ -139,13 +139,13 @@ def test_refusing_translates_library_errors_only():
     with pytest.raises(InputError, match="no JSON"), wrap_library_errors("no JSON: {}".format):
         json.loads("{")
     with pytest.raises(KeyError), wrap_library_errors("hidden: {}".format):
-        config_from_json({})  # raised by a line of this project: a defect of it
+        config_from_json({})  # raised by this project's own code, so it is a bug
     with pytest.raises(KeyboardInterrupt), wrap_library_errors("hidden: {}".format):
         raise KeyboardInterrupt
 
 
 def test_hostile_models_campaign_sample(tmp_path):
-    """A slice of the campaign: every rule once."""
+    """Run each mutation of the campaign once."""
     log_lines: list[str] = []
     counts = hostile_models.campaign(len(hostile_models.MUTATIONS), tmp_path, log=log_lines.append)
     assert (counts["failed"], counts["reads outside"]) == (0, 0), log_lines
@@ -153,7 +153,7 @@ def test_hostile_models_campaign_sample(tmp_path):
 
 
 def test_hostile_saved_models_campaign_sample(tmp_path):
-    """A slice of the campaign: every rule once."""
+    """Run each mutation of the campaign once."""
     log_lines: list[str] = []
     counts = hostile_saved.campaign(len(hostile_saved.MUTATIONS), tmp_path, log=log_lines.append)
     assert (counts["failed"], counts["reads outside"]) == (0, 0), log_lines

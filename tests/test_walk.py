@@ -1,4 +1,4 @@
-"""Evaluation block by block, against each model's own forward pass over one window at a time."""
+"""Evaluation block by block, compared with each model's own forward pass window by window."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def make_ids():
 
 
 def quantize_plans(loaded, *lasts):
-    """Plans at 3 bits that differ in the last layer alone, from one session's packed matrices."""
+    """Return models at 3 bits that differ only in the last layer and share packed matrices."""
     cache, models = PackedMatrixCache(2**30), []
     for last in lasts:
         choice = {
@@ -58,7 +58,7 @@ def quantize_plans(loaded, *lasts):
 
 @torch.inference_mode()
 def plain_figures(model, reference, ids, protocol=PROTOCOL):
-    """Window after window through the whole models: summed nll (windows,), mean KL, top-1."""
+    """Return summed NLL (windows,), mean KL and top-1 agreement of full models, by window."""
     stream = torch.from_numpy(np.concatenate([[0], ids]))
     nll, kl, agreed = [], [], []
     for window in make_windows(len(stream), protocol):
@@ -84,7 +84,7 @@ def assert_figures_match(pairs, models, reference, ids, protocol=PROTOCOL):
 
 
 def count_tokens(block, calls):
-    """Append the tokens of each forward pass of a block, stubbed ones left out."""
+    """Append the token count of each forward pass of a block to ``calls``, except stubbed ones."""
     part = next(module for name, module in block.named_children() if "mlp" in name)
     return part.register_forward_pre_hook(lambda m, args: calls.append(args[0][..., 0].numel()))
 
@@ -94,7 +94,7 @@ def count_tokens(block, calls):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_walk_matches_plain_loop(random_model, ids, monkeypatch, architecture):
-    """With several groups of windows, and logits of a few tokens at a time."""
+    """Uses several groups of windows, and computes logits for a few tokens at a time."""
     monkeypatch.setitem(perplexity._MAX_GROUP_TOKENS, "cpu", 4 * PROTOCOL.context)
     monkeypatch.setitem(perplexity._MAX_BATCH_TOKENS, "cpu", 2 * PROTOCOL.context)
     monkeypatch.setitem(scoring.MAX_BATCH_LOGITS, "cpu", 7 * 4096)
@@ -118,7 +118,7 @@ def test_walk_matches_plain_loop(random_model, ids, monkeypatch, architecture):
 
 
 def test_walk_shares_common_blocks(demo, ids):
-    """What plans have in common is computed once, and a plan beside itself costs nothing."""
+    """Blocks shared by plans are computed once, and a repeated model costs nothing."""
     models = [*quantize_plans(demo, 0, 5), *quantize_plans(demo, 1)]
     models.append(models[0])
     first, last = [], []
@@ -161,7 +161,7 @@ def test_walk_several_texts_and_groups(demo, ids, monkeypatch):
     assert_figures_match(second, models, demo.model, ids[:150], other)
 
 
-# --- models that can't be walked ------------------------------------------------------------
+# --- models that can't be split into blocks -------------------------------------------------
 
 
 def test_model_that_changes_states_between_blocks_runs_whole(random_model, ids):
@@ -246,11 +246,14 @@ def test_token_dependent_arguments_are_kept_apart(random_model):
 
 
 class Killed(BaseException):
-    """What kills a process is no exception that anybody handles."""
+    """Stands in for a kill; no handler catches it."""
 
 
 def evaluate_until(models, reference, ids, folder, stop):
-    """Evaluate, and be killed at the first message with ``stop`` in it; the messages."""
+    """Evaluate, killed at the first message containing ``stop`` unless that is empty.
+
+    Return the messages, and the evaluations or None if killed.
+    """
     messages = []
 
     def progress(done, total, message):
@@ -301,7 +304,7 @@ def test_killed_walk_resumes_at_its_block(demo, ids, tmp_path, monkeypatch, stop
 
 
 def test_killed_process_resumes_at_its_block(demo, ids, tmp_path):
-    """The process ends by a signal in the third block; this one goes on from what it wrote."""
+    """A process is killed by a signal in the third block; this one resumes from its file."""
     command = [sys.executable, "-m", "tests.killed_walk", str(tmp_path), "block 3"]
     killed = subprocess.run(command, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -341,7 +344,7 @@ def test_unusable_walk_file_is_reported(demo, ids, tmp_path, monkeypatch, damage
     assert not kept.exists()
 
 
-# --- predictions that are not finite --------------------------------------------------------
+# --- non-finite predictions -----------------------------------------------------------------
 
 
 def test_not_finite_names_first_module(random_model, ids):

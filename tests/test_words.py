@@ -1,4 +1,4 @@
-"""Figures as people say them, and text that Markdown leaves alone."""
+"""Number formatting, and escaping text for Markdown."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The GPU's kernel against the steps on the CPU; run with ``TRITON_INTERPRET=1``."""
+"""Compare the GPU kernel with the solver on the CPU; run with ``TRITON_INTERPRET=1``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lsq_core.quantization.hqq import solver, solver_triton
 def check_kernel(
     dtype: torch.dtype, axis: int, group_size: int, bits: tuple[int, ...], spread: float
 ) -> None:
-    """Zero points of 75 groups, more than a block and not a multiple of one, at several grids."""
+    """Check zero points of 75 groups, more than a block but not a multiple, on several grids."""
     torch.manual_seed(0)
     weight = (spread * torch.randn(75 * group_size)).to(dtype)
     weight = weight.reshape((-1, group_size) if axis == 1 else (group_size, -1))
@@ -30,7 +30,7 @@ def check_kernel(
 
 if __name__ == "__main__":
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    # the second spread has errors that survive the shrinking; 24 does not fill a power of two
+    # errors of the second spread survive the shrinking; 24 is not a power of two
     cases = list(product(dtypes, (0, 1), (32, 128, 24), (((8, 3), 0.02), ((2,), 2.0))))
     for dtype, axis, group_size, (bits, spread) in cases:
         check_kernel(dtype, axis, group_size, bits, spread)

@@ -1,6 +1,6 @@
-"""The GPU's kernels for packed matrices against PyTorch's way; run with ``TRITON_INTERPRET=1``.
+"""Compare the GPU kernels for packed matrices with PyTorch; run with ``TRITON_INTERPRET=1``.
 
-With the argument ``compile`` they are compiled for a GPU instead, for which none is needed.
+With the argument ``compile``, compile them for a GPU instead, which needs no GPU.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from lsq_core.quantization.registry import get_quantizer
 from lsq_core.quantized.modules import PackedLinear
 
 BITS = (1, 2, 3, 4, 5, 6, 8)
-#: (out, in) and group size: more rows than a program has; groups that cross rows, and so many of
-#: them that they have more than one range of 8-bit metadata.
+#: (out, in) and group size: more rows than one program computes; groups that cross rows, enough of
+#: them for more than one range of 8-bit metadata.
 SHAPES = (((40, 128), 64), ((30, 144), 32))
 
 
@@ -33,7 +33,7 @@ def make_matrix(
 
 
 def check(matrix: PackedMatrix, dtype: torch.dtype) -> None:
-    """Decoded weights, and products of one and of five tokens."""
+    """Check decoded weights, and products for one and five tokens."""
     expected = matrix.dequantize(dtype)
     tolerance = 1e-6 if dtype == torch.float32 else 1e-2
     decoded = packed_triton.decode(matrix, dtype)
@@ -48,7 +48,7 @@ def check(matrix: PackedMatrix, dtype: torch.dtype) -> None:
 
 
 def check_module() -> None:
-    """A module multiplies few tokens by the kernel, and more of them by PyTorch."""
+    """Check that a module uses the kernel for few tokens and PyTorch for more."""
     matrix = make_matrix((40, 128), 64, 3, 1, "8bit", 0.02)
     module = PackedLinear(matrix, torch.ones(40))
     few, many = torch.randn(2, 3, 128), torch.randn(2, 30, 128)
@@ -71,7 +71,7 @@ def run_interpreted() -> None:
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     kinds = product(SHAPES, BITS, (0, 1), ("8bit", "fp16"))
     matrices = [make_matrix(*shape, *kind, spread=0.02) for shape, *kind in kinds]
-    # magnitudes beyond those of fp16, which an exponent stores
+    # magnitudes outside the range of fp16, stored with an exponent
     matrices += [make_matrix(*SHAPES[1], 3, 1, "8bit", spread) for spread in (1e-20, 1e20)]
     for number, matrix in enumerate(matrices):
         ordinary = int(matrix.scale.exponent.abs()) < 40
@@ -81,7 +81,7 @@ def run_interpreted() -> None:
 
 
 def compile_kernels() -> None:
-    """Compile both kernels to machine code, for each way in which codes lie and are read."""
+    """Compile both kernels to machine code for 3 and 4 bits along both axes."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
