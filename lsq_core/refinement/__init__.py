@@ -1,1 +1,1 @@
-"""Refine a plan by measuring: exchanges that keep its size, kept where measured KL falls."""
+"""Refine a plan by exchanges that keep its size and lower the measured KL divergence."""

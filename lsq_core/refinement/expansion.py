@@ -1,11 +1,11 @@
-"""The KL divergence to full precision near a quantized model, to second order.
+"""Second-order expansion of the KL divergence from full precision around a quantized model.
 
-With the weights of a plan, ``KL(p ‖ q)`` changes by ``⟨g, Δ⟩ + ½·E⟨h, Δ⟩²`` when a matrix changes
-by ``Δ``: ``g`` is the gradient of the divergence itself, ``h`` that of the loss of labels drawn
-from the quantized model's predictions ``q``, whose second moment is the curvature (Gauss–Newton;
-see :mod:`lsq_core.profiling.backward`). About full precision ``g`` is zero, and this is
-:class:`lsq_core.profiling.metrics.expected_kl.ExpectedKl`; about a plan ``g`` holds what every
-other quantized matrix does to this one, which a sum of independent costs can't see.
+At the weights of a plan, ``KL(p ‖ q)`` changes by ``⟨g, Δ⟩ + ½·E⟨h, Δ⟩²`` when a matrix changes
+by ``Δ``. Here ``g`` is the gradient of the divergence, and ``h`` the gradient of the loss on labels
+drawn from the quantized model's predictions ``q``; the second moment of ``h`` is the curvature
+(Gauss–Newton; see :mod:`lsq_core.profiling.backward`). At full precision ``g`` is zero, which
+leaves :class:`lsq_core.profiling.metrics.expected_kl.ExpectedKl`. At a plan, ``g`` includes the
+effect of all other quantized matrices, which a sum of independent costs misses.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ from lsq_core.quantization.cache import PackedMatrixCache
 from lsq_core.quantized.convert import quantize_matrix
 from lsq_core.settings import GridSettings
 
-#: Labels drawn for each position; each costs as much as the gradient of the divergence. With one
-#: alone the curvature is so uncertain that exchanges which chance favours are chosen.
+#: Labels drawn for each position; each draw costs as much as the gradient of the divergence. With
+#: a single draw the curvature is so noisy that exchanges are chosen by chance.
 DRAWS = 2
 
 
 @dataclass(frozen=True, eq=False)
 class Expansion:
-    """The change of the divergence with each configuration of each matrix, in nats per token.
+    """Estimated change of the divergence for each configuration of each matrix, in nats per token.
 
-    ``change`` and its standard ``error``, from one calibration sequence to another, are
-    (n, options) in the orders of the model's matrices and of the options: 0 at the plan's own
-    configuration, NaN where a matrix can't get an option or nothing is known, as of experts that no
-    token reached. ``kl`` is the divergence of the plan itself, on the same tokens.
+    ``change`` and its standard ``error``, estimated across calibration sequences, are (n, options)
+    in the order of the model's matrices and of the options. They are 0 at the plan's own
+    configuration, and NaN where a matrix can't get an option or, as for experts that no token
+    reached, no estimate exists. ``kl`` is the divergence of the plan itself on the same tokens.
     """
 
     change: np.ndarray
@@ -57,18 +57,18 @@ class Expansion:
 
 @dataclass(frozen=True, eq=False)
 class Expander:
-    """Expands the divergence about any plan of a model, on the same sequences.
+    """Expands the divergence around any plan of a model, always on the same sequences.
 
     Parameters
     ----------
     full
-        Full precision's way through the blocks.
+        The forward pass at full precision.
     options
         The configurations, from few bits to many.
     allowed
-        Which of them each matrix can get, bool (n, options) in the order of the model's matrices.
+        Whether a matrix can get an option, bool (n, options) in the order of the model's matrices.
     cache
-        Quantized matrices, kept from one expansion to the next as far as it has room.
+        Cache of quantized matrices, reused across expansions.
     """
 
     full: ForwardPass
@@ -89,7 +89,7 @@ class Expander:
         grid: GridSettings,
         cache: PackedMatrixCache,
     ) -> Expander:
-        """Run full precision on sequences, int64 (n, tokens); its final states alone are kept."""
+        """Run sequences, int64 (n, tokens), at full precision and keep only the final states."""
         with torch.no_grad():
             full = run_forward(loaded, sequences)
         full.inputs[:] = full.inputs[-1:]
@@ -99,7 +99,7 @@ class Expander:
     def expand(
         self, choice: Mapping[Matrix, QuantConfig], progress: Progress = no_progress
     ) -> Expansion:
-        """Return the expansion about a choice; ``progress`` counts the blocks of both ways.
+        """Return the expansion around a choice; ``progress`` counts forward and backward blocks.
 
         Raises
         ------
@@ -139,7 +139,7 @@ class Expander:
     def _expand_block(
         self, context: GradientContext, choice: Mapping[Matrix, QuantConfig]
     ) -> dict[Matrix, tuple[np.ndarray, np.ndarray]]:
-        """Return the change of the summed divergence, and its standard error, by option."""
+        """Return the change of the summed divergence and its standard error, by option."""
         present = {m: self._quantized(context, m, choice[m]) for m in context.matrices}
         changes = {m: self._changes(context, m, weight) for m, weight in present.items()}
         with context.replaced_weights(present):
@@ -148,14 +148,14 @@ class Expander:
 
     @cached_property
     def _allowed_options(self) -> dict[Matrix, list[int]]:
-        """The indices of the options that each matrix can get."""
+        """The indices of the options allowed for each matrix."""
         matrices = self.full.loaded.info.matrices
         return {
             m: np.flatnonzero(row).tolist() for m, row in zip(matrices, self.allowed, strict=True)
         }
 
     def _changes(self, context: GradientContext, matrix: Matrix, present: Tensor) -> Tensor:
-        """Return the changes (allowed options, weights) from the present weights."""
+        """Return the weight changes (allowed options, weights) relative to the present weights."""
         dtype = context.weight(matrix).dtype
         others = (
             self._quantized(context, matrix, self.options[k]) for k in self._allowed_options[matrix]
@@ -165,10 +165,11 @@ class Expander:
     def _rows(
         self, matrix: Matrix, present: QuantConfig, products: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the change (options,) over all sequences and its standard error.
+        """Return the change (options,) summed over all sequences, and its standard error.
 
-        ``products`` are (sequences, losses, allowed options). An expert that no token reached has
-        none but zeros, and NaN here.
+        ``products`` is (sequences, losses, allowed options). An expert that no token reached has
+        only zeros there and gets NaN except at its present configuration. With a single sequence,
+        the magnitude of the change serves as its error.
         """
         rows = np.full((2, len(self.options)), np.nan)
         if matrix.expert is None or products.any():
@@ -181,15 +182,15 @@ class Expander:
 
 
 class _DivergenceAndLabels:
-    """A sequence's KL divergence from full precision, then the losses of drawn labels."""
+    """Losses of a sequence: its KL divergence from full precision, then those of sampled labels."""
 
     def __init__(self, full: ForwardPass) -> None:
         self.full, self.labels = full, SampledLabels(DRAWS)
-        #: The sum over all positions so far.
+        #: The divergence summed over all positions so far.
         self.divergence = 0.0
 
     def __call__(self, number: int, log_probs: Tensor) -> list[Tensor]:
-        """See :data:`lsq_core.profiling.backward.Losses`."""
+        """Return the losses; see :data:`lsq_core.profiling.backward.Losses`."""
         with torch.no_grad():
             target = self.full.log_probs(number, self.full.inputs[-1][number])
         divergence = (target.exp() * (target - log_probs)).sum()

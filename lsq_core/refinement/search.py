@@ -1,10 +1,10 @@
-"""The search: expand about a plan, propose exchanges of the same size, keep what measures better.
+"""The refinement search: expand around a plan, propose exchanges of equal size, keep improvements.
 
-Each round expands the divergence about the present plan and solves a knapsack on the expected
-changes, to which standard errors are added: without that margin the exchanges that are chosen are
-those that chance made look best. The plans by some margins are measured side by side, and the
-search goes on from the best where that is better than the present one. Each round reads other
-sequences, and the search ends after some rounds in which no proposal was better.
+Each round expands the divergence around the present plan and solves knapsacks on the expected
+changes plus a margin of some standard errors: without a margin, the exchanges chosen tend to be
+those that look best by chance. The plans for several margins are measured side by side, and if the
+best of them improves on the present plan, the search continues from it. Each round reads different
+sequences, and the search ends after several consecutive rounds without an improvement.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from lsq_core.refinement.step import RefinementStep
 if TYPE_CHECKING:
     from lsq_core.refinement.expansion import Expansion
 
-#: Standard errors that are added to the expected changes, each for a proposal: with more of them
+#: Numbers of standard errors added to the expected changes, one for each proposal; the more, the
 #: fewer matrices change.
 MARGINS = (0.0, 1.0, 2.0, 3.0)
-#: Rounds without a better proposal that end a search.
+#: Consecutive rounds without a better proposal after which the search ends.
 PATIENCE = 2
 
 
@@ -33,11 +33,11 @@ def refine(
     solve: Callable[[np.ndarray], np.ndarray],
     measure: Callable[[Sequence[np.ndarray]], Sequence[float]],
 ) -> Iterator[RefinementStep]:
-    """Yield the best plan so far after each round, until rounds bring nothing better.
+    """Yield the best plan so far after each round, until ``PATIENCE`` rounds in a row fail.
 
-    ``expand`` gives the expansion about a step's choice, on the part of the text that its number of
-    rounds tells, ``solve`` the choice within the budget that costs least by a cost (n, options),
-    and ``measure`` the measured divergence of choices.
+    ``expand`` returns the expansion around a step's choice, on the part of the text selected by its
+    number of rounds. ``solve`` returns the choice within the budget that minimises a cost
+    (n, options), and ``measure`` the measured divergence of each choice.
     """
     present = start
     while present.failed < PATIENCE:
@@ -56,7 +56,7 @@ def refine(
 def _propose(
     present: RefinementStep, expansion: Expansion, solve: Callable[[np.ndarray], np.ndarray]
 ) -> list[RefinementStep]:
-    """Return the different plans that margins lead to, without the present one."""
+    """Return the distinct plans for all margins, excluding the present one."""
     seen, proposals = [present.choice], []
     rows = np.arange(len(present.choice))
     share = expansion.kl / len(rows)

@@ -9,13 +9,14 @@ import numpy as np
 
 @dataclass(frozen=True, eq=False)
 class RefinementStep:
-    """A plan that measured better than the one before it; the start has the number 0.
+    """A plan with a lower measured divergence than the previous step; the start is number 0.
 
-    ``choice`` (n,) are indices of options, ``kl`` the measured divergence and ``expected`` what the
-    expansion expected, in nats per token. ``cost`` (n, options) is what the plan minimises within
-    its budget, NaN where nothing is known: the expected changes and ``margin`` standard errors; for
-    the start it is its own method's. ``rounds`` counts those of the search so far, each on another
-    part of the text, and ``failed`` those since this step, which found nothing better.
+    ``choice`` (n,) holds option indices. ``kl`` is the measured divergence and ``expected`` the one
+    that the expansion predicted, in nats per token. ``cost`` (n, options), NaN where unknown, is
+    what the plan minimises within its budget: an equal share of the previous plan's divergence for
+    each matrix, plus the expected changes and ``margin`` standard errors; for the start, the cost
+    of its own method. ``rounds`` is the number of rounds of the search so far, each on the next
+    part of the text, and ``failed`` the number since this step, none of which found a better plan.
     """
 
     number: int

@@ -1,7 +1,7 @@
 """Planning methods. Nothing here imports torch.
 
-A new method is one file in this package and one entry in ``PLANNERS``: its class declares what
-the command line, pages and charts need to know of it (:class:`.base.Planner`).
+To add a method, add one file to this package and one entry to ``PLANNERS``. Its class declares
+what the command line, pages and charts need (:class:`.base.Planner`).
 """
 
 from __future__ import annotations
@@ -48,27 +48,27 @@ PLANNERS: dict[str, Planner] = {
 
 
 def get_planner(name: str) -> Planner:
-    """Return the planner of that name.
+    """Return the planner with the given name.
 
     Raises
     ------
     InputError
-        If there is none.
+        If there is no such planner.
     """
     return choose(PLANNERS, name, "a method")
 
 
 def reads_field(method: str, field: str) -> bool:
-    """Return whether a method reads a field of a request; no method of another program does."""
+    """Return whether a method reads a field of a request; False for methods of other programs."""
     return method in PLANNERS and field in PLANNERS[method].fields
 
 
 def mixes_rows(method: str) -> bool:
-    """Return whether a method gives the rows of a matrix different bits."""
+    """Return whether a method gives rows of the same matrix different bit widths."""
     return method in PLANNERS and PLANNERS[method].reads_rows
 
 
 def ladder_of(method: str, wanted: str) -> str:
-    """Return the ladder that a method plans on where one is wanted: that one, or the paper's."""
-    planner = PLANNERS.get(method)  # an unknown one is refused when its plan is made
+    """Return the wanted ladder if the method supports it or is unknown, else the paper's."""
+    planner = PLANNERS.get(method)  # unknown methods are rejected when the plan is made
     return wanted if planner is None or wanted in planner.ladders else PAPER

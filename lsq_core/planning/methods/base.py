@@ -12,15 +12,15 @@ from lsq_core.planning.request import PlanRequest
 
 
 class Planner(Protocol):
-    """A method: attributes that describe it, and the frontier of its plans for every budget."""
+    """A planning method: its descriptive attributes and the frontier of its plans."""
 
     #: Identifier on the command line, in plans and in the database.
     name: str
     title: str
-    #: One sentence on what it does.
+    #: One sentence describing what it does.
     meaning: str
-    #: What its card tells: what it does in two sentences, where it comes from, what it is best for,
-    #: and where it is known to fail. Empty where nothing is known.
+    #: Texts of its card: a short description, its origin, its best use and its known limits. Empty
+    #: if unknown.
     summary: str
     source: str
     use: str
@@ -30,13 +30,14 @@ class Planner(Protocol):
     symbol: str
     #: Metrics that the profile must hold: names of ``lsq_core.profiling.metrics.METRICS``.
     metrics: tuple[str, ...]
-    #: Fields of :class:`PlanRequest` that it reads besides method, base, budget and pins.
+    #: Fields of :class:`PlanRequest` specific to the method, beyond those that all methods share
+    #: (method, base, budget, pins, ties, serve and ladder).
     fields: tuple[str, ...]
-    #: Whether its plans start from a base configuration; otherwise it minimises a cost.
+    #: Whether its plans start from a base configuration; other methods minimise a cost.
     has_base: bool
     #: Whether it reads :class:`lsq_core.planning.problem.Impact`.
     reads_rows: bool
-    #: Names of the ladders that it plans on (:data:`lsq_core.bits.LADDERS`).
+    #: Names of the ladders that it supports (:data:`lsq_core.bits.LADDERS`).
     ladders: tuple[str, ...]
     #: Whether it reads :class:`lsq_core.planning.problem.Refinement`.
     reads_refinement: bool
@@ -49,17 +50,17 @@ class Planner(Protocol):
         Raises
         ------
         InputError
-            If the request is on a ladder that the method doesn't plan on.
+            If the method doesn't support the request's ladder.
         """
         ...
 
     def frontier(self, problem: Problem, request: PlanRequest, bases: list[int]) -> Frontier:
-        """Return the plans for every budget, from each of the given bases if it has one."""
+        """Return the plans for every budget; methods with a base start from each of ``bases``."""
         ...
 
 
 class LadderPlanner:
-    """A planner that gives each matrix a configuration of the ladder, as all but one do."""
+    """Base class of planners that give each matrix a configuration of the ladder."""
 
     summary = source = use = limits = ""
     metrics: tuple[str, ...] = ()
@@ -70,19 +71,19 @@ class LadderPlanner:
     cost_unit = ""
 
     def options(self, request: PlanRequest) -> tuple[Config, ...]:
-        """Return the ladder that the request names.
+        """Return the configurations of the request's ladder.
 
         Raises
         ------
         InputError
-            If the method doesn't plan on that ladder.
+            If the method doesn't support that ladder.
         """
         check_ladder(self, request)
         return get_ladder(request.ladder)
 
 
 def check_ladder(planner: Planner, request: PlanRequest) -> None:
-    """Raise :class:`InputError` for a request on a ladder that a method doesn't plan on."""
+    """Raise :class:`InputError` if a method doesn't support the request's ladder."""
     if request.ladder not in planner.ladders:
         raise InputError(
             f"{planner.title} plans on the {' or '.join(planner.ladders)} ladder alone; "

@@ -1,4 +1,4 @@
-"""SensiBoost, KurtBoost and their ablations ([A] Algorithm 1 and §4 of the method)."""
+"""SensiBoost, KurtBoost and their ablations ([A], Algorithm 1; method §4)."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def compares_by_ratio(metric: str) -> bool:
 
 
 def layer_series(problem: Problem, metric: str) -> dict[str, tuple[list[int], np.ndarray]]:
-    """Return for each module type the layers that have it, in order, and their scores.
+    """Return, for each module type, the layers that have it, in order, and their scores.
 
-    Experts of a layer count as one: their mean, except those that no token reached.
+    The scores of a layer's experts are averaged, leaving out experts that no token reached.
     """
     by_type: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for matrix, score in zip(problem.matrices, problem.scores[metric], strict=True):
@@ -43,7 +43,7 @@ def layer_series(problem: Problem, metric: str) -> dict[str, tuple[list[int], np
 def detect_by_type(
     problem: Problem, metric: str, top_m: int
 ) -> dict[str, tuple[list[int], Detection]]:
-    """Run Algorithm 1 for each module type; returns its layers and the detection."""
+    """Run Algorithm 1 on each module type and return its layers and the detection."""
     ratios = compares_by_ratio(metric)
     return {
         kind: (layers, detect_outliers(scores, ratios=ratios, top_m=top_m))
@@ -60,18 +60,18 @@ def flagged_layers(problem: Problem, metric: str, top_m: int) -> dict[str, dict[
 
 
 class Boost(LadderPlanner):
-    """A base configuration, and more bits for selected layers of each module type."""
+    """A method that gives selected layers of each module type more bits than the base."""
 
     has_base = True
-    ladders = (PAPER,)  # a boost counts configurations, and the papers' counts are of this one
+    ladders = (PAPER,)  # boosts are counted in steps of the paper's ladder
     fields = ("boost_stop", "top_m")
 
     def boosted_layers(self, problem: Problem, request: PlanRequest) -> dict[str, dict[int, float]]:
-        """Return the layers to boost of each module type with their priorities, in order."""
+        """Return the layers of each module type to boost, with their priorities."""
         raise NotImplementedError
 
     def frontier(self, problem: Problem, request: PlanRequest, bases: list[int]) -> Frontier:
-        """Return a start for each base with moves of the boosted matrices, largest z first."""
+        """Return a start for each base, with moves of the boosted matrices by falling priority."""
         ranked = rank_items(problem, self.boosted_layers(problem, request))
         size, segments = problem.sum_items(problem.bytes), []
         for base in bases:
@@ -90,7 +90,7 @@ def rank_items(
 ) -> list[tuple[int, float]]:
     """Return the items to promote with their priorities, highest first.
 
-    Tied matrices are promoted together where one of them is to be, at its priority.
+    Tied matrices are promoted together if any of them is, at the highest of their priorities.
     """
     priorities: dict[int, float] = {}
     for item, matrix in zip(problem.items.tolist(), problem.matrices, strict=True):
@@ -101,7 +101,7 @@ def rank_items(
 
 
 class SensiBoost(Boost):
-    """More bits for the layers that Algorithm 1 flags by activation sensitivity."""
+    """Boosts the layers that Algorithm 1 flags by activation sensitivity."""
 
     name = "sensiboost"
     title = "SensiBoost"
@@ -126,12 +126,12 @@ class SensiBoost(Boost):
     fields = ("boost_stop", "top_m", "metric")
 
     def boosted_layers(self, problem: Problem, request: PlanRequest) -> dict[str, dict[int, float]]:
-        """Return the flagged layers by type."""
+        """Return the flagged layers of each module type with their z-scores."""
         return flagged_layers(problem, request.metric, request.top_m)
 
 
 class KurtBoost(Boost):
-    """More bits for the layers that Algorithm 1 flags by weight kurtosis."""
+    """Boosts the layers that Algorithm 1 flags by weight kurtosis."""
 
     name = "kurtboost"
     title = "KurtBoost"
@@ -153,24 +153,24 @@ class KurtBoost(Boost):
     metrics = ("kurtosis",)
 
     def boosted_layers(self, problem: Problem, request: PlanRequest) -> dict[str, dict[int, float]]:
-        """Return the flagged layers by type."""
+        """Return the flagged layers of each module type with their z-scores."""
         return flagged_layers(problem, "kurtosis", request.top_m)
 
 
 class _Ablation(Boost):
-    """As many layers per type as the method boosts, drawn from those that neither method flags."""
+    """Boosts as many layers per module type as ``method``, drawn from layers flagged by neither."""
 
     metrics = ("sensitivity", "kurtosis")
     fields = ("boost_stop", "top_m", "metric", "seed")
     method: type[Boost]
 
     def boosted_layers(self, problem: Problem, request: PlanRequest) -> dict[str, dict[int, float]]:
-        """Return randomly drawn layers by type, ranked by the order of the draw.
+        """Return randomly drawn layers of each module type, ranked in the order of the draw.
 
         Raises
         ------
         LsqError
-            If a type has fewer layers left than the method boosts.
+            If a module type has fewer unflagged layers than ``method`` boosts.
         """
         wanted = self.method().boosted_layers(problem, request)
         sensitive = flagged_layers(problem, request.metric, 0)
@@ -178,7 +178,7 @@ class _Ablation(Boost):
         random = np.random.default_rng(request.seed)
         series = layer_series(problem, "kurtosis")
         drawn = {}
-        for kinds in problem.tied_types:  # tied types are promoted together, so they are one draw
+        for kinds in problem.tied_types:  # tied types are promoted together, so they share a draw
             picked = {i for kind in kinds for i in (*sensitive[kind], *heavy_tailed[kind])}
             layers = sorted({layer for kind in kinds for layer in series[kind][0]})
             free = [layer for layer in layers if layer not in picked]
@@ -196,7 +196,7 @@ class _Ablation(Boost):
 
 
 class SensiBoostAblation(_Ablation):
-    """The control for SensiBoost: the same number of other layers."""
+    """Control for SensiBoost: the same number of other layers, drawn at random."""
 
     name = "sensiboost-ablation"
     title = "SensiBoost ablation"
@@ -217,7 +217,7 @@ class SensiBoostAblation(_Ablation):
 
 
 class KurtBoostAblation(_Ablation):
-    """The control for KurtBoost: the same number of other layers."""
+    """Control for KurtBoost: the same number of other layers, drawn at random."""
 
     name = "kurtboost-ablation"
     title = "KurtBoost ablation"

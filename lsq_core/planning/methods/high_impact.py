@@ -1,4 +1,4 @@
-"""High-impact parameter ratios ([C]; method §7): rows at two bit widths, a ratio per matrix."""
+"""High-impact parameter ratios ([C]; method §7): two bit widths per matrix, mixed by row."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from lsq_core.planning.ties import merge_groups
 
 
 class HighImpact:
-    """The ratio of rows at more bits, chosen for all matrices of a block together.
+    """Planner of the share of rows at more bits, chosen jointly for all matrices of a block.
 
-    A request's ``low_bits``, ``high_bits`` and ``group_size`` define the options, ``loss`` the
-    interactions. ``ratios`` is ``uniform`` (one ratio for all matrices), ``diagonal`` (each matrix
-    by itself, from the diagonal of M) or ``full`` (all matrices of a block jointly). ``clip``
-    removes the negative eigenvalues of each block's M.
+    A request's ``low_bits``, ``high_bits`` and ``group_size`` define the options, and ``loss`` the
+    loss that interactions are measured on. ``ratios`` is ``uniform`` (one ratio for all matrices),
+    ``diagonal`` (each matrix separately, from the diagonal of M) or ``full`` (all matrices of a
+    block jointly). ``clip`` removes the negative eigenvalues of each block's M.
     """
 
     name = "high-impact"
@@ -59,7 +59,7 @@ class HighImpact:
     cost_unit = "predicted change of the output"
 
     def options(self, request: PlanRequest) -> tuple[Config, ...]:
-        """Return mixed rows at each ratio; their widths are of the paper's ladder."""
+        """Return the mixed-row options, one per ratio; only the paper's ladder is supported."""
         check_ladder(self, request)
         return mixed_rows(request.low_bits, request.high_bits, request.group_size)
 
@@ -69,7 +69,7 @@ class HighImpact:
         Raises
         ------
         InputError
-            If row scores or interactions are missing, or a group doesn't fit into some row.
+            If row scores or interactions are missing, or some matrix has no allowed option.
         """
         impact = require_impact(problem, request)
         problem.check_options()
@@ -88,7 +88,7 @@ class HighImpact:
 
 
 def require_impact(problem: Problem, request: PlanRequest) -> Impact:
-    """Return the row measurements, checked to be sufficient for a request.
+    """Return the row measurements if they are sufficient for a request.
 
     Raises
     ------
@@ -111,7 +111,7 @@ def require_impact(problem: Problem, request: PlanRequest) -> Impact:
 
 
 def _uniform_frontier(problem: Problem, impact: Impact, request: PlanRequest) -> Frontier:
-    """Return plans of one ratio for all; a pinned matrix gets the nearest that is allowed."""
+    """Return plans with one ratio for all matrices, clipped to the range of their pins."""
     stops = range(len(problem.options))
     choices = np.stack([np.clip(stop, problem.low, problem.high) for stop in stops])
     if any(block.matrix is None for block in impact.blocks):
@@ -125,21 +125,21 @@ def _uniform_frontier(problem: Problem, impact: Impact, request: PlanRequest) ->
 def predict_block_losses(
     block: Interactions, problem: Problem, request: PlanRequest, choices: np.ndarray
 ) -> np.ndarray:
-    """Return the loss (k,) that a block's M predicts for plans (k, n) of the model."""
+    """Return the losses (k,) that a block's M predicts for the model's plans (k, n)."""
     own = choices[:, [members[0] for members in block.units]]
     return predicted_loss(effective_matrix(block, request), own, len(problem.options))
 
 
 def effective_matrix(block: Interactions, request: PlanRequest) -> np.ndarray:
-    """Return a block's M for a request: all of it or its diagonal, clipped or raw."""
+    """Return a block's M for a request: in full or its diagonal only, clipped if requested."""
     matrix = diagonal_only(block.matrix) if request.ratios == "diagonal" else block.matrix
     return clip_negative_eigenvalues(matrix) if request.clip else matrix
 
 
 def _split_large_block(block: Interactions, problem: Problem) -> list[Interactions]:
-    """Split a block with too many units into groups in the order of the computation.
+    """Split a block with too many units into groups in the order of computation.
 
-    Interactions between units of different groups are ignored.
+    Interactions between units of different groups are ignored; tied units stay together.
     """
     tied, options = _tied_units(block, problem), len(problem.options)
     if len(tied) <= MAX_UNITS:
@@ -154,14 +154,14 @@ def _split_large_block(block: Interactions, problem: Problem) -> list[Interactio
 
 
 def _tied_units(block: Interactions, problem: Problem) -> tuple[tuple[int, ...], ...]:
-    """Return the units of a block that share a ratio, as tuples of them; most are alone."""
+    """Return tuples of a block's units that share a ratio; most have a single unit."""
     unit_of = {i: u for u, members in enumerate(block.units) for i in members}
     tied = [{unit_of[i] for i in group if i in unit_of} for group in problem.groups]
     return merge_groups([*filter(None, tied), *([u] for u in range(len(block.units)))])
 
 
 def _merge_tied_units(block: Interactions, problem: Problem, request: PlanRequest) -> Interactions:
-    """Return a block with its effective M, in which units that share a ratio are one.
+    """Return a block with its effective M, in which units that share a ratio are merged.
 
     For δ = Sδ', with δ' one-hot per merged unit, the loss ½·δᵀMδ is ½·δ'ᵀ(SᵀMS)δ'.
     """
@@ -178,7 +178,7 @@ def _merge_tied_units(block: Interactions, problem: Problem, request: PlanReques
 
 
 def _truncation_notes(problem: Problem, request: PlanRequest) -> tuple[str, ...]:
-    """Return a note if blocks have too many units to be enumerated."""
+    """Return a note if some block has too many units for joint enumeration."""
     most = max(len(_tied_units(block, problem)) for block in problem.impact.blocks)
     if request.ratios != "full" or most <= MAX_UNITS:
         return ()
@@ -206,15 +206,15 @@ def _frontier_of_plans(
     bounds: np.ndarray,
     notes: tuple[str, ...] = (),
 ) -> Frontier:
-    """Return the frontier of plans (s, n), sorted by size."""
+    """Return the frontier of complete plans (s, n), which are already sorted by size."""
     segments = tuple(Segment(choice, problem.nominal(choice)) for choice in choices)
     return Frontier(segments, problem.bytes, losses=losses, lower_bounds=bounds, notes=notes)
 
 
 def high_rows(problem: Problem, choice: np.ndarray) -> dict[str, tuple[int, ...]]:
-    """Return the high-impact rows of each matrix at a choice (n,): its highest scores, sorted.
+    """Return the high-impact rows of each matrix, its highest-scoring ones, at a choice (n,).
 
-    The rows of a smaller ratio are among those of a larger one.
+    Row indices are sorted. The rows at a smaller ratio are a subset of those at a larger ratio.
     """
     rows = {}
     for i, (matrix, option) in enumerate(zip(problem.matrices, choice, strict=True)):
@@ -226,14 +226,14 @@ def high_rows(problem: Problem, choice: np.ndarray) -> dict[str, tuple[int, ...]
 
 
 def top_rows(scores: np.ndarray, count: int) -> np.ndarray:
-    """Return the rows with the highest of (out,) scores, sorted; the first of equal ones."""
+    """Return the sorted rows with the highest scores (out,); ties go to the earlier row."""
     return np.sort(np.argsort(-scores, kind="stable")[:count])
 
 
 def group_into_units(matrices: Sequence[Matrix]) -> dict[str, tuple[int, ...]]:
-    """Return the matrices of a block that share a ratio, as indices by module type.
+    """Return a block's units, the matrices that share a ratio, as indices by module type.
 
-    A unit is a single matrix, or the experts of a layer, which are too many to choose for each.
+    A unit is a single matrix, or all experts of a module type, which are too many for a ratio each.
     """
     units: dict[str, list[int]] = {}
     for i, matrix in enumerate(matrices):
@@ -246,7 +246,7 @@ def build_impact(
     row_scores: Mapping[str, np.ndarray],
     interactions: Mapping[int, np.ndarray],
 ) -> Impact:
-    """Build the planner's input from row scores by module and M by layer, if measured."""
+    """Build the planner's input from row scores by module and, where measured, M by layer."""
     blocks = []
     for layer in dict.fromkeys(matrix.layer for matrix in matrices):
         own = [i for i, matrix in enumerate(matrices) if matrix.layer == layer]

@@ -1,4 +1,4 @@
-"""The knapsack on the expected KL divergence of every configuration (ours)."""
+"""Knapsack on the expected KL divergence of every configuration (ours)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lsq_core.planning.problem import Problem
 
 
 class KlAware(Knapsack):
-    """Least summed KL to full precision, estimated from gradients at each configuration."""
+    """Knapsack on the KL divergence, estimated from gradients at each configuration."""
 
     name = "kl-aware"
     title = "KL-aware"
@@ -33,5 +33,5 @@ class KlAware(Knapsack):
     metrics = ("expected_kl",)
 
     def cost(self, problem: Problem) -> np.ndarray:
-        """Return the expected KL in nats per token, each matrix quantized alone."""
+        """Return the expected KL in nats per token if only that matrix is quantized."""
         return fill_unreached_experts(problem.by_config["expected_kl"], problem.matrices)

@@ -1,4 +1,4 @@
-"""The base of methods that minimise a sum of costs, one for each matrix (method §5)."""
+"""Base class of methods that minimise a sum of per-matrix costs (method §5)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lsq_core.planning.request import PlanRequest
 
 
 class Knapsack(LadderPlanner):
-    """A method that minimises a cost: a subclass defines it for each matrix and configuration."""
+    """A method that minimises a cost; subclasses define it for each matrix and configuration."""
 
     has_base = False
     fields = ("exact",)

@@ -1,4 +1,4 @@
-"""The knapsack on the measured increase of the loss (ours after [E]; method §5)."""
+"""Knapsack on the measured increase of the loss (ours, after [E]; method §5)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lsq_core.planning.problem import Problem
 
 
 class LossAware(Knapsack):
-    """Least summed KL to full precision, proportional to each matrix's squared weight error."""
+    """Knapsack on the KL divergence, taken as proportional to each squared weight error."""
 
     name = "loss-aware"
     title = "Loss-aware"

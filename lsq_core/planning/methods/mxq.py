@@ -10,7 +10,7 @@ from lsq_core.planning.problem import Problem
 
 
 class Mxq(Knapsack):
-    """Least summed Frobenius error of the weights."""
+    """Knapsack on the Frobenius error of the weights."""
 
     name = "mxq"
     title = "MXQ"
@@ -39,7 +39,7 @@ class Mxq(Knapsack):
 
 
 class KurtScaled(Knapsack):
-    """MXQ with errors weighted up to twice as much where the weights have heavy tails."""
+    """MXQ with errors weighted by up to a factor of two where the weights have heavy tails."""
 
     name = "kurt-scaled"
     title = "Kurtosis-scaled MXQ"
@@ -59,7 +59,7 @@ class KurtScaled(Knapsack):
     metrics = ("weight_error", "kurtosis")
 
     def cost(self, problem: Problem) -> np.ndarray:
-        """Return ``‖W − Ŵ_c‖_F · (1 + k)``, ``k`` the kurtosis scaled to 0–1 by module type."""
+        """Return ``‖W − Ŵ_c‖_F · (1 + k)``; ``k`` is the kurtosis scaled to 0–1 per module type."""
         kurtosis = problem.scores["kurtosis"]
         types = np.array([m.type for m in problem.matrices])
         scaled = np.zeros(len(types))
@@ -71,16 +71,18 @@ class KurtScaled(Knapsack):
 
 
 class _Penalised(Knapsack):
-    """The toolkit's programs of fixed penalties, doubled where Algorithm 1 flags the layer."""
+    """The toolkit's MILP with fixed penalties, doubled for layers that Algorithm 1 flags."""
 
-    #: What Algorithm 1 reads.
+    #: The metric that Algorithm 1 is applied to.
     metric: str
     cost_unit = "penalty"
 
     def cost(self, problem: Problem) -> np.ndarray:
-        """``100 · penalty(b1) · f / bpp(c) · p/P``; penalty 4 for 2 bits, 2 for 3, else 1.
+        """Return ``100 · penalty(b1) · f / bpp(c) · p/P``.
 
-        1 bit, which the toolkit doesn't have, is penalised twice as much as 2.
+        The penalty is 4 for 2 bits, 2 for 3 bits and 1 for more; for 1 bit, which the toolkit
+        doesn't have, it is 8. ``f`` is 2 for flagged layers, else 1; ``p/P`` is the matrix's share
+        of all weights.
         """
         flagged = flagged_layers(problem, self.metric, 0)
         doubled = np.array([2.0 if m.layer in flagged[m.type] else 1.0 for m in problem.matrices])
@@ -93,7 +95,7 @@ class _Penalised(Knapsack):
 
 
 class SensiMilp(_Penalised):
-    """Fixed penalties, doubled for layers flagged by sensitivity."""
+    """MILP with fixed penalties, doubled for layers flagged by sensitivity."""
 
     name = "sensi-milp"
     title = "Sensitivity MILP"
@@ -115,7 +117,7 @@ class SensiMilp(_Penalised):
 
 
 class KurtMilp(_Penalised):
-    """Fixed penalties, doubled for layers flagged by kurtosis."""
+    """MILP with fixed penalties, doubled for layers flagged by kurtosis."""
 
     name = "kurt-milp"
     title = "Kurtosis MILP"

@@ -1,8 +1,8 @@
-"""SensiBoost and KurtBoost with the top of the ranking in the place of Algorithm 1's jumps (ours).
+"""SensiBoost and KurtBoost with a plain ranking of layers instead of Algorithm 1 (ours).
 
-Algorithm 1 compares each layer with the one before it, so it flags no first layer, and flags a
-layer of a low score that follows one of a high score. These methods boost as many layers, those of
-the highest scores; the difference between the two is what detection is worth.
+Algorithm 1 compares each layer with the one before it, so it never flags the first layer and can
+flag a low-scoring layer that follows a high-scoring one. These methods boost the same number of
+layers, but those with the highest scores; comparing the two shows the value of the detection.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from lsq_core.planning.request import PlanRequest
 
 
 def standard_scores(scores: np.ndarray) -> np.ndarray:
-    """Return how many standard deviations above the mean each of (layers,) scores is.
+    """Return how many standard deviations above the mean each score (layers,) is.
 
-    All are 0 where the scores are equal. A score that is not finite gets −∞ and does not count.
+    If all scores are equal, the result is 0. Non-finite scores are left out of the mean and
+    deviation and get −∞.
     """
     finite = np.isfinite(scores)
     found = np.full(len(scores), -np.inf)
@@ -31,11 +32,11 @@ def standard_scores(scores: np.ndarray) -> np.ndarray:
 def top_layers(
     problem: Problem, metric: str, counts: dict[tuple[str, ...], int]
 ) -> dict[str, dict[int, float]]:
-    """Return the layers of the highest scores of each module type with their standard scores.
+    """Return the highest-scoring layers of each module type with their standard scores.
 
-    ``counts`` is the number of layers by tied module types (:attr:`Problem.tied_types`), which are
-    ranked together by the highest of their standard scores. Of equal scores the earlier layer is
-    taken.
+    ``counts`` is the number of layers for each group of tied module types
+    (:attr:`Problem.tied_types`), which are ranked together by their highest standard score. Of
+    equal scores, the earlier layer is chosen.
     """
     series = {
         kind: dict(zip(layers, standard_scores(scores), strict=True))
@@ -54,7 +55,7 @@ def top_layers(
 
 
 class _Ranked(Boost):
-    """As many layers per module type as the method boosts, from the top of the ranking."""
+    """Boosts as many layers per module type as ``method``, from the top of the ranking."""
 
     method: type[Boost]
 
@@ -63,7 +64,7 @@ class _Ranked(Boost):
         raise NotImplementedError
 
     def boosted_layers(self, problem: Problem, request: PlanRequest) -> dict[str, dict[int, float]]:
-        """Return the layers of the highest scores by type, ranked by their standard scores."""
+        """Return the highest-scoring layers of each module type with their standard scores."""
         flagged = self.method().boosted_layers(problem, request)
         counts = {
             kinds: len({layer for kind in kinds for layer in flagged[kind]})
@@ -73,7 +74,7 @@ class _Ranked(Boost):
 
 
 class SensiBoostRank(_Ranked):
-    """More bits for the layers of the highest activation sensitivity, as many as SensiBoost's."""
+    """Boosts as many layers as SensiBoost, but those with the highest activation sensitivity."""
 
     name = "sensiboost-rank"
     title = "SensiBoost by rank"
@@ -99,12 +100,12 @@ class SensiBoostRank(_Ranked):
     method = SensiBoost
 
     def metric(self, request: PlanRequest) -> str:
-        """Return the sensitivity that the request names."""
+        """Return the sensitivity metric of the request."""
         return request.metric
 
 
 class KurtBoostRank(_Ranked):
-    """More bits for the layers of the highest weight kurtosis, as many as KurtBoost's."""
+    """Boosts as many layers as KurtBoost, but those with the highest weight kurtosis."""
 
     name = "kurtboost-rank"
     title = "KurtBoost by rank"
@@ -128,5 +129,5 @@ class KurtBoostRank(_Ranked):
     method = KurtBoost
 
     def metric(self, request: PlanRequest) -> str:
-        """Return kurtosis."""
+        """Return ``"kurtosis"``."""
         return "kurtosis"

@@ -1,4 +1,4 @@
-"""Plans refined by measuring (ours; :mod:`lsq_core.refinement`)."""
+"""Plans refined by measurement (ours; :mod:`lsq_core.refinement`)."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from lsq_core.planning.request import PlanRequest
 
 
 class Refined(Knapsack):
-    """Exchanges at equal size, proposed by gradients about the plan, kept where measured KL falls.
+    """Another method's plan, improved by exchanges that lower the measured KL divergence.
 
-    The frontier is of the last kept step's expansion, so at the budget of the search it gives that
-    step's plan, and near it a plan that was not measured.
+    Exchanges keep the plan's size and are proposed from gradients at the plan. The frontier uses
+    the cost of the last accepted step: at the budget of the search it yields that step's plan, and
+    at nearby budgets plans that were not measured.
     """
 
     name = "refined"
@@ -46,12 +47,12 @@ class Refined(Knapsack):
     reads_refinement = True
 
     def cost(self, problem: Problem) -> np.ndarray:
-        """Return the last kept step's cost in nats per token.
+        """Return the last accepted step's cost in nats per token.
 
         Raises
         ------
         InputError
-            If no plan was refined yet.
+            If no plan has been refined yet.
         """
         return require_refinement(problem).cost
 
@@ -62,12 +63,12 @@ class Refined(Knapsack):
 
 
 def is_refinable(planner: Planner) -> bool:
-    """Return whether a method's plans can be refined: those that minimise a cost of each matrix."""
+    """Return whether a method's plans can be refined: it must be a knapsack, other than Refined."""
     return isinstance(planner, Knapsack) and not planner.reads_refinement
 
 
 def check_refinable(planner: Planner) -> None:
-    """Raise :class:`InputError` for a method whose plans can't be refined."""
+    """Raise :class:`InputError` if a method's plans can't be refined."""
     if not is_refinable(planner):
         raise InputError(
             f"A plan by {planner.title} can't be refined: only those of knapsack methods can, such "
@@ -76,12 +77,12 @@ def check_refinable(planner: Planner) -> None:
 
 
 def require_refinement(problem: Problem) -> Refinement:
-    """Return what a search found.
+    """Return the result of a search.
 
     Raises
     ------
     InputError
-        If there was no search.
+        If the problem has none.
     """
     if problem.refinement is None:
         raise InputError(

@@ -1,4 +1,4 @@
-"""The knapsack on the measured output error (ours; method §5)."""
+"""Knapsack on the measured output error (ours; method §5)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lsq_core.planning.problem import Problem
 
 
 class SensiKnapsack(Knapsack):
-    """Least squared change of the modules' own outputs, as measured at every configuration."""
+    """Knapsack on the squared change of each module's outputs, measured at every configuration."""
 
     name = "sensi-knapsack"
     title = "Sensitivity knapsack"
@@ -38,9 +38,10 @@ class SensiKnapsack(Knapsack):
 
 
 def fill_unreached_experts(scores: np.ndarray, matrices: tuple[Matrix, ...]) -> np.ndarray:
-    """Fill in the scores (n, k) of experts that no calibration token reached.
+    """Return scores (n, k), with those of experts that no calibration token reached filled in.
 
-    They get the lowest scores among the experts of their layer and type that were reached.
+    In each column, an unreached expert gets the lowest score of the reached experts of the same
+    layer and module type.
     """
     scores = scores.copy()
     unreached = np.isnan(scores).all(axis=1)

@@ -40,7 +40,7 @@ class Uniform(LadderPlanner):
 
 
 def uniform_start(problem: Problem, base: int) -> np.ndarray:
-    """Return a base for all matrices (n,); a pinned one gets the nearest that its pin allows."""
+    """Return the choice (n,) of a base for all matrices, clipped to the range of their pins."""
     return np.clip(base, problem.low, problem.high)
 
 
@@ -50,9 +50,9 @@ def sort_by_bytes(segments: Iterable[Segment]) -> tuple[Segment, ...]:
 
 
 def uniform_within(bits: float, ladder: tuple[QuantConfig, ...] = LADDER) -> QuantConfig:
-    """Return the largest uniform configuration of at most so many bits a parameter.
+    """Return the largest uniform configuration with at most ``bits`` bits per parameter.
 
-    It is what a plan of that size is compared with; the smallest one where none is so small.
+    Plans of that size are compared with it. If none is small enough, return the smallest.
     """
     return max(
         (c for c in ladder if c.nominal_bits <= bits + 1e-6),
@@ -62,7 +62,7 @@ def uniform_within(bits: float, ladder: tuple[QuantConfig, ...] = LADDER) -> Qua
 
 
 def usable_bases(problem: Problem) -> list[int]:
-    """Return the indices of the options whose group size divides every matrix."""
+    """Return the indices of the bases whose uniform start is allowed for every matrix."""
     rows = np.arange(len(problem.matrices))
     return [
         stop
