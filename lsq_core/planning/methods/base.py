@@ -86,6 +86,6 @@ def check_ladder(planner: Planner, request: PlanRequest) -> None:
     """Raise :class:`InputError` if a method doesn't support the request's ladder."""
     if request.ladder not in planner.ladders:
         raise InputError(
-            f"{planner.title} plans on the {' or '.join(planner.ladders)} ladder alone; "
-            f"plan without the {request.ladder} one."
+            f"{planner.title} supports only the {' or '.join(planner.ladders)} ladder, not the "
+            f"{request.ladder} one."
         )

@@ -107,19 +107,19 @@ class SensiBoost(Boost):
     title = "SensiBoost"
     meaning = "More bits for the layers that Algorithm 1 flags by activation sensitivity."
     summary = (
-        "All matrices start from one configuration; layers whose activation sensitivity jumps "
-        "against the layer before (z > 3) get a few steps more. Each module type is examined "
-        "on its own."
+        "All matrices start from the same configuration; layers whose activation sensitivity "
+        "jumps from that of the previous layer (z > 3) get a few more steps. Each module type is "
+        "examined separately."
     )
     source = "Zhang et al., Towards Superior Quantization Accuracy (arXiv 2503.06518), Algorithm 1"
     use = (
-        "Bases of 3.5 to 4.5 bits: on SmolLM2 (4,096 tokens of WikiText-2) perplexity 49.1, "
-        "against 53.1 of uniform 3.51, for 1.2 % more bits."
+        "Bases of 3.5 to 4.5 bits: on SmolLM2 (4,096 tokens of WikiText-2) perplexity 49.1 "
+        "against 53.1 for uniform 3.51, for 1.2 % more bits."
     )
     limits = (
-        "Fewer than twelve layers cannot pass the threshold, and the first layer has no layer "
-        "before it. Where the base itself is too small it does not help: on SmolLM2 at 3.15 "
-        "bits perplexity was 420, against 344 of uniform 3.13."
+        "With fewer than twelve layers none can exceed the threshold, and the first layer is "
+        "never flagged. It does not help if the base itself is too small: on SmolLM2 at 3.15 "
+        "bits perplexity was 420, against 344 for uniform 3.13."
     )
     color, symbol = "#CC6699", "diamond"
     metrics = ("sensitivity",)
@@ -137,17 +137,17 @@ class KurtBoost(Boost):
     title = "KurtBoost"
     meaning = "More bits for the layers that Algorithm 1 flags by weight kurtosis."
     summary = (
-        "As SensiBoost, with the kurtosis of the weights in place of sensitivity: layers with "
-        "heavy tails get more bits. It reads the weights alone and needs no text."
+        "Like SensiBoost, but with the kurtosis of the weights instead of sensitivity: layers "
+        "with heavy tails get more bits. It needs only the weights, no calibration text."
     )
     source = "Zhang et al., Towards Superior Quantization Accuracy (arXiv 2503.06518), Algorithm 1"
     use = (
-        "As SensiBoost, where there is no calibration text: on SmolLM2 (4,096 tokens of "
-        "WikiText-2) perplexity 48.6, against 53.1 of uniform 3.51, for 1.7 % more bits."
+        "The same, when there is no calibration text: on SmolLM2 (4,096 tokens of WikiText-2) "
+        "perplexity 48.6 against 53.1 for uniform 3.51, for 1.7 % more bits."
     )
     limits = (
-        "Kurtosis does not know what the weights are applied to. On SmolLM2 at 3.16 bits "
-        "perplexity was 399, against 344 of uniform 3.13."
+        "Kurtosis ignores the activations that the weights are applied to. On SmolLM2 at 3.16 "
+        "bits perplexity was 399, against 344 for uniform 3.13."
     )
     color, symbol = "#3D9BD1", "square"
     metrics = ("kurtosis",)
@@ -202,15 +202,15 @@ class SensiBoostAblation(_Ablation):
     title = "SensiBoost ablation"
     meaning = "The control for SensiBoost: the same number of layers, drawn at random."
     summary = (
-        "As many layers of each module type as SensiBoost boosts, drawn at random from those "
-        "that neither method flags. It is the control: a gain that it has too is not due to "
+        "Boosts as many layers of each module type as SensiBoost, drawn at random from those "
+        "that neither method flags. It is a control: any gain that it also shows is not due to "
         "the choice of layers."
     )
     source = "Zhang et al., Towards Superior Quantization Accuracy (arXiv 2503.06518), ablation"
-    use = "Telling whether SensiBoost's choice of layers matters."
+    use = "Checking whether SensiBoost's choice of layers matters."
     limits = (
-        "One draw says little; run several seeds. Small models may have too few layers left "
-        "to draw from."
+        "A single draw is not conclusive; run several seeds. Small models may have too few layers "
+        "left to draw from."
     )
     color, symbol = "#CC6699", "diamond-open"
     method = SensiBoost
@@ -223,15 +223,15 @@ class KurtBoostAblation(_Ablation):
     title = "KurtBoost ablation"
     meaning = "The control for KurtBoost: the same number of layers, drawn at random."
     summary = (
-        "As many layers of each module type as KurtBoost boosts, drawn at random from those "
-        "that neither method flags. It is the control: a gain that it has too is not due to "
+        "Boosts as many layers of each module type as KurtBoost, drawn at random from those "
+        "that neither method flags. It is a control: any gain that it also shows is not due to "
         "the choice of layers."
     )
     source = "Zhang et al., Towards Superior Quantization Accuracy (arXiv 2503.06518), ablation"
-    use = "Telling whether KurtBoost's choice of layers matters."
+    use = "Checking whether KurtBoost's choice of layers matters."
     limits = (
-        "One draw says little; run several seeds. Small models may have too few layers left "
-        "to draw from."
+        "A single draw is not conclusive; run several seeds. Small models may have too few layers "
+        "left to draw from."
     )
     color, symbol = "#3D9BD1", "square-open"
     method = KurtBoost

@@ -39,9 +39,8 @@ class HighImpact:
     title = "High-impact rows"
     meaning = "More bits for the rows of each matrix that change the loss most."
     summary = (
-        "Within each matrix, the rows with the largest gradients are kept at more bits. What "
-        "share of rows that is, is chosen for all matrices of a block together, from measured "
-        "interactions."
+        "Within each matrix, the rows with the largest gradients get more bits. Their share is "
+        "chosen jointly for all matrices of a block, from measured interactions."
     )
     source = "Pham et al., High-Impact Parameter Ratio Optimization (arXiv 2511.17801)"
     use = "Two to three bits, with learned rounding (--hybrid)."
@@ -98,14 +97,14 @@ def require_impact(problem: Problem, request: PlanRequest) -> Impact:
     impact = problem.impact
     if impact is None:
         raise InputError(
-            "High-impact rows need row scores and interactions, which were not measured yet; a "
-            "plan or a run on the command line, or the Plan page, measures them."
+            "High-impact rows need row scores and interactions, which have not been measured yet; "
+            "make a plan or a run on the command line, or use the Plan page, to measure them."
         )
     if request.ratios != "uniform" and any(block.matrix is None for block in impact.blocks):
         raise InputError(
-            f"There are no interactions by the {request.loss} loss of "
-            f"b{request.low_bits}h{request.high_bits}g{request.group_size} yet; choose uniform "
-            "ratios, or measure them."
+            f"Interactions of b{request.low_bits}h{request.high_bits}g{request.group_size} have "
+            f"not been measured by the {request.loss} loss yet; choose uniform ratios, or measure "
+            "them."
         )
     return impact
 

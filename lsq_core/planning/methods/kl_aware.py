@@ -16,17 +16,17 @@ class KlAware(Knapsack):
     title = "KL-aware"
     meaning = "The least KL divergence of the predictions, expected from gradients."
     summary = (
-        "The KL divergence of the predictions from full precision is least within the budget, as "
-        "expected from gradients for each configuration of each matrix."
+        "Minimizes the KL divergence of the predictions from full precision within the budget, as "
+        "estimated from gradients for each configuration of each matrix."
     )
     source = "our own, by the Fisher information (second order)"
     use = (
-        "The fewest and the most bits: on SmolLM2 (4,096 tokens of WikiText-2) perplexity 45.3 at "
-        "3.2 bits and 19.2 at 4.2, against 49.2 and 19.4 of loss-aware."
+        "Budgets near 3.2 bits, and above 4: on SmolLM2 (4,096 tokens of WikiText-2) perplexity "
+        "45.3 at 3.2 bits and 19.2 at 4.2, against 49.2 and 19.4 for loss-aware."
     )
     limits = (
-        "It is of second order, which falls short beyond a divergence of 1 nat, and errors are "
-        "taken to add up. At 3.6 bits loss-aware is as good (25.2 against 25.1)."
+        "The second-order estimate is too low beyond a divergence of 1 nat, and errors are "
+        "assumed to add up. At 3.6 bits loss-aware is as good (25.2 against 25.1)."
     )
     color, symbol = "#B8336A", "star-diamond"
     cost_unit = "expected KL"

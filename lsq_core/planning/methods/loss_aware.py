@@ -17,18 +17,18 @@ class LossAware(Knapsack):
     title = "Loss-aware"
     meaning = "The least expected KL divergence of the predictions from full precision."
     summary = (
-        "The expected KL divergence of the predictions from full precision is least within "
-        "the budget: the error of each matrix times how far predictions move with it, "
-        "measured once."
+        "Minimizes the expected KL divergence of the predictions from full precision within the "
+        "budget: each matrix's error times its effect on the predictions, which is measured "
+        "once."
     )
     source = "our own, after Malinovskii et al., The Linearity Theorem (NAACL 2025)"
     use = (
         "The best plans here, with KL-aware: on SmolLM2 (4,096 tokens of WikiText-2) perplexity "
-        "25.2 at 3.6 bits, against 53.1 of uniform 3.51."
+        "25.2 at 3.6 bits, against 53.1 for uniform 3.51."
     )
     limits = (
-        "Its measurement runs the model again for each matrix and needs all of it in memory. "
-        "Errors are taken to add up, which holds less at 3 bits and fewer."
+        "Its measurement reruns the model for each matrix, and needs all of it in memory. It "
+        "assumes that errors add up, which is less accurate at 3 bits and below."
     )
     color, symbol = "#D1495B", "hexagram"
     cost_unit = "expected KL"
@@ -44,8 +44,8 @@ class LossAware(Knapsack):
         """
         if "loss_impact" not in problem.scores:
             raise InputError(
-                "Loss-aware reads loss_impact, which this profile does not have yet; add it with "
-                "profile --metric loss_impact."
+                "Loss-aware needs loss_impact, which this profile lacks; add it with profile "
+                "--metric loss_impact."
             )
         impact = fill_unreached_experts(problem.scores["loss_impact"][:, None], problem.matrices)
         return impact * problem.by_config["weight_error"] ** 2

@@ -16,17 +16,16 @@ class Mxq(Knapsack):
     title = "MXQ"
     meaning = "The least summed Frobenius error of the weights."
     summary = (
-        "Each matrix gets a configuration of its own, so that the summed Frobenius error of "
-        "the weights is least within the budget. It reads the weights alone and needs no "
-        "text."
+        "Chooses a configuration for each matrix so that the summed Frobenius error of the "
+        "weights is minimal within the budget. It needs only the weights, no calibration text."
     )
     source = "Zhang et al., A Mixed Quantization Approach (ICAART 2025)"
     use = (
-        "Any budget, at once: on SmolLM2 (4,096 tokens of WikiText-2) perplexity 38.1 at 3.6 "
-        "bits, against 53.1 of uniform 3.51."
+        "Any budget, without calibration: on SmolLM2 (4,096 tokens of WikiText-2) perplexity "
+        "38.1 at 3.6 bits, against 53.1 for uniform 3.51."
     )
     limits = (
-        "An error counts the same wherever it is. Where predictions depend on few layers, "
+        "Errors count equally in all layers. Where predictions depend on a few layers, "
         "loss-aware does better at the same size (25.2)."
     )
     color, symbol = "#7A5BB5", "triangle-up"
@@ -102,13 +101,12 @@ class SensiMilp(_Penalised):
     meaning = "The least sum of fixed penalties on low bits, doubled in layers of high sensitivity."
     summary = (
         "Each bit width has a fixed penalty, doubled in layers that Algorithm 1 flags by "
-        "sensitivity; their sum is least within the budget. How large an error is does not "
-        "count."
+        "sensitivity; their sum is minimal within the budget. The size of errors is ignored."
     )
     source = "the authors' lm-quant-toolkit"
     use = "Comparing with the toolkit's published plans."
     limits = (
-        "Layers that are not flagged are all alike, so that the solver chooses among them "
+        "Layers that are not flagged are treated alike, so the solver chooses among them "
         "arbitrarily."
     )
     color, symbol = "#C0812B", "star"
@@ -124,13 +122,12 @@ class KurtMilp(_Penalised):
     meaning = "The least sum of fixed penalties on low bits, doubled in layers of high kurtosis."
     summary = (
         "Each bit width has a fixed penalty, doubled in layers that Algorithm 1 flags by "
-        "kurtosis; their sum is least within the budget. How large an error is does not "
-        "count."
+        "kurtosis; their sum is minimal within the budget. The size of errors is ignored."
     )
     source = "the authors' lm-quant-toolkit"
     use = "Comparing with the toolkit's published plans."
     limits = (
-        "Layers that are not flagged are all alike, so that the solver chooses among them "
+        "Layers that are not flagged are treated alike, so the solver chooses among them "
         "arbitrarily."
     )
     color, symbol = "#8C6D31", "hexagon"

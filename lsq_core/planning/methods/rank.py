@@ -78,21 +78,21 @@ class SensiBoostRank(_Ranked):
 
     name = "sensiboost-rank"
     title = "SensiBoost by rank"
-    meaning = "As many layers as SensiBoost boosts, those of the highest sensitivity."
+    meaning = "As many layers as SensiBoost boosts, but those with the highest sensitivity."
     summary = (
-        "As many layers of each module type as SensiBoost boosts, and the same number of steps, "
-        "but the layers of the highest activation sensitivity, not those that Algorithm 1 flags "
-        "for a jump. The first layer can be among them."
+        "Boosts as many layers of each module type as SensiBoost, by the same number of steps, "
+        "but takes those with the highest activation sensitivity instead of those that Algorithm "
+        "1 flags for a jump. The first layer can be among them."
     )
     source = "our own; the number of layers is that of Zhang et al. (arXiv 2503.06518), Algorithm 1"
     use = (
-        "Telling what Algorithm 1's detection is worth against the plain ranking: on SmolLM2 "
-        "(4,096 tokens of WikiText-2) the ranking is better at the bases 3.13 and 4.13."
+        "Comparing Algorithm 1's detection with a plain ranking: on SmolLM2 (4,096 tokens of "
+        "WikiText-2) the ranking is better at the bases 3.13 and 4.13."
     )
     limits = (
-        "Its size is SensiBoost's only where a type's layers are of equal shape, and where "
-        "Algorithm 1 flags nothing it is the uniform plan. On SmolLM2 at the base 3.51 SensiBoost "
-        "is a little better."
+        "It matches SensiBoost's size only if all layers of a type have the same shape, and is "
+        "the uniform plan if Algorithm 1 flags nothing. On SmolLM2 at the base 3.51 SensiBoost is "
+        "slightly better."
     )
     color, symbol = "#8E3B66", "diamond-tall"
     metrics = ("sensitivity",)
@@ -109,20 +109,20 @@ class KurtBoostRank(_Ranked):
 
     name = "kurtboost-rank"
     title = "KurtBoost by rank"
-    meaning = "As many layers as KurtBoost boosts, those of the highest kurtosis."
+    meaning = "As many layers as KurtBoost boosts, but those with the highest kurtosis."
     summary = (
-        "As many layers of each module type as KurtBoost boosts, and the same number of steps, "
-        "but the layers of the highest kurtosis, not those that Algorithm 1 flags for a jump. The "
-        "first layer can be among them."
+        "Boosts as many layers of each module type as KurtBoost, by the same number of steps, but "
+        "takes those with the highest kurtosis instead of those that Algorithm 1 flags for a "
+        "jump. The first layer can be among them."
     )
     source = "our own; the number of layers is that of Zhang et al. (arXiv 2503.06518), Algorithm 1"
     use = (
-        "Telling what Algorithm 1's detection is worth against the plain ranking: on SmolLM2 "
-        "(4,096 tokens of WikiText-2) the ranking is better at the bases 3.13, 3.51 and 4.13."
+        "Comparing Algorithm 1's detection with a plain ranking: on SmolLM2 (4,096 tokens of "
+        "WikiText-2) the ranking is better at the bases 3.13, 3.51 and 4.13."
     )
     limits = (
-        "Its size is KurtBoost's only where a type's layers are of equal shape, and where "
-        "Algorithm 1 flags nothing it is the uniform plan."
+        "It matches KurtBoost's size only if all layers of a type have the same shape, and is "
+        "the uniform plan if Algorithm 1 flags nothing."
     )
     color, symbol = "#1F6A94", "diamond-wide"
     metrics = ("kurtosis",)

@@ -27,18 +27,18 @@ class Refined(Knapsack):
     title = "Refined"
     meaning = "Another method's plan, improved by exchanges that lower the measured KL divergence."
     summary = (
-        "Starts from another method's plan. Gradients taken with that plan's weights propose "
+        "Starts from another method's plan. Gradients at that plan's quantized weights propose "
         "exchanges of the same size, and those that lower the measured KL divergence are kept, "
         "until none does."
     )
-    source = "our own: a Gauss–Newton step about the quantized model, with a measured acceptance"
+    source = "our own: Gauss–Newton steps around the quantized model, accepted by measurement"
     use = (
-        "Few bits, where errors act on one another: on SmolLM2 at 3.25 bits one round lowered the "
-        "KL divergence of loss-aware's plan from 0.79 to 0.69 on a text that it never saw."
+        "Few bits, where errors interact: on SmolLM2 at 3.25 bits one round lowered the KL "
+        "divergence of loss-aware's plan from 0.79 to 0.69 on unseen text."
     )
     limits = (
-        "It takes minutes for each budget, and chooses on the calibration text: judge it on "
-        "another."
+        "It takes minutes per budget and selects on the calibration text, so evaluate it on "
+        "another text."
     )
     color, symbol = "#7A3E9D", "star-triangle-up"
     cost_unit = "expected KL and its margin"
@@ -86,8 +86,8 @@ def require_refinement(problem: Problem) -> Refinement:
     """
     if problem.refinement is None:
         raise InputError(
-            "There is no refined plan here yet; 'lsq refine', or the Plan page, searches for one "
-            "within a budget."
+            "No plan has been refined yet; run 'lsq refine', or use the Plan page, to search for "
+            "one within a budget."
         )
     return problem.refinement
 

@@ -16,15 +16,15 @@ class SensiKnapsack(Knapsack):
     title = "Sensitivity knapsack"
     meaning = "The least squared change of the modules' own outputs."
     summary = (
-        "Each matrix gets a configuration of its own, so that the measured change of the "
-        "modules' own outputs on the calibration text is least within the budget."
+        "Chooses a configuration for each matrix so that the measured change of the modules' own "
+        "outputs on the calibration text is minimal within the budget."
     )
     source = "our own, on the sensitivity of arXiv 2503.06518"
-    use = "Comparing scores: it is MXQ with outputs in place of weights."
+    use = "Comparing scores: it is MXQ with output errors instead of weight errors."
     limits = (
-        "A local score cannot see errors that later layers amplify, and large outputs weigh "
-        "most. On SmolLM2 at 3.6 bits (4,096 tokens of WikiText-2) perplexity was 82.8, "
-        "against 53.1 of uniform 3.51."
+        "A local score misses errors that later layers amplify, and large outputs dominate. On "
+        "SmolLM2 at 3.6 bits (4,096 tokens of WikiText-2) perplexity was 82.8, against 53.1 for "
+        "uniform 3.51."
     )
     color, symbol = "#3FA34D", "pentagon"
     cost_unit = "squared output error"

@@ -20,14 +20,13 @@ class Uniform(LadderPlanner):
     title = "Uniform"
     meaning = "The same configuration for every matrix."
     summary = (
-        "Every weight matrix gets the same configuration. It is what the other methods are "
-        "compared with."
+        "Every weight matrix gets the same configuration. The other methods are compared with it."
     )
     source = "Badri & Shaji, Half-Quadratic Quantization (2023)"
-    use = "A reference, and models of which nothing has been measured."
+    use = "A baseline, and models without a profile."
     limits = (
-        "At 3 bits and fewer a few sensitive layers decide the loss, and it gives them no "
-        "more than the others."
+        "At 3 bits and below a few sensitive layers dominate the loss, and get no more bits than "
+        "the others."
     )
     color, symbol = "#8a929c", "circle"
     has_base = True
