@@ -1,8 +1,8 @@
-"""Options that interact within a block: the Pareto front of each block, and their combination.
+"""Pareto fronts for blocks whose options interact, and their combination across blocks.
 
-The quadratic problem of [C] is block-diagonal. So all plans of a block are enumerated, 5⁷ = 78,125
-for seven matrices of five options, reduced to the Pareto front of bytes and loss, and combined by
-a dynamic program over the blocks for every budget at once (method §7).
+The quadratic problem of [C] is block-diagonal, so all plans of a block can be enumerated: 5⁷ =
+78,125 for seven matrices with five options each. They are reduced to the Pareto front of bytes and
+loss, and a dynamic program over the blocks combines the fronts for all budgets at once (method §7).
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ import numpy as np
 
 from lsq_core.planning.hull import lower_hull
 
-#: Most units that are enumerated together; a block with more is split into groups.
+#: Maximum number of units enumerated together; a block with more is split into groups.
 MAX_UNITS = 8
-#: Most plans on the front of a block, and of the blocks combined so far; a larger front is reduced
-#: to one plan in each of this number of equal ranges of bytes.
+#: Maximum number of plans on the front of a block, and of the blocks combined so far. A larger
+#: front is divided into this many equal ranges of bytes and reduced to one plan in each.
 _MAX_BLOCK_PLANS = 256
 _MAX_STATES = 1024
 
 
 @dataclass(frozen=True, eq=False)
 class ParetoFront:
-    """Pareto-optimal plans of a block by size: ``choice`` (f, units), ``size``, ``loss``."""
+    """Pareto-optimal plans of a block, by size: ``choice`` (f, units), ``size``, ``loss``."""
 
     choice: np.ndarray
     size: np.ndarray
@@ -34,24 +34,24 @@ class ParetoFront:
 
 @dataclass(frozen=True, eq=False)
 class CombinedFront:
-    """Plans of all blocks, by size: ``picks`` (s, blocks) are rows of the fronts."""
+    """Plans for all blocks, sorted by size; ``picks`` (s, blocks) indexes rows of their fronts."""
 
     picks: np.ndarray
     size: np.ndarray
     loss: np.ndarray
-    #: A lower bound on the loss of all plans of at most this size, (s,).
+    #: A lower bound on the loss of any plan of at most this size, (s,).
     lower_bound: np.ndarray
 
 
 def predicted_loss(matrix: np.ndarray, choice: np.ndarray, options: int) -> np.ndarray:
-    """Return ½·δᵀMδ, (k,), of plans (k, units) for M (units·options, units·options)."""
+    """Return ½·δᵀMδ (k,) for plans (k, units), with M (units·options, units·options)."""
     choice = np.atleast_2d(choice)
     indices = choice + np.arange(choice.shape[1]) * options
     return 0.5 * matrix[indices[:, :, None], indices[:, None, :]].sum(axis=(1, 2))
 
 
 def clip_negative_eigenvalues(matrix: np.ndarray) -> np.ndarray:
-    """Return the nearest matrix without negative eigenvalues."""
+    """Return the nearest positive semidefinite matrix."""
     values, vectors = np.linalg.eigh(matrix)
     return (vectors * np.maximum(values, 0)) @ vectors.T
 
@@ -64,8 +64,8 @@ def diagonal_only(matrix: np.ndarray) -> np.ndarray:
 def block_front(matrix: np.ndarray, size: np.ndarray, allowed: np.ndarray) -> ParetoFront:
     """Enumerate a block's plans and return the Pareto-optimal ones.
 
-    ``matrix`` is M (u·r, u·r); ``size`` and ``allowed`` are (u, r), bytes and whether a unit may
-    have an option.
+    ``matrix`` is M (u·r, u·r). ``size`` and ``allowed``, both (u, r), are the bytes of each unit's
+    options and whether the unit may have them.
     """
     units, options = size.shape
     loss, total = np.zeros((options,) * units), np.zeros((options,) * units)
@@ -90,10 +90,10 @@ def block_front(matrix: np.ndarray, size: np.ndarray, allowed: np.ndarray) -> Pa
 
 
 def _pareto_indices(size: np.ndarray, loss: np.ndarray, max_plans: int) -> np.ndarray:
-    """Return the Pareto-optimal plans by size, at most about ``max_plans``.
+    """Return the indices of the Pareto-optimal plans, sorted by size, at most about ``max_plans``.
 
-    In each range of bytes the plan is selected that lies lowest against the front's slope there,
-    close to the choice of a Lagrangian relaxation.
+    If there are more, the plan that lies lowest relative to the front's slope is selected in each
+    range of bytes, which is close to the choice of a Lagrangian relaxation.
     """
     order = np.lexsort((loss, size))
     best = np.minimum.accumulate(loss[order])
@@ -112,7 +112,7 @@ def _pareto_indices(size: np.ndarray, loss: np.ndarray, max_plans: int) -> np.nd
 
 
 def combine(fronts: Sequence[ParetoFront]) -> CombinedFront:
-    """Combine blocks: for every total size the least loss found, and its bound."""
+    """Combine blocks into plans with the least loss found at each total size, and their bounds."""
     size, loss = np.zeros(1), np.zeros(1)
     trace: list[tuple[np.ndarray, np.ndarray]] = []
     for front in fronts:
@@ -131,7 +131,7 @@ def combine(fronts: Sequence[ParetoFront]) -> CombinedFront:
 
 
 def lower_bounds(fronts: Sequence[ParetoFront], budgets: np.ndarray) -> np.ndarray:
-    """Return the Lagrangian bound at budgets (k,): steps of the fronts' hulls, the last in part."""
+    """Return the Lagrangian bound at budgets (k,): the fronts' hull steps, the last one partial."""
     start = sum(front.loss[0] for front in fronts), sum(front.size[0] for front in fronts)
     steps = []
     for front in fronts:

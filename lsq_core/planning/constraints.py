@@ -1,4 +1,4 @@
-"""What a request restricts plans to: a server's configurations, ties, and pins."""
+"""Restrictions that a request puts on plans: a server's configurations, ties and pins."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ def restrict(problem: Problem, request: PlanRequest) -> Problem:
     Raises
     ------
     InputError
-        If a tie names no module of the model, the server has nothing for some matrix, or a pin
-        is wrong (:func:`lsq_core.planning.pins.apply_pins`).
+        If a tie names a module that the model lacks or joins no modules, the server and ties leave
+        some matrix without a configuration, or a pin is invalid
+        (:func:`lsq_core.planning.pins.apply_pins`).
     """
     return apply_pins(apply_ties(problem, request), request.pins)
 
@@ -29,7 +30,7 @@ def apply_ties(problem: Problem, request: PlanRequest) -> Problem:
     Raises
     ------
     InputError
-        As :func:`restrict`.
+        As for :func:`restrict`, except for pins.
     """
     if not request.has_ties:
         return problem

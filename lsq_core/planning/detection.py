@@ -1,4 +1,4 @@
-"""Algorithm 1 of [A]: outlier layers by the differences between neighbours."""
+"""Algorithm 1 of [A]: outlier layers, detected by differences between neighbours."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-#: Share trimmed at each end before mean and deviation are computed, and the z-score threshold.
+#: Fraction trimmed at each end before the mean and standard deviation are computed, and the z-score
+#: threshold.
 TRIM_FRACTION = 0.05
 THRESHOLD = 3.0
 
@@ -15,8 +16,8 @@ THRESHOLD = 3.0
 class Detection:
     """Algorithm 1 applied to one series of scores, one for each layer that has the module type.
 
-    ``differences``, ``z`` and ``rises``, whether the score is above the previous layer's, are
-    (layers − 1,); ``flagged`` holds indices into the series, the strongest first.
+    ``differences``, ``z`` and ``rises`` (whether the score exceeds the previous layer's) are
+    (layers − 1,). ``flagged`` holds indices into the series, strongest first.
     """
 
     differences: np.ndarray
@@ -30,16 +31,18 @@ class Detection:
 def detect_outliers(
     series: np.ndarray, *, ratios: bool, top_m: int = 0, threshold: float = THRESHOLD
 ) -> Detection:
-    """Flag the layers whose score differs unusually from that of the previous layer.
+    """Flag layers whose score differs unusually from the previous layer's.
 
     Parameters
     ----------
     series
         Scores in layer order, (layers,).
     ratios
-        SensiBoost divides neighbours (True), KurtBoost subtracts them (False).
+        Whether to divide neighbouring scores (SensiBoost) or subtract them (KurtBoost).
     top_m
-        Keep the strongest ``m``; 0 keeps all.
+        Keep only the strongest ``top_m``; 0 keeps all.
+    threshold
+        The z-score above which a layer is flagged.
 
     Example
     -------
@@ -64,16 +67,16 @@ def detect_outliers(
 
 
 def largest_possible_z(layers: int) -> float:
-    """Return the largest z-score that ``layers`` scores can have if nothing is trimmed.
+    """Return the largest z-score possible for ``layers`` scores if nothing is trimmed.
 
-    With ``n`` differences it is ``(n − 1)/√n``; below 20 differences a 5 % cut removes none.
+    For ``n`` differences this is ``(n − 1)/√n``; with fewer than 20, a 5 % cut trims none.
     """
     n = layers - 1
     return (n - 1) / np.sqrt(n) if n > 1 else 0.0
 
 
 def shallow_model_note(layers: int) -> str:
-    """Return a note on a model too shallow for Algorithm 1; '' for one that is deep enough."""
+    """Return a note if a model is too shallow for Algorithm 1, else ''."""
     if largest_possible_z(layers) <= THRESHOLD:
         return (
             f"With {layers} layers no score can pass Algorithm 1's threshold of 3 "

@@ -1,10 +1,10 @@
 """The exact optimum of a multiple-choice knapsack at one budget, with a proven bound.
 
-The Lagrangian bound fixes most matrices: an option is excluded if its best plan costs no less than
-the frontier's. The remaining ones are searched by dynamic programming, the matrices nearest to the
-break first, over undominated states within the bound (Pisinger's minimal core, EJOR 83, 1995). On
-language models that takes milliseconds to a second. If it grows too large, PuLP's CBC solves what
-the improved bound leaves open.
+The Lagrangian bound fixes most matrices: an option is excluded if no plan that uses it can cost
+less than the frontier's. Dynamic programming searches the remaining options over undominated states
+within the bound, starting with the matrices nearest to the break (Pisinger's minimal core, EJOR 83,
+1995). For language models this takes from milliseconds to a second. If the search grows too large
+or takes too long, PuLP's CBC solves what the improved bound leaves open.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from lsq_core.planning.frontier import Frontier, FrontierPoint
 from lsq_core.planning.greedy import total
 from lsq_core.planning.problem import TOLERANCE
 
-#: Relative gap at which CBC may stop, and the time limit in seconds.
+#: Relative gap at which CBC may stop, and the time limit for the entire solve in seconds.
 RELATIVE_GAP = 1e-4
 TIME_LIMIT = 60
-#: Most states that the search stores, at five bytes each.
+#: Number of states, five bytes each, beyond which the search stops.
 MAX_STATES = 40_000_000
 
 
 @dataclass(frozen=True, eq=False)
 class ExactSolution:
-    """The outcome of an exact solve: a choice, its cost, and a bound that is proven.
+    """The outcome of an exact solve: a choice, its cost, and a proven lower bound.
 
-    ``proven`` is False when the time ran out; then ``reason`` says so.
+    ``proven`` is False if the time limit was reached; ``reason`` then says so.
     """
 
     choice: np.ndarray
@@ -47,10 +47,11 @@ def solve_exactly(
     time_limit: float = TIME_LIMIT,
     max_states: int = MAX_STATES,
 ) -> ExactSolution:
-    """Find the optimum within a budget in nominal bytes: by search, or by CBC if that is too large.
+    """Find the optimum within a budget in nominal bytes.
 
-    A plan that the search finished is optimal to rounding; one that CBC finished is within ``gap``.
-    The choice is of matrices, (n,); the search is one of items.
+    The plan is optimal up to rounding if the search completes. If it grows too large or slow, CBC
+    takes over, and its plan is within ``gap`` if it completes. The returned choice is over
+    matrices, (n,), although the search is over items.
     """
     solution = _solve_items(frontier, budget, gap, time_limit, max_states)
     return replace(solution, choice=frontier.expand(solution.choice))
@@ -71,19 +72,19 @@ def _solve_items(
 
 
 def _reduced_costs(frontier: Frontier, point: FrontierPoint) -> np.ndarray:
-    """Return each option's ``cost + price·bytes`` less its matrix's minimum, (n, options), ≥ 0.
+    """Return each option's ``cost + price·bytes`` minus its matrix's minimum, (n, options), ≥ 0.
 
-    A plan that uses a stop costs at least the Lagrangian bound plus this.
+    A plan that uses an option costs at least the Lagrangian bound plus this.
     """
     relaxed = frontier.cost + point.segment.price(point.taken) * frontier.nominal
     return relaxed - relaxed.min(axis=1, keepdims=True)
 
 
 class _Search:
-    """Dynamic programming over changes from where the frontier's moves end.
+    """Dynamic programming over changes from the choice after the frontier's moves.
 
-    A state is the bytes and cost added so far; ``trace`` remembers for each matrix searched which
-    state each came from and by which stop, so that the best one's stops can be read back.
+    A state is the bytes and cost added so far. For each matrix searched, ``trace`` stores each
+    state's parent and the option that led to it, so the best choice can be reconstructed.
     """
 
     def __init__(
@@ -103,7 +104,7 @@ class _Search:
         self.trace: list[tuple[int, np.ndarray, np.ndarray]] = []
 
     def run(self, deadline: float) -> tuple[np.ndarray, bool]:
-        """Return the best choice found, and whether the search was completed."""
+        """Return the best choice found and whether the search completed."""
         size, cost = np.zeros(1), np.zeros(1)
         min_reduced, best_state, num_states = self.reduced.min(axis=1), None, 0
         for matrix in self._order():
@@ -121,19 +122,19 @@ class _Search:
         return self._backtrack(best_state), True
 
     def _order(self) -> np.ndarray:
-        """Sort matrices by the least reduced cost per byte changed, nearest to the break first."""
+        """Sort matrices by least reduced cost per byte changed, nearest to the break first."""
         changed = np.where(self.extra_bytes == 0, 1.0, np.abs(self.extra_bytes))
         return np.argsort((self.reduced / changed).min(axis=1), kind="stable")
 
     @property
     def _slack(self) -> float:
-        """Return the gap between the best plan so far and the bound."""
+        """The gap between the best plan so far and the bound."""
         return self.best + self.price * self.room
 
     def _extend(
         self, matrix: int, size: np.ndarray, cost: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the states after one more matrix, by size, each cheaper than all smaller ones."""
+        """Extend states by one matrix; return them by size, each cheaper than all smaller ones."""
         stops = np.flatnonzero(self.reduced[matrix] < self._slack)
         options = np.concatenate([[self.start[matrix]], stops])
         sizes = (size[None, :] + self.extra_bytes[matrix, options][:, None]).ravel()
@@ -165,12 +166,12 @@ def _solve_with_cbc(
     seconds: float,
     time_limit: float,
 ) -> ExactSolution:
-    """Solve what the search left open by an integer program; ``best`` is the best choice so far."""
+    """Solve what the search left open as an integer program; ``best`` is the best choice so far."""
     import pulp
 
     usable = _open_stops(frontier, point, best)
-    # CBC satisfies a constraint only within its tolerance: if the plan exceeds the budget by it,
-    # it is solved again with a budget tighter by 1e-6, and only the first bound is valid.
+    # CBC satisfies a constraint only within its tolerance. If that puts the plan over the budget,
+    # solve again with a budget tighter by a factor of 1e-6; only the first bound is valid.
     first = _solve(frontier, usable, budget, gap, seconds)
     choice, status = first
     if choice is not None and total(frontier.nominal, choice) > budget * (1 + TOLERANCE):
@@ -178,7 +179,7 @@ def _solve_with_cbc(
     if choice is None or frontier.objective(choice) > frontier.objective(best):
         choice = best
     objective = frontier.objective(choice)
-    # CBC also reports an optimum when it ran out of time; the solution's status distinguishes them.
+    # CBC also reports an optimum when it runs out of time; the solution status distinguishes them.
     proven = status == pulp.LpSolutionOptimal and first[0] is not None
     bound = point.lower_bound
     if proven:
@@ -188,7 +189,7 @@ def _solve_with_cbc(
 
 
 def _open_stops(frontier: Frontier, point: FrontierPoint, best: np.ndarray) -> np.ndarray:
-    """Return which options (n, options) a plan cheaper than the best so far may use, or its own."""
+    """Return which options a plan cheaper than ``best`` may use, or ``best`` does, (n, options)."""
     objective = frontier.objective(best)
     slack = 1e-9 * abs(objective)
     usable = point.lower_bound + _reduced_costs(frontier, point) <= objective + slack
@@ -199,7 +200,10 @@ def _open_stops(frontier: Frontier, point: FrontierPoint, best: np.ndarray) -> n
 def _solve(
     frontier: Frontier, usable: np.ndarray, budget: float, gap: float, seconds: float
 ) -> tuple[np.ndarray | None, int]:
-    """Solve an integer program scaled to a budget of 1; the choice or None, and PuLP's status."""
+    """Solve the integer program, scaled to a budget of 1.
+
+    Returns the choice, None if none was found, and PuLP's solution status.
+    """
     import pulp
 
     rows = [[int(j) for j in np.flatnonzero(row)] for row in usable]

@@ -1,4 +1,4 @@
-"""The scores and z-scores that explain why a planner gave a matrix its bits."""
+"""Scores and z-scores that explain why a planner gave a matrix its bits."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from lsq_core.planning.request import PlanRequest
 def facts(
     problem: Problem, request: PlanRequest, titles: Mapping[str, str]
 ) -> dict[str, np.ndarray]:
-    """Return each score of the problem, and Algorithm 1's z-scores of what the method reads.
+    """Return all scores, and Algorithm 1's z-scores of kurtosis and the request's metric.
 
-    ``titles`` names the metrics. Arrays are (n,) in the order of the matrices, NaN for a missing
-    value: the first layer has no difference to a previous layer.
+    Z-scores are included only for metrics that the problem has. ``titles`` maps metrics to display
+    names. Arrays are (n,) in the order of the matrices, with NaN for missing values; the first
+    layer has no z-score because no layer precedes it.
     """
     found = {titles[metric]: values for metric, values in problem.scores.items()}
     for metric in ("kurtosis", request.metric):
@@ -30,7 +31,7 @@ def facts(
 
 
 def layer_means(problem: Problem, metric: str) -> np.ndarray:
-    """Return the mean score of each layer's matrices (layers,), layers ascending; NaN for none."""
+    """Return each layer's mean score, (layers,), layers ascending; NaN if it has no scores."""
     layers = np.array([m.layer for m in problem.matrices])
     scores = problem.scores[metric]
     known = np.isfinite(scores)
@@ -42,7 +43,7 @@ def layer_means(problem: Problem, metric: str) -> np.ndarray:
 
 
 def z_scores(problem: Problem, metric: str) -> np.ndarray:
-    """Return Algorithm 1's z for each matrix (n,): how unusual the step to its layer is."""
+    """Return Algorithm 1's z-score for each matrix, (n,): how unusual the step to its layer is."""
     found = detect_by_type(problem, metric, top_m=0)
     z = np.full(len(problem.matrices), np.nan)
     for i, matrix in enumerate(problem.matrices):

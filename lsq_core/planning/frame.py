@@ -10,10 +10,10 @@ import pandas as pd
 
 
 def plan_to_frame(content: Mapping[str, Any]) -> pd.DataFrame:
-    """A plan as a frame: ``module, layer, type, config, z``, without rows if it has no modules.
+    """Return a plan as a frame: ``module, layer, type, config, z``, empty if it has no modules.
 
-    ``content`` is what :meth:`Plan.to_json` gave; ``z`` is what ranked a module
-    that the method raised, else NaN.
+    ``content`` is the output of :meth:`Plan.to_json`. ``z`` is the score that ranked a module that
+    the method promoted, NaN for the others.
     """
     flagged = content.get("flagged") or {}
     rows = [

@@ -1,12 +1,12 @@
-"""The plans of a method for every budget: starting points, and the moves from each in order.
+"""A method's plans for every budget: starting points, and an ordered list of moves from each.
 
-The plan for a budget is looked up: the largest start that fits, then its moves as far as they fit,
-then, for the knapsack methods, a deterministic fill of the rest. Uniform is twelve starts
-without moves; a boost with a fixed base is one start with its moves; a boost with an automatic
-base is twelve of those; a knapsack is one start with the moves of its convex hull; high-impact
-ratios, which are chosen together, are complete plans one after another.
+The plan for a budget is looked up: take the largest start that fits, then its moves in order until
+one does not fit, and for the knapsack methods fill the rest of the budget deterministically.
+Uniform has one start for each base, without moves. A boost has one start with moves for a fixed
+base, and one for each usable base otherwise. A knapsack has one start with the moves of its convex
+hull. High-impact ratios, which are chosen jointly, are a sequence of complete plans.
 
-Nominal bytes are multiples of 2⁻⁷, so their float64 sums are exact and the browser, doing the same
+Nominal bytes are multiples of 2⁻⁷, so their float64 sums are exact and the browser, taking the same
 steps, finds the same plan.
 """
 
@@ -30,10 +30,10 @@ from lsq_core.planning.problem import TOLERANCE
 
 @dataclass(frozen=True)
 class Move:
-    """A change of one matrix to ``stop``, and the nominal bytes of the plan after it.
+    """A change of one matrix to option ``stop``, and the nominal bytes of the plan after it.
 
-    Where matrices are tied, ``matrix`` counts items. ``priority`` ranks the move: a z-score, the
-    order of a draw, or the cost that it saves.
+    If matrices are tied, ``matrix`` is the index of an item. ``priority`` is the score that ranks
+    the move (a z-score, a standard score, or a rank from a random draw) or the cost that it saves.
     """
 
     matrix: int
@@ -44,7 +44,7 @@ class Move:
 
 @dataclass(frozen=True, eq=False)
 class Segment:
-    """A complete choice (n,) and the moves from it, in the order in which they are taken."""
+    """A complete choice (n,) and the moves from it, in the order they are taken."""
 
     start: np.ndarray
     start_bytes: float
@@ -60,7 +60,7 @@ class Segment:
 
     @cached_property
     def steps(self) -> MoveSteps:
-        """The moves in the form of the greedy search."""
+        """The moves in the form used by the greedy search."""
         current, left = self.start.tolist(), []
         for move in self.moves:
             left.append(current[move.matrix])
@@ -70,7 +70,7 @@ class Segment:
         return MoveSteps(matrices.tolist(), left, stops.tolist(), size.tolist())
 
     def price(self, taken: int) -> float:
-        """Return the cost saved per byte by the first move not taken; 0 if all are taken."""
+        """Return the cost saved per byte by the first move not taken, 0 if all are taken."""
         if taken == len(self.moves):
             return 0.0
         return self.moves[taken].priority / self.steps.size[taken]
@@ -80,23 +80,24 @@ class Segment:
         return self.moves[count - 1].bytes_after if count else self.start_bytes
 
     def count_within(self, budget: float) -> int:
-        """Return the number of moves that fit, taken in order up to the first that does not."""
+        """Return the number of moves that fit, in order, before the first that does not."""
         return int(np.searchsorted(self._move_arrays[2], budget * (1 + TOLERANCE), side="right"))
 
     def after(self, count: int) -> np.ndarray:
         """Return the choice (n,) after ``count`` moves."""
         matrices, stops, _ = self._move_arrays
         choice = self.start.copy()
-        choice[matrices[:count]] = stops[:count]  # of several moves of a matrix the last counts
+        choice[matrices[:count]] = stops[:count]  # the last of a matrix's moves wins
         return choice
 
 
 @dataclass(frozen=True, eq=False)
 class FrontierPoint:
-    """A frontier's plan for a budget; ``segment`` is in items, the choice as it was asked for.
+    """A frontier's plan for a budget.
 
-    ``objective`` and ``lower_bound`` are in the unit of the method's cost, None if it has none; no
-    plan within the budget costs less than ``lower_bound``.
+    ``segment`` is over items; ``choice`` is over matrices or items, depending on the method that
+    returned it. ``objective`` and ``lower_bound`` are in the unit of the method's cost, None if it
+    has none; no plan within the budget costs less than ``lower_bound``.
     """
 
     choice: np.ndarray
@@ -108,13 +109,13 @@ class FrontierPoint:
 
 @dataclass(frozen=True, eq=False)
 class Frontier:
-    """Segments in the order of their starts' bytes, and the tables of the fill.
+    """Segments sorted by the bytes of their starts, and the tables used to fill a budget.
 
-    All of them have a row for each item, which is a matrix or several tied ones. ``nominal`` and
-    ``cost`` are (n, options); ``cost`` is None for methods that leave the rest of a budget unspent,
-    and infinite for configurations that may not be chosen. If the cost is not a sum over matrices,
-    every segment is a complete plan without moves, ``losses`` (segments,) holds their costs and
-    ``lower_bounds`` a bound for all plans of at most the same size.
+    Segments and tables have one row for each item, which is a matrix or a group of tied matrices.
+    ``nominal`` and ``cost`` are (n, options). ``cost`` is None for methods that leave the rest of a
+    budget unspent, and infinite for configurations that may not be chosen. If the cost is not a sum
+    over matrices, every segment is a complete plan without moves, ``losses`` (segments,) holds the
+    plans' costs, and ``lower_bounds`` (segments,) bounds the cost of any plan of at most that size.
     """
 
     segments: tuple[Segment, ...]
@@ -124,11 +125,11 @@ class Frontier:
     lower_bounds: np.ndarray | None = None
     #: Notes that apply to every plan of the frontier.
     notes: tuple[str, ...] = ()
-    #: The item of each matrix, int64 (n,); None where every matrix is one.
+    #: The item of each matrix, int64 (n,); None if every matrix is its own item.
     items: np.ndarray | None = None
 
     def expand(self, choice: np.ndarray) -> np.ndarray:
-        """Return the choice (…, n) of matrices that a choice (…, items) is."""
+        """Expand a choice over items, (…, items), to one over matrices, (…, n)."""
         return choice if self.items is None else choice[..., self.items]
 
     def matrices_of(self, item: int) -> np.ndarray:
@@ -141,7 +142,7 @@ class Frontier:
         return self.segments[0].start_bytes
 
     def can_reach(self, budget: float) -> bool:
-        """Return whether some plan is within a budget in nominal bytes."""
+        """Return whether any plan is within a budget in nominal bytes."""
         return self.smallest <= budget * (1 + TOLERANCE)
 
     @cached_property
@@ -149,9 +150,9 @@ class Frontier:
         return np.array([s.start_bytes for s in self.segments])
 
     def at(self, budget: float) -> FrontierPoint:
-        """Return the plan for a budget in nominal bytes; an infinite budget takes every move.
+        """Return the plan for a budget in nominal bytes, with a choice over matrices, (n,).
 
-        Its choice is of matrices, (n,).
+        An infinite budget takes every move.
 
         Raises
         ------
@@ -162,7 +163,7 @@ class Frontier:
         return point if self.items is None else replace(point, choice=point.choice[self.items])
 
     def at_items(self, budget: float) -> FrontierPoint:
-        """Return the same plan as a choice of items."""
+        """Return the same plan as :meth:`at`, with a choice over items."""
         limit = budget * (1 + TOLERANCE)
         if not self.can_reach(budget):
             raise ValueError("the budget is below the smallest plan")
@@ -181,7 +182,7 @@ class Frontier:
         return FrontierPoint(choice, segment, taken, self.objective(choice), bound)
 
     def _spend_budget(self, segment: Segment, taken: int, limit: float) -> np.ndarray:
-        """Return the better of two ends: below the budget, or over it by a move and repaired."""
+        """Return the better of two fills: from below the budget, or one move over and repaired."""
         steps, tables = segment.steps, (self.nominal, self.cost, limit)
         room = limit - segment.bytes_after(taken)
         best = fill_budget(take_fitting_moves(steps, taken, segment.after(taken), room), *tables)
@@ -196,16 +197,16 @@ class Frontier:
         return back if self.objective(back) < self.objective(best) else best
 
     def objective(self, choice: np.ndarray) -> float:
-        """Return the total cost of a choice of items."""
+        """Return the total cost of a choice over items."""
         return total(self.cost, choice)
 
     def _lower_bound(
         self, segment: Segment, taken: int, choice: np.ndarray, budget: float
     ) -> float:
-        """Return the Lagrangian bound: the next move at its own price for the rest of the budget.
+        """Return the Lagrangian bound: spend the rest of the budget at the next move's price.
 
-        Moves are ordered by price, so this is the optimum of the relaxed problem, in which a move
-        may be taken in part, less a margin for rounding errors.
+        Moves are ordered by price, so this is the optimum of the relaxed problem in which a move
+        may be taken partially, less a margin for rounding errors.
         """
         bound = self.objective(choice)
         if taken < len(segment.moves):
@@ -217,9 +218,9 @@ class Frontier:
 def build_moves(
     start: np.ndarray, requested_moves: list[tuple[int, int, float]], nominal: np.ndarray
 ) -> tuple[Move, ...]:
-    """Make moves from ``(matrix, stop, priority)`` in order, with the bytes after each.
+    """Build moves from ordered ``(matrix, stop, priority)`` tuples, with the bytes after each.
 
-    ``nominal`` is (n, options). Moves that change nothing are left out.
+    ``nominal`` is (n, options). Moves that change nothing are omitted.
     """
     current = start.copy()
     total = float(nominal[np.arange(len(start)), start].sum())

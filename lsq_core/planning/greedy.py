@@ -1,13 +1,14 @@
 """Greedy search that spends the rest of a knapsack's budget after the hull's moves.
 
-Moves are taken by price, so the last one that fits leaves part of the budget. Two alternatives are
-tried: skip moves that don't fit and take later ones (:func:`take_fitting_moves`), or take the move
-that doesn't fit and undo earlier ones (:func:`undo_moves`). The rest then goes to single changes
-off the hull (:func:`fill_budget`).
+Moves are taken by price, so part of the budget is left after the last one that fits. Two
+alternatives are tried: skip moves that don't fit and take later ones (:func:`take_fitting_moves`),
+or take the move that doesn't fit and undo earlier ones (:func:`undo_moves`). The rest is then spent
+on single changes off the hull (:func:`fill_budget`).
 
-Ties go to the first matrix and then to the lowest configuration, and every sum runs from first to
-last, so that the browser, taking the same steps in the same order, finds the same plan to the last
-bit. Tables are (n, options) nominal bytes and costs; a choice is (n,); no argument is modified.
+Equal gains are resolved in favour of the first matrix and then the lowest configuration, and every
+sum runs from first to last, so the browser, taking the same steps in the same order, finds exactly
+the same plan. Tables of nominal bytes and costs are (n, options); a choice is (n,). No argument is
+modified.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class MoveSteps:
-    """The moves of a segment in order: the matrix, the stops left and reached, the bytes added."""
+    """A segment's moves in order: matrix, old option (``left``), new option, and bytes added."""
 
     matrix: list[int]
     left: list[int]
@@ -29,12 +30,12 @@ class MoveSteps:
 
     @cached_property
     def smallest(self) -> float:
-        """The fewest bytes that a move adds; with less room none is taken or undone."""
+        """The fewest bytes that any move adds; with less room, no move is taken or undone."""
         return min(self.size, default=0.0)
 
 
 def take_fitting_moves(steps: MoveSteps, taken: int, choice: np.ndarray, room: float) -> np.ndarray:
-    """Take each later move that fits, except those of a matrix with a skipped move."""
+    """Take each later move that fits; once a matrix's move doesn't fit, skip its later ones."""
     choice, missed = choice.copy(), set()
     for k in range(taken, len(steps.matrix)):
         if room < steps.smallest:
@@ -53,8 +54,8 @@ def take_fitting_moves(steps: MoveSteps, taken: int, choice: np.ndarray, room: f
 def undo_moves(steps: MoveSteps, taken: int, choice: np.ndarray, room: float) -> np.ndarray:
     """Undo moves before the last one taken, latest first, while the room is negative.
 
-    Only moves that are no larger than the deficit are undone, and none of a matrix before one that
-    stays; the last move stays. The result may still be over the budget.
+    Only moves no larger than the deficit are undone. The last move stays, and if a move stays, so
+    do the earlier moves of the same matrix. The result may still be over the budget.
     """
     choice, locked = choice.copy(), {steps.matrix[taken - 1]}
     for k in range(taken - 2, -1, -1):
@@ -74,7 +75,10 @@ def undo_moves(steps: MoveSteps, taken: int, choice: np.ndarray, room: float) ->
 def fill_budget(
     choice: np.ndarray, nominal: np.ndarray, cost: np.ndarray, limit: float
 ) -> np.ndarray:
-    """Spend the rest of the budget: repeat the change that saves most cost among those that fit."""
+    """Spend the rest of the budget: repeatedly make the change that fits and saves the most cost.
+
+    Only changes that add bytes are considered.
+    """
     choice = choice.copy()
     left = limit - total(nominal, choice)
     more, saved = _changes(nominal, cost, choice)
@@ -107,14 +111,14 @@ def repair_budget(
 
 
 def total(table: np.ndarray, choice: np.ndarray) -> float:
-    """Return the sum of a table's entries at a choice, added from first to last."""
+    """Sum a table's entries at a choice, from first to last."""
     return float(np.add.accumulate(table[np.arange(len(choice)), choice])[-1])
 
 
 def _changes(
     nominal: np.ndarray, cost: np.ndarray, choice: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the bytes added and the cost saved, (n, options), by every change of the choice."""
+    """Return the bytes added and the cost saved by each single change, both (n, options)."""
     rows = np.arange(len(choice))
     return (
         nominal - nominal[rows, choice][:, None],

@@ -1,7 +1,7 @@
 """Multiple-choice knapsacks: one configuration per matrix, least total cost within a budget.
 
-The frontier is computed from the lower convex hulls of each matrix's (bytes, cost) points, merged
-by price (method §5).
+The frontier merges, by price, the lower convex hulls of each matrix's (bytes, cost) points
+(method §5).
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from lsq_core.planning.problem import Problem
 
 
 def hull_frontier(cost: np.ndarray, problem: Problem) -> Frontier:
-    """Return the frontier of a cost (n, options): the smallest of them, then hull steps by price.
+    """Return the frontier for costs (n, options): the smallest plan, then hull steps by price.
 
-    Tied matrices are one item, at the sum of their costs. One without any cost, as it was not
-    measured, gets the most bits that it may have, and the frontier's notes name it.
+    Tied matrices form one item whose cost is the sum of theirs. An item without any measured cost
+    gets the highest option that it may have and is mentioned in the frontier's notes.
 
     Raises
     ------
     InputError
-        If nothing is allowed for some matrix.
+        If no option is allowed for some matrix.
     """
     problem.check_options()
     cost = problem.sum_items(np.where(problem.allowed & np.isfinite(cost), cost, np.inf))
@@ -61,8 +61,8 @@ def _unmeasured_note(names: list[str]) -> tuple[str, ...]:
 def lower_hull(size: np.ndarray, cost: np.ndarray, stops: np.ndarray) -> list[int]:
     """Return the options on the lower convex hull by size, each cheaper than the previous one.
 
-    Prices fall strictly from step to step, so sorting all matrices' steps by price keeps each
-    matrix's own steps in order.
+    Prices fall strictly from step to step, so sorting the steps of all matrices by price preserves
+    the order of each matrix's own steps.
     """
     hull: list[int] = []
     for stop in sorted(stops, key=lambda j: (size[j], cost[j])):

@@ -1,8 +1,8 @@
-"""The nominal bytes that a budget leaves a method's plan.
+"""Conversion of a budget to a limit in nominal bytes.
 
-Frontiers are of nominal bytes. A budget in bits per parameter is one of those; a budget in bytes
-bounds the planned bytes, which are more by an overhead that depends on the plan's group sizes. The
-browser takes the same steps (``limitOf`` in ``frontier.js``).
+Frontiers are measured in nominal bytes. A budget in bits per parameter translates directly; a
+budget in bytes bounds the planned bytes, which exceed the nominal bytes by an overhead that depends
+on the plan's group sizes. The browser takes the same steps (``limitOf`` in ``frontier.js``).
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from lsq_core.planning.frontier import Frontier
 from lsq_core.planning.problem import TOLERANCE, Problem
 from lsq_core.units import format_bytes
 
-#: A plan that stores this share of a budget in bytes has spent it; one that stores less is tried at
-#: limits between the last one that was too large and its own, halving the distance so many times.
+#: A plan that uses at least this share of a budget in bytes counts as having spent it. Otherwise
+#: the limit is bisected, at most ``_HALVINGS`` times, towards the last one that was too large.
 _SPENT = 0.999
 _HALVINGS = 12
 
 
 class OutOfReach(InputError):
-    """No plan from a base is within the budget."""
+    """Raised if no plan from a base is within the budget."""
 
     def __init__(self, budget: Budget, smallest: str) -> None:
         super().__init__(
@@ -39,10 +39,11 @@ Choose = Callable[[float], np.ndarray]
 def nominal_limit(
     frontier: Frontier, problem: Problem, budget: Budget | None, metadata: str
 ) -> float:
-    """Return the nominal bytes within which a plan is within a budget; infinite without one.
+    """Return the limit in nominal bytes at which a plan meets a budget, infinite if it is None.
 
-    For a budget in bytes that is the budget less the overhead of a plan: at first none, then that
-    of the last plan found, until a plan fits.
+    For a budget in bytes, the limit starts at the budget itself; until a plan fits, it is lowered
+    to the budget less the overhead of the plan found. If too much of the budget is then unspent,
+    the limit is raised by bisection.
 
     Raises
     ------
@@ -80,7 +81,7 @@ def nominal_limit(
 def lower_limit(
     choose: Choose, limit: float, problem: Problem, budget: Budget, metadata: str
 ) -> float:
-    """Lower a nominal limit until the choice that is found for it is within a budget in bytes."""
+    """Lower a nominal limit until the choice found for it is within a budget in bytes."""
     while True:
         choice = choose(limit)
         excess = problem.planned_total(choice, metadata) - budget.planned_bytes
@@ -90,8 +91,8 @@ def lower_limit(
 
 
 def _below(nominal: float, excess: float) -> float:
-    """Return a limit that is smaller by an excess, and never allows the same plan again.
+    """Return a limit lower by an excess, and low enough to rule out the same plan.
 
-    A limit allows what is larger by rounding, and next to gigabytes a few bytes are no more.
+    Limits have a relative tolerance, which for gigabytes may cover an excess of a few bytes.
     """
     return min(nominal - excess, nominal * (1 - 2 * TOLERANCE))

@@ -1,4 +1,4 @@
-"""Make a plan, or the frontier of all budgets, from a problem and a request."""
+"""Make a plan, or the frontier of plans for all budgets, from a problem and a request."""
 
 from __future__ import annotations
 
@@ -34,14 +34,15 @@ def make_plan(
 ) -> Plan:
     """Make a method's plan for a base configuration, a budget, or a base capped by a budget.
 
-    ``frontier`` is the result of :func:`make_frontier` for the same request with its restrictions
-    (:func:`lsq_core.planning.constraints.restrict`); it is computed if not given.
+    ``frontier`` is the result of :func:`make_frontier` for the same request and the restricted
+    problem (:func:`lsq_core.planning.constraints.restrict`); it is computed if not given.
 
     Raises
     ------
     InputError
-        If the method is unknown, neither base nor budget is given, the budget is out of reach,
-        the base's groups don't fill a matrix, or ties, server and pins cannot be met.
+        If the method is unknown or doesn't support the request's fields, neither base nor budget is
+        given, the budget is out of reach, the base's groups don't fill a matrix, or the ties,
+        server or pins cannot be satisfied.
     """
     planner = get_planner(request.method)
     problem = problem.with_options(planner.options(request))
@@ -78,7 +79,7 @@ def make_plan(
 
 
 def _check_size_given(planner: Planner, request: PlanRequest) -> None:
-    """Raise :class:`InputError` for a request without a size, or by one that its method lacks."""
+    """Raise :class:`InputError` if no size is given or the method doesn't support the request."""
     if request.budget is None and request.base is None:
         raise InputError(
             "Give a base configuration (such as 3.13), a budget (such as 3.2bpp), or both."
@@ -92,12 +93,13 @@ def _check_size_given(planner: Planner, request: PlanRequest) -> None:
 
 
 def make_frontier(problem: Problem, request: PlanRequest) -> Frontier:
-    """Compute a method's plans for every budget; its restrictions are already in the problem.
+    """Compute a method's plans for every budget; the problem must already be restricted.
 
     Raises
     ------
     InputError
-        If the groups of the base, or of every configuration, fail to fill some matrix.
+        If the method doesn't support the ladder, the base cannot be used for some matrix, or no
+        base is given and no configuration can be used for every matrix.
     """
     planner = get_planner(request.method)
     problem = problem.with_options(planner.options(request))
@@ -117,7 +119,7 @@ def make_frontier(problem: Problem, request: PlanRequest) -> Frontier:
 
 @dataclass(frozen=True, eq=False)
 class _Selection:
-    """A choice (n,), its base, the score that ranked each moved matrix, and notes."""
+    """A choice (n,), its base, the score that ranked each promoted matrix, and notes."""
 
     stops: np.ndarray
     base: str | None = None
@@ -125,12 +127,12 @@ class _Selection:
     notes: tuple[str, ...] = ()
     objective: float | None = None
     lower_bound: float | None = None
-    #: Whether it has every move from its base, so that more budget changes nothing.
+    #: Whether every move from the base is taken, so that none is left for the rest of the budget.
     is_last: bool = False
 
 
 def _limit(frontier: Frontier, problem: Problem, request: PlanRequest, metadata: str) -> float:
-    """Return the nominal bytes that a request's budget leaves its plan, infinite without one."""
+    """Return the limit in nominal bytes for a request's budget, infinite without a budget."""
     budget = request.resolve_budget(problem, metadata)
     limit = nominal_limit(frontier, problem, budget, metadata)
     if request.exact and frontier.cost is not None and budget and budget.planned_bytes:
@@ -151,7 +153,7 @@ def _select_plan(
     request: PlanRequest,
     limit: float,
 ) -> _Selection:
-    """Return the frontier's plan within nominal bytes, or for a base alone all of its moves."""
+    """Return the plan within a limit in nominal bytes; an infinite limit takes every move."""
     point = frontier.at(limit)
     if not planner.has_base:
         if request.exact:
@@ -190,7 +192,7 @@ def _solve_exact(frontier: Frontier, limit: float) -> _Selection:
 
 
 def _notes(planner: Planner, problem: Problem, segment: Segment, taken: int) -> tuple[str, ...]:
-    """Return notes on a boost that has no effect."""
+    """Return notes for a boost on a shallow model or without effect."""
     if not planner.metrics:
         return ()
     shallow = shallow_model_note(1 + max(m.layer for m in problem.matrices))
@@ -205,7 +207,7 @@ def _notes(planner: Planner, problem: Problem, segment: Segment, taken: int) -> 
 def _unspent_note(
     planner: Planner, problem: Problem, stops: np.ndarray, budget: Budget, metadata: str
 ) -> str:
-    """Return a note on what is left of a budget, in the bytes that it bounds."""
+    """Return a note on the unspent part of a budget, in the kind of bytes that it bounds."""
     if budget.planned_bytes is None:
         left = budget.nominal_bytes - problem.nominal(stops)
     else:
@@ -219,9 +221,10 @@ def _unspent_note(
 def _cost_notes(
     problem: Problem, request: PlanRequest, chosen: _Selection, frontier: Frontier, metadata: str
 ) -> tuple[str, ...]:
-    """Return what ties and server cost, and what the pins do, a note each.
+    """Return one note on the cost of ties and server, and one on the cost of pins.
 
-    None for a refined plan: its costs were measured about a plan within the restrictions.
+    A refined plan gets no notes, because its costs were measured around a plan that already met the
+    restrictions.
     """
     notes: tuple[str, ...] = ()
     if get_planner(request.method).reads_refinement:
@@ -245,9 +248,9 @@ def _cost_note(
     what: str,
     metadata: str,
 ) -> tuple[str, ...]:
-    """Return a note on the cost of a restriction: bits for a base, else cost at the same budget.
+    """Return a note on the cost of a restriction: in bits for a base, else in the method's cost.
 
-    ``problem`` and ``request`` are those without it.
+    ``problem`` and ``request`` are without the restriction that ``what`` names.
     """
     try:
         free = make_frontier(problem, request)

@@ -1,4 +1,4 @@
-"""Pins: modules that the user fixes to a configuration or a range; the rest is planned."""
+"""Pins: modules that the user fixes to a configuration or a range of configurations."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from lsq_core.errors import InputError
 from lsq_core.model.info import Matrix
 from lsq_core.planning.problem import Problem
 
-#: The scopes of a pin that is made from one matrix.
+#: Scopes of a pin made from one matrix.
 SCOPES = ("module", "layer", "type")
 
 
 @dataclass(frozen=True)
 class Pin:
-    """A pattern of full module names, and the lowest and highest option that they may get."""
+    """A pattern for full module names, and the lowest and highest option that they may get."""
 
     pattern: str
     low: int
@@ -26,14 +26,14 @@ class Pin:
 
     @classmethod
     def parse(cls, text: str, options: tuple[Config, ...] = LADDER) -> Pin:
-        """Read ``*.layers.0.self_attn.*=b8g64`` or ``*.down_proj=b3g128..b4g64``.
+        """Parse ``*.layers.0.self_attn.*=b8g64`` or ``*.down_proj=b3g128..b4g64``.
 
-        With mixed rows among the options they read ``*.down_proj=b2h3r20g128``.
+        If the options are mixed rows, a pin has the form ``*.down_proj=b2h3r20g128``.
 
         Raises
         ------
         InputError
-            If it has another form, the method has no such option, or the range is reversed.
+            If the text has another form, the method has no such option, or the range is reversed.
         """
         pattern, separator, configs = text.rpartition("=")
         if not separator or not pattern.strip():
@@ -57,7 +57,7 @@ class Pin:
         high: int,
         options: tuple[Config, ...] = LADDER,
     ) -> Pin:
-        """Make a pin of a matrix's module (with all experts), of its layer or of its type."""
+        """Create a pin for a matrix's module (with all experts), its layer or its type."""
         before, _, inside = matrix.name.partition(f".{matrix.layer}.")
         inside = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", inside)
         layer = f"{before}.{matrix.layer}."
@@ -65,7 +65,7 @@ class Pin:
         return cls(patterns[scope], low, high, options)
 
     def __str__(self) -> str:
-        """The text that :meth:`parse` reads."""
+        """Return the text that :meth:`parse` accepts."""
         low, high = self.options[self.low].name, self.options[self.high].name
         return f"{self.pattern}={low}" + ("" if low == high else f"..{high}")
 
@@ -87,14 +87,15 @@ def _option_index(name: str, options: tuple[Config, ...]) -> int:
 
 
 def apply_pins(problem: Problem, pins: tuple[str, ...]) -> Problem:
-    """Restrict a problem to what the pins allow; pins of one module must overlap.
+    """Restrict a problem to the options that pins allow; pins on the same module must overlap.
 
-    A pin of a tied module holds for all that are tied to it.
+    A pin on a tied module applies to all modules tied to it.
 
     Raises
     ------
     InputError
-        If a pin matches no module, two contradict each other, or nothing is left for a matrix.
+        If a pin is invalid or matches no module, two contradict each other, or a matrix is left
+        without an option.
     """
     if not pins:
         return problem

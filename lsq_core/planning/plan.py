@@ -32,7 +32,7 @@ class Plan:
     """One configuration for each matrix.
 
     ``ranking_scores`` holds, for each matrix that was promoted from the base, the score that
-    ranked it (Algorithm 1's z-score; its standard score; for an ablation the order of the draw).
+    ranked it: Algorithm 1's z-score, a standard score, or for an ablation the order of the draw.
     """
 
     request: PlanRequest
@@ -43,18 +43,19 @@ class Plan:
     base: str | None = None
     ranking_scores: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    #: Bytes of the parameters outside of plans, in the checkpoint's dtype.
+    #: Bytes of the parameters that are not planned, in the checkpoint's dtype.
     other_bytes: int = 0
-    #: A knapsack's cost of this plan, and a lower bound for all plans within the budget.
+    #: The plan's cost, and a lower bound on the cost of any plan within the budget; None if the
+    #: method minimises no cost.
     objective: float | None = None
     lower_bound: float | None = None
     #: The quantizer whose storage format the planned bytes refer to.
     quantizer: str = "hqq"
-    #: Settings of the calibration corpus for the row scores or for the quantizer.
+    #: Settings of the calibration corpus used for row scores or by the quantizer.
     calibration: dict | None = None
-    #: The id of the profile that it was made from, None if its method needs none.
+    #: The id of the profile that the plan was made from, None if there is none; not in the JSON.
     profile: str | None = None
-    #: The high-impact rows of each matrix that has mixed rows, by its name.
+    #: The high-impact rows of each matrix with mixed rows, by matrix name.
     rows: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __repr__(self) -> str:
@@ -74,16 +75,16 @@ class Plan:
         )
 
     def to_frame(self) -> pd.DataFrame:
-        """The plan as a table: ``module, layer, type, config, z``, one row for each matrix.
+        """Return the plan as a table: ``module, layer, type, config, z``, one row per matrix.
 
-        ``z`` is what ranked a matrix that the method promoted, NaN for the others.
+        ``z`` is the score that ranked a matrix that the method promoted, NaN for the others.
         """
         from lsq_core.planning.frame import plan_to_frame
 
         return plan_to_frame(self.to_json())
 
     def figure(self) -> go.Figure:
-        """The plan as a Plotly heat map of configurations, layers by module types."""
+        """Return the plan as a Plotly heat map of configurations, layers by module types."""
         from lsq_core.charts.plans import plan_heatmap
 
         return plan_heatmap(self.to_frame())
@@ -103,12 +104,12 @@ class Plan:
 
     @cached_property
     def parameters(self) -> int:
-        """Weights of all planned matrices."""
+        """Number of weights in all planned matrices."""
         return sum(m.numel for m in self.matrices)
 
     @cached_property
     def nominal_bytes(self) -> float:
-        """Bytes of the linear weights by the papers' formula."""
+        """Bytes of the linear weights according to the papers' formula."""
         return self._sum_bytes(nominal_bytes)
 
     @property
@@ -118,13 +119,13 @@ class Plan:
 
     @cached_property
     def weight_only_bits(self) -> float:
-        """Bits per planned parameter of the codes alone."""
+        """Bits per planned parameter for the codes alone."""
         index = sum(c.index_bytes(m) for m, c in self.choice.items())
         return 8 * (self._sum_bytes(weight_only_bytes) - index) / self.parameters
 
     @cached_property
     def bits_with_fp16_metadata(self) -> float:
-        """Bits per planned parameter if scale and zero stayed fp16."""
+        """Bits per planned parameter if scales and zero points stayed in fp16."""
         return 8 * self._sum_bytes(fp16_metadata_bytes) / self.parameters
 
     @cached_property
@@ -136,12 +137,12 @@ class Plan:
 
     @property
     def model_bytes(self) -> int:
-        """Bytes of the model: planned bytes, and the rest in the checkpoint's dtype."""
+        """Bytes of the model: the planned bytes plus the rest in the checkpoint's dtype."""
         return self.planned_bytes + self.other_bytes
 
     @property
     def modules(self) -> dict[str, dict]:
-        """The configuration of each module by full name, as the command line prints it."""
+        """The configuration of each module by full name, as printed by the command line."""
         return {
             m.name: c.json_fields
             | {"config": c.name, "layer": m.layer, "type": m.type}
@@ -150,7 +151,7 @@ class Plan:
         }
 
     def summary(self) -> dict:
-        """Return the method and all sizes, by the names that the command line prints."""
+        """Return the method, settings and sizes under the names that the command line prints."""
         return {
             "method": self.method,
             "base": self.base,
@@ -168,14 +169,14 @@ class Plan:
         } | self._knapsack_bounds()
 
     def _knapsack_bounds(self) -> dict:
-        """Return the cost, certified bound and relative gap of a knapsack's plan, else nothing."""
+        """Return the plan's cost, certified bound and relative gap; empty if it has no cost."""
         if self.objective is None:
             return {}
         gap = (self.objective - self.lower_bound) / abs(self.objective) if self.objective else 0.0
         return {"objective": self.objective, "lower_bound": self.lower_bound, "gap": gap}
 
     def to_json(self) -> dict:
-        """Return all that is needed to apply the plan again; :meth:`from_json` reads it."""
+        """Return everything needed to apply the plan again, for :meth:`from_json`."""
         definition = {"request": self.request.to_json(), "modules": self.modules}
         return self.summary() | {"calibration": self.calibration} | definition
 
@@ -186,7 +187,7 @@ class Plan:
         Raises
         ------
         InputError
-            If it is not a plan, or one for another model; see
+            If the content is not a plan or is a plan for another model; see
             :func:`lsq_core.planning.saved.read_plan`.
         """
         saved = read_plan(content, matrices)

@@ -1,4 +1,4 @@
-"""The input of a planner: no torch, no store, no model in memory."""
+"""The input of a planner, which needs no torch, no store and no model in memory."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from lsq_core.planning.ties import merge_groups
 from lsq_core.quantization.registry import planned_bytes
 from lsq_core.units import format_bytes
 
-#: Relative tolerance of budgets, which are typed with few digits.
+#: Relative tolerance for budgets, which are typed with few digits.
 TOLERANCE = 1e-9
 
 
 @dataclass(frozen=True, eq=False)
 class Interactions:
-    """The effect of the ratios in one decoder block on a loss, alone and in pairs (M of method §7).
+    """The effect on a loss of one block's ratios, individually and in pairs (M of method §7).
 
-    ``units`` holds the matrices that share a ratio, as indices: single ones, or the experts of one
-    module type. ``matrix`` is (u·r, u·r), the options of a unit adjacent; for a one-hot δ it
-    predicts the loss ½·δᵀMδ. None if only row scores were requested.
+    Each unit is a tuple of indices of matrices that share a ratio: a single matrix, or the experts
+    of one module type. ``matrix`` is M (u·r, u·r), with the options of a unit adjacent; for a
+    one-hot δ the predicted loss is ½·δᵀMδ. It is None if only row scores were requested.
     """
 
     layer: int
@@ -34,10 +34,9 @@ class Interactions:
 
 @dataclass(frozen=True, eq=False)
 class Impact:
-    """Measurements of a model's rows, for planning them at two bit widths.
+    """Measurements of a model's rows, used to plan rows at two bit widths.
 
-    ``row_scores`` holds the mean squared gradient of each output row, (out,), in the order of the
-    matrices.
+    ``row_scores`` holds, for each matrix, the mean squared gradient of each output row, (out,).
     """
 
     row_scores: tuple[np.ndarray, ...]
@@ -48,11 +47,12 @@ class Impact:
 
 @dataclass(frozen=True, eq=False)
 class Refinement:
-    """What a search within a budget found (:mod:`lsq_core.refinement.search`).
+    """The result of a refinement search within a budget (:mod:`lsq_core.refinement.search`).
 
-    ``cost`` (n, options), in nats per token, is what the best plan minimises within the budget, and
-    ``bits_per_param`` its size. ``kl_start`` and ``kl`` are the divergences of the first plan and
-    of this one on the calibration text, ``steps`` the number of steps between them.
+    ``cost`` (n, options), in nats per token, is the cost that the best plan minimises within the
+    budget, and ``bits_per_param`` is that plan's size. ``kl_start`` and ``kl`` are the KL
+    divergences of the initial and the best plan on the calibration text, and ``steps`` is the
+    number of steps between them.
     """
 
     cost: np.ndarray
@@ -60,7 +60,7 @@ class Refinement:
     kl_start: float
     kl: float
     steps: int
-    #: Identifies the step in cache keys.
+    #: Identifies the search's last step in cache keys.
     mark: str = ""
 
 
@@ -68,37 +68,37 @@ class Refinement:
 class Problem:
     """The matrices of a model, the configurations that each can get, and their scores.
 
-    ``scores`` maps a metric to (n,) values, ``by_config`` to (n, options), both in the order of
-    ``matrices`` and NaN for a missing value; that of mixed rows has the ladder's configurations. A
-    choice (n,) holds indices into ``options``.
+    ``scores`` maps a metric to values (n,) and ``by_config`` to values (n, options), both in the
+    order of ``matrices`` with NaN for missing values. If the options are mixed rows, the columns of
+    ``by_config`` are still the ladder's configurations. A choice (n,) holds indices of ``options``.
     """
 
     matrices: tuple[Matrix, ...]
     scores: dict[str, np.ndarray] = field(default_factory=dict)
     by_config: dict[str, np.ndarray] = field(default_factory=dict)
-    #: First and last option that pins allow each matrix, int64 (n,); None without pins.
+    #: Lowest and highest option that pins allow for each matrix, int64 (n,); None without pins.
     pinned_low: np.ndarray | None = None
     pinned_high: np.ndarray | None = None
-    #: Configurations, from few bits to many.
+    #: Configurations, from fewest bits to most.
     options: tuple[Config, ...] = LADDER
     impact: Impact | None = None
     refinement: Refinement | None = None
-    #: Matrices that must get the same option, as indices: disjoint groups of two or more. Pins
-    #: allow the matrices of a group the same.
+    #: Matrices that must get the same option: disjoint groups of two or more indices. Pins allow
+    #: the same options for all matrices of a group.
     groups: tuple[tuple[int, ...], ...] = ()
-    #: Options that the server of a plan has, bool (n, options), and a clause that says so.
+    #: Options that the plan's server supports, bool (n, options), and a clause that states them.
     permitted: np.ndarray | None = None
     permitted_by: str = ""
 
     def with_options(self, options: tuple[Config, ...]) -> Problem:
-        """Return the problem with other options, unrestricted unless the options are the same.
+        """Return the problem with other options and no restrictions, or itself if they are equal.
 
-        Scores by configuration follow a smaller ladder.
+        Scores by configuration are reduced to the new options unless these are mixed rows.
 
         Raises
         ------
         InputError
-            If there are scores, and none at some configuration of a larger ladder.
+            If there are scores by configuration, but none for some of the new options.
         """
         if options == self.options:
             return self
@@ -134,14 +134,15 @@ class Problem:
 
     @cached_property
     def numel(self) -> np.ndarray:
-        """Weights of each matrix, int64 (n,)."""
+        """Number of weights in each matrix, int64 (n,)."""
         return np.array([m.numel for m in self.matrices], dtype=np.int64)
 
     @cached_property
     def allowed(self) -> np.ndarray:
-        """Whether a matrix may get an option, bool (n, options).
+        """Whether each matrix may get each option, bool (n, options).
 
-        Its groups must fill the matrix, and pins, the server and all tied matrices must allow it.
+        The option's groups must fill the matrix, and pins, the server and all tied matrices must
+        allow it.
         """
         fills = np.array([[c.fits(m) for c in self.options] for m in self.matrices])
         stops = np.arange(len(self.options))
@@ -154,7 +155,10 @@ class Problem:
 
     @cached_property
     def items(self) -> np.ndarray:
-        """The item of each matrix, int64 (n,): tied matrices are one, in the order of the first."""
+        """The item of each matrix, int64 (n,).
+
+        Tied matrices form one item; items are ordered by their first matrix.
+        """
         first = np.arange(len(self.matrices))
         for group in self.groups:
             first[list(group)] = min(group)
@@ -162,11 +166,11 @@ class Problem:
 
     @property
     def items_if_tied(self) -> np.ndarray | None:
-        """The item of each matrix, None where each is one of its own."""
+        """The item of each matrix, or None if no matrices are tied."""
         return self.items if self.groups else None
 
     def sum_items(self, table: np.ndarray) -> np.ndarray:
-        """Sum a table (n, options) over the matrices of each item, (items, options)."""
+        """Sum a table (n, options) over the matrices of each item; returns (items, options)."""
         if not self.groups:
             return table
         summed = np.zeros((self.items.max() + 1, table.shape[1]))
@@ -174,11 +178,11 @@ class Problem:
         return summed
 
     def first_of_items(self, values: np.ndarray) -> np.ndarray:
-        """Return the entry of the first matrix of each item, of values (n, …)."""
+        """Return the entry of each item's first matrix in values (n, …)."""
         return values[np.unique(self.items, return_index=True)[1]] if self.groups else values
 
     def tied_to(self, index: int) -> tuple[int, ...]:
-        """Return the matrices of an item by one of them, which is among them."""
+        """Return the indices of all matrices in a matrix's item, including its own."""
         return self._groups_by_matrix.get(index, (index,))
 
     @cached_property
@@ -187,7 +191,7 @@ class Problem:
 
     @cached_property
     def tied_types(self) -> tuple[tuple[str, ...], ...]:
-        """Module types in the order of the first, those together that are tied in some layer."""
+        """Module types in order of appearance, grouped if they are tied in some layer."""
         types = list(dict.fromkeys(m.type for m in self.matrices))
         place = {kind: k for k, kind in enumerate(types)}
         tied = {frozenset(place[self.matrices[i].type] for i in group) for group in self.groups}
@@ -195,9 +199,10 @@ class Problem:
         return tuple(tuple(types[k] for k in group) for group in merged)
 
     def at_most(self, stop: int) -> np.ndarray:
-        """Return an option for all matrices (n,), as far as pins allow.
+        """Return the given option for all matrices, (n,), clipped to what pins allow.
 
-        Where the server lacks it, it is the largest below it that the server has, if any.
+        If a server restricts the problem and the option is not allowed for a matrix, the highest
+        allowed option below it is used, if there is one.
         """
         stops = np.clip(stop, self.low, self.high)
         if self.permitted is None:
@@ -216,7 +221,7 @@ class Problem:
         return np.array([sizes[m.shape] for m in self.matrices])
 
     def planned(self, metadata: str) -> np.ndarray:
-        """Return the bytes of each option in this project's packing, (n, options)."""
+        """Return the bytes of each option in this project's packed format, (n, options)."""
         if metadata not in self._planned:
             shapes = [m.shape for m in self.matrices]
             sizes = {
@@ -228,7 +233,7 @@ class Problem:
 
     @cached_property
     def _planned(self) -> dict[str, np.ndarray]:
-        """Planned bytes by the format of metadata."""
+        """Cached planned bytes by metadata format."""
         return {}
 
     def planned_total(self, choice: np.ndarray, metadata: str) -> int:
@@ -237,7 +242,7 @@ class Problem:
 
     @property
     def total(self) -> int:
-        """Weights of all matrices together."""
+        """Total number of weights in all matrices."""
         return int(self.numel.sum())
 
     def nominal(self, choice: np.ndarray) -> float:
@@ -247,7 +252,7 @@ class Problem:
     def check_allowed(self, choice: np.ndarray) -> None:
         """Raise :class:`InputError` for the first matrix that cannot have its option.
 
-        Its groups don't fill the matrix, or the server doesn't have it.
+        Either the option's groups don't fill the matrix, or the server doesn't support it.
         """
         for i, (matrix, stop) in enumerate(zip(self.matrices, choice, strict=True)):
             if self.permitted is not None and not self.permitted[i, stop]:
@@ -265,7 +270,7 @@ class Problem:
                 )
 
     def check_options(self) -> None:
-        """Raise :class:`InputError` for the first matrix that no option is allowed for."""
+        """Raise :class:`InputError` for the first matrix without an allowed option."""
         for i, (matrix, allowed) in enumerate(zip(self.matrices, self.allowed, strict=True)):
             if not allowed.any():
                 if self.permitted is not None or len(self.tied_to(i)) > 1:
@@ -279,7 +284,7 @@ class Problem:
                 )
 
     def _nothing_in_common(self, index: int) -> str:
-        """Return a sentence on a matrix that ties or a server leave nothing."""
+        """Return an error message for a matrix left without an option by ties or a server."""
         matrix, others = self.matrices[index], [j for j in self.tied_to(index) if j != index]
         tied = f", tied to {self.matrices[others[0]].name}," if others else ""
         return (
@@ -296,7 +301,7 @@ class Problem:
         Raises
         ------
         InputError
-            If there is no plan because no option's groups fill some matrix.
+            If there is no plan because some matrix has no allowed option.
         """
         self.check_options()
         smallest = np.where(self.allowed, self.bytes, np.inf).min(axis=1).sum()
@@ -309,7 +314,7 @@ class Problem:
         Raises
         ------
         InputError
-            As :attr:`feasible`.
+            As for :attr:`feasible`.
         """
         self.check_options()
         stored = self.planned(metadata)

@@ -1,6 +1,6 @@
-"""Which layers are sensitive, by the ranking of a metric, and which Algorithm 1 flags.
+"""The most sensitive layers by a metric, and the layers that Algorithm 1 flags.
 
-A sensitive layer is at the top of the ranking; a flagged one differs unusually from the layer
+A sensitive layer is at the top of the ranking; a flagged layer differs unusually from the one
 before it. Most sensitive layers are not flagged, and the first layer never is.
 """
 
@@ -13,7 +13,7 @@ import pandas as pd
 
 from lsq_core.planning.detection import Detection
 
-#: How many layers are named as the most sensitive.
+#: Number of layers reported as the most sensitive.
 TOP_LAYERS = 3
 
 
@@ -21,8 +21,8 @@ TOP_LAYERS = 3
 class FlaggedLayers:
     """The layers that Algorithm 1 flags for any module type, in order.
 
-    At ``jumps`` the score rises from the layer before for at least one of the module types that
-    are flagged; at ``falls`` it falls back for all of them.
+    In ``jumps``, the score rises from the previous layer for at least one flagged module type; in
+    ``falls``, it rises for none of them.
     """
 
     jumps: tuple[int, ...]
@@ -30,10 +30,10 @@ class FlaggedLayers:
 
 
 def rank_layers(scores: pd.DataFrame) -> pd.DataFrame:
-    """Rank layers by the largest score of their modules: ``layer, type, value``, largest first.
+    """Rank layers by their modules' largest score, largest first.
 
-    ``scores`` has ``layer, type, value``; missing scores rank nowhere, and of equal layers the
-    first comes first.
+    ``scores`` and the result have columns ``layer, type, value``. Missing scores are ignored, and
+    layers with equal scores stay in layer order.
 
     >>> scores = pd.DataFrame({"layer": [0, 0, 1], "type": ["q", "k", "q"], "value": [3.0, 9.0, 5]})
     >>> rank_layers(scores)["layer"].tolist()
@@ -49,7 +49,7 @@ def flags_by_module(
 ) -> dict[tuple[str, int], tuple[float, bool]]:
     """Return the z-score of each flagged (module type, layer), and whether the score rises there.
 
-    ``detections`` is of :func:`lsq_core.planning.methods.boost.detect_by_type`.
+    ``detections`` is the result of :func:`lsq_core.planning.methods.boost.detect_by_type`.
     """
     return {
         (kind, layers[i]): (float(found.z[i - 1]), bool(found.rises[i - 1]))
@@ -59,7 +59,7 @@ def flags_by_module(
 
 
 def flagged_by_direction(detections: Mapping[str, tuple[list[int], Detection]]) -> FlaggedLayers:
-    """Return the flagged layers of all module types, apart by whether their score rises."""
+    """Return the flagged layers of all module types, split by whether the score rises."""
     flags = flags_by_module(detections)
     jumps = {layer for (_, layer), (_, rises) in flags.items() if rises}
     falls = {layer for _, layer in flags} - jumps

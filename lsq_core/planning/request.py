@@ -13,19 +13,20 @@ from lsq_core.planning.problem import TOLERANCE, Problem
 from lsq_core.planning.servers import get_server
 from lsq_core.units import format_bytes
 
-#: Losses that high-impact ratios are measured by: on the block's own output, or on the model's.
+#: Losses for measuring high-impact ratios: on the block's own output or on the model's.
 LOSSES = ("block", "model")
-#: Metrics that SensiBoost can read: the sensitivity by part, or by module.
+#: Metrics that SensiBoost can use: sensitivity by part or by module.
 SENSITIVITIES = ("sensitivity", "sensitivity_module")
-#: How ratios are chosen: one for all, per matrix, or jointly for the matrices of a block.
+#: How ratios are chosen: one for all matrices, per matrix, or jointly for the matrices of a block.
 RATIO_MODES = ("uniform", "diagonal", "full")
-#: The method whose plan is refined where a request names none.
+#: The method whose plan is refined if a request names none.
 DEFAULT_START = "kl-aware"
-#: Fields that hold any number of texts.
+#: Fields that hold any number of strings.
 _TEXTS = ("pins", "ties")
-#: What the values of the other fields are, in words.
+#: Descriptions of the other fields' types for error messages.
 _KINDS = {str: "text", int: "a whole number", bool: "true or false"}
-#: Fields that a request's JSON has only where they differ from these; earlier versions know none.
+#: Fields that are written to JSON only if they differ from these defaults, because earlier versions
+#: don't know them.
 _OPTIONAL = {"ties": (), "serve": None, "start": None, "ladder": PAPER}
 
 
@@ -33,15 +34,16 @@ _OPTIONAL = {"ties": (), "serve": None, "start": None, "ladder": PAPER}
 class PlanRequest:
     """A method, and a base configuration, a budget, or both.
 
-    ``top_m`` 0 promotes every outlier; ``metric`` is the one that SensiBoost and its variants read;
-    ``seed`` is that of the ablations; ``exact`` solves a knapsack to the optimum; ``pins`` are
-    parsed by :class:`lsq_core.planning.pins.Pin`. The six fields from ``low_bits`` on are
-    documented in :class:`lsq_core.planning.methods.high_impact.HighImpact`. ``ties`` are modules
-    that share a configuration (:class:`lsq_core.planning.ties.Tie`); ``serve`` is the server that
-    the plan is for (:data:`lsq_core.planning.servers.SERVERS`), which ties modules too; ``start``
-    is the method whose plan is refined, None for the usual one (:attr:`refined_from`). ``ladder``
-    names the configurations that are chosen from (:data:`lsq_core.bits.LADDERS`). Each method
-    declares the fields that it reads (:attr:`lsq_core.planning.methods.base.Planner.fields`).
+    ``boost_stop`` is the number of options by which a boost raises a matrix, and a ``top_m`` of 0
+    promotes every outlier. ``metric`` is used by SensiBoost and its variants, ``seed`` by the
+    ablations, and ``exact`` solves a knapsack to the optimum. ``pins`` are parsed by
+    :class:`lsq_core.planning.pins.Pin`. The six fields from ``low_bits`` to ``clip`` are documented
+    in :class:`lsq_core.planning.methods.high_impact.HighImpact`. ``ties`` are modules that share a
+    configuration (:class:`lsq_core.planning.ties.Tie`). ``serve`` is the server that the plan is
+    for (:data:`lsq_core.planning.servers.SERVERS`), which may tie modules too. ``start`` is the
+    method whose plan is refined, None for the default (:attr:`refined_from`). ``ladder`` names the
+    set of configurations to choose from (:data:`lsq_core.bits.LADDERS`). Each method declares the
+    fields that it uses (:attr:`lsq_core.planning.methods.base.Planner.fields`).
     """
 
     method: str
@@ -66,7 +68,7 @@ class PlanRequest:
 
     def __post_init__(self) -> None:
         self._check_types()
-        for name in _TEXTS:  # JSON gives lists
+        for name in _TEXTS:  # JSON has lists
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.serve is not None:
             get_server(self.serve)
@@ -85,7 +87,7 @@ class PlanRequest:
                 raise InputError(f"{name} must be one of {', '.join(offered)}, not '{value}'.")
 
     def _check_types(self) -> None:
-        """Raise :class:`InputError` for a field of the wrong type, as a file may have one."""
+        """Raise :class:`InputError` for a field of the wrong type, which a file may contain."""
         for each in fields(self):
             value, kind = getattr(self, each.name), type(each.default)
             if each.name in _TEXTS:
@@ -112,7 +114,7 @@ class PlanRequest:
         Raises
         ------
         InputError
-            If it lacks the method, or has an unknown field or an invalid value.
+            If the method is missing, a field is unknown or a value is invalid.
         """
         unknown = sorted(set(content) - {each.name for each in fields(cls)})
         if unknown:
@@ -122,17 +124,20 @@ class PlanRequest:
         return cls(**content)
 
     def to_json(self) -> dict[str, Any]:
-        """Return what :meth:`from_json` reads; ties, server and ladder only where given."""
+        """Return the request as JSON for :meth:`from_json`.
+
+        Ties, server, start and ladder are omitted if they have their default values.
+        """
         content = asdict(self)
         return {k: v for k, v in content.items() if k not in _OPTIONAL or v != _OPTIONAL[k]}
 
     @property
     def has_ties(self) -> bool:
-        """Whether modules have to share configurations, by ties or for a server."""
+        """Whether the request has ties or a server, either of which may tie modules."""
         return bool(self.ties) or self.serve is not None
 
     def without_ties(self) -> PlanRequest:
-        """Return the request for a plan that is free of ties and server."""
+        """Return the request without its ties and server."""
         return replace(self, ties=(), serve=None)
 
     @property
@@ -142,45 +147,47 @@ class PlanRequest:
 
     @property
     def ties_name(self) -> str:
-        """What ties modules, in words."""
+        """The server constraints and ties that bind modules, in words."""
         server = [f"the constraints of {get_server(self.serve).title}"] if self.serve else []
         return " and ".join([*server, *["the ties"] * bool(self.ties)])
 
     @property
     def restrictions(self) -> str:
-        """What plans are restricted by, in words: ``with these pins``; empty if by nothing."""
+        """The restrictions on plans, in words: ``with these pins``; empty without any."""
         ties = ["ties"] * bool(self.ties) + ["pins"] * bool(self.pins)
         served = [f"for {get_server(self.serve).title}"] if self.serve else []
         return " ".join([*served, *([f"with these {' and '.join(ties)}"] if ties else [])])
 
     def parse_budget(self, numel: int) -> Budget | None:
-        """Return the budget for ``numel`` weights, None without one; its stops are the ladder's.
+        """Return the budget for ``numel`` weights, or None if the request has none.
+
+        A budget may name a configuration of the request's ladder.
 
         Raises
         ------
         InputError
-            When it is not a budget.
+            If the text is not a budget.
         """
         if self.budget is None:
             return None
         return Budget.parse(self.budget, numel, get_ladder(self.ladder))
 
     def resolve_budget(self, problem: Problem, metadata: str = "8bit") -> Budget | None:
-        """Return the budget, checked against the sizes that plans can have.
+        """Return the budget, checked against the range of possible plan sizes.
 
-        ``metadata`` decides the planned bytes, which a budget in bytes bounds.
+        ``metadata`` affects the planned bytes, which a budget in bytes bounds.
 
         Raises
         ------
         InputError
-            When it is not a budget, or no plan is as small or as large.
+            If the text is not a budget, or the budget is outside that range.
         """
         budget = self.parse_budget(problem.total)
         if budget is None:
             return None
         if budget.planned_bytes is None:
             smallest, largest = problem.feasible
-            # The largest plan is called 8.51 and has 8.508 bits: its name must not be out of reach.
+            # The largest plan is named 8.51 but has 8.508 bits; its name must be accepted.
             within = smallest * (1 - TOLERANCE) <= budget.nominal_bytes <= largest * 1.001
             ends = [problem.format_size(size) for size in (smallest, largest)]
         else:

@@ -1,4 +1,4 @@
-"""Reading a plan's JSON; every field is checked, so that a damaged file is reported."""
+"""Reading a plan's JSON. Every field is checked, so that a damaged file is reported."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lsq_core.quantization.registry import quantizer_spec
 
 @dataclass(frozen=True)
 class SavedPlan:
-    """The contents of a plan's JSON, checked against the model's matrices and in their order."""
+    """The contents of a plan's JSON, checked against and ordered like the model's matrices."""
 
     request: PlanRequest
     configs: tuple[Config, ...]
@@ -38,18 +38,18 @@ class SavedPlan:
 
 
 def read_plan_file(path: Path) -> object:
-    """Read the JSON of a plan's file, for :func:`read_plan` to check.
+    """Read the JSON of a plan file; :func:`read_plan` checks the content.
 
     Raises
     ------
     InputError
-        When the file cannot be read or is not JSON.
+        If the file cannot be read or is not valid JSON.
     """
     try:
         return json.loads(path.read_text("utf8"))
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:  # also a number or nesting beyond Python's limits
+    except (ValueError, RecursionError) as error:  # also numbers or nesting beyond Python's limits
         raise InputError(
             f"{path} is not a plan: it is not valid JSON ({exception_reason(error)})."
         ) from error
@@ -58,13 +58,13 @@ def read_plan_file(path: Path) -> object:
 def read_plan(content: object, matrices: Sequence[Matrix]) -> SavedPlan:
     """Read the fields of :meth:`lsq_core.planning.plan.Plan.to_json` for these matrices.
 
-    Sizes are recomputed by the plan; other fields of the file are ignored.
+    Sizes are not read, since the plan recomputes them; unknown fields are ignored.
 
     Raises
     ------
     InputError
-        If a field is missing or invalid, the plan is for another model, or a group size doesn't
-        fill its matrix.
+        If a field is missing or invalid, the plan is for another model, or a configuration's groups
+        don't fill its matrix.
     """
     if not isinstance(content, Mapping):
         raise _invalid_plan("it is not a JSON object")
@@ -98,7 +98,7 @@ def read_plan(content: object, matrices: Sequence[Matrix]) -> SavedPlan:
         axis=axis,
         base=_read_field(content, "base", str, None),
         ranking_scores={
-            name: math.inf if z is None else _number(f"flagged {name}", z)  # as JSON has it
+            name: math.inf if z is None else _number(f"flagged {name}", z)  # inf is stored as null
             for name, z in ranking_scores.items()
         },
         notes=tuple(notes),
@@ -116,14 +116,14 @@ def _invalid_plan(why: str) -> InputError:
     return InputError(f"This is not a plan that LSQ Explorer wrote: {why}.")
 
 
-#: Largest number in a file: a sum or difference of two larger ones might overflow.
+#: Bound on the numbers in a file: a sum or difference of larger ones might overflow.
 _MAX_NUMBER = 1e300
 _REQUIRED = object()
 _TYPE_NAMES = {dict: "an object", list: "a list", str: "text", int: "a whole number"}
 
 
 def _read_field(content: Mapping, name: str, kind: type, default: object = _REQUIRED) -> object:
-    """Return a field of that type; a field with a default may be missing or null."""
+    """Return a field of the given type; a field with a default may be missing or null."""
     value = content.get(name, default)
     if value is _REQUIRED:
         raise _invalid_plan(f"'{name}' is missing")
@@ -137,7 +137,7 @@ def _read_field(content: Mapping, name: str, kind: type, default: object = _REQU
 def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise _invalid_plan(f"'{name}' is not a number")
-    if not -_MAX_NUMBER < value < _MAX_NUMBER:  # nor is NaN
+    if not -_MAX_NUMBER < value < _MAX_NUMBER:  # also false for NaN
         raise _invalid_plan(f"'{name}' is not a finite number")
     return value
 
@@ -165,14 +165,14 @@ def _config(entry: object, matrix: Matrix) -> Config:
 
 
 def encode_rows(rows: Sequence[int], matrix: Matrix) -> str:
-    """Encode row numbers as a bitmap of all rows, lowest bits first, in base64."""
+    """Encode row numbers as a base64 bitmap of all rows, lowest bit first."""
     marked = np.zeros(matrix.out_features, dtype=np.uint8)
     marked[list(rows)] = 1
     return b64encode(np.packbits(marked, bitorder="little").tobytes()).decode("ascii")
 
 
 def _decode_rows(entry: Mapping, matrix: Matrix) -> tuple[int, ...]:
-    """Decode the row numbers of :func:`encode_rows`, ascending, and check their number."""
+    """Decode row numbers from :func:`encode_rows`, ascending, and check their count."""
     where, config = f"rows of {matrix.name}", config_from_json(entry)
     text = _read_field(entry, "rows", str)
     try:

@@ -1,6 +1,6 @@
-"""Servers and tools that a plan can be made for: what they fuse, and what configurations they have.
+"""Servers and tools that a plan can target: the modules they fuse and configurations they support.
 
-A new server is one entry in ``SERVERS``.
+To add a server, add an entry to ``SERVERS``.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from lsq_core.planning.ties import Tie
 
 @dataclass(frozen=True)
 class Server:
-    """What a server, or a tool that quantizes for one, demands of plans.
+    """The constraints on plans for a server, or for a tool that quantizes for one.
 
-    ``bits`` and ``group_sizes`` are those of its kernels for integer weights with zero points;
-    groups lie within a row. ``fused`` are modules that it loads as one. With ``fuses_experts`` all
-    matrices of a layer's experts are one as well.
+    ``bits`` and ``group_sizes`` are supported by its kernels for integer weights with zero points;
+    groups lie within a row. ``fused`` lists modules that it loads as one. With ``fuses_experts``,
+    all matrices of a layer's experts are loaded as one too.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Server:
     fuses_experts: bool
 
     def permitted(self, matrices: Sequence[Matrix], options: Sequence[Config]) -> np.ndarray:
-        """Return whether it has an option for a matrix, bool (n, options).
+        """Return whether the server supports each option for each matrix, bool (n, options).
 
         Raises
         ------
@@ -60,12 +60,12 @@ class Server:
             )
 
     def groups(self, matrices: Sequence[Matrix]) -> list[list[int]]:
-        """Return the matrices of a model that it fuses, as indices."""
+        """Return groups of matrices that the server fuses, as indices."""
         groups = [group for tie in self.fused for group in tie.groups(matrices)]
         if self.fuses_experts:
             stacks: dict[tuple, list[int]] = defaultdict(list)
             for i, matrix in enumerate(matrices):
-                if matrix.expert is not None:  # a stack is a parameter, or a module's weight
+                if matrix.expert is not None:  # a stack is a parameter or a module's weight
                     parent = matrix.type.removesuffix(".weight").rpartition(".")[0]
                     stacks[matrix.layer, parent].append(i)
             groups += [stack for stack in stacks.values() if len(stack) > 1]
@@ -73,7 +73,7 @@ class Server:
 
     @property
     def demand(self) -> str:
-        """What a plan for it is like, in a sentence."""
+        """The constraints on a plan for this server, in a sentence."""
         fused = (
             f"{self.title} fuses q, k and v, gate and up, and a layer's experts, so each of these "
             "share a configuration, and it has "
@@ -82,7 +82,7 @@ class Server:
 
     @property
     def summary(self) -> str:
-        """What it has, in words: ``4 and 8 bits in groups of 32, 64 and 128 within a row``."""
+        """The supported options: ``4 and 8 bits in groups of 32, 64 and 128 within a row``."""
         return (
             f"{_listed(self.bits)} bits in groups of {_listed(sorted(self.group_sizes))} within a "
             "row"
@@ -94,12 +94,12 @@ def _listed(numbers: Sequence[int]) -> str:
     return f"{', '.join(most)} and {last}" if most else last
 
 
-#: vLLM. Bits: ``AutoGPTQConfig.TYPE_MAP`` has 4 and 8, and of compressed-tensors
+#: vLLM. Bits: ``AutoGPTQConfig.TYPE_MAP`` has 4 and 8. For compressed-tensors,
 #: ``WNA16_ZP_SUPPORTED_TYPES_MAP`` has 4 and 8 with zero points, which our grids need; 2 to 7 are
-#: there for symmetric grids alone. Group sizes: ``MARLIN_SUPPORTED_GROUP_SIZES``. Fused modules:
+#: supported only for symmetric grids. Group sizes: ``MARLIN_SUPPORTED_GROUP_SIZES``. Fused modules:
 #: ``packed_modules_mapping`` of its models (Llama and most others; LFM2; DeepSeek; Qwen3.5).
-#: Experts: ``CompressedTensorsMoEMethod.get_moe_method`` wants one scheme for all projections.
-#: Read in vllm-project/vllm and docs.vllm.ai/en/stable/api, November 2026.
+#: Experts: ``CompressedTensorsMoEMethod.get_moe_method`` requires one scheme for all projections.
+#: Sources: vllm-project/vllm and docs.vllm.ai/en/stable/api, November 2026.
 VLLM = Server(
     name="vllm",
     title="vLLM",
@@ -116,7 +116,7 @@ VLLM = Server(
     fuses_experts=True,
 )
 
-#: gptqmodel, which makes GPTQ models: it quantizes modules one by one, so nothing is fused.
+#: gptqmodel, which produces GPTQ models. It quantizes modules one by one, so nothing is fused.
 GPTQMODEL = Server(
     name="gptqmodel",
     title="gptqmodel",
@@ -130,11 +130,11 @@ SERVERS: dict[str, Server] = {server.name: server for server in (VLLM, GPTQMODEL
 
 
 def get_server(name: str) -> Server:
-    """Return the server of that name.
+    """Return the server with this name.
 
     Raises
     ------
     InputError
-        If there is none.
+        If there is no such server.
     """
     return choose(SERVERS, name, "a server")

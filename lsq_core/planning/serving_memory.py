@@ -1,4 +1,4 @@
-"""The budget that fits a device's memory with room for the context."""
+"""Budgets that fit a device's memory and leave room for the context."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from lsq_core.units import GIB
 
 #: Common memory sizes of accelerators, in GiB.
 MEMORY_SIZES_GIB = (8, 12, 16, 24, 80)
-#: Tokens of context that memory is reserved for, at most the model's context length.
+#: Tokens of context to reserve memory for, capped at the model's context length.
 CONTEXT_TOKENS = 4096
-#: Reserved for activations and the runtime, in bytes.
+#: Bytes reserved for activations and the runtime.
 WORKING_BYTES = GIB // 2
 
 
 @dataclass(frozen=True)
 class MemoryBudget:
-    """A memory size, and the budget of linear weights (nominal bits per parameter) that fits it.
+    """A memory size, and the budget for linear weights (nominal bits per parameter) that fits it.
 
-    ``bits`` may be out of reach for any plan, and even negative. ``context_bytes`` is None if the
-    config lacks the key-value heads; then no memory is reserved for the context.
+    ``bits`` may be out of reach for any plan, or even negative. ``context_bytes`` is None if the
+    size of keys and values is unknown; no memory is then reserved for the context.
     """
 
     gib: int
@@ -34,7 +34,7 @@ class MemoryBudget:
 
     @property
     def summary(self) -> str:
-        """What fits, in words."""
+        """A description of what fits in memory."""
         rest = (
             "" if self.other_bytes_known else " Embeddings and LM head, of unknown size, are extra."
         )
@@ -49,7 +49,7 @@ class MemoryBudget:
 
 
 def memory_budgets(info: ModelInfo, problem: Problem, metadata: str) -> list[MemoryBudget]:
-    """Return the budget that fits each of :data:`MEMORY_SIZES_GIB` with any plan."""
+    """Return a budget for each of :data:`MEMORY_SIZES_GIB` within which every plan fits."""
     tokens = min(CONTEXT_TOKENS, info.context or CONTEXT_TOKENS)
     per_token = context_bytes_per_token(info)
     context = None if per_token is None else per_token * tokens
@@ -65,10 +65,10 @@ def memory_budgets(info: ModelInfo, problem: Problem, metadata: str) -> list[Mem
 
 
 def context_bytes_per_token(info: ModelInfo) -> int | None:
-    """Return the bytes of a token's keys and values in fp16, None if unknown.
+    """Return the bytes of a token's keys and values in fp16, or None if unknown.
 
-    They are the outputs of ``k_proj`` and ``v_proj`` if there are such, else computed from the
-    heads in the config.
+    They are the outputs of ``k_proj`` and ``v_proj`` if the model has these modules, and are
+    computed from the heads in the config otherwise.
     """
     own = [m.out_features for m in info.matrices if m.type.endswith(("k_proj", "v_proj"))]
     if own:

@@ -1,4 +1,4 @@
-"""Ties: modules of a layer that must get the same configuration, as where a server fuses them."""
+"""Ties: modules of a layer that must share a configuration, e.g. because a server fuses them."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from lsq_core.model.info import Matrix
 
 @dataclass(frozen=True)
 class Tie:
-    """Names of modules that share a configuration wherever they stand side by side.
+    """Names of modules that share a configuration wherever they have the same parent.
 
-    A name is the end of a module's path in its block: ``q_proj``, or ``self_attn.q_proj``.
+    A name is the end of a module's path in its block: ``q_proj`` or ``self_attn.q_proj``.
     """
 
     names: tuple[str, ...]
 
     @classmethod
     def parse(cls, text: str) -> Tie:
-        """Read ``q_proj,k_proj,v_proj``.
+        """Parse ``q_proj,k_proj,v_proj``.
 
         Raises
         ------
         InputError
-            If it has fewer than two different names.
+            If there are fewer than two different names.
         """
         names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
         if len(names) < 2:
@@ -37,11 +37,11 @@ class Tie:
         return cls(names)
 
     def __str__(self) -> str:
-        """The text that :meth:`parse` reads."""
+        """Return the text that :meth:`parse` accepts."""
         return ",".join(self.names)
 
     def groups(self, matrices: Sequence[Matrix]) -> list[list[int]]:
-        """Return what it joins, as indices: modules of one layer, one parent and one expert."""
+        """Return groups of tied matrices, as indices, with the same layer, parent and expert."""
         found: dict[tuple, list[int]] = defaultdict(list)
         for i, matrix in enumerate(matrices):
             parents = (_parent(matrix.type, name) for name in self.names)
@@ -51,7 +51,7 @@ class Tie:
         return [group for group in found.values() if len(group) > 1]
 
     def check(self, matrices: Sequence[Matrix]) -> None:
-        """Raise :class:`InputError` for a name that no module has, or if it joins nothing."""
+        """Raise :class:`InputError` if a name matches no module or the tie joins no modules."""
         types = list(dict.fromkeys(matrix.type for matrix in matrices))
         for name in self.names:
             if all(_parent(each, name) is None for each in types):
@@ -67,14 +67,14 @@ class Tie:
 
 
 def _parent(kind: str, name: str) -> str | None:
-    """Return the part of a type before a name, '' if it is all of it, None if it ends otherwise."""
+    """Return the part of a type before a name: '' if they are equal, None if it doesn't match."""
     if kind == name:
         return ""
     return kind.removesuffix(f".{name}") if kind.endswith(f".{name}") else None
 
 
 def merge_groups(groups: Iterable[Collection[int]]) -> tuple[tuple[int, ...], ...]:
-    """Merge groups that overlap; each is sorted, and they are in the order of their first.
+    """Merge overlapping groups; each is sorted, and they are ordered by their first index.
 
     >>> merge_groups([[3, 4], [0, 1], [1, 2]])
     ((0, 1, 2), (3, 4))
